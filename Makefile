@@ -1,0 +1,54 @@
+# Every command makes .venv and installs the pinned versions on first use; see README.md.
+PYTHON ?= python3
+VENV := .venv
+ifeq ($(OS),Windows_NT)
+BIN := $(VENV)/Scripts
+else
+BIN := $(VENV)/bin
+endif
+PY := $(BIN)/python
+INSTALLED := $(VENV)/.installed
+
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help book test sync lab workbook figures constraints clean
+
+help: ## list the commands
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | sort
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
+	  f'Python 3.11 or newer is needed, but $(PYTHON) is {v.major}.{v.minor}. Try: make PYTHON=python3.11')"
+	@echo "Setting up $(VENV) (once, a few minutes) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[book,dev]"
+	@touch $@
+
+book: $(INSTALLED) ## build the site in _build/html
+	@$(PY) tools/build_book.py
+
+test: $(INSTALLED) ## run all that CI runs
+	@$(PY) tools/test.py
+
+sync: $(INSTALLED) ## after an edit: pair, export, execute what changed
+	@$(PY) tools/sync.py
+
+lab: $(INSTALLED) ## open the chapters in JupyterLab
+	@$(BIN)/jupyter lab --notebook-dir=chapters
+
+workbook: $(INSTALLED) ## student notebooks, solutions blanked, in _build/workbook
+	@$(PY) tools/workbook.py
+
+figures: $(INSTALLED) ## draw the diagrams in figures/ anew
+	@$(PY) figures/draw.py
+
+constraints: ## resolve the pinned versions anew (maintainers)
+	@rm -rf $(VENV)-resolve && $(PYTHON) -m venv $(VENV)-resolve
+	@$(VENV)-resolve/bin/python -m pip install --quiet torch==2.13.0 ".[book,dev]"
+	@{ sed -n '/^#/p' constraints.txt; $(VENV)-resolve/bin/python -m pip list --format=freeze \
+	  --exclude llmbook --exclude pip --exclude setuptools | sed 's/+cpu//'; } > constraints.txt.new
+	@mv constraints.txt.new constraints.txt && rm -rf $(VENV)-resolve
+
+clean: ## remove what was built, keep .venv
+	@rm -rf _build artifacts .mypy_cache .ruff_cache .pytest_cache .hypothesis

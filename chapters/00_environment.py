@@ -1,0 +1,392 @@
+# %% [markdown]
+# # Setup
+#
+# > What this machine is, which device to compute on, and the seeds that make a run repeatable.
+#
+# A recipe that works only in one kitchen is not a recipe. This book prints hundreds of numbers,
+# and each of them was computed by the cell above it. If you run that cell, you should get the same
+# number, on your own computer, without a network or a graphics card. This chapter sets that up,
+# shows how a chapter is made and read, and says exactly how far the promise goes: what is
+# repeatable to the last bit, what only to three digits, and why.
+#
+# | | |
+# |---|---|
+# | **You build** | {py:func}`~llmbook.environment.seed_everything`, {py:func}`~llmbook.environment.best_device`, {py:func}`~llmbook.environment.describe_environment` |
+# | **You need** | some Python; a terminal |
+# | **It takes** | 20 minutes to read, 5 seconds to run, a few minutes to install |
+
+# %% tags=["remove-cell"]
+#| default_exp environment
+
+# %%
+#| export
+import os
+import platform
+import random
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+import torch
+
+# %% [markdown]
+# ## Where this leads
+#
+# {numref}`fig-pipeline` is the whole book. Raw text comes in on one side: stories that we
+# generate, and the documentation that lies on your own disk. It is cleaned, freed of duplicates,
+# and cut into tokens. A transformer, built from its parts, learns to predict the next token. Then
+# the model is tuned to answer questions, to admit what it does not know and to keep what is
+# confidential. Each box is a chapter. Each chapter is a module of the package `llmbook`, tested,
+# and used by the chapters after it.
+#
+# ```{figure} ../figures/pipeline.svg
+# :name: fig-pipeline
+# :alt: The book's pipeline in four bands. Foundations and data: raw text, clean, deduplicate, tokens, batches. Architecture: embedding, attention, SwiGLU, the model. Pretraining. Alignment, which ends in the assistant.
+#
+# From raw text to an assistant. The numbers are chapters.
+# ```
+#
+# The scale is small on purpose. The models here have thousands to millions of parameters, where
+# those in the news have billions. The code is the same in kind, and wherever an industrial
+# implementation exists, a cell compares ours with it. What does not carry over from small to large
+# is said where it comes up.
+#
+# ## Install, run, read
+#
+# You need Python 3.11 or newer and `make`. In a copy of the repository, one command sets up
+# everything and builds the pages that you may be reading now:
+#
+# ```text
+# make book
+# ```
+#
+# It makes a private environment in `.venv`, installs the versions listed in `constraints.txt`, and
+# builds the site in `_build/html`. `make lab` opens the chapters in JupyterLab, where you can run
+# and change every cell. `make test` proves the book: it runs every chapter and compares each
+# output with the one you see here. Users of conda get the same from `environment.yml`.
+#
+# A chapter can be read in three ways: as a page, as a notebook, and as the plain script it is
+# written in. Cells whose first line is `#| export` become part of the package. Exercises come at
+# the end, each followed by a solution and by a check that tells right from wrong; `make workbook`
+# writes notebooks with the solutions left blank.
+#
+# ## How a chapter becomes a package
+#
+# ```{figure} ../figures/press.svg
+# :name: fig-press
+# :alt: A chapter's script and its notebook are paired. The exported cells go into a module of the package llmbook, which later chapters import and tests check. The notebook's outputs are compared by nbval and shown on the site.
+#
+# One source, three products: a page, a module, and a proof.
+# ```
+#
+# The script `chapters/00_environment.py` is the source of this page. `make sync` pairs it with the
+# notebook, writes the exported cells to `llmbook/environment.py`, and runs what has changed. Here
+# is a function that goes that way. A program has several generators of random numbers, each with a
+# state of its own: Python's, NumPy's, and one for each device PyTorch knows. To repeat a run, all
+# must start from the same seed.
+
+
+# %%
+#| export
+def seed_everything(seed: int) -> None:
+    """Start the random generators of Python, NumPy and PyTorch (all devices) from ``seed``.
+
+    The seed is a whole number from 0 to 2**32 - 1, the range that NumPy takes. Hashes of strings,
+    and so the order of sets of strings, stay random: they depend on the environment variable
+    PYTHONHASHSEED at the start of the process.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed!r}, but must be a whole number from 0 to 2**32 - 1")
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (other people's code uses the global generator)
+    torch.manual_seed(seed)
+
+
+# %% [markdown]
+# Drawing twice after the same seed gives the same numbers, from all three generators:
+
+
+# %%
+def draw() -> tuple[float, ...]:
+    numbers = random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
+    return tuple(round(number, 4) for number in numbers)
+
+
+seed_everything(0)
+first = draw()
+seed_everything(0)
+print(first, first == draw())
+
+# %% [markdown]
+# And the package has this very function. We ask Python for the source of the imported one and of
+# the one defined above:
+
+# %%
+import inspect
+
+import llmbook.environment
+
+imported, defined = llmbook.environment.seed_everything, seed_everything
+print("same source:", inspect.getsource(imported) == inspect.getsource(defined))
+
+# %% [markdown]
+# Try it. Change the docstring of `seed_everything` in the script or in the notebook, run
+# `make sync`, and look at `llmbook/environment.py`. Never edit the module itself: it is written
+# anew from the chapter, and a test compares the two byte for byte.
+#
+# ## What a seed does not fix
+#
+# A seed fixes the random numbers. Three other things can still make two runs differ, and it is as
+# well to have seen each of them once.
+#
+# **Order.** Python scrambles the hashes of strings with a new key in each process, to protect
+# servers from crafted input. A set is ordered by its hashes, so a program that loops over a set of
+# words does so in a new order each time it starts. We start five processes that print the same
+# set:
+
+# %%
+import subprocess
+
+program = "print(list({'the', 'cat', 'sat', 'on', 'a', 'mat', 'and', 'slept'}))"
+scrambled = {key: value for key, value in os.environ.items() if key != "PYTHONHASHSEED"}
+orders = {subprocess.check_output([sys.executable, "-c", program], env=scrambled) for _ in range(5)}
+print("one order in five processes:", len(orders) == 1)
+
+# %% [markdown]
+# Sorting the set before looping over it is the cure, and chapters do so wherever order reaches an
+# output.
+#
+# **Rounding.** A number with 32 bits has 24 for its digits. Each addition rounds its result to the
+# nearest such number $\operatorname{fl}(a + b)$, and makes a relative error of at most
+# $u = 2^{-24}$:
+#
+# $$
+# \operatorname{fl}(a + b) = (a + b)(1 + \delta), \qquad |\delta| \le u \approx 6 \cdot 10^{-8} .
+# $$ (rounding)
+#
+# Because every partial sum is rounded, the order of a sum matters:
+
+# %%
+big, small = torch.tensor(1e8), torch.tensor(1.0)
+print("(1e8 + 1) - 1e8 =", ((big + small) - big).item())
+print("(1e8 - 1e8) + 1 =", ((big - big) + small).item())
+
+# %% [markdown]
+# How large can the difference get? Add $n$ numbers from left to right. The first takes part in
+# $n - 1$ additions, so it is multiplied by $n - 1$ factors $(1 + \delta_i)$, and the others by
+# fewer. To first order in $u$ such a product differs from one by at most $(n - 1) u$. The error of
+# the whole sum is therefore at most
+#
+# $$
+# |\hat s - s| \;\le\; (n - 1)\, u \sum_{i=1}^{n} |x_i| .
+# $$ (summation-error)
+#
+# This is the worst case, in which all the roundings go the same way. If they go up and down at
+# random, their sum grows like $\sqrt n$ instead of $n$ {cite}`higham2002accuracy`.
+# {numref}`fig-rounding` measures it. PyTorch's own sum does better still: it adds in blocks, then
+# adds the blocks, so that each number passes through few additions.
+
+# %% mystnb={"figure": {"caption": "Relative error of summing n random numbers in 32 bits. Adding one by one stays far below the worst case; adding in blocks hardly errs at all.", "name": "fig-rounding"}, "image": {"alt": "Relative error against n, both axes logarithmic. A straight dashed line, the bound, rises in proportion to n from 1e-5 to 1e-2. The measured error of adding one by one lies two orders or more below it and rises to 1e-5. The error of torch.sum stays below 1e-7."}}
+import matplotlib.pyplot as plt
+
+plt.style.use("llmbook.book")
+sizes = [2**k for k in range(7, 21)]
+one_by_one, in_blocks = [], []
+for n in sizes:
+    numbers = np.random.default_rng(n).random(n, dtype=np.float32)
+    exact = numbers.sum(dtype=np.float64)
+    # cumsum adds from left to right, and its last entry is the sum
+    one_by_one.append(abs(numbers.cumsum(dtype=np.float32)[-1] - exact) / exact)
+    in_blocks.append(abs(torch.from_numpy(numbers).sum().item() - exact) / exact)
+fig, ax = plt.subplots()
+ax.plot(sizes, [(n - 1) * 2**-24 for n in sizes], "--", color="C6", label="bound $(n-1)u$")
+ax.plot(sizes, one_by_one, "o-", label="one by one")
+ax.plot(sizes, in_blocks, "s-", label="torch.sum")
+ax.set(xscale="log", yscale="log", xlabel="n", ylabel="relative error", ylim=(1e-9, 1e-1))
+ax.legend()
+plt.show()
+
+# %%
+below = all(error <= (n - 1) * 2**-24 for n, error in zip(sizes, one_by_one, strict=True))
+print("never above the bound:", below)
+print("torch.sum within 1e-6:", max(in_blocks) < 1e-6)
+
+# %% [markdown]
+# A processor with other vector units, or another number of threads, cuts the sums into other
+# blocks. The last digits change, and a training run of a thousand steps carries the change along
+# and enlarges it. So two machines agree in what is computed in a few steps to five or six digits;
+# in what is trained, to two or three.
+#
+# **Versions.** A new release of a library may draw its random numbers in another order, or fuse
+# two operations. The pinned versions in `constraints.txt` are those the book was computed with.
+#
+# From this follow the rules for every output in the book. Numbers are printed rounded. What
+# depends on training is asserted to lie in a range and printed coarsely. On one machine with one
+# version, the same seed gives the same bits, and chapter 13 relies on that: a training run that is
+# killed and resumed ends with exactly the weights of one that was not.
+#
+# ## The device
+#
+# A model runs on whatever PyTorch can reach: an Nvidia or AMD card (`cuda`), Apple's graphics
+# processor (`mps`), or the processor itself (`cpu`). The code of the book is the same for all.
+
+
+# %%
+#| export
+def best_device() -> torch.device:
+    """The fastest device that PyTorch can use here: ``cuda``, else ``mps``, else ``cpu``."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+# %%
+device = best_device()
+x = torch.ones(3, device=device)
+print("computes:", x.sum().item() == 3.0)
+
+# %% [markdown]
+# The chapters stay on the processor unless they say otherwise, because their outputs are compared.
+# The same classes take a `device` argument when you train for real.
+#
+# ## Who computed this?
+#
+# When a number differs, the first question is what it was computed with. The answer belongs into
+# every report and every checkpoint, so it is a function.
+
+
+# %%
+#| export
+#: The packages whose versions decide what is computed.
+REPORTED_PACKAGES = ("llmbook", "torch", "numpy", "tiktoken", "tokenizers", "transformers")
+
+
+def describe_environment() -> dict[str, str]:
+    """What this process computes with: system, processor, threads, device, versions.
+
+    The values are strings, so that the description can go into a log or a checkpoint. Packages that
+    are not installed are left out. Nothing in it names the user or the machine.
+    """
+    device = best_device()
+    names = {"cuda": torch.cuda.get_device_name} if device.type == "cuda" else {}
+    description = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cores": str(os.cpu_count()),
+        "torch threads": str(torch.get_num_threads()),
+        "vector unit": torch.backends.cpu.get_cpu_capability(),
+        "device": names.get(device.type, lambda: device.type)(),
+    }
+    for package in REPORTED_PACKAGES:
+        try:
+            description[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return description
+
+
+# %% [markdown]
+# This is the one output of the chapter that should differ on your machine, and the only one that
+# the tests do not compare.
+
+# %% tags=["nbval-ignore-output"]
+for what, value in describe_environment().items():
+    print(f"{what:14} {value}")
+
+# %% [markdown]
+# ## Exercises
+#
+# ````{exercise} A private stream
+# :label: ex-environment-stream
+# Seeding the global generators is a blunt tool: a library that draws one number more shifts all
+# that follow. Write `private_normals(n, seed)`, which draws `n` standard normal numbers from a
+# generator of its own (`torch.Generator`) and leaves the global one untouched. (5 minutes)
+# ````
+
+
+# %% tags=["solution"]
+def private_normals(n: int, seed: int) -> torch.Tensor:
+    """``n`` standard normal numbers that depend on ``seed`` alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, generator=generator)
+
+
+# %% tags=["check"]
+state = torch.get_rng_state()
+assert torch.equal(private_normals(5, seed=1), private_normals(5, seed=1)), (
+    "same seed, same numbers"
+)
+assert not torch.equal(private_normals(5, seed=1), private_normals(5, seed=2)), "another seed"
+assert torch.equal(torch.get_rng_state(), state), "the global generator was moved"
+assert abs(private_normals(10_000, seed=3).std() - 1) < 0.05, "not standard normal"
+
+# %% [markdown]
+# ````{exercise} A hash that stays
+# :label: ex-environment-hash
+# Chapter 04 will hash words, and the result must not depend on the process. Write
+# `stable_hash(text)`, a whole number below $2^{64}$ taken from the first 8 bytes, most significant
+# first, of the text's SHA-256 digest (`hashlib`). (10 minutes)
+# ````
+
+
+# %% tags=["solution"]
+def stable_hash(text: str) -> int:
+    """The first 8 bytes of the SHA-256 digest of the UTF-8 text, as a number."""
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+# %% tags=["check"]
+assert stable_hash("") == 0xE3B0C44298FC1C14, "SHA-256 of nothing begins e3b0c44298fc1c14"
+assert stable_hash("häuser") != stable_hash("hauser"), "every byte counts"
+assert 0 <= stable_hash("cat") < 2**64, "eight bytes, no more"
+
+# %% [markdown]
+# ````{exercise} Sum without loss
+# :label: ex-environment-kahan
+# Kahan's summation keeps what rounding cuts off. Beside the sum $s$ it keeps a correction $c$; for
+# each $x$ it forms $y = x - c$ and $t = s + y$, then $c = (t - s) - y$ and $s = t$. Write
+# `kahan_sum(numbers)` in 32 bits (`np.float32` throughout). Why would a compiler that knows
+# algebra spoil it? (20 minutes)
+# ````
+
+
+# %% tags=["solution"]
+def kahan_sum(numbers: np.ndarray) -> np.float32:
+    """The sum of 32-bit numbers by compensated summation (Higham 2002, section 4.3)."""
+    total = correction = np.float32(0)
+    for number in numbers.astype(np.float32):
+        corrected = number - correction
+        new_total = total + corrected
+        correction = (new_total - total) - corrected  # zero in algebra, the lost part in floats
+        total = new_total
+    return total
+
+
+# %% tags=["check"]
+tenths = np.full(100_000, 0.1, dtype=np.float32)
+exact = tenths.sum(dtype=np.float64)
+naive_error = abs(float(tenths.cumsum(dtype=np.float32)[-1]) - exact)
+kahan_error = abs(float(kahan_sum(tenths)) - exact)
+assert kahan_sum(tenths).dtype == np.float32, "32 bits throughout"
+assert kahan_error < 1e-3 < naive_error, f"error {kahan_error:.4f}, one by one {naive_error:.4f}"
+
+# %% [markdown]
+# ## Summary
+#
+# Two commands set up, build and prove the book. A chapter is a script paired with a notebook; its
+# exported cells are a module. Seeds fix random numbers. They do not fix the order of sets, the
+# rounding of sums cut in another way, or what another version computes, and so outputs are rounded
+# and ranges are asserted.
+#
+# When two runs differ, ask in this order. Same versions? Same seed, set before the first random
+# number? Any loop over a set, or over files in the order the disk gives them? Same number of
+# threads, same device? If all are the same and the difference is in the last digits, it is
+# rounding; if it is larger, it is a bug.
+#
+# Knuth {cite}`knuth1984literate` invented programs that are written to be read. Goldberg
+# {cite}`goldberg1991floating` is the classic on floating-point numbers, Higham
+# {cite}`higham2002accuracy` the complete account of how errors add up.

@@ -1,0 +1,10 @@
+"""llmbook: a large language model from scratch, one module per chapter of the book.
+
+Every module is generated from the chapter of the same name and imports only from modules of earlier
+chapters. Importing the package itself loads nothing: import what you need, for example
+``from llmbook.tinyworld import TinyWorld``.
+"""
+
+from importlib.metadata import version
+
+__version__ = version("llmbook")

@@ -1,0 +1,123 @@
+"""The rules of ``tools/checks.py`` hold for the book, and each of them finds its fault."""
+
+import checks
+import pytest
+from book import ROOT
+
+FIRST, FIRST_NB = "chapters/00_first.py", "chapters/00_first.ipynb"
+SECOND, SECOND_NB = "chapters/01_second.py", "chapters/01_second.ipynb"
+MODULE = "llmbook/first.py"
+
+
+@pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
+def test_the_book(check):
+    if found := checks.complaints(check, ROOT):
+        pytest.fail("\n".join(found), pytrace=False)
+
+
+@pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
+def test_the_miniature_is_without_fault(check, book):
+    assert not checks.complaints(check, book)
+
+
+# The rule that must complain, the file with the fault, how it comes about, words of the complaint.
+FAULTS = [
+    ("files_are_current", MODULE, "2 * x", "3 * x", "is not what 00_first exports"),
+    ("files_are_current", FIRST, "double(4)", "double(5)", "must be executed"),
+    ("files_are_current", FIRST_NB, "double(4)", "double(5)", "lacks what was"),
+    ("files_are_current", FIRST, "2 * x", "3 * x", "01_second must be executed"),
+    ("files_are_current", SECOND_NB, '"executed": "', '"executed": "0', "changed"),
+    ("files_are_current", SECOND_NB, '_count": 3', '_count": 9', "one after"),
+    ("files_are_current", FIRST, "print(", "print((", "was never closed"),
+    ("files_are_current", FIRST, "default_exp first", "hide", "the chapter has no"),
+    ("contents_are_complete", "_toc.yml", "01_second", "1_second", "01_second is not in _toc"),
+    ("contents_are_complete", "_toc.yml", "00_first", "01_second", "order"),
+    (
+        "imports_follow_the_order",
+        FIRST,
+        "print(",
+        "from llmbook.second import quadruple\nprint(",
+        "chapters/00_first.py imports llmbook.second",
+    ),
+    (
+        "imports_follow_the_order",
+        MODULE,
+        "def double",
+        "from .second import quadruple\ndef double",
+        "llmbook/first.py imports llmbook.second",
+    ),
+    ("imports_follow_the_order", SECOND, "import time", "import tools", "tools"),
+    (
+        "cells_are_short",
+        FIRST_NB,
+        '"print(double(4))"',
+        '"' + "x = 1\\n" * 31 + '"',
+        "31 lines",
+    ),
+    ("cells_are_short", FIRST, "# # First", "# " + "a" * 99, "line 2 has 101"),
+    ("outputs_are_clean", FIRST_NB, '"stdout"', '"stderr"', "wrote to stderr: 8"),
+    (
+        "outputs_are_clean",
+        FIRST_NB,
+        '"name": "stdout",\n     "output_type": "stream",\n     "text": [\n      "8\\n"\n     ]',
+        '"output_type": "error", "ename": "E", "evalue": "", "traceback": []',
+        "is an error: E",
+    ),
+    (
+        "few_outputs_are_ignored",
+        SECOND_NB,
+        'print(\\"four',
+        '# NBVAL_IGNORE_OUTPUT\\nprint(\\"four',
+        "2 of 2",
+    ),
+    ("images_have_alt_text", FIRST_NB, '"A dot."', '""', "cell 4: its plot"),
+    ("images_have_alt_text", FIRST_NB, "![A dot]", "![]", "image dot.svg has"),
+    (
+        "images_have_alt_text",
+        FIRST_NB,
+        "![A dot](dot.svg)",
+        "```{figure} dot.svg\\n:name: dot\\n:alt:\\nA dot\\n```",
+        "image dot.svg has",
+    ),
+    ("exercises_are_whole", SECOND_NB, '"check"', '"x"', "no cell tagged check"),
+    ("exercises_are_whole", SECOND_NB, '"solution"', '"x"', "no cell tagged sol"),
+    ("exercises_are_whole", SECOND_NB, "{exercise}", "{note}", "no exercise"),
+    ("exercises_are_whole", SECOND_NB, ":label: ", ":name: ", "no :label:"),
+    (
+        "exercises_are_whole",
+        SECOND_NB,
+        "def octuple(x: int) -> int:",
+        "for x in range(3):",
+        "01_second, code cell 6: this solution has no function",
+    ),
+    ("modules_are_documented", MODULE, '"""Doubling."""', "", "first.py has no docstr"),
+    ("modules_are_documented", MODULE, '"""Return twice', 'x = """', "double has no"),
+    ("modules_are_documented", MODULE, "x: int", "x", "double lacks type hints"),
+    ("modules_are_documented", MODULE, " -> int", "", "double lacks type hints"),
+    ("requirements_are_pinned", "constraints.txt", "numpy==", "numpie==", "numpy is not pinned"),
+    ("requirements_are_pinned", "constraints.txt", "regex==", "regex==1", "is installed"),
+    ("requirements_are_pinned", "pyproject.toml", "tqdm>=", "tqdm>=9", "pyproject.toml wants tqdm"),
+    ("conda_agrees_with_pip", "environment.yml", "constraints.txt", "x.txt", "gives pip"),
+    ("conda_agrees_with_pip", "environment.yml", "python=3.11", "python=3.9", "pyproject.toml wan"),
+]
+
+
+@pytest.mark.parametrize("rule, file, old, new, words", FAULTS)
+def test_a_fault_is_found(rule, file, old, new, words, book, edit):
+    edit(file, old, new)
+    found = checks.complaints(getattr(checks, rule), book)
+    assert any(words in complaint for complaint in found), found
+
+
+def test_a_missing_companion_is_found(book):
+    (book / "tests/test_first.py").unlink()
+    (book / "api/second.md").unlink()
+    assert checks.each_chapter_has_its_companions(book) == [
+        "00_first: tests/test_first.py is missing",
+        "01_second: api/second.md is missing",
+    ]
+
+
+def test_every_rule_is_shown_to_find_a_fault():
+    shown = {rule for rule, *_ in FAULTS} | {"each_chapter_has_its_companions"}
+    assert shown == {check.__name__ for check in checks.CHECKS}

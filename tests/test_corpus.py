@@ -1,0 +1,876 @@
+"""Readers of chapter 02: round trips, bad input of every kind, order, statistics."""
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from llmbook import corpus
+from llmbook.corpus import (
+    CorpusWarning,
+    Document,
+    Problem,
+    ReadReport,
+    comment_blocks,
+    count_scripts,
+    decode_text,
+    docstrings,
+    fit_power_law,
+    html_blocks,
+    html_to_text,
+    read_files,
+    read_html,
+    read_installed_docs,
+    read_jsonl,
+    read_parquet,
+    stream_hub,
+    vocabulary_growth,
+    words,
+    write_jsonl,
+    write_parquet,
+)
+
+zstandard = pytest.importorskip("zstandard")
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+SUFFIXES = ["", ".gz", ".bz2", ".xz", ".zst"]
+COMPRESS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: zstandard.ZstdCompressor().compress(data),
+}
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | texts,
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(texts, children, max_size=3),
+    max_leaves=6,
+)
+documents = st.lists(
+    st.builds(
+        Document,
+        text=texts,
+        id=texts.filter(bool),
+        source=texts,
+        metadata=st.dictionaries(
+            texts.filter(lambda name: name not in ("text", "id", "source", "metadata")),
+            json_values,
+            max_size=3,
+        ),
+    ),
+    min_size=1,
+    max_size=6,
+)
+relaxed = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def some(count: int = 3) -> list[Document]:
+    return [Document(f"Text {n}, naïve café\u2028☕", f"d{n}", "s", {"n": n}) for n in range(count)]
+
+
+def lines_of(*rows: object) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+# --- documents -----------------------------------------------------------------------------------
+
+
+def test_document_gets_an_id_from_its_text():
+    assert Document("a").id == Document("a", source="elsewhere", metadata={"k": 1}).id
+    assert Document("a").id != Document("b").id
+    assert Document("a", "mine").id == "mine"
+
+
+def test_documents_are_values():
+    assert Document("a", metadata={"k": [1]}) == Document("a", metadata={"k": [1]})
+    assert len({Document("a"), Document("a"), Document("b")}) == 2
+    with pytest.raises(AttributeError):
+        Document("a").text = "b"  # type: ignore[misc]
+    assert Document("a").metadata is not Document("a").metadata
+
+
+def test_document_refuses_half_characters():
+    with pytest.raises(ValueError, match=r"text: expected text that UTF-8 can encode.*index 2"):
+        Document("ab\ud800")
+
+
+# --- Python source -------------------------------------------------------------------------------
+
+SOURCE = '''"""Module."""
+# first
+#   second
+x = "# no"  # trailing
+y = """
+# inside a string
+"""
+    # indented, another block
+
+
+class Oven:
+    """Hot.
+
+    Very.
+    """
+
+    if True:
+        def bake(self):
+            'Bakes.'
+
+    async def cool(self):
+        f"not a {x}"
+z = 'it''s' + '\\'# no'
+# last'''
+
+
+def test_docstrings_have_lines_and_qualified_names():
+    found = docstrings(SOURCE.replace("    # indented", "# indented"))
+    assert found == [
+        (1, "", "Module."),
+        (12, "Oven", "Hot.\n\nVery."),
+        (19, "Oven.bake", "Bakes."),
+    ]
+
+
+def test_docstrings_of_bad_source():
+    with pytest.raises(SyntaxError):
+        docstrings("def (:")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert docstrings('"\\d is an invalid escape"') == [(1, "", "\\d is an invalid escape")]
+
+
+def test_comments_are_blocks_of_whole_lines():
+    assert comment_blocks(SOURCE) == [
+        (2, "# first\n#   second"),
+        (8, "# indented, another block"),
+        (24, "# last"),
+    ]
+    assert comment_blocks("") == []
+    assert comment_blocks("x = 1\n\n#\n\f# b\n") == [(3, "#\n# b")]
+
+
+def test_comments_agree_with_the_tokenizer():
+    import io
+    import tokenize
+
+    for path in sorted(Path(json.__file__).parent.rglob("*.py")) + [Path(bz2.__file__)]:
+        source = path.read_text(encoding="utf-8")
+        lines = {
+            token.start[0]
+            for token in tokenize.generate_tokens(io.StringIO(source).readline)
+            if token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip()
+        }
+        ours = {
+            line + offset
+            for line, block in comment_blocks(source)
+            for offset in range(block.count("\n") + 1)
+        }
+        assert ours == lines
+
+
+@given(st.text("\"'#\\\n x", max_size=200))
+@relaxed
+def test_comment_search_never_explodes(source):
+    for line, block in comment_blocks(source):
+        assert block.startswith("#")
+        assert 1 <= line <= source.count("\n") + 1
+
+
+# --- installed packages --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package with everything that may go wrong, importable but never imported."""
+    root = tmp_path / "bakery_for_tests"
+    (root / "inner").mkdir(parents=True)
+    (root / "tests").mkdir()
+    (root / "__init__.py").write_text('raise SystemExit("imported")\n# Never run.\n', "utf-8")
+    (root / "b.py").write_bytes(b'"""B."""\r\n#-----\r\n# Comment\r\n# two.\r\n')
+    (root / "a.py").write_bytes('# -*- coding: latin-1 -*-\n"""Ä."""\n'.encode("latin-1"))
+    (root / "inner" / "c.py").write_bytes('"""Ç."""\n'.encode("utf-8-sig"))
+    (root / "broken.py").write_text('"""Never closed\n', "utf-8")
+    (root / "bytes.py").write_bytes(b'"""\xff\xfe"""\n')
+    (root / "nul.py").write_bytes(b'"""a\0b"""\n')
+    (root / "half.py").write_text('"""\\ud800"""\n', "utf-8")
+    (root / "cookie.py").write_text("# coding: no-such-thing\n", "utf-8")
+    (root / "deep.py").write_text("x = " + "(" * 5000 + ")" * 5000, "utf-8")
+    (root / "tests" / "test_a.py").write_text('"""A test."""', "utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "bakery_for_tests"
+
+
+def test_a_package_with_broken_files(package):
+    report = ReadReport()
+    found = list(read_installed_docs(package, report=report))
+    root = package
+    assert [(d.id, d.text, d.metadata["kind"]) for d in found] == [
+        (f"{root}/__init__.py:2", "Never run.\n", "comment")[:1] + ("Never run.", "comment"),
+        (f"{root}/a.py:1", "-*- coding: latin-1 -*-", "comment"),
+        (f"{root}/a.py:2", "Ä.", "docstring"),
+        (f"{root}/b.py:1", "B.", "docstring"),
+        (f"{root}/b.py:2", "-----\nComment\ntwo.", "comment"),
+        (f"{root}/inner/c.py:1", "Ç.", "docstring"),
+    ]
+    assert {d.source for d in found} == {package}
+    broken = ["broken.py", "bytes.py", "cookie.py", "deep.py", "half.py", "nul.py"]
+    assert [problem.path for problem in report.problems] == [f"{root}/{name}" for name in broken]
+    assert report.problems[0].line == 1
+    assert (report.documents, report.files) == (6, 10)
+
+
+def test_broken_files_are_warned_of_or_raised(package):
+    with pytest.warns(CorpusWarning, match="6 documents from 10 files, 6 problems"):
+        list(read_installed_docs(package))
+    with pytest.raises(ValueError, match=r"broken\.py:1: not valid Python"):
+        list(read_installed_docs(package, errors="strict"))
+
+
+def test_order_does_not_depend_on_workers(package, monkeypatch):
+    names = [package, "json", "email", "concurrent"]
+    alone, together = ReadReport(), ReadReport()
+    one = list(read_installed_docs(names, workers=1, report=alone))
+    two = list(read_installed_docs(reversed(names), workers=2, report=together))
+    assert one == two
+    assert alone.problems == together.problems
+    assert len(one) > 200
+    keys = [(d.source, d.metadata["path"], d.metadata["line"]) for d in one]
+    assert keys == sorted(keys)
+    assert len({d.id for d in one}) == len(one)
+
+
+def test_workers_can_be_abandoned():
+    stream = read_installed_docs("json", workers=2)
+    assert next(stream).source == "json"
+    stream.close()  # type: ignore[attr-defined]
+
+
+def test_kinds():
+    everything = list(read_installed_docs("numpy", kinds="readme"))
+    assert [d.metadata["kind"] for d in everything] == ["readme"]
+    assert everything[0].id == "numpy/README:1"
+    only = list(read_installed_docs("json", kinds=["docstring"]))
+    assert {d.metadata["kind"] for d in only} == {"docstring"}
+    assert "JSONDecoder.decode" in {d.metadata["name"] for d in only}
+
+
+def test_packages_by_either_name():
+    by_module = list(read_installed_docs("_pytest", kinds=["docstring"], workers=1))
+    by_distribution = list(read_installed_docs("PyTest", kinds=["docstring"], workers=1))
+    assert {d.text for d in by_module} <= {d.text for d in by_distribution}
+    modules = {d.metadata["path"].split("/")[0] for d in read_installed_docs("six", workers=1)}
+    assert modules <= {"six.py", "six"}
+
+
+@pytest.mark.parametrize("name", ["nunpy", "", "no such", "a.b", "__main__", "../x"])
+def test_unknown_packages(name):
+    with pytest.raises(ValueError, match="packages: expected 'stdlib' or installed packages, got"):
+        read_installed_docs(name)
+
+
+def test_near_matches_are_offered():
+    with pytest.raises(ValueError, match="did you mean 'numpy'"):
+        read_installed_docs(["json", "nunpy"])
+
+
+def test_packages_without_text():
+    with pytest.raises(ValueError, match=r"packages=\['sys'\]: expected at least one document"):
+        list(read_installed_docs("sys"))
+    with pytest.raises(ValueError, match=r"packages=\[\]: expected at least one document"):
+        list(read_installed_docs([]))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"kinds": []}, {"kinds": ["poem"]}, {"workers": 0}, {"errors": "ignore"}]
+)
+def test_bad_arguments_fail_when_called(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        read_installed_docs("json", **wrong)
+
+
+SCRIPT = """
+import sys
+print("ran once")
+from llmbook.corpus import read_installed_docs
+print(len(list(read_installed_docs("json", workers=2))) > 10)
+"""
+
+
+def test_a_script_without_a_guard_runs_once(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT, "utf-8")
+    path = os.pathsep.join([str(Path(corpus.__file__).parents[1]), *sys.path])
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=60,
+    )
+    assert (done.stdout.split("\n"), done.stderr) == (["ran once", "True", ""], "")
+
+
+def test_functions_of_a_notebook_work_alone(monkeypatch):
+    def double(number: int) -> int:
+        return 2 * number
+
+    double.__module__ = "__main__"
+    assert list(corpus._in_order(double, [1, 2, 3], workers=2)) == [2, 4, 6]
+
+
+# --- bytes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-8"])
+def test_marks_decide(encoding):
+    assert decode_text("naïve ☕\r\nb\rc".encode(encoding)) == "naïve ☕\nb\nc"
+    if encoding != "utf-8":
+        assert decode_text("naïve".encode(encoding), "latin-1") == "naïve"
+
+
+def test_declared_encodings():
+    assert decode_text("naïve".encode("latin-1"), "latin-1") == "naïve"
+    assert decode_text("naïve".encode("utf-16-le"), "utf-16-le") == "naïve"
+    with pytest.raises(UnicodeDecodeError):
+        decode_text("naïve".encode("latin-1"))
+    assert decode_text("naïve".encode("latin-1"), errors="replace") == "na\ufffdve"
+    with pytest.raises(ValueError, match="binary"):
+        decode_text(b"a\0b")
+    assert decode_text(b"") == ""
+
+
+@given(texts)
+def test_text_survives_any_mark(text):
+    expected = text.replace("\r\n", "\n").replace("\r", "\n")
+    for encoding in ("utf-8-sig", "utf-16", "utf-32"):
+        assert decode_text(text.encode(encoding)) == expected
+
+
+# --- JSON Lines ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_jsonl_round_trip(tmp_path, suffix):
+    path = tmp_path / f"docs.jsonl{suffix}"
+    assert write_jsonl(iter(some()), path) == 3
+    assert list(read_jsonl(path)) == some()
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@given(documents)
+@relaxed
+def test_any_documents_survive_jsonl_and_parquet(tmp_path, corpus_of_any_kind):
+    write_jsonl(corpus_of_any_kind, tmp_path / "any.jsonl.gz")
+    assert list(read_jsonl(tmp_path / "any.jsonl.gz")) == corpus_of_any_kind
+    write_parquet(corpus_of_any_kind, tmp_path / "any.parquet", row_group=2)
+    assert list(read_parquet(tmp_path / "any.parquet")) == corpus_of_any_kind
+
+
+def test_the_same_documents_give_the_same_bytes(tmp_path):
+    for name in ("a.jsonl.gz", "b.jsonl.gz"):
+        write_jsonl(some(), tmp_path / name)
+    assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
+
+
+def test_fields_of_others(tmp_path):
+    path = tmp_path / "theirs.jsonl"
+    path.write_bytes(
+        b"\xef\xbb\xbf"
+        + lines_of({"content": "a", "url": "u", "key": 7, "metadata": "m"})
+        + b"\n  \r\n"
+        + lines_of({"content": "b", "metadata": {"x": 1}, "source": ["list"]})
+    )
+    a, b = read_jsonl(path, text_field="content", id_field="key")
+    assert a == Document("a", "7", "theirs.jsonl", {"url": "u", "metadata": "m"})
+    assert b == Document("b", "theirs.jsonl:4", "theirs.jsonl", {"x": 1, "source": ["list"]})
+
+
+def test_bad_lines_are_reported_with_their_numbers(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(
+        lines_of({"text": "good"})
+        + b'{"text": "cut\n'
+        + b'{"text": "caf\xe9"}\n'
+        + lines_of(["a list"], {"txt": "a"}, {"text": 5})
+        + b'{"text": "\\ud800"}\n'
+        + b"[" * 100_000
+        + b"\n"
+        + lines_of({"text": "also good"})
+    )
+    report = ReadReport()
+    assert [d.text for d in read_jsonl(path, report=report)] == ["good", "also good"]
+    assert [(p.path, p.line) for p in report.problems] == [("bad.jsonl", n) for n in range(2, 9)]
+    assert "malformed JSON" in report.problems[0].reason
+    assert "not utf-8: byte 0xe9" in report.problems[1].reason
+    assert "got fields ['txt']" in report.problems[3].reason
+    assert str(report.problems[0]).startswith("bad.jsonl:2: ")
+    with pytest.warns(CorpusWarning, match=r"2 documents from 1 files, 7 problems.*bad\.jsonl:2"):
+        list(read_jsonl(path))
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2: malformed JSON"):
+        list(read_jsonl(path, errors="strict"))
+
+
+def test_replace_keeps_text_with_marks(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"text": "caf\xe9"}\n{"text": "\\ud800!"}\n{"text": 1}\n')
+    report = ReadReport()
+    found = [d.text for d in read_jsonl(path, errors="replace", report=report)]
+    assert found == ["caf\ufffd", "\ufffd!"]
+    assert [p.line for p in report.problems] == [3]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES[1:])
+def test_truncated_files_give_what_they_hold(tmp_path, suffix):
+    rng = np.random.default_rng(0)
+    rows = [
+        {"text": "".join(map(chr, rng.integers(97, 122, 300))), "id": str(n)} for n in range(2000)
+    ]
+    data = COMPRESS[suffix](lines_of(*rows))
+    path = tmp_path / f"cut.jsonl{suffix}"
+    path.write_bytes(data[: 2 * len(data) // 3])
+    report = ReadReport()
+    try:
+        found = list(read_jsonl(path, report=report))
+    except ValueError as error:  # all in one block: nothing can be read
+        assert suffix == ".bz2" or "no" in str(error)  # noqa: PT017
+        found = []
+    assert len(found) < 2000
+    assert len(report.problems) >= 1
+    assert "end" in report.problems[-1].reason.lower()
+    path.write_bytes(b"this is not compressed")
+    report = ReadReport()
+    with pytest.raises(ValueError, match="expected at least one document, got none"):
+        list(read_jsonl(path, report=report))
+    assert len(report.problems) == 1
+
+
+def test_zstd_frames_in_a_row(tmp_path):
+    compress = zstandard.ZstdCompressor().compress
+    rows = [{"text": str(n), "id": str(n)} for n in range(10)]
+    path = tmp_path / "frames.jsonl.zst"
+    path.write_bytes(b"".join(compress(lines_of(row)) for row in rows) + compress(b""))
+    assert [d.id for d in read_jsonl(path)] == [str(n) for n in range(10)]
+
+
+def test_several_files_in_the_order_given(tmp_path):
+    for name in "ab":
+        write_jsonl([Document(name)], tmp_path / f"{name}.jsonl")
+    found = read_jsonl([tmp_path / "b.jsonl", str(tmp_path / "a.jsonl")])
+    assert [d.text for d in found] == ["b", "a"]
+
+
+def test_reading_is_lazy(tmp_path):
+    write_jsonl(some(), tmp_path / "docs.jsonl")
+    with (tmp_path / "docs.jsonl").open("ab") as file:
+        file.write(b"garbage\n")
+    stream = read_jsonl(tmp_path / "docs.jsonl", errors="strict")
+    assert [next(stream).id for _ in range(3)] == ["d0", "d1", "d2"]
+    with pytest.raises(ValueError, match="docs.jsonl:4"):
+        next(stream)
+
+
+@pytest.mark.parametrize("reader", [read_jsonl, read_parquet, read_files])
+def test_missing_files_fail_when_called(tmp_path, reader):
+    with pytest.raises(FileNotFoundError, match="paths: no file or folder"):
+        reader(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match="paths: expected at least one"):
+        reader([])
+    with pytest.raises(ValueError, match="errors: expected 'strict', 'skip' or 'replace'"):
+        reader(tmp_path, errors="loud")
+
+
+@pytest.mark.parametrize("reader", [read_jsonl, read_parquet])
+def test_folders_are_for_read_files(tmp_path, reader):
+    with pytest.raises(ValueError, match="expected files, got the folder"):
+        reader(tmp_path)
+
+
+def test_empty_files_hold_no_corpus(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"paths=\['empty.jsonl'\]: expected at least one"):
+        list(read_jsonl(tmp_path / "empty.jsonl"))
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_files_appear_whole_or_not_at_all(tmp_path, write):
+    path = tmp_path / ("x.jsonl.gz" if write is write_jsonl else "x.parquet")
+    write(some(), path)
+    before = path.read_bytes()
+
+    def interrupted():
+        yield from some()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(interrupted(), path)
+    for unfit in ({"a": {1, 2}}, {"a": float("nan")}, {"a": "\ud800"}):
+        with pytest.raises(ValueError, match="documents: JSON cannot hold 'bad'"):
+            write([*some(), Document("t", "bad", metadata=unfit)], path)
+    with pytest.raises(ValueError, match="documents: expected at least one"):
+        write([], path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+# --- Parquet -------------------------------------------------------------------------------------
+
+
+def test_parquet_of_others(tmp_path):
+    table = pa.table(
+        {"content": ["a", None, "c"], "n": [1, 2, 3], "metadata": [{"k": 1}, {"k": 2}, {"k": 3}]}
+    )
+    pq.write_table(table, tmp_path / "t.parquet")
+    report = ReadReport()
+    found = list(read_parquet(tmp_path / "t.parquet", text_field="content", report=report))
+    assert [d.metadata for d in found] == [{"k": 1, "n": 1}, {"k": 3, "n": 3}]
+    assert [d.id for d in found] == ["t.parquet:1", "t.parquet:3"]
+    assert [p.line for p in report.problems] == [2]
+
+
+def test_broken_parquet(tmp_path):
+    write_parquet(some(), tmp_path / "ok.parquet")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "ok.parquet").read_bytes()[:-20])
+    (tmp_path / "text.parquet").write_text("no", "utf-8")
+    report = ReadReport()
+    paths = [tmp_path / f"{name}.parquet" for name in ("cut", "ok", "text")]
+    assert list(read_parquet(paths, report=report)) == some()
+    assert [(p.path, p.line) for p in report.problems] == [
+        ("cut.parquet", None),
+        ("text.parquet", None),
+    ]
+    with pytest.raises(ValueError, match="row_group: expected at least 1"):
+        write_parquet(some(), tmp_path / "x.parquet", row_group=0)
+
+
+# --- HTML ----------------------------------------------------------------------------------------
+
+TEN = "one two three four five six seven eight nine ten"
+PAGE = f"""<html lang=de><head><title>T&amp;T</title><script>if (a < b) {{}}</script></head>
+<body><nav><a href=x>{TEN}</a></nav><main><h1>Head</h1><p>{TEN} &auml;<br>x<p>{TEN}
+<pre>a  b
+c</pre></main><footer><a>menu</a></footer></body></html>"""
+
+
+def test_blocks_and_text():
+    assert html_to_text(PAGE) == f"Head\n\n{TEN} ä x\n\n{TEN}\n\na  b\nc"
+    assert html_to_text(PAGE, main_content=False).startswith(TEN)
+    assert [round(b.link_share, 1) for b in html_blocks(PAGE)] == [1, 0, 0, 0, 0, 1]
+    assert html_to_text("") == ""
+    assert html_to_text("<p>short") == ""
+
+
+@given(st.text("<>/ap&;!-\"' script", max_size=80))
+@relaxed
+def test_no_page_is_too_broken(page):
+    for block in html_blocks(page):
+        assert block.text.strip()
+        assert 0 <= block.link_share <= 1
+    read_html(page.replace(".htm", ""))
+
+
+def test_read_html():
+    document = read_html(PAGE)
+    assert document.metadata == {
+        "kind": "html",
+        "title": "T&T",
+        "language": "de",
+        "main_content": True,
+    }
+    assert TEN in document.text
+    assert "menu" not in document.text
+    assert "menu" in read_html(PAGE, main_content=False).text
+    assert read_html(PAGE, id="mine").id == "mine"
+    assert read_html("").text == ""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "iso-8859-1", "koi8-r"])
+def test_encodings_of_pages(tmp_path, encoding):
+    word = "дрожжи" if encoding == "koi8-r" else "Käse"
+    page = f"<html><head><meta charset={encoding}></head><p>{word} {TEN}</p></html>"
+    assert word in read_html(page.encode(encoding)).text
+    (tmp_path / "page.html").write_bytes(page.encode(encoding))
+    document = read_html(tmp_path / "page.html")
+    assert word in document.text
+    assert (document.id, document.source) == ("page.html", "page.html")
+
+
+def test_bad_pages():
+    with pytest.raises(ValueError, match="page: expected HTML, or a Path"):
+        read_html("folder/page.html")
+    with pytest.raises(FileNotFoundError):
+        read_html(Path("none.html"))
+    with pytest.raises(ValueError, match="errors: expected"):
+        read_html("<p>", errors="loud")
+    with pytest.raises(ValueError, match="binary"):
+        read_html(b"\x89PNG\0\0")
+    wrong = b"<meta charset=utf-8><p>caf\xe9 au lait"
+    with pytest.raises(UnicodeDecodeError):
+        read_html(wrong, errors="strict")
+    assert "caf" in read_html(wrong).text
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "docs"
+    (root / "sub" / "deep").mkdir(parents=True)
+    (root / ".git").mkdir()
+    (root / ".git" / "config.txt").write_text("no", "utf-8")
+    (root / "b.md").write_bytes("# Über\r\n".encode("utf-8-sig"))
+    (root / "a.txt.gz").write_bytes(gzip.compress(b"zipped"))
+    (root / "sub" / "page.HTML").write_text(PAGE, "utf-8")
+    (root / "sub" / "deep" / "c.txt").write_text("c", "utf-8")
+    (root / "z.png").write_bytes(b"\x89PNG")
+    (root / "README").write_text("no suffix", "utf-8")
+    write_jsonl(some(2), root / "rows.jsonl.zst")
+    write_parquet([Document("p", "p1")], root / "rows.parquet")
+    return root
+
+
+IDS = ["a.txt.gz", "b.md", "d0", "d1", "p1", "sub/deep/c.txt", "sub/page.HTML"]
+
+
+def test_a_folder(folder):
+    report = ReadReport()
+    found = list(read_files(folder, report=report))
+    assert [d.id for d in found] == IDS
+    assert found[1].text == "# Über\n"
+    assert [d.metadata.get("kind") for d in found] == [
+        "text",
+        "markdown",
+        None,
+        None,
+        None,
+        "text",
+        "html",
+    ]
+    assert report.ignored == {".png": 1, "no suffix": 1, "hidden": 1}
+    assert (report.files, report.documents, report.problems) == (6, 7, [])
+    assert list(read_files(str(folder))) == found
+
+
+def test_patterns_and_several_paths(folder, monkeypatch):
+    assert [d.id for d in read_files(folder, "*.txt")] == ["sub/deep/c.txt"]
+    assert [d.id for d in read_files(folder, "sub/*")] == IDS[-2:]
+    both = read_files([folder / "sub", folder / "b.md", folder / "b.md"])
+    assert [d.id for d in both] == ["b.md", *IDS[-2:]]
+    monkeypatch.chdir(folder / "sub")
+    assert [d.id for d in read_files("../b.md")] == ["b.md"]
+    assert [d.id for d in read_files(".")] == ["deep/c.txt", "page.HTML"]
+
+
+def test_folders_with_nothing_in_them(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="paths=.*expected at least one document, got none"):
+        list(read_files(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"pattern='\*.rst': expected at least one"):
+        list(read_files(folder, "*.rst"))
+    with pytest.raises(ValueError, match=r"paths: expected a suffix among .*z\.png"):
+        read_files(folder / "z.png")
+    with pytest.raises(
+        ValueError, match="encoding: expected one that Python knows, got 'latin-99'"
+    ):
+        read_files(folder, encoding="latin-99")
+
+
+def test_bad_files_in_a_folder(tmp_path):
+    (tmp_path / "bad.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "binary.md").write_bytes(b"\0\1\2")
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"text" * 1000)[:-12])
+    (tmp_path / "empty.txt").write_text(" \n", "utf-8")
+    (tmp_path / "not.txt.xz").write_bytes(b"not")
+    (tmp_path / "ok.txt").write_text("ok", "utf-8")
+    report = ReadReport()
+    assert [d.text for d in read_files(tmp_path, report=report)] == ["ok"]
+    names = ["bad.txt", "binary.md", "cut.txt.gz", "empty.txt", "not.txt.xz"]
+    assert [p.path for p in report.problems] == names
+    assert [p.reason for p in report.problems][1] == "binary: a zero byte near the start"
+    with pytest.warns(CorpusWarning, match="1 documents from 6 files, 5 problems"):
+        list(read_files(tmp_path))
+    with pytest.raises(ValueError, match="bad.txt: not utf-8: byte 0xe9 at 3"):
+        list(read_files(tmp_path, errors="strict"))
+    (latin,) = read_files(tmp_path / "bad.txt", encoding="latin-1")
+    assert latin.text == "café"
+    (marked,) = read_files(tmp_path / "bad.txt", errors="replace")
+    assert marked.text == "caf\ufffd"
+
+
+def link(path: Path, target: Path) -> None:
+    try:
+        path.symlink_to(target, target_is_directory=target.is_dir())
+    except (OSError, NotImplementedError):
+        pytest.skip("this system does not let us make symbolic links")
+
+
+def test_links_that_lead_back(folder):
+    link(folder / "sub" / "up", folder)
+    link(folder / "gone.txt", folder / "nowhere.txt")
+    report = ReadReport()
+    assert [d.id for d in read_files(folder, report=report)] == IDS
+    assert [p.path for p in report.problems] == ["gone.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions work otherwise on Windows")
+def test_unreadable_files(folder):
+    (folder / "b.md").chmod(0)
+    (folder / "sub" / "deep").chmod(0)
+    if os.access(folder / "b.md", os.R_OK):
+        (folder / "sub" / "deep").chmod(0o755)
+        pytest.skip("root reads everything")
+    report = ReadReport()
+    found = [d.id for d in read_files(folder, report=report)]
+    (folder / "sub" / "deep").chmod(0o755)
+    assert found == [i for i in IDS if i not in ("b.md", "sub/deep/c.txt")]
+    assert len(report.problems) == 2
+    assert all("ermission" in p.reason for p in report.problems)
+
+
+def test_an_unreadable_file_is_a_problem(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(corpus, "_open", refuse)
+    report = ReadReport()
+    assert [d.id for d in read_files(folder, report=report)] == ["p1"]
+    assert {p.reason for p in report.problems} == {"PermissionError: Permission denied"}
+
+
+# --- hub -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_parquet(some(50), folder / "train.parquet", row_group=10)
+    return str(folder)
+
+
+def test_a_local_folder_is_a_data_set(dataset):
+    assert list(stream_hub(dataset)) == some(50)
+    assert [d.id for d in stream_hub(dataset, limit=3)] == ["d0", "d1", "d2"]
+    shuffled = [d.id for d in stream_hub(dataset, shuffle_buffer=20, seed=1)]
+    assert shuffled != [d.id for d in some(50)]
+    assert Counter(shuffled) == Counter(d.id for d in some(50))
+    assert shuffled == [d.id for d in stream_hub(dataset, shuffle_buffer=20, seed=1)]
+    assert shuffled != [d.id for d in stream_hub(dataset, shuffle_buffer=20, seed=2)]
+
+
+def test_a_jsonl_folder_with_other_fields(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "part.jsonl").write_bytes(lines_of({"body": "a"}, {"body": None}, {"body": "c"}))
+    report = ReadReport()
+    found = list(stream_hub(str(tmp_path), text_field="body", report=report))
+    assert [d.text for d in found] == ["a", "c"]
+    assert found[0].id == Document("a").id
+    assert [p.line for p in report.problems] == [2]
+
+
+def test_bad_requests_to_a_hub(dataset):
+    with pytest.raises(ValueError, match="text_field: expected one of .*'text'.*, got 'body'"):
+        stream_hub(dataset, text_field="body")
+    with pytest.raises(ValueError, match="split='tset'"):
+        stream_hub(dataset, split="tset")
+    with pytest.raises(ValueError, match="limit: expected at least 1, got 0"):
+        stream_hub(dataset, limit=0)
+    with pytest.raises(ValueError, match="shuffle_buffer: expected at least 0, got -1"):
+        stream_hub(dataset, shuffle_buffer=-1)
+
+
+def test_without_a_network(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach it")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ConnectionError, match="the hub could not be asked for 'some/set'"):
+        stream_hub("some/set")
+
+
+def test_without_the_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"llmbook\[hub\]"):
+        stream_hub("some/set")
+
+
+@pytest.mark.parametrize("missing, name", [("zstandard", "x.jsonl.zst"), ("pyarrow", "x.parquet")])
+def test_without_the_formats(tmp_path, monkeypatch, missing, name):
+    (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=r"llmbook\[scale\]"):
+        list(read_files(tmp_path / name))
+
+
+# --- statistics ----------------------------------------------------------------------------------
+
+
+def test_words_and_scripts():
+    assert words("Don't stop_me 2 ÜBER") == ["don", "t", "stop", "me", "über"]
+    assert count_scripts("aä б 中 7") == {"LATIN": 2, "CYRILLIC": 1, "CJK": 1}
+    assert count_scripts("") == {}
+
+
+@given(st.floats(-3, 3), st.floats(0.1, 100), st.integers(2, 60))
+@relaxed
+def test_exact_powers_are_found(exponent, constant, bins):
+    x = np.arange(1, 500)
+    found = fit_power_law(x, constant * x.astype(float) ** exponent, bins)
+    assert found == pytest.approx((exponent, constant), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("x, y", [([1], [1]), ([1, 2], [0, 1]), ([0, 1], [1, 1]), ([2, 2], [1, 3])])
+def test_powers_need_positive_values(x, y):
+    with pytest.raises(ValueError, match="x, y: expected positive values"):
+        fit_power_law(np.array(x), np.array(y))
+
+
+@given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=60))
+@relaxed
+def test_growth_counts_different_tokens(tokens):
+    sizes, distinct = vocabulary_growth(tokens, points=10)
+    assert [len(set(tokens[:n])) for n in sizes] == distinct.tolist()
+    assert sizes[0] == 1
+    assert sizes[-1] == len(tokens)
+
+
+def test_growth_of_nothing():
+    with pytest.raises(ValueError, match="expected a token and 2 points"):
+        vocabulary_growth([])
+
+
+def test_problems_read_well():
+    assert str(Problem("a.txt", None, "why")) == "a.txt: why"
+    report = ReadReport(problems=[Problem("a", n, "why") for n in range(5)])
+    assert str(report).endswith("5 problems (a:0: why; a:1: why; a:2: why; ...)")
+
+
+def test_importing_is_quick():
+    code = "import sys, llmbook.corpus; print([m for m in sys.modules if m in {'torch', 'datasets', 'pyarrow', 'zstandard', 'resiliparse', 'matplotlib'}])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,79 @@
+"""A pytest plugin: nbval over the chapters, then, in each, the proof of its exercises.
+
+The proof runs in the kernel that has run the chapter, so it costs no second execution, and
+stores nothing. For each exercise: the blanked solution must fail its check, then the solution
+must pass it.
+
+Use: ``pytest chapters -p nbval_exercises``, without ``--nbval``, which would collect each notebook
+a second time.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from book import CHAPTER_NAME, Chapter, read_notebook
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell
+from nbval.plugin import IPyNbCell, IPyNbFile
+from workbook import Exercise, blanked, exercises
+
+# Runs in the chapter's kernel; sources are those of the blanked cells and of the check.
+BLANK_MUST_FAIL = """\
+def __blank_must_fail__(label, *sources):
+    try:
+        for source in sources:
+            exec(get_ipython().transform_cell(source), globals())
+    except (NotImplementedError, AssertionError):
+        return
+    except BaseException as error:
+        message = f"the blank of exercise {{label}} fails for another reason: {{error!r}}"
+        raise AssertionError(message) from error
+    raise AssertionError(f"the blank of exercise {{label}} passes its check")
+
+__blank_must_fail__(*{arguments!r})
+"""
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """Collect the chapters' notebooks."""
+    if file_path.suffix == ".ipynb" and CHAPTER_NAME.fullmatch(file_path.stem):
+        return ChapterFile.from_parent(parent, path=file_path)
+    return None
+
+
+class ChapterFile(IPyNbFile):
+    """A chapter's notebook: its code cells, then its exercises."""
+
+    def collect(self) -> Iterator[IPyNbCell]:
+        """Yield the cells that are to be run, in order, all in one kernel."""
+        number = -1
+        for item in super().collect():
+            number = item.cell_num
+            yield item
+        chapter = Chapter(self.path.parent.parent, self.path.stem)
+        notebook = read_notebook(self.path)
+        for exercise in exercises(chapter, notebook):
+            for what, source in proof(chapter, notebook, exercise):
+                number += 1
+                # A cell that was never executed has no outputs to compare: it need only run.
+                yield IPyNbCell.from_parent(
+                    self,
+                    name=f"{exercise.label}: {what}",
+                    cell_num=number,
+                    cell=new_code_cell(source),
+                    options=defaultdict(bool),
+                )
+
+
+def proof(
+    chapter: Chapter, notebook: NotebookNode, exercise: Exercise
+) -> Iterator[tuple[str, str]]:
+    """Yield what to show and the code that shows it, for one exercise."""
+    check = exercise.check.source
+    blanks = [blanked(chapter, notebook, cell) for cell in exercise.solutions]
+    yield "the blank fails", BLANK_MUST_FAIL.format(arguments=[exercise.label, *blanks, check])
+    for cell in exercise.solutions:
+        yield "the solution runs", cell.source
+    yield "the solution passes", check
