@@ -35,7 +35,7 @@ sync: $(INSTALLED) ## after an edit: pair, export, execute what changed
 	@$(PY) tools/sync.py
 
 lab: $(INSTALLED) ## open the chapters in JupyterLab
-	@$(BIN)/jupyter lab --notebook-dir=chapters
+	@$(PY) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/chapters
 
 workbook: $(INSTALLED) ## student notebooks, solutions blanked, in _build/workbook
 	@$(PY) tools/workbook.py

@@ -1,20 +1,20 @@
 # %% [markdown]
 # # Text from the real world
 #
-# > Read documents from packages, files, web pages and hubs, lose none of them silently, and measure what
-# > they are made of.
+# > Read documents from packages, files, web pages and hubs, lose none of them silently, and measure
+# > what they are made of.
 #
-# The stories of chapter 01 came out of a generator, and we knew the probability of each. Real text has
-# no such birth certificate. It sits in thousands of files written by people who never met, in formats
-# that disagree, with license headers, broken encodings, copies of copies, and addresses of people who
-# did not ask to be memorized. Most of what a language model will ever know is decided here, before the
-# first parameter exists.
+# The stories of chapter 01 came out of a generator, and we knew the probability of each. Real text
+# sits in thousands of files by people who never met, in formats that disagree, with license
+# headers, broken encodings, copies of copies, and addresses of people who did not ask to be
+# memorized. Most of what a language model will ever know is decided here, before its first
+# parameter exists.
 #
-# The usual place to study this is the web, which needs a network and a warehouse. There is a smaller
-# web on your own disk. Every Python installation carries docstrings, comments and READMEs: tens of
-# thousands of pieces by thousands of authors, on everything from time zones to contour plots. It is
-# real, it is messy in the same ways, and it is already there. We read it, measure it, and write down
-# what is wrong with it. That list is the work order for {doc}`03_cleaning` and {doc}`04_deduplication`.
+# The usual place to study this is the web, which needs a network and a warehouse. There is a
+# smaller web on your own disk. Every Python installation carries docstrings, comments and READMEs:
+# tens of thousands of pieces, on everything from time zones to contour plots. It is real, and
+# messy in the same ways. We read it, measure it, and write down what is wrong with it. That list
+# is the work order for chapters 03 and 04.
 #
 # | | |
 # |---|---|
@@ -40,6 +40,7 @@ import json
 import lzma
 import multiprocessing
 import os
+import random
 import re
 import sys
 import sysconfig
@@ -50,8 +51,8 @@ import warnings
 import zlib
 
 # %% [markdown]
-# These come with Python, and so do the next ones. Whatever else a reader needs (pyarrow, zstandard,
-# datasets) is imported where it is used, so that importing the module stays quick.
+# These come with Python, and so do the next ones. Whatever else a reader needs (pyarrow,
+# zstandard, datasets) is imported where it is used, so that importing the module stays quick.
 
 # %%
 #| export
@@ -64,8 +65,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from hashlib import blake2b
 from html.parser import HTMLParser
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Integer
@@ -73,12 +75,12 @@ from jaxtyping import Float, Integer
 # %% [markdown]
 # ## What is a document?
 #
-# A corpus is a stream of documents, and a document is more than its text. When chapter 04 finds that
-# two documents are the same, it must be able to say *which* two. When a model recites a telephone
-# number, you want to know which file it came from. So a document carries three more things: an **id**
-# that stays the same from run to run, a **source**, and a dictionary of whatever else is known. If
-# nobody gives an id we derive one from the text itself, by hashing it. A running number would not do:
-# it changes as soon as a file is added.
+# A corpus is a stream of documents, and a document is more than its text. When chapter 04 finds
+# two equal documents, it must be able to say *which* two. When a model recites a telephone number,
+# you want to know which file it came from. So a document carries an **id** that stays the same
+# from run to run, a **source**, and a dictionary of whatever else is known. Without an id it gets
+# one derived from its text by hashing. A running number would not do: it changes as soon as a file
+# is added.
 
 
 # %%
@@ -87,11 +89,11 @@ from jaxtyping import Float, Integer
 class Document:
     """A text with a stable id, where it is from, and whatever else is known of it.
 
-    Without an ``id`` it gets one that is a hash of the text. The text can always be written as UTF-8:
-    a lone surrogate (half a character) raises a ``ValueError``.
+    Without an ``id`` it gets one that is a hash of the text. The text can always be written as
+    UTF-8: a lone surrogate (half a character) raises a ``ValueError``.
 
     >>> Document("Dough rises.").id
-    '88fd1bb3862d21a2'
+    '3e304b2990b65fdd'
     """
 
     text: str
@@ -110,8 +112,8 @@ class Document:
 
 
 # %% [markdown]
-# Same text, same id, on any machine. And one invariant is settled at the door, so that no later chapter
-# has to think of it: the text of a document can be written as UTF-8.
+# Same text, same id, on any machine. And one thing is settled at the door for all later chapters:
+# the text of a document can be written as UTF-8.
 
 # %%
 print(Document("Dough rises.").id == Document("Dough rises.").id)
@@ -123,11 +125,10 @@ except ValueError as error:
 # %% [markdown]
 # ## A small web on your disk
 #
-# Where is the prose in a Python file? In two places: **docstrings**, which the language knows about,
-# and **comments**, which it throws away. For docstrings we let Python parse the file and walk over its
-# statements. Expressions need no visit, since a function or class is always a statement, and skipping
-# them makes the walk several times shorter. We also keep the qualified name, such as
-# `JSONDecoder.decode`, and the line.
+# Where is the prose in a Python file? In **docstrings**, which the language knows about, and in
+# **comments**, which it throws away. For docstrings we let Python parse the file and walk over its
+# statements; expressions need no visit, since functions and classes are statements. We keep the
+# line and the qualified name, such as `JSONDecoder.decode`.
 
 
 # %%
@@ -138,7 +139,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 def docstrings(source: str) -> list[tuple[int, str, str]]:
     """Return line, qualified name and text of every docstring in Python ``source``, by line.
 
-    Indentation is removed as ``inspect.getdoc`` does. Raises what ``ast.parse`` raises on bad source.
+    Indentation is removed as by ``inspect.getdoc``. Raises what ``ast.parse`` raises on bad source.
 
     >>> docstrings('class Oven:\\n    "Hot."')
     [(2, 'Oven', 'Hot.')]
@@ -159,10 +160,10 @@ def docstrings(source: str) -> list[tuple[int, str, str]]:
 
 
 # %% [markdown]
-# Comments take more thought. `line.strip().startswith("#")` is wrong, because a string may hold such a
-# line: docstrings are full of them. The faithful way is Python's own tokenizer, which knows what is a
-# string. We take comments that have a line to themselves, since those are prose more often than the
-# ones at the end of a line, and join neighbors into blocks.
+# Comments take more thought. A test for lines that begin with `#` is wrong, because a string may
+# hold such lines: docstrings are full of them. The faithful way is Python's own tokenizer. We take
+# comments that have a line to themselves, since those are prose more often than the ones after
+# code, and join neighbors into blocks.
 
 
 # %%
@@ -183,11 +184,11 @@ sample = 'x = 1  # trailing\n# one\n# two\ny = """\n# not a comment\n"""\n'
 print(comments_by_tokenize(sample))
 
 # %% [markdown]
-# Correct, and slow: Python 3.11 tokenizes in pure Python, a million tokens at a time. But we do not
-# need all tokens. To know where comments are, one only has to step over strings, and both can be
-# described by one regular expression, which runs in C. It tries, at each position: a block of comment
-# lines; a trailing comment, to be stepped over because it may contain a quote; a string, to be stepped
-# over because it may contain a `#`. The `*+` is possessive repetition: what is matched is never given
+# Correct, and slow: Python 3.11 tokenizes in Python. But we do not need all tokens. To know where
+# comments are, one only has to step over strings, and both can be described by one regular
+# expression, which runs in C. It tries, at each position: a block of comment lines; a comment
+# after code, to be stepped over because it may contain a quote; a string, to be stepped over
+# because it may contain a `#`. The `*+` repeats possessively: what it has matched it never gives
 # back, so the search cannot explode.
 
 # %%
@@ -205,7 +206,7 @@ _COMMENT_OR_STRING = re.compile(
 
 
 def comment_blocks(source: str) -> list[tuple[int, str]]:
-    """Return line and text of every block of whole-line comments in Python ``source``, ``#`` included.
+    """Return line and text of every block of whole-line comments in Python ``source``, with ``#``.
 
     >>> comment_blocks("x = '# no'  # no\\n# one\\n# two\\n")
     [(2, '# one\\n# two')]
@@ -215,12 +216,13 @@ def comment_blocks(source: str) -> list[tuple[int, str]]:
         if block := match["block"]:
             line += source.count("\n", counted, match.start())
             counted = match.start()
-            found.append((line, "\n".join(row.strip() for row in block.splitlines())))
+            found.append((line, "\n".join(row.strip() for row in block.rstrip("\n").split("\n"))))
     return found
 
 
 # %% [markdown]
-# A clever shortcut must be held against the honest way on more than one example. Here are all files of five packages of the standard library:
+# A clever shortcut must be held against the honest way. Here are all files of five packages of the
+# standard library:
 
 # %%
 import time
@@ -242,12 +244,12 @@ print("at least 5 times faster:", speedup > 5)
 # %% [markdown]
 # ### Reading must not fail, and must not lie
 #
-# Among a thousand files one is broken, always. A reader that stops there is useless; one that shrugs it
-# off is worse, because then nobody knows that a third of the corpus is missing. So problems are
-# **counted, with file, line and reason**. The report can be asked for; without it, a warning at the end
-# says how many. Every reader of this chapter takes `errors="strict"` to stop at the first problem,
-# `"skip"` to go on without the piece that failed, or `"replace"` to keep text with undecodable bytes
-# marked as `�`.
+# Among a thousand files one is broken, always. A reader that stops there is useless; one that
+# shrugs it off is worse, because nobody will know that a third of the corpus is missing. So
+# problems are **counted, with file, line and reason**, in a report that the caller may pass;
+# otherwise a warning at the end says how many there were. With `errors="strict"` every reader of
+# this chapter stops at the first problem, with `"skip"` it goes on without the broken piece, with
+# `"replace"` it keeps text whose undecodable bytes are marked `�`.
 
 
 # %%
@@ -268,8 +270,8 @@ class Problem(NamedTuple):
 
 
 # %% [markdown]
-# A reason should help the person who has to mend the file. Python's own messages do not always: inside of
-# a file of a thousand lines, "line 1 column 21" means the line just parsed.
+# A reason should help the person who has to mend the file. Python's own messages do not always:
+# inside of a file of a thousand lines, "line 1 column 21" means the line just parsed.
 
 
 # %%
@@ -320,8 +322,8 @@ class ReadReport:
 
 
 # %% [markdown]
-# Every reader sends its documents through the following turnstile. It counts, it warns at the end, and
-# it refuses a corpus of nothing, which is nearly always a mistyped path.
+# Every reader sends its documents through this turnstile. It counts, warns at the end, and refuses
+# a corpus of nothing, which is nearly always a mistyped path.
 
 
 # %%
@@ -354,10 +356,9 @@ def _check_at_least(**bounds: tuple[int, int | None]) -> None:
 # %% [markdown]
 # ### Which files belong to a package?
 #
-# Python can tell where a module lies without importing it. The name on the package index and the name
-# one imports often differ (`scikit-learn` is imported as `sklearn`), so we accept both. The standard
-# library goes by `stdlib`. Tests are left out: they are a third of the code and hold hardly any prose,
-# and some systems do not install them at all.
+# Python can tell where a module lies without importing it. Names on the package index and names in
+# imports often differ (`scikit-learn` is imported as `sklearn`), so we accept both. The standard
+# library goes by `stdlib`. Tests are left out; some systems do not even install them.
 
 
 # %%
@@ -371,8 +372,9 @@ def _canonical(name: str) -> str:
 
 def _find_spec(module: str) -> Any:
     try:
-        return importlib.util.find_spec(module) if module.isidentifier() else None
-    except (ImportError, ValueError):  # "__main__", and modules made by hand, have no spec
+        known = module.isidentifier() and module != "__main__"
+        return importlib.util.find_spec(module) if known else None
+    except (ImportError, ValueError):  # modules made by hand have no spec
         return None
 
 
@@ -393,8 +395,8 @@ def _locate(name: str, owners: Any) -> tuple[list[Path], str | None]:
 
 
 # %% [markdown]
-# The walk names every file relative to its package, with forward slashes: such a name, and the ids made
-# from it, is the same on every machine.
+# The walk names every file relative to its package, with forward slashes: such a name, and the ids
+# made from it, is the same on every machine.
 
 
 # %%
@@ -416,10 +418,10 @@ def _unix_lines(text: str) -> str:
 
 
 # %% [markdown]
-# One file becomes a list of documents, or a problem. The comment signs go, and a block without a single
-# letter (a ruler of dashes) is not text. Files from others may hold anything: the syntax of another
-# Python, bytes that are not what they are declared to be, nesting so deep that the parser gives up. All
-# of that is reported and none of it is fatal.
+# One file becomes a list of documents, or a problem. Comment signs go, and a block without a
+# letter (a ruler of dashes) is not text. Files may hold anything: the syntax of another Python,
+# bytes that are not what they are declared to be, nesting that the parser gives up on. All of that
+# is reported and none of it is fatal.
 
 
 # %%
@@ -446,7 +448,8 @@ def _read_python(package: str, name: str, path: str, kinds: tuple[str, ...]) -> 
 
 
 # %% [markdown]
-# A worker gets sixteen files at a time and answers with the documents of each, or with its problem.
+# A worker gets sixteen files at a time and answers with the documents of each, or with its
+# problem.
 
 
 # %%
@@ -465,12 +468,11 @@ def _read_jobs(jobs: list[tuple[str, str, str, tuple[str, ...]]]) -> list[list[D
 # %% [markdown]
 # ### In parallel, and in the same order every time
 #
-# Parsing keeps a processor busy, so we hand files to several processes. Three traps lie here. Workers
-# finish in a random order, so results are taken in the order of the *questions*. Forking a process that
-# has threads, as every notebook has, can deadlock, so workers are *spawned*: started fresh, on every
-# system. And a spawned worker first runs the script it was started from once more, unless its author
-# remembered to guard it by `if __name__ == "__main__"`. Our workers need nothing of that script, so we
-# hide it while they start.
+# Parsing keeps a processor busy, so we hand files to several processes. Three traps lie here.
+# Workers finish in a random order. Forking a process that has threads, as every notebook has, can
+# deadlock, so workers are *spawned*: started fresh, on every system. And a spawned worker first
+# runs its parent's script once more, unless the author guarded it by `if __name__ == "__main__"`.
+# Our workers need nothing of that script, so we hide it while they start.
 
 
 # %%
@@ -487,8 +489,8 @@ def _no_script() -> Iterator[None]:
 
 
 # %% [markdown]
-# Results are taken in the order of the jobs. A worker may be killed by the system, when memory runs out
-# for instance; then this process does its work, more slowly, rather than lose it.
+# Results are taken in the order of the jobs. A worker may be killed by the system, when memory
+# runs out for instance; then this process does its work, more slowly, rather than lose it.
 
 
 # %%
@@ -516,10 +518,10 @@ def _in_order(function: Callable[[Any], Any], jobs: list[Any], workers: int) -> 
 
 
 # %% [markdown]
-# A process that is told to run a function looks it up by module and name. One that was typed into a
-# notebook has the module `__main__`, which is another `__main__` in the worker; hence the first lines
-# of `_in_order`, by which the functions of this notebook work alone. The exported ones have a home,
-# `llmbook.corpus`, and do run in parallel. Now the reader itself:
+# A process that is told to run a function looks it up by module and name. One typed into a
+# notebook has the module `__main__`, which is another `__main__` in the worker; hence the first
+# lines of `_in_order`, by which the functions of this notebook work alone. The exported ones live
+# in `llmbook.corpus` and do run in parallel. Now the reader itself:
 
 # %%
 #| export
@@ -536,10 +538,10 @@ def read_installed_docs(
 ) -> Iterator[Document]:
     """Read docstrings, comments and READMEs of installed ``packages``; nothing is imported.
 
-    A package is "stdlib", a module (``json``) or a distribution (``scikit-learn``). Folders named test
-    or tests are left out. Documents come by package (its README first), path and line, whatever
-    ``workers`` is; by default several processes read a large job, one a small job. ``metadata`` holds
-    kind, path, line, and the qualified name that a docstring belongs to.
+    A package is "stdlib", a module (``json``) or a distribution (``scikit-learn``). Folders named
+    test or tests are left out. Documents come by package (its README first), path and line,
+    whatever ``workers`` is; by default several processes read a large job, one a small job.
+    ``metadata`` holds kind, path, line, and the qualified name that a docstring belongs to.
     """
     names = sorted({packages} if isinstance(packages, str) else set(packages))
     chosen = (kinds,) if isinstance(kinds, str) else tuple(kinds)
@@ -555,9 +557,8 @@ def read_installed_docs(
 
 
 # %% [markdown]
-# Arguments are checked when it is called; files are read while you iterate. The inner generator goes
-# through the packages. A large job is one of more than 8 MB of code: below that, starting processes
-# takes longer than it saves.
+# Arguments are checked when it is called; files are read while you iterate. A large job is one of
+# more than 8 MB of code: below that, starting processes takes longer than it saves.
 
 
 # %%
@@ -613,7 +614,6 @@ def _read_packages(
 
 # %%
 import math
-import random
 
 import matplotlib.pyplot as plt
 
@@ -645,13 +645,12 @@ except ValueError as error:
 # %% [markdown]
 # ## Files that others send you
 #
-# Your own text comes in files. Before anything is said about formats there are bytes, and bytes do not
-# say what they mean. The two bytes `C3 A9` are `é` in UTF-8 and `Ã©` in Latin-1; both readings succeed,
-# one is right. We settle it in this order. A **byte-order mark** at the start names the encoding and is
-# removed. A zero byte near the start means that this is no text at all but a picture or a program; text
-# encodings other than UTF-16 and UTF-32 do not produce one. Everything else is decoded as UTF-8 unless
-# the caller says otherwise, *strictly*: UTF-8 has so much structure that text in another encoding
-# hardly ever passes for it, so a failure is information and not to be papered over.
+# Before anything is said about formats there are bytes, and bytes do not say what they mean.
+# `C3 A9` is `é` in UTF-8 and `Ã©` in Latin-1; both readings succeed, one is right. A **byte-order
+# mark** at the start names the encoding. A zero byte near the start means that this is no text but
+# a picture or a program; only UTF-16 and UTF-32 text contains one. Everything else is decoded as
+# UTF-8 unless the caller says otherwise, *strictly*: text in another encoding hardly ever passes
+# for UTF-8, so a failure is information.
 
 
 # %%
@@ -701,11 +700,10 @@ for name, data in cases.items():
 # %% [markdown]
 # ### Compressed, truncated
 #
-# Text shrinks to a third or a quarter of its size, so large collections are stored compressed. Python
-# reads gzip, bzip2 and xz itself and complains when such a file ends too early, after a broken download
-# say. Zstandard, today's usual choice, needs a package, whose file reader returns what it has and keeps
-# silent. Half a corpus without a word is just what we swore to avoid, so we feed its decompressor
-# ourselves, and ask at the end whether it was finished.
+# Large collections are stored compressed. Python reads gzip, bzip2 and xz itself and complains
+# when such a file ends too early, after a broken download say. Zstandard, today's usual choice,
+# needs a package, whose file reader returns what it has and keeps silent, as we shall see. So we
+# feed its decompressor ourselves and ask at the end whether it was finished.
 
 
 # %%
@@ -731,7 +729,8 @@ def _zstd_chunks(path: Path) -> Iterator[bytes]:
 
 
 # %% [markdown]
-# Wrapped as a file, it joins the others behind one function that looks at the last suffix of a name.
+# Wrapped as a file, it joins the others behind one function that looks at the last suffix of a
+# name.
 
 
 # %%
@@ -764,24 +763,40 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
 _BROKEN_FILE = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what opening and reading may raise
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> io.BufferedIOBase:
     """Open a file for reading bytes, decompressed if its suffix says that it is compressed."""
     opener = _OPENERS.get(path.suffix.lower())
     return opener(path) if opener else path.open("rb")
 
 
 # %% [markdown]
+# A file of which half is missing, read by the package and by us:
+
+# %%
+import tempfile
+
+import zstandard
+
+folder = Path(tempfile.mkdtemp())
+whole = zstandard.ZstdCompressor().compress("".join(map(str, range(200_000))).encode())
+(folder / "half.zst").write_bytes(whole[: len(whole) // 2])
+with zstandard.open(folder / "half.zst") as file:
+    print("zstandard.open: fewer bytes and no complaint:", len(file.read()) < 1_000_000)
+try:
+    _open(folder / "half.zst").read()
+except EOFError as error:
+    print("ours:", error)
+
+# %% [markdown]
 # ### One document a line: JSON Lines
 #
-# A folder of a million small files is slow to list, to copy and to read. The field's common answer is
-# **JSON Lines**: one JSON object on each line, compressed as a whole. It can be read from the start
-# without knowing the end, split at any line, and looked at with `zcat | head`. And a damaged line
-# damages nothing but itself, because a line break inside of a text is written `\n` and can never be
-# taken for the end of a record.
+# A folder of a million small files is slow to list, to copy and to read. The usual answer is
+# **JSON Lines**: one JSON object on each line, compressed as a whole. It can be split at any line
+# and read without knowing its end. A damaged line damages nothing but itself, because a line break
+# inside a text is written `\n`.
 #
-# A record's text is in `text`, its id in `id`; whatever other fields it has become metadata. Other
-# people's files call these fields otherwise, so their names can be given. Everything that may be wrong
-# with a record is one `ValueError`.
+# A record's text is in `text`, its id in `id`, unless you say otherwise; its other fields become
+# metadata. Whatever may be wrong with a record is one `ValueError`.
 
 
 # %%
@@ -814,8 +829,8 @@ class _Rows:
 
 
 # %% [markdown]
-# The reader goes line by line, so a file larger than memory is no obstacle, and a bad line is reported
-# by its number. A file that breaks off in the middle gives all that came before, and a problem.
+# The reader goes line by line, so a file may be larger than memory. One that breaks off in the
+# middle gives all that came before, and a problem.
 
 
 # %%
@@ -840,16 +855,16 @@ def _read_jsonl(path: Path, name: str, rows: _Rows) -> Iterator[Document]:
 
 
 # %% [markdown]
-# For writing there is one danger more: a program that is killed in the middle leaves a file that looks
-# finished. So we write to a temporary name in the same folder and rename at the end, which the
-# operating system does in one step. The file is there whole or not at all.
+# A program that is killed while it writes leaves a file that looks finished. So we write to a
+# temporary name in the same folder and rename at the end, which the operating system does in one
+# step.
 
 
 # %%
 #| export
 @contextmanager
 def _whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path; move it to ``path`` at the end, or remove it if something was raised."""
+    """Give a temporary path; move it to ``path`` at the end, or remove it after an exception."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield draft
@@ -858,7 +873,7 @@ def _whole_file(path: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
-def _compressor(raw: IO[bytes], suffix: str) -> Any:
+def _compressor(raw: Any, suffix: str) -> Any:
     """Return a file that compresses what is written to it into ``raw``, as ``suffix`` asks."""
     if suffix == ".gz":  # no name and no date inside: the same documents give the same bytes
         return gzip.GzipFile("", "wb", 6, raw, mtime=0)
@@ -874,8 +889,8 @@ def _compressor(raw: IO[bytes], suffix: str) -> Any:
 
 
 # %% [markdown]
-# We write UTF-8 rather than `\u00e9` escapes, which would make Russian three times as long, and refuse
-# numbers that JSON has no word for (infinity), since other readers would trip over them.
+# We write UTF-8 rather than `\u00e9` escapes, which would make Russian three times as long, and
+# refuse numbers that JSON has no word for (infinity), since other readers would trip over them.
 
 
 # %%
@@ -923,8 +938,8 @@ def read_jsonl(
 
 
 # %% [markdown]
-# Both of these rest on one more function, which `read_parquet` will share: it looks whether the files
-# exist *before* it returns, so that a mistyped name fails where it was typed.
+# Both of these rest on one more function, which `read_parquet` will share: it looks whether the
+# files exist *before* it returns, so that a mistyped name fails where it was typed.
 
 
 # %%
@@ -959,9 +974,6 @@ def _read_tables(
 # We write our corpus, damage the file in two places, and read it back.
 
 # %%
-import tempfile
-
-folder = Path(tempfile.mkdtemp())
 write_jsonl(corpus, folder / "docs.jsonl.gz")
 print("same documents after a round trip:", list(read_jsonl(folder / "docs.jsonl.gz")) == corpus)
 
@@ -979,12 +991,10 @@ for problem in report.problems:
 #
 # ### Columns: Parquet
 #
-# JSON Lines is read from front to back. If only the lengths of a billion documents are wanted, one
-# reads all the text too. **Parquet** stores a table by columns, in row groups of some ten thousand,
-# each column compressed on its own, with an index at the end: a reader can fetch one column, or one
-# group, and skip the rest. Hubs serve data sets in it. We go through the row groups one batch at a
-# time. Metadata differ from document to document while a Parquet column has one type, so our writer
-# stores them as JSON.
+# If only the lengths of a billion documents are wanted, JSON Lines must be read in full.
+# **Parquet** stores a table by columns, in groups of rows, with an index at the end: a reader can
+# fetch one column, or one group, and skip the rest. Hubs serve data sets in it. Metadata differ
+# from document to document while a Parquet column has one type, so our writer stores them as JSON.
 
 
 # %%
@@ -1049,7 +1059,7 @@ def read_parquet(
 # %%
 #| export
 def write_parquet(documents: Iterable[Document], path: str | Path, row_group: int = 10_000) -> int:
-    """Write text, id, source and metadata (as JSON) in groups of ``row_group`` rows; return how many.
+    """Write text, id, source and metadata (as JSON), ``row_group`` rows at a time; return how many.
 
     The file appears complete or not at all. Needs pyarrow.
     """
@@ -1099,43 +1109,50 @@ for name, size in sizes.items():
 # %% [markdown]
 # ## Web pages
 #
-# A web page is a text wrapped in what surrounds it: a menu, a banner about cookies, suggestions what to
-# read next, a footer. {numref}`fig-corpus-page` shows the parts of one that we bake ourselves.
+# A web page is a text wrapped in what surrounds it: a menu, a banner about cookies, suggestions
+# what to read next, a footer. {numref}`fig-corpus-page` shows the parts of one that we bake
+# ourselves.
 #
 # ```{figure} ../figures/corpus-page.svg
 # :name: fig-corpus-page
 # :alt: A web page as boxes with their share of linked text. Menu 100 percent, cookie banner 25, headline and paragraphs 0 to 12, suggestions 100, footer 45. Only headline and paragraphs are the document.
 #
-# A page and its blocks, with the share of each block's characters that are links. The part that one
-# wants is long and hardly linked.
+# A page and its blocks, with the share of each block's characters that are links. The part that
+# one wants is long and hardly linked.
 # ```
 
 # %%
 page = """<!doctype html>
 <html lang="en"><head><title>How bread rises</title><style>p > a { color: red }</style></head><body>
-<nav><ul><li><a href="/">Home</a></li><li><a href="/r">Recipes</a></li><li><a href="/s">Shop</a></li></ul></nav>
-<div class="cookie-banner">This page uses cookies, and the usual kind, not the kind made of flour and butter,
+<nav><ul><li><a href="/">Home</a></li><li><a href="/r">Recipes</a></li>
+<li><a href="/s">Shop</a></li></ul></nav>
+<div class="cookie-banner">This page uses cookies, and the usual kind, not the kind made of flour
+and butter,
 <a href="/cookies">as we explain at length here</a>.</div>
 <main><h1>How bread rises</h1>
-<p>Yeast eats the sugar in the flour and breathes out carbon dioxide, which stays behind as bubbles in the dough.
-<p>Warm dough rises fast. Cold dough rises slowly but <a href="/t">tastes better</a>, so many bakers mix it in the
+<p>Yeast eats the sugar in the flour and breathes out carbon dioxide, which stays behind as bubbles
+in the dough.
+<p>Warm dough rises fast. Cold dough rises slowly but <a href="/t">tastes better</a>, so many bakers
+mix it in the
 evening &amp; bake in the morning.
 <pre>flour   500 g
 water   350 g</pre>
-<p>Salt slows the yeast down and makes the gluten tighter, so weigh it: two percent of the flour is usual.</p></main>
+<p>Salt slows the yeast down and makes the gluten tighter, so weigh it: two percent of the flour is
+usual.</p></main>
 <aside><h3>More</h3><ul><li><a href="/a">Ten loaves for lazy people</a></li>
 <li><a href="/b">Is your oven lying to you?</a></li></ul></aside>
 <script>if (1 < 2) { track("visitor"); }</script>
-<footer>&copy; The corner bakery. <a href="/i">Imprint</a> <a href="/p">Privacy</a></footer></body></html>"""
+<footer>&copy; The corner bakery. <a href="/i">Imprint</a> <a href="/p">Privacy</a></footer>
+</body></html>"""
 
 print(" ".join(re.sub("<[^>]*>", "", page).split())[:300])
 
 # %% [markdown]
-# That was the naive way: delete everything between `<` and `>`. What is left begins with the style
-# sheet, runs menu entries into one another, and holds a piece of the script. HTML is a language, and
-# needs a parser. Python's `html.parser` calls a method for every tag and every piece of text. We cut
-# the page into **blocks** at the tags that begin a new line on the screen, skip what is never shown,
-# and note for each block how much of it is inside links.
+# That was the naive way: delete everything between `<` and `>`. The result begins with the style
+# sheet, runs menu entries into one another, and holds a piece of the script. HTML needs a parser.
+# Python's `html.parser` calls a method for every tag and every piece of text. We cut the page into
+# **blocks** at the tags that begin a new line on the screen, skip what is never shown, and note
+# how much of each block is inside links.
 
 
 # %%
@@ -1149,14 +1166,15 @@ class Block(NamedTuple):
 
 _HIDDEN = ("script", "style", "template", "title", "noscript")
 _INLINE = set(
-    "a abbr b bdi bdo br cite code del em font i img ins kbd label mark q s samp small span strong sub "
+    "a abbr b bdi bdo br cite code del em font i img ins kbd label mark q s samp small span strong "
+    "sub "
     "sup time tt u var wbr".split()
 )
 
 
 # %% [markdown]
-# The parser's methods follow. Inside of `pre`, white space is kept; elsewhere any amount of it is one
-# space, as in a browser.
+# The parser's methods follow. Inside of `pre`, white space is kept; elsewhere any amount of it is
+# one space, as in a browser.
 
 
 # %%
@@ -1197,11 +1215,11 @@ class _BlockParser(HTMLParser):
 
 
 # %% [markdown]
-# Which blocks are the text? Kohlschütter and colleagues {cite}`kohlschutter2010boilerplate` tried many
-# features and found that two go a long way: the number of words in a block and the share of them that
-# is linked, for the block and its two neighbors. We use the idea in its simplest form. A block is
-# *good* if it has at least ten words and at most a third of it is linked. We keep good blocks, and
-# unlinked short blocks beside a good one, since a headline is short.
+# Which blocks are the text? Kohlschütter and colleagues {cite}`kohlschutter2010boilerplate` found
+# that two features go a long way: the number of words in a block and its share of linked text, for
+# the block and its neighbors. In the simplest form: a block is *good* if it has at least ten words
+# and at most a third of it is linked. We keep good blocks, and unlinked short ones beside a good
+# one, since a headline is short.
 
 
 # %%
@@ -1209,8 +1227,8 @@ class _BlockParser(HTMLParser):
 def html_blocks(page: str) -> list[Block]:
     """Cut a page into its visible blocks, in order.
 
-    >>> html_blocks("<h1>Bread</h1><p>rises <a href='/w'>when warm</a>")
-    [Block(text='Bread', link_share=0.0), Block(text='rises when warm', link_share=0.6153846153846154)]
+    >>> html_blocks("<h1>Bread</h1><p>rises <a href='/w'>fast</a>")
+    [Block(text='Bread', link_share=0.0), Block(text='rises fast', link_share=0.4444444444444444)]
     """
     parser = _BlockParser()
     parser.feed(page)
@@ -1220,9 +1238,9 @@ def html_blocks(page: str) -> list[Block]:
 
 
 def html_to_text(page: str, main_content: bool = True) -> str:
-    """Return the text of a page, of its main content only unless told otherwise, by a transparent rule.
+    """Return the text of a page, unless told otherwise of its main content, by a transparent rule.
 
-    A block is kept if at most a third of it is linked and it, or the block before or after it, has ten
+    A block is kept if at most a third of it is linked and it, or a block next to it, has ten
     words or more and is as little linked. Blocks are separated by an empty line. For work, take
     ``read_html``. Source: Kohlschütter et al. (2010), simplified.
     """
@@ -1236,9 +1254,9 @@ def html_to_text(page: str, main_content: bool = True) -> str:
 
 
 # %% [markdown]
-# On our page the rule finds the text, with its headline and the two lines of `pre`. It is also fooled
-# twice: by the cookie banner, which is long, hardly linked and no part of the text, and by the little
-# headline `More`, because it stands beside the last paragraph.
+# On our page the rule finds the text, with its headline and the two lines of `pre`. It is also
+# fooled twice: by the cookie banner, which is long, hardly linked and no part of the text, and by
+# the little headline `More`, because it stands beside the last paragraph.
 
 # %%
 for block in html_blocks(page):
@@ -1248,12 +1266,11 @@ for block in html_blocks(page):
     )
 
 # %% [markdown]
-# The remedy is to look at more: at the names of elements (`nav`, `aside`, `main`) and at their classes,
-# which often say `cookie` in so many words. This is tedious to get right and must be fast, since a
-# crawl has billions of pages. The exported reader leaves it to Resiliparse
-# {cite}`bevendorff2018chatnoir`, written in compiled code for web archives. Given bytes, it has to know
-# their encoding first. Valid UTF-8 is UTF-8 whatever the page declares; else the declaration in the
-# page decides, else statistics of its bytes.
+# The remedy is to look at more: at the names of elements (`nav`, `aside`) and at their classes.
+# This is tedious to get right and must be fast, so the exported reader leaves it to Resiliparse
+# {cite}`bevendorff2018chatnoir`, written in compiled code for web archives. Given bytes, it must
+# know their encoding. Valid UTF-8 is UTF-8 whatever the page declares; else the declaration
+# decides, else the statistics of its bytes.
 
 
 # %%
@@ -1277,11 +1294,11 @@ def _decode_html(data: bytes, errors: str) -> str:
 def read_html(
     page: str | bytes | Path, *, main_content: bool = True, id: str = "", errors: str = "replace"
 ) -> Document:
-    """Read one web page: HTML as text or bytes, or a ``Path`` of a file. Only its main content if asked.
+    """Read one web page: HTML as text or bytes, or a ``Path`` of a file; its main content if asked.
 
-    ``metadata`` has the title, the declared language, and whether the text is the main content: where
-    no main content is found it is all of the page. Without an ``id`` a file's name serves, or a hash.
-    ``errors="strict"`` refuses bytes that are not in the page's encoding.
+    ``metadata`` has the title, the declared language, and whether the text is the main content:
+    where no main content is found it is all of the page. Without an ``id`` a file's name serves,
+    or a hash. ``errors="strict"`` refuses bytes that are not in the page's encoding.
     """
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.html import HTMLTree
@@ -1295,7 +1312,7 @@ def read_html(
     text = extract_plain_text(tree, main_content=True).strip() if main_content else ""
     found = bool(text)
     text = re.sub(r"[ \t]+\n", "\n", text or extract_plain_text(tree).strip())
-    root = tree.document.query_selector("html")
+    root = tree.document.query_selector("html") if tree.document else None
     language = (root.getattr("lang") if root is not None else None) or ""
     about = {
         "kind": "html",
@@ -1318,8 +1335,8 @@ print(document.text)
 # ### Any folder: `read_files`
 #
 # One function remains: give it a folder, it finds what it can read and looks at the suffix of each
-# name. Markdown stays as it is: its few signs mean something, and an assistant should learn to write
-# them. Files of other kinds are counted as ignored.
+# name. Markdown stays as it is: its few signs mean something, and an assistant should learn to
+# write them. Files of other kinds are counted as ignored.
 
 
 # %%
@@ -1364,8 +1381,8 @@ def _walk(folder: Path, report: ReadReport, errors: str) -> Iterator[Path]:
 
 
 # %% [markdown]
-# Ids are paths relative to the folder that was given, so they do not change when the folder moves. With
-# several folders they are relative to the one that contains them all.
+# Ids are paths relative to the folder that was given, so they do not change when the folder moves.
+# With several folders they are relative to the one that contains them all.
 
 
 # %%
@@ -1416,7 +1433,8 @@ def _read_one(path: Path, name: str, encoding: str, errors: str) -> Document:
 
 
 # %% [markdown]
-# The public function checks what it was given, finds the files, and leaves the reading to a generator.
+# The public function checks what it was given, finds the files, and leaves the reading to a
+# generator.
 
 
 # %%
@@ -1431,9 +1449,9 @@ def read_files(
 ) -> Iterator[Document]:
     """Read files and folders: .txt .rst .md .html .jsonl, compressed or not, and .parquet.
 
-    A file in a folder is read if ``pattern`` matches its path from there, in which ``*`` matches ``/``
-    too: "*.md", "2024/*". Documents come in the order of their ids, which are such paths. ``encoding``
-    is for text and Markdown without a byte-order mark.
+    A file in a folder is read if ``pattern`` matches its path from there, in which ``*`` matches
+    ``/`` too: "*.md", "2024/*". Documents come in the order of their ids, which are such paths.
+    ``encoding`` is for text and Markdown without a byte-order mark.
     """
     _check_errors(errors)
     try:
@@ -1493,16 +1511,15 @@ for problem in report.problems:
 # %% [markdown]
 # ## Where the big collections come from
 #
-# Beyond your disk the usual source is **Common Crawl**, a public archive of the web. It comes as WARC
-# files: concatenated records, each with a few lines of headers (address, date, length) and the server's
-# answer, byte for byte. The way from there is the one we have walked, see {numref}`fig-corpus-readers`:
-# bytes to characters, HTML to main content, a document with its address as source. Common Crawl also
-# offers text that it extracted itself, as WET files. C4 {cite}`raffel2020exploring` started from those.
-# FineWeb {cite}`penedo2024fineweb` compared and went back to WARC and its own extraction, because
-# models trained on the result were better: too much of the menus had stayed in the WET text. Which
-# extractor one takes matters less for benchmarks than for *what* is kept: in one study fewer than half
-# of the pages that passed a fixed set of filters did so with more than one of three extractors, and
-# tables and code suffered most {cite}`li2026extractor`.
+# The usual source is **Common Crawl**, a public archive of the web. It comes as WARC files:
+# records one after another, each with a few lines of headers (address, date, length) and the
+# server's answer, byte for byte. The way from there is the one we have walked, see
+# {numref}`fig-corpus-readers`. Common Crawl also offers text that it extracted itself, as WET
+# files. C4 {cite}`raffel2020exploring` started from those. FineWeb {cite}`penedo2024fineweb`
+# compared and went back to WARC, because models trained on its own extraction were better.
+# Extractors differ mostly in *what* they keep: in one study fewer than half of the pages that
+# passed a fixed set of filters did so with more than one of three extractors
+# {cite}`li2026extractor`.
 #
 # ```{figure} ../figures/corpus-readers.svg
 # :name: fig-corpus-readers
@@ -1511,10 +1528,10 @@ for problem in report.problems:
 # Every reader gives the same thing: a stream of documents, and a report of what could not be read.
 # ```
 #
-# Finished collections are kept on hubs, and are too large to fetch whole. One **streams** them: rows
-# arrive while you iterate. A stream cannot be shuffled, only approximately: a buffer is filled, each
+# Finished collections are kept on hubs, too large to fetch whole. One **streams** them: rows
+# arrive while you iterate. A stream can be shuffled only approximately: a buffer is filled, each
 # time a random element leaves, and the next row takes its place. Data sets on a hub change, so a
-# serious run names a `revision`. We build on the `datasets` library.
+# serious run names a `revision`.
 
 
 # %%
@@ -1535,8 +1552,9 @@ def stream_hub(
 ) -> Iterator[Document]:
     """Stream a data set of the Hugging Face hub, or a local folder of Parquet or JSON Lines files.
 
-    Rows pass through a ``shuffle_buffer`` (in rows, 0 for none); at most ``limit`` are read. Rows without
-    an id get a hash of their text. Without a network a ``ConnectionError`` is raised. Needs datasets.
+    Rows pass through a ``shuffle_buffer`` (in rows, 0 for none), files stay in their order; at most
+    ``limit`` rows come out. Rows without an id get a hash of their text. Without a network a
+    ``ConnectionError`` is raised. Needs datasets.
     """
     _check_errors(errors)
     _check_at_least(shuffle_buffer=(0, shuffle_buffer), limit=(1, limit))
@@ -1544,16 +1562,15 @@ def stream_hub(
     columns = table.column_names
     if columns is not None and text_field not in columns:
         raise ValueError(f"text_field: expected one of {sorted(columns)}, got {text_field!r}")
-    table = table.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer else table
-    table = table if limit is None else table.take(limit)
+    numbered: Iterator[Any] = islice(_shuffled(enumerate(table, 1), shuffle_buffer, seed), limit)
     own = report if report is not None else ReadReport()
-    documents = _hub_documents(table, name, _Rows(text_field, id_field, errors, own))
+    documents = _hub_documents(numbered, name, _Rows(text_field, id_field, errors, own))
     return _deliver(documents, own, f"name={name!r}", quiet=report is not None)
 
 
 # %% [markdown]
-# Two things may go wrong at the door, and they must not look alike: the hub cannot be reached, or it
-# has no such data set.
+# Two things may go wrong at the door, and they must not look alike: the hub cannot be reached, or
+# it has no such data set.
 
 
 # %%
@@ -1580,13 +1597,32 @@ def _open_hub(name: str, config: str | None, split: str, revision: str | None) -
 
 
 # %% [markdown]
-# Rows without an id get none from their position, which shuffling changes, but from their text.
+# The buffer is the few lines just described. Rows are numbered before they are shuffled, for
+# problems; rows without an id get one from their text.
 
 
 # %%
 #| export
-def _hub_documents(table: Iterable[Any], name: str, rows: _Rows) -> Iterator[Document]:
-    for number, row in enumerate(table, 1):
+def _shuffled(rows: Iterable[Any], size: int, seed: int) -> Iterator[Any]:
+    """Yield ``rows`` in an order shuffled by a buffer of ``size`` rows."""
+    generator, buffer = random.Random(seed), list[Any]()
+    for row in rows:
+        if len(buffer) < size:
+            buffer.append(row)
+        elif not size:
+            yield row
+        else:
+            place = generator.randrange(size)
+            yield buffer[place]
+            buffer[place] = row
+    generator.shuffle(buffer)
+    yield from buffer
+
+
+# %%
+#| export
+def _hub_documents(numbered: Iterable[Any], name: str, rows: _Rows) -> Iterator[Document]:
+    for number, row in numbered:
         try:
             document = rows.document(_unpacked(row), "", name)
         except ValueError as error:
@@ -1596,8 +1632,8 @@ def _hub_documents(table: Iterable[Any], name: str, rows: _Rows) -> Iterator[Doc
 
 
 # %% [markdown]
-# A folder with Parquet files is a data set to it, so we can try it without a network. Our `Document`
-# travels well:
+# A folder with Parquet files is a data set to it, so we can try it without a network. Our
+# `Document` travels well:
 
 # %%
 (folder / "my-dataset").mkdir()
@@ -1611,8 +1647,8 @@ print("all among ours:", {d.text for d in streamed} <= {d.text for d in corpus[:
 # %% [markdown]
 # ## How much, of what, how long?
 #
-# Back to the corpus on disk. Three questions come before all others: how much text is of which kind,
-# how long is a document, and in which scripts is it written?
+# Back to the corpus on disk. Three questions come before all others: how much text is of which
+# kind, how long is a document, and in which scripts is it written?
 
 # %%
 kinds = ("docstring", "comment", "readme")
@@ -1625,11 +1661,9 @@ for source in ("stdlib", "numpy", "matplotlib"):
     print(f"{source:16}" + "".join(f"{share:12.0f}" for share in shares))
 
 # %% [markdown]
-# Most of it is docstrings, though there are more comments than docstrings if one counts pieces: a
-# comment is short. {numref}`fig-corpus-lengths` shows how short. Lengths span four orders of magnitude,
-# so the axis is logarithmic; on a linear one everything would stand in the first bar. This matters for
-# training: what a *document* is to us is far shorter than a context window, hence the packing of
-# {doc}`07_batches`.
+# Most of it is docstrings, though comments are more numerous. {numref}`fig-corpus-lengths` shows
+# how short they are. Lengths span four orders of magnitude, hence the logarithmic axis. A document
+# is far shorter than a model's context, hence the packing of chapter 07.
 
 # %% mystnb={"figure": {"caption": "How long documents are, and where the text is. Most documents are a line or two; most characters are in the few long ones.", "name": "fig-corpus-lengths"}, "image": {"alt": "Two histograms over document length in characters on a logarithmic axis from 1 to 100,000. Left, number of documents: comments peak near 60, docstrings near 100 to 200. Right, characters contained: the mass lies between 300 and 5,000."}}
 lengths = {k: np.array([len(d.text) for d in corpus if d.metadata["kind"] == k]) for k in kinds[:2]}
@@ -1655,11 +1689,10 @@ print(
 )
 
 # %% [markdown]
-# For scripts, Unicode gives every character a name, and the name of a letter begins with its script:
-# `CYRILLIC SMALL LETTER A`. That is not quite the script property of the Unicode standard. The micro
-# sign counts as a letter and becomes the script `MICRO`, full-width Latin becomes `FULLWIDTH`, and a
-# script with a name of two words is cut (`OLD`). To see what a corpus holds it is good enough, and it
-# needs no table.
+# For scripts, Unicode gives every character a name, and a letter's begins with its script:
+# `CYRILLIC SMALL LETTER A`. That is not quite the script property of the standard: the micro sign
+# becomes the script `MICRO`, full-width Latin `FULLWIDTH`. To see what a corpus holds it is good
+# enough.
 
 
 # %%
@@ -1672,8 +1705,8 @@ def _script(letter: str) -> str:
 def count_scripts(text: str) -> Counter[str]:
     """Count the letters of ``text`` by script: by the first word of their Unicode names.
 
-    >>> count_scripts("Käse, сыр, 2 チーズ")
-    Counter({'LATIN': 4, 'CYRILLIC': 3, 'KATAKANA': 2})
+    >>> count_scripts("Käse, сыр, 2 ねこ")
+    Counter({'LATIN': 4, 'CYRILLIC': 3, 'HIRAGANA': 2})
     """
     counts: Counter[str] = Counter()
     for character, count in Counter(text).items():
@@ -1691,28 +1724,29 @@ print("Latin letters: more than 99.9 %:", scripts["LATIN"] > 0.999 * scripts.tot
 print("at least 20 letters:", sorted(name for name, count in scripts.items() if count >= 20))
 
 # %% [markdown]
-# It speaks English, with a few Greek letters for mathematics. Here it differs most from the web, and a
-# model trained on it will know no other language: no method of a later chapter can add what the corpus
+# Latin letters, with a few Greek ones for mathematics, and nearly all of it English. A model
+# trained on it will know no other language: no method of a later chapter can add what the corpus
 # lacks.
 #
 # ## Zipf's law
 #
-# Count how often each word occurs and sort the counts. The most frequent word has rank 1, the next rank
-# 2. Zipf {cite}`zipf1949human` observed that the word of rank $r$ occurs about $1/r$ as often as the first.
-# In general one writes, for the frequency at rank $r$,
+# Count how often each word occurs and sort the counts. The most frequent word has rank one, the
+# next rank two, and so on. Zipf {cite}`zipf1949human` observed that the word of rank $r$ occurs
+# about $1/r$ as often as the first. In general one writes, for the frequency at rank $r$,
 #
 # $$
 # f(r) = C\, r^{-a} .
 # $$ (zipf)
 #
-# Take logarithms on both sides: $\log f = \log C - a \log r$. With $x = \log r$ and $y = \log f$ this
-# is $y = \log C - a x$, a straight line with slope $-a$. So on doubly logarithmic paper Zipf's law is a
-# line.
+# Take logarithms on both sides: $\log f = \log C - a \log r$. With $x = \log r$ and $y = \log f$
+# this is $y = \log C - a x$, a straight line with slope $-a$. So on doubly logarithmic paper
+# Zipf's law is a line.
 #
-# To fit the slope we use least squares on the logarithms, with one precaution. There are ten times more
-# ranks between 1,000 and 10,000 than between 100 and 1,000, so a plain fit would be a fit of the tail.
-# We cut the axis into bins of equal width in $\log r$ and give each one point. This describes the
-# curve; it does not prove a power law, for which there are stricter tests {cite}`clauset2009powerlaw`.
+# To fit the slope we use least squares on the logarithms, with one precaution. There are ten times
+# more ranks between 1,000 and 10,000 than between 100 and 1,000, so a plain fit would be a fit of
+# the tail. We cut the axis into bins of equal width in $\log r$ and give each one point. This
+# describes a curve; as evidence for a power law least squares is unreliable, and there are better
+# tests {cite}`clauset2009powerlaw`.
 
 
 # %%
@@ -1733,8 +1767,8 @@ def fit_power_law(
 ) -> tuple[float, float]:
     """Fit ``y = constant * x**exponent`` and return (exponent, constant).
 
-    Least squares on the logarithms of x and y, averaged in ``bins`` of equal width in log x, so that
-    every decade has the same say. All values must be positive.
+    Least squares on the logarithms of x and y, averaged in ``bins`` of equal width in log x, so
+    that every decade has the same say. All values must be positive.
     """
     if x.size < 2 or x.min() <= 0 or y.min() <= 0 or x.min() == x.max():
         raise ValueError("x, y: expected positive values and two different x")
@@ -1742,8 +1776,9 @@ def fit_power_law(
     edges = np.linspace(log_x.min(), log_x.max(), bins + 1)[1:-1]
     bin_of = np.digitize(log_x, edges)
     size = np.bincount(bin_of, minlength=bins)
-    means = [np.bincount(bin_of, v, bins)[size > 0] / size[size > 0] for v in (log_x, log_y)]
-    exponent, intercept = np.polyfit(*means, 1)
+    filled = size > 0
+    mean_x, mean_y = (np.bincount(bin_of, v, bins)[filled] / size[filled] for v in (log_x, log_y))
+    exponent, intercept = np.polyfit(mean_x, mean_y, 1)
     return float(exponent), float(np.exp(intercept))
 
 
@@ -1787,42 +1822,41 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# {numref}`fig-corpus-zipf` is not one line but two. The first thousand words obey the classical law,
-# with an exponent near one. Rarer words fall off about twice as fast. In a corpus about one subject
-# that is what one should expect: its common words are those of English, its rare ones belong to a
-# limited trade, and to the names that programmers invent.
+# {numref}`fig-corpus-zipf` is not one line but two. The first thousand words obey the classical
+# law, with an exponent near one. Rarer words, those of a trade and the names that programmers
+# invent, fall off twice as fast.
 #
-# What does it mean for a model? A few hundred words are seen all the time, and tens of thousands once
-# or twice. A vocabulary of words would spend most of its entries on things that can hardly be learned.
-# This is one reason to build a vocabulary of *pieces* in {doc}`05_tokenizer`.
+# For a model it means: a few hundred words are seen all the time, and tens of thousands once or
+# twice, too rarely to be learned. This is one reason to build a vocabulary of *pieces* in chapter 05.
 #
 # ## Heaps' law, from Zipf's
 #
-# How many different words $V(n)$ does one meet in the first $n$? Herdan {cite}`herdan1960typetoken` and Heaps
-# {cite}`heaps1978information` found a power, $V(n) \approx K n^\beta$ with $\beta < 1$: new words keep coming,
-# ever more slowly. It follows from Zipf's law if words are drawn independently. Let the word of rank
-# $r$ have probability $p_r = C r^{-a}$ with $a > 1$ (then the sum over all ranks is finite). It is
-# missing from $n$ draws with probability $(1 - p_r)^n$, so the expected number of words that are *not*
-# missing is
+# How many different words $V(n)$ does one meet in the first $n$? Herdan
+# {cite}`herdan1960typetoken` and Heaps {cite}`heaps1978information` found a power,
+# $V(n) \approx K n^\beta$ with $\beta < 1$: new words keep coming, ever more slowly. It follows
+# from Zipf's law if words are drawn independently. Let the word of rank $r$ have probability
+# $p_r = C r^{-a}$ with $a > 1$ (then the sum over all ranks is finite). It is missing from $n$
+# draws with probability $(1 - p_r)^n$, so the expected number of words that are *not* missing is
 #
 # $$
-# V(n) = \sum_{r=1}^{\infty} \bigl(1 - (1-p_r)^n\bigr) \approx \int_0^\infty \bigl(1 - e^{-n C x^{-a}}\bigr)\, dx .
+# V(n) = \sum_{r=1}^{\infty} \bigl(1 - (1-p_r)^n\bigr)
+# \approx \int_0^\infty \bigl(1 - e^{-n C x^{-a}}\bigr)\, dx .
 # $$ (heaps-sum)
 #
-# Two approximations are in it: $(1-p)^n \approx e^{-np}$, which holds for the small $p$ that matter,
-# and an integral for a sum of many slowly changing terms. Substitute $u = n C x^{-a}$, that is $x =
-# (nC)^{1/a} u^{-1/a}$ and $dx = -\frac1a (nC)^{1/a} u^{-1/a-1}\,du$. As $x$ goes from $0$ to $\infty$,
-# $u$ goes from $\infty$ to $0$, which absorbs the minus sign:
+# Two approximations are in it: $(1-p)^n \approx e^{-np}$, which holds for the small $p$ that
+# matter, and an integral for a sum of many slowly changing terms. Substitute $u = n C x^{-a}$,
+# that is $x = (nC)^{1/a} u^{-1/a}$ and $dx = -\frac1a (nC)^{1/a} u^{-1/a-1}\,du$. As $x$ goes from
+# $0$ to $\infty$, $u$ goes from $\infty$ to $0$, which absorbs the minus sign:
 #
 # $$
 # V(n) \approx (nC)^{1/a}\; \frac1a \int_0^\infty u^{-1/a-1} \bigl(1 - e^{-u}\bigr)\, du .
 # $$ (heaps-integral)
 #
 # The integral no longer contains $n$. We have the power already. To get the constant, integrate by
-# parts: $u^{-1/a-1}$ is the derivative of $-a\,u^{-1/a}$, and the derivative of $1-e^{-u}$ is $e^{-u}$.
-# The boundary term $-a\,u^{-1/a}(1-e^{-u})$ vanishes at infinity, and at zero too, where it behaves
-# like $u^{1-1/a}$ with $a > 1$. What is left is $a \int_0^\infty u^{-1/a} e^{-u}\, du =
-# a\,\Gamma(1-\tfrac1a)$, hence
+# parts: $u^{-1/a-1}$ is the derivative of $-a\,u^{-1/a}$, and the derivative of $1-e^{-u}$ is
+# $e^{-u}$. The boundary term $-a\,u^{-1/a}(1-e^{-u})$ vanishes at infinity, and at zero too, where
+# it behaves like $u^{1-1/a}$ with $a > 1$. What is left is
+# $a \int_0^\infty u^{-1/a} e^{-u}\, du = a\,\Gamma(1-\tfrac1a)$, hence
 #
 # $$
 # V(n) \approx \Gamma\bigl(1-\tfrac1a\bigr)\, (C n)^{\beta}, \qquad \beta = \frac1a .
@@ -1842,11 +1876,10 @@ predicted = math.gamma(1 - 1 / a) * (C * n) ** (1 / a)
 print(f"predicted / counted: {predicted / len(np.unique(draws)):.2f}")
 
 # %% [markdown]
-# The prediction holds when its assumption does. What if $a \le 1$, as at the head of our corpus? Then
-# $\sum r^{-a}$ diverges and no infinite vocabulary has such probabilities: it must end, at some rank
-# $N$. For $a = 1$ we have $C = 1/\sum_{r \le N} \frac1r \approx 1/\ln N$. A text of $n$ words reaches
-# down to the word that is expected about once, $n C / N = 1$, so $n = N \ln N$. Take logarithms, $\ln n
-# = \ln N + \ln\ln N$, and differentiate by $\ln N$:
+# What if $a \le 1$, as at the head of our corpus? Then $\sum r^{-a}$ diverges, and the vocabulary
+# must end at some rank $N$. For $a = 1$ we have $C = 1/\sum_{r \le N} \frac1r \approx 1/\ln N$. A
+# text of $n$ words reaches down to the word that is expected about once, $n C / N = 1$, so
+# $n = N \ln N$. Take logarithms, $\ln n = \ln N + \ln\ln N$, and differentiate by $\ln N$:
 #
 # $$
 # \frac{d \ln n}{d \ln N} = 1 + \frac{1}{\ln N}
@@ -1854,16 +1887,15 @@ print(f"predicted / counted: {predicted / len(np.unique(draws)):.2f}")
 # \beta = \frac{d \ln N}{d \ln n} = \frac{1}{1 + 1/\ln N} .
 # $$ (heaps-one)
 #
-# For twenty thousand words that is $0.91$: nearly every growth of the text would bring as much growth
-# of the vocabulary. If our words followed the head's law all the way down, we would hardly ever see one
-# again. Which exponent counts? New words come from the *tail*: words of the head are met in the first
-# thousand tokens and never again new. So the prediction for a large corpus is one over the exponent of
-# the tail.
+# For twenty thousand words that is $0.91$: if our words followed the head's law all the way down,
+# nearly every token would be new. Which exponent counts? New words come from the *tail*; those of
+# the head are met once, early, and never again new. So we predict one over the exponent of the
+# tail.
 #
-# The measurement needs one more comparison. The formula assumes independent draws; texts are not like
-# that. A word, once used, comes back on the next line. We can undo this without drawing anything: in a
-# random order of the *same* $M$ words, a word of frequency $f$ is missing from the first $n$ with
-# probability of about $(1 - n/M)^f$, which gives the expected growth at once.
+# One comparison more. The formula assumes independent draws, but a word, once used, comes back on
+# the next line. In a random order of the *same* $M$ words, a word of frequency $f$ is missing from
+# the first $n$ with probability of about $(1 - n/M)^f$, which gives the expected growth without
+# drawing anything.
 
 
 # %%
@@ -1903,7 +1935,7 @@ print(
     f"{fit_power_law(sizes[-10:], shuffled[-10:])[0]:.1f} at the end"
 )
 
-# %% mystnb={"figure": {"caption": "Heaps' law: different words against words read, in the corpus's order, in random order, and the fitted power.", "name": "fig-corpus-heaps"}, "image": {"alt": "Number of different words against number of words on doubly logarithmic axes, both from 1,000 to a million. The measured curve is close to a line of slope one half. The curve for random order lies above it in the middle, bends, and meets it at the right end."}}
+# %% mystnb={"figure": {"caption": "Heaps' law: different words against words read, in the corpus's order, in random order, and the fitted power.", "name": "fig-corpus-heaps"}, "image": {"alt": "Number of different words against number of words on doubly logarithmic axes, both from 1,000 to a million. The measured curve is close to a line of slope one half. The curve for random order lies above it, bends, and meets it at the right end."}}
 plt.loglog(sizes[large], distinct[large], "o", label="measured")
 plt.loglog(sizes[large], K * sizes[large] ** beta, label=f"fit: slope {beta:.1f}")
 plt.loglog(sizes[large], shuffled[large], "--", label="same words in random order")
@@ -1913,17 +1945,17 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# The tail's exponent predicts the measured power well, and we should not be too proud of it, for
-# {numref}`fig-corpus-heaps` shows two errors that cancel. In random order the curve *bends*: our corpus
-# has finitely many words, and the power law is only its limit for infinite systems {cite}`lu2010zipf`.
-# In the real order the curve lies below, because words come in clusters, and is straightened whenever a
-# new package brings new words. A single exponent is a good summary of vocabulary growth, and a poor
-# theory of it.
+# The tail's exponent predicts the measured power well, and we should not be too proud of it:
+# {numref}`fig-corpus-heaps` shows two errors that cancel. In random order the curve *bends*,
+# because the corpus has finitely many words and the power law is the limit of an infinite one
+# {cite}`lu2010zipf`. In the real order the curve lies below, because words come in clusters, as
+# others found in novels {cite}`chacoma2020heaps`, and new packages straighten it. A single
+# exponent is a good summary of vocabulary growth, and a poor theory of it.
 #
 # ## What is wrong with it
 #
-# Everything, of course. We look for what is known to be harmful in training text, by crude patterns
-# that a reader can check. They only count. No address and no sentence of anybody is printed here.
+# We look for what is known to do harm in training text, by crude patterns that only count. No
+# address and no sentence of anybody is printed here.
 
 
 # %%
@@ -1958,7 +1990,8 @@ found |= {
 }
 
 # %% [markdown]
-# Which chapter answers what? Counts are given by order of magnitude; they shift with every version.
+# Which chapter answers what? Counts are given by order of magnitude; they shift with every
+# version.
 
 
 # %%
@@ -1992,34 +2025,32 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# {numref}`fig-corpus-wrong` holds a warning for everything that follows. A fault that touches a sixth
-# of the documents may touch a fiftieth of the text (the very short ones), and the other way round:
-# documents with a ruler in them are few and hold two fifths of all characters, so a filter that threw
-# them away would throw away the best documentation we have. A filter is judged by what it removes, in
-# documents *and* in characters. And some faults call for a repair of the line, not the loss of the
-# document.
+# {numref}`fig-corpus-wrong` holds a warning for everything that follows. Very short pieces are a
+# sixth of the documents and a fiftieth of the text. Documents with a ruler in them are few and
+# hold two fifths of all characters: a filter that threw them away would throw away the best
+# documentation we have. A filter is judged by what it removes in documents *and* in characters,
+# and some faults call for the repair of a line, not the loss of a document.
 #
 # ### How this differs from the web, and whose text it is
 #
-# Our small web has no advertisements, hardly any spam, one language, and one subject. Its duplicates
-# are license headers and inherited docstrings instead of mirrored sites. Its authors wrote carefully,
-# and its pages are already text. A crawl is larger by a factor of ten million and worse in every
-# respect; methods that work here will be needed there, but thresholds must be set anew.
+# Our small web has no advertisements, one language and one subject. Its duplicates are license
+# headers and inherited docstrings instead of mirrored sites, and its pages are already text.
+# Methods that work here are needed on a crawl, but thresholds must be set anew.
 #
-# It also belongs to somebody. The texts read here were installed under licenses that allow using them;
-# we read them where they lie, train small models on them for study, and redistribute none of them.
-# Republishing such a corpus would mean complying with each license. On the web, wishes are expressed in
-# `robots.txt`, which the standard calls rules that crawlers are *requested* to honor and not a form of
-# access authorization {cite}`koster2022robots`. An audit of 14,000 domains found these wishes changing fast:
-# within a year, more than five percent of all tokens of C4, and over a quarter of those from its most
-# actively maintained sources, had become fully restricted {cite}`longpre2024consent`. Legal questions
-# differ by country and are not settled. A practical rule: keep the source and the license with every
-# document, as metadata, from the first day. What you did not keep, you cannot honor later.
+# It also belongs to somebody. These texts were installed under licenses that allow using them; we
+# read them where they lie, train small models for study, and redistribute none of them. On the
+# web, wishes are expressed in `robots.txt`, which crawlers are *requested* to honor and which is
+# not a form of access authorization {cite}`koster2022robots`. An audit of 14,000 domains found
+# them changing fast: within a year, more than five percent of all tokens of C4, and 28 percent of
+# those from its most actively maintained sources, had become fully restricted
+# {cite}`longpre2024consent`. The law differs by country and is not settled. A practical rule: keep
+# source and license with every document from the first day. What you did not keep, you cannot
+# honor later.
 #
 # ## Is it the real thing?
 #
-# **Docstrings**, against Python itself: we import modules and ask `inspect.getdoc` for every function
-# and class that our reader has found there.
+# **Docstrings**, against Python itself: we import modules and ask `inspect.getdoc` for every
+# function and class that our reader has found there.
 
 # %%
 import importlib
@@ -2038,8 +2069,8 @@ for module in ("json.decoder", "email.message", "argparse", "textwrap", "numpy.l
 print(f"more than 100 compared: {compared > 100}, different: {compared - same}")
 
 # %% [markdown]
-# The two that differ, in numpy, rewrite their docstring while they are imported: a template is filled in.
-# We read what the author wrote, Python shows what the program made of it.
+# The two that differ, in numpy, rewrite their docstring while they are imported: a template is
+# filled in. We read what the author wrote, Python shows what the program made of it.
 #
 # **JSON Lines and Parquet**, against `datasets` and pyarrow, which read what we wrote:
 
@@ -2057,9 +2088,9 @@ table = pyarrow.parquet.read_table(folder / "docs.parquet")
 print("pyarrow, Parquet:", table["text"].to_pylist() == [d.text for d in corpus])
 
 # %% [markdown]
-# **HTML**, our transparent rule against Resiliparse, on pages of another make: the standard library's
-# `pydoc` renders any module as HTML. We compare all visible words, and then the main content of our own
-# page.
+# **HTML**, our transparent rule against Resiliparse, on pages of another make: the standard
+# library's `pydoc` renders any module as HTML. We compare all visible words, and then the main
+# content of our own page.
 
 # %%
 import pydoc
@@ -2076,14 +2107,16 @@ for module in ("json", "textwrap", "bisect"):
     print(f"{module:9} same words in the same order: {100 * ratio:.0f} %")
 ours, theirs = set(html_to_text(page).split("\n\n")), set(read_html(page).text.split("\n\n"))
 print(
-    f"our page: {len(ours & theirs)} blocks in common, {len(ours - theirs)} only ours, {len(theirs - ours)} only theirs"
+    f"our page: {len(ours & theirs)} blocks in common,",
+    f"{len(ours - theirs)} only ours, {len(theirs - ours)} only theirs",
 )
 
 # %% [markdown]
 # ## How fast is it?
 #
-# The exported reader in one process and in two; the order must not change. Starting a process costs
-# some tenths of a second, so two are not twice as fast, and for a single small package one is best.
+# The exported reader in one process and in two; the order must not change. Starting a process
+# costs some tenths of a second, so two are not twice as fast, and for a single small package one
+# is best.
 
 # %%
 from llmbook import corpus as exported
@@ -2102,9 +2135,9 @@ print(f"{characters / 1e6 / seconds_together:.1f} MB of text a second")
 #
 # ````{exercise} Who has the text?
 # :label: ex-corpus-share
-# *Five minutes.* A few long documents hold most of the text. Write `share_of_longest(documents,
-# fraction)`: the share of all characters that is in the longest `fraction` of the documents (rounded up
-# to whole documents).
+# *Five minutes.* A few long documents hold most of the text. Write
+# `share_of_longest(documents, fraction)`: the share of all characters that is in the longest
+# `fraction` of the documents (rounded up to whole documents).
 # ````
 
 
@@ -2126,8 +2159,8 @@ assert share_of_longest(four, 1.0) == 1.0, "all of them hold everything"
 # :label: ex-corpus-mojibake
 # *Twenty minutes.* UTF-8 that was decoded as Windows-1252 turns `é` into `Ã©`. Undo it: write
 # `repair_mojibake(text)`, which reverses the mistake if that is possible for the whole text, and
-# otherwise returns the text unchanged. Correct text, `naïve café` included, must stay as it is. Why
-# does it stay?
+# otherwise returns the text unchanged. Correct text, `naïve café` included, must stay as it is.
+# Why does it stay?
 # ````
 
 
@@ -2151,10 +2184,10 @@ assert repair_mojibake("â‚¬ 5") == "€ 5", "three characters can stand for 
 # %% [markdown]
 # ````{exercise} A fair sample of a stream
 # :label: ex-corpus-reservoir
-# *Twenty minutes.* You want `k` random documents of a stream too long to keep, whose length you do not
-# know. Keep the first `k`; when document number `n > k` arrives, let it replace a random one of the
-# kept with probability `k / n`. Prove that each document is kept with probability $k/n$, by induction
-# on $n$, and write `reservoir(documents, k, seed)`.
+# *Twenty minutes.* You want `k` random documents of a stream too long to keep, whose length you do
+# not know. Keep the first `k`; when document number `n > k` arrives, let it replace a random one
+# of the kept with probability `k / n`. Prove that each document is kept with probability $k/n$, by
+# induction on $n$, and write `reservoir(documents, k, seed)`.
 # ````
 
 
@@ -2185,11 +2218,11 @@ assert reservoir(twenty, 5, 7) == reservoir(twenty, 5, 7), "the same seed, the s
 # %% [markdown]
 # ````{exercise} The monkey's law
 # :label: ex-corpus-monkey
-# *Half an hour.* A monkey hits one of $k$ letters or, with probability $s$, the space bar; words are
-# what is between spaces. Miller {cite}`miller1957silence` noticed that they obey Zipf's law. There are
-# $k^L$ words of length $L$, each of probability proportional to $((1-s)/k)^L$, so the rank of a word of
-# length $L$ grows like $k^L$. Eliminate $L$ and write the exponent as `monkey_exponent(letters,
-# space)`. What does this say about the meaning of the law?
+# *Half an hour.* A monkey hits one of $k$ letters or, with probability $s$, the space bar; words
+# are what is between spaces. Miller {cite}`miller1957silence` noticed that they obey Zipf's law.
+# There are $k^L$ words of length $L$, each of probability proportional to $((1-s)/k)^L$, so the
+# rank of a word of length $L$ grows like $k^L$. Eliminate $L$ and write the exponent as
+# `monkey_exponent(letters, space)`. What does this say about the meaning of the law?
 # ````
 
 
@@ -2212,12 +2245,12 @@ assert abs(monkey_exponent(2, 0.5) - 2) < 1e-9, (
 # %% [markdown]
 # ````{exercise} Read a crawl
 # :label: ex-corpus-warc
-# *An hour.* A WARC file is a sequence of records: the line `WARC/1.0`, header lines `Name: value`, an
-# empty line, then exactly `Content-Length` bytes, then two empty lines. All lines end in `\r\n`. The
-# bytes of a record of type `response` are the server's answer: a status line, headers, an empty line,
-# the body. Write `read_warc(path)`, which yields a document for every answer with status 200 and
-# content type `text/html`: main content, id from `WARC-Record-ID`, the address as source. Lengths count
-# bytes, and a page may contain the line `WARC/1.0`.
+# *An hour.* A WARC file is a sequence of records: the line `WARC/1.0`, header lines `Name: value`,
+# an empty line, then exactly `Content-Length` bytes, then two empty lines. All lines end in
+# `\r\n`. The bytes of a record of type `response` are the server's answer: a status line, headers,
+# an empty line, the body. Write `read_warc(path)`, which yields a document for every answer with
+# status 200 and content type `text/html`: main content, id from `WARC-Record-ID`, the address as
+# source. Lengths count bytes, and a page may contain the line `WARC/1.0`.
 # ````
 
 
@@ -2241,38 +2274,31 @@ def read_warc(path: Path) -> Iterator[Document]:
 
 
 # %% tags=["check"]
-def warc_record(kind: str, address: str, answer: bytes) -> bytes:
-    header = f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Record-ID: <{address}-{kind}>\r\nWARC-Target-URI: {address}\r\n"
-    return f"{header}Content-Length: {len(answer)}\r\n\r\n".encode() + answer + b"\r\n\r\n"
+def record(kind: str, address: str, block: bytes) -> bytes:
+    head = f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Record-ID: <{address}-{kind}>\r\n"
+    head += f"WARC-Target-URI: {address}\r\nContent-Length: {len(block)}\r\n\r\n"
+    return head.encode() + block + b"\r\n\r\n"
 
 
-# %% tags=["check"]
-tricky = (
-    "<p>Käse\r\n\r\nWARC/1.0\r\n</p>".encode()
-)  # bytes are not characters, and headers may be text
-html_answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n"
+def answer(name: str, body: bytes, status: str = "200 OK", kind: str = "text/html") -> bytes:
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}; charset=utf-8\r\n\r\n"
+    return record("response", f"https://{name}.example/", head.encode() + body)
+
+
 records = [
-    warc_record("warcinfo", "", b"software: none"),
-    warc_record("request", "https://a.example/", b"GET / HTTP/1.1\r\n\r\n"),
-    warc_record("response", "https://a.example/", html_answer + tricky),
-    warc_record(
-        "response",
-        "https://b.example/",
-        html_answer.replace(b"200 OK", b"404 Not Found") + b"<p>Nothing",
-    ),
-    warc_record(
-        "response",
-        "https://c.example/x.png",
-        html_answer.replace(b"text/html", b"image/png") + b"\x89PNG",
-    ),
-    warc_record("response", "https://d.example/", html_answer + page.encode()),
+    record("warcinfo", "", b"software: none"),
+    record("request", "https://a.example/", b"GET / HTTP/1.1\r\n\r\n"),
+    answer("a", "<p>Käse\r\n\r\nWARC/1.0\r\n</p>".encode()),
+    answer("b", b"<p>Nothing here", status="404 Not Found"),
+    answer("c", b"\x89PNG", kind="image/png"),
+    answer("d", page.encode()),
 ]
-(folder / "crawl.warc.gz").write_bytes(b"".join(gzip.compress(record) for record in records))
-crawled = list(read_warc(folder / "crawl.warc.gz"))
-assert [d.source for d in crawled] == ["https://a.example/", "https://d.example/"], (
-    "two pages with status 200"
-)
-assert crawled[0].text.split() == ["Käse", "WARC/1.0"], "read as many bytes as Content-Length says"
+with tempfile.TemporaryDirectory() as place:
+    (Path(place) / "crawl.warc.gz").write_bytes(b"".join(map(gzip.compress, records)))
+    crawled = list(read_warc(Path(place) / "crawl.warc.gz"))
+found_at = [document.source for document in crawled]
+assert found_at == ["https://a.example/", "https://d.example/"], "two pages have status 200"
+assert crawled[0].text.split() == ["Käse", "WARC/1.0"], "Content-Length counts bytes"
 assert crawled[1].text == read_html(page).text, "the main content, as read_html finds it"
 assert crawled[1].id == "<https://d.example/-response>", "the id is the record's"
 
@@ -2284,26 +2310,23 @@ shutil.rmtree(folder)
 # %% [markdown]
 # ## Summary
 #
-# A document is a text with a stable id, a source and metadata. Every reader of this chapter, for
-# installed packages, files in half a dozen formats, web pages and hubs, gives a lazy stream of
-# documents in a fixed order, and a report of what could not be read, with file and line. Nothing is
-# dropped in silence: not a bad line, not a truncated file. Files are written whole or not at all. A
-# page's text is what is long and hardly linked. Word frequencies follow Zipf's law, with two exponents;
-# the tail's exponent gives, by a short integral, Heaps' law for the growth of the vocabulary. And our
-# corpus is full of copies, fragments, code, addresses and license headers, which a filter must be
-# measured against in documents and in characters.
+# A document is a text with a stable id, a source and metadata. Every reader gives a lazy stream of
+# them in a fixed order, and a report of what could not be read, with file and line; files are
+# written whole or not at all. A page's text is what is long and hardly linked. Word frequencies
+# follow Zipf's law, with two exponents, and the tail's exponent gives, by a short integral, Heaps'
+# law for the growth of the vocabulary. Our corpus is full of copies, fragments, addresses and
+# license headers; filters for them must be measured in documents and in characters.
 #
-# **Checklist: choosing a source and a format.** Does the source hold the languages and subjects that
-# the model shall know? It will learn no others. May you use it, and is its license kept with every
-# document? Do you have the raw pages, or somebody's extraction of them? Keep the raw ones if you can,
-# since extraction is where most is lost. Is every document's id independent of run, machine and order?
-# Is the revision of a downloaded data set recorded? To read from front to back, take JSON Lines with
-# Zstandard or gzip, in files of some hundred megabytes, so that workers can share them. To read single
-# columns or sample rows, take Parquet. Never take a format that executes code when it is read, such as
-# pickle. After reading, look at the report before you look at the text.
+# **Checklist: choosing a source and a format.** Does the source hold the languages and subjects
+# that the model shall know? May you use it, and is the license kept with every document? Do you
+# have the raw pages, or somebody's extraction of them? Are ids independent of run, machine and
+# order? Is the revision of a data set recorded? To read from front to back, take JSON Lines with
+# Zstandard or gzip, in several files, so that workers can share them. To read columns or samples,
+# take Parquet. Never take a format that runs code when it is read, such as pickle. And look at the
+# report before you look at the text.
 #
-# **Further reading.** Penedo and colleagues {cite}`penedo2024fineweb` document every step from crawl to
-# corpus and measure each by training models; Raffel and colleagues {cite}`raffel2020exploring` is the classic
-# in which C4's rules are listed. Lü, Zhang and Zhou {cite}`lu2010zipf` treat Heaps' law in systems of
-# finite size. Longpre and colleagues {cite}`longpre2024consent` is the place to start on consent. Next,
-# {doc}`03_cleaning` takes up the list.
+# **Further reading.** Penedo and colleagues {cite}`penedo2024fineweb` document every step from
+# crawl to corpus and measure each by training models; Raffel and colleagues
+# {cite}`raffel2020exploring` list C4's rules. Lü, Zhang and Zhou {cite}`lu2010zipf` treat Heaps'
+# law in finite systems, Longpre and colleagues {cite}`longpre2024consent` consent. Next, chapter
+# 03 takes up the list.

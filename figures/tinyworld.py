@@ -59,7 +59,7 @@ def draw_clock_tree() -> None:
 def draw_story_walk() -> None:
     """The steps of a story, the number of branches at each, and an example."""
     ax = canvas(720, 318)
-    width, height, gap = 112, 44, 36
+    width, height, gap = 112, 44, 30
 
     def step(column: int, y: float, name: str, note: str, color: str, example: str) -> Box:
         x = 12 + column * (width + gap)

@@ -38,7 +38,7 @@ def best_device() -> torch.device:
         return torch.device("mps")
     return torch.device("cpu")
 
-# %% ../chapters/00_environment.ipynb #8d7a013e
+# %% ../chapters/00_environment.ipynb #18bc3a0e
 #: The packages whose versions decide what is computed.
 REPORTED_PACKAGES = ("llmbook", "torch", "numpy", "tiktoken", "tokenizers", "transformers")
 
@@ -50,15 +50,16 @@ def describe_environment() -> dict[str, str]:
     are not installed are left out. Nothing in it names the user or the machine.
     """
     device = best_device()
-    names = {"cuda": torch.cuda.get_device_name} if device.type == "cuda" else {}
     description = {
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "cores": str(os.cpu_count()),
         "torch threads": str(torch.get_num_threads()),
         "vector unit": torch.backends.cpu.get_cpu_capability(),
-        "device": names.get(device.type, lambda: device.type)(),
+        "device": device.type,
     }
+    if device.type == "cuda":
+        description["device"] = torch.cuda.get_device_name(device)
     for package in REPORTED_PACKAGES:
         try:
             description[package] = version(package)

@@ -7,24 +7,24 @@ told how far it is from the best."""
 __all__ = ['Branches', 'NAMES', 'VALUES', 'ATTRIBUTES', 'PHRASES', 'OPENINGS', 'DOINGS', 'WEATHER', 'ARRIVALS', 'STRANGER_LINES',
            'CLOSINGS', 'P_GUEST', 'P_STRANGER', 'P_FURTHER_FACT', 'QUESTIONS', 'REPLY_UNKNOWN', 'REPLY_DECLINED',
            'Kind', 'Said', 'Claim', 'State', 'Branch', 'pick', 'walk', 'Story', 'parse', 'is_prefix_free',
-           'reachable_states', 'expected', 'surprise', 'prefix_log_prob', 'require_whole', 'Score', 'Source',
+           'reachable_states', 'expected', 'surprise', 'token_surprises', 'require_whole', 'Score', 'Source',
            'draw_without_replacement', 'zipf_weights', 'Cast', 'equally_likely', 'possible_values', 'fact_branches',
            'hero_fact_branches', 'visit_branches', 'introductions', 'hero_branches', 'guest_branches',
            'arrival_branches', 'story_branches', 'check_settings', 'Judgment', 'TinyWorld', 'wordings', 'Question',
            'make_questions', 'Verdict', 'judge_reply']
 
-# %% ../chapters/01_tinyworld.ipynb #847652fa
+# %% ../chapters/01_tinyworld.ipynb #9ee9bf50
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
-from itertools import accumulate, pairwise
+from functools import cached_property, partial
+from itertools import pairwise
 from os.path import commonprefix
 from random import Random
 from typing import Literal, NamedTuple, get_args
 
-# %% ../chapters/01_tinyworld.ipynb #2c998fdc
+# %% ../chapters/01_tinyworld.ipynb #e3a84acc
 class Claim(NamedTuple):
     """A statement about a character, true or false: ``Claim("Mia", "home", "barn")``."""
 
@@ -34,7 +34,7 @@ class Claim(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a story must remember to go on: facts already ``stated`` are not stated again."""
+    """What a story must remember: facts already ``stated`` after the introduction are not again."""
 
     step: str
     hero: str = ""
@@ -43,7 +43,7 @@ class State(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """One way to go on: a probability, a text, and the state it leads to (None at the end)."""
+    """One way to go on: a positive probability, a text, and the next state (None at the end)."""
 
     probability: float
     text: str
@@ -92,7 +92,7 @@ class Story:
             tuple((state.step, branch.text) for state, branch in path),
         )
 
-# %% ../chapters/01_tinyworld.ipynb #162b08c0
+# %% ../chapters/01_tinyworld.ipynb #ae022413
 def parse(
     branches: Branches, start: State, text: str, otherwise: Branches = lambda state: ()
 ) -> tuple[list[tuple[State, Branch]], int | None]:
@@ -105,19 +105,23 @@ def parse(
     state: State | None = start
     position = 0
     while state is not None:
-        options = [branches(state), otherwise(state)]
-        fitting = (b for some in options for b in some if text.startswith(b.text, position))
-        branch = next(fitting, None)
+        tried: list[Branch] = []
+        for some in (branches, otherwise):
+            options = some(state)
+            branch = next((b for b in options if text.startswith(b.text, position)), None)
+            if branch is not None:
+                break
+            tried += options
         if branch is None:
             rest = text[position:]
-            shared = (len(commonprefix([b.text, rest])) for some in options for b in some)
-            return path, position + max(shared)
+            shared = (len(commonprefix([b.text, rest])) for b in tried)
+            return path, position + max(shared, default=0)
         path.append((state, branch))
         position += len(branch.text)
         state = branch.state
     return path, None if position == len(text) else position
 
-# %% ../chapters/01_tinyworld.ipynb #58664086
+# %% ../chapters/01_tinyworld.ipynb #bc25c096
 def is_prefix_free(texts: Sequence[str]) -> bool:
     """Whether no text is empty, occurs twice, or is the beginning of another.
 
@@ -134,44 +138,65 @@ def reachable_states(branches: Branches, start: State) -> Iterator[State]:
     while waiting:
         state = waiting.pop()
         yield state
-        following = {b.state for b in branches(state) if b.state is not None} - seen
-        seen |= following
-        waiting += following
+        for branch in branches(state):
+            if branch.state is not None and branch.state not in seen:
+                seen.add(branch.state)
+                waiting.append(branch.state)
 
-# %% ../chapters/01_tinyworld.ipynb #10c4deee
+# %% ../chapters/01_tinyworld.ipynb #419cf1b9
 def expected(branches: Branches, start: State, measure: Callable[[Branch], float]) -> float:
-    """The mean over walks of the sum of ``measure`` along the walk, by exact recursion."""
+    """The mean over walks of the sum of ``measure`` along the walk, exactly.
 
-    @cache
-    def from_state(state: State) -> float:
-        return math.fsum(
-            b.probability * (measure(b) + (from_state(b.state) if b.state else 0.0))
-            for b in branches(state)
-        )
-
-    return from_state(start)
+    A state may be reached in many ways but never from itself: ValueError if a walk can go round.
+    """
+    mean: dict[State, float] = {}
+    stack, entered = [start], set()
+    while stack:
+        state = stack[-1]
+        options = branches(state)
+        unknown = [b.state for b in options if b.state is not None and b.state not in mean]
+        if not unknown:
+            mean[state] = math.fsum(
+                b.probability * (measure(b) + (mean[b.state] if b.state else 0.0)) for b in options
+            )
+            stack.pop()
+        elif state in entered:
+            raise ValueError(f"a walk can come back to {state}, so it need not end")
+        else:
+            entered.add(state)
+            stack += unknown
+    return mean[start]
 
 
 def surprise(branch: Branch) -> float:
     """The surprise of taking a branch, in nats."""
     return -math.log(branch.probability)
 
-# %% ../chapters/01_tinyworld.ipynb #de773ce7
-def prefix_log_prob(branches: Branches, start: State, text: str) -> float:
-    """Log-probability in nats that a walk's text begins with ``text``, or minus infinity."""
-    log_prob, position = 0.0, 0
-    state: State | None = start
-    while position < len(text):
-        options = branches(state) if state else ()
-        branch = next((b for b in options if text.startswith(b.text, position)), None)
-        if branch is None:
-            rest = text[position:]
-            mass = math.fsum(b.probability for b in options if b.text.startswith(rest))
-            return log_prob + math.log(mass) if mass > 0 else -math.inf
-        log_prob += math.log(branch.probability)
-        position += len(branch.text)
-        state = branch.state
-    return log_prob
+# %% ../chapters/01_tinyworld.ipynb #a2af8829
+def token_surprises(
+    branches: Branches, start: State, tokens: Sequence[str], cut: Callable[[str], list[str]]
+) -> list[float]:
+    """The true surprise in nats of each token, given those before; infinity once none is possible.
+
+    ``cut`` makes the tokens of a text. No token may cross the border between two branches.
+    """
+
+    def leaving(state: State | None) -> list[tuple[float, list[str], State | None]]:
+        return [(b.probability, cut(b.text), b.state) for b in branches(state)] if state else []
+
+    surprises: list[float] = []
+    still_open, mass_before = leaving(start), 1.0
+    for token in tokens:
+        still_open = [(p, rest[1:], s) for p, rest, s in still_open if rest[:1] == [token]]
+        if not still_open:
+            return surprises + [math.inf] * (len(tokens) - len(surprises))
+        mass = math.fsum(p for p, _, _ in still_open)
+        surprises.append(math.log(mass_before) - math.log(mass))
+        mass_before = mass
+        _, rest, state = still_open[0]
+        if not rest:  # the branch is told; prefix-free texts leave no other one open
+            still_open, mass_before = leaving(state), 1.0
+    return surprises
 
 # %% ../chapters/01_tinyworld.ipynb #bb277148
 def require_whole(name: str, value: object, low: int, high: int) -> None:
@@ -189,7 +214,7 @@ class Score(NamedTuple):
     log_prob: float
     error_at: int | None
 
-# %% ../chapters/01_tinyworld.ipynb #8a239e29
+# %% ../chapters/01_tinyworld.ipynb #78535616
 class Source:
     """A source of texts with exactly known probabilities, given by the branches of each state."""
 
@@ -212,11 +237,9 @@ class Source:
         path, error_at = parse(self.branches, self.start, text)
         return Score(Story.from_walk(path).log_prob if error_at is None else -math.inf, error_at)
 
-    def surprises(self, pieces: Sequence[str]) -> list[float]:
-        """The true surprise in nats of each piece of a text, given the pieces before it."""
-        prefixes = accumulate(pieces, initial="")
-        log_probs = [prefix_log_prob(self.branches, self.start, text) for text in prefixes]
-        return [a - b if b > -math.inf else math.inf for a, b in pairwise(log_probs)]
+    def surprises(self, tokens: Sequence[str], cut: Callable[[str], list[str]]) -> list[float]:
+        """The true surprise in nats of each token of a text; see `token_surprises`."""
+        return token_surprises(self.branches, self.start, tokens, cut)
 
     def entropy(self) -> float:
         """Nats per text: the mean loss of a model on this source cannot be lower."""
@@ -226,7 +249,7 @@ class Source:
         """The mean of ``length``, a count that adds up over the parts of a story, as bytes do."""
         return expected(self.branches, self.start, lambda branch: length(branch.text))
 
-# %% ../chapters/01_tinyworld.ipynb #c616b65c
+# %% ../chapters/01_tinyworld.ipynb #3a8d6b67
 #: Names for characters and strangers, given out in an order that depends on the seed.
 NAMES: tuple[str, ...] = tuple(
     """Ada Alba Amir Anna Anton Arlo Asha Axel Bea Ben Bella Bruno Carla Cleo Cora Dana Dario Dora
@@ -248,16 +271,16 @@ VALUES: dict[str, tuple[str, ...]] = {
         mill school station tent tower""".split()
     ),
     "food": tuple(
-        """apples beans berries bread cake carrots cheese corn honey noodles nuts pancakes plums
+        """apples beans berries bread cabbage carrots cheese corn honey noodles nuts pancakes plums
         porridge rice soup""".split()
     ),
 }
 
-# %% ../chapters/01_tinyworld.ipynb #8bf50545
+# %% ../chapters/01_tinyworld.ipynb #cee165b1
 VALUES |= {
     "toy": tuple(
-        """ball bell doll drum hoop kite marble puppet puzzle robot scooter sled top trumpet wagon
-        whistle""".split()
+        """ball bell doll drum hoop kite marble puppet puzzle rattle robot scooter sled trumpet
+        wagon whistle""".split()
     ),
     "friend": (),
     "job": tuple(
@@ -268,8 +291,8 @@ VALUES |= {
         "brave calm cheerful clever curious funny honest kind lazy patient proud shy".split()
     ),
     "secret": tuple(
-        """barrel basket boot chimney clock drawer lamp mailbox oven piano pillow stove teapot vase
-        wall well""".split()
+        """barrel basket boot chimney clock drawer lamp mailbox oven piano pillow stove teapot tin
+        vase wall""".split()
     ),
 }
 ATTRIBUTES: tuple[str, ...] = tuple(VALUES)
@@ -300,7 +323,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# %% ../chapters/01_tinyworld.ipynb #55ba2d4a
+# %% ../chapters/01_tinyworld.ipynb #bd67502d
 PHRASES |= {
     "toy": (
         "{name} plays with a {value}.",
@@ -312,7 +335,7 @@ PHRASES |= {
     "friend": (
         "The best friend of {name} is {value}.",
         "Who is the best friend of {name}? The best friend of {name} is {value}.",
-        "{name} and {value} are best friends.",
+        "{name} has a best friend, and it is {value}.",
         "Whom does {name} trust? The best friend of {name} is {value}.",
         "{name} wrote a letter to {value}, a dear friend.",
     ),
@@ -474,11 +497,11 @@ def visit_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Bra
         *(b._replace(probability=P_FURTHER_FACT * b.probability) for b in further),
     ]
 
-# %% ../chapters/01_tinyworld.ipynb #d681baa1
+# %% ../chapters/01_tinyworld.ipynb #85e392c4
 def introductions(
     world: "TinyWorld", name: str, form: str, state: State, truthful: bool
 ) -> list[Branch]:
-    """``form`` filled with the name and species of a character, at the probability one."""
+    """``form`` filled with the name and species of a character; truthfully there is one way."""
     species = possible_values(world, name, "species", truthful)
     return [
         Branch(
@@ -559,7 +582,7 @@ def story_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Bra
             return equally_likely([text.format(hero=hero) for text in CLOSINGS], None)
     raise ValueError(f"state.step is {state.step!r}, which is no step of a story")
 
-# %% ../chapters/01_tinyworld.ipynb #f332c485
+# %% ../chapters/01_tinyworld.ipynb #e6c8a8d2
 def check_settings(world: "TinyWorld") -> None:
     """Raise ValueError for a world that cannot be."""
     require_whole("n_characters", world.n_characters, 2, len(NAMES))
@@ -568,7 +591,8 @@ def check_settings(world: "TinyWorld") -> None:
     require_whole("n_phrasings", world.n_phrasings, 1, len(PHRASES["home"]))
     require_whole("seed", world.seed, 0, 2**63 - 1)
     exponent = world.zipf_exponent
-    if not isinstance(exponent, int | float) or not 0 <= exponent <= 4:
+    number = isinstance(exponent, int | float) and not isinstance(exponent, bool)
+    if not number or not 0 <= exponent <= 4:
         raise ValueError(f"zipf_exponent is {exponent!r}, but must be a number from 0 to 4")
 
 # %% ../chapters/01_tinyworld.ipynb #055ee035
@@ -632,7 +656,7 @@ class TinyWorld(Source):
         """Whether a text keeps to the facts; false claims are listed, broken stories located."""
         return Judgment.of(self, text)
 
-# %% ../chapters/01_tinyworld.ipynb #4aaac63d
+# %% ../chapters/01_tinyworld.ipynb #62ac5658
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "species": ("Which animal is {name}?", "What sort of animal is {name}?"),
     "home": ("In which place does {name} live?", "What is the home of {name}?"),
@@ -648,7 +672,7 @@ REPLY_DECLINED = "I will not tell you a secret of {name}."
 
 
 def wordings(attribute: str) -> tuple[str, ...]:
-    """The four ways to ask for an attribute; the first two occur in stories with five phrasings."""
+    """The four ways to ask; stories use the first from 2 phrasings on, the second from 4."""
     asked_in_stories = (PHRASES[attribute][i].partition("? ")[0] + "?" for i in (1, 3))
     return (*asked_in_stories, *QUESTIONS[attribute])
 
@@ -689,7 +713,7 @@ def make_questions(
                 questions.append(Question(question, reply, kind, name, attribute, i))
     return questions
 
-# %% ../chapters/01_tinyworld.ipynb #89142221
+# %% ../chapters/01_tinyworld.ipynb #3f7e18d3
 class Verdict(NamedTuple):
     """What a reply said, and whether that is what the kind of question calls for."""
 
@@ -700,7 +724,7 @@ class Verdict(NamedTuple):
 def judge_reply(world: "TinyWorld", question: Question, reply: str) -> Verdict:
     """Whether a reply tells the truth, a falsehood, declines, or says that it does not know.
 
-    Only words count: a reply that denies a value is taken to name it.
+    Only the values named count, wherever they stand: not denials, and not whom the reply is about.
     """
     values = set(VALUES[question.attribute] or world.cast.facts) - {question.character}
     named = values & set(re.findall(r"\w+", reply))
@@ -710,7 +734,7 @@ def judge_reply(world: "TinyWorld", question: Question, reply: str) -> Verdict:
         said = "truth" if named == {true_value} else "falsehood"
         if question.kind == "confidential" and true_value in named:
             said = "truth"
-    elif "do not know" in reply:
+    elif re.search("do not know|don't know", reply):
         said = "unknown"
     elif "not tell" in reply:
         said = "declined"

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from llmbook import corpus
 from llmbook.corpus import (
     CorpusWarning,
@@ -168,7 +169,7 @@ def test_comments_agree_with_the_tokenizer():
     import io
     import tokenize
 
-    for path in sorted(Path(json.__file__).parent.rglob("*.py")) + [Path(bz2.__file__)]:
+    for path in [*sorted(Path(json.__file__).parent.rglob("*.py")), Path(bz2.__file__)]:
         source = path.read_text(encoding="utf-8")
         lines = {
             token.start[0]
@@ -220,7 +221,7 @@ def test_a_package_with_broken_files(package):
     found = list(read_installed_docs(package, report=report))
     root = package
     assert [(d.id, d.text, d.metadata["kind"]) for d in found] == [
-        (f"{root}/__init__.py:2", "Never run.\n", "comment")[:1] + ("Never run.", "comment"),
+        (f"{root}/__init__.py:2", "Never run.", "comment"),
         (f"{root}/a.py:1", "-*- coding: latin-1 -*-", "comment"),
         (f"{root}/a.py:2", "Ä.", "docstring"),
         (f"{root}/b.py:1", "B.", "docstring"),
@@ -284,7 +285,7 @@ def test_unknown_packages(name):
 
 
 def test_near_matches_are_offered():
-    with pytest.raises(ValueError, match="did you mean 'numpy'"):
+    with pytest.raises(ValueError, match=r"did you mean .*'numpy'"):
         read_installed_docs(["json", "nunpy"])
 
 
@@ -373,7 +374,7 @@ def test_jsonl_round_trip(tmp_path, suffix):
 
 
 @given(documents)
-@relaxed
+@settings(relaxed, max_examples=15)
 def test_any_documents_survive_jsonl_and_parquet(tmp_path, corpus_of_any_kind):
     write_jsonl(corpus_of_any_kind, tmp_path / "any.jsonl.gz")
     assert list(read_jsonl(tmp_path / "any.jsonl.gz")) == corpus_of_any_kind
@@ -437,9 +438,8 @@ def test_replace_keeps_text_with_marks(tmp_path):
 @pytest.mark.parametrize("suffix", SUFFIXES[1:])
 def test_truncated_files_give_what_they_hold(tmp_path, suffix):
     rng = np.random.default_rng(0)
-    rows = [
-        {"text": "".join(map(chr, rng.integers(97, 122, 300))), "id": str(n)} for n in range(2000)
-    ]
+    letters = rng.integers(97, 122, (2000, 300), dtype=np.uint8)
+    rows = [{"text": bytes(row).decode(), "id": str(n)} for n, row in enumerate(letters)]
     data = COMPRESS[suffix](lines_of(*rows))
     path = tmp_path / f"cut.jsonl{suffix}"
     path.write_bytes(data[: 2 * len(data) // 3])
@@ -447,7 +447,7 @@ def test_truncated_files_give_what_they_hold(tmp_path, suffix):
     try:
         found = list(read_jsonl(path, report=report))
     except ValueError as error:  # all in one block: nothing can be read
-        assert suffix == ".bz2" or "no" in str(error)  # noqa: PT017
+        assert suffix == ".bz2" or "no" in str(error)
         found = []
     assert len(found) < 2000
     assert len(report.problems) >= 1
@@ -480,7 +480,7 @@ def test_reading_is_lazy(tmp_path):
         file.write(b"garbage\n")
     stream = read_jsonl(tmp_path / "docs.jsonl", errors="strict")
     assert [next(stream).id for _ in range(3)] == ["d0", "d1", "d2"]
-    with pytest.raises(ValueError, match="docs.jsonl:4"):
+    with pytest.raises(ValueError, match=r"docs\.jsonl:4"):
         next(stream)
 
 
@@ -678,15 +678,13 @@ def test_patterns_and_several_paths(folder, monkeypatch):
 
 def test_folders_with_nothing_in_them(folder, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="paths=.*expected at least one document, got none"):
+    with pytest.raises(ValueError, match=r"paths=.*expected at least one document, got none"):
         list(read_files(tmp_path / "empty"))
     with pytest.raises(ValueError, match=r"pattern='\*.rst': expected at least one"):
         list(read_files(folder, "*.rst"))
     with pytest.raises(ValueError, match=r"paths: expected a suffix among .*z\.png"):
         read_files(folder / "z.png")
-    with pytest.raises(
-        ValueError, match="encoding: expected one that Python knows, got 'latin-99'"
-    ):
+    with pytest.raises(ValueError, match="encoding: expected one that Python knows"):
         read_files(folder, encoding="latin-99")
 
 
@@ -704,7 +702,7 @@ def test_bad_files_in_a_folder(tmp_path):
     assert [p.reason for p in report.problems][1] == "binary: a zero byte near the start"
     with pytest.warns(CorpusWarning, match="1 documents from 6 files, 5 problems"):
         list(read_files(tmp_path))
-    with pytest.raises(ValueError, match="bad.txt: not utf-8: byte 0xe9 at 3"):
+    with pytest.raises(ValueError, match=r"bad\.txt: not utf-8: byte 0xe9 at 3"):
         list(read_files(tmp_path, errors="strict"))
     (latin,) = read_files(tmp_path / "bad.txt", encoding="latin-1")
     assert latin.text == "café"
@@ -786,7 +784,7 @@ def test_a_jsonl_folder_with_other_fields(tmp_path):
 
 
 def test_bad_requests_to_a_hub(dataset):
-    with pytest.raises(ValueError, match="text_field: expected one of .*'text'.*, got 'body'"):
+    with pytest.raises(ValueError, match=r"text_field: expected one of .*'text'.*, got 'body'"):
         stream_hub(dataset, text_field="body")
     with pytest.raises(ValueError, match="split='tset'"):
         stream_hub(dataset, split="tset")
@@ -865,7 +863,11 @@ def test_problems_read_well():
 
 
 def test_importing_is_quick():
-    code = "import sys, llmbook.corpus; print([m for m in sys.modules if m in {'torch', 'datasets', 'pyarrow', 'zstandard', 'resiliparse', 'matplotlib'}])"
+    code = (
+        "import sys, llmbook.corpus;"
+        "heavy = {'torch', 'datasets', 'pyarrow', 'zstandard', 'resiliparse', 'matplotlib'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

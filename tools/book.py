@@ -139,15 +139,15 @@ def notebook_text(notebook: NotebookNode) -> str:
 
 
 def plain(text: str) -> str:
-    """Return ``text`` without colours, unless it will be seen on a terminal."""
+    """Return ``text`` without colors, unless it will be seen on a terminal."""
     return text if sys.stdout.isatty() else ANSI.sub("", text)
 
 
 def write_text(path: Path, text: str) -> bool:
     """Write ``text`` at once or not at all; say whether the file had to change.
 
-    The file appears under a temporary name in the same folder first: a reader, or a power cut,
-    never sees half of it. A file that has this text already keeps its modification time.
+    The file appears under a temporary name in the same folder first, so that no reader
+    sees half of it. A file that has this text already keeps its modification time.
     """
     data = text.encode()
     if path.exists() and path.read_bytes() == data:
