@@ -838,6 +838,8 @@ WEATHER = (
     " Fog lay on the hills.",
     " The sky was clear.",
 )
+# %%
+#| export
 ARRIVALS = (" came by.", " knocked on the door.", " waved from the road.")
 STRANGER_LINES = (
     " Nobody knew where {name} lived.",

@@ -1827,7 +1827,8 @@ plt.show()
 # invent, fall off twice as fast.
 #
 # For a model it means: a few hundred words are seen all the time, and tens of thousands once or
-# twice, too rarely to be learned. This is one reason to build a vocabulary of *pieces* in chapter 05.
+# twice, too rarely to be learned. This is one reason why chapter 05 builds a
+# vocabulary of *pieces*.
 #
 # ## Heaps' law, from Zipf's
 #

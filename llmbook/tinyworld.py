@@ -407,7 +407,7 @@ class Cast(NamedTuple):
         weights = zipf_weights(n_characters, zipf_exponent)
         return cls(facts, names[n_characters:], dict(zip(characters, weights, strict=True)))
 
-# %% ../chapters/01_tinyworld.ipynb #e26f6648
+# %% ../chapters/01_tinyworld.ipynb #a305b605
 OPENINGS = (
     "One morning",
     "Long ago",
@@ -425,6 +425,8 @@ WEATHER = (
     " Fog lay on the hills.",
     " The sky was clear.",
 )
+
+# %% ../chapters/01_tinyworld.ipynb #f6a47a86
 ARRIVALS = (" came by.", " knocked on the door.", " waved from the road.")
 STRANGER_LINES = (
     " Nobody knew where {name} lived.",
