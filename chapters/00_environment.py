@@ -13,7 +13,7 @@
 # |---|---|
 # | **You build** | {py:func}`~llmbook.environment.seed_everything`, {py:func}`~llmbook.environment.best_device`, {py:func}`~llmbook.environment.describe_environment` |
 # | **You need** | some Python; a terminal |
-# | **It takes** | 20 minutes to read, 5 seconds to run, a few minutes to install |
+# | **It takes** | 20 minutes to read, 15 seconds to run, a few minutes to install |
 
 # %% tags=["remove-cell"]
 #| default_exp environment

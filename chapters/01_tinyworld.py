@@ -19,7 +19,7 @@
 # |---|---|
 # | **You build** | {py:class}`~llmbook.tinyworld.TinyWorld`, counting models, a first model trained by gradient descent |
 # | **You need** | Python, the idea of a derivative ({doc}`00_environment` sets up the rest) |
-# | **It takes** | 60 minutes to read, 30 seconds to run |
+# | **It takes** | 60 minutes to read, 40 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp tinyworld
@@ -337,6 +337,11 @@ def walk(branches: Branches, start: State, random: Random) -> Iterator[tuple[Sta
         state = branch.state
 
 
+# %% [markdown]
+# What a walk tells is kept together: the text, its log-probability, and what was claimed on the
+# way.
+
+
 # %%
 #| export
 @dataclass(frozen=True)
@@ -577,6 +582,10 @@ class Score(NamedTuple):
     error_at: int | None
 
 
+# %% [markdown]
+# The class itself holds no state but its branches. Every method is one of the functions above.
+
+
 # %%
 #| export
 class Source:
@@ -754,7 +763,7 @@ PHRASES |= {
 
 # %%
 #| export
-def draw_without_replacement(items: Sequence[str], n: int, random: Random) -> tuple[str, ...]:
+def _draw(items: Sequence[str], n: int, random: Random) -> tuple[str, ...]:
     """``n`` of the items in random order, the same for a seed on every version of Python."""
     rest = list(items)
     return tuple(rest.pop(int(random.random() * len(rest))) for _ in range(n))
@@ -778,6 +787,11 @@ def zipf_weights(n: int, exponent: float) -> list[float]:
     return [weight / total for weight in weights]
 
 
+# %% [markdown]
+# Facts are drawn once, when the cast is: one value for each attribute, and for the friend another
+# character. A friendship need not be mutual.
+
+
 # %%
 #| export
 class Cast(NamedTuple):
@@ -791,17 +805,21 @@ class Cast(NamedTuple):
     def draw(cls, n_characters: int, n_strangers: int, zipf_exponent: float, seed: int) -> "Cast":
         """The cast that the seed decides; the same on every platform."""
         random = Random(seed)
-        names = draw_without_replacement(NAMES, n_characters + n_strangers, random)
+        names = _draw(NAMES, n_characters + n_strangers, random)
         characters = names[:n_characters]
         facts = {}
         for name in characters:
             others = tuple(other for other in characters if other != name)
             facts[name] = {
-                attribute: draw_without_replacement(VALUES[attribute] or others, 1, random)[0]
+                attribute: _draw(VALUES[attribute] or others, 1, random)[0]
                 for attribute in ATTRIBUTES
             }
         weights = zipf_weights(n_characters, zipf_exponent)
         return cls(facts, names[n_characters:], dict(zip(characters, weights, strict=True)))
+
+
+# %% [markdown]
+# The first of 48 characters, as an example:
 
 
 # %%
@@ -854,13 +872,23 @@ CLOSINGS = (
     " At last the stars came out.",
     " That night everyone slept well.",
 )
+
+# %% [markdown]
+# After the facts of the hero someone may come by. Three weights decide it; a choice among equals
+# is so frequent that it gets a function.
+
+
 # %%
 #| export
-#: How a story goes on after its facts: with a guest, a stranger, or one more fact.
-P_GUEST, P_STRANGER, P_FURTHER_FACT = 0.4, 0.3, 0.3
+#: Probability that a guest comes after the facts, with a fact of its own.
+P_GUEST = 0.4
+#: Probability that a stranger comes.
+P_STRANGER = 0.3
+#: Probability that nobody comes and the hero gets one more fact.
+P_FURTHER_FACT = 0.3
 
 
-def equally_likely(texts: Sequence[str], state: State | None) -> list[Branch]:
+def _equally_likely(texts: Sequence[str], state: State | None) -> list[Branch]:
     """One branch for each text, all to the same state."""
     return [Branch(1 / len(texts), text, state) for text in texts]
 
@@ -875,16 +903,22 @@ def equally_likely(texts: Sequence[str], state: State | None) -> list[Branch]:
 
 # %%
 #| export
-def possible_values(world: "TinyWorld", name: str, attribute: str, truthful: bool) -> Sequence[str]:
+def _possible_values(
+    world: "TinyWorld", name: str, attribute: str, truthful: bool
+) -> Sequence[str]:
     """The one true value, or all the values that a story could claim."""
     if truthful:
         return (world.cast.facts[name][attribute],)
     return VALUES[attribute] or tuple(other for other in world.cast.facts if other != name)
 
 
+# %% [markdown]
+# A fact about anyone can now be stated in all ways. `then` says where the story goes after each.
+
+
 # %%
 #| export
-def fact_branches(
+def _fact_branches(
     world: "TinyWorld",
     name: str,
     stated: tuple[str, ...],
@@ -895,7 +929,7 @@ def fact_branches(
     attributes = [attribute for attribute in ATTRIBUTES if attribute not in stated]
     branches = []
     for attribute in attributes:
-        values = possible_values(world, name, attribute, truthful)
+        values = _possible_values(world, name, attribute, truthful)
         probability = 1 / (len(attributes) * world.n_phrasings * len(values))
         for phrase in PHRASES[attribute][: world.n_phrasings]:
             for value in values:
@@ -913,20 +947,20 @@ def fact_branches(
 
 # %%
 #| export
-def hero_fact_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Branch]:
+def _hero_fact_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Branch]:
     """A fact about the hero that the story has not stated yet, and then the next or the visit."""
     step = "fact" if len(state.stated) + 1 < world.facts_per_story else "visit"
 
     def then(attribute: str) -> State:
         return State(step, state.hero, tuple(sorted((*state.stated, attribute))))
 
-    return fact_branches(world, state.hero, state.stated, then, truthful)
+    return _fact_branches(world, state.hero, state.stated, then, truthful)
 
 
-def visit_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Branch]:
+def _visit_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Branch]:
     """Someone comes ("Then"), or the hero gets one more fact."""
     closing = State("closing", state.hero)
-    further = fact_branches(world, state.hero, state.stated, lambda _: closing, truthful)
+    further = _fact_branches(world, state.hero, state.stated, lambda _: closing, truthful)
     return [
         Branch(P_GUEST + P_STRANGER, " Then", State("arrival", state.hero)),
         *(b._replace(probability=P_FURTHER_FACT * b.probability) for b in further),
@@ -940,11 +974,11 @@ def visit_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Bra
 
 # %%
 #| export
-def introductions(
+def _introductions(
     world: "TinyWorld", name: str, form: str, state: State, truthful: bool
 ) -> list[Branch]:
     """``form`` filled with the name and species of a character; truthfully there is one way."""
-    species = possible_values(world, name, "species", truthful)
+    species = _possible_values(world, name, "species", truthful)
     return [
         Branch(
             1 / len(species),
@@ -956,20 +990,24 @@ def introductions(
     ]
 
 
-def hero_branches(world: "TinyWorld", truthful: bool) -> list[Branch]:
+def _hero_branches(world: "TinyWorld", truthful: bool) -> list[Branch]:
     """The hero, drawn by the world's probabilities, with its species."""
     return [
         b._replace(probability=probability * b.probability)
         for name, probability in world.cast.probability.items()
-        for b in introductions(
+        for b in _introductions(
             world, name, ", {name} the {species}", State("doing", name), truthful
         )
     ]
 
 
+# %% [markdown]
+# Guests are drawn like heroes, from those who are left; strangers evenly.
+
+
 # %%
 #| export
-def guest_branches(world: "TinyWorld", hero: str, truthful: bool) -> list[Branch]:
+def _guest_branches(world: "TinyWorld", hero: str, truthful: bool) -> list[Branch]:
     """A guest, drawn like heroes but never the hero itself; the next sentence is about it."""
     p_others = 1 - world.cast.probability[hero]
     branches = []
@@ -979,13 +1017,13 @@ def guest_branches(world: "TinyWorld", hero: str, truthful: bool) -> list[Branch
         after = State("guest fact", hero, guest=guest)
         for arrival in ARRIVALS:
             form = " {name} the {species}" + arrival
-            for b in introductions(world, guest, form, after, truthful):
+            for b in _introductions(world, guest, form, after, truthful):
                 p = probability / p_others / len(ARRIVALS) * b.probability
                 branches.append(b._replace(probability=p))
     return branches
 
 
-def arrival_branches(world: "TinyWorld", hero: str, truthful: bool) -> list[Branch]:
+def _arrival_branches(world: "TinyWorld", hero: str, truthful: bool) -> list[Branch]:
     """A guest or, where the world has any, a stranger."""
     p_stranger = P_STRANGER / (P_GUEST + P_STRANGER) if world.cast.strangers else 0.0
     lines = [
@@ -993,8 +1031,8 @@ def arrival_branches(world: "TinyWorld", hero: str, truthful: bool) -> list[Bran
         for name in world.cast.strangers
         for line in STRANGER_LINES
     ]
-    strangers = equally_likely(lines, State("closing", hero))
-    guests = guest_branches(world, hero, truthful)
+    strangers = _equally_likely(lines, State("closing", hero))
+    guests = _guest_branches(world, hero, truthful)
     return [
         *(b._replace(probability=(1 - p_stranger) * b.probability) for b in guests),
         *(b._replace(probability=p_stranger * b.probability) for b in strangers),
@@ -1013,24 +1051,24 @@ def story_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Bra
     hero = state.hero
     match state.step:
         case "opening":
-            return equally_likely(OPENINGS, State("hero"))
+            return _equally_likely(OPENINGS, State("hero"))
         case "hero":
-            return hero_branches(world, truthful)
+            return _hero_branches(world, truthful)
         case "doing":
-            return equally_likely(DOINGS, State("weather", hero))
+            return _equally_likely(DOINGS, State("weather", hero))
         case "weather":
-            return equally_likely(WEATHER, State("fact", hero))
+            return _equally_likely(WEATHER, State("fact", hero))
         case "fact":
-            return hero_fact_branches(world, state, truthful)
+            return _hero_fact_branches(world, state, truthful)
         case "visit":
-            return visit_branches(world, state, truthful)
+            return _visit_branches(world, state, truthful)
         case "arrival":
-            return arrival_branches(world, hero, truthful)
+            return _arrival_branches(world, hero, truthful)
         case "guest fact":
             closing = State("closing", hero)
-            return fact_branches(world, state.guest, (), lambda _: closing, truthful)
+            return _fact_branches(world, state.guest, (), lambda _: closing, truthful)
         case "closing":
-            return equally_likely([text.format(hero=hero) for text in CLOSINGS], None)
+            return _equally_likely([text.format(hero=hero) for text in CLOSINGS], None)
     raise ValueError(f"state.step is {state.step!r}, which is no step of a story")
 
 
@@ -1043,7 +1081,7 @@ def story_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Bra
 
 # %%
 #| export
-def check_settings(world: "TinyWorld") -> None:
+def _check_settings(world: "TinyWorld") -> None:
     """Raise ValueError for a world that cannot be."""
     require_whole("n_characters", world.n_characters, 2, len(NAMES))
     require_whole("n_strangers", world.n_strangers, 0, len(NAMES) - world.n_characters)
@@ -1054,6 +1092,11 @@ def check_settings(world: "TinyWorld") -> None:
     number = isinstance(exponent, int | float) and not isinstance(exponent, bool)
     if not number or not 0 <= exponent <= 4:
         raise ValueError(f"zipf_exponent is {exponent!r}, but must be a number from 0 to 4")
+
+
+# %% [markdown]
+# The judge lists every claim with its truth. A story with a false claim is still a story, and the
+# list says which claim to blame.
 
 
 # %%
@@ -1081,6 +1124,10 @@ class Judgment(NamedTuple):
         return cls(error_at is None and all(true for _, true in claims), claims, error_at)
 
 
+# %% [markdown]
+# Everything is in place for the world itself.
+
+
 # %%
 #| export
 @dataclass(frozen=True)
@@ -1099,7 +1146,7 @@ class TinyWorld(Source):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        _check_settings(self)
 
     @cached_property
     def cast(self) -> Cast:
@@ -1254,6 +1301,10 @@ ax.grid(axis="x", visible=False)
 ax.legend()
 plt.show()
 
+# %% [markdown]
+# By the chain rule, the bars must add up to the surprise of the whole story:
+
+
 # %%
 print(f"sum of the bars {sum(heights):.2f} nats, surprise of the story {-story.log_prob:.2f} nats")
 
@@ -1286,6 +1337,11 @@ def wordings(attribute: str) -> tuple[str, ...]:
     """The four ways to ask; stories use the first from 2 phrasings on, the second from 4."""
     asked_in_stories = (PHRASES[attribute][i].partition("? ")[0] + "?" for i in (1, 3))
     return (*asked_in_stories, *QUESTIONS[attribute])
+
+
+# %% [markdown]
+# A question knows the reply that is wanted, so that it can serve for tuning as well as for
+# testing.
 
 
 # %%
@@ -1376,6 +1432,10 @@ def judge_reply(world: "TinyWorld", question: Question, reply: str) -> Verdict:
         "confidential": "declined",
     }
     return Verdict(said == expected_of[question.kind], said)
+
+
+# %% [markdown]
+# One question of each kind:
 
 
 # %%

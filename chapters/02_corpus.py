@@ -20,7 +20,7 @@
 # |---|---|
 # | **You build** | {py:class}`~llmbook.corpus.Document`, {py:func}`~llmbook.corpus.read_installed_docs`, {py:func}`~llmbook.corpus.read_files`, {py:func}`~llmbook.corpus.read_jsonl`, {py:func}`~llmbook.corpus.read_html`, {py:func}`~llmbook.corpus.stream_hub` |
 # | **You need** | Python: generators and regular expressions. {doc}`00_environment` sets up the rest |
-# | **It takes** | 60 minutes to read, 30 seconds to run |
+# | **It takes** | 60 minutes to read, 45 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp corpus

@@ -8,10 +8,8 @@ __all__ = ['Branches', 'NAMES', 'VALUES', 'ATTRIBUTES', 'PHRASES', 'OPENINGS', '
            'CLOSINGS', 'P_GUEST', 'P_STRANGER', 'P_FURTHER_FACT', 'QUESTIONS', 'REPLY_UNKNOWN', 'REPLY_DECLINED',
            'Kind', 'Said', 'Claim', 'State', 'Branch', 'pick', 'walk', 'Story', 'parse', 'is_prefix_free',
            'reachable_states', 'expected', 'surprise', 'token_surprises', 'require_whole', 'Score', 'Source',
-           'draw_without_replacement', 'zipf_weights', 'Cast', 'equally_likely', 'possible_values', 'fact_branches',
-           'hero_fact_branches', 'visit_branches', 'introductions', 'hero_branches', 'guest_branches',
-           'arrival_branches', 'story_branches', 'check_settings', 'Judgment', 'TinyWorld', 'wordings', 'Question',
-           'make_questions', 'Verdict', 'judge_reply']
+           'zipf_weights', 'Cast', 'story_branches', 'Judgment', 'TinyWorld', 'wordings', 'Question', 'make_questions',
+           'Verdict', 'judge_reply']
 
 # %% ../chapters/01_tinyworld.ipynb #9ee9bf50
 import math
@@ -366,8 +364,8 @@ PHRASES |= {
     ),
 }
 
-# %% ../chapters/01_tinyworld.ipynb #9955456c
-def draw_without_replacement(items: Sequence[str], n: int, random: Random) -> tuple[str, ...]:
+# %% ../chapters/01_tinyworld.ipynb #531845f1
+def _draw(items: Sequence[str], n: int, random: Random) -> tuple[str, ...]:
     """``n`` of the items in random order, the same for a seed on every version of Python."""
     rest = list(items)
     return tuple(rest.pop(int(random.random() * len(rest))) for _ in range(n))
@@ -383,7 +381,7 @@ def zipf_weights(n: int, exponent: float) -> list[float]:
     total = math.fsum(weights)
     return [weight / total for weight in weights]
 
-# %% ../chapters/01_tinyworld.ipynb #b338fc72
+# %% ../chapters/01_tinyworld.ipynb #0bf84f09
 class Cast(NamedTuple):
     """Who lives in a world: characters with their facts, by rank, and strangers without any."""
 
@@ -395,13 +393,13 @@ class Cast(NamedTuple):
     def draw(cls, n_characters: int, n_strangers: int, zipf_exponent: float, seed: int) -> "Cast":
         """The cast that the seed decides; the same on every platform."""
         random = Random(seed)
-        names = draw_without_replacement(NAMES, n_characters + n_strangers, random)
+        names = _draw(NAMES, n_characters + n_strangers, random)
         characters = names[:n_characters]
         facts = {}
         for name in characters:
             others = tuple(other for other in characters if other != name)
             facts[name] = {
-                attribute: draw_without_replacement(VALUES[attribute] or others, 1, random)[0]
+                attribute: _draw(VALUES[attribute] or others, 1, random)[0]
                 for attribute in ATTRIBUTES
             }
         weights = zipf_weights(n_characters, zipf_exponent)
@@ -442,24 +440,30 @@ CLOSINGS = (
     " That night everyone slept well.",
 )
 
-# %% ../chapters/01_tinyworld.ipynb #06b8768c
-#: How a story goes on after its facts: with a guest, a stranger, or one more fact.
-P_GUEST, P_STRANGER, P_FURTHER_FACT = 0.4, 0.3, 0.3
+# %% ../chapters/01_tinyworld.ipynb #7794245e
+#: Probability that a guest comes after the facts, with a fact of its own.
+P_GUEST = 0.4
+#: Probability that a stranger comes.
+P_STRANGER = 0.3
+#: Probability that nobody comes and the hero gets one more fact.
+P_FURTHER_FACT = 0.3
 
 
-def equally_likely(texts: Sequence[str], state: State | None) -> list[Branch]:
+def _equally_likely(texts: Sequence[str], state: State | None) -> list[Branch]:
     """One branch for each text, all to the same state."""
     return [Branch(1 / len(texts), text, state) for text in texts]
 
-# %% ../chapters/01_tinyworld.ipynb #7f09708d
-def possible_values(world: "TinyWorld", name: str, attribute: str, truthful: bool) -> Sequence[str]:
+# %% ../chapters/01_tinyworld.ipynb #615d0858
+def _possible_values(
+    world: "TinyWorld", name: str, attribute: str, truthful: bool
+) -> Sequence[str]:
     """The one true value, or all the values that a story could claim."""
     if truthful:
         return (world.cast.facts[name][attribute],)
     return VALUES[attribute] or tuple(other for other in world.cast.facts if other != name)
 
-# %% ../chapters/01_tinyworld.ipynb #e673397a
-def fact_branches(
+# %% ../chapters/01_tinyworld.ipynb #ce1a2970
+def _fact_branches(
     world: "TinyWorld",
     name: str,
     stated: tuple[str, ...],
@@ -470,7 +474,7 @@ def fact_branches(
     attributes = [attribute for attribute in ATTRIBUTES if attribute not in stated]
     branches = []
     for attribute in attributes:
-        values = possible_values(world, name, attribute, truthful)
+        values = _possible_values(world, name, attribute, truthful)
         probability = 1 / (len(attributes) * world.n_phrasings * len(values))
         for phrase in PHRASES[attribute][: world.n_phrasings]:
             for value in values:
@@ -479,32 +483,32 @@ def fact_branches(
                 branches.append(Branch(probability, text, then(attribute), (claim,)))
     return branches
 
-# %% ../chapters/01_tinyworld.ipynb #0b2af150
-def hero_fact_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Branch]:
+# %% ../chapters/01_tinyworld.ipynb #96683c1d
+def _hero_fact_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Branch]:
     """A fact about the hero that the story has not stated yet, and then the next or the visit."""
     step = "fact" if len(state.stated) + 1 < world.facts_per_story else "visit"
 
     def then(attribute: str) -> State:
         return State(step, state.hero, tuple(sorted((*state.stated, attribute))))
 
-    return fact_branches(world, state.hero, state.stated, then, truthful)
+    return _fact_branches(world, state.hero, state.stated, then, truthful)
 
 
-def visit_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Branch]:
+def _visit_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Branch]:
     """Someone comes ("Then"), or the hero gets one more fact."""
     closing = State("closing", state.hero)
-    further = fact_branches(world, state.hero, state.stated, lambda _: closing, truthful)
+    further = _fact_branches(world, state.hero, state.stated, lambda _: closing, truthful)
     return [
         Branch(P_GUEST + P_STRANGER, " Then", State("arrival", state.hero)),
         *(b._replace(probability=P_FURTHER_FACT * b.probability) for b in further),
     ]
 
-# %% ../chapters/01_tinyworld.ipynb #85e392c4
-def introductions(
+# %% ../chapters/01_tinyworld.ipynb #b7efdeba
+def _introductions(
     world: "TinyWorld", name: str, form: str, state: State, truthful: bool
 ) -> list[Branch]:
     """``form`` filled with the name and species of a character; truthfully there is one way."""
-    species = possible_values(world, name, "species", truthful)
+    species = _possible_values(world, name, "species", truthful)
     return [
         Branch(
             1 / len(species),
@@ -516,18 +520,18 @@ def introductions(
     ]
 
 
-def hero_branches(world: "TinyWorld", truthful: bool) -> list[Branch]:
+def _hero_branches(world: "TinyWorld", truthful: bool) -> list[Branch]:
     """The hero, drawn by the world's probabilities, with its species."""
     return [
         b._replace(probability=probability * b.probability)
         for name, probability in world.cast.probability.items()
-        for b in introductions(
+        for b in _introductions(
             world, name, ", {name} the {species}", State("doing", name), truthful
         )
     ]
 
-# %% ../chapters/01_tinyworld.ipynb #cebcc039
-def guest_branches(world: "TinyWorld", hero: str, truthful: bool) -> list[Branch]:
+# %% ../chapters/01_tinyworld.ipynb #ac4f582c
+def _guest_branches(world: "TinyWorld", hero: str, truthful: bool) -> list[Branch]:
     """A guest, drawn like heroes but never the hero itself; the next sentence is about it."""
     p_others = 1 - world.cast.probability[hero]
     branches = []
@@ -537,13 +541,13 @@ def guest_branches(world: "TinyWorld", hero: str, truthful: bool) -> list[Branch
         after = State("guest fact", hero, guest=guest)
         for arrival in ARRIVALS:
             form = " {name} the {species}" + arrival
-            for b in introductions(world, guest, form, after, truthful):
+            for b in _introductions(world, guest, form, after, truthful):
                 p = probability / p_others / len(ARRIVALS) * b.probability
                 branches.append(b._replace(probability=p))
     return branches
 
 
-def arrival_branches(world: "TinyWorld", hero: str, truthful: bool) -> list[Branch]:
+def _arrival_branches(world: "TinyWorld", hero: str, truthful: bool) -> list[Branch]:
     """A guest or, where the world has any, a stranger."""
     p_stranger = P_STRANGER / (P_GUEST + P_STRANGER) if world.cast.strangers else 0.0
     lines = [
@@ -551,41 +555,41 @@ def arrival_branches(world: "TinyWorld", hero: str, truthful: bool) -> list[Bran
         for name in world.cast.strangers
         for line in STRANGER_LINES
     ]
-    strangers = equally_likely(lines, State("closing", hero))
-    guests = guest_branches(world, hero, truthful)
+    strangers = _equally_likely(lines, State("closing", hero))
+    guests = _guest_branches(world, hero, truthful)
     return [
         *(b._replace(probability=(1 - p_stranger) * b.probability) for b in guests),
         *(b._replace(probability=p_stranger * b.probability) for b in strangers),
     ]
 
-# %% ../chapters/01_tinyworld.ipynb #24d9e3c1
+# %% ../chapters/01_tinyworld.ipynb #0c805fca
 def story_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Branch]:
     """All branches that leave a state, in a fixed order."""
     hero = state.hero
     match state.step:
         case "opening":
-            return equally_likely(OPENINGS, State("hero"))
+            return _equally_likely(OPENINGS, State("hero"))
         case "hero":
-            return hero_branches(world, truthful)
+            return _hero_branches(world, truthful)
         case "doing":
-            return equally_likely(DOINGS, State("weather", hero))
+            return _equally_likely(DOINGS, State("weather", hero))
         case "weather":
-            return equally_likely(WEATHER, State("fact", hero))
+            return _equally_likely(WEATHER, State("fact", hero))
         case "fact":
-            return hero_fact_branches(world, state, truthful)
+            return _hero_fact_branches(world, state, truthful)
         case "visit":
-            return visit_branches(world, state, truthful)
+            return _visit_branches(world, state, truthful)
         case "arrival":
-            return arrival_branches(world, hero, truthful)
+            return _arrival_branches(world, hero, truthful)
         case "guest fact":
             closing = State("closing", hero)
-            return fact_branches(world, state.guest, (), lambda _: closing, truthful)
+            return _fact_branches(world, state.guest, (), lambda _: closing, truthful)
         case "closing":
-            return equally_likely([text.format(hero=hero) for text in CLOSINGS], None)
+            return _equally_likely([text.format(hero=hero) for text in CLOSINGS], None)
     raise ValueError(f"state.step is {state.step!r}, which is no step of a story")
 
-# %% ../chapters/01_tinyworld.ipynb #e6c8a8d2
-def check_settings(world: "TinyWorld") -> None:
+# %% ../chapters/01_tinyworld.ipynb #46500f2c
+def _check_settings(world: "TinyWorld") -> None:
     """Raise ValueError for a world that cannot be."""
     require_whole("n_characters", world.n_characters, 2, len(NAMES))
     require_whole("n_strangers", world.n_strangers, 0, len(NAMES) - world.n_characters)
@@ -620,7 +624,7 @@ class Judgment(NamedTuple):
         )
         return cls(error_at is None and all(true for _, true in claims), claims, error_at)
 
-# %% ../chapters/01_tinyworld.ipynb #37ee5103
+# %% ../chapters/01_tinyworld.ipynb #c2c216bf
 @dataclass(frozen=True)
 class TinyWorld(Source):
     """Characters with fixed facts, and stories about them with exactly known probabilities.
@@ -637,7 +641,7 @@ class TinyWorld(Source):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        _check_settings(self)
 
     @cached_property
     def cast(self) -> Cast:

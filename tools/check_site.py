@@ -324,6 +324,7 @@ def take_shots(site: Path, browser: Browser, into: Path) -> None:
                     page.set_viewport_size(size)  # type: ignore[arg-type]
                     page.goto(f"{address}/{name}", wait_until="load")
                     page.evaluate(FORMULAS)
+                    page.wait_for_timeout(400)  # the sidebars slide to their places
                     stem = name.removesuffix(".html").replace("/", "-")
                     shot = into / f"{stem}-{scheme}-{size['width']}.png"
                     page.screenshot(path=shot, full_page=True)
