@@ -188,6 +188,15 @@ def name_bases(
         lines += ["", f"Inherits from {links}.", ""]
 
 
+def shorten_types(
+    app: Sphinx, what: str, name: str, thing: Any, options: Any, signature: str, returns: str
+) -> tuple[str, str] | None:
+    """Take the path from types where Sphinx, which cannot parse ``<factory>``, would print it."""
+    if signature and "<factory>" in signature:
+        return re.sub(r"~[\w.]+\.", "", signature), returns
+    return None
+
+
 def skip_fields(
     app: Sphinx, what: str, name: str, thing: Any, skip: bool, options: Any
 ) -> bool | None:
@@ -206,5 +215,6 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.add_post_transform(FoldAnswers)
     app.connect("autodoc-process-docstring", name_chapters)
     app.connect("autodoc-process-docstring", name_bases)
+    app.connect("autodoc-process-signature", shorten_types)
     app.connect("autodoc-skip-member", skip_fields)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -399,6 +399,8 @@ assert 0 <= stable_hash("cat") < 2**64, "eight bytes, no more"
 # %% tags=["solution"]
 def kahan_sum(numbers: np.ndarray) -> np.float32:
     """The sum of 32-bit numbers by compensated summation (Higham 2002, section 4.3)."""
+    # Floats are not the numbers of algebra: (t - s) - y is what rounding cut off, not zero, and a
+    # compiler that "simplifies" it to zero turns this back into the plain sum.
     total = correction = np.float32(0)
     for number in numbers.astype(np.float32):
         corrected = number - correction

@@ -1581,8 +1581,8 @@ plt.show()
 #
 # The gradient is *predicted minus counted*, weighted by how often the history occurs. It vanishes
 # only where the model equals the counts, which is {eq}`counting` once more. Strictly, it vanishes
-# nowhere: no finite number has the softmax zero, so for pairs that never occur $W_{hw}$ falls
-# forever. The loss approaches that of the counts and does not reach it.
+# nowhere: the softmax of finite numbers is never zero, so for pairs that never occur $W_{hw}$
+# falls forever. The loss approaches that of the counts and does not reach it.
 
 # %%
 word_id = {word: i for i, word in enumerate(["<start>", *vocabulary])}
@@ -1761,6 +1761,7 @@ class Laughter(Source):
 
     def branches(self, state: State) -> list[Branch]:
         """What follows; the state's step is the number of the next laugh."""
+        # For most=2 one coin is thrown: h(1/4) = 0.56 nats. Every text shows all the throws.
         n = int(state.step)
         if n == self.most:
             return [Branch(1.0, "ha!", None)]
@@ -1789,6 +1790,8 @@ assert {s.text for s in Laughter(3).stories(200, seed=0)} == {"ha!", "ha ha!", "
 # %% tags=["solution"]
 def text_entropy(branches: Branches, start: State) -> float:
     """Entropy in nats of the texts of a source with few of them, walks of equal text merged."""
+    # The entropy of walks is the larger one: a walk determines its text, so it says all that the
+    # text says, and beside that which of the ways to the text was taken.
     probability: dict[str, float] = defaultdict(float)
     waiting = [("", 1.0, start)]
     while waiting:
