@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help book test sync lab workbook figures constraints clean
+.PHONY: help book test sync format lab workbook figures constraints clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | sort
@@ -20,7 +20,7 @@ help: ## list the commands
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
 	  f'Python 3.11 or newer is needed, but $(PYTHON) is {v.major}.{v.minor}. Try: make PYTHON=python3.11')"
-	@echo "Setting up $(VENV) (once, a few minutes) ..."
+	@echo "Setting up $(VENV): once, about five minutes ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[book,dev]"
 	@touch $@
@@ -32,10 +32,13 @@ test: $(INSTALLED) ## run all that CI runs
 	@$(PY) tools/test.py
 
 sync: $(INSTALLED) ## after an edit: pair, export, execute what changed
-	@$(PY) tools/sync.py
+	@$(PY) tools/sync.py $(ARGS)
+
+format: $(INSTALLED) ## lay out the code as the tests want it
+	@$(BIN)/ruff format --quiet && $(BIN)/ruff check --quiet --fix
 
 lab: $(INSTALLED) ## open the chapters in JupyterLab
-	@$(PY) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/chapters
+	@$(PY) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/chapters $(ARGS)
 
 workbook: $(INSTALLED) ## student notebooks, solutions blanked, in _build/workbook
 	@$(PY) tools/workbook.py
@@ -51,4 +54,4 @@ constraints: ## resolve the pinned versions anew (maintainers)
 	@mv constraints.txt.new constraints.txt && rm -rf $(VENV)-resolve
 
 clean: ## remove what was built, keep .venv
-	@rm -rf _build artifacts .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf _build build artifacts .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -43,6 +43,10 @@ IMAGE_DIRECTIVE = re.compile(
     r"(?P<options>(?:[ >]*:\w+:[^\n]*\n)*)",
     re.MULTILINE,
 )
+# Where each chapter must be named, and the pages that people read without building the site.
+TABLES = ("README.md", "index.md", "api/index.md")
+PAGES = ("README.md", "CONTRIBUTING.md")
+MARKDOWN_LINK = re.compile(r"\]\(\s*<?([^)>\s]+)")
 PIP = ["-c constraints.txt", "-e .[book,dev]"]
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 Check = Callable[[Path], list[str]]
@@ -81,13 +85,27 @@ def each_chapter_has_its_companions(root: Path) -> list[str]:
 
 
 def contents_are_complete(root: Path) -> list[str]:
-    """The table of contents has every chapter, in order."""
+    """The table of contents has every chapter, in order, and so have the tables for people."""
     files = _files_in(yaml.safe_load(read_text(root / "_toc.yml")))
     listed = [file.removeprefix("chapters/") for file in files]
     names = [chapter.name for chapter in chapters(root)]
     found = [f"{name} is not in _toc.yml" for name in names if name not in listed]
     if [name for name in listed if name in names] != [name for name in names if name in listed]:
         found.append("_toc.yml has the chapters in another order, or one of them twice")
+    for table in TABLES:
+        text = read_text(root / table)
+        found += [f"{name} is not in {table}" for name in names if f"chapters/{name}" not in text]
+    return found
+
+
+def links_lead_somewhere(root: Path) -> list[str]:
+    """The relative links of pages that are read in the repository; the site's are checked there."""
+    found = []
+    for page in PAGES:
+        for target in MARKDOWN_LINK.findall(read_text(root / page)):
+            file = target.partition("#")[0]
+            if file and "://" not in file and not (root / file).exists():
+                found.append(f"{page}: {target} does not exist")
     return found
 
 
@@ -166,8 +184,10 @@ def few_outputs_are_ignored(root: Path) -> list[str]:
     for chapter, notebook in notebooks(root):
         shown = [cell for cell in code_cells(notebook) if _shows_text(cell)]
         ignored = [c for c in shown if IGNORED_TAGS & tags(c) or IGNORED_MARK.search(c.source)]
-        if len(ignored) > max(1, len(shown) / 10):
-            found.append(f"{chapter.name}: {len(ignored)} of {len(shown)} outputs are not compared")
+        most = max(1, len(shown) // 10)
+        if len(ignored) > most:
+            counts = f"{len(ignored)} of {len(shown)} outputs are not compared"
+            found.append(f"{chapter.name}: {counts}; at most {most} may be")
     return found
 
 
@@ -303,6 +323,7 @@ CHECKS: list[Check] = [
     files_are_current,
     each_chapter_has_its_companions,
     contents_are_complete,
+    links_lead_somewhere,
     imports_follow_the_order,
     cells_are_short,
     outputs_are_clean,

@@ -266,7 +266,7 @@ def why_stale(notebook: NotebookNode, modules: dict[str, str]) -> str | None:
     """Return why the stored outputs cannot be trusted, or None if they can."""
     recorded = notebook.metadata[PACKAGE].get("executed")
     if recorded is None:
-        return "it never was"
+        return "it never was, or not since its code changed"
     if recorded != code_hash(notebook, modules):
         return "its code, or a module that it imports, changed"
     counts = [cell.execution_count for cell in code_cells(notebook)]

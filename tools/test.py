@@ -33,11 +33,12 @@ class Stage:
     about: str
     arguments: tuple[str, ...]
     pin: bool = False  # to one thread for each of two workers
+    remedy: str = ""  # what to do when it fails and the change was meant
 
 
 LINT = [
     Stage("lint", "ruff's rules", ("-m", "ruff", "check", "--quiet")),
-    Stage("format", "ruff's layout", ("-m", "ruff", "format", "--check")),
+    Stage("format", "ruff's layout", ("-m", "ruff", "format", "--check"), remedy="make format"),
     Stage("types", "mypy over the package", ("-m", "mypy")),
     Stage("book", "the chapters as data: pairs, exports, outputs", (*PYTEST, "tests/book")),
 ]
@@ -56,6 +57,7 @@ NOTEBOOKS = Stage(
     "every chapter run anew, outputs compared, exercises and their blanks proved",
     (*PYTEST, *TWO, *"chapters -p nbval_exercises --nbval-current-env -W default".split()),
     pin=True,
+    remedy='if the new output is the right one: make sync ARGS="--force NN_name"',
 )
 # Groups follow each other. The lanes of a group run side by side: those of the first use one core
 # each, the stages of the others two.
@@ -120,7 +122,7 @@ class Runner:
             return
         if code:
             self.failed.set()
-            print(f"\n{plain(output)}\n", flush=True)
+            print(f"\n{plain(output)}\n\n{stage.remedy}", flush=True)
         verdict = "FAILED" if code else "ok"
         last = output.splitlines()[-1] if output else ""
         print(f"{verdict:7} {stage.name:10} {seconds:6.1f} s  {last}", flush=True)

@@ -23,6 +23,7 @@ from book import (
     code_cells,
     notebook_text,
     read_notebook,
+    read_text,
     tags,
     write_text,
 )
@@ -195,14 +196,18 @@ def student_notebook(chapter: Chapter) -> NotebookNode:
 
 def write_workbook(root: Path) -> list[Path]:
     """Write all student notebooks, or none if a chapter has a fault; return their paths."""
+    # In two folders, as in the book, so that the notebooks find their figures.
     folder = root / "_build" / "workbook"
     texts = {
-        folder / chapter.notebook.name: notebook_text(student_notebook(chapter))
+        folder / "chapters" / chapter.notebook.name: notebook_text(student_notebook(chapter))
         for chapter in chapters(root)
     }
-    for path, text in texts.items():
+    figures = {
+        folder / "figures" / path.name: read_text(path) for path in (root / "figures").glob("*.svg")
+    }
+    for path, text in (texts | figures).items():
         write_text(path, text)
-    for path in set(folder.glob("*.ipynb")) - set(texts):
+    for path in {*folder.glob("**/*.ipynb"), *folder.glob("**/*.svg")} - {*texts, *figures}:
         path.unlink()
     return list(texts)
 
@@ -217,7 +222,7 @@ def main() -> int:
     except BookError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{len(written)} student notebooks in {args.root / '_build' / 'workbook'}")
+    print(f"{len(written)} student notebooks in {args.root / '_build' / 'workbook' / 'chapters'}")
     return 0
 
 

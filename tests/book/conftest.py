@@ -93,6 +93,12 @@ dependencies: [python=3.11, pip, {pip: [-c constraints.txt, "-e .[book,dev]"]}]
 OTHERS = {
     "environment.yml": CONDA,
     "_toc.yml": "root: index\nchapters:\n- file: chapters/00_first\n- file: chapters/01_second\n",
+    **dict.fromkeys(
+        ("README.md", "index.md", "api/index.md"),
+        "[first](chapters/00_first.ipynb), [second](chapters/01_second.ipynb#four)\n",
+    ),
+    "CONTRIBUTING.md": "[all](README.md), [elsewhere](https://example.org/none)\n",
+    "figures/dot.svg": "<svg xmlns='http://www.w3.org/2000/svg'/>",
     "llmbook/__init__.py": "",
     **{f"tests/test_{name}.py": "" for name in ("first", "second")},
     **{f"api/{name}.md": "" for name in ("first", "second")},

@@ -32,6 +32,10 @@ FAULTS = [
     ("files_are_current", FIRST, "default_exp first", "hide", "the chapter has no"),
     ("contents_are_complete", "_toc.yml", "01_second", "1_second", "01_second is not in _toc"),
     ("contents_are_complete", "_toc.yml", "00_first", "01_second", "order"),
+    ("contents_are_complete", "README.md", "00_first", "00_fist", "00_first is not in README"),
+    ("contents_are_complete", "api/index.md", "01_second", "x", "01_second is not in api/index"),
+    ("links_lead_somewhere", "README.md", "00_first", "00_fist", "00_fist.ipynb does not exist"),
+    ("links_lead_somewhere", "CONTRIBUTING.md", "README", "READ", "CONTRIBUTING.md: READ.md does"),
     (
         "imports_follow_the_order",
         FIRST,

@@ -113,6 +113,7 @@ def test_student_notebooks(book):
     (solution,) = [c.source for c in student.cells if "solution" in c.metadata.get("tags", [])]
     assert solution.endswith('"""Return eight times ``x``."""\n    raise NotImplementedError')
     assert len(student.cells) == len(read_notebook(Chapter(book, "01_second").notebook).cells)
+    assert (first.parent / "../figures/dot.svg").exists(), "where the notebooks look for it"
 
 
 def run_nbval(root: Path) -> tuple[int, str]:
