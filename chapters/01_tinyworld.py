@@ -625,6 +625,7 @@ class Source:
 
 # %% [markdown]
 # ## The world's vocabulary
+#
 # What the world is made of is data. The values of an attribute are plain words, and none of them
 # contains another value of its attribute; the names come from a list of 120.
 
@@ -680,8 +681,8 @@ ATTRIBUTES: tuple[str, ...] = tuple(VALUES)
 
 # %% [markdown]
 # Each fact can be said in five ways. Two of the five are rhetorical questions with the answer
-# right behind. They look like decoration, but a model that has never met a question will not
-# answer one, however well it knows the fact; chapter 19 depends on them.
+# right behind. They look like decoration. But a small model that has never met a question may not
+# learn to answer one, however well it knows the fact; chapter 19 will measure it.
 
 # %%
 #| export
@@ -1463,10 +1464,10 @@ for kind in ("fact", "unknown", "confidential"):
 # q_n(w \mid h) = \frac{c(h w) + m \, q_{n-1}(w \mid h')}{c(h) + m}, \qquad q_0(w) = \frac1V .
 # $$ (smoothing)
 #
-# Here $c$ counts, $h'$ is $h$ without its oldest word, and $V$ is the size of the vocabulary. A
-# history seen often trusts its own counts; one never seen passes the question on. Here $c(h)$
-# counts how often $h$ was followed by anything. Summed over $w$, the counts give $c(h)$ and the
-# second term gives $m$, so the right side sums to one.
+# Here $c(hw)$ counts how often $w$ followed $h$ and $c(h)$ how often anything did, $h'$ is $h$
+# without its oldest word, and $V$ is the size of the vocabulary. A history seen often trusts its
+# own counts; one never seen passes the question on. Summed over $w$, the counts give $c(h)$ and
+# the second term gives $m$, so the right side sums to one.
 
 
 # %%
@@ -1885,8 +1886,8 @@ assert math.isclose(by_step["opening"], sum(openings) / 100, abs_tol=1e-6), "wor
 assert 4 < by_step["closing"] < 6 < by_step["guest fact"] < 8, "the true surprise of each word"
 
 # %% [markdown]
-# For facts the trigram pays about 35 nats per story, four fifths of its gap, most of it for values
-# it cannot know: the name that decides them is out of its window.
+# For the facts of the hero the trigram pays about 35 nats per story, two thirds of its gap: the
+# name that decides a value is mostly out of its window.
 #
 # ## Summary
 #
