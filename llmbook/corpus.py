@@ -6,7 +6,7 @@ what they are made of."""
 # %% auto #0
 __all__ = ['KINDS', 'Document', 'docstrings', 'comment_blocks', 'CorpusWarning', 'Problem', 'ReadReport', 'read_installed_docs',
            'decode_text', 'write_jsonl', 'read_jsonl', 'read_parquet', 'write_parquet', 'Block', 'html_blocks',
-           'html_to_text', 'read_html', 'read_files', 'stream_hub', 'count_scripts', 'words', 'fit_power_law',
+           'html_to_text', 'read_html', 'read_files', 'stream_hub', 'count_scripts', 'fit_power_law', 'words',
            'vocabulary_growth']
 
 # %% ../chapters/02_corpus.ipynb #b1f644ef
@@ -50,13 +50,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Integer
 
-# %% ../chapters/02_corpus.ipynb #34957a2b
+# %% ../chapters/02_corpus.ipynb #0bc26c1a
 @dataclass(frozen=True)
 class Document:
     """A text with a stable id, where it is from, and whatever else is known of it.
 
-    Without an ``id`` it gets one that is a hash of the text. The text can always be written as
-    UTF-8: a lone surrogate (half a character) raises a ``ValueError``.
+    Without an ``id`` it gets one that is a hash of the text. Text, id and source can always be
+    written as UTF-8: a lone surrogate (half a character) raises a ``ValueError``.
 
     >>> Document("Dough rises.").id
     '3e304b2990b65fdd'
@@ -68,13 +68,18 @@ class Document:
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        try:
-            encoded = self.text.encode()
-        except UnicodeEncodeError as error:
-            broken = f"{self.text[error.start]!r} at index {error.start}"
-            raise ValueError(f"text: expected text that UTF-8 can encode, got {broken}") from None
+        for name, value in (("text", self.text), ("id", self.id), ("source", self.source)):
+            if not isinstance(value, str):
+                raise ValueError(f"{name}: expected a str, got {type(value).__name__}")
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                broken = f"{value[error.start]!r} at index {error.start}"
+                expected = f"{name}: expected text that UTF-8 can encode"
+                raise ValueError(f"{expected}, got {broken}") from None
         if not self.id:
-            object.__setattr__(self, "id", blake2b(encoded, digest_size=8).hexdigest())
+            digest = blake2b(self.text.encode(), digest_size=8).hexdigest()
+            object.__setattr__(self, "id", digest)
 
 # %% ../chapters/02_corpus.ipynb #6067d9d7
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -129,9 +134,12 @@ def comment_blocks(source: str) -> list[tuple[int, str]]:
             found.append((line, "\n".join(row.strip() for row in block.rstrip("\n").split("\n"))))
     return found
 
-# %% ../chapters/02_corpus.ipynb #210a36da
+# %% ../chapters/02_corpus.ipynb #2712c3b7
 class CorpusWarning(UserWarning):
-    """Some of what was to be read could not be; the message says how much, where and why."""
+    """Some of what was to be read could not be; the message says how much, where and why.
+
+    It comes after the last document. Who stops before that asks a ``ReadReport``.
+    """
 
 
 class Problem(NamedTuple):
@@ -183,11 +191,14 @@ class ReadReport:
         first = "; ".join(map(str, self.problems[:3])) + ("; ..." if len(self.problems) > 3 else "")
         return counts + (f" ({first})" if first else "")
 
-# %% ../chapters/02_corpus.ipynb #58efaa6a
+# %% ../chapters/02_corpus.ipynb #d18c68b7
 def _deliver(
     documents: Iterator[Document], report: ReadReport, argument: str, quiet: bool
 ) -> Iterator[Document]:
-    """Count ``documents`` as they pass; in the end refuse an empty corpus and warn of problems."""
+    """Count ``documents`` as they pass; in the end refuse an empty corpus and warn of problems.
+
+    A caller who stops before the end gets no warning, but the report is always up to date.
+    """
     before = report.documents
     for document in documents:
         report.documents += 1
@@ -205,10 +216,12 @@ def _check_errors(errors: str) -> None:
 
 def _check_at_least(**bounds: tuple[int, int | None]) -> None:
     for argument, (least, value) in bounds.items():
+        if value is not None and not isinstance(value, int | np.integer):
+            raise ValueError(f"{argument}: expected a whole number, got {value!r}")
         if value is not None and value < least:
             raise ValueError(f"{argument}: expected at least {least}, got {value}")
 
-# %% ../chapters/02_corpus.ipynb #c32e202a
+# %% ../chapters/02_corpus.ipynb #b2b45994
 _NOT_PROSE = {"__pycache__", "test", "tests", "idle_test", "site-packages", "dist-packages"}
 
 
@@ -224,10 +237,11 @@ def _find_spec(module: str) -> Any:
         return None
 
 
-def _locate(name: str, owners: Any) -> tuple[list[Path], str | None]:
+def _locate(name: str, all_owners: Callable[[], Any]) -> tuple[list[Path], str | None]:
     """Return where the code of a module or distribution lies, and the distribution's name."""
     if name == "stdlib":
         return [Path(sysconfig.get_path("stdlib"))], None
+    owners = {} if name in sys.stdlib_module_names else all_owners()  # slow, and often needless
     same = [m for m, ds in owners.items() if _canonical(name) in map(_canonical, ds)]
     specs = {m: s for m in ([name] if _find_spec(name) else sorted(same)) if (s := _find_spec(m))}
     if not specs:
@@ -320,7 +334,7 @@ def _in_order(function: Callable[[Any], Any], jobs: list[Any], workers: int) -> 
     finally:
         pool.shutdown(cancel_futures=True)
 
-# %% ../chapters/02_corpus.ipynb #ff671c5d
+# %% ../chapters/02_corpus.ipynb #5c6ec417
 KINDS = ("docstring", "comment", "readme")
 
 
@@ -335,8 +349,9 @@ def read_installed_docs(
     """Read docstrings, comments and READMEs of installed ``packages``; nothing is imported.
 
     A package is "stdlib", a module (``json``) or a distribution (``scikit-learn``). Folders named
-    test or tests are left out. Documents come by package (its README first), path and line,
-    whatever ``workers`` is; by default several processes read a large job, one a small job.
+    test or tests are left out. A file that several packages share is read for the first of them.
+    Documents come by package (its README first), path and line, whatever ``workers`` is; by
+    default several processes read a large job, one a small job.
     ``metadata`` holds kind, path, line, and the qualified name that a docstring belongs to.
     """
     names = sorted({packages} if isinstance(packages, str) else set(packages))
@@ -345,7 +360,9 @@ def read_installed_docs(
         raise ValueError(f"kinds: expected some of {KINDS}, got {kinds!r}")
     _check_at_least(workers=(1, workers))
     _check_errors(errors)
-    owners = importlib.metadata.packages_distributions()
+    if not names:
+        raise ValueError("packages: expected at least one, got none")
+    owners = cache(importlib.metadata.packages_distributions)
     places = {name: _locate(name, owners) for name in names}
     own = report if report is not None else ReadReport()
     documents = _read_packages(places, chosen, workers, errors, own)
@@ -359,7 +376,7 @@ def _readme(package: str, distribution: str | None) -> Iterator[Document]:
         about = {"kind": "readme", "path": f"{package}/README", "line": 1, "name": distribution}
         yield Document(text.strip(), f"{package}/README:1", package, about)
 
-# %% ../chapters/02_corpus.ipynb #b87db393
+# %% ../chapters/02_corpus.ipynb #d4e40f31
 def _read_packages(
     places: dict[str, tuple[list[Path], str | None]],
     kinds: tuple[str, ...],
@@ -367,21 +384,21 @@ def _read_packages(
     errors: str,
     report: ReadReport,
 ) -> Iterator[Document]:
-    files = {
-        package: sorted(
-            f for p in roots for f in _python_files(p, p.name if package != "stdlib" else package)
-        )
-        for package, (roots, _) in places.items()
-        if set(kinds) != {"readme"}
-    }
+    files: dict[str, list[tuple[str, Path]]] = {}
+    seen: set[Any] = set()  # one package may be asked for by two names
+    for package, (roots, _) in places.items() if set(kinds) != {"readme"} else ():
+        inside = (_python_files(p, package if package == "stdlib" else p.name) for p in roots)
+        files[package] = sorted(f for each in inside for f in each if f[1] not in seen)
+        seen |= {path for _, path in files[package]}
     size = sum(path.stat().st_size for found in files.values() for _, path in found)
     workers = workers or (min(4, os.cpu_count() or 1) if size > 8e6 else 1)
     jobs = [(package, name, str(path), kinds) for package in files for name, path in files[package]]
     chunks = [jobs[i : i + 16] for i in range(0, len(jobs), 16)]
     results = (r for chunk in _in_order(_read_jobs, chunks, workers) for r in chunk)
     for package, (_, distribution) in places.items():
-        if "readme" in kinds:
+        if "readme" in kinds and distribution not in seen:
             yield from _readme(package, distribution)
+            seen.add(distribution)
         for _ in files.get(package, ()):
             report.files += 1
             result = next(results)
@@ -390,7 +407,7 @@ def _read_packages(
             else:
                 yield from result
 
-# %% ../chapters/02_corpus.ipynb #d0e1c32f
+# %% ../chapters/02_corpus.ipynb #643b2d36
 _MARKS = {  # longest first: UTF-32's mark begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32-le",
     codecs.BOM_UTF32_BE: "utf-32-be",
@@ -412,22 +429,23 @@ def decode_text(data: bytes, encoding: str = "utf-8", errors: str = "strict") ->
     for mark, marked in _MARKS.items():
         if data.startswith(mark):
             return _unix_lines(data[len(mark) :].decode(marked, errors))
-    if b"\0" in data[:8192] and not re.match("utf.?(16|32)", encoding.lower()):
+    if b"\0" in data[:8192] and codecs.lookup(encoding).name[:6] not in ("utf-16", "utf-32"):
         raise ValueError("binary: a zero byte near the start")
     return _unix_lines(data.decode(encoding, errors))
 
-# %% ../chapters/02_corpus.ipynb #1d9696b5
+# %% ../chapters/02_corpus.ipynb #788599df
 def _zstd_chunks(path: Path) -> Iterator[bytes]:
     """Yield the contents of a Zstandard file; ``EOFError`` where it was cut off."""
     try:
         import zstandard
     except ImportError as error:
         raise ImportError("Zstandard files need an extra: pip install 'llmbook[scale]'") from error
-    frame, data = zstandard.ZstdDecompressor().decompressobj(), b""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # as zstd --long=31 needs
+    frame, data = decompressor.decompressobj(), b""
     with path.open("rb") as file:
         while data or (data := file.read(1 << 16)):
             if frame.eof:  # one file may hold several frames, one after another
-                frame = zstandard.ZstdDecompressor().decompressobj()
+                frame = decompressor.decompressobj()
             try:
                 yield frame.decompress(data)
             except zstandard.ZstdError as error:
@@ -470,7 +488,7 @@ def _open(path: Path) -> io.BufferedIOBase:
     opener = _OPENERS.get(path.suffix.lower())
     return opener(path) if opener else path.open("rb")
 
-# %% ../chapters/02_corpus.ipynb #fe81e80e
+# %% ../chapters/02_corpus.ipynb #52d92900
 @dataclass
 class _Rows:
     """How the rows of a table become documents, and where those that cannot are noted."""
@@ -481,18 +499,24 @@ class _Rows:
     report: ReadReport
 
     def document(self, row: Any, fallback_id: str, source: str) -> Document:
-        text = row.get(self.text_field) if isinstance(row, dict) else None
-        if not isinstance(text, str):
+        if isinstance(row, Exception):
+            raise row
+        if not isinstance(row, dict) or self.text_field not in row:
             found = f"fields {sorted(row)}" if isinstance(row, dict) else type(row).__name__
             raise ValueError(f"expected text in a field {self.text_field!r}, got {found}")
-        if self.errors == "replace":
-            text = re.sub("[\ud800-\udfff]", "\ufffd", text)
+        text, id = row[self.text_field], row.get(self.id_field)
+        if not isinstance(text, str):
+            raise ValueError(f"{self.text_field}: expected text, got {type(text).__name__}")
+        if id is not None and type(id) not in (str, int):
+            raise ValueError(f"{self.id_field}: expected text or an int, got {type(id).__name__}")
         rest = {k: v for k, v in row.items() if k not in (self.text_field, self.id_field)}
+        source = rest.pop("source") if isinstance(rest.get("source"), str) else source
         if isinstance(rest.get("metadata"), dict):
             rest = {**rest.pop("metadata"), **rest}
-        source = rest.pop("source") if isinstance(rest.get("source"), str) else source
-        id = row.get(self.id_field)
-        return Document(text, fallback_id if id in (None, "") else str(id), source, rest)
+        id = fallback_id if id in (None, "") else str(id)
+        if self.errors == "replace":
+            text, id, source = (re.sub("[\ud800-\udfff]", "\ufffd", t) for t in (text, id, source))
+        return Document(text, id, source, rest)
 
     def note(self, name: str, number: int | None, error: Exception) -> None:
         self.report.add(Problem(name, number, _reason(error)), self.errors)
@@ -542,7 +566,7 @@ def _compressor(raw: Any, suffix: str) -> Any:
         return zstandard.ZstdCompressor().stream_writer(raw, closefd=False)
     return nullcontext(raw)
 
-# %% ../chapters/02_corpus.ipynb #7842bd37
+# %% ../chapters/02_corpus.ipynb #58316195
 def _as_json(document: Document, value: Any) -> bytes:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
@@ -554,7 +578,7 @@ def write_jsonl(documents: Iterable[Document], path: str | Path) -> int:
     """Write JSON Lines, compressed as the suffix says (.gz, .bz2, .xz, .zst); return how many.
 
     The file appears complete or not at all. A ``ValueError`` names a document whose metadata JSON
-    cannot hold; tuples come back as lists.
+    cannot hold; tuples come back as lists, keys that are numbers as strings.
     """
     path, count = Path(path), 0
     whole, suffix = _whole_file(path), path.suffix.lower()
@@ -582,7 +606,7 @@ def read_jsonl(
     """
     return _read_tables(paths, _read_jsonl, text_field, id_field, errors, report)
 
-# %% ../chapters/02_corpus.ipynb #8550de1f
+# %% ../chapters/02_corpus.ipynb #ef4ea9dc
 def _listed(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """Return ``paths`` as a list of paths that exist."""
     found = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
@@ -593,6 +617,17 @@ def _listed(paths: str | Path | Iterable[str | Path]) -> list[Path]:
             raise FileNotFoundError(f"paths: no file or folder {str(path)!r}")
     return found
 
+# %% ../chapters/02_corpus.ipynb #29d0a8ca
+def _base(paths: list[Path]) -> tuple[Path, list[Path]]:
+    """Return the folder that contains all ``paths``, and them as absolute paths."""
+    here = [Path(os.path.normpath(Path.cwd() / path)) for path in paths]
+    return Path(os.path.commonpath([p if p.is_dir() else p.parent for p in here])), here
+
+
+def _portable(path: Path) -> str:
+    """Return a path as text that is the same everywhere; bytes that are no UTF-8 as ``\\xff``."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
 
 def _read_tables(
     paths: Any, reader: Any, text_field: str, id_field: str, errors: str, report: ReadReport | None
@@ -602,13 +637,17 @@ def _read_tables(
     for path in files:
         if path.is_dir():
             raise ValueError(f"paths: expected files, got the folder {str(path)!r}: see read_files")
+    base, real = _base(files)
+    names = [_portable(path.relative_to(base)) for path in real]
     own = report if report is not None else ReadReport()
     own.files += len(files)
     rows = _Rows(text_field, id_field, errors, own)
-    documents = (document for path in files for document in reader(path, path.name, rows))
-    return _deliver(documents, own, f"paths={[p.name for p in files]}", quiet=report is not None)
+    documents = (
+        d for path, name in zip(files, names, strict=True) for d in reader(path, name, rows)
+    )
+    return _deliver(documents, own, f"paths={names}", quiet=report is not None)
 
-# %% ../chapters/02_corpus.ipynb #2609c4d7
+# %% ../chapters/02_corpus.ipynb #3312b6ce
 def _read_parquet(path: Path, name: str, rows: _Rows) -> Iterator[Document]:
     try:
         import pyarrow as pa
@@ -619,7 +658,7 @@ def _read_parquet(path: Path, name: str, rows: _Rows) -> Iterator[Document]:
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
+                for row in _batch_rows(batch, rows.errors):
                     number += 1
                     try:
                         document = rows.document(_unpacked(row), f"{name}:{number}", name)
@@ -630,15 +669,37 @@ def _read_parquet(path: Path, name: str, rows: _Rows) -> Iterator[Document]:
     except (OSError, pa.ArrowException) as error:
         rows.note(name, number or None, error)
 
-# %% ../chapters/02_corpus.ipynb #cb16bc90
-def _unpacked(row: dict[str, Any]) -> dict[str, Any]:
+# %% ../chapters/02_corpus.ipynb #9150e348
+def _batch_rows(batch: Any, errors: str) -> Iterator[Any]:
+    """Yield the rows of a batch as dictionaries, or the error in place of one."""
+    import pyarrow as pa
+
+    try:
+        yield from batch.to_pylist()
+        return
+    except UnicodeDecodeError:  # raised before the first row comes
+        as_bytes = [f.with_type(pa.binary()) if f.type == pa.string() else f for f in batch.schema]
+    for i in range(batch.num_rows):
+        one = pa.Table.from_batches([batch.slice(i, 1)])
+        try:
+            if errors == "replace":
+                (row,) = one.cast(pa.schema(as_bytes)).to_pylist()
+                text = {k: v.decode("utf-8", errors) for k, v in row.items() if type(v) is bytes}
+                yield {**row, **text}
+            else:
+                yield one.to_pylist()[0]
+        except ValueError as error:
+            yield error
+
+
+def _unpacked(row: Any) -> Any:
     """Return ``row`` with metadata that ``write_parquet`` has packed into JSON as a dictionary."""
     try:
         return {**row, "metadata": json.loads(row["metadata"])}
     except (KeyError, TypeError, ValueError):
         return row
 
-# %% ../chapters/02_corpus.ipynb #d4a54d7e
+# %% ../chapters/02_corpus.ipynb #7226fa6d
 def read_parquet(
     paths: str | Path | Iterable[str | Path],
     *,
@@ -649,7 +710,8 @@ def read_parquet(
 ) -> Iterator[Document]:
     """Read Parquet lazily, a batch of rows at a time; columns become fields as in ``read_jsonl``.
 
-    Rows count from 1, in problems as in the ids of rows without one. Needs pyarrow.
+    Rows count from 1, in problems as in the ids of rows without one. Columns of dates become
+    metadata that ``write_jsonl`` refuses: JSON has none. Needs pyarrow.
     """
     return _read_tables(paths, _read_parquet, text_field, id_field, errors, report)
 
@@ -688,7 +750,7 @@ def _groups(documents: Iterable[Document], size: int) -> Iterator[list[Document]
     if group:
         yield group
 
-# %% ../chapters/02_corpus.ipynb #0ac2aead
+# %% ../chapters/02_corpus.ipynb #19b79269
 class Block(NamedTuple):
     """A stretch of a page between two line breaks, and the share of its characters inside links."""
 
@@ -699,11 +761,10 @@ class Block(NamedTuple):
 _HIDDEN = ("script", "style", "template", "title", "noscript")
 _INLINE = set(
     "a abbr b bdi bdo br cite code del em font i img ins kbd label mark q s samp small span strong "
-    "sub "
-    "sup time tt u var wbr".split()
+    "sub sup time tt u var wbr".split()
 )
 
-# %% ../chapters/02_corpus.ipynb #66d71bca
+# %% ../chapters/02_corpus.ipynb #f65c9f0b
 class _BlockParser(HTMLParser):
     """Collects the visible text of a page in ``blocks``."""
 
@@ -711,14 +772,15 @@ class _BlockParser(HTMLParser):
         super().__init__()
         self.blocks: list[Block] = []
         self._open: set[str] = set()  # the elements that we are inside of
-        self._text: list[str] = []
-        self._linked = 0
+        self._text, self._linked = list[str](), 0
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         if tag not in _INLINE:
             self.end_block()
-        self._open.add(tag)
-        self.handle_data(" " if tag == "br" else "")
+        if tag == "br":
+            self.handle_data("\n" if "pre" in self._open else " ")
+        elif tag != "a" or "href" in dict(attrs):  # without one it is a target, not a link
+            self._open.add(tag)
 
     def handle_endtag(self, tag: str) -> None:
         if tag not in _INLINE:
@@ -767,25 +829,53 @@ def html_to_text(page: str, main_content: bool = True) -> str:
         blocks = [block for block, kept in zip(blocks, keep, strict=True) if kept]
     return "\n\n".join(block.text for block in blocks)
 
-# %% ../chapters/02_corpus.ipynb #370f54d8
+# %% ../chapters/02_corpus.ipynb #d4588ef8
 def _decode_html(data: bytes, errors: str) -> str:
     from resiliparse.parse.encoding import detect_encoding
 
+    if re.match(rb"\s*<[!?a-zA-Z]", data):
+        data = data.replace(b"\0", b"")  # stray zero bytes, which browsers drop, too
     try:
         return decode_text(data)
     except UnicodeDecodeError:
         declared = detect_encoding(data, from_html_meta=True) or "cp1252"
         return decode_text(data, declared, "replace" if errors == "replace" else "strict")
 
-# %% ../chapters/02_corpus.ipynb #fd88f268
+# %% ../chapters/02_corpus.ipynb #776c1c53
+_NEVER_DEEP = set(
+    "a area base br col dd dt hr img input li link meta option p source tbody td tfoot th thead tr "
+    "wbr".split()
+)  # elements without an end tag, or that end where the next one begins
+
+
+def _depth(page: str) -> int:
+    """Return about how many elements are open where most are."""
+    depth, deepest, opened = 0, 0, Counter[str]()
+    for end, tag in re.findall(r"<(/?)([a-zA-Z][^\s/>]*)", page):
+        if (name := tag.lower()) not in _NEVER_DEEP and (not end or opened[name]):
+            step = -1 if end else 1
+            opened[name] += step
+            depth += step
+            deepest = max(deepest, depth)
+    return deepest
+
+
+def _about_page(tree: Any, main_content: bool) -> dict[str, Any]:
+    root = tree.document.query_selector("html") if tree.document else None
+    language = (root.getattr("lang") if root is not None else None) or ""
+    title = (tree.title or "").strip()
+    return {"kind": "html", "title": title, "language": language, "main_content": main_content}
+
+# %% ../chapters/02_corpus.ipynb #af2f62b2
 def read_html(
     page: str | bytes | Path, *, main_content: bool = True, id: str = "", errors: str = "replace"
 ) -> Document:
     """Read one web page: HTML as text or bytes, or a ``Path`` of a file; its main content if asked.
 
     ``metadata`` has the title, the declared language, and whether the text is the main content:
-    where no main content is found it is all of the page. Without an ``id`` a file's name serves,
-    or a hash. ``errors="strict"`` refuses bytes that are not in the page's encoding.
+    where none is found, or tags are nested too deeply to look, it is all of the page. Without an
+    ``id`` a file's name serves, or a hash. Bytes that are not in the page's encoding are marked;
+    ``errors="strict"`` (or "skip": a page is one piece) raises a ``ValueError`` at them.
     """
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.html import HTMLTree
@@ -793,21 +883,17 @@ def read_html(
     _check_errors(errors)
     if isinstance(page, str) and re.fullmatch(r"[^<\n]*\.x?html?", page, re.IGNORECASE):
         raise ValueError(f"page: expected HTML, or a Path for a file, got {page!r}")
-    source = page.name if isinstance(page, Path) else ""
+    if not isinstance(page, str | bytes | Path):
+        raise ValueError(f"page: expected str, bytes or a Path, got {type(page).__name__}")
+    source = _portable(Path(page.name)) if isinstance(page, Path) else ""
     data = page.read_bytes() if isinstance(page, Path) else page
-    tree = HTMLTree.parse(_decode_html(data, errors) if isinstance(data, bytes) else data)
+    html = data if isinstance(data, str) else _decode_html(data, errors)
+    tree = HTMLTree.parse(re.sub("[\ud800-\udfff]", "\ufffd", html))
+    main_content = main_content and _depth(html) <= 1000
     text = extract_plain_text(tree, main_content=True).strip() if main_content else ""
     found = bool(text)
     text = re.sub(r"[ \t]+\n", "\n", text or extract_plain_text(tree).strip())
-    root = tree.document.query_selector("html") if tree.document else None
-    language = (root.getattr("lang") if root is not None else None) or ""
-    about = {
-        "kind": "html",
-        "title": (tree.title or "").strip(),
-        "language": language,
-        "main_content": found,
-    }
-    return Document(text, id or source, source, about)
+    return Document(text, id or source, source, _about_page(tree, found))
 
 # %% ../chapters/02_corpus.ipynb #a91797e6
 _FORMATS = {
@@ -825,30 +911,35 @@ def _format(path: Path) -> str | None:
     kind = _FORMATS.get(inner.suffix.lower())
     return None if kind == "parquet" and inner != path else kind
 
-# %% ../chapters/02_corpus.ipynb #150562eb
+# %% ../chapters/02_corpus.ipynb #27619f96
 def _walk(folder: Path, report: ReadReport, errors: str) -> Iterator[Path]:
-    """Yield the files of ``folder`` and of those inside, each once; hidden ones are ignored."""
-    seen = set()
+    """Yield the files of ``folder`` and of the folders inside, each once; hidden ones are ignored.
+
+    Links to folders are followed last, so that a file goes by its real path where it has one.
+    """
+    seen, todo = set(), [folder]
 
     def failed(error: OSError) -> None:
-        report.add(Problem(str(error.filename), None, _reason(error)), errors)
+        report.add(Problem(_portable(Path(error.filename)), None, _reason(error)), errors)
 
-    for here, folders, files in os.walk(folder, onerror=failed, followlinks=True):
-        seen.add(os.path.realpath(here))
-        hidden = [name for name in (*folders, *files) if name.startswith(".")]
-        report.ignored.update({"hidden": len(hidden)} if hidden else {})
-        folders[:] = sorted(
-            n for n in folders if n not in hidden and os.path.realpath(Path(here, n)) not in seen
-        )
-        yield from (Path(here, name) for name in sorted(files) if name not in hidden)
+    for start in todo:  # grows while we walk
+        for here, folders, files in os.walk(start, onerror=failed):
+            if (real := os.path.realpath(here)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            hidden = [name for name in (*folders, *files) if name.startswith(".")]
+            report.ignored.update({"hidden": len(hidden)} if hidden else {})
+            folders[:] = sorted(name for name in folders if name not in hidden)
+            todo += [path for name in folders if (path := Path(here, name)).is_symlink()]
+            yield from (Path(here, name) for name in sorted(files) if name not in hidden)
 
-# %% ../chapters/02_corpus.ipynb #36c9f0be
+# %% ../chapters/02_corpus.ipynb #924047ab
 def _found_files(
     paths: list[Path], pattern: str, report: ReadReport, errors: str
 ) -> dict[str, Path]:
     """Return the files to read by their names, in order of the names."""
-    here = [Path(os.path.normpath(Path.cwd() / path)) for path in paths]
-    base = os.path.commonpath([p if p.is_dir() else p.parent for p in here])
+    base, here = _base(paths)
     found: dict[str, Path] = {}
     for given, path in zip(paths, here, strict=True):
         if not path.is_dir() and _format(path) is None:
@@ -856,7 +947,7 @@ def _found_files(
                 f"paths: expected a suffix among {' '.join(_FORMATS)}, got {str(given)!r}"
             )
         for file in _walk(path, report, errors) if path.is_dir() else [path]:
-            name = file.relative_to(base).as_posix()
+            name = _portable(file.relative_to(base))
             if _format(file) is None:
                 report.ignored[file.suffix.lower() or "no suffix"] += 1
             elif fnmatch.fnmatchcase(file.relative_to(path).as_posix(), pattern) or file == path:
@@ -881,7 +972,7 @@ def _read_one(path: Path, name: str, encoding: str, errors: str) -> Document:
         raise ValueError("no text in it")
     return Document(text, name, name, metadata)
 
-# %% ../chapters/02_corpus.ipynb #8e5306ae
+# %% ../chapters/02_corpus.ipynb #e473e96b
 def read_files(
     paths: str | Path | Iterable[str | Path],
     pattern: str = "*",
@@ -898,8 +989,8 @@ def read_files(
     """
     _check_errors(errors)
     try:
-        codecs.lookup(encoding)
-    except LookupError:
+        "".encode(encoding)
+    except LookupError:  # no such encoding, or one like base64 that is not of text
         raise ValueError(f"encoding: expected one that Python knows, got {encoding!r}") from None
     listed = _listed(paths)
     own = report if report is not None else ReadReport()
@@ -956,7 +1047,7 @@ def stream_hub(
     documents = _hub_documents(numbered, name, _Rows(text_field, id_field, errors, own))
     return _deliver(documents, own, f"name={name!r}", quiet=report is not None)
 
-# %% ../chapters/02_corpus.ipynb #cf62870e
+# %% ../chapters/02_corpus.ipynb #776119f7
 def _open_hub(name: str, config: str | None, split: str, revision: str | None) -> Any:
     try:
         with warnings.catch_warnings():  # in notebooks, of progress bars that we do not show
@@ -968,9 +1059,8 @@ def _open_hub(name: str, config: str | None, split: str, revision: str | None) -
         return load_dataset(name, config, split=split, revision=revision, streaming=True)
     except (FileNotFoundError, ValueError) as error:
         asked = f"name={name!r}, config={config!r}, split={split!r}, revision={revision!r}"
-        raise ValueError(
-            f"expected a data set of the hub or a folder, got {asked}: {error}"
-        ) from error
+        wanted = "readable files" if Path(name).exists() else "a data set of the hub or a folder"
+        raise ValueError(f"expected {wanted}, got {asked}: {error}") from error
     except OSError as error:
         hint = "without a network, give a local folder"
         raise ConnectionError(
@@ -993,9 +1083,17 @@ def _shuffled(rows: Iterable[Any], size: int, seed: int) -> Iterator[Any]:
     generator.shuffle(buffer)
     yield from buffer
 
-# %% ../chapters/02_corpus.ipynb #183c0a7b
-def _hub_documents(numbered: Iterable[Any], name: str, rows: _Rows) -> Iterator[Document]:
-    for number, row in numbered:
+# %% ../chapters/02_corpus.ipynb #89f2f404
+def _hub_documents(numbered: Iterator[Any], name: str, rows: _Rows) -> Iterator[Document]:
+    number = 0
+    while True:
+        try:
+            number, row = next(numbered)
+        except StopIteration:
+            return
+        except Exception as error:  # the library's own kinds; what follows cannot be read
+            rows.note(name, number + 1, error)
+            return
         try:
             document = rows.document(_unpacked(row), "", name)
         except ValueError as error:
@@ -1021,16 +1119,7 @@ def count_scripts(text: str) -> Counter[str]:
             counts[_script(character)] += count
     return counts
 
-# %% ../chapters/02_corpus.ipynb #9b30f102
-def words(text: str) -> list[str]:
-    """Return the words of ``text``: runs of letters, in lower case.
-
-    >>> words("It's 5 o'clock")
-    ['it', 's', 'o', 'clock']
-    """
-    return re.findall(r"[^\W\d_]+", text.lower())
-
-
+# %% ../chapters/02_corpus.ipynb #db7cc01a
 def fit_power_law(
     x: Float[np.ndarray, " points"] | Integer[np.ndarray, " points"],
     y: Float[np.ndarray, " points"] | Integer[np.ndarray, " points"],
@@ -1039,10 +1128,14 @@ def fit_power_law(
     """Fit ``y = constant * x**exponent`` and return (exponent, constant).
 
     Least squares on the logarithms of x and y, averaged in ``bins`` of equal width in log x, so
-    that every decade has the same say. All values must be positive.
+    that every decade has the same say. All values must be positive and finite.
     """
-    if x.size < 2 or x.min() <= 0 or y.min() <= 0 or x.min() == x.max():
-        raise ValueError("x, y: expected positive values and two different x")
+    _check_at_least(bins=(2, bins))
+    if x.shape != y.shape:
+        raise ValueError(f"x, y: expected equal shapes, got {x.shape} and {y.shape}")
+    positive = all(v.size and v.min() > 0 and np.isfinite(v).all() for v in (x, y))
+    if not positive or x.min() == x.max():
+        raise ValueError("x, y: expected positive values, all finite, and two different x")
     log_x, log_y = np.log(x), np.log(y)
     edges = np.linspace(log_x.min(), log_x.max(), bins + 1)[1:-1]
     bin_of = np.digitize(log_x, edges)
@@ -1051,6 +1144,18 @@ def fit_power_law(
     mean_x, mean_y = (np.bincount(bin_of, v, bins)[filled] / size[filled] for v in (log_x, log_y))
     exponent, intercept = np.polyfit(mean_x, mean_y, 1)
     return float(exponent), float(np.exp(intercept))
+
+# %% ../chapters/02_corpus.ipynb #3df3574c
+def words(text: str) -> list[str]:
+    """Return the words of ``text``: runs of letters, in lower case.
+
+    A mark is no letter: accents written as characters of their own, and Hindi's vowel signs, cut
+    words in two.
+
+    >>> words("It's 5 o'clock")
+    ['it', 's', 'o', 'clock']
+    """
+    return re.findall(r"[^\W\d_]+", text.lower())
 
 # %% ../chapters/02_corpus.ipynb #963401b3
 def vocabulary_growth(

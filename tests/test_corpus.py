@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -67,7 +68,7 @@ documents = st.lists(
         id=texts.filter(bool),
         source=texts,
         metadata=st.dictionaries(
-            texts.filter(lambda name: name not in ("text", "id", "source", "metadata")),
+            st.sampled_from(["text", "id", "source", "metadata"]) | texts,
             json_values,
             max_size=3,
         ),
@@ -78,6 +79,14 @@ documents = st.lists(
 relaxed = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+
+@pytest.fixture
+def untyped():
+    """Switch jaxtyping's checks off, as they are for a reader, to see our own messages."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def some(count: int = 3) -> list[Document]:
@@ -108,6 +117,17 @@ def test_documents_are_values():
 def test_document_refuses_half_characters():
     with pytest.raises(ValueError, match=r"text: expected text that UTF-8 can encode.*index 2"):
         Document("ab\ud800")
+    with pytest.raises(ValueError, match=r"id: expected text that UTF-8 can encode.*index 0"):
+        Document("a", "\ud800")
+    with pytest.raises(ValueError, match="source: expected text that UTF-8 can encode"):
+        Document("a", "b", "\ud800")
+
+
+@pytest.mark.parametrize("wrong", [(5,), (None,), ("a", 7), ("a", "b", Path("c"))])
+@pytest.mark.usefixtures("untyped")
+def test_documents_are_made_of_text(wrong):
+    with pytest.raises(ValueError, match=r"(text|id|source): expected a str, got"):
+        Document(*wrong)
 
 
 # --- Python source -------------------------------------------------------------------------------
@@ -292,13 +312,31 @@ def test_near_matches_are_offered():
 def test_packages_without_text():
     with pytest.raises(ValueError, match=r"packages=\['sys'\]: expected at least one document"):
         list(read_installed_docs("sys"))
-    with pytest.raises(ValueError, match=r"packages=\[\]: expected at least one document"):
-        list(read_installed_docs([]))
+    with pytest.raises(ValueError, match="packages: expected at least one, got none"):
+        read_installed_docs([])
+
+
+def test_a_package_by_two_names_is_read_once():
+    once = list(read_installed_docs("numpy", kinds="readme"))
+    twice = list(read_installed_docs(["numpy", "NumPy"], kinds="readme"))
+    assert [d.text for d in twice] == [d.text for d in once]
+    found = list(read_installed_docs(["_pytest", "PyTest"], kinds=["docstring"], workers=1))
+    assert len({d.id for d in found}) == len(found)
+
+
+def test_modules_of_python_need_no_search(monkeypatch):
+    def search():
+        raise AssertionError("half a second, for nothing")
+
+    monkeypatch.setattr(corpus.importlib.metadata, "packages_distributions", search)
+    assert next(read_installed_docs("json", workers=1)).source == "json"
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"kinds": []}, {"kinds": ["poem"]}, {"workers": 0}, {"errors": "ignore"}]
+    "wrong",
+    [{"kinds": []}, {"kinds": ["poem"]}, {"workers": 0}, {"workers": 1.5}, {"errors": "ignore"}],
 )
+@pytest.mark.usefixtures("untyped")
 def test_bad_arguments_fail_when_called(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=f"{name}: expected"):
@@ -353,6 +391,8 @@ def test_declared_encodings():
     with pytest.raises(ValueError, match="binary"):
         decode_text(b"a\0b")
     assert decode_text(b"") == ""
+    assert decode_text("na".encode("utf-16-le"), "UTF_16LE") == "na"
+    assert decode_text("na".encode("utf-16"), "U16") == "na"
 
 
 @given(texts)
@@ -399,6 +439,29 @@ def test_fields_of_others(tmp_path):
     a, b = read_jsonl(path, text_field="content", id_field="key")
     assert a == Document("a", "7", "theirs.jsonl", {"url": "u", "metadata": "m"})
     assert b == Document("b", "theirs.jsonl:4", "theirs.jsonl", {"x": 1, "source": ["list"]})
+
+
+def test_ids_are_text_or_whole_numbers(tmp_path):
+    path = tmp_path / "ids.jsonl"
+    rows = [{"text": "t", "id": id} for id in (False, [1], 1.5, {}, 0, "", None)]
+    path.write_bytes(lines_of(*rows, {"text": None}))
+    report = ReadReport()
+    assert [d.id for d in read_jsonl(path, report=report)] == ["0", "ids.jsonl:6", "ids.jsonl:7"]
+    assert [p.reason for p in report.problems] == [
+        *(f"id: expected text or an int, got {name}" for name in ("bool", "list", "float", "dict")),
+        "text: expected text, got NoneType",
+    ]
+
+
+@pytest.mark.parametrize("write, suffix", [(write_jsonl, "jsonl"), (write_parquet, "parquet")])
+def test_files_of_one_name_in_two_folders(tmp_path, write, suffix):
+    reader = read_jsonl if write is write_jsonl else read_parquet
+    for place in "pq":
+        (tmp_path / place).mkdir()
+        write([Document("text", place)], tmp_path / place / f"x.{suffix}")
+    paths = [tmp_path / place / f"x.{suffix}" for place in "pq"]
+    ids = [d.id for d in reader(paths, id_field="none")]
+    assert ids == [f"p/x.{suffix}:1", f"q/x.{suffix}:1"]
 
 
 def test_bad_lines_are_reported_with_their_numbers(tmp_path):
@@ -465,6 +528,14 @@ def test_zstd_frames_in_a_row(tmp_path):
     path = tmp_path / "frames.jsonl.zst"
     path.write_bytes(b"".join(compress(lines_of(row)) for row in rows) + compress(b""))
     assert [d.id for d in read_jsonl(path)] == [str(n) for n in range(10)]
+
+
+def test_zstd_with_a_long_window(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path = tmp_path / "long.jsonl.zst"
+    path.write_bytes(compressor.compress(lines_of({"text": "t", "id": "i"})) + compressor.flush())
+    assert [d.id for d in read_jsonl(path)] == ["i"]
 
 
 def test_several_files_in_the_order_given(tmp_path):
@@ -557,16 +628,32 @@ def test_broken_parquet(tmp_path):
         write_parquet(some(), tmp_path / "x.parquet", row_group=0)
 
 
+def test_parquet_that_is_not_utf8(tmp_path):
+    raw = pa.array([b"good", b"caf\xe9", b"fine"])
+    text = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    pq.write_table(pa.table({"text": text, "n": [1, 2, 3]}), tmp_path / "t.parquet")
+    report = ReadReport()
+    found = list(read_parquet(tmp_path / "t.parquet", report=report))
+    assert [(d.text, d.metadata) for d in found] == [("good", {"n": 1}), ("fine", {"n": 3})]
+    assert [(p.line, p.reason[:19]) for p in report.problems] == [(2, "not utf-8: byte 0xe")]
+    marked = [d.text for d in read_parquet(tmp_path / "t.parquet", errors="replace")]
+    assert marked == ["good", "caf\ufffd", "fine"]
+    with pytest.raises(ValueError, match=r"t\.parquet:2: not utf-8"):
+        list(read_parquet(tmp_path / "t.parquet", errors="strict"))
+
+
 # --- HTML ----------------------------------------------------------------------------------------
 
 TEN = "one two three four five six seven eight nine ten"
 PAGE = f"""<html lang=de><head><title>T&amp;T</title><script>if (a < b) {{}}</script></head>
 <body><nav><a href=x>{TEN}</a></nav><main><h1>Head</h1><p>{TEN} &auml;<br>x<p>{TEN}
 <pre>a  b
-c</pre></main><footer><a>menu</a></footer></body></html>"""
+c</pre></main><footer><a href=x>menu</a></footer></body></html>"""
 
 
 def test_blocks_and_text():
+    assert html_to_text(f"<a name=top><p>{TEN}") == TEN
+    assert html_to_text(f"<p>{TEN}<pre>a<br>b</pre>") == f"{TEN}\n\na\nb"
     assert html_to_text(PAGE) == f"Head\n\n{TEN} ä x\n\n{TEN}\n\na  b\nc"
     assert html_to_text(PAGE, main_content=False).startswith(TEN)
     assert [round(b.link_share, 1) for b in html_blocks(PAGE)] == [1, 0, 0, 0, 0, 1]
@@ -609,6 +696,7 @@ def test_encodings_of_pages(tmp_path, encoding):
     assert (document.id, document.source) == ("page.html", "page.html")
 
 
+@pytest.mark.usefixtures("untyped")
 def test_bad_pages():
     with pytest.raises(ValueError, match="page: expected HTML, or a Path"):
         read_html("folder/page.html")
@@ -618,10 +706,30 @@ def test_bad_pages():
         read_html("<p>", errors="loud")
     with pytest.raises(ValueError, match="binary"):
         read_html(b"\x89PNG\0\0")
+    for wrong_type in (None, bytearray(b"<p>"), 5):
+        with pytest.raises(ValueError, match="page: expected str, bytes or a Path, got"):
+            read_html(wrong_type)
+    assert read_html(b"<p>a\0b").text == read_html("<p>a\0b").text == "ab"
+    assert read_html("<p>a\ud800b").text == "a\ufffdb"
     wrong = b"<meta charset=utf-8><p>caf\xe9 au lait"
     with pytest.raises(UnicodeDecodeError):
         read_html(wrong, errors="strict")
     assert "caf" in read_html(wrong).text
+
+
+@pytest.mark.parametrize("tag", ["<div>", "</x><div>", "<B>", "<ul><li>"])
+def test_deep_pages_are_read_in_time(tag):
+    document = read_html(tag * 100_000 + TEN)
+    assert TEN in document.text
+    assert document.metadata["main_content"] is False
+
+
+def test_long_pages_are_not_deep():
+    items = "".join(f"<li>{TEN} {n}<br><img src=x>" for n in range(3000))
+    page = f"<nav><a href=x>menu</a></nav><main>{items}</main>" + "</div>" * 2000
+    document = read_html(page)
+    assert document.metadata["main_content"] is True
+    assert "menu" not in document.text
 
 
 # --- folders -------------------------------------------------------------------------------------
@@ -684,8 +792,9 @@ def test_folders_with_nothing_in_them(folder, tmp_path):
         list(read_files(folder, "*.rst"))
     with pytest.raises(ValueError, match=r"paths: expected a suffix among .*z\.png"):
         read_files(folder / "z.png")
-    with pytest.raises(ValueError, match="encoding: expected one that Python knows"):
-        read_files(folder, encoding="latin-99")
+    for encoding in ("latin-99", "rot13", "base64"):
+        with pytest.raises(ValueError, match="encoding: expected one that Python knows"):
+            read_files(folder, encoding=encoding)
 
 
 def test_bad_files_in_a_folder(tmp_path):
@@ -723,6 +832,24 @@ def test_links_that_lead_back(folder):
     report = ReadReport()
     assert [d.id for d in read_files(folder, report=report)] == IDS
     assert [p.path for p in report.problems] == ["gone.txt"]
+
+
+def test_links_do_not_hide_real_paths(tmp_path):
+    (tmp_path / "y" / "z").mkdir(parents=True)
+    (tmp_path / "y" / "z" / "t.txt").write_text("t", "utf-8")
+    link(tmp_path / "a", tmp_path / "y" / "z")
+    link(tmp_path / "b", tmp_path / "y" / "z")
+    assert [d.id for d in read_files(tmp_path)] == ["y/z/t.txt"]
+    assert [d.id for d in read_files(tmp_path / "a")] == ["t.txt"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are Unicode")
+def test_names_that_are_not_utf8(tmp_path):
+    for name in (b"x\xfe.txt", b"x\xff.txt"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_text("t", "utf-8")
+    found = list(read_files(tmp_path))
+    assert [d.id for d in found] == ["x\\xfe.txt", "x\\xff.txt"]
+    assert write_jsonl(found, tmp_path / "ok.jsonl") == 2
 
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions work otherwise on Windows")
@@ -783,6 +910,20 @@ def test_a_jsonl_folder_with_other_fields(tmp_path):
     assert [p.line for p in report.problems] == [2]
 
 
+def test_a_stream_that_breaks_off(dataset, monkeypatch):
+    class Table:
+        column_names = None
+
+        def __iter__(self):
+            yield {"text": "good"}
+            raise RuntimeError("connection lost")
+
+    monkeypatch.setattr(corpus, "_open_hub", lambda *args: Table())
+    report = ReadReport()
+    assert [d.text for d in stream_hub("some/set", report=report)] == ["good"]
+    assert report.problems == [Problem("some/set", 2, "RuntimeError: connection lost")]
+
+
 def test_bad_requests_to_a_hub(dataset):
     with pytest.raises(ValueError, match=r"text_field: expected one of .*'text'.*, got 'body'"):
         stream_hub(dataset, text_field="body")
@@ -836,10 +977,30 @@ def test_exact_powers_are_found(exponent, constant, bins):
     assert found == pytest.approx((exponent, constant), rel=1e-6, abs=1e-6)
 
 
-@pytest.mark.parametrize("x, y", [([1], [1]), ([1, 2], [0, 1]), ([0, 1], [1, 1]), ([2, 2], [1, 3])])
+@pytest.mark.parametrize(
+    "x, y",
+    [
+        ([1], [1]),
+        ([1, 2], [0, 1]),
+        ([0, 1], [1, 1]),
+        ([2, 2], [1, 3]),
+        ([1, np.inf], [1, 1]),
+        ([1, 2], [1, np.nan]),
+    ],
+)
 def test_powers_need_positive_values(x, y):
     with pytest.raises(ValueError, match="x, y: expected positive values"):
         fit_power_law(np.array(x), np.array(y))
+
+
+@pytest.mark.usefixtures("untyped")
+def test_powers_need_points_and_bins():
+    x = np.arange(1, 10)
+    with pytest.raises(ValueError, match=r"x, y: expected equal shapes, got \(9,\) and \(8,\)"):
+        fit_power_law(x, x[:-1])
+    for bins in (0, 1):
+        with pytest.raises(ValueError, match=f"bins: expected at least 2, got {bins}"):
+            fit_power_law(x, x, bins)
 
 
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=60))
