@@ -714,12 +714,19 @@ for name, data in cases.items():
 
 # %%
 #| export
+@contextmanager
+def _needing(what: str, extra: str) -> Iterator[None]:
+    """Say which extra of the package to install when an import in the block fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"{what} needs an extra: pip install 'llmbook[{extra}]'") from error
+
+
 def _zstd_chunks(path: Path) -> Iterator[bytes]:
     """Yield the contents of a Zstandard file; ``EOFError`` where it was cut off."""
-    try:
+    with _needing("Zstandard", extra="scale"):
         import zstandard
-    except ImportError as error:
-        raise ImportError("Zstandard files need an extra: pip install 'llmbook[scale]'") from error
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # as zstd --long=31 needs
     frame, data = decompressor.decompressobj(), b""
     with path.open("rb") as file:
@@ -889,8 +896,8 @@ def _compressor(raw: Any, suffix: str) -> Any:
     if suffix == ".xz":
         return lzma.open(raw, "wb")
     if suffix == ".zst":
-        import zstandard
-
+        with _needing("Zstandard", extra="scale"):
+            import zstandard
         return zstandard.ZstdCompressor().stream_writer(raw, closefd=False)
     return nullcontext(raw)
 
@@ -1027,11 +1034,9 @@ for problem in report.problems:
 # %%
 #| export
 def _read_parquet(path: Path, name: str, rows: _Rows) -> Iterator[Document]:
-    try:
+    with _needing("Parquet", extra="scale"):
         import pyarrow as pa
         import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ImportError("Parquet needs an extra: pip install 'llmbook[scale]'") from error
     number = 0
     try:
         with pq.ParquetFile(path) as file:
@@ -1114,9 +1119,9 @@ def write_parquet(documents: Iterable[Document], path: str | Path, row_group: in
 
     The file appears complete or not at all. Needs pyarrow.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    with _needing("Parquet", extra="scale"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
     names, count = ("text", "id", "source", "metadata"), 0
     schema = pa.schema([(name, pa.string()) for name in names])
     _check_at_least(row_group=(1, row_group))
@@ -1655,12 +1660,10 @@ def stream_hub(
 # %%
 #| export
 def _open_hub(name: str, config: str | None, split: str, revision: str | None) -> Any:
-    try:
-        with warnings.catch_warnings():  # in notebooks, of progress bars that we do not show
-            warnings.filterwarnings("ignore", message="IProgress not found")
-            from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError("stream_hub needs an extra: pip install 'llmbook[hub]'") from error
+    with _needing("stream_hub", extra="hub"), warnings.catch_warnings():
+        # in notebooks, of progress bars that we do not show
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        from datasets import load_dataset
     try:
         return load_dataset(name, config, split=split, revision=revision, streaming=True)
     except (FileNotFoundError, ValueError) as error:

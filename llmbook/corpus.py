@@ -433,13 +433,20 @@ def decode_text(data: bytes, encoding: str = "utf-8", errors: str = "strict") ->
         raise ValueError("binary: a zero byte near the start")
     return _unix_lines(data.decode(encoding, errors))
 
-# %% ../chapters/02_corpus.ipynb #788599df
+# %% ../chapters/02_corpus.ipynb #7f04add3
+@contextmanager
+def _needing(what: str, extra: str) -> Iterator[None]:
+    """Say which extra of the package to install when an import in the block fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"{what} needs an extra: pip install 'llmbook[{extra}]'") from error
+
+
 def _zstd_chunks(path: Path) -> Iterator[bytes]:
     """Yield the contents of a Zstandard file; ``EOFError`` where it was cut off."""
-    try:
+    with _needing("Zstandard", extra="scale"):
         import zstandard
-    except ImportError as error:
-        raise ImportError("Zstandard files need an extra: pip install 'llmbook[scale]'") from error
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # as zstd --long=31 needs
     frame, data = decompressor.decompressobj(), b""
     with path.open("rb") as file:
@@ -540,7 +547,7 @@ def _read_jsonl(path: Path, name: str, rows: _Rows) -> Iterator[Document]:
     except _BROKEN_FILE as error:
         rows.note(name, number or None, error)
 
-# %% ../chapters/02_corpus.ipynb #6e1bcaac
+# %% ../chapters/02_corpus.ipynb #701cba96
 @contextmanager
 def _whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary path; move it to ``path`` at the end, or remove it after an exception."""
@@ -561,8 +568,8 @@ def _compressor(raw: Any, suffix: str) -> Any:
     if suffix == ".xz":
         return lzma.open(raw, "wb")
     if suffix == ".zst":
-        import zstandard
-
+        with _needing("Zstandard", extra="scale"):
+            import zstandard
         return zstandard.ZstdCompressor().stream_writer(raw, closefd=False)
     return nullcontext(raw)
 
@@ -647,13 +654,11 @@ def _read_tables(
     )
     return _deliver(documents, own, f"paths={names}", quiet=report is not None)
 
-# %% ../chapters/02_corpus.ipynb #3312b6ce
+# %% ../chapters/02_corpus.ipynb #fab540ec
 def _read_parquet(path: Path, name: str, rows: _Rows) -> Iterator[Document]:
-    try:
+    with _needing("Parquet", extra="scale"):
         import pyarrow as pa
         import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ImportError("Parquet needs an extra: pip install 'llmbook[scale]'") from error
     number = 0
     try:
         with pq.ParquetFile(path) as file:
@@ -715,15 +720,15 @@ def read_parquet(
     """
     return _read_tables(paths, _read_parquet, text_field, id_field, errors, report)
 
-# %% ../chapters/02_corpus.ipynb #b61bcabc
+# %% ../chapters/02_corpus.ipynb #bcf9410d
 def write_parquet(documents: Iterable[Document], path: str | Path, row_group: int = 10_000) -> int:
     """Write text, id, source and metadata (as JSON), ``row_group`` rows at a time; return how many.
 
     The file appears complete or not at all. Needs pyarrow.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    with _needing("Parquet", extra="scale"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
     names, count = ("text", "id", "source", "metadata"), 0
     schema = pa.schema([(name, pa.string()) for name in names])
     _check_at_least(row_group=(1, row_group))
@@ -1047,14 +1052,12 @@ def stream_hub(
     documents = _hub_documents(numbered, name, _Rows(text_field, id_field, errors, own))
     return _deliver(documents, own, f"name={name!r}", quiet=report is not None)
 
-# %% ../chapters/02_corpus.ipynb #776119f7
+# %% ../chapters/02_corpus.ipynb #855daac5
 def _open_hub(name: str, config: str | None, split: str, revision: str | None) -> Any:
-    try:
-        with warnings.catch_warnings():  # in notebooks, of progress bars that we do not show
-            warnings.filterwarnings("ignore", message="IProgress not found")
-            from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError("stream_hub needs an extra: pip install 'llmbook[hub]'") from error
+    with _needing("stream_hub", extra="hub"), warnings.catch_warnings():
+        # in notebooks, of progress bars that we do not show
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        from datasets import load_dataset
     try:
         return load_dataset(name, config, split=split, revision=revision, streaming=True)
     except (FileNotFoundError, ValueError) as error:

@@ -958,6 +958,9 @@ def test_without_the_formats(tmp_path, monkeypatch, missing, name):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ImportError, match=r"llmbook\[scale\]"):
         list(read_files(tmp_path / name))
+    with pytest.raises(ImportError, match=r"llmbook\[scale\]"):
+        (write_parquet if missing == "pyarrow" else write_jsonl)([Document("a")], tmp_path / name)
+    assert (tmp_path / name).read_bytes() == b"x", "what was there is not lost"
 
 
 # --- statistics ----------------------------------------------------------------------------------
