@@ -8,6 +8,11 @@ BIN := $(VENV)/bin
 endif
 PY := $(BIN)/python
 INSTALLED := $(VENV)/.installed
+# In the conda environment of environment.yml everything is installed already.
+ifeq ($(CONDA_DEFAULT_ENV),llmbook)
+PY := python
+INSTALLED :=
+endif
 
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -17,7 +22,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | sort
 
-$(INSTALLED): pyproject.toml constraints.txt
+# Whatever pyproject.toml asks for is pinned in constraints.txt, a test sees to that.
+$(VENV)/.installed: constraints.txt
 	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
 	  f'Python 3.11 or newer is needed, but $(PYTHON) is {v.major}.{v.minor}. Try: make PYTHON=python3.11')"
 	@echo "Setting up $(VENV): once, about five minutes ..."
@@ -35,7 +41,7 @@ sync: $(INSTALLED) ## after an edit: pair, export, execute what changed
 	@$(PY) tools/sync.py $(ARGS)
 
 format: $(INSTALLED) ## lay out the code as the tests want it
-	@$(BIN)/ruff format --quiet && $(BIN)/ruff check --quiet --fix
+	@$(PY) -m ruff format --quiet && $(PY) -m ruff check --quiet --fix
 
 lab: $(INSTALLED) ## open the chapters in JupyterLab
 	@$(PY) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/chapters $(ARGS)

@@ -62,8 +62,8 @@ import torch
 #
 # It makes a private environment in `.venv`, installs the versions listed in `constraints.txt`, and
 # builds the site in `_build/html`. `make lab` opens the chapters in JupyterLab, where you can run
-# and change every cell. `make test` proves the book: it runs every chapter and compares each
-# output with the one you see here. Users of conda get the same from `environment.yml`.
+# and change every cell. `make test` proves the book: it runs every chapter and compares what is
+# printed with what you see here. Users of conda get the same from `environment.yml`.
 #
 # A chapter can be read in three ways: as a page, as a notebook, and as the plain script it is
 # written in. Cells whose first line is `#| export` become part of the package. Exercises come at

@@ -1415,8 +1415,9 @@ def judge_reply(world: "TinyWorld", question: Question, reply: str) -> Verdict:
 
     Only the values named count, wherever they stand: not denials, and not whom the reply is about.
     """
+    reply = reply.casefold()
     values = set(VALUES[question.attribute] or world.cast.facts) - {question.character}
-    named = values & set(re.findall(r"\w+", reply))
+    named = {value for value in values if value.casefold() in re.findall(r"\w+", reply)}
     true_value = world.cast.facts.get(question.character, {}).get(question.attribute)
     said: Said = "other"
     if named:
@@ -1425,7 +1426,7 @@ def judge_reply(world: "TinyWorld", question: Question, reply: str) -> Verdict:
             said = "truth"
     elif re.search("do not know|don't know", reply):
         said = "unknown"
-    elif "not tell" in reply:
+    elif re.search("(will|can) ?not tell you|won't tell you|can't tell you", reply):
         said = "declined"
     expected_of: dict[Kind, Said] = {
         "fact": "truth",

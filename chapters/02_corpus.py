@@ -5,14 +5,14 @@
 # > what they are made of.
 #
 # The stories of chapter 01 came out of a generator. Real text sits in thousands of files by people
-# who never met, in formats that disagree, with license headers, broken encodings, copies of copies,
-# and addresses of people who did not ask to be memorized. Most of what a language model will ever
-# know is decided here, before its first parameter exists.
+# who never met, in formats that disagree, with license headers, broken encodings, copies of
+# copies, and addresses of people who did not ask to be memorized. Most of what a language model
+# will ever know is decided here, before its first parameter exists.
 #
-# The web needs a network and a warehouse, but there is a smaller web on your own disk. Every Python
-# installation carries docstrings, comments and READMEs: tens of thousands of pieces, on everything
-# from time zones to contour plots. We read it, measure it, and write down what is wrong with it.
-# That list is the work order for chapters 03 and 04.
+# The web needs a network and a warehouse, but there is a smaller web on your own disk. Every
+# Python installation carries docstrings, comments and READMEs: tens of thousands of pieces, on
+# everything from time zones to contour plots. We read it, measure it, and write down what is wrong
+# with it. That list is the work order for chapters 03 and 04.
 #
 # | | |
 # |---|---|
@@ -426,9 +426,9 @@ def _unix_lines(text: str) -> str:
 
 
 # %% [markdown]
-# One file becomes a list of documents, or a problem. Comment signs go, and a block without a letter
-# (a ruler of dashes) is not text. Files may hold anything: another Python's syntax, undecodable
-# bytes, nesting that the parser gives up on.
+# One file becomes a list of documents, or a problem. Comment signs go, and a block without a
+# letter (a ruler of dashes) is not text. Files may hold anything: another Python's syntax,
+# undecodable bytes, nesting that the parser gives up on.
 
 
 # %%
@@ -616,7 +616,7 @@ def _read_packages(
 
 
 # %% [markdown]
-# Every count below depends on what is installed, so we print limits, or one significant digit.
+# Every count below depends on what is installed, so we print limits, not counts.
 
 # %%
 import math
@@ -625,19 +625,13 @@ import matplotlib.pyplot as plt
 
 plt.style.use("llmbook.book")
 
-
-def about(count: float) -> str:
-    """Round to one significant digit, since counts differ from version to version."""
-    return f"{float(f'{count:.1g}'):,.0f}"
-
-
 packages, report = ["stdlib", "numpy", "matplotlib"], ReadReport()
 start = time.perf_counter()
 corpus = list(read_installed_docs(packages, report=report))
 seconds_alone = time.perf_counter() - start
 characters = sum(len(document.text) for document in corpus)
 print("more than 25,000 documents, 5 million characters:", len(corpus) > 25e3, characters > 5e6)
-print("files:", about(report.files), "| problems:", len(report.problems))
+print("more than 500 files:", report.files > 500, "| problems:", len(report.problems))
 print("every id is different:", len({document.id for document in corpus}) == len(corpus))
 
 # %% [markdown]
@@ -653,10 +647,10 @@ except ValueError as error:
 # ## Files that others send you
 #
 # Bytes do not say what they mean. `C3 A9` is `é` in UTF-8 and `Ã©` in Latin-1; both readings
-# succeed, one is right. A **byte-order mark** at the start names the encoding. A zero byte near the
-# start means that this is no text but a picture or a program; only UTF-16 and UTF-32 text contains
-# one. Everything else is decoded as UTF-8 unless the caller says otherwise, *strictly*: text in
-# another encoding hardly ever passes for UTF-8, so a failure is information.
+# succeed, one is right. A **byte-order mark** at the start names the encoding. A zero byte near
+# the start means that this is no text but a picture or a program; only UTF-16 and UTF-32 text
+# contains one. Everything else is decoded as UTF-8 unless the caller says otherwise, *strictly*:
+# text in another encoding hardly ever passes for UTF-8, so a failure is information.
 
 
 # %%
@@ -706,10 +700,10 @@ for name, data in cases.items():
 # %% [markdown]
 # ### Compressed, truncated
 #
-# Large collections are stored compressed. Python reads gzip, bzip2 and xz itself and complains when
-# such a file ends too early. Zstandard, today's usual choice, needs a package, whose file reader
-# returns what it has and keeps silent. So we feed its decompressor ourselves and ask at the end
-# whether it was finished.
+# Large collections are stored compressed. Python reads gzip, bzip2 and xz itself and complains
+# when such a file ends too early. Zstandard, today's usual choice, needs a package, whose file
+# reader returns what it has and keeps silent. So we feed its decompressor ourselves and ask at the
+# end whether it was finished.
 
 
 # %%
@@ -1162,7 +1156,7 @@ write_parquet(corpus, folder / "docs.parquet")
 sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("docs.*"))}
 whole_size = sizes.pop("docs.jsonl")
 for name, size in sizes.items():
-    print(f"{name:16} about {about(100 * size / whole_size)} %")
+    print(f"{name:14} between 15 and 25 %: {0.15 < size / whole_size < 0.25}")
 
 # %% [markdown]
 # ## Web pages
@@ -1174,8 +1168,8 @@ for name, size in sizes.items():
 # :name: fig-corpus-page
 # :alt: A web page as boxes with their share of linked text. Menu 100 percent, cookie banner 25, headline and paragraphs 0 to 12, suggestions 100, footer 45. Only headline and paragraphs are the document.
 #
-# A page and its blocks, with the share of each block's characters that are links. The part that one
-# wants is long and hardly linked.
+# A page and its blocks, with the share of each block's characters that are links. The part that
+# one wants is long and hardly linked.
 # ```
 
 # %%
@@ -1208,8 +1202,8 @@ print(" ".join(re.sub("<[^>]*>", "", page).split())[:300])
 # That was the naive way: delete everything between `<` and `>`. The result begins with the style
 # sheet, runs menu entries into one another, and holds a piece of the script. HTML needs a parser.
 # Python's `html.parser` calls a method for every tag and every piece of text. We cut the page into
-# **blocks** at the tags that begin a new line on the screen, skip what is never shown, and note how
-# much of each block is inside links.
+# **blocks** at the tags that begin a new line on the screen, skip what is never shown, and note
+# how much of each block is inside links.
 
 
 # %%
@@ -1323,8 +1317,8 @@ for block in html_blocks(page):
     )
 
 # %% [markdown]
-# The remedy is to look at more: at the names of elements (`nav`, `aside`) and at their classes. The
-# exported reader leaves that to Resiliparse, from the makers of the ChatNoir search engine
+# The remedy is to look at more: at the names of elements (`nav`, `aside`) and at their classes.
+# The exported reader leaves that to Resiliparse, from the makers of the ChatNoir search engine
 # {cite}`bevendorff2018chatnoir`. Given bytes, it must know their encoding. Valid UTF-8 is UTF-8
 # whatever the page declares; else the declaration decides, else the statistics of its bytes.
 
@@ -1469,8 +1463,8 @@ def _walk(folder: Path, report: ReadReport, errors: str) -> Iterator[Path]:
 
 
 # %% [markdown]
-# Ids are paths relative to the folder that was given, or that contains all that were given. They do
-# not change when the folder moves.
+# Ids are paths relative to the folder that was given, or that contains all that were given. They
+# do not change when the folder moves.
 
 
 # %%
@@ -1603,8 +1597,8 @@ for problem in report.problems:
 # extracted itself, as WET files. C4 {cite}`raffel2020exploring` started from those. FineWeb
 # {cite}`penedo2024fineweb` compared and went back to WARC, because models trained on text that
 # FineWeb extracted from it were better. Extractors differ mostly in *what* they keep: in one study
-# three of them gave similar results in standard tests, but what passed the same filters differed so
-# much that taking the union gave up to 71 percent more tokens {cite}`li2026extractor`.
+# three of them gave similar results in standard tests, but what passed the same filters differed
+# so much that taking the union gave up to 71 percent more tokens {cite}`li2026extractor`.
 #
 # ```{figure} ../figures/corpus-readers.svg
 # :name: fig-corpus-readers
@@ -1613,10 +1607,10 @@ for problem in report.problems:
 # Every reader gives the same thing: a stream of documents, and a report of what could not be read.
 # ```
 #
-# Finished collections are kept on hubs, too large to fetch whole. One **streams** them: rows arrive
-# while you iterate. A stream can be shuffled only approximately: a buffer is filled, each time a
-# random element leaves, and the next row takes its place. Data sets change, so a serious run names
-# a `revision`.
+# Finished collections are kept on hubs, too large to fetch whole. One **streams** them: rows
+# arrive while you iterate. A stream can be shuffled only approximately: a buffer is filled, each
+# time a random element leaves, and the next row takes its place. Data sets change, so a serious
+# run names a `revision`.
 
 
 # %%
@@ -1744,7 +1738,7 @@ for document in corpus:
     total[document.source, document.metadata["kind"]] += len(document.text)
 for source in packages:
     share = total[source, "docstring"] / sum(total[source, kind] for kind in kinds)
-    print(f"{source:11} about {about(100 * share)} % docstrings")
+    print(f"{source:11} more than half docstrings: {share > 0.5}")
 readme_share = sum(total[source, "readme"] for source in packages) / total.total()
 print("READMEs are less than 1 %:", readme_share < 0.01)
 comments = sum(document.metadata["kind"] == "comment" for document in corpus)
@@ -1753,8 +1747,8 @@ print("more than half of the documents are comments:", comments > len(corpus) / 
 # %% [markdown]
 # Most of the text is docstrings, though comments are more numerous. {numref}`fig-corpus-lengths`
 # shows how short they are (the few READMEs are left out). Lengths span four orders of magnitude,
-# hence the logarithmic axis. A document is far shorter than a model's context, hence the packing of
-# chapter 07.
+# hence the logarithmic axis. A document is far shorter than a model's context, hence the packing
+# of chapter 07.
 
 # %% mystnb={"figure": {"caption": "How long documents are, and where the text is. Most documents are a line or two; most characters are in the few long ones.", "name": "fig-corpus-lengths"}, "image": {"alt": "Two histograms over document length in characters on a logarithmic axis from 1 to 20,000. Left, number of documents: comments and docstrings peak near 60, docstrings with a shoulder at 100 to 300. Right, characters contained: comments peak near 100, docstrings near 1,000."}}
 lengths = {k: np.array([len(d.text) for d in corpus if d.metadata["kind"] == k]) for k in kinds[:2]}
@@ -1775,9 +1769,7 @@ plt.show()
 sorted_lengths = np.sort([len(document.text) for document in corpus])[::-1]
 tenth = sorted_lengths[: len(corpus) // 10].sum()
 print("most documents are shorter than 100 characters:", np.median(sorted_lengths) < 100)
-print(
-    f"the longest tenth holds about {about(100 * tenth / sorted_lengths.sum())} % of all characters"
-)
+print("the longest tenth holds more than half of all characters:", tenth > sorted_lengths.sum() / 2)
 
 # %% [markdown]
 # For scripts, Unicode gives every character a name, and a letter's begins with its script:
@@ -1899,9 +1891,9 @@ fits = {
     name: fit_power_law(ranks[part], frequencies[part])
     for name, part in (("head", head), ("tail", tail))
 }
-print(f"about {about(len(tokens))} words, about {about(len(counts))} different ones")
+print("more than 500,000 words:", len(tokens) > 5e5, "| 10,000 different:", len(counts) > 1e4)
 print("most frequent:", " ".join(word for word, _ in counts.most_common(2)))
-print(f"occur once: about {about(100 * (frequencies == 1).mean())} %")
+print("more than a fifth of them occur once:", (frequencies == 1).mean() > 0.2)
 head_a, tail_a = (-exponent for exponent, _ in fits.values())
 print("exponent of the head between 0.75 and 1.1:", 0.75 < head_a < 1.1)
 print("exponent of the tail between 1.6 and 2.1:", 1.6 < tail_a < 2.1)
@@ -1924,17 +1916,18 @@ plt.show()
 # thousand was our choice. The tail's fit also includes the steps at 1, 2 and 3, which are counting
 # noise.
 #
-# For a model it means: a few hundred words are seen all the time, and many thousands once or twice,
-# too rarely to learn much from. This is one reason why chapter 05 builds a vocabulary of *pieces*.
+# For a model it means: a few hundred words are seen all the time, and many thousands once or
+# twice, too rarely to learn much from. This is one reason why chapter 05 builds a vocabulary of
+# *pieces*.
 #
 # ## Heaps' law, from Zipf's
 #
-# How many different words $V(n)$ does one meet in the first $n$? Herdan {cite}`herdan1960typetoken`
-# and Heaps {cite}`heaps1978information` found a power, $V(n) \approx K n^\beta$ with $\beta < 1$:
-# new words keep coming, ever more slowly. It follows from Zipf's law if words are drawn
-# independently. Let the word of rank $r$ have probability $p_r = C r^{-a}$ with $a > 1$ (then the
-# sum over all ranks is finite). It is missing from $n$ draws with probability $(1 - p_r)^n$, so the
-# expected number of words that are *not* missing is
+# How many different words $V(n)$ does one meet in the first $n$? Herdan
+# {cite}`herdan1960typetoken` and Heaps {cite}`heaps1978information` found a power,
+# $V(n) \approx K n^\beta$ with $\beta < 1$: new words keep coming, ever more slowly. It follows
+# from Zipf's law if words are drawn independently. Let the word of rank $r$ have probability
+# $p_r = C r^{-a}$ with $a > 1$ (then the sum over all ranks is finite). It is missing from $n$
+# draws with probability $(1 - p_r)^n$, so the expected number of words that are *not* missing is
 #
 # $$
 # V(n) = \sum_{r=1}^{\infty} \bigl(1 - (1-p_r)^n\bigr)
@@ -1987,15 +1980,15 @@ print(f"predicted / counted: {predicted / len(np.unique(draws)):.2f}")
 # $$ (heaps-one)
 #
 # For twenty thousand words that is $0.91$: twice as much text would hold nearly twice as many
-# words, and one word in eleven, $dN/dn = 1/(1 + \ln N)$, would still be new. Which exponent counts?
-# New words come from the *tail*; the words of the head have all been met early, and are never new
-# again. So we predict one over the exponent of the tail.
+# words, and one word in eleven, $dN/dn = 1/(1 + \ln N)$, would still be new. Which exponent
+# counts? New words come from the *tail*; the words of the head have all been met early, and are
+# never new again. So we predict one over the exponent of the tail.
 #
 # The formula assumes independent draws, and text is not that. Two comparisons tell how much it
 # matters. In a random order of the *same* $M$ words, a word of frequency $f$ is missing from the
-# first $n$ with probability of about $(1 - n/M)^f$, which gives the expected growth without drawing
-# anything. And if we shuffle whole documents, words stay together with those of their document, but
-# not with those of their file and package.
+# first $n$ with probability of about $(1 - n/M)^f$, which gives the expected growth without
+# drawing anything. And if we shuffle whole documents, words stay together with those of their
+# document, but not with those of their file and package.
 
 
 # %%
@@ -2053,8 +2046,8 @@ plt.show()
 # The tail's exponent predicts the measured power well, and we should not be too proud of it:
 # {numref}`fig-corpus-heaps` shows two errors that cancel. In random order the curve *bends*,
 # because the corpus has finitely many words and the power law is the limit of an infinite one
-# {cite}`lu2010zipf`. In the real order the curve lies below. From 100,000 words on, shuffling whole
-# documents removes most of the gap: words keep to their package and file. What is left is
+# {cite}`lu2010zipf`. In the real order the curve lies below. From 100,000 words on, shuffling
+# whole documents removes most of the gap: words keep to their package and file. What is left is
 # repetition inside documents; new words come later than in shuffled text in novels, too
 # {cite}`chacoma2020heaps`. A single exponent is a good summary of vocabulary growth, and a poor
 # theory of it.
@@ -2132,11 +2125,11 @@ plt.show()
 
 # %% [markdown]
 # {numref}`fig-corpus-wrong` holds a warning for everything that follows. Very short pieces are a
-# sixth of the documents and a fiftieth of the text. Documents with a ruler in them are few and hold
-# two fifths of all characters. More than nine in ten of them are docstrings with underlined section
-# headings, as NumPy writes them: a filter that threw them away would throw away the best
-# documentation we have. A filter is judged by what it removes in documents *and* in characters, and
-# some faults call for the repair of a line, not the loss of a document.
+# sixth of the documents and a fiftieth of the text. Documents with a ruler in them are few and
+# hold two fifths of all characters. More than nine in ten of them are docstrings with underlined
+# section headings, as NumPy writes them: a filter that threw them away would throw away the best
+# documentation we have. A filter is judged by what it removes in documents *and* in characters,
+# and some faults call for the repair of a line, not the loss of a document.
 #
 # ### How this differs from the web, and whose text it is
 #
@@ -2214,8 +2207,8 @@ print(
 # %% [markdown]
 # ## How fast is it?
 #
-# The exported reader in one process and in two; the order must not change. Starting a process costs
-# some tenths of a second, so for a single small package one is best.
+# The exported reader in one process and in two; the order must not change. Starting a process
+# costs some tenths of a second, so for a single small package one is best.
 
 # %%
 from llmbook import corpus as exported
@@ -2297,8 +2290,8 @@ for mixed_text in ("cafÃ© naïve", "naïve cafÃ©"):
 # ````{exercise} A fair sample of a stream
 # :label: ex-corpus-reservoir
 # *Twenty minutes.* You want `k` random documents of a stream too long to keep, whose length you do
-# not know. Keep the first `k`; when document number `n > k` arrives, let it replace a random one of
-# the kept with probability `k / n`. Prove that each document is kept with probability $k/n$, by
+# not know. Keep the first `k`; when document number `n > k` arrives, let it replace a random one
+# of the kept with probability `k / n`. Prove that each document is kept with probability $k/n$, by
 # induction on $n$, and write `reservoir(documents, k, seed)`.
 # ````
 
@@ -2373,12 +2366,12 @@ assert abs(monkey_exponent(2, 0.5) - 2) < 1e-9, (
 # ````{exercise} Read a crawl
 # :label: ex-corpus-warc
 # *An hour.* A WARC file is a sequence of records: the line `WARC/1.0`, header lines `Name: value`,
-# an empty line, then exactly `Content-Length` bytes, then two empty lines. All lines end in `\r\n`;
-# names may be in upper or lower case. The file is compressed with gzip, one member a record. The
-# bytes of a record of type `response` are the server's answer: a status line, headers, an empty
-# line, the body. Write `read_warc(path)`, which yields a document for every answer with status 200
-# and content type `text/html`: main content, id from `WARC-Record-ID`, the address as source.
-# Lengths count bytes, and a page may contain the line `WARC/1.0`.
+# an empty line, then exactly `Content-Length` bytes, then two empty lines. All lines end in
+# `\r\n`; names may be in upper or lower case. The file is compressed with gzip, one member a
+# record. The bytes of a record of type `response` are the server's answer: a status line, headers,
+# an empty line, the body. Write `read_warc(path)`, which yields a document for every answer with
+# status 200 and content type `text/html`: main content, id from `WARC-Record-ID`, the address as
+# source. Lengths count bytes, and a page may contain the line `WARC/1.0`.
 # ````
 
 

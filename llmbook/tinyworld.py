@@ -719,7 +719,7 @@ def make_questions(
                 questions.append(Question(question, reply, kind, name, attribute, i))
     return questions
 
-# %% ../chapters/01_tinyworld.ipynb #3f7e18d3
+# %% ../chapters/01_tinyworld.ipynb #c4e2366c
 class Verdict(NamedTuple):
     """What a reply said, and whether that is what the kind of question calls for."""
 
@@ -732,8 +732,9 @@ def judge_reply(world: "TinyWorld", question: Question, reply: str) -> Verdict:
 
     Only the values named count, wherever they stand: not denials, and not whom the reply is about.
     """
+    reply = reply.casefold()
     values = set(VALUES[question.attribute] or world.cast.facts) - {question.character}
-    named = values & set(re.findall(r"\w+", reply))
+    named = {value for value in values if value.casefold() in re.findall(r"\w+", reply)}
     true_value = world.cast.facts.get(question.character, {}).get(question.attribute)
     said: Said = "other"
     if named:
@@ -742,7 +743,7 @@ def judge_reply(world: "TinyWorld", question: Question, reply: str) -> Verdict:
             said = "truth"
     elif re.search("do not know|don't know", reply):
         said = "unknown"
-    elif "not tell" in reply:
+    elif re.search("(will|can) ?not tell you|won't tell you|can't tell you", reply):
         said = "declined"
     expected_of: dict[Kind, Said] = {
         "fact": "truth",

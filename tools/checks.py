@@ -47,7 +47,7 @@ IMAGE_DIRECTIVE = re.compile(
 TABLES = ("README.md", "index.md", "api/index.md")
 PAGES = ("README.md", "CONTRIBUTING.md")
 MARKDOWN_LINK = re.compile(r"\]\(\s*<?([^)>\s]+)")
-PIP = ["-c constraints.txt", "-e .[book,dev]"]
+MAKE_INSTALLS = re.compile(r'pip install .*--constraint (\S+) --editable "(\S+)"')
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 Check = Callable[[Path], list[str]]
 
@@ -219,13 +219,16 @@ def _is_image(output: NotebookNode) -> bool:
 
 
 def exercises_are_whole(root: Path) -> list[str]:
-    """Each exercise has a label, a solution that can be blanked, and a check."""
+    """Each exercise has a label, a solution that can be blanked, and a check that asserts."""
     found = []
     for chapter, notebook in notebooks(root):
         try:
             for exercise in exercises(chapter, notebook):
                 for cell in exercise.solutions:
                     blanked(chapter, notebook, cell)
+                tree = parse(exercise.check.source, f"{chapter.name}, {exercise.label}")
+                if not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
+                    found.append(f"{chapter.name}: the check of {exercise.label} asserts nothing")
         except BookError as error:
             found.append(str(error))
     return found
@@ -310,8 +313,10 @@ def conda_agrees_with_pip(root: Path) -> list[str]:
     found = []
     conda = yaml.safe_load(read_text(root / "environment.yml"))["dependencies"]
     pip = next((entry["pip"] for entry in conda if isinstance(entry, dict)), [])
-    if pip != PIP:
-        found.append(f"environment.yml gives pip {pip}, the Makefile {PIP}")
+    made = MAKE_INSTALLS.search(read_text(root / "Makefile"))
+    wanted = [f"-c {made[1]}", f"-e {made[2]}"] if made else []
+    if pip != wanted:
+        found.append(f"environment.yml gives pip {pip}, the Makefile {wanted}")
     versions = [str(entry).removeprefix("python=") for entry in conda if "python=" in entry]
     allowed = SpecifierSet(_project(root)["requires-python"])
     if not versions or versions[0] not in allowed:

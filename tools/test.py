@@ -39,8 +39,17 @@ class Stage:
 LINT = [
     Stage("lint", "ruff's rules", ("-m", "ruff", "check", "--quiet")),
     Stage("format", "ruff's layout", ("-m", "ruff", "format", "--check"), remedy="make format"),
+    Stage(
+        "names",
+        "modules use only names that are exported, too",
+        ("-m", "ruff", "check", "--quiet", "--isolated", "--select=F821,F822", "llmbook"),
+    ),
     Stage("types", "mypy over the package", ("-m", "mypy")),
-    Stage("book", "the chapters as data: pairs, exports, outputs", (*PYTEST, "tests/book")),
+    Stage(
+        "book",
+        "the chapters as data: pairs, exports, outputs",
+        (*PYTEST, "tests/book", "tools/workbook.py", "--doctest-modules"),
+    ),
 ]
 SITE_STAGES = [
     Stage("site", "the site, warnings as errors", ("tools/build_book.py", "--strict")),

@@ -92,6 +92,7 @@ dependencies: [python=3.11, pip, {pip: [-c constraints.txt, "-e .[book,dev]"]}]
 """
 OTHERS = {
     "environment.yml": CONDA,
+    "Makefile": 'x:\n\tpip install --constraint constraints.txt --editable ".[book,dev]"\n',
     "_toc.yml": "root: index\nchapters:\n- file: chapters/00_first\n- file: chapters/01_second\n",
     **dict.fromkeys(
         ("README.md", "index.md", "api/index.md"),

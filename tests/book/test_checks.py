@@ -94,6 +94,7 @@ FAULTS = [
         "for x in range(3):",
         "01_second, code cell 6: this solution has no function",
     ),
+    ("exercises_are_whole", SECOND_NB, "assert octuple", "octuple", "asserts nothing"),
     ("modules_are_documented", MODULE, '"""Doubling."""', "", "first.py has no docstr"),
     ("modules_are_documented", MODULE, '"""Return twice', 'x = """', "double has no"),
     ("modules_are_documented", MODULE, "x: int", "x", "double lacks type hints"),
@@ -102,6 +103,7 @@ FAULTS = [
     ("requirements_are_pinned", "constraints.txt", "regex==", "regex==1", "is installed"),
     ("requirements_are_pinned", "pyproject.toml", "tqdm>=", "tqdm>=9", "pyproject.toml wants tqdm"),
     ("conda_agrees_with_pip", "environment.yml", "constraints.txt", "x.txt", "gives pip"),
+    ("conda_agrees_with_pip", "Makefile", "book,dev", "book", "gives pip"),
     ("conda_agrees_with_pip", "environment.yml", "python=3.11", "python=3.9", "pyproject.toml wan"),
 ]
 
