@@ -44,7 +44,7 @@ IMAGE_DIRECTIVE = re.compile(
     re.MULTILINE,
 )
 # Where each chapter must be named, and the pages that people read without building the site.
-TABLES = ("README.md", "index.md", "api/index.md")
+TABLES = ("README.md", "index.md", "teaching.md", "api/index.md")
 PAGES = ("README.md", "CONTRIBUTING.md")
 MARKDOWN_LINK = re.compile(r"\]\(\s*<?([^)>\s]+)")
 MAKE_INSTALLS = re.compile(r'pip install .*--constraint (\S+) --editable "(\S+)"')

@@ -95,7 +95,7 @@ OTHERS = {
     "Makefile": 'x:\n\tpip install --constraint constraints.txt --editable ".[book,dev]"\n',
     "_toc.yml": "root: index\nchapters:\n- file: chapters/00_first\n- file: chapters/01_second\n",
     **dict.fromkeys(
-        ("README.md", "index.md", "api/index.md"),
+        ("README.md", "index.md", "teaching.md", "api/index.md"),
         "[first](chapters/00_first.ipynb), [second](chapters/01_second.ipynb#four)\n",
     ),
     "CONTRIBUTING.md": "[all](README.md), [elsewhere](https://example.org/none)\n",
