@@ -70,6 +70,14 @@ import torch
 # the end, each followed by a solution and by a check that tells right from wrong; `make workbook`
 # writes notebooks with the solutions left blank.
 #
+# Each chapter goes the same way: a concrete problem, an idea, its derivation, the smallest code
+# that shows it, a check. Two sections come back from chapter 01 on. *Is it the real thing?* holds
+# our code against the library that industry uses. *How fast is it?* measures where the time goes.
+# Chapters build on each other, but what a chapter needs from an earlier one it imports, so you can
+# start anywhere and look things up: names in the text link to the package reference, and that
+# links back. Symbols are in the notation, terms in the glossary. If time is short, read the first
+# and the last section of a chapter and do the first exercise.
+#
 # ## How a chapter becomes a package
 #
 # ```{figure} ../figures/press.svg
