@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -146,13 +146,21 @@ class Runner:
             self._end_running()
 
     def _end_running(self) -> None:
+        # A stage starts workers, kernels or a site build, which would outlive it.
         for process in self._running:
             with suppress(psutil.NoSuchProcess):  # it ended by itself just now
-                running = psutil.Process(process.pid)
-                # A stage starts workers, kernels or a site build, which would outlive it.
-                for each in [*running.children(recursive=True), running]:
+                for each in list(_frozen(psutil.Process(process.pid))):
                     with suppress(psutil.NoSuchProcess):
-                        each.terminate()
+                        each.kill()
+
+
+def _frozen(process: psutil.Process) -> Iterator[psutil.Process]:
+    """Suspend a process, then its children, and so on: none can start another meanwhile."""
+    with suppress(psutil.NoSuchProcess):
+        process.suspend()
+        yield process
+        for child in process.children():
+            yield from _frozen(child)
 
 
 def _environment(stage: Stage) -> dict[str, str]:
