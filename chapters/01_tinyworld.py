@@ -1882,6 +1882,9 @@ assert math.isclose(sum(by_step.values()), whole - best, rel_tol=1e-6), (
     "the parts add up to the gap"
 )
 assert max(by_step, key=by_step.get) == "fact", "the facts are where the window is too short"
+assert 33 < by_step["fact"] < 38 and 0.6 < by_step["fact"] / (whole - best) < 0.72, (
+    "two thirds of it"
+)
 openings = [-sum(trigram.log_probs(words(s.parts[0][1]))) - math.log(6) for s in test_stories]
 assert math.isclose(by_step["opening"], sum(openings) / 100, abs_tol=1e-6), "words of a step only"
 assert 4 < by_step["closing"] < 6 < by_step["guest fact"] < 8, "the true surprise of each word"
