@@ -17,7 +17,7 @@ endif
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help book test sync format lab workbook figures constraints clean
+.PHONY: help book test sync format lab workbook figures bench constraints clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | sort
@@ -51,6 +51,9 @@ workbook: $(INSTALLED) ## student notebooks, solutions blanked, in _build/workbo
 
 figures: $(INSTALLED) ## draw the diagrams in figures/ anew
 	@$(PY) figures/draw.py
+
+bench: $(INSTALLED) ## time ours against others; tables in benchmarks/results
+	@$(PY) benchmarks/measure.py $(ARGS)
 
 constraints: ## resolve the pinned versions anew (maintainers)
 	@rm -rf $(VENV)-resolve && $(PYTHON) -m venv $(VENV)-resolve
