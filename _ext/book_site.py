@@ -179,9 +179,11 @@ def _links(found: list[Chapter]) -> str:
 def name_bases(
     app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]
 ) -> None:
-    """Say at the end of a class's docstring which of our classes it inherits from."""
+    """Say at the end of a class's docstring which of our public classes it inherits from."""
     bases = [
-        base for base in getattr(thing, "__bases__", ()) if base.__module__.startswith(PACKAGE)
+        base
+        for base in getattr(thing, "__bases__", ())
+        if base.__module__.startswith(PACKAGE) and not base.__name__.startswith("_")
     ]
     if what == "class" and bases:
         links = ", ".join(f":py:class:`~{base.__module__}.{base.__qualname__}`" for base in bases)

@@ -1,0 +1,2002 @@
+# %% [markdown]
+# # Byte-pair encoding
+#
+# > Cut text into tokens: learn from counted pairs which bytes belong together, encode any text
+# > with them, decode without loss, and speak the file formats of others.
+#
+# A model reads numbers from a fixed list. A list of words will not do: by Heaps' law new ones never
+# stop coming. A list of characters will not do either: Unicode has more than 150,000, and a text
+# spelled out is several times as long as in words, which a model pays for at every step.
+#
+# **Byte-pair encoding** lets the data decide. It starts from the 256 bytes, in which any text can
+# be written, and joins the most frequent pair of neighbors, again and again, until the list is as
+# long as you want. Frequent words become one token, rare ones a few, and nothing is unknown. GPT-2
+# introduced it in this form {cite}`radford2019language`; most of today's models use it.
+#
+# | | |
+# |---|---|
+# | **You build** | {py:func}`~llmbook.tokenizer.train_bpe`, {py:func}`~llmbook.tokenizer.train_bpe_files`, {py:class}`~llmbook.tokenizer.BPETokenizer`, {py:func}`~llmbook.tokenizer.pretokenize`, {py:func}`~llmbook.tokenizer.learn_merges` |
+# | **You need** | Python and regular expressions; the documents of {doc}`02_corpus`, and the laws named there |
+# | **It takes** | 75 minutes to read, 60 seconds to run |
+
+# %% tags=["remove-cell"]
+#| default_exp tokenizer
+
+# %%
+#| export
+import codecs
+import json
+import os
+import re
+from bisect import insort
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import cache, partial
+from heapq import heapify, heappop, heappush
+from itertools import chain, pairwise
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, SupportsInt, TypeVar
+
+import regex  # type: ignore[import-untyped]
+
+from llmbook.corpus import _check_at_least, _in_order, _listed, _whole_file
+
+# %% [markdown]
+# The package `regex` knows Unicode's classes of characters, which Python's own `re` does not. For
+# this chapter alone we need a few things more:
+
+# %%
+import pickle
+import random
+import tempfile
+import time
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tokenizers
+
+from llmbook.cleaning import read_translations
+from llmbook.corpus import read_installed_docs
+from llmbook.tinyworld import TinyWorld
+
+plt.style.use("llmbook.book")
+
+# %% [markdown]
+# ## Characters, code points, bytes
+#
+# What is the length of `é`? Unicode numbers characters; the number is a **code point**, at most
+# 10FFFF in base sixteen. But `é` can be one code point, or an `e` followed by an accent that is
+# drawn on top of it. And a code point has to be stored as bytes, which hold numbers up to 255.
+
+# %%
+for name, text in (
+    ("é", "\u00e9"),
+    ("é", "e\u0301"),
+    ("ж", "ж"),
+    ("猫", "猫"),
+    ("family", "👨‍👩‍👧"),
+):
+    points = " ".join(f"{ord(character):X}" for character in text)
+    print(f"{name:7} code points: {points:24} UTF-8: {text.encode().hex(' ')}")
+
+# %% [markdown]
+# One picture on the screen may be five code points and eighteen bytes. A fixed four bytes for each
+# code point would make English four times as long as it needs to be. A code of variable length must
+# say where a character ends. UTF-8 {cite}`yergeau2003utf8` writes that into the first bits of every
+# byte.
+#
+# - A byte that begins with `0` is a character by itself; 7 bits are left for its code point.
+# - A byte that begins with `10` continues a character, and carries 6 bits.
+# - A byte that begins with $k$ ones and a zero, $k = 2, 3, 4$, opens a character of $k$ bytes. It
+#   carries the $8 - (k + 1) = 7 - k$ highest bits.
+#
+# So $k$ bytes hold $7 - k + 6(k - 1) = 5k + 1$ bits: 11, 16 and 21. The largest code point, 10FFFF,
+# has 21. A code point takes the shortest form that holds it ({numref}`fig-tokenizer-utf8`).
+#
+# ```{figure} ../figures/tokenizer-utf8.svg
+# :name: fig-tokenizer-utf8
+# :alt: Four rows of bytes as bit patterns. One byte 0 and 7 bits, example a. Two bytes, 110 with 5 bits and 10 with 6 bits, example é. Three bytes, 1110 with 4 bits and twice 10 with 6 bits, example €. Four bytes, 11110 with 3 bits and three times 10 with 6 bits, example 🙂.
+#
+# The four forms of UTF-8. Gray bits say what a byte is, colored ones carry the code point.
+# ```
+
+
+# %%
+def utf8_bytes(code_point: int) -> bytes:
+    if code_point < 1 << 7:
+        return bytes([code_point])
+    size = 2 if code_point < 1 << 11 else 3 if code_point < 1 << 16 else 4
+    continuation = []
+    for _ in range(size - 1):
+        continuation.append(0b10_000000 | code_point & 0b111111)  # the lowest six bits
+        code_point >>= 6
+    opening = 0x100 - (1 << (8 - size))  # as many ones as there are bytes, then zeros
+    return bytes([opening | code_point, *reversed(continuation)])
+
+
+valid = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+print("as Python does, all of them:", all(utf8_bytes(c) == chr(c).encode() for c in valid[::7]))
+
+# %% [markdown]
+# Two properties matter below. No opening byte looks like a continuation, so a search for one
+# character's bytes never matches in the middle of another. And a cut at an arbitrary byte can
+# break a character in two; the halves are no text by themselves.
+#
+# The gap in `valid` are the **surrogates**: numbers that UTF-16 uses in pairs for code points
+# above FFFF. A single one is half a character. Python's strings can contain it, UTF-8 cannot.
+# Where one turns up we write `�`, the code point FFFD that stands for what could not be decoded,
+# as tiktoken does; if both halves are there we join them.
+
+
+# %%
+#| export
+def _whole_characters(text: object, argument: str = "text") -> str:
+    """Return ``text`` with surrogates joined to characters, or replaced by U+FFFD if alone."""
+    if not isinstance(text, str):
+        raise ValueError(f"{argument}: expected a str, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+# %% [markdown]
+# ## Join the most frequent pair
+#
+# The algorithm was invented to compress data {cite}`gage1994new`. Sennrich, Haddow and Birch
+# {cite}`sennrich2016neural` used it to translate rare words. Try it by eye on `sing singing ring
+# ringing`. The pair `n g` occurs six times, and so does `i n`. No other pair does.
+#
+# In general, let $c(a, b)$ be the number of positions at which token $a$ is followed by token $b$.
+# The next pair to be merged is the largest under the order
+#
+# $$
+# (a^*, b^*) = \operatorname*{arg\,max}_{(a, b)} \;\bigl(c(a, b),\; a,\; b\bigr),
+# $$ (bpe-merge)
+#
+# compared from left to right: the count first, and between equal counts the bytes of $a$, then
+# those of $b$, as in a dictionary. A rule for ties is needed if two programs shall learn the same
+# tokens; this one is ours. Every $a$ followed by $b$ becomes one token $ab$, from left to right, so
+# that `aaa` becomes `aa a`.
+
+
+# %%
+def merge_pair(tokens: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
+    merged, i = [], 0
+    while i < len(tokens):
+        size = 2 if tuple(tokens[i : i + 2]) == pair else 1
+        merged.append(b"".join(tokens[i : i + size]))
+        i += size
+    return merged
+
+
+def naive_bpe(words: list[bytes], size: int) -> list[tuple[bytes, bytes]]:
+    split = [[bytes([byte]) for byte in word] for word in words]
+    merges: list[tuple[bytes, bytes]] = []
+    while len(merges) < size:
+        counts = Counter(pair for tokens in split for pair in pairwise(tokens))
+        if not counts:
+            break
+        merges.append(max(counts, key=lambda pair: (counts[pair], pair)))
+        split = [merge_pair(tokens, merges[-1]) for tokens in split]
+    return merges
+
+
+for a, b in naive_bpe([b"sing singing ring ringing"], 6):
+    print(f"{a.decode()!r:7} + {b.decode()!r:7} -> {(a + b).decode()!r}")
+
+# %% [markdown]
+# Between `ng` and `in` the dictionary decides, then `ing` grows in one step. The third merge joins
+# `ing` and a space, and that is a nuisance: `sing` before a space and `sing` before a comma become
+# different tokens. On longer text such merges take over. Here are the longest tokens that the
+# algorithm learns from stories of chapter 01's world:
+
+# %%
+world = TinyWorld()
+stories = [story.text for story in world.stories(300, seed=0)]
+whole = naive_bpe([" ".join(stories).encode()[:10_000]], 300)
+for token in sorted((a + b for a, b in whole), key=len)[-3:]:
+    print(repr(token.decode()))
+
+# %% [markdown]
+# Whole phrases have become tokens. They compress these stories, and fail on the next ones.
+#
+# ## Words first: pre-tokenization
+#
+# So merges are confined. A regular expression cuts the text into **pre-tokens**, which we call
+# words for short, and no merge crosses from one to the next. GPT-2's pattern {cite}`radford2019language`
+# and GPT-4's, which tiktoken publishes, are alternatives, tried from left to right at each position:
+#
+# | GPT-2 | GPT-4 | catches |
+# |---|---|---|
+# | `'s` `'t` `'re` … | the same, in upper case too | endings after an apostrophe |
+# | <code>&nbsp;?\p{L}+</code> | `[^\r\n\p{L}\p{N}]?\p{L}+` | letters, with the space or sign before them |
+# | <code>&nbsp;?\p{N}+</code> | `\p{N}{1,3}` | digits; for GPT-4 at most three |
+# | <code>&nbsp;?[^\s\p{L}\p{N}]+</code> | the same and line breaks after them | signs |
+# | `\s+(?!\S)`, `\s+` | the same, with line breaks apart | white space, but for the space before a word |
+#
+# The space goes with the word that follows. A sentence then needs no tokens of its own for spaces.
+# The look-ahead `(?!\S)` leaves the last of several spaces to the next word.
+
+
+# %%
+#| export
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_GPT4_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+)
+GPT4_PATTERN = _GPT4_WORDS + r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+_LLAMA3_PATTERN = _GPT4_WORDS + r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # what tiktoken had formerly
+_KNOWN_PATTERNS = {GPT2_PATTERN, GPT4_PATTERN, _LLAMA3_PATTERN}
+
+# %% [markdown]
+# tiktoken writes GPT-4's with `{1,3}+`, where the plus forbids giving back what was matched. We leave
+# it out, since nothing follows that could want it back, and since the engine inside of `tokenizers`
+# reads it as "repeat", which takes any number of digits. With a pattern of your own, stretches that
+# it does not match become words, too, so that nothing is lost.
+
+
+# %%
+#| export
+@cache
+def _splitter(pattern: str) -> Callable[[str], list[str]]:
+    """Return the function that cuts a text into words by ``pattern``; bad ones raise ValueError."""
+    try:
+        compiled = regex.compile(pattern)
+    except (regex.error, TypeError) as error:
+        raise ValueError(f"pattern: not a regular expression: {pattern!r}: {error}") from None
+    if compiled.groups:
+        raise ValueError(f"pattern: expected groups to be (?:...), got {pattern!r}")
+    return compiled.findall if pattern in _KNOWN_PATTERNS else partial(_with_gaps, compiled)
+
+
+def _with_gaps(compiled: Any, text: str) -> list[str]:
+    """Return matches, and the stretches between them, in order; none is empty."""
+    spans = [match.span() for match in compiled.finditer(text)]
+    cuts = [0, *(place for span in spans for place in span), len(text)]
+    return [text[start:end] for start, end in pairwise(cuts) if start < end]
+
+
+def pretokenize(text: str, pattern: str = GPT4_PATTERN) -> list[str]:
+    """Cut ``text`` into words that no token crosses; joined they are the text again.
+
+    Lone surrogates become U+FFFD. A ``pattern`` that is no regular expression, or has capturing
+    groups, raises a ``ValueError``.
+
+    >>> pretokenize("It's  2026!")
+    ['It', "'s", ' ', ' ', '202', '6', '!']
+    """
+    return _splitter(pattern)(_whole_characters(text))
+
+
+# %% [markdown]
+# Both patterns on a line of code and a number. Digits in threes keep a number's tokens regular;
+# but they are cut from the left, so `12345` becomes `123` and `45`.
+
+# %%
+line = "if loaves > 12345:\n        bake('rye')  # don't wait"
+for name, pattern in (("GPT-2", GPT2_PATTERN), ("GPT-4", GPT4_PATTERN)):
+    print(name, pretokenize(line, pattern))
+
+# %% [markdown]
+# ## Training that scales
+#
+# The naive trainer walks through the whole text for every merge. For 32,000 merges on ten
+# megabytes that would be half a day and more. Four observations bring it to seconds.
+#
+# **Count words.** A word occurs many times, and is cut the same way each time. So each *different*
+# word is stored once with its count $f$, and a pair in it counts $f$ times. If texts contain
+# special tokens, such as a mark between documents, they separate and are not counted.
+
+
+# %%
+#| export
+@cache
+def _finder(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    """Return a pattern that finds any of ``tokens``, the longest where several begin."""
+    ordered = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")  # (?!) never matches
+
+
+def _count_texts(job: tuple[list[str], str, tuple[str, ...]]) -> Counter[str]:
+    """What a worker does: count the words of some texts."""
+    texts, pattern, special = job
+    split, find = _splitter(pattern), _finder(special)
+    counts: Counter[str] = Counter()
+    for text in texts:
+        for part in find.split(text) if special else [text]:
+            counts.update(split(part))
+    return counts
+
+
+# %% [markdown]
+# Texts go to workers a million characters at a time.
+
+
+# %%
+#| export
+def _batches(texts: Iterable[str], size: int = 1_000_000) -> Iterator[list[str]]:
+    """Group ``texts`` to about ``size`` characters each; refuse what is no text."""
+    if isinstance(texts, str):
+        raise ValueError("texts: expected several texts, such as a list of them, got one str")
+    batch: list[str] = []
+    total = 0
+    for number, text in enumerate(texts):
+        batch.append(_whole_characters(text, f"texts[{number}]"))
+        total += len(text)
+        if total >= size:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
+
+
+# %%
+#| export
+def count_words(
+    texts: Iterable[str],
+    pattern: str = GPT4_PATTERN,
+    special_tokens: Collection[str] = (),
+    workers: int = 1,
+) -> Counter[str]:
+    """Count the words (pre-tokens) of ``texts``; ``special_tokens`` separate and are not counted.
+
+    One worker reads ``texts`` as they come; several need all of them in memory.
+
+    >>> count_words(["to be", "not to be"])
+    Counter({' be': 2, 'to': 1, 'not': 1, ' to': 1})
+    """
+    _check_at_least(workers=(1, workers))
+    special = _checked_special_tokens(special_tokens)
+    jobs = ((batch, pattern, special) for batch in _batches(texts))
+    counts: Counter[str] = Counter()
+    for found in (
+        _in_order(_count_texts, list(jobs), workers) if workers > 1 else map(_count_texts, jobs)
+    ):
+        counts.update(found)
+    return counts
+
+
+# %% [markdown]
+# Special tokens must be told apart, so a list with an empty or a repeated one is refused.
+
+
+# %%
+#| export
+def _checked_special_tokens(tokens: Collection[str]) -> tuple[str, ...]:
+    """Return ``tokens`` as a tuple of texts, none of them empty or there twice."""
+    if isinstance(tokens, str):
+        raise ValueError(f"special_tokens: expected several, such as [{tokens!r}], got one str")
+    for token in tokens:
+        if not isinstance(token, str) or not token or _whole_characters(token) != token:
+            raise ValueError(f"special_tokens: expected non-empty, valid texts, got {token!r}")
+    if repeated := [token for token, count in Counter(tokens).items() if count > 1]:
+        raise ValueError(f"special_tokens: expected each once, got {repeated[0]!r} several times")
+    return tuple(tokens)
+
+
+# %% [markdown]
+# Our text is chapter 02's documents, without exact copies. Every twentieth is set aside, to measure
+# on later.
+
+# %%
+packages = ["stdlib", "numpy", "matplotlib"]
+texts = list(dict.fromkeys(document.text for document in read_installed_docs(packages)))
+held_out = texts[::20]
+texts = [text for number, text in enumerate(texts) if number % 20]
+start = time.perf_counter()
+counts = count_words(texts)
+seconds_counting = time.perf_counter() - start
+print(f"words: more than a million, {counts.total() > 1e6}")
+print(f"different ones: fewer than one in twenty, {len(counts) < counts.total() / 20}")
+
+# %% [markdown]
+# **Remember where.** A merge of `t h` concerns only the words that contain `th`. So we keep an
+# **inverted index**, from each pair to the words that have it, as the index of a book leads from
+# terms to pages. **Change what changed.** When `t h` is merged in `other`, only the pairs at the
+# seams change: `o t` and `h e` lose the word's count, `o th` and `th e` gain it.
+#
+# How to store a word, so that this is fast in Python? Strings are what Python does best, so we
+# write a word as a *string of tokens*: the character with number $i$ stands for token $i$. In the
+# beginning these are the bytes. A pair is a string of two characters, and a merge is
+# `word.split(pair)` and `join`, which run in C, from left to right as demanded.
+
+
+# %%
+#| export
+def _index_pairs(
+    words: list[str], frequencies: list[int]
+) -> tuple[dict[str, int], defaultdict[str, list[int]]]:
+    """Return how often each pair of neighbors occurs, and the numbers of the words it occurs in."""
+    counts: defaultdict[str, int] = defaultdict(int)
+    where: defaultdict[str, list[int]] = defaultdict(list)
+    for number, (word, frequency) in enumerate(zip(words, frequencies, strict=True)):
+        for pair in map(str.__add__, word, word[1:]):
+            counts[pair] += frequency
+            if where[pair][-1:] != [number]:  # once a word, which may be long and all the same
+                where[pair].append(number)
+    return counts, where
+
+
+# %% [markdown]
+# Between two pieces of the split word lay the pair. If the pieces around it are `left` and
+# `right`, the token before it is the last of `left`. If `left` is empty, it is the pair merged just
+# before, if any: its second half until now, the new token from now on. The token after it is the
+# first of `right`; if that is empty, the next round of the loop sees to it. Counts of pairs with
+# the new token are collected apart. The index may list a word that has lost a pair since; it is
+# seen and skipped, which is cheaper than keeping the index clean.
+
+
+# %%
+#| export
+def _merge_everywhere(
+    pair: str,
+    new: str,
+    words: list[str],
+    frequencies: list[int],
+    counts: dict[str, int],
+    where: defaultdict[str, list[int]],
+) -> dict[str, int]:
+    """Replace ``pair`` by the token ``new`` in all ``words``; return the counts of new pairs."""
+    first, second = pair[0], pair[1]
+    found: defaultdict[str, int] = defaultdict(int)
+    for number in where.pop(pair):
+        pieces = words[number].split(pair)
+        frequency, made = frequencies[number], list[str]()
+        for seam, (left, right) in enumerate(pairwise(pieces)):
+            if left or seam:
+                before, now = (left[-1], left[-1]) if left else (second, new)
+                counts[before + first] -= frequency
+                made.append(now + new)
+            if right:
+                counts[second + right[0]] -= frequency
+                made.append(new + right[0])
+        for each in made:
+            found[each] += frequency
+            if where[each][-1:] != [number]:
+                where[each].append(number)
+        words[number] = new.join(pieces)
+    del counts[pair]
+    return found
+
+
+# %% [markdown]
+# **Find the most frequent pair without looking at all of them.** A heap gives its largest entry in
+# logarithmic time, but must not be searched when a count changes, and ties need the bytes compared.
+# Three facts about counts help. A pair that exists only ever loses counts, because merges use up
+# its tokens. A new pair is created, all of it, in the one merge that creates the later of its
+# tokens. And a new pair cannot be more frequent than the pair that was merged, since each of its
+# occurrences contains one of that. So the best count never rises.
+#
+# We can therefore work through counts from the top, level by level ({numref}`fig-tokenizer-training`).
+# A **heap of levels** holds the counts at which pairs are waiting. A level's pairs are sorted once,
+# by their bytes, and taken from the end. A pair whose count has fallen since it was filed is filed
+# anew, at its lower level; a new pair goes to its own level, or, if that is the present one, to its
+# place in the sorted list.
+#
+# ```{figure} ../figures/tokenizer-training.svg
+# :name: fig-tokenizer-training
+# :alt: Three structures. A heap of levels: 15 holds the pairs h e and t h, 4 holds e n, 2 holds e r and o t. The last pair of the top level, t h, leads to an index, which names the words the (9 times), then (4 times) and other (2 times), each a row of tokens.
+#
+# The trainer's three structures. The top level's greatest pair is looked up in the index, and only
+# the words found there are changed.
+# ```
+
+
+# %%
+#| export
+def _with_bytes(pair: str, tokens: list[bytes]) -> tuple[bytes, bytes, str]:
+    """Return what pairs are sorted by, and the pair."""
+    return tokens[ord(pair[0])], tokens[ord(pair[1])], pair
+
+
+# %%
+#| export
+class _PairQueue:
+    """Pairs in waiting; gives the most frequent, of equally frequent ones that of greatest bytes."""
+
+    def __init__(self, counts: dict[str, int], tokens: list[bytes]) -> None:
+        self._counts, self._tokens = counts, tokens  # both go on changing
+        self._level, self._open = 0, list[tuple[bytes, bytes, str]]()
+        self._waiting, self._heap = defaultdict[int, list[str]](list), list[int]()
+        for pair in counts:
+            self.push(pair)
+
+    def push(self, pair: str) -> None:
+        """File ``pair`` under its present count, which is at most that of the last pair given."""
+        count = self._counts[pair]
+        if count == self._level:
+            insort(self._open, _with_bytes(pair, self._tokens))
+        elif count:
+            if count not in self._waiting:
+                heappush(self._heap, -count)
+            self._waiting[count].append(pair)
+
+    def pop(self) -> str | None:
+        """Remove and return the pair to merge next; None when no pair is left."""
+        while self._open or self._heap:
+            if not self._open:
+                self._level = -heappop(self._heap)
+                pairs = self._waiting.pop(self._level)
+                self._open = sorted(_with_bytes(pair, self._tokens) for pair in pairs)
+            pair = self._open.pop()[2]
+            if self._counts[pair] == self._level:
+                return pair
+            self.push(pair)  # it has lost counts since it was filed
+        return None
+
+
+# %% [markdown]
+# The trainer is now short. Bytes become characters 0 to 255 by decoding them as Latin-1.
+
+
+# %%
+#| export
+def learn_merges(counts: Mapping[str, int], size: int) -> list[tuple[bytes, bytes]]:
+    """Learn up to ``size`` merges from words and how often each occurs, the first merge first.
+
+    The most frequent pair is merged, of equally frequent ones the lexicographically greatest pair
+    of byte strings. There are fewer than ``size`` where every word has become one token. Source:
+    Gage (1994), Sennrich et al. (2016), on bytes as in Radford et al. (2019).
+
+    >>> learn_merges({"to": 2, "toe": 1}, 2)
+    [(b't', b'o'), (b'to', b'e')]
+    """
+    _check_at_least(size=(0, size))
+    words = [word.encode().decode("latin-1") for word in counts]
+    pairs, where = _index_pairs(words, frequencies := list(counts.values()))
+    tokens = [bytes([byte]) for byte in range(256)]
+    queue, merges = _PairQueue(pairs, tokens), list[tuple[bytes, bytes]]()
+    while len(merges) < size and (pair := queue.pop()):
+        first, second = (tokens[ord(token)] for token in pair)
+        new = chr(len(tokens))
+        tokens.append(first + second)
+        merges.append((first, second))
+        found = _merge_everywhere(pair, new, words, frequencies, pairs, where)
+        pairs.update(found)
+        for each in found:
+            queue.push(each)
+    return merges
+
+
+# %% [markdown]
+# The naive trainer is the judge. On words of few letters, ties and overlaps abound.
+
+# %%
+generator = random.Random(0)
+agreements = 0
+for _ in range(300):
+    words = ["".join(generator.choices("aabn ", k=generator.randrange(12))) for _ in range(8)]
+    slow = naive_bpe([word.encode() for word in words], 30)
+    agreements += slow == learn_merges(Counter(words), 30)
+print("the same merges in the same order:", agreements, "of 300")
+
+few = count_words(stories)
+slow = naive_bpe([word.encode() for word, count in few.items() for _ in range(min(count, 9))], 150)
+fast = learn_merges({word: min(count, 9) for word, count in few.items()}, 150)
+print("on stories:", slow == fast)
+
+# %% [markdown]
+# Now 31,744 merges at once, which with 256 bytes makes 32,000 tokens.
+
+# %%
+start = time.perf_counter()
+merges = learn_merges(counts, 32_000 - 256)
+seconds_merging = time.perf_counter() - start
+print(f"{len(merges):,} merges; the first joins {merges[0][0]} and {merges[0][1]}")
+
+# %% [markdown]
+# ### Files, in parallel
+#
+# Counting takes most of the time, and can be shared: counts of parts add up to the counts of the
+# whole. But where may a file be cut? A cut through a word changes the counts. A special token is a
+# safe place, because no word crosses it. So we jump ahead by some megabytes, search for the next
+# special token and cut before it. The search may begin in the middle of one, which is harmless
+# unless special tokens overlap: in `aaaa`, the token `aa` can be found at places where reading from
+# the beginning would not find it. Tokens that overlap with any are not used for cuts.
+
+
+# %%
+#| export
+def _separators(special: tuple[str, ...]) -> list[bytes]:
+    """Return the special tokens that cannot overlap with one of them, as UTF-8."""
+
+    def overlap(a: str, b: str) -> bool:
+        return (a != b and (a in b or b in a)) or any(
+            a.endswith(b[:size]) or b.endswith(a[:size]) for size in range(1, min(len(a), len(b)))
+        )
+
+    return [a.encode() for a in special if not any(overlap(a, b) for b in special)]
+
+
+def _chunks(path: Path, separators: list[bytes], size: int) -> list[tuple[int, int]]:
+    """Cut a file into stretches of about ``size`` bytes or more, (start, end), at separators."""
+    find = re.compile(b"|".join(map(re.escape, separators)) or rb"(?!)")
+    total, cuts = path.stat().st_size, [0]
+    with path.open("rb") as file:
+        while separators and (place := cuts[-1] + size) < total:
+            file.seek(place)
+            window = b""
+            while not (match := find.search(window)) and (block := file.read(1 << 20)):
+                kept = window[-max(map(len, separators)) :]
+                place += len(window) - len(kept)
+                window = kept + block
+            if not match:
+                break
+            cuts.append(place + match.start())
+    return list(pairwise([*cuts, total]))
+
+
+# %% [markdown]
+# A worker gets a file's name and two positions, reads, decodes and counts.
+
+
+# %%
+#| export
+def _count_chunk(job: tuple[str, int, int, str, str, tuple[str, ...]]) -> Counter[str]:
+    """What a worker does: count the words of a stretch of a file."""
+    path, start, end, errors, pattern, special = job
+    with Path(path).open("rb") as file:
+        file.seek(start)
+        data = file.read(end - start)
+    try:
+        text = data.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        broken = f"byte {data[error.start]:#04x} at {start + error.start}"
+        raise ValueError(f"paths: {path} is not UTF-8: {broken}") from None
+    return _count_texts(([text], pattern, special))
+
+
+# %%
+#| export
+def _count_files(
+    paths: list[Path], pattern: str, special: tuple[str, ...], workers: int | None, errors: str
+) -> Counter[str]:
+    """Count the words of UTF-8 files, in parallel if that pays."""
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"paths: expected files, got the folder {str(path)!r}")
+    total = sum(path.stat().st_size for path in paths)
+    workers = workers or (min(4, os.cpu_count() or 1) if total > 4e6 else 1)
+    size = max(1_000_000, min(16_000_000, total // (4 * workers)))
+    jobs = [
+        (str(path), start, end, errors, pattern, special)
+        for path in paths
+        for start, end in _chunks(path, _separators(special), size)
+    ]
+    counts: Counter[str] = Counter()
+    for found in _in_order(_count_chunk, jobs, workers):
+        counts.update(found)
+    return counts
+
+
+# %% [markdown]
+# ## From merges to a tokenizer
+#
+# The merges, in order, are the tokenizer. To **encode** a word, cut it into bytes and apply the
+# merges in the order in which they were learned: always the pair of neighbors with the lowest
+# **rank**, the leftmost first. Applied to a word of the training text, this repeats what training
+# did to it.
+#
+# Searching all pairs before each merge takes a time that grows with the square of the word's
+# length. Most words are short. But there are texts without spaces, and hostile users who send a
+# million times the letter `a`. So we link the tokens to a chain and keep the mergeable pairs in a
+# heap, by rank and position: $n$ bytes take a time of order $n \log n$. An entry in the heap may be
+# stale, since a neighbor has been merged in the meantime. Then the pair found at its position has
+# another rank, and the entry is dropped.
+
+
+# %%
+#| export
+def _apply_merges(
+    tokens: list[int], ranks: dict[tuple[int, int], int], merged: list[int]
+) -> list[int]:
+    """Merge neighbors by rank, then from the left; ``merged`` has the token for each rank."""
+    size = len(tokens)
+    after, before = list(range(1, size + 1)), list(range(-1, size - 1))
+    found = map(ranks.get, pairwise(tokens))
+    heap = [rank * size + place for place, rank in enumerate(found) if rank is not None]
+    heapify(heap)
+    while heap:
+        rank, place = divmod(heappop(heap), size)
+        neighbor = after[place]
+        if neighbor == size or ranks.get((tokens[place], tokens[neighbor])) != rank:
+            continue
+        new = tokens[place] = merged[rank]
+        tokens[neighbor] = -1  # no token, so entries that begin here are stale
+        beyond = after[place] = after[neighbor]
+        if beyond < size:
+            before[beyond] = place
+            if (rank_after := ranks.get((new, tokens[beyond]))) is not None:
+                heappush(heap, rank_after * size + place)
+        previous = before[place]
+        if previous >= 0 and (rank_before := ranks.get((tokens[previous], new))) is not None:
+            heappush(heap, rank_before * size + previous)
+    return [token for token in tokens if token >= 0]
+
+
+# %% [markdown]
+# Even so this runs in Python, byte by byte. But words repeat, and the merges of a word never
+# depend on its neighbors. So each word is merged once and its ids are remembered, in a dictionary
+# that calls `__missing__` for keys that it does not have. It is emptied when it is full, and long
+# words are not kept, so that memory stays constant on endless text.
+
+
+# %%
+#| export
+class _WordCache(dict[str, tuple[int, ...]]):
+    """Ids of words, found by ``encode`` when first asked for; bounded in number and length."""
+
+    def __init__(
+        self, encode: Callable[[str], tuple[int, ...]], size: int = 1 << 17, longest: int = 64
+    ) -> None:
+        super().__init__()
+        self._encode, self._size, self._longest = encode, size, longest
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ids = self._encode(word)
+        if len(word) <= self._longest:
+            if len(self) >= self._size:
+                self.clear()
+            self[word] = ids
+        return ids
+
+
+# %% [markdown]
+# The class grows layer by layer, each a small class that adds to the one before. First what a
+# tokenizer *knows*. Ids may come in any order, since GPT-2's do: its first 256 ids are the bytes
+# in an order of their own. But all bytes must be there, or some text could not be encoded.
+
+
+# %%
+#| export
+class _Vocabulary:
+    """What a tokenizer knows: tokens and their ids, merges, special tokens, a pattern."""
+
+    def __init__(
+        self,
+        vocabulary: Mapping[int, bytes],
+        merges: Iterable[tuple[bytes, bytes]],
+        *,
+        special_tokens: Mapping[str, int] | None = None,
+        pattern: str = GPT4_PATTERN,
+        ignore_merges: bool = False,
+    ) -> None:
+        self._vocabulary, self._merges = dict(vocabulary), [(a, b) for a, b in merges]
+        self._special = dict(special_tokens or {})
+        self._pattern, self._ignore_merges = pattern, ignore_merges
+        self._words = _splitter(pattern)
+        self._ids = _checked_ids(self._vocabulary, self._special)
+        self._bytes = self._vocabulary | {id: text.encode() for text, id in self._special.items()}
+        self._byte_ids = [self._ids[bytes([byte])] for byte in range(256)]
+        self._ranks, self._merged = _ranked(self._merges, self._ids)
+        self._cache = _WordCache(self._encode_word)
+
+    def _encode_word(self, word: str) -> tuple[int, ...]:
+        data = word.encode()
+        if self._ignore_merges and (id := self._ids.get(data)) is not None:
+            return (id,)
+        tokens = [self._byte_ids[byte] for byte in data]
+        return tuple(_apply_merges(tokens, self._ranks, self._merged))
+
+
+# %% [markdown]
+# Bad vocabularies are refused when they are given, not when a text hits them. A special token that
+# is also an ordinary one would make two ids of one text, and files would confuse them.
+
+
+# %%
+#| export
+def _checked_ids(vocabulary: dict[int, bytes], special: dict[str, int]) -> dict[bytes, int]:
+    """Return the ids of ordinary tokens by their bytes, or say what is wrong with them."""
+    _checked_special_tokens(list(special))
+    for id in chain(vocabulary, special.values()):
+        if isinstance(id, bool) or not isinstance(id, int) or id < 0:
+            raise ValueError(f"vocabulary, special_tokens: expected ids from 0 on, got {id!r}")
+    ids = {token: id for id, token in vocabulary.items()}
+    if len(ids) < len(vocabulary) or b"" in ids:
+        repeated = [
+            token for token, n in Counter(vocabulary.values()).items() if n > 1 or not token
+        ]
+        raise ValueError(f"vocabulary: expected different, non-empty tokens, got {repeated[0]!r}")
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ids]:
+        raise ValueError(f"vocabulary: expected all 256 bytes, {missing[0]:#04x} is missing")
+    if twice := [text for text in special if text.encode() in ids]:
+        raise ValueError(f"special_tokens: {twice[0]!r} is an ordinary token already")
+    used = Counter(special.values())
+    if clash := [id for id, count in used.items() if count > 1 or id in vocabulary]:
+        raise ValueError(f"special_tokens: expected ids of their own, got {clash[0]} again")
+    return ids
+
+
+# %%
+#| export
+def _ranked(
+    merges: list[tuple[bytes, bytes]], ids: dict[bytes, int]
+) -> tuple[dict[tuple[int, int], int], list[int]]:
+    """Return the rank of each pair of ids, and the id that each merge makes."""
+    for a, b in merges:
+        if unknown := [token for token in (a, b, a + b) if token not in ids]:
+            raise ValueError(f"merges: {a!r} and {b!r}: {unknown[0]!r} is not in the vocabulary")
+    ranks = {(ids[a], ids[b]): rank for rank, (a, b) in enumerate(merges)}
+    if len(ranks) < len(merges):
+        repeated = Counter(merges).most_common(1)[0][0]
+        raise ValueError(f"merges: expected each pair once, got {repeated} several times")
+    return ranks, [ids[a + b] for a, b in merges]
+
+
+# %% [markdown]
+# What is known can be looked at, and not changed.
+
+
+# %%
+#| export
+class _Described(_Vocabulary):
+    """Adds what others may ask."""
+
+    @property
+    def vocabulary(self) -> Mapping[int, bytes]:
+        """The bytes of each ordinary token, by id."""
+        return MappingProxyType(self._vocabulary)
+
+    @property
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """The merges in the order in which they apply."""
+        return list(self._merges)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The ids of the special tokens."""
+        return dict(self._special)
+
+    @property
+    def pattern(self) -> str:
+        """The regular expression that cuts text into words."""
+        return self._pattern
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id; with ids as ``train_bpe`` gives them, how many there are."""
+        return max(self._bytes) + 1
+
+
+# %% [markdown]
+# Two tokenizers are equal if they know the same. Another process gets one without the cache.
+
+
+# %%
+#| export
+class _Comparable(_Described):
+    """Adds comparing, printing and pickling."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Comparable) and self._state() == other._state()
+
+    def _state(self) -> tuple[Any, ...]:
+        settings = (self._special, self._pattern, self._ignore_merges)
+        return (self._vocabulary, self._merges, *settings)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(vocab_size={self.vocab_size}, special={self._special})"
+
+    def __reduce__(self) -> Any:  # for pickle: not the cache, and patterns are compiled anew
+        options: dict[str, Any] = {"pattern": self._pattern, "ignore_merges": self._ignore_merges}
+        make = partial(type(self), special_tokens=self._special, **options)
+        return make, (self._vocabulary, self._merges)
+
+
+# %% [markdown]
+# ### Special tokens, and text that pretends
+#
+# A model needs marks for the end of a document and the turns of a conversation. `<|endoftext|>` is
+# such a **special token**: one id, outside of all merges. But what if a user types these thirteen
+# characters? If they became the special id, anybody could end the assistant's turn and speak in its
+# name. So by default they are *ordinary text*, and whoever wants the id says so with
+# `allowed_special`. Where several begin at one place, the longest wins.
+
+
+# %%
+#| export
+class _Encoder(_Comparable):
+    """Adds encoding."""
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        return list(chain.from_iterable(map(self._cache.__getitem__, self._words(text))))
+
+    def _allowed(self, allowed: Literal["all"] | Collection[str]) -> tuple[str, ...]:
+        chosen = self._special if allowed == "all" else allowed
+        if isinstance(chosen, str) or not set(chosen) <= set(self._special):
+            known = f"'all' or some of {sorted(self._special)}"
+            raise ValueError(f"allowed_special: expected {known}, got {allowed!r}")
+        return tuple(sorted(chosen))
+
+    def encode(
+        self, text: str, *, allowed_special: Literal["all"] | Collection[str] = ()
+    ) -> list[int]:
+        """Return the ids of ``text``; special tokens in it are ordinary text unless allowed.
+
+        Lone surrogates are encoded as U+FFFD. Special tokens match longest first.
+        """
+        text, allowed = _whole_characters(text), self._allowed(allowed_special)
+        if not allowed:
+            return self._encode_ordinary(text)
+        ids, place = list[int](), 0
+        for match in _finder(allowed).finditer(text):
+            ids += self._encode_ordinary(text[place : match.start()])
+            ids.append(self._special[match[0]])
+            place = match.end()
+        return ids + self._encode_ordinary(text[place:])
+
+
+# %% [markdown]
+# A batch of texts can be spread over processes, in order. A worker gets the tokenizer with its
+# texts, without the cache, and fills one of its own.
+
+
+# %%
+#| export
+def _encode_job(job: tuple["_Encoder", list[str], tuple[str, ...]]) -> list[list[int]]:
+    """What a worker does: encode some texts."""
+    tokenizer, texts, allowed = job
+    return [tokenizer.encode(text, allowed_special=allowed) for text in texts]
+
+
+class _BatchEncoder(_Encoder):
+    """Adds encoding of many texts."""
+
+    def encode_batch(
+        self,
+        texts: Iterable[str],
+        workers: int = 1,
+        *,
+        allowed_special: Literal["all"] | Collection[str] = (),
+    ) -> list[list[int]]:
+        """Return the ids of each of ``texts``, in order, encoded by ``workers`` processes."""
+        _check_at_least(workers=(1, workers))
+        allowed = self._allowed(allowed_special)
+        jobs = [(self, batch, allowed) for batch in _batches(texts)]
+        return list(chain.from_iterable(_in_order(_encode_job, jobs, workers)))
+
+
+# %% [markdown]
+# ### Decoding, and half characters
+#
+# Decoding is easier: look up the bytes of each id, join them, read them as UTF-8. But a model may
+# produce *any* sequence of ids, and bytes that are no UTF-8 become `�`. When text appears on the
+# screen while the model writes, a token may end in the middle of a character; an incremental decoder
+# keeps the bytes of an unfinished character until the rest is there.
+
+
+# %%
+#| export
+class _Decoder(_BatchEncoder):
+    """Adds decoding."""
+
+    def _pieces(self, ids: Iterable[SupportsInt], skip_special_tokens: bool) -> Iterator[bytes]:
+        hidden = set(self._special.values()) if skip_special_tokens else ()
+        for place, id in enumerate(ids.tolist() if hasattr(ids, "tolist") else ids):
+            if (piece := self._bytes.get(id)) is None:
+                known = f"ids of the vocabulary, below {self.vocab_size}"
+                raise ValueError(f"ids: expected {known}, got {id!r} at index {place}")
+            if id not in hidden:
+                yield piece
+
+    def decode_bytes(
+        self, ids: Iterable[SupportsInt], *, skip_special_tokens: bool = False
+    ) -> bytes:
+        """Return the bytes that ``ids`` stand for, valid UTF-8 or not."""
+        return b"".join(self._pieces(ids, skip_special_tokens))
+
+    def decode(self, ids: Iterable[SupportsInt], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of ``ids`` (a list, array or tensor); invalid UTF-8 becomes U+FFFD."""
+        data = self.decode_bytes(ids, skip_special_tokens=skip_special_tokens)
+        return data.decode("utf-8", "replace")
+
+    def decode_stream(
+        self, ids: Iterable[SupportsInt], *, skip_special_tokens: bool = False
+    ) -> Iterator[str]:
+        """Yield text as soon as its characters are complete; joined it is what ``decode`` gives."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for piece in self._pieces(ids, skip_special_tokens):
+            if text := decoder.decode(piece):
+                yield text
+        if text := decoder.decode(b"", final=True):
+            yield text
+
+
+# %% [markdown]
+# ### Encoding a stream
+#
+# A crawl does not fit into memory. `encode_iterable` takes its pieces and gives ids as it goes, *the
+# same ids* as for the whole text, wherever the pieces end. So we hold text back until a place where
+# cutting is safe: where the words to the left do not depend on what comes to the right, nor the
+# other way.
+#
+# The right side is no problem. None of the patterns looks behind, so from a border between words
+# on, the words depend only on what follows. For the left side, take a place between a character
+# $x$ that is not white space and a space (or other white space that is no line break). First, it
+# is a border: in none of the alternatives can white space other than a line break follow a
+# character that is not white space. Second, the words before it would be the same if the text
+# ended there. The alternatives that look ahead are those for white space, and after a run of it to
+# the left of the place comes at the latest $x$, which they see in both cases. All others stop
+# before the space, as they would at the end. A place between a letter or digit and something that
+# is no letter, digit, mark or apostrophe is safe for the same reasons; that helps Chinese, which
+# has no spaces.
+#
+# One thing remains: special tokens, which may be cut themselves. If the longest has $m$
+# characters, then whether one begins at a place is certain once $m$ characters from there have
+# arrived. We look for a cut only up to there.
+
+
+# %%
+#| export
+_SAFE_CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{M}\p{N}'])|(?<=\S)(?=[^\S\r\n])")
+_STREAM_SIZE = 1 << 16  # characters to gather before looking for a place to cut
+
+
+def _joined_halves(texts: Iterable[str]) -> Iterator[str]:
+    """Yield ``texts`` in valid Unicode, joining a surrogate that ends one to what follows."""
+    if isinstance(texts, str):
+        raise ValueError("texts: expected an iterable of texts, got one str: use encode")
+    half = ""
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"texts[{number}]: expected a str, got {type(text).__name__}")
+        text = half + text
+        half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+        yield _whole_characters(text[: len(text) - len(half)])
+    yield _whole_characters(half)
+
+
+# %% [markdown]
+# The `(?r)` makes the search run backward, so that it finds the last safe place first. Pieces are
+# gathered, and the search begins when there is enough; if it finds nothing, it waits for twice as
+# much. So a run of a million letters without any safe place takes memory for itself, and time
+# that grows no faster than its length.
+
+
+# %%
+#| export
+class _SafeEncoder(_Decoder):
+    """Adds encoding of the beginning of a text that goes on."""
+
+    def _encode_safe(self, text: str, allowed: tuple[str, ...]) -> tuple[list[int], str]:
+        """Encode as much of ``text`` as cannot depend on what follows it; return the rest, too."""
+        certain, end = len(text) - max(map(len, allowed), default=1), 0
+        for match in _finder(allowed).finditer(text):
+            if match.start() > certain:
+                break
+            end = match.end()
+        if self._pattern in _KNOWN_PATTERNS and end < certain:
+            cut = _SAFE_CUT.search(text, end, certain + 1)
+            end = cut.start() if cut else end
+        return self.encode(text[:end], allowed_special=allowed), text[end:]
+
+
+# %%
+#| export
+class _StreamEncoder(_SafeEncoder):
+    """Adds encoding of text that comes in pieces."""
+
+    def encode_iterable(
+        self, texts: Iterable[str], *, allowed_special: Literal["all"] | Collection[str] = ()
+    ) -> Iterator[int]:
+        """Yield the ids of the joined ``texts``, the same as ``encode`` gives, in constant memory.
+
+        What is held in memory is some 100,000 characters, or the longest stretch of text without a
+        safe place to cut, such as a space. With a ``pattern`` other than GPT-2's, GPT-4's or
+        Llama 3's no place is known to be safe, and text is held up to the next special token.
+        """
+        allowed = self._allowed(allowed_special)
+        return chain.from_iterable(self._stream(_joined_halves(texts), allowed))
+
+    def _stream(self, texts: Iterator[str], allowed: tuple[str, ...]) -> Iterator[list[int]]:
+        parts, gathered, enough = list[str](), 0, _STREAM_SIZE
+        for text in texts:
+            parts.append(text)
+            gathered += len(text)
+            if gathered >= enough:
+                ids, rest = self._encode_safe("".join(parts), allowed)
+                parts, gathered = [rest], len(rest)
+                enough = max(_STREAM_SIZE, 2 * gathered)
+                yield ids
+        yield self.encode("".join(parts), allowed_special=allowed)
+
+
+# %% [markdown]
+# ### Files that others read
+#
+# Three formats matter. Hugging Face's `tokenizer.json` holds everything in one file. GPT-2 left
+# two files, `vocab.json` and `merges.txt`. tiktoken builds its encodings from ids alone.
+#
+# The first two store tokens as text, which arbitrary bytes are not. GPT-2's way out was to give
+# each byte a printable character: bytes that are printable in Latin-1 stand for themselves, the 68
+# others get the characters from 256 on. The space, byte 32, is the 33rd of those, and becomes
+# `Ġ`, number 288.
+
+
+# %%
+#| export
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_UNPRINTABLE = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_TO_CHARACTER = {byte: chr(byte) for byte in _PRINTABLE} | {
+    byte: chr(256 + number) for number, byte in enumerate(_UNPRINTABLE)
+}
+_CHARACTER_TO_BYTE = {character: byte for byte, character in _BYTE_TO_CHARACTER.items()}
+
+
+def _as_text(token: bytes) -> str:
+    """Write bytes as printable characters, one for each, as GPT-2's files do."""
+    return "".join(map(_BYTE_TO_CHARACTER.__getitem__, token))
+
+
+def _as_bytes(token: str) -> bytes:
+    """Undo ``_as_text``."""
+    try:
+        return bytes(map(_CHARACTER_TO_BYTE.__getitem__, token))
+    except KeyError:
+        raise ValueError(f"expected tokens in GPT-2's byte alphabet, got {token!r}") from None
+
+
+# %% [markdown]
+# What goes into `tokenizer.json`: the pattern as a pre-tokenizer, the byte alphabet as a second
+# one and as the decoder, and the model. Special tokens stand in the vocabulary, too, since
+# `tokenizers` takes their ids from there.
+
+
+# %%
+#| export
+def _file_vocabulary(vocabulary: Mapping[int, bytes], special: dict[str, int]) -> dict[str, int]:
+    """Return all tokens as text with their ids, in the order of the ids."""
+    ordinary = {_as_text(token): id for id, token in vocabulary.items()}
+    if clash := sorted(ordinary.keys() & special.keys()):
+        raise ValueError(f"special_tokens: files write an ordinary token as {clash[0]!r}, too")
+    return dict(sorted((ordinary | special).items(), key=lambda item: item[1]))
+
+
+def _portable_pattern(pattern: str) -> str:
+    if re.search(r"\{\d*,?\d*\}\+", pattern):
+        message = "expected no possessive {m,n}+, which tokenizers reads as a repetition"
+        raise ValueError(f"pattern: {message}, got {pattern!r}")
+    return pattern
+
+
+# %%
+#| export
+def _tokenizer_json(tokenizer: _Described, ignore_merges: bool) -> dict[str, Any]:
+    """Return the contents of tokenizer.json."""
+    regular = {"type": "Split", "pattern": {"Regex": _portable_pattern(tokenizer.pattern)}}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    splits = [{**regular, "behavior": "Isolated", "invert": False}]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": t, **flags, "special": True} for t, i in special],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [*splits, {**byte_level, "use_regex": False}],
+        },
+        "post_processor": None,
+        "decoder": {**byte_level, "use_regex": False},
+        "model": {
+            "type": "BPE",
+            **dict.fromkeys(("dropout", "unk_token")),
+            **dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix")),
+            **dict.fromkeys(("fuse_unk", "byte_fallback"), False),
+            "ignore_merges": ignore_merges,
+            "vocab": _file_vocabulary(tokenizer.vocabulary, tokenizer.special_tokens),
+            "merges": [[_as_text(a), _as_text(b)] for a, b in tokenizer.merges],
+        },
+    }
+
+
+# %% [markdown]
+# Reading is harder than writing, because others put more into such files than we understand. What
+# would change the ids is refused by name, never ignored.
+
+
+# %%
+#| export
+def _read_pattern(step: Any) -> str:
+    """Return the pattern of a pre-tokenizer that is byte-level, or name what it has instead."""
+    steps = step["pretokenizers"] if step and step["type"] == "Sequence" else [step or {}]
+    kinds = [each.get("type") for each in steps]
+    if kinds[-1:] != ["ByteLevel"] or steps[-1].get("add_prefix_space", True):
+        raise ValueError(f"pre_tokenizer: expected ByteLevel without a prefix space, got {kinds}")
+    use_regex = steps[-1].get("use_regex", True)
+    if len(steps) == 1 and use_regex:
+        return GPT2_PATTERN
+    if kinds != ["Split", "ByteLevel"] or use_regex or "Regex" not in steps[0]["pattern"]:
+        raise ValueError(f"pre_tokenizer: expected one Split by Regex, then ByteLevel, got {kinds}")
+    how = (steps[0]["behavior"], steps[0].get("invert", False))
+    if how not in (("Isolated", False), ("Removed", True)):
+        raise ValueError(f"pre_tokenizer: expected Split to isolate, got {how}")
+    return _portable_pattern(steps[0]["pattern"]["Regex"])
+
+
+# %%
+#| export
+def _check_supported(data: dict[str, Any]) -> None:
+    """Raise a ``ValueError`` that names the first part of tokenizer.json that we cannot honor."""
+    model = data["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise ValueError(f"model: expected BPE, got {model['type']}")
+    for part in ("normalizer", "truncation", "padding"):
+        if found := data.get(part):
+            raise ValueError(f"{part}: expected none, got {found.get('type', found)}")
+    for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if found := model.get(setting):
+            raise ValueError(f"model: expected no {setting}, got {found!r}")
+    decoder = data.get("decoder") or {}
+    if decoder.get("type") != "ByteLevel":
+        raise ValueError(f"decoder: expected ByteLevel, got {decoder.get('type')}")
+    for token in data.get("added_tokens") or ():
+        if flags := [f for f in ("lstrip", "rstrip", "single_word") if token.get(f)]:
+            raise ValueError(f"added_tokens: {token['content']!r} has {flags[0]}, unsupported")
+
+
+def _read_merges(lines: list[Any]) -> list[tuple[bytes, bytes]]:
+    """Return merges that were written as "a b" or as ["a", "b"]."""
+    merges = []
+    for line in lines:
+        parts = line.split(" ") if isinstance(line, str) else line
+        if len(parts) != 2:
+            raise ValueError(f"merges: expected pairs of tokens, got {line!r}")
+        merges.append((_as_bytes(parts[0]), _as_bytes(parts[1])))
+    return merges
+
+
+# %% [markdown]
+# A file may be cut off, or be no tokenizer at all. Whatever is wrong becomes one kind of error, and
+# names the file.
+
+
+# %%
+#| export
+T = TypeVar("T")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict):
+        raise ValueError(f"expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _reading(path: Path, read: Callable[[], T]) -> T:
+    """Return what ``read`` gives; whatever is wrong with the contents becomes a ``ValueError``."""
+    try:
+        return read()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"path: {str(path)!r}: {error}") from error
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        message = f"not a tokenizer's file: {type(error).__name__} {error}"
+        raise ValueError(f"path: {str(path)!r}: {message}") from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    with _whole_file(path) as draft:
+        draft.write_text(text, encoding="utf-8", newline="\n")
+
+
+# %%
+#| export
+def _from_tokenizer_json(path: Path) -> dict[str, Any]:
+    """Return what a tokenizer is made of, from tokenizer.json."""
+    data = _read_json(path)
+    _check_supported(data)
+    special = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
+    tokens = {t: id for t, id in data["model"]["vocab"].items() if t not in special}
+    return {
+        "vocabulary": {id: _as_bytes(token) for token, id in tokens.items()},
+        "merges": _read_merges(data["model"]["merges"]),
+        "special_tokens": special,
+        "pattern": _read_pattern(data.get("pre_tokenizer")),
+        "ignore_merges": bool(data["model"].get("ignore_merges")),
+    }
+
+
+# %% [markdown]
+# GPT-2's two files hold neither the pattern nor the word "special". But a token that is not a byte
+# and that no merge makes can only be a special one.
+
+
+# %%
+#| export
+def _from_gpt2(vocab: Path, merges: Path) -> dict[str, Any]:
+    """Return what a tokenizer is made of, but for the pattern, from vocab.json and merges.txt."""
+    tokens = _read_json(vocab)
+    lines = merges.read_text(encoding="utf-8").split("\n")
+    lines = [line for line in lines[lines[0].startswith("#version") :] if line]
+    pairs = _read_merges(lines)
+    made = {_as_text(a + b) for a, b in pairs} | set(_BYTE_TO_CHARACTER.values())
+    return {
+        "vocabulary": {id: _as_bytes(token) for token, id in tokens.items() if token in made},
+        "merges": pairs,
+        "special_tokens": {token: id for token, id in tokens.items() if token not in made},
+    }
+
+
+# %%
+#| export
+class _Writer(_StreamEncoder):
+    """Adds files."""
+
+    def save(self, path: str | Path) -> None:
+        """Write ``tokenizer.json``, which ``tokenizers`` and ``transformers`` read, in one step.
+
+        A ``ValueError`` says what the format cannot hold: a pattern that ``tokenizers`` reads in
+        another way, a special token that looks like an ordinary one.
+        """
+        contents = _tokenizer_json(self, self._ignore_merges)
+        _write_text(Path(path), json.dumps(contents, ensure_ascii=False, indent=1))
+
+    def save_gpt2(self, folder: str | Path) -> None:
+        """Write ``vocab.json`` and ``merges.txt`` into ``folder``; the pattern is not in them."""
+        tokens = _file_vocabulary(self._vocabulary, self._special)
+        lines = [f"{_as_text(a)} {_as_text(b)}" for a, b in self._merges]
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        _write_text(Path(folder, "vocab.json"), json.dumps(tokens, ensure_ascii=False))
+        _write_text(Path(folder, "merges.txt"), "\n".join(["#version: 0.2", *lines, ""]))
+
+
+# %% [markdown]
+# tiktoken knows no merges. It joins *any* two neighbors whose bytes together are a token, the one
+# with the lowest id first. Is that the same? Not for any list of merges. It is, if
+#
+# 1. a token's id is greater than those of the tokens that it is made of, ids of merges rising in
+#    the order of the merges, and
+# 2. every token is *reachable*: encoding its own bytes gives that one token.
+#
+# *Proof.* By (1) merging by lowest id goes through the ids from low to high, and so do we: a merge
+# creates only pairs of higher rank. Suppose that both have done the same so far, and that tiktoken
+# now joins neighbors $u$ and $v$ to the token $t = uv$, whereas our last merge for $t$ is of
+# another pair. By (2), our merges turn the bytes of $t$, standing alone, into $t$. In this
+# there is a first merge that crosses the border between $u$ and $v$. It is not the last one, which
+# would be $(u, v)$ itself, so its id is lower than that of $t$. Until then, the same merges have
+# been made in the text, where nothing has crossed the ends of $t$, since $u$ and $v$ still begin
+# and end there. Hence this pair stood there as well, and was merged when its turn came, before
+# $t$. Then $u$ and $v$ are no neighbors now, a contradiction. $\square$
+#
+# Tokenizers that were trained have both properties: training makes a token out of bytes that
+# stand beside each other, and until then nothing has crossed their ends, so alone they take the same
+# way. For vocabularies of other origin we check.
+
+
+# %%
+#| export
+class _Exporter(_Writer):
+    """Adds tiktoken."""
+
+    def to_tiktoken(self, name: str = "llmbook") -> Any:
+        """Return a ``tiktoken.Encoding`` that gives the same ids, built without a network.
+
+        A ``ValueError`` says why there is none: ids do not rise in the order of the merges, or a
+        token cannot be reached by them. Text that a ``pattern`` of your own does not match, it drops.
+        Needs tiktoken.
+        """
+
+        import tiktoken
+
+        longer = ((p, a + b) for a, b in self._merges for p in (a, b) if len(p) > 1)
+        rising = all(low < high for low, high in pairwise(self._merged))
+        if not rising or any(self._ids[part] > self._ids[token] for part, token in longer):
+            raise ValueError("merges: expected ids that rise in the order of the merges")
+        for id, token in self._vocabulary.items():
+            tokens = [self._byte_ids[byte] for byte in token]
+            if _apply_merges(tokens, self._ranks, self._merged) != [id]:
+                raise ValueError(f"vocabulary: expected tokens that merges make, got {token!r}")
+        return tiktoken.Encoding(
+            name,
+            pat_str=self._pattern,
+            mergeable_ranks=self._ids,
+            special_tokens=self._special,
+        )
+
+
+# %% [markdown]
+# The first merges of a tokenizer are what training with a smaller vocabulary would have learned, so a
+# smaller tokenizer costs nothing.
+
+
+# %%
+#| export
+class _Shortener(_Exporter):
+    """Adds smaller vocabularies."""
+
+    def truncated(self, vocab_size: int) -> "BPETokenizer":
+        """Return the tokenizer that training with a smaller ``vocab_size`` would have given.
+
+        Special tokens come last, so they get new ids. Ids must be as ``train_bpe`` gives them.
+        """
+        special = list(self._special)
+        _check_at_least(vocab_size=(256 + len(special), vocab_size))
+        if self != _numbered(self._merges, special, self._pattern):
+            raise ValueError("truncated: expected a tokenizer with ids in the order of training")
+        return _numbered(self._merges[: vocab_size - 256 - len(special)], special, self._pattern)
+
+
+# %% [markdown]
+# The last layer reads files.
+
+
+# %%
+#| export
+class BPETokenizer(_Shortener):
+    """A byte-level BPE tokenizer: text to ids and back, without loss for any valid text.
+
+    ``vocabulary`` has the bytes of each id, all 256 single bytes among them; ``merges`` are pairs of
+    tokens in the order in which they apply; ``special_tokens`` have ids of their own; ``pattern``
+    cuts text into words that no token crosses. With ``ignore_merges`` a word that is a token is
+    not cut further, even where merges would not make it (as for Llama 3). Unusable arguments raise
+    a ``ValueError``. Instances cannot be changed, and can be pickled.
+    """
+
+    @classmethod
+    def load(cls, path: str | Path) -> "BPETokenizer":
+        """Read a byte-level BPE tokenizer from ``tokenizer.json``.
+
+        All added tokens become special tokens. Ids are those that ``tokenizers`` gives with
+        ``add_special_tokens=False`` (a post-processor is not read); since it looks for added tokens
+        in all text, compare with ``allowed_special="all"``. What we cannot honor, and files that
+        are damaged or of another kind, raise a ``ValueError`` that says what it is.
+        """
+        return _reading(Path(path), lambda: cls(**_from_tokenizer_json(Path(path))))
+
+    @classmethod
+    def load_gpt2(cls, folder: str | Path, *, pattern: str = GPT2_PATTERN) -> "BPETokenizer":
+        """Read ``vocab.json`` and ``merges.txt`` from ``folder``.
+
+        Tokens that are no byte and no merge's result become special tokens. Damaged files raise a
+        ``ValueError`` that names the folder.
+        """
+        files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        return _reading(Path(folder), lambda: cls(**_from_gpt2(*files), pattern=pattern))
+
+
+# %%
+#| export
+def _numbered(
+    merges: list[tuple[bytes, bytes]], special: Collection[str], pattern: str
+) -> BPETokenizer:
+    """Give ids in order: bytes, then what merges make, then special tokens."""
+    tokens = [*(bytes([byte]) for byte in range(256)), *(a + b for a, b in merges)]
+    ids = {text: len(tokens) + number for number, text in enumerate(special)}
+    return BPETokenizer(dict(enumerate(tokens)), merges, special_tokens=ids, pattern=pattern)
+
+
+# %% [markdown]
+# And training, from texts or from files:
+
+
+# %%
+#| export
+def _train(
+    count: Callable[[tuple[str, ...]], Counter[str]],
+    vocab_size: int,
+    pattern: str,
+    special_tokens: Collection[str],
+) -> BPETokenizer:
+    """Check, count, learn, and build."""
+    special = _checked_special_tokens(special_tokens)
+    _check_at_least(vocab_size=(256 + len(special), vocab_size))
+    if vocab_size > 1_000_000:
+        raise ValueError(f"vocab_size: expected at most 1,000,000, got {vocab_size}")
+    _splitter(pattern)
+    if clash := [token for token in special if len(token.encode()) == 1]:
+        raise ValueError(f"special_tokens: {clash[0]!r} is an ordinary token, a byte")
+    counts = count(special)
+    if not counts:
+        raise ValueError("expected some text to train on, got none")
+    merges = learn_merges(counts, vocab_size - 256 - len(special))
+    return _numbered(merges, special, pattern)
+
+
+# %%
+#| export
+def train_bpe(
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    pattern: str = GPT4_PATTERN,
+    special_tokens: Collection[str] = ("<|endoftext|>",),
+    workers: int = 1,
+) -> BPETokenizer:
+    """Train a tokenizer on ``texts``: ids 0-255 are the bytes, then merges, special tokens last.
+
+    ``vocab_size`` counts all of them; there are fewer where the texts have no more pairs. Special
+    tokens in the texts separate, and are not learned. Words are counted by ``workers`` processes;
+    with one, texts are read as they come. No text at all raises a ``ValueError``.
+
+    >>> tokenizer = train_bpe(["low lower lowest"], 260)
+    >>> tokenizer.encode("low"), tokenizer.decode([257, 101])
+    ([257], 'lowe')
+    """
+    return _train(
+        lambda special: count_words(texts, pattern, special, workers),
+        vocab_size,
+        pattern,
+        special_tokens,
+    )
+
+
+# %%
+#| export
+def train_bpe_files(
+    paths: str | Path | Iterable[str | Path],
+    vocab_size: int,
+    *,
+    pattern: str = GPT4_PATTERN,
+    special_tokens: Collection[str] = ("<|endoftext|>",),
+    workers: int | None = None,
+    errors: Literal["strict", "replace"] = "strict",
+) -> BPETokenizer:
+    """Train as ``train_bpe`` does, on UTF-8 files, whose words several processes count.
+
+    Files are cut into chunks only at special tokens, so a file without any is one chunk, in the
+    memory of one worker. By default as many work as there are cores, at most four. Bytes that are
+    no UTF-8 raise a ``ValueError`` with file and place, or become U+FFFD (``errors="replace"``).
+    """
+    _check_at_least(workers=(1, workers))
+    if errors not in ("strict", "replace"):
+        raise ValueError(f"errors: expected 'strict' or 'replace', got {errors!r}")
+    files = _listed(paths)
+    return _train(
+        lambda special: _count_files(files, pattern, special, workers, errors),
+        vocab_size,
+        pattern,
+        special_tokens,
+    )
+
+
+# %% [markdown]
+# The documentation on disk, in 32,000 tokens, and the stories in 600:
+
+# %%
+tokenizer = train_bpe(texts, 32_000)
+print(tokenizer.vocab_size, tokenizer.special_tokens)
+print("the same merges as before:", tokenizer.merges == merges[: len(tokenizer.merges)])
+of_stories = train_bpe(stories, 600)
+sentence = "Mia said: good night, baker 🙂!"
+ids = of_stories.encode(sentence)
+print([of_stories.decode([id]) for id in ids])
+print("and back:", of_stories.decode(ids) == sentence)
+print("broken characters while streaming:", list(of_stories.decode_stream(ids)).count("�"))
+
+# %% [markdown]
+# The stories hold no emoji, so it is cut into its four bytes; `decode_stream` shows no `�` all the
+# same.
+# {numref}`fig-tokenizer-cut` shows how vocabularies of different size cut the same text.
+
+# %% mystnb={"figure": {"caption": "One text, cut with four vocabularies. Each stretch of one color is a token; a dot is a byte of the unfinished character ë.", "name": "fig-tokenizer-cut"}, "image": {"alt": "Four rows of colored stretches over the same text, a line of code and a comment about 12345 loaves, Zoë and documentation. As bytes every character has a color of its own and ë has two. With 1,000 tokens short pieces appear. With 8,000 and 32,000 most words have one color, loaves has two, and the number is cut into 123 and 45."}}
+example = "def bake(loaves):  # 12345 loaves, said Zoë; the documentation follows"
+figure, ax = plt.subplots(figsize=(7, 2.2))
+for row, size in enumerate((257, 1_000, 8_000, 32_000)):
+    small = tokenizer.truncated(size)
+    x = 0.0
+    for number, id in enumerate(small.encode(example)):
+        piece = small.decode([id]).replace("�", "·")
+        width = len(piece) if "·" not in piece else 0.5
+        ax.add_patch(plt.Rectangle((x, row), width, 0.8, color=f"C{number % 6}", alpha=0.3, lw=0))
+        for place, character in enumerate(piece):
+            middle = x + (place + 0.5) * width / len(piece)
+            ax.text(
+                middle, row + 0.4, character, ha="center", va="center", family="monospace", size=7
+            )
+        x += width
+    ax.text(-1, row + 0.4, f"{size:,}" if size > 257 else "bytes", ha="right", va="center")
+ax.set(xlim=(-6, x), ylim=(4, -0.2))
+ax.axis("off")
+plt.show()
+
+# %% [markdown]
+# ### Special tokens and streams, tried
+#
+# What a user types is not what a program may say:
+
+# %%
+mark, attack = tokenizer.special_tokens["<|endoftext|>"], "Hi<|endoftext|>"
+print("as a user types it:", mark in tokenizer.encode(attack))
+print("where it is allowed:", mark in tokenizer.encode(attack, allowed_special="all"))
+pieces = ["Dough ri", "ses.<|end", "oftext|>\n", " \n  Ba", "ke."]
+print(
+    "pieces as the whole:",
+    list(tokenizer.encode_iterable(pieces, allowed_special="all"))
+    == tokenizer.encode("".join(pieces), allowed_special="all"),
+)
+
+# %% [markdown]
+# Files in two processes must give what one process gives, chunks or no chunks:
+
+# %%
+from llmbook.tokenizer import train_bpe_files as exported_train_bpe_files
+
+folder = tempfile.TemporaryDirectory()
+path = Path(folder.name, "docs.txt")
+path.write_text("<|endoftext|>".join(texts[:8_000]), encoding="utf-8", newline="")
+print("more than one chunk:", len(_chunks(path, [b"<|endoftext|>"], 100_000)) > 2)
+in_one = train_bpe_files(path, 2_000, workers=1)
+in_two = exported_train_bpe_files(path, 2_000, workers=2)
+print("the same merges as from the texts:", in_one.merges == train_bpe(texts[:8_000], 2_000).merges)
+print("the same merges in two processes:", in_one.merges == in_two.merges)
+
+# %% [markdown]
+# ## How large a vocabulary?
+#
+# What does a larger vocabulary buy? We measure **compression**, the mean number of bytes in a
+# token, on the documents that were set aside. One training run gives the whole curve, since a
+# smaller vocabulary is the beginning of a larger one.
+
+# %%
+sizes = [257, 512, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000]
+smaller = {size: tokenizer.truncated(size) for size in sizes}
+
+
+def bytes_per_token(tokenizer: BPETokenizer, texts: list[str]) -> float:
+    return sum(len(text.encode()) for text in texts) / sum(map(len, tokenizer.encode_batch(texts)))
+
+
+seen, unseen = texts[::20], held_out
+curves = {
+    name: [bytes_per_token(smaller[size], sample) for size in sizes]
+    for name, sample in (("trained on", seen), ("set aside", unseen))
+}
+at = dict(zip(sizes, curves["set aside"], strict=True))
+print("1,000 tokens: 2.2 to 2.6 bytes a token on new text:", 2.2 < at[1_000] < 2.6)
+print("32,000 tokens: 4.0 to 4.4:", 4.0 < at[32_000] < 4.4)
+print("from 16,000 to 32,000: less than 8 % more:", at[32_000] < 1.08 * at[16_000])
+
+# %% mystnb={"figure": {"caption": "Left: bytes in a token against the size of the vocabulary. Right: how often each token is used, against its rank by use.", "name": "fig-tokenizer-compression"}, "image": {"alt": "Left, bytes per token rise from 1 at 256 tokens to about 4.2 at 32,000 on new text, more slowly with each doubling; the curve for the training text lies barely above it. Right, on doubly logarithmic axes the use of tokens falls from 50,000 with a slope near -1, then more steeply, and ends in steps at 3, 2 and 1."}}
+figure, (left, right) = plt.subplots(1, 2)
+for name, values in curves.items():
+    left.semilogx(sizes, values, "o-", label=name)
+left.set(xlabel="vocabulary size", ylabel="bytes per token", ylim=(0, None))
+left.legend()
+encoded = tokenizer.encode_batch(texts)
+uses = np.bincount(
+    np.fromiter((id for ids in encoded for id in ids), dtype=np.int64), minlength=32_000
+)
+used = np.sort(uses[uses > 0])[::-1]
+right.loglog(np.arange(1, len(used) + 1), used)
+right.set(xlabel="rank of the token", ylabel="occurrences")
+plt.show()
+
+# %% [markdown]
+# Each doubling of the vocabulary buys less than the one before. The right-hand plot shows why: the
+# use of tokens falls like Zipf's law, so the tokens that come late are rare. And they are not free.
+# Every token needs a vector of its own in the model's input, and often in its output; at 32,000
+# tokens and `d_model` 512 that is 16 million parameters for each. A token that is seen a dozen
+# times in training will have a poor one.
+#
+# ### In which language?
+#
+# Our documents are English. What do they give speakers of other languages? Chapter 03 reads
+# translated messages from the disk. We train a second tokenizer, of the same size, on every fourth
+# document and one half of the messages, and compare both on the other half. The measure is
+# **characters per token**: how far a model's context reaches in that language.
+
+# %%
+catalogs = read_translations()
+halves = {
+    code: (messages[::2], messages[1::2])
+    for code, messages in catalogs.items()
+    if sum(map(len, messages)) > 9_000
+}
+shown = dict(
+    es="Spanish", sk="Slovak", tr="Turkish", el="Greek", ru="Russian",
+    fa="Persian", hi="Hindi", ka="Georgian", ko="Korean", zh_CN="Chinese",
+)  # fmt: skip
+english = tokenizer.truncated(16_000)
+mixed = train_bpe([*texts[::4], *(m for half, _ in halves.values() for m in half)], 16_000)
+
+
+def characters_per_token(tokenizer: BPETokenizer, texts: list[str]) -> float:
+    return sum(map(len, texts)) / sum(map(len, tokenizer.encode_batch(texts)))
+
+
+reach = {
+    name: [characters_per_token(each, halves[code][1]) for each in (english, mixed)]
+    for code, name in shown.items()
+}
+reach = {"English": [characters_per_token(each, held_out) for each in (english, mixed)], **reach}
+print("Hindi, trained on English: less than one character in a token:", reach["Hindi"][0] < 1)
+gain = {name: after / before for name, (before, after) in reach.items() if name != "English"}
+print("trained on both, each language gains 30 % or more:", min(gain.values()) > 1.3)
+print("some more than four times:", max(gain.values()) > 4)
+print("loss in English: less than 10 %:", reach["English"][1] > 0.9 * reach["English"][0])
+
+# %% mystnb={"figure": {"caption": "Characters per token in eleven languages, with 16,000 tokens learned from English documents, and from a mixture.", "name": "fig-tokenizer-languages"}, "image": {"alt": "Horizontal bars for eleven languages, two each. Trained on English: English has 4 characters per token, Spanish 2.3, Slovak and Turkish 1.5, Greek, Russian and Persian 0.6, Hindi, Georgian, Korean and Chinese about 0.5. Trained on the mixture: English 3.8, Spanish 3.6, the others between 1.7 and 2.8."}}
+figure, ax = plt.subplots(figsize=(7, 3.8))
+y = np.arange(len(reach))
+for offset, (label, index) in zip((-0.2, 0.2), (("English only", 0), ("mixed", 1)), strict=True):
+    ax.barh(y + offset, [values[index] for values in reach.values()], 0.4, label=label)
+ax.set(yticks=y, yticklabels=list(reach), xlabel="characters per token")
+ax.invert_yaxis()
+ax.legend(title="trained on")
+plt.show()
+
+# %% [markdown]
+# {numref}`fig-tokenizer-languages` should give pause. With a tokenizer trained on English alone, a
+# Hindi text takes more than one token for each *character*: the bytes of UTF-8, three to a
+# character, hardly merged. The same text costs several times as much. Petrov and colleagues {cite}`petrov2023unfairness` found lengths differing
+# up to fifteen times between translations of one text, also with tokenizers meant to be
+# multilingual. A little text in the training mixture repairs most of it, at a small price for
+# English. (The messages are technical and partly alike, so the repair is flattered here.)
+#
+# A related number is **fertility**, the tokens per word {cite}`rust2021good`. It suits languages
+# that put spaces between words; compare a language only with itself.
+#
+# ### What goes wrong
+#
+# *Numbers* are cut irregularly: with GPT-2's pattern a number is a word like any other, and where it
+# is cut depends on which numbers were frequent.
+
+# %%
+by_gpt2 = train_bpe(texts[::3], 8_000, pattern=GPT2_PATTERN)
+by_gpt4 = train_bpe(texts[::3], 8_000)
+
+
+def ways_to_cut(tokenizer: BPETokenizer) -> int:
+    years = (tokenizer.encode(f" {year}") for year in range(1_900, 2_030))
+    return len({tuple(len(tokenizer.decode([id]).strip()) for id in ids) for ids in years})
+
+
+print("GPT-2's pattern cuts years in more than two ways:", ways_to_cut(by_gpt2) > 2)
+print("GPT-4's in fewer:", ways_to_cut(by_gpt4) < ways_to_cut(by_gpt2))
+
+# %% [markdown]
+# *Tokens that never come.* A merge on the way to a longer token leaves a token behind that may
+# never be used again, because everything that contains it goes on to merge. And a token learned
+# from text that was not in the model's training keeps the random vector it started with. Such
+# under-trained tokens can be found in many published models, and make them behave strangely
+# {cite}`land2024fishing`. How many does our tokenizer never use on its own training text?
+
+# %%
+never = [id for id in range(256, 32_000 - 1) if not uses[id]]
+print("never used: 4 to 10 % of the vocabulary:", 0.04 < len(never) / 32_000 < 0.10)
+parents = {part for pair in tokenizer.merges for part in pair}
+steps = sum(tokenizer.vocabulary[id] in parents for id in never)
+print("of these, steps to a longer token: more than 95 %:", steps > 0.95 * len(never))
+print("bytes never used: more than 50:", (uses[:256] == 0).sum() > 50)
+
+# %% [markdown]
+# *A trailing space* in a prompt is a token of its own, after which words hardly ever came in
+# training, because they carry their space themselves. None of this is a fault of the program. It is
+# the price of shorter sequences.
+#
+# ## Is it the real thing?
+#
+# The same merges in three programs. tiktoken gets our ids, `tokenizers` our file. The text is in
+# many scripts, with emoji, code, runs of white space, and characters broken in half.
+
+# %%
+text = """Der Bäcker backt, пекарь печёт, ο φούρναρης ψήνει, パン屋は焼く, 빵을 굽는다, बेकर बनाता है,
+הָאוֹפֶה אופה, الخباز يخبز، 👩🏽‍🍳🥖🥐 e\u0301 \u200d½ ² Ⅷ ٣٤٥ 1234567.89 it's WE'LL don't\r\n\r\n
+def bake(n):\n\t\treturn  [i ** 2   for i in range(n)]  # \u2028 <|endoftext|>   \n  \ufffd\x00 """
+encoding = tokenizer.to_tiktoken()
+file = Path(folder.name, "tokenizer.json")
+tokenizer.save(file)
+theirs = tokenizers.Tokenizer.from_file(str(file))
+ids = tokenizer.encode(text, allowed_special="all")
+print("tiktoken:  ", ids == encoding.encode(text, allowed_special="all"))
+print("tokenizers:", ids == theirs.encode(text).ids)
+print("and back:  ", tokenizer.decode(ids) == text == theirs.decode(ids, skip_special_tokens=False))
+sample = held_out[:500] + [text for messages in catalogs.values() for text in messages[:50]]
+same = tokenizer.encode_batch(sample) == encoding.encode_ordinary_batch(sample)
+print("documents, and messages in more than 40 languages:", same)
+print("half a character:", tokenizer.encode("\ud83e!") == encoding.encode("\ud83e!"))
+print("loaded again:", BPETokenizer.load(file) == tokenizer)
+
+# %% [markdown]
+# The other way round: `tokenizers` trains, we read its file. It breaks ties in another way, so some
+# of its tokens differ from ours; most do not.
+
+# %%
+from tokenizers import models, pre_tokenizers, trainers
+
+few_texts = texts[::10]
+split = pre_tokenizers.Split(tokenizers.Regex(GPT4_PATTERN), "isolated")
+byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+rival = tokenizers.Tokenizer(models.BPE())
+rival.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+rival.decoder = tokenizers.decoders.ByteLevel()
+alphabet = pre_tokenizers.ByteLevel.alphabet()
+trainer = trainers.BpeTrainer(vocab_size=4_000, show_progress=False, initial_alphabet=alphabet)
+rival.train_from_iterator(few_texts, trainer)
+rival.save(str(file))
+loaded, own = BPETokenizer.load(file), train_bpe(few_texts, 4_000, special_tokens=())
+print("same ids from its file:", loaded.encode(text) == rival.encode(text).ids)
+common = set(loaded.vocabulary.values()) & set(own.vocabulary.values())
+print("more than 97 % of the tokens in common:", len(common) > 0.97 * 4_000)
+
+# %% [markdown]
+# The three programs carry tables of Unicode from different years. A letter that was added to
+# Unicode last year may be a letter to one and a sign to another, and be cut differently. On
+# characters that all of them know, they agree.
+#
+# ## How fast is it?
+#
+# Against the naive trainer, on 20,000 words of the corpus; against `tokenizers` and tiktoken on
+# the documents that were set aside, one document at a time, with a cold cache.
+
+
+# %%
+def seconds(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+few = dict(list(counts.items())[:4_000])
+flat = [word.encode() for word in few]
+naive_seconds = seconds(lambda: naive_bpe(flat, 100))
+fast_seconds = seconds(lambda: learn_merges(dict.fromkeys(few, 1), 100))
+fresh = pickle.loads(pickle.dumps(tokenizer))
+sample = held_out * 2
+times = {
+    "this chapter": seconds(lambda: [fresh.encode(text) for text in sample]),
+    "tokenizers": seconds(lambda: [theirs.encode(text) for text in sample]),
+    "tiktoken": seconds(lambda: [encoding.encode_ordinary(text) for text in sample]),
+}
+print("faster than the naive trainer:", fast_seconds < naive_seconds)
+
+# %% tags=["nbval-ignore-output"]
+print(f"training, naive: {naive_seconds / fast_seconds:.0f} times as long")
+megabytes = sum(len(text.encode()) for text in texts) / 1e6
+print(f"{megabytes:.1f} MB counted in {seconds_counting:.1f} s, merged in {seconds_merging:.1f} s")
+size = sum(len(text.encode()) for text in sample) / 1e6
+for name, value in times.items():
+    print(f"encoding, {name}: {size / value:.1f} MB a second")
+
+# %% [markdown]
+# Training is bound by the regular expression, then by the merges in pure Python; what saves them is
+# that the number of *different* words grows slowly, by Heaps' law. Encoding is bound by the regular
+# expression and one look-up for each word. `tokenizers` also records where each token stands in the
+# text, and uses all cores in its batch mode. The repository's folder `benchmarks/results` has tables
+# for more text, and for vocabularies up to 128,000.
+#
+# ## Exercises
+#
+# ````{exercise} Count characters without decoding
+# :label: ex-tokenizer-count
+# *Five minutes.* Write `count_characters(data)`: how many code points are in valid UTF-8 bytes,
+# found by looking at the first two bits of each byte.
+# ````
+
+
+# %% tags=["solution"]
+def count_characters(data: bytes) -> int:
+    """Return the number of code points in ``data``, which is valid UTF-8."""
+    return sum(byte >> 6 != 0b10 for byte in data)  # all but continuations
+
+
+# %% tags=["check"]
+for sample_text in ("", "abc", "naïve", "€5", "🙂🙂", "e\u0301", "\u07ff\u0800\uffff\U00010000"):
+    assert count_characters(sample_text.encode()) == len(sample_text), f"wrong for {sample_text!r}"
+
+# %% [markdown]
+# ````{exercise} Digits from the right
+# :label: ex-tokenizer-digits
+# *Fifteen minutes.* People write `1,234,567`, but GPT-4's pattern cuts `123|456|7`: the same digit
+# has another meaning in `123|4` than in `123|45`. Write a function `digits_pattern()` that returns a
+# pattern for runs of digits, so that `pretokenize` cuts them in threes *from the right*: `1|234|567`.
+# Use a look-ahead. What is not a digit may be cut in any way, but not joined to digits.
+# ````
+
+
+# %% tags=["solution"]
+def digits_pattern() -> str:
+    """Return a pattern that cuts runs of digits in threes from the right."""
+    return r"\p{N}{1,3}(?=(?:\p{N}{3})*+(?!\p{N}))|\P{N}+"  # whole threes up to the run's end
+
+
+# %% tags=["check"]
+for run in ("1", "12", "123", "1234", "12345", "123456", "1234567", "9" * 20, "٣٤٥٦"):
+    grouped = [run[max(end - 3, 0) : end] for end in range(len(run), 0, -3)][::-1]
+    for before, after in (("", ""), ("a ", "."), ("x", "y")):
+        found = pretokenize(before + run + after, digits_pattern())
+        assert [word for word in found if word[0].isdigit()] == grouped, (
+            f"wrong for {run!r}: {found}"
+        )
+assert pretokenize("1234 567", digits_pattern())[:2] == ["1", "234"], "each run has its own end"
+
+# %% [markdown]
+# ````{exercise} The fewest tokens
+# :label: ex-tokenizer-fewest
+# *Half an hour.* Merging by rank is greedy. How few tokens could spell a word? Let $m_j$ be the
+# least number for its first $j$ bytes; then $m_0 = 0$ and $m_j$ is one more than the least $m_i$ over
+# all $i < j$ for which bytes $i$ to $j$ are a token. Write `fewest_tokens(word, tokens)`. On the words
+# of our corpus, how much shorter would texts be?
+# ````
+
+
+# %% tags=["solution"]
+def fewest_tokens(word: bytes, tokens: set[bytes]) -> int:
+    """Return the least number of ``tokens`` (all single bytes among them) that spell ``word``."""
+    least = [0]
+    for end in range(1, len(word) + 1):
+        least.append(1 + min(n for start, n in enumerate(least) if word[start:end] in tokens))
+    return least[-1]
+
+
+# %% tags=["check"]
+single = {bytes([byte]) for byte in range(256)}
+assert fewest_tokens(b"", single) == 0, "nothing needs no token"
+assert fewest_tokens(b"abcd", single) == 4, "bytes alone"
+assert fewest_tokens(b"abcd", single | {b"ab", b"bcd"}) == 2, "a + bcd beats ab + c + d"
+assert fewest_tokens(b"abab", single | {b"ab", b"aba", b"abab"}) == 1
+assert fewest_tokens("é".encode() * 3, single | {"éé".encode()}) == 3, "éé and two bytes"
+all_tokens = set(english.vocabulary.values())
+ratios = [
+    fewest_tokens(word.encode(), all_tokens) / len(english.encode(word))
+    for word in list(counts)[:3_000]
+    if len(word) < 30
+]
+assert 0.9 < sum(ratios) / len(ratios) < 1, "greedy is only a little worse"
+
+# %% [markdown]
+# ````{exercise} Merges from ranks
+# :label: ex-tokenizer-ranks
+# *Forty minutes.* tiktoken's files hold only tokens and their ids. `BPETokenizer` needs merges.
+# Write `merges_from_ranks(ranks)`, which finds them: for a token of two bytes or more, merge its own
+# bytes as tiktoken does (always the neighbors whose joined bytes have the lowest rank), but only
+# with ranks *lower than its own*. By the proof above two parts are left. Which?
+# ````
+
+
+# %% tags=["solution"]
+def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Return the merges, in order, of a trained vocabulary given by the rank of each token."""
+    merges = []
+    for token, own in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            joined = [ranks.get(a + b, own) for a, b in pairwise(parts)]
+            place = joined.index(min(joined))
+            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+# %% tags=["check"]
+for each in (own, by_gpt2.truncated(2_000), in_one):
+    ranks = {token: id for id, token in each.vocabulary.items()}
+    assert merges_from_ranks(ranks) == each.merges, "not the merges that were learned"
+shuffled = dict(sorted(ranks.items()))
+assert merges_from_ranks(shuffled) == in_one.merges, "ranks decide the order, not the dictionary"
+assert merges_from_ranks({bytes([byte]): byte for byte in range(256)}) == [], "bytes need no merge"
+
+# %% tags=["remove-cell"]
+folder.cleanup()
+
+# %% [markdown]
+# ## Summary
+#
+# Text is characters, characters are code points, code points are one to four bytes of UTF-8.
+# Byte-pair encoding starts from the bytes and merges the most frequent pair, ties broken by a fixed
+# rule; a pattern keeps merges within words. Counted words, an inverted index and a queue by count
+# bring training from hours to seconds. The merges, applied in order, encode any text, and decoding
+# loses nothing. Zouhar and colleagues {cite}`zouhar2023formal` show that the greedy choice of merges is
+# provably not far from the best.
+#
+# **Checklist: choosing a tokenizer.**
+#
+# - Does its training text have the languages, the code and the numbers that the model shall read?
+#   Measure characters per token for each.
+# - Is the vocabulary large enough that another doubling would buy little, and small enough that the
+#   rarest tokens are seen hundreds of times?
+# - Compare models of different tokenizers in bits per byte, never in loss per token.
+# - Are special tokens ordinary text when a user types them?
+# - Do encoding and decoding give the text back, for broken characters and white space, too?
+# - Is the tokenizer stored with the model, and its format one that others read?
+#
+# **Further reading.** Gage {cite}`gage1994new` and Sennrich and colleagues {cite}`sennrich2016neural`
+# are short and clear. Chapter 06 builds the two rivals, WordPiece and Unigram, and compares.

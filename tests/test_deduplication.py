@@ -1,0 +1,635 @@
+"""Chapter 04: hashes, signatures, bands, the index, clusters, and what bad input does."""
+
+import doctest
+import json
+import math
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import jaxtyping
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmbook import deduplication
+from llmbook.corpus import Document
+from llmbook.deduplication import (
+    LSHIndex,
+    MinHasher,
+    UnionFind,
+    _minima,
+    _ShingleSets,
+    _similarities,
+    canonical_text,
+    collision_probability,
+    deduplicate,
+    estimate_jaccard,
+    exact_duplicates,
+    find_near_duplicates,
+    jaccard,
+    optimal_bands,
+    shingles,
+)
+
+datasketch = pytest.importorskip("datasketch", minversion="2.0")
+
+WORD_COUNT = 200
+STORY = [f"word{i}" for i in range(WORD_COUNT)]
+ODD = [
+    "",
+    " ",
+    "\n\t",
+    "a",
+    "a b",
+    "half \ud83d",
+    "\0",
+    "a\0 b",
+    "ﬁne Straße",
+    "\u00a0\u2003",
+    "¡¿!",
+]
+
+any_text = st.text(max_size=40) | st.text("ab c\n\u2003é\ud800", max_size=40)
+# Few letters and short texts, so that many of them overlap.
+small_texts = st.lists(st.text("ab ", max_size=12), max_size=8)
+
+
+def windows(step: int, length: int, count: int) -> list[str]:
+    """Return texts each of which has lost ``step`` words of the one before and gained as many."""
+    return [" ".join(STORY[step * i : step * i + length]) for i in range(count)]
+
+
+def grams(text: str, n: int, unit: str) -> set[tuple[str, ...]]:
+    """The shingles as tuples, written as naively as possible."""
+    clean = canonical_text(text)
+    units = clean.split() if unit == "word" else list(clean)
+    return {tuple(units[i : i + n]) for i in range(max(len(units) - n + 1, min(len(units), 1)))}
+
+
+def brute_force(texts: list[str], threshold: float) -> list[list[int]]:
+    """Clusters by comparing all pairs."""
+    forest, sets = UnionFind(len(texts)), [shingles(text) for text in texts]
+    for i, j in combinations(range(len(texts)), 2):
+        if jaccard(sets[i], sets[j]) >= threshold:
+            forest.union(i, j)
+    return forest.clusters()
+
+
+def test_doctests() -> None:
+    assert doctest.testmod(deduplication).failed == 0
+
+
+# --- exact ---------------------------------------------------------------------------------------
+
+
+def test_canonical_text_ignores_case_space_and_form() -> None:
+    assert canonical_text(" Caf\u0065\u0301\r\n\tBAR ") == "café bar"
+    assert canonical_text("ＡＢＣ") == "abc"
+    assert canonical_text("") == canonical_text(" \n") == ""
+
+
+@given(any_text)
+def test_canonical_text_has_single_spaces(text: str) -> None:
+    clean = canonical_text(text)
+    assert clean == " ".join(clean.split())
+
+
+def test_exact_duplicates_of_everything_odd() -> None:
+    texts = [*ODD, *ODD]
+    groups = exact_duplicates(texts)
+    assert sorted(i for group in groups for i in group) == list(range(len(texts)))
+    assert [0, 1, 2, 9, 11, 12, 13, 20] in groups
+    assert exact_duplicates([]) == exact_duplicates([""]) == []
+    assert exact_duplicates(Document(t) for t in ("A", "b", "a ")) == [[0, 2]]
+
+
+@pytest.mark.parametrize("function", [exact_duplicates, find_near_duplicates, deduplicate])
+def test_a_single_text_is_not_several(function) -> None:
+    with pytest.raises((ValueError, jaxtyping.TypeCheckError), match="documents"):
+        function("one text")
+
+
+def test_wrong_elements_are_named() -> None:
+    with pytest.raises((ValueError, jaxtyping.TypeCheckError)):
+        exact_duplicates(["a", 5])
+    with pytest.raises(ValueError, match="got int at index 1"):
+        list(deduplication._texts(x for x in ("a", 5)))
+    with pytest.raises(ValueError, match=r"documents: .*got a single str"):
+        list(deduplication._texts("abc"))
+    with pytest.raises(ValueError, match="expected Documents, got str at index 0"):
+        deduplicate(x for x in ("a",))
+
+
+# --- shingles ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(any_text, min_size=1, max_size=6),
+    st.integers(1, 6),
+    st.sampled_from(["word", "character"]),
+)
+def test_hashed_shingles_are_the_tuples(texts: list[str], n: int, unit: str) -> None:
+    hashed, counts = deduplication._shingle_hashes(texts, n, unit)
+    parts = np.split(hashed, np.cumsum(counts)[:-1])
+    tuples = [grams(text, n, unit) for text in texts]
+    for text, part, expected in zip(texts, parts, tuples, strict=True):
+        assert set(part.tolist()) == set(shingles(text, n, unit).tolist())
+        assert len(set(part.tolist())) == len(expected)
+    for (a, x), (b, y) in combinations(zip(parts, tuples, strict=True), 2):
+        assert jaccard(a, b) == jaccard(x, y)
+
+
+def test_shingles_are_the_same_on_every_machine() -> None:
+    assert shingles("Dough rises.").tolist() == [17077196469518577250]
+    assert shingles("dough\n RISES.").tolist() == [17077196469518577250]
+    assert shingles("Dough rises.", 1).shape == (2,)
+    assert shingles("ab", 1, "character").shape == (2,)
+
+
+def test_a_line_of_a_million_characters() -> None:
+    assert shingles("x" * 1_000_000).shape == (1,)
+    assert shingles("x y " * 250_000).shape == (2,)
+    assert shingles("x" * 1_000_000, 20, "character").shape == (1,)
+
+
+def test_bad_shingles() -> None:
+    with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
+        shingles("a", 0)
+    with pytest.raises(ValueError, match="unit: expected 'word' or 'character', got 'line'"):
+        shingles("a", 5, "line")
+
+
+def test_jaccard() -> None:
+    assert jaccard(set(), set()) == 1.0
+    assert jaccard({1}, set()) == 0.0
+    assert jaccard({"a", "b"}, {"b"}) == 0.5
+    assert jaccard(np.array([1, 1, 2]), np.array([2, 2, 2, 3])) == 1 / 3
+
+
+# --- signatures ----------------------------------------------------------------------------------
+
+
+def naive_minima(x: np.ndarray, sizes: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    rows, start = [], 0
+    for size in sizes.tolist():
+        values = [
+            [(int(f) * int(v) + int(s)) % 2**32 for v in x[start : start + size]]
+            for f, s in zip(a, b, strict=True)
+        ]
+        rows.append([min(row, default=2**32 - 1) for row in values])
+        start += size
+    return np.array(rows, np.uint32).reshape(len(sizes), len(a))
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 7), st.integers(0, 1000))
+def test_minima_in_blocks_of_any_size(sizes: list[int], block: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    counts = np.array(sizes, np.int64)
+    x, a, b = (rng.integers(0, 2**32, n, dtype=np.uint32) for n in (counts.sum(), 3, 3))
+    assert np.array_equal(_minima(x, counts, a, b, block), naive_minima(x, counts, a, b))
+
+
+def test_signatures_equal_datasketch() -> None:
+    texts = [*ODD, *windows(7, 60, 10)]
+    for seed, k in ((1, 128), (7, 16)):
+        ours = MinHasher(n_permutations=k, seed=seed).signatures(texts)
+        for text, row in zip(texts, ours, strict=True):
+            theirs = datasketch.MinHash(k, seed=seed, hashfunc=lambda h: h, scheme="affine32")
+            theirs.update_batch(shingles(text).astype(np.uint32).tolist())
+            assert np.array_equal(theirs.hashvalues, row)
+
+
+def test_signatures_of_nothing() -> None:
+    assert MinHasher(8).signatures([]).shape == (0, 8)
+    assert (MinHasher(8).signatures(["", " \n"]) == 2**32 - 1).all()
+    assert MinHasher(8).hash_signatures(np.empty(0, np.uint32), np.empty(0, np.int64)).shape == (
+        0,
+        8,
+    )
+
+
+def test_signatures_do_not_depend_on_batches_or_processes(monkeypatch) -> None:
+    texts = [*ODD, *windows(3, 50, 40)]
+    whole = MinHasher().signatures(texts)
+    shards = [MinHasher().signatures(texts[i : i + 7]) for i in range(0, len(texts), 7)]
+    assert np.array_equal(np.concatenate(shards), whole)
+    batches = deduplication._batches
+    monkeypatch.setattr(deduplication, "_batches", lambda texts: batches(texts, 100))
+    assert np.array_equal(MinHasher().signatures(iter(texts)), whole)
+    assert np.array_equal(MinHasher().signatures(iter(texts), workers=2), whole)
+
+
+def test_estimates_are_distributed_as_datasketch_s() -> None:
+    rng, size, k = np.random.default_rng(0), 150, 128
+    sizes = np.full(2, size)
+    errors: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for common in rng.integers(20, 140, 250):
+        drawn = rng.integers(0, 2**32, 2 * size - common, dtype=np.uint32)
+        pair = drawn[:size], drawn[-size:]
+        J = jaccard(*pair)
+        scale = math.sqrt(J * (1 - J) / k)
+        a, b = MinHasher(k).hash_signatures(np.concatenate(pair), sizes)
+        theirs = []
+        for values in pair:
+            theirs.append(datasketch.MinHash(k))
+            theirs[-1].update_batch([b"%d" % v for v in values])
+        errors["ours"].append((float(estimate_jaccard(a, b)) - J) / scale)
+        errors["theirs"].append((theirs[0].jaccard(theirs[1]) - J) / scale)
+    for values in errors.values():  # four standard errors of the mean and of the deviation
+        assert abs(np.mean(values)) < 0.26
+        assert abs(np.std(values) - 1) < 0.18
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"n_permutations": 0}, "n_permutations: expected at least 1, got 0"),
+        ({"n": 0}, "n: expected at least 1, got 0"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"seed": 2**32}, "seed: expected less than"),
+        ({"unit": "sentence"}, "unit: expected"),
+    ],
+)
+def test_bad_hashers(settings, complaint) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        MinHasher(**settings)
+
+
+def test_bad_hashes_and_workers() -> None:
+    with pytest.raises(ValueError, match="sizes: expected a sum of 3, got 4"):
+        MinHasher(4).hash_signatures(np.zeros(3, np.uint32), np.array([4]))
+    with pytest.raises(ValueError, match="sizes"):
+        MinHasher(4).hash_signatures(np.zeros(3, np.uint32), np.array([4, -1]))
+    with pytest.raises(ValueError, match="workers: expected at least 1, got 0"):
+        MinHasher(4).signatures([], workers=0)
+
+
+# --- bands ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [2, 16, 64, 100, 128])
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.05, 0.95), (0.9, 0.1)])
+def test_bands_are_those_of_datasketch(k: int, weights: tuple[float, float]) -> None:
+    for threshold in (0.1, 0.5, 0.8, 0.95) if k < 100 else (0.7,):
+        theirs = datasketch.lsh._optimal_param(threshold, k, *weights)
+        assert optimal_bands(threshold, k, weights) == theirs
+
+
+def test_collision_probability() -> None:
+    assert collision_probability(0.0, 4, 2) == 0 and collision_probability(1.0, 4, 2) == 1
+    assert collision_probability(0.3, 1, 1) == pytest.approx(0.3)
+    assert collision_probability(np.array([0.5]), 2, 2)[0] == pytest.approx(1 - 0.75**2)
+    for bad in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="similarity: expected numbers from 0 to 1"):
+            collision_probability(bad, 4, 2)
+    with pytest.raises(ValueError, match="rows: expected at least 1, got 0"):
+        collision_probability(0.5, 4, 0)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, -0.5, 1.5, math.nan, math.inf])
+def test_thresholds_outside(threshold) -> None:
+    calls = (
+        lambda: optimal_bands(threshold),
+        lambda: LSHIndex(threshold=threshold),
+        lambda: find_near_duplicates(["a", "b"], threshold),
+        lambda: deduplicate([Document("a")], threshold),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="threshold: expected a number between 0 and 1"):
+            call()
+
+
+@pytest.mark.parametrize("weights", [(0.0, 0.0), (-1.0, 2.0), (math.nan, 1.0), (math.inf, 1.0)])
+def test_bad_weights(weights) -> None:
+    with pytest.raises(ValueError, match="weights: expected two numbers from 0"):
+        optimal_bands(0.5, 16, weights)
+
+
+# --- the index -----------------------------------------------------------------------------------
+
+TEXTS = windows(4, 60, 30)
+
+
+def filled(texts: list[str] = TEXTS, **settings) -> LSHIndex:
+    index = LSHIndex(**settings)
+    index.insert([f"id {i}" for i in range(len(texts))], index.hasher.signatures(texts))
+    return index
+
+
+@pytest.mark.parametrize(("bands", "rows"), [(16, 8), (32, 4), (3, 1), (1, 128)])
+def test_candidates_equal_datasketch(bands: int, rows: int) -> None:
+    index = filled(bands=bands, rows=rows)
+    signatures = index.hasher.signatures(TEXTS)
+    keys, minhashes = index.keys, []
+    tables = datasketch.MinHashLSH(num_perm=128, params=(max(bands, 2), rows if bands > 1 else 64))
+    if bands == 1:
+        index = filled(bands=2, rows=64)
+    for key, row in zip(keys, signatures, strict=True):
+        minhashes.append(datasketch.MinHash(hashvalues=row, scheme="affine32"))
+        tables.insert(key, minhashes[-1])
+    answers = index.query(signatures)
+    for minhash, answer in zip(minhashes, answers, strict=True):
+        assert set(tables.query(minhash)) == set(answer)
+    pairs = {(a, b) for a, answer in zip(keys, answers, strict=True) for b in answer}
+    expected = {(a, b) for a, b in pairs if keys.index(a) < keys.index(b)}
+    assert set(index.candidate_pairs()) == expected
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(0, 12), max_size=12))
+def test_insertion_in_any_portions(portions: list[int]) -> None:
+    index, whole, done = LSHIndex(), LSHIndex(), 0
+    signatures = index.hasher.signatures(TEXTS)
+    for portion in [*portions, len(TEXTS)]:
+        part = range(done, min(done + portion, len(TEXTS)))
+        index.insert([f"id {i}" for i in part], signatures[part.start : part.stop])
+        done = part.stop
+    whole = filled()
+    sizes = [len(hashes) for hashes, _ in index._runs.runs]
+    assert all(longer > 2 * shorter for longer, shorter in pairwise(sizes))
+    assert len(index) == 30 and index.query(signatures) == whole.query(signatures)
+    assert index.candidate_pairs() == whole.candidate_pairs()
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    hasher = MinHasher(64, n=3, unit="character", seed=9)
+    index = LSHIndex(hasher, 0.7)
+    keys = ["plain", "", "ünï\n", "half \ud83d"]
+    index.insert(keys, hasher.signatures(TEXTS[:4]))
+    index.save(tmp_path / "index")
+    again = LSHIndex.load(str(tmp_path / "index"))
+    assert (again.hasher, again.threshold, again.bands, again.rows) == (
+        hasher,
+        0.7,
+        index.bands,
+        index.rows,
+    )
+    assert again.keys == keys and again.candidate_pairs() == index.candidate_pairs()
+    again.insert(["new"], hasher.signatures(TEXTS[4:5]))
+    with pytest.raises(ValueError, match="keys: expected new ones, got 'plain' again"):
+        again.insert(["plain"], hasher.signatures(TEXTS[4:5]))
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_an_empty_index(tmp_path: Path) -> None:
+    index = LSHIndex()
+    assert len(index) == 0 and index.candidate_pairs() == []
+    assert index.query(index.hasher.signatures(["a"])) == [[]]
+    index.insert([], np.empty((0, 128), np.uint32))
+    index.save(tmp_path / "index")
+    again = LSHIndex.load(tmp_path / "index")
+    again.insert(["a"], again.hasher.signatures(["a"]))
+    assert again.query(again.hasher.signatures(["a", "b"])) == [["a"], []]
+
+
+def test_a_refused_insertion_leaves_nothing_behind() -> None:
+    index = filled()
+    before = index.candidate_pairs()
+    fresh = index.hasher.signatures(["x", "y"])
+    for keys, match in (
+        (["new"], "keys: expected 2, one for each signature, got 1"),
+        (["new", "new"], "got 'new' again"),
+        (["new", "id 3"], "got 'id 3' again"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            index.insert(keys, fresh)
+    with pytest.raises(ValueError, match="signatures: expected 128 columns, got 64"):
+        index.insert(["p", "q"], fresh[:, :64])
+    assert len(index) == 30 and index.candidate_pairs() == before
+    index.insert(["new", "p"], fresh)
+
+
+def test_bad_layouts() -> None:
+    with pytest.raises(ValueError, match="bands, rows: expected both or neither, got 4 and None"):
+        LSHIndex(bands=4)
+    with pytest.raises(
+        ValueError, match="expected at most 128 permutations in all, got 16 times 9"
+    ):
+        LSHIndex(bands=16, rows=9)
+    with pytest.raises(ValueError, match="bands: expected at least 1, got 0"):
+        LSHIndex(bands=0, rows=3)
+
+
+def _rewritten(path: Path, **changes) -> None:
+    with np.load(path) as file:
+        arrays = dict(file)
+    header = json.loads(arrays["header"].tobytes())
+    header |= changes.pop("header", {})
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    for name, change in changes.items():
+        arrays[name] = change(arrays[name])
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"header": {"format": "llmbook.LSHIndex 9"}},
+        {"header": {"keys": ["a", "a"]}},
+        {"header": {"keys": ["only one"]}},
+        {"header": {"keys": [1, 2, 3]}},
+        {"header": {"layout": {"bands": 4}}},
+        {"header": {"layout": None}},
+        {"header": {"hasher": {"n_permutations": -1}}},
+        {"header": {"hasher": {"surprise": 1}}},
+        {"hashes": lambda h: h[:-1]},
+        {"hashes": lambda h: h.astype(np.int64)},
+        {"owners": lambda o: o + 1},
+        {"owners": lambda o: o - 1},
+        {"owners": lambda o: np.zeros_like(o)},
+    ],
+)
+def test_files_with_wrong_contents(tmp_path: Path, changes) -> None:
+    path = tmp_path / "index.npz"
+    filled(TEXTS[:3]).save(path)
+    LSHIndex.load(path)
+    _rewritten(path, **changes)
+    with pytest.raises(ValueError, match=r"path: .*index\.npz"):
+        LSHIndex.load(path)
+
+
+def test_files_that_are_no_index(tmp_path: Path) -> None:
+    path = tmp_path / "index.npz"
+    filled(TEXTS[:5]).save(path)
+    whole = path.read_bytes()
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    foreign = [(tmp_path / name).read_bytes() for name in ("array.npy", "other.npz")]
+    broken = bytearray(whole)
+    broken[len(whole) // 2] ^= 0xFF
+    cut = [whole[:size] for size in (0, 10, len(whole) // 2, len(whole) - 1)]
+    for content in (b"%PDF-1.7 and more", bytes(broken), *foreign, *cut):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"path: .*index\.npz"):
+            LSHIndex.load(path)
+    with pytest.raises(FileNotFoundError):
+        LSHIndex.load(tmp_path / "absent")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "index.npz"
+    filled(TEXTS[:3]).save(path)
+    before = path.read_bytes()
+
+    def fail(file, **arrays) -> None:
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(OSError, match="disk full"):
+        filled(TEXTS).save(path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+# --- clusters ------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 20), st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19)), max_size=30))
+def test_union_find_is_an_equivalence(size: int, edges: list[tuple[int, int]]) -> None:
+    forest, sets = UnionFind(size), [{i} for i in range(size)]
+    for a, b in ((a % size, b % size) for a, b in edges):
+        different = sets[a] is not sets[b]
+        assert forest.union(a, b) == different
+        if different:
+            sets[a] |= sets[b]
+            for i in sets[b]:
+                sets[i] = sets[a]
+    assert [forest.find(i) for i in range(size)] == [min(s) for s in sets]
+    expected = sorted({tuple(sorted(items)) for items in sets if len(items) > 1})
+    assert forest.clusters() == [list(items) for items in expected]
+
+
+def test_union_find_of_a_long_chain() -> None:
+    forest = UnionFind(10_000)
+    for i in reversed(range(9_999)):
+        forest.union(i, i + 1)
+    assert forest.find(9_999) == 0
+    assert UnionFind(0).clusters() == []
+    with pytest.raises(ValueError, match="size: expected at least 0, got -1"):
+        UnionFind(-1)
+
+
+@settings(max_examples=25)
+@given(small_texts)
+def test_true_similarities_of_many_pairs(texts: list[str]) -> None:
+    sets = _ShingleSets(texts, 2, "word")
+    pairs = np.array(list(combinations(range(len(texts)), 2)), np.int64).reshape(-1, 2)
+    expected = [jaccard(shingles(texts[i], 2), shingles(texts[j], 2)) for i, j in pairs]
+    assert _similarities(sets, pairs).tolist() == expected
+
+
+@settings(max_examples=40)
+@given(small_texts, st.sampled_from([0.3, 0.5, 0.75]))
+def test_clusters_are_those_of_all_pairs(texts: list[str], threshold: float) -> None:
+    # Weights that make nearly everything a candidate leave the verification to decide.
+    hasher = MinHasher(64, n=2)
+    found = find_near_duplicates(texts, threshold, hasher=hasher, weights=(0.0, 1.0))
+    forest, sets = UnionFind(len(texts)), [shingles(text, 2) for text in texts]
+    for i, j in combinations(range(len(texts)), 2):
+        if jaccard(sets[i], sets[j]) >= threshold:
+            forest.union(i, j)
+    assert found.clusters == forest.clusters()
+    again = UnionFind(len(texts))
+    for (i, j), value in zip(found.pairs.tolist(), found.similarities, strict=True):
+        assert jaccard(sets[i], sets[j]) == value >= threshold
+        assert again.union(i, j), "more pairs than are needed"
+    assert again.clusters() == found.clusters
+
+
+def test_near_duplicates_of_little() -> None:
+    for texts in ([], [""], ["one text"], ["one text", "another text"]):
+        found = find_near_duplicates(texts)
+        assert found.clusters == [] and found.pairs.shape == (0, 2) and found.compared == 0
+    assert find_near_duplicates(["", " ", "a", "\n"]).clusters == [[0, 1, 3]]
+    assert find_near_duplicates([*ODD, *ODD]).clusters
+    huge = "x y z " * 100_000
+    assert find_near_duplicates([huge, "a", huge + "end"], 0.5).clusters == [[0, 2]]
+
+
+def test_clusters_of_chains_and_families() -> None:
+    chain = windows(5, 100, 12)
+    assert find_near_duplicates(chain, 0.7).clusters == [list(range(12))]
+    family = [f"{text} number {i}" for i in range(40) for text in chain[::6]]
+    assert find_near_duplicates(family).clusters == brute_force(family, 0.8)
+
+
+def test_a_bucket_with_three_thousand_members() -> None:
+    text = " ".join(STORY)
+    copies = [f"copyright {i} {text}" for i in range(3000)]
+    found = find_near_duplicates(copies)
+    assert found.clusters == [list(range(3000))]
+    assert found.compared < 20_000
+
+
+def test_large_buckets_are_bounded() -> None:
+    groups, members = np.zeros(60, np.int64), np.arange(60)
+    sets = _ShingleSets([f"nothing {i} in common" for i in range(60)], 5, "word")
+    for exact_up_to, centers, expected in ((60, 5, 60 * 59 // 2), (59, 5, 59 + 58 + 57 + 56 + 55)):
+        found = deduplication._link_similar(groups, members, sets, 0.5, exact_up_to, centers)
+        assert len(found[0]) == 0 and found[2] == expected
+
+
+def test_two_families_in_one_bucket() -> None:
+    """What is similar to a center is still compared with what is not, up to the limit."""
+    groups, members = np.zeros(4, np.int64), np.arange(4)
+    texts = windows(10, 100, 4)
+    sets = _ShingleSets(texts, 5, "word")
+    pairs, values, compared = deduplication._link_similar(groups, members, sets, 0.7, 1000, 100)
+    assert pairs.tolist() == [[0, 1], [1, 2], [2, 3]] and compared == 6 and (values >= 0.7).all()
+    pairs, _, compared = deduplication._link_similar(groups, members, sets, 0.7, 3, 100)
+    assert pairs.tolist() == [[0, 1], [2, 3]] and compared == 4
+    pairs, _, compared = deduplication._link_similar(groups, members, sets, 0.7, 3, 1)
+    assert pairs.tolist() == [[0, 1]] and compared == 3
+
+
+# --- the best copy -------------------------------------------------------------------------------
+
+
+def documents(texts: list[str]) -> list[Document]:
+    return [Document(text, id=f"d{i}", source=str(i % 3)) for i, text in enumerate(texts)]
+
+
+def test_the_longest_stays_and_order_too() -> None:
+    long = " ".join(STORY[:100])
+    texts = ["short", f"{long}", "Other", f"{long} and more", "SHORT ", "   other"]
+    kept = deduplicate(documents(texts))
+    assert [d.id for d in kept] == ["d0", "d2", "d3"]
+    assert [d.id for d in deduplicate(documents(texts), score=lambda d: -len(d.text))] == [
+        "d0",
+        "d1",
+        "d2",
+    ]
+    assert deduplicate([]) == []
+    assert [d.id for d in deduplicate(iter(documents([""])))] == ["d0"]
+    assert [d.id for d in deduplicate(documents(["", " "]))] == ["d0"]
+
+
+@settings(max_examples=25)
+@given(small_texts)
+def test_what_is_removed_is_like_something_kept(texts: list[str]) -> None:
+    listed = documents(texts)
+    options = {"hasher": MinHasher(64, n=2), "weights": (0.0, 1.0)}
+    kept = deduplicate(listed, 0.5, **options)
+    sets = {d.id: shingles(d.text, 2) for d in listed}
+    ids = [d.id for d in kept]
+    assert ids == [d.id for d in listed if d in kept]
+    for d in listed:
+        close = [k for k in ids if k != d.id and jaccard(sets[k], sets[d.id]) >= 0.5]
+        assert bool(close) == (d.id not in ids)
+    single = deduplicate(listed, 0.5, linkage="single", **options)
+    assert len(single) <= len(kept)
+    assert deduplicate(kept, 0.5, **options) == kept
+
+
+def test_bad_deduplication() -> None:
+    twice = documents(["a", "a"])
+    with pytest.raises(ValueError, match="linkage: expected 'star' or 'single', got 'complete'"):
+        deduplicate(twice, linkage="complete")
+    with pytest.raises(ValueError, match="score: expected numbers, got NaN for document 'd0'"):
+        deduplicate(twice, score=lambda d: math.nan)
+    with pytest.raises(ValueError, match="exact_up_to: expected at least 0, got -1"):
+        find_near_duplicates(["a"], exact_up_to=-1)

@@ -1,0 +1,663 @@
+"""WordPiece and Unigram of chapter 06: parity with `tokenizers`, sums against lists, bad input."""
+
+import itertools
+import json
+import math
+import pickle
+import random
+import time
+from collections import Counter
+
+import jaxtyping
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llmbook import subwords
+from llmbook.subwords import (
+    TrainingStep,
+    UnigramTokenizer,
+    WordPieceTokenizer,
+    merge_gain,
+    renyi_efficiency,
+    split_words,
+)
+
+tokenizers = pytest.importorskip("tokenizers")
+
+TEXTS = [
+    "The cat sat on the mat, and the dog unlocked the unlocked door.",
+    "Walking, talking; unlocking the locks: walked, talked, locked!",
+    "A tokenizer's tokens are tokenized. Don't untokenize the tokenization (yet).",
+    "Ein Mäuschen läuft über die Straße: größer, süßer, schöner.",
+    "Кошка сидит на окне. Кошки сидят на окнах. 猫が窓に座っている。",
+] * 3
+
+# Characters that have surprised tokenizers: marks, joiners, controls, odd spaces, late punctuation.
+AWKWARD = "aeinstTHE .,'#▁-_<>[]0x41\t\n\r\x0b\x1c\x85\u00a0\u2028\u3000\u200b\u200d\ufe0f\u0301"
+AWKWARD += "éßσΣİıﬁ猫が🦉👩🏳\u061d\u2e5d\u166d\u111c9½"
+awkward = st.text(st.sampled_from(AWKWARD), max_size=30)
+anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+lines = awkward | anything
+relaxed = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def untyped():
+    """Switch jaxtyping's checks off, as they are for a reader, to see our own messages."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def wordpiece() -> WordPieceTokenizer:
+    return WordPieceTokenizer.train(TEXTS, 220)
+
+
+@pytest.fixture(scope="module")
+def unigram() -> UnigramTokenizer:
+    return UnigramTokenizer.train(TEXTS, 420)
+
+
+@pytest.fixture(scope="module")
+def no_bytes() -> UnigramTokenizer:
+    return UnigramTokenizer.train(TEXTS, 160, byte_fallback=False, character_coverage=0.9)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, wordpiece, unigram, no_bytes):
+    """Our tokenizers and theirs, read from the files that ours wrote."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    lower = WordPieceTokenizer.train(TEXTS, 160, lowercase=True, special_tokens=["<s>", "<s>s"])
+    ours = {"wordpiece": wordpiece, "lower": lower, "unigram": unigram, "no_bytes": no_bytes}
+    for name, tokenizer in ours.items():
+        tokenizer.save(folder / f"{name}.json")
+    read = tokenizers.Tokenizer.from_file
+    return {name: (t, read(str(folder / f"{name}.json"))) for name, t in ours.items()}
+
+
+def segmentations(word, pieces):
+    if not word:
+        return [[]]
+    ends = [end for end in range(1, len(word) + 1) if word[:end] in pieces]
+    return [[word[:end], *rest] for end in ends for rest in segmentations(word[end:], pieces)]
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("untyped")
+def test_words_are_cut_as_by_bert_for_every_character():
+    theirs = tokenizers.pre_tokenizers.BertPreTokenizer()
+    codes = [c for c in range(0x20000) if not 0xD800 <= c < 0xE000]  # beyond are letters
+    for start in range(0, len(codes), 4096):
+        text = "".join(f"a{chr(code)}b " for code in codes[start : start + 4096])
+        assert split_words(text) == [word for word, _ in theirs.pre_tokenize_str(text)]
+
+
+@relaxed
+@given(lines)
+def test_words_are_cut_as_by_the_library(text):
+    bert = tokenizers.pre_tokenizers.BertPreTokenizer()
+    assert split_words(text) == [word for word, _ in bert.pre_tokenize_str(text)]
+    spaces = tokenizers.pre_tokenizers.Metaspace()
+    assert subwords._spaced_words(text) == [word for word, _ in spaces.pre_tokenize_str(text)]
+
+
+# --- likelihood of a merge -----------------------------------------------------------------------
+
+
+def likelihood(words):
+    counts = Counter(token for word in words for token in word)
+    return sum(n * math.log(n / counts.total()) for n in counts.values())
+
+
+@given(st.lists(st.text("abc", min_size=1, max_size=7), min_size=2, max_size=12), st.data())
+def test_gain_is_the_difference_of_likelihoods(texts, data):
+    table = subwords._pair_table(Counter(texts), "likelihood", 1, set())
+    for _ in range(3):
+        rows = [r for r in range(len(table.places)) if table.count[r] > 0]
+        if not rows:
+            return
+        row = data.draw(st.sampled_from(rows))
+        a, b, merged = table.pair[row]
+        before = likelihood(
+            [w for w, n in zip(table.words, table.frequency, strict=True) for _ in range(n)]
+        )
+        n, left, right, new = (
+            np.array(x) for x in (table.count[row], *table.tokens[[a, b, merged]])
+        )
+        gain = float(merge_gain(n, left, right, table.total, merged=new, same=bool(a == b)))
+        subwords._merge(table, row)
+        after = likelihood(
+            [w for w, n in zip(table.words, table.frequency, strict=True) for _ in range(n)]
+        )
+        assert math.isclose(after - before, gain, abs_tol=1e-8)
+
+
+@given(st.lists(st.text("abc", min_size=1, max_size=8), min_size=1, max_size=10))
+def test_counts_stay_right_through_training(texts):
+    table = subwords._pair_table(Counter(texts), "likelihood", 1, set())
+    subwords._train_wordpiece(table, 40, None)
+    recount, pairs = Counter(), Counter()
+    for word, n in zip(table.words, table.frequency, strict=True):
+        for token in word:
+            recount[token] += n
+        for pair in subwords._adjacent(word):
+            pairs[pair] += n
+    assert table.total == recount.total()
+    assert all(table.tokens[t] == recount[t] for t in range(len(table.spelling)))
+    assert all(table.count[row] == pairs[pair] for pair, row in table.row.items())
+    assert all(math.isclose(table.worth[row], w) for row, w in enumerate(reweighed(table)))
+
+
+def reweighed(table):
+    kept = table.worth.copy()
+    subwords._weigh(table, np.arange(len(table.places)))
+    fresh, table.worth = table.worth.copy(), kept
+    return fresh[: len(table.places)]
+
+
+def test_adjacent_pairs_do_not_overlap():
+    assert subwords._adjacent("aaa") == [("a", "a")]
+    assert subwords._adjacent("aaaab") == [("a", "a"), ("a", "a"), ("a", "b")]
+    assert subwords._adjacent("a") == []
+
+
+def test_rules_choose_differently():
+    chosen = {
+        rule: WordPieceTokenizer.train(TEXTS, 150, rule=rule)._tokens[-8:]
+        for rule in ("likelihood", "count", "ratio")
+    }
+    assert len({tuple(tokens) for tokens in chosen.values()}) == 3
+
+
+def test_training_reports_and_climbs():
+    report: list[TrainingStep] = []
+    WordPieceTokenizer.train(TEXTS, 330, min_frequency=1, report=report)
+    assert [step.pieces % 100 for step in report] == [0] * len(report) and report
+    nats = [step.nats_per_character for step in report]
+    assert nats == sorted(nats)
+
+
+# --- WordPiece -----------------------------------------------------------------------------------
+
+
+@relaxed
+@given(lines, st.sampled_from(["wordpiece", "lower", "unigram", "no_bytes"]))
+def test_same_ids_and_text_as_the_library(saved, text, name):
+    ours, theirs = saved[name]
+    ids = ours.encode(text, allowed_special="all")
+    assert ids == theirs.encode(text).ids
+    plain = ours.encode(text)
+    assert ours.decode(plain) == theirs.decode(plain, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("name", ["wordpiece", "lower", "unigram", "no_bytes"])
+def test_same_ids_on_the_translations_of_many_languages(saved, name):
+    from llmbook.cleaning import read_translations
+
+    ours, theirs = saved[name]
+    texts = [text for messages in read_translations().values() for text in messages[:15]]
+    assert [ours.encode(text) for text in texts] == [e.ids for e in theirs.encode_batch(texts)]
+
+
+@pytest.mark.parametrize("name", ["wordpiece", "lower", "unigram", "no_bytes"])
+def test_same_special_tokens_as_the_library(saved, name):
+    ours, theirs = saved[name]
+    for text in ("<s>s<s>", "a<|endoftext|>b <|endoftext|>", "<s><s>ss <|endoftext|", "<S>"):
+        assert ours.encode(text, allowed_special="all") == theirs.encode(text).ids
+
+
+def test_wordpiece_gives_back_the_words(wordpiece):
+    for text in TEXTS:
+        assert wordpiece.decode(wordpiece.encode(text)) == " ".join(split_words(text))
+
+
+def test_wordpiece_unknown_and_too_long(wordpiece):
+    assert wordpiece.tokens("the ꙮ cat") == [
+        *wordpiece.tokens("the"),
+        "[UNK]",
+        *wordpiece.tokens("cat"),
+    ]
+    assert wordpiece.tokens("t" * 100) != ["[UNK]"]
+    assert wordpiece.tokens("t" * 101) == ["[UNK]"]
+
+
+def test_greedy_matching_is_greedy():
+    tokenizer = WordPieceTokenizer(["[UNK]", "a", "ab", "##b", "##c", "##bcd", "##d"])
+    assert tokenizer.tokens("abcd") == ["ab", "##c", "##d"]
+    assert WordPieceTokenizer(["[UNK]", "ab", "a", "##bc"]).tokens("abc") == ["[UNK]"]
+
+
+def test_special_tokens_inside_the_vocabulary_keep_their_place():
+    tokenizer = WordPieceTokenizer(["[PAD]", "[UNK]", "[CLS]", "a"], special_tokens=["[CLS]"])
+    assert tokenizer.special_tokens == {"[CLS]": 2} and tokenizer.vocab_size == 4
+    assert tokenizer.encode("[CLS]a", allowed_special=["[CLS]"]) == [2, 3]
+    assert tokenizer.encode("[CLS]") == [1, 1, 1]
+
+
+# --- Unigram: sums over paths --------------------------------------------------------------------
+
+scores = st.dictionaries(
+    st.text("ab", min_size=1, max_size=3), st.floats(-9, -0.1), min_size=1, max_size=10
+).map(lambda d: {"a": -3.0, "b": -4.0} | d)
+
+
+def model(scored, **options):
+    return UnigramTokenizer([("<unk>", -50.0), ("▁", -1.0), *scored.items()], **options)
+
+
+@given(scores, st.text("ab", min_size=1, max_size=8))
+def test_forward_sum_equals_the_list(scored, word):
+    listed = [sum(scored[t] for t in cut) for cut in segmentations(word, scored)]
+    expected = np.logaddexp.reduce(listed) - 1.0
+    assert math.isclose(model(scored).log_probability(word), expected, rel_tol=1e-9)
+
+
+@given(scores, st.text("ab", min_size=1, max_size=8))
+def test_viterbi_finds_a_best_segmentation(scored, word):
+    best = max(sum(scored[t] for t in cut) for cut in segmentations(word, scored))
+    cut = model(scored).tokens(word)
+    assert cut[0] == "▁" and "".join(cut[1:]) == word
+    assert math.isclose(sum(scored[t] for t in cut[1:]), best, rel_tol=1e-9)
+
+
+@given(scores, st.lists(st.text("ab", min_size=1, max_size=7), min_size=1, max_size=5, unique=True))
+def test_all_lattices_at_once_equal_the_lists(scored, words):
+    words = sorted(words, key=lambda w: (-len(w), w))
+    pieces = list(scored)
+    arcs = [
+        (n, i, j - i, pieces.index(w[i:j]))
+        for n, w in enumerate(words)
+        for i, j in itertools.combinations(range(len(w) + 1), 2)
+        if w[i:j] in scored
+    ]
+    counts = np.arange(1.0, len(words) + 1)
+    lengths = np.array([len(w) for w in words])
+    lattices = subwords._WordLattices(counts, lengths, np.array(arcs))
+    log_z, posterior = subwords._path_sums(lattices, np.array(list(scored.values())))
+    expected = dict.fromkeys(pieces, 0.0)
+    for n, word in enumerate(words):
+        cuts = {tuple(c): sum(scored[t] for t in c) for c in segmentations(word, scored)}
+        whole = np.logaddexp.reduce(list(cuts.values()))
+        assert math.isclose(log_z[n], whole, rel_tol=1e-9, abs_tol=1e-9)
+        for cut, score in cuts.items():
+            for piece in cut:
+                expected[piece] += counts[n] * math.exp(score - whole)
+    found = subwords._expected(lattices, posterior, len(pieces))
+    assert np.allclose(found, list(expected.values()))
+
+
+@given(st.lists(st.text("ab", min_size=2, max_size=9), min_size=2, max_size=12))
+def test_em_never_lowers_the_likelihood(texts):
+    words = sorted(set(texts), key=lambda w: (-len(w), w))
+    counts = np.array([float(texts.count(w)) for w in words])
+    pieces, current, lattices = subwords._seeds(words, counts, 4, 50, set())
+    climb = []
+    for _ in range(6):
+        log_z, posterior = subwords._path_sums(lattices, current)
+        climb.append(float(log_z @ counts))
+        expected = subwords._expected(lattices, posterior, len(pieces))
+        current = np.log(np.maximum(expected, 1e-300) / expected.sum())
+    assert all(after >= before - 1e-9 for before, after in itertools.pairwise(climb))
+
+
+def test_loss_is_what_removing_a_piece_costs():
+    words = ["unlocked", "locked", "unlock", "lock", "un"]
+    counts = np.array([5.0, 40.0, 7.0, 60.0, 9.0])
+    pieces, current, lattices = subwords._seeds(words, counts, 8, 100, set())
+    for _ in range(3):
+        _, posterior = subwords._path_sums(lattices, current)
+        expected = subwords._expected(lattices, posterior, len(pieces))
+        current = subwords._m_step(expected)
+    log_z, posterior = subwords._path_sums(lattices, current)
+    loss = subwords._losses(lattices, posterior, len(pieces))
+    for piece in ("un", "unl"):
+        n = pieces.index(piece)
+        without = current - math.log1p(-math.exp(current[n]))
+        without[n] = -700.0
+        true = float((log_z - subwords._path_sums(lattices, without)[0]) @ counts)
+        assert abs(loss[n] - true) < 0.1 * abs(true) + 0.5
+
+
+def test_digamma_is_the_derivative_of_log_gamma():
+    x = np.array([0.5, 0.9, 1.0, 2.5, 5.99, 6.0, 40.0, 1e6])
+    slope = [(math.lgamma(v * (1 + 1e-5)) - math.lgamma(v * (1 - 1e-5))) / (2e-5 * v) for v in x]
+    assert np.allclose(subwords._digamma(x), slope, rtol=1e-5, atol=1e-6)
+    harmonic = sum(1 / k for k in range(1, 10))
+    assert math.isclose(subwords._digamma(np.array([10.0]))[0], harmonic - 0.57721566490153286)
+
+
+@given(st.lists(st.text("abc", min_size=1, max_size=6), min_size=1, max_size=6), st.integers(1, 5))
+def test_substrings_are_counted(texts, longest):
+    words = sorted(set(texts), key=lambda w: (-len(w), w))
+    counts = np.array([float(texts.count(w)) for w in words])
+    strings, found, arcs = subwords._substrings(words, counts, longest)
+    every = Counter()
+    for word, count in zip(words, counts, strict=True):
+        for i, j in itertools.combinations(range(len(word) + 1), 2):
+            if j - i <= longest:
+                every[word[i:j]] += count
+    assert dict(zip(strings, found.tolist(), strict=True)) == {
+        s: n for s, n in every.items() if n >= 2 or len(s) == 1
+    }
+    for word, place, length, piece in arcs.tolist():
+        assert words[word][place : place + length] == strings[piece]
+
+
+def test_samples_follow_the_posterior():
+    scored = {"a": -2.0, "b": -2.5, "ab": -3.5, "ba": -4.0, "aba": -6.0}
+    tokenizer, generator = model(scored), random.Random(0)
+    for sharpness in (0.0, 0.5, 1.0):
+        cuts = {
+            tuple(c): math.exp(sharpness * sum(scored[t] for t in c))
+            for c in segmentations("abab", scored)
+        }
+        drawn = Counter(
+            tuple(
+                tokenizer.token(i) for i in tokenizer.sample("abab", sharpness, generator=generator)
+            )[1:]
+            for _ in range(1500)
+        )
+        chi = sum(
+            (drawn[c] - 1500 * p / sum(cuts.values())) ** 2 / (1500 * p / sum(cuts.values()))
+            for c, p in cuts.items()
+        )
+        assert set(drawn) <= set(cuts) and chi < 3 * len(cuts)
+
+
+def test_sharp_samples_are_the_best(unigram):
+    for text in TEXTS[:5]:
+        assert unigram.decode(unigram.sample(text, 0.3)) == text
+        sharp = unigram.sample(text, 200.0, generator=random.Random(1))
+        assert [len(unigram.token(i)) for i in sharp] == [len(t) for t in unigram.tokens(text)]
+
+
+@relaxed
+@given(lines)
+def test_bytes_lose_nothing(unigram, text):
+    expected = text.replace("▁", " ").removeprefix(" ")
+    assert unigram.decode(unigram.encode(text)) == expected
+    assert unigram.decode(unigram.sample(text, 0.2, generator=random.Random(0))) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["<unk>", "<0x41>", "a<0xF0><0x9F>", "[UNK]", "<|endoftext|>", "<s>"]
+)
+def test_names_of_tokens_in_text_are_text(unigram, text):
+    assert unigram.decode(unigram.encode(text)) == text
+    assert not {*unigram.special_tokens.values(), 0} & set(unigram.encode(text))
+
+
+def test_unknown_characters_are_one(no_bytes):
+    assert no_bytes.tokens("ꙮꙮꙮ").count("<unk>") == 1
+    assert no_bytes.decode(no_bytes.encode("the ꙮꙮ cat")) == "the <unk> cat"
+
+
+def test_ties_go_to_the_piece_that_begins_further_left():
+    pieces = [("<unk>", -9.0), ("▁", -1.0), ("a", -1.0), ("b", -1.0), ("ab", -2.0), ("ba", -2.0)]
+    theirs = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    ours = UnigramTokenizer(pieces)
+    for length in range(1, 8):
+        for text in map("".join, itertools.product("ab", repeat=length)):
+            assert ours.encode(text) == theirs.encode(text).ids
+
+
+def test_better_than_the_library_on_its_own_text():
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=200, unk_token="<unk>", show_progress=False
+    )
+    theirs = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    theirs.train_from_iterator(TEXTS, trainer)
+    ours = UnigramTokenizer.train(TEXTS, 200, byte_fallback=False, special_tokens=())
+    mine = sum(len(ours.encode(text)) for text in TEXTS)
+    assert mine < 1.1 * sum(len(theirs.encode(text).ids) for text in TEXTS)
+
+
+def test_unigram_training_reports_and_repeats():
+    report: list[TrainingStep] = []
+    once = UnigramTokenizer.train(TEXTS, 380, seed_size=2000, shrink=0.5, report=report)
+    again = UnigramTokenizer.train(TEXTS, 380, seed_size=2000, shrink=0.5)
+    assert once._tokens == again._tokens and once.scores == again.scores
+    sizes = [step.pieces for step in report]
+    assert sizes == sorted(sizes, reverse=True) and len(sizes) > 1
+    assert once.vocab_size == 380 and once.special_tokens == {"<|endoftext|>": 379}
+
+
+# --- both ----------------------------------------------------------------------------------------
+
+KINDS = [WordPieceTokenizer, UnigramTokenizer]
+both = pytest.mark.parametrize("kind", KINDS)
+
+
+@both
+def test_size_is_what_was_asked_or_less(kind):
+    assert kind.train(TEXTS, 400).vocab_size == 400 or kind is WordPieceTokenizer
+    assert kind.train(["to be or not to be"], 5000).vocab_size < 400
+    assert kind.train(["x"], 400).encode("x") != []
+
+
+@both
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        ([], {}, "texts: expected at least one word, got none"),
+        ([""], {}, "texts: expected at least one word, got none"),
+        ("a text", {}, "texts: expected several texts, got one str"),
+        (["a", 7], {}, "texts: expected str, got int at 1"),
+        (["some words"], {"vocab_size": 5}, "vocab_size: expected at least .* got 5"),
+        (["some words"], {"vocab_size": 0}, "vocab_size: expected at least 1, got 0"),
+        (["some words"], {"vocab_size": 5.5}, "vocab_size: expected a whole number"),
+        (["a"], {"special_tokens": ["<s>", "<s>"]}, "special_tokens: .* once, got '<s>' twice"),
+        (["a"], {"special_tokens": "<s>"}, "special_tokens: expected several, got one str"),
+        (["a"], {"special_tokens": [""]}, "special_tokens: expected non-empty text, got ''"),
+        (["a"], {"special_tokens": ["\ud800"]}, "special_tokens: expected non-empty text"),
+        (["a b"], {"special_tokens": ["a"]}, "special_tokens: expected names .* got 'a'"),
+        (["a"], {"character_coverage": 0.0}, "character_coverage: expected above 0"),
+        (["a"], {"character_coverage": 1.5}, "character_coverage: .* at most 1, got 1.5"),
+    ],
+)
+def test_bad_training_is_refused(kind, texts, options, message):
+    if message.startswith("special_tokens: expected names") and kind is UnigramTokenizer:
+        options = {"special_tokens": ["b"]}
+        message = message.replace("'a'", "'b'")
+    with pytest.raises(ValueError, match=message):
+        kind.train(texts, **{"vocab_size": 600, **options})
+
+
+@pytest.mark.usefixtures("untyped")
+def test_bad_settings_are_refused():
+    for options, message in (
+        ({"rule": "best"}, "rule: expected 'likelihood', 'count' or 'ratio', got 'best'"),
+        ({"min_frequency": 0}, "min_frequency: expected at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            WordPieceTokenizer.train(TEXTS, 300, **options)
+    for options, message in (
+        ({"shrink": 1.0}, "shrink: expected between 0 and 1, got 1.0"),
+        ({"em_steps": 0}, "em_steps: expected at least 1, got 0"),
+        ({"max_piece_length": 0}, "max_piece_length: expected at least 1, got 0"),
+        ({"seed_size": -1}, "seed_size: expected at least 1, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            UnigramTokenizer.train(TEXTS, 600, **options)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_bad_vocabularies_are_refused():
+    for make, message in (
+        (lambda: WordPieceTokenizer(["a"]), r"vocabulary: expected it to have '\[UNK\]'"),
+        (lambda: WordPieceTokenizer(["[UNK]", "a", "a"]), "vocabulary: .* got 'a' twice"),
+        (lambda: WordPieceTokenizer([]), "vocabulary: expected it to have"),
+        (lambda: WordPieceTokenizer(["[UNK]"], max_word_length=0), "max_word_length: expected"),
+        (lambda: UnigramTokenizer([]), "unk_id: expected below 0, got 0"),
+        (lambda: UnigramTokenizer([("a", -1.0)], unk_id=1), "unk_id: expected below 1, got 1"),
+        (lambda: UnigramTokenizer([("a", math.nan)]), "pieces: expected finite scores"),
+        (lambda: UnigramTokenizer([("a", -1.0)], byte_fallback=True), "pieces: expected one for"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+@both
+@pytest.mark.usefixtures("untyped")
+def test_bad_calls_are_refused(kind, wordpiece, unigram):
+    tokenizer = wordpiece if kind is WordPieceTokenizer else unigram
+    size = tokenizer.vocab_size
+    for wrong in (-1, size, 2**70, 1.0, "1", None):
+        with pytest.raises(ValueError, match=rf"id: expected 0 to {size - 1}, got"):
+            tokenizer.decode([wrong])
+    with pytest.raises(ValueError, match="text: expected str, got bytes"):
+        tokenizer.encode(b"bytes")
+    with pytest.raises(ValueError, match="allowed_special: expected 'all' or names, got 'every'"):
+        tokenizer.encode("a", allowed_special="every")
+    with pytest.raises(ValueError, match=r"allowed_special: expected some of .*, got '<s>'"):
+        tokenizer.encode("a", allowed_special=["<s>"])
+    for sharpness in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="sharpness: expected 0 or more"):
+            unigram.sample("a", sharpness)
+
+
+@both
+def test_odd_input_is_encoded(kind, wordpiece, unigram):
+    tokenizer = wordpiece if kind is WordPieceTokenizer else unigram
+    assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
+    assert tokenizer.encode("a\ud800b") == tokenizer.encode("a\ufffdb")
+    assert tokenizer.encode("\ud83e\udd89") == tokenizer.encode("🦉")
+    ids = tokenizer.encode("the cat<|endoftext|>the dog", allowed_special="all")
+    assert tokenizer.decode(ids) == "the cat<|endoftext|>the dog"
+    assert tokenizer.decode(np.array(ids)) == "the cat<|endoftext|>the dog"
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+
+
+@both
+def test_special_tokens_match_the_longest_and_only_where_allowed(kind):
+    tokenizer = kind.train(TEXTS, 500, special_tokens=["<s>", "<s>s", "<|s|>"])
+    short, long = tokenizer.special_tokens["<s>"], tokenizer.special_tokens["<s>s"]
+    assert tokenizer.encode("<s>s<s>", allowed_special="all") == [long, short]
+    assert tokenizer.encode("<s><s>", allowed_special=["<s>"]) == [short, short]
+    assert not {short, long} & set(tokenizer.encode("<s>s <s>"))
+
+
+@both
+def test_special_tokens_in_the_training_text_are_not_learned(kind):
+    texts = ["<|endoftext|> the end the end <|endoftext|>", "theend theend"] * 9
+    tokenizer = kind.train(texts, 400, special_tokens=["<|endoftext|>", "theend", "▁theend"])
+    ids = tokenizer.encode("<|endoftext|> theend theend")
+    assert not set(ids) & set(tokenizer.special_tokens.values())
+
+
+@both
+@pytest.mark.usefixtures("untyped")  # a check at each of millions of calls would take a minute
+def test_a_million_characters(kind, wordpiece, unigram):
+    tokenizer = wordpiece if kind is WordPieceTokenizer else unigram
+    line = "lock" * (250_000 if kind is WordPieceTokenizer else 50_000)
+    start = time.perf_counter()
+    ids = tokenizer.encode(line)
+    assert time.perf_counter() - start < 30
+    assert ids == [0] if kind is WordPieceTokenizer else tokenizer.decode(ids) == line
+    kind.train([line, "lock and lock"], 500)
+
+
+def test_training_on_a_long_line_takes_all_of_it():
+    line = "".join(random.Random(0).choices(["lock", "un", "ed"], k=3000))
+    tokenizer = UnigramTokenizer.train([line], 400)
+    assert len(tokenizer.encode(line)) < 3200
+
+
+@both
+def test_files_are_read_back(kind, tmp_path, wordpiece, unigram):
+    tokenizer = wordpiece if kind is WordPieceTokenizer else unigram
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    again = kind.load(path)
+    assert again.special_tokens == tokenizer.special_tokens
+    assert [again.encode(t) for t in TEXTS] == [tokenizer.encode(t) for t in TEXTS]
+    again.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
+    other = WordPieceTokenizer if kind is UnigramTokenizer else UnigramTokenizer
+    with pytest.raises(ValueError, match="path: expected a model of type"):
+        other.load(path)
+
+
+@both
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"normalizer": {"type": "NFC"}},
+        {"post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 1], "cls": ["[CLS]", 0]}},
+        {"added_tokens": [{"id": 0, "content": "[UNK]", "lstrip": True, "single_word": False}]},
+        {"model": {"vocab": None}},
+        {"model": {"vocab": {"[UNK]": 0, "a": 2}}},
+        {"model": None},
+    ],
+)
+def test_files_that_would_cut_differently_are_refused(kind, tmp_path, change, wordpiece, unigram):
+    tokenizer = wordpiece if kind is WordPieceTokenizer else unigram
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in change.items():
+        whole[name] = {**whole[name], **value} if name == "model" and value else value
+    path.write_text(json.dumps(whole), encoding="utf-8")
+    with pytest.raises(ValueError, match="path: "):
+        kind.load(path)
+    path.write_text("no JSON", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"path: expected a tokenizer\.json"):
+        kind.load(path)
+
+
+def test_files_of_the_library_are_read(tmp_path):
+    theirs = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=150, unk_token="<unk>", special_tokens=["<s>"], show_progress=False
+    )
+    theirs.train_from_iterator(TEXTS, trainer)
+    theirs.save(str(tmp_path / "theirs.json"))
+    ours = UnigramTokenizer.load(tmp_path / "theirs.json")
+    for text in (*TEXTS, "ꙮ<s> a", "<s>"):
+        assert ours.encode(text, allowed_special="all") == theirs.encode(text).ids
+    bert = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    bert.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=150, special_tokens=["[UNK]", "[CLS]"], show_progress=False
+    )
+    bert.train_from_iterator(TEXTS, trainer)
+    bert.save(str(tmp_path / "bert.json"))
+    wordpiece = WordPieceTokenizer.load(tmp_path / "bert.json")
+    for text in (*TEXTS, "[CLS] a", "ꙮ[CLS]"):
+        assert wordpiece.encode(text, allowed_special="all") == bert.encode(text).ids
+
+
+# --- measures ------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=20).filter(any), st.floats(0.1, 5))
+def test_efficiency_is_a_share(counts, order):
+    assert -1e-9 <= renyi_efficiency(counts, max(len(counts), 2), order) <= 1 + 1e-9
+
+
+def test_efficiency_of_known_distributions():
+    assert renyi_efficiency([1, 1], 4) == 0.5
+    assert renyi_efficiency([7, 0, 0], 8) == 0
+    shannon = renyi_efficiency([1, 2, 3], 3, order=1.0)
+    assert math.isclose(shannon, renyi_efficiency([1, 2, 3], 3, order=1 + 1e-6), rel_tol=1e-5)
+    for arguments, message in (
+        (([], 4), "counts: expected finite"),
+        (([0], 4), "counts: expected finite"),
+        (([-1, 2], 4), "counts: expected finite"),
+        (([1, 2], 1), "vocab_size: expected at least 2, got 1"),
+        (([1, 2, 3], 2), "vocab_size: expected at least 3"),
+        (([1, 2], 4, 0.0), "order: expected a positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            renyi_efficiency(*arguments)

@@ -1,0 +1,738 @@
+"""Byte-pair encoding of chapter 05: against naive code, tiktoken and tokenizers; bad input."""
+
+import json
+import pickle
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiktoken
+import tokenizers
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiktoken_ext import openai_public
+from tokenizers import models, pre_tokenizers, trainers
+
+from llmbook import tokenizer as module
+from llmbook.tokenizer import (
+    GPT2_PATTERN,
+    GPT4_PATTERN,
+    BPETokenizer,
+    count_words,
+    learn_merges,
+    pretokenize,
+    train_bpe,
+    train_bpe_files,
+)
+
+END = "<|endoftext|>"
+# Our own words in many scripts, code, white space, and things that break tokenizers.
+TEXTS = [
+    "The baker's oven wasn't hot; they'LL wait. It's 7:30, 12345 loaves cost €98,765.40!",
+    "Der Bäcker backt süße Brötchen für große Hunde. Çok güzel, naïve façade, Ærøskøbing.",
+    "Пекарь печёт хлеб каждый день. Ο φούρναρης ψήνει ψωμί. האופה אופה לחם. الخباز يخبز الخبز.",
+    "パン屋さんは毎朝パンを焼きます。面包师每天早上烤面包。빵집 주인은 매일 아침 빵을 굽는다.",
+    "बेकर हर सुबह रोटी बनाता है। คนทำขนมปังอบขนมปังทุกเช้า Thợ làm bánh nướng bánh mì mỗi sáng",
+    "🙂🙃 👨‍👩‍👧 🏳️‍🌈 e\u0301 \u200b\ufeff ﬁ Å ſ 'ſ ½ ² ٣٤٥ Ⅷ 一二三",
+    "def bake(loaves: int) -> None:\n    for i in range(loaves):\n\t\tprint(f'{i:>5}')\r\n\r\n\n",
+    "  leading,   runs   of \t\t tabs \n \n   and trailing  \n  ",
+    "\x00\x01\x7f\x85\xa0\u2028\u3000 control",
+    "https://example.org/a?b=c&d=%20#e <tag attr='x'>&amp;</tag> {}[]()$$$ ====\n----\n",
+    "aaaaaaaaaaaaaaaa bababababab " * 3,
+    "",
+    " ",
+    "\n",
+]
+# All that Python's Unicode knows: for newer letters the engines' versions differ.
+KNOWN = st.characters(exclude_categories=("Cs", "Cn"))
+MIXED = st.lists(
+    st.sampled_from(
+        [w for t in TEXTS for w in re.findall(r"\s+|\S+", t)] + [END, "'s", "  ", "\r\n"]
+    )
+    | st.text(KNOWN, max_size=5)
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def ours() -> BPETokenizer:
+    return train_bpe(TEXTS * 3, 700, special_tokens=[END, "<|pad|>"])
+
+
+@pytest.fixture(scope="module")
+def encoding(ours: BPETokenizer) -> tiktoken.Encoding:
+    return ours.to_tiktoken()
+
+
+@pytest.fixture(scope="module")
+def theirs(ours: BPETokenizer, tmp_path_factory: pytest.TempPathFactory) -> tokenizers.Tokenizer:
+    path = tmp_path_factory.mktemp("saved") / "tokenizer.json"
+    ours.save(path)
+    return tokenizers.Tokenizer.from_file(str(path))
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> BPETokenizer:
+    return train_bpe(TEXTS, 500, pattern=GPT2_PATTERN)
+
+
+def naive(words: Counter[str], size: int) -> list[tuple[bytes, bytes]]:
+    """Count all pairs anew for each merge."""
+    split = {word: [bytes([byte]) for byte in word.encode()] for word in words}
+    merges: list[tuple[bytes, bytes]] = []
+    while len(merges) < size:
+        counts: Counter[tuple[bytes, bytes]] = Counter()
+        for word, tokens in split.items():
+            for pair in pairwise(tokens):
+                counts[pair] += words[word]
+        if not counts:
+            break
+        best = max(counts.items(), key=lambda item: (item[1], item[0]))[0]
+        merges.append(best)
+        for word, tokens in split.items():
+            merged, i = [], 0
+            while i < len(tokens):
+                if tuple(tokens[i : i + 2]) == best:
+                    merged.append(tokens[i] + tokens[i + 1])
+                    i += 2
+                else:
+                    merged.append(tokens[i])
+                    i += 1
+            split[word] = merged
+    return merges
+
+
+def in_order(tokenizer: BPETokenizer, text: str) -> list[int]:
+    """Encode by applying every merge in turn to every word: the definition."""
+    ids = {token: id for id, token in tokenizer.vocabulary.items()}
+    result = []
+    for word in pretokenize(text, tokenizer.pattern):
+        tokens = [bytes([byte]) for byte in word.encode()]
+        for a, b in tokenizer.merges:
+            merged: list[bytes] = []
+            while tokens:
+                if tokens[:2] == [a, b]:
+                    merged.append(a + b)
+                    del tokens[:2]
+                else:
+                    merged.append(tokens.pop(0))
+            tokens = merged
+        result += [ids[token] for token in tokens]
+    return result
+
+
+class TestPretokenize:
+    def test_gpt4_pattern_cuts_as_the_published_one(self) -> None:
+        source = Path(openai_public.__file__).read_text(encoding="utf-8")
+        published = re.search(r'def cl100k_base.*?"pat_str": r"""(.*?)""",', source, re.S)
+        older = re.search(r'^r50k_pat_str = \(\s*r"""(.*?)"""', source, re.S | re.M)
+        assert published and older
+        for text in [*TEXTS, *map("".join, zip(TEXTS, reversed(TEXTS), strict=True))]:
+            assert pretokenize(text) == pretokenize(text, published[1])
+            assert pretokenize(text, GPT2_PATTERN) == pretokenize(text, older[1])
+
+    @given(MIXED)
+    def test_nothing_is_lost(self, text: str) -> None:
+        for pattern in (GPT2_PATTERN, GPT4_PATTERN, r"\p{L}+", r"x*", "(?:b)"):
+            words = pretokenize(text, pattern)
+            assert "".join(words) == text and all(words)
+
+    @pytest.mark.parametrize("pattern", ["(", "(a)", r"\p{Nonsense}", "*"])
+    def test_bad_patterns(self, pattern: str) -> None:
+        with pytest.raises(ValueError, match="pattern"):
+            pretokenize("a", pattern)
+        with pytest.raises(ValueError, match="pattern"):
+            train_bpe(["a"], 300, pattern=pattern)
+
+    def test_surrogates(self) -> None:
+        assert pretokenize("a\ud83d") == ["a", "\ufffd"]
+        assert pretokenize("\ud83d\ude42") == ["🙂"]
+
+
+class TestTraining:
+    @settings(max_examples=200)
+    @given(
+        st.dictionaries(st.text("aab é", max_size=9), st.integers(1, 6), max_size=8),
+        st.integers(0, 40),
+    )
+    def test_as_the_naive_trainer(self, words: dict[str, int], size: int) -> None:
+        assert learn_merges(words, size) == naive(Counter(words), size)
+
+    def test_as_the_naive_trainer_on_text(self) -> None:
+        words = count_words(TEXTS * 2)
+        assert learn_merges(words, 400) == naive(words, 400)
+
+    def test_ties_go_to_the_greatest_bytes(self) -> None:
+        assert learn_merges({"ab": 1, "cd": 1, "ca": 1}, 1) == [(b"c", b"d")]
+        # a prefix is less than what it begins
+        assert learn_merges({"aXb": 1, "aXc": 1, "aY": 2}, 2) == [(b"a", b"Y"), (b"a", b"X")]
+        assert learn_merges({"\u00e9": 1, "zz": 1}, 1) == [(b"\xc3", b"\xa9")]
+
+    def test_more_than_55296_tokens(self) -> None:
+        """Tokens are characters inside: those that stand in the range of surrogates work, too."""
+        words = [chr(128 + i) + chr(128 + j) for i in range(1_900) for j in range(29)]
+        merges = learn_merges(dict.fromkeys(words, 1), 55_600)
+        assert len(merges) == 55_600 == len({a + b for a, b in merges})
+        assert {a + b for a, b in merges[2_000:]} <= {word.encode() for word in words}
+
+    def test_no_token_is_learned_twice_and_each_is_reachable(self, ours: BPETokenizer) -> None:
+        tokens = list(ours.vocabulary.values())
+        assert len(set(tokens)) == len(tokens) == 698
+        for id, token in ours.vocabulary.items():
+            text = token.decode("utf-8", "replace")
+            if "\ufffd" not in text and len(pretokenize(text)) == 1:
+                assert ours.encode(text) == [id]
+
+    def test_ids(self, ours: BPETokenizer) -> None:
+        assert [ours.vocabulary[i] for i in range(256)] == [bytes([i]) for i in range(256)]
+        assert ours.special_tokens == {END: 698, "<|pad|>": 699}
+        assert ours.vocab_size == 700
+
+    def test_order_and_number_of_texts_do_not_matter(self) -> None:
+        forward, backward = train_bpe(TEXTS, 400), train_bpe(iter(TEXTS[::-1]), 400)
+        assert forward == backward
+        assert train_bpe(["ab" * 5, "", "ab"], 300) == train_bpe(["ab", "ab" * 5], 300)
+
+    def test_too_little_text_gives_fewer_tokens(self) -> None:
+        tokenizer = train_bpe(["aaaa"], 1000)
+        assert tokenizer.vocab_size == 256 + 2 + 1
+        assert tokenizer.encode("aaaa") == [257]
+        assert train_bpe(["a"], 257).vocab_size == 257
+
+    def test_special_tokens_separate(self) -> None:
+        with_mark = train_bpe([f"ab{END}ab{END}"], 300)
+        assert with_mark.merges == [(b"a", b"b")]
+        assert count_words(["xSSyS"], special_tokens=["S", "SS"]) == {"x": 1, "y": 1}
+
+    def test_workers(self) -> None:
+        texts = [text * 400 for text in TEXTS]
+        assert count_words(texts, workers=2) == count_words(iter(texts))
+
+    def test_a_long_document(self) -> None:
+        start = time.perf_counter()
+        train_bpe(["a" * 1_000_000, "ab " * 300_000], 300)
+        assert time.perf_counter() - start < 20
+
+    @pytest.mark.parametrize(
+        ("texts", "size", "options", "message"),
+        [
+            ([], 300, {}, "expected some text"),
+            (["", ""], 300, {}, "expected some text"),
+            ([END], 300, {}, "expected some text"),
+            ("one text", 300, {}, "texts: expected several"),
+            (["a"], 256, {}, "vocab_size: expected at least 257"),
+            (["a"], 10**7, {}, "vocab_size"),
+            (["a"], 300, {"special_tokens": ["x1", "x1"]}, "'x1' several times"),
+            (["a"], 300, {"special_tokens": [""]}, "non-empty"),
+            (["a"], 300, {"special_tokens": ["\ud800"]}, "valid texts"),
+            (["a"], 300, {"special_tokens": ["a"]}, "'a' is an ordinary token"),
+            (["a"], 300, {"special_tokens": "<s>"}, "got one str"),
+            (["a"], 300, {"workers": 0}, "workers"),
+        ],
+    )
+    def test_bad_input(self, texts: Any, size: Any, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            train_bpe(texts, size, **options)
+
+    def test_documents_are_not_texts(self) -> None:
+        with pytest.raises(ValueError, match=r"texts\[1\]: expected a str, got int"):
+            list(module._batches(iter(["a", 5])))  # type: ignore[list-item]
+
+
+class TestFiles:
+    def write(self, folder: Path, marks: Iterable[str] = (END,)) -> Path:
+        rng = random.Random(0)
+        parts = [rng.choice(TEXTS) + rng.choice(list(marks)) for _ in range(500)]
+        path = folder / "text.txt"
+        path.write_text("".join(parts), encoding="utf-8", newline="")
+        return path
+
+    @pytest.mark.parametrize("size", [1, 7, 1000, 10_000, 10**9])
+    def test_chunks_change_nothing(self, tmp_path: Path, size: int) -> None:
+        special = (END, "<|pad|>")
+        path = self.write(tmp_path, special)
+        chunks = module._chunks(path, module._separators(special), size)
+        assert [end for _, end in chunks[:-1]] == [start for start, _ in chunks[1:]]
+        assert (chunks[0][0], chunks[-1][1]) == (0, path.stat().st_size)
+        assert size > 10_000 or len(chunks) > 3
+        total: Counter[str] = Counter()
+        for start, end in chunks:
+            job = (str(path), start, end, "strict", GPT4_PATTERN, special)
+            total.update(module._count_chunk(job))
+        text = path.read_bytes().decode()
+        assert total == count_words([text], special_tokens=special)
+
+    def test_a_mark_across_blocks(self, tmp_path: Path) -> None:
+        path = tmp_path / "text.txt"
+        for shift in range(-15, 3):
+            path.write_text("a" * ((1 << 20) + shift + 5) + END + "b", encoding="utf-8")
+            cuts = module._chunks(path, [END.encode()], 5)
+            assert cuts == [
+                (0, (1 << 20) + shift + 5),
+                ((1 << 20) + shift + 5, path.stat().st_size),
+            ]
+
+    def test_overlapping_marks_do_not_cut(self) -> None:
+        assert module._separators(("aa", "<s>", "<s><s>", "ab", "xyx")) == []
+        assert module._separators((END, "<|pad|>", "zz")) == [END.encode(), b"<|pad|>"]
+
+    def test_as_from_texts(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path)
+        (tmp_path / "empty.txt").touch()
+        text = path.read_bytes().decode()
+        paths = [path, str(tmp_path / "empty.txt")]
+        alone = train_bpe_files(paths, 600)
+        assert alone == train_bpe([text], 600) == train_bpe_files(paths, 600, workers=2)
+
+    def test_broken_utf8(self, tmp_path: Path) -> None:
+        path = tmp_path / "broken.txt"
+        path.write_bytes(b"abc\xff" * 3)
+        with pytest.raises(ValueError, match=r"broken.txt is not UTF-8: byte 0xff at 3"):
+            train_bpe_files(path, 300)
+        assert train_bpe_files(path, 300, errors="replace").vocab_size > 257
+
+    def test_bad_paths(self, tmp_path: Path) -> None:
+        (tmp_path / "empty.txt").touch()
+        with pytest.raises(ValueError, match="expected some text"):
+            train_bpe_files(tmp_path / "empty.txt", 300)
+        with pytest.raises(ValueError, match="folder"):
+            train_bpe_files(tmp_path, 300)
+        with pytest.raises(FileNotFoundError):
+            train_bpe_files(tmp_path / "none.txt", 300)
+        with pytest.raises(ValueError, match="at least one"):
+            train_bpe_files([], 300)
+
+
+class TestEncoding:
+    def test_by_definition(self, ours: BPETokenizer, gpt2: BPETokenizer) -> None:
+        for text in TEXTS:
+            assert ours.encode(text) == in_order(ours, text)
+            assert gpt2.encode(text) == in_order(gpt2, text)
+
+    @settings(max_examples=200)
+    @given(text=MIXED)
+    def test_as_tiktoken_and_tokenizers(
+        self,
+        ours: BPETokenizer,
+        encoding: tiktoken.Encoding,
+        theirs: tokenizers.Tokenizer,
+        text: str,
+    ) -> None:
+        assert ours.encode(text) == encoding.encode(text, disallowed_special=())
+        with_special = ours.encode(text, allowed_special="all")
+        assert with_special == encoding.encode(text, allowed_special="all")
+        assert with_special == theirs.encode(text).ids
+        assert ours.decode(with_special) == text == theirs.decode(with_special, False)
+
+    @given(st.binary(max_size=40))
+    def test_broken_utf8(
+        self, ours: BPETokenizer, encoding: tiktoken.Encoding, data: bytes
+    ) -> None:
+        text = data.decode("utf-8", "replace")
+        assert ours.encode(text) == encoding.encode_ordinary(text)
+        ids = list(data)  # any bytes can come from a model
+        assert ours.decode(ids) == text == encoding.decode(ids)
+        assert ours.decode_bytes(ids) == data
+        assert "".join(ours.decode_stream(ids)) == text
+
+    @given(st.text(st.characters() | st.characters(categories=["Cs"]), max_size=12))
+    def test_surrogates(self, ours: BPETokenizer, encoding: tiktoken.Encoding, text: str) -> None:
+        text = re.sub(r"[^\x00-\u2fff\ud800-\udfff]", "x", text)
+        assert ours.encode(text) == encoding.encode_ordinary(text)
+
+    def test_on_gpt2_pattern(self, gpt2: BPETokenizer, tmp_path: Path) -> None:
+        gpt2.save(tmp_path / "tokenizer.json")
+        theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        for text in TEXTS:
+            assert gpt2.encode(text) == theirs.encode(text).ids
+            assert gpt2.encode(text) == gpt2.to_tiktoken().encode_ordinary(text)
+
+    @settings(max_examples=30)
+    @given(
+        st.lists(st.text("aab ", max_size=12), min_size=1, max_size=6), st.text("aab ", max_size=15)
+    )
+    def test_any_training_gives_what_tiktoken_can_use(self, texts: list[str], text: str) -> None:
+        if any(texts):
+            tokenizer = train_bpe(texts, 280)
+            assert tokenizer.encode(text) == tokenizer.to_tiktoken().encode_ordinary(text)
+
+    def test_long_words(self, ours: BPETokenizer) -> None:
+        start = time.perf_counter()
+        run = ours.encode("a" * 1_000_000)
+        letters = "".join(random.Random(0).choices("abcdefghij", k=100_000))
+        mixed = ours.encode(letters)
+        assert time.perf_counter() - start < 60
+        assert ours.decode(run) == "a" * 1_000_000 and ours.decode(mixed) == letters
+        assert not any(len(word) > 64 for word in ours._cache)
+
+    def test_the_cache_is_bounded(self) -> None:
+        cache = module._WordCache(lambda word: (len(word),), size=3, longest=2)
+        assert [cache[w] for w in ("a", "b", "ccc", "c", "d", "a")] == [
+            (1,),
+            (1,),
+            (3,),
+            (1,),
+            (1,),
+            (1,),
+        ]
+        assert list(cache) == ["d", "a"]
+
+    def test_batches(self, ours: BPETokenizer) -> None:
+        texts = [*TEXTS, TEXTS[0] * 13_000]
+        expected = [ours.encode(text) for text in texts]
+        assert ours.encode_batch(texts) == expected == ours.encode_batch(texts, workers=2)
+        assert ours.encode_batch([]) == []
+        assert ours.encode_batch([END], allowed_special="all") == [[698]]
+        with pytest.raises(ValueError, match="texts"):
+            ours.encode_batch("one text")
+
+    def test_pickle(self, ours: BPETokenizer) -> None:
+        ours.encode("fill the cache")
+        copy = pickle.loads(pickle.dumps(ours))
+        assert copy == ours and copy.encode(TEXTS[0]) == ours.encode(TEXTS[0]) and repr(copy)
+
+
+class TestSpecialTokens:
+    def test_ordinary_unless_allowed(self, ours: BPETokenizer) -> None:
+        text = f"a{END}b<|pad|>"
+        assert not {698, 699} & set(ours.encode(text))
+        assert ours.encode(text, allowed_special="all") == [97, 698, 98, 699]
+        assert ours.encode(text, allowed_special=["<|pad|>"])[-1] == 699
+        assert 698 not in ours.encode(text, allowed_special={"<|pad|>"})
+        assert ours.encode(END * 3, allowed_special="all") == [698] * 3
+
+    def test_longest_first(self) -> None:
+        tokenizer = train_bpe(["x"], 300, special_tokens=["<a>", "<a><b>", "<b>", "b><"])
+        ids = tokenizer.special_tokens
+        assert tokenizer.encode("<a><b><b>", allowed_special="all") == [ids["<a><b>"], ids["<b>"]]
+        assert tokenizer.encode("<a><b>", allowed_special=["<a>", "<b>"]) == [
+            ids["<a>"],
+            ids["<b>"],
+        ]
+
+    def test_longest_first_as_tokenizers(self, tmp_path: Path) -> None:
+        tokenizer = train_bpe(TEXTS, 400, special_tokens=["<a>", "<a><b>", "<b>", "b><", "é é"])
+        tokenizer.save(tmp_path / "t.json")
+        theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+        for text in ("<a><b><b>", "<a><a><b>b><", "x<b><a> é é é", "b><b>"):
+            assert tokenizer.encode(text, allowed_special="all") == theirs.encode(text).ids
+
+    @pytest.mark.parametrize("allowed", ["<|pad|>", ["<|none|>"], ["all"], ""])
+    def test_unknown(self, ours: BPETokenizer, allowed: Any) -> None:
+        with pytest.raises((ValueError, TypeError), match="allowed_special"):
+            ours.encode("a", allowed_special=allowed)
+
+    def test_decoding(self, ours: BPETokenizer) -> None:
+        assert ours.decode([97, 698]) == f"a{END}"
+        assert ours.decode([97, 698], skip_special_tokens=True) == "a"
+        assert "".join(ours.decode_stream([97, 698, 98], skip_special_tokens=True)) == "ab"
+
+
+class TestDecoding:
+    @given(st.lists(st.integers(0, 699)))
+    def test_stream_gives_the_whole(self, ours: BPETokenizer, ids: list[int]) -> None:
+        assert "".join(ours.decode_stream(iter(ids))) == ours.decode(ids)
+
+    def test_stream_waits_for_whole_characters(self, ours: BPETokenizer) -> None:
+        data = list("a🙂é".encode())
+        assert list(ours.decode_stream(data)) == ["a", "🙂", "é"]
+        assert list(ours.decode_stream(data[:3])) == ["a", "�"]
+
+    def test_arrays_and_tensors(self, ours: BPETokenizer) -> None:
+        ids = ours.encode(TEXTS[0])
+        assert ours.decode(np.array(ids, dtype=np.uint16)) == TEXTS[0]
+        assert ours.decode(torch.tensor(ids)) == TEXTS[0]
+        assert ours.decode([]) == "" == "".join(ours.decode_stream([]))
+
+    @pytest.mark.parametrize("bad", [-1, 700, 10**12])
+    def test_ids_out_of_range(self, ours: BPETokenizer, bad: int) -> None:
+        with pytest.raises(ValueError, match=rf"below 700, got {bad} at index 1"):
+            ours.decode([97, bad])
+        stream = ours.decode_stream([97, bad])
+        assert next(stream) == "a"
+        with pytest.raises(ValueError, match="at index 1"):
+            next(stream)
+
+
+class TestStreaming:
+    @settings(max_examples=150)
+    @given(text=MIXED, data=st.data())
+    def test_the_same_ids_wherever_it_is_cut(
+        self, ours: BPETokenizer, gpt2: BPETokenizer, text: str, data: st.DataObject
+    ) -> None:
+        places = data.draw(st.lists(st.integers(0, len(text))).map(sorted))
+        pieces = [text[a:b] for a, b in pairwise([0, *places, len(text)])]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_STREAM_SIZE", 1)
+            for tokenizer in (ours, gpt2):
+                for allowed in ((), "all"):
+                    streamed = tokenizer.encode_iterable(pieces, allowed_special=allowed)
+                    assert list(streamed) == tokenizer.encode(text, allowed_special=allowed)
+
+    @settings(max_examples=150)
+    @given(
+        pieces=st.lists(st.text("aé' \n\t.1<>\u0301字。/", max_size=4), max_size=12),
+        pattern=st.sampled_from([GPT2_PATTERN, GPT4_PATTERN, module._LLAMA3_PATTERN, r"\S+\s*"]),
+    )
+    def test_every_pattern(self, pieces: list[str], pattern: str) -> None:
+        special = {"<a>": 256, "<": 257, "<a><a>": 258, "> ": 259}
+        del special["<"]
+        vocabulary = {i: bytes([i]) for i in range(256)}
+        merges = [(b" ", b" "), (b" ", b"\n"), (b" \n", b" "), (b" ", b"a"), (b"\n", b"\n")]
+        more = {300 + i: a + b for i, (a, b) in enumerate(merges)}
+        tokenizer = BPETokenizer(vocabulary | more, merges, special_tokens=special, pattern=pattern)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_STREAM_SIZE", 1)
+            for allowed in ((), ("<a>",), "all"):
+                streamed = list(tokenizer.encode_iterable(pieces, allowed_special=allowed))
+                assert streamed == tokenizer.encode("".join(pieces), allowed_special=allowed)
+
+    def test_surrogate_pairs_are_joined(self, ours: BPETokenizer) -> None:
+        assert list(ours.encode_iterable(["a\ud83d", "\ude42"])) == ours.encode("a🙂")
+        assert list(ours.encode_iterable(["a\ud83d", "", "b", "\ud83d"])) == ours.encode("a�b�")
+
+    def test_lazy_and_in_constant_memory(self, ours: BPETokenizer) -> None:
+        taken = 0
+
+        def endless() -> Iterable[str]:
+            nonlocal taken
+            while True:
+                taken += 1
+                yield "The baker's oven wasn't hot. "
+
+        ids = iter(ours.encode_iterable(endless()))
+        for _ in range(100_000):
+            next(ids)
+        assert taken < 20_000
+
+    def test_a_run_without_a_safe_place(self, ours: BPETokenizer) -> None:
+        start = time.perf_counter()
+        ids = list(ours.encode_iterable("ab" * 50 for _ in range(4_000)))
+        assert ids == ours.encode("ab" * 200_000)
+        assert time.perf_counter() - start < 20
+
+    def test_one_text_is_refused(self, ours: BPETokenizer) -> None:
+        with pytest.raises(ValueError, match="use encode"):
+            list(ours.encode_iterable("text"))
+
+
+BYTES = {i: bytes([i]) for i in range(256)}
+
+
+class TestVocabulary:
+    def test_any_order_of_ids(self) -> None:
+        ids = random.Random(0).sample(range(1000), 258)
+        tokens = [*BYTES.values(), b"ab", b"abc"]
+        tokenizer = BPETokenizer(
+            dict(zip(ids, tokens, strict=True)),
+            [(b"a", b"b"), (b"ab", b"c")],
+            special_tokens={"<s>": 1000},
+        )
+        assert tokenizer.encode("abcab") == [ids[257], ids[256]]
+        assert tokenizer.vocab_size == 1001
+        assert tokenizer.decode(tokenizer.encode("schön")) == "schön"
+
+    def test_ignore_merges(self, tmp_path: Path) -> None:
+        vocabulary = BYTES | {256: b"bc", 257: b"abc", 258: b"ab"}
+        merges = [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c")]
+        plain = BPETokenizer(vocabulary, merges)
+        ignoring = BPETokenizer(vocabulary, merges, ignore_merges=True)
+        assert plain.encode("abc") == [97, 256] and ignoring.encode("abc") == [257]
+        for tokenizer in (plain, ignoring):
+            tokenizer.save(tmp_path / "t.json")
+            theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+            assert BPETokenizer.load(tmp_path / "t.json") == tokenizer
+            for text in ("abc", "abcabc", "ab bc c"):
+                assert tokenizer.encode(text) == theirs.encode(text).ids
+
+    @pytest.mark.parametrize(
+        ("vocabulary", "merges", "options", "message"),
+        [
+            ({i: bytes([i]) for i in range(255)}, [], {}, "0xff is missing"),
+            ({}, [], {}, "0x00 is missing"),
+            (BYTES | {256: b"a"}, [], {}, "different"),
+            (BYTES | {256: b""}, [], {}, "non-empty"),
+            (BYTES | {-1: b"ab"}, [], {}, "ids from 0 on, got -1"),
+            (BYTES, [(b"a", b"b")], {}, "b'ab' is not in the vocabulary"),
+            (BYTES | {256: b"abc"}, [(b"ab", b"c")], {}, "b'ab' is not"),
+            (BYTES | {256: b"ab"}, [(b"a", b"b")] * 2, {}, "each pair once"),
+            (BYTES, [], {"special_tokens": {"<s>": 5}}, "ids of their own, got 5"),
+            (BYTES, [], {"special_tokens": {"<s>": 300, "<t>": 300}}, "got 300"),
+            (BYTES | {256: b"ab"}, [], {"special_tokens": {"ab": 300}}, "ordinary token already"),
+            (BYTES, [], {"special_tokens": {"": 300}}, "non-empty"),
+            (BYTES, [], {"pattern": "(a)"}, "groups"),
+        ],
+    )
+    def test_bad_vocabularies(
+        self, vocabulary: Any, merges: Any, options: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            BPETokenizer(vocabulary, merges, **options)
+
+    def test_truncated(self) -> None:
+        large = train_bpe(TEXTS, 500, special_tokens=["<a>", "<b>"])
+        small = train_bpe(TEXTS, 300, special_tokens=["<a>", "<b>"])
+        assert large.truncated(300) == small and large.truncated(500) == large
+        assert large.truncated(258).merges == []
+        with pytest.raises(ValueError, match="vocab_size"):
+            large.truncated(257)
+        with pytest.raises(ValueError, match="order of training"):
+            BPETokenizer(BYTES | {300: b"ab"}, [(b"a", b"b")]).truncated(256)
+
+    def test_cannot_be_changed(self, ours: BPETokenizer) -> None:
+        ours.merges.clear()
+        ours.special_tokens.clear()
+        assert ours.merges and ours.special_tokens
+        with pytest.raises(TypeError):
+            ours.vocabulary[0] = b"x"  # type: ignore[index]
+
+
+class TestTiktoken:
+    def test_vocabularies_that_it_cannot_use(self) -> None:
+        falling = BPETokenizer(BYTES | {256: b"cd", 257: b"ab"}, [(b"a", b"b"), (b"c", b"d")])
+        with pytest.raises(ValueError, match="rise"):
+            falling.to_tiktoken()
+        merges = [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c")]
+        dead = BPETokenizer(BYTES | {256: b"bc", 257: b"ab", 258: b"abc"}, merges)
+        with pytest.raises(ValueError, match="merges make, got b'abc'"):
+            dead.to_tiktoken()
+        early = BPETokenizer(BYTES | {256: b"abc", 257: b"ab"}, [(b"ab", b"c"), (b"a", b"b")])
+        with pytest.raises(ValueError, match="rise"):
+            early.to_tiktoken()
+
+
+class TestSavedFiles:
+    def test_round_trip(self, ours: BPETokenizer, gpt2: BPETokenizer, tmp_path: Path) -> None:
+        for tokenizer in (ours, gpt2):
+            tokenizer.save(tmp_path / "tokenizer.json")
+            assert BPETokenizer.load(tmp_path / "tokenizer.json") == tokenizer
+            tokenizer.save_gpt2(tmp_path / "folder")
+            again = BPETokenizer.load_gpt2(tmp_path / "folder", pattern=tokenizer.pattern)
+            assert again == tokenizer
+        assert not list(tmp_path.glob("**/*.part"))
+
+    @pytest.mark.parametrize("pattern", [None, GPT4_PATTERN, module._LLAMA3_PATTERN])
+    def test_trained_by_tokenizers(self, tmp_path: Path, pattern: str | None) -> None:
+        theirs = tokenizers.Tokenizer(models.BPE())
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+        theirs.pre_tokenizer = byte_level
+        if pattern:
+            split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+            theirs.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+        theirs.decoder = tokenizers.decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=600,
+            special_tokens=[END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        theirs.train_from_iterator(TEXTS * 3, trainer)
+        theirs.save(str(tmp_path / "theirs.json"))
+        ours = BPETokenizer.load(tmp_path / "theirs.json")
+        assert ours.special_tokens == {END: 0}
+        for text in TEXTS:
+            assert ours.encode(text, allowed_special="all") == theirs.encode(text).ids
+        assert ours.encode(TEXTS[5]) == ours.to_tiktoken().encode_ordinary(TEXTS[5])
+        ours.save(tmp_path / "ours.json")
+        again = tokenizers.Tokenizer.from_file(str(tmp_path / "ours.json"))
+        for text in TEXTS:
+            assert again.encode(text).ids == theirs.encode(text).ids
+        theirs.model.save(str(tmp_path))
+        ours.save_gpt2(tmp_path / "gpt2")
+        names = [str(tmp_path / "gpt2" / name) for name in ("vocab.json", "merges.txt")]
+        again.model = models.BPE.from_file(*names)
+        for text in TEXTS:
+            assert again.encode(text).ids == theirs.encode(text).ids
+        if pattern is None:
+            same = BPETokenizer.load_gpt2(tmp_path)
+            assert same.encode(TEXTS[0]) == ours.encode(TEXTS[0])
+
+    def test_merges_as_text(self, ours: BPETokenizer, tmp_path: Path) -> None:
+        path = tmp_path / "tokenizer.json"
+        ours.save(path)
+        data = json.loads(path.read_text(encoding="utf-8"))
+        data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"]]
+        del data["pre_tokenizer"]["pretokenizers"][0]["invert"]
+        path.write_text(json.dumps(data), encoding="utf-8")
+        assert BPETokenizer.load(path) == ours
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"normalizer": {"type": "NFC"}}, "normalizer: expected none, got NFC"),
+            ({"truncation": {"max_length": 5}}, "truncation"),
+            ({"padding": {"strategy": "BatchLongest"}}, "padding"),
+            ({"decoder": {"type": "WordPiece"}}, "decoder: expected ByteLevel, got WordPiece"),
+            ({"decoder": None}, "decoder"),
+            ({"pre_tokenizer": None}, "pre_tokenizer"),
+            ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+            ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "prefix space"),
+            ({"model": {"type": "WordPiece"}}, "expected BPE, got WordPiece"),
+            ({"model": {"dropout": 0.1}}, "dropout"),
+            ({"model": {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
+            ({"model": {"merges": ["a b c"]}}, "expected pairs"),
+            ({"model": {"merges": [["日", "本"]]}}, "byte alphabet"),
+            ({"model": {"merges": 5}}, "not a tokenizer's file"),
+            ({"model": {"vocab": {}}}, "is missing"),
+            ({"model": None}, "not a tokenizer's file"),
+            ({"added_tokens": [{"id": 900, "content": "<m>", "lstrip": True}]}, "'<m>' has lstrip"),
+            ({"added_tokens": [{"id": 97, "content": "<m>"}]}, "got 97 again"),
+        ],
+    )
+    def test_what_cannot_be_honored_is_named(
+        self, ours: BPETokenizer, tmp_path: Path, change: dict[str, Any], message: str
+    ) -> None:
+        path = tmp_path / "tokenizer.json"
+        ours.save(path)
+        data = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in change.items():
+            data[key] = data[key] | value if key == "model" and value else value
+        path.write_text(json.dumps(data), encoding="utf-8")
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            BPETokenizer.load(path)
+        assert "tokenizer.json" in str(error.value)
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "5", "null", "{}", '{"model": 3}', "\x00"])
+    def test_files_of_another_kind(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "vocab.json").write_text(text, encoding="utf-8")
+        (tmp_path / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+        for load in (
+            lambda: BPETokenizer.load(tmp_path / "vocab.json"),
+            lambda: BPETokenizer.load_gpt2(tmp_path),
+        ):
+            with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+                load()
+
+    def test_files_cut_off(self, ours: BPETokenizer, tmp_path: Path) -> None:
+        path = tmp_path / "tokenizer.json"
+        ours.save(path)
+        path.write_bytes(path.read_bytes()[:-3000])
+        with pytest.raises(ValueError, match=r"tokenizer\.json"):
+            BPETokenizer.load(path)
+        path.write_bytes(b"\xff\xfe{}")
+        with pytest.raises(ValueError, match=r"tokenizer\.json"):
+            BPETokenizer.load(path)
+        with pytest.raises(FileNotFoundError):
+            BPETokenizer.load(tmp_path / "none.json")
+        ours.save_gpt2(tmp_path)
+        merges = tmp_path / "merges.txt"
+        merges.write_bytes(merges.read_bytes()[:-2])
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+            BPETokenizer.load_gpt2(tmp_path)
+
+    def test_patterns_that_mean_something_else_there(self, tmp_path: Path) -> None:
+        tokenizer = train_bpe(["ab"], 300, pattern=r"\p{N}{1,3}+|.")
+        with pytest.raises(ValueError, match="possessive"):
+            tokenizer.save(tmp_path / "tokenizer.json")
+
+    def test_names_that_collide_in_files(self, tmp_path: Path) -> None:
+        tokenizer = train_bpe([" t" * 5], 300, special_tokens=["Ġt"])
+        with pytest.raises(ValueError, match="'Ġt'"):
+            tokenizer.save(tmp_path / "tokenizer.json")
