@@ -2454,4 +2454,5 @@ shutil.rmtree(folder)
 #
 # **Further reading.** Penedo and colleagues {cite}`penedo2024fineweb` document every step from
 # crawl to corpus and measure each by training models; Raffel and colleagues
-# {cite}`raffel2020exploring` list C4's rules. Next, chapter 03 takes up the list.
+# {cite}`raffel2020exploring` list C4's rules. Next, {doc}`03_cleaning` takes up
+# the list.

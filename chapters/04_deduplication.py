@@ -5,16 +5,15 @@
 # > square, and keep the best of each.
 #
 # In one collection of web pages, a single English sentence of 61 words occurs more than 60,000
-# times {cite}`lee2022deduplicating`. A model that reads a sentence that often learns it by
-# heart. The same study found that models trained on deduplicated text emit memorized text ten
-# times less often, reach the same accuracy in fewer steps, and are tested more honestly, since
-# copies of training text sit in the usual validation sets, too.
+# times {cite}`lee2022deduplicating`. Models learn such text by heart. The same study found that
+# models trained on deduplicated text emit memorized text ten times less often and reach the same
+# accuracy in fewer steps. They are also tested more honestly, since the usual validation sets
+# contain copies of training text.
 #
 # Exact copies are easy. The hard ones differ in a year, a name, a comma: license headers,
 # generated files, the same notice by another company. To find those one would compare all pairs,
-# and a million documents have half a trillion of them. This chapter builds the way around it,
-# from a proof of five lines to an index on disk, and runs it on the text of your own
-# installation.
+# and a million documents have half a trillion. This chapter builds the way around it and runs it
+# on the text of your own installation.
 #
 # | | |
 # |---|---|
@@ -30,13 +29,11 @@
 import json
 import math
 import unicodedata
-import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
@@ -48,7 +45,7 @@ from typing import Any
 # %%
 #| export
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int64, Shaped, UInt32, UInt64
+from jaxtyping import Bool, Float, Float64, Int64, Shaped, UInt, UInt32, UInt64
 
 from llmbook.corpus import Document, _check_at_least, _in_order, _whole_file
 
@@ -67,14 +64,13 @@ plt.style.use("llmbook.book")
 packages = ["stdlib", "numpy", "matplotlib", "scikit-learn", "datasets", "pyarrow"]
 corpus = list(read_installed_docs(packages))
 size = sum(len(document.text) for document in corpus)
-print("more than 35,000 documents, 9 million characters:", len(corpus) > 35e3, size > 9e6)
+print("more than 35,000 documents, 9 million characters:", len(corpus) > 35e3 and size > 9e6)
 
 # %% [markdown]
 # ## Exact duplicates
 #
 # Two texts that differ only in case, in white space, or in how Unicode writes the same character
-# are the same for our purpose. So we bring each into a **canonical** form first, and compare
-# those.
+# are the same for our purpose. So we bring each into a **canonical** form first.
 
 
 # %%
@@ -89,8 +85,8 @@ def canonical_text(text: str) -> str:
 
 
 # %% [markdown]
-# Whoever may pass texts or documents will once pass a single text, whose characters Python would
-# take for the documents. That mistake gets an error that names it.
+# A single text passed where several are expected would be taken for a list of one-letter
+# documents. That mistake gets an error that names it.
 
 
 # %%
@@ -109,18 +105,17 @@ def _texts(documents: Iterable[Document | str]) -> Iterator[str]:
 
 
 # %% [markdown]
-# To hold every text in a dictionary would take as much memory as the corpus. A **hash** of 128
-# bits stands for it. How likely is it that among $N$ different texts two share a hash of $m$
-# bits? There are $N(N-1)/2$ pairs, each agrees with probability $2^{-m}$, and the probability of
-# a union is at most the sum:
+# To keep every text would take as much memory as the corpus. A **hash** of 128 bits stands for it.
+# How likely is it that among $N$ different texts two share a hash of $m$ bits? There are
+# $N(N-1)/2$ pairs, each agrees with probability $2^{-m}$, and the probability of a union is at
+# most the sum:
 #
 # $$
 # P(\text{any two of } N \text{ agree}) \le \frac{N^2}{2} \, 2^{-m} .
 # $$ (dedup-birthday)
 #
-# For a billion documents that is 3 % with 64 bits, and less than $10^{-20}$ with 128. A text
-# from elsewhere may contain half of a surrogate pair, which UTF-8 cannot write; `surrogatepass`
-# writes it anyhow, and a hash does not mind.
+# For a billion documents that is 3 % with 64 bits, and less than $10^{-20}$ with 128. (Half of a
+# surrogate pair, which UTF-8 cannot write, is written by `surrogatepass`.)
 
 
 # %%
@@ -154,21 +149,20 @@ print(f"they hold less than 5 % of the text: {text_share < 0.05}")
 print(f"the largest group has more than 200 members: {max(map(len, groups)) > 200}")
 
 # %% [markdown]
-# About one document in eleven is a copy, and mostly a short one, such as a comment of three
-# words above each of a hundred generated tables. From here on we look at what is left.
+# About one document in eleven is a copy, mostly a short one. From here on we look at what is left.
 #
 # ## Near duplicates: which texts are alike?
 #
-# We need a number for "nearly the same" that does not fall to zero when a word is inserted at
-# the front. Broder {cite}`broder1997resemblance` cuts a text into **shingles**, all runs of $n$
-# consecutive words, which overlap like the shingles of a roof, and compares the *sets* $A$ and
-# $B$ of shingles of two texts by their **Jaccard similarity**
+# We need a number for "nearly the same" that does not fall to zero when a word is inserted at the
+# front. Broder {cite}`broder1997resemblance` cuts a text into **shingles**, all runs of $n$
+# consecutive words, which overlap like the shingles of a roof. He compares the *sets* $A$ and $B$
+# of shingles of two texts by their **Jaccard similarity**
 #
 # $$
 # J(A, B) = \frac{|A \cap B|}{|A \cup B|} .
 # $$ (dedup-jaccard)
 #
-# It is 1 for equal sets, 0 for disjoint ones. For two empty sets it is $0/0$; we call that 1,
+# It is 1 for equal sets and 0 for disjoint ones. Two empty sets would give $0/0$; we call that 1,
 # since two empty documents are the same.
 
 
@@ -184,14 +178,15 @@ def jaccard(
     >>> jaccard({1, 2, 3}, {2, 3, 4})
     0.5
     """
+    if isinstance(a, str | bytes) or isinstance(b, str | bytes):
+        raise ValueError("a, b: expected sets or arrays, got a text; cut it by shingles first")
     first, second = (set(s.tolist()) if isinstance(s, np.ndarray) else set(s) for s in (a, b))
     union = first | second
     return len(first & second) / len(union) if union else 1.0
 
 
 # %% [markdown]
-# The naive version of shingles is a set of tuples. A text of fewer than $n$ words is one
-# shingle, the whole of it.
+# Shingles as a set of tuples; a text of fewer than $n$ words is one shingle, the whole of it:
 
 
 # %%
@@ -207,22 +202,22 @@ print(f"{len(word_ngrams(recipe))} shingles; similarity {similarity:.2f} after a
 
 # %% [markdown]
 # One word of eighteen was changed, and more than half of the similarity is gone. Why? A word in
-# the middle is part of $n$ shingles. If the text has $s$ different ones, the edit destroys $n$
-# and creates $n$: the intersection has $s - n$ elements, the union $s + n$, and
+# the middle is part of $n$ shingles. If the text has $m$ different ones, the edit destroys $n$ and
+# creates $n$. The intersection then has $m - n$ elements, the union $m + n$, and
 #
 # $$
-# J = \frac{s - n}{s + n} .
+# J = \frac{m - n}{m + n} .
 # $$ (dedup-edit)
 #
-# Here $s = 14$ and $n = 5$ give $9/19 \approx 0.47$. Solved for $s$: to be similar to degree $J$
-# after one edit inside, a text needs $s \ge n\,(1+J)/(1-J)$ shingles. At $n = 5$ and $J = 0.8$
-# that is 45, or 49 words. By this measure **a short text has hardly any near duplicates, only
-# exact ones**, and most documents of our corpus are short. A smaller $n$ forgives more, but then
-# any two texts share something: at $n = 1$, the commonest words of the language. Word 5-grams
-# are the custom for documents {cite}`lee2022deduplicating,penedo2024fineweb`.
+# Here $m = 14$ and $n = 5$ give $9/19 \approx 0.47$. To be similar to degree $J$ after one edit
+# inside, a text needs $m \ge n\,(1+J)/(1-J)$ shingles. At $n = 5$ and $J = 0.8$ that is 45, or 49
+# words. By this measure **a short text has hardly any near duplicates, only exact ones**, and most
+# documents of our corpus are short. A smaller $n$ forgives more, but then any two texts share
+# something: at $n = 1$, the commonest words of the language. Word 5-grams are the custom for
+# documents {cite}`lee2022deduplicating,penedo2024fineweb`.
 #
-# What is a word? An obvious answer, letters and digits with all punctuation ignored, fails on
-# real text. Python documents its operators in one line each:
+# What is a word? Letters and digits, with all punctuation ignored? Python documents its operators
+# in one line each:
 
 # %%
 import operator
@@ -237,19 +232,18 @@ print(f"{len(lines)} different documents; without punctuation: {len(without)}")
 #
 # ### Shingles as numbers
 #
-# A tuple of five strings takes hundreds of bytes and must be compared piece by piece. We want a
-# number for each shingle, for a whole batch of texts at once, without a loop over words. Let a
-# word be the bytes $c_0, c_1, \dots, c_\ell$. Its hash is the polynomial
-# $\sum_k (c_k + 1)\, g^k$ in 64-bit arithmetic, that is, modulo $2^{64}$, with an odd constant
-# $g$. For a word that starts at position $p$ of the batch this is
+# A tuple of five strings takes hundreds of bytes. We want a number for each shingle, for a whole
+# batch of texts at once, without a loop over words. Let a word be the bytes
+# $c_0, c_1, \dots, c_\ell$. Its hash is the polynomial $\sum_k (c_k + 1)\, g^k$ modulo $2^{64}$,
+# with an odd constant $g$. For a word that starts at position $p$ of the batch this is
 #
 # $$
 # g^{-p} \sum_{k} (c_{p+k} + 1)\, g^{p+k} .
 # $$ (dedup-polynomial)
 #
-# An odd number has an inverse modulo $2^{64}$, so $g^{-p}$ exists. The sum is over *absolute*
-# positions, so all words are hashed by one product of arrays, one sum by segments (`reduceat`)
-# and one more product.
+# An odd number has an inverse modulo $2^{64}$, so $g^{-p}$ exists. The powers now belong to
+# *absolute* positions, so all words are hashed by one product of arrays, one sum by segments
+# (`reduceat`) and one more product.
 
 
 # %%
@@ -275,11 +269,9 @@ def _mix64(h: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
 
 
 # %% [markdown]
-# A polynomial keeps traces of its input (words that differ in the first byte differ by a small
-# number). So every hash is scrambled by shifts and products, a mapping that is one to one and
-# whose output bits all depend on all input bits. These hashes are fast and the same on every
-# machine. They are no defense against an enemy who *constructs* collisions; for that, take a
-# keyed cryptographic hash.
+# Words that differ only in the first byte have polynomials that differ by a small number. So every
+# hash is scrambled by shifts and products, a mapping that is one to one. Such hashes are fast, but
+# no defense against an enemy who *constructs* collisions; that takes a keyed cryptographic hash.
 
 
 # %%
@@ -307,10 +299,10 @@ def _unit_hashes(
 
 
 # %% [markdown]
-# The same trick again makes $n$-grams of words: the hash of a shingle is
-# $\sum_{j<n} h_{i+j}\, g^j$, computed for all positions $i$ by $n$ additions of shifted arrays.
-# Windows that reach over the end of a document are dropped. A document of fewer than $n$ words
-# is padded with zeros and so becomes one shingle.
+# The hash of a shingle is $\sum_{j<n} h_{i+j}\, g^j$ over the hashes $h$ of its words, for all
+# positions $i$ at once by $n$ additions of shifted arrays. Windows that reach over the end of a
+# document are dropped. A document of fewer than $n$ words is padded with zeros and so becomes one
+# shingle.
 
 
 # %%
@@ -363,8 +355,8 @@ def shingles(text: str, n: int = 5, unit: str = "word") -> UInt64[np.ndarray, " 
 
 
 # %% [markdown]
-# Numbers and tuples must tell the same story, on all pairs of 200 documents and on texts made to
-# be difficult: none, white space, half a surrogate pair, a line of a million characters.
+# Numbers and tuples must give the same similarities, on all pairs of 200 documents and on
+# difficult texts: none, white space, half a surrogate pair, a line of a million characters.
 
 # %%
 from itertools import combinations
@@ -380,15 +372,14 @@ print("shingles of the last three:", [len(s) for s in numbers[-3:]])
 # %% [markdown]
 # ## MinHash: a sample that two documents take without talking
 #
-# All pairs are out of the question. Forty thousand documents have 800 million pairs; at ten
-# microseconds for each that is more than two hours, and a corpus of a billion documents would
-# take a hundred thousand years. So two things must become cheap: one comparison, and the number
-# of comparisons. First the one.
+# Forty thousand documents have 800 million pairs; at ten microseconds each that is more than two
+# hours, and a billion documents would take a hundred thousand years. So we need cheaper
+# comparisons, and fewer. First, cheaper ones.
 #
-# If we could draw elements of $A \cup B$ at random, the share of those that lie in both sets
-# would estimate $J$. But a document must be summarized before it meets the other one. The idea
-# of MinHash: let everyone use the *same* random order of all possible shingles, and let each
-# document report which of its shingles comes **first** ({numref}`fig-deduplication-minhash`).
+# Of elements drawn from $A \cup B$ at random, the share that lies in both sets would estimate $J$.
+# But a document must be summarized before it meets the other one. The idea of MinHash: let
+# everyone use the *same* random order of all possible shingles, and let each document report which
+# of its shingles comes **first** ({numref}`fig-deduplication-minhash`).
 #
 # ```{figure} ../figures/deduplication-minhash.svg
 # :name: fig-deduplication-minhash
@@ -405,16 +396,16 @@ print("shingles of the last three:", [len(s) for s in numbers[-3:]])
 # P\bigl(\min \pi(A) = \min \pi(B)\bigr) = J(A, B) .
 # $$ (dedup-minhash)
 #
-# **Proof.** Let $x$ be the element of $A \cup B$ for which $\pi(x)$ is smallest. Every element
-# of $A \cup B$ is equally likely to be $x$: exchanging the values of $\pi$ at two elements maps
-# the permutations for which the one is first one to one onto those for which the other is. It
-# remains to show that the two minima are equal exactly if $x \in A \cap B$. If $x$ is in both,
-# $\pi(x)$ is the minimum of both. Conversely, if the minima are equal, then, as $\pi$ takes each
-# value once, the same element attains both. It lies in $A$ and in $B$, and no element of the
-# union comes before it, so it is $x$. Of the $|A \cup B|$ elements that are equally likely to be
-# $x$, $|A \cap B|$ lie in both. $\blacksquare$
+# **Proof.** Let $x$ be the element of $A \cup B$ for which $\pi(x)$ is smallest. Every element of
+# $A \cup B$ is equally likely to be $x$: exchanging the values of $\pi$ at two elements maps the
+# permutations for which the one is first one to one onto those for which the other is. It remains
+# to show that the two minima are equal exactly if $x \in A \cap B$. If $x$ is in both, $\pi(x)$ is
+# the minimum of both. Conversely, if the minima are equal, then, as $\pi$ takes each value once,
+# the same element attains both. It lies in $A$ and in $B$, and no element of the union comes
+# before it, so it is $x$. Of the $|A \cup B|$ elements that are equally likely to be $x$,
+# $|A \cap B|$ lie in both. $\blacksquare$
 #
-# With five elements one can try all 120 orders. The theorem then says something about a count:
+# With five elements one can try all 120 orders:
 
 # %%
 from itertools import permutations
@@ -426,10 +417,10 @@ print(f"{sum(agree)} of {len(agree)} orders agree; J = {jaccard(A, B)}")
 # %% [markdown]
 # ### How many permutations?
 #
-# One permutation gives one bit: agreed or not. Take $k$ independent ones; the minima of a
-# document are its **signature**. Estimate $J$ by the share $\hat J$ of positions at which two
-# signatures agree. Each agreement $Z_i$ is 1 with probability $J$, so it has mean $J$ and
-# variance $\mathbb{E}[Z_i^2] - J^2 = J - J^2$. The mean of $k$ independent ones has
+# One permutation gives one bit: agreed or not. Take $k$ independent ones; the minima of a document
+# are its **signature**. Estimate $J$ by the share $\hat J$ of positions at which two signatures
+# agree. Each agreement $Z_i$ is 1 with probability $J$, else 0, so it has mean $J$ and variance
+# $\mathbb{E}[Z_i^2] - J^2 = J - J^2$. The mean of $k$ independent ones has
 #
 # $$
 # \mathbb{E}[\hat J] = J, \qquad
@@ -437,29 +428,28 @@ print(f"{sum(agree)} of {len(agree)} orders agree; J = {jaccard(A, B)}")
 # $$ (dedup-variance)
 #
 # The error depends neither on the length of the documents nor on how many there are. For a
-# standard error $\varepsilon$ one needs $k = J(1-J)/\varepsilon^2$ permutations; 128 give
-# $0.035$ at $J = 0.8$, and never more than $0.045$. To halve the error costs four times as much.
+# standard error $\varepsilon$ one needs $k = J(1-J)/\varepsilon^2$ permutations; 128 give $0.035$
+# at $J = 0.8$, and never more than $0.045$. To halve the error costs four times as much.
 #
 # ### Permutations that a computer can afford
 #
-# A table for a random permutation of 32-bit numbers takes 16 GB, and we want 128. Nor is there a
-# small family of permutations that is as good: one for which every element of every set of up to
-# $m$ numbers is equally likely to come first must have at least
-# $\operatorname{lcm}(1, \dots, m)$ members, which grows about like $e^m$
-# {cite}`broder2000minwise`. So one gives up exactness. The usual choice, from the universal
-# hashing of Carter and Wegman {cite}`carter1979universal`, are linear functions; here
+# A table for a random permutation of 32-bit numbers takes 16 GB, and we want 128. Is there a
+# smaller family that is as good? If each element of a set of $m$ is first in equally many
+# permutations of a family, $m$ divides the size of the family. If that holds for all sets of up to
+# $m$ elements, the size is a multiple of $\operatorname{lcm}(1, \dots, m)$, which grows about like
+# $e^m$ {cite}`broder2000minwise`. So one gives up exactness. The usual choice are linear
+# functions, as in universal hashing {cite}`carter1979universal`; here
 #
 # $$
-# \pi_i(x) = a_i x + b_i \bmod 2^{32}, \qquad a_i \text{ odd}.
+# \pi_i(x) = a_i x + c_i \bmod 2^{32}, \qquad a_i \text{ odd}.
 # $$ (dedup-affine)
 #
-# An odd $a$ has an inverse modulo $2^{32}$, so this *is* a permutation: no two shingles collide
-# in it. But it is one of $2^{63}$, out of $2^{32}!$, and it keeps patterns. For a set without
-# structure linear permutations are good enough: averaged over sets of $m$ elements, the
-# likeliest element comes first with probability $1/m$ up to a term of order
-# $(\log m)^3 / m^{3/2}$ {cite}`bohman2000minwise` (shown for a prime modulus). For a set with
-# structure they are not. We try the intervals $\{0, \dots, 999\}$ and $\{500, \dots, 1499\}$, as
-# they are and after scrambling.
+# An odd $a$ has an inverse modulo $2^{32}$, so this *is* a permutation: no two shingles collide in
+# it. But it is one of $2^{63}$, out of $2^{32}!$, and it keeps patterns. For an average set linear
+# permutations are good enough: the likeliest of $m$ elements comes first with probability $1/m$ up
+# to a term of order $(\log m)^3 / m^{3/2}$ {cite}`bohman2000minwise` (shown for a prime modulus,
+# averaged over random sets). For a set with structure they are not. We try the intervals
+# $\{0, \dots, 999\}$ and $\{500, \dots, 1499\}$, as they are and after scrambling.
 
 
 # %%
@@ -488,91 +478,63 @@ for name, scramble in (("as they are", lambda h: h), ("scrambled", _mix32)):
 
 # %% [markdown]
 # With 20,000 draws the standard error is $0.003$: without scrambling the estimate is wrong, by a
-# sixth. Shingles are hashed and scrambled before they get here, so theirs is the harmless case;
-# the mixing costs one operation for each shingle, not for each permutation, and makes it
-# harmless for any input. We measure below that it is.
+# sixth. Scrambling costs one operation for each shingle, not for each permutation, and turns any
+# input into the harmless case, as we measure below.
 #
 # ### All signatures in one pass
 #
-# The naive loop goes over documents, and for each over its shingles and permutations. NumPy
-# wants long arrays, and documents are short. So we lay the shingles of many documents end to end
-# in one array $x$. For each permutation, $a_i x + b_i$ is two operations on the whole array
+# NumPy wants long arrays, and documents are short. So we lay the shingles of many documents end to
+# end in one array $x$. For each permutation, $a_i x + c_i$ is two operations on the whole array
 # (unsigned 32-bit numbers overflow, which *is* the modulus), and `np.minimum.reduceat` takes the
-# minimum of each document's segment. The array is cut into blocks of 65,536 numbers, 256 kB,
-# that stay in the processor's cache while all 128 permutations pass over them. A block may end
-# inside a document; its minimum is then taken again with that of the next block.
+# minimum of each document's segment. The array is cut into blocks of 65,536 numbers, 256 kB, that
+# stay in the processor's cache while all 128 permutations pass over them. A block may end inside a
+# document; its minimum is then taken again with that of the next block.
 
 
 # %%
 #| export
+_Signatures = UInt32[np.ndarray, "documents permutations"]
+
+
 def _minima(
     x: UInt32[np.ndarray, " shingles"],
     sizes: Int64[np.ndarray, " documents"],
-    a: UInt32[np.ndarray, " permutations"],
-    b: UInt32[np.ndarray, " permutations"],
+    factors: UInt32[np.ndarray, " permutations"],
+    shifts: UInt32[np.ndarray, " permutations"],
     block: int = 1 << 16,
-) -> UInt32[np.ndarray, "documents permutations"]:
-    """Return the minimum of ``a * x + b`` modulo 2**32 over the ``sizes[d]`` numbers of document d.
+) -> _Signatures:
+    """Return the least ``factor * x + shift`` modulo 2**32 over the next ``sizes[d]`` of ``x``.
 
     Documents without any get 2**32 - 1 everywhere, the minimum of nothing.
     """
     filled = np.flatnonzero(sizes)
     starts = np.cumsum(sizes[filled]) - sizes[filled]
-    least = np.full((len(a), len(filled)), 0xFFFFFFFF, np.uint32)
+    least = np.full((len(factors), len(filled)), 0xFFFFFFFF, np.uint32)
     values = np.empty(block, np.uint32)
     for begin in range(0, len(x), block):
         part = x[begin : begin + block]
         first = int(np.searchsorted(starts, begin, side="right")) - 1
         last = int(np.searchsorted(starts, begin + len(part)))
         offsets = np.maximum(starts[first:last] - begin, 0)
-        for row, factor, shift in zip(least[:, first:last], a, b, strict=True):
+        for row, factor, shift in zip(least[:, first:last], factors, shifts, strict=True):
             permuted = np.multiply(part, factor, out=values[: len(part)])
             permuted += shift
             np.minimum(row, np.minimum.reduceat(permuted, offsets), out=row)
-    signatures = np.full((len(sizes), len(a)), 0xFFFFFFFF, np.uint32)
+    signatures = np.full((len(sizes), len(factors)), 0xFFFFFFFF, np.uint32)
     signatures[filled] = least.T
     return signatures
 
 
 # %% [markdown]
-# A class holds what two signatures must have in common to be compared: the shingles' kind and
-# the permutations, which a seed determines. We draw them as the library `datasketch` does, so
-# that equal seeds give equal permutations.
+# A class holds what two signatures must have in common to be compared: the kind of shingles, and
+# the seed that determines the permutations. It makes signatures from texts, or from hashes that
+# somebody has.
 
 
 # %%
 #| export
 @dataclass(frozen=True)
-class _Shingling:
-    """What must be equal for two signatures to be compared."""
-
-    n_permutations: int = 128
-    n: int = 5
-    unit: str = "word"
-    seed: int = 1
-
-    def __post_init__(self) -> None:
-        _check_at_least(n_permutations=(1, self.n_permutations), seed=(0, self.seed))
-        _check_shingles(self.n, self.unit)
-        if self.seed >= 2**32:
-            raise ValueError(f"seed: expected less than 2**32, got {self.seed}")
-
-    @cached_property
-    def permutations(self) -> UInt32[np.ndarray, "2 permutations"]:
-        """The factors, all odd, and the shifts of the linear functions."""
-        random = np.random.RandomState(self.seed)  # a frozen generator: same numbers for good
-        halves = random.randint(0, 1 << 31, self.n_permutations, dtype=np.uint32)
-        shifts = random.randint(0, 1 << 32, self.n_permutations, dtype=np.uint32)
-        return np.stack([halves * np.uint32(2) + np.uint32(1), shifts])
-
-
-# %% [markdown]
-# `MinHasher` adds the two ways to get signatures: from hashes that somebody has, and from texts.
-
-
-# %%
-#| export
-class MinHasher(_Shingling):
+class MinHasher:
     """Makes signatures: ``n_permutations`` 32-bit minima over a document's ``n``-grams of ``unit``.
 
     Only signatures of equal hashers can be compared. Permutations are those of datasketch 2 with
@@ -582,17 +544,23 @@ class MinHasher(_Shingling):
     (3, 4)
     """
 
+    n_permutations: int = 128
+    n: int = 5
+    unit: str = "word"
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        _check_hasher(self)
+
     def hash_signatures(
-        self, hashes: UInt32[np.ndarray, " shingles"], sizes: Int64[np.ndarray, " documents"]
-    ) -> UInt32[np.ndarray, "documents permutations"]:
-        """Sign sets given as hashes, one after another; an empty one gets 2**32 - 1 everywhere."""
+        self, hashes: UInt[np.ndarray, " shingles"], sizes: Int64[np.ndarray, " documents"]
+    ) -> _Signatures:
+        """Sign sets of hashes, one after another, by their lower 32 bits; ``sizes`` cuts them."""
         if (sizes < 0).any() or sizes.sum() != len(hashes):
             raise ValueError(f"sizes: expected a sum of {len(hashes)}, got {sizes.sum()}")
-        return _minima(_mix32(hashes), sizes, *self.permutations)
+        return _minima(_mix32(hashes.astype(np.uint32)), sizes, *_permutations(self))
 
-    def signatures(
-        self, documents: Iterable[Document | str], workers: int = 1
-    ) -> UInt32[np.ndarray, "documents permutations"]:
+    def signatures(self, documents: Iterable[Document | str], workers: int = 1) -> _Signatures:
         """Sign documents, reading each once; several ``workers`` hold all texts in memory."""
         _check_at_least(workers=(1, workers))
         jobs = ((self, texts) for texts in _batches(_texts(documents)))
@@ -601,8 +569,30 @@ class MinHasher(_Shingling):
 
 
 # %% [markdown]
-# The class leans on two helpers. One groups texts into batches, the other is what a worker
-# process does with one of them.
+# The permutations are drawn as the library `datasketch` draws them (version 2, with
+# `scheme="affine32"`), so that equal seeds give equal permutations.
+
+
+# %%
+#| export
+def _check_hasher(hasher: MinHasher) -> None:
+    _check_at_least(n_permutations=(1, hasher.n_permutations), seed=(0, hasher.seed))
+    _check_shingles(hasher.n, hasher.unit)
+    if hasher.seed >= 2**32:
+        raise ValueError(f"seed: expected less than 2**32, got {hasher.seed}")
+
+
+@lru_cache(maxsize=8)
+def _permutations(hasher: MinHasher) -> UInt32[np.ndarray, "2 permutations"]:
+    """Return the factors, all odd, and the shifts of the linear functions."""
+    random = np.random.RandomState(hasher.seed)  # a frozen generator: same numbers for good
+    halves = random.randint(0, 1 << 31, hasher.n_permutations, dtype=np.uint32)
+    shifts = random.randint(0, 1 << 32, hasher.n_permutations, dtype=np.uint32)
+    return np.stack([halves * np.uint32(2) + np.uint32(1), shifts])
+
+
+# %% [markdown]
+# Texts are signed in batches; `_sign` is what a worker process does with one of them.
 
 
 # %%
@@ -620,16 +610,16 @@ def _batches(texts: Iterable[str], characters: int = 1 << 19) -> Iterator[list[s
         yield batch
 
 
-def _sign(job: tuple[MinHasher, list[str]]) -> UInt32[np.ndarray, "documents permutations"]:
+def _sign(job: tuple[MinHasher, list[str]]) -> _Signatures:
     hasher, texts = job
     hashes, sizes = _shingle_hashes(texts, hasher.n, hasher.unit)
-    return hasher.hash_signatures(hashes.astype(np.uint32), sizes)
+    return hasher.hash_signatures(hashes, sizes)
 
 
 # %% [markdown]
-# Of a shingle's 64 bits the lower 32 are kept. Two different shingles then agree with
-# probability $2^{-32}$, which for texts of a thousand shingles is an expected error of $0.0002$
-# shingles. The estimate is the share of equal positions:
+# Of a shingle's 64 bits the lower 32 are kept. Two different shingles then agree with probability
+# $2^{-32}$; between two texts of a thousand shingles, $0.0002$ such accidents are to be expected.
+# The estimate is the share of equal positions:
 
 
 # %%
@@ -641,14 +631,16 @@ def estimate_jaccard(
 
     Unbiased up to the quality of the permutations, with variance J (1 - J) / n_permutations.
     """
+    if a.shape[-1:] != b.shape[-1:] or a.shape[-1:] in ((), (0,)):
+        raise ValueError(f"a, b: expected equally many permutations, got {a.shape} and {b.shape}")
     return np.asarray((a == b).mean(axis=-1))
 
 
 # %% [markdown]
-# Now the measurement. We draw a thousand pairs of sets of 200 numbers with a known similarity:
-# if each set has $m$ elements of which $c$ are common, $J = c/(2m - c)$. The left of
-# {numref}`fig-deduplication-variance` shows the estimates with 128 permutations, the right how
-# the spread falls with their number.
+# Now the measurement. We draw a thousand pairs of sets of 200 numbers with a known similarity: if
+# each set has $m$ elements of which $c$ are common, $J = c/(2m - c)$.
+# {numref}`fig-deduplication-variance` shows the estimates with 128 permutations, and how their
+# spread falls with more.
 
 
 # %%
@@ -671,7 +663,7 @@ for J, agree in estimates.items():
         f"the spread by less than a tenth: {abs(at_128.std() / error - 1) < 0.1}",
     )
 
-# %% mystnb={"figure": {"caption": "Estimates of three similarities with 128 permutations (left; curves are the normal distributions of the predicted variance), and their standard error against the number of permutations (right; lines are the prediction).", "name": "fig-deduplication-variance"}, "image": {"alt": "Left: three histograms around 0.2, 0.5 and 0.8, each matched by a bell curve; the one around 0.5 is the widest. Right: standard error against the number of permutations from 8 to 512 on doubly logarithmic axes; points lie on straight lines of slope minus one half, from about 0.17 down to about 0.02."}}
+# %% mystnb={"figure": {"caption": "Estimates of three similarities with 128 permutations (left; curves are the normal distributions of the predicted variance), and their standard error against the number of permutations (right; lines are the prediction, the same for 0.2 and 0.8).", "name": "fig-deduplication-variance"}, "image": {"alt": "Left: three histograms around 0.2, 0.5 and 0.8, each matched by a bell curve; the one around 0.5 is the widest. Right: standard error against the number of permutations from 8 to 512 on doubly logarithmic axes; points lie on two straight lines of slope minus one half; the upper, for 0.5, falls from 0.18 to 0.02; the lower, from 0.14, holds both 0.2 and 0.8."}}
 figure, (left, right) = plt.subplots(1, 2)
 ks = 2 ** np.arange(3, 10)
 for (J, agree), color in zip(estimates.items(), ("C0", "C1", "C2"), strict=True):
@@ -695,15 +687,14 @@ plt.show()
 # %% [markdown]
 # ## Banding: only compare what meets
 #
-# A comparison of two signatures is cheap now, but there are still all those pairs. We want a
-# table in which similar documents fall into the same bucket and others do not, so that only what
-# shares a bucket is ever compared. This is **locality-sensitive hashing**
-# {cite}`indyk1998approximate`.
+# Signatures are cheap to compare, but there are still all those pairs. We want a table in which
+# similar documents fall into the same bucket and others do not, and compare only what shares a
+# bucket. This is **locality-sensitive hashing** {cite}`indyk1998approximate`.
 #
-# With the whole signature as the key, only documents that agree in all $k$ positions would meet,
-# which is too strict. With one position, documents of similarity $0.1$ meet in one case of ten,
-# which is too loose. So cut the signature into $b$ **bands** of $r$ **rows**, and let each band
-# be the key of a table of its own ({numref}`fig-deduplication-bands`). Two documents become
+# The whole signature as the key would be too strict: only documents that agree in all $k$
+# positions would meet. A single position would be too loose: documents of similarity $0.1$ meet in
+# one case of ten. So cut the signature into $b$ **bands** of $r$ **rows**, and let each band be
+# the key of a table of its own ({numref}`fig-deduplication-bands`). Two documents become
 # **candidates** if they agree in *all* rows of *some* band.
 #
 # ```{figure} ../figures/deduplication-bands.svg
@@ -744,9 +735,9 @@ def collision_probability(
 
 
 # %% [markdown]
-# As a function of $s$ this is an **S-curve**: near 0, then a steep rise, then near 1. The rise
-# is where $b\,s^r \approx 1$, that is, around $s = (1/b)^{1/r}$ {cite}`leskovec2020mining`. More
-# rows move it to the right, more bands to the left.
+# As a function of $s$ this is an **S-curve**: near 0, then a steep rise, then near 1. The rise is
+# where $b\,s^r \approx 1$, around $s = (1/b)^{1/r}$ {cite}`leskovec2020mining`. More rows move it
+# to the right, more bands to the left.
 #
 # ### Choosing bands and rows
 #
@@ -761,8 +752,8 @@ def collision_probability(
 #
 # least, and so do we. The integrands are polynomials of degree $b\,r \le k$, and Gauss's
 # quadrature with $m$ nodes is exact for polynomials up to degree $2m - 1$
-# {cite}`press2007recipes`. So with $\lfloor k/2 \rfloor + 1$ nodes the integrals are exact, not
-# approximate, up to rounding.
+# {cite}`press2007recipes`. So with $\lfloor k/2 \rfloor + 1$ nodes the integrals are exact, up to
+# rounding.
 
 
 # %%
@@ -774,7 +765,7 @@ def _check_threshold(threshold: float) -> None:
 
 @lru_cache(maxsize=64)
 def optimal_bands(
-    threshold: float, n_permutations: int = 128, weights: tuple[float, float] = (0.5, 0.5)
+    threshold: float, n_permutations: int = 128, weights: tuple[float, float] = (0.05, 0.95)
 ) -> tuple[int, int]:
     """Return the (bands, rows) whose S-curve has the least weighted error around ``threshold``.
 
@@ -805,19 +796,18 @@ for weights in ((0.5, 0.5), (0.05, 0.95)):
     print(f"weights {weights}: {bands} bands of {rows} rows; P at 0.5, 0.7, 0.8, 0.9:", at.round(2))
 
 # %% [markdown]
-# Equal weights look fair and are a bad deal: of pairs exactly at the threshold they find 40 %.
-# We are going to *verify* every candidate by its true similarity, so a false positive costs a
-# few microseconds, while a false negative is a duplicate in the training set. Hence the second
-# line, our default. FineWeb, which does not verify, uses 14 bands of 8 rows
-# {cite}`penedo2024fineweb`.
+# Equal weights look fair and are a bad deal: of pairs exactly at the threshold they find 40 %. We
+# are going to *verify* every candidate by its true similarity, so a false positive costs a few
+# microseconds, while a false negative is a duplicate in the training set. Hence the second line,
+# our default. FineWeb, aiming at a similarity of $0.75$, uses 14 bands of 8 rows and takes what
+# meets for duplicates, unverified {cite}`penedo2024fineweb`.
 #
 # ### Does the corpus follow the curve?
 #
-# To know, we need the truth: the similarity of *all* pairs. Only pairs that share a shingle can
-# have one above zero, and an inverted index, from shingle to documents, lists those. It is
-# exact, and its cost grows with the square of how common a shingle is: one license header in a
-# million files would be half a trillion pairs. At our size it works. We need all pairs of
-# positions inside groups of equal numbers:
+# To know, we need the similarity of *all* pairs. Only pairs that share a shingle have one above
+# zero, and an inverted index, from shingle to documents, lists those. At our size that works; one
+# license header in a million files would be half a trillion pairs. We need all pairs of positions
+# inside groups of equal numbers:
 
 
 # %%
@@ -837,7 +827,7 @@ def _unique_pairs(pairs: Int64[np.ndarray, "pairs 2"]) -> Int64[np.ndarray, "dis
 
 
 # %% [markdown]
-# With that, the inverted index is sorting: entries (shingle, document), sorted by shingle, make
+# With that, the inverted index is sorting. Entries (shingle, document), sorted by shingle, make
 # groups of documents, and a pair occurs once for each shingle that it shares.
 
 
@@ -869,7 +859,7 @@ print("pairs of similarity at least 0.3: more than 3,000:", (true_similarity >= 
 print("at least 0.8: between 150 and 400:", 150 < (true_similarity >= 0.8).sum() < 400)
 
 # %% [markdown]
-# We take all pairs from $0.3$ on, draw new permutations eight times, and count in which share of
+# For all pairs from $0.3$ on we draw new permutations eight times, and count in which share of
 # cases a pair became a candidate.
 
 # %%
@@ -909,23 +899,22 @@ plt.show()
 # %% [markdown]
 # ## An index that grows
 #
-# A crawl never ends, so the table must take new documents without being built anew, and survive
-# the night on disk. A dictionary of sets for each band, as one would write it first, costs
-# hundreds of bytes for each entry. We hash each band, with its number, to 64 bits and keep *one
-# sorted array* of hashes beside an array of their owners: 16 bytes for each entry, searched by
-# bisection.
+# The table must take new documents without being built anew, and survive the night on disk. A
+# dictionary of sets for each band costs hundreds of bytes for each entry. We hash each band, with
+# its number, to 64 bits and keep *one sorted array* of hashes beside an array of their owners: 16
+# bytes for each entry, searched by bisection.
 #
 # Inserting into a sorted array shifts all that follows. The **logarithmic method**
-# {cite}`bentley1980decomposable` avoids that: keep several sorted runs; a new batch becomes a
-# run of its own; as long as the last run is at least half as long as the one before, merge the
-# two. Then each run is more than twice as long as the next, so there are at most $\log_2 N$ to
-# search, and the number of times that an entry is moved is, on average, logarithmic, too.
+# {cite}`bentley1980decomposable` avoids that: keep several sorted runs; a new batch becomes a run
+# of its own; as long as the last run is at least half as long as the one before, merge the two.
+# Then each run is more than twice as long as the next, so there are at most $\log_2 N$ to search,
+# and an entry is moved a logarithmic number of times on average, too.
 
 
 # %%
 #| export
 def _band_hashes(
-    signatures: UInt32[np.ndarray, "documents permutations"], bands: int, rows: int
+    signatures: _Signatures, bands: int, rows: int
 ) -> UInt64[np.ndarray, "documents bands"]:
     """Return one hash of each document's band, which differs between bands with the same rows."""
     used = signatures[:, : bands * rows].reshape(-1, bands, rows).astype(np.uint64)
@@ -943,7 +932,7 @@ def _buckets(
 
 
 # %% [markdown]
-# The runs know nothing of documents. They hold numbers and who owns them.
+# The runs know nothing of documents. They hold hashes and the numbers of their owners.
 
 
 # %%
@@ -983,49 +972,31 @@ class _SortedRuns:
 
 
 # %% [markdown]
-# The index proper has keys for its documents (their ids), the hasher whose signatures it takes,
-# and the layout of bands. An index that forgot its hasher would compare signatures of different
-# permutations one day, and find nothing without a complaint. So it carries it along. What it is
-# given is checked before anything changes.
+# The index proper has keys for its documents (their ids), the layout of bands, and the hasher
+# whose signatures it takes: an index that forgot it would one day compare signatures of different
+# permutations, and find nothing without a complaint.
 
 
 # %%
 #| export
-def _layout(
-    hasher: MinHasher, threshold: float, bands: int | None, rows: int | None, weights: Any
-) -> tuple[int, int]:
-    _check_threshold(threshold)
-    if bands is None and rows is None:
-        return optimal_bands(float(threshold), hasher.n_permutations, tuple(weights))
-    if bands is None or rows is None:
-        raise ValueError(f"bands, rows: expected both or neither, got {bands} and {rows}")
-    _check_at_least(bands=(1, bands), rows=(1, rows))
-    if bands * rows > hasher.n_permutations:
-        most = f"at most {hasher.n_permutations} permutations"
-        raise ValueError(f"bands, rows: expected {most} in all, got {bands} times {rows}")
-    return bands, rows
+def _checked(signatures: _Signatures, hasher: MinHasher) -> _Signatures:
+    """Return ``signatures`` if their shape is one that ``hasher`` makes."""
+    if signatures.ndim != 2 or signatures.shape[1] != hasher.n_permutations:
+        expected = f"expected rows of {hasher.n_permutations} numbers"
+        raise ValueError(f"signatures: {expected}, got the shape {signatures.shape}")
+    return signatures
 
 
-def _checked_hashes(
-    index: Any, signatures: UInt32[np.ndarray, "documents permutations"]
-) -> UInt64[np.ndarray, "documents bands"]:
-    expected = index.hasher.n_permutations
-    if signatures.shape[1] != expected:
-        raise ValueError(f"signatures: expected {expected} columns, got {signatures.shape[1]}")
-    return _band_hashes(signatures, index.bands, index.rows)
-
-
-# %%
-#| export
 def _new_keys(keys: Iterable[str], known: set[str], count: int) -> list[str]:
     """Return ``keys`` as a list of ``count`` different strings, none of them known."""
-    new, seen = list(keys), set(known)
-    if len(new) != count:
-        raise ValueError(f"keys: expected {count}, one for each signature, got {len(new)}")
+    new, seen = list(keys), set[str]()
+    if isinstance(keys, str) or len(new) != count:
+        got = "a single str" if isinstance(keys, str) else len(new)
+        raise ValueError(f"keys: expected {count}, one for each signature, got {got}")
     for key in new:
         if not isinstance(key, str):
             raise ValueError(f"keys: expected strings, got {type(key).__name__}")
-        if key in seen:
+        if key in known or key in seen:
             raise ValueError(f"keys: expected new ones, got {key!r} again")
         seen.add(key)
     return new
@@ -1033,59 +1004,95 @@ def _new_keys(keys: Iterable[str], known: set[str], count: int) -> list[str]:
 
 # %%
 #| export
-class _BandTable:
-    def __init__(
-        self,
-        hasher: MinHasher | None = None,
-        threshold: float = 0.8,
-        *,
-        bands: int | None = None,
-        rows: int | None = None,
-        weights: tuple[float, float] = (0.05, 0.95),
-    ) -> None:
-        self.hasher, self.threshold = hasher or MinHasher(), threshold
-        self.bands, self.rows = _layout(self.hasher, threshold, bands, rows, weights)
-        self.keys: list[str] = []
-        self._known: set[str] = set()
-        self._runs = _SortedRuns()
+class LSHIndex:
+    """Finds documents that share a band, by their signatures; nothing is verified."""
+
+    def __init__(self, hasher: MinHasher | None = None, bands: int = 16, rows: int = 8) -> None:
+        self.hasher, self.bands, self.rows = hasher or MinHasher(), bands, rows
+        _check_bands(bands, rows, self.hasher.n_permutations)
+        self.keys, self._known, self._runs = list[str](), set[str](), _SortedRuns()
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def insert(
-        self, keys: Iterable[str], signatures: UInt32[np.ndarray, "documents permutations"]
-    ) -> None:
+    def insert(self, keys: Iterable[str], signatures: _Signatures) -> None:
         """Add documents by their signatures, under ``keys`` that are new; all of them, or none."""
-        hashes, new = (
-            _checked_hashes(self, signatures),
-            _new_keys(keys, self._known, len(signatures)),
-        )
-        owners = np.repeat(np.arange(len(new), dtype=np.int64) + len(self), self.bands)
-        self._runs.add(hashes.ravel(), owners)
+        new = _new_keys(keys, self._known, len(_checked(signatures, self.hasher)))
+        owners = np.repeat(np.arange(len(new)) + len(self), self.bands)
+        self._runs.add(_band_hashes(signatures, self.bands, self.rows).ravel(), owners)
         self.keys += new
         self._known.update(new)
 
+    def query(self, signatures: _Signatures) -> list[list[str]]:
+        """Return, for each signature, the keys of its candidates in the order of insertion."""
+        return _answers(self, _checked(signatures, self.hasher))
+
+    def candidate_pairs(self) -> list[tuple[str, str]]:
+        """Return the keys of all pairs that share a bucket; their number may be quadratic."""
+        return [(self.keys[i], self.keys[j]) for i, j in _sharing(*self._runs.merged()).tolist()]
+
+    def save(self, path: str | Path) -> None:
+        """Write the index with its hasher to one file, which appears complete or not at all."""
+        _write_index(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LSHIndex":
+        """Read what ``save`` wrote; a ``ValueError`` names a file that is none, or broken."""
+        return _read_index(Path(path))
+
 
 # %% [markdown]
-# Next, its file. It is NumPy's `.npz`: a zip archive of arrays, with checksums. Pickle, which
-# could run a stranger's code while it loads, is refused. What cannot be an array is JSON. What
-# was read is checked before it is believed: a file made by hand could point to documents that
-# are not there.
+# The default layout is that of `optimal_bands(0.8)`. What the methods lean on:
 
 
 # %%
 #| export
-def _save_index(index: Any, path: str | Path) -> None:
-    """Write the index with its hasher to one file, which appears complete or not at all."""
+def _check_bands(bands: int, rows: int, n_permutations: int) -> None:
+    _check_at_least(bands=(1, bands), rows=(1, rows))
+    if bands * rows > n_permutations:
+        most = f"at most {n_permutations} permutations"
+        raise ValueError(f"bands, rows: expected {most} in all, got {bands} times {rows}")
+
+
+def _answers(index: LSHIndex, signatures: _Signatures) -> list[list[str]]:
+    """Return the keys of the documents that share a band with each signature."""
+    found = index._runs.find(_band_hashes(signatures, index.bands, index.rows).ravel())
+    found[:, 0] //= index.bands  # from positions among the bands to those of documents
+    answers: list[list[str]] = [[] for _ in signatures]
+    for position, owner in _unique_pairs(found).tolist():
+        answers[position].append(index.keys[owner])
+    return answers
+
+
+def _sharing(
+    hashes: UInt64[np.ndarray, " entries"], owners: Int64[np.ndarray, " entries"]
+) -> Int64[np.ndarray, "pairs 2"]:
+    """Return all pairs of owners that share a hash, each once; entries are sorted by hash."""
+    buckets, members = _buckets(hashes, owners)
+    return _unique_pairs(members[_pairs_within(buckets)])
+
+
+# %% [markdown]
+# Its file is NumPy's `.npz`: a zip archive of arrays, with checksums. Pickle, which could run a
+# stranger's code while it loads, is refused. What was read is checked before it is believed: a
+# file made by hand could point to documents that are not there.
+
+
+# %%
+#| export
+_FORMAT = "llmbook.LSHIndex 1"
+
+
+def _write_index(index: LSHIndex, path: Path) -> None:
     header = {
-        "format": "llmbook.LSHIndex 1",
+        "format": _FORMAT,
         "hasher": asdict(index.hasher),
-        "layout": {"threshold": float(index.threshold), "bands": index.bands, "rows": index.rows},
+        "layout": [index.bands, index.rows],
         "keys": index.keys,
     }
     coded = np.frombuffer(json.dumps(header).encode(), np.uint8)
     hashes, owners = index._runs.merged()
-    with _whole_file(Path(path)) as draft, draft.open("wb") as file:
+    with _whole_file(path) as draft, draft.open("wb") as file:
         np.savez(file, header=coded, hashes=hashes, owners=owners)
 
 
@@ -1100,24 +1107,11 @@ def _check_entries(hashes: Any, owners: Any, documents: int, bands: int) -> None
 
 # %%
 #| export
-def _read_index(path: Path) -> tuple[dict[str, Any], Any, Any]:
-    """Return header, hashes and owners of a file; a ``ValueError`` names one that has none."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            header = json.loads(arrays["header"].tobytes())
-            if header["format"] != "llmbook.LSHIndex 1":
-                raise ValueError(f"its format is {header['format']!r}")
-            return header, arrays["hashes"], arrays["owners"]
-    except (EOFError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"path: expected a saved LSHIndex, got {str(path)!r}: {error}") from error
-    except (zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"path: {str(path)!r} is damaged: {error}") from error
-
-
-# %%
-#| export
-def _rebuilt(cls: Any, header: dict[str, Any], hashes: Any, owners: Any) -> Any:
-    index = cls(MinHasher(**header["hasher"]), **header["layout"])
+def _restored(header: Any, hashes: Any, owners: Any) -> LSHIndex:
+    """Return the index with these contents; whatever is wrong with them raises something."""
+    if header["format"] != _FORMAT:
+        raise ValueError(f"its format is {header['format']!r}")
+    index = LSHIndex(MinHasher(**header["hasher"]), *header["layout"])
     index.keys = _new_keys(header["keys"], set(), len(header["keys"]))
     _check_entries(hashes, owners, len(index), index.bands)
     index._known.update(index.keys)
@@ -1125,49 +1119,20 @@ def _rebuilt(cls: Any, header: dict[str, Any], hashes: Any, owners: Any) -> Any:
     return index
 
 
-# %% [markdown]
-# On top of that, what users call:
-
-
-# %%
-#| export
-class LSHIndex(_BandTable):
-    """Finds documents that share a band; grows, and can be saved. Candidates are not verified.
-
-    ``optimal_bands`` chooses ``bands`` and ``rows`` by ``threshold`` and ``weights`` if not given.
-    """
-
-    def query(self, signatures: UInt32[np.ndarray, "documents permutations"]) -> list[list[str]]:
-        """Return, for each signature, the keys of its candidates in the order of insertion."""
-        found = self._runs.find(_checked_hashes(self, signatures).ravel()) // [self.bands, 1]
-        answers: list[list[str]] = [[] for _ in signatures]
-        for position, owner in _unique_pairs(found).tolist():
-            answers[position].append(self.keys[owner])
-        return answers
-
-    def candidate_pairs(self) -> list[tuple[str, str]]:
-        """Return the keys of all pairs that share a bucket; their number may be quadratic."""
-        buckets, owners = _buckets(*self._runs.merged())
-        pairs = _unique_pairs(owners[_pairs_within(buckets)])
-        return [(self.keys[i], self.keys[j]) for i, j in pairs.tolist()]
-
-    def save(self, path: str | Path) -> None:
-        """Write the index with its hasher to one file, which appears complete or not at all."""
-        _save_index(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "LSHIndex":
-        """Read what ``save`` wrote; a ``ValueError`` names a file that is none, or broken."""
-        header, hashes, owners = _read_index(Path(path))
-        try:
-            return _rebuilt(cls, header, hashes, owners)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"path: {str(path)!r} is not a sound LSHIndex: {error}") from error
+def _read_index(path: Path) -> LSHIndex:
+    with path.open("rb") as file:
+        try:  # zipfile, zlib, NumPy and JSON have a dozen exceptions for broken files
+            with np.load(file, allow_pickle=False) as arrays:
+                header = json.loads(arrays["header"].tobytes())
+                return _restored(header, arrays["hashes"], arrays["owners"])
+        except Exception as error:
+            message = f"path: expected a saved LSHIndex, got {str(path)!r}: {error}"
+            raise ValueError(message) from error
 
 
 # %% [markdown]
-# An index over the corpus, filled in three sittings with a night on disk between them, against
-# one that was filled at once:
+# An index over the corpus, filled in three sittings with a night on disk between them, against one
+# that was filled at once:
 
 # %%
 import tempfile
@@ -1190,8 +1155,7 @@ print(
 )
 
 # %% [markdown]
-# A file that is cut off, or no index at all, must not become a small index. The error names the
-# file:
+# A file that is cut off, or no index at all, must not become a small index:
 
 # %%
 wrecked = place / "wrecked.npz"
@@ -1210,14 +1174,13 @@ for name, content in (
 # %% [markdown]
 # ## From candidates to clusters
 #
-# Candidates come in pairs, and copies come in families. If $A$ is a near duplicate of $B$ and
-# $B$ of $C$, all three belong together: clusters are the **connected components** of the graph
-# whose edges are the similar pairs. The tool for components of a graph whose edges arrive one by
-# one is **union-find**. Each item points to a parent, a component is a tree, its root is the
-# component's name. To join two components, one root is made to point to the other. On the way
-# up, each step makes an item point to its grandparent, so paths get shorter the more they are
-# used. We keep the smaller index as root, so the result does not depend on the order of the
-# edges.
+# Candidates come in pairs, and copies come in families. If $A$ is a near duplicate of $B$ and $B$
+# of $C$, all three belong together: clusters are the **connected components** of the graph whose
+# edges are the similar pairs. The tool for edges that arrive one by one is **union-find**. Each
+# item points to a parent, a component is a tree, its root is the component's name. To join two
+# components, one root is made to point to the other; the smaller index stays root, so that the
+# order of the edges does not matter. On the way up, each step makes an item point to its
+# grandparent, so paths get shorter the more they are used.
 
 
 # %%
@@ -1262,11 +1225,11 @@ class UnionFind:
 # %% [markdown]
 # ### Verified, many pairs at a time
 #
-# A pair of candidates is a suspicion. To verify it we need $|A \cap B|$ of the true sets. For
-# thousands of pairs at once: number all distinct shingles, $0$ to $D - 1$, and write the shingle
-# $h$ of document $i$ as the single number $i D + h$. All sets together are then *one* sorted
-# array, and whether document $j$ has shingle $h$, too, is one bisection for $j D + h$. We look
-# up the smaller set of each pair in the larger.
+# To verify a pair of candidates we need $|A \cap B|$ of the true sets. For thousands of pairs at
+# once: number all distinct shingles, $0$ to $D - 1$, and write the shingle $h$ of document $i$ as
+# the single number $i D + h$. All sets together are then *one* sorted array, and whether document
+# $j$ has shingle $h$, too, is one bisection for $j D + h$. We look up the smaller set of each pair
+# in the larger.
 
 
 # %%
@@ -1323,20 +1286,19 @@ def _similarities(
 # %% [markdown]
 # ### A bucket with five thousand members
 #
-# A license header that was copied, with another year, into five thousand files puts them all
-# into the same buckets. That is twelve million pairs in each of the bands, for a cluster that
-# 4,999 edges would describe. So we do not list the pairs. In each bucket, the first member is
-# the **center**, and all others are compared with it. Those that are similar join its component.
-# In the next round, the next member is the center, and is compared with those members that are
-# *not in its component* yet. When all of a bucket is one component, it is done; for our header,
-# after one round.
+# A license header that was copied, with another year, into five thousand files puts them all into
+# the same buckets. That is twelve million pairs in each of the bands, for a cluster that 4,999
+# edges would describe. So we do not list the pairs. In each bucket, the first member is the
+# **center**, and all others are compared with it. Those that are similar join its component. In
+# the next round, the next member is the center, and is compared with those that are *not in its
+# component* yet. When a bucket is one component, it is done; for our header, after one round.
 #
-# The result is exactly the components that comparing all pairs would give, because the only
-# pairs left out are connected already. The worst case remains quadratic: a bucket with many
-# members of which no two are similar, or with two large components, of which all pairs must be
-# compared before one can say that no edge joins them. So there is a limit. In a bucket of more
-# than a thousand members, what has been joined to a center is not compared again, and at most a
-# hundred centers are tried. That is linear in the size of the bucket, and may miss an edge.
+# The result is exactly the components that comparing all pairs would give, because the only pairs
+# left out are connected already. The worst case remains quadratic: many members of which no two
+# are similar, or two large components without an edge between them. So there is a limit. In a
+# bucket of more than a thousand members, what has been joined to a center is not compared again,
+# and at most a hundred centers are tried. That is linear in the size of the bucket, and may miss
+# an edge.
 
 
 # %%
@@ -1367,7 +1329,8 @@ def _mixed(
 
 
 # %% [markdown]
-# Each turn of the loop is one round for all buckets together.
+# Each turn of the loop is one round for all buckets together. `rest` are the members that stay for
+# the next round.
 
 
 # %%
@@ -1386,16 +1349,18 @@ def _link_similar(
     """
     forest, compared, tried, links = UnionFind(len(sets)), 0, 0, [_NO_LINKS]
     while len(members):
-        first = np.append(True, groups[1:] != groups[:-1])
-        number = np.cumsum(first) - 1
-        large, tried = np.bincount(number)[number] + tried > exact_up_to, tried + 1
+        first = np.append(True, groups[1:] != groups[:-1])  # the centers
+        number = np.cumsum(first) - 1  # of each member's group
+        limited = np.bincount(number)[number] + tried > exact_up_to
+        tried += 1
         alive, place = np.unique(members, return_inverse=True)
         root, center = forest.roots(alive)[place], members[first][number]
         apart = root != root[first][number]
         pairs = _unique_pairs(np.stack([center, members], axis=1)[apart])
         links.append(_join(pairs, sets, threshold, forest))
         compared, root = compared + len(pairs), forest.roots(alive)[place]
-        rest = ~(first | large & ((root == root[first][number]) | (tried >= centers)))
+        joined = root == root[first][number]
+        rest = ~(first | limited & (joined | (tried >= centers)))
         rest[rest] = _mixed(groups[rest], root[rest])
         groups, members = groups[rest], members[rest]
     pairs, similarities = (np.concatenate(part) for part in zip(*links, strict=True))
@@ -1406,8 +1371,7 @@ def _link_similar(
 # ### The whole search
 #
 # First exact copies are set aside, then signatures, buckets, verification. The result keeps,
-# beside the clusters, the pairs that connect them: whoever doubts a cluster can look at its
-# edges.
+# beside the clusters, the pairs that connect them: whoever doubts a cluster can look at its edges.
 
 
 # %%
@@ -1429,7 +1393,7 @@ class NearDuplicates:
 # %%
 #| export
 def _candidates(
-    signatures: UInt32[np.ndarray, "documents permutations"], bands: int, rows: int
+    signatures: _Signatures, bands: int, rows: int
 ) -> tuple[Int64[np.ndarray, " members"], Int64[np.ndarray, " members"]]:
     """Return bucket numbers, sorted, and rows of signatures, ascending in each bucket."""
     hashes = _band_hashes(signatures, bands, rows).ravel()
@@ -1472,7 +1436,7 @@ def find_near_duplicates(
     """
     _check_at_least(exact_up_to=(0, exact_up_to))
     hasher = hasher or MinHasher()
-    bands, rows = _layout(hasher, threshold, None, None, weights)
+    bands, rows = optimal_bands(threshold, hasher.n_permutations, weights)
     texts = list(_texts(documents))
     copies = [(group[0], copy) for group in exact_duplicates(texts) for copy in group[1:]]
     exact = np.array(copies, np.int64).reshape(-1, 2)
@@ -1488,9 +1452,8 @@ def find_near_duplicates(
 
 
 # %% [markdown]
-# How much of the truth does it find? We know all pairs from above. Recall is the share of the
-# documents that a perfect search would remove (all but one of each true cluster) that ours
-# removes, too.
+# How much of the truth does it find? A perfect search would remove all documents but one of each
+# true cluster. Recall is the share of those that ours removes, too.
 
 # %%
 found = find_near_duplicates(unique)
@@ -1527,9 +1490,9 @@ print("more than a tenth of all pairs compared:", found.compared > 32_000)
 # %% [markdown]
 # ## Keeping the best copy
 #
-# Which member of a cluster stays? Not a random one. The default is the longest, since the others
-# are often truncated, and of equally long ones the first. A source that one trusts more, or the
-# score of a quality classifier, can be passed as a function.
+# Which member of a cluster stays? The default is the longest, since the others are often
+# truncated, and of equally long ones the first. Trust in a source, or the score of a quality
+# classifier, can be passed as a function.
 #
 # There is a trap. Components are **chains**: $A$ is like $B$ and $B$ like $C$, but $A$ may be
 # quite unlike $C$. If only $A$ is kept, $C$ is lost though nothing like it remains. A text that
@@ -1544,12 +1507,12 @@ print(f"neighbors {neighbors:.2f}, ends {ends:.2f}")
 print("clusters at 0.7:", find_near_duplicates(chain_of_texts, 0.7).clusters)
 
 # %% [markdown]
-# Most pipelines keep one member for each component (**single linkage**). We prefer a rule with a
-# guarantee. Go through a cluster from its best document down: keep it, and remove those that are
-# similar *to it*. Then go on with what is left. Every document removed is similar to one that is
-# kept, no two that are kept are known to be similar, and a chain leaves several. This needs no
-# new code: it is the function that links, with the clusters as groups, the members from best to
-# worst, and each center taking what is similar to it out of the group.
+# To keep one member of each component is called **single linkage**; FineWeb keeps a random one
+# {cite}`penedo2024fineweb`. We prefer a rule with a guarantee. Keep the best document of a
+# cluster, remove those that are similar *to it*, and go on with what is left. Every document
+# removed is then similar to one that is kept, and a chain leaves several. The function that links
+# does it, with clusters as groups, members from best to worst, and each center taking what is
+# similar to it out of its group.
 
 
 # %%
@@ -1626,13 +1589,12 @@ kept = deduplicate(corpus)
 gone = 1 - len(kept) / len(corpus)
 print("between 6 and 14 % of the documents go:", 0.06 < gone < 0.14)
 by_single_linkage = len(corpus) - sum(len(cluster) - 1 for cluster in found.clusters)
-print("single linkage removes more, but fewer than 20:", 0 < len(kept) - by_single_linkage < 20)
+print("single linkage removes more, but fewer than 100:", 0 < len(kept) - by_single_linkage < 100)
 print("doing it once more removes fewer than 20:", len(kept) - len(deduplicate(kept)) < 20)
 
 # %% [markdown]
-# The second run may find a pair that the first has missed, since the search is a matter of
-# chance. What are the largest clusters? We print no text, only how many members they have,
-# where, and of how many words.
+# The second run may find a pair that the first has missed, since the search is a matter of chance.
+# What are the largest clusters?
 
 # %%
 import os
@@ -1645,15 +1607,15 @@ def folder_of(cluster: list[int]) -> str:
 
 largest = sorted(found.clusters, key=len, reverse=True)[:6]
 for cluster in largest[:3]:
-    least = max(limit for limit in (60, 100, 250) if len(cluster) > limit)
-    sizes = {len(corpus[i].text.split()) for i in cluster}
-    print(f"more than {least}, in {folder_of(cluster)}, of {min(sizes)} to {max(sizes)} words")
+    least = max(limit for limit in (60, 80, 200) if len(cluster) > limit)
+    words = {len(corpus[i].text.split()) for i in cluster}
+    print(f"more than {least} members, in {folder_of(cluster)}, words in each: {sorted(words)}")
 print("of the six largest, in encodings:", sum(folder_of(c) == "encodings" for c in largest))
 
 # %% [markdown]
-# A comment that says nothing, a license header, a warning in functions that a script has
-# written, and the headings in the tables of `encodings`, also written by a script. How much of
-# the legal text goes? And what if we take the files of `encodings` whole?
+# A comment that says nothing, a license header, a warning in functions that a script has written,
+# and the headings in the tables of `encodings`, also written by a script. How much of the legal
+# text goes? And what of the files of `encodings`, taken whole?
 
 # %%
 import sysconfig
@@ -1686,6 +1648,8 @@ plt.loglog(
 )
 plt.xlabel("rank of the cluster")
 plt.ylabel("documents in it")
+plt.xticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
+plt.yticks([2, 10, 100], ["2", "10", "100"])
 plt.legend()
 plt.show()
 
@@ -1693,9 +1657,8 @@ plt.show()
 # ## A million documents, a billion
 #
 # What does it cost? For $N$ documents with $k$ permutations and $b$ bands, signatures take $4kN$
-# bytes (512 MB for a million, and they need not be kept), the table $16bN$ (256 MB), and the
-# exact hashes about $300N$ (300 MB), most of it the overhead of Python's objects. Time is
-# counted by the megabyte of text.
+# bytes (512 MB for a million, and they need not be kept), the table $16bN$ (256 MB), and the exact
+# hashes about $300N$ (300 MB), most of it the overhead of Python's objects.
 
 # %% tags=["nbval-ignore-output"]
 start = time.perf_counter()
@@ -1705,13 +1668,13 @@ print(f"signatures: {rate / 1e6:.0f} million characters a second on one core")
 print(f"a million web pages of 5,000 characters: {5e9 / rate / 60:.0f} minutes")
 
 # %% [markdown]
-# A billion pages do not fit on one machine, but every step is made for many. **Signing** needs
-# nothing but the document, so each machine signs its own shard. **Meeting** needs equal band
-# hashes in one place, so each entry (hash, id) is sent to the machine that its hash names, the
-# *shuffle* of every framework: 16 entries of 16 bytes for each document. **Joining** needs only
-# edges, of which there are far fewer than documents, and one machine's union-find, or components
-# computed in rounds {cite}`kiveris2014connected`. We simulate three machines and compare with
-# the whole.
+# A billion pages do not fit on one machine, but every step can be shared out (chapter 18 runs it).
+# **Signing** needs nothing but the document, so each machine signs its own shard. **Meeting**
+# needs equal band hashes in one place, so each entry (hash, id) is sent to the machine that its
+# hash names, the *shuffle* of every framework: 16 entries of 16 bytes for each document.
+# **Joining** needs only edges, of which there are far fewer than documents: one machine's
+# union-find, or components computed in rounds {cite}`kiveris2014connected`. We simulate three
+# machines and compare with the whole.
 
 # %%
 machines = 3
@@ -1726,22 +1689,23 @@ met_at = set()
 for machine in range(machines):  # after the shuffle
     mine = hashes % machines == machine
     order = np.lexsort((owners[mine], hashes[mine]))
-    buckets, members = _buckets(hashes[mine][order], owners[mine][order])
-    met_at |= {(keys[i], keys[j]) for i, j in members[_pairs_within(buckets)].tolist()}
+    pairs_here = _sharing(hashes[mine][order], owners[mine][order])
+    met_at |= {(keys[i], keys[j]) for i, j in pairs_here.tolist()}
 print("three machines find the pairs that one finds:", met_at == set(candidates))
 
 # %% [markdown]
-# More is not always better. FineWeb deduplicated its crawls jointly, and got worse models than
-# by deduplicating each crawl by itself. Of the oldest crawls hardly a tenth survived, and that
-# tenth was worse than what had been removed {cite}`penedo2024fineweb`. And a document may be
-# original and yet contain a paragraph that is in a thousand others. Lee and colleagues therefore
-# also remove repeated *substrings*, found with a suffix array {cite}`lee2022deduplicating`.
+# More is not always better. FineWeb first deduplicated 96 crawls together, which took up to 90 %
+# of the oldest ones, and got worse models than by deduplicating each crawl by itself. In one old
+# crawl the tenth that was kept was worse text to train on than what had been removed
+# {cite}`penedo2024fineweb`. And an original document may contain a paragraph that is in a thousand
+# others. Lee and colleagues therefore also remove repeated *substrings*
+# {cite}`lee2022deduplicating`.
 #
 # ## Is it the real thing?
 #
-# `datasketch` is the usual library. First, given the same 32-bit hashes and the same seed, our
-# signatures must be *identical* to its own, and so must the candidates for the same bands and
-# the choice of bands.
+# Against the usual library, `datasketch`: given the same 32-bit hashes and the same seed, our
+# signatures must be *identical* to its own, and so must the candidates for the same bands, and the
+# choice of bands.
 
 # %%
 import datasketch
@@ -1760,16 +1724,16 @@ index.insert([document.id for document in some], ours)
 for document, minhash in zip(some, minhashes, strict=True):
     theirs.insert(document.id, minhash)
 same = [set(a) == set(theirs.query(m)) for a, m in zip(index.query(ours), minhashes, strict=True)]
-print(f"same answers to more than 2,000 queries: {all(same) and len(same) > 2000}")
+print(f"same answers to more than 1,500 queries: {all(same) and len(same) > 1500}")
 for settings in ((0.5, 64, (0.5, 0.5)), (0.8, 128, (0.05, 0.95))):
     lsh = datasketch.MinHashLSH(*settings)
     print(f"same bands and rows for {settings}:", optimal_bands(*settings) == (lsh.b, lsh.r))
 
 # %% [markdown]
-# Second, as each is used in practice: theirs hashes the text of shingles by SHA-1, ours by
-# polynomials. The numbers then differ, but their *distribution* should not. On 600 real pairs of
-# similarity $0.3$ and more, we compare the errors of both estimates with the theory's. An error
-# divided by $\sqrt{J(1-J)/k}$ has mean 0 and standard deviation 1, if permutations are random.
+# As each is used in practice, theirs hashes the text of shingles by SHA-1, ours by polynomials.
+# The numbers then differ, but their *distribution* should not. On 600 real pairs of similarity
+# $0.3$ and more we compare the errors of both with the theory's: an error divided by
+# $\sqrt{J(1-J)/k}$ should have mean 0 and standard deviation 1.
 
 # %%
 chosen = np.random.default_rng(0).choice(len(pairs), 600, replace=False)
@@ -1794,14 +1758,13 @@ for name, rows_of in signed.items():
     print(f"{name:10} mean within 0.3 of 0, deviation between 0.8 and 1.25: {good}")
 
 # %% [markdown]
-# (Pairs of one family share documents, so their errors are not independent, and the mean of 600
-# strays more than $1/\sqrt{600}$.)
+# (Pairs of one family share documents, so the mean of 600 strays more than $1/\sqrt{600}$.)
 #
 # ## How fast is it?
 #
-# Against `datasketch` used as its documentation shows, one `MinHash` for each document, from
-# text to signature; and against its `bulk` with the hashes given, which leaves out all that is
-# not MinHash.
+# Against `datasketch` used as its documentation shows, one `MinHash` for each document, from text
+# to signature; and against its `bulk` with the hashes given, which leaves out all that is not
+# MinHash.
 
 # %%
 texts = [document.text for document in unique[::40]]
@@ -1828,17 +1791,16 @@ ratio = seconds["bulk"] / seconds["ours, given hashes"]
 print(f"hashes to signatures: {ratio:.1f} times as fast as bulk")
 
 # %% [markdown]
-# Both do the same multiplications. The loop loses its time between them: on objects, on a digest
-# for each shingle, on NumPy calls for arrays of thirty numbers.
+# The loop loses its time between the multiplications: on objects, on a digest for each shingle, on
+# NumPy calls for arrays of thirty numbers.
 #
 # ## Exercises
 #
 # ````{exercise} Quotations
 # :label: ex-deduplication-containment
 # *Five minutes.* A paragraph quoted in a book has a Jaccard similarity to the book of nearly 0,
-# though all of it is there. Write `containment(part, whole)` for two arrays of shingles: the
-# share of the distinct shingles of `part` that are in `whole`. An empty part is contained in
-# everything.
+# though all of it is there. Write `containment(part, whole)` for two arrays of shingles: the share
+# of the distinct shingles of `part` that are in `whole`. An empty part is contained in everything.
 # ````
 
 
@@ -1862,7 +1824,7 @@ assert containment(quote[[0, 7, 7, 7]], book) == 0.5, "a set has each element on
 # :label: ex-deduplication-permutations
 # *Ten minutes.* Write `permutations_needed(similarity, error)`: the least number of
 # permutations, at least one, for which the standard error of the estimate is at most `error`.
-# Mind that $0.25 / 0.05^2$ is not quite 100 in floating point.
+# Mind that $0.16 / 0.04^2$ is a little more than 100 in floating point.
 # ````
 
 
@@ -1874,7 +1836,8 @@ def permutations_needed(similarity: float, error: float) -> int:
 
 
 # %% tags=["check"]
-assert permutations_needed(0.5, 0.05) == 100, "0.25 / 0.0025 is 100, up to rounding"
+assert permutations_needed(0.5, 0.05) == 100, "0.25 / 0.0025 is 100"
+assert permutations_needed(0.2, 0.04) == 100, "0.16 / 0.0016 is 100, up to rounding"
 assert permutations_needed(0.8, 0.01) == 1600, "four times as many for half the error"
 assert permutations_needed(0.8, 0.02) == 400, "the error is a standard deviation, not a variance"
 assert permutations_needed(0.9, 0.04) == 57, "56.25 permutations do not exist: round up"
@@ -1939,6 +1902,11 @@ assert bottom_k(np.array([5, 3, 3, 9, 1]), 3).tolist() == [1, 3, 5], "distinct, 
 a, b = np.array([1, 2, 3, 4]), np.array([2, 3, 5, 6])
 assert estimate_bottom_k(a, b, 4) == 0.5, "of 1, 2, 3, 4 in the union, 2 and 3 are in both"
 assert estimate_bottom_k(a[:0], b[:0], 4) == 1.0, "two empty sets are equal"
+a, b = np.array([1, 2, 8, 9]), np.array([3, 4, 8, 9])
+assert estimate_bottom_k(a, b, 4) == 0.0, "8 and 9 are not among the four smallest of the union"
+assert estimate_bottom_k(a[:2], a[1:2], 4) == 0.5, (
+    "small sets: two elements in the union, one in both"
+)
 draws, values = np.random.default_rng(2), []
 for _ in range(300):
     big = draws.integers(0, 2**32, 1000)
@@ -1960,7 +1928,7 @@ assert abs(np.mean(values) - 0.1) < 0.01, (
 # %% tags=["solution"]
 def leaked(train: list[str], test: list[str], threshold: float = 0.8) -> list[int]:
     """Return the indices, ascending, of texts of ``test`` with a near duplicate in ``train``."""
-    index = LSHIndex(threshold=threshold)
+    index = LSHIndex(MinHasher(), *optimal_bands(threshold))
     index.insert(map(str, range(len(train))), index.hasher.signatures(train))
     found = []
     for i, keys in enumerate(index.query(index.hasher.signatures(test))):
@@ -1985,12 +1953,11 @@ assert leaked(train, []) == [] and leaked([], test) == [], (
 # ## Summary
 #
 # - Exact copies have the same canonical text; a hash of 128 bits stands for it.
-# - Near copies share most of their shingles: Jaccard similarity. One edit in a short text
-#   already makes it fall below 0.8.
+# - Near copies share most of their shingles. One edit in a short text already makes the Jaccard
+#   similarity fall below 0.8.
 # - Under a random permutation two sets have the same minimum with probability $J$. The mean over
 #   $k$ permutations is unbiased with variance $J(1-J)/k$.
-# - Bands turn similarity into meeting: $1 - (1 - s^r)^b$. Who verifies candidates can afford
-#   many.
+# - Bands turn similarity into meeting: $1 - (1 - s^r)^b$. Who verifies candidates can afford many.
 # - Clusters are components; centers instead of pairs keep large buckets cheap; a kept document
 #   should be similar to each one removed for its sake.
 #
@@ -2006,7 +1973,7 @@ assert leaked(train, []) == [] and leaked([], test) == [], (
 # | scope | each crawl by itself first | global removal can leave the worse rest |
 # | test sets | always, against all of training | {doc}`03_cleaning` removes overlaps in parts |
 #
-# **Further reading.** Broder's two papers {cite}`broder1997resemblance,broder2000minwise` are
-# short and clear. Chapter 3 of Leskovec, Rajaraman and Ullman {cite}`leskovec2020mining` treats
-# other distances in the same way. Lee and colleagues {cite}`lee2022deduplicating` measure what
-# duplicates do to a model, and FineWeb {cite}`penedo2024fineweb` what removing them does.
+# **Further reading.** Broder {cite}`broder1997resemblance` is short and clear. Chapter 3 of
+# Leskovec, Rajaraman and Ullman {cite}`leskovec2020mining` treats other distances in the same way.
+# Lee and colleagues {cite}`lee2022deduplicating` measure what duplicates do to a model, and
+# FineWeb {cite}`penedo2024fineweb` what removing them does.

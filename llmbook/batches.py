@@ -8,7 +8,7 @@ __all__ = ['ShardError', 'ShardHeader', 'Tokenizer', 'tokenizer_fingerprint', 'w
            'random_bits', 'permuted', 'Batch', 'window_batch', 'document_fields', 'document_mask', 'best_fit',
            'PackedDocuments', 'pack_documents', 'ResumableBatches', 'BatchSampler']
 
-# %% ../chapters/07_batches.ipynb #7770f6cb
+# %% ../chapters/07_batches.ipynb #604c2fda
 import math
 import os
 import pickle
@@ -20,7 +20,7 @@ import warnings
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, lru_cache
 from glob import escape
@@ -139,7 +139,7 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     ids = [int(token) for token in tokenizer.encode(_PROBE)]
     return blake2b(repr((tokenizer.vocab_size, special, ids)).encode(), digest_size=8).hexdigest()
 
-# %% ../chapters/07_batches.ipynb #f52b0d8d
+# %% ../chapters/07_batches.ipynb #e11486fe
 def _checked(ids: Any, name: str, vocab_size: int, end_of_text: int) -> np.ndarray:
     """Return ``ids`` with end of text after them; a ValueError names the document."""
     try:
@@ -147,7 +147,7 @@ def _checked(ids: Any, name: str, vocab_size: int, end_of_text: int) -> np.ndarr
     except ValueError:  # rows of unequal lengths
         array = np.empty((0, 0))
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        got = f"{type(ids).__name__} of {array.ndim} dimensions"
+        got = f"{type(ids).__name__} ({array.ndim} dimensions of {array.dtype})"
         raise ValueError(f"texts: {name}: expected a text or a row of ids, got {got}")
     if array.size and not 0 <= array.min() <= array.max() < vocab_size:
         wrong = array[(array < 0) | (array >= vocab_size)][0]
@@ -157,16 +157,16 @@ def _checked(ids: Any, name: str, vocab_size: int, end_of_text: int) -> np.ndarr
         raise ValueError(f"texts: {name}: expected no end of text inside a document, got {where}")
     return np.append(array, end_of_text).astype(np.uint32)
 
-# %% ../chapters/07_batches.ipynb #a911345a
+# %% ../chapters/07_batches.ipynb #84259a19
 @lru_cache(maxsize=1)
 def _unpickled(tokenizer: bytes) -> Tokenizer:
     """The tokenizer of this worker process: unpickled once, and its caches stay warm."""
     return pickle.loads(tokenizer)
 
 
-def _encode_job(job: tuple[Any, int, int, list[Any]]) -> list[np.ndarray]:
+def _encode_job(job: tuple[Any, int, int, int, list[Any]]) -> list[np.ndarray]:
     """What a worker does: the checked ids of some documents, an empty array for an empty one."""
-    tokenizer, end_of_text, first, items = job
+    tokenizer, vocab_size, end_of_text, first, items = job
     tokenizer = _unpickled(tokenizer) if isinstance(tokenizer, bytes) else tokenizer
     encoded = []
     for number, item in enumerate(items, first):
@@ -174,7 +174,7 @@ def _encode_job(job: tuple[Any, int, int, list[Any]]) -> list[np.ndarray]:
         if isinstance(item, Document):
             name, item = f"{name} ({item.id!r})", item.text
         ids = tokenizer.encode(item) if isinstance(item, str) else item
-        checked = _checked(ids, name, tokenizer.vocab_size, end_of_text)
+        checked = _checked(ids, name, vocab_size, end_of_text)
         encoded.append(checked if len(checked) > 1 else checked[:0])
     return encoded
 
@@ -200,7 +200,7 @@ def _rounds(texts: Iterable[Any], job_size: int = 1 << 20, round_size: int = 1 <
     if jobs:
         yield in_round, jobs
 
-# %% ../chapters/07_batches.ipynb #6a127582
+# %% ../chapters/07_batches.ipynb #ce6cfe13
 def _portable(tokenizer: Tokenizer) -> bytes | None:
     """Return the pickled tokenizer, or None if another process could not unpickle it."""
     if type(tokenizer).__module__ == "__main__":
@@ -212,7 +212,7 @@ def _portable(tokenizer: Tokenizer) -> bytes | None:
 
 
 def _encoded(
-    texts: Iterable[Any], tokenizer: Tokenizer, end_of_text: int, workers: int | None
+    texts: Iterable[Any], tokenizer: Tokenizer, header: ShardHeader, workers: int | None
 ) -> Iterator[np.ndarray]:
     """Yield the ids of every document that is not empty, in order; warn of the empty ones."""
     portable, empty = _portable(tokenizer), 0
@@ -220,12 +220,12 @@ def _encoded(
         many = min(4, os.cpu_count() or 1) if size > 8e6 else 1
         processes = 1 if portable is None else workers or many
         sent = tokenizer if processes == 1 else portable
-        jobs = [(sent, end_of_text, first, items) for first, items in groups]
+        jobs = [(sent, header.vocab_size, header.end_of_text, *group) for group in groups]
         for encoded in _in_order(_encode_job, jobs, processes):
             empty += sum(not len(ids) for ids in encoded)
             yield from (ids for ids in encoded if len(ids))
     if empty:
-        warnings.warn(f"texts: {empty} empty documents were left out", CorpusWarning, stacklevel=3)
+        warnings.warn(f"texts: {empty} empty documents were left out", CorpusWarning, stacklevel=4)
 
 # %% ../chapters/07_batches.ipynb #b1fa81f5
 def _shards_of(
@@ -243,16 +243,19 @@ def _shards_of(
     if group:
         yield group, True
 
-# %% ../chapters/07_batches.ipynb #3a096d52
+# %% ../chapters/07_batches.ipynb #01eb3c1d
 @contextmanager
 def _whole_directory(path: Path) -> Iterator[Path]:
     """Give a hidden directory to write into; rename it to ``path`` at the end, or remove it."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"directory: expected a new or an empty one, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    draft, trash = (path.with_name(f".{path.name}.part-{uuid.uuid4().hex}") for _ in range(2))
     for leftover in path.parent.glob(f".{escape(path.name)}.part-*"):
-        shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed
-    draft = path.with_name(f".{path.name}.part-{uuid.uuid4().hex}")
+        with suppress(OSError):  # another run may sweep, too
+            shutil.rmtree(
+                leftover.rename(trash)
+            )  # renamed first: it must not be finished by halves
     draft.mkdir()
     try:
         yield draft
@@ -286,7 +289,7 @@ def _blank_header(tokenizer: Tokenizer, end_of_text: str) -> ShardHeader:
         digest=_NO_DIGEST,
     )
 
-# %% ../chapters/07_batches.ipynb #2423f34b
+# %% ../chapters/07_batches.ipynb #07ffe3b2
 def write_shards(
     texts: Iterable[Any],
     directory: str | Path,
@@ -305,12 +308,12 @@ def write_shards(
     warning. A ``ValueError`` tells of wrong ids, no text at all, or files in the directory.
     """
     _check_at_least(shard_tokens=(1, shard_tokens), workers=(1, workers))
-    if isinstance(texts, str):
-        raise ValueError("texts: expected several texts, got one str")
+    if isinstance(texts, str | bytes):
+        raise ValueError(f"texts: expected several texts, got one {type(texts).__name__}")
     header, digest = _blank_header(tokenizer, end_of_text), _NO_DIGEST
     target = Path(directory).resolve()
     with _whole_directory(target) as draft:
-        documents = _encoded(texts, tokenizer, header.end_of_text, workers)
+        documents = _encoded(texts, tokenizer, header, workers)
         for number, (group, is_last) in enumerate(_shards_of(documents, shard_tokens)):
             header = header._replace(number=number, is_last=is_last, previous=digest)
             digest = _write_shard(draft / _shard_name(number), group, header)
@@ -318,7 +321,7 @@ def write_shards(
             raise ValueError("texts: expected at least one document that is not empty, got none")
     return TokenShards(target)
 
-# %% ../chapters/07_batches.ipynb #34f77507
+# %% ../chapters/07_batches.ipynb #fd8d0bc9
 class TokenRing:
     """Arrays of ids, joined end to end and closed to a ring; nothing is copied until it is read.
 
@@ -330,6 +333,7 @@ class TokenRing:
     def __init__(self, parts: Sequence[np.ndarray]):
         self._parts = [part for part in parts if len(part)]
         self._first = [0, *np.cumsum([len(part) for part in self._parts]).tolist()]
+        _check_at_least(tokens=(1, self._first[-1]))
 
     def __len__(self) -> int:
         """The number of tokens."""
@@ -337,9 +341,9 @@ class TokenRing:
 
     def __getitem__(self, where: slice) -> Int64[np.ndarray, " tokens"]:
         """Return the ids of a slice, as int64."""
-        start, stop, step = where.indices(len(self))
-        if step != 1:
-            raise ValueError(f"slice: expected a step of 1, got {step}")
+        if not isinstance(where, slice) or where.step not in (None, 1):
+            raise ValueError(f"where: expected a slice with a step of 1, got {where!r}")
+        start, stop, _ = where.indices(len(self))
         return self.window(start, max(stop - start, 0))
 
     def window(self, start: int, length: int) -> Int64[np.ndarray, " length"]:
@@ -399,7 +403,7 @@ def _shard_paths(directory: Path) -> list[Path]:
         raise ShardError(f"{missing[0]}: missing, but {found[-1].name} is there")
     return paths
 
-# %% ../chapters/07_batches.ipynb #589226bc
+# %% ../chapters/07_batches.ipynb #19a53dd6
 class TokenShards(TokenRing):
     """A directory that ``write_shards`` has written: a ring of tokens that knows its documents.
 
@@ -416,8 +420,7 @@ class TokenShards(TokenRing):
         header = self._shards[-1].header
         self.vocab_size, self.end_of_text = header.vocab_size, header.end_of_text
         self.fingerprint = header.digest.hex()  # of all shards: their digests are a chain
-        ours = tokenizer and tokenizer_fingerprint(tokenizer)
-        if ours not in (None, header.tokenizer.hex()):
+        if tokenizer is not None and tokenizer_fingerprint(tokenizer) != header.tokenizer.hex():
             raise ShardError(f"{self.directory}: written with another tokenizer than the one given")
 
     @cached_property
@@ -475,7 +478,7 @@ def _turned(
         place[moved] = (place[moved] + turn) % sides[moved]
     return place[0] * sides[1] + place[1]
 
-# %% ../chapters/07_batches.ipynb #8f76f966
+# %% ../chapters/07_batches.ipynb #342f4192
 def permuted(
     numbers: Int64[np.ndarray, " n"], size: int, *keys: int | np.ndarray
 ) -> Int64[np.ndarray, " n"]:
@@ -488,16 +491,20 @@ def permuted(
     [5, 3, 6, 0, 9, 2, 4, 7, 8, 1]
     """
     _check_at_least(size=(1, size))
+    if numbers.size and not 0 <= numbers.min() <= numbers.max() < size:
+        wrong = numbers[(numbers < 0) | (numbers >= size)][0]
+        raise ValueError(f"numbers: expected 0 to {size - 1}, got {wrong}")
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)
-    result, keys_of = numbers.astype(np.uint64), np.resize(random_bits(*keys), len(numbers))
+    result = numbers.astype(np.uint64)
+    keys_of = np.broadcast_to(random_bits(*keys), numbers.shape)
     walking = np.ones(len(numbers), bool)
     while walking.any():
         result[walking] = _turned(result[walking], a, b + b % 2, keys_of[walking])
         walking = result >= np.uint64(size)
     return result.astype(np.int64)
 
-# %% ../chapters/07_batches.ipynb #5fc5f29c
+# %% ../chapters/07_batches.ipynb #57886034
 class Batch(NamedTuple):
     """Rows to learn from. A target of -100 does not count.
 
@@ -523,6 +530,7 @@ class Batch(NamedTuple):
 
 def window_batch(ring: TokenRing, starts: Sequence[int] | np.ndarray, context_length: int) -> Batch:
     """Return the windows that begin at ``starts``: ``context_length`` inputs, targets one later."""
+    _check_at_least(context_length=(1, context_length))
     windows = np.stack([ring.window(int(start), context_length + 1) for start in starts])
     inputs, targets = windows[:, :-1].copy(), windows[:, 1:].copy()
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
@@ -587,7 +595,7 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> Int64[np.nda
         bits |= 1 << (room - size)
     return row_of
 
-# %% ../chapters/07_batches.ipynb #3302b84a
+# %% ../chapters/07_batches.ipynb #d12c227a
 @dataclass(frozen=True, eq=False)
 class PackedDocuments:
     """Rows of whole documents: row r has the windows ``rows[r]`` to ``rows[r + 1] - 1``."""
@@ -617,6 +625,8 @@ class PackedDocuments:
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """Return the given rows; padding has targets -100 and document id -1."""
+        if wrong := [row for row in rows if not 0 <= row < len(self)]:
+            raise ValueError(f"rows: expected numbers from 0 to {len(self) - 1}, got {wrong[0]}")
         fields = np.stack([_packed_row(self, int(row)) for row in rows], axis=1)
         return Batch(*torch.from_numpy(fields))
 
@@ -813,7 +823,7 @@ def _batch_of(sampler: BatchSampler, numbers: Int64[np.ndarray, " rows"]) -> Bat
     fields = document_fields(batch.inputs, source.end_of_text) if sampler.documents else ()
     return Batch(batch.inputs, batch.targets, *fields)
 
-# %% ../chapters/07_batches.ipynb #f6fef306
+# %% ../chapters/07_batches.ipynb #871e7149
 def _check_sampler(sampler: BatchSampler) -> None:
     source, order = sampler.source, sampler.order
     if order not in _ORDERS:
@@ -826,6 +836,8 @@ def _check_sampler(sampler: BatchSampler) -> None:
         rank=(0, sampler.rank),
         seed=(0, sampler.seed),
     )
+    if sampler.seed >= 1 << 64:
+        raise ValueError(f"seed: expected at most 64 bits, got {sampler.seed}")
     if sampler.rank >= sampler.world_size or sampler.batch_size % sampler.world_size:
         ranks = f"rank {sampler.rank} of {sampler.world_size}"
         raise ValueError(f"batch_size: cannot share {sampler.batch_size} rows out for {ranks}")

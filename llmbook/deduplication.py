@@ -7,25 +7,23 @@ square, and keep the best of each."""
 __all__ = ['canonical_text', 'exact_duplicates', 'jaccard', 'shingles', 'MinHasher', 'estimate_jaccard', 'collision_probability',
            'optimal_bands', 'LSHIndex', 'UnionFind', 'NearDuplicates', 'find_near_duplicates', 'deduplicate']
 
-# %% ../chapters/04_deduplication.ipynb #0129ecff
+# %% ../chapters/04_deduplication.ipynb #35fe77f8
 import json
 import math
 import unicodedata
-import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-# %% ../chapters/04_deduplication.ipynb #a1c96677
+# %% ../chapters/04_deduplication.ipynb #43005b9d
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int64, Shaped, UInt32, UInt64
+from jaxtyping import Bool, Float, Float64, Int64, Shaped, UInt, UInt32, UInt64
 
 from .corpus import Document, _check_at_least, _in_order, _whole_file
 
@@ -70,7 +68,7 @@ def exact_duplicates(documents: Iterable[Document | str]) -> list[list[int]]:
         groups[blake2b(_utf8(canonical_text(text)), digest_size=16).digest()].append(i)
     return [group for group in groups.values() if len(group) > 1]
 
-# %% ../chapters/04_deduplication.ipynb #76d45d74
+# %% ../chapters/04_deduplication.ipynb #249993bd
 def jaccard(
     a: AbstractSet[Any] | Shaped[np.ndarray, " m"], b: AbstractSet[Any] | Shaped[np.ndarray, " n"]
 ) -> float:
@@ -81,6 +79,8 @@ def jaccard(
     >>> jaccard({1, 2, 3}, {2, 3, 4})
     0.5
     """
+    if isinstance(a, str | bytes) or isinstance(b, str | bytes):
+        raise ValueError("a, b: expected sets or arrays, got a text; cut it by shingles first")
     first, second = (set(s.tolist()) if isinstance(s, np.ndarray) else set(s) for s in (a, b))
     union = first | second
     return len(first & second) / len(union) if union else 1.0
@@ -179,61 +179,41 @@ def _mix32(h: UInt32[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
     h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return h ^ (h >> np.uint32(16))
 
-# %% ../chapters/04_deduplication.ipynb #9610a3d2
+# %% ../chapters/04_deduplication.ipynb #e483c293
+_Signatures = UInt32[np.ndarray, "documents permutations"]
+
+
 def _minima(
     x: UInt32[np.ndarray, " shingles"],
     sizes: Int64[np.ndarray, " documents"],
-    a: UInt32[np.ndarray, " permutations"],
-    b: UInt32[np.ndarray, " permutations"],
+    factors: UInt32[np.ndarray, " permutations"],
+    shifts: UInt32[np.ndarray, " permutations"],
     block: int = 1 << 16,
-) -> UInt32[np.ndarray, "documents permutations"]:
-    """Return the minimum of ``a * x + b`` modulo 2**32 over the ``sizes[d]`` numbers of document d.
+) -> _Signatures:
+    """Return the least ``factor * x + shift`` modulo 2**32 over the next ``sizes[d]`` of ``x``.
 
     Documents without any get 2**32 - 1 everywhere, the minimum of nothing.
     """
     filled = np.flatnonzero(sizes)
     starts = np.cumsum(sizes[filled]) - sizes[filled]
-    least = np.full((len(a), len(filled)), 0xFFFFFFFF, np.uint32)
+    least = np.full((len(factors), len(filled)), 0xFFFFFFFF, np.uint32)
     values = np.empty(block, np.uint32)
     for begin in range(0, len(x), block):
         part = x[begin : begin + block]
         first = int(np.searchsorted(starts, begin, side="right")) - 1
         last = int(np.searchsorted(starts, begin + len(part)))
         offsets = np.maximum(starts[first:last] - begin, 0)
-        for row, factor, shift in zip(least[:, first:last], a, b, strict=True):
+        for row, factor, shift in zip(least[:, first:last], factors, shifts, strict=True):
             permuted = np.multiply(part, factor, out=values[: len(part)])
             permuted += shift
             np.minimum(row, np.minimum.reduceat(permuted, offsets), out=row)
-    signatures = np.full((len(sizes), len(a)), 0xFFFFFFFF, np.uint32)
+    signatures = np.full((len(sizes), len(factors)), 0xFFFFFFFF, np.uint32)
     signatures[filled] = least.T
     return signatures
 
-# %% ../chapters/04_deduplication.ipynb #7d212f99
+# %% ../chapters/04_deduplication.ipynb #b0396f16
 @dataclass(frozen=True)
-class _Shingling:
-    """What must be equal for two signatures to be compared."""
-
-    n_permutations: int = 128
-    n: int = 5
-    unit: str = "word"
-    seed: int = 1
-
-    def __post_init__(self) -> None:
-        _check_at_least(n_permutations=(1, self.n_permutations), seed=(0, self.seed))
-        _check_shingles(self.n, self.unit)
-        if self.seed >= 2**32:
-            raise ValueError(f"seed: expected less than 2**32, got {self.seed}")
-
-    @cached_property
-    def permutations(self) -> UInt32[np.ndarray, "2 permutations"]:
-        """The factors, all odd, and the shifts of the linear functions."""
-        random = np.random.RandomState(self.seed)  # a frozen generator: same numbers for good
-        halves = random.randint(0, 1 << 31, self.n_permutations, dtype=np.uint32)
-        shifts = random.randint(0, 1 << 32, self.n_permutations, dtype=np.uint32)
-        return np.stack([halves * np.uint32(2) + np.uint32(1), shifts])
-
-# %% ../chapters/04_deduplication.ipynb #34703563
-class MinHasher(_Shingling):
+class MinHasher:
     """Makes signatures: ``n_permutations`` 32-bit minima over a document's ``n``-grams of ``unit``.
 
     Only signatures of equal hashers can be compared. Permutations are those of datasketch 2 with
@@ -243,24 +223,46 @@ class MinHasher(_Shingling):
     (3, 4)
     """
 
+    n_permutations: int = 128
+    n: int = 5
+    unit: str = "word"
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        _check_hasher(self)
+
     def hash_signatures(
-        self, hashes: UInt32[np.ndarray, " shingles"], sizes: Int64[np.ndarray, " documents"]
-    ) -> UInt32[np.ndarray, "documents permutations"]:
-        """Sign sets given as hashes, one after another; an empty one gets 2**32 - 1 everywhere."""
+        self, hashes: UInt[np.ndarray, " shingles"], sizes: Int64[np.ndarray, " documents"]
+    ) -> _Signatures:
+        """Sign sets of hashes, one after another, by their lower 32 bits; ``sizes`` cuts them."""
         if (sizes < 0).any() or sizes.sum() != len(hashes):
             raise ValueError(f"sizes: expected a sum of {len(hashes)}, got {sizes.sum()}")
-        return _minima(_mix32(hashes), sizes, *self.permutations)
+        return _minima(_mix32(hashes.astype(np.uint32)), sizes, *_permutations(self))
 
-    def signatures(
-        self, documents: Iterable[Document | str], workers: int = 1
-    ) -> UInt32[np.ndarray, "documents permutations"]:
+    def signatures(self, documents: Iterable[Document | str], workers: int = 1) -> _Signatures:
         """Sign documents, reading each once; several ``workers`` hold all texts in memory."""
         _check_at_least(workers=(1, workers))
         jobs = ((self, texts) for texts in _batches(_texts(documents)))
         parts = map(_sign, jobs) if workers == 1 else _in_order(_sign, list(jobs), workers)
         return np.concatenate([np.empty((0, self.n_permutations), np.uint32), *parts])
 
-# %% ../chapters/04_deduplication.ipynb #32399d25
+# %% ../chapters/04_deduplication.ipynb #9ee48b99
+def _check_hasher(hasher: MinHasher) -> None:
+    _check_at_least(n_permutations=(1, hasher.n_permutations), seed=(0, hasher.seed))
+    _check_shingles(hasher.n, hasher.unit)
+    if hasher.seed >= 2**32:
+        raise ValueError(f"seed: expected less than 2**32, got {hasher.seed}")
+
+
+@lru_cache(maxsize=8)
+def _permutations(hasher: MinHasher) -> UInt32[np.ndarray, "2 permutations"]:
+    """Return the factors, all odd, and the shifts of the linear functions."""
+    random = np.random.RandomState(hasher.seed)  # a frozen generator: same numbers for good
+    halves = random.randint(0, 1 << 31, hasher.n_permutations, dtype=np.uint32)
+    shifts = random.randint(0, 1 << 32, hasher.n_permutations, dtype=np.uint32)
+    return np.stack([halves * np.uint32(2) + np.uint32(1), shifts])
+
+# %% ../chapters/04_deduplication.ipynb #0f6c0ada
 def _batches(texts: Iterable[str], characters: int = 1 << 19) -> Iterator[list[str]]:
     """Group ``texts`` until each group has that many characters; a longer text is in the last."""
     batch, size = list[str](), 0
@@ -274,12 +276,12 @@ def _batches(texts: Iterable[str], characters: int = 1 << 19) -> Iterator[list[s
         yield batch
 
 
-def _sign(job: tuple[MinHasher, list[str]]) -> UInt32[np.ndarray, "documents permutations"]:
+def _sign(job: tuple[MinHasher, list[str]]) -> _Signatures:
     hasher, texts = job
     hashes, sizes = _shingle_hashes(texts, hasher.n, hasher.unit)
-    return hasher.hash_signatures(hashes.astype(np.uint32), sizes)
+    return hasher.hash_signatures(hashes, sizes)
 
-# %% ../chapters/04_deduplication.ipynb #b4c02207
+# %% ../chapters/04_deduplication.ipynb #cf23979c
 def estimate_jaccard(
     a: UInt32[np.ndarray, "*batch permutations"], b: UInt32[np.ndarray, "*batch permutations"]
 ) -> Float64[np.ndarray, "*batch"]:
@@ -287,6 +289,8 @@ def estimate_jaccard(
 
     Unbiased up to the quality of the permutations, with variance J (1 - J) / n_permutations.
     """
+    if a.shape[-1:] != b.shape[-1:] or a.shape[-1:] in ((), (0,)):
+        raise ValueError(f"a, b: expected equally many permutations, got {a.shape} and {b.shape}")
     return np.asarray((a == b).mean(axis=-1))
 
 # %% ../chapters/04_deduplication.ipynb #5448e056
@@ -307,7 +311,7 @@ def collision_probability(
         raise ValueError(f"similarity: expected numbers from 0 to 1, got {similarity!r}")
     return np.asarray(1 - (1 - s**rows) ** bands)
 
-# %% ../chapters/04_deduplication.ipynb #6ab3c601
+# %% ../chapters/04_deduplication.ipynb #90c3c42d
 def _check_threshold(threshold: float) -> None:
     if not isinstance(threshold, int | float | np.number) or not 0 < threshold < 1:
         raise ValueError(f"threshold: expected a number between 0 and 1, got {threshold!r}")
@@ -315,7 +319,7 @@ def _check_threshold(threshold: float) -> None:
 
 @lru_cache(maxsize=64)
 def optimal_bands(
-    threshold: float, n_permutations: int = 128, weights: tuple[float, float] = (0.5, 0.5)
+    threshold: float, n_permutations: int = 128, weights: tuple[float, float] = (0.05, 0.95)
 ) -> tuple[int, int]:
     """Return the (bands, rows) whose S-curve has the least weighted error around ``threshold``.
 
@@ -352,9 +356,9 @@ def _unique_pairs(pairs: Int64[np.ndarray, "pairs 2"]) -> Int64[np.ndarray, "dis
     stride = int(pairs.max(initial=0)) + 1
     return np.stack(np.divmod(np.unique(pairs[:, 0] * stride + pairs[:, 1]), stride), axis=1)
 
-# %% ../chapters/04_deduplication.ipynb #a34748c8
+# %% ../chapters/04_deduplication.ipynb #7db4260d
 def _band_hashes(
-    signatures: UInt32[np.ndarray, "documents permutations"], bands: int, rows: int
+    signatures: _Signatures, bands: int, rows: int
 ) -> UInt64[np.ndarray, "documents bands"]:
     """Return one hash of each document's band, which differs between bands with the same rows."""
     used = signatures[:, : bands * rows].reshape(-1, bands, rows).astype(np.uint64)
@@ -404,89 +408,105 @@ class _SortedRuns:
             found.append(np.stack([position, owners[left[position] + _ranges(counts)]], axis=1))
         return np.concatenate(found)
 
-# %% ../chapters/04_deduplication.ipynb #c3ffb956
-def _layout(
-    hasher: MinHasher, threshold: float, bands: int | None, rows: int | None, weights: Any
-) -> tuple[int, int]:
-    _check_threshold(threshold)
-    if bands is None and rows is None:
-        return optimal_bands(float(threshold), hasher.n_permutations, tuple(weights))
-    if bands is None or rows is None:
-        raise ValueError(f"bands, rows: expected both or neither, got {bands} and {rows}")
-    _check_at_least(bands=(1, bands), rows=(1, rows))
-    if bands * rows > hasher.n_permutations:
-        most = f"at most {hasher.n_permutations} permutations"
-        raise ValueError(f"bands, rows: expected {most} in all, got {bands} times {rows}")
-    return bands, rows
+# %% ../chapters/04_deduplication.ipynb #ee21df1b
+def _checked(signatures: _Signatures, hasher: MinHasher) -> _Signatures:
+    """Return ``signatures`` if their shape is one that ``hasher`` makes."""
+    if signatures.ndim != 2 or signatures.shape[1] != hasher.n_permutations:
+        expected = f"expected rows of {hasher.n_permutations} numbers"
+        raise ValueError(f"signatures: {expected}, got the shape {signatures.shape}")
+    return signatures
 
 
-def _checked_hashes(
-    index: Any, signatures: UInt32[np.ndarray, "documents permutations"]
-) -> UInt64[np.ndarray, "documents bands"]:
-    expected = index.hasher.n_permutations
-    if signatures.shape[1] != expected:
-        raise ValueError(f"signatures: expected {expected} columns, got {signatures.shape[1]}")
-    return _band_hashes(signatures, index.bands, index.rows)
-
-# %% ../chapters/04_deduplication.ipynb #d4a349ea
 def _new_keys(keys: Iterable[str], known: set[str], count: int) -> list[str]:
     """Return ``keys`` as a list of ``count`` different strings, none of them known."""
-    new, seen = list(keys), set(known)
-    if len(new) != count:
-        raise ValueError(f"keys: expected {count}, one for each signature, got {len(new)}")
+    new, seen = list(keys), set[str]()
+    if isinstance(keys, str) or len(new) != count:
+        got = "a single str" if isinstance(keys, str) else len(new)
+        raise ValueError(f"keys: expected {count}, one for each signature, got {got}")
     for key in new:
         if not isinstance(key, str):
             raise ValueError(f"keys: expected strings, got {type(key).__name__}")
-        if key in seen:
+        if key in known or key in seen:
             raise ValueError(f"keys: expected new ones, got {key!r} again")
         seen.add(key)
     return new
 
-# %% ../chapters/04_deduplication.ipynb #8b3ca8b6
-class _BandTable:
-    def __init__(
-        self,
-        hasher: MinHasher | None = None,
-        threshold: float = 0.8,
-        *,
-        bands: int | None = None,
-        rows: int | None = None,
-        weights: tuple[float, float] = (0.05, 0.95),
-    ) -> None:
-        self.hasher, self.threshold = hasher or MinHasher(), threshold
-        self.bands, self.rows = _layout(self.hasher, threshold, bands, rows, weights)
-        self.keys: list[str] = []
-        self._known: set[str] = set()
-        self._runs = _SortedRuns()
+# %% ../chapters/04_deduplication.ipynb #4e6d7cf0
+class LSHIndex:
+    """Finds documents that share a band, by their signatures; nothing is verified."""
+
+    def __init__(self, hasher: MinHasher | None = None, bands: int = 16, rows: int = 8) -> None:
+        self.hasher, self.bands, self.rows = hasher or MinHasher(), bands, rows
+        _check_bands(bands, rows, self.hasher.n_permutations)
+        self.keys, self._known, self._runs = list[str](), set[str](), _SortedRuns()
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def insert(
-        self, keys: Iterable[str], signatures: UInt32[np.ndarray, "documents permutations"]
-    ) -> None:
+    def insert(self, keys: Iterable[str], signatures: _Signatures) -> None:
         """Add documents by their signatures, under ``keys`` that are new; all of them, or none."""
-        hashes, new = (
-            _checked_hashes(self, signatures),
-            _new_keys(keys, self._known, len(signatures)),
-        )
-        owners = np.repeat(np.arange(len(new), dtype=np.int64) + len(self), self.bands)
-        self._runs.add(hashes.ravel(), owners)
+        new = _new_keys(keys, self._known, len(_checked(signatures, self.hasher)))
+        owners = np.repeat(np.arange(len(new)) + len(self), self.bands)
+        self._runs.add(_band_hashes(signatures, self.bands, self.rows).ravel(), owners)
         self.keys += new
         self._known.update(new)
 
-# %% ../chapters/04_deduplication.ipynb #7a79487e
-def _save_index(index: Any, path: str | Path) -> None:
-    """Write the index with its hasher to one file, which appears complete or not at all."""
+    def query(self, signatures: _Signatures) -> list[list[str]]:
+        """Return, for each signature, the keys of its candidates in the order of insertion."""
+        return _answers(self, _checked(signatures, self.hasher))
+
+    def candidate_pairs(self) -> list[tuple[str, str]]:
+        """Return the keys of all pairs that share a bucket; their number may be quadratic."""
+        return [(self.keys[i], self.keys[j]) for i, j in _sharing(*self._runs.merged()).tolist()]
+
+    def save(self, path: str | Path) -> None:
+        """Write the index with its hasher to one file, which appears complete or not at all."""
+        _write_index(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LSHIndex":
+        """Read what ``save`` wrote; a ``ValueError`` names a file that is none, or broken."""
+        return _read_index(Path(path))
+
+# %% ../chapters/04_deduplication.ipynb #ab971684
+def _check_bands(bands: int, rows: int, n_permutations: int) -> None:
+    _check_at_least(bands=(1, bands), rows=(1, rows))
+    if bands * rows > n_permutations:
+        most = f"at most {n_permutations} permutations"
+        raise ValueError(f"bands, rows: expected {most} in all, got {bands} times {rows}")
+
+
+def _answers(index: LSHIndex, signatures: _Signatures) -> list[list[str]]:
+    """Return the keys of the documents that share a band with each signature."""
+    found = index._runs.find(_band_hashes(signatures, index.bands, index.rows).ravel())
+    found[:, 0] //= index.bands  # from positions among the bands to those of documents
+    answers: list[list[str]] = [[] for _ in signatures]
+    for position, owner in _unique_pairs(found).tolist():
+        answers[position].append(index.keys[owner])
+    return answers
+
+
+def _sharing(
+    hashes: UInt64[np.ndarray, " entries"], owners: Int64[np.ndarray, " entries"]
+) -> Int64[np.ndarray, "pairs 2"]:
+    """Return all pairs of owners that share a hash, each once; entries are sorted by hash."""
+    buckets, members = _buckets(hashes, owners)
+    return _unique_pairs(members[_pairs_within(buckets)])
+
+# %% ../chapters/04_deduplication.ipynb #fe2db3dc
+_FORMAT = "llmbook.LSHIndex 1"
+
+
+def _write_index(index: LSHIndex, path: Path) -> None:
     header = {
-        "format": "llmbook.LSHIndex 1",
+        "format": _FORMAT,
         "hasher": asdict(index.hasher),
-        "layout": {"threshold": float(index.threshold), "bands": index.bands, "rows": index.rows},
+        "layout": [index.bands, index.rows],
         "keys": index.keys,
     }
     coded = np.frombuffer(json.dumps(header).encode(), np.uint8)
     hashes, owners = index._runs.merged()
-    with _whole_file(Path(path)) as draft, draft.open("wb") as file:
+    with _whole_file(path) as draft, draft.open("wb") as file:
         np.savez(file, header=coded, hashes=hashes, owners=owners)
 
 
@@ -498,62 +518,28 @@ def _check_entries(hashes: Any, owners: Any, documents: int, bands: int) -> None
     if (owners.size and owners.min() < 0) or (np.bincount(owners, None, documents) != bands).any():
         raise ValueError(f"it has documents without exactly {bands} entries")
 
-# %% ../chapters/04_deduplication.ipynb #f528d411
-def _read_index(path: Path) -> tuple[dict[str, Any], Any, Any]:
-    """Return header, hashes and owners of a file; a ``ValueError`` names one that has none."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            header = json.loads(arrays["header"].tobytes())
-            if header["format"] != "llmbook.LSHIndex 1":
-                raise ValueError(f"its format is {header['format']!r}")
-            return header, arrays["hashes"], arrays["owners"]
-    except (EOFError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"path: expected a saved LSHIndex, got {str(path)!r}: {error}") from error
-    except (zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"path: {str(path)!r} is damaged: {error}") from error
-
-# %% ../chapters/04_deduplication.ipynb #12b8cd97
-def _rebuilt(cls: Any, header: dict[str, Any], hashes: Any, owners: Any) -> Any:
-    index = cls(MinHasher(**header["hasher"]), **header["layout"])
+# %% ../chapters/04_deduplication.ipynb #ddb71fc6
+def _restored(header: Any, hashes: Any, owners: Any) -> LSHIndex:
+    """Return the index with these contents; whatever is wrong with them raises something."""
+    if header["format"] != _FORMAT:
+        raise ValueError(f"its format is {header['format']!r}")
+    index = LSHIndex(MinHasher(**header["hasher"]), *header["layout"])
     index.keys = _new_keys(header["keys"], set(), len(header["keys"]))
     _check_entries(hashes, owners, len(index), index.bands)
     index._known.update(index.keys)
     index._runs.add(hashes, owners)
     return index
 
-# %% ../chapters/04_deduplication.ipynb #7fc96a12
-class LSHIndex(_BandTable):
-    """Finds documents that share a band; grows, and can be saved. Candidates are not verified.
 
-    ``optimal_bands`` chooses ``bands`` and ``rows`` by ``threshold`` and ``weights`` if not given.
-    """
-
-    def query(self, signatures: UInt32[np.ndarray, "documents permutations"]) -> list[list[str]]:
-        """Return, for each signature, the keys of its candidates in the order of insertion."""
-        found = self._runs.find(_checked_hashes(self, signatures).ravel()) // [self.bands, 1]
-        answers: list[list[str]] = [[] for _ in signatures]
-        for position, owner in _unique_pairs(found).tolist():
-            answers[position].append(self.keys[owner])
-        return answers
-
-    def candidate_pairs(self) -> list[tuple[str, str]]:
-        """Return the keys of all pairs that share a bucket; their number may be quadratic."""
-        buckets, owners = _buckets(*self._runs.merged())
-        pairs = _unique_pairs(owners[_pairs_within(buckets)])
-        return [(self.keys[i], self.keys[j]) for i, j in pairs.tolist()]
-
-    def save(self, path: str | Path) -> None:
-        """Write the index with its hasher to one file, which appears complete or not at all."""
-        _save_index(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "LSHIndex":
-        """Read what ``save`` wrote; a ``ValueError`` names a file that is none, or broken."""
-        header, hashes, owners = _read_index(Path(path))
-        try:
-            return _rebuilt(cls, header, hashes, owners)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"path: {str(path)!r} is not a sound LSHIndex: {error}") from error
+def _read_index(path: Path) -> LSHIndex:
+    with path.open("rb") as file:
+        try:  # zipfile, zlib, NumPy and JSON have a dozen exceptions for broken files
+            with np.load(file, allow_pickle=False) as arrays:
+                header = json.loads(arrays["header"].tobytes())
+                return _restored(header, arrays["hashes"], arrays["owners"])
+        except Exception as error:
+            message = f"path: expected a saved LSHIndex, got {str(path)!r}: {error}"
+            raise ValueError(message) from error
 
 # %% ../chapters/04_deduplication.ipynb #bc5de1fb
 class UnionFind:
@@ -660,7 +646,7 @@ def _mixed(
     least, most = np.minimum.reduceat(roots, starts), np.maximum.reduceat(roots, starts)
     return np.repeat(least != most, sizes)
 
-# %% ../chapters/04_deduplication.ipynb #973da032
+# %% ../chapters/04_deduplication.ipynb #61d22132
 def _link_similar(
     groups: Int64[np.ndarray, " members"],
     members: Int64[np.ndarray, " members"],
@@ -675,16 +661,18 @@ def _link_similar(
     """
     forest, compared, tried, links = UnionFind(len(sets)), 0, 0, [_NO_LINKS]
     while len(members):
-        first = np.append(True, groups[1:] != groups[:-1])
-        number = np.cumsum(first) - 1
-        large, tried = np.bincount(number)[number] + tried > exact_up_to, tried + 1
+        first = np.append(True, groups[1:] != groups[:-1])  # the centers
+        number = np.cumsum(first) - 1  # of each member's group
+        limited = np.bincount(number)[number] + tried > exact_up_to
+        tried += 1
         alive, place = np.unique(members, return_inverse=True)
         root, center = forest.roots(alive)[place], members[first][number]
         apart = root != root[first][number]
         pairs = _unique_pairs(np.stack([center, members], axis=1)[apart])
         links.append(_join(pairs, sets, threshold, forest))
         compared, root = compared + len(pairs), forest.roots(alive)[place]
-        rest = ~(first | large & ((root == root[first][number]) | (tried >= centers)))
+        joined = root == root[first][number]
+        rest = ~(first | limited & (joined | (tried >= centers)))
         rest[rest] = _mixed(groups[rest], root[rest])
         groups, members = groups[rest], members[rest]
     pairs, similarities = (np.concatenate(part) for part in zip(*links, strict=True))
@@ -704,9 +692,9 @@ class NearDuplicates:
     similarities: Float64[np.ndarray, " links"]
     compared: int
 
-# %% ../chapters/04_deduplication.ipynb #ec94de11
+# %% ../chapters/04_deduplication.ipynb #74626210
 def _candidates(
-    signatures: UInt32[np.ndarray, "documents permutations"], bands: int, rows: int
+    signatures: _Signatures, bands: int, rows: int
 ) -> tuple[Int64[np.ndarray, " members"], Int64[np.ndarray, " members"]]:
     """Return bucket numbers, sorted, and rows of signatures, ascending in each bucket."""
     hashes = _band_hashes(signatures, bands, rows).ravel()
@@ -729,7 +717,7 @@ def _verified(
     links = _link_similar(groups, places, sets, threshold, exact_up_to, centers)
     return used[links[0]], *links[1:]
 
-# %% ../chapters/04_deduplication.ipynb #35856f24
+# %% ../chapters/04_deduplication.ipynb #0a6a384e
 def find_near_duplicates(
     documents: Iterable[Document | str],
     threshold: float = 0.8,
@@ -747,7 +735,7 @@ def find_near_duplicates(
     """
     _check_at_least(exact_up_to=(0, exact_up_to))
     hasher = hasher or MinHasher()
-    bands, rows = _layout(hasher, threshold, None, None, weights)
+    bands, rows = optimal_bands(threshold, hasher.n_permutations, weights)
     texts = list(_texts(documents))
     copies = [(group[0], copy) for group in exact_duplicates(texts) for copy in group[1:]]
     exact = np.array(copies, np.int64).reshape(-1, 2)

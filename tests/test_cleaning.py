@@ -30,7 +30,6 @@ from llmbook.cleaning import (
     fineweb_quality,
     gopher_quality,
     gopher_repetition,
-    hashed_ngrams,
     identify_language,
     mask_pii,
     normalize_text,
@@ -127,6 +126,13 @@ def test_small_letters_survive_the_round_trip(text: str) -> None:
     if not cleaning._decoded(damaged[1:3]):
         return
     assert repair_mojibake(damaged) == "a" + text
+
+
+def test_nested_damage_takes_bounded_time() -> None:
+    start = time.perf_counter()
+    assert normalize_text("Â" * 10 + "©") == "©"
+    assert normalize_text("Â" * 100_000 + "©").endswith("Â©")
+    assert time.perf_counter() - start < 10  # a round for each would be minutes
 
 
 def test_mixed_text_is_repaired_in_part() -> None:
@@ -226,6 +232,14 @@ def test_c4_lines_and_pages() -> None:
 
 
 # --- repeated lines, licenses -------------------------------------------------------------------
+
+
+def test_lone_surrogates_do_not_stop_a_filter() -> None:
+    text = "a line with half of a pair \ud83d of surrogates"
+    assert gopher_repetition(text) == []
+    assert fineweb_quality(text) == ["punctuated_lines"]
+    assert mask_pii(text) == (text, Counter())
+    assert QualityClassifier(buckets=8).predict([text]) == 0.5
 
 
 def test_both_policies() -> None:
@@ -399,7 +413,7 @@ def test_classifier_learns_and_agrees_with_sklearn() -> None:
     sparse = pytest.importorskip("scipy.sparse")
     texts, labels = examples(300)
     ours = QualityClassifier(buckets=2**12, penalty=1e-3).fit(texts, labels, iterations=3000)
-    x = hashed_ngrams(texts, 2**12)
+    x = cleaning._hashed_ngrams(texts, 2**12)
     matrix = sparse.csr_matrix((x.values, (x.rows, x.columns)), shape=x.shape)
     theirs = linear.LogisticRegression(C=1 / (300 * 1e-3), tol=1e-8, max_iter=5000)
     theirs.fit(matrix, labels)
@@ -412,8 +426,8 @@ def test_classifier_learns_and_agrees_with_sklearn() -> None:
 
 def test_gradient_by_differences() -> None:
     texts, labels = examples(20)
-    x, truth = hashed_ngrams(texts, 64), np.array(labels, dtype=float)
-    weights, bias = cleaning.fit_logistic(x, truth, 0.01, 5000)
+    x, truth = cleaning._hashed_ngrams(texts, 64), np.array(labels, dtype=float)
+    weights, bias = cleaning._fit_logistic(x, truth, 0.01, 5000)
 
     def loss(w: np.ndarray, b: float) -> float:
         scores = x.times(w) + b
@@ -429,7 +443,7 @@ def test_gradient_by_differences() -> None:
 
 
 def test_features() -> None:
-    x = hashed_ngrams(["", "Bread bread!", "salt bread"], 2**16)
+    x = cleaning._hashed_ngrams(["", "Bread bread!", "salt bread"], 2**16)
     assert x.shape == (3, 2**16)
     assert np.bincount(x.rows, minlength=3).tolist() == [0, 2, 3]  # bread, bread bread; and so on
     assert np.allclose(np.bincount(x.rows, x.values**2, 3), [0, 1, 1])
@@ -438,13 +452,16 @@ def test_features() -> None:
     vector = np.random.default_rng(0).normal(size=2**16)
     assert np.allclose(x.times(vector), dense @ vector)
     assert np.allclose(x.transposed_times(np.arange(3.0)), dense.T @ np.arange(3.0))
-    assert hashed_ngrams([], 8).shape == (0, 8)
+    assert cleaning._hashed_ngrams([], 8).shape == (0, 8)
 
 
 def test_features_are_the_same_in_another_process() -> None:
-    code = "from llmbook.cleaning import *; print(hashed_ngrams(['the oven']).columns.tolist())"
+    code = (
+        "from llmbook import cleaning; "
+        "print(cleaning._hashed_ngrams(['the oven']).columns.tolist())"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == str(hashed_ngrams(["the oven"]).columns.tolist())
+    assert out.stdout.strip() == str(cleaning._hashed_ngrams(["the oven"]).columns.tolist())
 
 
 def test_save_and_load(tmp_path: Path) -> None:
@@ -471,6 +488,13 @@ def test_save_and_load(tmp_path: Path) -> None:
 def test_classifier_bad_labels(labels: list[float]) -> None:
     with pytest.raises(ValueError, match="labels"):
         QualityClassifier(buckets=8).fit(["bread", "salt"], labels)
+
+
+def test_one_string_is_no_list_of_texts() -> None:
+    with pytest.raises(ValueError, match="texts"):
+        QualityClassifier(buckets=8).predict("bread")
+    with pytest.raises(ValueError, match="texts"):
+        LanguageIdentifier({"en": "bread", "de": "Brot"})
 
 
 def test_classifier_bad_settings() -> None:
@@ -534,6 +558,7 @@ def test_roc_bad_input() -> None:
         ("030 1234567", "PHONE"),
         ("0171/1234567", "PHONE"),
         ("01 23 45 67 89", "PHONE"),
+        ("tel:+49301234567", "PHONE"),
         ("192.0.2.146", "IP"),
         ("255.255.255.255", "IP"),
         ("2001:db8::7", "IP"),
@@ -586,6 +611,16 @@ def test_not_masked(text: str) -> None:
     assert mask_pii(text) == (text, Counter())
 
 
+@pytest.mark.parametrize(
+    "first", ["+49 30 1234567", "+14155552671", "(212) 555-0123", "030 1234567"]
+)
+@pytest.mark.parametrize(
+    "second", ["+49 30 1234567", "(212) 555-0123", "212.555.0123", "030 1234567"]
+)
+def test_two_numbers_with_a_space_between(first: str, second: str) -> None:
+    assert mask_pii(f"{first} {second}") == ("<PHONE> <PHONE>", Counter(PHONE=2))
+
+
 def test_private_addresses_can_stay() -> None:
     text = "127.0.0.1 192.168.0.1:80 8.8.8.8"
     assert mask_pii(text).counts == {"IP": 3}
@@ -624,7 +659,7 @@ def test_masking_twice_is_masking_once(parts: list[str], between: str) -> None:
     ],
 )
 def test_a_million_characters(unit: str) -> None:
-    size = 100_000 if unit == "Ã©" else 1_000_000  # checking types half a million times is slow
+    size = 100_000 if unit in ("Ã©", "0123 ") else 1_000_000  # checking every type is slow
     text = (unit * size)[:size]
     start = time.perf_counter()
     mask_pii(text)

@@ -166,6 +166,8 @@ def test_jaccard() -> None:
     assert jaccard({1}, set()) == 0.0
     assert jaccard({"a", "b"}, {"b"}) == 0.5
     assert jaccard(np.array([1, 1, 2]), np.array([2, 2, 2, 3])) == 1 / 3
+    with pytest.raises((ValueError, jaxtyping.TypeCheckError), match="a"):
+        jaccard("a text", {1})
 
 
 # --- signatures ----------------------------------------------------------------------------------
@@ -209,6 +211,20 @@ def test_signatures_of_nothing() -> None:
         0,
         8,
     )
+
+
+def test_hashes_given_and_texts_have_the_same_signatures() -> None:
+    for text in (*ODD, *windows(7, 60, 3)):
+        hashes = shingles(text)  # of 64 bits, of which the lower 32 count
+        given = MinHasher(16).hash_signatures(hashes, np.array([len(hashes)]))
+        assert np.array_equal(given, MinHasher(16).signatures([text]))
+
+
+def test_signatures_of_different_hashers_are_not_compared() -> None:
+    a, b = MinHasher(16).signatures(["a"]), MinHasher(8).signatures(["a"])
+    with pytest.raises((ValueError, jaxtyping.TypeCheckError)):
+        estimate_jaccard(a, b)
+    assert estimate_jaccard(a, a).tolist() == [1.0]
 
 
 def test_signatures_do_not_depend_on_batches_or_processes(monkeypatch) -> None:
@@ -293,7 +309,6 @@ def test_collision_probability() -> None:
 def test_thresholds_outside(threshold) -> None:
     calls = (
         lambda: optimal_bands(threshold),
-        lambda: LSHIndex(threshold=threshold),
         lambda: find_near_duplicates(["a", "b"], threshold),
         lambda: deduplicate([Document("a")], threshold),
     )
@@ -319,14 +334,12 @@ def filled(texts: list[str] = TEXTS, **settings) -> LSHIndex:
     return index
 
 
-@pytest.mark.parametrize(("bands", "rows"), [(16, 8), (32, 4), (3, 1), (1, 128)])
+@pytest.mark.parametrize(("bands", "rows"), [(16, 8), (32, 4), (3, 1), (2, 64)])
 def test_candidates_equal_datasketch(bands: int, rows: int) -> None:
     index = filled(bands=bands, rows=rows)
     signatures = index.hasher.signatures(TEXTS)
     keys, minhashes = index.keys, []
-    tables = datasketch.MinHashLSH(num_perm=128, params=(max(bands, 2), rows if bands > 1 else 64))
-    if bands == 1:
-        index = filled(bands=2, rows=64)
+    tables = datasketch.MinHashLSH(num_perm=128, params=(bands, rows))
     for key, row in zip(keys, signatures, strict=True):
         minhashes.append(datasketch.MinHash(hashvalues=row, scheme="affine32"))
         tables.insert(key, minhashes[-1])
@@ -356,17 +369,12 @@ def test_insertion_in_any_portions(portions: list[int]) -> None:
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
     hasher = MinHasher(64, n=3, unit="character", seed=9)
-    index = LSHIndex(hasher, 0.7)
+    index = LSHIndex(hasher, 8, 4)
     keys = ["plain", "", "ünï\n", "half \ud83d"]
     index.insert(keys, hasher.signatures(TEXTS[:4]))
     index.save(tmp_path / "index")
     again = LSHIndex.load(str(tmp_path / "index"))
-    assert (again.hasher, again.threshold, again.bands, again.rows) == (
-        hasher,
-        0.7,
-        index.bands,
-        index.rows,
-    )
+    assert (again.hasher, again.bands, again.rows) == (hasher, 8, 4)
     assert again.keys == keys and again.candidate_pairs() == index.candidate_pairs()
     again.insert(["new"], hasher.signatures(TEXTS[4:5]))
     with pytest.raises(ValueError, match="keys: expected new ones, got 'plain' again"):
@@ -396,15 +404,19 @@ def test_a_refused_insertion_leaves_nothing_behind() -> None:
     ):
         with pytest.raises(ValueError, match=match):
             index.insert(keys, fresh)
-    with pytest.raises(ValueError, match="signatures: expected 128 columns, got 64"):
+    with pytest.raises(ValueError, match=r"signatures: expected rows of 128 .* shape \(2, 64\)"):
         index.insert(["p", "q"], fresh[:, :64])
+    with pytest.raises((ValueError, jaxtyping.TypeCheckError), match="signatures"):
+        index.query(fresh[0])  # one signature is not several
+    with pytest.raises(ValueError, match=r"keys: expected 2, .* got a single str"):
+        index.insert("pq", fresh)
     assert len(index) == 30 and index.candidate_pairs() == before
     index.insert(["new", "p"], fresh)
 
 
 def test_bad_layouts() -> None:
-    with pytest.raises(ValueError, match="bands, rows: expected both or neither, got 4 and None"):
-        LSHIndex(bands=4)
+    with pytest.raises(ValueError, match="expected at most 64 permutations in all, got 16 times 8"):
+        LSHIndex(MinHasher(64))
     with pytest.raises(
         ValueError, match="expected at most 128 permutations in all, got 16 times 9"
     ):
@@ -433,6 +445,8 @@ def _rewritten(path: Path, **changes) -> None:
         {"header": {"keys": ["only one"]}},
         {"header": {"keys": [1, 2, 3]}},
         {"header": {"layout": {"bands": 4}}},
+        {"header": {"layout": [8, 8]}},
+        {"header": {"layout": [16, 8, 4]}},
         {"header": {"layout": None}},
         {"header": {"hasher": {"n_permutations": -1}}},
         {"header": {"hasher": {"surprise": 1}}},
@@ -468,6 +482,23 @@ def test_files_that_are_no_index(tmp_path: Path) -> None:
             LSHIndex.load(path)
     with pytest.raises(FileNotFoundError):
         LSHIndex.load(tmp_path / "absent")
+
+
+def test_damaged_bytes_never_raise_anything_else(tmp_path: Path) -> None:
+    path, rng = tmp_path / "index.npz", np.random.default_rng(0)
+    filled(TEXTS[:3]).save(path)
+    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    refused = 0
+    for _ in range(400):
+        broken = whole.copy()
+        broken[rng.integers(len(whole), size=2)] = rng.integers(256, size=2)
+        path.write_bytes(broken.tobytes())
+        try:
+            LSHIndex.load(path)  # some bytes of a zip archive mean nothing
+        except ValueError as error:
+            assert "index.npz" in str(error)
+            refused += 1
+    assert refused > 300
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:

@@ -11,6 +11,7 @@ from collections import Counter
 import jaxtyping
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +23,8 @@ from llmbook.subwords import (
     merge_gain,
     renyi_efficiency,
     split_words,
+    train_unigram,
+    train_wordpiece,
 )
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -53,24 +56,24 @@ def untyped():
 
 @pytest.fixture(scope="module")
 def wordpiece() -> WordPieceTokenizer:
-    return WordPieceTokenizer.train(TEXTS, 220)
+    return train_wordpiece(TEXTS, 220)
 
 
 @pytest.fixture(scope="module")
 def unigram() -> UnigramTokenizer:
-    return UnigramTokenizer.train(TEXTS, 420)
+    return train_unigram(TEXTS, 420)
 
 
 @pytest.fixture(scope="module")
 def no_bytes() -> UnigramTokenizer:
-    return UnigramTokenizer.train(TEXTS, 160, byte_fallback=False, character_coverage=0.9)
+    return train_unigram(TEXTS, 160, byte_fallback=False, character_coverage=0.9)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, wordpiece, unigram, no_bytes):
     """Our tokenizers and theirs, read from the files that ours wrote."""
     folder = tmp_path_factory.mktemp("tokenizers")
-    lower = WordPieceTokenizer.train(TEXTS, 160, lowercase=True, special_tokens=["<s>", "<s>s"])
+    lower = train_wordpiece(TEXTS, 160, lowercase=True, special_tokens=["<s>", "<s>s"])
     ours = {"wordpiece": wordpiece, "lower": lower, "unigram": unigram, "no_bytes": no_bytes}
     for name, tokenizer in ours.items():
         tokenizer.save(folder / f"{name}.json")
@@ -116,7 +119,7 @@ def likelihood(words):
 
 @given(st.lists(st.text("abc", min_size=1, max_size=7), min_size=2, max_size=12), st.data())
 def test_gain_is_the_difference_of_likelihoods(texts, data):
-    table = subwords._pair_table(Counter(texts), "likelihood", 1, set())
+    table = subwords._pair_table(Counter(texts), "likelihood", 1)
     for _ in range(3):
         rows = [r for r in range(len(table.places)) if table.count[r] > 0]
         if not rows:
@@ -139,8 +142,8 @@ def test_gain_is_the_difference_of_likelihoods(texts, data):
 
 @given(st.lists(st.text("abc", min_size=1, max_size=8), min_size=1, max_size=10))
 def test_counts_stay_right_through_training(texts):
-    table = subwords._pair_table(Counter(texts), "likelihood", 1, set())
-    subwords._train_wordpiece(table, 40, None)
+    table = subwords._pair_table(Counter(texts), "likelihood", 1)
+    subwords._merge_until(table, 40, ())
     recount, pairs = Counter(), Counter()
     for word, n in zip(table.words, table.frequency, strict=True):
         for token in word:
@@ -168,7 +171,7 @@ def test_adjacent_pairs_do_not_overlap():
 
 def test_rules_choose_differently():
     chosen = {
-        rule: WordPieceTokenizer.train(TEXTS, 150, rule=rule)._tokens[-8:]
+        rule: train_wordpiece(TEXTS, 150, rule=rule)._tokens[-8:]
         for rule in ("likelihood", "count", "ratio")
     }
     assert len({tuple(tokens) for tokens in chosen.values()}) == 3
@@ -176,7 +179,7 @@ def test_rules_choose_differently():
 
 def test_training_reports_and_climbs():
     report: list[TrainingStep] = []
-    WordPieceTokenizer.train(TEXTS, 330, min_frequency=1, report=report)
+    train_wordpiece(TEXTS, 330, min_frequency=1, report=report)
     assert [step.pieces % 100 for step in report] == [0] * len(report) and report
     nats = [step.nats_per_character for step in report]
     assert nats == sorted(nats)
@@ -414,16 +417,16 @@ def test_better_than_the_library_on_its_own_text():
     theirs = tokenizers.Tokenizer(tokenizers.models.Unigram())
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     theirs.train_from_iterator(TEXTS, trainer)
-    ours = UnigramTokenizer.train(TEXTS, 200, byte_fallback=False, special_tokens=())
+    ours = train_unigram(TEXTS, 200, byte_fallback=False, special_tokens=())
     mine = sum(len(ours.encode(text)) for text in TEXTS)
     assert mine < 1.1 * sum(len(theirs.encode(text).ids) for text in TEXTS)
 
 
 def test_unigram_training_reports_and_repeats():
     report: list[TrainingStep] = []
-    once = UnigramTokenizer.train(TEXTS, 380, seed_size=2000, shrink=0.5, report=report)
-    again = UnigramTokenizer.train(TEXTS, 380, seed_size=2000, shrink=0.5)
-    assert once._tokens == again._tokens and once.scores == again.scores
+    once = train_unigram(TEXTS, 380, seed_size=2000, shrink=0.5, report=report)
+    again = train_unigram(TEXTS, 380, seed_size=2000, shrink=0.5)
+    assert once._tokens == again._tokens and once.pieces == again.pieces
     sizes = [step.pieces for step in report]
     assert sizes == sorted(sizes, reverse=True) and len(sizes) > 1
     assert once.vocab_size == 380 and once.special_tokens == {"<|endoftext|>": 379}
@@ -431,15 +434,15 @@ def test_unigram_training_reports_and_repeats():
 
 # --- both ----------------------------------------------------------------------------------------
 
-KINDS = [WordPieceTokenizer, UnigramTokenizer]
-both = pytest.mark.parametrize("kind", KINDS)
+TRAIN = {WordPieceTokenizer: train_wordpiece, UnigramTokenizer: train_unigram}
+both = pytest.mark.parametrize("kind", TRAIN)
 
 
 @both
 def test_size_is_what_was_asked_or_less(kind):
-    assert kind.train(TEXTS, 400).vocab_size == 400 or kind is WordPieceTokenizer
-    assert kind.train(["to be or not to be"], 5000).vocab_size < 400
-    assert kind.train(["x"], 400).encode("x") != []
+    assert TRAIN[kind](TEXTS, 400).vocab_size == 400 or kind is WordPieceTokenizer
+    assert TRAIN[kind](["to be or not to be"], 5000).vocab_size < 400
+    assert TRAIN[kind](["x"], 400).encode("x") != []
 
 
 @both
@@ -449,15 +452,15 @@ def test_size_is_what_was_asked_or_less(kind):
     [
         ([], {}, "texts: expected at least one word, got none"),
         ([""], {}, "texts: expected at least one word, got none"),
-        ("a text", {}, "texts: expected several texts, got one str"),
-        (["a", 7], {}, "texts: expected str, got int at 1"),
+        ("a text", {}, "texts: expected several texts, .* got one str"),
+        (["a", 7], {}, r"texts\[1\]: expected a str, got int"),
         (["some words"], {"vocab_size": 5}, "vocab_size: expected at least .* got 5"),
         (["some words"], {"vocab_size": 0}, "vocab_size: expected at least 1, got 0"),
         (["some words"], {"vocab_size": 5.5}, "vocab_size: expected a whole number"),
-        (["a"], {"special_tokens": ["<s>", "<s>"]}, "special_tokens: .* once, got '<s>' twice"),
-        (["a"], {"special_tokens": "<s>"}, "special_tokens: expected several, got one str"),
-        (["a"], {"special_tokens": [""]}, "special_tokens: expected non-empty text, got ''"),
-        (["a"], {"special_tokens": ["\ud800"]}, "special_tokens: expected non-empty text"),
+        (["a"], {"special_tokens": ["<s>", "<s>"]}, "special_tokens: .* once, got '<s>' several"),
+        (["a"], {"special_tokens": "<s>"}, "special_tokens: expected several, .* one str"),
+        (["a"], {"special_tokens": [""]}, "special_tokens: expected non-empty, .* got ''"),
+        (["a"], {"special_tokens": ["\ud800"]}, "special_tokens: expected non-empty, valid texts"),
         (["a b"], {"special_tokens": ["a"]}, "special_tokens: expected names .* got 'a'"),
         (["a"], {"character_coverage": 0.0}, "character_coverage: expected above 0"),
         (["a"], {"character_coverage": 1.5}, "character_coverage: .* at most 1, got 1.5"),
@@ -468,7 +471,7 @@ def test_bad_training_is_refused(kind, texts, options, message):
         options = {"special_tokens": ["b"]}
         message = message.replace("'a'", "'b'")
     with pytest.raises(ValueError, match=message):
-        kind.train(texts, **{"vocab_size": 600, **options})
+        TRAIN[kind](texts, **{"vocab_size": 600, **options})
 
 
 @pytest.mark.usefixtures("untyped")
@@ -478,7 +481,7 @@ def test_bad_settings_are_refused():
         ({"min_frequency": 0}, "min_frequency: expected at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            WordPieceTokenizer.train(TEXTS, 300, **options)
+            train_wordpiece(TEXTS, 300, **options)
     for options, message in (
         ({"shrink": 1.0}, "shrink: expected between 0 and 1, got 1.0"),
         ({"em_steps": 0}, "em_steps: expected at least 1, got 0"),
@@ -486,7 +489,7 @@ def test_bad_settings_are_refused():
         ({"seed_size": -1}, "seed_size: expected at least 1, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
-            UnigramTokenizer.train(TEXTS, 600, **options)
+            train_unigram(TEXTS, 600, **options)
 
 
 @pytest.mark.usefixtures("untyped")
@@ -499,6 +502,8 @@ def test_bad_vocabularies_are_refused():
         (lambda: UnigramTokenizer([]), "unk_id: expected below 0, got 0"),
         (lambda: UnigramTokenizer([("a", -1.0)], unk_id=1), "unk_id: expected below 1, got 1"),
         (lambda: UnigramTokenizer([("a", math.nan)]), "pieces: expected finite scores"),
+        (lambda: UnigramTokenizer([("a", "x")]), "pieces: expected pairs"),
+        (lambda: UnigramTokenizer(["abc"]), "pieces: expected pairs"),
         (lambda: UnigramTokenizer([("a", -1.0)], byte_fallback=True), "pieces: expected one for"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -513,11 +518,13 @@ def test_bad_calls_are_refused(kind, wordpiece, unigram):
     for wrong in (-1, size, 2**70, 1.0, "1", None):
         with pytest.raises(ValueError, match=rf"id: expected 0 to {size - 1}, got"):
             tokenizer.decode([wrong])
-    with pytest.raises(ValueError, match="text: expected str, got bytes"):
+    with pytest.raises(ValueError, match="text: expected a str, got bytes"):
         tokenizer.encode(b"bytes")
-    with pytest.raises(ValueError, match="allowed_special: expected 'all' or names, got 'every'"):
+    with pytest.raises(
+        ValueError, match=r"allowed_special: expected 'all' or some of .* got 'every'"
+    ):
         tokenizer.encode("a", allowed_special="every")
-    with pytest.raises(ValueError, match=r"allowed_special: expected some of .*, got '<s>'"):
+    with pytest.raises(ValueError, match=r"allowed_special: .* or some of .*, got \['<s>'"):
         tokenizer.encode("a", allowed_special=["<s>"])
     for sharpness in (-1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="sharpness: expected 0 or more"):
@@ -533,13 +540,15 @@ def test_odd_input_is_encoded(kind, wordpiece, unigram):
     ids = tokenizer.encode("the cat<|endoftext|>the dog", allowed_special="all")
     assert tokenizer.decode(ids) == "the cat<|endoftext|>the dog"
     assert tokenizer.decode(np.array(ids)) == "the cat<|endoftext|>the dog"
+    assert tokenizer.decode(torch.tensor(ids)) == "the cat<|endoftext|>the dog"
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
 
 
 @both
 def test_special_tokens_match_the_longest_and_only_where_allowed(kind):
-    tokenizer = kind.train(TEXTS, 500, special_tokens=["<s>", "<s>s", "<|s|>"])
+    tokenizer = TRAIN[kind](TEXTS, 500, special_tokens=["<s>", "<s>s", "<|s|>"])
+    assert list(tokenizer.special_tokens) == ["<s>", "<s>s", "<|s|>"]
     short, long = tokenizer.special_tokens["<s>"], tokenizer.special_tokens["<s>s"]
     assert tokenizer.encode("<s>s<s>", allowed_special="all") == [long, short]
     assert tokenizer.encode("<s><s>", allowed_special=["<s>"]) == [short, short]
@@ -549,7 +558,7 @@ def test_special_tokens_match_the_longest_and_only_where_allowed(kind):
 @both
 def test_special_tokens_in_the_training_text_are_not_learned(kind):
     texts = ["<|endoftext|> the end the end <|endoftext|>", "theend theend"] * 9
-    tokenizer = kind.train(texts, 400, special_tokens=["<|endoftext|>", "theend", "▁theend"])
+    tokenizer = TRAIN[kind](texts, 400, special_tokens=["<|endoftext|>", "theend", "▁theend"])
     ids = tokenizer.encode("<|endoftext|> theend theend")
     assert not set(ids) & set(tokenizer.special_tokens.values())
 
@@ -563,12 +572,12 @@ def test_a_million_characters(kind, wordpiece, unigram):
     ids = tokenizer.encode(line)
     assert time.perf_counter() - start < 30
     assert ids == [0] if kind is WordPieceTokenizer else tokenizer.decode(ids) == line
-    kind.train([line, "lock and lock"], 500)
+    TRAIN[kind]([line, "lock and lock"], 500)
 
 
 def test_training_on_a_long_line_takes_all_of_it():
     line = "".join(random.Random(0).choices(["lock", "un", "ed"], k=3000))
-    tokenizer = UnigramTokenizer.train([line], 400)
+    tokenizer = train_unigram([line], 400)
     assert len(tokenizer.encode(line)) < 3200
 
 
@@ -583,7 +592,7 @@ def test_files_are_read_back(kind, tmp_path, wordpiece, unigram):
     again.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
     other = WordPieceTokenizer if kind is UnigramTokenizer else UnigramTokenizer
-    with pytest.raises(ValueError, match="path: expected a model of type"):
+    with pytest.raises(ValueError, match="model: expected"):
         other.load(path)
 
 
@@ -611,7 +620,7 @@ def test_files_that_would_cut_differently_are_refused(kind, tmp_path, change, wo
     with pytest.raises(ValueError, match="path: "):
         kind.load(path)
     path.write_text("no JSON", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"path: expected a tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"path: .*Expecting value"):
         kind.load(path)
 
 
@@ -636,6 +645,24 @@ def test_files_of_the_library_are_read(tmp_path):
     wordpiece = WordPieceTokenizer.load(tmp_path / "bert.json")
     for text in (*TEXTS, "[CLS] a", "ꙮ[CLS]"):
         assert wordpiece.encode(text, allowed_special="all") == bert.encode(text).ids
+
+
+def test_special_tokens_of_files_do_not_come_from_ordinary_text(tmp_path):
+    pieces = [("<unk>", -9.0), ("<s>", 0.0), ("▁", -1.0), ("<", -2.0), ("s", -2.0), (">", -2.0)]
+    unigram = UnigramTokenizer(pieces, special_tokens=["<s>"])
+    wordpiece = WordPieceTokenizer(["[UNK]", "cls", "c", "##l", "##s"], special_tokens=["cls"])
+    assert unigram.tokens("<s>") == ["▁", "<", "s", ">"] and wordpiece.tokens("cls")[0] == "c"
+    for tokenizer, text in ((unigram, "<s>"), (wordpiece, "cls")):
+        assert tokenizer.encode(text, allowed_special="all") == [1]
+        path = tmp_path / "tokenizer.json"
+        tokenizer.save(path)
+        again = type(tokenizer).load(path)
+        assert again.tokens(text) == tokenizer.tokens(text)
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        whole["added_tokens"] = [{"id": 70, "content": "<e>"}]  # ours would be the next
+        path.write_text(json.dumps(whole), encoding="utf-8")
+        with pytest.raises(ValueError, match="added_tokens: expected '<e>' to have id"):
+            type(tokenizer).load(path)
 
 
 # --- measures ------------------------------------------------------------------------------------
