@@ -15,7 +15,7 @@
 # |---|---|
 # | **You build** | {py:func}`~llmbook.cleaning.normalize_text`, {py:func}`~llmbook.cleaning.gopher_quality`, {py:func}`~llmbook.cleaning.remove_repeated_lines`, {py:func}`~llmbook.cleaning.identify_language`, {py:class}`~llmbook.cleaning.QualityClassifier`, {py:func}`~llmbook.cleaning.mask_pii`, {py:func}`~llmbook.cleaning.decontaminate`, {py:func}`~llmbook.cleaning.clean_documents` |
 # | **You need** | {doc}`02_corpus` (documents, words); logarithms and gradients |
-# | **It takes** | 75 minutes to read, a minute to run |
+# | **It takes** | 75 minutes to read, 40 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp cleaning
@@ -191,7 +191,8 @@ for text in ("cafÃ©", "cafÃ© and café", "NO CAFÉ…"):
 # ellipsis, a raised 2. Others hardly ever do: `©`, `¼`, `€`. So a sequence is **sure** to be
 # mojibake if it contains such a sign, or if its first letter is a capital after a small one. The
 # other sequences of a text are repaired only if one is sure and nothing but sequences is outside
-# ASCII. The library ftfy {cite}`speer2019ftfy` does the same with far more categories of characters.
+# ASCII. The library ftfy {cite}`speer2019ftfy` does the same with far more categories of
+# characters.
 
 
 # %%

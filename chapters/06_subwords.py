@@ -2181,13 +2181,14 @@ def renyi_efficiency(counts: Iterable[int | float], vocab_size: int, order: floa
 # list is short and our cuts are debatable, so only large differences count.
 
 # %%
-by_hand = """un|lock|ing un|train|ed token|izer|s help|ful|ness re|write|able mis|match|ed over|flow|s
-under|line|d dis|connect|ion in|complete|ly non|zero pre|process|ing teach|er|s quick|ly re|start|ed
-un|believ|able false|hood child|hood friend|ship hope|less|ness care|ful|ly down|load|ing up|stream
-key|word|s file|name|s time|stamp|s over|written back|slash|es short|est great|ly dark|ness jump|ed
-kind|ness bright|er walk|ing read|able|s work|ers farm|ers end|less|ly use|less color|ful pain|ful|ly
-un|usual|ly im|possible il|legal ir|regular|ly sub|class|es super|class multi|line semi|colon|s
-anti|clock|wise inter|connect|ed trans|form|ation|s de|compos|ition re|arrange|ment|s""".split()
+by_hand = """un|lock|ing un|train|ed token|izer|s help|ful|ness re|write|able mis|match|ed
+over|flow|s under|line|d dis|connect|ion in|complete|ly non|zero pre|process|ing teach|er|s
+quick|ly re|start|ed un|believ|able false|hood child|hood friend|ship hope|less|ness care|ful|ly
+down|load|ing up|stream key|word|s file|name|s time|stamp|s over|written back|slash|es short|est
+great|ly dark|ness jump|ed kind|ness bright|er walk|ing read|able|s work|ers farm|ers end|less|ly
+use|less color|ful pain|ful|ly un|usual|ly im|possible il|legal ir|regular|ly sub|class|es
+super|class multi|line semi|colon|s anti|clock|wise inter|connect|ed trans|form|ation|s
+de|compos|ition re|arrange|ment|s""".split()
 
 
 def places(parts: list[str]) -> set[int]:

@@ -19,7 +19,7 @@
 # |---|---|
 # | **You build** | {py:func}`~llmbook.batches.write_shards`, {py:class}`~llmbook.batches.TokenShards`, {py:class}`~llmbook.batches.BatchSampler`, {py:func}`~llmbook.batches.pack_documents`, {py:func}`~llmbook.batches.document_mask` |
 # | **You need** | documents ({doc}`02_corpus`), a tokenizer ({doc}`05_tokenizer`), NumPy arrays and tensors |
-# | **It takes** | 60 minutes to read, 40 seconds to run |
+# | **It takes** | 60 minutes to read, 30 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp batches
@@ -241,9 +241,10 @@ def _write_shard(path: Path, documents: list[np.ndarray], header: ShardHeader) -
 # %% [markdown]
 # ### Which tokenizer was it?
 #
-# Two tokenizers of the same size give ids in the same range. We let the tokenizer identify itself by what it does: the {term}`fingerprint` is a
-# hash of its special tokens, its size, and its ids for a fixed text that has a bit of everything.
-# This works for any object with the three attributes that we need, written down as a protocol.
+# Two tokenizers of the same size give ids in the same range. We let the tokenizer identify itself
+# by what it does: the {term}`fingerprint` is a hash of its special tokens, its size, and its ids
+# for a fixed text that has a bit of everything. This works for any object with the three
+# attributes that we need, written down as a protocol.
 
 
 # %%
@@ -737,9 +738,10 @@ accident("one shard twice", lambda at: shutil.copy(at / "shard-00000.bin", at / 
 # \left(1 - \frac{T}{n}\right)^{n/T} \approx e^{-1} \approx 0.37 ,
 # $$ (batches-missed)
 #
-# because $(1 - 1/k)^k$ tends to $e^{-1}$ as $k = n/T$ grows. So after an {term}`epoch`'s worth of training more than a third of the corpus has never been a
-# target. The number of visits is close to a Poisson distribution with mean 1, in which $1 - 2/e$,
-# about a quarter, is visited at least twice ({numref}`fig-batches-visits`).
+# because $(1 - 1/k)^k$ tends to $e^{-1}$ as $k = n/T$ grows. So after an {term}`epoch`'s worth of
+# training more than a third of the corpus has never been a target. The number of visits is close
+# to a Poisson distribution with mean 1, in which $1 - 2/e$, about a quarter, is visited at least
+# twice ({numref}`fig-batches-visits`).
 #
 # ### Shuffle the windows
 #
