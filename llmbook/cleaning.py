@@ -70,11 +70,16 @@ def read_translations(package: str = "sphinx") -> dict[str, list[str]]:
         raise ValueError(f"package: expected one with gettext catalogs (.mo), got {package!r}")
     return languages
 
-# %% ../chapters/03_cleaning.ipynb #30f4abae
+# %% ../chapters/03_cleaning.ipynb #31413d58
 _INVISIBLE = regex.compile(r"[\p{Cf}--[\u200C\u200D\p{Prepended_Concatenation_Mark}]]", regex.V1)
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 _LINE_END = re.compile(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 _ODD_SPACE = re.compile(r"[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
+
+
+def _check_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"text: expected a str, got {text!r:.60}")
 
 
 def _whole_characters(text: str) -> str:
@@ -110,7 +115,7 @@ def _decoded(sequence: str) -> str:
         return ""
     return character if character.isprintable() or character in "\u00a0\u00ad\u200c\u200d" else ""
 
-# %% ../chapters/03_cleaning.ipynb #54ef9885
+# %% ../chapters/03_cleaning.ipynb #07321337
 def _is_sure(text: str, match: re.Match[str]) -> bool:
     """Tell whether a misread sequence cannot be anything else, by what it is and what precedes."""
     sequence, before = match[0], text[max(match.start() - 1, 0) : match.start()]
@@ -130,6 +135,7 @@ def repair_mojibake(text: str) -> str:
     >>> repair_mojibake("cafÃ©, not café…")
     'café, not café…'
     """
+    _check_text(text)
     found = [match for match in _SEQUENCE.finditer(text) if _decoded(match[0])]
     sure = [match for match in found if _is_sure(text, match)]
     if not sure:
@@ -142,7 +148,7 @@ def repair_mojibake(text: str) -> str:
         end = match.end()
     return "".join(pieces) + text[end:]
 
-# %% ../chapters/03_cleaning.ipynb #3acff6d1
+# %% ../chapters/03_cleaning.ipynb #0b57f126
 def _normalize_once(text: str) -> str:
     if not text.isascii():
         text = _INVISIBLE.sub("", repair_mojibake(text))  # a soft hyphen may be a misread byte
@@ -163,6 +169,7 @@ def normalize_text(text: str) -> str:
     >>> normalize_text("Cafe\\u0301\\r\\n\\r\\n\\r\\n\\u200bnaÃ¯ve  ")
     'Café\\n\\nnaïve'
     """
+    _check_text(text)
     text = _whole_characters(text)
     for _ in range(20):
         before, text = text, _normalize_once(text)
@@ -199,7 +206,7 @@ def _gopher_measures(text: str) -> dict[str, int | float]:
         "stop_words": len(_STOP_WORDS.intersection(map(str.lower, found))),
     }
 
-# %% ../chapters/03_cleaning.ipynb #22f5d61c
+# %% ../chapters/03_cleaning.ipynb #ee4ab29e
 _Number = int | float
 
 
@@ -215,12 +222,28 @@ def _check_share(**shares: Any) -> None:
 
 def _check_positive(**numbers: float) -> None:
     for argument, value in numbers.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{argument}: expected a positive number, got {value}")
+        if not isinstance(value, int | float | np.number) or not 0 < value < math.inf:
+            raise ValueError(f"{argument}: expected a positive number, got {value!r}")
 
 
 def _check_counts(**counts: int | None) -> None:
     _check_at_least(**{argument: (0, value) for argument, value in counts.items()})
+
+
+def _check_given(**values: Any) -> None:
+    for argument, value in values.items():
+        if value is None:
+            raise ValueError(f"{argument}: expected a number, got None")
+
+# %% ../chapters/03_cleaning.ipynb #37fb270d
+def _pair(limits: Any, argument: str) -> tuple[_Number | None, _Number | None]:
+    """Return two limits, both ``None`` where the rule is switched off."""
+    if limits is None:
+        return None, None
+    numbers = isinstance(limits, Sequence) and all(isinstance(x, _Number) for x in limits)
+    if not numbers or len(limits) != 2:
+        raise ValueError(f"{argument}: expected two numbers or None, got {limits!r}")
+    return limits[0], limits[1]
 
 
 def _outside(
@@ -237,29 +260,30 @@ def _outside(
         or (most is not None and measured[rule] > most)
     ]
 
-# %% ../chapters/03_cleaning.ipynb #65695d1e
+# %% ../chapters/03_cleaning.ipynb #49982e74
 def gopher_quality(
     text: str,
     *,
-    min_words: int = 50,
+    min_words: int | None = 50,
     max_words: int | None = 100_000,
-    mean_length: tuple[_Number, _Number] = (3, 10),
-    max_symbol_ratio: float = 0.1,
+    mean_length: tuple[_Number, _Number] | None = (3, 10),
+    max_symbol_ratio: float | None = 0.1,
     max_bullet_lines: float | None = 0.9,
-    max_ellipsis_lines: float = 0.3,
-    min_alphabetic: float = 0.8,
+    max_ellipsis_lines: float | None = 0.3,
+    min_alphabetic: float | None = 0.8,
     min_stop_words: int | None = 2,
 ) -> list[str]:
     """Return the names of the rules that ``text`` fails; ``None`` switches a rule off.
 
     Words are split at white space. Source: Rae et al. (2021), A.1.1.
     """
+    _check_text(text)
     _check_counts(min_words=min_words, max_words=max_words, min_stop_words=min_stop_words)
     _check_share(max_symbol_ratio=max_symbol_ratio, max_ellipsis_lines=max_ellipsis_lines)
     _check_share(min_alphabetic=min_alphabetic, max_bullet_lines=max_bullet_lines)
     limits: dict[str, tuple[_Number | None, _Number | None]] = {
         "word_count": (min_words, max_words),
-        "mean_word_length": mean_length,
+        "mean_word_length": _pair(mean_length, "mean_length"),
         "symbol_ratio": (None, max_symbol_ratio),
         "bullet_lines": (None, max_bullet_lines),
         "ellipsis_lines": (None, max_ellipsis_lines),
@@ -303,7 +327,7 @@ def _copied_ngram_share(found: Sequence[str], n: int) -> float:
     inside = sum(len(word) for word, copied in zip(found, covered, strict=True) if copied)
     return inside / max(sum(map(len, found)), 1)
 
-# %% ../chapters/03_cleaning.ipynb #ca310aeb
+# %% ../chapters/03_cleaning.ipynb #d0d02bb1
 def gopher_repetition(text: str) -> list[str]:
     """Return the names of Gopher's repetition rules that ``text`` fails.
 
@@ -312,6 +336,7 @@ def gopher_repetition(text: str) -> list[str]:
     >>> gopher_repetition("Please stand by for the baker.\\n" * 3)[:2]
     ['copied_lines', 'copied_line_characters']
     """
+    _check_text(text)
     paragraphs = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
     by_line, by_paragraph, found = _copies(_lines(text)), _copies(paragraphs), text.split()
     failed = {
@@ -329,14 +354,14 @@ def gopher_repetition(text: str) -> list[str]:
                 break  # a longer copy would contain a copy of this length
     return [rule for rule, fails in failed.items() if fails]
 
-# %% ../chapters/03_cleaning.ipynb #ae596720
+# %% ../chapters/03_cleaning.ipynb #201517d4
 class C4Result(NamedTuple):
     """What C4's rules leave of a text, and the rules, if any, for which all of it is dropped."""
 
     text: str
     failed: list[str]
 
-
+# %% ../chapters/03_cleaning.ipynb #dc1ec14d
 def c4_clean(
     text: str, *, min_sentences: int = 3, min_words: int = 5, curly_bracket: bool = True
 ) -> C4Result:
@@ -347,6 +372,8 @@ def c4_clean(
     >>> c4_clean("Home | Shop\\nThe bread of the day is rye.", min_sentences=1)
     C4Result(text='The bread of the day is rye.', failed=[])
     """
+    _check_text(text)
+    _check_given(min_sentences=min_sentences, min_words=min_words)
     _check_at_least(min_sentences=(0, min_sentences), min_words=(0, min_words))
     kept = [
         line
@@ -365,7 +392,7 @@ def c4_clean(
     }
     return C4Result(result, [rule for rule, fails in failed.items() if fails])
 
-# %% ../chapters/03_cleaning.ipynb #a702c72f
+# %% ../chapters/03_cleaning.ipynb #399d9f71
 def fineweb_quality(
     text: str,
     *,
@@ -381,10 +408,13 @@ def fineweb_quality(
     >>> fineweb_quality("Home\\nRecipes\\nShop")
     ['punctuated_lines', 'short_lines']
     """
+    _check_text(text)
     _check_share(
         min_punctuated_lines=min_punctuated_lines, max_copied_characters=max_copied_characters
     )
     _check_share(max_short_lines=max_short_lines)
+    _check_given(min_punctuated_lines=min_punctuated_lines, short_line=short_line)
+    _check_given(max_copied_characters=max_copied_characters, max_short_lines=max_short_lines)
     _check_at_least(short_line=(1, short_line))
     lines, ends = _lines(text), (".", "!", "?", '"', "'", "”", "’")
     failed = {
@@ -394,7 +424,20 @@ def fineweb_quality(
     }
     return [rule for rule, fails in failed.items() if fails]
 
-# %% ../chapters/03_cleaning.ipynb #b014ba41
+# %% ../chapters/03_cleaning.ipynb #1e910a3a
+def _each(items: Any, argument: str = "documents", kinds: Any = Document) -> Iterator[Any]:
+    """Return an iterator over ``items`` that complains of what is no document."""
+
+    def one(item: Any) -> Any:
+        if not isinstance(item, kinds):
+            raise ValueError(f"{argument}: expected a Document, got {item!r:.60}")
+        return item
+
+    if isinstance(items, str) or not isinstance(items, Iterable):
+        raise ValueError(f"{argument}: expected a list or stream of them, got {items!r:.60}")
+    return map(one, items)
+
+# %% ../chapters/03_cleaning.ipynb #6cd05419
 def _hash64(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
@@ -408,14 +451,14 @@ def _line_key(line: str, min_length: int) -> int | None:
 def _repeated_keys(documents: Iterable[Document], min_length: int) -> set[int]:
     once: set[int] = set()
     again: set[int] = set()
-    for document in documents:
+    for document in _each(documents):
         for line in document.text.splitlines():
             key = _line_key(line, min_length)
             if key is not None:
                 (again if key in once else once).add(key)
     return again
 
-# %% ../chapters/03_cleaning.ipynb #b35099d3
+# %% ../chapters/03_cleaning.ipynb #21d7b980
 def remove_repeated_lines(
     documents: Iterable[Document], keep: str = "first", *, min_length: int = 30
 ) -> Iterator[Document]:
@@ -428,19 +471,21 @@ def remove_repeated_lines(
     """
     if keep not in ("first", "none"):
         raise ValueError(f"keep: expected 'first' or 'none', got {keep!r}")
+    _check_given(min_length=min_length)
     _check_at_least(min_length=(0, min_length))
+    _each(documents)  # complains of a string now
     if keep == "none" and iter(documents) is documents:
         raise ValueError(
             "documents: keep='none' reads them twice: expected a list, got an iterator"
         )
     return _without_repeats(documents, keep, min_length)
 
-# %% ../chapters/03_cleaning.ipynb #bc086652
+# %% ../chapters/03_cleaning.ipynb #5988f5a8
 def _without_repeats(
     documents: Iterable[Document], keep: str, min_length: int
 ) -> Iterator[Document]:
     seen = _repeated_keys(documents, min_length) if keep == "none" else set[int]()
-    for document in documents:
+    for document in _each(documents):
         lines, kept = document.text.splitlines(), []
         for line in lines:
             key = _line_key(line, min_length)
@@ -470,7 +515,7 @@ _LICENSE_SUSPECT = re.compile(
 )
 _NOTICE = re.compile(r"[#*/\s]*(?:copyright|\(c\)|©)[^.\n]{0,40}\d{4}")
 
-# %% ../chapters/03_cleaning.ipynb #cedbe1a3
+# %% ../chapters/03_cleaning.ipynb #8aafbe28
 def _is_license(paragraph: str) -> bool:
     lower = paragraph.lower()
     if not any(word in lower for word in _LEGAL_WORDS):
@@ -491,6 +536,7 @@ def remove_license(text: str) -> str:
     >>> remove_license("Copyright (c) 1999 The bakers\\n\\nThis oven has a license.")
     'This oven has a license.'
     """
+    _check_text(text)
     paragraphs = re.split(r"(\n[ \t]*\n\s*)", text)
     keep = [not _is_license(part) for part in paragraphs[::2]]
     if all(keep):
@@ -499,7 +545,7 @@ def remove_license(text: str) -> str:
     parts = zip(gaps, paragraphs[::2], keep, strict=True)
     return "".join(gap + part for gap, part, kept in parts if kept).strip("\n")
 
-# %% ../chapters/03_cleaning.ipynb #48b08ed8
+# %% ../chapters/03_cleaning.ipynb #b4aa9f62
 _NOT_LETTERS = regex.compile(r"[^\p{L}\p{M}]+")
 
 
@@ -512,6 +558,7 @@ def character_ngrams(text: str, longest: int = 3) -> Counter[str]:
     >>> sorted(character_ngrams("Ja!", longest=2))
     [' j', '<LATIN>', 'a', 'a ', 'j', 'ja']
     """
+    _check_text(text)
     plain = " ".join(_NOT_LETTERS.sub(" ", text.lower()).split())
     if not plain:
         return Counter()
@@ -547,7 +594,7 @@ class Language(NamedTuple):
     code: str
     probability: float
 
-# %% ../chapters/03_cleaning.ipynb #5f52955f
+# %% ../chapters/03_cleaning.ipynb #2b31ffad
 class LanguageIdentifier:
     """Names the language of a text by naive Bayes; beforehand all languages are equally likely.
 
@@ -574,6 +621,7 @@ class LanguageIdentifier:
         It is ("und", 0.0) if there are no letters, or most are of scripts never seen.
         """
         _check_at_least(max_characters=(1, max_characters))
+        _check_text(text)
         scripts = count_scripts(text[:max_characters])
         known = sum(n for script, n in scripts.items() if f"<{script}>" in self.rows)
         if 2 * known <= scripts.total():
@@ -840,7 +888,7 @@ def _fit_logistic(
     weights[used] = both[:-1]
     return weights, float(both[-1])
 
-# %% ../chapters/03_cleaning.ipynb #40e6de77
+# %% ../chapters/03_cleaning.ipynb #c05e1a4b
 def _write_classifier(path: Path, weights: np.ndarray, settings: dict[str, Any]) -> None:
     from safetensors.numpy import save_file
 
@@ -849,18 +897,36 @@ def _write_classifier(path: Path, weights: np.ndarray, settings: dict[str, Any])
         save_file({"weights": weights}, draft, metadata)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e300  # false of NaN
+
+
+def _check_classifier(weights: np.ndarray, settings: Any) -> None:
+    if weights.ndim != 1 or weights.dtype.kind != "f" or not np.isfinite(weights).all():
+        raise ValueError("weights: expected a row of finite numbers")
+    if not isinstance(settings, dict) or set(settings) != {"longest", "penalty", "bias"}:
+        raise ValueError(f"settings: expected longest, penalty and bias, got {settings!r:.60}")
+    if not all(map(_is_number, settings.values())):
+        raise ValueError(f"settings: expected finite numbers, got {settings!r:.60}")
+    QualityClassifier(buckets=len(weights), **{k: v for k, v in settings.items() if k != "bias"})
+
+# %% ../chapters/03_cleaning.ipynb #b2c1e10f
 def _read_classifier(path: Path) -> tuple[np.ndarray, float, dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
             metadata, weights = file.metadata() or {}, file.get_tensor("weights")
-    except SafetensorError as error:
+    except (SafetensorError, TypeError) as error:  # TypeError: numbers that NumPy does not have
         raise ValueError(f"path: cannot read {path.name!r}: {error}") from None
     if metadata.get("format") != "llmbook.QualityClassifier":
         raise ValueError(f"path: expected a saved QualityClassifier, got {path.name!r}")
-    settings = json.loads(metadata["settings"])
-    return weights, settings.pop("bias"), settings
+    try:
+        settings = json.loads(metadata.get("settings", "null"))
+        _check_classifier(weights, settings)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"path: {path.name!r} is no valid QualityClassifier: {error}") from None
+    return weights.astype(float), float(settings.pop("bias")), settings
 
 # %% ../chapters/03_cleaning.ipynb #ec0beb1d
 class QualityClassifier:
@@ -989,7 +1055,7 @@ def _count_phones(candidate: str) -> int:
     pairs = [(candidate[:place], candidate[place + 1 :]) for place in spaces]
     return 2 * any(all(_PHONE.fullmatch(one) and _is_phone(one) for one in pair) for pair in pairs)
 
-# %% ../chapters/03_cleaning.ipynb #f535c0b5
+# %% ../chapters/03_cleaning.ipynb #a6edd3fc
 class Masked(NamedTuple):
     """A text with placeholders, and how many of each kind have been put in."""
 
@@ -997,6 +1063,26 @@ class Masked(NamedTuple):
     counts: Counter[str]
 
 
+_LONGEST = 1000  # characters; all that the patterns match is shorter
+
+
+def _replace_each(pattern: re.Pattern[str], put: Callable[[re.Match[str]], str], text: str) -> str:
+    """Return ``text`` with ``put(match)`` for each match, also right behind a replaced one."""
+    pieces: list[str] = []
+    end = 0
+    while match := pattern.search(text, end):
+        new = put(match)
+        pieces += [text[end : match.start()], new]
+        end = match.end()
+        changed = new != match[0]
+        while changed and (after := pattern.match(text[end : end + _LONGEST])):
+            new = put(after)
+            if changed := new != after[0]:
+                pieces.append(new)
+                end += after.end()
+    return "".join(pieces) + text[end:]
+
+# %% ../chapters/03_cleaning.ipynb #ea3c3b33
 def _mask_once(text: str, keep_private: bool) -> Masked:
     counts: Counter[str] = Counter()
 
@@ -1010,31 +1096,37 @@ def _mask_once(text: str, keep_private: bool) -> Masked:
         before = text[max(match.start() - 12, 0) : match.start()]
         return _is_ip(match[0], before, keep_private)
 
-    text = _EMAIL.sub(partial(put, "EMAIL", lambda match: 1), text) if "@" in text else text
-    text = _IPV4.sub(partial(put, "IP", is_ip), text)
-    text = _IPV6.sub(partial(put, "IP", is_ip), text) if ":" in text else text
-    text = _PHONE.sub(partial(put, "PHONE", lambda match: _count_phones(match[0])), text)
+    if "@" in text:
+        text = _replace_each(_EMAIL, partial(put, "EMAIL", lambda match: 1), text)
+    text = _replace_each(_IPV4, partial(put, "IP", is_ip), text)
+    if ":" in text:
+        text = _replace_each(_IPV6, partial(put, "IP", is_ip), text)
+    phone = partial(put, "PHONE", lambda match: _count_phones(match[0]))
+    text = _replace_each(_PHONE, phone, text)
     return Masked(text, counts)
 
-# %% ../chapters/03_cleaning.ipynb #b3b18a4c
+# %% ../chapters/03_cleaning.ipynb #6999655c
 def mask_pii(text: str, *, keep_private: bool = False) -> Masked:
     """Replace e-mail addresses, telephone numbers and IP addresses by <EMAIL>, <PHONE> and <IP>.
 
     Masked text stays as it is and counts nothing. ``keep_private`` leaves IP addresses that are
     not global, such as 127.0.0.1. Names, postal addresses and spelled-out addresses stay: this
-    makes text less personal, not anonymous. Time is linear in the length of the text.
+    makes text less personal, not anonymous. Time is linear in the length of the text: there are at
+    most 20 rounds, which only long chains of different kinds without space between them exceed.
 
     >>> mask_pii("Ask baker@example.org or +49 30 1234567.").text
     'Ask <EMAIL> or <PHONE>.'
     """
+    _check_text(text)
     total: Counter[str] = Counter()
-    while True:  # a placeholder may uncover a neighbor; nearly always the second look finds nothing
+    for _ in range(20):  # a placeholder may uncover a neighbor; nearly always, two are enough
         text, counts = _mask_once(text, keep_private)
         if not counts:
-            return Masked(text, total)
+            break
         total += counts
+    return Masked(text, total)
 
-# %% ../chapters/03_cleaning.ipynb #f5e0106d
+# %% ../chapters/03_cleaning.ipynb #0b14d3a2
 _WORD = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]|[\p{L}\p{M}\p{N}]+")
 _TOO_SHORT = 3
 
@@ -1056,7 +1148,7 @@ def _evaluation_index(
 ) -> dict[int, dict[tuple[str, ...], list[str]]]:
     """Return, by length, the n-grams to look for and the ids of the texts that contain them."""
     index: dict[int, dict[tuple[str, ...], list[str]]] = {}
-    for item in evaluation:
+    for item in _each(evaluation, "evaluation", Document | str):
         item = Document(item) if isinstance(item, str) else item
         found = _WORD.findall(item.text.lower())
         if len(found) < _TOO_SHORT:
@@ -1068,7 +1160,7 @@ def _evaluation_index(
         raise ValueError(f"evaluation: expected a text of at least {_TOO_SHORT} words, got none")
     return index
 
-# %% ../chapters/03_cleaning.ipynb #399ec330
+# %% ../chapters/03_cleaning.ipynb #154c7cce
 def decontaminate(
     documents: Iterable[Document],
     evaluation: Iterable[Document | str],
@@ -1082,8 +1174,9 @@ def decontaminate(
     Pass a list as ``found`` to learn which text hit which document. Matches are exact, of words in
     lower case without punctuation. Source: Brown et al. (2020), appendix C.
     """
+    _check_given(n=n)
     _check_at_least(n=(_TOO_SHORT, n))
-    return _without_overlap(documents, _evaluation_index(evaluation, n), found)
+    return _without_overlap(_each(documents), _evaluation_index(evaluation, n), found)
 
 # %% ../chapters/03_cleaning.ipynb #5dee4167
 def _without_overlap(
@@ -1188,7 +1281,7 @@ def _scored(
     scores = classifier.predict(document.text for document in group)
     return [document for document, score in zip(group, scores, strict=True) if score >= least]
 
-# %% ../chapters/03_cleaning.ipynb #33627391
+# %% ../chapters/03_cleaning.ipynb #fee2c3e6
 _Step = Callable[[Iterable[Document]], Iterator[Document]]
 
 
@@ -1199,6 +1292,7 @@ def _optional_steps(
     evaluation: Iterable[Document | str] | None,
 ) -> dict[str, _Step]:
     """Return the steps that were asked for."""
+    _check_given(min_quality=min_quality)
     _check_share(min_quality=min_quality)
     if language is not None and language not in _STORY:
         raise ValueError(f"language: expected one of {', '.join(sorted(_STORY))}, got {language!r}")
@@ -1246,7 +1340,7 @@ def _chained(
         stream = _counted(step(stream), report, position)
     return iter(stream)
 
-# %% ../chapters/03_cleaning.ipynb #d3a7b38b
+# %% ../chapters/03_cleaning.ipynb #7569b280
 def clean_documents(
     documents: Iterable[Document],
     *,
@@ -1270,4 +1364,4 @@ def clean_documents(
     own.steps.clear()
     judge = partial(gopher_quality, min_words=min_words, min_stop_words=None)
     asked = _optional_steps(language, classifier, min_quality, evaluation)
-    return _chained(documents, _all_steps(judge, min_line_length, asked, own), own)
+    return _chained(_each(documents), _all_steps(judge, min_line_length, asked, own), own)

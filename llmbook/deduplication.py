@@ -7,12 +7,12 @@ square, and keep the best of each."""
 __all__ = ['canonical_text', 'exact_duplicates', 'jaccard', 'shingles', 'MinHasher', 'estimate_jaccard', 'collision_probability',
            'optimal_bands', 'LSHIndex', 'UnionFind', 'NearDuplicates', 'find_near_duplicates', 'deduplicate']
 
-# %% ../chapters/04_deduplication.ipynb #35fe77f8
+# %% ../chapters/04_deduplication.ipynb #f5697e14
 import json
 import math
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -311,15 +311,22 @@ def collision_probability(
         raise ValueError(f"similarity: expected numbers from 0 to 1, got {similarity!r}")
     return np.asarray(1 - (1 - s**rows) ** bands)
 
-# %% ../chapters/04_deduplication.ipynb #90c3c42d
+# %% ../chapters/04_deduplication.ipynb #de937ca4
 def _check_threshold(threshold: float) -> None:
     if not isinstance(threshold, int | float | np.number) or not 0 < threshold < 1:
         raise ValueError(f"threshold: expected a number between 0 and 1, got {threshold!r}")
 
 
-@lru_cache(maxsize=64)
+def _check_weights(weights: Sequence[float]) -> None:
+    known = (int, float, np.integer, np.floating)
+    pair = list(weights) if isinstance(weights, Iterable) else []
+    numbers = len(pair) == 2 and all(isinstance(weight, known) for weight in pair)
+    if not numbers or not min(pair) >= 0 or not 0 < sum(pair) < math.inf:
+        raise ValueError(f"weights: expected two numbers from 0, not both 0, got {weights!r}")
+
+# %% ../chapters/04_deduplication.ipynb #4bc451cc
 def optimal_bands(
-    threshold: float, n_permutations: int = 128, weights: tuple[float, float] = (0.05, 0.95)
+    threshold: float, n_permutations: int = 128, weights: Sequence[float] = (0.05, 0.95)
 ) -> tuple[int, int]:
     """Return the (bands, rows) whose S-curve has the least weighted error around ``threshold``.
 
@@ -328,8 +335,14 @@ def optimal_bands(
     """
     _check_threshold(threshold)
     _check_at_least(n_permutations=(1, n_permutations))
-    if len(weights) != 2 or not min(weights) >= 0 or not 0 < sum(weights) < math.inf:
-        raise ValueError(f"weights: expected two numbers from 0, not both 0, got {weights!r}")
+    _check_weights(weights)
+    return _least_error(threshold, n_permutations, *weights)
+
+
+@lru_cache(maxsize=64)
+def _least_error(
+    threshold: float, n_permutations: int, false: float, miss: float
+) -> tuple[int, int]:
     nodes, node_weights = np.polynomial.legendre.leggauss(n_permutations // 2 + 1)
     below, above = threshold * (1 + nodes) / 2, threshold + (1 - threshold) * (1 + nodes) / 2
     best = (math.inf, 0, 0)
@@ -338,7 +351,7 @@ def optimal_bands(
             positive = node_weights @ collision_probability(below, bands, rows) * threshold
             missed = 1 - collision_probability(above, bands, rows)
             negative = node_weights @ missed * (1 - threshold)
-            error = float(weights[0] * positive + weights[1] * negative)
+            error = float(false * positive + miss * negative)
             best = min(best, (error, bands, rows))
     return best[1], best[2]
 
@@ -541,7 +554,16 @@ def _read_index(path: Path) -> LSHIndex:
             message = f"path: expected a saved LSHIndex, got {str(path)!r}: {error}"
             raise ValueError(message) from error
 
-# %% ../chapters/04_deduplication.ipynb #bc5de1fb
+# %% ../chapters/04_deduplication.ipynb #466ced3b
+def _root(parent: list[int], argument: str, item: int) -> int:
+    size = len(parent)
+    if not isinstance(item, int | np.integer) or not 0 <= item < size:
+        raise ValueError(f"{argument}: expected an item from 0 below {size}, got {item!r}")
+    while parent[item] != item:
+        parent[item] = item = parent[parent[item]]
+    return item
+
+# %% ../chapters/04_deduplication.ipynb #66554a55
 class UnionFind:
     """Disjoint sets of the items 0 to ``size`` - 1; the name of a set is its smallest item.
 
@@ -556,14 +578,11 @@ class UnionFind:
 
     def find(self, item: int) -> int:
         """Return the name of the set that ``item`` is in."""
-        parent = self._parent
-        while parent[item] != item:
-            parent[item] = item = parent[parent[item]]
-        return item
+        return _root(self._parent, "item", item)
 
     def union(self, a: int, b: int) -> bool:
         """Join the sets of two items; return whether they were different."""
-        low, high = sorted((self.find(a), self.find(b)))
+        low, high = sorted((_root(self._parent, "a", a), _root(self._parent, "b", b)))
         self._parent[high] = low
         return low != high
 
@@ -621,8 +640,9 @@ def _similarities(
     union = sizes.sum(1) - common
     return np.where(union > 0, common / np.maximum(union, 1), 1.0)
 
-# %% ../chapters/04_deduplication.ipynb #4553f434
+# %% ../chapters/04_deduplication.ipynb #2cbc0561
 _NO_LINKS = (np.empty((0, 2), np.int64), np.empty(0))
+_CENTERS = 100  # tried in a large bucket
 
 
 def _join(
@@ -692,7 +712,7 @@ class NearDuplicates:
     similarities: Float64[np.ndarray, " links"]
     compared: int
 
-# %% ../chapters/04_deduplication.ipynb #74626210
+# %% ../chapters/04_deduplication.ipynb #dc325ef5
 def _candidates(
     signatures: _Signatures, bands: int, rows: int
 ) -> tuple[Int64[np.ndarray, " members"], Int64[np.ndarray, " members"]]:
@@ -709,21 +729,20 @@ def _verified(
     hasher: MinHasher,
     threshold: float,
     exact_up_to: int,
-    centers: int = 100,
 ) -> tuple[Int64[np.ndarray, "links 2"], Float64[np.ndarray, " links"], int]:
     """Link members of equal groups; only the texts of members are cut into shingles again."""
     used, places = np.unique(members, return_inverse=True)
     sets = _ShingleSets([texts[i] for i in used], hasher.n, hasher.unit)
-    links = _link_similar(groups, places, sets, threshold, exact_up_to, centers)
+    links = _link_similar(groups, places, sets, threshold, exact_up_to, _CENTERS)
     return used[links[0]], *links[1:]
 
-# %% ../chapters/04_deduplication.ipynb #0a6a384e
+# %% ../chapters/04_deduplication.ipynb #cc2756ef
 def find_near_duplicates(
     documents: Iterable[Document | str],
     threshold: float = 0.8,
     *,
     hasher: MinHasher | None = None,
-    weights: tuple[float, float] = (0.05, 0.95),
+    weights: Sequence[float] = (0.05, 0.95),
     exact_up_to: int = 1000,
     workers: int = 1,
 ) -> NearDuplicates:
@@ -772,7 +791,64 @@ def _ranked(
                 raise ValueError(f"score: expected numbers, got NaN for document {document.id!r}")
         yield sorted(cluster, key=lambda i: (-values[i], i))
 
-# %% ../chapters/04_deduplication.ipynb #ab61756f
+# %% ../chapters/04_deduplication.ipynb #864437f5
+def _near_kept(
+    clusters: Int64[np.ndarray, " documents"],
+    buckets: Int64[np.ndarray, " members"],
+    members: Int64[np.ndarray, " members"],
+    sets: _ShingleSets,
+    threshold: float,
+    exact_up_to: int,
+) -> Bool[np.ndarray, " documents"]:
+    """Say of documents, the best of each cluster first, whether an earlier one kept is similar.
+
+    Those of a cluster are compared if they are ``members`` of the same of the sorted ``buckets``.
+    """
+    removed = np.zeros(len(sets), bool)
+    crowds = np.split(members, np.flatnonzero(np.diff(buckets)) + 1)
+    tried, places = [0] * len(crowds), [list[int]() for _ in range(len(sets))]
+    for number, crowd in enumerate(crowds):
+        for member in crowd.tolist():
+            places[member].append(number)
+    for center in range(len(sets)):
+        if removed[center]:
+            continue
+        open_ = [b for b in places[center] if len(crowds[b]) <= exact_up_to or tried[b] < _CENTERS]
+        for b in open_:
+            tried[b] += 1
+        near = np.unique(np.concatenate([members[:0], *(crowds[b] for b in open_)]))
+        near = near[(near > center) & ~removed[near] & (clusters[near] == clusters[center])]
+        pairs = np.stack([np.full_like(near, center), near], axis=1)
+        removed[near[_similarities(sets, pairs) >= threshold]] = True
+    return removed
+
+# %% ../chapters/04_deduplication.ipynb #cc5082f3
+def _stars(
+    ranked: list[list[int]],
+    documents: list[Document],
+    threshold: float,
+    hasher: MinHasher,
+    layout: tuple[int, int],
+    exact_up_to: int,
+    workers: int,
+) -> set[int]:
+    """Return what of the ``ranked`` clusters is a copy of, or similar to, one that is kept."""
+    best = {canonical_text(documents[i].text): i for cluster in ranked for i in reversed(cluster)}
+    originals = set(best.values())
+    removed = {i for cluster in ranked for i in cluster} - originals
+    varied = [[i for i in cluster if i in originals] for cluster in ranked]
+    varied = [cluster for cluster in varied if len(cluster) > 1]
+    if varied:
+        order = list(chain(*varied))
+        clusters = np.repeat(np.arange(len(varied)), [len(cluster) for cluster in varied])
+        chosen = [documents[i].text for i in order]
+        buckets, members = _candidates(hasher.signatures(chosen, workers), *layout)
+        sets = _ShingleSets(chosen, hasher.n, hasher.unit)
+        gone = _near_kept(clusters, buckets, members, sets, threshold, exact_up_to)
+        removed |= {order[i] for i in np.flatnonzero(gone).tolist()}
+    return removed
+
+# %% ../chapters/04_deduplication.ipynb #7b621445
 def deduplicate(
     documents: Iterable[Document],
     threshold: float = 0.8,
@@ -780,25 +856,26 @@ def deduplicate(
     score: Callable[[Document], float] | None = None,
     linkage: str = "star",
     hasher: MinHasher | None = None,
-    **options: Any,
+    weights: Sequence[float] = (0.05, 0.95),
+    exact_up_to: int = 1000,
+    workers: int = 1,
 ) -> list[Document]:
     """Return ``documents`` in their order without exact and near duplicates, the best copy kept.
 
     The best has the highest ``score``, by default the longest canonical text; the first of equals.
     With ``linkage="star"`` each document removed has a Jaccard similarity of ``threshold`` or more
-    to one that is kept; "single" keeps one of each connected cluster. Other ``options`` are those
-    of ``find_near_duplicates``.
+    to one that is kept, but two that share no bucket may both be kept; "single" keeps one of each
+    connected cluster. Other arguments are those of ``find_near_duplicates``, for both steps.
     """
     if linkage not in ("star", "single"):
         raise ValueError(f"linkage: expected 'star' or 'single', got {linkage!r}")
     listed, hasher = _listed(documents), hasher or MinHasher()
-    found = find_near_duplicates(listed, threshold, hasher=hasher, **options)
+    found = find_near_duplicates(
+        listed, threshold, hasher=hasher, weights=weights, exact_up_to=exact_up_to, workers=workers
+    )
     ranked = list(_ranked(found.clusters, listed, score))
     removed = {i for cluster in ranked for i in cluster[1:]}
-    if linkage == "star" and ranked:
-        groups = np.repeat(np.arange(len(ranked)), [len(cluster) for cluster in ranked])
-        texts, members = [d.text for d in listed], np.array(list(chain(*ranked)), np.int64)
-        removed = set(
-            _verified(texts, groups, members, hasher, threshold, 0, len(members))[0][:, 1].tolist()
-        )
+    if linkage == "star":
+        layout = optimal_bands(threshold, hasher.n_permutations, weights)
+        removed = _stars(ranked, listed, threshold, hasher, layout, exact_up_to, workers)
     return [document for i, document in enumerate(listed) if i not in removed]

@@ -7,7 +7,7 @@ every segmentation there is."""
 __all__ = ['split_words', 'merge_gain', 'TrainingStep', 'WordPieceTokenizer', 'train_wordpiece', 'UnigramTokenizer',
            'train_unigram', 'renyi_efficiency']
 
-# %% ../chapters/06_subwords.ipynb #f0525321
+# %% ../chapters/06_subwords.ipynb #a0fc3a0f
 import json
 import math
 import random
@@ -26,6 +26,7 @@ from jaxtyping import Float, Integer
 
 from .corpus import _check_at_least
 from llmbook.tokenizer import (
+    _allowed,
     _batches,
     _checked_special_tokens,
     _finder,
@@ -346,17 +347,7 @@ class _Tokens:
     def _join(self, tokens: list[str]) -> str:
         raise NotImplementedError
 
-# %% ../chapters/06_subwords.ipynb #4baaa395
-def _chosen(
-    special_tokens: Collection[str], allowed: Literal["all"] | Collection[str]
-) -> tuple[str, ...]:
-    chosen = special_tokens if allowed == "all" else allowed
-    if isinstance(chosen, str) or not set(chosen) <= set(special_tokens):
-        known = f"'all' or some of {sorted(special_tokens)}"
-        raise ValueError(f"allowed_special: expected {known}, got {allowed!r}")
-    return tuple(sorted(chosen))
-
-# %% ../chapters/06_subwords.ipynb #61ed9f6f
+# %% ../chapters/06_subwords.ipynb #ee22e7d5
 class _Subwords(_Tokens):
     """Adds what turns text into ids."""
 
@@ -375,7 +366,7 @@ class _Subwords(_Tokens):
         Lone surrogates are encoded as U+FFFD. Special tokens match longest first.
         """
         ids, place, text = list[int](), 0, _whole_characters(text)
-        for match in _finder(_chosen(self.special_tokens, allowed_special)).finditer(text):
+        for match in _finder(_allowed(self.special_tokens, allowed_special)).finditer(text):
             ids += self._encode_ordinary(text[place : match.start()])
             ids.append(self.special_tokens[match[0]])
             place = match.end()
@@ -406,11 +397,11 @@ def _write_file(
     whole = {**head, **steps, "model": model}
     _write_text(Path(path), json.dumps(whole, ensure_ascii=False, indent=1))
 
-# %% ../chapters/06_subwords.ipynb #4d17befa
+# %% ../chapters/06_subwords.ipynb #fe624651
 def _check_steps(whole: dict[str, Any], kind: str, steps: dict[str, Any]) -> None:
     if (found := whole["model"]["type"]) != kind:
         raise ValueError(f"model: expected {kind}, got {found}")
-    for name in ("normalizer", "pre_tokenizer", "post_processor"):
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         if whole.get(name) != steps[name]:
             raise ValueError(f"{name}: expected {steps[name]}, got {whole.get(name)}")
 
@@ -978,7 +969,7 @@ class _Sampler(_Unigram):
             ids += _path_ids(lattice, word, _random_path(lattice, word, sharpness, generator))
         return ids
 
-# %% ../chapters/06_subwords.ipynb #6b78e2a5
+# %% ../chapters/06_subwords.ipynb #cbf8548d
 def _unigram_steps(byte_fallback: bool) -> dict[str, Any]:
     marks = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     fallback = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, marks]}
@@ -993,8 +984,8 @@ def _unigram_steps(byte_fallback: bool) -> dict[str, Any]:
 def _unigram_arguments(path: Path) -> dict[str, Any]:
     """Return what a tokenizer is made of, from tokenizer.json."""
     whole = _read_json(path)
-    _check_steps(whole, "Unigram", _unigram_steps(False))
     model = whole["model"]
+    _check_steps(whole, "Unigram", _unigram_steps(bool(model.get("byte_fallback", False))))
     pieces = [(str(piece), float(score)) for piece, score in model["vocab"]]
     return {
         "pieces": pieces,

@@ -462,15 +462,15 @@ class _Vocabulary:
         """One more than the largest id; of ids without gaps, how many there are."""
         return self._tables.size
 
-# %% ../chapters/05_tokenizer.ipynb #ffa0b14b
+# %% ../chapters/05_tokenizer.ipynb #662c0fb9
 _Allowed = Literal["all"] | Collection[str]
 
 
-def _allowed(known: _Vocabulary, allowed_special: _Allowed) -> tuple[str, ...]:
-    """Return the special tokens that are allowed, after a check that they are known."""
-    chosen = known.special_tokens if allowed_special == "all" else allowed_special
-    if isinstance(chosen, str) or not set(chosen) <= set(known.special_tokens):
-        expected = f"'all' or some of {sorted(known.special_tokens)}"
+def _allowed(special: Collection[str], allowed_special: _Allowed) -> tuple[str, ...]:
+    """Return the ``special`` tokens that are allowed, after a check that they are known."""
+    chosen = special if allowed_special == "all" else allowed_special
+    if isinstance(chosen, str) or not set(chosen) <= set(special):
+        expected = f"'all' or some of {sorted(special)}"
         raise ValueError(f"allowed_special: expected {expected}, got {allowed_special!r}")
     return tuple(sorted(chosen))
 
@@ -501,7 +501,7 @@ def _encode_batch(
     jobs = [(known, batch, allowed) for batch in _batches(texts)]
     return list(chain.from_iterable(_in_order(_encode_job, jobs, workers)))
 
-# %% ../chapters/05_tokenizer.ipynb #51cee369
+# %% ../chapters/05_tokenizer.ipynb #375933de
 _Ids = Iterable[SupportsInt]
 
 
@@ -509,7 +509,8 @@ def _pieces(known: _Vocabulary, ids: _Ids, skip_special_tokens: bool) -> Iterato
     """Yield the bytes of each id, of special tokens only if they are not to be skipped."""
     hidden = set(known.special_tokens.values()) if skip_special_tokens else ()
     for place, id in enumerate(ids.tolist() if hasattr(ids, "tolist") else ids):
-        if (piece := known._tables.tokens.get(id)) is None:
+        whole = type(id) is int or (not isinstance(id, bool) and hasattr(id, "__index__"))
+        if not whole or (piece := known._tables.tokens.get(id)) is None:
             expected = f"ids of the vocabulary, below {known.vocab_size}"
             raise ValueError(f"ids: expected {expected}, got {id!r} at index {place}")
         if id not in hidden:
@@ -574,25 +575,29 @@ def _encode_stream(
             yield ids
     yield _encode(known, "".join(parts), allowed)
 
-# %% ../chapters/05_tokenizer.ipynb #ba37761a
+# %% ../chapters/05_tokenizer.ipynb #f3025f0d
 class _Codec(_Vocabulary):
     """Encodes and decodes with what it knows."""
 
     def encode(self, text: str, *, allowed_special: _Allowed = ()) -> list[int]:
         """Return the ids of ``text``. Special tokens in it are ordinary text unless allowed."""
-        return _encode(self, _whole_characters(text), _allowed(self, allowed_special))
+        return _encode(
+            self, _whole_characters(text), _allowed(self.special_tokens, allowed_special)
+        )
 
     def encode_batch(
         self, texts: Iterable[str], workers: int = 1, *, allowed_special: _Allowed = ()
     ) -> list[list[int]]:
         """Return the ids of each of ``texts``, in order, encoded by ``workers`` processes."""
-        return _encode_batch(self, texts, workers, _allowed(self, allowed_special))
+        return _encode_batch(self, texts, workers, _allowed(self.special_tokens, allowed_special))
 
     def encode_iterable(
         self, texts: Iterable[str], *, allowed_special: _Allowed = ()
     ) -> Iterator[int]:
-        """Yield the ids that the joined ``texts`` have, lazily, in constant memory."""
-        ids = _encode_stream(self, _joined_halves(texts), _allowed(self, allowed_special))
+        """Yield the joined texts' ids: in constant memory with GPT-2's and GPT-4's patterns."""
+        ids = _encode_stream(
+            self, _joined_halves(texts), _allowed(self.special_tokens, allowed_special)
+        )
         return chain.from_iterable(ids)
 
     def decode_bytes(self, ids: _Ids, *, skip_special_tokens: bool = False) -> bytes:
@@ -630,7 +635,7 @@ def _as_bytes(token: str) -> bytes:
     except KeyError:
         raise ValueError(f"expected tokens in GPT-2's byte alphabet, got {token!r}") from None
 
-# %% ../chapters/05_tokenizer.ipynb #569bccd0
+# %% ../chapters/05_tokenizer.ipynb #6ad636d5
 def _file_vocabulary(vocabulary: Mapping[int, bytes], special: dict[str, int]) -> dict[str, int]:
     """Return all tokens as text with their ids, in the order of the ids."""
     ordinary = {_as_text(token): id for id, token in vocabulary.items()}
@@ -640,8 +645,13 @@ def _file_vocabulary(vocabulary: Mapping[int, bytes], special: dict[str, int]) -
 
 
 def _portable_pattern(pattern: str) -> str:
-    if re.search(r"\{\d*,?\d*\}\+", pattern):
+    """Return ``pattern``, unless the engine inside tokenizers would read it in another way."""
+    possessive, anchor = r"\{\d*,?\d*\}\+", r"(?<![\\\[])[\^$]"
+    if re.search(possessive, pattern):
         message = "expected no possessive {m,n}+, which tokenizers reads as a repetition"
+        raise ValueError(f"pattern: {message}, got {pattern!r}")
+    if pattern not in _KNOWN_PATTERNS and re.search(anchor, pattern):
+        message = "expected no ^ or $, which tokenizers finds at every line"
         raise ValueError(f"pattern: {message}, got {pattern!r}")
     return pattern
 
@@ -676,7 +686,7 @@ def _tokenizer_json(tokenizer: _Codec) -> dict[str, Any]:
         },
     }
 
-# %% ../chapters/05_tokenizer.ipynb #0d986914
+# %% ../chapters/05_tokenizer.ipynb #f414f14b
 def _read_pattern(step: Any) -> str:
     """Return the pattern of a pre-tokenizer that is byte-level, or name what it has instead."""
     steps = step["pretokenizers"] if step and step["type"] == "Sequence" else [step or {}]
@@ -688,10 +698,11 @@ def _read_pattern(step: Any) -> str:
         return GPT2_PATTERN
     if kinds != ["Split", "ByteLevel"] or use_regex or "Regex" not in steps[0]["pattern"]:
         raise ValueError(f"pre_tokenizer: expected one Split by Regex, then ByteLevel, got {kinds}")
-    how = (steps[0]["behavior"], steps[0].get("invert", False))
-    if how not in (("Isolated", False), ("Removed", True)):
+    how, pattern = (steps[0]["behavior"], steps[0].get("invert")), steps[0]["pattern"]["Regex"]
+    keeps_all = how == ("Removed", True) and pattern in _KNOWN_PATTERNS  # they match all text
+    if how not in (("Isolated", False), ("Isolated", None)) and not keeps_all:
         raise ValueError(f"pre_tokenizer: expected Split to isolate, got {how}")
-    return _portable_pattern(steps[0]["pattern"]["Regex"])
+    return _portable_pattern(pattern)
 
 # %% ../chapters/05_tokenizer.ipynb #9ea47181
 def _check_supported(data: dict[str, Any]) -> None:

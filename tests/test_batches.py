@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -61,6 +62,14 @@ TEXTS = [f"Document {number} says " + "la" * (number * 7 % 40) for number in ran
 @pytest.fixture
 def shards(tmp_path: Path) -> TokenShards:
     return write_shards(TEXTS, tmp_path / "shards", TOKENIZER, shard_tokens=500)
+
+
+@pytest.fixture
+def untyped():
+    """Switch jaxtyping's checks off, as they are for a reader, to see our own messages."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -396,6 +405,19 @@ def test_a_newer_version_is_refused(tmp_path, monkeypatch):
         TokenShards(tmp_path / "x")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"token_bytes": wrong} for wrong in (0, 3, 9)] + [{"n_documents": 0}, {"n_documents": 99}],
+)
+def test_a_header_that_makes_no_sense_is_refused(tmp_path, change):
+    path = write_shards(["abc"], tmp_path / "x", TOKENIZER).directory / "shard-00000.bin"
+    header = batches._read_header(path)._replace(**change)
+    size = batches._layout(header)[1]
+    path.write_bytes(batches._pack_header(header) + bytes(size - batches._HEADER_SIZE))
+    with pytest.raises(ShardError, match=r"shard-00000.bin: the header makes no sense"):
+        TokenShards(tmp_path / "x")
+
+
 def test_another_tokenizer_is_refused(shards):
     TokenShards(shards.directory, TOKENIZER)
     for other in (ByteTokenizer(shift=1), ByteTokenizer(300)):
@@ -565,6 +587,15 @@ def test_lengths_that_do_not_fit(lengths, wrong):
         best_fit(lengths, 8)
 
 
+def test_lengths_and_counters_are_whole_numbers(untyped):
+    with pytest.raises(ValueError, match=r"lengths: expected whole numbers, got .*1\.5"):
+        best_fit([1.5, 2.5], 4)
+    assert best_fit([], 4).tolist() == []
+    for wrong in (1.7, None, 2**70):
+        with pytest.raises(ValueError, match=r"counters: expected whole numbers .*, got"):
+            random_bits(1, wrong)
+
+
 @pytest.mark.parametrize("strategy", ["best_fit", "one_per_row"])
 @pytest.mark.parametrize("context_length", [1, 7, 32, 1000])
 def test_packed_rows_hold_every_token_once(tmp_path, context_length, strategy):
@@ -619,14 +650,19 @@ def test_attention_in_a_packed_row_is_that_of_each_document_alone(shards):
             assert torch.allclose(together[row : row + 1, :, here], expected, atol=1e-5)
 
 
-def test_pack_documents_refuses(shards):
+def test_pack_documents_refuses(shards, untyped):
     with pytest.raises(ValueError, match="strategy: expected 'best_fit' or 'one_per_row'"):
         pack_documents(shards, 8, "tetris")
     with pytest.raises(ValueError, match="context_length: expected at least 1"):
         pack_documents(shards, 0)
     packed = pack_documents(shards, 64)
-    for wrong in (-1, len(packed)):
-        with pytest.raises(ValueError, match=f"rows: expected numbers .* got {wrong}"):
+    for empty in ([], np.array([], int)):
+        with pytest.raises(ValueError, match=r"rows: expected 0 to .* got none"):
+            packed.batch(empty)
+        with pytest.raises(ValueError, match="starts: expected at least one position"):
+            window_batch(shards, empty, 8)
+    for wrong in (-1, len(packed), 0.5):
+        with pytest.raises(ValueError, match=f"rows: expected 0 to .* got {wrong}"):
             packed.batch([0, wrong])
 
 
@@ -764,9 +800,14 @@ def test_seeds_differ(shards):
         ({"rank": -1}, "rank: expected at least 0"),
         ({"world_size": 3}, "cannot share 4 rows out for rank 0 of 3"),
         ({"world_size": 0}, "world_size: expected at least 1"),
+        ({"seed": None}, "seed: expected a whole number, got None"),
+        ({"rank": None}, "rank: expected a whole number, got None"),
+        ({"world_size": None}, "world_size: expected a whole number, got None"),
+        ({"batch_size": None}, "batch_size: expected a whole number, got None"),
+        ({"batch_size": 10**30}, "batch_size: expected at most"),
     ],
 )
-def test_wrong_samplers(shards, arguments, words):
+def test_wrong_samplers(shards, arguments, untyped, words):
     with pytest.raises(ValueError, match=words):
         BatchSampler(**{"source": shards, "batch_size": 4, "context_length": 16} | arguments)
 
@@ -798,6 +839,7 @@ def test_the_smallest_corpus(tmp_path):
         ({"step": -1}, "state: step: expected a whole number from 0 on, got -1"),
         ({"step": 1.5}, "state: step"),
         ({"step": None}, "state: step"),
+        ({"step": 10**30}, "state: step: expected less than"),
     ],
 )
 def test_a_state_of_something_else_is_refused(shards, change, words):
@@ -819,3 +861,28 @@ def test_a_state_knows_the_packing(shards):
 def test_steps_below_zero(shards):
     with pytest.raises(ValueError, match="step: expected at least 0, got -1"):
         BatchSampler(shards, 4, 16)[-1]
+
+
+def test_steps_beyond_64_bits(shards, untyped):
+    for wrong in (10**30, None):
+        with pytest.raises(ValueError, match=f"step: expected a number below .*, got {wrong}"):
+            BatchSampler(shards, 4, 16)[wrong]
+    assert BatchSampler(shards, 1 << 2, 16)[(1 << 40) - 1].inputs.shape == (4, 16)
+
+
+@pytest.mark.parametrize("wrong", [None, [], "{}"])
+def test_a_state_is_a_dictionary(shards, wrong, untyped):
+    with pytest.raises(ValueError, match="state: expected a dictionary, got"):
+        BatchSampler(shards, 4, 16).load_state_dict(wrong)
+
+
+def test_numpy_numbers_are_fit_for_json(shards, untyped):
+    sampler = BatchSampler(
+        shards, np.int64(2), np.int64(16), seed=np.int64(3), documents=np.bool_(True)
+    )
+    sampler.step = np.int64(5)
+    other = BatchSampler(shards, 2, 16, seed=3, documents=True)
+    other.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    assert same(sampler[sampler.step], other[5])
+    packed = pack_documents(shards, np.int64(64))
+    json.dumps(BatchSampler(packed, np.int64(2)).state_dict())

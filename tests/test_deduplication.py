@@ -323,6 +323,22 @@ def test_bad_weights(weights) -> None:
         optimal_bands(0.5, 16, weights)
 
 
+@pytest.mark.parametrize("weights", [[], [0.5], (0.1, 0.2, 0.7)])
+def test_weights_that_are_no_pair(weights) -> None:
+    for call in (find_near_duplicates, deduplicate):
+        with pytest.raises(
+            ValueError, match="weights: expected two numbers from 0, not both 0, got"
+        ):
+            call([], weights=weights)
+
+
+def test_weights_in_any_sequence() -> None:
+    for weights in ([0.05, 0.95], (0.05, 0.95)):
+        assert optimal_bands(0.8, 128, weights) == optimal_bands(0.8)
+    texts = windows(1, 60, 5)
+    assert find_near_duplicates(texts, weights=[0.05, 0.95]).clusters == [list(range(5))]
+
+
 # --- the index -----------------------------------------------------------------------------------
 
 TEXTS = windows(4, 60, 30)
@@ -544,6 +560,18 @@ def test_union_find_of_a_long_chain() -> None:
         UnionFind(-1)
 
 
+def test_items_outside_of_a_union_find() -> None:
+    forest = UnionFind(3)
+    for bad in (7, 3, -1):
+        with pytest.raises(ValueError, match=f"item: expected an item from 0 below 3, got {bad!r}"):
+            forest.find(bad)
+        with pytest.raises(ValueError, match=f"a: expected .* got {bad!r}"):
+            forest.union(bad, 0)
+        with pytest.raises(ValueError, match=f"b: expected .* got {bad!r}"):
+            forest.union(0, bad)
+    assert forest.clusters() == []
+
+
 @settings(max_examples=25)
 @given(small_texts)
 def test_true_similarities_of_many_pairs(texts: list[str]) -> None:
@@ -654,6 +682,41 @@ def test_what_is_removed_is_like_something_kept(texts: list[str]) -> None:
     single = deduplicate(listed, 0.5, linkage="single", **options)
     assert len(single) <= len(kept)
     assert deduplicate(kept, 0.5, **options) == kept
+
+
+def test_a_long_chain_is_not_compared_with_itself(monkeypatch) -> None:
+    """Comparisons grow with the length of a chain, not with its square."""
+    words = [f"w{i}" for i in range(2100)]
+    listed = documents([" ".join(words[i : i + 60]) for i in range(2000)])
+    compared = []
+
+    def counted(sets, pairs):
+        compared.append(len(pairs))
+        return _similarities(sets, pairs)
+
+    monkeypatch.setattr(deduplication, "_similarities", counted)
+    counts = []
+    for length in (500, 1000, 2000):
+        compared.clear()
+        kept = deduplicate(listed[:length])
+        counts.append(sum(compared))
+        ids = np.array([int(d.id[1:]) for d in kept])
+        closest = np.abs(np.arange(length)[:, None] - ids).min(1)
+        assert closest.max() <= 6  # shingles shared: 50 of 62, more than 0.8
+        assert length / 8 < len(kept) < length / 4
+    assert counts[1] < 2.5 * counts[0] and counts[2] < 2.5 * counts[1]
+    assert counts[2] < 50 * 2000
+
+
+def test_copies_go_from_crowded_buckets_too(monkeypatch) -> None:
+    """Where no center is tried any more, near duplicates may stay, but copies do not."""
+    monkeypatch.setattr(deduplication, "_CENTERS", 1)
+    texts = [*windows(1, 100, 40), *windows(1, 100, 40)]
+    kept = deduplicate(documents(texts), exact_up_to=0)
+    assert len({d.text for d in kept}) == len(kept)
+    sets = {text: shingles(text) for text in texts}
+    for text in set(texts) - {d.text for d in kept}:
+        assert any(jaccard(sets[text], sets[d.text]) >= 0.8 for d in kept)
 
 
 def test_bad_deduplication() -> None:
