@@ -1054,9 +1054,8 @@ class _Codec(_Vocabulary):
 
     def encode(self, text: str, *, allowed_special: _Allowed = ()) -> list[int]:
         """Return the ids of ``text``. Special tokens in it are ordinary text unless allowed."""
-        return _encode(
-            self, _whole_characters(text), _allowed(self.special_tokens, allowed_special)
-        )
+        allowed = _allowed(self.special_tokens, allowed_special)
+        return _encode(self, _whole_characters(text), allowed)
 
     def encode_batch(
         self, texts: Iterable[str], workers: int = 1, *, allowed_special: _Allowed = ()
@@ -1068,10 +1067,8 @@ class _Codec(_Vocabulary):
         self, texts: Iterable[str], *, allowed_special: _Allowed = ()
     ) -> Iterator[int]:
         """Yield the joined texts' ids: in constant memory with GPT-2's and GPT-4's patterns."""
-        ids = _encode_stream(
-            self, _joined_halves(texts), _allowed(self.special_tokens, allowed_special)
-        )
-        return chain.from_iterable(ids)
+        allowed = _allowed(self.special_tokens, allowed_special)
+        return chain.from_iterable(_encode_stream(self, _joined_halves(texts), allowed))
 
     def decode_bytes(self, ids: _Ids, *, skip_special_tokens: bool = False) -> bytes:
         """Return the bytes that ``ids`` stand for, valid UTF-8 or not."""
