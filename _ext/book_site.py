@@ -190,13 +190,18 @@ def name_bases(
         lines += ["", f"Inherits from {links}.", ""]
 
 
-def shorten_types(
+def name_defaults(
     app: Sphinx, what: str, name: str, thing: Any, options: Any, signature: str, returns: str
 ) -> tuple[str, str] | None:
-    """Take the path from types where Sphinx, which cannot parse ``<factory>``, would print it."""
-    if signature and "<factory>" in signature:
-        return re.sub(r"~[\w.]+\.", "", signature), returns
-    return None
+    """Write the defaults of data classes so that Sphinx can parse them, and constants by name."""
+    module = sys.modules.get(getattr(thing, "__module__", None) or "")
+    if what != "class" or not signature or module is None:
+        return None
+    signature = signature.replace("<factory>", "...")
+    for constant, value in vars(module).items():
+        if constant.isupper() and isinstance(value, str):
+            signature = signature.replace(f"= {value!r}", f"= {constant}")
+    return signature, returns
 
 
 def skip_fields(
@@ -217,6 +222,6 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.add_post_transform(FoldAnswers)
     app.connect("autodoc-process-docstring", name_chapters)
     app.connect("autodoc-process-docstring", name_bases)
-    app.connect("autodoc-process-signature", shorten_types)
+    app.connect("autodoc-process-signature", name_defaults)
     app.connect("autodoc-skip-member", skip_fields)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
