@@ -1,0 +1,630 @@
+"""Attention, masks, caches, tiles and heads of chapter 09, against PyTorch and transformers."""
+
+import itertools
+import math
+from functools import partial
+
+import jaxtyping
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from llmbook.attention import (
+    KVCache,
+    MultiHeadAttention,
+    MultiHeadLatentAttention,
+    attention_mask,
+    causal_mask,
+    flash_attention,
+    scaled_dot_product_attention,
+    softmax,
+)
+from llmbook.batches import document_mask
+from llmbook.positions import RotaryEmbedding, interleaved_to_half
+
+reference = partial(scaled_dot_product_attention, backend="reference")
+fused = partial(scaled_dot_product_attention, backend="torch")
+TINY_TILES = partial(flash_attention, block_size=5)
+ALL = {"reference": reference, "torch": fused, "flash": TINY_TILES}
+
+
+@pytest.fixture
+def untyped():
+    """Switch jaxtyping's checks off, as they are for a reader, to see our own messages."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def qkv(batch=2, heads=4, kv_heads=None, queries=7, keys=7, d_head=8, d_value=None, dtype=None):
+    kv_heads, d_value = kv_heads or heads, d_value or d_head
+    shapes = (heads, queries, d_head), (kv_heads, keys, d_head), (kv_heads, keys, d_value)
+    return tuple(
+        torch.randn(batch, *s, dtype=dtype or torch.float64).requires_grad_() for s in shapes
+    )
+
+
+def results(attention, inputs, *args, **options):
+    """Output and gradients, for a loss that no symmetry makes zero."""
+    out = attention(*inputs, *args, **options)
+    loss = (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum()
+    return (out.detach(), *torch.autograd.grad(loss, inputs))
+
+
+def assert_same(ours, theirs, **tolerances):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, **tolerances)
+
+
+# Softmax
+
+
+@given(st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=1, max_size=20))
+def test_softmax_is_a_distribution_and_torchs(scores):
+    ours = softmax(torch.tensor(scores))
+    assert ours.sum().item() == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(ours, torch.tensor(scores).softmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_softmax_keeps_the_dtype_and_has_no_gradient_in_empty_rows(dtype):
+    scores = torch.randn(3, 5).to(dtype)
+    scores[1] = -torch.inf
+    scores.requires_grad_()
+    weights = softmax(scores)
+    weights[..., 0].sum().backward()
+    assert weights.dtype == dtype and weights[1].tolist() == [0.0] * 5
+    assert scores.grad.isfinite().all() and scores.grad[1].tolist() == [0.0] * 5
+
+
+def test_softmax_gradient_equals_torchs():
+    scores = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(softmax, scores)
+    assert torch.autograd.gradcheck(partial(softmax, dim=0), scores)
+    one = torch.randn(4, 1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(softmax, one)
+
+
+# Masks
+
+
+@given(st.integers(1, 12), st.none() | st.integers(1, 14))
+def test_causal_mask_by_its_definition(sequence, window):
+    mask = causal_mask(sequence, window)
+    for q, k in itertools.product(range(sequence), repeat=2):
+        assert mask[q, k] == (k <= q and (window is None or q - k < window))
+
+
+def test_attention_mask_knows_padding_and_window():
+    positions = torch.tensor([[-1, 0, 1, 2], [0, 1, 2, -1]])
+    mask = attention_mask(positions, positions, window=2)
+    expected = [
+        [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]],
+        [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]],
+    ]
+    assert mask.int()[:, 0].tolist() == expected
+
+
+def test_attention_mask_is_transformers_sliding_window():
+    from transformers.masking_utils import create_sliding_window_causal_mask
+    from transformers import MistralConfig
+
+    config = MistralConfig(sliding_window=3, attn_implementation="eager")
+    theirs = create_sliding_window_causal_mask(
+        config=config,
+        inputs_embeds=torch.zeros(1, 9, 4),
+        cache=None,
+        attention_mask=None,
+        position_ids=torch.arange(9)[None],
+    )
+    assert torch.equal(theirs[0, 0] == 0, causal_mask(9, window=3))
+
+
+# One function, three ways to compute it
+
+
+MASKS = {
+    "none": {},
+    "causal": {"is_causal": True},
+    "window": {"mask": causal_mask(7, 3)},
+    "documents": {"mask": document_mask(torch.tensor([[0, 0, 0, 1, 1, 2, -1], [0] * 7]))},
+    "per head": {"mask": torch.rand(2, 4, 7, 7, generator=torch.Generator().manual_seed(0)) > 0.4},
+    "both": {"mask": causal_mask(7).flip(0, 1), "is_causal": True},
+    "nothing": {"mask": torch.zeros(7, 7, dtype=torch.bool)},
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_backends_and_tiles_agree(name, kv_heads):
+    inputs = qkv(kv_heads=kv_heads, d_value=6)
+    expected = results(reference, inputs, **MASKS[name])
+    assert_same(results(fused, inputs, **MASKS[name]), expected)
+    for size in (1, 3, 7, 64):
+        tiled = results(partial(flash_attention, block_size=size), inputs, **MASKS[name])
+        assert_same(tiled, expected)
+
+
+@pytest.mark.parametrize("attention", ALL.values(), ids=ALL)
+def test_gradients_numerically(attention):
+    inputs = qkv(batch=1, heads=2, kv_heads=1, queries=3, keys=5, d_head=2, d_value=3)
+    assert torch.autograd.gradcheck(partial(attention, is_causal=True), inputs)
+
+
+@pytest.mark.parametrize("attention", ALL.values(), ids=ALL)
+def test_queries_that_see_nothing_get_zeros(attention):
+    inputs = qkv()
+    mask = torch.ones(2, 1, 7, 7, dtype=torch.bool)
+    mask[0, :, 3] = mask[1, :, :, 2] = mask[1, :, 6] = False
+    out, *gradients = results(attention, inputs, mask)
+    assert all(x.isfinite().all() for x in (out, *gradients))
+    assert not out[0, :, 3].any() and not gradients[0][1, :, 6].any()
+    assert not gradients[1][1, :, 2].any() and out[0, :, 2].any()
+
+
+@pytest.mark.parametrize("attention", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("queries", [1, 2, 5])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_causal_with_fewer_queries_aligns_the_ends(attention, queries, kv_heads):
+    q, k, v = qkv(kv_heads=kv_heads)
+    whole = attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(
+        attention(q[:, :, -queries:], k, v, is_causal=True), whole[:, :, -queries:]
+    )
+
+
+@given(
+    st.integers(1, 9), st.integers(0, 9), st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    st.integers(1, 12), st.booleans(), st.integers(0, 2**31),
+)  # fmt: skip
+@settings(max_examples=60)
+def test_tiles_of_any_size(queries, more, heads, block_size, is_causal, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (heads[0], queries, 4), (heads[1], queries + more, 4), (heads[1], queries + more, 3)
+    q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    mask = torch.rand(queries, queries + more, generator=generator) > 0.3
+    ours = flash_attention(q, k, v, mask, is_causal=is_causal, block_size=block_size)
+    torch.testing.assert_close(ours, reference(q, k, v, mask, is_causal=is_causal))
+
+
+@pytest.mark.parametrize("attention", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtypes(attention, dtype):
+    inputs = qkv(dtype=dtype)
+    exact = results(reference, tuple(x.detach().double().requires_grad_() for x in inputs))
+    ours = results(attention, inputs)
+    assert {x.dtype for x in ours} == {dtype}
+    tolerance = {torch.float16: 3e-3, torch.bfloat16: 3e-2, torch.float32: 1e-5}[dtype]
+    assert_same([x.double() for x in ours], exact, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("attention", ALL.values(), ids=ALL)
+def test_large_scores_and_a_scale(attention):
+    q, k, v = qkv(dtype=torch.float32)
+    out = attention(1e4 * q, 1e4 * k, v)
+    assert out.isfinite().all()
+    torch.testing.assert_close(
+        attention(q, k, v, scale=0.0), v.mean(dim=-2, keepdim=True).expand_as(q)
+    )
+
+
+def test_torch_is_the_default_kernels_equal():
+    q, k, v = qkv()
+    ours = reference(q, k, v, is_causal=True)
+    torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+@pytest.mark.parametrize("attention", [reference, fused])
+def test_dropout_drops_and_rescales(attention):
+    q, k = torch.zeros(2, 1, 1, 400, 4)
+    v = torch.ones(1, 1, 400, 1)
+    out = attention(q, k, v, dropout=0.25)
+    assert out.std() > 0.01 and out.mean().item() == pytest.approx(1, abs=0.02)
+
+
+def test_flash_saves_nothing_quadratic():
+    def saved(attention, n):
+        sizes = []
+        inputs = qkv(batch=1, heads=1, queries=n, keys=n, dtype=torch.float32)
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda x: sizes.append(x.untyped_storage().nbytes()) or x, lambda x: x
+        )
+        with hooks:
+            attention(*inputs, is_causal=True)
+        return sum(sizes)
+
+    assert saved(flash_attention, 512) == pytest.approx(2 * saved(flash_attention, 256), rel=0.01)
+    assert saved(reference, 512) > 3.5 * saved(reference, 256)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "message"),
+    [
+        ([(4, 8), (4, 8), (4, 8)], {}, r"q: expected \(..., heads, sequence, feature\)"),
+        ([(2, 4, 8), (2, 5, 8), (2, 4, 8)], {}, r"v: expected \(2, 5\)"),
+        ([(2, 4, 8), (2, 5, 6), (2, 5, 8)], {}, "k: expected the batch and feature"),
+        ([(1, 2, 4, 8), (3, 2, 5, 8), (3, 2, 5, 8)], {}, "k: expected the batch and feature"),
+        ([(3, 4, 8), (2, 5, 8), (2, 5, 8)], {}, "k: expected a divisor of 3 heads, got 2"),
+        ([(2, 6, 8), (2, 5, 8), (2, 5, 8)], {"is_causal": True}, "q: expected at most as many"),
+    ],
+)
+@pytest.mark.parametrize("attention", ALL.values(), ids=ALL)
+def test_shapes_that_do_not_fit(untyped, attention, shapes, options, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*(torch.zeros(shape) for shape in shapes), **options)
+
+
+def test_unknown_backend(untyped):
+    with pytest.raises(ValueError, match="backend: expected 'reference' or 'torch', got 'jax'"):
+        scaled_dot_product_attention(*qkv(), backend="jax")
+    with pytest.raises(ValueError, match="block_size: expected at least 1, got 0"):
+        flash_attention(*qkv(), block_size=0)
+
+
+# The cache
+
+
+def steps_of(lengths, n):
+    """Split rows of ``lengths`` tokens into one padded prompt and single tokens; -1 is padding."""
+    prompt = max(lengths) - n
+    first = torch.full((len(lengths), prompt), -1)
+    for row, length in enumerate(lengths):
+        first[row, prompt - (length - n) :] = torch.arange(length - n)
+    later = torch.tensor(lengths)[:, None] - n + torch.arange(n)
+    return [first, *later.split(1, dim=1)]
+
+
+def run(model, x, cache, pieces, rope):
+    """Feed ``pieces`` of positions one after the other; return outputs by row and position."""
+    outputs = torch.zeros_like(x)
+    rows = torch.arange(len(x))[:, None]
+    for piece in pieces:
+        positions = cache.next_positions(piece) if isinstance(piece, int) else piece
+        positions = positions.expand(len(x), -1)
+        mask = cache.extend(piece)
+        tokens = x[rows, positions.clamp(min=0)]
+        out = model(tokens, rope=rope(positions), mask=mask, cache=cache[0])
+        assert out.isfinite().all()
+        given = positions >= 0
+        outputs[rows.expand_as(positions)[given], positions[given]] = out[given]
+    return outputs
+
+
+def models(backend="torch"):
+    torch.manual_seed(1)
+    grouped = MultiHeadAttention(24, 4, n_kv_heads=2, backend=backend).double()
+    latent = MultiHeadLatentAttention(
+        24, 4, d_latent=5, d_rope=6, d_head=3, d_value=7, backend=backend
+    ).double()
+    return {
+        "grouped": (grouped, {"n_kv_heads": 2, "d_head": 6}),
+        "latent": (latent, {"n_kv_heads": 1, "d_head": 11, "d_value": 0}),
+    }
+
+
+PIECES = {
+    "one by one": [1] * 12,
+    "prompt, then one by one": [5] + [1] * 7,
+    "chunks": [4, 3, 1, 4],
+    "whole": [12],
+    "positions": [torch.arange(6)[None], torch.arange(6, 7)[None], torch.arange(7, 12)[None]],
+}
+
+
+@pytest.mark.parametrize("kind", ["grouped", "latent"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize(("window", "spare"), [(None, 0), (4, 0), (4, 3), (1, 0), (12, 0), (50, 0)])
+@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
+@torch.no_grad()
+def test_cached_is_uncached_for_rows_alike(kind, backend, window, spare, pieces):
+    model, sizes = models(backend)[kind]
+    rope = RotaryEmbedding(6)
+    x = torch.randn(3, 12, 24, dtype=torch.float64)
+    whole = model(x, rope=rope(torch.arange(12)[None]), mask=causal_mask(12, window))
+    cache = KVCache(3, 12, **sizes, window=window, spare=spare, dtype=torch.float64)
+    torch.testing.assert_close(run(model, x, cache, pieces, rope), whole)
+    assert cache.lengths.tolist() == [12] * 3
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=4), st.none() | st.integers(1, 9),
+    st.integers(0, 3), st.randoms(use_true_random=False), st.sampled_from(["grouped", "latent"]),
+)  # fmt: skip
+@settings(max_examples=80)
+@torch.no_grad()
+def test_cached_is_uncached_for_rows_apart(lengths, window, spare, random, kind):
+    """Random pieces with padding anywhere, rows of unequal lengths, some of which end early."""
+    model, sizes = models()[kind]
+    rope = RotaryEmbedding(6)
+    x = torch.randn(len(lengths), max(lengths), 24, dtype=torch.float64)
+    whole = model(
+        x, rope=rope(torch.arange(max(lengths))[None]), mask=causal_mask(max(lengths), window)
+    )
+    cache = KVCache(len(lengths), 9, **sizes, window=window, spare=spare, dtype=torch.float64)
+    done, pieces = [0] * len(lengths), []
+    while any(a < b for a, b in zip(done, lengths, strict=True)):
+        n = random.randint(1, 4)
+        piece = torch.full((len(lengths), n), -1)
+        for row, length in enumerate(lengths):
+            for column in range(n):
+                if done[row] < length and random.random() < 0.7:
+                    piece[row, column] = done[row]
+                    done[row] += 1
+        pieces.append(piece)
+    outputs = run(model, x, cache, pieces, rope)
+    assert cache.lengths.tolist() == lengths
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(outputs[row, :length], whole[row, :length])
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@torch.no_grad()
+def test_left_padded_prompts_then_tokens(window):
+    model, sizes = models()["grouped"]
+    rope, lengths = RotaryEmbedding(6), [12, 9, 7]
+    x = torch.randn(3, 12, 24, dtype=torch.float64)
+    whole = model(x, rope=rope(torch.arange(12)[None]), mask=causal_mask(12, window))
+    cache = KVCache(3, 12, **sizes, window=window, dtype=torch.float64)
+    outputs = run(model, x, cache, steps_of(lengths, 3), rope)
+    assert cache.next_positions(2).tolist() == [[12, 13], [9, 10], [7, 8]]
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(outputs[row, :length], whole[row, :length])
+
+
+def test_a_single_token_needs_no_mask_and_a_prompt_none():
+    cache = KVCache(2, 8, 1, 4)
+    assert cache.extend(3) is None and cache.extend(1) is None
+    assert cache.extend(2).shape == (1, 1, 2, 6)
+    ring = KVCache(2, 8, 1, 4, window=3)
+    assert all(ring.extend(1) is None for _ in range(7)) and ring.slots == 3
+    spare = KVCache(2, 8, 1, 4, window=3, spare=2)
+    masks = [spare.extend(1) for _ in range(4)]
+    assert masks[:3] == [None] * 3 and masks[3].tolist() == [[[[False, True, True, True]]]]
+
+
+def test_cache_returns_views_of_memory_taken_once():
+    cache = KVCache(2, 8, 1, 4, n_layers=3, d_value=2)
+    assert cache.nbytes == 3 * 2 * 8 * (4 + 2) * 4
+    cache.extend(3)
+    k, v = cache[2].update(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 2, requires_grad=True))
+    assert k.shape == (2, 1, 3, 4) and v.shape == (2, 1, 3, 2) and not v.requires_grad
+    assert k.untyped_storage().data_ptr() == cache[2].keys.untyped_storage().data_ptr()
+    assert not cache[1].keys.any()
+
+
+@pytest.mark.parametrize(("window", "spare", "back"), [(None, 0, 5), (4, 2, 3), (4, 0, 1)])
+@torch.no_grad()
+def test_truncate_takes_back(window, spare, back):
+    model, sizes = models()["grouped"]
+    rope = RotaryEmbedding(6)
+    x = torch.randn(2, 12, 24, dtype=torch.float64)
+    cache = KVCache(2, 12, **sizes, window=window, spare=spare, dtype=torch.float64)
+    run(model, torch.randn_like(x), cache, [12 - back], rope)
+    cache.reset()
+    run(model, x, cache, [12 - back], rope)
+    wrong = torch.cat([x[:, : 12 - back], torch.randn_like(x[:, :back])], dim=1)
+    run(model, wrong, cache, [1] * back, rope)
+    cache.truncate(12 - back)
+    out = run(model, x, cache, [1] * back, rope)[:, 12 - back :]
+    whole = model(x, rope=rope(torch.arange(12)[None]), mask=causal_mask(12, window))
+    torch.testing.assert_close(out, whole[:, 12 - back :])
+
+
+@torch.no_grad()
+def test_truncate_rows_apart_and_reorder():
+    model, sizes = models()["grouped"]
+    rope = RotaryEmbedding(6)
+    x = torch.randn(3, 10, 24, dtype=torch.float64)
+    whole = model(x, rope=rope(torch.arange(10)[None]))
+    cache = KVCache(3, 10, **sizes, dtype=torch.float64)
+    run(model, x, cache, [8], rope)
+    cache.truncate(torch.tensor([8, 5, 3]))
+    cache.reorder(torch.tensor([2, 0, 0, 1]))
+    assert cache.lengths.tolist() == [3, 8, 8, 5]
+    y = x[[2, 0, 0, 1]]
+    out = run(model, y, cache, [1, 1], rope)
+    for row, (source, length) in enumerate([(2, 3), (0, 8), (0, 8), (1, 5)]):
+        both = slice(length, length + 2)
+        torch.testing.assert_close(out[row, both], whole[source, both])
+
+
+def test_cache_refuses(untyped):
+    cache = KVCache(2, 4, 1, 4)
+    with pytest.raises(ValueError, match="at most 4 tokens in a row, the capacity, got 5"):
+        cache.extend(5)
+    with pytest.raises(ValueError, match="position_ids: expected at least 1, got 0"):
+        cache.extend(0)
+    assert cache.lengths.tolist() == [0, 0]
+    cache.extend(torch.tensor([[0, 1], [-1, 0]]))
+    with pytest.raises(ValueError, match=r"row 1 to go on from 1, with -1 for padding, got \[2\]"):
+        cache.extend(torch.tensor([[2], [2]]))
+    with pytest.raises(ValueError, match=r"row 0 to go on from 2.* got \[-2\]"):
+        cache.extend(torch.tensor([[-2], [1]]))
+    with pytest.raises(ValueError, match="lengths: expected 0 to 1 in row 1, got 2"):
+        cache.truncate(2)
+    with pytest.raises(ValueError, match="lengths: expected 0 to 2 in row 0, got -1"):
+        cache.truncate(-1)
+    ring = KVCache(1, 9, 1, 4, window=4, spare=1)
+    ring.extend(20)
+    with pytest.raises(ValueError, match="lengths: expected 18 to 20 in row 0, got 17"):
+        ring.truncate(17)
+    ring.truncate(18)
+    with pytest.raises(ValueError, match="at most 4 tokens"):
+        KVCache(1, 4, 1, 4, window=5).extend(5)
+    for name, bad in {"batch_size": (0, 4, 1, 4), "capacity": (1, 0, 1, 4)}.items():
+        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+            KVCache(*bad)
+    for name in ("n_layers", "window"):
+        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+            KVCache(1, 4, 1, 4, **{name: 0})
+
+
+# Modules
+
+
+@pytest.mark.parametrize("kind", ["grouped", "latent"])
+def test_backends_of_the_modules_agree(kind):
+    x = torch.randn(2, 9, 24, dtype=torch.float64, requires_grad=True)
+    rope = RotaryEmbedding(6)(torch.arange(9)[None])
+    found = []
+    for backend in ("reference", "torch"):
+        model = models(backend)[kind][0]
+        out = model(x, rope=rope)
+        found.append((out, *torch.autograd.grad(out.sin().sum(), [x, *model.parameters()])))
+    assert_same(*found)
+
+
+def test_equals_torchs_multi_head_attention():
+    theirs = nn.MultiheadAttention(24, 4, batch_first=True).double()
+    ours = MultiHeadAttention(24, 4, bias=True).double()
+    with torch.no_grad():
+        for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
+            getattr(ours, name).weight.copy_(theirs.in_proj_weight.view(3, 24, 24)[i])
+            getattr(ours, name).bias.copy_(theirs.in_proj_bias.view(3, 24)[i])
+        ours.o_proj.load_state_dict(theirs.out_proj.state_dict())
+    x = torch.randn(2, 9, 24, dtype=torch.float64, requires_grad=True)
+    hidden = ~causal_mask(9)
+    a, b = ours(x), theirs(x, x, x, attn_mask=hidden, need_weights=False)[0]
+    grads = [torch.autograd.grad(out.sin().sum(), x) for out in (a, b)]
+    assert_same((a, *grads[0]), (b, *grads[1]))
+
+
+def gradients(out, x, model):
+    return out.detach(), *torch.autograd.grad(out.sin().sum(), [x, *model.parameters()])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_equals_transformers_llama_and_qwen3(family, kv_heads):
+    import transformers
+    from transformers.models.llama import modeling_llama
+    from transformers.models.qwen3 import modeling_qwen3
+
+    name, module = {"llama": ("Llama", modeling_llama), "qwen3": ("Qwen3", modeling_qwen3)}[family]
+    config = getattr(transformers, f"{name}Config")(
+        hidden_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        head_dim=8,
+        attn_implementation="eager",
+    )
+    theirs = getattr(module, f"{name}Attention")(config, 0).double()
+    norm = partial(nn.RMSNorm, eps=config.rms_norm_eps) if family == "qwen3" else None
+    ours = MultiHeadAttention(24, 4, n_kv_heads=kv_heads, d_head=8, qk_norm=norm).double()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 9, 24, dtype=torch.float64, requires_grad=True)
+    cos, sin = RotaryEmbedding(8, config.rope_parameters["rope_theta"])(torch.arange(9)[None])
+    bias = torch.zeros(9, 9, dtype=torch.float64).masked_fill(~causal_mask(9), -torch.inf)
+    doubled = tuple(torch.cat([y, y], dim=-1).double() for y in (cos, sin))
+    a, b = ours(x, rope=(cos, sin)), theirs(x, doubled, bias[None, None])[0]
+    tolerance = {"atol": 1e-5, "rtol": 1e-5}  # ours rotates in float32
+    names = [name for name, _ in theirs.named_parameters()]
+    assert names and {name for name, _ in ours.named_parameters()} == set(names)
+    theirs_first = [dict(ours.named_parameters())[name] for name in names]
+    grads = (
+        torch.autograd.grad(a.sin().sum(), [x, *theirs_first]),
+        torch.autograd.grad(b.sin().sum(), [x, *theirs.parameters()]),
+    )
+    assert_same((a, *grads[0]), (b, *grads[1]), **tolerance)
+
+
+@pytest.mark.parametrize("query_latent", [None, 10])
+def test_equals_transformers_deepseek(query_latent):
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+
+    config = DeepseekV3Config(
+        hidden_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=query_latent,
+        kv_lora_rank=7,
+        qk_nope_head_dim=5,
+        qk_rope_head_dim=6,
+        v_head_dim=3,
+        attn_implementation="eager",
+    )
+    theirs = DeepseekV3Attention(config, 0).double()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    ours = MultiHeadLatentAttention(
+        24,
+        4,
+        d_latent=7,
+        d_rope=6,
+        d_head=5,
+        d_value=3,
+        d_query_latent=query_latent,
+        norm=partial(nn.RMSNorm, eps=1e-6),
+    ).double()
+    names = {
+        "q_proj": "q_proj",
+        "q_a_proj": "q_proj.down",
+        "q_a_layernorm": "q_proj.norm",
+        "q_b_proj": "q_proj.up",
+        "kv_a_proj_with_mqa": "kv_down_proj",
+        "kv_a_layernorm": "kv_norm",
+        "kv_b_proj": "kv_up_proj",
+        "o_proj": "o_proj",
+    }
+    state = {}
+    for name, value in theirs.state_dict().items():
+        layer, kind = name.rsplit(".", 1)
+        state[f"{names[layer]}.{kind}"] = value.clone()
+    # DeepSeek's rotary features come in interleaved pairs, ours in halves.
+    order = interleaved_to_half(6)
+    last = "q_proj.up.weight" if query_latent else "q_proj.weight"
+    by_head = state[last].view(4, 11, -1)
+    by_head[:, 5:] = by_head[:, 5:][:, order]
+    state["kv_down_proj.weight"][7:] = state["kv_down_proj.weight"][7:][order]
+    ours.load_state_dict(state)
+    x = torch.randn(2, 9, 24, dtype=torch.float64, requires_grad=True)
+    cos, sin = RotaryEmbedding(6)(torch.arange(9)[None])
+    bias = torch.zeros(9, 9, dtype=torch.float64).masked_fill(~causal_mask(9), -torch.inf)
+    doubled = tuple(torch.cat([y, y], dim=-1).double() for y in (cos, sin))
+    a, b = ours(x, rope=(cos, sin)), theirs(x, doubled, bias[None, None])[0]
+    grads = [torch.autograd.grad(out.sin().sum(), x) for out in (a, b)]
+    assert_same((a, *grads[0]), (b, *grads[1]), atol=1e-5, rtol=1e-5)
+
+
+def test_biases_dropout_and_state(untyped):
+    model = MultiHeadAttention(24, 4, bias=True, output_bias=False, dropout=0.5)
+    assert set(model.state_dict()) == {
+        *(
+            f"{name}.{kind}"
+            for name in ("q_proj", "k_proj", "v_proj")
+            for kind in ("weight", "bias")
+        ),
+        "o_proj.weight",
+    }
+    x = torch.randn(1, 5, 24)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"d_model": 24, "n_heads": 5}, "n_heads: expected a divisor of d_model, 24, got 5"),
+        ({"d_model": 24, "n_heads": 4, "n_kv_heads": 3}, "n_kv_heads: expected a divisor of"),
+        ({"d_model": 24, "n_heads": 0}, "n_heads: expected at least 1, got 0"),
+        ({"d_model": 24, "n_heads": 4, "n_kv_heads": 0}, "n_kv_heads: expected at least 1"),
+    ],
+)
+def test_heads_that_cannot_be(untyped, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MultiHeadAttention(**arguments)
+
+
+def test_qk_norm_bounds_the_scores():
+    """A normalized query has norm at most sqrt(d_head), so a score is at most sqrt(d_head)."""
+    model = MultiHeadAttention(24, 4, qk_norm=nn.RMSNorm)
+    q = model.q_norm(100 * torch.randn(50, 6))
+    k = model.k_norm(100 * torch.randn(50, 6))
+    assert (q @ k.mT / math.sqrt(6)).abs().max() <= math.sqrt(6) + 1e-4
