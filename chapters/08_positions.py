@@ -192,7 +192,7 @@ def _yarn_kept(half: int, scaling: RopeScaling, base: int | float) -> Float[Tens
     """The share of each pair's frequency that YaRN keeps: 1 for fast pairs, 0 for slow ones."""
     length = scaling.original_context_length or 1
 
-    def index(turns: float) -> float:  # of the pair that makes so many turns in the context
+    def index(turns: int | float) -> float:  # of the pair that makes so many turns in the context
         return half * math.log(length / (2 * math.pi * turns)) / math.log(base)
 
     first, last = index(scaling.beta_fast), index(scaling.beta_slow)
@@ -275,22 +275,27 @@ class RotaryEmbedding(nn.Module):
 
 # %%
 #| export
-class _RotateHalf(torch.autograd.Function):
-    """Rotate (x_i, x_{i + half}) by the angle of pair i; ``cos`` is repeated for both halves.
+def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (x_i, x_{i + half}) by the angle of pair i; ``cos`` is there for both halves.
 
-    The gradient of a rotation is the rotation back. No gradient is given to cosine and sine.
+    One pass writes x cos, and one over each half adds what comes from the other half.
     """
+    half = sin.size(-1)
+    rotated = x * cos  # in float32 at least, because cos is
+    rotated[..., :half].addcmul_(x[..., half:], sin, value=-1)
+    rotated[..., half:].addcmul_(x[..., :half], sin)
+    return rotated.to(x.dtype)
+
+
+class _RotateHalf(torch.autograd.Function):
+    """``_rotate_half`` with its gradient: the rotation back. Cosine and sine get none."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """One pass writes x cos, one over each half adds what comes from the other half."""
-        rotated = x * cos  # at least float32, because cos is
-        (x1, x2), (y1, y2) = x.chunk(2, dim=-1), rotated.chunk(2, dim=-1)
-        y1.addcmul_(x2, sin, value=-1)
-        y2.addcmul_(x1, sin)
-        return rotated.to(x.dtype)
+        """Rotate."""
+        return _rotate_half(x, cos, sin)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -340,7 +345,9 @@ def apply_rope(
         raise ValueError(f"cos: expected {x.size(-1)} / 2 angles a position, got {cos.size(-1)}")
     cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # the same for all heads
     if layout == "half":
-        return _RotateHalf.apply(x, torch.cat((cos, cos), dim=-1), sin)
+        tracked = x.requires_grad and torch.is_grad_enabled()
+        rotate = _RotateHalf.apply if tracked else _rotate_half  # it costs more than one token
+        return rotate(x, torch.cat((cos, cos), dim=-1), sin)
     if layout == "interleaved":
         return _rotate_interleaved(x, cos, sin)
     raise ValueError(f"layout: expected 'half' or 'interleaved', got {layout!r}")
