@@ -4,13 +4,23 @@
 # > One class that is GPT-2, Llama, Qwen, Mistral or Mixtral, as its configuration says: built,
 # > counted, saved, and opened from the files that the rest of the world uses.
 #
-# To be written.
+# The parts lie on the table: embeddings and rotations, attention, the block. What is missing looks
+# small. Put an embedding below a stack of blocks and a matrix above it, and you have a language
+# model; we shall do it in twenty lines.
+#
+# Then somebody sends you the weights of a Llama, and you want to know what your model says with
+# them. It says nonsense. Was it the order of the rotated pairs, the constant under a square root,
+# a matrix that their file holds transposed? Nothing raised an error. A model is a function *and* a
+# file format, and both are agreements with strangers. So this chapter sets a hard goal: the model
+# that we build shall be *the same function* as those that the industry uses, to the last digits of
+# a float, read their files, and write files that they read. And before we train anything, we shall
+# know what it costs: how many parameters, operations and bytes, to the digit, and measured.
 #
 # | | |
 # |---|---|
-# | **You build** | {py:class}`~llmbook.model.TransformerLM` |
-# | **You need** | |
-# | **It takes** | |
+# | **You build** | {py:class}`~llmbook.model.ModelConfig`, {py:class}`~llmbook.model.TransformerLM`, {py:func}`~llmbook.model.count_parameters`, {py:func}`~llmbook.model.flops_per_token`, {py:func}`~llmbook.model.activation_bytes`, {py:func}`~llmbook.model.training_memory`, {py:func}`~llmbook.model.cache_bytes` |
+# | **You need** | positions ({doc}`08_positions`), attention ({doc}`09_attention`), blocks ({doc}`10_blocks`), tokens ({doc}`05_tokenizer`) |
+# | **It takes** | 75 minutes to read, 60 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp model
@@ -30,7 +40,7 @@ from functools import partial
 from glob import escape
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -40,24 +50,127 @@ from torch import Tensor, nn
 
 from llmbook.attention import Backend, KVCache, MultiHeadAttention, attention_mask, causal_mask
 from llmbook.batches import document_mask
-from llmbook.blocks import (
-    ACTIVATIONS,
-    FeedForward,
-    LayerNorm,
-    MixtureOfExperts,
-    RMSNorm,
-    TransformerBlock,
-    _GATES,
-    _check_choice,
-    _check_probability,
-    default_d_ff,
-    initialize_weights,
-)
+from llmbook.blocks import _GATES, ACTIVATIONS, FeedForward, LayerNorm, MixtureOfExperts
+from llmbook.blocks import RMSNorm, TransformerBlock, _check_choice, _check_probability
+from llmbook.blocks import default_d_ff, initialize_weights
 from llmbook.corpus import _check_at_least
 from llmbook.positions import LearnedEmbedding, RopeScaling, RotaryEmbedding, SinusoidalEmbedding
 
 # %% [markdown]
-# config
+# And for this chapter alone, what it is held against and what it reads:
+
+# %%
+import tempfile
+import time
+import warnings
+
+import matplotlib.pyplot as plt
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from llmbook.environment import seed_everything
+from llmbook.tinyworld import TinyWorld
+from llmbook.tokenizer import train_bpe
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it would like a widget for its progress
+    import transformers
+
+plt.style.use("llmbook.book")
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+# %% [markdown]
+# ## The smallest model
+#
+# A text becomes ids, by a tokenizer that we train on stories of the {term}`tiny world`:
+
+# %%
+stories = [story.text for story in TinyWorld().stories(2000, seed=0)]
+tokenizer = train_bpe(stories, 512)
+ids = torch.tensor([tokenizer.encode("Mia lives in the barn.")])
+print([tokenizer.decode([token]) for token in ids[0].tolist()])
+print(ids.tolist())
+
+# %% [markdown]
+# {numref}`fig-model-flow` shows what the model does with them. Each id picks its row of the
+# embedding matrix. The ten vectors go through the blocks; each adds to them what attention has
+# gathered from earlier places, and what a feed-forward network makes of it. A last normalization
+# brings them to one scale. Then the **head**, a matrix with a row for each token of the vocabulary,
+# turns each vector into $V$ scores, the {term}`logits`, and the softmax makes probabilities of
+# them: at *each* place, for the token that comes next.
+#
+# ```{figure} ../figures/model-flow.svg
+# :name: fig-model-flow
+# :alt: From the bottom to the top: the text Mia lives in the barn, ten ids of shape 1 by 10, the embedding that makes vectors of shape 1 by 10 by 64, three blocks, a normalization, the head that makes logits of shape 1 by 10 by 512, and the softmax with bars of probability for the next token. Beside it one block is opened: normalization, attention with two heads of size 32 and ten by ten weights, plus; normalization, SwiGLU with an inner width of 176, plus.
+#
+# From text to probabilities of the next token, with the shapes of the preset `tiny`. The same
+# shapes are printed below.
+# ```
+
+
+# %%
+class SmallLM(nn.Module):
+    def __init__(self, vocab_size: int, d_model: int, n_layers: int, n_heads: int):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.rope = RotaryEmbedding(d_model // n_heads)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(d_model, MultiHeadAttention(d_model, n_heads), FeedForward(d_model))
+            for _ in range(n_layers)
+        )
+        self.norm = RMSNorm(d_model)
+        self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rope = self.rope(torch.arange(ids.size(1))[None])
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x, rope=rope)
+        return self.lm_head(self.norm(x))
+
+
+# %% [markdown]
+# That is all of it: a Llama, in small. The cosines and sines are the same for all layers, so they
+# are worked out once. We hang a note on each part that says what goes in and what comes out.
+
+
+# %%
+def show_shapes(model: nn.Module, ids: Tensor) -> Tensor:
+    def note(name: str):
+        def hook(module, inputs, output) -> None:
+            print(f"{name:27} {tuple(inputs[0].shape)!s:13} -> {tuple(output.shape)}")
+
+        return hook
+
+    shown = re.compile(r"embedding|blocks\.0(\.\w+)*|norm|lm_head")
+    for name, module in model.named_modules():
+        if shown.fullmatch(name):
+            module.register_forward_hook(note(name))
+    return model(ids)
+
+
+seed_everything(0)
+small = SmallLM(tokenizer.vocab_size, d_model=64, n_layers=3, n_heads=2)
+probabilities = show_shapes(small, ids).softmax(dim=-1)
+print("ten distributions over 512 tokens:", torch.allclose(probabilities.sum(-1), torch.ones(10)))
+
+# %% [markdown]
+# ## One class, many models
+#
+# What is published as GPT-2, Llama, Qwen, Mistral and Mixtral is this stack with other parts.
+#
+# | | positions | normalization | feed-forward | attention | head |
+# |---|---|---|---|---|---|
+# | GPT-2 {cite}`radford2019language` | learned | LayerNorm | GELU, biases | as many keys as queries | tied |
+# | Llama 2, 3 {cite}`touvron2023llama2,grattafiori2024llama3` | RoPE, stretched from 3.1 on | RMSNorm | SwiGLU | grouped queries from 3 on | own, small ones tied |
+# | Qwen2.5 {cite}`qwen2024qwen25` | RoPE | RMSNorm | SwiGLU | grouped, biases on q, k, v | small ones tied |
+# | Qwen3 {cite}`yang2025qwen3` | RoPE | RMSNorm | SwiGLU | grouped, q and k normalized | small ones tied |
+# | Mistral {cite}`jiang2023mistral` | RoPE | RMSNorm | SwiGLU | grouped, sliding window | own |
+# | Mixtral {cite}`jiang2024mixtral` | RoPE | RMSNorm | 8 SwiGLU experts, 2 active | grouped | own |
+#
+# So the model is one class, and a **configuration** says which parts, in which sizes. Four fields
+# follow from others unless they are given. The unit of every length is the token.
 
 # %%
 #| export
@@ -67,7 +180,7 @@ _DERIVED: Any = None  # the default of a field that `_derive` fills in
 @dataclass(frozen=True, kw_only=True)
 class _Fields:
     vocab_size: int
-    context_length: int  # the longest sequence, in tokens
+    context_length: int  # the longest sequence
     d_model: int
     n_layers: int
     n_heads: int
@@ -81,22 +194,27 @@ class _Fields:
     rope_base: int | float = 10_000.0
     rope_scaling: RopeScaling | None = None
     norm: str = "rmsnorm"  # or layernorm
-    norm_eps: float = 1e-5
+    norm_eps: int | float = 1e-5
     norm_position: str = "pre"  # or post
     activation: str = "swiglu"  # or another of llmbook.blocks.ACTIVATIONS
     bias: bool = False  # of linear layers, but for router and head, and of LayerNorm
     qkv_bias: bool = _DERIVED  # bias
     qk_norm: bool = False
-    sliding_window: int | None = None  # tokens that attention sees, its own included
+    sliding_window: int | None = None  # how far attention sees, the token itself included
     tie_embeddings: bool = False
     dropout: int | float = 0.0
+
+
+# %% [markdown]
+# A configuration comes from a file, or from somebody in a hurry, and most combinations of 24 fields
+# are no model at all. So it is checked once, where it is made.
 
 
 # %%
 #| export
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(_Fields):
-    """What a `TransformerLM` is: every size and every choice, checked.
+    """What a ``TransformerLM`` is: every size and every choice, checked.
 
     What is left out follows from the rest: ``n_kv_heads`` is ``n_heads``, ``d_head`` is
     ``d_model / n_heads``, ``d_ff`` is ``default_d_ff``, ``qkv_bias`` is ``bias``. What no model can
@@ -124,8 +242,22 @@ class ModelConfig(_Fields):
         return asdict(self)
 
 
+# %% [markdown]
+# First, is each value of its type? JSON may hold anything, and in Python `True` is a whole number.
+
+
 # %%
 #| export
+def _check_types(config: _Fields) -> None:
+    for field in fields(config):
+        value, kind = getattr(config, field.name), cast(type, field.type)
+        if value is None and field.default is None:
+            continue
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
+            name = getattr(kind, "__name__", str(kind))
+            raise ValueError(f"{field.name}: expected {name}, got {value!r}")
+
+
 def _checked_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries as arguments of ``ModelConfig``; what is unknown or missing is named."""
     given = dict(entries)
@@ -134,27 +266,15 @@ def _checked_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
     if missing := [name for name in _REQUIRED if name not in given]:
         raise ValueError(f"{missing[0]}: expected a number, but it is missing")
     if isinstance(given.get("rope_scaling"), Mapping):
-        given["rope_scaling"] = _scaling_from(given["rope_scaling"])
+        try:
+            given["rope_scaling"] = RopeScaling(**given["rope_scaling"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"rope_scaling: {error}") from None
     return given
 
 
-def _scaling_from(entries: Mapping[str, Any]) -> RopeScaling:
-    try:
-        return RopeScaling(**entries)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"rope_scaling: {error}") from None
-
-
-def _check_types(config: _Fields) -> None:
-    for field in fields(config):
-        value, kind = getattr(config, field.name), field.type
-        if value is None and field.default is None:
-            continue
-        kind = int | float if kind is float else kind
-        if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):  # type: ignore[arg-type]
-            name = getattr(kind, "__name__", str(kind))
-            raise ValueError(f"{field.name}: expected {name}, got {value!r}")
-
+# %% [markdown]
+# Then what was left out is filled in.
 
 # %%
 #| export
@@ -162,14 +282,11 @@ _REQUIRED = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads")
 
 
 def _derive(config: ModelConfig) -> None:
-    """Fill in what was left out."""
     _check_at_least(**{name: (1, getattr(config, name)) for name in _REQUIRED})
-    if config.d_head is None and config.d_model % config.n_heads:
-        raise ValueError(
-            f"n_heads: expected a divisor of d_model = {config.d_model}, unless d_head is given, "
-            f"got {config.n_heads}"
-        )
     _check_choice("activation", config.activation, ACTIVATIONS)
+    if config.d_head is None and config.d_model % config.n_heads:
+        expected = f"a divisor of d_model = {config.d_model}, unless d_head is given"
+        raise ValueError(f"n_heads: expected {expected}, got {config.n_heads}")
     derived = {
         "n_kv_heads": config.n_heads,
         "d_head": config.d_model // config.n_heads,
@@ -178,18 +295,21 @@ def _derive(config: ModelConfig) -> None:
     }
     for name, value in derived.items():
         if getattr(config, name) is None:
-            object.__setattr__(config, name, value)  # the dataclass is frozen, but not yet done
+            object.__setattr__(config, name, value)  # frozen, but not yet finished
+
+
+# %% [markdown]
+# Last, what cannot go together.
 
 
 # %%
 #| export
 def _check_config(config: ModelConfig) -> None:
-    """Raise a ``ValueError`` for sizes and choices that cannot be, alone or together."""
     sizes = {name: (1, getattr(config, name)) for name in ("n_kv_heads", "d_head", "d_ff")}
     _check_at_least(**sizes, sliding_window=(1, config.sliding_window))
     if config.n_heads % config.n_kv_heads:
-        expected = f"expected a divisor of n_heads = {config.n_heads}"
-        raise ValueError(f"n_kv_heads: {expected}, got {config.n_kv_heads}")
+        expected = f"a divisor of n_heads = {config.n_heads}"
+        raise ValueError(f"n_kv_heads: expected {expected}, got {config.n_kv_heads}")
     _check_choice("positions", config.positions, ("rope", "learned", "sinusoidal", "none"))
     _check_choice("norm", config.norm, ("rmsnorm", "layernorm"))
     _check_choice("norm_position", config.norm_position, ("pre", "post"))
@@ -201,119 +321,96 @@ def _check_config(config: ModelConfig) -> None:
 
 
 def _check_positions(config: ModelConfig) -> None:
-    rope = config.positions == "rope"
-    if rope and config.d_head % 2:
-        raise ValueError(f"d_head: expected an even number for rope, got {config.d_head}")
-    if config.positions == "sinusoidal" and config.d_model % 2:
-        raise ValueError(f"d_model: expected an even number for sinusoids, got {config.d_model}")
+    kind = config.positions
+    for name, needed in (("d_head", kind == "rope"), ("d_model", kind == "sinusoidal")):
+        if needed and getattr(config, name) % 2:
+            value = getattr(config, name)
+            raise ValueError(f"{name}: expected an even number for {kind!r}, got {value}")
     if not 1 < config.rope_base < math.inf:
         raise ValueError(f"rope_base: expected a number above 1, got {config.rope_base}")
-    if config.rope_scaling is not None and not rope:
-        expected = f"None where positions are {config.positions!r}"
+    if config.rope_scaling is not None and kind != "rope":
+        expected = f"None where positions are {kind!r}"
         raise ValueError(f"rope_scaling: expected {expected}, got {config.rope_scaling}")
 
 
+# %%
+#| export
 def _check_experts(config: ModelConfig) -> None:
     _check_at_least(n_experts=(0, config.n_experts), d_shared=(0, config.d_shared))
     least = 1 if config.n_experts else 0
     if not least <= config.n_active_experts <= config.n_experts:
-        expected = f"expected {least} to n_experts = {config.n_experts}"
-        raise ValueError(f"n_active_experts: {expected}, got {config.n_active_experts}")
+        expected = f"{least} to n_experts = {config.n_experts}"
+        raise ValueError(f"n_active_experts: expected {expected}, got {config.n_active_experts}")
     if config.d_shared and not config.n_experts:
         raise ValueError(f"d_shared: expected 0 without experts, got {config.d_shared}")
     if config.n_experts and config.bias:
         raise ValueError("bias: expected False with experts, which have none, got True")
 
 
-# %%
-#| export
-_LLAMA3 = {"norm_eps": 1e-5, "rope_base": 500_000.0, "vocab_size": 128_256}
-
-
-def _gpt2(d_model: int, n_layers: int, n_heads: int) -> dict[str, Any]:
-    return {
-        "vocab_size": 50_257,
-        "context_length": 1024,
-        "d_model": d_model,
-        "n_layers": n_layers,
-        "n_heads": n_heads,
-        "positions": "learned",
-        "norm": "layernorm",
-        "activation": "gelu_tanh",
-        "bias": True,
-        "tie_embeddings": True,
-        "dropout": 0.1,
-    }
-
-
-def _modern(
-    vocab_size: int, context_length: int, sizes: tuple[int, ...], **more: Any
-) -> dict[str, Any]:
-    """RoPE, RMSNorm and SwiGLU; ``sizes`` are width, layers, heads, heads of keys, inner width."""
-    names = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
-    return {
-        "vocab_size": vocab_size,
-        "context_length": context_length,
-        **dict(zip(names, sizes, strict=True)),
-        **more,
-    }
-
+# %% [markdown]
+# ### Sizes that are known
+#
+# A handful of published configurations are kept under their names. They serve as examples, and as
+# tests: we know how many parameters each must have.
 
 # %%
 #| export
-def _llama3_scaling(factor: float) -> RopeScaling:
-    return RopeScaling("llama3", factor, original_context_length=8192)
+_SIZES = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
+PRESETS: dict[str, dict[str, Any]] = {}
 
 
+def _add_preset(name: str, *sizes: int, **choices: Any) -> None:
+    PRESETS[name] = {**dict(zip(_SIZES, sizes, strict=False)), **choices}
+
+
+_OLD = {"positions": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True}
+_OLD |= {"tie_embeddings": True, "dropout": 0.1}
+_add_preset("tiny", 512, 128, 64, 3, 2)
+_add_preset("gpt2", 50_257, 1024, 768, 12, 12, **_OLD)
+_add_preset("gpt2-medium", 50_257, 1024, 1024, 24, 16, **_OLD)
+_add_preset("gpt2-large", 50_257, 1024, 1280, 36, 20, **_OLD)
+_add_preset("gpt2-xl", 50_257, 1024, 1600, 48, 25, **_OLD)
+
+# %%
+#| export
 _LLAMA3 = {"rope_base": 500_000.0}
-_QWEN = {"rope_base": 1_000_000.0, "norm_eps": 1e-6}
-_LONG = 131_072
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": _modern(512, 128, (64, 3, 2, 2, 176)),
-    "gpt2": _gpt2(768, 12, 12),
-    "gpt2-medium": _gpt2(1024, 24, 16),
-    "gpt2-large": _gpt2(1280, 36, 20),
-    "gpt2-xl": _gpt2(1600, 48, 25),
-    "llama2-7b": _modern(32_000, 4096, (4096, 32, 32, 32, 11_008)),
-    "llama3-8b": _modern(128_256, 8192, (4096, 32, 32, 8, 14_336), **_LLAMA3),
-    "llama3-70b": _modern(128_256, 8192, (8192, 80, 64, 8, 28_672), **_LLAMA3),
-    "llama3.1-8b": _modern(
-        128_256, _LONG, (4096, 32, 32, 8, 14_336), **_LLAMA3, rope_scaling=_llama3_scaling(8.0)
-    ),
-    "llama3.2-1b": _modern(
-        128_256,
-        _LONG,
-        (2048, 16, 32, 8, 8192),
-        **_LLAMA3,
-        rope_scaling=_llama3_scaling(32.0),
-        tie_embeddings=True,
-    ),
-    "qwen2.5-0.5b": _modern(
-        151_936, 32_768, (896, 24, 14, 2, 4864), **_QWEN, qkv_bias=True, tie_embeddings=True
-    ),
-    "qwen3-0.6b": _modern(
-        151_936,
-        40_960,
-        (1024, 28, 16, 8, 3072),
-        **_QWEN,
-        d_head=128,
-        qk_norm=True,
-        tie_embeddings=True,
-    ),
-    "mistral-7b": _modern(32_000, 32_768, (4096, 32, 32, 8, 14_336), sliding_window=4096),
-    "mixtral-8x7b": _modern(
-        32_000,
-        32_768,
-        (4096, 32, 32, 8, 14_336),
-        rope_base=1_000_000.0,
-        n_experts=8,
-        n_active_experts=2,
-    ),
-}
+_LLAMA31, _LLAMA32 = (
+    _LLAMA3 | {"rope_scaling": RopeScaling("llama3", factor, original_context_length=8192)}
+    for factor in (8.0, 32.0)
+)
+_QWEN = {"rope_base": 1_000_000.0, "norm_eps": 1e-6, "tie_embeddings": True}
+_add_preset("llama2-7b", 32_000, 4096, 4096, 32, 32, 32, 11_008)
+_add_preset("llama3-8b", 128_256, 8192, 4096, 32, 32, 8, 14_336, **_LLAMA3)
+_add_preset("llama3-70b", 128_256, 8192, 8192, 80, 64, 8, 28_672, **_LLAMA3)
+_add_preset("llama3.1-8b", 128_256, 131_072, 4096, 32, 32, 8, 14_336, **_LLAMA31)
+_add_preset("llama3.2-1b", 128_256, 131_072, 2048, 16, 32, 8, 8192, **_LLAMA32, tie_embeddings=True)
+_add_preset("qwen2.5-0.5b", 151_936, 32_768, 896, 24, 14, 2, 4864, **_QWEN, qkv_bias=True)
+_add_preset("qwen3-0.6b", 151_936, 40_960, 1024, 28, 16, 8, 3072, **_QWEN, d_head=128, qk_norm=True)
+_add_preset("mistral-7b", 32_000, 32_768, 4096, 32, 32, 8, 14_336, sliding_window=4096)
+_EXPERTS = {"n_experts": 8, "n_active_experts": 2, "rope_base": 1_000_000.0}
+_add_preset("mixtral-8x7b", 32_000, 32_768, 4096, 32, 32, 8, 14_336, **_EXPERTS)
 
+# %%
+wrong = {
+    "heads that do not share": {"n_heads": 4, "n_kv_heads": 3},
+    "pairs of an odd head": {"n_heads": 2, "d_head": 15},
+    "more active than there are": {"n_experts": 4, "n_active_experts": 5},
+    "a text for a number": {"n_layers": "3"},
+    "a norm that nobody knows": {"norm": "batchnorm"},
+    "a typing error": {"n_head": 4},
+}
+for what, changes in wrong.items():
+    try:
+        ModelConfig.preset("tiny", **changes)
+    except ValueError as error:
+        print(f"{what:27} {error}")
 
 # %% [markdown]
-# builders
+# ### Putting the parts in
+#
+# From the configuration follow the parts, each by a function that a reader of the last three
+# chapters can write. Where blocks normalize *after* adding, the last one has done so already, and
+# nothing is left to do before the head.
 
 
 # %%
@@ -325,42 +422,44 @@ def _norm(config: ModelConfig, backend: Backend) -> Callable[[int], nn.Module]:
     return partial(RMSNorm, eps=config.norm_eps, backend=backend)
 
 
-def _block(config: ModelConfig, backend: Backend) -> TransformerBlock:
-    norm = _norm(config, backend)
-    attention = MultiHeadAttention(
+def _last_norm(config: ModelConfig, backend: Backend) -> nn.Module:
+    post = config.norm_position == "post"
+    return nn.Identity() if post else _norm(config, backend)(config.d_model)
+
+
+def _attention(config: ModelConfig, backend: Backend) -> MultiHeadAttention:
+    return MultiHeadAttention(
         config.d_model,
         config.n_heads,
         n_kv_heads=config.n_kv_heads,
         d_head=config.d_head,
         bias=config.qkv_bias,
         output_bias=config.bias,
-        qk_norm=norm if config.qk_norm else None,
+        qk_norm=_norm(config, backend) if config.qk_norm else None,
         dropout=config.dropout,
         backend=backend,
-    )
-    return TransformerBlock(
-        config.d_model,
-        attention,
-        _feed_forward(config),
-        norm=norm,
-        norm_position="post" if config.norm_position == "post" else "pre",
-        dropout=config.dropout,
     )
 
 
 # %%
 #| export
 def _feed_forward(config: ModelConfig) -> FeedForward | MixtureOfExperts:
-    sizes = config.d_model, config.d_ff
-    if config.n_experts:
-        return MixtureOfExperts(
-            *sizes,
-            config.n_experts,
-            config.n_active_experts,
-            activation=config.activation,
-            d_shared=config.d_shared,
-        )
-    return FeedForward(*sizes, activation=config.activation, bias=config.bias)
+    sizes, activation = (config.d_model, config.d_ff), config.activation
+    if not config.n_experts:
+        return FeedForward(*sizes, activation=activation, bias=config.bias)
+    experts = config.n_experts, config.n_active_experts
+    return MixtureOfExperts(*sizes, *experts, activation=activation, d_shared=config.d_shared)
+
+
+def _block(config: ModelConfig, backend: Backend) -> TransformerBlock:
+    return TransformerBlock(
+        config.d_model,
+        _attention(config, backend),
+        _feed_forward(config),
+        norm=_norm(config, backend),
+        norm_position="post" if config.norm_position == "post" else "pre",
+        dropout=config.dropout,
+    )
 
 
 def _absolute(config: ModelConfig) -> LearnedEmbedding | SinusoidalEmbedding | None:
@@ -375,25 +474,17 @@ def _rotary(config: ModelConfig) -> RotaryEmbedding | None:
 
 
 # %% [markdown]
-# positions and masks
+# ### Where each token stands, and what it may see
+#
+# Most batches are rectangles full of text. Then positions count from 0, and there is no mask at
+# all: attention that is told to be causal uses its fast kernel. Three things can be different. A
+# sliding window hides what is too far back. **Document ids**, as {doc}`07_batches` packs them, hide
+# other documents, and positions begin anew in each. And **position ids** may be given: where a row
+# has padding, marked by -1, they alone say what comes before what.
 
 
 # %%
 #| export
-def _places(ids: Tensor) -> Int64[Tensor, "1 sequence"]:
-    return torch.arange(ids.size(1), device=ids.device)[None]
-
-
-def _places_in_documents(
-    document_ids: Int64[Tensor, "batch sequence"],
-) -> Int64[Tensor, "batch sequence"]:
-    """Count from 0 in each run of equal ids."""
-    places = _places(document_ids)
-    begins = document_ids != document_ids.roll(1, dims=1)
-    begins[:, 0] = True
-    return places - torch.where(begins, places, 0).cummax(dim=1).values
-
-
 def _positions_and_mask(
     config: ModelConfig,
     ids: Int64[Tensor, "batch sequence"],
@@ -401,45 +492,95 @@ def _positions_and_mask(
     document_ids: Int64[Tensor, "batch sequence"] | None,
 ) -> tuple[Int64[Tensor, "#batch sequence"], Bool[Tensor, "..."] | None]:
     """Return where each token stands and what it may attend to; no mask means the causal one."""
-    window = config.sliding_window
+    sequence, window = ids.size(1), config.sliding_window
     if document_ids is not None:
         positions = _places_in_documents(document_ids) if position_ids is None else position_ids
         mask = document_mask(document_ids)
-        cut = None if window is None else causal_mask(ids.size(1), window, ids.device)
-        return positions, mask if cut is None else mask & cut
+        return positions, mask if window is None else mask & causal_mask(
+            sequence, window, ids.device
+        )
     if position_ids is not None:
         return position_ids, attention_mask(position_ids, position_ids, window)
-    if window is None or ids.size(1) <= window:
-        return _places(ids), None
-    return _places(ids), causal_mask(ids.size(1), window, ids.device)
+    places = torch.arange(sequence, device=ids.device)[None]
+    cut = window is not None and sequence > window
+    return places, causal_mask(sequence, window, ids.device) if cut else None
+
+
+def _places_in_documents(
+    document_ids: Int64[Tensor, "batch sequence"],
+) -> Int64[Tensor, "batch sequence"]:
+    """Count from 0 in each run of equal ids."""
+    places = torch.arange(document_ids.size(1), device=document_ids.device)
+    begins = document_ids != document_ids.roll(1, dims=1)
+    begins[:, 0] = True
+    return places - torch.where(begins, places, 0).cummax(dim=1).values
+
+
+# %% [markdown]
+# With a {term}`cache <KV cache>` the sequence goes on where it stopped, and the cache knows where.
+#
+# What can be wrong with the input? A GPU works behind our back: it takes an order and answers
+# later. Whoever looks at a value, be it only to check it, waits until everything ordered before is
+# done. So we check what is known without looking, types and shapes. Ids out of range raise an
+# error in the embedding on a CPU, which we translate; on a GPU its kernel stops the program.
 
 
 # %%
 #| export
-def _continued(
-    cache: KVCache, ids: Tensor, position_ids: Tensor | None
-) -> tuple[Int64[Tensor, "#batch sequence"], Bool[Tensor, "..."] | None]:
-    """The same with a cache, which knows the positions that come next."""
-    if position_ids is None:
-        positions = cache.next_positions(ids.size(1))
-        return positions, cache.extend(ids.size(1))
-    return position_ids, cache.extend(position_ids)
-
-
 def _check_input(
-    config: ModelConfig, ids: Tensor, document_ids: Tensor | None, cache: KVCache | None
+    config: ModelConfig,
+    ids: Tensor,
+    cache: KVCache | None,
+    alongside: dict[str, Tensor | None],
 ) -> None:
-    """Check what can be known without looking at the ids, which may be on their way on a GPU."""
     if ids.dtype != torch.int64 or ids.ndim != 2:
-        got = f"{ids.ndim} dimensions of {ids.dtype}"
+        got = f"{tuple(ids.shape)} of {ids.dtype}"
         raise ValueError(f"ids: expected (batch, sequence) of torch.int64, got {got}")
-    if ids.size(1) > config.context_length:
-        raise ValueError(
-            f"ids: expected at most context_length = {config.context_length} tokens, "
-            f"got {ids.size(1)}"
-        )
-    if cache is not None and document_ids is not None:
-        raise ValueError("document_ids: expected None with a cache, which holds one text a row")
+    if not 0 < ids.size(1) <= config.context_length:
+        expected = f"1 to context_length = {config.context_length} tokens"
+        raise ValueError(f"ids: expected {expected}, got {ids.size(1)}")
+    for name, given in alongside.items():
+        shapes = {tuple(ids.shape)} | ({(1, ids.size(1))} if name == "position_ids" else set())
+        if given is not None and (given.dtype != torch.int64 or tuple(given.shape) not in shapes):
+            got = f"{tuple(given.shape)} of {given.dtype}"
+            raise ValueError(f"{name}: expected {tuple(ids.shape)} of torch.int64, got {got}")
+    if cache is not None and alongside["document_ids"] is not None:
+        raise ValueError("document_ids: expected None with a cache, which has one text in a row")
+
+
+# %%
+#| export
+def _entrance(
+    model: "Transformer",
+    ids: Tensor,
+    position_ids: Tensor | None,
+    document_ids: Tensor | None,
+    cache: KVCache | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
+    """Return what enters the blocks, worked out once: vectors, rotations, mask."""
+    given = {"position_ids": position_ids, "document_ids": document_ids}
+    _check_input(model.config, ids, cache, given)
+    try:
+        x = model.embedding(ids)
+    except IndexError:
+        expected = f"0 to {model.config.vocab_size - 1}"
+        got = f"{int(ids.min())} to {int(ids.max())}"
+        raise ValueError(f"ids: expected {expected}, got {got}") from None
+    if cache is None:
+        positions, mask = _positions_and_mask(model.config, ids, position_ids, document_ids)
+    else:
+        positions = cache.next_positions(ids.size(1)) if position_ids is None else position_ids
+        mask = cache.extend(ids.size(1) if position_ids is None else position_ids)
+    if model.positions is not None:
+        x = x + model.positions(positions).to(x.dtype)
+    return model.dropout(x), None if model.rope is None else model.rope(positions), mask
+
+
+# %% [markdown]
+# ### The model
+#
+# It comes in two steps, because not everybody wants a head: a reward model reads the last vectors
+# (chapter 21), and a long batch may want its logits in pieces (an exercise below).
 
 
 # %%
@@ -464,52 +605,15 @@ class Transformer(nn.Module):
         document_ids: Int64[Tensor, "batch sequence"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "batch sequence d_model"]:
-        """Return the vectors that the head reads, after the last normalization."""
+        """Return the vectors that the head reads.
+
+        Positions count from 0, in each document if there are ``document_ids``, or go on from the
+        ``cache``. A position of -1 is padding: nothing attends to it.
+        """
         x, rope, mask = _entrance(self, ids, position_ids, document_ids, cache)
         for layer, block in enumerate(self.blocks):
             x = block(x, rope=rope, mask=mask, cache=None if cache is None else cache[layer])
         return self.norm(x)
-
-    def balance_loss(self) -> Float[Tensor, ""]:
-        """Return the balance losses of the last pass, summed over blocks with experts, else 0."""
-        return _balance_loss(self)
-
-
-# %%
-#| export
-def _last_norm(config: ModelConfig, backend: Backend) -> nn.Module:
-    if config.norm_position == "post":  # the last block has normalized already
-        return nn.Identity()
-    return _norm(config, backend)(config.d_model)
-
-
-def _entrance(
-    model: Transformer,
-    ids: Tensor,
-    position_ids: Tensor | None,
-    document_ids: Tensor | None,
-    cache: KVCache | None,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
-    """What enters the blocks: vectors, rotations, mask; worked out once, not in each block."""
-    _check_input(model.config, ids, document_ids, cache)
-    if cache is None:
-        positions, mask = _positions_and_mask(model.config, ids, position_ids, document_ids)
-    else:
-        positions, mask = _continued(cache, ids, position_ids)
-    try:
-        x = model.embedding(ids)
-    except IndexError:  # on a GPU, where nobody waits for an answer, the kernel itself asserts
-        expected = f"expected 0 to {model.config.vocab_size - 1}"
-        raise ValueError(f"ids: {expected}, got {int(ids.min())} to {int(ids.max())}") from None
-    if model.positions is not None:
-        x = x + model.positions(positions).to(x.dtype)
-    return model.dropout(x), None if model.rope is None else model.rope(positions), mask
-
-
-def _balance_loss(model: Transformer) -> Float[Tensor, ""]:
-    layers = [block.feed_forward for block in model.blocks]
-    losses = [layer.balance_loss for layer in layers if isinstance(layer, MixtureOfExperts)]
-    return torch.stack(losses).sum() if losses else model.embedding.weight.new_zeros(())
 
 
 # %%
@@ -533,16 +637,22 @@ class TransformerLM(Transformer):
         """Return an empty cache for rows of ``capacity`` tokens, ``context_length`` by default."""
         return _new_cache(self, batch_size, capacity)
 
-    def save_pretrained(
-        self, folder: str | Path, *, max_shard_size: int = 5_000_000_000, **entries: Any
-    ) -> None:
-        """Write the model to ``folder``, as ``save_model`` does."""
-        save_model(self, folder, max_shard_size=max_shard_size, **entries)
+    def balance_loss(self) -> Float[Tensor, ""]:
+        """Return the balance losses of the last pass, summed over blocks with experts, else 0."""
+        return _balance_loss(self)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write the model to ``folder``; the options are those of ``save_model``."""
+        save_model(self, folder, **options)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> "TransformerLM":
         """Return the model in ``folder``; the options are those of ``load_model``."""
         return load_model(folder, **options)
+
+
+# %% [markdown]
+# What it delegates:
 
 
 # %%
@@ -552,14 +662,20 @@ def _tie(model: TransformerLM) -> None:
         model.lm_head.weight = model.embedding.weight
 
 
-def _new_cache(model: TransformerLM, batch_size: int, capacity: int | None) -> KVCache:
+def _balance_loss(model: Transformer) -> Float[Tensor, ""]:
+    losses = [m.balance_loss for m in model.modules() if isinstance(m, MixtureOfExperts)]
+    return torch.stack(losses).sum() if losses else model.embedding.weight.new_zeros(())
+
+
+def _new_cache(model: Transformer, batch_size: int, capacity: int | None) -> KVCache:
     config, weight = model.config, model.embedding.weight
-    if capacity is not None and capacity > config.context_length:
-        expected = f"expected at most context_length = {config.context_length}"
-        raise ValueError(f"capacity: {expected}, got {capacity}")
+    capacity = config.context_length if capacity is None else capacity
+    if capacity > config.context_length:
+        expected = f"at most context_length = {config.context_length}"
+        raise ValueError(f"capacity: expected {expected}, got {capacity}")
     return KVCache(
         batch_size,
-        capacity or config.context_length,
+        capacity,
         config.n_kv_heads,
         config.d_head,
         n_layers=config.n_layers,
@@ -570,7 +686,191 @@ def _new_cache(model: TransformerLM, batch_size: int, capacity: int | None) -> K
 
 
 # %% [markdown]
-# counting
+# Is the general model still the small one? The names of their parts are the same, so one takes the
+# weights of the other.
+
+# %%
+tiny = TransformerLM(ModelConfig.preset("tiny"))
+tiny.load_state_dict(small.state_dict())
+with torch.no_grad():
+    print("the same logits:", torch.equal(tiny(ids), small(ids)))
+
+# %% [markdown]
+# ## Does it do what it should?
+#
+# ### Before training it knows nothing
+#
+# A model that knows nothing gives each token probability $1/V$, and loses $\ln V$ nats on every
+# one. Ours should be close to that, but not at it. The last normalization makes each vector $h$
+# have a mean square of one, so $\lVert h \rVert^2 = d$. Rows of the head are drawn with variance
+# $1/d$ (chapter 10), so the logits $z_v = \langle w_v, h \rangle$ are normal with variance
+# $\sigma^2 = \lVert h \rVert^2 / d = 1$. The loss is $\ln \sum_v e^{z_v} - z_\text{target}$. The
+# target's logit is zero on average; the sum has $V$ terms whose mean is
+# $\mathbb{E}[e^z] = e^{\sigma^2/2}$; so for large $V$
+#
+# $$
+# L_0 \approx \ln\!\left(V e^{\sigma^2/2}\right) = \ln V + \frac{\sigma^2}{2} = \ln V + \frac12 .
+# $$ (model-initial-loss)
+
+# %%
+seed_everything(0)
+lm = TransformerLM(ModelConfig.preset("tiny", d_model=256, n_heads=4, vocab_size=4096))
+random_ids = torch.randint(4096, (8, 129))
+inputs, targets = random_ids[:, :-1], random_ids[:, 1:]
+with torch.no_grad():
+    loss = F.cross_entropy(lm(inputs).flatten(0, 1), targets.flatten()).item()
+print(f"ln V = {math.log(4096):.2f}, expected {math.log(4096) + 0.5:.2f}, measured {loss:.2f}")
+
+# %% [markdown]
+# A first loss far above this says that logits are too large, far below it that the targets leak.
+#
+# ### Who influences whom?
+#
+# The worst fault that a language model can have is to see the token that it shall predict. It
+# lowers the loss wonderfully. To find it we need not read the code: we change one token and look
+# which outputs move. A batch whose row $j$ has another token at place $j$ tells everything at once.
+
+
+# %%
+def influence(model: TransformerLM, ids: Tensor, **options) -> Tensor:
+    n = ids.size(1)
+    changed = ids.repeat(n, 1)
+    changed.diagonal().copy_((changed.diagonal() + 1) % model.config.vocab_size)
+    with torch.no_grad():
+        before = model(ids, **options)
+        after = model(changed, **{name: x.repeat(n, 1) for name, x in options.items()})
+    return (after - before).abs().amax(dim=-1).T  # [place of the output, place of the change]
+
+
+row = torch.randint(512, (1, 24))
+documents = torch.tensor([[0] * 7 + [1] * 12 + [2] * 5])
+narrow = TransformerLM(ModelConfig.preset("tiny", sliding_window=4))
+narrow.load_state_dict(tiny.state_dict())
+maps = {
+    "causal": influence(tiny, row),
+    "a window of 4, three layers": influence(narrow, row),
+    "three documents": influence(tiny, row, document_ids=documents),
+}
+for name, moved in maps.items():
+    reach = max(int((moved[i, : i + 1] > 0).sum()) for i in range(24))
+    print(f"{name}: nothing from the future: {not moved.triu(1).any()}, longest reach {reach}")
+
+# %% mystnb={"figure": {"caption": "How far each output moves (rows) when one token is changed (columns): logarithm of the largest change of a logit.", "name": "fig-model-influence"}, "image": {"alt": "Three square maps over 24 places. Causal: the whole lower triangle is filled, with the strongest changes on the diagonal. A window of 4: a band below the diagonal, ten places wide. Three documents: three separate triangles of 7, 12 and 5 places along the diagonal."}}
+figure, axes = plt.subplots(1, 3, figsize=(7, 2.7), sharey=True)
+for ax, (name, moved) in zip(axes, maps.items(), strict=True):
+    ax.imshow(moved.log10(), cmap="Blues", vmin=-4, vmax=1)
+    ax.set(title=name, xlabel="changed token")
+    ax.grid(False)
+axes[0].set_ylabel("output")
+plt.show()
+
+# %% [markdown]
+# The window tells something that its name does not. Each layer sees four tokens, itself and three
+# before; but what it sees has itself seen three more. Through $L$ layers with window $w$ a token
+# reaches $1 + L (w - 1)$ places: ten here, as measured, and 131,041 in Mistral.
+#
+# ### Packed rows and caches
+#
+# Two ways to compute the same thing in pieces must not change it. Documents that share a row must
+# get the logits that each would get alone. And a text that is read bit by bit, with a cache, must
+# get those of the whole. The second is tried on rows of unequal lengths, the shorter padded on the
+# left as one does to generate in batches.
+
+# %%
+bounds = [(0, 7), (7, 19), (19, 24)]
+with torch.no_grad():
+    together = tiny(row, document_ids=documents)
+    alone = torch.cat([tiny(row[:, a:b]) for a, b in bounds], dim=1)
+print("documents in one row, as if alone:", torch.allclose(together, alone, atol=1e-4))
+
+two = torch.randint(512, (2, 20))
+cache = tiny.new_cache(batch_size=2, capacity=32)
+position_ids = torch.arange(12).expand(2, 12) - torch.tensor([[0], [5]])  # 5 of padding
+with torch.no_grad():
+    pieces = [tiny(two[:, :12], position_ids=position_ids.clamp(min=-1), cache=cache)]
+    pieces += [tiny(two[:, i : i + 1], cache=cache) for i in range(12, 20)]
+    stepwise, whole = torch.cat(pieces, dim=1), (tiny(two), tiny(two[1:, 5:]))
+print("long row: ", torch.allclose(stepwise[0], whole[0][0], atol=1e-4))
+print("short row:", torch.allclose(stepwise[1, 5:], whole[1][0], atol=1e-4))
+
+# %% [markdown]
+# ### It learns
+#
+# Training is a matter for the chapters 12 and 13. But one thing can be asked of any model at once:
+# to learn sixteen rows by heart. What cannot do that has a fault, or a learning rate that is off.
+
+# %%
+rows = [tokenizer.encode(story) for story in stories[:16]]
+length = min(map(len, rows))
+batch = torch.tensor([row[:length] for row in rows])
+seed_everything(0)
+pupil = TransformerLM(ModelConfig.preset("tiny"))
+optimizer = torch.optim.AdamW(pupil.parameters(), lr=3e-3)
+losses = []
+for _ in range(60):
+    logits = pupil(batch[:, :-1])
+    loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+print(f"first loss {losses[0]:.1f}; below 0.1 in the end: {losses[-1] < 0.1}")
+
+# %% mystnb={"figure": {"caption": "Sixteen stories, learned by heart in sixty steps.", "name": "fig-model-overfit"}, "image": {"alt": "The loss over 60 steps on a logarithmic axis. It begins a little above a dashed line at ln V, 6.2 nats, and falls to below 0.1."}}
+plt.semilogy(losses)
+plt.axhline(math.log(512), color="gray", linestyle="--")
+plt.text(60, math.log(512) * 0.94, "ln V", ha="right", va="top", color="gray")
+plt.xlabel("step")
+plt.ylabel("loss (nats per token)")
+plt.show()
+
+# %% [markdown]
+# ## One matrix or two
+#
+# The embedding has a row for each token, and so has the head. The same size, $V \times d$: may it
+# be the same matrix? In GPT-2 and in most small models it is. Press and Wolf
+# {cite}`press2017output` and Inan and colleagues {cite}`inan2017tying` found such models better,
+# not just smaller, and the idea is plausible. The head scores a token by
+# $z_v = \langle w_v, h \rangle$; two tokens that fit in the same places need similar rows $w_v$.
+# Two tokens that mean the same to what follows need similar embeddings. Mostly these are the same
+# pairs of tokens, and where they are rare, one matrix learns from twice the evidence.
+#
+# What is the gradient of a matrix that is used twice? Write the loss as $\ell(A, C)$ with the
+# embedding $A$ and the head $C$, and set both to $E$. By the chain rule
+#
+# $$
+# \frac{\partial\, \ell(E, E)}{\partial E}
+#   = \frac{\partial \ell}{\partial A}\bigg|_{A = E}
+#   + \frac{\partial \ell}{\partial C}\bigg|_{C = E} .
+# $$ (model-tied)
+#
+# The two parts are of different kinds. The embedding gets a gradient only in rows of tokens that
+# were in the input. The head gets one in all rows: every token that was not the answer is pushed
+# away.
+
+# %%
+seed_everything(0)
+tied = TransformerLM(ModelConfig.preset("tiny", tie_embeddings=True))
+apart = TransformerLM(ModelConfig.preset("tiny"))
+apart.load_state_dict(tied.state_dict())  # the same function, but two matrices
+for model in (tied, apart):
+    logits = model(batch[:, :-1])
+    F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+both = apart.embedding.weight.grad + apart.lm_head.weight.grad
+print("the gradient is the sum:", torch.allclose(tied.embedding.weight.grad, both, atol=1e-6))
+touched = [int(g.grad.any(dim=1).sum()) for g in (apart.embedding.weight, apart.lm_head.weight)]
+print(f"of 512 rows, the embedding gets a gradient in {touched[0]}, the head in {touched[1]}")
+print("different tokens in the batch:", len(batch[:, :-1].unique()))
+
+# %% [markdown]
+# ## What it costs
+#
+# ### Parameters
+#
+# Training GPT-2 small takes a GPU, counting it takes a pencil. Per layer, attention has the
+# matrices $W_q$ and $W_o$ with $d \cdot h d_h$ entries each and $W_k$, $W_v$ with
+# $d \cdot h_{kv} d_h$; a gated feed-forward network has three of $d \cdot d_{ff}$, one without a
+# gate two; and there are two normalizations. Embedding and head have $V d$, once or twice.
 
 
 # %%
@@ -581,38 +881,35 @@ def parameter_counts(config: ModelConfig, *, active: bool = False) -> dict[str, 
     With ``active``, only those that one token meets: of experts ``n_active_experts``.
     """
     d, layers, vocabulary = config.d_model, config.n_layers, config.vocab_size * config.d_model
-    norm = d * _norm_vectors(config)
-    pre = config.norm_position == "pre"
     return {
         "embedding": vocabulary,
         "positions": config.context_length * d if config.positions == "learned" else 0,
         "attention": layers * _attention_parameters(config),
         "feed_forward": layers * _feed_forward_parameters(config, active),
-        "norms": (2 * layers + pre) * norm,
+        "norms": (2 * layers + (config.norm_position == "pre")) * d * _vectors_of_norm(config),
         "lm_head": 0 if config.tie_embeddings else vocabulary,
     }
 
 
-def _norm_vectors(config: ModelConfig) -> int:
+def _vectors_of_norm(config: ModelConfig) -> int:
     return 2 if config.norm == "layernorm" and config.bias else 1
 
 
+# %%
+#| export
 def _attention_parameters(config: ModelConfig) -> int:
     d, queries = config.d_model, config.n_heads * config.d_head
-    all_three = queries + 2 * config.n_kv_heads * config.d_head
-    matrices = d * all_three + queries * d
-    biases = all_three * config.qkv_bias + d * config.bias
-    gains = 2 * config.d_head * _norm_vectors(config) if config.qk_norm else 0
-    return matrices + biases + gains
+    qkv = queries + 2 * config.n_kv_heads * config.d_head
+    gains = 2 * config.d_head * _vectors_of_norm(config) if config.qk_norm else 0
+    return d * qkv + queries * d + config.qkv_bias * qkv + config.bias * d + gains
 
 
 def _feed_forward_parameters(config: ModelConfig, active: bool) -> int:
-    d, inner = config.d_model, config.d_ff
-    matrices = 3 if config.activation in _GATES else 2
+    d, matrices = config.d_model, 3 if config.activation in _GATES else 2
     if not config.n_experts:
-        return matrices * d * inner + config.bias * ((matrices - 1) * inner + d)
+        return matrices * d * config.d_ff + config.bias * ((matrices - 1) * config.d_ff + d)
     experts = config.n_active_experts if active else config.n_experts
-    return d * config.n_experts + matrices * d * (experts * inner + config.d_shared)
+    return d * config.n_experts + matrices * d * (experts * config.d_ff + config.d_shared)
 
 
 # %%
@@ -624,60 +921,315 @@ def count_parameters(
 
     A tied matrix counts once. ``active`` counts of experts only those that a token meets. Without
     ``embeddings``, the tables of tokens and positions are left out, and with them a tied head.
+
+    >>> count_parameters(ModelConfig.preset("gpt2"))
+    124439808
     """
     if isinstance(model, nn.Module) and not active and embeddings:
         return sum(parameter.numel() for parameter in model.parameters())
     config = model if isinstance(model, ModelConfig) else getattr(model, "config", None)
     if not isinstance(config, ModelConfig):
-        raise ValueError(f"model: expected a TransformerLM or ModelConfig, got {type(model)}")
+        raise ValueError(f"model: expected a TransformerLM or a ModelConfig, got {type(model)}")
     counts = parameter_counts(config, active=active)
-    return sum(counts.values()) - (0 if embeddings else counts["embedding"] + counts["positions"])
+    left_out = () if embeddings else ("embedding", "positions")
+    return sum(count for part, count in counts.items() if part not in left_out)
+
+
+# %% [markdown]
+# The formula is checked in two ways. PyTorch's device `"meta"` builds a model of any size out of
+# shapes alone, without memory, and there we can count. And the sizes of released models are known:
+# those below are the parameters in the files that their makers published.
+
+# %%
+published = {
+    "gpt2": 124_439_808,
+    "gpt2-xl": 1_557_611_200,
+    "llama2-7b": 6_738_415_616,
+    "llama3-8b": 8_030_261_248,
+    "qwen2.5-0.5b": 494_032_768,
+    "mistral-7b": 7_241_732_096,
+    "mixtral-8x7b": 46_702_792_704,
+}
+for name, count in published.items():
+    config = ModelConfig.preset(name)
+    with torch.device("meta"):
+        counted = count_parameters(TransformerLM(config))
+    agree = count_parameters(config) == counted == count
+    print(f"{name:13} {count:14,} {count_parameters(config, active=True):14,} active  {agree}")
+
+# %% mystnb={"figure": {"caption": "Where the parameters are. Small models are mostly vocabulary, large ones mostly feed-forward networks.", "name": "fig-model-parameters"}, "image": {"alt": "Horizontal bars of shares for eight models. In qwen3-0.6b and gpt2 the embedding takes 26 and 31 percent; in llama3-8b embedding and head take 7 percent each, attention 17 and the feed-forward networks 70; in mixtral-8x7b the feed-forward networks take 97 percent. Normalizations are too small to be seen."}}
+shown = ["tiny", "gpt2", "gpt2-xl", "qwen3-0.6b", "llama3.2-1b", "llama3-8b", "llama3-70b"]
+shown.append("mixtral-8x7b")
+left = torch.zeros(len(shown))
+counts = [parameter_counts(ModelConfig.preset(name)) for name in shown]
+for part in ("embedding", "lm_head", "positions", "attention", "feed_forward"):
+    share = torch.tensor([100 * count[part] / sum(count.values()) for count in counts])
+    plt.barh(shown, share, left=left, label=part)
+    left += share
+plt.gca().invert_yaxis()
+plt.xlabel("share of all parameters (%)")
+plt.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=5, fontsize=8)
+plt.grid(False)
+plt.show()
+
+# %% [markdown]
+# Mixtral has the parameters of a 47-billion model and the cost per token of one of 13 billion: of
+# its eight experts each token meets two.
+#
+# ### Operations
+#
+# A product of a matrix with a vector takes one multiplication and one addition for each entry of
+# the matrix: two **FLOPs**, floating-point operations. So if a token goes through matrices of $M$
+# entries in all, the forward pass costs it $2M$. Backward, each matrix has to do two more such
+# products. From the gradient $g$ of $y = Wx$ come $W^\top g$ for what is below and $g x^\top$ for
+# the matrix itself. That makes $6M$ in training. $M$ counts the head, tied or not, because it is a
+# product; it does not count the embedding, which is a look-up. Since $M$ is not far from the number
+# of parameters $N$, one reads $6N$ for short {cite}`kaplan2020scaling`.
+#
+# Attention adds products that have no parameters: for each token, in each head and for each key
+# that it looks at, $d_h$ multiplications for the score and $d_h$ for the mixing. With $T$ keys that
+# is
+#
+# $$
+# C = 6 M + 12\, L\, h\, d_h\, T \quad \text{FLOPs per token in training.}
+# $$ (model-flops)
+#
+# This counts all $T$ keys although half of them lie in the future, as is usual
+# {cite}`chowdhery2023palm`; a kernel that skips them does half.
 
 
 # %%
 #| export
+def _matrix_entries(config: ModelConfig) -> int:
+    """Return the entries of all matrices that one token is multiplied by."""
+    d, widths = config.d_model, (config.n_heads + config.n_kv_heads) * config.d_head
+    inner = (config.n_active_experts or 1) * config.d_ff + config.d_shared
+    matrices = 3 if config.activation in _GATES else 2
+    layer = 2 * d * widths + d * config.n_experts + matrices * d * inner
+    return config.n_layers * layer + config.vocab_size * d
+
+
 def flops_per_token(
     config: ModelConfig, sequence: int | None = None, *, training: bool = True, causal: bool = False
 ) -> float:
     """Return the floating-point operations in matrix products for one token of a ``sequence``.
 
-    A multiplication and an addition are two. Forward alone is a third of ``training``. Attention is
-    counted for all pairs of tokens, as kernels without a mask compute it, or if ``causal`` only for
-    pairs that the mask allows. The default ``sequence`` is ``context_length``.
+    A multiplication and an addition are two. Forward alone is a third of ``training``. Attention
+    counts all pairs of tokens, or if ``causal`` only those that the mask allows, window included.
+    The default ``sequence`` is ``context_length``. Source: Chowdhery et al. (2023), appendix B.
     """
     sequence = config.context_length if sequence is None else sequence
     _check_at_least(sequence=(1, sequence))
-    seen = float(sequence)
+    keys = float(sequence)
     if causal:
         window = min(config.sliding_window or sequence, sequence)
-        seen = (window * (window + 1) / 2 + (sequence - window) * window) / sequence
-    pairs = 2 * config.n_layers * config.n_heads * config.d_head * seen  # scores, and mixing
+        keys = (window * (window + 1) / 2 + (sequence - window) * window) / sequence
+    pairs = 2 * config.n_layers * config.n_heads * config.d_head * keys
     return (6 if training else 2) * (_matrix_entries(config) + pairs)
 
 
-def _matrix_entries(config: ModelConfig) -> int:
-    """How many numbers one token is multiplied by: the entries of all matrices it goes through."""
-    d, queries = config.d_model, config.n_heads * config.d_head
-    attention = 2 * d * (queries + config.n_kv_heads * config.d_head)
-    matrices = 3 if config.activation in _GATES else 2
-    inner = (config.n_active_experts or 1) * config.d_ff + config.d_shared
-    layer = attention + d * config.n_experts + matrices * d * inner
-    return config.n_layers * layer + config.vocab_size * d
+# %% [markdown]
+# PyTorch can count for itself what it multiplies. The transparent backend makes no product that it
+# would not see.
+
+# %%
+kinds = {
+    "Llama-like": {"n_kv_heads": 1},
+    "GPT-2-like": {"positions": "learned", "norm": "layernorm", "activation": "gelu_tanh"},
+    "of experts": {"n_experts": 4, "n_active_experts": 2},
+}
+for name, changes in kinds.items():
+    config = ModelConfig.preset("tiny", **changes)
+    model = TransformerLM(config, backend="reference")
+    with FlopCounterMode(display=False) as forward:
+        logits = model(batch[:, :-1])
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    measured = forward.get_total_flops() + backward.get_total_flops()
+    expected = flops_per_token(config, length - 1) * batch[:, :-1].numel()
+    print(f"{name}: {measured:,} counted, as expected: {measured == expected}")
+
+# %% mystnb={"figure": {"caption": "The share of attention's quadratic part in all operations. Up to a few thousand tokens one may forget it.", "name": "fig-model-attention-share"}, "image": {"alt": "Three rising curves over the length of the sequence from 128 to 131,072 on a logarithmic axis. gpt2 reaches 50 percent at about 7,000 tokens, llama3-8b at about 29,000 and llama3-70b at about 53,000. At 1,024 tokens they are at about 13, 3 and 2 percent."}}
+lengths = [2**k for k in range(7, 18)]
+for name in ("gpt2", "llama3-8b", "llama3-70b"):
+    config = ModelConfig.preset(name)
+    total = [flops_per_token(config, n) for n in lengths]
+    linear = 6 * _matrix_entries(config)
+    plt.semilogx(lengths, [100 * (1 - linear / c) for c in total], "o-", base=2, label=name)
+plt.xlabel("tokens in the sequence")
+plt.ylabel("share of attention (%)")
+plt.ylim(0, 100)
+plt.legend()
+plt.show()
+
+# %% [markdown]
+# ### Memory
+#
+# In training, a parameter is stored four times: itself, its gradient, and the two running means
+# that AdamW keeps (chapter 12), which in 32 bits are 16 bytes. An 8-billion Llama takes 128 GB
+# before it has read a word. To that come **activations**, what the forward pass must keep because
+# the backward pass needs it. Which are they? We ask each part, for one token in one layer:
+#
+# - A linear map needs its input, for $g x^\top$. The maps to q, k, v share one, and so do gate and
+#   up. With the inputs of the two output maps that makes $d + h d_h + d + d_{ff}$.
+# - A normalization needs what came in: twice $d$.
+# - Attention needs q, k and v, so $(h + 2 h_{kv}) d_h$. Its weights it computes anew (chapter 09),
+#   and its output is the input of $W_o$, which is counted already.
+# - SwiGLU, $\operatorname{silu}(g) \odot u$, needs $g$, its SiLU and $u$: $3 d_{ff}$. GELU needs
+#   one $d_{ff}$, and ReLU can do with its output, which is counted.
+#
+# Altogether $4 d + 2 (h + h_{kv}) d_h + c\, d_{ff}$ numbers, with $c = 4$ for SwiGLU and 2 for
+# GELU. For GPT-2 this is $16 d$; at two bytes a number, $32 d$ bytes, which are the $34 d$ of
+# Korthikanti and colleagues {cite}`korthikanti2023reducing` without the masks of their two
+# dropouts. Left out are the numbers that a normalization or a head keeps per token, a handful.
 
 
 # %%
 #| export
+_KEPT = {"relu": 1, "gelu": 2, "gelu_tanh": 2, "silu": 2, "reglu": 3, "geglu": 4, "swiglu": 4}
+
+
+def activation_bytes(
+    config: ModelConfig, batch_size: int, sequence: int, dtype: torch.dtype = torch.float32
+) -> int:
+    """Return what the forward pass up to the head keeps for the backward pass, in bytes.
+
+    For the backend "torch" without dropout; statistics of a few numbers per token are left out, and
+    with them masks. Source: counted as by Korthikanti et al. (2023). A ``ValueError`` for experts.
+    """
+    _check_at_least(batch_size=(1, batch_size), sequence=(1, sequence))
+    if config.n_experts:  # what an expert keeps depends on how many tokens it gets
+        raise ValueError(f"n_experts: expected 0, got {config.n_experts}")
+    heads = (config.n_heads + config.n_kv_heads) * config.d_head
+    attention = (3 if config.qk_norm else 2) * heads
+    layer = 4 * config.d_model + attention + _KEPT[config.activation] * config.d_ff
+    ends = 2 * config.d_model  # what the last normalization and the head read
+    return batch_size * sequence * (config.n_layers * layer + ends) * dtype.itemsize
+
+
+# %% [markdown]
+# We measure: a hook sees every tensor that autograd stores. Views of one memory count once,
+# parameters do not count.
+
+
+# %%
+def measured_bytes(model: TransformerLM, ids: Tensor) -> int:
+    kept = {}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.hidden_states(ids).sum()
+    sizes = {at: tensor.untyped_storage().nbytes() for at, tensor in kept.items()}
+    return sum(size for at, size in sizes.items() if at not in parameters)
+
+
+for name, changes in {"Llama-like": {}, **dict(list(kinds.items())[1:2])}.items():
+    config = ModelConfig.preset("tiny", d_model=256, n_heads=4, **changes)
+    expected = activation_bytes(config, 16, length)
+    for backend in ("torch", "reference"):
+        ratio = measured_bytes(TransformerLM(config, backend), batch) / expected
+        print(f"{name}, {backend:9}: {ratio:.1f} times the formula")
+
+# %% [markdown]
+# The fused kernels keep what we said. The transparent backend keeps more, and the more the longer
+# the text: all $h T$ attention weights of each token, several times.
+#
+# Last come the logits. They are $V$ numbers for each token, and the softmax of the loss keeps them
+# for its own gradient: for a batch of 8,192 tokens of Llama 3 in 32 bits, 4.2 GB, as much as
+# seven of its layers.
+
+
+# %%
+#| export
+def training_memory(
+    config: ModelConfig, batch_size: int, sequence: int, dtype: torch.dtype = torch.float32
+) -> dict[str, int]:
+    """Return the bytes that a training step with AdamW holds at its peak, by what they are for.
+
+    All in one ``dtype``. Not counted: buffers of kernels, and what is given back within a layer.
+    """
+    weights = count_parameters(config) * dtype.itemsize
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": 2 * weights,
+        "activations": activation_bytes(config, batch_size, sequence, dtype),
+        "logits": batch_size * sequence * config.vocab_size * dtype.itemsize,
+    }
+
+
 def cache_bytes(
     config: ModelConfig, batch_size: int, sequence: int, dtype: torch.dtype = torch.bfloat16
 ) -> int:
-    """Return the memory of keys and values for rows of ``sequence`` tokens, in bytes."""
+    """Return what keys and values of ``sequence`` tokens in ``batch_size`` rows take, in bytes."""
+    _check_at_least(batch_size=(1, batch_size), sequence=(1, sequence))
     kept = min(sequence, config.sliding_window or sequence)
     per_token = 2 * config.n_layers * config.n_kv_heads * config.d_head
     return batch_size * kept * per_token * dtype.itemsize
 
 
 # %% [markdown]
-# files
+# To *use* a model takes its weights, without gradients and optimizer, and the cache: for each
+# token read so far, in each layer, a key and a value for each of $h_{kv}$ heads, so
+# $2 L h_{kv} d_h$ numbers. Here the choices of the families show ({numref}`fig-model-memory`).
+# Llama 2 has a key for each head and takes 512 KiB a token in 16 bits; Llama 3 shares four to one
+# and takes 128; Mistral's window ends the growth at 4,096 tokens.
+
+# %%
+for name in ("llama2-7b", "llama3-8b"):
+    config = ModelConfig.preset(name)
+    print(f"{name}: {cache_bytes(config, 1, 1) // 1024} KiB of cache a token in bfloat16")
+cache = TransformerLM(ModelConfig.preset("tiny")).new_cache(batch_size=4)
+print("tiny, as allocated:", cache.nbytes == cache_bytes(tiny.config, 4, 128, torch.float32))
+
+# %% mystnb={"figure": {"caption": "Left: memory of a training step in float32. Right: memory of the cache of one sequence in bfloat16; the dotted line is what the weights of an 8-billion model take.", "name": "fig-model-memory"}, "image": {"alt": "Left, stacked bars in gigabytes. gpt2 with 8 rows of 1,024 tokens: about 2 for weights, gradients and optimizer, 5 for activations, 2 for logits. llama3.2-1b with one row of 4,096: 20, 13 and 2. Right, lines over the number of tokens on logarithmic axes: llama2-7b is highest and crosses the dotted line at about 32,000 tokens; llama3-8b runs parallel to it, four times lower; mistral-7b goes with llama3-8b and becomes flat at 4,096 tokens; gpt2 lies lowest and ends at 1,024."}}
+figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 3.2))
+runs = {"gpt2\n8 x 1,024": ("gpt2", 8, 1024), "llama3.2-1b\n1 x 4,096": ("llama3.2-1b", 1, 4096)}
+memory = [training_memory(ModelConfig.preset(name), b, t) for name, b, t in runs.values()]
+below = torch.zeros(len(runs))
+for part in memory[0]:
+    height = torch.tensor([m[part] / 1e9 for m in memory])
+    left.bar(list(runs), height, bottom=below, width=0.6, label=part)
+    below += height
+left.set(ylabel="GB in training")
+left.legend(fontsize=8)
+for name in ("llama2-7b", "llama3-8b", "mistral-7b", "gpt2"):
+    config = ModelConfig.preset(name)
+    lengths = [2**k for k in range(7, 18) if name != "gpt2" or 2**k <= 1024]
+    right.loglog(lengths, [cache_bytes(config, 1, n) / 1e9 for n in lengths], label=name)
+right.axhline(2 * 8.03, color="gray", linestyle=":")
+right.set(xlabel="tokens", ylabel="GB of cache")
+right.legend(fontsize=8)
+plt.show()
+
+# %% [markdown]
+# ## The same files as everyone
+#
+# A model on disk, in the layout that Hugging Face's library {cite}`wolf2020transformers` made
+# common, is a folder. `config.json` says which family it is and with which sizes.
+# `model.safetensors` has the tensors: a header with names, types, shapes and places, then the
+# numbers. It replaced files that Python's `pickle` writes, which can run any program when they
+# are opened. Large models are cut into several such files, and an index says which tensor is where.
+#
+# The tensors are ours under other names, with two twists ({numref}`fig-model-files`). GPT-2 stores
+# the matrices of its blocks transposed, and those of q, k and v side by side as one. Mixtral
+# stores each expert by itself, where we keep them stacked.
+#
+# ```{figure} ../figures/model-files.svg
+# :name: fig-model-files
+# :alt: In the middle the parameters of one of our blocks: attention norm, q, k, v, o, feed-forward norm, gate, up, down. To the left the tensors of a GPT-2 file: ln_1, c_attn made of q, k and v side by side and transposed, c_proj, ln_2, c_fc, mlp c_proj. To the right the tensors of a Llama file with one name for each of ours, and below of a Mixtral file: one w1, w2 and w3 for each expert, which are slices of our stacked matrices.
+#
+# A block of ours, and where its parameters are in the files of three families.
+# ```
+#
+# One table can serve to save *and* to load, if it speaks of **views**: tensors that look at the
+# memory of another. For each tensor of the file we list the views of our parameters that make it,
+# side by side. A transposed matrix is a view, an expert is a view. To save, we join the views; to
+# load, we split the tensor and copy each part into its view, and so into our parameter.
 
 
 # %%
@@ -695,8 +1247,7 @@ _GPT2_BLOCK = {
 
 
 def _gpt2_tensors(model: TransformerLM) -> dict[str, list[Tensor]]:
-    """GPT-2's names; the matrices of its blocks are stored transposed, those of q, k, v as one."""
-    own: dict[str, Tensor] = dict(model.named_parameters())
+    own: dict[str, Tensor] = dict(model.named_parameters())  # a tied head is not there twice
     tensors: dict[str, list[Tensor]] = {}
     for name, tensor in own.items():
         module, _, kind = name.rpartition(".")
@@ -727,7 +1278,6 @@ _EXPERT_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
 def _llama_tensors(model: TransformerLM) -> dict[str, list[Tensor]]:
-    """Llama's names, which its descendants keep; Mixtral has a matrix for each expert."""
     tensors: dict[str, list[Tensor]] = {}
     for name, tensor in model.named_parameters():
         for pattern, theirs in _LLAMA_NAMES.items():
@@ -741,32 +1291,28 @@ def _llama_tensors(model: TransformerLM) -> dict[str, list[Tensor]]:
     return tensors
 
 
-# %%
-#| export
-def _own_tensors(model: TransformerLM) -> dict[str, list[Tensor]]:
-    return {name: [tensor] for name, tensor in model.named_parameters()}
-
-
-def _disk_tensors(model: TransformerLM, model_type: str) -> dict[str, list[Tensor]]:
-    """For each tensor in a file: the views of ours that make it, side by side."""
-    tables = {"gpt2": _gpt2_tensors, "llmbook": _own_tensors}
-    return tables.get(model_type, _llama_tensors)(model)
+def _disk_tensors(model: TransformerLM, family: str) -> dict[str, list[Tensor]]:
+    """Return for each tensor in a file the views of ours that make it, side by side."""
+    if family == "llmbook":
+        return {name: [tensor] for name, tensor in model.named_parameters()}
+    return _gpt2_tensors(model) if family == "gpt2" else _llama_tensors(model)
 
 
 # %% [markdown]
-# config.json
+# ### Which family is it?
+#
+# Given a configuration, is there a class in Hugging Face's library that computes this very
+# function? Descendants of Llama differ in five features, and the set of those that a configuration
+# has tells its name. What none of them is, say a Llama with LayerNorm, is saved under the type
+# `llmbook`, with our own names, for us alone.
 
 # %%
 #| export
-_GPT2_ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-    "silu": "silu",
-}
+_GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+_GPT2_ACTIVATIONS |= {name: name for name in ("gelu", "relu", "silu")}
 _LLAMA_ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu"}
-_FAMILIES = {  # what a descendant of Llama has, and its name in Hugging Face's library
+_FEATURES = ("bias", "qkv_bias", "qk_norm", "sliding_window", "n_experts")
+_FAMILIES = {
     (): "llama",
     ("bias", "qkv_bias"): "llama",
     ("qkv_bias",): "qwen2",
@@ -777,7 +1323,6 @@ _FAMILIES = {  # what a descendant of Llama has, and its name in Hugging Face's 
     ("n_experts",): "mixtral",
     ("sliding_window", "n_experts"): "mixtral",
 }
-_FEATURES = ("bias", "qkv_bias", "qk_norm", "sliding_window", "n_experts")
 _CLASSES = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
@@ -793,26 +1338,30 @@ _CLASSES = {
 def model_type(config: ModelConfig) -> str:
     """Return the family of Hugging Face's library that computes this function, or "llmbook".
 
-    >>> model_type(ModelConfig.preset("gpt2")), model_type(ModelConfig.preset("tiny", bias=True))
+    >>> model_type(ModelConfig.preset("gpt2")), model_type(ModelConfig.preset("tiny"))
     ('gpt2', 'llama')
     """
     features = tuple(name for name in _FEATURES if getattr(config, name))
     square = config.n_heads * config.d_head == config.d_model
     style = config.norm, config.positions, config.norm_position
     if style == ("layernorm", "learned", "pre") and features == ("bias", "qkv_bias"):
-        known = config.activation in _GPT2_ACTIVATIONS.values()
-        return "gpt2" if known and square and config.n_kv_heads == config.n_heads else "llmbook"
-    scaling = None if config.rope_scaling is None else config.rope_scaling.kind
-    same = style == ("rmsnorm", "rope", "pre") and scaling != "ntk" and not config.d_shared
-    family = _FAMILIES.get(features, "llmbook")
-    if not same or config.activation not in _LLAMA_ACTIVATIONS.values():
+        whole = square and config.n_kv_heads == config.n_heads
+        return "gpt2" if whole and config.activation in _GPT2_ACTIVATIONS.values() else "llmbook"
+    kind = None if config.rope_scaling is None else config.rope_scaling.kind
+    known = style == ("rmsnorm", "rope", "pre") and kind != "ntk" and not config.d_shared
+    if not known or config.activation not in _LLAMA_ACTIVATIONS.values():
         return "llmbook"
-    if (family == "llama" and config.d_model % config.n_heads) or (
-        family == "qwen2" and not square
-    ):
-        return "llmbook"  # their classes refuse, or cannot say, such sizes of heads
-    return family
+    family = _FAMILIES.get(features, "llmbook")
+    if family == "llama":  # whose class refuses other widths
+        return "llama" if config.d_model % config.n_heads == 0 else "llmbook"
+    return "llmbook" if family == "qwen2" and not square else family
 
+
+# %% [markdown]
+# ### Writing the configuration
+#
+# Sizes have other names there. What differs between families is added by two functions. The rotary
+# embedding is written twice, in the words of version 5 of the library and in those of all before.
 
 # %%
 #| export
@@ -836,7 +1385,54 @@ _LLAMA_ENTRIES = {
     "d_ff": "intermediate_size",
     "norm_eps": "rms_norm_eps",
 }
-_SCALING_ENTRIES = {
+
+
+# %%
+#| export
+def _entries_of(config: ModelConfig) -> dict[str, Any]:
+    """Return ``config`` in the words of a config.json."""
+    family = model_type(config)
+    if family == "llmbook":
+        return {"model_type": family, **config.to_dict()}
+    names = _GPT2_ENTRIES if family == "gpt2" else _LLAMA_ENTRIES
+    details = _gpt2_details(config) if family == "gpt2" else _llama_details(config, family)
+    return {
+        "architectures": [_CLASSES[family]],
+        "model_type": family,
+        **{theirs: getattr(config, ours) for ours, theirs in names.items()},
+        "tie_word_embeddings": config.tie_embeddings,
+        **details,
+    }
+
+
+# %%
+#| export
+def _gpt2_details(config: ModelConfig) -> dict[str, Any]:
+    theirs = {ours: name for name, ours in reversed(_GPT2_ACTIVATIONS.items())}
+    places = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+    dropout = dict.fromkeys(places, config.dropout)
+    return {"activation_function": theirs[config.activation], **dropout}
+
+
+def _llama_details(config: ModelConfig, family: str) -> dict[str, Any]:
+    theirs = {ours: name for name, ours in _LLAMA_ACTIVATIONS.items()}
+    details = {"hidden_act": theirs[config.activation], **_rope_entries(config)}
+    if config.dropout:
+        details["dropout"] = config.dropout  # for us: their models have none where ours have it
+    if family == "llama":
+        return details | {"attention_bias": config.bias, "mlp_bias": config.bias}
+    details["sliding_window"] = config.sliding_window
+    if family in ("qwen2", "qwen3"):  # where layers from max_window_layers on have the window
+        details |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
+    if family == "mixtral":
+        details["num_local_experts"] = config.n_experts
+        details["num_experts_per_tok"] = config.n_active_experts
+    return details
+
+
+# %%
+#| export
+_ROPE_ENTRIES = {
     "factor": "factor",
     "original_context_length": "original_max_position_embeddings",
     "low_freq_factor": "low_freq_factor",
@@ -846,84 +1442,32 @@ _SCALING_ENTRIES = {
     "attention_factor": "attention_factor",
     "truncate": "truncate",
 }
-_OF_KIND = {
+_ROPE_KINDS = {
     "linear": ("factor",),
     "llama3": ("factor", "original_context_length", "low_freq_factor", "high_freq_factor"),
-    "yarn": (
-        "factor",
-        "original_context_length",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-        "truncate",
-    ),
+    "yarn": ("factor", "original_context_length", *list(_ROPE_ENTRIES)[4:]),
 }
 
 
-# %%
-#| export
-def _entries_of(config: ModelConfig) -> dict[str, Any]:
-    """Return ``config`` in the words of Hugging Face's config.json."""
-    family = model_type(config)
-    entries: dict[str, Any] = {"model_type": family}
-    if family == "llmbook":
-        return {**entries, **config.to_dict()}
-    names = _GPT2_ENTRIES if family == "gpt2" else _LLAMA_ENTRIES
-    entries |= {theirs: getattr(config, ours) for ours, theirs in names.items()}
-    entries |= {
-        "architectures": [_CLASSES[family]],
-        "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    return entries | (_gpt2_details(config) if family == "gpt2" else _llama_details(config, family))
-
-
-def _gpt2_details(config: ModelConfig) -> dict[str, Any]:
-    theirs = {ours: name for name, ours in reversed(_GPT2_ACTIVATIONS.items())}
-    places = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
-    dropout = dict.fromkeys(places, config.dropout)
-    return {"activation_function": theirs[config.activation], **dropout}
-
-
-# %%
-#| export
-def _llama_details(config: ModelConfig, family: str) -> dict[str, Any]:
-    theirs = {ours: name for name, ours in _LLAMA_ACTIVATIONS.items()}
-    details = {"hidden_act": theirs[config.activation], **_rope_entries(config)}
-    if config.dropout:
-        details["dropout"] = config.dropout  # theirs have none where ours has it
-    if family == "llama":
-        details |= {"attention_bias": config.bias, "mlp_bias": config.bias}
-    else:
-        details["sliding_window"] = config.sliding_window
-    if family in ("qwen2", "qwen3"):  # layers from max_window_layers on have the window
-        details |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
-    if family == "mixtral":
-        details["num_local_experts"] = config.n_experts
-        details["num_experts_per_tok"] = config.n_active_experts
-    return details
-
-
 def _rope_entries(config: ModelConfig) -> dict[str, Any]:
-    """The same twice: as transformers from version 5 on writes it, and for older readers."""
-    scaling = config.rope_scaling
-    old: dict[str, Any] | None = None
-    if scaling is not None:
-        names = _OF_KIND[scaling.kind]
-        given = {_SCALING_ENTRIES[name]: getattr(scaling, name) for name in names}
-        old = {"rope_type": scaling.kind, **{k: v for k, v in given.items() if v is not None}}
-    base = {"rope_theta": config.rope_base}
-    new = {**(old or {"rope_type": "default"}), **base}
-    return {**base, "rope_scaling": old, "rope_parameters": new}
+    base, scaling = {"rope_theta": config.rope_base}, config.rope_scaling
+    if scaling is None:
+        return {**base, "rope_parameters": {"rope_type": "default", **base}}
+    given = {_ROPE_ENTRIES[name]: getattr(scaling, name) for name in _ROPE_KINDS[scaling.kind]}
+    old = {"rope_type": scaling.kind, **{k: v for k, v in given.items() if v is not None}}
+    return {**base, "rope_scaling": old, "rope_parameters": {**old, **base}}
 
 
 # %% [markdown]
-# reading config
+# ### Reading it
+#
+# Reading is harder than writing, because others have written. A file may ask for something that
+# our model cannot do, and to go on without it would give another function. So entries that change
+# the function are looked at, and refused by name if they say anything else than what we do.
 
 # %%
 #| export
-_ONLY: dict[str, dict[str, Any]] = {  # entries that change the function, and what ours can be
+_ONLY: dict[str, dict[str, Any]] = {
     "gpt2": {
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
@@ -940,10 +1484,10 @@ def _config_from(entries: Mapping[str, Any]) -> tuple[str, ModelConfig]:
     family = entries.get("model_type")
     if family == "llmbook":
         ours = {field.name for field in fields(ModelConfig)}
-        return "llmbook", ModelConfig.from_dict({k: v for k, v in entries.items() if k in ours})
+        return family, ModelConfig.from_dict({k: v for k, v in entries.items() if k in ours})
     if family not in _CLASSES:
-        expected = f"expected llmbook or one of {', '.join(_CLASSES)}"
-        raise ValueError(f"model_type: {expected}, got {family!r}")
+        expected = f"llmbook, {', '.join(_CLASSES)}"
+        raise ValueError(f"model_type: expected one of {expected}, got {family!r}")
     only = _ONLY["gpt2"] if family == "gpt2" else _ONLY["llama"] | _ONLY.get(family, {})
     for name, value in only.items():
         if entries.get(name, value) != value:
@@ -952,47 +1496,49 @@ def _config_from(entries: Mapping[str, Any]) -> tuple[str, ModelConfig]:
     return family, ModelConfig.from_dict(read(entries, family))
 
 
-def _named(entries: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+# %%
+#| export
+def _renamed(entries: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Return the entries by our names; a null counts as left out."""
     given = {ours: entries.get(theirs) for ours, theirs in names.items()}
     return {ours: value for ours, value in given.items() if value is not None}
 
 
+def _require(entries: Mapping[str, Any], names: Mapping[str, str], *optional: str) -> None:
+    for ours, theirs in names.items():
+        if ours not in optional and entries.get(theirs) is None:
+            raise ValueError(f"{theirs}: expected a number, but it is missing")
+
+
 def _activation(entries: Mapping[str, Any], name: str, known: Mapping[str, str]) -> str:
-    if entries.get(name) not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {entries.get(name)!r}")
+    _check_choice(name, entries.get(name), tuple(known))
     return known[entries[name]]
 
 
 # %%
 #| export
 def _read_gpt2(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
-    dropout = {entries.get(name, 0.1) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
-    if len(dropout) > 1:
-        raise ValueError(f"attn_pdrop: expected one rate of dropout, got {sorted(dropout)}")
+    _require(entries, _GPT2_ENTRIES, "d_ff")
+    rates = {entries.get(name, 0.1) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
+    if len(rates) > 1:
+        raise ValueError(f"attn_pdrop: expected one rate for all places, got {sorted(rates)}")
     return {
-        "d_ff": 4 * entries.get("n_embd", 0),
-        **_named(entries, _GPT2_ENTRIES),
-        "positions": "learned",
-        "norm": "layernorm",
+        **_OLD,
+        **_renamed(entries, _GPT2_ENTRIES),
         "activation": _activation(entries, "activation_function", _GPT2_ACTIVATIONS),
-        "bias": True,
         "tie_embeddings": entries.get("tie_word_embeddings", True),
-        "dropout": dropout.pop(),
+        "dropout": rates.pop(),
     }
 
 
 # %%
 #| export
 def _read_llama(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
-    found = _named(entries, _LLAMA_ENTRIES)
-    for name, theirs in _LLAMA_ENTRIES.items():
-        needed = name not in ("n_kv_heads", "d_head") or (family, name) == ("qwen3", "d_head")
-        if needed and name not in found:
-            raise ValueError(f"{theirs}: expected a number, but it is missing")
-    found |= {
+    optional = ("n_kv_heads",) if family == "qwen3" else ("n_kv_heads", "d_head")
+    _require(entries, _LLAMA_ENTRIES, *optional)
+    found = _renamed(entries, _LLAMA_ENTRIES) | {
         "activation": _activation(entries, "hidden_act", _LLAMA_ACTIVATIONS),
-        "bias": _read_bias(entries, family),
+        "bias": _read_bias(entries) if family == "llama" else False,
         "qk_norm": family == "qwen3",
         "sliding_window": _read_window(entries, family),
         "tie_embeddings": entries.get("tie_word_embeddings", False),
@@ -1007,148 +1553,68 @@ def _read_llama(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
     return found
 
 
-# %%
-#| export
-def _read_bias(entries: Mapping[str, Any], family: str) -> bool:
-    if family != "llama":
-        return False
-    attention, feed_forward = (entries.get(f"{name}_bias", False) for name in ("attention", "mlp"))
-    if attention != feed_forward:
-        raise ValueError(
-            f"mlp_bias: expected {attention!r}, as attention_bias, got {feed_forward!r}"
-        )
+def _read_bias(entries: Mapping[str, Any]) -> bool:
+    attention, mlp = (entries.get(f"{name}_bias", False) for name in ("attention", "mlp"))
+    if attention != mlp:
+        raise ValueError(f"mlp_bias: expected {attention!r} as attention_bias has, got {mlp!r}")
     return attention
 
 
-def _read_window(entries: Mapping[str, Any], family: str) -> int | None:
-    """Return the sliding window of all layers; Qwen may have it in some only, which ours has not."""
-    window = entries.get("sliding_window", 4096 if family == "mistral" else None)
-    if family == "llama" or (family.startswith("qwen") and not entries.get("use_sliding_window")):
-        window = None
-    layers, first = entries["num_hidden_layers"], entries.get("max_window_layers", 28)
-    kinds = set(entries.get("layer_types") or [])
-    if not kinds and window is not None and family.startswith("qwen"):
-        kinds = {f"{'sliding' if i >= first else 'full'}_attention" for i in (0, layers - 1)}
-    if len(kinds) > 1:
-        raise ValueError(f"layer_types: expected the same in all layers, got {sorted(kinds)}")
-    return None if kinds == {"full_attention"} else window
+# %% [markdown]
+# Qwen can have its window in some layers only, which we cannot.
 
 
 # %%
 #| export
-def _read_rope(entries: Mapping[str, Any], default: float) -> dict[str, Any]:
-    """Read the rotary embedding as transformers writes it from version 5 on, or did before."""
+def _read_window(entries: Mapping[str, Any], family: str) -> int | None:
+    """Return the sliding window, the same in all layers."""
+    window = entries.get("sliding_window", 4096 if family == "mistral" else None)
+    if family == "llama" or window is None:
+        return None
+    kinds = entries.get("layer_types")
+    if family in ("qwen2", "qwen3") and kinds is None:
+        layers, first = entries["num_hidden_layers"], entries.get("max_window_layers", 28)
+        used = first if entries.get("use_sliding_window") else layers
+        kinds = ["sliding_attention" if i >= used else "full_attention" for i in (0, layers - 1)]
+    different = sorted(set(kinds or []))
+    if len(different) > 1:
+        raise ValueError(f"layer_types: expected the same in all, got {different}")
+    return None if different == ["full_attention"] else window
+
+
+def _read_rope(entries: Mapping[str, Any], default_base: float) -> dict[str, Any]:
+    """Read what version 5 of transformers writes, or what earlier ones did."""
     found = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
     kind = found.get("rope_type", found.get("type", "default"))
-    base = found.get("rope_theta", entries.get("rope_theta", default))
+    base = {"rope_base": found.get("rope_theta", entries.get("rope_theta", default_base))}
+    _check_choice("rope_type", kind, ("default", *_ROPE_KINDS))
+    for name, value in {"partial_rotary_factor": 1, "mscale": None, "mscale_all_dim": None}.items():
+        if found.get(name, value) != value:
+            raise ValueError(f"{name}: expected {value}, got {found[name]!r}")
     if kind == "default":
-        return {"rope_base": base}
-    if kind not in _OF_KIND:
-        raise ValueError(f"rope_type: expected one of {', '.join(_OF_KIND)}, got {kind!r}")
-    if found.get("partial_rotary_factor", 1) != 1 or found.get("mscale"):
-        raise ValueError(
-            f"rope_parameters: expected no partial rotation and no mscale, got {found}"
-        )
-    scaling = _named(found, {name: _SCALING_ENTRIES[name] for name in _OF_KIND[kind]})
-    if "original_context_length" in _OF_KIND[kind]:
+        return base
+    scaling = _renamed(found, {name: _ROPE_ENTRIES[name] for name in _ROPE_KINDS[kind]})
+    if "original_context_length" in _ROPE_KINDS[kind]:
         trained = entries.get("original_max_position_embeddings")
         scaling.setdefault("original_context_length", trained or entries["max_position_embeddings"])
-    return {"rope_base": base, "rope_scaling": {"kind": kind, **scaling}}
+    return {**base, "rope_scaling": {"kind": kind, **scaling}}
 
 
 # %% [markdown]
-# save
-
-
-# %%
-#| export
-def save_model(
-    model: TransformerLM,
-    folder: str | Path,
-    *,
-    max_shard_size: int = 5_000_000_000,
-    **entries: Any,
-) -> None:
-    """Write ``config.json`` and safetensors as Hugging Face's library lays them out.
-
-    Files have at most ``max_shard_size`` bytes, but for a single tensor that is larger. Further
-    ``entries``, such as ``eos_token_id``, go to ``config.json``. A model that is in ``folder`` is
-    replaced when the new one is complete, not before; other files there stay.
-    """
-    _check_at_least(max_shard_size=(1, max_shard_size))
-    described = _entries_of(model.config)
-    if clash := sorted(described.keys() & entries.keys() - _FREE):
-        raise ValueError(f"{clash[0]}: follows from the model, got {entries[clash[0]]!r}")
-    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
-    tensors = _disk_tensors(model, described["model_type"])
-    with _new_version(Path(folder).resolve()) as draft:
-        _write_json(draft / "config.json", described | {"dtype": dtype} | entries)
-        _write_tensors(draft, tensors, max_shard_size)
-
-
-_FREE = {"bos_token_id", "eos_token_id"}  # which have a default, and may be given
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _to_disk(path)
-
-
-def _to_disk(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-# %%
-#| export
-def _size(views: list[Tensor]) -> int:
-    return sum(view.nbytes for view in views)
-
-
-def _grouped(tensors: Mapping[str, list[Tensor]], most: int) -> list[dict[str, list[Tensor]]]:
-    """Share tensors out, in order, to files of at most ``most`` bytes."""
-    groups: list[dict[str, list[Tensor]]] = [{}]
-    room = most
-    for name, views in tensors.items():
-        if groups[-1] and _size(views) > room:
-            groups.append({})
-            room = most
-        groups[-1][name] = views
-        room -= _size(views)
-    return groups
-
-
-def _write_tensors(folder: Path, tensors: Mapping[str, list[Tensor]], most: int) -> None:
-    """Write one file, or several and an index that says which tensor is where."""
-    groups = _grouped(tensors, most)
-    where: dict[str, str] = {}
-    for number, group in enumerate(groups, 1):
-        part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
-        path = folder / f"model{part}.safetensors"
-        whole = {name: _joined(views) for name, views in group.items()}
-        save_file(whole, path, metadata={"format": "pt"})
-        _to_disk(path)
-        where |= dict.fromkeys(group, path.name)
-    if len(groups) > 1:
-        total = sum(map(_size, tensors.values()))
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _joined(views: list[Tensor]) -> Tensor:
-    whole = views[0] if len(views) == 1 else torch.cat(views, dim=-1)
-    return whole.detach().cpu().contiguous()
+# ### Saving
+#
+# A save that is killed must never leave half a model, and least of all half of a new one in the
+# place of a whole old one. So everything is written into a hidden folder, down to the disk, and
+# then takes the place of the old one by renaming. Between the two renames, should the power fail
+# just then, the name stands for nothing, but both versions lie complete beside it.
 
 
 # %%
 #| export
 @contextmanager
 def _new_version(folder: Path) -> Iterator[Path]:
-    """Give a hidden directory to write into; at the end it takes the place of ``folder``.
-
-    At every moment the old version or the new one is complete on the disk.
-    """
-    if folder.exists() and not (folder.is_dir() and _is_ours(folder)):
+    """Give a hidden folder to write into; when it is complete, it takes the place of ``folder``."""
+    if folder.exists() and not (folder.is_dir() and _may_be_replaced(folder)):
         raise ValueError(f"folder: expected a new one, an empty one or a model's, got {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex
@@ -1164,47 +1630,122 @@ def _new_version(folder: Path) -> Iterator[Path]:
         if old.exists() and not folder.exists():
             old.rename(folder)
         shutil.rmtree(draft, ignore_errors=True)
-    for part in ("part", "old"):  # with what runs that were killed have left
-        for leftover in folder.parent.glob(f".{escape(folder.name)}.{part}-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in _beside(folder):  # and what runs that were killed have left
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _is_ours(folder: Path) -> bool:
-    return (folder / "config.json").exists() or not any(folder.iterdir())
+def _beside(folder: Path) -> list[Path]:
+    return sorted(folder.parent.glob(f".{escape(folder.name)}.[op][la][dr]*-*"))
 
-
-def _carry_over(folder: Path, draft: Path) -> None:
-    """Copy what a model's folder has beside the model, such as its tokenizer."""
-    for path in folder.iterdir():
-        if path.suffix == ".safetensors" or path.name in _MODEL_FILES:
-            continue
-        copy = shutil.copytree if path.is_dir() else shutil.copy2
-        copy(path, draft / path.name)
-
-
-_MODEL_FILES = {"config.json", "model.safetensors.index.json"}
 
 # %% [markdown]
-# load
+# What else is in the folder, such as a tokenizer, comes along. A folder that is not a model's is
+# not touched.
 
 
 # %%
 #| export
-class _Stored(NamedTuple):
-    """Where a tensor is on disk, and what it is."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
+def _may_be_replaced(folder: Path) -> bool:
+    return (folder / "config.json").exists() or not any(folder.iterdir())
 
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+def _carry_over(folder: Path, draft: Path) -> None:
+    for path in folder.iterdir():
+        ours = path.name in ("config.json", "model.safetensors.index.json")
+        if not ours and path.suffix != ".safetensors":
+            copy = shutil.copytree if path.is_dir() else shutil.copy2
+            copy(path, draft / path.name)
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _to_disk(path)
+
+
+# %% [markdown]
+# Tensors are shared out in order, a new file when the next would not fit.
+
+
+# %%
+#| export
+def _grouped(tensors: Mapping[str, list[Tensor]], most: int) -> list[dict[str, list[Tensor]]]:
+    """Share tensors out to files of at most ``most`` bytes, or of a single tensor."""
+    groups: list[dict[str, list[Tensor]]] = [{}]
+    room = most
+    for name, views in tensors.items():
+        size = sum(view.nbytes for view in views)
+        if groups[-1] and size > room:
+            groups.append({})
+            room = most
+        groups[-1][name] = views
+        room -= size
+    return groups
+
+
+def _joined(views: list[Tensor]) -> Tensor:
+    whole = views[0] if len(views) == 1 else torch.cat(views, dim=-1)
+    return whole.detach().cpu().contiguous()
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, list[Tensor]], most: int) -> None:
+    groups = _grouped(tensors, most)
+    where: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
+        path = folder / f"model{part}.safetensors"
+        whole = {name: _joined(views) for name, views in group.items()}
+        save_file(whole, path, metadata={"format": "pt"})
+        _to_disk(path)
+        where |= dict.fromkeys(group, path.name)
+    if len(groups) > 1:
+        total = sum(view.nbytes for views in tensors.values() for view in views)
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+# %%
+#| export
+def save_model(
+    model: TransformerLM,
+    folder: str | Path,
+    *,
+    max_shard_size: int = 5_000_000_000,
+    **entries: Any,
+) -> None:
+    """Write ``config.json`` and safetensors as Hugging Face's library lays them out.
+
+    A file has at most ``max_shard_size`` bytes, unless a single tensor is larger. Further
+    ``entries``, such as ``eos_token_id``, go to ``config.json``. A model that is in ``folder`` is
+    replaced when the new one is complete, not before; other files there stay.
+    """
+    _check_at_least(max_shard_size=(1, max_shard_size))
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    described = _entries_of(model.config) | {"dtype": dtype}
+    if clash := sorted(described.keys() & entries.keys()):
+        raise ValueError(f"{clash[0]}: follows from the model, got {entries[clash[0]]!r}")
+    tokens = {"bos_token_id": None, "eos_token_id": None}  # theirs would be those of Llama
+    tensors = _disk_tensors(model, described["model_type"])
+    with _new_version(Path(folder).resolve()) as draft:
+        _write_json(draft / "config.json", described | tokens | entries)
+        _write_tensors(draft, tensors, max_shard_size)
+
+
+# %% [markdown]
+# ### Loading
+#
+# A folder from somebody else is not to be trusted. Nothing in it may run a program, so pickles are
+# refused. An index may name files; a name such as `../../secret` leads out of the folder, and is
+# refused. The headers of all files are read before any memory is taken, and every tensor that is
+# missing, unexpected or of another shape is named.
+
+
+# %%
+#| export
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _PLAIN_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 
@@ -1213,7 +1754,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: missing; is this the folder of a model?") from None
+        raise ValueError(f"{path}: missing: is this the folder of a model?") from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -1221,57 +1762,74 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-# %%
-#| export
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors of a model; an index may name nothing outside its folder."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
         return [single]
     if not index.exists():
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-        reason = f", and {pickles[0]} may run code when it is opened" if pickles else ""
-        raise ValueError(f"{folder}: expected model.safetensors or its index{reason}")
-    where = _read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not where:
-        raise ValueError(f"{index}: weight_map: expected names of tensors and files, got {where!r}")
-    for name in set(where.values()):
-        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-            raise ValueError(f"{index}: expected the name of a .safetensors file, got {name!r}")
-        if not (folder / name).exists():
-            raise ValueError(f"{folder / name}: missing, but {index.name} names it")
-    return [folder / name for name in sorted(set(where.values()))]
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        reason = f"; {pickles[0]} could run any program when it is opened" if pickles else ""
+        raise ValueError(f"{folder}: expected model.safetensors, or its index{reason}")
+    return _files_of_index(index)
 
 
 # %%
 #| export
+def _files_of_index(index: Path) -> list[Path]:
+    where = _read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"{index}: weight_map: expected a file for each tensor, got {where!r}")
+    for name in where.values():
+        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+            raise ValueError(f"{index}: expected the name of a .safetensors file, got {name!r}")
+        if not (index.parent / name).exists():
+            raise ValueError(f"{index.parent / name}: missing, but {index.name} names it")
+    return [index.parent / name for name in sorted(set(where.values()))]
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or not a safetensors file: {error}") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: damaged, or no safetensors file: {error}") from None
 
 
-_IGNORED = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")  # masks, frequencies
+# %% [markdown]
+# Old files have oddities: the first GPT-2 had no `transformer.` before its names, and its masks
+# were stored as if they were parameters, as were the frequencies of the first Llamas.
+
+
+# %%
+#| export
+class _Stored(NamedTuple):
+    """A tensor on disk: its file and name there, its shape and type."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+_NO_PARAMETERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def _stored_tensors(paths: list[Path], family: str) -> dict[str, _Stored]:
-    """Read the headers of all files: what is there, by the names that transformers writes now."""
+    """Read the headers: what is there, by the names that are usual today."""
     found: dict[str, _Stored] = {}
     for path in paths:
         with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                header = file.get_slice(name)
-                known = name
-                if family == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
-                    known = f"transformer.{name}"  # the first files had no prefix
-                if _IGNORED.search(known):
+            for name in file.keys():  # noqa: SIM118 (it is no dictionary)
+                old = family == "gpt2" and not name.startswith(("transformer.", "lm_head."))
+                usual = f"transformer.{name}" if old else name
+                if _NO_PARAMETERS.search(usual):
                     continue
-                if known in found:
-                    raise ValueError(f"{path}: {name} is in {found[known].file.name}, too")
-                found[known] = _Stored(path, name, tuple(header.get_shape()), header.get_dtype())
+                if usual in found:
+                    raise ValueError(f"{path}: {name} is in {found[usual].file.name}, too")
+                tensor = file.get_slice(name)
+                found[usual] = _Stored(path, name, tuple(tensor.get_shape()), tensor.get_dtype())
     return found
 
 
@@ -1280,23 +1838,31 @@ def _stored_tensors(paths: list[Path], family: str) -> dict[str, _Stored]:
 def _check_tensors(
     folder: Path, expected: dict[str, list[Tensor]], found: dict[str, _Stored]
 ) -> None:
-    """Raise a ``ValueError`` that names what is missing, unexpected, or of another shape or type."""
+    """Raise a ``ValueError`` that names what is missing, unexpected, or of other shape or type."""
     faults = [f"{name} is missing" for name in expected.keys() - found.keys()]
     faults += [f"{name} is unexpected" for name in found.keys() - expected.keys()]
     for name in expected.keys() & found.keys():
-        shape, stored = _shape(expected[name]), found[name]
-        if stored.shape != shape:
-            faults.append(f"{name} has shape {stored.shape}, expected {shape}")
-        if stored.dtype not in _DTYPES:
-            faults.append(f"{name} has dtype {stored.dtype}, expected one of {', '.join(_DTYPES)}")
+        *rows, _ = expected[name][0].shape
+        shape = (*rows, sum(view.size(-1) for view in expected[name]))
+        if found[name].shape != shape:
+            faults.append(f"{name} has shape {found[name].shape}, expected {shape}")
+        if found[name].dtype not in _DTYPES:
+            faults.append(f"{name} is of {found[name].dtype}, expected {', '.join(_DTYPES)}")
     if faults:
-        more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(f"{folder}: {'; '.join(sorted(faults)[:5])}{more}")
 
 
-def _shape(views: list[Tensor]) -> tuple[int, ...]:
-    *rows, _ = views[0].shape
-    return (*rows, sum(view.size(-1) for view in views))
+def _common_dtype(folder: Path, found: Mapping[str, _Stored]) -> torch.dtype:
+    names = sorted({stored.dtype for stored in found.values()})
+    if len(names) > 1:
+        raise ValueError(f"dtype: expected a choice, as {folder} has {', '.join(names)}, got None")
+    return _DTYPES[names[0]]
+
+
+# %% [markdown]
+# The model is first built on the device `"meta"`, then given memory of its final type on its final
+# device, and filled, tensor by tensor. At no time is there a second copy.
 
 
 # %%
@@ -1308,16 +1874,16 @@ def load_model(
     device: torch.device | str | None = None,
     backend: Backend = "torch",
 ) -> TransformerLM:
-    """Return the model that is in ``folder``, ready to use (``eval``), of a known family.
+    """Return the model that is in ``folder``, ready to use (``eval``).
 
     Only safetensors are read, one tensor after the other, so memory holds the model and one tensor.
-    The ``dtype`` is that of the files unless given. A ``ValueError`` names whatever is wrong: an
-    entry of the configuration, or a tensor that is missing, unexpected, or misshapen.
+    The ``dtype`` is that of the files unless given. A ``ValueError`` names what is wrong: an entry
+    of the configuration that asks for another function, a file, or a tensor.
     """
     folder = Path(folder)
     family, config = _described(folder)
     found = _stored_tensors(_weight_files(folder), family)
-    with torch.device("meta"):  # shapes without memory
+    with torch.device("meta"):
         model = TransformerLM(config, backend)
     head = found.pop("lm_head.weight", None) if config.tie_embeddings else None
     _check_tensors(folder, _disk_tensors(model, family), found)
@@ -1325,31 +1891,27 @@ def load_model(
     _tie(model)
     _fill(_disk_tensors(model, family), found)
     if head is not None:
-        _check_tied(model, head)
+        _check_head(model, head)
     return model.eval()
 
 
 # %%
 #| export
 def _described(folder: Path) -> tuple[str, ModelConfig]:
+    if not folder.is_dir():
+        saved = _beside(folder)
+        hint = f", but a save was interrupted: see {saved[0].name} beside it" if saved else ""
+        raise ValueError(f"{folder}: expected the folder of a model{hint}")
     path = folder / "config.json"
-    entries = _read_json(path)
     try:
-        return _config_from(entries)
+        return _config_from(_read_json(path))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _common_dtype(folder: Path, found: Mapping[str, _Stored]) -> torch.dtype:
-    dtypes = {stored.dtype for stored in found.values()}
-    if len(dtypes) > 1:
-        raise ValueError(f"{folder}: several dtypes ({', '.join(sorted(dtypes))}): choose one")
-    return _DTYPES[dtypes.pop()]
+        text = str(error)
+        raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from None
 
 
 @torch.no_grad()
 def _fill(tensors: Mapping[str, list[Tensor]], found: Mapping[str, _Stored]) -> None:
-    """Copy each tensor from its file into the views that it is made of."""
     for path in sorted({stored.file for stored in found.values()}):
         with _opened(path) as file:
             for name, stored in found.items():
@@ -1360,9 +1922,389 @@ def _fill(tensors: Mapping[str, list[Tensor]], found: Mapping[str, _Stored]) -> 
                         view.copy_(part)
 
 
-def _check_tied(model: TransformerLM, head: _Stored) -> None:
-    """A file may have the tied matrix twice, but only if it is twice the same."""
+def _check_head(model: TransformerLM, head: _Stored) -> None:
+    """A file may have a tied matrix twice, if it is twice the same."""
     with _opened(head.file) as file:
-        stored = file.get_tensor(head.name).to(model.embedding.weight)
-    if not torch.equal(stored, model.embedding.weight):
-        raise ValueError(f"{head.file}: {head.name} differs from the embedding it is tied to")
+        same = torch.equal(
+            file.get_tensor(head.name).to(model.lm_head.weight), model.lm_head.weight
+        )
+    if not same:
+        raise ValueError(f"{head.file}: {head.name} differs from the embedding that it is tied to")
+
+
+# %% [markdown]
+# A round trip, in several files, and then the accidents: each must be found, and its message must
+# name the thing.
+
+# %%
+folder = Path(tempfile.mkdtemp())
+pupil.save_pretrained(folder / "tiny", max_shard_size=300_000)
+print(*sorted(path.name for path in (folder / "tiny").iterdir()), sep="\n")
+back = TransformerLM.from_pretrained(folder / "tiny")
+with torch.no_grad():
+    print("the same logits:", torch.equal(back(ids), pupil(ids)))
+
+# %%
+from safetensors.torch import load_file
+
+pupil.save_pretrained(folder / "whole")
+
+
+def accident(what: str, change, entries: dict | None = None) -> None:
+    broken = Path(shutil.copytree(folder / "whole", folder / "broken"))
+    tensors = load_file(broken / "model.safetensors")
+    described = json.loads((broken / "config.json").read_text()) | (entries or {})
+    (broken / "config.json").write_text(json.dumps(described))
+    change(tensors)
+    save_file(tensors, broken / "model.safetensors")
+    try:
+        TransformerLM.from_pretrained(broken)
+        print(f"{what:18} NOT FOUND")
+    except ValueError as error:
+        print(f"{what:18} {str(error).replace(str(broken), '').lstrip('/: ')}")
+    shutil.rmtree(broken)
+
+
+q = "model.layers.0.self_attn.q_proj.weight"
+accident("a lost tensor", lambda tensors: tensors.pop(q))
+accident("one too many", lambda tensors: tensors.update({"extra": torch.zeros(1)}))
+accident("another shape", lambda tensors: tensors.update({q: tensors[q][:32].clone()}))
+accident("8-bit weights", lambda tensors: tensors.update({q: tensors[q].to(torch.int8)}))
+accident("another norm", lambda tensors: None, {"model_type": "gpt_neox"})
+accident("half a rotation", lambda tensors: None, {"partial_rotary_factor": 0.5})
+
+# %% [markdown]
+# ## Is it the real thing?
+#
+# Each family in both directions. Their class with random weights is saved by their code and opened
+# by ours; ours is saved by our code and opened by theirs. Then both continue a text greedily with
+# their caches. The text is longer than Mistral's window, and Llama's frequencies are stretched.
+
+# %%
+sizes = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,  # large, or random logits are all alike
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+llama3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+llama3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+gpt2_sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 512}
+others = {
+    "GPT-2": transformers.GPT2Config(
+        **gpt2_sizes, initializer_range=0.2, bos_token_id=None, eos_token_id=None
+    ),
+    "Llama": transformers.LlamaConfig(**sizes, rope_parameters=llama3),
+    "Qwen3": transformers.Qwen3Config(**sizes, head_dim=32),
+    "Mistral": transformers.MistralConfig(**sizes, sliding_window=16),
+    "Mixtral": transformers.MixtralConfig(**sizes, num_local_experts=4),
+}
+
+
+# %%
+@torch.no_grad()
+def continue_greedily(model: TransformerLM, prompt: Tensor, n: int) -> Tensor:
+    cache, ids = model.new_cache(len(prompt)), prompt
+    for _ in range(n):
+        logits = model(prompt, cache=cache)
+        prompt = logits[:, -1:].argmax(dim=-1)
+        ids = torch.cat([ids, prompt], dim=1)
+    return ids
+
+
+open_theirs = transformers.AutoModelForCausalLM.from_pretrained
+prompt = torch.randint(512, (2, 40))
+mask = torch.ones_like(prompt)
+for name, config in others.items():
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    theirs.save_pretrained(folder / name)
+    ours = TransformerLM.from_pretrained(folder / name)
+    ours.save_pretrained(folder / f"{name}-ours")
+    again = open_theirs(folder / f"{name}-ours")
+    with torch.no_grad():
+        logits = [model(prompt) for model in (ours, theirs, again)]
+    close = torch.allclose(logits[0], logits[1].logits, atol=1e-4)
+    equal = torch.equal(logits[1].logits, logits[2].logits)
+    text = theirs.generate(prompt, attention_mask=mask, max_new_tokens=40, do_sample=False)
+    greedy = torch.equal(continue_greedily(ours, prompt, 40), text)
+    print(f"{name:8} theirs in ours {close}, ours in theirs {equal}, same greedy text {greedy}")
+
+# %% [markdown]
+# ## How fast is it?
+#
+# Against the same library's Llama with the same weights, on the same batch: a training step, and
+# the greedy continuation of a text with a cache. Most of a step is spent in matrix products and in
+# attention, which both do with the same kernels of PyTorch; what can differ is what lies between
+# them, and in a small model also Python itself.
+
+# %%
+speedy = TransformerLM(
+    ModelConfig.preset(
+        "tiny", d_model=128, n_heads=4, n_layers=4, vocab_size=2048, context_length=256
+    )
+)
+speedy.save_pretrained(folder / "speed")
+theirs = open_theirs(folder / "speed")
+text = torch.randint(2048, (8, 257))
+
+
+def step(model: nn.Module) -> None:
+    output = model(text[:, :-1])
+    logits = output if isinstance(output, Tensor) else output.logits
+    F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()).backward()
+    model.zero_grad()
+
+
+def timed(run: Callable[[], Any], n: int = 5) -> float:
+    times = []
+    for _ in range(n):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+# %% tags=["nbval-ignore-output"]
+start = text[:1, :8]
+ours_step, their_step = timed(lambda: step(speedy)), timed(lambda: step(theirs))
+print(
+    f"training step: {8 * 256 / ours_step:,.0f} tokens/s, {their_step / ours_step:.2f} times theirs"
+)
+options = {"attention_mask": torch.ones_like(start), "max_new_tokens": 64, "do_sample": False}
+ours_text = timed(lambda: continue_greedily(speedy, start, 64), n=3)
+their_text = timed(lambda: theirs.generate(start, **options), n=3)
+print(f"generation:    {64 / ours_text:,.0f} tokens/s, {their_text / ours_text:.1f} times theirs")
+
+# %% [markdown]
+# ## Exercises
+#
+# ````{exercise} Where attention takes over
+# :label: ex-model-crossover
+# *Ten minutes.* Write `crossover(config)`: the length of the sequence, rounded, at which
+# attention's quadratic part is half of all FLOPs in {eq}`model-flops`. Use only
+# `flops_per_token`. Why does it come later for wider models?
+# ````
+
+
+# %% tags=["solution"]
+def crossover(config: ModelConfig) -> int:
+    """Return the number of tokens at which pairs cost as much as parameters."""
+    # C = a + b T, and the two are equal at T = a / b. With M = 12 L d^2 it is 6 d: matrices grow
+    # with the square of the width, attention only with the width.
+    b = flops_per_token(config, 2) - flops_per_token(config, 1)
+    return round(flops_per_token(config, 1) / b - 1)
+
+
+# %% tags=["check"]
+for name, expected in {"gpt2": 6702, "llama3-8b": 28_627, "qwen3-0.6b": 5197}.items():
+    config = ModelConfig.preset(name)
+    tokens = crossover(config)
+    pairs = flops_per_token(config, 2 * tokens) - flops_per_token(config, tokens)
+    share = pairs / flops_per_token(config, tokens)
+    assert abs(share - 0.5) < 1e-3, (
+        f"{name}: at {tokens} tokens attention has a share of {share:.3f}"
+    )
+    assert abs(tokens - expected) <= 1, f"{name}: {expected} tokens, got {tokens}"
+
+# %% [markdown]
+# ````{exercise} What fits on the card
+# :label: ex-model-fit
+# *Fifteen minutes.* A card has `memory` bytes. Write `tokens_that_fit(config, memory, batch_size)`:
+# for weights and cache in bfloat16, how many tokens of each row fit beside the weights, at most
+# the context length? What has no room for the weights fits 0. Mind the sliding window. How many
+# rows of 8,192 tokens does Llama 3 with 8 billion parameters take on a card of 24 GB?
+# ````
+
+
+# %% tags=["solution"]
+def tokens_that_fit(config: ModelConfig, memory: int, batch_size: int) -> int:
+    """Return how many tokens of ``batch_size`` rows fit into ``memory`` bytes with the weights."""
+    # Seven rows: 16.1 GB are weights, and a row of 8,192 tokens takes 1.07 GB of the other 7.9.
+    room = memory - 2 * count_parameters(config)
+    if room >= cache_bytes(config, batch_size, config.context_length):
+        return config.context_length
+    return max(0, room // cache_bytes(config, batch_size, 1))
+
+
+# %% tags=["check"]
+for name, memory, rows in (
+    ("llama3-8b", 24 * 10**9, 7),
+    ("llama3-8b", 24 * 10**9, 8),
+    ("llama3-8b", 10**9, 1),
+    ("mistral-7b", 16 * 10**9, 2),
+    ("llama2-7b", 14 * 10**9, 1),
+    ("gpt2", 10**9, 3),
+):
+    config = ModelConfig.preset(name)
+    tokens, weights = tokens_that_fit(config, memory, rows), 2 * count_parameters(config)
+    fits = [weights <= memory]
+    fits += [weights + cache_bytes(config, rows, t) <= memory for t in (max(tokens, 1), tokens + 1)]
+    whole = tokens == config.context_length
+    assert 0 <= tokens <= config.context_length, f"{name}: {tokens} is no length of a row"
+    assert tokens == 0 or fits[1], f"{name}, {rows} rows: {tokens} tokens do not fit"
+    assert whole or not fits[2], f"{name}, {rows} rows: one more than {tokens} would fit"
+
+# %% [markdown]
+# ````{exercise} A loss without all the logits
+# :label: ex-model-chunks
+# *Half an hour.* The logits of a long batch can take more memory than the model. Write
+# `chunked_loss(model, ids, targets, chunk)`: the mean cross-entropy over all targets but those of
+# -100, with the same gradients, but never with logits for more than `chunk` tokens at once, not
+# even for the backward pass. `torch.utils.checkpoint.checkpoint` computes a function again in the
+# backward pass instead of keeping what it needs. What is paid for the memory?
+# ````
+
+
+# %% tags=["solution"]
+def chunked_loss(model: TransformerLM, ids: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    """Return the mean cross-entropy, with at most ``chunk`` rows of logits at a time."""
+    # The products of the head are done once more: for each of its entries 8 operations, not 6.
+    from torch.utils.checkpoint import checkpoint
+
+    def piece(hidden: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(model.lm_head(hidden), wanted, reduction="sum")
+
+    hidden, wanted = model.hidden_states(ids).flatten(0, 1), targets.flatten()
+    pieces = zip(hidden.split(chunk), wanted.split(chunk), strict=True)
+    total = sum(checkpoint(piece, *pair, use_reentrant=False) for pair in pieces)
+    return total / (wanted != -100).sum()
+
+
+# %% tags=["check"]
+seed_everything(0)
+model = TransformerLM(ModelConfig.preset("tiny", vocab_size=1000))
+context, wanted = torch.randint(1000, (4, 32)), torch.randint(1000, (4, 32))
+wanted[1, 20:] = -100
+biggest = []
+
+
+def weigh(tensor: Tensor) -> Tensor:
+    biggest.append(tensor.numel())
+    return tensor
+
+
+plain = F.cross_entropy(model(context).flatten(0, 1), wanted.flatten())
+expected = torch.autograd.grad(plain, list(model.parameters()))
+with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
+    loss = chunked_loss(model, context, wanted, chunk=10)
+assert torch.allclose(loss, plain, atol=1e-5), f"the loss is {plain:.4f}, got {loss:.4f}"
+assert max(biggest) < 128 * 1000, "logits of all tokens are kept for the backward pass"
+for g, e in zip(torch.autograd.grad(loss, list(model.parameters())), expected, strict=True):
+    assert torch.allclose(g, e, atol=1e-5), "a gradient is another"
+
+# %% [markdown]
+# ````{exercise} Grow a model
+# :label: ex-model-deepen
+# *Half an hour.* A trained model shall get more layers without forgetting {cite}`chen2016net2net`.
+# Write `deepen(model, n_layers)`: a model with `n_layers` blocks that computes the same function as
+# `model`, of which it keeps all parameters; the new blocks come last, and can be trained. Which of
+# their matrices get a gradient in the first step?
+# ````
+
+
+# %% tags=["solution"]
+def deepen(model: TransformerLM, n_layers: int) -> TransformerLM:
+    """Return a copy of ``model`` with more blocks that add nothing yet."""
+    # A block that writes zeros is the identity. The writing matrices o_proj and down_proj get a
+    # gradient at once; the others only after these have left zero.
+    deeper = TransformerLM(ModelConfig.from_dict(model.config.to_dict() | {"n_layers": n_layers}))
+    deeper.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        for block in deeper.blocks[model.config.n_layers :]:
+            block.attention.o_proj.weight.zero_()
+            block.feed_forward.down_proj.weight.zero_()
+    return deeper
+
+
+# %% tags=["check"]
+deeper = deepen(pupil, 5)
+assert len(deeper.blocks) == deeper.config.n_layers == 5, "five blocks, in the configuration, too"
+assert torch.allclose(deeper(ids), pupil(ids), atol=1e-5), "the function is another"
+for name, parameter in pupil.named_parameters():
+    kept = deeper.get_parameter(name)
+    assert torch.equal(kept, parameter), f"{name} is another"
+    assert kept is not parameter, (
+        f"{name} is shared with the old model, and would be trained with it"
+    )
+deeper(ids).square().sum().backward()
+for block in deeper.blocks[3:]:
+    assert block.attention.o_proj.weight.grad.any(), "a new block learns nothing"
+    assert block.attention.q_proj.weight.any(), "all zero: such a block never begins to learn"
+
+# %% [markdown]
+# ````{exercise} Open another family
+# :label: ex-model-phi3
+# *Three quarters of an hour.* Phi-3 {cite}`abdin2024phi3` is a Llama whose file has the matrices of
+# q, k and v as one, `qkv_proj`, one below the other, and those of gate and up as `gate_up_proj`.
+# Write `read_phi3(folder)`, which opens such a folder as our model. You may write a folder of
+# your own and open that.
+# ````
+
+
+# %% tags=["solution"]
+def read_phi3(folder: Path) -> TransformerLM:
+    """Return the Phi-3 in ``folder``."""
+    entries = json.loads((folder / "config.json").read_text())
+    width = entries["hidden_size"] // entries["num_attention_heads"]
+    heads = [entries[f"num_{kind}_heads"] * width for kind in ("attention", "key_value")]
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        parts = {name: tensor}
+        if "qkv_proj" in name:
+            pieces = zip("qkv", tensor.split([heads[0], heads[1], heads[1]]), strict=True)
+            parts = {name.replace("qkv", kind): piece for kind, piece in pieces}
+        if "gate_up_proj" in name:
+            gate, up = tensor.chunk(2)
+            parts = {name.replace("gate_up", "gate"): gate, name.replace("gate_up", "up"): up}
+        tensors |= {key: part.contiguous() for key, part in parts.items()}
+    with tempfile.TemporaryDirectory() as place:
+        save_file(tensors, Path(place, "model.safetensors"))
+        Path(place, "config.json").write_text(json.dumps(entries | {"model_type": "llama"}))
+        return TransformerLM.from_pretrained(place)
+
+
+# %% tags=["check"]
+for n_kv_heads in (4, 2):
+    config = transformers.Phi3Config(**sizes | {"num_key_value_heads": n_kv_heads}, pad_token_id=0)
+    theirs = transformers.Phi3ForCausalLM(config).eval()
+    theirs.save_pretrained(folder / "phi3")
+    ours = read_phi3(folder / "phi3")
+    with torch.no_grad():
+        same = torch.allclose(ours(prompt), theirs(prompt).logits, atol=1e-4)
+    assert same, f"other logits with {n_kv_heads} heads of keys"
+    shutil.rmtree(folder / "phi3")
+
+# %% tags=["remove-cell"]
+shutil.rmtree(folder, ignore_errors=True)
+
+# %% [markdown]
+# ## Summary
+#
+# A language model is an embedding, a stack of blocks, a normalization and a head. One class with a
+# checked configuration is GPT-2, Llama, Qwen, Mistral or Mixtral. It starts with a loss of
+# $\ln V + \frac12$; nothing reaches an output from the future or from another document; caches and
+# packing change nothing. A tied matrix gets the sum of two gradients. Parameters follow from sizes
+# exactly; a token costs $6M$ operations and a part that grows with the length of the text; training
+# keeps 16 bytes a parameter and some $16 d$ to $19 d$ numbers for each token and layer; use keeps
+# $2 L h_{kv} d_h$ numbers a token. Views make one table serve for saving and loading, folders are
+# replaced as a whole, and nothing that a foreign folder says is believed without a look.
+#
+# **Checklist: before a new model is trained.**
+#
+# - Count it: `count_parameters`, `flops_per_token`, `training_memory`; and `cache_bytes`, for use.
+# - A vocabulary of more than a tenth of all parameters: tie it.
+# - Many readers at once, or long texts: fewer heads of keys, or a window.
+# - First loss near $\ln V + \sigma^2/2$; an influence map without a future; one batch by heart.
+# - Logits that take more memory than the layers: a loss in pieces.
+# - Keep to a family that others can open, unless a difference is what you study.
+#
+# **Further reading.** Kaplan and colleagues {cite}`kaplan2020scaling` count operations,
+# Korthikanti and colleagues {cite}`korthikanti2023reducing` activations, Pope and colleagues
+# {cite}`pope2023efficiently` what it takes to serve a large model. Next, chapter 12 turns to the
+# loss, and to the optimizers that make it small.

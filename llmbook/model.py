@@ -5,9 +5,9 @@ counted, saved, and opened from the files that the rest of the world uses."""
 
 # %% auto #0
 __all__ = ['PRESETS', 'ModelConfig', 'Transformer', 'TransformerLM', 'parameter_counts', 'count_parameters', 'flops_per_token',
-           'cache_bytes', 'model_type', 'save_model', 'load_model']
+           'activation_bytes', 'training_memory', 'cache_bytes', 'model_type', 'save_model', 'load_model']
 
-# %% ../chapters/11_model.ipynb #125aba8f
+# %% ../chapters/11_model.ipynb #25b130b0
 import json
 import math
 import os
@@ -21,7 +21,7 @@ from functools import partial
 from glob import escape
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -31,30 +31,20 @@ from torch import Tensor, nn
 
 from .attention import Backend, KVCache, MultiHeadAttention, attention_mask, causal_mask
 from .batches import document_mask
-from llmbook.blocks import (
-    ACTIVATIONS,
-    FeedForward,
-    LayerNorm,
-    MixtureOfExperts,
-    RMSNorm,
-    TransformerBlock,
-    _GATES,
-    _check_choice,
-    _check_probability,
-    default_d_ff,
-    initialize_weights,
-)
+from .blocks import _GATES, ACTIVATIONS, FeedForward, LayerNorm, MixtureOfExperts
+from .blocks import RMSNorm, TransformerBlock, _check_choice, _check_probability
+from .blocks import default_d_ff, initialize_weights
 from .corpus import _check_at_least
 from .positions import LearnedEmbedding, RopeScaling, RotaryEmbedding, SinusoidalEmbedding
 
-# %% ../chapters/11_model.ipynb #8ab19d73
+# %% ../chapters/11_model.ipynb #07039f6f
 _DERIVED: Any = None  # the default of a field that `_derive` fills in
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Fields:
     vocab_size: int
-    context_length: int  # the longest sequence, in tokens
+    context_length: int  # the longest sequence
     d_model: int
     n_layers: int
     n_heads: int
@@ -68,20 +58,20 @@ class _Fields:
     rope_base: int | float = 10_000.0
     rope_scaling: RopeScaling | None = None
     norm: str = "rmsnorm"  # or layernorm
-    norm_eps: float = 1e-5
+    norm_eps: int | float = 1e-5
     norm_position: str = "pre"  # or post
     activation: str = "swiglu"  # or another of llmbook.blocks.ACTIVATIONS
     bias: bool = False  # of linear layers, but for router and head, and of LayerNorm
     qkv_bias: bool = _DERIVED  # bias
     qk_norm: bool = False
-    sliding_window: int | None = None  # tokens that attention sees, its own included
+    sliding_window: int | None = None  # how far attention sees, the token itself included
     tie_embeddings: bool = False
     dropout: int | float = 0.0
 
-# %% ../chapters/11_model.ipynb #df3070e3
+# %% ../chapters/11_model.ipynb #f0dde0be
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(_Fields):
-    """What a `TransformerLM` is: every size and every choice, checked.
+    """What a ``TransformerLM`` is: every size and every choice, checked.
 
     What is left out follows from the rest: ``n_kv_heads`` is ``n_heads``, ``d_head`` is
     ``d_model / n_heads``, ``d_ff`` is ``default_d_ff``, ``qkv_bias`` is ``bias``. What no model can
@@ -108,7 +98,17 @@ class ModelConfig(_Fields):
         """Return all fields as numbers, texts and dictionaries, fit for JSON."""
         return asdict(self)
 
-# %% ../chapters/11_model.ipynb #5af6a035
+# %% ../chapters/11_model.ipynb #71ef504c
+def _check_types(config: _Fields) -> None:
+    for field in fields(config):
+        value, kind = getattr(config, field.name), cast(type, field.type)
+        if value is None and field.default is None:
+            continue
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
+            name = getattr(kind, "__name__", str(kind))
+            raise ValueError(f"{field.name}: expected {name}, got {value!r}")
+
+
 def _checked_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries as arguments of ``ModelConfig``; what is unknown or missing is named."""
     given = dict(entries)
@@ -117,40 +117,22 @@ def _checked_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
     if missing := [name for name in _REQUIRED if name not in given]:
         raise ValueError(f"{missing[0]}: expected a number, but it is missing")
     if isinstance(given.get("rope_scaling"), Mapping):
-        given["rope_scaling"] = _scaling_from(given["rope_scaling"])
+        try:
+            given["rope_scaling"] = RopeScaling(**given["rope_scaling"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"rope_scaling: {error}") from None
     return given
 
-
-def _scaling_from(entries: Mapping[str, Any]) -> RopeScaling:
-    try:
-        return RopeScaling(**entries)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"rope_scaling: {error}") from None
-
-
-def _check_types(config: _Fields) -> None:
-    for field in fields(config):
-        value, kind = getattr(config, field.name), field.type
-        if value is None and field.default is None:
-            continue
-        kind = int | float if kind is float else kind
-        if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):  # type: ignore[arg-type]
-            name = getattr(kind, "__name__", str(kind))
-            raise ValueError(f"{field.name}: expected {name}, got {value!r}")
-
-# %% ../chapters/11_model.ipynb #f30316b5
+# %% ../chapters/11_model.ipynb #38d9b1fa
 _REQUIRED = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads")
 
 
 def _derive(config: ModelConfig) -> None:
-    """Fill in what was left out."""
     _check_at_least(**{name: (1, getattr(config, name)) for name in _REQUIRED})
-    if config.d_head is None and config.d_model % config.n_heads:
-        raise ValueError(
-            f"n_heads: expected a divisor of d_model = {config.d_model}, unless d_head is given, "
-            f"got {config.n_heads}"
-        )
     _check_choice("activation", config.activation, ACTIVATIONS)
+    if config.d_head is None and config.d_model % config.n_heads:
+        expected = f"a divisor of d_model = {config.d_model}, unless d_head is given"
+        raise ValueError(f"n_heads: expected {expected}, got {config.n_heads}")
     derived = {
         "n_kv_heads": config.n_heads,
         "d_head": config.d_model // config.n_heads,
@@ -159,16 +141,15 @@ def _derive(config: ModelConfig) -> None:
     }
     for name, value in derived.items():
         if getattr(config, name) is None:
-            object.__setattr__(config, name, value)  # the dataclass is frozen, but not yet done
+            object.__setattr__(config, name, value)  # frozen, but not yet finished
 
-# %% ../chapters/11_model.ipynb #8e50fbcf
+# %% ../chapters/11_model.ipynb #4e8e52b3
 def _check_config(config: ModelConfig) -> None:
-    """Raise a ``ValueError`` for sizes and choices that cannot be, alone or together."""
     sizes = {name: (1, getattr(config, name)) for name in ("n_kv_heads", "d_head", "d_ff")}
     _check_at_least(**sizes, sliding_window=(1, config.sliding_window))
     if config.n_heads % config.n_kv_heads:
-        expected = f"expected a divisor of n_heads = {config.n_heads}"
-        raise ValueError(f"n_kv_heads: {expected}, got {config.n_kv_heads}")
+        expected = f"a divisor of n_heads = {config.n_heads}"
+        raise ValueError(f"n_kv_heads: expected {expected}, got {config.n_kv_heads}")
     _check_choice("positions", config.positions, ("rope", "learned", "sinusoidal", "none"))
     _check_choice("norm", config.norm, ("rmsnorm", "layernorm"))
     _check_choice("norm_position", config.norm_position, ("pre", "post"))
@@ -180,113 +161,65 @@ def _check_config(config: ModelConfig) -> None:
 
 
 def _check_positions(config: ModelConfig) -> None:
-    rope = config.positions == "rope"
-    if rope and config.d_head % 2:
-        raise ValueError(f"d_head: expected an even number for rope, got {config.d_head}")
-    if config.positions == "sinusoidal" and config.d_model % 2:
-        raise ValueError(f"d_model: expected an even number for sinusoids, got {config.d_model}")
+    kind = config.positions
+    for name, needed in (("d_head", kind == "rope"), ("d_model", kind == "sinusoidal")):
+        if needed and getattr(config, name) % 2:
+            value = getattr(config, name)
+            raise ValueError(f"{name}: expected an even number for {kind!r}, got {value}")
     if not 1 < config.rope_base < math.inf:
         raise ValueError(f"rope_base: expected a number above 1, got {config.rope_base}")
-    if config.rope_scaling is not None and not rope:
-        expected = f"None where positions are {config.positions!r}"
+    if config.rope_scaling is not None and kind != "rope":
+        expected = f"None where positions are {kind!r}"
         raise ValueError(f"rope_scaling: expected {expected}, got {config.rope_scaling}")
 
-
+# %% ../chapters/11_model.ipynb #43fb549a
 def _check_experts(config: ModelConfig) -> None:
     _check_at_least(n_experts=(0, config.n_experts), d_shared=(0, config.d_shared))
     least = 1 if config.n_experts else 0
     if not least <= config.n_active_experts <= config.n_experts:
-        expected = f"expected {least} to n_experts = {config.n_experts}"
-        raise ValueError(f"n_active_experts: {expected}, got {config.n_active_experts}")
+        expected = f"{least} to n_experts = {config.n_experts}"
+        raise ValueError(f"n_active_experts: expected {expected}, got {config.n_active_experts}")
     if config.d_shared and not config.n_experts:
         raise ValueError(f"d_shared: expected 0 without experts, got {config.d_shared}")
     if config.n_experts and config.bias:
         raise ValueError("bias: expected False with experts, which have none, got True")
 
-# %% ../chapters/11_model.ipynb #b9028e20
-_LLAMA3 = {"norm_eps": 1e-5, "rope_base": 500_000.0, "vocab_size": 128_256}
+# %% ../chapters/11_model.ipynb #adf766b6
+_SIZES = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
+PRESETS: dict[str, dict[str, Any]] = {}
 
 
-def _gpt2(d_model: int, n_layers: int, n_heads: int) -> dict[str, Any]:
-    return {
-        "vocab_size": 50_257,
-        "context_length": 1024,
-        "d_model": d_model,
-        "n_layers": n_layers,
-        "n_heads": n_heads,
-        "positions": "learned",
-        "norm": "layernorm",
-        "activation": "gelu_tanh",
-        "bias": True,
-        "tie_embeddings": True,
-        "dropout": 0.1,
-    }
+def _add_preset(name: str, *sizes: int, **choices: Any) -> None:
+    PRESETS[name] = {**dict(zip(_SIZES, sizes, strict=False)), **choices}
 
 
-def _modern(
-    vocab_size: int, context_length: int, sizes: tuple[int, ...], **more: Any
-) -> dict[str, Any]:
-    """RoPE, RMSNorm and SwiGLU; ``sizes`` are width, layers, heads, heads of keys, inner width."""
-    names = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
-    return {
-        "vocab_size": vocab_size,
-        "context_length": context_length,
-        **dict(zip(names, sizes, strict=True)),
-        **more,
-    }
+_OLD = {"positions": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True}
+_OLD |= {"tie_embeddings": True, "dropout": 0.1}
+_add_preset("tiny", 512, 128, 64, 3, 2)
+_add_preset("gpt2", 50_257, 1024, 768, 12, 12, **_OLD)
+_add_preset("gpt2-medium", 50_257, 1024, 1024, 24, 16, **_OLD)
+_add_preset("gpt2-large", 50_257, 1024, 1280, 36, 20, **_OLD)
+_add_preset("gpt2-xl", 50_257, 1024, 1600, 48, 25, **_OLD)
 
-# %% ../chapters/11_model.ipynb #92e99c1f
-def _llama3_scaling(factor: float) -> RopeScaling:
-    return RopeScaling("llama3", factor, original_context_length=8192)
-
-
+# %% ../chapters/11_model.ipynb #8577cf91
 _LLAMA3 = {"rope_base": 500_000.0}
-_QWEN = {"rope_base": 1_000_000.0, "norm_eps": 1e-6}
-_LONG = 131_072
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": _modern(512, 128, (64, 3, 2, 2, 176)),
-    "gpt2": _gpt2(768, 12, 12),
-    "gpt2-medium": _gpt2(1024, 24, 16),
-    "gpt2-large": _gpt2(1280, 36, 20),
-    "gpt2-xl": _gpt2(1600, 48, 25),
-    "llama2-7b": _modern(32_000, 4096, (4096, 32, 32, 32, 11_008)),
-    "llama3-8b": _modern(128_256, 8192, (4096, 32, 32, 8, 14_336), **_LLAMA3),
-    "llama3-70b": _modern(128_256, 8192, (8192, 80, 64, 8, 28_672), **_LLAMA3),
-    "llama3.1-8b": _modern(
-        128_256, _LONG, (4096, 32, 32, 8, 14_336), **_LLAMA3, rope_scaling=_llama3_scaling(8.0)
-    ),
-    "llama3.2-1b": _modern(
-        128_256,
-        _LONG,
-        (2048, 16, 32, 8, 8192),
-        **_LLAMA3,
-        rope_scaling=_llama3_scaling(32.0),
-        tie_embeddings=True,
-    ),
-    "qwen2.5-0.5b": _modern(
-        151_936, 32_768, (896, 24, 14, 2, 4864), **_QWEN, qkv_bias=True, tie_embeddings=True
-    ),
-    "qwen3-0.6b": _modern(
-        151_936,
-        40_960,
-        (1024, 28, 16, 8, 3072),
-        **_QWEN,
-        d_head=128,
-        qk_norm=True,
-        tie_embeddings=True,
-    ),
-    "mistral-7b": _modern(32_000, 32_768, (4096, 32, 32, 8, 14_336), sliding_window=4096),
-    "mixtral-8x7b": _modern(
-        32_000,
-        32_768,
-        (4096, 32, 32, 8, 14_336),
-        rope_base=1_000_000.0,
-        n_experts=8,
-        n_active_experts=2,
-    ),
-}
+_LLAMA31, _LLAMA32 = (
+    _LLAMA3 | {"rope_scaling": RopeScaling("llama3", factor, original_context_length=8192)}
+    for factor in (8.0, 32.0)
+)
+_QWEN = {"rope_base": 1_000_000.0, "norm_eps": 1e-6, "tie_embeddings": True}
+_add_preset("llama2-7b", 32_000, 4096, 4096, 32, 32, 32, 11_008)
+_add_preset("llama3-8b", 128_256, 8192, 4096, 32, 32, 8, 14_336, **_LLAMA3)
+_add_preset("llama3-70b", 128_256, 8192, 8192, 80, 64, 8, 28_672, **_LLAMA3)
+_add_preset("llama3.1-8b", 128_256, 131_072, 4096, 32, 32, 8, 14_336, **_LLAMA31)
+_add_preset("llama3.2-1b", 128_256, 131_072, 2048, 16, 32, 8, 8192, **_LLAMA32, tie_embeddings=True)
+_add_preset("qwen2.5-0.5b", 151_936, 32_768, 896, 24, 14, 2, 4864, **_QWEN, qkv_bias=True)
+_add_preset("qwen3-0.6b", 151_936, 40_960, 1024, 28, 16, 8, 3072, **_QWEN, d_head=128, qk_norm=True)
+_add_preset("mistral-7b", 32_000, 32_768, 4096, 32, 32, 8, 14_336, sliding_window=4096)
+_EXPERTS = {"n_experts": 8, "n_active_experts": 2, "rope_base": 1_000_000.0}
+_add_preset("mixtral-8x7b", 32_000, 32_768, 4096, 32, 32, 8, 14_336, **_EXPERTS)
 
-# %% ../chapters/11_model.ipynb #65709ff6
+# %% ../chapters/11_model.ipynb #4eed45ca
 def _norm(config: ModelConfig, backend: Backend) -> Callable[[int], nn.Module]:
     """Return what makes a normalization of a given width."""
     if config.norm == "layernorm":
@@ -294,40 +227,42 @@ def _norm(config: ModelConfig, backend: Backend) -> Callable[[int], nn.Module]:
     return partial(RMSNorm, eps=config.norm_eps, backend=backend)
 
 
-def _block(config: ModelConfig, backend: Backend) -> TransformerBlock:
-    norm = _norm(config, backend)
-    attention = MultiHeadAttention(
+def _last_norm(config: ModelConfig, backend: Backend) -> nn.Module:
+    post = config.norm_position == "post"
+    return nn.Identity() if post else _norm(config, backend)(config.d_model)
+
+
+def _attention(config: ModelConfig, backend: Backend) -> MultiHeadAttention:
+    return MultiHeadAttention(
         config.d_model,
         config.n_heads,
         n_kv_heads=config.n_kv_heads,
         d_head=config.d_head,
         bias=config.qkv_bias,
         output_bias=config.bias,
-        qk_norm=norm if config.qk_norm else None,
+        qk_norm=_norm(config, backend) if config.qk_norm else None,
         dropout=config.dropout,
         backend=backend,
     )
+
+# %% ../chapters/11_model.ipynb #0901f553
+def _feed_forward(config: ModelConfig) -> FeedForward | MixtureOfExperts:
+    sizes, activation = (config.d_model, config.d_ff), config.activation
+    if not config.n_experts:
+        return FeedForward(*sizes, activation=activation, bias=config.bias)
+    experts = config.n_experts, config.n_active_experts
+    return MixtureOfExperts(*sizes, *experts, activation=activation, d_shared=config.d_shared)
+
+
+def _block(config: ModelConfig, backend: Backend) -> TransformerBlock:
     return TransformerBlock(
         config.d_model,
-        attention,
+        _attention(config, backend),
         _feed_forward(config),
-        norm=norm,
+        norm=_norm(config, backend),
         norm_position="post" if config.norm_position == "post" else "pre",
         dropout=config.dropout,
     )
-
-# %% ../chapters/11_model.ipynb #77fd9ef1
-def _feed_forward(config: ModelConfig) -> FeedForward | MixtureOfExperts:
-    sizes = config.d_model, config.d_ff
-    if config.n_experts:
-        return MixtureOfExperts(
-            *sizes,
-            config.n_experts,
-            config.n_active_experts,
-            activation=config.activation,
-            d_shared=config.d_shared,
-        )
-    return FeedForward(*sizes, activation=config.activation, bias=config.bias)
 
 
 def _absolute(config: ModelConfig) -> LearnedEmbedding | SinusoidalEmbedding | None:
@@ -340,21 +275,7 @@ def _rotary(config: ModelConfig) -> RotaryEmbedding | None:
     rope = config.positions == "rope"
     return RotaryEmbedding(config.d_head, config.rope_base, config.rope_scaling) if rope else None
 
-# %% ../chapters/11_model.ipynb #8be67b7e
-def _places(ids: Tensor) -> Int64[Tensor, "1 sequence"]:
-    return torch.arange(ids.size(1), device=ids.device)[None]
-
-
-def _places_in_documents(
-    document_ids: Int64[Tensor, "batch sequence"],
-) -> Int64[Tensor, "batch sequence"]:
-    """Count from 0 in each run of equal ids."""
-    places = _places(document_ids)
-    begins = document_ids != document_ids.roll(1, dims=1)
-    begins[:, 0] = True
-    return places - torch.where(begins, places, 0).cummax(dim=1).values
-
-
+# %% ../chapters/11_model.ipynb #a3fb9641
 def _positions_and_mask(
     config: ModelConfig,
     ids: Int64[Tensor, "batch sequence"],
@@ -362,45 +283,77 @@ def _positions_and_mask(
     document_ids: Int64[Tensor, "batch sequence"] | None,
 ) -> tuple[Int64[Tensor, "#batch sequence"], Bool[Tensor, "..."] | None]:
     """Return where each token stands and what it may attend to; no mask means the causal one."""
-    window = config.sliding_window
+    sequence, window = ids.size(1), config.sliding_window
     if document_ids is not None:
         positions = _places_in_documents(document_ids) if position_ids is None else position_ids
         mask = document_mask(document_ids)
-        cut = None if window is None else causal_mask(ids.size(1), window, ids.device)
-        return positions, mask if cut is None else mask & cut
+        return positions, mask if window is None else mask & causal_mask(
+            sequence, window, ids.device
+        )
     if position_ids is not None:
         return position_ids, attention_mask(position_ids, position_ids, window)
-    if window is None or ids.size(1) <= window:
-        return _places(ids), None
-    return _places(ids), causal_mask(ids.size(1), window, ids.device)
-
-# %% ../chapters/11_model.ipynb #16b5cb43
-def _continued(
-    cache: KVCache, ids: Tensor, position_ids: Tensor | None
-) -> tuple[Int64[Tensor, "#batch sequence"], Bool[Tensor, "..."] | None]:
-    """The same with a cache, which knows the positions that come next."""
-    if position_ids is None:
-        positions = cache.next_positions(ids.size(1))
-        return positions, cache.extend(ids.size(1))
-    return position_ids, cache.extend(position_ids)
+    places = torch.arange(sequence, device=ids.device)[None]
+    cut = window is not None and sequence > window
+    return places, causal_mask(sequence, window, ids.device) if cut else None
 
 
+def _places_in_documents(
+    document_ids: Int64[Tensor, "batch sequence"],
+) -> Int64[Tensor, "batch sequence"]:
+    """Count from 0 in each run of equal ids."""
+    places = torch.arange(document_ids.size(1), device=document_ids.device)
+    begins = document_ids != document_ids.roll(1, dims=1)
+    begins[:, 0] = True
+    return places - torch.where(begins, places, 0).cummax(dim=1).values
+
+# %% ../chapters/11_model.ipynb #771113e3
 def _check_input(
-    config: ModelConfig, ids: Tensor, document_ids: Tensor | None, cache: KVCache | None
+    config: ModelConfig,
+    ids: Tensor,
+    cache: KVCache | None,
+    alongside: dict[str, Tensor | None],
 ) -> None:
-    """Check what can be known without looking at the ids, which may be on their way on a GPU."""
     if ids.dtype != torch.int64 or ids.ndim != 2:
-        got = f"{ids.ndim} dimensions of {ids.dtype}"
+        got = f"{tuple(ids.shape)} of {ids.dtype}"
         raise ValueError(f"ids: expected (batch, sequence) of torch.int64, got {got}")
-    if ids.size(1) > config.context_length:
-        raise ValueError(
-            f"ids: expected at most context_length = {config.context_length} tokens, "
-            f"got {ids.size(1)}"
-        )
-    if cache is not None and document_ids is not None:
-        raise ValueError("document_ids: expected None with a cache, which holds one text a row")
+    if not 0 < ids.size(1) <= config.context_length:
+        expected = f"1 to context_length = {config.context_length} tokens"
+        raise ValueError(f"ids: expected {expected}, got {ids.size(1)}")
+    for name, given in alongside.items():
+        shapes = {tuple(ids.shape)} | ({(1, ids.size(1))} if name == "position_ids" else set())
+        if given is not None and (given.dtype != torch.int64 or tuple(given.shape) not in shapes):
+            got = f"{tuple(given.shape)} of {given.dtype}"
+            raise ValueError(f"{name}: expected {tuple(ids.shape)} of torch.int64, got {got}")
+    if cache is not None and alongside["document_ids"] is not None:
+        raise ValueError("document_ids: expected None with a cache, which has one text in a row")
 
-# %% ../chapters/11_model.ipynb #7a33b559
+# %% ../chapters/11_model.ipynb #75182dff
+def _entrance(
+    model: "Transformer",
+    ids: Tensor,
+    position_ids: Tensor | None,
+    document_ids: Tensor | None,
+    cache: KVCache | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
+    """Return what enters the blocks, worked out once: vectors, rotations, mask."""
+    given = {"position_ids": position_ids, "document_ids": document_ids}
+    _check_input(model.config, ids, cache, given)
+    try:
+        x = model.embedding(ids)
+    except IndexError:
+        expected = f"0 to {model.config.vocab_size - 1}"
+        got = f"{int(ids.min())} to {int(ids.max())}"
+        raise ValueError(f"ids: expected {expected}, got {got}") from None
+    if cache is None:
+        positions, mask = _positions_and_mask(model.config, ids, position_ids, document_ids)
+    else:
+        positions = cache.next_positions(ids.size(1)) if position_ids is None else position_ids
+        mask = cache.extend(ids.size(1) if position_ids is None else position_ids)
+    if model.positions is not None:
+        x = x + model.positions(positions).to(x.dtype)
+    return model.dropout(x), None if model.rope is None else model.rope(positions), mask
+
+# %% ../chapters/11_model.ipynb #777187b1
 class Transformer(nn.Module):
     """From token ids to one vector for each token: everything but the head."""
 
@@ -421,52 +374,17 @@ class Transformer(nn.Module):
         document_ids: Int64[Tensor, "batch sequence"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "batch sequence d_model"]:
-        """Return the vectors that the head reads, after the last normalization."""
+        """Return the vectors that the head reads.
+
+        Positions count from 0, in each document if there are ``document_ids``, or go on from the
+        ``cache``. A position of -1 is padding: nothing attends to it.
+        """
         x, rope, mask = _entrance(self, ids, position_ids, document_ids, cache)
         for layer, block in enumerate(self.blocks):
             x = block(x, rope=rope, mask=mask, cache=None if cache is None else cache[layer])
         return self.norm(x)
 
-    def balance_loss(self) -> Float[Tensor, ""]:
-        """Return the balance losses of the last pass, summed over blocks with experts, else 0."""
-        return _balance_loss(self)
-
-# %% ../chapters/11_model.ipynb #5c567365
-def _last_norm(config: ModelConfig, backend: Backend) -> nn.Module:
-    if config.norm_position == "post":  # the last block has normalized already
-        return nn.Identity()
-    return _norm(config, backend)(config.d_model)
-
-
-def _entrance(
-    model: Transformer,
-    ids: Tensor,
-    position_ids: Tensor | None,
-    document_ids: Tensor | None,
-    cache: KVCache | None,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
-    """What enters the blocks: vectors, rotations, mask; worked out once, not in each block."""
-    _check_input(model.config, ids, document_ids, cache)
-    if cache is None:
-        positions, mask = _positions_and_mask(model.config, ids, position_ids, document_ids)
-    else:
-        positions, mask = _continued(cache, ids, position_ids)
-    try:
-        x = model.embedding(ids)
-    except IndexError:  # on a GPU, where nobody waits for an answer, the kernel itself asserts
-        expected = f"expected 0 to {model.config.vocab_size - 1}"
-        raise ValueError(f"ids: {expected}, got {int(ids.min())} to {int(ids.max())}") from None
-    if model.positions is not None:
-        x = x + model.positions(positions).to(x.dtype)
-    return model.dropout(x), None if model.rope is None else model.rope(positions), mask
-
-
-def _balance_loss(model: Transformer) -> Float[Tensor, ""]:
-    layers = [block.feed_forward for block in model.blocks]
-    losses = [layer.balance_loss for layer in layers if isinstance(layer, MixtureOfExperts)]
-    return torch.stack(losses).sum() if losses else model.embedding.weight.new_zeros(())
-
-# %% ../chapters/11_model.ipynb #69185e09
+# %% ../chapters/11_model.ipynb #64830d4f
 class TransformerLM(Transformer):
     """A language model: from token ids to the logits of the next token, at every position."""
 
@@ -486,31 +404,39 @@ class TransformerLM(Transformer):
         """Return an empty cache for rows of ``capacity`` tokens, ``context_length`` by default."""
         return _new_cache(self, batch_size, capacity)
 
-    def save_pretrained(
-        self, folder: str | Path, *, max_shard_size: int = 5_000_000_000, **entries: Any
-    ) -> None:
-        """Write the model to ``folder``, as ``save_model`` does."""
-        save_model(self, folder, max_shard_size=max_shard_size, **entries)
+    def balance_loss(self) -> Float[Tensor, ""]:
+        """Return the balance losses of the last pass, summed over blocks with experts, else 0."""
+        return _balance_loss(self)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write the model to ``folder``; the options are those of ``save_model``."""
+        save_model(self, folder, **options)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> "TransformerLM":
         """Return the model in ``folder``; the options are those of ``load_model``."""
         return load_model(folder, **options)
 
-# %% ../chapters/11_model.ipynb #69302e97
+# %% ../chapters/11_model.ipynb #eb117d5b
 def _tie(model: TransformerLM) -> None:
     if model.config.tie_embeddings:
         model.lm_head.weight = model.embedding.weight
 
 
-def _new_cache(model: TransformerLM, batch_size: int, capacity: int | None) -> KVCache:
+def _balance_loss(model: Transformer) -> Float[Tensor, ""]:
+    losses = [m.balance_loss for m in model.modules() if isinstance(m, MixtureOfExperts)]
+    return torch.stack(losses).sum() if losses else model.embedding.weight.new_zeros(())
+
+
+def _new_cache(model: Transformer, batch_size: int, capacity: int | None) -> KVCache:
     config, weight = model.config, model.embedding.weight
-    if capacity is not None and capacity > config.context_length:
-        expected = f"expected at most context_length = {config.context_length}"
-        raise ValueError(f"capacity: {expected}, got {capacity}")
+    capacity = config.context_length if capacity is None else capacity
+    if capacity > config.context_length:
+        expected = f"at most context_length = {config.context_length}"
+        raise ValueError(f"capacity: expected {expected}, got {capacity}")
     return KVCache(
         batch_size,
-        capacity or config.context_length,
+        capacity,
         config.n_kv_heads,
         config.d_head,
         n_layers=config.n_layers,
@@ -519,47 +445,42 @@ def _new_cache(model: TransformerLM, batch_size: int, capacity: int | None) -> K
         device=weight.device,
     )
 
-# %% ../chapters/11_model.ipynb #44d3c220
+# %% ../chapters/11_model.ipynb #995ca001
 def parameter_counts(config: ModelConfig, *, active: bool = False) -> dict[str, int]:
     """Return the number of parameters of each part, summed over all layers; nothing is allocated.
 
     With ``active``, only those that one token meets: of experts ``n_active_experts``.
     """
     d, layers, vocabulary = config.d_model, config.n_layers, config.vocab_size * config.d_model
-    norm = d * _norm_vectors(config)
-    pre = config.norm_position == "pre"
     return {
         "embedding": vocabulary,
         "positions": config.context_length * d if config.positions == "learned" else 0,
         "attention": layers * _attention_parameters(config),
         "feed_forward": layers * _feed_forward_parameters(config, active),
-        "norms": (2 * layers + pre) * norm,
+        "norms": (2 * layers + (config.norm_position == "pre")) * d * _vectors_of_norm(config),
         "lm_head": 0 if config.tie_embeddings else vocabulary,
     }
 
 
-def _norm_vectors(config: ModelConfig) -> int:
+def _vectors_of_norm(config: ModelConfig) -> int:
     return 2 if config.norm == "layernorm" and config.bias else 1
 
-
+# %% ../chapters/11_model.ipynb #ace8cff4
 def _attention_parameters(config: ModelConfig) -> int:
     d, queries = config.d_model, config.n_heads * config.d_head
-    all_three = queries + 2 * config.n_kv_heads * config.d_head
-    matrices = d * all_three + queries * d
-    biases = all_three * config.qkv_bias + d * config.bias
-    gains = 2 * config.d_head * _norm_vectors(config) if config.qk_norm else 0
-    return matrices + biases + gains
+    qkv = queries + 2 * config.n_kv_heads * config.d_head
+    gains = 2 * config.d_head * _vectors_of_norm(config) if config.qk_norm else 0
+    return d * qkv + queries * d + config.qkv_bias * qkv + config.bias * d + gains
 
 
 def _feed_forward_parameters(config: ModelConfig, active: bool) -> int:
-    d, inner = config.d_model, config.d_ff
-    matrices = 3 if config.activation in _GATES else 2
+    d, matrices = config.d_model, 3 if config.activation in _GATES else 2
     if not config.n_experts:
-        return matrices * d * inner + config.bias * ((matrices - 1) * inner + d)
+        return matrices * d * config.d_ff + config.bias * ((matrices - 1) * config.d_ff + d)
     experts = config.n_active_experts if active else config.n_experts
-    return d * config.n_experts + matrices * d * (experts * inner + config.d_shared)
+    return d * config.n_experts + matrices * d * (experts * config.d_ff + config.d_shared)
 
-# %% ../chapters/11_model.ipynb #5a6254a1
+# %% ../chapters/11_model.ipynb #5c6f0669
 def count_parameters(
     model: nn.Module | ModelConfig, *, active: bool = False, embeddings: bool = True
 ) -> int:
@@ -567,54 +488,96 @@ def count_parameters(
 
     A tied matrix counts once. ``active`` counts of experts only those that a token meets. Without
     ``embeddings``, the tables of tokens and positions are left out, and with them a tied head.
+
+    >>> count_parameters(ModelConfig.preset("gpt2"))
+    124439808
     """
     if isinstance(model, nn.Module) and not active and embeddings:
         return sum(parameter.numel() for parameter in model.parameters())
     config = model if isinstance(model, ModelConfig) else getattr(model, "config", None)
     if not isinstance(config, ModelConfig):
-        raise ValueError(f"model: expected a TransformerLM or ModelConfig, got {type(model)}")
+        raise ValueError(f"model: expected a TransformerLM or a ModelConfig, got {type(model)}")
     counts = parameter_counts(config, active=active)
-    return sum(counts.values()) - (0 if embeddings else counts["embedding"] + counts["positions"])
+    left_out = () if embeddings else ("embedding", "positions")
+    return sum(count for part, count in counts.items() if part not in left_out)
 
-# %% ../chapters/11_model.ipynb #1a0c8ceb
+# %% ../chapters/11_model.ipynb #a8ab073a
+def _matrix_entries(config: ModelConfig) -> int:
+    """Return the entries of all matrices that one token is multiplied by."""
+    d, widths = config.d_model, (config.n_heads + config.n_kv_heads) * config.d_head
+    inner = (config.n_active_experts or 1) * config.d_ff + config.d_shared
+    matrices = 3 if config.activation in _GATES else 2
+    layer = 2 * d * widths + d * config.n_experts + matrices * d * inner
+    return config.n_layers * layer + config.vocab_size * d
+
+
 def flops_per_token(
     config: ModelConfig, sequence: int | None = None, *, training: bool = True, causal: bool = False
 ) -> float:
     """Return the floating-point operations in matrix products for one token of a ``sequence``.
 
-    A multiplication and an addition are two. Forward alone is a third of ``training``. Attention is
-    counted for all pairs of tokens, as kernels without a mask compute it, or if ``causal`` only for
-    pairs that the mask allows. The default ``sequence`` is ``context_length``.
+    A multiplication and an addition are two. Forward alone is a third of ``training``. Attention
+    counts all pairs of tokens, or if ``causal`` only those that the mask allows, window included.
+    The default ``sequence`` is ``context_length``. Source: Chowdhery et al. (2023), appendix B.
     """
     sequence = config.context_length if sequence is None else sequence
     _check_at_least(sequence=(1, sequence))
-    seen = float(sequence)
+    keys = float(sequence)
     if causal:
         window = min(config.sliding_window or sequence, sequence)
-        seen = (window * (window + 1) / 2 + (sequence - window) * window) / sequence
-    pairs = 2 * config.n_layers * config.n_heads * config.d_head * seen  # scores, and mixing
+        keys = (window * (window + 1) / 2 + (sequence - window) * window) / sequence
+    pairs = 2 * config.n_layers * config.n_heads * config.d_head * keys
     return (6 if training else 2) * (_matrix_entries(config) + pairs)
 
+# %% ../chapters/11_model.ipynb #2581126e
+_KEPT = {"relu": 1, "gelu": 2, "gelu_tanh": 2, "silu": 2, "reglu": 3, "geglu": 4, "swiglu": 4}
 
-def _matrix_entries(config: ModelConfig) -> int:
-    """How many numbers one token is multiplied by: the entries of all matrices it goes through."""
-    d, queries = config.d_model, config.n_heads * config.d_head
-    attention = 2 * d * (queries + config.n_kv_heads * config.d_head)
-    matrices = 3 if config.activation in _GATES else 2
-    inner = (config.n_active_experts or 1) * config.d_ff + config.d_shared
-    layer = attention + d * config.n_experts + matrices * d * inner
-    return config.n_layers * layer + config.vocab_size * d
 
-# %% ../chapters/11_model.ipynb #02a6bc9a
+def activation_bytes(
+    config: ModelConfig, batch_size: int, sequence: int, dtype: torch.dtype = torch.float32
+) -> int:
+    """Return what the forward pass up to the head keeps for the backward pass, in bytes.
+
+    For the backend "torch" without dropout; statistics of a few numbers per token are left out, and
+    with them masks. Source: counted as by Korthikanti et al. (2023). A ``ValueError`` for experts.
+    """
+    _check_at_least(batch_size=(1, batch_size), sequence=(1, sequence))
+    if config.n_experts:  # what an expert keeps depends on how many tokens it gets
+        raise ValueError(f"n_experts: expected 0, got {config.n_experts}")
+    heads = (config.n_heads + config.n_kv_heads) * config.d_head
+    attention = (3 if config.qk_norm else 2) * heads
+    layer = 4 * config.d_model + attention + _KEPT[config.activation] * config.d_ff
+    ends = 2 * config.d_model  # what the last normalization and the head read
+    return batch_size * sequence * (config.n_layers * layer + ends) * dtype.itemsize
+
+# %% ../chapters/11_model.ipynb #55d1f3f5
+def training_memory(
+    config: ModelConfig, batch_size: int, sequence: int, dtype: torch.dtype = torch.float32
+) -> dict[str, int]:
+    """Return the bytes that a training step with AdamW holds at its peak, by what they are for.
+
+    All in one ``dtype``. Not counted: buffers of kernels, and what is given back within a layer.
+    """
+    weights = count_parameters(config) * dtype.itemsize
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": 2 * weights,
+        "activations": activation_bytes(config, batch_size, sequence, dtype),
+        "logits": batch_size * sequence * config.vocab_size * dtype.itemsize,
+    }
+
+
 def cache_bytes(
     config: ModelConfig, batch_size: int, sequence: int, dtype: torch.dtype = torch.bfloat16
 ) -> int:
-    """Return the memory of keys and values for rows of ``sequence`` tokens, in bytes."""
+    """Return what keys and values of ``sequence`` tokens in ``batch_size`` rows take, in bytes."""
+    _check_at_least(batch_size=(1, batch_size), sequence=(1, sequence))
     kept = min(sequence, config.sliding_window or sequence)
     per_token = 2 * config.n_layers * config.n_kv_heads * config.d_head
     return batch_size * kept * per_token * dtype.itemsize
 
-# %% ../chapters/11_model.ipynb #f8687b1a
+# %% ../chapters/11_model.ipynb #d17f2b99
 _GPT2_OUTSIDE = {"embedding": "transformer.wte", "positions": "transformer.wpe"}
 _GPT2_OUTSIDE |= {"norm": "transformer.ln_f", "lm_head": "lm_head"}
 _GPT2_BLOCK = {
@@ -628,8 +591,7 @@ _GPT2_BLOCK = {
 
 
 def _gpt2_tensors(model: TransformerLM) -> dict[str, list[Tensor]]:
-    """GPT-2's names; the matrices of its blocks are stored transposed, those of q, k, v as one."""
-    own: dict[str, Tensor] = dict(model.named_parameters())
+    own: dict[str, Tensor] = dict(model.named_parameters())  # a tied head is not there twice
     tensors: dict[str, list[Tensor]] = {}
     for name, tensor in own.items():
         module, _, kind = name.rpartition(".")
@@ -642,7 +604,7 @@ def _gpt2_tensors(model: TransformerLM) -> dict[str, list[Tensor]]:
             tensors[f"transformer.h.{number}.{theirs}.{kind}"] = turned
     return tensors
 
-# %% ../chapters/11_model.ipynb #52d784d2
+# %% ../chapters/11_model.ipynb #fff56f0b
 _LLAMA_NAMES = {
     r"^(embedding|blocks|norm)\b": r"model.\1",
     r"\bembedding\b": "embed_tokens",
@@ -658,7 +620,6 @@ _EXPERT_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
 def _llama_tensors(model: TransformerLM) -> dict[str, list[Tensor]]:
-    """Llama's names, which its descendants keep; Mixtral has a matrix for each expert."""
     tensors: dict[str, list[Tensor]] = {}
     for name, tensor in model.named_parameters():
         for pattern, theirs in _LLAMA_NAMES.items():
@@ -671,26 +632,19 @@ def _llama_tensors(model: TransformerLM) -> dict[str, list[Tensor]]:
             tensors[f"{stem}.{number}.{_EXPERT_NAMES[kind]}.weight"] = [matrix]
     return tensors
 
-# %% ../chapters/11_model.ipynb #c1ad4a7d
-def _own_tensors(model: TransformerLM) -> dict[str, list[Tensor]]:
-    return {name: [tensor] for name, tensor in model.named_parameters()}
 
+def _disk_tensors(model: TransformerLM, family: str) -> dict[str, list[Tensor]]:
+    """Return for each tensor in a file the views of ours that make it, side by side."""
+    if family == "llmbook":
+        return {name: [tensor] for name, tensor in model.named_parameters()}
+    return _gpt2_tensors(model) if family == "gpt2" else _llama_tensors(model)
 
-def _disk_tensors(model: TransformerLM, model_type: str) -> dict[str, list[Tensor]]:
-    """For each tensor in a file: the views of ours that make it, side by side."""
-    tables = {"gpt2": _gpt2_tensors, "llmbook": _own_tensors}
-    return tables.get(model_type, _llama_tensors)(model)
-
-# %% ../chapters/11_model.ipynb #d4b0f0ec
-_GPT2_ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-    "silu": "silu",
-}
+# %% ../chapters/11_model.ipynb #48ad1195
+_GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+_GPT2_ACTIVATIONS |= {name: name for name in ("gelu", "relu", "silu")}
 _LLAMA_ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu"}
-_FAMILIES = {  # what a descendant of Llama has, and its name in Hugging Face's library
+_FEATURES = ("bias", "qkv_bias", "qk_norm", "sliding_window", "n_experts")
+_FAMILIES = {
     (): "llama",
     ("bias", "qkv_bias"): "llama",
     ("qkv_bias",): "qwen2",
@@ -701,7 +655,6 @@ _FAMILIES = {  # what a descendant of Llama has, and its name in Hugging Face's 
     ("n_experts",): "mixtral",
     ("sliding_window", "n_experts"): "mixtral",
 }
-_FEATURES = ("bias", "qkv_bias", "qk_norm", "sliding_window", "n_experts")
 _CLASSES = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
@@ -711,31 +664,29 @@ _CLASSES = {
     "mixtral": "MixtralForCausalLM",
 }
 
-# %% ../chapters/11_model.ipynb #564851c5
+# %% ../chapters/11_model.ipynb #63be206c
 def model_type(config: ModelConfig) -> str:
     """Return the family of Hugging Face's library that computes this function, or "llmbook".
 
-    >>> model_type(ModelConfig.preset("gpt2")), model_type(ModelConfig.preset("tiny", bias=True))
+    >>> model_type(ModelConfig.preset("gpt2")), model_type(ModelConfig.preset("tiny"))
     ('gpt2', 'llama')
     """
     features = tuple(name for name in _FEATURES if getattr(config, name))
     square = config.n_heads * config.d_head == config.d_model
     style = config.norm, config.positions, config.norm_position
     if style == ("layernorm", "learned", "pre") and features == ("bias", "qkv_bias"):
-        known = config.activation in _GPT2_ACTIVATIONS.values()
-        return "gpt2" if known and square and config.n_kv_heads == config.n_heads else "llmbook"
-    scaling = None if config.rope_scaling is None else config.rope_scaling.kind
-    same = style == ("rmsnorm", "rope", "pre") and scaling != "ntk" and not config.d_shared
-    family = _FAMILIES.get(features, "llmbook")
-    if not same or config.activation not in _LLAMA_ACTIVATIONS.values():
+        whole = square and config.n_kv_heads == config.n_heads
+        return "gpt2" if whole and config.activation in _GPT2_ACTIVATIONS.values() else "llmbook"
+    kind = None if config.rope_scaling is None else config.rope_scaling.kind
+    known = style == ("rmsnorm", "rope", "pre") and kind != "ntk" and not config.d_shared
+    if not known or config.activation not in _LLAMA_ACTIVATIONS.values():
         return "llmbook"
-    if (family == "llama" and config.d_model % config.n_heads) or (
-        family == "qwen2" and not square
-    ):
-        return "llmbook"  # their classes refuse, or cannot say, such sizes of heads
-    return family
+    family = _FAMILIES.get(features, "llmbook")
+    if family == "llama":  # whose class refuses other widths
+        return "llama" if config.d_model % config.n_heads == 0 else "llmbook"
+    return "llmbook" if family == "qwen2" and not square else family
 
-# %% ../chapters/11_model.ipynb #3bfb9568
+# %% ../chapters/11_model.ipynb #2b1f36aa
 _GPT2_ENTRIES = {
     "vocab_size": "vocab_size",
     "context_length": "n_positions",
@@ -756,7 +707,48 @@ _LLAMA_ENTRIES = {
     "d_ff": "intermediate_size",
     "norm_eps": "rms_norm_eps",
 }
-_SCALING_ENTRIES = {
+
+# %% ../chapters/11_model.ipynb #49002aaa
+def _entries_of(config: ModelConfig) -> dict[str, Any]:
+    """Return ``config`` in the words of a config.json."""
+    family = model_type(config)
+    if family == "llmbook":
+        return {"model_type": family, **config.to_dict()}
+    names = _GPT2_ENTRIES if family == "gpt2" else _LLAMA_ENTRIES
+    details = _gpt2_details(config) if family == "gpt2" else _llama_details(config, family)
+    return {
+        "architectures": [_CLASSES[family]],
+        "model_type": family,
+        **{theirs: getattr(config, ours) for ours, theirs in names.items()},
+        "tie_word_embeddings": config.tie_embeddings,
+        **details,
+    }
+
+# %% ../chapters/11_model.ipynb #ac49aaa8
+def _gpt2_details(config: ModelConfig) -> dict[str, Any]:
+    theirs = {ours: name for name, ours in reversed(_GPT2_ACTIVATIONS.items())}
+    places = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+    dropout = dict.fromkeys(places, config.dropout)
+    return {"activation_function": theirs[config.activation], **dropout}
+
+
+def _llama_details(config: ModelConfig, family: str) -> dict[str, Any]:
+    theirs = {ours: name for name, ours in _LLAMA_ACTIVATIONS.items()}
+    details = {"hidden_act": theirs[config.activation], **_rope_entries(config)}
+    if config.dropout:
+        details["dropout"] = config.dropout  # for us: their models have none where ours have it
+    if family == "llama":
+        return details | {"attention_bias": config.bias, "mlp_bias": config.bias}
+    details["sliding_window"] = config.sliding_window
+    if family in ("qwen2", "qwen3"):  # where layers from max_window_layers on have the window
+        details |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
+    if family == "mixtral":
+        details["num_local_experts"] = config.n_experts
+        details["num_experts_per_tok"] = config.n_active_experts
+    return details
+
+# %% ../chapters/11_model.ipynb #8b02d8bf
+_ROPE_ENTRIES = {
     "factor": "factor",
     "original_context_length": "original_max_position_embeddings",
     "low_freq_factor": "low_freq_factor",
@@ -766,75 +758,23 @@ _SCALING_ENTRIES = {
     "attention_factor": "attention_factor",
     "truncate": "truncate",
 }
-_OF_KIND = {
+_ROPE_KINDS = {
     "linear": ("factor",),
     "llama3": ("factor", "original_context_length", "low_freq_factor", "high_freq_factor"),
-    "yarn": (
-        "factor",
-        "original_context_length",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-        "truncate",
-    ),
+    "yarn": ("factor", "original_context_length", *list(_ROPE_ENTRIES)[4:]),
 }
-
-# %% ../chapters/11_model.ipynb #7df8bbdc
-def _entries_of(config: ModelConfig) -> dict[str, Any]:
-    """Return ``config`` in the words of Hugging Face's config.json."""
-    family = model_type(config)
-    entries: dict[str, Any] = {"model_type": family}
-    if family == "llmbook":
-        return {**entries, **config.to_dict()}
-    names = _GPT2_ENTRIES if family == "gpt2" else _LLAMA_ENTRIES
-    entries |= {theirs: getattr(config, ours) for ours, theirs in names.items()}
-    entries |= {
-        "architectures": [_CLASSES[family]],
-        "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    return entries | (_gpt2_details(config) if family == "gpt2" else _llama_details(config, family))
-
-
-def _gpt2_details(config: ModelConfig) -> dict[str, Any]:
-    theirs = {ours: name for name, ours in reversed(_GPT2_ACTIVATIONS.items())}
-    places = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
-    dropout = dict.fromkeys(places, config.dropout)
-    return {"activation_function": theirs[config.activation], **dropout}
-
-# %% ../chapters/11_model.ipynb #40706c6e
-def _llama_details(config: ModelConfig, family: str) -> dict[str, Any]:
-    theirs = {ours: name for name, ours in _LLAMA_ACTIVATIONS.items()}
-    details = {"hidden_act": theirs[config.activation], **_rope_entries(config)}
-    if config.dropout:
-        details["dropout"] = config.dropout  # theirs have none where ours has it
-    if family == "llama":
-        details |= {"attention_bias": config.bias, "mlp_bias": config.bias}
-    else:
-        details["sliding_window"] = config.sliding_window
-    if family in ("qwen2", "qwen3"):  # layers from max_window_layers on have the window
-        details |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
-    if family == "mixtral":
-        details["num_local_experts"] = config.n_experts
-        details["num_experts_per_tok"] = config.n_active_experts
-    return details
 
 
 def _rope_entries(config: ModelConfig) -> dict[str, Any]:
-    """The same twice: as transformers from version 5 on writes it, and for older readers."""
-    scaling = config.rope_scaling
-    old: dict[str, Any] | None = None
-    if scaling is not None:
-        names = _OF_KIND[scaling.kind]
-        given = {_SCALING_ENTRIES[name]: getattr(scaling, name) for name in names}
-        old = {"rope_type": scaling.kind, **{k: v for k, v in given.items() if v is not None}}
-    base = {"rope_theta": config.rope_base}
-    new = {**(old or {"rope_type": "default"}), **base}
-    return {**base, "rope_scaling": old, "rope_parameters": new}
+    base, scaling = {"rope_theta": config.rope_base}, config.rope_scaling
+    if scaling is None:
+        return {**base, "rope_parameters": {"rope_type": "default", **base}}
+    given = {_ROPE_ENTRIES[name]: getattr(scaling, name) for name in _ROPE_KINDS[scaling.kind]}
+    old = {"rope_type": scaling.kind, **{k: v for k, v in given.items() if v is not None}}
+    return {**base, "rope_scaling": old, "rope_parameters": {**old, **base}}
 
-# %% ../chapters/11_model.ipynb #4e05a1e5
-_ONLY: dict[str, dict[str, Any]] = {  # entries that change the function, and what ours can be
+# %% ../chapters/11_model.ipynb #32ea4892
+_ONLY: dict[str, dict[str, Any]] = {
     "gpt2": {
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
@@ -851,10 +791,10 @@ def _config_from(entries: Mapping[str, Any]) -> tuple[str, ModelConfig]:
     family = entries.get("model_type")
     if family == "llmbook":
         ours = {field.name for field in fields(ModelConfig)}
-        return "llmbook", ModelConfig.from_dict({k: v for k, v in entries.items() if k in ours})
+        return family, ModelConfig.from_dict({k: v for k, v in entries.items() if k in ours})
     if family not in _CLASSES:
-        expected = f"expected llmbook or one of {', '.join(_CLASSES)}"
-        raise ValueError(f"model_type: {expected}, got {family!r}")
+        expected = f"llmbook, {', '.join(_CLASSES)}"
+        raise ValueError(f"model_type: expected one of {expected}, got {family!r}")
     only = _ONLY["gpt2"] if family == "gpt2" else _ONLY["llama"] | _ONLY.get(family, {})
     for name, value in only.items():
         if entries.get(name, value) != value:
@@ -862,44 +802,44 @@ def _config_from(entries: Mapping[str, Any]) -> tuple[str, ModelConfig]:
     read = _read_gpt2 if family == "gpt2" else _read_llama
     return family, ModelConfig.from_dict(read(entries, family))
 
-
-def _named(entries: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+# %% ../chapters/11_model.ipynb #2b1bc6ac
+def _renamed(entries: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Return the entries by our names; a null counts as left out."""
     given = {ours: entries.get(theirs) for ours, theirs in names.items()}
     return {ours: value for ours, value in given.items() if value is not None}
 
 
+def _require(entries: Mapping[str, Any], names: Mapping[str, str], *optional: str) -> None:
+    for ours, theirs in names.items():
+        if ours not in optional and entries.get(theirs) is None:
+            raise ValueError(f"{theirs}: expected a number, but it is missing")
+
+
 def _activation(entries: Mapping[str, Any], name: str, known: Mapping[str, str]) -> str:
-    if entries.get(name) not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {entries.get(name)!r}")
+    _check_choice(name, entries.get(name), tuple(known))
     return known[entries[name]]
 
-# %% ../chapters/11_model.ipynb #61cc3c3b
+# %% ../chapters/11_model.ipynb #fc1be7bf
 def _read_gpt2(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
-    dropout = {entries.get(name, 0.1) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
-    if len(dropout) > 1:
-        raise ValueError(f"attn_pdrop: expected one rate of dropout, got {sorted(dropout)}")
+    _require(entries, _GPT2_ENTRIES, "d_ff")
+    rates = {entries.get(name, 0.1) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
+    if len(rates) > 1:
+        raise ValueError(f"attn_pdrop: expected one rate for all places, got {sorted(rates)}")
     return {
-        "d_ff": 4 * entries.get("n_embd", 0),
-        **_named(entries, _GPT2_ENTRIES),
-        "positions": "learned",
-        "norm": "layernorm",
+        **_OLD,
+        **_renamed(entries, _GPT2_ENTRIES),
         "activation": _activation(entries, "activation_function", _GPT2_ACTIVATIONS),
-        "bias": True,
         "tie_embeddings": entries.get("tie_word_embeddings", True),
-        "dropout": dropout.pop(),
+        "dropout": rates.pop(),
     }
 
-# %% ../chapters/11_model.ipynb #49b77272
+# %% ../chapters/11_model.ipynb #0cdafe72
 def _read_llama(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
-    found = _named(entries, _LLAMA_ENTRIES)
-    for name, theirs in _LLAMA_ENTRIES.items():
-        needed = name not in ("n_kv_heads", "d_head") or (family, name) == ("qwen3", "d_head")
-        if needed and name not in found:
-            raise ValueError(f"{theirs}: expected a number, but it is missing")
-    found |= {
+    optional = ("n_kv_heads",) if family == "qwen3" else ("n_kv_heads", "d_head")
+    _require(entries, _LLAMA_ENTRIES, *optional)
+    found = _renamed(entries, _LLAMA_ENTRIES) | {
         "activation": _activation(entries, "hidden_act", _LLAMA_ACTIVATIONS),
-        "bias": _read_bias(entries, family),
+        "bias": _read_bias(entries) if family == "llama" else False,
         "qk_norm": family == "qwen3",
         "sliding_window": _read_window(entries, family),
         "tie_embeddings": entries.get("tie_word_embeddings", False),
@@ -913,135 +853,52 @@ def _read_llama(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
         found["n_active_experts"] = entries.get("num_experts_per_tok", 2)
     return found
 
-# %% ../chapters/11_model.ipynb #21aa05a7
-def _read_bias(entries: Mapping[str, Any], family: str) -> bool:
-    if family != "llama":
-        return False
-    attention, feed_forward = (entries.get(f"{name}_bias", False) for name in ("attention", "mlp"))
-    if attention != feed_forward:
-        raise ValueError(
-            f"mlp_bias: expected {attention!r}, as attention_bias, got {feed_forward!r}"
-        )
+
+def _read_bias(entries: Mapping[str, Any]) -> bool:
+    attention, mlp = (entries.get(f"{name}_bias", False) for name in ("attention", "mlp"))
+    if attention != mlp:
+        raise ValueError(f"mlp_bias: expected {attention!r} as attention_bias has, got {mlp!r}")
     return attention
 
-
+# %% ../chapters/11_model.ipynb #fb080076
 def _read_window(entries: Mapping[str, Any], family: str) -> int | None:
-    """Return the sliding window of all layers; Qwen may have it in some only, which ours has not."""
+    """Return the sliding window, the same in all layers."""
     window = entries.get("sliding_window", 4096 if family == "mistral" else None)
-    if family == "llama" or (family.startswith("qwen") and not entries.get("use_sliding_window")):
-        window = None
-    layers, first = entries["num_hidden_layers"], entries.get("max_window_layers", 28)
-    kinds = set(entries.get("layer_types") or [])
-    if not kinds and window is not None and family.startswith("qwen"):
-        kinds = {f"{'sliding' if i >= first else 'full'}_attention" for i in (0, layers - 1)}
-    if len(kinds) > 1:
-        raise ValueError(f"layer_types: expected the same in all layers, got {sorted(kinds)}")
-    return None if kinds == {"full_attention"} else window
+    if family == "llama" or window is None:
+        return None
+    kinds = entries.get("layer_types")
+    if family in ("qwen2", "qwen3") and kinds is None:
+        layers, first = entries["num_hidden_layers"], entries.get("max_window_layers", 28)
+        used = first if entries.get("use_sliding_window") else layers
+        kinds = ["sliding_attention" if i >= used else "full_attention" for i in (0, layers - 1)]
+    different = sorted(set(kinds or []))
+    if len(different) > 1:
+        raise ValueError(f"layer_types: expected the same in all, got {different}")
+    return None if different == ["full_attention"] else window
 
-# %% ../chapters/11_model.ipynb #430b161b
-def _read_rope(entries: Mapping[str, Any], default: float) -> dict[str, Any]:
-    """Read the rotary embedding as transformers writes it from version 5 on, or did before."""
+
+def _read_rope(entries: Mapping[str, Any], default_base: float) -> dict[str, Any]:
+    """Read what version 5 of transformers writes, or what earlier ones did."""
     found = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
     kind = found.get("rope_type", found.get("type", "default"))
-    base = found.get("rope_theta", entries.get("rope_theta", default))
+    base = {"rope_base": found.get("rope_theta", entries.get("rope_theta", default_base))}
+    _check_choice("rope_type", kind, ("default", *_ROPE_KINDS))
+    for name, value in {"partial_rotary_factor": 1, "mscale": None, "mscale_all_dim": None}.items():
+        if found.get(name, value) != value:
+            raise ValueError(f"{name}: expected {value}, got {found[name]!r}")
     if kind == "default":
-        return {"rope_base": base}
-    if kind not in _OF_KIND:
-        raise ValueError(f"rope_type: expected one of {', '.join(_OF_KIND)}, got {kind!r}")
-    if found.get("partial_rotary_factor", 1) != 1 or found.get("mscale"):
-        raise ValueError(
-            f"rope_parameters: expected no partial rotation and no mscale, got {found}"
-        )
-    scaling = _named(found, {name: _SCALING_ENTRIES[name] for name in _OF_KIND[kind]})
-    if "original_context_length" in _OF_KIND[kind]:
+        return base
+    scaling = _renamed(found, {name: _ROPE_ENTRIES[name] for name in _ROPE_KINDS[kind]})
+    if "original_context_length" in _ROPE_KINDS[kind]:
         trained = entries.get("original_max_position_embeddings")
         scaling.setdefault("original_context_length", trained or entries["max_position_embeddings"])
-    return {"rope_base": base, "rope_scaling": {"kind": kind, **scaling}}
+    return {**base, "rope_scaling": {"kind": kind, **scaling}}
 
-# %% ../chapters/11_model.ipynb #0064c460
-def save_model(
-    model: TransformerLM,
-    folder: str | Path,
-    *,
-    max_shard_size: int = 5_000_000_000,
-    **entries: Any,
-) -> None:
-    """Write ``config.json`` and safetensors as Hugging Face's library lays them out.
-
-    Files have at most ``max_shard_size`` bytes, but for a single tensor that is larger. Further
-    ``entries``, such as ``eos_token_id``, go to ``config.json``. A model that is in ``folder`` is
-    replaced when the new one is complete, not before; other files there stay.
-    """
-    _check_at_least(max_shard_size=(1, max_shard_size))
-    described = _entries_of(model.config)
-    if clash := sorted(described.keys() & entries.keys() - _FREE):
-        raise ValueError(f"{clash[0]}: follows from the model, got {entries[clash[0]]!r}")
-    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
-    tensors = _disk_tensors(model, described["model_type"])
-    with _new_version(Path(folder).resolve()) as draft:
-        _write_json(draft / "config.json", described | {"dtype": dtype} | entries)
-        _write_tensors(draft, tensors, max_shard_size)
-
-
-_FREE = {"bos_token_id", "eos_token_id"}  # which have a default, and may be given
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _to_disk(path)
-
-
-def _to_disk(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-# %% ../chapters/11_model.ipynb #75eb14c5
-def _size(views: list[Tensor]) -> int:
-    return sum(view.nbytes for view in views)
-
-
-def _grouped(tensors: Mapping[str, list[Tensor]], most: int) -> list[dict[str, list[Tensor]]]:
-    """Share tensors out, in order, to files of at most ``most`` bytes."""
-    groups: list[dict[str, list[Tensor]]] = [{}]
-    room = most
-    for name, views in tensors.items():
-        if groups[-1] and _size(views) > room:
-            groups.append({})
-            room = most
-        groups[-1][name] = views
-        room -= _size(views)
-    return groups
-
-
-def _write_tensors(folder: Path, tensors: Mapping[str, list[Tensor]], most: int) -> None:
-    """Write one file, or several and an index that says which tensor is where."""
-    groups = _grouped(tensors, most)
-    where: dict[str, str] = {}
-    for number, group in enumerate(groups, 1):
-        part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
-        path = folder / f"model{part}.safetensors"
-        whole = {name: _joined(views) for name, views in group.items()}
-        save_file(whole, path, metadata={"format": "pt"})
-        _to_disk(path)
-        where |= dict.fromkeys(group, path.name)
-    if len(groups) > 1:
-        total = sum(map(_size, tensors.values()))
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _joined(views: list[Tensor]) -> Tensor:
-    whole = views[0] if len(views) == 1 else torch.cat(views, dim=-1)
-    return whole.detach().cpu().contiguous()
-
-# %% ../chapters/11_model.ipynb #97cc7b6f
+# %% ../chapters/11_model.ipynb #ed8bb8bf
 @contextmanager
 def _new_version(folder: Path) -> Iterator[Path]:
-    """Give a hidden directory to write into; at the end it takes the place of ``folder``.
-
-    At every moment the old version or the new one is complete on the disk.
-    """
-    if folder.exists() and not (folder.is_dir() and _is_ours(folder)):
+    """Give a hidden folder to write into; when it is complete, it takes the place of ``folder``."""
+    if folder.exists() and not (folder.is_dir() and _may_be_replaced(folder)):
         raise ValueError(f"folder: expected a new one, an empty one or a model's, got {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex
@@ -1057,42 +914,96 @@ def _new_version(folder: Path) -> Iterator[Path]:
         if old.exists() and not folder.exists():
             old.rename(folder)
         shutil.rmtree(draft, ignore_errors=True)
-    for part in ("part", "old"):  # with what runs that were killed have left
-        for leftover in folder.parent.glob(f".{escape(folder.name)}.{part}-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in _beside(folder):  # and what runs that were killed have left
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _is_ours(folder: Path) -> bool:
+def _beside(folder: Path) -> list[Path]:
+    return sorted(folder.parent.glob(f".{escape(folder.name)}.[op][la][dr]*-*"))
+
+# %% ../chapters/11_model.ipynb #2cada243
+def _may_be_replaced(folder: Path) -> bool:
     return (folder / "config.json").exists() or not any(folder.iterdir())
 
 
 def _carry_over(folder: Path, draft: Path) -> None:
-    """Copy what a model's folder has beside the model, such as its tokenizer."""
     for path in folder.iterdir():
-        if path.suffix == ".safetensors" or path.name in _MODEL_FILES:
-            continue
-        copy = shutil.copytree if path.is_dir() else shutil.copy2
-        copy(path, draft / path.name)
+        ours = path.name in ("config.json", "model.safetensors.index.json")
+        if not ours and path.suffix != ".safetensors":
+            copy = shutil.copytree if path.is_dir() else shutil.copy2
+            copy(path, draft / path.name)
 
 
-_MODEL_FILES = {"config.json", "model.safetensors.index.json"}
-
-# %% ../chapters/11_model.ipynb #71e4d79d
-class _Stored(NamedTuple):
-    """Where a tensor is on disk, and what it is."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
+def _to_disk(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _to_disk(path)
+
+# %% ../chapters/11_model.ipynb #38532ed5
+def _grouped(tensors: Mapping[str, list[Tensor]], most: int) -> list[dict[str, list[Tensor]]]:
+    """Share tensors out to files of at most ``most`` bytes, or of a single tensor."""
+    groups: list[dict[str, list[Tensor]]] = [{}]
+    room = most
+    for name, views in tensors.items():
+        size = sum(view.nbytes for view in views)
+        if groups[-1] and size > room:
+            groups.append({})
+            room = most
+        groups[-1][name] = views
+        room -= size
+    return groups
+
+
+def _joined(views: list[Tensor]) -> Tensor:
+    whole = views[0] if len(views) == 1 else torch.cat(views, dim=-1)
+    return whole.detach().cpu().contiguous()
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, list[Tensor]], most: int) -> None:
+    groups = _grouped(tensors, most)
+    where: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
+        path = folder / f"model{part}.safetensors"
+        whole = {name: _joined(views) for name, views in group.items()}
+        save_file(whole, path, metadata={"format": "pt"})
+        _to_disk(path)
+        where |= dict.fromkeys(group, path.name)
+    if len(groups) > 1:
+        total = sum(view.nbytes for views in tensors.values() for view in views)
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+# %% ../chapters/11_model.ipynb #22576376
+def save_model(
+    model: TransformerLM,
+    folder: str | Path,
+    *,
+    max_shard_size: int = 5_000_000_000,
+    **entries: Any,
+) -> None:
+    """Write ``config.json`` and safetensors as Hugging Face's library lays them out.
+
+    A file has at most ``max_shard_size`` bytes, unless a single tensor is larger. Further
+    ``entries``, such as ``eos_token_id``, go to ``config.json``. A model that is in ``folder`` is
+    replaced when the new one is complete, not before; other files there stay.
+    """
+    _check_at_least(max_shard_size=(1, max_shard_size))
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    described = _entries_of(model.config) | {"dtype": dtype}
+    if clash := sorted(described.keys() & entries.keys()):
+        raise ValueError(f"{clash[0]}: follows from the model, got {entries[clash[0]]!r}")
+    tokens = {"bos_token_id": None, "eos_token_id": None}  # theirs would be those of Llama
+    tensors = _disk_tensors(model, described["model_type"])
+    with _new_version(Path(folder).resolve()) as draft:
+        _write_json(draft / "config.json", described | tokens | entries)
+        _write_tensors(draft, tensors, max_shard_size)
+
+# %% ../chapters/11_model.ipynb #7b5f4013
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _PLAIN_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 
@@ -1101,86 +1012,101 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: missing; is this the folder of a model?") from None
+        raise ValueError(f"{path}: missing: is this the folder of a model?") from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
     return content
 
-# %% ../chapters/11_model.ipynb #b90f5cbe
+
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors of a model; an index may name nothing outside its folder."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
         return [single]
     if not index.exists():
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-        reason = f", and {pickles[0]} may run code when it is opened" if pickles else ""
-        raise ValueError(f"{folder}: expected model.safetensors or its index{reason}")
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        reason = f"; {pickles[0]} could run any program when it is opened" if pickles else ""
+        raise ValueError(f"{folder}: expected model.safetensors, or its index{reason}")
+    return _files_of_index(index)
+
+# %% ../chapters/11_model.ipynb #7d431a55
+def _files_of_index(index: Path) -> list[Path]:
     where = _read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where:
-        raise ValueError(f"{index}: weight_map: expected names of tensors and files, got {where!r}")
-    for name in set(where.values()):
+        raise ValueError(f"{index}: weight_map: expected a file for each tensor, got {where!r}")
+    for name in where.values():
         if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
             raise ValueError(f"{index}: expected the name of a .safetensors file, got {name!r}")
-        if not (folder / name).exists():
-            raise ValueError(f"{folder / name}: missing, but {index.name} names it")
-    return [folder / name for name in sorted(set(where.values()))]
+        if not (index.parent / name).exists():
+            raise ValueError(f"{index.parent / name}: missing, but {index.name} names it")
+    return [index.parent / name for name in sorted(set(where.values()))]
 
-# %% ../chapters/11_model.ipynb #38c55451
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or not a safetensors file: {error}") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: damaged, or no safetensors file: {error}") from None
+
+# %% ../chapters/11_model.ipynb #f85e3a7c
+class _Stored(NamedTuple):
+    """A tensor on disk: its file and name there, its shape and type."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
-_IGNORED = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")  # masks, frequencies
+_NO_PARAMETERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def _stored_tensors(paths: list[Path], family: str) -> dict[str, _Stored]:
-    """Read the headers of all files: what is there, by the names that transformers writes now."""
+    """Read the headers: what is there, by the names that are usual today."""
     found: dict[str, _Stored] = {}
     for path in paths:
         with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                header = file.get_slice(name)
-                known = name
-                if family == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
-                    known = f"transformer.{name}"  # the first files had no prefix
-                if _IGNORED.search(known):
+            for name in file.keys():  # noqa: SIM118 (it is no dictionary)
+                old = family == "gpt2" and not name.startswith(("transformer.", "lm_head."))
+                usual = f"transformer.{name}" if old else name
+                if _NO_PARAMETERS.search(usual):
                     continue
-                if known in found:
-                    raise ValueError(f"{path}: {name} is in {found[known].file.name}, too")
-                found[known] = _Stored(path, name, tuple(header.get_shape()), header.get_dtype())
+                if usual in found:
+                    raise ValueError(f"{path}: {name} is in {found[usual].file.name}, too")
+                tensor = file.get_slice(name)
+                found[usual] = _Stored(path, name, tuple(tensor.get_shape()), tensor.get_dtype())
     return found
 
-# %% ../chapters/11_model.ipynb #440b0e68
+# %% ../chapters/11_model.ipynb #e9c13288
 def _check_tensors(
     folder: Path, expected: dict[str, list[Tensor]], found: dict[str, _Stored]
 ) -> None:
-    """Raise a ``ValueError`` that names what is missing, unexpected, or of another shape or type."""
+    """Raise a ``ValueError`` that names what is missing, unexpected, or of other shape or type."""
     faults = [f"{name} is missing" for name in expected.keys() - found.keys()]
     faults += [f"{name} is unexpected" for name in found.keys() - expected.keys()]
     for name in expected.keys() & found.keys():
-        shape, stored = _shape(expected[name]), found[name]
-        if stored.shape != shape:
-            faults.append(f"{name} has shape {stored.shape}, expected {shape}")
-        if stored.dtype not in _DTYPES:
-            faults.append(f"{name} has dtype {stored.dtype}, expected one of {', '.join(_DTYPES)}")
+        *rows, _ = expected[name][0].shape
+        shape = (*rows, sum(view.size(-1) for view in expected[name]))
+        if found[name].shape != shape:
+            faults.append(f"{name} has shape {found[name].shape}, expected {shape}")
+        if found[name].dtype not in _DTYPES:
+            faults.append(f"{name} is of {found[name].dtype}, expected {', '.join(_DTYPES)}")
     if faults:
-        more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(f"{folder}: {'; '.join(sorted(faults)[:5])}{more}")
 
 
-def _shape(views: list[Tensor]) -> tuple[int, ...]:
-    *rows, _ = views[0].shape
-    return (*rows, sum(view.size(-1) for view in views))
+def _common_dtype(folder: Path, found: Mapping[str, _Stored]) -> torch.dtype:
+    names = sorted({stored.dtype for stored in found.values()})
+    if len(names) > 1:
+        raise ValueError(f"dtype: expected a choice, as {folder} has {', '.join(names)}, got None")
+    return _DTYPES[names[0]]
 
-# %% ../chapters/11_model.ipynb #659c42c6
+# %% ../chapters/11_model.ipynb #59fb7bdb
 def load_model(
     folder: str | Path,
     *,
@@ -1188,16 +1114,16 @@ def load_model(
     device: torch.device | str | None = None,
     backend: Backend = "torch",
 ) -> TransformerLM:
-    """Return the model that is in ``folder``, ready to use (``eval``), of a known family.
+    """Return the model that is in ``folder``, ready to use (``eval``).
 
     Only safetensors are read, one tensor after the other, so memory holds the model and one tensor.
-    The ``dtype`` is that of the files unless given. A ``ValueError`` names whatever is wrong: an
-    entry of the configuration, or a tensor that is missing, unexpected, or misshapen.
+    The ``dtype`` is that of the files unless given. A ``ValueError`` names what is wrong: an entry
+    of the configuration that asks for another function, a file, or a tensor.
     """
     folder = Path(folder)
     family, config = _described(folder)
     found = _stored_tensors(_weight_files(folder), family)
-    with torch.device("meta"):  # shapes without memory
+    with torch.device("meta"):
         model = TransformerLM(config, backend)
     head = found.pop("lm_head.weight", None) if config.tie_embeddings else None
     _check_tensors(folder, _disk_tensors(model, family), found)
@@ -1205,29 +1131,25 @@ def load_model(
     _tie(model)
     _fill(_disk_tensors(model, family), found)
     if head is not None:
-        _check_tied(model, head)
+        _check_head(model, head)
     return model.eval()
 
-# %% ../chapters/11_model.ipynb #53b187be
+# %% ../chapters/11_model.ipynb #688eae39
 def _described(folder: Path) -> tuple[str, ModelConfig]:
+    if not folder.is_dir():
+        saved = _beside(folder)
+        hint = f", but a save was interrupted: see {saved[0].name} beside it" if saved else ""
+        raise ValueError(f"{folder}: expected the folder of a model{hint}")
     path = folder / "config.json"
-    entries = _read_json(path)
     try:
-        return _config_from(entries)
+        return _config_from(_read_json(path))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _common_dtype(folder: Path, found: Mapping[str, _Stored]) -> torch.dtype:
-    dtypes = {stored.dtype for stored in found.values()}
-    if len(dtypes) > 1:
-        raise ValueError(f"{folder}: several dtypes ({', '.join(sorted(dtypes))}): choose one")
-    return _DTYPES[dtypes.pop()]
+        text = str(error)
+        raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from None
 
 
 @torch.no_grad()
 def _fill(tensors: Mapping[str, list[Tensor]], found: Mapping[str, _Stored]) -> None:
-    """Copy each tensor from its file into the views that it is made of."""
     for path in sorted({stored.file for stored in found.values()}):
         with _opened(path) as file:
             for name, stored in found.items():
@@ -1238,9 +1160,11 @@ def _fill(tensors: Mapping[str, list[Tensor]], found: Mapping[str, _Stored]) -> 
                         view.copy_(part)
 
 
-def _check_tied(model: TransformerLM, head: _Stored) -> None:
-    """A file may have the tied matrix twice, but only if it is twice the same."""
+def _check_head(model: TransformerLM, head: _Stored) -> None:
+    """A file may have a tied matrix twice, if it is twice the same."""
     with _opened(head.file) as file:
-        stored = file.get_tensor(head.name).to(model.embedding.weight)
-    if not torch.equal(stored, model.embedding.weight):
-        raise ValueError(f"{head.file}: {head.name} differs from the embedding it is tied to")
+        same = torch.equal(
+            file.get_tensor(head.name).to(model.lm_head.weight), model.lm_head.weight
+        )
+    if not same:
+        raise ValueError(f"{head.file}: {head.name} differs from the embedding that it is tied to")
