@@ -1,16 +1,25 @@
 # %% [markdown]
 # # Positions
 #
-# > Turn token ids into vectors, and tell the model where each of them stands: learned, sinusoidal
-# > and rotary embeddings, and how to stretch them to longer texts.
+# > Turn token ids into vectors that know where they stand: learned, sinusoidal and rotary
+# > embeddings, and ways to stretch them to longer texts.
 #
-# To be written.
+# *Dog bites man* is no news; *man bites dog* is. The two have the same words. To a transformer
+# that has not been told otherwise they are the same input, because the operation at its heart,
+# attention, treats what it reads as a bag: it compares every token with every other and has no
+# notion of before and after. The order has to be put in.
+#
+# How it is put in decides more than one would think: how fast the model learns, whether it can
+# read a text longer than any it was trained on, and whether its weights give sense or nonsense in
+# another program. The method that Llama, Qwen, Mistral, Gemma and DeepSeek share, rotary
+# embeddings, can be derived from a single demand. We do that, build it so that it is fast enough
+# for every layer of every step, and measure what happens where the training text ends.
 #
 # | | |
 # |---|---|
-# | **You build** | {py:class}`~llmbook.positions.RotaryEmbedding` |
-# | **You need** | |
-# | **It takes** | |
+# | **You build** | {py:class}`~llmbook.positions.LearnedEmbedding`, {py:class}`~llmbook.positions.SinusoidalEmbedding`, {py:class}`~llmbook.positions.RotaryEmbedding`, {py:func}`~llmbook.positions.rope_frequencies`, {py:func}`~llmbook.positions.apply_rope`, {py:func}`~llmbook.positions.scale_rope` |
+# | **You need** | position ids and document ids ({doc}`07_batches`), matrices, complex numbers |
+# | **It takes** | 60 minutes to read, 45 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp positions
@@ -27,6 +36,110 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
 from llmbook.corpus import _check_at_least
+
+# %% [markdown]
+# ## From ids to vectors
+#
+# A token id is a name, not a quantity: token 7 is not more than token 3. So each token of the
+# vocabulary gets a vector of its own, its {term}`embedding`, a row of a table $E$ with $V$ rows
+# and $d$ columns. Write token $x_t$ as a {term}`one-hot vector`, all zeros but for a one at place
+# $x_t$, and stack these as the rows of a matrix $O$. Then looking up is a matrix product
+# ({numref}`fig-positions-lookup`):
+#
+# $$
+# X = O E , \qquad X_t = \sum_{v} O_{tv} E_v = E_{x_t} ,
+# \qquad \frac{\partial L}{\partial E} = O^\top \frac{\partial L}{\partial X} .
+# $$ (positions-onehot)
+#
+# ```{figure} ../figures/positions-lookup.svg
+# :name: fig-positions-lookup
+# :alt: Left, three ids, 3, 0 and 3. In the middle their one-hot rows of five places, with ones at places 3, 0 and 3. They multiply a table of five rows, of which rows 0 and 3 are colored. Right, the product: row 3, row 0, row 3.
+#
+# Looking up rows is a product with one-hot rows. Rows that nobody asks for do not matter.
+# ```
+#
+# Nobody multiplies by all those zeros. But the product tells what the gradient is: row $v$ of
+# $O^\top \, \partial L / \partial X$ is the sum of the gradients at the places where $v$ stands.
+# Rows of tokens that do not occur get exactly zero.
+
+# %%
+torch.manual_seed(0)
+E = torch.randn(5, 4, requires_grad=True)
+x = torch.tensor([3, 0, 3])
+one_hot = nn.functional.one_hot(x, num_classes=5).float()
+print("lookup is a product:", torch.equal(E[x], one_hot @ E))
+gradient = torch.randn(3, 4)
+E[x].backward(gradient)
+print("its gradient, too:  ", torch.allclose(E.grad, one_hot.T @ gradient))
+print("rows with a gradient:", E.grad.abs().sum(dim=1).nonzero().flatten().tolist())
+
+# %% [markdown]
+# `nn.Embedding` is this table. In chapter 11 it becomes the first layer of the model.
+#
+# ## Why order is lost
+#
+# {doc}`07_batches` said what attention does: at each place, a weighted mean of what other places
+# hold. Chapter 09 takes it apart; here its formula is enough. From the row $X_t$ of each token
+# come three vectors by three matrices: a **query** (what am I looking for?), a **key** (what am
+# I?) and a **value** (what do I hand on?). The **score** of token $n$ for token $m$ is the inner
+# product of $m$'s query with $n$'s key. A softmax turns the scores of each row into weights, and
+# the output is the mean of the values under these weights:
+#
+# $$
+# Y(X) = \operatorname{softmax}(X A X^\top)\, X B ,
+# $$ (positions-attention)
+#
+# where $A$ and $B$ stand for products of the matrices. Now shuffle the tokens: replace $X$ by
+# $PX$, with a permutation matrix $P$, for which $P^\top P = I$. The scores become
+# $P X A X^\top P^\top$: rows and columns in the new order. The softmax works on each row for
+# itself and does not care in which order the columns come, so the weights are shuffled in the
+# same way, and
+#
+# $$
+# Y(PX) = P \operatorname{softmax}(X A X^\top)\, P^\top P\, X B = P\, Y(X) .
+# $$ (positions-equivariance)
+#
+# Each token gets what it got before, wherever it stands. This is {term}`permutation
+# equivariance`. Everything else in a transformer acts on each place alone and keeps the property,
+# so without positions *dog* has the same vector in both sentences.
+
+# %%
+A, B = torch.randn(2, 4, 4)
+
+
+def attend(X: Tensor, causal: bool = False) -> Tensor:
+    scores = X @ A @ X.T
+    if causal:  # a place sees itself and what is before it
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
+    return scores.softmax(dim=-1) @ X @ B
+
+
+dog, bites, man = torch.randn(3, 4)
+news, no_news = torch.stack((man, bites, dog)), torch.stack((dog, bites, man))
+print("the vector of dog is the same:", torch.allclose(attend(news)[2], attend(no_news)[0]))
+
+# %% [markdown]
+# A language model has a causal mask: each place sees only what is before it. That breaks the
+# symmetry, but only partly. One layer still treats all that a place sees as a bag:
+
+# %%
+swapped = torch.stack((bites, man, dog))  # the first two have changed places
+one = [attend(X, causal=True)[-1] for X in (news, swapped)]
+two = [attend(attend(X, causal=True), causal=True)[-1] for X in (news, swapped)]
+print("after one layer, the last place is the same: ", torch.allclose(*one))
+print("after two layers, the last place is the same:", torch.allclose(*two))
+
+# %% [markdown]
+# With two layers the order leaks in, because the second layer reads vectors that depend on how
+# much each place could see. A head that attends evenly to everything, where only the first token
+# carries a mark, even computes $1/t$ at place $t$. Models trained without any positions find out
+# by themselves where they are, and end up only slightly worse {cite}`haviv2022transformer`. How
+# fast they learn is another matter, which we shall measure.
+#
+# ## A vector for each position
+#
+# The simplest remedy: give each position a vector as well, and add it to that of the token. GPT-2
+# {cite}`radford2019language` **learns** these vectors, one row of a table for each position.
 
 
 # %%
@@ -65,6 +178,37 @@ def _check_positions(position_ids: Int64[Tensor, "*batch sequence"], length: int
         raise ValueError(f"position_ids: expected -1 (padding) to {length - 1}, got {wrong[0]}")
 
 
+# %% [markdown]
+# A table has an end. Position 1,024 of GPT-2 has no row, so the text must stop there:
+
+# %%
+table = LearnedEmbedding(context_length=1024, d_model=8)
+print(tuple(table(torch.arange(1024)[None]).shape))
+try:
+    table(torch.tensor([[1023, 1024]]))
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# Nor do rows 500 and 501 know that they are neighbors, until training has told them.
+#
+# ### Waves
+#
+# The first transformer {cite}`vaswani2017attention` computes its vectors instead. Think of how we
+# write numbers: the last digit changes at each step, the one before it ten times as slowly, and
+# so on. Let smooth waves take the place of digits. Pair $i$ of dimensions, for
+# $i = 0, \dots, d/2 - 1$, holds the sine and the cosine of the position times a **frequency**
+# $\omega_i$, in radians per position:
+#
+# $$
+# p_{t,2i} = \sin(t\,\omega_i), \qquad p_{t,2i+1} = \cos(t\,\omega_i), \qquad
+# \omega_i = b^{-2i/d}, \quad b = 10{,}000 .
+# $$ (positions-waves)
+#
+# Each pair is the hand of a clock. The first turns by one radian a token, the last needs nearly
+# $2\pi b$ tokens for one turn. Rotary embeddings will use the same frequencies, whence the name.
+
+
 # %%
 #| export
 def rope_frequencies(d_head: int, base: int | float = 10_000.0) -> Float32[Tensor, " half"]:
@@ -85,6 +229,11 @@ def rope_frequencies(d_head: int, base: int | float = 10_000.0) -> Float32[Tenso
 def _check_base(base: int | float) -> None:
     if not 1 < base < math.inf:
         raise ValueError(f"base: expected a number above 1, got {base}")
+
+
+# %% [markdown]
+# The angles are computed by a small module that both kinds of embedding share. It insists on 32
+# bits, for a reason that has a section of its own below.
 
 
 # %%
@@ -118,7 +267,7 @@ class _Angles(nn.Module):
 # %%
 #| export
 class SinusoidalEmbedding(nn.Module):
-    """Fixed waves: sin(t w_i) at dimension 2i, cos(t w_i) at 2i + 1, with w_i = base^(-2i / d_model).
+    """Waves: sin(t w_i) at dimension 2i, cos(t w_i) at 2i + 1, where w_i = base^(-2i / d_model).
 
     No parameters; the result is float32 whatever the model is cast to. Position -1, padding, counts
     as 0. Source: Vaswani et al. (2017), section 3.5.
@@ -135,6 +284,704 @@ class SinusoidalEmbedding(nn.Module):
         """Return the vectors of ``position_ids``."""
         angles = self.angles(position_ids)
         return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+# %% mystnb={"figure": {"caption": "Sinusoidal embeddings. Left: every row is the vector of a position; fast waves on the left, slow ones on the right. Right: three of its columns as waves.", "name": "fig-positions-waves"}, "image": {"alt": "Left, an image of 128 positions by 64 dimensions: in the leftmost columns narrow stripes alternate, further right stripes grow wider until the columns are of one color. Right, sines over the position with wavelengths of about 6, 26 and 112 tokens."}}
+import matplotlib.pyplot as plt
+
+plt.style.use("llmbook.book")
+waves = SinusoidalEmbedding(64)(torch.arange(128))
+figure, (left, right) = plt.subplots(1, 2, width_ratios=(1, 1.2))
+left.imshow(waves, aspect="auto", cmap="RdBu", vmin=-1.2, vmax=1.2, interpolation="nearest")
+left.set(xlabel="dimension", ylabel="position")
+left.grid(False)
+for i in (0, 5, 10):
+    right.plot(waves[:, 2 * i], label=f"i = {i}")
+right.set(xlabel="position", ylabel="sine of pair i", ylim=(-1.1, 1.6))
+right.legend(ncols=3, loc="upper center")
+plt.show()
+
+# %% [markdown]
+# Why waves? By the addition theorems, a shift by $\Delta$ positions turns each hand by the angle
+# $\Delta\omega_i$, wherever it stood:
+#
+# $$
+# \begin{pmatrix} \sin((t + \Delta)\omega_i) \\ \cos((t + \Delta)\omega_i) \end{pmatrix} =
+# \begin{pmatrix} \cos \Delta\omega_i & \sin \Delta\omega_i \\
+# -\sin \Delta\omega_i & \cos \Delta\omega_i \end{pmatrix}
+# \begin{pmatrix} \sin(t\,\omega_i) \\ \cos(t\,\omega_i) \end{pmatrix} .
+# $$ (positions-shift)
+#
+# The matrix does not contain $t$. So "three tokens back" is one fixed linear map, which a model
+# can learn once for all positions. And the inner product of two such vectors depends on nothing
+# but the distance: $p_m \cdot p_n = \sum_i \cos((m - n)\,\omega_i)$, since
+# $\sin a \sin b + \cos a \cos b = \cos(a - b)$.
+#
+# But attention does not take this inner product. It takes that of a query and a key, each made
+# from the *sum* of token and position by a learned matrix. With $A$ as above, the score is
+#
+# $$
+# (x_m + p_m)^\top A\, (x_n + p_n) =
+# x_m^\top A\, x_n + x_m^\top A\, p_n + p_m^\top A\, x_n + p_m^\top A\, p_n ,
+# $$ (positions-sum)
+#
+# and unless training finds a very special $A$, none of the last three terms depends on $m - n$
+# alone. The clean property is there, and is lost in a matrix.
+
+# %%
+p = SinusoidalEmbedding(64)(torch.arange(200))
+A64 = torch.randn(64, 64) / 8
+
+
+def spread_along_diagonals(scores: Tensor) -> float:
+    """How much scores of the same distance differ, at most."""
+    most = len(scores) // 2
+    diagonals = [scores.diagonal(offset) for offset in range(-most, most + 1)]
+    return max((diagonal.max() - diagonal.min()).item() for diagonal in diagonals)
+
+
+print("without a matrix, same distance, same score:", spread_along_diagonals(p @ p.T) < 1e-3)
+print("with a random matrix between:               ", spread_along_diagonals(p @ A64 @ p.T) < 1)
+
+# %% [markdown]
+# ## Rotary embeddings
+#
+# Su and colleagues {cite}`su2024roformer` turned the question around. Do not hope that the score
+# will depend on the distance; demand it. Position shall enter when query and key are compared: a
+# function $f$ gives the query $q$ of position $m$ the form $f(q, m)$, likewise the key, and for
+# some function $g$
+#
+# $$
+# \langle f(q, m), f(k, n) \rangle = g(q, k, m - n)
+# \qquad \text{for all } q, k \in \mathbb{R}^d, \ m, n \ge 0 .
+# $$ (positions-requirement)
+#
+# ### What the demand allows
+#
+# We look for an $f$ that is linear in the vector, as all maps around it are, and that leaves
+# position 0 alone: $f(q, m) = R_m q$ with a matrix $R_m$, and $R_0 = I$. Then
+# {eq}`positions-requirement` reads $q^\top R_m^\top R_n\, k = g(q, k, m - n)$ for all $q$ and
+# $k$, which says that the matrix $R_m^\top R_n$ depends on $m - n$ only. Two choices of positions
+# tell us all.
+#
+# *The same position twice.* $R_m^\top R_m = R_0^\top R_0 = I$. So each $R_m$ is orthogonal: it
+# keeps lengths, and $R_m R_m^\top = I$ as well.
+#
+# *Neighbors.* $R_m^\top R_{m+1} = R_0^\top R_1 = R_1$. Multiply by $R_m$ from the left:
+# $R_{m+1} = R_m R_1$. Starting from $R_0 = I$, this gives
+#
+# $$
+# R_m = R^m \quad \text{with one orthogonal matrix } R = R_1 .
+# $$ (positions-power)
+#
+# Conversely, every such choice fulfills the demand, for
+# $(R^m)^\top R^n = (R^\top)^m R^n = R^{n-m}$, as $R^\top = R^{-1}$. To walk one token further is
+# to apply $R$ once more, and nothing else is possible.
+#
+# ### Two dimensions: a complex number
+#
+# In the plane an orthogonal matrix is a rotation or a reflection. A reflection undoes itself,
+# $R^2 = I$, and position 2 would look like position 0; so $R$ rotates by some angle $\omega$.
+# Read the plane as complex numbers, and rotating is multiplying by $e^{i\omega}$; the inner
+# product of $q$ and $k$ is the real part of $q \bar{k}$, with $\bar{k}$ the conjugate. Then
+#
+# $$
+# f(q, m) = q\, e^{i m \omega}, \qquad
+# \langle f(q, m), f(k, n) \rangle
+# = \operatorname{Re}\!\big( q e^{i m \omega}\, \overline{k e^{i n \omega}} \big)
+# = \operatorname{Re}\!\big( q \bar{k}\, e^{i (m - n) \omega} \big) ,
+# $$ (positions-complex)
+#
+# and there stands the difference ({numref}`fig-positions-rotation`). Written out in real numbers,
+# $(a + ib)(\cos m\omega + i \sin m\omega)$ is
+#
+# $$
+# f\!\left( \begin{pmatrix} a \\ b \end{pmatrix}, m \right) =
+# \begin{pmatrix} a \cos m\omega - b \sin m\omega \\ a \sin m\omega + b \cos m\omega \end{pmatrix} =
+# \begin{pmatrix} \cos m\omega & -\sin m\omega \\ \sin m\omega & \cos m\omega \end{pmatrix}
+# \begin{pmatrix} a \\ b \end{pmatrix} .
+# $$ (positions-matrix)
+#
+# ```{figure} ../figures/positions-rotation.svg
+# :name: fig-positions-rotation
+# :alt: Three planes. In the first, a query and a key at position 0, with an angle between them. In the second the query has position 3 and the key position 1: each is turned, the query by 3 omega, the key by omega, and the angle between them has grown by 2 omega. In the third the positions are 6 and 4: both are turned further, and the angle between them is that of the second plane.
+#
+# One pair of dimensions. Query and key turn with their positions; the angle between them, and so
+# their inner product, knows only the difference.
+# ```
+#
+# ### Many dimensions
+#
+# Every orthogonal matrix is, in a suitable orthonormal basis $U$, made of rotations of pairs
+# along the diagonal, and of entries $\pm 1$ {cite}`horn2013matrix`. An entry 1 is half of a
+# rotation by 0. A lone $-1$, which only flips its sign from token to token, we leave out. So
+# $R^{n-m} = U D^{n-m} U^\top$, where $D$ rotates pair $i$ by $\omega_i$, and the score
+# $q^\top U\, D^{n-m}\, U^\top k$ is that of the vectors $U^\top q$ and $U^\top k$. But $q$ and
+# $k$ come out of learned matrices, which can learn $U$ as well. Nothing is lost if we set
+# $U = I$.
+#
+# {term}`Rotary position embedding`, **RoPE**, is therefore not one idea among many. But for such
+# flips it is *all* that linear maps can do to meet the demand: cut the vector into pairs, and
+# turn pair $i$ of the token at position $m$ by $m\,\omega_i$. Only the angles are ours to choose.
+# The code is the formula:
+
+
+# %%
+def rope_complex(x: Tensor, position_ids: Tensor) -> Tensor:
+    """Turn the neighbors x[0], x[1], then x[2], x[3], and so on, read as complex numbers."""
+    angles = position_ids[:, None] * rope_frequencies(x.size(-1))
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))  # (sequence, half)
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+
+positions = torch.arange(64)
+q, k = torch.randn(2, 64)
+rotary = rope_complex(q.expand(64, 64), positions) @ rope_complex(k.expand(64, 64), positions).T
+p = SinusoidalEmbedding(64)(positions)
+added = (q + p) @ A64 @ (k + p).T
+print("rotary: same distance, same score:", spread_along_diagonals(rotary) < 1e-3)
+
+# %% mystnb={"figure": {"caption": "The score of one and the same query and key, wherever they stand. Rotary scores are constant along each diagonal.", "name": "fig-positions-scores"}, "image": {"alt": "Two square images over the positions of key and query, 64 by 64. Left, waves added: an irregular pattern of blobs, most varied near the upper left corner. Right, rotary: stripes along the diagonal, each of one color."}}
+figure, axes = plt.subplots(1, 2)
+for ax, scores, title in zip(axes, (added, rotary), ("waves, added", "rotary"), strict=True):
+    ax.imshow(scores)
+    ax.set(title=title, xlabel="position of the key", ylabel="position of the query")
+    ax.grid(False)
+plt.show()
+
+# %% [markdown]
+# ### Which frequencies?
+#
+# RoPE takes over the waves' $\omega_i = b^{-2i/d}$, where $d$ now is the size of a head. Pair $i$
+# comes round after a {term}`wavelength` of
+#
+# $$
+# \lambda_i = \frac{2\pi}{\omega_i} = 2\pi\, b^{2i/d} \quad \text{tokens.}
+# $$ (positions-wavelength)
+#
+# A fast pair tells *the token before* from *the token before that*, and is ambiguous after six
+# tokens. A slow pair is nearly constant, so it can compare contents over any distance. The first
+# Llama models have $b = 10{,}000$, Llama 3 {cite}`grattafiori2024llama3` has 500,000. How many of
+# the 64 pairs of such a head turn at least once within the context?
+
+# %%
+for name, base, length in (("Llama 2", 10_000, 4096), ("Llama 3", 500_000, 8192)):
+    wavelengths = 2 * math.pi / rope_frequencies(128, base)
+    turning = (wavelengths <= length).sum().item()
+    longest = float(f"{wavelengths[-1]:.2g}")
+    print(f"{name}: wavelengths 6 to {longest:,.0f}; {turning} pairs turn in {length:,} tokens")
+
+# %% [markdown]
+# The others never come round. They see only part of their circle in training, which will matter
+# when texts get longer.
+#
+# Often one reads that RoPE makes scores decay with distance. Take a query that equals its key. By
+# {eq}`positions-complex` the score is a sum of cosines, all of which are 1 at distance 0 and then
+# fall out of step: it decays, more slowly with a larger base. But take independent vectors. Each
+# pair adds $|q_i| |k_i| \cos(\varphi_i + \Delta \omega_i)$ with a random angle $\varphi_i$, and
+# turning a random angle changes nothing: there is no decay at all
+# ({numref}`fig-positions-decay`). Barbero and colleagues {cite}`barbero2025round` find that a
+# trained model does not rely on it.
+
+# %% mystnb={"figure": {"caption": "Score against distance, relative to its size at distance 0. It decays where query and key are equal, and not where they are independent.", "name": "fig-positions-decay"}, "image": {"alt": "Two plots over the distance from 1 to 8,192, logarithmic. Left, query equals key: from 1 the score falls with wiggles, to about 0.15 at 1,000 tokens and around 0 at 8,192 with base 10,000, to about 0.4 and 0.3 with base 500,000. Right, independent: the root mean square over 1,000 pairs is flat at 1 for both bases."}}
+distances = torch.logspace(0, 13, 200, base=2).round()
+q, k = torch.randn(2, 1000, 64, dtype=torch.complex64)  # 64 pairs each
+figure, (left, right) = plt.subplots(1, 2, sharex=True, sharey=True)
+for base, color in ((10_000, "C0"), (500_000, "C1")):
+    turns = distances[:, None] * rope_frequencies(128, base)
+    left.semilogx(distances, turns.cos().mean(dim=1), color=color, label=f"base {base:,}")
+    scores = (torch.polar(torch.ones_like(turns), turns) @ (q * k.conj()).T).real
+    rms = scores.square().mean(dim=1).sqrt()
+    right.semilogx(distances, rms / (q * k.conj()).sum(dim=1).real.square().mean().sqrt(), color)
+    assert rms.min() / rms.max() > 0.8, "independent vectors: no decay"
+left.set(title="query = key", xlabel="distance (tokens)", ylabel="relative score", ylim=(-0.2, 1.2))
+right.set(title="independent", xlabel="distance (tokens)", ylabel="")
+left.legend(loc="lower left")
+plt.show()
+
+# %% [markdown]
+# ### Two layouts
+#
+# Which two numbers make a pair? The paper and Meta's code take neighbors, $(x_0, x_1)$,
+# $(x_2, x_3)$: the **interleaved** layout. Hugging Face's take $(x_0, x_{d/2})$,
+# $(x_1, x_{1 + d/2})$: the **half-split** layout, which cuts the vector once, and touches memory
+# in long runs ({numref}`fig-positions-layouts`). They are equally good, but weights trained with
+# one give nonsense with the other, and no error.
+#
+# ```{figure} ../figures/positions-layouts.svg
+# :name: fig-positions-layouts
+# :alt: Two rows of eight cells. In the upper, interleaved, cells 0 and 1 have one color, 2 and 3 the next, and so on. In the lower, half, the colors come in the order 1, 2, 3, 4 twice: dimensions 0, 2, 4, 6, then 1, 3, 5, 7. Arrows lead from each upper cell to its place below. Brackets join the two members of the first pair in each row.
+#
+# The same four pairs in both layouts, a color for each, and the permutation between them.
+# ```
+#
+# If $\Pi$ is the permutation that sorts the even dimensions before the odd ones, then half-split
+# rotation of $\Pi x$ is $\Pi$ applied to the interleaved rotation of $x$: the same pairs turn by
+# the same angles, and only their places differ. Scores agree, as
+# $(\Pi q)^\top (\Pi k) = q^\top k$.
+
+
+# %%
+#| export
+def interleaved_to_half(d_head: int) -> Int64[Tensor, " d_head"]:
+    """Return the order in which interleaved dimensions stand in the layout "half".
+
+    ``x[..., order]`` goes from interleaved to half, ``y[..., order.argsort()]`` back.
+
+    >>> interleaved_to_half(6)
+    tensor([0, 2, 4, 1, 3, 5])
+    """
+    _check_at_least(d_head=(2, d_head))
+    if d_head % 2:
+        raise ValueError(f"d_head: expected an even number, got {d_head}")
+    return torch.arange(d_head).view(-1, 2).T.flatten()
+
+
+# %%
+def rope_half(x: Tensor, position_ids: Tensor) -> Tensor:
+    angles = position_ids[:, None] * rope_frequencies(x.size(-1))
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat(
+        (x1 * angles.cos() - x2 * angles.sin(), x1 * angles.sin() + x2 * angles.cos()), dim=-1
+    )
+
+
+order = interleaved_to_half(64)
+q, k = torch.randn(2, 20, 64)
+ids = torch.arange(20)
+print("order of 8 dimensions:", interleaved_to_half(8).tolist())
+print(
+    "rotations agree:", torch.allclose(rope_complex(q, ids)[:, order], rope_half(q[:, order], ids))
+)
+interleaved = rope_complex(q, ids) @ rope_complex(k, ids).T
+half = rope_half(q[:, order], ids) @ rope_half(k[:, order], ids).T
+print("scores agree:   ", torch.allclose(interleaved, half, atol=1e-4))
+wrong = rope_half(q, ids) @ rope_half(k, ids).T
+print("without the permutation:", torch.allclose(interleaved, wrong, atol=1))
+
+# %% [markdown]
+# A model does not permute its vectors; it is cheaper to permute once the *rows* of the matrices
+# that make them. If $q = W_q x$, then $\Pi q = (\Pi W_q)\, x$, head by head. So to turn weights
+# of Meta's into weights for Hugging Face's code, one permutes the rows of the matrices for
+# queries and keys (and their biases), and nothing else: values are not rotated. The scripts that
+# convert checkpoints do it by a reshape:
+
+# %%
+n_heads, d_head, d_model = 4, 16, 64
+W_q = torch.randn(n_heads * d_head, d_model)
+ours = W_q.unflatten(0, (n_heads, d_head))[:, interleaved_to_half(d_head)].flatten(0, 1)
+theirs = W_q.view(n_heads, d_head // 2, 2, d_model).transpose(1, 2).reshape(-1, d_model)
+print("permuted rows are what the reshape gives:", torch.equal(ours, theirs))
+
+# %% [markdown]
+# ### The rotation, made fast
+#
+# Queries and keys are rotated in every layer, forward and backward. The arithmetic is nothing;
+# what costs is memory. Each operation reads its inputs and writes its result, and `rope_half` has
+# seven. Two facts save most of it.
+#
+# First, one operation can do more. $x \odot (\cos, \cos)$, written once for both halves, is
+# already half of the result; PyTorch's `addcmul_` then adds $\mp x_2 \odot \sin$ and
+# $x_1 \odot \sin$ in place, without a further copy. Second, the gradient needs no bookkeeping. If
+# $y = R x$ with an orthogonal $R$, then
+#
+# $$
+# \frac{\partial L}{\partial x} = R^\top \frac{\partial L}{\partial y}
+# = R^{-1} \frac{\partial L}{\partial y} :
+# $$ (positions-gradient)
+#
+# the gradient of a rotation is the rotation back, the same function with $-\sin$. It does not
+# even need $x$. In 16 bits the products are taken in 32, because the cosine is, and rounded once.
+
+
+# %%
+#| export
+def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (x_i, x_{i + half}) by the angle of pair i; ``cos`` is there for both halves.
+
+    One pass writes x cos, and one over each half adds what comes from the other half.
+    """
+    half = sin.size(-1)
+    rotated = x * cos  # in float32 at least, because cos is
+    rotated[..., :half].addcmul_(x[..., half:], sin, value=-1)
+    rotated[..., half:].addcmul_(x[..., :half], sin)
+    return rotated.to(x.dtype)
+
+
+class _RotateHalf(torch.autograd.Function):
+    """``_rotate_half`` with its gradient: the rotation back. Cosine and sine get none."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate."""
+        return _rotate_half(x, cos, sin)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep the angles; the input is not needed."""
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Rotate the gradient by minus the angle."""
+        cos, sin = ctx.saved_tensors
+        return _RotateHalf.apply(gradients[0], cos, -sin), None, None
+
+
+# %% [markdown]
+# The interleaved layout is one multiplication of complex numbers, for which PyTorch has a fast
+# kernel that passes over memory only once. It needs pairs that lie side by side; a tensor whose
+# memory is laid out otherwise is copied first.
+
+
+# %%
+#| export
+def _rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Multiply the neighbors (x_2i, x_2i+1), read as a complex number, by cos + i sin."""
+    real = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    steps = (real.storage_offset(), *real.stride()[:-1])
+    if real.stride(-1) != 1 or any(step % 2 for step in steps):  # no view of pairs is possible
+        real = real.clone(memory_format=torch.contiguous_format)
+    pairs = torch.view_as_complex(real.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+
+
+# %%
+#| export
+def apply_rope(
+    x: Float[Tensor, "*batch heads sequence d_head"],
+    cos: Float[Tensor, "*#batch sequence half"],
+    sin: Float[Tensor, "*#batch sequence half"],
+    layout: Literal["half", "interleaved"] = "half",
+) -> Float[Tensor, "*batch heads sequence d_head"]:
+    """Rotate each pair of ``x`` by its angle; ``cos`` and ``sin`` are those of ``RotaryEmbedding``.
+
+    Pairs are (x_i, x_{i + half}) in the layout "half" (Hugging Face), (x_2i, x_{2i+1}) in
+    "interleaved" (the paper, Meta). Computed in float32 (float64 for float64), returned in the
+    dtype of ``x``. No gradient flows to ``cos`` and ``sin`` in the layout "half".
+
+    >>> x, quarter = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]), torch.tensor([[torch.pi / 2, 0]])
+    >>> apply_rope(x, quarter.cos(), quarter.sin()).round()
+    tensor([[[-3.,  2.,  1.,  4.]]])
+    >>> apply_rope(x, quarter.cos(), quarter.sin(), layout="interleaved").round()
+    tensor([[[-2.,  1.,  3.,  4.]]])
+    """
+    if x.size(-1) != 2 * cos.size(-1):
+        raise ValueError(f"cos: expected {x.size(-1)} / 2 angles a position, got {cos.size(-1)}")
+    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # the same for all heads
+    if layout == "half":
+        tracked = x.requires_grad and torch.is_grad_enabled()
+        rotate = _RotateHalf.apply if tracked else _rotate_half  # it costs more than one token
+        return rotate(x, torch.cat((cos, cos), dim=-1), sin)
+    if layout == "interleaved":
+        return _rotate_interleaved(x, cos, sin)
+    raise ValueError(f"layout: expected 'half' or 'interleaved', got {layout!r}")
+
+
+# %% [markdown]
+# The angles are the same for all heads and layers, so they are computed once a step, by a module
+# without parameters. It takes the scaling of a later section as an option.
+
+
+# %%
+#| export
+class RotaryEmbedding(nn.Module):
+    """Cosine and sine of the angle of each pair at each position, for ``apply_rope``.
+
+    No parameters, nothing in the state dict. The result is float32, whatever the model is cast to,
+    times the attention factor of ``scaling``. Position -1, padding, counts as 0.
+    """
+
+    def __init__(
+        self, d_head: int, base: int | float = 10_000.0, scaling: "RopeScaling | None" = None
+    ):
+        super().__init__()
+        self.d_head, self.base, self.scaling = d_head, base, scaling
+        self.attention_factor = 1.0
+        with torch.device("cpu"):  # real numbers, also where a model is laid out on "meta"
+            frequencies = rope_frequencies(d_head, base)
+            if scaling is not None:
+                frequencies, self.attention_factor = scale_rope(frequencies, scaling, base)
+        self.angles = _Angles(frequencies)
+
+    def forward(
+        self, position_ids: Int64[Tensor, "*batch sequence"]
+    ) -> tuple[Float32[Tensor, "*batch sequence half"], Float32[Tensor, "*batch sequence half"]]:
+        """Return cosine and sine."""
+        angles = self.angles(position_ids)
+        cos, sin = angles.cos(), angles.sin()
+        if self.attention_factor == 1:
+            return cos, sin
+        return cos * self.attention_factor, sin * self.attention_factor
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        return f"d_head={self.d_head}, base={self.base}, scaling={self.scaling}"
+
+
+# %% [markdown]
+# ## Positions are given, not counted
+#
+# `RotaryEmbedding` asks for {term}`position ids`. It could count from zero by itself, and many
+# programs do; two cases then go wrong. In a packed row ({doc}`07_batches`) several documents
+# share a row, and each has its own position 0. And when text is generated, the model reads one
+# new token at a time and keeps the rotated keys of those before (chapter 09); the one token that
+# it reads now stands at position 57, not 0 ({numref}`fig-positions-ids`).
+#
+# ```{figure} ../figures/positions-ids.svg
+# :name: fig-positions-ids
+# :alt: Above, a packed row of nine tokens in three documents of 3, 4 and 2 tokens; its position ids are 0 1 2, 0 1 2 3, 0 1. Below, generation: keys at positions 0 to 4 are kept, and a new token arrives with position id 5.
+#
+# Position ids restart in every document of a packed row, and go on where kept keys end.
+# ```
+#
+# We pack three documents and compare each with itself alone:
+
+# %%
+from llmbook.batches import document_fields
+
+inputs = torch.tensor([[0, 5, 6, 0, 7, 8, 9, 0, 3]])  # 0 is end of text, which opens a document
+position_ids, document_ids = document_fields(inputs, end_of_text=0)
+print("position ids:", position_ids.tolist(), " document ids:", document_ids.tolist())
+rope = RotaryEmbedding(16)
+q, k = torch.randn(2, 1, 4, 9, 16)  # (batch, heads, sequence, d_head)
+together = apply_rope(q, *rope(position_ids)) @ apply_rope(k, *rope(position_ids)).mT
+for number in range(3):
+    here = document_ids[0] == number
+    angles = rope(torch.arange(here.sum())[None])
+    alone = apply_rope(q[:, :, here], *angles) @ apply_rope(k[:, :, here], *angles).mT
+    same = torch.allclose(together[:, :, here][..., here], alone, atol=1e-5)
+    print(f"document {number}, {here.sum()} tokens, as if alone: {same}")
+
+# %% [markdown]
+# Rotary scores forgive a constant shift, so positions that simply count on through the row would
+# do, too (a learned table would not forgive it). What nothing forgives is a wrong difference.
+# Five keys are kept, and the sixth token arrives:
+
+# %%
+whole = apply_rope(q, *rope(torch.arange(9)[None])) @ apply_rope(k, *rope(torch.arange(9)[None])).mT
+kept = apply_rope(k[:, :, :5], *rope(torch.arange(5)[None]))
+for position in (5, 0):
+    query = apply_rope(q[:, :, 5:6], *rope(torch.tensor([[position]])))
+    same = torch.allclose(query @ kept.mT, whole[:, :, 5:6, :5], atol=1e-5)
+    print(f"the new token at position {position}: scores as in one go: {same}")
+
+# %% [markdown]
+# Padding may have position $-1$; it is treated as 0, so that nothing becomes infinite in a place
+# that nobody looks at.
+#
+# ## Angles need 32 bits
+#
+# Models are trained and run in 16 bits where possible. `bfloat16` has 8 significant bits, so
+# above 256 it cannot hold every whole number: positions 1,000 and 1,003 are the same. And an
+# angle of 1,000 radians that is off by 1/256 of itself points anywhere. We compute angles in
+# several types and compare with 64 bits; to be fair, frequencies and positions are each rounded
+# only once.
+
+# %%
+points = torch.logspace(0, 17, 400, base=2).long().unique()
+exact_frequencies = 10_000.0 ** (-torch.arange(64, dtype=torch.float64) / 64)
+exact = points[:, None] * exact_frequencies
+
+
+def worst_error(dtype: torch.dtype) -> Tensor:
+    angles = points.to(dtype)[:, None] * exact_frequencies.to(dtype)
+    return (angles.double() - exact).abs().amax(dim=1)
+
+
+bf16, f32 = worst_error(torch.bfloat16), worst_error(torch.float32)
+confused = (torch.arange(2000).bfloat16() == 1000).sum().item()
+print("positions that bfloat16 takes for 1,000:", confused)
+print("bfloat16, beyond 1,000: errors above 2 radians:", (bf16[points > 1000].max() > 2).item())
+print("float32, up to 4,096:   errors below 0.001:    ", (f32[points < 4096].max() < 1e-3).item())
+
+# %% mystnb={"figure": {"caption": "Left: the largest error of an angle, over 64 pairs. Right: the score of a query and a key that are neighbors, relative to that at one position, moved along the text. It should not change.", "name": "fig-positions-precision"}, "image": {"alt": "Left, doubly logarithmic, error in radians against position from 1 to 131,072. bfloat16 rises from about 0.002 to hundreds and crosses 1 near position 300; float16 is a factor of eight lower and ends at 65,504; float32 stays below 0.01. Right, the score against position 0 to 4,096: a flat line for float32, for bfloat16 points close to it up to 256 and beyond that two bands, one at 1 and one that is scattered between 0.5 and 0.95."}}
+figure, (left, right) = plt.subplots(1, 2)
+below = points < 65_504  # the largest float16
+left.loglog(points, bf16, label="bfloat16")
+left.loglog(points[below], worst_error(torch.float16)[below], label="float16")
+left.loglog(points, f32.clamp(min=1e-9), label="float32")
+left.axhline(1, color="gray", linewidth=1)
+left.set(xlabel="position", ylabel="error (radians)", ylim=(1e-8, 1e3))
+left.legend(loc="lower right")
+m = torch.randint(4096, (1500,)).sort().values
+for dtype, style in ((torch.bfloat16, "C0."), (torch.float32, "C2-")):
+    turns = [(x.to(dtype)[:, None] * exact_frequencies.to(dtype)).double() for x in (m + 1, m)]
+    right.plot(m, (turns[0] - turns[1]).cos().mean(dim=1), style, markersize=2)
+right.set(xlabel="position of the key", ylabel="score of neighbors", ylim=(0.4, 1.05))
+plt.show()
+
+# %% [markdown]
+# Su's demand fails in 16 bits, silently, and long texts suffer {cite}`wang2024precision`. In 32
+# bits positions are exact up to $2^{24}$. Once taken, cosine and sine lie between $-1$ and 1 and
+# may be rounded. But a model in PyTorch is cast as a whole, `model.to(torch.bfloat16)`, and its
+# frequencies with it. That is why `_Angles` keeps an exact copy out of PyTorch's reach and
+# restores it after each move or cast:
+
+# %%
+cast = RotaryEmbedding(64).to(torch.bfloat16)
+place = torch.tensor([[100_003]])
+print("after a cast to bfloat16:", cast(place)[0].dtype)
+print("the same cosines:        ", torch.equal(cast(place)[0], RotaryEmbedding(64)(place)[0]))
+
+# %% [markdown]
+# ## Does it help?
+#
+# We train four tiny transformers that differ in nothing but positions, to predict the next byte
+# of documentation, for 300 steps on windows of 64 bytes. The model stands here in full; the three
+# chapters to come explain each line.
+
+
+# %%
+class TinyModel(nn.Module):
+    def __init__(self, positions: str):
+        super().__init__()
+        kinds = {"learned": LearnedEmbedding(64, 64), "sinusoidal": SinusoidalEmbedding(64)}
+        self.added, self.rotary = kinds.get(positions), positions == "rotary"
+        self.rope = RotaryEmbedding(32)
+        self.table, self.head = nn.Embedding(256, 64), nn.Linear(64, 256, bias=False)
+        sizes = ((64, 192), (64, 64), (64, 256), (256, 64))
+        self.layers = nn.ModuleList(
+            nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in sizes) for _ in range(2)
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        position_ids = torch.arange(ids.size(1))[None]
+        x = 0.5 * self.table(ids)
+        x = x if self.added is None else x + self.added(position_ids)
+        for mix, out, up, down in self.layers:
+            parts = mix(nn.functional.rms_norm(x, (64,))).unflatten(-1, (3, 2, 32))
+            q, k, v = parts.permute(2, 0, 3, 1, 4)  # each (batch, heads, sequence, d_head)
+            if self.rotary:
+                q, k = (apply_rope(z, *self.rope(position_ids)) for z in (q, k))
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + out(y.transpose(1, 2).flatten(2))
+            x = x + down(up(nn.functional.rms_norm(x, (64,))).relu())
+        return self.head(nn.functional.rms_norm(x, (64,)))
+
+
+# %%
+from llmbook.corpus import read_installed_docs
+
+modules = ["argparse", "asyncio", "email", "json", "logging", "typing", "unittest"]
+text = "\n".join(document.text for document in read_installed_docs(modules))
+data = torch.tensor(list(text.encode()))
+n_train = len(data) * 9 // 10
+
+
+def losses_on(model: nn.Module, starts: Tensor, length: int) -> Tensor:
+    windows = data[starts[:, None] + torch.arange(length + 1)]
+    logits = model(windows[:, :-1])
+    return nn.functional.cross_entropy(logits.mT, windows[:, 1:], reduction="none")
+
+
+def train(model: nn.Module, length: int, steps: int, rate: float, rows: int) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    history = []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * min(1, 1.5 * (1 - step / steps))
+        loss = losses_on(model, torch.randint(n_train - length, (rows,)), length).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    return history
+
+
+# %%
+models, histories, held_out = {}, {}, {}
+test_starts = torch.linspace(n_train, len(data) - 257, 180).long()
+for kind in ("none", "learned", "sinusoidal", "rotary"):
+    torch.manual_seed(0)
+    models[kind] = TinyModel(kind)
+    histories[kind] = train(models[kind], length=64, steps=300, rate=4e-3, rows=16)
+    with torch.no_grad():
+        held_out[kind] = losses_on(models[kind], test_starts, 64).mean().item()
+print("best to worst:", " < ".join(sorted(held_out, key=held_out.get)[:2]), "< the other two")
+assert held_out["rotary"] + 0.15 < held_out["sinusoidal"] < held_out["none"] - 0.05
+assert 2.0 < held_out["rotary"] < 2.3 < held_out["none"] < 2.7
+
+# %% mystnb={"figure": {"caption": "Loss of four tiny models that differ in their positions only, in training.", "name": "fig-positions-training"}, "image": {"alt": "Four falling curves over 300 steps. None and learned lie on each other and end near 2.55 nats per byte. Sinusoidal is above them at first, crosses them at about 120 steps and ends near 2.4. Rotary is lowest from 50 steps on and ends near 2.1."}}
+for kind, history in histories.items():
+    smooth = torch.tensor(history).view(-1, 15).mean(dim=1)
+    plt.plot(
+        torch.arange(15, 301, 15), smooth, label=f"{kind}: {held_out[kind]:.2f} on held-out text"
+    )
+plt.xlabel("step")
+plt.ylabel("loss (nats per byte)")
+plt.ylim(1.9, 3.6)
+plt.legend()
+plt.show()
+
+# %% [markdown]
+# Rotary embeddings win by a wide margin ({numref}`fig-positions-training`). The learned table has
+# not begun to help: it must find out for each of 64 positions what the waves have from the start.
+# Three hundred steps are few. The comparison shows how fast a model learns, not where it would
+# end.
+#
+# ## Longer than in training
+#
+# Training on long texts is expensive, so models are trained on short ones, and one would like to
+# read longer ones afterwards. A learned table simply ends. RoPE has an angle for every position,
+# but the slow pairs, which did not get round once, then reach angles never seen. Let the training
+# length be $T$, and let us read texts of $sT$ tokens. What can be done to the frequencies? This
+# is {term}`context extension`.
+#
+# **Linear interpolation** {cite}`chen2023extending` squeezes the positions: $m$ becomes $m/s$.
+# Since only the product of position and frequency counts, this is
+#
+# $$
+# \omega_i' = \omega_i / s , \qquad \lambda_i' = s\,\lambda_i .
+# $$ (positions-linear)
+#
+# No angle leaves the range of training. But neighbors, which the fastest pair told apart by a
+# radian, are now a fraction $1/s$ of that apart.
+#
+# **NTK-aware scaling** {cite}`bloc972023ntk` leaves the fast pairs alone and stretches the slow
+# ones, by changing the base to some $b'$. The fastest pair has $\omega_0 = b^0 = 1$ for any base.
+# Demand that the slowest, $i = d/2 - 1$, be interpolated by the full factor:
+#
+# $$
+# (b')^{-(d-2)/d} = b^{-(d-2)/d} / s \quad\Longleftrightarrow\quad b' = b\, s^{d/(d-2)} ,
+# \qquad \frac{\omega_i'}{\omega_i} = \Big(\frac{b'}{b}\Big)^{-2i/d} = s^{-2i/(d-2)} .
+# $$ (positions-ntk)
+#
+# The factor falls evenly on a logarithmic scale, from 1 to $1/s$. The name refers to the neural
+# tangent kernel, in whose theory a network learns fine detail only if its inputs hold high
+# frequencies {cite}`tancik2020fourier`; so those should not be lost.
+#
+# **By parts.** With the new base, a pair in the middle that never got round in training is
+# stretched by less than $s$, so it still leaves its range. Count the **turns** that pair $i$
+# makes within the original context:
+#
+# $$
+# r_i = \frac{T\,\omega_i}{2\pi} = \frac{T}{\lambda_i} .
+# $$ (positions-turns)
+#
+# A pair with many turns has seen all angles, and needs no change. One with less than a turn must
+# be stretched by $s$. In between, let a share $\kappa_i$ of the frequency be kept:
+#
+# $$
+# \omega_i' = \kappa_i\, \omega_i + (1 - \kappa_i)\, \frac{\omega_i}{s} ,
+# \qquad \kappa_i = 1 \text{ for large } r_i, \quad \kappa_i = 0 \text{ for small } r_i .
+# $$ (positions-kept)
+#
+# **Llama 3.1** lets $\kappa$ rise evenly from 0 at $r = 1$ to 1 at $r = 4$, numbers that Meta's
+# code says were found by a grid search {cite}`meta2024llamamodels`. **YaRN** {cite}`peng2024yarn`
+# came before, and its paper has the same ramp between 1 and 32 turns. Its published code, and
+# transformers after it, let the ramp be even in the *index* of the pair instead. The index at
+# which a pair makes $r$ turns follows from $T\, b^{-2i/d} = 2\pi r$:
+#
+# $$
+# i(r) = \frac{d}{2} \cdot \frac{\ln \big( T / (2\pi r) \big)}{\ln b} .
+# $$ (positions-yarn)
+#
+# The ramp goes from $i(32)$, rounded down, to $i(1)$, rounded up. YaRN does one thing more. Over
+# more tokens a softmax spreads out; to sharpen it, cosine and sine are multiplied by
+# $0.1 \ln s + 1$, and scores therefore by its square. Its authors fitted that formula to models
+# of several sizes; it is not derived.
 
 
 # %%
@@ -237,133 +1084,400 @@ def scale_rope(
     return frequencies * (kept + (1 - kept) / factor), attention_factor
 
 
-# %%
-#| export
-class RotaryEmbedding(nn.Module):
-    """Cosine and sine of the angle of each pair at each position, for ``apply_rope``.
+# %% [markdown]
+# {numref}`fig-positions-stretch` shows what each does to a head like that of Llama 3, of 8,192
+# tokens stretched by 8.
 
-    No parameters, nothing in the state dict. The result is float32, whatever the model is cast to,
-    times the attention factor of ``scaling``. Position -1, padding, counts as 0.
-    """
+# %% mystnb={"figure": {"caption": "By how much each pair's wavelength is stretched, against that wavelength, for a factor of 8. The line marks the original context.", "name": "fig-positions-stretch"}, "image": {"alt": "Stretch from 1 to 8 against wavelengths from 6 to 2.5 million tokens, both logarithmic. Linear is a horizontal line at 8. NTK-aware is a straight line that rises from 1 at the shortest to 8 at the longest wavelength. Llama 3 stays at 1 up to a wavelength of 2,048 and rises steeply to 8 at 8,192, the original context. YaRN begins to rise at a wavelength of about 250 and reaches 8 just after 8,192."}}
+frequencies = rope_frequencies(128, base=500_000)
+for kind in ("linear", "ntk", "yarn", "llama3"):
+    scaling = RopeScaling(kind, factor=8, original_context_length=8192)
+    scaled, attention_factor = scale_rope(frequencies, scaling, base=500_000)
+    plt.loglog(2 * math.pi / frequencies, frequencies / scaled, ".-", markersize=4, label=kind)
+plt.axvline(8192, color="gray", linewidth=1)
+plt.xlabel("wavelength (tokens)")
+plt.ylabel("stretch")
+plt.yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+plt.minorticks_off()
+plt.legend()
+plt.show()
 
-    def __init__(
-        self, d_head: int, base: int | float = 10_000.0, scaling: RopeScaling | None = None
-    ):
-        super().__init__()
-        self.d_head, self.base, self.scaling = d_head, base, scaling
-        self.attention_factor = 1.0
-        with torch.device("cpu"):  # real numbers, also where a model is laid out on "meta"
-            frequencies = rope_frequencies(d_head, base)
-            if scaling is not None:
-                frequencies, self.attention_factor = scale_rope(frequencies, scaling, base)
-        self.angles = _Angles(frequencies)
-
-    def forward(
-        self, position_ids: Int64[Tensor, "*batch sequence"]
-    ) -> tuple[Float32[Tensor, "*batch sequence half"], Float32[Tensor, "*batch sequence half"]]:
-        """Return cosine and sine."""
-        angles = self.angles(position_ids)
-        cos, sin = angles.cos(), angles.sin()
-        if self.attention_factor == 1:
-            return cos, sin
-        return cos * self.attention_factor, sin * self.attention_factor
-
-    def extra_repr(self) -> str:
-        """What ``print`` shows."""
-        return f"d_head={self.d_head}, base={self.base}, scaling={self.scaling}"
-
+# %% [markdown]
+# ### What it does to a model
+#
+# Our rotary model has never seen more than 64 bytes. We let it read 256, and look at the loss by
+# position: as it is, with each scaling, and after 20 further steps on long windows.
 
 # %%
-#| export
-def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (x_i, x_{i + half}) by the angle of pair i; ``cos`` is there for both halves.
-
-    One pass writes x cos, and one over each half adds what comes from the other half.
-    """
-    half = sin.size(-1)
-    rotated = x * cos  # in float32 at least, because cos is
-    rotated[..., :half].addcmul_(x[..., half:], sin, value=-1)
-    rotated[..., half:].addcmul_(x[..., :half], sin)
-    return rotated.to(x.dtype)
+import copy
 
 
-class _RotateHalf(torch.autograd.Function):
-    """``_rotate_half`` with its gradient: the rotation back. Cosine and sine get none."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate."""
-        return _rotate_half(x, cos, sin)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Keep the angles; the input is not needed."""
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """Rotate the gradient by minus the angle."""
-        cos, sin = ctx.saved_tensors
-        return _RotateHalf.apply(gradients[0], cos, -sin), None, None
+def loss_by_position(model: nn.Module, scaling: RopeScaling | None, steps: int = 0) -> Tensor:
+    model = copy.deepcopy(model)
+    model.rope = RotaryEmbedding(32, scaling=scaling)
+    torch.manual_seed(0)
+    train(model, length=256, steps=steps, rate=1e-3, rows=4)
+    with torch.no_grad():
+        return losses_on(model, test_starts, 256).mean(dim=0).view(16, 16).mean(dim=1)
 
 
-# %%
-#| export
-def _rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Multiply the neighbors (x_2i, x_2i+1), read as a complex number, by cos + i sin."""
-    real = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    steps = (real.storage_offset(), *real.stride()[:-1])
-    if real.stride(-1) != 1 or any(step % 2 for step in steps):  # no view of pairs is possible
-        real = real.clone(memory_format=torch.contiguous_format)
-    pairs = torch.view_as_complex(real.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+scalings = {None: None} | {
+    kind: RopeScaling(kind, factor=4, original_context_length=64)
+    for kind in ("linear", "ntk", "yarn", "llama3")
+}
+as_is = {kind: loss_by_position(models["rotary"], scaling) for kind, scaling in scalings.items()}
+tuned = {
+    kind: loss_by_position(models["rotary"], scalings[kind], 20) for kind in ("linear", "yarn")
+}
 
+# %% mystnb={"figure": {"caption": "A model trained on 64 bytes reads 256, with the frequencies stretched in five ways, and after 20 more steps on 256 bytes.", "name": "fig-positions-extension"}, "image": {"alt": "Two plots of the loss against the position up to 256, with a line at 64. Left, no further training: as it is, the loss is 2.1 up to 64 and then climbs to 2.7; linear is near 2.9 everywhere; NTK stays near 2.1 up to about 140 and climbs to 2.5; YaRN and llama3 stay near 2.2 throughout. Right, after 20 steps: linear has come down to about 2.5, YaRN to 2.1."}}
+figure, (left, right) = plt.subplots(1, 2, sharex=True, sharey=True)
+middle = torch.arange(8, 256, 16)
+for number, (kind, losses) in enumerate(as_is.items()):
+    left.plot(middle, losses, color=f"C{number}", label=kind or "as it is")
+    if kind in tuned:
+        right.plot(middle, tuned[kind], color=f"C{number}", label=kind)
+for ax, title in ((left, "no further training"), (right, "after 20 steps")):
+    ax.axvline(64, color="gray", linewidth=1)
+    ax.set(title=title, xlabel="position")
+right.legend(*left.get_legend_handles_labels(), loc="upper right", ncols=2)
+left.set(ylabel="loss (nats per byte)", ylim=(2.0, 3.4))
+plt.show()
 
 # %%
-#| export
-def apply_rope(
-    x: Float[Tensor, "*batch heads sequence d_head"],
-    cos: Float[Tensor, "*#batch sequence half"],
-    sin: Float[Tensor, "*#batch sequence half"],
-    layout: Literal["half", "interleaved"] = "half",
-) -> Float[Tensor, "*batch heads sequence d_head"]:
-    """Rotate each pair of ``x`` by its angle; ``cos`` and ``sin`` are those of ``RotaryEmbedding``.
+inside, beyond = slice(0, 4), slice(12, 16)  # the first 64 bytes, and the last 64
+change = {kind: (y[beyond].mean() - as_is[None][inside].mean()).item() for kind, y in as_is.items()}
+print("as it is, the end is worse by more than 0.5:", change[None] > 0.5)
+print("NTK helps, yet not to the end:", 0.2 < change["ntk"] < change[None])
+print(
+    "YaRN and Llama 3's rule: worse by less than 0.25:",
+    max(change["yarn"], change["llama3"]) < 0.25,
+)
+blur = (as_is["linear"][inside] - as_is[None][inside]).mean().item()
+cured = (as_is["linear"] - tuned["linear"]).mean().item()
+print(f"linear: bad from the start ({blur > 0.5}), much better after 20 steps ({cured > 0.4})")
 
-    Pairs are (x_i, x_{i + half}) in the layout "half" (Hugging Face), (x_2i, x_{2i+1}) in
-    "interleaved" (the paper, Meta). Computed in float32 (float64 for float64), returned in the
-    dtype of ``x``. No gradient flows to ``cos`` and ``sin`` in the layout "half".
-
-    >>> x, quarter = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]), torch.tensor([[torch.pi / 2, 0]])
-    >>> apply_rope(x, quarter.cos(), quarter.sin()).round()
-    tensor([[[-3.,  2.,  1.,  4.]]])
-    >>> apply_rope(x, quarter.cos(), quarter.sin(), layout="interleaved").round()
-    tensor([[[-2.,  1.,  3.,  4.]]])
-    """
-    if x.size(-1) != 2 * cos.size(-1):
-        raise ValueError(f"cos: expected {x.size(-1)} / 2 angles a position, got {cos.size(-1)}")
-    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # the same for all heads
-    if layout == "half":
-        tracked = x.requires_grad and torch.is_grad_enabled()
-        rotate = _RotateHalf.apply if tracked else _rotate_half  # it costs more than one token
-        return rotate(x, torch.cat((cos, cos), dim=-1), sin)
-    if layout == "interleaved":
-        return _rotate_interleaved(x, cos, sin)
-    raise ValueError(f"layout: expected 'half' or 'interleaved', got {layout!r}")
-
+# %% [markdown]
+# The theory shows in ten seconds of training. Unchanged, the model fails where its training
+# ended. Linear interpolation blurs the neighborhood from which most of a prediction comes, but
+# little training puts it right; its authors needed at most 1,000 steps for large models
+# {cite}`chen2023extending`. NTK-aware scaling holds for twice the length. By parts it works at
+# once. All of it only makes longer texts *readable*. What a model does with distant text, it
+# learns from distant text.
+#
+# ## Is it the real thing?
+#
+# **Llama in transformers** rotates queries and keys by `apply_rotary_pos_emb`. Rotations, and the
+# gradients of a loss of the scores, must be the same:
 
 # %%
-#| export
-def interleaved_to_half(d_head: int) -> Int64[Tensor, " d_head"]:
-    """Return the order in which interleaved dimensions stand in the layout "half".
+import warnings
 
-    ``x[..., order]`` goes from interleaved to half, ``y[..., order.argsort()]`` back.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it would like a widget for its progress
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-    >>> interleaved_to_half(6)
-    tensor([0, 2, 4, 1, 3, 5])
-    """
-    _check_at_least(d_head=(2, d_head))
-    if d_head % 2:
-        raise ValueError(f"d_head: expected an even number, got {d_head}")
-    return torch.arange(d_head).view(-1, 2).T.flatten()
+config = LlamaConfig(hidden_size=256, num_attention_heads=4, head_dim=64)
+position_ids = torch.randint(4096, (2, 50))
+q, k, weights = torch.randn(2, 4, 50, 64), torch.randn(2, 2, 50, 64), torch.randn(2, 1, 50, 50)
+
+
+def with_gradients(rotate: Callable[..., tuple[Tensor, Tensor]], *angles: Tensor) -> list[Tensor]:
+    a, b = (x.clone().requires_grad_() for x in (q, k))
+    turned = rotate(a, b, *angles)
+    scores = turned[0] @ turned[1].repeat_interleave(2, dim=1).mT
+    (scores.sigmoid() * weights).sum().backward()
+    return [*turned, a.grad, b.grad]
+
+
+theirs = with_gradients(apply_rotary_pos_emb, *LlamaRotaryEmbedding(config)(q, position_ids))
+ours = with_gradients(
+    lambda q, k, *angles: (apply_rope(q, *angles), apply_rope(k, *angles)),
+    *RotaryEmbedding(64)(position_ids),
+)
+print(
+    "q, k and their gradients:",
+    [torch.allclose(*z, atol=1e-5) for z in zip(ours, theirs, strict=True)],
+)
+
+# %% [markdown]
+# **Meta's code** multiplies complex numbers. Written from the formula, in 64 bits:
+
+# %%
+exact_frequencies = 10_000.0 ** (-torch.arange(32, dtype=torch.float64) / 32)
+turn = torch.exp(1j * position_ids[:, None, :, None] * exact_frequencies)
+
+
+def by_complex_numbers(*vectors: Tensor) -> tuple[Tensor, ...]:
+    pairs = [torch.complex(x[..., 0::2].double(), x[..., 1::2].double()) for x in vectors]
+    return tuple(torch.view_as_real(z * turn).flatten(-2).float() for z in pairs)
+
+
+theirs = with_gradients(by_complex_numbers)
+ours = with_gradients(
+    lambda q, k, *angles: tuple(apply_rope(x, *angles, layout="interleaved") for x in (q, k)),
+    *RotaryEmbedding(64)(position_ids),
+)
+print(
+    "q, k and their gradients:",
+    [torch.allclose(*z, atol=2e-3) for z in zip(ours, theirs, strict=True)],
+)
+
+# %% [markdown]
+# The looser bound is the price of 32-bit angles at positions up to 4,096. Last, the
+# **frequencies** of every scaling. What transformers calls "dynamic" is NTK-aware scaling with a
+# factor that follows the length of the text; at $s$ times the original length its base is ours.
+
+# %%
+for kind in ("linear", "ntk", "yarn", "llama3"):
+    scaling = RopeScaling(kind, factor=8.0, original_context_length=8192)
+    rope_type = "dynamic" if kind == "ntk" else kind
+    settings = {"rope_type": rope_type, "rope_theta": 500_000.0, "factor": 8.0}
+    if kind == "ntk":
+        settings["factor"] = 1.0
+    if kind in ("yarn", "llama3"):
+        settings["original_max_position_embeddings"] = 8192
+    if kind == "llama3":
+        settings |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    length = 8192 if kind == "ntk" else 8 * 8192
+    config = LlamaConfig(head_dim=128, max_position_embeddings=length, rope_parameters=settings)
+    seq_len = 8 * 8192
+    theirs, their_factor = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), seq_len)
+    ours, factor = scale_rope(rope_frequencies(128, 500_000.0), scaling, base=500_000.0)
+    same = torch.allclose(ours, theirs, rtol=1e-6, atol=0) and math.isclose(factor, their_factor)
+    print(f"{kind:7} {same}")
+
+# %% [markdown]
+# ## How fast is it?
+#
+# We rotate queries and keys, forward and backward, laid out in memory as attention has them,
+# against transformers and against `rope_half` as it stood above. One new token with kept keys,
+# forward only, is a case of its own. Numbers say how many times as fast as transformers.
+
+# %%
+import time
+
+
+def race(ways: dict[str, Callable[..., Any]], q: Tensor, k: Tensor) -> dict[str, float]:
+    """The shortest time of each way in seconds; they take turns, so that all share disturbances."""
+    repeats, best = 5 if q.requires_grad else 100, dict.fromkeys(ways, math.inf)
+    for _ in range(10):
+        for name, rotate in ways.items():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                turned = [x.transpose(1, 2).contiguous() for x in rotate(q, k)]
+                if q.requires_grad:
+                    torch.autograd.grad(turned, (q, k), turned)
+            best[name] = min(best[name], (time.perf_counter() - start) / repeats)
+    return best
+
+
+def ways_to_rotate(sequence: int) -> dict[str, Callable[..., Any]]:
+    cos, sin = RotaryEmbedding(64)(torch.arange(sequence)[None])
+    cos2, sin2 = (torch.cat((z, z), dim=-1) for z in (cos, sin))
+    ids = torch.arange(sequence)
+    return {
+        "transformers": lambda q, k: apply_rotary_pos_emb(q, k, cos2, sin2),
+        "rope_half": lambda q, k: (rope_half(q, ids), rope_half(k, ids)),
+        "ours, half": lambda q, k: (apply_rope(q, cos, sin), apply_rope(k, cos, sin)),
+        "ours, interleaved": lambda q, k: tuple(
+            apply_rope(x, cos, sin, layout="interleaved") for x in (q, k)
+        ),
+    }
+
+
+# %% tags=["nbval-ignore-output"]
+for name, rows, length in (("training", 8, 256), ("one token", 1, 1)):
+    q, k = torch.randn(2, rows, length, 8, 64).transpose(2, 3)  # as attention has them
+    if length > 1:
+        q.requires_grad_(), k.requires_grad_()
+    times = race(ways_to_rotate(length), q, k)
+    ratios = ", ".join(f"{way} {times['transformers'] / t:.1f}" for way, t in times.items())
+    print(f"{name}: {ratios}")
+
+# %% [markdown]
+# In training memory decides: ours passes over it less often, and the interleaved layout, a single
+# pass, is far ahead on a CPU. For one token it is the number of calls that counts, and there is
+# little to gain. `torch.compile`, which takes too long for this chapter, makes a single kernel of
+# `apply_rope` and another of its gradient, and halves the time once more; but it leaves complex
+# numbers, and so the interleaved layout, as they are.
+#
+# ## Exercises
+#
+# ````{exercise} The gradient of a table
+# :label: ex-positions-gradient
+# *Ten minutes.* Write `embedding_gradient(ids, gradient, vocab_size)`, the gradient of an
+# embedding table, without a one-hot matrix. `ids` has any shape, `gradient` the same and one
+# dimension more. How large would the one-hot matrix be for 8 rows of 2,048 tokens and 128,000
+# ids, in 32 bits?
+# ````
+
+
+# %% tags=["solution"]
+def embedding_gradient(ids: Tensor, gradient: Tensor, vocab_size: int) -> Tensor:
+    """Return the gradient of a table of ``vocab_size`` rows, given that of the rows looked up."""
+    # 8 * 2,048 * 128,000 * 4 bytes = 8.4 GB.
+    table = torch.zeros(vocab_size, gradient.size(-1), dtype=gradient.dtype)
+    return table.index_add(0, ids.flatten(), gradient.flatten(0, -2))
+
+
+# %% tags=["check"]
+for shape in ((5,), (2, 30), (2, 3, 4)):
+    ids, embedding = torch.randint(7, shape), nn.Embedding(9, 4)
+    gradient = torch.randn(*shape, 4)
+    embedding(ids).backward(gradient)
+    found = embedding_gradient(ids, gradient, 9)
+    assert found.shape == (9, 4), "one row for each id of the vocabulary"
+    assert not found[7:].any(), "ids 7 and 8 do not occur: their rows are zero"
+    assert torch.allclose(found, embedding.weight.grad, atol=1e-5), "an id that repeats adds up"
+
+# %% [markdown]
+# ````{exercise} Shifts as matrices
+# :label: ex-positions-shift
+# *Fifteen minutes.* Write `shift_matrix(d_model, shift)`: the matrix that turns the sinusoidal
+# vector of every position $t$ into that of $t + \Delta$, by {eq}`positions-shift`. What is the
+# matrix of $-\Delta$? Why has a learned table no such matrix?
+# ````
+
+
+# %% tags=["solution"]
+def shift_matrix(d_model: int, shift: int) -> Tensor:
+    """Return M with M p_t = p_(t + shift) for the vectors of SinusoidalEmbedding(d_model)."""
+    # M is orthogonal: the matrix of -shift is its transpose. Learned rows are independent: with
+    # more positions than dimensions no one matrix maps all of them as wished.
+    angles = shift * rope_frequencies(d_model)
+    blocks = torch.stack((angles.cos(), angles.sin(), -angles.sin(), angles.cos()), dim=-1)
+    return torch.block_diag(*blocks.view(-1, 2, 2))
+
+
+# %% tags=["check"]
+p = SinusoidalEmbedding(16)(torch.arange(100))
+for shift in (0, 1, 7, 40):
+    M = shift_matrix(16, shift)
+    assert M.shape == (16, 16), "a square matrix of size d_model"
+    assert torch.allclose(p[: 100 - shift] @ M.T, p[shift:], atol=1e-4), f"wrong for shift {shift}"
+assert torch.allclose(shift_matrix(16, -3), shift_matrix(16, 3).T, atol=1e-6), "back is transposed"
+
+# %% [markdown]
+# ````{exercise} How large a base?
+# :label: ex-positions-base
+# *Fifteen minutes.* Write `least_base(d_head, context_length)`: the smallest base with which the
+# slowest pair makes at most one turn within the context. How long is the context for which the
+# 500,000 of Llama 3 is just enough, with heads of 128? Does that make it a model for such texts?
+# ````
+
+
+# %% tags=["solution"]
+def least_base(d_head: int, context_length: int) -> float:
+    """Return the base with which the slowest pair's wavelength is ``context_length``."""
+    # 2 pi base^((d - 2) / d) = context_length. 500,000 is enough for 2.6 million tokens. But the
+    # slow pairs of a model trained on 8,192 tokens have seen a small part of their circle.
+    return (context_length / (2 * math.pi)) ** (d_head / (d_head - 2))
+
+
+# %% tags=["check"]
+for d_head, context_length in ((128, 8192), (64, 2048), (128, 2_560_000)):
+    base = least_base(d_head, context_length)
+    slowest = 2 * math.pi / rope_frequencies(d_head, base)[-1].item()
+    assert math.isclose(slowest, context_length, rel_tol=1e-4), f"its wavelength is {slowest:.0f}"
+
+# %% [markdown]
+# ````{exercise} Rotate a part
+# :label: ex-positions-partial
+# *Fifteen minutes.* GPT-NeoX {cite}`black2022neox` rotates only the first quarter of each head
+# and leaves the rest, which then compares contents regardless of distance. Write
+# `apply_partial_rope(x, cos, sin)`: rotate as many dimensions as there are angles for, in the
+# layout "half" *within that part*, and leave the others.
+# ````
+
+
+# %% tags=["solution"]
+def apply_partial_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first ``2 * cos.size(-1)`` dimensions of ``x``."""
+    rotated, rest = x.tensor_split([2 * cos.size(-1)], dim=-1)
+    return torch.cat((apply_rope(rotated, cos, sin), rest), dim=-1)
+
+
+# %% tags=["check"]
+from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as neox_rotary
+
+x, (cos, sin) = torch.randn(2, 3, 10, 32), RotaryEmbedding(8)(torch.arange(10)[None])
+found = apply_partial_rope(x, cos, sin)
+assert torch.equal(found[..., 8:], x[..., 8:]), "only the first 8 dimensions turn"
+expected = neox_rotary(x, x, *(torch.cat((z, z), dim=-1) for z in (cos, sin)))[0]
+assert torch.allclose(found, expected, atol=1e-6), "pairs are (0, 4), (1, 5), (2, 6), (3, 7)"
+
+# %% [markdown]
+# ````{exercise} ALiBi
+# :label: ex-positions-alibi
+# *Twenty-five minutes.* Press and colleagues {cite}`press2022alibi` use no vectors at all. They
+# subtract from each score the distance times a slope, so that distant tokens count less. Head
+# $h = 1, \dots, H$ of $H$, a power of two, has the slope $2^{-8h/H}$. Write
+# `alibi_slopes(n_heads)` and `alibi_bias(n_heads, position_ids)`, which is added to the scores:
+# of shape (batch, heads, sequence, sequence), $-\text{slope} \cdot (m - n)$ for query $m$ and key
+# $n$, and 0 for keys after the query, which a mask will hide. At which distance does the bias of
+# the steepest and of the flattest of 8 heads reach $-10$, a weight of about $e^{-10}$?
+# ````
+
+
+# %% tags=["solution"]
+def alibi_slopes(n_heads: int) -> Tensor:
+    """Return the slope of each head: a geometric sequence that ends at 2^-8."""
+    # Steepest: 1/2, distance 20. Flattest: 1/256, distance 2,560.
+    return 2.0 ** (-8 * torch.arange(1, n_heads + 1) / n_heads)
+
+
+def alibi_bias(n_heads: int, position_ids: Tensor) -> Tensor:
+    """Return -slope * distance, of shape (batch, heads, sequence, sequence), 0 for later keys."""
+    distance = (position_ids[:, :, None] - position_ids[:, None, :]).clamp(min=0)
+    return -alibi_slopes(n_heads)[:, None, None] * distance[:, None]
+
+
+# %% tags=["check"]
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+assert alibi_slopes(8).tolist() == [2.0**-h for h in range(1, 9)], "1/2, 1/4, ..., 1/256"
+mask = torch.ones(12, 12).tril().bool()
+for n_heads in (1, 4, 8, 16):
+    bias = alibi_bias(n_heads, torch.arange(12).expand(2, 12))
+    assert bias.shape == (2, n_heads, 12, 12), "batch, heads, queries, keys"
+    assert not bias.masked_select(~mask).any(), "0 for keys after the query"
+    theirs = build_alibi_tensor(torch.ones(2, 12), n_heads, torch.float32).view(2, n_heads, 1, 12)
+    scores = torch.randn(2, n_heads, 12, 12)
+    weights = [(scores + b).masked_fill(~mask, -torch.inf).softmax(-1) for b in (bias, theirs)]
+    assert torch.allclose(*weights, atol=1e-5), "the weights are not those of BLOOM"
+packed = alibi_bias(2, torch.tensor([[0, 1, 2, 0, 1]]))
+assert packed[0, 0, 4, 3] == -(2.0**-4), "distances are those of the position ids, not of the row"
+
+# %% [markdown]
+# ## Summary
+#
+# Ids become vectors by looking up rows, which is a product with one-hot vectors; the gradient
+# touches only rows that occur. Attention is permutation equivariant, and a causal mask breaks
+# that only partly, so positions must be given. A learned table ends; waves do not, and a shift
+# turns their pairs, but added to the token's vector the distance is lost in the matrices of
+# attention. The demand that the score depend on the distance only, with maps that are linear,
+# leaves powers of one orthogonal matrix, and so, up to a basis, pairs that turn: RoPE. Pairs are
+# neighbors or halves, and a permutation of rows leads from one layout to the other. Position ids
+# come from outside. Angles are computed in 32 bits. Beyond the training length slow pairs leave
+# the angles they know; frequencies are then stretched, the slow ones fully and the fast ones not
+# at all.
+#
+# **Checklist: positions.**
+#
+# - A new model: RoPE. Base 10,000 for a few thousand tokens; larger, such as 500,000, for long
+#   ones.
+# - Weights of others: find out the layout before anything else. Wrong pairs raise no error.
+# - Pass position ids in packed rows and while generating; test both against one document alone.
+# - Compute angles in float32; look at `model.to(torch.bfloat16)` with suspicion.
+# - Longer texts without training: YaRN or Llama 3's rule. With training, even a little: the same,
+#   and linear interpolation becomes usable. Measure the loss by position, also on short texts.
+#
+# **Further reading.** Su and colleagues {cite}`su2024roformer` on RoPE; Chen and colleagues
+# {cite}`chen2023extending` and Peng and colleagues {cite}`peng2024yarn` on longer contexts, the
+# second with the history of the ideas; Barbero and colleagues {cite}`barbero2025round` on what
+# trained models do with their pairs; Kazemnejad and colleagues {cite}`kazemnejad2023impact` on
+# models without positions. Next, chapter 09 takes the queries and keys that now know where they
+# stand, and builds attention.
