@@ -1,10 +1,25 @@
 # %% [markdown]
 # # Attention
 #
-# > Let every token look up what it needs among all tokens before it: softly, so that it can be
-# > learned; in heads, so that several look-ups happen at once; in tiles, so that it fits.
+# > Let every token look up what it needs among the tokens before it: softly, so that looking can be
+# > learned; in several heads at once; and in tiles, so that it fits into memory.
 #
-# (Draft: the exported code first.)
+# *The dough rises when it rests.* What is *it*? The word alone does not say, and its neighbors do
+# not say it either. The answer stands three words earlier; in another text it may stand three
+# thousand words earlier. After {doc}`08_positions` a token is a vector that knows its word and
+# its place and nothing else. Attention is the one part of a transformer in which anything moves
+# from one token to another. All the rest works on each token by itself.
+#
+# This chapter begins with a Python dictionary and ends with the function that most of the world's
+# computing centers are busy with. On the way it answers four questions: how a look-up can be
+# learned, how it stays stable, what it costs to remember everything that was read, and what such
+# a layer in fact learns to look for.
+#
+# | | |
+# |---|---|
+# | **You build** | {py:func}`~llmbook.attention.softmax`, {py:func}`~llmbook.attention.scaled_dot_product_attention`, {py:class}`~llmbook.attention.MultiHeadAttention`, {py:class}`~llmbook.attention.KVCache`, {py:class}`~llmbook.attention.MultiHeadLatentAttention`, {py:func}`~llmbook.attention.flash_attention`, {py:func}`~llmbook.attention.show_attention` |
+# | **You need** | rotary positions ({doc}`08_positions`), document masks ({doc}`07_batches`), entropy ({doc}`01_tinyworld`), the chain rule of derivatives |
+# | **It takes** | 90 minutes to read, 40 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp attention
@@ -12,12 +27,12 @@
 # %%
 #| export
 import json
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from html import escape
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from html import escape
+from importlib.resources import files
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -30,7 +45,259 @@ from llmbook.corpus import _check_at_least
 from llmbook.positions import apply_rope
 
 # %% [markdown]
-# softmax
+# ## A dictionary that never says no
+#
+# A dictionary answers a question, the **query**, by comparing it with its **keys** and returning
+# the **value** of the one that is equal. At which temperature does one bake a pie?
+
+# %%
+import math
+import time
+
+import matplotlib.pyplot as plt
+
+plt.style.use("llmbook.book")
+degrees = {"bread": 220.0, "cake": 180.0, "meringue": 100.0}
+print("pie" in degrees)
+
+# %% [markdown]
+# No answer, although a pie is almost a cake. And there is nothing to learn from the failure:
+# equality holds or does not, so no small change of a key makes the answer a little better. It has
+# no derivative.
+#
+# So we make three changes ({numref}`fig-attention-lookup`). Keys and query become vectors, here
+# of two numbers, how sweet and how airy. In the place of equality comes the dot product, the
+# **score**: large if query and key point the same way. And in the place of one value comes a mean
+# of *all* values, each with a weight that grows with its score. The weights must be positive and
+# sum to one, and the usual way to get such weights from any numbers $s_j$ is the {term}`softmax`:
+#
+# $$
+# p_j = \frac{e^{s_j}}{\sum_k e^{s_k}} , \qquad s_j = q \cdot k_j , \qquad
+# \text{answer} = \sum_j p_j v_j .
+# $$ (attention-lookup)
+#
+# ```{figure} ../figures/attention-lookup.svg
+# :name: fig-attention-lookup
+# :alt: Left, a dictionary: the query pie is compared with the keys bread, cake and meringue, none is equal, and the answer is an error. Right, soft look-up: the query vector has the scores minus 2, 3 and 0 with the three keys, softmax makes of them the weights 0.01, 0.95 and 0.05, and the answer is the weighted mean of 220, 180 and 100 degrees, which is 176.
+#
+# A dictionary finds the key that is equal. Soft look-up finds out how similar each key is, and
+# mixes the values accordingly.
+# ```
+
+# %%
+keys = {"bread": (-2.0, 0.0), "cake": (2.0, -1.0), "meringue": (2.0, 2.0)}
+pie = (1.0, -1.0)
+
+
+def look_up(query: tuple, sharpness: float = 1.0) -> float:
+    scores = [query[0] * sweet + query[1] * airy for sweet, airy in keys.values()]
+    exponentials = [math.exp(sharpness * score) for score in scores]
+    weights = [e / sum(exponentials) for e in exponentials]
+    print("weights:", " ".join(f"{weight:.2f}" for weight in weights), end="; ")
+    return sum(w * value for w, value in zip(weights, degrees.values(), strict=True))
+
+
+print(f"pie: {look_up(pie):.0f} degrees")
+print(f"pie, scores times ten: {look_up(pie, sharpness=10):.0f} degrees")
+
+# %% [markdown]
+# The second line shows where the dictionary went. Multiply all scores by a growing factor, and
+# the weight of the best key tends to one: the hard look-up is the limit of the soft one. What was
+# gained is that the answer now depends smoothly on every number in it. Gradients flow to values,
+# keys and query, and so into whatever made them.
+#
+# ## From one query to all of them
+#
+# In a transformer the tokens ask each other. Each token $i$ has a vector $x_i$, and three
+# matrices, which training finds, make of it what it asks for, what it can be found by, and what
+# it hands on:
+#
+# $$
+# q_i = x_i W_Q , \qquad k_i = x_i W_K , \qquad v_i = x_i W_V .
+# $$ (attention-projections)
+#
+# Vectors are rows here, as they are in code. We choose the matrices by hand, so that each number
+# can be read. A token has four features: is it a noun, a verb, a pronoun, something else? The
+# pronoun asks for a noun, and so does, less urgently, a verb, for it wants its subject. A noun
+# can be found under that heading, a pronoun less easily. Nouns and verbs hand on what they are.
+
+# %%
+words = ["The", "dough", "rises", "when", "it", "rests"]
+#                    noun verb pron. other
+x = torch.tensor([[0.0, 0.0, 0.0, 1.0],   # The
+                  [1.0, 0.0, 0.0, 0.0],   # dough
+                  [0.0, 1.0, 0.0, 0.0],   # rises
+                  [0.0, 0.0, 0.0, 1.0],   # when
+                  [0.0, 0.0, 1.0, 0.0],   # it
+                  [0.0, 1.0, 0.0, 0.0]])  # rests  # fmt: skip
+w_q = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 0.0], [0.0, 0.0]])
+w_k = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+w_v = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
+q, k, v = x @ w_q, x @ w_k, x @ w_v
+print("q, k, v:", *(tuple(t.shape) for t in (q, k, v)))
+
+# %% [markdown]
+# **One query, by a loop.** This is {eq}`attention-lookup` word for word, except that scores are
+# divided by $\sqrt d$, where $d$ is the length of a query; the next section says why.
+
+
+# %%
+def attend(query: list, keys: list, values: list) -> tuple[list, list]:
+    scores = [sum(a * b for a, b in zip(query, key, strict=True)) for key in keys]
+    exponentials = [math.exp(score / math.sqrt(len(query))) for score in scores]
+    weights = [e / sum(exponentials) for e in exponentials]
+    columns = zip(*values, strict=True)
+    return [sum(w * u for w, u in zip(weights, column, strict=True)) for column in columns], weights
+
+
+answer, weights = attend(q[4].tolist(), k.tolist(), v.tolist())
+for word, weight in zip(words, weights, strict=True):
+    print(f"it -> {word:6} {weight:.2f}")
+
+# %% [markdown]
+# *It* has found the dough. **All queries** are one more loop, and now $n^2$ scores are computed
+# for $n$ tokens:
+
+# %%
+by_loops = torch.tensor([attend(query, k.tolist(), v.tolist())[0] for query in q.tolist()])
+
+# %% [markdown]
+# **As matrices.** Put the queries under one another as the rows of a matrix $Q$, keys and values
+# as those of $K$ and $V$. The score of query $i$ and key $j$ is then entry $(i, j)$ of $QK^\top$,
+# softmax works along each row, and to mix the values with the weights of row $i$ is to multiply
+# by that row. The loops have become two products of matrices ({numref}`fig-attention-flow`):
+#
+# $$
+# \operatorname{Attention}(Q, K, V) = \operatorname{softmax}\!\Big(\frac{QK^\top}{\sqrt d}\Big) V .
+# $$ (attention)
+#
+# ```{figure} ../figures/attention-flow.svg
+# :name: fig-attention-flow
+# :alt: The vectors x of six tokens, a matrix of n rows and d_model columns, are multiplied by three matrices to queries, keys and values, each of n rows and d columns. Queries times transposed keys give an n by n matrix of scores; scaled, masked and put through softmax row by row it becomes weights; weights times values give the output, n rows of d columns.
+#
+# Attention as a flow of matrices. Only in the middle, where a matrix is $n \times n$, does
+# anything pass from one token to another.
+# ```
+
+# %%
+scores = q @ k.T / math.sqrt(q.size(-1))
+as_matrices = scores.softmax(dim=-1) @ v
+print("scores:", tuple(scores.shape), " equal to the loops:", torch.allclose(by_loops, as_matrices))
+
+# %% [markdown]
+# **In batches** nothing changes but the transpose, for `@` multiplies the last two dimensions and
+# repeats that over all others:
+
+# %%
+batch = torch.stack([x, x.flip(0)])  # two sentences, (batch, sequence, d_model)
+q, k, v = batch @ w_q, batch @ w_k, batch @ w_v
+batched = (q @ k.mT / math.sqrt(q.size(-1))).softmax(dim=-1) @ v
+print(tuple(batched.shape), "equal to one by one:", torch.allclose(batched[0], as_matrices))
+
+# %% [markdown]
+# Equation {eq}`attention` is due to Vaswani and colleagues {cite}`vaswani2017attention`; the soft
+# look-up itself is older, from translation {cite}`bahdanau2015attention`. The rest of the chapter
+# is about its four symbols: the root, the softmax, who is among the keys, and where $n^2$ goes.
+#
+# ## Why divide by the square root of d?
+#
+# Let the entries of a query and of a key be independent random numbers with mean 0 and variance
+# 1, as they are, roughly, in a network that has just been initialized. Their score is
+# $s = \sum_{c=1}^{d} q_c k_c$. Each term has mean
+#
+# $$
+# \mathbb{E}[q_c k_c] = \mathbb{E}[q_c]\,\mathbb{E}[k_c] = 0 ,
+# $$
+#
+# because they are independent, and therefore the variance
+#
+# $$
+# \operatorname{Var}[q_c k_c] = \mathbb{E}[q_c^2 k_c^2] - 0^2
+# = \mathbb{E}[q_c^2]\,\mathbb{E}[k_c^2] = 1 .
+# $$
+#
+# The $d$ terms are independent of each other, so their variances add up:
+#
+# $$
+# \operatorname{Var}[s] = d , \qquad \operatorname{Var}\!\left[\frac{s}{\sqrt d}\right]
+# = \frac{d}{d} = 1 .
+# $$ (attention-variance)
+#
+# Scores grow like $\sqrt d$ with the size of a head, and dividing by $\sqrt d$ keeps them at one.
+# What would be wrong with large scores? Two that differ by one standard deviation get weights
+# whose ratio is $e^{\sqrt d}$. For $d = 128$ that is 80,000: before anything has been learned,
+# each token attends to a single other, picked by chance. Worse, it cannot change its mind. The
+# derivative of the weight $p_i = e^{s_i} / Z$, where $Z = \sum_k e^{s_k}$, with respect to a
+# score is
+#
+# $$
+# \frac{\partial p_i}{\partial s_j} = \frac{\delta_{ij}\, e^{s_i} Z - e^{s_i} e^{s_j}}{Z^2}
+# = p_i (\delta_{ij} - p_j) ,
+# $$ (attention-softmax-gradient)
+#
+# with $\delta_{ij} = 1$ if $i = j$, else 0. If one weight is nearly 1 and the others nearly 0,
+# all of these products are nearly 0. No gradient passes through a saturated softmax. We measure
+# both: the {term}`entropy` of the weights over 64 keys, and the sum of the derivatives
+# $\partial p_i / \partial s_i = p_i (1 - p_i)$.
+
+# %%
+torch.manual_seed(0)
+sizes = [4, 16, 64, 256, 1024]
+measured = {name: {"entropy": [], "gradient": []} for name in ("undivided", "divided")}
+print("   d  deviation  sqrt(d)")
+for d in sizes:
+    q, k = torch.randn(1000, 1, d), torch.randn(1000, 64, d)
+    raw = (q @ k.mT)[:, 0]
+    print(f"{d:4d} {raw.std():10.0f} {math.sqrt(d):8.0f}")
+    for name, scores in (("undivided", raw), ("divided", raw / math.sqrt(d))):
+        p = scores.softmax(dim=-1)
+        entropy = torch.special.entr(p).sum(dim=-1).mean()
+        measured[name]["entropy"].append(entropy.item())
+        measured[name]["gradient"].append((p * (1 - p)).sum(dim=-1).mean().item())
+
+# %% mystnb={"figure": {"caption": "Entropy of the attention weights, and the gradient that passes through softmax, against the size of a head. Undivided, both vanish as heads grow; divided by the square root, both stay where they are.", "name": "fig-attention-scaling"}, "image": {"alt": "Two plots over d from 4 to 1024. Left, entropy in nats, with a dotted line at ln 64 = 4.16: undivided it falls from 2.9 to about 0.2, divided it stays at 3.7. Right, the sum of p (1 - p): undivided it falls from 0.8 to about 0.1, divided it stays at 0.96."}}
+figure, axes = plt.subplots(1, 2)
+titles = {"entropy": "Entropy of the weights (nats)", "gradient": "Gradient that passes"}
+for ax, (what, title) in zip(axes, titles.items(), strict=True):
+    for name, values in measured.items():
+        ax.plot(sizes, values[what], "o-", label=name)
+    ax.set(xscale="log", xticks=sizes, xticklabels=sizes, title=title, xlabel="d", ylim=(0, None))
+    ax.minorticks_off()
+axes[0].axhline(math.log(64), color="gray", linestyle=":", label="uniform, ln 64")
+axes[0].legend()
+plt.show()
+
+# %% [markdown]
+# ## Exponentials that stay finite
+#
+# Float32 ends near $3.4 \cdot 10^{38}$, and $e^{89}$ is more. A score of 89 gives infinity, and
+# infinity by infinity is not a number:
+
+# %%
+scores = torch.tensor([89.0, 88.0])
+print("naive:  ", (scores.exp() / scores.exp().sum()).tolist())
+shifted = scores - scores.max()
+print("shifted:", [round(p, 3) for p in (shifted.exp() / shifted.exp().sum()).tolist()])
+
+# %% [markdown]
+# The second line uses that softmax does not change if the same number $c$ is taken from all
+# scores:
+#
+# $$
+# \frac{e^{s_j - c}}{\sum_k e^{s_k - c}} = \frac{e^{-c}\, e^{s_j}}{e^{-c} \sum_k e^{s_k}} = p_j .
+# $$
+#
+# With $c = \max_k s_k$ the largest exponential is $e^0 = 1$, so that nothing overflows, and the
+# sum is at least 1, so that nothing is divided by zero. What underflows to zero was too small to
+# count.
+#
+# One case is left. A score of $-\infty$ will mean "not allowed" below, and a query may be allowed
+# nothing at all. Then the maximum is $-\infty$, and $-\infty - (-\infty)$ is NaN again. The right
+# answer is a matter of convention, and ours is *nothing*: weights that are all zero. Two small
+# steps do it. A maximum of $-\infty$ is replaced by 0, so all exponentials are 0; and the sum,
+# which is at least 1 wherever anything is allowed, is raised to 1 where nothing is. Gradients
+# through all this are finite, too, and as shifting changes nothing, the maximum needs no gradient
+# of its own.
 
 
 # %%
@@ -38,8 +305,8 @@ from llmbook.positions import apply_rope
 def softmax(scores: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
     """Turn scores along ``dim`` into weights that sum to one; safe for scores of any size.
 
-    A score of -inf has weight 0, and where all of them are -inf so are all weights, without NaN.
-    Computed in float32 at least, returned in the dtype of ``scores``.
+    A score of -inf has weight 0. Where all are -inf, all weights are 0, not NaN. Computed in
+    float32 or wider, returned in the dtype of ``scores``.
 
     >>> softmax(torch.tensor([[1000.0, 1000.0], [-torch.inf, -torch.inf]]))
     tensor([[0.5000, 0.5000],
@@ -53,7 +320,24 @@ def softmax(scores: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]
 
 
 # %% [markdown]
-# masks
+# ## Who may look at whom
+#
+# Nothing so far keeps *it* from looking ahead at *rests*. A {term}`language model` must not: if a
+# token could see the next one, predicting it would be copying. A **mask** says who may look at
+# whom, True where it is allowed, and the scores of all others become $-\infty$ before softmax.
+# Four masks do almost all the work in practice.
+#
+# - *Causal*: a token sees itself and those before it.
+# - *Sliding window* {cite}`beltagy2020longformer`: only the last $w$ of these, itself included.
+#   The cost is $n w$ in the place of $n^2$, and layer upon layer can still see farther: $L$
+#   layers pass something on over up to $L (w - 1)$ tokens.
+# - *Documents*: only what belongs to the same document of a packed row ({doc}`07_batches`).
+# - *Padding*: nobody looks at what is not text.
+#
+# The first two and the last are one rule about positions. With positions $i$ of queries and $j$
+# of keys, and $-1$ for padding, attention is allowed where $0 \le j \le i$ and $j > i - w$.
+# Positions, and not places in a row, because that rule then also serves caches, where the keys of
+# a row lie in any order.
 
 
 # %%
@@ -79,21 +363,120 @@ def causal_mask(
 ) -> Bool[Tensor, "sequence sequence"]:
     """Return the mask of a sequence without padding: each position sees itself and those before.
 
-    With a ``window``, only the last ``window`` of them, itself included.
+    With a ``window``, only the last ``window`` of these, itself included.
 
-    >>> causal_mask(4, window=2).int()
-    tensor([[1, 0, 0, 0],
-            [1, 1, 0, 0],
-            [0, 1, 1, 0],
-            [0, 0, 1, 1]], dtype=torch.int32)
+    >>> causal_mask(3, window=2).int().tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
     """
     _check_at_least(sequence=(1, sequence))
     positions = torch.arange(sequence, device=device)[None]
     return attention_mask(positions, positions, window)[0, 0]
 
 
+# %% mystnb={"figure": {"caption": "Who may attend to whom in a row of 12 tokens. Masks combine by and: the last panel is causal and without the padding at its left.", "name": "fig-attention-masks"}, "image": {"alt": "Four square grids of queries, downward, and keys, to the right. Causal: the lower triangle. Sliding window of 4: a band of four cells along the diagonal. Documents of 5, 4 and 3 tokens: three small triangles along the diagonal. Padding of 3 on the left: the lower triangle without its first three columns, so that the first three rows are empty."}}
+from llmbook.batches import document_mask
+
+documents = torch.tensor([[0] * 5 + [1] * 4 + [2] * 3])
+padded = torch.tensor([[-1] * 3 + list(range(9))])
+panels = {
+    "causal": causal_mask(12),
+    "window of 4": causal_mask(12, window=4),
+    "documents": document_mask(documents)[0, 0],
+    "padding at left": attention_mask(padded, padded)[0, 0],
+}
+figure, axes = plt.subplots(1, 4, figsize=(7, 2.2))
+for ax, (title, mask) in zip(axes, panels.items(), strict=True):
+    ax.pcolormesh(mask.flip(0), cmap="Blues", vmin=0, vmax=1.4, edgecolor="white", linewidth=0.6)
+    ax.set(title=title, xlabel="key", aspect="equal", xticks=[], yticks=[])
+    ax.grid(False)
+axes[0].set_ylabel("query")
+plt.show()
+
 # %% [markdown]
-# sdpa
+# The last panel has rows that are empty. Much code fills forbidden scores with $-10^9$ in the
+# place of $-\infty$, which avoids the NaN and does something worse: if *all* scores of a row are
+# $-10^9$, softmax makes them equal weights, and the query attends to everything that it must not
+# see.
+
+# %%
+mask = panels["padding at left"]
+scores = torch.zeros(12, 12)
+for name, filler in (("-1e9", -1e9), ("-inf", -torch.inf)):
+    leaked = softmax(scores.masked_fill(~mask, filler)).masked_fill(mask, 0).sum()
+    print(f"weight on forbidden keys with {name}: {leaked:.0f}")
+
+# %% [markdown]
+# ## One function, two backends
+#
+# Scores, mask, softmax: the weights. We let several query heads share the keys of one head, which
+# a later section needs: with `n_heads` a multiple of `n_kv_heads`, head $h$ of the queries reads
+# head $\lfloor h / g \rfloor$ of the keys, where $g$ is how many share one. If there are fewer
+# queries than keys and attention is causal, the *ends* are aligned. This is what a decoder needs:
+# the newest token is a single query, and sees all keys.
+
+
+# %%
+#| export
+def _check_inputs(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> None:
+    """Raise a ValueError unless queries and keys fit together, and the mask is one of booleans."""
+    for name, tensor in (("q", q), ("k", k)):
+        if tensor.ndim < 3:
+            expected = "expected (..., heads, sequence, feature)"
+            raise ValueError(f"{name}: {expected}, got the shape {tuple(tensor.shape)}")
+    if q.size(-1) != k.size(-1) or q.shape[:-3] != k.shape[:-3]:
+        expected = f"expected batch and feature dimensions as in q, {tuple(q.shape)}"
+        raise ValueError(f"k: {expected}, got {tuple(k.shape)}")
+    if q.size(-3) % k.size(-3):
+        raise ValueError(f"k: expected a divisor of {q.size(-3)} heads, got {k.size(-3)}")
+    if is_causal and q.size(-2) > k.size(-2):
+        expected = f"at most as many queries as keys, {k.size(-2)}"
+        raise ValueError(f"q: expected {expected}, with is_causal, got {q.size(-2)}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask: expected booleans, True where allowed, got {mask.dtype}")
+
+
+def _check_values(k: Tensor, v: Tensor) -> None:
+    if k.shape[:-1] != v.shape[:-1]:
+        expected = f"{tuple(k.shape[:-1])} before the last dimension, as in k"
+        raise ValueError(f"v: expected {expected}, got {tuple(v.shape)}")
+
+
+# %%
+#| export
+def _joined(mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> Tensor | None:
+    """Join ``mask`` with the causal one, whose last query sees all keys; None if all is allowed."""
+    queries, keys = q.size(-2), k.size(-2)
+    if not is_causal or queries == 1:
+        return mask
+    causal = causal_mask(keys, device=q.device)[keys - queries :]
+    return causal if mask is None else mask & causal
+
+
+def attention_weights(
+    q: Float[Tensor, "*batch n_heads queries d_head"],
+    k: Float[Tensor, "*batch n_kv_heads keys d_head"],
+    mask: Bool[Tensor, "..."] | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Float[Tensor, "*batch n_heads queries keys"]:
+    """Return the weights that ``scaled_dot_product_attention`` gives to the values."""
+    _check_inputs(q, k, mask, is_causal)
+    scale = q.size(-1) ** -0.5 if scale is None else scale
+    k = k.repeat_interleave(q.size(-3) // k.size(-3), dim=-3)
+    scores = (q * scale) @ k.mT
+    mask = _joined(mask, is_causal, q, k)
+    return softmax(scores if mask is None else scores.masked_fill(~mask, -torch.inf))
+
+
+# %% [markdown]
+# The whole function is that, times the values. Each weight may also be dropped at random, as a
+# regularizer. Written so it is easy to read and slow to run: it makes matrices of $n^2$ numbers,
+# several of them. PyTorch has the same function as a single kernel that makes none (a later
+# section builds such a one), and `backend="torch"` calls it. Two cases deserve care. A plain
+# causal mask is announced by `is_causal` rather than built, because the kernel then skips what is
+# forbidden. And in decoding, with one query a row, the heads that share keys can be laid out as
+# rows of one matrix, which avoids copying each key $g$ times.
 
 
 # %%
@@ -101,63 +484,20 @@ def causal_mask(
 Backend = Literal["reference", "torch"]
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> None:
-    """Raise a ValueError unless queries, keys and values fit together."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim < 3:
-            expected = "expected (..., heads, sequence, feature)"
-            raise ValueError(f"{name}: {expected}, got the shape {tuple(x.shape)}")
-    if k.shape[:-1] != v.shape[:-1]:
-        expected = f"{tuple(k.shape[:-1])} before the last dimension, as in k"
-        raise ValueError(f"v: expected {expected}, got {tuple(v.shape[:-1])}")
-    if q.size(-1) != k.size(-1) or q.shape[:-3] != k.shape[:-3]:
-        expected = f"batch and feature dimensions of q, {tuple(q.shape)}"
-        raise ValueError(f"k: expected the {expected}, got {tuple(k.shape)}")
-    if q.size(-3) % k.size(-3):
-        raise ValueError(f"k: expected a divisor of {q.size(-3)} heads, got {k.size(-3)}")
-    if is_causal and q.size(-2) > k.size(-2):
-        expected = f"at most as many queries as keys, {k.size(-2)}"
-        raise ValueError(f"q: expected {expected}, with is_causal, got {q.size(-2)}")
-
-
-def _combined_mask(
-    mask: Tensor | None, is_causal: bool, queries: int, keys: int, device: torch.device
-) -> Tensor | None:
-    """Join ``mask`` with the causal one, in which the last query sees the last key."""
-    if not is_causal or queries == 1:
-        return mask
-    causal = causal_mask(keys, device=device)[keys - queries :]
-    return causal if mask is None else mask & causal
-
-
-# %%
-#| export
-def _reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float
-) -> Tensor:
-    """Attention as the equations have it."""
-    group = q.size(-3) // k.size(-3)
-    if group > 1:  # head h of the queries reads head h // group of the keys
-        k, v = (x.repeat_interleave(group, dim=-3) for x in (k, v))
-    scores = (q * scale) @ k.mT  # (..., n_heads, queries, keys)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return F.dropout(softmax(scores), dropout) @ v
-
-
 def _torch_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, **options: Any
 ) -> Tensor:
-    """The same by PyTorch's fused kernel."""
-    grouped = q.size(-3) != k.size(-3)
-    if grouped and q.size(-2) == 1 and (mask is None or mask.ndim < 3 or mask.size(-3) == 1):
-        # One query a row: the heads of a group are rows of one matrix, and no key is copied.
-        folded = q.reshape(*k.shape[:-2], -1, q.size(-1))
-        out = F.scaled_dot_product_attention(folded, k, v, mask, dropout, scale=scale)
+    """Attention by PyTorch's fused kernel."""
+    queries, grouped = q.size(-2), q.size(-3) != k.size(-3)
+    if queries == 1 and grouped and (mask is None or mask.ndim < 3 or mask.size(-3) == 1):
+        folded = q.reshape(*k.shape[:-2], -1, q.size(-1))  # (..., n_kv_heads, group, d_head)
+        out = F.scaled_dot_product_attention(folded, k, v, mask, **options)
         return out.reshape(*q.shape[:-1], v.size(-1))
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, dropout, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
+    if is_causal and mask is None and queries == k.size(-2):  # the kernel aligns the beginnings
+        options["is_causal"] = True
+    else:
+        mask = _joined(mask, is_causal, q, k)
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped, **options)
 
 
 # %%
@@ -173,80 +513,421 @@ def scaled_dot_product_attention(
     dropout: float = 0.0,
     backend: Backend = "reference",
 ) -> Float[Tensor, "*batch n_heads queries d_value"]:
-    """Return for each query the mean of the values, weighted by softmax(scale q k).
+    """Return for each query the mean of the values under the weights softmax(scale * q k).
 
-    ``mask`` is True where attention is allowed and broadcasts against (..., n_heads, queries,
-    keys); a query that may attend to nothing gets zeros. ``is_causal`` aligns the ends: the last
-    query sees all keys, the one before it all but the last. ``scale`` is 1/sqrt(d_head) unless
-    given. Where ``n_heads`` is a multiple of ``n_kv_heads``, so many queries share keys and values.
-    ``dropout`` is the probability with which a weight is dropped, always. Source: Vaswani et al.
-    (2017), eq. 1; groups from Ainslie et al. (2023).
+    ``mask`` (True: allowed) broadcasts against (..., n_heads, queries, keys); a query that may
+    attend to nothing gets zeros. ``is_causal``: the last query sees all keys, the one before it all
+    but the last, and so on. ``scale`` is 1 / sqrt(d_head) unless given; ``dropout`` is applied
+    whenever it is not 0. Source: Vaswani et al. (2017), eq. 1; groups: Ainslie et al. (2023).
     """
-    _check_shapes(q, k, v, is_causal)
-    scale = q.size(-1) ** -0.5 if scale is None else scale
-    queries, keys = q.size(-2), k.size(-2)
-    if backend == "torch" and is_causal and mask is None and queries == keys:
-        return _torch_attention(q, k, v, None, scale, dropout, causal=True)
-    mask = _combined_mask(mask, is_causal, queries, keys, q.device)
+    _check_inputs(q, k, mask, is_causal)
+    _check_values(k, v)
     if backend == "torch":
-        return _torch_attention(q, k, v, mask, scale, dropout, causal=False)
-    if backend == "reference":
-        return _reference_attention(q, k, v, mask, scale, dropout)
-    raise ValueError(f"backend: expected 'reference' or 'torch', got {backend!r}")
+        return _torch_attention(q, k, v, mask, is_causal, scale=scale, dropout_p=dropout)
+    if backend != "reference":
+        raise ValueError(f"backend: expected 'reference' or 'torch', got {backend!r}")
+    weights = attention_weights(q, k, mask, is_causal=is_causal, scale=scale)
+    return F.dropout(weights, dropout) @ v.repeat_interleave(q.size(-3) // v.size(-3), dim=-3)
 
 
 # %% [markdown]
-# Cache: which slot holds which position
+# Are the two the same function, forward and backward, with a mask that leaves one query nothing?
+
+# %%
+torch.manual_seed(0)
+inputs = [torch.randn(2, heads, 12, 8, requires_grad=True) for heads in (4, 2, 2)]
+mask = panels["padding at left"]
+found = {}
+for backend in ("reference", "torch"):
+    out = scaled_dot_product_attention(*inputs, mask, backend=backend)
+    found[backend] = out, *torch.autograd.grad(out.sin().sum(), inputs)
+same = [torch.allclose(a, b, atol=1e-6) for a, b in zip(*found.values(), strict=True)]
+print("output and three gradients equal:", same)
+print("nothing allowed, output:", found["torch"][0][:, :, :3].abs().max().item())
+print("gradients finite:", all(g.isfinite().all().item() for g in found["torch"][1:]))
+
+# %% [markdown]
+# ## Heads
+#
+# One softmax makes one weighted mean. But *rests* may want its subject, and also the verb that
+# was used before it, and one set of weights cannot point to two places without mixing what is
+# there. So attention is done several times side by side, in {term}`heads <attention head>`, each
+# with matrices of its own and a smaller $d$. Here a second head that looks for verbs joins the
+# first:
+
+
+# %%
+def one_head(w_q: Tensor, w_k: Tensor, w_v: Tensor) -> Tensor:
+    q, k, v = ((x @ w)[None] for w in (w_q, w_k, w_v))  # the 1 in front: a head
+    return scaled_dot_product_attention(q, k, v, is_causal=True)[0]
+
+
+verb_q = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+verb_k = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+side_by_side = torch.cat([one_head(w_q, w_k, w_v), one_head(verb_q, verb_k, w_v)], dim=-1)
+print("each token gets", side_by_side.size(-1), "numbers, two from each head")
+
+# %% [markdown]
+# The two products $x W_Q$ are one product if the matrices of the heads are set side by side. Then
+# the columns of the result belong to the heads in turn, and have to be told apart: split the last
+# dimension, and move the heads to the front, where `@` repeats over them
+# ({numref}`fig-attention-heads`).
+#
+# ```{figure} ../figures/attention-heads.svg
+# :name: fig-attention-heads
+# :alt: A matrix of 6 rows, the tokens, and 4 columns, two of each head. View splits the last dimension, so that each row is 2 heads of 2 columns; transpose moves the heads to the front: two matrices of 6 rows and 2 columns. After attention the same steps go backward, and the output projection mixes the heads.
+#
+# From one wide matrix to heads, and back. Nothing is computed here: the numbers stay where they
+# are in memory, and only the way of counting them changes.
+# ```
+
+# %%
+wide = [torch.cat(pair, dim=1) for pair in ((w_q, verb_q), (w_k, verb_k), (w_v, w_v))]
+q, k, v = ((x @ w).view(6, 2, 2).transpose(0, 1) for w in wide)  # (heads, sequence, d_head)
+out = scaled_dot_product_attention(q, k, v, is_causal=True)
+merged = out.transpose(0, 1).flatten(1)  # (sequence, heads * d_head)
+print("equal to head by head:", torch.allclose(merged, side_by_side))
+wrong = (x @ wide[0]).view(2, 6, 2)
+print("viewed without transposing:", torch.equal(wrong, q))
+
+# %% [markdown]
+# The last line is the classic mistake: `view(heads, sequence, d_head)` has the right shape and
+# mixes tokens with heads. Training still works after a fashion, so nothing tells you.
+#
+# What does it cost? With $h$ heads of $d = d_\text{model} / h$, the four projections have
+# $4 d_\text{model}^2$ weights whatever $h$ is, and scores and means take $2 n^2 d_\text{model}$
+# multiplications, too. More heads are more, but narrower, questions for the same price. A last
+# matrix, $W_O$, mixes what the heads have found.
+#
+# ### Queries and keys of bounded length
+#
+# The root keeps scores near one *at the start*. During training queries and keys may grow, and
+# with them the scores, until the softmax saturates; large models have diverged that way
+# {cite}`dehghani2023vit22b`. A remedy is to normalize each query and key {cite}`henry2020qknorm`,
+# in Qwen3 {cite}`yang2025qwen3` to root-mean-square 1 (chapter 10), times a learned gain for each
+# feature. A vector of $d$ numbers with root-mean-square 1 has length $\sqrt d$. By Cauchy and
+# Schwarz $|q \cdot k| \le \sqrt d \sqrt d$, so the scaled score lies between $-\sqrt d$ and
+# $\sqrt d$ (times the largest product of two gains), whatever the weights. Rotations of
+# {doc}`08_positions` keep lengths, so the bound survives RoPE.
+#
+# Our module takes the kind of normalization as an argument, like all other choices of this
+# section. First the projections:
+
+
+# %%
+#| export
+def _check_heads(
+    d_model: int, n_heads: int, n_kv_heads: int | None, d_head: int | None, dropout: float
+) -> tuple[int, int]:
+    """Return n_kv_heads and d_head: if not given, n_heads and d_model / n_heads."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected 0 to below 1, got {dropout}")
+    _check_at_least(d_model=(1, d_model), n_heads=(1, n_heads))
+    _check_at_least(n_kv_heads=(1, n_kv_heads), d_head=(1, d_head))
+    if d_head is None and d_model % n_heads:
+        raise ValueError(f"n_heads: expected a divisor of d_model, {d_model}, got {n_heads}")
+    if n_kv_heads is not None and n_heads % n_kv_heads:
+        raise ValueError(f"n_kv_heads: expected a divisor of n_heads, {n_heads}, got {n_kv_heads}")
+    return n_kv_heads or n_heads, d_head or d_model // n_heads
+
+
+# %%
+#| export
+class _Projections(nn.Module):
+    """The sizes and matrices of attention, into heads and out of them."""
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        *,
+        n_kv_heads: int | None = None,
+        d_head: int | None = None,
+        bias: bool = False,
+        output_bias: bool | None = None,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        dropout: float = 0.0,
+        backend: Backend = "torch",
+    ):
+        super().__init__()
+        n_kv_heads, d_head = _check_heads(d_model, n_heads, n_kv_heads, d_head, dropout)
+        self.n_heads, self.n_kv_heads, self.d_head = n_heads, n_kv_heads, d_head
+        self.dropout, self.backend = dropout, backend
+        self.q_proj = nn.Linear(d_model, n_heads * d_head, bias)
+        self.k_proj = nn.Linear(d_model, n_kv_heads * d_head, bias)
+        self.v_proj = nn.Linear(d_model, n_kv_heads * d_head, bias)
+        out_bias = bias if output_bias is None else output_bias
+        self.o_proj = nn.Linear(n_heads * d_head, d_model, out_bias)
+        self.q_norm = None if qk_norm is None else qk_norm(d_head)
+        self.k_norm = None if qk_norm is None else qk_norm(d_head)
+
+
+# %%
+#| export
+def _queries_keys_values(
+    attention: _Projections, x: Tensor, rope: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Project ``x`` into heads (batch, heads, sequence, d_head); normalize and rotate q and k."""
+    batch, sequence, _ = x.shape
+    projections = attention.q_proj, attention.k_proj, attention.v_proj
+    q, k, v = (proj(x).view(batch, sequence, -1, attention.d_head) for proj in projections)
+    if attention.q_norm is not None and attention.k_norm is not None:
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if rope is not None:
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+    return q, k, v
+
+
+# %% [markdown]
+# The module itself is then short. Its argument `cache` belongs to a later section; without it,
+# and without a mask, attention is causal.
+
+
+# %%
+#| export
+class MultiHeadAttention(_Projections):
+    """Causal self-attention in heads: multi-head, grouped-query or multi-query attention.
+
+    ``n_kv_heads``, a divisor of ``n_heads``, is how many heads have keys and values of their own:
+    by default all, with 1 multi-query attention. ``d_head`` is ``d_model / n_heads`` unless given,
+    ``output_bias`` is as ``bias``. ``qk_norm(d_head)`` makes the module that normalizes each query
+    and key, before they are rotated, as in Qwen3. ``dropout`` drops weights in training.
+    """
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch sequence d_model"],
+        *,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: Bool[Tensor, "..."] | None = None,
+        cache: "LayerCache | None" = None,
+    ) -> Float[Tensor, "batch sequence d_model"]:
+        """Return what each token gathers. ``rope``: cosines and sines of a ``RotaryEmbedding``.
+
+        Without a mask attention is causal; with a cache, ``mask`` is what its ``extend`` returned.
+        """
+        q, k, v = _queries_keys_values(self, x, rope)
+        if cache is not None:
+            k, v = cache.update(k, v)
+        dropout = self.dropout if self.training else 0.0
+        out = scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, dropout=dropout, backend=self.backend
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+# %% [markdown]
+# Weights are made and thrown away in there. To look at them we compute them apart:
+
+
+# %%
+#| export
+def attention_pattern(
+    attention: MultiHeadAttention,
+    x: Float[Tensor, "batch sequence d_model"],
+    *,
+    rope: tuple[Tensor, Tensor] | None = None,
+    mask: Bool[Tensor, "..."] | None = None,
+) -> Float[Tensor, "batch n_heads sequence sequence"]:
+    """Return the weights with which ``attention(x, rope=rope, mask=mask)`` mixes its values."""
+    q, k, _ = _queries_keys_values(attention, x, rope)
+    return attention_weights(q, k, mask, is_causal=mask is None)
+
+
+# %%
+torch.manual_seed(0)
+x = torch.randn(4, 64, 128)
+print("scores 1x, 9x and 25x as large: entropy of the weights in nats")
+for name, norm in (("without", None), ("with", partial(nn.RMSNorm, eps=1e-6))):
+    layer = MultiHeadAttention(128, 4, qk_norm=norm)
+    row = []
+    for growth in (1, 3, 5):  # of both matrices
+        with torch.no_grad():
+            layer.q_proj.weight.normal_(std=growth * 128**-0.5)
+            layer.k_proj.weight.normal_(std=growth * 128**-0.5)
+            last = attention_pattern(layer, x)[:, :, -1]
+        row.append(f"{torch.special.entr(last).sum(dim=-1).mean():.1f}")
+    print(f"{name:8} normalization:", *row)
+
+# %% [markdown]
+# ## What it costs to remember
+#
+# A model that writes makes one token after the other. For the next one it needs the queries of
+# the newest token only, but keys and values of all. These never change, for under a causal mask
+# no token depends on later ones. So they are computed once and kept, in the {term}`KV cache`. Per
+# token and layer it holds a key and a value for each head that has its own:
+#
+# $$
+# 	ext{bytes per token} = 2 \cdot n_	ext{layers} \cdot n_	ext{kv heads} \cdot d_	ext{head} \cdot
+# 	ext{bytes per number} .
+# $$ (attention-cache-size)
+#
+# In the first Llama with 7 billion parameters {cite}`touvron2023llama` that is half a megabyte
+# for each token. And reading it takes time: for each new token the whole cache goes from memory
+# through the processor, while all of its arithmetic is a few products a number. So people let
+# heads share ({numref}`fig-attention-kinds`). In **multi-query** attention
+# {cite}`shazeer2019fast` all heads read one set of keys and values; in **grouped-query**
+# attention {cite}`ainslie2023gqa` a few heads each, which costs hardly any quality. **Latent**
+# attention {cite}`deepseek2024v2` keeps something else altogether, a short vector from which keys
+# and values are made; its section follows.
+#
+# ```{figure} ../figures/attention-kinds.svg
+# :name: fig-attention-kinds
+# :alt: Four panels with four query heads each at the top. Multi-head: each query head has a key and value head of its own. Grouped-query: two query heads share each of two. Multi-query: all share one. Latent: each query head has keys and values of its own, which are made from one latent vector, and only this is cached.
+#
+# Which heads keep keys and values. What is cached is drawn solid.
+# ```
+#
+# The library transformers knows the sizes of published models; we only apply
+# {eq}`attention-cache-size`. A cached number has two bytes.
+
+# %%
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it would like a widget for its progress
+    import transformers
+
+llama, mistral = transformers.LlamaConfig(), transformers.MistralConfig()
+falcon, deepseek = transformers.FalconConfig(), transformers.DeepseekV3Config()
+latent = deepseek.kv_lora_rank + deepseek.qk_rope_head_dim
+one_token = {  # layers, and numbers to keep in each
+    "Llama 7B, multi-head": (
+        llama.num_hidden_layers,
+        2 * llama.num_key_value_heads * llama.head_dim,
+    ),
+    "Mistral 7B, 8 of 32 heads": (
+        mistral.num_hidden_layers,
+        2 * mistral.num_key_value_heads * mistral.head_dim,
+    ),
+    "Falcon 7B, multi-query": (falcon.num_hidden_layers, 2 * falcon.head_dim),
+    "DeepSeek-V3, latent": (deepseek.num_hidden_layers, latent),
+}
+kib = {name: layers * numbers * 2 / 1024 for name, (layers, numbers) in one_token.items()}
+per_head = deepseek.qk_nope_head_dim + deepseek.qk_rope_head_dim + deepseek.v_head_dim
+heads = deepseek.num_hidden_layers * deepseek.num_attention_heads
+kib["DeepSeek-V3, were it multi-head"] = heads * per_head * 2 / 1024
+
+# %% mystnb={"figure": {"caption": "Size of the cache for one token, and for a text of 128,000 tokens at the end of each bar.", "name": "fig-attention-sizes"}, "image": {"alt": "Five horizontal bars on a logarithmic axis in KiB. Llama 7B, multi-head: 512 KiB, 62 GiB for 128,000 tokens. Mistral 7B, 8 of 32 heads: 128 KiB, 16 GiB. Falcon 7B, multi-query: 8 KiB, 1 GiB. DeepSeek-V3, latent: 69 KiB, 8 GiB. DeepSeek-V3, were it multi-head: 4,880 KiB, 596 GiB."}}
+bars = plt.barh(list(kib), list(kib.values()), color=["C0", "C0", "C0", "C2", "C6"])
+labels = [f"{size:,.0f} KiB; {size * 128_000 / 2**20:,.0f} GiB" for size in kib.values()]
+plt.bar_label(bars, labels, padding=4)
+plt.gca().invert_yaxis()
+plt.xscale("log")
+plt.xlim(1, 120_000)
+plt.xlabel("KiB a token")
+plt.show()
+
+# %% [markdown]
+# ## A cache
+#
+# The smallest cache is a concatenation. It shows the principle, and that nothing is lost:
+
+# %%
+torch.manual_seed(0)
+layer = MultiHeadAttention(32, 4, n_kv_heads=2)
+x = torch.randn(1, 10, 32)
+q, k, v = _queries_keys_values(layer, x, None)
+seen_k, seen_v, outputs = k[:, :, :0], v[:, :, :0], []
+for t in range(10):
+    seen_k = torch.cat([seen_k, k[:, :, t : t + 1]], dim=2)
+    seen_v = torch.cat([seen_v, v[:, :, t : t + 1]], dim=2)
+    outputs.append(scaled_dot_product_attention(q[:, :, t : t + 1], seen_k, seen_v))
+whole = scaled_dot_product_attention(q, k, v, is_causal=True)
+print("one by one = all at once:", torch.allclose(torch.cat(outputs, dim=2), whole, atol=1e-6))
+
+# %% [markdown]
+# Three things are missing. Each `cat` copies everything, so that $n$ tokens cost $n^2$ copies; we
+# want memory that is taken once. Rows of a batch have prompts of unequal lengths. And under a
+# sliding window nothing older than $w$ tokens is needed again, so memory should not grow at all.
+#
+# One rule serves all three: **position $p$ of a row is kept in slot $p mod S$** of that row,
+# where $S$ is the number of slots ({numref}`fig-attention-cache`). Without a window $S$ is the
+# capacity, and the slot is the position. With a window of $w$ and $S = w$ the slots are a ring,
+# and token $p$ overwrites token $p - w$, which its window has just left. Padding is not stored.
+# So there is no need to write down what is where: a row of length $\ell$ has in slot $s$ the
+# largest position below $\ell$ that leaves the remainder $s$, which is
+#
+# $$
+# p = (\ell - 1) - ig( (\ell - 1 - s) mod S ig) ,
+# $$ (attention-slots)
+#
+# and nothing if that is negative. The mask follows from positions, by the rule that we have.
+#
+# ```{figure} ../figures/attention-cache.svg
+# :name: fig-attention-cache
+# :alt: Above, a cache without a window: three rows of eight slots; row 0 has positions 0 to 4, row 1 has 0 to 2, row 2 has 0 to 5, each followed by the slot of the next token, other slots are empty. Below, a ring of four slots for a window of four: a row of length 6 has positions 4, 5, 2, 3 in its slots, and position 6 will go to slot 2, where 2 is.
+#
+# Slots of a cache without a window, and of a ring. The next token of each row goes where the
+# arrow points.
+# ```
+
+
+# %%
+#| export
+def _positions_in_slots(lengths: list[int], slots: int, used: int, device: Any) -> Tensor:
+    """Return which position is in each of the first ``used`` slots, -1 for none; a row for each."""
+    last = torch.tensor(lengths, device=device)[:, None] - 1
+    return (last - (last - torch.arange(used, device=device)) % slots).clamp(min=-1)
+
+
+# %%
+print("no window, 8 slots, lengths 5 and 3:", _positions_in_slots([5, 3], 8, 8, None).tolist())
+print("ring of 4 slots, length 6:", _positions_in_slots([6], 4, 4, None).tolist())
+
+# %% [markdown]
+# All layers store the same tokens in the same places. So a step is worked out once, before the
+# first layer: which slots to write, how many to return, under which mask. The common case, all
+# rows alike, is a slice, and needs no mask if it is one token or a whole prompt. This is what
+# runs for every token that a model writes, so it does no work on tensors that it can avoid.
 
 
 # %%
 #| export
 class _Step(NamedTuple):
-    """Where the tokens of one step go in the cache, and which slots attention is to see."""
+    """What the layers do in one step."""
 
-    rows: Tensor | None  # None: all rows are alike, and `slots` and `source` are those of each
+    rows: Tensor | None  # row of each token to store; None: rows are alike, `slots` is a slice
     slots: slice | Tensor
-    source: slice | Tensor
-    used: int
-    append: bool  # see the new tokens after the old slots, for writing loses some that are needed
+    source: Tensor | None  # place of each token among the new ones
+    used: int  # slots to return
+    append: bool  # return old slots and new tokens: some that are needed will be overwritten
 
 
-def _positions_in_slots(lengths: list[int], slots: int, used: int, device: Any) -> Tensor:
-    """Return which position each of the first ``used`` slots holds, for rows of these lengths.
-
-    It is the largest below the length that equals the slot modulo ``slots``, or -1 for none.
-    """
-    last = torch.tensor(lengths, device=device)[:, None] - 1
-    positions = last - (last - torch.arange(used, device=device)) % slots
-    return positions.clamp(min=-1)
-
-
-# %%
-#| export
 def _step_alike(
     start: int, n: int, slots: int, window: int | None, device: Any
 ) -> tuple[_Step, Tensor | None]:
-    """Plan a step that takes every row from ``start`` to ``start + n``, and its mask if needed."""
+    """Plan a step that takes every row from ``start`` to ``start + n``, and its mask, if needed."""
     end, first = start + n, start % slots
     used = min(end, slots)
-    step = _Step(None, slice(first, first + n), slice(0, n), used, False)
+    step = _Step(None, slice(first, first + n), None, used, append=False)
     in_window = window is None or (used if n == 1 else end) <= window
     if in_window and (n == 1 or start == 0):
-        return step, None
+        return step, None  # causal attention, aligned at the end
     keys = _positions_in_slots([end], slots, used, device)
     queries = torch.arange(start, end, device=device)[None]
     return step, attention_mask(queries, keys, window)
 
 
+# %% [markdown]
+# In general each row has positions of its own, with $-1$ for padding, to the left or to the
+# right. And there is one trap. If several tokens at once go into a full ring, the last of them
+# overwrite what the first still need. Then attention gets the old slots with the new tokens
+# behind them, and only then are these stored, or as many of them as the ring can hold.
+
+
+# %%
+#| export
 def _step_apart(
     positions: Tensor, before: list[int], after: list[int], slots: int, window: int | None
 ) -> tuple[_Step, Tensor]:
-    """Plan a step in which each row has positions of its own, -1 where it has none; and its mask."""
+    """Plan a step in which each row has positions of its own, and its mask."""
     append = positions.size(1) > 1 and max(after) > slots
     lengths, device = before if append else after, positions.device
     used = min(slots, max(lengths))
-    overwritten = positions < torch.tensor(after, device=device)[:, None] - slots
-    rows, source = ((positions >= 0) & ~overwritten).nonzero(as_tuple=True)
+    oldest = torch.tensor(after, device=device)[:, None] - slots  # that will still be there
+    rows, source = ((positions >= 0) & (positions >= oldest)).nonzero(as_tuple=True)
     step = _Step(rows, positions[rows, source] % slots, source, used, append)
     keys = _positions_in_slots(lengths, slots, used, device)
     keys = torch.cat([keys, positions], dim=1) if append else keys
@@ -267,73 +948,81 @@ def _counted(positions: Tensor, lengths: list[int]) -> list[int]:
     return given.sum(dim=1).tolist()
 
 
+def _check_room(lengths: list[int], capacity: int, window: int | None) -> None:
+    """A ring of at least the window never fills up; all other memory does."""
+    if (window is None or window > capacity) and max(lengths) > capacity:
+        expected = f"at most {capacity} tokens in a row, the capacity"
+        raise ValueError(f"position_ids: expected {expected}, got {max(lengths)}")
+
+
+# %% [markdown]
+# The table of slots announces tokens by `extend`, and so knows the length of each row.
+
+
+# %%
+#| export
+def _plan(
+    table: "_SlotTable", position_ids: Tensor | int
+) -> tuple[_Step, Tensor | None, list[int]]:
+    """Return what the layers are to do, the mask, and the lengths of the rows after it."""
+    before = table._lengths
+    if isinstance(position_ids, Tensor):
+        positions = position_ids.expand(len(before), -1)
+        n, added = positions.size(1), _counted(positions, before)
+    else:
+        _check_at_least(position_ids=(1, position_ids))
+        n, added = position_ids, [position_ids] * len(before)
+    after = [length + new for length, new in zip(before, added, strict=True)]
+    _check_room(after, table.capacity, table.window)
+    alike = min(before) == max(before) and min(added) == n
+    if alike and (n == 1 or after[0] <= table.slots):
+        return *_step_alike(before[0], n, table.slots, table.window, table.device), after
+    if not isinstance(position_ids, Tensor):
+        positions = table.next_positions(n).expand(len(before), -1)
+    return *_step_apart(positions, before, after, table.slots, table.window), after
+
+
 # %%
 #| export
 class _SlotTable:
-    """Which slot of a cache holds which position: that of a row's position p is p % slots."""
+    """Which slot holds which position: that of a row's position p is p % slots."""
 
     def __init__(self, batch_size: int, capacity: int, window: int | None, slots: int, device: Any):
         self.capacity, self.window, self.slots, self.device = capacity, window, slots, device
-        self._lengths, self._step = [0] * batch_size, _Step(None, slice(0), slice(0), 0, False)
+        self._lengths, self._step = [0] * batch_size, _Step(None, slice(0), None, 0, False)
 
     @property
     def lengths(self) -> Int64[Tensor, " batch"]:
         """The number of tokens in each row, which is also its next position."""
         return torch.tensor(self._lengths, device=self.device)
 
-    def next_positions(self, n: int) -> Int64[Tensor, "rows n"]:
-        """Return the next ``n`` positions of each row; a single row if all rows are alike."""
+    def next_positions(self, n: int) -> Int64[Tensor, "batch_or_1 n"]:
+        """Return the next ``n`` positions of each row, or of one row if all are alike."""
         alike = min(self._lengths) == max(self._lengths)
         start = torch.tensor(self._lengths[:1] if alike else self._lengths, device=self.device)
         return start[:, None] + torch.arange(n, device=self.device)
 
-    def _check_room(self, lengths: list[int]) -> None:
-        bounded = self.window is None or self.window > self.capacity
-        if bounded and max(lengths) > self.capacity:
-            expected = f"at most {self.capacity} tokens in a row, the capacity"
-            raise ValueError(f"position_ids: expected {expected}, got {max(lengths)}")
-
-
-# %%
-#| export
-class _Announcing(_SlotTable):
-    """A slot table to which tokens can be added."""
-
     def extend(
         self, position_ids: Int64[Tensor, "rows sequence"] | int
     ) -> Bool[Tensor, "batch_or_1 1 sequence keys"] | None:
-        """Announce the next tokens; return the mask for what each layer's ``update`` will return.
+        """Announce tokens; return the mask for what each layer's ``update`` will return.
 
-        ``position_ids`` is how many tokens each row gets, or their positions: each row goes on from
-        its length, and -1 marks padding, which is not stored. One row stands for all. The result is
-        None where causal attention, aligned at the end, needs no mask: a prompt from the start, or
-        one token each, if rows are alike and no window cuts. A ValueError tells of a row that
-        would exceed the capacity, or of positions that do not go on from the last ones.
+        Either how many each row gets, or their positions (one row may stand for all): a row goes on
+        from its length, -1 is padding, which is not stored. None: plain causal attention, aligned
+        at the end. A ValueError tells of other positions, or of a row beyond the capacity.
         """
-        before, batch_size = self._lengths, len(self._lengths)
-        if isinstance(position_ids, int):
-            _check_at_least(position_ids=(1, position_ids))
-            n, added, positions = position_ids, [position_ids] * batch_size, None
-        else:
-            positions = position_ids.expand(batch_size, -1)
-            n, added = positions.size(1), _counted(positions, before)
-        after = [length + new for length, new in zip(before, added, strict=True)]
-        self._check_room(after)
-        alike = min(before) == max(before) and min(added) == n
-        if alike and (n == 1 or after[0] <= self.slots):
-            self._step, mask = _step_alike(before[0], n, self.slots, self.window, self.device)
-        else:
-            if positions is None:
-                positions = self.next_positions(n).expand(batch_size, -1)
-            self._step, mask = _step_apart(positions, before, after, self.slots, self.window)
-        self._lengths = after
+        self._step, mask, self._lengths = _plan(self, position_ids)
         return mask
+
+
+# %% [markdown]
+# A layer keeps its keys and values, and does what the step says.
 
 
 # %%
 #| export
 class LayerCache:
-    """The keys and values of one layer, (batch, n_kv_heads, slots, feature): an item of a cache."""
+    """Keys and values of one layer, (batch, n_kv_heads, slots, feature): ``cache[layer]``."""
 
     def __init__(self, table: _SlotTable, keys: Tensor, values: Tensor):
         self._table, self.keys, self.values = table, keys, values
@@ -355,8 +1044,7 @@ class LayerCache:
 
 
 def _write(store: Tensor, new: Tensor, step: _Step) -> Tensor:
-    new = new.to(store.dtype).detach()
-    seen = store[:, :, : step.used]
+    seen, new = store[:, :, : step.used], new.detach().to(store.dtype)
     if step.append:
         seen = torch.cat([seen, new], dim=2)
     if step.rows is None:
@@ -366,9 +1054,15 @@ def _write(store: Tensor, new: Tensor, step: _Step) -> Tensor:
     return seen
 
 
+# %% [markdown]
+# Generation sometimes takes tokens back, or goes on from one row several times (chapter 14). With
+# the slots fixed by the position, taking back is to make a row shorter, so long as the ring still
+# has what the window then reaches.
+
+
 # %%
 #| export
-class _Layers(_Announcing):
+class _Layers(_SlotTable):
     """The layers of a cache, and what can be done to their rows."""
 
     _layers: list[LayerCache]
@@ -386,17 +1080,10 @@ class _Layers(_Announcing):
         self._lengths = [0] * len(self._lengths)
 
     def truncate(self, lengths: Int64[Tensor, " batch"] | int) -> None:
-        """Forget the tokens of each row from position ``lengths`` on.
-
-        A ValueError tells of a row that is shorter, or whose window reaches into what is lost.
-        """
+        """Forget the tokens of each row from position ``lengths`` on, if the window allows it."""
         before = self._lengths
-        after = [lengths] * len(before) if isinstance(lengths, int) else lengths.tolist()
-        for row, (old, new) in enumerate(zip(before, after, strict=True)):
-            lost, oldest = old - self.slots, new + 1 - (self.window or new + 1)
-            if not 0 <= new <= old or max(oldest, 0) < lost:
-                least = 0 if lost <= 0 else lost - 1 + (self.window or 0)
-                raise ValueError(f"lengths: expected {least} to {old} in row {row}, got {new}")
+        after = lengths.tolist() if isinstance(lengths, Tensor) else [lengths] * len(before)
+        _check_lengths(before, after, self.slots, self.window)
         self._lengths = after
 
     def reorder(self, rows: Int64[Tensor, " rows"]) -> None:
@@ -408,13 +1095,32 @@ class _Layers(_Announcing):
 
 # %%
 #| export
-class KVCache(_Layers):
-    """The keys and values of all layers for the tokens read so far, in memory taken at once.
+def _empty_layer(
+    table: _SlotTable, shape: tuple[int, ...], widths: tuple[int, int], dtype: torch.dtype
+) -> LayerCache:
+    # Zeros: attention multiplies what is not written yet by 0, and 0 times a leftover NaN is NaN.
+    keys, values = (torch.zeros(*shape, w, dtype=dtype, device=table.device) for w in widths)
+    return LayerCache(table, keys, values)
 
-    Each step announces its tokens by ``extend``, which works out slots and mask once; then each
-    layer calls ``cache[layer].update(k, v)``. ``capacity``, ``window`` and ``spare`` count tokens.
-    With a ``window`` of at most ``capacity`` memory is a ring of ``window + spare`` slots, and rows
-    may be of any length; ``truncate`` can then go back ``spare + 1`` tokens.
+
+def _check_lengths(before: list[int], after: list[int], slots: int, window: int | None) -> None:
+    """Raise unless rows get shorter and keep all that the window of their next token needs."""
+    for row, (old, new) in enumerate(zip(before, after, strict=True)):
+        overwritten = max(old - slots, 0)  # positions below this one
+        least = overwritten + (window or 0) - 1 if overwritten else 0
+        if not least <= new <= old:
+            raise ValueError(f"lengths: expected {least} to {old} in row {row}, got {new}")
+
+
+# %%
+#| export
+class KVCache(_Layers):
+    """The keys and values of all layers for the tokens read so far, in memory taken once.
+
+    Each step announces its tokens by ``extend``; then each layer calls ``cache[layer].update``.
+    ``capacity``, ``window`` and ``spare`` count tokens. A ``window`` of at most ``capacity`` makes
+    a ring of ``window + spare`` slots; rows may then be of any length, and ``truncate`` can go back
+    ``spare + 1`` tokens. A ``d_value`` of 0 stores keys only.
     """
 
     def __init__(
@@ -431,129 +1137,83 @@ class KVCache(_Layers):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ):
-        slots = _n_slots(batch_size, capacity, window, spare)
+        _check_at_least(batch_size=(1, batch_size), capacity=(1, capacity), window=(1, window))
+        _check_at_least(n_layers=(1, n_layers), spare=(0, spare), d_value=(0, d_value))
+        slots = capacity if window is None else min(capacity, window + spare)
         super().__init__(batch_size, capacity, window, slots, device)
-        _check_at_least(n_layers=(1, n_layers), n_kv_heads=(1, n_kv_heads))
-        _check_at_least(d_head=(1, d_head), d_value=(0, d_value))
-        shape, widths = (
-            (batch_size, n_kv_heads, slots),
-            (d_head, d_head if d_value is None else d_value),
-        )
-        # Zeros, for attention multiplies what is not yet written by 0, and 0 times NaN is NaN.
-        memory = partial(torch.zeros, dtype=dtype, device=device)
-        self._layers = [
-            LayerCache(self, *(memory(*shape, width) for width in widths)) for _ in range(n_layers)
-        ]
-
-
-def _n_slots(batch_size: int, capacity: int, window: int | None, spare: int) -> int:
-    _check_at_least(batch_size=(1, batch_size), capacity=(1, capacity))
-    _check_at_least(window=(1, window), spare=(0, spare))
-    return capacity if window is None else min(capacity, window + spare)
+        shape = batch_size, n_kv_heads, slots
+        widths = d_head, d_head if d_value is None else d_value
+        self._layers = [_empty_layer(self, shape, widths, dtype) for _ in range(n_layers)]
 
 
 # %% [markdown]
-# MHA
-
-
-# %%
-#| export
-class _Heads(nn.Module):
-    """The projections of attention, into heads and out of them."""
-
-    def __init__(
-        self,
-        d_model: int,
-        n_heads: int,
-        *,
-        n_kv_heads: int | None = None,
-        d_head: int | None = None,
-        bias: bool = False,
-        output_bias: bool | None = None,
-        qk_norm: Callable[[int], nn.Module] | None = None,
-        dropout: float = 0.0,
-        backend: Backend = "torch",
-    ):
-        super().__init__()
-        n_kv_heads, d_head = _check_heads(d_model, n_heads, n_kv_heads, d_head)
-        self.n_heads, self.n_kv_heads, self.d_head = n_heads, n_kv_heads, d_head
-        self.dropout, self.backend = dropout, backend
-        self.q_proj = nn.Linear(d_model, n_heads * d_head, bias)
-        self.k_proj = nn.Linear(d_model, n_kv_heads * d_head, bias)
-        self.v_proj = nn.Linear(d_model, n_kv_heads * d_head, bias)
-        self.o_proj = nn.Linear(
-            n_heads * d_head, d_model, bias if output_bias is None else output_bias
-        )
-        self.q_norm = qk_norm(d_head) if qk_norm else None
-        self.k_norm = qk_norm(d_head) if qk_norm else None
-
-
-def _check_heads(
-    d_model: int, n_heads: int, n_kv_heads: int | None, d_head: int | None
-) -> tuple[int, int]:
-    """Return n_kv_heads and d_head, by default as many as n_heads, and d_model / n_heads."""
-    _check_at_least(d_model=(1, d_model), n_heads=(1, n_heads))
-    _check_at_least(n_kv_heads=(1, n_kv_heads), d_head=(1, d_head))
-    if d_head is None and d_model % n_heads:
-        raise ValueError(f"n_heads: expected a divisor of d_model, {d_model}, got {n_heads}")
-    if n_kv_heads is not None and n_heads % n_kv_heads:
-        raise ValueError(f"n_kv_heads: expected a divisor of n_heads, {n_heads}, got {n_kv_heads}")
-    return n_kv_heads or n_heads, d_head or d_model // n_heads
-
+# The test that counts: three rows, prompts of 5, 3 and 1 tokens with padding at the left, then
+# seven tokens each, one by one, under a window of 4, with rotary positions. Each token must get
+# what it gets when its row is computed alone and at once.
 
 # %%
-#| export
-class MultiHeadAttention(_Heads):
-    """Causal self-attention in ``n_heads`` heads, which may share keys and values in groups.
+from llmbook.positions import RotaryEmbedding
 
-    ``n_kv_heads`` is ``n_heads`` by default (multi-head), 1 for multi-query, else grouped-query
-    attention; ``d_head`` is ``d_model / n_heads``. ``qk_norm(d_head)`` makes the normalization of
-    each query and key, before the rotation, as in Qwen3. ``output_bias`` is as ``bias``.
-    """
+rotary = RotaryEmbedding(d_head=8)
+lengths, x = [12, 10, 8], torch.randn(3, 12, 32)
+expected = layer(x, rope=rotary(torch.arange(12)[None]), mask=causal_mask(12, window=4))
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch sequence d_model"],
-        *,
-        rope: tuple[Tensor, Tensor] | None = None,
-        mask: Bool[Tensor, "..."] | None = None,
-        cache: LayerCache | None = None,
-    ) -> Float[Tensor, "batch sequence d_model"]:
-        """Return what each token has gathered; ``rope`` is what a ``RotaryEmbedding`` gives.
 
-        Without a mask attention is causal. With a cache, ``mask`` is what ``extend`` returned.
-        """
-        batch, sequence, _ = x.shape
-        q, k, v = (
-            proj(x).view(batch, sequence, -1, self.d_head).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )  # (batch, heads, sequence, d_head)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if cache is not None:
-            k, v = cache.update(k, v)
-        out = scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            mask,
-            is_causal=mask is None,
-            dropout=self.dropout if self.training else 0.0,
-            backend=self.backend,
-        )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+def cached(cache: KVCache, positions: Tensor) -> Tensor:
+    tokens = x[torch.arange(3)[:, None], positions.clamp(min=0)]
+    mask = cache.extend(positions)
+    return layer(tokens, rope=rotary(positions), mask=mask, cache=cache[0])
 
+
+cache = KVCache(3, capacity=12, n_kv_heads=2, d_head=8, window=4)
+prompts = [[0, 1, 2, 3, 4], [-1, -1, 0, 1, 2], [-1, -1, -1, -1, 0]]
+same = []
+for positions in [torch.tensor(prompts), *(cache.next_positions for _ in range(7))]:
+    positions = positions(1) if callable(positions) else positions
+    out = cached(cache, positions)
+    for row, column in (positions >= 0).nonzero().tolist():
+        right = expected[row, positions[row, column]]
+        same.append(torch.allclose(out[row, column], right, atol=1e-5))
+print(
+    f"{sum(same)} of {len(same)} tokens equal; slots: {cache.slots}; lengths:",
+    cache.lengths.tolist(),
+)
 
 # %% [markdown]
-# MLA
+# ## Latent attention
+#
+# Sharing heads saves memory by having fewer keys and values. DeepSeek's way
+# {cite}`deepseek2024v2` is to have all of them and keep none. Each token is pressed into a
+# **latent** $c_j$ of $r$ numbers, and each head $h$ gets its key and value from that by matrices
+# $U_K^h$ and $U_V^h$:
+#
+# $$
+# c_j = x_j W_C , \qquad k_j^h = c_j U_K^h , \qquad v_j^h = c_j U_V^h .
+# $$
+#
+# Only $c_j$ is kept. Do the keys of all tokens then have to be made anew at every step? They need
+# never be made. The score is
+#
+# $$
+# q \cdot k_j^h = q \, (c_j U_K^h)^\top = \big( q \, U_K^{h\top} \big)\, c_j^\top :
+# $$ (attention-absorbed)
+#
+# the matrix moves from the keys, of which there are many, to the query, of which there is one. It
+# is *absorbed*. So it is with the values, because a mean commutes with a matrix:
+# $\sum_j p_j (c_j U_V^h) = \big( \sum_j p_j c_j \big) U_V^h$. In this form all heads read the
+# same $r$ numbers: for decoding, latent attention *is* multi-query attention, with wide heads.
+#
+# One thing is in the way. A rotary key is $k_j R_j$, with a rotation that depends on the
+# position, and then $R_j$ stands between $U_K$ and $q$, different for each $j$, and nothing can
+# be moved past it. So each key gets a second part, of few numbers, that is rotated, and shared by
+# all heads; the first part has no positions. Scores add up over both. What is cached is $r$
+# numbers of latent and the rotated part, which fits our cache as one head without values.
 
 
 # %%
 #| export
-class _LatentHeads(nn.Module):
-    """The projections of latent attention: down to a latent, up to heads, and out of them."""
+class _LatentProjections(nn.Module):
+    """The matrices of latent attention: down to a latent, up into heads, and out of them."""
 
     def __init__(
         self,
@@ -570,22 +1230,23 @@ class _LatentHeads(nn.Module):
         backend: Backend = "torch",
     ):
         super().__init__()
-        _, d_head = _check_heads(d_model, n_heads, None, d_head)
+        _, d_head = _check_heads(d_model, n_heads, None, d_head, dropout)
         _check_at_least(d_latent=(1, d_latent), d_rope=(2, d_rope), d_value=(1, d_value))
         self.n_heads, self.d_head, self.d_value = n_heads, d_head, d_value or d_head
         self.d_latent, self.d_rope, self.dropout, self.backend = d_latent, d_rope, dropout, backend
-        linear = partial(nn.Linear, bias=False)
         self.q_proj = _query_projection(d_model, n_heads * (d_head + d_rope), d_query_latent, norm)
-        self.kv_down_proj = linear(d_model, d_latent + d_rope)
+        self.kv_down_proj = nn.Linear(d_model, d_latent + d_rope, bias=False)
         self.kv_norm = norm(d_latent)
-        self.kv_up_proj = linear(d_latent, n_heads * (d_head + self.d_value))
-        self.o_proj = linear(n_heads * self.d_value, d_model)
+        self.kv_up_proj = nn.Linear(d_latent, n_heads * (d_head + self.d_value), bias=False)
+        self.o_proj = nn.Linear(n_heads * self.d_value, d_model, bias=False)
 
 
+# %%
+#| export
 def _query_projection(
     d_model: int, d_out: int, d_latent: int | None, norm: Callable[[int], nn.Module]
 ) -> nn.Module:
-    """One matrix, or two with a normalized latent between them."""
+    """One matrix, or two with a normalized latent between them, which have fewer weights."""
     if d_latent is None:
         return nn.Linear(d_model, d_out, bias=False)
     down, up = nn.Linear(d_model, d_latent, bias=False), nn.Linear(d_latent, d_out, bias=False)
@@ -594,37 +1255,61 @@ def _query_projection(
 
 # %%
 #| export
-class _LatentAttention(_LatentHeads):
-    """Two ways to the same result: keys and values made from the latents, or never made."""
+def _queries_latents(
+    attention: _LatentProjections, x: Tensor, rope: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Return queries, plain and rotated part, and what is to be cached, latent and rotated key."""
+    q = attention.q_proj(x).view(*x.shape[:2], attention.n_heads, -1).transpose(1, 2)
+    down = attention.kv_down_proj(x)[:, None]  # (batch, 1, sequence, d_latent + d_rope)
+    latent, k_rope = down.split((attention.d_latent, attention.d_rope), dim=-1)
+    if rope is not None:
+        q_plain, q_rope = q.split((attention.d_head, attention.d_rope), dim=-1)
+        q = torch.cat([q_plain, apply_rope(q_rope, *rope)], dim=-1)
+        k_rope = apply_rope(k_rope, *rope)
+    return q, torch.cat([attention.kv_norm(latent), k_rope], dim=-1)
 
-    def _expanded(self, q: Tensor, seen: Tensor, **options: Any) -> Tensor:
-        """Give each head keys and values of its own, made from the latents in ``seen``."""
-        latent, k_rope = seen.split((self.d_latent, self.d_rope), dim=-1)
-        kv = self.kv_up_proj(latent[:, 0])
-        kv = kv.view(*kv.shape[:2], self.n_heads, -1).transpose(1, 2)
-        k, v = kv.split((self.d_head, self.d_value), dim=-1)
-        k = torch.cat([k, k_rope.expand(-1, self.n_heads, -1, -1)], dim=-1)
-        return scaled_dot_product_attention(q, k, v, **options)
 
-    def _absorbed(self, q: Tensor, seen: Tensor, **options: Any) -> Tensor:
-        """Carry the queries to the latents instead, and the mean of the latents to the values."""
-        up = self.kv_up_proj.weight.view(self.n_heads, -1, self.d_latent)
-        up_k, up_v = up.split((self.d_head, self.d_value), dim=1)
-        q, q_rope = q.split((self.d_head, self.d_rope), dim=-1)
-        q = torch.cat([q @ up_k, q_rope], dim=-1)  # (batch, n_heads, sequence, d_latent + d_rope)
-        latent = seen[..., : self.d_latent]
-        return scaled_dot_product_attention(q, seen, latent, **options) @ up_v.mT
+# %% [markdown]
+# Then the two ways to the same result. Making keys and values is the better one for many queries
+# at once, in training and for prompts, because a score then takes fewer products (in DeepSeek-V3
+# 192 in the place of 576). For a single query the absorbed way wins, because nothing is made at
+# all.
 
 
 # %%
 #| export
-class MultiHeadLatentAttention(_LatentAttention):
-    """DeepSeek's latent attention: per token a cache of ``d_latent + d_rope`` numbers.
+def _latent_expanded(
+    attention: _LatentProjections, q: Tensor, seen: Tensor, mask: Tensor | None, **options: Any
+) -> Tensor:
+    """Give each head keys and values of its own, made from the latents in ``seen``."""
+    latent, k_rope = seen.split((attention.d_latent, attention.d_rope), dim=-1)
+    kv = attention.kv_up_proj(latent[:, 0]).unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
+    k, v = kv.split((attention.d_head, attention.d_value), dim=-1)
+    k = torch.cat([k, k_rope.expand(-1, attention.n_heads, -1, -1)], dim=-1)
+    return scaled_dot_product_attention(q, k, v, mask, **options)
 
-    Keys and values of all heads are made from one latent vector; a key has ``d_head`` numbers from
-    it and ``d_rope`` rotated ones, which all heads share. Its cache is a ``KVCache`` with
-    ``n_kv_heads=1``, ``d_head=d_latent + d_rope`` and ``d_value=0``. Queries have a latent of their
-    own if ``d_query_latent`` is given. Source: DeepSeek-AI (2024), section 2.1.
+
+def _latent_absorbed(
+    attention: _LatentProjections, q: Tensor, seen: Tensor, mask: Tensor | None, **options: Any
+) -> Tensor:
+    """Carry the queries to the latents, and the mean of the latents to the values."""
+    up = attention.kv_up_proj.weight.view(attention.n_heads, -1, attention.d_latent)
+    up_k, up_v = up.split((attention.d_head, attention.d_value), dim=1)
+    q_plain, q_rope = q.split((attention.d_head, attention.d_rope), dim=-1)
+    q = torch.cat([q_plain @ up_k, q_rope], dim=-1)  # (..., d_latent + d_rope)
+    latent = seen[..., : attention.d_latent]
+    return scaled_dot_product_attention(q, seen, latent, mask, **options) @ up_v.mT
+
+
+# %%
+#| export
+class MultiHeadLatentAttention(_LatentProjections):
+    """DeepSeek's latent attention, which caches ``d_latent + d_rope`` numbers for each token.
+
+    A head's key has ``d_head`` numbers made from the latent, and ``d_rope`` rotated ones that all
+    heads share. The cache is a ``KVCache`` with ``n_kv_heads=1``, ``d_head=d_latent + d_rope`` and
+    ``d_value=0``. ``norm`` is for latents; queries have one, too, if ``d_query_latent`` is given.
+    Source: DeepSeek-AI (2024), section 2.1.
     """
 
     def forward(
@@ -635,31 +1320,142 @@ class MultiHeadLatentAttention(_LatentAttention):
         mask: Bool[Tensor, "..."] | None = None,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch sequence d_model"]:
-        """As ``MultiHeadAttention.forward``; ``rope`` is for ``d_rope`` features."""
-        q = self.q_proj(x).view(*x.shape[:2], self.n_heads, -1).transpose(1, 2)
-        latent, k_rope = self.kv_down_proj(x)[:, None].split((self.d_latent, self.d_rope), dim=-1)
-        if rope is not None:
-            q_plain, q_rope = q.split((self.d_head, self.d_rope), dim=-1)
-            q = torch.cat([q_plain, apply_rope(q_rope, *rope)], dim=-1)
-            k_rope = apply_rope(k_rope, *rope)
-        seen = torch.cat([self.kv_norm(latent), k_rope], dim=-1)  # one head for all
+        """Return what each token gathers, as ``MultiHeadAttention``; ``rope`` is for ``d_rope``."""
+        q, seen = _queries_latents(self, x, rope)
         if cache is not None:
             seen, _ = cache.update(seen, seen[..., :0])
-        attend = self._absorbed if cache is not None and x.size(1) == 1 else self._expanded
-        out = attend(
-            q,
-            seen,
-            mask=mask,
-            is_causal=mask is None,
-            scale=(self.d_head + self.d_rope) ** -0.5,
-            dropout=self.dropout if self.training else 0.0,
-            backend=self.backend,
-        )
+        attend = _latent_absorbed if cache is not None and x.size(1) == 1 else _latent_expanded
+        scale, dropout = (self.d_head + self.d_rope) ** -0.5, self.dropout if self.training else 0.0
+        options = {"scale": scale, "dropout": dropout, "backend": self.backend}
+        out = attend(self, q, seen, mask, is_causal=mask is None, **options)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 # %% [markdown]
-# Flash
+# Token by token through a cache, which takes the absorbed way, against all at once, which does
+# not:
+
+# %%
+torch.manual_seed(0)
+mla = MultiHeadLatentAttention(32, 4, d_latent=12, d_rope=8)
+x = torch.randn(2, 10, 32)
+whole = mla(x, rope=rotary(torch.arange(10)[None]))
+cache = KVCache(2, 10, n_kv_heads=1, d_head=12 + 8, d_value=0)
+outputs = []
+for t in range(10):
+    rope, mask = rotary(cache.next_positions(1)), cache.extend(1)
+    outputs.append(mla(x[:, t : t + 1], rope=rope, mask=mask, cache=cache[0]))
+print("absorbed = expanded:", torch.allclose(torch.cat(outputs, dim=1), whole, atol=1e-6))
+full = KVCache(2, 10, n_kv_heads=4, d_head=8)
+print(f"bytes in the cache: {cache.nbytes}, multi-head of the same size: {full.nbytes}")
+
+# %% [markdown]
+# ## Attention without its matrix
+#
+# For $n$ tokens each head makes $n^2$ scores, and as many weights, and both have to be kept for
+# the backward pass. With 32 heads and 8,192 tokens the weights of one layer are 4 GiB in 16 bits.
+# Yet all that goes in, and all that comes out, has only $n d$ numbers. Must the matrix exist?
+#
+# ### Softmax in one pass
+#
+# What seems to force it is the softmax. Its denominator, and the maximum that keeps it safe, need
+# the whole row before the first weight is known. But one may start without them and correct later
+# {cite}`milakov2018online`. Read the row of scores in blocks. After some blocks let $m$ be the
+# largest score so far, and
+#
+# $$
+# \ell = \sum_j e^{s_j - m} , \qquad a = \sum_j e^{s_j - m} v_j ,
+# $$ (attention-online)
+#
+# with sums over what has been read. Now comes a block $B$ with the largest score $m_B$. The new
+# maximum is $m' = \max(m, m_B)$. In the old sums each exponent has to become $s_j - m'$, and
+# $e^{s_j - m'} = e^{m - m'} e^{s_j - m}$, with the same factor for all. Hence
+#
+# $$
+# \ell' = e^{m - m'} \ell + \sum_{j \in B} e^{s_j - m'} , \qquad
+# a' = e^{m - m'} a + \sum_{j \in B} e^{s_j - m'} v_j .
+# $$ (attention-rescale)
+#
+# At the end $a / \ell = \sum_j e^{s_j - m} v_j / \sum_k e^{s_k - m}$ is the output, exactly. We
+# start from $m = -\infty$ and zeros; the first factor is then $e^{-\infty} = 0$.
+
+# %%
+torch.manual_seed(0)
+scores, values = 5 * torch.randn(12), torch.randn(12, 3)
+m, total, a = -torch.inf, 0.0, torch.zeros(3)
+for s, v in zip(scores.split(4), values.split(4), strict=True):
+    higher = max(m, s.max().item())
+    shrink = math.exp(m - higher)
+    total = shrink * total + (s - higher).exp().sum().item()
+    a = shrink * a + (s - higher).exp() @ v
+    m = higher
+print("in blocks = at once:", torch.allclose(a / total, softmax(scores) @ values, atol=1e-6))
+log_sum = m + math.log(total)
+print("log-sum-exp:", math.isclose(log_sum, scores.logsumexp(0).item(), rel_tol=1e-6))
+
+# %% [markdown]
+# ### Backward without weights
+#
+# The backward pass needs the weights $P$. It can make them anew, a block at a time, if it knows
+# one number for each row, the **log-sum-exp** $L_i = m_i + \log \ell_i$, for
+#
+# $$
+# P_{ij} = \frac{e^{S_{ij} - m_i}}{\ell_i} = e^{S_{ij} - L_i} , \qquad
+# S = \frac{Q K^\top}{\sqrt d} , \qquad O = P V .
+# $$
+#
+# Write $dX$ for the derivative of the loss with respect to $X$. Two gradients are those of any
+# product: $dV = P^\top dO$ and $dP = dO\, V^\top$. For the scores we sum over all weights that a
+# score has an influence on, which are those of its row, with {eq}`attention-softmax-gradient`:
+#
+# $$
+# dS_{ij} = \sum_k dP_{ik} \frac{\partial P_{ik}}{\partial S_{ij}}
+# = \sum_k dP_{ik} P_{ik} (\delta_{kj} - P_{ij})
+# = P_{ij} \Big( dP_{ij} - \sum_k P_{ik}\, dP_{ik} \Big) .
+# $$ (attention-ds)
+#
+# The last sum, call it $D_i$, seems to need a whole row of weights again. It does not, since
+# $dP_{ik} = \sum_c dO_{ic} V_{kc}$:
+#
+# $$
+# D_i = \sum_k P_{ik} \sum_c dO_{ic} V_{kc} = \sum_c dO_{ic} \sum_k P_{ik} V_{kc}
+# = \sum_c dO_{ic} O_{ic} .
+# $$ (attention-d)
+#
+# It is the dot product of two rows that we have. So $dS = P \odot (dP - D)$, and at last
+# $dQ = dS\, K / \sqrt d$ and $dK = dS^\top Q / \sqrt d$. All of it can be done block by block:
+
+# %%
+torch.manual_seed(0)
+q, k, v = (torch.randn(1, 6, 4, requires_grad=True) for _ in range(3))
+out = scaled_dot_product_attention(q, k, v)
+d_out = torch.randn(1, 6, 4)
+expected = torch.autograd.grad(out, (q, k, v), d_out)
+with torch.no_grad():
+    scores = q @ k.mT / 2
+    p = (scores - scores.logsumexp(dim=-1, keepdim=True)).exp()
+    d_scores = p * (d_out @ v.mT - (d_out * out).sum(dim=-1, keepdim=True))
+    by_hand = d_scores @ k / 2, d_scores.mT @ q / 2, p.mT @ d_out
+print(
+    "gradients:", [torch.allclose(a, b, atol=1e-6) for a, b in zip(by_hand, expected, strict=True)]
+)
+
+# %% [markdown]
+# ### Tiles
+#
+# This is FlashAttention {cite}`dao2022flash,dao2024flash2`: blocks of queries against blocks of
+# keys, in **tiles** small enough for the fast memory of a processor
+# ({numref}`fig-attention-tiles`). The matrix of scores never exists; a tile of it does, for a
+# moment. What is kept for the backward pass is queries, keys, values, output, and $L$. Tiles that
+# lie above the diagonal are not even begun, half of all if attention is causal.
+#
+# ```{figure} ../figures/attention-tiles.svg
+# :name: fig-attention-tiles
+# :alt: A square of 4 by 4 tiles, blocks of queries downward and blocks of keys to the right. Tiles above the diagonal are empty: skipped. Tiles on the diagonal are masked in part. The row of the third block of queries is marked: its three tiles are visited from left to right, and beside it the running maximum m, sum l and mean a are passed from tile to tile, then a divided by l is the output and m plus log l is stored.
+#
+# Causal attention in tiles. For each block of queries the running maximum, sum and mean pass from
+# tile to tile.
+# ```
 
 
 # %%
@@ -677,26 +1473,31 @@ class _Tiles(NamedTuple):
         return _blocks(self.queries, self.size)
 
     def columns(self, rows: slice) -> Iterator[slice]:
-        """Yield the blocks of keys that any of the queries ``rows`` sees."""
+        """Yield the blocks of keys that any of the queries ``rows`` may see."""
         seen = min(self.keys, rows.stop + self.keys - self.queries) if self.is_causal else self.keys
         return _blocks(seen, self.size)
-
-    def scores(
-        self, q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, columns: slice
-    ) -> Tensor:
-        """Return the scores of a tile, -inf where attention is not allowed."""
-        scores = q[..., rows, :] @ k[..., columns, :].mT
-        diagonal = rows.start + self.keys - self.queries - columns.start
-        if self.is_causal and diagonal < columns.stop - columns.start - 1:  # it crosses this tile
-            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
-            scores.masked_fill_(hidden.triu(diagonal + 1), -torch.inf)
-        if mask is not None:
-            scores.masked_fill_(~mask[..., rows, columns], -torch.inf)
-        return scores
 
 
 def _blocks(stop: int, size: int) -> Iterator[slice]:
     return (slice(at, min(at + size, stop)) for at in range(0, stop, size))
+
+
+def _tile(
+    q: Tensor, k: Tensor, mask: Tensor | None, tiles: _Tiles, rows: slice, columns: slice
+) -> Tensor:
+    """Return the scores of one tile, -inf where attention is not allowed."""
+    scores = q[..., rows, :] @ k[..., columns, :].mT
+    diagonal = rows.start + tiles.keys - tiles.queries - columns.start
+    if tiles.is_causal and diagonal < columns.stop - columns.start - 1:  # it crosses this tile
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+        scores.masked_fill_(hidden.triu(diagonal + 1), -torch.inf)
+    return scores if mask is None else scores.masked_fill_(~mask[..., rows, columns], -torch.inf)
+
+
+# %% [markdown]
+# The forward pass is the loop from above, for a block of rows at a time. For a row that may see
+# nothing we store $L = +\infty$: then its weights $e^{S - L}$ come out as zeros in the backward
+# pass, too.
 
 
 # %%
@@ -704,24 +1505,22 @@ def _blocks(stop: int, size: int) -> Iterator[slice]:
 def _flash_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tiles: _Tiles
 ) -> tuple[Tensor, Tensor]:
-    """Return the output and the log-sum-exp of each row of scores; ``q`` is scaled already."""
-    batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
-    out = q.new_zeros(*batch, tiles.queries, v.size(-1))
-    log_sum = q.new_zeros(*batch, tiles.queries, 1)
+    """Return the output and the log-sum-exp of each row; ``q`` is scaled already."""
+    out = q.new_zeros(*q.shape[:-1], v.size(-1))
+    log_sum = q.new_zeros(*q.shape[:-1], 1)
     for rows in tiles.rows():
-        mean = out[..., rows, :]
+        mean = out[..., rows, :]  # a view: `out` is written in place
         peak = torch.full_like(log_sum[..., rows, :], -torch.inf)
         total = torch.zeros_like(peak)
         for columns in tiles.columns(rows):
-            scores = tiles.scores(q, k, mask, rows, columns)
+            scores = _tile(q, k, mask, tiles, rows, columns)
             higher = torch.maximum(peak, scores.amax(dim=-1, keepdim=True))
             finite = higher.masked_fill(higher == -torch.inf, 0.0)
-            weights, shrink = torch.exp(scores - finite), torch.exp(peak - finite)
+            weights, shrink = torch.exp(scores.sub_(finite)), torch.exp(peak - finite)
             total = total * shrink + weights.sum(dim=-1, keepdim=True)
             mean.mul_(shrink).add_(weights @ v[..., columns, :])
             peak = higher
         mean.div_(total.clamp(min=1.0))
-        # +inf for a row that may attend to nothing: its weights exp(scores - inf) are zeros.
         log_sum[..., rows, :] = torch.where(total > 0, peak + total.log(), torch.inf)
     return out, log_sum
 
@@ -729,48 +1528,49 @@ def _flash_forward(
 # %%
 #| export
 def _flash_backward(
-    d_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    out: Tensor,
-    log_sum: Tensor,
     tiles: _Tiles,
+    log_sum: Tensor,
+    d_out: Tensor,
+    mean: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v, tile by tile, with the weights computed anew."""
-    d_q, d_k, d_v = (torch.zeros_like(x) for x in (q, k, v))
-    mean = (d_out * out).sum(dim=-1, keepdim=True)  # D: the mean of d_weights under the weights
+    """Return the gradients of q, k and v; ``mean`` is D, the row sums of d_out times out."""
+    d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for rows in tiles.rows():
         for columns in tiles.columns(rows):
-            scores = tiles.scores(q, k, mask, rows, columns)
-            weights = torch.exp(scores - log_sum[..., rows, :])
+            scores = _tile(q, k, mask, tiles, rows, columns)
+            weights = scores.sub_(log_sum[..., rows, :]).exp_()
             d_weights = d_out[..., rows, :] @ v[..., columns, :].mT
-            d_scores = weights * (d_weights - mean[..., rows, :])
+            d_scores = d_weights.sub_(mean[..., rows, :]).mul_(weights)
             d_q[..., rows, :] += d_scores @ k[..., columns, :]
-            d_k[..., columns, :] += _over_group(d_scores.mT @ q[..., rows, :])
-            d_v[..., columns, :] += _over_group(weights.mT @ d_out[..., rows, :])
+            # All queries of a group send gradients to the keys and values that they share.
+            d_k[..., columns, :] += (d_scores.mT @ q[..., rows, :]).sum(-3, keepdim=True)
+            d_v[..., columns, :] += (weights.mT @ d_out[..., rows, :]).sum(-3, keepdim=True)
     return d_q, d_k, d_v
 
 
-def _over_group(gradient: Tensor) -> Tensor:
-    """Add up what the queries of a group send to the keys and values that they share."""
-    return gradient.sum(dim=-3, keepdim=True)
+# %% [markdown]
+# The two are tied together as one function that autograd does not look into. Sums are in float32
+# for 16-bit inputs. Heads that share keys stand in a dimension of their own, the group, which
+# keys and values have with size one.
 
 
 # %%
 #| export
 class _FlashAttention(torch.autograd.Function):
-    """Attention in tiles: (batch, n_kv_heads, group, sequence, feature), a group of 1 in k and v."""
+    """Attention in tiles, of (..., n_kv_heads, group, sequence, feature)."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, tiles: _Tiles
     ) -> Tensor:
         dtype = torch.promote_types(q.dtype, torch.float32)
-        wide = [x.to(dtype) for x in (q * scale, k, v)]
-        out, log_sum = _flash_forward(wide[0], wide[1], wide[2], mask, tiles)
-        out = out.to(q.dtype)
+        wide_q, wide_k, wide_v = (q * scale).to(dtype), k.to(dtype), v.to(dtype)
+        wide_out, log_sum = _flash_forward(wide_q, wide_k, wide_v, mask, tiles)
+        out = wide_out.to(q.dtype)
         ctx.save_for_backward(q, k, v, mask, out, log_sum)
         ctx.scale, ctx.tiles = scale, tiles
         return out
@@ -779,10 +1579,11 @@ class _FlashAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, out, log_sum = ctx.saved_tensors
-        dtype = log_sum.dtype
-        wide = (x.to(dtype) for x in (d_out, q * ctx.scale, k, v))
-        d_q, d_k, d_v = _flash_backward(*wide, mask, out, log_sum, ctx.tiles)
-        return (d_q * ctx.scale).to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), None, None, None
+        wide_q, wide_k, wide_v, d_out = (x.to(log_sum.dtype) for x in (q * ctx.scale, k, v, d_out))
+        mean = (d_out * out).sum(dim=-1, keepdim=True)
+        gradients = _flash_backward(wide_q, wide_k, wide_v, mask, ctx.tiles, log_sum, d_out, mean)
+        d_q, d_k, d_v = (gradient.to(q.dtype) for gradient in gradients)
+        return d_q * ctx.scale, d_k, d_v, None, None, None
 
 
 # %%
@@ -797,20 +1598,732 @@ def flash_attention(
     scale: float | None = None,
     block_size: int = 64,
 ) -> Float[Tensor, "*batch n_heads queries d_value"]:
-    """The same as ``scaled_dot_product_attention``, in memory that grows with the sequence only.
+    """Return ``scaled_dot_product_attention`` in memory that grows with the sequence only.
 
-    Scores are made in tiles of ``block_size`` by ``block_size`` and thrown away; for the backward
-    pass the log-sum-exp of each row is kept, and tiles are made anew. Tiles above the diagonal are
-    skipped. Source: Dao et al. (2022), algorithms 1 and 4; the order of the loops from Dao (2023).
+    Scores are made in tiles of ``block_size`` by ``block_size`` and not kept; those above the
+    diagonal are skipped. Source: Dao et al. (2022); the order of the loops: Dao (2024).
     """
-    _check_shapes(q, k, v, is_causal)
+    _check_inputs(q, k, mask, is_causal)
+    _check_values(k, v)
     _check_at_least(block_size=(1, block_size))
     scale = q.size(-1) ** -0.5 if scale is None else scale
     tiles = _Tiles(q.size(-2), k.size(-2), block_size, is_causal)
     groups = k.size(-3), q.size(-3) // k.size(-3)
     if mask is not None:
-        mask = mask.expand(*q.shape[:-1], k.size(-2)).unflatten(-3, groups)
-    out = _FlashAttention.apply(
-        q.unflatten(-3, groups), k.unsqueeze(-3), v.unsqueeze(-3), mask, scale, tiles
+        mask = mask.expand(*q.shape[:-1], k.size(-2)).unflatten(-3, groups)  # a view
+    q, k, v = q.unflatten(-3, groups), k.unsqueeze(-3), v.unsqueeze(-3)
+    return _FlashAttention.apply(q, k, v, mask, scale, tiles).flatten(-4, -3)
+
+
+# %% [markdown]
+# First, is it the same function? Then, what does each keep between forward and backward? PyTorch
+# lets us see every tensor that autograd saves.
+
+
+# %%
+def kept_bytes(attention: Callable, n: int) -> int:
+    """Memory that autograd keeps for the backward pass, each storage counted once."""
+    kept = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    inputs = [torch.randn(1, 4, n, 32, requires_grad=True) for _ in range(3)]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = attention(*inputs, is_causal=True)  # held, or its storage might be used again
+    return sum(kept.values()) if out.requires_grad else 0
+
+
+fused = partial(scaled_dot_product_attention, backend="torch")
+ways = {"reference": scaled_dot_product_attention, "flash_attention": flash_attention}
+ways["torch"] = fused
+lengths = [128, 256, 512, 1024, 2048]
+kept = {name: [kept_bytes(way, n) / 2**20 for n in lengths] for name, way in ways.items()}
+for name, row in kept.items():
+    print(f"{name:16}", "".join(f"{size:7.1f}" for size in row), "MiB")
+
+# %% mystnb={"figure": {"caption": "Memory kept for the backward pass of one layer with 4 heads of 32. The reference keeps matrices: each doubling of the text costs four times as much. Tiles keep rows: twice as much.", "name": "fig-attention-memory"}, "image": {"alt": "Memory in MiB against sequence length from 128 to 2048, both axes logarithmic. The reference rises steeply from under 1 to over 100 MiB. flash_attention and PyTorch's kernel lie on one line that rises from a quarter of a MiB to 4 MiB."}}
+for (name, row), style in zip(kept.items(), ("o-", "s-", "x--"), strict=True):
+    plt.loglog(lengths, row, style, base=2, label=name)
+plt.xticks(lengths, lengths)
+plt.yticks([0.25, 1, 4, 16, 64], [0.25, 1, 4, 16, 64])
+plt.xlabel("tokens")
+plt.ylabel("MiB kept")
+plt.legend()
+plt.show()
+
+# %%
+torch.manual_seed(0)
+inputs = [torch.randn(2, heads, 100, 16, requires_grad=True) for heads in (4, 2, 2)]
+found = {}
+for name, way in ways.items():
+    out = way(*inputs, is_causal=True)
+    found[name] = out, *torch.autograd.grad(out.sin().sum(), inputs)
+for name in ("flash_attention", "torch"):
+    pairs = zip(found[name], found["reference"], strict=True)
+    print(f"{name:16}", [torch.allclose(a, b, atol=1e-5) for a, b in pairs])
+
+# %% [markdown]
+# Ours and PyTorch's kernel keep the same bytes, for they keep the same things. On a GPU the tiles
+# live in memory on the chip, and attention becomes faster as well, although it computes the
+# scores twice: what costs time there is to move matrices, not to multiply them. That is the
+# observation from which the paper starts.
+
+
+# %% [markdown]
+# ## What heads learn
+#
+# All this machinery looks things up. What does it look up, once it is free to choose? The
+# best-understood answer is the **induction head**
+# {cite}`elhage2021framework,olsson2022induction`. It completes patterns that it has never seen:
+# after *… ka mo … ka* it predicts *mo*, because that is what followed last time. A model with
+# this trick can copy names, repeat a format, and learn from examples in its prompt.
+#
+# One layer cannot do it. The token *ka* can look for earlier *ka*s and find them, but what it
+# wants is the token *after* one, and the key of *mo* is made from *mo* and its position alone.
+# Two layers can ({numref}`fig-attention-induction`). In the first, a head attends to the previous
+# token and so notes in *mo* that *ka* stood before it. In the second, *ka* asks who has *ka*
+# noted, finds *mo*, and copies it into the prediction.
+#
+# ```{figure} ../figures/attention-induction.svg
+# :name: fig-attention-induction
+# :alt: The tokens ra, ka, mo, ti, ra, ka in a row, and a question mark for the next. Layer one: an arrow from mo to the ka before it, the head of the previous token; mo now carries the note "ka before me". Layer two: an arrow from the last ka to mo, because its query ka matches that note; mo is copied to the prediction.
+#
+# An induction head needs a partner one layer below.
+# ```
+#
+# We train such a model where nothing but this trick helps. A row repeats a random run of tokens,
+# none twice within it, again and again. Its length differs from row to row, so neither the
+# statistics of tokens nor a fixed distance is of any use.
+
+
+# %%
+def repeated_rows(n: int, generator: torch.Generator, sequence: int = 48, vocab_size: int = 64):
+    """Return inputs, targets, and each row's period, from 8 to 24 tokens."""
+    runs = torch.rand(n, vocab_size, generator=generator).argsort(dim=1)
+    period = torch.randint(8, 25, (n, 1), generator=generator)
+    ids = runs.gather(1, torch.arange(sequence + 1) % period)
+    return ids[:, :-1], ids[:, 1:], period
+
+
+ids, targets, period = repeated_rows(3, torch.Generator().manual_seed(0))
+for row, length in zip(ids[:, :18].tolist(), period[:, 0].tolist(), strict=True):
+    print(f"period {length:2}:", *row)
+
+# %% [markdown]
+# The model has embeddings, two layers of attention with rotary positions, each of which adds its
+# result to the vector of the token (chapter 10 says why), and a matrix to scores for the next
+# token. Nothing else: no feed-forward layers, 41,000 weights.
+
+
+# %%
+class AttentionOnly(nn.Module):
+    def __init__(self, n_layers: int, vocab_size: int = 64, d_model: int = 64, n_heads: int = 2):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.layers = nn.ModuleList(MultiHeadAttention(d_model, n_heads) for _ in range(n_layers))
+        self.norms = nn.ModuleList(nn.RMSNorm(d_model) for _ in range(n_layers + 1))
+        self.rotary = RotaryEmbedding(d_model // n_heads)
+        self.head = nn.Linear(d_model, vocab_size, bias=False)
+
+    def forward(self, ids: Tensor, patterns: list | None = None) -> Tensor:
+        x, rope = self.embedding(ids), self.rotary(torch.arange(ids.size(1))[None])
+        for layer, norm in zip(self.layers, self.norms, strict=False):
+            if patterns is not None:
+                patterns.append(attention_pattern(layer, norm(x), rope=rope))
+            x = x + layer(norm(x), rope=rope)
+        return self.head(self.norms[-1](x))
+
+
+# %% [markdown]
+# Two scores tell what a head does. The *previous-token score* is the mean weight that a token
+# gives to the one before it. The *prefix-matching score* is the mean weight that goes to tokens
+# which followed an earlier occurrence of the present one, taken where there is such an
+# occurrence.
+
+
+# %%
+@torch.no_grad()
+def head_scores(model: AttentionOnly, ids: Tensor, period: Tensor) -> dict[str, Tensor]:
+    """Previous-token and prefix-matching score of each head, (layers, heads)."""
+    patterns: list[Tensor] = []
+    model(ids, patterns)
+    weights = torch.stack(patterns)  # (layers, batch, heads, queries, keys)
+    place = torch.arange(ids.size(1))
+    followed = torch.zeros(ids.size(0), 1, ids.size(1), ids.size(1))
+    followed[:, 0, :, 1:] = ids[:, :, None] == ids[:, None, :-1]  # key j follows a copy of query i
+    matched = (weights * followed).sum(dim=-1)
+    seen = (place >= period).float()[:, None]  # (batch, 1, queries)
+    return {
+        "previous": weights.diagonal(-1, -2, -1).mean(dim=(1, 3)),
+        "prefix": (matched * seen).sum(dim=(1, 3)) / seen.sum(),
+    }
+
+
+# %%
+def train(n_layers: int, steps: int = 400) -> tuple[AttentionOnly, list[float], list[dict]]:
+    torch.manual_seed(0)
+    generator, held_out = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+    ids_test, _, period_test = repeated_rows(32, held_out)
+    model = AttentionOnly(n_layers)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.005, betas=(0.9, 0.99))
+    losses, history = [], []
+    for step in range(steps):
+        ids, targets, period = repeated_rows(32, generator)
+        optimizer.param_groups[0]["lr"] = 0.005 * min(1, (step + 1) / 20)
+        loss = F.cross_entropy(model(ids).mT, targets, reduction="none")
+        losses.append(loss[torch.arange(48) >= period].mean().item())
+        loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 10 == 0:
+            history.append(head_scores(model, ids_test, period_test))
+    return model, losses, history
+
+
+start = time.perf_counter()
+model, losses, history = train(n_layers=2)
+_, one_layer, _ = train(n_layers=1)
+seconds = time.perf_counter() - start
+smooth = torch.tensor(losses).unfold(0, 20, 20).mean(dim=1)
+
+# %% [markdown]
+# We draw the loss on tokens that can be known, since a whole period has been seen. Blind guessing
+# costs $\ln 64 = 4.2$ nats; who knows which tokens the row has, but not their order, pays the
+# logarithm of the period, 2.7 in the mean.
+
+# %% mystnb={"figure": {"caption": "Left: loss on tokens that have been seen a period before. Two layers wait on a plateau, then fall; one layer, trained in the same way, stays on it. Right: scores of the best head, by layer. The previous-token head of layer 1 comes first, and with it the induction head of layer 2.", "name": "fig-attention-jump"}, "image": {"alt": "Left, loss in nats over 600 steps: both curves fall slowly from 4.3 to about 3.8 during the first 200 steps; then that of two layers falls within about 100 steps to below 0.5, and ends below 0.1; that of one layer is still above 3.5 at the end. Right, scores from 0 to 1: the previous-token score of layer 1 rises to over 0.5 and the prefix-matching score of layer 2 to over 0.9 at the steps at which the loss falls."}}
+figure, axes = plt.subplots(1, 2)
+axes[0].plot(losses, label="two layers")
+axes[0].plot(one_layer, label="one layer")
+axes[0].set(title="Loss where it can be known", xlabel="step", ylabel="nats", ylim=(0, 4.6))
+axes[0].legend()
+checked = range(0, 400, 10)
+previous = [found["previous"][0].max() for found in history]
+prefix = [found["prefix"][1].max() for found in history]
+axes[1].plot(checked, previous, color="C2", label="previous token, layer 1")
+axes[1].plot(checked, prefix, color="C3", label="prefix matching, layer 2")
+axes[1].set(title="Scores of the best head", xlabel="step", ylim=(0, 1))
+axes[1].legend()
+plt.show()
+
+# %%
+jump = int((smooth < 2).nonzero()[0]) * 20
+final = {name: score.max(dim=1).values.tolist() for name, score in history[-1].items()}
+assert 60 < jump < 350 and smooth[-1] < 0.4 and one_layer[-1] > 3
+assert final["previous"][0] > 0.4 and final["prefix"][1] > 0.8 and final["prefix"][0] < 0.3
+print("before the fall, above 3 nats:", smooth[jump // 20 - 2].item() > 3)
+print("after it, below 0.4 nats:", smooth[-1].item() < 0.4)
+print("one layer, above 3 nats to the end:", one_layer[-1] > 3)
+print("an induction head in layer 2 only:", final["prefix"][1] > 0.8 > 0.3 > final["prefix"][0])
+
+# %% [markdown]
+# Between the plateau and the floor lie a few dozen steps. Nothing in the data or the optimizer
+# changes there. Two parts are each useless without the other, so there is little gradient towards
+# either; once one of them is there by half, both grow fast. In large models the same happens
+# early in training, as a visible bump in the loss, and with it appears the ability to learn from
+# a prompt {cite}`olsson2022induction`.
+#
+# Here are the two heads at work on a row that the model has not seen.
+
+# %% mystnb={"figure": {"caption": "The two heads on a row with a period of 12. Left, the previous-token head of layer 1: a line just below the diagonal. Right, the induction head of layer 2: from the second period on, each token attends to the token after its last occurrence, 11 places back, and a little to the one a period earlier.", "name": "fig-attention-heads-learned"}, "image": {"alt": "Two square heat maps of queries, downward, and keys, to the right, over 36 tokens. Left: the dark cells lie one place below the diagonal. Right: the first 12 rows are diffuse; from row 12 on dark cells lie on a line 11 places to the left of the diagonal, and from row 24 on also on one 23 places to the left."}}
+ids, _, _ = repeated_rows(1, torch.Generator().manual_seed(5))
+ids = ids[:, torch.arange(36) % 12]  # a period of 12, three times
+patterns: list[Tensor] = []
+with torch.no_grad():
+    model(ids, patterns)
+best = history[-1]["previous"][0].argmax(), history[-1]["prefix"][1].argmax()
+figure, axes = plt.subplots(1, 2, figsize=(7, 3.5))
+titles = "layer 1: the previous token", "layer 2: what followed last time"
+for ax, layer, head, title in zip(axes, patterns, best, titles, strict=True):
+    ax.imshow(layer[0, head], cmap="Blues", vmin=0, vmax=1)
+    ax.set(title=title, xlabel="key", xticks=range(0, 36, 12), yticks=range(0, 36, 12))
+    ax.grid(False)
+axes[0].set_ylabel("query")
+plt.show()
+
+# %% [markdown]
+# ### A figure to play with
+#
+# A grid shows everything at once and nothing up close. For one's own models one wants to point at
+# a token and see where it looks. The function below writes a piece of HTML with its data and some
+# JavaScript inside, so that it needs neither a kernel nor a network, and a table of the strongest
+# weights for those who have no scripts.
+
+
+# %%
+#| export
+_STYLE = """<style>
+.llmbook-attention { max-width: 46rem; font-family: system-ui, sans-serif; font-size: 0.9rem; }
+.llmbook-attention button { font: inherit; color: inherit; cursor: pointer; }
+.llmbook-attention .heads { display: flex; flex-wrap: wrap; gap: 0.5rem; }
+.llmbook-attention .heads button { padding: 0.3rem; border: 2px solid transparent;
+  border-radius: 5px; background: none; }
+.llmbook-attention .heads button[aria-pressed="true"] { border-color: #3a8fd0; }
+.llmbook-attention canvas { display: block; width: 6.5rem; height: 6.5rem; margin-bottom: 0.2rem;
+  border: 1px solid #8888; image-rendering: pixelated; }
+.llmbook-attention .tokens { display: flex; flex-wrap: wrap; gap: 2px; margin: 0.6rem 0; }
+.llmbook-attention .tokens button { --weight: 0; min-width: 2.2em; padding: 0.25em 0.4em;
+  border: 1px solid #8886; border-bottom: 4px solid rgba(58, 143, 208, var(--weight));
+  border-radius: 3px; background: rgba(58, 143, 208, calc(0.55 * var(--weight)));
+  white-space: pre; }
+.llmbook-attention .tokens button.query { outline: 2px solid #d55e00; }
+.llmbook-attention button:focus-visible { outline: 3px solid #d55e00; outline-offset: 1px; }
+.llmbook-attention .report { min-height: 2.8em; margin: 0.4rem 0; }
+.llmbook-attention details div { overflow-x: auto; }
+.llmbook-attention td, .llmbook-attention th { padding: 0.1em 0.8em; text-align: left;
+  white-space: pre; }
+</style>"""
+
+
+# %%
+#| export
+def _strongest(tokens: list[str], percent: list) -> str:
+    """Return an HTML table of the strongest attention of each token in each head."""
+    heads = [(i, h, rows) for i, layer in enumerate(percent) for h, rows in enumerate(layer)]
+    table = [["at", "token", *(f"layer {i + 1}, head {h + 1}" for i, h, _ in heads)]]
+    for at, token in enumerate(tokens):
+        best = [max(enumerate(rows[at]), key=lambda pair: pair[1]) for *_, rows in heads]
+        found = [f"{tokens[key]} at {key} ({weight} %)" if weight else "" for key, weight in best]
+        table.append([str(at), token, *found])
+    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table]
+    lines[0] = lines[0].replace("td>", "th>")
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+@dataclass(frozen=True)
+class AttentionFigure:
+    """An interactive figure; notebooks and the site show its ``html``."""
+
+    html: str
+
+    def __repr__(self) -> str:
+        return "AttentionFigure(html=...)"
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+# %%
+#| export
+def show_attention(
+    tokens: list[str],
+    weights: Float[Tensor, "*layers heads queries keys"],
+    *,
+    layer: int = 0,
+    head: int = 0,
+    token: int = -1,
+) -> AttentionFigure:
+    """Return a figure in which one picks a head and a token, and sees where the token attends.
+
+    It works by mouse, touch and keyboard. ``weights``, of one layer or of several, are rounded to
+    whole percent; ``layer``, ``head`` and ``token`` are picked at first.
+    """
+    n, shape = len(tokens), tuple(weights.shape)
+    if len(shape) not in (3, 4) or shape[-2:] != (n, n):
+        expected = f"expected (layers, heads, {n}, {n}) for {n} tokens"
+        raise ValueError(f"weights: {expected}, got {shape}")
+    percent = (100 * weights.detach().float()).round().int().view(-1, *shape[-3:])
+    picked = {"layer": layer % len(percent), "head": head % shape[-3], "token": token % n}
+    data = {"tokens": tokens, "weights": percent.tolist(), **picked}
+    inert = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return AttentionFigure(
+        f'<div class="llmbook-attention" role="group" aria-label="Attention of {n} tokens">{_STYLE}'
+        f"<details><summary>As a table</summary><div>{_strongest(tokens, percent.tolist())}</div>"
+        f'</details><script type="application/json">{inert}</script></div>'
+        f"<script>{files('llmbook').joinpath('attention.js').read_text(encoding='utf-8')}</script>"
     )
-    return out.flatten(-4, -3)
+
+
+# %% [markdown]
+# The same row, with syllables for its numbers. Start with the second head of layer 2 at the last
+# token, then walk back with the arrow keys. In layer 1, which head looks one token back?
+
+# %% tags=["nbval-ignore-output"]
+syllables = [consonant + vowel for consonant in "bdfgklmnprstvwzj" for vowel in "aeio"]
+show_attention(
+    [syllables[i] for i in ids[0].tolist()],
+    torch.stack(patterns)[:, 0],
+    layer=1,
+    head=int(best[1]),
+)
+
+# %% [markdown]
+# A warning belongs here. A weight says from where a head reads, not what the model makes of it,
+# and different weights can lead to the same prediction {cite}`jain2019attention`. To know that a
+# head matters, take it away and measure; an exercise does that.
+#
+# ## Is it the real thing?
+#
+# We compare with PyTorch's function and module, and with the attention layers of Llama, Qwen3 and
+# DeepSeek-V3 in transformers, our weights copied from theirs. First PyTorch, outputs and
+# gradients:
+
+# %%
+import llmbook.attention as exported
+
+
+def same(a: Tensor, b: Tensor, x: Tensor) -> bool:
+    """Are two results equal, and their gradients with respect to x?"""
+    pairs = [(a, b), [torch.autograd.grad(out.sin().sum(), x)[0] for out in (a, b)]]
+    return all(torch.allclose(p, q, atol=1e-5) for p, q in pairs)
+
+
+torch.manual_seed(0)
+x = torch.randn(2, 4, 24, 8, requires_grad=True)
+ours = exported.flash_attention(x, x, x, is_causal=True)
+theirs = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+print("scaled_dot_product_attention:", same(ours, theirs, x))
+
+theirs = nn.MultiheadAttention(32, 4, batch_first=True)
+ours = exported.MultiHeadAttention(32, 4, bias=True)
+with torch.no_grad():
+    for i, proj in enumerate((ours.q_proj, ours.k_proj, ours.v_proj)):
+        proj.weight.copy_(theirs.in_proj_weight.view(3, 32, 32)[i])
+        proj.bias.copy_(theirs.in_proj_bias.view(3, 32)[i])
+ours.o_proj.load_state_dict(theirs.out_proj.state_dict())
+x = torch.randn(2, 24, 32, requires_grad=True)
+hidden = ~causal_mask(24)  # PyTorch's module has True where attention is not allowed
+out, _ = theirs(x, x, x, attn_mask=hidden, need_weights=False)
+print("nn.MultiheadAttention:", same(ours(x), out, x))
+
+# %% [markdown]
+# For Llama and Qwen3 even the names of the weights are the same. Their layers want cosines for
+# both halves, and a mask that is added: 0 or $-\infty$.
+
+# %%
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+rope = rotary(torch.arange(24)[None])
+doubled = tuple(torch.cat([part, part], dim=-1) for part in rope)
+added = torch.zeros(24, 24).masked_fill(hidden, -torch.inf)[None, None]
+sizes = {"hidden_size": 32, "num_attention_heads": 4, "attn_implementation": "eager"}
+grouped = sizes | {"num_key_value_heads": 2, "head_dim": 8}
+for name, theirs, norm in (
+    ("Llama", LlamaAttention(transformers.LlamaConfig(**grouped), 0), None),
+    (
+        "Qwen3",
+        Qwen3Attention(transformers.Qwen3Config(**grouped), 0),
+        partial(nn.RMSNorm, eps=1e-6),
+    ),
+):
+    ours = exported.MultiHeadAttention(32, 4, n_kv_heads=2, d_head=8, qk_norm=norm)
+    ours.load_state_dict(theirs.state_dict())
+    print(f"{name}:", same(ours(x, rope=rope), theirs(x, doubled, added)[0], x))
+
+# %% [markdown]
+# DeepSeek names its weights in another way, and stores the rotated features as interleaved pairs,
+# so that the permutation of {doc}`08_positions` is needed.
+
+# %%
+from llmbook.positions import interleaved_to_half
+
+latents = {"kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 5}
+config = transformers.DeepseekV3Config(**sizes, **latents, q_lora_rank=None, num_key_value_heads=4)
+theirs, norm = DeepseekV3Attention(config, 0), partial(nn.RMSNorm, eps=1e-6)
+ours = exported.MultiHeadLatentAttention(
+    32, 4, d_latent=12, d_rope=8, d_head=6, d_value=5, norm=norm
+)
+state = {name: weight.clone() for name, weight in theirs.state_dict().items()}
+order = interleaved_to_half(8)
+rotated = state["q_proj.weight"].view(4, 14, 32)[:, 6:]
+rotated.copy_(rotated[:, order])
+rotated = state["kv_a_proj_with_mqa.weight"][12:]
+rotated.copy_(rotated[order])
+renamed = {"kv_a_proj_with_mqa": "kv_down_proj", "kv_a_layernorm": "kv_norm"}
+renamed |= {"kv_b_proj": "kv_up_proj"}
+ours.load_state_dict({
+    f"{renamed.get(name.split('.')[0], name.split('.')[0])}.weight": weight
+    for name, weight in state.items()
+})  # fmt: skip
+print("DeepSeek-V3:", same(ours(x, rope=rope), theirs(x, doubled, added)[0], x))
+
+# %% [markdown]
+# ## How fast is it?
+#
+# Two questions. What do the three ways cost in training, forward and backward, as texts get
+# longer? And what does a cache save when 256 tokens are written one by one?
+
+# %%
+seconds_of = {}
+for n in (256, 1024):
+    inputs = [torch.randn(1, 4, n, 32, requires_grad=True) for _ in range(3)]
+    for name, way in ways.items():
+        way = partial(way, block_size=256) if way is flash_attention else way
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            way(*inputs, is_causal=True).sum().backward()
+            times.append(time.perf_counter() - start)
+        seconds_of[name, n] = min(times)
+
+layer = exported.MultiHeadAttention(64, 4, n_kv_heads=2)
+rotary, x = RotaryEmbedding(16), torch.randn(1, 256, 64)
+cache = exported.KVCache(1, 256, n_kv_heads=2, d_head=16)
+
+# %% tags=["nbval-ignore-output"]
+with torch.no_grad():
+    start = time.perf_counter()
+    for t in range(256):
+        rope, mask = rotary(cache.next_positions(1)), cache.extend(1)
+        layer(x[:, t : t + 1], rope=rope, mask=mask, cache=cache[0])
+    cached_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    for t in range(256):
+        layer(x[:, : t + 1], rope=rotary(torch.arange(t + 1)[None]))
+    ratio = (time.perf_counter() - start) / cached_seconds
+for n in (256, 1024):
+    base = seconds_of["reference", n]
+    row = ", ".join(f"{name} {base / seconds_of[name, n]:.1f}" for name in ways)
+    print(f"{n} tokens, speed in units of the reference: {row}")
+print(f"256 tokens with a cache: {ratio:.1f} times as fast as without, one layer, one row")
+print(f"both induction models trained in {seconds:.0f} s")
+
+# %% [markdown]
+# Our tiles are written in Python, and still overtake the reference as texts get longer: they skip
+# half of the matrix, and what they make fits the processor's cache. The kernel does the same
+# without Python. What the cache saves grows with the text and with the model; here calling the
+# functions is most of what remains.
+#
+# ## Exercises
+#
+# ````{exercise} How sharp is sharp enough?
+# :label: ex-attention-sharp
+# *Ten minutes.* The best score of $n$ is $s_1$, the others are at most $s_1 - g$, with a gap
+# $g > 0$. Scores are multiplied by $c$ before softmax. Show that the best weight is at least
+# $1 / (1 + (n - 1) e^{-cg})$, and write `needed_sharpness(n, gap, weight)`: the least $c$ for
+# which this bound is `weight`. How does it grow with the number of keys?
+# ````
+
+
+# %% tags=["solution"]
+def needed_sharpness(n: int, gap: float, weight: float) -> float:
+    """Return the factor on the scores at which the best of ``n`` keys has at least ``weight``."""
+    # p_1 = 1 / (1 + sum of e^(-c (s_1 - s_j))), and each of the n - 1 terms is at most e^(-c g).
+    # Solved for c, it is logarithmic in n: a hundred times the keys cost 4.6 / g more.
+    return math.log((n - 1) * weight / (1 - weight)) / gap
+
+
+# %% tags=["check"]
+for n, gap, weight in ((2, 1.0, 0.9), (64, 0.5, 0.99), (100_000, 2.0, 0.5)):
+    c = needed_sharpness(n, gap, weight)
+    worst = torch.full((n,), -gap, dtype=torch.float64)  # all others just below the best
+    worst[0] = 0
+    reached = softmax(c * worst)[0].item()
+    assert abs(reached - weight) < 1e-6, f"{n} keys, gap {gap}: {reached:.4f}, not {weight}"
+
+# %% [markdown]
+# ````{exercise} How many readers fit?
+# :label: ex-attention-budget
+# *Ten minutes.* A server has `memory` bytes left for caches. Each user has a text of `tokens`
+# tokens. Write `users_that_fit(memory, tokens, n_layers, n_kv_heads, d_head, window)` for numbers
+# of two bytes, where a `window` (or None) bounds what is kept. How many fit into 40 GiB with
+# 32,768 tokens each for Mistral 7B (32 layers, 8 heads of 128), without its window, and with its
+# window of 4,096?
+# ````
+
+
+# %% tags=["solution"]
+def users_that_fit(
+    memory: int, tokens: int, n_layers: int, n_kv_heads: int, d_head: int, window: int | None
+) -> int:
+    """Return how many rows of ``tokens`` tokens a cache in ``memory`` bytes can have."""
+    # Without the window 4 GiB a user, so 10 of them; with it half a GiB, and 80.
+    kept = tokens if window is None else min(tokens, window)
+    return memory // (2 * 2 * n_layers * n_kv_heads * d_head * kept)
+
+
+# %% tags=["check"]
+mistral_7b = {"n_layers": 32, "n_kv_heads": 8, "d_head": 128}
+assert users_that_fit(40 * 2**30, 32768, **mistral_7b, window=None) == 10, "128 KiB a token"
+assert users_that_fit(40 * 2**30, 32768, **mistral_7b, window=4096) == 80, "a ring of 4,096"
+assert users_that_fit(40 * 2**30, 1000, **mistral_7b, window=4096) == 327, "a short text"
+cache = KVCache(3, 50, 2, 8, n_layers=5, dtype=torch.bfloat16)
+assert users_that_fit(cache.nbytes, 50, 5, 2, 8, None) == 3, "as the cache of this chapter counts"
+
+# %% [markdown]
+# ````{exercise} Two halves of a text
+# :label: ex-attention-merge
+# *Twenty minutes.* Keys and values of a very long text lie on two machines. Each computes
+# attention over its half, and the log-sum-exp of its scores. Write
+# `merge(out_a, log_sum_a, out_b, log_sum_b)`, which returns output and log-sum-exp over both,
+# given outputs `(..., queries, d)` and log-sums `(..., queries, 1)`. One half may be invisible to
+# a query: its log-sum-exp is then $-\infty$ and its output 0. No overflow, no NaN.
+# ````
+
+
+# %% tags=["solution"]
+def merge(
+    out_a: Tensor, log_sum_a: Tensor, out_b: Tensor, log_sum_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return attention over the union of two disjoint sets of keys."""
+    # Each half has the weight e^L in the whole, so this is softmax over two scores.
+    both = torch.cat([log_sum_a, log_sum_b], dim=-1)
+    weight_a, weight_b = softmax(both).split(1, dim=-1)
+    return weight_a * out_a + weight_b * out_b, both.logsumexp(dim=-1, keepdim=True)
+
+
+# %% tags=["check"]
+torch.manual_seed(0)
+q, k, v = torch.randn(3, 5, 4), torch.randn(3, 9, 4), torch.randn(3, 9, 4)
+for size in (2, 40):  # scores that fit, and scores whose exponentials overflow
+    scores = size * q @ k.mT
+    halves = []
+    for part in (slice(0, 4), slice(4, 9)):
+        s = scores[..., part].clone()
+        s[0, 0] = -torch.inf if part.start else s[0, 0]
+        halves += [softmax(s) @ v[:, part], s.logsumexp(dim=-1, keepdim=True)]
+    scores[0, 0, 4:] = -torch.inf
+    out, log_sum = merge(*halves)
+    assert torch.allclose(out, softmax(scores) @ v, atol=1e-5), "not the output over all keys"
+    whole = scores.logsumexp(dim=-1, keepdim=True)
+    assert torch.allclose(log_sum, whole, atol=1e-4), "not the log-sum-exp over all keys"
+nothing = torch.zeros(1, 4), torch.full((1, 1), -torch.inf)
+out, log_sum = merge(*nothing, *nothing)
+assert out.tolist() == [[0.0] * 4] and log_sum.item() == -torch.inf, "nothing and nothing"
+
+# %% [markdown]
+# ````{exercise} Tiles under a window
+# :label: ex-attention-window-tiles
+# *Twenty minutes.* Under a sliding window many tiles below the diagonal have nothing to do, too.
+# Write `window_columns(rows, size, window)`: the blocks of keys, as slices, that any query in the
+# slice `rows` may see, for `size` by `size` tiles of a square matrix. For $n$ tokens, how does
+# the number of tiles now grow?
+# ````
+
+
+# %% tags=["solution"]
+def window_columns(rows: slice, size: int, window: int) -> list[slice]:
+    """Return the blocks of keys that the queries ``rows`` may see under a causal window."""
+    # The first query sees farthest back. At most window / size + 2 blocks: linear in n.
+    first = max(0, rows.start - window + 1) // size * size
+    return [slice(at, min(at + size, rows.stop)) for at in range(first, rows.stop, size)]
+
+
+# %% tags=["check"]
+for n, size, window in ((12, 3, 4), (64, 8, 16), (20, 6, 1), (10, 4, 100)):
+    mask = causal_mask(n, window)
+    for start in range(0, n, size):
+        rows = slice(start, min(start + size, n))
+        columns = window_columns(rows, size, window)
+        visited = torch.zeros(n, dtype=torch.bool)
+        for block in columns:
+            assert block.start % size == 0, "blocks begin at multiples of the size"
+            assert mask[rows, block].any(), f"{block} holds nothing that {rows} may see"
+            visited[block] = True
+        assert not mask[rows][:, ~visited].any(), f"{rows} may see keys that are not visited"
+
+# %% [markdown]
+# ````{exercise} From many heads to few
+# :label: ex-attention-group
+# *Half an hour.* A multi-head model can be turned into a grouped-query one and trained a little
+# further, if each shared head starts as the *mean* of those that it replaces
+# {cite}`ainslie2023gqa`. Write `to_grouped(attention, n_kv_heads)`, which returns such a layer,
+# with biases if there are any. When is it the same function as before?
+# ````
+
+
+# %% tags=["solution"]
+def to_grouped(attention: MultiHeadAttention, n_kv_heads: int) -> MultiHeadAttention:
+    """Return a grouped-query layer whose keys and values are means over those of each group."""
+    # The same function if the heads of a group had equal keys and values before.
+    bias, d_model = attention.q_proj.bias is not None, attention.q_proj.in_features
+    grouped = MultiHeadAttention(d_model, attention.n_heads, n_kv_heads=n_kv_heads, bias=bias)
+    state = dict(attention.state_dict())
+    for name in state:
+        if name.startswith(("k_proj", "v_proj")):
+            heads = state[name].view(n_kv_heads, -1, attention.d_head, *state[name].shape[1:])
+            state[name] = heads.mean(dim=1).flatten(0, 1)
+    grouped.load_state_dict(state)
+    return grouped
+
+
+# %% tags=["check"]
+torch.manual_seed(0)
+for bias in (False, True):
+    many, x = MultiHeadAttention(24, 6, bias=bias), torch.randn(2, 7, 24)
+    few = to_grouped(many, 2)
+    assert few.k_proj.weight.shape == (8, 24), "two heads of four features remain"
+    mean = many.k_proj.weight[:12].view(3, 4, 24).mean(dim=0)
+    assert torch.allclose(few.k_proj.weight[:4], mean), "head 0 is the mean of heads 0, 1 and 2"
+    for proj in (many.k_proj, many.v_proj):
+        for parameter in proj.parameters():  # make the heads of each group equal
+            parts = parameter.data.view(2, 3, 4, *parameter.shape[1:])
+            parts[:] = parts[:, :1].clone()
+    assert torch.allclose(to_grouped(many, 2)(x), many(x), atol=1e-6), "equal heads, same function"
+
+# %% [markdown]
+# ````{exercise} Take a head away
+# :label: ex-attention-ablation
+# *Half an hour.* Does the induction head need its partner? Write
+# `loss_without(model, layer, head)`: the loss of the trained model where it can be known, on the
+# rows `ablation_rows` below, with one head's output set to zero. The head's numbers enter
+# `o_proj` in columns `head * d_head` and so on. The model must be unchanged afterwards. Which
+# heads of `model` could it do without?
+#
+# `ablation_rows = repeated_rows(64, torch.Generator().manual_seed(9))`
+# ````
+
+
+# %% tags=["solution"]
+@torch.no_grad()
+def loss_without(model: AttentionOnly, layer: int, head: int) -> float:
+    """Return the loss on tokens seen a period before, when one head adds nothing."""
+    # Without the previous-token head the loss goes back to the plateau; the two heads of layer 2
+    # share the work, so one of them alone is missed less.
+    ids, targets, period = repeated_rows(64, torch.Generator().manual_seed(9))
+    attention = model.layers[layer]
+    columns = slice(head * attention.d_head, (head + 1) * attention.d_head)
+    saved = attention.o_proj.weight[:, columns].clone()
+    attention.o_proj.weight[:, columns] = 0
+    loss = F.cross_entropy(model(ids).mT, targets, reduction="none")
+    attention.o_proj.weight[:, columns] = saved
+    return loss[torch.arange(48) >= period].mean().item()
+
+
+# %% tags=["check"]
+before = {name: weight.clone() for name, weight in model.state_dict().items()}
+partner = int(history[-1]["previous"][0].argmax())
+without = loss_without(model, 0, partner)
+same_weights = all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+assert same_weights, "the model must be as it was"
+with torch.no_grad():
+    ids, targets, period = repeated_rows(64, torch.Generator().manual_seed(9))
+    loss = F.cross_entropy(model(ids).mT, targets, reduction="none")
+    whole = loss[torch.arange(48) >= period].mean().item()
+assert without > whole + 1, f"without the previous-token head {without:.2f}, with it {whole:.2f}"
+assert without > loss_without(model, 0, 1 - partner), "the other head of layer 1 matters less"
+
+# %% [markdown]
+# ## Summary
+#
+# Attention is a dictionary made smooth: scores are dot products, softmax makes weights of them,
+# and the answer is a weighted mean. Scores of $d$ terms have variance $d$, and dividing by
+# $\sqrt d$ keeps softmax where it can learn. Subtracting the maximum keeps it finite, and a query
+# that may see nothing gets nothing. Masks are rules about positions. Heads ask several questions
+# at once; sharing keys and values among them, or keeping a latent instead, makes the cache small.
+# A cache with position $p$ in slot $p \bmod S$ serves unequal rows and windows alike, token for
+# token equal to no cache. Softmax can be computed in one pass and its backward pass from one
+# number a row, so the $n \times n$ matrix never needs to exist. Trained on nothing but
+# repetition, two layers learn to look up what followed last time, suddenly, and one layer never
+# does.
+#
+# **Checklist: choosing attention.**
+#
+# - Train by the fused kernel, and announce a causal mask by `is_causal`, never by a matrix.
+# - Grouped-query attention with 8 heads of keys and values is the safe default; multi-head if
+#   texts are short; latent attention if the cache decides what can be served.
+# - A sliding window in some layers bounds memory; keep some layers without it for far look-ups.
+# - Normalize queries and keys if the largest score grows during training; it costs next to
+#   nothing.
+# - Fill forbidden scores with $-\infty$, not with a large number, and test a row that is all
+#   padding.
+# - Test every cache against no cache, with unequal prompts, and with texts longer than the
+#   window.
+#
+# **Further reading.** Vaswani and colleagues {cite}`vaswani2017attention` for the equation, Dao
+# {cite}`dao2024flash2` for the tiles, Elhage and colleagues {cite}`elhage2021framework` for a way
+# to read what attention does from its weights. Next, chapter 10 builds the block around it.

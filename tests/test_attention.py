@@ -109,8 +109,8 @@ def test_attention_mask_knows_padding_and_window():
 
 
 def test_attention_mask_is_transformers_sliding_window():
-    from transformers.masking_utils import create_sliding_window_causal_mask
     from transformers import MistralConfig
+    from transformers.masking_utils import create_sliding_window_causal_mask
 
     config = MistralConfig(sliding_window=3, attn_implementation="eager")
     theirs = create_sliding_window_causal_mask(
@@ -245,8 +245,8 @@ def test_flash_saves_nothing_quadratic():
     [
         ([(4, 8), (4, 8), (4, 8)], {}, r"q: expected \(..., heads, sequence, feature\)"),
         ([(2, 4, 8), (2, 5, 8), (2, 4, 8)], {}, r"v: expected \(2, 5\)"),
-        ([(2, 4, 8), (2, 5, 6), (2, 5, 8)], {}, "k: expected the batch and feature"),
-        ([(1, 2, 4, 8), (3, 2, 5, 8), (3, 2, 5, 8)], {}, "k: expected the batch and feature"),
+        ([(2, 4, 8), (2, 5, 6), (2, 5, 8)], {}, "k: expected batch and feature"),
+        ([(1, 2, 4, 8), (3, 2, 5, 8), (3, 2, 5, 8)], {}, "k: expected batch and feature"),
         ([(3, 4, 8), (2, 5, 8), (2, 5, 8)], {}, "k: expected a divisor of 3 heads, got 2"),
         ([(2, 6, 8), (2, 5, 8), (2, 5, 8)], {"is_causal": True}, "q: expected at most as many"),
     ],
