@@ -51,11 +51,11 @@ def _check_positions(position_ids: Int64[Tensor, "*batch sequence"], length: int
     if len(wrong):
         raise ValueError(f"position_ids: expected -1 (padding) to {length - 1}, got {wrong[0]}")
 
-# %% ../chapters/08_positions.ipynb #b950e2d4
+# %% ../chapters/08_positions.ipynb #f744e8d6
 def rope_frequencies(d_head: int, base: int | float = 10_000.0) -> Float32[Tensor, " half"]:
     """Return base^(-2i / d_head) for each pair i of dimensions: radians per position, float32.
 
-    Source: Su et al. (2021), section 3.2.2; the sinusoids of Vaswani et al. (2017) have the same.
+    Source: Su et al. (2024), section 3.2.2; the sinusoids of Vaswani et al. (2017) have the same.
 
     >>> rope_frequencies(4, base=100.0)
     tensor([1.0000, 0.1000])
@@ -175,7 +175,7 @@ def _rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     pairs = torch.view_as_complex(real.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 
-# %% ../chapters/08_positions.ipynb #53925f8a
+# %% ../chapters/08_positions.ipynb #f512a24c
 def apply_rope(
     x: Float[Tensor, "*batch heads sequence d_head"],
     cos: Float[Tensor, "*#batch sequence half"],
@@ -199,7 +199,9 @@ def apply_rope(
     cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # the same for all heads
     if layout == "half":
         tracked = x.requires_grad and torch.is_grad_enabled()
-        rotate = _RotateHalf.apply if tracked else _rotate_half  # it costs more than one token
+        rotate = (
+            _RotateHalf.apply if tracked else _rotate_half
+        )  # autograd costs more than one token
         return rotate(x, torch.cat((cos, cos), dim=-1), sin)
     if layout == "interleaved":
         return _rotate_interleaved(x, cos, sin)
@@ -284,10 +286,14 @@ def _check_scaling(scaling: RopeScaling) -> None:
     if attention is not None and not 0 < attention < math.inf:
         raise ValueError(f"attention_factor: expected a number above 0, got {attention}")
 
-# %% ../chapters/08_positions.ipynb #985a663d
-def _yarn_kept(half: int, scaling: RopeScaling, base: int | float) -> Float[Tensor, " half"]:
+# %% ../chapters/08_positions.ipynb #82039332
+def _yarn_kept(
+    frequencies: Float[Tensor, " half"], scaling: RopeScaling, base: int | float
+) -> Float[Tensor, " half"]:
     """The share of each pair's frequency that YaRN keeps: 1 for fast pairs, 0 for slow ones."""
-    length = scaling.original_context_length or 1
+    half, length = len(frequencies), scaling.original_context_length or 1
+    if not math.isclose(frequencies[-1], base ** ((1 - half) / half), rel_tol=1e-3):
+        raise ValueError(f"base: expected the one that the frequencies have, got {base}")
 
     def index(turns: int | float) -> float:  # of the pair that makes so many turns in the context
         return half * math.log(length / (2 * math.pi * turns)) / math.log(base)
@@ -296,7 +302,7 @@ def _yarn_kept(half: int, scaling: RopeScaling, base: int | float) -> Float[Tens
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * half - 1)
-    ramp = (torch.arange(half) - first) / max(last - first, 0.001)
+    ramp = (torch.arange(half, device=frequencies.device) - first) / max(last - first, 0.001)
     return 1 - ramp.clamp(0, 1)
 
 
@@ -308,14 +314,16 @@ def _llama3_kept(
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     return ((turns - low) / (high - low)).clamp(0, 1)
 
-# %% ../chapters/08_positions.ipynb #be2e3f21
+# %% ../chapters/08_positions.ipynb #6a62c8b5
 def scale_rope(
     frequencies: Float[Tensor, " half"], scaling: RopeScaling, base: int | float = 10_000.0
 ) -> tuple[Float[Tensor, " half"], float]:
     """Return the scaled frequencies, and the factor for cosine and sine (1 unless "yarn").
 
-    ``frequencies`` are those of ``rope_frequencies`` with the same ``base``.
+    ``frequencies`` are those of ``rope_frequencies`` with the same ``base``, on which only "yarn"
+    depends. The factor is 0.1 ln(factor) + 1 for "yarn", unless ``scaling`` has another.
     """
+    _check_base(base)
     half, factor, attention_factor = len(frequencies), scaling.factor, 1.0
     if scaling.kind == "linear":
         return frequencies / factor, attention_factor
@@ -327,6 +335,6 @@ def scale_rope(
     if scaling.kind == "llama3":
         kept = _llama3_kept(frequencies, scaling)
     else:
-        kept = _yarn_kept(half, scaling, base).to(frequencies.device)
+        kept = _yarn_kept(frequencies, scaling, base)
         attention_factor = scaling.attention_factor or 0.1 * math.log(factor) + 1
     return frequencies * (kept + (1 - kept) / factor), attention_factor

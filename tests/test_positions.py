@@ -418,6 +418,14 @@ def test_scaling_never_leaves_the_band(kind, factor, length, d_head):
         (lambda: RopeScaling("yarn", 2, 64, attention_factor=0), "attention_factor: expected"),
         (lambda: RotaryEmbedding(2, scaling=RopeScaling("ntk", 2)), "'ntk' needs at least two"),
         (
+            lambda: scale_rope(rope_frequencies(8, 5e5), RopeScaling("yarn", 2, 64)),
+            "base: expected the one that the frequencies have, got 10000.0",
+        ),
+        (
+            lambda: scale_rope(rope_frequencies(8), RopeScaling("linear", 2), base=0),
+            "base: expected a number above 1, got 0",
+        ),
+        (
             lambda: apply_rope(torch.zeros(1, 2, 3, 8), torch.zeros(3, 8), torch.zeros(3, 8)),
             "cos: expected 8 / 2 angles a position, got 8",
         ),
