@@ -68,7 +68,7 @@ class _Fields:
     tie_embeddings: bool = False
     dropout: int | float = 0.0
 
-# %% ../chapters/11_model.ipynb #f0dde0be
+# %% ../chapters/11_model.ipynb #5d791262
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(_Fields):
     """What a ``TransformerLM`` is: every size and every choice, checked.
@@ -79,7 +79,7 @@ class ModelConfig(_Fields):
     """
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        _check_types(vars(self))
         _derive(self)
         _check_config(self)
 
@@ -98,10 +98,10 @@ class ModelConfig(_Fields):
         """Return all fields as numbers, texts and dictionaries, fit for JSON."""
         return asdict(self)
 
-# %% ../chapters/11_model.ipynb #71ef504c
-def _check_types(config: _Fields) -> None:
-    for field in fields(config):
-        value, kind = getattr(config, field.name), cast(type, field.type)
+# %% ../chapters/11_model.ipynb #9caf6a3a
+def _check_types(entries: Mapping[str, Any]) -> None:
+    for field in fields(_Fields):
+        value, kind = entries.get(field.name, field.default), cast(type, field.type)
         if value is None and field.default is None:
             continue
         if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
@@ -111,7 +111,7 @@ def _check_types(config: _Fields) -> None:
 
 def _checked_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries as arguments of ``ModelConfig``; what is unknown or missing is named."""
-    given = dict(entries)
+    given = {name: value for name, value in entries.items() if value is not None}
     if unknown := sorted(set(given) - {field.name for field in fields(_Fields)}):
         raise ValueError(f"{unknown[0]}: not a field of ModelConfig")
     if missing := [name for name in _REQUIRED if name not in given]:
@@ -121,6 +121,7 @@ def _checked_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
             given["rope_scaling"] = RopeScaling(**given["rope_scaling"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"rope_scaling: {error}") from None
+    _check_types(given)
     return given
 
 # %% ../chapters/11_model.ipynb #38d9b1fa
@@ -384,7 +385,7 @@ class Transformer(nn.Module):
             x = block(x, rope=rope, mask=mask, cache=None if cache is None else cache[layer])
         return self.norm(x)
 
-# %% ../chapters/11_model.ipynb #64830d4f
+# %% ../chapters/11_model.ipynb #0dd63cfd
 class TransformerLM(Transformer):
     """A language model: from token ids to the logits of the next token, at every position."""
 
@@ -400,9 +401,9 @@ class TransformerLM(Transformer):
         """Return logits; the options are those of ``hidden_states``."""
         return self.lm_head(self.hidden_states(ids, **options))
 
-    def new_cache(self, batch_size: int, capacity: int | None = None) -> KVCache:
-        """Return an empty cache for rows of ``capacity`` tokens, ``context_length`` by default."""
-        return _new_cache(self, batch_size, capacity)
+    def new_cache(self, batch_size: int, capacity: int | None = None, spare: int = 0) -> KVCache:
+        """Return an empty cache for rows of ``capacity`` tokens, by default ``context_length``."""
+        return _new_cache(self, batch_size, capacity, spare)
 
     def balance_loss(self) -> Float[Tensor, ""]:
         """Return the balance losses of the last pass, summed over blocks with experts, else 0."""
@@ -417,7 +418,7 @@ class TransformerLM(Transformer):
         """Return the model in ``folder``; the options are those of ``load_model``."""
         return load_model(folder, **options)
 
-# %% ../chapters/11_model.ipynb #eb117d5b
+# %% ../chapters/11_model.ipynb #9fa38c64
 def _tie(model: TransformerLM) -> None:
     if model.config.tie_embeddings:
         model.lm_head.weight = model.embedding.weight
@@ -428,7 +429,7 @@ def _balance_loss(model: Transformer) -> Float[Tensor, ""]:
     return torch.stack(losses).sum() if losses else model.embedding.weight.new_zeros(())
 
 
-def _new_cache(model: Transformer, batch_size: int, capacity: int | None) -> KVCache:
+def _new_cache(model: Transformer, batch_size: int, capacity: int | None, spare: int) -> KVCache:
     config, weight = model.config, model.embedding.weight
     capacity = config.context_length if capacity is None else capacity
     if capacity > config.context_length:
@@ -441,6 +442,7 @@ def _new_cache(model: Transformer, batch_size: int, capacity: int | None) -> KVC
         config.d_head,
         n_layers=config.n_layers,
         window=config.sliding_window,
+        spare=spare,
         dtype=weight.dtype,
         device=weight.device,
     )
@@ -773,7 +775,7 @@ def _rope_entries(config: ModelConfig) -> dict[str, Any]:
     old = {"rope_type": scaling.kind, **{k: v for k, v in given.items() if v is not None}}
     return {**base, "rope_scaling": old, "rope_parameters": {**old, **base}}
 
-# %% ../chapters/11_model.ipynb #32ea4892
+# %% ../chapters/11_model.ipynb #2c457170
 _ONLY: dict[str, dict[str, Any]] = {
     "gpt2": {
         "scale_attn_weights": True,
@@ -797,7 +799,7 @@ def _config_from(entries: Mapping[str, Any]) -> tuple[str, ModelConfig]:
         raise ValueError(f"model_type: expected one of {expected}, got {family!r}")
     only = _ONLY["gpt2"] if family == "gpt2" else _ONLY["llama"] | _ONLY.get(family, {})
     for name, value in only.items():
-        if entries.get(name, value) != value:
+        if entries.get(name) not in (None, value):
             raise ValueError(f"{name}: expected {value!r}, got {entries[name]!r}")
     read = _read_gpt2 if family == "gpt2" else _read_llama
     return family, ModelConfig.from_dict(read(entries, family))
@@ -860,7 +862,7 @@ def _read_bias(entries: Mapping[str, Any]) -> bool:
         raise ValueError(f"mlp_bias: expected {attention!r} as attention_bias has, got {mlp!r}")
     return attention
 
-# %% ../chapters/11_model.ipynb #fb080076
+# %% ../chapters/11_model.ipynb #34e2d00f
 def _read_window(entries: Mapping[str, Any], family: str) -> int | None:
     """Return the sliding window, the same in all layers."""
     window = entries.get("sliding_window", 4096 if family == "mistral" else None)
@@ -876,15 +878,14 @@ def _read_window(entries: Mapping[str, Any], family: str) -> int | None:
         raise ValueError(f"layer_types: expected the same in all, got {different}")
     return None if different == ["full_attention"] else window
 
-
+# %% ../chapters/11_model.ipynb #fc269d94
 def _read_rope(entries: Mapping[str, Any], default_base: float) -> dict[str, Any]:
-    """Read what version 5 of transformers writes, or what earlier ones did."""
     found = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
     kind = found.get("rope_type", found.get("type", "default"))
     base = {"rope_base": found.get("rope_theta", entries.get("rope_theta", default_base))}
     _check_choice("rope_type", kind, ("default", *_ROPE_KINDS))
     for name, value in {"partial_rotary_factor": 1, "mscale": None, "mscale_all_dim": None}.items():
-        if found.get(name, value) != value:
+        if found.get(name) not in (None, value):
             raise ValueError(f"{name}: expected {value}, got {found[name]!r}")
     if kind == "default":
         return base
@@ -894,7 +895,7 @@ def _read_rope(entries: Mapping[str, Any], default_base: float) -> dict[str, Any
         scaling.setdefault("original_context_length", trained or entries["max_position_embeddings"])
     return {**base, "rope_scaling": {"kind": kind, **scaling}}
 
-# %% ../chapters/11_model.ipynb #ed8bb8bf
+# %% ../chapters/11_model.ipynb #a02f5ea7
 @contextmanager
 def _new_version(folder: Path) -> Iterator[Path]:
     """Give a hidden folder to write into; when it is complete, it takes the place of ``folder``."""
@@ -914,12 +915,12 @@ def _new_version(folder: Path) -> Iterator[Path]:
         if old.exists() and not folder.exists():
             old.rename(folder)
         shutil.rmtree(draft, ignore_errors=True)
-    for leftover in _beside(folder):  # and what runs that were killed have left
+    for leftover in (*_beside(folder, "old"), *_beside(folder, "part")):  # of killed runs, too
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _beside(folder: Path) -> list[Path]:
-    return sorted(folder.parent.glob(f".{escape(folder.name)}.[op][la][dr]*-*"))
+def _beside(folder: Path, part: str) -> list[Path]:
+    return sorted(folder.parent.glob(f".{escape(folder.name)}.{part}-*"))
 
 # %% ../chapters/11_model.ipynb #2cada243
 def _may_be_replaced(folder: Path) -> bool:
@@ -1134,18 +1135,18 @@ def load_model(
         _check_head(model, head)
     return model.eval()
 
-# %% ../chapters/11_model.ipynb #688eae39
+# %% ../chapters/11_model.ipynb #9910fef9
 def _described(folder: Path) -> tuple[str, ModelConfig]:
     if not folder.is_dir():
-        saved = _beside(folder)
+        saved = _beside(folder, "old")
         hint = f", but a save was interrupted: see {saved[0].name} beside it" if saved else ""
         raise ValueError(f"{folder}: expected the folder of a model{hint}")
     path = folder / "config.json"
+    entries = _read_json(path)
     try:
-        return _config_from(_read_json(path))
-    except ValueError as error:
-        text = str(error)
-        raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+        return _config_from(entries)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a list for a number, say
+        raise ValueError(f"{path}: {error}") from None
 
 
 @torch.no_grad()

@@ -1,39 +1,1013 @@
-"""The model: configurations, equality with transformers, files."""
+"""The model: configurations, counts, masks, and equality with transformers through files."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
-from llmbook.model import ModelConfig, TransformerLM, count_parameters
+from llmbook import model as module
+from llmbook.batches import Batch
+from llmbook.blocks import ACTIVATIONS
+from llmbook.model import (
+    PRESETS,
+    ModelConfig,
+    TransformerLM,
+    activation_bytes,
+    cache_bytes,
+    count_parameters,
+    flops_per_token,
+    load_model,
+    model_type,
+    parameter_counts,
+    save_model,
+    training_memory,
+)
+from llmbook.positions import RopeScaling
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+SMALL = {"vocab_size": 61, "context_length": 48, "d_model": 32, "n_layers": 2, "n_heads": 4}
+GPT2 = {
+    "positions": "learned",
+    "norm": "layernorm",
+    "activation": "gelu_tanh",
+    "bias": True,
+    "tie_embeddings": True,
+}
+KINDS = {
+    "gpt2": GPT2,
+    "llama": {"n_kv_heads": 2},
+    "qwen2": {"n_kv_heads": 2, "qkv_bias": True, "tie_embeddings": True},
+    "qwen3": {"n_kv_heads": 2, "d_head": 16, "qk_norm": True},
+    "mistral": {"n_kv_heads": 2, "sliding_window": 8},
+    "mixtral": {"n_kv_heads": 2, "n_experts": 4, "n_active_experts": 2},
+    "llmbook": {"norm": "layernorm", "positions": "sinusoidal", "activation": "relu"},
+}
+
+
+def small(**changes):
+    return ModelConfig(**SMALL | changes)
+
+
+def made(**changes):
+    return TransformerLM(small(**changes)).eval()
+
+
+def some_ids(batch=2, sequence=20, vocab_size=61):
+    return torch.randint(vocab_size, (batch, sequence))
+
+
+# --- configurations -----------------------------------------------------------------------------
+
+
+def test_what_is_left_out_is_derived():
+    config = small()
+    assert (config.n_kv_heads, config.d_head, config.d_ff, config.qkv_bias) == (4, 8, 88, False)
+    assert small(bias=True).qkv_bias is True
+    assert small(activation="gelu").d_ff == 128
+    assert ModelConfig.preset("gpt2", d_model=96, n_heads=3).d_ff == 384
+
+
+WRONG = [
+    ({"vocab_size": 0}, "vocab_size: expected at least 1, got 0"),
+    ({"n_layers": 0}, "n_layers: expected at least 1, got 0"),
+    ({"n_heads": 5}, "n_heads: expected a divisor of d_model = 32"),
+    ({"n_kv_heads": 3}, "n_kv_heads: expected a divisor of n_heads = 4, got 3"),
+    ({"d_head": 7}, "d_head: expected an even number for 'rope', got 7"),
+    ({"d_ff": 0}, "d_ff: expected at least 1"),
+    ({"d_model": 33, "n_heads": 3, "positions": "sinusoidal"}, "d_model: expected an even number"),
+    ({"positions": "alibi"}, "positions: expected one of rope, learned"),
+    ({"rope_base": 1.0}, "rope_base: expected a number above 1"),
+    ({"rope_base": math.inf}, "rope_base: expected a number above 1"),
+    ({"rope_base": math.nan}, "rope_base: expected a number above 1"),
+    ({"norm": "batchnorm"}, "norm: expected one of rmsnorm, layernorm"),
+    ({"norm_eps": 0.0}, "norm_eps: expected a small positive number"),
+    ({"norm_eps": math.nan}, "norm_eps: expected a small positive number"),
+    ({"norm_position": "sandwich"}, "norm_position: expected one of pre, post"),
+    ({"activation": "selu"}, "activation: expected one of"),
+    ({"sliding_window": 0}, "sliding_window: expected at least 1, got 0"),
+    ({"n_experts": 4}, "n_active_experts: expected 1 to n_experts = 4, got 0"),
+    ({"n_active_experts": 2}, "n_active_experts: expected 0 to n_experts = 0, got 2"),
+    ({"n_experts": -1}, "n_experts: expected at least 0"),
+    ({"d_shared": 8}, "d_shared: expected 0 without experts, got 8"),
+    ({"n_experts": 4, "n_active_experts": 2, "bias": True}, "bias: expected False with experts"),
+    ({"dropout": 1.0}, "dropout: expected at least 0 and less than 1"),
+    (
+        {"positions": "learned", "rope_scaling": RopeScaling("linear", 2.0)},
+        "rope_scaling: expected",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG)
+def test_impossible_combinations_are_named(changes, message):
+    with pytest.raises(ValueError, match="^" + message.replace("(", r"\(")):
+        small(**changes)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"n_layers": "3"}, "n_layers: expected int, got '3'"),
+        ({"n_layers": True}, "n_layers: expected int, got True"),
+        ({"bias": 1}, "bias: expected bool, got 1"),
+        ({"d_model": 32.0}, "d_model: expected int, got 32.0"),
+        ({"vocab_size": None}, "vocab_size: expected a number, but it is missing"),
+        ({"rope_scaling": {"kind": "linear"}}, "rope_scaling: "),
+        ({"rope_scaling": {"kind": "linear", "factor": 0.5}}, "rope_scaling: factor"),
+        ({"rope_scaling": [1]}, "rope_scaling: expected"),
+        ({"n_head": 4}, "n_head: not a field of ModelConfig"),
+    ],
+)
+def test_entries_of_a_wrong_type_are_named(entries, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ModelConfig.from_dict(SMALL | entries)
+
+
+def test_a_missing_size_and_an_unknown_preset_are_named():
+    with pytest.raises(ValueError, match=r"^d_model: expected a number, but it is missing"):
+        ModelConfig.from_dict({name: size for name, size in SMALL.items() if name != "d_model"})
+    with pytest.raises(ValueError, match=r"^name: expected one of tiny, gpt2.*got 'gpt5'"):
+        ModelConfig.preset("gpt5")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name):
+    config = ModelConfig.preset(name)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(config) == hash(replace(config))
+
+
+# --- counts -------------------------------------------------------------------------------------
 
 PUBLISHED = {
     "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "llama2-7b": 6_738_415_616,
     "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "llama3.2-1b": 1_235_814_400,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen3-0.6b": 596_049_920,
     "mistral-7b": 7_241_732_096,
     "mixtral-8x7b": 46_702_792_704,
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_presets_have_the_published_counts(name):
-    config = ModelConfig.preset(name)
+def test_presets_have_the_published_number_of_parameters(name):
+    assert count_parameters(ModelConfig.preset(name)) == PUBLISHED[name]
+
+
+def test_presets_have_the_family_of_their_name():
+    for name in PRESETS:
+        family = model_type(ModelConfig.preset(name))
+        assert name == "tiny" or name.replace("qwen2.5", "qwen2").startswith(family), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_formula_counts_what_is_there(kind):
+    config = small(**KINDS[kind])
     with torch.device("meta"):
         model = TransformerLM(config)
-    assert count_parameters(config) == count_parameters(model) == PUBLISHED[name]
+    assert all(p.is_meta for p in model.parameters()), "nothing is allocated"
+    assert count_parameters(config) == count_parameters(model)
+    parts = {name: 0 for name in parameter_counts(config)}
+    for name, parameter in model.named_parameters():
+        part = name if "blocks" not in name else name.split(".", 2)[2]
+        part = "norms" if part.split(".")[0].endswith("norm") else part.split(".")[0]
+        parts[part] += parameter.numel()
+    assert parts == parameter_counts(config)
 
 
-def test_a_transformers_llama_opens_in_ours(tmp_path):
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
+def test_counting_without_embeddings_and_by_active_experts():
+    config = small(**GPT2)
+    rest = count_parameters(config) - 32 * (61 + 48)
+    assert count_parameters(config, embeddings=False) == rest
+    assert count_parameters(TransformerLM(config), embeddings=False) == rest
+    mixture = small(**KINDS["mixtral"], d_shared=8)
+    dense = count_parameters(mixture, active=True)
+    assert count_parameters(mixture) - dense == 2 * 2 * 3 * 32 * mixture.d_ff
+    assert count_parameters(torch.nn.Linear(3, 4)) == 16
+    with pytest.raises(ValueError, match="model: expected a TransformerLM or a ModelConfig"):
+        count_parameters(torch.nn.Linear(3, 4), active=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_operations_are_those_that_torch_counts(kind):
+    config = small(**KINDS[kind])
+    model, ids = TransformerLM(config, backend="reference"), some_ids()
+    with FlopCounterMode(display=False) as forward:
+        logits = model(ids)
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    assert forward.get_total_flops() == 40 * flops_per_token(config, 20, training=False)
+    total = forward.get_total_flops() + backward.get_total_flops()
+    assert total == 40 * flops_per_token(config, 20)
+
+
+def test_causal_operations_count_the_pairs_of_the_mask():
+    per_pair = 12 * 2 * 4 * 8
+    for window in (None, 1, 5, 20, 48):
+        config = small(sliding_window=window)
+        pairs = module.causal_mask(20, window).sum().item() / 20
+        some = flops_per_token(config, 20, causal=True) - flops_per_token(config, 20)
+        assert some == pytest.approx(per_pair * (pairs - 20))
+    assert flops_per_token(small()) == flops_per_token(small(), 48)
+    with pytest.raises(ValueError, match="sequence: expected at least 1, got 0"):
+        flops_per_token(small(), 0)
+
+
+def kept_bytes(model, ids):
+    kept, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model.hidden_states(ids)
+    kept[output.untyped_storage().data_ptr()] = output  # which the head keeps
+    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in parameters)
+
+
+ACTIVATION_KINDS = {
+    **{kind: KINDS[kind] for kind in ("gpt2", "llama", "qwen2", "qwen3")},
+    **{name: {"activation": name} for name in ACTIVATIONS},
+    "post": {"norm_position": "post"},
+}
+
+
+@pytest.mark.parametrize("kind", ACTIVATION_KINDS)
+def test_activations_are_what_autograd_keeps(kind):
+    changes = {"d_model": 128, "n_heads": 2, "n_layers": 3} | ACTIVATION_KINDS[kind]
+    config = small(**changes)
+    expected = activation_bytes(config, 16, 40)
+    assert kept_bytes(TransformerLM(config), some_ids(16, 40)) == pytest.approx(expected, rel=0.03)
+
+
+def test_memory_of_training_and_of_the_cache():
+    config = small()
+    memory = training_memory(config, 3, 10)
+    assert memory["weights"] == memory["gradients"] == 4 * count_parameters(config)
+    assert memory["optimizer"] == 8 * count_parameters(config)
+    assert memory["logits"] == 4 * 3 * 10 * 61
+    assert 2 * training_memory(config, 3, 10, torch.bfloat16)["weights"] == memory["weights"]
+    for kind in ("llama", "mistral"):
+        model = made(**KINDS[kind])
+        expected = cache_bytes(model.config, 3, 48, torch.float32)
+        assert model.new_cache(3).nbytes == expected
+    with pytest.raises(ValueError, match="n_experts: expected 0, got 4"):
+        activation_bytes(small(**KINDS["mixtral"]), 1, 1)
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+        activation_bytes(config, 0, 1)
+
+
+# --- the function -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_backends_agree_with_their_gradients(kind):
+    config, ids = small(**KINDS[kind]), some_ids()
+    models = [TransformerLM(config, backend) for backend in ("torch", "reference")]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+    torch.testing.assert_close(models[0](ids), models[1](ids), atol=1e-5, rtol=1e-4)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_the_first_loss_is_near_that_of_guessing():
+    model = TransformerLM(small(vocab_size=2000, d_model=256))
+    ids = some_ids(8, 40, 2000)
+    loss = F.cross_entropy(model(ids).flatten(0, 1), some_ids(8, 40, 2000).flatten())
+    assert abs(loss.item() - math.log(2000) - 0.5) < 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_batch_is_learned_by_heart(kind):
+    model, ids = TransformerLM(small(**KINDS[kind])), some_ids(2, 12)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5, "from 4.6"
+
+
+@st.composite
+def any_fields(draw):
+    """The fields of any configuration that is possible, small."""
+    n_kv_heads = draw(st.sampled_from([1, 2]))
+    experts = draw(st.sampled_from([0, 0, 3]))
+    bias = draw(st.booleans()) and not experts
+    positions = draw(st.sampled_from(["rope", "rope", "learned", "sinusoidal", "none"]))
+    kinds = [None, "linear", "ntk", "yarn", "llama3"] if positions == "rope" else [None]
+    return dict(
+        vocab_size=draw(st.integers(2, 40)),
+        context_length=draw(st.integers(12, 40)),
+        d_model=draw(st.sampled_from([8, 12, 20])),
+        n_layers=draw(st.integers(1, 2)),
+        n_heads=n_kv_heads * draw(st.integers(1, 2)),
+        n_kv_heads=n_kv_heads,
+        d_head=draw(st.sampled_from([2, 6, 8])),
+        d_ff=draw(st.integers(1, 20)),
+        n_experts=experts,
+        n_active_experts=draw(st.integers(1, experts)) if experts else 0,
+        d_shared=draw(st.sampled_from([0, 5])) if experts else 0,
+        positions=positions,
+        rope_scaling=draw(st.sampled_from(kinds)),
+        norm=draw(st.sampled_from(["rmsnorm", "layernorm"])),
+        norm_position=draw(st.sampled_from(["pre", "pre", "post"])),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        bias=bias,
+        qkv_bias=draw(st.booleans()) or bias,
+        qk_norm=draw(st.booleans()),
+        sliding_window=draw(st.none() | st.integers(1, 12)),
+        tie_embeddings=draw(st.booleans()),
+        dropout=draw(st.sampled_from([0.0, 0.1])),
     )
-    theirs = transformers.LlamaForCausalLM(config).eval()
+
+
+def config_of(given_fields):
+    kind = given_fields["rope_scaling"]
+    scaling = None if kind is None else RopeScaling(kind, 4.0, 16)
+    return ModelConfig(**given_fields | {"rope_scaling": scaling})
+
+
+@given(any_fields(), st.integers(0, 11))
+@settings(max_examples=60)
+def test_any_model_is_causal_and_counted(given_fields, place):
+    config = config_of(given_fields)
+    model = TransformerLM(config).eval()
+    assert count_parameters(config) == count_parameters(model)
+    ids = torch.arange(12)[None] % config.vocab_size
+    changed = ids.clone()
+    changed[0, place] = (ids[0, place] + 1) % config.vocab_size
+    with torch.no_grad():
+        before, after = model(ids), model(changed)
+    assert torch.isfinite(before).all()
+    torch.testing.assert_close(before[:, :place], after[:, :place], atol=1e-5, rtol=1e-5)
+
+
+@given(any_fields(), st.integers(1, 11))
+@settings(max_examples=60)
+def test_any_model_reads_in_pieces_what_it_reads_at_once(given_fields, first):
+    config = config_of(given_fields)
+    model = TransformerLM(config).eval()
+    ids = torch.arange(24).view(2, 12) % config.vocab_size
+    cache = model.new_cache(2)
+    with torch.no_grad():
+        pieces = [model(ids[:, :first], cache=cache)]
+        pieces += [model(ids[:, i : i + 1], cache=cache) for i in range(first, 12)]
+        torch.testing.assert_close(torch.cat(pieces, 1), model(ids), atol=1e-4, rtol=1e-3)
+
+
+@given(any_fields())
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_model_survives_its_file(tmp_path, given_fields):
+    config = config_of(given_fields)
+    model = TransformerLM(config).eval()
+    save_model(model, tmp_path / "model", max_shard_size=1500)
+    again = load_model(tmp_path / "model")
+    assert again.config == config
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert (again.lm_head.weight is again.embedding.weight) == config.tie_embeddings
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_in_one_row_are_as_if_alone(kind):
+    model, ids = made(**KINDS[kind]), some_ids(1, 20)
+    documents = torch.tensor([[0] * 9 + [1] * 2 + [2] * 6 + [-1] * 3])
+    with torch.no_grad():
+        together = model(ids, document_ids=documents)
+        alone = torch.cat([model(ids[:, a:b]) for a, b in ((0, 9), (9, 11), (11, 17))], dim=1)
+    torch.testing.assert_close(together[:, :17], alone, atol=1e-4, rtol=1e-3)
+    assert torch.isfinite(together).all()
+    places = torch.cat([torch.arange(n) for n in (9, 2, 6, 3)])[None]
+    batch = Batch(ids, ids, places, documents)
+    given_positions = model(
+        batch.inputs, position_ids=batch.position_ids, document_ids=batch.document_ids
+    )
+    assert torch.equal(given_positions, together), "what a packed batch has"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_nothing(kind, side):
+    model, ids = made(**KINDS[kind]), some_ids(2, 14)
+    steps = torch.arange(14)
+    short = steps - 4 if side == "left" else torch.where(steps < 10, steps, -1)
+    positions = torch.stack([steps, short.clamp(min=-1)])
+    real = slice(4, 14) if side == "left" else slice(0, 10)
+    following = some_ids(2, 1)
+    with torch.no_grad():
+        alone = model(torch.cat([ids[1:, real], following[1:]], dim=1))
+        padded = model(ids, position_ids=positions)
+        cache = model.new_cache(2)
+        cached = model(ids, position_ids=positions, cache=cache)
+        step = model(following, cache=cache)
+    torch.testing.assert_close(padded[1:, real], alone[:, :-1], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(cached[1:, real], alone[:, :-1], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(step[1], alone[0, -1:], atol=1e-4, rtol=1e-3)
+    assert torch.isfinite(padded).all()
+
+
+def test_a_window_cuts():
+    model, ids = made(n_layers=1, sliding_window=4), some_ids(1, 20)
+    changed = ids.clone()
+    changed[0, 3] = (ids[0, 3] + 1) % 61
+    moved = (model(ids) - model(changed)).abs().amax(-1)[0] > 0
+    assert moved.nonzero().flatten().tolist() == [3, 4, 5, 6]
+
+
+def test_a_tied_matrix_gets_the_sum_of_two_gradients():
+    tied, apart = made(tie_embeddings=True), made()
+    apart.load_state_dict(tied.state_dict())
+    ids = some_ids()
+    for model in (tied, apart):
+        F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+    both = apart.embedding.weight.grad + apart.lm_head.weight.grad
+    torch.testing.assert_close(tied.embedding.weight.grad, both)
+    assert len([name for name, _ in tied.named_parameters() if "lm_head" in name]) == 0
+
+
+def test_balance_loss_is_summed_over_blocks():
+    model = made(**KINDS["mixtral"])
+    model(some_ids())
+    losses = [block.feed_forward.balance_loss for block in model.blocks]
+    torch.testing.assert_close(model.balance_loss(), sum(losses))
+    assert model.balance_loss() >= 2 * 2 - 1e-4, "n_active in each layer, if balanced"
+    model.balance_loss().backward()
+    assert model.blocks[0].feed_forward.router.weight.grad.any()
+    assert made().balance_loss() == 0
+
+
+def test_dropout_acts_in_training_only():
+    model, ids = made(dropout=0.5), some_ids()
+    assert torch.equal(model(ids), model(ids))
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_types_of_numbers(kind, dtype):
+    model, ids = made(**KINDS[kind]), some_ids()
+    exact = model(ids)
+    model.to(dtype)
+    with torch.no_grad():
+        logits = model(ids)
+        cache = model.new_cache(2)
+        assert model(ids, cache=cache).dtype == dtype
+    assert logits.dtype == dtype
+    limit = 1e-5 if dtype == torch.float64 else 0.15
+    assert (logits.float() - exact).abs().mean() < limit
+
+
+def test_a_model_can_be_copied_moved_and_compiled_into_a_graph():
+    model = made()
+    ids = some_ids()
+    exported = torch.export.export(model, (ids,)).module()
+    torch.testing.assert_close(exported(ids), model(ids))
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+def test_ids_that_cannot_be_are_named():
+    model = made()
+    for wrong in (torch.tensor([[61]]), torch.tensor([[0, -1]])):
+        with pytest.raises(ValueError, match=r"^ids: expected 0 to 60, got"):
+            model(wrong)
+    with pytest.raises(ValueError, match="ids: expected 1 to context_length = 48 tokens, got 49"):
+        model(some_ids(1, 49))
+    with pytest.raises(ValueError, match="ids: expected 1 to context_length = 48 tokens, got 0"):
+        model(some_ids(1, 0))
+    with pytest.raises(ValueError, match="capacity: expected at most context_length = 48, got 49"):
+        model.new_cache(1, 49)
+    with pytest.raises(ValueError, match="document_ids: expected None with a cache"):
+        model(some_ids(1, 4), document_ids=torch.zeros(1, 4).long(), cache=model.new_cache(1))
+
+
+def test_types_and_shapes_are_checked_where_no_hook_checks_them():
+    config, ids = small(), some_ids(2, 6)
+    check = module._check_input
+    none = {"position_ids": None, "document_ids": None}
+    for wrong in (ids.int(), ids.float(), ids[0], ids[None]):
+        with pytest.raises(ValueError, match=r"^ids: expected \(batch, sequence\) of torch.int64"):
+            check(config, wrong, None, none)
+    for name, shape in (
+        ("position_ids", (2, 5)),
+        ("position_ids", (3, 6)),
+        ("document_ids", (1, 6)),
+    ):
+        given = none | {name: torch.zeros(shape).long()}
+        with pytest.raises(ValueError, match=rf"^{name}: expected \(2, 6\) of torch.int64"):
+            check(config, ids, None, given)
+    check(config, ids, None, none | {"position_ids": torch.zeros(1, 6).long()})
+
+
+def test_learned_positions_end():
+    model = made(**GPT2)
+    with pytest.raises(ValueError, match="position_ids"):
+        model(some_ids(1, 2), position_ids=torch.tensor([[47, 48]]))
+
+
+# --- files: with transformers -------------------------------------------------------------------
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0}
+YARN |= {"original_max_position_embeddings": 16}
+OLD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 61}
+OLD |= {"initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None}
+OTHERS = {
+    "gpt2": transformers.GPT2Config(**OLD),
+    "gpt2-apart": transformers.GPT2Config(
+        **OLD, tie_word_embeddings=False, n_inner=56, activation_function="relu"
+    ),
+    "llama": transformers.LlamaConfig(**SIZES),
+    "llama-3": transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3, tie_word_embeddings=True),
+    "llama-yarn": transformers.LlamaConfig(**SIZES, rope_parameters=YARN),
+    "llama-biased": transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "qwen2": transformers.Qwen2Config(**SIZES),
+    "qwen2-window": transformers.Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=0
+    ),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=12, tie_word_embeddings=True),
+    "mistral": transformers.MistralConfig(**SIZES, sliding_window=8),
+    "mistral-whole": transformers.MistralConfig(**SIZES, sliding_window=None, head_dim=16),
+    "mixtral": transformers.MixtralConfig(**SIZES, num_local_experts=4),
+    "mixtral-window": transformers.MixtralConfig(
+        **SIZES, num_local_experts=3, num_experts_per_tok=1, sliding_window=8
+    ),
+}
+
+
+def theirs_of(name):
+    model = transformers.AutoModelForCausalLM.from_config(OTHERS[name]).eval()
+    with torch.no_grad():  # biases and gains that are not all 0 and 1
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def greedy(model, prompt, n):
+    cache, ids = model.new_cache(len(prompt)), prompt
+    with torch.no_grad():
+        for _ in range(n):
+            prompt = model(prompt, cache=cache)[:, -1:].argmax(dim=-1)
+            ids = torch.cat([ids, prompt], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_logits_gradients_and_greedy_text_equal_theirs(name, tmp_path):
+    theirs = theirs_of(name)
     theirs.save_pretrained(tmp_path)
     ours = TransformerLM.from_pretrained(tmp_path)
-    ids = torch.randint(97, (2, 20))
-    torch.testing.assert_close(ours(ids), theirs(ids).logits)
+    same = "llama" if name == "mistral-whole" else OTHERS[name].model_type  # the same function
+    assert model_type(ours.config) == same
+    assert count_parameters(ours) == theirs.num_parameters()
+    ids = some_ids(2, 24)
+    expected = theirs(ids, use_cache=False).logits
+    torch.testing.assert_close(ours(ids), expected, atol=2e-5, rtol=1e-4)
+    for logits in (ours(ids), expected):
+        F.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+    torch.testing.assert_close(
+        ours.embedding.weight.grad, theirs.get_input_embeddings().weight.grad, atol=1e-5, rtol=1e-3
+    )
+    total = [sum(p.grad.square().sum() for p in model.parameters()) for model in (ours, theirs)]
+    torch.testing.assert_close(*total, rtol=1e-4, atol=0)
+    options = {"max_new_tokens": 30, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(greedy(ours, ids, 30), theirs.generate(ids, **options))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("most", [5_000_000_000, 6000])
+def test_what_we_save_opens_in_transformers(name, most, tmp_path):
+    theirs = theirs_of(name)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours", max_shard_size=most)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(again) is type(theirs) or name == "mistral-whole"
+    ids = some_ids(2, 24)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, theirs(ids).logits)
+    assert load_model(tmp_path / "ours").config == ours.config
+    names = [set(), set()]
+    for found, folder in zip(names, ("theirs", "ours"), strict=True):
+        for path in (tmp_path / folder).glob("*.safetensors"):
+            tensors = load_file(path)
+            found |= tensors.keys()
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            assert folder == "theirs" or size <= most or len(tensors) == 1
+            with safe_open(path, "pt") as file:
+                assert file.metadata() == {"format": "pt"}
+    assert names[0] == names[1], "the same names, tied weights once"
+
+
+def test_files_of_earlier_versions_open(tmp_path):
+    theirs = theirs_of("llama-3")
+    theirs.save_pretrained(tmp_path)
+    expected = load_model(tmp_path).config
+    path = tmp_path / "config.json"
+    entries = json.loads(path.read_text())
+    rope = entries.pop("rope_parameters")
+    entries["rope_theta"] = rope.pop("rope_theta")
+    for key in ("rope_type", "type"):
+        kind = rope.pop("rope_type", None) or rope.pop("type")
+        entries["rope_scaling"] = rope | {key: kind}
+        rope[key] = kind
+        path.write_text(json.dumps(entries))
+        assert load_model(tmp_path).config == expected
+    entries["rope_scaling"] = None
+    path.write_text(json.dumps(entries))
+    assert load_model(tmp_path).config == replace(expected, rope_scaling=None)
+
+
+def test_the_first_gpt2_files_open(tmp_path):
+    theirs = theirs_of("gpt2")
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
+    tensors["h.1.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(tensors, path)
+    ids = some_ids()
+    torch.testing.assert_close(load_model(tmp_path)(ids), theirs(ids).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_a_tied_head_may_be_there_twice_if_it_is_the_same(tmp_path):
+    model = made(tie_embeddings=True)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    assert "lm_head.weight" not in tensors
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, path)
+    again = load_model(tmp_path)
+    assert again.lm_head.weight is again.embedding.weight
+    assert torch.equal(again.lm_head.weight, head)
+    save_file(tensors | {"lm_head.weight": head + 1}, path)
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from the embedding"):
+        load_model(tmp_path)
+
+
+# --- files: types, devices, replacing -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_type_is_kept_or_chosen(dtype, tmp_path):
+    model = made(**KINDS["qwen3"]).to(dtype)
+    model.save_pretrained(tmp_path)
+    entries = json.loads((tmp_path / "config.json").read_text())
+    assert entries["dtype"] == str(dtype).removeprefix("torch.")
+    again = load_model(tmp_path)
+    assert all(p.dtype == dtype for p in again.parameters())
+    assert again.rope.angles.frequencies.dtype == torch.float32
+    ids = some_ids()
+    assert torch.equal(again(ids), model(ids))
+    chosen = load_model(tmp_path, dtype=torch.float32, device="cpu", backend="reference")
+    assert chosen.embedding.weight.dtype == torch.float32
+    assert not chosen.training
+
+
+def test_mixed_types_need_a_choice(tmp_path):
+    made().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"dtype: expected a choice, as .* has BF16, F32"):
+        load_model(tmp_path)
+    assert load_model(tmp_path, dtype=torch.float32).norm.weight.dtype == torch.float32
+
+
+def test_loading_to_another_device_does_not_pass_by_the_cpu(tmp_path):
+    model = made()
+    model.save_pretrained(tmp_path)
+    there = load_model(tmp_path, device="meta")
+    assert all(p.is_meta for p in there.parameters())
+
+
+def test_saving_replaces_a_model_and_keeps_the_rest(tmp_path):
+    folder = tmp_path / "model"
+    made().save_pretrained(folder, max_shard_size=6000)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "extra").mkdir()
+    (folder / "extra" / "note.txt").write_text("kept")
+    second = made(**GPT2)
+    second.save_pretrained(folder, eos_token_id=7)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "extra"}
+    assert (folder / "extra" / "note.txt").read_text() == "kept"
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 7
+    assert load_model(folder).config == second.config
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing is left over"
+
+
+def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    first = made()
+    first.save_pretrained(folder)
+
+    def full(*args, **options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(module, "save_file", full)
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(OSError, match="no space"):
+            made(**GPT2).save_pretrained(target)
+    assert load_model(folder).config == first.config
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_rename_that_fails_brings_the_old_model_back(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    first = made()
+    first.save_pretrained(folder)
+    rename = Path.rename
+
+    def fail_once(path, target):
+        if ".part-" in path.name:
+            raise OSError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(OSError, match="no"):
+        made(**GPT2).save_pretrained(folder)
+    assert load_model(folder).config == first.config
+
+
+def test_a_save_killed_between_two_renames_is_told_of_and_mended(tmp_path):
+    folder = tmp_path / "model"
+    made().save_pretrained(folder)
+    folder.rename(tmp_path / ".model.old-123")
+    with pytest.raises(ValueError, match=r"a save was interrupted: see \.model\.old-123"):
+        load_model(folder)
+    made().save_pretrained(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_is_no_model_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="folder: expected a new one, an empty one or a model's"):
+        made().save_pretrained(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="folder: expected a new one"):
+        made().save_pretrained(tmp_path / "file")
+    assert (tmp_path / "thesis.tex").exists()
+    (tmp_path / "empty").mkdir()
+    made().save_pretrained(tmp_path / "empty")
+
+
+def test_entries_that_follow_from_the_model_cannot_be_given(tmp_path):
+    with pytest.raises(ValueError, match="hidden_size: follows from the model, got 5"):
+        made().save_pretrained(tmp_path, hidden_size=5)
+    with pytest.raises(ValueError, match="max_shard_size: expected at least 1, got 0"):
+        made().save_pretrained(tmp_path, max_shard_size=0)
+
+
+# --- files: what is refused ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    made(**KINDS["llama"]).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit(folder, **entries):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"model_type": "falcon"}, "model_type: expected one of llmbook, gpt2.*'falcon'"),
+        ({"model_type": ["llama"]}, "config.json: "),
+        ({"hidden_act": "xielu"}, "hidden_act: expected one of silu, gelu, relu, got 'xielu'"),
+        ({"attention_bias": True}, "mlp_bias: expected True as attention_bias has, got False"),
+        ({"attention_dropout": 0.1}, "attention_dropout: expected 0, got 0.1"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1, got 0.5"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: expected None"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type: expected one of default"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type: expected one of default"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1}},
+            "mscale: expected",
+        ),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_scaling: "),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: expected 1"),
+        ({"rope_parameters": [1]}, "config.json: "),
+        ({"hidden_size": None}, "hidden_size: expected a number, but it is missing"),
+        ({"hidden_size": "32"}, "d_model: expected int, got '32'"),
+        ({"num_key_value_heads": 3}, "n_kv_heads: expected a divisor"),
+        ({"rms_norm_eps": None}, "rms_norm_eps: expected a number"),
+        ({"tie_word_embeddings": "yes"}, "tie_embeddings: expected bool"),
+    ],
+)
+def test_configurations_of_other_functions_are_refused(entries, message, saved):
+    edit(saved, **entries)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(saved)
+    assert "config.json" in str(caught.value), "the message names the file"
+
+
+@pytest.mark.parametrize(
+    ("kind", "entries", "message"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights: expected True"),
+        ("gpt2", {"attn_pdrop": 0.3}, "attn_pdrop: expected one rate"),
+        ("gpt2", {"n_layer": None}, "n_layer: expected a number"),
+        ("gpt2", {"activation_function": "quick_gelu"}, "activation_function: expected one of"),
+        ("qwen3", {"attention_bias": True}, "attention_bias: expected False"),
+        ("qwen3", {"head_dim": None}, "head_dim: expected a number"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise: expected 0"),
+        ("llmbook", {"norm": "groupnorm"}, "norm: expected one of"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+            "layer_types: expected the same in all",
+        ),
+        (
+            "qwen3",
+            {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types: expected the same in all",
+        ),
+    ],
+)
+def test_more_that_is_refused(kind, entries, message, tmp_path):
+    made(**KINDS[kind]).save_pretrained(tmp_path)
+    edit(tmp_path, **entries)
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)
+
+
+def test_a_nulled_window_of_qwen_is_none(tmp_path):
+    made(**KINDS["qwen3"]).save_pretrained(tmp_path)
+    edit(tmp_path, sliding_window=4, use_sliding_window=False)
+    assert load_model(tmp_path).config.sliding_window is None
+    edit(tmp_path, layer_types=["full_attention", "full_attention"], use_sliding_window=True)
+    assert load_model(tmp_path).config.sliding_window is None
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(Q), f"{Q} is missing"),
+        (lambda t: t.update(extra=torch.zeros(2)), "extra is unexpected"),
+        (
+            lambda t: t.update({Q: t[Q][:5].clone()}),
+            rf"{Q} has shape \(5, 32\), expected \(32, 32\)",
+        ),
+        (lambda t: t.update({Q: t[Q][0].clone()}), rf"{Q} has shape \(32,\), expected \(32, 32\)"),
+        (lambda t: t.update({Q: t[Q].to(torch.int8)}), f"{Q} is of I8"),
+        (lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)}), f"{Q} is of F8_E4M3"),
+        (lambda t: t.clear(), "; and .* more"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(change, message, saved):
+    tensors = load_file(saved / "model.safetensors")
+    change(tensors)
+    save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_model(saved)
+
+
+def test_pickles_are_refused(saved):
+    torch.save({}, saved / "pytorch_model.bin")
+    load_model(saved)  # what lies beside is not looked at
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin could run any program"):
+        load_model(saved)
+    (saved / "pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match=r"expected model\.safetensors, or its index$"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.safetensors",
+        "/etc/x.safetensors",
+        "a/b.safetensors",
+        "..\\x.safetensors",
+        "weights.bin",
+        ".hidden.safetensors",
+        "",
+        5,
+        None,
+    ],
+)
+def test_an_index_cannot_lead_out_of_the_folder(name, tmp_path):
+    folder = tmp_path / "model"
+    made().save_pretrained(folder, max_shard_size=6000)
+    save_file({"x": torch.zeros(1)}, tmp_path / "secret.safetensors")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][Q] = name
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"expected the name of a \.safetensors file, got"):
+        load_model(folder)
+
+
+def test_faults_of_an_index_are_named(tmp_path):
+    folder = tmp_path / "model"
+    made().save_pretrained(folder, max_shard_size=6000)
+    path = folder / "model.safetensors.index.json"
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 5 and len(json.loads(path.read_text())["weight_map"]) == 21
+    shutil.copy(shards[0], tmp_path)
+    shards[0].unlink()
+    with pytest.raises(ValueError, match=rf"{shards[0].name}: missing, but .*index.json names it"):
+        load_model(folder)
+    shutil.copy(shards[1], shards[0])
+    with pytest.raises(ValueError, match=rf"is in {shards[0].name}, too"):
+        load_model(folder)
+    for content in ("{}", '{"weight_map": 3}', "[]", "{"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json: "):
+            load_model(folder)
+
+
+def test_damaged_and_missing_files_are_named(saved):
+    path = saved / "model.safetensors"
+    whole = path.read_bytes()
+    for content in (b"", b"PK\3\4" * 50, whole[:100], whole[:-50], b"\xff" * 8 + whole):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"model\.safetensors: damaged, or no safetensors"):
+            load_model(saved)
+    (saved / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json: expected an object, got list"):
+        load_model(saved)
+    (saved / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json: missing"):
+        load_model(saved)
+    with pytest.raises(ValueError, match="expected the folder of a model"):
+        load_model(saved / "nowhere")
+
+
+def test_what_no_family_computes_is_saved_for_us_alone(tmp_path):
+    for changes in (
+        {"norm": "layernorm"},
+        {"rope_scaling": RopeScaling("ntk", 2.0)},
+        {"n_kv_heads": 2, "qk_norm": True, "bias": True},
+        {"activation": "gelu"},
+        {"d_head": 6, "qkv_bias": True},
+        {"d_model": 30, "d_head": 8},
+        {"norm_position": "post"},
+        {**GPT2, "n_kv_heads": 2},
+        {**KINDS["mixtral"], "d_shared": 8},
+    ):
+        model = made(**changes)
+        assert model_type(model.config) == "llmbook", changes
+        model.save_pretrained(tmp_path / "model")
+        again, ids = load_model(tmp_path / "model"), some_ids()
+        assert again.config == model.config
+        assert torch.equal(again(ids), model(ids))
