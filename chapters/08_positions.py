@@ -206,7 +206,8 @@ except ValueError as error:
 # $$ (positions-waves)
 #
 # Each pair is the hand of a clock. The first turns by one radian a token, the last needs nearly
-# $2\pi b$ tokens for one turn. Rotary embeddings will use the same frequencies, whence the name.
+# $2\pi b$ tokens for one turn ({numref}`fig-positions-waves`). Rotary embeddings will use the
+# same frequencies, whence the name.
 
 
 # %%
@@ -392,9 +393,9 @@ print("with a random matrix between:               ", spread_along_diagonals(p @
 # = \operatorname{Re}\!\big( q \bar{k}\, e^{\mathrm{i} (m - n) \omega} \big) .
 # $$ (positions-complex)
 #
-# There stands the difference ({numref}`fig-positions-rotation`). In real numbers the product is
-# $(a + \mathrm{i}b)(\cos m\omega + \mathrm{i} \sin m\omega) = (a \cos m\omega - b \sin m\omega) +
-# \mathrm{i}\,(a \sin m\omega + b \cos m\omega)$, or as a matrix
+# There stands the difference ({numref}`fig-positions-rotation`). In real numbers, with
+# $q = a + \mathrm{i} b$, the product has the real part $a \cos m\omega - b \sin m\omega$ and the
+# imaginary part $a \sin m\omega + b \cos m\omega$. As a matrix:
 #
 # $$
 # f\!\left( \begin{pmatrix} a \\ b \end{pmatrix}, m \right) =
@@ -423,7 +424,8 @@ print("with a random matrix between:               ", spread_along_diagonals(p @
 # {term}`Rotary position embedding`, **RoPE**, is therefore not one idea among many. But for such
 # flips it is *all* that linear maps can do to meet the demand: cut the vector into pairs, and
 # turn pair $i$ of the token at position $m$ by $m\,\omega_i$. Only the angles are ours to choose.
-# The code is the formula:
+# The code is the formula, and {numref}`fig-positions-scores` shows what it gains over added
+# waves:
 
 
 # %%
@@ -1131,7 +1133,8 @@ plt.show()
 # ### What it does to a model
 #
 # Our rotary model has never seen more than 64 bytes. We let it read 256, and look at the loss by
-# position: as it is, with each scaling, and after 20 further steps on long windows.
+# position: as it is, with each scaling, and after 20 further steps on long windows
+# ({numref}`fig-positions-extension`).
 
 # %%
 import copy
