@@ -4,7 +4,22 @@
 # > Normalize, transform, add: the parts around attention that make a deep stack of layers
 # > trainable, up to a mixture of experts, and the block that puts them together.
 #
-# (in preparation)
+# Attention moves information between tokens, and no more than that: what comes out is a
+# weighted mean of what went in. Something has to work on the mixture, and then all of it has to
+# be repeated twelve, thirty, a hundred times. Here stacking goes wrong. A signal that each
+# layer shrinks by a third has lost five digits after thirty layers, and on the way back the
+# gradient loses them again.
+#
+# A transformer block is the answer: two layers, attention and a feed-forward network, each with
+# two precautions. Its result is *added* to its input, and its input is *normalized*. This
+# chapter derives both, measures what happens without them, and asks of every other part what it
+# is for.
+#
+# | | |
+# |---|---|
+# | **You build** | {py:class}`~llmbook.blocks.LayerNorm`, {py:class}`~llmbook.blocks.RMSNorm`, {py:class}`~llmbook.blocks.GELU`, {py:class}`~llmbook.blocks.SwiGLU`, {py:class}`~llmbook.blocks.FeedForward`, {py:class}`~llmbook.blocks.TransformerBlock`, {py:func}`~llmbook.blocks.initialize_weights`, {py:class}`~llmbook.blocks.MixtureOfExperts` |
+# | **You need** | attention (chapter 09) and positions (chapter 08) as black boxes, the stories of {doc}`01_tinyworld`, gradients |
+# | **It takes** | 75 minutes to read, 60 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp blocks
@@ -27,28 +42,193 @@ from torch.autograd.function import once_differentiable
 from llmbook.corpus import _check_at_least
 from llmbook.positions import LearnedEmbedding
 
+# %% [markdown]
+# ## Why not simply stack layers?
+#
+# Take the simplest layer worth stacking: two matrices with a ReLU, $\max(0, x)$, between them.
+# All weights are independent with mean 0, those of a matrix with $n$ inputs of variance $1/n$.
+# Then a sum $\sum_i w_i x_i$ has variance $n \cdot \frac1n \cdot \overline{x^2}$: a matrix
+# keeps the mean square of its input. Positive and negative sums are equally likely, so ReLU
+# keeps half of it. So the layer $f$ halves the mean square, and a stack of $\ell$ of them
+# leaves $2^{-\ell}$.
+
+# %%
+import time
+
+import matplotlib.pyplot as plt
+
+plt.style.use("llmbook.book")
+d_model, depth = 128, 48
+
+
+def random_layer(x: Tensor) -> Tensor:
+    up = torch.randn(4 * d_model, d_model) / d_model**0.5
+    down = torch.randn(d_model, 4 * d_model) / (4 * d_model) ** 0.5
+    return (x @ up.T).relu() @ down.T
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def passed(step) -> tuple[list[float], list[float]]:
+    """The rms of the signal after each step, and of the gradient there, from random ends."""
+    torch.manual_seed(0)
+    signal = [torch.randn(64, d_model, requires_grad=True)]
+    for _ in range(depth):
+        signal.append(step(signal[-1]))
+    gradients = torch.autograd.grad(signal[-1], signal, torch.randn(64, d_model))
+    return [rms(x) for x in signal], [rms(g) for g in gradients]
+
+
+forward, backward = passed(random_layer)
+print(f"the signal, from layer to layer:   times {forward[-1] ** (1 / depth):.1f}")
+print(f"the gradient, on its way back:     times {backward[0] ** (1 / depth):.1f}")
+print(
+    "left of either after 48 layers: less than a millionth:", max(forward[-1], backward[0]) < 1e-6
+)
+
+# %% [markdown]
+# Predicted is a factor of $\sqrt{1/2} \approx 0.7$ a layer. The gradient passes through the
+# same matrices, transposed, and through those ReLUs that are open, half of them; it fares
+# alike.
+#
+# ### Add, do not replace
+#
+# The remedy is to let each layer *add* something {cite}`he2016deep`: $x' = x + f(x)$. With $J$
+# for the matrix of derivatives of $f$, and $\nabla_x$ for the gradient of the loss with respect
+# to $x$,
+#
+# $$
+# \frac{\partial x'}{\partial x} = I + J, \qquad
+# \nabla_x = (I + J)^\top \nabla_{x'} = \nabla_{x'} + J^\top \nabla_{x'} .
+# $$ (blocks-residual)
+#
+# Multiplied out over all layers, the product of the $I + J_\ell$ has one term $I$: the gradient
+# of the last layer reaches the first one unchanged, whatever the $J_\ell$ are. All else comes
+# on top.
+#
+# This gives a transformer its shape ({numref}`fig-blocks-stream`). One vector for each token
+# runs through the model from bottom to top, the **residual stream**
+# {cite}`elhage2021framework`. A layer reads it, computes, and adds its result. Nothing is
+# overwritten: the end of the stream is the {term}`embedding` plus the sum of all writes.
+#
+# ```{figure} ../figures/blocks-stream.svg
+# :name: fig-blocks-stream
+# :alt: A horizontal line, the residual stream, from the embedding at the left to the logits at the right. At four places a layer reads from it through a normalization, and its result is added further on: attention and feed-forward network of block 1, attention and feed-forward network of block 2. A last normalization stands before the logits.
+#
+# The residual stream of two blocks. Layers read through a normalization and write by addition;
+# the straight line is the direct path of the gradient.
+# ```
+#
+# But how large does the stream grow? The matrices of $f$ are independent of $x$ and have mean
+# zero, so that $x$ and $f(x)$ are uncorrelated, and *variances of uncorrelated contributions
+# add*. If $f$ halves the mean square $v$, then $v' = v + v/2$: after $\ell$ layers it has grown
+# to $1.5^\ell\,v$, and we have exchanged one exponential for another. It comes from feeding the
+# growing stream into $f$. So we normalize what a layer reads. Every write then has the same
+# mean square, one half, and after $\ell$ writes
+#
+# $$
+# v_\ell = v_0 + \ell/2, \qquad
+# \operatorname{rms}_\ell = \sqrt{1 + \ell/2} \quad\text{for } v_0 = 1 .
+# $$ (blocks-growth)
+#
+# Growth like a square root is tame. It can be removed altogether: if the number $N$ of writes
+# is known, we divide each by $\sqrt N$ at the beginning of training, and the whole stream ends
+# at $v_N = 1 + \frac12$. GPT-2 does so {cite}`radford2019language`; a model of `n_layers`
+# blocks has $N = 2\,$`n_layers`.
+
+
+# %%
+def normalized(x: Tensor) -> Tensor:
+    return x / x.square().mean(dim=-1, keepdim=True).sqrt()
+
+
+steps = {
+    "replace: f(x)": (random_layer, lambda n: 2.0**-n),
+    "add: x + f(x)": (lambda x: x + random_layer(x), lambda n: 1.5**n),
+    "normalize: x + f(norm(x))": (
+        lambda x: x + random_layer(normalized(x)),
+        lambda n: 1 + n / 2,
+    ),
+    "and scale by 1/√N": (
+        lambda x: x + random_layer(normalized(x)) / depth**0.5,
+        lambda n: 1 + n / (2 * depth),
+    ),
+}
+measured = {name: passed(step) for name, (step, _) in steps.items()}
+for name, (_, variance) in steps.items():
+    ends = measured[name][0][-1], variance(depth) ** 0.5
+    by_layer = [end ** (1 / depth) for end in ends]
+    print(f"{name:26} a layer: times {by_layer[0]:.2f}, predicted {by_layer[1]:.2f}")
+
+# %% [markdown]
+# The gradient can be predicted, too. The normalization divides by $\sqrt{v_\ell}$, and so $J$
+# has that factor: the mean square of the gradient grows by $1 + \frac{1/2}{v_\ell} =
+# v_{\ell+1}/v_\ell$ on its way back through layer $\ell$. Over many layers everything between
+# cancels. At layer $\ell$ it is $v_N/v_\ell$ times that at the end ({numref}`fig-blocks-depth`,
+# dotted).
+
+# %% mystnb={"figure": {"caption": "Signal and gradient in four stacks of 48 random layers: replacing loses both, adding blows both up, normalizing makes the growth a square root, and scaled writes keep the stream level. Dots are measured, dotted lines predicted.", "name": "fig-blocks-depth"}, "image": {"alt": "Two plots over the layers 0 to 48 with logarithmic axes. Left, the rms of the stream: falling to a ten-millionth when replacing, rising to ten thousand when adding, to 5 when normalizing, staying near 1 when scaled. Right, the rms of the gradient by layer: the same four behaviors, mirrored; largest or smallest at layer 0. Dots lie on the predicted lines."}}
+fig, axes = plt.subplots(1, 2, figsize=(8, 3.6))
+layers = range(0, depth + 1, 4)
+for name, (_, variance) in steps.items():
+    (dots,) = axes[0].plot(layers, measured[name][0][::4], "o", markersize=3.5, label=name)
+    style = {"color": dots.get_color(), "linewidth": 1, "linestyle": ":"}
+    axes[0].plot(layers, [variance(n) ** 0.5 for n in layers], **style)
+    axes[1].plot(layers, measured[name][1][::4], "o", markersize=3.5, color=dots.get_color())
+    backward = [(variance(depth) / variance(n)) ** 0.5 for n in layers]
+    axes[1].plot(layers, backward, **style)
+axes[0].set(yscale="log", xlabel="layer", title="the stream grows with depth")
+axes[1].set(yscale="log", xlabel="layer", title="the gradient, from the end")
+axes[0].set_ylabel("root mean square")
+fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+plt.show()
+
+# %% [markdown]
+# ## LayerNorm
+#
+# What should "normalize" mean? **LayerNorm** {cite}`ba2016layer` was the first answer. It takes
+# the vector of one token, alone, subtracts its mean, divides by its standard deviation, and
+# lets the model choose a new scale and offset for each feature:
+#
+# $$
+# y = \frac{x - \mu}{\sigma}, \quad
+# \mu = \frac1d \sum_i x_i, \quad
+# \sigma^2 = \frac1d \sum_i (x_i - \mu)^2 + \varepsilon, \qquad
+# \operatorname{LayerNorm}(x) = g \odot y + b .
+# $$ (blocks-layernorm)
+#
+# In geometry, $x - \mu$ is the projection of $x$ onto the plane whose vectors sum to zero,
+# which takes away what points along $(1, \dots, 1)$. Dividing by $\sigma$ makes the length
+# $\sqrt d$. So $y$ lies on a sphere within that plane: in three dimensions on a circle
+# ({numref}`fig-blocks-sphere`). Two of $d$ degrees of freedom are gone, an offset and the
+# length, and the direction is kept.
+
+# %% mystnb={"figure": {"caption": "Where normalization sends 300 random vectors of three dimensions: LayerNorm to a circle perpendicular to (1, 1, 1), RMSNorm to the sphere.", "name": "fig-blocks-sphere"}, "image": {"alt": "Three scatter plots in space. First, a cloud of points stretched along the first axis. Second, after LayerNorm, the points form a circle around the direction (1, 1, 1), drawn as an arrow. Third, after RMSNorm, they lie on a sphere."}}
+torch.manual_seed(1)
+points = torch.randn(300, 3) * torch.tensor([1.6, 0.9, 0.9]) + 0.3
+centered = points - points.mean(dim=1, keepdim=True)
+panels = {"vectors": points, "LayerNorm": normalized(centered), "RMSNorm": normalized(points)}
+fig = plt.figure(figsize=(8, 3))
+for number, (name, at) in enumerate(panels.items(), 1):
+    ax = fig.add_subplot(1, 3, number, projection="3d", box_aspect=(1, 1, 1))
+    ax.scatter(*at.T, s=5, c=points[:, 0], cmap="cividis", depthshade=False)
+    ax.quiver(0, 0, 0, 1.8, 1.8, 1.8, color="#D55E00", linewidth=1.5, arrow_length_ratio=0.15)
+    ax.set(xlim=(-2, 2), ylim=(-2, 2), zlim=(-2, 2), xticks=[], yticks=[], zticks=[], title=name)
+    ax.view_init(20, -10)
+plt.show()
+
+# %% [markdown]
+# The code has three lines. Statistics are taken in 32-bit floats whatever comes in, for a
+# reason that we shall see; the result has the type of the input.
+
+
 # %%
 #| export
 Backend = Literal["reference", "torch"]
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_probability(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}: expected at least 0 and less than 1, got {value!r}")
-
-
-def _check_eps(eps: float) -> None:
-    if not 0 < eps < 1:
-        raise ValueError(f"eps: expected a small positive number, got {eps!r}")
-
-
-# %%
-#| export
 def layer_norm(
     x: Float[Tensor, "*shape d_model"],
     weight: Float[Tensor, " d_model"],
@@ -63,11 +243,109 @@ def layer_norm(
     >>> layer_norm(torch.tensor([1.0, 2.0, 6.0]), torch.ones(3))
     tensor([-0.9258, -0.4629,  1.3887])
     """
+    _check_width(x, weight)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     centered = wide - wide.mean(dim=-1, keepdim=True)
     variance = centered.square().mean(dim=-1, keepdim=True)
     normal = (centered * torch.rsqrt(variance + eps)).to(x.dtype)
     return normal * weight if bias is None else normal * weight + bias
+
+
+def _check_width(x: Tensor, weight: Tensor) -> None:
+    if x.shape[-1:] != weight.shape:  # broadcasting would accept a width of one
+        raise ValueError(f"x: expected vectors of size {len(weight)}, got shape {tuple(x.shape)}")
+
+
+# %% [markdown]
+# ### Its gradient
+#
+# We derive it in two steps, because both will be used. First the division, for a vector with
+# $z$ in place of $x - \mu$: $y = z/r$ with $r^2 = \frac1d \sum_i z_i^2 + \varepsilon$. From
+# $\partial r/\partial z_j = z_j/(d\,r)$ follows
+#
+# $$
+# \frac{\partial y_i}{\partial z_j} = \frac{\delta_{ij}}{r} - \frac{z_i}{r^2}\,\frac{z_j}{d\,r}
+# = \frac1r \Bigl(\delta_{ij} - \frac{y_i y_j}{d}\Bigr), \qquad
+# \nabla_z = \frac1r \Bigl(\nabla_y - y\,\frac{y \cdot \nabla_y}{d}\Bigr).
+# $$ (blocks-norm-gradient)
+#
+# The bracket takes away what of the gradient points along $y$. That is as it should be: the
+# length of $z$ has no effect on $y$, so the loss cannot ask for another. And a long vector gets
+# a small gradient, because of $1/r$.
+#
+# Second the mean. $z = Px$ where $P = I - \frac1d \mathbf 1 \mathbf 1^\top$ subtracts the mean,
+# and $P^\top = P$, so $\nabla_x = P \nabla_z$: the gradient is centered as well. Since $y$ is
+# centered already, this touches the first term only:
+#
+# $$
+# \nabla_x = \frac1\sigma
+# \Bigl(\nabla_y - \overline{\nabla_y} - y\,\frac{y \cdot \nabla_y}{d}\Bigr),
+# \qquad \nabla_y = g \odot \nabla_{\mathrm{out}} .
+# $$ (blocks-layernorm-gradient)
+
+# %%
+torch.manual_seed(0)
+x = torch.randn(4, 16, requires_grad=True)
+gain, out_gradient = torch.rand(16), torch.randn(4, 16)
+layer_norm(x, gain).backward(out_gradient)
+
+with torch.no_grad():
+    z = x - x.mean(dim=-1, keepdim=True)
+    r = (z.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
+    y, to_y = z / r, gain * out_gradient
+    along = y * (y * to_y).mean(dim=-1, keepdim=True)
+    by_hand = (to_y - to_y.mean(dim=-1, keepdim=True) - along) / r
+print("as autograd has it:", torch.allclose(by_hand, x.grad, atol=1e-6))
+
+# %% [markdown]
+# As a module, with PyTorch's fused kernel as the default. Gain and bias begin at one and zero.
+
+
+# %%
+#| export
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_norm(d_model: int, eps: float, backend: str) -> None:
+    _check_at_least(d_model=(1, d_model))
+    _check_choice("backend", backend, ("reference", "torch"))
+    if not 0 < eps < 1:
+        raise ValueError(f"eps: expected a small positive number, got {eps!r}")
+
+
+# %%
+#| export
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dimension; the gain starts at one, the bias at zero."""
+
+    def __init__(
+        self, d_model: int, eps: float = 1e-5, bias: bool = True, backend: Backend = "torch"
+    ):
+        super().__init__()
+        _check_norm(d_model, eps, backend)
+        self.eps, self.backend = eps, backend
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None
+
+    def forward(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
+        """Return ``x``, normalized."""
+        if self.backend == "reference":
+            return layer_norm(x, self.weight, self.bias, self.eps)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+# %% [markdown]
+# ## RMSNorm
+#
+# **RMSNorm** {cite}`zhang2019root` leaves out the mean, and the bias with it: it divides by the
+# root mean square, and keeps all directions. Llama and most models after it use it.
+#
+# $$
+# \operatorname{RMSNorm}(x) = g \odot \frac{x}{r}, \qquad
+# r = \sqrt{\tfrac1d \textstyle\sum_i x_i^2 + \varepsilon}
+# $$ (blocks-rmsnorm)
 
 
 # %%
@@ -83,9 +361,59 @@ def rms_norm(
     >>> rms_norm(torch.tensor([3.0, 4.0]), torch.ones(2))
     tensor([0.8485, 1.1314])
     """
+    _check_width(x, weight)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean_square = wide.square().mean(dim=-1, keepdim=True)
     return (wide * torch.rsqrt(mean_square + eps)).to(x.dtype) * weight
+
+
+# %% [markdown]
+# Why 32-bit statistics? A 16-bit float ends at 65,504, so a square overflows from 256 on; and
+# it has no positive number below $6 \cdot 10^{-8}$, so the square of a small number is zero.
+# Streams of trained models do have features in the hundreds {cite}`sun2024massive`.
+
+# %%
+ones = torch.ones(4, dtype=torch.float16)
+for value in (300.0, 3e-4):
+    x = torch.full((4,), value, dtype=torch.float16)
+    naive = x * torch.rsqrt(x.square().mean() + 1e-12)
+    ours = rms_norm(x, ones, eps=1e-12)
+    print(
+        f"{value:6}: in 16 bits {naive[0].item():.2f}, with 32-bit statistics {ours[0].item():.2f}"
+    )
+
+# %% [markdown]
+# The right answer is 1 both times. The first naive one is a division by infinity; in the second
+# the square was rounded, so far down that two digits were left.
+#
+# ### What is subtracting the mean worth?
+#
+# The mean is one direction among $d$. Of the squared length of a random vector it has a share
+# of $1/d$ on average, so LayerNorm and RMSNorm differ little to begin with. They could differ
+# where a model *uses* that direction. But subtracting the mean is linear: a matrix that reads
+# $x - \mu = Px$ is the matrix $WP$ reading $x$, and one that should write a centered vector can
+# be $PW$. So a pre-norm model with LayerNorm can be rewritten as one with RMSNorm that computes
+# the same {cite}`jiang2023prermsnorm`; {ref}`ex-blocks-center` does it. The mean is worth
+# nothing that the matrices could not do. What is left is the effect on training, which we
+# measure below, and cost.
+#
+# ### Cost
+#
+# In PyTorch's version for the CPU, LayerNorm is one fused kernel, while RMSNorm is put together
+# from square, mean, product and so on. Each writes its result to memory for the next one to
+# read, and forward and backward pass together take about four times as long as LayerNorm. We
+# have the gradient, so we can write it ourselves. With $y = x/r$ put into
+# {eq}`blocks-norm-gradient`,
+#
+# $$
+# \nabla_x = \frac1r \Bigl(\nabla_y - x \, \frac{x \cdot \nabla_y}{d\,r^2}\Bigr), \qquad
+# \nabla_g = \sum_{\text{tokens}} \nabla_{\mathrm{out}} \odot \frac{x}{r} .
+# $$ (blocks-rmsnorm-gradient)
+#
+# Both need the product $\nabla_\mathrm{out} \odot x$, as a table of rows. Then $x \cdot
+# \nabla_y$ is this table times the vector $g$, and $\nabla_g$ is the vector of all $1/r$ times
+# the table: two products of a matrix and a vector. To be saved for the backward pass are $x$,
+# which the stream keeps anyway, and one number for each token.
 
 
 # %%
@@ -97,7 +425,7 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNormFloat32(torch.autograd.Function):
-    """RMSNorm with its gradient by hand: saves only ``x`` and one number a vector."""
+    """RMSNorm with its gradient by hand: saves only ``x`` and one number for each vector."""
 
     @staticmethod
     @custom_fwd(device_type="cpu")
@@ -109,22 +437,26 @@ class _RMSNormFloat32(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @custom_bwd(device_type="cpu")
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, to_out: Tensor) -> Any:  # type: ignore[override]
         x, weight, inverse = ctx.saved_tensors
-        gx = g * x
-        rows = gx.view(-1, x.size(-1))
-        d_weight = inverse.view(-1) @ rows
+        product = to_out * x
+        rows = product.view(-1, x.size(-1))
+        to_weight = inverse.view(-1) @ rows
         along = (rows @ weight).view_as(inverse) * inverse.square() / x.size(-1)
-        d_x = torch.mul(g, weight, out=gx)  # its memory is used again
-        return d_x.addcmul_(x, along, value=-1).mul_(inverse), d_weight, None
+        to_y = torch.mul(to_out, weight, out=product)  # its memory is used again
+        return to_y.addcmul_(x, along, value=-1).mul_(inverse), to_weight, None
+
+
+# %% [markdown]
+# It is used where it is the fastest way: on a CPU, in 32 bits, where a gradient is wanted.
 
 
 # %%
 #| export
 def _fast_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm` by the fastest way that torch has for this device and dtype."""
-    plain = x.is_cpu and x.dtype == weight.dtype == torch.float32
-    if not plain or torch.compiler.is_compiling():
+    """`rms_norm` by the fastest way that there is for this device and dtype."""
+    ours = x.is_cpu and x.dtype == weight.dtype == torch.float32
+    if not ours or torch.compiler.is_compiling():
         return F.rms_norm(x, weight.shape, weight, eps)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNormFloat32.apply(x, weight, eps)
@@ -133,49 +465,54 @@ def _fast_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 # %%
 #| export
-class LayerNorm(nn.Module):
-    """LayerNorm over the last dimension; the gain starts at one, the bias at zero."""
-
-    def __init__(
-        self, d_model: int, eps: float = 1e-5, bias: bool = True, backend: Backend = "torch"
-    ):
-        super().__init__()
-        _check_at_least(d_model=(1, d_model))
-        _check_eps(eps)
-        _check_choice("backend", backend, ("reference", "torch"))
-        self.eps, self.backend = eps, backend
-        self.weight = nn.Parameter(torch.ones(d_model))
-        self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None
-
-    def forward(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
-        """Return ``x``, normalized."""
-        if self.backend == "reference":
-            return layer_norm(x, self.weight, self.bias, self.eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-
-# %%
-#| export
 class RMSNorm(nn.Module):
     """RMSNorm over the last dimension, with a gain that starts at one.
 
-    ``backend="torch"`` computes the same faster; in float32 on a CPU its gradient is written by
-    hand and cannot be differentiated again.
+    ``backend="torch"`` computes the same faster. In float32 on a CPU its gradient cannot be
+    differentiated again; that of ``"reference"`` can.
     """
 
     def __init__(self, d_model: int, eps: float = 1e-5, backend: Backend = "torch"):
         super().__init__()
-        _check_at_least(d_model=(1, d_model))
-        _check_eps(eps)
-        _check_choice("backend", backend, ("reference", "torch"))
+        _check_norm(d_model, eps, backend)
         self.eps, self.backend = eps, backend
         self.weight = nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
         """Return ``x``, normalized."""
-        if self.backend == "reference":
-            return rms_norm(x, self.weight, self.eps)
-        return _fast_rms_norm(x, self.weight, self.eps)
+        _check_width(x, self.weight)
+        function = rms_norm if self.backend == "reference" else _fast_rms_norm
+        return function(x, self.weight, self.eps)
+
+
+# %% [markdown]
+# ## The feed-forward network
+#
+# The second layer of a block works on each token alone: up to a larger inner width, through an
+# activation, and down again. One may read it as a memory. A row of the first matrix is a key, a
+# pattern to be looked for in the stream; the activation says how much of it was found; and the
+# corresponding column of the second matrix is what to write then {cite}`geva2021transformer`.
+# Two thirds of the parameters of a usual block are here.
+#
+# ### Which activation?
+#
+# ReLU decides: what is positive passes, the rest is zero, and so is its gradient. A unit that
+# is negative for all inputs gets no gradient any more and stays dead. **GELU**
+# {cite}`hendrycks2016gaussian` decides at random, and takes the mean. Pass $x$ with a
+# probability that grows with $x$, and let it be the probability that a standard normal variable
+# $Z$ falls below $x$. The expected output is
+#
+# $$
+# \operatorname{GELU}(x) = x \, P(Z < x) = x\,\Phi(x)
+# = \frac{x}{2} \Bigl(1 + \operatorname{erf} \frac{x}{\sqrt2}\Bigr).
+# $$ (blocks-gelu)
+#
+# The error function was slow once, so there is an approximation, $\Phi(x) \approx \frac12
+# \bigl(1 + \tanh(c\,(x + a x^3))\bigr)$. The constant $c$ follows from the slope at 0: that of
+# $\Phi$ is the density $1/\sqrt{2\pi}$, that of the right side is $c/2$; so $c = \sqrt{2/\pi}$.
+# Demanding the same of the third derivative gives $a = \frac{c^2}{3} - \frac16 \approx 0.0455$:
+# the best fit at zero. The published $a = 0.044715$ fits better over all. It is what GPT-2 was
+# trained with, so we need both.
 
 
 # %%
@@ -194,7 +531,7 @@ def gelu(
 
 
 class GELU(nn.Module):
-    """The Gaussian error linear unit as a module, by torch's kernel or by ours."""
+    """The Gaussian error linear unit, by torch's kernel or by `gelu`."""
 
     def __init__(self, approximate: Literal["none", "tanh"] = "none", backend: Backend = "torch"):
         super().__init__()
@@ -203,9 +540,62 @@ class GELU(nn.Module):
         self.approximate, self.backend = approximate, backend
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Return ``x``, gated by itself."""
+        """Return GELU of each number."""
         function = gelu if self.backend == "reference" else F.gelu
         return function(x, approximate=self.approximate)
+
+
+# %%
+x = torch.linspace(-8, 8, 100_001, dtype=torch.float64)
+taylor = 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + (2 / (3 * math.pi) - 1 / 6) * x**3)))
+for name, approximation in (("0.0455", taylor), ("0.044715", gelu(x, "tanh"))):
+    error = (approximation - gelu(x)).abs().max().item()
+    print(f"largest error with a = {name:8}: {error:.5f}")
+
+# %% [markdown]
+# Replace the normal distribution by the logistic one and you get **SiLU**, $x\,\sigma(x)$
+# {cite}`elfwing2018sigmoid`, cheaper and much the same ({numref}`fig-blocks-activations`). Both
+# are smooth, dip below zero, and let some gradient through for negative inputs.
+
+# %% mystnb={"figure": {"caption": "Three activations and their derivatives: GELU and SiLU are ReLU with a soft decision. They dip below zero, and their slope exceeds one.", "name": "fig-blocks-activations"}, "image": {"alt": "Two plots from minus 4 to 4. Left: ReLU is zero, then the diagonal; GELU and SiLU follow it smoothly and dip to about minus 0.17 and minus 0.28. Right, the derivatives: a step from 0 to 1 for ReLU; smooth steps that undershoot zero and overshoot one for the other two."}}
+x = torch.linspace(-4, 4, 401, requires_grad=True)
+fig, axes = plt.subplots(1, 2, figsize=(8, 3))
+for name, function in (("ReLU", F.relu), ("GELU", gelu), ("SiLU", F.silu)):
+    y = function(x)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    axes[0].plot(x.detach(), y.detach(), label=name)
+    axes[1].plot(x.detach(), slope, label=name)
+axes[0].set(title="activation", xlabel="input")
+axes[1].set(title="its derivative", xlabel="input")
+axes[0].legend()
+plt.show()
+
+# %% [markdown]
+# ### A gate
+#
+# An activation lets each number decide about itself. A **gated linear unit** computes the
+# decision apart, with a matrix of its own {cite}`dauphin2017language`. With SiLU as the gate it
+# is **SwiGLU**, which Shazeer compared with its relatives {cite}`shazeer2020glu`:
+#
+# $$
+# \operatorname{FeedForward}(x) =
+# W_\text{down}\,\bigl(\operatorname{SiLU}(W_\text{gate}\,x) \odot W_\text{up}\,x\bigr).
+# $$ (blocks-swiglu)
+#
+# GEGLU and ReGLU have GELU and ReLU in SiLU's place. A product of two linear maps of $x$ can
+# express what a sum of activations cannot express as directly, such as "$x_1$ if $x_2$".
+#
+# ```{figure} ../figures/blocks-feedforward.svg
+# :name: fig-blocks-feedforward
+# :alt: Two networks side by side. Left, two matrices: x of width d goes up to 4 d, through an activation, down to d. Right, three matrices: x goes through gate and up, each to 8/3 d; the gate passes through SiLU and is multiplied with the other; down leads back to d. Both have 8 d squared parameters.
+#
+# A plain and a gated feed-forward network with the same number of parameters.
+# ```
+#
+# There are now three matrices. For an honest comparison the total must stay: $2\,d\,d_\text{ff}
+# = 3\,d\,d'_\text{ff}$, so $d'_\text{ff} = \frac23 d_\text{ff}$. Where the plain network has
+# the usual $4d$, the gated one has $\frac83 d$, rounded up to a multiple of something that
+# suits the hardware. With 256 this gives Llama's widths {cite}`touvron2023llama`:
 
 
 # %%
@@ -220,8 +610,6 @@ class SwiGLU(nn.Module):
         return F.silu(gate) * up
 
 
-# %%
-#| export
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -229,16 +617,12 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 _GATES = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}
+#: What a feed-forward network can have between its matrices; the last three have a gate.
 ACTIVATIONS = (*_ACTIVATIONS, *_GATES)
 
 
-def _activate(activation: str, gate: Tensor | None, up: Tensor) -> Tensor:
-    """The inner vector of a feed-forward network, from one linear map of its input, or two."""
-    if gate is None:
-        return _ACTIVATIONS[activation](up)
-    return _ACTIVATIONS[_GATES[activation]](gate) * up
-
-
+# %%
+#| export
 def default_d_ff(d_model: int, activation: str = "swiglu", multiple_of: int = 8) -> int:
     """Return the usual inner width: 4 d_model, or 8/3 d_model with a gate, rounded up.
 
@@ -251,6 +635,60 @@ def default_d_ff(d_model: int, activation: str = "swiglu", multiple_of: int = 8)
     _check_choice("activation", activation, ACTIVATIONS)
     width = 8 * d_model // 3 if activation in _GATES else 4 * d_model
     return -(-width // multiple_of) * multiple_of
+
+
+# %%
+for name, size in (("7B", 4096), ("13B", 5120), ("33B", 6656), ("65B", 8192)):
+    print(f"Llama {name:3} d_model {size}, d_ff {default_d_ff(size, multiple_of=256):6,}")
+
+# %% [markdown]
+# ### Dropout
+#
+# One more precaution is for small data. **Dropout** {cite}`srivastava2014dropout` sets each
+# number to zero with probability $p$ while training, so that no unit can rely on a single other
+# one. Let $m$ be 1 with probability $1 - p$, else 0. Then $\mathbb{E}[m x] = (1 - p)\,x$: the
+# next layer would see less while training than in use. *Inverted* dropout divides by $1 - p$ at
+# once, and leaves nothing to do at inference:
+#
+# $$
+# \mathbb{E}\Bigl[\frac{m x}{1-p}\Bigr] = x, \qquad
+# \operatorname{Var}\Bigl[\frac{m x}{1-p}\Bigr]
+# = \frac{x^2\,p\,(1-p)}{(1-p)^2} = x^2\,\frac{p}{1-p} .
+# $$ (blocks-dropout)
+
+
+# %%
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    if not training or p == 0:
+        return x
+    return x * (torch.rand_like(x) >= p) / (1 - p)
+
+
+torch.manual_seed(0)
+sample = dropout(torch.full((1_000_000,), 3.0), p=0.2, training=True)
+print(f"mean {sample.mean():.1f}, expected 3.0; variance {sample.var():.2f}, expected 2.25")
+print("off in use:", torch.equal(dropout(x, 0.2, training=False), x))
+theirs = F.dropout(torch.full((1_000_000,), 3.0), p=0.2)
+print("torch's is the same kind:", sorted(set(theirs.tolist())) == sorted(set(sample.tolist())))
+
+# %% [markdown]
+# The noise is the price. A model that sees each text once does not overfit, and PaLM, for one,
+# was pretrained without dropout {cite}`chowdhery2023palm`. Ours is off unless asked for; when
+# fine-tuning on little data it may help. In the network it acts on the inner vector:
+
+
+# %%
+#| export
+def _check_probability(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: expected at least 0 and less than 1, got {value!r}")
+
+
+def _activate(activation: str, gate: Tensor | None, up: Tensor) -> Tensor:
+    """The inner vector of a feed-forward network, from one linear map of its input, or two."""
+    if gate is None:
+        return _ACTIVATIONS[activation](up)
+    return _ACTIVATIONS[_GATES[activation]](gate) * up
 
 
 # %%
@@ -289,10 +727,496 @@ class FeedForward(nn.Module):
         return self.down_proj(F.dropout(inner, self.dropout, self.training))
 
 
+# %% [markdown]
+# ## The block
+#
+# Now the parts meet. Where does the normalization go? The first transformer
+# {cite}`vaswani2017attention` put it *behind* the addition, on the stream itself; GPT-2 put it
+# in *front* of the layers, off the stream ({numref}`fig-blocks-prepost`). In formulas,
+#
+# $$
+# \text{post: } x' = \operatorname{norm}(x + f(x)), \qquad
+# \text{pre: } x' = x + f(\operatorname{norm}(x)) .
+# $$ (blocks-prepost)
+#
+# ```{figure} ../figures/blocks-prepost.svg
+# :name: fig-blocks-prepost
+# :alt: Two blocks side by side, each read from bottom to top. Left, pre-norm: from the stream a branch goes through norm and attention and is added back, then a branch through norm and feed-forward network is added back; the stream itself is a straight line. Right, post-norm: the branches go through attention and feed-forward network alone, and after each addition a norm stands on the stream.
+#
+# A block in two arrangements. With pre-norm the stream runs through untouched. With post-norm
+# it is rescaled after every addition.
+# ```
+#
+# The block does not make its layers; it is given them. So any attention and any feed-forward
+# network fit in, ours or yours.
+
+
+# %%
+#| export
+class _Parts(nn.Module):
+    """The parts of a block: two layers, each with its normalization."""
+
+    def __init__(
+        self,
+        d_model: int,
+        attention: nn.Module,
+        feed_forward: nn.Module,
+        *,
+        norm: Callable[[int], nn.Module] = RMSNorm,
+        norm_position: Literal["pre", "post"] = "pre",
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        _check_choice("norm_position", norm_position, ("pre", "post"))
+        _check_probability("dropout", dropout)
+        self.norm_position, self.dropout = norm_position, dropout
+        self.attention_norm, self.attention = norm(d_model), attention
+        self.feed_forward_norm, self.feed_forward = norm(d_model), feed_forward
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+# %%
+#| export
+class TransformerBlock(_Parts):
+    """Attention and feed-forward network, each normalized and added to the residual stream.
+
+    ``norm(d_model)`` makes a normalization. ``norm_position="pre"`` computes ``x + f(norm(x))``,
+    ``"post"`` the original ``norm(x + f(x))``. Dropout acts on what is added to the stream.
+    """
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch sequence d_model"],
+        *,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: Bool[Tensor, "..."] | None = None,
+        cache: Any = None,
+    ) -> Float[Tensor, "batch sequence d_model"]:
+        """Return the stream after this block; ``rope``, ``mask``, ``cache`` go to attention."""
+        attend = partial(self.attention, rope=rope, mask=mask, cache=cache)
+        if self.norm_position == "pre":
+            x = x + self._dropped(attend(self.attention_norm(x)))
+            return x + self._dropped(self.feed_forward(self.feed_forward_norm(x)))
+        x = self.attention_norm(x + self._dropped(attend(x)))
+        return self.feed_forward_norm(x + self._dropped(self.feed_forward(x)))
+
+
+# %% [markdown]
+# Six blocks in a row, and the promise of {numref}`fig-blocks-stream`: the end of the stream is
+# its beginning plus everything that was written.
+
+# %%
+from llmbook.attention import MultiHeadAttention
+
+torch.manual_seed(0)
+blocks = nn.Sequential(
+    *(TransformerBlock(32, MultiHeadAttention(32, 4), FeedForward(32)) for _ in range(6))
+)
+writes: list[Tensor] = []
+for block in blocks:
+    for layer in (block.attention, block.feed_forward):
+        layer.register_forward_hook(lambda layer, inputs, output: writes.append(output))
+start = torch.randn(2, 10, 32)
+end = blocks(start)
+print("writes:", len(writes), " shape of the stream:", tuple(end.shape))
+print("end = start + all writes:", torch.allclose(end, start + sum(writes), atol=1e-5))
+
+# %% [markdown]
+# ## Initialization
+#
+# What we assumed of the weights becomes a function. A matrix gets the standard deviation
+# $1/\sqrt{n}$ for $n$ inputs, its **fan-in**, which keeps the mean square. GPT-2 takes 0.02 for
+# all matrices instead; that equals $1/\sqrt n$ for $n = 2{,}500$.
+#
+# {eq}`blocks-growth` says two things about the stream. What writes to it is to be divided by
+# $\sqrt N$. And $v_0$ belongs to the sum: if the embeddings are much smaller than what the
+# layers add to them, then the stream hardly knows at first which token it belongs to. We give
+# embeddings a standard deviation of 1, and the $N$ writes together are of that size. One case
+# is different. Where the embedding matrix also makes the logits (**weight tying**, chapter 11),
+# its rows are multiplied with a vector of length $\sqrt d$, and a standard deviation of $\sqrt
+# d$ for the logits would be a bad start. There it is $1/\sqrt d$, and the writes shrink along
+# with it.
+
+
+# %%
+#| export
+_WRITERS = {"o_proj", "down_proj"}  # their outputs are added to the residual stream
+
+
+def _default_embedding_std(module: nn.Module) -> float:
+    """1, but 1 / sqrt(d_model) if the embedding is also the matrix that makes the logits."""
+    heads = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}
+    embeddings = [m.weight for m in module.modules() if isinstance(m, nn.Embedding)]
+    tied = [weight for weight in embeddings if id(weight) in heads]
+    return tied[0].size(-1) ** -0.5 if tied else 1.0
+
+
+def _embeddings(module: nn.Module) -> set[int]:
+    """The identities of all tables of vectors that are looked up."""
+    kinds = nn.Embedding | LearnedEmbedding
+    return {id(m.weight) for m in module.modules() if isinstance(m, kinds)}
+
+
+# %%
+#| export
+@torch.no_grad()
+def initialize_weights(
+    module: nn.Module,
+    n_layers: int,
+    *,
+    std: float | None = None,
+    embedding_std: float | None = None,
+) -> None:
+    """Draw all weights of ``module`` anew, for a model of ``n_layers`` blocks.
+
+    Matrices are normal with standard deviation 1 / sqrt(fan-in), embeddings with ``embedding_std``:
+    1, or 1 / sqrt(d_model) if tied to the output. What writes to the stream (``o_proj``,
+    ``down_proj``) is scaled by ``embedding_std`` / sqrt(2 ``n_layers``). With ``std`` all have that
+    one, writers divided by sqrt(2 ``n_layers``); 0.02 is GPT-2's. Gains become 1, biases 0.
+    """
+    _check_at_least(n_layers=(1, n_layers))
+    start = embedding_std or std or _default_embedding_std(module)
+    embeddings, write = _embeddings(module), (1.0 if std else start) / math.sqrt(2 * n_layers)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim < 2:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        elif id(parameter) in embeddings:
+            parameter.normal_(std=start)
+        else:
+            scale = std or parameter.size(-1) ** -0.5
+            parameter.normal_(std=scale * (write if _WRITERS & set(name.split(".")) else 1.0))
+
+
+# %% [markdown]
+# ### A model small enough to compare
+#
+# To see what any of this is worth we need something that learns in seconds: stories of
+# {doc}`01_tinyworld`, 512 tokens, one story a row, cut after 64 targets. The model is a thin
+# stack of blocks between an embedding and a matrix that makes logits; chapter 11 builds the
+# real one.
+
+# %%
+from llmbook.tinyworld import TinyWorld
+from llmbook.tokenizer import train_bpe
+
+stories = [story.text for story in TinyWorld().stories(4500, seed=0)]
+tokenizer = train_bpe(stories[:500], 512)
+end_id = tokenizer.special_tokens["<|endoftext|>"]
+rows = torch.full((len(stories), 65), -100)  # -100: no target
+for row, story in zip(rows, stories, strict=True):
+    ids = [end_id, *tokenizer.encode(story), end_id][: len(row)]
+    row[: len(ids)] = torch.tensor(ids)
+rows, held_out = rows[:4000], rows[4000:]
+
+
+# %%
+class SmallModel(nn.Module):
+    def __init__(self, n_layers: int, d_model: int = 32, feed_forward=FeedForward, **options):
+        super().__init__()
+        self.embedding = nn.Embedding(512, d_model)
+        self.positions = LearnedEmbedding(64, d_model)
+        self.blocks = nn.Sequential()
+        for _ in range(n_layers):
+            layers = MultiHeadAttention(d_model, 2), feed_forward(d_model)
+            self.blocks.append(TransformerBlock(d_model, *layers, **options))
+        is_post = options.get("norm_position") == "post"  # its last block ends in a norm
+        self.norm = nn.Identity() if is_post else options.get("norm", RMSNorm)(d_model)
+        self.head = nn.Linear(d_model, 512, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        places = torch.arange(ids.size(1))[None]
+        return self.head(self.norm(self.blocks(self.embedding(ids) + self.positions(places))))
+
+
+# %% [markdown]
+# Training is the plainest possible: one step of AdamW (chapter 12) for each batch of eight
+# stories, optionally with a **warmup**, during which the learning rate rises from zero.
+
+
+# %%
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    logits = model(batch[:, :-1].clamp(min=0))
+    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=-100)
+
+
+def train(model, learning_rate: float, steps: int, warmup: int = 0, extra=None) -> list[float]:
+    """Train on batches that are the same for all models; return the losses of all steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
+    generator, losses = torch.Generator().manual_seed(0), []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1, (step + 1) / max(warmup, 1))
+        loss = loss_of(model, rows[torch.randint(len(rows), (8,), generator=generator)])
+        optimizer.zero_grad()
+        (loss if extra is None else loss + extra(model)).backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+# %% [markdown]
+# Twelve layers with ReLU and LayerNorm, and three initializations: ours; GPT-2's 0.02; and ours
+# with embeddings of $1/\sqrt d$ under writes that take no notice, so that these are several
+# times as large. Each is tried at three learning rates, for a reason that the result shows
+# ({numref}`fig-blocks-initialization`).
+
+
+# %%
+@torch.no_grad()
+def multiply(factor: float, matrices) -> None:
+    for matrix in matrices:
+        matrix.weight.mul_(factor)
+
+
+def twelve_layers(embeddings: float = 1.0, writes: float = 1.0, std=None, **options):
+    """A model of twelve layers, whose embeddings and writes are multiplied by a factor."""
+    torch.manual_seed(0)
+    plain = partial(FeedForward, activation="relu")
+    model = SmallModel(12, feed_forward=plain, norm=LayerNorm, **options)
+    initialize_weights(model, n_layers=12, std=std)
+    multiply(embeddings, (model.embedding, model.positions))
+    multiply(writes, (block.attention.o_proj for block in model.blocks))
+    multiply(writes, (block.feed_forward.down_proj for block in model.blocks))
+    return model
+
+
+# %%
+recipes = {
+    "fan-in, embeddings 1": {},
+    "0.02, as GPT-2": {"std": 0.02},
+    "fan-in, embeddings 1/√d": {"embeddings": 32**-0.5},
+}
+rates = (2e-3, 6e-3, 2e-2)
+final = {
+    name: [sum(train(twelve_layers(**recipe), rate, 80)[-10:]) / 10 for rate in rates]
+    for name, recipe in recipes.items()
+}
+best = {name: min(losses) for name, losses in final.items()}
+ours, gpt2, small = best.values()
+print("ours and GPT-2's, each at its best rate: within 0.5 nats:", abs(ours - gpt2) < 0.5)
+print("small embeddings, at their best: more than 0.5 nats behind:", small > max(ours, gpt2) + 0.5)
+
+# %% mystnb={"figure": {"caption": "Loss after 80 steps of a model of twelve layers. Two initializations reach the same loss, but at different learning rates; small embeddings under large writes do not reach it at any.", "name": "fig-blocks-initialization"}, "image": {"alt": "Loss over three learning rates, 0.002, 0.006 and 0.02, for three initializations. Fan-in with embeddings of 1 falls from 3.7 over 2.8 to about 2.4. The curve of 0.02 falls from 3.6 to 2.4 at 0.006 and rises to almost 4 at 0.02. Fan-in with small embeddings stays between 3.5 and 4."}}
+plt.figure(figsize=(6, 3.2))
+for name, losses in final.items():
+    plt.plot(rates, losses, "o-", label=name)
+plt.xscale("log")
+plt.xticks(rates, [f"{rate:g}" for rate in rates])
+plt.minorticks_off()
+plt.xlabel("learning rate")
+plt.ylabel("loss after 80 steps (nats)")
+plt.legend()
+plt.show()
+
+# %% [markdown]
+# At one rate alone we would have drawn a wrong conclusion. AdamW moves each weight by about the
+# learning rate in a step, whatever the size of its gradient. A weight of 0.02 is so replaced at
+# once by a rate of 0.02, and wants a smaller one than a weight of $1/\sqrt{32} \approx 0.18$.
+# Compared at their best, the two recipes are close here. What counts is the proportion within
+# the stream.
+#
+# ## Before or after?
+#
+# Back to {eq}`blocks-prepost`, first on paper. Suppose that each write is as large as the
+# stream. In a *post-norm* block the sum has twice the mean square, and the norm divides it by
+# $\sqrt2$. So after $N$ additions the share of the embedding is down to $2^{-N/2}$: for twelve
+# blocks, 1/4096. That of the last write is $1/\sqrt2$, however deep the model, and a gradient
+# comes back to each with the same factor. In a *pre-norm* block nothing is divided until the
+# last norm, which divides everything alike, by $\sqrt{1 + N/2}$ for our layers. So: with
+# post-norm the last layers have gradients that do not shrink with depth, and with pre-norm all
+# have gradients like $1/\sqrt N$. Xiong and colleagues proved this for real blocks
+# {cite}`xiong2020layer`. Third, divide the writes of the post-norm model by $\sqrt N$. Each
+# norm then divides by $\sqrt{1 + 1/N}$, and $(1 + 1/N)^{-N/2} \to e^{-1/2} \approx 0.61$ of the
+# embedding arrives. We look at all of these at initialization ({numref}`fig-blocks-gradients`).
+
+# %%
+unscaled = 24**0.5
+arrangements = {
+    "pre": {"writes": unscaled},
+    "post": {"norm_position": "post", "writes": unscaled},
+    "pre, writes / √N": {},
+    "post, writes / √N": {"norm_position": "post"},
+}
+
+
+def gradient_norms(model: SmallModel) -> list[float]:
+    """The gradient of each block's last matrix, on one batch."""
+    model.zero_grad()
+    loss_of(model, rows[:16]).backward()
+    return [block.feed_forward.down_proj.weight.grad.norm().item() for block in model.blocks]
+
+
+norms = {name: gradient_norms(twelve_layers(**how)) for name, how in arrangements.items()}
+for name, values in norms.items():
+    print(f"{name:18} last block / middle block: {values[-1] / values[5]:.1f}")
+
+# %% mystnb={"figure": {"caption": "Gradient of the last matrix of each block at initialization. With post-norm it is largest at the end, with pre-norm at the beginning; scaled by depth, it is level in both.", "name": "fig-blocks-gradients"}, "image": {"alt": "Gradient norm over blocks 1 to 12 for four arrangements. Post-norm: about 0.3 up to block 9, then rising to 1.0 at block 12. Pre-norm: falling from 0.5 to 0.24. With scaled writes: level at about 0.5 for pre-norm and 0.7 for post-norm."}}
+plt.figure(figsize=(6, 3.2))
+for (name, values), style in zip(norms.items(), ("o-", "s-", "o--", "s--"), strict=True):
+    plt.plot(range(1, 13), values, style, label=name, color="C0" if "pre" in name else "C1")
+plt.ylim(0)
+plt.xlabel("block")
+plt.ylabel("gradient norm")
+plt.legend(ncols=2)
+plt.show()
+
+# %% [markdown]
+# Now we train: the two arrangements as they are, post-norm with warmup, and post-norm with
+# scaled writes. For comparison we draw the entropy of the tokens' frequencies, which is the
+# loss of a model that knows how frequent each token is and looks at nothing.
+
+# %%
+runs = {
+    "pre": ({"writes": unscaled}, 0),
+    "post": ({"norm_position": "post", "writes": unscaled}, 0),
+    "post, warmup": ({"norm_position": "post", "writes": unscaled}, 100),
+    "post, writes / √N": ({"norm_position": "post"}, 0),
+}
+models = {name: twelve_layers(**how) for name, (how, _) in runs.items()}
+curves = {name: train(models[name], 3e-3, 150, warmup) for name, (_, warmup) in runs.items()}
+frequencies = rows[rows >= 0].bincount() / (rows >= 0).sum()
+blind = -torch.special.xlogy(frequencies, frequencies).sum().item()
+late = {name: sum(losses[-20:]) / 20 for name, losses in curves.items()}
+print(f"entropy of the frequencies: {blind:.1f}")
+print("pre-norm learns:", late["pre"] < 3.2)
+print("post-norm ends at that entropy:", abs(late["post"] - blind) < 0.1)
+
+# %% mystnb={"figure": {"caption": "Twelve layers trained for 150 steps. Post-norm falls to the entropy of the frequencies and stays there; warmup lets it creep away; scaled writes let it learn like pre-norm.", "name": "fig-blocks-training"}, "image": {"alt": "Loss over 150 steps. Pre-norm and post-norm with scaled writes fall steadily to about 2.6. Post-norm falls to 4.9, a dotted line, and stays on it. With warmup it falls more slowly, and is just below the line at the end."}}
+plt.figure(figsize=(6.5, 3.4))
+for (name, losses), color in zip(curves.items(), ("C0", "C1", "C4", "C2"), strict=True):
+    smooth = torch.tensor(losses).unfold(0, 10, 1).mean(dim=1)
+    plt.plot(range(10, len(losses) + 1), smooth, label=name, color=color)
+plt.axhline(blind, color="C6", linestyle=":", label="entropy of the frequencies")
+plt.xlabel("step")
+plt.ylabel("loss (nats)")
+plt.legend(ncols=2)
+plt.show()
+
+# %% [markdown]
+# The post-norm model has learned how frequent tokens are, and nothing else. Has it perhaps
+# become blind to its input? We compare its predictions at different places. The distance of two
+# distributions is the probability that has to be moved to make one of the other: 0 if they are
+# equal, at most 1.
+
+# %%
+for name, model in models.items():
+    with torch.no_grad():
+        predictions = model(held_out[:50, :-1].clamp(min=0)).softmax(dim=-1).flatten(0, 1)
+    to_mean = (predictions - predictions.mean(dim=0)).abs().sum(dim=-1) / 2
+    print(f"{name:18} mean distance to the mean prediction: {to_mean.mean():.1f}")
+
+# %% [markdown]
+# It has: the same prediction everywhere. The large early steps of the last layers have made the
+# stream independent of what enters, and as the share of the embedding is so small, no gradient
+# tells the model what it lost. Warmup avoids those steps. So does weakening the writes, in the
+# spirit of DeepNorm, with which post-norm models of 1,000 layers were trained
+# {cite}`wang2022deepnet`. Pre-norm needs neither, and is the default.
+#
+# ## Which feed-forward network?
+#
+# We can now ask on a real task whether SwiGLU beats GELU, and LayerNorm RMSNorm. The networks
+# have the same number of parameters. A single run says little; we take three seeds each, and
+# look at the spread between seeds before we look at the difference between means
+# ({numref}`fig-blocks-kinds`).
+
+
+# %%
+def held_out_loss(activation: str, norm: type[nn.Module], seed: int) -> float:
+    torch.manual_seed(seed)
+    width = default_d_ff(48, activation, multiple_of=1)
+    network = partial(FeedForward, d_ff=width, activation=activation)
+    model = SmallModel(2, 48, feed_forward=network, norm=norm)
+    assert sum(p.numel() for p in model.blocks[0].feed_forward.parameters()) == 8 * 48**2
+    initialize_weights(model, n_layers=2)
+    train(model, 1e-2, steps=100)
+    with torch.no_grad():
+        return loss_of(model, held_out).item()
+
+
+kinds = {
+    "ReLU, RMSNorm": ("relu", RMSNorm),
+    "GELU, RMSNorm": ("gelu", RMSNorm),
+    "SwiGLU, RMSNorm": ("swiglu", RMSNorm),
+    "GELU, LayerNorm": ("gelu", LayerNorm),
+}
+results = {
+    name: torch.tensor([held_out_loss(*kind, s) for s in range(3)]) for name, kind in kinds.items()
+}
+means = torch.stack([losses.mean() for losses in results.values()])
+spread = max((losses.max() - losses.min()).item() for losses in results.values())
+print("all means within 0.2 nats:", (means.max() - means.min() < 0.2).item())
+print("seeds of one kind differ by less than 0.2 nats:", spread < 0.2)
+
+# %% mystnb={"figure": {"caption": "Four kinds of blocks at equal parameters, three seeds each (dots) and their means (bars): at this size the kinds differ hardly more than the seeds.", "name": "fig-blocks-kinds"}, "image": {"alt": "For each of ReLU with RMSNorm, GELU with RMSNorm, SwiGLU with RMSNorm and GELU with LayerNorm three dots for the held-out losses and a bar for their mean. All lie within about a tenth of a nat, and the groups overlap."}}
+plt.figure(figsize=(6.5, 2.6))
+for place, losses in enumerate(results.values()):
+    plt.plot(losses, [place] * 3, "o", color=f"C{place}")
+    plt.plot([losses.mean()] * 2, [place - 0.25, place + 0.25], color=f"C{place}")
+plt.yticks(range(len(results)), list(results))
+plt.gca().invert_yaxis()
+plt.xlabel("loss on held-out stories (nats)")
+plt.show()
+
+# %% [markdown]
+# The honest answer is that this experiment cannot tell. Three seeds and 100 steps of a tiny
+# model do not resolve differences as small as those that matter. Shazeer's comparison at scale
+# found SwiGLU and GEGLU ahead, by one or two hundredths of a nat {cite}`shazeer2020glu`; with
+# the gate a model pays nothing in parameters, and so it has become usual. RMSNorm is chosen
+# because it is simpler and not worse.
+
+# %% [markdown]
+# ## A mixture of experts
+#
+# A feed-forward network is a memory, and a token needs little of it. So one may have $E$
+# networks, the **experts**, and use only $k$ of them for each token
+# {cite}`shazeer2017outrageously`. Then the parameters grow with $E$ and the computation with
+# $k$: Mixtral has 47 billion parameters, of which a token meets 13 billion
+# {cite}`jiang2024mixtral`. A **router** chooses. It is one matrix with a row for each expert;
+# the softmax of its scores gives probabilities $p_i$, and the $k$ largest become weights:
+#
+# $$
+# \operatorname{MoE}(x) = \sum_{i \in \operatorname{top} k} w_i\,e_i(x), \qquad
+# w_i = \frac{p_i}{\sum_{j \in \operatorname{top} k} p_j} .
+# $$ (blocks-moe)
+#
+# Token by token this is a few lines:
+
+
+# %%
+def mixture_by_token(x: Tensor, router: nn.Linear, experts: list[nn.Module], k: int) -> Tensor:
+    outputs = []
+    for token in x:
+        weights, chosen = router(token).softmax(dim=-1).topk(k)
+        weights = weights / weights.sum()
+        pairs = zip(weights, chosen.tolist(), strict=True)
+        outputs.append(sum(weight * experts[i](token) for weight, i in pairs))
+    return torch.stack(outputs)
+
+
+# %% [markdown]
+# But a matrix product with one row wastes the hardware. The loop has to be turned around: for
+# each expert, *gather* the tokens that chose it, let it work on all of them at once, and
+# *scatter* the results back to where the tokens stand ({numref}`fig-blocks-moe`).
+#
+# ```{figure} ../figures/blocks-moe.svg
+# :name: fig-blocks-moe
+# :alt: Five tokens at the left go through a router, which sends each to two of four experts. In the middle each expert has its own row of gathered tokens; expert 2 has a capacity of three and drops a fourth. At the right the results are weighted and added at the places of the tokens, together with what a shared expert gives to all of them.
+#
+# Routing five tokens to two experts each. Gathered by expert, computed, and scattered back;
+# expert 2 is full and drops token e. A shared expert sees every token.
+# ```
+#
+# Sorting makes the gathering simple. We list all choices, first choices of all tokens before
+# second ones, and sort the list by expert, stably. Each expert's choices are then one piece of
+# it. What the router decided is kept, because we shall ask about it later.
+
+
 # %%
 #| export
 class Routing(NamedTuple):
-    """Where the tokens of a batch go: probabilities, and weights and numbers of their experts."""
+    """Where the tokens of a batch go: all probabilities, weights and numbers of the chosen."""
 
     probabilities: Float[Tensor, "tokens n_experts"]
     weights: Float[Tensor, "tokens n_active"]
@@ -309,34 +1233,35 @@ class Routing(NamedTuple):
     def balance_loss(self) -> Float[Tensor, ""]:
         """``n_experts * sum(load * mean probability)``: ``n_active`` where all is balanced.
 
-        Only the probabilities carry a gradient. Source: Fedus, Zoph and Shazeer (2022), eq. 4; for
-        several active experts as transformers' ``load_balancing_loss_func``.
+        Source: Fedus, Zoph and Shazeer (2022), eq. 4; for several active experts as transformers'
+        ``load_balancing_loss_func``. Only the probabilities carry a gradient.
         """
         return self.load.numel() * (self.load * self.probabilities.mean(dim=0)).sum()
 
     @property
     def dropped(self) -> float:
         """The share of choices that found their expert full."""
-        kept = sum(len(places) for places in self.places())
-        return 1 - kept / max(self.experts.numel(), 1)
+        return 1 - sum(map(len, places_by_expert(self))) / max(self.experts.numel(), 1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Routing":
         # A tensor with a history cannot be copied, and a copied model has no use for it.
         return Routing(self.probabilities.detach(), self.weights.detach(), *self[2:])
 
-    def places(self) -> list[Int64[Tensor, " places"]]:
-        """Return for each expert its tokens, as places in ``experts.T.flatten()``.
-
-        Place ``p`` is token ``p % tokens``. First choices come before second ones, earlier tokens
-        before later ones, and what exceeds the capacity is left out.
-        """
-        chosen = self.experts.T.flatten()
-        counts = chosen.bincount(minlength=self.probabilities.size(1)).tolist()
-        return [p[: self.capacity] for p in chosen.argsort(stable=True).split(counts)]
-
 
 # %%
 #| export
+def places_by_expert(routing: Routing) -> list[Int64[Tensor, " places"]]:
+    """Return for each expert its tokens, as places in ``routing.experts.T.flatten()``.
+
+    Place ``p`` is token ``p % tokens``. First choices come before second ones, earlier tokens
+    before later ones, and what exceeds the capacity is left out.
+    """
+    chosen = routing.experts.T.flatten()
+    counts = chosen.bincount(minlength=routing.probabilities.size(1)).tolist()
+    order = chosen.argsort(stable=True).split(counts)
+    return [places[: routing.capacity] for places in order]
+
+
 def route(
     logits: Float[Tensor, "tokens n_experts"],
     n_active: int,
@@ -346,8 +1271,8 @@ def route(
 ) -> Routing:
     """Send each token to the ``n_active`` experts with the largest logits.
 
-    Their weights are softmax probabilities over all experts, in float32; with ``normalize`` those
-    of a token sum to one, as in Mixtral. An expert takes at most ``capacity`` tokens.
+    Probabilities are over all experts, in float32; with ``normalize`` the weights of a token sum
+    to one, as in Mixtral. An expert takes at most ``capacity`` tokens.
     """
     probabilities = logits.float().softmax(dim=-1)
     weights, experts = probabilities.topk(n_active, dim=-1)
@@ -356,10 +1281,28 @@ def route(
     return Routing(probabilities, weights, experts, capacity)
 
 
+# %% [markdown]
+# Three tokens, three experts, two choices each:
+
+# %%
+routing = route(torch.tensor([[3.0, 2.0, 0.0], [1.0, 5.0, 0.0], [4.0, 0.0, 1.0]]), n_active=2)
+print("choices of each token:", routing.experts.tolist())
+print("places by expert:     ", [places.tolist() for places in places_by_expert(routing)])
+print("tokens by expert:     ", [(places % 3).tolist() for places in places_by_expert(routing)])
+print("load:", [round(share, 2) for share in routing.load.tolist()])
+
+# %% [markdown]
+# The router as a module. A **capacity** bounds how many tokens an expert takes: on hardware
+# where each expert has its own device, the batch waits for the fullest one. It is a factor $c$
+# times the fair share of $Tk/E$ choices of $T$ tokens. Who comes too late is *dropped*: this
+# expert adds nothing to it, and the stream carries it on. Only while training, however: in use,
+# what becomes of a token must not depend on who else is in the batch.
+
+
 # %%
 #| export
 class Router(nn.Module):
-    """Scores experts for each token by a linear map, and picks the best ``n_active``."""
+    """Scores the experts for each token by a linear map, and picks the best ``n_active``."""
 
     def __init__(
         self,
@@ -372,7 +1315,7 @@ class Router(nn.Module):
         super().__init__()
         _check_at_least(d_model=(1, d_model), n_experts=(1, n_experts), n_active=(1, n_active))
         if n_active > n_experts:
-            raise ValueError(f"n_active: expected at most n_experts {n_experts}, got {n_active}")
+            raise ValueError(f"n_active: expected at most n_experts, {n_experts}, got {n_active}")
         if capacity_factor is not None and not capacity_factor > 0:
             raise ValueError(f"capacity_factor: expected None or above 0, got {capacity_factor!r}")
         self.n_active, self.normalize = n_active, normalize
@@ -389,6 +1332,11 @@ class Router(nn.Module):
         return route(logits, self.n_active, normalize=self.normalize, capacity=capacity)
 
 
+# %% [markdown]
+# The experts have the form of our feed-forward networks; their matrices are stacked, so that a
+# checkpoint has three tensors and not three hundred. Gather, compute, scatter:
+
+
 # %%
 #| export
 class Experts(nn.Module):
@@ -398,28 +1346,23 @@ class Experts(nn.Module):
         super().__init__()
         _check_at_least(d_model=(1, d_model), d_ff=(1, d_ff), n_experts=(1, n_experts))
         _check_choice("activation", activation, ACTIVATIONS)
-        self.activation = activation
-        gated = activation in _GATES
-        inward, outward = (n_experts, d_ff, d_model), (n_experts, d_model, d_ff)
-        self.gate_proj = nn.Parameter(torch.empty(inward)) if gated else None
-        self.up_proj = nn.Parameter(torch.empty(inward))
-        self.down_proj = nn.Parameter(torch.empty(outward))
-        for matrices in self.parameters():
-            nn.init.normal_(matrices, std=matrices.size(-1) ** -0.5)
+        self.activation, gated = activation, activation in _GATES
+        self.gate_proj = _stack(n_experts, d_ff, d_model) if gated else None
+        self.up_proj = _stack(n_experts, d_ff, d_model)
+        self.down_proj = _stack(n_experts, d_model, d_ff)
 
     def forward(
         self, tokens: Float[Tensor, "tokens d_model"], routing: Routing
     ) -> Float[Tensor, "tokens d_model"]:
-        """Return each token's weighted sum of experts: gather, compute, scatter."""
+        """Return for each token the weighted sum of what its experts give."""
         output, weights = torch.zeros_like(tokens), routing.weights.T.flatten()
-        stacks = (self.gate_proj, self.up_proj, self.down_proj)
-        matrices = [[None] * len(self.up_proj) if s is None else s.unbind() for s in stacks]
-        for places, gate, up, down in zip(routing.places(), *matrices, strict=True):
+        ups, downs = self.up_proj.unbind(), self.down_proj.unbind()
+        gates = [None] * len(ups) if self.gate_proj is None else self.gate_proj.unbind()
+        groups = zip(places_by_expert(routing), gates, ups, downs, strict=True)
+        for places, gate, up, down in groups:
             if len(places):
                 which = places % len(tokens)
-                x = tokens[which]
-                gated = None if gate is None else F.linear(x, gate)
-                result = F.linear(_activate(self.activation, gated, F.linear(x, up)), down)
+                result = _expert(tokens[which], gate, up, down, self.activation)
                 result = result * weights[places, None]
                 output.index_add_(0, which, result.to(output.dtype))
         return output
@@ -427,13 +1370,25 @@ class Experts(nn.Module):
 
 # %%
 #| export
-class MixtureOfExperts(nn.Module):
-    """Many feed-forward networks, of which each token uses the ``n_active`` that a router picks.
+def _stack(n_experts: int, n_out: int, n_in: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(n_experts, n_out, n_in) / math.sqrt(n_in))
 
-    ``d_shared`` is the width of one more that all tokens use. With a ``capacity_factor``, while
-    training, an expert drops what exceeds that many times its fair share of the batch. After a
-    forward pass ``routing`` says where the tokens went, padding included.
-    """
+
+def _expert(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str) -> Tensor:
+    """One feed-forward network with these matrices."""
+    gated = None if gate is None else F.linear(x, gate)
+    return F.linear(_activate(activation, gated, F.linear(x, up)), down)
+
+
+# %% [markdown]
+# What every token needs, such as grammar, would have to be learned by every expert. A **shared
+# expert**, which sees all tokens, relieves the others of it {cite}`dai2024deepseekmoe`.
+
+
+# %%
+#| export
+class _Mixture(nn.Module):
+    """The parts of a mixture: router, experts, and perhaps a shared expert."""
 
     def __init__(
         self,
@@ -454,97 +1409,515 @@ class MixtureOfExperts(nn.Module):
         self.shared = FeedForward(d_model, d_shared, activation=activation) if d_shared else None
         self.routing: Routing | None = None
 
-    balance_loss = property(attrgetter("routing.balance_loss"))
+
+# %%
+#| export
+class MixtureOfExperts(_Mixture):
+    """Many feed-forward networks, of which each token uses the ``n_active`` that a router picks.
+
+    ``d_shared`` is the width of one more that all use. With a ``capacity_factor``, while training,
+    an expert drops what exceeds that many times its fair share. Weights sum to one unless
+    ``normalize`` is False, which it should be if one expert is active (chapter 10). ``routing`` is
+    that of the last batch; padding counts.
+    """
+
+    #: The share of tokens of the last batch that chose each expert; see `Routing`.
     load = property(attrgetter("routing.load"))
+    #: The penalty for unequal loads in the last batch, to be added to the loss; see `Routing`.
+    balance_loss = property(attrgetter("routing.balance_loss"))
 
     def forward(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
         """Return what is to be added to ``x``."""
         tokens = x.reshape(-1, x.size(-1))
         self.routing = self.router(tokens)
         output = self.experts(tokens, self.routing)
-        output = output if self.shared is None else output + self.shared(tokens)
+        if self.shared is not None:
+            output = output + self.shared(tokens)
         return output.view_as(x)
 
 
+# %% [markdown]
+# Three checks. It is the loop over tokens. If all experts are the same, routing makes no
+# difference, since weights sum to one. And if all are active with equal weights, the mixture is
+# one wide network: the matrices side by side, and the result divided by $E$.
+
 # %%
-#| export
-class TransformerBlock(nn.Module):
-    """Attention and feed-forward network, each with its normalization and residual connection.
+torch.manual_seed(0)
+mixture, x = MixtureOfExperts(16, 24, n_experts=4, n_active=2), torch.randn(50, 16)
+stacked = mixture.experts
 
-    ``norm_position="pre"`` computes ``x + f(norm(x))``, ``"post"`` the original ``norm(x + f(x))``.
-    Dropout acts on what is added to the stream.
-    """
 
-    def __init__(
-        self,
-        d_model: int,
-        attention: nn.Module,
-        feed_forward: nn.Module,
-        *,
-        norm: Callable[[int], nn.Module] = RMSNorm,
-        norm_position: Literal["pre", "post"] = "pre",
-        dropout: float = 0.0,
-    ):
+def network(gate: Tensor, up: Tensor, down: Tensor) -> FeedForward:
+    one = FeedForward(16, len(up))
+    matrices = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": down}
+    one.load_state_dict(matrices)
+    return one
+
+
+with torch.no_grad():
+    each = list(map(network, stacked.gate_proj, stacked.up_proj, stacked.down_proj))
+    scores = partial(F.linear, weight=mixture.router.weight)
+    print(
+        "token by token:",
+        torch.allclose(mixture(x), mixture_by_token(x, scores, each, 2), atol=1e-5),
+    )
+    uniform = route(torch.zeros(50, 4), n_active=4)
+    down = torch.cat(list(stacked.down_proj), dim=1) / 4
+    wide = network(stacked.gate_proj.flatten(0, 1), stacked.up_proj.flatten(0, 1), down)
+    print("one wide network:", torch.allclose(stacked(x, uniform), wide(x), atol=1e-5))
+    for matrices in stacked.parameters():
+        matrices.copy_(matrices[:1].expand_as(matrices))
+    print("identical experts:", torch.allclose(mixture(x), each[0](x), atol=1e-5))
+
+# %% [markdown]
+# ### The rich get richer
+#
+# How does a router learn? The gradient of a weight $w_i$ is $\nabla_\mathrm{out} \cdot e_i(x)$,
+# and exists only for chosen experts. One that was chosen is trained, gets better, and is chosen
+# more; one that was not stays as it is. (With $k = 1$ normalization makes the only weight a
+# constant 1, and the router learns nothing at all from the loss. Then use $p_i$ itself, as
+# Switch does {cite}`fedus2022switch`.)
+
+# %%
+for normalize in (True, False):
+    torch.manual_seed(0)
+    single = MixtureOfExperts(16, 24, n_experts=4, n_active=1, normalize=normalize)
+    single(x).square().sum().backward()
+    moved = single.router.weight.grad.norm().item() > 1e-3
+    print(f"k = 1, normalize={normalize}: the router has a gradient: {moved}")
+
+# %% [markdown]
+# We want the loads $f_i$, the shares of tokens that choose expert $i$, to be equal, $1/E$ each
+# for $k = 1$. The natural penalty would be $\sum_i f_i^2$: as $\sum_i f_i = 1$, the inequality
+# of Cauchy and Schwarz gives $\sum_i f_i^2 \ge 1/E$, with equality at equal loads. But a load
+# is a count, and has no gradient. What has one is the mean probability $P_i = \frac1T \sum_t
+# p_{ti}$. So one of the two factors is replaced by it {cite}`fedus2022switch`:
+#
+# $$
+# L_\text{balance} = E \sum_{i=1}^{E} f_i P_i .
+# $$ (blocks-balance)
+#
+# If all is equal, it is 1, or $k$ with $k$ choices. What does it ask of the router? With
+# $\partial p_{ti}/\partial s_{tj} = p_{ti}\,(\delta_{ij} - p_{tj})$ for the scores $s$ of a
+# softmax,
+#
+# $$
+# \frac{\partial L_\text{balance}}{\partial s_{tj}}
+# = \frac{E}{T}\; p_{tj}\,\Bigl(f_j - \sum_i f_i\,p_{ti}\Bigr) .
+# $$ (blocks-balance-gradient)
+#
+# A descent step lowers the score of each expert whose load is above the mean load that the
+# token expects, and raises the others. That is the whole purpose. It is *not* a distance from
+# balance, as is often said: $f$ and $P$ need not agree, and then the value can even be less
+# than 1.
+
+# %%
+torch.manual_seed(0)
+logits = torch.randn(200, 8, requires_grad=True)
+routing = route(logits, n_active=1)
+routing.balance_loss.backward()
+p, load = routing.probabilities.detach(), routing.load
+by_hand = 8 / 200 * p * (load - (p @ load)[:, None])
+print("the gradient:", torch.allclose(by_hand, logits.grad, atol=1e-7))
+
+torn = torch.tensor([[0.51, 0.49]] * 6 + [[0.01, 0.99]] * 4).log()  # six undecided, four decided
+print(f"loads 0.6 and 0.4, value {route(torn, n_active=1).balance_loss.item():.2f}")
+
+# %% [markdown]
+# Now the experiment: three layers, 16 experts of which one is active, with and without the
+# penalty. It is added to the loss with a small factor, here 0.02, for each layer. We record the
+# load of the third layer at every step ({numref}`fig-blocks-load`).
+
+
+# %%
+def train_mixture(factor: float) -> tuple[SmallModel, list[float], Tensor]:
+    torch.manual_seed(0)
+    sparse = partial(MixtureOfExperts, d_ff=32, n_experts=16, n_active=1, normalize=False)
+    model, loads = SmallModel(3, feed_forward=sparse), []
+    initialize_weights(model, n_layers=3)
+
+    def penalty(model: SmallModel) -> Tensor:
+        loads.append(model.blocks[2].feed_forward.load)
+        return factor * sum(block.feed_forward.balance_loss for block in model.blocks)
+
+    losses = train(model, 3e-3, steps=100, extra=penalty)
+    return model, losses, torch.stack(loads)
+
+
+mixtures = {factor: train_mixture(factor) for factor in (0.0, 0.02)}
+for factor, (_, _, loads) in mixtures.items():
+    last = loads[-20:].mean(dim=0)
+    idle = int((last < 0.1 / 16).sum())
+    print(
+        f"factor {factor}: fullest expert above four times its share: {bool(last.max() > 4 / 16)},"
+    )
+    print(f"             more than four experts all but idle: {idle > 4}")
+difference = sum(mixtures[0.0][1][-20:]) / 20 - sum(mixtures[0.02][1][-20:]) / 20
+print("the losses differ by less than 0.15 nats:", abs(difference) < 0.15)
+
+# %% mystnb={"figure": {"caption": "Load of the 16 experts of the third layer over training, each row an expert, sorted by their load at the end. Without the penalty a few take nearly everything; with it all take part.", "name": "fig-blocks-load"}, "image": {"alt": "Two heat maps, steps 0 to 100 from left to right, experts from top to bottom. Left, without balance loss: one bright row and two or three weaker ones, the other rows dark. Right, with it: after about twenty steps all rows have about the same middle color."}}
+fig, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
+for ax, (factor, (_, _, loads)) in zip(axes, mixtures.items(), strict=True):
+    order = loads[-20:].mean(dim=0).argsort(descending=True)
+    image = ax.imshow(loads[:, order].T, aspect="auto", vmin=0, vmax=0.4, interpolation="none")
+    ax.set(title=f"factor {factor}", xlabel="step")
+    ax.grid(False)
+axes[0].set_ylabel("expert")
+fig.colorbar(image, ax=axes, label="share of tokens")
+plt.show()
+
+# %% [markdown]
+# At this size the loss does not care: a few experts are enough for 512 tokens. What the balance
+# buys is work evenly spread. With a capacity of 1.25 times the fair share, the collapsed router
+# would drop most of its tokens:
+
+# %%
+for factor, (model, _, _) in mixtures.items():
+    layer = model.blocks[2].feed_forward
+    with torch.no_grad():
+        model(held_out[:100, :-1].clamp(min=0))
+    full = layer.routing._replace(capacity=math.ceil(1.25 * 100 * 64 / 16))
+    print(f"factor {factor}: more than a third dropped: {full.dropped > 1 / 3}")
+
+# %% [markdown]
+# ## Is it the real thing?
+#
+# First PyTorch's own layers, forward and gradient; then its `TransformerEncoderLayer`, in both
+# arrangements, with our weights copied into it and a causal mask.
+
+
+# %%
+def same(ours: nn.Module, theirs: nn.Module, x: Tensor, **options) -> bool:
+    """Whether outputs, and gradients with respect to the input, agree."""
+    results = []
+    for module, extra in ((ours, {}), (theirs, options)):
+        leaf = x.clone().requires_grad_()
+        out = module(leaf, **extra)
+        out = out[0] if isinstance(out, tuple) else out
+        out.sin().sum().backward()
+        results.append((out, leaf.grad))
+    return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
+
+
+torch.manual_seed(0)
+x = torch.randn(2, 12, 64)
+print("LayerNorm:", same(LayerNorm(64), nn.LayerNorm(64), x))
+print("RMSNorm:  ", same(RMSNorm(64), nn.RMSNorm(64, eps=1e-5), x))
+for approximate in ("none", "tanh"):
+    pair = GELU(approximate, backend="reference"), nn.GELU(approximate)
+    print(f"GELU, approximate={approximate}:", same(*pair, x))
+
+# %%
+mask = nn.Transformer.generate_square_subsequent_mask(12)
+for position in ("pre", "post"):
+    first = position == "pre"
+    theirs = nn.TransformerEncoderLayer(
+        64, 4, 256, dropout=0.0, activation="gelu", batch_first=True, norm_first=first
+    )
+    attention = MultiHeadAttention(64, 4, bias=True)
+    feed_forward = FeedForward(64, 256, activation="gelu", bias=True)
+    ours = TransformerBlock(64, attention, feed_forward, norm=LayerNorm, norm_position=position)
+    initialize_weights(ours, n_layers=1)
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    theirs.self_attn.in_proj_weight.data = torch.cat([p.weight.data for p in projections])
+    theirs.self_attn.out_proj.load_state_dict(attention.o_proj.state_dict())
+    theirs.linear1.load_state_dict(feed_forward.up_proj.state_dict())
+    theirs.linear2.load_state_dict(feed_forward.down_proj.state_dict())
+    print(f"TransformerEncoderLayer, {position}:", same(ours, theirs, x, src_mask=mask))
+
+# %% [markdown]
+# Then transformers: the block of Llama, with rotary positions, and that of Mixtral with its
+# penalty. It stacks gate and up into one tensor.
+
+# %%
+from transformers import LlamaConfig, MixtralConfig
+from transformers.models.llama import modeling_llama
+from transformers.models.mixtral import modeling_mixtral
+
+from llmbook.positions import RotaryEmbedding
+
+config = LlamaConfig(
+    hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=176
+)
+config._attn_implementation = "sdpa"
+llama = modeling_llama.LlamaDecoderLayer(config, layer_idx=0)
+block = TransformerBlock(
+    64,
+    MultiHeadAttention(64, 4, n_kv_heads=2),
+    FeedForward(64, 176),
+    norm=partial(RMSNorm, eps=config.rms_norm_eps),
+)
+names = {"attention_norm": "input_layernorm", "attention": "self_attn"}
+names |= {"feed_forward_norm": "post_attention_layernorm", "feed_forward": "mlp"}
+for ours, theirs in names.items():
+    getattr(llama, theirs).load_state_dict(getattr(block, ours).state_dict())
+places = torch.arange(12)[None]
+rotation = modeling_llama.LlamaRotaryEmbedding(config)(x, places)
+rope = RotaryEmbedding(16)(places)
+print("LlamaMLP:         ", same(block.feed_forward, llama.mlp, x))
+print("LlamaDecoderLayer:", same(partial(block, rope=rope), llama, x, position_embeddings=rotation))
+
+# %%
+config = MixtralConfig(
+    hidden_size=64, intermediate_size=96, num_local_experts=4, num_experts_per_tok=2
+)
+config._experts_implementation = "eager"
+mixtral = modeling_mixtral.MixtralSparseMoeBlock(config)
+ours = MixtureOfExperts(64, 96, n_experts=4, n_active=2)
+with torch.no_grad():
+    mixtral.gate.weight.copy_(ours.router.weight)
+    experts = ours.experts
+    mixtral.experts.gate_up_proj.copy_(torch.cat([experts.gate_proj, experts.up_proj], dim=1))
+    mixtral.experts.down_proj.copy_(experts.down_proj)
+print("MixtralSparseMoeBlock:", same(ours, mixtral, x))
+logits = ours.router.weight @ x.flatten(0, 1).T
+theirs = modeling_mixtral.load_balancing_loss_func((logits.T,), num_experts=4, top_k=2)
+print("load_balancing_loss_func:", torch.allclose(ours.balance_loss, theirs))
+
+# %% [markdown]
+# ## How fast is it?
+#
+# Forward and backward, in turns, the best of ten of each, in one thread: our RMSNorm against
+# Llama's and against LayerNorm, our block against Llama's with equal weights, and the experts'
+# loop against the loop over tokens. Ratios above 1 are in our favor.
+
+
+# %%
+def best_times(*functions, repeats: int = 10) -> list[float]:
+    times = [[] for _ in functions]
+    for _ in range(repeats):
+        for function, taken in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function().sum().backward()
+            taken.append(time.perf_counter() - start)
+    return [min(taken) for taken in times]
+
+
+threads = torch.get_num_threads()
+torch.set_num_threads(1)
+x = torch.randn(16, 128, 256, requires_grad=True)
+norms = RMSNorm(256), modeling_llama.LlamaRMSNorm(256), LayerNorm(256)
+rms_time, llama_time, layer_time = best_times(*(partial(norm, x) for norm in norms))
+speed = {"RMSNorm, against Llama's": llama_time / rms_time}
+speed["Llama's RMSNorm, against LayerNorm"] = layer_time / llama_time
+
+# %% tags=["nbval-ignore-output"]
+h = torch.randn(16, 128, 64, requires_grad=True)
+places = torch.arange(128)[None]
+rotation, rope = (
+    modeling_llama.LlamaRotaryEmbedding(llama.self_attn.config)(h, places),
+    RotaryEmbedding(16)(places),
+)
+ours, theirs = best_times(
+    lambda: block(h, rope=rope), lambda: llama(h, position_embeddings=rotation)
+)
+speed["block, against Llama's"] = theirs / ours
+few = torch.randn(64, 16)
+ours, theirs = best_times(
+    lambda: mixture(few), lambda: mixture_by_token(few, scores, each, 2), repeats=3
+)
+speed["mixture, against the loop over tokens"] = theirs / ours
+torch.set_num_threads(threads)
+for name, ratio in speed.items():
+    print(f"{name:38} {ratio:5.1f} times as fast")
+
+# %% [markdown]
+# Most of a block's time is spent in matrix products, which are the same for both; the rest is
+# memory traffic, and there a fused norm shows.
+#
+# ## Exercises
+#
+# ````{exercise} Fold the gain away
+# :label: ex-blocks-fold
+# *Ten minutes.* A gain $g$ in front of a matrix is not needed in use: $W (g \odot y) = W' y$.
+# Write `fold_gain(norm, linear)`, which changes the matrix and sets the gain to one, in place,
+# so that `linear(norm(x))` stays what it was. Who wants to quantize a model does this first.
+# Why is the gain there in training, if it can be folded away?
+# ````
+
+
+# %% tags=["solution"]
+def fold_gain(norm: RMSNorm, linear: nn.Linear) -> None:
+    """Move the gain of ``norm`` into the matrix that reads from it, in place."""
+    # Another parametrization makes for other steps: one number scales a whole column at once. And
+    # where several matrices read the same norm, they share it.
+    with torch.no_grad():
+        linear.weight.mul_(norm.weight)  # column j is multiplied with gain j
+        norm.weight.fill_(1.0)
+
+
+# %% tags=["check"]
+torch.manual_seed(0)
+norm, linear, x = RMSNorm(8), nn.Linear(8, 5), torch.randn(20, 8)
+norm.weight.data.uniform_(0.5, 2.0)
+before = linear(norm(x))
+fold_gain(norm, linear)
+assert torch.equal(norm.weight, torch.ones(8)), "the gain becomes one"
+assert torch.allclose(linear(norm(x)), before, atol=1e-5), "the result stays the same"
+
+# %% [markdown]
+# ````{exercise} From LayerNorm to RMSNorm
+# :label: ex-blocks-center
+# *Twenty minutes.* If everything that is ever written to the stream has mean zero, LayerNorm
+# and RMSNorm do the same to it. Write `center_writes(model)` for a `SmallModel` with LayerNorm,
+# which changes embeddings, positions and the matrices that write, in place, so that all they
+# produce has mean zero, and the model's logits stay the same. (No layer has a bias.) Why is the
+# last part possible?
+# ````
+
+
+# %% tags=["solution"]
+def center_writes(model: SmallModel) -> None:
+    """Subtract from everything that is written to the stream its mean over the features."""
+    # LayerNorm subtracts the mean before anything is read, the last one before the logits. So no
+    # layer sees what is taken away here.
+    with torch.no_grad():
+        for table in (model.embedding, model.positions):
+            table.weight.sub_(table.weight.mean(dim=1, keepdim=True))
+        for block in model.blocks:
+            for matrix in (block.attention.o_proj, block.feed_forward.down_proj):
+                matrix.weight.sub_(matrix.weight.mean(dim=0, keepdim=True))  # over outputs
+
+
+# %% tags=["check"]
+torch.manual_seed(0)
+model, ids = SmallModel(2, norm=LayerNorm), torch.randint(512, (3, 20))
+before = model(ids)
+center_writes(model)
+assert torch.allclose(model(ids), before, atol=1e-4), "the logits stay the same"
+stream = model.embedding(ids) + model.positions(torch.arange(20)[None])
+for block in [nn.Identity(), *model.blocks]:
+    stream = block(stream)
+    assert stream.mean(dim=-1).abs().max() < 1e-5, "the stream has mean zero everywhere"
+other = SmallModel(2, norm=RMSNorm)
+other.load_state_dict(model.state_dict(), strict=False)  # it has no biases
+assert torch.allclose(other(ids), before, atol=1e-4), "with RMSNorm it is the same model"
+
+# %% [markdown]
+# ````{exercise} SwiGLU backward
+# :label: ex-blocks-swiglu
+# *Fifteen minutes.* Derive the gradients of $\operatorname{SiLU}(a) \odot b$ with respect to
+# $a$ and $b$, and write `swiglu_gradients(a, b, to_out)`. Express the derivative of SiLU by
+# $\sigma(a)$. Which tensors must the forward pass keep, if the rest is computed again?
+# ````
+
+
+# %% tags=["solution"]
+def swiglu_gradients(a: Tensor, b: Tensor, to_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ``silu(a) * b``, given that of the result."""
+    # sigma' = sigma (1 - sigma), so silu' = sigma + a sigma (1 - sigma). Keeping a and b is enough;
+    # autograd keeps silu(a) as well, half as much again.
+    gate = torch.sigmoid(a)
+    return to_out * b * gate * (1 + a * (1 - gate)), to_out * a * gate
+
+
+# %% tags=["check"]
+torch.manual_seed(0)
+a, b = (torch.randn(4, 6, requires_grad=True) for _ in range(2))
+to_out = torch.randn(4, 6)
+SwiGLU()(a, b).backward(to_out)
+to_a, to_b = swiglu_gradients(a.detach(), b.detach(), to_out)
+assert torch.allclose(to_b, b.grad, atol=1e-6), "the gradient of b is that of a product"
+assert torch.allclose(to_a, a.grad, atol=1e-6), "the gradient of a needs the derivative of SiLU"
+
+# %% [markdown]
+# ````{exercise} Two layers at once
+# :label: ex-blocks-parallel
+# *Twenty minutes.* GPT-J and PaLM {cite}`chowdhery2023palm` compute both layers from the same
+# input: $x' = x + \operatorname{attention}(\operatorname{norm}(x)) +
+# f(\operatorname{norm}(x))$, with one norm. Write `ParallelBlock` with the arguments and
+# attributes `d_model`, `attention`, `feed_forward` and a `norm`. What is won on hardware, and
+# what is lost in the model?
+# ````
+
+
+# %% tags=["solution"]
+class ParallelBlock(nn.Module):
+    """Attention and feed-forward network side by side, reading the same normalized stream."""
+
+    # Won: one norm less, and matrices that read the same input can be multiplied in one product.
+    # Lost: the feed-forward network sees what attention has gathered only in the next block.
+    def __init__(self, d_model: int, attention: nn.Module, feed_forward: nn.Module):
         super().__init__()
-        _check_choice("norm_position", norm_position, ("pre", "post"))
-        _check_probability("dropout", dropout)
-        self.norm_position, self.dropout = norm_position, dropout
-        self.attention_norm, self.attention = norm(d_model), attention
-        self.feed_forward_norm, self.feed_forward = norm(d_model), feed_forward
+        self.norm = RMSNorm(d_model)
+        self.attention, self.feed_forward = attention, feed_forward
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch sequence d_model"],
-        *,
-        rope: tuple[Tensor, Tensor] | None = None,
-        mask: Bool[Tensor, "..."] | None = None,
-        cache: Any = None,
-    ) -> Float[Tensor, "batch sequence d_model"]:
+    def forward(self, x: Tensor, **options) -> Tensor:
         """Return the stream after this block; the options go to attention."""
-        attend = partial(self.attention, rope=rope, mask=mask, cache=cache)
-        if self.norm_position == "pre":
-            x = x + self._dropped(attend(self.attention_norm(x)))
-            return x + self._dropped(self.feed_forward(self.feed_forward_norm(x)))
-        x = self.attention_norm(x + self._dropped(attend(x)))
-        return self.feed_forward_norm(x + self._dropped(self.feed_forward(x)))
-
-    def _dropped(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        y = self.norm(x)
+        return x + self.attention(y, **options) + self.feed_forward(y)
 
 
-# %%
-#| export
-_WRITERS = {"o_proj", "down_proj"}
+# %% tags=["check"]
+torch.manual_seed(0)
+parallel = ParallelBlock(32, MultiHeadAttention(32, 4), FeedForward(32))
+x = torch.randn(2, 10, 32)
+alone = [parallel.attention(parallel.norm(x)), parallel.feed_forward(parallel.norm(x))]
+assert torch.allclose(parallel(x), x + sum(alone), atol=1e-5), "the stream and both writes"
+with_rope = parallel(x, rope=RotaryEmbedding(8)(torch.arange(10)[None]))
+assert not torch.allclose(with_rope, parallel(x)), "the options reach attention"
+assert len([m for m in parallel.modules() if isinstance(m, RMSNorm)]) == 1, "there is one norm"
+
+# %% [markdown]
+# ````{exercise} Let the experts choose
+# :label: ex-blocks-choice
+# *Half an hour.* Zhou and colleagues {cite}`zhou2022mixture` turn the choice around: each
+# expert takes the `capacity` tokens that score highest for it. Write `expert_choice(logits,
+# capacity)`. It returns the weights, of shape (experts, capacity), which are the softmax
+# probabilities of the tokens over experts, and the numbers of the tokens, of the same shape,
+# best first. Loads are then equal by construction. How often may a token be chosen? And why is
+# this unfit for a model that writes text from left to right?
+# ````
 
 
-@torch.no_grad()
-def initialize_weights(
-    module: nn.Module,
-    n_layers: int,
-    *,
-    std: float | None = None,
-    embedding_std: float | None = None,
-) -> None:
-    """Draw all weights of ``module`` anew, for a model of ``n_layers`` blocks.
-
-    Matrices are normal with standard deviation ``std``, by default 1 / sqrt(fan-in). What writes
-    to the residual stream (``o_proj``, ``down_proj``) is divided by sqrt(2 ``n_layers``), as in
-    GPT-2 (Radford et al., 2019). Embeddings count as matrices, their last dimension as the fan-in,
-    unless ``embedding_std`` is given. Gains become 1, biases 0.
-    """
-    _check_at_least(n_layers=(1, n_layers))
-    embeddings = {id(m.weight) for m in module.modules() if _is_embedding(m)}
-    for name, parameter in module.named_parameters():
-        if parameter.ndim < 2:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            continue
-        scale = std if std is not None else parameter.size(-1) ** -0.5
-        if id(parameter) in embeddings and embedding_std is not None:
-            scale = embedding_std
-        elif _WRITERS & set(name.split(".")):
-            scale /= math.sqrt(2 * n_layers)
-        nn.init.normal_(parameter, std=scale)
+# %% tags=["solution"]
+def expert_choice(
+    logits: Float[Tensor, "tokens n_experts"], capacity: int
+) -> tuple[Float[Tensor, "n_experts capacity"], Int64[Tensor, "n_experts capacity"]]:
+    """Return for each expert the weights and numbers of the tokens that it takes, best first."""
+    # A token may be chosen by no expert, or by all. Whether it is depends on tokens that come
+    # later, which a model that writes does not know: training would look into the future.
+    weights, tokens = logits.softmax(dim=-1).T.topk(capacity, dim=-1)
+    return weights, tokens
 
 
-def _is_embedding(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding | LearnedEmbedding)
+# %% tags=["check"]
+torch.manual_seed(0)
+logits = torch.randn(12, 3)
+weights, tokens = expert_choice(logits, capacity=4)
+assert weights.shape == tokens.shape == (3, 4), "each expert takes as many as fit"
+probabilities = logits.softmax(dim=1)
+for expert in range(3):
+    assert torch.allclose(weights[expert], probabilities[tokens[expert], expert]), "its weights"
+    left = set(range(12)) - set(tokens[expert].tolist())
+    assert len(left) == 8, "no token twice"
+    assert weights[expert].min() >= probabilities[list(left), expert].max(), "the best are taken"
+    assert weights[expert].tolist() == sorted(weights[expert].tolist(), reverse=True), "best first"
+
+# %% [markdown]
+# ## Summary
+#
+# Layers add to a residual stream, so that the gradient has a direct way, $I$ in $I + J$. Adding
+# without normalizing grows exponentially, normalizing what is read makes it a square root, and
+# writes divided by $\sqrt{2\,n_\text{layers}}$ keep the stream level. LayerNorm projects onto a
+# sphere in the plane of mean zero, RMSNorm onto a sphere; their gradients drop what points
+# along the output, and their statistics belong in 32 bits. Post-norm halves the share of the
+# past with every addition, and a deep model can go blind; pre-norm does not. A gated network
+# has three matrices and two thirds of the width. A mixture of experts has the parameters of all
+# experts at the cost of a few, and needs a penalty so that they all take part.
+#
+# **Checklist: a block for a new model.**
+#
+# - Pre-norm with RMSNorm, SwiGLU with $d_\text{ff} \approx \frac83 d$, no biases, no dropout:
+#   Llama's choices, and a good start.
+# - Initialize matrices by their fan-in, writers divided by $\sqrt{2\,n_\text{layers}}$. See that
+#   embeddings are about as large as all writes together.
+# - Before training, print the rms of the stream and the gradient norm of every block. Both should
+#   be level.
+# - Compare two recipes each at its own best learning rate, and over several seeds.
+# - A mixture of experts: give each token two of them or more, add the balance loss with a factor
+#   of about 0.01, watch the load of every layer, and drop tokens in training only.
+#
+# **Further reading.** Xiong and colleagues {cite}`xiong2020layer` on the place of the norm,
+# Elhage and colleagues {cite}`elhage2021framework` on the residual stream, Fedus, Zoph and
+# Shazeer {cite}`fedus2022switch` on routing. Next, chapter 11 stacks the blocks into a model.
