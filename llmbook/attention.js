@@ -52,6 +52,7 @@
     const data = JSON.parse(figure.querySelector("script[type='application/json']").textContent);
     const stage = element("div", { class: "stage" }, figure);
     figure.insertBefore(stage, figure.firstChild);
+    figure.querySelector("details").open = false; // the table is open where no script runs
     const heads = element(
       "div", { class: "heads", role: "toolbar", "aria-label": "Layer and head" }, stage);
     const row = element(

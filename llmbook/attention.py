@@ -743,7 +743,7 @@ def flash_attention(
     q, k, v = q.unflatten(-3, groups), k.unsqueeze(-3), v.unsqueeze(-3)
     return _FlashAttention.apply(q, k, v, mask, scale, tiles).flatten(-4, -3)
 
-# %% ../chapters/09_attention.ipynb #80b40d10
+# %% ../chapters/09_attention.ipynb #2178764d
 _STYLE = """<style>
 .llmbook-attention { max-width: 46rem; font-family: system-ui, sans-serif; font-size: 0.9rem; }
 .llmbook-attention button { font: inherit; color: inherit; cursor: pointer; }
@@ -755,9 +755,9 @@ _STYLE = """<style>
   border: 1px solid #8888; image-rendering: pixelated; }
 .llmbook-attention .tokens { display: flex; flex-wrap: wrap; gap: 2px; margin: 0.6rem 0; }
 .llmbook-attention .tokens button { --weight: 0; min-width: 2.2em; padding: 0.25em 0.4em;
-  border: 1px solid #8886; border-bottom: 4px solid rgba(58, 143, 208, var(--weight));
-  border-radius: 3px; background: rgba(58, 143, 208, calc(0.55 * var(--weight)));
-  white-space: pre; }
+  border: 1px solid #8888; border-radius: 3px; white-space: pre;
+  background: rgba(58, 143, 208, calc(0.55 * var(--weight)));
+  box-shadow: inset 0 -4px rgba(58, 143, 208, var(--weight)); }
 .llmbook-attention .tokens button.query { outline: 2px solid #d55e00; }
 .llmbook-attention button:focus-visible { outline: 3px solid #d55e00; outline-offset: 1px; }
 .llmbook-attention .report { min-height: 2.8em; margin: 0.4rem 0; }
@@ -792,7 +792,7 @@ class AttentionFigure:
     def _repr_html_(self) -> str:
         return self.html
 
-# %% ../chapters/09_attention.ipynb #20089bc5
+# %% ../chapters/09_attention.ipynb #d28d0cf7
 def show_attention(
     tokens: list[str],
     weights: Float[Tensor, "*layers heads queries keys"],
@@ -814,9 +814,10 @@ def show_attention(
     picked = {"layer": layer % len(percent), "head": head % shape[-3], "token": token % n}
     data = {"tokens": tokens, "weights": percent.tolist(), **picked}
     inert = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    table = _strongest(tokens, percent.tolist())
+    script = files("llmbook").joinpath("attention.js").read_text(encoding="utf-8")
     return AttentionFigure(
         f'<div class="llmbook-attention" role="group" aria-label="Attention of {n} tokens">{_STYLE}'
-        f"<details><summary>As a table</summary><div>{_strongest(tokens, percent.tolist())}</div>"
-        f'</details><script type="application/json">{inert}</script></div>'
-        f"<script>{files('llmbook').joinpath('attention.js').read_text(encoding='utf-8')}</script>"
+        f"<details open><summary>As a table</summary><div>{table}</div></details>"
+        f'<script type="application/json">{inert}</script></div><script>{script}</script>'
     )

@@ -1,8 +1,10 @@
 """Attention, masks, caches, tiles and heads of chapter 09, against PyTorch and transformers."""
 
 import itertools
+import json
 import math
 from functools import partial
+from html.parser import HTMLParser
 
 import jaxtyping
 import pytest
@@ -17,9 +19,12 @@ from llmbook.attention import (
     MultiHeadAttention,
     MultiHeadLatentAttention,
     attention_mask,
+    attention_pattern,
+    attention_weights,
     causal_mask,
     flash_attention,
     scaled_dot_product_attention,
+    show_attention,
     softmax,
 )
 from llmbook.batches import document_mask
@@ -628,3 +633,106 @@ def test_qk_norm_bounds_the_scores():
     q = model.q_norm(100 * torch.randn(50, 6))
     k = model.k_norm(100 * torch.randn(50, 6))
     assert (q @ k.mT / math.sqrt(6)).abs().max() <= math.sqrt(6) + 1e-4
+
+
+# The figure
+
+
+class Page(HTMLParser):
+    """What a browser would make of the figure: texts by tag, and the data."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open, self.cells, self.scripts = [], [], []
+        self.feed(html)
+        self.data = json.loads(self.scripts[0])
+
+    def handle_starttag(self, tag, attrs):
+        self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+        elif tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells[-1] += data
+        elif self.open and self.open[-1] == "script":
+            self.scripts[-1] += data
+
+
+def test_the_figure_holds_data_table_and_script():
+    tokens = ["<b>", "&", '"a"', "</script>"]
+    weights = causal_mask(4).float()[None, None].repeat(2, 3, 1, 1)
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    html = show_attention(tokens, weights, layer=-1, head=1)._repr_html_()
+    page = Page(html)
+    assert page.open == [] and html.count("</script>") == 2
+    assert page.data["tokens"] == tokens and page.data["weights"][1][2][1] == [50, 50, 0, 0]
+    assert (page.data["layer"], page.data["head"], page.data["token"]) == (1, 1, 3)
+    assert page.cells[:3] == ["at", "token", "layer 1, head 1"]
+    assert page.cells[8:11] == ["0", "<b>", "<b> at 0 (100 %)"]
+    assert html == show_attention(tokens, weights, layer=-1, head=1).html, "the same each time"
+    assert "http" not in html, "nothing is loaded from anywhere"
+
+
+def test_the_figure_of_one_layer_and_of_nothing():
+    page = Page(show_attention(["a", "b"], torch.zeros(1, 2, 2)).html)
+    assert page.data["weights"] == [[[[0, 0], [0, 0]]]] and page.cells[-1] == ""
+
+
+def test_the_figure_refuses(untyped):
+    with pytest.raises(ValueError, match=r"weights: expected \(layers, heads, 2, 2\) for 2 tokens"):
+        show_attention(["a", "b"], torch.zeros(1, 3, 3))
+
+
+# Looking inside
+
+
+def test_the_pattern_is_what_the_module_uses():
+    layer = MultiHeadAttention(24, 4, n_kv_heads=2, qk_norm=nn.RMSNorm).double()
+    x, rope = torch.randn(2, 9, 24, dtype=torch.float64), RotaryEmbedding(6)(torch.arange(9)[None])
+    for mask in (None, causal_mask(9, 3)):
+        weights = attention_pattern(layer, x, rope=rope, mask=mask)
+        v = layer.v_proj(x).view(2, 9, 2, 6).transpose(1, 2).repeat_interleave(2, dim=1)
+        out = layer.o_proj((weights @ v).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(out, layer(x, rope=rope, mask=mask))
+        assert (weights[:, :, ~causal_mask(9)] == 0).all()
+
+
+def test_weights_sum_to_one_or_nothing():
+    q, k, _ = qkv(kv_heads=2)
+    mask = torch.rand(2, 4, 7, 7) > 0.5
+    mask[0, 0, 3] = False
+    total = attention_weights(q, k, mask).sum(dim=-1)
+    torch.testing.assert_close(total, mask.any(dim=-1).double())
+
+
+def test_a_mask_must_be_boolean(untyped):
+    for attention in ALL.values():
+        with pytest.raises(ValueError, match="mask: expected booleans"):
+            attention(*qkv(), torch.zeros(7, 7))
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0])
+def test_dropout_must_be_a_probability(untyped, dropout):
+    with pytest.raises(ValueError, match="dropout: expected 0 to below 1"):
+        MultiHeadAttention(24, 4, dropout=dropout)
+    with pytest.raises(ValueError, match="dropout: expected 0 to below 1"):
+        MultiHeadLatentAttention(24, 4, d_latent=6, d_rope=4, dropout=dropout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_modules_and_caches_in_other_dtypes(dtype):
+    for model, sizes in models().values():
+        model, rope = model.to(dtype), RotaryEmbedding(6)
+        x = torch.randn(2, 6, 24).to(dtype)
+        whole = model(x, rope=rope(torch.arange(6)[None]))
+        cache = KVCache(2, 6, **sizes, dtype=dtype)
+        cached = run(model, x, cache, [2, 1, 3], rope)
+        assert whole.dtype == cached.dtype == dtype
+        torch.testing.assert_close(cached, whole, atol=2e-2, rtol=5e-2)
