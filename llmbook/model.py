@@ -307,7 +307,7 @@ def _places_in_documents(
     begins[:, 0] = True
     return places - torch.where(begins, places, 0).cummax(dim=1).values
 
-# %% ../chapters/11_model.ipynb #771113e3
+# %% ../chapters/11_model.ipynb #bb6852e9
 def _check_input(
     config: ModelConfig,
     ids: Tensor,
@@ -321,8 +321,11 @@ def _check_input(
         expected = f"1 to context_length = {config.context_length} tokens"
         raise ValueError(f"ids: expected {expected}, got {ids.size(1)}")
     for name, given in alongside.items():
-        shapes = {tuple(ids.shape)} | ({(1, ids.size(1))} if name == "position_ids" else set())
-        if given is not None and (given.dtype != torch.int64 or tuple(given.shape) not in shapes):
+        if given is None:
+            continue
+        fits = given.shape == ids.shape
+        fits |= name == "position_ids" and given.shape == (1, ids.size(1))
+        if given.dtype != torch.int64 or not fits:
             got = f"{tuple(given.shape)} of {given.dtype}"
             raise ValueError(f"{name}: expected {tuple(ids.shape)} of torch.int64, got {got}")
     if cache is not None and alongside["document_ids"] is not None:
@@ -354,7 +357,7 @@ def _entrance(
         x = x + model.positions(positions).to(x.dtype)
     return model.dropout(x), None if model.rope is None else model.rope(positions), mask
 
-# %% ../chapters/11_model.ipynb #777187b1
+# %% ../chapters/11_model.ipynb #873045d4
 class Transformer(nn.Module):
     """From token ids to one vector for each token: everything but the head."""
 
@@ -385,7 +388,11 @@ class Transformer(nn.Module):
             x = block(x, rope=rope, mask=mask, cache=None if cache is None else cache[layer])
         return self.norm(x)
 
-# %% ../chapters/11_model.ipynb #0dd63cfd
+    def balance_loss(self) -> Float[Tensor, ""]:
+        """Return the balance losses of the last pass, summed over blocks with experts, else 0."""
+        return _balance_loss(self)
+
+# %% ../chapters/11_model.ipynb #0ca76287
 class TransformerLM(Transformer):
     """A language model: from token ids to the logits of the next token, at every position."""
 
@@ -396,18 +403,20 @@ class TransformerLM(Transformer):
         _tie(self)
 
     def forward(
-        self, ids: Int64[Tensor, "batch sequence"], **options: Any
+        self,
+        ids: Int64[Tensor, "batch sequence"],
+        *,
+        position_ids: Int64[Tensor, "#batch sequence"] | None = None,
+        document_ids: Int64[Tensor, "batch sequence"] | None = None,
+        cache: KVCache | None = None,
     ) -> Float[Tensor, "batch sequence vocab_size"]:
-        """Return logits; the options are those of ``hidden_states``."""
-        return self.lm_head(self.hidden_states(ids, **options))
+        """Return logits; the arguments are those of ``hidden_states``."""
+        given = {"position_ids": position_ids, "document_ids": document_ids}
+        return self.lm_head(self.hidden_states(ids, cache=cache, **given))
 
     def new_cache(self, batch_size: int, capacity: int | None = None, spare: int = 0) -> KVCache:
         """Return an empty cache for rows of ``capacity`` tokens, by default ``context_length``."""
         return _new_cache(self, batch_size, capacity, spare)
-
-    def balance_loss(self) -> Float[Tensor, ""]:
-        """Return the balance losses of the last pass, summed over blocks with experts, else 0."""
-        return _balance_loss(self)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Write the model to ``folder``; the options are those of ``save_model``."""
@@ -552,13 +561,13 @@ def activation_bytes(
     ends = 2 * config.d_model  # what the last normalization and the head read
     return batch_size * sequence * (config.n_layers * layer + ends) * dtype.itemsize
 
-# %% ../chapters/11_model.ipynb #55d1f3f5
+# %% ../chapters/11_model.ipynb #6d91fc41
 def training_memory(
     config: ModelConfig, batch_size: int, sequence: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, int]:
-    """Return the bytes that a training step with AdamW holds at its peak, by what they are for.
+    """Return the bytes that a training step with AdamW keeps, by what they are for.
 
-    All in one ``dtype``. Not counted: buffers of kernels, and what is given back within a layer.
+    All in one ``dtype``. Not counted: what lives only while one layer, or the loss, is computed.
     """
     weights = count_parameters(config) * dtype.itemsize
     return {
@@ -1107,7 +1116,7 @@ def _common_dtype(folder: Path, found: Mapping[str, _Stored]) -> torch.dtype:
         raise ValueError(f"dtype: expected a choice, as {folder} has {', '.join(names)}, got None")
     return _DTYPES[names[0]]
 
-# %% ../chapters/11_model.ipynb #59fb7bdb
+# %% ../chapters/11_model.ipynb #96b0d53d
 def load_model(
     folder: str | Path,
     *,
@@ -1124,6 +1133,7 @@ def load_model(
     folder = Path(folder)
     family, config = _described(folder)
     found = _stored_tensors(_weight_files(folder), family)
+    _check_arguments(folder, config, found, dtype)
     with torch.device("meta"):
         model = TransformerLM(config, backend)
     head = found.pop("lm_head.weight", None) if config.tie_embeddings else None
@@ -1135,7 +1145,7 @@ def load_model(
         _check_head(model, head)
     return model.eval()
 
-# %% ../chapters/11_model.ipynb #9910fef9
+# %% ../chapters/11_model.ipynb #6e9cb4f3
 def _described(folder: Path) -> tuple[str, ModelConfig]:
     if not folder.is_dir():
         saved = _beside(folder, "old")
@@ -1159,6 +1169,17 @@ def _fill(tensors: Mapping[str, list[Tensor]], found: Mapping[str, _Stored]) -> 
                     parts = file.get_tensor(stored.name).split([v.size(-1) for v in views], dim=-1)
                     for view, part in zip(views, parts, strict=True):
                         view.copy_(part)
+
+
+def _check_arguments(
+    folder: Path, config: ModelConfig, found: Mapping[str, _Stored], dtype: torch.dtype | None
+) -> None:
+    if dtype is not None and dtype not in _DTYPES.values():
+        raise ValueError(f"dtype: expected a floating-point type of {set(_DTYPES)}, got {dtype}")
+    parts = config.n_layers * max(1, config.n_experts)  # a billion layers would take a while
+    if parts > len(found):
+        expected = f"tensors for {parts} layers or experts"
+        raise ValueError(f"{folder}: expected {expected}, got {len(found)} tensors")
 
 
 def _check_head(model: TransformerLM, head: _Stored) -> None:

@@ -567,6 +567,12 @@ OTHERS = {
     "llama-3": transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3, tie_word_embeddings=True),
     "llama-yarn": transformers.LlamaConfig(**SIZES, rope_parameters=YARN),
     "llama-biased": transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "llama-linear": transformers.LlamaConfig(
+        **SIZES,
+        rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+        hidden_act="gelu",
+        head_dim=12,
+    ),
     "qwen2": transformers.Qwen2Config(**SIZES),
     "qwen2-window": transformers.Qwen2Config(
         **SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=0
@@ -909,7 +915,8 @@ Q = "model.layers.0.self_attn.q_proj.weight"
         (lambda t: t.update({Q: t[Q][0].clone()}), rf"{Q} has shape \(32,\), expected \(32, 32\)"),
         (lambda t: t.update({Q: t[Q].to(torch.int8)}), f"{Q} is of I8"),
         (lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)}), f"{Q} is of F8_E4M3"),
-        (lambda t: t.clear(), "; and .* more"),
+        (lambda t: [t.pop(name) for name in list(t)[5:]], "; and 11 more"),
+        (lambda t: t.clear(), "expected tensors for 2 layers or experts, got 0 tensors"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(change, message, saved):
@@ -983,6 +990,12 @@ def test_damaged_and_missing_files_are_named(saved):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"model\.safetensors: damaged, or no safetensors"):
             load_model(saved)
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"dtype: expected a floating-point type"):
+        load_model(saved, dtype=torch.int8)
+    edit(saved, num_hidden_layers=10**12)
+    with pytest.raises(ValueError, match="expected tensors for 1000000000000 layers"):
+        load_model(saved)
     (saved / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"config\.json: expected an object, got list"):
         load_model(saved)
