@@ -1145,7 +1145,7 @@ def load_model(
         _check_head(model, head)
     return model.eval()
 
-# %% ../chapters/11_model.ipynb #6e9cb4f3
+# %% ../chapters/11_model.ipynb #47c07ce7
 def _described(folder: Path) -> tuple[str, ModelConfig]:
     if not folder.is_dir():
         saved = _beside(folder, "old")
@@ -1159,6 +1159,17 @@ def _described(folder: Path) -> tuple[str, ModelConfig]:
         raise ValueError(f"{path}: {error}") from None
 
 
+def _check_arguments(
+    folder: Path, config: ModelConfig, found: Mapping[str, _Stored], dtype: torch.dtype | None
+) -> None:
+    if dtype is not None and dtype not in _DTYPES.values():
+        raise ValueError(f"dtype: expected a floating-point type of {set(_DTYPES)}, got {dtype}")
+    parts = config.n_layers * max(1, config.n_experts)  # a billion layers would take a while
+    if parts > len(found):
+        expected = f"tensors for {parts} layers or experts"
+        raise ValueError(f"{folder}: expected {expected}, got {len(found)} tensors")
+
+# %% ../chapters/11_model.ipynb #2aa073f9
 @torch.no_grad()
 def _fill(tensors: Mapping[str, list[Tensor]], found: Mapping[str, _Stored]) -> None:
     for path in sorted({stored.file for stored in found.values()}):
@@ -1169,17 +1180,6 @@ def _fill(tensors: Mapping[str, list[Tensor]], found: Mapping[str, _Stored]) -> 
                     parts = file.get_tensor(stored.name).split([v.size(-1) for v in views], dim=-1)
                     for view, part in zip(views, parts, strict=True):
                         view.copy_(part)
-
-
-def _check_arguments(
-    folder: Path, config: ModelConfig, found: Mapping[str, _Stored], dtype: torch.dtype | None
-) -> None:
-    if dtype is not None and dtype not in _DTYPES.values():
-        raise ValueError(f"dtype: expected a floating-point type of {set(_DTYPES)}, got {dtype}")
-    parts = config.n_layers * max(1, config.n_experts)  # a billion layers would take a while
-    if parts > len(found):
-        expected = f"tensors for {parts} layers or experts"
-        raise ValueError(f"{folder}: expected {expected}, got {len(found)} tensors")
 
 
 def _check_head(model: TransformerLM, head: _Stored) -> None:
