@@ -103,7 +103,7 @@ def rms_norm(
     mean_square = wide.square().mean(dim=-1, keepdim=True)
     return (wide * torch.rsqrt(mean_square + eps)).to(x.dtype) * weight
 
-# %% ../chapters/10_blocks.ipynb #e8e1026a
+# %% ../chapters/10_blocks.ipynb #92176501
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / rms of each vector, without a copy of ``x`` for its squares."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -114,7 +114,7 @@ class _RMSNormFloat32(torch.autograd.Function):
     """RMSNorm with its gradient by hand: saves only ``x`` and one number for each vector."""
 
     @staticmethod
-    @custom_fwd(device_type="cpu")
+    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # autocast stays out, both ways
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         inverse = _inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, inverse)
@@ -126,9 +126,9 @@ class _RMSNormFloat32(torch.autograd.Function):
     def backward(ctx: Any, to_out: Tensor) -> Any:  # type: ignore[override]
         x, weight, inverse = ctx.saved_tensors
         product = to_out * x
-        rows = product.view(-1, x.size(-1))
-        to_weight = inverse.view(-1) @ rows
-        along = (rows @ weight).view_as(inverse) * inverse.square() / x.size(-1)
+        rows = product.reshape(-1, x.size(-1))
+        to_weight = inverse.reshape(-1) @ rows
+        along = (rows @ weight).view(inverse.shape) * inverse.square() / x.size(-1)
         to_y = torch.mul(to_out, weight, out=product)  # its memory is used again
         return to_y.addcmul_(x, along, value=-1).mul_(inverse), to_weight, None
 
@@ -364,7 +364,7 @@ def initialize_weights(
             scale = std or parameter.size(-1) ** -0.5
             parameter.normal_(std=scale * (write if _WRITERS & set(name.split(".")) else 1.0))
 
-# %% ../chapters/10_blocks.ipynb #962561f5
+# %% ../chapters/10_blocks.ipynb #fb4758ff
 class Routing(NamedTuple):
     """Where the tokens of a batch go: all probabilities, weights and numbers of the chosen."""
 
@@ -377,7 +377,7 @@ class Routing(NamedTuple):
     def load(self) -> Float[Tensor, " n_experts"]:
         """The share of tokens that chose each expert; the shares sum to ``n_active``."""
         counts = self.experts.flatten().bincount(minlength=self.probabilities.size(1))
-        return counts / len(self.experts)
+        return counts / max(len(self.experts), 1)
 
     @property
     def balance_loss(self) -> Float[Tensor, ""]:
@@ -391,7 +391,8 @@ class Routing(NamedTuple):
     @property
     def dropped(self) -> float:
         """The share of choices that found their expert full."""
-        return 1 - sum(map(len, places_by_expert(self))) / max(self.experts.numel(), 1)
+        kept, choices = sum(map(len, places_by_expert(self))), self.experts.numel()
+        return (choices - kept) / max(choices, 1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Routing":
         # A tensor with a history cannot be copied, and a copied model has no use for it.
