@@ -99,7 +99,7 @@ def _check_values(k: Tensor, v: Tensor) -> None:
         expected = f"{tuple(k.shape[:-1])} before the last dimension, as in k"
         raise ValueError(f"v: expected {expected}, got {tuple(v.shape)}")
 
-# %% ../chapters/09_attention.ipynb #aea7aa7a
+# %% ../chapters/09_attention.ipynb #ea7b69e2
 def _joined(mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> Tensor | None:
     """Join ``mask`` with the causal one, whose last query sees all keys; None if all is allowed."""
     queries, keys = q.size(-2), k.size(-2)
@@ -109,6 +109,11 @@ def _joined(mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> Tenso
     return causal if mask is None else mask & causal
 
 
+def _shared(x: Tensor, n_heads: int) -> Tensor:
+    """Repeat each head of keys or values for all the query heads that share it."""
+    return x if x.size(-3) == n_heads else x.repeat_interleave(n_heads // x.size(-3), dim=-3)
+
+# %% ../chapters/09_attention.ipynb #e17adeb1
 def attention_weights(
     q: Float[Tensor, "*batch n_heads queries d_head"],
     k: Float[Tensor, "*batch n_kv_heads keys d_head"],
@@ -120,8 +125,7 @@ def attention_weights(
     """Return the weights that ``scaled_dot_product_attention`` gives to the values."""
     _check_inputs(q, k, mask, is_causal)
     scale = q.size(-1) ** -0.5 if scale is None else scale
-    k = k.repeat_interleave(q.size(-3) // k.size(-3), dim=-3)
-    scores = (q * scale) @ k.mT
+    scores = (q * scale) @ _shared(k, q.size(-3)).mT
     mask = _joined(mask, is_causal, q, k)
     return softmax(scores if mask is None else scores.masked_fill(~mask, -torch.inf))
 
@@ -144,7 +148,7 @@ def _torch_attention(
         mask = _joined(mask, is_causal, q, k)
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped, **options)
 
-# %% ../chapters/09_attention.ipynb #350f14e4
+# %% ../chapters/09_attention.ipynb #533a563f
 def scaled_dot_product_attention(
     q: Float[Tensor, "*batch n_heads queries d_head"],
     k: Float[Tensor, "*batch n_kv_heads keys d_head"],
@@ -170,7 +174,7 @@ def scaled_dot_product_attention(
     if backend != "reference":
         raise ValueError(f"backend: expected 'reference' or 'torch', got {backend!r}")
     weights = attention_weights(q, k, mask, is_causal=is_causal, scale=scale)
-    return F.dropout(weights, dropout) @ v.repeat_interleave(q.size(-3) // v.size(-3), dim=-3)
+    return F.dropout(weights, dropout) @ _shared(v, q.size(-3))
 
 # %% ../chapters/09_attention.ipynb #94d08814
 def _check_heads(
@@ -391,11 +395,11 @@ class _SlotTable:
         self._step, mask, self._lengths = _plan(self, position_ids)
         return mask
 
-# %% ../chapters/09_attention.ipynb #e4cc4319
+# %% ../chapters/09_attention.ipynb #bb6df135
 class LayerCache:
     """Keys and values of one layer, (batch, n_kv_heads, slots, feature): ``cache[layer]``."""
 
-    def __init__(self, table: _SlotTable, keys: Tensor, values: Tensor):
+    def __init__(self, table: "KVCache", keys: Tensor, values: Tensor):
         self._table, self.keys, self.values = table, keys, values
 
     def update(
@@ -424,7 +428,7 @@ def _write(store: Tensor, new: Tensor, step: _Step) -> Tensor:
         store[step.rows, :, step.slots] = new[step.rows, :, step.source]
     return seen
 
-# %% ../chapters/09_attention.ipynb #29930b83
+# %% ../chapters/09_attention.ipynb #cc680d61
 class _Layers(_SlotTable):
     """The layers of a cache, and what can be done to their rows."""
 
@@ -443,7 +447,7 @@ class _Layers(_SlotTable):
         self._lengths = [0] * len(self._lengths)
 
     def truncate(self, lengths: Int64[Tensor, " batch"] | int) -> None:
-        """Forget the tokens of each row from position ``lengths`` on, if the window allows it."""
+        """Forget each row's tokens from ``lengths`` on; ValueError if its window needs more."""
         before = self._lengths
         after = lengths.tolist() if isinstance(lengths, Tensor) else [lengths] * len(before)
         _check_lengths(before, after, self.slots, self.window)
@@ -455,9 +459,9 @@ class _Layers(_SlotTable):
         for layer in self._layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
-# %% ../chapters/09_attention.ipynb #0f9fafe2
+# %% ../chapters/09_attention.ipynb #cff2b20a
 def _empty_layer(
-    table: _SlotTable, shape: tuple[int, ...], widths: tuple[int, int], dtype: torch.dtype
+    table: "KVCache", shape: tuple[int, ...], widths: tuple[int, int], dtype: torch.dtype
 ) -> LayerCache:
     # Zeros: attention multiplies what is not written yet by 0, and 0 times a leftover NaN is NaN.
     keys, values = (torch.zeros(*shape, w, dtype=dtype, device=table.device) for w in widths)
@@ -743,7 +747,7 @@ def flash_attention(
     q, k, v = q.unflatten(-3, groups), k.unsqueeze(-3), v.unsqueeze(-3)
     return _FlashAttention.apply(q, k, v, mask, scale, tiles).flatten(-4, -3)
 
-# %% ../chapters/09_attention.ipynb #2178764d
+# %% ../chapters/09_attention.ipynb #29983bc0
 _STYLE = """<style>
 .llmbook-attention { max-width: 46rem; font-family: system-ui, sans-serif; font-size: 0.9rem; }
 .llmbook-attention button { font: inherit; color: inherit; cursor: pointer; }
@@ -762,6 +766,7 @@ _STYLE = """<style>
 .llmbook-attention button:focus-visible { outline: 3px solid #d55e00; outline-offset: 1px; }
 .llmbook-attention .report { min-height: 2.8em; margin: 0.4rem 0; }
 .llmbook-attention details div { overflow-x: auto; }
+.text_html:has(> .llmbook-attention) { background: none !important; color: inherit !important; }
 .llmbook-attention td, .llmbook-attention th { padding: 0.1em 0.8em; text-align: left;
   white-space: pre; }
 </style>"""
