@@ -20,7 +20,7 @@
 # |---|---|
 # | **You build** | {py:class}`~llmbook.model.ModelConfig`, {py:class}`~llmbook.model.TransformerLM`, {py:func}`~llmbook.model.count_parameters`, {py:func}`~llmbook.model.flops_per_token`, {py:func}`~llmbook.model.activation_bytes`, {py:func}`~llmbook.model.training_memory`, {py:func}`~llmbook.model.cache_bytes` |
 # | **You need** | positions ({doc}`08_positions`), attention ({doc}`09_attention`), blocks ({doc}`10_blocks`), tokens ({doc}`05_tokenizer`) |
-# | **It takes** | 75 minutes to read, 60 seconds to run |
+# | **It takes** | 75 minutes to read, 30 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp model
@@ -857,13 +857,14 @@ plt.show()
 # Two tokens that mean the same to what follows need similar embeddings. Mostly these are the same
 # pairs of tokens, and where they are rare, one matrix learns from twice the evidence.
 #
-# What is the gradient of a matrix that is used twice? Write the loss as $\ell(A, C)$ with the
-# embedding $A$ and the head $C$, and set both to $E$. By the chain rule
+# What is the gradient of a matrix that is used twice? Write the loss as
+# $\ell(E_\text{in}, E_\text{out})$, a function of the embedding and of the head, and let both be
+# $E$. By the chain rule
 #
 # $$
 # \frac{\partial\, \ell(E, E)}{\partial E}
-#   = \frac{\partial \ell}{\partial A}\bigg|_{A = E}
-#   + \frac{\partial \ell}{\partial C}\bigg|_{C = E} .
+#   = \frac{\partial \ell}{\partial E_\text{in}}\bigg|_{E, E}
+#   + \frac{\partial \ell}{\partial E_\text{out}}\bigg|_{E, E} .
 # $$ (model-tied)
 #
 # The two parts are of different kinds. The embedding gets a gradient only in rows of tokens that
@@ -966,7 +967,7 @@ def count_parameters(
 # %% [markdown]
 # The formula is checked in two ways. PyTorch's device `"meta"` builds a model of any size out of
 # shapes alone, without memory, and there we can count. And the sizes of released models are known:
-# those below are the parameters in the files that their makers published.
+# those below are what the files that their makers published add up to.
 
 # %%
 published = {
