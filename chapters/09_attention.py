@@ -468,7 +468,10 @@ def attention_weights(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Float[Tensor, "*batch n_heads queries keys"]:
-    """Return the weights that ``scaled_dot_product_attention`` gives to the values."""
+    """Return the weights that ``scaled_dot_product_attention`` gives to the values.
+
+    They sum to one for each query, or are all zero if it may attend to nothing.
+    """
     _check_inputs(q, k, mask, is_causal)
     scale = q.size(-1) ** -0.5 if scale is None else scale
     scores = (q * scale) @ _shared(k, q.size(-3)).mT
@@ -890,6 +893,7 @@ print("ring of 4 slots, length 6:", _positions_in_slots([6], 4, 4, None).tolist(
 class _Step(NamedTuple):
     """What the layers do in one step."""
 
+    n: int  # tokens in each row, padding included
     rows: Tensor | None  # row of each token to store; None: rows are alike, `slots` is a slice
     slots: slice | Tensor
     source: Tensor | None  # place of each token among the new ones
@@ -903,7 +907,7 @@ def _step_alike(
     """Plan a step that takes every row from ``start`` to ``start + n``, and its mask, if needed."""
     end, first = start + n, start % slots
     used = min(end, slots)
-    step = _Step(None, slice(first, first + n), None, used, append=False)
+    step = _Step(n, None, slice(first, first + n), None, used, append=False)
     in_window = window is None or (used if n == 1 else end) <= window
     if in_window and (n == 1 or start == 0):
         return step, None  # causal attention, aligned at the end
@@ -930,7 +934,7 @@ def _step_apart(
     used = min(slots, max(lengths))
     oldest = torch.tensor(after, device=device)[:, None] - slots  # that will still be there
     rows, source = ((positions >= 0) & (positions >= oldest)).nonzero(as_tuple=True)
-    step = _Step(rows, positions[rows, source] % slots, source, used, append)
+    step = _Step(positions.size(1), rows, positions[rows, source] % slots, source, used, append)
     keys = _positions_in_slots(lengths, slots, used, device)
     keys = torch.cat([keys, positions], dim=1) if append else keys
     return step, attention_mask(positions, keys, window)
@@ -970,6 +974,9 @@ def _plan(
     """Return what the layers are to do, the mask, and the lengths of the rows after it."""
     before = table._lengths
     if isinstance(position_ids, Tensor):
+        if position_ids.size(0) not in (1, len(before)):
+            expected = f"positions of {len(before)} rows, or of one for all"
+            raise ValueError(f"position_ids: expected {expected}, got {position_ids.size(0)}")
         positions = position_ids.expand(len(before), -1)
         n, added = positions.size(1), _counted(positions, before)
     else:
@@ -992,7 +999,7 @@ class _SlotTable:
 
     def __init__(self, batch_size: int, capacity: int, window: int | None, slots: int, device: Any):
         self.capacity, self.window, self.slots, self.device = capacity, window, slots, device
-        self._lengths, self._step = [0] * batch_size, _Step(None, slice(0), None, 0, False)
+        self._lengths, self._step = [0] * batch_size, _Step(0, None, slice(0), None, 0, False)
 
     @property
     def lengths(self) -> Int64[Tensor, " batch"]:
@@ -1042,11 +1049,17 @@ class LayerCache:
 
         What is returned may be a view, which the next step changes. No gradient flows through it.
         """
-        step = self._table._step
+        step, batch_size = self._table._step, self.keys.size(0)
+        if (k.size(0), k.size(2)) != (batch_size, step.n):
+            expected = f"{step.n} announced tokens in each of {batch_size} rows"
+            raise ValueError(f"k: expected {expected}, got the shape {tuple(k.shape)}")
         return _write(self.keys, k, step), _write(self.values, v, step)
 
 
+# %%
+#| export
 def _write(store: Tensor, new: Tensor, step: _Step) -> Tensor:
+    """Write ``new`` where the step says; return what attention is to see."""
     seen, new = store[:, :, : step.used], new.detach().to(store.dtype)
     if step.append:
         seen = torch.cat([seen, new], dim=2)
@@ -1060,7 +1073,8 @@ def _write(store: Tensor, new: Tensor, step: _Step) -> Tensor:
 # %% [markdown]
 # Generation sometimes takes tokens back, or goes on from one row several times (chapter 14). With
 # the slots fixed by the position, taking back is to make a row shorter, so long as the ring still
-# has what the window then reaches.
+# has what the window then reaches: `spare` slots more than the window let it go back as many
+# tokens farther.
 
 
 # %%
@@ -1141,7 +1155,8 @@ class KVCache(_Layers):
         device: torch.device | str | None = None,
     ):
         _check_at_least(batch_size=(1, batch_size), capacity=(1, capacity), window=(1, window))
-        _check_at_least(n_layers=(1, n_layers), spare=(0, spare), d_value=(0, d_value))
+        _check_at_least(n_kv_heads=(1, n_kv_heads), d_head=(1, d_head), d_value=(0, d_value))
+        _check_at_least(n_layers=(1, n_layers), spare=(0, spare))
         slots = capacity if window is None else min(capacity, window + spare)
         super().__init__(batch_size, capacity, window, slots, device)
         shape = batch_size, n_kv_heads, slots
@@ -1158,7 +1173,7 @@ class KVCache(_Layers):
 from llmbook.positions import RotaryEmbedding
 
 rotary = RotaryEmbedding(d_head=8)
-lengths, x = [12, 10, 8], torch.randn(3, 12, 32)
+x = torch.randn(3, 12, 32)
 expected = layer(x, rope=rotary(torch.arange(12)[None]), mask=causal_mask(12, window=4))
 
 

@@ -113,7 +113,7 @@ def _shared(x: Tensor, n_heads: int) -> Tensor:
     """Repeat each head of keys or values for all the query heads that share it."""
     return x if x.size(-3) == n_heads else x.repeat_interleave(n_heads // x.size(-3), dim=-3)
 
-# %% ../chapters/09_attention.ipynb #e17adeb1
+# %% ../chapters/09_attention.ipynb #ee4330c4
 def attention_weights(
     q: Float[Tensor, "*batch n_heads queries d_head"],
     k: Float[Tensor, "*batch n_kv_heads keys d_head"],
@@ -122,7 +122,10 @@ def attention_weights(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Float[Tensor, "*batch n_heads queries keys"]:
-    """Return the weights that ``scaled_dot_product_attention`` gives to the values."""
+    """Return the weights that ``scaled_dot_product_attention`` gives to the values.
+
+    They sum to one for each query, or are all zero if it may attend to nothing.
+    """
     _check_inputs(q, k, mask, is_causal)
     scale = q.size(-1) ** -0.5 if scale is None else scale
     scores = (q * scale) @ _shared(k, q.size(-3)).mT
@@ -284,10 +287,11 @@ def _positions_in_slots(lengths: list[int], slots: int, used: int, device: Any) 
     last = torch.tensor(lengths, device=device)[:, None] - 1
     return (last - (last - torch.arange(used, device=device)) % slots).clamp(min=-1)
 
-# %% ../chapters/09_attention.ipynb #0dc95306
+# %% ../chapters/09_attention.ipynb #6e0b4abc
 class _Step(NamedTuple):
     """What the layers do in one step."""
 
+    n: int  # tokens in each row, padding included
     rows: Tensor | None  # row of each token to store; None: rows are alike, `slots` is a slice
     slots: slice | Tensor
     source: Tensor | None  # place of each token among the new ones
@@ -301,7 +305,7 @@ def _step_alike(
     """Plan a step that takes every row from ``start`` to ``start + n``, and its mask, if needed."""
     end, first = start + n, start % slots
     used = min(end, slots)
-    step = _Step(None, slice(first, first + n), None, used, append=False)
+    step = _Step(n, None, slice(first, first + n), None, used, append=False)
     in_window = window is None or (used if n == 1 else end) <= window
     if in_window and (n == 1 or start == 0):
         return step, None  # causal attention, aligned at the end
@@ -309,7 +313,7 @@ def _step_alike(
     queries = torch.arange(start, end, device=device)[None]
     return step, attention_mask(queries, keys, window)
 
-# %% ../chapters/09_attention.ipynb #ae150736
+# %% ../chapters/09_attention.ipynb #2a15d73c
 def _step_apart(
     positions: Tensor, before: list[int], after: list[int], slots: int, window: int | None
 ) -> tuple[_Step, Tensor]:
@@ -319,7 +323,7 @@ def _step_apart(
     used = min(slots, max(lengths))
     oldest = torch.tensor(after, device=device)[:, None] - slots  # that will still be there
     rows, source = ((positions >= 0) & (positions >= oldest)).nonzero(as_tuple=True)
-    step = _Step(rows, positions[rows, source] % slots, source, used, append)
+    step = _Step(positions.size(1), rows, positions[rows, source] % slots, source, used, append)
     keys = _positions_in_slots(lengths, slots, used, device)
     keys = torch.cat([keys, positions], dim=1) if append else keys
     return step, attention_mask(positions, keys, window)
@@ -343,13 +347,16 @@ def _check_room(lengths: list[int], capacity: int, window: int | None) -> None:
         expected = f"at most {capacity} tokens in a row, the capacity"
         raise ValueError(f"position_ids: expected {expected}, got {max(lengths)}")
 
-# %% ../chapters/09_attention.ipynb #da7234f0
+# %% ../chapters/09_attention.ipynb #7b944887
 def _plan(
     table: "_SlotTable", position_ids: Tensor | int
 ) -> tuple[_Step, Tensor | None, list[int]]:
     """Return what the layers are to do, the mask, and the lengths of the rows after it."""
     before = table._lengths
     if isinstance(position_ids, Tensor):
+        if position_ids.size(0) not in (1, len(before)):
+            expected = f"positions of {len(before)} rows, or of one for all"
+            raise ValueError(f"position_ids: expected {expected}, got {position_ids.size(0)}")
         positions = position_ids.expand(len(before), -1)
         n, added = positions.size(1), _counted(positions, before)
     else:
@@ -364,13 +371,13 @@ def _plan(
         positions = table.next_positions(n).expand(len(before), -1)
     return *_step_apart(positions, before, after, table.slots, table.window), after
 
-# %% ../chapters/09_attention.ipynb #45335413
+# %% ../chapters/09_attention.ipynb #69b7c32f
 class _SlotTable:
     """Which slot holds which position: that of a row's position p is p % slots."""
 
     def __init__(self, batch_size: int, capacity: int, window: int | None, slots: int, device: Any):
         self.capacity, self.window, self.slots, self.device = capacity, window, slots, device
-        self._lengths, self._step = [0] * batch_size, _Step(None, slice(0), None, 0, False)
+        self._lengths, self._step = [0] * batch_size, _Step(0, None, slice(0), None, 0, False)
 
     @property
     def lengths(self) -> Int64[Tensor, " batch"]:
@@ -395,7 +402,7 @@ class _SlotTable:
         self._step, mask, self._lengths = _plan(self, position_ids)
         return mask
 
-# %% ../chapters/09_attention.ipynb #bb6df135
+# %% ../chapters/09_attention.ipynb #b836be04
 class LayerCache:
     """Keys and values of one layer, (batch, n_kv_heads, slots, feature): ``cache[layer]``."""
 
@@ -414,11 +421,15 @@ class LayerCache:
 
         What is returned may be a view, which the next step changes. No gradient flows through it.
         """
-        step = self._table._step
+        step, batch_size = self._table._step, self.keys.size(0)
+        if (k.size(0), k.size(2)) != (batch_size, step.n):
+            expected = f"{step.n} announced tokens in each of {batch_size} rows"
+            raise ValueError(f"k: expected {expected}, got the shape {tuple(k.shape)}")
         return _write(self.keys, k, step), _write(self.values, v, step)
 
-
+# %% ../chapters/09_attention.ipynb #a02cd918
 def _write(store: Tensor, new: Tensor, step: _Step) -> Tensor:
+    """Write ``new`` where the step says; return what attention is to see."""
     seen, new = store[:, :, : step.used], new.detach().to(store.dtype)
     if step.append:
         seen = torch.cat([seen, new], dim=2)
@@ -476,7 +487,7 @@ def _check_lengths(before: list[int], after: list[int], slots: int, window: int 
         if not least <= new <= old:
             raise ValueError(f"lengths: expected {least} to {old} in row {row}, got {new}")
 
-# %% ../chapters/09_attention.ipynb #be4f073f
+# %% ../chapters/09_attention.ipynb #6cd17473
 class KVCache(_Layers):
     """The keys and values of all layers for the tokens read so far, in memory taken once.
 
@@ -501,7 +512,8 @@ class KVCache(_Layers):
         device: torch.device | str | None = None,
     ):
         _check_at_least(batch_size=(1, batch_size), capacity=(1, capacity), window=(1, window))
-        _check_at_least(n_layers=(1, n_layers), spare=(0, spare), d_value=(0, d_value))
+        _check_at_least(n_kv_heads=(1, n_kv_heads), d_head=(1, d_head), d_value=(0, d_value))
+        _check_at_least(n_layers=(1, n_layers), spare=(0, spare))
         slots = capacity if window is None else min(capacity, window + spare)
         super().__init__(batch_size, capacity, window, slots, device)
         shape = batch_size, n_kv_heads, slots

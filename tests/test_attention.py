@@ -448,6 +448,11 @@ def test_cache_refuses(untyped):
         cache.extend(torch.tensor([[2], [2]]))
     with pytest.raises(ValueError, match=r"row 0 to go on from 2.* got \[-2\]"):
         cache.extend(torch.tensor([[-2], [1]]))
+    with pytest.raises(ValueError, match="positions of 2 rows, or of one for all, got 3"):
+        cache.extend(torch.zeros(3, 1, dtype=torch.long))
+    for rows, n in ((1, 2), (2, 1)):
+        with pytest.raises(ValueError, match="k: expected 2 announced tokens in each of 2 rows"):
+            cache[0].update(torch.zeros(rows, 1, n, 4), torch.zeros(rows, 1, n, 4))
     with pytest.raises(ValueError, match="lengths: expected 0 to 1 in row 1, got 2"):
         cache.truncate(2)
     with pytest.raises(ValueError, match="lengths: expected 0 to 2 in row 0, got -1"):
@@ -459,12 +464,10 @@ def test_cache_refuses(untyped):
     ring.truncate(18)
     with pytest.raises(ValueError, match="at most 4 tokens"):
         KVCache(1, 4, 1, 4, window=5).extend(5)
-    for name, bad in {"batch_size": (0, 4, 1, 4), "capacity": (1, 0, 1, 4)}.items():
+    sizes = {"batch_size": 1, "capacity": 4, "n_kv_heads": 1, "d_head": 4}
+    for name in (*sizes, "n_layers", "window"):
         with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
-            KVCache(*bad)
-    for name in ("n_layers", "window"):
-        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
-            KVCache(1, 4, 1, 4, **{name: 0})
+            KVCache(**sizes | {name: 0})
 
 
 # Modules
