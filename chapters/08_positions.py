@@ -9,11 +9,11 @@
 # attention, treats what it reads as a bag: it compares every token with every other and has no
 # notion of before and after. The order has to be put in.
 #
-# How it is put in decides more than one would think: how fast the model learns, whether it can
-# read a text longer than any it was trained on, and whether its weights give sense or nonsense in
-# another program. The method that Llama, Qwen, Mistral, Gemma and DeepSeek share, rotary
-# embeddings, can be derived from a single demand. We do that, build it so that it is fast enough
-# for every layer of every step, and measure what happens where the training text ends.
+# How it is put in decides how fast the model learns, whether it can read a text longer than any it
+# was trained on, and whether its weights make sense in another program. The method that Llama,
+# Qwen, Mistral, Gemma and DeepSeek share, rotary embeddings, can be derived from a single demand.
+# We do that, build it so that it is fast enough for every layer of every step, and measure what
+# happens where the training text ends.
 #
 # | | |
 # |---|---|
@@ -79,18 +79,18 @@ print("rows with a gradient:", E.grad.abs().sum(dim=1).nonzero().flatten().tolis
 # ## Why order is lost
 #
 # {doc}`07_batches` said what attention does: at each place, a weighted mean of what other places
-# hold. Chapter 09 takes it apart; here its formula is enough. From the row $X_t$ of each token
-# come three vectors by three matrices: a **query** (what am I looking for?), a **key** (what am
-# I?) and a **value** (what do I hand on?). The **score** of token $n$ for token $m$ is the inner
-# product of $m$'s query with $n$'s key. A softmax turns the scores of each row into weights, and
-# the output is the mean of the values under these weights:
+# hold. Chapter 09 takes it apart; here its formula is enough. From the row $X_t$ of each token come
+# three vectors by three matrices $W_Q$, $W_K$, $W_V$: a **query** (what am I looking for?), a
+# **key** (what am I?) and a **value** (what do I hand on?). The **score** of token $n$ for token
+# $m$ is the inner product of $m$'s query with $n$'s key. A {term}`softmax` turns the scores of each
+# row into weights, and the output is the mean of the values under these weights:
 #
 # $$
 # Y(X) = \operatorname{softmax}(X A X^\top)\, X B ,
 # $$ (positions-attention)
 #
-# where $A$ and $B$ stand for products of the matrices. Now shuffle the tokens: replace $X$ by
-# $PX$, with a permutation matrix $P$, for which $P^\top P = I$. The scores become
+# where $A = W_Q W_K^\top$ (with some constant factor) and $B = W_V$. Now shuffle the tokens:
+# replace $X$ by $PX$, with a permutation matrix $P$, for which $P^\top P = I$. The scores become
 # $P X A X^\top P^\top$: rows and columns in the new order. The softmax works on each row for
 # itself and does not care in which order the columns come, so the weights are shuffled in the
 # same way, and
@@ -148,8 +148,9 @@ class LearnedEmbedding(nn.Module):
     """A learned vector for each position from 0 to ``context_length - 1`` (as in GPT-2).
 
     Position -1, padding, gets the vector of position 0. On a CPU other positions outside the table
-    raise a ``ValueError``; on a GPU, where looking at them would make the program wait, the kernel
-    itself stops with an assertion. The table starts with a standard deviation of 0.02.
+    raise a ``ValueError``. On a GPU, where looking at them would make the program wait, and under
+    ``torch.compile``, those past the end stop the kernel with an assertion, and those below -1
+    count as 0. The table starts with a standard deviation of 0.02.
     """
 
     def __init__(self, context_length: int, d_model: int):
@@ -205,9 +206,9 @@ except ValueError as error:
 # \omega_i = b^{-2i/d}, \quad b = 10{,}000 .
 # $$ (positions-waves)
 #
-# Each pair is the hand of a clock. The first turns by one radian a token, the last needs nearly
-# $2\pi b$ tokens for one turn ({numref}`fig-positions-waves`). Rotary embeddings will use the
-# same frequencies, whence the name.
+# Each pair is the hand of a clock. The first turns by one radian a token, the last needs
+# $2\pi\, b^{1 - 2/d}$ tokens for one turn ({numref}`fig-positions-waves`). Rotary embeddings,
+# "RoPE", will use the same frequencies, hence the name of the function.
 
 
 # %%
@@ -220,11 +221,16 @@ def rope_frequencies(d_head: int, base: int | float = 10_000.0) -> Float32[Tenso
     >>> rope_frequencies(4, base=100.0)
     tensor([1.0000, 0.1000])
     """
-    _check_at_least(d_head=(2, d_head))
-    if d_head % 2:
-        raise ValueError(f"d_head: expected an even number, got {d_head}")
+    _check_even(d_head=d_head)
     _check_base(base)
     return 1.0 / base ** (torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
+
+
+def _check_even(**sizes: int) -> None:
+    for argument, size in sizes.items():
+        _check_at_least(**{argument: (2, size)})
+        if size % 2:
+            raise ValueError(f"{argument}: expected an even number, got {size}")
 
 
 def _check_base(base: int | float) -> None:
@@ -233,8 +239,8 @@ def _check_base(base: int | float) -> None:
 
 
 # %% [markdown]
-# The angles are computed by a small module that both kinds of embedding share. It insists on 32
-# bits, for a reason that has a section of its own below.
+# A small module computes the angles for both kinds of embedding, in 32 bits; a section below says
+# why.
 
 
 # %%
@@ -249,7 +255,7 @@ class _Angles(nn.Module):
 
     def __init__(self, frequencies: Float32[Tensor, " half"]):
         super().__init__()
-        self.exact = frequencies  # not a buffer: neither cast nor moved, and never on "meta"
+        self.exact = frequencies  # not a buffer: PyTorch neither casts, moves nor empties it
         self.register_buffer("frequencies", frequencies.clone(), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Angles":
@@ -276,7 +282,8 @@ class SinusoidalEmbedding(nn.Module):
 
     def __init__(self, d_model: int, base: int | float = 10_000.0):
         super().__init__()
-        with torch.device("cpu"):
+        _check_even(d_model=d_model)
+        with torch.device("cpu"):  # real numbers, also where a model is laid out on "meta"
             self.angles = _Angles(rope_frequencies(d_model, base))
 
     def forward(
@@ -326,8 +333,8 @@ plt.show()
 # x_m^\top A\, x_n + x_m^\top A\, p_n + p_m^\top A\, x_n + p_m^\top A\, p_n ,
 # $$ (positions-sum)
 #
-# and the distance has drowned. The second term depends on $n$ alone, the third on $m$ alone, and
-# the last on $m - n$ only for a very special $A$, which training would have to find.
+# and nothing singles out the distance. The second term depends on $n$ alone, the third on $m$
+# alone, and the last on $m - n$ only for a very special $A$, which training would have to find.
 
 # %%
 p = SinusoidalEmbedding(64)(torch.arange(200))
@@ -362,8 +369,7 @@ print("with a random matrix between:               ", spread_along_diagonals(p @
 # We look for an $f$ that is linear in the vector, as all maps around it are, and that leaves
 # position 0 alone: $f(q, m) = R_m q$ with a matrix $R_m$, and $R_0 = I$. Then
 # {eq}`positions-requirement` reads $q^\top R_m^\top R_n\, k = g(q, k, m - n)$ for all $q$ and
-# $k$, which says that the matrix $R_m^\top R_n$ depends on $m - n$ only. Two choices of positions
-# tell us all.
+# $k$, which says that the matrix $R_m^\top R_n$ depends on $m - n$ only.
 #
 # *The same position twice.* $R_m^\top R_m = R_0^\top R_0 = I$. So each $R_m$ is orthogonal: it
 # keeps lengths, and $R_m R_m^\top = I$ as well.
@@ -376,8 +382,7 @@ print("with a random matrix between:               ", spread_along_diagonals(p @
 # $$ (positions-power)
 #
 # Conversely, every such choice fulfills the demand, for
-# $(R^m)^\top R^n = (R^\top)^m R^n = R^{n-m}$, as $R^\top = R^{-1}$. To walk one token further is
-# to apply $R$ once more, and nothing else is possible.
+# $(R^m)^\top R^n = (R^\top)^m R^n = R^{n-m}$, as $R^\top = R^{-1}$.
 #
 # ### Two dimensions: a complex number
 #
@@ -414,14 +419,15 @@ print("with a random matrix between:               ", spread_along_diagonals(p @
 # ### Many dimensions
 #
 # Every orthogonal matrix is, in a suitable orthonormal basis $U$, made of rotations of pairs
-# along the diagonal, and of entries $\pm 1$ {cite}`horn2013matrix`. An entry 1 is half of a
-# rotation by 0. A lone $-1$, which only flips its sign from token to token, we leave out. So
+# along the diagonal, and of entries $\pm 1$ {cite}`horn2013matrix`. Two entries 1 are a rotation
+# by 0, two entries $-1$ one by $\pi$. What may be left, a lone 1 and a lone $-1$, which flips a
+# sign from token to token, we leave out. So
 # $R^{n-m} = U D^{n-m} U^\top$, where $D$ rotates pair $i$ by $\omega_i$, and the score
 # $q^\top U\, D^{n-m}\, U^\top k$ is that of the vectors $U^\top q$ and $U^\top k$. But $q$ and
 # $k$ come out of learned matrices, which can learn $U$ as well. Nothing is lost if we set
 # $U = I$.
 #
-# {term}`Rotary position embedding`, **RoPE**, is therefore not one idea among many. But for such
+# {term}`Rotary position embedding`, **RoPE**, is therefore not one idea among many. Apart from such
 # flips it is *all* that linear maps can do to meet the demand: cut the vector into pairs, and
 # turn pair $i$ of the token at position $m$ by $m\,\omega_i$. Only the angles are ours to choose.
 # The code is the formula, and {numref}`fig-positions-scores` shows what it gains over added
@@ -443,7 +449,7 @@ p = SinusoidalEmbedding(64)(positions)
 added = (q + p) @ A64 @ (k + p).T
 print("rotary: same distance, same score:", spread_along_diagonals(rotary) < 1e-3)
 
-# %% mystnb={"figure": {"caption": "The score of one and the same query and key, wherever they stand. Rotary scores are constant along each diagonal.", "name": "fig-positions-scores"}, "image": {"alt": "Two square images over the positions of key and query, 64 by 64. Left, waves added: an irregular pattern of blobs, most varied near the upper left corner. Right, rotary: stripes along the diagonal, each of one color."}}
+# %% mystnb={"figure": {"caption": "The score of one and the same query and key, wherever they stand. Rotary scores are constant along each diagonal.", "name": "fig-positions-scores"}, "image": {"alt": "Two square images over the positions of key and query, 64 by 64. Left, waves added: bands along rows and columns cross, with bright blobs where they meet, and nothing follows the diagonal. Right, rotary: stripes along the diagonal, each of one color."}}
 figure, axes = plt.subplots(1, 2)
 for ax, scores, title in zip(axes, (added, rotary), ("waves, added", "rotary"), strict=True):
     ax.imshow(scores)
@@ -461,10 +467,11 @@ plt.show()
 # \lambda_i = \frac{2\pi}{\omega_i} = 2\pi\, b^{2i/d} \quad \text{tokens.}
 # $$ (positions-wavelength)
 #
-# A fast pair tells *the token before* from *the token before that*, and is ambiguous after six
-# tokens. A slow pair hardly turns over a whole paragraph, so it can compare contents wherever
-# they stand. The first Llama models have $b = 10{,}000$, Llama 3 {cite}`grattafiori2024llama3`
-# has 500,000. How many of the 64 pairs of such a head turn at least once within the context?
+# The fastest pair tells *the token before* from *the token before that*, and is ambiguous after
+# six tokens. A slow pair hardly turns over a whole paragraph, so it can compare contents wherever
+# they stand. Llama 2 {cite}`touvron2023llama2` has $b = 10{,}000$, Llama 3
+# {cite}`grattafiori2024llama3` 500,000, both with heads of 128 dimensions. How many of their 64
+# pairs turn at least once within the context?
 
 # %%
 for name, base, length in (("Llama 2", 10_000, 4096), ("Llama 3", 500_000, 8192)):
@@ -474,8 +481,7 @@ for name, base, length in (("Llama 2", 10_000, 4096), ("Llama 3", 500_000, 8192)
     print(f"{name}: wavelengths 6 to {longest:,.0f}; {turning} pairs turn in {length:,} tokens")
 
 # %% [markdown]
-# The others never come round. They see only part of their circle in training, which will matter
-# when texts get longer.
+# The others see only part of their circle in training, which will matter when texts get longer.
 #
 # Often one reads that RoPE makes scores decay with distance. Take a query that equals its key. By
 # {eq}`positions-complex` the score is a sum of cosines, $\sum_i |q_i|^2 \cos(\Delta\omega_i)$,
@@ -506,8 +512,8 @@ plt.show()
 #
 # Which two numbers make a pair? The paper and Meta's code take neighbors, $(x_0, x_1)$,
 # $(x_2, x_3)$: the **interleaved** layout. Hugging Face's code takes $(x_0, x_{d/2})$,
-# $(x_1, x_{1 + d/2})$: the **half-split** layout, which cuts the vector once, and touches memory
-# in long runs ({numref}`fig-positions-layouts`). They are equally good, but weights trained with
+# $(x_1, x_{1 + d/2})$: the **half-split** layout, `"half"` in code, which touches memory in long
+# runs ({numref}`fig-positions-layouts`). They are equally good, but weights trained with
 # one give nonsense with the other, and no error.
 #
 # ```{figure} ../figures/positions-layouts.svg
@@ -533,9 +539,7 @@ def interleaved_to_half(d_head: int) -> Int64[Tensor, " d_head"]:
     >>> interleaved_to_half(6)
     tensor([0, 2, 4, 1, 3, 5])
     """
-    _check_at_least(d_head=(2, d_head))
-    if d_head % 2:
-        raise ValueError(f"d_head: expected an even number, got {d_head}")
+    _check_even(d_head=d_head)
     return torch.arange(d_head).view(-1, 2).T.flatten()
 
 
@@ -563,16 +567,17 @@ print("without the permutation:", torch.allclose(interleaved, wrong, atol=1))
 
 # %% [markdown]
 # A model does not permute its vectors; it is cheaper to permute once the *rows* of the matrices
-# that make them. If $q = W_q x$, then $\Pi q = (\Pi W_q)\, x$, head by head. So to turn weights
+# that make them. A linear layer of PyTorch computes $q = W x$ for a column $x$ (its $W$ is
+# $W_Q^\top$), and $\Pi q = (\Pi W)\, x$, head by head. So to turn weights
 # of Meta's into weights for Hugging Face's code, one permutes the rows of the matrices for
 # queries and keys, `q_proj` and `k_proj` (and their biases), and nothing else: values are not
 # rotated. The scripts that convert checkpoints do it by a reshape:
 
 # %%
 n_heads, d_head, d_model = 4, 16, 64
-W_q = torch.randn(n_heads * d_head, d_model)
-ours = W_q.unflatten(0, (n_heads, d_head))[:, interleaved_to_half(d_head)].flatten(0, 1)
-theirs = W_q.view(n_heads, d_head // 2, 2, d_model).transpose(1, 2).reshape(-1, d_model)
+W = torch.randn(n_heads * d_head, d_model)
+ours = W.unflatten(0, (n_heads, d_head))[:, interleaved_to_half(d_head)].flatten(0, 1)
+theirs = W.view(n_heads, d_head // 2, 2, d_model).transpose(1, 2).reshape(-1, d_model)
 print("permuted rows are what the reshape gives:", torch.equal(ours, theirs))
 
 # %% [markdown]
@@ -580,12 +585,13 @@ print("permuted rows are what the reshape gives:", torch.equal(ours, theirs))
 #
 # Queries and keys are rotated in every layer, forward and backward. The arithmetic is nothing;
 # what costs is memory. Each operation reads its inputs and writes its result, and `rope_half` has
-# seven: four products, a sum, a difference, and the joining. Two facts save most of it.
+# seven after the angles: four products, a sum, a difference, and the joining. Two facts save most
+# of it.
 #
-# First, one operation can do more. $x \odot (\cos, \cos)$, written once for both halves, is
-# already half of the result; PyTorch's `addcmul_` then adds $\mp x_2 \odot \sin$ and
-# $x_1 \odot \sin$ in place, without a further copy. Second, the gradient needs no bookkeeping. If
-# $y = R x$ with an orthogonal $R$, then
+# First, one operation can do more. $x \odot (\cos, \cos)$, written once for both halves, is already
+# half of the result; PyTorch's `addcmul_` then adds $-x_2 \odot \sin$ to its first half and
+# $x_1 \odot \sin$ to its second in place, without a further copy. Second, the gradient needs no
+# bookkeeping. If $y = R x$ with an orthogonal $R$, then
 #
 # $$
 # \frac{\partial L}{\partial x} = R^\top \frac{\partial L}{\partial y}
@@ -593,7 +599,9 @@ print("permuted rows are what the reshape gives:", torch.equal(ours, theirs))
 # $$ (positions-gradient)
 #
 # the gradient of a rotation is the rotation back, the same function with $-\sin$. It does not
-# even need $x$. In 16 bits the products are taken in 32, because the cosine is, and rounded once.
+# even need $x$. A `torch.autograd.Function` tells this to PyTorch: `setup_context` keeps what
+# `backward` will need. For `x` in 16 bits the products are taken in 32, because the cosine is, and
+# rounded once.
 
 
 # %%
@@ -611,9 +619,12 @@ def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _RotateHalf(torch.autograd.Function):
-    """``_rotate_half`` with its gradient: the rotation back. Cosine and sine get none."""
+    """``_rotate_half`` with its gradient: the rotation back. Cosine and sine get none.
 
-    generate_vmap_rule = True
+    Where both carry a factor, the gradient is the transpose, with the same factor and -sin.
+    """
+
+    generate_vmap_rule = True  # torch.vmap maps over the tensor operations inside
 
     @staticmethod
     def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -661,8 +672,8 @@ def apply_rope(
     """Rotate each pair of ``x`` by its angle; ``cos`` and ``sin`` are those of ``RotaryEmbedding``.
 
     Pairs are (x_i, x_{i + half}) in the layout "half" (Hugging Face), (x_2i, x_{2i+1}) in
-    "interleaved" (the paper, Meta). Computed in float32 (float64 for float64), returned in the
-    dtype of ``x``. No gradient flows to ``cos`` and ``sin`` in the layout "half".
+    "interleaved" (the paper, Meta). Computed in float32 (float64 for float64), even from angles of
+    16 bits, returned in the dtype of ``x``. In "half", cos and sin get no gradient where x does.
 
     >>> x, quarter = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]), torch.tensor([[torch.pi / 2, 0]])
     >>> apply_rope(x, quarter.cos(), quarter.sin()).round()
@@ -673,11 +684,12 @@ def apply_rope(
     if x.size(-1) != 2 * cos.size(-1):
         raise ValueError(f"cos: expected {x.size(-1)} / 2 angles a position, got {cos.size(-1)}")
     cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # the same for all heads
+    if cos.dtype.itemsize < 4:
+        cos, sin = cos.float(), sin.float()
     if layout == "half":
+        # For one new token, autograd.Function costs more than the rotation: only where it is needed
         tracked = x.requires_grad and torch.is_grad_enabled()
-        rotate = (
-            _RotateHalf.apply if tracked else _rotate_half
-        )  # autograd costs more than one token
+        rotate = _RotateHalf.apply if tracked else _rotate_half
         return rotate(x, torch.cat((cos, cos), dim=-1), sin)
     if layout == "interleaved":
         return _rotate_interleaved(x, cos, sin)
@@ -752,7 +764,8 @@ for layout, expected in (("half", rope_half(x, ids)), ("interleaved", rope_compl
 # :name: fig-positions-ids
 # :alt: Above, a packed row of nine tokens in three documents of 3, 4 and 2 tokens; its position ids are 0 1 2, 0 1 2 3, 0 1. Below, generation: keys at positions 0 to 4 are kept, and a new token arrives with position id 5.
 #
-# Position ids restart in every document of a packed row, and go on where kept keys end.
+# Position ids restart in every document of a packed row, which ◆ opens, and go on where kept keys
+# end.
 # ```
 #
 # We pack three documents and compare each with itself alone:
@@ -787,8 +800,8 @@ for position in (5, 0):
     print(f"the new token at position {position}: scores as in one go: {same}")
 
 # %% [markdown]
-# Padding may have position $-1$; it is treated as 0, so that nothing becomes infinite in a place
-# that nobody looks at.
+# Padding has position $-1$, which is treated as 0: a table has no row $-1$, and nobody looks at
+# what comes out.
 #
 # ## Angles need 32 bits
 #
@@ -849,8 +862,8 @@ print("the same cosines:        ", torch.equal(cast(place)[0], RotaryEmbedding(6
 # ## Does it help?
 #
 # We train four tiny transformers that differ in nothing but positions, to predict the next byte
-# of documentation, for 300 steps on windows of 64 bytes. The model stands here in full; the three
-# chapters to come explain each line.
+# of documentation, for 300 steps on windows of 64 bytes. The next three chapters explain each line
+# of the model.
 
 
 # %%
@@ -938,8 +951,8 @@ plt.show()
 # %% [markdown]
 # Rotary embeddings win by a wide margin ({numref}`fig-positions-training`). The learned table
 # does not help yet: it must find out for each of 64 positions what the waves have from the start.
-# With other seeds the order is the same; but three hundred steps are few. The comparison shows
-# how fast a model learns, not where it would end.
+# With three other seeds rotary led sinusoidal by 0.2 to 0.3. But three hundred steps are few: they
+# show how fast a model learns, not where it would end.
 #
 # ## Longer than in training
 #
@@ -1070,7 +1083,7 @@ def _yarn_kept(
     first, last = index(scaling.beta_fast), index(scaling.beta_slow)
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, 2 * half - 1)
+    first, last = max(first, 0), min(last, 2 * half - 1)  # not half - 1: as in YaRN's code
     ramp = (torch.arange(half, device=frequencies.device) - first) / max(last - first, 0.001)
     return 1 - ramp.clamp(0, 1)
 
@@ -1159,7 +1172,7 @@ tuned = {
     for kind in (None, "linear", "yarn")
 }
 
-# %% mystnb={"figure": {"caption": "A model trained on 64 bytes reads 256, with the frequencies stretched in five ways, and after 20 more steps on 256 bytes.", "name": "fig-positions-extension"}, "image": {"alt": "Two plots of the loss against the position up to 256, with a line at 64. Left, no further training: as it is, the loss is near 2.15 up to 64 and then climbs to 2.8; linear is near 3.2 everywhere; NTK stays near 2.2 up to about 170 and climbs to 2.6; YaRN and llama3 stay near 2.2 throughout. Right, after 20 steps: linear has come down to about 2.5; as it is and YaRN lie close together near 2.15, YaRN a little lower beyond 64."}}
+# %% mystnb={"figure": {"caption": "A model trained on 64 bytes reads 256. Left, as it is and with the frequencies stretched in four ways; right, three of these after 20 more steps on 256 bytes.", "name": "fig-positions-extension"}, "image": {"alt": "Two plots of the loss against the position up to 256, with a line at 64. Left, no further training: as it is, the loss is near 2.15 up to 64 and then climbs to 2.8; linear is near 3.2 everywhere; NTK stays near 2.2 up to about 170 and climbs to 2.6; YaRN and llama3 stay near 2.2 throughout. Right, after 20 steps: linear has come down to about 2.5; as it is and YaRN lie close together near 2.15, YaRN a little lower beyond 64."}}
 figure, (left, right) = plt.subplots(1, 2, sharex=True, sharey=True)
 middle = torch.arange(8, 256, 16)
 for number, (kind, losses) in enumerate(as_is.items()):
@@ -1191,12 +1204,12 @@ curves = [*as_is.values(), *tuned.values()]
 print("no curve falls beyond 64:", all(y[beyond].mean() > y[2:4].mean() - 0.1 for y in curves))
 
 # %% [markdown]
-# So much of the theory shows in a few seconds of training. Unchanged, the model fails where its
-# training ended. Linear interpolation blurs the neighborhood, on which a byte depends most;
-# further training puts it right, for which its authors needed at most 1,000 steps with large
-# models. NTK-aware scaling holds for twice the length, and by parts it works at once.
+# Unchanged, the model fails soon after its training ended. Linear interpolation blurs the
+# neighborhood, on which a byte depends most; further training puts it right, for which its authors
+# needed at most 1,000 steps with large models. NTK-aware scaling holds for twice the length, and by
+# parts it works at once.
 #
-# Two more things can be seen. The control, 20 steps on long windows with the frequencies as they
+# The control, 20 steps on long windows with the frequencies as they
 # were, is nearly as good as YaRN: for a tiny model and a factor of 4 a little training is cure
 # enough. With Llama it was not: over 10,000 steps brought it from 2,048 tokens to no more than
 # 2,560 {cite}`chen2023extending`. And no curve falls beyond 64. Longer texts have become
@@ -1338,8 +1351,8 @@ for name, rows, length in (("training", 8, 256), ("one token", 1, 1)):
 
 # %% [markdown]
 # In training memory decides: ours passes over it less often, and the interleaved layout, a single
-# pass, is far ahead on a CPU. For one token it is the number of calls that counts, and there is
-# little to gain. `torch.compile`, which takes too long for this chapter, makes a single kernel of
+# pass, is far ahead on a CPU. For one token it is the number of calls that counts, and ours are a
+# little slower. `torch.compile`, which takes too long for this chapter, makes a single kernel of
 # `apply_rope` and another of its gradient, and roughly halves the time once more; but it leaves
 # complex numbers, and so the interleaved layout, as they are.
 #
@@ -1453,11 +1466,11 @@ assert torch.allclose(found, expected, atol=1e-6), "pairs are (0, 4), (1, 5), (2
 # :label: ex-positions-alibi
 # *Twenty-five minutes.* Press and colleagues {cite}`press2022alibi` use no vectors at all. They
 # subtract from each score the distance times a slope, so that distant tokens count less. Head
-# $h = 1, \dots, H$ of $H$, a power of two, has the slope $2^{-8h/H}$. Write
-# `alibi_slopes(n_heads)` and `alibi_bias(n_heads, position_ids)`, which is added to the scores:
-# of shape (batch, heads, sequence, sequence), $-\text{slope} \cdot (m - n)$ for query $m$ and key
-# $n$, and 0 for keys after the query, which a mask will hide. At which distance does the bias of
-# the steepest and of the flattest of 8 heads reach $-10$, a weight of about $e^{-10}$?
+# $h = 1, \dots, H$ of $H$, a power of two, has the slope $2^{-8h/H}$. Write the tensors
+# `alibi_slopes(n_heads)` and `alibi_bias(n_heads, position_ids)`. The bias, which is added to the
+# scores, is of shape (batch, heads, sequence, sequence), $-\text{slope} \cdot (m - n)$ for query
+# $m$ and key $n$, and 0 for keys after the query, which a mask will hide. At which distance does
+# the bias of the steepest and of the flattest of 8 heads reach $-10$, a weight of about $e^{-10}$?
 # ````
 
 
@@ -1477,7 +1490,7 @@ def alibi_bias(n_heads: int, position_ids: Tensor) -> Tensor:
 # %% tags=["check"]
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-assert alibi_slopes(8).tolist() == [2.0**-h for h in range(1, 9)], "1/2, 1/4, ..., 1/256"
+assert torch.allclose(alibi_slopes(8), 0.5 ** torch.arange(1, 9)), "1/2, 1/4, ..., 1/256"
 mask = torch.ones(12, 12).tril().bool()
 for n_heads in (1, 4, 8, 16):
     bias = alibi_bias(n_heads, torch.arange(12).expand(2, 12))
@@ -1487,8 +1500,8 @@ for n_heads in (1, 4, 8, 16):
     scores = torch.randn(2, n_heads, 12, 12)
     weights = [(scores + b).masked_fill(~mask, -torch.inf).softmax(-1) for b in (bias, theirs)]
     assert torch.allclose(*weights, atol=1e-5), "the weights are not those of BLOOM"
-packed = alibi_bias(2, torch.tensor([[0, 1, 2, 0, 1]]))
-assert packed[0, 0, 4, 3] == -(2.0**-4), "distances are those of the position ids, not of the row"
+gap = alibi_bias(2, torch.tensor([[3, 7]]))[0, 0, 1, 0].item()
+assert math.isclose(gap, -4 / 16), "distances are those of the position ids, not of the row"
 
 # %% [markdown]
 # ## Summary
@@ -1515,8 +1528,7 @@ assert packed[0, 0, 4, 3] == -(2.0**-4), "distances are those of the position id
 #   and linear interpolation becomes usable. Measure the loss by position, also on short texts.
 #
 # **Further reading.** Su and colleagues {cite}`su2024roformer` on RoPE; Chen and colleagues
-# {cite}`chen2023extending` and Peng and colleagues {cite}`peng2024yarn` on longer contexts, the
-# second with the history of the ideas; Barbero and colleagues {cite}`barbero2025round` on what
-# trained models do with their pairs; Kazemnejad and colleagues {cite}`kazemnejad2023impact` on
-# models without positions. Next, chapter 09 takes the queries and keys that now know where they
-# stand, and builds attention.
+# {cite}`chen2023extending` and Peng and colleagues {cite}`peng2024yarn` on longer contexts; Barbero
+# and colleagues {cite}`barbero2025round` on what trained models do with their pairs; Kazemnejad and
+# colleagues {cite}`kazemnejad2023impact` on models without positions. Next, chapter 09 takes the
+# queries and keys that now know where they stand, and builds attention.

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from .corpus import _check_at_least
 
-# %% ../chapters/08_positions.ipynb #f3a69c37
+# %% ../chapters/08_positions.ipynb #354e45b0
 class LearnedEmbedding(nn.Module):
     """A learned vector for each position from 0 to ``context_length - 1`` (as in GPT-2).
 
     Position -1, padding, gets the vector of position 0. On a CPU other positions outside the table
-    raise a ``ValueError``; on a GPU, where looking at them would make the program wait, the kernel
-    itself stops with an assertion. The table starts with a standard deviation of 0.02.
+    raise a ``ValueError``. On a GPU, where looking at them would make the program wait, and under
+    ``torch.compile``, those past the end stop the kernel with an assertion, and those below -1
+    count as 0. The table starts with a standard deviation of 0.02.
     """
 
     def __init__(self, context_length: int, d_model: int):
@@ -51,7 +52,7 @@ def _check_positions(position_ids: Int64[Tensor, "*batch sequence"], length: int
     if len(wrong):
         raise ValueError(f"position_ids: expected -1 (padding) to {length - 1}, got {wrong[0]}")
 
-# %% ../chapters/08_positions.ipynb #f744e8d6
+# %% ../chapters/08_positions.ipynb #3f5ffaf5
 def rope_frequencies(d_head: int, base: int | float = 10_000.0) -> Float32[Tensor, " half"]:
     """Return base^(-2i / d_head) for each pair i of dimensions: radians per position, float32.
 
@@ -60,18 +61,23 @@ def rope_frequencies(d_head: int, base: int | float = 10_000.0) -> Float32[Tenso
     >>> rope_frequencies(4, base=100.0)
     tensor([1.0000, 0.1000])
     """
-    _check_at_least(d_head=(2, d_head))
-    if d_head % 2:
-        raise ValueError(f"d_head: expected an even number, got {d_head}")
+    _check_even(d_head=d_head)
     _check_base(base)
     return 1.0 / base ** (torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
+
+
+def _check_even(**sizes: int) -> None:
+    for argument, size in sizes.items():
+        _check_at_least(**{argument: (2, size)})
+        if size % 2:
+            raise ValueError(f"{argument}: expected an even number, got {size}")
 
 
 def _check_base(base: int | float) -> None:
     if not 1 < base < math.inf:
         raise ValueError(f"base: expected a number above 1, got {base}")
 
-# %% ../chapters/08_positions.ipynb #955ba454
+# %% ../chapters/08_positions.ipynb #ac60a342
 class _Angles(nn.Module):
     """Position times frequency in float32, also in a model that is cast to another type.
 
@@ -82,7 +88,7 @@ class _Angles(nn.Module):
 
     def __init__(self, frequencies: Float32[Tensor, " half"]):
         super().__init__()
-        self.exact = frequencies  # not a buffer: neither cast nor moved, and never on "meta"
+        self.exact = frequencies  # not a buffer: PyTorch neither casts, moves nor empties it
         self.register_buffer("frequencies", frequencies.clone(), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Angles":
@@ -97,7 +103,7 @@ class _Angles(nn.Module):
         """Return the angles in radians."""
         return position_ids.clamp(min=0).float()[..., None] * self.frequencies
 
-# %% ../chapters/08_positions.ipynb #5e3215c6
+# %% ../chapters/08_positions.ipynb #65672c64
 class SinusoidalEmbedding(nn.Module):
     """Waves: sin(t w_i) at dimension 2i, cos(t w_i) at 2i + 1, where w_i = base^(-2i / d_model).
 
@@ -107,7 +113,8 @@ class SinusoidalEmbedding(nn.Module):
 
     def __init__(self, d_model: int, base: int | float = 10_000.0):
         super().__init__()
-        with torch.device("cpu"):
+        _check_even(d_model=d_model)
+        with torch.device("cpu"):  # real numbers, also where a model is laid out on "meta"
             self.angles = _Angles(rope_frequencies(d_model, base))
 
     def forward(
@@ -117,7 +124,7 @@ class SinusoidalEmbedding(nn.Module):
         angles = self.angles(position_ids)
         return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
-# %% ../chapters/08_positions.ipynb #43adcf24
+# %% ../chapters/08_positions.ipynb #edb211a9
 def interleaved_to_half(d_head: int) -> Int64[Tensor, " d_head"]:
     """Return the order in which interleaved dimensions stand in the layout "half".
 
@@ -126,12 +133,10 @@ def interleaved_to_half(d_head: int) -> Int64[Tensor, " d_head"]:
     >>> interleaved_to_half(6)
     tensor([0, 2, 4, 1, 3, 5])
     """
-    _check_at_least(d_head=(2, d_head))
-    if d_head % 2:
-        raise ValueError(f"d_head: expected an even number, got {d_head}")
+    _check_even(d_head=d_head)
     return torch.arange(d_head).view(-1, 2).T.flatten()
 
-# %% ../chapters/08_positions.ipynb #548b5618
+# %% ../chapters/08_positions.ipynb #64723fc6
 def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate (x_i, x_{i + half}) by the angle of pair i; ``cos`` is there for both halves.
 
@@ -145,9 +150,12 @@ def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _RotateHalf(torch.autograd.Function):
-    """``_rotate_half`` with its gradient: the rotation back. Cosine and sine get none."""
+    """``_rotate_half`` with its gradient: the rotation back. Cosine and sine get none.
 
-    generate_vmap_rule = True
+    Where both carry a factor, the gradient is the transpose, with the same factor and -sin.
+    """
+
+    generate_vmap_rule = True  # torch.vmap maps over the tensor operations inside
 
     @staticmethod
     def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -175,7 +183,7 @@ def _rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     pairs = torch.view_as_complex(real.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 
-# %% ../chapters/08_positions.ipynb #f512a24c
+# %% ../chapters/08_positions.ipynb #17a8ee1a
 def apply_rope(
     x: Float[Tensor, "*batch heads sequence d_head"],
     cos: Float[Tensor, "*#batch sequence half"],
@@ -185,8 +193,8 @@ def apply_rope(
     """Rotate each pair of ``x`` by its angle; ``cos`` and ``sin`` are those of ``RotaryEmbedding``.
 
     Pairs are (x_i, x_{i + half}) in the layout "half" (Hugging Face), (x_2i, x_{2i+1}) in
-    "interleaved" (the paper, Meta). Computed in float32 (float64 for float64), returned in the
-    dtype of ``x``. No gradient flows to ``cos`` and ``sin`` in the layout "half".
+    "interleaved" (the paper, Meta). Computed in float32 (float64 for float64), even from angles of
+    16 bits, returned in the dtype of ``x``. In "half", cos and sin get no gradient where x does.
 
     >>> x, quarter = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]), torch.tensor([[torch.pi / 2, 0]])
     >>> apply_rope(x, quarter.cos(), quarter.sin()).round()
@@ -197,11 +205,12 @@ def apply_rope(
     if x.size(-1) != 2 * cos.size(-1):
         raise ValueError(f"cos: expected {x.size(-1)} / 2 angles a position, got {cos.size(-1)}")
     cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # the same for all heads
+    if cos.dtype.itemsize < 4:
+        cos, sin = cos.float(), sin.float()
     if layout == "half":
+        # For one new token, autograd.Function costs more than the rotation: only where it is needed
         tracked = x.requires_grad and torch.is_grad_enabled()
-        rotate = (
-            _RotateHalf.apply if tracked else _rotate_half
-        )  # autograd costs more than one token
+        rotate = _RotateHalf.apply if tracked else _rotate_half
         return rotate(x, torch.cat((cos, cos), dim=-1), sin)
     if layout == "interleaved":
         return _rotate_interleaved(x, cos, sin)
@@ -286,7 +295,7 @@ def _check_scaling(scaling: RopeScaling) -> None:
     if attention is not None and not 0 < attention < math.inf:
         raise ValueError(f"attention_factor: expected a number above 0, got {attention}")
 
-# %% ../chapters/08_positions.ipynb #82039332
+# %% ../chapters/08_positions.ipynb #7df2c2ff
 def _yarn_kept(
     frequencies: Float[Tensor, " half"], scaling: RopeScaling, base: int | float
 ) -> Float[Tensor, " half"]:
@@ -301,7 +310,7 @@ def _yarn_kept(
     first, last = index(scaling.beta_fast), index(scaling.beta_slow)
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, 2 * half - 1)
+    first, last = max(first, 0), min(last, 2 * half - 1)  # not half - 1: as in YaRN's code
     ramp = (torch.arange(half, device=frequencies.device) - first) / max(last - first, 0.001)
     return 1 - ramp.clamp(0, 1)
 

@@ -30,7 +30,7 @@ from llmbook.positions import (
     scale_rope,
 )
 
-HALF = pytest.mark.parametrize("layout", ["half", "interleaved"])
+LAYOUTS = pytest.mark.parametrize("layout", ["half", "interleaved"])
 
 
 @pytest.fixture
@@ -154,16 +154,25 @@ def test_angles_survive_a_model_laid_out_on_meta():
     assert module(positions.to("meta"))[0].is_meta
 
 
-def test_padding_has_finite_angles():
+def test_padding_counts_as_position_0():
     cos, sin = RotaryEmbedding(8)(torch.tensor([[-1, 0]]))
     assert torch.equal(cos[0, 0], cos[0, 1])
     assert torch.equal(sin[0, 0], torch.zeros(4))
+    waves = SinusoidalEmbedding(8)(torch.tensor([[-1, 0, 1]]))[0]
+    assert torch.equal(waves[0], waves[1])
+    assert not torch.equal(waves[1], waves[2])
+
+
+def test_what_print_shows():
+    assert repr(LearnedEmbedding(5, 3)) == "LearnedEmbedding(context_length=5, d_model=3)"
+    shown = repr(RotaryEmbedding(8, 100, RopeScaling("linear", 2)))
+    assert "d_head=8, base=100, scaling=RopeScaling(kind='linear', factor=2" in shown
 
 
 # --- rotations ----------------------------------------------------------------------------------
 
 
-@HALF
+@LAYOUTS
 @pytest.mark.parametrize("rows", [(), (1,), (2,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rotation_equals_the_matrices(layout, rows, dtype):
@@ -179,13 +188,13 @@ def test_rotation_equals_the_matrices(layout, rows, dtype):
     assert torch.allclose(*gradients, atol=tolerance)
 
 
-@HALF
+@LAYOUTS
 def test_without_a_batch(layout):
     x, (cos, sin) = torch.randn(3, 5, 8), RotaryEmbedding(8)(torch.arange(5))
     assert torch.equal(apply_rope(x, cos, sin, layout), apply_rope(x[None], cos, sin, layout)[0])
 
 
-@HALF
+@LAYOUTS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_halves_are_rotated_in_float32_and_rounded_once(layout, dtype):
     x, (cos, sin) = torch.randn(2, 3, 5, 8).to(dtype), RotaryEmbedding(8)(torch.arange(5))
@@ -197,7 +206,37 @@ def test_halves_are_rotated_in_float32_and_rounded_once(layout, dtype):
     assert x.grad.dtype == dtype
 
 
-@HALF
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_angles_may_be_rounded_once_taken(layout, dtype):
+    x = torch.randn(2, 3, 5, 8).to(dtype).requires_grad_()
+    cos, sin = (z.to(dtype) for z in RotaryEmbedding(8)(torch.arange(5)))
+    ours = apply_rope(x, cos, sin, layout)
+    assert torch.equal(ours, by_matrix(x.float(), cos.float(), sin.float(), layout).to(dtype))
+    ours.sum().backward()
+    assert x.grad.dtype == dtype
+
+
+@LAYOUTS
+def test_float32_angles_turn_float64(layout):
+    x, (cos, sin) = torch.randn(3, 5, 8).double(), RotaryEmbedding(8)(torch.arange(5))
+    ours = apply_rope(x, cos, sin, layout)
+    assert ours.dtype == torch.float64
+    assert torch.allclose(ours, by_matrix(x, cos.double(), sin.double(), layout), atol=1e-14)
+
+
+@LAYOUTS
+def test_the_gradient_keeps_a_factor_of_the_angles(layout):
+    x, weights = torch.randn(2, 3, 5, 8, requires_grad=True), torch.randn(3, 5, 8)
+    angles = RotaryEmbedding(8, scaling=RopeScaling("yarn", 8, 64))(torch.arange(5))
+    gradients = [
+        torch.autograd.grad((rotate(x, *angles, layout) * weights).sum(), x)[0]
+        for rotate in (apply_rope, by_matrix)
+    ]
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+@LAYOUTS
 def test_memory_of_any_layout_will_do(layout):
     cos, sin = RotaryEmbedding(8)(torch.arange(5))
     for x in (
@@ -212,7 +251,7 @@ def test_memory_of_any_layout_will_do(layout):
         assert torch.equal(x, before), "the input is not changed"
 
 
-@HALF
+@LAYOUTS
 def test_first_and_second_derivatives(layout):
     x = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     angles = torch.rand(3, 2, dtype=torch.float64)
@@ -224,7 +263,7 @@ def test_first_and_second_derivatives(layout):
     assert torch.autograd.gradgradcheck(lambda x: rotate(x).square(), (x,))
 
 
-@HALF
+@LAYOUTS
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap(layout):
     x, (cos, sin) = torch.randn(4, 2, 3, 8), RotaryEmbedding(8)(torch.arange(3))
@@ -232,7 +271,7 @@ def test_vmap(layout):
     assert torch.allclose(mapped, apply_rope(x, cos, sin, layout), atol=1e-6)
 
 
-@HALF
+@LAYOUTS
 def test_autocast_does_not_round_the_rotation(layout):
     x, (cos, sin) = torch.randn(2, 3, 5, 8), RotaryEmbedding(8)(torch.arange(5))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -291,7 +330,7 @@ def test_layouts_agree_through_the_permutation(d_head):
     assert torch.allclose(half[..., order.argsort()], interleaved, atol=1e-6)
 
 
-@HALF
+@LAYOUTS
 def test_rotations_keep_lengths(layout):
     x, (cos, sin) = torch.randn(2, 3, 5, 8), RotaryEmbedding(8)(torch.arange(5))
     assert torch.allclose(apply_rope(x, cos, sin, layout).norm(dim=-1), x.norm(dim=-1), atol=1e-5)
@@ -405,7 +444,12 @@ def test_scaling_never_leaves_the_band(kind, factor, length, d_head):
         (lambda: rope_frequencies(8, base=math.nan), "base: .* got nan"),
         (lambda: interleaved_to_half(5), "d_head: expected an even number, got 5"),
         (lambda: LearnedEmbedding(0, 4), "context_length: expected at least 1, got 0"),
-        (lambda: SinusoidalEmbedding(3), "d_head|d_model: expected an even number, got 3"),
+        (lambda: SinusoidalEmbedding(3), "d_model: expected an even number, got 3"),
+        (lambda: SinusoidalEmbedding(8, base=0), "base: expected a number above 1, got 0"),
+        (lambda: rope_frequencies(8.0), "d_head: expected a whole number, got 8.0"),
+        (lambda: RotaryEmbedding(6, base=math.inf), "base: expected a number above 1, got inf"),
+        (lambda: LearnedEmbedding(4, 0), "d_model: expected at least 1, got 0"),
+        (lambda: RopeScaling("ntk", math.nan), "factor: expected a number from 1 on, got nan"),
         (lambda: RopeScaling("cubic", 2), "kind: expected one of .* got 'cubic'"),
         (lambda: RopeScaling("linear", 0.5), "factor: expected a number from 1 on, got 0.5"),
         (lambda: RopeScaling("yarn", 2), "original_context_length: 'yarn' needs it, got None"),
@@ -464,3 +508,15 @@ def test_packed_documents_are_as_if_alone():
         q_alone, k_alone = (apply_rope(x[:, :, here], *alone) for x in (q, k))
         assert torch.allclose(scores[:, :, here, here], q_alone @ k_alone.mT, atol=1e-5)
     assert document_mask(documents)[0, 0, 4].tolist() == [False] * 3 + [True] * 2 + [False] * 4
+
+
+@LAYOUTS
+def test_a_new_token_with_kept_keys_scores_as_in_one_go(layout):
+    rope, q, k = RotaryEmbedding(16), *torch.randn(2, 2, 3, 9, 16)
+    starts = torch.tensor([[0], [40]])  # two rows that do not stand at the same place
+    positions = starts + torch.arange(9)
+    angles = rope(positions)
+    whole = apply_rope(q, *angles, layout) @ apply_rope(k, *angles, layout).mT
+    kept = apply_rope(k[:, :, :8], *rope(positions[:, :8]), layout)
+    newest = apply_rope(q[:, :, 8:], *rope(positions[:, 8:]), layout)
+    assert torch.allclose(newest @ kept.mT, whole[:, :, 8:, :8], atol=1e-4)
