@@ -858,7 +858,8 @@ print("one by one = all at once:", torch.allclose(torch.cat(outputs, dim=2), who
 # p = (\ell - 1) - \big( (\ell - 1 - s) \bmod S \big) ,
 # $$ (attention-slots)
 #
-# and nothing if that is negative. The mask follows from positions, by the rule that we have.
+# and nothing if that is negative. The mask follows from positions, by the rule that we have. Keys
+# are stored rotated, so that each carries its position with it, in whichever slot it lies.
 #
 # ```{figure} ../figures/attention-cache.svg
 # :name: fig-attention-cache
