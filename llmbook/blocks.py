@@ -142,12 +142,12 @@ def _fast_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _RMSNormFloat32.apply(x, weight, eps)
     return (x * _inverse_rms(x, eps)).mul_(weight)
 
-# %% ../chapters/10_blocks.ipynb #c61caf5a
+# %% ../chapters/10_blocks.ipynb #12560c02
 class RMSNorm(nn.Module):
     """RMSNorm over the last dimension, with a gain that starts at one.
 
     ``backend="torch"`` computes the same faster. In float32 on a CPU its gradient cannot be
-    differentiated again; that of ``"reference"`` can.
+    differentiated again, nor transformed by ``torch.func``; that of ``"reference"`` can.
     """
 
     def __init__(self, d_model: int, eps: float = 1e-5, backend: Backend = "torch"):
@@ -336,7 +336,7 @@ def _embeddings(module: nn.Module) -> set[int]:
     kinds = nn.Embedding | LearnedEmbedding
     return {id(m.weight) for m in module.modules() if isinstance(m, kinds)}
 
-# %% ../chapters/10_blocks.ipynb #b3fc87a5
+# %% ../chapters/10_blocks.ipynb #d99642c5
 @torch.no_grad()
 def initialize_weights(
     module: nn.Module,
@@ -353,6 +353,9 @@ def initialize_weights(
     one, writers divided by sqrt(2 ``n_layers``); 0.02 is GPT-2's. Gains become 1, biases 0.
     """
     _check_at_least(n_layers=(1, n_layers))
+    for argument, value in (("std", std), ("embedding_std", embedding_std)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{argument}: expected None or above 0, got {value!r}")
     start = embedding_std or std or _default_embedding_std(module)
     embeddings, write = _embeddings(module), (1.0 if std else start) / math.sqrt(2 * n_layers)
     for name, parameter in module.named_parameters():
