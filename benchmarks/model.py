@@ -1,0 +1,247 @@
+"""Our model against transformers' Llama and against torch's own encoder layers, on the same batch.
+
+Ours and transformers' have the same weights and give the same logits, which is checked first. The
+third is what one builds from ``torch.nn.TransformerEncoder`` in ten lines: learned positions,
+LayerNorm and GELU at the same number of parameters. A training step is forward, loss, backward and
+AdamW. On a machine with a GPU a model of 124 million parameters is measured too, in bfloat16.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
+from measure import compare, environment, report, table
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from llmbook.environment import best_device, seed_everything
+from llmbook.model import ModelConfig, TransformerLM, count_parameters
+
+VOCAB_SIZE, CONTEXT, ROWS = 2048, 256, 8
+SHAPES = {  # d_model, layers, heads, heads of keys
+    "1M": (96, 6, 3, 3),
+    "3M": (192, 6, 6, 3),
+    "10M": (320, 8, 10, 5),
+    "124M": (768, 16, 12, 4),
+}
+Model = Callable[[Tensor], Tensor]
+
+
+class Encoder(nn.Module):
+    """A language model of ``torch.nn`` parts, as plain as it gets."""
+
+    def __init__(self, config: ModelConfig, d_ff: int):
+        """Take sizes from ``config``, but for the width of the feed-forward layers."""
+        super().__init__()
+        d_model = config.d_model
+        self.embedding = nn.Embedding(config.vocab_size, d_model)
+        self.positions = nn.Embedding(config.context_length, d_model)
+        layer = nn.TransformerEncoderLayer(
+            d_model, config.n_heads, d_ff, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(
+            layer, config.n_layers, nn.LayerNorm(d_model), enable_nested_tensor=False
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the logits, with the embedding as output matrix."""
+        x = self.embedding(ids) + self.positions(torch.arange(ids.size(1), device=ids.device))
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.size(1), device=ids.device)
+        x = self.layers(x, mask=mask, is_causal=True)
+        return nn.functional.linear(x, self.embedding.weight)
+
+
+def contestants(size: str, device: torch.device) -> dict[str, nn.Module]:
+    """The three models of a size, the first two with the same weights."""
+    seed_everything(0)
+    d_model, n_layers, n_heads, n_kv_heads = SHAPES[size]
+    config = ModelConfig(
+        vocab_size=VOCAB_SIZE if size != "124M" else 32_000,
+        context_length=CONTEXT if size != "124M" else 1024,
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        tie_embeddings=True,
+    )
+    ours = TransformerLM(config)
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(Path(folder, "model"))
+        theirs = AutoModelForCausalLM.from_pretrained(Path(folder, "model"), dtype=torch.float32)
+    d_ff = round((count_parameters(ours) - count_parameters(Encoder(config, 8))) / n_layers)
+    plain = Encoder(config, 8 + d_ff // (2 * d_model + 1))
+    return {
+        "llmbook": ours.to(device),
+        "transformers": theirs.to(device),
+        "torch.nn": plain.to(device),
+    }
+
+
+def logits_of(name: str, model: nn.Module, ids: Tensor) -> Tensor:
+    """Call a model without what only generation needs."""
+    return model(ids, use_cache=False).logits if name == "transformers" else model(ids)
+
+
+def batch(model: nn.Module, device: torch.device, rows: int = ROWS) -> tuple[Tensor, Tensor]:
+    """The same random ids for all models of a size."""
+    generator = torch.Generator().manual_seed(0)
+    embedding = next(p for p in model.parameters() if p.dim() == 2)
+    context = 1024 if embedding.size(0) > VOCAB_SIZE else CONTEXT
+    ids = torch.randint(embedding.size(0), (rows, context + 1), generator=generator).to(device)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def forward(name: str, model: nn.Module, inputs: Tensor) -> Tensor:
+    """One forward pass without gradients."""
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=inputs.is_cuda):
+        logits = logits_of(name, model, inputs)
+    return _done(logits)
+
+
+def loss_of(name: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean loss, in nats per token."""
+    with torch.autocast("cuda", torch.bfloat16, enabled=inputs.is_cuda):
+        logits = logits_of(name, model, inputs)
+        return cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def training_step(
+    name: str, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor
+) -> Tensor:
+    """One step of AdamW."""
+    loss = loss_of(name, model, inputs, targets)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return _done(loss.detach())
+
+
+def _done(result: Tensor) -> Tensor:
+    """Wait until a GPU has computed what was asked of it."""
+    if result.is_cuda:
+        torch.cuda.synchronize()
+    return result
+
+
+def flops_of_step(name: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[int, int]:
+    """What torch counts for a forward pass and for forward and backward: matrix products only."""
+    # Fused attention on a CPU is not in the counter's table: the composed one counts the same.
+    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        with torch.no_grad(), FlopCounterMode(display=False) as once:
+            logits_of(name, model, inputs)
+        with FlopCounterMode(display=False) as both:
+            loss_of(name, model, inputs, targets).backward()
+    model.zero_grad()
+    return once.get_total_flops(), both.get_total_flops()
+
+
+def matmul_peak(device: torch.device) -> float:
+    """FLOP/s of large square matrix products, best of several."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    timing = compare({"matmul": lambda: _done(a @ b)}, repeats=20)["matmul"]
+    return 2 * size**3 / timing.seconds
+
+
+def peak_memory(name: str, size: str, device_type: str) -> float:
+    """Megabytes that training steps add at their peak, parameters not counted; a fresh process."""
+    device = torch.device(device_type)
+    model = contestants(size, device)[name]
+    inputs, targets = batch(model, device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    if device_type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        before = psutil.Process().memory_info().rss
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    for _ in range(2):
+        training_step(name, model, optimizer, inputs, targets)
+    if device_type == "cuda":
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    status = Path("/proc/self/status").read_text()
+    high_water = int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return (high_water - before) / 2**20
+
+
+def measure_size(size: str, device: torch.device, peak: float) -> list[list[str]]:
+    """Rows of the table for one size."""
+    models = contestants(size, device)
+    inputs, targets = batch(models["llmbook"], device)
+    with torch.no_grad():
+        both = [logits_of(name, models[name], inputs) for name in ("llmbook", "transformers")]
+    torch.testing.assert_close(*both, rtol=1e-3, atol=1e-3)
+    flops = {name: flops_of_step(name, m, inputs, targets) for name, m in models.items()}
+    steps = {
+        name: partial(
+            training_step,
+            name,
+            model,
+            torch.optim.AdamW(model.parameters(), fused=True),
+            inputs,
+            targets,
+        )
+        for name, model in models.items()
+    }
+    passes = {name: partial(forward, name, model, inputs) for name, model in models.items()}
+    for warm_up in (*steps.values(), *passes.values()):
+        warm_up()
+    forwards, trainings = compare(passes, repeats=12), compare(steps, repeats=12)
+    rows, tokens = [], inputs.numel()
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for name, model in models.items():
+            once, step = forwards[name].seconds, trainings[name].seconds
+            memory = pool.apply(peak_memory, (name, size, device.type))
+            rows.append(
+                [
+                    f"{size}, {name}",
+                    f"{count_parameters(model) / 1e6:.2f} M",
+                    f"{tokens / once:,.0f}",
+                    f"{forwards['transformers'].seconds / once:.2f}",
+                    f"{flops[name][0] / once / peak:.0%}",
+                    f"{tokens / step:,.0f}",
+                    f"{trainings['transformers'].seconds / step:.2f}",
+                    f"{flops[name][1] / step / peak:.0%}",
+                    f"{memory:,.0f}",
+                ]
+            )
+    return rows
+
+
+def main() -> None:
+    """Measure, compare, report."""
+    device = best_device()
+    if device.type not in {"cpu", "cuda"}:
+        device = torch.device("cpu")
+    if sys.platform != "linux":
+        sys.exit("peak memory is read from /proc: run this on Linux")
+    peak = matmul_peak(device)
+    sizes = [size for size in SHAPES if size != "124M" or device.type == "cuda"]
+    rows = [row for size in sizes for row in measure_size(size, device, peak)]
+    header = ["model", "parameters", "forward, tokens/s", "ratio", "of peak"]
+    header += ["training, tokens/s", "ratio", "of peak", "memory, MB"]
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "the processor"
+    report(
+        "model",
+        f"{environment('llmbook', 'torch', 'transformers')}, {torch.get_num_threads()} threads",
+        f"Batches of {ROWS} rows of {CONTEXT} tokens (1,024 at 124M), on {name}; ratios are speeds "
+        "against transformers' Llama, which has the same weights and gives the same logits. The "
+        f"peak is that of large matrix products, measured at {peak / 1e9:,.0f} GFLOP/s; the share "
+        "counts all matrix products, those of attention (as if not causal) and of the output "
+        "included. Memory is what training adds at its peak to the loaded model.",
+        table(header, rows),
+    )
+
+
+if __name__ == "__main__":
+    main()
