@@ -18,7 +18,7 @@
 # | | |
 # |---|---|
 # | **You build** | {py:class}`~llmbook.blocks.LayerNorm`, {py:class}`~llmbook.blocks.RMSNorm`, {py:class}`~llmbook.blocks.GELU`, {py:class}`~llmbook.blocks.SwiGLU`, {py:class}`~llmbook.blocks.FeedForward`, {py:class}`~llmbook.blocks.TransformerBlock`, {py:func}`~llmbook.blocks.initialize_weights`, {py:class}`~llmbook.blocks.MixtureOfExperts` |
-# | **You need** | attention (chapter 09) and positions (chapter 08) as black boxes, the stories of {doc}`01_tinyworld`, gradients |
+# | **You need** | attention ({doc}`09_attention`) and positions ({doc}`08_positions`) as black boxes, the stories of {doc}`01_tinyworld`, gradients |
 # | **It takes** | 75 minutes to read, 60 seconds to run |
 
 # %% tags=["remove-cell"]
@@ -29,7 +29,6 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -192,10 +191,12 @@ plt.show()
 # lets the model choose a new scale and offset for each feature:
 #
 # $$
-# y = \frac{x - \mu}{\sigma}, \quad
-# \mu = \frac1d \sum_i x_i, \quad
-# \sigma^2 = \frac1d \sum_i (x_i - \mu)^2 + \varepsilon, \qquad
-# \operatorname{LayerNorm}(x) = g \odot y + b .
+# \begin{aligned}
+# y &= \frac{x - \mu}{\sigma}, \qquad
+# \mu = \frac1d \sum_i x_i, \qquad
+# \sigma^2 = \frac1d \sum_i (x_i - \mu)^2 + \varepsilon, \\
+# \operatorname{LayerNorm}(x) &= g \odot y + b .
+# \end{aligned}
 # $$ (blocks-layernorm)
 #
 # In geometry, $x - \mu$ is the projection of $x$ onto the plane whose vectors sum to zero,
@@ -251,7 +252,7 @@ def layer_norm(
 
 
 def _check_width(x: Tensor, weight: Tensor) -> None:
-    if x.shape[-1:] != weight.shape:  # broadcasting would accept a width of one
+    if x.size(-1) != weight.size(0):  # broadcasting would accept a width of one
         raise ValueError(f"x: expected vectors of size {len(weight)}, got shape {tuple(x.shape)}")
 
 
@@ -445,7 +446,8 @@ class _RMSNormFloat32(torch.autograd.Function):
 
 
 # %% [markdown]
-# It is used where it is the fastest way: on a CPU, in 32 bits, where a gradient is wanted.
+# It is used where it is the fastest way: on a CPU and in 32 bits. The same arithmetic without a
+# gradient gives the same bits, so that a model in use is the one that was trained.
 
 
 # %%
@@ -457,7 +459,7 @@ def _fast_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, eps)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNormFloat32.apply(x, weight, eps)
-    return (x * _inverse_rms(x, eps)).mul_(weight)
+    return (x * _inverse_rms(x, eps)).mul_(weight)  # bit by bit as with a gradient
 
 
 # %%
@@ -582,8 +584,8 @@ plt.show()
 # W_\text{down}\,\bigl(\operatorname{SiLU}(W_\text{gate}\,x) \odot W_\text{up}\,x\bigr).
 # $$ (blocks-swiglu)
 #
-# GEGLU and ReGLU have GELU and ReLU in SiLU's place. So a network can let one feature pass
-# where another is present.
+# So a network can let one feature pass where another is present. GEGLU and ReGLU have GELU and
+# ReLU in SiLU's place.
 #
 # ```{figure} ../figures/blocks-feedforward.svg
 # :name: fig-blocks-feedforward
@@ -602,6 +604,9 @@ plt.show()
 #| export
 class SwiGLU(nn.Module):
     """Gate ``up`` with the SiLU of ``gate``, element by element; it has no parameters."""
+
+    def __init__(self) -> None:  # so that the signature says that it takes nothing
+        super().__init__()
 
     def forward(
         self, gate: Float[Tensor, "*shape d_ff"], up: Float[Tensor, "*shape d_ff"]
@@ -1042,11 +1047,11 @@ plt.show()
 # has the same factor. In a *pre-norm* block nothing is divided before the last norm, which
 # divides the whole stream by $\sqrt{v_N}$. So the deeper the model, the smaller the gradient at
 # its last write, like $1/\sqrt N$; earlier ones get more, by $v_N/v_\ell$ as we saw. Xiong and
-# colleagues proved for real blocks that post-norm's last layers have gradients that do not
-# shrink with depth, and pre-norm's do {cite}`xiong2020layer`. Third, divide the writes of the
-# post-norm model by $\sqrt N$. Each norm then divides by $\sqrt{1 + 1/N}$, and $(1 +
-# 1/N)^{-N/2} \to e^{-1/2} \approx 0.61$ of the embedding arrives. We measure all of this at
-# initialization ({numref}`fig-blocks-gradients`).
+# colleagues proved for transformer blocks at initialization that post-norm's last layers have
+# gradients that do not shrink with depth, and pre-norm's do {cite}`xiong2020layer`. Third,
+# divide the writes of the post-norm model by $\sqrt N$. Each norm then divides by $\sqrt{1 +
+# 1/N}$, and $(1 + 1/N)^{-N/2} \to e^{-1/2} \approx 0.61$ of the embedding arrives. We measure
+# all of this at initialization ({numref}`fig-blocks-gradients`).
 
 # %%
 arrangements = {
@@ -1129,12 +1134,11 @@ for name, model in models.items():
     print(f"embeddings have a gradient: {bool(arrives > 1e-5)}")
 
 # %% [markdown]
-# It is blind, and will stay so: the prediction is the same everywhere, and the gradient that
-# could tell the embeddings is gone. Warmup spares the model the large steps of its last layers
-# at the beginning, when they do this damage {cite}`xiong2020layer`, and it begins to learn,
-# late. Weakening the writes helps more, in the spirit of DeepNorm, with which post-norm models
-# of 1,000 layers were trained {cite}`wang2022deepnet`. Pre-norm needs neither, and is the
-# default.
+# It is blind, and has no way back: the prediction is the same everywhere, and no gradient is
+# left to tell the embeddings so. Warmup spares the model the large steps of its last layers at
+# the beginning, when they do this damage {cite}`xiong2020layer`, and it begins to learn, late.
+# Weakening the writes helps more, in the spirit of DeepNorm, with which post-norm models of
+# 1,000 layers were trained {cite}`wang2022deepnet`. Pre-norm needs neither, and is the default.
 #
 # ## Which feed-forward network?
 #
@@ -1195,9 +1199,9 @@ axes[0].invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# Had we stopped after 80 steps, we would have reported a victory, several times as large as the
-# spread between seeds. It was a faster start. What remains after 120 steps is within the noise,
-# and of what happens after a million this experiment says nothing. Shazeer's larger comparison
+# Had we stopped after 80 steps, we would have reported a victory, about twice as large as the
+# spread of seeds. It was a faster start. What remains after 120 steps is within the noise, and
+# of what happens after a million this experiment says nothing. Shazeer's larger comparison
 # found SwiGLU and GEGLU ahead of GELU by about 0.04 nats {cite}`shazeer2020glu`; at equal
 # parameters the gate costs nothing, and so it has become usual. Between the norms we see no
 # difference. RMSNorm is chosen because it is simpler.
@@ -1446,6 +1450,11 @@ class _Mixture(nn.Module):
         self.shared = FeedForward(d_model, d_shared, activation=activation) if d_shared else None
         self.routing: Routing | None = None
 
+    def _last(self) -> Routing:
+        if self.routing is None:
+            raise RuntimeError("nothing has been routed yet: load and loss are of the last batch")
+        return self.routing
+
 
 # %%
 #| export
@@ -1458,10 +1467,15 @@ class MixtureOfExperts(_Mixture):
     that of the last batch; padding counts.
     """
 
-    #: The share of tokens of the last batch that chose each expert; see `Routing`.
-    load = property(attrgetter("routing.load"))
-    #: The penalty for unequal loads in the last batch, to be added to the loss; see `Routing`.
-    balance_loss = property(attrgetter("routing.balance_loss"))
+    @property
+    def load(self) -> Float[Tensor, " n_experts"]:
+        """The share of tokens of the last batch that chose each expert; see `Routing`."""
+        return self._last().load
+
+    @property
+    def balance_loss(self) -> Float[Tensor, ""]:
+        """The penalty for unequal loads in the last batch, to be added to the loss."""
+        return self._last().balance_loss
 
     def forward(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
         """Return what is to be added to ``x``."""

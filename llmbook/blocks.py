@@ -8,11 +8,10 @@ __all__ = ['Backend', 'ACTIVATIONS', 'layer_norm', 'LayerNorm', 'rms_norm', 'RMS
            'FeedForward', 'TransformerBlock', 'initialize_weights', 'Routing', 'places_by_expert', 'route', 'Router',
            'Experts', 'MixtureOfExperts']
 
-# %% ../chapters/10_blocks.ipynb #6c374f4d
+# %% ../chapters/10_blocks.ipynb #0b7b3c4c
 import math
 from collections.abc import Callable
 from functools import partial
-from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from .corpus import _check_at_least
 from .positions import LearnedEmbedding
 
-# %% ../chapters/10_blocks.ipynb #dc434dce
+# %% ../chapters/10_blocks.ipynb #21debbf3
 Backend = Literal["reference", "torch"]
 
 
@@ -52,7 +51,7 @@ def layer_norm(
 
 
 def _check_width(x: Tensor, weight: Tensor) -> None:
-    if x.shape[-1:] != weight.shape:  # broadcasting would accept a width of one
+    if x.size(-1) != weight.size(0):  # broadcasting would accept a width of one
         raise ValueError(f"x: expected vectors of size {len(weight)}, got shape {tuple(x.shape)}")
 
 # %% ../chapters/10_blocks.ipynb #e82dd58e
@@ -132,7 +131,7 @@ class _RMSNormFloat32(torch.autograd.Function):
         to_y = torch.mul(to_out, weight, out=product)  # its memory is used again
         return to_y.addcmul_(x, along, value=-1).mul_(inverse), to_weight, None
 
-# %% ../chapters/10_blocks.ipynb #096d20ed
+# %% ../chapters/10_blocks.ipynb #49669281
 def _fast_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm` by the fastest way that there is for this device and dtype."""
     ours = x.is_cpu and x.dtype == weight.dtype == torch.float32
@@ -140,7 +139,7 @@ def _fast_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, eps)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNormFloat32.apply(x, weight, eps)
-    return (x * _inverse_rms(x, eps)).mul_(weight)
+    return (x * _inverse_rms(x, eps)).mul_(weight)  # bit by bit as with a gradient
 
 # %% ../chapters/10_blocks.ipynb #12560c02
 class RMSNorm(nn.Module):
@@ -190,9 +189,12 @@ class GELU(nn.Module):
         function = gelu if self.backend == "reference" else F.gelu
         return function(x, approximate=self.approximate)
 
-# %% ../chapters/10_blocks.ipynb #1e2eb325
+# %% ../chapters/10_blocks.ipynb #68e2e316
 class SwiGLU(nn.Module):
     """Gate ``up`` with the SiLU of ``gate``, element by element; it has no parameters."""
+
+    def __init__(self) -> None:  # so that the signature says that it takes nothing
+        super().__init__()
 
     def forward(
         self, gate: Float[Tensor, "*shape d_ff"], up: Float[Tensor, "*shape d_ff"]
@@ -502,7 +504,7 @@ def _expert(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation
     gated = None if gate is None else F.linear(x, gate)
     return F.linear(_activate(activation, gated, F.linear(x, up)), down)
 
-# %% ../chapters/10_blocks.ipynb #cccd5bf8
+# %% ../chapters/10_blocks.ipynb #54fe1882
 class _Mixture(nn.Module):
     """The parts of a mixture: router, experts, and perhaps a shared expert."""
 
@@ -525,7 +527,12 @@ class _Mixture(nn.Module):
         self.shared = FeedForward(d_model, d_shared, activation=activation) if d_shared else None
         self.routing: Routing | None = None
 
-# %% ../chapters/10_blocks.ipynb #d4c15931
+    def _last(self) -> Routing:
+        if self.routing is None:
+            raise RuntimeError("nothing has been routed yet: load and loss are of the last batch")
+        return self.routing
+
+# %% ../chapters/10_blocks.ipynb #431d5338
 class MixtureOfExperts(_Mixture):
     """Many feed-forward networks, of which each token uses the ``n_active`` that a router picks.
 
@@ -535,10 +542,15 @@ class MixtureOfExperts(_Mixture):
     that of the last batch; padding counts.
     """
 
-    #: The share of tokens of the last batch that chose each expert; see `Routing`.
-    load = property(attrgetter("routing.load"))
-    #: The penalty for unequal loads in the last batch, to be added to the loss; see `Routing`.
-    balance_loss = property(attrgetter("routing.balance_loss"))
+    @property
+    def load(self) -> Float[Tensor, " n_experts"]:
+        """The share of tokens of the last batch that chose each expert; see `Routing`."""
+        return self._last().load
+
+    @property
+    def balance_loss(self) -> Float[Tensor, ""]:
+        """The penalty for unequal loads in the last batch, to be added to the loss."""
+        return self._last().balance_loss
 
     def forward(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
         """Return what is to be added to ``x``."""
