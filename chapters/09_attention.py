@@ -4,15 +4,14 @@
 # > Let every token look up what it needs among the tokens before it: softly, so that looking can be
 # > learned; in several heads at once; and in tiles, so that it fits into memory.
 #
-# *The dough rises when it rests.* What is *it*? The word alone does not say, and its neighbors do
-# not say it either. The answer stands three words earlier; in another text it may stand three
-# thousand words earlier. After {doc}`08_positions` a token is a vector that knows its word and
-# its place and nothing else. Attention is the one part of a transformer in which anything moves
-# from one token to another. All the rest works on each token by itself.
+# *The dough rises when it rests.* What is *it*? The answer stands three words earlier; in another
+# text it may stand three thousand words earlier. After {doc}`08_positions` a token is a vector
+# that knows its word and its place and nothing else. Attention is the one part of a transformer
+# in which anything moves from one token to another; all the rest works on each token by itself.
 #
-# This chapter begins with a Python dictionary and ends with attention as large models run it. On
-# the way it answers four questions: how a look-up can be learned, what keeps it stable, what it
-# costs to remember everything that was read, and what such a layer in fact learns to look for.
+# This chapter begins with a Python dictionary and ends with attention as large models run it: how
+# a look-up can be learned, what keeps it stable, what it costs to remember all that was read, and
+# what such a layer in fact learns to look for.
 #
 # | | |
 # |---|---|
@@ -41,7 +40,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from llmbook.corpus import _check_at_least
-from llmbook.positions import apply_rope
+from llmbook.positions import _check_even, apply_rope
 
 # %% [markdown]
 # ## A dictionary that never says no
@@ -60,16 +59,15 @@ degrees = {"bread": 220.0, "cake": 180.0, "meringue": 100.0}
 print("pie" in degrees)
 
 # %% [markdown]
-# No answer, although a pie is almost a cake. And there is nothing to learn from the failure:
-# equality holds or does not, so no small change of a key makes the answer a little better. It has
-# no derivative.
+# No answer, although a pie is almost a cake. And nothing can be learned from the failure:
+# equality has no derivative, so no small change of a key makes the answer a little better.
 #
 # So we make three changes ({numref}`fig-attention-lookup`). Keys and query become vectors, here
 # of two numbers, how sweet and how airy. In the place of equality comes the dot product, the
 # **score**: large if query and key point the same way, and larger the longer they are. And in the
 # place of one value comes a mean of *all* values, each with a weight that grows with its score.
-# The weights must be positive and sum to one, and the usual way to get such weights from any
-# numbers $s_j$ is the {term}`softmax`:
+# The usual way to make of any numbers $s_j$ weights that are positive and sum to one is the
+# {term}`softmax`:
 #
 # $$
 # p_j = \frac{e^{s_j}}{\sum_k e^{s_k}} , \qquad s_j = q \cdot k_j , \qquad
@@ -78,7 +76,7 @@ print("pie" in degrees)
 #
 # ```{figure} ../figures/attention-lookup.svg
 # :name: fig-attention-lookup
-# :alt: Left, a dictionary: the query pie is compared with the keys bread, cake and meringue, none is equal, and the answer is an error. Right, soft look-up: the query vector has the scores minus 2, 3 and 0 with the three keys, softmax makes of them the weights 0.01, 0.95 and 0.05, and the answer is the weighted mean of 220, 180 and 100 degrees, which is 176.
+# :alt: Left, a dictionary: the query pie is compared with the keys bread, cake and meringue, none is equal, and the answer is an error. Right, soft look-up: the query vector has the scores minus 2, 3 and 0 with the three keys, softmax makes of them the weights 0.006, 0.946 and 0.047, and the answer is the weighted mean of 220, 180 and 100 degrees, which is 176.
 #
 # A dictionary finds the key that is equal. Soft look-up finds out how similar each key is, and
 # mixes the values accordingly.
@@ -93,7 +91,7 @@ def look_up(query: tuple, sharpness: float = 1.0) -> float:
     scores = [query[0] * sweet + query[1] * airy for sweet, airy in keys.values()]
     exponentials = [math.exp(sharpness * score) for score in scores]
     weights = [e / sum(exponentials) for e in exponentials]
-    print("weights:", " ".join(f"{weight:.2f}" for weight in weights), end="; ")
+    print("weights:", " ".join(f"{weight:.3f}" for weight in weights), end="; ")
     return sum(w * value for w, value in zip(weights, degrees.values(), strict=True))
 
 
@@ -101,10 +99,9 @@ print(f"pie: {look_up(pie):.0f} degrees")
 print(f"pie, scores times ten: {look_up(pie, sharpness=10):.0f} degrees")
 
 # %% [markdown]
-# The second line shows where the dictionary went. Multiply all scores by a growing factor, and
-# the weight of the best key tends to one: the hard look-up is the limit of the soft one. What was
-# gained is that the answer now depends smoothly on every number in it. Gradients flow to values,
-# keys and query, and so into whatever made them.
+# Multiply all scores by a growing factor, and the weight of the best key tends to one: the hard
+# look-up is the limit of the soft one. But now the answer depends smoothly on every number in it,
+# so gradients flow to values, keys and query, and into whatever made them.
 #
 # ## From one query to all of them
 #
@@ -119,7 +116,7 @@ print(f"pie, scores times ten: {look_up(pie, sharpness=10):.0f} degrees")
 # Vectors are rows here, as they are in code. We choose the matrices by hand, so that each number
 # can be read. A token has four features: is it a noun, a verb, a pronoun, something else? The
 # pronoun asks for a noun, and so does, less urgently, a verb, for it wants its subject. A noun
-# can be found under that heading, a pronoun less easily. Nouns and verbs hand on what they are.
+# can be found as one, a pronoun less easily. Nouns and verbs hand on what they are.
 
 # %%
 words = ["The", "dough", "rises", "when", "it", "rests"]
@@ -137,8 +134,8 @@ q, k, v = x @ w_q, x @ w_k, x @ w_v
 print("q, k, v:", *(tuple(t.shape) for t in (q, k, v)))
 
 # %% [markdown]
-# **One query, by a loop.** This is {eq}`attention-lookup` word for word, except that scores are
-# divided by $\sqrt d$, where $d$ is the length of a query; the next section says why.
+# **One query, by a loop.** This is {eq}`attention-lookup`, but scores are divided by $\sqrt d$,
+# where $d$ is the length of a query; the next section says why.
 
 
 # %%
@@ -155,8 +152,7 @@ for word, weight in zip(words, weights, strict=True):
     print(f"it -> {word:6} {weight:.2f}")
 
 # %% [markdown]
-# *It* has found the dough. **All queries** are one more loop, and now $n^2$ scores are computed
-# for $n$ tokens:
+# *It* has found the dough. **All queries** are one more loop, so $n^2$ scores for $n$ tokens:
 
 # %%
 by_loops = torch.tensor([attend(query, k.tolist(), v.tolist())[0] for query in q.tolist()])
@@ -165,7 +161,7 @@ by_loops = torch.tensor([attend(query, k.tolist(), v.tolist())[0] for query in q
 # **As matrices.** Put the queries under one another as the rows of a matrix $Q$, keys and values
 # as those of $K$ and $V$. The score of query $i$ and key $j$ is then entry $(i, j)$ of $QK^\top$,
 # softmax works along each row, and to mix the values with the weights of row $i$ is to multiply
-# by that row. The loops have become two products of matrices ({numref}`fig-attention-flow`):
+# by that row. The loops become two products of matrices ({numref}`fig-attention-flow`):
 #
 # $$
 # \operatorname{Attention}(Q, K, V) = \operatorname{softmax}\!\Big(\frac{QK^\top}{\sqrt d}\Big) V .
@@ -176,7 +172,8 @@ by_loops = torch.tensor([attend(query, k.tolist(), v.tolist())[0] for query in q
 # :alt: The vectors x of six tokens, a matrix of n rows and d_model columns, are multiplied by three matrices to queries, keys and values, each of n rows and d columns. Queries times transposed keys give an n by n matrix of scores; scaled, masked and put through softmax row by row it becomes weights; weights times values give the output, n rows of d columns.
 #
 # Attention as a flow of matrices. Only in the middle, where a matrix is $n \times n$, does
-# anything pass from one token to another.
+# anything pass from one token to another. Empty cells are forbidden by a mask, of which more
+# below.
 # ```
 
 # %%
@@ -196,14 +193,13 @@ print(tuple(batched.shape), "equal to one by one:", torch.allclose(batched[0], a
 
 # %% [markdown]
 # Equation {eq}`attention` is due to Vaswani and colleagues {cite}`vaswani2017attention`; the soft
-# look-up itself is older, from translation {cite}`bahdanau2015attention`. The rest of the chapter
-# takes it apart: the root, the softmax, who is among the keys, and what to do about $n^2$.
+# look-up itself is older, from translation {cite}`bahdanau2015attention`.
 #
 # ## Why divide by the square root of d?
 #
 # Let the entries of a query and of a key be independent random numbers with mean 0 and variance
-# 1, as they are, roughly, in a network that has just been initialized. Their score is
-# $s = \sum_{c=1}^{d} q_c k_c$. Each term has mean
+# 1, as they roughly are when training begins. Their score is $s = \sum_{c=1}^{d} q_c k_c$. Each
+# term has mean
 #
 # $$
 # \mathbb{E}[q_c k_c] = \mathbb{E}[q_c]\,\mathbb{E}[k_c] = 0 ,
@@ -294,12 +290,10 @@ print("shifted:", [round(p, 3) for p in (shifted.exp() / shifted.exp().sum()).to
 # count.
 #
 # One case is left. A score of $-\infty$ will mean "not allowed" below, and a query may be allowed
-# nothing at all. Then the maximum is $-\infty$, and $-\infty - (-\infty)$ is NaN again. The right
-# answer is a matter of convention, and ours is *nothing*: weights that are all zero. Two small
-# steps do it. A maximum of $-\infty$ is replaced by 0, so all exponentials are 0; and the sum,
-# which is at least 1 wherever anything is allowed, is raised to 1 where nothing is. Gradients
-# through all this are finite, too, and as shifting changes nothing, the maximum needs no gradient
-# of its own.
+# nothing at all. Then the maximum is $-\infty$, and $-\infty - (-\infty)$ is NaN again. By
+# convention the answer shall be *nothing*: weights that are all zero. A maximum of $-\infty$ is
+# replaced by 0, so all exponentials are 0; and the sum, at least 1 wherever anything is allowed,
+# is raised to 1 where nothing is. As shifting changes nothing, the maximum needs no gradient.
 
 
 # %%
@@ -330,10 +324,9 @@ def softmax(scores: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]
 #
 # Four masks do almost all the work. Under the {term}`causal mask` a token sees itself and those
 # before it. Under a {term}`sliding window` {cite}`beltagy2020longformer` it sees only the last
-# $w$ of these, itself included; the cost is $n w$ in the place of $n^2$, and layer upon layer can
-# still see farther, for $L$ layers pass something on over up to $L (w - 1)$ tokens. A document
-# mask ({doc}`07_batches`) keeps to one document of a packed row. And {term}`padding` is seen by
-# nobody.
+# $w$ of these, itself included; the cost is $n w$ in the place of $n^2$, and each further layer
+# still lets it reach $w - 1$ tokens farther. A document mask ({doc}`07_batches`) keeps to one
+# document of a packed row. And {term}`padding` is seen by nobody.
 #
 # All but the document mask are one rule about positions. With $i$ the position of a query and $j$
 # that of a key, and $-1$ for padding, attention is allowed where $0 \le j \le i$ and $j > i - w$.
@@ -394,10 +387,9 @@ axes[0].set_ylabel("query")
 plt.show()
 
 # %% [markdown]
-# The last panel has rows that are empty. Much code fills forbidden scores with $-10^9$ in the
-# place of $-\infty$, which avoids the NaN and does something worse: if *all* scores of a row are
-# $-10^9$, softmax makes them equal weights, and the query attends to everything that it must not
-# see.
+# The last panel has empty rows. Much code fills forbidden scores with $-10^9$ in the place of
+# $-\infty$, which avoids the NaN and does something worse: if *all* scores of a row are $-10^9$,
+# softmax gives them equal weights, and the query attends to all that it must not see.
 
 # %%
 mask = panels["padding at left"]
@@ -449,7 +441,8 @@ def _joined(mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> Tenso
     queries, keys = q.size(-2), k.size(-2)
     if not is_causal or queries == 1:
         return mask
-    causal = causal_mask(keys, device=q.device)[keys - queries :]
+    positions = torch.arange(keys, device=q.device)[None]
+    causal = attention_mask(positions[:, keys - queries :], positions)[0, 0]
     return causal if mask is None else mask & causal
 
 
@@ -481,12 +474,11 @@ def attention_weights(
 
 # %% [markdown]
 # The whole function is that, times the values. Each weight may also be dropped at random, as a
-# regularizer. Written like this it is easy to read and slow to run: it makes matrices of $n^2$
-# numbers, several of them. PyTorch has the same function as a single kernel that makes none (a
-# later section builds such a one), and `backend="torch"` calls it. Two cases deserve care. A
-# plain causal mask is announced by `is_causal` rather than built, because the kernel then skips
-# what is forbidden. And in decoding, with one query a row, the heads that share keys can be laid
-# out as rows of one matrix, which avoids copying each key $g$ times.
+# regularizer. This makes several matrices of $n^2$ numbers. PyTorch has the same function as a
+# single kernel that makes none (a later section builds such a one), and `backend="torch"` calls
+# it. Two cases deserve care. A plain causal mask is announced by `is_causal` rather than built,
+# because the kernel then skips what is forbidden. And with one query a row the heads that share
+# keys can be laid out as rows of one matrix, which avoids copying each key $g$ times.
 
 
 # %%
@@ -541,7 +533,7 @@ def scaled_dot_product_attention(
 
 
 # %% [markdown]
-# Are the two the same function, forward and backward, with a mask that leaves one query nothing?
+# Are the two the same function, forward and backward, where some queries may see nothing?
 
 # %%
 torch.manual_seed(0)
@@ -562,8 +554,7 @@ print("gradients finite:", all(g.isfinite().all().item() for g in found["torch"]
 # One softmax makes one weighted mean. But *rests* may want its subject, and also the verb that
 # was used before it, and one set of weights cannot point to two places without mixing what is
 # there. So attention is done several times side by side, in {term}`heads <attention head>`, each
-# with matrices of its own and a smaller $d$. Here a second head that looks for verbs joins the
-# first:
+# with matrices of its own and a smaller $d$. A second head looks for verbs:
 
 
 # %%
@@ -587,8 +578,8 @@ print("each token gets", side_by_side.size(-1), "numbers, two from each head")
 # :name: fig-attention-heads
 # :alt: A matrix of 6 rows, the tokens, and 4 columns, two of each head. View splits the last dimension, so that each row is 2 heads of 2 columns; transpose moves the heads to the front: two matrices of 6 rows and 2 columns. After attention the same steps go backward, and the output projection mixes the heads.
 #
-# From one wide matrix to heads, and back. Nothing is computed here: the numbers stay where they
-# are in memory, and only the way of counting them changes.
+# From one wide matrix to heads, and back. On the way to heads the numbers stay where they are in
+# memory; only the way of counting them changes.
 # ```
 
 # %%
@@ -602,12 +593,12 @@ print("viewed without transposing:", torch.equal(wrong, q))
 
 # %% [markdown]
 # The last line is the classic mistake: `view(heads, sequence, d_head)` has the right shape and
-# mixes tokens with heads. Training still works after a fashion, so nothing tells you.
+# mixes tokens with heads. No error tells you.
 #
 # What does it cost? With $h$ heads of $d = d_\text{model} / h$, the four projections have
 # $4 d_\text{model}^2$ weights whatever $h$ is, and scores and means take $2 n^2 d_\text{model}$
-# multiplications, too. More heads are more, but narrower, questions for the same price. A last
-# matrix, $W_O$, mixes what the heads have found.
+# multiplications whatever $h$ is: more heads are more, but narrower, questions for the same
+# price. The last matrix, $W_O$, mixes what the heads have found.
 #
 # ### Queries and keys of bounded length
 #
@@ -620,8 +611,7 @@ print("viewed without transposing:", torch.equal(wrong, q))
 # $\sqrt d$ (times the largest gain of each), whatever the weights. Rotations of
 # {doc}`08_positions` keep lengths, so the bound survives RoPE.
 #
-# Our module takes the kind of normalization as an argument, like all other choices of this
-# section. First the projections:
+# Our module takes the kind of normalization as an argument. First the projections:
 
 
 # %%
@@ -690,8 +680,8 @@ def _queries_keys_values(
 
 
 # %% [markdown]
-# The module itself is then short. Its argument `cache` belongs to a later section; without it,
-# and without a mask, attention is causal.
+# The module itself is then short. Its argument `cache` belongs to a later section; without a mask
+# attention is causal.
 
 
 # %%
@@ -728,7 +718,7 @@ class MultiHeadAttention(_Projections):
 
 
 # %% [markdown]
-# Weights are made and thrown away in there. To look at them we compute them apart:
+# The weights are thrown away in there. To look at them we compute them apart:
 
 
 # %%
@@ -763,10 +753,10 @@ for name, norm in (("without", None), ("with", partial(nn.RMSNorm, eps=1e-6))):
 # %% [markdown]
 # ## What it costs to remember
 #
-# A model that writes makes one token after the other. For the next one it needs the queries of
-# the newest token only, but keys and values of all. These never change, for under a causal mask
-# no token depends on later ones. So they are computed once and kept, in the {term}`KV cache`. Per
-# token and layer it holds a key and a value for each head that has its own:
+# A model writes one token after the other. For the next one it needs the query of the newest
+# token only, but keys and values of all. These never change, for under a causal mask no token
+# depends on later ones. So they are kept, in the {term}`KV cache`. Per token and layer it holds a
+# key and a value for each head that has its own:
 #
 # $$
 # \text{bytes per token} = 2 \cdot n_\text{layers} \cdot n_\text{kv heads} \cdot d_\text{head} \cdot
@@ -774,13 +764,12 @@ for name, norm in (("without", None), ("with", partial(nn.RMSNorm, eps=1e-6))):
 # $$ (attention-cache-size)
 #
 # In the first Llama with 7 billion parameters {cite}`touvron2023llama` that is half a megabyte
-# for each token. And reading it takes time: for each new token the whole cache goes from memory
-# through the processor, for one multiplication with each number in it. So people let heads share
-# ({numref}`fig-attention-kinds`). In **multi-query** attention {cite}`shazeer2019fast` all heads
-# read one set of keys and values; in **grouped-query** attention {cite}`ainslie2023gqa` a few
-# heads each, which costs hardly any quality. **Latent** attention {cite}`deepseek2024v2` keeps
-# something else altogether, a short vector from which keys and values are made; its section
-# follows.
+# for each token. And for each new token the whole cache goes from memory through the processor,
+# which takes time. So people let heads share ({numref}`fig-attention-kinds`). In **multi-query**
+# attention {cite}`shazeer2019fast` all heads read one set of keys and values; in
+# **grouped-query** attention {cite}`ainslie2023gqa` a few heads each, which costs hardly any
+# quality. **Latent** attention {cite}`deepseek2024v2` keeps a short vector instead, from which
+# keys and values are made; its section follows.
 #
 # ```{figure} ../figures/attention-kinds.svg
 # :name: fig-attention-kinds
@@ -789,10 +778,10 @@ for name, norm in (("without", None), ("with", partial(nn.RMSNorm, eps=1e-6))):
 # Which heads keep keys and values. What is cached is drawn solid.
 # ```
 #
-# The library transformers knows the sizes of published models
-# {cite}`touvron2023llama,jiang2023mistral,almazrouei2023falcon,deepseek2024v3`; we only apply
-# {eq}`attention-cache-size`. A cached number has two bytes. (Mistral 7B has a window of 4,096
-# tokens as well, which bounds its cache for long texts; here it is left out.)
+# The sizes of published models
+# {cite}`touvron2023llama,jiang2023mistral,almazrouei2023falcon,deepseek2024v3` are in the library
+# transformers. A cached number has two bytes. (Mistral's window of 4,096 tokens, which bounds its
+# cache, is left out.)
 
 # %%
 import warnings
@@ -827,7 +816,7 @@ plt.show()
 # %% [markdown]
 # ## A cache
 #
-# The smallest cache is a concatenation. It shows the principle, and that nothing is lost:
+# The smallest cache is a concatenation:
 
 # %%
 torch.manual_seed(0)
@@ -843,23 +832,23 @@ whole = scaled_dot_product_attention(q, k, v, is_causal=True)
 print("one by one = all at once:", torch.allclose(torch.cat(outputs, dim=2), whole, atol=1e-6))
 
 # %% [markdown]
-# Three things are missing. Each `cat` copies everything, so that $n$ tokens cost $n^2$ copies; we
-# want memory that is taken once. Rows of a batch have prompts of unequal lengths. And under a
-# sliding window nothing older than $w$ tokens is needed again, so memory should not grow at all.
+# Three things are missing. Each `cat` copies everything, which for $n$ tokens grows like $n^2$;
+# we want memory that is taken once. Rows of a batch have prompts of unequal lengths. And under a
+# sliding window memory need not grow at all.
 #
 # One rule serves all three: **position $p$ of a row is kept in slot $p \bmod S$** of that row,
 # where $S$ is the number of slots ({numref}`fig-attention-cache`). Without a window $S$ is the
 # capacity, and the slot is the position. With a window of $w$ and $S = w$ the slots are a ring,
 # and token $p$ overwrites token $p - w$, which its window has just left. Padding is not stored.
-# So there is no need to write down what is where: a row of length $\ell$ has in slot $s$ the
-# largest position below $\ell$ that leaves the remainder $s$, which is
+# Nothing need be written down: a row of length $\ell$ has in slot $s$ the largest position below
+# $\ell$ that leaves the remainder $s$, which is
 #
 # $$
 # p = (\ell - 1) - \big( (\ell - 1 - s) \bmod S \big) ,
 # $$ (attention-slots)
 #
-# and nothing if that is negative. The mask follows from positions, by the rule that we have. Keys
-# are stored rotated, so that each carries its position with it, in whichever slot it lies.
+# and nothing if that is negative. The mask follows from positions, as before. Keys are stored
+# rotated, so that each carries its position with it, in whichever slot it lies.
 #
 # ```{figure} ../figures/attention-cache.svg
 # :name: fig-attention-cache
@@ -884,9 +873,9 @@ print("ring of 4 slots, length 6:", _positions_in_slots([6], 4, 4, None).tolist(
 
 # %% [markdown]
 # All layers store the same tokens in the same places. So a step is worked out once, before the
-# first layer: which slots to write, how many to return, under which mask. The common case, all
-# rows alike, is a slice, and needs no mask if it is one token or a whole prompt. This is what
-# runs for every token that a model writes, so it does no work on tensors that it can avoid.
+# first layer: which slots to write, how many to return, under which mask. In the common case, all
+# rows alike, the slots are a slice, and one token or a whole prompt needs no mask. This runs for
+# every token that a model writes, so it avoids work on tensors.
 
 
 # %%
@@ -918,10 +907,10 @@ def _step_alike(
 
 
 # %% [markdown]
-# In general each row has positions of its own, with $-1$ for padding, to the left or to the
-# right. And there is one trap. If several tokens at once go into a full ring, the last of them
-# overwrite what the first still need. Then attention gets the old slots with the new tokens
-# behind them, and only then are these stored, or as many of them as the ring can hold.
+# In general each row has positions of its own, with $-1$ for padding on either side. There is one
+# trap: if several tokens at once go into a full ring, the last of them overwrite what the first
+# still need. Then attention gets the old slots with the new tokens behind them, and as many of
+# these as the ring can hold are stored after that.
 
 
 # %%
@@ -963,8 +952,8 @@ def _check_room(lengths: list[int], capacity: int, window: int | None) -> None:
 
 
 # %% [markdown]
-# What is left is bookkeeping: the length of each row, and `extend`, by which the model announces
-# its next tokens.
+# What is left is the length of each row, and `extend`, by which the model announces its next
+# tokens.
 
 
 # %%
@@ -1037,6 +1026,7 @@ class LayerCache:
 
     def __init__(self, table: "KVCache", keys: Tensor, values: Tensor):
         self._table, self.keys, self.values = table, keys, values
+        self._stored: _Step | None = None  # the last step that was stored here
 
     def update(
         self,
@@ -1048,17 +1038,29 @@ class LayerCache:
     ]:
         """Store keys and values of the announced tokens; return all that these may attend to.
 
-        What is returned may be a view, which the next step changes. No gradient flows through it.
+        What is returned may be a view, which the next step changes. No gradient flows through it. A
+        ValueError tells of tensors that do not fit what was announced, and of a second update.
         """
-        step, batch_size = self._table._step, self.keys.size(0)
-        if (k.size(0), k.size(2)) != (batch_size, step.n):
-            expected = f"{step.n} announced tokens in each of {batch_size} rows"
-            raise ValueError(f"k: expected {expected}, got the shape {tuple(k.shape)}")
+        step = self._table._step
+        if step is self._stored:
+            raise ValueError("k: expected tokens announced by extend, got those of a step twice")
+        _check_fits("k", k, self.keys, step)
+        _check_fits("v", v, self.values, step)
+        self._stored = step
         return _write(self.keys, k, step), _write(self.values, v, step)
 
 
 # %%
 #| export
+def _check_fits(name: str, new: Tensor, store: Tensor, step: _Step) -> None:
+    """Raise unless ``new`` has the announced tokens of each row, in the heads of the cache."""
+    batch_size, heads, _, width = store.shape
+    if new.shape != (batch_size, heads, step.n, width):
+        expected = f"{step.n} announced tokens in each of {batch_size} rows"
+        shape = f"(..., {heads}, {step.n}, {width})"
+        raise ValueError(f"{name}: expected {expected}, {shape}, got {tuple(new.shape)}")
+
+
 def _write(store: Tensor, new: Tensor, step: _Step) -> Tensor:
     """Write ``new`` where the step says; return what attention is to see."""
     seen, new = store[:, :, : step.used], new.detach().to(store.dtype)
@@ -1072,10 +1074,9 @@ def _write(store: Tensor, new: Tensor, step: _Step) -> Tensor:
 
 
 # %% [markdown]
-# Generation sometimes takes tokens back, or goes on from one row several times (chapter 14). With
-# the slots fixed by the position, taking back is to make a row shorter, so long as the ring still
-# has what the window then reaches: `spare` slots more than the window let it go back as many
-# tokens farther.
+# Generation sometimes takes tokens back, or goes on from one row several times (chapter 14). As
+# positions fix the slots, to take tokens back is to make a row shorter. A ring must then still
+# have all that the window reaches; `spare` further slots let it go back that many tokens farther.
 
 
 # %%
@@ -1166,9 +1167,9 @@ class KVCache(_Layers):
 
 
 # %% [markdown]
-# The test that counts: three rows, prompts of 5, 3 and 1 tokens with padding at the left, then
-# seven tokens each, one by one, under a window of 4, with rotary positions. Each token must get
-# what it gets when its row is computed alone and at once.
+# The test that counts: prompts of 5, 3 and 1 tokens with padding at the left, then seven tokens
+# each, one by one, under a window of 4, with rotary positions. Each token must get what it gets
+# when its row is computed at once.
 
 # %%
 from llmbook.positions import RotaryEmbedding
@@ -1218,17 +1219,17 @@ print(
 # $$ (attention-absorbed)
 #
 # the matrix moves from the keys, of which there are many, to the query, of which there is one. It
-# is *absorbed*. So it is with the values, because a mean commutes with a matrix:
+# is *absorbed*. So it is with the values, as a mean commutes with a matrix:
 # $\sum_j p_j (c_j U_V^h) = \big( \sum_j p_j c_j \big) U_V^h$. In this form all heads read the
-# same $r$ numbers: for decoding, latent attention *is* multi-query attention, with wide heads.
+# same $r$ numbers: latent attention has become multi-query attention with wide heads.
 #
 # One thing is in the way. A rotary key is $k_j R_j$, with a rotation that depends on the
-# position, and then $R_j$ stands between $U_K$ and $q$, different for each $j$, and nothing can
-# be moved past it. So each key gets a second part, of few numbers, that is rotated, and shared by
-# all heads; the first part has no positions. Scores add up over both. What is cached is $r$
-# numbers of latent and the rotated part, which fits our cache as one head without values. (The
-# latent is normalized before it is used. Queries may be made from a latent of their own, too:
-# that saves weights, not cache.)
+# position, and then $R_j$ stands between $U_K^h$ and $q$, different for each $j$, so that $U_K^h$
+# cannot be moved to the query. So each key gets a second part, of few numbers, that is rotated,
+# and shared by all heads; the first part has no positions. Scores add up over both. Latent and
+# rotated part are cached, which fits our cache as one head without values. (The latent is
+# normalized before it is used. Queries may be made from a latent of their own, which saves
+# weights, not cache.)
 
 
 # %%
@@ -1252,7 +1253,8 @@ class _LatentProjections(nn.Module):
     ):
         super().__init__()
         _, d_head = _check_heads(d_model, n_heads, None, d_head, dropout)
-        _check_at_least(d_latent=(1, d_latent), d_rope=(2, d_rope), d_value=(1, d_value))
+        _check_at_least(d_latent=(1, d_latent), d_value=(1, d_value))
+        _check_even(d_rope=d_rope)
         self.n_heads, self.d_head, self.d_value = n_heads, d_head, d_value or d_head
         self.d_latent, self.d_rope, self.dropout, self.backend = d_latent, d_rope, dropout, backend
         self.q_proj = _query_projection(d_model, n_heads * (d_head + d_rope), d_query_latent, norm)
@@ -1291,10 +1293,9 @@ def _queries_latents(
 
 
 # %% [markdown]
-# Then the two ways to the same result. Making keys and values is the better one for many queries
-# at once, in training and for prompts, because a score then takes fewer products (in DeepSeek-V3
-# 192 in the place of 576). For a single query the absorbed way wins, because nothing is made at
-# all.
+# Then the two ways to the same result. For many queries at once, in training and for prompts,
+# keys and values are made, because a score then takes fewer products (in DeepSeek-V3 192 in the
+# place of 576). For a single query the absorbed way wins, because it makes none.
 
 
 # %%
@@ -1375,12 +1376,12 @@ print(f"bytes in the cache: {cache.nbytes}, multi-head of the same size: {full.n
 #
 # For $n$ tokens each head makes $n^2$ scores, and as many weights, and both have to be kept for
 # the backward pass. With 32 heads and 8,192 tokens the weights of one layer are 4 GiB in 16 bits.
-# Yet all that goes in, and all that comes out, has only $n d$ numbers. Must the matrix exist?
+# Yet what goes in and what comes out has only $n d$ numbers. Must the matrix exist?
 #
 # ### Softmax in one pass
 #
-# What seems to force it is the softmax. Its denominator, and the maximum that keeps it safe, need
-# the whole row before the first weight is known. But one may start without them and correct later
+# The softmax seems to force it: its denominator and its maximum need the whole row before the
+# first weight is known. But one may start without them and correct later
 # {cite}`milakov2018online,rabe2021memory`. Read the row of scores in blocks. After some blocks
 # let $m$ be the largest score so far, and
 #
@@ -1468,16 +1469,15 @@ print(
 #
 # This is FlashAttention {cite}`dao2022flash,dao2024flash2`: blocks of queries against blocks of
 # keys, in **tiles** small enough for the fast memory of a processor
-# ({numref}`fig-attention-tiles`). The matrix of scores never exists; a tile of it does, for a
-# moment. What is kept for the backward pass is queries, keys, values, output, and $L$. Tiles that
-# lie above the diagonal are not even begun: almost half of all, if attention is causal.
+# ({numref}`fig-attention-tiles`). Only a tile of the scores exists at a time. What is kept for
+# the backward pass is queries, keys, values, output, and $L$. If attention is causal, tiles above
+# the diagonal are not even begun: almost half of all.
 #
 # ```{figure} ../figures/attention-tiles.svg
 # :name: fig-attention-tiles
 # :alt: A square of 4 by 4 tiles, blocks of queries downward and blocks of keys to the right. Tiles above the diagonal are empty: skipped. Tiles on the diagonal are masked in part. The row of the third block of queries is marked: its three tiles are visited from left to right, and beside it the running maximum m, sum l and mean a are passed from tile to tile, then a divided by l is the output and m plus log l is stored.
 #
-# Causal attention in tiles. For each block of queries the running maximum, sum and mean pass from
-# tile to tile.
+# Causal attention in tiles. Maximum, sum and mean of a block of queries pass from tile to tile.
 # ```
 
 
@@ -1576,9 +1576,9 @@ def _flash_backward(
 
 
 # %% [markdown]
-# The two are tied together as one function that autograd does not look into. Sums are in float32
-# for 16-bit inputs. Heads that share keys stand in a dimension of their own, the group, which
-# keys and values have with size one.
+# The two become one function that autograd does not look into. For 16-bit inputs all is computed
+# in float32. Heads that share keys stand in a dimension of their own, the group, which keys and
+# values have with size one.
 
 
 # %%
@@ -1639,7 +1639,7 @@ def flash_attention(
 
 
 # %% [markdown]
-# Is it the same function, gradients included? With 100 tokens the last tiles are not full.
+# Is it the same function? With 100 tokens the last tiles are not full.
 
 # %%
 torch.manual_seed(0)
@@ -1656,8 +1656,8 @@ for name in ("flash_attention", "torch"):
     print(f"{name:16}", [torch.allclose(a, b, atol=1e-5) for a, b in pairs])
 
 # %% [markdown]
-# What does each way keep between forward and backward? PyTorch lets us see every tensor that
-# autograd saves.
+# What does each way keep between forward and backward? PyTorch shows us each tensor that autograd
+# saves.
 
 
 # %%
@@ -1691,27 +1691,24 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# Ours and PyTorch's kernel keep the same bytes, for they keep the same things. On a GPU the tiles
-# live in memory on the chip, and attention becomes faster as well, although it computes the
-# scores twice: what costs time there is to move matrices, not to multiply them. That is the
-# observation from which the paper starts.
+# Ours and PyTorch's kernel keep the same bytes. On a GPU tiles make attention faster as well
+# {cite}`dao2022flash`, although scores are computed twice: what costs time there is to move
+# matrices, not to multiply them.
 
 
 # %% [markdown]
 # ## What heads learn
 #
-# All this machinery looks things up. What does it look up, once it is free to choose? The
-# best-understood answer is the **induction head**
-# {cite}`elhage2021framework,olsson2022induction`. It completes patterns that it has never seen:
-# after *… ka mo … ka* it predicts *mo*, because that is what followed last time. With this trick
-# a model can copy names and repeat a format, and it is held to be a large part of how models
-# learn from examples in their prompt.
+# What does attention look up, once it is free to choose? The best-understood answer is the
+# **induction head** {cite}`elhage2021framework,olsson2022induction`. It completes patterns that
+# it has never seen: after *… ka mo … ka* it predicts *mo*, because that is what followed last
+# time. This is held to be a large part of how models learn from examples in their prompt.
 #
-# One layer cannot do it. The token *ka* can look for earlier *ka*s and find them, but what it
-# wants is the token *after* one, and the key of *mo* is made from *mo* and its position alone.
-# Two layers can ({numref}`fig-attention-induction`). In the first, a head attends to the previous
-# token and so notes in *mo* that *ka* stood before it. In the second, *ka* asks who has *ka*
-# noted, finds *mo*, and copies it into the prediction.
+# One layer cannot do it. The token *ka* can find earlier *ka*s, but what it wants is the token
+# *after* one, and the key of *mo* is made from *mo* and its position alone. Two layers can
+# ({numref}`fig-attention-induction`). In the first, a head attends to the previous token and so
+# notes in *mo* that *ka* stood before it. In the second, *ka* asks who has *ka* noted, finds
+# *mo*, and copies it into the prediction.
 #
 # ```{figure} ../figures/attention-induction.svg
 # :name: fig-attention-induction
@@ -1721,8 +1718,8 @@ plt.show()
 # ```
 #
 # We train such a model where nothing but this trick helps. A row repeats a random run of tokens,
-# none twice within it, again and again. Its length differs from row to row, so neither the
-# statistics of tokens nor a fixed distance is of any use.
+# none twice within the run. Its length differs from row to row, so neither the statistics of
+# tokens nor a fixed distance is of any use.
 
 
 # %%
@@ -1741,7 +1738,7 @@ for row, length in zip(ids[:, :18].tolist(), period[:, 0].tolist(), strict=True)
 # %% [markdown]
 # The model has embeddings, two layers of attention with rotary positions, each of which adds its
 # result to the vector of the token (chapter 10 says why), and a matrix to scores for the next
-# token. Nothing else: no feed-forward layers, 41,000 weights.
+# token: 41,000 weights.
 
 
 # %%
@@ -1766,8 +1763,7 @@ class AttentionOnly(nn.Module):
 # %% [markdown]
 # Two scores tell what a head does. The *previous-token score* is the mean weight that a token
 # gives to the one before it. The *prefix-matching score* is the mean weight that goes to tokens
-# which followed an earlier occurrence of the present one, taken where there is such an
-# occurrence.
+# which followed an earlier occurrence of the present one, where there is one.
 
 
 # %%
@@ -1818,8 +1814,8 @@ smooth = torch.tensor(losses).unfold(0, 20, 20).mean(dim=1)
 
 # %% [markdown]
 # We draw the loss on tokens that can be known, since a whole period has been seen. Blind guessing
-# costs $\ln 64 = 4.2$ nats; who knows which tokens the row has, but not their order, pays the
-# logarithm of the period, 2.7 in the mean.
+# costs $\ln 64 = 4.2$ nats; to know which tokens the row has, but not their order, the logarithm
+# of the period, 2.7 in the mean.
 
 # %% mystnb={"figure": {"caption": "Left: loss on tokens that have been seen a period before. With two layers it creeps down, then falls off a cliff; with one it goes on creeping. Right: scores of the heads, layer before the point. A previous-token head in layer 1 and induction heads in layer 2 appear together, at the steps of the fall.", "name": "fig-attention-jump"}, "image": {"alt": "Left, loss in nats over 400 steps: both curves creep from 4.3 to below 4 during the first 100 steps; then that of two layers falls within about 50 steps to below 1, and ends near 0; that of one layer is still above 3 at the end. Right, scores of four heads from 0 to 1: all are below 0.1 at first; when the loss falls, the previous-token score of a head in layer 1 rises to about 0.6, and the prefix-matching scores in layer 2 to over 0.9."}}
 figure, axes = plt.subplots(1, 2)
@@ -1849,13 +1845,13 @@ print("one layer, above 3 nats to the end:", one_layer[-1] > 3)
 print("an induction head in layer 2 only:", final["prefix"][1] > 0.8 > 0.3 > final["prefix"][0])
 
 # %% [markdown]
-# Between the plateau and the floor lie a few dozen steps. Nothing about the data or the optimizer
-# changes there. A plausible reason: of two parts that are useless without each other, neither is
-# much rewarded until the other is there by half, and then both grow fast. In large models the
-# same happens early in training, as a visible bump in the loss, and with it appears the ability
-# to learn from a prompt {cite}`olsson2022induction`.
+# The fall takes a few dozen steps, at which nothing about the data or the optimizer changes. A
+# plausible reason: of two parts that are useless without each other, neither is much rewarded
+# until the other is there by half, and then both grow fast. In large models the same happens
+# early in training, as a visible bump in the loss, and with it appears the ability to learn from
+# a prompt {cite}`olsson2022induction`.
 #
-# Here are the two heads at work on a row that the model has not seen.
+# The two heads at work on a row that the model has not seen:
 
 # %% mystnb={"figure": {"caption": "The two heads on a row with a period of 12. Left, the previous-token head of layer 1: a line just below the diagonal. Right, the induction head of layer 2: from the second period on, each token attends to tokens that followed its earlier occurrences, 11 and 23 places back.", "name": "fig-attention-heads-learned"}, "image": {"alt": "Two square heat maps of queries, downward, and keys, to the right, over 36 tokens. Left: the dark cells lie one place below the diagonal. Right: the first 12 rows are diffuse; from row 12 on dark cells lie on a line 11 places to the left of the diagonal, and from row 24 on also on one 23 places to the left."}}
 ids, _, _ = repeated_rows(1, torch.Generator().manual_seed(5))
@@ -1876,10 +1872,9 @@ plt.show()
 # %% [markdown]
 # ### A figure to play with
 #
-# A grid shows everything at once and nothing up close. For one's own models one wants to point at
-# a token and see where it looks. The function below writes a piece of HTML with its data and some
-# JavaScript inside, so that it needs neither a kernel nor a network, and a table of the strongest
-# weights for those who have no scripts.
+# In one's own models one wants to point at a token and see where it looks. The function below
+# writes HTML with its data and some JavaScript inside, so that it needs neither a kernel nor a
+# network, and a table of the strongest weights for those who have no scripts.
 
 
 # %%
@@ -1923,6 +1918,14 @@ def _strongest(tokens: list[str], percent: list) -> str:
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
+def _check_picked(shape: tuple[int, ...], **picked: int) -> dict[str, int]:
+    """Return places counted from the beginning; raise a ValueError for any that is not there."""
+    for (name, at), size in zip(picked.items(), shape, strict=True):
+        if not -size <= at < size:
+            raise ValueError(f"{name}: expected {-size} to {size - 1}, got {at}")
+    return {name: at % size for (name, at), size in zip(picked.items(), shape, strict=True)}
+
+
 @dataclass(frozen=True)
 class AttentionFigure:
     """An interactive figure; notebooks and the site show its ``html``."""
@@ -1949,17 +1952,19 @@ def show_attention(
     """Return a figure in which one picks a head and a token, and sees where the token attends.
 
     It works by mouse, touch and keyboard. ``weights``, of one layer or of several, are rounded to
-    whole percent; ``layer``, ``head`` and ``token`` are picked at first.
+    whole percent; ``layer``, ``head`` and ``token`` are picked at first; -1 is the last.
     """
     n, shape = len(tokens), tuple(weights.shape)
+    _check_at_least(tokens=(1, n))
     if len(shape) not in (3, 4) or shape[-2:] != (n, n):
         expected = f"expected (layers, heads, {n}, {n}) for {n} tokens"
         raise ValueError(f"weights: {expected}, got {shape}")
-    percent = (100 * weights.detach().float()).round().int().view(-1, *shape[-3:])
-    picked = {"layer": layer % len(percent), "head": head % shape[-3], "token": token % n}
-    data = {"tokens": tokens, "weights": percent.tolist(), **picked}
+    layers, heads = (1, *shape)[-4:-2]
+    picked = _check_picked((layers, heads, n), layer=layer, head=head, token=token)
+    percent = (100 * weights.detach().float()).round().int().view(layers, heads, n, n).tolist()
+    data = {"tokens": tokens, "weights": percent, **picked}
     inert = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    table = _strongest(tokens, percent.tolist())
+    table = _strongest(tokens, percent)
     script = files("llmbook").joinpath("attention.js").read_text(encoding="utf-8")
     return AttentionFigure(
         f'<div class="llmbook-attention" role="group" aria-label="Attention of {n} tokens">{_STYLE}'
@@ -1969,9 +1974,9 @@ def show_attention(
 
 
 # %% [markdown]
-# The same row, with syllables for its numbers. The figure opens at the induction head and the
-# last token. Point at other tokens, or walk with the arrow keys. In layer 1, which head looks one
-# token back?
+# The same row, with syllables for its numbers. Each small picture is a head, with queries
+# downward and keys to the right, as above. Pick one, point at tokens, or walk with the arrow
+# keys. In layer 1, which head looks back by one token most?
 
 # %% tags=["nbval-ignore-output"]
 syllables = [consonant + vowel for consonant in "bdfgklmnprstvwzj" for vowel in "aeio"]
@@ -1983,14 +1988,13 @@ show_attention(
 )
 
 # %% [markdown]
-# A warning belongs here. A weight says from where a head reads, not what the model makes of it,
-# and different weights can lead to the same prediction {cite}`jain2019attention`. To know that a
-# head matters, take it away and measure; an exercise does that.
+# But a weight says from where a head reads, not what the model makes of it, and different weights
+# can lead to the same prediction {cite}`jain2019attention`. To know that a head matters, take it
+# away and measure, as an exercise does.
 #
 # ## Is it the real thing?
 #
-# We compare with PyTorch's function and module, and with the attention layers of Llama, Qwen3 and
-# DeepSeek-V3 in transformers, with the same weights. First PyTorch, outputs and gradients:
+# Outputs and gradients, with the same weights: first PyTorch's function and module.
 
 # %%
 import llmbook.attention as exported
@@ -2021,8 +2025,8 @@ out, _ = theirs(x, x, x, attn_mask=hidden, need_weights=False)
 print("nn.MultiheadAttention:", same(ours(x), out, x))
 
 # %% [markdown]
-# For Llama and Qwen3 even the names of the weights are the same. Their layers want cosines for
-# both halves, and a mask that is added: 0 or $-\infty$.
+# For Llama and Qwen3 in transformers even the names of the weights are the same. Their layers
+# want cosines for both halves, and a mask that is added: 0 or $-\infty$.
 
 # %%
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
@@ -2076,8 +2080,8 @@ print("DeepSeek-V3:", same(ours(x, rope=rope), theirs(x, doubled, added)[0], x))
 # %% [markdown]
 # ## How fast is it?
 #
-# Two questions. What do the three ways cost in training, forward and backward, as texts get
-# longer? And what does a cache save when 256 tokens are written one by one?
+# What do the three ways cost, forward and backward, as texts get longer? And what does a cache
+# save when 256 tokens are written one by one?
 
 # %%
 seconds_of = {}
@@ -2116,9 +2120,9 @@ print(f"both induction models trained in {seconds:.0f} s")
 
 # %% [markdown]
 # Our tiles are written in Python, and still overtake the reference on long texts: they skip
-# almost half of the matrix, and what they make fits the processor's cache. The kernel does the
-# same without Python. What the cache saves grows with the text and with the model; here calling
-# the functions is most of what remains.
+# almost half of the matrix, and what they make fits the processor's cache. What the key-value
+# cache saves grows with the text and with the model; here calling the functions is most of what
+# remains.
 #
 # ## Exercises
 #
@@ -2244,6 +2248,7 @@ for n, size, window in ((12, 3, 4), (64, 8, 16), (20, 6, 1), (10, 4, 100)):
         visited = torch.zeros(n, dtype=torch.bool)
         for block in columns:
             assert block.start % size == 0, "blocks begin at multiples of the size"
+            assert not visited[block].any(), f"{block} is visited twice"
             assert mask[rows, block].any(), f"{block} holds nothing that {rows} may see"
             visited[block] = True
         assert not mask[rows][:, ~visited].any(), f"{rows} may see keys that are not visited"
@@ -2294,8 +2299,8 @@ for bias in (False, True):
 # `loss_without(model, layer, heads)`: the loss of the trained model where it can be known, on the
 # rows `repeated_rows(64, torch.Generator().manual_seed(9))`, with the output of some heads of a
 # layer set to zero. A head's numbers enter `o_proj` in the columns from `head * d_head` on. The
-# model must be unchanged afterwards. What does each head of `model` contribute, and what do both
-# heads of layer 1, to which no prediction is due directly?
+# model must be unchanged afterwards. What does each head of `model` contribute? And both heads of
+# layer 1, though it is layer 2 that copies?
 # ````
 
 
@@ -2305,7 +2310,7 @@ def loss_without(model: AttentionOnly, layer: int, heads: list[int]) -> float:
     """Return the loss on tokens seen a period before, when some heads of a layer add nothing."""
     # Without layer 1 the loss is above that of the plateau, though the induction heads are as they
     # were: they find nothing. A single head of layer 1 is missed as much as it did of the work,
-    # from nothing to 2 nats; a single one of layer 2 by 1 to 2 nats.
+    # from nothing to 2 nats; a single one of layer 2 by about 2 nats.
     ids, targets, period = repeated_rows(64, torch.Generator().manual_seed(9))
     attention = model.layers[layer]
     saved = attention.o_proj.weight.clone()
@@ -2326,6 +2331,12 @@ for layer in (0, 1):
         singles.append(loss_without(model, layer, [head]))
     assert both > 2.5, f"layer {layer + 1}: without both heads {both:.2f}: nothing can be copied"
     assert both > max(singles) > whole, f"layer {layer + 1}: two heads do more than either"
+# A hook does the same from outside: the second head's numbers reach o_proj as zeros.
+first_head = torch.arange(64) < 32
+hook = model.layers[1].o_proj.register_forward_pre_hook(lambda _, args: (args[0] * first_head,))
+muted = loss_without(model, 1, [])
+hook.remove()
+assert abs(loss_without(model, 1, [1]) - muted) < 1e-4, "a head's numbers are columns of o_proj"
 unchanged = [torch.equal(before[name], weight) for name, weight in model.state_dict().items()]
 assert all(unchanged), "the model must be as it was"
 
@@ -2333,29 +2344,24 @@ assert all(unchanged), "the model must be as it was"
 # ## Summary
 #
 # Attention is a dictionary made smooth: scores are dot products, softmax makes weights of them,
-# and the answer is a weighted mean. Scores of $d$ terms have variance $d$, and dividing by
-# $\sqrt d$ keeps softmax where it can learn. Subtracting the maximum keeps it finite, and a query
-# that may see nothing gets nothing. Masks are rules about positions. Heads ask several questions
-# at once; sharing keys and values among them, or keeping a latent instead, makes the cache small.
-# A cache with position $p$ in slot $p \bmod S$ serves unequal rows and windows alike, token for
-# token equal to no cache. Softmax can be computed in one pass and its backward pass from one
-# number a row, so the $n \times n$ matrix never needs to exist. Trained on nothing but
-# repetition, two layers learn to look up what followed last time, suddenly, and one layer never
-# does.
+# and the answer is a weighted mean. Dividing by $\sqrt d$ keeps softmax where it can learn,
+# subtracting the maximum keeps it finite. Masks are rules about positions. Heads ask several
+# questions at once; sharing keys and values among them, or keeping a latent instead, makes the
+# cache small. With position $p$ in slot $p \bmod S$ it serves unequal rows and windows alike.
+# Softmax can be computed in one pass and its backward pass from one number a row, so the
+# $n \times n$ matrix need never exist. Trained on nothing but repetition, two layers suddenly
+# learn to look up what followed last time; one layer does not.
 #
 # **Checklist: choosing attention.**
 #
 # - Train by the fused kernel, and announce a causal mask by `is_causal`, never by a matrix.
-# - Grouped-query attention with 8 heads of keys and values is what Mistral and Llama 3 chose, and
-#   a safe default; multi-head if texts are short; latent attention if the cache decides what can
-#   be served.
-# - A sliding window in some layers bounds memory; keep some layers without it for far look-ups.
+# - Share keys and values: 8 heads of them is what Mistral and Llama 3 chose. Latent attention is
+#   for when the cache decides what can be served.
 # - Normalize queries and keys if the largest score grows during training.
-# - Fill forbidden scores with $-\infty$, not with a large negative number, and test a row that is
-#   all padding.
+# - Fill forbidden scores with $-\infty$, and test a row that is all padding.
 # - Test every cache against no cache, with unequal prompts, and with texts longer than the
 #   window.
 #
-# **Further reading.** Vaswani and colleagues {cite}`vaswani2017attention` for the equation, Dao
-# {cite}`dao2024flash2` for the tiles, Elhage and colleagues {cite}`elhage2021framework` for a way
-# to read what attention does from its weights. Next, chapter 10 builds the block around it.
+# **Further reading.** Dao {cite}`dao2024flash2` for the tiles, Elhage and colleagues
+# {cite}`elhage2021framework` for a way to read what attention does from its weights. Next, chapter
+# 10 builds the block around it.

@@ -68,9 +68,9 @@ def draw_lookup() -> None:
     label(ax, left, 16, "soft look-up", align="left", bold=True)
     ask = box(ax, left, 82, 66, 36, "pie", "(1, −1)", color=ORANGE, size=9)
     soft = (
-        ("bread", "(−2, 0)", "−2", 0.01, "220"),
-        ("cake", "(2, −1)", "3", 0.95, "180"),
-        ("meringue", "(2, 2)", "0", 0.05, "100"),
+        ("bread", "(−2, 0)", "−2", 0.0064, "220"),
+        ("cake", "(2, −1)", "3", 0.946499, "180"),
+        ("meringue", "(2, 2)", "0", 0.0471, "100"),
     )
     for number, (key, vector, score, weight, value) in enumerate(soft):
         y = 38 + 44 * number
@@ -81,7 +81,7 @@ def draw_lookup() -> None:
         ax.add_patch(
             Rectangle((left + 222, y + 10), 76 * weight, 16, facecolor=PURPLE, edgecolor="none")
         )
-        label(ax, left + 304, y + 18, f"{weight:.2f}", size=SMALL, align="left", color=PURPLE)
+        label(ax, left + 304, y + 18, f"{weight:.3f}", size=SMALL, align="left", color=PURPLE)
         box(ax, left + 344, y + 4, 52, 28, value, color=GREEN, mono=True)
     label(ax, left + 131, 28, "keys", size=SMALL, color=BLUE)
     label(ax, left + 194, 28, "scores", size=SMALL)
@@ -91,7 +91,7 @@ def draw_lookup() -> None:
         ax,
         left + 202,
         190,
-        "0.01 · 220 + 0.95 · 180 + 0.05 · 100 = 176",
+        "0.006 · 220 + 0.946 · 180 + 0.047 · 100 = 176",
         mono=True,
         size=9,
     )
@@ -101,8 +101,8 @@ def draw_lookup() -> None:
         "A dictionary and a soft look-up",
         "Left: the query pie is compared with the keys bread, cake and meringue; none is "
         "equal, and the result is a KeyError. Right: keys and query are vectors; the scores "
-        "of pie with bread, cake and meringue are -2, 3 and 0, the weights 0.01, 0.95 and "
-        "0.05, and the answer is the weighted mean of 220, 180 and 100, which is 176.",
+        "of pie with bread, cake and meringue are -2, 3 and 0, the weights 0.006, 0.946 "
+        "and 0.047, and the answer is the weighted mean of 220, 180 and 100, which is 176.",
     )
 
 

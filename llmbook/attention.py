@@ -8,7 +8,7 @@ __all__ = ['Backend', 'softmax', 'attention_mask', 'causal_mask', 'attention_wei
            'MultiHeadAttention', 'attention_pattern', 'LayerCache', 'KVCache', 'MultiHeadLatentAttention',
            'flash_attention', 'AttentionFigure', 'show_attention']
 
-# %% ../chapters/09_attention.ipynb #77e6224d
+# %% ../chapters/09_attention.ipynb #cc9c6792
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .corpus import _check_at_least
-from .positions import apply_rope
+from .positions import _check_even, apply_rope
 
 # %% ../chapters/09_attention.ipynb #8e87aeec
 def softmax(scores: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
@@ -99,13 +99,14 @@ def _check_values(k: Tensor, v: Tensor) -> None:
         expected = f"{tuple(k.shape[:-1])} before the last dimension, as in k"
         raise ValueError(f"v: expected {expected}, got {tuple(v.shape)}")
 
-# %% ../chapters/09_attention.ipynb #ea7b69e2
+# %% ../chapters/09_attention.ipynb #6bb18b43
 def _joined(mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> Tensor | None:
     """Join ``mask`` with the causal one, whose last query sees all keys; None if all is allowed."""
     queries, keys = q.size(-2), k.size(-2)
     if not is_causal or queries == 1:
         return mask
-    causal = causal_mask(keys, device=q.device)[keys - queries :]
+    positions = torch.arange(keys, device=q.device)[None]
+    causal = attention_mask(positions[:, keys - queries :], positions)[0, 0]
     return causal if mask is None else mask & causal
 
 
@@ -402,12 +403,13 @@ class _SlotTable:
         self._step, mask, self._lengths = _plan(self, position_ids)
         return mask
 
-# %% ../chapters/09_attention.ipynb #b836be04
+# %% ../chapters/09_attention.ipynb #ddcebc94
 class LayerCache:
     """Keys and values of one layer, (batch, n_kv_heads, slots, feature): ``cache[layer]``."""
 
     def __init__(self, table: "KVCache", keys: Tensor, values: Tensor):
         self._table, self.keys, self.values = table, keys, values
+        self._stored: _Step | None = None  # the last step that was stored here
 
     def update(
         self,
@@ -419,15 +421,27 @@ class LayerCache:
     ]:
         """Store keys and values of the announced tokens; return all that these may attend to.
 
-        What is returned may be a view, which the next step changes. No gradient flows through it.
+        What is returned may be a view, which the next step changes. No gradient flows through it. A
+        ValueError tells of tensors that do not fit what was announced, and of a second update.
         """
-        step, batch_size = self._table._step, self.keys.size(0)
-        if (k.size(0), k.size(2)) != (batch_size, step.n):
-            expected = f"{step.n} announced tokens in each of {batch_size} rows"
-            raise ValueError(f"k: expected {expected}, got the shape {tuple(k.shape)}")
+        step = self._table._step
+        if step is self._stored:
+            raise ValueError("k: expected tokens announced by extend, got those of a step twice")
+        _check_fits("k", k, self.keys, step)
+        _check_fits("v", v, self.values, step)
+        self._stored = step
         return _write(self.keys, k, step), _write(self.values, v, step)
 
-# %% ../chapters/09_attention.ipynb #a02cd918
+# %% ../chapters/09_attention.ipynb #41040572
+def _check_fits(name: str, new: Tensor, store: Tensor, step: _Step) -> None:
+    """Raise unless ``new`` has the announced tokens of each row, in the heads of the cache."""
+    batch_size, heads, _, width = store.shape
+    if new.shape != (batch_size, heads, step.n, width):
+        expected = f"{step.n} announced tokens in each of {batch_size} rows"
+        shape = f"(..., {heads}, {step.n}, {width})"
+        raise ValueError(f"{name}: expected {expected}, {shape}, got {tuple(new.shape)}")
+
+
 def _write(store: Tensor, new: Tensor, step: _Step) -> Tensor:
     """Write ``new`` where the step says; return what attention is to see."""
     seen, new = store[:, :, : step.used], new.detach().to(store.dtype)
@@ -520,7 +534,7 @@ class KVCache(_Layers):
         widths = d_head, d_head if d_value is None else d_value
         self._layers = [_empty_layer(self, shape, widths, dtype) for _ in range(n_layers)]
 
-# %% ../chapters/09_attention.ipynb #14ee5850
+# %% ../chapters/09_attention.ipynb #b609234b
 class _LatentProjections(nn.Module):
     """The matrices of latent attention: down to a latent, up into heads, and out of them."""
 
@@ -540,7 +554,8 @@ class _LatentProjections(nn.Module):
     ):
         super().__init__()
         _, d_head = _check_heads(d_model, n_heads, None, d_head, dropout)
-        _check_at_least(d_latent=(1, d_latent), d_rope=(2, d_rope), d_value=(1, d_value))
+        _check_at_least(d_latent=(1, d_latent), d_value=(1, d_value))
+        _check_even(d_rope=d_rope)
         self.n_heads, self.d_head, self.d_value = n_heads, d_head, d_value or d_head
         self.d_latent, self.d_rope, self.dropout, self.backend = d_latent, d_rope, dropout, backend
         self.q_proj = _query_projection(d_model, n_heads * (d_head + d_rope), d_query_latent, norm)
@@ -783,7 +798,7 @@ _STYLE = """<style>
   white-space: pre; }
 </style>"""
 
-# %% ../chapters/09_attention.ipynb #460ed15d
+# %% ../chapters/09_attention.ipynb #7ef4ea54
 def _strongest(tokens: list[str], percent: list) -> str:
     """Return an HTML table of the strongest attention of each token in each head."""
     heads = [(i, h, rows) for i, layer in enumerate(percent) for h, rows in enumerate(layer)]
@@ -795,6 +810,14 @@ def _strongest(tokens: list[str], percent: list) -> str:
     lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table]
     lines[0] = lines[0].replace("td>", "th>")
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def _check_picked(shape: tuple[int, ...], **picked: int) -> dict[str, int]:
+    """Return places counted from the beginning; raise a ValueError for any that is not there."""
+    for (name, at), size in zip(picked.items(), shape, strict=True):
+        if not -size <= at < size:
+            raise ValueError(f"{name}: expected {-size} to {size - 1}, got {at}")
+    return {name: at % size for (name, at), size in zip(picked.items(), shape, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -809,7 +832,7 @@ class AttentionFigure:
     def _repr_html_(self) -> str:
         return self.html
 
-# %% ../chapters/09_attention.ipynb #d28d0cf7
+# %% ../chapters/09_attention.ipynb #a0488e10
 def show_attention(
     tokens: list[str],
     weights: Float[Tensor, "*layers heads queries keys"],
@@ -821,17 +844,19 @@ def show_attention(
     """Return a figure in which one picks a head and a token, and sees where the token attends.
 
     It works by mouse, touch and keyboard. ``weights``, of one layer or of several, are rounded to
-    whole percent; ``layer``, ``head`` and ``token`` are picked at first.
+    whole percent; ``layer``, ``head`` and ``token`` are picked at first; -1 is the last.
     """
     n, shape = len(tokens), tuple(weights.shape)
+    _check_at_least(tokens=(1, n))
     if len(shape) not in (3, 4) or shape[-2:] != (n, n):
         expected = f"expected (layers, heads, {n}, {n}) for {n} tokens"
         raise ValueError(f"weights: {expected}, got {shape}")
-    percent = (100 * weights.detach().float()).round().int().view(-1, *shape[-3:])
-    picked = {"layer": layer % len(percent), "head": head % shape[-3], "token": token % n}
-    data = {"tokens": tokens, "weights": percent.tolist(), **picked}
+    layers, heads = (1, *shape)[-4:-2]
+    picked = _check_picked((layers, heads, n), layer=layer, head=head, token=token)
+    percent = (100 * weights.detach().float()).round().int().view(layers, heads, n, n).tolist()
+    data = {"tokens": tokens, "weights": percent, **picked}
     inert = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    table = _strongest(tokens, percent.tolist())
+    table = _strongest(tokens, percent)
     script = files("llmbook").joinpath("attention.js").read_text(encoding="utf-8")
     return AttentionFigure(
         f'<div class="llmbook-attention" role="group" aria-label="Attention of {n} tokens">{_STYLE}'

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmbook.attention import (
     KVCache,
@@ -179,6 +180,25 @@ def test_causal_with_fewer_queries_aligns_the_ends(attention, queries, kv_heads)
     torch.testing.assert_close(
         attention(q[:, :, -queries:], k, v, is_causal=True), whole[:, :, -queries:]
     )
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that is made meanwhile."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, out.numel() if isinstance(out, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("attention", ALL.values(), ids=ALL)
+def test_few_queries_make_no_square_of_the_keys(attention):
+    q, k, v = (torch.randn(1, n, 4) for n in (3, 1000, 1000))
+    with Largest() as largest:
+        attention(q, k, v, is_causal=True)
+    assert largest.numel < 10_000
 
 
 @given(
@@ -453,6 +473,13 @@ def test_cache_refuses(untyped):
     for rows, n in ((1, 2), (2, 1)):
         with pytest.raises(ValueError, match="k: expected 2 announced tokens in each of 2 rows"):
             cache[0].update(torch.zeros(rows, 1, n, 4), torch.zeros(rows, 1, n, 4))
+    with pytest.raises(ValueError, match=r"\(..., 1, 2, 4\), got \(2, 3, 2, 4\)"):
+        cache[0].update(torch.zeros(2, 3, 2, 4), torch.zeros(2, 3, 2, 4))
+    with pytest.raises(ValueError, match=r"v: .*\(..., 1, 2, 4\), got \(2, 1, 2, 1\)"):
+        cache[0].update(torch.zeros(2, 1, 2, 4), torch.zeros(2, 1, 2, 1))
+    cache[0].update(torch.zeros(2, 1, 2, 4), torch.zeros(2, 1, 2, 4))
+    with pytest.raises(ValueError, match="k: expected tokens announced by extend"):
+        cache[0].update(torch.zeros(2, 1, 2, 4), torch.zeros(2, 1, 2, 4))
     with pytest.raises(ValueError, match="lengths: expected 0 to 1 in row 1, got 2"):
         cache.truncate(2)
     with pytest.raises(ValueError, match="lengths: expected 0 to 2 in row 0, got -1"):
@@ -630,6 +657,11 @@ def test_heads_that_cannot_be(untyped, arguments, message):
         MultiHeadAttention(**arguments)
 
 
+def test_a_latent_head_rotates_pairs(untyped):
+    with pytest.raises(ValueError, match="d_rope: expected an even number, got 3"):
+        MultiHeadLatentAttention(24, 4, d_latent=6, d_rope=3)
+
+
 def test_qk_norm_bounds_the_scores():
     """A normalized query has norm at most sqrt(d_head), so a score is at most sqrt(d_head)."""
     model = MultiHeadAttention(24, 4, qk_norm=nn.RMSNorm)
@@ -690,6 +722,14 @@ def test_the_figure_of_one_layer_and_of_nothing():
 def test_the_figure_refuses(untyped):
     with pytest.raises(ValueError, match=r"weights: expected \(layers, heads, 2, 2\) for 2 tokens"):
         show_attention(["a", "b"], torch.zeros(1, 3, 3))
+    with pytest.raises(ValueError, match="layer: expected -1 to 0, got 1"):
+        show_attention(["a", "b"], torch.zeros(3, 2, 2), layer=1)
+    with pytest.raises(ValueError, match="token: expected -2 to 1, got 2"):
+        show_attention(["a", "b"], torch.zeros(3, 2, 2), token=2)
+    with pytest.raises(ValueError, match="head: expected -3 to 2, got -4"):
+        show_attention(["a", "b"], torch.zeros(3, 2, 2), head=-4)
+    with pytest.raises(ValueError, match="tokens: expected at least 1, got 0"):
+        show_attention([], torch.zeros(1, 0, 0))
 
 
 # Looking inside
