@@ -1046,12 +1046,13 @@ plt.show()
 # blocks, 1/4096. That of the last write is $1/\sqrt2$ however deep the model, and its gradient
 # has the same factor. In a *pre-norm* block nothing is divided before the last norm, which
 # divides the whole stream by $\sqrt{v_N}$. So the deeper the model, the smaller the gradient at
-# its last write, like $1/\sqrt N$; earlier ones get more, by $v_N/v_\ell$ as we saw. Xiong and
-# colleagues proved for transformer blocks at initialization that post-norm's last layers have
-# gradients that do not shrink with depth, and pre-norm's do {cite}`xiong2020layer`. Third,
-# divide the writes of the post-norm model by $\sqrt N$. Each norm then divides by $\sqrt{1 +
-# 1/N}$, and $(1 + 1/N)^{-N/2} \to e^{-1/2} \approx 0.61$ of the embedding arrives. We measure
-# all of this at initialization ({numref}`fig-blocks-gradients`).
+# its last write: with $v_0 = 2$ it should be $\sqrt{5/50} \approx 0.3$ times as large in 48
+# blocks as in 3. Earlier writes get more, as we saw. Xiong and colleagues proved for
+# transformer blocks at initialization that post-norm's last layers have gradients that do not
+# shrink with depth, and pre-norm's do {cite}`xiong2020layer`. Finally, divide the writes of the
+# post-norm model by $\sqrt N$. Each norm then divides by $\sqrt{1 + 1/N}$, and $(1 +
+# 1/N)^{-N/2} \to e^{-1/2} \approx 0.61$ of the embedding arrives. We measure the gradients at
+# initialization ({numref}`fig-blocks-gradients`).
 
 # %%
 arrangements = {
