@@ -2248,6 +2248,7 @@ for n, size, window in ((12, 3, 4), (64, 8, 16), (20, 6, 1), (10, 4, 100)):
         visited = torch.zeros(n, dtype=torch.bool)
         for block in columns:
             assert block.start % size == 0, "blocks begin at multiples of the size"
+            assert block.stop <= block.start + size, f"{block} is wider than a tile"
             assert not visited[block].any(), f"{block} is visited twice"
             assert mask[rows, block].any(), f"{block} holds nothing that {rows} may see"
             visited[block] = True
