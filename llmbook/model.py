@@ -98,7 +98,7 @@ class ModelConfig(_Fields):
         """Return all fields as numbers, texts and dictionaries, fit for JSON."""
         return asdict(self)
 
-# %% ../chapters/11_model.ipynb #9caf6a3a
+# %% ../chapters/11_model.ipynb #94a491ae
 def _check_types(entries: Mapping[str, Any]) -> None:
     for field in fields(_Fields):
         value, kind = entries.get(field.name, field.default), cast(type, field.type)
@@ -121,7 +121,7 @@ def _checked_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
             given["rope_scaling"] = RopeScaling(**given["rope_scaling"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"rope_scaling: {error}") from None
-    _check_types(given)
+    _check_types(given)  # a checker of annotations would look before __post_init__ does
     return given
 
 # %% ../chapters/11_model.ipynb #38d9b1fa
@@ -144,7 +144,7 @@ def _derive(config: ModelConfig) -> None:
         if getattr(config, name) is None:
             object.__setattr__(config, name, value)  # frozen, but not yet finished
 
-# %% ../chapters/11_model.ipynb #4e8e52b3
+# %% ../chapters/11_model.ipynb #78757630
 def _check_config(config: ModelConfig) -> None:
     sizes = {name: (1, getattr(config, name)) for name in ("n_kv_heads", "d_head", "d_ff")}
     _check_at_least(**sizes, sliding_window=(1, config.sliding_window))
@@ -167,7 +167,7 @@ def _check_positions(config: ModelConfig) -> None:
         if needed and getattr(config, name) % 2:
             value = getattr(config, name)
             raise ValueError(f"{name}: expected an even number for {kind!r}, got {value}")
-    if not 1 < config.rope_base < math.inf:
+    if not 1 < config.rope_base < 1e30:  # angles are of 32 bits
         raise ValueError(f"rope_base: expected a number above 1, got {config.rope_base}")
     if config.rope_scaling is not None and kind != "rope":
         expected = f"None where positions are {kind!r}"
@@ -758,21 +758,15 @@ def _llama_details(config: ModelConfig, family: str) -> dict[str, Any]:
         details["num_experts_per_tok"] = config.n_active_experts
     return details
 
-# %% ../chapters/11_model.ipynb #8b02d8bf
-_ROPE_ENTRIES = {
-    "factor": "factor",
-    "original_context_length": "original_max_position_embeddings",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "attention_factor": "attention_factor",
-    "truncate": "truncate",
-}
+# %% ../chapters/11_model.ipynb #37e5f4c0
+_FACTOR = {"factor": "factor"}
+_TRAINED = {"original_context_length": "original_max_position_embeddings"}
+_LLAMA3_NAMES = ("low_freq_factor", "high_freq_factor")
+_YARN_NAMES = ("beta_fast", "beta_slow", "attention_factor", "truncate")
 _ROPE_KINDS = {
-    "linear": ("factor",),
-    "llama3": ("factor", "original_context_length", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor", "original_context_length", *list(_ROPE_ENTRIES)[4:]),
+    "linear": _FACTOR,
+    "llama3": _FACTOR | _TRAINED | {name: name for name in _LLAMA3_NAMES},
+    "yarn": _FACTOR | _TRAINED | {name: name for name in _YARN_NAMES},
 }
 
 
@@ -780,7 +774,8 @@ def _rope_entries(config: ModelConfig) -> dict[str, Any]:
     base, scaling = {"rope_theta": config.rope_base}, config.rope_scaling
     if scaling is None:
         return {**base, "rope_parameters": {"rope_type": "default", **base}}
-    given = {_ROPE_ENTRIES[name]: getattr(scaling, name) for name in _ROPE_KINDS[scaling.kind]}
+    names = _ROPE_KINDS[scaling.kind].items()
+    given = {theirs: getattr(scaling, ours) for ours, theirs in names}
     old = {"rope_type": scaling.kind, **{k: v for k, v in given.items() if v is not None}}
     return {**base, "rope_scaling": old, "rope_parameters": {**old, **base}}
 
@@ -871,7 +866,7 @@ def _read_bias(entries: Mapping[str, Any]) -> bool:
         raise ValueError(f"mlp_bias: expected {attention!r} as attention_bias has, got {mlp!r}")
     return attention
 
-# %% ../chapters/11_model.ipynb #34e2d00f
+# %% ../chapters/11_model.ipynb #0073a7b1
 def _read_window(entries: Mapping[str, Any], family: str) -> int | None:
     """Return the sliding window, the same in all layers."""
     window = entries.get("sliding_window", 4096 if family == "mistral" else None)
@@ -882,12 +877,14 @@ def _read_window(entries: Mapping[str, Any], family: str) -> int | None:
         layers, first = entries["num_hidden_layers"], entries.get("max_window_layers", 28)
         used = first if entries.get("use_sliding_window") else layers
         kinds = ["sliding_attention" if i >= used else "full_attention" for i in (0, layers - 1)]
-    different = sorted(set(kinds or []))
+    for kind in kinds or ():
+        _check_choice("layer_types", kind, ("full_attention", "sliding_attention"))
+    different = sorted(set(kinds or ()))
     if len(different) > 1:
         raise ValueError(f"layer_types: expected the same in all, got {different}")
     return None if different == ["full_attention"] else window
 
-# %% ../chapters/11_model.ipynb #fc269d94
+# %% ../chapters/11_model.ipynb #f282960f
 def _read_rope(entries: Mapping[str, Any], default_base: float) -> dict[str, Any]:
     found = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
     kind = found.get("rope_type", found.get("type", "default"))
@@ -898,16 +895,17 @@ def _read_rope(entries: Mapping[str, Any], default_base: float) -> dict[str, Any
             raise ValueError(f"{name}: expected {value}, got {found[name]!r}")
     if kind == "default":
         return base
-    scaling = _renamed(found, {name: _ROPE_ENTRIES[name] for name in _ROPE_KINDS[kind]})
+    scaling = _renamed(found, _ROPE_KINDS[kind])
     if "original_context_length" in _ROPE_KINDS[kind]:
         trained = entries.get("original_max_position_embeddings")
         scaling.setdefault("original_context_length", trained or entries["max_position_embeddings"])
     return {**base, "rope_scaling": {"kind": kind, **scaling}}
 
-# %% ../chapters/11_model.ipynb #a02f5ea7
+# %% ../chapters/11_model.ipynb #769329d9
 @contextmanager
 def _new_version(folder: Path) -> Iterator[Path]:
     """Give a hidden folder to write into; when it is complete, it takes the place of ``folder``."""
+    _clean_up_beside(folder)
     if folder.exists() and not (folder.is_dir() and _may_be_replaced(folder)):
         raise ValueError(f"folder: expected a new one, an empty one or a model's, got {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -923,23 +921,34 @@ def _new_version(folder: Path) -> Iterator[Path]:
     finally:
         if old.exists() and not folder.exists():
             old.rename(folder)
-        shutil.rmtree(draft, ignore_errors=True)
-    for leftover in (*_beside(folder, "old"), *_beside(folder, "part")):  # of killed runs, too
+        for leftover in (draft, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+# %% ../chapters/11_model.ipynb #2660272d
+def _clean_up_beside(folder: Path) -> None:
+    """Finish what killed saves left: an old version is whole if nothing has taken its place."""
+    for old in _beside(folder, "old"):
+        if not folder.exists():
+            old.rename(folder)
+    for leftover in (*_beside(folder, "old"), *_beside(folder, "part")):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _beside(folder: Path, part: str) -> list[Path]:
     return sorted(folder.parent.glob(f".{escape(folder.name)}.{part}-*"))
 
-# %% ../chapters/11_model.ipynb #2cada243
+# %% ../chapters/11_model.ipynb #2b0fc0f6
+_OURS = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", re.ASCII)
+
+
 def _may_be_replaced(folder: Path) -> bool:
-    return (folder / "config.json").exists() or not any(folder.iterdir())
+    path = folder / "config.json"
+    return "model_type" in _read_json(path) if path.exists() else not any(folder.iterdir())
 
 
 def _carry_over(folder: Path, draft: Path) -> None:
     for path in folder.iterdir():
-        ours = path.name in ("config.json", "model.safetensors.index.json")
-        if not ours and path.suffix != ".safetensors":
+        if not _OURS.fullmatch(path.name):
             copy = shutil.copytree if path.is_dir() else shutil.copy2
             copy(path, draft / path.name)
 
@@ -988,7 +997,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, list[Tensor]], most: int)
         index = {"metadata": {"total_size": total}, "weight_map": where}
         _write_json(folder / "model.safetensors.index.json", index)
 
-# %% ../chapters/11_model.ipynb #22576376
+# %% ../chapters/11_model.ipynb #75af1955
 def save_model(
     model: TransformerLM,
     folder: str | Path,
@@ -999,8 +1008,9 @@ def save_model(
     """Write ``config.json`` and safetensors as Hugging Face's library lays them out.
 
     A file has at most ``max_shard_size`` bytes, unless a single tensor is larger. Further
-    ``entries``, such as ``eos_token_id``, go to ``config.json``. A model that is in ``folder`` is
-    replaced when the new one is complete, not before; other files there stay.
+    ``entries``, such as ``eos_token_id``, go to ``config.json``; loading does not keep them. A
+    model that is in ``folder`` is replaced when the new one is complete, not before; other files
+    there stay (as copies).
     """
     _check_at_least(max_shard_size=(1, max_shard_size))
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
@@ -1013,7 +1023,7 @@ def save_model(
         _write_json(draft / "config.json", described | tokens | entries)
         _write_tensors(draft, tensors, max_shard_size)
 
-# %% ../chapters/11_model.ipynb #7b5f4013
+# %% ../chapters/11_model.ipynb #d42ea819
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _PLAIN_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 
@@ -1023,7 +1033,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: missing: is this the folder of a model?") from None
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
@@ -1032,15 +1042,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
+    if single.is_file():
         return [single]
-    if not index.exists():
+    if not index.is_file():
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
         reason = f"; {pickles[0]} could run any program when it is opened" if pickles else ""
         raise ValueError(f"{folder}: expected model.safetensors, or its index{reason}")
     return _files_of_index(index)
 
-# %% ../chapters/11_model.ipynb #7d431a55
+# %% ../chapters/11_model.ipynb #363187ff
 def _files_of_index(index: Path) -> list[Path]:
     where = _read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where:
@@ -1048,7 +1058,7 @@ def _files_of_index(index: Path) -> list[Path]:
     for name in where.values():
         if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
             raise ValueError(f"{index}: expected the name of a .safetensors file, got {name!r}")
-        if not (index.parent / name).exists():
+        if not (index.parent / name).is_file():
             raise ValueError(f"{index.parent / name}: missing, but {index.name} names it")
     return [index.parent / name for name in sorted(set(where.values()))]
 
@@ -1116,7 +1126,7 @@ def _common_dtype(folder: Path, found: Mapping[str, _Stored]) -> torch.dtype:
         raise ValueError(f"dtype: expected a choice, as {folder} has {', '.join(names)}, got None")
     return _DTYPES[names[0]]
 
-# %% ../chapters/11_model.ipynb #96b0d53d
+# %% ../chapters/11_model.ipynb #e4f71bc3
 def load_model(
     folder: str | Path,
     *,
@@ -1130,12 +1140,13 @@ def load_model(
     The ``dtype`` is that of the files unless given. A ``ValueError`` names what is wrong: an entry
     of the configuration that asks for another function, a file, or a tensor.
     """
-    folder = Path(folder)
+    if dtype is not None and dtype not in _DTYPES.values():
+        raise ValueError(f"dtype: expected a floating-point type of {set(_DTYPES)}, got {dtype}")
+    folder = _whole_version(Path(folder))
     family, config = _described(folder)
     found = _stored_tensors(_weight_files(folder), family)
-    _check_arguments(folder, config, found, dtype)
-    with torch.device("meta"):
-        model = TransformerLM(config, backend)
+    _check_sizes(folder, family, config, found)
+    model = _built_of_shapes(folder, config, backend)
     head = found.pop("lm_head.weight", None) if config.tie_embeddings else None
     _check_tensors(folder, _disk_tensors(model, family), found)
     model.to(dtype or _common_dtype(folder, found)).to_empty(device=device or "cpu")
@@ -1145,12 +1156,16 @@ def load_model(
         _check_head(model, head)
     return model.eval()
 
-# %% ../chapters/11_model.ipynb #47c07ce7
+# %% ../chapters/11_model.ipynb #3fa6559b
+def _whole_version(folder: Path) -> Path:
+    """Return ``folder``, or the old version beside it if a save was killed between two renames."""
+    found = [folder] if folder.is_dir() else _beside(folder, "old")
+    if not found:
+        raise ValueError(f"{folder}: expected the folder of a model")
+    return found[0]
+
+
 def _described(folder: Path) -> tuple[str, ModelConfig]:
-    if not folder.is_dir():
-        saved = _beside(folder, "old")
-        hint = f", but a save was interrupted: see {saved[0].name} beside it" if saved else ""
-        raise ValueError(f"{folder}: expected the folder of a model{hint}")
     path = folder / "config.json"
     entries = _read_json(path)
     try:
@@ -1159,15 +1174,29 @@ def _described(folder: Path) -> tuple[str, ModelConfig]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _check_arguments(
-    folder: Path, config: ModelConfig, found: Mapping[str, _Stored], dtype: torch.dtype | None
+def _built_of_shapes(folder: Path, config: ModelConfig, backend: Backend) -> TransformerLM:
+    try:
+        with torch.device("meta"):
+            return TransformerLM(config, backend)
+    except (OverflowError, RuntimeError, TypeError) as error:  # a factor of 400 digits, say
+        raise ValueError(f"{folder / 'config.json'}: no such model can be: {error}") from error
+
+# %% ../chapters/11_model.ipynb #c79ddd39
+def _check_sizes(
+    folder: Path, family: str, config: ModelConfig, found: Mapping[str, _Stored]
 ) -> None:
-    if dtype is not None and dtype not in _DTYPES.values():
-        raise ValueError(f"dtype: expected a floating-point type of {set(_DTYPES)}, got {dtype}")
-    parts = config.n_layers * max(1, config.n_experts)  # a billion layers would take a while
+    """Refuse what the files cannot hold; to build it might take forever, or all memory."""
+    experts = config.n_experts if family == "mixtral" else 1  # in our own files they are stacked
+    parts = config.n_layers * max(1, experts)
     if parts > len(found):
         expected = f"tensors for {parts} layers or experts"
         raise ValueError(f"{folder}: expected {expected}, got {len(found)} tensors")
+    sizes = [config.vocab_size, config.d_model, config.d_ff, config.d_shared, config.n_experts]
+    sizes += [config.n_heads * config.d_head, parameter_counts(config)["positions"]]
+    numbers = sum(math.prod(stored.shape) for stored in found.values())
+    if max(sizes) > numbers:
+        expected = f"tensors of a size {max(sizes)}"
+        raise ValueError(f"{folder}: expected {expected}, got {numbers} numbers in all")
 
 # %% ../chapters/11_model.ipynb #2aa073f9
 @torch.no_grad()

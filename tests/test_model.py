@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -652,6 +655,35 @@ def test_what_we_save_opens_in_transformers(name, most, tmp_path):
     assert names[0] == names[1], "the same names, tied weights once"
 
 
+DEFAULTS = {
+    "gpt2": (transformers.GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4}),
+    **{
+        name: (getattr(transformers, f"{name.title()}Config"), dict(list(SIZES.items())[1:6]))
+        for name in ("llama", "qwen2", "qwen3", "mistral", "mixtral")
+    },
+}
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_their_own_defaults_in_several_files_of_bfloat16(kind, tie, tmp_path):
+    make, sizes = DEFAULTS[kind]
+    config = make(**sizes, vocab_size=61, tie_word_embeddings=tie)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="15KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 2
+    ours = load_model(tmp_path / "theirs")
+    assert (ours.lm_head.weight is ours.embedding.weight) == tie
+    ours.save_pretrained(tmp_path / "ours", max_shard_size=20_000, eos_token_id=None)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    for name, tensor in again.state_dict().items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, theirs.state_dict()[name]), name
+    ids = some_ids(1, 10)
+    text = again.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12)
+    assert text.shape == (1, 22), "no end is known"
+
+
 def test_files_of_earlier_versions_open(tmp_path):
     theirs = theirs_of("llama-3")
     theirs.save_pretrained(tmp_path)
@@ -740,12 +772,14 @@ def test_saving_replaces_a_model_and_keeps_the_rest(tmp_path):
     folder = tmp_path / "model"
     made().save_pretrained(folder, max_shard_size=6000)
     (folder / "tokenizer.json").write_text("{}")
+    save_file({"step": torch.zeros(1)}, folder / "optimizer.safetensors")
     (folder / "extra").mkdir()
     (folder / "extra" / "note.txt").write_text("kept")
     second = made(**GPT2)
     second.save_pretrained(folder, eos_token_id=7)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json", "extra"}
+    others = {"tokenizer.json", "optimizer.safetensors", "extra"}
+    assert names == {"config.json", "model.safetensors"} | others
     assert (folder / "extra" / "note.txt").read_text() == "kept"
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 7
     assert load_model(folder).config == second.config
@@ -785,14 +819,71 @@ def test_a_rename_that_fails_brings_the_old_model_back(tmp_path, monkeypatch):
     assert load_model(folder).config == first.config
 
 
-def test_a_save_killed_between_two_renames_is_told_of_and_mended(tmp_path):
+def test_a_save_killed_between_two_renames_is_mended(tmp_path):
     folder = tmp_path / "model"
-    made().save_pretrained(folder)
+    first = made()
+    first.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
     folder.rename(tmp_path / ".model.old-123")
-    with pytest.raises(ValueError, match=r"a save was interrupted: see \.model\.old-123"):
-        load_model(folder)
-    made().save_pretrained(folder)
+    assert load_model(folder).config == first.config, "the old version is found beside"
+    assert not folder.exists(), "loading changes nothing"
+    second = made(**GPT2)
+    second.save_pretrained(folder)
+    assert load_model(folder).config == second.config
+    assert (folder / "tokenizer.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from llmbook.model import ModelConfig, TransformerLM, load_model
+
+folder, left = Path(sys.argv[1]) / "model", None
+sizes = dict(vocab_size=31, context_length=8, d_model=16, n_layers=1, n_heads=2)
+old, new = (TransformerLM(ModelConfig(**sizes, qk_norm=more)) for more in (False, True))
+
+def die_in_time(event, arguments):
+    global left
+    if left is not None and event != "os.kill" and event.startswith(("os.", "shutil.", "open")):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def save_and_die(moment):
+    global left
+    if (pid := os.fork()) == 0:
+        left = moment
+        try:
+            new.save_pretrained(folder, max_shard_size=2000)
+        finally:
+            os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+sys.addaudithook(die_in_time)
+moments, found = 0, []
+while True:
+    old.save_pretrained(folder, max_shard_size=3000)
+    (folder / "notes").write_text("kept")
+    killed = save_and_die(moments)
+    found.append(load_model(folder).config.qk_norm)
+    assert save_and_die(moments // 2) == 9, "killed again"
+    load_model(folder)
+    old.save_pretrained(folder)
+    assert load_model(folder).config == old.config and (folder / "notes").exists()
+    assert os.listdir(sys.argv[1]) == ["model"]
+    if not killed:
+        break
+    moments += 1
+assert moments > 20 and found == sorted(found), "the old one, and from some moment on the new"
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_save_killed_at_any_moment_leaves_a_whole_model(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode == 0, run.stderr
 
 
 def test_a_folder_that_is_no_model_is_left_alone(tmp_path):
@@ -805,6 +896,10 @@ def test_a_folder_that_is_no_model_is_left_alone(tmp_path):
     assert (tmp_path / "thesis.tex").exists()
     (tmp_path / "empty").mkdir()
     made().save_pretrained(tmp_path / "empty")
+    (tmp_path / "config.json").write_text('{"name": "a project of another kind"}')
+    with pytest.raises(ValueError, match="folder: expected a new one"):
+        made().save_pretrained(tmp_path)
+    assert "another kind" in (tmp_path / "config.json").read_text()
 
 
 def test_entries_that_follow_from_the_model_cannot_be_given(tmp_path):
@@ -852,6 +947,11 @@ def edit(folder, **entries):
         ({"num_key_value_heads": 3}, "n_kv_heads: expected a divisor"),
         ({"rms_norm_eps": None}, "rms_norm_eps: expected a number"),
         ({"tie_word_embeddings": "yes"}, "tie_embeddings: expected bool"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, "rope_base: expected a number above 1"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 10**400}},
+            "no such model can be: int too big",
+        ),
     ],
 )
 def test_configurations_of_other_functions_are_refused(entries, message, saved):
@@ -882,6 +982,11 @@ def test_configurations_of_other_functions_are_refused(entries, message, saved):
             "qwen3",
             {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]},
             "layer_types: expected the same in all",
+        ),
+        (
+            "mistral",
+            {"layer_types": ["chunked_attention"] * 2},
+            "layer_types: expected one of full_attention, sliding_attention",
         ),
     ],
 )
@@ -996,6 +1101,10 @@ def test_damaged_and_missing_files_are_named(saved):
     edit(saved, num_hidden_layers=10**12)
     with pytest.raises(ValueError, match="expected tensors for 1000000000000 layers"):
         load_model(saved)
+    for content in ("{", "\ufeff{}", '{"a":' * 100_000):
+        (saved / "config.json").write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"config\.json: not JSON"):
+            load_model(saved)
     (saved / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"config\.json: expected an object, got list"):
         load_model(saved)
@@ -1004,6 +1113,28 @@ def test_damaged_and_missing_files_are_named(saved):
         load_model(saved)
     with pytest.raises(ValueError, match="expected the folder of a model"):
         load_model(saved / "nowhere")
+
+
+@pytest.mark.parametrize("size", [2**40, 2**60, 2**70])
+@pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "head_dim", "intermediate_size"])
+def test_sizes_that_the_files_cannot_hold_take_no_memory(name, size, saved):
+    edit(saved, **{name: size})
+    with pytest.raises(ValueError, match=r"expected tensors of a size \d+, got \d+ numbers in all"):
+        load_model(saved)
+
+
+def test_many_stacked_experts_are_few_tensors(tmp_path):
+    model = made(n_experts=64, n_active_experts=2, d_shared=8, d_ff=4)
+    model.save_pretrained(tmp_path)
+    assert load_model(tmp_path).config == model.config
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_pipe_is_not_waited_for(saved):
+    (saved / "model.safetensors").unlink()
+    os.mkfifo(saved / "model.safetensors")
+    with pytest.raises(ValueError, match=r"expected model\.safetensors, or its index$"):
+        load_model(saved)
 
 
 def test_what_no_family_computes_is_saved_for_us_alone(tmp_path):
