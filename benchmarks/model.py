@@ -3,7 +3,8 @@
 Ours and transformers' have the same weights and give the same logits, which is checked first. The
 third is what one builds from ``torch.nn.TransformerEncoder`` in ten lines: learned positions,
 LayerNorm and GELU at the same number of parameters. A training step is forward, loss, backward and
-AdamW. On a machine with a GPU a model of 124 million parameters is measured too, in bfloat16.
+AdamW. Two batches: one as in training, and a small one, in which calling functions costs most. On
+a machine with a GPU a model of 124 million parameters is measured too, in bfloat16.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from llmbook.environment import best_device, seed_everything
 from llmbook.model import ModelConfig, TransformerLM, count_parameters
 
-VOCAB_SIZE, CONTEXT, ROWS = 2048, 256, 8
+BATCHES = ((8, 256), (1, 64))  # rows, tokens in each
 SHAPES = {  # d_model, layers, heads, heads of keys
     "1M": (96, 6, 3, 3),
     "3M": (192, 6, 6, 3),
     "10M": (320, 8, 10, 5),
     "124M": (768, 16, 12, 4),
 }
+disable_progress_bar()
 Model = Callable[[Tensor], Tensor]
 
 
@@ -65,8 +68,8 @@ def contestants(size: str, device: torch.device) -> dict[str, nn.Module]:
     seed_everything(0)
     d_model, n_layers, n_heads, n_kv_heads = SHAPES[size]
     config = ModelConfig(
-        vocab_size=VOCAB_SIZE if size != "124M" else 32_000,
-        context_length=CONTEXT if size != "124M" else 1024,
+        vocab_size=2048 if size != "124M" else 32_000,
+        context_length=256,
         d_model=d_model,
         n_layers=n_layers,
         n_heads=n_heads,
@@ -91,12 +94,10 @@ def logits_of(name: str, model: nn.Module, ids: Tensor) -> Tensor:
     return model(ids, use_cache=False).logits if name == "transformers" else model(ids)
 
 
-def batch(model: nn.Module, device: torch.device, rows: int = ROWS) -> tuple[Tensor, Tensor]:
-    """The same random ids for all models of a size."""
+def random_batch(rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, the same for all models."""
     generator = torch.Generator().manual_seed(0)
-    embedding = next(p for p in model.parameters() if p.dim() == 2)
-    context = 1024 if embedding.size(0) > VOCAB_SIZE else CONTEXT
-    ids = torch.randint(embedding.size(0), (rows, context + 1), generator=generator).to(device)
+    ids = torch.randint(2048, (rows, length + 1), generator=generator).to(device)
     return ids[:, :-1], ids[:, 1:]
 
 
@@ -149,15 +150,15 @@ def matmul_peak(device: torch.device) -> float:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    timing = compare({"matmul": lambda: _done(a @ b)}, repeats=20)["matmul"]
+    timing = compare({"matmul": lambda: _done(a @ b)}, repeats=60)["matmul"]
     return 2 * size**3 / timing.seconds
 
 
-def peak_memory(name: str, size: str, device_type: str) -> float:
+def peak_memory(name: str, size: str, rows: int, length: int, device_type: str) -> float:
     """Megabytes that training steps add at their peak, parameters not counted; a fresh process."""
     device = torch.device(device_type)
     model = contestants(size, device)[name]
-    inputs, targets = batch(model, device)
+    inputs, targets = random_batch(rows, length, device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     if device_type == "cuda":
         before = torch.cuda.memory_allocated()
@@ -174,37 +175,34 @@ def peak_memory(name: str, size: str, device_type: str) -> float:
     return (high_water - before) / 2**20
 
 
-def measure_size(size: str, device: torch.device, peak: float) -> list[list[str]]:
-    """Rows of the table for one size."""
+def measure_size(
+    size: str, rows: int, length: int, device: torch.device, peak: float
+) -> list[list[str]]:
+    """Lines of the table for one size and one batch."""
     models = contestants(size, device)
-    inputs, targets = batch(models["llmbook"], device)
+    inputs, targets = random_batch(rows, length, device)
     with torch.no_grad():
         both = [logits_of(name, models[name], inputs) for name in ("llmbook", "transformers")]
     torch.testing.assert_close(*both, rtol=1e-3, atol=1e-3)
     flops = {name: flops_of_step(name, m, inputs, targets) for name, m in models.items()}
+    optimizers = {n: torch.optim.AdamW(m.parameters(), fused=True) for n, m in models.items()}
     steps = {
-        name: partial(
-            training_step,
-            name,
-            model,
-            torch.optim.AdamW(model.parameters(), fused=True),
-            inputs,
-            targets,
-        )
+        name: partial(training_step, name, model, optimizers[name], inputs, targets)
         for name, model in models.items()
     }
     passes = {name: partial(forward, name, model, inputs) for name, model in models.items()}
     for warm_up in (*steps.values(), *passes.values()):
         warm_up()
-    forwards, trainings = compare(passes, repeats=12), compare(steps, repeats=12)
-    rows, tokens = [], inputs.numel()
+    repeats = 12 if inputs.numel() > 1000 else 60
+    forwards, trainings = compare(passes, repeats), compare(steps, repeats)
+    lines, tokens = [], inputs.numel()
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for name, model in models.items():
             once, step = forwards[name].seconds, trainings[name].seconds
-            memory = pool.apply(peak_memory, (name, size, device.type))
-            rows.append(
+            memory = pool.apply(peak_memory, (name, size, rows, length, device.type))
+            lines.append(
                 [
-                    f"{size}, {name}",
+                    f"{size}, {rows} x {length}, {name}",
                     f"{count_parameters(model) / 1e6:.2f} M",
                     f"{tokens / once:,.0f}",
                     f"{forwards['transformers'].seconds / once:.2f}",
@@ -215,7 +213,7 @@ def measure_size(size: str, device: torch.device, peak: float) -> list[list[str]
                     f"{memory:,.0f}",
                 ]
             )
-    return rows
+    return lines
 
 
 def main() -> None:
@@ -227,19 +225,24 @@ def main() -> None:
         sys.exit("peak memory is read from /proc: run this on Linux")
     peak = matmul_peak(device)
     sizes = [size for size in SHAPES if size != "124M" or device.type == "cuda"]
-    rows = [row for size in sizes for row in measure_size(size, device, peak)]
-    header = ["model", "parameters", "forward, tokens/s", "ratio", "of peak"]
+    lines = [
+        line
+        for size in sizes
+        for rows, length in BATCHES
+        for line in measure_size(size, rows, length, device, peak)
+    ]
+    header = ["model, batch", "parameters", "forward, tokens/s", "ratio", "of peak"]
     header += ["training, tokens/s", "ratio", "of peak", "memory, MB"]
     name = torch.cuda.get_device_name() if device.type == "cuda" else "the processor"
     report(
         "model",
         f"{environment('llmbook', 'torch', 'transformers')}, {torch.get_num_threads()} threads",
-        f"Batches of {ROWS} rows of {CONTEXT} tokens (1,024 at 124M), on {name}; ratios are speeds "
-        "against transformers' Llama, which has the same weights and gives the same logits. The "
+        f"On {name}. A batch is given as rows x tokens; ratios are speeds against transformers' "
+        "Llama, which has the same weights and gives the same logits. The "
         f"peak is that of large matrix products, measured at {peak / 1e9:,.0f} GFLOP/s; the share "
         "counts all matrix products, those of attention (as if not causal) and of the output "
         "included. Memory is what training adds at its peak to the loaded model.",
-        table(header, rows),
+        table(header, lines),
     )
 
 
