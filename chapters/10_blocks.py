@@ -12,8 +12,7 @@
 #
 # A transformer block is the answer: two layers, attention and a feed-forward network, each with
 # two precautions. Its result is *added* to its input, and its input is *normalized*. This
-# chapter derives both, measures what happens without them, and asks of every other part what it
-# is for.
+# chapter derives both and measures what happens without them.
 #
 # | | |
 # |---|---|
@@ -46,13 +45,14 @@ from llmbook.positions import LearnedEmbedding
 #
 # Take the simplest layer worth stacking: two matrices with a ReLU, $\max(0, x)$, between them.
 # All weights are independent with mean 0, those of a matrix with $n$ inputs of variance $1/n$.
-# Then a sum $\sum_i w_i x_i$ has variance $n \cdot \frac1n \cdot \overline{x^2}$: a matrix
-# keeps the mean square of its input. Positive and negative sums are equally likely, so ReLU
-# keeps half of it. So the layer $f$ halves the mean square, and a stack of $\ell$ of them
-# leaves $2^{-\ell}$.
+# Then a sum $\sum_i w_i x_i$ has variance $n \cdot \frac1n \cdot \overline{x^2}$, where a bar
+# denotes the mean: a matrix keeps the mean square of its input. Positive and negative sums are
+# equally likely, so ReLU keeps half of it. So the layer $f$ halves the mean square, and a stack
+# of $\ell$ of them leaves $2^{-\ell}$. We measure its root, the root mean square or rms.
 
 # %%
 import time
+from collections.abc import Iterator
 
 import matplotlib.pyplot as plt
 
@@ -71,7 +71,7 @@ def rms(x: Tensor) -> float:
 
 
 def passed(step) -> tuple[list[float], list[float]]:
-    """The rms of the signal after each step, and of the gradient there, from random ends."""
+    """The rms of the signal after each step, and of a gradient that is random at the end."""
     torch.manual_seed(0)
     signal = [torch.randn(64, d_model, requires_grad=True)]
     for _ in range(depth):
@@ -167,7 +167,7 @@ for name, (_, variance) in steps.items():
 # cancels: at layer $\ell$ it is $v_N/v_\ell$ times that at the end. The same holds for the
 # other three stacks ({numref}`fig-blocks-depth`).
 
-# %% mystnb={"figure": {"caption": "Signal and gradient in four stacks of 48 random layers: replacing loses both, adding blows both up, normalizing makes the growth a square root, and scaled writes keep the stream level. Dots are measured, dotted lines predicted.", "name": "fig-blocks-depth"}, "image": {"alt": "Two plots over the layers 0 to 48 with logarithmic axes. Left, the rms of the stream: falling to a ten-millionth when replacing, rising to ten thousand when adding, to 5 when normalizing, staying near 1 when scaled. Right, the rms of the gradient by layer: the same four behaviors, mirrored; largest or smallest at layer 0. Dots lie on the predicted lines."}}
+# %% mystnb={"figure": {"caption": "Signal and gradient in four stacks of 48 random layers: replacing loses both, adding blows both up, normalizing makes the growth a square root, and scaled writes keep the stream level. Dots are measured, dotted lines predicted.", "name": "fig-blocks-depth"}, "image": {"alt": "Two plots over the layers 0 to 48 with logarithmic axes. Left, the rms of the stream: falling below a ten-millionth when replacing, rising above ten thousand when adding, to 5 when normalizing, staying near 1 when scaled. Right, the rms of the gradient by layer: the same four behaviors, mirrored; largest or smallest at layer 0. Dots lie close to the predicted lines."}}
 fig, axes = plt.subplots(1, 2, figsize=(8, 3.6))
 layers = range(0, depth + 1, 4)
 for name, (_, variance) in steps.items():
@@ -199,7 +199,8 @@ plt.show()
 # \end{aligned}
 # $$ (blocks-layernorm)
 #
-# In geometry, $x - \mu$ is the projection of $x$ onto the plane whose vectors sum to zero,
+# The small $\varepsilon$ keeps a vector of zeros from being divided by zero. In geometry,
+# $x - \mu$ is the projection of $x$ onto the plane whose vectors sum to zero,
 # which takes away what points along $(1, \dots, 1)$. Dividing by $\sigma$ makes the length
 # $\sqrt d$. So $y$ lies on a sphere within that plane: in three dimensions on a circle
 # ({numref}`fig-blocks-sphere`). Two of $d$ degrees of freedom are gone, an offset and the
@@ -220,8 +221,8 @@ for number, (name, at) in enumerate(panels.items(), 1):
 plt.show()
 
 # %% [markdown]
-# The code has three lines. Statistics are taken in 32-bit floats whatever comes in, for a
-# reason that we shall see; the result has the type of the input.
+# Statistics are taken in 32-bit floats whatever comes in, for a reason that we shall see; the
+# result has the type of the input.
 
 
 # %%
@@ -259,9 +260,10 @@ def _check_width(x: Tensor, weight: Tensor) -> None:
 # %% [markdown]
 # ### Its gradient
 #
-# We derive it in two steps, because both will be used. First the division, for a vector with
-# $z$ in place of $x - \mu$: $y = z/r$ with $r^2 = \frac1d \sum_i z_i^2 + \varepsilon$. From
-# $\partial r/\partial z_j = z_j/(d\,r)$ follows
+# We derive it in two steps; RMSNorm will need the first alone. That is the division, for a
+# vector $z$ in place of $x - \mu$: $y = z/r$ with $r^2 = \frac1d \sum_i z_i^2 + \varepsilon$.
+# From $\partial r/\partial z_j = z_j/(d\,r)$ follows, with $\delta_{ij} = 1$ for $i = j$ and
+# else 0,
 #
 # $$
 # \frac{\partial y_i}{\partial z_j} = \frac{\delta_{ij}}{r} - \frac{z_i}{r^2}\,\frac{z_j}{d\,r}
@@ -298,7 +300,8 @@ with torch.no_grad():
 print("as autograd has it:", torch.allclose(by_hand, x.grad, atol=1e-6))
 
 # %% [markdown]
-# As a module, with PyTorch's fused kernel as the default. Gain and bias begin at one and zero.
+# As a module. Its default is PyTorch's *fused* kernel, which does all steps in one pass over
+# memory.
 
 
 # %%
@@ -387,21 +390,21 @@ for value in (300.0, 3e-4):
 #
 # ### What is subtracting the mean worth?
 #
-# The mean is one direction among $d$. Of the squared length of a random vector it has a share
-# of $1/d$ on average, so LayerNorm and RMSNorm differ little to begin with. They could differ
-# where a model *uses* that direction. But subtracting the mean is linear: a matrix that reads
-# $x - \mu = Px$ is the matrix $WP$ reading $x$, and one that should write a centered vector can
-# be $PW$. So a pre-norm model with LayerNorm can be rewritten as one with RMSNorm that computes
-# the same {cite}`jiang2023prermsnorm`; {ref}`ex-blocks-center` does it. The mean is worth
-# nothing that the matrices could not do. What is left is the effect on training, which we
-# measure below, and cost.
+# The mean is one direction among $d$. Of the squared length of a random vector it has a share of
+# $1/d$ on average, so LayerNorm and RMSNorm differ little to begin with. They could differ where
+# a model *uses* that direction. But subtracting the mean is linear: a matrix $W$ that reads
+# $Px$ is the matrix $WP$ reading $x$ (vectors are columns in this chapter, as in the papers), and
+# one that should write a centered vector can be $PW$. So a pre-norm model with LayerNorm can
+# be rewritten as one with RMSNorm that computes the same {cite}`jiang2023prermsnorm`;
+# {ref}`ex-blocks-center` does it. The mean is worth nothing that the matrices could not do. What
+# is left is the effect on training, which we measure below, and cost.
 #
 # ### Cost
 #
 # In PyTorch's version for the CPU, LayerNorm is one fused kernel, while RMSNorm is put together
 # from square, mean, product and so on. Each writes its result to memory for the next one to
-# read, and the whole takes several times as long as LayerNorm, as we shall measure. We have the
-# gradient, so we can write it ourselves. With $y = x/r$ put into {eq}`blocks-norm-gradient`,
+# read, and the whole takes longer than LayerNorm, as we shall measure. We have the gradient, so
+# we can write it ourselves. With $y = x/r$ put into {eq}`blocks-norm-gradient`,
 #
 # $$
 # \nabla_x = \frac1r \Bigl(\nabla_y - x \, \frac{x \cdot \nabla_y}{d\,r^2}\Bigr), \qquad
@@ -649,7 +652,7 @@ for name, size in (("7B", 4096), ("13B", 5120), ("33B", 6656), ("65B", 8192)):
 # %% [markdown]
 # ### Dropout
 #
-# One more precaution is for small data. **Dropout** {cite}`srivastava2014dropout` sets each
+# For small data there is one more precaution. **Dropout** {cite}`srivastava2014dropout` sets each
 # number to zero with probability $p$ while training, so that no unit can rely on a single other
 # one. Let $m$ be 1 with probability $1 - p$, else 0. Then $\mathbb{E}[m x] = (1 - p)\,x$: the
 # next layer would see less while training than in use. *Inverted* dropout divides by $1 - p$ at
@@ -736,9 +739,9 @@ class FeedForward(nn.Module):
 # %% [markdown]
 # ## The block
 #
-# Now the parts meet. Where does the normalization go? The first transformer
-# {cite}`vaswani2017attention` put it *behind* the addition, on the stream itself; GPT-2 put it
-# in *front* of the layers, off the stream ({numref}`fig-blocks-prepost`). In formulas,
+# Where does the normalization go? The first transformer {cite}`vaswani2017attention` put it
+# *behind* the addition, on the stream itself; GPT-2 put it in *front* of the layers, off the
+# stream ({numref}`fig-blocks-prepost`). In formulas,
 #
 # $$
 # \text{post: } x' = \operatorname{norm}(x + f(x)), \qquad
@@ -753,8 +756,7 @@ class FeedForward(nn.Module):
 # it is rescaled after every addition.
 # ```
 #
-# The block does not make its layers; it is given them. So any attention and any feed-forward
-# network fit in, ours or yours.
+# The block is given its layers, so that any attention and any feed-forward network fit in.
 
 
 # %%
@@ -901,10 +903,10 @@ def initialize_weights(
 # %% [markdown]
 # ### A model small enough to compare
 #
-# To see what any of this is worth we need something that learns in seconds: stories of
-# {doc}`01_tinyworld`, 512 tokens, one story a row, cut after 64 targets. The model is a thin
-# stack of blocks between an embedding and a matrix that makes logits; chapter 11 builds the
-# real one.
+# To measure what this is worth we need something that learns in seconds: stories of
+# {doc}`01_tinyworld`, a vocabulary of 512 tokens, one story a row, cut after 64 targets. The
+# model is a thin stack of blocks between an embedding and a matrix that makes logits; chapter 11
+# builds the real one.
 
 # %%
 from llmbook.tinyworld import TinyWorld
@@ -946,14 +948,14 @@ class SmallModel(nn.Module):
 
 # %%
 def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
-    logits = model(batch[:, :-1].clamp(min=0))
+    logits = model(batch[:, :-1].clamp(min=0))  # what stands for "no target" is no id
     return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=-100)
 
 
-def train(model, learning_rate: float, steps: int, warmup: int = 0, extra=None) -> list[float]:
-    """Train on batches that are the same for all models; return the losses of all steps."""
+def train(model, learning_rate: float, steps: int, warmup: int = 0, extra=None) -> Iterator[float]:
+    """Train on batches that are the same for all models; yield the loss of each step after it."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
-    generator, losses = torch.Generator().manual_seed(0), []
+    generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1, (step + 1) / max(warmup, 1))
@@ -961,14 +963,14 @@ def train(model, learning_rate: float, steps: int, warmup: int = 0, extra=None) 
         optimizer.zero_grad()
         (loss if extra is None else loss + extra(model)).backward()
         optimizer.step()
-        losses.append(loss.item())
-    return losses
+        yield loss.item()
 
 
 # %% [markdown]
 # We take twelve layers with ReLU and LayerNorm, and make it possible to undo the two rules.
 # First, does the stream of real blocks, with attention, grow as predicted? Embeddings and
-# positions have $v_0 = 1 + 1$, to which 24 writes add 12, or, scaled, one half.
+# positions have $v_0 = 1 + 1$, to which 24 writes add 12 (we count attention's as one half,
+# too), or, scaled, one half.
 
 
 # %%
@@ -1011,7 +1013,7 @@ recipes = {
 }
 rates = (2e-3, 6e-3, 2e-2)
 final = {
-    name: [sum(train(deep_model(**recipe), rate, 60)[-10:]) / 10 for rate in rates]
+    name: [sum(list(train(deep_model(**recipe), rate, 60))[-10:]) / 10 for rate in rates]
     for name, recipe in recipes.items()
 }
 best = {name: min(losses) for name, losses in final.items()}
@@ -1019,7 +1021,7 @@ ours, gpt2, small = best.values()
 print("ours and GPT-2's, each at its best rate: within 0.5 nats:", abs(ours - gpt2) < 0.5)
 print("small embeddings, at their best: more than 0.5 nats behind:", small > max(ours, gpt2) + 0.5)
 
-# %% mystnb={"figure": {"caption": "Loss after 60 steps of a model of twelve layers. Two initializations reach the same loss, but at different learning rates; small embeddings under large writes do not reach it at any.", "name": "fig-blocks-initialization"}, "image": {"alt": "Loss over three learning rates, 0.002, 0.006 and 0.02, for three initializations. Fan-in with embeddings of 1 falls from 4.2 over 3.4 to about 3. The curve of 0.02 falls from 4.2 to 3 at 0.006 and rises to 4.3 at 0.02. Fan-in with small embeddings stays above 4."}}
+# %% mystnb={"figure": {"caption": "Loss after 60 steps of a model of twelve layers. Two initializations reach the same loss, but at different learning rates; small embeddings under large writes do not reach it at any.", "name": "fig-blocks-initialization"}, "image": {"alt": "Loss over three learning rates, 0.002, 0.006 and 0.02, for three initializations. Fan-in with embeddings of 1 falls from 4.2 over 3.4 to about 3. The curve of 0.02 falls from 4.2 to 3 at 0.006 and rises above 4 at 0.02. Fan-in with small embeddings stays above 4."}}
 plt.figure(figsize=(6, 3.2))
 for name, losses in final.items():
     plt.plot(rates, losses, "o-", label=name)
@@ -1088,6 +1090,10 @@ plt.legend(ncols=2)
 plt.show()
 
 # %% [markdown]
+# Pre-norm's last gradient shrinks with depth about as predicted, post-norm's does not. Further
+# back, post-norm's is not as small as the embedding's share of the stream: nearly all of it has
+# come through the layers, by $J$.
+#
 # Now we train: the two arrangements as they are, post-norm with warmup, and post-norm with
 # scaled writes. For comparison we draw the entropy of the tokens' frequencies, which is the
 # loss of a model that knows how frequent each token is and looks at nothing.
@@ -1097,10 +1103,11 @@ runs = {name: arrangements[name] for name in ("pre", "post", "post, writes / √
 runs["post, warmup"] = runs["post"]
 models = {name: deep_model(**how) for name, how in runs.items()}
 curves = {
-    name: train(model, 3e-3, 150, warmup=100 if "warmup" in name else 0)
+    name: list(train(model, 3e-3, 150, warmup=100 if "warmup" in name else 0))
     for name, model in models.items()
 }
-frequencies = rows[rows >= 0].bincount() / (rows >= 0).sum()
+targets = rows[:, 1:][rows[:, 1:] >= 0]
+frequencies = targets.bincount() / len(targets)
 blind = -torch.special.xlogy(frequencies, frequencies).sum().item()
 late = {name: sum(losses[-20:]) / 20 for name, losses in curves.items()}
 print(f"entropy of the frequencies: {blind:.1f}")
@@ -1135,21 +1142,25 @@ for name, model in models.items():
     print(f"embeddings have a gradient: {bool(arrives > 1e-5)}")
 
 # %% [markdown]
-# It is blind, and has no way back: the prediction is the same everywhere, and no gradient is
-# left to tell the embeddings so. Warmup spares the model the large steps of its last layers at
-# the beginning, when they do this damage {cite}`xiong2020layer`, and it begins to learn, late.
-# Weakening the writes helps more, in the spirit of DeepNorm, with which post-norm models of
-# 1,000 layers were trained {cite}`wang2022deepnet`. Pre-norm needs neither, and is the default.
+# It is blind, and has no way back: no gradient is left to tell the embeddings so. Warmup spares
+# the model the large steps of its last layers at the beginning, when they do this damage
+# {cite}`xiong2020layer`, and it begins to learn, late. Weakening the writes helps more, in the
+# spirit of DeepNorm, with which post-norm models of 1,000 layers were trained
+# {cite}`wang2022deepnet`. Pre-norm needs neither, and is the default.
 #
 # ## Which feed-forward network?
 #
-# We can now ask on a real task whether SwiGLU beats GELU, and LayerNorm RMSNorm, at the same
-# number of parameters. A single run says little, and a single moment as well. So we take three
-# seeds of the initialization, and look twice, after 80 and after 120 steps
-# ({numref}`fig-blocks-kinds`).
+# Does SwiGLU beat GELU, and LayerNorm RMSNorm, at the same number of parameters? A single run
+# says little, and a single moment as well. So we take three seeds of the initialization, and
+# look twice, after 80 and after 120 steps ({numref}`fig-blocks-kinds`).
 
 
 # %%
+@torch.no_grad()
+def held_out_loss(model: SmallModel) -> float:
+    return loss_of(model, held_out[:250]).item()
+
+
 def held_out_losses(activation: str, norm: type[nn.Module], seed: int) -> list[float]:
     """The loss after 80 and after 120 steps on stories that were not trained on."""
     torch.manual_seed(seed)
@@ -1158,16 +1169,8 @@ def held_out_losses(activation: str, norm: type[nn.Module], seed: int) -> list[f
     model = SmallModel(2, 48, feed_forward=network, norm=norm)
     assert sum(p.numel() for p in model.blocks[0].feed_forward.parameters()) == 8 * 48**2
     initialize_weights(model, n_layers=2)
-    losses = []
-
-    def look(model: SmallModel) -> float:
-        with torch.no_grad():
-            losses.append(loss_of(model, held_out[:250]).item() if len(losses) == 79 else None)
-        return 0.0
-
-    train(model, 1e-2, steps=120, extra=look)
-    with torch.no_grad():
-        return [losses[79], loss_of(model, held_out[:250]).item()]
+    steps = enumerate(train(model, 1e-2, steps=120), 1)
+    return [held_out_loss(model) for step, _ in steps if step in (80, 120)]
 
 
 # %%
@@ -1187,7 +1190,7 @@ print(f"SwiGLU leads after 80 steps by more than 0.02 nats: {early > 0.02},")
 print("and after 120 steps by less than half of that lead:", late < early / 2)
 print("the two norms differ by less than 0.03:", bool((gelu_rms - gelu_layer).abs().max() < 0.03))
 
-# %% mystnb={"figure": {"caption": "Four kinds of blocks at equal parameters, three seeds each (dots) and their means (bars). After 80 steps SwiGLU leads clearly, after 120 steps no longer.", "name": "fig-blocks-kinds"}, "image": {"alt": "Two panels of held-out losses for ReLU, GELU and SwiGLU with RMSNorm and GELU with LayerNorm. After 80 steps the dots of each kind lie close together: ReLU at 1.90, GELU with either norm at 1.85, SwiGLU at 1.80. After 120 steps all lie between 1.60 and 1.70, and the groups overlap."}}
+# %% mystnb={"figure": {"caption": "Four kinds of blocks at equal parameters, three seeds each (dots) and their means (bars). After 80 steps SwiGLU leads with every seed, after 120 steps no longer.", "name": "fig-blocks-kinds"}, "image": {"alt": "Two panels of held-out losses for ReLU, GELU and SwiGLU with RMSNorm and GELU with LayerNorm. After 80 steps ReLU is at 1.89, GELU with either norm at 1.85, and all dots of SwiGLU, around 1.80, are to the left of all others. After 120 steps all lie between 1.60 and 1.70, and the groups overlap."}}
 fig, axes = plt.subplots(1, 2, figsize=(8, 2.6), sharey=True)
 for column, (ax, steps) in enumerate(zip(axes, (80, 120), strict=True)):
     for place, losses in enumerate(results.values()):
@@ -1200,12 +1203,12 @@ axes[0].invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# Had we stopped after 80 steps, we would have reported a victory, about twice as large as the
-# spread of seeds. It was a faster start. What remains after 120 steps is within the noise, and
-# of what happens after a million this experiment says nothing. Shazeer's larger comparison
-# found SwiGLU and GEGLU ahead of GELU by about 0.04 nats {cite}`shazeer2020glu`; at equal
-# parameters the gate costs nothing, and so it has become usual. Between the norms we see no
-# difference. RMSNorm is chosen because it is simpler.
+# Had we stopped after 80 steps, we would have reported a victory, with every seed. It was a
+# faster start. What remains after 120 steps is within the noise, and of a million steps, or of
+# each kind at its own best rate, the experiment says nothing. Shazeer's larger comparison found
+# SwiGLU and GEGLU ahead of GELU by about 0.04 nats {cite}`shazeer2020glu`; at equal parameters
+# the gate costs nothing, and so it has become usual. Between the norms we see no difference.
+# RMSNorm is chosen because it is simpler.
 
 # %% [markdown]
 # ## A mixture of experts
@@ -1304,6 +1307,14 @@ def places_by_expert(routing: Routing) -> list[Int64[Tensor, " places"]]:
     return [places[: routing.capacity] for places in order]
 
 
+# %%
+#| export
+def _check_active(n_active: int, n_experts: int) -> None:
+    _check_at_least(n_experts=(1, n_experts), n_active=(1, n_active))
+    if n_active > n_experts:
+        raise ValueError(f"n_active: expected at most n_experts, {n_experts}, got {n_active}")
+
+
 def route(
     logits: Float[Tensor, "tokens n_experts"],
     n_active: int,
@@ -1316,6 +1327,8 @@ def route(
     Probabilities are over all experts, in float32; with ``normalize`` the weights of a token sum
     to one, as in Mixtral. An expert takes at most ``capacity`` tokens.
     """
+    _check_active(n_active, logits.size(1))
+    _check_at_least(capacity=(0, capacity))
     probabilities = logits.float().softmax(dim=-1)
     weights, experts = probabilities.topk(n_active, dim=-1)
     if normalize:
@@ -1334,11 +1347,11 @@ print("tokens by expert:     ", [(places % 3).tolist() for places in places_by_e
 print("load:", [round(share, 2) for share in routing.load.tolist()])
 
 # %% [markdown]
-# The router as a module. A **capacity** bounds how many tokens an expert takes: on hardware
-# where each expert has its own device, the batch waits for the fullest one. It is a factor $c$
-# times the fair share of $Tk/E$ choices of $T$ tokens. Who comes too late is *dropped*: this
-# expert adds nothing to it, and the stream carries it on. Only while training, however: in use,
-# what becomes of a token must not depend on who else is in the batch.
+# A **capacity** bounds how many tokens an expert takes: on hardware where each expert has its own
+# device, the batch waits for the fullest one. It is a factor $c$ times the fair share of $Tk/E$
+# choices of $T$ tokens. Who comes too late is *dropped*: this expert adds nothing to it, and the
+# stream carries it on. Only while training, however: in use, what becomes of a token must not
+# depend on who else is in the batch.
 
 
 # %%
@@ -1355,11 +1368,11 @@ class Router(nn.Module):
         capacity_factor: float | None = None,
     ):
         super().__init__()
-        _check_at_least(d_model=(1, d_model), n_experts=(1, n_experts), n_active=(1, n_active))
-        if n_active > n_experts:
-            raise ValueError(f"n_active: expected at most n_experts, {n_experts}, got {n_active}")
-        if capacity_factor is not None and not capacity_factor > 0:
-            raise ValueError(f"capacity_factor: expected None or above 0, got {capacity_factor!r}")
+        _check_at_least(d_model=(1, d_model))
+        _check_active(n_active, n_experts)
+        if capacity_factor is not None and not 0 < capacity_factor < math.inf:
+            expected = "expected None or a finite number above 0"
+            raise ValueError(f"capacity_factor: {expected}, got {capacity_factor!r}")
         self.n_active, self.normalize = n_active, normalize
         self.capacity_factor = capacity_factor
         self.weight = nn.Parameter(torch.randn(n_experts, d_model) / math.sqrt(d_model))
@@ -1377,6 +1390,18 @@ class Router(nn.Module):
 # %% [markdown]
 # The experts have the form of our feed-forward networks; their matrices are stacked, so that a
 # checkpoint has three tensors and not three hundred. Gather, compute, scatter:
+
+
+# %%
+#| export
+def _stack(n_experts: int, n_out: int, n_in: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(n_experts, n_out, n_in) / math.sqrt(n_in))
+
+
+def _expert(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str) -> Tensor:
+    """One feed-forward network with these matrices."""
+    gated = None if gate is None else F.linear(x, gate)
+    return F.linear(_activate(activation, gated, F.linear(x, up)), down)
 
 
 # %%
@@ -1408,18 +1433,6 @@ class Experts(nn.Module):
                 result = result * weights[places, None]
                 output.index_add_(0, which, result.to(output.dtype))
         return output
-
-
-# %%
-#| export
-def _stack(n_experts: int, n_out: int, n_in: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(n_experts, n_out, n_in) / math.sqrt(n_in))
-
-
-def _expert(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str) -> Tensor:
-    """One feed-forward network with these matrices."""
-    gated = None if gate is None else F.linear(x, gate)
-    return F.linear(_activate(activation, gated, F.linear(x, up)), down)
 
 
 # %% [markdown]
@@ -1556,9 +1569,9 @@ for normalize in (True, False):
 # = \frac{E}{T}\; p_{tj}\,\Bigl(f_j - \sum_i f_i\,p_{ti}\Bigr) .
 # $$ (blocks-balance-gradient)
 #
-# A descent step lowers the score of each expert whose load is above the mean load that the
-# token expects, and raises the others. That is the whole purpose. It is *not* a distance from
-# balance: $f$ and $P$ need not agree, and then its value can even be less than 1.
+# A descent step lowers the score of each expert whose load is above the mean load that the token
+# expects, and raises the others. The value is *not* a distance from balance: $f$ and $P$ need not
+# agree, and then it can even be less than 1.
 
 # %%
 torch.manual_seed(0)
@@ -1589,7 +1602,7 @@ def train_mixture(factor: float) -> tuple[SmallModel, list[float], Tensor]:
         loads.append(model.blocks[2].feed_forward.load)
         return factor * sum(block.feed_forward.balance_loss for block in model.blocks)
 
-    losses = train(model, 3e-3, steps=100, extra=penalty)
+    losses = list(train(model, 3e-3, steps=100, extra=penalty))
     return model, losses, torch.stack(loads)
 
 
@@ -1603,7 +1616,7 @@ for factor, (_, _, loads) in mixtures.items():
 difference = sum(mixtures[0.0][1][-20:]) / 20 - sum(mixtures[0.02][1][-20:]) / 20
 print("the losses differ by less than 0.15 nats:", abs(difference) < 0.15)
 
-# %% mystnb={"figure": {"caption": "Load of the 16 experts of the third layer over training, each row an expert, sorted by their load at the end. Without the penalty a few take nearly everything; with it all take part.", "name": "fig-blocks-load"}, "image": {"alt": "Two heat maps, steps 0 to 100 from left to right, experts from top to bottom. Left, without balance loss: three bright rows, the others dark from step 15 on. Right, with it: some bright stretches before step 30, and from step 60 on all rows have about the same dim color."}}
+# %% mystnb={"figure": {"caption": "Load of the 16 experts of the third layer over training, each row an expert, sorted by their load at the end. Without the penalty a few take nearly everything; with it nearly all take part.", "name": "fig-blocks-load"}, "image": {"alt": "Two heat maps, steps 0 to 100 from left to right, experts from top to bottom. Left, without balance loss: three bright rows, the others dark from step 15 on. Right, with it: some bright stretches before step 30, and from step 60 on nearly all rows have about the same dim color."}}
 fig, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
 for ax, (factor, (_, _, loads)) in zip(axes, mixtures.items(), strict=True):
     order = loads[-20:].mean(dim=0).argsort(descending=True)
@@ -1615,9 +1628,8 @@ fig.colorbar(image, ax=axes, label="share of tokens")
 plt.show()
 
 # %% [markdown]
-# At this size the loss does not care: a few experts are enough for 512 tokens. What the balance
-# buys is work evenly spread. With a capacity of 1.25 times the fair share, the collapsed router
-# would drop much of the text:
+# At this size the loss does not care. What the balance buys is work evenly spread. With a
+# capacity of 1.25 times the fair share, the collapsed router would drop much of the text:
 
 # %%
 for factor, (model, _, _) in mixtures.items():
@@ -1781,17 +1793,17 @@ for name, ratio in speed.items():
     print(f"{name:38} {ratio:5.1f} times as fast")
 
 # %% [markdown]
-# Most of a block's time is spent in matrix products, which are the same for both; the rest is
-# memory traffic, and there a fused norm shows.
+# Most of a block's time goes into matrix products and attention, which are the same for both: a
+# faster norm changes little at this size.
 #
 # ## Exercises
 #
 # ````{exercise} Fold the gain away
 # :label: ex-blocks-fold
 # *Ten minutes.* A gain $g$ in front of a matrix is not needed in use: $W (g \odot y) = W' y$.
-# Write `fold_gain(norm, linear)`, which changes the matrix and sets the gain to one, in place,
-# so that `linear(norm(x))` stays what it was. Who wants to quantize a model does this first.
-# Why is the gain there in training, if it can be folded away?
+# Write `fold_gain(norm, linear)`, which changes the matrix and sets the gain to one, in place, so
+# that `linear(norm(x))` stays what it was. Why is the gain there in training, if it can be folded
+# away?
 # ````
 
 
@@ -1884,9 +1896,10 @@ assert torch.allclose(to_a, a.grad, atol=1e-6), "the gradient of a needs the der
 # :label: ex-blocks-parallel
 # *Twenty minutes.* GPT-J and PaLM {cite}`chowdhery2023palm` compute both layers from the same
 # input: $x' = x + \operatorname{attention}(\operatorname{norm}(x)) +
-# f(\operatorname{norm}(x))$, with one norm. Write `ParallelBlock` with the arguments and
-# attributes `d_model`, `attention`, `feed_forward` and a `norm`. What is won on hardware, and
-# what is lost in the model?
+# f(\operatorname{norm}(x))$. Write `ParallelBlock(d_model, attention, feed_forward)`. Its
+# attributes are `norm`, one RMSNorm for both layers, `attention` and `feed_forward`; keyword
+# arguments of `forward`, such as `rope`, go to attention. What is won on hardware, and what is
+# lost in the model?
 # ````
 
 
@@ -1921,9 +1934,9 @@ assert len([m for m in parallel.modules() if isinstance(m, RMSNorm)]) == 1, "the
 # ````{exercise} Let the experts choose
 # :label: ex-blocks-choice
 # *Half an hour.* Zhou and colleagues {cite}`zhou2022mixture` turn the choice around: each
-# expert takes the `capacity` tokens that score highest for it. Write `expert_choice(logits,
-# capacity)`. It returns the weights, of shape (experts, capacity), which are the softmax
-# probabilities of the tokens over experts, and the numbers of the tokens, of the same shape,
+# expert takes the `capacity` tokens that give it the highest probability, by a softmax over the
+# experts. Write `expert_choice(logits, capacity)` for logits of shape (tokens, experts). It
+# returns these probabilities and the numbers of the tokens, both of shape (experts, capacity),
 # best first. Loads are then equal by construction. How often may a token be chosen? And why is
 # this unfit for a model that writes text from left to right?
 # ````
@@ -1960,10 +1973,9 @@ for expert in range(3):
 # without normalizing grows exponentially, normalizing what is read makes it a square root, and
 # writes divided by $\sqrt{2\,n_\text{layers}}$ keep the stream level. LayerNorm projects onto a
 # sphere in the plane of mean zero, RMSNorm onto a sphere; their gradients drop what points
-# along the output, and their statistics belong in 32 bits. Post-norm halves the share of the
-# past with every addition, and a deep model can go blind; pre-norm does not. A gated network
-# has three matrices and two thirds of the width. A mixture of experts has the parameters of all
-# experts at the cost of a few, and needs a penalty so that they all take part.
+# along the output. Post-norm weakens the past with every addition, and a deep model can go
+# blind. A gated network has three matrices and two thirds of the width. A mixture of experts has
+# the parameters of all experts at the cost of a few, and needs a penalty so that they take part.
 #
 # **Checklist: a block for a new model.**
 #

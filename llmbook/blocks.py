@@ -403,7 +403,7 @@ class Routing(NamedTuple):
         # A tensor with a history cannot be copied, and a copied model has no use for it.
         return Routing(self.probabilities.detach(), self.weights.detach(), *self[2:])
 
-# %% ../chapters/10_blocks.ipynb #9196a813
+# %% ../chapters/10_blocks.ipynb #f2717539
 def places_by_expert(routing: Routing) -> list[Int64[Tensor, " places"]]:
     """Return for each expert its tokens, as places in ``routing.experts.T.flatten()``.
 
@@ -414,6 +414,12 @@ def places_by_expert(routing: Routing) -> list[Int64[Tensor, " places"]]:
     counts = chosen.bincount(minlength=routing.probabilities.size(1)).tolist()
     order = chosen.argsort(stable=True).split(counts)
     return [places[: routing.capacity] for places in order]
+
+# %% ../chapters/10_blocks.ipynb #55897f21
+def _check_active(n_active: int, n_experts: int) -> None:
+    _check_at_least(n_experts=(1, n_experts), n_active=(1, n_active))
+    if n_active > n_experts:
+        raise ValueError(f"n_active: expected at most n_experts, {n_experts}, got {n_active}")
 
 
 def route(
@@ -428,13 +434,15 @@ def route(
     Probabilities are over all experts, in float32; with ``normalize`` the weights of a token sum
     to one, as in Mixtral. An expert takes at most ``capacity`` tokens.
     """
+    _check_active(n_active, logits.size(1))
+    _check_at_least(capacity=(0, capacity))
     probabilities = logits.float().softmax(dim=-1)
     weights, experts = probabilities.topk(n_active, dim=-1)
     if normalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return Routing(probabilities, weights, experts, capacity)
 
-# %% ../chapters/10_blocks.ipynb #b2a5e795
+# %% ../chapters/10_blocks.ipynb #34cf0934
 class Router(nn.Module):
     """Scores the experts for each token by a linear map, and picks the best ``n_active``."""
 
@@ -447,11 +455,11 @@ class Router(nn.Module):
         capacity_factor: float | None = None,
     ):
         super().__init__()
-        _check_at_least(d_model=(1, d_model), n_experts=(1, n_experts), n_active=(1, n_active))
-        if n_active > n_experts:
-            raise ValueError(f"n_active: expected at most n_experts, {n_experts}, got {n_active}")
-        if capacity_factor is not None and not capacity_factor > 0:
-            raise ValueError(f"capacity_factor: expected None or above 0, got {capacity_factor!r}")
+        _check_at_least(d_model=(1, d_model))
+        _check_active(n_active, n_experts)
+        if capacity_factor is not None and not 0 < capacity_factor < math.inf:
+            expected = "expected None or a finite number above 0"
+            raise ValueError(f"capacity_factor: {expected}, got {capacity_factor!r}")
         self.n_active, self.normalize = n_active, normalize
         self.capacity_factor = capacity_factor
         self.weight = nn.Parameter(torch.randn(n_experts, d_model) / math.sqrt(d_model))
@@ -464,6 +472,16 @@ class Router(nn.Module):
             capacity = math.ceil(self.capacity_factor * fair)
         logits = F.linear(tokens, self.weight)
         return route(logits, self.n_active, normalize=self.normalize, capacity=capacity)
+
+# %% ../chapters/10_blocks.ipynb #7e5abf8b
+def _stack(n_experts: int, n_out: int, n_in: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(n_experts, n_out, n_in) / math.sqrt(n_in))
+
+
+def _expert(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str) -> Tensor:
+    """One feed-forward network with these matrices."""
+    gated = None if gate is None else F.linear(x, gate)
+    return F.linear(_activate(activation, gated, F.linear(x, up)), down)
 
 # %% ../chapters/10_blocks.ipynb #b2e03064
 class Experts(nn.Module):
@@ -493,16 +511,6 @@ class Experts(nn.Module):
                 result = result * weights[places, None]
                 output.index_add_(0, which, result.to(output.dtype))
         return output
-
-# %% ../chapters/10_blocks.ipynb #7e5abf8b
-def _stack(n_experts: int, n_out: int, n_in: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(n_experts, n_out, n_in) / math.sqrt(n_in))
-
-
-def _expert(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str) -> Tensor:
-    """One feed-forward network with these matrices."""
-    gated = None if gate is None else F.linear(x, gate)
-    return F.linear(_activate(activation, gated, F.linear(x, up)), down)
 
 # %% ../chapters/10_blocks.ipynb #54fe1882
 class _Mixture(nn.Module):

@@ -558,8 +558,13 @@ def test_initialization_as_gpt2():
         assert std == pytest.approx(0.02 / (12**0.5 if writes else 1), rel=0.1), name
     initialize_weights(model, n_layers=6, std=0.02, embedding_std=0.5)
     assert stds(model)["embedding.weight"] == pytest.approx(0.5, rel=0.05)
-    with pytest.raises(ValueError, match="n_layers: expected at least 1, got 0"):
-        initialize_weights(model, 0)
+    for arguments, message in (
+        ({"n_layers": 0}, "n_layers: expected at least 1, got 0"),
+        ({"n_layers": 6, "std": 0.0}, "std: expected None or above 0, got 0.0"),
+        ({"n_layers": 6, "embedding_std": -1.0}, "embedding_std: expected None or above 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            initialize_weights(model, **arguments)
 
 
 def test_initialization_follows_the_seed():
@@ -807,13 +812,26 @@ def test_mixtures_refuse():
         ({"n_active": 5}, "n_active: expected at most n_experts, 4, got 5"),
         ({"d_ff": 0}, "d_ff: expected at least 1, got 0"),
         ({"d_shared": -1}, "d_shared: expected at least 0, got -1"),
-        ({"capacity_factor": 0.0}, "capacity_factor: expected None or above 0, got 0.0"),
+        ({"capacity_factor": 0.0}, "capacity_factor: expected None or a finite .* got 0.0"),
+        ({"capacity_factor": math.inf}, "capacity_factor: expected None or a finite .* got inf"),
         ({"activation": "tanh"}, "activation: expected one of relu, .* got 'tanh'"),
     ):
         with pytest.raises(ValueError, match=message):
             MixtureOfExperts(**(fine | change))
     with pytest.raises(ValueError, match="n_experts: expected at least 1, got 0"):
         Experts(8, 12, 0)
+
+
+def test_routing_refuses():
+    logits = torch.randn(6, 2)
+    for options, message in (
+        ({"n_active": 0}, "n_active: expected at least 1, got 0"),
+        ({"n_active": 3}, "n_active: expected at most n_experts, 2, got 3"),
+        ({"n_active": 1, "capacity": -1}, "capacity: expected at least 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            route(logits, **options)
+    assert route(logits, 1, capacity=0).dropped == 1
 
 
 def test_wrong_shapes_are_refused():
