@@ -1139,7 +1139,7 @@ for name, model in models.items():
     gradient_norms(model)
     arrives = model.embedding.weight.grad.norm()
     print(f"{name:18} predictions differ: {bool(distance > 0.05)!s:5}", end=" ")
-    print(f"embeddings have a gradient: {bool(arrives > 1e-5)}")
+    print(f"embeddings have a gradient: {bool(arrives > 1e-6)}")
 
 # %% [markdown]
 # It is blind, and has no way back: no gradient is left to tell the embeddings so. Warmup spares
