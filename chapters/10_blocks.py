@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
+from llmbook.attention import Backend
 from llmbook.corpus import _check_at_least
 from llmbook.positions import LearnedEmbedding
 
@@ -227,9 +228,6 @@ plt.show()
 
 # %%
 #| export
-Backend = Literal["reference", "torch"]
-
-
 def layer_norm(
     x: Float[Tensor, "*shape d_model"],
     weight: Float[Tensor, " d_model"],

@@ -359,6 +359,7 @@ def _check_experts(config: ModelConfig) -> None:
 # %%
 #| export
 _SIZES = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
+#: The fields of known models by name, for ``ModelConfig.preset``.
 PRESETS: dict[str, dict[str, Any]] = {}
 
 

@@ -185,8 +185,9 @@ def _check_experts(config: ModelConfig) -> None:
     if config.n_experts and config.bias:
         raise ValueError("bias: expected False with experts, which have none, got True")
 
-# %% ../chapters/11_model.ipynb #adf766b6
+# %% ../chapters/11_model.ipynb #a31c70b7
 _SIZES = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
+#: The fields of known models by name, for ``ModelConfig.preset``.
 PRESETS: dict[str, dict[str, Any]] = {}
 
 
