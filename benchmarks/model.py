@@ -29,10 +29,10 @@ from llmbook.environment import best_device, seed_everything
 from llmbook.model import ModelConfig, TransformerLM, count_parameters
 
 BATCHES = ((8, 256), (1, 64))  # rows, tokens in each
-SHAPES = {  # d_model, layers, heads, heads of keys
-    "1M": (96, 6, 3, 3),
-    "3M": (192, 6, 6, 3),
-    "10M": (320, 8, 10, 5),
+SHAPES = {  # d_model, layers, heads (of 64), heads of keys
+    "1M": (128, 4, 2, 2),
+    "3M": (192, 6, 3, 3),
+    "10M": (320, 8, 5, 5),
     "124M": (768, 16, 12, 4),
 }
 disable_progress_bar()

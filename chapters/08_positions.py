@@ -640,7 +640,8 @@ class _RotateHalf(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         """Rotate the gradient by minus the angle."""
         cos, sin = ctx.saved_tensors
-        return _RotateHalf.apply(gradients[0], cos, -sin), None, None
+        rotate = _RotateHalf.apply if torch.is_grad_enabled() else _rotate_half
+        return rotate(gradients[0], cos, -sin), None, None
 
 
 # %% [markdown]

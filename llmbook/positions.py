@@ -136,7 +136,7 @@ def interleaved_to_half(d_head: int) -> Int64[Tensor, " d_head"]:
     _check_even(d_head=d_head)
     return torch.arange(d_head).view(-1, 2).T.flatten()
 
-# %% ../chapters/08_positions.ipynb #64723fc6
+# %% ../chapters/08_positions.ipynb #e219fb1c
 def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate (x_i, x_{i + half}) by the angle of pair i; ``cos`` is there for both halves.
 
@@ -171,7 +171,8 @@ class _RotateHalf(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         """Rotate the gradient by minus the angle."""
         cos, sin = ctx.saved_tensors
-        return _RotateHalf.apply(gradients[0], cos, -sin), None, None
+        rotate = _RotateHalf.apply if torch.is_grad_enabled() else _rotate_half
+        return rotate(gradients[0], cos, -sin), None, None
 
 # %% ../chapters/08_positions.ipynb #b8e6f8c3
 def _rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
