@@ -639,8 +639,8 @@ class TransformerLM(Transformer):
     def __init__(self, config: ModelConfig, backend: Backend = "torch"):
         super().__init__(config, backend)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        _tie(self)  # first: a table that also makes logits is drawn differently
         initialize_weights(self, config.n_layers)
-        _tie(self)
 
     def forward(
         self,

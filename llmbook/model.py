@@ -393,15 +393,15 @@ class Transformer(nn.Module):
         """Return the balance losses of the last pass, summed over blocks with experts, else 0."""
         return _balance_loss(self)
 
-# %% ../chapters/11_model.ipynb #0ca76287
+# %% ../chapters/11_model.ipynb #b7f7ddb7
 class TransformerLM(Transformer):
     """A language model: from token ids to the logits of the next token, at every position."""
 
     def __init__(self, config: ModelConfig, backend: Backend = "torch"):
         super().__init__(config, backend)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        _tie(self)  # first: a table that also makes logits is drawn differently
         initialize_weights(self, config.n_layers)
-        _tie(self)
 
     def forward(
         self,

@@ -1155,3 +1155,14 @@ def test_what_no_family_computes_is_saved_for_us_alone(tmp_path):
         again, ids = load_model(tmp_path / "model"), some_ids()
         assert again.config == model.config
         assert torch.equal(again(ids), model(ids))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_a_new_model_loses_little_more_than_one_that_knows_nothing(tied, positions):
+    config = ModelConfig.preset("tiny", tie_embeddings=tied, positions=positions)
+    model, ids = TransformerLM(config), torch.randint(512, (8, 65))
+    with torch.no_grad():
+        logits = model(ids[:, :-1])
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert abs(float(loss) - math.log(512) - 0.5) < 0.25
