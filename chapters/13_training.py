@@ -1766,7 +1766,7 @@ RUNS["documentation-long"] = RunConfig(
     tokenizer=TokenizerConfig(vocab_size=2048),
     model={"context_length": 256, "d_model": 128, "n_layers": 4, **_DOCS},
     training=TrainingConfig(
-        n_steps=3600,
+        n_steps=2400,
         batch_size=8,
         evaluate_every=200,
         checkpoint_every=100,
