@@ -1,0 +1,762 @@
+"""Generation: filters, the loop, beams, drafts and bytes, against transformers and statistics."""
+
+import itertools
+import math
+from collections import Counter
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from torch import nn
+from transformers.generation import logits_process as theirs
+
+from llmbook import generation as module
+from llmbook.generation import (
+    Completion,
+    QuantizedLinear,
+    Sampling,
+    beam_search,
+    draw,
+    expected_tokens,
+    generate,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    keep_typical,
+    next_token_distribution,
+    penalize_frequency,
+    quantize,
+    quantize_rows,
+    sample,
+    speculative_generate,
+    stored_bytes,
+    stream,
+    uniforms_of,
+    verify,
+)
+from llmbook.model import ModelConfig, TransformerLM
+from llmbook.tokenizer import train_bpe
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+SMALL = {"vocab_size": 61, "context_length": 48, "d_model": 32, "n_layers": 2, "n_heads": 4}
+KINDS = {
+    "gpt2": {
+        "positions": "learned",
+        "norm": "layernorm",
+        "activation": "gelu_tanh",
+        "bias": True,
+        "tie_embeddings": True,
+    },
+    "llama": {"n_kv_heads": 2},
+    "qwen2": {"n_kv_heads": 2, "qkv_bias": True, "tie_embeddings": True},
+    "qwen3": {"n_kv_heads": 2, "d_head": 16, "qk_norm": True},
+    "mistral": {"n_kv_heads": 2, "sliding_window": 8},
+    "mixtral": {"n_kv_heads": 2, "n_experts": 4, "n_active_experts": 2},
+    "post": {"norm": "layernorm", "norm_position": "post", "positions": "sinusoidal"},
+}
+GREEDY = Sampling(temperature=0)
+SAMPLINGS = {
+    "greedy": GREEDY,
+    "plain": Sampling(),
+    "filters": Sampling(temperature=1.3, top_k=30, top_p=0.9, min_p=0.02, typical_p=0.95),
+    "penalties": Sampling(repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2),
+    "greedy, penalized": Sampling(temperature=0, repetition_penalty=1.3),
+}
+
+
+def made(seed=0, spread=3.0, **changes):
+    """A random model whose distributions are far from uniform."""
+    torch.manual_seed(seed)
+    model = TransformerLM(ModelConfig(**SMALL | changes)).eval()
+    with torch.no_grad():
+        for block in model.blocks:  # so that gains matter
+            block.attention_norm.weight.uniform_(0.5, 1.5)
+            block.feed_forward_norm.weight.uniform_(0.5, 1.5)
+        if not model.config.tie_embeddings:
+            model.lm_head.weight.mul_(spread)
+        else:
+            model.norm.weight.mul_(spread)
+    return model
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: made(**kind) for name, kind in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def llama(models):
+    return models["llama"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = ["the quick brown fox jumps over the lazy dog; ".upper().lower() * 3, "größer naïve 🙂"]
+    return train_bpe(texts, 300)
+
+
+@pytest.fixture
+def untyped():
+    """Switch jaxtyping's checks off, as they are for a reader, to see our own messages."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def prompts_of(lengths=(3, 7, 1, 12), vocab_size=61, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def ids_of(completions):
+    return [completion.ids for completion in completions]
+
+
+def some_logits(batch=16, vocab_size=50, scale=3.0):
+    return scale * torch.randn(batch, vocab_size)
+
+
+# --- filters ------------------------------------------------------------------------------------
+
+
+PAIRS = [
+    (Sampling(top_k=5), [theirs.TopKLogitsWarper(5)]),
+    (Sampling(top_k=1), [theirs.TopKLogitsWarper(1)]),
+    (Sampling(top_k=1000), [theirs.TopKLogitsWarper(1000)]),
+    (Sampling(top_p=0.8), [theirs.TopPLogitsWarper(0.8)]),
+    (Sampling(top_p=1e-6), [theirs.TopPLogitsWarper(1e-6)]),
+    (Sampling(min_p=0.1), [theirs.MinPLogitsWarper(0.1)]),
+    (Sampling(min_p=1.0), [theirs.MinPLogitsWarper(1.0)]),
+    (Sampling(typical_p=0.7), [theirs.TypicalLogitsWarper(0.7)]),
+    (Sampling(typical_p=0.05), [theirs.TypicalLogitsWarper(0.05)]),
+    (Sampling(temperature=0.6), [theirs.TemperatureLogitsWarper(0.6)]),
+    (Sampling(repetition_penalty=1.7), [theirs.RepetitionPenaltyLogitsProcessor(1.7)]),
+]
+
+
+@pytest.mark.parametrize(("sampling", "processors"), PAIRS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_each_filter_is_transformers(sampling, processors, tied):
+    logits, history = some_logits(), torch.randint(50, (16, 9))
+    if tied:  # many equal logits, so that the border of what is kept goes through some of them
+        logits = logits.round()
+    expected = logits
+    for processor in processors:
+        expected = processor(history, expected)
+    ours = next_token_distribution(logits, sampling, history)
+    expected = expected.softmax(-1)
+    if tied and sampling.top_p is not None:  # their sort leaves open which of equal ones are inside
+        ours, expected = ours.sort(-1).values, expected.sort(-1).values
+    assert torch.equal(ours > 0, expected > 0)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_all_together_in_the_order_of_transformers():
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    chosen = {"temperature": 1.4, "top_k": 30, "top_p": 0.9, "min_p": 0.03, "typical_p": 0.9}
+    generation = transformers.GenerationConfig(do_sample=True, repetition_penalty=1.4, **chosen)
+    processors = model._get_logits_processor(generation, input_ids_seq_length=9, device="cpu")
+    assert len(processors) == 6
+    logits, history = some_logits(200), torch.randint(50, (200, 9))
+    expected = processors(history, logits).softmax(-1)
+    ours = next_token_distribution(logits, Sampling(repetition_penalty=1.4, **chosen), history)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_frequency_and_presence_by_their_formula():
+    counts = torch.tensor([[0, 1, 3]])
+    out = penalize_frequency(torch.zeros(1, 3), counts, 0.5, 0.25)
+    assert out.tolist() == [[0.0, -0.75, -1.75]]
+    history = torch.tensor([[2, -1, 2, 2, 1]])
+    sampling = Sampling(frequency_penalty=0.5, presence_penalty=0.25)
+    ours = next_token_distribution(torch.zeros(1, 3), sampling, history)
+    torch.testing.assert_close(ours, out.softmax(-1))
+
+
+probabilities = st.lists(st.floats(0.01, 1), min_size=2, max_size=12).map(
+    lambda p: torch.tensor([p]) / sum(p)
+)
+
+
+@given(probabilities, st.integers(1, 14), st.floats(0.01, 1))
+def test_filters_keep_what_they_promise(p, k, share):
+    for kept in (
+        keep_top_k(p, k),
+        keep_top_p(p, share),
+        keep_min_p(p, share),
+        keep_typical(p, share),
+    ):
+        assert kept.sum().item() == pytest.approx(1, abs=1e-5)
+        inside = kept > 0
+        torch.testing.assert_close(kept[inside], p[inside] / p[inside].sum())
+    assert (keep_top_k(p, k) > 0).sum() >= min(k, p.size(1))
+    nucleus = keep_top_p(p, share) > 0
+    assert p[nucleus].sum() >= share - 1e-5
+    if nucleus.sum() > 1:  # none of it can be spared
+        assert p[nucleus].sum() - p[nucleus].min() < share + 1e-5
+    assert p[nucleus].min() >= p[~nucleus].max() if (~nucleus).any() else True
+    assert torch.equal(keep_min_p(p, share) > 0, p >= share * p.max())
+    assert p[keep_typical(p, share) > 0].sum() >= share - 1e-5
+
+
+@given(probabilities, st.floats(0, 1, exclude_max=True))
+def test_draw_is_the_inverse_of_the_distribution_function(p, uniform):
+    token = draw(p, torch.tensor([uniform], dtype=torch.float64)).item()
+    ends = p[0].double().cumsum(0) / p[0].double().sum()
+    assert (ends[token - 1] if token else 0) <= uniform + 1e-12 and uniform < ends[token] + 1e-12
+
+
+def test_draw_never_takes_what_is_impossible():
+    p = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]] * 2)
+    ends = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    assert draw(p, ends).tolist() == [1, 3]
+
+
+def test_sample_has_the_distribution():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(20_000, -1)
+    counts = sample(logits, generator=torch.Generator().manual_seed(0)).bincount(minlength=4)
+    expected = logits[0].softmax(-1).double()
+    assert chisquare(counts.numpy(), (expected / expected.sum() * 20_000).numpy()).pvalue > 1e-3
+    assert (sample(logits, Sampling(top_k=1)) == 2).all() and (sample(logits, GREEDY) == 2).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_tiny_temperatures_are_greedy_in_every_dtype(dtype):
+    logits = torch.tensor([[60.0, 80.0, -90.0], [5.0, -torch.inf, 5.0]], dtype=dtype)
+    p = next_token_distribution(logits, Sampling(temperature=1e-9))
+    assert p.tolist() == [[0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]
+
+
+WRONG = [
+    ({"temperature": -1.0}, "temperature: expected 0"),
+    ({"temperature": math.nan}, "temperature: expected 0"),
+    ({"temperature": math.inf}, "temperature: expected 0"),
+    ({"top_k": 0}, "top_k: expected at least 1, got 0"),
+    ({"top_p": 0.0}, "top_p: expected more than 0, at most 1, got 0.0"),
+    ({"top_p": 1.1}, "top_p: expected more than 0, at most 1, got 1.1"),
+    ({"min_p": -0.1}, "min_p: expected"),
+    ({"min_p": math.nan}, "min_p: expected"),
+    ({"typical_p": 2.0}, "typical_p: expected"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty: expected a positive number"),
+    ({"frequency_penalty": math.inf}, "frequency_penalty: expected a number"),
+    ({"presence_penalty": math.nan}, "presence_penalty: expected a number"),
+    ({"temperature": 0, "top_k": 5}, "top_k: expected None at temperature 0"),
+    ({"temperature": 0, "top_p": 0.9}, "top_p: expected None at temperature 0"),
+    ({"temperature": 0.0, "min_p": 0.1}, "min_p: expected None at temperature 0"),
+    ({"temperature": 0.0, "typical_p": 0.1}, "typical_p: expected None at temperature 0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_settings_that_make_no_sense(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**arguments)
+
+
+def test_a_penalty_needs_a_history():
+    with pytest.raises(ValueError, match="history: expected the text so far"):
+        sample(some_logits(), Sampling(repetition_penalty=1.2))
+
+
+# --- the loop -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", SAMPLINGS)
+def test_cached_equals_uncached(models, kind, how):
+    options = {"max_new_tokens": 60, "sampling": SAMPLINGS[how], "stop_tokens": [5]}
+    with_cache = generate(models[kind], prompts_of(), **options)
+    without = generate(models[kind], prompts_of(), use_cache=False, **options)
+    assert ids_of(with_cache) == ids_of(without)
+    for a, b in zip(with_cache, without, strict=True):
+        assert a.log_probs == pytest.approx(b.log_probs, abs=1e-3)
+        assert a.finish_reason == b.finish_reason
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["greedy", "plain", "penalties"])
+def test_a_row_does_not_depend_on_its_neighbors(models, kind, how):
+    model, prompts = models[kind], prompts_of((3, 7, 1, 12, 7, 40))
+    options = {"max_new_tokens": 25, "sampling": SAMPLINGS[how], "stop_tokens": [5], "seed": 3}
+    together = generate(model, prompts, **options)
+    assert ids_of(generate(model, prompts, batch_size=2, **options)) == ids_of(together)
+    for number, prompt in enumerate(prompts):
+        alone = generate(model, [prompt], first_row=number, **options)
+        assert ids_of(alone) == ids_of(together[number : number + 1])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "qwen3", "mistral"])
+def test_greedy_is_transformers_token_for_token(models, kind, tmp_path):
+    models[kind].save_pretrained(tmp_path)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    prompts = prompts_of((6, 6, 6))
+    out = peer.generate(
+        torch.tensor(prompts), attention_mask=torch.ones(3, 6, dtype=torch.int64),
+        max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    assert (
+        ids_of(generate(models[kind], prompts, max_new_tokens=40, sampling=GREEDY))
+        == out[:, 6:].tolist()
+    )
+
+
+def test_log_probs_are_the_models(llama):
+    (prompt,) = prompts_of((5,))
+    (completion,) = generate(
+        llama, [prompt], max_new_tokens=10, sampling=Sampling(temperature=2.0, top_k=20)
+    )
+    text = torch.tensor([prompt + completion.ids])
+    expected = llama(text[:, :-1]).log_softmax(-1)[0, 4:].gather(1, text[0, 5:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(completion.log_probs), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_sampled_texts_have_the_models_distribution():
+    model = made(vocab_size=4, spread=1.0)
+    rows = generate(model, [[1]] * 6000, max_new_tokens=2, batch_size=2000)
+    counts = Counter(tuple(row.ids) for row in rows)
+    first = model(torch.tensor([[1]]))[0, -1].softmax(-1)
+    expected = []
+    pairs = list(itertools.product(range(4), repeat=2))
+    for a, b in pairs:
+        second = model(torch.tensor([[1, a]]))[0, -1].softmax(-1)
+        expected.append((first[a] * second[b]).item())
+    expected = np.array(expected) / sum(expected) * 6000
+    assert chisquare([counts[pair] for pair in pairs], expected).pvalue > 1e-3
+
+
+def test_seeds(llama):
+    prompts = prompts_of()
+    first, again, other = (
+        ids_of(generate(llama, prompts, max_new_tokens=8, seed=seed)) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    torch.manual_seed(5)  # the global state plays no part
+    assert ids_of(generate(llama, prompts, max_new_tokens=8, seed=1)) == first
+    assert uniforms_of(0, 3, 5).tolist() == uniforms_of(0, 3, 9).tolist()[:5]
+
+
+def test_dropout_is_off_and_training_is_restored(llama):
+    model = made(dropout=0.5, n_kv_heads=2)
+    expected = ids_of(generate(model, prompts_of(), max_new_tokens=9))
+    model.train()
+    assert ids_of(generate(model, prompts_of(), max_new_tokens=9)) == expected
+    assert model.training and all(block.training for block in model.blocks)
+    pieces = stream(model, [1], max_new_tokens=9)
+    next(pieces)
+    assert model.training and not torch.is_inference_mode_enabled()
+
+
+# --- ends ---------------------------------------------------------------------------------------
+
+
+def test_it_stops_at_a_token_and_keeps_it(llama):
+    (whole,) = generate(llama, [[1]], max_new_tokens=20)
+    stop = whole.ids[7]
+    end = whole.ids.index(stop) + 1
+    (cut,) = generate(llama, [[1]], max_new_tokens=20, stop_tokens=[stop])
+    assert cut == Completion(whole.ids[:end], None, "stop", whole.log_probs[:end])
+    assert whole.finish_reason == "length" and len(whole.ids) == 20
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_context_is_full_without_being_exceeded(models, use_cache):
+    for model in models.values():
+        options = {"max_new_tokens": 100, "use_cache": use_cache, "sampling": GREEDY}
+        whole, longest = generate(model, [[1] * 3, [2] * 48], **options)
+        assert len(whole.ids) == 48 - 3 + 1 and whole.finish_reason == "context"
+        assert len(longest.ids) == 1 and longest.finish_reason == "context"
+        (exact,) = generate(model, [[1] * 3], max_new_tokens=46, use_cache=use_cache)
+        assert len(exact.ids) == 46 and exact.finish_reason == "length"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sliding_text_goes_on_with_and_without_cache(models, kind):
+    prompts = prompts_of((3, 47, 30))
+    options = {"max_new_tokens": 120, "on_full": "slide", "stop_tokens": [9]}
+    with_cache = generate(models[kind], prompts, **options)
+    without = generate(models[kind], prompts, use_cache=False, **options)
+    assert ids_of(with_cache) == ids_of(without)
+    free = generate(models[kind], prompts, max_new_tokens=120, on_full="slide")
+    assert [len(row.ids) for row in free] == [120] * 3
+
+
+def test_a_slide_keeps_half_of_the_context():
+    model = made(context_length=8)
+    (row,) = generate(model, [[1, 2, 3]], max_new_tokens=7, on_full="slide", sampling=GREEDY)
+    text = [1, 2, 3, *row.ids]  # six tokens more make nine: the ninth is read with three before it
+    assert row.ids[6] == model(torch.tensor([text[5:9]]))[0, -1].argmax().item()
+
+
+def test_on_full_error_says_so_before_the_work(llama):
+    with pytest.raises(ValueError, match="at most 39 tokens, for context_length = 48 and max_new"):
+        generate(llama, [[1] * 40], max_new_tokens=10, on_full="error")
+    generate(llama, [[1] * 39], max_new_tokens=10, on_full="error")
+
+
+BAD = [
+    ({"prompts": []}, "prompts: expected at least one, got none"),
+    ({"prompts": [[]]}, "prompts: expected at least one token to go on from"),
+    ({"prompts": [[1], []]}, "prompts: expected at least one token to go on from"),
+    ({"prompts": [[61]]}, "prompts: expected ids from 0 to 60, got 61"),
+    ({"prompts": [[-1]]}, "prompts: expected ids from 0 to 60, got -1"),
+    ({"prompts": [[1] * 49]}, "prompts: expected at most 48 tokens, for context_length"),
+    ({"prompts": ["text"]}, "tokenizer: expected one, for prompts that are texts"),
+    ({"prompts": "text"}, "prompts: expected a list of prompts, got one text"),
+    ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+    ({"batch_size": 0}, "batch_size: expected at least 1"),
+    ({"first_row": -1}, "first_row: expected at least 0"),
+    ({"on_full": "wrap"}, "on_full: expected one of stop, error, slide"),
+    ({"stop_strings": ["x"]}, "tokenizer: expected one, for stop_strings"),
+    ({"stop_strings": [""]}, "stop_strings: expected texts of at least one character"),
+    ({"stop_strings": "ab"}, "stop_strings: expected a list of texts"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_arguments_are_named(llama, untyped, arguments, message):
+    arguments = {"prompts": [[1]], "max_new_tokens": 3} | arguments
+    with pytest.raises(ValueError, match=message):
+        generate(llama, **arguments)
+
+
+def test_an_empty_text_is_no_prompt(tokenizer):
+    model = made(vocab_size=tokenizer.vocab_size)
+    with pytest.raises(ValueError, match="at least one token to go on from, such as end of text"):
+        generate(model, [""], max_new_tokens=3, tokenizer=tokenizer)
+
+
+def test_a_model_that_gives_nan_says_so(llama):
+    model = made()
+    model.lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="model: expected logits, got NaN after 0 new tokens"):
+        generate(model, [[1]], max_new_tokens=3)
+
+
+# --- text ---------------------------------------------------------------------------------------
+
+
+class Script(nn.Module):
+    """A model that says a fixed text, whatever it reads."""
+
+
+def scripted(tokenizer, text, monkeypatch):
+    """Make ``sample`` choose the ids of ``text`` one after the other, byte by byte."""
+    ids = [tokenizer.encode(text)] if isinstance(text, str) else [text]
+    model = made(vocab_size=tokenizer.vocab_size, context_length=200)
+    original = module._Chooser.choose
+
+    def choose(self, logits, step):
+        _, log_probs = original(self, logits, step)
+        return torch.tensor([row[min(step, len(row) - 1)] for row in ids]), log_probs
+
+    monkeypatch.setattr(module._Chooser, "choose", choose)
+    return model, len(ids[0])
+
+
+def bytewise(tokenizer, text):
+    """The ids of single bytes, so that characters and stops cross the borders of tokens."""
+    single = {tokenizer.decode_bytes([i]): i for i in range(tokenizer.vocab_size)}
+    return [single[bytes([byte])] for byte in text.encode()]
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("größer 🙂 ok", [], "größer 🙂 ok"),
+        ("one\n\ntwo", ["\n\n"], "one"),
+        ("abcabcabd!", ["abd"], "abcabc"),
+        ("aaab", ["aab"], "a"),
+        ("naïve größe", ["ïve g"], "na"),
+        ("stop it", ["never", "stop"], ""),
+        ("ends with a half ab", ["abc"], "ends with a half ab"),
+        ("xay", ["ay", "xa"], ""),
+    ],
+)
+def test_stop_strings_cross_tokens_and_are_never_half_shown(
+    tokenizer, monkeypatch, text, stops, expected
+):
+    model, n = scripted(tokenizer, bytewise(tokenizer, text), monkeypatch)
+    options = {"max_new_tokens": n, "tokenizer": tokenizer, "stop_strings": stops}
+    (whole,) = generate(model, [[1]], **options)
+    assert whole.text == expected
+    pieces = list(stream(model, [1], **options))
+    assert "".join(piece.text for piece in pieces) == expected
+    assert [piece.id for piece in pieces] == whole.ids
+    shown = ""
+    for piece in pieces:  # what was shown never has to be taken back
+        shown += piece.text
+        assert expected.startswith(shown) and "\ufffd" not in piece.text
+    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert pieces[-1].finish_reason == whole.finish_reason
+
+
+def test_a_character_that_is_never_finished_is_replaced(tokenizer, monkeypatch):
+    model, n = scripted(tokenizer, bytewise(tokenizer, "ok🙂")[:-1], monkeypatch)
+    (whole,) = generate(model, [[1]], max_new_tokens=n, tokenizer=tokenizer)
+    assert whole.text == "ok\ufffd" == tokenizer.decode(whole.ids)
+
+
+def test_a_stop_token_is_not_in_the_text(tokenizer, monkeypatch):
+    end = tokenizer.special_tokens["<|endoftext|>"]
+    model, n = scripted(tokenizer, [*tokenizer.encode("a story"), end], monkeypatch)
+    (whole,) = generate(model, [[end]], max_new_tokens=n, tokenizer=tokenizer, stop_tokens=[end])
+    assert (whole.text, whole.ids[-1], whole.finish_reason) == ("a story", end, "stop")
+
+
+@pytest.mark.parametrize("how", SAMPLINGS)
+def test_a_stream_is_generate(tokenizer, how):
+    model = made(vocab_size=tokenizer.vocab_size)
+    options = {"max_new_tokens": 100, "sampling": SAMPLINGS[how], "tokenizer": tokenizer}
+    for prompt in ("the fox", [3]):
+        (whole,) = generate(model, [prompt], **options)
+        pieces = list(stream(model, prompt, **options))
+        assert [piece.id for piece in pieces] == whole.ids
+        assert "".join(piece.text for piece in pieces) == whole.text == tokenizer.decode(whole.ids)
+        assert pieces[-1].finish_reason == whole.finish_reason
+
+
+def test_a_stream_complains_at_once(llama):
+    with pytest.raises(ValueError, match="max_new_tokens: expected at least 1"):
+        stream(llama, [1], max_new_tokens=0)
+    with pytest.raises(ValueError, match="prompts: expected at least one token"):
+        stream(llama, [], max_new_tokens=1)
+
+
+# --- beams --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 0.6, 2.0])
+@pytest.mark.parametrize("n_beams", [2, 5])
+def test_beam_search_is_transformers(models, tmp_path, n_beams, length_penalty):
+    model = models["llama"]
+    model.save_pretrained(tmp_path)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for stop in (None, [7], [3, 9]):
+        for prompt in prompts_of((4, 6, 2)):
+            out = peer.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)).long(),
+                num_beams=n_beams, num_return_sequences=n_beams, max_new_tokens=12,
+                do_sample=False, early_stopping="never", length_penalty=length_penalty,
+                eos_token_id=stop, pad_token_id=0,
+            )  # fmt: skip
+            ours = beam_search(
+                model, prompt, n_beams=n_beams, max_new_tokens=12,
+                length_penalty=length_penalty, stop_tokens=stop or (),
+            )  # fmt: skip
+            for mine, row in zip(ours, out.tolist(), strict=True):
+                assert mine.ids == row[len(prompt) :][: len(mine.ids)]
+
+
+def test_one_beam_is_greedy(llama):
+    for prompt in prompts_of():
+        options = {"max_new_tokens": 20, "stop_tokens": [7]}
+        (expected,) = generate(llama, [prompt], sampling=GREEDY, **options)
+        (ours,) = beam_search(llama, prompt, n_beams=1, length_penalty=0, **options)
+        assert ours.ids == expected.ids and ours.finish_reason == expected.finish_reason
+
+
+def test_wide_beams_find_the_most_likely_text():
+    model = made(vocab_size=5)
+    best = beam_search(model, [1], n_beams=125, max_new_tokens=3, length_penalty=0)[0]
+    scores = {}
+    for ids in itertools.product(range(5), repeat=3):
+        text = torch.tensor([[1, *ids]])
+        scores[ids] = model(text[:, :-1]).log_softmax(-1)[0].gather(1, text[0, 1:, None]).sum()
+    assert tuple(best.ids) == max(scores, key=scores.get)
+    assert sum(best.log_probs) == pytest.approx(max(scores.values()).item(), abs=1e-4)
+
+
+def test_beam_search_at_the_end_of_the_context(llama):
+    (best, *_) = beam_search(llama, [1] * 46, n_beams=3, max_new_tokens=9)
+    assert len(best.ids) == 3 and best.finish_reason == "context"
+    with pytest.raises(ValueError, match="n_beams: expected at least 1"):
+        beam_search(llama, [1], n_beams=0, max_new_tokens=2)
+    with pytest.raises(ValueError, match="length_penalty: expected a number"):
+        beam_search(llama, [1], n_beams=2, max_new_tokens=2, length_penalty=math.nan)
+
+
+# --- drafts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("n_draft", [1, 3, 6])
+def test_greedy_speculation_is_greedy(models, kind, n_draft):
+    for draft in (made(seed=9, n_layers=1), models[kind]):
+        for prompt in prompts_of((1, 9, 30)):
+            options = {"max_new_tokens": 30, "sampling": GREEDY, "stop_tokens": [5]}
+            (expected,) = generate(models[kind], [prompt], **options)
+            ours, stats = speculative_generate(
+                models[kind], draft, prompt, n_draft=n_draft, **options
+            )
+            assert ours.ids == expected.ids and ours.finish_reason == expected.finish_reason
+            assert ours.log_probs == pytest.approx(expected.log_probs, abs=1e-3)
+            assert stats.n_tokens == len(ours.ids) and stats.n_passes <= stats.n_tokens
+            if draft is models[kind]:
+                assert stats.acceptance_rate == 1
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), Sampling(temperature=0.7, top_p=0.9), Sampling(repetition_penalty=1.5)],
+)
+def test_speculation_has_the_distribution_of_the_target(untyped, sampling):
+    model, draft = made(vocab_size=4, spread=1.0), made(seed=7, vocab_size=4, spread=1.0)
+    n, counts = 1000, Counter()
+    for seed in range(n):
+        done, _ = speculative_generate(
+            model, draft, [1], max_new_tokens=2, n_draft=1, sampling=sampling, seed=seed
+        )
+        counts[tuple(done.ids)] += 1
+    expected = {}
+    for ids in itertools.product(range(4), repeat=2):
+        probability, text = 1.0, [1]
+        for token in ids:
+            logits, history = model(torch.tensor([text]))[:, -1], torch.tensor([text])
+            p = next_token_distribution(logits, sampling, history)
+            probability, text = probability * p[0, token].item(), [*text, token]
+        expected[ids] = probability
+    possible = [ids for ids, p in expected.items() if p > 0]
+    assert set(counts) <= set(possible)
+    total = sum(expected[ids] for ids in possible)
+    frequent = [ids for ids in possible if n * expected[ids] >= 5]  # chi-square wants no rare ones
+    observed = [counts[ids] for ids in frequent]
+    wanted = [n * expected[ids] / total for ids in frequent]
+    observed.append(n - sum(observed))
+    wanted.append(n - sum(wanted))
+    if wanted[-1] < 5:
+        observed[-2:], wanted[-2:] = [sum(observed[-2:])], [sum(wanted[-2:])]
+    assert chisquare(observed, wanted).pvalue > 1e-3
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=4)
+def test_verify_gives_the_target_whatever_the_draft(seed):
+    generator = torch.Generator().manual_seed(seed)
+    p = (3 * torch.randn(2, 6, generator=generator)).softmax(-1)
+    q = (3 * torch.randn(1, 6, generator=generator)).softmax(-1)
+    uniforms = uniforms_of(seed, 0, 3 * 1500).reshape(-1, 3)
+    counts, accepted = torch.zeros(6), 0
+    for draft_uniform, *rest in uniforms:
+        token = draw(q, torch.tensor([draft_uniform])).item()
+        n, last = verify(p, q, [token], np.array(rest))
+        counts[token if n else last] += 1
+        accepted += n
+    assert (counts / 1500 - p[0]).abs().max() < 0.06
+    overlap = torch.minimum(p[0], q[0]).sum().item()
+    assert accepted / 1500 == pytest.approx(overlap, abs=0.06)
+
+
+def test_expected_tokens():
+    assert expected_tokens(0.0, 4) == 1 and expected_tokens(1.0, 4) == 5
+    assert expected_tokens(0.8, 5) == pytest.approx((1 - 0.8**6) / 0.2)
+
+
+def test_a_draft_must_fit(llama):
+    with pytest.raises(ValueError, match="draft: expected a vocabulary of 61 tokens"):
+        speculative_generate(llama, made(vocab_size=60), [1], max_new_tokens=3)
+    with pytest.raises(ValueError, match="draft: expected a context of at least 48 tokens"):
+        speculative_generate(llama, made(context_length=40), [1], max_new_tokens=3)
+    with pytest.raises(ValueError, match="n_draft: expected at least 1"):
+        speculative_generate(llama, llama, [1], max_new_tokens=3, n_draft=0)
+
+
+def test_speculation_ends_where_generate_does(llama, tokenizer):
+    model = made(vocab_size=tokenizer.vocab_size)
+    done, _ = speculative_generate(model, model, [1] * 40, max_new_tokens=99)
+    assert len(done.ids) == 9 and done.finish_reason == "context"
+    options = {"max_new_tokens": 40, "sampling": GREEDY, "tokenizer": tokenizer}
+    (whole,) = generate(model, ["the"], **options)
+    stop = whole.text[len(whole.text) // 2 :][:3]
+    (cut,) = generate(model, ["the"], stop_strings=[stop], **options)
+    done, _ = speculative_generate(model, model, "the", stop_strings=[stop], **options)
+    assert done.text == cut.text and done.ids == cut.ids and done.finish_reason == "stop"
+
+
+# --- bits ---------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.floats(1e-30, 1e30), st.integers(0, 999))
+def test_no_weight_moves_by_more_than_half_a_step(rows, columns, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = size * torch.randn(rows, columns, generator=generator)
+    numbers, scale = quantize_rows(weight)
+    error = (numbers.double() * scale[:, None].double() - weight.double()).abs()
+    assert (error <= scale[:, None].double() * 0.5 * (1 + 1e-5)).all()
+    assert numbers.abs().amax(dim=1).eq(127).all()
+
+
+def test_quantized_numbers_are_torchs():
+    weight = torch.randn(20, 30)
+    numbers, scale = quantize_rows(weight)
+    zeros = torch.zeros(20, dtype=torch.int32)
+    peer = torch.fake_quantize_per_channel_affine(weight, scale, zeros, 0, -128, 127)
+    torch.testing.assert_close(numbers * scale[:, None], peer)
+    assert quantize_rows(torch.zeros(2, 3))[0].tolist() == [[0] * 3] * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantized_model_is_near_and_smaller(models, kind):
+    model = models[kind]
+    small, ids = quantize(model), torch.randint(61, (2, 30))
+    assert any(isinstance(m, QuantizedLinear) for m in small.modules())
+    assert stored_bytes(small) < (1.0 if kind == "mixtral" else 0.65) * stored_bytes(model)
+    difference = (small(ids) - model(ids)).abs().mean() / model(ids).std()
+    assert 0 < difference < 0.05
+    assert (small.lm_head.weight is small.embedding.weight) == (kind in ("gpt2", "qwen2"))
+    with_cache = generate(small, prompts_of(), max_new_tokens=20)
+    assert ids_of(with_cache) == ids_of(
+        generate(small, prompts_of(), max_new_tokens=20, use_cache=False)
+    )
+
+
+def test_a_quantized_state_dict_loads(llama, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    small = quantize(llama)
+    save_file(small.state_dict(), tmp_path / "int8.safetensors")
+    fresh = quantize(made(seed=5, **KINDS["llama"]))
+    fresh.load_state_dict(load_file(tmp_path / "int8.safetensors"))
+    ids = torch.randint(61, (2, 9))
+    assert torch.equal(fresh(ids), small(ids))
+    assert fresh.blocks[0].attention.q_proj.weight.dtype == torch.int8
+
+
+# --- the fast step ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "qwen3", "mistral"])
+def test_the_fused_step_is_the_models(models, kind):
+    model, generator = models[kind], torch.Generator().manual_seed(0)
+    assert module._next_step(model).__qualname__.startswith("_fused_step")
+    fused, plain = module._fused_step(model), module._plain_step(model)
+    caches = [model.new_cache(3) for _ in range(2)]
+    positions = torch.tensor([[-1, -1, 0], [-1, 0, 1], [0, 1, 2]])
+    with torch.inference_mode():
+        for alike in (False, True):
+            for cache in caches:
+                cache.reset()
+                ids = torch.randint(61, (3, 3), generator=torch.Generator().manual_seed(1))
+                model(ids, position_ids=None if alike else positions, cache=cache)
+            for _ in range(30):
+                ids = torch.randint(61, (3,), generator=generator)
+                ours, expected = fused(ids, caches[0]), plain(ids, caches[1])
+                torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_cannot_be_fused_is_not(models):
+    for model in (models["mixtral"], models["post"], quantize(models["llama"])):
+        assert module._next_step(model).__qualname__.startswith("_plain_step")
+    half = made(n_kv_heads=2).to(torch.bfloat16)
+    assert module._next_step(half).__qualname__.startswith("_plain_step")
+    assert len(generate(half, [[1]], max_new_tokens=5)[0].ids) == 5
