@@ -1165,4 +1165,5 @@ def test_a_new_model_loses_little_more_than_one_that_knows_nothing(tied, positio
     with torch.no_grad():
         logits = model(ids[:, :-1])
     loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-    assert abs(float(loss) - math.log(512) - 0.5) < 0.25
+    # With a tied table a token's own vector, still in the stream, speaks for the token itself.
+    assert -0.25 < float(loss) - math.log(512) - 0.5 < (1.0 if tied else 0.25)
