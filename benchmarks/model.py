@@ -30,6 +30,7 @@ from llmbook.model import ModelConfig, TransformerLM, count_parameters
 
 BATCHES = ((8, 256), (1, 64))  # rows, tokens in each
 SHAPES = {  # d_model, layers, heads (of 64), heads of keys
+    "0.2M": (64, 3, 2, 2),
     "1M": (128, 4, 2, 2),
     "3M": (192, 6, 3, 3),
     "10M": (320, 8, 5, 5),
@@ -61,6 +62,11 @@ class Encoder(nn.Module):
         mask = nn.Transformer.generate_square_subsequent_mask(ids.size(1), device=ids.device)
         x = self.layers(x, mask=mask, is_causal=True)
         return nn.functional.linear(x, self.embedding.weight)
+
+
+def sizes_for(device: torch.device) -> list[str]:
+    """What is measured on a device: the largest only where there is a GPU."""
+    return [size for size in SHAPES if size != "124M" or device.type == "cuda"]
 
 
 def contestants(size: str, device: torch.device) -> dict[str, nn.Module]:
@@ -245,10 +251,9 @@ def main() -> None:
     if sys.platform != "linux":
         sys.exit("peak memory is read from /proc: run this on Linux")
     peak = max(matmul_peak(device) for _ in range(6))  # a machine that others share has moods
-    sizes = [size for size in SHAPES if size != "124M" or device.type == "cuda"]
     lines = [
         line
-        for size in sizes
+        for size in sizes_for(device)
         for rows, length in BATCHES
         for line in measure_size(size, rows, length, device, peak)
     ]
