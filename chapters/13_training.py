@@ -33,7 +33,17 @@ from hashlib import blake2b
 from pathlib import Path
 from statistics import median
 from types import NoneType, UnionType
-from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, cast, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    runtime_checkable,
+)
 
 import numpy as np
 import torch
@@ -43,40 +53,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from llmbook.batches import (
-    Batch,
-    BatchSampler,
-    ResumableBatches,
-    TokenShards,
-    _whole_directory,
-    pack_documents,
-    write_shards,
-)
+from llmbook.batches import Batch, BatchSampler, ResumableBatches, TokenShards, _whole_directory
+from llmbook.batches import pack_documents, write_shards
 from llmbook.blocks import _check_choice
 from llmbook.cleaning import clean_documents
-from llmbook.corpus import (
-    Document,
-    _check_at_least,
-    _needing,
-    _whole_file,
-    read_files,
-    read_installed_docs,
-    read_jsonl,
-    write_jsonl,
-)
+from llmbook.corpus import Document, _check_at_least, _needing, _whole_file, read_files
+from llmbook.corpus import read_installed_docs, read_jsonl, write_jsonl
 from llmbook.deduplication import deduplicate
 from llmbook.environment import best_device, seed_everything
 from llmbook.model import ModelConfig, TransformerLM, flops_per_token, save_model
-from llmbook.optimization import (
-    build_optimizer,
-    chunked_cross_entropy,
-    clip_gradients,
-    constant_schedule,
-    cosine_schedule,
-    cross_entropy,
-    linear_schedule,
-    wsd_schedule,
-)
+from llmbook.optimization import build_optimizer, chunked_cross_entropy, clip_gradients
+from llmbook.optimization import constant_schedule, cosine_schedule, cross_entropy
+from llmbook.optimization import linear_schedule, wsd_schedule
 from llmbook.tinyworld import Story, TinyWorld
 from llmbook.tokenizer import GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, train_bpe
 
@@ -314,13 +302,18 @@ class SpikeDetector:
 
 # %%
 #| export
+#: What is logged at once: numbers by name, "step" among them.
+Row = Mapping[str, int | float]
+
+
+@runtime_checkable
 class Sink(Protocol):
     """Where a trainer sends what it measures, as rows of numbers by name, "step" among them."""
 
     def start(self, step: int) -> None:
-        """Training begins, or resumes, after ``step`` steps: forget what was said of later ones."""
+        """Training goes on after ``step`` steps, or begins (-1): forget rows of later ones."""
 
-    def write(self, row: Mapping[str, float]) -> None:
+    def write(self, row: Row) -> None:
         """Take one row."""
 
     def close(self) -> None:
@@ -342,7 +335,7 @@ class MetricsLog:
 
     def __init__(self, path: str | Path | None = None):
         self.path = None if path is None else Path(path)
-        self.rows = [] if self.path is None else _read_rows(self.path)
+        self.rows: list[Row] = [] if self.path is None else _read_rows(self.path)
 
     def start(self, step: int) -> None:
         """Drop the rows of later steps, which will come again."""
@@ -350,7 +343,7 @@ class MetricsLog:
         if self.path is not None and self.path.exists():
             _write_rows(self.path, self.rows)
 
-    def write(self, row: Mapping[str, float]) -> None:
+    def write(self, row: Row) -> None:
         """Add a row; a line is written whole or, when the disk is full, not at all."""
         self.rows.append(dict(row))
         if self.path is not None:
@@ -359,7 +352,7 @@ class MetricsLog:
     def close(self) -> None:
         """Do nothing: each row is in the file already."""
 
-    def column(self, name: str) -> tuple[list[int], list[float]]:
+    def column(self, name: str) -> tuple[list[int], list[int | float]]:
         """Return the steps that have a value called ``name``, and the values."""
         rows = [row for row in self.rows if name in row]
         if not rows:
@@ -374,9 +367,9 @@ class LogWarning(UserWarning):
     """A row of a log could not be written, or not be read."""
 
 
-def _read_rows(path: Path) -> list[dict[str, float]]:
+def _read_rows(path: Path) -> list[Row]:
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    rows = []
+    rows: list[Row] = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline was cut off
         try:
             row = json.loads(line)
@@ -389,12 +382,12 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def _write_rows(path: Path, rows: Iterable[Mapping[str, float]]) -> None:
+def _write_rows(path: Path, rows: Iterable[Row]) -> None:
     with _whole_file(path) as draft:
         draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _append_row(path: Path, row: Mapping[str, float]) -> None:
+def _append_row(path: Path, row: Row) -> None:
     line = json.dumps(dict(row)).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
@@ -423,7 +416,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         self._writer = SummaryWriter(str(self.folder), purge_step=step + 1)
 
-    def write(self, row: Mapping[str, float]) -> None:
+    def write(self, row: Row) -> None:
         """Add a point to the curve of each name."""
         for name, value in row.items():
             if name != "step":
@@ -447,9 +440,9 @@ class ProgressBar:
         """Show the bar, filled up to ``step``."""
         from tqdm import tqdm
 
-        self._bar = tqdm(total=self.n_steps, initial=step, unit="step", file=sys.stdout)
+        self._bar = tqdm(total=self.n_steps, initial=max(step, 0), unit="step", file=sys.stdout)
 
-    def write(self, row: Mapping[str, float]) -> None:
+    def write(self, row: Row) -> None:
         """Fill it further."""
         self._bar.update(int(row["step"]) - self._bar.n)
         shown = {name: row[name] for name in ("loss", "validation_loss") if name in row}
@@ -481,7 +474,7 @@ class LivePlot:
         self._shown = display(self._figure, display_id=True)
         plt.close(self._figure)  # else the notebook shows it a second time
 
-    def write(self, row: Mapping[str, float]) -> None:
+    def write(self, row: Row) -> None:
         """Draw the figure again with this row."""
         self.log.write(row)
         if any(name in row for name in self.names):
@@ -940,7 +933,7 @@ class _Guarded(_Steps):
         super().__init__(model, config, objective)
         self.spikes, self.skipped, self.skipped_in_a_row = SpikeDetector(config.spike_factor), 0, 0
 
-    def reason_to_skip(self, report: Mapping[str, float]) -> str | None:
+    def reason_to_skip(self, report: Row) -> str | None:
         """Say why the step that ``report`` is of should not be taken, or None."""
         for name in ("loss", "gradient_norm"):
             if not math.isfinite(report[name]):
@@ -989,7 +982,7 @@ class _Evaluated(_Guarded):
     """The fourth layer: how good the model is on text that it does not learn from."""
 
     validation: Sequence[Any] | None = None
-    probes: Sequence[Callable[[nn.Module], Mapping[str, float]]] = ()
+    probes: Sequence[Callable[[nn.Module], Row]] = ()
 
     def evaluate(self) -> float:
         """Return the mean loss over all targets of the validation batches, in nats.
@@ -1052,14 +1045,14 @@ class _Measured(_Evaluated):
         if before is not None:
             report["update_ratio"] = update_ratio(before, self.parameters)
 
-    def measurements(self, batch: Any, report: Mapping[str, float]) -> dict[str, float]:
+    def measurements(self, batch: Any, report: Row) -> dict[str, float]:
         """Return what is logged of the steps since the last time; the loss is their mean."""
         return _measurements(self, batch, report)
 
 
 # %%
 #| export
-def _measurements(trainer: _Measured, batch: Any, report: Mapping[str, float]) -> dict[str, float]:
+def _measurements(trainer: _Measured, batch: Any, report: Row) -> dict[str, float]:
     loss = trainer.loss_sum / trainer.target_sum if trainer.target_sum else math.nan
     speed = trainer.recent_targets / trainer.seconds
     rate = trainer.config.learning_rate * trainer.schedule(trainer.step - 1)
@@ -1171,7 +1164,7 @@ class _Prepared(_Saved):
         validation: Sequence[Any] | None = None,
         folder: str | Path | None = None,
         objective: Objective | None = None,
-        probes: Sequence[Callable[[nn.Module], Mapping[str, float]]] = (),
+        probes: Sequence[Callable[[nn.Module], Row]] = (),
         sinks: Sequence[Sink] = (),
         peak: float | None = None,
     ):
@@ -1208,7 +1201,7 @@ class Trainer(_Prepared):
             self.resume()
             for sink in self.sinks:
                 stack.callback(sink.close)
-                sink.start(self.step)
+                sink.start(self.step or -1)  # the row of step 0 comes again, too
             self.begin()
             batches = iter(self.batches)
             while self.step < self.config.n_steps and not is_interrupted():
@@ -1239,7 +1232,7 @@ class Trainer(_Prepared):
             raise ValueError(f"batch_size: expected {expected}, got one of {len(batch[0])}")
         return batch
 
-    def after_step(self, batch: Any, report: Mapping[str, float]) -> None:
+    def after_step(self, batch: Any, report: Row) -> None:
         """Log, evaluate, save: whatever is due."""
         row = dict[str, float]()
         if self.is_due(self.config.log_every):
@@ -1251,7 +1244,7 @@ class Trainer(_Prepared):
         if self.is_due(self.config.checkpoint_every):
             self.save()
 
-    def record(self, row: Mapping[str, float]) -> None:
+    def record(self, row: Row) -> None:
         """Send a row to all sinks, and keep the model if it is the best so far."""
         for sink in self.sinks:
             sink.write({"step": self.step, **row})
@@ -1532,8 +1525,8 @@ def compressors(texts: Sequence[str], seen: Sequence[str] = ()) -> dict[str, flo
     best = {"gzip": partial(gzip.compress, mtime=0), "xz": partial(lzma.compress, preset=9)}
     bits = {}
     for name, compress in best.items():
-        before = len(compress(first)) if first != b"\0" else 0
-        bits[name] = 8 * (len(compress(first + second if before else second)) - before) / n_bytes
+        before = len(compress(first)) if seen else 0
+        bits[name] = 8 * (len(compress(first + second)) - before) / n_bytes
     return bits
 
 
@@ -1585,8 +1578,8 @@ def _write_data(config: RunConfig, folder: Path) -> None:
         if data.kind != "shards":
             write_shards(train, draft / "train", tokenizer)
             write_shards(held_out, draft / "validation", tokenizer)
-        documents = (Document(text, id=f"{i:06d}") for i, text in enumerate(held_out))
-        write_jsonl(documents, draft / "held_out.jsonl")
+            documents = (Document(text, id=f"{i:06d}") for i, text in enumerate(held_out))
+            write_jsonl(documents, draft / "held_out.jsonl")
 
 
 def _open_data(config: RunConfig, folder: Path) -> tuple[BPETokenizer, TokenShards, TokenShards]:
@@ -1640,7 +1633,8 @@ def load_run(folder: str | Path) -> Pretrained:
     folder = Path(folder)
     model = TransformerLM.from_pretrained(folder / "model")
     tokenizer = BPETokenizer.load(folder / "model" / "tokenizer.json")
-    held_out = [document.text for document in read_jsonl(folder / "data" / "held_out.jsonl")]
+    texts = folder / "data" / "held_out.jsonl"  # a run on shards has none
+    held_out = [document.text for document in read_jsonl(texts)] if texts.exists() else []
     return Pretrained(model, tokenizer, MetricsLog(folder / "training" / "metrics.jsonl"), held_out)
 
 
@@ -1720,10 +1714,9 @@ RUNS = {
             "n_layers": 2,
             "n_heads": 4,
             "d_ff": 128,
-            "tie_embeddings": True,
         },
         training=TrainingConfig(
-            n_steps=2800,
+            n_steps=2200,
             batch_size=8,
             optimizer="muon",
             learning_rate=0.01,
@@ -1841,7 +1834,7 @@ def _module_sources(names: Iterable[str]) -> dict[str, str]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         found[path.stem] = ast.unparse(tree)
         imports = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
-        waiting += [str(node.module) for node in imports if node.level == 1]
+        waiting += [str(node.module) for node in imports if node.level == 1]  # from .model import
     return dict(sorted(found.items()))
 
 

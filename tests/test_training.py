@@ -1,0 +1,1288 @@
+# ruff: noqa: NPY002 (the global generator is what is tested)
+"""The trainer: equal to plain loops and to itself after any kill, and clear about what is wrong."""
+
+import errno
+import gzip
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from llmbook import training
+from llmbook.batches import (
+    Batch,
+    BatchSampler,
+    ResumableBatches,
+    pack_documents,
+    write_shards,
+)
+from llmbook.environment import seed_everything
+from llmbook.model import ModelConfig, TransformerLM
+from llmbook.tinyworld import TinyWorld
+from llmbook.tokenizer import train_bpe
+from llmbook.training import (
+    RUNS,
+    WORD_KINDS,
+    CheckpointError,
+    CheckpointWarning,
+    DataConfig,
+    GapToFloor,
+    LivePlot,
+    LogWarning,
+    MetricsLog,
+    ProgressBar,
+    RunConfig,
+    SpikeDetector,
+    TensorBoard,
+    Trainer,
+    TrainingConfig,
+    TrainingError,
+    activation_scales,
+    artifacts_folder,
+    compact,
+    compressors,
+    documents_score,
+    list_checkpoints,
+    load_checkpoint,
+    load_or_train,
+    load_run,
+    main,
+    newest_checkpoint,
+    next_token_objective,
+    peak_flops,
+    peak_memory,
+    pretrained,
+    random_states,
+    report,
+    run,
+    save_checkpoint,
+    set_random_states,
+    split_rows,
+    unnoticed,
+    update_ratio,
+    word_kinds,
+)
+
+VOCABULARY = 31
+SIZES = {"vocab_size": VOCABULARY, "context_length": 8, "d_model": 16, "n_layers": 2, "n_heads": 2}
+
+
+class Digits:
+    """A tokenizer, as far as shards need one."""
+
+    vocab_size = VOCABULARY
+    special_tokens = {"<|endoftext|>": 30}  # noqa: RUF012
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) % 30 for character in text]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    chance = random.Random(1)
+    documents = [[chance.randrange(30) for _ in range(chance.randrange(2, 20))] for _ in range(60)]
+    return write_shards(documents, tmp_path_factory.mktemp("shards") / "train", Digits())
+
+
+def made(**changes):
+    torch.manual_seed(0)
+    return TransformerLM(ModelConfig(**SIZES | changes))
+
+
+def configured(**changes):
+    return TrainingConfig(**{"n_steps": 6, "batch_size": 4, "log_every": 2} | changes)
+
+
+def trainer_of(shards, model=None, folder=None, *, validate=True, **changes):
+    options = {
+        name: changes.pop(name) for name in ("objective", "sinks", "probes") if name in changes
+    }
+    config = configured(**changes)
+    batches = BatchSampler(shards, config.batch_size, 8)
+    validation = [BatchSampler(shards, 4, 8, order="sequential")[0]] if validate else None
+    model = made() if model is None else model
+    return Trainer(model, batches, config, validation=validation, folder=folder, **options)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+
+
+# --- the objective and accumulation -------------------------------------------------------------
+
+
+def test_the_objective_is_the_summed_cross_entropy(shards):
+    model, batch = made(), BatchSampler(shards, 4, 8, documents=True)[0]
+    batch.targets[0, 3:] = -100
+    total, count = next_token_objective(model, batch)
+    logits = model(batch.inputs, document_ids=batch.document_ids)
+    expected = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
+    torch.testing.assert_close(total, expected)
+    assert count == (batch.targets != -100).sum()
+
+
+def test_the_objective_adds_z_loss_and_balance(shards):
+    batch = BatchSampler(shards, 4, 8)[0]
+    model = made()
+    plain, count = next_token_objective(model, batch)
+    more, _ = next_token_objective(model, batch, z_loss=0.1)
+    squares = model(batch.inputs).logsumexp(-1).square().sum()
+    torch.testing.assert_close(more - plain, 0.1 * squares, rtol=1e-4, atol=1e-3)
+    experts = made(n_experts=4, n_active_experts=2)
+    plain, count = next_token_objective(experts, batch)
+    more, _ = next_token_objective(experts, batch, balance_loss=0.5)
+    torch.testing.assert_close(
+        more - plain, 0.5 * experts.balance_loss() * count, rtol=1e-3, atol=1e-3
+    )
+
+
+@given(st.lists(st.integers(0, 8), min_size=4, max_size=4), st.integers(1, 4))
+@settings(max_examples=20)
+def test_accumulated_gradients_are_those_of_the_whole_batch(lengths, rows):
+    ids = torch.randint(30, (4, 9), generator=torch.Generator().manual_seed(sum(lengths)))
+    targets = ids[:, 1:].clone()
+    for row, length in enumerate(lengths):
+        targets[row, length:] = -100
+    batch = Batch(ids[:, :-1], targets)
+    whole, parts = (
+        training._Gradients(made(), configured(batch_size=4, micro_batch_size=m))
+        for m in (None, rows if 4 % rows == 0 else 1)
+    )
+    one, two = whole.accumulate(batch), parts.accumulate(batch)
+    torch.testing.assert_close(one, two)
+    assert int(one[1]) == sum(lengths)
+    for p, q in zip(whole.parameters, parts.parameters, strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_compact_changes_no_loss(tmp_path):
+    texts = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10]]
+    packed = pack_documents(write_shards(texts, tmp_path / "s", Digits()), 8, "one_per_row")
+    batch = packed.batch([0, 1, 2])
+    short = compact(batch)
+    assert short.inputs.shape == (3, 6) and short.document_ids is None
+    model = made()
+    torch.testing.assert_close(
+        next_token_objective(model, batch), next_token_objective(model, short)
+    )
+
+
+def test_compact_keeps_masks_that_are_needed(tmp_path):
+    packed = pack_documents(write_shards([[1, 2], [3, 4, 5]], tmp_path / "s", Digits()), 8)
+    batch = compact(packed.batch([0]))
+    assert batch.document_ids is not None and batch.position_ids is not None
+    padded_first = Batch(
+        *[torch.tensor([[5, 6]])] * 2, torch.tensor([[0, 0]]), torch.tensor([[-1, 0]])
+    )
+    assert compact(padded_first).document_ids is not None
+    empty = Batch(torch.tensor([[5, 6]]), torch.full((1, 2), -100))
+    assert compact(empty).inputs.shape == (1, 1)
+
+
+def test_rows_are_split_in_order_and_none_stays_none():
+    batch = Batch(torch.arange(10).view(5, 2), torch.arange(10).view(5, 2))
+    parts = list(split_rows(batch, 2))
+    assert [len(part.inputs) for part in parts] == [2, 2, 1]
+    assert torch.equal(torch.cat([part.inputs for part in parts]), batch.inputs)
+    assert all(part.document_ids is None for part in parts)
+    with pytest.raises(ValueError, match="rows: expected at least 1, got 0"):
+        next(split_rows(batch, 0))
+
+
+# --- a step -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+def test_the_trainer_is_a_plain_torch_loop(micro, shards):
+    ours, theirs = made(), made()
+    trainer = trainer_of(
+        shards,
+        ours,
+        micro_batch_size=micro,
+        n_steps=8,
+        warmup=2,
+        weight_decay=0.1,
+        schedule="linear",
+        final=0.0,
+    )
+    trainer.train()
+    vectors = {id(p) for p in theirs.parameters() if p.ndim < 2} | {id(theirs.embedding.weight)}
+    groups = [
+        {"params": [p for p in theirs.parameters() if id(p) not in vectors], "weight_decay": 0.1},
+        {"params": [p for p in theirs.parameters() if id(p) in vectors], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, trainer.schedule)
+    for batch, _ in zip(BatchSampler(shards, 4, 8), range(8), strict=False):
+        loss = F.cross_entropy(theirs(batch.inputs).flatten(0, 1), batch.targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    torch.testing.assert_close(weights(ours), weights(theirs), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "linear", "constant"])
+def test_every_optimizer_and_schedule_lowers_the_loss(optimizer, schedule, shards):
+    rate = {"adamw": 0.01, "muon": 0.01, "sgd": 0.1}[optimizer]
+    trainer = trainer_of(
+        shards, n_steps=30, optimizer=optimizer, schedule=schedule, learning_rate=rate, warmup=2
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    assert trainer.evaluate() < before
+
+
+def test_bfloat16_trains_float32_weights(shards):
+    trainer = trainer_of(shards, precision="bfloat16", n_steps=20, learning_rate=0.01)
+    before = trainer.evaluate()
+    trainer.train()
+    assert trainer.evaluate() < before
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+class Numbers(ResumableBatches):
+    """Batches of another kind than tokens: x, and what y should be."""
+
+    def identity(self):
+        return {"what": "numbers"}
+
+    def __getitem__(self, step):
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        return x, 2 * x.sum(dim=1)
+
+
+def squares(model, batch):
+    x, y = batch
+    return (model(x).squeeze(1) - y).square().sum(), len(y)
+
+
+def test_other_models_batches_and_objectives(tmp_path):
+    class Pair(tuple):
+        def __new__(cls, *fields):
+            return super().__new__(cls, fields)
+
+    class Pairs(Numbers):
+        def __getitem__(self, step):
+            return Pair(*super().__getitem__(step))
+
+    config = configured(n_steps=200, learning_rate=0.1, weight_decay=0.0, micro_batch_size=2)
+    batches = Pairs()
+    trainer = Trainer(
+        nn.Linear(3, 1),
+        batches,
+        config,
+        objective=squares,
+        validation=[batches[999]],
+        folder=tmp_path,
+    )
+    trainer.train()
+    assert trainer.evaluate() < 0.01
+    torch.testing.assert_close(trainer.model.weight, torch.full((1, 3), 2.0), atol=0.1, rtol=0)
+
+
+def test_a_batch_of_the_wrong_size_is_refused(shards):
+    trainer = Trainer(made(), BatchSampler(shards, 2, 8), configured(batch_size=4))
+    with pytest.raises(ValueError, match="batch_size: expected batches of 4 rows, got one of 2"):
+        trainer.train()
+
+
+# --- guards -------------------------------------------------------------------------------------
+
+
+def poisoned(bad_steps, value):
+    """An objective that is ``value`` at some steps, counted by its calls."""
+    calls = iter(range(10**6))
+
+    def objective(model, batch):
+        total, count = next_token_objective(model, batch)
+        return (total * value if next(calls) in bad_steps else total), count
+
+    return objective
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_step_that_is_not_finite_touches_nothing(value, shards):
+    trainer = trainer_of(shards, validate=False, objective=poisoned({2}, value))
+    batches = iter(trainer.batches)
+    for _ in range(2):
+        trainer.train_step(next(batches))
+    before, state = weights(trainer.model), trainer.optimizer.state_dict()
+    kept = [{k: v.clone() for k, v in s.items()} for s in state["state"].values()]
+    trainer.train_step(next(batches))
+    assert torch.equal(weights(trainer.model), before)
+    now = list(trainer.optimizer.state_dict()["state"].values())
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(kept, now, strict=True) for k in a)
+    assert (trainer.skipped, trainer.skipped_in_a_row, trainer.step) == (1, 1, 3)
+    trainer.train_step(next(batches))
+    assert trainer.skipped_in_a_row == 0 and not torch.equal(weights(trainer.model), before)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is(shards):
+    trainer = trainer_of(shards, validate=False)
+    hook = trainer.model.norm.weight.register_hook(lambda grad: grad * math.inf)
+    before = weights(trainer.model)
+    trainer.train_step(trainer.batches[0])
+    assert trainer.skipped == 1 and torch.equal(weights(trainer.model), before)
+    hook.remove()
+
+
+def test_a_batch_without_targets_is_skipped(shards):
+    trainer = trainer_of(shards, validate=False)
+    batch = trainer.batches[0]
+    before = weights(trainer.model)
+    trainer.train_step(batch._replace(targets=torch.full_like(batch.targets, -100)))
+    assert trainer.skipped == 1 and torch.equal(weights(trainer.model), before)
+
+
+def test_too_many_skipped_steps_end_training(shards):
+    trainer = trainer_of(shards, objective=poisoned(range(9), math.nan), max_skipped=3, n_steps=9)
+    with pytest.raises(
+        TrainingError, match=r"step 4: 4 steps in a row were skipped, .* loss was nan"
+    ):
+        trainer.train()
+
+
+def test_spikes_are_told_from_the_median():
+    detector = SpikeDetector(5.0, window=8)
+    assert not detector.is_spike(1000.0), "too early to tell"
+    for _ in range(8):
+        assert not detector.is_spike(1.0)
+    assert detector.is_spike(6.0) and not detector.is_spike(4.9) and detector.is_spike(6.0)
+    assert list(detector.recent) == [1.0] * 7 + [4.9], "spikes are not remembered"
+    assert not SpikeDetector(None).is_spike(1e9)
+
+
+def test_a_spike_is_skipped(shards):
+    trainer = trainer_of(
+        shards, validate=False, objective=poisoned({30}, 100.0), spike_factor=10.0, n_steps=40
+    )
+    trainer.train()
+    assert trainer.skipped == 1
+
+
+# --- evaluation and monitoring ------------------------------------------------------------------
+
+
+def test_evaluation_is_the_mean_over_targets_not_over_batches(shards):
+    batches = [BatchSampler(shards, 4, 8)[0], BatchSampler(shards, 1, 8)[7]]
+    batches[1].targets[:, 2:] = -100
+    trainer = Trainer(
+        made(dropout=0.5), BatchSampler(shards, 4, 8), configured(), validation=batches
+    )
+    losses = []
+    trainer.model.eval()
+    for batch in batches:
+        logits = trainer.model(batch.inputs).flatten(0, 1)
+        losses.append(F.cross_entropy(logits, batch.targets.flatten(), reduction="sum").item())
+    trainer.model.train()
+    assert trainer.evaluate() == pytest.approx(sum(losses) / (32 + 2), rel=1e-5)
+    assert trainer.model.training
+
+
+def test_evaluation_leaves_out_what_is_only_for_training(shards):
+    trainer = trainer_of(shards, z_loss=1.0)
+    assert trainer.evaluate() == pytest.approx(trainer_of(shards).evaluate())
+
+
+def test_evaluation_without_data():
+    shards_free = Trainer(nn.Linear(3, 1), Numbers(), configured(), objective=squares)
+    with pytest.raises(ValueError, match="validation: expected at least one batch"):
+        shards_free.evaluate()
+    with pytest.raises(ValueError, match="validation: expected batches, as evaluate_every is set"):
+        Trainer(nn.Linear(3, 1), Numbers(), configured(evaluate_every=2), objective=squares)
+    empty = Batch(torch.zeros(1, 2, dtype=torch.long), torch.full((1, 2), -100))
+    trainer = Trainer(made(), Numbers(), configured(), validation=[empty])
+    assert math.isnan(trainer.evaluate())
+
+
+def test_training_does_not_notice_that_it_is_watched(shards):
+    def noisy(model):
+        return {"noise": torch.rand(()).item() + random.random() + np.random.rand()}
+
+    results = []
+    for options in ({"log_every": 1, "evaluate_every": 1, "probes": [noisy]}, {"log_every": 99}):
+        seed_everything(3)
+        trainer = trainer_of(shards, made(dropout=0.3), **options)
+        trainer.train()
+        results.append(weights(trainer.model))
+    assert torch.equal(*results)
+
+
+def test_the_log_has_everything(shards, tmp_path):
+    trainer = trainer_of(shards, folder=tmp_path, evaluate_every=3)
+    trainer.peak = 1e9
+    log = trainer.train()
+    assert [row["step"] for row in log.rows] == [0, 2, 3, 4, 6]
+    names = {"loss", "gradient_norm", "update_ratio", "rate", "skipped", "targets", "mfu"}
+    names |= {"tokens_per_second", "memory", "stream/0", "stream/1", "logits", "logits/max"}
+    assert names <= log.rows[1].keys() and log.rows[-1]["targets"] == 6 * 32
+    assert "validation_loss" in log.rows[0] and "loss" not in log.rows[0]
+    assert MetricsLog(tmp_path / "metrics.jsonl").rows == log.rows
+    assert log.rows[-1]["mfu"] == pytest.approx(
+        training.flops_per_token(trainer.model.config) * log.rows[-1]["tokens_per_second"] / 1e9
+    )
+
+
+def test_the_logged_loss_is_the_mean_since_the_last_row(shards):
+    trainer = trainer_of(shards, validate=False, log_every=3)
+    reports = []
+    step = trainer.train_step
+    trainer.train_step = lambda batch: reports.append(step(batch)) or reports[-1]
+    _, losses = trainer.train().column("loss")
+    each = [report["loss"] for report in reports]
+    assert losses == pytest.approx([sum(each[:3]) / 3, sum(each[3:]) / 3])
+
+
+def test_scales_and_ratios():
+    model = made()
+    ids = torch.tensor([[1, 2, 3]])
+    scales = activation_scales(model, ids)
+    logits = model(ids)
+    assert scales["logits/max"] == pytest.approx(logits.abs().max().item())
+    assert scales["logits"] == pytest.approx(logits.square().mean().sqrt().item(), rel=1e-5)
+    last = model.blocks[1](
+        model.blocks[0](model.embedding(ids), rope=model.rope(torch.arange(3)[None])),
+        rope=model.rope(torch.arange(3)[None]),
+    )
+    assert scales["stream/1"] == pytest.approx(last.square().mean().sqrt().item(), rel=1e-4)
+    assert model.training and not model.blocks[0]._forward_hooks
+    before = [torch.tensor([3.0, 4.0])]
+    assert update_ratio(before, [torch.tensor([3.0, 4.5])]) == pytest.approx(0.1)
+    assert update_ratio([torch.zeros(2)], [torch.ones(2)]) == math.inf
+
+
+def test_speed_and_memory_are_measured():
+    assert 1e8 < peak_flops() < 1e14
+    assert peak_memory() > 1e7
+
+
+def test_unnoticed_restores_everything():
+    model = made(dropout=0.5)
+    state = random_states()
+    with unnoticed(model):
+        assert not model.training and not torch.is_grad_enabled()
+        torch.rand(3), random.random(), np.random.rand()
+    after = random_states()
+    assert torch.equal(state["torch"], after["torch"]) and state["numpy"] == after["numpy"]
+    assert state["python"] == after["python"] and model.training
+
+
+# --- logs ---------------------------------------------------------------------------------------
+
+
+def test_a_log_is_cut_back_and_a_torn_line_dropped(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = MetricsLog(path)
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": 1 / step})
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    again = MetricsLog(path)
+    assert again.rows == log.rows
+    again.start(2)
+    again.write({"step": 3, "loss": math.nan})
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == [1, 2, 3] and math.isnan(MetricsLog(path).column("loss")[1][-1])
+    with pytest.raises(
+        ValueError, match=r"name: expected one of those logged \(loss, step\), got 'x'"
+    ):
+        log.column("x")
+
+
+def test_a_damaged_log_is_read_up_to_the_damage(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n[2]\n{"step": 3}\n')
+    with pytest.warns(LogWarning, match=r"log.jsonl: line 2 is no row"):
+        assert MetricsLog(path).rows == [{"step": 1}]
+
+
+def test_a_full_disk_does_not_end_training_and_leaves_no_half_line(shards, tmp_path):
+    resource = pytest.importorskip("resource")
+    trainer = trainer_of(shards, folder=tmp_path, n_steps=8, checkpoint_every=2)
+    trainer.train()
+    assert list(list_checkpoints(tmp_path)) == [6, 8]
+    rest = trainer_of(shards, folder=tmp_path, n_steps=8, checkpoint_every=2)
+    (tmp_path / "step-000000008.safetensors").unlink()
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 40, hard))
+    try:
+        with pytest.warns((CheckpointWarning, LogWarning)) as caught:
+            rest.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    texts = [str(warning.message) for warning in caught]
+    assert any("step-000000008.safetensors: not saved: " in text for text in texts)
+    assert any("metrics.jsonl: a row is not written" in text for text in texts)
+    assert torch.equal(weights(rest.model), weights(trainer.model))
+    assert list(list_checkpoints(tmp_path)) == [6] and not list(tmp_path.glob(".*.part"))
+    assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+
+
+def test_tensorboard_gets_the_curves(shards, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = trainer_of(shards, sinks=[TensorBoard(tmp_path)], evaluate_every=2)
+    log = trainer.train()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for name in ("loss", "validation_loss", "gradient_norm"):
+        points = [(e.step, e.value) for e in events.Scalars(name)]
+        steps, values = log.column(name)
+        assert [step for step, _ in points] == steps
+        assert [value for _, value in points] == pytest.approx(values, rel=1e-5)
+
+
+def test_tensorboard_forgets_steps_that_come_again(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, rows in ((-1, [(1, 5.0), (2, 4.0), (3, 9.0)]), (2, [(3, 3.0)])):
+        sink = TensorBoard(tmp_path)
+        sink.start(start)
+        for step, loss in rows:
+            sink.write({"step": step, "loss": loss})
+        sink.close()
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(1, 5.0), (2, 4.0), (3, 3.0)]
+
+
+def test_the_bar_and_the_plot(shards, capsys):
+    plot = LivePlot(("loss", "gradient_norm", "never"))
+    trainer = trainer_of(shards, sinks=[ProgressBar(6), plot])
+    trainer.train()
+    shown = capsys.readouterr()
+    assert "6/6" in shown.out and "loss=" in shown.out and not shown.err
+    assert [axes.get_ylabel() for axes in plot._figure.axes] == ["loss", "gradient norm"]
+
+
+def test_sinks_are_closed_when_training_fails(shards):
+    class Sink:
+        closed = False
+
+        def start(self, step):
+            pass
+
+        def write(self, row):
+            raise RuntimeError("broken")
+
+        def close(self):
+            self.closed = True
+
+    sink = Sink()
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer_of(shards, sinks=[sink]).train()
+    assert sink.closed
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=3)
+    ),
+    max_leaves=10,
+)
+
+
+@given(VALUES)
+@settings(max_examples=60)
+def test_a_checkpoint_returns_what_was_saved(tmp_path_factory, value):
+    path = tmp_path_factory.mktemp("checkpoint") / "c.safetensors"
+    save_checkpoint(path, {"value": value})
+    assert load_checkpoint(path) == {"value": value}
+
+
+@pytest.mark.parametrize("dtype", list(training._DTYPES.values()))
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)])
+def test_tensors_of_every_kind_keep_their_bits(dtype, shape, tmp_path):
+    tensor = torch.randn(shape).mul(50).to(dtype)
+    other = tensor.mT if tensor.ndim == 2 else tensor
+    save_checkpoint(tmp_path / "c", {"a": tensor, "b": [other, {1: tensor}]})
+    loaded = load_checkpoint(tmp_path / "c")
+    for found, expected in (
+        (loaded["a"], tensor),
+        (loaded["b"][0], other),
+        (loaded["b"][1][1], tensor),
+    ):
+        assert found.dtype == dtype and torch.equal(found, expected)
+
+
+def test_tied_tensors_are_stored_once_and_the_file_is_plain_safetensors(tmp_path):
+    from safetensors.torch import load_file
+
+    big = torch.randn(1000)
+    save_checkpoint(tmp_path / "c.safetensors", {"model": {"a": big, "b": big}})
+    assert (tmp_path / "c.safetensors").stat().st_size < 6000
+    assert torch.equal(load_file(tmp_path / "c.safetensors")["model/a"], big)
+
+
+def test_every_flipped_bit_and_every_cut_is_found(tmp_path):
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, {"a": torch.arange(20.0), "n": 3})
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        broken = bytearray(whole)
+        broken[place] ^= 1 << place % 8
+        path.write_bytes(broken)
+        with pytest.raises(CheckpointError, match=r"c.safetensors: damaged"):
+            load_checkpoint(path)
+    for size in (0, 1, 8, 31, 32, 33, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=r"c.safetensors: "):
+            load_checkpoint(path)
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(CheckpointError, match="missing: no such checkpoint"):
+        load_checkpoint(tmp_path / "missing")
+    save_file({"a": torch.zeros(40)}, tmp_path / "other")
+    with pytest.raises(CheckpointError, match="other: damaged"):
+        load_checkpoint(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="no checkpoint of ours"):
+        load_checkpoint(tmp_path)
+
+
+def test_what_cannot_be_saved_is_named(tmp_path):
+    with pytest.raises(ValueError, match="state: a/0: expected tensors, numbers and texts"):
+        save_checkpoint(tmp_path / "c", {"a": [object()]})
+    with pytest.raises(ValueError, match="state: a: expected one of"):
+        save_checkpoint(tmp_path / "c", {"a": torch.zeros(2, dtype=torch.complex64)})
+    with pytest.raises(ValueError, match="state: 'checksum': expected another name"):
+        save_checkpoint(tmp_path / "c", {"checksum": torch.zeros(2)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "c"
+    save_checkpoint(path, {"n": 1})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(path, {"n": 2})
+    assert load_checkpoint(path) == {"n": 1} and [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_the_last_and_the_best_are_kept(shards, tmp_path):
+    trainer = trainer_of(
+        shards,
+        folder=tmp_path,
+        n_steps=12,
+        checkpoint_every=2,
+        evaluate_every=2,
+        keep_last=3,
+        learning_rate=0.05,
+        schedule="constant",
+    )
+    steps, losses = trainer.train().column("validation_loss")
+    assert list(list_checkpoints(tmp_path)) == [8, 10, 12]
+    best = min(losses)
+    assert trainer.load_best() == steps[losses.index(best)]
+    assert trainer.evaluate() == best
+    with pytest.raises(
+        ValueError, match=r"folder: expected the one with best.safetensors, got None"
+    ):
+        trainer_of(shards).load_best()
+
+
+def test_random_states_come_back():
+    seed_everything(5)
+    np.random.rand(3), torch.randn(1), random.gauss(0, 1)
+    states = random_states()
+    first = torch.rand(2), np.random.randn(3), random.random()
+    set_random_states(states)
+    second = torch.rand(2), np.random.randn(3), random.random()
+    assert (
+        torch.equal(first[0], second[0]) and (first[1] == second[1]).all() and first[2] == second[2]
+    )
+
+
+# --- resuming -----------------------------------------------------------------------------------
+
+FAR = {"n_steps": 10, "checkpoint_every": 2, "evaluate_every": 5, "spike_factor": 3.0}
+
+
+def stop_after(trainer, steps):
+    """Let ``trainer`` break off like a crash would."""
+    step = trainer.train_step
+
+    def limited(batch):
+        if trainer.step == steps:
+            raise RuntimeError("power failure")
+        return step(batch)
+
+    trainer.train_step = limited
+    with pytest.raises(RuntimeError, match="power failure"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_a_run_that_broke_off_ends_with_the_same_bits(optimizer, steps, shards, tmp_path):
+    options = {**FAR, "optimizer": optimizer, "micro_batch_size": 2}
+    seed_everything(1)
+    whole = trainer_of(shards, made(dropout=0.2), tmp_path / "whole", **options)
+    expected = whole.train()
+    seed_everything(1)
+    stop_after(trainer_of(shards, made(dropout=0.2), tmp_path / "broken", **options), steps)
+    seed_everything(1 if steps == 1 else 2)  # before the first checkpoint there is nothing to go by
+    again = trainer_of(shards, made(dropout=0.2), tmp_path / "broken", **options)
+    log = again.train()
+    assert torch.equal(weights(again.model), weights(whole.model))
+    times = {"tokens_per_second", "memory"}
+    rows = [
+        [{k: v for k, v in r.items() if k not in times} for r in some.rows]
+        for some in (expected, log)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_a_finished_run_is_not_trained_again(shards, tmp_path):
+    first = trainer_of(shards, folder=tmp_path, **FAR)
+    rows = list(first.train().rows)
+    again = trainer_of(shards, folder=tmp_path, **FAR)
+    again.train_step = None
+    assert again.train().rows == rows and again.step == 10
+    assert torch.equal(weights(first.model), weights(again.model))
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(shards, tmp_path):
+    whole = trainer_of(shards, folder=tmp_path, **FAR)
+    whole.train()
+    damage(tmp_path / "step-000000010.safetensors")
+    again = trainer_of(shards, folder=tmp_path, **FAR)
+    with pytest.warns(CheckpointWarning, match=r"step-000000010.safetensors: damaged.*one before"):
+        again.train()
+    assert torch.equal(weights(again.model), weights(whole.model))
+    for path in tmp_path.glob("step-*"):
+        damage(path)
+    with (
+        pytest.warns(CheckpointWarning),
+        pytest.raises(CheckpointError, match="no checkpoint is whole"),
+    ):
+        newest_checkpoint(tmp_path)
+    assert newest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_another_run_is_not_resumed(shards, tmp_path):
+    trainer_of(shards, folder=tmp_path, **FAR).train()
+    with pytest.raises(
+        ValueError, match=r"learning_rate: expected 0.001, as in the checkpoint, got 0.1"
+    ):
+        trainer_of(shards, folder=tmp_path, **FAR, learning_rate=0.1).train()
+    other = Trainer(
+        made(),
+        BatchSampler(shards, 4, 8, seed=9),
+        configured(**FAR),
+        folder=tmp_path,
+        validation=[BatchSampler(shards, 4, 8)[0]],
+    )
+    with pytest.raises(ValueError, match="state: seed: expected 9"):
+        other.train()
+    wider = trainer_of(shards, made(d_model=32), tmp_path, **FAR)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        wider.train()
+    trainer_of(shards, folder=tmp_path, **FAR | {"keep_last": 1, "log_every": 5}).train()
+
+
+def test_a_folder_has_one_trainer_at_a_time(shards, tmp_path):
+    outer = trainer_of(shards, folder=tmp_path)
+    step = outer.train_step
+
+    def nosy(batch):
+        with pytest.raises(TrainingError, match="another process is training there"):
+            trainer_of(shards, folder=tmp_path).train()
+        return step(batch)
+
+    outer.train_step = nosy
+    outer.train()
+
+
+def test_ctrl_c_finishes_the_step_saves_and_goes_on(shards, tmp_path):
+    whole = trainer_of(shards, folder=tmp_path / "a", n_steps=8)
+    whole.train()
+    stopped = trainer_of(shards, folder=tmp_path / "b", n_steps=8)
+    step = stopped.train_step
+
+    def pressed(batch):
+        if stopped.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        return step(batch)
+
+    stopped.train_step = pressed
+    stopped.train()
+    assert stopped.interrupted and stopped.step == 5
+    assert list(list_checkpoints(tmp_path / "b")) == [5]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    again = trainer_of(shards, folder=tmp_path / "b", n_steps=8)
+    again.train()
+    assert not again.interrupted and torch.equal(weights(again.model), weights(whole.model))
+
+
+def test_a_second_ctrl_c_interrupts_at_once(shards):
+    trainer = trainer_of(shards)
+
+    def pressed(batch):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+    trainer.train_step = pressed
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+
+
+def test_training_in_a_thread(shards):
+    trainer = trainer_of(shards)
+    thread = threading.Thread(target=trainer.train)
+    thread.start()
+    thread.join()
+    assert trainer.step == 6
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_runs_that_are_killed_end_with_the_same_bits(tmp_path):
+    script = Path(__file__).with_name("killing.py")
+    command = [sys.executable, "-W", "ignore", str(script), "24", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=600, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["kills"] == 24 and found["differing bits"] == 0
+    assert found["half-written files"] >= 1, "some were killed during a save"
+
+
+# --- the floor, and bits per byte ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world():
+    return TinyWorld()
+
+
+@pytest.fixture(scope="module")
+def story_tokenizer(world):
+    return train_bpe([story.text for story in world.stories(2000, 0)], 1024)
+
+
+def test_tokens_never_cross_branches(world, story_tokenizer):
+    for story in world.stories(50, 5):
+        parts = [token for _, text in story.parts for token in story_tokenizer.encode(text)]
+        assert parts == story_tokenizer.encode(story.text)
+
+
+def test_kinds_of_words(world, story_tokenizer):
+    cut = lambda text: training._cut(story_tokenizer, text)  # noqa: E731
+    for story in world.stories(40, 5):
+        kinds = word_kinds(world, story, cut)
+        tokens = cut(story.text)
+        assert len(kinds) == len(tokens) + 1 and set(kinds) <= set(WORD_KINDS)
+        hero = story.parts[1][1].split()[1]
+        assert kinds[tokens.index(f" {hero}")] == "who", "the hero's name, where it comes first"
+        floors = world.surprises(tokens, cut)
+        certain = [f for f, kind in zip(floors, kinds, strict=False) if kind == "certain"]
+        assert max(certain) < 1e-9, "what is certain surprises nobody"
+        assert sum(kind == "species" for kind in kinds) >= 1
+
+
+def test_the_gap_of_a_model_that_knows_nothing(world, story_tokenizer):
+    stories = list(world.stories(70, 6))
+    probe = GapToFloor(world, stories, story_tokenizer)
+    size = story_tokenizer.vocab_size
+    model = TransformerLM(ModelConfig(**SIZES | {"vocab_size": size, "context_length": 128}))
+    nn.init.zeros_(model.lm_head.weight)
+    found = probe(model)
+    n_tokens = sum(len(story_tokenizer.encode(story.text)) + 1 for story in stories)
+    loss = sum(found[f"loss/{kind}"] for kind in WORD_KINDS)
+    floor = sum(found[f"floor/{kind}"] for kind in WORD_KINDS)
+    assert loss == pytest.approx(n_tokens / len(stories) * math.log(size), rel=1e-5)
+    assert floor == pytest.approx(-sum(story.log_prob for story in stories) / len(stories))
+    assert found["gap"] == pytest.approx(loss / floor - 1)
+    with pytest.raises(ValueError, match="stories: expected at least 1, got 0"):
+        GapToFloor(world, [], story_tokenizer)
+
+
+def test_bits_of_documents(story_tokenizer):
+    size = story_tokenizer.vocab_size
+    model = TransformerLM(ModelConfig(**SIZES | {"vocab_size": size}))
+    texts = ["Mia lives in the barn.", "", "One morning, Tom the cat woke up early. " * 3]
+    bits, n_bytes = documents_score(model, story_tokenizer, texts)
+    assert n_bytes == sum(map(len, texts))
+    expected = 0.0
+    end = story_tokenizer.special_tokens["<|endoftext|>"]
+    for text in texts:
+        ids = torch.tensor([[end, *story_tokenizer.encode(text), end]])
+        for start in range(0, ids.size(1) - 1, 8):
+            piece = ids[:, start : start + 9]
+            logits = model.eval()(piece[:, :-1])
+            loss = F.cross_entropy(logits[0], piece[0, 1:], reduction="sum").item()
+            expected += loss / math.log(2)
+    assert bits == pytest.approx(expected, rel=1e-5)
+
+
+def test_compressors():
+    texts = ["the cat sat on the mat. " * 20, "a dog " * 30]
+    alone, primed = compressors(texts), compressors(texts, seen=texts)
+    n_bytes = sum(map(len, texts))
+    joined = "\0".join([*texts, ""]).encode()
+    assert alone["gzip"] == pytest.approx(8 * len(gzip.compress(joined, mtime=0)) / n_bytes)
+    assert primed["gzip"] < alone["gzip"] and primed["xz"] < alone["xz"]
+
+
+# --- configurations -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"learning_rate": -1.0}, "learning_rate: expected a finite number, more than 0, got -1.0"),
+        (
+            {"learning_rate": math.nan},
+            "learning_rate: expected a finite number, more than 0, got n",
+        ),
+        ({"learning_rate": 0.0}, "learning_rate: expected a finite number, more than 0, got 0.0"),
+        ({"learning_rate": "fast"}, "learning_rate: expected float, got 'fast'"),
+        ({"weight_decay": -0.1}, "weight_decay: expected a finite number, 0 or more, got -0.1"),
+        ({"clip_norm": 0.0}, "clip_norm: expected a finite number, more than 0, got 0.0"),
+        ({"spike_factor": 1.0}, "spike_factor: expected a finite number, more than 1, got 1.0"),
+        ({"n_steps": 0}, "n_steps: expected at least 1, got 0"),
+        ({"n_steps": 2.5}, "n_steps: expected int, got 2.5"),
+        ({"n_steps": True}, "n_steps: expected int, got True"),
+        ({"micro_batch_size": 3}, "micro_batch_size: expected a divisor of batch_size = 4, got 3"),
+        ({"micro_batch_size": 0}, "micro_batch_size: expected at least 1, got 0"),
+        ({"optimizer": "adam"}, "optimizer: expected one of adamw, muon, sgd, got 'adam'"),
+        ({"schedule": "cos"}, "schedule: expected one of cosine, wsd, linear, constant, got 'cos'"),
+        ({"precision": "fp8"}, "precision: expected one of float32, bfloat16, got 'fp8'"),
+        ({"warmup": 7}, "warmup: expected at most n_steps = 6, got 7"),
+        ({"evaluate_every": 0}, "evaluate_every: expected at least 1, got 0"),
+        ({"betas": [0.9]}, r"betas: expected 2 values, got \[0.9\]"),
+        ({"learning_rat": 0.1}, "learning_rat: no such setting; did you mean learning_rate?"),
+        ({"xyz": 0.1}, "xyz: no such setting; there are n_steps, "),
+        ({"batch_size": None}, "batch_size: expected int, got None"),
+    ],
+)
+def test_settings_that_cannot_be(entries, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig.from_dict({"n_steps": 6, "batch_size": 4} | entries)
+
+
+def test_missing_settings_and_numbers_as_yaml_reads_them():
+    with pytest.raises(ValueError, match="batch_size: expected a value, but it is missing"):
+        TrainingConfig.from_dict({"n_steps": 6})
+    config = TrainingConfig.from_dict(
+        {"n_steps": 6, "batch_size": 4, "learning_rate": "1e-3", "clip_norm": 1, "betas": [0, 0.9]}
+    )
+    assert config.learning_rate == 0.001 and config.betas == (0.0, 0.9)
+    assert TrainingConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_presets_survive_yaml(name, tmp_path):
+    RUNS[name].to_yaml(tmp_path / "run.yaml")
+    assert RunConfig.from_yaml(tmp_path / "run.yaml") == RUNS[name]
+    assert RUNS[name].model_config(1000).vocab_size == 1000
+
+
+def edited(**sections):
+    entries = RUNS["tinyworld"].to_dict()
+    for section, changes in sections.items():
+        entries[section] = entries[section] | changes if isinstance(changes, dict) else changes
+    return entries
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"training": {"n_step": 3}}, "training.n_step: no such setting; did you mean n_steps?"),
+        ({"training": {"learning_rate": -1}}, "training.learning_rate: expected a finite number"),
+        ({"data": {"kind": "web"}}, "data.kind: expected one of tinyworld, documentation"),
+        ({"data": {"kind": "files"}}, "data.paths: expected 1 for 'files', got 0"),
+        (
+            {"data": {"kind": "shards", "paths": ["a"]}},
+            "data.paths: expected 2 for 'shards'",
+        ),
+        ({"data": {"held_out": 1.5}}, "data.held_out: expected a share between 0 and 1, got 1.5"),
+        ({"data": {"packages": "numpy"}}, "data.packages: expected tuple, got 'numpy'"),
+        (
+            {"tokenizer": {"vocab_size": 100}},
+            "tokenizer.vocab_size: expected at least 259",
+        ),
+        (
+            {"tokenizer": {"special_tokens": []}},
+            "tokenizer.special_tokens: expected '<",
+        ),
+        ({"model": {"d_model": 63}}, "model.n_heads: expected a divisor of d_model = 63"),
+        ({"model": {"width": 63}}, "model.width: not a field of ModelConfig"),
+        (
+            {"model": {"vocab_size": 63}},
+            "model.vocab_size: follows from the tokenizer",
+        ),
+        ({"model": 3}, "model: expected settings by name, got 3"),
+        ({"optimizer": {}}, "expected the sections data, tokenizer, training, model, got"),
+    ],
+)
+def test_runs_that_cannot_be(sections, message, tmp_path):
+    import yaml
+
+    entries = edited(**{k: v for k, v in sections.items() if k != "optimizer"})
+    entries |= {"optimizer": {}} if "optimizer" in sections else {}
+    with pytest.raises(ValueError, match=message.replace("|", "[|]")):
+        RunConfig.from_dict(entries)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(entries))
+    with pytest.raises(ValueError, match=r"run.yaml: "):
+        RunConfig.from_yaml(tmp_path / "run.yaml")
+
+
+def test_files_that_are_no_configuration(tmp_path):
+    with pytest.raises(ValueError, match=r"none.yaml: No such file"):
+        RunConfig.from_yaml(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(ValueError, match=r"bad.yaml: "):
+        RunConfig.from_yaml(tmp_path / "bad.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"empty.yaml: expected the sections .* got None"):
+        RunConfig.from_yaml(tmp_path / "empty.yaml")
+
+
+# --- runs and artifacts -------------------------------------------------------------------------
+
+
+def small_run(**sections):
+    model = {"context_length": 160, "d_model": 16, "n_layers": 1, "n_heads": 2, "d_ff": 16}
+    changes = {
+        "data": {"n_stories": 60, "n_held_out": 8},
+        "tokenizer": {"vocab_size": 400, "special_tokens": ["<|endoftext|>"]},
+        "training": {"n_steps": 4, "batch_size": 2, "warmup": 0}
+        | {"evaluate_every": 2, "checkpoint_every": 1, "log_every": 2},
+    }
+    entries = edited(**changes)
+    entries["model"] = model
+    for section, some in sections.items():
+        entries[section] |= some
+    return RunConfig.from_dict(entries)
+
+
+def test_a_run_leaves_a_model_and_nobody_notices(tmp_path):
+    states, threads = random_states(), torch.get_num_threads()
+    result = run(small_run(), tmp_path / "run")
+    after = random_states()
+    assert torch.equal(states["torch"], after["torch"]) and states["numpy"] == after["numpy"]
+    assert torch.get_num_threads() == threads
+    assert len(result.held_out) == 8 and not result.model.training
+    assert [row["step"] for row in result.log.rows] == [0, 2, 4]
+    assert "gap" in result.log.rows[-1] and "mfu" in result.log.rows[-1]
+    again = run(small_run(), tmp_path / "run")
+    assert torch.equal(weights(again.model), weights(result.model)), "loaded, not trained anew"
+    with pytest.raises(ValueError, match=r"folder: .* has a run of another configuration"):
+        run(small_run(training={"n_steps": 5}), tmp_path / "run")
+    numbers = report(result)
+    assert numbers["bits per byte"] > 1 and numbers["held-out bytes"] > 1000
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path):
+    whole = run(small_run(), tmp_path / "whole")
+
+    class Press:
+        def start(self, step):
+            pass
+
+        def write(self, row):
+            if row["step"] == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+
+        def close(self):
+            pass
+
+    with pytest.raises(KeyboardInterrupt):
+        run(small_run(), tmp_path / "run", [Press()])
+    assert not (tmp_path / "run" / "model").exists()
+    result = run(small_run(), tmp_path / "run")
+    assert torch.equal(weights(result.model), weights(whole.model))
+
+
+def test_runs_on_files_and_on_shards(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(12):
+        (texts / f"{number}.txt").write_text(f"The number {number} is in this file. " * 4)
+    data = {"kind": "files", "paths": [str(texts)], "held_out": 0.3, "clean": False}
+    first = run(small_run(data={**data, "layout": "windows"}), tmp_path / "files")
+    assert 0 < len(first.held_out) < 12
+    made_data = tmp_path / "files" / "data"
+    data = {"kind": "shards", "paths": [str(made_data / "train"), str(made_data / "validation")]}
+    tokenizer = {"path": str(made_data / "tokenizer.json")}
+    second = run(small_run(data=data, tokenizer=tokenizer), tmp_path / "shards")
+    assert second.held_out == [] and second.tokenizer.vocab_size == first.tokenizer.vocab_size
+    assert "bits per byte" not in report(second)
+    everything = {"kind": "files", "paths": [str(texts)], "held_out": 0.999999, "clean": False}
+    with pytest.raises(ValueError, match="held_out: expected a share that leaves some of both"):
+        run(small_run(data=everything), tmp_path / "nothing")
+
+
+def test_documentation_is_cleaned_and_split_by_file(tmp_path):
+    data = DataConfig(kind="documentation", packages=("json", "filelock"), held_out=0.3)
+    train, held_out = training._train_and_held_out(data)
+    assert train and held_out and not set(train) & set(held_out)
+    assert "\r" not in "".join(train)
+
+
+def test_load_or_train_trains_once(tmp_path):
+    calls = []
+
+    def train(draft):
+        calls.append(draft)
+        (draft / "result").write_text("42")
+
+    def load(folder):
+        return (folder / "result").read_text()
+
+    results = [load_or_train("answer", {"n": 1}, train, load=load, folder=tmp_path) for _ in "ab"]
+    assert results == ["42", "42"] and len(calls) == 1
+    load_or_train("answer", {"n": 2}, train, load=load, folder=tmp_path)
+    assert len(calls) == 2, "other settings, another artifact"
+    with pytest.raises(ValueError, match="name: expected letters"):
+        load_or_train("../answer", {}, train, load=load, folder=tmp_path)
+
+
+def test_load_or_train_goes_on_in_the_draft_after_a_crash(tmp_path):
+    def train(draft):
+        if not (draft / "half").exists():
+            (draft / "half").write_text("done")
+            raise RuntimeError("crash")
+        (draft / "result").write_text((draft / "half").read_text())
+
+    load = lambda folder: (folder / "result").read_text()  # noqa: E731
+    with pytest.raises(RuntimeError, match="crash"):
+        load_or_train("x", {}, train, load=load, folder=tmp_path)
+    assert load_or_train("x", {}, train, load=load, folder=tmp_path) == "done"
+    assert not list(tmp_path.glob(".*.draft"))
+
+
+def test_load_or_train_at_once_from_two_threads_trains_once(tmp_path):
+    calls = []
+
+    def train(draft):
+        calls.append(draft)
+        time.sleep(0.2)
+
+    def ask():
+        load_or_train("x", {}, train, load=lambda folder: folder, folder=tmp_path)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+
+
+def test_the_hash_knows_the_code(monkeypatch, tmp_path):
+    train = training._claim
+    first = training._fingerprint({"n": 1}, train)
+    assert first == training._fingerprint({"n": 1}, train) != training._fingerprint({"n": 2}, train)
+    sources = training._module_sources(["training"])
+    assert {"training", "optimization", "model", "attention", "corpus"} <= sources.keys()
+    monkeypatch.setattr(training, "_module_sources", lambda names: sources | {"model": "pass"})
+    assert first != training._fingerprint({"n": 1}, train)
+
+
+def test_where_artifacts_are(monkeypatch, tmp_path):
+    monkeypatch.delenv("LLMBOOK_ARTIFACTS", raising=False)
+    assert artifacts_folder() == Path(__file__).resolve().parents[1] / "artifacts"
+    monkeypatch.setattr(training, "_package_folder", lambda: tmp_path / "llmbook")
+    monkeypatch.chdir(tmp_path)
+    assert artifacts_folder() == tmp_path / "artifacts"
+    monkeypatch.setenv("LLMBOOK_ARTIFACTS", str(tmp_path / "other"))
+    assert artifacts_folder() == tmp_path / "other"
+
+
+def test_pretrained_keeps_what_it_trained(monkeypatch, tmp_path):
+    monkeypatch.setenv("LLMBOOK_ARTIFACTS", str(tmp_path))
+    monkeypatch.setitem(RUNS, "tinyworld", small_run())
+    first, second = pretrained(), pretrained("tinyworld")
+    assert torch.equal(weights(first.model), weights(second.model))
+    assert len(list(tmp_path.glob("tinyworld-*"))) == 1
+    third = load_run(next(tmp_path.glob("tinyworld-*")))
+    assert torch.equal(weights(third.model), weights(first.model))
+    with pytest.raises(ValueError, match="name: expected one of tinyworld"):
+        pretrained("gpt5")
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def commanded(*arguments):
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code
+
+
+def test_the_command_line_trains_what_a_file_says(tmp_path, capsys):
+    assert commanded("--preset", "tinyworld", "--write", tmp_path / "run.yaml") == 0
+    assert RunConfig.from_yaml(tmp_path / "run.yaml") == RUNS["tinyworld"]
+    small_run().to_yaml(tmp_path / "run.yaml")
+    arguments = (tmp_path / "run.yaml", "--folder", tmp_path / "run", "--tensorboard")
+    assert commanded(*arguments) == 0
+    shown = capsys.readouterr().out
+    assert "4/4" in shown and "bits per byte of xz: " in shown and "gap: " in shown
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert commanded(*arguments) == 0, "a finished run is reported again"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ((), 2, "expected a file CONFIG or a --preset, one of tinyworld"),
+        (("--preset", "gpt5"), 2, "preset: expected one of tinyworld"),
+        (("nowhere.yaml",), 2, "nowhere.yaml: No such file"),
+        (("--bogus",), 2, "No such option"),
+    ],
+)
+def test_bad_requests(arguments, code, message, capsys):
+    assert commanded(*arguments) == code
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (TrainingError("x"), 1)])
+def test_exit_codes(error, code, capsys):
+    def fail():
+        raise error
+
+    assert training._exit_code(fail) == code
+    expected = "stopped; the same command goes on" if code == 130 else "error: x"
+    assert capsys.readouterr().err.strip() == expected
