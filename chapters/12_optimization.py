@@ -1,14 +1,21 @@
 # %% [markdown]
 # # Loss and optimizers
 #
-# > What training makes small, and how it is made small: cross-entropy that stays finite and never
-# > holds all logits, AdamW and Muon, schedules and clipping, equal to torch's step by step.
+# > What training makes small, and how: a cross-entropy that stays finite and never holds all
+# > logits, then AdamW, Muon, schedules and clipping, each equal to torch's step by step.
+#
+# The model of {doc}`11_model` has every matrix it needs, and says nothing but noise. Somebody has
+# to choose some millions of numbers. Nobody can, so we let the numbers be moved, a little at a
+# time, in a direction that makes the training text less surprising. Two questions decide whether
+# this works. *What* is made small: the formula fits on one line, and yet it overflows, takes more
+# memory than the model, and counts padding as language unless one takes care. *How* it is made
+# small: the plain gradient is a poor direction, and each optimizer is an answer to why.
 #
 # | | |
 # |---|---|
-# | **You build** | {py:func}`~llmbook.optimization.cross_entropy` |
-# | **You need** | the model ({doc}`11_model`) |
-# | **It takes** | 90 minutes to read, 60 seconds to run |
+# | **You build** | {py:func}`~llmbook.optimization.cross_entropy`, {py:func}`~llmbook.optimization.chunked_cross_entropy`, {py:class}`~llmbook.optimization.AdamW`, {py:class}`~llmbook.optimization.Muon`, {py:func}`~llmbook.optimization.parameter_groups`, {py:func}`~llmbook.optimization.build_optimizer`, {py:func}`~llmbook.optimization.cosine_schedule`, {py:func}`~llmbook.optimization.wsd_schedule`, {py:func}`~llmbook.optimization.clip_gradients` |
+# | **You need** | the model ({doc}`11_model`), entropy ({doc}`01_tinyworld`), the chain rule of derivatives, singular values |
+# | **It takes** | 90 minutes to read, 45 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp optimization
@@ -32,8 +39,113 @@ from llmbook.blocks import _check_choice, _check_probability, _embeddings
 from llmbook.corpus import _check_at_least
 
 # %% [markdown]
-# ## Loss
-# LSE
+# And for this chapter alone:
+
+# %%
+import re
+import time
+import weakref
+
+import matplotlib.pyplot as plt
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llmbook.model import ModelConfig, TransformerLM
+from llmbook.tinyworld import TinyWorld
+
+plt.style.use("llmbook.book")
+torch.set_num_threads(1)
+
+# %% [markdown]
+# ## From likelihood to cross-entropy
+#
+# The principle is {term}`maximum likelihood`: of all parameters $\theta$, take those under which
+# the text that was in fact written is most probable. By the chain rule its probability is a
+# product over $n$ tokens. The logarithm is increasing, so it moves no maximum, and turns the
+# product into a sum; the sign and the $1/n$ make of it a mean that is to be small:
+#
+# $$
+# \arg\max_\theta \prod_{t=1}^{n} q_\theta(x_t \mid x_{<t})
+# = \arg\min_\theta \; -\frac1n \sum_{t=1}^{n} \log q_\theta(x_t \mid x_{<t}) .
+# $$ (optimization-likelihood)
+#
+# That mean is the {term}`loss` $L$. What does it tend to? Where contexts repeat, group the sum by
+# context $h$. A fraction $\hat p(h)$ of all places has it, and after it token $w$ follows with
+# relative frequency $\hat p(w \mid h)$:
+#
+# $$
+# L = -\sum_h \hat p(h) \sum_w \hat p(w \mid h) \log q_\theta(w \mid h)
+# = \mathbb{E}_{h}\bigl[ H(\hat p) + D_\mathrm{KL}(\hat p \,\Vert\, q_\theta) \bigr] ,
+# $$
+#
+# where both terms are those of the next token after $h$. So the most likely parameters are those
+# that minimize a {term}`cross-entropy`, and it is least where the model equals the frequencies.
+# The network writes $q_\theta$ as a {term}`softmax` of its {term}`logits` $z$. With $y$ the token
+# that came, the loss at one place is
+#
+# $$
+# \ell = -\log \frac{e^{z_y}}{\sum_w e^{z_w}} = \log Z - z_y , \qquad
+# Z = \sum_w e^{z_w} .
+# $$ (optimization-loss)
+#
+# ## The gradient is p minus y
+#
+# How should the logits change? Differentiate {eq}`optimization-loss` by $z_i$. The second term
+# gives $-1$ for $i = y$ and nothing for the others. The first gives
+#
+# $$
+# \frac{\partial \log Z}{\partial z_i} = \frac1Z \frac{\partial Z}{\partial z_i}
+# = \frac{e^{z_i}}{Z} = p_i , \qquad \text{so} \qquad
+# \frac{\partial \ell}{\partial z_i} = p_i - \mathbb{1}[i = y] .
+# $$ (optimization-gradient)
+#
+# Probability minus truth. The right logit is pushed up by as much as the model was unsure of it,
+# each wrong one down by as much as it was believed, and a token with $p_y = 1$ teaches nothing.
+# We check it by hand and by autograd:
+
+# %%
+z = torch.tensor([2.0, 1.0, -1.0, 0.5], requires_grad=True)
+y = 1
+loss = z.exp().sum().log() - z[y]
+loss.backward()
+p = z.detach().exp() / z.detach().exp().sum()
+by_hand = p - torch.eye(4)[y]
+print("p - y:   ", [round(g, 3) for g in by_hand.tolist()])
+print("autograd:", [round(g, 3) for g in z.grad.tolist()])
+print("sums to zero:", abs(by_hand.sum().item()) < 1e-6)
+
+# %% [markdown]
+# The last line has a consequence that we will meet again: the loss cannot tell logits from the
+# same logits plus a constant.
+#
+# ## Logarithms that stay finite
+#
+# Equation {eq}`optimization-loss` as it stands breaks early. A format overflows where $e^z$
+# exceeds its largest number:
+
+# %%
+print("format    overflows from   8 + 0.01   spacing at 8")
+for dtype in (torch.float16, torch.bfloat16, torch.float32):
+    limits = torch.finfo(dtype)
+    last = math.floor(math.log(limits.max))
+    naive = torch.tensor([last + 1.0]).to(dtype).exp().sum().log()
+    assert naive.isinf() and torch.tensor([float(last)]).to(dtype).exp().isfinite()
+    rounded = (torch.tensor(8.0, dtype=dtype) + 0.01).item()
+    name = str(dtype).removeprefix("torch.")
+    print(f"{name:9} {last + 1:14} {rounded:10.2f}   {8 * limits.eps:.6f}")
+
+# %% [markdown]
+# Logits of 12 are common, so float16 fails at once; bfloat16 has the range of float32 but so few
+# digits that a loss near 8 moves in steps of 1/16, coarser than a day of training. Hence two
+# rules. The log-sum-exp is computed in *32 bits* whatever the logits are. And the largest logit
+# $m$ comes out first:
+#
+# $$
+# \log \sum_w e^{z_w} = \log \Bigl( e^{m} \sum_w e^{z_w - m} \Bigr)
+# = m + \log \sum_w e^{z_w - m} , \qquad m = \max_w z_w .
+# $$ (optimization-lse)
+#
+# Now the largest exponential is 1, and the logarithm is taken of a number between 1 and $V$.
 
 
 # %%
@@ -43,8 +155,8 @@ def log_sum_exp(logits: Float[Tensor, "*batch vocab_size"]) -> Float[Tensor, "*b
 
     Computed in float32 or wider, whatever the dtype of ``logits``.
 
-    >>> log_sum_exp(torch.tensor([1000.0, 1000.0])) - 1000
-    tensor(0.6931)
+    >>> log_sum_exp(torch.tensor([1000.0, 1000.0]))
+    tensor(1000.6931)
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     peak = wide.detach().amax(dim=-1, keepdim=True)
@@ -52,8 +164,59 @@ def log_sum_exp(logits: Float[Tensor, "*batch vocab_size"]) -> Float[Tensor, "*b
     return (wide - peak).exp().sum(dim=-1).log() + peak.squeeze(-1)
 
 
+# %%
+large = torch.tensor([1000.0, 999.0])
+print("naive: ", large.exp().sum().log().item())
+print("stable:", round(log_sum_exp(large).item(), 3))
+
 # %% [markdown]
-# checks
+# ## What counts
+#
+# Rows of unequal length are padded, and chapter 19 will learn from answers but not from
+# questions. Such targets are marked by `ignore_index`, $-100$, and enter neither the sum nor the
+# count. The mean is over what counts, $\sum_t k_t \ell_t / \sum_t k_t$ with $k_t$ 0 or 1. If
+# nothing counts it is $0/0$, and shall be NaN: a batch without targets is a mistake somewhere,
+# and a loss of zero would hide it.
+#
+# Two more terms keep logits in bounds. The loss ignores a common shift, so nothing holds $\log Z$
+# where 16-bit numbers are accurate. PaLM adds a **z-loss**, $\zeta \log^2 Z$ with $\zeta =
+# 10^{-4}$ {cite}`chowdhery2023palm`. As $\partial \log Z / \partial z_i = p_i$,
+#
+# $$
+# \frac{\partial}{\partial z_i} \bigl( \ell + \zeta \log^2 Z \bigr)
+# = p_i - \mathbb{1}[i = y] + 2 \zeta \log Z \, p_i
+# = (1 + 2 \zeta \log Z)\, p_i - \mathbb{1}[i = y] .
+# $$ (optimization-zloss)
+#
+# Gemma 2 instead **caps** each logit softly, $c \tanh(z / c)$ with $c = 30$
+# {cite}`gemma2024gemma2`. Its slope is $1 - \tanh^2(z / c)$, so small logits pass unchanged.
+
+
+# %% mystnb={"figure": {"caption": "Two ways to bound logits. Left, the soft cap is the identity for small logits and never exceeds 30. Right, gradient descent on the loss of one token leaves a common shift of 20 in the logits forever; a z-loss removes it.", "name": "fig-optimization-bounds"}, "image": {"alt": "Left, soft-capped logits from minus 100 to 100: along the dotted diagonal near zero, flat at plus and minus 30. Right, log Z over 400 steps: without z-loss it stays at about 22, with z-loss of 0.01 it falls to nearly zero."}}
+def log_z_over_time(zeta: float) -> list[float]:
+    z, p, history = torch.linspace(19.0, 21.0, 8), torch.zeros(8), []
+    for _ in range(400):
+        p = z.softmax(dim=0)
+        log_z = log_sum_exp(z)
+        z = z - 0.5 * ((1 + 2 * zeta * log_z) * p - torch.eye(8)[3])
+        history.append(log_z.item())
+    return history
+
+
+figure, axes = plt.subplots(1, 2)
+raw = torch.linspace(-100, 100, 200)
+axes[0].plot(raw, 30 * torch.tanh(raw / 30))
+axes[0].plot(raw, raw, ":", color="gray")
+axes[0].set(title="Soft cap at 30", xlabel="logit", ylabel="capped", ylim=(-45, 45))
+for zeta in (0.0, 0.01):
+    axes[1].plot(log_z_over_time(zeta), label=f"z-loss times {zeta:g}")
+axes[1].set(title="log Z while one token is learned", xlabel="step", ylim=(-1, 25))
+axes[1].legend()
+plt.show()
+
+# %% [markdown]
+# Wrong input is refused first: a target of 50,257 where the last id is 50,256 would otherwise be
+# found on an accelerator as a crash of the device, far from its cause.
 
 # %%
 #| export
@@ -80,7 +243,7 @@ def _check_loss(targets: Tensor, vocab_size: int, ignore_index: int, **options: 
 
 
 # %% [markdown]
-# reference
+# Then the equations, once as they were derived and once by torch's own functions:
 
 
 # %%
@@ -111,7 +274,8 @@ def _fused_losses(
 
 
 # %% [markdown]
-# exported
+# What is exported joins them. A target that does not count is replaced by id 0, so that there is
+# something to look up, and its loss by 0:
 
 
 # %%
@@ -145,8 +309,43 @@ def cross_entropy(
     return losses.sum() / counts.sum() if reduction == "mean" else losses.sum()
 
 
+# %%
+logits, targets = torch.randn(2, 5, 11), torch.randint(11, (2, 5))
+targets[1, 2:] = -100
+peer = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+for backend in ("reference", "torch"):
+    ours = cross_entropy(logits, targets, backend=backend)
+    print(f"{backend:9} equals torch's:", torch.allclose(ours, peer))
+print("mean over nothing:", cross_entropy(logits, torch.full((2, 5), -100)).item())
+
 # %% [markdown]
-# ## Chunked
+# ## The loss that never holds all logits
+#
+# Logits are the largest tensor of a training step. Llama 3 has 128,256 of them for each token: at
+# 8,192 tokens that is 4.2 GB in 32 bits, and autograd keeps the softmax and makes a gradient of
+# the same size. Yet the loss is a sum over tokens, and each token's logits can be thrown away
+# when its gradient is known. By {eq}`optimization-gradient` it is known at once. With the rows
+# $h$ of hidden states, $z = h W^\top$ and $g = \partial \ell / \partial z$, the chain rule gives
+#
+# $$
+# \frac{\partial \ell}{\partial h} = g W , \qquad
+# \frac{\partial \ell}{\partial W} = g^\top h ,
+# $$
+#
+# which need nothing but what lies before us ({numref}`fig-optimization-chunks`). So the forward
+# pass already makes both gradients, chunk by chunk, and the backward pass only multiplies them by
+# the derivative of whatever comes after the loss. Wijmans and colleagues go further and never
+# write even a chunk of logits to memory {cite}`wijmans2025cut`.
+#
+# ```{figure} ../figures/optimization-chunks.svg
+# :name: fig-optimization-chunks
+# :alt: Hidden states of eight tokens are cut into chunks of two rows. The second chunk times the transposed head gives two rows of logits, which become in place the probabilities and then p minus y. From these come the loss of the chunk, its rows of the gradient of hidden, and a term that is added to the gradient of the head. The buffer of logits is reused by the next chunk.
+#
+# One chunk at a time: logits become probabilities, and these the gradient, in one buffer.
+# ```
+#
+# A chunk of logits is overwritten by its own gradient: exponentials, then $p$, then $p - y$. A
+# soft cap multiplies that by its slope.
 
 
 # %%
@@ -184,51 +383,19 @@ def _chunk(
 
 
 # %% [markdown]
-# loop
+# The two products. A head's gradient sums over all chunks, and 16-bit sums lose small terms, so
+# it is kept in 32 bits:
 
 
 # %%
 #| export
-class _ChunkedLoss(torch.autograd.Function):
-    """The summed loss; both gradients are made on the way, while a chunk's logits are there."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Float[Tensor, "tokens d_model"],
-        weight: Float[Tensor, "vocab_size d_model"],
-        targets: Int64[Tensor, "tokens 1"],
-        counts: Bool[Tensor, "tokens 1"],
-        options: tuple[int, float, float | None],
-    ) -> Float[Tensor, ""]:
-        chunk_size, *settings = options
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        to_hidden, to_weight, *_ = ctx.needs_input_grad
-        d_hidden = torch.empty_like(hidden) if to_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if to_weight else None
-        total = torch.zeros((), dtype=wide, device=hidden.device)
-        for at in range(0, len(hidden), chunk_size):
-            rows = slice(at, at + chunk_size)
-            logits = (hidden[rows] @ weight.T).to(wide)
-            total += _chunk(logits, targets[rows], counts[rows], *settings)
-            _add_gradients(logits, hidden, weight, rows, d_hidden, d_weight)
-        ctx.save_for_backward(d_hidden, d_weight)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_total: Float[Tensor, ""]) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.saved_tensors
-        scaled = [None if d is None else d * d_total.to(d.dtype) for d in (d_hidden, d_weight)]
-        return (*scaled, None, None, None)
+def _as_autocast_would(device: str, *tensors: Tensor) -> list[Tensor]:
+    """Convert as autocast does for products; inside a Function it would keep what it must not."""
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 
 
-# %% [markdown]
-# gradients
-
-
-# %%
-#| export
 def _add_gradients(
     d_logits: Float[Tensor, "rows vocab_size"],
     hidden: Float[Tensor, "tokens d_model"],
@@ -249,7 +416,48 @@ def _add_gradients(
 
 
 # %% [markdown]
-# wrapper
+# The loop around them is a function with a derivative of its own, as tiled attention was in
+# {doc}`09_attention`. If the head is frozen, or nothing needs a gradient, that part is not made.
+
+
+# %%
+#| export
+class _ChunkedLoss(torch.autograd.Function):
+    """The summed loss; both gradients are made on the way, while a chunk's logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Float[Tensor, "tokens d_model"],
+        weight: Float[Tensor, "vocab_size d_model"],
+        targets: Int64[Tensor, "tokens 1"],
+        counts: Bool[Tensor, "tokens 1"],
+        options: tuple[int, float, float | None],
+    ) -> Float[Tensor, ""]:
+        chunk_size, z_loss, soft_cap = options
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        for at in range(0, len(hidden), chunk_size):
+            rows = slice(at, at + chunk_size)
+            logits = (hidden[rows] @ weight.T).to(wide)
+            total += _chunk(logits, targets[rows], counts[rows], z_loss, soft_cap)
+            _add_gradients(logits, hidden, weight, rows, d_hidden, d_weight)
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Float[Tensor, ""]) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        scaled = [None if d is None else d * d_total.to(d.dtype) for d in (d_hidden, d_weight)]
+        return (*scaled, None, None, None)
+
+
+# %% [markdown]
+# And the same arguments as before around that. The mean divides outside, where autograd knows
+# how:
 
 
 # %%
@@ -275,9 +483,7 @@ def chunked_cross_entropy(
     _check_choice("reduction", reduction, ("mean", "sum"))
     _check_loss(targets, len(weight), ignore_index, z_loss=z_loss, soft_cap=soft_cap)
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, weight = _as_autocast_would(device, hidden, weight)
     counts = (targets != ignore_index).view(-1, 1)
     column = targets.reshape(-1, 1).masked_fill(~counts, 0)
     options = (chunk_size, z_loss, soft_cap)
@@ -287,22 +493,158 @@ def chunked_cross_entropy(
 
 
 # %% [markdown]
-# ## Optimizers
+# Is it the same function, and what does it save? We count the bytes of every tensor from its
+# making to its end. This sees what torch allocates, is the same on every machine, and needs no
+# watching of the process:
+
+
+# %%
+class LiveBytes(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage not in self.known:  # no view of something known
+                self.known.add(storage)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+    def add(self, n_bytes: int) -> None:
+        self.live += n_bytes
+        self.peak = max(self.peak, self.live)
+
+
+# %%
+torch.manual_seed(0)
+hidden = torch.randn(4096, 64, requires_grad=True)
+head = torch.nn.Parameter(torch.randn(2048, 64) / 8)
+targets = torch.randint(2048, (4096,))
+
+
+def peak_and_gradients(loss_of: Callable[[], Tensor]) -> tuple[int, list[Tensor]]:
+    with LiveBytes() as memory:
+        gradients = torch.autograd.grad(loss_of(), (hidden, head))
+    return memory.peak, gradients
+
+
+print(f"logits alone    {hidden.size(0) * head.size(0) * 4 / 2**20:5.0f} MiB")
+whole, expected = peak_and_gradients(lambda: cross_entropy(hidden @ head.T, targets))
+print(f"all at once     {whole / 2**20:5.0f} MiB")
+for size in (1024, 512, 128):
+    peak, found = peak_and_gradients(
+        lambda: chunked_cross_entropy(hidden, head, targets, chunk_size=size)  # noqa: B023
+    )
+    same = all(torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, found, strict=True))
+    print(f"chunks of {size:4}  {peak / 2**20:5.0f} MiB, gradients equal: {same}")
+
+# %% [markdown]
+# Three times the logits against a buffer and the gradients themselves. Below, it turns out to be
+# the faster way as well: a chunk stays in the processor's cache, and no memory has to be asked
+# for.
+#
+# ## Downhill
+#
+# Now the second question. The gradient $g = \nabla L(\theta)$ is the direction of steepest
+# ascent, so step against it {cite}`robbins1951stochastic`:
+#
+# $$
+# \theta_t = \theta_{t-1} - \eta\, g_t .
+# $$ (optimization-sgd)
+#
+# On a batch, $g_t$ is a random number whose mean is the full gradient: *stochastic* gradient
+# descent, SGD. How large may the **learning rate** $\eta$ be? Near a minimum the loss is a bowl.
+# Along an axis with curvature $\kappa$ it is $\frac12 \kappa \theta^2$ and $g = \kappa \theta$,
+# so a step multiplies $\theta$ by $1 - \eta \kappa$. That shrinks only if $\eta < 2 / \kappa$.
+# The *steepest* axis sets the rate; the *flattest* then shrinks by $1 - \eta \kappa_{\min}$,
+# hardly at all if the curvatures differ by a factor of a thousand.
+#
+# **Momentum** {cite}`polyak1964some` lets past gradients add up in a velocity,
+#
+# $$
+# v_t = \mu v_{t-1} + g_t = \sum_{i=1}^{t} \mu^{t-i} g_i , \qquad
+# \theta_t = \theta_{t-1} - \eta\, v_t .
+# $$ (optimization-momentum)
+#
+# Along a flat axis gradients agree and sum up to $g / (1 - \mu)$, ten times as far for $\mu =
+# 0.9$. Across a ravine they alternate and cancel. Nesterov's variant steps by $g_t + \mu v_t$, as
+# if the velocity had already been updated once more. We watch three paths on $L = \frac12
+# (\theta_1^2 + 30\, \theta_2^2)$, the third being Adam, which the next section derives:
+
+
+# %% mystnb={"figure": {"caption": "Forty steps in a ravine thirty times as steep across as along. Gradient descent zigzags and crawls; momentum swings but arrives; Adam goes along both axes at the same pace.", "name": "fig-optimization-ravine"}, "image": {"alt": "Three plots of the same elliptic contours with a path from the upper left toward the minimum in the middle. SGD jumps from side to side and ends left of the minimum. Momentum overshoots in wide swings and ends near it. Adam takes a diagonal, nearly straight way, swings once around the minimum and ends near it."}}
+def path_of(optimizer_of: Callable[[list], torch.optim.Optimizer]) -> Tensor:
+    place = torch.nn.Parameter(torch.tensor([-4.0, 1.0]))
+    optimizer, places = optimizer_of([place]), [place.detach().clone()]
+    for _ in range(40):
+        optimizer.zero_grad()
+        (0.5 * (place[0] ** 2 + 30 * place[1] ** 2)).backward()
+        optimizer.step()
+        places.append(place.detach().clone())
+    return torch.stack(places)
+
+
+figure, axes = plt.subplots(1, 3, sharey=True, figsize=(9, 2.8))
+grid = torch.meshgrid(torch.linspace(-5, 2, 80), torch.linspace(-1.6, 1.6, 80), indexing="xy")
+walks = {
+    "SGD": path_of(lambda p: torch.optim.SGD(p, lr=0.06)),
+    "momentum": path_of(lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.85)),
+    "Adam": path_of(lambda p: torch.optim.Adam(p, lr=0.35, betas=(0.8, 0.95))),
+}
+for ax, (name, path) in zip(axes, walks.items(), strict=True):
+    ax.contour(*grid, 0.5 * (grid[0] ** 2 + 30 * grid[1] ** 2), levels=8, colors="#CCCCCC")
+    ax.plot(*path.T, "o-", markersize=3)
+    ax.set(title=name, xlabel=r"$\theta_1$")
+axes[0].set_ylabel(r"$\theta_2$")
+plt.show()
+assert all(path[-1].abs().max() < 0.5 for path in walks.values())
+
+# %% [markdown]
+# Our optimizers inherit from torch's base class, which keeps groups of parameters and their
+# state, so that schedulers and checkpoints work with them. We add what it lacks: a learning
+# rate of NaN is refused, as are settings in a foreign state dict that we would silently ignore.
 
 
 # %%
 #| export
-class _Stepper(torch.optim.Optimizer):
-    """What our optimizers share: settings that are checked, and a step over the groups."""
+class _Checked(torch.optim.Optimizer):
+    """An optimizer that refuses settings out of range, when it is made and when it is loaded."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings, or the optimizer's defaults, are checked."""
         self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state, this class's or that of the class of the same name in torch."""
+        for group in state_dict["param_groups"]:
+            self._check({**self.defaults, **group})
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            if "step" in state:  # torch keeps it elsewhere, unless it is fused
+                state["step"] = state["step"].to(parameter.device, torch.float32)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+# %% [markdown]
+# A step is the same for all but for one method. Parameters without a gradient are left alone:
+
+
+# %%
+#| export
+class _Stepper(_Checked):
+    """What our optimizers share: a step goes over the groups and calls ``_update`` for each."""
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Change all parameters that have a gradient; return what ``closure`` gave, if there is one."""
+        """Change all parameters that have a gradient; return what ``closure`` gave, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -320,33 +662,17 @@ class _Stepper(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return [state[name] for state in states]
 
-    def _check(self, group: dict[str, Any]) -> None:
-        raise NotImplementedError
-
     def _update(self, group: dict[str, Any], parameters: list[Tensor], grads: list[Tensor]) -> None:
         raise NotImplementedError
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state, this class's or the class's of the same name in torch."""
-        for group in state_dict["param_groups"]:
-            self._check({**self.defaults, **group})
-        super().load_state_dict(state_dict)
-        for parameter, state in self.state.items():
-            if "step" in state:  # torch keeps it elsewhere, unless it is fused
-                state["step"] = state["step"].to(parameter.device, torch.float32)
-
 
 # %% [markdown]
-# SGD
+# The simplest optimizer on that base. Its decay of weights is the classical one, added to the
+# gradient, as in `torch.optim.SGD`:
 
 
 # %%
 #| export
-def _is_fusable(tensor: Tensor) -> bool:
-    """Whether torch has kernels that do a whole step at once for tensors like this one."""
-    return tensor.device.type in ("cpu", "cuda") and tensor.is_floating_point()
-
-
 class SGD(_Stepper):
     """Stochastic gradient descent with momentum; state dicts are those of ``torch.optim.SGD``."""
 
@@ -363,7 +689,7 @@ class SGD(_Stepper):
         _check_choice("backend", backend, ("reference", "torch"))
         self.backend = backend
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(params, {**settings, "nesterov": nesterov})
+        super().__init__(params, {**settings, "nesterov": nesterov, "dampening": 0})
 
     def _check(self, group: dict[str, Any]) -> None:
         for name in ("lr", "weight_decay"):
@@ -382,13 +708,14 @@ class SGD(_Stepper):
 
 
 # %% [markdown]
-# step
+# The step in the open, and by torch's fused kernel, which reads and writes each number once.
+# State has torch's names, so checkpoints can be exchanged:
 
 
 # %%
 #| export
 def _refuse(group: dict[str, Any], **expected: Any) -> None:
-    """Refuse settings of torch's optimizers that ours do not have, as a state dict may hold them."""
+    """Refuse what torch's optimizers have and ours do not; a state dict may hold it."""
     for name, value in expected.items():
         if group.get(name, value) != value:
             raise ValueError(f"{name}: expected {value}, got {group[name]!r}")
@@ -405,18 +732,103 @@ def _sgd_step(group: dict[str, Any], parameters: list[Tensor], grads: list[Tenso
         p.sub_(group["lr"] * update)
 
 
+def _is_fusable(tensor: Tensor) -> bool:
+    """Whether torch has kernels that do a whole step at once for tensors like this one."""
+    return tensor.device.type in ("cpu", "cuda") and tensor.is_floating_point()
+
+
 def _fused_sgd_step(group: dict[str, Any], parameters: list[Tensor], grads: list[Tensor],
                     velocities: list[Tensor] | None) -> None:  # fmt: skip
     names = ("lr", "momentum", "weight_decay", "nesterov")
+    buffers: list[Tensor | None] = [None] * len(grads) if velocities is None else [*velocities]
     sgd(
-        parameters, grads, [None] * len(grads) if velocities is None else velocities,
+        parameters, grads, buffers,
         fused=_is_fusable(parameters[0]), dampening=0, maximize=False,
         **{name: group[name] for name in names},
     )  # fmt: skip
 
 
 # %% [markdown]
-# adamw
+# ## Adam: each number at its own pace
+#
+# One rate for all cannot be right: the gradients of an embedding row that occurs once in a
+# thousand batches and those of a gain that is used at every token differ by orders of magnitude.
+# Adam {cite}`kingma2015adam` keeps for each parameter a running mean of its gradient and of its
+# square,
+#
+# $$
+# m_t = \beta_1 m_{t-1} + (1 - \beta_1)\, g_t , \qquad
+# v_t = \beta_2 v_{t-1} + (1 - \beta_2)\, g_t^2 ,
+# $$ (optimization-moments)
+#
+# from $m_0 = v_0 = 0$, and steps by $m / \sqrt v$. The units of the gradient cancel: multiply the
+# loss by a thousand, and nothing changes. What remains is between $-1$ and $1$ where gradients
+# agree, and near 0 where they are noise.
+#
+# The start needs care, as the running means begin at zero. Unrolled, $m_t = (1 - \beta_1)
+# \sum_{i=1}^{t} \beta_1^{t-i} g_i$. If the gradients are stationary, $\mathbb{E}[g_i] =
+# \mathbb{E}[g]$ for all $i$, then by the geometric sum
+#
+# $$
+# \mathbb{E}[m_t] = (1 - \beta_1)\, \mathbb{E}[g] \sum_{i=1}^{t} \beta_1^{t-i}
+# = (1 - \beta_1)\, \mathbb{E}[g]\, \frac{1 - \beta_1^{t}}{1 - \beta_1}
+# = (1 - \beta_1^{t})\, \mathbb{E}[g] .
+# $$ (optimization-bias)
+#
+# This is exact, at every step, and independence was not needed. So $\hat m_t = m_t / (1 -
+# \beta_1^t)$ has expectation $\mathbb{E}[g]$, and likewise $\hat v_t = v_t / (1 - \beta_2^t)$ has
+# $\mathbb{E}[g^2]$. (Of their quotient the statement says nothing.) We check it on 400,000
+# sequences of gradients with mean 1 and standard deviation 2, so that $\mathbb{E}[g^2] = 5$:
+
+# %%
+torch.manual_seed(0)
+m, v = torch.zeros(400_000), torch.zeros(400_000)
+print(" t   E[m]  1 - 0.9^t  corrected    E[v]  corrected")
+for t in range(1, 101):
+    g = 1 + 2 * torch.randn(400_000)
+    m.mul_(0.9).add_(0.1 * g)
+    v.mul_(0.99).add_(0.01 * g**2)
+    if t in (1, 3, 10, 30, 100):
+        fixed_m, fixed_v = m.mean() / (1 - 0.9**t), v.mean() / (1 - 0.99**t)
+        numbers = f"{m.mean():6.2f} {1 - 0.9**t:10.2f} {fixed_m:10.1f}"
+        print(f"{t:2d} {numbers} {v.mean():7.1f} {fixed_v:10.1f}")
+
+# %% [markdown]
+# At the first step $\hat m / \sqrt{\hat v} = g / |g|$: each parameter moves by exactly
+# $\eta$, whatever its gradient, on the evidence of one batch. Without the correction it would be
+# $0.1 / \sqrt{0.01} = 1$ times as far here, but 3 times for the usual $\beta_2 = 0.999$.
+#
+# ### Decay, outside of the fraction
+#
+# Large weights are made smaller by a penalty $\frac{\lambda}{2} \lVert\theta\rVert^2$, whose
+# gradient is $\lambda \theta$. For SGD one may add it to $g$. In Adam it would then be divided by
+# $\sqrt v$ with all the rest: a parameter with large gradients would hardly decay. **AdamW**
+# {cite}`loshchilov2019decoupled` decouples it:
+#
+# $$
+# \theta_t = (1 - \eta \lambda)\, \theta_{t-1}
+# - \eta\, \frac{\hat m_t}{\sqrt{\hat v_t} + \varepsilon} .
+# $$ (optimization-adamw)
+#
+# Two groups of parameters start at 1 and see nothing but noise, of standard deviation 0.01 and
+# 100. After 500 steps decay alone would leave $(1 - \eta\lambda)^{500}$ of them:
+
+# %%
+noise = torch.tensor([0.01, 100.0]).repeat_interleave(2000)
+print(f"decay alone:        {(1 - 1e-2 * 0.1) ** 500:.2f}")
+for name, kind in {"Adam with L2": torch.optim.Adam, "AdamW": torch.optim.AdamW}.items():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.ones(4000))
+    optimizer = kind([weight], lr=1e-2, weight_decay=0.1)
+    for _ in range(500):
+        weight.grad = noise * torch.randn(4000)
+        optimizer.step()
+    quiet, loud = (part.mean().item() for part in weight.detach().chunk(2))
+    print(f"{name:12} quiet: {quiet:5.2f}, loud: {loud:5.2f}")
+
+# %% [markdown]
+# With L2 the loud ones did not decay at all and the quiet ones vanished, for their gradient is
+# mostly the penalty. Decoupled, both kept the same share: $\lambda$ means what it says.
 
 
 # %%
@@ -444,29 +856,35 @@ class AdamW(_Stepper):
         super().__init__(params, settings)
 
     def _check(self, group: dict[str, Any]) -> None:
-        for name in ("lr", "eps", "weight_decay"):
-            _check_amount(name, group[name])
-        for number, beta in enumerate(group["betas"]):
-            _check_probability(f"betas[{number}]", beta)
-        decoupled = {"decoupled_weight_decay": True} if group["weight_decay"] else {}
-        _refuse(group, amsgrad=False, maximize=False, **decoupled)
+        _check_adamw(group)
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor], grads: list[Tensor]) -> None:
         means, squares = (self._buffers(parameters, n) for n in ("exp_avg", "exp_avg_sq"))
-        tensors = (parameters, grads, means, squares, self._steps(parameters))
-        (_adamw_step if self.backend == "reference" else _fused_adamw_step)(group, *tensors)
-
-    def _steps(self, parameters: list[Tensor]) -> list[Tensor]:
-        """Return for each parameter how many steps it has taken, as a tensor beside it."""
-        states = [self.state[p] for p in parameters]
-        for parameter, state in zip(parameters, states, strict=True):
-            if "step" not in state:
+        for parameter in parameters:
+            if "step" not in (state := self.state[parameter]):
                 state["step"] = torch.zeros((), device=parameter.device)
-        return [state["step"] for state in states]
+        tensors = (parameters, grads, means, squares, [self.state[p]["step"] for p in parameters])
+        (_adamw_step if self.backend == "reference" else _fused_adamw_step)(group, *tensors)
 
 
 # %% [markdown]
-# step
+# The settings that are refused: a `beta` of 1 would never see a gradient, and the state of an
+# Adam with L2 would go on as another algorithm.
+
+
+# %%
+#| export
+def _check_adamw(group: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay"):
+        _check_amount(name, group[name])
+    for number, beta in enumerate(group["betas"]):
+        _check_probability(f"betas[{number}]", beta)
+    decoupled = {"decoupled_weight_decay": True} if group["weight_decay"] else {}
+    _refuse(group, amsgrad=False, maximize=False, **decoupled)
+
+
+# %% [markdown]
+# Equations {eq}`optimization-moments` to {eq}`optimization-adamw`, line by line, and fused:
 
 
 # %%
@@ -501,7 +919,67 @@ def _fused_adamw_step(group: dict[str, Any], *tensors: list[Tensor]) -> None:
 
 
 # %% [markdown]
-# ## Muon
+# ## Muon: a matrix is not a list of numbers
+#
+# Adam treats a matrix as numbers that happen to be stored together. But a matrix *acts*, and by
+# how much it acts is told by its singular values: $G = U S V^\top$, with orthonormal directions
+# $U$ and $V$ and strengths $S$. The gradients of a transformer's matrices are lopsided. Here is
+# one, of a small model on stories of the {term}`tiny world`, a word to a token, one story to a
+# row:
+
+# %%
+stories = [re.findall(r"\w+|[^\w\s]", s.text) for s in TinyWorld().stories(1500, seed=0)]
+vocabulary = ["", *sorted({word for story in stories for word in story})]  # 0 begins and ends
+number_of = {word: number for number, word in enumerate(vocabulary)}
+longest = max(map(len, stories)) + 1
+rows = torch.full((len(stories), longest + 1), -100)
+for row, story in zip(rows, stories, strict=True):
+    row[: len(story) + 2] = torch.tensor([0, *(number_of[word] for word in story), 0])
+inputs, targets = rows[:, :-1].clamp(min=0), rows[:, 1:].contiguous()
+sizes = {"vocab_size": len(vocabulary), "context_length": longest, "n_heads": 2}
+
+
+def loss_on(model: TransformerLM, which: Tensor | slice) -> Tensor:
+    hidden = model.hidden_states(inputs[which])
+    return chunked_cross_entropy(hidden, model.lm_head.weight, targets[which])
+
+
+torch.manual_seed(0)
+model = TransformerLM(ModelConfig(d_model=64, n_layers=2, **sizes))
+loss_on(model, slice(64)).backward()
+gradient = model.blocks[0].attention.v_proj.weight.grad
+spectrum = torch.linalg.svdvals(gradient)
+print(f"{len(vocabulary)} words, {longest} targets a row")
+print("share of the 8 largest of 64 in the squared norm:",
+      f"{(spectrum[:8] ** 2).sum() / (spectrum**2).sum():.1f}")  # fmt: skip
+
+# %% [markdown]
+# A few directions have nearly all of it; a step of such a matrix changes little else. What would
+# be a fair step? Among all $D$ that change no vector's length by more than a factor of 1, that
+# is, with spectral norm $\lVert D \rVert_2 \le 1$, take the one that gains most, $\langle G, D
+# \rangle = \sum_{ij} G_{ij} D_{ij}$ {cite}`bernstein2024old`. With the singular value
+# decomposition, and $u_k$, $v_k$ the columns of $U$ and $V$,
+#
+# $$
+# \langle G, D \rangle = \sum_k s_k\, u_k^\top D\, v_k \le \sum_k s_k ,
+# $$ (optimization-spectral)
+#
+# as $u_k^\top D v_k \le \lVert D \rVert_2 \le 1$; and $D = U V^\top$ attains it. So: keep the
+# directions and set all strengths to 1. Where Adam's first step is the sign of each number, this
+# is the sign of the matrix.
+#
+# A decomposition at every step would be slow. **Muon** {cite}`jordan2024muon` uses products only.
+# Take $X = U S V^\top$, so that $X X^\top = U S^2 U^\top$. Then
+#
+# $$
+# a X + b\, (X X^\top) X + c\, (X X^\top)^2 X = U \bigl( a S + b S^3 + c S^5 \bigr) V^\top :
+# $$ (optimization-newton-schulz)
+#
+# an odd polynomial of a matrix acts on each singular value alone. Divide $G$ by its Frobenius
+# norm, so that all lie between 0 and 1, and repeat a polynomial that lifts them toward 1. That is
+# the method of Newton and Schulz. Its textbook form, $\frac32 s - \frac12 s^3$, lifts a small
+# value by only 1.5 each time. Muon's coefficients $(3.4445, -4.7750, 2.0315)$ lift it by 3.4, and
+# pay with not settling at 1 but moving between 0.7 and 1.2.
 
 # %%
 #| export
@@ -534,8 +1012,32 @@ def orthogonalize(
     return x.mT if tall else x
 
 
+# %% mystnb={"figure": {"caption": "What Newton-Schulz does to singular values. Left, the polynomial applied one, three and five times: after five, all above 0.01 land near 1. Right, a real gradient, each spectrum divided by its largest value: four orders of magnitude become one band.", "name": "fig-optimization-muon"}, "image": {"alt": "Left, three curves over singular values from 0.001 to 1 on a logarithmic axis. Applied once, a hill that reaches 1 only at the right; five times, a steep rise to about 1 at 0.01 and then a wavy line between 0.7 and 1.2. Right, 64 singular values on a logarithmic axis: the gradient's fall steeply, those after Newton-Schulz stay near one."}}
+figure, axes = plt.subplots(1, 2)
+values = torch.logspace(-3, 0, 400)
+for steps in (1, 3, 5):
+    result, (a, b, c) = values, (3.4445, -4.7750, 2.0315)
+    for _ in range(steps):
+        result = a * result + b * result**3 + c * result**5
+    axes[0].semilogx(values, result, label=f"{steps} steps")
+axes[0].axhspan(0.68, 1.21, color="gray", alpha=0.15)
+axes[0].set(title="Strength before and after", xlabel="singular value / norm of the matrix")
+after = torch.linalg.svdvals(orthogonalize(gradient))
+axes[1].semilogy(spectrum / spectrum[0], label="gradient")
+axes[1].semilogy(after / after[0], label="orthogonalized")
+axes[1].set(title="A real gradient", xlabel="number of the singular value")
+for ax in axes:
+    ax.legend()
+plt.show()
+settled = result[values > 0.01]
+assert settled.min() > 0.6 and settled.max() < 1.25 and after[:40].min() > 0.6
+
 # %% [markdown]
-# muon
+# Orthogonalized is not the gradient itself but its running mean, as for momentum, with Nesterov's
+# step ahead. How long is a step? $U V^\top$ of $n$ by $m$ has $\min(n, m)$ singular values of 1,
+# so the mean square of its entries is $\min(n, m) / (n m) = 1 / \max(n, m)$. Times $0.2
+# \sqrt{\max(n, m)}$ their root mean square is 0.2, about that of Adam's updates
+# {cite}`liu2025muon`, so that one learning rate serves both.
 
 
 # %%
@@ -543,10 +1045,9 @@ def orthogonalize(
 class Muon(_Stepper):
     """Momentum, orthogonalized: for matrices, (out, in) or stacked as (expert, out, in).
 
-    State dicts are those of ``torch.optim.Muon``, and ``adjust_lr_fn`` is its: None scales the rate
-    by sqrt(max(1, out / in)), "match_rms_adamw" by 0.2 sqrt(max(out, in)), so that a rate that
-    suits AdamW will do. ``ns_dtype`` is what matrices are orthogonalized in; None is bfloat16 on
-    accelerators and float32 elsewhere. Sources: Jordan et al. (2024), Liu et al. (2025).
+    State dicts are those of ``torch.optim.Muon``. The rate is multiplied by sqrt(max(1, out / in)),
+    or with ``adjust_lr_fn`` "match_rms_adamw" by 0.2 sqrt(max(out, in)). ``ns_dtype`` is that of
+    Newton-Schulz, by default bfloat16 on accelerators. Sources: Jordan (2024), Liu (2025).
     """
 
     def __init__(
@@ -564,9 +1065,9 @@ class Muon(_Stepper):
         ns_dtype: torch.dtype | None = None,
     ):
         self.ns_dtype = ns_dtype
-        settings = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
-        settings |= {"nesterov": nesterov, "ns_coefficients": ns_coefficients, "eps": eps}
-        super().__init__(params, {**settings, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn})
+        numbers = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eps": eps}
+        how = {"ns_coefficients": ns_coefficients, "ns_steps": ns_steps, "nesterov": nesterov}
+        super().__init__(params, {**numbers, **how, "adjust_lr_fn": adjust_lr_fn})
 
     def _check(self, group: dict[str, Any]) -> None:
         _check_muon(group)
@@ -577,7 +1078,7 @@ class Muon(_Stepper):
 
 
 # %% [markdown]
-# muon's step
+# Checks and that factor:
 
 
 # %%
@@ -604,7 +1105,8 @@ def _scale_of_rate(shape: torch.Size, adjust_lr_fn: str | None) -> float:
 
 
 # %% [markdown]
-# step
+# Matrices of one shape go through the products together, which for small ones saves most of the
+# time:
 
 
 # %%
@@ -619,7 +1121,7 @@ def _orthogonalized(
     for numbers in batches.values():
         stacked = torch.stack([updates[number] for number in numbers])
         stacked = stacked.to(dtype or _fast_dtype(stacked.device))
-        settings = {"coefficients": group["ns_coefficients"], "eps": group["eps"]}
+        settings: dict[str, Any] = {"coefficients": group["ns_coefficients"], "eps": group["eps"]}
         yield from zip(numbers, orthogonalize(stacked, group["ns_steps"], **settings), strict=True)
 
 
@@ -628,7 +1130,7 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
 
 
 # %% [markdown]
-# step
+# The step itself, in torch's order. A stack of experts is a batch of matrices already:
 
 
 # %%
@@ -651,7 +1153,28 @@ def _muon_step(
 
 
 # %% [markdown]
-# ## groups
+# The price: for an $n$ by $n$ matrix one iteration takes three products of $2 n^3$ FLOPs, five
+# take $30 n^3$. Training on $B$ tokens takes $6 B n^2$ for it, so Muon adds the share $5 n / B$.
+# At a width of 1,000 and batches of a million tokens that is half a percent.
+#
+# ## Who gets what
+#
+# Muon's argument is about matrices that act on vectors. It does not hold for vectors, nor for
+# an embedding, a table in which a step concerns the rows that occurred; and its authors found
+# the head to do better with AdamW as well {cite}`jordan2024muon`. Decay has a similar line.
+# A matrix before a normalization can grow without changing what the model says, and decay
+# is what stops it. Gains and biases have nothing to gain from being small. An embedding row that
+# does not occur has a gradient of zero, and would decay at every step for nothing;
+# OLMo 2 found that small embeddings make for large gradients and leaves them out
+# {cite}`olmo2024olmo2`. GPT-2's descendants decay them; ours follow OLMo
+# ({numref}`fig-optimization-groups`).
+#
+# ```{figure} ../figures/optimization-groups.svg
+# :name: fig-optimization-groups
+# :alt: Four kinds of parameters. The embedding, also if tied to the head: AdamW without decay. Gains and biases: AdamW without decay. Matrices of the blocks, experts included: Muon with decay. An untied head: AdamW with decay. With AdamW alone, the matrices of the blocks are in its group with decay.
+#
+# Which optimizer and which decay a parameter gets. A tied matrix is an embedding, and there once.
+# ```
 
 
 # %%
@@ -685,7 +1208,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 # %% [markdown]
-# optimizers
+# Two optimizers need to be stepped, saved and scheduled as one:
 
 
 # %%
@@ -724,7 +1247,7 @@ class Optimizers(torch.optim.Optimizer):
 
 
 # %% [markdown]
-# matrices
+# Muon's share is told by name, since nothing about a head's shape says that it is one:
 
 
 # %%
@@ -742,7 +1265,7 @@ def _matrices_of_blocks(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.P
 
 
 # %% [markdown]
-# build
+# And the one call that a training loop makes:
 
 
 # %%
@@ -773,16 +1296,40 @@ def build_optimizer(
         return SGD(groups, lr, momentum, weight_decay, backend=backend)
     matrices, rest = _matrices_of_blocks(model)
     others = _decayed_and_not(rest, _embeddings(model), weight_decay)
-    momentum = 0.95 if momentum is None else momentum
-    second_lr = lr if adamw_lr is None else adamw_lr
-    return Optimizers(
-        Muon(matrices, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw"),
-        AdamW(others, second_lr, betas, weight_decay=weight_decay, backend=backend),
+    momentum, second_lr = (
+        momentum if momentum is not None else 0.95,
+        lr if adamw_lr is None else adamw_lr,
     )
+    muon = Muon(matrices, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
+    second = AdamW(others, second_lr, betas, weight_decay=weight_decay, backend=backend)
+    return Optimizers(muon, second)
 
+
+# %%
+tied = TransformerLM(ModelConfig(d_model=64, n_layers=2, tie_embeddings=True, **sizes))
+built = build_optimizer(tied, "muon", lr=0.02)
+for optimizer in built.optimizers:
+    for group in optimizer.param_groups:
+        count = sum(p.numel() for p in group["params"])
+        decay = f"decay {group['weight_decay']}"
+        name = type(optimizer).__name__
+        print(f"{name:6} {decay:10} {len(group['params']):2} tensors, {count:6} numbers")
+held = sum(p.numel() for group in built.param_groups for p in group["params"])
+print("each parameter once:", held == sum(p.numel() for p in tied.parameters()))
 
 # %% [markdown]
-# ## Schedules
+# ## The rate over time
+#
+# At the start the gradient points somewhere else after every step and Adam's $\hat v$ rests on
+# few batches, so the rate rises over some **warmup**. At the end the noise of the batches keeps
+# the loss above the bottom of the valley, by an amount that shrinks with $\eta$, so the rate
+# falls. The **cosine** {cite}`loshchilov2017sgdr` falls all the way, and must know when the run
+# ends. **Warmup-stable-decay** {cite}`hu2024minicpm` stays at the peak and falls only at the end,
+# so that one run can be ended at several lengths; Hägele and colleagues find it as good, best
+# with a fall like $1 - \sqrt{\text{progress}}$ {cite}`hagele2024scaling`.
+#
+# A schedule is a function from the step, counted from 0, to a factor. Ours never begin with a
+# factor of 0, which would waste the first step, and stay flat after the end, for runs that go on.
 
 # %%
 #| export
@@ -810,7 +1357,7 @@ def constant_schedule(*, warmup: int = 0) -> Schedule:
 
 
 # %% [markdown]
-# shapes
+# The general form rises, stays and falls:
 
 # %%
 #| export
@@ -847,13 +1394,13 @@ def wsd_schedule(
 
 
 # %% [markdown]
-# others
+# The usual ones are that with nothing in between:
 
 
 # %%
 #| export
 def cosine_schedule(n_steps: int, *, warmup: int = 0, final: float = 0.1) -> Schedule:
-    """Return a linear warmup, then half a cosine from 1 to ``final`` at step ``n_steps``, then flat.
+    """Return linear warmup, half a cosine from 1 to ``final`` at step ``n_steps``, then flat.
 
     >>> [round(cosine_schedule(4, final=0.0)(step), 2) for step in range(6)]
     [1.0, 0.85, 0.5, 0.15, 0.0, 0.0]
@@ -864,14 +1411,34 @@ def cosine_schedule(n_steps: int, *, warmup: int = 0, final: float = 0.1) -> Sch
 
 
 def linear_schedule(n_steps: int, *, warmup: int = 0, final: float = 0.0) -> Schedule:
-    """Return a linear warmup, then a linear fall from 1 to ``final`` at step ``n_steps``, then flat."""
+    """Return linear warmup, a linear fall from 1 to ``final`` at step ``n_steps``, then flat."""
     _check_schedule(n_steps, warmup, final)
     decay = n_steps - warmup
     return wsd_schedule(n_steps, warmup=warmup, decay=decay, final=final, shape="linear")
 
 
+# %% mystnb={"figure": {"caption": "Schedules for 100 steps, drawn to 120. All rise over 10; each is flat after its end.", "name": "fig-optimization-schedules"}, "image": {"alt": "Factor against step. The cosine falls from 1 at step 10 in a half wave to 0.1 at 100 and stays. The linear one falls in a line to 0. Warmup-stable-decay stays at 1 until step 80 and then falls to 0, in a line, or with sqrt first steeply and then gently."}}
+drawn = {
+    "cosine": (cosine_schedule(100, warmup=10), "-"),
+    "linear": (linear_schedule(100, warmup=10), "-"),
+    "wsd, linear": (wsd_schedule(100, warmup=10), "--"),
+    "wsd, sqrt": (wsd_schedule(100, warmup=10, shape="sqrt"), "--"),
+}
+figure, ax = plt.subplots(figsize=(7, 2.8))
+for name, (schedule, line) in drawn.items():
+    ax.plot([schedule(step) for step in range(120)], line, label=name)
+ax.set(title="Factor of the peak rate", xlabel="step")
+ax.legend()
+plt.show()
+
 # %% [markdown]
-# clip
+# ## One bad batch
+#
+# A rare batch has a gradient a hundred times as long as usual. **Clipping** bounds the damage
+# {cite}`pascanu2013difficulty`: all gradients together are one vector; if its norm exceeds a
+# maximum, the vector is shortened to it, in place, and keeps its direction. A norm that is not
+# finite has no direction to keep: gradients stay, the caller sees the norm, and chapter 13 skips
+# the step.
 
 
 # %%
@@ -884,6 +1451,20 @@ def _by_kind(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     yield from kinds.values()
 
 
+def _global_norm(kinds: list[list[Tensor]]) -> Float[Tensor, ""]:
+    norms: list[Tensor] = []
+    for grads in kinds:
+        wide = torch.promote_types(grads[0].dtype, torch.float32)
+        norms += torch._foreach_norm(grads, 2, dtype=wide)
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+
+
+# %% [markdown]
+# On a processor one can look whether there is anything to do, and mostly there is not:
+
+
+# %%
+#| export
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Float[Tensor, ""]:
     """Scale all gradients, in place, so that their joint norm is at most ``max_norm``.
@@ -906,9 +1487,365 @@ def clip_gradients(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Fl
     return norm
 
 
-def _global_norm(kinds: list[list[Tensor]]) -> Float[Tensor, ""]:
-    norms: list[Tensor] = []
-    for grads in kinds:
-        wide = torch.promote_types(grads[0].dtype, torch.float32)
-        norms += torch._foreach_norm(grads, 2, dtype=wide)
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+# %%
+before = [p.grad.clone() for p in model.parameters()]
+norm = clip_gradients(model.parameters(), max_norm=0.01)
+again = clip_gradients(model.parameters(), max_norm=math.inf)
+ratio = [(p.grad / b)[b != 0] for p, b in zip(model.parameters(), before, strict=True)]
+same = torch.cat([r.flatten() for r in ratio])
+print(f"norm before {norm:.1f}, after {again:.3f}; one factor for all:",
+      torch.allclose(same, same[0].expand_as(same)))  # fmt: skip
+
+# %% [markdown]
+# ## A race
+#
+# Which is best? A race is worth something only if each runner is tuned as much as the others. The
+# problem: 44,000 parameters, 80 steps of eight stories, warmup and linear decay, clipping at 1,
+# all as above. Each optimizer tries five learning rates, half a decade apart, with one seed. Then
+# it runs at its best rate with three *new* seeds, as the loss of the seed that chose the rate is
+# flattered. Measured is the loss on 100 stories that nobody has seen.
+
+
+# %%
+def race(name: str, lr: float, seed: int, n_steps: int = 80) -> float:
+    torch.manual_seed(seed)
+    model = TransformerLM(ModelConfig(d_model=32, n_layers=2, **sizes))
+    if name in ("sgd", "momentum"):
+        optimizer = SGD(model.parameters(), lr, momentum=0.9 * (name == "momentum"))
+    else:
+        optimizer = build_optimizer(model, name, lr)
+    factor = linear_schedule(n_steps, warmup=n_steps // 10)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    for _ in range(n_steps):
+        optimizer.zero_grad()
+        loss_on(model, torch.randint(1400, (8,))).backward()
+        clip_gradients(model.parameters(), max_norm=1.0)
+        optimizer.step()
+        scheduler.step()
+    with torch.no_grad():
+        return loss_on(model, slice(1400, 1500)).item()
+
+
+rates = {"sgd": 0.3, "momentum": 0.1, "adamw": 0.003, "muon": 0.01}  # the least of five
+tried = {name: [low * 10 ** (i / 2) for i in range(5)] for name, low in rates.items()}
+tuning = {name: [race(name, lr, seed=0) for lr in tried[name]] for name in rates}
+
+# %%
+best = {name: min(range(5), key=tuning[name].__getitem__) for name in rates}
+final = {name: [race(name, tried[name][best[name]], seed) for seed in (1, 2, 3)] for name in rates}
+interior = [0 < number < 4 for number in best.values()]
+print("the best rate is inside of the range of each:", all(interior))
+adaptive = final["adamw"] + final["muon"]
+plain = final["sgd"] + final["momentum"]
+print("every run of AdamW and Muon beats every run of both SGDs:", max(adaptive) < min(plain))
+floor = TinyWorld().entropy() / (sum(map(len, stories)) / len(stories) + 1)
+print(f"loss floor of this world: {floor:.1f} nats per token")
+
+# %% mystnb={"figure": {"caption": "A race, tuned. Left, the loss after 80 steps against the learning rate. Right, three fresh seeds at each one's best rate. Both adaptive methods lead by far more than the spread of seeds; between them the spread decides.", "name": "fig-optimization-race"}, "image": {"alt": "Left, four bowls of loss over learning rate on a logarithmic axis, AdamW and Muon lower than SGD and momentum. Right, three dots for each optimizer: SGD and momentum around 1.9, AdamW and Muon around 1.5, their dots close to each other."}}
+figure, axes = plt.subplots(1, 2)
+for place, name in enumerate(rates):
+    axes[0].semilogx(tried[name], tuning[name], "o-", label=name)
+    axes[1].plot([place] * 3, final[name], "o")
+axes[0].set(title="One seed", xlabel="learning rate", ylabel="loss (nats per token)", ylim=(1, 3))
+axes[0].legend()
+axes[1].set(title="At the best rate, three new seeds", ylim=(1, 2.5))
+axes[1].set_xticks(range(4), rates)
+plt.show()
+
+# %% [markdown]
+# RACE
+
+# %% [markdown]
+# ## Is it the real thing?
+#
+# Ours and torch's start from the same weights, take ten steps, exchange their state dicts and
+# take ten more, each from the other's state. In the end they must agree. Torch's Muon works in 16
+# bits, so ours does here, too.
+
+# %%
+pairs = {
+    "SGD": (SGD, torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    "AdamW": (AdamW, torch.optim.AdamW, {"betas": (0.9, 0.95), "weight_decay": 0.1}),
+    "Muon": (Muon, torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"}),
+}
+for name, (mine, theirs, settings) in pairs.items():
+    torch.manual_seed(0)
+    sixteen_bits = {"ns_dtype": torch.bfloat16} if name == "Muon" else {}
+    start, gradients = torch.randn(8, 12), torch.randn(20, 8, 12)
+    weights = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    optimizers = [mine(weights[:1], 0.01, **settings, **sixteen_bits)]
+    optimizers.append(theirs(weights[1:], 0.01, **settings))
+    for step, g in enumerate(gradients):
+        if step == 10:
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            for optimizer, state in zip(optimizers, reversed(states), strict=True):
+                optimizer.load_state_dict(state)
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            weight.grad = g.clone()
+            optimizer.step()
+    moved = (weights[1] - start).abs().max()
+    print(f"{name:5} agree:", ((weights[0] - weights[1]).abs().max() < 1e-4 * moved).item())
+
+# %% [markdown]
+# The loss against torch's, with its options, and the norm:
+
+# %%
+torch.manual_seed(0)
+hidden, head = torch.randn(50, 16, requires_grad=True), torch.randn(31, 16)
+wanted = torch.randint(31, (50,)).masked_fill(torch.rand(50) < 0.2, -100)
+theirs = F.cross_entropy(hidden @ head.T, wanted)
+ours = chunked_cross_entropy(hidden, head, wanted, chunk_size=7)
+grads = [torch.autograd.grad(loss, hidden)[0] for loss in (ours, theirs)]
+print("loss and gradient:", torch.allclose(ours, theirs), torch.allclose(*grads, atol=1e-7))
+for parameter, gradient in zip(model.parameters(), before, strict=True):
+    parameter.grad = gradient.clone()
+theirs = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+clipped = [p.grad.clone() for p in model.parameters()]
+for parameter, gradient in zip(model.parameters(), before, strict=True):
+    parameter.grad = gradient.clone()
+ours = clip_gradients(model.parameters(), 0.01)
+same = all(torch.allclose(p.grad, g) for p, g in zip(model.parameters(), clipped, strict=True))
+print("norm and clipped gradients:", torch.allclose(ours, theirs), same)
+
+# %% [markdown]
+# ## How fast is it?
+#
+# With one thread: the loss with its gradients at a vocabulary of 2,048, and a step of a model
+# of three million parameters.
+
+
+# %%
+def milliseconds(function: Callable[[], Any], repeats: int = 5) -> float:
+    times = []
+    for _ in range(repeats + 1):  # the first is not counted
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return 1000 * min(times[1:])
+
+
+hidden = torch.randn(4096, 128, requires_grad=True)
+head = torch.nn.Parameter(torch.randn(2048, 128) / 11)
+wanted = torch.randint(2048, (4096,))
+timed = ModelConfig(vocab_size=2048, context_length=256, d_model=192, n_layers=6, n_heads=4)
+model = TransformerLM(timed)
+for parameter in model.parameters():
+    parameter.grad = 1e-3 * torch.randn_like(parameter)
+matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+whole = milliseconds(lambda: F.cross_entropy(hidden @ head.T, wanted).backward())
+chunked = milliseconds(lambda: chunked_cross_entropy(hidden, head, wanted).backward())
+
+# %% tags=["nbval-ignore-output"]
+steps = {
+    "AdamW, ours": AdamW(model.parameters()).step,
+    "AdamW, ours, reference": AdamW(model.parameters(), backend="reference").step,
+    "AdamW, torch's default": torch.optim.AdamW(model.parameters()).step,
+    "AdamW, torch's fused": torch.optim.AdamW(model.parameters(), fused=True).step,
+    "Muon, ours": Muon(matrices).step,
+    "clipping, ours": lambda: clip_gradients(model.parameters(), 1e9),
+    "clipping, torch's": lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9),
+}
+for name, step in steps.items():
+    print(f"{name:24} {milliseconds(step):6.1f} ms")
+print(f"head and loss: {whole:.0f} ms; in chunks {whole / chunked:.1f} times as fast")
+
+# %% [markdown]
+# SPEED
+#
+# ## Exercises
+#
+# ````{exercise} Not quite certain
+# :label: ex-optimization-smoothing
+# *Fifteen minutes.* Label smoothing asks for $y' = (1 - \epsilon)\, y + \epsilon / V$ in the
+# place of the one-hot $y$. Derive the gradient by the logits, and write `smoothed_loss(logits,
+# targets, epsilon)`, the mean over tokens, from {py:func}`~llmbook.optimization.log_sum_exp`
+# alone, without a softmax. What is the least value that it can have, and is it zero?
+# ````
+
+
+# %% tags=["solution"]
+def smoothed_loss(logits: Tensor, targets: Tensor, epsilon: float) -> Tensor:
+    """Return the mean cross-entropy to targets that share ``epsilon`` among all tokens."""
+    # Sum of y'_i (log Z - z_i) = log Z - (1 - epsilon) z_y - epsilon mean(z), with gradient p - y'.
+    # It is least at p = y', where it is the entropy of y': above zero for epsilon > 0.
+    chosen = logits.gather(-1, targets[..., None]).squeeze(-1)
+    losses = log_sum_exp(logits) - (1 - epsilon) * chosen - epsilon * logits.mean(dim=-1)
+    return losses.mean()
+
+
+# %% tags=["check"]
+torch.manual_seed(0)
+logits, wanted = (30 * torch.randn(6, 9)).requires_grad_(), torch.randint(9, (6,))
+for epsilon in (0.0, 0.1, 1.0):
+    ours = smoothed_loss(logits, wanted, epsilon)
+    theirs = F.cross_entropy(logits, wanted, label_smoothing=epsilon)
+    assert torch.allclose(ours, theirs), f"epsilon {epsilon}: {ours:.4f}, torch has {theirs:.4f}"
+target = (1 - 0.1) * F.one_hot(wanted, 9) + 0.1 / 9
+slope = torch.autograd.grad(smoothed_loss(logits, wanted, 0.1), logits)[0]
+assert torch.allclose(slope, (logits.softmax(-1) - target) / 6, atol=1e-6), "p - y', over 6 tokens"
+assert smoothed_loss(1000 * torch.eye(2), torch.tensor([0, 1]), 0.0) == 0, "it must not overflow"
+
+# %% [markdown]
+# ````{exercise} How long does a mean remember?
+# :label: ex-optimization-memory
+# *Ten minutes.* In {eq}`optimization-moments` the weight of a gradient falls by $\beta$ with
+# every step. Write `half_life(beta)`, after how many steps half of it is left, and
+# `beta_for(tokens, batch_tokens)`, the beta for which half is left after that many `tokens`. What
+# becomes of $\beta_2 = 0.95$ at batches of a million tokens if the batch is a hundred times
+# smaller and the memory, in tokens, shall be the same?
+# ````
+
+
+# %% tags=["solution"]
+def half_life(beta: float) -> float:
+    """Return the number of steps after which a gradient has half of its weight."""
+    return math.log(0.5) / math.log(beta)
+
+
+def beta_for(tokens: float, batch_tokens: float) -> float:
+    """Return the beta whose half-life is ``tokens``, for batches of ``batch_tokens``."""
+    # beta^(tokens / batch) = 1/2. A hundredth of the batch: 0.95^(1/100) = 0.9995.
+    return 0.5 ** (batch_tokens / tokens)
+
+
+# %% tags=["check"]
+for beta in (0.5, 0.9, 0.999):
+    steps = half_life(beta)
+    assert abs(beta**steps - 0.5) < 1e-9, f"after {steps:.1f} steps {beta**steps:.3f} is left"
+    assert abs(beta_for(1000 * steps, 1000) - beta) < 1e-9, "both ways"
+small = beta_for(half_life(0.95) * 1e6, 1e4)
+assert abs(small - 0.95**0.01) < 1e-9, "a hundred small steps forget what one large step does"
+
+# %% [markdown]
+# ````{exercise} Coefficients compared
+# :label: ex-optimization-coefficients
+# *Twenty minutes.* Write `steps_needed(coefficients, strength, low)`: how many times the
+# polynomial $a s + b s^3 + c s^5$ must be applied until `strength`, a singular value between 0
+# and 1, is at least `low`. Compare Muon's with the textbook's $(1.5, -0.5, 0)$ and with $(1.875,
+# -1.25, 0.375)$ for a strength of 0.001. Show that the last two have $f(1) = 1$ and $f'(1) = 0$,
+# and Muon's do not. What does that mean for a matrix that is orthogonal already?
+# ````
+
+
+# %% tags=["solution"]
+def steps_needed(coefficients: tuple[float, float, float], strength: float, low: float) -> int:
+    """Return after how many iterations a singular value has reached ``low``."""
+    # From 0.001 to 0.7: 6 steps with Muon's, 17 with the cubic, 11 with the other quintic. At 1:
+    # 1.5 - 0.5 = 1 and 1.5 - 1.5 = 0; 1.875 - 1.25 + 0.375 = 1 and 1.875 - 3.75 + 1.875 = 0. Muon's
+    # give 0.701: an orthogonal matrix does not stay as it is, its strengths move to and fro.
+    (a, b, c), steps = coefficients, 0
+    while strength < low:
+        strength = a * strength + b * strength**3 + c * strength**5
+        steps += 1
+    return steps
+
+
+# %% tags=["check"]
+muon, cubic, quintic = (3.4445, -4.775, 2.0315), (1.5, -0.5, 0.0), (1.875, -1.25, 0.375)
+assert steps_needed(cubic, 0.9, 0.7) == 0, "what is large enough needs no step"
+found = [steps_needed(kind, 0.001, 0.7) for kind in (muon, cubic, quintic)]
+for kind, steps in zip((muon, cubic, quintic), found, strict=True):
+    weak = torch.diag(torch.tensor([0.001, 1.0 - 0.5e-6]))  # of norm 1, nearly
+    before, after = (orthogonalize(weak, n, coefficients=kind)[0, 0] for n in (steps - 1, steps))
+    assert before < 0.7 <= after + 1e-3, (
+        f"{kind}: {steps} steps, but there {before:.2f}, {after:.2f}"
+    )
+
+# %% [markdown]
+# ````{exercise} Rows that do not count
+# :label: ex-optimization-kept
+# *Twenty minutes.* In instruction tuning most targets are ignored, and
+# {py:func}`~llmbook.optimization.chunked_cross_entropy` makes their logits for nothing. Write
+# `loss_of_kept(hidden, weight, targets)` with the same loss and gradients, which hands it only
+# what counts. Why might this be unwelcome on an accelerator?
+# ````
+
+
+# %% tags=["solution"]
+def loss_of_kept(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean loss; logits are made for targets that count and for no others."""
+    # How many are kept is known to the accelerator only; the processor has to wait for it before
+    # it can ask for a tensor of that size, and torch.compile cannot plan for it.
+    kept = targets != -100
+    return chunked_cross_entropy(hidden[kept], weight, targets[kept])
+
+
+# %% tags=["check"]
+torch.manual_seed(0)
+hidden, weight = torch.randn(4, 25, 8, requires_grad=True), torch.randn(13, 8, requires_grad=True)
+wanted = torch.randint(13, (4, 25)).masked_fill(torch.rand(4, 25) < 0.8, -100)
+with LiveBytes() as few:
+    ours = torch.autograd.grad(loss_of_kept(hidden, weight, wanted), (hidden, weight))
+with LiveBytes() as many:
+    theirs = torch.autograd.grad(chunked_cross_entropy(hidden, weight, wanted), (hidden, weight))
+for a, b in zip(ours, theirs, strict=True):
+    assert torch.allclose(a, b, atol=1e-6), "gradients differ, or rows that do not count have one"
+assert few.peak < many.peak, f"peak of {few.peak} bytes, with all rows {many.peak}"
+nothing = loss_of_kept(hidden, weight, torch.full((4, 25), -100))
+assert nothing.isnan(), f"the mean over nothing is NaN, not {nothing.item()}"
+
+# %% [markdown]
+# ````{exercise} Only the sign
+# :label: ex-optimization-lion
+# *Half an hour.* Lion {cite}`chen2023symbolic` keeps one running mean only. With $c_t =
+# \beta_1 m_{t-1} + (1 - \beta_1) g_t$ it steps by $\theta_t = (1 - \eta\lambda)\, \theta_{t-1} -
+# \eta \operatorname{sign}(c_t)$, and only then sets $m_t = \beta_2 m_{t-1} + (1 - \beta_2) g_t$.
+# Write `lion_step(parameter, mean, lr, betas, weight_decay)`, which changes parameter and mean in
+# place. How much memory does it save against AdamW, and why will its rate be smaller?
+# ````
+
+
+# %% tags=["solution"]
+@torch.no_grad()
+def lion_step(
+    parameter: Tensor, mean: Tensor, lr: float, betas: tuple[float, float], weight_decay: float
+) -> None:
+    """Take a step of Lion with the gradient of ``parameter``."""
+    # One number for each parameter in the place of two: half of the optimizer's state. Each
+    # entry moves by the whole rate at every step, also where the gradient is noise.
+    grad = parameter.grad
+    update = torch.sign(betas[0] * mean + (1 - betas[0]) * grad)
+    parameter.mul_(1 - lr * weight_decay).sub_(lr * update)
+    mean.mul_(betas[1]).add_((1 - betas[1]) * grad)
+
+
+# %% tags=["check"]
+parameter, mean = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0])), torch.zeros(3)
+parameter.grad = torch.tensor([0.5, -1e-6, 0.0])
+lion_step(parameter, mean, 0.1, (0.9, 0.99), 0.5)
+assert torch.allclose(parameter.data, torch.tensor([0.85, -1.8, 2.85])), "decay, then sign"
+assert torch.allclose(mean, torch.tensor([0.005, -1e-8, 0.0])), (
+    "the mean is kept by the second beta"
+)
+parameter.grad = torch.tensor([-0.04, 0.0, 2.0])
+lion_step(parameter, mean, 0.1, (0.9, 0.99), 0.0)
+# 0.9 * 0.005 - 0.1 * 0.04 is above zero: the old mean, and the first beta, decide.
+assert torch.allclose(parameter.data, torch.tensor([0.75, -1.7, 2.75])), "first beta, old mean"
+assert torch.allclose(mean, torch.tensor([0.00455, -9.9e-9, 0.02])), "after two steps"
+
+# %% [markdown]
+# ## Summary
+#
+# Maximum likelihood asks for the least cross-entropy, whose gradient by the logits is $p - y$.
+# Log-sum-exps are computed in 32 bits with the maximum taken out. Because the gradient is known
+# with the logits, no more than a chunk of them need exist. SGD follows the gradient, and the
+# steepest axis sets its rate; momentum lets agreeing gradients add up. Adam divides by the root
+# of a running mean square, with a correction that is exact in expectation, and AdamW keeps decay
+# outside of that fraction. Muon makes all singular values of an update alike. Matrices decay,
+# vectors and embeddings do not.
+#
+# **Checklist: loss and optimizer.**
+#
+# - Compute the loss in 32 bits, in chunks once logits outweigh activations, and let the mean
+#   over nothing be NaN.
+# - Begin with AdamW, betas of 0.9 and 0.95, decay 0.1 on matrices, clipping at 1; tune the rate
+#   first, by factors of three, and see that the best is not at the end of the range.
+# - Use Muon for the matrices of blocks if its products cost little: width far below a fifth of the
+#   tokens in a batch.
+# - Warm up. Take a cosine if you know the length of the run, warmup-stable-decay if not.
+# - Compare optimizers only at the best rate of each, over seeds.
+#
+# **Further reading.** Loshchilov and Hutter {cite}`loshchilov2019decoupled` for decay, Jordan
+# {cite}`jordan2024muon` and Liu and colleagues {cite}`liu2025muon` for Muon, Bernstein and
+# Newhouse {cite}`bernstein2024old` for optimizers as choices of a norm. Next, {doc}`13_training`
+# puts all of it into a loop that survives being killed.
