@@ -5,15 +5,14 @@ weights every time."""
 
 # %% auto #0
 __all__ = ['Objective', 'Row', 'WORD_KINDS', 'RUNS', 'next_token_objective', 'compact', 'split_rows', 'TrainingConfig',
-           'TrainingError', 'SpikeDetector', 'Sink', 'MetricsLog', 'LogWarning', 'TensorBoard', 'ProgressBar',
-           'LivePlot', 'plot_columns', 'activation_scales', 'peak_flops', 'peak_memory', 'update_ratio',
-           'CheckpointError', 'CheckpointWarning', 'save_checkpoint', 'load_checkpoint', 'list_checkpoints',
-           'newest_checkpoint', 'random_states', 'set_random_states', 'unnoticed', 'Trainer', 'word_kinds',
-           'GapToFloor', 'documents_score', 'DataConfig', 'TokenizerConfig', 'RunConfig', 'compressors', 'Pretrained',
-           'load_run', 'run', 'artifacts_folder', 'load_or_train', 'pretrained', 'report', 'main']
+           'TrainingError', 'SpikeDetector', 'random_states', 'set_random_states', 'unnoticed', 'activation_scales',
+           'peak_flops', 'peak_memory', 'update_ratio', 'Sink', 'MetricsLog', 'LogWarning', 'TensorBoard',
+           'ProgressBar', 'LivePlot', 'plot_columns', 'CheckpointError', 'CheckpointWarning', 'save_checkpoint',
+           'load_checkpoint', 'list_checkpoints', 'newest_checkpoint', 'Trainer', 'DataConfig', 'TokenizerConfig',
+           'RunConfig', 'word_kinds', 'GapToFloor', 'documents_score', 'compressors', 'Pretrained', 'load_run', 'run',
+           'artifacts_folder', 'load_or_train', 'pretrained', 'report', 'main']
 
-# %% ../chapters/13_training.ipynb #45f41ea2
-import ast
+# %% ../chapters/13_training.ipynb #5f563797
 import difflib
 import gzip
 import importlib.util
@@ -37,18 +36,10 @@ from hashlib import blake2b
 from pathlib import Path
 from statistics import median
 from types import NoneType, UnionType
-from typing import (
-    Annotated,
-    Any,
-    NamedTuple,
-    Protocol,
-    TypeVar,
-    cast,
-    get_args,
-    get_origin,
-    runtime_checkable,
-)
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
+from typing import cast, get_args, get_origin, runtime_checkable
 
+# %% ../chapters/13_training.ipynb #4c237c02
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
@@ -72,9 +63,11 @@ from .optimization import linear_schedule, wsd_schedule
 from .tinyworld import Story, TinyWorld
 from .tokenizer import GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, train_bpe
 
-# %% ../chapters/13_training.ipynb #ec40b61c
+# %% ../chapters/13_training.ipynb #fc7176c5
 #: From a model and a batch to the summed loss of its targets and their number.
 Objective = Callable[[nn.Module, Any], tuple[Float[Tensor, ""], Any]]
+#: What is measured at once: numbers by name.
+Row = Mapping[str, int | float]
 
 
 def next_token_objective(
@@ -162,56 +155,6 @@ class _Settings:
     spike_factor: float | None = None  # skip steps with a gradient so many times the usual one
     max_skipped: int = 20  # in a row
 
-# %% ../chapters/13_training.ipynb #1eed17dd
-_T = TypeVar("_T")
-
-
-def _from_dict(kind: Callable[..., _T], entries: Any) -> _T:
-    """Build a dataclass from what a file says; a ValueError names what is unknown or wrong."""
-    if not isinstance(entries, Mapping):
-        raise ValueError(f"expected settings by name, got {entries!r}")
-    known = {f.name: f for f in fields(cast(Any, kind))}
-    for name in entries.keys() - known.keys():
-        close = difflib.get_close_matches(str(name), known, 1)
-        hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
-        raise ValueError(f"{name}: no such setting{hint}")
-    for name, f in known.items():
-        if name not in entries and f.default is MISSING and f.default_factory is MISSING:
-            raise ValueError(f"{name}: expected a value, but it is missing")
-    given = {name: _converted(name, value, known[name].type) for name, value in entries.items()}
-    return kind(**given)
-
-
-def _converted(name: str, value: Any, kind: Any) -> Any:
-    """Return a value of a file as the ``kind`` of its field, or raise a ValueError."""
-    options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    if isinstance(value, str) and float in options:  # YAML takes 1e-3 for a text
-        with suppress(ValueError):
-            return float(value)
-    if float in options and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, list | tuple) and get_origin(options[0]) is tuple:
-        return _as_tuple(name, value, get_args(options[0]))
-    plain = tuple(get_origin(option) or option for option in options)
-    if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
-        names = " or ".join("nothing" if p is NoneType else p.__name__ for p in plain)
-        raise ValueError(f"{name}: expected {names}, got {value!r}")
-    return value
-
-
-def _as_tuple(name: str, values: Sequence[Any], kinds: tuple[Any, ...]) -> tuple[Any, ...]:
-    kinds = (kinds[0],) * len(values) if kinds[-1] is Ellipsis else kinds
-    if len(values) != len(kinds):
-        raise ValueError(f"{name}: expected {len(kinds)} values, got {list(values)}")
-    return tuple(_converted(name, value, kind) for value, kind in zip(values, kinds, strict=True))
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, as files have them."""
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
-
 # %% ../chapters/13_training.ipynb #7599fc99
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(_Settings):
@@ -263,6 +206,136 @@ def _check_amount(name: str, value: float | None, above: float | None = None) ->
     if value is not None and (low or not math.isfinite(value)):
         raise ValueError(f"{name}: expected a finite number, {least}, got {value}")
 
+# %% ../chapters/13_training.ipynb #449abc96
+_T = TypeVar("_T")
+
+
+def _from_dict(kind: Callable[..., _T], entries: Any) -> _T:
+    """Build a dataclass from what a file says; a ValueError names what is unknown or wrong."""
+    if not isinstance(entries, Mapping):
+        raise ValueError(f"expected settings by name, got {entries!r}")
+    known = {f.name: f for f in fields(cast(Any, kind))}
+    for name in entries.keys() - known.keys():
+        close = difflib.get_close_matches(str(name), known, 1)
+        hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
+        raise ValueError(f"{name}: no such setting{hint}")
+    for name, f in known.items():
+        if name not in entries and f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"{name}: expected a value, but it is missing")
+    given = {name: _converted(name, value, known[name].type) for name, value in entries.items()}
+    return kind(**given)
+
+# %% ../chapters/13_training.ipynb #5e605f02
+def _converted(name: str, value: Any, kind: Any) -> Any:
+    """Return a value of a file as the ``kind`` of its field, or raise a ValueError."""
+    options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if isinstance(value, str) and float in options:  # YAML takes 1e-3 for a text
+        with suppress(ValueError):
+            return float(value)
+    if float in options and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, list | tuple) and get_origin(options[0]) is tuple:
+        return _as_tuple(name, value, get_args(options[0]))
+    plain = tuple(get_origin(option) or option for option in options)
+    if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
+        names = " or ".join("nothing" if p is NoneType else p.__name__ for p in plain)
+        raise ValueError(f"{name}: expected {names}, got {value!r}")
+    return value
+
+# %% ../chapters/13_training.ipynb #2f490710
+def _as_tuple(name: str, values: Sequence[Any], kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    kinds = (kinds[0],) * len(values) if kinds[-1] is Ellipsis else kinds
+    if len(values) != len(kinds):
+        raise ValueError(f"{name}: expected {len(kinds)} values, got {list(values)}")
+    return tuple(_converted(name, value, kind) for value, kind in zip(values, kinds, strict=True))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as files have them."""
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+# %% ../chapters/13_training.ipynb #ee638ca3
+class _Gradients:
+    """The first layer of the trainer: gradients of a batch, in micro-batches."""
+
+    def __init__(
+        self, model: nn.Module, config: TrainingConfig, objective: Objective | None = None
+    ):
+        self.model, self.config = model, config
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.device = next(model.parameters()).device
+        self.objective = objective or _default_objective(model, config)
+        self.score = objective or next_token_objective  # what evaluation adds up
+
+    def compute(self, objective: Objective, batch: Any) -> tuple[Tensor, Any]:
+        """Return summed loss and number of targets, at the precision that was asked for."""
+        batch = compact(batch) if isinstance(batch, Batch) else batch
+        batch = batch.to(self.device) if hasattr(batch, "to") else batch
+        bfloat16 = self.config.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+            return objective(self.model, batch)
+
+    def accumulate(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Add up the gradients of all micro-batches; return summed loss and number of targets."""
+        total, count = torch.zeros((2,), device=self.device).unbind()
+        for part in split_rows(batch, self.config.micro_batch_size):
+            loss, n_targets = self.compute(self.objective, part)
+            loss.backward()
+            total, count = total + loss.detach(), count + n_targets
+        return total, count
+
+# %% ../chapters/13_training.ipynb #d601bbef
+def _default_objective(model: nn.Module, config: TrainingConfig) -> Objective:
+    experts = getattr(getattr(model, "config", None), "n_experts", 0)
+    balance_loss = config.balance_loss if experts else 0.0
+    return partial(next_token_objective, z_loss=config.z_loss, balance_loss=balance_loss)
+
+
+def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    decay = {"weight_decay": config.weight_decay, "betas": config.betas}
+    name, rate = cast(Any, config.optimizer), config.learning_rate
+    return build_optimizer(model, name, rate, adamw_lr=config.adamw_rate, **cast(Any, decay))
+
+
+def _schedule(config: TrainingConfig) -> Callable[[int], float]:
+    if config.schedule == "constant":
+        return constant_schedule(warmup=config.warmup)
+    make = {"cosine": cosine_schedule, "wsd": wsd_schedule, "linear": linear_schedule}
+    return make[config.schedule](config.n_steps, warmup=config.warmup, final=config.final)
+
+# %% ../chapters/13_training.ipynb #6c4d92ed
+class _Steps(_Gradients):
+    """The second layer: one step of the optimizer, with a clipped gradient and a scheduled rate."""
+
+    def __init__(
+        self, model: nn.Module, config: TrainingConfig, objective: Objective | None = None
+    ):
+        super().__init__(model, config, objective)
+        self.step = 0  # how many were taken
+        self.optimizer, self.schedule = _optimizer(model, config), _schedule(config)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def train_step(self, batch: Any) -> dict[str, float]:
+        """Learn from one batch; return its mean loss, the norm of the gradient, the targets."""
+        self.optimizer.zero_grad()
+        total, count = self.accumulate(batch)
+        if gradients := [p.grad for p in self.parameters if p.grad is not None]:
+            torch._foreach_div_(gradients, count)  # from the sum over all targets to the mean
+        norm = clip_gradients(self.parameters, self.config.clip_norm or math.inf)
+        numbers = torch.stack([total / count, norm.to(total), count]).tolist()  # waits for a GPU
+        report = dict(zip(("loss", "gradient_norm", "targets"), numbers, strict=True))
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.schedule(self.step)
+        self.step += 1
+        self.update(report)
+        return report
+
+    def update(self, report: dict[str, float]) -> None:
+        """Change the weights."""
+        self.optimizer.step()
+
 # %% ../chapters/13_training.ipynb #e7d91015
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step, and why."""
@@ -287,11 +360,166 @@ class SpikeDetector:
             self.recent.append(norm)
         return spike
 
-# %% ../chapters/13_training.ipynb #5be0c6ee
-#: What is logged at once: numbers by name, "step" among them.
-Row = Mapping[str, int | float]
+# %% ../chapters/13_training.ipynb #61d89804
+class _Guarded(_Steps):
+    """The third layer: steps that would do harm are skipped and counted."""
+
+    def __init__(
+        self, model: nn.Module, config: TrainingConfig, objective: Objective | None = None
+    ):
+        super().__init__(model, config, objective)
+        self.spikes, self.skipped, self.skipped_in_a_row = SpikeDetector(config.spike_factor), 0, 0
+
+    def reason_to_skip(self, report: Row) -> str | None:
+        """Say why the step that ``report`` is of should not be taken, or None."""
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(report[name]):
+                return f"the {name.replace('_', ' ')} was {report[name]}"
+        norm, factor = report["gradient_norm"], self.spikes.factor
+        spike = self.spikes.is_spike(norm)
+        return f"the gradient norm was {norm:.3g}, {factor} times the usual" if spike else None
+
+    def update(self, report: dict[str, float]) -> None:
+        """Change the weights, unless there is a reason not to."""
+        reason = self.reason_to_skip(report)
+        if reason is None:
+            super().update(report)
+        self.skipped += reason is not None
+        self.skipped_in_a_row = 0 if reason is None else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row > self.config.max_skipped:
+            row = f"{self.skipped_in_a_row} steps in a row were skipped"
+            raise TrainingError(f"step {self.step}: {row}, the last because {reason}")
+
+# %% ../chapters/13_training.ipynb #3501eb32
+def random_states() -> dict[str, Any]:
+    """Return the states of all global random generators: of Python, NumPy, PyTorch."""
+    numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002
+    inner = numpy_state["state"] | {"key": numpy_state["state"]["key"].tolist()}
+    return {
+        "python": random.getstate(),
+        "numpy": numpy_state | {"state": inner},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
 
 
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Set all global random generators to what ``random_states`` returned."""
+    random.setstate(states["python"])
+    inner = states["numpy"]["state"]
+    key = np.array(inner["key"], np.uint32)
+    np.random.set_state({**states["numpy"], "state": {**inner, "key": key}})  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+# %% ../chapters/13_training.ipynb #bc823b3c
+@contextmanager
+def unnoticed(model: nn.Module) -> Iterator[None]:
+    """Evaluate in here and training goes on as if nobody had looked.
+
+    There is no dropout and no gradient, and all random generators are set back.
+    """
+    was_training, states = model.training, random_states()
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+        set_random_states(states)
+
+# %% ../chapters/13_training.ipynb #0d28f049
+class _Evaluated(_Guarded):
+    """The fourth layer: how good the model is on text that it does not learn from."""
+
+    validation: Sequence[Any] | None = None
+    probes: Sequence[Callable[[nn.Module], Row]] = ()
+
+    def evaluate(self) -> float:
+        """Return the mean loss over all targets of the validation batches, in nats.
+
+        A ``ValueError`` if there are no batches, NaN if they have no targets.
+        """
+        if not self.validation:
+            raise ValueError("validation: expected at least one batch to evaluate on, got none")
+        total, count = 0.0, 0
+        with unnoticed(self.model):
+            for batch in self.validation:
+                loss, n_targets = self.compute(self.score, batch)
+                total, count = total + float(loss), count + int(n_targets)
+        return total / count if count else math.nan
+
+    def evaluation(self) -> dict[str, float]:
+        """Return what is logged of an evaluation: the loss, and what the probes say."""
+        row = {"validation_loss": self.evaluate()} if self.validation else {}
+        with unnoticed(self.model):
+            for probe in self.probes:
+                row |= probe(self.model)
+        return row
+
+# %% ../chapters/13_training.ipynb #057bfc84
+@torch.no_grad()
+def activation_scales(model: nn.Module, ids: Int64[Tensor, "batch sequence"]) -> dict[str, float]:
+    """Return how large the numbers are inside a ``TransformerLM`` that reads ``ids``.
+
+    "stream/0" and so on are the root-mean-square of what each block hands on, "logits" that of
+    the logits, "logits/max" the largest of them in absolute value.
+    """
+    scales: dict[str, Tensor] = {}
+
+    def measure(layer: int, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        scales[f"stream/{layer}"] = output.float().square().mean().sqrt()
+
+    hooks = [
+        block.register_forward_hook(partial(measure, layer))
+        for layer, block in enumerate(cast(Any, model).blocks)
+    ]
+    was_training = model.training
+    try:
+        logits = model.eval()(ids).float()
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    scales |= {"logits": logits.square().mean().sqrt(), "logits/max": logits.abs().max()}
+    return dict(zip(scales, torch.stack(list(scales.values())).tolist(), strict=True))
+
+# %% ../chapters/13_training.ipynb #978984e3
+@cache
+def peak_flops(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """Return the operations a second of the fastest large matrix product, measured once here."""
+    size = 4096 if torch.device(device).type == "cuda" else 1024
+    a = torch.full((size, size), 0.5, dtype=dtype, device=device)  # draws no random number
+    fastest = math.inf
+    for _ in range(6):  # the first warms up
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits until it is there
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * size**3 / fastest
+
+
+def peak_memory(device: torch.device | str = "cpu") -> float:
+    """Return the most bytes that this process has held, on a GPU those of tensors; or NaN."""
+    if torch.device(device).type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+# %% ../chapters/13_training.ipynb #2308d0c7
+def update_ratio(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Return the norm of the change of all weights over the norm of the weights before it."""
+    changes = torch._foreach_norm(torch._foreach_sub(list(after), list(before)))
+    norms = torch._foreach_norm(list(before))
+    both = (torch.linalg.vector_norm(torch.stack(n)).item() for n in (changes, norms))
+    change, norm = both
+    return change / norm if norm else math.inf
+
+# %% ../chapters/13_training.ipynb #95370315
 @runtime_checkable
 class Sink(Protocol):
     """Where a trainer sends what it measures, as rows of numbers by name, "step" among them."""
@@ -305,11 +533,9 @@ class Sink(Protocol):
     def close(self) -> None:
         """Training has stopped."""
 
-# %% ../chapters/13_training.ipynb #09df5ac6
+# %% ../chapters/13_training.ipynb #d3d91a7f
 class MetricsLog:
-    """Rows of numbers by name, in memory and, if there is a ``path``, as JSON lines in a file.
-
-    A file that is there is read; a last line that was cut off is dropped, by ``start`` for good.
+    """Rows of numbers by name, in memory and, if there is a ``path``, in a file of JSON lines.
 
     >>> log = MetricsLog()
     >>> log.write({"step": 10, "loss": 3.5})
@@ -319,7 +545,7 @@ class MetricsLog:
 
     def __init__(self, path: str | Path | None = None):
         self.path = None if path is None else Path(path)
-        self.rows: list[Row] = [] if self.path is None else _read_rows(self.path)
+        self.rows = [] if self.path is None else _read_rows(self.path)
 
     def start(self, step: int) -> None:
         """Drop the rows of later steps, which will come again."""
@@ -334,17 +560,17 @@ class MetricsLog:
             _append_row(self.path, row)
 
     def close(self) -> None:
-        """Do nothing: each row is in the file already."""
+        """Do nothing: the file has all rows already."""
 
     def column(self, name: str) -> tuple[list[int], list[int | float]]:
         """Return the steps that have a value called ``name``, and the values."""
+        there = sorted({key for row in self.rows for key in row})
+        if name not in there:
+            raise ValueError(f"name: expected one of {', '.join(there)}, got {name!r}")
         rows = [row for row in self.rows if name in row]
-        if not rows:
-            there = ", ".join(sorted({key for row in self.rows for key in row})) or "nothing"
-            raise ValueError(f"name: expected one of those logged ({there}), got {name!r}")
         return [int(row["step"]) for row in rows], [row[name] for row in rows]
 
-# %% ../chapters/13_training.ipynb #bf404d8c
+# %% ../chapters/13_training.ipynb #4bf28585
 class LogWarning(UserWarning):
     """A row of a log could not be written, or not be read."""
 
@@ -363,7 +589,7 @@ def _read_rows(path: Path) -> list[Row]:
             return rows[: number - 1]
     return rows
 
-
+# %% ../chapters/13_training.ipynb #cad1d56d
 def _write_rows(path: Path, rows: Iterable[Row]) -> None:
     with _whole_file(path) as draft:
         draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -473,66 +699,57 @@ def plot_columns(log: MetricsLog, names: Sequence[str], figure: Any) -> None:
     if there:
         axes.set(xlabel="step")
 
-# %% ../chapters/13_training.ipynb #057bfc84
-@torch.no_grad()
-def activation_scales(model: nn.Module, ids: Int64[Tensor, "batch sequence"]) -> dict[str, float]:
-    """Return how large the numbers are inside a ``TransformerLM`` that reads ``ids``.
+# %% ../chapters/13_training.ipynb #b995172f
+class _Measured(_Evaluated):
+    """The fifth layer: what is logged of the steps."""
 
-    "stream/0" and so on are the root-mean-square of what each block hands on, "logits" that of
-    the logits, "logits/max" the largest of them in absolute value.
-    """
-    scales: dict[str, Tensor] = {}
+    peak: float | None = None  # operations a second
+    loss_sum = target_sum = all_targets = 0.0  # since the last row of the log; since the beginning
+    seconds = recent_targets = 0.0  # since the last row, and since this process began
 
-    def measure(layer: int, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        scales[f"stream/{layer}"] = output.float().square().mean().sqrt()
+    def is_due(self, every: int | None) -> bool:
+        """Whether what is done ``every`` so many steps, and at the end, is done after this one."""
+        last = self.step == self.config.n_steps
+        return last or (every is not None and self.step % every == 0)
 
-    hooks = [
-        block.register_forward_hook(partial(measure, layer))
-        for layer, block in enumerate(cast(Any, model).blocks)
-    ]
-    was_training = model.training
-    try:
-        logits = model.eval()(ids).float()
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    scales |= {"logits": logits.square().mean().sqrt(), "logits/max": logits.abs().max()}
-    return dict(zip(scales, torch.stack(list(scales.values())).tolist(), strict=True))
-
-# %% ../chapters/13_training.ipynb #efa69b8d
-@cache
-def peak_flops(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
-    """Return the operations a second of the fastest large matrix product, measured once here."""
-    size = 4096 if torch.device(device).type == "cuda" else 1024
-    a = torch.randn(size, size, device=device).to(dtype)
-    fastest = math.inf
-    for _ in range(6):  # the first warms up
+    def train_step(self, batch: Any) -> dict[str, float]:
+        """Learn from one batch, and add it to the sums."""
         start = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits until it is there
-        fastest = min(fastest, time.perf_counter() - start)
-    return 2 * size**3 / fastest
+        report = super().train_step(batch)
+        self.seconds += time.perf_counter() - start
+        if math.isfinite(report["loss"]):
+            self.loss_sum += report["loss"] * report["targets"]
+            self.target_sum += report["targets"]
+        self.all_targets += report["targets"]
+        self.recent_targets += report["targets"]
+        return report
 
+    def update(self, report: dict[str, float]) -> None:
+        """Change the weights; if the step is logged, measure by how much."""
+        if not self.is_due(self.config.log_every):
+            return super().update(report)
+        before = [parameter.detach().clone() for parameter in self.parameters]
+        super().update(report)
+        report["update_ratio"] = update_ratio(before, self.parameters)
 
-def peak_memory(device: torch.device | str = "cpu") -> float:
-    """Return the most bytes that this process has held, on a GPU those of tensors; or NaN."""
-    if torch.device(device).type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-
-# %% ../chapters/13_training.ipynb #2308d0c7
-def update_ratio(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Return the norm of the change of all weights over the norm of the weights before it."""
-    changes = torch._foreach_norm(torch._foreach_sub(list(after), list(before)))
-    norms = torch._foreach_norm(list(before))
-    both = (torch.linalg.vector_norm(torch.stack(n)).item() for n in (changes, norms))
-    change, norm = both
-    return change / norm if norm else math.inf
+# %% ../chapters/13_training.ipynb #9ad843e4
+def _measurements(trainer: _Measured, batch: Any, report: Row) -> dict[str, float]:
+    """Return what is logged of the steps since the last time; the loss is their mean."""
+    loss = trainer.loss_sum / trainer.target_sum if trainer.target_sum else math.nan
+    speed = trainer.recent_targets / trainer.seconds
+    rate = trainer.config.learning_rate * trainer.schedule(trainer.step - 1)
+    row = {**report, "loss": loss, "targets": trainer.all_targets, "rate": rate}
+    row |= {"skipped": float(trainer.skipped), "tokens_per_second": speed}
+    row |= {"memory": peak_memory(trainer.device)}
+    config = getattr(trainer.model, "config", None)
+    if trainer.peak is not None and isinstance(config, ModelConfig):
+        row["mfu"] = flops_per_token(config) * speed / trainer.peak
+    if isinstance(trainer.model, TransformerLM) and isinstance(batch, Batch):
+        ids = compact(next(split_rows(batch, 1))).inputs.to(trainer.device)
+        with unnoticed(trainer.model):
+            row |= activation_scales(trainer.model, ids)
+    trainer.loss_sum = trainer.target_sum = trainer.recent_targets = trainer.seconds = 0.0
+    return row
 
 # %% ../chapters/13_training.ipynb #f6c331ec
 class CheckpointError(ValueError):
@@ -549,7 +766,7 @@ _DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _CHECKSUM, _DIGEST_SIZE = "checksum", 32
 
-# %% ../chapters/13_training.ipynb #090c22ff
+# %% ../chapters/13_training.ipynb #83e8859b
 def _to_tree(value: Any, name: str, tensors: dict[str, Tensor], seen: dict[Any, str]) -> Any:
     """Return ``value`` as JSON has it; its tensors go to ``tensors`` under the names in it."""
     if isinstance(value, Tensor):
@@ -572,7 +789,7 @@ def _to_tree(value: Any, name: str, tensors: dict[str, Tensor], seen: dict[Any, 
         return value
     raise ValueError(f"state: {name}: expected tensors, numbers and texts, got {type(value)}")
 
-
+# %% ../chapters/13_training.ipynb #69214845
 def _from_tree(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(tree, list):
         return [_from_tree(part, tensors) for part in tree]
@@ -641,7 +858,7 @@ def _sync_folder(folder: Path) -> None:
         finally:
             os.close(descriptor)
 
-# %% ../chapters/13_training.ipynb #1ffa01a5
+# %% ../chapters/13_training.ipynb #9ef9097a
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return the state that ``save_checkpoint`` wrote, its tensors on the CPU.
 
@@ -660,7 +877,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             raise
         raise CheckpointError(f"{path}: no checkpoint of ours: {error}") from error
 
-
+# %% ../chapters/13_training.ipynb #9c28dc99
 def _read_header(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -718,28 +935,66 @@ def _sweep(folder: Path, keep_last: int) -> None:
     for path in (*surplus, *folder.glob(".*.safetensors.*.part")):
         path.unlink(missing_ok=True)
 
-# %% ../chapters/13_training.ipynb #3501eb32
-def random_states() -> dict[str, Any]:
-    """Return the states of all global random generators: of Python, NumPy, PyTorch."""
-    numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002
-    inner = numpy_state["state"] | {"key": numpy_state["state"]["key"].tolist()}
-    return {
-        "python": random.getstate(),
-        "numpy": numpy_state | {"state": inner},
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+# %% ../chapters/13_training.ipynb #066d326a
+_COUNTERS = ("step", "skipped", "skipped_in_a_row", "loss_sum", "target_sum", "all_targets", "best")
 
 
-def set_random_states(states: Mapping[str, Any]) -> None:
-    """Set all global random generators to what ``random_states`` returned."""
-    random.setstate(states["python"])
-    inner = states["numpy"]["state"]
-    key = np.array(inner["key"], np.uint32)
-    np.random.set_state({**states["numpy"], "state": {**inner, "key": key}})  # noqa: NPY002
-    torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+class _Saved(_Measured):
+    """The sixth layer: what outlives the process."""
+
+    batches: ResumableBatches
+    folder: Path | None = None
+    best = math.inf  # the lowest validation loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the steps to come depend on, fit for ``save_checkpoint``."""
+        return {
+            "config": self.config.to_dict(),
+            "counters": {name: getattr(self, name) for name in _COUNTERS},
+            "norms": list(self.spikes.recent),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "batches": self.batches.state_dict(),
+            "random": random_states(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken; a ``ValueError`` says what is not as it was then."""
+        _load_state(self, state)
+
+    def save(self) -> None:
+        """Write a checkpoint and remove old ones; if the disk refuses, that is a warning."""
+        if self.folder is not None and _save(_place(self.folder, self.step), self.state_dict()):
+            _sweep(self.folder, self.config.keep_last)
+
+# %% ../chapters/13_training.ipynb #9f1f701a
+_MAY_CHANGE = {"evaluate_every", "log_every", "checkpoint_every", "keep_last", "max_skipped"}
+
+
+def _load_state(trainer: _Saved, state: Mapping[str, Any]) -> None:
+    here, there = trainer.config.to_dict(), state["config"]
+    for name in sorted((here.keys() | there.keys()) - _MAY_CHANGE):
+        if here.get(name) != there.get(name):
+            then = f"expected {there.get(name)!r}, as in the checkpoint"
+            raise ValueError(f"{name}: {then}, got {here.get(name)!r}")
+    trainer.batches.load_state_dict(state["batches"])
+    trainer.model.load_state_dict(state["model"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    set_random_states(state["random"])
+    for name in _COUNTERS:
+        setattr(trainer, name, state["counters"][name])
+    trainer.spikes.recent.clear()
+    trainer.spikes.recent.extend(state["norms"])
+
+
+def _save(path: Path, state: Mapping[str, Any]) -> bool:
+    try:
+        save_checkpoint(path, state)
+    except OSError as error:
+        message = f"{path}: not saved: {error}; what was saved before stays"
+        warnings.warn(message, CheckpointWarning, stacklevel=4)
+        return False
+    return True
 
 # %% ../chapters/13_training.ipynb #4092a55b
 @contextmanager
@@ -775,285 +1030,6 @@ def _alone_in(folder: Path | None) -> Iterator[None]:
     except Timeout:
         raise TrainingError(f"{folder}: another process is training there") from None
 
-# %% ../chapters/13_training.ipynb #ee638ca3
-class _Gradients:
-    """The first layer of the trainer: gradients of a batch, in micro-batches."""
-
-    def __init__(
-        self, model: nn.Module, config: TrainingConfig, objective: Objective | None = None
-    ):
-        self.model, self.config = model, config
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.device = next(model.parameters()).device
-        self.objective = objective or _default_objective(model, config)
-        self.score = objective or next_token_objective  # what evaluation adds up
-
-    def compute(self, objective: Objective, batch: Any) -> tuple[Tensor, Any]:
-        """Return summed loss and number of targets, at the precision that was asked for."""
-        batch = compact(batch) if isinstance(batch, Batch) else batch
-        batch = batch.to(self.device) if hasattr(batch, "to") else batch
-        bfloat16 = self.config.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-            return objective(self.model, batch)
-
-    def accumulate(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Add up the gradients of all micro-batches; return summed loss and number of targets."""
-        total, count = torch.zeros((2,), device=self.device).unbind()
-        for part in split_rows(batch, self.config.micro_batch_size):
-            loss, n_targets = self.compute(self.objective, part)
-            loss.backward()
-            total, count = total + loss.detach(), count + n_targets
-        return total, count
-
-# %% ../chapters/13_training.ipynb #d601bbef
-def _default_objective(model: nn.Module, config: TrainingConfig) -> Objective:
-    experts = getattr(getattr(model, "config", None), "n_experts", 0)
-    balance_loss = config.balance_loss if experts else 0.0
-    return partial(next_token_objective, z_loss=config.z_loss, balance_loss=balance_loss)
-
-
-def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    decay = {"weight_decay": config.weight_decay, "betas": config.betas}
-    name, rate = cast(Any, config.optimizer), config.learning_rate
-    return build_optimizer(model, name, rate, adamw_lr=config.adamw_rate, **cast(Any, decay))
-
-
-def _schedule(config: TrainingConfig) -> Callable[[int], float]:
-    if config.schedule == "constant":
-        return constant_schedule(warmup=config.warmup)
-    make = {"cosine": cosine_schedule, "wsd": wsd_schedule, "linear": linear_schedule}
-    return make[config.schedule](config.n_steps, warmup=config.warmup, final=config.final)
-
-# %% ../chapters/13_training.ipynb #6c4d92ed
-class _Steps(_Gradients):
-    """The second layer: one step of the optimizer, with a clipped gradient and a scheduled rate."""
-
-    def __init__(
-        self, model: nn.Module, config: TrainingConfig, objective: Objective | None = None
-    ):
-        super().__init__(model, config, objective)
-        self.step = 0  # how many were taken
-        self.optimizer, self.schedule = _optimizer(model, config), _schedule(config)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
-
-    def train_step(self, batch: Any) -> dict[str, float]:
-        """Learn from one batch; return its mean loss, the norm of the gradient, the targets."""
-        self.optimizer.zero_grad()
-        total, count = self.accumulate(batch)
-        if gradients := [p.grad for p in self.parameters if p.grad is not None]:
-            torch._foreach_div_(gradients, count)  # from the sum over all targets to the mean
-        norm = clip_gradients(self.parameters, self.config.clip_norm or math.inf)
-        numbers = torch.stack([total / count, norm.to(total), count]).tolist()  # waits for a GPU
-        report = dict(zip(("loss", "gradient_norm", "targets"), numbers, strict=True))
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * self.schedule(self.step)
-        self.step += 1
-        self.update(report)
-        return report
-
-    def update(self, report: dict[str, float]) -> None:
-        """Change the weights."""
-        self.optimizer.step()
-
-# %% ../chapters/13_training.ipynb #61d89804
-class _Guarded(_Steps):
-    """The third layer: steps that would do harm are skipped and counted."""
-
-    def __init__(
-        self, model: nn.Module, config: TrainingConfig, objective: Objective | None = None
-    ):
-        super().__init__(model, config, objective)
-        self.spikes, self.skipped, self.skipped_in_a_row = SpikeDetector(config.spike_factor), 0, 0
-
-    def reason_to_skip(self, report: Row) -> str | None:
-        """Say why the step that ``report`` is of should not be taken, or None."""
-        for name in ("loss", "gradient_norm"):
-            if not math.isfinite(report[name]):
-                return f"the {name.replace('_', ' ')} was {report[name]}"
-        norm, factor = report["gradient_norm"], self.spikes.factor
-        spike = self.spikes.is_spike(norm)
-        return f"the gradient norm was {norm:.3g}, {factor} times the usual" if spike else None
-
-    def update(self, report: dict[str, float]) -> None:
-        """Change the weights, unless there is a reason not to."""
-        reason = self.reason_to_skip(report)
-        if reason is None:
-            super().update(report)
-        self.skipped += reason is not None
-        self.skipped_in_a_row = 0 if reason is None else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row > self.config.max_skipped:
-            row = f"{self.skipped_in_a_row} steps in a row were skipped"
-            raise TrainingError(f"step {self.step}: {row}, the last because {reason}")
-
-# %% ../chapters/13_training.ipynb #bc823b3c
-@contextmanager
-def unnoticed(model: nn.Module) -> Iterator[None]:
-    """Evaluate in here and training goes on as if nobody had looked.
-
-    There is no dropout and no gradient, and all random generators are set back.
-    """
-    was_training, states = model.training, random_states()
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-        set_random_states(states)
-
-# %% ../chapters/13_training.ipynb #0d28f049
-class _Evaluated(_Guarded):
-    """The fourth layer: how good the model is on text that it does not learn from."""
-
-    validation: Sequence[Any] | None = None
-    probes: Sequence[Callable[[nn.Module], Row]] = ()
-
-    def evaluate(self) -> float:
-        """Return the mean loss over all targets of the validation batches, in nats.
-
-        A ``ValueError`` if there are no batches, NaN if they have no targets.
-        """
-        if not self.validation:
-            raise ValueError("validation: expected at least one batch to evaluate on, got none")
-        total, count = 0.0, 0
-        with unnoticed(self.model):
-            for batch in self.validation:
-                loss, n_targets = self.compute(self.score, batch)
-                total, count = total + float(loss), count + int(n_targets)
-        return total / count if count else math.nan
-
-    def evaluation(self) -> dict[str, float]:
-        """Return what is logged of an evaluation: the loss, and what the probes say."""
-        row = {"validation_loss": self.evaluate()} if self.validation else {}
-        with unnoticed(self.model):
-            for probe in self.probes:
-                row |= probe(self.model)
-        return row
-
-# %% ../chapters/13_training.ipynb #21766faa
-class _Measured(_Evaluated):
-    """The fifth layer: what is logged of the steps."""
-
-    peak: float | None = None  # operations a second
-    loss_sum = target_sum = all_targets = 0.0  # since the last row of the log; since the beginning
-    seconds = recent_targets = 0.0  # since the last row, and since this process began
-
-    def is_due(self, every: int | None) -> bool:
-        """Whether what is done ``every`` so many steps, and at the end, is done after this one."""
-        last = self.step == self.config.n_steps
-        return last or (every is not None and self.step % every == 0)
-
-    def train_step(self, batch: Any) -> dict[str, float]:
-        """Learn from one batch, and add it to the sums."""
-        start = time.perf_counter()
-        report = super().train_step(batch)
-        self.seconds += time.perf_counter() - start
-        if math.isfinite(report["loss"]):
-            self.loss_sum += report["loss"] * report["targets"]
-            self.target_sum += report["targets"]
-        self.all_targets += report["targets"]
-        self.recent_targets += report["targets"]
-        return report
-
-    def update(self, report: dict[str, float]) -> None:
-        """Change the weights; if the step is logged, measure by how much."""
-        due = self.is_due(self.config.log_every)
-        before = [p.detach().clone() for p in self.parameters] if due else None
-        super().update(report)
-        if before is not None:
-            report["update_ratio"] = update_ratio(before, self.parameters)
-
-    def measurements(self, batch: Any, report: Row) -> dict[str, float]:
-        """Return what is logged of the steps since the last time; the loss is their mean."""
-        return _measurements(self, batch, report)
-
-# %% ../chapters/13_training.ipynb #28dcc272
-def _measurements(trainer: _Measured, batch: Any, report: Row) -> dict[str, float]:
-    loss = trainer.loss_sum / trainer.target_sum if trainer.target_sum else math.nan
-    speed = trainer.recent_targets / trainer.seconds
-    rate = trainer.config.learning_rate * trainer.schedule(trainer.step - 1)
-    row = {**report, "loss": loss, "targets": trainer.all_targets, "rate": rate}
-    row |= {"skipped": float(trainer.skipped), "tokens_per_second": speed}
-    row |= {"memory": peak_memory(trainer.device)}
-    config = getattr(trainer.model, "config", None)
-    if trainer.peak is not None and isinstance(config, ModelConfig):
-        row["mfu"] = flops_per_token(config) * speed / trainer.peak
-    if isinstance(trainer.model, TransformerLM) and isinstance(batch, Batch):
-        ids = compact(next(split_rows(batch, 1))).inputs.to(trainer.device)
-        with unnoticed(trainer.model):
-            row |= activation_scales(trainer.model, ids)
-    trainer.loss_sum = trainer.target_sum = trainer.recent_targets = trainer.seconds = 0.0
-    return row
-
-# %% ../chapters/13_training.ipynb #9a0a5b52
-_COUNTERS = ("step", "skipped", "skipped_in_a_row", "loss_sum", "target_sum", "all_targets", "best")
-
-
-class _Saved(_Measured):
-    """The sixth layer: what outlives the process."""
-
-    batches: ResumableBatches
-    folder: Path | None = None
-    best = math.inf  # the lowest validation loss
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that the steps to come depend on, fit for ``save_checkpoint``."""
-        return {
-            "config": self.config.to_dict(),
-            "counters": {name: getattr(self, name) for name in _COUNTERS},
-            "norms": list(self.spikes.recent),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "batches": self.batches.state_dict(),
-            "random": random_states(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken; a ``ValueError`` says what is not as it was then."""
-        _load_state(self, state)
-
-    def save(self) -> None:
-        """Write a checkpoint and remove old ones; if the disk refuses, that is a warning."""
-        if self.folder is not None and _save(_place(self.folder, self.step), self.state_dict()):
-            _sweep(self.folder, self.config.keep_last)
-
-    def save_best(self, loss: float) -> None:
-        """Keep the weights as ``best.safetensors`` if no evaluation before had as low a loss."""
-        if loss < self.best:
-            self.best = loss
-            if self.folder is not None:
-                state = {"step": self.step, "loss": loss, "model": self.model.state_dict()}
-                _save(self.folder / "best.safetensors", state)
-
-# %% ../chapters/13_training.ipynb #9f1f701a
-_MAY_CHANGE = {"evaluate_every", "log_every", "checkpoint_every", "keep_last", "max_skipped"}
-
-
-def _load_state(trainer: _Saved, state: Mapping[str, Any]) -> None:
-    here, there = trainer.config.to_dict(), state["config"]
-    for name in sorted((here.keys() | there.keys()) - _MAY_CHANGE):
-        if here.get(name) != there.get(name):
-            then = f"expected {there.get(name)!r}, as in the checkpoint"
-            raise ValueError(f"{name}: {then}, got {here.get(name)!r}")
-    trainer.batches.load_state_dict(state["batches"])
-    trainer.model.load_state_dict(state["model"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    set_random_states(state["random"])
-    for name in _COUNTERS:
-        setattr(trainer, name, state["counters"][name])
-    trainer.spikes.recent.clear()
-    trainer.spikes.recent.extend(state["norms"])
-
-
-def _save(path: Path, state: Mapping[str, Any]) -> bool:
-    try:
-        save_checkpoint(path, state)
-    except OSError as error:
-        message = f"{path}: not saved: {error}; what was saved before stays"
-        warnings.warn(message, CheckpointWarning, stacklevel=4)
-        return False
-    return True
-
 # %% ../chapters/13_training.ipynb #f6b31af2
 class _Prepared(_Saved):
     """Everything that a trainer is given, checked."""
@@ -1082,8 +1058,83 @@ class _Prepared(_Saved):
         for block in getattr(model, "blocks", [model]) if config.compile else ():
             block.compile()
 
-# %% ../chapters/13_training.ipynb #f927c85b
-class Trainer(_Prepared):
+# %% ../chapters/13_training.ipynb #f7d29b2b
+class _Tended(_Prepared):
+    """What surrounds a step: a first evaluation, the log, checkpoints, the best model."""
+
+    def begin(self) -> None:
+        """Before the first step of all: evaluate the untrained model, if that is asked for."""
+        self.model.train()
+        if self.step == 0 and self.config.evaluate_every is not None:
+            self.record(self.evaluation())
+
+    def after_step(self, batch: Any, report: Row) -> None:
+        """Log, evaluate, save: whatever is due."""
+        due = self.is_due(self.config.log_every)
+        row = _measurements(self, batch, report) if due else dict[str, float]()
+        if (self.validation or self.probes) and self.is_due(self.config.evaluate_every):
+            row |= self.evaluation()
+        if row:
+            self.record(row)
+        if self.is_due(self.config.checkpoint_every):
+            self.save()
+
+    def record(self, row: Row) -> None:
+        """Send a row to all sinks, and keep the model if it is the best so far."""
+        for sink in self.sinks:
+            sink.write({"step": self.step, **row})
+        if row.get("validation_loss", math.inf) < self.best:
+            self.best = row["validation_loss"]
+            _save_best(self)
+
+# %% ../chapters/13_training.ipynb #805245a3
+def _checked(trainer: _Saved, batch: Any) -> Any:
+    """Return ``batch`` if it has the rows that the configuration says, else raise."""
+    if len(batch[0]) != trainer.config.batch_size:
+        expected = f"batches of {trainer.config.batch_size} rows"
+        raise ValueError(f"batch_size: expected {expected}, got one of {len(batch[0])}")
+    return batch
+
+
+def _save_best(trainer: _Saved) -> None:
+    if trainer.folder is not None:
+        state = {"step": trainer.step, "loss": trainer.best, "model": trainer.model.state_dict()}
+        _save(trainer.folder / "best.safetensors", state)
+
+
+def _load_best(trainer: _Saved) -> int:
+    if trainer.folder is None:
+        raise ValueError("folder: expected the one with best.safetensors, got None")
+    state = load_checkpoint(trainer.folder / "best.safetensors")
+    trainer.model.load_state_dict(state["model"])
+    return state["step"]
+
+
+def _resume(trainer: _Saved) -> int:
+    state = None if trainer.folder is None else newest_checkpoint(trainer.folder)
+    if state is not None:
+        trainer.load_state_dict(state)
+    return trainer.step
+
+# %% ../chapters/13_training.ipynb #98930aee
+def _train(trainer: "Trainer") -> None:
+    """The loop itself, with what must be closed or set back around it."""
+    with _alone_in(trainer.folder), _patient() as is_interrupted, ExitStack() as stack:
+        trainer.resume()
+        for sink in trainer.sinks:
+            stack.callback(sink.close)
+            sink.start(trainer.step or -1)  # the row of step 0 comes again, too
+        trainer.begin()
+        batches = iter(trainer.batches)
+        while trainer.step < trainer.config.n_steps and not is_interrupted():
+            batch = _checked(trainer, next(batches))
+            trainer.after_step(batch, trainer.train_step(batch))
+        trainer.interrupted = trainer.step < trainer.config.n_steps
+        if trainer.interrupted and trainer.step not in list_checkpoints(trainer.folder or ""):
+            trainer.save()
+
+# %% ../chapters/13_training.ipynb #eab31390
+class Trainer(_Tended):
     """Trains ``model`` on ``batches`` as ``config`` says: the same run, however often it is killed.
 
     ``validation`` batches are scored every ``evaluate_every`` steps; ``probes`` are functions of the
@@ -1098,69 +1149,207 @@ class Trainer(_Prepared):
         Ctrl-C ends training after the step under way, with a checkpoint: ``interrupted`` is then
         true, and the same call goes on. A second Ctrl-C is a ``KeyboardInterrupt`` at once.
         """
-        with _alone_in(self.folder), _patient() as is_interrupted, ExitStack() as stack:
-            self.resume()
-            for sink in self.sinks:
-                stack.callback(sink.close)
-                sink.start(self.step or -1)  # the row of step 0 comes again, too
-            self.begin()
-            batches = iter(self.batches)
-            while self.step < self.config.n_steps and not is_interrupted():
-                batch = self.checked(next(batches))
-                self.after_step(batch, self.train_step(batch))
-            self.interrupted = self.step < self.config.n_steps
-            if self.interrupted and self.step not in list_checkpoints(self.folder or ""):
-                self.save()
+        _train(self)
         return self.log
 
     def resume(self) -> int:
         """Go on from the newest whole checkpoint in the folder, if there is one; return the step."""
-        state = None if self.folder is None else newest_checkpoint(self.folder)
-        if state is not None:
-            self.load_state_dict(state)
-        return self.step
-
-    def begin(self) -> None:
-        """Before the first step of all: evaluate the untrained model, if that is asked for."""
-        self.model.train()
-        if self.step == 0 and self.config.evaluate_every is not None:
-            self.record(self.evaluation())
-
-    def checked(self, batch: Any) -> Any:
-        """Return ``batch`` if it has the rows that the configuration says, else raise."""
-        if len(batch[0]) != self.config.batch_size:
-            expected = f"batches of {self.config.batch_size} rows"
-            raise ValueError(f"batch_size: expected {expected}, got one of {len(batch[0])}")
-        return batch
-
-    def after_step(self, batch: Any, report: Row) -> None:
-        """Log, evaluate, save: whatever is due."""
-        row = dict[str, float]()
-        if self.is_due(self.config.log_every):
-            row |= self.measurements(batch, report)
-        if (self.validation or self.probes) and self.is_due(self.config.evaluate_every):
-            row |= self.evaluation()
-        if row:
-            self.record(row)
-        if self.is_due(self.config.checkpoint_every):
-            self.save()
-
-    def record(self, row: Row) -> None:
-        """Send a row to all sinks, and keep the model if it is the best so far."""
-        for sink in self.sinks:
-            sink.write({"step": self.step, **row})
-        if "validation_loss" in row:
-            self.save_best(row["validation_loss"])
+        return _resume(self)
 
     def load_best(self) -> int:
         """Give the model the weights of the best evaluation; return the step they are from."""
-        if self.folder is None:
-            raise ValueError("folder: expected the one with best.safetensors, got None")
-        state = load_checkpoint(self.folder / "best.safetensors")
-        self.model.load_state_dict(state["model"])
-        return state["step"]
+        return _load_best(self)
 
-# %% ../chapters/13_training.ipynb #22eb2960
+# %% ../chapters/13_training.ipynb #c786be56
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a run learns from.
+
+    Kinds are "tinyworld", for stories; "documentation", of installed ``packages``; "files", for the
+    ``paths`` of files and folders; and "shards", for two folders of shards, to train and to validate.
+    """
+
+    kind: str
+    packages: tuple[str, ...] = ("stdlib", "numpy", "matplotlib")
+    paths: tuple[str, ...] = ()
+    n_stories: int = 20_000
+    n_held_out: int = 400  # stories
+    held_out: float = 0.03  # share of the files, else
+    validation_rows: int = 128  # at most, while training
+    clean: bool = True  # and remove duplicates
+    layout: str = "best_fit"  # of documents in rows, or one_per_row, or windows for cut ones
+
+    def __post_init__(self) -> None:
+        _check_choice("kind", self.kind, ("tinyworld", "documentation", "files", "shards"))
+        _check_choice("layout", self.layout, ("best_fit", "one_per_row", "windows"))
+        _check_at_least(n_stories=(1, self.n_stories), n_held_out=(1, self.n_held_out))
+        _check_at_least(validation_rows=(1, self.validation_rows))
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out: expected a share between 0 and 1, got {self.held_out}")
+        needed = {"files": 1, "shards": 2}.get(self.kind, 0)
+        if len(self.paths) < needed or (self.kind == "shards" and len(self.paths) != 2):
+            raise ValueError(f"paths: expected {needed} for {self.kind!r}, got {len(self.paths)}")
+
+# %% ../chapters/13_training.ipynb #2b4eb6ee
+_PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The tokenizer of a run: one that is trained on its text, or that of a file at ``path``."""
+
+    vocab_size: int = 2048  # at most: there are fewer if the text has no more pairs
+    pattern: str = "gpt4"  # or gpt2
+    special_tokens: tuple[str, ...] = ("<|endoftext|>",)
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_at_least(vocab_size=(256 + len(self.special_tokens), self.vocab_size))
+        _check_choice("pattern", self.pattern, tuple(_PATTERNS))
+        if "<|endoftext|>" not in self.special_tokens:
+            expected = "expected '<|endoftext|>' among them"
+            raise ValueError(f"special_tokens: {expected}, got {list(self.special_tokens)}")
+
+# %% ../chapters/13_training.ipynb #f1f043e7
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that a run is: data, tokenizer, model, training.
+
+    ``model`` has the fields of ``ModelConfig`` but ``vocab_size``, which is the tokenizer's.
+    A ``ValueError`` names the setting that is wrong, as in "training.n_steps".
+    """
+
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    model: Mapping[str, Any]
+    training: TrainingConfig
+
+    def __post_init__(self) -> None:
+        _within("model", self.model_config, self.tokenizer.vocab_size)
+
+    def model_config(self, vocab_size: int) -> ModelConfig:
+        """Return the configuration of the model, for a tokenizer of this size."""
+        return _model_config(self.model, vocab_size)
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> "RunConfig":
+        """Return the configuration with these settings; the inverse of ``to_dict``."""
+        return _run_config(cls, entries)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings as numbers, texts and lists, fit for JSON and YAML."""
+        return _plain(asdict(self))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "RunConfig":
+        """Read a YAML file; a ``ValueError`` names the file and what is wrong in it."""
+        return _from_yaml(cls, Path(path))
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write a YAML file that ``from_yaml`` reads."""
+        _to_yaml(self, Path(path))
+
+# %% ../chapters/13_training.ipynb #88a535af
+def _model_config(fields_of_model: Mapping[str, Any], vocab_size: int) -> ModelConfig:
+    if "vocab_size" in fields_of_model:
+        raise ValueError("vocab_size: follows from the tokenizer, leave it out")
+    return ModelConfig.from_dict({**fields_of_model, "vocab_size": vocab_size})
+
+
+def _within(part: str, build: Callable[..., _T], *arguments: Any) -> _T:
+    """Build a part of a configuration; what is wrong is named with the part."""
+    try:
+        return build(*arguments)
+    except ValueError as error:
+        raise ValueError(f"{part}.{error}") from None
+
+# %% ../chapters/13_training.ipynb #f0fbcf5b
+def _run_config(kind: type[RunConfig], entries: Any) -> RunConfig:
+    parts = {"data": DataConfig, "tokenizer": TokenizerConfig, "training": TrainingConfig}
+    names = (*parts, "model")
+    if not isinstance(entries, Mapping) or set(entries) != set(names):
+        got = sorted(map(str, entries)) if isinstance(entries, Mapping) else entries
+        raise ValueError(f"expected the sections {', '.join(names)}, got {got}")
+    built = {name: _within(name, _from_dict, part, entries[name]) for name, part in parts.items()}
+    if not isinstance(entries["model"], Mapping):
+        raise ValueError(f"model: expected settings by name, got {entries['model']!r}")
+    return kind(**built, model=dict(entries["model"]))
+
+# %% ../chapters/13_training.ipynb #70193ded
+def _to_yaml(config: RunConfig, path: Path) -> None:
+    with _needing("YAML", extra="train"):
+        import yaml
+    text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+    with _whole_file(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def _from_yaml(kind: type[RunConfig], path: Path) -> RunConfig:
+    with _needing("YAML", extra="train"):
+        import yaml
+    try:
+        return _run_config(kind, yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+# %% ../chapters/13_training.ipynb #53ccdd03
+def _documents(data: DataConfig) -> list[Document]:
+    read = read_files(data.paths) if data.kind == "files" else read_installed_docs(data.packages)
+    documents = list(deduplicate(clean_documents(read)) if data.clean else read)
+    if not documents:
+        raise ValueError("data: expected at least one document after cleaning, got none")
+    return documents
+
+
+def _is_held_out(document: Document, share: float) -> bool:
+    """Hold out whole files: their documents resemble each other more than those of others."""
+    file = str(document.metadata.get("path", document.id)).encode()
+    return int.from_bytes(blake2b(file, digest_size=8).digest()) < share * 2**64
+
+
+def _train_and_held_out(data: DataConfig) -> tuple[list[str], list[str]]:
+    """Return the texts to learn from, and those to be judged by."""
+    if data.kind == "tinyworld":
+        world, sizes = TinyWorld(), (data.n_stories, data.n_held_out)
+        return cast(Any, tuple([s.text for s in world.stories(n, i)] for i, n in enumerate(sizes)))
+    parts: tuple[list[str], list[str]] = ([], [])
+    for document in _documents(data):
+        parts[_is_held_out(document, data.held_out)].append(document.text)
+    if not all(parts):
+        got = f"{len(parts[0])} documents to train and {len(parts[1])} to validate"
+        raise ValueError(f"held_out: expected a share that leaves some of both, got {got}")
+    return parts
+
+# %% ../chapters/13_training.ipynb #6d8a46ab
+def _write_data(config: RunConfig, folder: Path) -> None:
+    """Write tokenizer, shards and held-out texts to ``folder``, all or nothing."""
+    data, settings = config.data, config.tokenizer
+    with _whole_directory(folder) as draft:
+        train, held_out = ([], []) if data.kind == "shards" else _train_and_held_out(data)
+        if settings.path is None:
+            pattern, special = _PATTERNS[settings.pattern], settings.special_tokens
+            tokenizer = train_bpe(
+                train, settings.vocab_size, pattern=pattern, special_tokens=special
+            )
+        else:
+            tokenizer = BPETokenizer.load(settings.path)
+        tokenizer.save(draft / "tokenizer.json")
+        if data.kind != "shards":
+            write_shards(train, draft / "train", tokenizer)
+            write_shards(held_out, draft / "validation", tokenizer)
+            documents = (Document(text, id=f"{i:06d}") for i, text in enumerate(held_out))
+            write_jsonl(documents, draft / "held_out.jsonl")
+
+
+def _open_data(config: RunConfig, folder: Path) -> tuple[BPETokenizer, TokenShards, TokenShards]:
+    tokenizer = BPETokenizer.load(folder / "tokenizer.json")
+    both = config.data.paths if config.data.kind == "shards" else ("train", "validation")
+    train, validation = (TokenShards(folder / name, tokenizer) for name in both)
+    return tokenizer, train, validation
+
+# %% ../chapters/13_training.ipynb #9ec3b83a
 #: What a token of a tiny-world story can be, see ``word_kinds``.
 WORD_KINDS = ("who", "name again", "species", "fact", "wording", "certain")
 
@@ -1181,7 +1370,8 @@ def word_kinds(world: TinyWorld, story: Story, cut: Callable[[str], list[str]]) 
         word = token.strip()
         kind = "wording" if floor > 1e-9 else "certain"
         if word in names:
-            kind = "name again" if word in seen else "fact" if word in values else "who"
+            drawn = "who" if floor > 1e-9 else "fact"  # a friend, whom the world knows
+            kind = "name again" if word in seen else drawn
             seen.add(word)
         elif word in species | values:
             kind = "species" if word in species else "fact"
@@ -1269,133 +1459,6 @@ def documents_score(
             bits += float(total) / math.log(2)
     return bits, n_bytes
 
-# %% ../chapters/13_training.ipynb #c786be56
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What a run learns from.
-
-    Kinds are "tinyworld", for stories; "documentation", of installed ``packages``; "files", for the
-    ``paths`` of files and folders; and "shards", for two folders of shards, to train and to validate.
-    """
-
-    kind: str
-    packages: tuple[str, ...] = ("stdlib", "numpy", "matplotlib")
-    paths: tuple[str, ...] = ()
-    n_stories: int = 20_000
-    n_held_out: int = 400  # stories
-    held_out: float = 0.03  # share of the files, else
-    validation_rows: int = 128  # at most, while training
-    clean: bool = True  # and remove duplicates
-    layout: str = "best_fit"  # of documents in rows, or one_per_row, or windows for cut ones
-
-    def __post_init__(self) -> None:
-        _check_choice("kind", self.kind, ("tinyworld", "documentation", "files", "shards"))
-        _check_choice("layout", self.layout, ("best_fit", "one_per_row", "windows"))
-        _check_at_least(n_stories=(1, self.n_stories), n_held_out=(1, self.n_held_out))
-        _check_at_least(validation_rows=(1, self.validation_rows))
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out: expected a share between 0 and 1, got {self.held_out}")
-        needed = {"files": 1, "shards": 2}.get(self.kind, 0)
-        if len(self.paths) < needed or (self.kind == "shards" and len(self.paths) != 2):
-            raise ValueError(f"paths: expected {needed} for {self.kind!r}, got {len(self.paths)}")
-
-# %% ../chapters/13_training.ipynb #2b4eb6ee
-_PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """The tokenizer of a run: one that is trained on its text, or that of a file at ``path``."""
-
-    vocab_size: int = 2048  # at most: there are fewer if the text has no more pairs
-    pattern: str = "gpt4"  # or gpt2
-    special_tokens: tuple[str, ...] = ("<|endoftext|>",)
-    path: str | None = None
-
-    def __post_init__(self) -> None:
-        _check_at_least(vocab_size=(256 + len(self.special_tokens), self.vocab_size))
-        _check_choice("pattern", self.pattern, tuple(_PATTERNS))
-        if "<|endoftext|>" not in self.special_tokens:
-            expected = "expected '<|endoftext|>' among them"
-            raise ValueError(f"special_tokens: {expected}, got {list(self.special_tokens)}")
-
-# %% ../chapters/13_training.ipynb #534a3381
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Everything that a run is: data, tokenizer, model, training.
-
-    ``model`` has the fields of ``ModelConfig`` but ``vocab_size``, which is the tokenizer's. A
-    ``ValueError`` names every setting that is wrong, as in "training.n_steps".
-    """
-
-    data: DataConfig
-    tokenizer: TokenizerConfig
-    model: Mapping[str, Any]
-    training: TrainingConfig
-
-    def __post_init__(self) -> None:
-        if "vocab_size" in self.model:
-            raise ValueError("model.vocab_size: follows from the tokenizer, leave it out")
-        _within("model", self.model_config, self.tokenizer.vocab_size)
-
-    def model_config(self, vocab_size: int) -> ModelConfig:
-        """Return the configuration of the model, for a tokenizer of this size."""
-        return ModelConfig.from_dict({**self.model, "vocab_size": vocab_size})
-
-    @classmethod
-    def from_dict(cls, entries: Mapping[str, Any]) -> "RunConfig":
-        """Return the configuration with these settings; the inverse of ``to_dict``."""
-        return _run_config(cls, entries)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all settings as numbers, texts and lists, fit for JSON and YAML."""
-        parts = {name: asdict(getattr(self, name)) for name in ("data", "tokenizer", "training")}
-        return _plain({**parts, "model": dict(self.model)})
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> "RunConfig":
-        """Read a YAML file; a ``ValueError`` names the file and what is wrong in it."""
-        return _from_yaml(cls, Path(path))
-
-    def to_yaml(self, path: str | Path) -> None:
-        """Write a YAML file that ``from_yaml`` reads."""
-        with _needing("YAML", extra="train"):
-            import yaml
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False)
-        with _whole_file(Path(path)) as draft:
-            draft.write_text(text, encoding="utf-8")
-
-# %% ../chapters/13_training.ipynb #74934f12
-def _within(part: str, build: Callable[..., _T], *arguments: Any) -> _T:
-    """Build a part of a configuration; what is wrong is named with the part."""
-    try:
-        return build(*arguments)
-    except ValueError as error:
-        raise ValueError(f"{part}.{error}") from None
-
-
-def _run_config(kind: type[RunConfig], entries: Any) -> RunConfig:
-    parts = {"data": DataConfig, "tokenizer": TokenizerConfig, "training": TrainingConfig}
-    names = (*parts, "model")
-    if not isinstance(entries, Mapping) or set(entries) != set(names):
-        got = sorted(map(str, entries)) if isinstance(entries, Mapping) else entries
-        raise ValueError(f"expected the sections {', '.join(names)}, got {got}")
-    built = {name: _within(name, _from_dict, part, entries[name]) for name, part in parts.items()}
-    if not isinstance(entries["model"], Mapping):
-        raise ValueError(f"model: expected settings by name, got {entries['model']!r}")
-    return kind(**built, model=dict(entries["model"]))
-
-
-def _from_yaml(kind: type[RunConfig], path: Path) -> RunConfig:
-    with _needing("YAML", extra="train"):
-        import yaml
-    try:
-        return _run_config(kind, yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
 # %% ../chapters/13_training.ipynb #1af1e2e4
 def compressors(texts: Sequence[str], seen: Sequence[str] = ()) -> dict[str, float]:
     """Return the bits per byte that gzip and xz need for ``texts``, at their best settings.
@@ -1411,61 +1474,6 @@ def compressors(texts: Sequence[str], seen: Sequence[str] = ()) -> dict[str, flo
         before = len(compress(first)) if seen else 0
         bits[name] = 8 * (len(compress(first + second)) - before) / n_bytes
     return bits
-
-# %% ../chapters/13_training.ipynb #53ccdd03
-def _documents(data: DataConfig) -> list[Document]:
-    read = read_files(data.paths) if data.kind == "files" else read_installed_docs(data.packages)
-    documents = list(deduplicate(clean_documents(read)) if data.clean else read)
-    if not documents:
-        raise ValueError("data: expected at least one document after cleaning, got none")
-    return documents
-
-
-def _is_held_out(document: Document, share: float) -> bool:
-    """Hold out whole files: their documents resemble each other more than those of others."""
-    file = str(document.metadata.get("path", document.id)).encode()
-    return int.from_bytes(blake2b(file, digest_size=8).digest()) < share * 2**64
-
-
-def _train_and_held_out(data: DataConfig) -> tuple[list[str], list[str]]:
-    """Return the texts to learn from, and those to be judged by."""
-    if data.kind == "tinyworld":
-        world, sizes = TinyWorld(), (data.n_stories, data.n_held_out)
-        return cast(Any, tuple([s.text for s in world.stories(n, i)] for i, n in enumerate(sizes)))
-    parts: tuple[list[str], list[str]] = ([], [])
-    for document in _documents(data):
-        parts[_is_held_out(document, data.held_out)].append(document.text)
-    if not all(parts):
-        got = f"{len(parts[0])} documents to train and {len(parts[1])} to validate"
-        raise ValueError(f"held_out: expected a share that leaves some of both, got {got}")
-    return parts
-
-# %% ../chapters/13_training.ipynb #6d8a46ab
-def _write_data(config: RunConfig, folder: Path) -> None:
-    """Write tokenizer, shards and held-out texts to ``folder``, all or nothing."""
-    data, settings = config.data, config.tokenizer
-    with _whole_directory(folder) as draft:
-        train, held_out = ([], []) if data.kind == "shards" else _train_and_held_out(data)
-        if settings.path is None:
-            pattern, special = _PATTERNS[settings.pattern], settings.special_tokens
-            tokenizer = train_bpe(
-                train, settings.vocab_size, pattern=pattern, special_tokens=special
-            )
-        else:
-            tokenizer = BPETokenizer.load(settings.path)
-        tokenizer.save(draft / "tokenizer.json")
-        if data.kind != "shards":
-            write_shards(train, draft / "train", tokenizer)
-            write_shards(held_out, draft / "validation", tokenizer)
-            documents = (Document(text, id=f"{i:06d}") for i, text in enumerate(held_out))
-            write_jsonl(documents, draft / "held_out.jsonl")
-
-
-def _open_data(config: RunConfig, folder: Path) -> tuple[BPETokenizer, TokenShards, TokenShards]:
-    tokenizer = BPETokenizer.load(folder / "tokenizer.json")
-    both = config.data.paths if config.data.kind == "shards" else ("train", "validation")
-    train, validation = (TokenShards(folder / name, tokenizer) for name in both)
-    return tokenizer, train, validation
 
 # %% ../chapters/13_training.ipynb #474bffe7
 def _trainer(config: RunConfig, folder: Path, sinks: Sequence[Sink]) -> Trainer:
@@ -1493,14 +1501,15 @@ def _trainer(config: RunConfig, folder: Path, sinks: Sequence[Sink]) -> Trainer:
         peak=peak_flops(best_device()),
     )
 
-# %% ../chapters/13_training.ipynb #ba13d9c9
+# %% ../chapters/13_training.ipynb #9eab0939
 class Pretrained(NamedTuple):
-    """What a run made: the model, ready to use, its tokenizer, the log, and held-out texts."""
+    """What a run made: the model, ready to use, its tokenizer, the log, held-out texts, the folder."""
 
     model: TransformerLM
     tokenizer: BPETokenizer
     log: MetricsLog
     held_out: list[str]
+    folder: Path
 
 
 def load_run(folder: str | Path) -> Pretrained:
@@ -1510,7 +1519,8 @@ def load_run(folder: str | Path) -> Pretrained:
     tokenizer = BPETokenizer.load(folder / "model" / "tokenizer.json")
     texts = folder / "data" / "held_out.jsonl"  # a run on shards has none
     held_out = [document.text for document in read_jsonl(texts)] if texts.exists() else []
-    return Pretrained(model, tokenizer, MetricsLog(folder / "training" / "metrics.jsonl"), held_out)
+    log = MetricsLog(folder / "training" / "metrics.jsonl")
+    return Pretrained(model, tokenizer, log, held_out, folder)
 
 # %% ../chapters/13_training.ipynb #343bda21
 def run(config: RunConfig, folder: str | Path, sinks: Sequence[Sink] = ()) -> Pretrained:
@@ -1599,7 +1609,7 @@ RUNS = {
     ),
 }
 
-# %% ../chapters/13_training.ipynb #0cf77e3c
+# %% ../chapters/13_training.ipynb #f3c89d02
 _DOCS = {"tie_embeddings": True, "n_heads": 4}
 _DOCS_TRAINING: dict[str, Any] = {
     "optimizer": "muon",
@@ -1612,7 +1622,7 @@ RUNS["documentation"] = RunConfig(
     tokenizer=TokenizerConfig(vocab_size=2048),
     model={"context_length": 128, "d_model": 96, "n_layers": 3, **_DOCS},
     training=TrainingConfig(
-        n_steps=450,
+        n_steps=400,
         batch_size=8,
         evaluate_every=150,
         log_every=25,
@@ -1621,6 +1631,8 @@ RUNS["documentation"] = RunConfig(
         **_SMALL,
     ),
 )
+
+# %% ../chapters/13_training.ipynb #52141494
 RUNS["documentation-long"] = RunConfig(
     data=DataConfig(kind="documentation", validation_rows=64),
     tokenizer=TokenizerConfig(vocab_size=2048),
@@ -1684,7 +1696,7 @@ def _package_folder() -> Path:
     spec = importlib.util.find_spec("llmbook")
     return Path(cast(Any, spec).origin).parent
 
-# %% ../chapters/13_training.ipynb #491d09a9
+# %% ../chapters/13_training.ipynb #3bcaa60e
 def _module_sources(names: Iterable[str]) -> dict[str, str]:
     """Return the code of modules of this package and of all that they import, without comments."""
     found, waiting = dict[str, str](), list(names)
@@ -1692,10 +1704,9 @@ def _module_sources(names: Iterable[str]) -> dict[str, str]:
         path = _package_folder() / f"{waiting.pop()}.py"
         if path.stem in found or not path.exists():
             continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        found[path.stem] = ast.unparse(tree)
-        imports = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
-        waiting += [str(node.module) for node in imports if node.level == 1]  # from .model import
+        source = path.read_text(encoding="utf-8")
+        found[path.stem] = re.sub(r"(?m)^\s*(#.*)?\n", "", source)
+        waiting += re.findall(r"(?m)^\s*from \.(\w+) import", source)
     return dict(sorted(found.items()))
 
 

@@ -501,7 +501,7 @@ def test_a_log_is_cut_back_and_a_torn_line_dropped(tmp_path):
     steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
     assert steps == [1, 2, 3] and math.isnan(MetricsLog(path).column("loss")[1][-1])
     with pytest.raises(
-        ValueError, match=r"name: expected one of those logged \(loss, step\), got 'x'"
+        ValueError, match="name: expected one of loss, step, got 'x'"
     ):
         log.column("x")
 
@@ -830,6 +830,7 @@ def test_a_folder_has_one_trainer_at_a_time(shards, tmp_path):
 
 
 def test_ctrl_c_finishes_the_step_saves_and_goes_on(shards, tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
     whole = trainer_of(shards, folder=tmp_path / "a", n_steps=8)
     whole.train()
     stopped = trainer_of(shards, folder=tmp_path / "b", n_steps=8)
@@ -845,7 +846,7 @@ def test_ctrl_c_finishes_the_step_saves_and_goes_on(shards, tmp_path):
     stopped.train()
     assert stopped.interrupted and stopped.step == 5
     assert list(list_checkpoints(tmp_path / "b")) == [5]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     again = trainer_of(shards, folder=tmp_path / "b", n_steps=8)
     again.train()
     assert not again.interrupted and torch.equal(weights(again.model), weights(whole.model))
