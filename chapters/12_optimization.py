@@ -136,9 +136,8 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32):
 
 # %% [markdown]
 # Logits of 12 are common, so float16 fails at once; bfloat16 has the range of float32 but so few
-# digits that a loss near 8 moves in steps of 1/16, coarser than a day of training. Hence two
-# rules. The log-sum-exp is computed in *32 bits* whatever the logits are. And the largest logit
-# $m$ comes out first:
+# digits that a loss near 8 moves in steps of 1/16. Hence two rules. The log-sum-exp is computed
+# in *32 bits* whatever the logits are. And the largest logit $m$ comes out first:
 #
 # $$
 # \log \sum_w e^{z_w} = \log \Bigl( e^{m} \sum_w e^{z_w - m} \Bigr)
@@ -192,9 +191,9 @@ print("stable:", round(log_sum_exp(large).item(), 3))
 # {cite}`gemma2024gemma2`. Its slope is $1 - \tanh^2(z / c)$, so small logits pass unchanged.
 
 
-# %% mystnb={"figure": {"caption": "Two ways to bound logits. Left, the soft cap is the identity for small logits and never exceeds 30. Right, gradient descent on the loss of one token leaves a common shift of 20 in the logits forever; a z-loss removes it.", "name": "fig-optimization-bounds"}, "image": {"alt": "Left, soft-capped logits from minus 100 to 100: along the dotted diagonal near zero, flat at plus and minus 30. Right, log Z over 400 steps: without z-loss it stays at about 22, with z-loss of 0.01 it falls to nearly zero."}}
+# %% mystnb={"figure": {"caption": "Two ways to bound logits. Left, the soft cap is the identity for small logits and never exceeds 30. Right, logits begin with a common shift of 20. Gradient descent on the loss of one token never removes it, as p - y sums to zero; with a z-loss it goes.", "name": "fig-optimization-bounds"}, "image": {"alt": "Left, soft-capped logits from minus 100 to 100: along the dotted diagonal near zero, flat at plus and minus 30. Right, log Z over 400 steps from 22: without z-loss it rises to about 27, with a z-loss of 0.05 it falls to 2."}}
 def log_z_over_time(zeta: float) -> list[float]:
-    z, p, history = torch.linspace(19.0, 21.0, 8), torch.zeros(8), []
+    z, history = torch.linspace(19.0, 21.0, 8), []
     for _ in range(400):
         p = z.softmax(dim=0)
         log_z = log_sum_exp(z)
@@ -208,9 +207,9 @@ raw = torch.linspace(-100, 100, 200)
 axes[0].plot(raw, 30 * torch.tanh(raw / 30))
 axes[0].plot(raw, raw, ":", color="gray")
 axes[0].set(title="Soft cap at 30", xlabel="logit", ylabel="capped", ylim=(-45, 45))
-for zeta in (0.0, 0.01):
+for zeta in (0.0, 0.05):
     axes[1].plot(log_z_over_time(zeta), label=f"z-loss times {zeta:g}")
-axes[1].set(title="log Z while one token is learned", xlabel="step", ylim=(-1, 25))
+axes[1].set(title="log Z while one token is learned", xlabel="step", ylim=(-1, 32))
 axes[1].legend()
 plt.show()
 
@@ -223,7 +222,7 @@ plt.show()
 Reduction = Literal["mean", "sum", "none"]
 
 
-def _check_amount(name: str, value: float, *, positive: bool = False) -> None:
+def _check_amount(name: str, value: Any, *, positive: bool = False) -> None:
     """Refuse what is negative, infinite or not a number, and zero if it must be ``positive``."""
     if not (0 < value < math.inf or (value == 0 and not positive)):
         expected = "a finite number above 0" if positive else "a finite number of at least 0"
@@ -253,6 +252,12 @@ def _capped(
 ) -> Float[Tensor, "*batch vocab_size"]:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return wide if soft_cap is None else soft_cap * torch.tanh(wide / soft_cap)
+
+
+def _mean(total: Float[Tensor, ""], counts: Bool[Tensor, "..."]) -> Float[Tensor, ""]:
+    """Divide by how many count; over nothing NaN, though with gradients of zero, as in torch."""
+    count = counts.sum()
+    return (total / count.clamp(min=1)).masked_fill(count == 0, torch.nan)
 
 
 def _losses(
@@ -306,7 +311,7 @@ def cross_entropy(
     losses = losses.masked_fill(~counts, 0.0)
     if reduction == "none":
         return losses
-    return losses.sum() / counts.sum() if reduction == "mean" else losses.sum()
+    return _mean(losses.sum(), counts) if reduction == "mean" else losses.sum()
 
 
 # %%
@@ -484,12 +489,13 @@ def chunked_cross_entropy(
     _check_loss(targets, len(weight), ignore_index, z_loss=z_loss, soft_cap=soft_cap)
     device = hidden.device.type
     hidden, weight = _as_autocast_would(device, hidden, weight)
-    counts = (targets != ignore_index).view(-1, 1)
-    column = targets.reshape(-1, 1).masked_fill(~counts, 0)
+    column = targets.reshape(-1, 1)
+    counts = column != ignore_index
+    column = column.masked_fill(~counts, 0)
     options = (chunk_size, z_loss, soft_cap)
     with torch.autocast(device, enabled=False):
         total = _ChunkedLoss.apply(hidden.flatten(0, -2), weight, column, counts, options)
-    return total / counts.sum() if reduction == "mean" else total
+    return _mean(total, counts) if reduction == "mean" else total
 
 
 # %% [markdown]
@@ -574,35 +580,36 @@ for size in (1024, 512, 128):
 # Along a flat axis gradients agree and sum up to $g / (1 - \mu)$, ten times as far for $\mu =
 # 0.9$. Across a ravine they alternate and cancel. Nesterov's variant steps by $g_t + \mu v_t$, as
 # if the velocity had already been updated once more. We watch three paths on $L = \frac12
-# (\theta_1^2 + 30\, \theta_2^2)$, the third being Adam, which the next section derives:
+# (\theta_1^2 + 100\, \theta_2^2)$, the third being Adam, which the next section derives:
 
 
-# %% mystnb={"figure": {"caption": "Forty steps in a ravine thirty times as steep across as along. Gradient descent zigzags and crawls; momentum swings but arrives; Adam goes along both axes at the same pace.", "name": "fig-optimization-ravine"}, "image": {"alt": "Three plots of the same elliptic contours with a path from the upper left toward the minimum in the middle. SGD jumps from side to side and ends left of the minimum. Momentum overshoots in wide swings and ends near it. Adam takes a diagonal, nearly straight way, swings once around the minimum and ends near it."}}
+# %% mystnb={"figure": {"caption": "Forty steps in a ravine a hundred times as steep across as along. Gradient descent zigzags and crawls; momentum swings and arrives; Adam goes along both axes at the same pace.", "name": "fig-optimization-ravine"}, "image": {"alt": "Three plots of the same elliptic contours with a path from the upper left toward the minimum in the middle. SGD jumps from side to side and after forty steps is only half-way. Momentum swings across a few times and ends in the minimum. Adam sets out diagonally, swings gently and ends near the minimum."}}
 def path_of(optimizer_of: Callable[[list], torch.optim.Optimizer]) -> Tensor:
-    place = torch.nn.Parameter(torch.tensor([-4.0, 1.0]))
+    place = torch.nn.Parameter(torch.tensor([-4.0, 0.5]))
     optimizer, places = optimizer_of([place]), [place.detach().clone()]
     for _ in range(40):
         optimizer.zero_grad()
-        (0.5 * (place[0] ** 2 + 30 * place[1] ** 2)).backward()
+        (0.5 * (place[0] ** 2 + 100 * place[1] ** 2)).backward()
         optimizer.step()
         places.append(place.detach().clone())
     return torch.stack(places)
 
 
 figure, axes = plt.subplots(1, 3, sharey=True, figsize=(9, 2.8))
-grid = torch.meshgrid(torch.linspace(-5, 2, 80), torch.linspace(-1.6, 1.6, 80), indexing="xy")
+grid = torch.meshgrid(torch.linspace(-5, 2, 80), torch.linspace(-0.9, 0.9, 80), indexing="xy")
 walks = {
-    "SGD": path_of(lambda p: torch.optim.SGD(p, lr=0.06)),
-    "momentum": path_of(lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.85)),
+    "SGD": path_of(lambda p: torch.optim.SGD(p, lr=0.019)),
+    "momentum": path_of(lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.75)),
     "Adam": path_of(lambda p: torch.optim.Adam(p, lr=0.35, betas=(0.8, 0.95))),
 }
 for ax, (name, path) in zip(axes, walks.items(), strict=True):
-    ax.contour(*grid, 0.5 * (grid[0] ** 2 + 30 * grid[1] ** 2), levels=8, colors="#CCCCCC")
+    ax.contour(*grid, 0.5 * (grid[0] ** 2 + 100 * grid[1] ** 2), levels=10, colors="#CCCCCC")
     ax.plot(*path.T, "o-", markersize=3)
     ax.set(title=name, xlabel=r"$\theta_1$")
 axes[0].set_ylabel(r"$\theta_2$")
 plt.show()
-assert all(path[-1].abs().max() < 0.5 for path in walks.values())
+left = {name: path[-1].abs().max().item() for name, path in walks.items()}
+assert left["SGD"] > 1.5 > 0.4 > max(left["momentum"], left["Adam"]), left
 
 # %% [markdown]
 # Our optimizers inherit from torch's base class, which keeps groups of parameters and their
@@ -694,7 +701,7 @@ class SGD(_Stepper):
     def _check(self, group: dict[str, Any]) -> None:
         for name in ("lr", "weight_decay"):
             _check_amount(name, group[name])
-        _check_probability("momentum", group["momentum"])
+        _check_probability("momentum", float(group["momentum"]))
         if group["nesterov"] and not group["momentum"]:
             raise ValueError("nesterov: expected a momentum above 0 with it, got momentum 0")
         _refuse(group, maximize=False, dampening=0)
@@ -708,8 +715,9 @@ class SGD(_Stepper):
 
 
 # %% [markdown]
-# The step in the open, and by torch's fused kernel, which reads and writes each number once.
-# State has torch's names, so checkpoints can be exchanged:
+# The step in the open, and by torch's fused kernel, which reads and writes each number once. (The
+# tests found that in torch 2.13 that of SGD leaves most 16-bit numbers on a processor unchanged,
+# in silence; ours avoids it there.) State has torch's names, so checkpoints can be exchanged:
 
 
 # %%
@@ -740,10 +748,12 @@ def _is_fusable(tensor: Tensor) -> bool:
 def _fused_sgd_step(group: dict[str, Any], parameters: list[Tensor], grads: list[Tensor],
                     velocities: list[Tensor] | None) -> None:  # fmt: skip
     names = ("lr", "momentum", "weight_decay", "nesterov")
+    # Torch 2.13's fused kernel leaves most 16-bit numbers on a processor as they are.
+    fused = all(_is_fusable(p) and p.dtype.itemsize >= 4 for p in parameters)
     buffers: list[Tensor | None] = [None] * len(grads) if velocities is None else [*velocities]
     sgd(
         parameters, grads, buffers,
-        fused=_is_fusable(parameters[0]), dampening=0, maximize=False,
+        fused=fused, dampening=0, maximize=False,
         **{name: group[name] for name in names},
     )  # fmt: skip
 
@@ -791,7 +801,7 @@ for t in range(1, 101):
     if t in (1, 3, 10, 30, 100):
         fixed_m, fixed_v = m.mean() / (1 - 0.9**t), v.mean() / (1 - 0.99**t)
         numbers = f"{m.mean():6.2f} {1 - 0.9**t:10.2f} {fixed_m:10.1f}"
-        print(f"{t:2d} {numbers} {v.mean():7.1f} {fixed_v:10.1f}")
+        print(f"{t:2d} {numbers} {v.mean():7.2f} {fixed_v:10.1f}")
 
 # %% [markdown]
 # At the first step $\hat m / \sqrt{\hat v} = g / |g|$: each parameter moves by exactly
@@ -878,7 +888,7 @@ def _check_adamw(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         _check_amount(name, group[name])
     for number, beta in enumerate(group["betas"]):
-        _check_probability(f"betas[{number}]", beta)
+        _check_probability(f"betas[{number}]", float(beta))
     decoupled = {"decoupled_weight_decay": True} if group["weight_decay"] else {}
     _refuse(group, amsgrad=False, maximize=False, **decoupled)
 
@@ -912,7 +922,7 @@ def _fused_adamw_step(group: dict[str, Any], *tensors: list[Tensor]) -> None:
     parameters, grads, means, squares, steps = tensors
     adamw(
         parameters, grads, means, squares, [], steps,
-        fused=_is_fusable(parameters[0]), amsgrad=False, maximize=False,
+        fused=all(map(_is_fusable, parameters)), amsgrad=False, maximize=False,
         lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
         weight_decay=group["weight_decay"], eps=group["eps"],
     )  # fmt: skip
@@ -955,10 +965,10 @@ print("share of the 8 largest of 64 in the squared norm:",
 
 # %% [markdown]
 # A few directions have nearly all of it; a step of such a matrix changes little else. What would
-# be a fair step? Among all $D$ that change no vector's length by more than a factor of 1, that
-# is, with spectral norm $\lVert D \rVert_2 \le 1$, take the one that gains most, $\langle G, D
-# \rangle = \sum_{ij} G_{ij} D_{ij}$ {cite}`bernstein2024old`. With the singular value
-# decomposition, and $u_k$, $v_k$ the columns of $U$ and $V$,
+# be a fair step? Among all $D$ that make no vector longer, that is, with spectral norm $\lVert D
+# \rVert_2 \le 1$, take the one that gains most, $\langle G, D \rangle = \sum_{ij} G_{ij} D_{ij}$
+# {cite}`bernstein2024old`. With the singular value decomposition, and $u_k$, $v_k$ the columns of
+# $U$ and $V$,
 #
 # $$
 # \langle G, D \rangle = \sum_k s_k\, u_k^\top D\, v_k \le \sum_k s_k ,
@@ -979,7 +989,7 @@ print("share of the 8 largest of 64 in the squared norm:",
 # norm, so that all lie between 0 and 1, and repeat a polynomial that lifts them toward 1. That is
 # the method of Newton and Schulz. Its textbook form, $\frac32 s - \frac12 s^3$, lifts a small
 # value by only 1.5 each time. Muon's coefficients $(3.4445, -4.7750, 2.0315)$ lift it by 3.4, and
-# pay with not settling at 1 but moving between 0.7 and 1.2.
+# pay with not settling at 1 but moving between 0.68 and 1.21.
 
 # %%
 #| export
@@ -995,8 +1005,8 @@ def orthogonalize(
 ) -> Float[Tensor, "*batch rows columns"]:
     """Push the singular values of each matrix toward 1 and keep its singular vectors.
 
-    With the default coefficients those above about 0.01 of the norm end between 0.7 and 1.2 after
-    five steps. Computed in the dtype of ``matrix``. Source: Jordan et al. (2024), Newton-Schulz.
+    With the default coefficients those above 0.002 of the norm end between 0.68 and 1.21 after five
+    steps. Computed in the dtype of ``matrix``. Source: Jordan et al. (2024), Newton-Schulz.
     """
     _check_at_least(steps=(0, steps))
     a, b, c = coefficients
@@ -1012,14 +1022,14 @@ def orthogonalize(
     return x.mT if tall else x
 
 
-# %% mystnb={"figure": {"caption": "What Newton-Schulz does to singular values. Left, the polynomial applied one, three and five times: after five, all above 0.01 land near 1. Right, a real gradient, each spectrum divided by its largest value: four orders of magnitude become one band.", "name": "fig-optimization-muon"}, "image": {"alt": "Left, three curves over singular values from 0.001 to 1 on a logarithmic axis. Applied once, a hill that reaches 1 only at the right; five times, a steep rise to about 1 at 0.01 and then a wavy line between 0.7 and 1.2. Right, 64 singular values on a logarithmic axis: the gradient's fall steeply, those after Newton-Schulz stay near one."}}
+# %% mystnb={"figure": {"caption": "What Newton-Schulz does to singular values. Left, the polynomial applied one, three and five times: after five, all above 0.002 lie between 0.68 and 1.21 (gray). Right, a real gradient, each spectrum divided by its largest value: all but the last few come within a factor of two.", "name": "fig-optimization-muon"}, "image": {"alt": "Left, three curves over singular values from 0.001 to 1 on a logarithmic axis. Applied once, a hill that reaches 1 only at the right; five times, a steep rise until 0.002 and then a wavy line between 0.68 and 1.21. Right, 64 singular values on a logarithmic axis: the gradient's fall by more than three orders of magnitude, those after Newton-Schulz stay above one half until the last four."}}
 figure, axes = plt.subplots(1, 2)
 values = torch.logspace(-3, 0, 400)
 for steps in (1, 3, 5):
     result, (a, b, c) = values, (3.4445, -4.7750, 2.0315)
     for _ in range(steps):
         result = a * result + b * result**3 + c * result**5
-    axes[0].semilogx(values, result, label=f"{steps} steps")
+    axes[0].semilogx(values, result, label=f"applied {steps}x")
 axes[0].axhspan(0.68, 1.21, color="gray", alpha=0.15)
 axes[0].set(title="Strength before and after", xlabel="singular value / norm of the matrix")
 after = torch.linalg.svdvals(orthogonalize(gradient))
@@ -1029,8 +1039,8 @@ axes[1].set(title="A real gradient", xlabel="number of the singular value")
 for ax in axes:
     ax.legend()
 plt.show()
-settled = result[values > 0.01]
-assert settled.min() > 0.6 and settled.max() < 1.25 and after[:40].min() > 0.6
+settled = result[values > 0.002]
+assert settled.min() > 0.67 and settled.max() < 1.22 and after[40] > 0.5 * after[0]
 
 # %% [markdown]
 # Orthogonalized is not the gradient itself but its running mean, as for momentum, with Nesterov's
@@ -1086,7 +1096,7 @@ class Muon(_Stepper):
 def _check_muon(group: dict[str, Any]) -> None:
     for name in ("lr", "weight_decay", "eps"):
         _check_amount(name, group[name])
-    _check_probability("momentum", group["momentum"])
+    _check_probability("momentum", float(group["momentum"]))
     _check_at_least(ns_steps=(0, group["ns_steps"]))
     if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
         expected = "None, original or match_rms_adamw"
@@ -1160,13 +1170,13 @@ def _muon_step(
 # ## Who gets what
 #
 # Muon's argument is about matrices that act on vectors. It does not hold for vectors, nor for
-# an embedding, a table in which a step concerns the rows that occurred; and its authors found
-# the head to do better with AdamW as well {cite}`jordan2024muon`. Decay has a similar line.
+# an embedding, a table in which a step concerns the rows that occurred; and its authors leave
+# the head to AdamW as well {cite}`jordan2024muon`. Decay has a similar line.
 # A matrix before a normalization can grow without changing what the model says, and decay
 # is what stops it. Gains and biases have nothing to gain from being small. An embedding row that
 # does not occur has a gradient of zero, and would decay at every step for nothing;
 # OLMo 2 found that small embeddings make for large gradients and leaves them out
-# {cite}`olmo2024olmo2`. GPT-2's descendants decay them; ours follow OLMo
+# {cite}`olmo2024olmo2`. nanoGPT decays them {cite}`karpathy2022nanogpt`; we follow OLMo
 # ({numref}`fig-optimization-groups`).
 #
 # ```{figure} ../figures/optimization-groups.svg
@@ -1383,7 +1393,7 @@ def wsd_schedule(
     sqrt, for 1 - sqrt(progress). Sources: Hu et al. (2024); Hägele et al. (2024) for the shapes.
     """
     _check_choice("shape", shape, tuple(_SHAPES))
-    decay = min(n_steps // 5, n_steps - warmup) if decay is None else decay
+    decay = max(0, min(n_steps // 5, n_steps - warmup)) if decay is None else decay
     _check_schedule(n_steps, warmup, final, decay)
 
     def after_warmup(step: int) -> float:
@@ -1541,7 +1551,7 @@ print("every run of AdamW and Muon beats every run of both SGDs:", max(adaptive)
 floor = TinyWorld().entropy() / (sum(map(len, stories)) / len(stories) + 1)
 print(f"loss floor of this world: {floor:.1f} nats per token")
 
-# %% mystnb={"figure": {"caption": "A race, tuned. Left, the loss after 80 steps against the learning rate. Right, three fresh seeds at each one's best rate. Both adaptive methods lead by far more than the spread of seeds; between them the spread decides.", "name": "fig-optimization-race"}, "image": {"alt": "Left, four bowls of loss over learning rate on a logarithmic axis, AdamW and Muon lower than SGD and momentum. Right, three dots for each optimizer: SGD and momentum around 1.9, AdamW and Muon around 1.5, their dots close to each other."}}
+# %% mystnb={"figure": {"caption": "A race, tuned. Left, the loss after 80 steps against the learning rate. Right, three fresh seeds at each one's best rate. AdamW and Muon lead the others by far more than the spread of seeds.", "name": "fig-optimization-race"}, "image": {"alt": "Left, four bowls of loss over learning rate on a logarithmic axis, AdamW and Muon lower than SGD and momentum. Right, three dots for each optimizer: SGD and momentum around 1.8, AdamW around 1.6, Muon around 1.4."}}
 figure, axes = plt.subplots(1, 2)
 for place, name in enumerate(rates):
     axes[0].semilogx(tried[name], tuning[name], "o-", label=name)
@@ -1553,7 +1563,11 @@ axes[1].set_xticks(range(4), rates)
 plt.show()
 
 # %% [markdown]
-# RACE
+# AdamW and Muon are ahead of both SGDs, by several times the spread. Here Muon also leads AdamW,
+# but by hardly more than the spread; with other widths and numbers of steps we saw ties. Three
+# seeds of a model of this size are a hint, no more. Note also the bowls: a rate that is off by a
+# factor of ten costs more than the choice between AdamW and Muon. All are far above the floor: 80
+# steps are few, and chapter 13 goes on.
 
 # %% [markdown]
 # ## Is it the real thing?
@@ -1584,7 +1598,8 @@ for name, (mine, theirs, settings) in pairs.items():
             weight.grad = g.clone()
             optimizer.step()
     moved = (weights[1] - start).abs().max()
-    print(f"{name:5} agree:", ((weights[0] - weights[1]).abs().max() < 1e-4 * moved).item())
+    allowed = (0.02 if name == "Muon" else 1e-5) * moved  # sums of 16 bits depend on their order
+    print(f"{name:5} agree:", ((weights[0] - weights[1]).abs().max() < allowed).item())
 
 # %% [markdown]
 # The loss against torch's, with its options, and the norm:
@@ -1650,7 +1665,11 @@ for name, step in steps.items():
 print(f"head and loss: {whole:.0f} ms; in chunks {whole / chunked:.1f} times as fast")
 
 # %% [markdown]
-# SPEED
+# When we measured, chunks made head and loss 1.6 to 1.9 times as fast, so the trainer of
+# {doc}`13_training` uses them always. Our AdamW is torch's fused kernel and costs the same;
+# torch's default on a processor takes four times as long, since it goes through memory once for
+# every operation. Muon's products take about a hundred times as long as a step of AdamW. By the
+# share $5 n / B$ they are cheap at this width from batches of ten thousand tokens on.
 #
 # ## Exercises
 #
@@ -1840,8 +1859,8 @@ assert torch.allclose(mean, torch.tensor([0.00455, -9.9e-9, 0.02])), "after two 
 #   over nothing be NaN.
 # - Begin with AdamW, betas of 0.9 and 0.95, decay 0.1 on matrices, clipping at 1; tune the rate
 #   first, by factors of three, and see that the best is not at the end of the range.
-# - Use Muon for the matrices of blocks if its products cost little: width far below a fifth of the
-#   tokens in a batch.
+# - Use Muon for the matrices of blocks where five times the width is far less than the tokens of a
+#   batch.
 # - Warm up. Take a cosine if you know the length of the run, warmup-stable-decay if not.
 # - Compare optimizers only at the best rate of each, over seeds.
 #

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from llmbook.model import ModelConfig, TransformerLM
 from llmbook.optimization import (
@@ -111,6 +113,161 @@ def test_loss_and_gradients_are_those_of_the_definition(way, reduction, options)
     torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("way", [*BACKENDS, "chunked"])
+def test_a_mean_over_nothing_is_nan_and_moves_nothing(way):
+    hidden, weight, targets = problem(ignored=30)
+    if way == "chunked":
+        loss = chunked_cross_entropy(hidden, weight, targets)
+    else:
+        loss = cross_entropy(hidden @ weight.T, targets, backend=way)
+    assert loss.isnan()
+    for gradient in torch.autograd.grad(loss, (hidden, weight)):
+        assert gradient.eq(0).all()
+    assert chunked_cross_entropy(hidden, weight, targets, reduction="sum") == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_losses_are_of_32_bits_and_each_alone_if_asked(backend, dtype):
+    logits, targets = 20 * torch.randn(2, 3, 50), torch.randint(50, (2, 3))
+    targets[1, 2] = 7
+    options = {"ignore_index": 7, "reduction": "none", "backend": backend}
+    losses = cross_entropy(logits.to(dtype), targets, **options)
+    assert losses.shape == (2, 3) and losses.dtype == torch.float32 and losses[1, 2] == 0
+    wide = logits.to(dtype).float().mT
+    torch.testing.assert_close(
+        losses, F.cross_entropy(wide, targets, ignore_index=7, reduction="none")
+    )
+
+
+@given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 9), st.integers(1, 14))
+@settings(max_examples=40)
+def test_chunks_of_any_size_agree_with_all_at_once(seed, rows, vocab_size, chunk_size):
+    torch.manual_seed(seed)
+    hidden, weight, targets = problem(rows, vocab_size, 3, ignored=rows // 3)
+    ours = chunked_cross_entropy(hidden, weight, targets, chunk_size=chunk_size)
+    theirs = cross_entropy(hidden @ weight.T, targets, backend="reference")
+    torch.testing.assert_close(ours, theirs)
+    mine, peer = (torch.autograd.grad(loss, (hidden, weight)) for loss in (ours, theirs))
+    torch.testing.assert_close(mine, peer)
+
+
+def test_chunked_gradients_pass_a_check_by_differences():
+    hidden, weight, targets = problem(rows=6, vocab_size=5, d_model=3, ignored=1)
+    options = {"chunk_size": 4, "z_loss": 0.2, "soft_cap": 2.0}
+    assert torch.autograd.gradcheck(
+        lambda h, w: chunked_cross_entropy(h, w, targets, **options), (hidden, weight)
+    )
+
+
+def test_chunked_makes_only_the_gradients_that_are_asked_for():
+    hidden, weight, targets = problem()
+    with torch.no_grad():
+        assert not chunked_cross_entropy(hidden, weight, targets).requires_grad
+    (only,) = torch.autograd.grad(
+        chunked_cross_entropy(hidden, weight.detach(), targets), (hidden,)
+    )
+    (other,) = torch.autograd.grad(
+        chunked_cross_entropy(hidden.detach(), weight, targets), (weight,)
+    )
+    both = torch.autograd.grad(chunked_cross_entropy(hidden, weight, targets), (hidden, weight))
+    torch.testing.assert_close((only, other), both)
+
+
+def test_chunked_takes_any_leading_shape_and_strides():
+    hidden = torch.randn(6, 5, 4).mT[:, :4, :3].requires_grad_()
+    weight, targets = torch.randn(11, 3), torch.randint(11, (4, 6)).T
+    ours = chunked_cross_entropy(hidden, weight, targets, chunk_size=5)
+    torch.testing.assert_close(ours, cross_entropy(hidden @ weight.T, targets))
+    assert torch.autograd.grad(ours, hidden)[0].shape == hidden.shape
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_chunked_in_16_bits_is_near_and_its_gradients_have_the_types_of_the_inputs(autocast):
+    hidden, weight, targets = problem(rows=300, dtype=torch.float32)
+    theirs = cross_entropy(hidden @ weight.T, targets)
+    expected = torch.autograd.grad(theirs, (hidden, weight))
+    if not autocast:
+        hidden, weight = (t.detach().bfloat16().requires_grad_() for t in (hidden, weight))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours = chunked_cross_entropy(hidden, weight, targets, chunk_size=16)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=0.01, atol=0)
+    for mine, peer, given_tensor in zip(
+        torch.autograd.grad(ours, (hidden, weight)), expected, (hidden, weight), strict=True
+    ):
+        assert mine.dtype == given_tensor.dtype
+        assert (mine - peer).norm() < 0.02 * peer.norm()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest number of entries that any result had."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        self.entries = max(self.entries, *sizes, 0)
+        return result
+
+
+def test_no_tensor_holds_more_logits_than_a_chunk():
+    hidden, weight, targets = problem(rows=400, vocab_size=300, d_model=4, dtype=torch.float32)
+    with LargestTensor() as largest:
+        chunked_cross_entropy(
+            hidden, weight, targets, chunk_size=10, z_loss=0.1, soft_cap=3.0
+        ).backward()
+    assert largest.entries == 10 * 300
+
+
+def test_the_loss_of_a_model_is_the_same_by_hidden_states():
+    model, ids = tiny_model(), torch.randint(40, (2, 9))
+    targets = ids.roll(-1, dims=1)
+    whole = cross_entropy(model(ids), targets)
+    chunked = chunked_cross_entropy(model.hidden_states(ids), model.lm_head.weight, targets)
+    mine, theirs = (torch.autograd.grad(x, list(model.parameters())) for x in (chunked, whole))
+    torch.testing.assert_close(mine, theirs)
+
+
+BAD_LOSSES = [
+    ({"z_loss": -1.0}, "z_loss: expected a finite number of at least 0, got -1.0"),
+    ({"z_loss": math.nan}, "z_loss"),
+    ({"soft_cap": 0.0}, "soft_cap: expected a finite number above 0, got 0.0"),
+    ({"reduction": "max"}, "reduction: expected one of"),
+]
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(("options", "message"), BAD_LOSSES)
+def test_bad_options_of_losses_are_named(options, message):
+    hidden, weight, targets = problem()
+    with pytest.raises(ValueError, match=message):
+        cross_entropy(hidden @ weight.T, targets, **options)
+    with pytest.raises(ValueError, match=message):
+        chunked_cross_entropy(hidden, weight, targets, **options)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_other_bad_arguments_of_losses_are_named():
+    hidden, weight, targets = problem()
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        cross_entropy(hidden @ weight.T, targets, backend="jax")
+    with pytest.raises(ValueError, match="chunk_size: expected at least 1, got 0"):
+        chunked_cross_entropy(hidden, weight, targets, chunk_size=0)
+
+
+@pytest.mark.parametrize("wrong", [17, -1, -99])
+def test_targets_out_of_range_are_named(wrong):
+    hidden, weight, targets = problem()
+    targets[3] = wrong
+    expected = f"targets: expected ids from 0 to 16, or -100, got {wrong}"
+    with pytest.raises(ValueError, match=expected):
+        cross_entropy(hidden @ weight.T, targets)
+    with pytest.raises(ValueError, match=expected):
+        chunked_cross_entropy(hidden, weight, targets)
+
+
 # Optimizers
 
 
@@ -141,13 +298,473 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("name", PAIRS)
-def test_each_step_is_torchs(name, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self)  # torch's Muon in 32 bits
-    ours_class, theirs_class, settings = PAIRS[name]
-    mine, theirs = parameters_like(MATRICES), parameters_like(MATRICES)
-    ours, peer = ours_class(mine, **settings), theirs_class(theirs, **settings)
-    for grads in gradients_like(MATRICES, 20):
-        run(ours, mine, [grads])
-        run(peer, theirs, [grads])
-        torch.testing.assert_close(mine, theirs)
+@pytest.fixture
+def _muon_in_32_bits(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self)  # what torch's Muon calls
+
+
+def variants():
+    for name, (ours, theirs, options) in PAIRS.items():
+        for backend in ("torch",) if name == "muon" else BACKENDS:
+            extra = {} if name == "muon" else {"backend": backend}
+            yield pytest.param(ours, theirs, options, extra, id=f"{name}-{backend}")
+
+
+VARIANTS = list(variants())
+
+
+@pytest.mark.usefixtures("_muon_in_32_bits")
+@pytest.mark.parametrize(("ours", "theirs", "options", "extra"), VARIANTS)
+def test_each_step_is_torchs(ours, theirs, options, extra):
+    mine, peers = parameters_like(MATRICES), parameters_like(MATRICES)
+    optimizer, peer = ours(mine, **options, **extra), theirs(peers, **options)
+    for number, grads in enumerate(gradients_like(MATRICES, 20)):
+        if number % 3 == 1:
+            grads[1] = None  # a parameter that this batch does not touch
+        run(optimizer, mine, [grads])
+        run(peer, peers, [grads])
+        torch.testing.assert_close(mine, peers)
+
+
+@pytest.mark.usefixtures("_muon_in_32_bits")
+@pytest.mark.parametrize(("ours", "theirs", "options", "extra"), VARIANTS)
+@pytest.mark.parametrize("fused", [False, True])
+def test_states_pass_both_ways_in_the_middle_of_a_run(ours, theirs, options, extra, fused):
+    if fused and theirs is torch.optim.Muon:
+        pytest.skip("torch's Muon has no fused kernel")
+    mine, peers = parameters_like(MATRICES), parameters_like(MATRICES)
+    optimizer = ours(mine, **options, **extra)
+    peer = theirs(peers, **options, **({"fused": True} if fused else {}))
+    first, second = gradients_like(MATRICES, 5, seed=1), gradients_like(MATRICES, 5, seed=2)
+    run(optimizer, mine, first)
+    run(peer, peers, first)
+    saved = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(peer.state_dict())
+    # Fresh ones, with other settings, so that all comes from the state.
+    optimizer, peer = ours(mine, lr=7.0, **extra), theirs(peers, lr=7.0)
+    optimizer.load_state_dict(saved[1])
+    peer.load_state_dict(saved[0])
+    run(optimizer, mine, second)
+    run(peer, peers, second)
+    torch.testing.assert_close(mine, peers)
+
+
+@pytest.mark.parametrize(("ours", "theirs", "options", "extra"), VARIANTS)
+def test_a_run_that_was_saved_goes_on_bitwise(ours, theirs, options, extra):
+    mine, others = parameters_like(MATRICES), parameters_like(MATRICES)
+    optimizer = ours(mine, **options, **extra)
+    gradients = gradients_like(MATRICES, 10)
+    run(optimizer, mine, gradients)
+    half = ours(others, **options, **extra)
+    run(half, others, gradients[:5])
+    resumed = ours(others, lr=3.0, **extra)
+    resumed.load_state_dict(copy.deepcopy(half.state_dict()))
+    run(resumed, others, gradients[5:])
+    for a, b in zip(mine, others, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_fused_step_is_bitwise_torchs():
+    mine, peers = parameters_like([(50, 7), (9,)]), parameters_like([(50, 7), (9,)])
+    gradients = gradients_like([(50, 7), (9,)], 10)
+    run(AdamW(mine), mine, gradients)
+    run(torch.optim.AdamW(peers, fused=True), peers, gradients)
+    for a, b in zip(mine, peers, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expectation_of_the_first_moment_is_exact(backend):
+    """With constant gradients the corrected means are the gradient and its square."""
+    (parameter,) = parameters_like([(5,)])
+    optimizer = AdamW([parameter], lr=0.25, eps=0.0, weight_decay=0.0, backend=backend)
+    before, grad = parameter.detach().clone(), torch.tensor([3.0, -1e-4, 7e5, -2.0, 1e-9])
+    for step in range(1, 4):
+        run(optimizer, [parameter], [[grad]])
+        torch.testing.assert_close(parameter.data, before - step * 0.25 * grad.sign())
+
+
+def test_closures_are_called_with_gradients():
+    (parameter,) = parameters_like([(3, 3)])
+    for optimizer in (SGD([parameter]), AdamW([parameter]), Optimizers(Muon([parameter]))):
+
+        def closure(optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = (parameter**2).sum()
+            loss.backward()
+            return loss
+
+        before = parameter.detach().clone()
+        assert optimizer.step(closure) == (before**2).sum()
+        assert not torch.equal(before, parameter)
+
+
+BAD_SETTINGS = [
+    (SGD, {"lr": -1.0}, "lr: expected a finite number of at least 0, got -1.0"),
+    (SGD, {"momentum": 1.0}, "momentum: expected at least 0 and less than 1, got 1.0"),
+    (SGD, {"nesterov": True}, "nesterov: expected a momentum above 0"),
+    (SGD, {"backend": "jax"}, "backend: expected one of"),
+    (AdamW, {"lr": math.nan}, "lr: expected a finite number of at least 0, got nan"),
+    (AdamW, {"lr": math.inf}, "lr: expected"),
+    (AdamW, {"betas": (0.9, 1.0)}, r"betas\[1\]: expected at least 0 and less than 1, got 1.0"),
+    (AdamW, {"betas": (-0.1, 0.9)}, r"betas\[0\]"),
+    (AdamW, {"eps": -1e-8}, "eps: expected"),
+    (AdamW, {"weight_decay": -0.1}, "weight_decay: expected"),
+    (AdamW, {"backend": "jax"}, "backend: expected one of"),
+    (Muon, {"lr": math.nan}, "lr: expected"),
+    (Muon, {"momentum": -0.1}, "momentum: expected"),
+    (Muon, {"ns_steps": -1}, "ns_steps: expected at least 0, got -1"),
+    (Muon, {"adjust_lr_fn": "match"}, "adjust_lr_fn: expected None, original or match_rms_adamw"),
+]
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(("kind", "options", "message"), BAD_SETTINGS)
+def test_bad_settings_are_named(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind(parameters_like([(3, 3)]), **options)
+
+
+def test_bad_settings_of_a_group_are_named_and_nothing_is_added():
+    first, second = parameters_like([(3, 3), (2, 2)])
+    optimizer = AdamW([first])
+    with pytest.raises(ValueError, match="lr: expected"):
+        optimizer.add_param_group({"params": [second], "lr": -1.0})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match="params: expected matrices"):
+        Muon([nn.Parameter(torch.zeros(3))])
+
+
+FOREIGN = [
+    (AdamW, torch.optim.AdamW, {"amsgrad": True}, "amsgrad: expected False, got True"),
+    (AdamW, torch.optim.Adam, {"weight_decay": 0.1}, "decoupled_weight_decay: expected True"),
+    (SGD, torch.optim.SGD, {"maximize": True}, "maximize: expected False, got True"),
+    (SGD, torch.optim.SGD, {"momentum": 0.9, "dampening": 0.1}, "dampening: expected 0, got 0.1"),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "options", "message"), FOREIGN)
+def test_states_of_other_algorithms_are_refused(ours, theirs, options, message):
+    parameters = parameters_like([(3, 3)])
+    state = theirs(parameters, lr=0.5, **options).state_dict()
+    optimizer = ours(parameters, lr=0.25)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_adam_without_decay_is_adamw_without_decay():
+    mine, peers = parameters_like([(3, 3)]), parameters_like([(3, 3)])
+    gradients = gradients_like([(3, 3)], 6)
+    peer = torch.optim.Adam(peers, lr=0.1)
+    run(peer, peers, gradients[:3])
+    optimizer = AdamW(mine, lr=0.1, weight_decay=0.0)
+    run(optimizer, mine, gradients[:3])
+    optimizer.load_state_dict(copy.deepcopy(peer.state_dict()))
+    run(optimizer, mine, gradients[3:])
+    run(peer, peers, gradients[3:])
+    torch.testing.assert_close(mine, peers)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_optimizers_work_in_other_types(dtype):
+    for kind in (SGD, AdamW, Muon):
+        parameters = [nn.Parameter(p.detach().to(dtype)) for p in parameters_like([(4, 6)])]
+        wide = parameters_like([(4, 6)])
+        for some in (parameters, wide):
+            optimizer = kind(some, lr=0.1)
+            run(optimizer, some, [[torch.ones(4, 6, dtype=some[0].dtype)]])
+        assert parameters[0].dtype == dtype
+        torch.testing.assert_close(parameters[0].float(), wide[0], rtol=0.02, atol=0.02)
+
+
+# Orthogonalization
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (3, 20), (20, 3), (5, 4, 9), (2, 3, 9, 4)])
+def test_singular_values_end_near_one_and_directions_stay(shape):
+    matrix = torch.randn(shape, dtype=torch.float64)
+    result = orthogonalize(matrix)
+    assert result.shape == shape and result.dtype == matrix.dtype
+    strengths = torch.linalg.svdvals(result)
+    assert strengths.min() > 0.6 and strengths.max() < 1.25
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    turned = u.mT @ result @ v.mT  # diagonal, if the directions are the same
+    off = turned - torch.diag_embed(turned.diagonal(dim1=-2, dim2=-1))
+    assert off.abs().max() < 1e-8
+
+
+def test_the_polynomial_acts_on_each_singular_value_alone():
+    strengths = torch.tensor([0.8, 0.5, 0.1, 0.01, 0.001], dtype=torch.float64)
+    expected = strengths / strengths.norm()
+    for _ in range(4):
+        expected = 3.4445 * expected - 4.775 * expected**3 + 2.0315 * expected**5
+    torch.testing.assert_close(orthogonalize(torch.diag(strengths), 4).diagonal(), expected)
+
+
+def test_orthogonalize_edges():
+    assert orthogonalize(torch.zeros(3, 4)).eq(0).all()
+    matrix = torch.randn(3, 4)
+    torch.testing.assert_close(orthogonalize(1e6 * matrix), orthogonalize(matrix))
+    torch.testing.assert_close(orthogonalize(matrix, 0), matrix / matrix.norm())
+    with pytest.raises(ValueError, match="steps: expected at least 0, got -1"):
+        orthogonalize(matrix, -1)
+
+
+def test_stacked_experts_are_treated_one_by_one():
+    stacked, apart = parameters_like([(3, 4, 6)]), parameters_like([(3, 4, 6)])
+    pieces = [nn.Parameter(piece.clone()) for piece in apart[0].detach()]
+    for (grad,) in gradients_like([(3, 4, 6)], 5):
+        run(stacked_muon := Muon(stacked, lr=0.1), stacked, [[grad]])
+        run(Muon(pieces, lr=0.1), pieces, [list(grad)])
+        assert stacked_muon.param_groups[0]["lr"] == 0.1
+    torch.testing.assert_close(stacked[0].data, torch.stack([p.data for p in pieces]))
+
+
+def test_muon_in_16_bits_is_torchs():
+    mine, peers = parameters_like(MATRICES), parameters_like(MATRICES)
+    gradients = gradients_like(MATRICES, 10)
+    run(Muon(mine, lr=0.1, ns_dtype=torch.bfloat16), mine, gradients)
+    run(torch.optim.Muon(peers, lr=0.1), peers, gradients)
+    for start, a, b in zip(parameters_like(MATRICES), mine, peers, strict=True):
+        assert (a - b).norm() < 0.02 * (b - start).norm()
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_updates_of_matched_muon_have_the_size_of_adams(scale):
+    for shape in ((64, 64), (32, 96), (96, 32)):
+        (parameter,) = parameters_like([shape])
+        before = parameter.detach().clone()
+        optimizer = Muon([parameter], 1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        run(optimizer, [parameter], [[scale * torch.randn(shape)]])
+        assert 0.15 < (parameter - before).square().mean().sqrt() < 0.23
+
+
+# Groups
+
+
+def held(optimizer):
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+MODELS = {
+    "llama": {},
+    "tied": {"tie_embeddings": True},
+    "gpt2": {"positions": "learned", "norm": "layernorm", "bias": True, "activation": "gelu"},
+    "experts": {"n_experts": 4, "n_active_experts": 2, "qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_each_parameter_is_there_once_with_the_right_decay(changes, name):
+    model = tiny_model(**changes)
+    optimizer = build_optimizer(model, name, 1e-3, weight_decay=0.3)
+    found = held(optimizer)
+    assert len(found) == len({id(p) for p in found}) == len(list(model.parameters()))
+    names = {id(p): n for n, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            table = names[id(parameter)] in ("embedding.weight", "positions.weight")
+            expected = 0.3 if parameter.ndim >= 2 and not table else 0.0
+            assert group["weight_decay"] == expected, names[id(parameter)]
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_muon_gets_the_matrices_of_blocks_and_nothing_else(changes):
+    model = tiny_model(**changes)
+    muon, adamw = build_optimizer(model, "muon", 0.02, adamw_lr=0.003).optimizers
+    expected = {id(p) for p in model.blocks.parameters() if p.ndim >= 2}
+    assert {id(p) for p in held(muon)} == expected
+    assert {group["lr"] for group in muon.param_groups} == {0.02}
+    assert {group["lr"] for group in adamw.param_groups} == {0.003}
+    assert muon.param_groups[0]["momentum"] == 0.95
+
+
+def test_frozen_parameters_are_left_out():
+    model = tiny_model()
+    model.embedding.requires_grad_(False)
+    model.blocks[0].requires_grad_(False)
+    kept = {id(p) for p in model.parameters() if p.requires_grad}
+    for name in ("adamw", "muon", "sgd"):
+        assert {id(p) for p in held(build_optimizer(model, name, 0.1))} == kept
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="model: expected a parameter that requires a gradient"):
+        parameter_groups(model, 0.1)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_bad_arguments_of_builders_are_named():
+    with pytest.raises(ValueError, match="weight_decay: expected"):
+        parameter_groups(tiny_model(), -0.1)
+    with pytest.raises(ValueError, match="name: expected one of adamw, muon, sgd, got 'lion'"):
+        build_optimizer(tiny_model(), "lion", 0.1)
+    with pytest.raises(ValueError, match="model: expected blocks with matrices"):
+        build_optimizer(nn.Linear(3, 3), "muon", 0.1)
+    with pytest.raises(ValueError, match="lr: expected a finite number of at least 0, got nan"):
+        build_optimizer(tiny_model(), "muon", math.nan)
+
+
+def trained(model, optimizer, n_steps, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(n_steps):
+        ids = torch.randint(40, (4, 17), generator=generator)
+        optimizer.zero_grad()
+        cross_entropy(model(ids[:, :-1]), ids[:, 1:]).backward()
+        optimizer.step()
+
+
+def test_two_optimizers_are_saved_loaded_and_scheduled_as_one():
+    model = tiny_model()
+    copied = copy.deepcopy(model)
+    optimizer = build_optimizer(model, "muon", 0.02)
+    trained(model, optimizer, 3)
+    other = build_optimizer(copied, "muon", 0.5)
+    copied.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert [group["lr"] for group in other.param_groups] == [0.02] * len(other.param_groups)
+    scheduler = LambdaLR(other, linear_schedule(4))
+    other.step()  # nothing has a gradient yet
+    scheduler.step()
+    rates = [group["lr"] for part in other.optimizers for group in part.param_groups]
+    assert rates == [0.015] * len(rates)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.015
+    trained(model, optimizer, 3, seed=1)
+    trained(copied, other, 3, seed=1)
+    for a, b in zip(model.parameters(), copied.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="state_dict: expected 2 optimizers, got 0"):
+        other.load_state_dict(AdamW(model.parameters()).state_dict())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+def test_each_optimizer_learns(name):
+    model, ids = tiny_model(), torch.randint(40, (4, 17))
+    optimizer = build_optimizer(model, name, 0.3 if name == "sgd" else 0.01)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# Schedules
+
+SCHEDULES = {
+    "cosine": lambda n, warmup: cosine_schedule(n, warmup=warmup, final=0.1),
+    "linear": lambda n, warmup: linear_schedule(n, warmup=warmup, final=0.1),
+    "wsd": lambda n, warmup: wsd_schedule(n, warmup=warmup, final=0.1),
+    "wsd-sqrt": lambda n, warmup: wsd_schedule(n, warmup=warmup, final=0.1, shape="sqrt"),
+    "constant": lambda n, warmup: constant_schedule(warmup=warmup),
+}
+
+
+@given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 60), st.data())
+def test_schedules_rise_fall_and_stay(name, n_steps, data):
+    warmup = data.draw(st.integers(0, n_steps - 1))
+    factors = [SCHEDULES[name](n_steps, warmup)(step) for step in range(n_steps + 20)]
+    assert factors[0] > 0 and factors[warmup] == 1
+    assert factors[:warmup] == sorted(factors[:warmup])
+    assert factors[warmup:] == sorted(factors[warmup:], reverse=True)
+    assert factors[0] == pytest.approx(1 / (warmup + 1))
+    if name != "constant":
+        decays = not name.startswith("wsd") or min(n_steps // 5, n_steps - warmup)
+        end = 0.1 if decays else 1.0
+        assert factors[n_steps:] == pytest.approx([end] * 20)
+        assert factors[n_steps - 1] >= end
+
+
+def test_known_points_of_schedules():
+    cosine = cosine_schedule(110, warmup=10, final=0.0)
+    expected = [0.5 * (1 + math.cos(math.pi * (step - 10) / 100)) for step in range(10, 110)]
+    assert [cosine(step) for step in range(10, 110)] == pytest.approx(expected)
+    wsd = wsd_schedule(100, warmup=4, decay=10)
+    assert [wsd(step) for step in (0, 4, 50, 90, 95, 99, 100, 500)] == pytest.approx(
+        [0.2, 1, 1, 1, 0.5, 0.1, 0, 0]
+    )
+    assert wsd_schedule(100, decay=16, shape="sqrt")(88) == pytest.approx(0.5)
+    assert wsd_schedule(100, decay=0)(1000) == 1.0
+
+
+def test_schedules_fit_torchs():
+    optimizer = AdamW(parameters_like([(2, 2)]), lr=0.5)
+    schedule = cosine_schedule(10, warmup=2)
+    scheduler = LambdaLR(optimizer, schedule)
+    for step in range(12):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * schedule(step))
+        optimizer.step()
+        scheduler.step()
+
+
+BAD_SCHEDULES = [
+    (lambda: cosine_schedule(0), "n_steps: expected at least 1, got 0"),
+    (lambda: cosine_schedule(5, warmup=6), "warmup: expected warmup"),
+    (lambda: linear_schedule(5, warmup=-1), "warmup: expected at least 0, got -1"),
+    (lambda: cosine_schedule(5, final=1.5), "final: expected a share from 0 to 1, got 1.5"),
+    (lambda: linear_schedule(5, final=math.nan), "final: expected"),
+    (lambda: wsd_schedule(10, warmup=6, decay=5), "within n_steps = 10, got 6 and 5"),
+    (lambda: wsd_schedule(10, shape="cubic"), "shape: expected one of linear, cosine, sqrt"),
+    (lambda: wsd_schedule(10, warmup=11), "warmup"),
+    (lambda: constant_schedule(warmup=-1), "warmup"),
+]
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(("make", "message"), BAD_SCHEDULES)
+def test_bad_arguments_of_schedules_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# Clipping
+
+
+def with_gradients(*gradients):
+    parameters = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    return parameters
+
+
+@given(st.integers(0, 2**31), st.floats(1e-3, 1e3), st.floats(1e-2, 1e2))
+@settings(max_examples=40)
+def test_clipping_is_torchs(seed, size, max_norm):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(3, 4), (7,), (2, 2, 2)]
+    gradients = [size * torch.randn(shape, generator=generator) for shape in shapes]
+    mine, theirs = with_gradients(*gradients), with_gradients(*gradients)
+    places = [parameter.grad.data_ptr() for parameter in mine]
+    norm = clip_gradients(mine, max_norm)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, max_norm))
+    for a, b, place in zip(mine, theirs, places, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+        assert a.grad.data_ptr() == place, "in place"
+
+
+def test_clipping_bounds_the_norm_and_keeps_small_gradients_as_they_are():
+    large, small = with_gradients(torch.full((4,), 5.0)), with_gradients(torch.full((4,), 0.5))
+    assert clip_gradients(large, 2.0) == 10.0 and large[0].grad.norm() <= 2.0
+    assert clip_gradients(small, 2.0) == 1.0 and small[0].grad.tolist() == [0.5] * 4
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_norm_that_is_not_finite_leaves_gradients_alone(bad):
+    parameters = with_gradients(torch.tensor([1.0, bad]), torch.tensor([300.0]))
+    assert not clip_gradients(parameters, 1.0).isfinite()
+    assert parameters[0].grad[0] == 1.0 and parameters[1].grad == 300.0
+
+
+def test_clipping_takes_types_together_a_single_tensor_and_nothing():
+    mixed = with_gradients(torch.full((16,), 3.0), torch.full((4,), 8.0).bfloat16())
+    norm = clip_gradients(iter(mixed), 1.0)
+    assert norm.dtype == torch.float32 and norm.item() == pytest.approx(20.0)
+    assert mixed[1].grad.dtype == torch.bfloat16
+    assert mixed[0].grad[0].item() == pytest.approx(0.15)
+    assert clip_gradients(with_gradients(torch.ones(4))[0], math.inf) == 2.0
+    assert clip_gradients([nn.Parameter(torch.ones(3))], 1.0) == 0.0
+    for wrong in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="max_norm: expected a number above 0"):
+            clip_gradients(mixed, wrong)
