@@ -65,7 +65,8 @@ from llmbook.training import pretrained
 plt.style.use("llmbook.book")
 torch.set_num_threads(1)
 world = TinyWorld()
-model, tokenizer, _, held_out = pretrained("tinyworld")
+trained = pretrained("tinyworld")
+model, tokenizer, held_out = trained.model, trained.tokenizer, trained.held_out
 end = tokenizer.special_tokens["<|endoftext|>"]
 
 
@@ -195,7 +196,7 @@ def keep_top_k(
 # %% [markdown]
 # One $k$ cannot fit all places: after *goes out* a single token makes sense, after *One morning,*
 # all 48 names do. **Top-p** lets the distribution decide. It keeps the fewest tokens whose
-# probabilities reach a mass, the *nucleus* {cite}`holtzman2020curious`. In ascending order, a
+# probabilities reach a mass, the {term}`nucleus` {cite}`holtzman2020curious`. In ascending order, a
 # token is outside if all up to it sum to at most one minus the mass.
 
 
@@ -596,6 +597,10 @@ class Completion(NamedTuple):
     log_probs: list[float]
 
 
+# %% [markdown]
+# Whatever asks for text takes the same options, checked in one place.
+
+
 # %%
 #| export
 @dataclass(frozen=True, kw_only=True)
@@ -680,8 +685,9 @@ class _Row:
 
     def take(self, token: int, log_prob: float) -> str:
         """Add a token, and return the text that can be shown; afterwards see whether to go on."""
-        for values, value in ((self.ids, token), (self.seen, token), (self.log_probs, log_prob)):
-            values.append(value)
+        self.ids.append(token)
+        self.seen.append(token)
+        self.log_probs.append(log_prob)
         stopped, shown = token in self.options.stop_tokens, ""
         if self.text is not None:
             shown = "" if stopped else self.text.add(token)
@@ -805,11 +811,13 @@ class _Linear:
     """Linear maps of the same vector, put side by side, behind the gain of a norm."""
 
     def __init__(self, *maps: nn.Linear, norm: nn.Module | None = None):
-        weight, biases = torch.cat([m.weight for m in maps]), [m.bias for m in maps]
+        weights: list[Tensor] = [m.weight for m in maps]
+        biases: list[Tensor] = [m.bias for m in maps if m.bias is not None]
+        weight = torch.cat(weights)
         if isinstance(norm, RMSNorm):
             weight = weight * (norm.weight * math.sqrt(len(norm.weight)))
         self.weight = weight.t().contiguous()
-        self.bias = None if biases[0] is None else torch.cat(biases)
+        self.bias = torch.cat(biases) if biases else None
 
     def __call__(self, x: Tensor) -> Tensor:
         return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
@@ -880,6 +888,12 @@ class _FusedBlock:
         return self.down.onto(x, _activate(self.activation, gate, up))
 
 
+# %% [markdown]
+# Its attention, with heads that share keys and values put together.
+
+
+# %%
+#| export
 def _attend(
     block: _FusedBlock, x: Tensor, rope: Any, mask: Tensor | None, cache: LayerCache
 ) -> Tensor:
@@ -1216,7 +1230,7 @@ plt.show()
 # ## The most likely text
 #
 # Greedy takes the best token, not the best text: a less likely word may open a far more likely
-# sentence. **Beam search** keeps the $b$ best beginnings, extends each by every token, and keeps
+# sentence. A {term}`beam search` keeps the $b$ best beginnings, extends each by every token, and keeps
 # the $b$ best of those ({numref}`fig-generation-beams`).
 #
 # ```{figure} ../figures/generation-beams.svg
@@ -1372,7 +1386,7 @@ plt.show()
 # ## Guess ahead, and change nothing
 #
 # A pass of a large model over five tokens takes hardly longer than over one: the weights must be
-# fetched from memory anyway. If only we knew the next four tokens. **Speculative decoding** lets a
+# fetched from memory anyway. If only we knew the next four tokens. {term}`Speculative decoding` lets a
 # small *draft* model guess them, and the large *target* judge all at once
 # {cite}`leviathan2023fast,chen2023accelerating` ({numref}`fig-generation-speculation`). The
 # surprise is that the text has exactly the target's distribution.
@@ -1711,7 +1725,7 @@ plt.show()
 #
 # ## Eight bits are enough
 #
-# If fetching weights is what takes time and room, let them be smaller. **Absmax quantization**
+# If fetching weights is what takes time and room, let them be smaller. Absmax {term}`quantization`
 # writes a row of weights as whole numbers times a step $s$ ({numref}`fig-generation-grid`). The
 # largest must fit into the range of 8 bits, hence
 #
@@ -1764,6 +1778,7 @@ class QuantizedLinear(nn.Module):
 
     weight: Tensor
     scale: Tensor
+    bias: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__()
@@ -1861,10 +1876,14 @@ print(
 # and PyTorch's own rounding to a grid.
 
 # %%
-import transformers
-from transformers.generation import logits_process as warpers
+import warnings
 
 import llmbook.generation as exported
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it would like a widget for its progress
+    import transformers
+    from transformers.generation import logits_process as warpers
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -2031,7 +2050,7 @@ def best_n_draft(acceptance: float, cost: float, most: int = 64) -> int:
 # %% tags=["check"]
 assert best_n_draft(0.3, 0.5) == 0, "a guess that costs more than it gains does not pay"
 assert best_n_draft(0.5, 0.49) == 1 and best_n_draft(0.5, 0.5) == 0, "it pays if a > cost"
-assert best_n_draft(0.8, 0.1) == 5, "1 - 0.8^6 over 0.2, for 1.5 passes"
+assert best_n_draft(0.8, 0.1) == 6, "(1 - 0.8^7) / 0.2 tokens in 1.6 passes"
 assert best_n_draft(1.0, 0.2, most=10) == 10, "perfect guesses: as many as one may"
 assert best_n_draft(0.9, 0.02) > best_n_draft(0.6, 0.02), "better drafts guess farther ahead"
 

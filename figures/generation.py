@@ -75,7 +75,7 @@ def draw_loop() -> None:
 
 def draw_beams() -> None:
     """Two beams over three steps, in which the greedy beginning loses."""
-    ax = canvas(720, 236)
+    ax = canvas(720, 242)
     kept, dropped = BLUE, GRAY
     nodes = {
         "start": (20, 106, SIGN, "", kept),
@@ -83,10 +83,10 @@ def draw_beams() -> None:
         "b": (170, 156, "a", "0.4", kept),
         "aa": (340, 20, "cat", "0.5 x 0.4 = 0.20", kept),
         "ab": (340, 70, "dog", "0.5 x 0.3 = 0.15", dropped),
-        "ba": (340, 134, "fox", "0.4 x 0.9 = 0.36", kept),
-        "bb": (340, 184, "hen", "0.4 x 0.1 = 0.04", dropped),
+        "ba": (340, 132, "fox", "0.4 x 0.9 = 0.36", kept),
+        "bb": (340, 180, "hen", "0.4 x 0.1 = 0.04", dropped),
         "aaa": (560, 20, "sat", "0.20 x 0.5 = 0.10", kept),
-        "baa": (560, 134, "ran", "0.36 x 0.8 = 0.29", kept),
+        "baa": (560, 132, "ran", "0.36 x 0.8 = 0.29", kept),
     }
     boxes = {
         name: box(
@@ -98,9 +98,9 @@ def draw_beams() -> None:
         if child != "start":
             parent = child[:-1] or "start"
             arrow(ax, boxes[parent].right, boxes[child].left, color=nodes[child][4])
-    label(ax, 235, 220, "step 1", size=SMALL, color=GRAY)
+    label(ax, 235, 230, "step 1", size=SMALL, color=GRAY)
     label(ax, 405, 230, "step 2", size=SMALL, color=GRAY)
-    label(ax, 625, 220, "step 3", size=SMALL, color=GRAY)
+    label(ax, 625, 230, "step 3", size=SMALL, color=GRAY)
     save(
         ax,
         "generation-beams",
@@ -205,6 +205,6 @@ def draw_grid() -> None:
         "generation-grid",
         "Rounding a row of weights to 8 bits",
         "A line with evenly spaced points from minus 127 to 127 steps. The weights of one row "
-        "stand above it, and each moves to the nearest point, at most half a step away. The step is "
-        "the largest absolute weight divided by 127.",
+        "stand above it, and each moves to the nearest point, at most half a step away. The step "
+        "is the largest absolute weight divided by 127.",
     )

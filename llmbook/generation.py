@@ -365,7 +365,7 @@ def _prompt_ids(
         raise ValueError(f"prompts: expected at most {room} tokens, for {why}, got {len(ids)}")
     return ids
 
-# %% ../chapters/14_generation.ipynb #4f309df8
+# %% ../chapters/14_generation.ipynb #4f99bdb0
 class _Row:
     """A text on its way: what the model sees of it, and what was added."""
 
@@ -382,8 +382,9 @@ class _Row:
 
     def take(self, token: int, log_prob: float) -> str:
         """Add a token, and return the text that can be shown; afterwards see whether to go on."""
-        for values, value in ((self.ids, token), (self.seen, token), (self.log_probs, log_prob)):
-            values.append(value)
+        self.ids.append(token)
+        self.seen.append(token)
+        self.log_probs.append(log_prob)
         stopped, shown = token in self.options.stop_tokens, ""
         if self.text is not None:
             shown = "" if stopped else self.text.add(token)
@@ -435,16 +436,18 @@ def _plain_step(model: TransformerLM) -> Step:
 
     return step
 
-# %% ../chapters/14_generation.ipynb #7da89f71
+# %% ../chapters/14_generation.ipynb #f56ffde7
 class _Linear:
     """Linear maps of the same vector, put side by side, behind the gain of a norm."""
 
     def __init__(self, *maps: nn.Linear, norm: nn.Module | None = None):
-        weight, biases = torch.cat([m.weight for m in maps]), [m.bias for m in maps]
+        weights: list[Tensor] = [m.weight for m in maps]
+        biases: list[Tensor] = [m.bias for m in maps if m.bias is not None]
+        weight = torch.cat(weights)
         if isinstance(norm, RMSNorm):
             weight = weight * (norm.weight * math.sqrt(len(norm.weight)))
         self.weight = weight.t().contiguous()
-        self.bias = None if biases[0] is None else torch.cat(biases)
+        self.bias = torch.cat(biases) if biases else None
 
     def __call__(self, x: Tensor) -> Tensor:
         return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
@@ -481,7 +484,7 @@ def _store(cache: LayerCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     cache.values.select(2, step.slots.start).copy_(v)
     return cache.keys.narrow(2, 0, step.used), cache.values.narrow(2, 0, step.used)
 
-# %% ../chapters/14_generation.ipynb #1af590d8
+# %% ../chapters/14_generation.ipynb #80931487
 class _FusedBlock:
     """A block for one new token in each row, (batch, d_model), in few calls."""
 
@@ -501,7 +504,7 @@ class _FusedBlock:
         gate, up = up.chunk(2, dim=-1) if self.gates else (None, up)
         return self.down.onto(x, _activate(self.activation, gate, up))
 
-
+# %% ../chapters/14_generation.ipynb #c55ccd5f
 def _attend(
     block: _FusedBlock, x: Tensor, rope: Any, mask: Tensor | None, cache: LayerCache
 ) -> Tensor:
@@ -966,7 +969,7 @@ def quantize_rows(
     step = wide.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
     return (wide / step[:, None]).round().clamp(-127, 127).to(torch.int8), step
 
-# %% ../chapters/14_generation.ipynb #e361a6d7
+# %% ../chapters/14_generation.ipynb #49b15677
 class QuantizedLinear(nn.Module):
     """A linear layer whose weights are whole numbers of 8 bits, with a step for each output.
 
@@ -975,6 +978,7 @@ class QuantizedLinear(nn.Module):
 
     weight: Tensor
     scale: Tensor
+    bias: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__()

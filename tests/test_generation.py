@@ -280,7 +280,7 @@ def test_a_penalty_needs_a_history():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", SAMPLINGS)
 def test_cached_equals_uncached(models, kind, how):
-    options = {"max_new_tokens": 60, "sampling": SAMPLINGS[how], "stop_tokens": [5]}
+    options = {"max_new_tokens": 38, "sampling": SAMPLINGS[how], "stop_tokens": [5]}
     with_cache = generate(models[kind], prompts_of(), **options)
     without = generate(models[kind], prompts_of(), use_cache=False, **options)
     assert ids_of(with_cache) == ids_of(without)
@@ -293,7 +293,7 @@ def test_cached_equals_uncached(models, kind, how):
 @pytest.mark.parametrize("how", ["greedy", "plain", "penalties"])
 def test_a_row_does_not_depend_on_its_neighbors(models, kind, how):
     model, prompts = models[kind], prompts_of((3, 7, 1, 12, 7, 40))
-    options = {"max_new_tokens": 25, "sampling": SAMPLINGS[how], "stop_tokens": [5], "seed": 3}
+    options = {"max_new_tokens": 16, "sampling": SAMPLINGS[how], "stop_tokens": [5], "seed": 3}
     together = generate(model, prompts, **options)
     assert ids_of(generate(model, prompts, batch_size=2, **options)) == ids_of(together)
     for number, prompt in enumerate(prompts):
@@ -388,12 +388,12 @@ def test_the_context_is_full_without_being_exceeded(models, use_cache):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sliding_text_goes_on_with_and_without_cache(models, kind):
     prompts = prompts_of((3, 47, 30))
-    options = {"max_new_tokens": 120, "on_full": "slide", "stop_tokens": [9]}
+    options = {"max_new_tokens": 70, "on_full": "slide", "stop_tokens": [9]}
     with_cache = generate(models[kind], prompts, **options)
     without = generate(models[kind], prompts, use_cache=False, **options)
     assert ids_of(with_cache) == ids_of(without)
-    free = generate(models[kind], prompts, max_new_tokens=120, on_full="slide")
-    assert [len(row.ids) for row in free] == [120] * 3
+    free = generate(models[kind], prompts, max_new_tokens=70, on_full="slide")
+    assert [len(row.ids) for row in free] == [70] * 3
 
 
 def test_a_slide_keeps_half_of_the_context():
@@ -613,7 +613,7 @@ def test_greedy_speculation_is_greedy(models, kind, n_draft):
 )
 def test_speculation_has_the_distribution_of_the_target(untyped, sampling):
     model, draft = made(vocab_size=4, spread=1.0), made(seed=7, vocab_size=4, spread=1.0)
-    n, counts = 400, Counter()
+    n, counts = 300, Counter()
     for seed in range(n):
         done, _ = speculative_generate(
             model, draft, [1], max_new_tokens=2, n_draft=1, sampling=sampling, seed=seed
