@@ -11,9 +11,9 @@
 # team that trained a model of 175 billion parameters kept a logbook of just such days
 # {cite}`zhang2022opt`.
 #
-# So the loop grows here in visible steps, each for one of these failures. At the end it survives
-# the plug being pulled at any moment, and we use it twice: on the tiny world, whose best possible
-# loss is known, and on real documentation, against programs that compress text for a living.
+# So the loop grows here in visible steps, each for one of these failures. Then we use it twice: on
+# the tiny world, whose best possible loss is known, and on real documentation, against programs that
+# compress text for a living.
 #
 # | | |
 # |---|---|
@@ -52,6 +52,9 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 from typing import cast, get_args, get_origin, runtime_checkable
 
+
+# %% [markdown]
+# And from the chapters before, what we need of text, batches, model and optimizer.
 
 # %%
 #| export
@@ -211,11 +214,16 @@ def _is_single(document_ids: Int64[Tensor, "batch sequence"]) -> bool:
     return bool(one and (document_ids.diff(dim=1) <= 0).all())
 
 
+# %% [markdown]
+# The losses before and after:
+
 # %%
 batch = sampler[0]
 before, after = (next_token_objective(model, b) for b in (batch, compact(batch)))
 share = compact(batch).inputs.numel() / batch.inputs.numel()
-print("same loss:", torch.allclose(before[0], after[0]), " same targets:", before[1] == after[1])
+print(
+    "same loss:", torch.allclose(before[0], after[0]), " same targets:", bool(before[1] == after[1])
+)
 print("places left: less than 80 %:", share < 0.8)
 
 # %% [markdown]
@@ -255,6 +263,10 @@ def split_rows(batch: _Rows, rows: int | None) -> Iterator[_Rows]:
             None if field is None else field[start : start + (rows or n_rows)] for field in batch
         )
         yield cast(Any, type(batch))(*parts)
+
+
+# %% [markdown]
+# One batch with uneven rows, cut in four, both ways:
 
 
 # %%
@@ -326,6 +338,10 @@ class _Settings:
     max_skipped: int = 20  # in a row
 
 
+# %% [markdown]
+# The class itself adds the way to files and back.
+
+
 # %%
 #| export
 @dataclass(frozen=True, kw_only=True)
@@ -347,6 +363,11 @@ class TrainingConfig(_Settings):
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as numbers, texts and lists, fit for JSON and YAML."""
         return _plain(asdict(self))
+
+
+# %% [markdown]
+# What is checked: counts, choices, and rates, where NaN fails every comparison that is asked the
+# right way round.
 
 
 # %%
@@ -406,6 +427,11 @@ def _from_dict(kind: Callable[..., _T], entries: Any) -> _T:
     return kind(**given)
 
 
+# %% [markdown]
+# A value is taken as the kind that its field says. Integers serve as floats, `1e-3` too; `true` is
+# no number.
+
+
 # %%
 #| export
 def _converted(name: str, value: Any, kind: Any) -> Any:
@@ -423,6 +449,10 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
         names = " or ".join("nothing" if p is NoneType else p.__name__ for p in plain)
         raise ValueError(f"{name}: expected {names}, got {value!r}")
     return value
+
+
+# %% [markdown]
+# Lists become tuples, since a configuration must not change under a run.
 
 
 # %%
@@ -488,6 +518,10 @@ class _Gradients:
             loss.backward()
             total, count = total + loss.detach(), count + n_targets
         return total, count
+
+
+# %% [markdown]
+# What the settings ask for is built by the names of {doc}`12_optimization`.
 
 
 # %%
@@ -628,6 +662,10 @@ class SpikeDetector:
         return spike
 
 
+# %% [markdown]
+# The third layer puts the question before each update.
+
+
 # %%
 #| export
 class _Guarded(_Steps):
@@ -659,6 +697,9 @@ class _Guarded(_Steps):
             row = f"{self.skipped_in_a_row} steps in a row were skipped"
             raise TrainingError(f"step {self.step}: {row}, the last because {reason}")
 
+
+# %% [markdown]
+# Thirty good batches, then one that is NaN, infinite, or a thousand times too large:
 
 # %%
 config = TrainingConfig(n_steps=100, batch_size=8, learning_rate=1e-2, spike_factor=10.0)
@@ -703,6 +744,10 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"]:
         torch.cuda.set_rng_state_all(states["cuda"])
+
+
+# %% [markdown]
+# Everything that looks at the model does so inside this block.
 
 
 # %%
@@ -773,8 +818,8 @@ class _Evaluated(_Guarded):
 # | `tokens_per_second`, `mfu` | speed; share of the machine's arithmetic | falls |
 # | `memory`, `skipped` | peak memory; steps not taken | climb |
 #
-# Growing logits and a shrinking ratio of update to weight were found to announce instability, in
-# small models as in large ones {cite}`wortsman2024proxies`. MFU, **model FLOPs utilization**
+# Instabilities of large models can be provoked in small ones by a high rate, and some foretold from
+# the norms of activations and gradients {cite}`wortsman2024proxies`. MFU, **model FLOPs utilization**
 # {cite}`chowdhery2023palm`, is the arithmetic that the model needs, `flops_per_token` of
 # {doc}`11_model` times tokens per second, over what the machine could do at best. That peak we
 # measure with a large matrix product.
@@ -809,6 +854,10 @@ def activation_scales(model: nn.Module, ids: Int64[Tensor, "batch sequence"]) ->
     return dict(zip(scales, torch.stack(list(scales.values())).tolist(), strict=True))
 
 
+# %% [markdown]
+# Peaks: of arithmetic, and of memory.
+
+
 # %%
 #| export
 @cache
@@ -834,6 +883,10 @@ def peak_memory(device: torch.device | str = "cpu") -> float:
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+# %% [markdown]
+# The update ratio wants the weights of before, so it costs a copy on the steps that are logged.
 
 
 # %%
@@ -869,6 +922,10 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Training has stopped."""
+
+
+# %% [markdown]
+# The log of a run: rows in memory, and in the file.
 
 
 # %%
@@ -936,6 +993,10 @@ def _read_rows(path: Path) -> list[Row]:
     return rows
 
 
+# %% [markdown]
+# Appending bypasses Python's buffer, so that a line reaches the system whole.
+
+
 # %%
 #| export
 def _write_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -987,6 +1048,10 @@ class TensorBoard:
         """Write out what is buffered."""
         if self._writer is not None:
             self._writer.close()
+
+
+# %% [markdown]
+# The bar writes to standard output and knows where a resumed run begins.
 
 
 # %%
@@ -1051,6 +1116,10 @@ class LivePlot:
         """Leave the figure as it is."""
 
 
+# %% [markdown]
+# Each column gets a panel of its own.
+
+
 # %%
 #| export
 def plot_columns(log: MetricsLog, names: Sequence[str], figure: Any) -> None:
@@ -1104,6 +1173,10 @@ class _Measured(_Evaluated):
         before = [parameter.detach().clone() for parameter in self.parameters]
         super().update(report)
         report["update_ratio"] = update_ratio(before, self.parameters)
+
+
+# %% [markdown]
+# A row of the log is put together, and the sums begin again.
 
 
 # %%
@@ -1197,6 +1270,10 @@ def _to_tree(value: Any, name: str, tensors: dict[str, Tensor], seen: dict[Any, 
     raise ValueError(f"state: {name}: expected tensors, numbers and texts, got {type(value)}")
 
 
+# %% [markdown]
+# And back.
+
+
 # %%
 #| export
 def _from_tree(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -1240,6 +1317,10 @@ def _header(tree: Any, tensors: Mapping[str, Tensor]) -> bytes:
 def _raw(tensor: Tensor) -> Any:
     """The bytes of a tensor: a view of its memory, if that is on the CPU and without gaps."""
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+# %% [markdown]
+# Write, force, rename. At the end the folder too is forced to the disk: the name is in it.
 
 
 # %%
@@ -1300,6 +1381,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: no checkpoint of ours: {error}") from error
+
+
+# %% [markdown]
+# The checksum is compared before anything in the file is believed.
 
 
 # %%
@@ -1543,6 +1628,10 @@ class _Prepared(_Saved):
             block.compile()
 
 
+# %% [markdown]
+# Around each step: a first evaluation of the untrained model, then whatever is due.
+
+
 # %%
 #| export
 class _Tended(_Prepared):
@@ -1572,6 +1661,10 @@ class _Tended(_Prepared):
         if row.get("validation_loss", math.inf) < self.best:
             self.best = row["validation_loss"]
             _save_best(self)
+
+
+# %% [markdown]
+# Its helpers: a batch of the wrong size would make the schedule a lie, so it is refused.
 
 
 # %%
@@ -1628,6 +1721,10 @@ def _train(trainer: "Trainer") -> None:
             trainer.save()
 
 
+# %% [markdown]
+# The class that others use is left with three methods.
+
+
 # %%
 #| export
 class Trainer(_Tended):
@@ -1679,6 +1776,9 @@ trainer = Trainer(
 )
 log = trainer.train()
 
+# %% [markdown]
+# Rows are there for each evaluation, and files for the last two checkpoints and the best model:
+
 # %%
 steps_logged, validation_losses = log.column("validation_loss")
 assert validation_losses[0] > 6 and validation_losses[-1] < 1.6
@@ -1716,9 +1816,24 @@ print("without clipping:", re.sub(r"step \d+", "step ...", message))
 print("with clipping and warmup:", outcome)
 
 # %% [markdown]
-# The plot shows who knew first.
+# Which of the numbers knew first? We ask for the step at which each had grown to twice its first
+# value.
 
-# %% mystnb={"figure": {"caption": "PLACEHOLDER", "name": "fig-training-divergence"}, "image": {"alt": "PLACEHOLDER"}}
+
+# %%
+def doubled(log: MetricsLog, name: str) -> int:
+    steps, values = log.column(name)
+    return next(step for step, v in zip(steps, values, strict=True) if v > 2 * values[0])
+
+
+when = {name: doubled(broken, name) for name in ("loss", "gradient_norm", "logits/max")}
+assert max(when["gradient_norm"], when["logits/max"]) < when["loss"]
+print("before the loss doubled:", ", ".join(n for n in when if when[n] < when["loss"]))
+
+# %% [markdown]
+# The loss is the last to know ({numref}`fig-training-divergence`).
+
+# %% mystnb={"figure": {"caption": "A divergence, and the same run cured. When the loss of the broken run begins to rise, gradient norm and largest logit have long left their usual range.", "name": "fig-training-divergence"}, "image": {"alt": "Three panels with logarithmic axes over 30 steps: loss, gradient norm and largest logit. In the broken run all three climb by many powers of ten until step 12, norm and logits some steps before the loss. In the cured run the loss falls, the norm stays near one, and the logits grow slowly."}}
 fig, axes = plt.subplots(1, 3, figsize=(7, 2.8))
 for axis, name in zip(axes, ("loss", "gradient_norm", "logits/max"), strict=True):
     for some, label in ((broken, "broken"), (cured, "cured")):
@@ -1754,6 +1869,9 @@ trainer.train()
 """
 done = subprocess.run([sys.executable, "-c", script])
 print("ended by signal", -done.returncode, "with", list(list_checkpoints(folder / "second")))
+
+# %% [markdown]
+# We go on:
 
 # %%
 sampler_again = BatchSampler(rows, batch_size=8, seed=1)
@@ -1857,6 +1975,9 @@ class DataConfig:
             raise ValueError(f"paths: expected {needed} for {self.kind!r}, got {len(self.paths)}")
 
 
+# %% [markdown]
+# A tokenizer is trained on the text of the run, or read from a file.
+
 # %%
 #| export
 _PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN}
@@ -1877,6 +1998,10 @@ class TokenizerConfig:
         if "<|endoftext|>" not in self.special_tokens:
             expected = "expected '<|endoftext|>' among them"
             raise ValueError(f"special_tokens: {expected}, got {list(self.special_tokens)}")
+
+
+# %% [markdown]
+# A run has four sections.
 
 
 # %%
@@ -1920,6 +2045,11 @@ class RunConfig:
         _to_yaml(self, Path(path))
 
 
+# %% [markdown]
+# The size of the vocabulary is known when the tokenizer is, and not before. Messages get the name
+# of their section in front.
+
+
 # %%
 #| export
 def _model_config(fields_of_model: Mapping[str, Any], vocab_size: int) -> ModelConfig:
@@ -1936,6 +2066,10 @@ def _within(part: str, build: Callable[..., _T], *arguments: Any) -> _T:
         raise ValueError(f"{part}.{error}") from None
 
 
+# %% [markdown]
+# Sections that are missing or too many are named as well.
+
+
 # %%
 #| export
 def _run_config(kind: type[RunConfig], entries: Any) -> RunConfig:
@@ -1948,6 +2082,10 @@ def _run_config(kind: type[RunConfig], entries: Any) -> RunConfig:
     if not isinstance(entries["model"], Mapping):
         raise ValueError(f"model: expected settings by name, got {entries['model']!r}")
     return kind(**built, model=dict(entries["model"]))
+
+
+# %% [markdown]
+# YAML is what people edit.
 
 
 # %%
@@ -2007,6 +2145,10 @@ def _train_and_held_out(data: DataConfig) -> tuple[list[str], list[str]]:
         got = f"{len(parts[0])} documents to train and {len(parts[1])} to validate"
         raise ValueError(f"held_out: expected a share that leaves some of both, got {got}")
     return parts
+
+
+# %% [markdown]
+# Tokenizer, shards and held-out texts are written together or not at all.
 
 
 # %%
@@ -2073,6 +2215,10 @@ def word_kinds(world: TinyWorld, story: Story, cut: Callable[[str], list[str]]) 
     return [*kinds, "certain"]
 
 
+# %% [markdown]
+# The probe adds up losses and floors, kind by kind, over held-out stories.
+
+
 # %%
 #| export
 class GapToFloor:
@@ -2105,6 +2251,10 @@ class GapToFloor:
         floor = sum(sums[f"floor/{kind}"] for kind in WORD_KINDS)
         loss = sum(sums[f"loss/{kind}"] for kind in WORD_KINDS)
         return {"gap": loss / floor - 1, **sums}
+
+
+# %% [markdown]
+# Its helpers put stories in rows and give the loss of each token.
 
 
 # %%
@@ -2165,6 +2315,10 @@ def documents_score(
     return bits, n_bytes
 
 
+# %% [markdown]
+# The rivals, at their best settings.
+
+
 # %%
 #| export
 def compressors(texts: Sequence[str], seen: Sequence[str] = ()) -> dict[str, float]:
@@ -2184,7 +2338,7 @@ def compressors(texts: Sequence[str], seen: Sequence[str] = ()) -> dict[str, flo
 
 
 # %% [markdown]
-# All is put together: a trainer for a run, then the run itself, of which each stage is done once.
+# All is put together in a trainer.
 
 
 # %%
@@ -2215,6 +2369,10 @@ def _trainer(config: RunConfig, folder: Path, sinks: Sequence[Sink]) -> Trainer:
     )
 
 
+# %% [markdown]
+# What comes out can be loaded again.
+
+
 # %%
 #| export
 class Pretrained(NamedTuple):
@@ -2238,6 +2396,10 @@ def load_run(folder: str | Path) -> Pretrained:
     return Pretrained(model, tokenizer, log, held_out, folder)
 
 
+# %% [markdown]
+# The run: each stage leaves something behind, and is skipped when that is there.
+
+
 # %%
 #| export
 def run(config: RunConfig, folder: str | Path, sinks: Sequence[Sink] = ()) -> Pretrained:
@@ -2259,6 +2421,11 @@ def run(config: RunConfig, folder: str | Path, sinks: Sequence[Sink] = ()) -> Pr
             raise KeyboardInterrupt
         _finish(trainer.model, folder)
     return load_run(folder)
+
+
+# %% [markdown]
+# A folder belongs to one configuration. And whoever calls `run` in the middle of something else
+# finds random generators and threads as they were.
 
 
 # %%
@@ -2299,7 +2466,8 @@ def _finish(model: nn.Module, folder: Path) -> None:
 
 
 # %% [markdown]
-# Three of the runs that are known to work fit a laptop.
+# Three of the runs that are known to work fit a laptop. The first is the tiny world: Muon, one story
+# in a row, a linear decay to zero.
 
 # %%
 #| export
@@ -2334,6 +2502,9 @@ RUNS = {
 }
 
 
+# %% [markdown]
+# For documentation, half a million parameters and half a minute,
+
 # %%
 #| export
 _DOCS = {"tie_embeddings": True, "n_heads": 4}
@@ -2358,6 +2529,9 @@ RUNS["documentation"] = RunConfig(
     ),
 )
 
+
+# %% [markdown]
+# or a million parameters and twenty minutes.
 
 # %%
 #| export
@@ -2443,6 +2617,10 @@ def _package_folder() -> Path:
     return Path(cast(Any, spec).origin).parent
 
 
+# %% [markdown]
+# Comments and empty lines do not count, so that a remark costs no training.
+
+
 # %%
 #| export
 def _module_sources(names: Iterable[str]) -> dict[str, str]:
@@ -2465,6 +2643,11 @@ def _fingerprint(depends_on: Any, train: Callable[..., Any]) -> str:
     sources = _module_sources(["training", module])
     content = json.dumps([depends_on, sources, torch.__version__], sort_keys=True)
     return blake2b(content.encode(), digest_size=6).hexdigest()
+
+
+# %% [markdown]
+# `train` fills a draft folder, which a kill leaves in place, so that a trainer in it goes on; a
+# lock lets others wait.
 
 
 # %%
@@ -2496,6 +2679,10 @@ def load_or_train(
                 train(draft)
                 draft.rename(target)
     return load(target)
+
+
+# %% [markdown]
+# This is the function that later chapters call:
 
 
 # %%
@@ -2531,12 +2718,16 @@ fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.4))
 left.plot(gap_steps[1:], [100 * gap for gap in gaps[1:]], marker="o")
 left.set(yscale="log", xlabel="step", ylabel="gap to the floor (%)", title="In all")
 left.set_yticks([3, 10, 30], ["3", "10", "30"])
+left.minorticks_off()
 for kind in WORD_KINDS:
     loss, floor = (np.array(result.log.column(f"{what}/{kind}")[1]) for what in ("loss", "floor"))
     right.plot(gap_steps[1:], (loss - floor)[1:].clip(1e-3), marker="o", label=kind)
 right.set(yscale="log", xlabel="step", ylabel="excess (nats per story)", title="By kind of word")
 right.legend(fontsize=7.5, loc="lower left")
 plt.show()
+
+# %% [markdown]
+# In numbers, at the end and at step 400:
 
 # %%
 last = result.log.rows[-1]
@@ -2554,7 +2745,7 @@ print("most of what remains is wording:", excess["wording"] > sum(excess.values(
 # The order tells what is easy. Fixed phrases are learned in the first two hundred steps. The eight
 # facts of 48 characters, 384 in all, follow within a few hundred more: they never change, so they
 # can be stored in weights. To repeat the hero's name, a model must *look it up* in the story, and
-# that comes later, rather suddenly. Last is the wording. Its floor is high, for a story may go on in
+# that comes later. Last is the wording. Its floor is high, for a story may go on in
 # many ways, all of which the model must give their exact probabilities; and it must know which
 # facts the story has told already, since none is told twice.
 #
@@ -2592,6 +2783,9 @@ ax.invert_yaxis()
 ax.set(xlabel="bits per byte", title="The same text, compressed and predicted")
 plt.show()
 
+# %% [markdown]
+# xz gains much, and so much that our short run is not below it:
+
 # %%
 assert primed["xz"] < others["xz"]
 print("seeing the training text helps xz:", primed["xz"] < others["xz"])
@@ -2599,8 +2793,10 @@ print("the model is below the xz that has seen it:", bits / n_bytes < primed["xz
 
 # %% [markdown]
 # gzip looks back 32 kilobytes only, so what it saw before hardly helps; xz looks back over all of
-# it. With twenty minutes in place of half a minute, by `--preset documentation-long`, a model of a
-# million parameters gets clearly lower still.
+# it, and finds whole sentences again. Half a minute of training does not reach that. Twenty minutes
+# do: a million parameters, trained by `--preset documentation-long` on 4.9 million tokens, needed
+# 1.73 bits per byte of the same text when this was written, where xz with all the training text in
+# sight needed 2.06.
 #
 # ## From the command line
 #
@@ -2631,6 +2827,10 @@ def report(result: Pretrained) -> dict[str, float]:
     return numbers
 
 
+# %% [markdown]
+# A file or a preset, not both.
+
+
 # %%
 #| export
 def _chosen(config: Path | None, preset: str | None) -> RunConfig:
@@ -2648,6 +2848,10 @@ def _execute(config: RunConfig, folder: Path, tensorboard: bool) -> None:
         sinks.append(TensorBoard(folder / "tensorboard"))
     for name, value in report(run(config, folder, sinks)).items():
         print(f"{name}: {value:,.4g}")
+
+
+# %% [markdown]
+# The command is a thin shell around `run`.
 
 
 # %%
@@ -2681,6 +2885,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(_exit_code(partial(app, args=arguments, standalone_mode=False)))
 
 
+# %% [markdown]
+# Errors that a user can mend are one line, without a traceback; the exit code tells scripts what
+# happened.
+
+
 # %%
 #| export
 def _exit_code(command: Callable[[], Any]) -> int:
@@ -2705,6 +2914,9 @@ if __name__ == "__main__" and "__file__" in globals():  # a notebook has no file
     main()
 
 
+# %% [markdown]
+# A file, its last lines, and what happens when a setting cannot be:
+
 # %%
 RUNS["documentation"].to_yaml(folder / "config.yaml")
 text = (folder / "config.yaml").read_text()
@@ -2727,8 +2939,8 @@ ours = Trainer(small_model(), BatchSampler(rows, batch_size=8), config)
 ours.train()
 theirs = small_model()
 matrices = [p for n, p in theirs.named_parameters() if p.ndim > 1 and "embedding" not in n]
-others_ = [p for n, p in theirs.named_parameters() if p.ndim < 2 or "embedding" in n]
-groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others_, "weight_decay": 0.0}]
+undecayed = [p for n, p in theirs.named_parameters() if p.ndim < 2 or "embedding" in n]
+groups = [{"params": matrices, "weight_decay": 0.1}, {"params": undecayed, "weight_decay": 0.0}]
 optimizer = torch.optim.AdamW(groups, lr=5e-3, betas=(0.9, 0.95))
 schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, ours.schedule)
 for step in range(40):
@@ -2881,14 +3093,15 @@ def averaged(where: Path, n_steps: int, objective: Objective | None = None) -> A
     return trainer
 
 
-one = averaged(folder / "average-1", 1)
+here = Path(tempfile.mkdtemp())
+one = averaged(here / "1", 1)
 start = small_model()
 for mean, p, q in zip(one.average, start.parameters(), one.parameters, strict=True):
     assert torch.allclose(mean, 0.9 * p + 0.1 * q, atol=1e-6), "0.9 of the old, 0.1 of the new"
-skipping = averaged(folder / "average-2", 1, poisoned_at(0, math.nan))
+skipping = averaged(here / "2", 1, poisoned_at(0, math.nan))
 unmoved = zip(skipping.average, start.parameters(), strict=True)
 assert all(torch.equal(a, b) for a, b in unmoved), "a skipped step must not count"
-whole, again = averaged(folder / "average-3", 3), averaged(folder / "average-1", 3)
+whole, again = averaged(here / "3", 3), averaged(here / "1", 3)
 pairs = zip(whole.average, again.average, strict=True)
 assert all(torch.equal(a, b) for a, b in pairs), "the average must be in the state, and come back"
 
