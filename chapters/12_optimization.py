@@ -154,8 +154,8 @@ def log_sum_exp(logits: Float[Tensor, "*batch vocab_size"]) -> Float[Tensor, "*b
 
     Computed in float32 or wider, whatever the dtype of ``logits``.
 
-    >>> log_sum_exp(torch.tensor([1000.0, 1000.0]))
-    tensor(1000.6931)
+    >>> round(log_sum_exp(torch.tensor([1000.0, 1000.0])).item(), 2)
+    1000.69
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     peak = wide.detach().amax(dim=-1, keepdim=True)
@@ -624,6 +624,8 @@ class _Checked(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings, or the optimizer's defaults, are checked."""
+        if isinstance(param_group["params"], Iterator):  # to be read twice
+            param_group["params"] = list(param_group["params"])
         self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
@@ -947,8 +949,13 @@ for row, story in zip(rows, stories, strict=True):
     row[: len(story) + 2] = torch.tensor([0, *(number_of[word] for word in story), 0])
 inputs, targets = rows[:, :-1].clamp(min=0), rows[:, 1:].contiguous()
 sizes = {"vocab_size": len(vocabulary), "context_length": longest, "n_heads": 2}
+print(f"{len(vocabulary)} words, {longest} targets a row")
+
+# %% [markdown]
+# The gradient of the matrix that makes the values of the first layer, and its singular values:
 
 
+# %%
 def loss_on(model: TransformerLM, which: Tensor | slice) -> Tensor:
     hidden = model.hidden_states(inputs[which])
     return chunked_cross_entropy(hidden, model.lm_head.weight, targets[which])
@@ -959,9 +966,8 @@ model = TransformerLM(ModelConfig(d_model=64, n_layers=2, **sizes))
 loss_on(model, slice(64)).backward()
 gradient = model.blocks[0].attention.v_proj.weight.grad
 spectrum = torch.linalg.svdvals(gradient)
-print(f"{len(vocabulary)} words, {longest} targets a row")
-print("share of the 8 largest of 64 in the squared norm:",
-      f"{(spectrum[:8] ** 2).sum() / (spectrum**2).sum():.1f}")  # fmt: skip
+share = (spectrum[:8] ** 2).sum() / (spectrum**2).sum()
+print(f"share of the 8 largest of 64 in the squared norm: {share:.1f}")
 
 # %% [markdown]
 # A few directions have nearly all of it; a step of such a matrix changes little else. What would
@@ -1101,9 +1107,9 @@ def _check_muon(group: dict[str, Any]) -> None:
     if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
         expected = "None, original or match_rms_adamw"
         raise ValueError(f"adjust_lr_fn: expected {expected}, got {group['adjust_lr_fn']!r}")
-    for parameter in group["params"]:
-        if isinstance(parameter, Tensor) and parameter.ndim not in (2, 3):
-            shape = tuple(parameter.shape)
+    params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+    for shape in (tuple(p.shape) for p in params if isinstance(p, Tensor)):
+        if len(shape) not in (2, 3):
             raise ValueError(f"params: expected matrices, or stacks of them, got shape {shape}")
 
 

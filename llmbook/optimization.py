@@ -25,14 +25,14 @@ from .attention import Backend
 from .blocks import _check_choice, _check_probability, _embeddings
 from .corpus import _check_at_least
 
-# %% ../chapters/12_optimization.ipynb #f0b171d6
+# %% ../chapters/12_optimization.ipynb #0880a738
 def log_sum_exp(logits: Float[Tensor, "*batch vocab_size"]) -> Float[Tensor, "*batch"]:
     """Return log(sum(exp(logits))) over the last dimension; finite wherever the logits are.
 
     Computed in float32 or wider, whatever the dtype of ``logits``.
 
-    >>> log_sum_exp(torch.tensor([1000.0, 1000.0]))
-    tensor(1000.6931)
+    >>> round(log_sum_exp(torch.tensor([1000.0, 1000.0])).item(), 2)
+    1000.69
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     peak = wide.detach().amax(dim=-1, keepdim=True)
@@ -243,12 +243,14 @@ def chunked_cross_entropy(
         total = _ChunkedLoss.apply(hidden.flatten(0, -2), weight, column, counts, options)
     return _mean(total, counts) if reduction == "mean" else total
 
-# %% ../chapters/12_optimization.ipynb #65ddf170
+# %% ../chapters/12_optimization.ipynb #3ab1cd03
 class _Checked(torch.optim.Optimizer):
     """An optimizer that refuses settings out of range, when it is made and when it is loaded."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings, or the optimizer's defaults, are checked."""
+        if isinstance(param_group["params"], Iterator):  # to be read twice
+            param_group["params"] = list(param_group["params"])
         self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
@@ -497,7 +499,7 @@ class Muon(_Stepper):
         momenta = self._buffers(parameters, "momentum_buffer")
         _muon_step(group, parameters, grads, momenta, self.ns_dtype)
 
-# %% ../chapters/12_optimization.ipynb #ba626703
+# %% ../chapters/12_optimization.ipynb #e3d953c7
 def _check_muon(group: dict[str, Any]) -> None:
     for name in ("lr", "weight_decay", "eps"):
         _check_amount(name, group[name])
@@ -506,9 +508,9 @@ def _check_muon(group: dict[str, Any]) -> None:
     if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
         expected = "None, original or match_rms_adamw"
         raise ValueError(f"adjust_lr_fn: expected {expected}, got {group['adjust_lr_fn']!r}")
-    for parameter in group["params"]:
-        if isinstance(parameter, Tensor) and parameter.ndim not in (2, 3):
-            shape = tuple(parameter.shape)
+    params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+    for shape in (tuple(p.shape) for p in params if isinstance(p, Tensor)):
+        if len(shape) not in (2, 3):
             raise ValueError(f"params: expected matrices, or stacks of them, got shape {shape}")
 
 

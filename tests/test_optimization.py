@@ -434,6 +434,18 @@ def test_bad_settings_of_a_group_are_named_and_nothing_is_added():
         Muon([nn.Parameter(torch.zeros(3))])
 
 
+def test_groups_may_be_iterators_tensors_and_named():
+    for kind in (SGD, AdamW, Muon):
+        for given_parameters in (iter, lambda p: p[0], lambda p: [("name", p[0])], list):
+            (parameter,) = parameters_like([(3, 3)])
+            before = parameter.detach().clone()
+            optimizer = kind([{"params": given_parameters([parameter]), "lr": 0.1}])
+            run(optimizer, [parameter], [[torch.eye(3)]])
+            assert not torch.equal(before, parameter)
+    with pytest.raises(ValueError, match="empty parameter list"):
+        AdamW([])
+
+
 FOREIGN = [
     (AdamW, torch.optim.AdamW, {"amsgrad": True}, "amsgrad: expected False, got True"),
     (AdamW, torch.optim.Adam, {"weight_decay": 0.1}, "decoupled_weight_decay: expected True"),
