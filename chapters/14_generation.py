@@ -18,7 +18,7 @@
 # |---|---|
 # | **You build** | {py:class}`~llmbook.generation.Sampling`, {py:func}`~llmbook.generation.sample`, {py:func}`~llmbook.generation.generate`, {py:func}`~llmbook.generation.stream`, {py:func}`~llmbook.generation.beam_search`, {py:func}`~llmbook.generation.speculative_generate`, {py:func}`~llmbook.generation.quantize` |
 # | **You need** | the model and its cache ({doc}`11_model`, {doc}`09_attention`), a trained one ({doc}`13_training`), entropy ({doc}`01_tinyworld`), counter-based random numbers ({doc}`07_batches`) |
-# | **It takes** | 90 minutes to read, a minute and a half to run, and another if the model is not trained yet |
+# | **It takes** | 90 minutes to read, a minute to run, and two more if the model is not trained yet |
 
 # %% tags=["remove-cell"]
 #| default_exp generation
@@ -477,7 +477,7 @@ def sample(
 # %% [markdown]
 # Now all of them, at our place in Ada's story.
 
-# %% mystnb={"figure": {"caption": "What each method makes of one distribution of the trained model: gray outlines are the model's probabilities, bars what a token is drawn from. Temperature bends, filters cut and scale up, penalties lower what the text has had: is and never.", "name": "fig-generation-filters"}, "image": {"alt": "Nine bar charts of the twelve likeliest tokens after: Ada. The model has is at 0.3 and nine more near 0.08. Temperature 0.5 raises is to about 0.6, temperature 2 makes all nearly equal and lets others in. Top-k 5 keeps five bars, top-p 0.8 about eight, min-p 0.25 about six, typical 0.5 drops is and keeps seven of those beside it. Repetition penalty 1.5 and frequency penalty 2 shrink the bars of is and never."}}
+# %% mystnb={"figure": {"caption": "What each method makes of one distribution of the trained model: gray outlines are the model's probabilities, bars what a token is drawn from. Temperature bends, filters cut and scale up, penalties lower what the text has had: is and never.", "name": "fig-generation-filters"}, "image": {"alt": "Nine bar charts of the twelve likeliest tokens after: Ada. The model has is at 0.3 and nine more near 0.08. Temperature 0.5 raises is to about 0.6, temperature 2 makes all nearly equal and lets others in. Top-k 5 keeps five bars, top-p 0.8 about eight, min-p 0.25 five or six, typical 0.5 drops is and keeps some of those beside it. Repetition penalty 1.5 and frequency penalty 2 shrink the bars of is and never."}}
 methods = {
     "the model": Sampling(),
     "temperature 0.5": Sampling(temperature=0.5),
@@ -529,7 +529,7 @@ def uniforms_of(seed: int, row: int, n: int) -> Float[np.ndarray, " n"]:
     They depend on nothing but ``seed`` and ``row``, and the first are the same for any ``n``.
 
     >>> uniforms_of(seed=0, row=7, n=2).round(3)
-    array([0.111, 0.222])
+    array([0.743, 0.05 ])
     """
     return (random_bits(seed, row, np.arange(n)) >> np.uint64(11)) * 2.0**-53
 
@@ -760,8 +760,8 @@ def _plain_step(model: TransformerLM) -> Step:
 # %% [markdown]
 # ### Fewer, larger calls
 #
-# How long should a step take? Our model has some 140,000 weights, and to multiply each by one
-# number takes a processor about ten microseconds. In fact a step takes fifty times that. The
+# How long should a step take? Our model has some 200,000 weights, and to multiply each by one
+# number takes a processor some twenty microseconds. In fact a step takes twenty times that. The
 # time goes into *calls*: each of PyTorch's operations costs a microsecond or two before it does
 # anything. Let us count them.
 
@@ -1208,11 +1208,11 @@ shares = {
     name: [consistent(Sampling(temperature=t, **kept)) for t in temperatures]
     for name, kept in filters.items()
 }
-print("at 1, most or half are consistent:", shares["no filter"][2] > 0.35)
+print("at 1, more than a third are consistent:", shares["no filter"][2] > 0.35)
 print("at 2, without a filter almost none:", shares["no filter"][4] < 0.05)
-print("at 2, by min-p at least five times as many:", shares["min-p 0.1"][4] > 0.25)
+print("at 2, by min-p more than a quarter:", shares["min-p 0.1"][4] > 0.25)
 
-# %% mystnb={"figure": {"caption": "The share of stories that are whole and true, with two standard errors. Heat ruins them when nothing is cut; top-p holds out to 1.5; min-p, whose bar does not move with the mass of the tail, up to 2. Cold does not cure them.", "name": "fig-generation-heat"}, "image": {"alt": "Share of consistent stories against temperature from 0.3 to 2. Without a filter it is a little above one half up to 1, then falls to 0.15 at 1.5 and zero at 2. With top-p 0.9 it is highest at 1, still one half at 1.5 and nearly zero at 2. With min-p 0.1 it stays near one half everywhere."}}
+# %% mystnb={"figure": {"caption": "The share of stories that are whole and true, with two standard errors. Heat ruins them when nothing is cut; top-p helps until the tail has too much mass; min-p, whose bar does not depend on that mass, helps even at 2. Cold does not cure them.", "name": "fig-generation-heat"}, "image": {"alt": "Share of consistent stories against temperature from 0.3 to 2. Without a filter it is between one half and 0.7 up to 1, then falls to about 0.1 at 1.5 and to zero at 2. With top-p 0.9 it is about 0.7 up to 1, one half at 1.5 and nearly zero at 2. With min-p 0.1 it is about 0.7 up to 1 and still one half at 2."}}
 figure, ax = plt.subplots()
 for name, share in shares.items():
     errors = [2 * math.sqrt(max(s * (1 - s), 0.005) / 192) for s in share]
@@ -1223,15 +1223,27 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# Why does cold not help? The judge says where a story breaks. In the tiny world no fact is told
-# twice; the model must look back at which ones it has told, and it has not quite learned to. That
-# is an error of the model, not a slip of the dice, so no temperature removes it.
+# Why does cold not cure them all? The judge lists the claims of a story up to where it breaks:
+
+# %%
+cold = generate(model, [[end]] * 192, sampling=Sampling(temperature=0.3), **options)
+verdicts = [world.judge(story.text) for story in cold]
+claims = [true for verdict in verdicts for _, true in verdict.claims]
+broken = sum(verdict.error_at is not None for verdict in verdicts)
+wrong = sum(not verdict.consistent for verdict in verdicts)
+print("false claims: under 1 %:", claims.count(False) < 0.01 * len(claims))
+print("of what is wrong, most broke off:", broken > 0.8 * wrong)
+
+# %% [markdown]
+# The facts are right. What breaks is the form: in the tiny world no fact is told twice, so the
+# model must look back at which it has told, and it has not quite learned to. That is an error of
+# the model, not a slip of the dice, and no temperature removes it.
 #
 # ## The most likely text
 #
 # Greedy takes the best token, not the best text: a less likely word may open a far more likely
-# sentence. A {term}`beam search` keeps the $b$ best beginnings, extends each by every token, and keeps
-# the $b$ best of those ({numref}`fig-generation-beams`).
+# sentence. A {term}`beam search` keeps the $b$ best beginnings, extends each by every token, and
+# keeps the $b$ best of those ({numref}`fig-generation-beams`).
 #
 # ```{figure} ../figures/generation-beams.svg
 # :name: fig-generation-beams
@@ -1363,11 +1375,11 @@ real = [log_likelihood(text) for text in held_out[:200]]
 greedy_story = generate(model, [[end]], sampling=Sampling(temperature=0), **options)[0]
 found = {"greedy": sum(greedy_story.log_probs), "8 beams": sum(best[0].log_probs)}
 likelier = sum(one > found["8 beams"] for one in real) / len(real)
-print("beams do at least as well as greedy:", found["8 beams"] > found["greedy"] - 1)
+print("beams within a nat of greedy, or better:", found["8 beams"] > found["greedy"] - 1)
 print("of 8 beams, different first sentences:", len({one.text.split(".")[0] for one in best}) < 6)
 print("real stories that are likelier: under a quarter:", likelier < 0.25)
 
-# %% mystnb={"figure": {"caption": "How likely the model finds 200 real stories, and the stories that search found. The left hump has a visitor, whose name alone takes ln 47 = 3.9 nats. Beams end beyond all real stories: they find the most likely text, not a typical one.", "name": "fig-generation-likelihood"}, "image": {"alt": "Histogram of the log-likelihood of real stories in two humps, near minus 31.5 and minus 27 nats. The greedy story stands in the right hump, the best of eight beams to the right of both, near minus 25."}}
+# %% mystnb={"figure": {"caption": "How likely the model finds 200 real stories, and the stories that search found. The left hump has a visitor, whose name alone takes ln 47 = 3.9 nats. Search ends at the right edge of them or beyond: it looks for the most likely text, not for a typical one.", "name": "fig-generation-likelihood"}, "image": {"alt": "Histogram of the log-likelihood of real stories in two humps, near minus 31.5 and minus 27 nats. The greedy story and the best of eight beams stand at the right edge of the right hump or beyond, near minus 25."}}
 figure, ax = plt.subplots()
 ax.hist(real, bins=25, label="200 real stories")
 for (name, value), color in zip(found.items(), ("C1", "C2"), strict=True):
@@ -1378,16 +1390,17 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# A real story has about the surprise that is the entropy of stories, some 28 nats, because surprises
-# are what makes it one of many. Search avoids them: its stories are alike and safe. Where one answer is
-# right, as in translation, that is wanted, though even there the very best may be the empty text
-# {cite}`stahlberg2019nmt`. For open text, sample.
+# A real story has about the surprise that is the entropy of stories, some 28 nats, because
+# surprises are what makes it one of many. Search avoids them: its stories are alike and safe. (It
+# may even lose the greedy one on the way: a beginning that is dropped cannot recover.) Where one
+# answer is right, as in translation, likely is what is wanted, though even there the very best may
+# be the empty text {cite}`stahlberg2019nmt`. For open text, sample.
 #
 # ## Guess ahead, and change nothing
 #
 # A pass of a large model over five tokens takes hardly longer than over one: the weights must be
-# fetched from memory anyway. If only we knew the next four tokens. {term}`Speculative decoding` lets a
-# small *draft* model guess them, and the large *target* judge all at once
+# fetched from memory anyway. If only we knew the next four tokens. {term}`Speculative decoding`
+# lets a small *draft* model guess them, and the large *target* judge all at once
 # {cite}`leviathan2023fast,chen2023accelerating` ({numref}`fig-generation-speculation`). The
 # surprise is that the text has exactly the target's distribution.
 #
@@ -1680,8 +1693,8 @@ draft, counts = drafts["40 steps"], torch.zeros(951 * 951)
 for seed in range(1500):
     done, _ = speculative_generate(model, draft, prompt, max_new_tokens=2, n_draft=1, seed=seed)
     counts[951 * done.ids[0] + done.ids[1]] += 1
-print("distribution of the target:", p_value(counts, 1500 * pair_probabilities(model)) > 1e-3)
-print("distribution of the draft: ", p_value(counts, 1500 * pair_probabilities(draft)) > 1e-3)
+print("distribution of the target:", p_value(counts, 1500 * pair_probabilities(model)) > 1e-4)
+print("distribution of the draft: ", p_value(counts, 1500 * pair_probabilities(draft)) > 1e-4)
 
 # %% [markdown]
 # And the savings, measured against {eq}`generation-expected`:
@@ -1705,7 +1718,7 @@ worst = max(
     abs(s.tokens_per_pass / expected_tokens(s.acceptance_rate, g) - 1)
     for g in results for s in results[g]
 )  # fmt: skip
-print("within 15 % of the formula:", worst < 0.15)
+print("within 20 % of the formula:", worst < 0.2)
 
 # %% mystnb={"figure": {"caption": "Tokens for each pass of the target against the acceptance rate: five drafts, from untrained to the target itself, and the formula for 2, 4 and 8 guesses.", "name": "fig-generation-acceptance"}, "image": {"alt": "Three rising curves over acceptance rates from 0 to 1, which start at 1 and end at 3, 5 and 9 tokens for 2, 4 and 8 guesses. Five measured points lie on each curve, near acceptance 0, 0.4, 0.6, 0.8 and 1."}}
 figure, ax = plt.subplots()
@@ -1764,8 +1777,8 @@ def quantize_rows(
 
 # %% [markdown]
 # The layer multiplies by the whole numbers, and by the steps at the end: $s$ is the same for all
-# terms of the sum, $\sum_j s\, n_j x_j = s \sum_j n_j x_j$. Activations stay as they are. LLM.int8()
-# rounds them, too, and must then keep outliers apart {cite}`dettmers2022int8`.
+# terms of the sum, $\sum_j s\, n_j x_j = s \sum_j n_j x_j$. Activations stay as they are.
+# LLM.int8() rounds them, too, and must then keep outliers apart {cite}`dettmers2022int8`.
 
 
 # %%
@@ -1856,8 +1869,8 @@ table = 4 * model.embedding.weight.numel() / stored_bytes(model)
 print(f"bytes: {stored_bytes(int8) / stored_bytes(model):.2f} of before, table: {table:.2f}")
 
 # %% [markdown]
-# Nearly half of our bytes are the tied table, which stays. In a large model nearly all are in linear
-# layers:
+# A good part of our bytes is the table of embeddings, which stays. In a large model nearly all
+# are in linear layers:
 
 # %%
 from llmbook.model import parameter_counts

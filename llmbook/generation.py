@@ -256,14 +256,14 @@ def sample(
         uniforms = torch.rand(shape, dtype=torch.float64, device=device, generator=generator)
     return _choose(logits, sampling, counts, uniforms)
 
-# %% ../chapters/14_generation.ipynb #167d52c5
+# %% ../chapters/14_generation.ipynb #aaa93276
 def uniforms_of(seed: int, row: int, n: int) -> Float[np.ndarray, " n"]:
     """Return the ``n`` random numbers, from 0 to below 1, of one row: one for each of its steps.
 
     They depend on nothing but ``seed`` and ``row``, and the first are the same for any ``n``.
 
     >>> uniforms_of(seed=0, row=7, n=2).round(3)
-    array([0.111, 0.222])
+    array([0.743, 0.05 ])
     """
     return (random_bits(seed, row, np.arange(n)) >> np.uint64(11)) * 2.0**-53
 
