@@ -12,8 +12,8 @@
 # {cite}`zhang2022opt`.
 #
 # So the loop grows here in visible steps, each for one of these failures. Then we use it twice: on
-# the tiny world, whose best possible loss is known, and on real documentation, against programs that
-# compress text for a living.
+# the tiny world, whose best possible loss is known, and on real documentation, against programs
+# that compress text for a living.
 #
 # | | |
 # |---|---|
@@ -153,10 +153,9 @@ print("targets:", counts[0] > 400, counts[1])
 print("the mean of means is off by more than 5 %:", abs(of_means / of_targets - 1) > 0.05)
 
 # %% [markdown]
-# Three targets got the same weight as five hundred. A mean cannot be averaged without its count, so
-# what we pass around is never a mean: an {term}`objective` returns a **sum** of losses and the
-# **number** of targets. With the chunked loss of {doc}`12_optimization` the logits are never
-# all in memory. Later chapters bring objectives of their own.
+# Three targets got the same weight as five hundred. So what we pass around is never a mean: an
+# {term}`objective` returns a **sum** of losses and the **number** of targets. With the chunked
+# loss of {doc}`12_optimization` the logits are never all in memory.
 
 # %%
 #| export
@@ -188,8 +187,8 @@ def next_token_objective(
 
 # %% [markdown]
 # Rows of one story are mostly padding, and a mask of documents has nothing to hide in a row that
-# holds a single one: in a causal model nothing looks to the right, where the padding is. Both can be
-# left out without changing any loss.
+# holds a single one: in a causal model nothing looks to the right, where the padding is. Both can
+# be left out without changing any loss.
 
 
 # %%
@@ -286,9 +285,7 @@ for row in range(6):  # as in instruction tuning, where only answers count
 whole = gradient([uneven], right=True)
 for name, right in (("sum over count ", True), ("mean of means", False)):
     error = (gradient(split_rows(uneven, 2), right) - whole).norm() / whole.norm()
-    print(
-        f"{name} is off by more than 10 %: {bool(error > 0.1)}, by less than 1e-5: {bool(error < 1e-5)}"
-    )
+    print(f"{name}: off by more than 10 %: {bool(error > 0.1)}, below 1e-5: {bool(error < 1e-5)}")
 
 # %% [markdown]
 # The first layer of our trainer is {eq}`training-accumulation`, still without the division. The
@@ -304,8 +301,9 @@ for name, right in (("sum over count ", True), ("mean of means", False)):
 #
 # ### Settings that are checked
 #
-# A run that fails after a day because of a typing error in a file is a day lost. So everything that
-# decides a run sits in one place, is checked at once, and can be written to a file and read back.
+# A run that fails after a day because of a typing error in a file is a day lost. So everything
+# that decides a run sits in one place, is checked at once, and can be written to a file and read
+# back.
 
 
 # %%
@@ -403,8 +401,8 @@ def _check_amount(name: str, value: float | None, above: float | None = None) ->
 
 
 # %% [markdown]
-# Reading from a file has traps of its own: names with typing errors, and `1e-3`, which YAML takes
-# for a text because it has no dot.
+# Files have traps of their own: misspelled names, and `1e-3`, which YAML takes for a text because
+# it has no dot.
 
 # %%
 #| export
@@ -561,9 +559,9 @@ print("largest relative difference below 1e-5:", bool(max(errors) < 1e-5))
 # %% [markdown]
 # ## A step
 #
-# The second layer divides by the count, clips, sets the rate and updates. Loss, norm and count
-# are fetched from the device together: on a GPU each `.item()` waits until all queued work is done,
-# so there is one wait in a step and not one in each micro-batch.
+# The second layer divides by the count, clips, sets the rate and updates. Loss, norm and count are
+# fetched from the device together: on a GPU each `.item()` waits until all queued work is done, so
+# there is one wait in a step and not one in each micro-batch.
 
 
 # %%
@@ -624,9 +622,9 @@ for step in range(3):
 print("NaN in every matrix and vector:", all(bool(p.isnan().any()) for p in layer.parameters))
 
 # %% [markdown]
-# A step that is not finite must not be taken. The batch is passed over, the schedule goes on,
-# weights and optimizer stay as they were, and the step is *counted*: a run that skips one step in a
-# hundred thousand is healthy, one that skips three in a row is dead and should say so.
+# A step that is not finite must not be taken: weights and optimizer stay as they were, the
+# schedule goes on, and the step is *counted*. One skipped step in a hundred thousand is no harm;
+# many in a row mean that the run is dead, and it should say so.
 #
 # A finite step can do harm as well. A batch of garbage makes a gradient many times the usual one.
 # Clipping limits its length, not its direction, and Adam's memory of squared gradients is inflated
@@ -716,9 +714,8 @@ for factor in (math.nan, math.inf, 1000.0):
 # ## To look without touching
 #
 # Evaluation must change nothing. Dropout is off in it, gradients are not recorded, and one more
-# trap is shut: whoever draws a random number while looking, a sample of text say, shifts all random
-# numbers of the training that follows. A run that is evaluated would end elsewhere than one that is
-# not. So the generators of Python, NumPy and PyTorch are set back.
+# trap is shut: whoever draws a random number while looking shifts all those of the training that
+# follows. So the generators of Python, NumPy and PyTorch are set back.
 
 
 # %%
@@ -769,8 +766,8 @@ def unnoticed(model: nn.Module) -> Iterator[None]:
 
 
 # %% [markdown]
-# The fourth layer adds up sums and counts over all validation batches. A **probe** is a function of
-# the model that measures something else at the same moments; the gap to the floor will be one.
+# The fourth layer adds up sums and counts over all validation batches. A **probe** measures
+# something else at the same moments; the gap to the floor will be one.
 
 
 # %%
@@ -807,7 +804,7 @@ class _Evaluated(_Guarded):
 # %% [markdown]
 # ## What to watch
 #
-# The loss says *that* something is wrong, mostly too late, and never what. Six numbers say more.
+# The loss says late that something is wrong, and never what. These say more.
 #
 # | logged | what it is | alarm |
 # |---|---|---|
@@ -818,11 +815,11 @@ class _Evaluated(_Guarded):
 # | `tokens_per_second`, `mfu` | speed; share of the machine's arithmetic | falls |
 # | `memory`, `skipped` | peak memory; steps not taken | climb |
 #
-# Instabilities of large models can be provoked in small ones by a high rate, and some foretold from
-# the norms of activations and gradients {cite}`wortsman2024proxies`. MFU, **model FLOPs utilization**
-# {cite}`chowdhery2023palm`, is the arithmetic that the model needs, `flops_per_token` of
-# {doc}`11_model` times tokens per second, over what the machine could do at best. That peak we
-# measure with a large matrix product.
+# Instabilities of large models can be provoked in small ones by a high rate, and some foretold
+# from the norms of activations and gradients {cite}`wortsman2024proxies`. MFU, **model FLOPs
+# utilization** {cite}`chowdhery2023palm`, is the arithmetic that the model needs,
+# `flops_per_token` of {doc}`11_model` times tokens per second, over what the machine could do at
+# best. That peak we measure with a large matrix product.
 
 
 # %%
@@ -903,8 +900,8 @@ def update_ratio(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 # %% [markdown]
 # ### Where numbers go
 #
-# A {term}`sink` takes rows of numbers. The first writes **JSON lines**: text that any tool reads, to
-# which a line is appended in one piece. After a kill some rows belong to steps that come again;
+# A {term}`sink` takes rows of numbers. The first writes **JSON lines**: text that any tool reads,
+# to which a line is appended in one piece. After a kill some rows belong to steps that come again;
 # `start` cuts them off, so that no step is there twice.
 
 
@@ -968,8 +965,8 @@ class MetricsLog:
 
 
 # %% [markdown]
-# A line that was cut off in the middle has no newline at its end, and is left out. When the disk is
-# full a row is given up, with a warning; a missing point in a curve is no reason to lose a run.
+# A line that was cut off in the middle has no newline at its end, and is left out. When the disk
+# is full a row is given up, with a warning; a missing point in a curve is no reason to lose a run.
 
 
 # %%
@@ -1027,7 +1024,7 @@ def _append_row(path: Path, row: Row) -> None:
 # %%
 #| export
 class TensorBoard:
-    """A sink that writes curves for TensorBoard into ``folder``: ``tensorboard --logdir folder``."""
+    """A sink that writes curves into ``folder``; see them by ``tensorboard --logdir folder``."""
 
     def __init__(self, folder: str | Path):
         self.folder, self._writer = Path(folder), cast(Any, None)
@@ -1135,9 +1132,8 @@ def plot_columns(log: MetricsLog, names: Sequence[str], figure: Any) -> None:
 
 
 # %% [markdown]
-# The fifth layer keeps the sums and measures the update of the steps that are logged. Only these pay
-# for it. The loss that is logged is the mean over all targets since the last row, which is less
-# noisy than that of one batch.
+# The fifth layer measures the update of the steps that are logged; only these pay for it. The loss
+# that is logged is the mean over all targets since the last row.
 
 
 # %%
@@ -1204,11 +1200,11 @@ def _measurements(trainer: _Measured, batch: Any, report: Row) -> dict[str, floa
 # ## A file that is whole or absent
 #
 # `torch.save(state, path)` opens the file, which empties it, and writes. A kill in between leaves
-# neither the old checkpoint nor the new. The cure is old: write under another name, force the bytes
-# to the disk, and rename, which replaces the old name in one step. The order matters, and the
-# second step is the one that is forgotten: file systems may carry out a rename before the writes
-# that came first {cite}`pillai2014crash`. {numref}`fig-training-checkpoint` shows what a kill
-# leaves at each moment.
+# neither the old checkpoint nor the new. The cure is old: write under another name, force the
+# bytes to the disk, and rename, which replaces the old name in one step. The order matters, and
+# the second step is the one that is forgotten: file systems may carry out a rename before the
+# writes that came first {cite}`pillai2014crash`. {numref}`fig-training-checkpoint` shows what a
+# kill leaves at each moment.
 #
 # ```{figure} ../figures/training-checkpoint.svg
 # :name: fig-training-checkpoint
@@ -1240,9 +1236,9 @@ _CHECKSUM, _DIGEST_SIZE = "checksum", 32
 
 
 # %% [markdown]
-# A nested state becomes a tree of JSON with tensors by name. JSON knows neither tuples nor keys that
-# are numbers, which optimizers have; a key that begins with a dollar sign marks them. Tied weights
-# are stored once.
+# A nested state becomes a tree of JSON with tensors by name. JSON knows neither tuples nor keys
+# that are numbers, which optimizers have; a key that begins with a dollar sign marks them. Tied
+# weights are stored once.
 
 
 # %%
@@ -1469,7 +1465,7 @@ def newest_checkpoint(folder: str | Path) -> dict[str, Any] | None:
 def _sweep(folder: Path, keep_last: int) -> None:
     """Remove old checkpoints, and drafts that killed saves left."""
     surplus = list(list_checkpoints(folder).values())[:-keep_last]
-    for path in (*surplus, *folder.glob(".*.safetensors.*.part")):
+    for path in (*surplus, *folder.glob(".*.part")):
         path.unlink(missing_ok=True)
 
 
@@ -1553,9 +1549,8 @@ def _save(path: Path, state: Mapping[str, Any]) -> bool:
 # %% [markdown]
 # ## The trainer
 #
-# Two courtesies to the world outside. The first Ctrl-C only leaves a note: the step under way is
-# finished and saved. And two processes in one folder would destroy each other's files, so a lock
-# keeps the second out.
+# The first Ctrl-C only leaves a note: the step under way is finished and saved. And two processes
+# in one folder would destroy each other's files, so a lock keeps the second out.
 
 
 # %%
@@ -1730,10 +1725,10 @@ def _train(trainer: "Trainer") -> None:
 class Trainer(_Tended):
     """Trains ``model`` on ``batches`` as ``config`` says: the same run, however often it is killed.
 
-    ``validation`` batches are scored every ``evaluate_every`` steps; ``probes`` are functions of the
-    model whose numbers are logged with that. ``folder`` gets ``metrics.jsonl`` and checkpoints, from
-    which ``train`` goes on by itself. ``objective`` is by default ``next_token_objective``; ``sinks``
-    get what is logged. ``peak``, in operations a second, is what the log's "mfu" is a share of.
+    ``validation`` batches are scored every ``evaluate_every`` steps; ``probes`` are functions of
+    the model whose numbers are logged with that. ``folder`` gets ``metrics.jsonl`` and checkpoints,
+    from which ``train`` goes on by itself. ``objective`` is by default ``next_token_objective``;
+    ``sinks`` get what is logged; "mfu" there is a share of ``peak``, in operations a second.
     """
 
     def train(self) -> MetricsLog:
@@ -1746,7 +1741,7 @@ class Trainer(_Tended):
         return self.log
 
     def resume(self) -> int:
-        """Go on from the newest whole checkpoint in the folder, if there is one; return the step."""
+        """Go on from the newest whole checkpoint in the folder, if any; return the step."""
         return _resume(self)
 
     def load_best(self) -> int:
@@ -1939,8 +1934,8 @@ print("the same bits:", all(torch.equal(a, b) for a, b in pairs))
 # %% [markdown]
 # ## A run in a file
 #
-# A run is more than training: text, tokenizer, model, settings. Written down together, they are an
-# experiment that somebody else can repeat. First the data and the tokenizer.
+# A run is more than training. Text, tokenizer, model and settings, written down together, are an
+# experiment that somebody else can repeat.
 
 
 # %%
@@ -1949,8 +1944,8 @@ print("the same bits:", all(torch.equal(a, b) for a, b in pairs))
 class DataConfig:
     """What a run learns from.
 
-    Kinds are "tinyworld", for stories; "documentation", of installed ``packages``; "files", for the
-    ``paths`` of files and folders; and "shards", for two folders of shards, to train and to validate.
+    Kinds are "tinyworld", for stories; "documentation", of installed ``packages``; "files", for
+    ``paths`` of files and folders; "shards", for two folders of them, to train and to validate.
     """
 
     kind: str
@@ -2110,10 +2105,10 @@ def _from_yaml(kind: type[RunConfig], path: Path) -> RunConfig:
 
 
 # %% [markdown]
-# Text is prepared as in Part I: read, cleaned, deduplicated, so that no held-out text has a copy in
-# the training text. Whole files are held out, for two docstrings of one class share half of their
-# sentences. One thing we do not do: remove from the training text whatever shares thirteen words
-# with held-out text. Documentation repeats itself by nature, *see the function above for the
+# Text is prepared as in Part I: read, cleaned, deduplicated, so that no held-out text has a copy
+# in the training text. Whole files are held out, for two docstrings of one class share half of
+# their sentences. One thing we do not do: remove from the training text whatever shares thirteen
+# words with held-out text. Documentation repeats itself by nature, *see the function above for the
 # meaning of the parameters*; a test purged of that would be of another kind than what one reads.
 
 
@@ -2181,8 +2176,8 @@ def _open_data(config: RunConfig, folder: Path) -> tuple[BPETokenizer, TokenShar
 
 
 # %% [markdown]
-# Two measures judge what comes out. In the tiny world it is the gap to the floor, told apart by kind
-# of word: whose name comes next nobody can know, the species of that character one can learn.
+# Two measures judge what comes out. In the tiny world it is the gap to the floor, told apart by
+# kind of word: whose name comes next nobody can know, the species of that character one can learn.
 
 # %%
 #| export
@@ -2376,7 +2371,7 @@ def _trainer(config: RunConfig, folder: Path, sinks: Sequence[Sink]) -> Trainer:
 # %%
 #| export
 class Pretrained(NamedTuple):
-    """What a run made: the model, ready to use, its tokenizer, the log, held-out texts, the folder."""
+    """What a run made: model, tokenizer, log, held-out texts, and where all this is kept."""
 
     model: TransformerLM
     tokenizer: BPETokenizer
@@ -2466,8 +2461,8 @@ def _finish(model: nn.Module, folder: Path) -> None:
 
 
 # %% [markdown]
-# Three of the runs that are known to work fit a laptop. The first is the tiny world: Muon, one story
-# in a row, a linear decay to zero.
+# Three of the runs that are known to work fit a laptop. The first is the tiny world: Muon, one
+# story in a row, a linear decay to zero.
 
 # %%
 #| export
@@ -2475,7 +2470,7 @@ _SMALL: dict[str, Any] = {"threads": 1, "schedule": "linear", "final": 0.0, "spi
 #: Configurations that are known to work, by name.
 RUNS = {
     "tinyworld": RunConfig(
-        data=DataConfig(kind="tinyworld", n_stories=24_000, layout="one_per_row"),
+        data=DataConfig(kind="tinyworld", n_stories=18_000, layout="one_per_row"),
         tokenizer=TokenizerConfig(
             vocab_size=1024, special_tokens=("<|endoftext|>", "<|im_start|>", "<|im_end|>")
         ),
@@ -2551,9 +2546,8 @@ RUNS["documentation-long"] = RunConfig(
 
 
 # %% [markdown]
-# The last one is for a GPU: 110 million parameters, half a million tokens in a step, sixteen
-# micro-batches, `bfloat16`, blocks compiled. Its texts are yours. It is written from what the
-# chapters before measured and derived, and has not been run to its end.
+# The last one is for a GPU: 100 million parameters, half a million tokens in a step, sixteen
+# micro-batches, `bfloat16`, blocks compiled. Its texts are yours. It has not been run to its end.
 
 # %%
 #| export
@@ -2593,8 +2587,7 @@ RUNS["gpu"] = RunConfig(
 #
 # Chapters to come need a trained model, and should not train it again. {py:func}`load_or_train
 # <llmbook.training.load_or_train>` keeps it under a name that holds a hash of all it depends on:
-# the settings, the code, without comments, of every module that training imports, and the version
-# of PyTorch. Change one, and there is another name.
+# settings, the code of every module that training imports, the version of PyTorch.
 
 
 # %%
@@ -2663,7 +2656,7 @@ def load_or_train(
     """Return what ``load`` makes of ``artifacts/<name>-<hash>``, which ``train`` fills if it must.
 
     The hash is of ``depends_on`` (as JSON), of the package's code that training uses, and of the
-    version of torch. ``train`` gets a draft folder, which gets its name when it returns and is there
+    version of torch. ``train`` gets a draft folder, which gets its name in the end and is there
     again after a kill: a ``Trainer`` in it goes on. Processes that ask at once train once.
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
@@ -2710,8 +2703,7 @@ print("parameters:", f"{count_parameters(result.model):,}", " tokens:", result.t
 print("the gap to the floor is below 4.5 %:", gaps[-1] < 0.045)
 
 # %% [markdown]
-# In {doc}`01_tinyworld` the best counting model stayed far from the floor. This one comes within a
-# few percent, and we can ask what it learned when.
+# And we can ask what it learned when.
 
 # %% mystnb={"figure": {"caption": "Excess over the floor by kind of word, in nats per story. First come fixed phrases, then facts, then names that must be copied from the story. What remains is mostly wording.", "name": "fig-training-kinds"}, "image": {"alt": "Left: the gap in percent falls from 70 at step 200 to below 4 at the end, on a logarithmic scale. Right: excess loss of six kinds of words over training steps. Species and facts fall fastest, below a hundredth of a nat; certain words follow; names again fall late; wording stays highest, near half a nat."}}
 fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.4))
@@ -2751,9 +2743,9 @@ print("most of what remains is wording:", excess["wording"] > sum(excess.values(
 #
 # ## The documentation
 #
-# The second text is real: docstrings and comments of Python, NumPy and matplotlib. We train a model
-# of half a million parameters for half a minute, and compress the same held-out text with gzip and
-# xz.
+# The second text is real: docstrings and comments of Python, NumPy and matplotlib. We train a
+# model of half a million parameters for half a minute, and compress the same held-out text with
+# gzip and xz.
 
 # %%
 documentation = pretrained("documentation")
@@ -2793,10 +2785,10 @@ print("the model is below the xz that has seen it:", bits / n_bytes < primed["xz
 
 # %% [markdown]
 # gzip looks back 32 kilobytes only, so what it saw before hardly helps; xz looks back over all of
-# it, and finds whole sentences again. Half a minute of training does not reach that. Twenty minutes
-# do: a million parameters, trained by `--preset documentation-long` on 4.9 million tokens, needed
-# 1.73 bits per byte of the same text when this was written, where xz with all the training text in
-# sight needed 2.06.
+# it, and finds whole sentences again. Half a minute of training does not reach that. Twenty
+# minutes do: a million parameters, trained by `--preset documentation-long` on 4.9 million tokens,
+# needed 1.73 bits per byte of the same text when this was written, where xz with all the training
+# text in sight needed 2.06.
 #
 # ## From the command line
 #
@@ -3048,8 +3040,8 @@ assert all(p.grad is None for p in layer.parameters), "the gradients must be lef
 # ````{exercise} A moving average of weights
 # :label: ex-training-average
 # (20 minutes) Evaluations are often made with an average of the weights over time. Write a layer
-# `Averaged`, a subclass of `Trainer` that keeps `average`, a list of tensors that begin as copies of
-# the parameters, and after each step that was *taken* become $0.9$ times themselves plus $0.1$
+# `Averaged`, a subclass of `Trainer` that keeps `average`, a list of tensors that begin as copies
+# of the parameters, and after each step that was *taken* become $0.9$ times themselves plus $0.1$
 # times the parameters. A skipped step must not count. It must survive a resume: put it into the
 # state dict, and take it from there.
 # ````
@@ -3172,24 +3164,24 @@ assert ratios["embedding"] < ratios["lm_head"], "the embedding has the larger we
 # %% [markdown]
 # ## Summary
 #
-# A loss travels as a sum and a count; then micro-batches of whatever size add up to the large
-# batch. A step that is not finite, or whose gradient is far above the median, is skipped and
-# counted, and touches neither weights nor optimizer. Looking must not change the run: random
-# generators are set back. Six numbers beside the loss tell what is wrong before the loss does. A
-# checkpoint is written under another name, forced to the disk, renamed, and verified when it is
-# read; it holds all that the next step depends on, so a killed run ends with the same bits. The tiny
-# world's stories are learned to within a few percent of the best that can be: phrases first, then
-# facts, then names that must be looked up, wording last. On documentation half a minute of training
-# predicts better than gzip and xz compress, if one forgets what the model weighs.
+# A loss travels as a sum and a count; then micro-batches of any size add up to the large batch. A
+# step that is not finite, or whose gradient is far above the median, is skipped and counted.
+# Looking does not change a run: random generators are set back. Norms and scales tell what is
+# wrong before the loss does. A checkpoint is written under another name, forced to the disk,
+# renamed, and verified when it is read; it holds all that the next step depends on, so a killed
+# run ends with the same bits. The tiny world is learned to within a few percent of the best that
+# can be: phrases first, then facts, then names that must be looked up, wording last. On
+# documentation half a minute of training predicts better than gzip and xz compress, if one forgets
+# what the model weighs.
 #
 # **Checklist for a run that matters.** Overfit ten batches first: a loss that does not fall to
-# nothing there is a bug. Evaluate before the first step: the loss must be near $\ln V$. Kill it once,
-# on purpose, and look at the log. Save so often that what a failure costs on average equals what
-# saving costs. Log norm, update ratio, activations, logits and skipped steps from the first day.
-# Warm up, clip at 1, and try the rate above the one you want, to know how far the cliff is.
+# nothing there is a bug. Evaluate before the first step: the loss must be near $\ln V$. Kill it
+# once, on purpose, and look at the log. Save so often that what a failure costs on average equals
+# what saving costs. Log norm, update ratio, activations, logits and skipped steps from the first
+# day. Warm up, clip at 1, and try the rate above the one you want, to know how far the cliff is.
 #
-# **Further reading.** The logbook of OPT {cite}`zhang2022opt` is the most honest account of a large
-# run. PaLM's report {cite}`chowdhery2023palm` has spikes and MFU; Wortsman and others
+# **Further reading.** The logbook of OPT {cite}`zhang2022opt` is the most honest account of a
+# large run. PaLM's report {cite}`chowdhery2023palm` has spikes and MFU; Wortsman and others
 # {cite}`wortsman2024proxies` reproduce the instabilities of large models in small ones. How file
 # systems lose data that programs thought safe is studied by Pillai and others
 # {cite}`pillai2014crash`. That prediction and compression are one is shown, with the model's size

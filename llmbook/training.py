@@ -609,9 +609,9 @@ def _append_row(path: Path, row: Row) -> None:
             file.truncate(end)
             warnings.warn(f"{path}: a row is not written: {reason}", LogWarning, stacklevel=3)
 
-# %% ../chapters/13_training.ipynb #cd5a662a
+# %% ../chapters/13_training.ipynb #7f1f825b
 class TensorBoard:
-    """A sink that writes curves for TensorBoard into ``folder``: ``tensorboard --logdir folder``."""
+    """A sink that writes curves into ``folder``; see them by ``tensorboard --logdir folder``."""
 
     def __init__(self, folder: str | Path):
         self.folder, self._writer = Path(folder), cast(Any, None)
@@ -895,7 +895,7 @@ def _verify(path: Path) -> None:
         if size <= 0 or file.read() != digest.digest():
             raise CheckpointError(f"{path}: damaged: the contents do not match the checksum")
 
-# %% ../chapters/13_training.ipynb #513331d6
+# %% ../chapters/13_training.ipynb #50583c99
 _CHECKPOINT = re.compile(r"step-(\d{9})\.safetensors", re.ASCII)
 
 
@@ -932,7 +932,7 @@ def newest_checkpoint(folder: str | Path) -> dict[str, Any] | None:
 def _sweep(folder: Path, keep_last: int) -> None:
     """Remove old checkpoints, and drafts that killed saves left."""
     surplus = list(list_checkpoints(folder).values())[:-keep_last]
-    for path in (*surplus, *folder.glob(".*.safetensors.*.part")):
+    for path in (*surplus, *folder.glob(".*.part")):
         path.unlink(missing_ok=True)
 
 # %% ../chapters/13_training.ipynb #066d326a
@@ -1133,14 +1133,14 @@ def _train(trainer: "Trainer") -> None:
         if trainer.interrupted and trainer.step not in list_checkpoints(trainer.folder or ""):
             trainer.save()
 
-# %% ../chapters/13_training.ipynb #eab31390
+# %% ../chapters/13_training.ipynb #4fea602a
 class Trainer(_Tended):
     """Trains ``model`` on ``batches`` as ``config`` says: the same run, however often it is killed.
 
-    ``validation`` batches are scored every ``evaluate_every`` steps; ``probes`` are functions of the
-    model whose numbers are logged with that. ``folder`` gets ``metrics.jsonl`` and checkpoints, from
-    which ``train`` goes on by itself. ``objective`` is by default ``next_token_objective``; ``sinks``
-    get what is logged. ``peak``, in operations a second, is what the log's "mfu" is a share of.
+    ``validation`` batches are scored every ``evaluate_every`` steps; ``probes`` are functions of
+    the model whose numbers are logged with that. ``folder`` gets ``metrics.jsonl`` and checkpoints,
+    from which ``train`` goes on by itself. ``objective`` is by default ``next_token_objective``;
+    ``sinks`` get what is logged; "mfu" there is a share of ``peak``, in operations a second.
     """
 
     def train(self) -> MetricsLog:
@@ -1153,20 +1153,20 @@ class Trainer(_Tended):
         return self.log
 
     def resume(self) -> int:
-        """Go on from the newest whole checkpoint in the folder, if there is one; return the step."""
+        """Go on from the newest whole checkpoint in the folder, if any; return the step."""
         return _resume(self)
 
     def load_best(self) -> int:
         """Give the model the weights of the best evaluation; return the step they are from."""
         return _load_best(self)
 
-# %% ../chapters/13_training.ipynb #c786be56
+# %% ../chapters/13_training.ipynb #8f6d3c67
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What a run learns from.
 
-    Kinds are "tinyworld", for stories; "documentation", of installed ``packages``; "files", for the
-    ``paths`` of files and folders; and "shards", for two folders of shards, to train and to validate.
+    Kinds are "tinyworld", for stories; "documentation", of installed ``packages``; "files", for
+    ``paths`` of files and folders; "shards", for two folders of them, to train and to validate.
     """
 
     kind: str
@@ -1501,9 +1501,9 @@ def _trainer(config: RunConfig, folder: Path, sinks: Sequence[Sink]) -> Trainer:
         peak=peak_flops(best_device()),
     )
 
-# %% ../chapters/13_training.ipynb #9eab0939
+# %% ../chapters/13_training.ipynb #c4a67e12
 class Pretrained(NamedTuple):
-    """What a run made: the model, ready to use, its tokenizer, the log, held-out texts, the folder."""
+    """What a run made: model, tokenizer, log, held-out texts, and where all this is kept."""
 
     model: TransformerLM
     tokenizer: BPETokenizer
@@ -1578,12 +1578,12 @@ def _finish(model: nn.Module, folder: Path) -> None:
         (draft / "model").rmdir()
         tokenizer.save(draft / "tokenizer.json")
 
-# %% ../chapters/13_training.ipynb #55f9791d
+# %% ../chapters/13_training.ipynb #ad51b315
 _SMALL: dict[str, Any] = {"threads": 1, "schedule": "linear", "final": 0.0, "spike_factor": 10.0}
 #: Configurations that are known to work, by name.
 RUNS = {
     "tinyworld": RunConfig(
-        data=DataConfig(kind="tinyworld", n_stories=24_000, layout="one_per_row"),
+        data=DataConfig(kind="tinyworld", n_stories=18_000, layout="one_per_row"),
         tokenizer=TokenizerConfig(
             vocab_size=1024, special_tokens=("<|endoftext|>", "<|im_start|>", "<|im_end|>")
         ),
@@ -1718,7 +1718,7 @@ def _fingerprint(depends_on: Any, train: Callable[..., Any]) -> str:
     content = json.dumps([depends_on, sources, torch.__version__], sort_keys=True)
     return blake2b(content.encode(), digest_size=6).hexdigest()
 
-# %% ../chapters/13_training.ipynb #0e4e22e8
+# %% ../chapters/13_training.ipynb #925aab99
 def load_or_train(
     name: str,
     depends_on: Mapping[str, Any],
@@ -1730,7 +1730,7 @@ def load_or_train(
     """Return what ``load`` makes of ``artifacts/<name>-<hash>``, which ``train`` fills if it must.
 
     The hash is of ``depends_on`` (as JSON), of the package's code that training uses, and of the
-    version of torch. ``train`` gets a draft folder, which gets its name when it returns and is there
+    version of torch. ``train`` gets a draft folder, which gets its name in the end and is there
     again after a kill: a ``Trainer`` in it goes on. Processes that ask at once train once.
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
