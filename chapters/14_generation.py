@@ -1855,7 +1855,7 @@ numbers, step = quantize_rows(weight)
 error = (numbers * step[:, None] - weight).abs()
 print("no error above half a step:", bool((error <= step[:, None] / 2 * 1.0001).all()))
 spread = (error.square().mean(dim=1).sqrt() / step).mean()
-print(f"root mean square error in steps: {spread:.2f}, uniform errors have {12**-0.5:.2f}")
+print(f"root mean square error in steps: {spread:.1f}, uniform errors have {12**-0.5:.1f}")
 
 int8 = quantize(model)
 ids = [torch.tensor([[end, *tokenizer.encode(text), end]]) for text in held_out[:100]]
