@@ -163,6 +163,9 @@ def log_sum_exp(logits: Float[Tensor, "*batch vocab_size"]) -> Float[Tensor, "*b
     return (wide - peak).exp().sum(dim=-1).log() + peak.squeeze(-1)
 
 
+# %% [markdown]
+# Logits of a thousand, with both:
+
 # %%
 large = torch.tensor([1000.0, 999.0])
 print("naive: ", large.exp().sum().log().item())
@@ -313,6 +316,9 @@ def cross_entropy(
         return losses
     return _mean(losses.sum(), counts) if reduction == "mean" else losses.sum()
 
+
+# %% [markdown]
+# Some targets ignored, and then all of them:
 
 # %%
 logits, targets = torch.randn(2, 5, 11), torch.randint(11, (2, 5))
@@ -525,6 +531,9 @@ class LiveBytes(TorchDispatchMode):
         self.live += n_bytes
         self.peak = max(self.peak, self.live)
 
+
+# %% [markdown]
+# The largest sum during loss and gradients, for 4,096 tokens and a vocabulary of 2,048:
 
 # %%
 torch.manual_seed(0)
@@ -1028,6 +1037,9 @@ def orthogonalize(
     return x.mT if tall else x
 
 
+# %% [markdown]
+# The polynomial itself, applied again and again, and what it makes of the gradient above:
+
 # %% mystnb={"figure": {"caption": "What Newton-Schulz does to singular values. Left, the polynomial applied one, three and five times: after five, all above 0.002 lie between 0.68 and 1.21 (gray). Right, a real gradient, each spectrum divided by its largest value: all but the last few come within a factor of two.", "name": "fig-optimization-muon"}, "image": {"alt": "Left, three curves over singular values from 0.001 to 1 on a logarithmic axis. Applied once, a hill that reaches 1 only at the right; five times, a steep rise until 0.002 and then a wavy line between 0.68 and 1.21. Right, 64 singular values on a logarithmic axis: the gradient's fall by more than three orders of magnitude, those after Newton-Schulz stay above one half until the last four."}}
 figure, axes = plt.subplots(1, 2)
 values = torch.logspace(-3, 0, 400)
@@ -1321,6 +1333,9 @@ def build_optimizer(
     return Optimizers(muon, second)
 
 
+# %% [markdown]
+# A small model whose head is tied, to see who gets what:
+
 # %%
 tied = TransformerLM(ModelConfig(d_model=64, n_layers=2, tie_embeddings=True, **sizes))
 built = build_optimizer(tied, "muon", lr=0.02)
@@ -1433,6 +1448,9 @@ def linear_schedule(n_steps: int, *, warmup: int = 0, final: float = 0.0) -> Sch
     return wsd_schedule(n_steps, warmup=warmup, decay=decay, final=final, shape="linear")
 
 
+# %% [markdown]
+# Their shapes:
+
 # %% mystnb={"figure": {"caption": "Schedules for 100 steps, drawn to 120. All rise over 10; each is flat after its end.", "name": "fig-optimization-schedules"}, "image": {"alt": "Factor against step. The cosine falls from 1 at step 10 in a half wave to 0.1 at 100 and stays. The linear one falls in a line to 0. Warmup-stable-decay stays at 1 until step 80 and then falls to 0, in a line, or with sqrt first steeply and then gently."}}
 drawn = {
     "cosine": (cosine_schedule(100, warmup=10), "-"),
@@ -1503,6 +1521,9 @@ def clip_gradients(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Fl
     return norm
 
 
+# %% [markdown]
+# The gradients from above, shortened to a norm of 0.01:
+
 # %%
 before = [p.grad.clone() for p in model.parameters()]
 norm = clip_gradients(model.parameters(), max_norm=0.01)
@@ -1546,6 +1567,10 @@ rates = {"sgd": 0.3, "momentum": 0.1, "adamw": 0.003, "muon": 0.01}  # the least
 tried = {name: [low * 10 ** (i / 2) for i in range(5)] for name, low in rates.items()}
 tuning = {name: [race(name, lr, seed=0) for lr in tried[name]] for name in rates}
 
+# %% [markdown]
+# If the best of five rates were the first or the last, the range would be too small and the
+# comparison unfair. So that is checked, too:
+
 # %%
 best = {name: min(range(5), key=tuning[name].__getitem__) for name in rates}
 final = {name: [race(name, tried[name][best[name]], seed) for seed in (1, 2, 3)] for name in rates}
@@ -1556,6 +1581,9 @@ plain = final["sgd"] + final["momentum"]
 print("every run of AdamW and Muon beats every run of both SGDs:", max(adaptive) < min(plain))
 floor = TinyWorld().entropy() / (sum(map(len, stories)) / len(stories) + 1)
 print(f"loss floor of this world: {floor:.1f} nats per token")
+
+# %% [markdown]
+# Both parts of it, drawn:
 
 # %% mystnb={"figure": {"caption": "A race, tuned. Left, the loss after 80 steps against the learning rate. Right, three fresh seeds at each one's best rate. AdamW and Muon lead the others by far more than the spread of seeds.", "name": "fig-optimization-race"}, "image": {"alt": "Left, four bowls of loss over learning rate on a logarithmic axis, AdamW and Muon lower than SGD and momentum. Right, three dots for each optimizer: SGD and momentum around 1.8, AdamW around 1.6, Muon around 1.4."}}
 figure, axes = plt.subplots(1, 2)
@@ -1656,6 +1684,9 @@ matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
 whole = milliseconds(lambda: F.cross_entropy(hidden @ head.T, wanted).backward())
 chunked = milliseconds(lambda: chunked_cross_entropy(hidden, head, wanted).backward())
 
+# %% [markdown]
+# And the steps, each alone, the least of five times:
+
 # %% tags=["nbval-ignore-output"]
 steps = {
     "AdamW, ours": AdamW(model.parameters()).step,
@@ -1671,11 +1702,11 @@ for name, step in steps.items():
 print(f"head and loss: {whole:.0f} ms; in chunks {whole / chunked:.1f} times as fast")
 
 # %% [markdown]
-# When we measured, chunks made head and loss 1.6 to 1.9 times as fast, so the trainer of
-# {doc}`13_training` uses them always. Our AdamW is torch's fused kernel and costs the same;
-# torch's default on a processor takes four times as long, since it goes through memory once for
-# every operation. Muon's products take about a hundred times as long as a step of AdamW. By the
-# share $5 n / B$ they are cheap at this width from batches of ten thousand tokens on.
+# When we measured, chunks made head and loss about one and a half times as fast, so the trainer
+# of {doc}`13_training` uses them always. Our AdamW is torch's fused kernel and costs the same;
+# torch's default on a processor takes about three times as long, since it goes through memory
+# once for every operation. Muon's products take about a hundred times as long as a step of AdamW.
+# By the share $5 n / B$ they are cheap at this width from batches of ten thousand tokens on.
 #
 # ## Exercises
 #
