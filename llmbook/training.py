@@ -1770,7 +1770,7 @@ def report(result: Pretrained) -> dict[str, float]:
         numbers |= {f"bits per byte of {name}": value for name, value in others.items()}
     return numbers
 
-# %% ../chapters/13_training.ipynb #6e9e8e48
+# %% ../chapters/13_training.ipynb #f910570a
 def _chosen(config: Path | None, preset: str | None) -> RunConfig:
     if (config is None) == (preset is None):
         raise ValueError(f"expected a file CONFIG or a --preset, one of {', '.join(RUNS)}")
@@ -1787,7 +1787,12 @@ def _execute(config: RunConfig, folder: Path, tensorboard: bool) -> None:
     for name, value in report(run(config, folder, sinks)).items():
         print(f"{name}: {value:,.4g}")
 
-# %% ../chapters/13_training.ipynb #af435566
+
+def _write(config: RunConfig, path: Path) -> None:
+    config.to_yaml(path)
+    print(f"{path} is written; train with: python -m llmbook.training {path}")
+
+# %% ../chapters/13_training.ipynb #6f7c30a7
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, ``python -m llmbook.training``, and exit.
 
@@ -1803,24 +1808,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write: Annotated[Path | None, option(help="Write a YAML file, train nothing.")] = None,
         folder: Annotated[Path, option(help="Where the run is kept.")] = Path("runs/latest"),
         tensorboard: Annotated[bool, option(help="Write curves into its folder, too.")] = False,
-    ) -> None:
+    ) -> Callable[[], None]:
         """Train a model as a file or a preset says; a run that was stopped goes on."""
         chosen = _chosen(config, preset)
         if write is None:
-            _execute(chosen, folder, tensorboard)
-        else:
-            chosen.to_yaml(write)
-            print(f"{write} is written; train with: python -m llmbook.training {write}")
+            return partial(_execute, chosen, folder, tensorboard)
+        return partial(_write, chosen, write)
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(train)
     sys.exit(_exit_code(partial(app, args=arguments, standalone_mode=False)))
 
-# %% ../chapters/13_training.ipynb #75174f9b
+# %% ../chapters/13_training.ipynb #244281ef
 def _exit_code(command: Callable[[], Any]) -> int:
-    """Run ``command``; say in one line what went wrong, if something did."""
+    """Do what ``command`` returns; say in one line what went wrong, if something did."""
     try:
-        command()
+        work = command()
+        if callable(work):  # the library that reads options would hide a Ctrl-C
+            work()
     except (KeyboardInterrupt, TrainingError, ImportError, OSError, ValueError) as error:
         stopped = isinstance(error, KeyboardInterrupt)
         text = "stopped; the same command goes on" if stopped else f"error: {error}"

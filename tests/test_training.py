@@ -2,6 +2,7 @@
 """The trainer: equal to plain loops and to itself after any kill, and clear about what is wrong."""
 
 import errno
+import functools
 import gzip
 import json
 import math
@@ -500,9 +501,7 @@ def test_a_log_is_cut_back_and_a_torn_line_dropped(tmp_path):
     again.write({"step": 3, "loss": math.nan})
     steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
     assert steps == [1, 2, 3] and math.isnan(MetricsLog(path).column("loss")[1][-1])
-    with pytest.raises(
-        ValueError, match="name: expected one of loss, step, got 'x'"
-    ):
+    with pytest.raises(ValueError, match="name: expected one of loss, step, got 'x'"):
         log.column("x")
 
 
@@ -907,7 +906,7 @@ def test_tokens_never_cross_branches(world, story_tokenizer):
 
 
 def test_kinds_of_words(world, story_tokenizer):
-    cut = lambda text: training._cut(story_tokenizer, text)  # noqa: E731
+    cut = functools.lru_cache(maxsize=None)(lambda text: training._cut(story_tokenizer, text))
     for story in world.stories(40, 5):
         kinds = word_kinds(world, story, cut)
         tokens = cut(story.text)
@@ -1287,3 +1286,17 @@ def test_exit_codes(error, code, capsys):
     assert training._exit_code(fail) == code
     expected = "stopped; the same command goes on" if code == 130 else "error: x"
     assert capsys.readouterr().err.strip() == expected
+
+
+def test_ctrl_c_at_the_command_line(monkeypatch, tmp_path, capsys):
+    def pressed(config, folder, sinks):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "run", pressed)
+    assert commanded("--preset", "tinyworld", "--folder", tmp_path) == 130
+    assert "stopped; the same command goes on" in capsys.readouterr().err
+
+
+def test_help(capsys):
+    assert commanded("--help") == 0
+    assert "a run that was stopped goes on" in capsys.readouterr().out
