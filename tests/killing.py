@@ -1,3 +1,4 @@
+# ruff: noqa: NPY002 (the global generator is what is tested)
 """Kill a training run again and again, and see whether it ends as one that was never stopped.
 
 ``kill_and_resume`` is used by ``tests/test_training.py`` and, with more kills, by a benchmark. It
@@ -80,7 +81,7 @@ def train(data: Path, folder: Path) -> None:
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """Start ``work`` in a process of its own, and return its id; it exits with 0 if all went well."""
+    """Start ``work`` in a process of its own, which exits with 0 if all went well; return its id."""
     pid = os.fork()
     if pid == 0:
         code = 1
