@@ -81,7 +81,7 @@ def train(data: Path, folder: Path) -> None:
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """Start ``work`` in a process of its own, which exits with 0 if all went well; return its id."""
+    """Start ``work`` in a process of its own, which exits with 0 if all is well; return its id."""
     pid = os.fork()
     if pid == 0:
         code = 1
