@@ -4,8 +4,8 @@
 # > What training makes small, and how: a cross-entropy that stays finite and never holds all
 # > logits, then AdamW, Muon, schedules and clipping, each equal to torch's step by step.
 #
-# The model of {doc}`11_model` has every matrix it needs, and says nothing but noise. Somebody has
-# to choose some millions of numbers. Nobody can, so we let the numbers be moved, a little at a
+# The model of {doc}`11_model` has every matrix it needs, and says nothing but noise. Nobody
+# can choose some millions of numbers, so we let them be moved, a little at a
 # time, in a direction that makes the training text less surprising. Two questions decide whether
 # this works. *What* is made small: the formula fits on one line, and yet it overflows, takes more
 # memory than the model, and counts padding as language unless one takes care. *How* it is made
@@ -726,9 +726,9 @@ class SGD(_Stepper):
 
 
 # %% [markdown]
-# The step in the open, and by torch's fused kernel, which reads and writes each number once. (The
-# tests found that in torch 2.13 that of SGD leaves most 16-bit numbers on a processor unchanged,
-# in silence; ours avoids it there.) State has torch's names, so checkpoints can be exchanged:
+# The step in the open, and by torch's fused kernel, which reads and writes each number once. (Our
+# tests found that on a processor torch 2.13's for SGD silently leaves most 16-bit numbers
+# unchanged; there we do without.) State has torch's names, so checkpoints can be exchanged:
 
 
 # %%
@@ -1324,13 +1324,10 @@ def build_optimizer(
         return SGD(groups, lr, momentum, weight_decay, backend=backend)
     matrices, rest = _matrices_of_blocks(model)
     others = _decayed_and_not(rest, _embeddings(model), weight_decay)
-    momentum, second_lr = (
-        momentum if momentum is not None else 0.95,
-        lr if adamw_lr is None else adamw_lr,
-    )
+    momentum = 0.95 if momentum is None else momentum
+    rate = lr if adamw_lr is None else adamw_lr
     muon = Muon(matrices, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
-    second = AdamW(others, second_lr, betas, weight_decay=weight_decay, backend=backend)
-    return Optimizers(muon, second)
+    return Optimizers(muon, AdamW(others, rate, betas, weight_decay=weight_decay, backend=backend))
 
 
 # %% [markdown]
@@ -1471,8 +1468,8 @@ plt.show()
 # A rare batch has a gradient a hundred times as long as usual. **Clipping** bounds the damage
 # {cite}`pascanu2013difficulty`: all gradients together are one vector; if its norm exceeds a
 # maximum, the vector is shortened to it, in place, and keeps its direction. A norm that is not
-# finite has no direction to keep: gradients stay, the caller sees the norm, and chapter 13 skips
-# the step.
+# finite has no direction to keep: gradients stay, the caller sees the norm, and
+# {doc}`13_training` skips the step.
 
 
 # %%
@@ -1601,7 +1598,7 @@ plt.show()
 # but by hardly more than the spread; with other widths and numbers of steps we saw ties. Three
 # seeds of a model of this size are a hint, no more. Note also the bowls: a rate that is off by a
 # factor of ten costs more than the choice between AdamW and Muon. All are far above the floor: 80
-# steps are few, and chapter 13 goes on.
+# steps are few, and {doc}`13_training` goes on.
 
 # %% [markdown]
 # ## Is it the real thing?

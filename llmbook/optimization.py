@@ -628,7 +628,7 @@ def _matrices_of_blocks(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.P
         raise ValueError("model: expected blocks with matrices, which Muon is for, got none")
     return matrices, rest
 
-# %% ../chapters/12_optimization.ipynb #71559feb
+# %% ../chapters/12_optimization.ipynb #ffc3aafa
 def build_optimizer(
     model: nn.Module,
     name: Literal["adamw", "muon", "sgd"],
@@ -655,13 +655,10 @@ def build_optimizer(
         return SGD(groups, lr, momentum, weight_decay, backend=backend)
     matrices, rest = _matrices_of_blocks(model)
     others = _decayed_and_not(rest, _embeddings(model), weight_decay)
-    momentum, second_lr = (
-        momentum if momentum is not None else 0.95,
-        lr if adamw_lr is None else adamw_lr,
-    )
+    momentum = 0.95 if momentum is None else momentum
+    rate = lr if adamw_lr is None else adamw_lr
     muon = Muon(matrices, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
-    second = AdamW(others, second_lr, betas, weight_decay=weight_decay, backend=backend)
-    return Optimizers(muon, second)
+    return Optimizers(muon, AdamW(others, rate, betas, weight_decay=weight_decay, backend=backend))
 
 # %% ../chapters/12_optimization.ipynb #941b191e
 Schedule = Callable[[int], float]
