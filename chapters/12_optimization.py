@@ -1703,11 +1703,12 @@ for name, step in steps.items():
 print(f"head and loss: {whole:.0f} ms; in chunks {whole / chunked:.1f} times as fast")
 
 # %% [markdown]
-# When we measured, chunks made head and loss one and a half to two times as fast, so the trainer
-# of {doc}`13_training` uses them always. Our AdamW is torch's fused kernel and costs the same;
-# torch's default on a processor takes several times as long, since it goes through memory once
-# for every operation. Muon's products take about a hundred times as long as a step of AdamW. By
-# the share $5 n / B$ they are cheap at this width from batches of ten thousand tokens on.
+# When we measured, chunks made head and loss one and a half to two and a half times as fast, so
+# the trainer of {doc}`13_training` uses them always. Our AdamW is torch's fused kernel and costs
+# the same; torch's default on a processor takes several times as long, since it goes through
+# memory once for every operation. Muon's products take about a hundred times as long as a step of
+# AdamW. By the share $5 n / B$ they are cheap at this width from batches of ten thousand tokens
+# on.
 #
 # ## Exercises
 #
