@@ -29,6 +29,7 @@
 import difflib
 import gzip
 import importlib.util
+import io
 import json
 import lzma
 import math
@@ -246,10 +247,7 @@ print("places left: less than 80 %:", share < 0.8)
 
 # %%
 #| export
-_Rows = TypeVar("_Rows", bound=tuple[Any, ...])
-
-
-def split_rows(batch: _Rows, rows: int | None) -> Iterator[_Rows]:
+def split_rows(batch: Any, rows: int | None) -> Iterator[Any]:
     """Yield micro-batches of at most ``rows`` rows; None leaves the batch whole.
 
     A batch is a named tuple of tensors with one row for each example, and None where there is
@@ -261,7 +259,7 @@ def split_rows(batch: _Rows, rows: int | None) -> Iterator[_Rows]:
         parts = (
             None if field is None else field[start : start + (rows or n_rows)] for field in batch
         )
-        yield cast(Any, type(batch))(*parts)
+        yield type(batch)(*parts)
 
 
 # %% [markdown]
@@ -1098,7 +1096,7 @@ class LivePlot:
             from IPython.display import display
         self.log.start(step)
         self._figure = plt.figure()
-        self._shown = display(self._figure, display_id=True)
+        self._shown = display(_picture(self._figure), display_id=True)
         plt.close(self._figure)  # else the notebook shows it a second time
 
     def write(self, row: Row) -> None:
@@ -1107,7 +1105,7 @@ class LivePlot:
         if any(name in row for name in self.names):
             plot_columns(self.log, self.names, self._figure)
             if self._shown is not None:  # outside of a notebook there is no handle
-                self._shown.update(self._figure)
+                self._shown.update(_picture(self._figure))
 
     def close(self) -> None:
         """Leave the figure as it is."""
@@ -1129,6 +1127,15 @@ def plot_columns(log: MetricsLog, names: Sequence[str], figure: Any) -> None:
         axes.set(ylabel=name.replace("_", " "))
     if there:
         axes.set(xlabel="step")
+
+
+def _picture(figure: Any) -> Any:
+    """What a notebook can show, and replace."""
+    from IPython.display import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image(buffer.getvalue())
 
 
 # %% [markdown]
@@ -1807,7 +1814,7 @@ def attempt(**changes: Any) -> tuple[MetricsLog, str]:
 broken, message = attempt(clip_norm=None)
 cured, outcome = attempt(clip_norm=1.0, warmup=10, learning_rate=0.3)
 assert message != "finished" and cured.column("loss")[1][-1] < 4.5
-print("without clipping:", re.sub(r"step \d+", "step ...", message))
+print("without clipping:", re.sub(r"step \d+: |, the last.*", "", message))
 print("with clipping and warmup:", outcome)
 
 # %% [markdown]
@@ -2649,9 +2656,9 @@ def load_or_train(
     depends_on: Mapping[str, Any],
     train: Callable[[Path], Any],
     *,
-    load: Callable[[Path], _T] = TransformerLM.from_pretrained,  # type: ignore[assignment]
+    load: Callable[[Path], Any] = TransformerLM.from_pretrained,
     folder: str | Path | None = None,
-) -> _T:
+) -> Any:
     """Return what ``load`` makes of ``artifacts/<name>-<hash>``, which ``train`` fills if it must.
 
     The hash is of ``depends_on`` (as JSON), of the package's code that training uses, and of the
@@ -2704,8 +2711,8 @@ print("the gap to the floor is below 4.5 %:", gaps[-1] < 0.045)
 # %% [markdown]
 # And we can ask what it learned when.
 
-# %% mystnb={"figure": {"caption": "Excess over the floor by kind of word, in nats per story. First come fixed phrases, then facts, then names that must be copied from the story. What remains is mostly wording.", "name": "fig-training-kinds"}, "image": {"alt": "Left: the gap in percent falls from 70 at step 200 to below 4 at the end, on a logarithmic scale. Right: excess loss of six kinds of words over training steps. Species and facts fall fastest, below a hundredth of a nat; certain words follow; names again fall late; wording stays highest, near half a nat."}}
-fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.4))
+# %% mystnb={"figure": {"caption": "Excess over the floor by kind of word, in nats per story. First come fixed phrases, then facts, then names that must be copied from the story. What remains is mostly wording.", "name": "fig-training-kinds"}, "image": {"alt": "Left: the gap in percent falls from 70 at step 200 to below 4 at the end, on a logarithmic scale. Right: excess loss of six kinds of words over training steps. Species and facts fall fastest, to a few hundredths of a nat; certain words end near a tenth; names again fall late; wording stays highest, near half a nat."}}
+fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.6))
 left.plot(gap_steps[1:], [100 * gap for gap in gaps[1:]], marker="o")
 left.set(yscale="log", xlabel="step", ylabel="gap to the floor (%)", title="In all")
 left.set_yticks([3, 10, 30], ["3", "10", "30"])
@@ -2714,7 +2721,7 @@ for kind in WORD_KINDS:
     loss, floor = (np.array(result.log.column(f"{what}/{kind}")[1]) for what in ("loss", "floor"))
     right.plot(gap_steps[1:], (loss - floor)[1:].clip(1e-3), marker="o", label=kind)
 right.set(yscale="log", xlabel="step", ylabel="excess (nats per story)", title="By kind of word")
-right.legend(fontsize=7.5, loc="lower left")
+fig.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=6)
 plt.show()
 
 # %% [markdown]

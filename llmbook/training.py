@@ -12,10 +12,11 @@ __all__ = ['Objective', 'Row', 'WORD_KINDS', 'RUNS', 'next_token_objective', 'co
            'RunConfig', 'word_kinds', 'GapToFloor', 'documents_score', 'compressors', 'Pretrained', 'load_run', 'run',
            'artifacts_folder', 'load_or_train', 'pretrained', 'report', 'main']
 
-# %% ../chapters/13_training.ipynb #5f563797
+# %% ../chapters/13_training.ipynb #75273ec3
 import difflib
 import gzip
 import importlib.util
+import io
 import json
 import lzma
 import math
@@ -109,11 +110,8 @@ def _is_single(document_ids: Int64[Tensor, "batch sequence"]) -> bool:
     one = (document_ids <= 0).all() and (document_ids[:, 0] == 0).all()
     return bool(one and (document_ids.diff(dim=1) <= 0).all())
 
-# %% ../chapters/13_training.ipynb #9f4dd469
-_Rows = TypeVar("_Rows", bound=tuple[Any, ...])
-
-
-def split_rows(batch: _Rows, rows: int | None) -> Iterator[_Rows]:
+# %% ../chapters/13_training.ipynb #3b5cd61b
+def split_rows(batch: Any, rows: int | None) -> Iterator[Any]:
     """Yield micro-batches of at most ``rows`` rows; None leaves the batch whole.
 
     A batch is a named tuple of tensors with one row for each example, and None where there is
@@ -125,7 +123,7 @@ def split_rows(batch: _Rows, rows: int | None) -> Iterator[_Rows]:
         parts = (
             None if field is None else field[start : start + (rows or n_rows)] for field in batch
         )
-        yield cast(Any, type(batch))(*parts)
+        yield type(batch)(*parts)
 
 # %% ../chapters/13_training.ipynb #cad72103
 @dataclass(frozen=True, kw_only=True)
@@ -658,7 +656,7 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.close()
 
-# %% ../chapters/13_training.ipynb #45eedafe
+# %% ../chapters/13_training.ipynb #904a5e1b
 class LivePlot:
     """A sink that draws the columns ``names`` in the notebook, anew with each row that has one."""
 
@@ -673,7 +671,7 @@ class LivePlot:
             from IPython.display import display
         self.log.start(step)
         self._figure = plt.figure()
-        self._shown = display(self._figure, display_id=True)
+        self._shown = display(_picture(self._figure), display_id=True)
         plt.close(self._figure)  # else the notebook shows it a second time
 
     def write(self, row: Row) -> None:
@@ -682,12 +680,12 @@ class LivePlot:
         if any(name in row for name in self.names):
             plot_columns(self.log, self.names, self._figure)
             if self._shown is not None:  # outside of a notebook there is no handle
-                self._shown.update(self._figure)
+                self._shown.update(_picture(self._figure))
 
     def close(self) -> None:
         """Leave the figure as it is."""
 
-# %% ../chapters/13_training.ipynb #16b3f38d
+# %% ../chapters/13_training.ipynb #5efe9377
 def plot_columns(log: MetricsLog, names: Sequence[str], figure: Any) -> None:
     """Draw columns of ``log`` against steps, one above the other, into a matplotlib ``figure``."""
     figure.clear()
@@ -698,6 +696,15 @@ def plot_columns(log: MetricsLog, names: Sequence[str], figure: Any) -> None:
         axes.set(ylabel=name.replace("_", " "))
     if there:
         axes.set(xlabel="step")
+
+
+def _picture(figure: Any) -> Any:
+    """What a notebook can show, and replace."""
+    from IPython.display import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image(buffer.getvalue())
 
 # %% ../chapters/13_training.ipynb #b995172f
 class _Measured(_Evaluated):
@@ -1718,15 +1725,15 @@ def _fingerprint(depends_on: Any, train: Callable[..., Any]) -> str:
     content = json.dumps([depends_on, sources, torch.__version__], sort_keys=True)
     return blake2b(content.encode(), digest_size=6).hexdigest()
 
-# %% ../chapters/13_training.ipynb #925aab99
+# %% ../chapters/13_training.ipynb #8e79b13a
 def load_or_train(
     name: str,
     depends_on: Mapping[str, Any],
     train: Callable[[Path], Any],
     *,
-    load: Callable[[Path], _T] = TransformerLM.from_pretrained,  # type: ignore[assignment]
+    load: Callable[[Path], Any] = TransformerLM.from_pretrained,
     folder: str | Path | None = None,
-) -> _T:
+) -> Any:
     """Return what ``load`` makes of ``artifacts/<name>-<hash>``, which ``train`` fills if it must.
 
     The hash is of ``depends_on`` (as JSON), of the package's code that training uses, and of the
