@@ -1124,9 +1124,10 @@ def plot_columns(log: MetricsLog, names: Sequence[str], figure: Any) -> None:
     for place, name in enumerate(there):
         axes = figure.add_subplot(len(there), 1, place + 1)
         axes.plot(*log.column(name), marker="o", markersize=2.5)
-        axes.set(ylabel=name.replace("_", " "))
+        axes.set_ylabel(name.replace("_", " "), fontsize="small")
     if there:
         axes.set(xlabel="step")
+        figure.align_ylabels()
 
 
 def _picture(figure: Any) -> Any:
@@ -1759,7 +1760,7 @@ class Trainer(_Tended):
 # %% [markdown]
 # We train, with a live plot, a validation batch, and all that the log has to offer:
 
-# %% mystnb={"figure": {"caption": "The live plot as it looks at the end. Loss and validation loss fall together; the update ratio follows the schedule.", "name": "fig-training-live"}, "image": {"alt": "Three curves one above the other over 150 steps: the training loss falls from above 3 to below 1.5, the validation loss falls along with it, and the update ratio rises during warmup and then falls towards zero."}}
+# %% mystnb={"figure": {"caption": "The live plot as it looks at the end. Loss and validation loss fall together; the update ratio follows the schedule.", "name": "fig-training-live"}, "image": {"alt": "Three curves one above the other over 150 steps: the training loss falls from 7 to below 2, the validation loss falls along with it, and the update ratio rises during warmup and then falls to a tenth."}}
 steps = {"n_steps": 150, "warmup": 15, "log_every": 10, "evaluate_every": 30}
 recipe = {"batch_size": 8, "learning_rate": 1e-2, "checkpoint_every": 30}
 config = TrainingConfig(**steps, **recipe)

@@ -685,7 +685,7 @@ class LivePlot:
     def close(self) -> None:
         """Leave the figure as it is."""
 
-# %% ../chapters/13_training.ipynb #5efe9377
+# %% ../chapters/13_training.ipynb #07e94eb5
 def plot_columns(log: MetricsLog, names: Sequence[str], figure: Any) -> None:
     """Draw columns of ``log`` against steps, one above the other, into a matplotlib ``figure``."""
     figure.clear()
@@ -693,9 +693,10 @@ def plot_columns(log: MetricsLog, names: Sequence[str], figure: Any) -> None:
     for place, name in enumerate(there):
         axes = figure.add_subplot(len(there), 1, place + 1)
         axes.plot(*log.column(name), marker="o", markersize=2.5)
-        axes.set(ylabel=name.replace("_", " "))
+        axes.set_ylabel(name.replace("_", " "), fontsize="small")
     if there:
         axes.set(xlabel="step")
+        figure.align_ylabels()
 
 
 def _picture(figure: Any) -> Any:
