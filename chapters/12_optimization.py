@@ -217,8 +217,9 @@ axes[1].legend()
 plt.show()
 
 # %% [markdown]
-# Wrong input is refused first: a target of 50,257 where the last id is 50,256 would otherwise be
-# found on an accelerator as a crash of the device, far from its cause.
+# Wrong input is refused first. A target too few or too many might broadcast to a loss that looks
+# right, and an id of 50,257 where the last is 50,256 would be found by a kernel that does not name
+# it.
 
 # %%
 #| export
@@ -232,7 +233,12 @@ def _check_amount(name: str, value: Any, *, positive: bool = False) -> None:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
-def _check_loss(targets: Tensor, vocab_size: int, ignore_index: int, **options: Any) -> None:
+def _check_loss(
+    places: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, **options: Any
+) -> None:
+    if targets.shape != places.shape[:-1]:  # some wrong shapes would broadcast
+        expected = f"a shape of {tuple(places.shape[:-1])}"
+        raise ValueError(f"targets: expected {expected}, got {tuple(targets.shape)}")
     _check_amount("z_loss", options["z_loss"])
     if options["soft_cap"] is not None:
         _check_amount("soft_cap", options["soft_cap"], positive=True)
@@ -276,8 +282,8 @@ def _fused_losses(
     logits: Float[Tensor, "*batch vocab_size"], targets: Int64[Tensor, "*batch"], z_loss: float
 ) -> Float[Tensor, "*batch"]:
     """The same by torch's own functions."""
-    flat = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
-    losses = flat.view(targets.shape)
+    flat = logits.reshape(-1, logits.size(-1))
+    losses = F.cross_entropy(flat, targets.reshape(-1), reduction="none").view(targets.shape)
     return losses + z_loss * logits.logsumexp(dim=-1) ** 2 if z_loss else losses
 
 
@@ -307,7 +313,8 @@ def cross_entropy(
     """
     _check_choice("reduction", reduction, ("mean", "sum", "none"))
     _check_choice("backend", backend, ("reference", "torch"))
-    _check_loss(targets, logits.size(-1), ignore_index, z_loss=z_loss, soft_cap=soft_cap)
+    vocab_size = logits.size(-1)
+    _check_loss(logits, targets, vocab_size, ignore_index, z_loss=z_loss, soft_cap=soft_cap)
     counts = targets != ignore_index
     losses_of = _losses if backend == "reference" else _fused_losses
     losses = losses_of(_capped(logits, soft_cap), targets.masked_fill(~counts, 0), z_loss)
@@ -492,7 +499,7 @@ def chunked_cross_entropy(
     """
     _check_at_least(chunk_size=(1, chunk_size))
     _check_choice("reduction", reduction, ("mean", "sum"))
-    _check_loss(targets, len(weight), ignore_index, z_loss=z_loss, soft_cap=soft_cap)
+    _check_loss(hidden, targets, len(weight), ignore_index, z_loss=z_loss, soft_cap=soft_cap)
     device = hidden.device.type
     hidden, weight = _as_autocast_would(device, hidden, weight)
     column = targets.reshape(-1, 1)
@@ -500,7 +507,8 @@ def chunked_cross_entropy(
     column = column.masked_fill(~counts, 0)
     options = (chunk_size, z_loss, soft_cap)
     with torch.autocast(device, enabled=False):
-        total = _ChunkedLoss.apply(hidden.flatten(0, -2), weight, column, counts, options)
+        rows = hidden.reshape(-1, hidden.size(-1))
+        total = _ChunkedLoss.apply(rows, weight, column, counts, options)
     return _mean(total, counts) if reduction == "mean" else total
 
 
@@ -572,7 +580,7 @@ for size in (1024, 512, 128):
 # \theta_t = \theta_{t-1} - \eta\, g_t .
 # $$ (optimization-sgd)
 #
-# On a batch, $g_t$ is a random number whose mean is the full gradient: *stochastic* gradient
+# On a batch, $g_t$ is a random vector whose mean is the full gradient: *stochastic* gradient
 # descent, SGD. How large may the **learning rate** $\eta$ be? Near a minimum the loss is a bowl.
 # Along an axis with curvature $\kappa$ it is $\frac12 \kappa \theta^2$ and $g = \kappa \theta$,
 # so a step multiplies $\theta$ by $1 - \eta \kappa$. That shrinks only if $\eta < 2 / \kappa$.
@@ -645,7 +653,8 @@ class _Checked(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():
             if "step" in state:  # torch keeps it elsewhere, unless it is fused
-                state["step"] = state["step"].to(parameter.device, torch.float32)
+                step = torch.as_tensor(state["step"], dtype=torch.float32)
+                state["step"] = step.to(parameter.device)
 
     def _check(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
@@ -657,16 +666,20 @@ class _Checked(torch.optim.Optimizer):
 
 # %%
 #| export
+def _called(closure: Callable[[], Any] | None) -> Any:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class _Stepper(_Checked):
     """What our optimizers share: a step goes over the groups and calls ``_update`` for each."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Change all parameters that have a gradient; return what ``closure`` gave, if given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _called(closure)
         for group in self.param_groups:
             if parameters := [p for p in group["params"] if p.grad is not None]:
                 self._update(group, parameters, [p.grad for p in parameters])
@@ -783,8 +796,8 @@ def _fused_sgd_step(group: dict[str, Any], parameters: list[Tensor], grads: list
 # $$ (optimization-moments)
 #
 # from $m_0 = v_0 = 0$, and steps by $m / \sqrt v$. The units of the gradient cancel: multiply the
-# loss by a thousand, and nothing changes. What remains is between $-1$ and $1$ where gradients
-# agree, and near 0 where they are noise.
+# loss by a thousand, and nothing changes. What remains is near $1$ or $-1$ where gradients agree,
+# and near 0 where they are noise.
 #
 # The start needs care, as the running means begin at zero. Unrolled, $m_t = (1 - \beta_1)
 # \sum_{i=1}^{t} \beta_1^{t-i} g_i$. If the gradients are stationary, $\mathbb{E}[g_i] =
@@ -831,6 +844,7 @@ for t in range(1, 101):
 # - \eta\, \frac{\hat m_t}{\sqrt{\hat v_t} + \varepsilon} .
 # $$ (optimization-adamw)
 #
+# A tiny $\varepsilon$, usually $10^{-8}$, keeps $0/0$ away where all gradients were zero.
 # Two groups of parameters start at 1 and see nothing but noise, of standard deviation 0.01 and
 # 100. After 500 steps decay alone would leave $(1 - \eta\lambda)^{500}$ of them:
 
@@ -898,6 +912,8 @@ class AdamW(_Stepper):
 def _check_adamw(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         _check_amount(name, group[name])
+    if len(group["betas"]) != 2:
+        raise ValueError(f"betas: expected two, got {group['betas']!r}")
     for number, beta in enumerate(group["betas"]):
         _check_probability(f"betas[{number}]", float(beta))
     decoupled = {"decoupled_weight_decay": True} if group["weight_decay"] else {}
@@ -944,9 +960,9 @@ def _fused_adamw_step(group: dict[str, Any], *tensors: list[Tensor]) -> None:
 #
 # Adam treats a matrix as numbers that happen to be stored together. But a matrix *acts*, and by
 # how much it acts is told by its singular values: $G = U S V^\top$, with orthonormal directions
-# $U$ and $V$ and strengths $S$. The gradients of a transformer's matrices are lopsided. Here is
-# one, of a small model on stories of the {term}`tiny world`, a word to a token, one story to a
-# row:
+# in the columns $u_k$ of $U$ and $v_k$ of $V$, and strengths $s_k \ge 0$ on the diagonal of $S$.
+# The gradients of a transformer's matrices are lopsided. Here is one, of a small model on stories
+# of the {term}`tiny world`, a word to a token, one story to a row:
 
 # %%
 stories = [re.findall(r"\w+|[^\w\s]", s.text) for s in TinyWorld().stories(1500, seed=0)]
@@ -979,11 +995,11 @@ share = (spectrum[:8] ** 2).sum() / (spectrum**2).sum()
 print(f"share of the 8 largest of 64 in the squared norm: {share:.1f}")
 
 # %% [markdown]
-# A few directions have nearly all of it; a step of such a matrix changes little else. What would
-# be a fair step? Among all $D$ that make no vector longer, that is, with spectral norm $\lVert D
-# \rVert_2 \le 1$, take the one that gains most, $\langle G, D \rangle = \sum_{ij} G_{ij} D_{ij}$
-# {cite}`bernstein2024old`. With the singular value decomposition, and $u_k$, $v_k$ the columns of
-# $U$ and $V$,
+# A few directions have nearly all of it; a step along it changes little else. What would be a
+# fair step? To first order a step of $-\eta D$ lowers the loss by $\eta \langle G, D \rangle$, with
+# $\langle G, D \rangle = \sum_{ij} G_{ij} D_{ij}$. Among all $D$ that make no vector longer, that
+# is, with spectral norm $\lVert D \rVert_2 \le 1$, take the one that lowers it most
+# {cite}`bernstein2024old`. As $G = \sum_k s_k\, u_k v_k^\top$,
 #
 # $$
 # \langle G, D \rangle = \sum_k s_k\, u_k^\top D\, v_k \le \sum_k s_k ,
@@ -1120,6 +1136,7 @@ def _check_muon(group: dict[str, Any]) -> None:
         expected = "None, original or match_rms_adamw"
         raise ValueError(f"adjust_lr_fn: expected {expected}, got {group['adjust_lr_fn']!r}")
     params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+    params = [p[1] if isinstance(p, tuple) else p for p in params]  # they may come with names
     for shape in (tuple(p.shape) for p in params if isinstance(p, Tensor)):
         if len(shape) not in (2, 3):
             raise ValueError(f"params: expected matrices, or stacks of them, got shape {shape}")
@@ -1248,13 +1265,16 @@ class Optimizers(torch.optim.Optimizer):
         self.optimizers = optimizers
         super().__init__([group for o in optimizers for group in o.param_groups], {})
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse a group that is in none of ``optimizers``, as nobody would step it."""
+        if not any(param_group is group for o in self.optimizers for group in o.param_groups):
+            raise ValueError("param_group: expected a group of one of the optimizers, got another")
+        super().add_param_group(param_group)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let each take a step; return what ``closure`` gave, if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _called(closure)
         for optimizer in self.optimizers:
             optimizer.step()
         return loss
@@ -1465,7 +1485,7 @@ plt.show()
 # %% [markdown]
 # ## One bad batch
 #
-# A rare batch has a gradient a hundred times as long as usual. **Clipping** bounds the damage
+# Now and then a batch has a gradient many times as long as usual. **Clipping** bounds the damage
 # {cite}`pascanu2013difficulty`: all gradients together are one vector; if its norm exceeds a
 # maximum, the vector is shortened to it, in place, and keeps its direction. A norm that is not
 # finite has no direction to keep: gradients stay, the caller sees the norm, and
@@ -1535,7 +1555,8 @@ print(f"norm before {norm:.1f}, after {again:.3f}; one factor for all:",
 #
 # Which is best? A race is worth something only if each runner is tuned as much as the others. The
 # problem: 44,000 parameters, 80 steps of eight stories, warmup and linear decay, clipping at 1,
-# all as above. Each optimizer tries five learning rates, half a decade apart, with one seed. Then
+# all as above. Each optimizer tries five learning rates, half a decade apart, with one seed;
+# momentum, betas and decay (the SGDs have none) are not tuned, for anyone. Then
 # it runs at its best rate with three *new* seeds, as the loss of the seed that chose the rate is
 # flattered. Measured is the loss on 100 stories that nobody has seen.
 
@@ -1707,8 +1728,8 @@ print(f"head and loss: {whole:.0f} ms; in chunks {whole / chunked:.1f} times as 
 # the trainer of {doc}`13_training` uses them always. Our AdamW is torch's fused kernel and costs
 # the same; torch's default on a processor takes several times as long, since it goes through
 # memory once for every operation. Muon's products take about a hundred times as long as a step of
-# AdamW. By the share $5 n / B$ they are cheap at this width from batches of ten thousand tokens
-# on.
+# AdamW. By the share $5 n / B$ they add, at this width, a tenth to batches of ten thousand
+# tokens.
 #
 # ## Exercises
 #
@@ -1780,8 +1801,8 @@ assert abs(small - 0.95**0.01) < 1e-9, "a hundred small steps forget what one la
 # *Twenty minutes.* Write `steps_needed(coefficients, strength, low)`: how many times the
 # polynomial $a s + b s^3 + c s^5$ must be applied until `strength`, a singular value between 0
 # and 1, is at least `low`. Compare Muon's with the textbook's $(1.5, -0.5, 0)$ and with $(1.875,
-# -1.25, 0.375)$ for a strength of 0.001. Show that the last two have $f(1) = 1$ and $f'(1) = 0$,
-# and Muon's do not. What does that mean for a matrix that is orthogonal already?
+# -1.25, 0.375)$ on the way from 0.001 to 0.7. Show that the last two have $f(1) = 1$ and $f'(1) =
+# 0$, and Muon's do not. What does that mean for a matrix that is orthogonal already?
 # ````
 
 
@@ -1875,11 +1896,11 @@ assert torch.allclose(parameter.data, torch.tensor([0.85, -1.8, 2.85])), "decay,
 assert torch.allclose(mean, torch.tensor([0.005, -1e-8, 0.0])), (
     "the mean is kept by the second beta"
 )
-parameter.grad = torch.tensor([-0.04, 0.0, 2.0])
+parameter.grad = torch.tensor([-0.0425, 0.0, 2.0])
 lion_step(parameter, mean, 0.1, (0.9, 0.99), 0.0)
-# 0.9 * 0.005 - 0.1 * 0.04 is above zero: the old mean, and the first beta, decide.
+# 0.9 * 0.005 - 0.1 * 0.0425 is above zero. With the new mean, or the second beta, it is not.
 assert torch.allclose(parameter.data, torch.tensor([0.75, -1.7, 2.75])), "first beta, old mean"
-assert torch.allclose(mean, torch.tensor([0.00455, -9.9e-9, 0.02])), "after two steps"
+assert torch.allclose(mean, torch.tensor([0.004525, -9.9e-9, 0.02])), "after two steps"
 
 # %% [markdown]
 # ## Summary

@@ -39,7 +39,7 @@ def log_sum_exp(logits: Float[Tensor, "*batch vocab_size"]) -> Float[Tensor, "*b
     peak = peak.masked_fill(peak.isinf(), 0.0)  # of nothing but -inf the answer is -inf, not NaN
     return (wide - peak).exp().sum(dim=-1).log() + peak.squeeze(-1)
 
-# %% ../chapters/12_optimization.ipynb #ffaef726
+# %% ../chapters/12_optimization.ipynb #f56ea149
 Reduction = Literal["mean", "sum", "none"]
 
 
@@ -50,7 +50,12 @@ def _check_amount(name: str, value: Any, *, positive: bool = False) -> None:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
-def _check_loss(targets: Tensor, vocab_size: int, ignore_index: int, **options: Any) -> None:
+def _check_loss(
+    places: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, **options: Any
+) -> None:
+    if targets.shape != places.shape[:-1]:  # some wrong shapes would broadcast
+        expected = f"a shape of {tuple(places.shape[:-1])}"
+        raise ValueError(f"targets: expected {expected}, got {tuple(targets.shape)}")
     _check_amount("z_loss", options["z_loss"])
     if options["soft_cap"] is not None:
         _check_amount("soft_cap", options["soft_cap"], positive=True)
@@ -61,7 +66,7 @@ def _check_loss(targets: Tensor, vocab_size: int, ignore_index: int, **options: 
         expected = f"ids from 0 to {vocab_size - 1}, or {ignore_index}"
         raise ValueError(f"targets: expected {expected}, got {wrong[0]}")
 
-# %% ../chapters/12_optimization.ipynb #ee6555aa
+# %% ../chapters/12_optimization.ipynb #347c4d99
 def _capped(
     logits: Float[Tensor, "*batch vocab_size"], soft_cap: float | None
 ) -> Float[Tensor, "*batch vocab_size"]:
@@ -88,11 +93,11 @@ def _fused_losses(
     logits: Float[Tensor, "*batch vocab_size"], targets: Int64[Tensor, "*batch"], z_loss: float
 ) -> Float[Tensor, "*batch"]:
     """The same by torch's own functions."""
-    flat = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
-    losses = flat.view(targets.shape)
+    flat = logits.reshape(-1, logits.size(-1))
+    losses = F.cross_entropy(flat, targets.reshape(-1), reduction="none").view(targets.shape)
     return losses + z_loss * logits.logsumexp(dim=-1) ** 2 if z_loss else losses
 
-# %% ../chapters/12_optimization.ipynb #edb799ff
+# %% ../chapters/12_optimization.ipynb #c414ce49
 def cross_entropy(
     logits: Float[Tensor, "*batch vocab_size"],
     targets: Int64[Tensor, "*batch"],
@@ -112,7 +117,8 @@ def cross_entropy(
     """
     _check_choice("reduction", reduction, ("mean", "sum", "none"))
     _check_choice("backend", backend, ("reference", "torch"))
-    _check_loss(targets, logits.size(-1), ignore_index, z_loss=z_loss, soft_cap=soft_cap)
+    vocab_size = logits.size(-1)
+    _check_loss(logits, targets, vocab_size, ignore_index, z_loss=z_loss, soft_cap=soft_cap)
     counts = targets != ignore_index
     losses_of = _losses if backend == "reference" else _fused_losses
     losses = losses_of(_capped(logits, soft_cap), targets.masked_fill(~counts, 0), z_loss)
@@ -212,7 +218,7 @@ class _ChunkedLoss(torch.autograd.Function):
         scaled = [None if d is None else d * d_total.to(d.dtype) for d in (d_hidden, d_weight)]
         return (*scaled, None, None, None)
 
-# %% ../chapters/12_optimization.ipynb #8619eadf
+# %% ../chapters/12_optimization.ipynb #82ba806a
 def chunked_cross_entropy(
     hidden: Float[Tensor, "*batch d_model"],
     weight: Float[Tensor, "vocab_size d_model"],
@@ -232,7 +238,7 @@ def chunked_cross_entropy(
     """
     _check_at_least(chunk_size=(1, chunk_size))
     _check_choice("reduction", reduction, ("mean", "sum"))
-    _check_loss(targets, len(weight), ignore_index, z_loss=z_loss, soft_cap=soft_cap)
+    _check_loss(hidden, targets, len(weight), ignore_index, z_loss=z_loss, soft_cap=soft_cap)
     device = hidden.device.type
     hidden, weight = _as_autocast_would(device, hidden, weight)
     column = targets.reshape(-1, 1)
@@ -240,10 +246,11 @@ def chunked_cross_entropy(
     column = column.masked_fill(~counts, 0)
     options = (chunk_size, z_loss, soft_cap)
     with torch.autocast(device, enabled=False):
-        total = _ChunkedLoss.apply(hidden.flatten(0, -2), weight, column, counts, options)
+        rows = hidden.reshape(-1, hidden.size(-1))
+        total = _ChunkedLoss.apply(rows, weight, column, counts, options)
     return _mean(total, counts) if reduction == "mean" else total
 
-# %% ../chapters/12_optimization.ipynb #3ab1cd03
+# %% ../chapters/12_optimization.ipynb #37af6c46
 class _Checked(torch.optim.Optimizer):
     """An optimizer that refuses settings out of range, when it is made and when it is loaded."""
 
@@ -261,22 +268,27 @@ class _Checked(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():
             if "step" in state:  # torch keeps it elsewhere, unless it is fused
-                state["step"] = state["step"].to(parameter.device, torch.float32)
+                step = torch.as_tensor(state["step"], dtype=torch.float32)
+                state["step"] = step.to(parameter.device)
 
     def _check(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
 
-# %% ../chapters/12_optimization.ipynb #de7cef92
+# %% ../chapters/12_optimization.ipynb #3750aef4
+def _called(closure: Callable[[], Any] | None) -> Any:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class _Stepper(_Checked):
     """What our optimizers share: a step goes over the groups and calls ``_update`` for each."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Change all parameters that have a gradient; return what ``closure`` gave, if given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _called(closure)
         for group in self.param_groups:
             if parameters := [p for p in group["params"] if p.grad is not None]:
                 self._update(group, parameters, [p.grad for p in parameters])
@@ -397,10 +409,12 @@ class AdamW(_Stepper):
         tensors = (parameters, grads, means, squares, [self.state[p]["step"] for p in parameters])
         (_adamw_step if self.backend == "reference" else _fused_adamw_step)(group, *tensors)
 
-# %% ../chapters/12_optimization.ipynb #01d1051f
+# %% ../chapters/12_optimization.ipynb #f20fa426
 def _check_adamw(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         _check_amount(name, group[name])
+    if len(group["betas"]) != 2:
+        raise ValueError(f"betas: expected two, got {group['betas']!r}")
     for number, beta in enumerate(group["betas"]):
         _check_probability(f"betas[{number}]", float(beta))
     decoupled = {"decoupled_weight_decay": True} if group["weight_decay"] else {}
@@ -499,7 +513,7 @@ class Muon(_Stepper):
         momenta = self._buffers(parameters, "momentum_buffer")
         _muon_step(group, parameters, grads, momenta, self.ns_dtype)
 
-# %% ../chapters/12_optimization.ipynb #e3d953c7
+# %% ../chapters/12_optimization.ipynb #c4b240eb
 def _check_muon(group: dict[str, Any]) -> None:
     for name in ("lr", "weight_decay", "eps"):
         _check_amount(name, group[name])
@@ -509,6 +523,7 @@ def _check_muon(group: dict[str, Any]) -> None:
         expected = "None, original or match_rms_adamw"
         raise ValueError(f"adjust_lr_fn: expected {expected}, got {group['adjust_lr_fn']!r}")
     params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+    params = [p[1] if isinstance(p, tuple) else p for p in params]  # they may come with names
     for shape in (tuple(p.shape) for p in params if isinstance(p, Tensor)):
         if len(shape) not in (2, 3):
             raise ValueError(f"params: expected matrices, or stacks of them, got shape {shape}")
@@ -583,7 +598,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     _check_amount("weight_decay", weight_decay)
     return _decayed_and_not(_trainable(model).values(), _embeddings(model), weight_decay)
 
-# %% ../chapters/12_optimization.ipynb #f765bd35
+# %% ../chapters/12_optimization.ipynb #2e2ec8ef
 class Optimizers(torch.optim.Optimizer):
     """Several optimizers as one; ``param_groups`` are all of theirs, so schedules fit it, too."""
 
@@ -591,13 +606,16 @@ class Optimizers(torch.optim.Optimizer):
         self.optimizers = optimizers
         super().__init__([group for o in optimizers for group in o.param_groups], {})
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse a group that is in none of ``optimizers``, as nobody would step it."""
+        if not any(param_group is group for o in self.optimizers for group in o.param_groups):
+            raise ValueError("param_group: expected a group of one of the optimizers, got another")
+        super().add_param_group(param_group)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let each take a step; return what ``closure`` gave, if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _called(closure)
         for optimizer in self.optimizers:
             optimizer.step()
         return loss

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import jaxtyping
 import pytest
@@ -257,6 +258,30 @@ def test_other_bad_arguments_of_losses_are_named():
         chunked_cross_entropy(hidden, weight, targets, chunk_size=0)
 
 
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("shape", [(1,), (29,), (31,), (5, 6), (30, 1), ()])
+def test_targets_of_another_shape_are_refused_and_do_not_broadcast(shape):
+    hidden, weight, _ = problem()
+    expected = rf"targets: expected a shape of \(30,\), got {re.escape(str(shape))}"
+    for backend in BACKENDS:
+        with pytest.raises(ValueError, match=expected):
+            cross_entropy(hidden @ weight.T, torch.zeros(shape, dtype=torch.long), backend=backend)
+    with pytest.raises(ValueError, match=expected):
+        chunked_cross_entropy(hidden, weight, torch.zeros(shape, dtype=torch.long), chunk_size=29)
+
+
+@pytest.mark.parametrize("rows", [(), (0,), (1,), (2, 0, 3)])
+def test_losses_take_a_single_place_and_none(rows):
+    hidden, weight = torch.randn(*rows, 3), torch.randn(5, 3)
+    targets = torch.randint(5, rows)
+    expected = F.cross_entropy((hidden @ weight.T).view(-1, 5), targets.view(-1))
+    for ours in (
+        *(cross_entropy(hidden @ weight.T, targets, backend=backend) for backend in BACKENDS),
+        chunked_cross_entropy(hidden, weight, targets),
+    ):
+        torch.testing.assert_close(ours, expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("wrong", [17, -1, -99])
 def test_targets_out_of_range_are_named(wrong):
     hidden, weight, targets = problem()
@@ -295,18 +320,23 @@ PAIRS = {
     "nesterov": (SGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
     "adamw": (AdamW, torch.optim.AdamW, {"lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.3}),
     "muon": (Muon, torch.optim.Muon, {"lr": 0.1, "weight_decay": 0.3}),
+    "matched": (
+        Muon,
+        torch.optim.Muon,
+        {"lr": 0.1, "nesterov": False, "adjust_lr_fn": "match_rms_adamw", "ns_steps": 3},
+    ),
 }
 
 
 @pytest.fixture
 def _muon_in_32_bits(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self)  # what torch's Muon calls
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # torch's Muon calls it
 
 
 def variants():
     for name, (ours, theirs, options) in PAIRS.items():
-        for backend in ("torch",) if name == "muon" else BACKENDS:
-            extra = {} if name == "muon" else {"backend": backend}
+        for backend in ("torch",) if ours is Muon else BACKENDS:
+            extra = {} if ours is Muon else {"backend": backend}
             yield pytest.param(ours, theirs, options, extra, id=f"{name}-{backend}")
 
 
@@ -407,11 +437,15 @@ BAD_SETTINGS = [
     (AdamW, {"lr": math.inf}, "lr: expected"),
     (AdamW, {"betas": (0.9, 1.0)}, r"betas\[1\]: expected at least 0 and less than 1, got 1.0"),
     (AdamW, {"betas": (-0.1, 0.9)}, r"betas\[0\]"),
+    (AdamW, {"betas": (math.nan, 0.9)}, r"betas\[0\]"),
+    (AdamW, {"betas": (0.9,)}, r"betas: expected two, got \(0.9,\)"),
+    (AdamW, {"betas": (0.9, 0.99, 0.999)}, "betas: expected two"),
     (AdamW, {"eps": -1e-8}, "eps: expected"),
     (AdamW, {"weight_decay": -0.1}, "weight_decay: expected"),
     (AdamW, {"backend": "jax"}, "backend: expected one of"),
     (Muon, {"lr": math.nan}, "lr: expected"),
     (Muon, {"momentum": -0.1}, "momentum: expected"),
+    (Muon, {"momentum": math.nan}, "momentum: expected"),
     (Muon, {"ns_steps": -1}, "ns_steps: expected at least 0, got -1"),
     (Muon, {"adjust_lr_fn": "match"}, "adjust_lr_fn: expected None, original or match_rms_adamw"),
 ]
@@ -432,6 +466,8 @@ def test_bad_settings_of_a_group_are_named_and_nothing_is_added():
     assert len(optimizer.param_groups) == 1
     with pytest.raises(ValueError, match="params: expected matrices"):
         Muon([nn.Parameter(torch.zeros(3))])
+    with pytest.raises(ValueError, match="params: expected matrices"):
+        Muon([("bias", nn.Parameter(torch.zeros(3)))])
 
 
 def test_groups_may_be_iterators_tensors_and_named():
@@ -444,6 +480,21 @@ def test_groups_may_be_iterators_tensors_and_named():
             assert not torch.equal(before, parameter)
     with pytest.raises(ValueError, match="empty parameter list"):
         AdamW([])
+
+
+def test_a_state_whose_steps_are_plain_numbers_is_taken():
+    """As torch wrote them before 1.12."""
+    mine, peers = parameters_like([(3, 3)]), parameters_like([(3, 3)])
+    gradients = gradients_like([(3, 3)], 4)
+    for some in (mine, peers):
+        run(torch_made := torch.optim.AdamW(some), some, gradients[:2])
+    state = copy.deepcopy(torch_made.state_dict())
+    state["state"][0]["step"] = 2
+    optimizer = AdamW(mine)
+    optimizer.load_state_dict(state)
+    run(optimizer, mine, gradients[2:])
+    run(torch_made, peers, gradients[2:])
+    torch.testing.assert_close(mine, peers)
 
 
 FOREIGN = [
@@ -647,6 +698,21 @@ def test_two_optimizers_are_saved_loaded_and_scheduled_as_one():
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="state_dict: expected 2 optimizers, got 0"):
         other.load_state_dict(AdamW(model.parameters()).state_dict())
+
+
+def test_a_group_that_nobody_would_step_is_refused():
+    first, second = parameters_like([(3, 3), (2, 2)])
+    both = Optimizers(SGD([first], 0.1))
+    with pytest.raises(ValueError, match="param_group: expected a group of one of the optimizers"):
+        both.add_param_group({"params": [second]})
+    assert len(both.param_groups) == 1
+    both.optimizers[0].add_param_group({"params": [second], "lr": 0.2})
+    both.add_param_group(both.optimizers[0].param_groups[1])
+    before = second.detach().clone()
+    run(both, [first, second], gradients_like([(3, 3), (2, 2)], 1))
+    assert not torch.equal(before, second) and both.param_groups[1]["lr"] == 0.2
+    both.zero_grad()
+    assert second.grad is None
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
