@@ -9,13 +9,14 @@ __all__ = ['FinishReason', 'Step', 'draw', 'keep_top_k', 'keep_top_p', 'keep_min
            'GenerationOptions', 'generate', 'Piece', 'stream', 'beam_search', 'verify', 'expected_tokens',
            'SpeculativeStats', 'speculative_generate', 'quantize_rows', 'QuantizedLinear', 'quantize', 'stored_bytes']
 
-# %% ../chapters/14_generation.ipynb #b2917e02
+# %% ../chapters/14_generation.ipynb #9fc78db2
 import codecs
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ from .corpus import _check_at_least
 from .model import TransformerLM, count_parameters
 from .tokenizer import BPETokenizer
 
-# %% ../chapters/14_generation.ipynb #9cf16f24
+# %% ../chapters/14_generation.ipynb #4f7e1212
 def draw(
     probabilities: Float[Tensor, "batch vocab_size"], uniforms: Float[Tensor, " batch"]
 ) -> Int64[Tensor, " batch"]:
@@ -43,10 +44,13 @@ def draw(
     >>> draw(torch.tensor([[0.5, 0.0, 0.5]] * 3), torch.tensor([0.0, 0.4, 0.5])).tolist()
     [0, 0, 2]
     """
+    device = probabilities.device
+    if device.type == "mps":  # has no float64
+        probabilities = probabilities.cpu()
     ends = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    targets = uniforms.double()[:, None] * ends[:, -1:]  # the last end is not exactly 1
+    targets = uniforms.to(ends)[:, None] * ends[:, -1:]  # the last end is not exactly 1
     found = torch.searchsorted(ends, targets, right=True)[:, 0]
-    return found.clamp_(max=ends.size(-1) - 1)  # only where probabilities are NaN
+    return found.clamp_(max=ends.size(-1) - 1).to(device)  # clamped only if there are NaN
 
 # %% ../chapters/14_generation.ipynb #bf637552
 def _kept(probabilities: Tensor, keep: Tensor) -> Tensor:
@@ -65,7 +69,14 @@ def keep_top_k(
     least = probabilities.topk(min(k, probabilities.size(-1)), dim=-1).values[:, -1:]
     return _kept(probabilities, probabilities >= least)
 
-# %% ../chapters/14_generation.ipynb #9dd949e8
+# %% ../chapters/14_generation.ipynb #e0c99594
+def _ascending(values: Tensor) -> Tensor:
+    """Sort each row."""
+    if values.device.type != "cpu":
+        return values.sort(dim=-1).values
+    return torch.from_numpy(np.sort(values.numpy(), axis=-1))
+
+
 def keep_top_p(
     probabilities: Float[Tensor, "batch vocab_size"], mass: int | float
 ) -> Float[Tensor, "batch vocab_size"]:
@@ -74,10 +85,16 @@ def keep_top_p(
     Of equally likely tokens at its border those with the highest ids are inside. Source: Holtzman
     et al. (2020), section 3.1.
     """
-    ascending, order = probabilities.sort(dim=-1, stable=True)
-    inside = ascending.cumsum(dim=-1) > 1 - mass
-    inside[:, -1] = True
-    return _kept(probabilities, torch.zeros_like(inside).scatter_(1, order, inside))
+    wide = probabilities.detach().to(torch.promote_types(probabilities.dtype, torch.float32))
+    ascending, last = _ascending(wide), wide.size(-1) - 1
+    outside = (ascending.cumsum(dim=-1) <= 1 - mass).sum(dim=-1, keepdim=True).clamp(max=last)
+    border = ascending.gather(1, outside)
+    keep = wide >= border
+    too_many = keep.sum(dim=-1, keepdim=True) + outside - wide.size(-1)
+    if too_many.any():
+        tied = wide == border
+        keep &= ~tied | (tied.cumsum(dim=-1) > too_many)
+    return _kept(probabilities, keep)
 
 # %% ../chapters/14_generation.ipynb #7b5cc498
 def keep_min_p(
@@ -229,7 +246,7 @@ def next_token_distribution(
     counts = None if history is None else _token_counts(history, logits.size(-1))
     return _distribution(logits, sampling, counts)
 
-# %% ../chapters/14_generation.ipynb #eea44e14
+# %% ../chapters/14_generation.ipynb #cf993a2c
 def _choose(
     logits: Tensor, sampling: Sampling, counts: Tensor | None, uniforms: Tensor | None
 ) -> Tensor:
@@ -248,12 +265,14 @@ def sample(
 ) -> Int64[Tensor, " batch"]:
     """Choose a token for each row, as ``sampling`` says.
 
-    ``uniforms``, from 0 to below 1, decide where chance does; without them ``generator`` does.
+    ``uniforms``, from 0 to below 1, decide where chance does; without them ``generator`` does, or
+    else PyTorch's own on the processor.
     """
     counts = None if history is None else _token_counts(history, logits.size(-1))
     if uniforms is None:
-        shape, device = len(logits), logits.device
-        uniforms = torch.rand(shape, dtype=torch.float64, device=device, generator=generator)
+        device = None if generator is None else generator.device
+        n = len(logits)
+        uniforms = torch.rand(n, dtype=torch.float64, device=device, generator=generator)
     return _choose(logits, sampling, counts, uniforms)
 
 # %% ../chapters/14_generation.ipynb #aaa93276
@@ -313,14 +332,19 @@ class Completion(NamedTuple):
     finish_reason: FinishReason
     log_probs: list[float]
 
-# %% ../chapters/14_generation.ipynb #c88b2a9e
+# %% ../chapters/14_generation.ipynb #3239fbab
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """The keyword arguments of ``generate``, ``stream`` and ``speculative_generate``, checked.
+    """The keyword arguments that ``generate`` and its like have in common, checked.
 
-    A ``tokenizer`` is needed for prompts, stops and completions that are texts. ``on_full`` says
-    what to do at the end of the context: "stop"; "error", a ValueError before any work if the
-    prompt and ``max_new_tokens`` do not fit; or "slide", forget the older half and go on.
+    ``max_new_tokens``: after how many to end at the latest. ``sampling``: how to choose them.
+    ``tokenizer``: needed for prompts, stops and completions that are texts; a prompt is encoded
+    as it is, with nothing put before it. ``stop_tokens``: ids, each of which ends a completion
+    and is its last. ``stop_strings``: texts, before each of which the completion's text ends.
+    ``seed``: the same one gives the same texts, whatever the state of PyTorch's generators.
+    ``use_cache``: False reads the whole text at each step, for comparison. ``on_full``: what to
+    do at the end of the context, "stop"; "error", a ValueError before any work if the prompt and
+    ``max_new_tokens`` do not fit; or "slide", forget the older half and go on.
     """
 
     max_new_tokens: int
@@ -330,11 +354,13 @@ class GenerationOptions:
     stop_strings: Sequence[str] = ()
     seed: int = 0
     use_cache: bool = True
-    on_full: str = "stop"
+    on_full: Literal["stop", "error", "slide"] = "stop"
 
     def __post_init__(self) -> None:
         _check_at_least(max_new_tokens=(1, self.max_new_tokens))
         _check_choice("on_full", self.on_full, ("stop", "error", "slide"))
+        if isinstance(self.stop_tokens, int):
+            raise ValueError(f"stop_tokens: expected a list of ids, got {self.stop_tokens}")
         if isinstance(self.stop_strings, str):
             raise ValueError(f"stop_strings: expected a list of texts, got {self.stop_strings!r}")
         if not all(self.stop_strings):
@@ -552,14 +578,18 @@ def _next_step(model: TransformerLM) -> Step:
         return _plain_step(model)
     return _fused_step(model)
 
-# %% ../chapters/14_generation.ipynb #3ae1019a
+# %% ../chapters/14_generation.ipynb #6aad3344
 class _Reader:
     """Gives the logits after each of several texts: from a cache, or read from the start."""
 
     def __init__(self, model: TransformerLM, capacity: int, use_cache: bool):
-        self.model, self.use_cache, self.step = model, use_cache, _next_step(model)
+        self.model, self.use_cache = model, use_cache
         self.capacity = min(capacity, model.config.context_length)
         self.cache: KVCache | None = None
+
+    @cached_property
+    def step(self) -> Step:  # made when it is needed: fusing copies the weights
+        return _next_step(self.model)
 
     def read(self, texts: Sequence[Sequence[int]]) -> Float[Tensor, "batch vocab_size"]:
         """Read the texts, whatever was read before."""
@@ -580,36 +610,36 @@ class _Reader:
         """Whether a row cannot be read on as it is; without a cache none ever is."""
         return self.cache is None or max(self.cache._lengths) >= self.capacity
 
-# %% ../chapters/14_generation.ipynb #205dc389
+# %% ../chapters/14_generation.ipynb #23de40a2
 class _Chooser:
     """Chooses the tokens of a batch of rows, each with its own history and random numbers."""
 
     def __init__(self, model: TransformerLM, rows: Sequence[_Row], options: GenerationOptions):
-        self.sampling, self.counts, self.uniforms = options.sampling, None, None
+        self.sampling, self.counts = options.sampling, None
+        self.uniforms: np.ndarray | None = None
         device, vocab_size = model.embedding.weight.device, model.config.vocab_size
         if self.sampling.has_penalties:
             prompts = (torch.tensor([row.prompt], device=device) for row in rows)
             self.counts = torch.cat([_token_counts(prompt, vocab_size) for prompt in prompts])
         if self.sampling.temperature > 0:
             n = options.max_new_tokens
-            table = np.stack([uniforms_of(options.seed, row.number, n) for row in rows])
-            self.uniforms = torch.from_numpy(table).to(device)
+            self.uniforms = np.stack([uniforms_of(options.seed, row.number, n) for row in rows])
 
     def choose(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Return the tokens of this step, and their log-probabilities in the model."""
-        uniforms = None if self.uniforms is None else self.uniforms[:, step]
+        uniforms = None if self.uniforms is None else torch.from_numpy(self.uniforms[:, step])
         tokens = _choose(logits, self.sampling, self.counts, uniforms)[:, None]
         if self.counts is not None:
             self.counts.scatter_add_(1, tokens, torch.ones_like(tokens))
         log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32).gather(1, tokens)
         return tokens[:, 0], log_probs[:, 0]
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows: list[int]) -> None:
         """Forget all rows but these."""
         self.counts = None if self.counts is None else self.counts[rows]
         self.uniforms = None if self.uniforms is None else self.uniforms[rows]
 
-# %% ../chapters/14_generation.ipynb #74bdab4f
+# %% ../chapters/14_generation.ipynb #40594b47
 def _decode(
     model: TransformerLM, rows: list[_Row], options: GenerationOptions
 ) -> Iterator[list[tuple[_Row, str]]]:
@@ -627,24 +657,24 @@ def _decode(
         if len(going) < len(rows) and (reader.is_full() or 2 * len(going) <= len(rows)):
             kept = torch.tensor(going, device=tokens.device)
             rows, tokens = [rows[number] for number in going], tokens[kept]
-            chooser.keep(kept)
+            chooser.keep(going)
             if reader.cache is not None:
                 reader.cache.reorder(kept)
         logits = reader.go_on(rows, tokens)
 
-# %% ../chapters/14_generation.ipynb #2f98b4cc
+# %% ../chapters/14_generation.ipynb #a41544f3
 @contextmanager
 def _evaluating(*models: nn.Module) -> Iterator[None]:
     """Switch dropout and gradients off, and afterwards back to what they were."""
-    training = [model for model in models if model.training]
-    for model in training:
-        model.eval()
+    training = [part for model in models for part in model.modules() if part.training]
+    for part in training:
+        part.training = False
     try:
         with torch.inference_mode():
             yield
     finally:
-        for model in training:
-            model.train()
+        for part in training:
+            part.training = True
 
 
 def _rows(
@@ -659,7 +689,7 @@ def _rows(
     length = model.config.context_length
     return [_Row(number, text, length, options) for number, text in enumerate(texts, first_row)]
 
-# %% ../chapters/14_generation.ipynb #4cfdab7f
+# %% ../chapters/14_generation.ipynb #90e033b7
 def generate(
     model: TransformerLM,
     prompts: Sequence[Sequence[int]] | Sequence[str],
@@ -668,9 +698,11 @@ def generate(
     first_row: int = 0,
     **options: Any,
 ) -> list[Completion]:
-    """Return a completion of each prompt; ``options`` are those of ``GenerationOptions``.
+    """Return a completion of each prompt, at most ``batch_size`` at a time.
 
-    A row depends on its prompt, the seed and its number only, up to the rounding of logits; rows
+    ``options`` are those of ``GenerationOptions``: ``max_new_tokens``, which must be given,
+    ``sampling``, ``tokenizer``, ``stop_tokens``, ``stop_strings``, ``seed``, ``use_cache`` and
+    ``on_full``. A row depends on its prompt, the seed and its number only, up to the rounding of logits; rows
     are numbered from ``first_row``. Bad prompts and options raise a ``ValueError``.
     """
     _check_at_least(batch_size=(1, batch_size), first_row=(0, first_row))
@@ -765,7 +797,7 @@ def _search(
         logits = reader.go_on([], torch.tensor([beam.ids[-1] for beam in beams]))
     return finished
 
-# %% ../chapters/14_generation.ipynb #7b8a8e46
+# %% ../chapters/14_generation.ipynb #6d96e8c3
 def beam_search(
     model: TransformerLM,
     prompt: str | Sequence[int],
@@ -777,13 +809,19 @@ def beam_search(
     """Return at most ``n_beams`` completions, best first, found by keeping ``n_beams`` at a time.
 
     A completion of n tokens scores the sum of its ``log_probs`` divided by n ** ``length_penalty``,
-    as in transformers with ``early_stopping="never"``. Of ``GenerationOptions``, it heeds
-    ``max_new_tokens``, ``tokenizer`` and ``stop_tokens``.
+    as in transformers with ``early_stopping="never"``. Of ``GenerationOptions`` it takes
+    ``max_new_tokens``, ``tokenizer``, ``stop_tokens`` and ``on_full``, except "slide"; nothing is
+    left to chance, so that a ``seed`` changes nothing.
     """
     _check_at_least(n_beams=(1, n_beams))
     if not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty: expected a number, got {length_penalty}")
     checked = GenerationOptions(**options)
+    _check_choice("on_full", checked.on_full, ("stop", "error"))
+    if checked.stop_strings or checked.sampling != Sampling():
+        name = "stop_strings" if checked.stop_strings else "sampling"
+        got = getattr(checked, name)
+        raise ValueError(f"{name}: expected none for a beam search, got {got!r}")
     (row,) = _rows(model, [prompt], checked)
     most = min(checked.max_new_tokens, row.context_length + 1 - len(row.prompt))
     with _evaluating(model):
@@ -797,7 +835,7 @@ def _of_beam(beam: _Beam, row: _Row) -> Completion:
     shown = "".join(done.take(*one) for one in zip(beam.ids, beam.log_probs, strict=True))
     return _completion(done, shown)
 
-# %% ../chapters/14_generation.ipynb #e8da3e83
+# %% ../chapters/14_generation.ipynb #ea0e2c9f
 def verify(
     target: Float[Tensor, "drafted_and_one vocab_size"],
     draft: Float[Tensor, "drafted vocab_size"],
@@ -810,7 +848,7 @@ def verify(
     and at the one after. The result has the distribution of the target. Source: Leviathan et al.
     (2023), algorithm 1.
     """
-    last = torch.tensor([uniforms[-1]], device=target.device)
+    last = torch.from_numpy(uniforms[-1:])
     for place, token in enumerate(tokens):
         p, q = target[place], draft[place]
         if uniforms[place] * q[token].item() >= p[token].item():
@@ -844,7 +882,7 @@ class _Follower:
             self.cache.truncate(length)
             self.n_read = length
 
-# %% ../chapters/14_generation.ipynb #34d6642f
+# %% ../chapters/14_generation.ipynb #3edebe31
 def _distributions(logits: Tensor, sampling: Sampling, text: list[int]) -> Tensor:
     """The distributions after the last tokens of ``text``, one for each row of ``logits``."""
     if not sampling.has_penalties:
@@ -861,11 +899,11 @@ def _drafted(
     text, distributions = list(text), []
     for place in range(n):
         distributions.append(_distributions(draft.read(text, 1), sampling, text))
-        uniform = torch.from_numpy(uniforms[place : place + 1]).to(distributions[-1].device)
+        uniform = torch.from_numpy(uniforms[place : place + 1])
         text.append(int(draw(distributions[-1], uniform)))
     return text[len(text) - n :], distributions
 
-# %% ../chapters/14_generation.ipynb #34f292a1
+# %% ../chapters/14_generation.ipynb #676f3d05
 def expected_tokens(acceptance: int | float, n_draft: int) -> float:
     """Return how many tokens a pass of the target yields on average.
 
@@ -880,7 +918,7 @@ def expected_tokens(acceptance: int | float, n_draft: int) -> float:
 
 @dataclass
 class SpeculativeStats:
-    """What happened to the drafted tokens: those after a rejection are never ``tested``."""
+    """What happened to the drafted tokens; those after a rejection or an end are not tested."""
 
     n_passes: int = 0
     n_tokens: int = 0
@@ -898,10 +936,10 @@ class SpeculativeStats:
         """How many tokens a pass of the target yielded."""
         return self.n_tokens / self.n_passes if self.n_passes else math.nan
 
-# %% ../chapters/14_generation.ipynb #0b6da0ec
+# %% ../chapters/14_generation.ipynb #88946d4b
 def _round(target: _Follower, draft: _Follower, row: _Row, n: int, stats: SpeculativeStats) -> str:
     """Draft ``n`` tokens, verify them, and add what comes out; return the text to show."""
-    text, sampling = list(row.seen), row.options.sampling
+    text, sampling, n_before = list(row.seen), row.options.sampling, len(row.ids)
     uniforms = uniforms_of(row.options.seed, stats.n_passes, 2 * n + 1)
     tokens, q = _drafted(draft, text, n, sampling, uniforms)
     logits = target.read(text + tokens, n + 1)
@@ -913,9 +951,10 @@ def _round(target: _Follower, draft: _Follower, row: _Row, n: int, stats: Specul
             shown += row.take(token, log_probs[place, token].item())
     for follower in (target, draft):
         follower.back_to(len(text) + accepted)
+    added = len(row.ids) - n_before  # fewer than were accepted if one of them ended the text
     stats.n_passes, stats.n_drafted = stats.n_passes + 1, stats.n_drafted + n
-    stats.n_tested += min(accepted + 1, n)
-    stats.n_accepted, stats.n_tokens = stats.n_accepted + accepted, len(row.ids)
+    stats.n_tested, stats.n_tokens = stats.n_tested + min(added, n), len(row.ids)
+    stats.n_accepted += min(added, accepted)
     return shown
 
 # %% ../chapters/14_generation.ipynb #23d4bfe5
@@ -956,7 +995,7 @@ def _check_draft(model: TransformerLM, draft: TransformerLM) -> None:
         expected = f"a context of at least {ours.context_length} tokens, the model's"
         raise ValueError(f"draft: expected {expected}, got {theirs.context_length}")
 
-# %% ../chapters/14_generation.ipynb #38ea641b
+# %% ../chapters/14_generation.ipynb #2dfad558
 def quantize_rows(
     weight: Float[Tensor, "rows columns"],
 ) -> tuple[Int8[Tensor, "rows columns"], Float[Tensor, " rows"]]:
@@ -966,7 +1005,7 @@ def quantize_rows(
     farther than half a step from its number.
     """
     wide = weight.float()
-    step = wide.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    step = (wide.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     return (wide / step[:, None]).round().clamp(-127, 127).to(torch.int8), step
 
 # %% ../chapters/14_generation.ipynb #49b15677
@@ -1003,9 +1042,9 @@ class QuantizedLinear(nn.Module):
         out = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         return out if self.bias is None else out + self.bias.to(x.dtype)
 
-# %% ../chapters/14_generation.ipynb #63e09674
+# %% ../chapters/14_generation.ipynb #79e449b4
 def quantize(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model`` with a ``QuantizedLinear`` in the place of each linear layer.
+    """Return a copy of ``model`` with a ``QuantizedLinear`` in place of each linear layer in it.
 
     A matrix that is shared with another module, such as a tied head, stays as it is.
     """

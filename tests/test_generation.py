@@ -215,6 +215,39 @@ def test_filters_keep_what_they_promise(p, k, share):
     assert p[keep_typical(p, share) > 0].sum() >= share - 1e-5
 
 
+@given(st.integers(0, 10_000), st.floats(0.01, 1), st.sampled_from([1, 6, 1000]))
+def test_the_nucleus_is_that_of_a_stable_sort_at_ties_too(seed, mass, levels):
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.randint(1, levels + 1, (4, 12), generator=generator).float()
+    p /= p.sum(-1, keepdim=True)
+    ascending, order = p.sort(dim=-1, stable=True)
+    inside = ascending.cumsum(-1) > 1 - mass
+    inside[:, -1] = True
+    expected = torch.zeros_like(inside).scatter_(1, order, inside)
+    assert torch.equal(keep_top_p(p, mass) > 0, expected)
+
+
+def test_of_equally_likely_tokens_the_last_are_in_the_nucleus():
+    assert keep_top_p(torch.full((1, 4), 0.25), 0.5).tolist() == [[0, 0, 0.5, 0.5]]
+    p = torch.tensor([[0.25, 0.5, 0.25]])
+    assert keep_top_p(p, 0.75).tolist() == [[0, pytest.approx(2 / 3), pytest.approx(1 / 3)]]
+    assert torch.equal(keep_top_p(p, 1), p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_filters_in_every_dtype(dtype):
+    p = torch.tensor([[0.5, 0.25, 0.125, 0.125]], dtype=dtype)
+    for kept in (keep_top_k(p, 2), keep_top_p(p, 0.7), keep_min_p(p, 0.3)):
+        assert kept.dtype == dtype and (kept > 0).tolist() == [[True, True, False, False]]
+    assert keep_typical(p, 0.2).dtype == dtype
+
+
+def test_gradients_pass_through_filters():
+    logits = some_logits().requires_grad_()
+    keep_top_p(logits.softmax(-1), 0.8).max(-1).values.sum().backward()
+    assert logits.grad.abs().sum() > 0 and logits.grad.isfinite().all()
+
+
 @given(probabilities, st.floats(0, 1, exclude_max=True))
 def test_draw_is_the_inverse_of_the_distribution_function(p, uniform):
     token = draw(p, torch.tensor([uniform], dtype=torch.float64)).item()
@@ -357,6 +390,12 @@ def test_dropout_is_off_and_training_is_restored(llama):
     model.train()
     assert ids_of(generate(model, prompts_of(), max_new_tokens=9)) == expected
     assert model.training and all(block.training for block in model.blocks)
+    model.blocks[0].eval()  # each part goes back to what it was
+    assert ids_of(generate(model, prompts_of(), max_new_tokens=9)) == expected
+    assert model.training and [block.training for block in model.blocks] == [False, True]
+    model.eval().blocks[1].train()
+    assert ids_of(generate(model, prompts_of(), max_new_tokens=9)) == expected
+    model.train()
     pieces = stream(model, [1], max_new_tokens=9)
     next(pieces)
     assert model.training and not torch.is_inference_mode_enabled()
@@ -425,6 +464,7 @@ BAD = [
     ({"stop_strings": ["x"]}, "tokenizer: expected one, for stop_strings"),
     ({"stop_strings": [""]}, "stop_strings: expected texts of at least one character"),
     ({"stop_strings": "ab"}, "stop_strings: expected a list of texts"),
+    ({"stop_tokens": 5}, "stop_tokens: expected a list of ids, got 5"),
 ]
 
 
@@ -587,6 +627,14 @@ def test_beam_search_at_the_end_of_the_context(llama):
         beam_search(llama, [1], n_beams=2, max_new_tokens=2, length_penalty=math.nan)
 
 
+@pytest.mark.parametrize("name", ["sampling", "stop_strings", "on_full"])
+def test_beam_search_refuses_what_it_does_not_do(tokenizer, name):
+    model = made(vocab_size=tokenizer.vocab_size)
+    wrong = {"sampling": GREEDY, "stop_strings": ["x"], "on_full": "slide"}[name]
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        beam_search(model, [1], max_new_tokens=2, tokenizer=tokenizer, **{name: wrong})
+
+
 # --- drafts -------------------------------------------------------------------------------------
 
 
@@ -687,6 +735,17 @@ def test_speculation_ends_where_generate_does(llama, tokenizer):
     (cut,) = generate(model, ["the"], stop_strings=[stop], **options)
     done, _ = speculative_generate(model, model, "the", stop_strings=[stop], **options)
     assert done.text == cut.text and done.ids == cut.ids and done.finish_reason == "stop"
+
+
+def test_guesses_after_the_end_are_not_counted(llama):
+    options = {"max_new_tokens": 9, "sampling": GREEDY}
+    (whole,) = generate(llama, [[1]], **options)
+    stop = whole.ids[2]
+    end = whole.ids.index(stop) + 1
+    done, stats = speculative_generate(llama, llama, [1], n_draft=6, stop_tokens=[stop], **options)
+    assert done.ids == whole.ids[:end]
+    assert (stats.n_passes, stats.n_drafted) == (1, 6)
+    assert stats.n_tested == stats.n_accepted == stats.n_tokens == end
 
 
 # --- bits ---------------------------------------------------------------------------------------
