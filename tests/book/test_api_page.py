@@ -67,5 +67,5 @@ def test_train_stop_go_on_and_listen(tmp_path: Path) -> None:
     ]
     assert texts[0] == texts[1]
     loss, story = texts[0].split("\n", 1)
-    assert float(loss.split()[1]) < 1.5, "chance is ln 512 = 6.2"
+    assert float(loss.split()[1]) < 2, "chance is ln 512 = 6.2"
     assert len(re.findall(r"[a-z]{2,}", story)) > 20, story
