@@ -1822,6 +1822,7 @@ def steps_needed(coefficients: tuple[float, float, float], strength: float, low:
 # %% tags=["check"]
 muon, cubic, quintic = (3.4445, -4.775, 2.0315), (1.5, -0.5, 0.0), (1.875, -1.25, 0.375)
 assert steps_needed(cubic, 0.9, 0.7) == 0, "what is large enough needs no step"
+assert steps_needed(cubic, 0.5, 0.99) == 4, "0.50, 0.69, 0.87, 0.98, 0.999"
 found = [steps_needed(kind, 0.001, 0.7) for kind in (muon, cubic, quintic)]
 for kind, steps in zip((muon, cubic, quintic), found, strict=True):
     weak = torch.diag(torch.tensor([0.001, 1.0 - 0.5e-6]))  # of norm 1, nearly
@@ -1896,11 +1897,12 @@ assert torch.allclose(parameter.data, torch.tensor([0.85, -1.8, 2.85])), "decay,
 assert torch.allclose(mean, torch.tensor([0.005, -1e-8, 0.0])), (
     "the mean is kept by the second beta"
 )
-parameter.grad = torch.tensor([-0.0425, 0.0, 2.0])
+parameter.grad = torch.tensor([-0.0425, 2e-7, 2.0])
 lion_step(parameter, mean, 0.1, (0.9, 0.99), 0.0)
-# 0.9 * 0.005 - 0.1 * 0.0425 is above zero. With the new mean, or the second beta, it is not.
-assert torch.allclose(parameter.data, torch.tensor([0.75, -1.7, 2.75])), "first beta, old mean"
-assert torch.allclose(mean, torch.tensor([0.004525, -9.9e-9, 0.02])), "after two steps"
+# 0.9 * 0.005 - 0.1 * 0.0425 is above zero; with the new mean it is not. The second number has
+# -0.9 * 1e-8 + 0.1 * 2e-7, also above zero; with the second beta it is not.
+assert torch.allclose(parameter.data, torch.tensor([0.75, -1.9, 2.75])), "first beta, old mean"
+assert torch.allclose(mean, torch.tensor([0.004525, -7.9e-9, 0.02])), "after two steps"
 
 # %% [markdown]
 # ## Summary

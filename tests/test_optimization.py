@@ -641,6 +641,7 @@ def test_muon_gets_the_matrices_of_blocks_and_nothing_else(changes):
     assert {group["lr"] for group in muon.param_groups} == {0.02}
     assert {group["lr"] for group in adamw.param_groups} == {0.003}
     assert muon.param_groups[0]["momentum"] == 0.95
+    assert muon.param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"  # one rate for both
 
 
 def test_frozen_parameters_are_left_out():
@@ -833,6 +834,12 @@ def test_a_norm_that_is_not_finite_leaves_gradients_alone(bad):
     parameters = with_gradients(torch.tensor([1.0, bad]), torch.tensor([300.0]))
     assert not clip_gradients(parameters, 1.0).isfinite()
     assert parameters[0].grad[0] == 1.0 and parameters[1].grad == 300.0
+
+
+def test_the_norm_of_16_bits_does_not_overflow():
+    (parameter,) = with_gradients(torch.full((4,), 6e4, dtype=torch.float16))
+    assert clip_gradients([parameter], 1.0).item() == pytest.approx(120_000, rel=1e-3)
+    assert parameter.grad.tolist() == pytest.approx([0.5] * 4, rel=1e-2)
 
 
 def test_clipping_takes_types_together_a_single_tensor_and_nothing():
