@@ -9,7 +9,7 @@ __all__ = ['FinishReason', 'Step', 'draw', 'keep_top_k', 'keep_top_p', 'keep_min
            'GenerationOptions', 'generate', 'Piece', 'stream', 'beam_search', 'verify', 'expected_tokens',
            'SpeculativeStats', 'speculative_generate', 'quantize_rows', 'QuantizedLinear', 'quantize', 'stored_bytes']
 
-# %% ../chapters/14_generation.ipynb #9fc78db2
+# %% ../chapters/14_generation.ipynb #173404e8
 import codecs
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
+from operator import index
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -275,16 +276,19 @@ def sample(
         uniforms = torch.rand(n, dtype=torch.float64, device=device, generator=generator)
     return _choose(logits, sampling, counts, uniforms)
 
-# %% ../chapters/14_generation.ipynb #aaa93276
-def uniforms_of(seed: int, row: int, n: int) -> Float[np.ndarray, " n"]:
-    """Return the ``n`` random numbers, from 0 to below 1, of one row: one for each of its steps.
+# %% ../chapters/14_generation.ipynb #38655905
+def uniforms_of(seed: int, row: int, n: int, first_step: int = 0) -> Float[np.ndarray, " n"]:
+    """Return random numbers, from 0 to below 1, of ``n`` steps of one row from ``first_step`` on.
 
-    They depend on nothing but ``seed`` and ``row``, and the first are the same for any ``n``.
+    Each depends on nothing but ``seed``, ``row`` and its step.
 
     >>> uniforms_of(seed=0, row=7, n=2).round(3)
     array([0.743, 0.05 ])
+    >>> uniforms_of(seed=0, row=7, n=1, first_step=1).round(3)
+    array([0.05])
     """
-    return (random_bits(seed, row, np.arange(n)) >> np.uint64(11)) * 2.0**-53
+    steps = np.arange(first_step, first_step + n)
+    return (random_bits(seed, row, steps) >> np.uint64(11)) * 2.0**-53
 
 # %% ../chapters/14_generation.ipynb #7c9124f1
 class _ArrivingText:
@@ -332,7 +336,7 @@ class Completion(NamedTuple):
     finish_reason: FinishReason
     log_probs: list[float]
 
-# %% ../chapters/14_generation.ipynb #3239fbab
+# %% ../chapters/14_generation.ipynb #da8485fb
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
     """The keyword arguments that ``generate`` and its like have in common, checked.
@@ -357,18 +361,22 @@ class GenerationOptions:
     on_full: Literal["stop", "error", "slide"] = "stop"
 
     def __post_init__(self) -> None:
-        _check_at_least(max_new_tokens=(1, self.max_new_tokens))
-        _check_choice("on_full", self.on_full, ("stop", "error", "slide"))
-        if isinstance(self.stop_tokens, int):
-            raise ValueError(f"stop_tokens: expected a list of ids, got {self.stop_tokens}")
-        if isinstance(self.stop_strings, str):
-            raise ValueError(f"stop_strings: expected a list of texts, got {self.stop_strings!r}")
-        if not all(self.stop_strings):
-            raise ValueError("stop_strings: expected texts of at least one character, got ''")
-        if self.stop_strings and self.tokenizer is None:
-            raise ValueError("tokenizer: expected one, for stop_strings, got None")
+        _check_options(self)
 
-# %% ../chapters/14_generation.ipynb #d0d1a116
+# %% ../chapters/14_generation.ipynb #d397fb96
+def _check_options(options: GenerationOptions) -> None:
+    _check_at_least(max_new_tokens=(1, options.max_new_tokens))
+    _check_choice("on_full", options.on_full, ("stop", "error", "slide"))
+    if isinstance(options.stop_tokens, int):
+        raise ValueError(f"stop_tokens: expected a list of ids, got {options.stop_tokens}")
+    if isinstance(options.stop_strings, str):
+        raise ValueError(f"stop_strings: expected a list of texts, got {options.stop_strings!r}")
+    if not all(options.stop_strings):
+        raise ValueError("stop_strings: expected texts of at least one character, got ''")
+    if options.stop_strings and options.tokenizer is None:
+        raise ValueError("tokenizer: expected one, for stop_strings, got None")
+
+# %% ../chapters/14_generation.ipynb #e4deaeca
 def _prompt_ids(
     model: TransformerLM, prompt: str | Sequence[int], options: GenerationOptions
 ) -> list[int]:
@@ -377,7 +385,9 @@ def _prompt_ids(
         if options.tokenizer is None:
             raise ValueError("tokenizer: expected one, for prompts that are texts, got None")
         prompt = options.tokenizer.encode(prompt)
-    ids, config = [int(token) for token in prompt], model.config
+    if isinstance(prompt, int):
+        raise ValueError(f"prompts: expected a text or a list of ids for each, got {prompt}")
+    ids, config = [index(token) for token in prompt], model.config
     if not ids:
         expected = "at least one token to go on from, such as end of text"
         raise ValueError(f"prompts: expected {expected}, got none")
@@ -610,24 +620,21 @@ class _Reader:
         """Whether a row cannot be read on as it is; without a cache none ever is."""
         return self.cache is None or max(self.cache._lengths) >= self.capacity
 
-# %% ../chapters/14_generation.ipynb #23de40a2
+# %% ../chapters/14_generation.ipynb #accaacf2
 class _Chooser:
     """Chooses the tokens of a batch of rows, each with its own history and random numbers."""
 
     def __init__(self, model: TransformerLM, rows: Sequence[_Row], options: GenerationOptions):
-        self.sampling, self.counts = options.sampling, None
-        self.uniforms: np.ndarray | None = None
+        self.sampling, self.seed, self.counts = options.sampling, options.seed, None
+        self.numbers, self.uniforms = [row.number for row in rows], np.empty((len(rows), 0))
         device, vocab_size = model.embedding.weight.device, model.config.vocab_size
         if self.sampling.has_penalties:
             prompts = (torch.tensor([row.prompt], device=device) for row in rows)
             self.counts = torch.cat([_token_counts(prompt, vocab_size) for prompt in prompts])
-        if self.sampling.temperature > 0:
-            n = options.max_new_tokens
-            self.uniforms = np.stack([uniforms_of(options.seed, row.number, n) for row in rows])
 
     def choose(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Return the tokens of this step, and their log-probabilities in the model."""
-        uniforms = None if self.uniforms is None else torch.from_numpy(self.uniforms[:, step])
+        uniforms = self._uniforms(step) if self.sampling.temperature > 0 else None
         tokens = _choose(logits, self.sampling, self.counts, uniforms)[:, None]
         if self.counts is not None:
             self.counts.scatter_add_(1, tokens, torch.ones_like(tokens))
@@ -637,7 +644,13 @@ class _Chooser:
     def keep(self, rows: list[int]) -> None:
         """Forget all rows but these."""
         self.counts = None if self.counts is None else self.counts[rows]
-        self.uniforms = None if self.uniforms is None else self.uniforms[rows]
+        self.numbers, self.uniforms = [self.numbers[row] for row in rows], self.uniforms[rows]
+
+    def _uniforms(self, step: int) -> Tensor:
+        place = step % 256
+        if place == 0:  # a table of so many steps, however many may follow
+            self.uniforms = np.stack([uniforms_of(self.seed, n, 256, step) for n in self.numbers])
+        return torch.from_numpy(self.uniforms[:, place])
 
 # %% ../chapters/14_generation.ipynb #40594b47
 def _decode(
@@ -797,7 +810,7 @@ def _search(
         logits = reader.go_on([], torch.tensor([beam.ids[-1] for beam in beams]))
     return finished
 
-# %% ../chapters/14_generation.ipynb #6d96e8c3
+# %% ../chapters/14_generation.ipynb #c61e905b
 def beam_search(
     model: TransformerLM,
     prompt: str | Sequence[int],
@@ -817,17 +830,22 @@ def beam_search(
     if not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty: expected a number, got {length_penalty}")
     checked = GenerationOptions(**options)
-    _check_choice("on_full", checked.on_full, ("stop", "error"))
-    if checked.stop_strings or checked.sampling != Sampling():
-        name = "stop_strings" if checked.stop_strings else "sampling"
-        got = getattr(checked, name)
-        raise ValueError(f"{name}: expected none for a beam search, got {got!r}")
+    _check_for_beams(checked)
     (row,) = _rows(model, [prompt], checked)
     most = min(checked.max_new_tokens, row.context_length + 1 - len(row.prompt))
     with _evaluating(model):
         reader = _Reader(model, len(row.prompt) + most, use_cache=True)
         found = _search(reader, row, most, n_beams, length_penalty)
     return [_of_beam(beam, row) for _, beam in found]
+
+# %% ../chapters/14_generation.ipynb #4e4010c2
+def _check_for_beams(options: GenerationOptions) -> None:
+    _check_choice("on_full", options.on_full, ("stop", "error"))
+    if options.sampling != Sampling():
+        raise ValueError(f"sampling: expected none for a beam search, got {options.sampling}")
+    if options.stop_strings:
+        got = options.stop_strings
+        raise ValueError(f"stop_strings: expected none for a beam search, got {got}")
 
 
 def _of_beam(beam: _Beam, row: _Row) -> Completion:

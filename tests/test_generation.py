@@ -382,6 +382,20 @@ def test_seeds(llama):
     torch.manual_seed(5)  # the global state plays no part
     assert ids_of(generate(llama, prompts, max_new_tokens=8, seed=1)) == first
     assert uniforms_of(0, 3, 5).tolist() == uniforms_of(0, 3, 9).tolist()[:5]
+    assert uniforms_of(0, 3, 5, first_step=4).tolist() == uniforms_of(0, 3, 9).tolist()[4:]
+
+
+def test_long_texts_have_numbers_of_their_own_at_each_step():
+    model = made(vocab_size=7, context_length=600, d_model=8, n_heads=1, n_layers=1, spread=0.0)
+    options = {"stop_tokens": [0], "seed": 4}
+    rows = generate(model, [[1]] * 40, max_new_tokens=10**9, **options)  # and no table of as many
+    free = generate(model, [[1]] * 2, max_new_tokens=590)
+    for number, row in enumerate(free):  # all tokens are equally likely
+        expected = (7 * uniforms_of(0, number, 590)).astype(int).tolist()
+        assert row.ids == expected
+    for number, row in enumerate(rows):
+        expected = (7 * uniforms_of(4, number, 600)).astype(int).tolist()
+        assert row.ids == expected[: expected.index(0) + 1]
 
 
 def test_dropout_is_off_and_training_is_restored(llama):
@@ -456,6 +470,7 @@ BAD = [
     ({"prompts": [[-1]]}, "prompts: expected ids from 0 to 60, got -1"),
     ({"prompts": [[1] * 49]}, "prompts: expected at most 48 tokens, for context_length"),
     ({"prompts": ["text"]}, "tokenizer: expected one, for prompts that are texts"),
+    ({"prompts": [1, 2]}, "prompts: expected a text or a list of ids for each, got 1"),
     ({"prompts": "text"}, "prompts: expected a list of prompts, got one text"),
     ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
     ({"batch_size": 0}, "batch_size: expected at least 1"),
