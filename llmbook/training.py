@@ -12,15 +12,17 @@ __all__ = ['Objective', 'Row', 'WORD_KINDS', 'RUNS', 'next_token_objective', 'co
            'RunConfig', 'word_kinds', 'GapToFloor', 'documents_score', 'compressors', 'Pretrained', 'load_run', 'run',
            'artifacts_folder', 'load_or_train', 'pretrained', 'report', 'main']
 
-# %% ../chapters/13_training.ipynb #75273ec3
+# %% ../chapters/13_training.ipynb #e5e1f03d
 import difflib
 import gzip
+import importlib.metadata
 import importlib.util
 import io
 import json
 import lzma
 import math
 import os
+import platform
 import random
 import re
 import signal
@@ -30,7 +32,8 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache, lru_cache, partial
 from hashlib import blake2b
@@ -40,18 +43,18 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 from typing import cast, get_args, get_origin, runtime_checkable
 
-# %% ../chapters/13_training.ipynb #4c237c02
+# %% ../chapters/13_training.ipynb #0c1a1ebd
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from jaxtyping import Float, Int64
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from .batches import Batch, BatchSampler, ResumableBatches, TokenShards, _whole_directory
 from .batches import pack_documents, write_shards
-from .blocks import _check_choice
+from .blocks import _check_choice, _check_probability
 from .cleaning import clean_documents
 from .corpus import Document, _check_at_least, _needing, _whole_file, read_files
 from .corpus import read_installed_docs, read_jsonl, write_jsonl
@@ -64,7 +67,7 @@ from .optimization import linear_schedule, wsd_schedule
 from .tinyworld import Story, TinyWorld
 from .tokenizer import GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, train_bpe
 
-# %% ../chapters/13_training.ipynb #fc7176c5
+# %% ../chapters/13_training.ipynb #61cf459b
 #: From a model and a batch to the summed loss of its targets and their number.
 Objective = Callable[[nn.Module, Any], tuple[Float[Tensor, ""], Any]]
 #: What is measured at once: numbers by name.
@@ -77,7 +80,8 @@ def next_token_objective(
     """Return the loss of predicting each next token, summed, in nats, and the number of targets.
 
     ``model`` is a ``TransformerLM``. ``z_loss`` is that of ``cross_entropy``; ``balance_loss``
-    weighs the balance loss of experts, which counts once for each target.
+    weighs the balance loss of experts, which counts once for each target; it is no sum over
+    targets, so with it micro-batches are only nearly the whole batch.
     """
     lm = cast(TransformerLM, model)
     hidden = lm.hidden_states(
@@ -125,7 +129,7 @@ def split_rows(batch: Any, rows: int | None) -> Iterator[Any]:
         )
         yield type(batch)(*parts)
 
-# %% ../chapters/13_training.ipynb #cad72103
+# %% ../chapters/13_training.ipynb #c620f429
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
     n_steps: int  # of the optimizer
@@ -146,10 +150,11 @@ class _Settings:
     log_every: int = 10
     checkpoint_every: int | None = None  # steps; None: at the end
     keep_last: int = 2
-    seed: int = 0
+    seed: int = 0  # of weights and order in ``run``; a Trainer is given both
     precision: str = "float32"  # or bfloat16, by autocast
     compile: bool = False
-    threads: int | None = None  # of the CPU; None: as it is
+    threads: int | None = None  # of the CPU in ``run``; None: as it is
+    prefetch: bool = False  # prepare the next batch in a thread
     spike_factor: float | None = None  # skip steps with a gradient so many times the usual one
     max_skipped: int = 20  # in a row
 
@@ -174,7 +179,7 @@ class TrainingConfig(_Settings):
         """Return all fields as numbers, texts and lists, fit for JSON and YAML."""
         return _plain(asdict(self))
 
-# %% ../chapters/13_training.ipynb #bd3a0ea4
+# %% ../chapters/13_training.ipynb #518da8d2
 def _check_settings(config: _Settings) -> None:
     counts = {"n_steps": 1, "batch_size": 1, "log_every": 1, "keep_last": 1, "warmup": 0}
     counts |= {"evaluate_every": 1, "checkpoint_every": 1, "max_skipped": 0, "seed": 0}
@@ -188,21 +193,29 @@ def _check_settings(config: _Settings) -> None:
     _check_choice("precision", config.precision, ("float32", "bfloat16"))
     for name in ("learning_rate", "adamw_rate", "clip_norm"):
         _check_amount(name, getattr(config, name), above=0.0)
-    for name in ("weight_decay", "z_loss", "balance_loss", "final"):
+    for name in ("weight_decay", "z_loss", "balance_loss"):
         _check_amount(name, getattr(config, name))
     _check_amount("spike_factor", config.spike_factor, above=1.0)
+    for place, beta in enumerate(config.betas):
+        _check_probability(f"betas[{place}]", beta)
+    if config.seed >= 2**32:
+        raise ValueError(f"seed: expected less than 2**32, got {config.seed}")
+    if not 0 <= config.final <= 1:
+        raise ValueError(f"final: expected a share from 0 to 1, got {config.final}")
     if config.warmup > config.n_steps:
         raise ValueError(
             f"warmup: expected at most n_steps = {config.n_steps}, got {config.warmup}"
         )
 
-
+# %% ../chapters/13_training.ipynb #a17f2e8e
 def _check_amount(name: str, value: float | None, above: float | None = None) -> None:
     """Refuse what is negative, infinite or NaN, or not ``above`` what is given."""
+    if value is None:
+        return
     least = "0 or more" if above is None else f"more than {above:g}"
-    low = value is not None and (value < 0 if above is None else value <= above)
-    if value is not None and (low or not math.isfinite(value)):
-        raise ValueError(f"{name}: expected a finite number, {least}, got {value}")
+    number = isinstance(value, int | float) and math.isfinite(value)
+    if not number or (value < 0 if above is None else value <= above):
+        raise ValueError(f"{name}: expected a finite number, {least}, got {value!r}")
 
 # %% ../chapters/13_training.ipynb #449abc96
 _T = TypeVar("_T")
@@ -254,7 +267,7 @@ def _plain(value: Any) -> Any:
         return {name: _plain(entry) for name, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
-# %% ../chapters/13_training.ipynb #ee638ca3
+# %% ../chapters/13_training.ipynb #2de35267
 class _Gradients:
     """The first layer of the trainer: gradients of a batch, in micro-batches."""
 
@@ -263,7 +276,9 @@ class _Gradients:
     ):
         self.model, self.config = model, config
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.device = next(model.parameters()).device
+        if not self.parameters:
+            raise ValueError("model: expected parameters to train, got none")
+        self.device = self.parameters[0].device
         self.objective = objective or _default_objective(model, config)
         self.score = objective or next_token_objective  # what evaluation adds up
 
@@ -334,7 +349,7 @@ class _Steps(_Gradients):
         """Change the weights."""
         self.optimizer.step()
 
-# %% ../chapters/13_training.ipynb #e7d91015
+# %% ../chapters/13_training.ipynb #8450824b
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step, and why."""
 
@@ -346,6 +361,8 @@ class SpikeDetector:
     """
 
     def __init__(self, factor: float | None, window: int = 64):
+        _check_amount("factor", factor, above=1.0)
+        _check_at_least(window=(1, window))
         self.factor, self.recent = factor, deque[float](maxlen=window)
 
     def is_spike(self, norm: float) -> bool:
@@ -388,7 +405,7 @@ class _Guarded(_Steps):
             row = f"{self.skipped_in_a_row} steps in a row were skipped"
             raise TrainingError(f"step {self.step}: {row}, the last because {reason}")
 
-# %% ../chapters/13_training.ipynb #3501eb32
+# %% ../chapters/13_training.ipynb #fc326ad5
 def random_states() -> dict[str, Any]:
     """Return the states of all global random generators: of Python, NumPy, PyTorch."""
     numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002
@@ -398,18 +415,21 @@ def random_states() -> dict[str, Any]:
         "numpy": numpy_state | {"state": inner},
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Set all global random generators to what ``random_states`` returned."""
+    """Set all global random generators to what ``random_states`` returned, as far as they exist."""
     random.setstate(states["python"])
     inner = states["numpy"]["state"]
     key = np.array(inner["key"], np.uint32)
     np.random.set_state({**states["numpy"], "state": {**inner, "key": key}})  # noqa: NPY002
     torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+    for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, device)
+    if states["mps"] is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])
 
 # %% ../chapters/13_training.ipynb #bc823b3c
 @contextmanager
@@ -456,7 +476,7 @@ class _Evaluated(_Guarded):
                 row |= probe(self.model)
         return row
 
-# %% ../chapters/13_training.ipynb #057bfc84
+# %% ../chapters/13_training.ipynb #855728f8
 @torch.no_grad()
 def activation_scales(model: nn.Module, ids: Int64[Tensor, "batch sequence"]) -> dict[str, float]:
     """Return how large the numbers are inside a ``TransformerLM`` that reads ``ids``.
@@ -466,6 +486,7 @@ def activation_scales(model: nn.Module, ids: Int64[Tensor, "batch sequence"]) ->
     """
     scales: dict[str, Tensor] = {}
 
+    @torch.compiler.disable  # in a compiled model it would be compiled, once for each layer
     def measure(layer: int, module: nn.Module, inputs: Any, output: Tensor) -> None:
         scales[f"stream/{layer}"] = output.float().square().mean().sqrt()
 
@@ -483,11 +504,11 @@ def activation_scales(model: nn.Module, ids: Int64[Tensor, "batch sequence"]) ->
     scales |= {"logits": logits.square().mean().sqrt(), "logits/max": logits.abs().max()}
     return dict(zip(scales, torch.stack(list(scales.values())).tolist(), strict=True))
 
-# %% ../chapters/13_training.ipynb #978984e3
+# %% ../chapters/13_training.ipynb #12d92160
 @cache
 def peak_flops(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
     """Return the operations a second of the fastest large matrix product, measured once here."""
-    size = 4096 if torch.device(device).type == "cuda" else 1024
+    size = 8192 if torch.device(device).type == "cuda" else 1024
     a = torch.full((size, size), 0.5, dtype=dtype, device=device)  # draws no random number
     fastest = math.inf
     for _ in range(6):  # the first warms up
@@ -685,13 +706,14 @@ class LivePlot:
     def close(self) -> None:
         """Leave the figure as it is."""
 
-# %% ../chapters/13_training.ipynb #07e94eb5
+# %% ../chapters/13_training.ipynb #ef514603
 def plot_columns(log: MetricsLog, names: Sequence[str], figure: Any) -> None:
     """Draw columns of ``log`` against steps, one above the other, into a matplotlib ``figure``."""
     figure.clear()
     there = [name for name in names if any(name in row for row in log.rows)]
+    axes = cast(Any, None)
     for place, name in enumerate(there):
-        axes = figure.add_subplot(len(there), 1, place + 1)
+        axes = figure.add_subplot(len(there), 1, place + 1, sharex=axes)
         axes.plot(*log.column(name), marker="o", markersize=2.5)
         axes.set_ylabel(name.replace("_", " "), fontsize="small")
     if there:
@@ -707,13 +729,14 @@ def _picture(figure: Any) -> Any:
     figure.savefig(buffer, format="png")
     return Image(buffer.getvalue())
 
-# %% ../chapters/13_training.ipynb #b995172f
+# %% ../chapters/13_training.ipynb #4dfa8176
 class _Measured(_Evaluated):
     """The fifth layer: what is logged of the steps."""
 
     peak: float | None = None  # operations a second
     loss_sum = target_sum = all_targets = 0.0  # since the last row of the log; since the beginning
     seconds = recent_targets = 0.0  # since the last row, and since this process began
+    clock: float | None = None  # when the work on the step before had ended
 
     def is_due(self, every: int | None) -> bool:
         """Whether what is done ``every`` so many steps, and at the end, is done after this one."""
@@ -722,9 +745,10 @@ class _Measured(_Evaluated):
 
     def train_step(self, batch: Any) -> dict[str, float]:
         """Learn from one batch, and add it to the sums."""
-        start = time.perf_counter()
+        start = self.clock or time.perf_counter()  # so waiting for the batch counts
         report = super().train_step(batch)
-        self.seconds += time.perf_counter() - start
+        self.clock = time.perf_counter()
+        self.seconds += self.clock - start
         if math.isfinite(report["loss"]):
             self.loss_sum += report["loss"] * report["targets"]
             self.target_sum += report["targets"]
@@ -866,7 +890,7 @@ def _sync_folder(folder: Path) -> None:
         finally:
             os.close(descriptor)
 
-# %% ../chapters/13_training.ipynb #9ef9097a
+# %% ../chapters/13_training.ipynb #914b8b16
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return the state that ``save_checkpoint`` wrote, its tensors on the CPU.
 
@@ -874,34 +898,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        _verify(path)
-        tensors = load_file(path)
-        header = _read_header(path)
-        return _from_tree(json.loads(header["__metadata__"]["state"]), tensors)
+        content = path.read_bytes()  # tensors that are mapped to the file would need it for ever
+        body, checksum = content[:-_DIGEST_SIZE], content[-_DIGEST_SIZE:]
+        if blake2b(body, digest_size=_DIGEST_SIZE).digest() != checksum:
+            raise CheckpointError(f"{path}: damaged: the contents do not match the checksum")
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+        return _from_tree(json.loads(header["__metadata__"]["state"]), load(content))
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except (KeyError, OSError, RecursionError, SafetensorError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{path}: no checkpoint of ours: {error}") from error
-
-# %% ../chapters/13_training.ipynb #9c28dc99
-def _read_header(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(size))
-
-
-def _verify(path: Path) -> None:
-    size = path.stat().st_size - _DIGEST_SIZE
-    digest = blake2b(digest_size=_DIGEST_SIZE)
-    with path.open("rb") as file:
-        left = max(size, 0)
-        while left and (chunk := file.read(min(left, 1 << 20))):
-            digest.update(chunk)
-            left -= len(chunk)
-        if size <= 0 or file.read() != digest.digest():
-            raise CheckpointError(f"{path}: damaged: the contents do not match the checksum")
 
 # %% ../chapters/13_training.ipynb #50583c99
 _CHECKPOINT = re.compile(r"step-(\d{9})\.safetensors", re.ASCII)
@@ -943,7 +952,7 @@ def _sweep(folder: Path, keep_last: int) -> None:
     for path in (*surplus, *folder.glob(".*.part")):
         path.unlink(missing_ok=True)
 
-# %% ../chapters/13_training.ipynb #066d326a
+# %% ../chapters/13_training.ipynb #7be01ecd
 _COUNTERS = ("step", "skipped", "skipped_in_a_row", "loss_sum", "target_sum", "all_targets", "best")
 
 
@@ -957,7 +966,7 @@ class _Saved(_Measured):
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the steps to come depend on, fit for ``save_checkpoint``."""
         return {
-            "config": self.config.to_dict(),
+            "config": _settings_of(self),
             "counters": {name: getattr(self, name) for name in _COUNTERS},
             "norms": list(self.spikes.recent),
             "model": self.model.state_dict(),
@@ -975,12 +984,20 @@ class _Saved(_Measured):
         if self.folder is not None and _save(_place(self.folder, self.step), self.state_dict()):
             _sweep(self.folder, self.config.keep_last)
 
-# %% ../chapters/13_training.ipynb #9f1f701a
+# %% ../chapters/13_training.ipynb #09565c58
 _MAY_CHANGE = {"evaluate_every", "log_every", "checkpoint_every", "keep_last", "max_skipped"}
+_MAY_CHANGE |= {"prefetch"}
+
+
+def _settings_of(trainer: _Saved) -> dict[str, Any]:
+    """Return what a checkpoint and the trainer that takes it must agree on."""
+    model = getattr(trainer.model, "config", None)
+    entries = model.to_dict() if isinstance(model, ModelConfig) else {}
+    return trainer.config.to_dict() | {f"model.{name}": entries[name] for name in entries}
 
 
 def _load_state(trainer: _Saved, state: Mapping[str, Any]) -> None:
-    here, there = trainer.config.to_dict(), state["config"]
+    here, there = _settings_of(trainer), state["config"]
     for name in sorted((here.keys() | there.keys()) - _MAY_CHANGE):
         if here.get(name) != there.get(name):
             then = f"expected {there.get(name)!r}, as in the checkpoint"
@@ -994,7 +1011,7 @@ def _load_state(trainer: _Saved, state: Mapping[str, Any]) -> None:
     trainer.spikes.recent.clear()
     trainer.spikes.recent.extend(state["norms"])
 
-
+# %% ../chapters/13_training.ipynb #9ab06fb8
 def _save(path: Path, state: Mapping[str, Any]) -> bool:
     try:
         save_checkpoint(path, state)
@@ -1066,7 +1083,7 @@ class _Prepared(_Saved):
         for block in getattr(model, "blocks", [model]) if config.compile else ():
             block.compile()
 
-# %% ../chapters/13_training.ipynb #f7d29b2b
+# %% ../chapters/13_training.ipynb #09474389
 class _Tended(_Prepared):
     """What surrounds a step: a first evaluation, the log, checkpoints, the best model."""
 
@@ -1075,6 +1092,7 @@ class _Tended(_Prepared):
         self.model.train()
         if self.step == 0 and self.config.evaluate_every is not None:
             self.record(self.evaluation())
+        self.clock = time.perf_counter()
 
     def after_step(self, batch: Any, report: Row) -> None:
         """Log, evaluate, save: whatever is due."""
@@ -1086,6 +1104,7 @@ class _Tended(_Prepared):
             self.record(row)
         if self.is_due(self.config.checkpoint_every):
             self.save()
+        self.clock = time.perf_counter()  # what was done here is no part of the speed
 
     def record(self, row: Row) -> None:
         """Send a row to all sinks, and keep the model if it is the best so far."""
@@ -1124,7 +1143,18 @@ def _resume(trainer: _Saved) -> int:
         trainer.load_state_dict(state)
     return trainer.step
 
-# %% ../chapters/13_training.ipynb #98930aee
+# %% ../chapters/13_training.ipynb #7eb69930
+def _ahead(batches: ResumableBatches) -> Iterator[Any]:
+    """Like iterating, but a thread prepares the next batch while one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(batches.__getitem__, batches.step)
+        while True:
+            batch = coming.result()
+            batches.step += 1
+            coming = pool.submit(batches.__getitem__, batches.step)
+            yield batch
+
+# %% ../chapters/13_training.ipynb #8090b6c1
 def _train(trainer: "Trainer") -> None:
     """The loop itself, with what must be closed or set back around it."""
     with _alone_in(trainer.folder), _patient() as is_interrupted, ExitStack() as stack:
@@ -1134,6 +1164,8 @@ def _train(trainer: "Trainer") -> None:
             sink.start(trainer.step or -1)  # the row of step 0 comes again, too
         trainer.begin()
         batches = iter(trainer.batches)
+        if trainer.config.prefetch:
+            batches = stack.enter_context(closing(cast(Any, _ahead(trainer.batches))))
         while trainer.step < trainer.config.n_steps and not is_interrupted():
             batch = _checked(trainer, next(batches))
             trainer.after_step(batch, trainer.train_step(batch))
@@ -1218,7 +1250,7 @@ class TokenizerConfig:
             expected = "expected '<|endoftext|>' among them"
             raise ValueError(f"special_tokens: {expected}, got {list(self.special_tokens)}")
 
-# %% ../chapters/13_training.ipynb #f1f043e7
+# %% ../chapters/13_training.ipynb #7753df16
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that a run is: data, tokenizer, model, training.
@@ -1233,7 +1265,7 @@ class RunConfig:
     training: TrainingConfig
 
     def __post_init__(self) -> None:
-        _within("model", self.model_config, self.tokenizer.vocab_size)
+        _check_run(self)
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """Return the configuration of the model, for a tokenizer of this size."""
@@ -1257,11 +1289,17 @@ class RunConfig:
         """Write a YAML file that ``from_yaml`` reads."""
         _to_yaml(self, Path(path))
 
-# %% ../chapters/13_training.ipynb #88a535af
+# %% ../chapters/13_training.ipynb #36a0c854
 def _model_config(fields_of_model: Mapping[str, Any], vocab_size: int) -> ModelConfig:
     if "vocab_size" in fields_of_model:
         raise ValueError("vocab_size: follows from the tokenizer, leave it out")
     return ModelConfig.from_dict({**fields_of_model, "vocab_size": vocab_size})
+
+
+def _check_run(config: RunConfig) -> None:
+    _within("model", config.model_config, config.tokenizer.vocab_size)
+    if config.data.kind == "shards" and config.tokenizer.path is None:
+        raise ValueError("tokenizer.path: expected the file that made the shards, got None")
 
 
 def _within(part: str, build: Callable[..., _T], *arguments: Any) -> _T:
@@ -1467,7 +1505,7 @@ def documents_score(
             bits += float(total) / math.log(2)
     return bits, n_bytes
 
-# %% ../chapters/13_training.ipynb #1af1e2e4
+# %% ../chapters/13_training.ipynb #8e239c9f
 def compressors(texts: Sequence[str], seen: Sequence[str] = ()) -> dict[str, float]:
     """Return the bits per byte that gzip and xz need for ``texts``, at their best settings.
 
@@ -1476,6 +1514,8 @@ def compressors(texts: Sequence[str], seen: Sequence[str] = ()) -> dict[str, flo
     """
     first, second = ("\0".join([*some, ""]).encode() for some in (seen, texts))
     n_bytes = sum(len(text.encode()) for text in texts)
+    if not n_bytes:
+        raise ValueError("texts: expected at least one byte, got none")
     best = {"gzip": partial(gzip.compress, mtime=0), "xz": partial(lzma.compress, preset=9)}
     bits = {}
     for name, compress in best.items():
@@ -1483,7 +1523,7 @@ def compressors(texts: Sequence[str], seen: Sequence[str] = ()) -> dict[str, flo
         bits[name] = 8 * (len(compress(first + second)) - before) / n_bytes
     return bits
 
-# %% ../chapters/13_training.ipynb #474bffe7
+# %% ../chapters/13_training.ipynb #53cb572e
 def _trainer(config: RunConfig, folder: Path, sinks: Sequence[Sink]) -> Trainer:
     tokenizer, train, validation = _open_data(config, folder / "data")
     training, data = config.training, config.data
@@ -1506,7 +1546,7 @@ def _trainer(config: RunConfig, folder: Path, sinks: Sequence[Sink]) -> Trainer:
         folder=folder / "training",
         probes=probes,
         sinks=sinks,
-        peak=peak_flops(best_device()),
+        peak=peak_flops(best_device(), getattr(torch, training.precision)),
     )
 
 # %% ../chapters/13_training.ipynb #c4a67e12
@@ -1551,16 +1591,17 @@ def run(config: RunConfig, folder: str | Path, sinks: Sequence[Sink] = ()) -> Pr
         _finish(trainer.model, folder)
     return load_run(folder)
 
-# %% ../chapters/13_training.ipynb #470b5ec5
+# %% ../chapters/13_training.ipynb #aba44400
 def _claim(folder: Path, config: RunConfig) -> None:
     """Write the configuration to ``folder``, or check that it is the one that is there."""
     path, text = folder / "run.json", json.dumps(config.to_dict(), indent=1)
     folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
+    if not path.exists() or not (folder / "data").exists():  # nothing has begun there
         with _whole_file(path) as draft:
             draft.write_text(text, encoding="utf-8")
     elif path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"folder: {folder} has a run of another configuration, see {path.name}")
+        other = f"{folder} has a run of another configuration, see {path.name}"
+        raise ValueError(f"folder: expected a new one, {other}")
 
 
 @contextmanager
@@ -1655,7 +1696,7 @@ RUNS["documentation-long"] = RunConfig(
     ),
 )
 
-# %% ../chapters/13_training.ipynb #14cf412d
+# %% ../chapters/13_training.ipynb #e7addc93
 RUNS["gpu"] = RunConfig(
     data=DataConfig(kind="files", paths=("texts",), held_out=0.01),
     tokenizer=TokenizerConfig(vocab_size=32_768),
@@ -1674,15 +1715,14 @@ RUNS["gpu"] = RunConfig(
         micro_batch_size=32,
         optimizer="muon",
         learning_rate=2e-3,
-        schedule="wsd",
-        final=0.0,
         warmup=100,
         z_loss=1e-4,
         precision="bfloat16",
         compile=True,
-        spike_factor=10.0,
+        prefetch=True,
         evaluate_every=250,
         checkpoint_every=250,
+        **_SMALL | {"threads": None, "schedule": "wsd"},
     ),
 )
 
@@ -1726,7 +1766,7 @@ def _fingerprint(depends_on: Any, train: Callable[..., Any]) -> str:
     content = json.dumps([depends_on, sources, torch.__version__], sort_keys=True)
     return blake2b(content.encode(), digest_size=6).hexdigest()
 
-# %% ../chapters/13_training.ipynb #8e79b13a
+# %% ../chapters/13_training.ipynb #2fa7356e
 def load_or_train(
     name: str,
     depends_on: Mapping[str, Any],
@@ -1738,8 +1778,9 @@ def load_or_train(
     """Return what ``load`` makes of ``artifacts/<name>-<hash>``, which ``train`` fills if it must.
 
     The hash is of ``depends_on`` (as JSON), of the package's code that training uses, and of the
-    version of torch. ``train`` gets a draft folder, which gets its name in the end and is there
-    again after a kill: a ``Trainer`` in it goes on. Processes that ask at once train once.
+    version of torch; code of yours is not in it, unless you put it there. ``train`` gets a draft
+    folder, which gets its name in the end and is there again after a kill: a ``Trainer`` in it
+    goes on. Processes that ask at once train once.
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
         raise ValueError(f"name: expected letters, digits, '.', '_' and '-', got {name!r}")
@@ -1755,7 +1796,17 @@ def load_or_train(
                 draft.rename(target)
     return load(target)
 
-# %% ../chapters/13_training.ipynb #fbd6f032
+# %% ../chapters/13_training.ipynb #1bb8fec5
+def _versions(data: DataConfig) -> dict[str, str]:
+    """Return the versions that installed documentation depends on."""
+    versions = dict[str, str]()
+    for name in data.packages if data.kind == "documentation" else ():
+        versions[name] = platform.python_version()  # of stdlib and its modules
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
 def pretrained(name: str = "tinyworld") -> Pretrained:
     """Return the outcome of a run of ``RUNS``, trained on the first call and kept (see there).
 
@@ -1763,7 +1814,8 @@ def pretrained(name: str = "tinyworld") -> Pretrained:
     """
     _check_choice("name", name, tuple(RUNS))
     config = RUNS[name]
-    return load_or_train(name, config.to_dict(), partial(run, config), load=load_run)
+    depends_on = {**config.to_dict(), "versions": _versions(config.data)}
+    return load_or_train(name, depends_on, partial(run, config), load=load_run)
 
 # %% ../chapters/13_training.ipynb #c5870240
 def report(result: Pretrained) -> dict[str, float]:
@@ -1778,7 +1830,7 @@ def report(result: Pretrained) -> dict[str, float]:
         numbers |= {f"bits per byte of {name}": value for name, value in others.items()}
     return numbers
 
-# %% ../chapters/13_training.ipynb #f910570a
+# %% ../chapters/13_training.ipynb #ea0c3db7
 def _chosen(config: Path | None, preset: str | None) -> RunConfig:
     if (config is None) == (preset is None):
         raise ValueError(f"expected a file CONFIG or a --preset, one of {', '.join(RUNS)}")
@@ -1797,6 +1849,9 @@ def _execute(config: RunConfig, folder: Path, tensorboard: bool) -> None:
 
 
 def _write(config: RunConfig, path: Path) -> None:
+    if path.exists():
+        raise ValueError(f"--write: expected a new file, {path} is there already")
+    path.parent.mkdir(parents=True, exist_ok=True)
     config.to_yaml(path)
     print(f"{path} is written; train with: python -m llmbook.training {path}")
 

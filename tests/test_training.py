@@ -304,6 +304,49 @@ def test_a_batch_of_the_wrong_size_is_refused(shards):
         trainer.train()
 
 
+def test_a_model_without_parameters_is_refused(shards):
+    model = made().requires_grad_(False)
+    with pytest.raises(ValueError, match="model: expected parameters to train, got none"):
+        Trainer(model, BatchSampler(shards, 4, 8), configured())
+
+
+COMPILED = """
+import sys, torch
+from torch import nn
+from llmbook.batches import BatchSampler, TokenShards
+from llmbook.model import ModelConfig, TransformerLM
+from llmbook.training import Trainer, TrainingConfig
+
+graphs, compile_ = [], nn.Module.compile
+backend = lambda graph, inputs: graphs.append(graph) or graph.forward  # no compiler of C++
+nn.Module.compile = lambda module: compile_(module, backend=backend)
+shards, trainers = TokenShards(sys.argv[1]), []
+for compiled in (False, True):
+    torch.manual_seed(0)
+    sizes = {"context_length": 8, "d_model": 16, "n_layers": 2, "n_heads": 2}
+    model = TransformerLM(ModelConfig(vocab_size=31, **sizes))
+    config = TrainingConfig(n_steps=30, batch_size=4, log_every=1, evaluate_every=5,
+                            compile=compiled)
+    batches = BatchSampler(shards, 4, 8)
+    trainers.append(Trainer(model, batches, config, validation=[batches[0]]))
+    trainers[-1].train()
+for p, q in zip(*[trainer.parameters for trainer in trainers]):
+    torch.testing.assert_close(p, q)
+plain, compiled = (torch.tensor(t.log.column("stream/1")[1]) for t in trainers)
+torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=0)
+print(len(graphs))
+"""
+
+
+def test_a_compiled_model_is_trained_to_the_same_weights(tmp_path):
+    write_shards([[i % 30 for i in range(400)]], tmp_path / "s", Digits())
+    command = [sys.executable, "-c", COMPILED, str(tmp_path / "s")]  # types are not checked there
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 0 < int(done.stdout) <= 4, "looking at activations compiles nothing anew"
+    assert not done.stderr
+
+
 # --- guards -------------------------------------------------------------------------------------
 
 
@@ -368,6 +411,10 @@ def test_spikes_are_told_from_the_median():
     assert detector.is_spike(6.0) and not detector.is_spike(4.9) and detector.is_spike(6.0)
     assert list(detector.recent) == [1.0] * 7 + [4.9], "spikes are not remembered"
     assert not SpikeDetector(None).is_spike(1e9)
+    with pytest.raises(ValueError, match=r"factor: expected a finite .*, more than 1, got -1.0"):
+        SpikeDetector(-1.0)
+    with pytest.raises(ValueError, match="window: expected at least 1, got 0"):
+        SpikeDetector(2.0, window=0)
 
 
 def test_a_spike_is_skipped(shards):
@@ -472,6 +519,31 @@ def test_scales_and_ratios():
 def test_speed_and_memory_are_measured():
     assert 1e8 < peak_flops() < 1e14
     assert peak_memory() > 1e7
+
+
+def test_waiting_for_batches_counts_and_evaluation_does_not(shards, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+
+    class Slow(BatchSampler):
+        def __getitem__(self, step):
+            now[0] += 2.0
+            return super().__getitem__(step)
+
+    def probe(model):
+        now[0] += 100.0
+        return {"probed": 1.0}
+
+    config = configured(n_steps=4, log_every=2, evaluate_every=1)
+    trainer = Trainer(made(), Slow(shards, 4, 8), config, probes=[probe])
+    update = trainer.update
+
+    def slow_update(report):
+        now[0] += 1.0
+        update(report)
+
+    trainer.update = slow_update
+    assert trainer.train().column("tokens_per_second")[1] == [32 / 3] * 2
 
 
 def test_unnoticed_restores_everything():
@@ -721,6 +793,24 @@ def test_random_states_come_back():
     )
 
 
+def test_random_states_of_devices_that_are_not_here_are_passed_over():
+    states = random_states()
+    torch.rand(3)
+    states |= {"cuda": [states["torch"]] * 9 if not torch.cuda.is_available() else states["cuda"]}
+    states |= {"mps": states["torch"] if not torch.backends.mps.is_available() else states["mps"]}
+    set_random_states(states)
+    assert torch.equal(torch.get_rng_state(), states["torch"])
+
+
+def test_what_was_loaded_is_not_tied_to_its_file(tmp_path):
+    path = tmp_path / "c"
+    save_checkpoint(path, {"a": torch.ones(5000)})
+    loaded = load_checkpoint(path)["a"]
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(loaded, torch.ones(5000))
+
+
 # --- resuming -----------------------------------------------------------------------------------
 
 FAR = {"n_steps": 10, "checkpoint_every": 2, "evaluate_every": 5, "spike_factor": 3.0}
@@ -740,10 +830,18 @@ def stop_after(trainer, steps):
         trainer.train()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "adamw"},
+        {"optimizer": "muon"},
+        {"optimizer": "sgd"},
+        {"precision": "bfloat16", "prefetch": True},
+    ],
+)
 @pytest.mark.parametrize("steps", [1, 4, 7])
-def test_a_run_that_broke_off_ends_with_the_same_bits(optimizer, steps, shards, tmp_path):
-    options = {**FAR, "optimizer": optimizer, "micro_batch_size": 2}
+def test_a_run_that_broke_off_ends_with_the_same_bits(options, steps, shards, tmp_path):
+    options = {**FAR, **options, "micro_batch_size": 2}
     seed_everything(1)
     whole = trainer_of(shards, made(dropout=0.2), tmp_path / "whole", **options)
     expected = whole.train()
@@ -759,6 +857,27 @@ def test_a_run_that_broke_off_ends_with_the_same_bits(optimizer, steps, shards, 
         for some in (expected, log)
     ]
     assert rows[0] == rows[1]
+
+
+def test_prefetching_changes_no_bit_and_counts_what_was_handed_out(shards):
+    threads = threading.active_count()
+    trainers = [trainer_of(shards, prefetch=prefetch) for prefetch in (False, True)]
+    for trainer in trainers:
+        trainer.train()
+        assert trainer.batches.step == 6
+    assert torch.equal(*[weights(trainer.model) for trainer in trainers])
+    assert threading.active_count() == threads
+
+    class Broken(BatchSampler):
+        def __getitem__(self, step):
+            if step == 3:
+                raise OSError("the disk is gone")
+            return super().__getitem__(step)
+
+    trainer = Trainer(made(), Broken(shards, 4, 8), configured(prefetch=True))
+    with pytest.raises(OSError, match="the disk is gone"):
+        trainer.train()
+    assert trainer.step == 3 and trainer.batches.step == 3
 
 
 def test_a_finished_run_is_not_trained_again(shards, tmp_path):
@@ -810,8 +929,11 @@ def test_another_run_is_not_resumed(shards, tmp_path):
     with pytest.raises(ValueError, match="state: seed: expected 9"):
         other.train()
     wider = trainer_of(shards, made(d_model=32), tmp_path, **FAR)
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ValueError, match=r"model.d_ff: expected 48, as in the checkpoint, got 88"):
         wider.train()
+    with pytest.raises(ValueError, match=r"model.d_head: expected 8, as in the checkpoint, got 4"):
+        trainer_of(shards, made(n_heads=4), tmp_path, **FAR).train()  # the same shapes
+    assert wider.step == 0 and wider.batches.step == 0, "refused before anything is taken over"
     trainer_of(shards, folder=tmp_path, **FAR | {"keep_last": 1, "log_every": 5}).train()
 
 
@@ -961,6 +1083,8 @@ def test_compressors():
     joined = "\0".join([*texts, ""]).encode()
     assert alone["gzip"] == pytest.approx(8 * len(gzip.compress(joined, mtime=0)) / n_bytes)
     assert primed["gzip"] < alone["gzip"] and primed["xz"] < alone["xz"]
+    with pytest.raises(ValueError, match="texts: expected at least one byte, got none"):
+        compressors([""])
 
 
 # --- configurations -----------------------------------------------------------------------------
@@ -990,6 +1114,11 @@ def test_compressors():
         ({"warmup": 7}, "warmup: expected at most n_steps = 6, got 7"),
         ({"evaluate_every": 0}, "evaluate_every: expected at least 1, got 0"),
         ({"betas": [0.9]}, r"betas: expected 2 values, got \[0.9\]"),
+        ({"betas": [0.9, 1.5]}, r"betas\[1\]: expected at least 0 and less than 1, got 1.5"),
+        ({"final": 2.0}, "final: expected a share from 0 to 1, got 2.0"),
+        ({"final": math.nan}, "final: expected a share from 0 to 1, got nan"),
+        ({"seed": 2**32}, r"seed: expected less than 2\*\*32, got 4294967296"),
+        ({"threads": 0}, "threads: expected at least 1, got 0"),
         ({"learning_rat": 0.1}, "learning_rat: no such setting; did you mean learning_rate?"),
         ({"xyz": 0.1}, "xyz: no such setting; there are n_steps, "),
         ({"batch_size": None}, "batch_size: expected int, got None"),
@@ -1034,6 +1163,10 @@ def edited(**sections):
         (
             {"data": {"kind": "shards", "paths": ["a"]}},
             "data.paths: expected 2 for 'shards'",
+        ),
+        (
+            {"data": {"kind": "shards", "paths": ["a", "b"]}},
+            "tokenizer.path: expected the file that made the shards, got None",
         ),
         ({"data": {"held_out": 1.5}}, "data.held_out: expected a share between 0 and 1, got 1.5"),
         ({"data": {"packages": "numpy"}}, "data.packages: expected tuple, got 'numpy'"),
@@ -1111,6 +1244,20 @@ def test_a_run_leaves_a_model_and_nobody_notices(tmp_path):
         run(small_run(training={"n_steps": 5}), tmp_path / "run")
     numbers = report(result)
     assert numbers["bits per byte"] > 1 and numbers["held-out bytes"] > 1000
+
+
+def test_a_run_that_could_not_begin_leaves_the_folder_free(tmp_path):
+    data = {"kind": "files", "paths": [str(tmp_path / "misspelled")]}
+    with pytest.raises(FileNotFoundError, match="paths: no file or folder"):
+        run(small_run(data=data), tmp_path / "run")
+    assert run(small_run(), tmp_path / "run").log.rows
+
+
+def test_the_peak_is_that_of_the_precision(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(training, "peak_flops", lambda *what: asked.append(what) or 1e9)
+    run(small_run(training={"precision": "bfloat16"}), tmp_path / "run")
+    assert asked == [(training.best_device(), torch.bfloat16)]
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path):
@@ -1221,6 +1368,14 @@ def test_the_hash_knows_the_code(monkeypatch, tmp_path):
     assert first != training._fingerprint({"n": 1}, train)
 
 
+def test_the_hash_of_documentation_knows_its_versions():
+    assert training._versions(RUNS["tinyworld"].data) == {}
+    versions = training._versions(RUNS["documentation"].data)
+    assert versions.keys() == {"stdlib", "numpy", "matplotlib"}
+    assert versions["numpy"] == np.__version__
+    assert versions["stdlib"] == ".".join(map(str, sys.version_info[:3]))
+
+
 def test_where_artifacts_are(monkeypatch, tmp_path):
     monkeypatch.delenv("LLMBOOK_ARTIFACTS", raising=False)
     assert artifacts_folder() == Path(__file__).resolve().parents[1] / "artifacts"
@@ -1255,6 +1410,9 @@ def commanded(*arguments):
 def test_the_command_line_trains_what_a_file_says(tmp_path, capsys):
     assert commanded("--preset", "tinyworld", "--write", tmp_path / "run.yaml") == 0
     assert RunConfig.from_yaml(tmp_path / "run.yaml") == RUNS["tinyworld"]
+    assert commanded("--preset", "gpu", "--write", tmp_path / "run.yaml") == 2
+    assert "expected a new file" in capsys.readouterr().err, "what was edited is not overwritten"
+    assert commanded("--preset", "gpu", "--write", tmp_path / "new" / "run.yaml") == 0
     small_run().to_yaml(tmp_path / "run.yaml")
     arguments = (tmp_path / "run.yaml", "--folder", tmp_path / "run", "--tensorboard")
     assert commanded(*arguments) == 0
