@@ -58,7 +58,7 @@ from typing import cast, get_args, get_origin, runtime_checkable
 
 
 # %% [markdown]
-# And from the chapters before, what we need of text, batches, model and optimizer.
+# And from the chapters before:
 
 # %%
 #| export
@@ -641,8 +641,8 @@ print("NaN in every matrix and vector:", all(bool(p.isnan().any()) for p in laye
 
 # %% [markdown]
 # A step that is not finite must not be taken: weights and optimizer stay as they were, the
-# schedule goes on, and the step is *counted*. One skipped step in a hundred thousand is no harm;
-# many in a row mean that the run is dead, and it should say so.
+# schedule goes on, and the step is *counted*. Many in a row mean that the run is dead, and it
+# should say so.
 #
 # A finite step can do harm as well. A batch of garbage makes a gradient many times the usual one.
 # Clipping limits its length, not its direction, and Adam's memory of squared gradients is inflated
@@ -1239,7 +1239,7 @@ def _measurements(trainer: _Measured, batch: Any, report: Row) -> dict[str, floa
 # ## A file that is whole or absent
 #
 # `torch.save(state, path)` opens the file, which empties it, and writes. A kill in between leaves
-# neither the old checkpoint nor the new. The cure is old: write under another name, force the
+# neither the old checkpoint nor the new. The cure: write under another name, force the
 # bytes to the disk, and rename, which replaces the old name in one step. The order matters, and
 # the second step is the one that is forgotten: file systems may carry out a rename before the
 # writes that came first {cite}`pillai2014crash`. {numref}`fig-training-checkpoint` shows what a
@@ -1804,7 +1804,7 @@ class Trainer(_Tended):
 
 
 # %% [markdown]
-# We train, with a live plot, a validation batch, and all that the log has to offer:
+# We train, with a live plot and a validation batch:
 
 # %% mystnb={"figure": {"caption": "The live plot as it looks at the end. Loss and validation loss fall together; the update ratio follows the schedule.", "name": "fig-training-live"}, "image": {"alt": "Three curves one above the other over 150 steps: the training loss falls from 7 to below 2, the validation loss falls along with it, and the update ratio rises during warmup and then falls to a tenth."}}
 steps = {"n_steps": 150, "warmup": 15, "log_every": 10, "evaluate_every": 30}
@@ -1865,8 +1865,7 @@ print("without clipping:", re.sub(r"step \d+: |, the last.*", "", message))
 print("with clipping:", outcome)
 
 # %% [markdown]
-# Which of the numbers knew first? We ask for the step at which each had grown to twice its first
-# value.
+# Which of the numbers was first to grow to twice its first value?
 
 
 # %%
@@ -1882,7 +1881,7 @@ print("before the loss doubled:", ", ".join(n for n in when if when[n] < when["l
 # %% [markdown]
 # The loss is the last to know ({numref}`fig-training-divergence`).
 
-# %% mystnb={"figure": {"caption": "A divergence, and the same run cured. When the loss of the broken run begins to rise, gradient norm and largest logit have left their usual range some steps before.", "name": "fig-training-divergence"}, "image": {"alt": "Three panels with logarithmic axes over 30 steps: loss, gradient norm and largest logit. In the broken run all three climb by many powers of ten until step 12, norm and logits some steps before the loss. In the cured run the loss falls, the norm stays near one, and the logits grow slowly."}}
+# %% mystnb={"figure": {"caption": "A divergence, and the same run cured. When the loss of the broken run begins to rise, gradient norm and largest logit have left their usual range some steps before.", "name": "fig-training-divergence"}, "image": {"alt": "Three panels with logarithmic axes over 30 steps: loss, gradient norm and largest logit. In the broken run all three climb by many powers of ten until step 12, norm and logits some steps before the loss. In the cured run the loss falls, the norm stays near one, and the logits stay near ten."}}
 fig, axes = plt.subplots(1, 3, figsize=(7, 2.8))
 for axis, name in zip(axes, ("loss", "gradient_norm", "logits/max"), strict=True):
     for some, label in ((broken, "broken"), (cured, "cured")):
@@ -1990,8 +1989,8 @@ print("the same bits:", all(torch.equal(a, b) for a, b in pairs))
 # %% [markdown]
 # ## A run in a file
 #
-# A run is more than training. Text, tokenizer, model and settings, written down together, are an
-# experiment that somebody else can repeat.
+# Text, tokenizer, model and settings, written down together, are an experiment that somebody else
+# can repeat.
 
 
 # %%
@@ -2170,7 +2169,7 @@ def _from_yaml(kind: type[RunConfig], path: Path) -> RunConfig:
 # Text is prepared as in Part I: read, cleaned, deduplicated, so that no held-out text has a copy
 # in the training text, and whole files are held out, whose docstrings resemble each other. One
 # thing we do not do: remove from the training text whatever shares thirteen words with held-out
-# text. Documentation repeats itself by nature; a corpus purged of that would be of another kind.
+# text. Documentation repeats itself by nature.
 
 
 # %%
@@ -2512,6 +2511,12 @@ def _private_state(threads: int | None) -> Iterator[None]:
         set_random_states(states)
 
 
+# %% [markdown]
+# The model is saved with its tokenizer.
+
+
+# %%
+#| export
 def _finish(model: nn.Module, folder: Path) -> None:
     """Save the model with its tokenizer, as Hugging Face's library expects a model's folder."""
     tokenizer = BPETokenizer.load(folder / "data" / "tokenizer.json")
@@ -2769,7 +2774,7 @@ def pretrained(name: str = "tinyworld") -> Pretrained:
 # %% [markdown]
 # ## The tiny world
 #
-# Now for real, on the world whose floor we know. It takes a minute.
+# Now the world whose floor we know, for a minute.
 
 # %%
 result = pretrained("tinyworld")
@@ -2781,7 +2786,7 @@ print("the gap to the floor is below 4.5 %:", gaps[-1] < 0.045)
 # %% [markdown]
 # And we can ask what it learned when.
 
-# %% mystnb={"figure": {"caption": "Excess over the floor by kind of word, in nats per story. First come fixed phrases, then facts, then names that must be copied from the story. What remains is mostly wording.", "name": "fig-training-kinds"}, "image": {"alt": "Left: the gap in percent falls from 70 at step 200 to below 4 at the end, on a logarithmic scale. Right: excess loss of six kinds of words over training steps. Species and facts fall fastest, to a few hundredths of a nat; certain words end near a tenth; names again fall late; wording stays highest, near half a nat."}}
+# %% mystnb={"figure": {"caption": "Excess over the floor by kind of word, in nats per story. First come fixed phrases, then facts, then names that must be copied from the story. What remains is mostly wording.", "name": "fig-training-kinds"}, "image": {"alt": "Left: the gap in percent falls from almost 80 at step 200 to about 3 at the end, on a logarithmic scale. Right: excess loss of six kinds of words over training steps. Species and facts fall fastest, to a few hundredths of a nat; certain words end near a tenth; names again fall late; wording stays highest, near half a nat."}}
 fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.6))
 left.plot(gap_steps[1:], [100 * gap for gap in gaps[1:]], marker="o")
 left.set(yscale="log", xlabel="step", ylabel="gap to the floor (%)", title="In all")
@@ -2852,7 +2857,7 @@ ax.set(xlabel="bits per byte", title="The same text, compressed and predicted")
 plt.show()
 
 # %% [markdown]
-# xz gains much, and so much that our short run is not below it:
+# xz gains so much that our short run is not below it:
 
 # %%
 assert primed["xz"] < others["xz"]
@@ -3254,9 +3259,8 @@ assert ratios["embedding"] < ratios["lm_head"], "the embedding has the larger we
 # wrong before the loss does. A checkpoint is written under another name, forced to the disk,
 # renamed, and verified when it is read; it holds all that the next step depends on, so a killed
 # run ends with the same bits. The tiny world is learned to within a few percent of the best that
-# can be: phrases first, then facts, then names that must be looked up, wording last. On
-# documentation half a minute of training predicts better than gzip and xz alone compress, if one
-# forgets what the model weighs.
+# can be. On documentation half a minute of training predicts better than gzip and xz alone
+# compress, if one forgets what the model weighs.
 #
 # **Checklist for a run that matters.** Overfit ten batches first: a loss that does not fall to
 # nothing there is a bug. Evaluate before the first step: the loss must be near $\ln V$. Kill it
@@ -3264,8 +3268,8 @@ assert ratios["embedding"] < ratios["lm_head"], "the embedding has the larger we
 # what saving costs. Log norm, update ratio, activations, logits and skipped steps from the first
 # day. Warm up, clip at 1, and try the rate above the one you want, to know how far the cliff is.
 #
-# **Further reading.** The logbook of OPT {cite}`zhang2022opt` is the most honest account of a
-# large run. PaLM's report {cite}`chowdhery2023palm` has spikes and MFU; Wortsman and others
+# **Further reading.** The logbook of OPT {cite}`zhang2022opt` is a frank account of a large
+# run. PaLM's report {cite}`chowdhery2023palm` has spikes and MFU; Wortsman and others
 # {cite}`wortsman2024proxies` reproduce the instabilities of large models in small ones. How file
 # systems lose data that programs thought safe is studied by Pillai and others
 # {cite}`pillai2014crash`. That prediction and compression are one is shown, with the model's size

@@ -1591,7 +1591,7 @@ def run(config: RunConfig, folder: str | Path, sinks: Sequence[Sink] = ()) -> Pr
         _finish(trainer.model, folder)
     return load_run(folder)
 
-# %% ../chapters/13_training.ipynb #aba44400
+# %% ../chapters/13_training.ipynb #4b8f7efc
 def _claim(folder: Path, config: RunConfig) -> None:
     """Write the configuration to ``folder``, or check that it is the one that is there."""
     path, text = folder / "run.json", json.dumps(config.to_dict(), indent=1)
@@ -1615,7 +1615,7 @@ def _private_state(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
         set_random_states(states)
 
-
+# %% ../chapters/13_training.ipynb #73f36f08
 def _finish(model: nn.Module, folder: Path) -> None:
     """Save the model with its tokenizer, as Hugging Face's library expects a model's folder."""
     tokenizer = BPETokenizer.load(folder / "data" / "tokenizer.json")
