@@ -1170,8 +1170,8 @@ def generate(
 
     ``options`` are those of ``GenerationOptions``: ``max_new_tokens``, which must be given,
     ``sampling``, ``tokenizer``, ``stop_tokens``, ``stop_strings``, ``seed``, ``use_cache`` and
-    ``on_full``. A row depends on its prompt, the seed and its number only, up to the rounding of logits; rows
-    are numbered from ``first_row``. Bad prompts and options raise a ``ValueError``.
+    ``on_full``. A row depends on its prompt, the seed and its number only, up to the rounding of
+    logits; rows are numbered from ``first_row``. Bad prompts and options raise a ``ValueError``.
     """
     _check_at_least(batch_size=(1, batch_size), first_row=(0, first_row))
     checked = GenerationOptions(**options)
@@ -1504,8 +1504,9 @@ plt.show()
 # $$ (generation-exact)
 #
 # So at each place, given the text before it, a token comes out as the target would draw it, and by
-# the chain rule so does the whole text. Tokens after a rejected one are thrown away, for they were drawn after
-# a text that is no longer there; and if all pass, the target's last distribution gives one more.
+# the chain rule so does the whole text. Tokens after a rejected one are thrown away, for they were
+# drawn after a text that is no longer there; and if all pass, the target's last distribution gives
+# one more.
 
 
 # %%

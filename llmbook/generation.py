@@ -702,7 +702,7 @@ def _rows(
     length = model.config.context_length
     return [_Row(number, text, length, options) for number, text in enumerate(texts, first_row)]
 
-# %% ../chapters/14_generation.ipynb #90e033b7
+# %% ../chapters/14_generation.ipynb #e4b92be3
 def generate(
     model: TransformerLM,
     prompts: Sequence[Sequence[int]] | Sequence[str],
@@ -715,8 +715,8 @@ def generate(
 
     ``options`` are those of ``GenerationOptions``: ``max_new_tokens``, which must be given,
     ``sampling``, ``tokenizer``, ``stop_tokens``, ``stop_strings``, ``seed``, ``use_cache`` and
-    ``on_full``. A row depends on its prompt, the seed and its number only, up to the rounding of logits; rows
-    are numbered from ``first_row``. Bad prompts and options raise a ``ValueError``.
+    ``on_full``. A row depends on its prompt, the seed and its number only, up to the rounding of
+    logits; rows are numbered from ``first_row``. Bad prompts and options raise a ``ValueError``.
     """
     _check_at_least(batch_size=(1, batch_size), first_row=(0, first_row))
     checked = GenerationOptions(**options)
