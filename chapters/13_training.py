@@ -3088,9 +3088,9 @@ print(f"ours takes {best['our_loop'] / best['bare_loop']:.2f} times as long")
 #
 # ````{exercise} How much is noise?
 # :label: ex-training-noise
-# (15 minutes) The loss of one small batch is noisy. Write `noise_scale(trainer, batch)`: split
-# `batch` into single rows, take the gradient of the mean loss of each, and return
-# $\sum_i \operatorname{Var}(g_i) \,/\, \lVert \bar g \rVert^2$: the variance of the rows' gradients
+# *Fifteen minutes.* The loss of one small batch is noisy. Write `noise_scale(trainer, batch)`:
+# split `batch` into single rows, take the gradient of the mean loss of each, and return $\sum_i
+# \operatorname{Var}(g_i) \,/\, \lVert \bar g \rVert^2$: the variance of the rows' gradients
 # (unbiased, summed over all parameters) over the squared norm of their mean. It says how many rows
 # it takes until noise and signal are equal. Leave the gradients of the model empty.
 # ````
@@ -3128,11 +3128,11 @@ assert all(p.grad is None for p in layer.parameters), "the gradients must be lef
 # %% [markdown]
 # ````{exercise} A moving average of weights
 # :label: ex-training-average
-# (20 minutes) Evaluations are often made with an average of the weights over time. Write a layer
-# `Averaged`, a subclass of `Trainer` that keeps `average`, a list of tensors that begin as copies
-# of the parameters, and after each step that was *taken* become $0.9$ times themselves plus $0.1$
-# times the parameters. A skipped step must not count. It must survive a resume: put it into the
-# state dict, and take it from there.
+# *Twenty minutes.* Evaluations are often made with an average of the weights over time. Write a
+# layer `Averaged`, a subclass of `Trainer` that keeps `average`, a list of tensors that begin as
+# copies of the parameters, and after each step that was *taken* become $0.9$ times themselves plus
+# $0.1$ times the parameters. A skipped step must not count. It must survive a resume: put it into
+# the state dict, and take it from there.
 # ````
 
 
@@ -3189,7 +3189,7 @@ assert all(torch.equal(a, b) for a, b in pairs), "the average must be in the sta
 # %% [markdown]
 # ````{exercise} The price of a checkpoint
 # :label: ex-training-interval
-# (10 minutes) A checkpoint takes $s$ seconds, and the machine fails once in $F$ seconds on
+# *Ten minutes.* A checkpoint takes $s$ seconds, and the machine fails once in $F$ seconds on
 # average, $F$ much larger than all else. With one checkpoint every $t$ seconds, a share $s/t$ of
 # the time goes into saving, and each failure costs $t/2$ on average. Write
 # `best_interval(save_seconds, failure_seconds)`, the $t$ that wastes least, and
@@ -3218,7 +3218,7 @@ for save, failure in ((1.0, 3600.0), (30.0, 86_400.0)):
 # %% [markdown]
 # ````{exercise} Which layer is it?
 # :label: ex-training-layers
-# (15 minutes) `update_ratio` is one number for the whole model. Write
+# *Fifteen minutes.* `update_ratio` is one number for the whole model. Write
 # `ratio_by_part(trainer, batch)`: take one step on `batch`, and return the ratio for each of
 # "embedding", "blocks.0", "blocks.1", "norm" and "lm_head", by the names of the parameters.
 # ````
