@@ -96,8 +96,7 @@ def main() -> None:
     if device.type not in {"cpu", "cuda"}:
         device = torch.device("cpu")
     lines = [measure_loss(d_model, device) for d_model in (64, 128, 192, 320)]
-    sizes = [size for size in sizes_for(device) if size != "0.2M"]
-    lines += [row for size in sizes for row in measure_steps(size, device)]
+    lines += [row for size in sizes_for(device)[1:] for row in measure_steps(size, device)]
     name = torch.cuda.get_device_name() if device.type == "cuda" else "the processor"
     report(
         "optimization",
