@@ -9,6 +9,7 @@ and before anything is timed their losses must agree.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from measure import compare, environment, report, table
@@ -21,7 +22,7 @@ from llmbook.environment import best_device
 from llmbook.model import ModelConfig, TransformerLM, count_parameters, flops_per_token
 from llmbook.training import Trainer, TrainingConfig
 
-ROWS, LENGTH, STEPS = 8, 256, 5
+ROWS, LENGTH, STEPS = 8, 256, 10
 RATE, DECAY, CLIP = 1e-3, 0.1, 1.0
 
 
@@ -95,57 +96,50 @@ Step = Callable[[], float]
 
 
 def plain_loop(name: str, model: nn.Module, batch: Batch) -> Step:
-    """Return a function that makes some steps of the loop of nanoGPT and gives the last loss."""
+    """Return a function that makes some steps of the loop of nanoGPT and gives the mean loss."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), fused=True)
 
     def steps() -> float:
+        total = torch.zeros((), device=batch.inputs.device)
         for _ in range(STEPS):
             with torch.autocast("cuda", torch.bfloat16, enabled=batch.inputs.is_cuda):
                 logits = logits_of(name, model, batch.inputs)
                 loss = cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
+            total += loss.detach()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             for group in optimizer.param_groups:
                 group["lr"] = RATE
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return total.item() / STEPS
 
     return steps
 
 
-class NoSinks(Trainer):
-    """A trainer that keeps its rows to itself, so that a measurement can begin at any step."""
-
-    def run_on(self) -> float:
-        """Make some steps as ``train`` does, and return the last loss."""
-        for _ in range(STEPS):
-            batch = self.checked(next(self.stream))
-            report = self.train_step(batch)
-            self.after_step(batch, report)
-        return report["loss"]
-
-
 def trained(model: TransformerLM, vocab_size: int) -> Step:
-    """Return a function that makes some steps of the book's trainer and gives the last loss."""
+    """Return a function that makes some steps of the book's trainer and gives the mean loss."""
     precision = "bfloat16" if next(model.parameters()).is_cuda else "float32"
     config = TrainingConfig(
-        n_steps=1_000_000,
+        n_steps=STEPS,
         batch_size=ROWS,
         learning_rate=RATE,
         weight_decay=DECAY,
         clip_norm=CLIP,
         schedule="constant",
-        log_every=10,
+        log_every=STEPS,
         precision=precision,
     )
-    trainer = NoSinks(model, RandomBatches(vocab_size), config)
-    trainer.begin()
-    trainer.stream = iter(trainer.batches)
-    return trainer.run_on
+    trainer = Trainer(model, RandomBatches(vocab_size), config)
+
+    def steps() -> float:
+        trainer.config = replace(config, n_steps=trainer.step + STEPS)
+        return trainer.train().rows[-1]["loss"]
+
+    return steps
 
 
 def contenders(size: str, device: torch.device) -> dict[str, tuple[nn.Module, Step]]:
@@ -172,7 +166,7 @@ def measure_size(size: str, device: torch.device, peak: float) -> list[list[str]
     losses = {name: step() for name, (_, step) in both.items()}  # a warm-up, too
     first, *others = list(losses.values())[:3]
     assert all(abs(loss - first) < 5e-3 for loss in others), losses
-    times = compare({name: step for name, (_, step) in both.items()}, repeats=8)
+    times = compare({name: step for name, (_, step) in both.items()}, repeats=5)
     tokens, lines = STEPS * ROWS * LENGTH, []
     per_token = flops_per_token(both["llmbook, Trainer"][0].config, LENGTH, causal=False)
     seconds = {name: timing.seconds for name, timing in times.items()}
