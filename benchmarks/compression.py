@@ -1,4 +1,4 @@
-"""Twenty minutes of training on documentation, in bits per byte, against gzip and xz.
+"""Some minutes of training on documentation, in bits per byte, against gzip and xz.
 
 The preset ``documentation-long`` is trained in ``runs/documentation-long``; a run that is there
 already is gone on with, or only judged. The same held-out text for all, and the compressors once
