@@ -2595,7 +2595,7 @@ RUNS["documentation"] = RunConfig(
 
 
 # %% [markdown]
-# or a million parameters and twenty minutes.
+# or a million parameters and some ten minutes, depending on the cores.
 
 # %%
 #| export
@@ -2866,10 +2866,10 @@ print("the model is below the xz that has seen it:", bits / n_bytes < primed["xz
 
 # %% [markdown]
 # gzip looks back 32 kilobytes only, so what it saw before hardly helps; xz looks back over all of
-# it, and finds whole sentences again. Half a minute of training does not reach that. Twenty
+# it, and finds whole sentences again. Half a minute of training does not reach that. Some ten
 # minutes do: a million parameters, trained by `--preset documentation-long` on 4.9 million tokens,
 # needed 1.73 bits per byte of the same text when this was written, where xz with all the training
-# text in sight needed 2.06.
+# text in sight needed 2.06 (`python benchmarks/compression.py` measures both).
 #
 # ## From the command line
 #
@@ -3263,10 +3263,11 @@ assert ratios["embedding"] < ratios["lm_head"], "the embedding has the larger we
 # compress, if one forgets what the model weighs.
 #
 # **Checklist for a run that matters.** Overfit ten batches first: a loss that does not fall to
-# nothing there is a bug. Evaluate before the first step: the loss must be near $\ln V$. Kill it
-# once, on purpose, and look at the log. Save so often that what a failure costs on average equals
-# what saving costs. Log norm, update ratio, activations, logits and skipped steps from the first
-# day. Warm up, clip at 1, and try the rate above the one you want, to know how far the cliff is.
+# nothing there is a bug. Evaluate before the first step: the loss must be near $\ln V$, some nats
+# above it if the head is tied ({doc}`11_model`). Kill it once, on purpose, and look at the log.
+# Save so often that what a failure costs on average equals what saving costs. Log norm, update
+# ratio, activations, logits and skipped steps from the first day. Warm up, clip at 1, and try the
+# rate above the one you want, to know how far the cliff is.
 #
 # **Further reading.** The logbook of OPT {cite}`zhang2022opt` is a frank account of a large
 # run. PaLM's report {cite}`chowdhery2023palm` has spikes and MFU; Wortsman and others

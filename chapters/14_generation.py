@@ -2,7 +2,7 @@
 # # Generation
 #
 # > Turn the distribution of the next token into text: choose well, remember what was read, guess
-# > ahead without changing a probability, and store the weights in a quarter of the space.
+# > ahead without changing a probability, and store matrices in a quarter of the space.
 #
 # A language model does not write. It says how likely each token is to come next, and stops there.
 # Writing means to choose, 60 times for a story of the tiny world, and each choice becomes part of
