@@ -7,13 +7,15 @@
 # and each of them was computed by the cell above it. If you run that cell, you should get the same
 # number, on your own computer, without a network or a graphics card. This chapter sets that up,
 # shows how a chapter is made and read, and says exactly how far the promise goes: what is
-# repeatable to the last bit, what only to three digits, and why.
+# repeatable to the last bit, what only to three digits, and why. Installing takes a few minutes,
+# once.
 #
 # | | |
 # |---|---|
+# | **Part** | I. Foundations and data |
 # | **You build** | {py:func}`~llmbook.environment.seed_everything`, {py:func}`~llmbook.environment.best_device`, {py:func}`~llmbook.environment.describe_environment` |
 # | **You need** | some Python; a terminal |
-# | **It takes** | 20 minutes to read, 15 seconds to run, a few minutes to install |
+# | **It takes** | 20 minutes for the main line, 30 minutes for everything, 15 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp environment

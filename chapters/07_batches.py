@@ -17,9 +17,10 @@
 #
 # | | |
 # |---|---|
+# | **Part** | I. Foundations and data |
 # | **You build** | {py:func}`~llmbook.batches.write_shards`, {py:class}`~llmbook.batches.TokenShards`, {py:class}`~llmbook.batches.BatchSampler`, {py:func}`~llmbook.batches.pack_documents`, {py:func}`~llmbook.batches.document_mask` |
 # | **You need** | documents ({doc}`02_corpus`), a tokenizer ({doc}`05_tokenizer`), NumPy arrays and tensors |
-# | **It takes** | 60 minutes to read, 30 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2 hours for everything, 30 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp batches

@@ -17,9 +17,10 @@
 #
 # | | |
 # |---|---|
+# | **Part** | II. Architecture |
 # | **You build** | {py:class}`~llmbook.positions.LearnedEmbedding`, {py:class}`~llmbook.positions.SinusoidalEmbedding`, {py:class}`~llmbook.positions.RotaryEmbedding`, {py:func}`~llmbook.positions.rope_frequencies`, {py:func}`~llmbook.positions.apply_rope`, {py:func}`~llmbook.positions.scale_rope` |
 # | **You need** | position ids and document ids ({doc}`07_batches`), matrices, complex numbers |
-# | **It takes** | 60 minutes to read, 45 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2 hours for everything, 45 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp positions

@@ -16,9 +16,10 @@
 #
 # | | |
 # |---|---|
+# | **Part** | II. Architecture |
 # | **You build** | {py:class}`~llmbook.blocks.LayerNorm`, {py:class}`~llmbook.blocks.RMSNorm`, {py:class}`~llmbook.blocks.GELU`, {py:class}`~llmbook.blocks.SwiGLU`, {py:class}`~llmbook.blocks.FeedForward`, {py:class}`~llmbook.blocks.TransformerBlock`, {py:func}`~llmbook.blocks.initialize_weights`, {py:class}`~llmbook.blocks.MixtureOfExperts` |
 # | **You need** | attention ({doc}`09_attention`) and positions ({doc}`08_positions`) as black boxes, the stories of {doc}`01_tinyworld`, gradients |
-# | **It takes** | 75 minutes to read, 60 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 60 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp blocks

@@ -18,9 +18,10 @@
 #
 # | | |
 # |---|---|
+# | **Part** | II. Architecture |
 # | **You build** | {py:class}`~llmbook.model.ModelConfig`, {py:class}`~llmbook.model.TransformerLM`, {py:func}`~llmbook.model.count_parameters`, {py:func}`~llmbook.model.flops_per_token`, {py:func}`~llmbook.model.activation_bytes`, {py:func}`~llmbook.model.training_memory`, {py:func}`~llmbook.model.cache_bytes` |
 # | **You need** | positions ({doc}`08_positions`), attention ({doc}`09_attention`), blocks ({doc}`10_blocks`), tokens ({doc}`05_tokenizer`) |
-# | **It takes** | 75 minutes to read, 30 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 30 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp model

@@ -13,9 +13,10 @@
 #
 # | | |
 # |---|---|
+# | **Part** | III. Pretraining |
 # | **You build** | {py:func}`~llmbook.optimization.cross_entropy`, {py:func}`~llmbook.optimization.chunked_cross_entropy`, {py:class}`~llmbook.optimization.AdamW`, {py:class}`~llmbook.optimization.Muon`, {py:func}`~llmbook.optimization.parameter_groups`, {py:func}`~llmbook.optimization.build_optimizer`, {py:func}`~llmbook.optimization.cosine_schedule`, {py:func}`~llmbook.optimization.wsd_schedule`, {py:func}`~llmbook.optimization.clip_gradients` |
 # | **You need** | the model ({doc}`11_model`), entropy ({doc}`01_tinyworld`), the chain rule of derivatives, singular values |
-# | **It takes** | 90 minutes to read, 45 seconds to run |
+# | **It takes** | 60 minutes for the main line, 3 hours for everything, 45 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp optimization

@@ -17,9 +17,10 @@
 #
 # | | |
 # |---|---|
+# | **Part** | III. Pretraining |
 # | **You build** | {py:class}`~llmbook.training.Trainer`, {py:class}`~llmbook.training.TrainingConfig`, {py:class}`~llmbook.training.MetricsLog`, {py:func}`~llmbook.training.save_checkpoint`, {py:func}`~llmbook.training.load_checkpoint`, {py:func}`~llmbook.training.load_or_train`, {py:func}`~llmbook.training.pretrained`, a command line |
 # | **You need** | batches ({doc}`07_batches`), the model ({doc}`11_model`), loss and optimizers ({doc}`12_optimization`), the tiny world ({doc}`01_tinyworld`) |
-# | **It takes** | 80 minutes to read, 3 minutes to run |
+# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 3 minutes to run |
 
 # %% tags=["remove-cell"]
 #| default_exp training

@@ -12,13 +12,15 @@
 #
 # So this chapter has two halves. The first is about *what* to choose, the second about doing it
 # fast: for many readers at once, by remembering, by guessing ahead, with fewer bits. All of it is
-# done to the model that {doc}`13_training` trained.
+# done to the model that {doc}`13_training` trained. If that model is not on your disk yet, it is
+# trained first, which takes about two minutes more.
 #
 # | | |
 # |---|---|
+# | **Part** | III. Pretraining |
 # | **You build** | {py:class}`~llmbook.generation.Sampling`, {py:func}`~llmbook.generation.sample`, {py:func}`~llmbook.generation.generate`, {py:func}`~llmbook.generation.stream`, {py:func}`~llmbook.generation.beam_search`, {py:func}`~llmbook.generation.speculative_generate`, {py:func}`~llmbook.generation.quantize` |
 # | **You need** | the model and its cache ({doc}`11_model`, {doc}`09_attention`), a trained one ({doc}`13_training`), entropy ({doc}`01_tinyworld`), counter-based random numbers ({doc}`07_batches`) |
-# | **It takes** | 90 minutes to read, a minute to run, and two more if the model is not trained yet |
+# | **It takes** | 60 minutes for the main line, 3 hours for everything, 60 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp generation
