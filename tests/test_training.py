@@ -160,14 +160,14 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(lengths, rows):
         targets[row, length:] = -100
     batch = Batch(ids[:, :-1], targets)
     whole, parts = (
-        training._Gradients(made(), configured(batch_size=4, micro_batch_size=m))
+        Trainer(made().double(), Numbers(), configured(batch_size=4, micro_batch_size=m))
         for m in (None, rows if 4 % rows == 0 else 1)
     )
-    one, two = whole.accumulate(batch), parts.accumulate(batch)
+    one, two = whole.accumulate(batch)[:2], parts.accumulate(batch)[:2]
     torch.testing.assert_close(one, two)
     assert int(one[1]) == sum(lengths)
     for p, q in zip(whole.parameters, parts.parameters, strict=True):
-        torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(p.grad, q.grad)
 
 
 def test_compact_changes_no_loss(tmp_path):
@@ -373,9 +373,9 @@ def test_a_step_that_is_not_finite_touches_nothing(value, shards):
     assert torch.equal(weights(trainer.model), before)
     now = list(trainer.optimizer.state_dict()["state"].values())
     assert all(torch.equal(a[k], b[k]) for a, b in zip(kept, now, strict=True) for k in a)
-    assert (trainer.skipped, trainer.skipped_in_a_row, trainer.step) == (1, 1, 3)
+    assert (trainer.skipped, trainer.guard.skipped_in_a_row, trainer.step) == (1, 1, 3)
     trainer.train_step(next(batches))
-    assert trainer.skipped_in_a_row == 0 and not torch.equal(weights(trainer.model), before)
+    assert trainer.guard.skipped_in_a_row == 0 and not torch.equal(weights(trainer.model), before)
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is(shards):
@@ -407,9 +407,9 @@ def test_spikes_are_told_from_the_median():
     detector = SpikeDetector(5.0, window=8)
     assert not detector.is_spike(1000.0), "too early to tell"
     for _ in range(8):
-        assert not detector.is_spike(1.0)
+        detector.remember(1.0)
     assert detector.is_spike(6.0) and not detector.is_spike(4.9) and detector.is_spike(6.0)
-    assert list(detector.recent) == [1.0] * 7 + [4.9], "spikes are not remembered"
+    assert list(detector.recent) == [1.0] * 8, "asking changes nothing"
     assert not SpikeDetector(None).is_spike(1e9)
     with pytest.raises(ValueError, match=r"factor: expected a finite .*, more than 1, got -1.0"):
         SpikeDetector(-1.0)
@@ -494,7 +494,7 @@ def test_the_logged_loss_is_the_mean_since_the_last_row(shards):
     step = trainer.train_step
     trainer.train_step = lambda batch: reports.append(step(batch)) or reports[-1]
     _, losses = trainer.train().column("loss")
-    each = [report["loss"] for report in reports]
+    each = [report.loss for report in reports]
     assert losses == pytest.approx([sum(each[:3]) / 3, sum(each[3:]) / 3])
 
 
@@ -538,9 +538,9 @@ def test_waiting_for_batches_counts_and_evaluation_does_not(shards, monkeypatch)
     trainer = Trainer(made(), Slow(shards, 4, 8), config, probes=[probe])
     update = trainer.update
 
-    def slow_update(report):
+    def slow_update():
         now[0] += 1.0
-        update(report)
+        return update()
 
     trainer.update = slow_update
     assert trainer.train().column("tokens_per_second")[1] == [32 / 3] * 2
@@ -1099,7 +1099,7 @@ def test_compressors():
             "learning_rate: expected a finite number, more than 0, got n",
         ),
         ({"learning_rate": 0.0}, "learning_rate: expected a finite number, more than 0, got 0.0"),
-        ({"learning_rate": "fast"}, "learning_rate: expected float, got 'fast'"),
+        ({"learning_rate": "fast"}, "learning_rate: expected float, got fast"),
         ({"weight_decay": -0.1}, "weight_decay: expected a finite number, 0 or more, got -0.1"),
         ({"clip_norm": 0.0}, "clip_norm: expected a finite number, more than 0, got 0.0"),
         ({"spike_factor": 1.0}, "spike_factor: expected a finite number, more than 1, got 1.0"),
@@ -1108,12 +1108,12 @@ def test_compressors():
         ({"n_steps": True}, "n_steps: expected int, got True"),
         ({"micro_batch_size": 3}, "micro_batch_size: expected a divisor of batch_size = 4, got 3"),
         ({"micro_batch_size": 0}, "micro_batch_size: expected at least 1, got 0"),
-        ({"optimizer": "adam"}, "optimizer: expected one of adamw, muon, sgd, got 'adam'"),
+        ({"optimizer": "adam"}, "optimizer: expected one of adamw, muon, sgd, or a class of torch.optim"),
         ({"schedule": "cos"}, "schedule: expected one of cosine, wsd, linear, constant, got 'cos'"),
         ({"precision": "fp8"}, "precision: expected one of float32, bfloat16, got 'fp8'"),
         ({"warmup": 7}, "warmup: expected at most n_steps = 6, got 7"),
         ({"evaluate_every": 0}, "evaluate_every: expected at least 1, got 0"),
-        ({"betas": [0.9]}, r"betas: expected 2 values, got \[0.9\]"),
+        ({"betas": [0.9]}, r"betas: expected a tuple with 2 elements, got \[0.9\]"),
         ({"betas": [0.9, 1.5]}, r"betas\[1\]: expected at least 0 and less than 1, got 1.5"),
         ({"final": 2.0}, "final: expected a share from 0 to 1, got 2.0"),
         ({"final": math.nan}, "final: expected a share from 0 to 1, got nan"),
@@ -1121,7 +1121,7 @@ def test_compressors():
         ({"threads": 0}, "threads: expected at least 1, got 0"),
         ({"learning_rat": 0.1}, "learning_rat: no such setting; did you mean learning_rate?"),
         ({"xyz": 0.1}, "xyz: no such setting; there are n_steps, "),
-        ({"batch_size": None}, "batch_size: expected int, got None"),
+        ({"batch_size": None}, "batch_size: expected a value, but it is missing"),
     ],
 )
 def test_settings_that_cannot_be(entries, message):
@@ -1169,7 +1169,7 @@ def edited(**sections):
             "tokenizer.path: expected the file that made the shards, got None",
         ),
         ({"data": {"held_out": 1.5}}, "data.held_out: expected a share between 0 and 1, got 1.5"),
-        ({"data": {"packages": "numpy"}}, "data.packages: expected tuple, got 'numpy'"),
+        ({"data": {"packages": 3}}, "data.packages: expected tuple or str, got 3"),
         (
             {"tokenizer": {"vocab_size": 100}},
             "tokenizer.vocab_size: expected at least 259",
@@ -1240,7 +1240,7 @@ def test_a_run_leaves_a_model_and_nobody_notices(tmp_path):
     assert "gap" in result.log.rows[-1] and "mfu" in result.log.rows[-1]
     again = run(small_run(), tmp_path / "run")
     assert torch.equal(weights(again.model), weights(result.model)), "loaded, not trained anew"
-    with pytest.raises(ValueError, match=r"folder: .* has a run of another configuration"):
+    with pytest.raises(ValueError, match=r"training.n_steps: got 5, but .* is of a run with 4"):
         run(small_run(training={"n_steps": 5}), tmp_path / "run")
     numbers = report(result)
     assert numbers["bits per byte"] > 1 and numbers["held-out bytes"] > 1000
@@ -1303,7 +1303,7 @@ def test_runs_on_files_and_on_shards(tmp_path):
 
 def test_documentation_is_cleaned_and_split_by_file(tmp_path):
     data = DataConfig(kind="documentation", packages=("json", "filelock"), held_out=0.3)
-    train, held_out = training._train_and_held_out(data)
+    train, held_out = training._train_and_held_out(data, print)
     assert train and held_out and not set(train) & set(held_out)
     assert "\r" not in "".join(train)
 
@@ -1428,7 +1428,7 @@ def test_the_command_line_trains_what_a_file_says(tmp_path, capsys):
         ((), 2, "expected a file CONFIG or a --preset, one of tinyworld"),
         (("--preset", "gpt5"), 2, "preset: expected one of tinyworld"),
         (("nowhere.yaml",), 2, "nowhere.yaml: No such file"),
-        (("--bogus",), 2, "No such option"),
+        (("--bogus",), 2, "bogus: no such setting; there are model, config, preset"),
     ],
 )
 def test_bad_requests(arguments, code, message, capsys):
@@ -1447,7 +1447,7 @@ def test_exit_codes(error, code, capsys):
 
 
 def test_ctrl_c_at_the_command_line(monkeypatch, tmp_path, capsys):
-    def pressed(config, folder, sinks):
+    def pressed(config, folder, sinks, say):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "run", pressed)
