@@ -449,7 +449,7 @@ def settings_parser(sections: Mapping[str, Any], *, required: bool = True, **opt
     """
     with requires_extra("Reading settings", extra="train"):
         from jsonargparse import ArgumentParser
-    parser = ArgumentParser(exit_on_error=False, **options)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
     for section, kind in sections.items():
         types, about = get_type_hints(kind), get_type_hints(kind, include_extras=True)
         for f in fields(kind):
@@ -506,7 +506,13 @@ def read_settings(sections: Mapping[str, Any], entries: Any) -> dict[str, Any]:
         raise ValueError(f"expected settings by name, got {entries!r}")
     parser = settings_parser(sections)
     with _named_errors(_names(sections)):
-        return parser.parse_object(_plain(dict(entries))).as_dict()
+        found = parser.parse_object(_plain(dict(entries))).as_dict()
+    for section, kind in sections.items():
+        part = found[section] if section else found
+        for name, hint in get_type_hints(kind).items():
+            if hint == tuple[str, ...] and isinstance(part[name], str):
+                part[name] = (part[name],)
+    return found
 
 
 @contextmanager
@@ -1535,7 +1541,7 @@ print(f"{len(whole)} bytes, one bit of each flipped in turn: {found} files refus
 #
 # ```{figure} ../figures/training-parts.svg
 # :name: fig-training-parts
-# :alt: In the middle a box with the loop of the trainer: next batch, learn, count, attend. Around it five boxes with what it uses: the objective, which gives sums and counts of micro-batches; the guard, which skips steps that are not finite or spike; the monitor, which adds up reports; the checkpointer, which keeps whole states; and probes and sinks, which look on. Beside each box stands the failure that calls for it.
+# :alt: On the left the loop of the trainer, four boxes in a circle: next batch, learn, count, attend. On the right five boxes with what it uses: the objective, which gives sums and counts of micro-batches; the guard, which skips steps that are not finite or spike; the monitor, which adds up reports; the checkpointer, which keeps whole states; and probes and sinks, which look on. Beside each box stands the failure that calls for it.
 #
 # The trainer and its parts, and the failure that each one is there for.
 # ```
@@ -1717,9 +1723,9 @@ class Trainer(Trainer):  # continued
         means = {name: total / count if count else math.nan for name, total in totals.items()}
         return {f"validation_{name}": mean for name, mean in means.items()}
 
-    def evaluation(self) -> dict[str, float]:
+    def evaluation(self) -> dict[str, int | float]:
         """Return what is logged of an evaluation: the scores, and what the probes say."""
-        row = self.scores() if self.validation else {}
+        row: dict[str, int | float] = {**self.scores()} if self.validation else {}
         with unnoticed(self.model):
             for probe in self.probes:
                 row |= probe.evaluate(self)
@@ -2321,6 +2327,13 @@ for row in counting.train().rows:
 
 
 # %%
+class Drawn(NamedTuple):
+    prompts: Tensor
+    tokens: Tensor
+    rewards: Tensor
+    advantages: Tensor
+
+
 class Rewarded(Trainer):
     def learn(self, batch: Any, objective: Objective | None = None) -> StepReport:
         with torch.no_grad():  # the batch brings the prompts, the model the rest
@@ -2331,13 +2344,6 @@ class Rewarded(Trainer):
         return super().learn(drawn, policy_gradient)
 
 
-class Drawn(NamedTuple):
-    prompts: Tensor
-    tokens: Tensor
-    rewards: Tensor
-    advantages: Tensor
-
-
 def policy_gradient(model: nn.Module, batch: Drawn) -> tuple[Tensor, int, dict[str, Tensor]]:
     log_probs = model(batch.prompts)[:, -1].log_softmax(-1)
     chosen = log_probs.gather(1, batch.tokens[:, None])[:, 0]
@@ -2345,10 +2351,11 @@ def policy_gradient(model: nn.Module, batch: Drawn) -> tuple[Tensor, int, dict[s
 
 
 prompts = BatchSampler(shards, batch_size=64, context_length=8)
-settings = TrainingConfig(n_steps=60, batch_size=64, learning_rate=3e-3, log_every=15)
+options = {"schedule": "constant", "weight_decay": 0.0, "log_every": 20}
+settings = TrainingConfig(n_steps=100, batch_size=64, learning_rate=3e-3, **options)
 rewarded = Rewarded(small_model(), prompts, settings).train().column("reward")[1]
 assert rewarded[-1] > 3 * rewarded[0]
-print("mean reward:", ", ".join(f"{reward:.1f}" for reward in rewarded))
+print(f"mean reward: {rewarded[0]:.1f} in the first 20 steps, {rewarded[-1]:.1f} in the last 20")
 
 # %% [markdown]
 # ## A divergence, provoked and cured
@@ -2531,7 +2538,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in ("packages", "paths"):
-            object.__setattr__(self, name, _as_texts(name, getattr(self, name)))
+            _check_texts(name, getattr(self, name))
         check_choice("kind", self.kind, tuple(_FIELDS_OF_KIND))
         check_choice("layout", self.layout, ("best_fit", "one_per_row", "windows"))
         check_at_least(n_stories=(1, self.n_stories), n_held_out=(1, self.n_held_out))
@@ -2561,8 +2568,7 @@ class TokenizerConfig:
     path: Annotated[str | None, "a tokenizer.json to use; null to train one"] = None
 
     def __post_init__(self) -> None:
-        texts = _as_texts("special_tokens", self.special_tokens)
-        object.__setattr__(self, "special_tokens", texts)
+        _check_texts("special_tokens", self.special_tokens)
         check_at_least(vocab_size=(256 + len(self.special_tokens), self.vocab_size))
         check_choice("pattern", self.pattern, tuple(_PATTERNS))
         if "<|endoftext|>" not in self.special_tokens:
@@ -2621,12 +2627,12 @@ _FIELDS_OF_KIND = {
 _SECTIONS = {"data": DataConfig, "tokenizer": TokenizerConfig, "training": TrainingConfig}
 
 
-def _as_texts(name: str, value: Any) -> tuple[str, ...]:
-    """Return texts as a tuple; a single one is a tuple of one."""
-    texts = (value,) if isinstance(value, str) else tuple(value)
-    for place, text in enumerate(texts):
+def _check_texts(name: str, value: Any) -> None:
+    """A single text would be taken for a sequence of characters."""
+    if isinstance(value, str):
+        raise ValueError(f"{name}: expected a tuple of texts, got {value!r}")
+    for place, text in enumerate(value):
         check_text(text, f"{name}[{place}]")
-    return texts
 
 
 def _within(part: str, build: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
@@ -2853,8 +2859,13 @@ def _documents(data: DataConfig, say: Callable[[str], None]) -> list[Document]:
     cleaned = list(clean_documents(documents, report=report))
     size, left = (sum(len(d.text) for d in some) for some in (documents, cleaned))
     kept = f"cleaning keeps {len(cleaned):,} of {len(documents):,} documents"
-    why = f"dropped {_listed(report.failed)}; masked {_listed(report.masked)}"
-    say(f"{kept} and {left / max(size, 1):.1%} of the characters; {why}")
+    why = f"failed {_listed(report.failed)}; masked {_listed(report.masked)}"
+    say(f"{kept} and {left / max(size, 1):.1%} of the characters")
+    for before, after in zip(report.steps, report.steps[1:], strict=False):
+        lost = before.documents - after.documents, before.characters - after.characters
+        if any(lost):
+            say(f"  {after.step}: {lost[0]:,} documents and {lost[1]:,} characters less")
+    say(f"  {why}")
     if not cleaned:
         raise ValueError(f"data.clean: expected some text after cleaning, got none: {why}")
     unique = deduplicate(cleaned)
@@ -4032,7 +4043,9 @@ def means_after(n_steps: int, where: Path | None = None, **changes: Any) -> tupl
 
 def scaled(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     total, count = next_token_objective(model, batch)
-    return total * (1000.0 if torch.equal(batch.inputs, sampler[20].inputs) else 1.0), count
+    return total * (
+        1000.0 if torch.equal(batch.inputs, compact(sampler[20]).inputs) else 1.0
+    ), count
 
 
 def same(some: list[Tensor], others: list[Tensor]) -> bool:
