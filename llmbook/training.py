@@ -247,7 +247,7 @@ def _check_optimizer(name: object, options: object) -> None:
     if not isinstance(options, Mapping):
         raise ValueError(f"optimizer_options: expected settings by name, got {options!r}")
 
-# %% ../chapters/13_training.ipynb #be7b5095
+# %% ../chapters/13_training.ipynb #a0f1ae9a
 _T = TypeVar("_T")
 
 
@@ -260,7 +260,7 @@ def settings_parser(sections: Mapping[str, Any], *, required: bool = True, **opt
     """
     with requires_extra("Reading settings", extra="train"):
         from jsonargparse import ArgumentParser
-    parser = ArgumentParser(exit_on_error=False, **options)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
     for section, kind in sections.items():
         types, about = get_type_hints(kind), get_type_hints(kind, include_extras=True)
         for f in fields(kind):
@@ -293,7 +293,7 @@ def _reworded(message: str, known: Iterable[str]) -> str:
     expected = f"a {size[1]}" if size else " or ".join(names)
     return f"{name}: expected {expected}, got {value[1]}"
 
-# %% ../chapters/13_training.ipynb #df3a159c
+# %% ../chapters/13_training.ipynb #9c9b317d
 def read_settings(sections: Mapping[str, Any], entries: Any) -> dict[str, Any]:
     """Return the settings in ``entries``, as a file has them, as their dataclasses want them.
 
@@ -304,7 +304,13 @@ def read_settings(sections: Mapping[str, Any], entries: Any) -> dict[str, Any]:
         raise ValueError(f"expected settings by name, got {entries!r}")
     parser = settings_parser(sections)
     with _named_errors(_names(sections)):
-        return parser.parse_object(_plain(dict(entries))).as_dict()
+        found = parser.parse_object(_plain(dict(entries))).as_dict()
+    for section, kind in sections.items():
+        part = found[section] if section else found
+        for name, hint in get_type_hints(kind).items():
+            if hint == tuple[str, ...] and isinstance(part[name], str):
+                part[name] = (part[name],)
+    return found
 
 
 @contextmanager
@@ -1159,9 +1165,9 @@ class Trainer:
         means = {name: total / count if count else math.nan for name, total in totals.items()}
         return {f"validation_{name}": mean for name, mean in means.items()}
 
-    def evaluation(self) -> dict[str, float]:
+    def evaluation(self) -> dict[str, int | float]:
         """Return what is logged of an evaluation: the scores, and what the probes say."""
-        row = self.scores() if self.validation else {}
+        row: dict[str, int | float] = {**self.scores()} if self.validation else {}
         with unnoticed(self.model):
             for probe in self.probes:
                 row |= probe.evaluate(self)
@@ -1524,7 +1530,7 @@ def _ahead(batches: ResumableBatches) -> Iterator[Any]:
             coming = pool.submit(batches.__getitem__, batches.step)
             yield batch
 
-# %% ../chapters/13_training.ipynb #a5c8344f
+# %% ../chapters/13_training.ipynb #d0c8f3a9
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What a run learns from.
@@ -1549,7 +1555,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in ("packages", "paths"):
-            object.__setattr__(self, name, _as_texts(name, getattr(self, name)))
+            _check_texts(name, getattr(self, name))
         check_choice("kind", self.kind, tuple(_FIELDS_OF_KIND))
         check_choice("layout", self.layout, ("best_fit", "one_per_row", "windows"))
         check_at_least(n_stories=(1, self.n_stories), n_held_out=(1, self.n_held_out))
@@ -1560,7 +1566,7 @@ class DataConfig:
         if len(self.paths) < needed or (self.kind == "shards" and len(self.paths) != 2):
             raise ValueError(f"paths: expected {needed} for {self.kind!r}, got {len(self.paths)}")
 
-# %% ../chapters/13_training.ipynb #509c4d95
+# %% ../chapters/13_training.ipynb #bfe6a613
 _PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN}
 
 
@@ -1574,8 +1580,7 @@ class TokenizerConfig:
     path: Annotated[str | None, "a tokenizer.json to use; null to train one"] = None
 
     def __post_init__(self) -> None:
-        texts = _as_texts("special_tokens", self.special_tokens)
-        object.__setattr__(self, "special_tokens", texts)
+        _check_texts("special_tokens", self.special_tokens)
         check_at_least(vocab_size=(256 + len(self.special_tokens), self.vocab_size))
         check_choice("pattern", self.pattern, tuple(_PATTERNS))
         if "<|endoftext|>" not in self.special_tokens:
@@ -1627,7 +1632,7 @@ class RunConfig:
         with whole_file(Path(path)) as draft:
             draft.write_text(_yaml_text(self), encoding="utf-8")
 
-# %% ../chapters/13_training.ipynb #ee1ab6d5
+# %% ../chapters/13_training.ipynb #a3d886c7
 _FIELDS_OF_KIND = {
     "tinyworld": ("kind", "n_stories", "n_held_out", "validation_rows", "layout"),
     "documentation": ("kind", "packages", "held_out", "validation_rows", "clean", "layout"),
@@ -1637,12 +1642,12 @@ _FIELDS_OF_KIND = {
 _SECTIONS = {"data": DataConfig, "tokenizer": TokenizerConfig, "training": TrainingConfig}
 
 
-def _as_texts(name: str, value: Any) -> tuple[str, ...]:
-    """Return texts as a tuple; a single one is a tuple of one."""
-    texts = (value,) if isinstance(value, str) else tuple(value)
-    for place, text in enumerate(texts):
+def _check_texts(name: str, value: Any) -> None:
+    """A single text would be taken for a sequence of characters."""
+    if isinstance(value, str):
+        raise ValueError(f"{name}: expected a tuple of texts, got {value!r}")
+    for place, text in enumerate(value):
         check_text(text, f"{name}[{place}]")
-    return texts
 
 
 def _within(part: str, build: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
@@ -1792,7 +1797,7 @@ def _passed_over(read: ReadReport) -> str:
     some = ", ".join(f"{suffix} {n:,}" for suffix, n in read.ignored.most_common(8))
     return f"; passed over, by suffix: {some}" if some else ""
 
-# %% ../chapters/13_training.ipynb #c14b6698
+# %% ../chapters/13_training.ipynb #a92b09ad
 def _documents(data: DataConfig, say: Callable[[str], None]) -> list[Document]:
     documents = _read(data, say)
     if not data.clean:
@@ -1801,8 +1806,13 @@ def _documents(data: DataConfig, say: Callable[[str], None]) -> list[Document]:
     cleaned = list(clean_documents(documents, report=report))
     size, left = (sum(len(d.text) for d in some) for some in (documents, cleaned))
     kept = f"cleaning keeps {len(cleaned):,} of {len(documents):,} documents"
-    why = f"dropped {_listed(report.failed)}; masked {_listed(report.masked)}"
-    say(f"{kept} and {left / max(size, 1):.1%} of the characters; {why}")
+    why = f"failed {_listed(report.failed)}; masked {_listed(report.masked)}"
+    say(f"{kept} and {left / max(size, 1):.1%} of the characters")
+    for before, after in zip(report.steps, report.steps[1:], strict=False):
+        lost = before.documents - after.documents, before.characters - after.characters
+        if any(lost):
+            say(f"  {after.step}: {lost[0]:,} documents and {lost[1]:,} characters less")
+    say(f"  {why}")
     if not cleaned:
         raise ValueError(f"data.clean: expected some text after cleaning, got none: {why}")
     unique = deduplicate(cleaned)
