@@ -1857,6 +1857,7 @@ def test_training_starts_from_a_saved_model(tmp_path):
     entries = small_run(
         training={"n_steps": 1, "learning_rate": 1e-9, "optimizer": "sgd"}
     ).to_dict()
+    entries["tokenizer"] = {}
     second = run(
         RunConfig.from_dict(entries | {"model": {"start_from": start}}), tmp_path / "second"
     )
