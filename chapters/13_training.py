@@ -1535,9 +1535,9 @@ print(f"{len(whole)} bytes, one bit of each flipped in turn: {found} files refus
 # %% [markdown]
 # ## The trainer
 #
-# All parts are there ({numref}`fig-training-parts`), and the class that uses them reads like the
-# ten lines from the beginning. We write it in four pieces: what it is given, a step, the loop,
-# and what outlives the process.
+# Nearly all parts are there ({numref}`fig-training-parts`), and the class that uses them reads like
+# the ten lines from the beginning. We write it in pieces: what it is given, a step, the loop,
+# evaluation, and what outlives the process.
 #
 # ```{figure} ../figures/training-parts.svg
 # :name: fig-training-parts
@@ -1545,6 +1545,35 @@ print(f"{len(whole)} bytes, one bit of each flipped in turn: {found} files refus
 #
 # The trainer and its parts, and the failure that each one is there for.
 # ```
+#
+# What looks on is called a **probe**. It may do so at four moments, and overrides what it needs.
+
+
+# %%
+#| export
+class Probe:
+    """Looks on while a model is trained; a subclass overrides what it needs.
+
+    Random numbers that ``evaluate`` draws do not change training, those that others draw do.
+    """
+
+    def attach(self, trainer: "Trainer") -> None:
+        """Once, when ``trainer`` is made: the place for ``trainer.register``."""
+
+    def after_micro_batch(self, trainer: "Trainer", batch: Any, sums: "Sums") -> None:
+        """After each micro-batch: its gradients have joined those in ``.grad``."""
+
+    def after_step(self, trainer: "Trainer", report: StepReport) -> None:
+        """After each step; ``report.taken`` says whether the weights were changed."""
+
+    def evaluate(self, trainer: "Trainer") -> Row:
+        """At each evaluation, without gradients or dropout: return what is to be logged of it."""
+        return {}
+
+
+# %% [markdown]
+# Here is what a trainer is given. `config` names the optimizer and the schedule; everything else
+# has a default.
 
 
 # %%
@@ -1918,32 +1947,11 @@ def _schedule(config: TrainingConfig) -> Callable[[int], float]:
 
 
 # %% [markdown] tags=["engine"]
-# A **probe** looks on at four moments. A function of the model is one that looks at evaluations
-# only.
+# A function of the model is a probe that looks at evaluations only.
 
 
 # %% tags=["engine"]
 #| export
-class Probe:
-    """Looks on while a model is trained; a subclass overrides what it needs.
-
-    Random numbers that ``evaluate`` draws do not change training, those that others draw do.
-    """
-
-    def attach(self, trainer: "Trainer") -> None:
-        """Once, when ``trainer`` is made: the place for ``trainer.register``."""
-
-    def after_micro_batch(self, trainer: "Trainer", batch: Any, sums: "Sums") -> None:
-        """After each micro-batch: its gradients have joined those in ``.grad``."""
-
-    def after_step(self, trainer: "Trainer", report: StepReport) -> None:
-        """After each step; ``report.taken`` says whether the weights were changed."""
-
-    def evaluate(self, trainer: "Trainer") -> Row:
-        """At each evaluation, without gradients or dropout: return what is to be logged of it."""
-        return {}
-
-
 class _Function(Probe):
     def __init__(self, function: Callable[[nn.Module], Row]):
         self.function = function
@@ -2292,7 +2300,8 @@ print(f"checkpoints of steps {kept}; best model of step {trainer.checkpoints.bes
 #
 # As an example we count how often the most likely token is the right one. The objective returns that
 # sum beside its loss, and evaluation uses it as well. The best model is now the one that guesses
-# best. A probe adds how large the output matrix has become, and the optimizer is PyTorch's NAdam.
+# best. A probe adds how large the output matrix has become, and the optimizer is PyTorch's NAdam, with
+# weight decay as AdamW has it.
 
 
 # %%
@@ -2304,7 +2313,8 @@ def with_accuracy(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[
 
 
 best = {"best": "validation_accuracy", "best_is": "highest"}
-settings = TrainingConfig(n_steps=120, **recipe, evaluate_every=40, optimizer="NAdam", **best)
+nadam = {"optimizer": "NAdam", "optimizer_options": {"decoupled_weight_decay": True}}
+settings = TrainingConfig(n_steps=120, **recipe, evaluate_every=40, **nadam, **best)
 counting = Trainer(
     small_model(),
     BatchSampler(learned, batch_size=8),
