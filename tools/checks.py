@@ -52,7 +52,6 @@ PAGES = ("README.md", "CONTRIBUTING.md")
 MARKDOWN_LINK = re.compile(r"\]\(\s*<?([^)>\s]+)")
 MAKE_INSTALLS = re.compile(r'pip install .*--constraint (\S+) --editable "(\S+)"')
 PRIVATE = re.compile(r"_(?!_|replace$|asdict$|fields$|make$)\w+")  # but what named tuples offer
-EXPORTED = re.compile(r"#\s*\|\s*export\b")
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 Check = Callable[[Path], list[str]]
 
@@ -174,7 +173,7 @@ def cells_are_short(root: Path) -> list[str]:
 
 def _is_one_exported_thing(source: str) -> bool:
     """Whether a cell is one function or class of the package, which need not be cut in two."""
-    if not EXPORTED.match(source):
+    if not engine.is_exported(source):
         return False
     body = parse(source, "an exported cell").body
     return len(body) == 1 and isinstance(body[0], (*FUNCTION, ast.ClassDef))

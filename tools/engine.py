@@ -91,6 +91,11 @@ def comment(cell: NotebookNode) -> str | None:
     return first.lstrip("#").strip() or None if first.startswith("#") else None
 
 
+def is_exported(source: str) -> bool:
+    """Whether a cell becomes a part of the module."""
+    return re.match(r"#\s*\|\s*export\b", source) is not None
+
+
 # --- JupyterLab ---------------------------------------------------------------------------------
 
 
