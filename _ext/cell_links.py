@@ -74,8 +74,7 @@ class AnchorDefinitions(SphinxTransform):
             cells |= {name: cell for name in names if not re.search(r"(^|\.)_", name)}
         for name, cell in cells.items():
             cell["ids"].append(f"def-{name}")
-        if CHAPTER_PAGE.fullmatch(self.env.docname):
-            definitions(self.env)[self.env.docname] = set(cells)
+        definitions(self.env)[self.env.docname] = set(cells)
 
 
 class LinkToCells(SphinxPostTransform):
@@ -87,7 +86,8 @@ class LinkToCells(SphinxPostTransform):
     def run(self, **kwargs: Any) -> None:
         """Add the links of a page."""
         known = definitions(self.env)
-        pages = {f"{PACKAGE}.{match[2]}": match for match in map(CHAPTER_PAGE.fullmatch, known)}
+        matches = filter(None, map(CHAPTER_PAGE.fullmatch, known))
+        pages = {f"{PACKAGE}.{match[2]}": match for match in matches}
         for signature in self.document.findall(addnodes.desc_signature):
             page, name = pages.get(signature.get("module")), signature.get("fullname")
             if page and name in known[page[0]]:
