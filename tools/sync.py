@@ -7,6 +7,8 @@ fingerprints:
 
 - ``paired``, of the cells when script and notebook last agreed: it tells which of them was edited;
 - ``executed``, of the code that made the outputs, with all the modules of the book that it imports.
+
+Last, every table of chapters is made from what the chapters say of themselves (``tables.py``).
 """
 
 import argparse
@@ -39,10 +41,12 @@ from book import (
     read_text,
     write_text,
 )
+from headers import state_measured_times
 from jupytext.config import load_jupytext_config
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
+from tables import not_current, write_tables
 from tqdm import tqdm
 
 FORMAT = "py:percent"
@@ -410,7 +414,22 @@ def sync(
             changed = _execute_and_store(plan)
         elif plan.store_notebook():
             changed = _say(f"{plan.chapter.name}: wrote the notebook")
-    return changed
+    return _write_tables(root) or changed
+
+
+def _write_tables(root: Path) -> bool:
+    try:
+        written = write_tables(root)
+    except BookError as error:  # an author may run a chapter before its header is complete
+        raise BookError(f"all is in sync but the tables of chapters:\n{error}") from None
+    return any([_say(f"{page}: wrote what the chapters say") for page in written])
+
+
+def write_times(root: Path) -> None:
+    """Write into the headers how long the chapters took when the tests ran them last."""
+    sync(root, run=False)  # else an edit in a notebook and this one in its script would clash
+    for line in state_measured_times(root):
+        _say(line)
 
 
 def _execute_and_store(plan: Plan) -> bool:
@@ -437,15 +456,20 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if out of date")
     parser.add_argument("--force", action="store_true", help="execute even what did not change")
     parser.add_argument("--no-execute", action="store_true", help="pair and export only")
+    parser.add_argument(
+        "--times", action="store_true", help="write the run times measured last into the headers"
+    )
     parser.add_argument("--keep", choices=["py", "ipynb"], help="the one to trust if both changed")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     args = parser.parse_args()
     start = time.perf_counter()
     try:
         if args.check:
-            found = out_of_date(args.root, args.chapters)
+            found = out_of_date(args.root, args.chapters) + not_current(args.root)
             print("\n".join(found) if found else "all is current")
             return 1 if found else 0
+        if args.times:
+            write_times(args.root)
         run = not args.no_execute
         changed = sync(args.root, args.chapters, force=args.force, run=run, keep=args.keep)
     except BookError as error:
