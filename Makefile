@@ -28,7 +28,7 @@ $(VENV)/.installed: constraints.txt
 	  f'Python 3.11 or newer is needed, but $(PYTHON) is {v.major}.{v.minor}. Try: make PYTHON=python3.11')"
 	@echo "Setting up $(VENV): once, about five minutes ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[book,dev]"
+	@$(PY) tools/install.py --constraint constraints.txt --editable ".[book,dev]"
 	@touch $@
 
 book: $(INSTALLED) ## build the site in _build/html

@@ -48,7 +48,7 @@ IMAGE_DIRECTIVE = re.compile(
 # The pages that people read without building the site.
 PAGES = ("README.md", "CONTRIBUTING.md")
 MARKDOWN_LINK = re.compile(r"\]\(\s*<?([^)>\s]+)")
-MAKE_INSTALLS = re.compile(r'pip install .*--constraint (\S+) --editable "(\S+)"')
+MAKE_INSTALLS = re.compile(r'install.* --constraint (\S+) --editable "(\S+)"')
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 Check = Callable[[Path], list[str]]
 

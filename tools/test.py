@@ -53,7 +53,8 @@ LINT = [
         (
             *PYTEST,
             "tests/book",
-            *"tools/workbook.py tools/headers.py tools/tables.py --doctest-modules".split(),
+            *"tools/workbook.py tools/headers.py tools/tables.py tools/install.py".split(),
+            "--doctest-modules",
         ),
     ),
 ]

@@ -124,7 +124,7 @@ dependencies: [python=3.11, pip, {pip: [-c constraints.txt, "-e .[book,dev]"]}]
 """
 OTHERS = {
     "environment.yml": CONDA,
-    "Makefile": 'x:\n\tpip install --constraint constraints.txt --editable ".[book,dev]"\n',
+    "Makefile": 'x:\n\ttools/install.py --constraint constraints.txt --editable ".[book,dev]"\n',
     "chapters/parts.yml": PARTS,
     "_toc.yml": CONTENTS,
     "README.md": f"Before.\n\n{TABLE.format('chapters')}\nAfter.\n",
