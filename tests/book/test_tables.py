@@ -1,15 +1,18 @@
 """What a chapter says of itself reaches every table, and nothing else has to be edited."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import checks
 import headers
 import pytest
 import yaml
-from book import BookError, read_text
+from book import ROOT, BookError, read_text
 from sync import out_of_date, sync, write_times
 from tables import not_current, write_tables
 
@@ -167,3 +170,17 @@ def test_a_chapter_that_ran_in_part_is_not_measured(book):
         clock.pytest_sessionfinish()
         whole = last is not None and last.passed
         assert headers.measured_times(book) == ({"00_first": 5.0} if whole else {})
+
+
+def test_the_chapter_in_small_of_the_instructions_is_a_chapter(book):
+    page = read_text(ROOT / "CONTRIBUTING.md")
+    (script,) = re.findall(r"^```python\n(# %% .*?)^```$", page, re.MULTILINE | re.DOTALL)
+    script = script.replace("III. Pretraining", "II. Composing")  # the miniature's parts
+    (book / "chapters/02_precision.py").write_text(script, encoding="utf-8")
+    (book / "tests/test_precision.py").write_text("", encoding="utf-8")
+    shutil.copy(ROOT / "llmbook/book.mplstyle", book / "llmbook")
+    sync(book)
+    for check in checks.CHECKS:
+        assert not checks.complaints(check, book), check.__name__
+    assert "3.14159 becomes 3.14062" in read_text(book / "chapters/02_precision.ipynb")
+    assert "def round_to" in read_text(book / "llmbook/precision.py")
