@@ -149,7 +149,9 @@ def cells_are_short(root: Path) -> list[str]:
     for script in (c.script for c in chapters(root) if c.script.exists()):
         for number, line in enumerate(read_text(script).splitlines(), 1):
             if len(line) > MAX_LINE and not line.startswith(UNBREAKABLE):
-                found.append(f"{script.name}, line {number} has {len(line)} characters")
+                found.append(
+                    f"{script.name}, line {number} has {len(line)} characters; at most {MAX_LINE}"
+                )
     return found
 
 
