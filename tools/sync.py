@@ -403,6 +403,7 @@ def sync(
     for path in orphans(root):
         path.unlink()
         changed = _say(f"removed {PACKAGE}/{path.name}: it has no chapter any more")
+        _say(f"if they are there, delete tests/test_{path.stem}.py and api/{path.stem}.md, too")
     for plan in plans:
         chapter = plan.chapter
         if plan.store_script():

@@ -107,14 +107,10 @@ def readme_chapters(found: list[Header], known: list[Part]) -> Iterator[str]:
 def site_chapters(found: list[Header], known: list[Part]) -> Iterator[str]:
     """Yield a table for each part, for the site's first page."""
     rows = {
-        header.chapter.name: (
-            f"{{doc}}`chapters/{header.chapter.name}`",
-            f"{{py:mod}}`{PACKAGE}.{header.chapter.module}`",
-            on_site(header.quote),
-        )
+        header.chapter.name: (f"{{doc}}`chapters/{header.chapter.name}`", on_site(header.quote))
         for header in found
     }
-    yield from by_part(("Chapter", "Module", "In one sentence"), rows, found, known)
+    yield from by_part(("Chapter", "In one sentence"), rows, found, known)
 
 
 def by_part(
@@ -149,7 +145,7 @@ def teaching_times(found: list[Header], known: list[Part]) -> Iterator[str]:
             header.main_line,
             header.everything,
             header.run,
-            f"{len(header.exercises)}, together {sum(header.exercises)} minutes"
+            f"{len(header.exercises)} ({sum(header.exercises)} minutes)"
             if header.exercises
             else "none",
         )

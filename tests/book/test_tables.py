@@ -58,7 +58,7 @@ def test_the_tables_say_what_the_chapters_say(book):
     assert "This is written" not in readme
     assert "### Part III. Conducting" not in readme  # nothing is written, nothing planned
     teaching = read_text(book / "teaching.md")
-    assert "| 20 minutes | 1.5 hours | 2 minutes | 1, together 25 minutes |" in teaching
+    assert "| 20 minutes | 1.5 hours | 2 minutes | 1 (25 minutes) |" in teaching
     assert "| {doc}`chapters/01_second` | twos ({doc}`/chapters/00_first`) |" in teaching
     reference = read_text(book / "api/index.md")
     assert "{py:func}`four times <llmbook.second.quadruple>`" in reference
