@@ -42,7 +42,7 @@ from book import (
     write_text,
 )
 from continued import join
-from headers import state_measured_times
+from headers import faults, state_measured_times
 from jupytext.config import load_jupytext_config
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
@@ -349,7 +349,7 @@ def _clean_outputs(chapter: Chapter, code: list[NotebookNode], cell: NotebookNod
 
 def make_plans(root: Path, names: Iterable[str] = (), keep: str | None = None) -> list[Plan]:
     """Plan the named chapters, or all; report every chapter that cannot be planned."""
-    plans, faults = [], []
+    plans, wrong = [], []
     for chapter in _select(root, names):
         try:
             seen = {path: _text(path) for path in (chapter.script, chapter.notebook)}
@@ -357,11 +357,11 @@ def make_plans(root: Path, names: Iterable[str] = (), keep: str | None = None) -
             parse(script, f"chapters/{chapter.script.name}")
             plans.append(Plan(chapter, script, notebook, export(chapter, notebook), seen))
         except BookError as error:
-            faults.append(str(error))
+            wrong.append(str(error))
     modules = Counter(chapter.module for chapter in chapters(root))
-    faults += [f"two chapters export to {PACKAGE}/{m}.py" for m, n in modules.items() if n > 1]
-    if faults:
-        raise BookError("\n".join(faults))
+    wrong += [f"two chapters export to {PACKAGE}/{m}.py" for m, n in modules.items() if n > 1]
+    if wrong:
+        raise BookError("\n".join(wrong))
     texts = _modules(root) | {plan.chapter.module: plan.module for plan in plans}
     for plan in plans:
         plan.stale = why_stale(plan.notebook, texts)
@@ -467,7 +467,8 @@ def main() -> int:
     start = time.perf_counter()
     try:
         if args.check:
-            found = out_of_date(args.root, args.chapters) + not_current(args.root)
+            found = out_of_date(args.root, args.chapters)
+            found += faults(args.root) or not_current(args.root)
             print("\n".join(found) if found else "all is current")
             return 1 if found else 0
         if args.times:

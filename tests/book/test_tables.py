@@ -13,7 +13,7 @@ import headers
 import pytest
 import yaml
 from book import ROOT, BookError, read_text
-from sync import out_of_date, sync, write_times
+from sync import main, out_of_date, sync, write_times
 from tables import not_current, write_tables
 
 FIRST = "chapters/00_first.py"
@@ -184,3 +184,14 @@ def test_the_chapter_in_small_of_the_instructions_is_a_chapter(book):
         assert not checks.complaints(check, book), check.__name__
     assert "3.14159 becomes 3.14062" in read_text(book / "chapters/02_precision.ipynb")
     assert "def round_to" in read_text(book / "llmbook/precision.py")
+
+
+def test_a_check_names_what_a_sync_would_change(book, edit, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sync.py", "--check", "--root", str(book)])
+    assert main() == 0
+    edit("index.md", "Doubling twice", "Doubling once")
+    assert main() == 1
+    assert "index.md: the row of 01_second is not what the chapters say" in capsys.readouterr().out
+    edit(FIRST, "**You need**", "**You want**")
+    assert main() == 1
+    assert "00_first: the header has no row **You need**" in capsys.readouterr().out
