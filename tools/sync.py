@@ -12,6 +12,7 @@ Last, every table of chapters is made from what the chapters say of themselves (
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import os
@@ -42,6 +43,7 @@ from book import (
     write_text,
 )
 from continued import join
+from engine import fold, fold_as
 from headers import faults, state_measured_times
 from jupytext.config import load_jupytext_config
 from nbclient import NotebookClient
@@ -76,9 +78,15 @@ class Plan:
             found.append(f"{PACKAGE}/{chapter.module}.py is not what {chapter.name} exports")
         if not chapter.notebook.exists():
             found.append(f"{chapter.name}.ipynb does not exist")
-        elif _text(chapter.notebook) != notebook_text(self.notebook):
+        elif _text(chapter.notebook) != self._as_a_reader_left_it():
             found.append(f"{chapter.name}.ipynb lacks what was edited, or is not in its plain form")
         return found + ([f"{chapter.name} must be executed: {self.stale}"] if self.stale else [])
+
+    def _as_a_reader_left_it(self) -> str:
+        """Return the notebook's text with engine rooms as they are stored, open or folded."""
+        notebook = copy.deepcopy(self.notebook)
+        fold_as(notebook.cells, read_notebook(self.chapter.notebook).cells)
+        return notebook_text(notebook)
 
     def store_script(self) -> bool:
         """Write the script if it has to change; say whether it had to."""
@@ -202,6 +210,7 @@ def _notebook(
         if cell.cell_type == "code" and (old := outputs.get(cell.id)):
             cell.outputs, cell.execution_count = old.outputs, old.execution_count
     record = record or {"paired": fingerprint(cells)}
+    fold(cells)  # after the fingerprint, for the script knows nothing of it
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=plain_metadata(record))
     notebook.nbformat_minor = 5
     return notebook
