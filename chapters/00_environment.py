@@ -7,27 +7,39 @@
 # and each of them was computed by the cell above it. If you run that cell, you should get the same
 # number, on your own computer, without a network or a graphics card. This chapter sets that up,
 # shows how a chapter is made and read, and says exactly how far the promise goes: what is
-# repeatable to the last bit, what only to three digits, and why.
+# repeatable to the last bit, what only to three digits, and why. Installing takes a few minutes,
+# once.
 #
 # | | |
 # |---|---|
+# | **Part** | I. Foundations and data |
 # | **You build** | {py:func}`~llmbook.environment.seed_everything`, {py:func}`~llmbook.environment.best_device`, {py:func}`~llmbook.environment.describe_environment` |
 # | **You need** | some Python; a terminal |
-# | **It takes** | 20 minutes to read, 15 seconds to run, a few minutes to install |
+# | **It takes** | 20 minutes for the main line, 30 minutes for everything, 15 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp environment
 
-# %%
+# %% tags=["engine"]
 #| export
+# The imports of the module
 import os
 import platform
 import random
+import shutil
 import sys
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from glob import escape
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # loading PyTorch takes a second, and many programs need it not
+    import torch
 
 # %% [markdown]
 # ## Where this leads
@@ -106,6 +118,8 @@ def seed_everything(seed: int) -> None:
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed!r}, but must be a whole number from 0 to 2**32 - 1")
+    import torch
+
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (other people's code uses the global generator)
     torch.manual_seed(seed)
@@ -116,6 +130,9 @@ def seed_everything(seed: int) -> None:
 
 
 # %%
+import torch
+
+
 def draw() -> tuple[float, ...]:
     numbers = random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
     return tuple(round(number, 4) for number in numbers)
@@ -275,8 +292,10 @@ print("other order, 300 steps: more than tenfold the difference:", late > 10 * e
 
 # %%
 #| export
-def best_device() -> torch.device:
+def best_device() -> "torch.device":
     """The fastest device that PyTorch can use here: ``cuda``, else ``mps``, else ``cpu``."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
@@ -314,6 +333,8 @@ def describe_environment() -> dict[str, str]:
     The values are strings, so that the description can go into a log or a checkpoint. Packages that
     are not installed are left out. Nothing in it names the user or the machine.
     """
+    import torch
+
     device = best_device()
     description = {
         "system": f"{platform.system()} {platform.machine()}",
@@ -340,6 +361,175 @@ def describe_environment() -> dict[str, str]:
 # %% tags=["nbval-ignore-output"]
 for what, value in describe_environment().items():
     print(f"{what:14} {value}")
+
+# %% [markdown]
+# ## What every chapter asks of its arguments and its files
+#
+# `seed_everything` refuses a seed of -1 by name. The alternative is an error from somewhere inside
+# NumPy, about a variable that the caller has never heard of. Every public function of the book
+# does the same, and every file that it writes is either complete or not there. Both take a few
+# lines each, written once, here. They are the first example of what this book calls an **engine
+# room**: code that makes an idea fit for use without being the idea. Engine rooms are folded. You
+# can read the book without opening one, and open any of them when you want to know how it is done.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: a wrong argument is named where it enters
+#
+# A message is useful if it says which argument is wrong, what was expected and what came. The
+# checks take the names from keywords, so that a check of three sizes is one line:
+# `check_at_least(d_model=(1, d_model), n_heads=(1, n_heads))`. A truth value is a whole number to
+# Python, and never what anyone meant by a size, so it is refused.
+
+
+# %% tags=["engine"]
+#| export
+def check_at_least(**bounds: tuple[int, object]) -> None:
+    """Demand whole numbers of at least so much: ``check_at_least(size=(1, size))``.
+
+    ``None`` passes: it stands for an option that was not given.
+
+    >>> check_at_least(workers=(1, 0))
+    Traceback (most recent call last):
+    ValueError: workers: expected at least 1, got 0
+    """
+    for argument, (least, value) in bounds.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise ValueError(f"{argument}: expected a whole number, got {value!r}")
+        if value < least:
+            raise ValueError(f"{argument}: expected at least {least}, got {value}")
+
+
+def check_even(**sizes: int | np.integer) -> None:
+    """Demand even whole numbers of at least 2."""
+    for argument, size in sizes.items():
+        check_at_least(**{argument: (2, size)})
+        if size % 2:
+            raise ValueError(f"{argument}: expected an even number, got {size}")
+
+
+# %% [markdown] tags=["engine"]
+# Shares and names chosen from a list are the other two kinds that come up everywhere, and texts,
+# since bytes are easily mistaken for them.
+
+
+# %% tags=["engine"]
+#| export
+def check_fraction(argument: str, value: object) -> None:
+    """Demand a number of at least 0 and less than 1, such as a rate of dropout."""
+    if not isinstance(value, int | float | np.number) or not 0 <= value < 1:
+        raise ValueError(f"{argument}: expected at least 0 and less than 1, got {value!r}")
+
+
+def check_choice(argument: str, value: object, choices: Collection[str]) -> None:
+    """Demand one of ``choices``.
+
+    >>> check_choice("backend", "tensorflow", ("reference", "torch"))
+    Traceback (most recent call last):
+    ValueError: backend: expected one of reference, torch, got 'tensorflow'
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{argument}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def check_text(value: object, argument: str = "text") -> str:
+    """Return ``value`` if it is a ``str``, else raise a ``ValueError`` that names ``argument``."""
+    if not isinstance(value, str):
+        raise ValueError(f"{argument}: expected a str, got {value!r:.60}")
+    return value
+
+
+# %% [markdown] tags=["engine"]
+# Some functions need a library that is not installed with the package. Python's own message names
+# the library. Ours names the extra that brings it.
+
+
+# %% tags=["engine"]
+#| export
+@contextmanager
+def requires_extra(what: str, extra: str) -> Iterator[None]:
+    """Say which extra of the package to install when an import in the block fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"{what} needs an extra: pip install 'llmbook[{extra}]'") from error
+
+
+# %% [markdown]
+# ### All or nothing
+#
+# A program that is killed while it writes leaves half a file, and half a file looks like a file.
+# The cure is old and short: write under another name in the same folder, and rename at the end. A
+# rename within a file system happens as a whole or not at all. `whole_file(path)`
+# gives its block a draft to write into, and moves it when the block ends well.
+
+# %% [markdown] tags=["engine"]
+# #### Engine room: files and folders that are whole or not there
+#
+# The draft's name begins with a dot and carries the number of the process, so that two programs
+# that write the same file do not share a draft. The last one to finish wins.
+
+
+# %% tags=["engine"]
+#| export
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path; move it to ``path`` at the end, or remove it after an exception."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield draft
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+# %% [markdown] tags=["engine"]
+# A folder is written in the same way, into a hidden folder beside it. A run that was killed cannot
+# sweep up after itself, so the next one with the same target does.
+
+
+# %% tags=["engine"]
+#| export
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """Give a hidden directory to write into; rename it to ``path`` at the end, or remove it."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"directory: expected a new or an empty one, got {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft, trash = (path.with_name(f".{path.name}.part-{uuid.uuid4().hex}") for _ in range(2))
+    for leftover in path.parent.glob(f".{escape(path.name)}.part-*"):
+        with suppress(OSError):  # another run may sweep, too
+            # Renamed first: it must not be finished by halves.
+            shutil.rmtree(leftover.rename(trash))
+    draft.mkdir()
+    try:
+        yield draft
+        if path.exists():
+            path.rmdir()
+        draft.rename(path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+# %% [markdown]
+# ### A writer that is stopped
+#
+# Yesterday's results are complete. Today's program is interrupted in the middle of a word. Its
+# draft is gone, and yesterday's file is untouched:
+
+# %%
+import tempfile
+
+
+with tempfile.TemporaryDirectory() as folder:
+    results = Path(folder, "results.txt")
+    results.write_text("all of yesterday's results")
+    with suppress(KeyboardInterrupt), whole_file(results) as draft:
+        draft.write_text("half of toda")
+        raise KeyboardInterrupt
+    print("in the folder:", [file.name for file in Path(folder).iterdir()])
+    print("in the file:  ", results.read_text())
 
 # %% [markdown]
 # ## Exercises

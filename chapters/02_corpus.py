@@ -16,9 +16,10 @@
 #
 # | | |
 # |---|---|
+# | **Part** | I. Foundations and data |
 # | **You build** | {py:class}`~llmbook.corpus.Document`, {py:func}`~llmbook.corpus.read_installed_docs`, {py:func}`~llmbook.corpus.read_files`, {py:func}`~llmbook.corpus.read_jsonl`, {py:func}`~llmbook.corpus.read_html`, {py:func}`~llmbook.corpus.stream_hub` |
 # | **You need** | Python: generators and regular expressions. {doc}`00_environment` sets up the rest |
-# | **It takes** | 60 minutes to read, 45 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2 hours for everything, 45 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp corpus
@@ -47,6 +48,9 @@ import types
 import unicodedata
 import warnings
 import zlib
+
+from llmbook.environment import check_at_least, requires_extra, whole_file
+
 
 # %% [markdown]
 # Whatever else a reader needs (pyarrow, zstandard, datasets) is imported where it is used, so that
@@ -353,12 +357,54 @@ def _check_errors(errors: str) -> None:
         raise ValueError(f"errors: expected 'strict', 'skip' or 'replace', got {errors!r}")
 
 
-def _check_at_least(**bounds: tuple[int, int | None]) -> None:
-    for argument, (least, value) in bounds.items():
-        if value is not None and not isinstance(value, int | np.integer):
-            raise ValueError(f"{argument}: expected a whole number, got {value!r}")
-        if value is not None and value < least:
-            raise ValueError(f"{argument}: expected at least {least}, got {value}")
+# %% [markdown] tags=["engine"]
+# ### Engine room: documents and paths are looked at where they enter
+#
+# A string is a collection of letters as far as Python is concerned. Pass a single text where
+# several are expected, and a function would take it for a list of one-letter documents. Every
+# function of the book that takes documents therefore passes them through one of these two, which
+# name the argument, and say where in it the wrong item stands.
+
+
+# %% tags=["engine"]
+#| export
+def iter_documents(
+    items: Iterable[Any], argument: str = "documents", *, texts: bool = False
+) -> Iterator[Document]:
+    """Yield ``items``; a ``ValueError`` names ``argument`` and the place of what is no Document.
+
+    A single text or Document is refused at once, before anything is asked for. With ``texts``,
+    texts among the items are taken, too, and become Documents.
+
+    >>> iter_documents("one text")
+    Traceback (most recent call last):
+    ValueError: documents: expected several Documents, got a single str
+    """
+    if not texts:
+        return _each(items, argument, Document, "Documents")
+    each = _each(items, argument, Document | str, "Documents or texts")
+    return (item if isinstance(item, Document) else Document(item) for item in each)
+
+
+def iter_texts(items: Iterable[Any], argument: str = "documents") -> Iterator[str]:
+    """Yield the texts of ``items``, which are Documents or texts, checked like those above."""
+    each = _each(items, argument, Document | str, "Documents or texts")
+    return (item.text if isinstance(item, Document) else item for item in each)
+
+
+def _each(items: Any, argument: str, kinds: Any, name: str) -> Iterator[Any]:
+    if isinstance(items, str | bytes | Document) or not isinstance(items, Iterable):
+        one = "a single " if isinstance(items, str | bytes | Document) else ""
+        raise ValueError(f"{argument}: expected several {name}, got {one}{type(items).__name__}")
+
+    def checked() -> Iterator[Any]:
+        for i, item in enumerate(items):
+            if not isinstance(item, kinds):
+                kind = type(item).__name__
+                raise ValueError(f"{argument}: expected {name}, got {kind} at index {i}")
+            yield item
+
+    return checked()
 
 
 # %% [markdown]
@@ -484,7 +530,7 @@ def _read_jobs(jobs: list[tuple[str, str, str, tuple[str, ...]]]) -> list[list[D
 # %%
 #| export
 @contextmanager
-def _no_script() -> Iterator[None]:
+def without_main_script() -> Iterator[None]:
     """Keep workers that start now from running the caller's script once more."""
     script = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -501,7 +547,7 @@ def _no_script() -> Iterator[None]:
 
 # %%
 #| export
-def _in_order(function: Callable[[Any], Any], jobs: list[Any], workers: int) -> Iterator[Any]:
+def ordered_map(function: Callable[[Any], Any], jobs: list[Any], workers: int) -> Iterator[Any]:
     """Like ``map``, with ``workers`` processes; in this one where others are impossible."""
     if (
         workers == 1
@@ -512,7 +558,7 @@ def _in_order(function: Callable[[Any], Any], jobs: list[Any], workers: int) -> 
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     try:
-        with _no_script():
+        with without_main_script():
             futures = [pool.submit(function, job) for job in jobs]
         for job, future in zip(jobs, futures, strict=True):
             try:
@@ -552,7 +598,7 @@ def read_installed_docs(
     chosen = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if not chosen or not set(chosen) <= set(KINDS):
         raise ValueError(f"kinds: expected some of {KINDS}, got {kinds!r}")
-    _check_at_least(workers=(1, workers))
+    check_at_least(workers=(1, workers))
     _check_errors(errors)
     if not names:
         raise ValueError("packages: expected at least one, got none")
@@ -601,7 +647,7 @@ def _read_packages(
     workers = workers or (min(4, os.cpu_count() or 1) if size > 8e6 else 1)
     jobs = [(package, name, str(path), kinds) for package in files for name, path in files[package]]
     chunks = [jobs[i : i + 16] for i in range(0, len(jobs), 16)]
-    results = (r for chunk in _in_order(_read_jobs, chunks, workers) for r in chunk)
+    results = (r for chunk in ordered_map(_read_jobs, chunks, workers) for r in chunk)
     for package, (_, distribution) in places.items():
         if "readme" in kinds and distribution not in seen:
             yield from _readme(package, distribution)
@@ -708,18 +754,9 @@ for name, data in cases.items():
 
 # %%
 #| export
-@contextmanager
-def _needing(what: str, extra: str) -> Iterator[None]:
-    """Say which extra of the package to install when an import in the block fails."""
-    try:
-        yield
-    except ImportError as error:
-        raise ImportError(f"{what} needs an extra: pip install 'llmbook[{extra}]'") from error
-
-
 def _zstd_chunks(path: Path) -> Iterator[bytes]:
     """Yield the contents of a Zstandard file; ``EOFError`` where it was cut off."""
-    with _needing("Zstandard", extra="scale"):
+    with requires_extra("Zstandard", extra="scale"):
         import zstandard
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # as zstd --long=31 needs
     frame, data = decompressor.decompressobj(), b""
@@ -864,23 +901,12 @@ def _read_jsonl(path: Path, name: str, rows: _Rows) -> Iterator[Document]:
 
 
 # %% [markdown]
-# A program that is killed while it writes leaves a file that looks finished. So we write to a
-# temporary name in the same folder and rename at the end, in one step.
+# A program that is killed while it writes leaves a file that looks finished. `whole_file`, from
+# {doc}`00_environment`, writes to a temporary name in the same folder and renames at the end.
 
 
 # %%
 #| export
-@contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path; move it to ``path`` at the end, or remove it after an exception."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield draft
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 def _compressor(raw: Any, suffix: str) -> Any:
     """Return a file that compresses what is written to it into ``raw``, as ``suffix`` asks."""
     if suffix == ".gz":  # no name and no date inside: the same documents give the same bytes
@@ -890,7 +916,7 @@ def _compressor(raw: Any, suffix: str) -> Any:
     if suffix == ".xz":
         return lzma.open(raw, "wb")
     if suffix == ".zst":
-        with _needing("Zstandard", extra="scale"):
+        with requires_extra("Zstandard", extra="scale"):
             import zstandard
         return zstandard.ZstdCompressor().stream_writer(raw, closefd=False)
     return nullcontext(raw)
@@ -917,7 +943,7 @@ def write_jsonl(documents: Iterable[Document], path: str | Path) -> int:
     cannot hold; tuples come back as lists, keys that are numbers as strings.
     """
     path, count = Path(path), 0
-    whole, suffix = _whole_file(path), path.suffix.lower()
+    whole, suffix = whole_file(path), path.suffix.lower()
     with whole as draft, draft.open("wb") as raw, _compressor(raw, suffix) as file:
         for document in documents:
             file.write(_as_json(document, vars(document)) + b"\n")
@@ -951,7 +977,7 @@ def read_jsonl(
 
 # %%
 #| export
-def _listed(paths: str | Path | Iterable[str | Path]) -> list[Path]:
+def existing_paths(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """Return ``paths`` as a list of paths that exist."""
     found = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
     if not found:
@@ -983,7 +1009,7 @@ def _read_tables(
     paths: Any, reader: Any, text_field: str, id_field: str, errors: str, report: ReadReport | None
 ) -> Iterator[Document]:
     _check_errors(errors)
-    files = _listed(paths)
+    files = existing_paths(paths)
     for path in files:
         if path.is_dir():
             raise ValueError(f"paths: expected files, got the folder {str(path)!r}: see read_files")
@@ -1028,7 +1054,7 @@ for problem in report.problems:
 # %%
 #| export
 def _read_parquet(path: Path, name: str, rows: _Rows) -> Iterator[Document]:
-    with _needing("Parquet", extra="scale"):
+    with requires_extra("Parquet", extra="scale"):
         import pyarrow as pa
         import pyarrow.parquet as pq
     number = 0
@@ -1113,14 +1139,14 @@ def write_parquet(documents: Iterable[Document], path: str | Path, row_group: in
 
     The file appears complete or not at all. Needs pyarrow.
     """
-    with _needing("Parquet", extra="scale"):
+    with requires_extra("Parquet", extra="scale"):
         import pyarrow as pa
         import pyarrow.parquet as pq
     names, count = ("text", "id", "source", "metadata"), 0
     schema = pa.schema([(name, pa.string()) for name in names])
-    _check_at_least(row_group=(1, row_group))
+    check_at_least(row_group=(1, row_group))
     with (
-        _whole_file(Path(path)) as draft,
+        whole_file(Path(path)) as draft,
         pq.ParquetWriter(draft, schema, compression="zstd") as file,
     ):
         for group in _groups(documents, row_group):
@@ -1538,7 +1564,7 @@ def read_files(
         "".encode(encoding)
     except LookupError:  # no such encoding, or one like base64 that is not of text
         raise ValueError(f"encoding: expected one that Python knows, got {encoding!r}") from None
-    listed = _listed(paths)
+    listed = existing_paths(paths)
     own = report if report is not None else ReadReport()
     files = _found_files(listed, pattern, own, errors)
     own.files += len(files)
@@ -1636,7 +1662,7 @@ def stream_hub(
     ``ConnectionError`` is raised. Needs datasets.
     """
     _check_errors(errors)
-    _check_at_least(shuffle_buffer=(0, shuffle_buffer), limit=(1, limit))
+    check_at_least(shuffle_buffer=(0, shuffle_buffer), limit=(1, limit))
     table = _open_hub(name, config, split, revision)
     columns = table.column_names
     if columns is not None and text_field not in columns:
@@ -1654,7 +1680,7 @@ def stream_hub(
 # %%
 #| export
 def _open_hub(name: str, config: str | None, split: str, revision: str | None) -> Any:
-    with _needing("stream_hub", extra="hub"), warnings.catch_warnings():
+    with requires_extra("stream_hub", extra="hub"), warnings.catch_warnings():
         # in notebooks, of progress bars that we do not show
         warnings.filterwarnings("ignore", message="IProgress not found")
         from datasets import load_dataset
@@ -1839,7 +1865,7 @@ def fit_power_law(
     Least squares on the logarithms of x and y, averaged in ``bins`` of equal width in log x, so
     that every decade has the same say. All values must be positive and finite.
     """
-    _check_at_least(bins=(2, bins))
+    check_at_least(bins=(2, bins))
     if x.shape != y.shape:
         raise ValueError(f"x, y: expected equal shapes, got {x.shape} and {y.shape}")
     positive = all(v.size and v.min() > 0 and np.isfinite(v).all() for v in (x, y))

@@ -17,9 +17,10 @@
 #
 # | | |
 # |---|---|
+# | **Part** | I. Foundations and data |
 # | **You build** | {py:func}`~llmbook.deduplication.exact_duplicates`, {py:func}`~llmbook.deduplication.shingles`, {py:func}`~llmbook.deduplication.jaccard`, {py:class}`~llmbook.deduplication.MinHasher`, {py:class}`~llmbook.deduplication.LSHIndex`, {py:func}`~llmbook.deduplication.find_near_duplicates`, {py:func}`~llmbook.deduplication.deduplicate` |
 # | **You need** | documents ({doc}`02_corpus`), NumPy arrays, probability of independent events |
-# | **It takes** | 60 minutes to read, 45 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2 hours for everything, 45 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp deduplication
@@ -47,7 +48,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64, Shaped, UInt, UInt32, UInt64
 
-from llmbook.corpus import Document, _check_at_least, _in_order, _whole_file
+from llmbook.corpus import Document, iter_documents, iter_texts, ordered_map
+from llmbook.environment import check_at_least, whole_file
 
 # %% [markdown]
 # Our corpus is the one of chapter 02 and three more packages, which carry license headers.
@@ -85,26 +87,6 @@ def canonical_text(text: str) -> str:
 
 
 # %% [markdown]
-# A single text passed where several are expected would be taken for a list of one-letter
-# documents. That mistake gets an error that names it.
-
-
-# %%
-#| export
-def _texts(documents: Iterable[Document | str]) -> Iterator[str]:
-    """Yield the texts of ``documents``, which are Documents or texts already."""
-    if isinstance(documents, str | bytes | Document):
-        one = type(documents).__name__
-        raise ValueError(f"documents: expected several Documents or texts, got a single {one}")
-    for i, item in enumerate(documents):
-        text = item.text if isinstance(item, Document) else item
-        if not isinstance(text, str):
-            kind = type(text).__name__
-            raise ValueError(f"documents: expected Documents or texts, got {kind} at index {i}")
-        yield text
-
-
-# %% [markdown]
 # To keep every text would take as much memory as the corpus. A **hash** of 128 bits stands for it.
 # How likely is it that among $N$ different texts two share a hash of $m$ bits? There are
 # $N(N-1)/2$ pairs, each agrees with probability $2^{-m}$, and the probability of a union is at
@@ -134,7 +116,7 @@ def exact_duplicates(documents: Iterable[Document | str]) -> list[list[int]]:
     [[0, 2]]
     """
     groups: dict[bytes, list[int]] = defaultdict(list)
-    for i, text in enumerate(_texts(documents)):
+    for i, text in enumerate(iter_texts(documents)):
         groups[blake2b(_utf8(canonical_text(text)), digest_size=16).digest()].append(i)
     return [group for group in groups.values() if len(group) > 1]
 
@@ -335,7 +317,7 @@ def _shingle_hashes(
 # %%
 #| export
 def _check_shingles(n: int, unit: str) -> None:
-    _check_at_least(n=(1, n))
+    check_at_least(n=(1, n))
     if unit not in ("word", "character"):
         raise ValueError(f"unit: expected 'word' or 'character', got {unit!r}")
 
@@ -351,7 +333,7 @@ def shingles(text: str, n: int = 5, unit: str = "word") -> UInt64[np.ndarray, " 
     (2, 1, 0)
     """
     _check_shingles(n, unit)
-    return np.unique(_shingle_hashes(list(_texts([text])), n, unit)[0])
+    return np.unique(_shingle_hashes(list(iter_texts([text])), n, unit)[0])
 
 
 # %% [markdown]
@@ -562,9 +544,9 @@ class MinHasher:
 
     def signatures(self, documents: Iterable[Document | str], workers: int = 1) -> _Signatures:
         """Sign documents, reading each once; several ``workers`` hold all texts in memory."""
-        _check_at_least(workers=(1, workers))
-        jobs = ((self, texts) for texts in _batches(_texts(documents)))
-        parts = map(_sign, jobs) if workers == 1 else _in_order(_sign, list(jobs), workers)
+        check_at_least(workers=(1, workers))
+        jobs = ((self, texts) for texts in _batches(iter_texts(documents)))
+        parts = map(_sign, jobs) if workers == 1 else ordered_map(_sign, list(jobs), workers)
         return np.concatenate([np.empty((0, self.n_permutations), np.uint32), *parts])
 
 
@@ -576,7 +558,7 @@ class MinHasher:
 # %%
 #| export
 def _check_hasher(hasher: MinHasher) -> None:
-    _check_at_least(n_permutations=(1, hasher.n_permutations), seed=(0, hasher.seed))
+    check_at_least(n_permutations=(1, hasher.n_permutations), seed=(0, hasher.seed))
     _check_shingles(hasher.n, hasher.unit)
     if hasher.seed >= 2**32:
         raise ValueError(f"seed: expected less than 2**32, got {hasher.seed}")
@@ -727,7 +709,7 @@ def collision_probability(
     >>> collision_probability(np.array([0.4, 0.8]), bands=16, rows=8).round(2).tolist()
     [0.01, 0.95]
     """
-    _check_at_least(bands=(1, bands), rows=(1, rows))
+    check_at_least(bands=(1, bands), rows=(1, rows))
     s = np.asarray(similarity, np.float64)
     if not ((s >= 0) & (s <= 1)).all():
         raise ValueError(f"similarity: expected numbers from 0 to 1, got {similarity!r}")
@@ -782,7 +764,7 @@ def optimal_bands(
     below and above the threshold. Of equally good choices that with the fewest bands is taken.
     """
     _check_threshold(threshold)
-    _check_at_least(n_permutations=(1, n_permutations))
+    check_at_least(n_permutations=(1, n_permutations))
     _check_weights(weights)
     return _least_error(threshold, n_permutations, *weights)
 
@@ -1063,7 +1045,7 @@ class LSHIndex:
 # %%
 #| export
 def _check_bands(bands: int, rows: int, n_permutations: int) -> None:
-    _check_at_least(bands=(1, bands), rows=(1, rows))
+    check_at_least(bands=(1, bands), rows=(1, rows))
     if bands * rows > n_permutations:
         most = f"at most {n_permutations} permutations"
         raise ValueError(f"bands, rows: expected {most} in all, got {bands} times {rows}")
@@ -1107,7 +1089,7 @@ def _write_index(index: LSHIndex, path: Path) -> None:
     }
     coded = np.frombuffer(json.dumps(header).encode(), np.uint8)
     hashes, owners = index._runs.merged()
-    with _whole_file(path) as draft, draft.open("wb") as file:
+    with whole_file(path) as draft, draft.open("wb") as file:
         np.savez(file, header=coded, hashes=hashes, owners=owners)
 
 
@@ -1220,7 +1202,7 @@ class UnionFind:
     """
 
     def __init__(self, size: int) -> None:
-        _check_at_least(size=(0, size))
+        check_at_least(size=(0, size))
         self._parent = list(range(size))
 
     def find(self, item: int) -> int:
@@ -1457,10 +1439,10 @@ def find_near_duplicates(
     with ``collision_probability(s, bands, rows)``, and copies always are. In buckets of more than
     ``exact_up_to`` members some edges that would join two clusters may be missed.
     """
-    _check_at_least(exact_up_to=(0, exact_up_to))
+    check_at_least(exact_up_to=(0, exact_up_to))
     hasher = hasher or MinHasher()
     bands, rows = optimal_bands(threshold, hasher.n_permutations, weights)
-    texts = list(_texts(documents))
+    texts = list(iter_texts(documents))
     copies = [(group[0], copy) for group in exact_duplicates(texts) for copy in group[1:]]
     exact = np.array(copies, np.int64).reshape(-1, 2)
     rest = np.setdiff1d(np.arange(len(texts)), exact[:, 1])
@@ -1544,15 +1526,6 @@ print("clusters at 0.7:", find_near_duplicates(chain_of_texts, 0.7).clusters)
 
 # %%
 #| export
-def _listed(documents: Iterable[Document]) -> list[Document]:
-    listed = list(documents)
-    for i, document in enumerate(listed):
-        if not isinstance(document, Document):
-            kind = type(document).__name__
-            raise ValueError(f"documents: expected Documents, got {kind} at index {i}")
-    return listed
-
-
 def _ranked(
     clusters: list[list[int]], documents: list[Document], score: Callable[[Document], float] | None
 ) -> Iterator[list[int]]:
@@ -1655,7 +1628,7 @@ def deduplicate(
     """
     if linkage not in ("star", "single"):
         raise ValueError(f"linkage: expected 'star' or 'single', got {linkage!r}")
-    listed, hasher = _listed(documents), hasher or MinHasher()
+    listed, hasher = list(iter_documents(documents)), hasher or MinHasher()
     found = find_near_duplicates(
         listed, threshold, hasher=hasher, weights=weights, exact_up_to=exact_up_to, workers=workers
     )

@@ -15,9 +15,10 @@
 #
 # | | |
 # |---|---|
+# | **Part** | I. Foundations and data |
 # | **You build** | {py:func}`~llmbook.tokenizer.train_bpe`, {py:func}`~llmbook.tokenizer.train_bpe_files`, {py:class}`~llmbook.tokenizer.BPETokenizer`, {py:func}`~llmbook.tokenizer.pretokenize`, {py:func}`~llmbook.tokenizer.learn_merges` |
 # | **You need** | Python and regular expressions; the documents of {doc}`02_corpus`, and the laws named there |
-# | **It takes** | 75 minutes to read, 45 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 45 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp tokenizer
@@ -40,8 +41,9 @@ from typing import Any, Literal, SupportsInt, TypeVar
 
 import regex  # type: ignore[import-untyped, unused-ignore]
 
-from llmbook.cleaning import _whole_characters as _joined_surrogates
-from llmbook.corpus import _check_at_least, _in_order, _listed, _whole_file
+from llmbook.cleaning import whole_characters
+from llmbook.corpus import ordered_map, existing_paths
+from llmbook.environment import check_at_least, check_text, whole_file
 
 # %% [markdown]
 # The package `regex` knows Unicode's classes of characters, which Python's own `re` does not. For
@@ -134,9 +136,7 @@ print("as Python does, all of them:", all(utf8_bytes(c) == chr(c).encode() for c
 #| export
 def _whole_characters(text: object, argument: str = "text") -> str:
     """Return ``text`` with surrogates joined or replaced; what is no text raises a ValueError."""
-    if not isinstance(text, str):
-        raise ValueError(f"{argument}: expected a str, got {type(text).__name__}")
-    return _joined_surrogates(text)
+    return whole_characters(check_text(text, argument))
 
 
 # %% [markdown]
@@ -346,12 +346,12 @@ def count_words(
     >>> count_words(["to be", "not to be"])
     Counter({' be': 2, 'to': 1, 'not': 1, ' to': 1})
     """
-    _check_at_least(workers=(1, workers))
+    check_at_least(workers=(1, workers))
     special = _checked_special_tokens(special_tokens)
     jobs = ((batch, pattern, special) for batch in _batches(texts))
     counts: Counter[str] = Counter()
     for found in (
-        _in_order(_count_texts, list(jobs), workers) if workers > 1 else map(_count_texts, jobs)
+        ordered_map(_count_texts, list(jobs), workers) if workers > 1 else map(_count_texts, jobs)
     ):
         counts.update(found)
     return counts
@@ -543,7 +543,7 @@ def learn_merges(counts: Mapping[str, int], size: int) -> list[tuple[bytes, byte
     >>> learn_merges({"to": 2, "toe": 1}, 2)
     [(b't', b'o'), (b'to', b'e')]
     """
-    _check_at_least(size=(0, size), counts=(0, min(counts.values(), default=0)))
+    check_at_least(size=(0, size), counts=(0, min(counts.values(), default=0)))
     words = [_whole_characters(word).encode().decode("latin-1") for word in counts]
     pairs, where = _index_pairs(words, frequencies := list(counts.values()))
     tokens = [bytes([byte]) for byte in range(256)]
@@ -665,7 +665,7 @@ def _count_files(
         for start, end in _chunks(path, _separators(special), size)
     ]
     counts: Counter[str] = Counter()
-    for found in _in_order(_count_chunk, jobs, workers):
+    for found in ordered_map(_count_chunk, jobs, workers):
         counts.update(found)
     return counts
 
@@ -919,9 +919,9 @@ def _encode_batch(
     known: _Vocabulary, texts: Iterable[str], workers: int, allowed: tuple[str, ...]
 ) -> list[list[int]]:
     """Return the ids of each text, in order."""
-    _check_at_least(workers=(1, workers))
+    check_at_least(workers=(1, workers))
     jobs = [(known, batch, allowed) for batch in _batches(texts)]
-    return list(chain.from_iterable(_in_order(_encode_job, jobs, workers)))
+    return list(chain.from_iterable(ordered_map(_encode_job, jobs, workers)))
 
 
 # %% [markdown]
@@ -1023,8 +1023,8 @@ def _joined_halves(texts: Iterable[str]) -> Iterator[str]:
             raise ValueError(f"texts[{number}]: expected a str, got {type(text).__name__}")
         text = half + text
         half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
-        yield _joined_surrogates(text[: len(text) - len(half)])
-    yield _joined_surrogates(half)
+        yield whole_characters(text[: len(text) - len(half)])
+    yield whole_characters(half)
 
 
 def _encode_stream(
@@ -1315,7 +1315,7 @@ def _from_gpt2(folder: Path) -> dict[str, Any]:
 #| export
 def _write_text(path: Path, text: str) -> None:
     """Write a file in one step."""
-    with _whole_file(path) as draft:
+    with whole_file(path) as draft:
         draft.write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -1383,7 +1383,7 @@ def _to_tiktoken(known: _Codec, name: str) -> Any:
 def _truncated(known: _Codec, vocab_size: int) -> "BPETokenizer":
     """Return the tokenizer that knows fewer merges; special tokens come last and get new ids."""
     special = list(known.special_tokens)
-    _check_at_least(vocab_size=(256 + len(special), vocab_size))
+    check_at_least(vocab_size=(256 + len(special), vocab_size))
     ids = known.vocabulary, known.special_tokens
     if ids != _in_order_of_training(known.merges, special) or known.ignore_merges:
         raise ValueError("truncated: expected a tokenizer with ids in the order of training")
@@ -1463,7 +1463,7 @@ def _train(
 ) -> BPETokenizer:
     """Check, count, learn, and build."""
     special = _checked_special_tokens(special_tokens)
-    _check_at_least(vocab_size=(256 + len(special), vocab_size))
+    check_at_least(vocab_size=(256 + len(special), vocab_size))
     if vocab_size > 1_000_000:
         raise ValueError(f"vocab_size: expected at most 1,000,000, got {vocab_size}")
     _splitter(pattern)
@@ -1521,10 +1521,10 @@ def train_bpe_files(
     memory of one worker. By default as many work as there are cores, at most four. Bytes that are
     no UTF-8 raise a ``ValueError`` with file and place, or become U+FFFD (``errors="replace"``).
     """
-    _check_at_least(workers=(1, workers))
+    check_at_least(workers=(1, workers))
     if errors not in ("strict", "replace"):
         raise ValueError(f"errors: expected 'strict' or 'replace', got {errors!r}")
-    files = _listed(paths)
+    files = existing_paths(paths)
     return _train(
         lambda special: _count_files(files, pattern, special, workers, errors),
         vocab_size,

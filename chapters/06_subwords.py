@@ -13,9 +13,10 @@
 #
 # | | |
 # |---|---|
+# | **Part** | I. Foundations and data |
 # | **You build** | {py:class}`~llmbook.subwords.WordPieceTokenizer`, {py:class}`~llmbook.subwords.UnigramTokenizer`, their trainers, {py:func}`~llmbook.subwords.merge_gain`, {py:func}`~llmbook.subwords.renyi_efficiency` |
 # | **You need** | byte-pair encoding ({doc}`05_tokenizer`), maximum likelihood ({doc}`01_tinyworld`), the corpus of {doc}`02_corpus` |
-# | **It takes** | 75 minutes to read, 45 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 45 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp subwords
@@ -38,7 +39,7 @@ from typing import Any, Literal, NamedTuple, SupportsInt
 import numpy as np
 from jaxtyping import Float, Integer
 
-from llmbook.corpus import _check_at_least
+from llmbook.environment import check_at_least
 from llmbook.tokenizer import (
     _allowed,
     _batches,
@@ -873,7 +874,7 @@ class _WordPiece(_Subwords):
         super().__init__(vocabulary, special_tokens)
         if unk_token not in self._ids:
             raise ValueError(f"vocabulary: expected it to have {unk_token!r}, got none")
-        _check_at_least(max_word_length=(1, max_word_length))
+        check_at_least(max_word_length=(1, max_word_length))
         self.unk_token, self.lowercase, self.max_word_length = unk_token, lowercase, max_word_length
         self._vocabulary = self._tokens[: len(vocabulary)]
         self._pieces = {t: id for t, id in self._ids.items() if t not in self.special_tokens}
@@ -1030,7 +1031,7 @@ def train_wordpiece(
     more than 100 characters, or with characters outside ``character_coverage``, are left out.
     Every hundredth token adds a step to ``report``.
     """
-    _check_at_least(vocab_size=(1, vocab_size), min_frequency=(1, min_frequency))
+    check_at_least(vocab_size=(1, vocab_size), min_frequency=(1, min_frequency))
     empty = WordPieceTokenizer(["[UNK]"], special_tokens=special_tokens, lowercase=lowercase)
     words = _count_words(texts, lambda text: [w for w in empty._split(text) if len(w) <= 100])
     alphabet = _alphabet(words, character_coverage)
@@ -1279,7 +1280,7 @@ def _checked_pieces(
         pieces = [(piece, float(score)) for piece, score in pieces]
     except (TypeError, ValueError):
         raise ValueError("pieces: expected pairs of a text and a score") from None
-    _check_at_least(unk_id=(0, unk_id))
+    check_at_least(unk_id=(0, unk_id))
     if unk_id >= len(pieces):
         raise ValueError(f"unk_id: expected below {len(pieces)}, got {unk_id}")
     if not all(math.isfinite(score) for _, score in pieces):
@@ -1863,7 +1864,7 @@ def _assembled(
 
 
 def _check_settings(longest: int, seeds: int | None, shrink: float, steps: int) -> None:
-    _check_at_least(max_piece_length=(1, longest), seed_size=(1, seeds), em_steps=(1, steps))
+    check_at_least(max_piece_length=(1, longest), seed_size=(1, seeds), em_steps=(1, steps))
     if not 0 < shrink < 1:
         raise ValueError(f"shrink: expected between 0 and 1, got {shrink}")
 
@@ -1901,7 +1902,7 @@ def train_unigram(
     From the ``seed_size`` strings (ten for each piece) that cover most, ``shrink`` are kept in
     each round, after ``em_steps`` of EM. Short texts give fewer. ``report`` gets every round.
     """
-    _check_at_least(vocab_size=(1, vocab_size))
+    check_at_least(vocab_size=(1, vocab_size))
     _check_settings(max_piece_length, seed_size, shrink, em_steps)
     empty = _assembled([], byte_fallback, special_tokens)
     words, alphabet = _words_and_alphabet(texts, character_coverage, byte_fallback)
@@ -2146,7 +2147,7 @@ def renyi_efficiency(counts: Iterable[int | float], vocab_size: int, order: floa
     1.0
     """
     values = np.array([float(count) for count in counts])
-    _check_at_least(vocab_size=(2, vocab_size))
+    check_at_least(vocab_size=(2, vocab_size))
     if not values.size or values.min() < 0 or not 0 < values.sum() < math.inf:
         raise ValueError("counts: expected finite counts, 0 or more, at least one above 0")
     if not 0 < order < math.inf:

@@ -17,9 +17,10 @@
 #
 # | | |
 # |---|---|
+# | **Part** | I. Foundations and data |
 # | **You build** | {py:func}`~llmbook.batches.write_shards`, {py:class}`~llmbook.batches.TokenShards`, {py:class}`~llmbook.batches.BatchSampler`, {py:func}`~llmbook.batches.pack_documents`, {py:func}`~llmbook.batches.document_mask` |
 # | **You need** | documents ({doc}`02_corpus`), a tokenizer ({doc}`05_tokenizer`), NumPy arrays and tensors |
-# | **It takes** | 60 minutes to read, 30 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2 hours for everything, 30 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp batches
@@ -32,15 +33,12 @@ import pickle
 import shutil
 import struct
 import time
-import uuid
 import warnings
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, lru_cache
-from glob import escape
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
@@ -52,7 +50,8 @@ from jaxtyping import Bool, Int64, UInt64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from llmbook.corpus import CorpusWarning, Document, _check_at_least, _in_order, _no_script
+from llmbook.corpus import CorpusWarning, Document, ordered_map, without_main_script
+from llmbook.environment import check_at_least, whole_directory
 
 # %% [markdown]
 # ## One text, many predictions
@@ -348,7 +347,7 @@ def _encode_job(job: tuple[Any, int, int, int, list[Any]]) -> list[np.ndarray]:
 #
 # Encoding is slow, writing is fast: our tokenizer makes about a megabyte of ids a second, a disk
 # takes hundreds. So worker processes encode, and one process writes. It takes results in the
-# order of the jobs, with the `_in_order` of {doc}`02_corpus`, and cuts shards by a rule that
+# order of the jobs, with the `ordered_map` of {doc}`02_corpus`, and cuts shards by a rule that
 # looks at nothing but the documents. The files are therefore the same, byte for byte, with one
 # worker or with sixty. Documents are taken in rounds of about 64 million characters, so that a
 # corpus larger than memory can be a stream. A tokenizer that no other process could import, such
@@ -401,7 +400,7 @@ def _encoded(
         processes = 1 if portable is None else workers or many
         sent = tokenizer if processes == 1 else portable
         jobs = [(sent, header.vocab_size, header.end_of_text, *group) for group in groups]
-        for encoded in _in_order(_encode_job, jobs, processes):
+        for encoded in ordered_map(_encode_job, jobs, processes):
             empty += sum(not len(ids) for ids in encoded)
             yield from (ids for ids in encoded if len(ids))
     if empty:
@@ -442,26 +441,6 @@ def _shards_of(
 
 # %%
 #| export
-@contextmanager
-def _whole_directory(path: Path) -> Iterator[Path]:
-    """Give a hidden directory to write into; rename it to ``path`` at the end, or remove it."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"directory: expected a new or an empty one, got {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft, trash = (path.with_name(f".{path.name}.part-{uuid.uuid4().hex}") for _ in range(2))
-    for leftover in path.parent.glob(f".{escape(path.name)}.part-*"):
-        with suppress(OSError):  # another run may sweep, too
-            shutil.rmtree(
-                leftover.rename(trash)
-            )  # renamed first: it must not be finished by halves
-    draft.mkdir()
-    try:
-        yield draft
-        if path.exists():
-            path.rmdir()
-        draft.rename(path)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 # %%
@@ -509,12 +488,12 @@ def write_shards(
     corpus). The directory appears complete or not at all. Empty documents are left out, with a
     warning. A ``ValueError`` tells of wrong ids, no text at all, or files in the directory.
     """
-    _check_at_least(shard_tokens=(1, shard_tokens), workers=(1, workers))
+    check_at_least(shard_tokens=(1, shard_tokens), workers=(1, workers))
     if isinstance(texts, str | bytes):
         raise ValueError(f"texts: expected several texts, got one {type(texts).__name__}")
     header, digest = _blank_header(tokenizer, end_of_text), _NO_DIGEST
     target = Path(directory).resolve()
-    with _whole_directory(target) as draft:
+    with whole_directory(target) as draft:
         documents = _encoded(texts, tokenizer, header, workers)
         for number, (group, is_last) in enumerate(_shards_of(documents, shard_tokens)):
             header = header._replace(number=number, is_last=is_last, previous=digest)
@@ -555,7 +534,7 @@ class TokenRing:
     def __init__(self, parts: Sequence[np.ndarray]):
         self._parts = [part for part in parts if len(part)]
         self._first = [0, *np.cumsum([len(part) for part in self._parts]).tolist()]
-        _check_at_least(tokens=(1, self._first[-1]))
+        check_at_least(tokens=(1, self._first[-1]))
 
     def __len__(self) -> int:
         """The number of tokens."""
@@ -877,7 +856,7 @@ def permuted(
     >>> permuted(np.arange(10), 10, 0).tolist()
     [5, 3, 6, 0, 9, 2, 4, 7, 8, 1]
     """
-    _check_at_least(size=(1, size))
+    check_at_least(size=(1, size))
     if numbers.size and not 0 <= numbers.min() <= numbers.max() < size:
         wrong = numbers[(numbers < 0) | (numbers >= size)][0]
         raise ValueError(f"numbers: expected 0 to {size - 1}, got {wrong}")
@@ -937,7 +916,7 @@ class Batch(NamedTuple):
 
 def window_batch(ring: TokenRing, starts: Sequence[int] | np.ndarray, context_length: int) -> Batch:
     """Return the windows that begin at ``starts``: ``context_length`` inputs, targets one later."""
-    _check_at_least(context_length=(1, context_length))
+    check_at_least(context_length=(1, context_length))
     if not len(starts):
         raise ValueError(f"starts: expected at least one position, got {starts!r}")
     windows = np.stack([ring.window(int(start), context_length + 1) for start in starts])
@@ -1175,7 +1154,7 @@ def pack_documents(
     Strategies are "best_fit", and "one_per_row" for a row of its own for each. Longer documents are
     cut into pieces of ``context_length``; each piece counts as a document, its positions from 0.
     """
-    _check_at_least(context_length=(1, context_length))
+    check_at_least(context_length=(1, context_length))
     if strategy not in ("best_fit", "one_per_row"):
         raise ValueError(f"strategy: expected 'best_fit' or 'one_per_row', got {strategy!r}")
     sizes = np.diff(shards.document_ends, prepend=0)
@@ -1258,7 +1237,7 @@ _MOST_STEPS = 1 << 40  # a step times a batch size must fit into 64 bits
 
 
 def _check_step(step: int) -> None:
-    _check_at_least(step=(0, step))
+    check_at_least(step=(0, step))
     if step is None or step >= _MOST_STEPS:
         raise ValueError(f"step: expected a number below {_MOST_STEPS}, got {step}")
 
@@ -1311,7 +1290,7 @@ class ResumableBatches(Dataset[Batch]):
 
     def prefetch(self, workers: int = 1, ahead: int = 2) -> Iterator[Batch]:
         """Like iterating, with ``workers`` processes that prepare ``ahead`` batches each."""
-        _check_at_least(workers=(1, workers), ahead=(1, ahead))
+        check_at_least(workers=(1, workers), ahead=(1, ahead))
         return _prefetched(self, workers, ahead)
 
 
@@ -1334,7 +1313,7 @@ def _prefetched(batches: ResumableBatches, workers: int, ahead: int) -> Iterator
         multiprocessing_context="spawn",
         generator=torch.Generator(),  # it draws a seed for the workers, else from the global one
     )
-    with _no_script():
+    with without_main_script():
         prepared = iter(loader)
     for expected, batch in zip(count(batches.step), prepared, strict=False):
         if batches.step != expected:
@@ -1402,7 +1381,7 @@ def _context_length(sampler: BatchSampler) -> int:
         return source.context_length
     if length is None:
         raise ValueError("context_length: expected a number of tokens for windows, got None")
-    _check_at_least(context_length=(1, length))
+    check_at_least(context_length=(1, length))
     return length
 
 
@@ -1463,7 +1442,7 @@ def _check_sampler(sampler: BatchSampler) -> None:
         value = getattr(sampler, name)
         if value is None:
             raise ValueError(f"{name}: expected a whole number, got None")
-        _check_at_least(**{name: (least, value)})
+        check_at_least(**{name: (least, value)})
         setattr(sampler, name, int(value))  # NumPy's integers are not fit for JSON
     if sampler.seed >= 1 << 64:
         raise ValueError(f"seed: expected at most 64 bits, got {sampler.seed}")

@@ -17,9 +17,10 @@
 #
 # | | |
 # |---|---|
+# | **Part** | II. Architecture |
 # | **You build** | {py:class}`~llmbook.positions.LearnedEmbedding`, {py:class}`~llmbook.positions.SinusoidalEmbedding`, {py:class}`~llmbook.positions.RotaryEmbedding`, {py:func}`~llmbook.positions.rope_frequencies`, {py:func}`~llmbook.positions.apply_rope`, {py:func}`~llmbook.positions.scale_rope` |
 # | **You need** | position ids and document ids ({doc}`07_batches`), matrices, complex numbers |
-# | **It takes** | 60 minutes to read, 45 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2 hours for everything, 45 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp positions
@@ -35,7 +36,8 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
-from llmbook.corpus import _check_at_least
+from llmbook.environment import check_at_least, check_even
+
 
 # %% [markdown]
 # ## From ids to vectors
@@ -155,7 +157,7 @@ class LearnedEmbedding(nn.Module):
 
     def __init__(self, context_length: int, d_model: int):
         super().__init__()
-        _check_at_least(context_length=(1, context_length), d_model=(1, d_model))
+        check_at_least(context_length=(1, context_length), d_model=(1, d_model))
         self.weight = nn.Parameter(torch.empty(context_length, d_model).normal_(std=0.02))
 
     def forward(
@@ -221,16 +223,9 @@ def rope_frequencies(d_head: int, base: int | float = 10_000.0) -> Float32[Tenso
     >>> rope_frequencies(4, base=100.0)
     tensor([1.0000, 0.1000])
     """
-    _check_even(d_head=d_head)
+    check_even(d_head=d_head)
     _check_base(base)
     return 1.0 / base ** (torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
-
-
-def _check_even(**sizes: int) -> None:
-    for argument, size in sizes.items():
-        _check_at_least(**{argument: (2, size)})
-        if size % 2:
-            raise ValueError(f"{argument}: expected an even number, got {size}")
 
 
 def _check_base(base: int | float) -> None:
@@ -282,7 +277,7 @@ class SinusoidalEmbedding(nn.Module):
 
     def __init__(self, d_model: int, base: int | float = 10_000.0):
         super().__init__()
-        _check_even(d_model=d_model)
+        check_even(d_model=d_model)
         with torch.device("cpu"):  # real numbers, also where a model is laid out on "meta"
             self.angles = _Angles(rope_frequencies(d_model, base))
 
@@ -539,7 +534,7 @@ def interleaved_to_half(d_head: int) -> Int64[Tensor, " d_head"]:
     >>> interleaved_to_half(6)
     tensor([0, 2, 4, 1, 3, 5])
     """
-    _check_even(d_head=d_head)
+    check_even(d_head=d_head)
     return torch.arange(d_head).view(-1, 2).T.flatten()
 
 
@@ -1056,7 +1051,7 @@ def _check_scaling(scaling: RopeScaling) -> None:
     if not 1 <= scaling.factor < math.inf:
         raise ValueError(f"factor: expected a number from 1 on, got {scaling.factor}")
     length = scaling.original_context_length
-    _check_at_least(original_context_length=(1, length))
+    check_at_least(original_context_length=(1, length))
     if length is None and scaling.kind in ("yarn", "llama3"):
         raise ValueError(f"original_context_length: {scaling.kind!r} needs it, got None")
     for slow, fast in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):

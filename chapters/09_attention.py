@@ -15,9 +15,10 @@
 #
 # | | |
 # |---|---|
+# | **Part** | II. Architecture |
 # | **You build** | {py:func}`~llmbook.attention.softmax`, {py:func}`~llmbook.attention.scaled_dot_product_attention`, {py:class}`~llmbook.attention.MultiHeadAttention`, {py:class}`~llmbook.attention.KVCache`, {py:class}`~llmbook.attention.MultiHeadLatentAttention`, {py:func}`~llmbook.attention.flash_attention`, {py:func}`~llmbook.attention.show_attention` |
 # | **You need** | rotary positions ({doc}`08_positions`), document masks ({doc}`07_batches`), entropy ({doc}`01_tinyworld`), the chain rule of derivatives |
-# | **It takes** | 90 minutes to read, 30 seconds to run |
+# | **It takes** | 60 minutes for the main line, 3 hours for everything, 30 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp attention
@@ -39,8 +40,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from llmbook.corpus import _check_at_least
-from llmbook.positions import _check_even, apply_rope
+from llmbook.environment import check_at_least, check_even
+from llmbook.positions import apply_rope
 
 # %% [markdown]
 # ## A dictionary that never says no
@@ -346,7 +347,7 @@ def attention_mask(
     A position of -1 is padding: nothing attends to it, and it attends to nothing. ``window`` is
     how many positions a query sees, its own included; None is all.
     """
-    _check_at_least(window=(1, window))
+    check_at_least(window=(1, window))
     query, key = query_positions[:, None, :, None], key_positions[:, None, None, :]
     allowed = (key <= query) & (key >= 0)
     return allowed if window is None else allowed & (key > query - window)
@@ -362,7 +363,7 @@ def causal_mask(
     >>> causal_mask(3, window=2).int().tolist()
     [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
     """
-    _check_at_least(sequence=(1, sequence))
+    check_at_least(sequence=(1, sequence))
     positions = torch.arange(sequence, device=device)[None]
     return attention_mask(positions, positions, window)[0, 0]
 
@@ -622,8 +623,8 @@ def _check_heads(
     """Return n_kv_heads and d_head: if not given, n_heads and d_model / n_heads."""
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected 0 to below 1, got {dropout}")
-    _check_at_least(d_model=(1, d_model), n_heads=(1, n_heads))
-    _check_at_least(n_kv_heads=(1, n_kv_heads), d_head=(1, d_head))
+    check_at_least(d_model=(1, d_model), n_heads=(1, n_heads))
+    check_at_least(n_kv_heads=(1, n_kv_heads), d_head=(1, d_head))
     if d_head is None and d_model % n_heads:
         raise ValueError(f"n_heads: expected a divisor of d_model, {d_model}, got {n_heads}")
     if n_kv_heads is not None and n_heads % n_kv_heads:
@@ -970,7 +971,7 @@ def _plan(
         positions = position_ids.expand(len(before), -1)
         n, added = positions.size(1), _counted(positions, before)
     else:
-        _check_at_least(position_ids=(1, position_ids))
+        check_at_least(position_ids=(1, position_ids))
         n, added = position_ids, [position_ids] * len(before)
     after = [length + new for length, new in zip(before, added, strict=True)]
     _check_room(after, table.capacity, table.window)
@@ -1156,9 +1157,9 @@ class KVCache(_Layers):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ):
-        _check_at_least(batch_size=(1, batch_size), capacity=(1, capacity), window=(1, window))
-        _check_at_least(n_kv_heads=(1, n_kv_heads), d_head=(1, d_head), d_value=(0, d_value))
-        _check_at_least(n_layers=(1, n_layers), spare=(0, spare))
+        check_at_least(batch_size=(1, batch_size), capacity=(1, capacity), window=(1, window))
+        check_at_least(n_kv_heads=(1, n_kv_heads), d_head=(1, d_head), d_value=(0, d_value))
+        check_at_least(n_layers=(1, n_layers), spare=(0, spare))
         slots = capacity if window is None else min(capacity, window + spare)
         super().__init__(batch_size, capacity, window, slots, device)
         shape = batch_size, n_kv_heads, slots
@@ -1253,8 +1254,8 @@ class _LatentProjections(nn.Module):
     ):
         super().__init__()
         _, d_head = _check_heads(d_model, n_heads, None, d_head, dropout)
-        _check_at_least(d_latent=(1, d_latent), d_value=(1, d_value))
-        _check_even(d_rope=d_rope)
+        check_at_least(d_latent=(1, d_latent), d_value=(1, d_value))
+        check_even(d_rope=d_rope)
         self.n_heads, self.d_head, self.d_value = n_heads, d_head, d_value or d_head
         self.d_latent, self.d_rope, self.dropout, self.backend = d_latent, d_rope, dropout, backend
         self.q_proj = _query_projection(d_model, n_heads * (d_head + d_rope), d_query_latent, norm)
@@ -1628,7 +1629,7 @@ def flash_attention(
     """
     _check_inputs(q, k, mask, is_causal)
     _check_values(k, v)
-    _check_at_least(block_size=(1, block_size))
+    check_at_least(block_size=(1, block_size))
     scale = q.size(-1) ** -0.5 if scale is None else scale
     tiles = _Tiles(q.size(-2), k.size(-2), block_size, is_causal)
     groups = k.size(-3), q.size(-3) // k.size(-3)
@@ -1955,7 +1956,7 @@ def show_attention(
     whole percent; ``layer``, ``head`` and ``token`` are picked at first; -1 is the last.
     """
     n, shape = len(tokens), tuple(weights.shape)
-    _check_at_least(tokens=(1, n))
+    check_at_least(tokens=(1, n))
     if len(shape) not in (3, 4) or shape[-2:] != (n, n):
         expected = f"expected (layers, heads, {n}, {n}) for {n} tokens"
         raise ValueError(f"weights: {expected}, got {shape}")

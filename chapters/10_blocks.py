@@ -16,9 +16,10 @@
 #
 # | | |
 # |---|---|
+# | **Part** | II. Architecture |
 # | **You build** | {py:class}`~llmbook.blocks.LayerNorm`, {py:class}`~llmbook.blocks.RMSNorm`, {py:class}`~llmbook.blocks.GELU`, {py:class}`~llmbook.blocks.SwiGLU`, {py:class}`~llmbook.blocks.FeedForward`, {py:class}`~llmbook.blocks.TransformerBlock`, {py:func}`~llmbook.blocks.initialize_weights`, {py:class}`~llmbook.blocks.MixtureOfExperts` |
 # | **You need** | attention ({doc}`09_attention`) and positions ({doc}`08_positions`) as black boxes, the stories of {doc}`01_tinyworld`, gradients |
-# | **It takes** | 75 minutes to read, 60 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 60 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp blocks
@@ -38,7 +39,7 @@ from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
 from llmbook.attention import Backend
-from llmbook.corpus import _check_at_least
+from llmbook.environment import check_at_least, check_choice, check_fraction
 from llmbook.positions import LearnedEmbedding
 
 # %% [markdown]
@@ -304,14 +305,9 @@ print("as autograd has it:", torch.allclose(by_hand, x.grad, atol=1e-6))
 
 # %%
 #| export
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-
-
 def _check_norm(d_model: int, eps: float, backend: str) -> None:
-    _check_at_least(d_model=(1, d_model))
-    _check_choice("backend", backend, ("reference", "torch"))
+    check_at_least(d_model=(1, d_model))
+    check_choice("backend", backend, ("reference", "torch"))
     if not 0 < eps < 1:
         raise ValueError(f"eps: expected a small positive number, got {eps!r}")
 
@@ -526,7 +522,7 @@ def gelu(
 
     ``approximate="tanh"`` is GPT-2's formula. Source: Hendrycks and Gimpel (2016).
     """
-    _check_choice("approximate", approximate, ("none", "tanh"))
+    check_choice("approximate", approximate, ("none", "tanh"))
     if approximate == "tanh":
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
@@ -537,8 +533,8 @@ class GELU(nn.Module):
 
     def __init__(self, approximate: Literal["none", "tanh"] = "none", backend: Backend = "torch"):
         super().__init__()
-        _check_choice("approximate", approximate, ("none", "tanh"))
-        _check_choice("backend", backend, ("reference", "torch"))
+        check_choice("approximate", approximate, ("none", "tanh"))
+        check_choice("backend", backend, ("reference", "torch"))
         self.approximate, self.backend = approximate, backend
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -622,9 +618,9 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
 }
-_GATES = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}
+GATES = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}
 #: What a feed-forward network can have between its matrices; the last three have a gate.
-ACTIVATIONS = (*_ACTIVATIONS, *_GATES)
+ACTIVATIONS = (*_ACTIVATIONS, *GATES)
 
 
 # %%
@@ -637,9 +633,9 @@ def default_d_ff(d_model: int, activation: str = "swiglu", multiple_of: int = 8)
     >>> default_d_ff(768, "gelu"), default_d_ff(4096, "swiglu", multiple_of=256)
     (3072, 11008)
     """
-    _check_at_least(d_model=(1, d_model), multiple_of=(1, multiple_of))
-    _check_choice("activation", activation, ACTIVATIONS)
-    width = 8 * d_model // 3 if activation in _GATES else 4 * d_model
+    check_at_least(d_model=(1, d_model), multiple_of=(1, multiple_of))
+    check_choice("activation", activation, ACTIVATIONS)
+    width = 8 * d_model // 3 if activation in GATES else 4 * d_model
     return -(-width // multiple_of) * multiple_of
 
 
@@ -686,16 +682,11 @@ print("torch's is the same kind:", sorted(set(theirs.tolist())) == sorted(set(sa
 
 # %%
 #| export
-def _check_probability(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}: expected at least 0 and less than 1, got {value!r}")
-
-
-def _activate(activation: str, gate: Tensor | None, up: Tensor) -> Tensor:
+def activate(activation: str, gate: Tensor | None, up: Tensor) -> Tensor:
     """The inner vector of a feed-forward network, from one linear map of its input, or two."""
     if gate is None:
         return _ACTIVATIONS[activation](up)
-    return _ACTIVATIONS[_GATES[activation]](gate) * up
+    return _ACTIVATIONS[GATES[activation]](gate) * up
 
 
 # %%
@@ -718,11 +709,11 @@ class FeedForward(nn.Module):
     ):
         super().__init__()
         d_ff = default_d_ff(d_model, activation) if d_ff is None else d_ff
-        _check_at_least(d_model=(1, d_model), d_ff=(1, d_ff))
-        _check_choice("activation", activation, ACTIVATIONS)
-        _check_probability("dropout", dropout)
+        check_at_least(d_model=(1, d_model), d_ff=(1, d_ff))
+        check_choice("activation", activation, ACTIVATIONS)
+        check_fraction("dropout", dropout)
         self.activation, self.dropout = activation, dropout
-        gated = activation in _GATES
+        gated = activation in GATES
         self.gate_proj = nn.Linear(d_model, d_ff, bias=bias) if gated else None
         self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
         self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
@@ -730,7 +721,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
         """Return what is to be added to ``x``."""
         gate = None if self.gate_proj is None else self.gate_proj(x)
-        inner = _activate(self.activation, gate, self.up_proj(x))
+        inner = activate(self.activation, gate, self.up_proj(x))
         return self.down_proj(F.dropout(inner, self.dropout, self.training))
 
 
@@ -773,8 +764,8 @@ class _Parts(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        _check_choice("norm_position", norm_position, ("pre", "post"))
-        _check_probability("dropout", dropout)
+        check_choice("norm_position", norm_position, ("pre", "post"))
+        check_fraction("dropout", dropout)
         self.norm_position, self.dropout = norm_position, dropout
         self.attention_norm, self.attention = norm(d_model), attention
         self.feed_forward_norm, self.feed_forward = norm(d_model), feed_forward
@@ -859,7 +850,7 @@ def _default_embedding_std(module: nn.Module) -> float:
     return tied[0].size(-1) ** -0.5 if tied else 1.0
 
 
-def _embeddings(module: nn.Module) -> set[int]:
+def lookup_tables(module: nn.Module) -> set[int]:
     """The identities of all tables of vectors that are looked up."""
     kinds = nn.Embedding | LearnedEmbedding
     return {id(m.weight) for m in module.modules() if isinstance(m, kinds)}
@@ -882,12 +873,12 @@ def initialize_weights(
     ``down_proj``) is scaled by ``embedding_std`` / sqrt(2 ``n_layers``). With ``std`` all have that
     one, writers divided by sqrt(2 ``n_layers``); 0.02 is GPT-2's. Gains become 1, biases 0.
     """
-    _check_at_least(n_layers=(1, n_layers))
+    check_at_least(n_layers=(1, n_layers))
     for argument, value in (("std", std), ("embedding_std", embedding_std)):
         if value is not None and not value > 0:
             raise ValueError(f"{argument}: expected None or above 0, got {value!r}")
     start = embedding_std or std or _default_embedding_std(module)
-    embeddings, write = _embeddings(module), (1.0 if std else start) / math.sqrt(2 * n_layers)
+    embeddings, write = lookup_tables(module), (1.0 if std else start) / math.sqrt(2 * n_layers)
     for name, parameter in module.named_parameters():
         if parameter.ndim < 2:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -1308,7 +1299,7 @@ def places_by_expert(routing: Routing) -> list[Int64[Tensor, " places"]]:
 # %%
 #| export
 def _check_active(n_active: int, n_experts: int) -> None:
-    _check_at_least(n_experts=(1, n_experts), n_active=(1, n_active))
+    check_at_least(n_experts=(1, n_experts), n_active=(1, n_active))
     if n_active > n_experts:
         raise ValueError(f"n_active: expected at most n_experts, {n_experts}, got {n_active}")
 
@@ -1326,7 +1317,7 @@ def route(
     to one, as in Mixtral. An expert takes at most ``capacity`` tokens.
     """
     _check_active(n_active, logits.size(1))
-    _check_at_least(capacity=(0, capacity))
+    check_at_least(capacity=(0, capacity))
     probabilities = logits.float().softmax(dim=-1)
     weights, experts = probabilities.topk(n_active, dim=-1)
     if normalize:
@@ -1366,7 +1357,7 @@ class Router(nn.Module):
         capacity_factor: float | None = None,
     ):
         super().__init__()
-        _check_at_least(d_model=(1, d_model))
+        check_at_least(d_model=(1, d_model))
         _check_active(n_active, n_experts)
         if capacity_factor is not None and not 0 < capacity_factor < math.inf:
             expected = "expected None or a finite number above 0"
@@ -1399,7 +1390,7 @@ def _stack(n_experts: int, n_out: int, n_in: int) -> nn.Parameter:
 def _expert(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str) -> Tensor:
     """One feed-forward network with these matrices."""
     gated = None if gate is None else F.linear(x, gate)
-    return F.linear(_activate(activation, gated, F.linear(x, up)), down)
+    return F.linear(activate(activation, gated, F.linear(x, up)), down)
 
 
 # %%
@@ -1409,9 +1400,9 @@ class Experts(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, n_experts: int, activation: str = "swiglu"):
         super().__init__()
-        _check_at_least(d_model=(1, d_model), d_ff=(1, d_ff), n_experts=(1, n_experts))
-        _check_choice("activation", activation, ACTIVATIONS)
-        self.activation, gated = activation, activation in _GATES
+        check_at_least(d_model=(1, d_model), d_ff=(1, d_ff), n_experts=(1, n_experts))
+        check_choice("activation", activation, ACTIVATIONS)
+        self.activation, gated = activation, activation in GATES
         self.gate_proj = _stack(n_experts, d_ff, d_model) if gated else None
         self.up_proj = _stack(n_experts, d_ff, d_model)
         self.down_proj = _stack(n_experts, d_model, d_ff)
@@ -1456,7 +1447,7 @@ class _Mixture(nn.Module):
         normalize: bool = True,
     ):
         super().__init__()
-        _check_at_least(d_shared=(0, d_shared))
+        check_at_least(d_shared=(0, d_shared))
         self.router = Router(d_model, n_experts, n_active, normalize, capacity_factor)
         self.experts = Experts(d_model, d_ff, n_experts, activation)
         self.shared = FeedForward(d_model, d_shared, activation=activation) if d_shared else None

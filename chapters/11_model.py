@@ -18,9 +18,10 @@
 #
 # | | |
 # |---|---|
+# | **Part** | II. Architecture |
 # | **You build** | {py:class}`~llmbook.model.ModelConfig`, {py:class}`~llmbook.model.TransformerLM`, {py:func}`~llmbook.model.count_parameters`, {py:func}`~llmbook.model.flops_per_token`, {py:func}`~llmbook.model.activation_bytes`, {py:func}`~llmbook.model.training_memory`, {py:func}`~llmbook.model.cache_bytes` |
 # | **You need** | positions ({doc}`08_positions`), attention ({doc}`09_attention`), blocks ({doc}`10_blocks`), tokens ({doc}`05_tokenizer`) |
-# | **It takes** | 75 minutes to read, 30 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 30 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp model
@@ -50,10 +51,10 @@ from torch import Tensor, nn
 
 from llmbook.attention import Backend, KVCache, MultiHeadAttention, attention_mask, causal_mask
 from llmbook.batches import document_mask
-from llmbook.blocks import _GATES, ACTIVATIONS, FeedForward, LayerNorm, MixtureOfExperts
-from llmbook.blocks import RMSNorm, TransformerBlock, _check_choice, _check_probability
+from llmbook.blocks import GATES, ACTIVATIONS, FeedForward, LayerNorm, MixtureOfExperts
+from llmbook.blocks import RMSNorm, TransformerBlock
 from llmbook.blocks import default_d_ff, initialize_weights
-from llmbook.corpus import _check_at_least
+from llmbook.environment import check_at_least, check_choice, check_fraction
 from llmbook.positions import LearnedEmbedding, RopeScaling, RotaryEmbedding, SinusoidalEmbedding
 
 # %% [markdown]
@@ -231,7 +232,7 @@ class ModelConfig(_Fields):
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "ModelConfig":
         """Return the configuration of a known model, one of ``PRESETS``, with fields changed."""
-        _check_choice("name", name, tuple(PRESETS))
+        check_choice("name", name, tuple(PRESETS))
         return cls.from_dict(PRESETS[name] | changes)
 
     @classmethod
@@ -285,8 +286,8 @@ _REQUIRED = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads")
 
 
 def _derive(config: ModelConfig) -> None:
-    _check_at_least(**{name: (1, getattr(config, name)) for name in _REQUIRED})
-    _check_choice("activation", config.activation, ACTIVATIONS)
+    check_at_least(**{name: (1, getattr(config, name)) for name in _REQUIRED})
+    check_choice("activation", config.activation, ACTIVATIONS)
     if config.d_head is None and config.d_model % config.n_heads:
         expected = f"a divisor of d_model = {config.d_model}, unless d_head is given"
         raise ValueError(f"n_heads: expected {expected}, got {config.n_heads}")
@@ -309,14 +310,14 @@ def _derive(config: ModelConfig) -> None:
 #| export
 def _check_config(config: ModelConfig) -> None:
     sizes = {name: (1, getattr(config, name)) for name in ("n_kv_heads", "d_head", "d_ff")}
-    _check_at_least(**sizes, sliding_window=(1, config.sliding_window))
+    check_at_least(**sizes, sliding_window=(1, config.sliding_window))
     if config.n_heads % config.n_kv_heads:
         expected = f"a divisor of n_heads = {config.n_heads}"
         raise ValueError(f"n_kv_heads: expected {expected}, got {config.n_kv_heads}")
-    _check_choice("positions", config.positions, ("rope", "learned", "sinusoidal", "none"))
-    _check_choice("norm", config.norm, ("rmsnorm", "layernorm"))
-    _check_choice("norm_position", config.norm_position, ("pre", "post"))
-    _check_probability("dropout", config.dropout)
+    check_choice("positions", config.positions, ("rope", "learned", "sinusoidal", "none"))
+    check_choice("norm", config.norm, ("rmsnorm", "layernorm"))
+    check_choice("norm_position", config.norm_position, ("pre", "post"))
+    check_fraction("dropout", config.dropout)
     if not 0 < config.norm_eps < 1:
         raise ValueError(f"norm_eps: expected a small positive number, got {config.norm_eps}")
     _check_positions(config)
@@ -339,7 +340,7 @@ def _check_positions(config: ModelConfig) -> None:
 # %%
 #| export
 def _check_experts(config: ModelConfig) -> None:
-    _check_at_least(n_experts=(0, config.n_experts), d_shared=(0, config.d_shared))
+    check_at_least(n_experts=(0, config.n_experts), d_shared=(0, config.d_shared))
     least = 1 if config.n_experts else 0
     if not least <= config.n_active_experts <= config.n_experts:
         expected = f"{least} to n_experts = {config.n_experts}"
@@ -947,7 +948,7 @@ def _attention_parameters(config: ModelConfig) -> int:
 
 
 def _feed_forward_parameters(config: ModelConfig, active: bool) -> int:
-    d, matrices = config.d_model, 3 if config.activation in _GATES else 2
+    d, matrices = config.d_model, 3 if config.activation in GATES else 2
     if not config.n_experts:
         return matrices * d * config.d_ff + config.bias * ((matrices - 1) * config.d_ff + d)
     experts = config.n_active_experts if active else config.n_experts
@@ -1049,7 +1050,7 @@ def _matrix_entries(config: ModelConfig) -> int:
     """Return the entries of all matrices that one token is multiplied by."""
     d, widths = config.d_model, (config.n_heads + config.n_kv_heads) * config.d_head
     inner = (config.n_active_experts or 1) * config.d_ff + config.d_shared
-    matrices = 3 if config.activation in _GATES else 2
+    matrices = 3 if config.activation in GATES else 2
     layer = 2 * d * widths + d * config.n_experts + matrices * d * inner
     return config.n_layers * layer + config.vocab_size * d
 
@@ -1064,7 +1065,7 @@ def flops_per_token(
     The default ``sequence`` is ``context_length``. Source: Chowdhery et al. (2023), appendix B.
     """
     sequence = config.context_length if sequence is None else sequence
-    _check_at_least(sequence=(1, sequence))
+    check_at_least(sequence=(1, sequence))
     keys = float(sequence)
     if causal:
         window = min(config.sliding_window or sequence, sequence)
@@ -1145,7 +1146,7 @@ def activation_bytes(
     For the backend "torch" without dropout; statistics of a few numbers per token are left out, and
     with them masks. Source: counted as by Korthikanti et al. (2023). A ``ValueError`` for experts.
     """
-    _check_at_least(batch_size=(1, batch_size), sequence=(1, sequence))
+    check_at_least(batch_size=(1, batch_size), sequence=(1, sequence))
     if config.n_experts:  # what an expert keeps depends on how many tokens it gets
         raise ValueError(f"n_experts: expected 0, got {config.n_experts}")
     heads = (config.n_heads + config.n_kv_heads) * config.d_head
@@ -1214,7 +1215,7 @@ def cache_bytes(
     config: ModelConfig, batch_size: int, sequence: int, dtype: torch.dtype = torch.bfloat16
 ) -> int:
     """Return what keys and values of ``sequence`` tokens in ``batch_size`` rows take, in bytes."""
-    _check_at_least(batch_size=(1, batch_size), sequence=(1, sequence))
+    check_at_least(batch_size=(1, batch_size), sequence=(1, sequence))
     kept = min(sequence, config.sliding_window or sequence)
     per_token = 2 * config.n_layers * config.n_kv_heads * config.d_head
     return batch_size * kept * per_token * dtype.itemsize
@@ -1554,7 +1555,7 @@ def _require(entries: Mapping[str, Any], names: Mapping[str, str], *optional: st
 
 
 def _activation(entries: Mapping[str, Any], name: str, known: Mapping[str, str]) -> str:
-    _check_choice(name, entries.get(name), tuple(known))
+    check_choice(name, entries.get(name), tuple(known))
     return known[entries[name]]
 
 
@@ -1620,7 +1621,7 @@ def _read_window(entries: Mapping[str, Any], family: str) -> int | None:
         used = first if entries.get("use_sliding_window") else layers
         kinds = ["sliding_attention" if i >= used else "full_attention" for i in (0, layers - 1)]
     for kind in kinds or ():
-        _check_choice("layer_types", kind, ("full_attention", "sliding_attention"))
+        check_choice("layer_types", kind, ("full_attention", "sliding_attention"))
     different = sorted(set(kinds or ()))
     if len(different) > 1:
         raise ValueError(f"layer_types: expected the same in all, got {different}")
@@ -1638,7 +1639,7 @@ def _read_rope(entries: Mapping[str, Any], default_base: float) -> dict[str, Any
     found = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
     kind = found.get("rope_type", found.get("type", "default"))
     base = {"rope_base": found.get("rope_theta", entries.get("rope_theta", default_base))}
-    _check_choice("rope_type", kind, ("default", *_ROPE_KINDS))
+    check_choice("rope_type", kind, ("default", *_ROPE_KINDS))
     for name, value in {"partial_rotary_factor": 1, "mscale": None, "mscale_all_dim": None}.items():
         if found.get(name) not in (None, value):
             raise ValueError(f"{name}: expected {value}, got {found[name]!r}")
@@ -1790,7 +1791,7 @@ def save_model(
     model that is in ``folder`` is replaced when the new one is complete, not before; other files
     there stay (as copies).
     """
-    _check_at_least(max_shard_size=(1, max_shard_size))
+    check_at_least(max_shard_size=(1, max_shard_size))
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     described = _entries_of(model.config) | {"dtype": dtype}
     if clash := sorted(described.keys() & entries.keys()):

@@ -13,9 +13,10 @@
 #
 # | | |
 # |---|---|
+# | **Part** | III. Pretraining |
 # | **You build** | {py:func}`~llmbook.optimization.cross_entropy`, {py:func}`~llmbook.optimization.chunked_cross_entropy`, {py:class}`~llmbook.optimization.AdamW`, {py:class}`~llmbook.optimization.Muon`, {py:func}`~llmbook.optimization.parameter_groups`, {py:func}`~llmbook.optimization.build_optimizer`, {py:func}`~llmbook.optimization.cosine_schedule`, {py:func}`~llmbook.optimization.wsd_schedule`, {py:func}`~llmbook.optimization.clip_gradients` |
 # | **You need** | the model ({doc}`11_model`), entropy ({doc}`01_tinyworld`), the chain rule of derivatives, singular values |
-# | **It takes** | 90 minutes to read, 45 seconds to run |
+# | **It takes** | 60 minutes for the main line, 3 hours for everything, 45 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp optimization
@@ -35,8 +36,8 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from llmbook.attention import Backend
-from llmbook.blocks import _check_choice, _check_probability, _embeddings
-from llmbook.corpus import _check_at_least
+from llmbook.blocks import lookup_tables
+from llmbook.environment import check_at_least, check_choice, check_fraction
 
 # %% [markdown]
 # And for this chapter alone:
@@ -311,8 +312,8 @@ def cross_entropy(
     for each target (PaLM, section 5). Targets out of range raise a ``ValueError``; on an
     accelerator, where a look would wait for the device, its kernel stops the program.
     """
-    _check_choice("reduction", reduction, ("mean", "sum", "none"))
-    _check_choice("backend", backend, ("reference", "torch"))
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_choice("backend", backend, ("reference", "torch"))
     vocab_size = logits.size(-1)
     _check_loss(logits, targets, vocab_size, ignore_index, z_loss=z_loss, soft_cap=soft_cap)
     counts = targets != ignore_index
@@ -497,8 +498,8 @@ def chunked_cross_entropy(
     are made in the forward pass, so logits are computed once; there is no second derivative.
     Under autocast the products are in its dtype, the softmax in float32 all the same.
     """
-    _check_at_least(chunk_size=(1, chunk_size))
-    _check_choice("reduction", reduction, ("mean", "sum"))
+    check_at_least(chunk_size=(1, chunk_size))
+    check_choice("reduction", reduction, ("mean", "sum"))
     _check_loss(hidden, targets, len(weight), ignore_index, z_loss=z_loss, soft_cap=soft_cap)
     device = hidden.device.type
     hidden, weight = _as_autocast_would(device, hidden, weight)
@@ -717,7 +718,7 @@ class SGD(_Stepper):
         *,
         backend: Backend = "torch",
     ):
-        _check_choice("backend", backend, ("reference", "torch"))
+        check_choice("backend", backend, ("reference", "torch"))
         self.backend = backend
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, {**settings, "nesterov": nesterov, "dampening": 0})
@@ -725,7 +726,7 @@ class SGD(_Stepper):
     def _check(self, group: dict[str, Any]) -> None:
         for name in ("lr", "weight_decay"):
             _check_amount(name, group[name])
-        _check_probability("momentum", float(group["momentum"]))
+        check_fraction("momentum", float(group["momentum"]))
         if group["nesterov"] and not group["momentum"]:
             raise ValueError("nesterov: expected a momentum above 0 with it, got momentum 0")
         _refuse(group, maximize=False, dampening=0)
@@ -885,7 +886,7 @@ class AdamW(_Stepper):
         *,
         backend: Backend = "torch",
     ):
-        _check_choice("backend", backend, ("reference", "torch"))
+        check_choice("backend", backend, ("reference", "torch"))
         self.backend = backend
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, settings)
@@ -915,7 +916,7 @@ def _check_adamw(group: dict[str, Any]) -> None:
     if len(group["betas"]) != 2:
         raise ValueError(f"betas: expected two, got {group['betas']!r}")
     for number, beta in enumerate(group["betas"]):
-        _check_probability(f"betas[{number}]", float(beta))
+        check_fraction(f"betas[{number}]", float(beta))
     decoupled = {"decoupled_weight_decay": True} if group["weight_decay"] else {}
     _refuse(group, amsgrad=False, maximize=False, **decoupled)
 
@@ -1039,7 +1040,7 @@ def orthogonalize(
     With the default coefficients those above 0.002 of the norm end between 0.68 and 1.21 after five
     steps. Computed in the dtype of ``matrix``. Source: Jordan et al. (2024), Newton-Schulz.
     """
-    _check_at_least(steps=(0, steps))
+    check_at_least(steps=(0, steps))
     a, b, c = coefficients
     tall = matrix.size(-2) > matrix.size(-1)
     x = matrix.mT if tall else matrix  # so that x x^T is the smaller of the two products
@@ -1130,8 +1131,8 @@ class Muon(_Stepper):
 def _check_muon(group: dict[str, Any]) -> None:
     for name in ("lr", "weight_decay", "eps"):
         _check_amount(name, group[name])
-    _check_probability("momentum", float(group["momentum"]))
-    _check_at_least(ns_steps=(0, group["ns_steps"]))
+    check_fraction("momentum", float(group["momentum"]))
+    check_at_least(ns_steps=(0, group["ns_steps"]))
     if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
         expected = "None, original or match_rms_adamw"
         raise ValueError(f"adjust_lr_fn: expected {expected}, got {group['adjust_lr_fn']!r}")
@@ -1249,7 +1250,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     parameter is there once; frozen ones are left out. A ``ValueError`` if all are frozen.
     """
     _check_amount("weight_decay", weight_decay)
-    return _decayed_and_not(_trainable(model).values(), _embeddings(model), weight_decay)
+    return _decayed_and_not(_trainable(model).values(), lookup_tables(model), weight_decay)
 
 
 # %% [markdown]
@@ -1335,7 +1336,7 @@ def build_optimizer(
     the rest; Muon's rate is scaled so that both may be equal. ``momentum`` is by default 0.95 for
     "muon" and 0.9 for "sgd". Decay is that of ``parameter_groups``.
     """
-    _check_choice("name", name, ("adamw", "muon", "sgd"))
+    check_choice("name", name, ("adamw", "muon", "sgd"))
     groups = parameter_groups(model, weight_decay)
     if name == "adamw":
         return AdamW(groups, lr, betas, weight_decay=weight_decay, backend=backend)
@@ -1343,7 +1344,7 @@ def build_optimizer(
         momentum = 0.9 if momentum is None else momentum
         return SGD(groups, lr, momentum, weight_decay, backend=backend)
     matrices, rest = _matrices_of_blocks(model)
-    others = _decayed_and_not(rest, _embeddings(model), weight_decay)
+    others = _decayed_and_not(rest, lookup_tables(model), weight_decay)
     momentum = 0.95 if momentum is None else momentum
     rate = lr if adamw_lr is None else adamw_lr
     muon = Muon(matrices, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
@@ -1385,7 +1386,7 @@ Schedule = Callable[[int], float]
 
 
 def _check_schedule(n_steps: int, warmup: int, final: float, decay: int = 0) -> None:
-    _check_at_least(n_steps=(1, n_steps), warmup=(0, warmup), decay=(0, decay))
+    check_at_least(n_steps=(1, n_steps), warmup=(0, warmup), decay=(0, decay))
     if warmup + decay > n_steps:
         expected = f"warmup and decay within n_steps = {n_steps}"
         raise ValueError(f"warmup: expected {expected}, got {warmup} and {decay}")
@@ -1400,7 +1401,7 @@ def _warmed_up(step: int, warmup: int, then: Schedule) -> float:
 
 def constant_schedule(*, warmup: int = 0) -> Schedule:
     """Return the factor 1, after a linear rise in ``warmup`` steps."""
-    _check_at_least(warmup=(0, warmup))
+    check_at_least(warmup=(0, warmup))
     return lambda step: _warmed_up(step, warmup, lambda _: 1.0)
 
 
@@ -1430,7 +1431,7 @@ def wsd_schedule(
     at step ``n_steps`` and stays: no step within them is wasted. ``shape`` is linear, cosine or
     sqrt, for 1 - sqrt(progress). Sources: Hu et al. (2024); Hägele et al. (2024) for the shapes.
     """
-    _check_choice("shape", shape, tuple(_SHAPES))
+    check_choice("shape", shape, tuple(_SHAPES))
     decay = max(0, min(n_steps // 5, n_steps - warmup)) if decay is None else decay
     _check_schedule(n_steps, warmup, final, decay)
 

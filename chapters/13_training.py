@@ -17,9 +17,10 @@
 #
 # | | |
 # |---|---|
+# | **Part** | III. Pretraining |
 # | **You build** | {py:class}`~llmbook.training.Trainer`, {py:class}`~llmbook.training.TrainingConfig`, {py:class}`~llmbook.training.MetricsLog`, {py:func}`~llmbook.training.save_checkpoint`, {py:func}`~llmbook.training.load_checkpoint`, {py:func}`~llmbook.training.load_or_train`, {py:func}`~llmbook.training.pretrained`, a command line |
 # | **You need** | batches ({doc}`07_batches`), the model ({doc}`11_model`), loss and optimizers ({doc}`12_optimization`), the tiny world ({doc}`01_tinyworld`) |
-# | **It takes** | 80 minutes to read, 3 minutes to run |
+# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 3 minutes to run |
 
 # %% tags=["remove-cell"]
 #| default_exp training
@@ -70,13 +71,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from llmbook.batches import Batch, BatchSampler, ResumableBatches, TokenShards, _whole_directory
+from llmbook.batches import Batch, BatchSampler, ResumableBatches, TokenShards
 from llmbook.batches import pack_documents, write_shards
-from llmbook.blocks import _check_choice, _check_probability
 from llmbook.cleaning import clean_documents
-from llmbook.corpus import Document, _check_at_least, _needing, _whole_file, read_files
+from llmbook.corpus import Document, read_files
 from llmbook.corpus import read_installed_docs, read_jsonl, write_jsonl
 from llmbook.deduplication import deduplicate
+from llmbook.environment import check_at_least, check_choice, check_fraction, whole_file
+from llmbook.environment import whole_directory, requires_extra
 from llmbook.environment import best_device, seed_everything
 from llmbook.model import ModelConfig, TransformerLM, flops_per_token, save_model
 from llmbook.optimization import build_optimizer, chunked_cross_entropy, clip_gradients
@@ -257,7 +259,7 @@ def split_rows(batch: Any, rows: int | None) -> Iterator[Any]:
     A batch is a named tuple of tensors with one row for each example, and None where there is
     nothing.
     """
-    _check_at_least(rows=(1, rows))
+    check_at_least(rows=(1, rows))
     n_rows = len(batch[0])
     for start in range(0, n_rows, rows or n_rows):
         parts = (
@@ -375,21 +377,21 @@ class TrainingConfig(_Settings):
 def _check_settings(config: _Settings) -> None:
     counts = {"n_steps": 1, "batch_size": 1, "log_every": 1, "keep_last": 1, "warmup": 0}
     counts |= {"evaluate_every": 1, "checkpoint_every": 1, "max_skipped": 0, "seed": 0}
-    _check_at_least(**{name: (least, getattr(config, name)) for name, least in counts.items()})
-    _check_at_least(micro_batch_size=(1, config.micro_batch_size), threads=(1, config.threads))
+    check_at_least(**{name: (least, getattr(config, name)) for name, least in counts.items()})
+    check_at_least(micro_batch_size=(1, config.micro_batch_size), threads=(1, config.threads))
     if config.batch_size % (config.micro_batch_size or 1):
         expected = f"a divisor of batch_size = {config.batch_size}"
         raise ValueError(f"micro_batch_size: expected {expected}, got {config.micro_batch_size}")
-    _check_choice("optimizer", config.optimizer, ("adamw", "muon", "sgd"))
-    _check_choice("schedule", config.schedule, ("cosine", "wsd", "linear", "constant"))
-    _check_choice("precision", config.precision, ("float32", "bfloat16"))
+    check_choice("optimizer", config.optimizer, ("adamw", "muon", "sgd"))
+    check_choice("schedule", config.schedule, ("cosine", "wsd", "linear", "constant"))
+    check_choice("precision", config.precision, ("float32", "bfloat16"))
     for name in ("learning_rate", "adamw_rate", "clip_norm"):
         _check_amount(name, getattr(config, name), above=0.0)
     for name in ("weight_decay", "z_loss", "balance_loss"):
         _check_amount(name, getattr(config, name))
     _check_amount("spike_factor", config.spike_factor, above=1.0)
     for place, beta in enumerate(config.betas):
-        _check_probability(f"betas[{place}]", beta)
+        check_fraction(f"betas[{place}]", beta)
     if config.seed >= 2**32:
         raise ValueError(f"seed: expected less than 2**32, got {config.seed}")
     if not 0 <= config.final <= 1:
@@ -667,7 +669,7 @@ class SpikeDetector:
 
     def __init__(self, factor: float | None, window: int = 64):
         _check_amount("factor", factor, above=1.0)
-        _check_at_least(window=(1, window))
+        check_at_least(window=(1, window))
         self.factor, self.recent = factor, deque[float](maxlen=window)
 
     def is_spike(self, norm: float) -> bool:
@@ -1022,7 +1024,7 @@ def _read_rows(path: Path) -> list[Row]:
 # %%
 #| export
 def _write_rows(path: Path, rows: Iterable[Row]) -> None:
-    with _whole_file(path) as draft:
+    with whole_file(path) as draft:
         draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -1056,7 +1058,7 @@ class TensorBoard:
 
     def start(self, step: int) -> None:
         """Open a file of events that replaces those of later steps."""
-        with _needing("TensorBoard", extra="train"):
+        with requires_extra("TensorBoard", extra="train"):
             from torch.utils.tensorboard import SummaryWriter
         self._writer = SummaryWriter(str(self.folder), purge_step=step + 1)
 
@@ -1118,7 +1120,7 @@ class LivePlot:
 
     def start(self, step: int) -> None:
         """Open the figure."""
-        with _needing("A plot in a notebook", extra="book"):
+        with requires_extra("A plot in a notebook", extra="book"):
             import matplotlib.pyplot as plt
             from IPython.display import display
         self.log.start(step)
@@ -1373,7 +1375,7 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
         raise ValueError(f"state: {_CHECKSUM!r}: expected another name, this one is taken")
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = blake2b(digest_size=_DIGEST_SIZE)
-    with _whole_file(path) as draft, draft.open("wb") as file:
+    with whole_file(path) as draft, draft.open("wb") as file:
         for part in (_header(tree, tensors), *map(_raw, tensors.values())):
             digest.update(part)
             file.write(part)
@@ -2014,10 +2016,10 @@ class DataConfig:
     layout: str = "best_fit"  # of documents in rows, or one_per_row, or windows for cut ones
 
     def __post_init__(self) -> None:
-        _check_choice("kind", self.kind, ("tinyworld", "documentation", "files", "shards"))
-        _check_choice("layout", self.layout, ("best_fit", "one_per_row", "windows"))
-        _check_at_least(n_stories=(1, self.n_stories), n_held_out=(1, self.n_held_out))
-        _check_at_least(validation_rows=(1, self.validation_rows))
+        check_choice("kind", self.kind, ("tinyworld", "documentation", "files", "shards"))
+        check_choice("layout", self.layout, ("best_fit", "one_per_row", "windows"))
+        check_at_least(n_stories=(1, self.n_stories), n_held_out=(1, self.n_held_out))
+        check_at_least(validation_rows=(1, self.validation_rows))
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out: expected a share between 0 and 1, got {self.held_out}")
         needed = {"files": 1, "shards": 2}.get(self.kind, 0)
@@ -2043,8 +2045,8 @@ class TokenizerConfig:
     path: str | None = None
 
     def __post_init__(self) -> None:
-        _check_at_least(vocab_size=(256 + len(self.special_tokens), self.vocab_size))
-        _check_choice("pattern", self.pattern, tuple(_PATTERNS))
+        check_at_least(vocab_size=(256 + len(self.special_tokens), self.vocab_size))
+        check_choice("pattern", self.pattern, tuple(_PATTERNS))
         if "<|endoftext|>" not in self.special_tokens:
             expected = "expected '<|endoftext|>' among them"
             raise ValueError(f"special_tokens: {expected}, got {list(self.special_tokens)}")
@@ -2147,15 +2149,15 @@ def _run_config(kind: type[RunConfig], entries: Any) -> RunConfig:
 # %%
 #| export
 def _to_yaml(config: RunConfig, path: Path) -> None:
-    with _needing("YAML", extra="train"):
+    with requires_extra("YAML", extra="train"):
         import yaml
     text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-    with _whole_file(path) as draft:
+    with whole_file(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 def _from_yaml(kind: type[RunConfig], path: Path) -> RunConfig:
-    with _needing("YAML", extra="train"):
+    with requires_extra("YAML", extra="train"):
         import yaml
     try:
         return _run_config(kind, yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -2211,7 +2213,7 @@ def _train_and_held_out(data: DataConfig) -> tuple[list[str], list[str]]:
 def _write_data(config: RunConfig, folder: Path) -> None:
     """Write tokenizer, shards and held-out texts to ``folder``, all or nothing."""
     data, settings = config.data, config.tokenizer
-    with _whole_directory(folder) as draft:
+    with whole_directory(folder) as draft:
         train, held_out = ([], []) if data.kind == "shards" else _train_and_held_out(data)
         if settings.path is None:
             pattern, special = _PATTERNS[settings.pattern], settings.special_tokens
@@ -2285,7 +2287,7 @@ class GapToFloor:
 
     def __init__(self, world: TinyWorld, stories: Iterable[Story], tokenizer: BPETokenizer):
         self.stories = list(stories)
-        _check_at_least(stories=(1, len(self.stories)))
+        check_at_least(stories=(1, len(self.stories)))
         end = tokenizer.special_tokens["<|endoftext|>"]
         cut = lru_cache(maxsize=None)(partial(_cut, tokenizer))
         self.kinds = [word_kinds(world, story, cut) for story in self.stories]
@@ -2492,7 +2494,7 @@ def _claim(folder: Path, config: RunConfig) -> None:
     path, text = folder / "run.json", json.dumps(config.to_dict(), indent=1)
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists() or not (folder / "data").exists():  # nothing has begun there
-        with _whole_file(path) as draft:
+        with whole_file(path) as draft:
             draft.write_text(text, encoding="utf-8")
     elif path.read_text(encoding="utf-8") != text:
         other = f"{folder} has a run of another configuration, see {path.name}"
@@ -2520,7 +2522,7 @@ def _private_state(threads: int | None) -> Iterator[None]:
 def _finish(model: nn.Module, folder: Path) -> None:
     """Save the model with its tokenizer, as Hugging Face's library expects a model's folder."""
     tokenizer = BPETokenizer.load(folder / "data" / "tokenizer.json")
-    with _whole_directory(folder / "model") as draft:
+    with whole_directory(folder / "model") as draft:
         end = tokenizer.special_tokens["<|endoftext|>"]
         save_model(cast(TransformerLM, model), draft / "model", eos_token_id=end)
         for path in (draft / "model").iterdir():
@@ -2765,7 +2767,7 @@ def pretrained(name: str = "tinyworld") -> Pretrained:
 
     Training "tinyworld" takes a minute or two on a laptop.
     """
-    _check_choice("name", name, tuple(RUNS))
+    check_choice("name", name, tuple(RUNS))
     config = RUNS[name]
     depends_on = {**config.to_dict(), "versions": _versions(config.data)}
     return load_or_train(name, depends_on, partial(run, config), load=load_run)
@@ -2911,7 +2913,7 @@ def _chosen(config: Path | None, preset: str | None) -> RunConfig:
         raise ValueError(f"expected a file CONFIG or a --preset, one of {', '.join(RUNS)}")
     if config is not None:
         return RunConfig.from_yaml(config)
-    _check_choice("preset", preset, tuple(RUNS))
+    check_choice("preset", preset, tuple(RUNS))
     return RUNS[str(preset)]
 
 
@@ -2942,7 +2944,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     The code is 0, or 2 for a bad request, 1 if training failed, 130 if it was stopped by Ctrl-C.
     """
-    with _needing("The command line", extra="train"):
+    with requires_extra("The command line", extra="train"):
         import typer
     argument, option = typer.Argument, typer.Option
 

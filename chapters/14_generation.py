@@ -12,13 +12,15 @@
 #
 # So this chapter has two halves. The first is about *what* to choose, the second about doing it
 # fast: for many readers at once, by remembering, by guessing ahead, with fewer bits. All of it is
-# done to the model that {doc}`13_training` trained.
+# done to the model that {doc}`13_training` trained. If that model is not on your disk yet, it is
+# trained first, which takes about two minutes more.
 #
 # | | |
 # |---|---|
+# | **Part** | III. Pretraining |
 # | **You build** | {py:class}`~llmbook.generation.Sampling`, {py:func}`~llmbook.generation.sample`, {py:func}`~llmbook.generation.generate`, {py:func}`~llmbook.generation.stream`, {py:func}`~llmbook.generation.beam_search`, {py:func}`~llmbook.generation.speculative_generate`, {py:func}`~llmbook.generation.quantize` |
 # | **You need** | the model and its cache ({doc}`11_model`, {doc}`09_attention`), a trained one ({doc}`13_training`), entropy ({doc}`01_tinyworld`), counter-based random numbers ({doc}`07_batches`) |
-# | **It takes** | 90 minutes to read, a minute to run, and two more if the model is not trained yet |
+# | **It takes** | 60 minutes for the main line, 3 hours for everything, 60 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp generation
@@ -43,8 +45,8 @@ from torch import Tensor, nn
 
 from llmbook.attention import KVCache, LayerCache
 from llmbook.batches import random_bits
-from llmbook.blocks import RMSNorm, _activate, _check_choice
-from llmbook.corpus import _check_at_least
+from llmbook.blocks import RMSNorm, activate
+from llmbook.environment import check_at_least, check_choice
 from llmbook.model import TransformerLM, count_parameters
 from llmbook.tokenizer import BPETokenizer
 
@@ -373,7 +375,7 @@ def _check_sampling(sampling: Sampling) -> None:
     if not 0 <= sampling.temperature < math.inf:
         expected = "0 (greedy) or a positive number"
         raise ValueError(f"temperature: expected {expected}, got {sampling.temperature}")
-    _check_at_least(top_k=(1, sampling.top_k))
+    check_at_least(top_k=(1, sampling.top_k))
     for name in _FILTERS[1:]:
         share = getattr(sampling, name)
         if share is not None and not (0 < share <= 1 or (name == "min_p" and share == 0)):
@@ -663,8 +665,8 @@ class GenerationOptions:
 # %%
 #| export
 def _check_options(options: GenerationOptions) -> None:
-    _check_at_least(max_new_tokens=(1, options.max_new_tokens))
-    _check_choice("on_full", options.on_full, ("stop", "error", "slide"))
+    check_at_least(max_new_tokens=(1, options.max_new_tokens))
+    check_choice("on_full", options.on_full, ("stop", "error", "slide"))
     if isinstance(options.stop_tokens, int):
         raise ValueError(f"stop_tokens: expected a list of ids, got {options.stop_tokens}")
     if isinstance(options.stop_strings, str):
@@ -930,7 +932,7 @@ class _FusedBlock:
         x = self.o.onto(x, _attend(self, self.norms[0](x), rope, mask, cache))
         up = self.up(self.norms[1](x))
         gate, up = up.chunk(2, dim=-1) if self.gates else (None, up)
-        return self.down.onto(x, _activate(self.activation, gate, up))
+        return self.down.onto(x, activate(self.activation, gate, up))
 
 
 # %% [markdown]
@@ -1173,7 +1175,7 @@ def generate(
     ``on_full``. A row depends on its prompt, the seed and its number only, up to the rounding of
     logits; rows are numbered from ``first_row``. Bad prompts and options raise a ``ValueError``.
     """
-    _check_at_least(batch_size=(1, batch_size), first_row=(0, first_row))
+    check_at_least(batch_size=(1, batch_size), first_row=(0, first_row))
     checked = GenerationOptions(**options)
     rows = _rows(model, prompts, checked, first_row)
     shown: dict[int, list[str]] = {row.number: [] for row in rows}
@@ -1399,7 +1401,7 @@ def beam_search(
     ``max_new_tokens``, ``tokenizer``, ``stop_tokens`` and ``on_full``, except "slide"; nothing is
     left to chance, so that a ``seed`` changes nothing.
     """
-    _check_at_least(n_beams=(1, n_beams))
+    check_at_least(n_beams=(1, n_beams))
     if not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty: expected a number, got {length_penalty}")
     checked = GenerationOptions(**options)
@@ -1419,7 +1421,7 @@ def beam_search(
 # %%
 #| export
 def _check_for_beams(options: GenerationOptions) -> None:
-    _check_choice("on_full", options.on_full, ("stop", "error"))
+    check_choice("on_full", options.on_full, ("stop", "error"))
     if options.sampling != Sampling():
         raise ValueError(f"sampling: expected none for a beam search, got {options.sampling}")
     if options.stop_strings:
@@ -1686,8 +1688,8 @@ def speculative_generate(
     ``options`` are those of ``GenerationOptions``, always with a cache, and without "slide".
     """
     checked = GenerationOptions(**options)
-    _check_at_least(n_draft=(1, n_draft))
-    _check_choice("on_full", checked.on_full, ("stop", "error"))
+    check_at_least(n_draft=(1, n_draft))
+    check_choice("on_full", checked.on_full, ("stop", "error"))
     _check_draft(model, draft)
     (row,) = _rows(model, [prompt], checked)
     capacity, stats, shown = len(row.prompt) + checked.max_new_tokens, SpeculativeStats(), ""

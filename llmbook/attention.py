@@ -8,7 +8,7 @@ __all__ = ['Backend', 'softmax', 'attention_mask', 'causal_mask', 'attention_wei
            'MultiHeadAttention', 'attention_pattern', 'LayerCache', 'KVCache', 'MultiHeadLatentAttention',
            'flash_attention', 'AttentionFigure', 'show_attention']
 
-# %% ../chapters/09_attention.ipynb #cc9c6792
+# %% ../chapters/09_attention.ipynb #ab682343
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -24,8 +24,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .corpus import _check_at_least
-from .positions import _check_even, apply_rope
+from .environment import check_at_least, check_even
+from .positions import apply_rope
 
 # %% ../chapters/09_attention.ipynb #8e87aeec
 def softmax(scores: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
@@ -44,7 +44,7 @@ def softmax(scores: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]
     total = weights.sum(dim, keepdim=True).clamp(min=1.0)  # the peak alone adds 1, if there is one
     return (weights / total).to(scores.dtype)
 
-# %% ../chapters/09_attention.ipynb #c9236ae3
+# %% ../chapters/09_attention.ipynb #1211436b
 def attention_mask(
     query_positions: Int64[Tensor, "batch queries"],
     key_positions: Int64[Tensor, "batch keys"],
@@ -55,7 +55,7 @@ def attention_mask(
     A position of -1 is padding: nothing attends to it, and it attends to nothing. ``window`` is
     how many positions a query sees, its own included; None is all.
     """
-    _check_at_least(window=(1, window))
+    check_at_least(window=(1, window))
     query, key = query_positions[:, None, :, None], key_positions[:, None, None, :]
     allowed = (key <= query) & (key >= 0)
     return allowed if window is None else allowed & (key > query - window)
@@ -71,7 +71,7 @@ def causal_mask(
     >>> causal_mask(3, window=2).int().tolist()
     [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
     """
-    _check_at_least(sequence=(1, sequence))
+    check_at_least(sequence=(1, sequence))
     positions = torch.arange(sequence, device=device)[None]
     return attention_mask(positions, positions, window)[0, 0]
 
@@ -180,15 +180,15 @@ def scaled_dot_product_attention(
     weights = attention_weights(q, k, mask, is_causal=is_causal, scale=scale)
     return F.dropout(weights, dropout) @ _shared(v, q.size(-3))
 
-# %% ../chapters/09_attention.ipynb #94d08814
+# %% ../chapters/09_attention.ipynb #a53c6767
 def _check_heads(
     d_model: int, n_heads: int, n_kv_heads: int | None, d_head: int | None, dropout: float
 ) -> tuple[int, int]:
     """Return n_kv_heads and d_head: if not given, n_heads and d_model / n_heads."""
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected 0 to below 1, got {dropout}")
-    _check_at_least(d_model=(1, d_model), n_heads=(1, n_heads))
-    _check_at_least(n_kv_heads=(1, n_kv_heads), d_head=(1, d_head))
+    check_at_least(d_model=(1, d_model), n_heads=(1, n_heads))
+    check_at_least(n_kv_heads=(1, n_kv_heads), d_head=(1, d_head))
     if d_head is None and d_model % n_heads:
         raise ValueError(f"n_heads: expected a divisor of d_model, {d_model}, got {n_heads}")
     if n_kv_heads is not None and n_heads % n_kv_heads:
@@ -348,7 +348,7 @@ def _check_room(lengths: list[int], capacity: int, window: int | None) -> None:
         expected = f"at most {capacity} tokens in a row, the capacity"
         raise ValueError(f"position_ids: expected {expected}, got {max(lengths)}")
 
-# %% ../chapters/09_attention.ipynb #7b944887
+# %% ../chapters/09_attention.ipynb #c85fcc47
 def _plan(
     table: "_SlotTable", position_ids: Tensor | int
 ) -> tuple[_Step, Tensor | None, list[int]]:
@@ -361,7 +361,7 @@ def _plan(
         positions = position_ids.expand(len(before), -1)
         n, added = positions.size(1), _counted(positions, before)
     else:
-        _check_at_least(position_ids=(1, position_ids))
+        check_at_least(position_ids=(1, position_ids))
         n, added = position_ids, [position_ids] * len(before)
     after = [length + new for length, new in zip(before, added, strict=True)]
     _check_room(after, table.capacity, table.window)
@@ -501,7 +501,7 @@ def _check_lengths(before: list[int], after: list[int], slots: int, window: int 
         if not least <= new <= old:
             raise ValueError(f"lengths: expected {least} to {old} in row {row}, got {new}")
 
-# %% ../chapters/09_attention.ipynb #6cd17473
+# %% ../chapters/09_attention.ipynb #64b02da7
 class KVCache(_Layers):
     """The keys and values of all layers for the tokens read so far, in memory taken once.
 
@@ -525,16 +525,16 @@ class KVCache(_Layers):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ):
-        _check_at_least(batch_size=(1, batch_size), capacity=(1, capacity), window=(1, window))
-        _check_at_least(n_kv_heads=(1, n_kv_heads), d_head=(1, d_head), d_value=(0, d_value))
-        _check_at_least(n_layers=(1, n_layers), spare=(0, spare))
+        check_at_least(batch_size=(1, batch_size), capacity=(1, capacity), window=(1, window))
+        check_at_least(n_kv_heads=(1, n_kv_heads), d_head=(1, d_head), d_value=(0, d_value))
+        check_at_least(n_layers=(1, n_layers), spare=(0, spare))
         slots = capacity if window is None else min(capacity, window + spare)
         super().__init__(batch_size, capacity, window, slots, device)
         shape = batch_size, n_kv_heads, slots
         widths = d_head, d_head if d_value is None else d_value
         self._layers = [_empty_layer(self, shape, widths, dtype) for _ in range(n_layers)]
 
-# %% ../chapters/09_attention.ipynb #b609234b
+# %% ../chapters/09_attention.ipynb #fb459466
 class _LatentProjections(nn.Module):
     """The matrices of latent attention: down to a latent, up into heads, and out of them."""
 
@@ -554,8 +554,8 @@ class _LatentProjections(nn.Module):
     ):
         super().__init__()
         _, d_head = _check_heads(d_model, n_heads, None, d_head, dropout)
-        _check_at_least(d_latent=(1, d_latent), d_value=(1, d_value))
-        _check_even(d_rope=d_rope)
+        check_at_least(d_latent=(1, d_latent), d_value=(1, d_value))
+        check_even(d_rope=d_rope)
         self.n_heads, self.d_head, self.d_value = n_heads, d_head, d_value or d_head
         self.d_latent, self.d_rope, self.dropout, self.backend = d_latent, d_rope, dropout, backend
         self.q_proj = _query_projection(d_model, n_heads * (d_head + d_rope), d_query_latent, norm)
@@ -747,7 +747,7 @@ class _FlashAttention(torch.autograd.Function):
         d_q, d_k, d_v = (gradient.to(q.dtype) for gradient in gradients)
         return d_q * ctx.scale, d_k, d_v, None, None, None
 
-# %% ../chapters/09_attention.ipynb #41508675
+# %% ../chapters/09_attention.ipynb #3ecddf56
 def flash_attention(
     q: Float[Tensor, "*batch n_heads queries d_head"],
     k: Float[Tensor, "*batch n_kv_heads keys d_head"],
@@ -765,7 +765,7 @@ def flash_attention(
     """
     _check_inputs(q, k, mask, is_causal)
     _check_values(k, v)
-    _check_at_least(block_size=(1, block_size))
+    check_at_least(block_size=(1, block_size))
     scale = q.size(-1) ** -0.5 if scale is None else scale
     tiles = _Tiles(q.size(-2), k.size(-2), block_size, is_causal)
     groups = k.size(-3), q.size(-3) // k.size(-3)
@@ -832,7 +832,7 @@ class AttentionFigure:
     def _repr_html_(self) -> str:
         return self.html
 
-# %% ../chapters/09_attention.ipynb #a0488e10
+# %% ../chapters/09_attention.ipynb #0d756cb7
 def show_attention(
     tokens: list[str],
     weights: Float[Tensor, "*layers heads queries keys"],
@@ -847,7 +847,7 @@ def show_attention(
     whole percent; ``layer``, ``head`` and ``token`` are picked at first; -1 is the last.
     """
     n, shape = len(tokens), tuple(weights.shape)
-    _check_at_least(tokens=(1, n))
+    check_at_least(tokens=(1, n))
     if len(shape) not in (3, 4) or shape[-2:] != (n, n):
         expected = f"expected (layers, heads, {n}, {n}) for {n} tokens"
         raise ValueError(f"weights: {expected}, got {shape}")

@@ -8,22 +8,19 @@ __all__ = ['ShardError', 'ShardHeader', 'Tokenizer', 'tokenizer_fingerprint', 'w
            'random_bits', 'permuted', 'Batch', 'window_batch', 'document_fields', 'document_mask', 'best_fit',
            'PackedDocuments', 'pack_documents', 'ResumableBatches', 'BatchSampler']
 
-# %% ../chapters/07_batches.ipynb #604c2fda
+# %% ../chapters/07_batches.ipynb #2b83fad7
 import math
 import os
 import pickle
 import shutil
 import struct
 import time
-import uuid
 import warnings
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, lru_cache
-from glob import escape
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
@@ -35,7 +32,8 @@ from jaxtyping import Bool, Int64, UInt64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .corpus import CorpusWarning, Document, _check_at_least, _in_order, _no_script
+from .corpus import CorpusWarning, Document, ordered_map, without_main_script
+from .environment import check_at_least, whole_directory
 
 # %% ../chapters/07_batches.ipynb #c708ee83
 class ShardError(ValueError):
@@ -202,7 +200,7 @@ def _rounds(texts: Iterable[Any], job_size: int = 1 << 20, round_size: int = 1 <
     if jobs:
         yield in_round, jobs
 
-# %% ../chapters/07_batches.ipynb #ce6cfe13
+# %% ../chapters/07_batches.ipynb #667ed191
 def _portable(tokenizer: Tokenizer) -> bytes | None:
     """Return the pickled tokenizer, or None if another process could not unpickle it."""
     if type(tokenizer).__module__ == "__main__":
@@ -223,7 +221,7 @@ def _encoded(
         processes = 1 if portable is None else workers or many
         sent = tokenizer if processes == 1 else portable
         jobs = [(sent, header.vocab_size, header.end_of_text, *group) for group in groups]
-        for encoded in _in_order(_encode_job, jobs, processes):
+        for encoded in ordered_map(_encode_job, jobs, processes):
             empty += sum(not len(ids) for ids in encoded)
             yield from (ids for ids in encoded if len(ids))
     if empty:
@@ -244,28 +242,6 @@ def _shards_of(
         size += len(ids)
     if group:
         yield group, True
-
-# %% ../chapters/07_batches.ipynb #01eb3c1d
-@contextmanager
-def _whole_directory(path: Path) -> Iterator[Path]:
-    """Give a hidden directory to write into; rename it to ``path`` at the end, or remove it."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"directory: expected a new or an empty one, got {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft, trash = (path.with_name(f".{path.name}.part-{uuid.uuid4().hex}") for _ in range(2))
-    for leftover in path.parent.glob(f".{escape(path.name)}.part-*"):
-        with suppress(OSError):  # another run may sweep, too
-            shutil.rmtree(
-                leftover.rename(trash)
-            )  # renamed first: it must not be finished by halves
-    draft.mkdir()
-    try:
-        yield draft
-        if path.exists():
-            path.rmdir()
-        draft.rename(path)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 # %% ../chapters/07_batches.ipynb #8da9fc1a
 def _shard_name(number: int) -> str:
@@ -291,7 +267,7 @@ def _blank_header(tokenizer: Tokenizer, end_of_text: str) -> ShardHeader:
         digest=_NO_DIGEST,
     )
 
-# %% ../chapters/07_batches.ipynb #07ffe3b2
+# %% ../chapters/07_batches.ipynb #b313fc67
 def write_shards(
     texts: Iterable[Any],
     directory: str | Path,
@@ -309,12 +285,12 @@ def write_shards(
     corpus). The directory appears complete or not at all. Empty documents are left out, with a
     warning. A ``ValueError`` tells of wrong ids, no text at all, or files in the directory.
     """
-    _check_at_least(shard_tokens=(1, shard_tokens), workers=(1, workers))
+    check_at_least(shard_tokens=(1, shard_tokens), workers=(1, workers))
     if isinstance(texts, str | bytes):
         raise ValueError(f"texts: expected several texts, got one {type(texts).__name__}")
     header, digest = _blank_header(tokenizer, end_of_text), _NO_DIGEST
     target = Path(directory).resolve()
-    with _whole_directory(target) as draft:
+    with whole_directory(target) as draft:
         documents = _encoded(texts, tokenizer, header, workers)
         for number, (group, is_last) in enumerate(_shards_of(documents, shard_tokens)):
             header = header._replace(number=number, is_last=is_last, previous=digest)
@@ -323,7 +299,7 @@ def write_shards(
             raise ValueError("texts: expected at least one document that is not empty, got none")
     return TokenShards(target)
 
-# %% ../chapters/07_batches.ipynb #fd8d0bc9
+# %% ../chapters/07_batches.ipynb #fe102dde
 class TokenRing:
     """Arrays of ids, joined end to end and closed to a ring; nothing is copied until it is read.
 
@@ -335,7 +311,7 @@ class TokenRing:
     def __init__(self, parts: Sequence[np.ndarray]):
         self._parts = [part for part in parts if len(part)]
         self._first = [0, *np.cumsum([len(part) for part in self._parts]).tolist()]
-        _check_at_least(tokens=(1, self._first[-1]))
+        check_at_least(tokens=(1, self._first[-1]))
 
     def __len__(self) -> int:
         """The number of tokens."""
@@ -483,7 +459,7 @@ def _turned(
         place[moved] = (place[moved] + turn) % sides[moved]
     return place[0] * sides[1] + place[1]
 
-# %% ../chapters/07_batches.ipynb #342f4192
+# %% ../chapters/07_batches.ipynb #3970f4d6
 def permuted(
     numbers: Int64[np.ndarray, " n"], size: int, *keys: int | np.ndarray
 ) -> Int64[np.ndarray, " n"]:
@@ -495,7 +471,7 @@ def permuted(
     >>> permuted(np.arange(10), 10, 0).tolist()
     [5, 3, 6, 0, 9, 2, 4, 7, 8, 1]
     """
-    _check_at_least(size=(1, size))
+    check_at_least(size=(1, size))
     if numbers.size and not 0 <= numbers.min() <= numbers.max() < size:
         wrong = numbers[(numbers < 0) | (numbers >= size)][0]
         raise ValueError(f"numbers: expected 0 to {size - 1}, got {wrong}")
@@ -509,7 +485,7 @@ def permuted(
         walking = result >= np.uint64(size)
     return result.astype(np.int64)
 
-# %% ../chapters/07_batches.ipynb #29090fa5
+# %% ../chapters/07_batches.ipynb #33983f74
 class Batch(NamedTuple):
     """Rows to learn from. A target of -100 does not count.
 
@@ -535,7 +511,7 @@ class Batch(NamedTuple):
 
 def window_batch(ring: TokenRing, starts: Sequence[int] | np.ndarray, context_length: int) -> Batch:
     """Return the windows that begin at ``starts``: ``context_length`` inputs, targets one later."""
-    _check_at_least(context_length=(1, context_length))
+    check_at_least(context_length=(1, context_length))
     if not len(starts):
         raise ValueError(f"starts: expected at least one position, got {starts!r}")
     windows = np.stack([ring.window(int(start), context_length + 1) for start in starts])
@@ -656,7 +632,7 @@ def _packed_row(packed: PackedDocuments, row: int) -> Int64[np.ndarray, "4 seque
     fields[2, at:] = counting[: length - at]
     return fields
 
-# %% ../chapters/07_batches.ipynb #18209c63
+# %% ../chapters/07_batches.ipynb #75227392
 def pack_documents(
     shards: TokenShards, context_length: int, strategy: str = "best_fit"
 ) -> PackedDocuments:
@@ -665,7 +641,7 @@ def pack_documents(
     Strategies are "best_fit", and "one_per_row" for a row of its own for each. Longer documents are
     cut into pieces of ``context_length``; each piece counts as a document, its positions from 0.
     """
-    _check_at_least(context_length=(1, context_length))
+    check_at_least(context_length=(1, context_length))
     if strategy not in ("best_fit", "one_per_row"):
         raise ValueError(f"strategy: expected 'best_fit' or 'one_per_row', got {strategy!r}")
     sizes = np.diff(shards.document_ends, prepend=0)
@@ -680,12 +656,12 @@ def pack_documents(
     starts = (begin - 1) % len(shards)
     return PackedDocuments(shards, context_length, starts[order], lengths[order], rows)
 
-# %% ../chapters/07_batches.ipynb #6cca6cee
+# %% ../chapters/07_batches.ipynb #3abbd2a9
 _MOST_STEPS = 1 << 40  # a step times a batch size must fit into 64 bits
 
 
 def _check_step(step: int) -> None:
-    _check_at_least(step=(0, step))
+    check_at_least(step=(0, step))
     if step is None or step >= _MOST_STEPS:
         raise ValueError(f"step: expected a number below {_MOST_STEPS}, got {step}")
 
@@ -705,7 +681,7 @@ def _step_of(state: dict[str, Any], identity: dict[str, Any]) -> int:
         raise ValueError(f"state: step: expected less than {_MOST_STEPS}, got {step}")
     return step
 
-# %% ../chapters/07_batches.ipynb #c882c5fb
+# %% ../chapters/07_batches.ipynb #16e0c414
 class ResumableBatches(Dataset[Batch]):
     """Batches that are functions of the step; a subclass defines ``__getitem__`` and ``identity``.
 
@@ -736,10 +712,10 @@ class ResumableBatches(Dataset[Batch]):
 
     def prefetch(self, workers: int = 1, ahead: int = 2) -> Iterator[Batch]:
         """Like iterating, with ``workers`` processes that prepare ``ahead`` batches each."""
-        _check_at_least(workers=(1, workers), ahead=(1, ahead))
+        check_at_least(workers=(1, workers), ahead=(1, ahead))
         return _prefetched(self, workers, ahead)
 
-# %% ../chapters/07_batches.ipynb #6a37c469
+# %% ../chapters/07_batches.ipynb #f3fc0615
 def _prefetched(batches: ResumableBatches, workers: int, ahead: int) -> Iterator[Batch]:
     loader: DataLoader[Batch] = DataLoader(
         batches,
@@ -750,7 +726,7 @@ def _prefetched(batches: ResumableBatches, workers: int, ahead: int) -> Iterator
         multiprocessing_context="spawn",
         generator=torch.Generator(),  # it draws a seed for the workers, else from the global one
     )
-    with _no_script():
+    with without_main_script():
         prepared = iter(loader)
     for expected, batch in zip(count(batches.step), prepared, strict=False):
         if batches.step != expected:
@@ -796,7 +772,7 @@ class BatchSampler(ResumableBatches):
         names = ("batch_size", "context_length", "order", "documents", "seed")
         return {"source": self.source.fingerprint} | {name: getattr(self, name) for name in names}
 
-# %% ../chapters/07_batches.ipynb #f180ce9d
+# %% ../chapters/07_batches.ipynb #803676f8
 def _context_length(sampler: BatchSampler) -> int:
     source, length = sampler.source, sampler.context_length
     if isinstance(source, PackedDocuments):
@@ -805,7 +781,7 @@ def _context_length(sampler: BatchSampler) -> int:
         return source.context_length
     if length is None:
         raise ValueError("context_length: expected a number of tokens for windows, got None")
-    _check_at_least(context_length=(1, length))
+    check_at_least(context_length=(1, length))
     return length
 
 
@@ -846,7 +822,7 @@ def _batch_of(sampler: BatchSampler, numbers: Int64[np.ndarray, " rows"]) -> Bat
     fields = document_fields(batch.inputs, source.end_of_text) if sampler.documents else ()
     return Batch(batch.inputs, batch.targets, *fields)
 
-# %% ../chapters/07_batches.ipynb #b7ad160e
+# %% ../chapters/07_batches.ipynb #1e9711ae
 def _check_sampler(sampler: BatchSampler) -> None:
     source, order = sampler.source, sampler.order
     if order not in _ORDERS:
@@ -857,7 +833,7 @@ def _check_sampler(sampler: BatchSampler) -> None:
         value = getattr(sampler, name)
         if value is None:
             raise ValueError(f"{name}: expected a whole number, got None")
-        _check_at_least(**{name: (least, value)})
+        check_at_least(**{name: (least, value)})
         setattr(sampler, name, int(value))  # NumPy's integers are not fit for JSON
     if sampler.seed >= 1 << 64:
         raise ValueError(f"seed: expected at most 64 bits, got {sampler.seed}")

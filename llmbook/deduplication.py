@@ -21,11 +21,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-# %% ../chapters/04_deduplication.ipynb #43005b9d
+# %% ../chapters/04_deduplication.ipynb #0adee029
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64, Shaped, UInt, UInt32, UInt64
 
-from .corpus import Document, _check_at_least, _in_order, _whole_file
+from .corpus import Document, iter_documents, iter_texts, ordered_map
+from .environment import check_at_least, whole_file
 
 # %% ../chapters/04_deduplication.ipynb #d9e3b131
 def canonical_text(text: str) -> str:
@@ -36,20 +37,7 @@ def canonical_text(text: str) -> str:
     """
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
-# %% ../chapters/04_deduplication.ipynb #2c53ed9c
-def _texts(documents: Iterable[Document | str]) -> Iterator[str]:
-    """Yield the texts of ``documents``, which are Documents or texts already."""
-    if isinstance(documents, str | bytes | Document):
-        one = type(documents).__name__
-        raise ValueError(f"documents: expected several Documents or texts, got a single {one}")
-    for i, item in enumerate(documents):
-        text = item.text if isinstance(item, Document) else item
-        if not isinstance(text, str):
-            kind = type(text).__name__
-            raise ValueError(f"documents: expected Documents or texts, got {kind} at index {i}")
-        yield text
-
-# %% ../chapters/04_deduplication.ipynb #33e89365
+# %% ../chapters/04_deduplication.ipynb #51cf0a16
 def _utf8(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
@@ -64,7 +52,7 @@ def exact_duplicates(documents: Iterable[Document | str]) -> list[list[int]]:
     [[0, 2]]
     """
     groups: dict[bytes, list[int]] = defaultdict(list)
-    for i, text in enumerate(_texts(documents)):
+    for i, text in enumerate(iter_texts(documents)):
         groups[blake2b(_utf8(canonical_text(text)), digest_size=16).digest()].append(i)
     return [group for group in groups.values() if len(group) > 1]
 
@@ -152,9 +140,9 @@ def _shingle_hashes(
             inside[ends[padded > 0] - j] = False
     return _mix64(combined[inside[:windows]]), np.maximum(padded - n + 1, 0)
 
-# %% ../chapters/04_deduplication.ipynb #495b7e83
+# %% ../chapters/04_deduplication.ipynb #82483c3d
 def _check_shingles(n: int, unit: str) -> None:
-    _check_at_least(n=(1, n))
+    check_at_least(n=(1, n))
     if unit not in ("word", "character"):
         raise ValueError(f"unit: expected 'word' or 'character', got {unit!r}")
 
@@ -170,7 +158,7 @@ def shingles(text: str, n: int = 5, unit: str = "word") -> UInt64[np.ndarray, " 
     (2, 1, 0)
     """
     _check_shingles(n, unit)
-    return np.unique(_shingle_hashes(list(_texts([text])), n, unit)[0])
+    return np.unique(_shingle_hashes(list(iter_texts([text])), n, unit)[0])
 
 # %% ../chapters/04_deduplication.ipynb #57118c05
 def _mix32(h: UInt32[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
@@ -211,7 +199,7 @@ def _minima(
     signatures[filled] = least.T
     return signatures
 
-# %% ../chapters/04_deduplication.ipynb #b0396f16
+# %% ../chapters/04_deduplication.ipynb #3f08bdc0
 @dataclass(frozen=True)
 class MinHasher:
     """Makes signatures: ``n_permutations`` 32-bit minima over a document's ``n``-grams of ``unit``.
@@ -241,14 +229,14 @@ class MinHasher:
 
     def signatures(self, documents: Iterable[Document | str], workers: int = 1) -> _Signatures:
         """Sign documents, reading each once; several ``workers`` hold all texts in memory."""
-        _check_at_least(workers=(1, workers))
-        jobs = ((self, texts) for texts in _batches(_texts(documents)))
-        parts = map(_sign, jobs) if workers == 1 else _in_order(_sign, list(jobs), workers)
+        check_at_least(workers=(1, workers))
+        jobs = ((self, texts) for texts in _batches(iter_texts(documents)))
+        parts = map(_sign, jobs) if workers == 1 else ordered_map(_sign, list(jobs), workers)
         return np.concatenate([np.empty((0, self.n_permutations), np.uint32), *parts])
 
-# %% ../chapters/04_deduplication.ipynb #9ee48b99
+# %% ../chapters/04_deduplication.ipynb #978101cf
 def _check_hasher(hasher: MinHasher) -> None:
-    _check_at_least(n_permutations=(1, hasher.n_permutations), seed=(0, hasher.seed))
+    check_at_least(n_permutations=(1, hasher.n_permutations), seed=(0, hasher.seed))
     _check_shingles(hasher.n, hasher.unit)
     if hasher.seed >= 2**32:
         raise ValueError(f"seed: expected less than 2**32, got {hasher.seed}")
@@ -293,7 +281,7 @@ def estimate_jaccard(
         raise ValueError(f"a, b: expected equally many permutations, got {a.shape} and {b.shape}")
     return np.asarray((a == b).mean(axis=-1))
 
-# %% ../chapters/04_deduplication.ipynb #5448e056
+# %% ../chapters/04_deduplication.ipynb #f6ddb397
 def collision_probability(
     similarity: float | Float[np.ndarray, "*shape"], bands: int, rows: int
 ) -> Float64[np.ndarray, "*shape"]:
@@ -305,7 +293,7 @@ def collision_probability(
     >>> collision_probability(np.array([0.4, 0.8]), bands=16, rows=8).round(2).tolist()
     [0.01, 0.95]
     """
-    _check_at_least(bands=(1, bands), rows=(1, rows))
+    check_at_least(bands=(1, bands), rows=(1, rows))
     s = np.asarray(similarity, np.float64)
     if not ((s >= 0) & (s <= 1)).all():
         raise ValueError(f"similarity: expected numbers from 0 to 1, got {similarity!r}")
@@ -324,7 +312,7 @@ def _check_weights(weights: Sequence[float]) -> None:
     if not numbers or not min(pair) >= 0 or not 0 < sum(pair) < math.inf:
         raise ValueError(f"weights: expected two numbers from 0, not both 0, got {weights!r}")
 
-# %% ../chapters/04_deduplication.ipynb #4bc451cc
+# %% ../chapters/04_deduplication.ipynb #5e2f0869
 def optimal_bands(
     threshold: float, n_permutations: int = 128, weights: Sequence[float] = (0.05, 0.95)
 ) -> tuple[int, int]:
@@ -334,7 +322,7 @@ def optimal_bands(
     below and above the threshold. Of equally good choices that with the fewest bands is taken.
     """
     _check_threshold(threshold)
-    _check_at_least(n_permutations=(1, n_permutations))
+    check_at_least(n_permutations=(1, n_permutations))
     _check_weights(weights)
     return _least_error(threshold, n_permutations, *weights)
 
@@ -481,9 +469,9 @@ class LSHIndex:
         """Read what ``save`` wrote; a ``ValueError`` names a file that is none, or broken."""
         return _read_index(Path(path))
 
-# %% ../chapters/04_deduplication.ipynb #ab971684
+# %% ../chapters/04_deduplication.ipynb #af3cebbd
 def _check_bands(bands: int, rows: int, n_permutations: int) -> None:
-    _check_at_least(bands=(1, bands), rows=(1, rows))
+    check_at_least(bands=(1, bands), rows=(1, rows))
     if bands * rows > n_permutations:
         most = f"at most {n_permutations} permutations"
         raise ValueError(f"bands, rows: expected {most} in all, got {bands} times {rows}")
@@ -506,7 +494,7 @@ def _sharing(
     buckets, members = _buckets(hashes, owners)
     return _unique_pairs(members[_pairs_within(buckets)])
 
-# %% ../chapters/04_deduplication.ipynb #fe2db3dc
+# %% ../chapters/04_deduplication.ipynb #d5783734
 _FORMAT = "llmbook.LSHIndex 1"
 
 
@@ -519,7 +507,7 @@ def _write_index(index: LSHIndex, path: Path) -> None:
     }
     coded = np.frombuffer(json.dumps(header).encode(), np.uint8)
     hashes, owners = index._runs.merged()
-    with _whole_file(path) as draft, draft.open("wb") as file:
+    with whole_file(path) as draft, draft.open("wb") as file:
         np.savez(file, header=coded, hashes=hashes, owners=owners)
 
 
@@ -563,7 +551,7 @@ def _root(parent: list[int], argument: str, item: int) -> int:
         parent[item] = item = parent[parent[item]]
     return item
 
-# %% ../chapters/04_deduplication.ipynb #66554a55
+# %% ../chapters/04_deduplication.ipynb #345871d8
 class UnionFind:
     """Disjoint sets of the items 0 to ``size`` - 1; the name of a set is its smallest item.
 
@@ -573,7 +561,7 @@ class UnionFind:
     """
 
     def __init__(self, size: int) -> None:
-        _check_at_least(size=(0, size))
+        check_at_least(size=(0, size))
         self._parent = list(range(size))
 
     def find(self, item: int) -> int:
@@ -736,7 +724,7 @@ def _verified(
     links = _link_similar(groups, places, sets, threshold, exact_up_to, _CENTERS)
     return used[links[0]], *links[1:]
 
-# %% ../chapters/04_deduplication.ipynb #cc2756ef
+# %% ../chapters/04_deduplication.ipynb #e4547630
 def find_near_duplicates(
     documents: Iterable[Document | str],
     threshold: float = 0.8,
@@ -752,10 +740,10 @@ def find_near_duplicates(
     with ``collision_probability(s, bands, rows)``, and copies always are. In buckets of more than
     ``exact_up_to`` members some edges that would join two clusters may be missed.
     """
-    _check_at_least(exact_up_to=(0, exact_up_to))
+    check_at_least(exact_up_to=(0, exact_up_to))
     hasher = hasher or MinHasher()
     bands, rows = optimal_bands(threshold, hasher.n_permutations, weights)
-    texts = list(_texts(documents))
+    texts = list(iter_texts(documents))
     copies = [(group[0], copy) for group in exact_duplicates(texts) for copy in group[1:]]
     exact = np.array(copies, np.int64).reshape(-1, 2)
     rest = np.setdiff1d(np.arange(len(texts)), exact[:, 1])
@@ -768,16 +756,7 @@ def find_near_duplicates(
     values = np.concatenate([np.ones(len(exact)), values])
     return NearDuplicates(forest.clusters(), pairs, values, compared)
 
-# %% ../chapters/04_deduplication.ipynb #f685542b
-def _listed(documents: Iterable[Document]) -> list[Document]:
-    listed = list(documents)
-    for i, document in enumerate(listed):
-        if not isinstance(document, Document):
-            kind = type(document).__name__
-            raise ValueError(f"documents: expected Documents, got {kind} at index {i}")
-    return listed
-
-
+# %% ../chapters/04_deduplication.ipynb #14d7487d
 def _ranked(
     clusters: list[list[int]], documents: list[Document], score: Callable[[Document], float] | None
 ) -> Iterator[list[int]]:
@@ -848,7 +827,7 @@ def _stars(
         removed |= {order[i] for i in np.flatnonzero(gone).tolist()}
     return removed
 
-# %% ../chapters/04_deduplication.ipynb #7b621445
+# %% ../chapters/04_deduplication.ipynb #fd97c8b8
 def deduplicate(
     documents: Iterable[Document],
     threshold: float = 0.8,
@@ -869,7 +848,7 @@ def deduplicate(
     """
     if linkage not in ("star", "single"):
         raise ValueError(f"linkage: expected 'star' or 'single', got {linkage!r}")
-    listed, hasher = _listed(documents), hasher or MinHasher()
+    listed, hasher = list(iter_documents(documents)), hasher or MinHasher()
     found = find_near_duplicates(
         listed, threshold, hasher=hasher, weights=weights, exact_up_to=exact_up_to, workers=workers
     )

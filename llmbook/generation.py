@@ -9,7 +9,7 @@ __all__ = ['FinishReason', 'Step', 'draw', 'keep_top_k', 'keep_top_p', 'keep_min
            'GenerationOptions', 'generate', 'Piece', 'stream', 'beam_search', 'verify', 'expected_tokens',
            'SpeculativeStats', 'speculative_generate', 'quantize_rows', 'QuantizedLinear', 'quantize', 'stored_bytes']
 
-# %% ../chapters/14_generation.ipynb #173404e8
+# %% ../chapters/14_generation.ipynb #078058b3
 import codecs
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from .attention import KVCache, LayerCache
 from .batches import random_bits
-from .blocks import RMSNorm, _activate, _check_choice
-from .corpus import _check_at_least
+from .blocks import RMSNorm, activate
+from .environment import check_at_least, check_choice
 from .model import TransformerLM, count_parameters
 from .tokenizer import BPETokenizer
 
@@ -171,7 +171,7 @@ class Sampling:
         neutral = self.repetition_penalty == 1
         return not neutral or self.frequency_penalty != 0 or self.presence_penalty != 0
 
-# %% ../chapters/14_generation.ipynb #a3312dda
+# %% ../chapters/14_generation.ipynb #2c5f203c
 _FILTERS = ("top_k", "top_p", "min_p", "typical_p")
 
 
@@ -179,7 +179,7 @@ def _check_sampling(sampling: Sampling) -> None:
     if not 0 <= sampling.temperature < math.inf:
         expected = "0 (greedy) or a positive number"
         raise ValueError(f"temperature: expected {expected}, got {sampling.temperature}")
-    _check_at_least(top_k=(1, sampling.top_k))
+    check_at_least(top_k=(1, sampling.top_k))
     for name in _FILTERS[1:]:
         share = getattr(sampling, name)
         if share is not None and not (0 < share <= 1 or (name == "min_p" and share == 0)):
@@ -363,10 +363,10 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         _check_options(self)
 
-# %% ../chapters/14_generation.ipynb #d397fb96
+# %% ../chapters/14_generation.ipynb #6cf4aaef
 def _check_options(options: GenerationOptions) -> None:
-    _check_at_least(max_new_tokens=(1, options.max_new_tokens))
-    _check_choice("on_full", options.on_full, ("stop", "error", "slide"))
+    check_at_least(max_new_tokens=(1, options.max_new_tokens))
+    check_choice("on_full", options.on_full, ("stop", "error", "slide"))
     if isinstance(options.stop_tokens, int):
         raise ValueError(f"stop_tokens: expected a list of ids, got {options.stop_tokens}")
     if isinstance(options.stop_strings, str):
@@ -520,7 +520,7 @@ def _store(cache: LayerCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     cache.values.select(2, step.slots.start).copy_(v)
     return cache.keys.narrow(2, 0, step.used), cache.values.narrow(2, 0, step.used)
 
-# %% ../chapters/14_generation.ipynb #80931487
+# %% ../chapters/14_generation.ipynb #c1d44c13
 class _FusedBlock:
     """A block for one new token in each row, (batch, d_model), in few calls."""
 
@@ -538,7 +538,7 @@ class _FusedBlock:
         x = self.o.onto(x, _attend(self, self.norms[0](x), rope, mask, cache))
         up = self.up(self.norms[1](x))
         gate, up = up.chunk(2, dim=-1) if self.gates else (None, up)
-        return self.down.onto(x, _activate(self.activation, gate, up))
+        return self.down.onto(x, activate(self.activation, gate, up))
 
 # %% ../chapters/14_generation.ipynb #c55ccd5f
 def _attend(
@@ -702,7 +702,7 @@ def _rows(
     length = model.config.context_length
     return [_Row(number, text, length, options) for number, text in enumerate(texts, first_row)]
 
-# %% ../chapters/14_generation.ipynb #e4b92be3
+# %% ../chapters/14_generation.ipynb #34815aa3
 def generate(
     model: TransformerLM,
     prompts: Sequence[Sequence[int]] | Sequence[str],
@@ -718,7 +718,7 @@ def generate(
     ``on_full``. A row depends on its prompt, the seed and its number only, up to the rounding of
     logits; rows are numbered from ``first_row``. Bad prompts and options raise a ``ValueError``.
     """
-    _check_at_least(batch_size=(1, batch_size), first_row=(0, first_row))
+    check_at_least(batch_size=(1, batch_size), first_row=(0, first_row))
     checked = GenerationOptions(**options)
     rows = _rows(model, prompts, checked, first_row)
     shown: dict[int, list[str]] = {row.number: [] for row in rows}
@@ -810,7 +810,7 @@ def _search(
         logits = reader.go_on([], torch.tensor([beam.ids[-1] for beam in beams]))
     return finished
 
-# %% ../chapters/14_generation.ipynb #c61e905b
+# %% ../chapters/14_generation.ipynb #80f0441f
 def beam_search(
     model: TransformerLM,
     prompt: str | Sequence[int],
@@ -826,7 +826,7 @@ def beam_search(
     ``max_new_tokens``, ``tokenizer``, ``stop_tokens`` and ``on_full``, except "slide"; nothing is
     left to chance, so that a ``seed`` changes nothing.
     """
-    _check_at_least(n_beams=(1, n_beams))
+    check_at_least(n_beams=(1, n_beams))
     if not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty: expected a number, got {length_penalty}")
     checked = GenerationOptions(**options)
@@ -838,9 +838,9 @@ def beam_search(
         found = _search(reader, row, most, n_beams, length_penalty)
     return [_of_beam(beam, row) for _, beam in found]
 
-# %% ../chapters/14_generation.ipynb #4e4010c2
+# %% ../chapters/14_generation.ipynb #3c0f66e8
 def _check_for_beams(options: GenerationOptions) -> None:
-    _check_choice("on_full", options.on_full, ("stop", "error"))
+    check_choice("on_full", options.on_full, ("stop", "error"))
     if options.sampling != Sampling():
         raise ValueError(f"sampling: expected none for a beam search, got {options.sampling}")
     if options.stop_strings:
@@ -975,7 +975,7 @@ def _round(target: _Follower, draft: _Follower, row: _Row, n: int, stats: Specul
     stats.n_accepted += min(added, accepted)
     return shown
 
-# %% ../chapters/14_generation.ipynb #23d4bfe5
+# %% ../chapters/14_generation.ipynb #374082c0
 def speculative_generate(
     model: TransformerLM,
     draft: TransformerLM,
@@ -990,8 +990,8 @@ def speculative_generate(
     ``options`` are those of ``GenerationOptions``, always with a cache, and without "slide".
     """
     checked = GenerationOptions(**options)
-    _check_at_least(n_draft=(1, n_draft))
-    _check_choice("on_full", checked.on_full, ("stop", "error"))
+    check_at_least(n_draft=(1, n_draft))
+    check_choice("on_full", checked.on_full, ("stop", "error"))
     _check_draft(model, draft)
     (row,) = _rows(model, [prompt], checked)
     capacity, stats, shown = len(row.prompt) + checked.max_new_tokens, SpeculativeStats(), ""

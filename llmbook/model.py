@@ -7,7 +7,7 @@ counted, saved, and opened from the files that the rest of the world uses."""
 __all__ = ['PRESETS', 'ModelConfig', 'Transformer', 'TransformerLM', 'parameter_counts', 'count_parameters', 'flops_per_token',
            'activation_bytes', 'training_memory', 'cache_bytes', 'model_type', 'save_model', 'load_model']
 
-# %% ../chapters/11_model.ipynb #25b130b0
+# %% ../chapters/11_model.ipynb #82c1e165
 import json
 import math
 import os
@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from .attention import Backend, KVCache, MultiHeadAttention, attention_mask, causal_mask
 from .batches import document_mask
-from .blocks import _GATES, ACTIVATIONS, FeedForward, LayerNorm, MixtureOfExperts
-from .blocks import RMSNorm, TransformerBlock, _check_choice, _check_probability
+from .blocks import GATES, ACTIVATIONS, FeedForward, LayerNorm, MixtureOfExperts
+from .blocks import RMSNorm, TransformerBlock
 from .blocks import default_d_ff, initialize_weights
-from .corpus import _check_at_least
+from .environment import check_at_least, check_choice, check_fraction
 from .positions import LearnedEmbedding, RopeScaling, RotaryEmbedding, SinusoidalEmbedding
 
 # %% ../chapters/11_model.ipynb #07039f6f
@@ -68,7 +68,7 @@ class _Fields:
     tie_embeddings: bool = False
     dropout: int | float = 0.0
 
-# %% ../chapters/11_model.ipynb #5d791262
+# %% ../chapters/11_model.ipynb #a4de5f03
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(_Fields):
     """What a ``TransformerLM`` is: every size and every choice, checked.
@@ -86,7 +86,7 @@ class ModelConfig(_Fields):
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "ModelConfig":
         """Return the configuration of a known model, one of ``PRESETS``, with fields changed."""
-        _check_choice("name", name, tuple(PRESETS))
+        check_choice("name", name, tuple(PRESETS))
         return cls.from_dict(PRESETS[name] | changes)
 
     @classmethod
@@ -124,13 +124,13 @@ def _checked_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
     _check_types(given)  # a checker of annotations would look before __post_init__ does
     return given
 
-# %% ../chapters/11_model.ipynb #38d9b1fa
+# %% ../chapters/11_model.ipynb #7faf0e66
 _REQUIRED = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads")
 
 
 def _derive(config: ModelConfig) -> None:
-    _check_at_least(**{name: (1, getattr(config, name)) for name in _REQUIRED})
-    _check_choice("activation", config.activation, ACTIVATIONS)
+    check_at_least(**{name: (1, getattr(config, name)) for name in _REQUIRED})
+    check_choice("activation", config.activation, ACTIVATIONS)
     if config.d_head is None and config.d_model % config.n_heads:
         expected = f"a divisor of d_model = {config.d_model}, unless d_head is given"
         raise ValueError(f"n_heads: expected {expected}, got {config.n_heads}")
@@ -144,17 +144,17 @@ def _derive(config: ModelConfig) -> None:
         if getattr(config, name) is None:
             object.__setattr__(config, name, value)  # frozen, but not yet finished
 
-# %% ../chapters/11_model.ipynb #78757630
+# %% ../chapters/11_model.ipynb #c5cf480b
 def _check_config(config: ModelConfig) -> None:
     sizes = {name: (1, getattr(config, name)) for name in ("n_kv_heads", "d_head", "d_ff")}
-    _check_at_least(**sizes, sliding_window=(1, config.sliding_window))
+    check_at_least(**sizes, sliding_window=(1, config.sliding_window))
     if config.n_heads % config.n_kv_heads:
         expected = f"a divisor of n_heads = {config.n_heads}"
         raise ValueError(f"n_kv_heads: expected {expected}, got {config.n_kv_heads}")
-    _check_choice("positions", config.positions, ("rope", "learned", "sinusoidal", "none"))
-    _check_choice("norm", config.norm, ("rmsnorm", "layernorm"))
-    _check_choice("norm_position", config.norm_position, ("pre", "post"))
-    _check_probability("dropout", config.dropout)
+    check_choice("positions", config.positions, ("rope", "learned", "sinusoidal", "none"))
+    check_choice("norm", config.norm, ("rmsnorm", "layernorm"))
+    check_choice("norm_position", config.norm_position, ("pre", "post"))
+    check_fraction("dropout", config.dropout)
     if not 0 < config.norm_eps < 1:
         raise ValueError(f"norm_eps: expected a small positive number, got {config.norm_eps}")
     _check_positions(config)
@@ -173,9 +173,9 @@ def _check_positions(config: ModelConfig) -> None:
         expected = f"None where positions are {kind!r}"
         raise ValueError(f"rope_scaling: expected {expected}, got {config.rope_scaling}")
 
-# %% ../chapters/11_model.ipynb #43fb549a
+# %% ../chapters/11_model.ipynb #f1ee057c
 def _check_experts(config: ModelConfig) -> None:
-    _check_at_least(n_experts=(0, config.n_experts), d_shared=(0, config.d_shared))
+    check_at_least(n_experts=(0, config.n_experts), d_shared=(0, config.d_shared))
     least = 1 if config.n_experts else 0
     if not least <= config.n_active_experts <= config.n_experts:
         expected = f"{least} to n_experts = {config.n_experts}"
@@ -477,7 +477,7 @@ def parameter_counts(config: ModelConfig, *, active: bool = False) -> dict[str, 
 def _vectors_of_norm(config: ModelConfig) -> int:
     return 2 if config.norm == "layernorm" and config.bias else 1
 
-# %% ../chapters/11_model.ipynb #ace8cff4
+# %% ../chapters/11_model.ipynb #ca8164cf
 def _attention_parameters(config: ModelConfig) -> int:
     d, queries = config.d_model, config.n_heads * config.d_head
     qkv = queries + 2 * config.n_kv_heads * config.d_head
@@ -486,7 +486,7 @@ def _attention_parameters(config: ModelConfig) -> int:
 
 
 def _feed_forward_parameters(config: ModelConfig, active: bool) -> int:
-    d, matrices = config.d_model, 3 if config.activation in _GATES else 2
+    d, matrices = config.d_model, 3 if config.activation in GATES else 2
     if not config.n_experts:
         return matrices * d * config.d_ff + config.bias * ((matrices - 1) * config.d_ff + d)
     experts = config.n_active_experts if active else config.n_experts
@@ -513,12 +513,12 @@ def count_parameters(
     left_out = () if embeddings else ("embedding", "positions")
     return sum(count for part, count in counts.items() if part not in left_out)
 
-# %% ../chapters/11_model.ipynb #a8ab073a
+# %% ../chapters/11_model.ipynb #c49ed67e
 def _matrix_entries(config: ModelConfig) -> int:
     """Return the entries of all matrices that one token is multiplied by."""
     d, widths = config.d_model, (config.n_heads + config.n_kv_heads) * config.d_head
     inner = (config.n_active_experts or 1) * config.d_ff + config.d_shared
-    matrices = 3 if config.activation in _GATES else 2
+    matrices = 3 if config.activation in GATES else 2
     layer = 2 * d * widths + d * config.n_experts + matrices * d * inner
     return config.n_layers * layer + config.vocab_size * d
 
@@ -533,7 +533,7 @@ def flops_per_token(
     The default ``sequence`` is ``context_length``. Source: Chowdhery et al. (2023), appendix B.
     """
     sequence = config.context_length if sequence is None else sequence
-    _check_at_least(sequence=(1, sequence))
+    check_at_least(sequence=(1, sequence))
     keys = float(sequence)
     if causal:
         window = min(config.sliding_window or sequence, sequence)
@@ -541,7 +541,7 @@ def flops_per_token(
     pairs = 2 * config.n_layers * config.n_heads * config.d_head * keys
     return (6 if training else 2) * (_matrix_entries(config) + pairs)
 
-# %% ../chapters/11_model.ipynb #2581126e
+# %% ../chapters/11_model.ipynb #1000d52e
 _KEPT = {"relu": 1, "gelu": 2, "gelu_tanh": 2, "silu": 2, "reglu": 3, "geglu": 4, "swiglu": 4}
 
 
@@ -553,7 +553,7 @@ def activation_bytes(
     For the backend "torch" without dropout; statistics of a few numbers per token are left out, and
     with them masks. Source: counted as by Korthikanti et al. (2023). A ``ValueError`` for experts.
     """
-    _check_at_least(batch_size=(1, batch_size), sequence=(1, sequence))
+    check_at_least(batch_size=(1, batch_size), sequence=(1, sequence))
     if config.n_experts:  # what an expert keeps depends on how many tokens it gets
         raise ValueError(f"n_experts: expected 0, got {config.n_experts}")
     heads = (config.n_heads + config.n_kv_heads) * config.d_head
@@ -562,7 +562,7 @@ def activation_bytes(
     ends = 2 * config.d_model  # what the last normalization and the head read
     return batch_size * sequence * (config.n_layers * layer + ends) * dtype.itemsize
 
-# %% ../chapters/11_model.ipynb #6d91fc41
+# %% ../chapters/11_model.ipynb #07845863
 def training_memory(
     config: ModelConfig, batch_size: int, sequence: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, int]:
@@ -584,7 +584,7 @@ def cache_bytes(
     config: ModelConfig, batch_size: int, sequence: int, dtype: torch.dtype = torch.bfloat16
 ) -> int:
     """Return what keys and values of ``sequence`` tokens in ``batch_size`` rows take, in bytes."""
-    _check_at_least(batch_size=(1, batch_size), sequence=(1, sequence))
+    check_at_least(batch_size=(1, batch_size), sequence=(1, sequence))
     kept = min(sequence, config.sliding_window or sequence)
     per_token = 2 * config.n_layers * config.n_kv_heads * config.d_head
     return batch_size * kept * per_token * dtype.itemsize
@@ -809,7 +809,7 @@ def _config_from(entries: Mapping[str, Any]) -> tuple[str, ModelConfig]:
     read = _read_gpt2 if family == "gpt2" else _read_llama
     return family, ModelConfig.from_dict(read(entries, family))
 
-# %% ../chapters/11_model.ipynb #2b1bc6ac
+# %% ../chapters/11_model.ipynb #076afa7f
 def _renamed(entries: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Return the entries by our names; a null counts as left out."""
     given = {ours: entries.get(theirs) for ours, theirs in names.items()}
@@ -823,7 +823,7 @@ def _require(entries: Mapping[str, Any], names: Mapping[str, str], *optional: st
 
 
 def _activation(entries: Mapping[str, Any], name: str, known: Mapping[str, str]) -> str:
-    _check_choice(name, entries.get(name), tuple(known))
+    check_choice(name, entries.get(name), tuple(known))
     return known[entries[name]]
 
 # %% ../chapters/11_model.ipynb #fc1be7bf
@@ -867,7 +867,7 @@ def _read_bias(entries: Mapping[str, Any]) -> bool:
         raise ValueError(f"mlp_bias: expected {attention!r} as attention_bias has, got {mlp!r}")
     return attention
 
-# %% ../chapters/11_model.ipynb #0073a7b1
+# %% ../chapters/11_model.ipynb #1101aafc
 def _read_window(entries: Mapping[str, Any], family: str) -> int | None:
     """Return the sliding window, the same in all layers."""
     window = entries.get("sliding_window", 4096 if family == "mistral" else None)
@@ -879,18 +879,18 @@ def _read_window(entries: Mapping[str, Any], family: str) -> int | None:
         used = first if entries.get("use_sliding_window") else layers
         kinds = ["sliding_attention" if i >= used else "full_attention" for i in (0, layers - 1)]
     for kind in kinds or ():
-        _check_choice("layer_types", kind, ("full_attention", "sliding_attention"))
+        check_choice("layer_types", kind, ("full_attention", "sliding_attention"))
     different = sorted(set(kinds or ()))
     if len(different) > 1:
         raise ValueError(f"layer_types: expected the same in all, got {different}")
     return None if different == ["full_attention"] else window
 
-# %% ../chapters/11_model.ipynb #f282960f
+# %% ../chapters/11_model.ipynb #e6fd2e53
 def _read_rope(entries: Mapping[str, Any], default_base: float) -> dict[str, Any]:
     found = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
     kind = found.get("rope_type", found.get("type", "default"))
     base = {"rope_base": found.get("rope_theta", entries.get("rope_theta", default_base))}
-    _check_choice("rope_type", kind, ("default", *_ROPE_KINDS))
+    check_choice("rope_type", kind, ("default", *_ROPE_KINDS))
     for name, value in {"partial_rotary_factor": 1, "mscale": None, "mscale_all_dim": None}.items():
         if found.get(name) not in (None, value):
             raise ValueError(f"{name}: expected {value}, got {found[name]!r}")
@@ -998,7 +998,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, list[Tensor]], most: int)
         index = {"metadata": {"total_size": total}, "weight_map": where}
         _write_json(folder / "model.safetensors.index.json", index)
 
-# %% ../chapters/11_model.ipynb #75af1955
+# %% ../chapters/11_model.ipynb #14d41bdf
 def save_model(
     model: TransformerLM,
     folder: str | Path,
@@ -1013,7 +1013,7 @@ def save_model(
     model that is in ``folder`` is replaced when the new one is complete, not before; other files
     there stay (as copies).
     """
-    _check_at_least(max_shard_size=(1, max_shard_size))
+    check_at_least(max_shard_size=(1, max_shard_size))
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     described = _entries_of(model.config) | {"dtype": dtype}
     if clash := sorted(described.keys() & entries.keys()):

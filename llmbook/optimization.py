@@ -8,7 +8,7 @@ __all__ = ['Reduction', 'Schedule', 'log_sum_exp', 'cross_entropy', 'chunked_cro
            'Muon', 'parameter_groups', 'Optimizers', 'build_optimizer', 'constant_schedule', 'wsd_schedule',
            'cosine_schedule', 'linear_schedule', 'clip_gradients']
 
-# %% ../chapters/12_optimization.ipynb #0ee6e9bd
+# %% ../chapters/12_optimization.ipynb #3cbb8d3e
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
@@ -22,8 +22,8 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from .attention import Backend
-from .blocks import _check_choice, _check_probability, _embeddings
-from .corpus import _check_at_least
+from .blocks import lookup_tables
+from .environment import check_at_least, check_choice, check_fraction
 
 # %% ../chapters/12_optimization.ipynb #0880a738
 def log_sum_exp(logits: Float[Tensor, "*batch vocab_size"]) -> Float[Tensor, "*batch"]:
@@ -97,7 +97,7 @@ def _fused_losses(
     losses = F.cross_entropy(flat, targets.reshape(-1), reduction="none").view(targets.shape)
     return losses + z_loss * logits.logsumexp(dim=-1) ** 2 if z_loss else losses
 
-# %% ../chapters/12_optimization.ipynb #c414ce49
+# %% ../chapters/12_optimization.ipynb #496d6544
 def cross_entropy(
     logits: Float[Tensor, "*batch vocab_size"],
     targets: Int64[Tensor, "*batch"],
@@ -115,8 +115,8 @@ def cross_entropy(
     for each target (PaLM, section 5). Targets out of range raise a ``ValueError``; on an
     accelerator, where a look would wait for the device, its kernel stops the program.
     """
-    _check_choice("reduction", reduction, ("mean", "sum", "none"))
-    _check_choice("backend", backend, ("reference", "torch"))
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_choice("backend", backend, ("reference", "torch"))
     vocab_size = logits.size(-1)
     _check_loss(logits, targets, vocab_size, ignore_index, z_loss=z_loss, soft_cap=soft_cap)
     counts = targets != ignore_index
@@ -218,7 +218,7 @@ class _ChunkedLoss(torch.autograd.Function):
         scaled = [None if d is None else d * d_total.to(d.dtype) for d in (d_hidden, d_weight)]
         return (*scaled, None, None, None)
 
-# %% ../chapters/12_optimization.ipynb #82ba806a
+# %% ../chapters/12_optimization.ipynb #66f3073b
 def chunked_cross_entropy(
     hidden: Float[Tensor, "*batch d_model"],
     weight: Float[Tensor, "vocab_size d_model"],
@@ -236,8 +236,8 @@ def chunked_cross_entropy(
     are made in the forward pass, so logits are computed once; there is no second derivative.
     Under autocast the products are in its dtype, the softmax in float32 all the same.
     """
-    _check_at_least(chunk_size=(1, chunk_size))
-    _check_choice("reduction", reduction, ("mean", "sum"))
+    check_at_least(chunk_size=(1, chunk_size))
+    check_choice("reduction", reduction, ("mean", "sum"))
     _check_loss(hidden, targets, len(weight), ignore_index, z_loss=z_loss, soft_cap=soft_cap)
     device = hidden.device.type
     hidden, weight = _as_autocast_would(device, hidden, weight)
@@ -305,7 +305,7 @@ class _Stepper(_Checked):
     def _update(self, group: dict[str, Any], parameters: list[Tensor], grads: list[Tensor]) -> None:
         raise NotImplementedError
 
-# %% ../chapters/12_optimization.ipynb #3d3a2721
+# %% ../chapters/12_optimization.ipynb #dbef3449
 class SGD(_Stepper):
     """Stochastic gradient descent with momentum; state dicts are those of ``torch.optim.SGD``."""
 
@@ -319,7 +319,7 @@ class SGD(_Stepper):
         *,
         backend: Backend = "torch",
     ):
-        _check_choice("backend", backend, ("reference", "torch"))
+        check_choice("backend", backend, ("reference", "torch"))
         self.backend = backend
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, {**settings, "nesterov": nesterov, "dampening": 0})
@@ -327,7 +327,7 @@ class SGD(_Stepper):
     def _check(self, group: dict[str, Any]) -> None:
         for name in ("lr", "weight_decay"):
             _check_amount(name, group[name])
-        _check_probability("momentum", float(group["momentum"]))
+        check_fraction("momentum", float(group["momentum"]))
         if group["nesterov"] and not group["momentum"]:
             raise ValueError("nesterov: expected a momentum above 0 with it, got momentum 0")
         _refuse(group, maximize=False, dampening=0)
@@ -375,7 +375,7 @@ def _fused_sgd_step(group: dict[str, Any], parameters: list[Tensor], grads: list
         **{name: group[name] for name in names},
     )  # fmt: skip
 
-# %% ../chapters/12_optimization.ipynb #02cf0778
+# %% ../chapters/12_optimization.ipynb #66781f61
 class AdamW(_Stepper):
     """Adam with decoupled weight decay; state dicts are those of ``torch.optim.AdamW``.
 
@@ -393,7 +393,7 @@ class AdamW(_Stepper):
         *,
         backend: Backend = "torch",
     ):
-        _check_choice("backend", backend, ("reference", "torch"))
+        check_choice("backend", backend, ("reference", "torch"))
         self.backend = backend
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, settings)
@@ -409,14 +409,14 @@ class AdamW(_Stepper):
         tensors = (parameters, grads, means, squares, [self.state[p]["step"] for p in parameters])
         (_adamw_step if self.backend == "reference" else _fused_adamw_step)(group, *tensors)
 
-# %% ../chapters/12_optimization.ipynb #f20fa426
+# %% ../chapters/12_optimization.ipynb #b8278191
 def _check_adamw(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         _check_amount(name, group[name])
     if len(group["betas"]) != 2:
         raise ValueError(f"betas: expected two, got {group['betas']!r}")
     for number, beta in enumerate(group["betas"]):
-        _check_probability(f"betas[{number}]", float(beta))
+        check_fraction(f"betas[{number}]", float(beta))
     decoupled = {"decoupled_weight_decay": True} if group["weight_decay"] else {}
     _refuse(group, amsgrad=False, maximize=False, **decoupled)
 
@@ -449,7 +449,7 @@ def _fused_adamw_step(group: dict[str, Any], *tensors: list[Tensor]) -> None:
         weight_decay=group["weight_decay"], eps=group["eps"],
     )  # fmt: skip
 
-# %% ../chapters/12_optimization.ipynb #8f335c16
+# %% ../chapters/12_optimization.ipynb #45b7803a
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -465,7 +465,7 @@ def orthogonalize(
     With the default coefficients those above 0.002 of the norm end between 0.68 and 1.21 after five
     steps. Computed in the dtype of ``matrix``. Source: Jordan et al. (2024), Newton-Schulz.
     """
-    _check_at_least(steps=(0, steps))
+    check_at_least(steps=(0, steps))
     a, b, c = coefficients
     tall = matrix.size(-2) > matrix.size(-1)
     x = matrix.mT if tall else matrix  # so that x x^T is the smaller of the two products
@@ -513,12 +513,12 @@ class Muon(_Stepper):
         momenta = self._buffers(parameters, "momentum_buffer")
         _muon_step(group, parameters, grads, momenta, self.ns_dtype)
 
-# %% ../chapters/12_optimization.ipynb #c4b240eb
+# %% ../chapters/12_optimization.ipynb #8fdc0985
 def _check_muon(group: dict[str, Any]) -> None:
     for name in ("lr", "weight_decay", "eps"):
         _check_amount(name, group[name])
-    _check_probability("momentum", float(group["momentum"]))
-    _check_at_least(ns_steps=(0, group["ns_steps"]))
+    check_fraction("momentum", float(group["momentum"]))
+    check_at_least(ns_steps=(0, group["ns_steps"]))
     if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
         expected = "None, original or match_rms_adamw"
         raise ValueError(f"adjust_lr_fn: expected {expected}, got {group['adjust_lr_fn']!r}")
@@ -570,7 +570,7 @@ def _muon_step(
         p = parameters[number]
         p.add_(update, alpha=-lr * _scale_of_rate(p.shape, group["adjust_lr_fn"]))
 
-# %% ../chapters/12_optimization.ipynb #77ce520a
+# %% ../chapters/12_optimization.ipynb #59883ac2
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what is to be trained, by name; a parameter under two names once."""
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -596,7 +596,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     parameter is there once; frozen ones are left out. A ``ValueError`` if all are frozen.
     """
     _check_amount("weight_decay", weight_decay)
-    return _decayed_and_not(_trainable(model).values(), _embeddings(model), weight_decay)
+    return _decayed_and_not(_trainable(model).values(), lookup_tables(model), weight_decay)
 
 # %% ../chapters/12_optimization.ipynb #2e2ec8ef
 class Optimizers(torch.optim.Optimizer):
@@ -646,7 +646,7 @@ def _matrices_of_blocks(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.P
         raise ValueError("model: expected blocks with matrices, which Muon is for, got none")
     return matrices, rest
 
-# %% ../chapters/12_optimization.ipynb #ffc3aafa
+# %% ../chapters/12_optimization.ipynb #b74c560e
 def build_optimizer(
     model: nn.Module,
     name: Literal["adamw", "muon", "sgd"],
@@ -664,7 +664,7 @@ def build_optimizer(
     the rest; Muon's rate is scaled so that both may be equal. ``momentum`` is by default 0.95 for
     "muon" and 0.9 for "sgd". Decay is that of ``parameter_groups``.
     """
-    _check_choice("name", name, ("adamw", "muon", "sgd"))
+    check_choice("name", name, ("adamw", "muon", "sgd"))
     groups = parameter_groups(model, weight_decay)
     if name == "adamw":
         return AdamW(groups, lr, betas, weight_decay=weight_decay, backend=backend)
@@ -672,18 +672,18 @@ def build_optimizer(
         momentum = 0.9 if momentum is None else momentum
         return SGD(groups, lr, momentum, weight_decay, backend=backend)
     matrices, rest = _matrices_of_blocks(model)
-    others = _decayed_and_not(rest, _embeddings(model), weight_decay)
+    others = _decayed_and_not(rest, lookup_tables(model), weight_decay)
     momentum = 0.95 if momentum is None else momentum
     rate = lr if adamw_lr is None else adamw_lr
     muon = Muon(matrices, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
     return Optimizers(muon, AdamW(others, rate, betas, weight_decay=weight_decay, backend=backend))
 
-# %% ../chapters/12_optimization.ipynb #941b191e
+# %% ../chapters/12_optimization.ipynb #bac5ec5f
 Schedule = Callable[[int], float]
 
 
 def _check_schedule(n_steps: int, warmup: int, final: float, decay: int = 0) -> None:
-    _check_at_least(n_steps=(1, n_steps), warmup=(0, warmup), decay=(0, decay))
+    check_at_least(n_steps=(1, n_steps), warmup=(0, warmup), decay=(0, decay))
     if warmup + decay > n_steps:
         expected = f"warmup and decay within n_steps = {n_steps}"
         raise ValueError(f"warmup: expected {expected}, got {warmup} and {decay}")
@@ -698,10 +698,10 @@ def _warmed_up(step: int, warmup: int, then: Schedule) -> float:
 
 def constant_schedule(*, warmup: int = 0) -> Schedule:
     """Return the factor 1, after a linear rise in ``warmup`` steps."""
-    _check_at_least(warmup=(0, warmup))
+    check_at_least(warmup=(0, warmup))
     return lambda step: _warmed_up(step, warmup, lambda _: 1.0)
 
-# %% ../chapters/12_optimization.ipynb #8e7d9b9e
+# %% ../chapters/12_optimization.ipynb #d28f586a
 _SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1 - progress,
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
@@ -723,7 +723,7 @@ def wsd_schedule(
     at step ``n_steps`` and stays: no step within them is wasted. ``shape`` is linear, cosine or
     sqrt, for 1 - sqrt(progress). Sources: Hu et al. (2024); Hägele et al. (2024) for the shapes.
     """
-    _check_choice("shape", shape, tuple(_SHAPES))
+    check_choice("shape", shape, tuple(_SHAPES))
     decay = max(0, min(n_steps // 5, n_steps - warmup)) if decay is None else decay
     _check_schedule(n_steps, warmup, final, decay)
 

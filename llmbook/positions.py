@@ -7,7 +7,7 @@ embeddings, and ways to stretch them to longer texts."""
 __all__ = ['LearnedEmbedding', 'rope_frequencies', 'SinusoidalEmbedding', 'interleaved_to_half', 'apply_rope', 'RotaryEmbedding',
            'RopeScaling', 'scale_rope']
 
-# %% ../chapters/08_positions.ipynb #d2b6fcf0
+# %% ../chapters/08_positions.ipynb #49f6a0df
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
-from .corpus import _check_at_least
+from .environment import check_at_least, check_even
 
-# %% ../chapters/08_positions.ipynb #354e45b0
+# %% ../chapters/08_positions.ipynb #dc477001
 class LearnedEmbedding(nn.Module):
     """A learned vector for each position from 0 to ``context_length - 1`` (as in GPT-2).
 
@@ -31,7 +31,7 @@ class LearnedEmbedding(nn.Module):
 
     def __init__(self, context_length: int, d_model: int):
         super().__init__()
-        _check_at_least(context_length=(1, context_length), d_model=(1, d_model))
+        check_at_least(context_length=(1, context_length), d_model=(1, d_model))
         self.weight = nn.Parameter(torch.empty(context_length, d_model).normal_(std=0.02))
 
     def forward(
@@ -52,7 +52,7 @@ def _check_positions(position_ids: Int64[Tensor, "*batch sequence"], length: int
     if len(wrong):
         raise ValueError(f"position_ids: expected -1 (padding) to {length - 1}, got {wrong[0]}")
 
-# %% ../chapters/08_positions.ipynb #3f5ffaf5
+# %% ../chapters/08_positions.ipynb #afccc03f
 def rope_frequencies(d_head: int, base: int | float = 10_000.0) -> Float32[Tensor, " half"]:
     """Return base^(-2i / d_head) for each pair i of dimensions: radians per position, float32.
 
@@ -61,16 +61,9 @@ def rope_frequencies(d_head: int, base: int | float = 10_000.0) -> Float32[Tenso
     >>> rope_frequencies(4, base=100.0)
     tensor([1.0000, 0.1000])
     """
-    _check_even(d_head=d_head)
+    check_even(d_head=d_head)
     _check_base(base)
     return 1.0 / base ** (torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
-
-
-def _check_even(**sizes: int) -> None:
-    for argument, size in sizes.items():
-        _check_at_least(**{argument: (2, size)})
-        if size % 2:
-            raise ValueError(f"{argument}: expected an even number, got {size}")
 
 
 def _check_base(base: int | float) -> None:
@@ -103,7 +96,7 @@ class _Angles(nn.Module):
         """Return the angles in radians."""
         return position_ids.clamp(min=0).float()[..., None] * self.frequencies
 
-# %% ../chapters/08_positions.ipynb #65672c64
+# %% ../chapters/08_positions.ipynb #357bf271
 class SinusoidalEmbedding(nn.Module):
     """Waves: sin(t w_i) at dimension 2i, cos(t w_i) at 2i + 1, where w_i = base^(-2i / d_model).
 
@@ -113,7 +106,7 @@ class SinusoidalEmbedding(nn.Module):
 
     def __init__(self, d_model: int, base: int | float = 10_000.0):
         super().__init__()
-        _check_even(d_model=d_model)
+        check_even(d_model=d_model)
         with torch.device("cpu"):  # real numbers, also where a model is laid out on "meta"
             self.angles = _Angles(rope_frequencies(d_model, base))
 
@@ -124,7 +117,7 @@ class SinusoidalEmbedding(nn.Module):
         angles = self.angles(position_ids)
         return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
-# %% ../chapters/08_positions.ipynb #edb211a9
+# %% ../chapters/08_positions.ipynb #68f5933b
 def interleaved_to_half(d_head: int) -> Int64[Tensor, " d_head"]:
     """Return the order in which interleaved dimensions stand in the layout "half".
 
@@ -133,7 +126,7 @@ def interleaved_to_half(d_head: int) -> Int64[Tensor, " d_head"]:
     >>> interleaved_to_half(6)
     tensor([0, 2, 4, 1, 3, 5])
     """
-    _check_even(d_head=d_head)
+    check_even(d_head=d_head)
     return torch.arange(d_head).view(-1, 2).T.flatten()
 
 # %% ../chapters/08_positions.ipynb #e219fb1c
@@ -277,7 +270,7 @@ class RopeScaling:
     def __post_init__(self) -> None:
         _check_scaling(self)
 
-# %% ../chapters/08_positions.ipynb #6af207e2
+# %% ../chapters/08_positions.ipynb #2282d28b
 def _check_scaling(scaling: RopeScaling) -> None:
     kinds = ("linear", "ntk", "yarn", "llama3")
     if scaling.kind not in kinds:
@@ -285,7 +278,7 @@ def _check_scaling(scaling: RopeScaling) -> None:
     if not 1 <= scaling.factor < math.inf:
         raise ValueError(f"factor: expected a number from 1 on, got {scaling.factor}")
     length = scaling.original_context_length
-    _check_at_least(original_context_length=(1, length))
+    check_at_least(original_context_length=(1, length))
     if length is None and scaling.kind in ("yarn", "llama3"):
         raise ValueError(f"original_context_length: {scaling.kind!r} needs it, got None")
     for slow, fast in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):

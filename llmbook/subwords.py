@@ -7,7 +7,7 @@ every segmentation there is."""
 __all__ = ['split_words', 'merge_gain', 'TrainingStep', 'WordPieceTokenizer', 'train_wordpiece', 'UnigramTokenizer',
            'train_unigram', 'renyi_efficiency']
 
-# %% ../chapters/06_subwords.ipynb #a0fc3a0f
+# %% ../chapters/06_subwords.ipynb #3a63ea87
 import json
 import math
 import random
@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple, SupportsInt
 import numpy as np
 from jaxtyping import Float, Integer
 
-from .corpus import _check_at_least
+from .environment import check_at_least
 from llmbook.tokenizer import (
     _allowed,
     _batches,
@@ -418,7 +418,7 @@ def _read_special(whole: dict[str, Any], tokens: list[str]) -> list[str]:
             raise ValueError(f"added_tokens: expected {name!r} to have id {ids[name]}")
     return names
 
-# %% ../chapters/06_subwords.ipynb #5df80e16
+# %% ../chapters/06_subwords.ipynb #4ca46a50
 class _WordPiece(_Subwords):
     def __init__(
         self,
@@ -432,7 +432,7 @@ class _WordPiece(_Subwords):
         super().__init__(vocabulary, special_tokens)
         if unk_token not in self._ids:
             raise ValueError(f"vocabulary: expected it to have {unk_token!r}, got none")
-        _check_at_least(max_word_length=(1, max_word_length))
+        check_at_least(max_word_length=(1, max_word_length))
         self.unk_token, self.lowercase, self.max_word_length = unk_token, lowercase, max_word_length
         self._vocabulary = self._tokens[: len(vocabulary)]
         self._pieces = {t: id for t, id in self._ids.items() if t not in self.special_tokens}
@@ -542,7 +542,7 @@ def _apart(special_tokens: Collection[str], pieces: Iterable[str]) -> list[str]:
         raise ValueError(f"special_tokens: expected names that text cannot spell, got {clash[0]!r}")
     return list(special_tokens)
 
-# %% ../chapters/06_subwords.ipynb #6470a78d
+# %% ../chapters/06_subwords.ipynb #075fa00e
 def train_wordpiece(
     texts: Iterable[str],
     vocab_size: int,
@@ -561,7 +561,7 @@ def train_wordpiece(
     more than 100 characters, or with characters outside ``character_coverage``, are left out.
     Every hundredth token adds a step to ``report``.
     """
-    _check_at_least(vocab_size=(1, vocab_size), min_frequency=(1, min_frequency))
+    check_at_least(vocab_size=(1, vocab_size), min_frequency=(1, min_frequency))
     empty = WordPieceTokenizer(["[UNK]"], special_tokens=special_tokens, lowercase=lowercase)
     words = _count_words(texts, lambda text: [w for w in empty._split(text) if len(w) <= 100])
     alphabet = _alphabet(words, character_coverage)
@@ -661,7 +661,7 @@ def _unspelled(tokens: list[str], byte_of: dict[str, int]) -> Iterator[str]:
         except UnicodeDecodeError:
             yield "\ufffd" * len(values)
 
-# %% ../chapters/06_subwords.ipynb #0c4fb3f0
+# %% ../chapters/06_subwords.ipynb #e4b917e7
 def _checked_pieces(
     pieces: Sequence[tuple[str, float]], unk_id: int, byte_fallback: bool
 ) -> list[tuple[str, float]]:
@@ -669,7 +669,7 @@ def _checked_pieces(
         pieces = [(piece, float(score)) for piece, score in pieces]
     except (TypeError, ValueError):
         raise ValueError("pieces: expected pairs of a text and a score") from None
-    _check_at_least(unk_id=(0, unk_id))
+    check_at_least(unk_id=(0, unk_id))
     if unk_id >= len(pieces):
         raise ValueError(f"unk_id: expected below {len(pieces)}, got {unk_id}")
     if not all(math.isfinite(score) for _, score in pieces):
@@ -1018,7 +1018,7 @@ class UnigramTokenizer(_Sampler):
         """Read a tokenizer.json that ``save`` wrote, or another with the same steps."""
         return _reading(Path(path), lambda: cls(**_unigram_arguments(Path(path))))
 
-# %% ../chapters/06_subwords.ipynb #f9fe1ae0
+# %% ../chapters/06_subwords.ipynb #a09af1d3
 def _assembled(
     pieces: list[tuple[str, float]], byte_fallback: bool, special_tokens: Collection[str]
 ) -> UnigramTokenizer:
@@ -1032,7 +1032,7 @@ def _assembled(
 
 
 def _check_settings(longest: int, seeds: int | None, shrink: float, steps: int) -> None:
-    _check_at_least(max_piece_length=(1, longest), seed_size=(1, seeds), em_steps=(1, steps))
+    check_at_least(max_piece_length=(1, longest), seed_size=(1, seeds), em_steps=(1, steps))
     if not 0 < shrink < 1:
         raise ValueError(f"shrink: expected between 0 and 1, got {shrink}")
 
@@ -1045,7 +1045,7 @@ def _words_and_alphabet(
     alphabet = _alphabet(words, coverage) | set(names) | {"▁"}
     return words + Counter(alphabet), alphabet
 
-# %% ../chapters/06_subwords.ipynb #e86e9bf2
+# %% ../chapters/06_subwords.ipynb #509707f3
 def train_unigram(
     texts: Iterable[str],
     vocab_size: int,
@@ -1064,7 +1064,7 @@ def train_unigram(
     From the ``seed_size`` strings (ten for each piece) that cover most, ``shrink`` are kept in
     each round, after ``em_steps`` of EM. Short texts give fewer. ``report`` gets every round.
     """
-    _check_at_least(vocab_size=(1, vocab_size))
+    check_at_least(vocab_size=(1, vocab_size))
     _check_settings(max_piece_length, seed_size, shrink, em_steps)
     empty = _assembled([], byte_fallback, special_tokens)
     words, alphabet = _words_and_alphabet(texts, character_coverage, byte_fallback)
@@ -1074,7 +1074,7 @@ def train_unigram(
     pieces = _train_pieces(*seeds, size, shrink, em_steps, report)
     return _assembled(pieces, byte_fallback, empty.special_tokens)
 
-# %% ../chapters/06_subwords.ipynb #c4f85150
+# %% ../chapters/06_subwords.ipynb #d02fdbe9
 def renyi_efficiency(counts: Iterable[int | float], vocab_size: int, order: float = 2.5) -> float:
     """Return the Rényi entropy of token counts over its maximum, log vocab_size: 0 to 1.
 
@@ -1084,7 +1084,7 @@ def renyi_efficiency(counts: Iterable[int | float], vocab_size: int, order: floa
     1.0
     """
     values = np.array([float(count) for count in counts])
-    _check_at_least(vocab_size=(2, vocab_size))
+    check_at_least(vocab_size=(2, vocab_size))
     if not values.size or values.min() < 0 or not 0 < values.sum() < math.inf:
         raise ValueError("counts: expected finite counts, 0 or more, at least one above 0")
     if not 0 < order < math.inf:

@@ -7,7 +7,7 @@ with them, decode without loss, and speak the file formats of others."""
 __all__ = ['GPT2_PATTERN', 'GPT4_PATTERN', 'pretokenize', 'count_words', 'learn_merges', 'BPETokenizer', 'train_bpe',
            'train_bpe_files']
 
-# %% ../chapters/05_tokenizer.ipynb #0149239d
+# %% ../chapters/05_tokenizer.ipynb #e7d0e599
 import codecs
 import json
 import os
@@ -24,15 +24,14 @@ from typing import Any, Literal, SupportsInt, TypeVar
 
 import regex  # type: ignore[import-untyped, unused-ignore]
 
-from .cleaning import _whole_characters as _joined_surrogates
-from .corpus import _check_at_least, _in_order, _listed, _whole_file
+from .cleaning import whole_characters
+from .corpus import ordered_map, existing_paths
+from .environment import check_at_least, check_text, whole_file
 
-# %% ../chapters/05_tokenizer.ipynb #19421419
+# %% ../chapters/05_tokenizer.ipynb #ceeb1ebc
 def _whole_characters(text: object, argument: str = "text") -> str:
     """Return ``text`` with surrogates joined or replaced; what is no text raises a ValueError."""
-    if not isinstance(text, str):
-        raise ValueError(f"{argument}: expected a str, got {type(text).__name__}")
-    return _joined_surrogates(text)
+    return whole_characters(check_text(text, argument))
 
 # %% ../chapters/05_tokenizer.ipynb #81bff2ec
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -108,7 +107,7 @@ def _batches(texts: Iterable[str], size: int = 1_000_000) -> Iterator[list[str]]
     if batch:
         yield batch
 
-# %% ../chapters/05_tokenizer.ipynb #2ccec7e8
+# %% ../chapters/05_tokenizer.ipynb #5d551b45
 def count_words(
     texts: Iterable[str],
     pattern: str = GPT4_PATTERN,
@@ -122,12 +121,12 @@ def count_words(
     >>> count_words(["to be", "not to be"])
     Counter({' be': 2, 'to': 1, 'not': 1, ' to': 1})
     """
-    _check_at_least(workers=(1, workers))
+    check_at_least(workers=(1, workers))
     special = _checked_special_tokens(special_tokens)
     jobs = ((batch, pattern, special) for batch in _batches(texts))
     counts: Counter[str] = Counter()
     for found in (
-        _in_order(_count_texts, list(jobs), workers) if workers > 1 else map(_count_texts, jobs)
+        ordered_map(_count_texts, list(jobs), workers) if workers > 1 else map(_count_texts, jobs)
     ):
         counts.update(found)
     return counts
@@ -229,7 +228,7 @@ class _PairQueue:
             self.push(pair)  # it has lost counts since it was filed
         return None
 
-# %% ../chapters/05_tokenizer.ipynb #444493ed
+# %% ../chapters/05_tokenizer.ipynb #c7f48b03
 def learn_merges(counts: Mapping[str, int], size: int) -> list[tuple[bytes, bytes]]:
     """Learn up to ``size`` merges from words and how often each occurs, the first merge first.
 
@@ -240,7 +239,7 @@ def learn_merges(counts: Mapping[str, int], size: int) -> list[tuple[bytes, byte
     >>> learn_merges({"to": 2, "toe": 1}, 2)
     [(b't', b'o'), (b'to', b'e')]
     """
-    _check_at_least(size=(0, size), counts=(0, min(counts.values(), default=0)))
+    check_at_least(size=(0, size), counts=(0, min(counts.values(), default=0)))
     words = [_whole_characters(word).encode().decode("latin-1") for word in counts]
     pairs, where = _index_pairs(words, frequencies := list(counts.values()))
     tokens = [bytes([byte]) for byte in range(256)]
@@ -299,7 +298,7 @@ def _count_chunk(job: tuple[str, int, int, str, str, tuple[str, ...]]) -> Counte
         raise ValueError(f"paths: {path} is not UTF-8: {broken}") from None
     return _count_texts(([text], pattern, special))
 
-# %% ../chapters/05_tokenizer.ipynb #5f937f19
+# %% ../chapters/05_tokenizer.ipynb #d7004d4a
 def _count_files(
     paths: list[Path], pattern: str, special: tuple[str, ...], workers: int | None, errors: str
 ) -> Counter[str]:
@@ -316,7 +315,7 @@ def _count_files(
         for start, end in _chunks(path, _separators(special), size)
     ]
     counts: Counter[str] = Counter()
-    for found in _in_order(_count_chunk, jobs, workers):
+    for found in ordered_map(_count_chunk, jobs, workers):
         counts.update(found)
     return counts
 
@@ -486,7 +485,7 @@ def _encode(known: _Vocabulary, text: str, allowed: tuple[str, ...]) -> list[int
         place = match.end()
     return ids + known._tables.encode(text[place:])
 
-# %% ../chapters/05_tokenizer.ipynb #b97f1f06
+# %% ../chapters/05_tokenizer.ipynb #9d42d201
 def _encode_job(job: tuple[_Vocabulary, list[str], tuple[str, ...]]) -> list[list[int]]:
     """What a worker does: encode some texts."""
     known, texts, allowed = job
@@ -497,9 +496,9 @@ def _encode_batch(
     known: _Vocabulary, texts: Iterable[str], workers: int, allowed: tuple[str, ...]
 ) -> list[list[int]]:
     """Return the ids of each text, in order."""
-    _check_at_least(workers=(1, workers))
+    check_at_least(workers=(1, workers))
     jobs = [(known, batch, allowed) for batch in _batches(texts)]
-    return list(chain.from_iterable(_in_order(_encode_job, jobs, workers)))
+    return list(chain.from_iterable(ordered_map(_encode_job, jobs, workers)))
 
 # %% ../chapters/05_tokenizer.ipynb #375933de
 _Ids = Iterable[SupportsInt]
@@ -542,7 +541,7 @@ def _encode_safe(known: _Vocabulary, text: str, allowed: tuple[str, ...]) -> tup
         end = cut.start() if cut else end
     return _encode(known, text[:end], allowed), text[end:]
 
-# %% ../chapters/05_tokenizer.ipynb #f9cb3042
+# %% ../chapters/05_tokenizer.ipynb #758672ce
 _STREAM_SIZE = 1 << 16  # characters to gather before looking for a place to cut
 
 
@@ -556,8 +555,8 @@ def _joined_halves(texts: Iterable[str]) -> Iterator[str]:
             raise ValueError(f"texts[{number}]: expected a str, got {type(text).__name__}")
         text = half + text
         half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
-        yield _joined_surrogates(text[: len(text) - len(half)])
-    yield _joined_surrogates(half)
+        yield whole_characters(text[: len(text) - len(half)])
+    yield whole_characters(half)
 
 
 def _encode_stream(
@@ -782,10 +781,10 @@ def _from_gpt2(folder: Path) -> dict[str, Any]:
         "special_tokens": {token: id for token, id in tokens.items() if token not in made},
     }
 
-# %% ../chapters/05_tokenizer.ipynb #94f60026
+# %% ../chapters/05_tokenizer.ipynb #b57eb53a
 def _write_text(path: Path, text: str) -> None:
     """Write a file in one step."""
-    with _whole_file(path) as draft:
+    with whole_file(path) as draft:
         draft.write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -817,11 +816,11 @@ def _to_tiktoken(known: _Codec, name: str) -> Any:
         special_tokens=known.special_tokens,
     )
 
-# %% ../chapters/05_tokenizer.ipynb #0a1243a1
+# %% ../chapters/05_tokenizer.ipynb #386e83f9
 def _truncated(known: _Codec, vocab_size: int) -> "BPETokenizer":
     """Return the tokenizer that knows fewer merges; special tokens come last and get new ids."""
     special = list(known.special_tokens)
-    _check_at_least(vocab_size=(256 + len(special), vocab_size))
+    check_at_least(vocab_size=(256 + len(special), vocab_size))
     ids = known.vocabulary, known.special_tokens
     if ids != _in_order_of_training(known.merges, special) or known.ignore_merges:
         raise ValueError("truncated: expected a tokenizer with ids in the order of training")
@@ -878,7 +877,7 @@ def _numbered(
     vocabulary, ids = _in_order_of_training(merges, special)
     return BPETokenizer(vocabulary, merges, special_tokens=ids, pattern=pattern)
 
-# %% ../chapters/05_tokenizer.ipynb #0c66af70
+# %% ../chapters/05_tokenizer.ipynb #1f59f947
 def _train(
     count: Callable[[tuple[str, ...]], Counter[str]],
     vocab_size: int,
@@ -887,7 +886,7 @@ def _train(
 ) -> BPETokenizer:
     """Check, count, learn, and build."""
     special = _checked_special_tokens(special_tokens)
-    _check_at_least(vocab_size=(256 + len(special), vocab_size))
+    check_at_least(vocab_size=(256 + len(special), vocab_size))
     if vocab_size > 1_000_000:
         raise ValueError(f"vocab_size: expected at most 1,000,000, got {vocab_size}")
     _splitter(pattern)
@@ -925,7 +924,7 @@ def train_bpe(
         special_tokens,
     )
 
-# %% ../chapters/05_tokenizer.ipynb #dd05431e
+# %% ../chapters/05_tokenizer.ipynb #03acdf08
 def train_bpe_files(
     paths: str | Path | Iterable[str | Path],
     vocab_size: int,
@@ -941,10 +940,10 @@ def train_bpe_files(
     memory of one worker. By default as many work as there are cores, at most four. Bytes that are
     no UTF-8 raise a ``ValueError`` with file and place, or become U+FFFD (``errors="replace"``).
     """
-    _check_at_least(workers=(1, workers))
+    check_at_least(workers=(1, workers))
     if errors not in ("strict", "replace"):
         raise ValueError(f"errors: expected 'strict' or 'replace', got {errors!r}")
-    files = _listed(paths)
+    files = existing_paths(paths)
     return _train(
         lambda special: _count_files(files, pattern, special, workers, errors),
         vocab_size,

@@ -43,7 +43,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 from typing import cast, get_args, get_origin, runtime_checkable
 
-# %% ../chapters/13_training.ipynb #0c1a1ebd
+# %% ../chapters/13_training.ipynb #cb46d0d2
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
@@ -52,13 +52,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from .batches import Batch, BatchSampler, ResumableBatches, TokenShards, _whole_directory
+from .batches import Batch, BatchSampler, ResumableBatches, TokenShards
 from .batches import pack_documents, write_shards
-from .blocks import _check_choice, _check_probability
 from .cleaning import clean_documents
-from .corpus import Document, _check_at_least, _needing, _whole_file, read_files
+from .corpus import Document, read_files
 from .corpus import read_installed_docs, read_jsonl, write_jsonl
 from .deduplication import deduplicate
+from .environment import check_at_least, check_choice, check_fraction, whole_file
+from .environment import whole_directory, requires_extra
 from .environment import best_device, seed_everything
 from .model import ModelConfig, TransformerLM, flops_per_token, save_model
 from .optimization import build_optimizer, chunked_cross_entropy, clip_gradients
@@ -114,14 +115,14 @@ def _is_single(document_ids: Int64[Tensor, "batch sequence"]) -> bool:
     one = (document_ids <= 0).all() and (document_ids[:, 0] == 0).all()
     return bool(one and (document_ids.diff(dim=1) <= 0).all())
 
-# %% ../chapters/13_training.ipynb #3b5cd61b
+# %% ../chapters/13_training.ipynb #07b4b074
 def split_rows(batch: Any, rows: int | None) -> Iterator[Any]:
     """Yield micro-batches of at most ``rows`` rows; None leaves the batch whole.
 
     A batch is a named tuple of tensors with one row for each example, and None where there is
     nothing.
     """
-    _check_at_least(rows=(1, rows))
+    check_at_least(rows=(1, rows))
     n_rows = len(batch[0])
     for start in range(0, n_rows, rows or n_rows):
         parts = (
@@ -179,25 +180,25 @@ class TrainingConfig(_Settings):
         """Return all fields as numbers, texts and lists, fit for JSON and YAML."""
         return _plain(asdict(self))
 
-# %% ../chapters/13_training.ipynb #518da8d2
+# %% ../chapters/13_training.ipynb #58a39646
 def _check_settings(config: _Settings) -> None:
     counts = {"n_steps": 1, "batch_size": 1, "log_every": 1, "keep_last": 1, "warmup": 0}
     counts |= {"evaluate_every": 1, "checkpoint_every": 1, "max_skipped": 0, "seed": 0}
-    _check_at_least(**{name: (least, getattr(config, name)) for name, least in counts.items()})
-    _check_at_least(micro_batch_size=(1, config.micro_batch_size), threads=(1, config.threads))
+    check_at_least(**{name: (least, getattr(config, name)) for name, least in counts.items()})
+    check_at_least(micro_batch_size=(1, config.micro_batch_size), threads=(1, config.threads))
     if config.batch_size % (config.micro_batch_size or 1):
         expected = f"a divisor of batch_size = {config.batch_size}"
         raise ValueError(f"micro_batch_size: expected {expected}, got {config.micro_batch_size}")
-    _check_choice("optimizer", config.optimizer, ("adamw", "muon", "sgd"))
-    _check_choice("schedule", config.schedule, ("cosine", "wsd", "linear", "constant"))
-    _check_choice("precision", config.precision, ("float32", "bfloat16"))
+    check_choice("optimizer", config.optimizer, ("adamw", "muon", "sgd"))
+    check_choice("schedule", config.schedule, ("cosine", "wsd", "linear", "constant"))
+    check_choice("precision", config.precision, ("float32", "bfloat16"))
     for name in ("learning_rate", "adamw_rate", "clip_norm"):
         _check_amount(name, getattr(config, name), above=0.0)
     for name in ("weight_decay", "z_loss", "balance_loss"):
         _check_amount(name, getattr(config, name))
     _check_amount("spike_factor", config.spike_factor, above=1.0)
     for place, beta in enumerate(config.betas):
-        _check_probability(f"betas[{place}]", beta)
+        check_fraction(f"betas[{place}]", beta)
     if config.seed >= 2**32:
         raise ValueError(f"seed: expected less than 2**32, got {config.seed}")
     if not 0 <= config.final <= 1:
@@ -349,7 +350,7 @@ class _Steps(_Gradients):
         """Change the weights."""
         self.optimizer.step()
 
-# %% ../chapters/13_training.ipynb #8450824b
+# %% ../chapters/13_training.ipynb #82ba021d
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step, and why."""
 
@@ -362,7 +363,7 @@ class SpikeDetector:
 
     def __init__(self, factor: float | None, window: int = 64):
         _check_amount("factor", factor, above=1.0)
-        _check_at_least(window=(1, window))
+        check_at_least(window=(1, window))
         self.factor, self.recent = factor, deque[float](maxlen=window)
 
     def is_spike(self, norm: float) -> bool:
@@ -608,9 +609,9 @@ def _read_rows(path: Path) -> list[Row]:
             return rows[: number - 1]
     return rows
 
-# %% ../chapters/13_training.ipynb #cad1d56d
+# %% ../chapters/13_training.ipynb #f4d2293f
 def _write_rows(path: Path, rows: Iterable[Row]) -> None:
-    with _whole_file(path) as draft:
+    with whole_file(path) as draft:
         draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -628,7 +629,7 @@ def _append_row(path: Path, row: Row) -> None:
             file.truncate(end)
             warnings.warn(f"{path}: a row is not written: {reason}", LogWarning, stacklevel=3)
 
-# %% ../chapters/13_training.ipynb #7f1f825b
+# %% ../chapters/13_training.ipynb #4d56df1d
 class TensorBoard:
     """A sink that writes curves into ``folder``; see them by ``tensorboard --logdir folder``."""
 
@@ -637,7 +638,7 @@ class TensorBoard:
 
     def start(self, step: int) -> None:
         """Open a file of events that replaces those of later steps."""
-        with _needing("TensorBoard", extra="train"):
+        with requires_extra("TensorBoard", extra="train"):
             from torch.utils.tensorboard import SummaryWriter
         self._writer = SummaryWriter(str(self.folder), purge_step=step + 1)
 
@@ -677,7 +678,7 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.close()
 
-# %% ../chapters/13_training.ipynb #904a5e1b
+# %% ../chapters/13_training.ipynb #44666d6d
 class LivePlot:
     """A sink that draws the columns ``names`` in the notebook, anew with each row that has one."""
 
@@ -687,7 +688,7 @@ class LivePlot:
 
     def start(self, step: int) -> None:
         """Open the figure."""
-        with _needing("A plot in a notebook", extra="book"):
+        with requires_extra("A plot in a notebook", extra="book"):
             import matplotlib.pyplot as plt
             from IPython.display import display
         self.log.start(step)
@@ -857,7 +858,7 @@ def _raw(tensor: Tensor) -> Any:
     """The bytes of a tensor: a view of its memory, if that is on the CPU and without gaps."""
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
-# %% ../chapters/13_training.ipynb #b8946a99
+# %% ../chapters/13_training.ipynb #0e980b5a
 def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
     """Write ``state``, nested dictionaries of tensors, numbers and texts, to one file, or nothing.
 
@@ -871,7 +872,7 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
         raise ValueError(f"state: {_CHECKSUM!r}: expected another name, this one is taken")
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = blake2b(digest_size=_DIGEST_SIZE)
-    with _whole_file(path) as draft, draft.open("wb") as file:
+    with whole_file(path) as draft, draft.open("wb") as file:
         for part in (_header(tree, tensors), *map(_raw, tensors.values())):
             digest.update(part)
             file.write(part)
@@ -1200,7 +1201,7 @@ class Trainer(_Tended):
         """Give the model the weights of the best evaluation; return the step they are from."""
         return _load_best(self)
 
-# %% ../chapters/13_training.ipynb #8f6d3c67
+# %% ../chapters/13_training.ipynb #759426a5
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What a run learns from.
@@ -1220,17 +1221,17 @@ class DataConfig:
     layout: str = "best_fit"  # of documents in rows, or one_per_row, or windows for cut ones
 
     def __post_init__(self) -> None:
-        _check_choice("kind", self.kind, ("tinyworld", "documentation", "files", "shards"))
-        _check_choice("layout", self.layout, ("best_fit", "one_per_row", "windows"))
-        _check_at_least(n_stories=(1, self.n_stories), n_held_out=(1, self.n_held_out))
-        _check_at_least(validation_rows=(1, self.validation_rows))
+        check_choice("kind", self.kind, ("tinyworld", "documentation", "files", "shards"))
+        check_choice("layout", self.layout, ("best_fit", "one_per_row", "windows"))
+        check_at_least(n_stories=(1, self.n_stories), n_held_out=(1, self.n_held_out))
+        check_at_least(validation_rows=(1, self.validation_rows))
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out: expected a share between 0 and 1, got {self.held_out}")
         needed = {"files": 1, "shards": 2}.get(self.kind, 0)
         if len(self.paths) < needed or (self.kind == "shards" and len(self.paths) != 2):
             raise ValueError(f"paths: expected {needed} for {self.kind!r}, got {len(self.paths)}")
 
-# %% ../chapters/13_training.ipynb #2b4eb6ee
+# %% ../chapters/13_training.ipynb #18bd147e
 _PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN}
 
 
@@ -1244,8 +1245,8 @@ class TokenizerConfig:
     path: str | None = None
 
     def __post_init__(self) -> None:
-        _check_at_least(vocab_size=(256 + len(self.special_tokens), self.vocab_size))
-        _check_choice("pattern", self.pattern, tuple(_PATTERNS))
+        check_at_least(vocab_size=(256 + len(self.special_tokens), self.vocab_size))
+        check_choice("pattern", self.pattern, tuple(_PATTERNS))
         if "<|endoftext|>" not in self.special_tokens:
             expected = "expected '<|endoftext|>' among them"
             raise ValueError(f"special_tokens: {expected}, got {list(self.special_tokens)}")
@@ -1321,17 +1322,17 @@ def _run_config(kind: type[RunConfig], entries: Any) -> RunConfig:
         raise ValueError(f"model: expected settings by name, got {entries['model']!r}")
     return kind(**built, model=dict(entries["model"]))
 
-# %% ../chapters/13_training.ipynb #70193ded
+# %% ../chapters/13_training.ipynb #3f44b124
 def _to_yaml(config: RunConfig, path: Path) -> None:
-    with _needing("YAML", extra="train"):
+    with requires_extra("YAML", extra="train"):
         import yaml
     text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-    with _whole_file(path) as draft:
+    with whole_file(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 def _from_yaml(kind: type[RunConfig], path: Path) -> RunConfig:
-    with _needing("YAML", extra="train"):
+    with requires_extra("YAML", extra="train"):
         import yaml
     try:
         return _run_config(kind, yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -1368,11 +1369,11 @@ def _train_and_held_out(data: DataConfig) -> tuple[list[str], list[str]]:
         raise ValueError(f"held_out: expected a share that leaves some of both, got {got}")
     return parts
 
-# %% ../chapters/13_training.ipynb #6d8a46ab
+# %% ../chapters/13_training.ipynb #3795eea4
 def _write_data(config: RunConfig, folder: Path) -> None:
     """Write tokenizer, shards and held-out texts to ``folder``, all or nothing."""
     data, settings = config.data, config.tokenizer
-    with _whole_directory(folder) as draft:
+    with whole_directory(folder) as draft:
         train, held_out = ([], []) if data.kind == "shards" else _train_and_held_out(data)
         if settings.path is None:
             pattern, special = _PATTERNS[settings.pattern], settings.special_tokens
@@ -1424,7 +1425,7 @@ def word_kinds(world: TinyWorld, story: Story, cut: Callable[[str], list[str]]) 
         kinds.append(kind)
     return [*kinds, "certain"]
 
-# %% ../chapters/13_training.ipynb #63c9f2a4
+# %% ../chapters/13_training.ipynb #6b644887
 class GapToFloor:
     """A probe: how far a model is from the floor of the tiny world, in all and by kind of word.
 
@@ -1434,7 +1435,7 @@ class GapToFloor:
 
     def __init__(self, world: TinyWorld, stories: Iterable[Story], tokenizer: BPETokenizer):
         self.stories = list(stories)
-        _check_at_least(stories=(1, len(self.stories)))
+        check_at_least(stories=(1, len(self.stories)))
         end = tokenizer.special_tokens["<|endoftext|>"]
         cut = lru_cache(maxsize=None)(partial(_cut, tokenizer))
         self.kinds = [word_kinds(world, story, cut) for story in self.stories]
@@ -1591,13 +1592,13 @@ def run(config: RunConfig, folder: str | Path, sinks: Sequence[Sink] = ()) -> Pr
         _finish(trainer.model, folder)
     return load_run(folder)
 
-# %% ../chapters/13_training.ipynb #4b8f7efc
+# %% ../chapters/13_training.ipynb #5c10fbea
 def _claim(folder: Path, config: RunConfig) -> None:
     """Write the configuration to ``folder``, or check that it is the one that is there."""
     path, text = folder / "run.json", json.dumps(config.to_dict(), indent=1)
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists() or not (folder / "data").exists():  # nothing has begun there
-        with _whole_file(path) as draft:
+        with whole_file(path) as draft:
             draft.write_text(text, encoding="utf-8")
     elif path.read_text(encoding="utf-8") != text:
         other = f"{folder} has a run of another configuration, see {path.name}"
@@ -1615,11 +1616,11 @@ def _private_state(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
         set_random_states(states)
 
-# %% ../chapters/13_training.ipynb #73f36f08
+# %% ../chapters/13_training.ipynb #60e3e918
 def _finish(model: nn.Module, folder: Path) -> None:
     """Save the model with its tokenizer, as Hugging Face's library expects a model's folder."""
     tokenizer = BPETokenizer.load(folder / "data" / "tokenizer.json")
-    with _whole_directory(folder / "model") as draft:
+    with whole_directory(folder / "model") as draft:
         end = tokenizer.special_tokens["<|endoftext|>"]
         save_model(cast(TransformerLM, model), draft / "model", eos_token_id=end)
         for path in (draft / "model").iterdir():
@@ -1796,7 +1797,7 @@ def load_or_train(
                 draft.rename(target)
     return load(target)
 
-# %% ../chapters/13_training.ipynb #1bb8fec5
+# %% ../chapters/13_training.ipynb #1253b667
 def _versions(data: DataConfig) -> dict[str, str]:
     """Return the versions that installed documentation depends on."""
     versions = dict[str, str]()
@@ -1812,7 +1813,7 @@ def pretrained(name: str = "tinyworld") -> Pretrained:
 
     Training "tinyworld" takes a minute or two on a laptop.
     """
-    _check_choice("name", name, tuple(RUNS))
+    check_choice("name", name, tuple(RUNS))
     config = RUNS[name]
     depends_on = {**config.to_dict(), "versions": _versions(config.data)}
     return load_or_train(name, depends_on, partial(run, config), load=load_run)
@@ -1830,13 +1831,13 @@ def report(result: Pretrained) -> dict[str, float]:
         numbers |= {f"bits per byte of {name}": value for name, value in others.items()}
     return numbers
 
-# %% ../chapters/13_training.ipynb #ea0c3db7
+# %% ../chapters/13_training.ipynb #4621cb9d
 def _chosen(config: Path | None, preset: str | None) -> RunConfig:
     if (config is None) == (preset is None):
         raise ValueError(f"expected a file CONFIG or a --preset, one of {', '.join(RUNS)}")
     if config is not None:
         return RunConfig.from_yaml(config)
-    _check_choice("preset", preset, tuple(RUNS))
+    check_choice("preset", preset, tuple(RUNS))
     return RUNS[str(preset)]
 
 
@@ -1855,13 +1856,13 @@ def _write(config: RunConfig, path: Path) -> None:
     config.to_yaml(path)
     print(f"{path} is written; train with: python -m llmbook.training {path}")
 
-# %% ../chapters/13_training.ipynb #6f7c30a7
+# %% ../chapters/13_training.ipynb #ae6f26d6
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, ``python -m llmbook.training``, and exit.
 
     The code is 0, or 2 for a bad request, 1 if training failed, 130 if it was stopped by Ctrl-C.
     """
-    with _needing("The command line", extra="train"):
+    with requires_extra("The command line", extra="train"):
         import typer
     argument, option = typer.Argument, typer.Option
 

@@ -369,7 +369,7 @@ def test_functions_of_a_notebook_work_alone(monkeypatch):
         return 2 * number
 
     double.__module__ = "__main__"
-    assert list(corpus._in_order(double, [1, 2, 3], workers=2)) == [2, 4, 6]
+    assert list(corpus.ordered_map(double, [1, 2, 3], workers=2)) == [2, 4, 6]
 
 
 # --- bytes ---------------------------------------------------------------------------------------
@@ -1024,6 +1024,23 @@ def test_problems_read_well():
     assert str(Problem("a.txt", None, "why")) == "a.txt: why"
     report = ReadReport(problems=[Problem("a", n, "why") for n in range(5)])
     assert str(report).endswith("5 problems (a:0: why; a:1: why; a:2: why; ...)")
+
+
+@pytest.mark.parametrize("items", ["abc", b"abc"])
+def test_one_is_not_several(items):
+    for check in (corpus.iter_documents, corpus.iter_texts):
+        with pytest.raises(ValueError, match=r"given: expected several .*, got a single"):
+            check(items, "given")
+
+
+def test_what_is_no_document_is_named_by_its_place():
+    mixed = [Document("a"), "b", 5]
+    with pytest.raises(ValueError, match="documents: expected Documents, got str at index 1"):
+        list(corpus.iter_documents(mixed))
+    with pytest.raises(ValueError, match="given: expected Documents or texts, got int at index 2"):
+        list(corpus.iter_texts(mixed, "given"))
+    assert list(corpus.iter_texts(mixed[:2])) == ["a", "b"]
+    assert list(corpus.iter_documents(mixed[:2], texts=True)) == [Document("a"), Document("b")]
 
 
 def test_importing_is_quick():

@@ -113,10 +113,6 @@ def test_a_single_text_is_not_several(function) -> None:
 def test_wrong_elements_are_named() -> None:
     with pytest.raises((ValueError, jaxtyping.TypeCheckError)):
         exact_duplicates(["a", 5])
-    with pytest.raises(ValueError, match="got int at index 1"):
-        list(deduplication._texts(x for x in ("a", 5)))
-    with pytest.raises(ValueError, match=r"documents: .*got a single str"):
-        list(deduplication._texts("abc"))
     with pytest.raises(ValueError, match="expected Documents, got str at index 0"):
         deduplicate(x for x in ("a",))
 

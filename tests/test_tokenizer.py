@@ -249,7 +249,7 @@ class TestTraining:
         assert learn_merges({"ab": 0, "\ud800": 1}, 0) == [] == learn_merges({}, 5)
 
     def test_documents_are_not_texts(self) -> None:
-        with pytest.raises(ValueError, match=r"texts\[1\]: expected a str, got int"):
+        with pytest.raises(ValueError, match=r"texts\[1\]: expected a str, got 5"):
             list(module._batches(iter(["a", 5])))  # type: ignore[list-item]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import engine
+import headers
 import yaml
 from book import (
     PACKAGE,
@@ -33,6 +34,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 from sync import out_of_date
+from tables import not_current
 from workbook import blanked, exercises
 
 MAX_CELL_LINES, MAX_LINE = 30, 100
@@ -46,11 +48,10 @@ IMAGE_DIRECTIVE = re.compile(
     r"(?P<options>(?:[ >]*:\w+:[^\n]*\n)*)",
     re.MULTILINE,
 )
-# Where each chapter must be named, and the pages that people read without building the site.
-TABLES = ("README.md", "index.md", "teaching.md", "api/index.md")
+# The pages that people read without building the site.
 PAGES = ("README.md", "CONTRIBUTING.md")
 MARKDOWN_LINK = re.compile(r"\]\(\s*<?([^)>\s]+)")
-MAKE_INSTALLS = re.compile(r'pip install .*--constraint (\S+) --editable "(\S+)"')
+MAKE_INSTALLS = re.compile(r'install.* --constraint (\S+) --editable "(\S+)"')
 PRIVATE = re.compile(r"_(?!_|replace$|asdict$|fields$|make$)\w+")  # but what named tuples offer
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 Check = Callable[[Path], list[str]]
@@ -88,18 +89,14 @@ def each_chapter_has_its_companions(root: Path) -> list[str]:
     return found
 
 
-def contents_are_complete(root: Path) -> list[str]:
-    """The table of contents has every chapter, in order, and so have the tables for people."""
-    files = _files_in(yaml.safe_load(read_text(root / "_toc.yml")))
-    listed = [file.removeprefix("chapters/") for file in files]
-    names = [chapter.name for chapter in chapters(root)]
-    found = [f"{name} is not in _toc.yml" for name in names if name not in listed]
-    if [name for name in listed if name in names] != [name for name in names if name in listed]:
-        found.append("_toc.yml has the chapters in another order, or one of them twice")
-    for table in TABLES:
-        text = read_text(root / table)
-        found += [f"{name} is not in {table}" for name in names if f"chapters/{name}" not in text]
-    return found
+def headers_are_whole(root: Path) -> list[str]:
+    """Each chapter says first what it is, builds, needs and takes, and to which part it belongs."""
+    return headers.faults(root)
+
+
+def tables_are_current(root: Path) -> list[str]:
+    """The tables of chapters on other pages are what the chapters say of themselves."""
+    return [] if headers.faults(root) else not_current(root)
 
 
 def links_lead_somewhere(root: Path) -> list[str]:
@@ -111,16 +108,6 @@ def links_lead_somewhere(root: Path) -> list[str]:
             if file and "://" not in file and not (root / file).exists():
                 found.append(f"{page}: {target} does not exist")
     return found
-
-
-def _files_in(node: object) -> Iterator[str]:
-    if isinstance(node, dict):
-        if "file" in node:
-            yield node["file"]
-        node = list(node.values())
-    if isinstance(node, list):
-        for child in node:
-            yield from _files_in(child)
 
 
 def imports_follow_the_order(root: Path) -> list[str]:
@@ -167,7 +154,9 @@ def cells_are_short(root: Path) -> list[str]:
     for script in (c.script for c in chapters(root) if c.script.exists()):
         for number, line in enumerate(read_text(script).splitlines(), 1):
             if len(line) > MAX_LINE and not line.startswith(UNBREAKABLE):
-                found.append(f"{script.name}, line {number} has {len(line)} characters")
+                found.append(
+                    f"{script.name}, line {number} has {len(line)} characters; at most {MAX_LINE}"
+                )
     return found
 
 
@@ -412,7 +401,8 @@ def conda_agrees_with_pip(root: Path) -> list[str]:
 CHECKS: list[Check] = [
     files_are_current,
     each_chapter_has_its_companions,
-    contents_are_complete,
+    headers_are_whole,
+    tables_are_current,
     links_lead_somewhere,
     imports_follow_the_order,
     cells_are_short,

@@ -7,6 +7,8 @@ fingerprints:
 
 - ``paired``, of the cells when script and notebook last agreed: it tells which of them was edited;
 - ``executed``, of the code that made the outputs, with all the modules of the book that it imports.
+
+Last, every table of chapters is made from what the chapters say of themselves (``tables.py``).
 """
 
 import argparse
@@ -40,11 +42,14 @@ from book import (
     read_text,
     write_text,
 )
+from continued import join
 from engine import fold, fold_as
+from headers import faults, state_measured_times
 from jupytext.config import load_jupytext_config
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
+from tables import not_current, write_tables
 from tqdm import tqdm
 
 FORMAT = "py:percent"
@@ -230,7 +235,7 @@ def plain_metadata(record: dict[str, str]) -> dict[str, dict[str, str]]:
 
 
 def export(chapter: Chapter, notebook: NotebookNode) -> str:
-    """Return the text of the module that nbdev makes of ``notebook``."""
+    """Return the text of the module that nbdev makes of ``notebook``, classes in one piece."""
     named = [name for c in code_cells(notebook) for name in DEFAULT_EXP.findall(c.source)]
     if named != [chapter.module]:
         has = f"has {', '.join(named)}" if named else "has none"
@@ -244,7 +249,7 @@ def export(chapter: Chapter, notebook: NotebookNode) -> str:
     with tempfile.TemporaryDirectory() as folder:
         # The comments in the module hold the path from it to the notebook: keep the book's layout.
         source = Path(folder, "chapters", chapter.notebook.name)
-        write_text(source, notebook_text(notebook))
+        write_text(source, notebook_text(join(notebook, chapter.name)))
         nb_export(str(source), lib_path=str(Path(folder, PACKAGE)))
         made = Path(folder, PACKAGE, chapter.module_file.name)
         if not made.exists():
@@ -359,7 +364,7 @@ def _clean_outputs(chapter: Chapter, code: list[NotebookNode], cell: NotebookNod
 
 def make_plans(root: Path, names: Iterable[str] = (), keep: str | None = None) -> list[Plan]:
     """Plan the named chapters, or all; report every chapter that cannot be planned."""
-    plans, faults = [], []
+    plans, wrong = [], []
     for chapter in _select(root, names):
         try:
             seen = {path: _text(path) for path in (chapter.script, chapter.notebook)}
@@ -367,11 +372,11 @@ def make_plans(root: Path, names: Iterable[str] = (), keep: str | None = None) -
             parse(script, f"chapters/{chapter.script.name}")
             plans.append(Plan(chapter, script, notebook, export(chapter, notebook), seen))
         except BookError as error:
-            faults.append(str(error))
+            wrong.append(str(error))
     modules = Counter(chapter.module for chapter in chapters(root))
-    faults += [f"two chapters export to {PACKAGE}/{m}.py" for m, n in modules.items() if n > 1]
-    if faults:
-        raise BookError("\n".join(faults))
+    wrong += [f"two chapters export to {PACKAGE}/{m}.py" for m, n in modules.items() if n > 1]
+    if wrong:
+        raise BookError("\n".join(wrong))
     texts = _modules(root) | {plan.chapter.module: plan.module for plan in plans}
     for plan in plans:
         plan.stale = why_stale(plan.notebook, texts)
@@ -413,6 +418,7 @@ def sync(
     for path in orphans(root):
         path.unlink()
         changed = _say(f"removed {PACKAGE}/{path.name}: it has no chapter any more")
+        _say(f"if they are there, delete tests/test_{path.stem}.py and api/{path.stem}.md, too")
     for plan in plans:
         chapter = plan.chapter
         if plan.store_script():
@@ -425,7 +431,22 @@ def sync(
             changed = _execute_and_store(plan)
         elif plan.store_notebook():
             changed = _say(f"{plan.chapter.name}: wrote the notebook")
-    return changed
+    return _write_tables(root) or changed
+
+
+def _write_tables(root: Path) -> bool:
+    try:
+        written = write_tables(root)
+    except BookError as error:  # an author may run a chapter before its header is complete
+        raise BookError(f"all is in sync but the tables of chapters:\n{error}") from None
+    return any([_say(f"{page}: wrote what the chapters say") for page in written])
+
+
+def write_times(root: Path) -> None:
+    """Write into the headers how long the chapters took when the tests ran them last."""
+    sync(root, run=False)  # else an edit in a notebook and this one in its script would clash
+    for line in state_measured_times(root):
+        _say(line)
 
 
 def _execute_and_store(plan: Plan) -> bool:
@@ -452,6 +473,9 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if out of date")
     parser.add_argument("--force", action="store_true", help="execute even what did not change")
     parser.add_argument("--no-execute", action="store_true", help="pair and export only")
+    parser.add_argument(
+        "--times", action="store_true", help="write the run times measured last into the headers"
+    )
     parser.add_argument("--keep", choices=["py", "ipynb"], help="the one to trust if both changed")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -459,8 +483,11 @@ def main() -> int:
     try:
         if args.check:
             found = out_of_date(args.root, args.chapters)
+            found += faults(args.root) or not_current(args.root)
             print("\n".join(found) if found else "all is current")
             return 1 if found else 0
+        if args.times:
+            write_times(args.root)
         run = not args.no_execute
         changed = sync(args.root, args.chapters, force=args.force, run=run, keep=args.keep)
     except BookError as error:

@@ -6,7 +6,7 @@ from book import ROOT
 
 FIRST, FIRST_NB = "chapters/00_first.py", "chapters/00_first.ipynb"
 SECOND, SECOND_NB = "chapters/01_second.py", "chapters/01_second.ipynb"
-MODULE = "llmbook/first.py"
+MODULE, PARTS = "llmbook/first.py", "chapters/parts.yml"
 
 
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
@@ -38,10 +38,128 @@ FAULTS = [
     ("files_are_current", SECOND_NB, '_count": 3', '_count": 9', "one after"),
     ("files_are_current", FIRST, "print(", "print((", "was never closed"),
     ("files_are_current", FIRST, "default_exp first", "hide", "the chapter has no"),
-    ("contents_are_complete", "_toc.yml", "01_second", "1_second", "01_second is not in _toc"),
-    ("contents_are_complete", "_toc.yml", "00_first", "01_second", "order"),
-    ("contents_are_complete", "README.md", "00_first", "00_fist", "00_first is not in README"),
-    ("contents_are_complete", "api/index.md", "01_second", "x", "01_second is not in api/index"),
+    ("headers_are_whole", FIRST, "# # First", "# First", "00_first: the first cell does not begin"),
+    (
+        "headers_are_whole",
+        FIRST,
+        "# > Doubling.",
+        "#",
+        "00_first: the first cell has no line with >",
+    ),
+    ("headers_are_whole", FIRST, "# | **", "# - **", "00_first: the first cell has no table"),
+    (
+        "headers_are_whole",
+        FIRST,
+        "# | **Part**",
+        "# - **Part**",
+        "00_first: the header has no row **P",
+    ),
+    (
+        "headers_are_whole",
+        FIRST,
+        "| nothing |",
+        "| |",
+        "00_first: the header has no row **You need**",
+    ),
+    (
+        "headers_are_whole",
+        FIRST,
+        "I. Counting",
+        "Counting",
+        "00_first: row **Part** says 'Counting'",
+    ),
+    (
+        "headers_are_whole",
+        FIRST,
+        "I. Counting",
+        "II. Composing",
+        "01_second: row **Part** says 'I. Counting', but 00_first before it",
+    ),
+    (
+        "headers_are_whole",
+        FIRST,
+        "5 minutes for the main line",
+        "five minutes to read",
+        "00_first: row **It takes** cannot be read",
+    ),
+    (
+        "headers_are_whole",
+        FIRST,
+        ", 15 seconds to run",
+        "",
+        "00_first: row **It takes** cannot be re",
+    ),
+    (
+        "headers_are_whole",
+        FIRST,
+        "10 minutes for everything",
+        "120 seconds for everything",
+        "00_first: row **It takes** gives the main line more time than everything",
+    ),
+    (
+        "headers_are_whole",
+        SECOND,
+        "20 minutes for the main line",
+        "1.1 hours for the main line",
+        "01_second: row **It takes** gives the main line 1.1 hours",
+    ),
+    (
+        "headers_are_whole",
+        SECOND,
+        "*Twenty-five minutes.* ",
+        "",
+        "01_second: the exercise 'Eight times' does not begin with its time",
+    ),
+    ("headers_are_whole", PARTS, "Counting", "Adding", "chapters/parts.yml has I. Adding, II. Com"),
+    (
+        "tables_are_current",
+        FIRST,
+        "> Doubling.",
+        "> Twice.",
+        "README.md: the row of 00_first is not",
+    ),
+    (
+        "tables_are_current",
+        FIRST,
+        "| nothing |",
+        "| a two |",
+        "teaching.md: the row of 00_first is n",
+    ),
+    (
+        "tables_are_current",
+        "index.md",
+        "Doubling twice",
+        "x",
+        "index.md: the row of 01_second is not",
+    ),
+    (
+        "tables_are_current",
+        "_toc.yml",
+        "/01_second",
+        "/1_second",
+        "_toc.yml: the row of 01_second is",
+    ),
+    (
+        "tables_are_current",
+        "api/index.md",
+        "00_first",
+        "x",
+        "api/index.md: the row of 00_first is not",
+    ),
+    (
+        "tables_are_current",
+        PARTS,
+        "Thirds",
+        "3rds",
+        "README.md: 'Planned, and not written yet: 02 3",
+    ),
+    (
+        "tables_are_current",
+        "api/index.md",
+        "s: end",
+        "",
+        "api/index.md has no place for its table of",
+    ),
     ("links_lead_somewhere", "README.md", "00_first", "00_fist", "00_fist.ipynb does not exist"),
     ("links_lead_somewhere", "CONTRIBUTING.md", "README", "READ", "CONTRIBUTING.md: READ.md does"),
     (
