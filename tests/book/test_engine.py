@@ -238,6 +238,20 @@ def test_another_heading_that_a_reader_folded_is_not_current(book):
     assert any("plain form" in line for line in out_of_date(book))
 
 
+def test_sync_sets_the_heading_of_a_room_apart(book, edit):
+    before, notebook = read_text(book / FIRST), read_text(book / FIRST_NB)
+    mark = '# %% [markdown] tags=["engine"]\n'
+    for between in ("#\n", "", "#\n#\n"):
+        edit(FIRST, f"refused\n\n{mark}", f"refused\n{between}")
+        assert any("in the cell of an engine room's heading" in line for line in out_of_date(book))
+        assert sync(book, run=False)
+        assert read_text(book / FIRST) == before
+        assert read_text(book / FIRST_NB) == notebook, "and its outputs are of this code"
+    edit(FIRST_NB, "refused", "refused\\n\\nHalf")
+    assert sync(book, run=False)
+    assert f"refused\n\n{mark}# Half\n\n{mark}# Half of" in read_text(book / FIRST)
+
+
 def test_a_tag_in_the_script_is_enough(book, edit):
     edit(FIRST, '# %% tags=["engine"]\n#| export\n# The limits', "# %%\n#| export\n# The limits")
     assert sync(book, run=False)
