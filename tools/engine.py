@@ -92,7 +92,7 @@ def comment(cell: NotebookNode) -> str | None:
     """
     lines = [line for line in cell.source.splitlines() if not re.match(r"#\s*\|", line)]
     first = next((line for line in lines if line.strip()), "")
-    return first.lstrip("#").strip() or None if first.startswith("#") else None
+    return first.lstrip("#: ").strip() or None if first.startswith("#") else None
 
 
 def is_exported(source: str) -> bool:
