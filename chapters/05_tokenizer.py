@@ -173,7 +173,7 @@ def valid_text(text: object, argument: str = "text") -> str:
 # $$ (bpe-merge)
 #
 # compared from left to right: the count first, and between equal counts the bytes of $a$, then
-# those of $b$, as in a dictionary. A rule for ties is needed if two programs shall learn the same
+# those of $b$, as in a dictionary. A rule for ties is needed if two programs are to learn the same
 # tokens; this one is ours. Every $a$ followed by $b$ becomes one token $ab$, from left to right,
 # so that `aaa` becomes `aa a`.
 

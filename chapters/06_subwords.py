@@ -16,7 +16,7 @@
 # | **Part** | I. Foundations and data |
 # | **You build** | {py:class}`~llmbook.subwords.WordPieceTokenizer`, {py:class}`~llmbook.subwords.UnigramTokenizer`, their trainers, {py:func}`~llmbook.subwords.merge_gain`, {py:func}`~llmbook.subwords.renyi_efficiency` |
 # | **You need** | byte-pair encoding ({doc}`05_tokenizer`), maximum likelihood ({doc}`01_tinyworld`), the corpus of {doc}`02_corpus` |
-# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 45 seconds to run |
+# | **It takes** | 60 minutes for the main line, 3 hours for everything, 60 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp subwords
@@ -340,7 +340,7 @@ for a, b in (("t", "##h"), ("##i", "##n"), ("q", "##u")):
     after, _ = tally(joined_everywhere(corpus, a, b), counts)
     measured = log_likelihood(after) - log_likelihood(tokens)
     assert math.isclose(gain[a, b], measured, rel_tol=1e-6)
-    print(f"{a} {b:4} gains {float(f'{measured:.1g}'):7,.0f} nats by recount, the same by formula")
+    print(f"{a} {b:4} about {float(f'{measured:.2g}'):6,.0f} nats, by formula as by recount")
 
 # %% [markdown]
 # ### What is known, and what is told
@@ -360,7 +360,8 @@ ratio = {(a, b): n / (tokens[a] * tokens[b]) for (a, b), n in pairs.items() if n
 for rule, score in (("count", pairs), ("likelihood", gain), ("ratio", ratio)):
     best = sorted(score, key=score.get, reverse=True)[:10]
     typical = np.median([pairs[pair] for pair in best])
-    print(f"{rule:10} its ten favorites typically occur {float(f'{typical:.1g}'):6,.0f} times")
+    often = f"about {float(f'{typical:.2g}'):,.0f}" if typical > 10 else "fewer than 10"
+    print(f"{rule:10} its ten favorites typically occur {often} times")
 print("first by count:", *max(pairs, key=pairs.get), "| by likelihood:", *max(gain, key=gain.get))
 
 # %% [markdown]
@@ -636,7 +637,7 @@ plt.show()
 last = {rule: steps[-1] for rule, steps in reports.items()}
 for rule, step in last.items():
     length, nats = step.tokens_per_word, step.nats_per_character
-    print(f"{rule:10} {length:.1f} tokens per word, {nats:.1f} nats per character")
+    print(f"{rule:10} {length:.2f} tokens per word, {nats:.2f} nats per character")
 assert max(last, key=lambda rule: last[rule].nats_per_character) == "likelihood"
 assert min(last, key=lambda rule: last[rule].tokens_per_word) == "count"
 
@@ -715,9 +716,11 @@ share = sum(rest[word] for word, _, _ in worse) / rest.total()
 print(f"greedy takes a token too many for {share:.1%} of the words")
 
 # %% [markdown]
-# To see how, we draw cuts as rows of colored cells, here and in the rest of the chapter.
+# To see how, we draw cuts as rows of colored cells, here and in the rest of the chapter. These are the
+# most frequent of the words that greedy matching cuts badly:
 
-# %%
+# %% tags=["engine"]
+# How the pictures of this chapter draw cuts
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#AA4499", "#B8860B"]
 
 
@@ -736,9 +739,6 @@ def draw_cuts(ax, rows: list[tuple[str, list[str]]]) -> None:
     ax.set(ylim=(len(rows) - 0.4, -0.6))
     ax.axis("off")
 
-
-# %% [markdown]
-# These are the most frequent of the words that greedy matching cuts badly:
 
 # %% mystnb={"figure": {"caption": "Words that greedy matching cuts into more pieces than needed, found in held-out text: the greedy cut above, a shortest cut below.", "name": "fig-subwords-greedy"}, "image": {"alt": "Four words, each drawn twice as a row of colored cells. The upper row, labeled greedy, begins with a longer first piece and needs one cell more than the lower row, labeled fewest."}}
 examples = sorted(
@@ -1009,45 +1009,8 @@ class WordPieceTokenizer(WordPieceTokenizer):  # continued
         return "".join(t[2:] if t.startswith("##") else f" {t}" for t in tokens).removeprefix(" ")
 
 
-# %% [markdown]
-# Training goes from texts to a tokenizer. A tokenizer without pieces, `empty`, says how to split and
-# which special tokens there are.
-
-
-# %%
-#| export
-def train_wordpiece(
-    texts: Iterable[str | Document],
-    vocab_size: int,
-    *,
-    rule: str = "likelihood",
-    min_frequency: int = 2,
-    character_coverage: float = 1.0,
-    lowercase: bool = False,
-    special_tokens: Collection[str] = ("<|endoftext|>",),
-    report: list[TrainingStep] | None = None,
-) -> WordPieceTokenizer:
-    """Learn ``vocab_size`` tokens, ``[UNK]`` first, special tokens last, by merging pairs.
-
-    The pair that raises the likelihood most is merged, or, by ``rule``, that with the largest
-    "count" or "ratio". There are fewer tokens if no pair of ``min_frequency`` is left. Words of
-    more than 100 characters, or with characters outside ``character_coverage``, are left out.
-    Every hundredth token adds a step to ``report``.
-    """
-    check_at_least(vocab_size=(1, vocab_size), min_frequency=(1, min_frequency))
-    empty = WordPieceTokenizer(["[UNK]"], special_tokens=special_tokens, lowercase=lowercase)
-    words = _count_words(texts, lambda text: [w for w in empty._split(text) if len(w) <= 100])
-    alphabet = _alphabet(words, character_coverage)
-    kept = Counter({word: n for word, n in words.items() if alphabet.issuperset(word)})
-    table = _PairTable.from_words(kept, rule, min_frequency)
-    _check_room(vocab_size, int((table.tokens > 0).sum()), empty.vocab_size)
-    pieces = table.merge_until(vocab_size - empty.vocab_size, empty._ids, report)
-    special = _apart(empty.special_tokens, pieces)
-    return WordPieceTokenizer(["[UNK]", *pieces], special_tokens=special, lowercase=lowercase)
-
-
 # %% [markdown] tags=["engine"]
-# ### Engine room: WordPiece's file
+# ### Engine room: WordPiece's file, and its trainer
 #
 # The steps of WordPiece by their names, and what a tokenizer is made of, read from a file:
 
@@ -1108,16 +1071,53 @@ class WordPieceTokenizer(WordPieceTokenizer):  # continued
         return made
 
 
+# %% [markdown] tags=["engine"]
+# Training goes from texts to a tokenizer, by the table of the engine room above. A tokenizer without
+# pieces, `empty`, says how to split and which special tokens there are.
+
+
+# %% tags=["engine"]
+#| export
+def train_wordpiece(
+    texts: Iterable[str | Document],
+    vocab_size: int,
+    *,
+    rule: str = "likelihood",
+    min_frequency: int = 2,
+    character_coverage: float = 1.0,
+    lowercase: bool = False,
+    special_tokens: Collection[str] = ("<|endoftext|>",),
+    report: list[TrainingStep] | None = None,
+) -> WordPieceTokenizer:
+    """Learn ``vocab_size`` tokens, ``[UNK]`` first, special tokens last, by merging pairs.
+
+    The pair that raises the likelihood most is merged, or, by ``rule``, that with the largest
+    "count" or "ratio". There are fewer tokens if no pair of ``min_frequency`` is left. Words of
+    more than 100 characters, or with characters outside ``character_coverage``, are left out.
+    Every hundredth token adds a step to ``report``.
+    """
+    check_at_least(vocab_size=(1, vocab_size), min_frequency=(1, min_frequency))
+    empty = WordPieceTokenizer(["[UNK]"], special_tokens=special_tokens, lowercase=lowercase)
+    words = _count_words(texts, lambda text: [w for w in empty._split(text) if len(w) <= 100])
+    alphabet = _alphabet(words, character_coverage)
+    kept = Counter({word: n for word, n in words.items() if alphabet.issuperset(word)})
+    table = _PairTable.from_words(kept, rule, min_frequency)
+    _check_room(vocab_size, int((table.tokens > 0).sum()), empty.vocab_size)
+    pieces = table.merge_until(vocab_size - empty.vocab_size, empty._ids, report)
+    special = _apart(empty.special_tokens, pieces)
+    return WordPieceTokenizer(["[UNK]", *pieces], special_tokens=special, lowercase=lowercase)
+
+
 # %% [markdown]
 # ### WordPiece at work
 #
-# We train a vocabulary of 4,096 on all our texts, and cut a sentence with it:
+# {py:func}`~llmbook.subwords.train_wordpiece` counts words, merges by likelihood, and makes the
+# tokenizer. We train a vocabulary of 4,096 on all our texts, and send a sentence through it:
 
 # %%
 wordpiece = train_wordpiece(texts, 4096)
 sentence = "Unlocking the untrained tokenizer's hidden parameters is surprisingly straightforward."
 print(wordpiece.vocab_size, "tokens;", wordpiece.special_tokens)
-print("cut:    ", *wordpiece.tokens("surprisingly straightforward."))
 print("decoded:", wordpiece.decode(wordpiece.encode(sentence)))
 
 # %% [markdown]
@@ -1492,20 +1492,21 @@ def em_step(words: dict[str, int], q: dict[str, float]) -> tuple[float, dict[str
 
 
 family = {"unlocked": 5, "locked": 40, "unlock": 7, "lock": 60, "un": 9}
-substrings = {
-    word[i:j] for word in family for i in range(len(word)) for j in range(i + 1, len(word) + 1)
-}
+substrings = sorted(
+    {word[i:j] for word in family for i in range(9) for j in range(i + 1, 9)} - {""}
+)
 guess = dict.fromkeys(substrings, 1 / len(substrings))
+print(len(substrings), "strings, equally probable at first")
 for step in range(13):
     log_likelihood, guess = em_step(family, guess)
     if step in (0, 1, 2, 4, 8, 12):
-        best = sorted(guess, key=guess.get, reverse=True)[:4]
+        best = sorted(guess, key=guess.get, reverse=True)[:3]
         print(f"step {step:2}: {log_likelihood:7.1f} nats;", *(f"{t} {guess[t]:.2f}" for t in best))
 
 # %% [markdown]
 # The likelihood rises at every step, fast in the beginning. Without being told, EM finds that `lock`
-# is a unit, since most of the words are made with it; most of the 44 strings that it began with have lost
-# their probability.
+# and `locked` are units, since most of the words are made with them; nearly all of the other strings
+# have lost their probability.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: all words at once, and the pieces to begin with
@@ -1705,8 +1706,9 @@ some = random.Random(0).sample([n for n, word in enumerate(words) if len(word) <
 q = dict(zip(pieces, np.exp(scores).tolist(), strict=True))
 by_hand = [math.log(forward_backward(words[n], q)[0]) for n in some]
 assert np.allclose(log_z[some], by_hand)
-arcs = len(lattices.piece) / 1e5
-print(f"{len(pieces):,} pieces, more than {int(arcs)}00,000 arcs over all words")
+print(
+    f"{len(pieces):,} pieces, more than {len(lattices.piece) // 10**6} million arcs over all words"
+)
 
 # %% [markdown]
 # Eight steps of plain EM on all seeds follow. The likelihood must never fall.
@@ -2082,7 +2084,7 @@ def train_unigram(
 steps: list[TrainingStep] = []
 unigram = train_unigram(texts, 4096, report=steps)
 print(unigram.vocab_size, "tokens;", unigram.special_tokens)
-print("cut:", *unigram.tokens(sentence))
+print("decoded:", unigram.decode(unigram.encode(sentence)))
 assert unigram.decode(unigram.encode(sentence)) == sentence
 print("another alphabet, by its bytes:", unigram.decode(unigram.encode("Привет, მსოფლიო 🦉")))
 rounds = [step.nats_per_character for step in steps]

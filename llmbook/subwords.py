@@ -500,6 +500,34 @@ class WordPieceTokenizer(_Subwords):
             made = cls(**_wordpiece_arguments(Path(path)))
         return made
 
+# %% ../chapters/06_subwords.ipynb #2d30f5c3
+def _wordpiece_steps(lowercase: bool) -> dict[str, Any]:
+    return {
+        "normalizer": {"type": "Lowercase"} if lowercase else None,
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": None,
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": False},
+    }
+
+
+def _wordpiece_arguments(path: Path) -> dict[str, Any]:
+    """Return what a tokenizer is made of, from tokenizer.json."""
+    whole = read_json_object(path)
+    lowercase, model = whole.get("normalizer") is not None, whole["model"]
+    _check_steps(whole, "WordPiece", _wordpiece_steps(lowercase))
+    if (mark := model.get("continuing_subword_prefix", "##")) != "##":
+        raise ValueError(f"model: expected continuations marked '##', got {mark!r}")
+    vocabulary = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    if [model["vocab"][token] for token in vocabulary] != list(range(len(vocabulary))):
+        raise ValueError("model: expected ids 0, 1, 2 and so on, got others")
+    return {
+        "vocabulary": vocabulary,
+        "special_tokens": _read_special(whole, vocabulary),
+        "unk_token": model["unk_token"],
+        "lowercase": lowercase,
+        "max_word_length": model["max_input_chars_per_word"],
+    }
+
 # %% ../chapters/06_subwords.ipynb #3b2f0138
 def train_wordpiece(
     texts: Iterable[str | Document],
@@ -529,34 +557,6 @@ def train_wordpiece(
     pieces = table.merge_until(vocab_size - empty.vocab_size, empty._ids, report)
     special = _apart(empty.special_tokens, pieces)
     return WordPieceTokenizer(["[UNK]", *pieces], special_tokens=special, lowercase=lowercase)
-
-# %% ../chapters/06_subwords.ipynb #2d30f5c3
-def _wordpiece_steps(lowercase: bool) -> dict[str, Any]:
-    return {
-        "normalizer": {"type": "Lowercase"} if lowercase else None,
-        "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": None,
-        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": False},
-    }
-
-
-def _wordpiece_arguments(path: Path) -> dict[str, Any]:
-    """Return what a tokenizer is made of, from tokenizer.json."""
-    whole = read_json_object(path)
-    lowercase, model = whole.get("normalizer") is not None, whole["model"]
-    _check_steps(whole, "WordPiece", _wordpiece_steps(lowercase))
-    if (mark := model.get("continuing_subword_prefix", "##")) != "##":
-        raise ValueError(f"model: expected continuations marked '##', got {mark!r}")
-    vocabulary = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    if [model["vocab"][token] for token in vocabulary] != list(range(len(vocabulary))):
-        raise ValueError("model: expected ids 0, 1, 2 and so on, got others")
-    return {
-        "vocabulary": vocabulary,
-        "special_tokens": _read_special(whole, vocabulary),
-        "unk_token": model["unk_token"],
-        "lowercase": lowercase,
-        "max_word_length": model["max_input_chars_per_word"],
-    }
 
 # %% ../chapters/06_subwords.ipynb #f4a1410d
 class _Arc(NamedTuple):
