@@ -66,6 +66,7 @@ from llmbook.corpus import read_installed_docs
 from llmbook.tinyworld import TinyWorld
 
 plt.style.use("llmbook.book")
+folder = tempfile.TemporaryDirectory()  # for the files that this chapter writes
 
 # %% [markdown]
 # ## Characters, code points, bytes
@@ -1381,7 +1382,6 @@ print(
 # %% tags=["engine"]
 from llmbook.tokenizer import train_bpe_files as exported_train_bpe_files
 
-folder = tempfile.TemporaryDirectory()
 path = Path(folder.name, "docs.txt")
 path.write_text("<|endoftext|>".join(texts[:8_000]), encoding="utf-8", newline="")
 chunks = _chunks(path, [b"<|endoftext|>"], path.stat().st_size // 4)

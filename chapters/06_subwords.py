@@ -1693,9 +1693,10 @@ def _seeds(
 # %% [markdown]
 # ### Does it climb?
 #
-# The engine room above gives two things: `_seeds`, the pieces that training starts from, all strings
-# inside of words that occur at least twice, as many as we want; and `path_sums`, which is
-# `forward_backward` for all words at once. We check it on a hundred short words.
+# The engine room above gives two things: `_seeds`, the pieces that training starts from, which are
+# strings inside of words that occur at least twice; and `path_sums`, which is `forward_backward` for
+# all words at once. We take the characters that make up 99.95 % of the text, cut the words where others
+# stand, start from 40,000 pieces, and hold the sums of a hundred short words against the loop above.
 
 # %%
 space_counts = _count_words(texts, _spaced_words)
