@@ -249,8 +249,8 @@ _LLAMA3_PATTERN = _GPT4_WORDS + r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # what tiktoken ha
 _KNOWN_PATTERNS = {GPT2_PATTERN, GPT4_PATTERN, _LLAMA3_PATTERN}
 
 # %% [markdown]
-# Here are both patterns on a line of code with a number. Digits in threes keep a number's tokens regular;
-# but they are cut from the left, so `12345` becomes `123` and `45`.
+# Here are both patterns on a line of code with a number. Digits in threes keep a number's tokens
+# regular, but they are cut from the left, so `12345` becomes `123` and `45`.
 
 # %%
 line = "if loaves > 12345:\n        bake('rye')  # don't wait"
@@ -585,9 +585,8 @@ def _merge_everywhere(
 # %% [markdown]
 # ### Find the most frequent pair without looking at all of them
 #
-# A heap gives its largest entry in
-# logarithmic time, but must not be searched when a count changes, and ties need the bytes
-# compared. Three facts about counts help. A pair that exists only ever loses counts, because
+# A heap gives its largest entry in logarithmic time, but must not be searched when a count changes,
+# and ties need the bytes compared. Three facts about counts help. A pair that exists only ever loses counts, because
 # merges use up its tokens. A new pair is created, all of it, in the one merge that creates the
 # later of its tokens. And a new pair cannot be more frequent than the pair that was merged, since
 # each of its occurrences contains one of that. So the best count never rises.
@@ -1274,8 +1273,8 @@ ax.axis("off")
 plt.show()
 
 # %% [markdown]
-# Each row has fewer and longer pieces than the one above it, and a number is cut into threes from the
-# left whatever the size: that is the pattern's doing.
+# Each row has fewer and longer pieces than the one above it. No piece reaches from `123` into `45`:
+# that is the pattern's doing, not the training's.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: encoding a stream in constant memory
@@ -1734,8 +1733,8 @@ class BPETokenizer(BPETokenizer):  # continued
 #
 # What does a larger vocabulary buy? We measure **compression**, the mean number of bytes in a
 # token, on the documents that were set aside. One training run gives the whole curve, since a
-# smaller vocabulary is the beginning of a larger one. Each different word is encoded once. (The class
-# has grown since the tokenizer was made, so it is made again.)
+# smaller vocabulary is the beginning of a larger one. Each different word is encoded once. (The
+# class has grown since the tokenizer was made, so we make it again.)
 
 # %%
 tokenizer = BPETokenizer.from_merges(merges)
@@ -1813,7 +1812,7 @@ for name, sample in samples.items():
     fertility[name] = [count_tokens(each, words) / spaced for each in mixed_sizes.values()]
 
 # %% [markdown]
-# What both tokenizers make of languages that the first has never seen:
+# Here is what both tokenizers make of languages that the first has never seen:
 
 # %%
 gain = {name: after / before for name, (before, after) in reach.items() if name != "English"}
@@ -1896,7 +1895,8 @@ print("never used, either: more than 100 of the 256 bytes")
 # ## Is it the real thing?
 #
 # The same merges in three programs. tiktoken gets our ids, `tokenizers` our file. The text is in
-# many scripts, with emoji, code, runs of white space, and characters broken in half.
+# many scripts, with emoji, code, runs of white space, and characters broken in half. Ids and decoded
+# text must be equal, or the cell fails.
 
 # %%
 text = """Der Bäcker backt, пекарь печёт, ο φούρναρης ψήνει, パン屋は焼く, 빵을 굽는다, बेकर बनाता है,
@@ -1913,7 +1913,7 @@ assert tokenizer.decode(ids) == text == theirs.decode(ids, skip_special_tokens=F
 assert tokenizer.encode("\ud83e!") == encoding.encode("\ud83e!")  # half a character
 
 # %% [markdown]
-# Then documents, and messages in more than forty languages, text by text:
+# Then we compare documents, and messages in more than forty languages, text by text:
 
 # %%
 sample = held_out[:500] + [text for messages in catalogs.values() for text in messages[:50]]

@@ -387,7 +387,7 @@ def train_naively(words: Counter[str], merges: int) -> list[str]:
 
 
 # %% [markdown]
-# On the four hundred most frequent words that is quick enough to see its first choices:
+# On the four hundred most frequent words this is quick enough to see its first choices:
 
 # %%
 few = Counter(dict(counts.most_common(400)))
@@ -716,8 +716,8 @@ share = sum(rest[word] for word, _, _ in worse) / rest.total()
 print(f"greedy takes a token too many for {share:.1%} of the words")
 
 # %% [markdown]
-# To see how, we draw cuts as rows of colored cells, here and in the rest of the chapter. These are the
-# most frequent of the words that greedy matching cuts badly:
+# To see how, we draw cuts as rows of colored cells, here and in the rest of the chapter. These are
+# the most frequent of the words that greedy matching cuts badly:
 
 # %% tags=["engine"]
 # How the pictures of this chapter draw cuts
@@ -2286,7 +2286,7 @@ def cut(name: str, text: str) -> list[str]:
 assert {tokenizer.vocab_size for tokenizer in coders.values()} == {4096}
 
 # %% [markdown]
-# Three sentences, as each of them cuts them:
+# Here are three sentences, as each of the three cuts them:
 
 # %% mystnb={"figure": {"caption": "How each of the three cuts the same sentences. A low bar marks a space, two number signs a continuation.", "name": "fig-subwords-cuts"}, "image": {"alt": "Three sentences, each drawn as three rows of colored cells for BPE, WordPiece and Unigram. Common words are one cell in all three. Rare words are cut differently: mismatched is mis, mat, ched in BPE, mismatch and ed in the other two. WordPiece makes the owl unknown, the other two spell it in bytes."}}
 sentences = [
@@ -2377,7 +2377,7 @@ def morphology(name: str) -> float:
 
 
 # %% [markdown]
-# All measures, on the held-out texts:
+# These are all the measures, on the held-out texts:
 
 # %%
 spaces = sum(len(text.split()) for text in held_out)

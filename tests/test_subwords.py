@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmbook import subwords
+from llmbook.corpus import Document
 from llmbook.subwords import (
     TrainingStep,
     UnigramTokenizer,
@@ -435,6 +436,12 @@ def test_unigram_training_reports_and_repeats():
 
 TRAIN = {WordPieceTokenizer: train_wordpiece, UnigramTokenizer: train_unigram}
 both = pytest.mark.parametrize("kind", TRAIN)
+
+
+@both
+def test_documents_count_by_their_text(kind):
+    ours = TRAIN[kind]([Document(text) for text in TEXTS], 400)
+    assert ours.encode(TEXTS[0]) == TRAIN[kind](TEXTS, 400).encode(TEXTS[0])
 
 
 @both
