@@ -39,6 +39,7 @@ from book import (
     read_text,
     write_text,
 )
+from continued import join
 from jupytext.config import load_jupytext_config
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
@@ -215,7 +216,7 @@ def plain_metadata(record: dict[str, str]) -> dict[str, dict[str, str]]:
 
 
 def export(chapter: Chapter, notebook: NotebookNode) -> str:
-    """Return the text of the module that nbdev makes of ``notebook``."""
+    """Return the text of the module that nbdev makes of ``notebook``, classes in one piece."""
     named = [name for c in code_cells(notebook) for name in DEFAULT_EXP.findall(c.source)]
     if named != [chapter.module]:
         has = f"has {', '.join(named)}" if named else "has none"
@@ -229,7 +230,7 @@ def export(chapter: Chapter, notebook: NotebookNode) -> str:
     with tempfile.TemporaryDirectory() as folder:
         # The comments in the module hold the path from it to the notebook: keep the book's layout.
         source = Path(folder, "chapters", chapter.notebook.name)
-        write_text(source, notebook_text(notebook))
+        write_text(source, notebook_text(join(notebook, chapter.name)))
         nb_export(str(source), lib_path=str(Path(folder, PACKAGE)))
         made = Path(folder, PACKAGE, chapter.module_file.name)
         if not made.exists():
