@@ -705,9 +705,9 @@ assert kahan_error < 1e-3 < naive_error, f"error {kahan_error:.4f}, one by one {
 #
 # Two commands set up, build and prove the book. A chapter is a script paired with a notebook; its
 # exported cells are a module, and a class that is written in several cells is one class there. The
-# main line of a chapter can be read with all engine rooms shut. Seeds fix random numbers. They do not fix the order of sets, the
-# rounding of sums cut in another way, or what another version computes, and so outputs are rounded
-# and ranges are asserted.
+# main line of a chapter can be read with all engine rooms shut. Seeds fix random numbers. They do
+# not fix the order of sets, the rounding of sums cut in another way, or what another version
+# computes, and so outputs are rounded and ranges are asserted.
 #
 # When two runs differ, ask in this order. Same versions? Same seed, set before the first random
 # number? Any loop over a set, or over files in the order the disk gives them? Same number of

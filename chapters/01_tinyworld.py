@@ -657,11 +657,11 @@ def _check_settings(world: "TinyWorld") -> None:
 # ## The world's vocabulary
 #
 # What the world is made of is data. There are names, and for each of eight attributes the values it
-# can have: plain words, none of which contains another value of its attribute. Each fact can be said
-# in five ways. Two of the five are rhetorical questions with the answer right behind. They look like
-# decoration. But a small model that has never met a question may not learn to answer one, however
-# well it knows the fact; chapter 19 will measure it. The lists are long, and reading them all is no
-# use; examples follow right after them.
+# can have: plain words, none of which contains another value of its attribute. Each fact can be
+# said in five ways. Two of the five are rhetorical questions with the answer right behind. They
+# look like decoration. But a small model that has never met a question may not learn to answer one,
+# however well it knows the fact; chapter 19 will measure it. The lists are long, and reading them
+# all is no use; examples follow right after them.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the names, values and phrases, written out
@@ -795,8 +795,8 @@ PHRASES |= {
 }
 
 # %% [markdown] tags=["engine"]
-# The steps of a story with free choices have lists of their own: the opening, what the hero does, the
-# weather, how a guest arrives, what is said of a stranger, the closing.
+# The steps of a story with free choices have lists of their own: the opening, what the hero does,
+# the weather, how a guest arrives, what is said of a stranger, the closing.
 
 # %% tags=["engine"]
 #| export
@@ -1229,8 +1229,8 @@ print("broken at:", repr(broken[world.judge(broken).error_at :][:6]))
 
 # %% [markdown]
 # Is the scoring exact? Three things must hold. The texts of each reachable state are prefix-free,
-# their probabilities add up to one, and the score of a generated story equals the log-probability it
-# was generated with.
+# their probabilities add up to one, and the score of a generated story equals the log-probability
+# it was generated with.
 
 # %%
 states = list(reachable_states(world.branches, world.start))
@@ -1378,8 +1378,8 @@ print(f"sum of the bars {sum(heights):.2f} nats, surprise of the story {-story.l
 # %% [markdown] tags=["engine"]
 # ### Engine room: all questions, the wanted replies, and what a reply said
 #
-# The wordings that occur in stories are cut out of the phrases. The others are listed here, with the
-# replies to the two kinds of questions that have no answer.
+# The wordings that occur in stories are cut out of the phrases. The others are listed here, with
+# the replies to the two kinds of questions that have no answer.
 
 # %% tags=["engine"]
 #| export
@@ -1454,7 +1454,8 @@ def make_questions(
 
 
 # %% [markdown] tags=["engine"]
-# What a reply said follows from the values it names, and only if it names none from how it declines.
+# What a reply said follows from the values it names, and only if it names none from how it
+# declines.
 
 
 # %% tags=["engine"]
@@ -1505,8 +1506,8 @@ for kind in ("fact", "unknown", "confidential"):
     print(f"{'':12} {asked[2].text} {asked[2].reply}")
 
 # %% [markdown]
-# And three replies to the same question, of which the second names a wrong value and the third names
-# none:
+# And three replies to the same question, of which the second names a wrong value and the third
+# names none:
 
 # %%
 question = make_questions(world, "fact", "tuning")[2]
