@@ -25,9 +25,8 @@
 # %% tags=["remove-cell"]
 #| default_exp tinyworld
 
-# %% tags=["engine"]
+# %%
 #| export
-# The imports of the module
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,7 +38,8 @@ from random import Random
 from typing import Literal, NamedTuple, get_args
 
 # %% [markdown]
-# The imports of the package are folded above. These are the ones that the chapter itself uses:
+# These imports go into the package, with what the chapter exports. The following serve the chapter
+# alone.
 
 # %%
 import textwrap
@@ -835,9 +835,9 @@ CLOSINGS = (
 )
 
 # %% [markdown]
-# ### Who lives there
+# ### A fact in five ways
 #
-# For example, a fact about a job can be stated in these five ways:
+# A fact about a job, for example, can be stated like this:
 
 # %%
 for phrase in PHRASES["job"]:
@@ -846,6 +846,8 @@ print(f"{len(NAMES)} names,", ", ".join(f"{a} {len(v) or 'any'}" for a, v in VAL
 
 
 # %% [markdown]
+# ### Who lives there
+#
 # The seed decides who exists and what is true of them.
 
 
@@ -927,7 +929,7 @@ print(name, dict(cast.facts[name]))
 #
 # {numref}`fig-story-walk` is the plan. One function holds it. It *is* the world: to generate, to
 # score and to judge are three ways to walk through it. For each step it calls the function that
-# lists the branches of that step.
+# lists the branches of that step. What `truthful` means comes right after.
 
 
 # %%

@@ -19,53 +19,59 @@
 # | **Part** | I. Foundations and data |
 # | **You build** | {py:class}`~llmbook.corpus.Document`, {py:func}`~llmbook.corpus.read_installed_docs`, {py:func}`~llmbook.corpus.read_files`, {py:func}`~llmbook.corpus.read_jsonl`, {py:func}`~llmbook.corpus.read_html`, {py:func}`~llmbook.corpus.stream_hub` |
 # | **You need** | Python: generators and regular expressions. {doc}`00_environment` sets up the rest |
-# | **It takes** | 60 minutes for the main line, 2 hours for everything, 45 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 45 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp corpus
 
 # %% tags=["engine"]
 #| export
-# The imports of the module; pyarrow, zstandard and datasets are imported where they are used
-import ast
+# What the engine rooms import; pyarrow, zstandard and datasets are imported where they are used
 import bz2
 import codecs
 import difflib
 import fnmatch
-import gzip
 import importlib.metadata
 import importlib.util
-import io
-import json
 import lzma
 import multiprocessing
 import os
-import random
-import re
 import sys
-import sysconfig
-import tokenize
 import types
-import unicodedata
-import warnings
 import zlib
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
+from itertools import islice
+
+from llmbook.environment import check_at_least, check_choice, requires_extra, whole_file
+
+# %% [markdown]
+# Nearly all that we need is in the standard library:
+
+# %%
+#| export
+import ast
+import gzip
+import io
+import json
+import random
+import re
+import sysconfig
+import tokenize
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import blake2b
 from html.parser import HTMLParser
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Integer
-
-from llmbook.environment import check_at_least, check_choice, requires_extra, whole_file
 
 # %% [markdown]
 # ## What is a document?

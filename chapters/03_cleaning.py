@@ -16,28 +16,37 @@
 # | **Part** | I. Foundations and data |
 # | **You build** | {py:func}`~llmbook.cleaning.normalize_text`, {py:func}`~llmbook.cleaning.gopher_quality`, {py:func}`~llmbook.cleaning.remove_repeated_lines`, {py:func}`~llmbook.cleaning.identify_language`, {py:class}`~llmbook.cleaning.QualityClassifier`, {py:func}`~llmbook.cleaning.mask_pii`, {py:func}`~llmbook.cleaning.decontaminate`, {py:func}`~llmbook.cleaning.clean_documents` |
 # | **You need** | {doc}`02_corpus` (documents, words); logarithms and gradients |
-# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 45 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 60 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp cleaning
 
 # %% tags=["engine"]
 #| export
-# The imports of the module
+# What the engine rooms import
 import gettext
 import importlib.util
 import ipaddress
 import json
+from collections import deque
+from pathlib import Path
+
+from llmbook.environment import check_choice, whole_file
+
+# %% [markdown]
+# Python's `re` knows no Unicode properties such as "any letter". The package `regex` does.
+
+# %%
+#| export
 import math
 import re
 import unicodedata
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,7 +54,7 @@ import regex
 from jaxtyping import Bool, Float, Integer
 
 from llmbook.corpus import Document, count_scripts, iter_documents, words
-from llmbook.environment import check_at_least, check_choice, check_text, whole_file
+from llmbook.environment import check_at_least, check_text
 
 # %% [markdown]
 # ## The text to clean

@@ -9,47 +9,49 @@ __all__ = ['KINDS', 'Document', 'docstrings', 'comment_blocks', 'CorpusWarning',
            'read_jsonl', 'existing_paths', 'read_parquet', 'write_parquet', 'Block', 'html_blocks', 'html_to_text',
            'read_html', 'read_files', 'stream_hub', 'count_scripts', 'fit_power_law', 'words', 'vocabulary_growth']
 
-# %% ../chapters/02_corpus.ipynb #a20806ed
-# The imports of the module; pyarrow, zstandard and datasets are imported where they are used
-import ast
+# %% ../chapters/02_corpus.ipynb #4f0cf186
+# What the engine rooms import; pyarrow, zstandard and datasets are imported where they are used
 import bz2
 import codecs
 import difflib
 import fnmatch
-import gzip
 import importlib.metadata
 import importlib.util
-import io
-import json
 import lzma
 import multiprocessing
 import os
-import random
-import re
 import sys
-import sysconfig
-import tokenize
 import types
-import unicodedata
-import warnings
 import zlib
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
+from itertools import islice
+
+from .environment import check_at_least, check_choice, requires_extra, whole_file
+
+# %% ../chapters/02_corpus.ipynb #329964db
+import ast
+import gzip
+import io
+import json
+import random
+import re
+import sysconfig
+import tokenize
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import blake2b
 from html.parser import HTMLParser
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Integer
-
-from .environment import check_at_least, check_choice, requires_extra, whole_file
 
 # %% ../chapters/02_corpus.ipynb #0bc26c1a
 @dataclass(frozen=True)

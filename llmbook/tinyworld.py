@@ -11,8 +11,7 @@ __all__ = ['Branches', 'NAMES', 'VALUES', 'ATTRIBUTES', 'PHRASES', 'OPENINGS', '
            'zipf_weights', 'Cast', 'story_branches', 'Judgment', 'TinyWorld', 'wordings', 'Question', 'make_questions',
            'Verdict', 'judge_reply']
 
-# %% ../chapters/01_tinyworld.ipynb #c2f5b4a3
-# The imports of the module
+# %% ../chapters/01_tinyworld.ipynb #9ee9bf50
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
