@@ -2027,7 +2027,7 @@ def _replace_each(pattern: re.Pattern[str], put: Callable[[re.Match[str]], str],
 
 
 # %% [markdown] tags=["engine"]
-# One round goes through the kinds in turn, and counts:
+# This is the round. It counts what it puts in:
 
 
 # %% tags=["engine"]

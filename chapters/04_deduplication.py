@@ -231,9 +231,8 @@ print(f"{len(lines)} different documents; without punctuation: {len(without)}")
 # %% [markdown] tags=["engine"]
 # ### Engine room: the hashes of all words of a batch at once
 #
-# Let a word be the bytes
-# $c_0, c_1, \dots, c_\ell$. Its hash is the polynomial $\sum_k (c_k + 1)\, g^k$ modulo $2^{64}$,
-# with an odd constant $g$. For a word that starts at position $p$ of the batch this is
+# Let a word be the bytes $c_0, c_1, \dots, c_\ell$. Its hash is the polynomial
+# $\sum_k (c_k + 1)\, g^k$ modulo $2^{64}$, with an odd constant $g$. For a word that starts at position $p$ of the batch this is
 #
 # $$
 # g^{-p} \sum_{k} (c_{p+k} + 1)\, g^{p+k} .
@@ -486,7 +485,7 @@ for name, scramble in (("as they are", lambda h: h), ("scrambled", _mix32)):
 # sixth. Scrambling costs one operation for each shingle, not for each permutation, and turns any
 # input into the harmless case, as we measure below.
 #
-# ### All signatures in one pass
+# ### A signature in three lines
 #
 # The signature of one text takes three lines. With vectors of $k$ factors and shifts, $a x + c$ is
 # a table with a row for each permutation and a column for each shingle, and the signature is the
@@ -674,8 +673,8 @@ print(f"{(mine == theirs).sum()} of {hasher.n_permutations} minima are equal")
 # %% [markdown]
 # ### How far off is the estimate?
 #
-# We draw a thousand pairs of sets of 200 numbers with a known similarity: if
-# each set has $m$ elements of which $c$ are common, $J = c/(2m - c)$.
+# We draw a thousand pairs of sets of 200 numbers with a known similarity: if each set has $m$
+# elements of which $c$ are common, $J = c/(2m - c)$.
 # {numref}`fig-deduplication-variance` shows the estimates with 128 permutations, and how their
 # spread falls with more.
 
@@ -795,9 +794,8 @@ def collision_probability(
 # %% [markdown] tags=["engine"]
 # ### Engine room: the best layout, by integrals that are exact
 #
-# The integrands are polynomials of degree $b\,r \le k$, and Gauss's
-# quadrature with $m$ nodes is exact for polynomials up to degree $2m - 1$
-# {cite}`press2007recipes`. So with $\lfloor k/2 \rfloor + 1$ nodes the integrals are exact, up to
+# The integrands are polynomials of degree $b\,r \le k$, and Gauss's quadrature with $m$ nodes is
+# exact for polynomials up to degree $2m - 1$ {cite}`press2007recipes`. So with $\lfloor k/2 \rfloor + 1$ nodes the integrals are exact, up to
 # rounding.
 
 
@@ -1325,6 +1323,20 @@ class UnionFind:
             sets[self.find(item)].append(item)
         return [items for items in sets.values() if len(items) > 1]
 
+
+# %% [markdown]
+# The order of the edges, and their direction, make no difference:
+
+# %%
+for order in ([(0, 3), (3, 5), (1, 2)], [(2, 1), (5, 3), (3, 0)]):
+    forest = UnionFind(6)
+    for a, b in order:
+        forest.union(a, b)
+    print(forest.clusters())
+
+# %% [markdown]
+# The edges are pairs of candidates whose true similarity reaches the threshold. Two sets and
+# `jaccard` would tell, one pair at a time. The package compares thousands of pairs at once.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the true similarity of many pairs at a time

@@ -9,22 +9,27 @@ __all__ = ['read_translations', 'whole_characters', 'repair_mojibake', 'normaliz
            'Language', 'LanguageIdentifier', 'identify_language', 'QualityClassifier', 'roc_curve', 'area_under_roc',
            'Masked', 'mask_pii', 'Contamination', 'decontaminate', 'StepCount', 'CleaningReport', 'clean_documents']
 
-# %% ../chapters/03_cleaning.ipynb #1593b8a5
-# The imports of the module
+# %% ../chapters/03_cleaning.ipynb #73da28aa
+# What the engine rooms import
 import gettext
 import importlib.util
 import ipaddress
 import json
+from collections import deque
+from pathlib import Path
+
+from .environment import check_choice, whole_file
+
+# %% ../chapters/03_cleaning.ipynb #cfb92e94
 import math
 import re
 import unicodedata
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +37,7 @@ import regex
 from jaxtyping import Bool, Float, Integer
 
 from .corpus import Document, count_scripts, iter_documents, words
-from .environment import check_at_least, check_choice, check_text, whole_file
+from .environment import check_at_least, check_text
 
 # %% ../chapters/03_cleaning.ipynb #f1c20e21
 def _catalog_messages(path: Path) -> list[str]:

@@ -7,18 +7,23 @@ square, and keep the best of each."""
 __all__ = ['canonical_text', 'exact_duplicates', 'jaccard', 'shingles', 'MinHasher', 'estimate_jaccard', 'collision_probability',
            'optimal_bands', 'LSHIndex', 'UnionFind', 'NearDuplicates', 'find_near_duplicates', 'deduplicate']
 
-# %% ../chapters/04_deduplication.ipynb #35e2ef39
-# The imports of the module
+# %% ../chapters/04_deduplication.ipynb #d6b6a8c8
+# What the engine rooms import
 import json
+from dataclasses import asdict
+from itertools import chain
+
+from .environment import check_choice, whole_file
+
+# %% ../chapters/04_deduplication.ipynb #0ff615c4
 import math
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +31,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64, Shaped, UInt, UInt32, UInt64
 
 from .corpus import Document, iter_documents, iter_texts, ordered_map
-from .environment import check_at_least, check_choice, whole_file
+from .environment import check_at_least
 
 # %% ../chapters/04_deduplication.ipynb #d9e3b131
 def canonical_text(text: str) -> str:
@@ -475,7 +480,7 @@ def _sharing(
     buckets, members = _buckets(hashes, owners)
     return _unique_pairs(members[_pairs_within(buckets)])
 
-# %% ../chapters/04_deduplication.ipynb #1f213b93
+# %% ../chapters/04_deduplication.ipynb #ee21df1b
 def _checked(signatures: _Signatures, hasher: MinHasher) -> _Signatures:
     """Return ``signatures`` if their shape is one that ``hasher`` makes."""
     if signatures.ndim != 2 or signatures.shape[1] != hasher.n_permutations:
@@ -498,7 +503,7 @@ def _new_keys(keys: Iterable[str], known: set[str], count: int) -> list[str]:
         seen.add(key)
     return new
 
-
+# %% ../chapters/04_deduplication.ipynb #6ffa77e7
 def _check_bands(bands: int, rows: int, n_permutations: int) -> None:
     check_at_least(bands=(1, bands), rows=(1, rows))
     if bands * rows > n_permutations:
