@@ -145,7 +145,8 @@ for size, number in sizes.items():
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: half a character becomes `�`
-#
+
+# %% [markdown] tags=["engine"]
 # UTF-16 writes a code point above FFFF as two surrogates. A single one is half a character. Python's
 # strings can contain it, UTF-8 cannot. As in chapter 03, and as tiktoken does, we join two halves
 # that meet, and write `�` for one that is alone: the code point FFFD, which stands for what could not
@@ -263,7 +264,8 @@ for name, pattern in (("GPT-2", GPT2_PATTERN), ("GPT-4", GPT4_PATTERN)):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a pattern of your own, and nothing lost
-#
+
+# %% [markdown] tags=["engine"]
 # With a pattern of your own, there may be stretches that it does not match. They become words, too,
 # so that no text is lost. What is no regular expression is refused, and so is one with capturing
 # groups, for which `findall` would return something else. Compiled patterns are kept.
@@ -341,7 +343,8 @@ print(
 
 # %% [markdown] tags=["engine"]
 # #### Engine room: counting in several processes, from texts and from files
-#
+
+# %% [markdown] tags=["engine"]
 # If texts contain special tokens, such as a mark between documents, these separate and are not
 # counted. They must be told apart, so a list with an empty or a repeated one is refused.
 
@@ -739,7 +742,8 @@ for word in (" night", " knight", " goodness", " Zoë"):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: long words in a time of order n log n, and words seen before
-#
+
+# %% [markdown] tags=["engine"]
 # Searching all pairs before each merge takes a time that grows with the square of the word's
 # length. Most words are short, but there are texts without spaces, and hostile users who send a
 # million times the letter `a`. So we link the tokens to a chain and keep the mergeable pairs in a
@@ -1035,7 +1039,8 @@ def train_bpe(
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: bad vocabularies are refused, tables are made, files are trained on
-#
+
+# %% [markdown] tags=["engine"]
 # All bytes must have an id, or some text could not be encoded. And a special token must not be an
 # ordinary one, too: one text would have two ids. Bad vocabularies are refused when they are given,
 # not when a text hits them.
@@ -1278,7 +1283,8 @@ plt.show()
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: encoding a stream in constant memory
-#
+
+# %% [markdown] tags=["engine"]
 # A crawl does not fit into memory. `encode_iterable` takes its pieces and gives ids as it goes,
 # *the same ids* as for the whole text, wherever the pieces end. So we hold text back until a place
 # where cutting is safe: where the words to the left do not depend on what comes to the right, nor
@@ -1470,7 +1476,8 @@ class BPETokenizer(BPETokenizer):  # continued
 
 # %% [markdown] tags=["engine"]
 # #### Engine room: tokenizer.json and GPT-2's files, written and read with care
-#
+
+# %% [markdown] tags=["engine"]
 # What goes into `tokenizer.json`: the pattern as a pre-tokenizer, the byte alphabet as a second
 # one and as the decoder, and the model. Special tokens stand in the vocabulary, too, since
 # `tokenizers` takes their ids from there.

@@ -113,7 +113,8 @@ def split_words(text: str) -> list[str]:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: which characters are punctuation, to the library's tables
-#
+
+# %% [markdown] tags=["engine"]
 # What is punctuation? Unicode adds marks every year, and the tables in the library `tokenizers` are
 # those of 2015. Same ids need the same tables, so we list what came later.
 
@@ -399,7 +400,8 @@ print(train_naively(few, 8))
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the same merges without counting anew
-#
+
+# %% [markdown] tags=["engine"]
 # As in chapter 05, a merge changes little, so we keep the counts and correct them. But the score
 # of a pair depends on the counts of its tokens, which change when other pairs are merged, and it
 # can rise as well as fall. The queue that serves BPE relies on scores that only fall. And $N$ is
@@ -757,7 +759,8 @@ plt.show()
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: what every tokenizer needs
-#
+
+# %% [markdown] tags=["engine"]
 # Around the matching there is the same work as in chapter 05: special tokens that are found in
 # text only where the caller allows it, ids that must be in range, ids back to text. Both
 # tokenizers of this chapter share it. Special tokens come last, unless the vocabulary has them
@@ -1011,7 +1014,8 @@ class WordPieceTokenizer(WordPieceTokenizer):  # continued
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: WordPiece's file, and its trainer
-#
+
+# %% [markdown] tags=["engine"]
 # The steps of WordPiece by their names, and what a tokenizer is made of, read from a file:
 
 
@@ -1302,7 +1306,8 @@ print(f"{probability:.6f}", *("unlocked"[arc.start : arc.end] for arc in path))
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: unknown characters
-#
+
+# %% [markdown] tags=["engine"]
 # A path becomes ids. Here neighboring unknown characters are put together, and spelled in bytes where
 # the vocabulary has bytes.
 
@@ -1403,7 +1408,8 @@ class UnigramTokenizer(_Subwords):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: bytes as tokens, and pieces checked
-#
+
+# %% [markdown] tags=["engine"]
 # With byte fallback, `<0x41>` and its like are tokens that stand for one byte each. Bytes in a row are
 # decoded together.
 
@@ -1510,7 +1516,8 @@ for step in range(13):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: all words at once, and the pieces to begin with
-#
+
+# %% [markdown] tags=["engine"]
 # Our corpus has tens of thousands of different words and a few million arcs, too many for a Python
 # loop. But the sum in {eq}`subwords-forward` needs only what lies further left, so *all words* can
 # be at the same place at the same time. We sort words by length, the longest first, and number the
@@ -1952,7 +1959,8 @@ class UnigramTokenizer(UnigramTokenizer):  # continued
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: Unigram's file, and its trainer
-#
+
+# %% [markdown] tags=["engine"]
 # The file names the steps, as WordPiece's does.
 
 
@@ -2218,7 +2226,8 @@ print(f"ours takes {1 - share:.0%} fewer tokens")
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: bad input, tried
-#
+
+# %% [markdown] tags=["engine"]
 # Whatever comes in, the answer is a result or an error that says what to do.
 
 
