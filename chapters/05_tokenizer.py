@@ -140,17 +140,17 @@ for size, number in sizes.items():
 # The gap in `valid` is taken by the **surrogates**, numbers that the older encoding UTF-16 uses in
 # pairs. They are no characters, and UTF-8 has no bytes for them.
 #
-# One property matters below: a cut at an arbitrary byte can break a character in two, and the halves
-# are no text by themselves.
+# One property matters below: a cut at an arbitrary byte can break a character in two, and the
+# halves are no text by themselves.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: half a character becomes `�`
 
 # %% [markdown] tags=["engine"]
-# UTF-16 writes a code point above FFFF as two surrogates. A single one is half a character. Python's
-# strings can contain it, UTF-8 cannot. As in chapter 03, and as tiktoken does, we join two halves
-# that meet, and write `�` for one that is alone: the code point FFFD, which stands for what could not
-# be decoded. Every text that enters this chapter's functions passes through here.
+# UTF-16 writes a code point above FFFF as two surrogates. A single one is half a character.
+# Python's strings can contain it, UTF-8 cannot. As in chapter 03, and as tiktoken does, we join two
+# halves that meet, and write `�` for one that is alone: the code point FFFD, which stands for what
+# could not be decoded. Every text that enters this chapter's functions passes through here.
 
 
 # %% tags=["engine"]
@@ -259,8 +259,8 @@ for name, pattern in (("GPT-2", GPT2_PATTERN), ("GPT-4", GPT4_PATTERN)):
     print(name, regex.findall(pattern, line))
 
 # %% [markdown]
-# In the package, {py:func}`~llmbook.tokenizer.pretokenize` does this for any pattern and any text. It
-# is what `regex.findall` is here, plus the care that follows.
+# In the package, {py:func}`~llmbook.tokenizer.pretokenize` does this for any pattern and any text.
+# It is what `regex.findall` is here, plus the care that follows.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a pattern of your own, and nothing lost
@@ -270,9 +270,9 @@ for name, pattern in (("GPT-2", GPT2_PATTERN), ("GPT-4", GPT4_PATTERN)):
 # so that no text is lost. What is no regular expression is refused, and so is one with capturing
 # groups, for which `findall` would return something else. Compiled patterns are kept.
 #
-# tiktoken writes GPT-4's pattern with `{1,3}+`, where the plus forbids giving back what was matched.
-# We leave it out, since nothing follows that could want it back, and since the engine inside of
-# `tokenizers` reads it as "repeat", which takes any number of digits.
+# tiktoken writes GPT-4's pattern with `{1,3}+`, where the plus forbids giving back what was
+# matched. We leave it out, since nothing follows that could want it back, and since the engine
+# inside of `tokenizers` reads it as "repeat", which takes any number of digits.
 
 
 # %% tags=["engine"]
@@ -332,14 +332,12 @@ counts = Counter()
 for text in texts:
     counts.update(regex.findall(GPT4_PATTERN, text))
 seconds_counting = time.perf_counter() - start
-each = counts.total() / len(counts)
-print(
-    f"more than {counts.total() // 10**6} million words; each occurs about {round(each, -1):.0f} times"
-)
+million, often = counts.total() // 10**6, round(counts.total() / len(counts), -1)
+print(f"more than {million} million words; each occurs about {often:.0f} times")
 
 # %% [markdown]
-# {py:func}`~llmbook.tokenizer.count_words` counts in the same way, in several processes if you wish,
-# and can read files.
+# {py:func}`~llmbook.tokenizer.count_words` counts in the same way, in several processes if you
+# wish, and can read files.
 
 # %% [markdown] tags=["engine"]
 # #### Engine room: counting in several processes, from texts and from files
@@ -414,7 +412,8 @@ def count_words(
 ) -> Counter[str]:
     """Count the words (pre-tokens) of ``texts``; ``special_tokens`` separate and are not counted.
 
-    Texts may be chapter 02's Documents. One worker reads ``texts`` as they come; several need all of them in memory.
+    Texts may be chapter 02's Documents. One worker reads ``texts`` as they come; several need all
+    of them in memory.
 
     >>> count_words(["to be", "not to be"])
     Counter({' be': 2, 'to': 1, 'not': 1, ' to': 1})
@@ -435,8 +434,8 @@ def count_words(
 # file be cut? A cut through a word changes the counts. A special token is a safe place, because no
 # word crosses it. So we jump ahead by some megabytes, search for the next special token and cut
 # before it. The search may begin in the middle of one, which is harmless unless special tokens
-# overlap: in `aaaa`, the token `aa` can be found at places where reading from the beginning would not
-# find it. Tokens that overlap with any are not used for cuts.
+# overlap: in `aaaa`, the token `aa` can be found at places where reading from the beginning would
+# not find it. Tokens that overlap with any are not used for cuts.
 
 
 # %% tags=["engine"]
@@ -522,8 +521,8 @@ def _count_files(
 # count, `o th` and `th e` gain it.
 #
 # How should a word be stored, so that this is fast in Python? Strings are what Python does best, so
-# we write a word as a *string of tokens*: the character with number $i$ stands for token $i$. In the
-# beginning these are the bytes. A pair is a string of two characters, and a merge is
+# we write a word as a *string of tokens*: the character with number $i$ stands for token $i$. In
+# the beginning these are the bytes. A pair is a string of two characters, and a merge is
 # `word.split(pair)` and `join`, which run in C, from left to right as demanded.
 
 
@@ -589,10 +588,10 @@ def _merge_everywhere(
 # ### Find the most frequent pair without looking at all of them
 #
 # A heap gives its largest entry in logarithmic time, but must not be searched when a count changes,
-# and ties need the bytes compared. Three facts about counts help. A pair that exists only ever loses counts, because
-# merges use up its tokens. A new pair is created, all of it, in the one merge that creates the
-# later of its tokens. And a new pair cannot be more frequent than the pair that was merged, since
-# each of its occurrences contains one of that. So the best count never rises.
+# and ties need the bytes compared. Three facts about counts help. A pair that exists only ever
+# loses counts, because merges use up its tokens. A new pair is created, all of it, in the one merge
+# that creates the later of its tokens. And a new pair cannot be more frequent than the pair that
+# was merged, since each of its occurrences contains one of that. So the best count never rises.
 #
 # We can therefore work through counts from the top, level by level
 # ({numref}`fig-tokenizer-training`). A **heap of levels** holds the counts at which pairs are
@@ -617,8 +616,8 @@ def _with_bytes(pair: str, tokens: list[bytes]) -> tuple[bytes, bytes, str]:
 
 
 # %% [markdown]
-# The queue files pairs by their counts. `push` puts a pair on its level, `pop` takes the next one to
-# merge.
+# The queue files pairs by their counts. `push` puts a pair on its level, `pop` takes the next one
+# to merge.
 
 
 # %%
@@ -737,8 +736,8 @@ for word in (" night", " knight", " goodness", " Zoë"):
     print(f"{word!r:13}", *naive_encode(word.encode(), ranks))
 
 # %% [markdown]
-# The stories are full of nights, so this word is one token. A word that training never saw falls into
-# pieces that it did see, in the worst case into bytes.
+# The stories are full of nights, so this word is one token. A word that training never saw falls
+# into pieces that it did see, in the worst case into bytes.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: long words in a time of order n log n, and words seen before
@@ -937,9 +936,9 @@ class BPETokenizer:
 
 
 # %% [markdown]
-# A long class is written in several cells. A cell that continues it says so: in the notebook it makes
-# a subclass of the same name, in the package all parts are one class. Here are decoding and its
-# stream; `_pieces` yields the bytes of each id.
+# A long class is written in several cells. A cell that continues it says so: in the notebook it
+# makes a subclass of the same name, in the package all parts are one class. Here are decoding and
+# its stream; `_pieces` yields the bytes of each id.
 
 
 # %%
@@ -1126,9 +1125,9 @@ class _Tables:
 
 
 # %% [markdown] tags=["engine"]
-# Decoding looks closely at what it is given: a float or a boolean is no id, nor is a number outside of
-# the vocabulary. Pickle gets what is known without the tables: another process makes its own, and
-# begins with an empty cache.
+# Decoding looks closely at what it is given: a float or a boolean is no id, nor is a number outside
+# of the vocabulary. Pickle gets what is known without the tables: another process makes its own,
+# and begins with an empty cache.
 
 
 # %% tags=["engine"]
@@ -1377,9 +1376,8 @@ pieces = ["Dough ri", "ses.<|end", "oftext|>\n", " \n  Ba", "ke."] * 10_000
 stream = streaming.encode_iterable(pieces, allowed_special="all")
 ids = streaming.encode("".join(pieces), allowed_special="all")
 assert list(stream) == ids
-print(
-    f"{len(pieces):,} pieces give the ids of the whole, {ids.count(streaming.vocab_size - 1):,} special"
-)
+special = ids.count(streaming.special_tokens["<|endoftext|>"])
+print(f"{len(pieces):,} pieces give the ids of the whole, {special:,} of them special")
 
 # %% [markdown] tags=["engine"]
 # And a file that two processes read in chunks gives what its texts give in one:
@@ -1902,8 +1900,8 @@ print("never used, either: more than 100 of the 256 bytes")
 # ## Is it the real thing?
 #
 # The same merges in three programs. tiktoken gets our ids, `tokenizers` our file. The text is in
-# many scripts, with emoji, code, runs of white space, and characters broken in half. Ids and decoded
-# text must be equal, or the cell fails.
+# many scripts, with emoji, code, runs of white space, and characters broken in half. Ids and
+# decoded text must be equal, or the cell fails.
 
 # %%
 text = """Der Bäcker backt, пекарь печёт, ο φούρναρης ψήνει, パン屋は焼く, 빵을 굽는다, बेकर बनाता है,

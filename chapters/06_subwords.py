@@ -53,9 +53,9 @@ from llmbook.tokenizer import (
 
 # %% [markdown]
 # The folded cell above imports what the module needs; of it you will meet `Counter`, `pairwise`,
-# `NamedTuple` and numpy. The libraries that we compare with stay outside of the module. Runs of white
-# space become one space in our texts: WordPiece cannot tell them apart, so the comparison at the end
-# would not be fair otherwise.
+# `NamedTuple` and numpy. The libraries that we compare with stay outside of the module. Runs of
+# white space become one space in our texts: WordPiece cannot tell them apart, so the comparison at
+# the end would not be fair otherwise.
 
 # %%
 import time
@@ -253,10 +253,9 @@ def _count_words(
 
 # %%
 counts = _count_words(texts, split_words)
-once = sum(count == 1 for count in counts.values())
-print(
-    f"more than {len(counts) // 10_000 * 10_000:,} different words, {once / len(counts):.0%} of them seen once"
-)
+once = sum(count == 1 for count in counts.values()) / len(counts)
+thousands = len(counts) // 10_000 * 10
+print(f"more than {thousands},000 different words, {once:.0%} of them seen once")
 
 # %% [markdown]
 # Next, to spell a word, and to join a pair in it:
@@ -568,7 +567,8 @@ class _PairTable(_PairTable):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# The best pair is merged, again and again. A pair that is not worth anything ends the training early.
+# The best pair is merged, again and again. A pair that is not worth anything ends the training
+# early.
 
 
 # %% tags=["engine"]
@@ -601,7 +601,8 @@ class _PairTable(_PairTable):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# The vocabulary is that of the naive trainer, in the same order, here for sixty merges on a few words.
+# The vocabulary is that of the naive trainer, in the same order, here for sixty merges on a few
+# words.
 
 # %% tags=["engine"]
 table = _PairTable.from_words(few, "likelihood", 2)
@@ -780,9 +781,9 @@ def _checked_tokens(tokens: Sequence[str]) -> list[str]:
 
 
 # %% [markdown] tags=["engine"]
-# Text to ids first. `_split` finds the words of a text, `_cut` the ids of a word, and `_join` undoes
-# both; these three are what a kind of tokenizer has to define. Words repeat, so their ids are
-# remembered, in chapter 05's cache.
+# Text to ids first. `_split` finds the words of a text, `_cut` the ids of a word, and `_join`
+# undoes both; these three are what a kind of tokenizer has to define. Words repeat, so their ids
+# are remembered, in chapter 05's cache.
 
 
 # %% tags=["engine"]
@@ -903,8 +904,8 @@ def _read_special(whole: dict[str, Any], tokens: list[str]) -> list[str]:
 
 # %% [markdown] tags=["engine"]
 # Trainers have work in common, too. Which characters are worth a token? Those that make up a given
-# share of the text; the long tail of rare ones would fill the vocabulary. All of them must fit, and no
-# special token may be a piece.
+# share of the text; the long tail of rare ones would fill the vocabulary. All of them must fit, and
+# no special token may be a piece.
 
 
 # %% tags=["engine"]
@@ -952,8 +953,8 @@ def _apart(special_tokens: Collection[str], pieces: Iterable[str]) -> list[str]:
 #
 # With the matching and the trainer at hand, WordPiece is short. Its base class `_Subwords` (in the
 # engine room above) gives it `encode` and `decode`, and asks it for three things: how a text is
-# *split* into words, how a word is *cut* into ids, and how tokens are *joined* again. A special token
-# in the vocabulary is no piece: it must not come out of ordinary text.
+# *split* into words, how a word is *cut* into ids, and how tokens are *joined* again. A special
+# token in the vocabulary is no piece: it must not come out of ordinary text.
 
 
 # %%
@@ -1076,8 +1077,8 @@ class WordPieceTokenizer(WordPieceTokenizer):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# Training goes from texts to a tokenizer, by the table of the engine room above. A tokenizer without
-# pieces, `empty`, says how to split and which special tokens there are.
+# Training goes from texts to a tokenizer, by the table of the engine room above. A tokenizer
+# without pieces, `empty`, says how to split and which special tokens there are.
 
 
 # %% tags=["engine"]
@@ -1308,8 +1309,8 @@ print(f"{probability:.6f}", *("unlocked"[arc.start : arc.end] for arc in path))
 # ### Engine room: unknown characters
 
 # %% [markdown] tags=["engine"]
-# A path becomes ids. Here neighboring unknown characters are put together, and spelled in bytes where
-# the vocabulary has bytes.
+# A path becomes ids. Here neighboring unknown characters are put together, and spelled in bytes
+# where the vocabulary has bytes.
 
 
 # %% tags=["engine"]
@@ -1334,11 +1335,11 @@ class _Lattice(_Lattice):  # continued
 # %% [markdown]
 # ## How much text is one word?
 #
-# Unigram, as SentencePiece {cite}`kudo2018sentencepiece` introduced it, marks the space: every space
-# becomes `▁`, a text gets one in front, and a word reaches from one mark to the next. The mark is part
-# of the pieces, so decoding is to join the pieces and put spaces back. What is lost? A `▁` in the text
-# comes back as a space, and one space at the very start of the text vanishes; with byte fallback
-# nothing else.
+# Unigram, as SentencePiece {cite}`kudo2018sentencepiece` introduced it, marks the space: every
+# space becomes `▁`, a text gets one in front, and a word reaches from one mark to the next. The
+# mark is part of the pieces, so decoding is to join the pieces and put spaces back. What is lost? A
+# `▁` in the text comes back as a space, and one space at the very start of the text vanishes; with
+# byte fallback nothing else.
 
 
 # %%
@@ -1359,8 +1360,8 @@ for text in ("to be", " to be", "to  be ", "it's\nso"):
     print(f"{text!r:10}", _spaced_words(text))
 
 # %% [markdown]
-# The tokenizer is `_Subwords` once more, with other answers to the three questions: words by spaces,
-# cut by the best path, joined as they are.
+# The tokenizer is `_Subwords` once more, with other answers to the three questions: words by
+# spaces, cut by the best path, joined as they are.
 
 
 # %%
@@ -1410,8 +1411,8 @@ class UnigramTokenizer(_Subwords):
 # ### Engine room: bytes as tokens, and pieces checked
 
 # %% [markdown] tags=["engine"]
-# With byte fallback, `<0x41>` and its like are tokens that stand for one byte each. Bytes in a row are
-# decoded together.
+# With byte fallback, `<0x41>` and its like are tokens that stand for one byte each. Bytes in a row
+# are decoded together.
 
 # %% tags=["engine"]
 #| export
@@ -1510,9 +1511,9 @@ for step in range(13):
         print(f"step {step:2}: {log_likelihood:7.1f} nats;", *(f"{t} {guess[t]:.2f}" for t in best))
 
 # %% [markdown]
-# The likelihood rises at every step, fast in the beginning. Without being told, EM finds that `lock`
-# and `locked` are units, since most of the words are made with them; nearly all of the other strings
-# have lost their probability.
+# The likelihood rises at every step, fast in the beginning. Without being told, EM finds that
+# `lock` and `locked` are units, since most of the words are made with them; nearly all of the other
+# strings have lost their probability.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: all words at once, and the pieces to begin with
@@ -1601,12 +1602,12 @@ class _WordLattices(_WordLattices):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# Where do the first pieces come from? Training starts with far too many pieces: all strings inside of words, up to 16 characters, that
-# occur at least twice. A string of length $k + 1$ occurs twice only if its first $k$ characters
-# do, so we go by length. Every place in the text carries the number of the $k$-string that begins
-# there; that number and the next character name the $(k+1)$-string, and `np.unique` counts the
-# names. Places whose string is unique drop out. (Kudo uses a suffix array, which finds the same
-# strings.)
+# Where do the first pieces come from? Training starts with far too many pieces: all strings inside
+# of words, up to 16 characters, that occur at least twice. A string of length $k + 1$ occurs twice
+# only if its first $k$ characters do, so we go by length. Every place in the text carries the
+# number of the $k$-string that begins there; that number and the next character name the
+# $(k+1)$-string, and `np.unique` counts the names. Places whose string is unique drop out. (Kudo
+# uses a suffix array, which finds the same strings.)
 
 
 # %% tags=["engine"]
@@ -1701,9 +1702,10 @@ def _seeds(
 # ### Does it climb?
 #
 # The engine room above gives two things: `_seeds`, the pieces that training starts from, which are
-# strings inside of words that occur at least twice; and `path_sums`, which is `forward_backward` for
-# all words at once. We take the characters that make up 99.95 % of the text, cut the words where others
-# stand, start from 40,000 pieces, and hold the sums of a hundred short words against the loop above.
+# strings inside of words that occur at least twice; and `path_sums`, which is `forward_backward`
+# for all words at once. We take the characters that make up 99.95 % of the text, cut the words
+# where others stand, start from 40,000 pieces, and hold the sums of a hundred short words against
+# the loop above.
 
 # %%
 space_counts = _count_words(texts, _spaced_words)
@@ -1762,8 +1764,8 @@ def _digamma(x: Float[np.ndarray, " values"]) -> Float[np.ndarray, " values"]:
 
 
 # %% [markdown]
-# The M-step is then one line; the folded cell above has the digamma function, from its recurrence and
-# its asymptotic series.
+# The M-step is then one line; the folded cell above has the digamma function, from its recurrence
+# and its asymptotic series.
 
 
 # %%
@@ -1919,7 +1921,7 @@ class _Lattice(_Lattice):  # continued
         return sums
 
     def random_path(self, word: str, sharpness: float, generator: random.Random) -> list[_Arc]:
-        """Draw a segmentation with probability proportional to the power ``sharpness`` of its own."""
+        """Draw a segmentation, weighted by the power ``sharpness`` of its probability."""
         sums, path, place = self.sums_to_end(word, sharpness), list[_Arc](), 0
         while place < len(word):
             arcs = self.arcs(word, place)
@@ -2086,8 +2088,8 @@ def train_unigram(
 # %% [markdown]
 # ## Unigram at work
 #
-# The trainer, {py:func}`~llmbook.subwords.train_unigram`, puts the steps together: seeds, then rounds
-# of EM and pruning, until 4,096 tokens are left. Among these are `<unk>` and the 256 bytes.
+# The trainer, {py:func}`~llmbook.subwords.train_unigram`, puts the steps together: seeds, then
+# rounds of EM and pruning, until 4,096 tokens are left. Among these are `<unk>` and the 256 bytes.
 
 # %%
 steps: list[TrainingStep] = []

@@ -630,7 +630,7 @@ class _Lattice:
         return sums
 
     def random_path(self, word: str, sharpness: float, generator: random.Random) -> list[_Arc]:
-        """Draw a segmentation with probability proportional to the power ``sharpness`` of its own."""
+        """Draw a segmentation, weighted by the power ``sharpness`` of its probability."""
         sums, path, place = self.sums_to_end(word, sharpness), list[_Arc](), 0
         while place < len(word):
             arcs = self.arcs(word, place)

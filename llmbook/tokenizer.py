@@ -121,7 +121,7 @@ def _batches(texts: Iterable[str | Document], size: int = 1_000_000) -> Iterator
     if batch:
         yield batch
 
-# %% ../chapters/05_tokenizer.ipynb #250aa7e6
+# %% ../chapters/05_tokenizer.ipynb #bf1874b8
 def count_words(
     texts: Iterable[str | Document],
     pattern: str = GPT4_PATTERN,
@@ -130,7 +130,8 @@ def count_words(
 ) -> Counter[str]:
     """Count the words (pre-tokens) of ``texts``; ``special_tokens`` separate and are not counted.
 
-    Texts may be chapter 02's Documents. One worker reads ``texts`` as they come; several need all of them in memory.
+    Texts may be chapter 02's Documents. One worker reads ``texts`` as they come; several need all
+    of them in memory.
 
     >>> count_words(["to be", "not to be"])
     Counter({' be': 2, 'to': 1, 'not': 1, ' to': 1})
