@@ -384,6 +384,7 @@ class KVCache:
         from its length, -1 is padding, which is not stored. None: plain causal attention, aligned
         at the end. A ValueError tells of other positions, or of a row beyond the capacity.
         """
+        mask: Tensor | None
         if torch.compiler.is_compiling():
             self._step, mask, after = _plan_fixed(self, position_ids)
             self._known = None
