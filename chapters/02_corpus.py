@@ -359,7 +359,8 @@ def _check_errors(errors: str) -> None:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: documents and paths are looked at where they enter
-#
+
+# %% [markdown] tags=["engine"]
 # A string is a collection of letters as far as Python is concerned. Pass a single text where
 # several are expected, and a function would take it for a list of one-letter documents. Every
 # function of the book that takes documents therefore passes them through one of these two, which
