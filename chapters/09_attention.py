@@ -556,7 +556,8 @@ assert scaled_dot_product_attention(q, k, v, is_causal=True).shape == (1, 6, 2)
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: PyTorch's fused kernel behind the same function, because it is faster
-#
+
+# %% [markdown] tags=["engine"]
 # Two cases deserve care. A plain causal mask is announced by `is_causal` rather than built,
 # because the kernel then skips what is forbidden. And with one query a row the heads that share
 # keys can be laid out as rows of one matrix, which avoids copying each key for every head of its
@@ -1023,7 +1024,7 @@ class KVCache:
         self._counts = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._known: list[int] | None = [0] * batch_size  # the same, without asking the device
         self._step: Any = None  # what the layers are to do
-        # Zeros: attention multiplies what is not written yet by 0, and 0 times a leftover NaN is NaN.
+        # Zeros: what is not written yet is multiplied by 0, and 0 times a leftover NaN is NaN.
         empty = torch.zeros(batch_size, n_kv_heads, self.slots, 1, dtype=dtype, device=device)
         widths = d_head, d_head if d_value is None else d_value
         memory = [[empty.repeat(1, 1, 1, width) for width in widths] for _ in range(n_layers)]
@@ -1100,7 +1101,8 @@ with torch.no_grad():
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the cache made fast, compiled, checked, and able to go back
-#
+
+# %% [markdown] tags=["engine"]
 # In the common case all rows are alike. The slots are then a slice, and one token or a whole prompt
 # needs no mask. This runs for every token that a model writes, so it avoids work on tensors.
 
@@ -1361,6 +1363,8 @@ class LayerCache(LayerCache):  # continued
         return write(step, self.keys, k), write(step, self.values, v)
 
 
+# %% tags=["engine"]
+#| export
 def _check_fits(name: str, new: Tensor, store: Tensor, n: int) -> None:
     """Raise unless ``new`` has the announced tokens of each row, in the heads of the cache."""
     batch_size, heads, _, width = store.shape
@@ -1467,7 +1471,8 @@ print(f"keys and values of ten tokens: {made} numbers; their latents: {kept}")
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the whole layer of DeepSeek, with rotated parts, in both forms
-#
+
+# %% [markdown] tags=["engine"]
 # The latent is normalized before it is used. Queries may be made from a latent of their own, which
 # saves weights, not cache.
 
@@ -1510,6 +1515,8 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = nn.Linear(n_heads * self.d_value, d_model, bias=False)
 
 
+# %% tags=["engine"]
+#| export
 def _query_projection(
     d_model: int, d_out: int, d_latent: int | None, norm: Callable[[int], nn.Module]
 ) -> nn.Module:
@@ -1528,7 +1535,7 @@ class MultiHeadLatentAttention(MultiHeadLatentAttention):  # continued
     ) -> tuple[
         Float[Tensor, "batch n_heads sequence d_query"], Float[Tensor, "batch 1 sequence d_cached"]
     ]:
-        """Return queries, plain and rotated part, and what is to be cached, latent and rotated key."""
+        """Return queries, plain and rotated part, and what is cached: latent and rotated key."""
         q = self.q_proj(x).view(*x.shape[:2], self.n_heads, -1).transpose(1, 2)
         down = self.kv_down_proj(x)[:, None]  # (batch, 1, sequence, d_latent + d_rope)
         latent, k_rope = down.split((self.d_latent, self.d_rope), dim=-1)
@@ -1804,7 +1811,8 @@ print(f"{begun} of {len(list(tiles.rows())) ** 2} tiles begun, each of at most {
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the backward pass in tiles, and one function that autograd does not look into
-#
+
+# %% [markdown] tags=["engine"]
 # The backward pass visits the same tiles, makes the weights of each anew, and adds up gradients.
 
 
@@ -2146,7 +2154,8 @@ plt.show()
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: an interactive figure of weights, as HTML that needs no kernel and no network
-#
+
+# %% [markdown] tags=["engine"]
 # In one's own models one wants to point at a token and see where it looks. The function below
 # writes HTML with its data and some JavaScript inside, and a table of the strongest weights for
 # those who have no scripts.
@@ -2314,7 +2323,8 @@ print("nn.MultiheadAttention:", apart(ours(x), out, x))
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the layers of Llama, Qwen3 and DeepSeek, and what their weights are called
-#
+
+# %% [markdown] tags=["engine"]
 # For Llama and Qwen3 even the names of the weights are the same. Their layers want cosines for both
 # halves, and a mask that is added: 0 or $-\infty$.
 

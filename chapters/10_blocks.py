@@ -437,7 +437,8 @@ class RMSNorm(nn.Module):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: RMSNorm with its gradient by hand, so that it costs less than LayerNorm
-#
+
+# %% [markdown] tags=["engine"]
 # In PyTorch's version for the CPU, LayerNorm is one fused kernel, while RMSNorm is put together
 # from square, mean, product and so on. Each writes its result to memory for the next one to
 # read, and the whole takes longer than LayerNorm, as we shall measure. We have the gradient, so
@@ -895,8 +896,8 @@ for n_writes in (1, 12):
     print(f"12 writes / √{n_writes:<2} end at {rms(blocks(start)):.1f}, predicted {expected:.1f}")
 
 # %% [markdown]
-# The prediction is {eq}`blocks-growth`. We derived it for a plain network with ReLU, and it holds for
-# attention and a gated network nearly as well.
+# The prediction is {eq}`blocks-growth`. We derived it for a plain network with ReLU, and it holds
+# for attention and a gated network nearly as well.
 #
 # The equation also says that $v_0$ belongs to the sum: if the embeddings are much smaller than
 # what the layers add to them, then the stream hardly knows at first which token it belongs to.
@@ -908,7 +909,8 @@ for n_writes in (1, 12):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: `initialize_weights`, which knows tables, gains, tied weights and GPT-2's rule
-#
+
+# %% [markdown] tags=["engine"]
 # A model has more than matrices. Tables of vectors are found by their kind, and an embedding is
 # tied if a linear map has the same weight.
 
@@ -999,7 +1001,8 @@ class SmallModel(nn.Module):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the stories, the training loop, and deep models that break a rule
-#
+
+# %% [markdown] tags=["engine"]
 # The stories as rows of ids, of which 500 are held out:
 
 # %% tags=["engine"]
@@ -1469,7 +1472,8 @@ print(", ".join(f"{share:.2f}" for share in routing.load.tolist()))
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the mixture as modules, with capacity, stacked matrices and a shared expert
-#
+
+# %% [markdown] tags=["engine"]
 # The router is a linear map with a capacity while training:
 
 
@@ -1855,7 +1859,8 @@ for position in ("pre", "post"):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the block of Llama and the mixture of Mixtral, and what their weights are called
-#
+
+# %% [markdown] tags=["engine"]
 # The block of Llama has rotary positions:
 
 # %% tags=["engine"]
