@@ -2349,8 +2349,8 @@ counting = Trainer(
 )
 for row in counting.train().rows:
     if "head" in row:
-        right, size = row["validation_accuracy"], row["head"]
-        print(f"step {row['step']:3}: {right:4.0%} right, output matrix of scale {size:.2f}")
+        right, size = round(row["validation_accuracy"], 1), row["head"]
+        print(f"step {row['step']:3}: {right:4.0%} right, output matrix of scale {size:.1f}")
 
 # %% [markdown]
 # A step of one's own is what the second half of this book needs, where a model learns from what it
@@ -3674,7 +3674,8 @@ def pretrained(name: str = "tinyworld", *, progress: bool | None = None) -> Pret
 # %% [markdown]
 # ## The tiny world
 #
-# Now the world whose floor we know, for a minute. In numbers, at step 400 and at the end:
+# Now the world whose floor we know, for a minute. Which kinds of words are far above the floor early
+# on, and which at the end?
 
 # %%
 result = pretrained("tinyworld")
@@ -3688,12 +3689,10 @@ excess = {
 }
 assert excess[2200]["fact"] + excess[2200]["species"] < 0.1 and excess[2200]["wording"] > 0.2
 assert excess[400]["name again"] > 4 * excess[400]["species"]
-print("excess over the floor in nats per story")
-for kind in WORD_KINDS:
-    print(f"  {kind:11} {excess[400][kind]:4.1f} at step 400, {excess[2200][kind]:4.1f} at the end")
-print(
-    f"  gap in all  {100 * at[400]['gap']:4.0f} % at step 400, {100 * gaps[-1]:4.0f} % at the end"
-)
+for step, limit in ((400, 1.0), (2200, 0.2)):
+    far = [kind for kind in WORD_KINDS if excess[step][kind] > limit]
+    print(f"step {step}: more than {limit} nats per story above the floor: {', '.join(far)}")
+print(f"all kinds together: {100 * gaps[-1]:.0f} % above the floor")
 
 # %% [markdown]
 # And we can ask what it learned when ({numref}`fig-training-kinds`).
