@@ -2350,7 +2350,7 @@ counting = Trainer(
 for row in counting.train().rows:
     if "head" in row:
         right, size = round(row["validation_accuracy"], 1), row["head"]
-        print(f"step {row['step']:3}: {right:4.0%} right, output matrix of scale {size:.1f}")
+        print(f"step {row['step']:3}: about {right:.0%} right, output matrix of scale {size:.2f}")
 
 # %% [markdown]
 # A step of one's own is what the second half of this book needs, where a model learns from what it
@@ -3674,8 +3674,8 @@ def pretrained(name: str = "tinyworld", *, progress: bool | None = None) -> Pret
 # %% [markdown]
 # ## The tiny world
 #
-# Now the world whose floor we know, for a minute. Which kinds of words are far above the floor early
-# on, and which at the end?
+# Now the world whose floor we know, for a minute. Which kinds of words are far above the floor
+# early on, and which at the end?
 
 # %%
 result = pretrained("tinyworld")
@@ -4079,7 +4079,8 @@ assert not near(found, undivided), "divide each gradient by the number of its ta
 assert not near(found, noise_of(means, 0)), (
     "the unbiased variance divides by one less than the rows"
 )
-assert not near(found**2, noise_of(means)), "the norm of the mean is squared"
+unsquared = noise_of(means) * float(means.mean(dim=0).norm())
+assert not near(found, unsquared), "the norm of the mean is squared"
 assert near(found, noise_of(means)), "the variance, summed, over the squared norm of the mean"
 assert all(p.grad is None for p in trainer.parameters), "the gradients must be left empty"
 
