@@ -457,7 +457,8 @@ for what, value in describe_environment().items():
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a wrong argument is named where it enters
-#
+
+# %% [markdown] tags=["engine"]
 # A message is useful if it says which argument is wrong, what was expected and what came. The
 # checks take the names from keywords, so that a check of two sizes is one line:
 # `check_at_least(d_model=(1, d_model), n_heads=(1, n_heads))`. To Python, a truth value is a whole
@@ -549,7 +550,8 @@ def requires_extra(what: str, extra: str) -> Iterator[None]:
 
 # %% [markdown] tags=["engine"]
 # #### Engine room: how a file or a folder is written as a whole
-#
+
+# %% [markdown] tags=["engine"]
 # The draft's name begins with a dot and carries the number of the process, so that two programs
 # that write the same file do not share a draft. The last one to finish wins.
 

@@ -620,7 +620,8 @@ class Source:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: numbers out of range are refused by name
-#
+
+# %% [markdown] tags=["engine"]
 # A source takes a number of stories and a seed. The world below has six settings. All of them go
 # through the same check, so that nobody gets an endless loop or an empty story for an answer.
 
@@ -665,7 +666,8 @@ def _check_settings(world: "TinyWorld") -> None:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the names, values and phrases, written out
-#
+
+# %% [markdown] tags=["engine"]
 # The names come from a list of 120. A friend is another character, so that attribute has no values
 # of its own.
 
@@ -1008,7 +1010,8 @@ def _fact_branches(
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the branches of the other steps
-#
+
+# %% [markdown] tags=["engine"]
 # The other steps are built in the same way: a list of branches each, with probabilities that add up
 # to one. After the facts of the hero someone may come by. Three weights decide it. A choice among
 # equals is so frequent that it gets a function.
@@ -1379,7 +1382,8 @@ print(f"sum of the bars {sum(heights):.2f} nats, surprise of the story {-story.l
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: all questions, the wanted replies, and what a reply said
-#
+
+# %% [markdown] tags=["engine"]
 # The wordings that occur in stories are cut out of the phrases. The others are listed here, with
 # the replies to the two kinds of questions that have no answer.
 

@@ -195,7 +195,8 @@ print(comments_by_tokenize(sample))
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: comments without a tokenizer, several times as fast
-#
+
+# %% [markdown] tags=["engine"]
 # To know where comments are, one only has to step over strings, and both can be described by
 # one regular expression. It tries, at each position: a block of comment lines; a comment after
 # code, to be stepped over because it may contain a quote; a string, to be stepped over because it
@@ -327,7 +328,8 @@ class ReadReport:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: what a report says, and what is refused before anything is read
-#
+
+# %% [markdown] tags=["engine"]
 # A reason should help the person who has to mend the file.
 
 
@@ -458,7 +460,8 @@ def _read_python(package: str, name: str, path: str, kinds: tuple[str, ...]) -> 
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: which files belong to a package, and how several processes read them in order
-#
+
+# %% [markdown] tags=["engine"]
 # Python can tell where a module lies without importing it. Names on the package index and names in
 # imports often differ (`scikit-learn` is imported as `sklearn`), so we accept both. The standard
 # library goes by `stdlib`. Tests are left out; some systems do not even install them.
@@ -779,7 +782,8 @@ for name, data in cases.items():
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: compressed files, and those that were cut off
-#
+
+# %% [markdown] tags=["engine"]
 # Large collections are stored compressed. Python reads gzip, bzip2 and xz itself and complains
 # when such a file ends too early. Zstandard, today's usual choice, needs a package, whose file
 # reader returns what it has and keeps silent. So we feed its decompressor ourselves and ask at the
@@ -889,7 +893,8 @@ assert [Document(**json.loads(line)) for line in lines] == corpus[:3]
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: lines that cannot be read, and files that appear whole or not at all
-#
+
+# %% [markdown] tags=["engine"]
 # A record's text is in `text`, its id in `id`, unless you say otherwise; its other fields become
 # metadata. Whatever may be wrong with a record is one `ValueError`.
 
@@ -1119,7 +1124,8 @@ for problem in report.problems:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: Parquet, batch by batch
-#
+
+# %% [markdown] tags=["engine"]
 # A reader takes a batch of rows at a time, and hands each row to the code that makes documents of
 # JSON records.
 
@@ -1437,7 +1443,8 @@ for block in html_blocks(page):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: encodings, and pages that would stop a crawl
-#
+
+# %% [markdown] tags=["engine"]
 # The encoding is guessed in the order that was just described.
 
 
@@ -1541,7 +1548,8 @@ print(document.text)
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a folder is walked once, in the same order everywhere
-#
+
+# %% [markdown] tags=["engine"]
 # The suffix says the format, inside of a compressed file, too.
 
 # %% tags=["engine"]
@@ -1746,7 +1754,8 @@ for problem in report.problems:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a stream from a hub, and what can go wrong with it
-#
+
+# %% [markdown] tags=["engine"]
 # The public function checks its arguments before it asks anybody for anything.
 
 

@@ -84,7 +84,8 @@ print("more than 25,000 documents with 5 million characters")
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: translated messages, found in the catalogs on the disk
-#
+
+# %% [markdown] tags=["engine"]
 # Python's `gettext` reads a catalog into a dictionary. Its keys are the English messages, some with
 # a number that says which plural is meant.
 
@@ -223,7 +224,8 @@ for text in ("cafÃ©", "cafÃ© and café", "NO CAFÉ…"):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: which sequences are sure to be mojibake
-#
+
+# %% [markdown] tags=["engine"]
 # Windows-1252 leaves five bytes undefined; programs that meet one of them show it as Latin-1 would.
 # The patterns are built from what each byte is shown as.
 
@@ -433,7 +435,8 @@ for rule in _gopher_measures(problem):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: limits that can be changed, switched off, and mistaken
-#
+
+# %% [markdown] tags=["engine"]
 # One function compares the measures with the limits. A share outside 0 to 1 (somebody wrote 30 for
 # 30 %) is refused.
 
@@ -685,7 +688,8 @@ def c4_clean(
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: FineWeb's three rules
-#
+
+# %% [markdown] tags=["engine"]
 # Each threshold is an argument, with the paper's value as the default.
 
 
@@ -858,7 +862,8 @@ def _without_repeats(
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: what cannot be read twice is refused
-#
+
+# %% [markdown] tags=["engine"]
 # A generator would refuse bad arguments only when the first document is asked for, so the public
 # function checks and hands over to one.
 
@@ -914,7 +919,8 @@ for keep, least, most in (("first", 0.05, 0.15), ("none", 0.1, 0.25)):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the phrases that only a license contains
-#
+
+# %% [markdown] tags=["engine"]
 # The patterns are for text in lower case. White space between words is any, since licenses are set
 # in narrow columns.
 
@@ -1145,7 +1151,8 @@ class LanguageIdentifier:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: one small story in fourteen languages
-#
+
+# %% [markdown] tags=["engine"]
 # English and German:
 
 # %% tags=["engine"]
@@ -1668,7 +1675,8 @@ class QualityClassifier:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a saved classifier, and files that are none
-#
+
+# %% [markdown] tags=["engine"]
 # A model is saved as safetensors, a format that holds numbers and nothing that could run. A file
 # from elsewhere must fail with a reason.
 
@@ -1918,7 +1926,8 @@ for text in ("Write to ann@example.org today.", "Write to <EMAIL> today.", "C = 
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: addresses and numbers, and what only looks like them
-#
+
+# %% [markdown] tags=["engine"]
 # An address at the end of a sentence must not swallow the period, and a call such as
 # `A@B.reshape(3)` is not one: what follows may be neither a parenthesis nor another part of a word.
 
@@ -2154,7 +2163,8 @@ for run in sorted(runs[0] & runs[1]):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: an index of the evaluation texts, and what hit what
-#
+
+# %% [markdown] tags=["engine"]
 # The n-grams of the evaluation texts are put into a dictionary once. Each document is then read
 # once.
 
@@ -2373,7 +2383,8 @@ def _chained(
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: optional steps, and options that are refused before the first document
-#
+
+# %% [markdown] tags=["engine"]
 # The optional steps ask the models of this chapter.
 
 

@@ -230,7 +230,8 @@ print(f"{len(lines)} different documents; without punctuation: {len(without)}")
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the hashes of all words of a batch at once
-#
+
+# %% [markdown] tags=["engine"]
 # Let a word be the bytes $c_0, c_1, \dots, c_\ell$. Its hash is the polynomial
 # $\sum_k (c_k + 1)\, g^k$ modulo $2^{64}$, with an odd constant $g$. For a word that starts at position $p$ of the batch this is
 #
@@ -572,7 +573,8 @@ def estimate_jaccard(
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the minima of many documents in one pass
-#
+
+# %% [markdown] tags=["engine"]
 # NumPy wants long arrays, and documents are short. So we lay the shingles of many documents end to
 # end in one array $x$. For each permutation, $a_i x + c_i$ is two operations on the whole array
 # (unsigned 32-bit numbers overflow, which *is* the modulus), and `np.minimum.reduceat` takes the
@@ -793,7 +795,8 @@ def collision_probability(
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the best layout, by integrals that are exact
-#
+
+# %% [markdown] tags=["engine"]
 # The integrands are polynomials of degree $b\,r \le k$, and Gauss's quadrature with $m$ nodes is
 # exact for polynomials up to degree $2m - 1$ {cite}`press2007recipes`. So with $\lfloor k/2 \rfloor + 1$ nodes the integrals are exact, up to
 # rounding.
@@ -1041,7 +1044,8 @@ class LSHIndex:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: sorted runs, and a file that is checked before it is believed
-#
+
+# %% [markdown] tags=["engine"]
 # The runs know nothing of documents. They hold hashes and the numbers of their owners.
 
 
@@ -1340,7 +1344,8 @@ for order in ([(0, 3), (3, 5), (1, 2)], [(2, 1), (5, 3), (3, 0)]):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the true similarity of many pairs at a time
-#
+
+# %% [markdown] tags=["engine"]
 # To verify a pair of candidates we need $|A \cap B|$ of the true sets. For thousands of pairs at
 # once: number all distinct shingles, $0$ to $D - 1$, and write the shingle $h$ of document $i$ as
 # the single number $i D + h$. All sets together are then *one* sorted array, and whether document
@@ -1441,7 +1446,8 @@ for families in (1, 2, 10):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: all buckets at once, and a limit for the largest
-#
+
+# %% [markdown] tags=["engine"]
 # Pairs that are similar are joined, and those that join two components are kept as links. A group
 # whose members have one root is done.
 
@@ -1575,7 +1581,8 @@ def find_near_duplicates(
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: from signatures to buckets, from buckets to links
-#
+
+# %% [markdown] tags=["engine"]
 # Members of buckets are few. Only their texts are cut into shingles a second time.
 
 
@@ -1690,7 +1697,8 @@ print("kept of the chain:", keep_stars(chain_of_texts, 0.7))
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: stars in crowded buckets
-#
+
+# %% [markdown] tags=["engine"]
 # The members of each cluster are ranked first. A score that is no number would make the order
 # arbitrary, so it is refused.
 

@@ -1,9 +1,9 @@
 """Engine rooms: cells that make an idea fit for use, folded behind one line until asked for.
 
-A **room** is a run of neighboring cells tagged ``engine``. Its first cell begins with a heading
-``Engine room: ...``, which is the line that stays visible; it has no other heading, and what comes
-after begins with a heading that is not deeper. So a room is a section, and the site, JupyterLab
-and a screen reader agree on where it ends. A **lone** engine cell is a single code cell, folded
+A **room** is a run of neighboring cells tagged ``engine``. Its first cell is a heading ``Engine
+room: ...``, which is the line that stays visible; it has no other heading, and what comes after
+begins with a heading that is not deeper. So a room is a section, and the site, JupyterLab and a
+screen reader agree on where it ends. A **lone** engine cell is a single code cell, folded
 under the comment that it begins with.
 """
 
@@ -147,6 +147,8 @@ def _faults_of(notebook: NotebookNode, room: Room) -> Iterator[str]:
         yield f"{where}: an engine room opens with a heading `{TITLE}...` that says what is inside"
         return
     level, title = heading
+    if room.first.source.strip().count("\n"):
+        yield f"{title!r} has text in the cell of its heading: JupyterLab hides the cells after it"
     inner = [text for cell in room.cells for _, text in headings(cell)][1:]
     yield from (f"{title!r} has another heading inside: {text!r}" for text in inner)
     if level == 1:

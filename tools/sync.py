@@ -83,9 +83,15 @@ class Plan:
         return found + ([f"{chapter.name} must be executed: {self.stale}"] if self.stale else [])
 
     def _as_a_reader_left_it(self) -> str:
-        """Return the notebook's text with engine rooms as they are stored, open or folded."""
-        notebook = copy.deepcopy(self.notebook)
-        fold_as(notebook.cells, read_notebook(self.chapter.notebook).cells)
+        """Return the notebook's text with what an editor stores where somebody only looked.
+
+        Engine rooms may be open or folded, and the kernel described in more words. A sync brings
+        both into their plain form, but neither makes the chapter out of date.
+        """
+        notebook, stored = copy.deepcopy(self.notebook), read_notebook(self.chapter.notebook)
+        fold_as(notebook.cells, stored.cells)
+        kernel = ("kernelspec", "language_info")
+        notebook.metadata |= {k: v for k, v in stored.metadata.items() if k in kernel}
         return notebook_text(notebook)
 
     def store_script(self) -> bool:

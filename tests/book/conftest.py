@@ -68,7 +68,8 @@ def half(x: int) -> int:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: an odd number is refused
-#
+
+# %% [markdown] tags=["engine"]
 # Half of an odd number would be rounded down, and twice that is another number.
 
 

@@ -24,7 +24,8 @@ x = 1
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: when x is wrong
-#
+
+# %% [markdown] tags=["engine"]
 # ```
 # # no heading
 # ```
@@ -88,6 +89,7 @@ def test_a_chapter_without_fault(tmp_path):
             "# %%\nz = 3",
             "what follows, code cell 4, opens no",
         ),
+        ("is wrong\n", "is wrong\n#\n# Words.\n", "has text in the cell of its heading"),
         ("### Engine room", "# Engine room", "is on the level of the chapter's title"),
         (
             "# Only the package needs this\n",
@@ -214,7 +216,9 @@ def test_notebooks_fold_rooms_and_lone_cells(book):
 
 def test_a_room_that_a_reader_opened_is_current_and_sync_folds_it(book):
     before, script = read_text(book / FIRST_NB), read_text(book / FIRST)
-    opened = read_notebook(book / FIRST_NB)
+    opened = read_notebook(book / FIRST_NB)  # as JupyterLab stores it then
+    opened.metadata.kernelspec.display_name = "Python 3 (ipykernel)"
+    opened.metadata.language_info |= {"version": "3.11.7", "nbconvert_exporter": "python"}
     for cell in opened.cells:
         cell.metadata.pop(HEADING, None)
         if SOURCE in cell.metadata:
