@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,14 @@ KINDS = {
     "mixtral": {"n_kv_heads": 2, "n_experts": 4, "n_active_experts": 2},
     "llmbook": {"norm": "layernorm", "positions": "sinusoidal", "activation": "relu"},
 }
+
+
+@pytest.fixture
+def untyped():
+    """Switch jaxtyping's checks off, as they are for a reader."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def small(**changes):
@@ -491,6 +500,25 @@ def test_a_model_can_be_copied_moved_and_compiled_into_a_graph():
     ids = some_ids()
     exported = torch.export.export(model, (ids,)).module()
     torch.testing.assert_close(exported(ids), model(ids))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+@torch.no_grad()
+def test_a_compiled_step_with_a_cache_is_compiled_once(kind, untyped):
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model, ids = made(**KINDS[kind]), some_ids()
+    cache = model.new_cache(2)
+    step = torch.compile(lambda ids: model(ids, cache=cache), backend="eager")
+    pieces = [step(ids[:, :6]), *(step(ids[:, at : at + 1]) for at in range(6, 20))]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), rtol=0, atol=1e-3)
+    graphs = 2  # one for the prompt, one for all fourteen tokens
+    assert counters["stats"]["unique_graphs"] == graphs
+    cache.truncate(19)
+    step(ids[:, 19:])
+    assert counters["stats"]["unique_graphs"] == graphs
+    torch._dynamo.reset()
 
 
 # --- bad input ----------------------------------------------------------------------------------
