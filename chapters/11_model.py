@@ -298,7 +298,8 @@ for name in PRESETS:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: what no model can be is refused, and more models are known by name
-#
+
+# %% [markdown] tags=["engine"]
 # A configuration comes from a file, or from somebody in a hurry, and most combinations of 24 fields
 # are no model at all. So it is checked once, where it is made: these versions of the methods
 # replace the simple ones above. First, is each value of its type? JSON may hold anything, and in
@@ -601,7 +602,8 @@ class TransformerLM(Transformer):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the parts are made, the input is checked, the cache is sized
-#
+
+# %% [markdown] tags=["engine"]
 # From the configuration follow the parts, each by a function that a reader of the last three
 # chapters can write. Where blocks normalize *after* adding, the last one has done so already, and
 # nothing is left to do before the head.
@@ -997,7 +999,8 @@ def parameter_counts(config: ModelConfig, *, active: bool = False) -> dict[str, 
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: biases, gains and experts are counted, too
-#
+
+# %% [markdown] tags=["engine"]
 # The formula above is that of a Llama. In a GPT-2 all but the head have biases; in a Qwen3, queries
 # and keys have gains; in a Mixtral a router stands before the experts.
 
@@ -1414,7 +1417,8 @@ def _llama_tensors(own: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the table for GPT-2, and configurations translated in both directions
-#
+
+# %% [markdown] tags=["engine"]
 # In GPT-2 a matrix of ours is a transposed piece of one of theirs, as above.
 
 # %% tags=["engine"]
@@ -1835,7 +1839,8 @@ def save_model(
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a save that is killed at any moment leaves a whole model
-#
+
+# %% [markdown] tags=["engine"]
 # The two renames, and what to do when the second does not come:
 
 
@@ -1998,7 +2003,8 @@ def load_model(
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: nothing in a folder is believed without a look
-#
+
+# %% [markdown] tags=["engine"]
 # Files first: what is there, what an index names, and what opens.
 
 # %% tags=["engine"]
@@ -2218,7 +2224,8 @@ print(f"{count_parameters(back):,} parameters came back, and give the same logit
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: eight accidents, each of which is found and named
-#
+
+# %% [markdown] tags=["engine"]
 # We damage a copy of the folder in one way after the other.
 
 # %% tags=["engine"]

@@ -405,7 +405,8 @@ def next_token_distribution(
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: settings are checked, occurrences counted, and a token is chosen
-#
+
+# %% [markdown] tags=["engine"]
 # The checks name the argument, its value, and what was expected.
 
 # %% tags=["engine"]
@@ -635,7 +636,8 @@ class GenerationOptions:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: options and prompts are checked, and a row knows when to end
-#
+
+# %% [markdown] tags=["engine"]
 # A single id or text where several are expected is a common slip.
 
 
@@ -820,7 +822,8 @@ def _plain_step(model: TransformerLM) -> Step:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a small model's step takes fewer, larger calls
-#
+
+# %% [markdown] tags=["engine"]
 # How long should a step take? Our model has some 200,000 weights, and to multiply each by one
 # number takes a processor some twenty microseconds. A step takes hundreds, as the last section
 # measures. They go into *calls*: each of PyTorch's operations costs a microsecond or two before it
@@ -1098,7 +1101,8 @@ def generate(
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the reader, the chooser, and a stream for one row
-#
+
+# %% [markdown] tags=["engine"]
 # The reader has a cache, or none.
 
 
@@ -1109,6 +1113,8 @@ class _Reader:
 
     def __init__(self, model: TransformerLM, capacity: int, use_cache: bool):
         self.model, self.use_cache = model, use_cache
+        if _is_compiled(model):  # few shapes, since each of them is compiled
+            capacity = max(128, 1 << (capacity - 1).bit_length())
         self.capacity = min(capacity, model.config.context_length)
         self.cache: KVCache | None = None
 
@@ -1265,7 +1271,7 @@ assert streamed == together[0].text and together[0].ids != together[4].ids
 print("two rows with one prompt:", len({together[0].text, together[4].text}), "different texts")
 cut = generate(model, prompts[:1], **(options | {"stop_strings": ["y was", "day,"]}))[0]
 assert "y was" not in cut.text and "day," not in cut.text
-print(f"before a stop string: {cut.text!r}, finish_reason {cut.finish_reason!r}")
+print(f"cut off before the stop string, with finish_reason {cut.finish_reason!r}")
 
 # %% [markdown]
 # "The same" has a limit in principle. A matrix product of one row may round otherwise than that
@@ -1297,7 +1303,7 @@ shares = {
     name: [consistent(Sampling(temperature=t, **kept)) for t in temperatures]
     for name, kept in filters.items()
 }
-within("consistent at temperature 1", shares["no filter"][2], 0.35, 0.85)
+within("consistent at temperature 1", shares["no filter"][2], 0.35, 0.8)
 within("consistent at 2, without a filter", shares["no filter"][4], 0, 0.05)
 within("consistent at 2, with min-p", shares["min-p 0.1"][4], 0.25, 0.75)
 
@@ -1418,7 +1424,8 @@ def _search(
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a search that checks what it is asked for
-#
+
+# %% [markdown] tags=["engine"]
 # The public function gives the same completions as `generate`.
 
 
@@ -1634,7 +1641,8 @@ def expected_tokens(acceptance: int | float, n_draft: int) -> float:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: two models that follow one text, and a count of what passed
-#
+
+# %% [markdown] tags=["engine"]
 # A follower knows how much it has read.
 
 

@@ -643,12 +643,14 @@ def generate(
                     shown[row.number].append(piece)
     return [row.completion("".join(shown[row.number])) for row in rows]
 
-# %% ../chapters/14_generation.ipynb #b6e620e0
+# %% ../chapters/14_generation.ipynb #876a83bd
 class _Reader:
     """Gives the logits after each of several texts: from a cache, or read from the start."""
 
     def __init__(self, model: TransformerLM, capacity: int, use_cache: bool):
         self.model, self.use_cache = model, use_cache
+        if _is_compiled(model):  # few shapes, since each of them is compiled
+            capacity = max(128, 1 << (capacity - 1).bit_length())
         self.capacity = min(capacity, model.config.context_length)
         self.cache: KVCache | None = None
 
