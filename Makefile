@@ -28,7 +28,7 @@ $(VENV)/.installed: constraints.txt
 	  f'Python 3.11 or newer is needed, but $(PYTHON) is {v.major}.{v.minor}. Try: make PYTHON=python3.11')"
 	@echo "Setting up $(VENV): once, about five minutes ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[book,dev]"
+	@$(PY) tools/install.py --constraint constraints.txt --editable ".[book,dev]"
 	@touch $@
 
 book: $(INSTALLED) ## build the site in _build/html
@@ -57,7 +57,7 @@ bench: $(INSTALLED) ## time ours against others; tables in benchmarks/results
 
 constraints: ## resolve the pinned versions anew (maintainers)
 	@rm -rf $(VENV)-resolve && $(PYTHON) -m venv $(VENV)-resolve
-	@$(VENV)-resolve/bin/python -m pip install --quiet torch==2.13.0 ".[book,dev]"
+	@$(VENV)-resolve/bin/python tools/install.py torch==2.13.0 ".[book,dev]"
 	@{ sed -n '/^#/p' constraints.txt; $(VENV)-resolve/bin/python -m pip list --format=freeze \
 	  --exclude llmbook --exclude pip --exclude setuptools | sed 's/+cpu//'; } > constraints.txt.new
 	@mv constraints.txt.new constraints.txt && rm -rf $(VENV)-resolve
