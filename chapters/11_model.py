@@ -242,9 +242,9 @@ class ModelConfig:
 
 # %% [markdown]
 # Nobody wants to type twenty-four fields, and known models need not be typed twice. So a class
-# method makes a configuration from a name, with whatever fields shall be different, and two others
-# translate it to a dictionary and back, which is what a file can hold. (The class is long, so it is
-# *continued* in another cell. {doc}`00_environment` tells how that works.)
+# method makes a configuration from a name, with any fields changed, and two others turn it into a
+# dictionary, which a file can hold, and back. (The class is long, so it is *continued* in another
+# cell; {doc}`00_environment` explains how that works.)
 
 
 # %%
@@ -2002,7 +2002,7 @@ def load_model(
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: nothing in a folder is believed without a look
+# ### Engine room: nothing in a folder is trusted before it is checked
 
 # %% [markdown] tags=["engine"]
 # Files first: what is there, what an index names, and what opens.

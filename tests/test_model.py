@@ -844,6 +844,13 @@ def test_a_compiled_model_is_saved_like_the_one_in_it(kind, tmp_path):
     assert load_model(tmp_path / "whole").config == model.config
 
 
+def test_saving_draws_no_random_numbers(tmp_path):
+    model = made()
+    state = torch.get_rng_state()
+    save_model(model, tmp_path / "model")  # in the middle of a training run, say
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_compiled_model_opens_in_transformers(tmp_path):
     model, ids = made(n_kv_heads=2), some_ids()
     save_model(compiled(model), tmp_path)
