@@ -848,8 +848,8 @@ plt.show()
 # Two ways to compute the same thing in pieces must not change it. Documents that share a row must
 # get the logits that each would get alone. And a text that is read bit by bit, with a cache, must
 # get those of the whole. The second is tried on rows of unequal lengths, the shorter padded on the
-# left as one does to generate in batches. We compare in 64 bits, where rounding is far too small to
-# be taken for a fault, or to hide one.
+# left as one does to generate in batches; `new_cache` makes a cache with the sizes of the model. We
+# compare in 64 bits, where rounding is far too small to be taken for a fault, or to hide one.
 
 # %%
 exact = deepcopy(tiny).double()
@@ -2205,8 +2205,9 @@ def _check_head(model: TransformerLM, head: _Stored) -> None:
 # %% [markdown]
 # ### There and back
 #
-# The pupil that learned sixteen stories goes to disk, in several files, and comes back. What is in
-# the first of these files?
+# The two functions are also methods, `save_pretrained` and `from_pretrained`. The pupil that learned
+# sixteen stories goes to disk, in several files, and comes back. What is in the first of these
+# files?
 
 # %%
 from safetensors.torch import load_file
