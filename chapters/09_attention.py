@@ -18,7 +18,7 @@
 # | **Part** | II. Architecture |
 # | **You build** | {py:func}`~llmbook.attention.softmax`, {py:func}`~llmbook.attention.scaled_dot_product_attention`, {py:class}`~llmbook.attention.MultiHeadAttention`, {py:class}`~llmbook.attention.KVCache`, {py:class}`~llmbook.attention.MultiHeadLatentAttention`, {py:func}`~llmbook.attention.flash_attention`, {py:func}`~llmbook.attention.show_attention` |
 # | **You need** | rotary positions ({doc}`08_positions`), document masks ({doc}`07_batches`), entropy ({doc}`01_tinyworld`), the chain rule of derivatives |
-# | **It takes** | 60 minutes for the main line, 3 hours for everything, 30 seconds to run |
+# | **It takes** | 60 minutes for the main line, 3.5 hours for everything, 45 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp attention
@@ -556,7 +556,8 @@ assert scaled_dot_product_attention(q, k, v, is_causal=True).shape == (1, 6, 2)
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: PyTorch's fused kernel behind the same function, because it is faster
-#
+
+# %% [markdown] tags=["engine"]
 # Two cases deserve care. A plain causal mask is announced by `is_causal` rather than built,
 # because the kernel then skips what is forbidden. And with one query a row the heads that share
 # keys can be laid out as rows of one matrix, which avoids copying each key for every head of its
@@ -1023,7 +1024,7 @@ class KVCache:
         self._counts = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._known: list[int] | None = [0] * batch_size  # the same, without asking the device
         self._step: Any = None  # what the layers are to do
-        # Zeros: attention multiplies what is not written yet by 0, and 0 times a leftover NaN is NaN.
+        # Zeros: what is not written yet is multiplied by 0, and 0 times a leftover NaN is NaN.
         empty = torch.zeros(batch_size, n_kv_heads, self.slots, 1, dtype=dtype, device=device)
         widths = d_head, d_head if d_value is None else d_value
         memory = [[empty.repeat(1, 1, 1, width) for width in widths] for _ in range(n_layers)]
@@ -1085,7 +1086,7 @@ def largest_errors(cache: KVCache, window: int | None) -> list[float]:
 with torch.no_grad():
     cache = KVCache(3, capacity=12, n_kv_heads=2, d_head=8)
     errors = largest_errors(cache, window=None)
-    print("lengths:", cache.lengths.tolist(), " largest error, in digits:", f"{max(errors):.4f}")
+    print("lengths:", cache.lengths.tolist(), " largest error:", f"{max(errors):.4f}")
     for slots in (4, 5):
         cache = KVCache(3, capacity=12, n_kv_heads=2, d_head=8, window=4, spare=slots - 4)
         wrong = sum(error > 1e-4 for error in largest_errors(cache, window=4))
@@ -1100,7 +1101,8 @@ with torch.no_grad():
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the cache made fast, compiled, checked, and able to go back
-#
+
+# %% [markdown] tags=["engine"]
 # In the common case all rows are alike. The slots are then a slice, and one token or a whole prompt
 # needs no mask. This runs for every token that a model writes, so it avoids work on tensors.
 
@@ -1318,6 +1320,7 @@ class KVCache(KVCache):  # continued
         from its length, -1 is padding, which is not stored. None: plain causal attention, aligned
         at the end. A ValueError tells of other positions, or of a row beyond the capacity.
         """
+        mask: Tensor | None
         if torch.compiler.is_compiling():
             self._step, mask, after = _plan_fixed(self, position_ids)
             self._known = None
@@ -1360,6 +1363,8 @@ class LayerCache(LayerCache):  # continued
         return write(step, self.keys, k), write(step, self.values, v)
 
 
+# %% tags=["engine"]
+#| export
 def _check_fits(name: str, new: Tensor, store: Tensor, n: int) -> None:
     """Raise unless ``new`` has the announced tokens of each row, in the heads of the cache."""
     batch_size, heads, _, width = store.shape
@@ -1466,7 +1471,8 @@ print(f"keys and values of ten tokens: {made} numbers; their latents: {kept}")
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the whole layer of DeepSeek, with rotated parts, in both forms
-#
+
+# %% [markdown] tags=["engine"]
 # The latent is normalized before it is used. Queries may be made from a latent of their own, which
 # saves weights, not cache.
 
@@ -1509,6 +1515,8 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = nn.Linear(n_heads * self.d_value, d_model, bias=False)
 
 
+# %% tags=["engine"]
+#| export
 def _query_projection(
     d_model: int, d_out: int, d_latent: int | None, norm: Callable[[int], nn.Module]
 ) -> nn.Module:
@@ -1527,7 +1535,7 @@ class MultiHeadLatentAttention(MultiHeadLatentAttention):  # continued
     ) -> tuple[
         Float[Tensor, "batch n_heads sequence d_query"], Float[Tensor, "batch 1 sequence d_cached"]
     ]:
-        """Return queries, plain and rotated part, and what is to be cached, latent and rotated key."""
+        """Return queries, plain and rotated part, and what is cached: latent and rotated key."""
         q = self.q_proj(x).view(*x.shape[:2], self.n_heads, -1).transpose(1, 2)
         down = self.kv_down_proj(x)[:, None]  # (batch, 1, sequence, d_latent + d_rope)
         latent, k_rope = down.split((self.d_latent, self.d_rope), dim=-1)
@@ -1803,7 +1811,8 @@ print(f"{begun} of {len(list(tiles.rows())) ** 2} tiles begun, each of at most {
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the backward pass in tiles, and one function that autograd does not look into
-#
+
+# %% [markdown] tags=["engine"]
 # The backward pass visits the same tiles, makes the weights of each anew, and adds up gradients.
 
 
@@ -2145,7 +2154,8 @@ plt.show()
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: an interactive figure of weights, as HTML that needs no kernel and no network
-#
+
+# %% [markdown] tags=["engine"]
 # In one's own models one wants to point at a token and see where it looks. The function below
 # writes HTML with its data and some JavaScript inside, and a table of the strongest weights for
 # those who have no scripts.
@@ -2313,7 +2323,8 @@ print("nn.MultiheadAttention:", apart(ours(x), out, x))
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the layers of Llama, Qwen3 and DeepSeek, and what their weights are called
-#
+
+# %% [markdown] tags=["engine"]
 # For Llama and Qwen3 even the names of the weights are the same. Their layers want cosines for both
 # halves, and a mask that is added: 0 or $-\infty$.
 
@@ -2550,8 +2561,9 @@ for n, size, window in ((12, 3, 4), (64, 8, 16), (20, 6, 1), (10, 4, 100)):
 # :label: ex-attention-group
 # *Half an hour.* A multi-head model can be turned into a grouped-query one and trained a little
 # further, if each shared head starts as the *mean* of those that it replaces
-# {cite}`ainslie2023gqa`. Write `to_grouped(attention, n_kv_heads)`, which returns such a layer,
-# with biases if there are any. When is it the same function as before?
+# {cite}`ainslie2023gqa`. Write `to_grouped(attention, n_kv_heads)`, which returns such a layer with
+# all else as it was: `d_head`, biases if there are any, `q_norm` and `k_norm` if there are. When is
+# it the same function as before?
 # ````
 
 
@@ -2559,8 +2571,16 @@ for n, size, window in ((12, 3, 4), (64, 8, 16), (20, 6, 1), (10, 4, 100)):
 def to_grouped(attention: MultiHeadAttention, n_kv_heads: int) -> MultiHeadAttention:
     """Return a grouped-query layer whose keys and values are means over those of each group."""
     # The same function if the heads of a group had equal keys and values before.
-    bias, d_model = attention.q_proj.bias is not None, attention.q_proj.in_features
-    grouped = MultiHeadAttention(d_model, attention.n_heads, n_kv_heads=n_kv_heads, bias=bias)
+    grouped = MultiHeadAttention(
+        attention.q_proj.in_features,
+        attention.n_heads,
+        n_kv_heads=n_kv_heads,
+        d_head=attention.d_head,
+        bias=attention.q_proj.bias is not None,
+        output_bias=attention.o_proj.bias is not None,
+    )
+    for name in ("q_norm", "k_norm"):  # they work on heads, which stay as wide as they were
+        setattr(grouped, name, getattr(attention, name))
     state = dict(attention.state_dict())
     for name in state:
         if name.startswith(("k_proj", "v_proj")):
@@ -2572,12 +2592,14 @@ def to_grouped(attention: MultiHeadAttention, n_kv_heads: int) -> MultiHeadAtten
 
 # %% tags=["check"]
 torch.manual_seed(0)
-for bias in (False, True):
-    many, x = MultiHeadAttention(24, 6, bias=bias), torch.randn(2, 7, 24)
+for options in ({}, {"bias": True}, {"bias": True, "output_bias": False, "qk_norm": nn.RMSNorm}):
+    many, x = MultiHeadAttention(24, 6, d_head=4, **options), torch.randn(2, 7, 24)
     few = to_grouped(many, 2)
-    assert few.k_proj.weight.shape == (8, 24), "two heads of four features remain"
-    mean = many.k_proj.weight[:12].view(3, 4, 24).mean(dim=0)
-    assert torch.allclose(few.k_proj.weight[:4], mean), "head 0 is the mean of heads 0, 1 and 2"
+    for name in ("k_proj", "v_proj"):
+        weight, shared = getattr(many, name).weight, getattr(few, name).weight
+        assert shared.shape == (8, 24), f"{name}: two heads of four features remain"
+        mean = weight[:12].view(3, 4, 24).mean(dim=0)
+        assert torch.allclose(shared[:4], mean), f"{name}: head 0 is the mean of heads 0, 1, 2"
     for proj in (many.k_proj, many.v_proj):
         for parameter in proj.parameters():  # make the heads of each group equal
             parts = parameter.data.view(2, 3, 4, *parameter.shape[1:])
@@ -2616,6 +2638,11 @@ def loss_without(model: AttentionOnly, layer: int, heads: list[int]) -> float:
 # %% tags=["check"]
 before = {name: weight.clone() for name, weight in model.state_dict().items()}
 whole = loss_without(model, 0, [])
+ids, targets, period = repeated_rows(64, torch.Generator().manual_seed(9))
+with torch.no_grad():
+    loss = F.cross_entropy(model(ids).mT, targets, reduction="none")
+known = loss[torch.arange(48) >= period].mean().item()
+assert abs(whole - known) < 1e-4, f"the loss is over tokens seen a period before: {known:.4f}"
 assert whole < 0.4, f"with all heads the loss is that of the end of training, not {whole:.2f}"
 for layer in (0, 1):
     both, singles = loss_without(model, layer, [0, 1]), []

@@ -328,7 +328,7 @@ class LayerCache:
         write = _write_fixed if isinstance(step, _FixedStep) else _write
         return write(step, self.keys, k), write(step, self.values, v)
 
-# %% ../chapters/09_attention.ipynb #1b99f8e9
+# %% ../chapters/09_attention.ipynb #affe5918
 class KVCache:
     """The keys and values of all layers for the tokens read so far, in memory taken once.
 
@@ -361,7 +361,7 @@ class KVCache:
         self._counts = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._known: list[int] | None = [0] * batch_size  # the same, without asking the device
         self._step: Any = None  # what the layers are to do
-        # Zeros: attention multiplies what is not written yet by 0, and 0 times a leftover NaN is NaN.
+        # Zeros: what is not written yet is multiplied by 0, and 0 times a leftover NaN is NaN.
         empty = torch.zeros(batch_size, n_kv_heads, self.slots, 1, dtype=dtype, device=device)
         widths = d_head, d_head if d_value is None else d_value
         memory = [[empty.repeat(1, 1, 1, width) for width in widths] for _ in range(n_layers)]
@@ -384,6 +384,7 @@ class KVCache:
         from its length, -1 is padding, which is not stored. None: plain causal attention, aligned
         at the end. A ValueError tells of other positions, or of a row beyond the capacity.
         """
+        mask: Tensor | None
         if torch.compiler.is_compiling():
             self._step, mask, after = _plan_fixed(self, position_ids)
             self._known = None
@@ -580,7 +581,7 @@ def _plan_fixed(cache: "KVCache", position_ids: Tensor | int) -> tuple[_FixedSte
     step = _FixedStep(n, given, positions[:, 0] % cache.slots, source, append)
     return step, attention_mask(positions, keys, cache.window), after
 
-# %% ../chapters/09_attention.ipynb #80114b07
+# %% ../chapters/09_attention.ipynb #5d3b3501
 def _check_fits(name: str, new: Tensor, store: Tensor, n: int) -> None:
     """Raise unless ``new`` has the announced tokens of each row, in the heads of the cache."""
     batch_size, heads, _, width = store.shape
@@ -598,7 +599,7 @@ def _check_lengths(before: list[int], after: list[int], slots: int, window: int 
         if not least <= new <= old:
             raise ValueError(f"lengths: expected {least} to {old} in row {row}, got {new}")
 
-# %% ../chapters/09_attention.ipynb #00b54308
+# %% ../chapters/09_attention.ipynb #e069ebb0
 class MultiHeadLatentAttention(nn.Module):
     """DeepSeek's latent attention, which caches ``d_latent + d_rope`` numbers for each token.
 
@@ -639,7 +640,7 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> tuple[
         Float[Tensor, "batch n_heads sequence d_query"], Float[Tensor, "batch 1 sequence d_cached"]
     ]:
-        """Return queries, plain and rotated part, and what is to be cached, latent and rotated key."""
+        """Return queries, plain and rotated part, and what is cached: latent and rotated key."""
         q = self.q_proj(x).view(*x.shape[:2], self.n_heads, -1).transpose(1, 2)
         down = self.kv_down_proj(x)[:, None]  # (batch, 1, sequence, d_latent + d_rope)
         latent, k_rope = down.split((self.d_latent, self.d_rope), dim=-1)
@@ -684,7 +685,7 @@ class MultiHeadLatentAttention(nn.Module):
         out = attend(q, seen, mask, is_causal=mask is None, **options)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-
+# %% ../chapters/09_attention.ipynb #673fa76b
 def _query_projection(
     d_model: int, d_out: int, d_latent: int | None, norm: Callable[[int], nn.Module]
 ) -> nn.Module:

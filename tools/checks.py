@@ -354,7 +354,9 @@ def requirements_are_pinned(root: Path) -> list[str]:
             found.append(f"{requirement.name} is not pinned in constraints.txt")
         elif pin not in requirement.specifier:
             found.append(f"pyproject.toml wants {requirement}, constraints.txt pins {pin}")
-    installed = {canonicalize_name(d.name): Version(d.version) for d in metadata.distributions()}
+    # The first on the path is the one that is imported; setuptools brings older ones of its own.
+    everything = reversed(list(metadata.distributions()))
+    installed = {canonicalize_name(d.name): Version(d.version) for d in everything}
     # What is pinned but not installed belongs to other systems; +cpu and the like are builds.
     return found + [
         f"{name} {installed[name]} is installed, constraints.txt pins {pin}"

@@ -19,6 +19,10 @@ TITLE = "Engine room: "
 NOT_FOLDED = {"solution", "check"}
 HEADING = re.compile(r"(#{1,6})[ \t]+(.*)")
 FENCE = re.compile(r"[ >]*(`{3,}|~{3,}|:{3,})(.*)")
+JOINED = re.compile(
+    rf"^(?P<mark># %% \[markdown\].*\"{TAG}\".*\n)(?P<heading># #+ {TITLE}.*\n)(?:#\n)*(?=#)",
+    re.MULTILINE,
+)
 # What JupyterLab keeps of a fold: for a heading, for a code cell.
 FOLDED_HEADING, FOLDED_CODE = "jp-MarkdownHeadingCollapsed", "jupyter"
 
@@ -88,7 +92,7 @@ def comment(cell: NotebookNode) -> str | None:
     """
     lines = [line for line in cell.source.splitlines() if not re.match(r"#\s*\|", line)]
     first = next((line for line in lines if line.strip()), "")
-    return first.lstrip("#").strip() or None if first.startswith("#") else None
+    return first.lstrip("#: ").strip() or None if first.startswith("#") else None
 
 
 def is_exported(source: str) -> bool:
@@ -116,6 +120,21 @@ def fold_as(cells: list[NotebookNode], stored: list[NotebookNode]) -> None:
             first.metadata.pop(key, None)
             if key in left.get(first.id, {}):
                 first.metadata[key] = left[first.id][key]
+
+
+def separate_headings(script: str) -> str:
+    """Give the heading of each room in a script a cell of its own.
+
+    JupyterLab hides the cells after a heading, not what else is in the heading's cell.
+
+    >>> print(separate_headings('# %% [markdown] tags=["engine"]\\n# ## Engine room: A\\n#\\n# B.'))
+    # %% [markdown] tags=["engine"]
+    # ## Engine room: A
+    <BLANKLINE>
+    # %% [markdown] tags=["engine"]
+    # B.
+    """
+    return JOINED.sub(r"\g<mark>\g<heading>\n\g<mark>", script)
 
 
 # --- rules --------------------------------------------------------------------------------------
@@ -148,7 +167,7 @@ def _faults_of(notebook: NotebookNode, room: Room) -> Iterator[str]:
         return
     level, title = heading
     if room.first.source.strip().count("\n"):
-        yield f"{title!r} has text in the cell of its heading: JupyterLab hides the cells after it"
+        yield f"{title!r} has text in the cell of its heading: `make sync` sets it apart"
     inner = [text for cell in room.cells for _, text in headings(cell)][1:]
     yield from (f"{title!r} has another heading inside: {text!r}" for text in inner)
     if level == 1:

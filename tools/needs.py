@@ -12,6 +12,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbformat import NotebookNode
 from workbook import Exercise, exercises, labels
 
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 AWAIT = re.compile(r"\b(?:await|async(?= +(?:for|with)\b)) *")
 
 
@@ -20,9 +21,11 @@ def hidden_needs(chapter: Chapter, notebook: NotebookNode) -> Iterator[str]:
 
     A name is met where a cell of the main line before the exercise binds or uses it, or where the
     exercise's text says it. What a hidden cell imports from other libraries anyone can import.
+    Methods count like names: a class that begins in the main line may go on in an engine room.
     """
     for exercise in exercises(chapter, notebook):
         met = set(_words(_text_of(chapter, notebook, exercise)))
+        met |= {f".{word}" for word in met}
         hidden: dict[str, str] = {}
         needed: set[str] = set()
         for cell in _code_until(notebook, exercise.check):
@@ -37,8 +40,9 @@ def hidden_needs(chapter: Chapter, notebook: NotebookNode) -> Iterator[str]:
             else:
                 met |= names.bound | names.used
         for name in sorted(needed & hidden.keys()):
+            what = f"a method {name}" if name.startswith(".") else name
             yield (
-                f"{exercise.label} needs {name}, which the main line never shows, only "
+                f"{exercise.label} needs {what}, which the main line never shows, only "
                 f"{hidden[name]}, an engine cell: say it in the exercise, or show it before"
             )
 
@@ -61,7 +65,10 @@ def _code_until(notebook: NotebookNode, last: NotebookNode | None) -> Iterator[N
 
 @dataclass(frozen=True)
 class Names:
-    """The names of a cell: those it binds, those it takes from before, imports of others' code."""
+    """The names of a cell: those it binds, those it takes from before, imports of others' code.
+
+    Methods have a dot before their names, and so have attributes that are used.
+    """
 
     bound: set[str]
     used: set[str]
@@ -91,7 +98,10 @@ def _names(source: str) -> Names:
         for alias in node.names
         if (getattr(node, "module", None) or alias.name).split(".")[0] != PACKAGE
     }
-    return Names(bound, (used - bound) | again, others)
+    inner = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    methods = {f".{m.name}" for c in inner for m in c.body if isinstance(m, FUNCTION)}
+    attributes = {f".{node.attr}" for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return Names(bound | methods, ((used | attributes) - bound - methods) | again, others)
 
 
 def _globals(table: symtable.SymbolTable) -> Iterator[str]:

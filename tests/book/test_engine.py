@@ -183,6 +183,18 @@ def test_an_exercise_that_continues_a_folded_class_is_found(tmp_path):
     assert [need.split(",")[0] for need in found] == ["ex-count needs Counter"]
 
 
+def test_an_exercise_that_needs_a_method_from_an_engine_room_is_found(tmp_path):
+    shown = "class Tally:\n    def add(self): ...\n"
+    further = "\n\nclass Tally(Tally):  # continued\n    def total(self): ..."
+    script = EXERCISE.replace("# %%\n", f"# %%\n{shown}", 1)
+    script = script.replace("LIMIT = 3", f"LIMIT = 3{further}")
+    assert not needs(script.replace("return shown", "return Tally().add()"), tmp_path)
+    faulty = script.replace("return shown", "return Tally().total()")
+    (need,) = needs(faulty, tmp_path)
+    assert need.startswith("ex-count needs a method .total, which the main line never shows")
+    assert not needs(faulty.replace("Count with `shown`", "Count with `Tally.total`"), tmp_path)
+
+
 def test_what_only_notebooks_allow_is_read(tmp_path):
     code = "%time helper()\nz = await shown\nasync with shown:\n    pass\n"
     assert not needs(EXERCISE.replace("# %%\n", f"# %%\n{code}", 1), tmp_path)
@@ -236,6 +248,20 @@ def test_another_heading_that_a_reader_folded_is_not_current(book):
     opened.cells[0].metadata[HEADING] = True
     nbformat.write(opened, book / FIRST_NB)
     assert any("plain form" in line for line in out_of_date(book))
+
+
+def test_sync_sets_the_heading_of_a_room_apart(book, edit):
+    before, notebook = read_text(book / FIRST), read_text(book / FIRST_NB)
+    mark = '# %% [markdown] tags=["engine"]\n'
+    for between in ("#\n", "", "#\n#\n"):
+        edit(FIRST, f"refused\n\n{mark}", f"refused\n{between}")
+        assert any("in the cell of an engine room's heading" in line for line in out_of_date(book))
+        assert sync(book, run=False)
+        assert read_text(book / FIRST) == before
+        assert read_text(book / FIRST_NB) == notebook, "and its outputs are of this code"
+    edit(FIRST_NB, "refused", "refused\\n\\nHalf")
+    assert sync(book, run=False)
+    assert f"refused\n\n{mark}# Half\n\n{mark}# Half of" in read_text(book / FIRST)
 
 
 def test_a_tag_in_the_script_is_enough(book, edit):
