@@ -34,4 +34,4 @@ def test_a_bound_that_is_not_what_is_installed_is_named() -> None:
 def test_what_is_left_out_is_there() -> None:
     for test in lowest.LACKING:
         path, _, name = test.partition("::")
-        assert f"\ndef {name}(" in (ROOT / path).read_text(encoding="utf-8"), test
+        assert f"\ndef {name.partition('[')[0]}(" in (ROOT / path).read_text(encoding="utf-8"), test
