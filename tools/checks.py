@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import engine
 import headers
 import yaml
 from book import (
@@ -27,6 +28,7 @@ from book import (
     tags,
 )
 from nbformat import NotebookNode
+from needs import hidden_needs
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -36,6 +38,7 @@ from tables import not_current
 from workbook import blanked, exercises
 
 MAX_CELL_LINES, MAX_LINE = 30, 100
+MAX_WHOLE_LINES = 60  # of an exported cell that is one function or class
 UNBREAKABLE = ("# %%", "# |", "# :")  # cell markers with alt text, rows of tables, options
 IGNORED_TAGS = {"nbval-ignore-output", "nbval-skip"}
 IGNORED_MARK = re.compile(r"#\s*NBVAL_(?:IGNORE_OUTPUT|SKIP)")
@@ -49,6 +52,7 @@ IMAGE_DIRECTIVE = re.compile(
 PAGES = ("README.md", "CONTRIBUTING.md")
 MARKDOWN_LINK = re.compile(r"\]\(\s*<?([^)>\s]+)")
 MAKE_INSTALLS = re.compile(r'install.* --constraint (\S+) --editable "(\S+)"')
+PRIVATE = re.compile(r"_(?!_|replace$|asdict$|fields$|make$)\w+")  # but what named tuples offer
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 Check = Callable[[Path], list[str]]
 
@@ -144,8 +148,9 @@ def cells_are_short(root: Path) -> list[str]:
     found = []
     for where, cell in numbered_code(root):
         lines = sum(bool(line.strip()) for line in cell.source.splitlines())
-        if lines > MAX_CELL_LINES:
-            found.append(f"{where} has {lines} lines; at most {MAX_CELL_LINES}")
+        most = MAX_WHOLE_LINES if _is_one_exported_thing(cell.source) else MAX_CELL_LINES
+        if lines > most:
+            found.append(f"{where} has {lines} lines; at most {most}")
     for script in (c.script for c in chapters(root) if c.script.exists()):
         for number, line in enumerate(read_text(script).splitlines(), 1):
             if len(line) > MAX_LINE and not line.startswith(UNBREAKABLE):
@@ -153,6 +158,14 @@ def cells_are_short(root: Path) -> list[str]:
                     f"{script.name}, line {number} has {len(line)} characters; at most {MAX_LINE}"
                 )
     return found
+
+
+def _is_one_exported_thing(source: str) -> bool:
+    """Whether a cell is one function or class of the package, which need not be cut in two."""
+    if not engine.is_exported(source):
+        return False
+    body = parse(source, "an exported cell").body
+    return len(body) == 1 and isinstance(body[0], (*FUNCTION, ast.ClassDef))
 
 
 def outputs_are_clean(root: Path) -> list[str]:
@@ -223,15 +236,33 @@ def exercises_are_whole(root: Path) -> list[str]:
     return found
 
 
+def engine_rooms_are_whole(root: Path) -> list[str]:
+    """Each engine room is one section under one line, each lone engine cell under a comment."""
+    return [
+        f"{chapter.name}: {fault}"
+        for chapter, notebook in notebooks(root)
+        for fault in engine.faults(notebook)
+    ]
+
+
+def exercises_need_no_engine_room(root: Path) -> list[str]:
+    """What an exercise takes for granted is in the main line, or in the exercise's text."""
+    found = []
+    for chapter, notebook in notebooks(root):
+        try:
+            found += [f"{chapter.name}: {need}" for need in hidden_needs(chapter, notebook)]
+        except BookError as error:
+            found.append(str(error))
+    return found
+
+
 # --- the package --------------------------------------------------------------------------------
 
 
 def modules_are_documented(root: Path) -> list[str]:
     """Each module, public function and public class has a docstring, each function types."""
     found = []
-    for chapter in (c for c in chapters(root) if c.module_file.exists()):
-        where = f"{PACKAGE}/{chapter.module}.py"
-        tree = parse(read_text(chapter.module_file), where)
+    for where, tree in _modules(root):
         if not ast.get_docstring(tree):
             found.append(
                 f"{where} has no docstring: its chapter has no line with > under the title"
@@ -257,6 +288,60 @@ def _is_typed(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     return typed and (function.returns is not None or function.name == "__init__")
 
 
+def no_class_only_divides(root: Path) -> list[str]:
+    """A private class with one subclass is that class in two pieces; cells can continue a class."""
+    found = []
+    for where, tree in _modules(root):
+        classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        bases = [_base_name(base) for node in classes for base in node.bases]
+        found += [
+            f"{where}: {node.name} has one subclass: write that one class in several cells"
+            for node in classes
+            if node.name.startswith("_") and bases.count(node.name) == 1
+        ]
+    return found
+
+
+def _base_name(base: ast.expr) -> str | None:
+    """Return the name of a base class, without what it is made for: Base for Base[int]."""
+    base = base.value if isinstance(base, ast.Subscript) else base
+    return base.id if isinstance(base, ast.Name) else None
+
+
+def no_private_names_are_borrowed(root: Path) -> list[str]:
+    """What several modules need is public: no module uses another's names with an underscore."""
+    found = []
+    for where, tree in _modules(root):
+        ours = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and _is_of_the_package(node):
+                origin = ".".join([PACKAGE] * bool(node.level) + [node.module or ""]).strip(".")
+                ours |= {alias.asname or alias.name for alias in node.names}
+                found += [
+                    f"{where} borrows {origin}.{alias.name}"
+                    for alias in node.names
+                    if alias.name.startswith("_")
+                ]
+        found += [
+            f"{where} borrows {node.value.id}.{node.attr}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+            if node.value.id in ours and PRIVATE.fullmatch(node.attr)
+        ]
+    return found
+
+
+def _is_of_the_package(node: ast.ImportFrom) -> bool:
+    return bool(node.level) or (node.module or "").split(".")[0] == PACKAGE
+
+
+def _modules(root: Path) -> Iterator[tuple[str, ast.Module]]:
+    """Yield the modules that chapters make, with what to call them."""
+    for chapter in (c for c in chapters(root) if c.module_file.exists()):
+        where = f"{PACKAGE}/{chapter.module}.py"
+        yield where, parse(read_text(chapter.module_file), where)
+
+
 # --- environments -------------------------------------------------------------------------------
 
 
@@ -269,7 +354,9 @@ def requirements_are_pinned(root: Path) -> list[str]:
             found.append(f"{requirement.name} is not pinned in constraints.txt")
         elif pin not in requirement.specifier:
             found.append(f"pyproject.toml wants {requirement}, constraints.txt pins {pin}")
-    installed = {canonicalize_name(d.name): Version(d.version) for d in metadata.distributions()}
+    # The first on the path is the one that is imported; setuptools brings older ones of its own.
+    everything = reversed(list(metadata.distributions()))
+    installed = {canonicalize_name(d.name): Version(d.version) for d in everything}
     # What is pinned but not installed belongs to other systems; +cpu and the like are builds.
     return found + [
         f"{name} {installed[name]} is installed, constraints.txt pins {pin}"
@@ -325,7 +412,11 @@ CHECKS: list[Check] = [
     few_outputs_are_ignored,
     images_have_alt_text,
     exercises_are_whole,
+    engine_rooms_are_whole,
+    exercises_need_no_engine_room,
     modules_are_documented,
+    no_class_only_divides,
+    no_private_names_are_borrowed,
     requirements_are_pinned,
     conda_agrees_with_pip,
 ]

@@ -12,6 +12,7 @@ Last, every table of chapters is made from what the chapters say of themselves (
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import os
@@ -42,6 +43,7 @@ from book import (
     write_text,
 )
 from continued import join
+from engine import fold, fold_as, separate_headings
 from headers import faults, state_measured_times
 from jupytext.config import load_jupytext_config
 from nbclient import NotebookClient
@@ -71,14 +73,34 @@ class Plan:
         """Say, in words, what is out of date on disk."""
         chapter, found = self.chapter, []
         if _text(chapter.script) != self.script:
-            found.append(f"{chapter.name}.py lacks what was edited in the notebook")
+            found.append(
+                f"{chapter.name}.py has text in the cell of an engine room's heading"
+                if self.sets_apart()
+                else f"{chapter.name}.py lacks what was edited in the notebook"
+            )
         if _text(chapter.module_file) != self.module:
             found.append(f"{PACKAGE}/{chapter.module}.py is not what {chapter.name} exports")
         if not chapter.notebook.exists():
             found.append(f"{chapter.name}.ipynb does not exist")
-        elif _text(chapter.notebook) != notebook_text(self.notebook):
+        elif _text(chapter.notebook) != self._as_a_reader_left_it():
             found.append(f"{chapter.name}.ipynb lacks what was edited, or is not in its plain form")
         return found + ([f"{chapter.name} must be executed: {self.stale}"] if self.stale else [])
+
+    def sets_apart(self) -> bool:
+        """Whether the script changes by nothing but cells for the headings of engine rooms."""
+        return separate_headings(_text(self.chapter.script) or "") == self.script
+
+    def _as_a_reader_left_it(self) -> str:
+        """Return the notebook's text with what an editor stores where somebody only looked.
+
+        Engine rooms may be open or folded, and the kernel described in more words. A sync brings
+        both into their plain form, but neither makes the chapter out of date.
+        """
+        notebook, stored = copy.deepcopy(self.notebook), read_notebook(self.chapter.notebook)
+        fold_as(notebook.cells, stored.cells)
+        kernel = ("kernelspec", "language_info")
+        notebook.metadata |= {k: v for k, v in stored.metadata.items() if k in kernel}
+        return notebook_text(notebook)
 
     def store_script(self) -> bool:
         """Write the script if it has to change; say whether it had to."""
@@ -139,12 +161,12 @@ def pair(chapter: Chapter, keep: str | None = None) -> tuple[str, NotebookNode]:
     """Return the script and the notebook as they should be, with the outputs that still fit."""
     config = load_jupytext_config(str(chapter.script))
     if not chapter.notebook.exists():
-        script = read_text(chapter.script)
+        script = separate_headings(read_text(chapter.script))
         return script, _notebook(cells_of(script, config), {}, {})
     stored = read_notebook(chapter.notebook)
     record = dict(stored.metadata.get(PACKAGE, {}))
     theirs = jupytext.writes(stored, fmt=FORMAT, config=config)
-    script = _choose(chapter, theirs, record.get("paired"), config, keep)
+    script = separate_headings(_choose(chapter, theirs, record.get("paired"), config, keep))
     cells = cells_of(script, config)
     outputs = {cell.id: cell for cell in _with_ids(stored, config)}
     record["paired"] = fingerprint(cells)
@@ -202,6 +224,7 @@ def _notebook(
         if cell.cell_type == "code" and (old := outputs.get(cell.id)):
             cell.outputs, cell.execution_count = old.outputs, old.execution_count
     record = record or {"paired": fingerprint(cells)}
+    fold(cells)  # after the fingerprint, for the script knows nothing of it
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=plain_metadata(record))
     notebook.nbformat_minor = 5
     return notebook
@@ -406,9 +429,10 @@ def sync(
         _say(f"if they are there, delete tests/test_{path.stem}.py and api/{path.stem}.md, too")
     for plan in plans:
         chapter = plan.chapter
+        why = "set headings apart in" if plan.sets_apart() else "from the notebook, wrote"
         if plan.store_script():
             plan.store_notebook()  # which notes that the two agree, before anything can fail
-            changed = _say(f"{chapter.name}: wrote the script from the notebook")
+            changed = _say(f"{chapter.name}: {why} the script")
         if write_text(chapter.module_file, plan.module):
             changed = _say(f"{chapter.name}: exported {PACKAGE}/{chapter.module}.py")
     for plan in plans:

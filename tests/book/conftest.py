@@ -48,6 +48,47 @@ SVG("<svg xmlns='http://www.w3.org/2000/svg'><circle r='1'/></svg>")
 1 / 0
 '''
 
+# The end of the first chapter: a lone engine cell, then a section that an engine room closes.
+ENGINE = '''
+# %% tags=["engine"]
+#| export
+# The limits of the machine
+import sys
+
+
+# %% [markdown]
+# ## Halves
+
+# %%
+#| export
+def half(x: int) -> int:
+    """Return half of ``x``."""
+    return check_even(x) // 2
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: an odd number is refused
+
+# %% [markdown] tags=["engine"]
+# Half of an odd number would be rounded down, and twice that is another number.
+
+
+# %% tags=["engine"]
+#| export
+def check_even(x: int) -> int:
+    """Return ``x`` if it is even and not too large."""
+    if x % 2 or x > sys.maxsize:
+        raise ValueError(f"x: expected an even number, got {x}")
+    return x
+
+
+# %% [markdown]
+# ## Summary
+
+# %%
+half(8)
+'''
+
 SECOND = '''\
 # %% [markdown]
 # # Second
@@ -149,7 +190,7 @@ def write(root: Path, files: dict[str, str]) -> None:
 @pytest.fixture(scope="session")
 def scripts() -> dict[str, str]:
     """The chapters of the miniature, as their author wrote them."""
-    return {"chapters/00_first.py": FIRST, "chapters/01_second.py": SECOND}
+    return {"chapters/00_first.py": FIRST + ENGINE, "chapters/01_second.py": SECOND}
 
 
 @pytest.fixture(scope="session")

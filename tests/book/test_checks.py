@@ -20,6 +20,14 @@ def test_the_miniature_is_without_fault(check, book):
     assert not checks.complaints(check, book)
 
 
+CHAIN = """import sys
+class _Odd: ...
+class _Even: ...
+class Number(_Odd): ...
+class Half(_Even): ...
+class Double(_Even): ..."""
+# By a test below, by one in test_engine.py.
+SHOWN_ELSEWHERE = ("each_chapter_has_its_companions", "exercises_need_no_engine_room")
 # The rule that must complain, the file with the fault, how it comes about, words of the complaint.
 FAULTS = [
     ("files_are_current", MODULE, "2 * x", "3 * x", "is not what 00_first exports"),
@@ -213,6 +221,30 @@ FAULTS = [
         "01_second, code cell 6: this solution has no function",
     ),
     ("exercises_are_whole", SECOND_NB, "assert octuple", "octuple", "asserts nothing"),
+    (
+        "cells_are_short",
+        FIRST_NB,
+        '"    return check_even',
+        '"' + "    x\\n" * 61 + "    return ",
+        "65 l",
+    ),
+    ("engine_rooms_are_whole", FIRST_NB, "### Engine room: an", "### An", "opens with a heading"),
+    ("no_class_only_divides", MODULE, "import sys", CHAIN, "first.py: _Odd has one subclass"),
+    ("no_class_only_divides", MODULE, "import sys", CHAIN.replace("Odd)", "Odd[int])"), "_Odd"),
+    (
+        "no_private_names_are_borrowed",
+        "llmbook/second.py",
+        "double",
+        "_double",
+        "llmbook/second.py borrows llmbook.first._double",
+    ),
+    (
+        "no_private_names_are_borrowed",
+        "llmbook/second.py",
+        "return double(",
+        "return double._cache(",
+        "llmbook/second.py borrows double._cache",
+    ),
     ("modules_are_documented", MODULE, '"""Doubling."""', "", "first.py has no docstr"),
     ("modules_are_documented", MODULE, '"""Return twice', 'x = """', "double has no"),
     ("modules_are_documented", MODULE, "x: int", "x", "double lacks type hints"),
@@ -233,6 +265,16 @@ def test_a_fault_is_found(rule, file, old, new, words, book, edit):
     assert any(words in complaint for complaint in found), found
 
 
+def test_an_exported_function_may_be_long_if_it_is_all_of_its_cell(book, edit):
+    long = '"    return check_even'
+    edit(FIRST_NB, long, '"' + "    x\\n" * 50 + long[1:])
+    assert not checks.cells_are_short(book)
+    edit(FIRST_NB, '#| export\\n",\n    "def half', '#| export\\n",\n    "y = 1\\ndef half')
+    assert checks.cells_are_short(book) == [
+        "00_first, code cell 7 has 55 lines; at most 30",
+    ]
+
+
 def test_a_missing_companion_is_found(book):
     (book / "tests/test_first.py").unlink()
     (book / "api/second.md").unlink()
@@ -243,5 +285,5 @@ def test_a_missing_companion_is_found(book):
 
 
 def test_every_rule_is_shown_to_find_a_fault():
-    shown = {rule for rule, *_ in FAULTS} | {"each_chapter_has_its_companions"}
+    shown = {rule for rule, *_ in FAULTS} | set(SHOWN_ELSEWHERE)
     assert shown == {check.__name__ for check in checks.CHECKS}
