@@ -195,7 +195,8 @@ def next_token_objective(
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: leaving out what no loss depends on saves a third of the work
-#
+
+# %% [markdown] tags=["engine"]
 # Rows of one story are mostly padding, and a mask of documents has nothing to hide in a row that
 # holds a single one: in a causal model nothing looks to the right, where the padding is. Both can
 # be left out without changing any loss.
@@ -355,7 +356,8 @@ class TrainingConfig:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: settings are checked, and read from files and command lines
-#
+
+# %% [markdown] tags=["engine"]
 # What is checked: counts, choices, shares, amounts, and what must fit together. An optimizer may be
 # one of ours or any class of `torch.optim`, except the two whose steps need other arguments.
 
@@ -713,7 +715,8 @@ def unnoticed(model: nn.Module) -> Iterator[None]:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the states of all random generators, as plain data
-#
+
+# %% [markdown] tags=["engine"]
 # Checkpoints hold the same states, so they are made of numbers, lists and tensors.
 
 
@@ -916,7 +919,8 @@ class MetricsLog:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: logs that survive a kill, TensorBoard, bars, plots, and the machine's peaks
-#
+
+# %% [markdown] tags=["engine"]
 # A {term}`sink` is whatever takes rows of numbers. The log is the first. Its file has **JSON
 # lines**: text that any tool reads, to which a line is appended in one piece. After a kill some
 # rows belong to steps that come again; `start` cuts them off, so that no step is there twice.
@@ -1202,7 +1206,8 @@ print((folder / "note.txt").read_text(), "or absent")
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: nested states in one file, which refuses what it could not give back
-#
+
+# %% [markdown] tags=["engine"]
 # Errors first: a checkpoint that cannot be believed, and one that could not be written.
 
 
@@ -1461,7 +1466,8 @@ class Checkpointer:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: finding the newest whole file, and sweeping up
-#
+
+# %% [markdown] tags=["engine"]
 # Drafts of killed saves are removed with the old checkpoints.
 
 
@@ -1837,7 +1843,8 @@ class Trainer(Trainer):  # continued
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: precision, probes, identity, signals, and what else a session needs
-#
+
+# %% [markdown] tags=["engine"]
 # Sums travel as one value. Adding two adds loss, count and all else by name.
 
 
@@ -2621,7 +2628,8 @@ class RunConfig:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: sections that fit together, and YAML that explains itself
-#
+
+# %% [markdown] tags=["engine"]
 # The size of the vocabulary is known when the tokenizer is, and not before. Messages get the name
 # of their section in front.
 
@@ -2828,7 +2836,8 @@ def run(
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: reading, cleaning and splitting text, and saying what was left out
-#
+
+# %% [markdown] tags=["engine"]
 # A preparation that drops or masks something says so. The lines are also kept beside the data.
 
 
@@ -3251,7 +3260,8 @@ def compressors(texts: Sequence[str], seen: Sequence[str] = ()) -> dict[str, flo
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: stories in rows, and the loss of each token
-#
+
+# %% [markdown] tags=["engine"]
 # Rows are padded to the longest, and padding has no target.
 
 
@@ -3320,7 +3330,8 @@ RUNS = {
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: three larger runs, and models that are trained once and kept
-#
+
+# %% [markdown] tags=["engine"]
 # For documentation, half a million parameters and half a minute,
 
 # %% tags=["engine"]
@@ -3719,7 +3730,8 @@ print("\n".join([*text.splitlines()[:21], "  ..."]))
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a report, overrides, and exit codes that tell scripts what happened
-#
+
+# %% [markdown] tags=["engine"]
 # What a run is judged by:
 
 

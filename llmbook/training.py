@@ -9,7 +9,7 @@ __all__ = ['Objective', 'Row', 'WORD_KINDS', 'RUNS', 'next_token_objective', 'co
            'set_random_states', 'update_ratio', 'activation_scales', 'StepReport', 'Monitor', 'MetricsLog', 'Sink',
            'LogWarning', 'TensorBoard', 'ProgressBar', 'LivePlot', 'plot_columns', 'peak_flops', 'peak_memory',
            'CheckpointError', 'CheckpointWarning', 'save_checkpoint', 'load_checkpoint', 'Checkpointer',
-           'list_checkpoints', 'newest_checkpoint', 'Sums', 'Trainer', 'Probe', 'uncompiled', 'model_state',
+           'list_checkpoints', 'newest_checkpoint', 'Probe', 'Sums', 'Trainer', 'uncompiled', 'model_state',
            'load_model_state', 'DataConfig', 'TokenizerConfig', 'RunConfig', 'Pretrained', 'run', 'load_run',
            'word_kinds', 'GapToFloor', 'documents_score', 'compressors', 'artifacts_folder', 'load_or_train',
            'NotebookBar', 'pretrained', 'report', 'main']
@@ -989,6 +989,26 @@ def _save(path: Path, state: Mapping[str, Any]) -> bool:
         return False
     return True
 
+# %% ../chapters/13_training.ipynb #428cd781
+class Probe:
+    """Looks on while a model is trained; a subclass overrides what it needs.
+
+    Random numbers that ``evaluate`` draws do not change training, those that others draw do.
+    """
+
+    def attach(self, trainer: "Trainer") -> None:
+        """Once, when ``trainer`` is made: the place for ``trainer.register``."""
+
+    def after_micro_batch(self, trainer: "Trainer", batch: Any, sums: "Sums") -> None:
+        """After each micro-batch: its gradients have joined those in ``.grad``."""
+
+    def after_step(self, trainer: "Trainer", report: StepReport) -> None:
+        """After each step; ``report.taken`` says whether the weights were changed."""
+
+    def evaluate(self, trainer: "Trainer") -> Row:
+        """At each evaluation, without gradients or dropout: return what is to be logged of it."""
+        return {}
+
 # %% ../chapters/13_training.ipynb #d53006b7
 class Sums(NamedTuple):
     """What an objective found: a summed loss, the number of targets, and other sums by name."""
@@ -1322,27 +1342,7 @@ def _schedule(config: TrainingConfig) -> Callable[[int], float]:
     make = {"cosine": cosine_schedule, "wsd": wsd_schedule, "linear": linear_schedule}
     return make[config.schedule](config.n_steps, warmup=config.warmup, final=config.final)
 
-# %% ../chapters/13_training.ipynb #d3b760de
-class Probe:
-    """Looks on while a model is trained; a subclass overrides what it needs.
-
-    Random numbers that ``evaluate`` draws do not change training, those that others draw do.
-    """
-
-    def attach(self, trainer: "Trainer") -> None:
-        """Once, when ``trainer`` is made: the place for ``trainer.register``."""
-
-    def after_micro_batch(self, trainer: "Trainer", batch: Any, sums: "Sums") -> None:
-        """After each micro-batch: its gradients have joined those in ``.grad``."""
-
-    def after_step(self, trainer: "Trainer", report: StepReport) -> None:
-        """After each step; ``report.taken`` says whether the weights were changed."""
-
-    def evaluate(self, trainer: "Trainer") -> Row:
-        """At each evaluation, without gradients or dropout: return what is to be logged of it."""
-        return {}
-
-
+# %% ../chapters/13_training.ipynb #213a23bb
 class _Function(Probe):
     def __init__(self, function: Callable[[nn.Module], Row]):
         self.function = function
