@@ -556,7 +556,7 @@ def _write_fixed(step: _FixedStep, store: Tensor, new: Tensor) -> Tensor:
         store.copy_(torch.where(source >= 0, new.gather(2, there), store))
     return seen
 
-# %% ../chapters/09_attention.ipynb #12e285d8
+# %% ../chapters/09_attention.ipynb #ac22320c
 def _plan_fixed(cache: "KVCache", position_ids: Tensor | int) -> tuple[_FixedStep, Tensor, Tensor]:
     """As ``_plan``, in shapes that do not depend on the lengths; these are a tensor."""
     if not isinstance(position_ids, Tensor):
@@ -569,9 +569,7 @@ def _plan_fixed(cache: "KVCache", position_ids: Tensor | int) -> tuple[_FixedSte
     torch._assert_async(going_on.all(), "position_ids: expected rows to go on from their lengths")
     if not _is_ring(cache):
         fits = (after <= cache.capacity).all()
-        torch._assert_async(
-            fits, f"position_ids: expected at most {cache.capacity} tokens in a row"
-        )
+        torch._assert_async(fits, "position_ids: expected no row to grow beyond the capacity")
     append = n > 1 and _is_ring(cache)
     held = _positions_in_slots(after, cache.slots)
     ordinal = held - before[:, None] + 1  # among the new tokens; those before have none
