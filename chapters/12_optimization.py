@@ -154,6 +154,7 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32):
 #
 # Now the largest exponential is 1, and the logarithm is taken of a number between 1 and $V$.
 
+
 # %%
 #| export
 def log_sum_exp(logits: Float[Tensor, "*batch vocab_size"]) -> Float[Tensor, "*batch"]:
@@ -168,6 +169,7 @@ def log_sum_exp(logits: Float[Tensor, "*batch vocab_size"]) -> Float[Tensor, "*b
     peak = wide.detach().amax(dim=-1, keepdim=True)
     peak = peak.masked_fill(peak.isinf(), 0.0)  # of nothing but -inf the answer is -inf, not NaN
     return (wide - peak).exp().sum(dim=-1).log() + peak.squeeze(-1)
+
 
 # %% [markdown]
 # Logits of a thousand, with both:
@@ -201,6 +203,7 @@ print(f"stable: {log_sum_exp(large):.3f}")
 #
 # {numref}`fig-optimization-bounds` shows both at work.
 
+
 # %% mystnb={"figure": {"caption": "Two ways to bound logits. Left, the soft cap is the identity for small logits and never exceeds 30. Right, logits begin with a common shift of 20. Gradient descent on the loss of one token never removes it, as p - y sums to zero; with a z-loss it goes.", "name": "fig-optimization-bounds"}, "image": {"alt": "Left, soft-capped logits from minus 100 to 100: along the dotted diagonal near zero, flat at plus and minus 30. Right, log Z over 400 steps from 22: without z-loss it rises to about 27, with a z-loss of 0.05 it falls to 2."}}
 def log_z_over_time(zeta: float) -> list[float]:
     z, history = torch.linspace(19.0, 21.0, 8), []
@@ -226,6 +229,7 @@ plt.show()
 # %% [markdown]
 # The equations become two functions. The losses are those of every place, whether it counts or not:
 
+
 # %%
 #| export
 def _losses(
@@ -241,6 +245,7 @@ def _mean(total: Float[Tensor, ""], counts: Bool[Tensor, "..."]) -> Float[Tensor
     """Divide by how many count; over nothing NaN, though with gradients of zero, as in torch."""
     count = counts.sum()
     return (total / count.clamp(min=1)).masked_fill(count == 0, torch.nan)
+
 
 # %% [markdown]
 # A target that does not count is replaced by id 0, so that there is something to look up, and its
@@ -292,8 +297,10 @@ def _check_loss(
         expected = f"ids from 0 to {vocab_size - 1}, or {ignore_index}"
         raise ValueError(f"targets: expected {expected}, got {wrong[0]}")
 
+
 # %% [markdown] tags=["engine"]
 # The cap, and the same losses by torch's own functions, which are faster:
+
 
 # %% tags=["engine"]
 #| export
@@ -312,8 +319,10 @@ def _fused_losses(
     losses = F.cross_entropy(flat, targets.reshape(-1), reduction="none").view(targets.shape)
     return losses + z_loss * logits.logsumexp(dim=-1) ** 2 if z_loss else losses
 
+
 # %% [markdown] tags=["engine"]
 # {py:func}`~llmbook.optimization.cross_entropy` joins them.
+
 
 # %% tags=["engine"]
 #| export
@@ -346,6 +355,7 @@ def cross_entropy(
         return losses
     return _mean(losses.sum(), counts) if reduction == "mean" else losses.sum()
 
+
 # %% [markdown]
 # ## The loss that never holds all logits
 #
@@ -373,6 +383,7 @@ def cross_entropy(
 # ```
 #
 # As a loop, it takes a dozen lines:
+
 
 # %%
 def loss_and_gradients(h: Tensor, W: Tensor, targets: Tensor, chunk_size: int) -> list[Tensor]:
@@ -416,6 +427,7 @@ print(f"loss: {found[0]:.3f}, by autograd {expected[0]:.3f}; relative errors of 
 # A chunk of logits is overwritten by its own gradient: exponentials, then $p$, then $p - y$. A soft
 # cap multiplies that by its slope.
 
+
 # %% tags=["engine"]
 #| export
 def _capped_in_place(logits: Tensor, soft_cap: float | None) -> Tensor | None:
@@ -449,9 +461,11 @@ def _chunk(
         logits.mul_(slope)
     return losses.masked_fill_(~counts, 0.0).sum()
 
+
 # %% [markdown] tags=["engine"]
 # The two products. A head's gradient sums over all chunks, and 16-bit sums lose small terms, so it
 # is kept in 32 bits:
+
 
 # %% tags=["engine"]
 #| export
@@ -480,9 +494,11 @@ def _add_gradients(
     else:  # a sum over many chunks, so it is kept in 32 bits
         d_weight.add_(narrow.T @ hidden[rows])
 
+
 # %% [markdown] tags=["engine"]
 # The loop around them is a function with a derivative of its own, as tiled attention was in
 # {doc}`09_attention`. If the head is frozen, or nothing needs a gradient, that part is not made.
+
 
 # %% tags=["engine"]
 #| export
@@ -518,8 +534,10 @@ class _ChunkedLoss(torch.autograd.Function):
         scaled = [None if d is None else d * d_total.to(d.dtype) for d in (d_hidden, d_weight)]
         return (*scaled, None, None, None)
 
+
 # %% [markdown] tags=["engine"]
 # Around that go the same arguments as before. The mean divides outside, where autograd knows how:
+
 
 # %% tags=["engine"]
 #| export
@@ -553,6 +571,7 @@ def chunked_cross_entropy(
         rows = hidden.reshape(-1, hidden.size(-1))
         total = _ChunkedLoss.apply(rows, weight, column, counts, options)
     return _mean(total, counts) if reduction == "mean" else total
+
 
 # %% [markdown]
 # ### What it saves
@@ -589,8 +608,10 @@ class LiveBytes(TorchDispatchMode):
         self.live += n_bytes
         self.peak = max(self.peak, self.live)
 
+
 # %% [markdown]
 # The largest sum during loss and gradients, for 4,096 tokens and a vocabulary of 2,048:
+
 
 # %%
 def peak_and_gradients(loss_of: Callable[[], Tensor]) -> tuple[int, tuple[Tensor, ...]]:
@@ -642,6 +663,7 @@ for size in (1024, 512, 128):
 # if the velocity had already been updated once more. We watch three paths on $L = \frac12
 # (\theta_1^2 + 100\, \theta_2^2)$, the third being Adam, which the next section derives:
 
+
 # %% mystnb={"figure": {"caption": "Forty steps in a ravine a hundred times as steep across as along. Gradient descent zigzags and crawls; momentum swings and arrives; Adam goes along both axes at the same pace.", "name": "fig-optimization-ravine"}, "image": {"alt": "Three plots of the same elliptic contours with a path from the upper left toward the minimum in the middle. SGD jumps from side to side and after forty steps is only half-way. Momentum swings across a few times and ends in the minimum. Adam sets out diagonally, swings gently and ends near the minimum."}}
 def path_of(optimizer_of: Callable[[list], torch.optim.Optimizer]) -> Tensor:
     place = torch.nn.Parameter(torch.tensor([-4.0, 0.5]))
@@ -674,6 +696,7 @@ assert left["SGD"] > 1.5 > 0.4 > max(left["momentum"], left["Adam"]), left
 # The step in code, with Nesterov's variant and the classical decay of weights, which is added to the
 # gradient as in `torch.optim.SGD`:
 
+
 # %%
 #| export
 def _sgd_step(
@@ -691,6 +714,7 @@ def _sgd_step(
             update = update + momentum * v if group["nesterov"] else v
         p.sub_(group["lr"] * update)
 
+
 # %% [markdown]
 # Two steps down a slope of 1 with $\eta = 0.1$ and $\mu = 0.9$: the second goes 1.9 times as far.
 
@@ -707,6 +731,7 @@ for step in (1, 2):
 # Our optimizers inherit from torch's base class, which keeps groups of parameters and their state, so
 # that schedulers and checkpoints work with them. A step is the same for all but for one method,
 # `_update`. Parameters without a gradient are left alone.
+
 
 # %% tags=["engine"]
 #| export
@@ -740,10 +765,12 @@ class _Stepper(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return [state[name] for state in states]
 
+
 # %% [markdown] tags=["engine"]
 # We add what torch's base class lacks. A learning rate of NaN is refused, as are settings in a
 # foreign state dict that we would silently ignore. And a copy, or what comes out of a pickle, has the
 # settings that are not in any group, too: torch's class would forget them.
+
 
 # %% tags=["engine"]
 #| export
@@ -772,8 +799,10 @@ class _Stepper(_Stepper):  # continued
         own: dict[str, Any] = {n: v for n, v in vars(self).items() if n in ("backend", "ns_dtype")}
         return super().__getstate__() | own
 
+
 # %% [markdown] tags=["engine"]
 # A state dict may also hold what torch's optimizers have and ours do not.
+
 
 # %% tags=["engine"]
 #| export
@@ -783,12 +812,14 @@ def _refuse(group: dict[str, Any], **expected: Any) -> None:
         if group.get(name, value) != value:
             raise ValueError(f"{name}: expected {value}, got {group[name]!r}")
 
+
 # %% [markdown] tags=["engine"]
 # Torch has fused kernels, which read and write each number once. They go through memory from front
 # to back and look at no strides. If a parameter is a view of some columns of a larger table, such a
 # kernel would change the others, too; and with a gradient that is a transpose it would take the wrong
 # numbers. So only tensors that are laid out alike, without gaps, are given to it. The others go
 # through torch's ordinary operations.
+
 
 # %% tags=["engine"]
 #| export
@@ -813,8 +844,10 @@ def _is_alike(parameter: Tensor, *others: Tensor) -> bool:
         expected *= size
     return True
 
+
 # %% [markdown] tags=["engine"]
 # Parallel lists of tensors are divided accordingly. Mostly all are contiguous, which is seen quickly:
+
 
 # %% tags=["engine"]
 #| export
@@ -837,9 +870,11 @@ def _fusable_and_not(
         if some := [number for number, fit in enumerate(fits) if fit == is_fused]:
             yield is_fused, some
 
+
 # %% [markdown] tags=["engine"]
 # (Our tests found that on a processor the kernel of torch 2.13 for SGD silently leaves most 16-bit
 # numbers unchanged; there we do without.)
+
 
 # %% tags=["engine"]
 #| export
@@ -859,8 +894,10 @@ def _fused_sgd_step(
             fused=is_fused, foreach=False, dampening=0, maximize=False, **settings,
         )  # fmt: skip
 
+
 # %% [markdown] tags=["engine"]
 # The simplest optimizer on that base. State has torch's names, so checkpoints can be exchanged.
+
 
 # %% tags=["engine"]
 #| export
@@ -896,6 +933,7 @@ class SGD(_Stepper):
             _sgd_step(group, parameters, grads, velocities)
         else:
             _fused_sgd_step(group, parameters, grads, velocities)
+
 
 # %% [markdown]
 # ## Adam: each number at its own pace
@@ -982,6 +1020,7 @@ for name, kind in {"Adam with L2": torch.optim.Adam, "AdamW": torch.optim.AdamW}
 #
 # Equations {eq}`optimization-moments` to {eq}`optimization-adamw`, line by line:
 
+
 # %%
 #| export
 def _adamw_step(
@@ -1003,6 +1042,7 @@ def _adamw_step(
         p.mul_(1 - lr * group["weight_decay"])
         p.sub_(lr * unbiased_m / (unbiased_v.sqrt() + group["eps"]))
 
+
 # %% [markdown]
 # The first step of a number is by the whole rate, and so is the second if its gradient does not
 # change, however large or small it is:
@@ -1021,6 +1061,7 @@ for step in (1, 2):
 # The settings that are refused: a `beta` of 1 would never see a gradient, and the state of an Adam
 # with L2 would go on as another algorithm.
 
+
 # %% tags=["engine"]
 #| export
 def _check_adamw(group: dict[str, Any]) -> None:
@@ -1033,8 +1074,10 @@ def _check_adamw(group: dict[str, Any]) -> None:
     decoupled = {"decoupled_weight_decay": True} if group["weight_decay"] else {}
     _refuse(group, amsgrad=False, maximize=False, **decoupled)
 
+
 # %% [markdown] tags=["engine"]
 # The same step by torch's kernel, where it may be used:
+
 
 # %% tags=["engine"]
 #| export
@@ -1049,8 +1092,10 @@ def _fused_adamw_step(group: dict[str, Any], *lists: list[Tensor]) -> None:
             weight_decay=group["weight_decay"], eps=group["eps"],
         )  # fmt: skip
 
+
 # %% [markdown] tags=["engine"]
 # State dicts are those of `torch.optim.AdamW`.
+
 
 # %% tags=["engine"]
 #| export
@@ -1087,6 +1132,7 @@ class AdamW(_Stepper):
         tensors = (parameters, grads, means, squares, [self.state[p]["step"] for p in parameters])
         (_adamw_step if self.backend == "reference" else _fused_adamw_step)(group, *tensors)
 
+
 # %% [markdown]
 # ## Muon: a matrix is not a list of numbers
 #
@@ -1110,6 +1156,7 @@ print(f"{len(vocabulary)} words, {longest} targets a row")
 
 # %% [markdown]
 # The gradient of the matrix that makes the values of the first layer, and its singular values:
+
 
 # %%
 def loss_on(model: TransformerLM, which: Tensor | slice) -> Tensor:
@@ -1183,6 +1230,7 @@ def orthogonalize(
     x = x.view(matrix.mT.shape if tall else matrix.shape)
     return x.mT if tall else x
 
+
 # %% [markdown]
 # The polynomial itself, applied again and again, and what it makes of the gradient above:
 
@@ -1214,6 +1262,7 @@ assert settled.min() > 0.67 and settled.max() < 1.22 and after[40] > 0.5 * after
 # {cite}`liu2025muon`, so that one learning rate serves both.
 # The original rate is longer only for matrices that are taller than wide.
 
+
 # %%
 #| export
 def _scale_of_rate(shape: torch.Size, adjust_lr_fn: str | None) -> float:
@@ -1221,6 +1270,7 @@ def _scale_of_rate(shape: torch.Size, adjust_lr_fn: str | None) -> float:
     if adjust_lr_fn == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1.0, rows / columns))
+
 
 # %% [markdown]
 # Of the gradient above, orthogonalized and scaled:
@@ -1241,6 +1291,7 @@ for name, matrix in (("gradient", gradient), ("tall one", torch.randn(256, 64)))
 #
 # What is refused: a parameter that is no matrix, above all.
 
+
 # %% tags=["engine"]
 #| export
 def _check_muon(group: dict[str, Any]) -> None:
@@ -1257,9 +1308,11 @@ def _check_muon(group: dict[str, Any]) -> None:
         if len(shape) not in (2, 3):
             raise ValueError(f"params: expected matrices, or stacks of them, got shape {shape}")
 
+
 # %% [markdown] tags=["engine"]
 # Matrices of one shape go through the products together, which for small ones saves most of the
 # time:
+
 
 # %% tags=["engine"]
 #| export
@@ -1280,8 +1333,10 @@ def _orthogonalized(
 def _fast_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
+
 # %% [markdown] tags=["engine"]
 # The step itself, in torch's order. A stack of experts is a batch of matrices already:
+
 
 # %% tags=["engine"]
 #| export
@@ -1301,8 +1356,10 @@ def _muon_step(
         p = parameters[number]
         p.add_(update, alpha=-lr * _scale_of_rate(p.shape, group["adjust_lr_fn"]))
 
+
 # %% [markdown] tags=["engine"]
 # State dicts are those of `torch.optim.Muon`.
+
 
 # %% tags=["engine"]
 #| export
@@ -1340,6 +1397,7 @@ class Muon(_Stepper):
         momenta = self._buffers(parameters, "momentum_buffer")
         _muon_step(group, parameters, grads, momenta, self.ns_dtype)
 
+
 # %% [markdown]
 # ## Who gets what
 #
@@ -1360,6 +1418,7 @@ class Muon(_Stepper):
 # Which optimizer and which decay a parameter gets. A tied matrix is an embedding, and there once.
 # ```
 
+
 # %% tags=["engine"]
 #| export
 # What is to be trained, by name
@@ -1370,8 +1429,10 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
         raise ValueError("model: expected a parameter that requires a gradient, got none")
     return found
 
+
 # %% [markdown]
 # The rule in code, for any parameters, and then for those of a model:
+
 
 # %%
 #| export
@@ -1394,6 +1455,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     _check_amount("weight_decay", weight_decay)
     return _decayed_and_not(_trainable(model).values(), lookup_tables(model), weight_decay)
 
+
 # %% [markdown]
 # For a small model with a tied head, the rule gives two groups:
 
@@ -1407,6 +1469,7 @@ for group in parameter_groups(tied, weight_decay=0.1):
 # ### Engine room: two optimizers as one, and the call that builds either
 #
 # Two optimizers need to be stepped, saved, copied and scheduled as one:
+
 
 # %% tags=["engine"]
 #| export
@@ -1448,8 +1511,10 @@ class Optimizers(torch.optim.Optimizer):
             optimizer.load_state_dict(state)
         self.param_groups = [g for optimizer in self.optimizers for g in optimizer.param_groups]
 
+
 # %% [markdown] tags=["engine"]
 # Muon's share is told by name, since nothing about a head's shape says that it is one:
+
 
 # %% tags=["engine"]
 #| export
@@ -1464,8 +1529,10 @@ def _matrices_of_blocks(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.P
         raise ValueError("model: expected blocks with matrices, which Muon is for, got none")
     return matrices, rest
 
+
 # %% [markdown] tags=["engine"]
 # And the one call that a training loop makes:
+
 
 # %% tags=["engine"]
 #| export
@@ -1500,6 +1567,7 @@ def build_optimizer(
     muon = Muon(matrices, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
     return Optimizers(muon, AdamW(others, rate, betas, weight_decay=weight_decay, backend=backend))
 
+
 # %% [markdown]
 # ### One call for a model
 #
@@ -1531,6 +1599,7 @@ assert held == sum(p.numel() for p in tied.parameters()), "each parameter once"
 # A schedule is a function from the step, counted from 0, to a factor. Ours never begin with a
 # factor of 0, which would waste the first step, and stay flat after the end, for runs that go on.
 
+
 # %% tags=["engine"]
 #| export
 # Which schedules are refused
@@ -1541,6 +1610,7 @@ def _check_schedule(n_steps: int, warmup: int, final: float, decay: int = 0) -> 
         raise ValueError(f"warmup: expected {expected}, got {warmup} and {decay}")
     if not 0 <= final <= 1:
         raise ValueError(f"final: expected a share from 0 to 1, got {final!r}")
+
 
 # %% [markdown]
 # The warmup comes first in all of them:
@@ -1559,6 +1629,7 @@ def constant_schedule(*, warmup: int = 0) -> Schedule:
     """Return the factor 1, after a linear rise in ``warmup`` steps."""
     check_at_least(warmup=(0, warmup))
     return lambda step: _warmed_up(step, warmup, lambda _: 1.0)
+
 
 # %% [markdown]
 # The general form rises, stays and falls:
@@ -1597,8 +1668,10 @@ def wsd_schedule(
 
     return lambda step: _warmed_up(step, warmup, after_warmup)
 
+
 # %% [markdown]
 # The usual ones are that with nothing in between:
+
 
 # %%
 #| export
@@ -1618,6 +1691,7 @@ def linear_schedule(n_steps: int, *, warmup: int = 0, final: float = 0.0) -> Sch
     _check_schedule(n_steps, warmup, final)
     decay = n_steps - warmup
     return wsd_schedule(n_steps, warmup=warmup, decay=decay, final=final, shape="linear")
+
 
 # %% [markdown]
 # {numref}`fig-optimization-schedules` shows their shapes.
@@ -1645,6 +1719,7 @@ plt.show()
 # finite has no direction to keep: gradients stay, the caller sees the norm, and
 # {doc}`13_training` skips the step.
 
+
 # %% tags=["engine"]
 #| export
 # The norm of gradients of several devices and dtypes
@@ -1663,8 +1738,10 @@ def _global_norm(kinds: list[list[Tensor]]) -> Float[Tensor, ""]:
         norms += torch._foreach_norm(grads, 2, dtype=wide)
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
 
+
 # %% [markdown]
 # On a processor one can look whether there is anything to do, and mostly there is not:
+
 
 # %%
 #| export
@@ -1689,6 +1766,7 @@ def clip_gradients(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Fl
             torch._foreach_mul_(grads, scale.to(grads[0].device))
     return norm
 
+
 # %% [markdown]
 # The gradients from above, shortened to a norm of 0.01:
 
@@ -1710,6 +1788,7 @@ print(f"norm before {norm:.1f}, after {again:.3f}; all gradients times {same.mea
 # momentum, betas and decay (the SGDs have none) are not tuned, for anyone. Then
 # it runs at its best rate with three *new* seeds, as the loss of the seed that chose the rate is
 # flattered. Measured is the loss on 100 stories that nobody has seen.
+
 
 # %%
 def race(name: str, lr: float, seed: int, n_steps: int = 80) -> float:
@@ -1746,10 +1825,9 @@ interior = [0 < number < 4 for number in best.values()]
 assert all(interior), "the range is too small"
 adaptive = final["adamw"] + final["muon"]
 plain = final["sgd"] + final["momentum"]
-assert max(adaptive) + 0.05 < min(plain), "each run of AdamW and Muon beats both SGDs"
+assert max(adaptive) < 1.7 < min(plain)
+print("each run of AdamW and Muon ends below 1.7 nats per token, each of both SGDs above")
 floor = TinyWorld().entropy() / (sum(map(len, stories)) / len(stories) + 1)
-for name, losses in final.items():
-    print(f"{name:8} best at about {tried[name][best[name]]:.2g}: mean loss {sum(losses) / 3:.1f}")
 print(f"loss floor of this world: {floor:.1f} nats per token")
 
 # %% [markdown]
@@ -1836,6 +1914,7 @@ print(f"norm: {ours:.2f}, torch's {theirs:.2f}; {len(clipped)} clipped gradients
 # With one thread: the loss with its gradients at a vocabulary of 2,048, and a step of a model
 # of three million parameters.
 
+
 # %%
 def milliseconds(function: Callable[[], Any], repeats: int = 5) -> float:
     times = []
@@ -1896,6 +1975,7 @@ print(f"head and loss: {whole:.0f} ms; in chunks {whole / chunked:.1f} times as 
 # alone, without a softmax. What is the least value that it can have, and is it zero?
 # ````
 
+
 # %% tags=["solution"]
 def smoothed_loss(logits: Tensor, targets: Tensor, epsilon: float) -> Tensor:
     """Return the mean cross-entropy to targets that share ``epsilon`` among all tokens."""
@@ -1904,6 +1984,7 @@ def smoothed_loss(logits: Tensor, targets: Tensor, epsilon: float) -> Tensor:
     chosen = logits.gather(-1, targets[..., None]).squeeze(-1)
     losses = log_sum_exp(logits) - (1 - epsilon) * chosen - epsilon * logits.mean(dim=-1)
     return losses.mean()
+
 
 # %% tags=["check"]
 torch.manual_seed(0)
@@ -1927,6 +2008,7 @@ assert smoothed_loss(1000 * torch.eye(2), torch.tensor([0, 1]), 0.0) == 0, "it m
 # smaller and the memory, in tokens, shall be the same?
 # ````
 
+
 # %% tags=["solution"]
 def half_life(beta: float) -> float:
     """Return the number of steps after which a gradient has half of its weight."""
@@ -1937,6 +2019,7 @@ def beta_for(tokens: float, batch_tokens: float) -> float:
     """Return the beta whose half-life is ``tokens``, for batches of ``batch_tokens``."""
     # beta^(tokens / batch) = 1/2. A hundredth of the batch: 0.95^(1/100) = 0.9995.
     return 0.5 ** (batch_tokens / tokens)
+
 
 # %% tags=["check"]
 for beta in (0.5, 0.9, 0.999):
@@ -1956,6 +2039,7 @@ assert abs(small - 0.95**0.01) < 1e-9, "a hundred small steps forget what one la
 # 0$, and Muon's do not. What does that mean for a matrix that is orthogonal already?
 # ````
 
+
 # %% tags=["solution"]
 def steps_needed(coefficients: tuple[float, float, float], strength: float, low: float) -> int:
     """Return after how many iterations a singular value has reached ``low``."""
@@ -1967,6 +2051,7 @@ def steps_needed(coefficients: tuple[float, float, float], strength: float, low:
         strength = a * strength + b * strength**3 + c * strength**5
         steps += 1
     return steps
+
 
 # %% tags=["check"]
 muon, cubic, quintic = (3.4445, -4.775, 2.0315), (1.5, -0.5, 0.0), (1.875, -1.25, 0.375)
@@ -1989,6 +2074,7 @@ for kind, steps in zip((muon, cubic, quintic), found, strict=True):
 # what counts. Why might this be unwelcome on an accelerator?
 # ````
 
+
 # %% tags=["solution"]
 def loss_of_kept(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the mean loss; logits are made for targets that count and for no others."""
@@ -1996,6 +2082,7 @@ def loss_of_kept(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     # it can ask for a tensor of that size, and torch.compile cannot plan for it.
     kept = targets != -100
     return chunked_cross_entropy(hidden[kept], weight, targets[kept])
+
 
 # %% tags=["check"]
 torch.manual_seed(0)
@@ -2021,6 +2108,7 @@ assert nothing.isnan(), f"the mean over nothing is NaN, not {nothing.item()}"
 # place. How much memory does it save against AdamW, and why will its rate be smaller?
 # ````
 
+
 # %% tags=["solution"]
 @torch.no_grad()
 def lion_step(
@@ -2033,6 +2121,7 @@ def lion_step(
     update = torch.sign(betas[0] * mean + (1 - betas[0]) * grad)
     parameter.mul_(1 - lr * weight_decay).sub_(lr * update)
     mean.mul_(betas[1]).add_((1 - betas[1]) * grad)
+
 
 # %% tags=["check"]
 parameter, mean = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0])), torch.zeros(3)
