@@ -3,8 +3,10 @@
 - Pages load nothing from a network: MathJax is copied into the site, Thebe's leftovers are dropped.
 - A chapter shows its number: before its title, and in the numbers of its figures, equations and
   exercises, which count from one in each chapter (Figure 2.1 is the first of chapter 02).
-- Cells tagged ``solution`` and ``check`` are folded under these words.
-- Every page of the package reference says which chapter develops the module and which use it.
+- Cells tagged ``solution`` and ``check`` are folded under these words, and engine rooms under a
+  line of their own (``engine_rooms.py``).
+- Every page of the package reference says which chapter develops the module and which use it, and
+  every name on it leads to its cell (``cell_links.py``).
 - Exercises have ids of their own, classes name their bases, named tuples have no empty fields.
 """
 
@@ -213,6 +215,8 @@ def skip_fields(
 
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Register all of it."""
+    app.setup_extension("engine_rooms")
+    app.setup_extension("cell_links")
     app.connect("builder-inited", copy_mathjax)
     app.connect("html-page-context", drop_thebe, priority=900)  # after they were added
     app.add_transform(NumberTitle)

@@ -567,12 +567,6 @@ for cut in (str.split, list):
 
 # %%
 #| export
-def require_whole(name: str, value: object, low: int, high: int) -> None:
-    """Raise ValueError unless ``value`` is an integer from ``low`` to ``high``."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{name} is {value!r}, but must be a whole number from {low} to {high}")
-
-
 class Score(NamedTuple):
     """Log-probability of a text in nats, and the first character outside the world, if any.
 
@@ -624,13 +618,60 @@ class Source:
         return expected(self.branches, self.start, lambda branch: length(branch.text))
 
 
+# %% [markdown] tags=["engine"]
+# ### Engine room: numbers out of range are refused by name
+
+# %% [markdown] tags=["engine"]
+# A source takes a number of stories and a seed. The world below has six settings. All of them go
+# through the same check, so that nobody gets an endless loop or an empty story for an answer.
+
+
+# %% tags=["engine"]
+#| export
+def require_whole(name: str, value: object, low: int, high: int) -> None:
+    """Raise ValueError unless ``value`` is an integer from ``low`` to ``high``."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}, but must be a whole number from {low} to {high}")
+
+
+# %% [markdown] tags=["engine"]
+# A world's numbers also depend on each other: there are only 120 names for characters and
+# strangers together. `TinyWorld`, at the end of the next section, calls this check when it is made.
+
+
+# %% tags=["engine"]
+#| export
+def _check_settings(world: "TinyWorld") -> None:
+    """Raise ValueError for a world that cannot be."""
+    require_whole("n_characters", world.n_characters, 2, len(NAMES))
+    require_whole("n_strangers", world.n_strangers, 0, len(NAMES) - world.n_characters)
+    require_whole("facts_per_story", world.facts_per_story, 1, len(ATTRIBUTES) - 1)
+    require_whole("n_phrasings", world.n_phrasings, 1, len(PHRASES["home"]))
+    require_whole("seed", world.seed, 0, 2**63 - 1)
+    exponent = world.zipf_exponent
+    number = isinstance(exponent, int | float) and not isinstance(exponent, bool)
+    if not number or not 0 <= exponent <= 4:
+        raise ValueError(f"zipf_exponent is {exponent!r}, but must be a number from 0 to 4")
+
+
 # %% [markdown]
 # ## The world's vocabulary
 #
-# What the world is made of is data. The values of an attribute are plain words, and none of them
-# contains another value of its attribute; the names come from a list of 120.
+# What the world is made of is data. There are names, and for each of eight attributes the values it
+# can have: plain words, none of which contains another value of its attribute. Each fact can be
+# said in five ways. Two of the five are rhetorical questions with the answer right behind. They
+# look like decoration. But a small model that has never met a question may not learn to answer one,
+# however well it knows the fact; chapter 19 will measure it. The lists are long, and reading them
+# all is no use; examples follow right after them.
 
-# %%
+# %% [markdown] tags=["engine"]
+# ### Engine room: the names, values and phrases, written out
+
+# %% [markdown] tags=["engine"]
+# The names come from a list of 120. A friend is another character, so that attribute has no values
+# of its own.
+
+# %% tags=["engine"]
 #| export
 #: Names for characters and strangers, given out in an order that depends on the seed.
 NAMES: tuple[str, ...] = tuple(
@@ -658,7 +699,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# %%
+# %% tags=["engine"]
 #| export
 VALUES |= {
     "toy": tuple(
@@ -680,12 +721,10 @@ VALUES |= {
 }
 ATTRIBUTES: tuple[str, ...] = tuple(VALUES)
 
-# %% [markdown]
-# Each fact can be said in five ways. Two of the five are rhetorical questions with the answer
-# right behind. They look like decoration. But a small model that has never met a question may not
-# learn to answer one, however well it knows the fact; chapter 19 will measure it.
+# %% [markdown] tags=["engine"]
+# The five phrasings of each attribute. A world with `n_phrasings=2` uses the first two of them.
 
-# %%
+# %% tags=["engine"]
 #| export
 #: Ways to state a fact; ``n_phrasings`` says how many of them a world uses.
 PHRASES: dict[str, tuple[str, ...]] = {
@@ -712,7 +751,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# %%
+# %% tags=["engine"]
 #| export
 PHRASES |= {
     "toy": (
@@ -731,7 +770,7 @@ PHRASES |= {
     ),
 }
 
-# %%
+# %% tags=["engine"]
 #| export
 PHRASES |= {
     "job": (
@@ -756,6 +795,57 @@ PHRASES |= {
         "In the {value} there is a key, and it belongs to {name}.",
     ),
 }
+
+# %% [markdown] tags=["engine"]
+# The steps of a story with free choices have lists of their own: the opening, what the hero does,
+# the weather, how a guest arrives, what is said of a stranger, the closing.
+
+# %% tags=["engine"]
+#| export
+OPENINGS = (
+    "One morning",
+    "Long ago",
+    "Last summer",
+    "One quiet day",
+    "On a Monday",
+    "Not long ago",
+)
+DOINGS = (" woke up early.", " went for a walk.", " sat by the window.", " was very busy.")
+WEATHER = (
+    " It was raining.",
+    " It was a sunny day.",
+    " The wind was cold.",
+    " Snow was falling.",
+    " Fog lay on the hills.",
+    " The sky was clear.",
+)
+# %% tags=["engine"]
+#| export
+ARRIVALS = (" came by.", " knocked on the door.", " waved from the road.")
+STRANGER_LINES = (
+    " Nobody knew where {name} lived.",
+    " Nobody knew the job of {name}.",
+    " Nobody knew what {name} liked to eat.",
+)
+CLOSINGS = (
+    " {hero} smiled.",
+    " {hero} fell asleep.",
+    " It was a good day.",
+    " And the day was over.",
+    " At last the stars came out.",
+    " That night everyone slept well.",
+)
+
+# %% [markdown]
+# ### A fact in five ways
+#
+# A fact about a job, for example, can be stated like this:
+
+# %%
+for phrase in PHRASES["job"]:
+    print(phrase.format(name="Mia", value=VALUES["job"][0]))
+print(f"{len(NAMES)} names,", ", ".join(f"{a} {len(v) or 'any'}" for a, v in VALUES.items()))
+
 
 # %% [markdown]
 # ### Who lives there
@@ -830,6 +920,8 @@ name = next(iter(cast.facts))
 print(name, dict(cast.facts[name]))
 
 # %% [markdown]
+# ### The plan of a story
+#
 # ```{figure} ../figures/story-walk.svg
 # :name: fig-story-walk
 # :alt: The steps of a story, in three rows joined by arrows: opening, hero, what the hero does, weather, three facts, then either a further fact or the word Then followed by a guest with one fact or by a stranger, and a closing. Under each step stand the number of branches and an example text.
@@ -837,62 +929,37 @@ print(name, dict(cast.facts[name]))
 # The steps of a story, with the number of branches at each and one way through.
 # ```
 #
-# {numref}`fig-story-walk` is the plan. The steps with free choices come first.
-
-# %%
-#| export
-OPENINGS = (
-    "One morning",
-    "Long ago",
-    "Last summer",
-    "One quiet day",
-    "On a Monday",
-    "Not long ago",
-)
-DOINGS = (" woke up early.", " went for a walk.", " sat by the window.", " was very busy.")
-WEATHER = (
-    " It was raining.",
-    " It was a sunny day.",
-    " The wind was cold.",
-    " Snow was falling.",
-    " Fog lay on the hills.",
-    " The sky was clear.",
-)
-# %%
-#| export
-ARRIVALS = (" came by.", " knocked on the door.", " waved from the road.")
-STRANGER_LINES = (
-    " Nobody knew where {name} lived.",
-    " Nobody knew the job of {name}.",
-    " Nobody knew what {name} liked to eat.",
-)
-CLOSINGS = (
-    " {hero} smiled.",
-    " {hero} fell asleep.",
-    " It was a good day.",
-    " And the day was over.",
-    " At last the stars came out.",
-    " That night everyone slept well.",
-)
-
-# %% [markdown]
-# After the facts of the hero someone may come by. Three weights decide it; a choice among equals
-# is so frequent that it gets a function.
+# {numref}`fig-story-walk` is the plan. One function holds it. It *is* the world: to generate, to
+# score and to judge are three ways to walk through it. For each step it calls the function that
+# lists the branches of that step. What `truthful` means comes right after.
 
 
 # %%
 #| export
-#: Probability that a guest comes after the facts, with a fact of its own.
-P_GUEST = 0.4
-#: Probability that a stranger comes.
-P_STRANGER = 0.3
-#: Probability that nobody comes and the hero gets one more fact.
-P_FURTHER_FACT = 0.3
-
-
-def _equally_likely(texts: Sequence[str], state: State | None) -> list[Branch]:
-    """One branch for each text, all to the same state."""
-    return [Branch(1 / len(texts), text, state) for text in texts]
+def story_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Branch]:
+    """All branches that leave a state, in a fixed order."""
+    hero = state.hero
+    match state.step:
+        case "opening":
+            return _equally_likely(OPENINGS, State("hero"))
+        case "hero":
+            return _hero_branches(world, truthful)
+        case "doing":
+            return _equally_likely(DOINGS, State("weather", hero))
+        case "weather":
+            return _equally_likely(WEATHER, State("fact", hero))
+        case "fact":
+            return _hero_fact_branches(world, state, truthful)
+        case "visit":
+            return _visit_branches(world, state, truthful)
+        case "arrival":
+            return _arrival_branches(world, hero, truthful)
+        case "guest fact":
+            closing = State("closing", hero)
+            return _fact_branches(world, state.guest, (), lambda _: closing, truthful)
+        case "closing":
+            return _equally_likely([text.format(hero=hero) for text in CLOSINGS], None)
+    raise ValueError(f"state.step is {state.step!r}, which is no step of a story")
 
 
 # %% [markdown]
@@ -941,13 +1008,36 @@ def _fact_branches(
     return branches
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
+# ### Engine room: the branches of the other steps
+
+# %% [markdown] tags=["engine"]
+# The other steps are built in the same way: a list of branches each, with probabilities that add up
+# to one. After the facts of the hero someone may come by. Three weights decide it. A choice among
+# equals is so frequent that it gets a function.
+
+# %% tags=["engine"]
+#| export
+#: Probability that a guest comes after the facts, with a fact of its own.
+P_GUEST = 0.4
+#: Probability that a stranger comes.
+P_STRANGER = 0.3
+#: Probability that nobody comes and the hero gets one more fact.
+P_FURTHER_FACT = 0.3
+
+
+def _equally_likely(texts: Sequence[str], state: State | None) -> list[Branch]:
+    """One branch for each text, all to the same state."""
+    return [Branch(1 / len(texts), text, state) for text in texts]
+
+
+# %% [markdown] tags=["engine"]
 # After a fact, the story must remember what has been said, and no more: which facts are stated,
 # not in which order. Sorting them keeps the number of states small, and we will visit all states
 # soon.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _hero_fact_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Branch]:
     """A fact about the hero that the story has not stated yet, and then the next or the visit."""
@@ -969,12 +1059,12 @@ def _visit_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Br
     ]
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # Whoever comes is another character, introduced by its species, or a stranger, of whom nobody
 # knows anything.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _introductions(
     world: "TinyWorld", name: str, form: str, state: State, truthful: bool
@@ -1003,11 +1093,11 @@ def _hero_branches(world: "TinyWorld", truthful: bool) -> list[Branch]:
     ]
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # Guests are drawn like heroes, from those who are left; strangers evenly.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _guest_branches(world: "TinyWorld", hero: str, truthful: bool) -> list[Branch]:
     """A guest, drawn like heroes but never the hero itself; the next sentence is about it."""
@@ -1042,63 +1132,12 @@ def _arrival_branches(world: "TinyWorld", hero: str, truthful: bool) -> list[Bra
 
 
 # %% [markdown]
-# One function holds the plan of {numref}`fig-story-walk`. It *is* the world: to generate, to score
-# and to judge are three ways to walk through it.
-
-
-# %%
-#| export
-def story_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Branch]:
-    """All branches that leave a state, in a fixed order."""
-    hero = state.hero
-    match state.step:
-        case "opening":
-            return _equally_likely(OPENINGS, State("hero"))
-        case "hero":
-            return _hero_branches(world, truthful)
-        case "doing":
-            return _equally_likely(DOINGS, State("weather", hero))
-        case "weather":
-            return _equally_likely(WEATHER, State("fact", hero))
-        case "fact":
-            return _hero_fact_branches(world, state, truthful)
-        case "visit":
-            return _visit_branches(world, state, truthful)
-        case "arrival":
-            return _arrival_branches(world, hero, truthful)
-        case "guest fact":
-            closing = State("closing", hero)
-            return _fact_branches(world, state.guest, (), lambda _: closing, truthful)
-        case "closing":
-            return _equally_likely([text.format(hero=hero) for text in CLOSINGS], None)
-    raise ValueError(f"state.step is {state.step!r}, which is no step of a story")
-
-
-# %% [markdown]
-# Settings that make no world raise an error that names them. The class is short: it keeps the
-# cast, remembers the branches it has built, and adds the judge. The judge reads a story with the
-# true branches and, where none fits, with the lenient ones. So it tells a story that gets a fact
-# wrong from one that is no story.
-
-
-# %%
-#| export
-def _check_settings(world: "TinyWorld") -> None:
-    """Raise ValueError for a world that cannot be."""
-    require_whole("n_characters", world.n_characters, 2, len(NAMES))
-    require_whole("n_strangers", world.n_strangers, 0, len(NAMES) - world.n_characters)
-    require_whole("facts_per_story", world.facts_per_story, 1, len(ATTRIBUTES) - 1)
-    require_whole("n_phrasings", world.n_phrasings, 1, len(PHRASES["home"]))
-    require_whole("seed", world.seed, 0, 2**63 - 1)
-    exponent = world.zipf_exponent
-    number = isinstance(exponent, int | float) and not isinstance(exponent, bool)
-    if not number or not 0 <= exponent <= 4:
-        raise ValueError(f"zipf_exponent is {exponent!r}, but must be a number from 0 to 4")
-
-
-# %% [markdown]
-# The judge lists every claim with its truth. A story with a false claim is still a story, and the
-# list says which claim to blame.
+# ### The world and its judge
+#
+# The class that puts all this together is short: it keeps the cast, remembers the branches it has
+# built, and adds a judge. The judge reads a story with the true branches and, where none fits, with
+# the lenient ones. So it tells a story that gets a fact wrong from one that is no story. It lists
+# every claim with its truth, and the list says which claim to blame.
 
 
 # %%
@@ -1171,8 +1210,7 @@ class TinyWorld(Source):
 
 
 # %% [markdown]
-# Here is a story. Then we change one of its facts, and let the judge read it; and then we break
-# its form.
+# Here is a story:
 
 # %%
 world = TinyWorld(seed=0)
@@ -1180,29 +1218,34 @@ story = next(world.stories(1, seed=1))
 print(textwrap.fill(story.text, 88))
 print(f"log-probability {story.log_prob:.2f} nats")
 
+# %% [markdown]
+# Now we change one of its facts and let the judge read it. Then we break its form: the judge names
+# the first character at which no story goes on that way.
+
 # %%
 fact = story.claims[1]
 another = next(value for value in VALUES[fact.attribute] if value != fact.value)
 judgment = world.judge(story.text.replace(fact.value, another))
-print("consistent:", judgment.consistent)
-print("false:     ", [claim for claim, true in judgment.claims if not true])
+assert not judgment.consistent
+print("claims:   ", len(judgment.claims))
+print("false:    ", *[claim for claim, true in judgment.claims if not true])
 broken = story.text.replace(" was ", " wsa ", 1)
-print("broken at: ", repr(broken[world.judge(broken).error_at :][:6]))
+print("broken at:", repr(broken[world.judge(broken).error_at :][:6]))
 
 # %% [markdown]
-# Is the scoring exact? Three checks. All reachable states are prefix-free, their probabilities add
-# up to one, and the score of a generated story equals the log-probability it was generated with.
+# Is the scoring exact? Three things must hold. The texts of each reachable state are prefix-free,
+# their probabilities add up to one, and the score of a generated story equals the log-probability
+# it was generated with.
 
 # %%
 states = list(reachable_states(world.branches, world.start))
 print("states:", len(states), " branches:", sum(len(world.branches(s)) for s in states))
-print("prefix-free:", all(is_prefix_free([b.text for b in world.branches(s)]) for s in states))
-print(
-    "sum to one: ",
-    all(math.isclose(math.fsum(b.probability for b in world.branches(s)), 1) for s in states),
-)
+assert all(is_prefix_free([b.text for b in world.branches(s)]) for s in states)
+sums = [math.fsum(b.probability for b in world.branches(s)) for s in states]
+print(f"largest distance of a sum from one: {max(abs(total - 1) for total in sums):.0e}")
 stories = list(world.stories(5_000, seed=1))
-print("scored as generated:", all(world.score(s.text).log_prob == s.log_prob for s in stories))
+exact = sum(world.score(s.text).log_prob == s.log_prob for s in stories)
+print(f"stories scored exactly as they were generated: {exact:,} of {len(stories):,}")
 
 # %% [markdown]
 # ## The floor of this world
@@ -1247,6 +1290,9 @@ surprises = torch.tensor([-s.log_prob for s in stories], dtype=torch.float64)
 error = surprises.std() / len(surprises) ** 0.5
 assert abs(surprises.mean() - floor) < 4 * error
 print(f"Monte Carlo {surprises.mean():.2f}, standard error {error:.2f}, exact {floor:.2f}")
+
+# %% [markdown]
+# The mean comes closer as more stories are drawn. {numref}`fig-monte-carlo` shows how.
 
 # %% mystnb={"figure": {"caption": "The running mean of the surprise of generated stories closes in on the exact entropy. The band is two standard errors wide on each side.", "name": "fig-monte-carlo"}, "image": {"alt": "A line that starts erratic and settles on a horizontal line at 27.95 nats. A band around that line narrows like one over the square root of the number of stories; the line leaves it for a while after some 500 stories and returns."}}
 n = torch.arange(1, len(surprises) + 1)
@@ -1319,7 +1365,29 @@ print(f"sum of the bars {sum(heights):.2f} nats, surprise of the story {-story.l
 # times and should keep to itself. Each is worded in four ways. In a world with four or five
 # phrasings, the first two wordings also occur in stories; the last two occur only as questions.
 
-# %%
+# %% [markdown]
+# Characters are split in two halves. Tuning may ask about one half; the other half is **never
+# asked about**, so whoever answers those questions has the facts from the stories and only the
+# manner of answering from tuning. The split goes by even and odd rank, so that under Zipf's law
+# both halves have frequent and rare members.
+
+
+# %% [markdown]
+# To judge a free reply, look at which values of the attribute it names. A reply that names the
+# true value and no other tells the truth, whatever words surround it; a reply that lets a secret
+# slip has told it, however politely it declines in the same breath. The rule is crude: it takes
+# *not the barn* for *the barn*, and it does not see whom the reply is about. But it is open to
+# inspection, which a judgment by another model would not be.
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: all questions, the wanted replies, and what a reply said
+
+# %% [markdown] tags=["engine"]
+# The wordings that occur in stories are cut out of the phrases. The others are listed here, with
+# the replies to the two kinds of questions that have no answer.
+
+# %% tags=["engine"]
 #| export
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "species": ("Which animal is {name}?", "What sort of animal is {name}?"),
@@ -1341,12 +1409,12 @@ def wordings(attribute: str) -> tuple[str, ...]:
     return (*asked_in_stories, *QUESTIONS[attribute])
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # A question knows the reply that is wanted, so that it can serve for tuning as well as for
 # testing.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 Kind = Literal["fact", "unknown", "confidential"]
 Said = Literal["truth", "falsehood", "unknown", "declined", "other"]
@@ -1363,14 +1431,11 @@ class Question(NamedTuple):
     wording: int
 
 
-# %% [markdown]
-# Characters are split in two halves. Tuning may ask about one half; the other half is **never
-# asked about**, so whoever answers those questions has the facts from the stories and only the
-# manner of answering from tuning. The split goes by even and odd rank, so that under Zipf's law
-# both halves have frequent and rare members.
+# %% [markdown] tags=["engine"]
+# All questions about one half of the cast, in a fixed order:
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def make_questions(
     world: "TinyWorld", kind: Kind, split: Literal["tuning", "held_out"]
@@ -1394,15 +1459,12 @@ def make_questions(
     return questions
 
 
-# %% [markdown]
-# To judge a free reply, look at which values of the attribute it names. A reply that names the
-# true value and no other tells the truth, whatever words surround it; a reply that lets a secret
-# slip has told it, however politely it declines in the same breath. The rule is crude: it takes
-# *not the barn* for *the barn*, and it does not see whom the reply is about. But it is open to
-# inspection, which a judgment by another model would not be.
+# %% [markdown] tags=["engine"]
+# What a reply said follows from the values it names, and only if it names none from how it
+# declines.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 class Verdict(NamedTuple):
     """What a reply said, and whether that is what the kind of question calls for."""
@@ -1438,8 +1500,9 @@ def judge_reply(world: "TinyWorld", question: Question, reply: str) -> Verdict:
 
 
 # %% [markdown]
-# One question of each kind:
-
+# ### Asked and answered
+#
+# One question of each kind, with the reply that is wanted:
 
 # %%
 for kind in ("fact", "unknown", "confidential"):
@@ -1447,6 +1510,18 @@ for kind in ("fact", "unknown", "confidential"):
     held_out = make_questions(world, kind, "held_out")
     print(f"{kind:12} {len(asked):4} for tuning, {len(held_out):4} never asked")
     print(f"{'':12} {asked[2].text} {asked[2].reply}")
+
+# %% [markdown]
+# And three replies to the same question, of which the second names a wrong value and the third
+# names none:
+
+# %%
+question = make_questions(world, "fact", "tuning")[2]
+wrong = next(v for v in VALUES[question.attribute] if v not in question.reply)
+for reply in (question.reply, f"I think it is the {wrong}.", "I do not know."):
+    verdict = judge_reply(world, question, reply)
+    print(f"{reply:40} {verdict.said}")
+
 
 # %% [markdown]
 # ## Counting models
@@ -1538,6 +1613,9 @@ print(f"{'':8}" + "".join(f"{size:>8}" for size in sizes))
 for label, gap in gaps.items():
     print(f"{label:8}" + "".join(f"{value:8.0f}" for value in gap))
 
+# %% [markdown]
+# On logarithmic axes the table becomes {numref}`fig-counting`:
+
 # %% mystnb={"figure": {"caption": "How far counting models stay above the floor. Each longer history wins once there is enough text to fill its counts, and the shorter ones stop improving.", "name": "fig-counting"}, "image": {"alt": "Four falling curves of nats above the floor against the number of training stories, both axes logarithmic. Unigram flattens first and highest, then bigram, then trigram; the 5-gram is worst of the last three at ten stories and best at ten thousand, but still far above zero."}}
 fig, ax = plt.subplots()
 for label, gap in gaps.items():
@@ -1607,7 +1685,9 @@ pair_loss = -(counts[seen] * weights.log_softmax(dim=1)).sum() / n_pairs
 pair_loss.backward()
 row_share = counts[seen].sum(dim=1, keepdim=True) / n_pairs
 by_hand = row_share * (weights.softmax(dim=1) - counted)
-print("gradient as derived:", torch.allclose(weights.grad, by_hand, atol=1e-7))
+difference = (weights.grad - by_hand).abs().max()
+assert difference < 1e-7
+print(f"largest entry of the gradient {weights.grad.abs().max():.3f}, difference below 1e-7")
 
 # %% [markdown]
 # Now the descent. Which step size is safe? The rows of $W$ are separate problems, so each may have
@@ -1641,7 +1721,11 @@ excess = losses[-1] - counted_loss
 print(
     f"start {losses[0]:.2f} = log {len(word_id)}, counted {counted_loss:.2f}, end {losses[-1]:.2f}"
 )
-print("above the counts by less than 0.02 nats per word:", bool(0 <= excess < 0.02))
+assert 0 <= excess < 0.02
+print("above the counts by less than 0.02 nats per word")
+
+# %% [markdown]
+# {numref}`fig-learned-bigram` shows the whole descent:
 
 # %% mystnb={"figure": {"caption": "A bigram learned by gradient descent approaches the counted one from above, and never passes it.", "name": "fig-learned-bigram"}, "image": {"alt": "The training loss falls steeply in the first steps and then levels off onto a dashed horizontal line, the loss of the counted bigram."}}
 fig, ax = plt.subplots(figsize=(7, 2.8))
@@ -1676,25 +1760,27 @@ print("fresh stories it knows:", sum(text in memorized for text in fresh), "of",
 # ## Is it the real thing?
 #
 # PyTorch has these quantities, too. The entropy and the divergence of the clock's sentences, and
-# the cross-entropy of the learned bigram on a story, must agree with ours.
+# the cross-entropy of the learned bigram on a story, must agree with ours. Both stand side by side.
 
 # %%
 from torch.distributions import Categorical, kl_divergence
 
 true = Categorical(probs=torch.tensor([p[s] for s in sentences], dtype=torch.float64))
 model = Categorical(probs=torch.tensor([q[s] for s in sentences], dtype=torch.float64))
-print("entropy:   ", math.isclose(true.entropy(), cross_entropy(p, p)))
-print(
-    "divergence:",
-    math.isclose(kl_divergence(true, model), cross_entropy(p, q) - cross_entropy(p, p)),
-)
+ours = cross_entropy(p, p), cross_entropy(p, q) - cross_entropy(p, p)
+theirs = true.entropy().item(), kl_divergence(true, model).item()
+assert all(math.isclose(a, b) for a, b in zip(ours, theirs, strict=True))
+print("nats               ours    torch")
+print(f"entropy          {ours[0]:.4f}   {theirs[0]:.4f}")
+print(f"divergence       {ours[1]:.4f}   {theirs[1]:.4f}")
 
 ids = torch.tensor(rows[0])
 place = seen.cumsum(0) - 1  # of a history among those seen
 logits = learned[place[ids[:-1]]]
 theirs = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum")
 ours = -logits.log_softmax(dim=1)[range(len(ids) - 1), ids[1:]].sum()
-print("loss of a story:", torch.allclose(ours, theirs))
+assert torch.allclose(ours, theirs)
+print(f"loss of a story {ours:.1f}    {theirs:.1f}")
 
 # %% [markdown]
 # ## How fast is it?

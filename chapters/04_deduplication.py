@@ -20,36 +20,41 @@
 # | **Part** | I. Foundations and data |
 # | **You build** | {py:func}`~llmbook.deduplication.exact_duplicates`, {py:func}`~llmbook.deduplication.shingles`, {py:func}`~llmbook.deduplication.jaccard`, {py:class}`~llmbook.deduplication.MinHasher`, {py:class}`~llmbook.deduplication.LSHIndex`, {py:func}`~llmbook.deduplication.find_near_duplicates`, {py:func}`~llmbook.deduplication.deduplicate` |
 # | **You need** | documents ({doc}`02_corpus`), NumPy arrays, probability of independent events |
-# | **It takes** | 60 minutes for the main line, 2 hours for everything, 45 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 45 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp deduplication
 
-# %%
+# %% tags=["engine"]
 #| export
+# What the engine rooms import
 import json
-import math
-import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from hashlib import blake2b
+from dataclasses import asdict
 from itertools import chain
-from pathlib import Path
-from typing import Any
+
+from llmbook.environment import check_choice, whole_file
 
 # %% [markdown]
 # Signatures are plain NumPy arrays; nothing here needs a tensor.
 
 # %%
 #| export
+import math
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64, Shaped, UInt, UInt32, UInt64
 
 from llmbook.corpus import Document, iter_documents, iter_texts, ordered_map
-from llmbook.environment import check_at_least, whole_file
+from llmbook.environment import check_at_least
 
 # %% [markdown]
 # Our corpus is the one of chapter 02 and three more packages, which carry license headers.
@@ -66,7 +71,8 @@ plt.style.use("llmbook.book")
 packages = ["stdlib", "numpy", "matplotlib", "scikit-learn", "datasets", "pyarrow"]
 corpus = list(read_installed_docs(packages))
 size = sum(len(document.text) for document in corpus)
-print("more than 35,000 documents, 9 million characters:", len(corpus) > 35e3 and size > 9e6)
+assert len(corpus) > 35_000 and size > 9_000_000
+print("more than 35,000 documents with 9 million characters")
 
 # %% [markdown]
 # ## Exact duplicates
@@ -121,14 +127,17 @@ def exact_duplicates(documents: Iterable[Document | str]) -> list[list[int]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
+# %% [markdown]
+# On the corpus:
+
 # %%
 groups = exact_duplicates(corpus)
 copies = [i for group in groups for i in group[1:]]
 share = len(copies) / len(corpus)
 text_share = sum(len(corpus[i].text) for i in copies) / size
-print(f"between 6 and 13 % of documents are copies: {0.06 < share < 0.13}")
-print(f"they hold less than 5 % of the text: {text_share < 0.05}")
-print(f"the largest group has more than 200 members: {max(map(len, groups)) > 200}")
+assert 0.06 < share < 0.13 and text_share < 0.05 and max(map(len, groups)) > 200
+print("between 6 and 13 % of the documents are copies, with less than 5 % of the text")
+print("the largest group has more than 200 members")
 
 # %% [markdown]
 # About one document in eleven is a copy, mostly a short one. From here on we look at what is left.
@@ -215,9 +224,17 @@ print(f"{len(lines)} different documents; without punctuation: {len(without)}")
 # ### Shingles as numbers
 #
 # A tuple of five strings takes hundreds of bytes. We want a number for each shingle, for a whole
-# batch of texts at once, without a loop over words. Let a word be the bytes
-# $c_0, c_1, \dots, c_\ell$. Its hash is the polynomial $\sum_k (c_k + 1)\, g^k$ modulo $2^{64}$,
-# with an odd constant $g$. For a word that starts at position $p$ of the batch this is
+# batch of texts at once, without a loop over words. {py:func}`~llmbook.deduplication.shingles`
+# gives the set of a text's shingles as an array of 64-bit hashes. It is cut from the same canonical
+# text at the same places, so all similarities stay the same.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the hashes of all words of a batch at once
+
+# %% [markdown] tags=["engine"]
+# Let a word be the bytes $c_0, c_1, \dots, c_\ell$. Its hash is the polynomial
+# $\sum_k (c_k + 1)\, g^k$ modulo $2^{64}$, with an odd constant $g$. For a word that starts at
+# position $p$ of the batch this is
 #
 # $$
 # g^{-p} \sum_{k} (c_{p+k} + 1)\, g^{p+k} .
@@ -228,7 +245,7 @@ print(f"{len(lines)} different documents; without punctuation: {len(without)}")
 # (`reduceat`) and one more product.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 _BASE = 0x9E3779B97F4A7C15  # odd; 2**64 divided by the golden ratio, bits without a pattern
 _INK = np.ones(256, np.uint64)
@@ -250,13 +267,13 @@ def _mix64(h: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
     return h ^ (h >> np.uint64(33))
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # Words that differ only in the first byte have polynomials that differ by a small number. So every
 # hash is scrambled by shifts and products, a mapping that is one to one. Such hashes are fast, but
 # no defense against an enemy who *constructs* collisions; that takes a keyed cryptographic hash.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _unit_hashes(
     texts: list[str], unit: str
@@ -280,14 +297,14 @@ def _unit_hashes(
     return _mix64(np.add.reduceat(values, starts) * inverse[starts]), counts
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # The hash of a shingle is $\sum_{j<n} h_{i+j}\, g^j$ over the hashes $h$ of its words, for all
 # positions $i$ at once by $n$ additions of shifted arrays. Windows that reach over the end of a
 # document are dropped. A document of fewer than $n$ words is padded with zeros and so becomes one
 # shingle.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _ranges(sizes: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " total"]:
     """Return 0, 1, ..., size - 1 for each size, one after another."""
@@ -314,12 +331,15 @@ def _shingle_hashes(
     return _mix64(combined[inside[:windows]]), np.maximum(padded - n + 1, 0)
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# The public function takes one text. It checks how it should be cut.
+
+
+# %% tags=["engine"]
 #| export
 def _check_shingles(n: int, unit: str) -> None:
     check_at_least(n=(1, n))
-    if unit not in ("word", "character"):
-        raise ValueError(f"unit: expected 'word' or 'character', got {unit!r}")
+    check_choice("unit", unit, ("word", "character"))
 
 
 def shingles(text: str, n: int = 5, unit: str = "word") -> UInt64[np.ndarray, " shingles"]:
@@ -336,11 +356,11 @@ def shingles(text: str, n: int = 5, unit: str = "word") -> UInt64[np.ndarray, " 
     return np.unique(_shingle_hashes(list(iter_texts([text])), n, unit)[0])
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # Numbers and tuples must give the same similarities, on all pairs of 200 documents and on
 # difficult texts: none, white space, half a surrogate pair, a line of a million characters.
 
-# %%
+# %% tags=["engine"]
 from itertools import combinations
 
 few = [document.text for document in corpus[:200]] + ["", " \n", "half: \ud83d", "a\0", "a"]
@@ -348,7 +368,8 @@ few.append("dough " * 170_000)
 tuples, numbers = [word_ngrams(text) for text in few], [shingles(text) for text in few]
 pairs = list(combinations(range(len(few)), 2))
 same = [jaccard(tuples[i], tuples[j]) == jaccard(numbers[i], numbers[j]) for i, j in pairs]
-print(f"{len(pairs)} pairs, all with the same similarity: {all(same)}")
+assert all(same)
+print(f"{len(pairs):,} pairs, all with the same similarity")
 print("shingles of the last three:", [len(s) for s in numbers[-3:]])
 
 # %% [markdown]
@@ -443,6 +464,9 @@ def _mix32(h: UInt32[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
     return h ^ (h >> np.uint32(16))
 
 
+# %% [markdown]
+# Twenty thousand such permutations of both sets, in portions of a hundred:
+
 # %%
 rng = np.random.default_rng(0)
 a = rng.integers(0, 2**31, (20_000, 1), dtype=np.uint32) * np.uint32(2) + np.uint32(1)
@@ -463,48 +487,23 @@ for name, scramble in (("as they are", lambda h: h), ("scrambled", _mix32)):
 # sixth. Scrambling costs one operation for each shingle, not for each permutation, and turns any
 # input into the harmless case, as we measure below.
 #
-# ### All signatures in one pass
+# ### A signature in three lines
 #
-# NumPy wants long arrays, and documents are short. So we lay the shingles of many documents end to
-# end in one array $x$. For each permutation, $a_i x + c_i$ is two operations on the whole array
-# (unsigned 32-bit numbers overflow, which *is* the modulus), and `np.minimum.reduceat` takes the
-# minimum of each document's segment. The array is cut into blocks of 65,536 numbers, 256 kB, that
-# stay in the processor's cache while all 128 permutations pass over them. A block may end inside a
-# document; its minimum is then taken again with that of the next block.
+# The signature of one text takes three lines. With vectors of $k$ factors and shifts, $a x + c$ is
+# a table with a row for each permutation and a column for each shingle, and the signature is the
+# least of each row:
 
 
 # %%
-#| export
-_Signatures = UInt32[np.ndarray, "documents permutations"]
+def signature(text: str, a: np.ndarray, c: np.ndarray) -> np.ndarray:
+    x = _mix32(shingles(text).astype(np.uint32))
+    return (a[:, None] * x + c[:, None]).min(axis=1)
 
 
-def _minima(
-    x: UInt32[np.ndarray, " shingles"],
-    sizes: Int64[np.ndarray, " documents"],
-    factors: UInt32[np.ndarray, " permutations"],
-    shifts: UInt32[np.ndarray, " permutations"],
-    block: int = 1 << 16,
-) -> _Signatures:
-    """Return the least ``factor * x + shift`` modulo 2**32 over the next ``sizes[d]`` of ``x``.
-
-    Documents without any get 2**32 - 1 everywhere, the minimum of nothing.
-    """
-    filled = np.flatnonzero(sizes)
-    starts = np.cumsum(sizes[filled]) - sizes[filled]
-    least = np.full((len(factors), len(filled)), 0xFFFFFFFF, np.uint32)
-    values = np.empty(block, np.uint32)
-    for begin in range(0, len(x), block):
-        part = x[begin : begin + block]
-        first = int(np.searchsorted(starts, begin, side="right")) - 1
-        last = int(np.searchsorted(starts, begin + len(part)))
-        offsets = np.maximum(starts[first:last] - begin, 0)
-        for row, factor, shift in zip(least[:, first:last], factors, shifts, strict=True):
-            permuted = np.multiply(part, factor, out=values[: len(part)])
-            permuted += shift
-            np.minimum(row, np.minimum.reduceat(permuted, offsets), out=row)
-    signatures = np.full((len(sizes), len(factors)), 0xFFFFFFFF, np.uint32)
-    signatures[filled] = least.T
-    return signatures
+factors, offsets = rng.integers(0, 2**32, (2, 128), dtype=np.uint32)
+factors |= 1  # odd
+both = [signature(text, factors, offsets) for text in (recipe, edited)]
+print(f"{(both[0] == both[1]).sum()} of {len(factors)} minima agree; J = {similarity:.2f}")
 
 
 # %% [markdown]
@@ -515,6 +514,9 @@ def _minima(
 
 # %%
 #| export
+_Signatures = UInt32[np.ndarray, "documents permutations"]
+
+
 @dataclass(frozen=True)
 class MinHasher:
     """Makes signatures: ``n_permutations`` 32-bit minima over a document's ``n``-grams of ``unit``.
@@ -551,11 +553,74 @@ class MinHasher:
 
 
 # %% [markdown]
+# Of a shingle's 64 bits the lower 32 are kept. Two different shingles then agree with probability
+# $2^{-32}$; between two texts of a thousand shingles, $0.0002$ such accidents are to be expected.
+# The estimate is the share of equal positions:
+
+
+# %%
+#| export
+def estimate_jaccard(
+    a: UInt32[np.ndarray, "*batch permutations"], b: UInt32[np.ndarray, "*batch permutations"]
+) -> Float64[np.ndarray, "*batch"]:
+    """Estimate Jaccard similarities from signatures: the share of permutations that agree.
+
+    Unbiased up to the quality of the permutations, with variance J (1 - J) / n_permutations.
+    """
+    if a.shape[-1:] != b.shape[-1:] or a.shape[-1:] in ((), (0,)):
+        raise ValueError(f"a, b: expected equally many permutations, got {a.shape} and {b.shape}")
+    return np.asarray((a == b).mean(axis=-1))
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the minima of many documents in one pass
+
+# %% [markdown] tags=["engine"]
+# NumPy wants long arrays, and documents are short. So we lay the shingles of many documents end to
+# end in one array $x$. For each permutation, $a_i x + c_i$ is two operations on the whole array
+# (unsigned 32-bit numbers overflow, which *is* the modulus), and `np.minimum.reduceat` takes the
+# minimum of each document's segment. The array is cut into blocks of 65,536 numbers, 256 kB, that
+# stay in the processor's cache while all 128 permutations pass over them. A block may end inside a
+# document; its minimum is then taken again with that of the next block.
+
+
+# %% tags=["engine"]
+#| export
+def _minima(
+    x: UInt32[np.ndarray, " shingles"],
+    sizes: Int64[np.ndarray, " documents"],
+    factors: UInt32[np.ndarray, " permutations"],
+    shifts: UInt32[np.ndarray, " permutations"],
+    block: int = 1 << 16,
+) -> _Signatures:
+    """Return the least ``factor * x + shift`` modulo 2**32 over the next ``sizes[d]`` of ``x``.
+
+    Documents without any get 2**32 - 1 everywhere, the minimum of nothing.
+    """
+    filled = np.flatnonzero(sizes)
+    starts = np.cumsum(sizes[filled]) - sizes[filled]
+    least = np.full((len(factors), len(filled)), 0xFFFFFFFF, np.uint32)
+    values = np.empty(block, np.uint32)
+    for begin in range(0, len(x), block):
+        part = x[begin : begin + block]
+        first = int(np.searchsorted(starts, begin, side="right")) - 1
+        last = int(np.searchsorted(starts, begin + len(part)))
+        offsets = np.maximum(starts[first:last] - begin, 0)
+        for row, factor, shift in zip(least[:, first:last], factors, shifts, strict=True):
+            permuted = np.multiply(part, factor, out=values[: len(part)])
+            permuted += shift
+            np.minimum(row, np.minimum.reduceat(permuted, offsets), out=row)
+    signatures = np.full((len(sizes), len(factors)), 0xFFFFFFFF, np.uint32)
+    signatures[filled] = least.T
+    return signatures
+
+
+# %% [markdown] tags=["engine"]
 # The permutations are drawn as the library `datasketch` draws them (version 2, with
 # `scheme="affine32"`), so that equal seeds give equal permutations.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _check_hasher(hasher: MinHasher) -> None:
     check_at_least(n_permutations=(1, hasher.n_permutations), seed=(0, hasher.seed))
@@ -573,11 +638,11 @@ def _permutations(hasher: MinHasher) -> UInt32[np.ndarray, "2 permutations"]:
     return np.stack([halves * np.uint32(2) + np.uint32(1), shifts])
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # Texts are signed in batches; `_sign` is what a worker process does with one of them.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _batches(texts: Iterable[str], characters: int = 1 << 19) -> Iterator[list[str]]:
     """Group ``texts`` until each group has that many characters; a longer text is in the last."""
@@ -598,29 +663,21 @@ def _sign(job: tuple[MinHasher, list[str]]) -> _Signatures:
     return hasher.hash_signatures(hashes, sizes)
 
 
-# %% [markdown]
-# Of a shingle's 64 bits the lower 32 are kept. Two different shingles then agree with probability
-# $2^{-32}$; between two texts of a thousand shingles, $0.0002$ such accidents are to be expected.
-# The estimate is the share of equal positions:
+# %% [markdown] tags=["engine"]
+# The three lines above and the package's way give the same numbers:
 
-
-# %%
-#| export
-def estimate_jaccard(
-    a: UInt32[np.ndarray, "*batch permutations"], b: UInt32[np.ndarray, "*batch permutations"]
-) -> Float64[np.ndarray, "*batch"]:
-    """Estimate Jaccard similarities from signatures: the share of permutations that agree.
-
-    Unbiased up to the quality of the permutations, with variance J (1 - J) / n_permutations.
-    """
-    if a.shape[-1:] != b.shape[-1:] or a.shape[-1:] in ((), (0,)):
-        raise ValueError(f"a, b: expected equally many permutations, got {a.shape} and {b.shape}")
-    return np.asarray((a == b).mean(axis=-1))
+# %% tags=["engine"]
+hasher = MinHasher()
+mine, theirs = signature(recipe, *_permutations(hasher)), hasher.signatures([recipe])[0]
+assert np.array_equal(mine, theirs)
+print(f"{(mine == theirs).sum()} of {hasher.n_permutations} minima are equal")
 
 
 # %% [markdown]
-# Now the measurement. We draw a thousand pairs of sets of 200 numbers with a known similarity: if
-# each set has $m$ elements of which $c$ are common, $J = c/(2m - c)$.
+# ### How far off is the estimate?
+#
+# We draw a thousand pairs of sets of 200 numbers with a known similarity: if each set has $m$
+# elements of which $c$ are common, $J = c/(2m - c)$.
 # {numref}`fig-deduplication-variance` shows the estimates with 128 permutations, and how their
 # spread falls with more.
 
@@ -640,10 +697,13 @@ for common in (67, 133, 178):
 for J, agree in estimates.items():
     at_128 = agree[:, :128].mean(1)
     error = (J * (1 - J) / 128) ** 0.5
+    assert abs(at_128.mean() - J) < 0.005 and abs(at_128.std() / error - 1) < 0.1
     print(
-        f"J = {J:.2f}: the mean is off by less than 0.005: {abs(at_128.mean() - J) < 0.005},",
-        f"the spread by less than a tenth: {abs(at_128.std() / error - 1) < 0.1}",
+        f"J = {J:.2f}: mean {at_128.mean():.2f}, spread {at_128.std():.3f}, predicted {error:.3f}"
     )
+
+# %% [markdown]
+# The same as a picture, with other numbers of permutations:
 
 # %% mystnb={"figure": {"caption": "Estimates of three similarities with 128 permutations (left; curves are the normal distributions of the predicted variance), and their standard error against the number of permutations (right; lines are the prediction, the same for 0.2 and 0.8).", "name": "fig-deduplication-variance"}, "image": {"alt": "Left: three histograms around 0.2, 0.5 and 0.8, each matched by a bell curve; the one around 0.5 is the widest. Right: standard error against the number of permutations from 8 to 512 on doubly logarithmic axes; points lie on two straight lines of slope minus one half; the upper, for 0.5, falls from 0.18 to 0.02; the lower, from 0.14, holds both 0.2 and 0.8."}}
 figure, (left, right) = plt.subplots(1, 2)
@@ -732,13 +792,18 @@ def collision_probability(
 # w_+ \int_0^t \bigl[1 - (1 - s^r)^b\bigr]\, ds \;+\; w_- \int_t^1 (1 - s^r)^b \, ds
 # $$ (dedup-bands)
 #
-# least, and so do we. The integrands are polynomials of degree $b\,r \le k$, and Gauss's
-# quadrature with $m$ nodes is exact for polynomials up to degree $2m - 1$
-# {cite}`press2007recipes`. So with $\lfloor k/2 \rfloor + 1$ nodes the integrals are exact, up to
-# rounding.
+# least, and so do we ({py:func}`~llmbook.deduplication.optimal_bands`).
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the best layout, by integrals that are exact
+
+# %% [markdown] tags=["engine"]
+# The integrands are polynomials of degree $b\,r \le k$, and Gauss's quadrature with $m$ nodes is
+# exact for polynomials up to degree $2m - 1$ {cite}`press2007recipes`. So with
+# $\lfloor k/2 \rfloor + 1$ nodes the integrals are exact, up to rounding.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _check_threshold(threshold: float) -> None:
     if not isinstance(threshold, int | float | np.number) or not 0 < threshold < 1:
@@ -753,7 +818,11 @@ def _check_weights(weights: Sequence[float]) -> None:
         raise ValueError(f"weights: expected two numbers from 0, not both 0, got {weights!r}")
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# All layouts are tried. There are a few hundred.
+
+
+# %% tags=["engine"]
 #| export
 def optimal_bands(
     threshold: float, n_permutations: int = 128, weights: Sequence[float] = (0.05, 0.95)
@@ -785,6 +854,11 @@ def _least_error(
             best = min(best, (error, bands, rows))
     return best[1], best[2]
 
+
+# %% [markdown]
+# ### What the weights decide
+#
+# The layout for the threshold 0.8, with equal weights and with ours:
 
 # %%
 for weights in ((0.5, 0.5), (0.05, 0.95)):
@@ -851,9 +925,10 @@ def all_similarities(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
 dropped = set(copies)
 unique = [document for i, document in enumerate(corpus) if i not in dropped]
 true_pairs, true_similarity = all_similarities([document.text for document in unique])
-print("pairs that share a shingle: more than 300,000:", len(true_pairs) > 3e5)
-print("pairs of similarity at least 0.3: more than 3,000:", (true_similarity >= 0.3).sum() > 3000)
-print("at least 0.8: between 150 and 400:", 150 < (true_similarity >= 0.8).sum() < 400)
+alike = [(true_similarity >= least).sum() for least in (0.3, 0.8)]
+assert len(true_pairs) > 300_000 and alike[0] > 3000 and 150 < alike[1] < 400
+print("more than 300,000 pairs share a shingle")
+print("more than 3,000 have a similarity of at least 0.3, between 150 and 400 of at least 0.8")
 
 # %% [markdown]
 # For all pairs from $0.3$ on we draw new permutations eight times, and count in which share of
@@ -877,7 +952,11 @@ for b, r in layouts:
     share = np.mean(met[b, r], axis=0)
     expected = collision_probability(similarity, b, r)
     gaps = [abs((share - expected)[bin_of == i].mean()) for i in range(14) if (bin_of == i).any()]
-    print(f"{b:2} bands of {r:2} rows: never further than 0.1 from the curve: {max(gaps) < 0.1}")
+    assert max(gaps) < 0.1
+    print(f"{b:2} bands of {r:2} rows: never further than 0.1 from the curve")
+
+# %% [markdown]
+# The measured shares lie on the curves of {eq}`dedup-scurve`:
 
 # %% mystnb={"figure": {"caption": "The S-curve for three layouts of 117 to 128 permutations. Points: share of real pairs that met, by their true similarity, over eight draws of the permutations.", "name": "fig-deduplication-scurve"}, "image": {"alt": "Probability of becoming candidates against true similarity. Three S-shaped curves rise from 0 to 1: for 32 bands of 4 rows around similarity 0.4, for 16 bands of 8 rows around 0.7, for 9 bands of 13 rows around 0.83. Measured points lie on the curves. A dashed vertical line marks the threshold 0.8, where the three curves are at 1.0, 0.95 and 0.4."}}
 axis = np.linspace(0, 1, 300)
@@ -919,20 +998,59 @@ def _band_hashes(
     return _mix64(combined.ravel()).reshape(-1, bands)
 
 
-def _buckets(
-    hashes: UInt64[np.ndarray, " entries"], owners: Int64[np.ndarray, " entries"]
-) -> tuple[Int64[np.ndarray, " members"], Int64[np.ndarray, " members"]]:
-    """Return bucket numbers and owners of sorted entries, of buckets with two or more."""
-    bucket = np.cumsum(np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]) - 1
-    shared = np.bincount(bucket)[bucket] > 1
-    return bucket[shared], owners[shared]
-
-
 # %% [markdown]
-# The runs know nothing of documents. They hold hashes and the numbers of their owners.
+# The index proper has keys for its documents (their ids), the layout of bands, and the hasher
+# whose signatures it takes: an index that forgot it would one day compare signatures of different
+# permutations, and find nothing without a complaint.
 
 
 # %%
+#| export
+class LSHIndex:
+    """Finds documents that share a band, by their signatures; nothing is verified."""
+
+    def __init__(self, hasher: MinHasher | None = None, bands: int = 16, rows: int = 8) -> None:
+        self.hasher, self.bands, self.rows = hasher or MinHasher(), bands, rows
+        _check_bands(bands, rows, self.hasher.n_permutations)
+        self.keys, self._known, self._runs = list[str](), set[str](), _SortedRuns()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def insert(self, keys: Iterable[str], signatures: _Signatures) -> None:
+        """Add documents by their signatures, under ``keys`` that are new; all of them, or none."""
+        new = _new_keys(keys, self._known, len(_checked(signatures, self.hasher)))
+        owners = np.repeat(np.arange(len(new)) + len(self), self.bands)
+        self._runs.add(_band_hashes(signatures, self.bands, self.rows).ravel(), owners)
+        self.keys += new
+        self._known.update(new)
+
+    def query(self, signatures: _Signatures) -> list[list[str]]:
+        """Return, for each signature, the keys of its candidates in the order of insertion."""
+        hashes = _band_hashes(_checked(signatures, self.hasher), self.bands, self.rows)
+        found = self._runs.find(hashes.ravel())
+        found[:, 0] //= self.bands  # from positions among the bands to those of documents
+        answers: list[list[str]] = [[] for _ in signatures]
+        for position, owner in _unique_pairs(found).tolist():
+            answers[position].append(self.keys[owner])
+        return answers
+
+    def candidate_pairs(self) -> list[tuple[str, str]]:
+        """Return the keys of all pairs that share a bucket; their number may be quadratic."""
+        return [(self.keys[i], self.keys[j]) for i, j in _sharing(*self._runs.merged()).tolist()]
+
+
+# %% [markdown]
+# The default layout is that of `optimal_bands(0.8)`.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: sorted runs, and a file that is checked before it is believed
+
+# %% [markdown] tags=["engine"]
+# The runs know nothing of documents. They hold hashes and the numbers of their owners.
+
+
+# %% tags=["engine"]
 #| export
 class _SortedRuns:
     """Pairs (hash, owner) in sorted runs, each more than twice as long as the next."""
@@ -968,13 +1086,34 @@ class _SortedRuns:
         return np.concatenate(found)
 
 
-# %% [markdown]
-# The index proper has keys for its documents (their ids), the layout of bands, and the hasher
-# whose signatures it takes: an index that forgot it would one day compare signatures of different
-# permutations, and find nothing without a complaint.
+# %% [markdown] tags=["engine"]
+# Two entries that stand side by side with the same hash are in one bucket. Buckets give pairs:
 
 
-# %%
+# %% tags=["engine"]
+#| export
+def _buckets(
+    hashes: UInt64[np.ndarray, " entries"], owners: Int64[np.ndarray, " entries"]
+) -> tuple[Int64[np.ndarray, " members"], Int64[np.ndarray, " members"]]:
+    """Return bucket numbers and owners of sorted entries, of buckets with two or more."""
+    bucket = np.cumsum(np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]) - 1
+    shared = np.bincount(bucket)[bucket] > 1
+    return bucket[shared], owners[shared]
+
+
+def _sharing(
+    hashes: UInt64[np.ndarray, " entries"], owners: Int64[np.ndarray, " entries"]
+) -> Int64[np.ndarray, "pairs 2"]:
+    """Return all pairs of owners that share a hash, each once; entries are sorted by hash."""
+    buckets, members = _buckets(hashes, owners)
+    return _unique_pairs(members[_pairs_within(buckets)])
+
+
+# %% [markdown] tags=["engine"]
+# Keys must be new, and signatures must be of the right hasher:
+
+
+# %% tags=["engine"]
 #| export
 def _checked(signatures: _Signatures, hasher: MinHasher) -> _Signatures:
     """Return ``signatures`` if their shape is one that ``hasher`` makes."""
@@ -999,50 +1138,11 @@ def _new_keys(keys: Iterable[str], known: set[str], count: int) -> list[str]:
     return new
 
 
-# %%
-#| export
-class LSHIndex:
-    """Finds documents that share a band, by their signatures; nothing is verified."""
-
-    def __init__(self, hasher: MinHasher | None = None, bands: int = 16, rows: int = 8) -> None:
-        self.hasher, self.bands, self.rows = hasher or MinHasher(), bands, rows
-        _check_bands(bands, rows, self.hasher.n_permutations)
-        self.keys, self._known, self._runs = list[str](), set[str](), _SortedRuns()
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def insert(self, keys: Iterable[str], signatures: _Signatures) -> None:
-        """Add documents by their signatures, under ``keys`` that are new; all of them, or none."""
-        new = _new_keys(keys, self._known, len(_checked(signatures, self.hasher)))
-        owners = np.repeat(np.arange(len(new)) + len(self), self.bands)
-        self._runs.add(_band_hashes(signatures, self.bands, self.rows).ravel(), owners)
-        self.keys += new
-        self._known.update(new)
-
-    def query(self, signatures: _Signatures) -> list[list[str]]:
-        """Return, for each signature, the keys of its candidates in the order of insertion."""
-        return _answers(self, _checked(signatures, self.hasher))
-
-    def candidate_pairs(self) -> list[tuple[str, str]]:
-        """Return the keys of all pairs that share a bucket; their number may be quadratic."""
-        return [(self.keys[i], self.keys[j]) for i, j in _sharing(*self._runs.merged()).tolist()]
-
-    def save(self, path: str | Path) -> None:
-        """Write the index with its hasher to one file, which appears complete or not at all."""
-        _write_index(self, Path(path))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "LSHIndex":
-        """Read what ``save`` wrote; a ``ValueError`` names a file that is none, or broken."""
-        return _read_index(Path(path))
+# %% [markdown] tags=["engine"]
+# The layout must not need more rows than a signature has:
 
 
-# %% [markdown]
-# The default layout is that of `optimal_bands(0.8)`. What the methods lean on:
-
-
-# %%
+# %% tags=["engine"]
 #| export
 def _check_bands(bands: int, rows: int, n_permutations: int) -> None:
     check_at_least(bands=(1, bands), rows=(1, rows))
@@ -1051,46 +1151,15 @@ def _check_bands(bands: int, rows: int, n_permutations: int) -> None:
         raise ValueError(f"bands, rows: expected {most} in all, got {bands} times {rows}")
 
 
-def _answers(index: LSHIndex, signatures: _Signatures) -> list[list[str]]:
-    """Return the keys of the documents that share a band with each signature."""
-    found = index._runs.find(_band_hashes(signatures, index.bands, index.rows).ravel())
-    found[:, 0] //= index.bands  # from positions among the bands to those of documents
-    answers: list[list[str]] = [[] for _ in signatures]
-    for position, owner in _unique_pairs(found).tolist():
-        answers[position].append(index.keys[owner])
-    return answers
-
-
-def _sharing(
-    hashes: UInt64[np.ndarray, " entries"], owners: Int64[np.ndarray, " entries"]
-) -> Int64[np.ndarray, "pairs 2"]:
-    """Return all pairs of owners that share a hash, each once; entries are sorted by hash."""
-    buckets, members = _buckets(hashes, owners)
-    return _unique_pairs(members[_pairs_within(buckets)])
-
-
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # Its file is NumPy's `.npz`: a zip archive of arrays, with checksums. Pickle, which could run a
 # stranger's code while it loads, is refused. What was read is checked before it is believed: a
 # file made by hand could point to documents that are not there.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 _FORMAT = "llmbook.LSHIndex 1"
-
-
-def _write_index(index: LSHIndex, path: Path) -> None:
-    header = {
-        "format": _FORMAT,
-        "hasher": asdict(index.hasher),
-        "layout": [index.bands, index.rows],
-        "keys": index.keys,
-    }
-    coded = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    hashes, owners = index._runs.merged()
-    with whole_file(path) as draft, draft.open("wb") as file:
-        np.savez(file, header=coded, hashes=hashes, owners=owners)
 
 
 def _check_entries(hashes: Any, owners: Any, documents: int, bands: int) -> None:
@@ -1102,8 +1171,6 @@ def _check_entries(hashes: Any, owners: Any, documents: int, bands: int) -> None
         raise ValueError(f"it has documents without exactly {bands} entries")
 
 
-# %%
-#| export
 def _restored(header: Any, hashes: Any, owners: Any) -> LSHIndex:
     """Return the index with these contents; whatever is wrong with them raises something."""
     if header["format"] != _FORMAT:
@@ -1116,16 +1183,70 @@ def _restored(header: Any, hashes: Any, owners: Any) -> LSHIndex:
     return index
 
 
-def _read_index(path: Path) -> LSHIndex:
-    with path.open("rb") as file:
-        try:  # zipfile, zlib, NumPy and JSON have a dozen exceptions for broken files
-            with np.load(file, allow_pickle=False) as arrays:
-                header = json.loads(arrays["header"].tobytes())
-                return _restored(header, arrays["hashes"], arrays["owners"])
-        except Exception as error:
-            message = f"path: expected a saved LSHIndex, got {str(path)!r}: {error}"
-            raise ValueError(message) from error
+# %% [markdown] tags=["engine"]
+# The class goes on with the two methods:
 
+
+# %% tags=["engine"]
+#| export
+class LSHIndex(LSHIndex):  # continued
+    def save(self, path: str | Path) -> None:
+        """Write the index with its hasher to one file, which appears complete or not at all."""
+        header = {
+            "format": _FORMAT,
+            "hasher": asdict(self.hasher),
+            "layout": [self.bands, self.rows],
+            "keys": self.keys,
+        }
+        coded = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        hashes, owners = self._runs.merged()
+        with whole_file(Path(path)) as draft, draft.open("wb") as file:
+            np.savez(file, header=coded, hashes=hashes, owners=owners)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LSHIndex":
+        """Read what ``save`` wrote; a ``ValueError`` names a file that is none, or broken."""
+        with Path(path).open("rb") as file:
+            try:  # zipfile, zlib, NumPy and JSON have a dozen exceptions for broken files
+                with np.load(file, allow_pickle=False) as arrays:
+                    header = json.loads(arrays["header"].tobytes())
+                    return _restored(header, arrays["hashes"], arrays["owners"])
+            except Exception as error:
+                message = f"path: expected a saved LSHIndex, got {str(path)!r}: {error}"
+                raise ValueError(message) from error
+
+
+# %% [markdown] tags=["engine"]
+# A file that is cut off, or no index at all, must not become a small index:
+
+# %% tags=["engine"]
+import tempfile
+
+index = LSHIndex()
+index.insert(["recipe"], index.hasher.signatures([recipe]))
+with tempfile.TemporaryDirectory() as folder:
+    wrecked = Path(folder, "wrecked.npz")
+    index.save(wrecked)
+    whole = wrecked.read_bytes()
+    contents = {"cut off": whole[: len(whole) // 2], "foreign": b"%PDF-1.7", "empty": b""}
+    for name, content in contents.items():
+        wrecked.write_bytes(content)
+        try:
+            LSHIndex.load(wrecked)
+        except ValueError as error:
+            assert "wrecked.npz" in str(error)
+            print(f"{name:8} refused, with the name of the file")
+
+
+# %% [markdown]
+# ### Three sittings
+#
+# A new text is asked about like this:
+
+# %%
+index = LSHIndex()
+index.insert(["recipe", "rye"], index.hasher.signatures([recipe, "Rye bread keeps for a week."]))
+print(index.query(index.hasher.signatures([recipe.upper(), "Nobody has heard of this."])))
 
 # %% [markdown]
 # An index over the corpus, filled in three sittings with a night on disk between them, against one
@@ -1144,29 +1265,12 @@ for part in np.array_split(np.arange(len(keys)), 3):
     slowly.save(place / "index.npz")
     slowly = LSHIndex.load(place / "index.npz")
 candidates = at_once.candidate_pairs()
-print("same candidate pairs:", candidates == slowly.candidate_pairs())
-print("between 500 and 2,000 of almost a billion pairs:", 500 < len(candidates) < 2000)
+assert candidates == slowly.candidate_pairs() and 500 < len(candidates) < 2000
+print("the same candidates from both, between 500 and 2,000 of almost a billion pairs")
 megabytes = (place / "index.npz").stat().st_size / 1e6
 print(
     f"16 bytes for each document and band: {megabytes * 1e6 / len(keys) / 16 / 16:.1f} times that"
 )
-
-# %% [markdown]
-# A file that is cut off, or no index at all, must not become a small index:
-
-# %%
-wrecked = place / "wrecked.npz"
-data = (place / "index.npz").read_bytes()
-for name, content in (
-    ("cut off", data[: len(data) // 2]),
-    ("foreign", b"%PDF-1.7"),
-    ("empty", b""),
-):
-    wrecked.write_bytes(content)
-    try:
-        LSHIndex.load(wrecked)
-    except ValueError as error:
-        print(f"{name:8} ValueError, names the file: {'wrecked.npz' in str(error)}")
 
 # %% [markdown]
 # ## From candidates to clusters
@@ -1189,6 +1293,10 @@ def _root(parent: list[int], argument: str, item: int) -> int:
     while parent[item] != item:
         parent[item] = item = parent[parent[item]]
     return item
+
+
+# %% [markdown]
+# That was the way up. The class remembers the parents:
 
 
 # %%
@@ -1228,8 +1336,23 @@ class UnionFind:
 
 
 # %% [markdown]
-# ### Verified, many pairs at a time
-#
+# The order of the edges, and their direction, make no difference:
+
+# %%
+for order in ([(0, 3), (3, 5), (1, 2)], [(2, 1), (5, 3), (3, 0)]):
+    forest = UnionFind(6)
+    for a, b in order:
+        forest.union(a, b)
+    print(forest.clusters())
+
+# %% [markdown]
+# The edges are pairs of candidates whose true similarity reaches the threshold. Two sets and
+# `jaccard` would tell, one pair at a time. The package compares thousands of pairs at once.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the true similarity of many pairs at a time
+
+# %% [markdown] tags=["engine"]
 # To verify a pair of candidates we need $|A \cap B|$ of the true sets. For thousands of pairs at
 # once: number all distinct shingles, $0$ to $D - 1$, and write the shingle $h$ of document $i$ as
 # the single number $i D + h$. All sets together are then *one* sorted array, and whether document
@@ -1237,7 +1360,7 @@ class UnionFind:
 # in the larger.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 class _ShingleSets:
     """The shingle sets of some documents as one sorted array, to compare many pairs at once."""
@@ -1268,11 +1391,11 @@ class _ShingleSets:
         return np.bincount(pair[hit], minlength=len(a))
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # Pairs are taken in portions of four million lookups, which bounds the memory.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _similarities(
     sets: _ShingleSets, pairs: Int64[np.ndarray, "pairs 2"]
@@ -1297,7 +1420,29 @@ def _similarities(
 # **center**, and all others are compared with it. Those that are similar join its component. In
 # the next round, the next member is the center, and is compared with those that are *not in its
 # component* yet. When a bucket is one component, it is done; for our header, after one round.
-#
+
+
+# %%
+def link_bucket(bucket: list[int], similar: Callable[[int, int], bool], forest: UnionFind) -> int:
+    compared = 0
+    for round, center in enumerate(bucket):
+        rest = [i for i in bucket[round + 1 :] if forest.find(i) != forest.find(center)]
+        for other in rest:
+            compared += 1
+            if similar(center, other):
+                forest.union(center, other)
+        if len({forest.find(i) for i in bucket}) == 1:
+            break
+    return compared
+
+
+for families in (1, 2, 10):
+    bucket, forest = list(range(500)), UnionFind(500)
+    compared = link_bucket(bucket, lambda i, j, n=families: (i - j) % n == 0, forest)
+    print(f"{families:2} families: {compared:6,} of {math.comb(500, 2):,} pairs compared")
+
+
+# %% [markdown]
 # The result is exactly the components that comparing all pairs would give, because the only pairs
 # left out are connected already. The worst case remains quadratic: many members of which no two
 # are similar, or two large components without an edge between them. So there is a limit. In a
@@ -1306,7 +1451,14 @@ def _similarities(
 # an edge.
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# ### Engine room: all buckets at once, and a limit for the largest
+
+# %% [markdown] tags=["engine"]
+# Pairs that are similar are joined, and those that join two components are kept as links. A group
+# whose members have one root is done.
+
+# %% tags=["engine"]
 #| export
 _NO_LINKS = (np.empty((0, 2), np.int64), np.empty(0))
 _CENTERS = 100  # tried in a large bucket
@@ -1334,12 +1486,12 @@ def _mixed(
     return np.repeat(least != most, sizes)
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # Each turn of the loop is one round for all buckets together. `rest` are the members that stay for
 # the next round.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _link_similar(
     groups: Int64[np.ndarray, " members"],
@@ -1396,30 +1548,8 @@ class NearDuplicates:
     compared: int
 
 
-# %%
-#| export
-def _candidates(
-    signatures: _Signatures, bands: int, rows: int
-) -> tuple[Int64[np.ndarray, " members"], Int64[np.ndarray, " members"]]:
-    """Return bucket numbers, sorted, and rows of signatures, ascending in each bucket."""
-    hashes = _band_hashes(signatures, bands, rows).ravel()
-    order = np.argsort(hashes, kind="stable")
-    return _buckets(hashes[order], order // bands)
-
-
-def _verified(
-    texts: list[str],
-    groups: Int64[np.ndarray, " members"],
-    members: Int64[np.ndarray, " members"],
-    hasher: MinHasher,
-    threshold: float,
-    exact_up_to: int,
-) -> tuple[Int64[np.ndarray, "links 2"], Float64[np.ndarray, " links"], int]:
-    """Link members of equal groups; only the texts of members are cut into shingles again."""
-    used, places = np.unique(members, return_inverse=True)
-    sets = _ShingleSets([texts[i] for i in used], hasher.n, hasher.unit)
-    links = _link_similar(groups, places, sets, threshold, exact_up_to, _CENTERS)
-    return used[links[0]], *links[1:]
+# %% [markdown]
+# The function is this plan, line by line:
 
 
 # %%
@@ -1456,7 +1586,42 @@ def find_near_duplicates(
     return NearDuplicates(forest.clusters(), pairs, values, compared)
 
 
+# %% [markdown] tags=["engine"]
+# ### Engine room: from signatures to buckets, from buckets to links
+
+# %% [markdown] tags=["engine"]
+# Members of buckets are few. Only their texts are cut into shingles a second time.
+
+
+# %% tags=["engine"]
+#| export
+def _candidates(
+    signatures: _Signatures, bands: int, rows: int
+) -> tuple[Int64[np.ndarray, " members"], Int64[np.ndarray, " members"]]:
+    """Return bucket numbers, sorted, and rows of signatures, ascending in each bucket."""
+    hashes = _band_hashes(signatures, bands, rows).ravel()
+    order = np.argsort(hashes, kind="stable")
+    return _buckets(hashes[order], order // bands)
+
+
+def _verified(
+    texts: list[str],
+    groups: Int64[np.ndarray, " members"],
+    members: Int64[np.ndarray, " members"],
+    hasher: MinHasher,
+    threshold: float,
+    exact_up_to: int,
+) -> tuple[Int64[np.ndarray, "links 2"], Float64[np.ndarray, " links"], int]:
+    """Link members of equal groups; only the texts of members are cut into shingles again."""
+    used, places = np.unique(members, return_inverse=True)
+    sets = _ShingleSets([texts[i] for i in used], hasher.n, hasher.unit)
+    links = _link_similar(groups, places, sets, threshold, exact_up_to, _CENTERS)
+    return used[links[0]], *links[1:]
+
+
 # %% [markdown]
+# ### How much of the truth it finds
+#
 # How much of the truth does it find? A perfect search would remove all documents but one of each
 # true cluster. Recall is the share of those that ours removes, too.
 
@@ -1468,15 +1633,16 @@ for i, j in true_pairs[true_similarity >= 0.8].tolist():
 wanted = {i for cluster in truth.clusters() for i in cluster[1:]}
 removed = {i for cluster in found.clusters for i in cluster[1:]}
 inside = {(i, j) for cluster in truth.clusters() for i in cluster for j in cluster}
-whole = all((cluster[0], i) in inside for cluster in found.clusters for i in cluster)
-print(f"more than 90 % of the documents to remove: {len(removed & wanted) > 0.9 * len(wanted)}")
-print(f"every cluster is part of a true one: {whole}")
-print(f"fewer than 2,000 pairs compared: {found.compared < 2000}")
+outside = sum((cluster[0], i) not in inside for cluster in found.clusters for i in cluster)
+assert len(removed & wanted) > 0.9 * len(wanted) and found.compared < 2000
+print("more than 90 % of the documents to remove, after fewer than 2,000 comparisons")
+print(f"members of a cluster that do not belong to it: {outside}")
 
 # %% [markdown]
-# And the header with five thousand copies: one text, each time with another year and number.
-# Beside it the worst case: eight hundred texts of which every pair has a similarity of about
-# $0.7$, too little to be joined and enough to meet.
+# And the header with five thousand copies: one text, each time with another year and number. Beside
+# it the worst case: eight hundred texts of which every pair has a similarity of about $0.7$, too
+# little to be joined and enough to meet. There is nothing to save there. A pair that meets in
+# several buckets may even be compared in several rounds, so there are more comparisons than pairs.
 
 
 # %%
@@ -1485,12 +1651,10 @@ def family(clauses: int, count: int) -> list[str]:
     return [f"Copyright {1990 + i % 35} by baker {i} who may {text}" for i in range(count)]
 
 
-found = find_near_duplicates(family(120, 5000))
-print("header:", [len(cluster) for cluster in found.clusters], "members")
-print("fewer than 20,000 of 12 million pairs compared:", found.compared < 20_000)
-found = find_near_duplicates(family(35, 800))
-print("worst case: clusters:", found.clusters)
-print("more than a tenth of all pairs compared:", found.compared > 32_000)
+for name, texts in (("header", family(120, 5000)), ("worst case", family(35, 800))):
+    found, every = find_near_duplicates(texts), math.comb(len(texts), 2)
+    print(f"{name}: clusters of {[len(cluster) for cluster in found.clusters]} members,", end=" ")
+    print(f"{found.compared:,} comparisons for {every:,} pairs")
 
 # %% [markdown]
 # ## Keeping the best copy
@@ -1516,7 +1680,21 @@ print("clusters at 0.7:", find_near_duplicates(chain_of_texts, 0.7).clusters)
 # {cite}`penedo2024fineweb`. We prefer a rule with a guarantee. Keep the best document of a
 # cluster, remove those that are similar *to it*, and go on with what is left. Every document
 # removed is then similar to one that is kept, and a chain leaves several.
-#
+
+
+# %%
+def keep_stars(texts: list[str], threshold: float) -> list[int]:
+    sets, kept = [shingles(text) for text in texts], list[int]()
+    for i in sorted(range(len(texts)), key=lambda i: (-len(canonical_text(texts[i])), i)):
+        if all(jaccard(sets[i], sets[center]) < threshold for center in kept):
+            kept.append(i)
+    return sorted(kept)
+
+
+print("kept of the chain:", keep_stars(chain_of_texts, 0.7))
+
+
+# %% [markdown]
 # A long chain leaves many, and to compare each of those with all others of its cluster would be
 # quadratic after all. So each is a center for the members of its *buckets* only, and in a bucket
 # of more than a thousand, again, only the first hundred centers are tried. The guarantee stands,
@@ -1524,7 +1702,15 @@ print("clusters at 0.7:", find_near_duplicates(chain_of_texts, 0.7).clusters)
 # met in a crowd, may be alike.
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# ### Engine room: stars in crowded buckets
+
+# %% [markdown] tags=["engine"]
+# The members of each cluster are ranked first. A score that is no number would make the order
+# arbitrary, so it is refused.
+
+
+# %% tags=["engine"]
 #| export
 def _ranked(
     clusters: list[list[int]], documents: list[Document], score: Callable[[Document], float] | None
@@ -1540,7 +1726,11 @@ def _ranked(
         yield sorted(cluster, key=lambda i: (-values[i], i))
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# Then each document that is still there is a center:
+
+
+# %% tags=["engine"]
 #| export
 def _near_kept(
     clusters: Int64[np.ndarray, " documents"],
@@ -1573,12 +1763,12 @@ def _near_kept(
     return removed
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # Copies have the same shingles, so whatever is similar to one is similar to all: only the best of
 # each group of copies takes part.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _stars(
     ranked: list[list[int]],
@@ -1606,7 +1796,11 @@ def _stars(
     return removed
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# The public function finds the clusters, and then decides by the linkage what goes:
+
+
+# %% tags=["engine"]
 #| export
 def deduplicate(
     documents: Iterable[Document],
@@ -1626,8 +1820,7 @@ def deduplicate(
     to one that is kept, but two that share no bucket may both be kept; "single" keeps one of each
     connected cluster. Other arguments are those of ``find_near_duplicates``, for both steps.
     """
-    if linkage not in ("star", "single"):
-        raise ValueError(f"linkage: expected 'star' or 'single', got {linkage!r}")
+    check_choice("linkage", linkage, ("star", "single"))
     listed, hasher = list(iter_documents(documents)), hasher or MinHasher()
     found = find_near_duplicates(
         listed, threshold, hasher=hasher, weights=weights, exact_up_to=exact_up_to, workers=workers
@@ -1640,7 +1833,10 @@ def deduplicate(
     return [document for i, document in enumerate(listed) if i not in removed]
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# Both linkages on the chain:
+
+# %% tags=["engine"]
 links = [Document(text, id=f"link {i}") for i, text in enumerate(chain_of_texts)]
 for linkage in ("single", "star"):
     print(f"{linkage:7}", [d.id for d in deduplicate(links, 0.7, linkage=linkage)])
@@ -1648,16 +1844,18 @@ for linkage in ("single", "star"):
 # %% [markdown]
 # ## What it finds
 #
-# Now the whole corpus, exact and near.
+# Now the whole corpus, exact and near, with {py:func}`~llmbook.deduplication.deduplicate`.
 
 # %%
 found = find_near_duplicates(corpus)
 kept = deduplicate(corpus)
 gone = 1 - len(kept) / len(corpus)
-print("between 6 and 14 % of the documents go:", 0.06 < gone < 0.14)
 by_single_linkage = len(corpus) - sum(len(cluster) - 1 for cluster in found.clusters)
-print("single linkage removes more, but fewer than 100:", 0 < len(kept) - by_single_linkage < 100)
-print("doing it once more removes fewer than 20:", len(kept) - len(deduplicate(kept)) < 20)
+assert 0.06 < gone < 0.14 and 0 < len(kept) - by_single_linkage < 100
+assert len(kept) - len(deduplicate(kept)) < 20
+print("between 6 and 14 % of the documents go")
+print("single linkage removes more, but fewer than 100")
+print("a second run removes fewer than 20")
 
 # %% [markdown]
 # The second run looks into the same buckets. Another seed would find some pairs that the first has
@@ -1689,12 +1887,13 @@ import sysconfig
 
 legal = re.compile(r"(?i)licen[sc]e|copyright|spdx")
 before, after = (sum(bool(legal.search(d.text)) for d in some) for some in (corpus, kept))
-print("more than 400 legal notices, of which more than half go:", before > 400 > 200 > after)
+assert before > 400 > 200 > after
+print("more than 400 legal notices, of which more than half go")
 folder = Path(sysconfig.get_path("stdlib")) / "encodings"
 files = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))]
 tables = find_near_duplicates(files).clusters
-print("more than 100 files, more than 20 of them in clusters:", sum(map(len, tables)) > 20)
-print("largest cluster between 5 and 10:", 5 <= max(map(len, tables)) <= 10)
+assert len(files) > 100 and sum(map(len, tables)) > 20 and 5 <= max(map(len, tables)) <= 10
+print("more than 100 files, more than 20 of them in clusters, the largest between 5 and 10")
 
 # %% [markdown]
 # Code pages that differ in a few characters are near duplicates; tables of different alphabets
@@ -1758,7 +1957,8 @@ for machine in range(machines):  # after the shuffle
     order = np.lexsort((owners[mine], hashes[mine]))
     pairs_here = _sharing(hashes[mine][order], owners[mine][order])
     met_at |= {(keys[i], keys[j]) for i, j in pairs_here.tolist()}
-print("three machines find the pairs that one finds:", met_at == set(candidates))
+missed, added = set(candidates) - met_at, met_at - set(candidates)
+print(f"pairs that three machines miss: {len(missed)}, pairs that they add: {len(added)}")
 
 # %% [markdown]
 # More is not always better. FineWeb first deduplicated 96 crawls together, which took up to 90 %
@@ -1784,17 +1984,20 @@ for document in some:
     minhash.update_batch(shingles(document.text).astype(np.uint32).tolist())
     minhashes.append(minhash)
 ours = MinHasher(seed=1).signatures(some)
-print("same signatures:", np.array_equal(ours, [m.hashvalues for m in minhashes]))
+assert np.array_equal(ours, [m.hashvalues for m in minhashes]) and len(some) > 1500
+print("more than 1,500 signatures, number by number the same")
 
 theirs, index = datasketch.MinHashLSH(num_perm=128, params=(32, 4)), LSHIndex(bands=32, rows=4)
 index.insert([document.id for document in some], ours)
 for document, minhash in zip(some, minhashes, strict=True):
     theirs.insert(document.id, minhash)
 same = [set(a) == set(theirs.query(m)) for a, m in zip(index.query(ours), minhashes, strict=True)]
-print(f"same answers to more than 1,500 queries: {all(same) and len(same) > 1500}")
+assert all(same)
+print("the same answers to as many queries")
 for settings in ((0.5, 64, (0.5, 0.5)), (0.8, 128, (0.05, 0.95))):
     lsh = datasketch.MinHashLSH(*settings)
-    print(f"same bands and rows for {settings}:", optimal_bands(*settings) == (lsh.b, lsh.r))
+    assert optimal_bands(*settings) == (lsh.b, lsh.r)
+    print(f"both choose {lsh.b} bands of {lsh.r} rows for {settings}")
 
 # %% [markdown]
 # As each is used in practice, theirs hashes the text of shingles by SHA-1, ours by polynomials.
@@ -1821,8 +2024,8 @@ signed = {
 for name, rows_of in signed.items():
     left, right = rows_of[np.searchsorted(involved, pairs[chosen])].swapaxes(0, 1)
     error = (estimate_jaccard(left, right) - J) / np.sqrt(J * (1 - J) / 128)
-    good = abs(error.mean()) < 0.3 and 0.8 < error.std() < 1.25
-    print(f"{name:10} mean within 0.3 of 0, deviation between 0.8 and 1.25: {good}")
+    assert abs(error.mean()) < 0.3 and 0.8 < error.std() < 1.25
+    print(f"{name:10} mean within 0.3 of 0, deviation between 0.8 and 1.25")
 
 # %% [markdown]
 # (Pairs of one family share documents, so the mean of 600 strays more than $1/\sqrt{600}$.)
@@ -1851,6 +2054,9 @@ for _ in range(3):
         job()
         seconds[name] = min(seconds[name], time.perf_counter() - start)
 
+# %% [markdown]
+# The best of three runs each:
+
 # %% tags=["nbval-ignore-output"]
 print(f"text to signatures: {seconds['loop'] / seconds['ours']:.0f} times as fast as the loop")
 ratio = seconds["bulk"] / seconds["ours, given hashes"]
@@ -1864,9 +2070,9 @@ print(f"hashes to signatures: {ratio:.1f} times as fast as bulk")
 #
 # ````{exercise} Quotations
 # :label: ex-deduplication-containment
-# *Five minutes.* A paragraph quoted in a book has a Jaccard similarity to the book of nearly 0,
-# though all of it is there. Write `containment(part, whole)` for two arrays of shingles: the share
-# of the distinct shingles of `part` that are in `whole`. An empty part is contained in everything.
+# A paragraph quoted in a book has a Jaccard similarity to the book of nearly 0, though all of it is
+# there. Write `containment(part, whole)` for two arrays of shingles: the share of the distinct
+# shingles of `part` that are in `whole`. An empty part is contained in everything. (5 minutes)
 # ````
 
 
@@ -1888,9 +2094,9 @@ assert containment(quote[[0, 7, 7, 7]], book) == 0.5, "a set has each element on
 # %% [markdown]
 # ````{exercise} How many permutations?
 # :label: ex-deduplication-permutations
-# *Ten minutes.* Write `permutations_needed(similarity, error)`: the least number of
+# Write `permutations_needed(similarity, error)`: the least number of
 # permutations, at least one, for which the standard error of the estimate is at most `error`.
-# Mind that $0.16 / 0.04^2$ is a little more than 100 in floating point.
+# Mind that $0.16 / 0.04^2$ is a little more than 100 in floating point. (10 minutes)
 # ````
 
 
@@ -1912,11 +2118,11 @@ assert permutations_needed(1.0, 0.1) == 1, "equal sets always agree, but one per
 # %% [markdown]
 # ````{exercise} One bit is nearly enough
 # :label: ex-deduplication-bits
-# *Twenty minutes.* Li and König {cite}`li2010bbit` keep only the lowest few bits of each
+# Li and König {cite}`li2010bbit` keep only the lowest few bits of each
 # minimum. Where the minima are equal, the bits are; where they differ, $m$ bits agree by chance
 # with probability about $2^{-m}$. Work out which share $P$ of positions is then expected to
 # agree, solve for $J$, and write `estimate_from_bits(a, b, bits)`, which takes two full
-# signatures and uses the lowest `bits` only.
+# signatures and uses the lowest `bits` only. (20 minutes)
 # ````
 
 
@@ -1942,11 +2148,11 @@ assert abs(estimate_from_bits(a, b, 2) - 2 / 3) < 1e-9, (
 # %% [markdown]
 # ````{exercise} One permutation is enough
 # :label: ex-deduplication-bottom
-# *Thirty minutes.* Broder {cite}`broder1997resemblance` also uses a single permutation: the
+# Broder {cite}`broder1997resemblance` also uses a single permutation: the
 # sketch of a document is its $k$ smallest distinct hashes. Write `bottom_k(hashes, k)`, sorted,
 # and `estimate_bottom_k(a, b, k)` for two sketches: of the $k$ smallest elements of the *union*,
 # which the sketches contain (why?), the share that is in both. Two empty sketches have
-# similarity 1.
+# similarity 1. (30 minutes)
 # ````
 
 
@@ -1984,10 +2190,10 @@ assert abs(np.mean(values) - 0.1) < 0.01, (
 # %% [markdown]
 # ````{exercise} Has the test set leaked?
 # :label: ex-deduplication-leak
-# *Forty-five minutes.* Write `leaked(train, test, threshold)`, which returns the indices of
+# Write `leaked(train, test, threshold)`, which returns the indices of
 # those texts of `test` that have a Jaccard similarity of at least `threshold` to some text of
 # `train`. Sign and index the training texts, query with the test texts, and verify each
-# candidate.
+# candidate. (45 minutes)
 # ````
 
 

@@ -23,8 +23,9 @@
 # %% tags=["remove-cell"]
 #| default_exp tokenizer
 
-# %%
+# %% tags=["engine"]
 #| export
+# The imports of the module
 import codecs
 import json
 import os
@@ -32,22 +33,24 @@ import re
 from bisect import insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cache, partial
 from heapq import heapify, heappop, heappush
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, Literal, SupportsInt, TypeVar
+from typing import Any, Literal, SupportsInt
 
 import regex  # type: ignore[import-untyped, unused-ignore]
 
 from llmbook.cleaning import whole_characters
-from llmbook.corpus import ordered_map, existing_paths
+from llmbook.corpus import Document, existing_paths, iter_texts, ordered_map
 from llmbook.environment import check_at_least, check_text, whole_file
 
 # %% [markdown]
-# The package `regex` knows Unicode's classes of characters, which Python's own `re` does not. For
-# this chapter alone we need a few things more:
+# The folded cell above has the imports of the module. Of these you will meet `Counter`, `pairwise`,
+# and the package `regex`, which knows Unicode's classes of characters, as Python's own `re` does
+# not. For this chapter alone we need a few things more:
 
 # %%
 import random
@@ -63,6 +66,7 @@ from llmbook.corpus import read_installed_docs
 from llmbook.tinyworld import TinyWorld
 
 plt.style.use("llmbook.book")
+folder = tempfile.TemporaryDirectory()  # for the files that this chapter writes
 
 # %% [markdown]
 # ## Characters, code points, bytes
@@ -70,7 +74,6 @@ plt.style.use("llmbook.book")
 # What is the length of `é`? Unicode numbers characters; the number is a **code point**, at most
 # 10FFFF in base sixteen. But `é` can be one code point, or an `e` followed by an accent. And a code
 # point has to be stored as bytes, which hold numbers up to 255.
-
 
 # %%
 for name, text in (
@@ -105,6 +108,11 @@ for name, text in (
 # The four forms of UTF-8. Gray bits say what a byte is, colored ones carry the code point.
 # ```
 
+# %% [markdown]
+# In code, the continuation bytes are cut off from the right, six bits at a time, and what is left
+# goes into the opening byte. Python's own encoder is the judge, on every code point that can be
+# encoded.
+
 
 # %%
 def utf8_bytes(code_point: int) -> bytes:
@@ -120,21 +128,34 @@ def utf8_bytes(code_point: int) -> bytes:
 
 
 valid = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
-print("as Python does, all of them:", all(utf8_bytes(c) == chr(c).encode() for c in valid[::7]))
+sizes = Counter()
+for code_point in valid:
+    written = utf8_bytes(code_point)
+    assert written == chr(code_point).encode()
+    sizes[len(written)] += 1
+for size, number in sizes.items():
+    print(f"{number:>9,} code points take {size} byte{'s' * (size > 1)}")
 
 # %% [markdown]
+# The gap in `valid` is taken by the **surrogates**, numbers that the older encoding UTF-16 uses in
+# pairs. They are no characters, and UTF-8 has no bytes for them.
+#
 # One property matters below: a cut at an arbitrary byte can break a character in two, and the
 # halves are no text by themselves.
-#
-# The gap in `valid` are the **surrogates**: numbers that UTF-16 uses in pairs for code points
-# above FFFF. A single one is half a character. Python's strings can contain it, UTF-8 cannot.
-# As in chapter 03, and as tiktoken does, we join two halves, and write `�` for one that is alone:
-# the code point FFFD, which stands for what could not be decoded.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: half a character becomes `�`
+
+# %% [markdown] tags=["engine"]
+# UTF-16 writes a code point above FFFF as two surrogates. A single one is half a character.
+# Python's strings can contain it, UTF-8 cannot. As in chapter 03, and as tiktoken does, we join two
+# halves that meet, and write `�` for one that is alone: the code point FFFD, which stands for what
+# could not be decoded. Every text that enters this chapter's functions passes through here.
 
 
-# %%
+# %% tags=["engine"]
 #| export
-def _whole_characters(text: object, argument: str = "text") -> str:
+def valid_text(text: object, argument: str = "text") -> str:
     """Return ``text`` with surrogates joined or replaced; what is no text raises a ValueError."""
     return whole_characters(check_text(text, argument))
 
@@ -154,7 +175,7 @@ def _whole_characters(text: object, argument: str = "text") -> str:
 # $$ (bpe-merge)
 #
 # compared from left to right: the count first, and between equal counts the bytes of $a$, then
-# those of $b$, as in a dictionary. A rule for ties is needed if two programs shall learn the same
+# those of $b$, as in a dictionary. A rule for ties is needed if two programs are to learn the same
 # tokens; this one is ours. Every $a$ followed by $b$ becomes one token $ab$, from left to right,
 # so that `aaa` becomes `aa a`.
 
@@ -218,7 +239,6 @@ for token in sorted((a + b for a, b in whole), key=len)[-3:]:
 # The space goes with the word that follows. A sentence then needs no tokens of its own for spaces.
 # The look-ahead `(?!\S)` leaves the last of several spaces to the next word.
 
-
 # %%
 #| export
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -230,13 +250,32 @@ _LLAMA3_PATTERN = _GPT4_WORDS + r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # what tiktoken ha
 _KNOWN_PATTERNS = {GPT2_PATTERN, GPT4_PATTERN, _LLAMA3_PATTERN}
 
 # %% [markdown]
-# tiktoken writes GPT-4's with `{1,3}+`, where the plus forbids giving back what was matched. We
-# leave it out, since nothing follows that could want it back, and since the engine inside of
-# `tokenizers` reads it as "repeat", which takes any number of digits. With a pattern of your own,
-# stretches that it does not match become words, too, so that nothing is lost.
-
+# Here are both patterns on a line of code with a number. Digits in threes keep a number's tokens
+# regular, but they are cut from the left, so `12345` becomes `123` and `45`.
 
 # %%
+line = "if loaves > 12345:\n        bake('rye')  # don't wait"
+for name, pattern in (("GPT-2", GPT2_PATTERN), ("GPT-4", GPT4_PATTERN)):
+    print(name, regex.findall(pattern, line))
+
+# %% [markdown]
+# In the package, {py:func}`~llmbook.tokenizer.pretokenize` does this for any pattern and any text.
+# It is what `regex.findall` is here, plus the care that follows.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: a pattern of your own, and nothing lost
+
+# %% [markdown] tags=["engine"]
+# With a pattern of your own, there may be stretches that it does not match. They become words, too,
+# so that no text is lost. What is no regular expression is refused, and so is one with capturing
+# groups, for which `findall` would return something else. Compiled patterns are kept.
+#
+# tiktoken writes GPT-4's pattern with `{1,3}+`, where the plus forbids giving back what was
+# matched. We leave it out, since nothing follows that could want it back, and since the engine
+# inside of `tokenizers` reads it as "repeat", which takes any number of digits.
+
+
+# %% tags=["engine"]
 #| export
 @cache
 def _splitter(pattern: str) -> Callable[[str], list[str]]:
@@ -266,30 +305,64 @@ def pretokenize(text: str, pattern: str = GPT4_PATTERN) -> list[str]:
     >>> pretokenize("It's  2026!")
     ['It', "'s", ' ', ' ', '202', '6', '!']
     """
-    return _splitter(pattern)(_whole_characters(text))
+    return _splitter(pattern)(valid_text(text))
 
-
-# %% [markdown]
-# Both patterns on a line of code and a number. Digits in threes keep a number's tokens regular;
-# but they are cut from the left, so `12345` becomes `123` and `45`.
-
-# %%
-line = "if loaves > 12345:\n        bake('rye')  # don't wait"
-for name, pattern in (("GPT-2", GPT2_PATTERN), ("GPT-4", GPT4_PATTERN)):
-    print(name, pretokenize(line, pattern))
 
 # %% [markdown]
 # ## Training that scales
 #
 # The naive trainer walks through the whole text for every merge. For 32,000 merges on ten
-# megabytes that would be hours. Four observations bring it to seconds.
+# megabytes that would take hours. Four observations bring it down to seconds.
 #
-# **Count words.** A word occurs many times, and is cut the same way each time. So each *different*
-# word is stored once with its count $f$, and a pair in it counts $f$ times. If texts contain
-# special tokens, such as a mark between documents, they separate and are not counted.
-
+# ### Count words
+#
+# A word occurs many times, and is cut the same way each time. So each *different* word is stored
+# once with its count $f$, and a pair in it counts $f$ times.
+#
+# Our text is chapter 02's documents, without exact copies. Every twentieth is set aside, to
+# measure on later.
 
 # %%
+packages = ["stdlib", "numpy", "matplotlib"]
+texts = list(dict.fromkeys(document.text for document in read_installed_docs(packages)))
+held_out = texts[::20]
+texts = [text for number, text in enumerate(texts) if number % 20]
+start = time.perf_counter()
+counts = Counter()
+for text in texts:
+    counts.update(regex.findall(GPT4_PATTERN, text))
+seconds_counting = time.perf_counter() - start
+million, often = counts.total() // 10**6, round(counts.total() / len(counts), -1)
+print(f"more than {million} million words; each occurs about {often:.0f} times")
+
+# %% [markdown]
+# {py:func}`~llmbook.tokenizer.count_words` counts in the same way, in several processes if you
+# wish, and can read files.
+
+# %% [markdown] tags=["engine"]
+# #### Engine room: counting in several processes, from texts and from files
+
+# %% [markdown] tags=["engine"]
+# If texts contain special tokens, such as a mark between documents, these separate and are not
+# counted. They must be told apart, so a list with an empty or a repeated one is refused.
+
+
+# %% tags=["engine"]
+#| export
+def check_special_tokens(tokens: Collection[str]) -> tuple[str, ...]:
+    """Return ``tokens`` as a tuple of texts; an empty, broken or repeated one is refused."""
+    if isinstance(tokens, str):
+        raise ValueError(f"special_tokens: expected several, such as [{tokens!r}], got one str")
+    tokens = tuple(tokens)
+    for token in tokens:
+        if not isinstance(token, str) or not token or valid_text(token) != token:
+            raise ValueError(f"special_tokens: expected non-empty, valid texts, got {token!r}")
+    if repeated := [token for token, count in Counter(tokens).items() if count > 1]:
+        raise ValueError(f"special_tokens: expected each once, got {repeated[0]!r} several times")
+    return tokens
+
+
+# %% tags=["engine"]
 #| export
 @cache
 def _finder(tokens: tuple[str, ...]) -> re.Pattern[str]:
@@ -309,20 +382,18 @@ def _count_texts(job: tuple[list[str], str, tuple[str, ...]]) -> Counter[str]:
     return counts
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # Texts go to workers a million characters at a time.
 
 
-# %%
+# %% tags=["engine"]
 #| export
-def _batches(texts: Iterable[str], size: int = 1_000_000) -> Iterator[list[str]]:
+def _batches(texts: Iterable[str | Document], size: int = 1_000_000) -> Iterator[list[str]]:
     """Group ``texts`` to about ``size`` characters each; refuse what is no text."""
-    if isinstance(texts, str):
-        raise ValueError("texts: expected several texts, such as a list of them, got one str")
     batch: list[str] = []
     total = 0
-    for number, text in enumerate(texts):
-        batch.append(_whole_characters(text, f"texts[{number}]"))
+    for text in iter_texts(texts, "texts"):
+        batch.append(whole_characters(text))
         total += len(text)
         if total >= size:
             yield batch
@@ -331,23 +402,24 @@ def _batches(texts: Iterable[str], size: int = 1_000_000) -> Iterator[list[str]]
         yield batch
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def count_words(
-    texts: Iterable[str],
+    texts: Iterable[str | Document],
     pattern: str = GPT4_PATTERN,
     special_tokens: Collection[str] = (),
     workers: int = 1,
 ) -> Counter[str]:
     """Count the words (pre-tokens) of ``texts``; ``special_tokens`` separate and are not counted.
 
-    One worker reads ``texts`` as they come; several need all of them in memory.
+    Texts may be chapter 02's Documents. One worker reads ``texts`` as they come; several need all
+    of them in memory.
 
     >>> count_words(["to be", "not to be"])
     Counter({' be': 2, 'to': 1, 'not': 1, ' to': 1})
     """
     check_at_least(workers=(1, workers))
-    special = _checked_special_tokens(special_tokens)
+    special = check_special_tokens(special_tokens)
     jobs = ((batch, pattern, special) for batch in _batches(texts))
     counts: Counter[str] = Counter()
     for found in (
@@ -357,49 +429,100 @@ def count_words(
     return counts
 
 
-# %% [markdown]
-# Special tokens must be told apart, so a list with an empty or a repeated one is refused.
+# %% [markdown] tags=["engine"]
+# Files can be counted in parts: counts of parts add up to the counts of the whole. But where may a
+# file be cut? A cut through a word changes the counts. A special token is a safe place, because no
+# word crosses it. So we jump ahead by some megabytes, search for the next special token and cut
+# before it. The search may begin in the middle of one, which is harmless unless special tokens
+# overlap: in `aaaa`, the token `aa` can be found at places where reading from the beginning would
+# not find it. Tokens that overlap with any are not used for cuts.
 
 
-# %%
+# %% tags=["engine"]
 #| export
-def _checked_special_tokens(tokens: Collection[str]) -> tuple[str, ...]:
-    """Return ``tokens`` as a tuple of texts, none of them empty or there twice."""
-    if isinstance(tokens, str):
-        raise ValueError(f"special_tokens: expected several, such as [{tokens!r}], got one str")
-    tokens = tuple(tokens)
-    for token in tokens:
-        if not isinstance(token, str) or not token or _whole_characters(token) != token:
-            raise ValueError(f"special_tokens: expected non-empty, valid texts, got {token!r}")
-    if repeated := [token for token, count in Counter(tokens).items() if count > 1]:
-        raise ValueError(f"special_tokens: expected each once, got {repeated[0]!r} several times")
-    return tokens
+def _separators(special: tuple[str, ...]) -> list[bytes]:
+    """Return the special tokens that cannot overlap with one of them, as UTF-8."""
+
+    def overlap(a: str, b: str) -> bool:
+        return (a != b and (a in b or b in a)) or any(
+            a.endswith(b[:size]) or b.endswith(a[:size]) for size in range(1, min(len(a), len(b)))
+        )
+
+    return [a.encode() for a in special if not any(overlap(a, b) for b in special)]
+
+
+def _chunks(path: Path, separators: list[bytes], size: int) -> list[tuple[int, int]]:
+    """Cut a file into stretches of about ``size`` bytes or more, (start, end), at separators."""
+    find = re.compile(b"|".join(map(re.escape, separators)) or rb"(?!)")
+    total, cuts = path.stat().st_size, [0]
+    with path.open("rb") as file:
+        while separators and (place := cuts[-1] + size) < total:
+            file.seek(place)
+            window = b""
+            while not (match := find.search(window)) and (block := file.read(1 << 20)):
+                kept = window[-max(map(len, separators)) :]
+                place += len(window) - len(kept)
+                window = kept + block
+            if not match:
+                break
+            cuts.append(place + match.start())
+    return list(pairwise([*cuts, total]))
+
+
+# %% [markdown] tags=["engine"]
+# A worker gets a file's name and two positions, reads, decodes and counts.
+
+
+# %% tags=["engine"]
+#| export
+def _count_chunk(job: tuple[str, int, int, str, str, tuple[str, ...]]) -> Counter[str]:
+    """What a worker does: count the words of a stretch of a file."""
+    path, start, end, errors, pattern, special = job
+    with Path(path).open("rb") as file:
+        file.seek(start)
+        data = file.read(end - start)
+    try:
+        text = data.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        broken = f"byte {data[error.start]:#04x} at {start + error.start}"
+        raise ValueError(f"paths: {path} is not UTF-8: {broken}") from None
+    return _count_texts(([text], pattern, special))
+
+
+# %% tags=["engine"]
+#| export
+def _count_files(
+    paths: list[Path], pattern: str, special: tuple[str, ...], workers: int | None, errors: str
+) -> Counter[str]:
+    """Count the words of UTF-8 files, in parallel if that pays."""
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"paths: expected files, got the folder {str(path)!r}")
+    total = sum(path.stat().st_size for path in paths)
+    workers = workers or (min(4, os.cpu_count() or 1) if total > 4e6 else 1)
+    size = max(1_000_000, min(16_000_000, total // (4 * workers)))
+    jobs = [
+        (str(path), start, end, errors, pattern, special)
+        for path in paths
+        for start, end in _chunks(path, _separators(special), size)
+    ]
+    counts: Counter[str] = Counter()
+    for found in ordered_map(_count_chunk, jobs, workers):
+        counts.update(found)
+    return counts
 
 
 # %% [markdown]
-# Our text is chapter 02's documents, without exact copies. Every twentieth is set aside, to
-# measure on later.
-
-# %%
-packages = ["stdlib", "numpy", "matplotlib"]
-texts = list(dict.fromkeys(document.text for document in read_installed_docs(packages)))
-held_out = texts[::20]
-texts = [text for number, text in enumerate(texts) if number % 20]
-start = time.perf_counter()
-counts = count_words(texts)
-seconds_counting = time.perf_counter() - start
-print(f"words: more than a million, {counts.total() > 1e6}")
-print(f"different ones: fewer than one in twenty, {len(counts) < counts.total() / 20}")
-
-# %% [markdown]
-# **Remember where.** A merge of `t h` concerns only the words that contain `th`. So we keep an
-# **inverted index**, from each pair to the words that have it, as the index of a book leads from
-# terms to pages. **Change what changed.** When `t h` is merged in `other`, only the pairs at the
-# seams change: `o t` and `h e` lose the word's count, `o th` and `th e` gain it.
+# ### Remember where, and change what changed
 #
-# How to store a word, so that this is fast in Python? Strings are what Python does best, so we
-# write a word as a *string of tokens*: the character with number $i$ stands for token $i$. In the
-# beginning these are the bytes. A pair is a string of two characters, and a merge is
+# A merge of `t h` concerns only the words that contain `th`. So we keep an **inverted index**, from
+# each pair to the words that have it, as the index of a book leads from terms to pages. And when
+# `t h` is merged in `other`, only the pairs at the seams change: `o t` and `h e` lose the word's
+# count, `o th` and `th e` gain it.
+#
+# How should a word be stored, so that this is fast in Python? Strings are what Python does best, so
+# we write a word as a *string of tokens*: the character with number $i$ stands for token $i$. In
+# the beginning these are the bytes. A pair is a string of two characters, and a merge is
 # `word.split(pair)` and `join`, which run in C, from left to right as demanded.
 
 
@@ -462,12 +585,13 @@ def _merge_everywhere(
 
 
 # %% [markdown]
-# **Find the most frequent pair without looking at all of them.** A heap gives its largest entry in
-# logarithmic time, but must not be searched when a count changes, and ties need the bytes
-# compared. Three facts about counts help. A pair that exists only ever loses counts, because
-# merges use up its tokens. A new pair is created, all of it, in the one merge that creates the
-# later of its tokens. And a new pair cannot be more frequent than the pair that was merged, since
-# each of its occurrences contains one of that. So the best count never rises.
+# ### Find the most frequent pair without looking at all of them
+#
+# A heap gives its largest entry in logarithmic time, but must not be searched when a count changes,
+# and ties need the bytes compared. Three facts about counts help. A pair that exists only ever
+# loses counts, because merges use up its tokens. A new pair is created, all of it, in the one merge
+# that creates the later of its tokens. And a new pair cannot be more frequent than the pair that
+# was merged, since each of its occurrences contains one of that. So the best count never rises.
 #
 # We can therefore work through counts from the top, level by level
 # ({numref}`fig-tokenizer-training`). A **heap of levels** holds the counts at which pairs are
@@ -489,6 +613,11 @@ def _merge_everywhere(
 def _with_bytes(pair: str, tokens: list[bytes]) -> tuple[bytes, bytes, str]:
     """Return what pairs are sorted by, and the pair."""
     return tokens[ord(pair[0])], tokens[ord(pair[1])], pair
+
+
+# %% [markdown]
+# The queue files pairs by their counts. `push` puts a pair on its level, `pop` takes the next one
+# to merge.
 
 
 # %%
@@ -544,7 +673,7 @@ def learn_merges(counts: Mapping[str, int], size: int) -> list[tuple[bytes, byte
     [(b't', b'o'), (b'to', b'e')]
     """
     check_at_least(size=(0, size), counts=(0, min(counts.values(), default=0)))
-    words = [_whole_characters(word).encode().decode("latin-1") for word in counts]
+    words = [valid_text(word).encode().decode("latin-1") for word in counts]
     pairs, where = _index_pairs(words, frequencies := list(counts.values()))
     tokens = [bytes([byte]) for byte in range(256)]
     queue, merges = _PairQueue(pairs, tokens), list[tuple[bytes, bytes]]()
@@ -570,11 +699,10 @@ for _ in range(200):
     words = ["".join(generator.choices("aabn ", k=generator.randrange(12))) for _ in range(8)]
     slow = naive_bpe([word.encode() for word in words], 30)
     agreements += slow == learn_merges(Counter(words), 30)
-print("the same merges in the same order:", agreements, "of 200")
+print("the same merges in the same order for", agreements, "of 200 random texts")
 
 few = count_words(stories[:20])
-slow = naive_bpe([word.encode() for word in few.elements()], 100)
-print("on stories:", slow == learn_merges(few, 100))
+assert naive_bpe([word.encode() for word in few.elements()], 100) == learn_merges(few, 100)
 
 # %% [markdown]
 # Now 31,743 merges at once. With 256 bytes and a special token they make a vocabulary of 32,000.
@@ -586,98 +714,35 @@ seconds_merging = time.perf_counter() - start
 print(f"{len(merges):,} merges; the first joins {merges[0][0]} and {merges[0][1]}")
 
 # %% [markdown]
-# ### Files, in parallel
-#
-# Counting takes most of the time, and can be shared: counts of parts add up to the counts of the
-# whole. But where may a file be cut? A cut through a word changes the counts. A special token is a
-# safe place, because no word crosses it. So we jump ahead by some megabytes, search for the next
-# special token and cut before it. The search may begin in the middle of one, which is harmless
-# unless special tokens overlap: in `aaaa`, the token `aa` can be found at places where reading
-# from the beginning would not find it. Tokens that overlap with any are not used for cuts.
-
-
-# %%
-#| export
-def _separators(special: tuple[str, ...]) -> list[bytes]:
-    """Return the special tokens that cannot overlap with one of them, as UTF-8."""
-
-    def overlap(a: str, b: str) -> bool:
-        return (a != b and (a in b or b in a)) or any(
-            a.endswith(b[:size]) or b.endswith(a[:size]) for size in range(1, min(len(a), len(b)))
-        )
-
-    return [a.encode() for a in special if not any(overlap(a, b) for b in special)]
-
-
-def _chunks(path: Path, separators: list[bytes], size: int) -> list[tuple[int, int]]:
-    """Cut a file into stretches of about ``size`` bytes or more, (start, end), at separators."""
-    find = re.compile(b"|".join(map(re.escape, separators)) or rb"(?!)")
-    total, cuts = path.stat().st_size, [0]
-    with path.open("rb") as file:
-        while separators and (place := cuts[-1] + size) < total:
-            file.seek(place)
-            window = b""
-            while not (match := find.search(window)) and (block := file.read(1 << 20)):
-                kept = window[-max(map(len, separators)) :]
-                place += len(window) - len(kept)
-                window = kept + block
-            if not match:
-                break
-            cuts.append(place + match.start())
-    return list(pairwise([*cuts, total]))
-
-
-# %% [markdown]
-# A worker gets a file's name and two positions, reads, decodes and counts.
-
-
-# %%
-#| export
-def _count_chunk(job: tuple[str, int, int, str, str, tuple[str, ...]]) -> Counter[str]:
-    """What a worker does: count the words of a stretch of a file."""
-    path, start, end, errors, pattern, special = job
-    with Path(path).open("rb") as file:
-        file.seek(start)
-        data = file.read(end - start)
-    try:
-        text = data.decode("utf-8", errors)
-    except UnicodeDecodeError as error:
-        broken = f"byte {data[error.start]:#04x} at {start + error.start}"
-        raise ValueError(f"paths: {path} is not UTF-8: {broken}") from None
-    return _count_texts(([text], pattern, special))
-
-
-# %%
-#| export
-def _count_files(
-    paths: list[Path], pattern: str, special: tuple[str, ...], workers: int | None, errors: str
-) -> Counter[str]:
-    """Count the words of UTF-8 files, in parallel if that pays."""
-    for path in paths:
-        if path.is_dir():
-            raise ValueError(f"paths: expected files, got the folder {str(path)!r}")
-    total = sum(path.stat().st_size for path in paths)
-    workers = workers or (min(4, os.cpu_count() or 1) if total > 4e6 else 1)
-    size = max(1_000_000, min(16_000_000, total // (4 * workers)))
-    jobs = [
-        (str(path), start, end, errors, pattern, special)
-        for path in paths
-        for start, end in _chunks(path, _separators(special), size)
-    ]
-    counts: Counter[str] = Counter()
-    for found in ordered_map(_count_chunk, jobs, workers):
-        counts.update(found)
-    return counts
-
-
-# %% [markdown]
 # ## From merges to a tokenizer
 #
 # The merges, in order, are the tokenizer. To **encode** a word, cut it into bytes and apply the
 # merges in the order in which they were learned: always the pair of neighbors with the lowest
 # **rank**, the leftmost first. Applied to a word of the training text, this repeats what training
 # did to it.
-#
+
+
+# %%
+def naive_encode(word: bytes, ranks: dict[tuple[bytes, bytes], int]) -> list[bytes]:
+    tokens = [bytes([byte]) for byte in word]
+    while found := [pair for pair in pairwise(tokens) if pair in ranks]:
+        tokens = merge_pair(tokens, min(found, key=ranks.get))
+    return tokens
+
+
+story_merges = learn_merges(count_words(stories), 300)
+ranks = {pair: rank for rank, pair in enumerate(story_merges)}
+for word in (" night", " knight", " goodness", " Zoë"):
+    print(f"{word!r:13}", *naive_encode(word.encode(), ranks))
+
+# %% [markdown]
+# The stories are full of nights, so this word is one token. A word that training never saw falls
+# into pieces that it did see, in the worst case into bytes.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: long words in a time of order n log n, and words seen before
+
+# %% [markdown] tags=["engine"]
 # Searching all pairs before each merge takes a time that grows with the square of the word's
 # length. Most words are short, but there are texts without spaces, and hostile users who send a
 # million times the letter `a`. So we link the tokens to a chain and keep the mergeable pairs in a
@@ -686,7 +751,7 @@ def _count_files(
 # and the entry is dropped.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _apply_merges(
     tokens: list[int], ranks: dict[tuple[int, int], int], merged: list[int]
@@ -715,25 +780,27 @@ def _apply_merges(
     return [token for token in tokens if token >= 0]
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # Even so this runs in Python, byte by byte. But words repeat, and the merges of a word never depend
 # on its neighbors. So its ids are remembered, in a dictionary that calls `__missing__` for keys
 # that it does not have. It is emptied when it is full, and long words are not kept: memory stays
 # constant on endless text.
 
 
-# %%
+# %% tags=["engine"]
 #| export
-class _WordCache(dict[str, tuple[int, ...]]):
+class WordCache(dict[str, tuple[int, ...]]):
     """Ids of words, found by ``encode`` when first asked for; bounded in number and length."""
 
     def __init__(
         self, encode: Callable[[str], tuple[int, ...]], size: int = 1 << 17, longest: int = 64
     ) -> None:
+        """Make an empty cache for ``size`` words of at most ``longest`` characters."""
         super().__init__()
         self._encode, self._size, self._longest = encode, size, longest
 
     def __missing__(self, word: str) -> tuple[int, ...]:
+        """Encode a new word, and remember it if it is not too long."""
         ids = self._encode(word)
         if len(word) <= self._longest:
             if len(self) >= self._size:
@@ -743,20 +810,246 @@ class _WordCache(dict[str, tuple[int, ...]]):
 
 
 # %% [markdown]
-# ### What a tokenizer knows
+# ## Special tokens, and text that pretends
 #
-# A tokenizer knows its tokens, its merges, its special tokens and a pattern. Ids may come in any
-# order, since GPT-2's do: its first 256 are the bytes in an order of their own. But all bytes must
-# be there, or some text could not be encoded. And a special token must not be an ordinary one,
-# too: one text would have two ids. Bad vocabularies are refused when they are given, not when a
-# text hits them.
+# A model needs marks for the end of a document and the turns of a conversation. `<|endoftext|>` is
+# such a **special token**: one id, outside of all merges. But what if a user types these thirteen
+# characters? If they became the special id, anybody could end the assistant's turn and speak in
+# its name. So by default they are *ordinary text*, and whoever wants the id says so with
+# `allowed_special`. Where several begin at one place, the longest wins.
+#
+# Encoding then has two layers: find the special tokens that are allowed, and give what lies between
+# them to the merges, here called `ordinary`.
+
+# %%
+#| export
+_Allowed = Literal["all"] | Collection[str]
+
+
+class SpecialTokens(dict[str, int]):
+    """Special tokens and their ids; finds those that are allowed in a text, the longest first."""
+
+    def allowed(self, allowed_special: _Allowed) -> tuple[str, ...]:
+        """Return the tokens that are allowed, after a check that all of them are known."""
+        chosen = self if allowed_special == "all" else allowed_special
+        if isinstance(chosen, str) or not set(chosen) <= set(self):
+            expected = f"'all' or some of {sorted(self)}"
+            raise ValueError(f"allowed_special: expected {expected}, got {allowed_special!r}")
+        return tuple(sorted(chosen))
+
+    def encode(
+        self, text: str, allowed: tuple[str, ...], ordinary: Callable[[str], list[int]]
+    ) -> list[int]:
+        """Give ``allowed`` tokens their ids, and what lies between them those of ``ordinary``."""
+        if not allowed:
+            return ordinary(text)
+        ids, place = list[int](), 0
+        for match in _finder(allowed).finditer(text):
+            ids += ordinary(text[place : match.start()])
+            ids.append(self[match[0]])
+            place = match.end()
+        return ids + ordinary(text[place:])
+
+
+# %% [markdown]
+# With bytes alone as ordinary tokens, and one special token, the two readings of a message are:
+
+# %%
+marks = SpecialTokens({"<|endoftext|>": 256})
+for allowed in ((), "all"):
+    ids = marks.encode("Hi<|endoftext|>", marks.allowed(allowed), lambda text: list(text.encode()))
+    print(f"allowed_special={allowed!r}:", *ids)
+
+# %% [markdown]
+# ## Decoding, and half characters
+#
+# Decoding is easier: look up the bytes of each id, join them, read them as UTF-8. But a model may
+# produce *any* sequence of ids, and bytes that are no UTF-8 become `�`. When text appears on the
+# screen while the model writes, a token may end in the middle of a character; an incremental
+# decoder keeps the bytes of an unfinished character until the rest is there.
 
 
 # %%
 #| export
+def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
+    """Yield text as soon as its characters are complete."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for piece in pieces:
+        if text := decoder.decode(piece):
+            yield text
+    if text := decoder.decode(b"", final=True):
+        yield text
+
+
+# %% [markdown]
+# A smiley has four bytes, which come in two pieces here. Decoded one by one, each half is broken:
+
+# %%
+pieces = [b"Good", b" night ", b"\xf0\x9f", b"\x99\x82"]
+print("each by itself:", [piece.decode("utf-8", "replace") for piece in pieces])
+print("as a stream:   ", list(_decode_stream(pieces)))
+
+# %% [markdown]
+# ## The tokenizer
+#
+# A tokenizer knows its tokens, its merges, its special tokens and a pattern. Ids may come in any
+# order, since GPT-2's do: its first 256 are the bytes in an order of their own. What is known is a
+# frozen dataclass, so two tokenizers that know the same are equal. From it, look-up tables are made
+# once: the ids of bytes, the rank of each pair, the bytes of each id, and the cache of words.
+
+
+# %%
+#| export
+@dataclass(frozen=True, repr=False)
+class BPETokenizer:
+    """A byte-level BPE tokenizer: text to ids and back, without loss for any valid text.
+
+    ``vocabulary`` has the bytes of each id, all 256 single bytes among them; ``merges`` apply in
+    their order; ``special_tokens`` have ids of their own; ``pattern`` cuts words. With
+    ``ignore_merges`` a word that is a token is taken as it is. Bad input raises a ``ValueError``.
+    """
+
+    vocabulary: Mapping[int, bytes]
+    merges: Sequence[tuple[bytes, bytes]]
+    _: KW_ONLY
+    special_tokens: dict[str, int] = field(default_factory=dict)
+    pattern: str = GPT4_PATTERN
+    ignore_merges: bool = False
+    _tables: "_Tables" = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Copy what was given, check it, and make the look-up tables."""
+        own = vars(self)  # what is frozen for others
+        own.update(vocabulary=dict(self.vocabulary), merges=list(self.merges))
+        own.update(special_tokens=dict(self.special_tokens))
+        own["_tables"] = _Tables(self)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id; of ids without gaps, how many there are."""
+        return self._tables.size
+
+    def encode(self, text: str, *, allowed_special: _Allowed = ()) -> list[int]:
+        """Return the ids of ``text``. Special tokens in it are ordinary text unless allowed."""
+        special, ordinary = self._tables.special, self._tables.encode
+        return special.encode(valid_text(text), special.allowed(allowed_special), ordinary)
+
+
+# %% [markdown]
+# A long class is written in several cells. A cell that continues it says so: in the notebook it
+# makes a subclass of the same name, in the package all parts are one class. Here are decoding and
+# its stream; `_pieces` yields the bytes of each id.
+
+
+# %%
+#| export
+class BPETokenizer(BPETokenizer):  # continued
+    def decode_bytes(
+        self, ids: Iterable[SupportsInt], *, skip_special_tokens: bool = False
+    ) -> bytes:
+        """Return the bytes that ``ids`` stand for, valid UTF-8 or not."""
+        return b"".join(self._pieces(ids, skip_special_tokens))
+
+    def decode(self, ids: Iterable[SupportsInt], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of ``ids`` (a list, array or tensor); invalid UTF-8 becomes U+FFFD."""
+        return self.decode_bytes(ids, skip_special_tokens=skip_special_tokens).decode(
+            "utf-8", "replace"
+        )
+
+    def decode_stream(
+        self, ids: Iterable[SupportsInt], *, skip_special_tokens: bool = False
+    ) -> Iterator[str]:
+        """Yield text as soon as its characters are complete; joined it is what ``decode`` gives."""
+        return _decode_stream(self._pieces(ids, skip_special_tokens))
+
+
+# %% [markdown]
+# After training, ids 0 to 255 are the bytes, then come the merges in their order, special tokens
+# last. Therefore the first merges of a tokenizer are what training with a smaller vocabulary would
+# have learned, and a smaller tokenizer costs nothing.
+
+
+# %%
+#| export
+def _in_order_of_training(
+    merges: Sequence[tuple[bytes, bytes]], special: Collection[str]
+) -> tuple[dict[int, bytes], dict[str, int]]:
+    """Give ids: to the bytes, then to what merges make, then to special tokens."""
+    tokens = [*(bytes([byte]) for byte in range(256)), *(a + b for a, b in merges)]
+    return dict(enumerate(tokens)), {text: len(tokens) + i for i, text in enumerate(special)}
+
+
+class BPETokenizer(BPETokenizer):  # continued
+    @classmethod
+    def from_merges(
+        cls,
+        merges: Sequence[tuple[bytes, bytes]],
+        special_tokens: Collection[str] = ("<|endoftext|>",),
+        *,
+        pattern: str = GPT4_PATTERN,
+    ) -> "BPETokenizer":
+        """Return the tokenizer with ids as training gives them: bytes, merges, special tokens."""
+        vocabulary, special = _in_order_of_training(merges, check_special_tokens(special_tokens))
+        return cls(vocabulary, merges, special_tokens=special, pattern=pattern)
+
+    def truncated(self, vocab_size: int) -> "BPETokenizer":
+        """Return what training with a smaller ``vocab_size`` gives; special tokens stay last."""
+        special = list(self.special_tokens)
+        check_at_least(vocab_size=(256 + len(special), vocab_size))
+        in_order = _in_order_of_training(self.merges, special)
+        if (self.vocabulary, self.special_tokens) != in_order or self.ignore_merges:
+            raise ValueError("truncated: expected a tokenizer with ids in the order of training")
+        merges = self.merges[: vocab_size - 256 - len(special)]
+        return BPETokenizer.from_merges(merges, special, pattern=self.pattern)
+
+
+# %% [markdown]
+# Training is now to count words, learn merges, and number the tokens. `_train` does so after it has
+# checked the settings.
+
+
+# %%
+#| export
+def train_bpe(
+    texts: Iterable[str | Document],
+    vocab_size: int,
+    *,
+    pattern: str = GPT4_PATTERN,
+    special_tokens: Collection[str] = ("<|endoftext|>",),
+    workers: int = 1,
+) -> BPETokenizer:
+    """Train a tokenizer on ``texts``: ids 0-255 are the bytes, then merges, special tokens last.
+
+    ``vocab_size`` counts all of them; there are fewer where the texts have no more pairs. Special
+    tokens in the texts separate, and are not learned. Words are counted by ``workers`` processes;
+    with one, texts are read as they come. No text at all raises a ``ValueError``.
+
+    >>> tokenizer = train_bpe(["low lower lowest"], 260)
+    >>> tokenizer.encode("low"), tokenizer.decode([257, 101])
+    ([257], 'lowe')
+    """
+    return _train(
+        lambda special: count_words(texts, pattern, special, workers),
+        vocab_size,
+        pattern,
+        special_tokens,
+    )
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: bad vocabularies are refused, tables are made, files are trained on
+
+# %% [markdown] tags=["engine"]
+# All bytes must have an id, or some text could not be encoded. And a special token must not be an
+# ordinary one, too: one text would have two ids. Bad vocabularies are refused when they are given,
+# not when a text hits them.
+
+
+# %% tags=["engine"]
+#| export
 def _checked_ids(vocabulary: Mapping[int, bytes], special: Mapping[str, int]) -> dict[bytes, int]:
     """Return the ids of ordinary tokens by their bytes, or say what is wrong with them."""
-    _checked_special_tokens(list(special))
+    check_special_tokens(list(special))
     for id in chain(vocabulary, special.values()):
         if isinstance(id, bool) or not isinstance(id, int) or id < 0:
             raise ValueError(f"vocabulary, special_tokens: expected ids from 0 on, got {id!r}")
@@ -776,7 +1069,11 @@ def _checked_ids(vocabulary: Mapping[int, bytes], special: Mapping[str, int]) ->
     return ids
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# The merges, too, must be about tokens of the vocabulary.
+
+
+# %% tags=["engine"]
 #| export
 def _ranked(
     merges: Sequence[tuple[bytes, bytes]], ids: dict[bytes, int]
@@ -792,25 +1089,25 @@ def _ranked(
     return ranks, [ids[a + b] for a, b in merges]
 
 
-# %% [markdown]
-# From what it knows a tokenizer makes tables, once. `ignore_merges` is a switch in some
-# tokenizers' files: a word that is a token is taken as it is, even where merges would not make it.
+# %% [markdown] tags=["engine"]
+# From what it knows a tokenizer makes its tables. `ignore_merges` is a switch in some tokenizers'
+# files: a word that is a token is taken as it is, even where merges would not make it.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 class _Tables:
     """What encoding and decoding look things up in, made from what a tokenizer knows."""
 
-    def __init__(self, known: "_Vocabulary") -> None:
-        special = {id: text.encode() for text, id in known.special_tokens.items()}
-        self.ids = _checked_ids(known.vocabulary, known.special_tokens)
-        self.tokens = {**known.vocabulary, **special}
+    def __init__(self, known: BPETokenizer) -> None:
+        self.special = SpecialTokens(known.special_tokens)
+        self.ids = _checked_ids(known.vocabulary, self.special)
+        self.tokens = {**known.vocabulary, **{id: t.encode() for t, id in self.special.items()}}
         self.size = max(self.tokens) + 1
         self.byte_ids = [self.ids[bytes([byte])] for byte in range(256)]
         self.ranks, self.merged = _ranked(known.merges, self.ids)
         self.ignore_merges = known.ignore_merges
-        self.split, self.words = _splitter(known.pattern), _WordCache(self.encode_word)
+        self.split, self.words = _splitter(known.pattern), WordCache(self.encode_word)
 
     def merge(self, data: bytes) -> list[int]:
         """Return the ids that the merges make of ``data``."""
@@ -827,142 +1124,166 @@ class _Tables:
         return list(chain.from_iterable(map(self.words.__getitem__, self.split(text))))
 
 
-# %% [markdown]
-# What is known is a frozen dataclass, so two tokenizers that know the same are equal. Pickle gets
-# it without the tables: another process makes its own, and begins with an empty cache.
+# %% [markdown] tags=["engine"]
+# Decoding looks closely at what it is given: a float or a boolean is no id, nor is a number outside
+# of the vocabulary. Pickle gets what is known without the tables: another process makes its own,
+# and begins with an empty cache.
 
 
-# %%
+# %% tags=["engine"]
 #| export
-@dataclass(frozen=True, repr=False)
-class _Vocabulary:
-    """What a tokenizer knows; two that know the same are equal."""
-
-    vocabulary: Mapping[int, bytes]
-    merges: Sequence[tuple[bytes, bytes]]
-    _: KW_ONLY
-    special_tokens: dict[str, int] = field(default_factory=dict)
-    pattern: str = GPT4_PATTERN
-    ignore_merges: bool = False
-    _tables: _Tables = field(init=False, compare=False)
-
-    def __post_init__(self) -> None:
-        own = vars(self)  # frozen for others; copies, so that the caller may change what was given
-        own.update(vocabulary=dict(self.vocabulary), merges=list(self.merges))
-        own.update(special_tokens=dict(self.special_tokens))
-        own["_tables"] = _Tables(self)
+class BPETokenizer(BPETokenizer):  # continued
+    def _pieces(self, ids: Iterable[SupportsInt], skip_special_tokens: bool) -> Iterator[bytes]:
+        """Yield the bytes of each id, of special tokens only if they are not to be skipped."""
+        hidden = set(self.special_tokens.values()) if skip_special_tokens else ()
+        tokens = self._tables.tokens
+        for place, id in enumerate(ids.tolist() if hasattr(ids, "tolist") else ids):
+            whole = type(id) is int or (not isinstance(id, bool) and hasattr(id, "__index__"))
+            if not whole or (piece := tokens.get(id)) is None:
+                expected = f"ids of the vocabulary, below {self.vocab_size}"
+                raise ValueError(f"ids: expected {expected}, got {id!r} at index {place}")
+            if id not in hidden:
+                yield piece
 
     def __repr__(self) -> str:
+        """Return the size and the special tokens; all of it would fill a screen."""
         special = self.special_tokens
         return f"{type(self).__name__}(vocab_size={self.vocab_size}, special_tokens={special})"
 
     def __reduce__(self) -> Any:
+        """Pickle what is known, without the tables."""
         options: Any = {"pattern": self.pattern, "ignore_merges": self.ignore_merges}
         make = partial(type(self), special_tokens=self.special_tokens, **options)
         return make, (self.vocabulary, self.merges)
 
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id; of ids without gaps, how many there are."""
-        return self._tables.size
 
-
-# %% [markdown]
-# ### Special tokens, and text that pretends
-#
-# A model needs marks for the end of a document and the turns of a conversation. `<|endoftext|>` is
-# such a **special token**: one id, outside of all merges. But what if a user types these thirteen
-# characters? If they became the special id, anybody could end the assistant's turn and speak in
-# its name. So by default they are *ordinary text*, and whoever wants the id says so with
-# `allowed_special`. Where several begin at one place, the longest wins.
-
-
-# %%
-#| export
-_Allowed = Literal["all"] | Collection[str]
-
-
-def _allowed(special: Collection[str], allowed_special: _Allowed) -> tuple[str, ...]:
-    """Return the ``special`` tokens that are allowed, after a check that they are known."""
-    chosen = special if allowed_special == "all" else allowed_special
-    if isinstance(chosen, str) or not set(chosen) <= set(special):
-        expected = f"'all' or some of {sorted(special)}"
-        raise ValueError(f"allowed_special: expected {expected}, got {allowed_special!r}")
-    return tuple(sorted(chosen))
-
-
-def _encode(known: _Vocabulary, text: str, allowed: tuple[str, ...]) -> list[int]:
-    """Return the ids of ``text``, in which the ``allowed`` special tokens have their own."""
-    if not allowed:
-        return known._tables.encode(text)
-    ids, place = list[int](), 0
-    for match in _finder(allowed).finditer(text):
-        ids += known._tables.encode(text[place : match.start()])
-        ids.append(known.special_tokens[match[0]])
-        place = match.end()
-    return ids + known._tables.encode(text[place:])
-
-
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # A batch of texts can be spread over processes. The answers come in the order of the texts.
 
 
-# %%
+# %% tags=["engine"]
 #| export
-def _encode_job(job: tuple[_Vocabulary, list[str], tuple[str, ...]]) -> list[list[int]]:
+def _encode_job(job: tuple[BPETokenizer, list[str], _Allowed]) -> list[list[int]]:
     """What a worker does: encode some texts."""
-    known, texts, allowed = job
-    return [_encode(known, text, allowed) for text in texts]
+    tokenizer, texts, allowed = job
+    return [tokenizer.encode(text, allowed_special=allowed) for text in texts]
 
 
-def _encode_batch(
-    known: _Vocabulary, texts: Iterable[str], workers: int, allowed: tuple[str, ...]
-) -> list[list[int]]:
-    """Return the ids of each text, in order."""
+class BPETokenizer(BPETokenizer):  # continued
+    def encode_batch(
+        self, texts: Iterable[str], workers: int = 1, *, allowed_special: _Allowed = ()
+    ) -> list[list[int]]:
+        """Return the ids of each of ``texts``, in order, encoded by ``workers`` processes."""
+        check_at_least(workers=(1, workers))
+        allowed = self._tables.special.allowed(allowed_special)
+        jobs = [(self, batch, allowed) for batch in _batches(texts)]
+        return list(chain.from_iterable(ordered_map(_encode_job, jobs, workers)))
+
+
+# %% [markdown] tags=["engine"]
+# Training from texts and from files differs only in how words are counted.
+
+
+# %% tags=["engine"]
+#| export
+def _train(
+    count: Callable[[tuple[str, ...]], Counter[str]],
+    vocab_size: int,
+    pattern: str,
+    special_tokens: Collection[str],
+) -> BPETokenizer:
+    """Check, count, learn, and build."""
+    special = check_special_tokens(special_tokens)
+    check_at_least(vocab_size=(256 + len(special), vocab_size))
+    if vocab_size > 1_000_000:
+        raise ValueError(f"vocab_size: expected at most 1,000,000, got {vocab_size}")
+    _splitter(pattern)
+    if clash := [token for token in special if len(token.encode()) == 1]:
+        raise ValueError(f"special_tokens: {clash[0]!r} is an ordinary token, a byte")
+    counts = count(special)
+    if not counts:
+        raise ValueError("expected some text to train on, got none")
+    merges = learn_merges(counts, vocab_size - 256 - len(special))
+    return BPETokenizer.from_merges(merges, special, pattern=pattern)
+
+
+# %% tags=["engine"]
+#| export
+def train_bpe_files(
+    paths: str | Path | Iterable[str | Path],
+    vocab_size: int,
+    *,
+    pattern: str = GPT4_PATTERN,
+    special_tokens: Collection[str] = ("<|endoftext|>",),
+    workers: int | None = None,
+    errors: Literal["strict", "replace"] = "strict",
+) -> BPETokenizer:
+    """Train as ``train_bpe`` does, on UTF-8 files, whose words several processes count.
+
+    Files are cut into chunks only at special tokens, so a file without any is one chunk, in the
+    memory of one worker. By default as many work as there are cores, at most four. Bytes that are
+    no UTF-8 raise a ``ValueError`` with file and place, or become U+FFFD (``errors="replace"``).
+    """
     check_at_least(workers=(1, workers))
-    jobs = [(known, batch, allowed) for batch in _batches(texts)]
-    return list(chain.from_iterable(ordered_map(_encode_job, jobs, workers)))
+    if errors not in ("strict", "replace"):
+        raise ValueError(f"errors: expected 'strict' or 'replace', got {errors!r}")
+    files = existing_paths(paths)
+    return _train(
+        lambda special: _count_files(files, pattern, special, workers, errors),
+        vocab_size,
+        pattern,
+        special_tokens,
+    )
 
 
 # %% [markdown]
-# ### Decoding, and half characters
+# ## The tokenizer at work
 #
-# Decoding is easier: look up the bytes of each id, join them, read them as UTF-8. But a model may
-# produce *any* sequence of ids, and bytes that are no UTF-8 become `�`. When text appears on the
-# screen while the model writes, a token may end in the middle of a character; an incremental
-# decoder keeps the bytes of an unfinished character until the rest is there.
-
+# For the documents the merges are there already. For the stories we train:
 
 # %%
-#| export
-_Ids = Iterable[SupportsInt]
-
-
-def _pieces(known: _Vocabulary, ids: _Ids, skip_special_tokens: bool) -> Iterator[bytes]:
-    """Yield the bytes of each id, of special tokens only if they are not to be skipped."""
-    hidden = set(known.special_tokens.values()) if skip_special_tokens else ()
-    for place, id in enumerate(ids.tolist() if hasattr(ids, "tolist") else ids):
-        whole = type(id) is int or (not isinstance(id, bool) and hasattr(id, "__index__"))
-        if not whole or (piece := known._tables.tokens.get(id)) is None:
-            expected = f"ids of the vocabulary, below {known.vocab_size}"
-            raise ValueError(f"ids: expected {expected}, got {id!r} at index {place}")
-        if id not in hidden:
-            yield piece
-
-
-def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
-    """Yield text as soon as its characters are complete."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for piece in pieces:
-        if text := decoder.decode(piece):
-            yield text
-    if text := decoder.decode(b"", final=True):
-        yield text
-
+tokenizer = BPETokenizer.from_merges(merges)
+print(tokenizer)
+of_stories = train_bpe(stories, 600)
+sentence = "Mia said: good night, baker 🙂!"
+ids = of_stories.encode(sentence)
+print([of_stories.decode([id]) for id in ids])
+assert of_stories.decode(ids) == sentence and "�" not in list(of_stories.decode_stream(ids))
+print(f"{len(sentence.encode())} bytes in {len(ids)} tokens")
 
 # %% [markdown]
-# ### Encoding a stream
-#
+# The stories hold no emoji, so it is cut into its four bytes; `decode_stream` shows no `�` all the
+# same. {numref}`fig-tokenizer-cut` shows how vocabularies of different size cut the same text.
+
+# %% mystnb={"figure": {"caption": "One text, cut with four vocabularies. Each stretch of one color is a token; a dot is a byte of the unfinished character ë.", "name": "fig-tokenizer-cut"}, "image": {"alt": "Four rows of colored stretches over the same text, a line of code and a comment about 12345 loaves, Zoë and documentation. As bytes every character has a color of its own and ë has two. With 1,000 tokens short pieces appear. With 8,000 and 32,000 most words have one color, loaves has two, and the number is cut into 123 and 45."}}
+example = "def bake(loaves):  # 12345 loaves, said Zoë; the documentation follows"
+figure, ax = plt.subplots(figsize=(7, 2.2))
+for row, size in enumerate((257, 1_000, 8_000, 32_000)):
+    small = tokenizer.truncated(size)
+    x = 0.0
+    for number, id in enumerate(small.encode(example)):
+        piece = small.decode([id]).replace("�", "·")
+        width = len(piece) if "·" not in piece else 0.5
+        ax.add_patch(plt.Rectangle((x, row), width, 0.8, color=f"C{number % 5}", alpha=0.3, lw=0))
+        for place, character in enumerate(piece):
+            middle = x + (place + 0.5) * width / len(piece)
+            ax.text(
+                middle, row + 0.4, character, ha="center", va="center", family="monospace", size=7
+            )
+        x += width
+    ax.text(-1, row + 0.4, f"{size:,}" if size > 257 else "bytes", ha="right", va="center")
+ax.set(xlim=(-6, x), ylim=(4, -0.2))
+ax.axis("off")
+plt.show()
+
+# %% [markdown]
+# Each row has fewer and longer pieces than the one above it. No piece reaches from `123` into `45`:
+# that is the pattern's doing, not the training's.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: encoding a stream in constant memory
+
+# %% [markdown] tags=["engine"]
 # A crawl does not fit into memory. `encode_iterable` takes its pieces and gives ids as it goes,
 # *the same ids* as for the whole text, wherever the pieces end. So we hold text back until a place
 # where cutting is safe: where the words to the left do not depend on what comes to the right, nor
@@ -980,37 +1301,25 @@ def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
 #
 # With a pattern of your own no place is known to be safe but a special token. These may be cut
 # themselves: if the longest has $m$ characters, then whether one begins at a place is certain once
-# $m$ characters from there have arrived. We look for a cut only up to there.
+# $m$ characters from there have arrived. We look for a cut only up to there. The `(?r)` makes the
+# search run backward, so that it finds the last safe place first.
 
-
-# %%
+# %% tags=["engine"]
 #| export
 _SAFE_CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{M}\p{N}'])|(?<=\S)(?=[^\S\r\n])")
 
 
-def _encode_safe(known: _Vocabulary, text: str, allowed: tuple[str, ...]) -> tuple[list[int], str]:
-    """Encode as much of ``text`` as cannot depend on what follows it; return the rest, too."""
+def _safe_end(text: str, pattern: str, allowed: tuple[str, ...]) -> int:
+    """Return a place in ``text`` up to which its ids cannot depend on what follows it."""
     certain, end = len(text) - max(map(len, allowed), default=1), 0
     for match in _finder(allowed).finditer(text):
         if match.start() > certain:
             break
         end = match.end()
-    if known.pattern in _KNOWN_PATTERNS and end < certain:
+    if pattern in _KNOWN_PATTERNS and end < certain:
         cut = _SAFE_CUT.search(text, end, certain + 1)
         end = cut.start() if cut else end
-    return _encode(known, text[:end], allowed), text[end:]
-
-
-# %% [markdown]
-# The `(?r)` makes the search run backward, so that it finds the last safe place first. Pieces are
-# gathered, and the search begins when there is enough; if it finds nothing, it waits for twice as
-# much. So a run of a million letters without any safe place takes memory for itself, and time
-# that grows no faster than its length.
-
-
-# %%
-#| export
-_STREAM_SIZE = 1 << 16  # characters to gather before looking for a place to cut
+    return end
 
 
 def _joined_halves(texts: Iterable[str]) -> Iterator[str]:
@@ -1019,74 +1328,72 @@ def _joined_halves(texts: Iterable[str]) -> Iterator[str]:
         raise ValueError("texts: expected an iterable of texts, got one str: use encode")
     half = ""
     for number, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"texts[{number}]: expected a str, got {type(text).__name__}")
-        text = half + text
+        text = half + check_text(text, f"texts[{number}]")
         half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
         yield whole_characters(text[: len(text) - len(half)])
     yield whole_characters(half)
 
 
-def _encode_stream(
-    known: _Vocabulary, texts: Iterator[str], allowed: tuple[str, ...]
-) -> Iterator[list[int]]:
-    """Yield the ids of the joined ``texts``, some thousands at a time."""
-    parts, gathered, enough = list[str](), 0, _STREAM_SIZE
-    for text in texts:
-        parts.append(text)
-        gathered += len(text)
-        if gathered >= enough:
-            ids, rest = _encode_safe(known, "".join(parts), allowed)
-            parts, gathered = [rest], len(rest)
-            enough = max(_STREAM_SIZE, 2 * gathered)
-            yield ids
-    yield _encode(known, "".join(parts), allowed)
+# %% [markdown] tags=["engine"]
+# Pieces are gathered, and the search begins when there is enough; if it finds nothing, it waits for
+# twice as much. So a run of a million letters without any safe place takes memory for itself, and
+# time that grows no faster than its length.
 
-
-# %% [markdown]
-# With these functions, the class that encodes and decodes is short.
-
-
-# %%
+# %% tags=["engine"]
 #| export
-class _Codec(_Vocabulary):
-    """Encodes and decodes with what it knows."""
+_STREAM_SIZE = 1 << 16  # characters to gather before looking for a place to cut
 
-    def encode(self, text: str, *, allowed_special: _Allowed = ()) -> list[int]:
-        """Return the ids of ``text``. Special tokens in it are ordinary text unless allowed."""
-        allowed = _allowed(self.special_tokens, allowed_special)
-        return _encode(self, _whole_characters(text), allowed)
 
-    def encode_batch(
-        self, texts: Iterable[str], workers: int = 1, *, allowed_special: _Allowed = ()
-    ) -> list[list[int]]:
-        """Return the ids of each of ``texts``, in order, encoded by ``workers`` processes."""
-        return _encode_batch(self, texts, workers, _allowed(self.special_tokens, allowed_special))
-
+class BPETokenizer(BPETokenizer):  # continued
     def encode_iterable(
         self, texts: Iterable[str], *, allowed_special: _Allowed = ()
     ) -> Iterator[int]:
         """Yield the joined texts' ids: in constant memory with GPT-2's and GPT-4's patterns."""
-        allowed = _allowed(self.special_tokens, allowed_special)
-        return chain.from_iterable(_encode_stream(self, _joined_halves(texts), allowed))
+        allowed = self._tables.special.allowed(allowed_special)
+        return chain.from_iterable(self._encode_stream(_joined_halves(texts), allowed))
 
-    def decode_bytes(self, ids: _Ids, *, skip_special_tokens: bool = False) -> bytes:
-        """Return the bytes that ``ids`` stand for, valid UTF-8 or not."""
-        return b"".join(_pieces(self, ids, skip_special_tokens))
+    def _encode_stream(self, texts: Iterator[str], allowed: tuple[str, ...]) -> Iterator[list[int]]:
+        """Yield the ids of the joined ``texts``, some thousands at a time."""
+        parts, gathered, enough = list[str](), 0, _STREAM_SIZE
+        for text in texts:
+            parts.append(text)
+            gathered += len(text)
+            if gathered >= enough:
+                whole = "".join(parts)
+                end = _safe_end(whole, self.pattern, allowed)
+                yield self.encode(whole[:end], allowed_special=allowed)
+                parts, gathered = [whole[end:]], len(whole) - end
+                enough = max(_STREAM_SIZE, 2 * gathered)
+        yield self.encode("".join(parts), allowed_special=allowed)
 
-    def decode(self, ids: _Ids, *, skip_special_tokens: bool = False) -> str:
-        """Return the text of ``ids`` (a list, array or tensor); invalid UTF-8 becomes U+FFFD."""
-        return self.decode_bytes(ids, skip_special_tokens=skip_special_tokens).decode(
-            "utf-8", "replace"
-        )
 
-    def decode_stream(self, ids: _Ids, *, skip_special_tokens: bool = False) -> Iterator[str]:
-        """Yield text as soon as its characters are complete; joined it is what ``decode`` gives."""
-        return _decode_stream(_pieces(self, ids, skip_special_tokens))
+# %% [markdown] tags=["engine"]
+# Pieces that cut words, white space and a special token give the ids of the whole:
 
+# %% tags=["engine"]
+streaming = BPETokenizer.from_merges(merges)
+pieces = ["Dough ri", "ses.<|end", "oftext|>\n", " \n  Ba", "ke."] * 10_000
+stream = streaming.encode_iterable(pieces, allowed_special="all")
+ids = streaming.encode("".join(pieces), allowed_special="all")
+assert list(stream) == ids
+special = ids.count(streaming.special_tokens["<|endoftext|>"])
+print(f"{len(pieces):,} pieces give the ids of the whole, {special:,} of them special")
+
+# %% [markdown] tags=["engine"]
+# And a file that two processes read in chunks gives what its texts give in one:
+
+# %% tags=["engine"]
+from llmbook.tokenizer import train_bpe_files as exported_train_bpe_files
+
+path = Path(folder.name, "docs.txt")
+path.write_text("<|endoftext|>".join(texts[:8_000]), encoding="utf-8", newline="")
+chunks = _chunks(path, [b"<|endoftext|>"], path.stat().st_size // 4)
+from_file = exported_train_bpe_files(path, 1_000, workers=2)
+assert from_file.merges == train_bpe(texts[:8_000], 1_000).merges
+print(f"a file cut into {len(chunks)} chunks; {len(from_file.merges)} merges as from its texts")
 
 # %% [markdown]
-# ### Files that others read
+# ## Files that others read
 #
 # Three formats matter. Hugging Face's `tokenizer.json` holds everything in one file. GPT-2 left
 # two files, `vocab.json` and `merges.txt`. tiktoken builds its encodings from ids alone.
@@ -1096,7 +1403,6 @@ class _Codec(_Vocabulary):
 # others get the characters from 256 on. The space, byte 32, is the 33rd of those, and becomes `Ġ`,
 # number 288.
 
-
 # %%
 #| export
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -1104,12 +1410,79 @@ _UNPRINTABLE = [byte for byte in range(256) if byte not in _PRINTABLE]
 _BYTE_TO_CHARACTER = {byte: chr(byte) for byte in _PRINTABLE} | {
     byte: chr(256 + number) for number, byte in enumerate(_UNPRINTABLE)
 }
-_CHARACTER_TO_BYTE = {character: byte for byte, character in _BYTE_TO_CHARACTER.items()}
 
 
 def _as_text(token: bytes) -> str:
     """Write bytes as printable characters, one for each, as GPT-2's files do."""
     return "".join(map(_BYTE_TO_CHARACTER.__getitem__, token))
+
+
+# %% [markdown]
+# This is how tokens look in such files:
+
+# %%
+for text in (" baker", "\n\t", "Zoë", "🙂"):
+    print(f"{text!r:10} {_as_text(text.encode())}")
+
+# %% [markdown]
+# ### Merges from ids alone
+#
+# tiktoken knows no merges. It joins *any* two neighbors whose bytes together are a token, the one
+# with the lowest id first. Is that the same? Not for any list of merges. It is, if
+#
+# 1. a token's id is greater than those of the tokens that it is made of, ids of merges rising in
+#    the order of the merges, and
+# 2. every token is *reachable*: encoding its own bytes gives that one token.
+#
+# *Proof.* By (1) merging by lowest id goes through the ids from low to high, and so do we: a merge
+# creates only pairs of higher rank. Suppose that both have done the same so far, and that tiktoken
+# now joins neighbors $u$ and $v$ to the token $t = uv$, whereas our merge for $t$ is of another
+# pair. By (2), our merges turn the bytes of $t$, standing alone, into $t$. In this there is a first
+# merge that crosses the border between $u$ and $v$. It is not the last one, which joins at another
+# place, so its id is lower than that of $t$. Until then, the same merges have been made in the
+# text, where nothing has crossed the ends of $t$, since $u$ and $v$ still begin and end there.
+# Hence this pair stood there as well, and was merged when its turn came, before $t$. Then $u$ and
+# $v$ are no neighbors now, a contradiction. $\square$
+#
+# Tokenizers that were trained have both properties: a token was made of bytes that stood beside
+# each other, and until then nothing had crossed their ends, so alone they take the same way. For
+# vocabularies of other origin we check.
+
+
+# %%
+#| export
+class BPETokenizer(BPETokenizer):  # continued
+    def to_tiktoken(self, name: str = "llmbook") -> Any:
+        """Return a ``tiktoken.Encoding`` with the same ids. A ``ValueError`` says why not."""
+        import tiktoken
+
+        ids, merged = self._tables.ids, self._tables.merged
+        longer = ((part, a + b) for a, b in self.merges for part in (a, b) if len(part) > 1)
+        rising = all(low < high for low, high in pairwise(merged))
+        if not rising or any(ids[part] > ids[token] for part, token in longer):
+            raise ValueError("merges: expected ids that rise in the order of the merges")
+        for id, token in self.vocabulary.items():
+            if self._tables.merge(token) != [id]:
+                raise ValueError(f"vocabulary: expected tokens that merges make, got {token!r}")
+        return tiktoken.Encoding(
+            name,
+            pat_str=self.pattern,
+            mergeable_ranks=ids,
+            special_tokens=self.special_tokens,
+        )
+
+
+# %% [markdown] tags=["engine"]
+# #### Engine room: tokenizer.json and GPT-2's files, written and read with care
+
+# %% [markdown] tags=["engine"]
+# What goes into `tokenizer.json`: the pattern as a pre-tokenizer, the byte alphabet as a second
+# one and as the decoder, and the model. Special tokens stand in the vocabulary, too, since
+# `tokenizers` takes their ids from there.
+
+# %% tags=["engine"]
+#| export
+_CHARACTER_TO_BYTE = {character: byte for byte, character in _BYTE_TO_CHARACTER.items()}
 
 
 def _as_bytes(token: str) -> bytes:
@@ -1120,13 +1493,7 @@ def _as_bytes(token: str) -> bytes:
         raise ValueError(f"expected tokens in GPT-2's byte alphabet, got {token!r}") from None
 
 
-# %% [markdown]
-# What goes into `tokenizer.json`: the pattern as a pre-tokenizer, the byte alphabet as a second
-# one and as the decoder, and the model. Special tokens stand in the vocabulary, too, since
-# `tokenizers` takes their ids from there.
-
-
-# %%
+# %% tags=["engine"]
 #| export
 def _file_vocabulary(vocabulary: Mapping[int, bytes], special: dict[str, int]) -> dict[str, int]:
     """Return all tokens as text with their ids, in the order of the ids."""
@@ -1148,9 +1515,13 @@ def _portable_pattern(pattern: str) -> str:
     return pattern
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# Here is the whole file:
+
+
+# %% tags=["engine"]
 #| export
-def _tokenizer_json(tokenizer: _Codec) -> dict[str, Any]:
+def _tokenizer_json(tokenizer: BPETokenizer) -> dict[str, Any]:
     """Return the contents of tokenizer.json."""
     regular = {"type": "Split", "pattern": {"Regex": _portable_pattern(tokenizer.pattern)}}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -1181,14 +1552,14 @@ def _tokenizer_json(tokenizer: _Codec) -> dict[str, Any]:
     }
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # Reading is harder than writing, because others put more into such files than we understand. What
 # would change the ids is refused by name, never ignored. One part is left out: a post-processor,
 # which puts special tokens around a text; ours are the ids without it. And `tokenizers` looks for
 # added tokens in *all* text, so compare with `allowed_special="all"`.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _read_pattern(step: Any) -> str:
     """Return the pattern of a pre-tokenizer that is byte-level, or name what it has instead."""
@@ -1208,7 +1579,11 @@ def _read_pattern(step: Any) -> str:
     return _portable_pattern(pattern)
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# The other parts of a file are checked in one go.
+
+
+# %% tags=["engine"]
 #| export
 def _check_supported(data: dict[str, Any]) -> None:
     """Raise a ``ValueError`` that names the first part of tokenizer.json that we cannot honor."""
@@ -1240,17 +1615,14 @@ def _read_merges(lines: list[Any]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # A file may be cut off, or be no tokenizer at all. Whatever is wrong becomes one kind of error,
 # and names the file.
 
 
-# %%
+# %% tags=["engine"]
 #| export
-_T = TypeVar("_T")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file."""
     data = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(data, dict):
@@ -1258,10 +1630,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _reading(path: Path, read: Callable[[], _T]) -> _T:
-    """Return what ``read`` gives; whatever is wrong with the contents becomes a ``ValueError``."""
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Turn whatever is wrong with a file's contents into a ``ValueError`` that names the file."""
     try:
-        return read()
+        yield
     except (ValueError, RecursionError) as error:
         raise ValueError(f"path: {str(path)!r}: {error}") from error
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -1269,11 +1642,15 @@ def _reading(path: Path, read: Callable[[], _T]) -> _T:
         raise ValueError(f"path: {str(path)!r}: {message}") from error
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# What a tokenizer is made of, from `tokenizer.json`:
+
+
+# %% tags=["engine"]
 #| export
 def _from_tokenizer_json(path: Path) -> dict[str, Any]:
     """Return what a tokenizer is made of, from tokenizer.json."""
-    data = _read_json(path)
+    data = read_json_object(path)
     _check_supported(data)
     special = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
     tokens = {t: id for t, id in data["model"]["vocab"].items() if t not in special}
@@ -1286,16 +1663,16 @@ def _from_tokenizer_json(path: Path) -> dict[str, Any]:
     }
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # GPT-2's two files hold neither the pattern nor the word "special". But a token that is not a byte
 # and that no merge makes can only be a special one.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _from_gpt2(folder: Path) -> dict[str, Any]:
     """Return what a tokenizer is made of, but for the pattern, from vocab.json and merges.txt."""
-    tokens = _read_json(folder / "vocab.json")
+    tokens = read_json_object(folder / "vocab.json")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     lines = [line for line in lines[lines[0].startswith("#version") :] if line]
     pairs = _read_merges(lines)
@@ -1307,11 +1684,11 @@ def _from_gpt2(folder: Path) -> dict[str, Any]:
     }
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # Files are written beside their place and moved there, so that a stopped program leaves no half.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _write_text(path: Path, text: str) -> None:
     """Write a file in one step."""
@@ -1319,91 +1696,7 @@ def _write_text(path: Path, text: str) -> None:
         draft.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _write_gpt2(known: _Codec, folder: Path) -> None:
-    """Write vocab.json and merges.txt."""
-    tokens = _file_vocabulary(known.vocabulary, known.special_tokens)
-    lines = [f"{_as_text(a)} {_as_text(b)}" for a, b in known.merges]
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_text(folder / "vocab.json", json.dumps(tokens, ensure_ascii=False))
-    _write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *lines, ""]))
-
-
-# %% [markdown]
-# tiktoken knows no merges. It joins *any* two neighbors whose bytes together are a token, the one
-# with the lowest id first. Is that the same? Not for any list of merges. It is, if
-#
-# 1. a token's id is greater than those of the tokens that it is made of, ids of merges rising in
-#    the order of the merges, and
-# 2. every token is *reachable*: encoding its own bytes gives that one token.
-#
-# *Proof.* By (1) merging by lowest id goes through the ids from low to high, and so do we: a merge
-# creates only pairs of higher rank. Suppose that both have done the same so far, and that tiktoken
-# now joins neighbors $u$ and $v$ to the token $t = uv$, whereas our merge for $t$ is of another
-# pair. By (2), our merges turn the bytes of $t$, standing alone, into $t$. In this there is a first
-# merge that crosses the border between $u$ and $v$. It is not the last one, which joins at another
-# place, so its id is lower than that of $t$. Until then, the same merges have been made in the
-# text, where nothing has crossed the ends of $t$, since $u$ and $v$ still begin and end there.
-# Hence this pair stood there as well, and was merged when its turn came, before $t$. Then $u$ and
-# $v$ are no neighbors now, a contradiction. $\square$
-#
-# Tokenizers that were trained have both properties: a token was made of bytes that stood beside
-# each other, and until then nothing had crossed their ends, so alone they take the same way. For
-# vocabularies of other origin we check.
-
-
-# %%
-#| export
-def _to_tiktoken(known: _Codec, name: str) -> Any:
-    """Return a tiktoken.Encoding that gives the same ids, or say why there is none."""
-    import tiktoken
-
-    tables = known._tables
-    longer = ((part, a + b) for a, b in known.merges for part in (a, b) if len(part) > 1)
-    rising = all(low < high for low, high in pairwise(tables.merged))
-    if not rising or any(tables.ids[part] > tables.ids[token] for part, token in longer):
-        raise ValueError("merges: expected ids that rise in the order of the merges")
-    for id, token in known.vocabulary.items():
-        if tables.merge(token) != [id]:
-            raise ValueError(f"vocabulary: expected tokens that merges make, got {token!r}")
-    return tiktoken.Encoding(
-        name,
-        pat_str=known.pattern,
-        mergeable_ranks=tables.ids,
-        special_tokens=known.special_tokens,
-    )
-
-
-# %% [markdown]
-# The first merges of a tokenizer are what training with a smaller vocabulary would have learned,
-# so a smaller tokenizer costs nothing.
-
-
-# %%
-#| export
-def _truncated(known: _Codec, vocab_size: int) -> "BPETokenizer":
-    """Return the tokenizer that knows fewer merges; special tokens come last and get new ids."""
-    special = list(known.special_tokens)
-    check_at_least(vocab_size=(256 + len(special), vocab_size))
-    ids = known.vocabulary, known.special_tokens
-    if ids != _in_order_of_training(known.merges, special) or known.ignore_merges:
-        raise ValueError("truncated: expected a tokenizer with ids in the order of training")
-    return _numbered(known.merges[: vocab_size - 256 - len(special)], special, known.pattern)
-
-
-# %% [markdown]
-# The class that others use adds the formats.
-
-
-# %%
-#| export
-class BPETokenizer(_Codec):
-    """A byte-level BPE tokenizer: text to ids and back, without loss for any valid text.
-
-    ``vocabulary`` has the bytes of each id, all 256 single bytes among them; ``merges`` apply in
-    their order; ``special_tokens`` have ids of their own; ``pattern`` cuts words. With
-    ``ignore_merges`` a word that is a token is taken as it is. Bad input raises a ``ValueError``.
-    """
-
+class BPETokenizer(BPETokenizer):  # continued
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``. A ``ValueError`` says what this format cannot hold."""
         _write_text(Path(path), json.dumps(_tokenizer_json(self), ensure_ascii=False, indent=1))
@@ -1411,203 +1704,45 @@ class BPETokenizer(_Codec):
     @classmethod
     def load(cls, path: str | Path) -> "BPETokenizer":
         """Read ``tokenizer.json``. A ``ValueError`` says what is damaged, or cannot be honored."""
-        return _reading(Path(path), lambda: cls(**_from_tokenizer_json(Path(path))))
+        with naming_file(Path(path)):
+            made = cls(**_from_tokenizer_json(Path(path)))
+        return made
 
+
+# %% [markdown] tags=["engine"]
+# GPT-2's two files come from the same parts.
+
+
+# %% tags=["engine"]
+#| export
+class BPETokenizer(BPETokenizer):  # continued
     def save_gpt2(self, folder: str | Path) -> None:
         """Write ``vocab.json`` and ``merges.txt`` into ``folder``; the pattern is not in them."""
-        _write_gpt2(self, Path(folder))
+        tokens = _file_vocabulary(self.vocabulary, self.special_tokens)
+        lines = [f"{_as_text(a)} {_as_text(b)}" for a, b in self.merges]
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_text(folder / "vocab.json", json.dumps(tokens, ensure_ascii=False))
+        _write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *lines, ""]))
 
     @classmethod
     def load_gpt2(cls, folder: str | Path, *, pattern: str = GPT2_PATTERN) -> "BPETokenizer":
         """Read ``vocab.json`` and ``merges.txt``. Tokens that no merge makes become special."""
-        return _reading(Path(folder), lambda: cls(**_from_gpt2(Path(folder)), pattern=pattern))
+        with naming_file(Path(folder)):
+            made = cls(**_from_gpt2(Path(folder)), pattern=pattern)
+        return made
 
-    def to_tiktoken(self, name: str = "llmbook") -> Any:
-        """Return a ``tiktoken.Encoding`` with the same ids. A ``ValueError`` says why not."""
-        return _to_tiktoken(self, name)
-
-    def truncated(self, vocab_size: int) -> "BPETokenizer":
-        """Return what training with a smaller ``vocab_size`` gives; special tokens stay last."""
-        return _truncated(self, vocab_size)
-
-
-# %%
-#| export
-def _in_order_of_training(
-    merges: Sequence[tuple[bytes, bytes]], special: Collection[str]
-) -> tuple[dict[int, bytes], dict[str, int]]:
-    """Give ids: to the bytes, then to what merges make, then to special tokens."""
-    tokens = [*(bytes([byte]) for byte in range(256)), *(a + b for a, b in merges)]
-    return dict(enumerate(tokens)), {text: len(tokens) + i for i, text in enumerate(special)}
-
-
-def _numbered(
-    merges: Sequence[tuple[bytes, bytes]], special: Collection[str], pattern: str
-) -> BPETokenizer:
-    """Return the tokenizer with ids as training gives them."""
-    vocabulary, ids = _in_order_of_training(merges, special)
-    return BPETokenizer(vocabulary, merges, special_tokens=ids, pattern=pattern)
-
-
-# %% [markdown]
-# And training, from texts or from files:
-
-
-# %%
-#| export
-def _train(
-    count: Callable[[tuple[str, ...]], Counter[str]],
-    vocab_size: int,
-    pattern: str,
-    special_tokens: Collection[str],
-) -> BPETokenizer:
-    """Check, count, learn, and build."""
-    special = _checked_special_tokens(special_tokens)
-    check_at_least(vocab_size=(256 + len(special), vocab_size))
-    if vocab_size > 1_000_000:
-        raise ValueError(f"vocab_size: expected at most 1,000,000, got {vocab_size}")
-    _splitter(pattern)
-    if clash := [token for token in special if len(token.encode()) == 1]:
-        raise ValueError(f"special_tokens: {clash[0]!r} is an ordinary token, a byte")
-    counts = count(special)
-    if not counts:
-        raise ValueError("expected some text to train on, got none")
-    merges = learn_merges(counts, vocab_size - 256 - len(special))
-    return _numbered(merges, special, pattern)
-
-
-# %%
-#| export
-def train_bpe(
-    texts: Iterable[str],
-    vocab_size: int,
-    *,
-    pattern: str = GPT4_PATTERN,
-    special_tokens: Collection[str] = ("<|endoftext|>",),
-    workers: int = 1,
-) -> BPETokenizer:
-    """Train a tokenizer on ``texts``: ids 0-255 are the bytes, then merges, special tokens last.
-
-    ``vocab_size`` counts all of them; there are fewer where the texts have no more pairs. Special
-    tokens in the texts separate, and are not learned. Words are counted by ``workers`` processes;
-    with one, texts are read as they come. No text at all raises a ``ValueError``.
-
-    >>> tokenizer = train_bpe(["low lower lowest"], 260)
-    >>> tokenizer.encode("low"), tokenizer.decode([257, 101])
-    ([257], 'lowe')
-    """
-    return _train(
-        lambda special: count_words(texts, pattern, special, workers),
-        vocab_size,
-        pattern,
-        special_tokens,
-    )
-
-
-# %%
-#| export
-def train_bpe_files(
-    paths: str | Path | Iterable[str | Path],
-    vocab_size: int,
-    *,
-    pattern: str = GPT4_PATTERN,
-    special_tokens: Collection[str] = ("<|endoftext|>",),
-    workers: int | None = None,
-    errors: Literal["strict", "replace"] = "strict",
-) -> BPETokenizer:
-    """Train as ``train_bpe`` does, on UTF-8 files, whose words several processes count.
-
-    Files are cut into chunks only at special tokens, so a file without any is one chunk, in the
-    memory of one worker. By default as many work as there are cores, at most four. Bytes that are
-    no UTF-8 raise a ``ValueError`` with file and place, or become U+FFFD (``errors="replace"``).
-    """
-    check_at_least(workers=(1, workers))
-    if errors not in ("strict", "replace"):
-        raise ValueError(f"errors: expected 'strict' or 'replace', got {errors!r}")
-    files = existing_paths(paths)
-    return _train(
-        lambda special: _count_files(files, pattern, special, workers, errors),
-        vocab_size,
-        pattern,
-        special_tokens,
-    )
-
-
-# %% [markdown]
-# For the documents the merges are there already. For the stories we train:
-
-# %%
-tokenizer = _numbered(merges, ["<|endoftext|>"], GPT4_PATTERN)
-print(tokenizer)
-of_stories = train_bpe(stories, 600)
-sentence = "Mia said: good night, baker 🙂!"
-ids = of_stories.encode(sentence)
-print([of_stories.decode([id]) for id in ids])
-print("and back:", of_stories.decode(ids) == sentence)
-print("broken characters while streaming:", list(of_stories.decode_stream(ids)).count("�"))
-
-# %% [markdown]
-# The stories hold no emoji, so it is cut into its four bytes; `decode_stream` shows no `�` all the
-# same. {numref}`fig-tokenizer-cut` shows how vocabularies of different size cut the same text.
-
-# %% mystnb={"figure": {"caption": "One text, cut with four vocabularies. Each stretch of one color is a token; a dot is a byte of the unfinished character ë.", "name": "fig-tokenizer-cut"}, "image": {"alt": "Four rows of colored stretches over the same text, a line of code and a comment about 12345 loaves, Zoë and documentation. As bytes every character has a color of its own and ë has two. With 1,000 tokens short pieces appear. With 8,000 and 32,000 most words have one color, loaves has two, and the number is cut into 123 and 45."}}
-example = "def bake(loaves):  # 12345 loaves, said Zoë; the documentation follows"
-figure, ax = plt.subplots(figsize=(7, 2.2))
-for row, size in enumerate((257, 1_000, 8_000, 32_000)):
-    small = tokenizer.truncated(size)
-    x = 0.0
-    for number, id in enumerate(small.encode(example)):
-        piece = small.decode([id]).replace("�", "·")
-        width = len(piece) if "·" not in piece else 0.5
-        ax.add_patch(plt.Rectangle((x, row), width, 0.8, color=f"C{number % 5}", alpha=0.3, lw=0))
-        for place, character in enumerate(piece):
-            middle = x + (place + 0.5) * width / len(piece)
-            ax.text(
-                middle, row + 0.4, character, ha="center", va="center", family="monospace", size=7
-            )
-        x += width
-    ax.text(-1, row + 0.4, f"{size:,}" if size > 257 else "bytes", ha="right", va="center")
-ax.set(xlim=(-6, x), ylim=(4, -0.2))
-ax.axis("off")
-plt.show()
-
-# %% [markdown]
-# ### Special tokens and streams, tried
-#
-# What a user types is not what a program may say:
-
-# %%
-mark, attack = tokenizer.special_tokens["<|endoftext|>"], "Hi<|endoftext|>"
-print("as a user types it:", mark in tokenizer.encode(attack))
-print("where it is allowed:", mark in tokenizer.encode(attack, allowed_special="all"))
-pieces = ["Dough ri", "ses.<|end", "oftext|>\n", " \n  Ba", "ke."]
-print(
-    "pieces as the whole:",
-    list(tokenizer.encode_iterable(pieces, allowed_special="all"))
-    == tokenizer.encode("".join(pieces), allowed_special="all"),
-)
-
-# %% [markdown]
-# A file that two processes read in chunks must give what its texts give in one:
-
-# %%
-from llmbook.tokenizer import train_bpe_files as exported_train_bpe_files
-
-folder = tempfile.TemporaryDirectory()
-path = Path(folder.name, "docs.txt")
-path.write_text("<|endoftext|>".join(texts[:8_000]), encoding="utf-8", newline="")
-print("more than one chunk:", len(_chunks(path, [b"<|endoftext|>"], 1_000_000)) > 1)
-from_file = exported_train_bpe_files(path, 1_000, workers=2)
-print("the same merges:", from_file.merges == train_bpe(texts[:8_000], 1_000).merges)
 
 # %% [markdown]
 # ## How large a vocabulary?
 #
 # What does a larger vocabulary buy? We measure **compression**, the mean number of bytes in a
 # token, on the documents that were set aside. One training run gives the whole curve, since a
-# smaller vocabulary is the beginning of a larger one. Each different word is encoded once.
+# smaller vocabulary is the beginning of a larger one. Each different word is encoded once. (The
+# class has grown since the tokenizer was made, so we make it again.)
 
 # %%
+tokenizer = BPETokenizer.from_merges(merges)
 sizes = [257, 512, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000]
 smaller = {size: tokenizer.truncated(size) for size in sizes}
 
@@ -1621,9 +1756,13 @@ for name, sample in (("trained on", texts[::20]), ("set aside", held_out)):
     words, size = count_words(sample), sum(len(text.encode()) for text in sample)
     curves[name] = [size / count_tokens(each, words) for each in smaller.values()]
 at = dict(zip(sizes, curves["set aside"], strict=True))
-print("1,000 tokens: 2.2 to 2.6 bytes a token on new text:", 2.2 < at[1_000] < 2.6)
-print("32,000 tokens: 3.9 to 4.3:", 3.9 < at[32_000] < 4.3)
-print("from 16,000 to 32,000: less than 8 % more:", at[32_000] < 1.08 * at[16_000])
+assert 2.2 < at[1_000] < 2.6 and 3.9 < at[32_000] < 4.3
+for size in (1_000, 8_000, 32_000):
+    print(f"{size:6,} tokens: {at[size]:.1f} bytes in a token of new text")
+print(f"from 16,000 to 32,000 tokens: {at[32_000] / at[16_000] - 1:.0%} more")
+
+# %% [markdown]
+# {numref}`fig-tokenizer-compression` shows the whole curve, and how often each token is used.
 
 # %% mystnb={"figure": {"caption": "Left: bytes in a token against the size of the vocabulary. Right: how often each token is used, against its rank by use.", "name": "fig-tokenizer-compression"}, "image": {"alt": "Left, bytes per token rise from 1 at 257 tokens to about 4.1 at 32,000 on new text, more slowly with each doubling; on the training text to 4.3. Right, on doubly logarithmic axes the use of tokens falls from 50,000, in the middle with a slope near -1, and ends in steps at 3, 2 and 1."}}
 figure, (left, right) = plt.subplots(1, 2)
@@ -1677,16 +1816,25 @@ for name, sample in samples.items():
     spaced = sum(len(text.split()) for text in sample)
     fertility[name] = [count_tokens(each, words) / spaced for each in mixed_sizes.values()]
 
+# %% [markdown]
+# Here is what both tokenizers make of languages that the first has never seen:
+
 # %%
-print("Hindi, trained on English: less than one character in a token:", reach["Hindi"][0] < 1)
 gain = {name: after / before for name, (before, after) in reach.items() if name != "English"}
-print("trained on both, each language gains 30 % or more:", min(gain.values()) > 1.3)
-print("some more than four times:", max(gain.values()) > 4)
-print("loss in English: less than 10 %:", reach["English"][1] > 0.9 * reach["English"][0])
-print("tokens per word, 1,000 tokens: English fewer than 4:", fertility["English"][0] < 4)
-print("Russian more than 8:", fertility["Russian"][0] > 8)
-most = max(values[-1] for name, values in fertility.items() if name != "Chinese")
-print("32,000 tokens: where spaces are, at most 3.5:", most < 3.5)
+spaced = {name: values for name, values in fertility.items() if name != "Chinese"}
+print(f"Hindi, trained on English: {reach['Hindi'][0]:.1f} characters in a token")
+print(f"trained on both: {min(gain.values()):.1f} to {max(gain.values()):.0f} times as many")
+print(f"what English loses: {1 - reach['English'][1] / reach['English'][0]:.0%}")
+for size, column in ((1_000, 0), (32_000, -1)):
+    values = {name: values[column] for name, values in spaced.items()}
+    least, most = min(values, key=values.get), max(values, key=values.get)
+    print(
+        f"tokens per word, {size:,} tokens: {values[least]:.0f} in {least}, "
+        f"{values[most]:.0f} in {most}"
+    )
+
+# %% [markdown]
+# The picture has the other languages, and the sizes between.
 
 # %% mystnb={"figure": {"caption": "Left: characters per token with 32,000 tokens learned from English documents, and from a mixture. Right: tokens per word against the size of the vocabulary, for the mixture.", "name": "fig-tokenizer-languages"}, "image": {"alt": "Left, horizontal bars for eleven languages, two each. Trained on English: English has 4.1 characters per token, Spanish 2.4, Slovak and Turkish 1.6, the seven others 0.4 to 0.8. Trained on the mixture: English 3.9, Spanish 4.1, the others between 2 and 3.5. Right, five falling curves. At 1,000 tokens Russian and Georgian need 8 to 10 tokens per word, Hindi and Turkish 5 to 6, English 3; at 32,000 all need 1.7 to 2.9."}}
 figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.8))
@@ -1726,8 +1874,8 @@ def ways_to_cut(tokenizer: BPETokenizer) -> int:
     return len({tuple(len(tokenizer.decode([id]).strip()) for id in ids) for ids in years})
 
 
-print("GPT-2's pattern cuts years in more than two ways:", ways_to_cut(by_gpt2) > 2)
-print("GPT-4's in fewer:", ways_to_cut(smaller[8_000]) < ways_to_cut(by_gpt2))
+for name, each in (("GPT-2", by_gpt2), ("GPT-4", smaller[8_000])):
+    print(f"{name}'s pattern: the years 1900 to 2029 are cut in {ways_to_cut(each)} ways")
 
 # %% [markdown]
 # *Tokens that never come.* A merge on the way to a longer token leaves a token behind that may
@@ -1736,14 +1884,14 @@ print("GPT-4's in fewer:", ways_to_cut(smaller[8_000]) < ways_to_cut(by_gpt2))
 # tokens were found in many published models {cite}`land2024fishing`. How many does our tokenizer
 # never use on its own training text?
 
-
 # %%
 never = [id for id in range(256, 32_000 - 1) if not uses[id]]
-print("never used: 4 to 10 % of the vocabulary:", 0.04 < len(never) / 32_000 < 0.10)
 parents = {part for pair in tokenizer.merges for part in pair}
 steps = sum(tokenizer.vocabulary[id] in parents for id in never)
-print("of these, steps to a longer token: more than 95 %:", steps > 0.95 * len(never))
-print("bytes never used: more than 50:", (uses[:256] == 0).sum() > 50)
+print(f"never used: {len(never) / 32_000:.0%} of the vocabulary")
+print(f"of these, steps to a longer token: {steps / len(never):.0%}")
+assert (uses[:256] == 0).sum() > 100
+print("never used, either: more than 100 of the 256 bytes")
 
 # %% [markdown]
 # *A trailing space* in a prompt is a token of its own, after which words hardly ever came in
@@ -1752,7 +1900,8 @@ print("bytes never used: more than 50:", (uses[:256] == 0).sum() > 50)
 # ## Is it the real thing?
 #
 # The same merges in three programs. tiktoken gets our ids, `tokenizers` our file. The text is in
-# many scripts, with emoji, code, runs of white space, and characters broken in half.
+# many scripts, with emoji, code, runs of white space, and characters broken in half. Ids and
+# decoded text must be equal, or the cell fails.
 
 # %%
 text = """Der Bäcker backt, пекарь печёт, ο φούρναρης ψήνει, パン屋は焼く, 빵을 굽는다, बेकर बनाता है,
@@ -1762,15 +1911,20 @@ encoding = tokenizer.to_tiktoken()
 file = Path(folder.name, "tokenizer.json")
 tokenizer.save(file)
 theirs = tokenizers.Tokenizer.from_file(str(file))
+assert BPETokenizer.load(file) == tokenizer
 ids = tokenizer.encode(text, allowed_special="all")
-print("tiktoken:  ", ids == encoding.encode(text, allowed_special="all"))
-print("tokenizers:", ids == theirs.encode(text).ids)
-print("and back:  ", tokenizer.decode(ids) == text == theirs.decode(ids, skip_special_tokens=False))
+assert ids == encoding.encode(text, allowed_special="all") == theirs.encode(text).ids
+assert tokenizer.decode(ids) == text == theirs.decode(ids, skip_special_tokens=False)
+assert tokenizer.encode("\ud83e!") == encoding.encode("\ud83e!")  # half a character
+
+# %% [markdown]
+# Then we compare documents, and messages in more than forty languages, text by text:
+
+# %%
 sample = held_out[:500] + [text for messages in catalogs.values() for text in messages[:50]]
-same = tokenizer.encode_batch(sample) == encoding.encode_ordinary_batch(sample)
-print("documents, and messages in more than 40 languages:", same)
-print("half a character:", tokenizer.encode("\ud83e!") == encoding.encode("\ud83e!"))
-print("loaded again:", BPETokenizer.load(file) == tokenizer)
+pairs = zip(tokenizer.encode_batch(sample), encoding.encode_ordinary_batch(sample), strict=True)
+different = sum(ours != others for ours, others in pairs)
+print(f"texts with other ids than tiktoken's: {different} of more than {len(sample) // 1000},000")
 
 # %% [markdown]
 # The other way round: `tokenizers` trains, we read its file. It breaks ties in another way, so
@@ -1790,9 +1944,9 @@ trainer = trainers.BpeTrainer(vocab_size=4_000, show_progress=False, initial_alp
 rival.train_from_iterator(few_texts, trainer)
 rival.save(str(file))
 loaded, own = BPETokenizer.load(file), train_bpe(few_texts, 4_000, special_tokens=())
-print("same ids from its file:", loaded.encode(text) == rival.encode(text).ids)
+assert loaded.encode(text) == rival.encode(text).ids
 common = set(loaded.vocabulary.values()) & set(own.vocabulary.values())
-print("more than 90 % of the tokens in common:", len(common) > 0.9 * 4_000)
+print(f"tokens in common: {len(common) / 4_000:.0%}")
 
 # %% [markdown]
 # The three programs carry tables of Unicode from different years. A letter that is new may be a
@@ -1815,7 +1969,7 @@ few = dict(list(counts.items())[:4_000])
 flat = [word.encode() for word in few]
 naive_seconds = seconds(lambda: naive_bpe(flat, 100))
 fast_seconds = seconds(lambda: learn_merges(dict.fromkeys(few, 1), 100))
-fresh = _numbered(merges, ["<|endoftext|>"], GPT4_PATTERN)
+fresh = BPETokenizer.from_merges(merges)
 sample = held_out
 times = {
     "this chapter": seconds(lambda: [fresh.encode(text) for text in sample]),
@@ -1945,11 +2099,13 @@ def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 # %% tags=["check"]
-for each in (own, by_gpt2.truncated(2_000), from_file):
+for each in (own, by_gpt2.truncated(2_000), of_stories):
     ranks = {token: id for id, token in each.vocabulary.items()}
     assert merges_from_ranks(ranks) == each.merges, "not the merges that were learned"
 shuffled = dict(sorted(ranks.items()))
-assert merges_from_ranks(shuffled) == from_file.merges, "ranks decide the order, not the dictionary"
+assert merges_from_ranks(shuffled) == of_stories.merges, (
+    "ranks decide the order, not the dictionary"
+)
 assert merges_from_ranks({bytes([byte]): byte for byte in range(256)}) == [], "bytes need no merge"
 
 # %% tags=["remove-cell"]

@@ -18,13 +18,14 @@
 # | **Part** | II. Architecture |
 # | **You build** | {py:func}`~llmbook.attention.softmax`, {py:func}`~llmbook.attention.scaled_dot_product_attention`, {py:class}`~llmbook.attention.MultiHeadAttention`, {py:class}`~llmbook.attention.KVCache`, {py:class}`~llmbook.attention.MultiHeadLatentAttention`, {py:func}`~llmbook.attention.flash_attention`, {py:func}`~llmbook.attention.show_attention` |
 # | **You need** | rotary positions ({doc}`08_positions`), document masks ({doc}`07_batches`), entropy ({doc}`01_tinyworld`), the chain rule of derivatives |
-# | **It takes** | 60 minutes for the main line, 3 hours for everything, 30 seconds to run |
+# | **It takes** | 60 minutes for the main line, 3.5 hours for everything, 45 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp attention
 
-# %%
+# %% tags=["engine"]
 #| export
+# The imports that only the module and its engine rooms need.
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -34,14 +35,10 @@ from html import escape
 from importlib.resources import files
 from typing import Any, Literal, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from llmbook.environment import check_at_least, check_even
-from llmbook.positions import apply_rope
 
 # %% [markdown]
 # ## A dictionary that never says no
@@ -57,7 +54,7 @@ import matplotlib.pyplot as plt
 
 plt.style.use("llmbook.book")
 degrees = {"bread": 220.0, "cake": 180.0, "meringue": 100.0}
-print("pie" in degrees)
+print("pie:", degrees.get("pie", "no answer"))
 
 # %% [markdown]
 # No answer, although a pie is almost a cake. And nothing can be learned from the failure:
@@ -106,9 +103,9 @@ print(f"pie, scores times ten: {look_up(pie, sharpness=10):.0f} degrees")
 #
 # ## From one query to all of them
 #
-# In a transformer the tokens ask each other. Each token $i$ has a vector $x_i$, and three
-# matrices, which training finds, make of it what it asks for, what it can be found by, and what
-# it hands on:
+# In a transformer the tokens ask each other. Each token $i$ has a vector $x_i$. Three matrices,
+# found by training, turn this vector into what the token asks for, what it can be found by, and
+# what it hands on:
 #
 # $$
 # q_i = x_i W_Q , \qquad k_i = x_i W_K , \qquad v_i = x_i W_V .
@@ -116,22 +113,31 @@ print(f"pie, scores times ten: {look_up(pie, sharpness=10):.0f} degrees")
 #
 # Vectors are rows here, as they are in code. We choose the matrices by hand, so that each number
 # can be read. A token has four features: is it a noun, a verb, a pronoun, something else? The
-# pronoun asks for a noun, and so does, less urgently, a verb, for it wants its subject. A noun
+# pronoun asks for a noun, and so does a verb, less urgently, because it wants its subject. A noun
 # can be found as one, a pronoun less easily. Nouns and verbs hand on what they are.
 
 # %%
+#| export
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# %% [markdown]
+# From here on vectors are tensors of PyTorch:
+
+# %%
 words = ["The", "dough", "rises", "when", "it", "rests"]
-#                    noun verb pron. other
-x = torch.tensor([[0.0, 0.0, 0.0, 1.0],   # The
-                  [1.0, 0.0, 0.0, 0.0],   # dough
-                  [0.0, 1.0, 0.0, 0.0],   # rises
-                  [0.0, 0.0, 0.0, 1.0],   # when
-                  [0.0, 0.0, 1.0, 0.0],   # it
-                  [0.0, 1.0, 0.0, 0.0]])  # rests  # fmt: skip
+#                           noun verb pron. other
+sentence = torch.tensor([[0.0, 0.0, 0.0, 1.0],   # The
+                         [1.0, 0.0, 0.0, 0.0],   # dough
+                         [0.0, 1.0, 0.0, 0.0],   # rises
+                         [0.0, 0.0, 0.0, 1.0],   # when
+                         [0.0, 0.0, 1.0, 0.0],   # it
+                         [0.0, 1.0, 0.0, 0.0]])  # rests  # fmt: skip
 w_q = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 0.0], [0.0, 0.0]])
 w_k = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
 w_v = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
-q, k, v = x @ w_q, x @ w_k, x @ w_v
+q, k, v = sentence @ w_q, sentence @ w_k, sentence @ w_v
 print("q, k, v:", *(tuple(t.shape) for t in (q, k, v)))
 
 # %% [markdown]
@@ -153,16 +159,17 @@ for word, weight in zip(words, weights, strict=True):
     print(f"it -> {word:6} {weight:.2f}")
 
 # %% [markdown]
-# *It* has found the dough. **All queries** are one more loop, so $n^2$ scores for $n$ tokens:
+# *It* has found the dough. **All queries** need one more loop, which makes $n^2$ scores for $n$
+# tokens:
 
 # %%
 by_loops = torch.tensor([attend(query, k.tolist(), v.tolist())[0] for query in q.tolist()])
 
 # %% [markdown]
-# **As matrices.** Put the queries under one another as the rows of a matrix $Q$, keys and values
-# as those of $K$ and $V$. The score of query $i$ and key $j$ is then entry $(i, j)$ of $QK^\top$,
-# softmax works along each row, and to mix the values with the weights of row $i$ is to multiply
-# by that row. The loops become two products of matrices ({numref}`fig-attention-flow`):
+# **As matrices.** Stack the queries as the rows of a matrix $Q$, and keys and values as those of
+# $K$ and $V$. The score of query $i$ and key $j$ is then entry $(i, j)$ of $QK^\top$, softmax works
+# along each row, and to mix the values with the weights of row $i$ is to multiply by that row. The
+# loops become two products of matrices ({numref}`fig-attention-flow`):
 #
 # $$
 # \operatorname{Attention}(Q, K, V) = \operatorname{softmax}\!\Big(\frac{QK^\top}{\sqrt d}\Big) V .
@@ -180,17 +187,20 @@ by_loops = torch.tensor([attend(query, k.tolist(), v.tolist())[0] for query in q
 # %%
 scores = q @ k.T / math.sqrt(q.size(-1))
 as_matrices = scores.softmax(dim=-1) @ v
-print("scores:", tuple(scores.shape), " equal to the loops:", torch.allclose(by_loops, as_matrices))
+assert torch.allclose(as_matrices, by_loops)
+print(f"{scores.numel()} scores in a matrix of {tuple(scores.shape)}")
+print("what it gets:", [round(number, 2) for number in as_matrices[4].tolist()], "(noun, verb)")
 
 # %% [markdown]
 # **In batches** nothing changes but the transpose, for `@` multiplies the last two dimensions and
 # repeats that over all others:
 
 # %%
-batch = torch.stack([x, x.flip(0)])  # two sentences, (batch, sequence, d_model)
+batch = torch.stack([sentence, sentence.flip(0)])  # two sentences, (batch, sequence, d_model)
 q, k, v = batch @ w_q, batch @ w_k, batch @ w_v
 batched = (q @ k.mT / math.sqrt(q.size(-1))).softmax(dim=-1) @ v
-print(tuple(batched.shape), "equal to one by one:", torch.allclose(batched[0], as_matrices))
+assert torch.allclose(batched[0], as_matrices)
+print(tuple(batch.shape), "->", tuple(batched.shape))
 
 # %% [markdown]
 # Equation {eq}`attention` is due to Vaswani and colleagues {cite}`vaswani2017attention`; the soft
@@ -199,18 +209,18 @@ print(tuple(batched.shape), "equal to one by one:", torch.allclose(batched[0], a
 # ## Why divide by the square root of d?
 #
 # Let the entries of a query and of a key be independent random numbers with mean 0 and variance
-# 1, as they roughly are when training begins. Their score is $s = \sum_{c=1}^{d} q_c k_c$. Each
-# term has mean
+# 1, as they roughly are when training begins. Their score is $s = \sum_{f=1}^{d} q_f k_f$, with a
+# term for each feature $f$. Each term has mean
 #
 # $$
-# \mathbb{E}[q_c k_c] = \mathbb{E}[q_c]\,\mathbb{E}[k_c] = 0 ,
+# \mathbb{E}[q_f k_f] = \mathbb{E}[q_f]\,\mathbb{E}[k_f] = 0 ,
 # $$
 #
 # because they are independent, and therefore the variance
 #
 # $$
-# \operatorname{Var}[q_c k_c] = \mathbb{E}[q_c^2 k_c^2] - 0^2
-# = \mathbb{E}[q_c^2]\,\mathbb{E}[k_c^2] = 1 .
+# \operatorname{Var}[q_f k_f] = \mathbb{E}[q_f^2 k_f^2] - 0^2
+# = \mathbb{E}[q_f^2]\,\mathbb{E}[k_f^2] = 1 .
 # $$
 #
 # The $d$ terms are independent of each other, so their variances add up:
@@ -220,12 +230,11 @@ print(tuple(batched.shape), "equal to one by one:", torch.allclose(batched[0], a
 # = \frac{d}{d} = 1 .
 # $$ (attention-variance)
 #
-# Scores grow like $\sqrt d$ with the size of a head, and dividing by $\sqrt d$ keeps them at one.
-# What would be wrong with large scores? Two that differ by one standard deviation get weights
-# whose ratio is $e^{\sqrt d}$. For $d = 128$ that is 80,000: before anything has been learned,
-# each token attends to a single other, picked by chance. Worse, it cannot change its mind. The
-# derivative of the weight $p_i = e^{s_i} / Z$, where $Z = \sum_k e^{s_k}$, with respect to a
-# score is
+# Scores grow like $\sqrt d$ with the size of a head, and dividing by $\sqrt d$ keeps them near one.
+# What would be wrong with large scores? Two that differ by one standard deviation get weights whose
+# ratio is $e^{\sqrt d}$. For $d = 128$ that is 80,000: before anything has been learned, each token
+# attends to a single other, picked by chance. Worse, it cannot change its mind. The derivative of
+# the weight $p_i = e^{s_i} / Z$, where $Z = \sum_k e^{s_k}$, with respect to a score is
 #
 # $$
 # \frac{\partial p_i}{\partial s_j} = \frac{\delta_{ij}\, e^{s_i} Z - e^{s_i} e^{s_j}}{Z^2}
@@ -252,6 +261,10 @@ for d in sizes:
         measured[name]["entropy"].append(entropy.item())
         measured[name]["gradient"].append((p * (1 - p)).sum(dim=-1).mean().item())
 
+# %% [markdown]
+# The scores deviate by the root of $d$, as derived. What becomes of softmax is easier to see in a
+# picture:
+
 # %% mystnb={"figure": {"caption": "Entropy of the attention weights, and the gradient that passes through softmax, against the size of a head. Undivided, both vanish as heads grow; divided by the square root, both stay where they are.", "name": "fig-attention-scaling"}, "image": {"alt": "Two plots over d from 4 to 1024. Left, entropy in nats, with a dotted line at ln 64 = 4.16: undivided it falls from 2.8 to 0.1, divided it stays at 3.7. Right, the sum of p (1 - p): undivided it falls from 0.85 to below 0.1, divided it stays at 0.96."}}
 figure, axes = plt.subplots(1, 2)
 titles = {"entropy": "Entropy of the weights (nats)", "gradient": "Gradient that passes"}
@@ -270,7 +283,7 @@ plt.show()
 # ## Exponentials that stay finite
 #
 # Float32 ends near $3.4 \cdot 10^{38}$, and $e^{89}$ is more. A score of 89 gives infinity, and
-# infinity by infinity is not a number:
+# infinity divided by infinity is not a number:
 
 # %%
 scores = torch.tensor([89.0, 88.0])
@@ -279,20 +292,20 @@ shifted = scores - scores.max()
 print("shifted:", [round(p, 3) for p in (shifted.exp() / shifted.exp().sum()).tolist()])
 
 # %% [markdown]
-# The second line uses that softmax does not change if the same number $c$ is taken from all
+# The second line uses that softmax does not change if the same number $m$ is subtracted from all
 # scores:
 #
 # $$
-# \frac{e^{s_j - c}}{\sum_k e^{s_k - c}} = \frac{e^{-c}\, e^{s_j}}{e^{-c} \sum_k e^{s_k}} = p_j .
+# \frac{e^{s_j - m}}{\sum_k e^{s_k - m}} = \frac{e^{-m}\, e^{s_j}}{e^{-m} \sum_k e^{s_k}} = p_j .
 # $$
 #
-# With $c = \max_k s_k$ the largest exponential is $e^0 = 1$, so that nothing overflows, and the
+# With $m = \max_k s_k$ the largest exponential is $e^0 = 1$, so that nothing overflows, and the
 # sum is at least 1, so that nothing is divided by zero. What underflows to zero was too small to
 # count.
 #
 # One case is left. A score of $-\infty$ will mean "not allowed" below, and a query may be allowed
-# nothing at all. Then the maximum is $-\infty$, and $-\infty - (-\infty)$ is NaN again. By
-# convention the answer shall be *nothing*: weights that are all zero. A maximum of $-\infty$ is
+# nothing at all. Then the maximum is $-\infty$, and $-\infty - (-\infty)$ is NaN again. We want
+# the answer to be *nothing* in this case: weights that are all zero. A maximum of $-\infty$ is
 # replaced by 0, so all exponentials are 0; and the sum, at least 1 wherever anything is allowed,
 # is raised to 1 where nothing is. As shifting changes nothing, the maximum needs no gradient.
 
@@ -325,14 +338,14 @@ def softmax(scores: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]
 #
 # Four masks do almost all the work. Under the {term}`causal mask` a token sees itself and those
 # before it. Under a {term}`sliding window` {cite}`beltagy2020longformer` it sees only the last
-# $w$ of these, itself included; the cost is $n w$ in the place of $n^2$, and each further layer
+# $w$ of these, itself included. The cost is then $n w$ instead of $n^2$, and each further layer
 # still lets it reach $w - 1$ tokens farther. A document mask ({doc}`07_batches`) keeps to one
 # document of a packed row. And {term}`padding` is seen by nobody.
 #
 # All but the document mask are one rule about positions. With $i$ the position of a query and $j$
 # that of a key, and $-1$ for padding, attention is allowed where $0 \le j \le i$ and $j > i - w$.
-# Positions, and not places in a row, because the rule then serves caches as well, where the keys
-# of a row lie in any order.
+# The rule speaks of positions, not of places in a row, because it then serves caches as well,
+# where the keys of a row lie in any order.
 
 
 # %%
@@ -353,6 +366,12 @@ def attention_mask(
     return allowed if window is None else allowed & (key > query - window)
 
 
+# %% [markdown]
+# Most sequences have no padding, and their positions simply count:
+
+
+# %%
+#| export
 def causal_mask(
     sequence: int, window: int | None = None, device: torch.device | str | None = None
 ) -> Bool[Tensor, "sequence sequence"]:
@@ -367,6 +386,9 @@ def causal_mask(
     positions = torch.arange(sequence, device=device)[None]
     return attention_mask(positions, positions, window)[0, 0]
 
+
+# %% [markdown]
+# The four masks for a row of twelve tokens ({numref}`fig-attention-masks`):
 
 # %% mystnb={"figure": {"caption": "Who may attend to whom in a row of 12 tokens. Masks combine by and: the last panel is causal and without the padding at its left.", "name": "fig-attention-masks"}, "image": {"alt": "Four square grids of queries, downward, and keys, to the right. Causal: the lower triangle. Sliding window of 4: a band of four cells along the diagonal. Documents of 5, 4 and 3 tokens: three small triangles along the diagonal. Padding of 3 on the left: the lower triangle without its first three columns, so that the first three rows are empty."}}
 from llmbook.batches import document_mask
@@ -388,8 +410,8 @@ axes[0].set_ylabel("query")
 plt.show()
 
 # %% [markdown]
-# The last panel has empty rows. Much code fills forbidden scores with $-10^9$ in the place of
-# $-\infty$, which avoids the NaN and does something worse: if *all* scores of a row are $-10^9$,
+# The last panel has empty rows. Much code fills forbidden scores with $-10^9$ instead of
+# $-\infty$. This avoids the NaN and does something worse: if *all* scores of a row are $-10^9$,
 # softmax gives them equal weights, and the query attends to all that it must not see.
 
 # %%
@@ -400,17 +422,18 @@ for name, filler in (("-1e9", -1e9), ("-inf", -torch.inf)):
     print(f"weight on forbidden keys with {name}: {leaked:.0f}")
 
 # %% [markdown]
-# ## One function, two backends
+# ## One function
 #
-# Scores, mask, softmax: the weights. We let several query heads share the keys of one head, which
-# a later section needs: with `n_heads` a multiple of `n_kv_heads`, head $h$ of the queries reads
-# head $\lfloor h / g \rfloor$ of the keys, where $g$ is how many share one. If there are fewer
-# queries than keys and attention is causal, the *ends* are aligned. This is what a decoder needs:
-# the newest token is a single query, and sees all keys.
+# Scores, mask, softmax: these are the weights. We let several query heads share the keys of one
+# head, which a later section needs: with `n_heads` a multiple of `n_kv_heads`, a group of
+# neighboring query heads reads the same keys and values. If there are fewer queries than keys and
+# attention is causal, the *ends* are aligned. This is what a decoder needs: the newest token is a
+# single query, and sees all keys.
 
 
-# %%
+# %% tags=["engine"]
 #| export
+# Inputs that do not fit are named before they meet, in the words of the caller.
 def _check_inputs(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> None:
     """Raise a ValueError unless queries and keys fit together, and the mask is one of booleans."""
     for name, tensor in (("q", q), ("k", k)):
@@ -435,6 +458,11 @@ def _check_values(k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v: expected {expected}, got {tuple(v.shape)}")
 
 
+# %% [markdown]
+# The mask that the caller gives, and the causal one if it is wanted, are joined by *and*. Keys and
+# values are repeated for the heads that share them:
+
+
 # %%
 #| export
 def _joined(mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> Tensor | None:
@@ -450,6 +478,10 @@ def _joined(mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> Tenso
 def _shared(x: Tensor, n_heads: int) -> Tensor:
     """Repeat each head of keys or values for all the query heads that share it."""
     return x if x.size(-3) == n_heads else x.repeat_interleave(n_heads // x.size(-3), dim=-3)
+
+
+# %% [markdown]
+# With these, the weights are one line for the scores and one for mask and softmax:
 
 
 # %%
@@ -474,37 +506,16 @@ def attention_weights(
 
 
 # %% [markdown]
-# The whole function is that, times the values. Each weight may also be dropped at random, as a
-# regularizer. This makes several matrices of $n^2$ numbers. PyTorch has the same function as a
-# single kernel that makes none (a later section builds such a one), and `backend="torch"` calls
-# it. Two cases deserve care. A plain causal mask is announced by `is_causal` rather than built,
-# because the kernel then skips what is forbidden. And with one query a row the heads that share
-# keys can be laid out as rows of one matrix, which avoids copying each key $g$ times.
-
+# Attention is the weights times the values. Each weight may also be dropped at random, as a
+# regularizer. All this makes several matrices of $n^2$ numbers. PyTorch has the same function as
+# a single kernel that makes none (a later section builds such a kernel), and `backend="torch"`
+# calls it.
 
 # %%
 #| export
 Backend = Literal["reference", "torch"]
 
 
-def _torch_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, **options: Any
-) -> Tensor:
-    """Attention by PyTorch's fused kernel."""
-    queries, grouped = q.size(-2), q.size(-3) != k.size(-3)
-    if queries == 1 and grouped and (mask is None or mask.ndim < 3 or mask.size(-3) == 1):
-        folded = q.reshape(*k.shape[:-2], -1, q.size(-1))  # (..., n_kv_heads, group, d_head)
-        out = F.scaled_dot_product_attention(folded, k, v, mask, **options)
-        return out.reshape(*q.shape[:-1], v.size(-1))
-    if is_causal and mask is None and queries == k.size(-2):  # the kernel aligns the beginnings
-        options["is_causal"] = True
-    else:
-        mask = _joined(mask, is_causal, q, k)
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped, **options)
-
-
-# %%
-#| export
 def scaled_dot_product_attention(
     q: Float[Tensor, "*batch n_heads queries d_head"],
     k: Float[Tensor, "*batch n_kv_heads keys d_head"],
@@ -534,20 +545,63 @@ def scaled_dot_product_attention(
 
 
 # %% [markdown]
-# Are the two the same function, forward and backward, where some queries may see nothing?
+# Under the causal mask *rises* can no longer see *it* or *rests*. The weights of our sentence, row
+# by row (the 1 in front is a head):
 
 # %%
+q, k, v = ((sentence @ w)[None] for w in (w_q, w_k, w_v))
+for word, row in zip(words, attention_weights(q, k, is_causal=True)[0].tolist(), strict=True):
+    print(f"{word:6}", *(f"{weight:.2f}" if weight else "   ." for weight in row))
+assert scaled_dot_product_attention(q, k, v, is_causal=True).shape == (1, 6, 2)
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: PyTorch's fused kernel behind the same function, because it is faster
+
+# %% [markdown] tags=["engine"]
+# Two cases deserve care. A plain causal mask is announced by `is_causal` rather than built,
+# because the kernel then skips what is forbidden. And with one query a row the heads that share
+# keys can be laid out as rows of one matrix, which avoids copying each key for every head of its
+# group.
+
+
+# %% tags=["engine"]
+#| export
+def _torch_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, **options: Any
+) -> Tensor:
+    """Attention by PyTorch's fused kernel."""
+    queries, grouped = q.size(-2), q.size(-3) != k.size(-3)
+    if queries == 1 and grouped and (mask is None or mask.ndim < 3 or mask.size(-3) == 1):
+        folded = q.reshape(*k.shape[:-2], -1, q.size(-1))  # (..., n_kv_heads, group, d_head)
+        out = F.scaled_dot_product_attention(folded, k, v, mask, **options)
+        return out.reshape(*q.shape[:-1], v.size(-1))
+    if is_causal and mask is None and queries == k.size(-2):  # the kernel aligns the beginnings
+        options["is_causal"] = True
+    else:
+        mask = _joined(mask, is_causal, q, k)
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped, **options)
+
+
+# %% [markdown] tags=["engine"]
+# Are the two the same function, forward and backward, even where some queries may see nothing?
+# In float64, so that rounding is far below any real difference:
+
+# %% tags=["engine"]
 torch.manual_seed(0)
-inputs = [torch.randn(2, heads, 12, 8, requires_grad=True) for heads in (4, 2, 2)]
+inputs = [
+    torch.randn(2, heads, 12, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)
+]
 mask = panels["padding at left"]
 found = {}
 for backend in ("reference", "torch"):
     out = scaled_dot_product_attention(*inputs, mask, backend=backend)
     found[backend] = out, *torch.autograd.grad(out.sin().sum(), inputs)
-same = [torch.allclose(a, b, atol=1e-6) for a, b in zip(*found.values(), strict=True)]
-print("output and three gradients equal:", same)
-print("nothing allowed, output:", found["torch"][0][:, :, :3].abs().max().item())
-print("gradients finite:", all(g.isfinite().all().item() for g in found["torch"][1:]))
+for ours, theirs in zip(*found.values(), strict=True):
+    assert torch.allclose(ours, theirs, atol=1e-12)
+unseen = found["torch"][0][:, :, :3]
+print(
+    f"{unseen.numel()} numbers of queries that see nothing, the largest: {unseen.abs().max():.1f}"
+)
 
 # %% [markdown]
 # ## Heads
@@ -560,7 +614,7 @@ print("gradients finite:", all(g.isfinite().all().item() for g in found["torch"]
 
 # %%
 def one_head(w_q: Tensor, w_k: Tensor, w_v: Tensor) -> Tensor:
-    q, k, v = ((x @ w)[None] for w in (w_q, w_k, w_v))  # the 1 in front: a head
+    q, k, v = ((sentence @ w)[None] for w in (w_q, w_k, w_v))
     return scaled_dot_product_attention(q, k, v, is_causal=True)[0]
 
 
@@ -585,38 +639,32 @@ print("each token gets", side_by_side.size(-1), "numbers, two from each head")
 
 # %%
 wide = [torch.cat(pair, dim=1) for pair in ((w_q, verb_q), (w_k, verb_k), (w_v, w_v))]
-q, k, v = ((x @ w).view(6, 2, 2).transpose(0, 1) for w in wide)  # (heads, sequence, d_head)
+q, k, v = ((sentence @ w).view(6, 2, 2).transpose(0, 1) for w in wide)  # (heads, sequence, d_head)
 out = scaled_dot_product_attention(q, k, v, is_causal=True)
 merged = out.transpose(0, 1).flatten(1)  # (sequence, heads * d_head)
-print("equal to head by head:", torch.allclose(merged, side_by_side))
-wrong = (x @ wide[0]).view(2, 6, 2)
-print("viewed without transposing:", torch.equal(wrong, q))
+assert torch.allclose(merged, side_by_side)
+labels = torch.arange(24).view(6, 4)  # row by row, as they lie in memory
+right, wrong = labels.view(6, 2, 2).transpose(0, 1), labels.view(2, 6, 2)
+print(f"viewed without transposing: {(right != wrong).sum()} of 24 numbers in the wrong place")
 
 # %% [markdown]
 # The last line is the classic mistake: `view(heads, sequence, d_head)` has the right shape and
 # mixes tokens with heads. No error tells you.
 #
-# What does it cost? With $h$ heads of $d = d_\text{model} / h$, the four projections have
-# $4 d_\text{model}^2$ weights whatever $h$ is, and scores and means take $2 n^2 d_\text{model}$
-# multiplications whatever $h$ is: more heads are more, but narrower, questions for the same
+# What does it cost? With $H$ heads of $d = d_\text{model} / H$, the four projections have
+# $4 d_\text{model}^2$ weights whatever $H$ is, and scores and means take $2 n^2 d_\text{model}$
+# multiplications whatever $H$ is: more heads are more, but narrower, questions for the same
 # price. The last matrix, $W_O$, mixes what the heads have found.
 #
-# ### Queries and keys of bounded length
+# ### The module
 #
-# The root keeps scores near one *at the start*. During training queries and keys may grow, and
-# with them the scores, until the softmax saturates; large models have diverged that way
-# {cite}`dehghani2023vit22b`. A remedy is to normalize each query and key {cite}`henry2020qknorm`,
-# in Qwen3 {cite}`yang2025qwen3` to root-mean-square 1 (chapter 10), times a learned gain for each
-# feature. A vector of $d$ numbers with root-mean-square 1 has length $\sqrt d$. By Cauchy and
-# Schwarz $|q \cdot k| \le \sqrt d \sqrt d$, so the scaled score lies between $-\sqrt d$ and
-# $\sqrt d$ (times the largest gain of each), whatever the weights. Rotations of
-# {doc}`08_positions` keep lengths, so the bound survives RoPE.
-#
-# Our module takes the kind of normalization as an argument. First the projections:
+# The exported class begins with its sizes and matrices. Two arguments wait for later: heads that
+# share keys and values (`n_kv_heads`), and a normalization of queries and keys (`qk_norm`).
 
 
-# %%
+# %% tags=["engine"]
 #| export
+# Sizes that cannot be are named, and those left out are filled in.
 def _check_heads(
     d_model: int, n_heads: int, n_kv_heads: int | None, d_head: int | None, dropout: float
 ) -> tuple[int, int]:
@@ -632,10 +680,20 @@ def _check_heads(
     return n_kv_heads or n_heads, d_head or d_model // n_heads
 
 
+# %% [markdown]
+# Unless they are given, `n_kv_heads` is `n_heads` and `d_head` is `d_model / n_heads`:
+
+
 # %%
 #| export
-class _Projections(nn.Module):
-    """The sizes and matrices of attention, into heads and out of them."""
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention in heads: multi-head, grouped-query or multi-query attention.
+
+    ``n_kv_heads``, a divisor of ``n_heads``, is how many heads have keys and values of their own:
+    by default all, with 1 multi-query attention. ``d_head`` is ``d_model / n_heads`` unless given,
+    ``output_bias`` is as ``bias``. ``qk_norm(d_head)`` makes the module that normalizes each query
+    and key, before they are rotated, as in Qwen3. ``dropout`` drops weights in training.
+    """
 
     def __init__(
         self,
@@ -663,39 +721,44 @@ class _Projections(nn.Module):
         self.k_norm = None if qk_norm is None else qk_norm(d_head)
 
 
+# %% [markdown]
+# It grows by a method that projects a text into heads, and turns queries and keys by the rotary
+# positions of {doc}`08_positions`. (The line `class MultiHeadAttention(MultiHeadAttention)` goes on
+# with the class in a new cell; in the package all parts are one class.)
+
 # %%
 #| export
-def _queries_keys_values(
-    attention: _Projections, x: Tensor, rope: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Project ``x`` into heads (batch, heads, sequence, d_head); normalize and rotate q and k."""
-    batch, sequence, _ = x.shape
-    projections = attention.q_proj, attention.k_proj, attention.v_proj
-    q, k, v = (proj(x).view(batch, sequence, -1, attention.d_head) for proj in projections)
-    if attention.q_norm is not None and attention.k_norm is not None:
-        q, k = attention.q_norm(q), attention.k_norm(k)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if rope is not None:
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-    return q, k, v
+from llmbook.positions import apply_rope
+
+
+class MultiHeadAttention(MultiHeadAttention):  # continued
+    def project(
+        self, x: Float[Tensor, "batch sequence d_model"], rope: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[
+        Float[Tensor, "batch n_heads sequence d_head"],
+        Float[Tensor, "batch n_kv_heads sequence d_head"],
+        Float[Tensor, "batch n_kv_heads sequence d_head"],
+    ]:
+        """Return queries, keys and values in heads; q and k normalized, if so, then rotated."""
+        batch, sequence, _ = x.shape
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (proj(x).view(batch, sequence, -1, self.d_head) for proj in projections)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        return q, k, v
 
 
 # %% [markdown]
-# The module itself is then short. Its argument `cache` belongs to a later section; without a mask
-# attention is causal.
+# The pass through the module is then short. Its argument `cache` belongs to a later section;
+# without a mask attention is causal.
 
 
 # %%
 #| export
-class MultiHeadAttention(_Projections):
-    """Causal self-attention in heads: multi-head, grouped-query or multi-query attention.
-
-    ``n_kv_heads``, a divisor of ``n_heads``, is how many heads have keys and values of their own:
-    by default all, with 1 multi-query attention. ``d_head`` is ``d_model / n_heads`` unless given,
-    ``output_bias`` is as ``bias``. ``qk_norm(d_head)`` makes the module that normalizes each query
-    and key, before they are rotated, as in Qwen3. ``dropout`` drops weights in training.
-    """
-
+class MultiHeadAttention(MultiHeadAttention):  # continued
     def forward(
         self,
         x: Float[Tensor, "batch sequence d_model"],
@@ -708,7 +771,7 @@ class MultiHeadAttention(_Projections):
 
         Without a mask attention is causal; with a cache, ``mask`` is what its ``extend`` returned.
         """
-        q, k, v = _queries_keys_values(self, x, rope)
+        q, k, v = self.project(x, rope)
         if cache is not None:
             k, v = cache.update(k, v)
         dropout = self.dropout if self.training else 0.0
@@ -732,24 +795,44 @@ def attention_pattern(
     mask: Bool[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "batch n_heads sequence sequence"]:
     """Return the weights with which ``attention(x, rope=rope, mask=mask)`` mixes its values."""
-    q, k, _ = _queries_keys_values(attention, x, rope)
+    q, k, _ = attention.project(x, rope)
     return attention_weights(q, k, mask, is_causal=mask is None)
 
 
+# %% [markdown]
+# This is *self*-attention: queries, keys and values come from the same text. The first transformer
+# translated, and there each layer of the decoder also had **cross-attention**: queries from the
+# text being written, keys and values from the text being read, and no causal mask. Equation
+# {eq}`attention` does not change, except that queries and keys may differ in number; our function
+# computes it as it stands. Models that only continue a text need self-attention alone.
+#
+# ### Queries and keys of bounded length
+#
+# The root keeps scores near one *at the start*. During training queries and keys may grow, and
+# with them the scores, until the softmax saturates; large models have diverged that way
+# {cite}`dehghani2023vit22b`. A remedy is to normalize each query and key {cite}`henry2020qknorm`,
+# in Qwen3 {cite}`yang2025qwen3` to root-mean-square 1 (chapter 10), times a learned gain for each
+# feature. A vector of $d$ numbers with root-mean-square 1 has length $\sqrt d$. By Cauchy and
+# Schwarz $|q \cdot k| \le \sqrt d \sqrt d$, so the scaled score lies between $-\sqrt d$ and
+# $\sqrt d$ (times the largest gain of each), whatever the weights. Rotations of
+# {doc}`08_positions` keep lengths, so the bound survives RoPE.
+#
+# We multiply the matrices of queries and keys by 1, 3 and 5, so that scores become 1, 9 and 25
+# times as large, and measure the entropy of the weights of the last token, of 64 that it may see:
+
 # %%
 torch.manual_seed(0)
-x = torch.randn(4, 64, 128)
-print("scores 1x, 9x and 25x as large: entropy of the weights in nats")
+random_text = torch.randn(4, 64, 128)
 for name, norm in (("without", None), ("with", partial(nn.RMSNorm, eps=1e-6))):
     layer = MultiHeadAttention(128, 4, qk_norm=norm)
     row = []
-    for growth in (1, 3, 5):  # of both matrices
+    for growth in (1, 3, 5):
         with torch.no_grad():
             layer.q_proj.weight.normal_(std=growth * 128**-0.5)
             layer.k_proj.weight.normal_(std=growth * 128**-0.5)
-            last = attention_pattern(layer, x)[:, :, -1]
+            last = attention_pattern(layer, random_text)[:, :, -1]
         row.append(f"{torch.special.entr(last).sum(dim=-1).mean():.2f}")
-    print(f"{name:8} normalization:", *row)
+    print(f"{name:8} normalization:", *row, "nats")
 
 # %% [markdown]
 # ## What it costs to remember
@@ -803,49 +886,54 @@ numbers = {  # to keep in each layer
 }
 kib = {name: n * config.num_hidden_layers * 2 / 1024 for name, (config, n) in numbers.items()}
 
+# %% [markdown]
+# For one token, and for a text of 128,000 tokens ({numref}`fig-attention-sizes`):
+
 # %% mystnb={"figure": {"caption": "Size of the cache for one token and, behind each bar, also for a text of 128,000 tokens.", "name": "fig-attention-sizes"}, "image": {"alt": "Five horizontal bars on a logarithmic axis in KiB. Llama 7B, multi-head: 512 KiB, 62 GiB for 128,000 tokens. Mistral 7B, 8 of 32 heads: 128 KiB, 16 GiB. Falcon 7B, multi-query: 8 KiB, 1 GiB. DeepSeek-V3, latent: 69 KiB, 8 GiB. DeepSeek-V3, were it multi-head: 4,880 KiB, 596 GiB."}}
 bars = plt.barh(list(kib), list(kib.values()), color=["C0", "C0", "C0", "C2", "C6"])
-labels = [f"{size:,.0f} KiB, {size * 128_000 / 2**20:,.0f} GiB in all" for size in kib.values()]
+labels = [f"{size:,.0f} KiB; {size * 128_000 / 2**20:,.0f} GiB" for size in kib.values()]
 plt.bar_label(bars, labels, padding=4)
 plt.gca().invert_yaxis()
 plt.grid(axis="y", visible=False)
 plt.xscale("log")
 plt.xlim(1, 2_000_000)
-plt.xlabel("KiB a token (logarithmic)")
+plt.xlabel("KiB a token (logarithmic); behind each bar also GiB for 128,000 tokens")
 plt.show()
 
 # %% [markdown]
 # ## A cache
 #
-# The smallest cache is a concatenation:
+# The smallest cache is a concatenation. We count what it copies:
 
 # %%
 torch.manual_seed(0)
 layer = MultiHeadAttention(32, 4, n_kv_heads=2)
-x = torch.randn(1, 10, 32)
-q, k, v = _queries_keys_values(layer, x, None)
-seen_k, seen_v, outputs = k[:, :, :0], v[:, :, :0], []
+ten_tokens = torch.randn(1, 10, 32)
+q, k, v = layer.project(ten_tokens)
+seen_k, seen_v, outputs, copied = k[:, :, :0], v[:, :, :0], [], 0
 for t in range(10):
     seen_k = torch.cat([seen_k, k[:, :, t : t + 1]], dim=2)
     seen_v = torch.cat([seen_v, v[:, :, t : t + 1]], dim=2)
+    copied += seen_k.numel() + seen_v.numel()
     outputs.append(scaled_dot_product_attention(q[:, :, t : t + 1], seen_k, seen_v))
 whole = scaled_dot_product_attention(q, k, v, is_causal=True)
-print("one by one = all at once:", torch.allclose(torch.cat(outputs, dim=2), whole, atol=1e-6))
+assert torch.allclose(torch.cat(outputs, dim=2), whole, atol=1e-5)
+print(f"to keep {seen_k.numel() + seen_v.numel()} numbers, {copied:,} were copied")
 
 # %% [markdown]
-# Three things are missing. Each `cat` copies everything, which for $n$ tokens grows like $n^2$;
-# we want memory that is taken once. Rows of a batch have prompts of unequal lengths. And under a
-# sliding window memory need not grow at all.
+# One token at a time gives what all at once give. But three things are missing. Each `cat` copies
+# everything, which for $n$ tokens grows like $n^2$; we want memory that is allocated once. Rows of
+# a batch have prompts of unequal lengths. And under a sliding window memory need not grow at all.
 #
-# One rule serves all three: **position $p$ of a row is kept in slot $p \bmod S$** of that row,
+# One rule serves all three: **position $t$ of a row is kept in slot $t \bmod S$** of that row,
 # where $S$ is the number of slots ({numref}`fig-attention-cache`). Without a window $S$ is the
 # capacity, and the slot is the position. With a window of $w$ and $S = w$ the slots are a ring,
-# and token $p$ overwrites token $p - w$, which its window has just left. Padding is not stored.
-# Nothing need be written down: a row of length $\ell$ has in slot $s$ the largest position below
-# $\ell$ that leaves the remainder $s$, which is
+# and token $t$ overwrites token $t - w$, which its window has just left. Padding is not stored.
+# No table of positions is needed: a row of $n$ tokens has in slot $s$ the largest position
+# below $n$ that leaves the remainder $s$, which is
 #
 # $$
-# p = (\ell - 1) - \big( (\ell - 1 - s) \bmod S \big) ,
+# t = (n - 1) - \big( (n - 1 - s) \bmod S \big) ,
 # $$ (attention-slots)
 #
 # and nothing if that is negative. The mask follows from positions, as before. Keys are stored
@@ -862,162 +950,24 @@ print("one by one = all at once:", torch.allclose(torch.cat(outputs, dim=2), who
 
 # %%
 #| export
-def _positions_in_slots(lengths: list[int], slots: int, used: int, device: Any) -> Tensor:
+def _positions_in_slots(lengths: Tensor, slots: int, used: int | None = None) -> Tensor:
     """Return which position is in each of the first ``used`` slots, -1 for none; a row for each."""
-    last = torch.tensor(lengths, device=device)[:, None] - 1
-    return (last - (last - torch.arange(used, device=device)) % slots).clamp(min=-1)
-
-
-# %%
-print("no window, 8 slots, lengths 5 and 3:", _positions_in_slots([5, 3], 8, 8, None).tolist())
-print("ring of 4 slots, length 6:", _positions_in_slots([6], 4, 4, None).tolist())
-
-# %% [markdown]
-# All layers store the same tokens in the same places. So a step is worked out once, before the
-# first layer: which slots to write, how many to return, under which mask. In the common case, all
-# rows alike, the slots are a slice, and one token or a whole prompt needs no mask. This runs for
-# every token that a model writes, so it avoids work on tensors.
-
-
-# %%
-#| export
-class _Step(NamedTuple):
-    """What the layers do in one step."""
-
-    n: int  # tokens in each row, padding included
-    rows: Tensor | None  # row of each token to store; None: rows are alike, `slots` is a slice
-    slots: slice | Tensor
-    source: Tensor | None  # place of each token among the new ones
-    used: int  # slots to return
-    append: bool  # return old slots and new tokens: some that are needed will be overwritten
-
-
-def _step_alike(
-    start: int, n: int, slots: int, window: int | None, device: Any
-) -> tuple[_Step, Tensor | None]:
-    """Plan a step that takes every row from ``start`` to ``start + n``, and its mask, if needed."""
-    end, first = start + n, start % slots
-    used = min(end, slots)
-    step = _Step(n, None, slice(first, first + n), None, used, append=False)
-    in_window = window is None or (used if n == 1 else end) <= window
-    if in_window and (n == 1 or start == 0):
-        return step, None  # causal attention, aligned at the end
-    keys = _positions_in_slots([end], slots, used, device)
-    queries = torch.arange(start, end, device=device)[None]
-    return step, attention_mask(queries, keys, window)
+    last = lengths[:, None] - 1
+    first = torch.arange(slots if used is None else used, device=lengths.device)
+    return (last - (last - first) % slots).clamp(min=-1)
 
 
 # %% [markdown]
-# In general each row has positions of its own, with $-1$ for padding on either side. There is one
-# trap: if several tokens at once go into a full ring, the last of them overwrite what the first
-# still need. Then attention gets the old slots with the new tokens behind them, and as many of
-# these as the ring can hold are stored after that.
-
+# The rows of the figure:
 
 # %%
-#| export
-def _step_apart(
-    positions: Tensor, before: list[int], after: list[int], slots: int, window: int | None
-) -> tuple[_Step, Tensor]:
-    """Plan a step in which each row has positions of its own, and its mask."""
-    append = positions.size(1) > 1 and max(after) > slots
-    lengths, device = before if append else after, positions.device
-    used = min(slots, max(lengths))
-    oldest = torch.tensor(after, device=device)[:, None] - slots  # that will still be there
-    rows, source = ((positions >= 0) & (positions >= oldest)).nonzero(as_tuple=True)
-    step = _Step(positions.size(1), rows, positions[rows, source] % slots, source, used, append)
-    keys = _positions_in_slots(lengths, slots, used, device)
-    keys = torch.cat([keys, positions], dim=1) if append else keys
-    return step, attention_mask(positions, keys, window)
-
-
-# %%
-#| export
-def _counted(positions: Tensor, lengths: list[int]) -> list[int]:
-    """Return how many tokens ``positions`` adds to each row; raise unless they go on from there."""
-    given = positions >= 0
-    start = torch.tensor(lengths, device=positions.device)[:, None]
-    expected = torch.where(given, start + given.cumsum(dim=1) - 1, -1)
-    if not torch.equal(positions, expected):
-        row = int((positions != expected).any(dim=1).nonzero()[0, 0])
-        rule = f"row {row} to go on from {lengths[row]}, with -1 for padding"
-        raise ValueError(f"position_ids: expected {rule}, got {positions[row].tolist()}")
-    return given.sum(dim=1).tolist()
-
-
-def _check_room(lengths: list[int], capacity: int, window: int | None) -> None:
-    """A ring of at least the window never fills up; all other memory does."""
-    if (window is None or window > capacity) and max(lengths) > capacity:
-        expected = f"at most {capacity} tokens in a row, the capacity"
-        raise ValueError(f"position_ids: expected {expected}, got {max(lengths)}")
-
+print("no window, 8 slots:", _positions_in_slots(torch.tensor([5, 3]), 8).tolist())
+print("ring of 4 slots, 6 tokens:", _positions_in_slots(torch.tensor([6]), 4).tolist())
 
 # %% [markdown]
-# What is left is the length of each row, and `extend`, by which the model announces its next
-# tokens.
-
-
-# %%
-#| export
-def _plan(
-    table: "_SlotTable", position_ids: Tensor | int
-) -> tuple[_Step, Tensor | None, list[int]]:
-    """Return what the layers are to do, the mask, and the lengths of the rows after it."""
-    before = table._lengths
-    if isinstance(position_ids, Tensor):
-        if position_ids.size(0) not in (1, len(before)):
-            expected = f"positions of {len(before)} rows, or of one for all"
-            raise ValueError(f"position_ids: expected {expected}, got {position_ids.size(0)}")
-        positions = position_ids.expand(len(before), -1)
-        n, added = positions.size(1), _counted(positions, before)
-    else:
-        check_at_least(position_ids=(1, position_ids))
-        n, added = position_ids, [position_ids] * len(before)
-    after = [length + new for length, new in zip(before, added, strict=True)]
-    _check_room(after, table.capacity, table.window)
-    alike = min(before) == max(before) and min(added) == n
-    if alike and (n == 1 or after[0] <= table.slots):
-        return *_step_alike(before[0], n, table.slots, table.window, table.device), after
-    if not isinstance(position_ids, Tensor):
-        positions = table.next_positions(n).expand(len(before), -1)
-    return *_step_apart(positions, before, after, table.slots, table.window), after
-
-
-# %%
-#| export
-class _SlotTable:
-    """Which slot holds which position: that of a row's position p is p % slots."""
-
-    def __init__(self, batch_size: int, capacity: int, window: int | None, slots: int, device: Any):
-        self.capacity, self.window, self.slots, self.device = capacity, window, slots, device
-        self._lengths, self._step = [0] * batch_size, _Step(0, None, slice(0), None, 0, False)
-
-    @property
-    def lengths(self) -> Int64[Tensor, " batch"]:
-        """The number of tokens in each row, which is also its next position."""
-        return torch.tensor(self._lengths, device=self.device)
-
-    def next_positions(self, n: int) -> Int64[Tensor, "batch_or_1 n"]:
-        """Return the next ``n`` positions of each row, or of one row if all are alike."""
-        alike = min(self._lengths) == max(self._lengths)
-        start = torch.tensor(self._lengths[:1] if alike else self._lengths, device=self.device)
-        return start[:, None] + torch.arange(n, device=self.device)
-
-    def extend(
-        self, position_ids: Int64[Tensor, "rows sequence"] | int
-    ) -> Bool[Tensor, "batch_or_1 1 sequence keys"] | None:
-        """Announce tokens; return the mask for what each layer's ``update`` will return.
-
-        Either how many each row gets, or their positions (one row may stand for all): a row goes on
-        from its length, -1 is padding, which is not stored. None: plain causal attention, aligned
-        at the end. A ValueError tells of other positions, or of a row beyond the capacity.
-        """
-        self._step, mask, self._lengths = _plan(self, position_ids)
-        return mask
-
-
-# %% [markdown]
-# A layer keeps its keys and values, and does what the step says.
+# All layers store the same tokens in the same places. So the cache as a whole works out a step
+# once, before the first layer: which token of which row goes to which slot. A layer then only
+# writes. It keeps its keys and values in memory allocated once:
 
 
 # %%
@@ -1027,120 +977,29 @@ class LayerCache:
 
     def __init__(self, table: "KVCache", keys: Tensor, values: Tensor):
         self._table, self.keys, self.values = table, keys, values
-        self._stored: _Step | None = None  # the last step that was stored here
+        self._stored: Any = None  # the last step that was stored here
 
-    def update(
-        self,
-        k: Float[Tensor, "batch n_kv_heads sequence d_head"],
-        v: Float[Tensor, "batch n_kv_heads sequence d_value"],
-    ) -> tuple[
-        Float[Tensor, "batch n_kv_heads keys d_head"],
-        Float[Tensor, "batch n_kv_heads keys d_value"],
-    ]:
-        """Store keys and values of the announced tokens; return all that these may attend to.
-
-        What is returned may be a view, which the next step changes. No gradient flows through it. A
-        ValueError tells of tensors that do not fit what was announced, and of a second update.
-        """
-        step = self._table._step
-        if step is self._stored:
-            raise ValueError("k: expected tokens announced by extend, got those of a step twice")
-        _check_fits("k", k, self.keys, step)
-        _check_fits("v", v, self.values, step)
-        self._stored = step
-        return _write(self.keys, k, step), _write(self.values, v, step)
-
-
-# %%
-#| export
-def _check_fits(name: str, new: Tensor, store: Tensor, step: _Step) -> None:
-    """Raise unless ``new`` has the announced tokens of each row, in the heads of the cache."""
-    batch_size, heads, _, width = store.shape
-    if new.shape != (batch_size, heads, step.n, width):
-        expected = f"{step.n} announced tokens in each of {batch_size} rows"
-        shape = f"(..., {heads}, {step.n}, {width})"
-        raise ValueError(f"{name}: expected {expected}, {shape}, got {tuple(new.shape)}")
-
-
-def _write(store: Tensor, new: Tensor, step: _Step) -> Tensor:
-    """Write ``new`` where the step says; return what attention is to see."""
-    seen, new = store[:, :, : step.used], new.detach().to(store.dtype)
-    if step.append:
-        seen = torch.cat([seen, new], dim=2)
-    if step.rows is None:
-        store[:, :, step.slots] = new
-    else:
-        store[step.rows, :, step.slots] = new[step.rows, :, step.source]
-    return seen
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        rows, slots, columns = self._table._step
+        self.keys[rows, :, slots] = k[rows, :, columns]
+        self.values[rows, :, slots] = v[rows, :, columns]
+        return self.keys, self.values
 
 
 # %% [markdown]
-# Generation sometimes takes tokens back, or goes on from one row several times (chapter 14). As
-# positions fix the slots, to take tokens back is to make a row shorter. A ring must then still
-# have all that the window reaches; `spare` further slots let it go back that many tokens farther.
+# The cache holds the layers, and how many tokens each row has:
 
 
 # %%
 #| export
-class _Layers(_SlotTable):
-    """The layers of a cache, and what can be done to their rows."""
-
-    _layers: list[LayerCache]
-
-    def __getitem__(self, layer: int) -> LayerCache:
-        return self._layers[layer]
-
-    @property
-    def nbytes(self) -> int:
-        """The size of all keys and values in bytes, in use or not."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers)
-
-    def reset(self) -> None:
-        """Forget all tokens; the memory stays."""
-        self._lengths = [0] * len(self._lengths)
-
-    def truncate(self, lengths: Int64[Tensor, " batch"] | int) -> None:
-        """Forget each row's tokens from ``lengths`` on; ValueError if its window needs more."""
-        before = self._lengths
-        after = lengths.tolist() if isinstance(lengths, Tensor) else [lengths] * len(before)
-        _check_lengths(before, after, self.slots, self.window)
-        self._lengths = after
-
-    def reorder(self, rows: Int64[Tensor, " rows"]) -> None:
-        """Make row i a copy of what row ``rows[i]`` was; there may be fewer or more than before."""
-        self._lengths = [self._lengths[row] for row in rows.tolist()]
-        for layer in self._layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-
-
-# %%
-#| export
-def _empty_layer(
-    table: "KVCache", shape: tuple[int, ...], widths: tuple[int, int], dtype: torch.dtype
-) -> LayerCache:
-    # Zeros: attention multiplies what is not written yet by 0, and 0 times a leftover NaN is NaN.
-    keys, values = (torch.zeros(*shape, w, dtype=dtype, device=table.device) for w in widths)
-    return LayerCache(table, keys, values)
-
-
-def _check_lengths(before: list[int], after: list[int], slots: int, window: int | None) -> None:
-    """Raise unless rows get shorter and keep all that the window of their next token needs."""
-    for row, (old, new) in enumerate(zip(before, after, strict=True)):
-        overwritten = max(old - slots, 0)  # positions below this one
-        least = overwritten + (window or 0) - 1 if overwritten else 0
-        if not least <= new <= old:
-            raise ValueError(f"lengths: expected {least} to {old} in row {row}, got {new}")
-
-
-# %%
-#| export
-class KVCache(_Layers):
+class KVCache:
     """The keys and values of all layers for the tokens read so far, in memory taken once.
 
     Each step announces its tokens by ``extend``; then each layer calls ``cache[layer].update``.
     ``capacity``, ``window`` and ``spare`` count tokens. A ``window`` of at most ``capacity`` makes
     a ring of ``window + spare`` slots; rows may then be of any length, and ``truncate`` can go back
-    ``spare + 1`` tokens. A ``d_value`` of 0 stores keys only.
+    ``spare + 1`` tokens. A ``d_value`` of 0 stores keys only. A step compiled by ``torch.compile``
+    is compiled once, whatever the lengths; there a row beyond the capacity is a RuntimeError.
     """
 
     def __init__(
@@ -1160,45 +1019,409 @@ class KVCache(_Layers):
         check_at_least(batch_size=(1, batch_size), capacity=(1, capacity), window=(1, window))
         check_at_least(n_kv_heads=(1, n_kv_heads), d_head=(1, d_head), d_value=(0, d_value))
         check_at_least(n_layers=(1, n_layers), spare=(0, spare))
-        slots = capacity if window is None else min(capacity, window + spare)
-        super().__init__(batch_size, capacity, window, slots, device)
-        shape = batch_size, n_kv_heads, slots
+        self.capacity, self.window, self.device = capacity, window, device
+        self.slots = capacity if window is None else min(capacity, window + spare)
+        self._counts = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._known: list[int] | None = [0] * batch_size  # the same, without asking the device
+        self._step: Any = None  # what the layers are to do
+        # Zeros: what is not written yet is multiplied by 0, and 0 times a leftover NaN is NaN.
+        empty = torch.zeros(batch_size, n_kv_heads, self.slots, 1, dtype=dtype, device=device)
         widths = d_head, d_head if d_value is None else d_value
-        self._layers = [_empty_layer(self, shape, widths, dtype) for _ in range(n_layers)]
+        memory = [[empty.repeat(1, 1, 1, width) for width in widths] for _ in range(n_layers)]
+        self._layers = [LayerCache(self, keys, values) for keys, values in memory]
+
+
+# %% [markdown]
+# Its heart is `extend`, by which a model announces the positions of its next tokens. It returns
+# the mask of what they may attend to:
+
+
+# %%
+#| export
+class KVCache(KVCache):  # continued
+    def __getitem__(self, layer: int) -> LayerCache:
+        return self._layers[layer]
+
+    @property
+    def lengths(self) -> Int64[Tensor, " batch"]:
+        """The number of tokens in each row, which is also its next position."""
+        return self._counts.clone()
+
+    def extend(self, position_ids: Tensor) -> Tensor:
+        given = position_ids >= 0
+        self._counts += given.sum(dim=1)
+        rows, columns = given.nonzero(as_tuple=True)
+        self._step = rows, position_ids[rows, columns] % self.slots, columns
+        held = _positions_in_slots(self._counts, self.slots)
+        return attention_mask(position_ids, held, self.window)
 
 
 # %% [markdown]
 # The test that counts: prompts of 5, 3 and 1 tokens with padding at the left, then seven tokens
-# each, one by one, under a window of 4, with rotary positions. Each token must get what it gets
-# when its row is computed at once.
+# each, one by one, with rotary positions. Each token must get what it gets when its row is
+# computed at once.
 
 # %%
 from llmbook.positions import RotaryEmbedding
 
 rotary = RotaryEmbedding(d_head=8)
-x = torch.randn(3, 12, 32)
-expected = layer(x, rope=rotary(torch.arange(12)[None]), mask=causal_mask(12, window=4))
+three_rows = torch.randn(3, 12, 32)
+prompts = torch.tensor([[0, 1, 2, 3, 4], [-1, -1, 0, 1, 2], [-1, -1, -1, -1, 0]])
+singles = [torch.tensor([[5 + t], [3 + t], [1 + t]]) for t in range(7)]
 
 
-def cached(cache: KVCache, positions: Tensor) -> Tensor:
-    tokens = x[torch.arange(3)[:, None], positions.clamp(min=0)]
-    mask = cache.extend(positions)
-    return layer(tokens, rope=rotary(positions), mask=mask, cache=cache[0])
+def largest_errors(cache: KVCache, window: int | None) -> list[float]:
+    """Of each step, the largest difference to attention over whole rows."""
+    mask, errors = causal_mask(12, window), []
+    whole = layer(three_rows, rope=rotary(torch.arange(12)[None]), mask=mask)
+    for positions in [prompts, *singles]:
+        mask, given = cache.extend(positions), positions >= 0
+        tokens = three_rows[torch.arange(3)[:, None], positions.clamp(min=0)]
+        out = layer(tokens, rope=rotary(positions), mask=mask, cache=cache[0])
+        expected = whole[given.nonzero()[:, 0], positions[given]]
+        errors.append((out[given] - expected).abs().max().item())
+    return errors
 
 
-cache = KVCache(3, capacity=12, n_kv_heads=2, d_head=8, window=4)
-prompts = [[0, 1, 2, 3, 4], [-1, -1, 0, 1, 2], [-1, -1, -1, -1, 0]]
-same = []
-for positions in [torch.tensor(prompts), *(cache.next_positions for _ in range(7))]:
-    positions = positions(1) if callable(positions) else positions
-    out = cached(cache, positions)
-    for row, column in (positions >= 0).nonzero().tolist():
-        right = expected[row, positions[row, column]]
-        same.append(torch.allclose(out[row, column], right, atol=1e-5))
-print(
-    f"{sum(same)} of {len(same)} tokens equal; slots: {cache.slots}; lengths:",
-    cache.lengths.tolist(),
-)
+with torch.no_grad():
+    cache = KVCache(3, capacity=12, n_kv_heads=2, d_head=8)
+    errors = largest_errors(cache, window=None)
+    print("lengths:", cache.lengths.tolist(), " largest error:", f"{max(errors):.4f}")
+    for slots in (4, 5):
+        cache = KVCache(3, capacity=12, n_kv_heads=2, d_head=8, window=4, spare=slots - 4)
+        wrong = sum(error > 1e-4 for error in largest_errors(cache, window=4))
+        print(f"window of 4 in a ring of {slots} slots: {wrong} of 8 steps wrong")
+
+# %% [markdown]
+# One step goes wrong in a ring of four. The prompt of five tokens is written at once, its last
+# token into the slot of its first, and only then do the tokens attend: the second token no longer
+# finds the first, which its window contains. If several tokens at once go into a full ring, then
+# attention must get the old slots with the new tokens behind them, and what the ring can hold is
+# stored after that. The exported cache does so, and more besides.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the cache made fast, compiled, checked, and able to go back
+
+# %% [markdown] tags=["engine"]
+# In the common case all rows are alike. The slots are then a slice, and one token or a whole prompt
+# needs no mask. This runs for every token that a model writes, so it avoids work on tensors.
+
+
+# %% tags=["engine"]
+#| export
+class _Step(NamedTuple):
+    """What the layers do in one step."""
+
+    n: int  # tokens in each row, padding included
+    rows: Tensor | None  # row of each token to store; None: rows are alike, `slots` is a slice
+    slots: slice | Tensor
+    source: Tensor | None  # place of each token among the new ones
+    used: int  # slots to return
+    append: bool  # return old slots and new tokens: some that are needed will be overwritten
+
+
+def _write(step: _Step, store: Tensor, new: Tensor) -> Tensor:
+    """Write ``new`` to its slots; return what attention is to see."""
+    seen, new = store[:, :, : step.used], new.detach().to(store.dtype)
+    if step.append:
+        seen = torch.cat([seen, new], dim=2)
+    if step.rows is None:
+        store[:, :, step.slots] = new
+    else:
+        store[step.rows, :, step.slots] = new[step.rows, :, step.source]
+    return seen
+
+
+# %% tags=["engine"]
+#| export
+def _step_alike(
+    start: int, n: int, slots: int, window: int | None, device: Any
+) -> tuple[_Step, Tensor | None]:
+    """Plan a step that takes every row from ``start`` to ``start + n``, and its mask, if needed."""
+    end, first = start + n, start % slots
+    used = min(end, slots)
+    step = _Step(n, None, slice(first, first + n), None, used, append=False)
+    in_window = window is None or (used if n == 1 else end) <= window
+    if in_window and (n == 1 or start == 0):
+        return step, None  # causal attention, aligned at the end
+    keys = _positions_in_slots(torch.tensor([end], device=device), slots, used)
+    queries = torch.arange(start, end, device=device)[None]
+    return step, attention_mask(queries, keys, window)
+
+
+# %% [markdown] tags=["engine"]
+# In general each row has positions of its own, with $-1$ for padding on either side, and the full
+# ring is minded:
+
+
+# %% tags=["engine"]
+#| export
+def _step_apart(
+    positions: Tensor, before: list[int], after: list[int], slots: int, window: int | None
+) -> tuple[_Step, Tensor]:
+    """Plan a step in which each row has positions of its own, and its mask."""
+    append = positions.size(1) > 1 and max(after) > slots
+    lengths, device = before if append else after, positions.device
+    used = min(slots, max(lengths))
+    oldest = torch.tensor(after, device=device)[:, None] - slots  # that will still be there
+    rows, source = ((positions >= 0) & (positions >= oldest)).nonzero(as_tuple=True)
+    step = _Step(positions.size(1), rows, positions[rows, source] % slots, source, used, append)
+    keys = _positions_in_slots(torch.tensor(lengths, device=device), slots, used)
+    keys = torch.cat([keys, positions], dim=1) if append else keys
+    return step, attention_mask(positions, keys, window)
+
+
+# %% tags=["engine"]
+#| export
+def _counted(positions: Tensor, lengths: list[int]) -> list[int]:
+    """Return how many tokens ``positions`` adds to each row; raise unless they go on from there."""
+    given = positions >= 0
+    start = torch.tensor(lengths, device=positions.device)[:, None]
+    expected = torch.where(given, start + given.cumsum(dim=1) - 1, -1)
+    if not torch.equal(positions, expected):
+        row = int((positions != expected).any(dim=1).nonzero()[0, 0])
+        rule = f"row {row} to go on from {lengths[row]}, with -1 for padding"
+        raise ValueError(f"position_ids: expected {rule}, got {positions[row].tolist()}")
+    return given.sum(dim=1).tolist()
+
+
+def _is_ring(cache: "KVCache") -> bool:
+    """A ring of at least the window never fills up; all other memory does."""
+    return cache.window is not None and cache.window <= cache.capacity
+
+
+def _positions_of_all(cache: "KVCache", position_ids: Tensor) -> Tensor:
+    """Return a row of positions for each row of the cache; one may stand for all."""
+    batch_size = len(cache._counts)
+    if position_ids.size(0) not in (1, batch_size):
+        expected = f"positions of {batch_size} rows, or of one for all"
+        raise ValueError(f"position_ids: expected {expected}, got {position_ids.size(0)}")
+    return position_ids.expand(batch_size, -1)
+
+
+# %% tags=["engine"]
+#| export
+def _plan(cache: "KVCache", position_ids: Tensor | int) -> tuple[_Step, Tensor | None, list[int]]:
+    """Return what the layers are to do, the mask, and the lengths of the rows after it."""
+    before, capacity = cache._lengths, cache.capacity
+    if isinstance(position_ids, Tensor):
+        positions = _positions_of_all(cache, position_ids)
+        n, added = positions.size(1), _counted(positions, before)
+    else:
+        check_at_least(position_ids=(1, position_ids))
+        n, added = position_ids, [position_ids] * len(before)
+    after = [length + new for length, new in zip(before, added, strict=True)]
+    if max(after) > capacity and not _is_ring(cache):
+        expected = f"at most {capacity} tokens in a row, the capacity"
+        raise ValueError(f"position_ids: expected {expected}, got {max(after)}")
+    alike = min(before) == max(before) and min(added) == n
+    if alike and (n == 1 or after[0] <= cache.slots):
+        return *_step_alike(before[0], n, cache.slots, cache.window, cache.device), after
+    if not isinstance(position_ids, Tensor):
+        positions = cache.next_positions(n).expand(len(before), -1)
+    return *_step_apart(positions, before, after, cache.slots, cache.window), after
+
+
+# %% [markdown] tags=["engine"]
+# All this asks Python how long the rows are. `torch.compile` would take the answers for constants
+# and compile each step anew, since every token changes them. A compiled step therefore knows the
+# lengths as a tensor only, works on all slots, always with a mask, and so has the same shapes for
+# every token. A single token is written to its slot, and padding is replaced by what was there. For
+# several tokens we ask from the side of the slots: which of the new tokens, if any, is the last to
+# go there? Where Python cannot look at numbers, checks are left to the device
+# (`torch._assert_async`).
+
+
+# %% tags=["engine"]
+#| export
+class _FixedStep(NamedTuple):
+    """What the layers do in a compiled step: tensors whose shapes do not depend on lengths."""
+
+    n: int
+    given: Tensor  # (batch, n): no padding
+    slot: Tensor  # (batch,): of the first token
+    source: Tensor  # (batch, slots): place of the new token that goes there, -1 for none
+    append: bool
+
+
+def _write_fixed(step: _FixedStep, store: Tensor, new: Tensor) -> Tensor:
+    """Write ``new`` to its slots; return what attention is to see."""
+    new = new.detach().to(store.dtype)
+    seen = torch.cat([store, new], dim=2) if step.append else store
+    if step.n == 1:
+        rows = torch.arange(len(store), device=store.device)
+        old, fresh = store[rows, :, step.slot], step.given[..., None]
+        store[rows, :, step.slot] = torch.where(fresh, new[:, :, 0], old)
+    else:
+        source = step.source[:, None, :, None]
+        there = source.clamp(min=0).expand(-1, new.size(1), -1, new.size(3))
+        store.copy_(torch.where(source >= 0, new.gather(2, there), store))
+    return seen
+
+
+# %% tags=["engine"]
+#| export
+def _plan_fixed(cache: "KVCache", position_ids: Tensor | int) -> tuple[_FixedStep, Tensor, Tensor]:
+    """As ``_plan``, in shapes that do not depend on the lengths; these are a tensor."""
+    if not isinstance(position_ids, Tensor):
+        position_ids = cache.next_positions(position_ids)
+    positions, before = _positions_of_all(cache, position_ids), cache._counts
+    n, given = positions.size(1), positions >= 0
+    number = given.cumsum(dim=1)  # of each token among those given, from 1
+    after = before + number[:, -1]
+    going_on = torch.where(given, before[:, None] + number - 1, -1) == positions
+    torch._assert_async(going_on.all(), "position_ids: expected rows to go on from their lengths")
+    if not _is_ring(cache):
+        fits = (after <= cache.capacity).all()
+        torch._assert_async(fits, "position_ids: expected no row to grow beyond the capacity")
+    append = n > 1 and _is_ring(cache)
+    held = _positions_in_slots(after, cache.slots)
+    ordinal = held - before[:, None] + 1  # among the new tokens; those before have none
+    source = torch.searchsorted(number, ordinal.clamp(min=1)).clamp(max=n - 1)
+    source = torch.where(ordinal > 0, source, -1)
+    keys = torch.cat([_positions_in_slots(before, cache.slots), positions], 1) if append else held
+    step = _FixedStep(n, given, positions[:, 0] % cache.slots, source, append)
+    return step, attention_mask(positions, keys, cache.window), after
+
+
+# %% [markdown] tags=["engine"]
+# The class gets the full versions of `extend` and `next_positions`, which take the place of the
+# simple ones. Outside of compiled code the lengths are known as Python's numbers, too; after a
+# compiled step they are asked for once they are needed.
+
+
+# %% tags=["engine"]
+#| export
+class KVCache(KVCache):  # continued
+    @property
+    def _lengths(self) -> list[int]:
+        if self._known is None:
+            self._known = self._counts.tolist()
+        return self._known
+
+    @_lengths.setter
+    def _lengths(self, lengths: list[int]) -> None:
+        self._known, self._counts = lengths, torch.tensor(lengths, device=self.device)
+
+    def next_positions(self, n: int) -> Int64[Tensor, "batch_or_1 n"]:
+        """Return the next ``n`` positions of each row, or of one row if all are alike."""
+        known = None if torch.compiler.is_compiling() else self._lengths
+        start = self._counts[:1] if known and min(known) == max(known) else self._counts
+        return start[:, None] + torch.arange(n, device=self.device)
+
+    def extend(
+        self, position_ids: Int64[Tensor, "rows sequence"] | int
+    ) -> Bool[Tensor, "batch_or_1 1 sequence keys"] | None:
+        """Announce tokens; return the mask for what each layer's ``update`` will return.
+
+        Either how many each row gets, or their positions (one row may stand for all): a row goes on
+        from its length, -1 is padding, which is not stored. None: plain causal attention, aligned
+        at the end. A ValueError tells of other positions, or of a row beyond the capacity.
+        """
+        mask: Tensor | None
+        if torch.compiler.is_compiling():
+            self._step, mask, after = _plan_fixed(self, position_ids)
+            self._known = None
+            self._counts.copy_(after)
+        else:
+            self._step, mask, self._lengths = _plan(self, position_ids)
+        return mask
+
+
+# %% [markdown] tags=["engine"]
+# A layer checks what it is given, and that it is given once:
+
+
+# %% tags=["engine"]
+#| export
+class LayerCache(LayerCache):  # continued
+    def update(
+        self,
+        k: Float[Tensor, "batch n_kv_heads sequence d_head"],
+        v: Float[Tensor, "batch n_kv_heads sequence d_value"],
+    ) -> tuple[
+        Float[Tensor, "batch n_kv_heads keys d_head"],
+        Float[Tensor, "batch n_kv_heads keys d_value"],
+    ]:
+        """Store keys and values of the announced tokens; return all that these may attend to.
+
+        What is returned may be a view, which the next step changes. No gradient flows through it. A
+        ValueError tells of tensors that do not fit what was announced, and of a second update.
+        """
+        step = self._table._step
+        compiled = torch.compiler.is_compiling()  # there a second update cannot be told
+        if not compiled and step is self._stored:
+            got = "none" if step is None else "those of a step twice"
+            raise ValueError(f"k: expected tokens announced by extend, got {got}")
+        _check_fits("k", k, self.keys, step.n)
+        _check_fits("v", v, self.values, step.n)
+        if not compiled:
+            self._stored = step
+        write = _write_fixed if isinstance(step, _FixedStep) else _write
+        return write(step, self.keys, k), write(step, self.values, v)
+
+
+# %% tags=["engine"]
+#| export
+def _check_fits(name: str, new: Tensor, store: Tensor, n: int) -> None:
+    """Raise unless ``new`` has the announced tokens of each row, in the heads of the cache."""
+    batch_size, heads, _, width = store.shape
+    if new.shape != (batch_size, heads, n, width):
+        expected = f"{n} announced tokens in each of {batch_size} rows"
+        shape = f"(..., {heads}, {n}, {width})"
+        raise ValueError(f"{name}: expected {expected}, {shape}, got {tuple(new.shape)}")
+
+
+# %% [markdown] tags=["engine"]
+# Generation sometimes takes tokens back, or goes on from one row several times (chapter 14). As
+# positions fix the slots, to take tokens back is to make a row shorter. A ring must then still
+# have all that the window reaches; `spare` further slots let it go back that many tokens farther.
+
+
+# %% tags=["engine"]
+#| export
+class KVCache(KVCache):  # continued
+    @property
+    def nbytes(self) -> int:
+        """The size of all keys and values in bytes, in use or not."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers)
+
+    def reset(self) -> None:
+        """Forget all tokens; the memory stays."""
+        self._lengths = [0] * len(self._counts)
+
+    def truncate(self, lengths: Int64[Tensor, " batch"] | int) -> None:
+        """Forget each row's tokens from ``lengths`` on; ValueError if its window needs more."""
+        before = self._lengths
+        after = lengths.tolist() if isinstance(lengths, Tensor) else [lengths] * len(before)
+        _check_lengths(before, after, self.slots, self.window)
+        self._lengths = after
+
+    def reorder(self, rows: Int64[Tensor, " rows"]) -> None:
+        """Make row i a copy of what row ``rows[i]`` was; there may be fewer or more than before."""
+        self._lengths = [self._lengths[row] for row in rows.tolist()]
+        for layer in self._layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
+
+def _check_lengths(before: list[int], after: list[int], slots: int, window: int | None) -> None:
+    """Raise unless rows get shorter and keep all that the window of their next token needs."""
+    for row, (old, new) in enumerate(zip(before, after, strict=True)):
+        overwritten = max(old - slots, 0)  # positions below this one
+        least = overwritten + (window or 0) - 1 if overwritten else 0
+        if not least <= new <= old:
+            raise ValueError(f"lengths: expected {least} to {old} in row {row}, got {new}")
+
+
+# %% [markdown] tags=["engine"]
+# The same rows in the ring of four that went wrong above, and how much memory the ring saves:
+
+# %% tags=["engine"]
+with torch.no_grad():
+    ring = KVCache(3, capacity=12, n_kv_heads=2, d_head=8, window=4)
+    wrong = sum(error > 1e-4 for error in largest_errors(ring, window=4))
+    unbounded = KVCache(3, capacity=12, n_kv_heads=2, d_head=8)
+print(f"{wrong} of 8 steps wrong; {ring.nbytes:,} bytes instead of {unbounded.nbytes:,}")
 
 # %% [markdown]
 # ## Latent attention
@@ -1212,31 +1435,56 @@ print(
 # c_j = x_j W_C , \qquad k_j^h = c_j U_K^h , \qquad v_j^h = c_j U_V^h .
 # $$
 #
-# Only $c_j$ is kept. Do the keys of all tokens then have to be made anew at every step? They need
-# never be made. The score is
+# Only $c_j$ is kept. Do the keys of all tokens then have to be computed anew at every step? In fact
+# they need not be computed at all. The score is
 #
 # $$
 # q \cdot k_j^h = q \, (c_j U_K^h)^\top = \big( q \, U_K^{h\top} \big)\, c_j^\top :
 # $$ (attention-absorbed)
 #
 # the matrix moves from the keys, of which there are many, to the query, of which there is one. It
-# is *absorbed*. So it is with the values, as a mean commutes with a matrix:
+# is *absorbed*. The same works for the values, because a mean commutes with a matrix:
 # $\sum_j p_j (c_j U_V^h) = \big( \sum_j p_j c_j \big) U_V^h$. In this form all heads read the
-# same $r$ numbers: latent attention has become multi-query attention with wide heads.
-#
+# same $r$ numbers: latent attention has become multi-query attention with wide heads. We compute
+# both forms for 4 heads of 8 numbers and a latent of 12:
+
+# %%
+torch.manual_seed(0)
+latent = torch.randn(1, 10, 12, dtype=torch.float64)  # of ten tokens; the 1 in front: a head
+up_k, up_v = torch.randn(2, 4, 12, 8, dtype=torch.float64)  # (heads, d_latent, d_head)
+query = torch.randn(4, 1, 8, dtype=torch.float64)  # of the last token
+expanded = scaled_dot_product_attention(query, latent @ up_k, latent @ up_v)
+mean = scaled_dot_product_attention(query @ up_k.mT, latent, latent, scale=8**-0.5)
+absorbed = mean @ up_v
+assert torch.allclose(absorbed, expanded)
+made, kept = 2 * (latent @ up_k).numel(), latent.numel()
+print(f"keys and values of ten tokens: {made} numbers; their latents: {kept}")
+
+# %% [markdown]
 # One thing is in the way. A rotary key is $k_j R_j$, with a rotation that depends on the
 # position, and then $R_j$ stands between $U_K^h$ and $q$, different for each $j$, so that $U_K^h$
 # cannot be moved to the query. So each key gets a second part, of few numbers, that is rotated,
 # and shared by all heads; the first part has no positions. Scores add up over both. Latent and
-# rotated part are cached, which fits our cache as one head without values. (The latent is
-# normalized before it is used. Queries may be made from a latent of their own, which saves
-# weights, not cache.)
+# rotated part are cached, which fits our cache as one head without values.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the whole layer of DeepSeek, with rotated parts, in both forms
+
+# %% [markdown] tags=["engine"]
+# The latent is normalized before it is used. Queries may be made from a latent of their own, which
+# saves weights, not cache.
 
 
-# %%
+# %% tags=["engine"]
 #| export
-class _LatentProjections(nn.Module):
-    """The matrices of latent attention: down to a latent, up into heads, and out of them."""
+class MultiHeadLatentAttention(nn.Module):
+    """DeepSeek's latent attention, which caches ``d_latent + d_rope`` numbers for each token.
+
+    A head's key has ``d_head`` numbers made from the latent, and ``d_rope`` rotated ones that all
+    heads share. The cache is a ``KVCache`` with ``n_kv_heads=1``, ``d_head=d_latent + d_rope`` and
+    ``d_value=0``. ``norm`` is for latents; queries have one, too, if ``d_query_latent`` is given.
+    Source: DeepSeek-AI (2024), section 2.1.
+    """
 
     def __init__(
         self,
@@ -1265,7 +1513,7 @@ class _LatentProjections(nn.Module):
         self.o_proj = nn.Linear(n_heads * self.d_value, d_model, bias=False)
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _query_projection(
     d_model: int, d_out: int, d_latent: int | None, norm: Callable[[int], nn.Module]
@@ -1277,64 +1525,55 @@ def _query_projection(
     return nn.Sequential(OrderedDict(down=down, norm=norm(d_latent), up=up))
 
 
-# %%
+# %% tags=["engine"]
 #| export
-def _queries_latents(
-    attention: _LatentProjections, x: Tensor, rope: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """Return queries, plain and rotated part, and what is to be cached, latent and rotated key."""
-    q = attention.q_proj(x).view(*x.shape[:2], attention.n_heads, -1).transpose(1, 2)
-    down = attention.kv_down_proj(x)[:, None]  # (batch, 1, sequence, d_latent + d_rope)
-    latent, k_rope = down.split((attention.d_latent, attention.d_rope), dim=-1)
-    if rope is not None:
-        q_plain, q_rope = q.split((attention.d_head, attention.d_rope), dim=-1)
-        q = torch.cat([q_plain, apply_rope(q_rope, *rope)], dim=-1)
-        k_rope = apply_rope(k_rope, *rope)
-    return q, torch.cat([attention.kv_norm(latent), k_rope], dim=-1)
+class MultiHeadLatentAttention(MultiHeadLatentAttention):  # continued
+    def project(
+        self, x: Float[Tensor, "batch sequence d_model"], rope: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[
+        Float[Tensor, "batch n_heads sequence d_query"], Float[Tensor, "batch 1 sequence d_cached"]
+    ]:
+        """Return queries, plain and rotated part, and what is cached: latent and rotated key."""
+        q = self.q_proj(x).view(*x.shape[:2], self.n_heads, -1).transpose(1, 2)
+        down = self.kv_down_proj(x)[:, None]  # (batch, 1, sequence, d_latent + d_rope)
+        latent, k_rope = down.split((self.d_latent, self.d_rope), dim=-1)
+        if rope is not None:
+            q_plain, q_rope = q.split((self.d_head, self.d_rope), dim=-1)
+            q = torch.cat([q_plain, apply_rope(q_rope, *rope)], dim=-1)
+            k_rope = apply_rope(k_rope, *rope)
+        return q, torch.cat([self.kv_norm(latent), k_rope], dim=-1)
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # Then the two ways to the same result. For many queries at once, in training and for prompts,
-# keys and values are made, because a score then takes fewer products (in DeepSeek-V3 192 in the
-# place of 576). For a single query the absorbed way wins, because it makes none.
+# keys and values are made, because a score then takes fewer products (in DeepSeek-V3 192 instead
+# of 576). For a single query the absorbed way wins, because it makes none.
 
 
-# %%
+# %% tags=["engine"]
 #| export
-def _latent_expanded(
-    attention: _LatentProjections, q: Tensor, seen: Tensor, mask: Tensor | None, **options: Any
-) -> Tensor:
-    """Give each head keys and values of its own, made from the latents in ``seen``."""
-    latent, k_rope = seen.split((attention.d_latent, attention.d_rope), dim=-1)
-    kv = attention.kv_up_proj(latent[:, 0]).unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
-    k, v = kv.split((attention.d_head, attention.d_value), dim=-1)
-    k = torch.cat([k, k_rope.expand(-1, attention.n_heads, -1, -1)], dim=-1)
-    return scaled_dot_product_attention(q, k, v, mask, **options)
+class MultiHeadLatentAttention(MultiHeadLatentAttention):  # continued
+    def _expanded(self, q: Tensor, seen: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+        """Give each head keys and values of its own, made from the latents in ``seen``."""
+        latent, k_rope = seen.split((self.d_latent, self.d_rope), dim=-1)
+        kv = self.kv_up_proj(latent[:, 0]).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        k, v = kv.split((self.d_head, self.d_value), dim=-1)
+        k = torch.cat([k, k_rope.expand(-1, self.n_heads, -1, -1)], dim=-1)
+        return scaled_dot_product_attention(q, k, v, mask, **options)
+
+    def _absorbed(self, q: Tensor, seen: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+        """Carry the queries to the latents, and the mean of the latents to the values."""
+        up = self.kv_up_proj.weight.view(self.n_heads, -1, self.d_latent)
+        up_k, up_v = up.split((self.d_head, self.d_value), dim=1)
+        q_plain, q_rope = q.split((self.d_head, self.d_rope), dim=-1)
+        q = torch.cat([q_plain @ up_k, q_rope], dim=-1)  # (..., d_latent + d_rope)
+        latent = seen[..., : self.d_latent]
+        return scaled_dot_product_attention(q, seen, latent, mask, **options) @ up_v.mT
 
 
-def _latent_absorbed(
-    attention: _LatentProjections, q: Tensor, seen: Tensor, mask: Tensor | None, **options: Any
-) -> Tensor:
-    """Carry the queries to the latents, and the mean of the latents to the values."""
-    up = attention.kv_up_proj.weight.view(attention.n_heads, -1, attention.d_latent)
-    up_k, up_v = up.split((attention.d_head, attention.d_value), dim=1)
-    q_plain, q_rope = q.split((attention.d_head, attention.d_rope), dim=-1)
-    q = torch.cat([q_plain @ up_k, q_rope], dim=-1)  # (..., d_latent + d_rope)
-    latent = seen[..., : attention.d_latent]
-    return scaled_dot_product_attention(q, seen, latent, mask, **options) @ up_v.mT
-
-
-# %%
+# %% tags=["engine"]
 #| export
-class MultiHeadLatentAttention(_LatentProjections):
-    """DeepSeek's latent attention, which caches ``d_latent + d_rope`` numbers for each token.
-
-    A head's key has ``d_head`` numbers made from the latent, and ``d_rope`` rotated ones that all
-    heads share. The cache is a ``KVCache`` with ``n_kv_heads=1``, ``d_head=d_latent + d_rope`` and
-    ``d_value=0``. ``norm`` is for latents; queries have one, too, if ``d_query_latent`` is given.
-    Source: DeepSeek-AI (2024), section 2.1.
-    """
-
+class MultiHeadLatentAttention(MultiHeadLatentAttention):  # continued
     def forward(
         self,
         x: Float[Tensor, "batch sequence d_model"],
@@ -1344,33 +1583,33 @@ class MultiHeadLatentAttention(_LatentProjections):
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch sequence d_model"]:
         """Return what each token gathers, as ``MultiHeadAttention``; ``rope`` is for ``d_rope``."""
-        q, seen = _queries_latents(self, x, rope)
+        q, seen = self.project(x, rope)
         if cache is not None:
             seen, _ = cache.update(seen, seen[..., :0])
-        attend = _latent_absorbed if cache is not None and x.size(1) == 1 else _latent_expanded
+        attend = self._absorbed if cache is not None and x.size(1) == 1 else self._expanded
         scale, dropout = (self.d_head + self.d_rope) ** -0.5, self.dropout if self.training else 0.0
         options = {"scale": scale, "dropout": dropout, "backend": self.backend}
-        out = attend(self, q, seen, mask, is_causal=mask is None, **options)
+        out = attend(q, seen, mask, is_causal=mask is None, **options)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # Token by token through a cache, which takes the absorbed way, against all at once, which does
 # not:
 
-# %%
+# %% tags=["engine"]
 torch.manual_seed(0)
 mla = MultiHeadLatentAttention(32, 4, d_latent=12, d_rope=8)
-x = torch.randn(2, 10, 32)
-whole = mla(x, rope=rotary(torch.arange(10)[None]))
+two_rows = torch.randn(2, 10, 32)
+whole = mla(two_rows, rope=rotary(torch.arange(10)[None]))
 cache = KVCache(2, 10, n_kv_heads=1, d_head=12 + 8, d_value=0)
 outputs = []
 for t in range(10):
     rope, mask = rotary(cache.next_positions(1)), cache.extend(1)
-    outputs.append(mla(x[:, t : t + 1], rope=rope, mask=mask, cache=cache[0]))
-print("absorbed = expanded:", torch.allclose(torch.cat(outputs, dim=1), whole, atol=1e-6))
+    outputs.append(mla(two_rows[:, t : t + 1], rope=rope, mask=mask, cache=cache[0]))
+assert torch.allclose(torch.cat(outputs, dim=1), whole, atol=1e-5)
 full = KVCache(2, 10, n_kv_heads=4, d_head=8)
-print(f"bytes in the cache: {cache.nbytes}, multi-head of the same size: {full.nbytes}")
+print(f"bytes in the cache: {cache.nbytes:,}; multi-head of the same size: {full.nbytes:,}")
 
 # %% [markdown]
 # ## Attention without its matrix
@@ -1404,7 +1643,7 @@ print(f"bytes in the cache: {cache.nbytes}, multi-head of the same size: {full.n
 
 # %%
 torch.manual_seed(0)
-scores, values = 5 * torch.randn(12), torch.randn(12, 3)
+scores, values = 2 * torch.randn(12).flip(0), torch.randn(12, 3)
 m, total, a = -torch.inf, 0.0, torch.zeros(3)
 for s, v in zip(scores.split(4), values.split(4), strict=True):
     higher = max(m, s.max().item())
@@ -1412,9 +1651,10 @@ for s, v in zip(scores.split(4), values.split(4), strict=True):
     total = shrink * total + (s - higher).exp().sum().item()
     a = shrink * a + (s - higher).exp() @ v
     m = higher
-print("in blocks = at once:", torch.allclose(a / total, softmax(scores) @ values, atol=1e-6))
+    print(f"largest so far {m:5.2f}, old sums times {shrink:.4f}, sum {total:.2f}")
+assert torch.allclose(a / total, softmax(scores) @ values, atol=1e-5)
 log_sum = m + math.log(total)
-print("log-sum-exp:", math.isclose(log_sum, scores.logsumexp(0).item(), rel_tol=1e-6))
+print(f"log-sum-exp {log_sum:.2f}, as of the whole row: {scores.logsumexp(0):.2f}")
 
 # %% [markdown]
 # ### Backward without weights
@@ -1440,32 +1680,37 @@ print("log-sum-exp:", math.isclose(log_sum, scores.logsumexp(0).item(), rel_tol=
 # $$ (attention-ds)
 #
 # The last sum, call it $D_i$, seems to need a whole row of weights again. It does not, since
-# $dP_{ik} = \sum_c dO_{ic} V_{kc}$:
+# $dP_{ik} = \sum_f dO_{if} V_{kf}$:
 #
 # $$
-# D_i = \sum_k P_{ik} \sum_c dO_{ic} V_{kc} = \sum_c dO_{ic} \sum_k P_{ik} V_{kc}
-# = \sum_c dO_{ic} O_{ic} .
+# D_i = \sum_k P_{ik} \sum_f dO_{if} V_{kf} = \sum_f dO_{if} \sum_k P_{ik} V_{kf}
+# = \sum_f dO_{if} O_{if} .
 # $$ (attention-d)
 #
 # It is the dot product of two rows that we have. So $dS = P \odot (dP - D)$, and at last
-# $dQ = dS\, K / \sqrt d$ and $dK = dS^\top Q / \sqrt d$. All of it can be done block by block:
+# $dQ = dS\, K / \sqrt d$ and $dK = dS^\top Q / \sqrt d$. All of it can be done block by block.
+# Checked against autograd:
 
 # %%
 torch.manual_seed(0)
-q, k, v = (torch.randn(1, 6, 4, requires_grad=True) for _ in range(3))
+q, k, v = (torch.randn(1, 6, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
 out = scaled_dot_product_attention(q, k, v)
-d_out = torch.randn(1, 6, 4)
+d_out = torch.randn_like(out)
 expected = torch.autograd.grad(out, (q, k, v), d_out)
 with torch.no_grad():
     scores = q @ k.mT / 2
     p = (scores - scores.logsumexp(dim=-1, keepdim=True)).exp()
     d_scores = p * (d_out @ v.mT - (d_out * out).sum(dim=-1, keepdim=True))
     by_hand = d_scores @ k / 2, d_scores.mT @ q / 2, p.mT @ d_out
-print(
-    "gradients:", [torch.allclose(a, b, atol=1e-6) for a, b in zip(by_hand, expected, strict=True)]
-)
+for ours, theirs in zip(by_hand, expected, strict=True):
+    assert torch.allclose(ours, theirs, atol=1e-12)
+print(f"{p.numel()} weights made anew from {p.size(-1)} numbers, the log-sum-exps")
+print(f"gradients of a row of scores sum to {d_scores.sum(dim=-1).abs().max():.6f}")
 
 # %% [markdown]
+# The last line is a check that needs no second implementation: adding the same number to all
+# scores of a row changes nothing, so their gradients must cancel.
+#
 # ### Tiles
 #
 # This is FlashAttention {cite}`dao2022flash,dao2024flash2`: blocks of queries against blocks of
@@ -1482,8 +1727,9 @@ print(
 # ```
 
 
-# %%
+# %% tags=["engine"]
 #| export
+# Which tiles there are, and the scores of one of them.
 class _Tiles(NamedTuple):
     """A matrix of scores, cut into tiles of ``size`` by ``size``."""
 
@@ -1519,9 +1765,9 @@ def _tile(
 
 
 # %% [markdown]
-# The forward pass is the loop from above, for a block of rows at a time. For a row that may see
-# nothing we store $L = +\infty$: then its weights $e^{S - L}$ come out as zeros in the backward
-# pass, too.
+# The forward pass is the loop from above, for a block of rows at a time: `tiles` yields the blocks
+# of queries, and for each the blocks of keys that they may see. For a row that may see nothing we
+# store $L = +\infty$: then its weights $e^{S - L}$ come out as zeros in the backward pass, too.
 
 
 # %%
@@ -1549,7 +1795,26 @@ def _flash_forward(
     return out, log_sum
 
 
+# %% [markdown]
+# A text of 1,000 tokens in tiles of 64:
+
 # %%
+torch.manual_seed(0)
+q, k, v = (torch.randn(1, 1000, 32, dtype=torch.float64) for _ in range(3))
+tiles = _Tiles(1000, 1000, size=64, is_causal=True)
+out, _ = _flash_forward(q * 32**-0.5, k, v, None, tiles)
+assert torch.allclose(out, scaled_dot_product_attention(q, k, v, is_causal=True))
+begun = sum(1 for rows in tiles.rows() for _ in tiles.columns(rows))
+print(f"{begun} of {len(list(tiles.rows())) ** 2} tiles begun, each of at most {64 * 64:,} scores")
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the backward pass in tiles, and one function that autograd does not look into
+
+# %% [markdown] tags=["engine"]
+# The backward pass visits the same tiles, makes the weights of each anew, and adds up gradients.
+
+
+# %% tags=["engine"]
 #| export
 def _flash_backward(
     q: Tensor,
@@ -1576,13 +1841,13 @@ def _flash_backward(
     return d_q, d_k, d_v
 
 
-# %% [markdown]
-# The two become one function that autograd does not look into. For 16-bit inputs all is computed
-# in float32. Heads that share keys stand in a dimension of their own, the group, which keys and
-# values have with size one.
+# %% [markdown] tags=["engine"]
+# The two passes become one function for autograd. For 16-bit inputs all is computed in float32.
+# Heads that share keys stand in a dimension of their own, the group, which keys and values have
+# with size one.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 class _FlashAttention(torch.autograd.Function):
     """Attention in tiles, of (..., n_kv_heads, group, sequence, feature)."""
@@ -1610,7 +1875,7 @@ class _FlashAttention(torch.autograd.Function):
         return d_q * ctx.scale, d_k, d_v, None, None, None
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def flash_attention(
     q: Float[Tensor, "*batch n_heads queries d_head"],
@@ -1639,29 +1904,35 @@ def flash_attention(
     return _FlashAttention.apply(q, k, v, mask, scale, tiles).flatten(-4, -3)
 
 
+# %% [markdown] tags=["engine"]
+# Is it the same function? With 100 tokens the last tiles are not full, and two heads of queries
+# share each head of keys.
+
+# %% tags=["engine"]
+torch.manual_seed(0)
+inputs = [
+    torch.randn(2, heads, 100, 16, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)
+]
+found = []
+for way in (flash_attention, scaled_dot_product_attention):
+    out = way(*inputs, is_causal=True)
+    found.append([out, *torch.autograd.grad(out.sin().sum(), inputs)])
+for ours, theirs in zip(*found, strict=True):
+    assert torch.allclose(ours, theirs, atol=1e-11)
+print(f"{sum(tensor.numel() for tensor in found[0]):,} numbers agree to eleven digits")
+
 # %% [markdown]
-# Is it the same function? With 100 tokens the last tiles are not full.
+# ### What it keeps
+#
+# `flash_attention` is this loop with its backward pass. What does each way keep between forward
+# and backward? PyTorch shows us each tensor that autograd saves.
 
 # %%
-torch.manual_seed(0)
 fused = partial(scaled_dot_product_attention, backend="torch")
 ways = {"reference": scaled_dot_product_attention, "flash_attention": flash_attention}
 ways["torch"] = fused
-inputs = [torch.randn(2, heads, 100, 16, requires_grad=True) for heads in (4, 2, 2)]
-found = {}
-for name, way in ways.items():
-    out = way(*inputs, is_causal=True)
-    found[name] = out, *torch.autograd.grad(out.sin().sum(), inputs)
-for name in ("flash_attention", "torch"):
-    pairs = zip(found[name], found["reference"], strict=True)
-    print(f"{name:16}", [torch.allclose(a, b, atol=1e-5) for a, b in pairs])
-
-# %% [markdown]
-# What does each way keep between forward and backward? PyTorch shows us each tensor that autograd
-# saves.
 
 
-# %%
 def kept_bytes(attention: Callable, n: int) -> int:
     """Memory that autograd keeps for the backward pass, each storage counted once."""
     kept = {}
@@ -1681,6 +1952,10 @@ kept = {name: [kept_bytes(way, n) / 2**20 for n in lengths] for name, way in way
 for name, row in kept.items():
     print(f"{name:16}", "".join(f"{size:7.1f}" for size in row), "MiB")
 
+# %% [markdown]
+# From column to column the text doubles. The matrices of the reference grow by four each time,
+# rows by two ({numref}`fig-attention-memory`):
+
 # %% mystnb={"figure": {"caption": "Memory kept for the backward pass of one layer with 4 heads of 32. The reference keeps matrices: each doubling of the text costs four times as much. Tiles keep rows: twice as much.", "name": "fig-attention-memory"}, "image": {"alt": "Memory in MiB against sequence length from 128 to 2048, both axes logarithmic. The reference rises steeply from under 1 to over 100 MiB. flash_attention and PyTorch's kernel lie on one line that rises from a quarter of a MiB to 4 MiB."}}
 for (name, row), style in zip(kept.items(), ("o-", "s-", "x--"), strict=True):
     plt.loglog(lengths, row, style, base=2, label=name)
@@ -1695,7 +1970,6 @@ plt.show()
 # Ours and PyTorch's kernel keep the same bytes. On a GPU tiles make attention faster as well
 # {cite}`dao2022flash`, although scores are computed twice: what costs time there is to move
 # matrices, not to multiply them.
-
 
 # %% [markdown]
 # ## What heads learn
@@ -1785,8 +2059,13 @@ def head_scores(model: AttentionOnly, ids: Tensor, period: Tensor) -> dict[str, 
     }
 
 
+# %% [markdown]
+# Training is a plain loop. We keep the loss on tokens that can be known, since a whole period has
+# been seen, and with two layers also the scores of the heads every ten steps:
+
+
 # %%
-def train(n_layers: int, steps: int = 400) -> tuple[AttentionOnly, list[float], list[dict]]:
+def train(n_layers: int, steps: int) -> tuple[AttentionOnly, list[float], list[dict]]:
     torch.manual_seed(0)
     generator, held_out = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
     ids_test, _, period_test = repeated_rows(32, held_out)
@@ -1801,56 +2080,57 @@ def train(n_layers: int, steps: int = 400) -> tuple[AttentionOnly, list[float], 
         loss.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step % 10 == 0:
+        if n_layers == 2 and step % 10 == 0:
             history.append(head_scores(model, ids_test, period_test))
     return model, losses, history
 
 
 torch.set_num_threads(1)  # to share work this small among threads costs more than the work
 start = time.perf_counter()
-model, losses, history = train(n_layers=2)
-_, one_layer, _ = train(n_layers=1)
+model, losses, history = train(n_layers=2, steps=400)
+_, one_layer, _ = train(n_layers=1, steps=1000)
 seconds = time.perf_counter() - start
-smooth = torch.tensor(losses).unfold(0, 20, 20).mean(dim=1)
 
 # %% [markdown]
-# We draw the loss on tokens that can be known, since a whole period has been seen. Blind guessing
-# costs $\ln 64 = 4.2$ nats; to know which tokens the row has, but not their order, the logarithm
-# of the period, 2.7 in the mean.
+# Blind guessing costs $\ln 64 = 4.2$ nats. To know which tokens the row has, but not their order,
+# costs the logarithm of the period, 2.7 nats on average ({numref}`fig-attention-jump`).
 
-# %% mystnb={"figure": {"caption": "Left: loss on tokens that have been seen a period before. With two layers it creeps down, then falls off a cliff; with one it goes on creeping. Right: scores of the heads, layer before the point. A previous-token head in layer 1 and induction heads in layer 2 appear together, at the steps of the fall.", "name": "fig-attention-jump"}, "image": {"alt": "Left, loss in nats over 400 steps: both curves creep from 4.3 to below 4 during the first 100 steps; then that of two layers falls within about 50 steps to below 1, and ends near 0; that of one layer is still above 3 at the end. Right, scores of four heads from 0 to 1: all are below 0.1 at first; when the loss falls, the previous-token score of a head in layer 1 rises to about 0.6, and the prefix-matching scores in layer 2 to over 0.9."}}
+# %% mystnb={"figure": {"caption": "Left: loss on tokens that have been seen a period before. With two layers it creeps down, then falls off a cliff; with one it goes on creeping, toward the loss of one who knows which tokens the row has but not their order. Right: scores of the heads, layer before the point. A previous-token head in layer 1 and induction heads in layer 2 appear together, at the steps of the fall.", "name": "fig-attention-jump"}, "image": {"alt": "Left, loss in nats over 1,000 steps: both curves creep from 4.3 to below 4 during the first 100 steps; then that of two layers falls within about 50 steps to below 1, and ends near 0 at step 400; that of one layer sinks ever more slowly to about 3, above a dotted line at 2.7. Right, scores of four heads from 0 to 1 over 400 steps: all are below 0.1 at first; when the loss falls, the previous-token score of a head in layer 1 rises to about 0.6, and the prefix-matching scores in layer 2 to over 0.9."}}
 figure, axes = plt.subplots(1, 2)
 axes[0].plot(losses, label="two layers")
 axes[0].plot(one_layer, label="one layer")
+axes[0].axhline(torch.arange(8.0, 25).log().mean(), color="gray", linestyle=":", label="no order")
 axes[0].set(title="Loss where it can be known", xlabel="step", ylabel="nats", ylim=(0, 4.6))
 axes[0].legend()
 for head, style in ((0, "-"), (1, "--")):
-    previous = [found["previous"][0, head] for found in history]
-    prefix = [found["prefix"][1, head] for found in history]
-    axes[1].plot(
-        range(0, 400, 10), previous, style, color="C2", label=f"previous token, 1.{head + 1}"
-    )
-    axes[1].plot(range(0, 400, 10), prefix, style, color="C3", label=f"prefix, 2.{head + 1}")
+    for name, layer, color in (("previous", 0, "C2"), ("prefix", 1, "C3")):
+        score = [found[name][layer, head] for found in history]
+        label = f"{name}, {layer + 1}.{head + 1}"
+        axes[1].plot(range(0, 400, 10), score, style, color=color, label=label)
 axes[1].set(title="Score of each head", xlabel="step", ylim=(0, 1.05))
 axes[1].legend(loc="lower right", fontsize=8)
 plt.show()
 
+# %% [markdown]
+# In numbers, coarse enough to be the same on any computer:
+
 # %%
+smooth = torch.tensor(losses).unfold(0, 20, 20).mean(dim=1)
+last = {"two layers": smooth[-1].item(), "one layer": sum(one_layer[-40:]) / 40}
 jump = int((smooth < 2).nonzero()[0]) * 20
-final = {name: score.max(dim=1).values.tolist() for name, score in history[-1].items()}
-assert 60 < jump < 350 and smooth[-1] < 0.4 and one_layer[-1] > 3
-assert final["previous"][0] > 0.4 and final["prefix"][1] > 0.8 and final["prefix"][0] < 0.3
-print("before the fall, above 3 nats:", smooth[jump // 20 - 2].item() > 3)
-print("after it, below 0.4 nats:", smooth[-1].item() < 0.4)
-print("one layer, above 3 nats to the end:", one_layer[-1] > 3)
-print("an induction head in layer 2 only:", final["prefix"][1] > 0.8 > 0.3 > final["prefix"][0])
+assert 60 < jump < 350 and smooth[jump // 20 - 2] > 3, "the fall takes two dozen steps"
+for name, loss in last.items():
+    print(f"{name}: {round(2 * loss) / 2:.1f} nats at the end, to half a nat")
+for name, score in history[-1].items():
+    best = (2 * score.max(dim=1).values).round() / 2
+    print(f"best {name} score in layers 1 and 2, to a half: {best[0]:.1f}, {best[1]:.1f}")
 
 # %% [markdown]
-# The fall takes a few dozen steps, at which nothing about the data or the optimizer changes. A
-# plausible reason: of two parts that are useless without each other, neither is much rewarded
-# until the other is there by half, and then both grow fast. In large models the same happens
-# early in training, as a visible bump in the loss, and with it appears the ability to learn from
-# a prompt {cite}`olsson2022induction`.
+# The fall takes a few dozen steps, during which nothing changes about the data or the optimizer. A
+# plausible reason is that each of the two parts is useless without the other: neither is rewarded
+# much until the other is half there, and then both grow fast. In large models the same happens
+# early in training, as a visible bump in the loss, and with it appears the ability to learn from a
+# prompt {cite}`olsson2022induction`.
 #
 # The two heads at work on a row that the model has not seen:
 
@@ -1863,22 +2143,22 @@ with torch.no_grad():
 best = history[-1]["previous"][0].argmax(), history[-1]["prefix"][1].argmax()
 figure, axes = plt.subplots(1, 2, figsize=(7, 3.5))
 titles = "layer 1: the previous token", "layer 2: what followed last time"
-for ax, layer, head, title in zip(axes, patterns, best, titles, strict=True):
-    ax.imshow(layer[0, head], cmap="Blues", vmin=0, vmax=1)
+for ax, weights, head, title in zip(axes, patterns, best, titles, strict=True):
+    ax.imshow(weights[0, head], cmap="Blues", vmin=0, vmax=1)
     ax.set(title=title, xlabel="key", xticks=range(0, 36, 12), yticks=range(0, 36, 12))
     ax.grid(False)
 axes[0].set_ylabel("query")
 plt.show()
 
-# %% [markdown]
-# ### A figure to play with
-#
-# In one's own models one wants to point at a token and see where it looks. The function below
-# writes HTML with its data and some JavaScript inside, so that it needs neither a kernel nor a
-# network, and a table of the strongest weights for those who have no scripts.
+# %% [markdown] tags=["engine"]
+# ### Engine room: an interactive figure of weights, as HTML that needs no kernel and no network
 
+# %% [markdown] tags=["engine"]
+# In your own models you will want to point at a token and see where it looks. The function below
+# writes HTML with its data and some JavaScript inside, and a table of the strongest weights for
+# those who have no scripts.
 
-# %%
+# %% tags=["engine"]
 #| export
 _STYLE = """<style>
 .llmbook-attention { max-width: 46rem; font-family: system-ui, sans-serif; font-size: 0.9rem; }
@@ -1904,7 +2184,7 @@ _STYLE = """<style>
 </style>"""
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _strongest(tokens: list[str], percent: list) -> str:
     """Return an HTML table of the strongest attention of each token in each head."""
@@ -1940,7 +2220,7 @@ class AttentionFigure:
         return self.html
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def show_attention(
     tokens: list[str],
@@ -1975,9 +2255,12 @@ def show_attention(
 
 
 # %% [markdown]
-# The same row, with syllables for its numbers. Each small picture is a head, with queries
-# downward and keys to the right, as above. Pick one, point at tokens, or walk with the arrow
-# keys. In layer 1, which head looks back by one token most?
+# ### A figure to play with
+#
+# `show_attention` draws weights as a figure that answers. The same row, with syllables for its
+# numbers. Each small picture is a head, with queries downward and keys to the right, as above. Pick
+# one, point at tokens, or walk with the arrow keys. Which head of layer 1 looks back by one token
+# most?
 
 # %% tags=["nbval-ignore-output"]
 syllables = [consonant + vowel for consonant in "bdfgklmnprstvwzj" for vowel in "aeio"]
@@ -1989,30 +2272,38 @@ show_attention(
 )
 
 # %% [markdown]
-# But a weight says from where a head reads, not what the model makes of it, and different weights
-# can lead to the same prediction {cite}`jain2019attention`. To know that a head matters, take it
-# away and measure, as an exercise does.
+# But a weight says where a head reads, not what the model makes of it, and different weights can
+# lead to the same prediction {cite}`jain2019attention`. To know that a head matters, take it away
+# and measure, as an exercise does.
 #
 # ## Is it the real thing?
 #
-# Outputs and gradients, with the same weights: first PyTorch's function and module.
+# Outputs and gradients, with the same weights, first of PyTorch's function and module. Float32 has
+# seven digits, of which a few are lost on the way; so we say how far two results are apart in units
+# of the largest number, and are content below a hundred-thousandth.
 
 # %%
 import llmbook.attention as exported
 
 
-def same(a: Tensor, b: Tensor, x: Tensor) -> bool:
-    """Are two results equal, and their gradients with respect to x?"""
+def apart(a: Tensor, b: Tensor, x: Tensor) -> str:
+    """How far two results differ, and their gradients with respect to x."""
     pairs = [(a, b), [torch.autograd.grad(out.sin().sum(), x)[0] for out in (a, b)]]
-    return all(torch.allclose(p, q, atol=1e-5) for p, q in pairs)
+    worst = max(((p - q).abs().max() / q.abs().max()).item() for p, q in pairs)
+    return "below 0.00001" if worst < 1e-5 else f"{worst:.5f}"
 
 
 torch.manual_seed(0)
 x = torch.randn(2, 4, 24, 8, requires_grad=True)
 ours = exported.flash_attention(x, x, x, is_causal=True)
 theirs = F.scaled_dot_product_attention(x, x, x, is_causal=True)
-print("scaled_dot_product_attention:", same(ours, theirs, x))
+print("scaled_dot_product_attention:", apart(ours, theirs, x))
 
+# %% [markdown]
+# PyTorch's module keeps the three matrices in one, and its mask is True where attention is *not*
+# allowed:
+
+# %%
 theirs = nn.MultiheadAttention(32, 4, batch_first=True)
 ours = exported.MultiHeadAttention(32, 4, bias=True)
 with torch.no_grad():
@@ -2021,15 +2312,21 @@ with torch.no_grad():
         proj.bias.copy_(theirs.in_proj_bias.view(3, 32)[i])
 ours.o_proj.load_state_dict(theirs.out_proj.state_dict())
 x = torch.randn(2, 24, 32, requires_grad=True)
-hidden = ~causal_mask(24)  # PyTorch's module has True where attention is not allowed
+hidden = ~causal_mask(24)
 out, _ = theirs(x, x, x, attn_mask=hidden, need_weights=False)
-print("nn.MultiheadAttention:", same(ours(x), out, x))
+print("nn.MultiheadAttention:", apart(ours(x), out, x))
 
 # %% [markdown]
-# For Llama and Qwen3 in transformers even the names of the weights are the same. Their layers
-# want cosines for both halves, and a mask that is added: 0 or $-\infty$.
+# The layers of Llama, Qwen3 and DeepSeek-V3 in transformers agree as well, weight for weight.
 
-# %%
+# %% [markdown] tags=["engine"]
+# ### Engine room: the layers of Llama, Qwen3 and DeepSeek, and what their weights are called
+
+# %% [markdown] tags=["engine"]
+# For Llama and Qwen3 even the names of the weights are the same. Their layers want cosines for both
+# halves, and a mask that is added: 0 or $-\infty$.
+
+# %% tags=["engine"]
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
@@ -2049,13 +2346,13 @@ for name, theirs, norm in (
 ):
     ours = exported.MultiHeadAttention(32, 4, n_kv_heads=2, d_head=8, qk_norm=norm)
     ours.load_state_dict(theirs.state_dict())
-    print(f"{name}:", same(ours(x, rope=rope), theirs(x, doubled, added)[0], x))
+    print(f"{name}:", apart(ours(x, rope=rope), theirs(x, doubled, added)[0], x))
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # DeepSeek names its weights in another way, and stores the rotated features as interleaved pairs,
 # so that the permutation of {doc}`08_positions` is needed.
 
-# %%
+# %% tags=["engine"]
 from llmbook.positions import interleaved_to_half
 
 latents = {"kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 5}
@@ -2076,7 +2373,7 @@ ours.load_state_dict({
     f"{renamed.get(name.split('.')[0], name.split('.')[0])}.weight": weight
     for name, weight in state.items()
 })  # fmt: skip
-print("DeepSeek-V3:", same(ours(x, rope=rope), theirs(x, doubled, added)[0], x))
+print("DeepSeek-V3:", apart(ours(x, rope=rope), theirs(x, doubled, added)[0], x))
 
 # %% [markdown]
 # ## How fast is it?
@@ -2097,20 +2394,22 @@ for n in (256, 1024):
             times.append(time.perf_counter() - start)
         seconds_of[name, n] = min(times)
 
-layer = exported.MultiHeadAttention(64, 4, n_kv_heads=2)
-rotary, x = RotaryEmbedding(16), torch.randn(1, 256, 64)
-cache = exported.KVCache(1, 256, n_kv_heads=2, d_head=16)
+# %% [markdown]
+# The cache is that of one layer and one row. Times depend on the computer, their ratios less:
 
 # %% tags=["nbval-ignore-output"]
+layer = exported.MultiHeadAttention(64, 4, n_kv_heads=2)
+wide_rotary, text = RotaryEmbedding(16), torch.randn(1, 256, 64)
+cache = exported.KVCache(1, 256, n_kv_heads=2, d_head=16)
 with torch.no_grad():
     start = time.perf_counter()
     for t in range(256):
-        rope, mask = rotary(cache.next_positions(1)), cache.extend(1)
-        layer(x[:, t : t + 1], rope=rope, mask=mask, cache=cache[0])
+        rope, mask = wide_rotary(cache.next_positions(1)), cache.extend(1)
+        layer(text[:, t : t + 1], rope=rope, mask=mask, cache=cache[0])
     cached_seconds = time.perf_counter() - start
     start = time.perf_counter()
     for t in range(256):
-        layer(x[:, : t + 1], rope=rotary(torch.arange(t + 1)[None]))
+        layer(text[:, : t + 1], rope=wide_rotary(torch.arange(t + 1)[None]))
     ratio = (time.perf_counter() - start) / cached_seconds
 for n in (256, 1024):
     base = seconds_of["reference", n]
@@ -2260,8 +2559,9 @@ for n, size, window in ((12, 3, 4), (64, 8, 16), (20, 6, 1), (10, 4, 100)):
 # :label: ex-attention-group
 # *Half an hour.* A multi-head model can be turned into a grouped-query one and trained a little
 # further, if each shared head starts as the *mean* of those that it replaces
-# {cite}`ainslie2023gqa`. Write `to_grouped(attention, n_kv_heads)`, which returns such a layer,
-# with biases if there are any. When is it the same function as before?
+# {cite}`ainslie2023gqa`. Write `to_grouped(attention, n_kv_heads)`, which returns such a layer with
+# all else as it was: `d_head`, biases if there are any, `q_norm` and `k_norm` if there are. When is
+# it the same function as before?
 # ````
 
 
@@ -2269,8 +2569,16 @@ for n, size, window in ((12, 3, 4), (64, 8, 16), (20, 6, 1), (10, 4, 100)):
 def to_grouped(attention: MultiHeadAttention, n_kv_heads: int) -> MultiHeadAttention:
     """Return a grouped-query layer whose keys and values are means over those of each group."""
     # The same function if the heads of a group had equal keys and values before.
-    bias, d_model = attention.q_proj.bias is not None, attention.q_proj.in_features
-    grouped = MultiHeadAttention(d_model, attention.n_heads, n_kv_heads=n_kv_heads, bias=bias)
+    grouped = MultiHeadAttention(
+        attention.q_proj.in_features,
+        attention.n_heads,
+        n_kv_heads=n_kv_heads,
+        d_head=attention.d_head,
+        bias=attention.q_proj.bias is not None,
+        output_bias=attention.o_proj.bias is not None,
+    )
+    for name in ("q_norm", "k_norm"):  # they work on heads, which stay as wide as they were
+        setattr(grouped, name, getattr(attention, name))
     state = dict(attention.state_dict())
     for name in state:
         if name.startswith(("k_proj", "v_proj")):
@@ -2282,12 +2590,14 @@ def to_grouped(attention: MultiHeadAttention, n_kv_heads: int) -> MultiHeadAtten
 
 # %% tags=["check"]
 torch.manual_seed(0)
-for bias in (False, True):
-    many, x = MultiHeadAttention(24, 6, bias=bias), torch.randn(2, 7, 24)
+for options in ({}, {"bias": True}, {"bias": True, "output_bias": False, "qk_norm": nn.RMSNorm}):
+    many, x = MultiHeadAttention(24, 6, d_head=4, **options), torch.randn(2, 7, 24)
     few = to_grouped(many, 2)
-    assert few.k_proj.weight.shape == (8, 24), "two heads of four features remain"
-    mean = many.k_proj.weight[:12].view(3, 4, 24).mean(dim=0)
-    assert torch.allclose(few.k_proj.weight[:4], mean), "head 0 is the mean of heads 0, 1 and 2"
+    for name in ("k_proj", "v_proj"):
+        weight, shared = getattr(many, name).weight, getattr(few, name).weight
+        assert shared.shape == (8, 24), f"{name}: two heads of four features remain"
+        mean = weight[:12].view(3, 4, 24).mean(dim=0)
+        assert torch.allclose(shared[:4], mean), f"{name}: head 0 is the mean of heads 0, 1, 2"
     for proj in (many.k_proj, many.v_proj):
         for parameter in proj.parameters():  # make the heads of each group equal
             parts = parameter.data.view(2, 3, 4, *parameter.shape[1:])
@@ -2326,6 +2636,11 @@ def loss_without(model: AttentionOnly, layer: int, heads: list[int]) -> float:
 # %% tags=["check"]
 before = {name: weight.clone() for name, weight in model.state_dict().items()}
 whole = loss_without(model, 0, [])
+ids, targets, period = repeated_rows(64, torch.Generator().manual_seed(9))
+with torch.no_grad():
+    loss = F.cross_entropy(model(ids).mT, targets, reduction="none")
+known = loss[torch.arange(48) >= period].mean().item()
+assert abs(whole - known) < 1e-4, f"the loss is over tokens seen a period before: {known:.4f}"
 assert whole < 0.4, f"with all heads the loss is that of the end of training, not {whole:.2f}"
 for layer in (0, 1):
     both, singles = loss_without(model, layer, [0, 1]), []
@@ -2349,7 +2664,7 @@ assert all(unchanged), "the model must be as it was"
 # and the answer is a weighted mean. Dividing by $\sqrt d$ keeps softmax where it can learn,
 # subtracting the maximum keeps it finite. Masks are rules about positions. Heads ask several
 # questions at once; sharing keys and values among them, or keeping a latent instead, makes the
-# cache small. With position $p$ in slot $p \bmod S$ it serves unequal rows and windows alike.
+# cache small. With position $t$ in slot $t \bmod S$ it serves unequal rows and windows alike.
 # Softmax can be computed in one pass and its backward pass from one number a row, so the
 # $n \times n$ matrix need never exist. Trained on nothing but repetition, two layers suddenly
 # learn to look up what followed last time; one layer does not.

@@ -4,11 +4,11 @@
 # > Normalize, transform, add: the parts around attention that make a deep stack of layers
 # > trainable, up to a mixture of experts, and the block that puts them together.
 #
-# Attention moves information between tokens, and hardly more: what comes out is a weighted mean
-# of what went in, multiplied by two matrices. Something has to work on the mixture, and then
-# all of it has to be repeated twelve, thirty, a hundred times. Here stacking goes wrong. A
-# signal that each layer shrinks by a third has lost five digits after thirty layers, and on the
-# way back the gradient loses them again.
+# Attention moves information between tokens and does little else: what comes out is a weighted mean
+# of what went in, multiplied by two matrices. Something has to work on the mixture, and then all of
+# it has to be repeated twelve, thirty or a hundred times. This is where stacking goes wrong. A
+# signal that each layer shrinks by a third has lost five digits after thirty layers, and on the way
+# back the gradient loses them again.
 #
 # A transformer block is the answer: two layers, attention and a feed-forward network, each with
 # two precautions. Its result is *added* to its input, and its input is *normalized*. This
@@ -19,22 +19,19 @@
 # | **Part** | II. Architecture |
 # | **You build** | {py:class}`~llmbook.blocks.LayerNorm`, {py:class}`~llmbook.blocks.RMSNorm`, {py:class}`~llmbook.blocks.GELU`, {py:class}`~llmbook.blocks.SwiGLU`, {py:class}`~llmbook.blocks.FeedForward`, {py:class}`~llmbook.blocks.TransformerBlock`, {py:func}`~llmbook.blocks.initialize_weights`, {py:class}`~llmbook.blocks.MixtureOfExperts` |
 # | **You need** | attention ({doc}`09_attention`) and positions ({doc}`08_positions`) as black boxes, the stories of {doc}`01_tinyworld`, gradients |
-# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 60 seconds to run |
+# | **It takes** | 60 minutes for the main line, 3 hours for everything, 60 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp blocks
 
-# %%
+# %% tags=["engine"]
 #| export
-import math
+# The imports that only the module and its engine rooms need.
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
@@ -51,6 +48,17 @@ from llmbook.positions import LearnedEmbedding
 # denotes the mean: a matrix keeps the mean square of its input. Positive and negative sums are
 # equally likely, so ReLU keeps half of it. So the layer $f$ halves the mean square, and a stack
 # of $\ell$ of them leaves $2^{-\ell}$. We measure its root, the root mean square or rms.
+
+# %%
+#| export
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# %% [markdown]
+# We send random vectors through 48 such layers, and random gradients back:
 
 # %%
 import time
@@ -83,15 +91,15 @@ def passed(step) -> tuple[list[float], list[float]]:
 
 
 forward, backward = passed(random_layer)
-print(f"the signal, from layer to layer:   times {forward[-1] ** (1 / depth):.1f}")
-print(f"the gradient, on its way back:     times {backward[0] ** (1 / depth):.1f}")
-left = max(forward[-1], backward[0])
-print(f"left of either after {depth} layers: less than a millionth: {left < 1e-6}")
+for name, left in (("signal", forward[-1]), ("gradient", backward[0])):
+    digits = -math.log10(left)
+    print(
+        f"{name:8} times {left ** (1 / depth):.1f} a layer, {digits:.0f} digits lost after {depth}"
+    )
 
 # %% [markdown]
-# Predicted is a factor of $\sqrt{1/2} \approx 0.7$ a layer. The gradient passes through the
-# same matrices, transposed, and through those ReLUs that are open, half of them; it fares
-# alike.
+# The prediction is a factor of $\sqrt{1/2} \approx 0.7$ per layer. The gradient passes through the
+# same matrices, transposed, and through the half of the ReLUs that are open, so it shrinks alike.
 #
 # ### Add, do not replace
 #
@@ -104,9 +112,9 @@ print(f"left of either after {depth} layers: less than a millionth: {left < 1e-6
 # \nabla_x = (I + J)^\top \nabla_{x'} = \nabla_{x'} + J^\top \nabla_{x'} .
 # $$ (blocks-residual)
 #
-# Multiplied out over all layers, the product of the $I + J_\ell$ has one term $I$: the gradient
-# of the last layer reaches the first one unchanged, whatever the $J_\ell$ are. All else comes
-# on top.
+# Multiplied out over all layers, the product of the $I + J_\ell$ has one term $I$: the gradient of
+# the last layer reaches the first one unchanged, whatever the $J_\ell$ are. Everything else is
+# added to that.
 #
 # This gives a transformer its shape ({numref}`fig-blocks-stream`). One vector for each token
 # runs through the model from bottom to top, the **residual stream**
@@ -124,9 +132,9 @@ print(f"left of either after {depth} layers: less than a millionth: {left < 1e-6
 # But how large does the stream grow? The matrices of $f$ are independent of $x$ and have mean
 # zero, so that $x$ and $f(x)$ are uncorrelated, and *variances of uncorrelated contributions
 # add*. If $f$ halves the mean square $v$, then $v' = v + v/2$: after $\ell$ layers it has grown
-# to $1.5^\ell\,v$, and we have exchanged one exponential for another. It comes from feeding the
-# growing stream into $f$. So we normalize what a layer reads. Every write then has the same
-# mean square, one half, and after $\ell$ writes
+# to $1.5^\ell\,v$, and we have exchanged one exponential for another. The reason is that the
+# growing stream is fed into $f$. So we normalize what a layer reads. Every write then has the
+# same mean square, one half, and after $\ell$ writes
 #
 # $$
 # v_\ell = v_0 + \ell/2, \qquad
@@ -222,9 +230,25 @@ for number, (name, at) in enumerate(panels.items(), 1):
     ax.view_init(20, -10)
 plt.show()
 
+
+# %% tags=["engine"]
+#| export
+# Widths and settings that do not fit are named where they enter.
+def _check_width(x: Tensor, weight: Tensor) -> None:
+    if x.size(-1) != weight.size(0):  # broadcasting would accept a width of one
+        raise ValueError(f"x: expected vectors of size {len(weight)}, got shape {tuple(x.shape)}")
+
+
+def _check_norm(d_model: int, eps: float, backend: str) -> None:
+    check_at_least(d_model=(1, d_model))
+    check_choice("backend", backend, ("reference", "torch"))
+    if not 0 < eps < 1:
+        raise ValueError(f"eps: expected a small positive number, got {eps!r}")
+
+
 # %% [markdown]
-# Statistics are taken in 32-bit floats whatever comes in, for a reason that we shall see; the
-# result has the type of the input.
+# Whatever the type of the input, the statistics are computed in 32-bit floats, for a reason that we
+# will see. The result has the type of the input.
 
 
 # %%
@@ -251,11 +275,6 @@ def layer_norm(
     return normal * weight if bias is None else normal * weight + bias
 
 
-def _check_width(x: Tensor, weight: Tensor) -> None:
-    if x.size(-1) != weight.size(0):  # broadcasting would accept a width of one
-        raise ValueError(f"x: expected vectors of size {len(weight)}, got shape {tuple(x.shape)}")
-
-
 # %% [markdown]
 # ### Its gradient
 #
@@ -270,13 +289,13 @@ def _check_width(x: Tensor, weight: Tensor) -> None:
 # \nabla_z = \frac1r \Bigl(\nabla_y - y\,\frac{y \cdot \nabla_y}{d}\Bigr).
 # $$ (blocks-norm-gradient)
 #
-# The bracket takes away what of the gradient points along $y$. That is as it should be: the
-# length of $z$ has no effect on $y$, so the loss cannot ask for another. And a long vector gets
-# a small gradient, because of $1/r$.
+# The bracket removes the part of the gradient that points along $y$. That is as it should be: the
+# length of $z$ has no effect on $y$, so the loss cannot ask for another. And a long vector gets a
+# small gradient, because of $1/r$.
 #
-# Second the mean. $z = Px$ where $P = I - \frac1d \mathbf 1 \mathbf 1^\top$ subtracts the mean,
-# and $P^\top = P$, so $\nabla_x = P \nabla_z$: the gradient is centered as well. Since $y$ is
-# centered already, this touches the first term only:
+# The second step is the mean. We have $z = Px$, where $P = I - \frac1d \mathbf 1 \mathbf 1^\top$
+# subtracts the mean, and $P^\top = P$, so $\nabla_x = P \nabla_z$: the gradient is centered as
+# well. Since $y$ is centered already, this touches the first term only:
 #
 # $$
 # \nabla_x = \frac1\sigma
@@ -286,8 +305,8 @@ def _check_width(x: Tensor, weight: Tensor) -> None:
 
 # %%
 torch.manual_seed(0)
-x = torch.randn(4, 16, requires_grad=True)
-gain, out_gradient = torch.rand(16), torch.randn(4, 16)
+x = torch.randn(4, 16, dtype=torch.float64, requires_grad=True)
+gain, out_gradient = torch.rand(16, dtype=torch.float64), torch.randn(4, 16, dtype=torch.float64)
 layer_norm(x, gain).backward(out_gradient)
 
 with torch.no_grad():
@@ -296,20 +315,16 @@ with torch.no_grad():
     y, to_y = z / r, gain * out_gradient
     along = y * (y * to_y).mean(dim=-1, keepdim=True)
     by_hand = (to_y - to_y.mean(dim=-1, keepdim=True) - along) / r
-print("as autograd has it:", torch.allclose(by_hand, x.grad, atol=1e-6))
+assert torch.allclose(by_hand, x.grad, atol=1e-12)
+print(f"length of the gradient {x.grad[0].norm():.2f}, its mean {x.grad[0].mean().abs():.4f},")
+print(f"and its component along y {(x.grad[0] @ y[0] / y[0].norm()).abs():.4f}")
 
 # %% [markdown]
-# As a module. Its default is PyTorch's *fused* kernel, which does all steps in one pass over
-# memory.
-
-
-# %%
-#| export
-def _check_norm(d_model: int, eps: float, backend: str) -> None:
-    check_at_least(d_model=(1, d_model))
-    check_choice("backend", backend, ("reference", "torch"))
-    if not 0 < eps < 1:
-        raise ValueError(f"eps: expected a small positive number, got {eps!r}")
+# The formula is what autograd computes, and the gradient asks neither for an offset nor for a
+# length.
+#
+# As a module, LayerNorm has a gain and, if wanted, a bias. Its default is PyTorch's *fused* kernel,
+# which does all steps in one pass over memory.
 
 
 # %%
@@ -382,19 +397,47 @@ for value in (300.0, 3e-4):
 # The right answer is 1 both times. The first naive one is a division by infinity. In the second
 # the square is $9 \cdot 10^{-8}$, and the nearest 16-bit number to it is $1.2 \cdot 10^{-7}$.
 #
+# The module is like that of LayerNorm. Its default computes the same faster:
+
+
+# %%
+#| export
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension, with a gain that starts at one.
+
+    ``backend="torch"`` computes the same faster. In float32 on a CPU its gradient cannot be
+    differentiated again, nor transformed by ``torch.func``; that of ``"reference"`` can.
+    """
+
+    def __init__(self, d_model: int, eps: float = 1e-5, backend: Backend = "torch"):
+        super().__init__()
+        _check_norm(d_model, eps, backend)
+        self.eps, self.backend = eps, backend
+        self.weight = nn.Parameter(torch.ones(d_model))
+
+    def forward(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
+        """Return ``x``, normalized."""
+        _check_width(x, self.weight)
+        function = rms_norm if self.backend == "reference" else _fast_rms_norm
+        return function(x, self.weight, self.eps)
+
+
+# %% [markdown]
 # ### What is subtracting the mean worth?
 #
 # The mean is one direction among $d$. Of the squared length of a random vector it has a share of
-# $1/d$ on average, so LayerNorm and RMSNorm differ little to begin with. They could differ where
-# a model *uses* that direction. But subtracting the mean is linear: a matrix $W$ that reads
-# $Px$ is the matrix $WP$ reading $x$ (vectors are columns in this chapter, as in the papers), and
-# one that should write a centered vector can be $PW$. So a pre-norm model with LayerNorm can
-# be rewritten as one with RMSNorm that computes the same {cite}`jiang2023prermsnorm`;
-# {ref}`ex-blocks-center` does it. The mean is worth nothing that the matrices could not do. What
-# is left is the effect on training, which we measure below, and cost.
-#
-# ### Cost
-#
+# $1/d$ on average, so LayerNorm and RMSNorm differ little to begin with. They could differ where a
+# model *uses* that direction. But subtracting the mean is linear: a matrix $W$ that reads $Px$ is
+# the matrix $WP$ reading $x$ (vectors are columns in this chapter, as in the papers), and one that
+# should write a centered vector can be $PW$. So a pre-norm model with LayerNorm can be rewritten as
+# one with RMSNorm that computes the same {cite}`jiang2023prermsnorm`; {ref}`ex-blocks-center` does
+# it. Subtracting the mean does nothing that the matrices could not do. What remains is its effect
+# on training, which we measure below, and its cost.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: RMSNorm with its gradient by hand, so that it costs less than LayerNorm
+
+# %% [markdown] tags=["engine"]
 # In PyTorch's version for the CPU, LayerNorm is one fused kernel, while RMSNorm is put together
 # from square, mean, product and so on. Each writes its result to memory for the next one to
 # read, and the whole takes longer than LayerNorm, as we shall measure. We have the gradient, so
@@ -411,7 +454,7 @@ for value in (300.0, 3e-4):
 # which the stream keeps anyway, and one number for each token.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / rms of each vector, without a copy of ``x`` for its squares."""
@@ -442,12 +485,12 @@ class _RMSNormFloat32(torch.autograd.Function):
         return to_y.addcmul_(x, along, value=-1).mul_(inverse), to_weight, None
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # It is used where it is the fastest way: on a CPU and in 32 bits. The same arithmetic without a
 # gradient gives the same bits, so that a model in use is the one that was trained.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _fast_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm` by the fastest way that there is for this device and dtype."""
@@ -459,37 +502,15 @@ def _fast_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (x * _inverse_rms(x, eps)).mul_(weight)  # bit by bit as with a gradient
 
 
-# %%
-#| export
-class RMSNorm(nn.Module):
-    """RMSNorm over the last dimension, with a gain that starts at one.
-
-    ``backend="torch"`` computes the same faster. In float32 on a CPU its gradient cannot be
-    differentiated again, nor transformed by ``torch.func``; that of ``"reference"`` can.
-    """
-
-    def __init__(self, d_model: int, eps: float = 1e-5, backend: Backend = "torch"):
-        super().__init__()
-        _check_norm(d_model, eps, backend)
-        self.eps, self.backend = eps, backend
-        self.weight = nn.Parameter(torch.ones(d_model))
-
-    def forward(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
-        """Return ``x``, normalized."""
-        _check_width(x, self.weight)
-        function = rms_norm if self.backend == "reference" else _fast_rms_norm
-        return function(x, self.weight, self.eps)
-
-
 # %% [markdown]
 # ## The feed-forward network
 #
 # The second layer of a block works on each token alone: up to a larger inner width, through an
-# activation, and down again. One may read it as a memory. A row of the first matrix is a key, a
+# activation, and down again. It can be read as a memory. A row of the first matrix is a key, a
 # pattern to be looked for in the stream; the activation says how much of it was found; and the
-# corresponding column of the second matrix is what to write then {cite}`geva2021transformer`.
-# With four times the width it has $8 d^2$ parameters, twice as many as the four $d \times d$
-# matrices of attention.
+# corresponding column of the second matrix is what to write then {cite}`geva2021transformer`. With
+# four times the width it has $8 d^2$ parameters, twice as many as the four $d \times d$ matrices of
+# attention.
 #
 # ### Which activation?
 #
@@ -505,12 +526,12 @@ class RMSNorm(nn.Module):
 # $$ (blocks-gelu)
 #
 # There is an approximation without the error function, which GPT-2 was trained with: $\Phi(x)
-# \approx \frac12 \bigl(1 + \tanh(c\,(x + a x^3))\bigr)$. Its constants come from comparing
-# powers of $x$. On the left, the density is $\frac{1}{\sqrt{2\pi}}(1 - x^2/2 + \dots)$, so
-# $\Phi(x) = \frac12 + \frac{1}{\sqrt{2\pi}}(x - x^3/6 + \dots)$. On the right, $\tanh u = u -
-# u^3/3 + \dots$ gives $\frac12 + \frac c2 \bigl(x + (a - c^2/3)\,x^3 + \dots\bigr)$. So $c =
-# \sqrt{2/\pi}$, and $a = \frac{c^2}{3} - \frac16 \approx 0.0455$ is the best fit at zero. The
-# published $a = 0.044715$ is a better one over all:
+# \approx \frac12 \bigl(1 + \tanh(c\,(x + a x^3))\bigr)$. Its constants come from comparing powers
+# of $x$. On the left, the density is $\frac{1}{\sqrt{2\pi}}(1 - x^2/2 + \dots)$, so $\Phi(x) =
+# \frac12 + \frac{1}{\sqrt{2\pi}}(x - x^3/6 + \dots)$. On the right, $\tanh u = u - u^3/3 + \dots$
+# gives $\frac12 + \frac c2 \bigl(x + (a - c^2/3)\,x^3 + \dots\bigr)$. So $c = \sqrt{2/\pi}$, and $a
+# = \frac{c^2}{3} - \frac16 \approx 0.0455$ is the best fit at zero. The published $a = 0.044715$ is
+# better over the whole range:
 
 
 # %%
@@ -528,6 +549,20 @@ def gelu(
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
+# %% [markdown]
+# The errors of the two constants:
+
+# %%
+x = torch.linspace(-8, 8, 100_001, dtype=torch.float64)
+taylor = 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + (2 / (3 * math.pi) - 1 / 6) * x**3)))
+for name, approximation in (("0.0455", taylor), ("0.044715", gelu(x, "tanh"))):
+    error = (approximation - gelu(x)).abs().max().item()
+    print(f"largest error with a = {name:8}: {error:.5f}")
+
+
+# %% tags=["engine"]
+#| export
+# GELU as a module, by torch's kernel or by the formula.
 class GELU(nn.Module):
     """The Gaussian error linear unit, by torch's kernel or by `gelu`."""
 
@@ -542,13 +577,6 @@ class GELU(nn.Module):
         function = gelu if self.backend == "reference" else F.gelu
         return function(x, approximate=self.approximate)
 
-
-# %%
-x = torch.linspace(-8, 8, 100_001, dtype=torch.float64)
-taylor = 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + (2 / (3 * math.pi) - 1 / 6) * x**3)))
-for name, approximation in (("0.0455", taylor), ("0.044715", gelu(x, "tanh"))):
-    error = (approximation - gelu(x)).abs().max().item()
-    print(f"largest error with a = {name:8}: {error:.5f}")
 
 # %% [markdown]
 # Replace the normal distribution by the logistic one and you get **SiLU**, $x\,\sigma(x)$
@@ -572,9 +600,9 @@ plt.show()
 # %% [markdown]
 # ### A gate
 #
-# An activation lets each number decide about itself. A **gated linear unit** computes the
-# decision apart, with a matrix of its own {cite}`dauphin2017language`. With SiLU as the gate it
-# is **SwiGLU**, which Shazeer compared with its relatives {cite}`shazeer2020glu`:
+# An activation lets each number decide about itself. A **gated linear unit** computes the decision
+# separately, with a matrix of its own {cite}`dauphin2017language`. With SiLU as the gate it is
+# **SwiGLU**, which Shazeer compared with its relatives {cite}`shazeer2020glu`:
 #
 # $$
 # \operatorname{FeedForward}(x) =
@@ -590,11 +618,6 @@ plt.show()
 #
 # A plain and a gated feed-forward network with the same number of parameters.
 # ```
-#
-# There are now three matrices. For an honest comparison the total must stay: $2\,d\,d_\text{ff}
-# = 3\,d\,d'_\text{ff}$, so $d'_\text{ff} = \frac23 d_\text{ff}$. Where the plain network has
-# the usual $4d$, the gated one has $\frac83 d$, rounded up to a multiple of something that
-# suits the hardware. With 256 this gives Llama's widths {cite}`touvron2023llama`:
 
 
 # %%
@@ -612,6 +635,9 @@ class SwiGLU(nn.Module):
         return F.silu(gate) * up
 
 
+# %% tags=["engine"]
+#| export
+# The activations by name, with and without a gate, and the step between the matrices.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -621,6 +647,20 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 GATES = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}
 #: What a feed-forward network can have between its matrices; the last three have a gate.
 ACTIVATIONS = (*_ACTIVATIONS, *GATES)
+
+
+def activate(activation: str, gate: Tensor | None, up: Tensor) -> Tensor:
+    """The inner vector of a feed-forward network, from one linear map of its input, or two."""
+    if gate is None:
+        return _ACTIVATIONS[activation](up)
+    return _ACTIVATIONS[GATES[activation]](gate) * up
+
+
+# %% [markdown]
+# There are now three matrices. For an honest comparison the total must stay: $2\,d\,d_\text{ff}
+# = 3\,d\,d'_\text{ff}$, so $d'_\text{ff} = \frac23 d_\text{ff}$. Where the plain network has
+# the usual $4d$, the gated one has $\frac83 d$, rounded up to a multiple of something that
+# suits the hardware. (`ACTIVATIONS` are the names that we know; those in `GATES` have a gate.)
 
 
 # %%
@@ -638,6 +678,9 @@ def default_d_ff(d_model: int, activation: str = "swiglu", multiple_of: int = 8)
     width = 8 * d_model // 3 if activation in GATES else 4 * d_model
     return -(-width // multiple_of) * multiple_of
 
+
+# %% [markdown]
+# Rounded up to a multiple of 256 this gives Llama's widths {cite}`touvron2023llama`:
 
 # %%
 for name, size in (("7B", 4096), ("13B", 5120), ("33B", 6656), ("65B", 8192)):
@@ -667,26 +710,21 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 torch.manual_seed(0)
-sample = dropout(torch.full((1_000_000,), 3.0), p=0.2, training=True)
-print(f"mean {sample.mean():.1f}, expected 3.0; variance {sample.var():.2f}, expected 2.25")
-print("off in use:", torch.equal(dropout(x, 0.2, training=False), x))
-theirs = F.dropout(torch.full((1_000_000,), 3.0), p=0.2)
-print("torch's is the same kind:", sorted(set(theirs.tolist())) == sorted(set(sample.tolist())))
+threes = torch.full((1_000_000,), 3.0)
+for name, sample in (
+    ("ours", dropout(threes, p=0.2, training=True)),
+    ("torch's", F.dropout(threes, p=0.2)),
+    ("in use", dropout(threes, p=0.2, training=False)),
+):
+    values = ", ".join(f"{value:.2f}" for value in sample.unique().tolist())
+    print(f"{name:8} values {values:11} mean {sample.mean():.1f}, variance {sample.var():.2f}")
 
 # %% [markdown]
-# The noise is the price. A model that sees each text once has little chance to overfit, and
-# PaLM, for one, was pretrained without dropout {cite}`chowdhery2023palm`. Ours is off unless
-# asked for; when fine-tuning on little data it may help. In the network it acts on the inner
-# vector:
-
-
-# %%
-#| export
-def activate(activation: str, gate: Tensor | None, up: Tensor) -> Tensor:
-    """The inner vector of a feed-forward network, from one linear map of its input, or two."""
-    if gate is None:
-        return _ACTIVATIONS[activation](up)
-    return _ACTIVATIONS[GATES[activation]](gate) * up
+# Mean and variance are as derived: 3 and $3^2 \cdot 0.2 / 0.8 = 2.25$. The noise is the price. A
+# model that sees each text once has little chance to overfit, and PaLM, for one, was pretrained
+# without dropout {cite}`chowdhery2023palm`. Ours is off unless asked for; when fine-tuning on
+# little data it may help. In the network it acts on the inner vector, which `activate` makes of one
+# linear map of the input, or of two:
 
 
 # %%
@@ -726,6 +764,15 @@ class FeedForward(nn.Module):
 
 
 # %% [markdown]
+# The two kinds of {numref}`fig-blocks-feedforward`, with a width of 512:
+
+# %%
+for activation in ("gelu", "swiglu"):
+    network = FeedForward(512, activation=activation)
+    shapes = [tuple(matrix.shape) for matrix in network.parameters()]
+    print(f"{activation:7} {sum(p.numel() for p in network.parameters()):,} parameters: {shapes}")
+
+# %% [markdown]
 # ## The block
 #
 # Where does the normalization go? The first transformer {cite}`vaswani2017attention` put it
@@ -750,8 +797,12 @@ class FeedForward(nn.Module):
 
 # %%
 #| export
-class _Parts(nn.Module):
-    """The parts of a block: two layers, each with its normalization."""
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward network, each normalized and added to the residual stream.
+
+    ``norm(d_model)`` makes a normalization. ``norm_position="pre"`` computes ``x + f(norm(x))``,
+    ``"post"`` the original ``norm(x + f(x))``. Dropout acts on what is added to the stream.
+    """
 
     def __init__(
         self,
@@ -770,19 +821,14 @@ class _Parts(nn.Module):
         self.attention_norm, self.attention = norm(d_model), attention
         self.feed_forward_norm, self.feed_forward = norm(d_model), feed_forward
 
-    def _dropped(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+
+# %% [markdown]
+# The pass through the block is {eq}`blocks-prepost`, twice:
 
 
 # %%
 #| export
-class TransformerBlock(_Parts):
-    """Attention and feed-forward network, each normalized and added to the residual stream.
-
-    ``norm(d_model)`` makes a normalization. ``norm_position="pre"`` computes ``x + f(norm(x))``,
-    ``"post"`` the original ``norm(x + f(x))``. Dropout acts on what is added to the stream.
-    """
-
+class TransformerBlock(TransformerBlock):  # continued
     def forward(
         self,
         x: Float[Tensor, "batch sequence d_model"],
@@ -799,6 +845,9 @@ class TransformerBlock(_Parts):
         x = self.attention_norm(x + self._dropped(attend(x)))
         return self.feed_forward_norm(x + self._dropped(self.feed_forward(x)))
 
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
 
 # %% [markdown]
 # Six blocks in a row, and the promise of {numref}`fig-blocks-stream`: the end of the stream is
@@ -814,21 +863,42 @@ blocks = nn.Sequential(
 writes: list[Tensor] = []
 for block in blocks:
     for layer in (block.attention, block.feed_forward):
-        layer.register_forward_hook(lambda layer, inputs, output: writes.append(output))
+        layer.register_forward_hook(lambda layer, inputs, output: writes.append(output.detach()))
 start = torch.randn(2, 10, 32)
 end = blocks(start)
-print("writes:", len(writes), " shape of the stream:", tuple(end.shape))
-print("end = start + all writes:", torch.allclose(end, start + sum(writes), atol=1e-5))
+assert torch.allclose(end, start + sum(writes), atol=1e-4)
+sizes = ", ".join(f"{rms(write):.1f}" for write in writes[:4])
+print(f"{len(writes)} writes, the first with an rms of {sizes}")
+print(f"the stream: {rms(start):.1f} at the beginning, {rms(end):.1f} at the end")
 
 # %% [markdown]
 # ## Initialization
 #
-# What we assumed of the weights becomes a function. A matrix gets the standard deviation
-# $1/\sqrt{n}$ for $n$ inputs, its **fan-in**, which keeps the mean square. GPT-2 takes 0.02 for
-# all matrices instead; that equals $1/\sqrt n$ for $n = 2{,}500$.
+# What we assumed of the weights becomes a rule. A matrix gets the standard deviation $1/\sqrt{n}$
+# for $n$ inputs, its **fan-in**, which keeps the mean square. GPT-2 takes 0.02 for all matrices
+# instead; that equals $1/\sqrt n$ for $n = 2{,}500$. And according to {eq}`blocks-growth`, what
+# writes to the stream is to be divided by $\sqrt N$:
+
+
+# %%
+@torch.no_grad()
+def draw(blocks: nn.Module, n_writes: int) -> None:
+    for name, matrix in blocks.named_parameters():
+        if matrix.ndim == 2:
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            matrix.normal_(std=matrix.size(1) ** -0.5 / (n_writes**0.5 if writes else 1))
+
+
+for n_writes in (1, 12):
+    draw(blocks, n_writes)
+    expected = (rms(start) ** 2 + 12 / 2 / n_writes) ** 0.5
+    print(f"12 writes / √{n_writes:<2} end at {rms(blocks(start)):.1f}, predicted {expected:.1f}")
+
+# %% [markdown]
+# The prediction is {eq}`blocks-growth`. We derived it for a plain network with ReLU, and it holds
+# for attention and a gated network nearly as well.
 #
-# Equation {eq}`blocks-growth` says two things about the stream. What writes to it is to be
-# divided by $\sqrt N$. And $v_0$ belongs to the sum: if the embeddings are much smaller than
+# The equation also says that $v_0$ belongs to the sum: if the embeddings are much smaller than
 # what the layers add to them, then the stream hardly knows at first which token it belongs to.
 # We give embeddings a standard deviation of 1, and the $N$ writes together are about as large.
 # One case is different. Where the embedding matrix also makes the logits (**weight tying**,
@@ -836,8 +906,14 @@ print("end = start + all writes:", torch.allclose(end, start + sum(writes), atol
 # deviation of $\sqrt d$ for the logits would be a bad start. There it is $1/\sqrt d$, and the
 # writes shrink along with it.
 
+# %% [markdown] tags=["engine"]
+# ### Engine room: `initialize_weights`, which knows tables, gains, tied weights and GPT-2's rule
 
-# %%
+# %% [markdown] tags=["engine"]
+# A model has more than matrices. Tables of vectors are found by their kind, and an embedding is
+# tied if a linear map has the same weight.
+
+# %% tags=["engine"]
 #| export
 _WRITERS = {"o_proj", "down_proj"}  # their outputs are added to the residual stream
 
@@ -856,7 +932,7 @@ def lookup_tables(module: nn.Module) -> set[int]:
     return {id(m.weight) for m in module.modules() if isinstance(m, kinds)}
 
 
-# %%
+# %% tags=["engine"]
 #| export
 @torch.no_grad()
 def initialize_weights(
@@ -897,19 +973,6 @@ def initialize_weights(
 # model is a thin stack of blocks between an embedding and a matrix that makes logits; chapter 11
 # builds the real one.
 
-# %%
-from llmbook.tinyworld import TinyWorld
-from llmbook.tokenizer import train_bpe
-
-stories = [story.text for story in TinyWorld().stories(4500, seed=0)]
-tokenizer = train_bpe(stories[:500], 512)
-end_id = tokenizer.special_tokens["<|endoftext|>"]
-rows = torch.full((len(stories), 65), -100)  # -100: no target
-for row, story in zip(rows, stories, strict=True):
-    ids = [end_id, *tokenizer.encode(story), end_id][: len(row)]
-    row[: len(ids)] = torch.tensor(ids)
-rows, held_out = rows[:4000], rows[4000:]
-
 
 # %%
 class SmallModel(nn.Module):
@@ -932,10 +995,33 @@ class SmallModel(nn.Module):
 
 # %% [markdown]
 # Training is the plainest possible: one step of AdamW (chapter 12) for each batch of eight
-# stories, optionally with a **warmup**, during which the learning rate rises from zero.
+# stories, optionally with a **warmup**, during which the learning rate rises from zero. It is a
+# generator, `train(model, learning_rate, steps)`, that yields the loss of each step.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the stories, the training loop, and deep models that break a rule
+
+# %% [markdown] tags=["engine"]
+# The stories as rows of ids, of which 500 are held out:
+
+# %% tags=["engine"]
+from llmbook.tinyworld import TinyWorld
+from llmbook.tokenizer import train_bpe
+
+stories = [story.text for story in TinyWorld().stories(4500, seed=0)]
+tokenizer = train_bpe(stories[:500], 512)
+end_id = tokenizer.special_tokens["<|endoftext|>"]
+rows = torch.full((len(stories), 65), -100)  # -100: no target
+for row, story in zip(rows, stories, strict=True):
+    ids = [end_id, *tokenizer.encode(story), end_id][: len(row)]
+    row[: len(ids)] = torch.tensor(ids)
+rows, held_out = rows[:4000], rows[4000:]
+
+# %% [markdown] tags=["engine"]
+# The loss, and the loop:
 
 
-# %%
+# %% tags=["engine"]
 def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
     logits = model(batch[:, :-1].clamp(min=0))  # what stands for "no target" is no id
     return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=-100)
@@ -955,14 +1041,12 @@ def train(model, learning_rate: float, steps: int, warmup: int = 0, extra=None) 
         yield loss.item()
 
 
-# %% [markdown]
-# We take twelve layers with ReLU and LayerNorm, and make it possible to undo the two rules.
-# First, does the stream of real blocks, with attention, grow as predicted? Embeddings and
-# positions have $v_0 = 1 + 1$, to which 24 writes add 12 (we count attention's as one half,
-# too), or, scaled, one half.
+# %% [markdown] tags=["engine"]
+# A deep model has twelve layers with ReLU and LayerNorm, and may undo the two rules, of scaled
+# writes and of large embeddings.
 
 
-# %%
+# %% tags=["engine"]
 @torch.no_grad()
 def multiply(factor: float, *modules: nn.Module) -> None:
     for module in modules:
@@ -983,11 +1067,21 @@ def deep_model(n_layers=12, scaled=True, embeddings=1.0, std=None, **options) ->
     return model
 
 
+# %% [markdown]
+# ### Two rules, kept and broken
+#
+# A `deep_model` has twelve layers with ReLU and LayerNorm, and can break each of the two rules.
+# First, does the stream of real blocks, with attention, grow as predicted? Embeddings and positions
+# have $v_0 = 1 + 1$, to which 24 writes add 12 (we count attention's as one half, too), or, scaled,
+# one half.
+
+# %%
 for scaled, predicted in ((False, 14**0.5), (True, 2.5**0.5)):
     model = deep_model(scaled=scaled)
     start = model.embedding(rows[:16, :-1].clamp(min=0)) + model.positions.weight
     end = rms(model.blocks(start))
-    print(f"scaled: {scaled!s:5}  rms at the end {end:.1f}, predicted {predicted:.1f}")
+    name = "writes / √N" if scaled else "writes as they are"
+    print(f"{name:18} rms at the end {end:.1f}, predicted {predicted:.1f}")
 
 # %% [markdown]
 # Now three initializations are trained: ours; GPT-2's 0.02; and ours with embeddings of
@@ -1007,8 +1101,12 @@ final = {
 }
 best = {name: min(losses) for name, losses in final.items()}
 ours, gpt2, small = best.values()
-print("ours and GPT-2's, each at its best rate: within 0.5 nats:", abs(ours - gpt2) < 0.5)
-print("small embeddings, at their best: more than 0.5 nats behind:", small > max(ours, gpt2) + 0.5)
+assert abs(ours - gpt2) < 0.5 and small > max(ours, gpt2) + 0.5
+for name, loss in best.items():
+    print(f"{name:24} at its best rate, to a nat: {loss:.0f}")
+
+# %% [markdown]
+# All nine runs:
 
 # %% mystnb={"figure": {"caption": "Loss after 60 steps of a model of twelve layers. Two initializations reach the same loss, but at different learning rates; small embeddings under large writes do not reach it at any.", "name": "fig-blocks-initialization"}, "image": {"alt": "Loss over three learning rates, 0.002, 0.006 and 0.02, for three initializations. Fan-in with embeddings of 1 falls from 4.2 over 3.4 to about 3. The curve of 0.02 falls from 4.2 to 3 at 0.006 and rises above 4 at 0.02. Fan-in with small embeddings stays above 4."}}
 plt.figure(figsize=(6, 3.2))
@@ -1023,9 +1121,9 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# At one rate alone we would have drawn a wrong conclusion. AdamW moves each weight by about the
-# learning rate in a step, whatever the size of its gradient. At a rate of 0.02 a weight of 0.02
-# is replaced at once; it wants a smaller rate than a weight of $1/\sqrt{32} \approx 0.18$.
+# With a single learning rate we would have drawn the wrong conclusion. AdamW moves each weight by
+# about the learning rate in a step, whatever the size of its gradient. At a rate of 0.02 a weight
+# of 0.02 is replaced at once; it wants a smaller rate than a weight of $1/\sqrt{32} \approx 0.18$.
 # Compared at their best, the two recipes are close. What counts is the proportion within the
 # stream.
 #
@@ -1068,6 +1166,9 @@ for name, how in arrangements.items():
     print(f"{name:18} last block / middle block: {values[-1] / values[5]:.1f};", end=" ")
     print(f"last of 48 blocks / last of 3: {last[1] / last[0]:.1f}")
 
+# %% [markdown]
+# Block by block, for twelve blocks:
+
 # %% mystnb={"figure": {"caption": "Gradient of the last matrix of each block at initialization. With post-norm it is largest at the end, with pre-norm at the beginning; scaled by depth, it is level in both.", "name": "fig-blocks-gradients"}, "image": {"alt": "Gradient norm over blocks 1 to 12 for four arrangements. Post-norm: about 0.3 up to block 9, then rising to 1.0 at block 12. Pre-norm: falling from 0.5 to 0.24. With scaled writes: level at about 0.5 for pre-norm and 0.7 for post-norm."}}
 plt.figure(figsize=(6, 3.2))
 for (name, values), style in zip(norms.items(), ("o-", "s-", "o--", "s--"), strict=True):
@@ -1099,9 +1200,13 @@ targets = rows[:, 1:][rows[:, 1:] >= 0]
 frequencies = targets.bincount() / len(targets)
 blind = -torch.special.xlogy(frequencies, frequencies).sum().item()
 late = {name: sum(losses[-20:]) / 20 for name, losses in curves.items()}
-print(f"entropy of the frequencies: {blind:.1f}")
-print("pre-norm learns:", late["pre"] < 3.2)
-print("post-norm ends at that entropy:", abs(late["post"] - blind) < 0.1)
+assert late["pre"] < 3.2 and abs(late["post"] - blind) < 0.1
+print(f"entropy of the frequencies: {blind:.1f} nats")
+for name, loss in late.items():
+    print(f"{name:18} ends between {math.floor(loss)} and {math.ceil(loss)} nats")
+
+# %% [markdown]
+# The way there ({numref}`fig-blocks-training`):
 
 # %% mystnb={"figure": {"caption": "Twelve layers trained for 150 steps. Post-norm falls to the entropy of the frequencies and stays there; warmup lets it creep away; scaled writes let it learn like pre-norm.", "name": "fig-blocks-training"}, "image": {"alt": "Loss over 150 steps. Pre-norm and post-norm with scaled writes fall steadily to about 2.6. Post-norm falls to 4.9, a dotted line, and stays on it. With warmup it falls more slowly, and is just below the line at the end."}}
 plt.figure(figsize=(6.5, 3.4))
@@ -1127,8 +1232,9 @@ for name, model in models.items():
     distance = (predictions - predictions.mean(dim=0)).abs().sum(dim=-1).mean() / 2
     gradient_norms(model)
     arrives = model.embedding.weight.grad.norm()
-    print(f"{name:18} predictions differ: {bool(distance > 0.05)!s:5}", end=" ")
-    print(f"embeddings have a gradient: {bool(arrives > 1e-6)}")
+    order = 10.0 ** math.floor(math.log10(arrives))
+    size = f"more than {order:g}" if arrives > 1e-6 else "less than a millionth"
+    print(f"{name:18} moved, to a quarter: {round(4 * distance.item()) / 4:4.2f}; gradient {size}")
 
 # %% [markdown]
 # It is blind, and has no way back: no gradient is left to tell the embeddings so. Warmup spares
@@ -1139,9 +1245,9 @@ for name, model in models.items():
 #
 # ## Which feed-forward network?
 #
-# Does SwiGLU beat GELU, and LayerNorm RMSNorm, at the same number of parameters? A single run
-# says little, and a single moment as well. So we take three seeds of the initialization, and
-# look twice, after 80 and after 120 steps ({numref}`fig-blocks-kinds`).
+# Does SwiGLU beat GELU, and LayerNorm RMSNorm, at the same number of parameters? A single run says
+# little, and so does a single moment. So we take three seeds of the initialization, and look twice,
+# after 80 and after 120 steps ({numref}`fig-blocks-kinds`).
 
 
 # %%
@@ -1162,6 +1268,9 @@ def held_out_losses(activation: str, norm: type[nn.Module], seed: int) -> list[f
     return [held_out_loss(model) for step, _ in steps if step in (80, 120)]
 
 
+# %% [markdown]
+# Four kinds of blocks, three seeds each, all with the same number of parameters:
+
 # %%
 kinds = {
     "ReLU, RMSNorm": ("relu", RMSNorm),
@@ -1175,9 +1284,11 @@ results = {
 }
 relu, gelu_rms, swiglu, gelu_layer = (losses.mean(dim=0) for losses in results.values())
 early, late = (gelu_rms - swiglu).tolist()
-print(f"SwiGLU leads after 80 steps by more than 0.02 nats: {early > 0.02},")
-print("and after 120 steps by less than half of that lead:", late < early / 2)
-print("the two norms differ by less than 0.03:", bool((gelu_rms - gelu_layer).abs().max() < 0.03))
+assert early > 0.02 and late < early / 2 and (gelu_rms - gelu_layer).abs().max() < 0.03
+leads = {"SwiGLU before GELU": gelu_rms - swiglu, "RMSNorm before LayerNorm": gelu_layer - gelu_rms}
+for name, lead in leads.items():
+    after = [f"{abs(round(20 * nats) / 20):.2f}" for nats in lead.tolist()]
+    print(f"{name:25} after 80 and 120 steps: {', '.join(after)} nats, to a twentieth")
 
 # %% mystnb={"figure": {"caption": "Four kinds of blocks at equal parameters, three seeds each (dots) and their means (bars). After 80 steps SwiGLU leads with every seed, after 120 steps no longer.", "name": "fig-blocks-kinds"}, "image": {"alt": "Two panels of held-out losses for ReLU, GELU and SwiGLU with RMSNorm and GELU with LayerNorm. After 80 steps ReLU is at 1.89, GELU with either norm at 1.85, and all dots of SwiGLU, around 1.80, are to the left of all others. After 120 steps all lie between 1.60 and 1.70, and the groups overlap."}}
 fig, axes = plt.subplots(1, 2, figsize=(8, 2.6), sharey=True)
@@ -1192,12 +1303,12 @@ axes[0].invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# Had we stopped after 80 steps, we would have reported a victory, with every seed. It was a
-# faster start. What remains after 120 steps is within the noise, and of a million steps, or of
-# each kind at its own best rate, the experiment says nothing. Shazeer's larger comparison found
-# SwiGLU and GEGLU ahead of GELU by about 0.04 nats {cite}`shazeer2020glu`; at equal parameters
-# the gate costs nothing, and so it has become usual. Between the norms we see no difference.
-# RMSNorm is chosen because it is simpler.
+# Had we stopped after 80 steps, we would have reported a victory, with every seed. It was only a
+# faster start. What remains after 120 steps is within the noise. The experiment says nothing about
+# a million steps, or about each kind at its own best rate. Shazeer's larger comparison found SwiGLU
+# and GEGLU ahead of GELU by about 0.04 nats {cite}`shazeer2020glu`; at equal parameters the gate
+# costs nothing, and so it has become usual. Between the norms we see no difference. RMSNorm is
+# chosen because it is simpler.
 
 # %% [markdown]
 # ## A mixture of experts
@@ -1241,9 +1352,8 @@ def mixture_by_token(x: Tensor, router: Callable, experts: list[nn.Module], k: i
 # expert 2 is full and drops token e. A shared expert sees every token.
 # ```
 #
-# Sorting makes the gathering simple. We list all choices, first choices of all tokens before
-# second ones, and sort the list by expert, stably. Each expert's choices are then one piece of
-# it. What the router decided is kept, because we shall ask about it later.
+# What the router decided is kept in an object, because we shall ask about it later. The **load** of
+# an expert is the share of tokens that chose it.
 
 
 # %%
@@ -1262,48 +1372,22 @@ class Routing(NamedTuple):
         counts = self.experts.flatten().bincount(minlength=self.probabilities.size(1))
         return counts / max(len(self.experts), 1)
 
-    @property
-    def balance_loss(self) -> Float[Tensor, ""]:
-        """``n_experts * sum(load * mean probability)``: ``n_active`` where all is balanced.
 
-        Source: Fedus, Zoph and Shazeer (2022), eq. 4; for several active experts as transformers'
-        ``load_balancing_loss_func``. Only the probabilities carry a gradient.
-        """
-        return self.load.numel() * (self.load * self.probabilities.mean(dim=0)).sum()
-
-    @property
-    def dropped(self) -> float:
-        """The share of choices that found their expert full."""
-        kept, choices = sum(map(len, places_by_expert(self))), self.experts.numel()
-        return (choices - kept) / max(choices, 1)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Routing":
-        # A tensor with a history cannot be copied, and a copied model has no use for it.
-        return Routing(self.probabilities.detach(), self.weights.detach(), *self[2:])
-
-
-# %%
+# %% tags=["engine"]
 #| export
-def places_by_expert(routing: Routing) -> list[Int64[Tensor, " places"]]:
-    """Return for each expert its tokens, as places in ``routing.experts.T.flatten()``.
-
-    Place ``p`` is token ``p % tokens``. First choices come before second ones, earlier tokens
-    before later ones, and what exceeds the capacity is left out.
-    """
-    chosen = routing.experts.T.flatten()
-    counts = chosen.bincount(minlength=routing.probabilities.size(1)).tolist()
-    order = chosen.argsort(stable=True).split(counts)
-    return [places[: routing.capacity] for places in order]
-
-
-# %%
-#| export
+# More active experts than there are is refused.
 def _check_active(n_active: int, n_experts: int) -> None:
     check_at_least(n_experts=(1, n_experts), n_active=(1, n_active))
     if n_active > n_experts:
         raise ValueError(f"n_active: expected at most n_experts, {n_experts}, got {n_active}")
 
 
+# %% [markdown]
+# The router's scores, here called logits, become a routing by {eq}`blocks-moe`:
+
+
+# %%
+#| export
 def route(
     logits: Float[Tensor, "tokens n_experts"],
     n_active: int,
@@ -1326,6 +1410,26 @@ def route(
 
 
 # %% [markdown]
+# Sorting makes the gathering simple. We list all choices, first choices of all tokens before
+# second ones, and sort the list by expert, stably. Each expert's choices are then one piece of
+# it.
+
+
+# %%
+#| export
+def places_by_expert(routing: Routing) -> list[Int64[Tensor, " places"]]:
+    """Return for each expert its tokens, as places in ``routing.experts.T.flatten()``.
+
+    Place ``p`` is token ``p % tokens``. First choices come before second ones, earlier tokens
+    before later ones, and what exceeds the capacity is left out.
+    """
+    chosen = routing.experts.T.flatten()
+    counts = chosen.bincount(minlength=routing.probabilities.size(1)).tolist()
+    order = chosen.argsort(stable=True).split(counts)
+    return [places[: routing.capacity] for places in order]
+
+
+# %% [markdown]
 # Three tokens, three experts, two choices each:
 
 # %%
@@ -1338,12 +1442,41 @@ print("load:", [round(share, 2) for share in routing.load.tolist()])
 # %% [markdown]
 # A **capacity** bounds how many tokens an expert takes: on hardware where each expert has its own
 # device, the batch waits for the fullest one. It is a factor $c$ times the fair share of $Tk/E$
-# choices of $T$ tokens. Who comes too late is *dropped*: this expert adds nothing to it, and the
-# stream carries it on. Only while training, however: in use, what becomes of a token must not
-# depend on who else is in the batch.
-
+# choices of $T$ tokens. A token that comes too late is *dropped*: the expert adds nothing to it,
+# and the stream carries it on. This happens only in training. In use, what becomes of a token must
+# not depend on what else is in the batch.
+#
+# Gather, compute, scatter, against the loop over tokens:
 
 # %%
+torch.manual_seed(0)
+tokens, router = torch.randn(50, 16), nn.Linear(16, 4, bias=False)
+experts = [FeedForward(16, 24) for _ in range(4)]
+with torch.no_grad():
+    routing = route(router(tokens), n_active=2)
+    output, weights = torch.zeros_like(tokens), routing.weights.T.flatten()
+    for expert, places in zip(experts, places_by_expert(routing), strict=True):
+        which = places % len(tokens)
+        output[which] += expert(tokens[which]) * weights[places, None]
+    assert torch.allclose(output, mixture_by_token(tokens, router, experts, k=2), atol=1e-5)
+print(f"{len(experts)} products for {routing.experts.numel()} choices; loads", end=" ")
+print(", ".join(f"{share:.2f}" for share in routing.load.tolist()))
+
+# %% [markdown]
+# The module `MixtureOfExperts(d_model, d_ff, n_experts, n_active)` is just that, with two
+# additions. The matrices of all experts are stacked, so that a checkpoint has three tensors and not
+# three hundred. And what every token needs, such as grammar, would have to be learned by every
+# expert; a **shared expert**, which sees all tokens, relieves the others of it
+# {cite}`dai2024deepseekmoe`.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the mixture as modules, with capacity, stacked matrices and a shared expert
+
+# %% [markdown] tags=["engine"]
+# The router is a linear map with a capacity while training:
+
+
+# %% tags=["engine"]
 #| export
 class Router(nn.Module):
     """Scores the experts for each token by a linear map, and picks the best ``n_active``."""
@@ -1376,12 +1509,11 @@ class Router(nn.Module):
         return route(logits, self.n_active, normalize=self.normalize, capacity=capacity)
 
 
-# %% [markdown]
-# The experts have the form of our feed-forward networks; their matrices are stacked, so that a
-# checkpoint has three tensors and not three hundred. Gather, compute, scatter:
+# %% [markdown] tags=["engine"]
+# The experts have the form of our feed-forward networks:
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _stack(n_experts: int, n_out: int, n_in: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(n_experts, n_out, n_in) / math.sqrt(n_in))
@@ -1393,7 +1525,7 @@ def _expert(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation
     return F.linear(activate(activation, gated, F.linear(x, up)), down)
 
 
-# %%
+# %% tags=["engine"]
 #| export
 class Experts(nn.Module):
     """Feed-forward networks of one shape, their matrices stacked: (expert, out, in)."""
@@ -1424,15 +1556,21 @@ class Experts(nn.Module):
         return output
 
 
-# %% [markdown]
-# What every token needs, such as grammar, would have to be learned by every expert. A **shared
-# expert**, which sees all tokens, relieves the others of it {cite}`dai2024deepseekmoe`.
+# %% [markdown] tags=["engine"]
+# The mixture puts them together, and remembers its last routing. That of a batch with a history
+# cannot be copied, and a copied model has no use for the history.
 
 
-# %%
+# %% tags=["engine"]
 #| export
-class _Mixture(nn.Module):
-    """The parts of a mixture: router, experts, and perhaps a shared expert."""
+class MixtureOfExperts(nn.Module):
+    """Many feed-forward networks, of which each token uses the ``n_active`` that a router picks.
+
+    ``d_shared`` is the width of one more that all use. With a ``capacity_factor``, while training,
+    an expert drops what exceeds that many times its fair share. Weights sum to one unless
+    ``normalize`` is False, which it should be if one expert is active (chapter 10). ``routing`` is
+    that of the last batch; padding counts.
+    """
 
     def __init__(
         self,
@@ -1453,33 +1591,6 @@ class _Mixture(nn.Module):
         self.shared = FeedForward(d_model, d_shared, activation=activation) if d_shared else None
         self.routing: Routing | None = None
 
-    def _last(self) -> Routing:
-        if self.routing is None:
-            raise RuntimeError("nothing has been routed yet: load and loss are of the last batch")
-        return self.routing
-
-
-# %%
-#| export
-class MixtureOfExperts(_Mixture):
-    """Many feed-forward networks, of which each token uses the ``n_active`` that a router picks.
-
-    ``d_shared`` is the width of one more that all use. With a ``capacity_factor``, while training,
-    an expert drops what exceeds that many times its fair share. Weights sum to one unless
-    ``normalize`` is False, which it should be if one expert is active (chapter 10). ``routing`` is
-    that of the last batch; padding counts.
-    """
-
-    @property
-    def load(self) -> Float[Tensor, " n_experts"]:
-        """The share of tokens of the last batch that chose each expert; see `Routing`."""
-        return self._last().load
-
-    @property
-    def balance_loss(self) -> Float[Tensor, ""]:
-        """The penalty for unequal loads in the last batch, to be added to the loss."""
-        return self._last().balance_loss
-
     def forward(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
         """Return what is to be added to ``x``."""
         tokens = x.reshape(-1, x.size(-1))
@@ -1490,14 +1601,28 @@ class MixtureOfExperts(_Mixture):
         return output.view_as(x)
 
 
-# %% [markdown]
+# %% tags=["engine"]
+#| export
+class Routing(Routing):  # continued
+    @property
+    def dropped(self) -> float:
+        """The share of choices that found their expert full."""
+        kept, choices = sum(map(len, places_by_expert(self))), self.experts.numel()
+        return (choices - kept) / max(choices, 1)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Routing":
+        # A tensor with a history cannot be copied, and a copied model has no use for it.
+        return Routing(self.probabilities.detach(), self.weights.detach(), *self[2:])
+
+
+# %% [markdown] tags=["engine"]
 # Three checks. It is the loop over tokens. If all experts are the same, routing makes no
 # difference, since weights sum to one. And if all are active with equal weights, the mixture is
 # one wide network: the matrices side by side, and the result divided by $E$.
 
-# %%
+# %% tags=["engine"]
 torch.manual_seed(0)
-mixture, x = MixtureOfExperts(16, 24, n_experts=4, n_active=2), torch.randn(50, 16)
+mixture, tokens = MixtureOfExperts(16, 24, n_experts=4, n_active=2), torch.randn(50, 16)
 stacked = mixture.experts
 
 
@@ -1511,44 +1636,59 @@ def network(gate: Tensor, up: Tensor, down: Tensor) -> FeedForward:
 with torch.no_grad():
     each = list(map(network, stacked.gate_proj, stacked.up_proj, stacked.down_proj))
     scores = partial(F.linear, weight=mixture.router.weight)
-    one_by_one = mixture_by_token(x, scores, each, k=2)
-    print("token by token:", torch.allclose(mixture(x), one_by_one, atol=1e-5))
+    one_by_one = mixture_by_token(tokens, scores, each, k=2)
+    assert torch.allclose(mixture(tokens), one_by_one, atol=1e-4)
     uniform = route(torch.zeros(50, 4), n_active=4)
     down = torch.cat(list(stacked.down_proj), dim=1) / 4
     wide = network(stacked.gate_proj.flatten(0, 1), stacked.up_proj.flatten(0, 1), down)
-    print("one wide network:", torch.allclose(stacked(x, uniform), wide(x), atol=1e-5))
+    assert torch.allclose(stacked(tokens, uniform), wide(tokens), atol=1e-4)
     for matrices in stacked.parameters():
         matrices.copy_(matrices[:1].expand_as(matrices))
-    print("identical experts:", torch.allclose(mixture(x), each[0](x), atol=1e-5))
+    assert torch.allclose(mixture(tokens), each[0](tokens), atol=1e-4)
 
 # %% [markdown]
 # ### The rich get richer
 #
-# How does a router learn? The gradient of a weight $w_i$ is $\nabla_\mathrm{out} \cdot e_i(x)$,
-# and exists only for chosen experts. One that was chosen is trained, gets better, and is chosen
-# more; one that was not stays as it is. (With $k = 1$ normalization makes the only weight a
-# constant 1, and the router learns nothing at all from the loss. Then use $p_i$ itself, as
+# How does a router learn? The gradient of a weight $w_i$ is $\nabla_\mathrm{out} \cdot e_i(x)$, and
+# exists only for the chosen experts. An expert that was chosen is trained, gets better, and is
+# chosen more often; one that was not stays as it is. (With $k = 1$ normalization makes the only
+# weight a constant 1, and the router learns nothing at all from the loss. Then use $p_i$ itself, as
 # Switch does {cite}`fedus2022switch`.)
 
 # %%
 for normalize in (True, False):
     torch.manual_seed(0)
     single = MixtureOfExperts(16, 24, n_experts=4, n_active=1, normalize=normalize)
-    single(x).square().sum().backward()
-    moved = single.router.weight.grad.norm().item() > 1e-3
-    print(f"k = 1, normalize={normalize}: the router has a gradient: {moved}")
+    single(torch.randn(50, 16)).square().mean().backward()
+    weight = "1" if normalize else "p"
+    print(f"k = 1, weight {weight}: gradient of the router {single.router.weight.grad.norm():.1f}")
 
 # %% [markdown]
-# We want the loads $f_i$, the shares of tokens that choose expert $i$, to be equal, $1/E$ each
-# for $k = 1$. The natural penalty would be $\sum_i f_i^2$: as $\sum_i f_i = 1$, the inequality
-# of Cauchy and Schwarz gives $\sum_i f_i^2 \ge 1/E$, with equality at equal loads. But a load
-# is a count, and has no gradient. What has one is the mean probability $P_i = \frac1T \sum_t
+# We want the loads $f_i$, the shares of tokens that choose expert $i$, to be equal, $1/E$ each for
+# $k = 1$. The natural penalty would be $\sum_i f_i^2$: as $\sum_i f_i = 1$, the inequality of
+# Cauchy and Schwarz gives $\sum_i f_i^2 \ge 1/E$, with equality at equal loads. But a load is a
+# count, and has no gradient. What does have one is the mean probability $P_i = \frac1T \sum_t
 # p_{ti}$. So one of the two factors is replaced by it {cite}`fedus2022switch`:
 #
 # $$
 # L_\text{balance} = E \sum_{i=1}^{E} f_i P_i .
 # $$ (blocks-balance)
-#
+
+
+# %%
+#| export
+class Routing(Routing):  # continued
+    @property
+    def balance_loss(self) -> Float[Tensor, ""]:
+        """``n_experts * sum(load * mean probability)``: ``n_active`` where all is balanced.
+
+        Source: Fedus, Zoph and Shazeer (2022), eq. 4; for several active experts as transformers'
+        ``load_balancing_loss_func``. Only the probabilities carry a gradient.
+        """
+        return self.load.numel() * (self.load * self.probabilities.mean(dim=0)).sum()
+
+
+# %% [markdown]
 # If all is equal, it is 1, or $k$ with $k$ choices. What does it ask of the router? With
 # $\partial p_{ti}/\partial s_{tj} = p_{ti}\,(\delta_{ij} - p_{tj})$ for the scores $s$ of a
 # softmax,
@@ -1569,10 +1709,35 @@ routing = route(logits, n_active=1)
 routing.balance_loss.backward()
 p, load = routing.probabilities.detach(), routing.load
 by_hand = 8 / 200 * p * (load - (p @ load)[:, None])
-print("the gradient:", torch.allclose(by_hand, logits.grad, atol=1e-7))
+assert torch.allclose(by_hand, logits.grad, atol=1e-6)
+print(f"random scores: value {routing.balance_loss.item():.2f}")
 
 torn = torch.tensor([[0.51, 0.49]] * 6 + [[0.01, 0.99]] * 4).log()  # six undecided, four decided
-print(f"loads 0.6 and 0.4, value {route(torn, n_active=1).balance_loss.item():.2f}")
+print(f"loads 0.6 and 0.4: value {route(torn, n_active=1).balance_loss.item():.2f}")
+
+# %% [markdown]
+# A layer that is trained has its load and its penalty at hand, those of the last batch:
+
+
+# %% tags=["engine"]
+#| export
+# Load and penalty of the last batch, as properties of the layer.
+class MixtureOfExperts(MixtureOfExperts):  # continued
+    @property
+    def load(self) -> Float[Tensor, " n_experts"]:
+        """The share of tokens of the last batch that chose each expert; see `Routing`."""
+        return self._last().load
+
+    @property
+    def balance_loss(self) -> Float[Tensor, ""]:
+        """The penalty for unequal loads in the last batch, to be added to the loss."""
+        return self._last().balance_loss
+
+    def _last(self) -> Routing:
+        if self.routing is None:
+            raise RuntimeError("nothing has been routed yet: load and loss are of the last batch")
+        return self.routing
+
 
 # %% [markdown]
 # Now the experiment: three layers, 16 experts of which one is active, with and without the
@@ -1598,12 +1763,15 @@ def train_mixture(factor: float) -> tuple[SmallModel, list[float], Tensor]:
 mixtures = {factor: train_mixture(factor) for factor in (0.0, 0.02)}
 for factor, (_, _, loads) in mixtures.items():
     last = loads[-20:].mean(dim=0)
-    idle = int((last < 0.1 / 16).sum())
-    full = bool(last.max() > 4 / 16)
-    print(f"factor {factor}: one above four times its share: {full};", end=" ")
-    print("more than four all but idle:", idle > 4)
+    most, idle = 16 * last.max().item(), int((last < 0.1 / 16).sum())
+    at_least, about = 2 ** math.floor(math.log2(most)), 4 * round(idle / 4)
+    print(f"factor {factor}: the fullest has at least {at_least} times its share;", end=" ")
+    print(f"about {about} of 16 are all but idle")
 difference = sum(mixtures[0.0][1][-20:]) / 20 - sum(mixtures[0.02][1][-20:]) / 20
-print("the losses differ by less than 0.15 nats:", abs(difference) < 0.15)
+print(f"difference of the losses, to a quarter of a nat: {abs(round(4 * difference) / 4):.2f}")
+
+# %% [markdown]
+# Step by step:
 
 # %% mystnb={"figure": {"caption": "Load of the 16 experts of the third layer over training, each row an expert, sorted by their load at the end. Without the penalty a few take nearly everything; with it nearly all take part.", "name": "fig-blocks-load"}, "image": {"alt": "Two heat maps, steps 0 to 100 from left to right, experts from top to bottom. Left, without balance loss: three bright rows, the others dark from step 15 on. Right, with it: some bright stretches before step 30, and from step 60 on nearly all rows have about the same dim color."}}
 fig, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
@@ -1617,8 +1785,8 @@ fig.colorbar(image, ax=axes, label="share of tokens")
 plt.show()
 
 # %% [markdown]
-# At this size the loss does not care. What the balance buys is work evenly spread. With a
-# capacity of 1.25 times the fair share, the collapsed router would drop much of the text:
+# At this size the loss hardly changes. What the balance buys is evenly spread work. With a capacity
+# of 1.25 times the fair share, the collapsed router would drop much of the text:
 
 # %%
 for factor, (model, _, _) in mixtures.items():
@@ -1626,19 +1794,20 @@ for factor, (model, _, _) in mixtures.items():
     with torch.no_grad():
         model(held_out[:100, :-1].clamp(min=0))
     full = layer.routing._replace(capacity=math.ceil(1.25 * 100 * 64 / 16))
-    print(f"factor {factor}: more than a third dropped: {full.dropped > 1 / 3}")
+    print(f"factor {factor}: dropped, to a fifth: {round(5 * full.dropped) / 5:.1f}")
 
 # %% [markdown]
 # ## Is it the real thing?
 #
 # First PyTorch's own layers, forward and gradient, for both backends; then its
 # `TransformerEncoderLayer`, in both arrangements, with our weights copied into it and a causal
-# mask.
+# mask. We say how far results are apart in units of the largest number, and are content below a
+# hundred-thousandth, which is what 32-bit floats can tell apart after some sums.
 
 
 # %%
-def same(ours: nn.Module, theirs: nn.Module, x: Tensor, **options) -> bool:
-    """Whether outputs, and gradients with respect to the input, agree."""
+def apart(ours: nn.Module, theirs: nn.Module, x: Tensor, **options) -> str:
+    """How far outputs, and gradients with respect to the input, differ."""
     results = []
     for module, extra in ((ours, {}), (theirs, options)):
         leaf = x.clone().requires_grad_()
@@ -1646,7 +1815,9 @@ def same(ours: nn.Module, theirs: nn.Module, x: Tensor, **options) -> bool:
         out = out[0] if isinstance(out, tuple) else out
         out.sin().sum().backward()
         results.append((out, leaf.grad))
-    return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
+    pairs = zip(*results, strict=True)
+    worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    return "below 0.00001" if worst < 1e-5 else f"{worst:.5f}"
 
 
 torch.manual_seed(0)
@@ -1658,8 +1829,11 @@ for backend in ("reference", "torch"):
         nn.init.uniform_(ours.weight)
         theirs.load_state_dict(ours.state_dict())
     pairs += [(GELU(kind, backend), nn.GELU(kind)) for kind in ("none", "tanh")]
-    agree = [same(ours, theirs, x) for ours, theirs in pairs]
-    print(f"{backend}: LayerNorm {agree[0]}, RMSNorm {agree[1]}, GELU {agree[2:]}")
+    for ours, theirs in pairs:
+        print(f"{backend:10} {type(ours).__name__:10}", apart(ours, theirs, x))
+
+# %% [markdown]
+# The encoder layer holds attention and feed-forward network under names of its own:
 
 # %%
 mask = nn.Transformer.generate_square_subsequent_mask(12)
@@ -1677,13 +1851,18 @@ for position in ("pre", "post"):
     theirs.self_attn.out_proj.load_state_dict(attention.o_proj.state_dict())
     theirs.linear1.load_state_dict(feed_forward.up_proj.state_dict())
     theirs.linear2.load_state_dict(feed_forward.down_proj.state_dict())
-    print(f"TransformerEncoderLayer, {position}:", same(ours, theirs, x, src_mask=mask))
+    print(f"TransformerEncoderLayer, {position}-norm:", apart(ours, theirs, x, src_mask=mask))
 
 # %% [markdown]
-# Then transformers: the block of Llama, with rotary positions, and that of Mixtral with its
-# penalty. It stacks gate and up into one tensor.
+# Llama's block and Mixtral's mixture in transformers agree as well, weight for weight.
 
-# %%
+# %% [markdown] tags=["engine"]
+# ### Engine room: the block of Llama and the mixture of Mixtral, and what their weights are called
+
+# %% [markdown] tags=["engine"]
+# The block of Llama has rotary positions:
+
+# %% tags=["engine"]
 import warnings
 
 with warnings.catch_warnings():
@@ -1699,14 +1878,14 @@ config = LlamaConfig(
 )
 config._attn_implementation = "sdpa"
 llama = modeling_llama.LlamaDecoderLayer(config, layer_idx=0)
-
-# %%
 block = TransformerBlock(
     64,
     MultiHeadAttention(64, 4, n_kv_heads=2),
     FeedForward(64, 176),
     norm=partial(RMSNorm, eps=config.rms_norm_eps),
 )
+
+# %% tags=["engine"]
 names = {"attention_norm": "input_layernorm", "attention": "self_attn"}
 names |= {"feed_forward_norm": "post_attention_layernorm", "feed_forward": "mlp"}
 for ours, theirs in names.items():
@@ -1714,10 +1893,15 @@ for ours, theirs in names.items():
 places = torch.arange(12)[None]
 rotation = modeling_llama.LlamaRotaryEmbedding(config)(x, places)
 rope = RotaryEmbedding(16)(places)
-print("LlamaMLP:         ", same(block.feed_forward, llama.mlp, x))
-print("LlamaDecoderLayer:", same(partial(block, rope=rope), llama, x, position_embeddings=rotation))
+print("LlamaMLP:         ", apart(block.feed_forward, llama.mlp, x))
+print(
+    "LlamaDecoderLayer:", apart(partial(block, rope=rope), llama, x, position_embeddings=rotation)
+)
 
-# %%
+# %% [markdown] tags=["engine"]
+# Mixtral stacks gate and up into one tensor, and has the same penalty:
+
+# %% tags=["engine"]
 config = MixtralConfig(
     hidden_size=64, intermediate_size=96, num_local_experts=4, num_experts_per_tok=2
 )
@@ -1729,10 +1913,11 @@ with torch.no_grad():
     experts = ours.experts
     mixtral.experts.gate_up_proj.copy_(torch.cat([experts.gate_proj, experts.up_proj], dim=1))
     mixtral.experts.down_proj.copy_(experts.down_proj)
-print("MixtralSparseMoeBlock:", same(ours, mixtral, x))
+print("MixtralSparseMoeBlock:", apart(ours, mixtral, x))
 logits = ours.router.weight @ x.flatten(0, 1).T
 theirs = modeling_mixtral.load_balancing_loss_func((logits.T,), num_experts=4, top_k=2)
-print("load_balancing_loss_func:", torch.allclose(ours.balance_loss, theirs))
+assert torch.allclose(ours.balance_loss, theirs)
+print(f"balance loss {ours.balance_loss.item():.3f}, load_balancing_loss_func {theirs.item():.3f}")
 
 # %% [markdown]
 # ## How fast is it?
@@ -1760,6 +1945,9 @@ norms = RMSNorm(256), modeling_llama.LlamaRMSNorm(256), LayerNorm(256)
 rms_time, llama_time, layer_time = best_times(*(partial(norm, x) for norm in norms))
 speed = {"RMSNorm, against Llama's": llama_time / rms_time}
 speed["Llama's RMSNorm, against LayerNorm"] = layer_time / llama_time
+
+# %% [markdown]
+# Then the block and the mixture:
 
 # %% tags=["nbval-ignore-output"]
 h = torch.randn(16, 128, 64, requires_grad=True)
@@ -1910,6 +2098,8 @@ class ParallelBlock(nn.Module):
 
 
 # %% tags=["check"]
+from llmbook.positions import RotaryEmbedding
+
 torch.manual_seed(0)
 parallel = ParallelBlock(32, MultiHeadAttention(32, 4), FeedForward(32))
 x = torch.randn(2, 10, 32)

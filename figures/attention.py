@@ -252,7 +252,7 @@ def draw_cache() -> None:
     """Slots of a cache for rows of unequal lengths, and a ring."""
     ax = canvas(720, 268)
     size = 40
-    label(ax, 20, 16, "no window: 8 slots, position p in slot p", align="left", bold=True)
+    label(ax, 20, 16, "no window: 8 slots, position t in slot t", align="left", bold=True)
     for row, length in enumerate((5, 3, 6)):
         y = 44 + 32 * row
         label(ax, 20, y + 12, f"row {row}", size=SMALL, align="left")
@@ -265,7 +265,7 @@ def draw_cache() -> None:
         label(ax, 70 + size * (slot + 0.5), 36, str(slot), size=SMALL, color=GRAY)
 
     top = 166
-    label(ax, 20, top, "window of 4: a ring of 4 slots, position p in slot p mod 4", align="left",
+    label(ax, 20, top, "window of 4: a ring of 4 slots, position t in slot t mod 4", align="left",
           bold=True)  # fmt: skip
     stages = (("length 3", [0, 1, 2, None], 3), ("length 6", [4, 5, 2, 3], 2),
               ("length 7", [4, 5, 6, 3], 3))  # fmt: skip

@@ -1,4 +1,4 @@
-"""The diagrams of chapter 13: the layers of the trainer, and what a kill leaves of a save."""
+"""The diagrams of chapter 13: the parts of the trainer, and what a kill leaves of a save."""
 
 from __future__ import annotations
 
@@ -17,40 +17,55 @@ from style import (
     save,
 )
 
-LAYERS = (
-    ("the loop", "locks, Ctrl-C, sinks; goes on from a checkpoint", "the run was stopped", BLUE),
-    ("checkpoints", "everything that the next step depends on", "the machine restarted", BLUE),
-    ("measurements", "norms, ratios, scales, speed", "nobody knows since when it is wrong", GREEN),
-    ("evaluation", "sums over counts; random states set back", "is it learning at all?", GREEN),
-    ("guard", "skip what is not finite, or a spike", "one bad batch spoils every weight", ORANGE),
-    ("steps", "divide, clip, set the rate, update", "it climbs, or diverges", GRAY),
-    ("gradients", "micro-batches: sums and counts", "the batch does not fit", GRAY),
+LOOP = (
+    ("next batch", "a function of the step"),
+    ("learn", "accumulate, divide, clip, update"),
+    ("count", "report the step"),
+    ("attend", "log, evaluate, save: what is due"),
+)
+PARTS = (
+    ("objective", "sums and counts of micro-batches", "the batch does not fit", 1, GRAY),
+    (
+        "guard",
+        "skips what is not finite, or a spike",
+        "one bad batch spoils every weight",
+        1,
+        ORANGE,
+    ),
+    ("monitor", "means since the last row, speed", "nobody knows since when it is wrong", 2, GREEN),
+    ("probes and sinks", "look on, and take what is logged", "is it learning at all?", 3, GREEN),
+    ("checkpointer", "all that the next step depends on", "the machine restarted", 3, BLUE),
 )
 
 
-def draw_layers() -> None:
-    """Seven classes, each on top of the one before, and why."""
-    ax = canvas(720, 352)
-    height, top = 38, 38
-    label(ax, 205, 20, "layer, and what it adds", size=SMALL, color=GRAY)
-    label(ax, 440, 20, "the failure that calls for it", size=SMALL, color=GRAY, align="left")
-    for number, (name, note, failure, color) in enumerate(LAYERS):
-        y = top + number * (height + 6)
-        shape = box(ax, 30, y, 350, height, name, note, color=color, solid=number == 0)
-        label(ax, 440, y + height / 2, failure, align="left", italic=True)
-        arrow(ax, (432, y + height / 2), shape.right, color=GRAY)
-    arrow(ax, (15, top + 7 * height + 36), (15, top), color=INK)
+def draw_parts() -> None:
+    """The loop of the trainer, the parts that it uses, and the failures that call for them."""
+    ax = canvas(720, 300)
+    label(ax, 115, 20, "the loop of the trainer", size=SMALL, color=GRAY)
+    label(ax, 381, 20, "its parts", size=SMALL, color=GRAY)
+    label(ax, 520, 20, "the failure that calls for it", size=SMALL, color=GRAY, align="left")
+    steps = []
+    for number, (name, note) in enumerate(LOOP):
+        steps.append(box(ax, 30, 38 + 62 * number, 170, 44, name, note, color=BLUE, solid=False))
+        if number:
+            arrow(ax, (115, 20 + 62 * number), (115, 38 + 62 * number), color=INK)
+    arrow(ax, (30, 246), (14, 246), (14, 60), (30, 60), color=INK)
+    for number, (name, note, failure, step, color) in enumerate(PARTS):
+        y = 38 + 50 * number
+        shape = box(ax, 266, y, 230, 40, name, note, color=color)
+        label(ax, 520, y + 20, failure, align="left", italic=True)
+        arrow(ax, steps[step].right, shape.left, color=GRAY)
     save(
         ax,
-        "training-layers",
-        "The layers of the trainer",
-        "Seven boxes, from the bottom up. Gradients: micro-batches, sums and counts, because the "
-        "batch does not fit. Steps: divide, clip, set the rate, update, because training climbs or "
-        "diverges. Guard: skip what is not finite, or a spike, because one bad batch spoils every "
-        "weight. Evaluation: sums over counts, random states set back, because one asks whether it "
-        "learns at all. Measurements: norms, ratios, scales, because nobody knows since when "
-        "it is wrong. Checkpoints: everything that the next step depends on, because the machine "
-        "restarted. The loop: locks, Ctrl-C, sinks, because the run was stopped.",
+        "training-parts",
+        "The trainer and its parts",
+        "On the left the loop of the trainer, four boxes in a circle: next batch, learn, count, "
+        "attend. Learn uses the objective, which gives sums and counts of micro-batches because "
+        "the batch does not fit, and the guard, which skips what is not finite or a spike because "
+        "one bad batch spoils every weight. Count uses the monitor, with means since the last row "
+        "and speed, because nobody knows since when it is wrong. Attend uses probes and sinks, "
+        "which look on and take what is logged, because one asks whether it learns at all, and "
+        "the checkpointer, with all that the next step depends on, because the machine restarted.",
     )
 
 

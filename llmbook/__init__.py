@@ -5,6 +5,9 @@ chapters. Importing the package itself loads nothing: import what you need, for 
 ``from llmbook.tinyworld import TinyWorld``.
 """
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-__version__ = version("llmbook")
+try:
+    __version__ = version("llmbook")
+except PackageNotFoundError:  # a checkout that is on the path and not installed, or a copy
+    __version__ = "0+unknown"

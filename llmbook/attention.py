@@ -8,7 +8,8 @@ __all__ = ['Backend', 'softmax', 'attention_mask', 'causal_mask', 'attention_wei
            'MultiHeadAttention', 'attention_pattern', 'LayerCache', 'KVCache', 'MultiHeadLatentAttention',
            'flash_attention', 'AttentionFigure', 'show_attention']
 
-# %% ../chapters/09_attention.ipynb #ab682343
+# %% ../chapters/09_attention.ipynb #81464cfe
+# The imports that only the module and its engine rooms need.
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -18,14 +19,15 @@ from html import escape
 from importlib.resources import files
 from typing import Any, Literal, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .environment import check_at_least, check_even
-from .positions import apply_rope
+
+# %% ../chapters/09_attention.ipynb #d5b66ec7
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 # %% ../chapters/09_attention.ipynb #8e87aeec
 def softmax(scores: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
@@ -44,7 +46,7 @@ def softmax(scores: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]
     total = weights.sum(dim, keepdim=True).clamp(min=1.0)  # the peak alone adds 1, if there is one
     return (weights / total).to(scores.dtype)
 
-# %% ../chapters/09_attention.ipynb #1211436b
+# %% ../chapters/09_attention.ipynb #6b1b3a49
 def attention_mask(
     query_positions: Int64[Tensor, "batch queries"],
     key_positions: Int64[Tensor, "batch keys"],
@@ -60,7 +62,7 @@ def attention_mask(
     allowed = (key <= query) & (key >= 0)
     return allowed if window is None else allowed & (key > query - window)
 
-
+# %% ../chapters/09_attention.ipynb #ec9b6f62
 def causal_mask(
     sequence: int, window: int | None = None, device: torch.device | str | None = None
 ) -> Bool[Tensor, "sequence sequence"]:
@@ -75,7 +77,8 @@ def causal_mask(
     positions = torch.arange(sequence, device=device)[None]
     return attention_mask(positions, positions, window)[0, 0]
 
-# %% ../chapters/09_attention.ipynb #d4c5a7fd
+# %% ../chapters/09_attention.ipynb #3b1e6208
+# Inputs that do not fit are named before they meet, in the words of the caller.
 def _check_inputs(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> None:
     """Raise a ValueError unless queries and keys fit together, and the mask is one of booleans."""
     for name, tensor in (("q", q), ("k", k)):
@@ -133,26 +136,10 @@ def attention_weights(
     mask = _joined(mask, is_causal, q, k)
     return softmax(scores if mask is None else scores.masked_fill(~mask, -torch.inf))
 
-# %% ../chapters/09_attention.ipynb #4e828105
+# %% ../chapters/09_attention.ipynb #d7d937e5
 Backend = Literal["reference", "torch"]
 
 
-def _torch_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, **options: Any
-) -> Tensor:
-    """Attention by PyTorch's fused kernel."""
-    queries, grouped = q.size(-2), q.size(-3) != k.size(-3)
-    if queries == 1 and grouped and (mask is None or mask.ndim < 3 or mask.size(-3) == 1):
-        folded = q.reshape(*k.shape[:-2], -1, q.size(-1))  # (..., n_kv_heads, group, d_head)
-        out = F.scaled_dot_product_attention(folded, k, v, mask, **options)
-        return out.reshape(*q.shape[:-1], v.size(-1))
-    if is_causal and mask is None and queries == k.size(-2):  # the kernel aligns the beginnings
-        options["is_causal"] = True
-    else:
-        mask = _joined(mask, is_causal, q, k)
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped, **options)
-
-# %% ../chapters/09_attention.ipynb #533a563f
 def scaled_dot_product_attention(
     q: Float[Tensor, "*batch n_heads queries d_head"],
     k: Float[Tensor, "*batch n_kv_heads keys d_head"],
@@ -180,7 +167,24 @@ def scaled_dot_product_attention(
     weights = attention_weights(q, k, mask, is_causal=is_causal, scale=scale)
     return F.dropout(weights, dropout) @ _shared(v, q.size(-3))
 
-# %% ../chapters/09_attention.ipynb #a53c6767
+# %% ../chapters/09_attention.ipynb #264d05ce
+def _torch_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, **options: Any
+) -> Tensor:
+    """Attention by PyTorch's fused kernel."""
+    queries, grouped = q.size(-2), q.size(-3) != k.size(-3)
+    if queries == 1 and grouped and (mask is None or mask.ndim < 3 or mask.size(-3) == 1):
+        folded = q.reshape(*k.shape[:-2], -1, q.size(-1))  # (..., n_kv_heads, group, d_head)
+        out = F.scaled_dot_product_attention(folded, k, v, mask, **options)
+        return out.reshape(*q.shape[:-1], v.size(-1))
+    if is_causal and mask is None and queries == k.size(-2):  # the kernel aligns the beginnings
+        options["is_causal"] = True
+    else:
+        mask = _joined(mask, is_causal, q, k)
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped, **options)
+
+# %% ../chapters/09_attention.ipynb #bebcf5cf
+# Sizes that cannot be are named, and those left out are filled in.
 def _check_heads(
     d_model: int, n_heads: int, n_kv_heads: int | None, d_head: int | None, dropout: float
 ) -> tuple[int, int]:
@@ -195,9 +199,15 @@ def _check_heads(
         raise ValueError(f"n_kv_heads: expected a divisor of n_heads, {n_heads}, got {n_kv_heads}")
     return n_kv_heads or n_heads, d_head or d_model // n_heads
 
-# %% ../chapters/09_attention.ipynb #1d6ba962
-class _Projections(nn.Module):
-    """The sizes and matrices of attention, into heads and out of them."""
+# %% ../chapters/09_attention.ipynb #d096314d
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention in heads: multi-head, grouped-query or multi-query attention.
+
+    ``n_kv_heads``, a divisor of ``n_heads``, is how many heads have keys and values of their own:
+    by default all, with 1 multi-query attention. ``d_head`` is ``d_model / n_heads`` unless given,
+    ``output_bias`` is as ``bias``. ``qk_norm(d_head)`` makes the module that normalizes each query
+    and key, before they are rotated, as in Qwen3. ``dropout`` drops weights in training.
+    """
 
     def __init__(
         self,
@@ -224,30 +234,23 @@ class _Projections(nn.Module):
         self.q_norm = None if qk_norm is None else qk_norm(d_head)
         self.k_norm = None if qk_norm is None else qk_norm(d_head)
 
-# %% ../chapters/09_attention.ipynb #1f6268fc
-def _queries_keys_values(
-    attention: _Projections, x: Tensor, rope: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Project ``x`` into heads (batch, heads, sequence, d_head); normalize and rotate q and k."""
-    batch, sequence, _ = x.shape
-    projections = attention.q_proj, attention.k_proj, attention.v_proj
-    q, k, v = (proj(x).view(batch, sequence, -1, attention.d_head) for proj in projections)
-    if attention.q_norm is not None and attention.k_norm is not None:
-        q, k = attention.q_norm(q), attention.k_norm(k)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if rope is not None:
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-    return q, k, v
-
-# %% ../chapters/09_attention.ipynb #a778171c
-class MultiHeadAttention(_Projections):
-    """Causal self-attention in heads: multi-head, grouped-query or multi-query attention.
-
-    ``n_kv_heads``, a divisor of ``n_heads``, is how many heads have keys and values of their own:
-    by default all, with 1 multi-query attention. ``d_head`` is ``d_model / n_heads`` unless given,
-    ``output_bias`` is as ``bias``. ``qk_norm(d_head)`` makes the module that normalizes each query
-    and key, before they are rotated, as in Qwen3. ``dropout`` drops weights in training.
-    """
+    def project(
+        self, x: Float[Tensor, "batch sequence d_model"], rope: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[
+        Float[Tensor, "batch n_heads sequence d_head"],
+        Float[Tensor, "batch n_kv_heads sequence d_head"],
+        Float[Tensor, "batch n_kv_heads sequence d_head"],
+    ]:
+        """Return queries, keys and values in heads; q and k normalized, if so, then rotated."""
+        batch, sequence, _ = x.shape
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (proj(x).view(batch, sequence, -1, self.d_head) for proj in projections)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        return q, k, v
 
     def forward(
         self,
@@ -261,7 +264,7 @@ class MultiHeadAttention(_Projections):
 
         Without a mask attention is causal; with a cache, ``mask`` is what its ``extend`` returned.
         """
-        q, k, v = _queries_keys_values(self, x, rope)
+        q, k, v = self.project(x, rope)
         if cache is not None:
             k, v = cache.update(k, v)
         dropout = self.dropout if self.training else 0.0
@@ -270,7 +273,10 @@ class MultiHeadAttention(_Projections):
         )
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-# %% ../chapters/09_attention.ipynb #5ef55f85
+# %% ../chapters/09_attention.ipynb #b727be37
+from .positions import apply_rope
+
+# %% ../chapters/09_attention.ipynb #6406264c
 def attention_pattern(
     attention: MultiHeadAttention,
     x: Float[Tensor, "batch sequence d_model"],
@@ -279,137 +285,23 @@ def attention_pattern(
     mask: Bool[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "batch n_heads sequence sequence"]:
     """Return the weights with which ``attention(x, rope=rope, mask=mask)`` mixes its values."""
-    q, k, _ = _queries_keys_values(attention, x, rope)
+    q, k, _ = attention.project(x, rope)
     return attention_weights(q, k, mask, is_causal=mask is None)
 
-# %% ../chapters/09_attention.ipynb #5ae0ae86
-def _positions_in_slots(lengths: list[int], slots: int, used: int, device: Any) -> Tensor:
+# %% ../chapters/09_attention.ipynb #e461ff9d
+def _positions_in_slots(lengths: Tensor, slots: int, used: int | None = None) -> Tensor:
     """Return which position is in each of the first ``used`` slots, -1 for none; a row for each."""
-    last = torch.tensor(lengths, device=device)[:, None] - 1
-    return (last - (last - torch.arange(used, device=device)) % slots).clamp(min=-1)
+    last = lengths[:, None] - 1
+    first = torch.arange(slots if used is None else used, device=lengths.device)
+    return (last - (last - first) % slots).clamp(min=-1)
 
-# %% ../chapters/09_attention.ipynb #6e0b4abc
-class _Step(NamedTuple):
-    """What the layers do in one step."""
-
-    n: int  # tokens in each row, padding included
-    rows: Tensor | None  # row of each token to store; None: rows are alike, `slots` is a slice
-    slots: slice | Tensor
-    source: Tensor | None  # place of each token among the new ones
-    used: int  # slots to return
-    append: bool  # return old slots and new tokens: some that are needed will be overwritten
-
-
-def _step_alike(
-    start: int, n: int, slots: int, window: int | None, device: Any
-) -> tuple[_Step, Tensor | None]:
-    """Plan a step that takes every row from ``start`` to ``start + n``, and its mask, if needed."""
-    end, first = start + n, start % slots
-    used = min(end, slots)
-    step = _Step(n, None, slice(first, first + n), None, used, append=False)
-    in_window = window is None or (used if n == 1 else end) <= window
-    if in_window and (n == 1 or start == 0):
-        return step, None  # causal attention, aligned at the end
-    keys = _positions_in_slots([end], slots, used, device)
-    queries = torch.arange(start, end, device=device)[None]
-    return step, attention_mask(queries, keys, window)
-
-# %% ../chapters/09_attention.ipynb #2a15d73c
-def _step_apart(
-    positions: Tensor, before: list[int], after: list[int], slots: int, window: int | None
-) -> tuple[_Step, Tensor]:
-    """Plan a step in which each row has positions of its own, and its mask."""
-    append = positions.size(1) > 1 and max(after) > slots
-    lengths, device = before if append else after, positions.device
-    used = min(slots, max(lengths))
-    oldest = torch.tensor(after, device=device)[:, None] - slots  # that will still be there
-    rows, source = ((positions >= 0) & (positions >= oldest)).nonzero(as_tuple=True)
-    step = _Step(positions.size(1), rows, positions[rows, source] % slots, source, used, append)
-    keys = _positions_in_slots(lengths, slots, used, device)
-    keys = torch.cat([keys, positions], dim=1) if append else keys
-    return step, attention_mask(positions, keys, window)
-
-# %% ../chapters/09_attention.ipynb #0f104def
-def _counted(positions: Tensor, lengths: list[int]) -> list[int]:
-    """Return how many tokens ``positions`` adds to each row; raise unless they go on from there."""
-    given = positions >= 0
-    start = torch.tensor(lengths, device=positions.device)[:, None]
-    expected = torch.where(given, start + given.cumsum(dim=1) - 1, -1)
-    if not torch.equal(positions, expected):
-        row = int((positions != expected).any(dim=1).nonzero()[0, 0])
-        rule = f"row {row} to go on from {lengths[row]}, with -1 for padding"
-        raise ValueError(f"position_ids: expected {rule}, got {positions[row].tolist()}")
-    return given.sum(dim=1).tolist()
-
-
-def _check_room(lengths: list[int], capacity: int, window: int | None) -> None:
-    """A ring of at least the window never fills up; all other memory does."""
-    if (window is None or window > capacity) and max(lengths) > capacity:
-        expected = f"at most {capacity} tokens in a row, the capacity"
-        raise ValueError(f"position_ids: expected {expected}, got {max(lengths)}")
-
-# %% ../chapters/09_attention.ipynb #c85fcc47
-def _plan(
-    table: "_SlotTable", position_ids: Tensor | int
-) -> tuple[_Step, Tensor | None, list[int]]:
-    """Return what the layers are to do, the mask, and the lengths of the rows after it."""
-    before = table._lengths
-    if isinstance(position_ids, Tensor):
-        if position_ids.size(0) not in (1, len(before)):
-            expected = f"positions of {len(before)} rows, or of one for all"
-            raise ValueError(f"position_ids: expected {expected}, got {position_ids.size(0)}")
-        positions = position_ids.expand(len(before), -1)
-        n, added = positions.size(1), _counted(positions, before)
-    else:
-        check_at_least(position_ids=(1, position_ids))
-        n, added = position_ids, [position_ids] * len(before)
-    after = [length + new for length, new in zip(before, added, strict=True)]
-    _check_room(after, table.capacity, table.window)
-    alike = min(before) == max(before) and min(added) == n
-    if alike and (n == 1 or after[0] <= table.slots):
-        return *_step_alike(before[0], n, table.slots, table.window, table.device), after
-    if not isinstance(position_ids, Tensor):
-        positions = table.next_positions(n).expand(len(before), -1)
-    return *_step_apart(positions, before, after, table.slots, table.window), after
-
-# %% ../chapters/09_attention.ipynb #69b7c32f
-class _SlotTable:
-    """Which slot holds which position: that of a row's position p is p % slots."""
-
-    def __init__(self, batch_size: int, capacity: int, window: int | None, slots: int, device: Any):
-        self.capacity, self.window, self.slots, self.device = capacity, window, slots, device
-        self._lengths, self._step = [0] * batch_size, _Step(0, None, slice(0), None, 0, False)
-
-    @property
-    def lengths(self) -> Int64[Tensor, " batch"]:
-        """The number of tokens in each row, which is also its next position."""
-        return torch.tensor(self._lengths, device=self.device)
-
-    def next_positions(self, n: int) -> Int64[Tensor, "batch_or_1 n"]:
-        """Return the next ``n`` positions of each row, or of one row if all are alike."""
-        alike = min(self._lengths) == max(self._lengths)
-        start = torch.tensor(self._lengths[:1] if alike else self._lengths, device=self.device)
-        return start[:, None] + torch.arange(n, device=self.device)
-
-    def extend(
-        self, position_ids: Int64[Tensor, "rows sequence"] | int
-    ) -> Bool[Tensor, "batch_or_1 1 sequence keys"] | None:
-        """Announce tokens; return the mask for what each layer's ``update`` will return.
-
-        Either how many each row gets, or their positions (one row may stand for all): a row goes on
-        from its length, -1 is padding, which is not stored. None: plain causal attention, aligned
-        at the end. A ValueError tells of other positions, or of a row beyond the capacity.
-        """
-        self._step, mask, self._lengths = _plan(self, position_ids)
-        return mask
-
-# %% ../chapters/09_attention.ipynb #ddcebc94
+# %% ../chapters/09_attention.ipynb #f8611931
 class LayerCache:
     """Keys and values of one layer, (batch, n_kv_heads, slots, feature): ``cache[layer]``."""
 
     def __init__(self, table: "KVCache", keys: Tensor, values: Tensor):
         self._table, self.keys, self.values = table, keys, values
-        self._stored: _Step | None = None  # the last step that was stored here
+        self._stored: Any = None  # the last step that was stored here
 
     def update(
         self,
@@ -425,90 +317,26 @@ class LayerCache:
         ValueError tells of tensors that do not fit what was announced, and of a second update.
         """
         step = self._table._step
-        if step is self._stored:
-            raise ValueError("k: expected tokens announced by extend, got those of a step twice")
-        _check_fits("k", k, self.keys, step)
-        _check_fits("v", v, self.values, step)
-        self._stored = step
-        return _write(self.keys, k, step), _write(self.values, v, step)
+        compiled = torch.compiler.is_compiling()  # there a second update cannot be told
+        if not compiled and step is self._stored:
+            got = "none" if step is None else "those of a step twice"
+            raise ValueError(f"k: expected tokens announced by extend, got {got}")
+        _check_fits("k", k, self.keys, step.n)
+        _check_fits("v", v, self.values, step.n)
+        if not compiled:
+            self._stored = step
+        write = _write_fixed if isinstance(step, _FixedStep) else _write
+        return write(step, self.keys, k), write(step, self.values, v)
 
-# %% ../chapters/09_attention.ipynb #41040572
-def _check_fits(name: str, new: Tensor, store: Tensor, step: _Step) -> None:
-    """Raise unless ``new`` has the announced tokens of each row, in the heads of the cache."""
-    batch_size, heads, _, width = store.shape
-    if new.shape != (batch_size, heads, step.n, width):
-        expected = f"{step.n} announced tokens in each of {batch_size} rows"
-        shape = f"(..., {heads}, {step.n}, {width})"
-        raise ValueError(f"{name}: expected {expected}, {shape}, got {tuple(new.shape)}")
-
-
-def _write(store: Tensor, new: Tensor, step: _Step) -> Tensor:
-    """Write ``new`` where the step says; return what attention is to see."""
-    seen, new = store[:, :, : step.used], new.detach().to(store.dtype)
-    if step.append:
-        seen = torch.cat([seen, new], dim=2)
-    if step.rows is None:
-        store[:, :, step.slots] = new
-    else:
-        store[step.rows, :, step.slots] = new[step.rows, :, step.source]
-    return seen
-
-# %% ../chapters/09_attention.ipynb #cc680d61
-class _Layers(_SlotTable):
-    """The layers of a cache, and what can be done to their rows."""
-
-    _layers: list[LayerCache]
-
-    def __getitem__(self, layer: int) -> LayerCache:
-        return self._layers[layer]
-
-    @property
-    def nbytes(self) -> int:
-        """The size of all keys and values in bytes, in use or not."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers)
-
-    def reset(self) -> None:
-        """Forget all tokens; the memory stays."""
-        self._lengths = [0] * len(self._lengths)
-
-    def truncate(self, lengths: Int64[Tensor, " batch"] | int) -> None:
-        """Forget each row's tokens from ``lengths`` on; ValueError if its window needs more."""
-        before = self._lengths
-        after = lengths.tolist() if isinstance(lengths, Tensor) else [lengths] * len(before)
-        _check_lengths(before, after, self.slots, self.window)
-        self._lengths = after
-
-    def reorder(self, rows: Int64[Tensor, " rows"]) -> None:
-        """Make row i a copy of what row ``rows[i]`` was; there may be fewer or more than before."""
-        self._lengths = [self._lengths[row] for row in rows.tolist()]
-        for layer in self._layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-
-# %% ../chapters/09_attention.ipynb #cff2b20a
-def _empty_layer(
-    table: "KVCache", shape: tuple[int, ...], widths: tuple[int, int], dtype: torch.dtype
-) -> LayerCache:
-    # Zeros: attention multiplies what is not written yet by 0, and 0 times a leftover NaN is NaN.
-    keys, values = (torch.zeros(*shape, w, dtype=dtype, device=table.device) for w in widths)
-    return LayerCache(table, keys, values)
-
-
-def _check_lengths(before: list[int], after: list[int], slots: int, window: int | None) -> None:
-    """Raise unless rows get shorter and keep all that the window of their next token needs."""
-    for row, (old, new) in enumerate(zip(before, after, strict=True)):
-        overwritten = max(old - slots, 0)  # positions below this one
-        least = overwritten + (window or 0) - 1 if overwritten else 0
-        if not least <= new <= old:
-            raise ValueError(f"lengths: expected {least} to {old} in row {row}, got {new}")
-
-# %% ../chapters/09_attention.ipynb #64b02da7
-class KVCache(_Layers):
+# %% ../chapters/09_attention.ipynb #affe5918
+class KVCache:
     """The keys and values of all layers for the tokens read so far, in memory taken once.
 
     Each step announces its tokens by ``extend``; then each layer calls ``cache[layer].update``.
     ``capacity``, ``window`` and ``spare`` count tokens. A ``window`` of at most ``capacity`` makes
     a ring of ``window + spare`` slots; rows may then be of any length, and ``truncate`` can go back
-    ``spare + 1`` tokens. A ``d_value`` of 0 stores keys only.
+    ``spare + 1`` tokens. A ``d_value`` of 0 stores keys only. A step compiled by ``torch.compile``
+    is compiled once, whatever the lengths; there a row beyond the capacity is a RuntimeError.
     """
 
     def __init__(
@@ -528,15 +356,256 @@ class KVCache(_Layers):
         check_at_least(batch_size=(1, batch_size), capacity=(1, capacity), window=(1, window))
         check_at_least(n_kv_heads=(1, n_kv_heads), d_head=(1, d_head), d_value=(0, d_value))
         check_at_least(n_layers=(1, n_layers), spare=(0, spare))
-        slots = capacity if window is None else min(capacity, window + spare)
-        super().__init__(batch_size, capacity, window, slots, device)
-        shape = batch_size, n_kv_heads, slots
+        self.capacity, self.window, self.device = capacity, window, device
+        self.slots = capacity if window is None else min(capacity, window + spare)
+        self._counts = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._known: list[int] | None = [0] * batch_size  # the same, without asking the device
+        self._step: Any = None  # what the layers are to do
+        # Zeros: what is not written yet is multiplied by 0, and 0 times a leftover NaN is NaN.
+        empty = torch.zeros(batch_size, n_kv_heads, self.slots, 1, dtype=dtype, device=device)
         widths = d_head, d_head if d_value is None else d_value
-        self._layers = [_empty_layer(self, shape, widths, dtype) for _ in range(n_layers)]
+        memory = [[empty.repeat(1, 1, 1, width) for width in widths] for _ in range(n_layers)]
+        self._layers = [LayerCache(self, keys, values) for keys, values in memory]
 
-# %% ../chapters/09_attention.ipynb #fb459466
-class _LatentProjections(nn.Module):
-    """The matrices of latent attention: down to a latent, up into heads, and out of them."""
+    def __getitem__(self, layer: int) -> LayerCache:
+        return self._layers[layer]
+
+    @property
+    def lengths(self) -> Int64[Tensor, " batch"]:
+        """The number of tokens in each row, which is also its next position."""
+        return self._counts.clone()
+
+    def extend(
+        self, position_ids: Int64[Tensor, "rows sequence"] | int
+    ) -> Bool[Tensor, "batch_or_1 1 sequence keys"] | None:
+        """Announce tokens; return the mask for what each layer's ``update`` will return.
+
+        Either how many each row gets, or their positions (one row may stand for all): a row goes on
+        from its length, -1 is padding, which is not stored. None: plain causal attention, aligned
+        at the end. A ValueError tells of other positions, or of a row beyond the capacity.
+        """
+        mask: Tensor | None
+        if torch.compiler.is_compiling():
+            self._step, mask, after = _plan_fixed(self, position_ids)
+            self._known = None
+            self._counts.copy_(after)
+        else:
+            self._step, mask, self._lengths = _plan(self, position_ids)
+        return mask
+
+    @property
+    def _lengths(self) -> list[int]:
+        if self._known is None:
+            self._known = self._counts.tolist()
+        return self._known
+
+    @_lengths.setter
+    def _lengths(self, lengths: list[int]) -> None:
+        self._known, self._counts = lengths, torch.tensor(lengths, device=self.device)
+
+    def next_positions(self, n: int) -> Int64[Tensor, "batch_or_1 n"]:
+        """Return the next ``n`` positions of each row, or of one row if all are alike."""
+        known = None if torch.compiler.is_compiling() else self._lengths
+        start = self._counts[:1] if known and min(known) == max(known) else self._counts
+        return start[:, None] + torch.arange(n, device=self.device)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all keys and values in bytes, in use or not."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers)
+
+    def reset(self) -> None:
+        """Forget all tokens; the memory stays."""
+        self._lengths = [0] * len(self._counts)
+
+    def truncate(self, lengths: Int64[Tensor, " batch"] | int) -> None:
+        """Forget each row's tokens from ``lengths`` on; ValueError if its window needs more."""
+        before = self._lengths
+        after = lengths.tolist() if isinstance(lengths, Tensor) else [lengths] * len(before)
+        _check_lengths(before, after, self.slots, self.window)
+        self._lengths = after
+
+    def reorder(self, rows: Int64[Tensor, " rows"]) -> None:
+        """Make row i a copy of what row ``rows[i]`` was; there may be fewer or more than before."""
+        self._lengths = [self._lengths[row] for row in rows.tolist()]
+        for layer in self._layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
+# %% ../chapters/09_attention.ipynb #34be5293
+class _Step(NamedTuple):
+    """What the layers do in one step."""
+
+    n: int  # tokens in each row, padding included
+    rows: Tensor | None  # row of each token to store; None: rows are alike, `slots` is a slice
+    slots: slice | Tensor
+    source: Tensor | None  # place of each token among the new ones
+    used: int  # slots to return
+    append: bool  # return old slots and new tokens: some that are needed will be overwritten
+
+
+def _write(step: _Step, store: Tensor, new: Tensor) -> Tensor:
+    """Write ``new`` to its slots; return what attention is to see."""
+    seen, new = store[:, :, : step.used], new.detach().to(store.dtype)
+    if step.append:
+        seen = torch.cat([seen, new], dim=2)
+    if step.rows is None:
+        store[:, :, step.slots] = new
+    else:
+        store[step.rows, :, step.slots] = new[step.rows, :, step.source]
+    return seen
+
+# %% ../chapters/09_attention.ipynb #96e45a1d
+def _step_alike(
+    start: int, n: int, slots: int, window: int | None, device: Any
+) -> tuple[_Step, Tensor | None]:
+    """Plan a step that takes every row from ``start`` to ``start + n``, and its mask, if needed."""
+    end, first = start + n, start % slots
+    used = min(end, slots)
+    step = _Step(n, None, slice(first, first + n), None, used, append=False)
+    in_window = window is None or (used if n == 1 else end) <= window
+    if in_window and (n == 1 or start == 0):
+        return step, None  # causal attention, aligned at the end
+    keys = _positions_in_slots(torch.tensor([end], device=device), slots, used)
+    queries = torch.arange(start, end, device=device)[None]
+    return step, attention_mask(queries, keys, window)
+
+# %% ../chapters/09_attention.ipynb #4b7015be
+def _step_apart(
+    positions: Tensor, before: list[int], after: list[int], slots: int, window: int | None
+) -> tuple[_Step, Tensor]:
+    """Plan a step in which each row has positions of its own, and its mask."""
+    append = positions.size(1) > 1 and max(after) > slots
+    lengths, device = before if append else after, positions.device
+    used = min(slots, max(lengths))
+    oldest = torch.tensor(after, device=device)[:, None] - slots  # that will still be there
+    rows, source = ((positions >= 0) & (positions >= oldest)).nonzero(as_tuple=True)
+    step = _Step(positions.size(1), rows, positions[rows, source] % slots, source, used, append)
+    keys = _positions_in_slots(torch.tensor(lengths, device=device), slots, used)
+    keys = torch.cat([keys, positions], dim=1) if append else keys
+    return step, attention_mask(positions, keys, window)
+
+# %% ../chapters/09_attention.ipynb #901ffe08
+def _counted(positions: Tensor, lengths: list[int]) -> list[int]:
+    """Return how many tokens ``positions`` adds to each row; raise unless they go on from there."""
+    given = positions >= 0
+    start = torch.tensor(lengths, device=positions.device)[:, None]
+    expected = torch.where(given, start + given.cumsum(dim=1) - 1, -1)
+    if not torch.equal(positions, expected):
+        row = int((positions != expected).any(dim=1).nonzero()[0, 0])
+        rule = f"row {row} to go on from {lengths[row]}, with -1 for padding"
+        raise ValueError(f"position_ids: expected {rule}, got {positions[row].tolist()}")
+    return given.sum(dim=1).tolist()
+
+
+def _is_ring(cache: "KVCache") -> bool:
+    """A ring of at least the window never fills up; all other memory does."""
+    return cache.window is not None and cache.window <= cache.capacity
+
+
+def _positions_of_all(cache: "KVCache", position_ids: Tensor) -> Tensor:
+    """Return a row of positions for each row of the cache; one may stand for all."""
+    batch_size = len(cache._counts)
+    if position_ids.size(0) not in (1, batch_size):
+        expected = f"positions of {batch_size} rows, or of one for all"
+        raise ValueError(f"position_ids: expected {expected}, got {position_ids.size(0)}")
+    return position_ids.expand(batch_size, -1)
+
+# %% ../chapters/09_attention.ipynb #ccfe278e
+def _plan(cache: "KVCache", position_ids: Tensor | int) -> tuple[_Step, Tensor | None, list[int]]:
+    """Return what the layers are to do, the mask, and the lengths of the rows after it."""
+    before, capacity = cache._lengths, cache.capacity
+    if isinstance(position_ids, Tensor):
+        positions = _positions_of_all(cache, position_ids)
+        n, added = positions.size(1), _counted(positions, before)
+    else:
+        check_at_least(position_ids=(1, position_ids))
+        n, added = position_ids, [position_ids] * len(before)
+    after = [length + new for length, new in zip(before, added, strict=True)]
+    if max(after) > capacity and not _is_ring(cache):
+        expected = f"at most {capacity} tokens in a row, the capacity"
+        raise ValueError(f"position_ids: expected {expected}, got {max(after)}")
+    alike = min(before) == max(before) and min(added) == n
+    if alike and (n == 1 or after[0] <= cache.slots):
+        return *_step_alike(before[0], n, cache.slots, cache.window, cache.device), after
+    if not isinstance(position_ids, Tensor):
+        positions = cache.next_positions(n).expand(len(before), -1)
+    return *_step_apart(positions, before, after, cache.slots, cache.window), after
+
+# %% ../chapters/09_attention.ipynb #3df9085d
+class _FixedStep(NamedTuple):
+    """What the layers do in a compiled step: tensors whose shapes do not depend on lengths."""
+
+    n: int
+    given: Tensor  # (batch, n): no padding
+    slot: Tensor  # (batch,): of the first token
+    source: Tensor  # (batch, slots): place of the new token that goes there, -1 for none
+    append: bool
+
+
+def _write_fixed(step: _FixedStep, store: Tensor, new: Tensor) -> Tensor:
+    """Write ``new`` to its slots; return what attention is to see."""
+    new = new.detach().to(store.dtype)
+    seen = torch.cat([store, new], dim=2) if step.append else store
+    if step.n == 1:
+        rows = torch.arange(len(store), device=store.device)
+        old, fresh = store[rows, :, step.slot], step.given[..., None]
+        store[rows, :, step.slot] = torch.where(fresh, new[:, :, 0], old)
+    else:
+        source = step.source[:, None, :, None]
+        there = source.clamp(min=0).expand(-1, new.size(1), -1, new.size(3))
+        store.copy_(torch.where(source >= 0, new.gather(2, there), store))
+    return seen
+
+# %% ../chapters/09_attention.ipynb #ac22320c
+def _plan_fixed(cache: "KVCache", position_ids: Tensor | int) -> tuple[_FixedStep, Tensor, Tensor]:
+    """As ``_plan``, in shapes that do not depend on the lengths; these are a tensor."""
+    if not isinstance(position_ids, Tensor):
+        position_ids = cache.next_positions(position_ids)
+    positions, before = _positions_of_all(cache, position_ids), cache._counts
+    n, given = positions.size(1), positions >= 0
+    number = given.cumsum(dim=1)  # of each token among those given, from 1
+    after = before + number[:, -1]
+    going_on = torch.where(given, before[:, None] + number - 1, -1) == positions
+    torch._assert_async(going_on.all(), "position_ids: expected rows to go on from their lengths")
+    if not _is_ring(cache):
+        fits = (after <= cache.capacity).all()
+        torch._assert_async(fits, "position_ids: expected no row to grow beyond the capacity")
+    append = n > 1 and _is_ring(cache)
+    held = _positions_in_slots(after, cache.slots)
+    ordinal = held - before[:, None] + 1  # among the new tokens; those before have none
+    source = torch.searchsorted(number, ordinal.clamp(min=1)).clamp(max=n - 1)
+    source = torch.where(ordinal > 0, source, -1)
+    keys = torch.cat([_positions_in_slots(before, cache.slots), positions], 1) if append else held
+    step = _FixedStep(n, given, positions[:, 0] % cache.slots, source, append)
+    return step, attention_mask(positions, keys, cache.window), after
+
+# %% ../chapters/09_attention.ipynb #5d3b3501
+def _check_fits(name: str, new: Tensor, store: Tensor, n: int) -> None:
+    """Raise unless ``new`` has the announced tokens of each row, in the heads of the cache."""
+    batch_size, heads, _, width = store.shape
+    if new.shape != (batch_size, heads, n, width):
+        expected = f"{n} announced tokens in each of {batch_size} rows"
+        shape = f"(..., {heads}, {n}, {width})"
+        raise ValueError(f"{name}: expected {expected}, {shape}, got {tuple(new.shape)}")
+
+# %% ../chapters/09_attention.ipynb #1e68c08d
+def _check_lengths(before: list[int], after: list[int], slots: int, window: int | None) -> None:
+    """Raise unless rows get shorter and keep all that the window of their next token needs."""
+    for row, (old, new) in enumerate(zip(before, after, strict=True)):
+        overwritten = max(old - slots, 0)  # positions below this one
+        least = overwritten + (window or 0) - 1 if overwritten else 0
+        if not least <= new <= old:
+            raise ValueError(f"lengths: expected {least} to {old} in row {row}, got {new}")
+
+# %% ../chapters/09_attention.ipynb #e069ebb0
+class MultiHeadLatentAttention(nn.Module):
+    """DeepSeek's latent attention, which caches ``d_latent + d_rope`` numbers for each token.
+
+    A head's key has ``d_head`` numbers made from the latent, and ``d_rope`` rotated ones that all
+    heads share. The cache is a ``KVCache`` with ``n_kv_heads=1``, ``d_head=d_latent + d_rope`` and
+    ``d_value=0``. ``norm`` is for latents; queries have one, too, if ``d_query_latent`` is given.
+    Source: DeepSeek-AI (2024), section 2.1.
+    """
 
     def __init__(
         self,
@@ -564,62 +633,37 @@ class _LatentProjections(nn.Module):
         self.kv_up_proj = nn.Linear(d_latent, n_heads * (d_head + self.d_value), bias=False)
         self.o_proj = nn.Linear(n_heads * self.d_value, d_model, bias=False)
 
-# %% ../chapters/09_attention.ipynb #673fa76b
-def _query_projection(
-    d_model: int, d_out: int, d_latent: int | None, norm: Callable[[int], nn.Module]
-) -> nn.Module:
-    """One matrix, or two with a normalized latent between them, which have fewer weights."""
-    if d_latent is None:
-        return nn.Linear(d_model, d_out, bias=False)
-    down, up = nn.Linear(d_model, d_latent, bias=False), nn.Linear(d_latent, d_out, bias=False)
-    return nn.Sequential(OrderedDict(down=down, norm=norm(d_latent), up=up))
+    def project(
+        self, x: Float[Tensor, "batch sequence d_model"], rope: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[
+        Float[Tensor, "batch n_heads sequence d_query"], Float[Tensor, "batch 1 sequence d_cached"]
+    ]:
+        """Return queries, plain and rotated part, and what is cached: latent and rotated key."""
+        q = self.q_proj(x).view(*x.shape[:2], self.n_heads, -1).transpose(1, 2)
+        down = self.kv_down_proj(x)[:, None]  # (batch, 1, sequence, d_latent + d_rope)
+        latent, k_rope = down.split((self.d_latent, self.d_rope), dim=-1)
+        if rope is not None:
+            q_plain, q_rope = q.split((self.d_head, self.d_rope), dim=-1)
+            q = torch.cat([q_plain, apply_rope(q_rope, *rope)], dim=-1)
+            k_rope = apply_rope(k_rope, *rope)
+        return q, torch.cat([self.kv_norm(latent), k_rope], dim=-1)
 
-# %% ../chapters/09_attention.ipynb #239a45ad
-def _queries_latents(
-    attention: _LatentProjections, x: Tensor, rope: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """Return queries, plain and rotated part, and what is to be cached, latent and rotated key."""
-    q = attention.q_proj(x).view(*x.shape[:2], attention.n_heads, -1).transpose(1, 2)
-    down = attention.kv_down_proj(x)[:, None]  # (batch, 1, sequence, d_latent + d_rope)
-    latent, k_rope = down.split((attention.d_latent, attention.d_rope), dim=-1)
-    if rope is not None:
-        q_plain, q_rope = q.split((attention.d_head, attention.d_rope), dim=-1)
-        q = torch.cat([q_plain, apply_rope(q_rope, *rope)], dim=-1)
-        k_rope = apply_rope(k_rope, *rope)
-    return q, torch.cat([attention.kv_norm(latent), k_rope], dim=-1)
+    def _expanded(self, q: Tensor, seen: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+        """Give each head keys and values of its own, made from the latents in ``seen``."""
+        latent, k_rope = seen.split((self.d_latent, self.d_rope), dim=-1)
+        kv = self.kv_up_proj(latent[:, 0]).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        k, v = kv.split((self.d_head, self.d_value), dim=-1)
+        k = torch.cat([k, k_rope.expand(-1, self.n_heads, -1, -1)], dim=-1)
+        return scaled_dot_product_attention(q, k, v, mask, **options)
 
-# %% ../chapters/09_attention.ipynb #ea24c8df
-def _latent_expanded(
-    attention: _LatentProjections, q: Tensor, seen: Tensor, mask: Tensor | None, **options: Any
-) -> Tensor:
-    """Give each head keys and values of its own, made from the latents in ``seen``."""
-    latent, k_rope = seen.split((attention.d_latent, attention.d_rope), dim=-1)
-    kv = attention.kv_up_proj(latent[:, 0]).unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
-    k, v = kv.split((attention.d_head, attention.d_value), dim=-1)
-    k = torch.cat([k, k_rope.expand(-1, attention.n_heads, -1, -1)], dim=-1)
-    return scaled_dot_product_attention(q, k, v, mask, **options)
-
-
-def _latent_absorbed(
-    attention: _LatentProjections, q: Tensor, seen: Tensor, mask: Tensor | None, **options: Any
-) -> Tensor:
-    """Carry the queries to the latents, and the mean of the latents to the values."""
-    up = attention.kv_up_proj.weight.view(attention.n_heads, -1, attention.d_latent)
-    up_k, up_v = up.split((attention.d_head, attention.d_value), dim=1)
-    q_plain, q_rope = q.split((attention.d_head, attention.d_rope), dim=-1)
-    q = torch.cat([q_plain @ up_k, q_rope], dim=-1)  # (..., d_latent + d_rope)
-    latent = seen[..., : attention.d_latent]
-    return scaled_dot_product_attention(q, seen, latent, mask, **options) @ up_v.mT
-
-# %% ../chapters/09_attention.ipynb #d1896a73
-class MultiHeadLatentAttention(_LatentProjections):
-    """DeepSeek's latent attention, which caches ``d_latent + d_rope`` numbers for each token.
-
-    A head's key has ``d_head`` numbers made from the latent, and ``d_rope`` rotated ones that all
-    heads share. The cache is a ``KVCache`` with ``n_kv_heads=1``, ``d_head=d_latent + d_rope`` and
-    ``d_value=0``. ``norm`` is for latents; queries have one, too, if ``d_query_latent`` is given.
-    Source: DeepSeek-AI (2024), section 2.1.
-    """
+    def _absorbed(self, q: Tensor, seen: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+        """Carry the queries to the latents, and the mean of the latents to the values."""
+        up = self.kv_up_proj.weight.view(self.n_heads, -1, self.d_latent)
+        up_k, up_v = up.split((self.d_head, self.d_value), dim=1)
+        q_plain, q_rope = q.split((self.d_head, self.d_rope), dim=-1)
+        q = torch.cat([q_plain @ up_k, q_rope], dim=-1)  # (..., d_latent + d_rope)
+        latent = seen[..., : self.d_latent]
+        return scaled_dot_product_attention(q, seen, latent, mask, **options) @ up_v.mT
 
     def forward(
         self,
@@ -630,16 +674,27 @@ class MultiHeadLatentAttention(_LatentProjections):
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch sequence d_model"]:
         """Return what each token gathers, as ``MultiHeadAttention``; ``rope`` is for ``d_rope``."""
-        q, seen = _queries_latents(self, x, rope)
+        q, seen = self.project(x, rope)
         if cache is not None:
             seen, _ = cache.update(seen, seen[..., :0])
-        attend = _latent_absorbed if cache is not None and x.size(1) == 1 else _latent_expanded
+        attend = self._absorbed if cache is not None and x.size(1) == 1 else self._expanded
         scale, dropout = (self.d_head + self.d_rope) ** -0.5, self.dropout if self.training else 0.0
         options = {"scale": scale, "dropout": dropout, "backend": self.backend}
-        out = attend(self, q, seen, mask, is_causal=mask is None, **options)
+        out = attend(q, seen, mask, is_causal=mask is None, **options)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-# %% ../chapters/09_attention.ipynb #40a92039
+# %% ../chapters/09_attention.ipynb #673fa76b
+def _query_projection(
+    d_model: int, d_out: int, d_latent: int | None, norm: Callable[[int], nn.Module]
+) -> nn.Module:
+    """One matrix, or two with a normalized latent between them, which have fewer weights."""
+    if d_latent is None:
+        return nn.Linear(d_model, d_out, bias=False)
+    down, up = nn.Linear(d_model, d_latent, bias=False), nn.Linear(d_latent, d_out, bias=False)
+    return nn.Sequential(OrderedDict(down=down, norm=norm(d_latent), up=up))
+
+# %% ../chapters/09_attention.ipynb #b428b069
+# Which tiles there are, and the scores of one of them.
 class _Tiles(NamedTuple):
     """A matrix of scores, cut into tiles of ``size`` by ``size``."""
 

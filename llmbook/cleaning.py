@@ -9,21 +9,27 @@ __all__ = ['read_translations', 'whole_characters', 'repair_mojibake', 'normaliz
            'Language', 'LanguageIdentifier', 'identify_language', 'QualityClassifier', 'roc_curve', 'area_under_roc',
            'Masked', 'mask_pii', 'Contamination', 'decontaminate', 'StepCount', 'CleaningReport', 'clean_documents']
 
-# %% ../chapters/03_cleaning.ipynb #a0ea1adc
+# %% ../chapters/03_cleaning.ipynb #73da28aa
+# What the engine rooms import
 import gettext
 import importlib.util
 import ipaddress
 import json
+from collections import deque
+from pathlib import Path
+
+from .environment import check_choice, whole_file
+
+# %% ../chapters/03_cleaning.ipynb #cfb92e94
 import math
 import re
 import unicodedata
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +37,7 @@ import regex
 from jaxtyping import Bool, Float, Integer
 
 from .corpus import Document, count_scripts, iter_documents, words
-from .environment import check_at_least, check_text, whole_file
+from .environment import check_at_least, check_text
 
 # %% ../chapters/03_cleaning.ipynb #f1c20e21
 def _catalog_messages(path: Path) -> list[str]:
@@ -202,7 +208,7 @@ def _gopher_measures(text: str) -> dict[str, int | float]:
         "stop_words": len(_STOP_WORDS.intersection(map(str.lower, found))),
     }
 
-# %% ../chapters/03_cleaning.ipynb #955b8c59
+# %% ../chapters/03_cleaning.ipynb #062c1d55
 _Number = int | float
 
 
@@ -220,10 +226,6 @@ def _check_positive(**numbers: float) -> None:
     for argument, value in numbers.items():
         if not isinstance(value, int | float | np.number) or not 0 < value < math.inf:
             raise ValueError(f"{argument}: expected a positive number, got {value!r}")
-
-
-def _check_counts(**counts: int | None) -> None:
-    check_at_least(**{argument: (0, value) for argument, value in counts.items()})
 
 
 def _check_given(**values: Any) -> None:
@@ -256,7 +258,7 @@ def _outside(
         or (most is not None and measured[rule] > most)
     ]
 
-# %% ../chapters/03_cleaning.ipynb #fce595a1
+# %% ../chapters/03_cleaning.ipynb #eaf62202
 def gopher_quality(
     text: str,
     *,
@@ -274,7 +276,8 @@ def gopher_quality(
     Words are split at white space. Source: Rae et al. (2021), A.1.1.
     """
     check_text(text)
-    _check_counts(min_words=min_words, max_words=max_words, min_stop_words=min_stop_words)
+    check_at_least(min_words=(0, min_words), max_words=(0, max_words))
+    check_at_least(min_stop_words=(0, min_stop_words))
     _check_share(max_symbol_ratio=max_symbol_ratio, max_ellipsis_lines=max_ellipsis_lines)
     _check_share(min_alphabetic=min_alphabetic, max_bullet_lines=max_bullet_lines)
     limits: dict[str, tuple[_Number | None, _Number | None]] = {
@@ -441,28 +444,6 @@ def _repeated_keys(documents: Iterable[Document], min_length: int) -> set[int]:
                 (again if key in once else once).add(key)
     return again
 
-# %% ../chapters/03_cleaning.ipynb #5e31f653
-def remove_repeated_lines(
-    documents: Iterable[Document], keep: str = "first", *, min_length: int = 30
-) -> Iterator[Document]:
-    """Yield ``documents`` without lines that occur elsewhere, those left without text dropped.
-
-    ``keep="first"`` keeps the first copy of a line and streams; ``keep="none"`` drops every copy
-    and reads the documents twice, so it refuses an iterator. Lines are equal if their words are,
-    in any case; those of fewer than ``min_length`` characters stay. Memory: one 64-bit hash for
-    each different line.
-    """
-    if keep not in ("first", "none"):
-        raise ValueError(f"keep: expected 'first' or 'none', got {keep!r}")
-    _check_given(min_length=min_length)
-    check_at_least(min_length=(0, min_length))
-    iter_documents(documents)  # complains of a string now
-    if keep == "none" and iter(documents) is documents:
-        raise ValueError(
-            "documents: keep='none' reads them twice: expected a list, got an iterator"
-        )
-    return _without_repeats(documents, keep, min_length)
-
 # %% ../chapters/03_cleaning.ipynb #45cf6ec0
 def _without_repeats(
     documents: Iterable[Document], keep: str, min_length: int
@@ -480,6 +461,27 @@ def _without_repeats(
             yield document
         elif text := "\n".join(kept).strip("\n"):
             yield replace(document, text=text)
+
+# %% ../chapters/03_cleaning.ipynb #0488f15e
+def remove_repeated_lines(
+    documents: Iterable[Document], keep: str = "first", *, min_length: int = 30
+) -> Iterator[Document]:
+    """Yield ``documents`` without lines that occur elsewhere, those left without text dropped.
+
+    ``keep="first"`` keeps the first copy of a line and streams; ``keep="none"`` drops every copy
+    and reads the documents twice, so it refuses an iterator. Lines are equal if their words are,
+    in any case; those of fewer than ``min_length`` characters stay. Memory: one 64-bit hash for
+    each different line.
+    """
+    check_choice("keep", keep, ("first", "none"))
+    _check_given(min_length=min_length)
+    check_at_least(min_length=(0, min_length))
+    iter_documents(documents)  # complains of a string now
+    if keep == "none" and iter(documents) is documents:
+        raise ValueError(
+            "documents: keep='none' reads them twice: expected a list, got an iterator"
+        )
+    return _without_repeats(documents, keep, min_length)
 
 # %% ../chapters/03_cleaning.ipynb #919ce686
 _LEGAL_WORDS = ("licen", "copyright", "warrant", "permission", "(c)", "©", "redistribut", "liab")
@@ -871,6 +873,43 @@ def _fit_logistic(
     weights[used] = both[:-1]
     return weights, float(both[-1])
 
+# %% ../chapters/03_cleaning.ipynb #5daedd81
+class QualityClassifier:
+    """Logistic regression on hashed word n-grams: the probability that a text is of the good kind.
+
+    Its features depend on letters only. ``penalty`` is the factor of half the squared weights.
+    """
+
+    def __init__(self, *, buckets: int = 2**16, longest: int = 2, penalty: float = 1e-4) -> None:
+        check_at_least(buckets=(1, buckets), longest=(1, longest))
+        _check_positive(penalty=penalty)
+        self.buckets, self.longest, self.penalty = buckets, longest, penalty
+        self.weights, self.bias = np.zeros(buckets), 0.0
+
+    def fit(self, texts: Sequence[str], labels: Any, iterations: int = 1000) -> "QualityClassifier":
+        """Learn from ``texts`` with ``labels``, 1 or true for good; both kinds must be there."""
+        x = _hashed_ngrams(texts, self.buckets, self.longest)
+        self.weights, self.bias = _fit_logistic(x, labels, self.penalty, iterations)
+        return self
+
+    def predict(self, texts: Iterable[str]) -> Float[np.ndarray, " texts"]:
+        """Return the probability of being good for each text; without words it is the bias's."""
+        x = _hashed_ngrams(texts, self.buckets, self.longest)
+        return _sigmoid(x.times(self.weights) + self.bias)
+
+    def save(self, path: str | Path) -> None:
+        """Write weights and settings as one safetensors file, complete or not at all."""
+        settings = {"longest": self.longest, "penalty": self.penalty, "bias": self.bias}
+        _write_classifier(Path(path), self.weights, settings)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "QualityClassifier":
+        """Read what ``save`` has written; a ``ValueError`` says why that was not possible."""
+        weights, bias, settings = _read_classifier(Path(path))
+        classifier = cls(buckets=len(weights), **settings)
+        classifier.weights, classifier.bias = weights, bias
+        return classifier
+
 # %% ../chapters/03_cleaning.ipynb #7f5983c9
 def _write_classifier(path: Path, weights: np.ndarray, settings: dict[str, Any]) -> None:
     from safetensors.numpy import save_file
@@ -910,43 +949,6 @@ def _read_classifier(path: Path) -> tuple[np.ndarray, float, dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"path: {path.name!r} is no valid QualityClassifier: {error}") from None
     return weights.astype(float), float(settings.pop("bias")), settings
-
-# %% ../chapters/03_cleaning.ipynb #a82fe5e5
-class QualityClassifier:
-    """Logistic regression on hashed word n-grams: the probability that a text is of the good kind.
-
-    Its features depend on letters only. ``penalty`` is the factor of half the squared weights.
-    """
-
-    def __init__(self, *, buckets: int = 2**16, longest: int = 2, penalty: float = 1e-4) -> None:
-        check_at_least(buckets=(1, buckets), longest=(1, longest))
-        _check_positive(penalty=penalty)
-        self.buckets, self.longest, self.penalty = buckets, longest, penalty
-        self.weights, self.bias = np.zeros(buckets), 0.0
-
-    def fit(self, texts: Sequence[str], labels: Any, iterations: int = 1000) -> "QualityClassifier":
-        """Learn from ``texts`` with ``labels``, 1 or true for good; both kinds must be there."""
-        x = _hashed_ngrams(texts, self.buckets, self.longest)
-        self.weights, self.bias = _fit_logistic(x, labels, self.penalty, iterations)
-        return self
-
-    def predict(self, texts: Iterable[str]) -> Float[np.ndarray, " texts"]:
-        """Return the probability of being good for each text; without words it is the bias's."""
-        x = _hashed_ngrams(texts, self.buckets, self.longest)
-        return _sigmoid(x.times(self.weights) + self.bias)
-
-    def save(self, path: str | Path) -> None:
-        """Write weights and settings as one safetensors file, complete or not at all."""
-        settings = {"longest": self.longest, "penalty": self.penalty, "bias": self.bias}
-        _write_classifier(Path(path), self.weights, settings)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "QualityClassifier":
-        """Read what ``save`` has written; a ``ValueError`` says why that was not possible."""
-        weights, bias, settings = _read_classifier(Path(path))
-        classifier = cls(buckets=len(weights), **settings)
-        classifier.weights, classifier.bias = weights, bias
-        return classifier
 
 # %% ../chapters/03_cleaning.ipynb #53d59bac
 def roc_curve(
@@ -1109,8 +1111,14 @@ def mask_pii(text: str, *, keep_private: bool = False) -> Masked:
         total += counts
     return Masked(text, total)
 
-# %% ../chapters/03_cleaning.ipynb #16145f70
+# %% ../chapters/03_cleaning.ipynb #e4cc0a83
 _WORD = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]|[\p{L}\p{M}\p{N}]+")
+
+
+def _ngrams(found: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
+    return zip(*(found[i:] for i in range(n)), strict=False)
+
+# %% ../chapters/03_cleaning.ipynb #e1d7b2dd
 _TOO_SHORT = 3
 
 
@@ -1120,10 +1128,6 @@ class Contamination(NamedTuple):
     document: str
     evaluation: str
     ngrams: int
-
-
-def _ngrams(found: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
-    return zip(*(found[i:] for i in range(n)), strict=False)
 
 
 def _evaluation_index(
@@ -1235,6 +1239,37 @@ def _judged(
         if not rules:
             yield document
 
+# %% ../chapters/03_cleaning.ipynb #6c29dc47
+_Step = Callable[[Iterable[Document]], Iterator[Document]]
+
+
+def _all_steps(
+    judge: Callable[[str], list[str]],
+    min_line_length: int,
+    asked: Mapping[str, _Step],
+    report: CleaningReport,
+) -> dict[str, _Step]:
+    judge("")  # complains of bad thresholds now rather than at the first document
+    return {
+        "read": iter,
+        "normalize": partial(_edited, edit=normalize_text),
+        "licenses": partial(_edited, edit=remove_license),
+        "repeated lines": partial(remove_repeated_lines, min_length=min_line_length),
+        "rules": partial(_judged, judge=judge, failed=report.failed),
+        **asked,
+        "mask": partial(_edited, edit=partial(_mask_and_count, masked=report.masked)),
+    }
+
+
+def _chained(
+    documents: Iterable[Document], steps: Mapping[str, _Step], report: CleaningReport
+) -> Iterator[Document]:
+    stream: Iterable[Document] = documents
+    for position, (name, step) in enumerate(steps.items()):
+        report.steps.append(StepCount(name, 0, 0))
+        stream = _counted(step(stream), report, position)
+    return iter(stream)
+
 # %% ../chapters/03_cleaning.ipynb #1c234cd6
 def _in_language(documents: Iterable[Document], code: str) -> Iterator[Document]:
     """Drop what is surely in another language: texts too short to tell pass."""
@@ -1263,10 +1298,7 @@ def _scored(
     scores = classifier.predict(document.text for document in group)
     return [document for document, score in zip(group, scores, strict=True) if score >= least]
 
-# %% ../chapters/03_cleaning.ipynb #fee2c3e6
-_Step = Callable[[Iterable[Document]], Iterator[Document]]
-
-
+# %% ../chapters/03_cleaning.ipynb #5d3b299e
 def _optional_steps(
     language: str | None,
     classifier: QualityClassifier | None,
@@ -1276,8 +1308,8 @@ def _optional_steps(
     """Return the steps that were asked for."""
     _check_given(min_quality=min_quality)
     _check_share(min_quality=min_quality)
-    if language is not None and language not in _STORY:
-        raise ValueError(f"language: expected one of {', '.join(sorted(_STORY))}, got {language!r}")
+    if language is not None:
+        check_choice("language", language, sorted(_STORY))
     steps: dict[str, _Step] = {}
     if language is not None:
         steps["language"] = partial(_in_language, code=language)
@@ -1293,34 +1325,6 @@ def _mask_and_count(text: str, masked: Counter[str]) -> str:
     result = mask_pii(text, keep_private=True)
     masked.update(result.counts)
     return result.text
-
-# %% ../chapters/03_cleaning.ipynb #7edc5ddf
-def _all_steps(
-    judge: Callable[[str], list[str]],
-    min_line_length: int,
-    asked: Mapping[str, _Step],
-    report: CleaningReport,
-) -> dict[str, _Step]:
-    judge("")  # complains of bad thresholds now rather than at the first document
-    return {
-        "read": iter,
-        "normalize": partial(_edited, edit=normalize_text),
-        "licenses": partial(_edited, edit=remove_license),
-        "repeated lines": partial(remove_repeated_lines, min_length=min_line_length),
-        "rules": partial(_judged, judge=judge, failed=report.failed),
-        **asked,
-        "mask": partial(_edited, edit=partial(_mask_and_count, masked=report.masked)),
-    }
-
-
-def _chained(
-    documents: Iterable[Document], steps: Mapping[str, _Step], report: CleaningReport
-) -> Iterator[Document]:
-    stream: Iterable[Document] = documents
-    for position, (name, step) in enumerate(steps.items()):
-        report.steps.append(StepCount(name, 0, 0))
-        stream = _counted(step(stream), report, position)
-    return iter(stream)
 
 # %% ../chapters/03_cleaning.ipynb #cc6d2067
 def clean_documents(

@@ -9,43 +9,44 @@ __all__ = ['KINDS', 'Document', 'docstrings', 'comment_blocks', 'CorpusWarning',
            'read_jsonl', 'existing_paths', 'read_parquet', 'write_parquet', 'Block', 'html_blocks', 'html_to_text',
            'read_html', 'read_files', 'stream_hub', 'count_scripts', 'fit_power_law', 'words', 'vocabulary_growth']
 
-# %% ../chapters/02_corpus.ipynb #303202cc
-import ast
+# %% ../chapters/02_corpus.ipynb #4f0cf186
+# What the engine rooms import; pyarrow, zstandard and datasets are imported where they are used
 import bz2
 import codecs
 import difflib
 import fnmatch
-import gzip
 import importlib.metadata
 import importlib.util
-import io
-import json
 import lzma
 import multiprocessing
 import os
-import random
-import re
 import sys
-import sysconfig
-import tokenize
 import types
-import unicodedata
-import warnings
 import zlib
-
-from .environment import check_at_least, requires_extra, whole_file
-
-# %% ../chapters/02_corpus.ipynb #5a7f4c26
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
+from itertools import islice
+
+from .environment import check_at_least, check_choice, requires_extra, whole_file
+
+# %% ../chapters/02_corpus.ipynb #329964db
+import ast
+import gzip
+import io
+import json
+import random
+import re
+import sysconfig
+import tokenize
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import blake2b
 from html.parser import HTMLParser
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,19 +155,6 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         return f"{self.path}{'' if self.line is None else f':{self.line}'}: {self.reason}"
 
-# %% ../chapters/02_corpus.ipynb #568d33d9
-def _reason(error: Exception) -> str:
-    """Say what went wrong without repeating any of the text that it went wrong with."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"malformed JSON at column {error.colno}: {error.msg}"
-    if isinstance(error, UnicodeDecodeError):
-        byte = error.object[error.start]
-        return f"not {error.encoding}: byte {byte:#04x} at {error.start} cannot be decoded"
-    if isinstance(error, SyntaxError):
-        return f"not valid Python: {error.msg}"
-    message = (isinstance(error, OSError) and error.strerror) or str(error)
-    return message if type(error) is ValueError else f"{type(error).__name__}: {message}"
-
 # %% ../chapters/02_corpus.ipynb #40977104
 @dataclass
 class ReadReport:
@@ -193,7 +181,20 @@ class ReadReport:
         first = "; ".join(map(str, self.problems[:3])) + ("; ..." if len(self.problems) > 3 else "")
         return counts + (f" ({first})" if first else "")
 
-# %% ../chapters/02_corpus.ipynb #8755e613
+# %% ../chapters/02_corpus.ipynb #568d33d9
+def _reason(error: Exception) -> str:
+    """Say what went wrong without repeating any of the text that it went wrong with."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"malformed JSON at column {error.colno}: {error.msg}"
+    if isinstance(error, UnicodeDecodeError):
+        byte = error.object[error.start]
+        return f"not {error.encoding}: byte {byte:#04x} at {error.start} cannot be decoded"
+    if isinstance(error, SyntaxError):
+        return f"not valid Python: {error.msg}"
+    message = (isinstance(error, OSError) and error.strerror) or str(error)
+    return message if type(error) is ValueError else f"{type(error).__name__}: {message}"
+
+# %% ../chapters/02_corpus.ipynb #dd897d7a
 def _deliver(
     documents: Iterator[Document], report: ReadReport, argument: str, quiet: bool
 ) -> Iterator[Document]:
@@ -212,8 +213,7 @@ def _deliver(
 
 
 def _check_errors(errors: str) -> None:
-    if errors not in ("strict", "skip", "replace"):
-        raise ValueError(f"errors: expected 'strict', 'skip' or 'replace', got {errors!r}")
+    check_choice("errors", errors, ("strict", "skip", "replace"))
 
 # %% ../chapters/02_corpus.ipynb #a7d58232
 def iter_documents(
@@ -253,6 +253,27 @@ def _each(items: Any, argument: str, kinds: Any, name: str) -> Iterator[Any]:
             yield item
 
     return checked()
+
+# %% ../chapters/02_corpus.ipynb #20182d85
+def _read_python(package: str, name: str, path: str, kinds: tuple[str, ...]) -> list[Document]:
+    data = Path(path).read_bytes()
+    encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+    source = _unix_lines(data.decode(encoding))
+    found = [(*item, "docstring") for item in docstrings(source)]
+    for line, block in comment_blocks(source):
+        text = re.sub(r"(?m)^#+[:!]? ?", "", block)
+        if re.search(r"[^\W\d_]", text):
+            found.append((line, "", text, "comment"))
+    return [
+        Document(
+            text,
+            f"{name}:{line}",
+            package,
+            {"kind": kind, "path": name, "line": line, "name": owner},
+        )
+        for line, owner, text, kind in sorted(found)
+        if kind in kinds
+    ]
 
 # %% ../chapters/02_corpus.ipynb #b2b45994
 _NOT_PROSE = {"__pycache__", "test", "tests", "idle_test", "site-packages", "dist-packages"}
@@ -301,27 +322,6 @@ def _python_files(place: Path, root: str) -> Iterator[tuple[str, Path]]:
 
 def _unix_lines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-# %% ../chapters/02_corpus.ipynb #20182d85
-def _read_python(package: str, name: str, path: str, kinds: tuple[str, ...]) -> list[Document]:
-    data = Path(path).read_bytes()
-    encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-    source = _unix_lines(data.decode(encoding))
-    found = [(*item, "docstring") for item in docstrings(source)]
-    for line, block in comment_blocks(source):
-        text = re.sub(r"(?m)^#+[:!]? ?", "", block)
-        if re.search(r"[^\W\d_]", text):
-            found.append((line, "", text, "comment"))
-    return [
-        Document(
-            text,
-            f"{name}:{line}",
-            package,
-            {"kind": kind, "path": name, "line": line, "name": owner},
-        )
-        for line, owner, text, kind in sorted(found)
-        if kind in kinds
-    ]
 
 # %% ../chapters/02_corpus.ipynb #867d870a
 def _read_jobs(jobs: list[tuple[str, str, str, tuple[str, ...]]]) -> list[list[Document] | Problem]:
@@ -586,7 +586,7 @@ def _compressor(raw: Any, suffix: str) -> Any:
         return zstandard.ZstdCompressor().stream_writer(raw, closefd=False)
     return nullcontext(raw)
 
-# %% ../chapters/02_corpus.ipynb #55ec8498
+# %% ../chapters/02_corpus.ipynb #051d6c70
 def _as_json(document: Document, value: Any) -> bytes:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
@@ -603,7 +603,7 @@ def write_jsonl(documents: Iterable[Document], path: str | Path) -> int:
     path, count = Path(path), 0
     whole, suffix = whole_file(path), path.suffix.lower()
     with whole as draft, draft.open("wb") as raw, _compressor(raw, suffix) as file:
-        for document in documents:
+        for document in iter_documents(documents):
             file.write(_as_json(document, vars(document)) + b"\n")
             count += 1
         if not count:
@@ -733,7 +733,7 @@ def read_parquet(
     """
     return _read_tables(paths, _read_parquet, text_field, id_field, errors, report)
 
-# %% ../chapters/02_corpus.ipynb #0c8634e5
+# %% ../chapters/02_corpus.ipynb #aa185aab
 def write_parquet(documents: Iterable[Document], path: str | Path, row_group: int = 10_000) -> int:
     """Write text, id, source and metadata (as JSON), ``row_group`` rows at a time; return how many.
 
@@ -749,7 +749,7 @@ def write_parquet(documents: Iterable[Document], path: str | Path, row_group: in
         whole_file(Path(path)) as draft,
         pq.ParquetWriter(draft, schema, compression="zstd") as file,
     ):
-        for group in _groups(documents, row_group):
+        for group in _groups(iter_documents(documents), row_group):
             count += len(group)
             rows = [{**vars(d), "metadata": _as_json(d, d.metadata).decode()} for d in group]
             file.write_table(pa.Table.from_pylist(rows, schema))

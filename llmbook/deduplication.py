@@ -7,26 +7,31 @@ square, and keep the best of each."""
 __all__ = ['canonical_text', 'exact_duplicates', 'jaccard', 'shingles', 'MinHasher', 'estimate_jaccard', 'collision_probability',
            'optimal_bands', 'LSHIndex', 'UnionFind', 'NearDuplicates', 'find_near_duplicates', 'deduplicate']
 
-# %% ../chapters/04_deduplication.ipynb #f5697e14
+# %% ../chapters/04_deduplication.ipynb #d6b6a8c8
+# What the engine rooms import
 import json
+from dataclasses import asdict
+from itertools import chain
+
+from .environment import check_choice, whole_file
+
+# %% ../chapters/04_deduplication.ipynb #0ff615c4
 import math
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-# %% ../chapters/04_deduplication.ipynb #0adee029
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64, Shaped, UInt, UInt32, UInt64
 
 from .corpus import Document, iter_documents, iter_texts, ordered_map
-from .environment import check_at_least, whole_file
+from .environment import check_at_least
 
 # %% ../chapters/04_deduplication.ipynb #d9e3b131
 def canonical_text(text: str) -> str:
@@ -140,11 +145,10 @@ def _shingle_hashes(
             inside[ends[padded > 0] - j] = False
     return _mix64(combined[inside[:windows]]), np.maximum(padded - n + 1, 0)
 
-# %% ../chapters/04_deduplication.ipynb #82483c3d
+# %% ../chapters/04_deduplication.ipynb #3fcbc9a6
 def _check_shingles(n: int, unit: str) -> None:
     check_at_least(n=(1, n))
-    if unit not in ("word", "character"):
-        raise ValueError(f"unit: expected 'word' or 'character', got {unit!r}")
+    check_choice("unit", unit, ("word", "character"))
 
 
 def shingles(text: str, n: int = 5, unit: str = "word") -> UInt64[np.ndarray, " shingles"]:
@@ -167,39 +171,10 @@ def _mix32(h: UInt32[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
     h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return h ^ (h >> np.uint32(16))
 
-# %% ../chapters/04_deduplication.ipynb #e483c293
+# %% ../chapters/04_deduplication.ipynb #bb5cbfa4
 _Signatures = UInt32[np.ndarray, "documents permutations"]
 
 
-def _minima(
-    x: UInt32[np.ndarray, " shingles"],
-    sizes: Int64[np.ndarray, " documents"],
-    factors: UInt32[np.ndarray, " permutations"],
-    shifts: UInt32[np.ndarray, " permutations"],
-    block: int = 1 << 16,
-) -> _Signatures:
-    """Return the least ``factor * x + shift`` modulo 2**32 over the next ``sizes[d]`` of ``x``.
-
-    Documents without any get 2**32 - 1 everywhere, the minimum of nothing.
-    """
-    filled = np.flatnonzero(sizes)
-    starts = np.cumsum(sizes[filled]) - sizes[filled]
-    least = np.full((len(factors), len(filled)), 0xFFFFFFFF, np.uint32)
-    values = np.empty(block, np.uint32)
-    for begin in range(0, len(x), block):
-        part = x[begin : begin + block]
-        first = int(np.searchsorted(starts, begin, side="right")) - 1
-        last = int(np.searchsorted(starts, begin + len(part)))
-        offsets = np.maximum(starts[first:last] - begin, 0)
-        for row, factor, shift in zip(least[:, first:last], factors, shifts, strict=True):
-            permuted = np.multiply(part, factor, out=values[: len(part)])
-            permuted += shift
-            np.minimum(row, np.minimum.reduceat(permuted, offsets), out=row)
-    signatures = np.full((len(sizes), len(factors)), 0xFFFFFFFF, np.uint32)
-    signatures[filled] = least.T
-    return signatures
-
-# %% ../chapters/04_deduplication.ipynb #3f08bdc0
 @dataclass(frozen=True)
 class MinHasher:
     """Makes signatures: ``n_permutations`` 32-bit minima over a document's ``n``-grams of ``unit``.
@@ -233,6 +208,47 @@ class MinHasher:
         jobs = ((self, texts) for texts in _batches(iter_texts(documents)))
         parts = map(_sign, jobs) if workers == 1 else ordered_map(_sign, list(jobs), workers)
         return np.concatenate([np.empty((0, self.n_permutations), np.uint32), *parts])
+
+# %% ../chapters/04_deduplication.ipynb #cf23979c
+def estimate_jaccard(
+    a: UInt32[np.ndarray, "*batch permutations"], b: UInt32[np.ndarray, "*batch permutations"]
+) -> Float64[np.ndarray, "*batch"]:
+    """Estimate Jaccard similarities from signatures: the share of permutations that agree.
+
+    Unbiased up to the quality of the permutations, with variance J (1 - J) / n_permutations.
+    """
+    if a.shape[-1:] != b.shape[-1:] or a.shape[-1:] in ((), (0,)):
+        raise ValueError(f"a, b: expected equally many permutations, got {a.shape} and {b.shape}")
+    return np.asarray((a == b).mean(axis=-1))
+
+# %% ../chapters/04_deduplication.ipynb #f7fbde1d
+def _minima(
+    x: UInt32[np.ndarray, " shingles"],
+    sizes: Int64[np.ndarray, " documents"],
+    factors: UInt32[np.ndarray, " permutations"],
+    shifts: UInt32[np.ndarray, " permutations"],
+    block: int = 1 << 16,
+) -> _Signatures:
+    """Return the least ``factor * x + shift`` modulo 2**32 over the next ``sizes[d]`` of ``x``.
+
+    Documents without any get 2**32 - 1 everywhere, the minimum of nothing.
+    """
+    filled = np.flatnonzero(sizes)
+    starts = np.cumsum(sizes[filled]) - sizes[filled]
+    least = np.full((len(factors), len(filled)), 0xFFFFFFFF, np.uint32)
+    values = np.empty(block, np.uint32)
+    for begin in range(0, len(x), block):
+        part = x[begin : begin + block]
+        first = int(np.searchsorted(starts, begin, side="right")) - 1
+        last = int(np.searchsorted(starts, begin + len(part)))
+        offsets = np.maximum(starts[first:last] - begin, 0)
+        for row, factor, shift in zip(least[:, first:last], factors, shifts, strict=True):
+            permuted = np.multiply(part, factor, out=values[: len(part)])
+            permuted += shift
+            np.minimum(row, np.minimum.reduceat(permuted, offsets), out=row)
+    signatures = np.full((len(sizes), len(factors)), 0xFFFFFFFF, np.uint32)
+    signatures[filled] = least.T
+    return signatures
 
 # %% ../chapters/04_deduplication.ipynb #978101cf
 def _check_hasher(hasher: MinHasher) -> None:
@@ -268,18 +284,6 @@ def _sign(job: tuple[MinHasher, list[str]]) -> _Signatures:
     hasher, texts = job
     hashes, sizes = _shingle_hashes(texts, hasher.n, hasher.unit)
     return hasher.hash_signatures(hashes, sizes)
-
-# %% ../chapters/04_deduplication.ipynb #cf23979c
-def estimate_jaccard(
-    a: UInt32[np.ndarray, "*batch permutations"], b: UInt32[np.ndarray, "*batch permutations"]
-) -> Float64[np.ndarray, "*batch"]:
-    """Estimate Jaccard similarities from signatures: the share of permutations that agree.
-
-    Unbiased up to the quality of the permutations, with variance J (1 - J) / n_permutations.
-    """
-    if a.shape[-1:] != b.shape[-1:] or a.shape[-1:] in ((), (0,)):
-        raise ValueError(f"a, b: expected equally many permutations, got {a.shape} and {b.shape}")
-    return np.asarray((a == b).mean(axis=-1))
 
 # %% ../chapters/04_deduplication.ipynb #f6ddb397
 def collision_probability(
@@ -357,7 +361,7 @@ def _unique_pairs(pairs: Int64[np.ndarray, "pairs 2"]) -> Int64[np.ndarray, "dis
     stride = int(pairs.max(initial=0)) + 1
     return np.stack(np.divmod(np.unique(pairs[:, 0] * stride + pairs[:, 1]), stride), axis=1)
 
-# %% ../chapters/04_deduplication.ipynb #7db4260d
+# %% ../chapters/04_deduplication.ipynb #4125e904
 def _band_hashes(
     signatures: _Signatures, bands: int, rows: int
 ) -> UInt64[np.ndarray, "documents bands"]:
@@ -366,14 +370,64 @@ def _band_hashes(
     combined = (used + np.uint64(1)) @ _powers(_BASE, rows) + np.arange(bands, dtype=np.uint64)
     return _mix64(combined.ravel()).reshape(-1, bands)
 
+# %% ../chapters/04_deduplication.ipynb #3b1e06be
+class LSHIndex:
+    """Finds documents that share a band, by their signatures; nothing is verified."""
 
-def _buckets(
-    hashes: UInt64[np.ndarray, " entries"], owners: Int64[np.ndarray, " entries"]
-) -> tuple[Int64[np.ndarray, " members"], Int64[np.ndarray, " members"]]:
-    """Return bucket numbers and owners of sorted entries, of buckets with two or more."""
-    bucket = np.cumsum(np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]) - 1
-    shared = np.bincount(bucket)[bucket] > 1
-    return bucket[shared], owners[shared]
+    def __init__(self, hasher: MinHasher | None = None, bands: int = 16, rows: int = 8) -> None:
+        self.hasher, self.bands, self.rows = hasher or MinHasher(), bands, rows
+        _check_bands(bands, rows, self.hasher.n_permutations)
+        self.keys, self._known, self._runs = list[str](), set[str](), _SortedRuns()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def insert(self, keys: Iterable[str], signatures: _Signatures) -> None:
+        """Add documents by their signatures, under ``keys`` that are new; all of them, or none."""
+        new = _new_keys(keys, self._known, len(_checked(signatures, self.hasher)))
+        owners = np.repeat(np.arange(len(new)) + len(self), self.bands)
+        self._runs.add(_band_hashes(signatures, self.bands, self.rows).ravel(), owners)
+        self.keys += new
+        self._known.update(new)
+
+    def query(self, signatures: _Signatures) -> list[list[str]]:
+        """Return, for each signature, the keys of its candidates in the order of insertion."""
+        hashes = _band_hashes(_checked(signatures, self.hasher), self.bands, self.rows)
+        found = self._runs.find(hashes.ravel())
+        found[:, 0] //= self.bands  # from positions among the bands to those of documents
+        answers: list[list[str]] = [[] for _ in signatures]
+        for position, owner in _unique_pairs(found).tolist():
+            answers[position].append(self.keys[owner])
+        return answers
+
+    def candidate_pairs(self) -> list[tuple[str, str]]:
+        """Return the keys of all pairs that share a bucket; their number may be quadratic."""
+        return [(self.keys[i], self.keys[j]) for i, j in _sharing(*self._runs.merged()).tolist()]
+
+    def save(self, path: str | Path) -> None:
+        """Write the index with its hasher to one file, which appears complete or not at all."""
+        header = {
+            "format": _FORMAT,
+            "hasher": asdict(self.hasher),
+            "layout": [self.bands, self.rows],
+            "keys": self.keys,
+        }
+        coded = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        hashes, owners = self._runs.merged()
+        with whole_file(Path(path)) as draft, draft.open("wb") as file:
+            np.savez(file, header=coded, hashes=hashes, owners=owners)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LSHIndex":
+        """Read what ``save`` wrote; a ``ValueError`` names a file that is none, or broken."""
+        with Path(path).open("rb") as file:
+            try:  # zipfile, zlib, NumPy and JSON have a dozen exceptions for broken files
+                with np.load(file, allow_pickle=False) as arrays:
+                    header = json.loads(arrays["header"].tobytes())
+                    return _restored(header, arrays["hashes"], arrays["owners"])
+            except Exception as error:
+                message = f"path: expected a saved LSHIndex, got {str(path)!r}: {error}"
+                raise ValueError(message) from error
 
 # %% ../chapters/04_deduplication.ipynb #fd6d5985
 class _SortedRuns:
@@ -409,6 +463,23 @@ class _SortedRuns:
             found.append(np.stack([position, owners[left[position] + _ranges(counts)]], axis=1))
         return np.concatenate(found)
 
+# %% ../chapters/04_deduplication.ipynb #af6db59d
+def _buckets(
+    hashes: UInt64[np.ndarray, " entries"], owners: Int64[np.ndarray, " entries"]
+) -> tuple[Int64[np.ndarray, " members"], Int64[np.ndarray, " members"]]:
+    """Return bucket numbers and owners of sorted entries, of buckets with two or more."""
+    bucket = np.cumsum(np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]) - 1
+    shared = np.bincount(bucket)[bucket] > 1
+    return bucket[shared], owners[shared]
+
+
+def _sharing(
+    hashes: UInt64[np.ndarray, " entries"], owners: Int64[np.ndarray, " entries"]
+) -> Int64[np.ndarray, "pairs 2"]:
+    """Return all pairs of owners that share a hash, each once; entries are sorted by hash."""
+    buckets, members = _buckets(hashes, owners)
+    return _unique_pairs(members[_pairs_within(buckets)])
+
 # %% ../chapters/04_deduplication.ipynb #ee21df1b
 def _checked(signatures: _Signatures, hasher: MinHasher) -> _Signatures:
     """Return ``signatures`` if their shape is one that ``hasher`` makes."""
@@ -432,83 +503,15 @@ def _new_keys(keys: Iterable[str], known: set[str], count: int) -> list[str]:
         seen.add(key)
     return new
 
-# %% ../chapters/04_deduplication.ipynb #4e6d7cf0
-class LSHIndex:
-    """Finds documents that share a band, by their signatures; nothing is verified."""
-
-    def __init__(self, hasher: MinHasher | None = None, bands: int = 16, rows: int = 8) -> None:
-        self.hasher, self.bands, self.rows = hasher or MinHasher(), bands, rows
-        _check_bands(bands, rows, self.hasher.n_permutations)
-        self.keys, self._known, self._runs = list[str](), set[str](), _SortedRuns()
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def insert(self, keys: Iterable[str], signatures: _Signatures) -> None:
-        """Add documents by their signatures, under ``keys`` that are new; all of them, or none."""
-        new = _new_keys(keys, self._known, len(_checked(signatures, self.hasher)))
-        owners = np.repeat(np.arange(len(new)) + len(self), self.bands)
-        self._runs.add(_band_hashes(signatures, self.bands, self.rows).ravel(), owners)
-        self.keys += new
-        self._known.update(new)
-
-    def query(self, signatures: _Signatures) -> list[list[str]]:
-        """Return, for each signature, the keys of its candidates in the order of insertion."""
-        return _answers(self, _checked(signatures, self.hasher))
-
-    def candidate_pairs(self) -> list[tuple[str, str]]:
-        """Return the keys of all pairs that share a bucket; their number may be quadratic."""
-        return [(self.keys[i], self.keys[j]) for i, j in _sharing(*self._runs.merged()).tolist()]
-
-    def save(self, path: str | Path) -> None:
-        """Write the index with its hasher to one file, which appears complete or not at all."""
-        _write_index(self, Path(path))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "LSHIndex":
-        """Read what ``save`` wrote; a ``ValueError`` names a file that is none, or broken."""
-        return _read_index(Path(path))
-
-# %% ../chapters/04_deduplication.ipynb #af3cebbd
+# %% ../chapters/04_deduplication.ipynb #6ffa77e7
 def _check_bands(bands: int, rows: int, n_permutations: int) -> None:
     check_at_least(bands=(1, bands), rows=(1, rows))
     if bands * rows > n_permutations:
         most = f"at most {n_permutations} permutations"
         raise ValueError(f"bands, rows: expected {most} in all, got {bands} times {rows}")
 
-
-def _answers(index: LSHIndex, signatures: _Signatures) -> list[list[str]]:
-    """Return the keys of the documents that share a band with each signature."""
-    found = index._runs.find(_band_hashes(signatures, index.bands, index.rows).ravel())
-    found[:, 0] //= index.bands  # from positions among the bands to those of documents
-    answers: list[list[str]] = [[] for _ in signatures]
-    for position, owner in _unique_pairs(found).tolist():
-        answers[position].append(index.keys[owner])
-    return answers
-
-
-def _sharing(
-    hashes: UInt64[np.ndarray, " entries"], owners: Int64[np.ndarray, " entries"]
-) -> Int64[np.ndarray, "pairs 2"]:
-    """Return all pairs of owners that share a hash, each once; entries are sorted by hash."""
-    buckets, members = _buckets(hashes, owners)
-    return _unique_pairs(members[_pairs_within(buckets)])
-
-# %% ../chapters/04_deduplication.ipynb #d5783734
+# %% ../chapters/04_deduplication.ipynb #c92223a3
 _FORMAT = "llmbook.LSHIndex 1"
-
-
-def _write_index(index: LSHIndex, path: Path) -> None:
-    header = {
-        "format": _FORMAT,
-        "hasher": asdict(index.hasher),
-        "layout": [index.bands, index.rows],
-        "keys": index.keys,
-    }
-    coded = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    hashes, owners = index._runs.merged()
-    with whole_file(path) as draft, draft.open("wb") as file:
-        np.savez(file, header=coded, hashes=hashes, owners=owners)
 
 
 def _check_entries(hashes: Any, owners: Any, documents: int, bands: int) -> None:
@@ -519,7 +522,7 @@ def _check_entries(hashes: Any, owners: Any, documents: int, bands: int) -> None
     if (owners.size and owners.min() < 0) or (np.bincount(owners, None, documents) != bands).any():
         raise ValueError(f"it has documents without exactly {bands} entries")
 
-# %% ../chapters/04_deduplication.ipynb #ddb71fc6
+
 def _restored(header: Any, hashes: Any, owners: Any) -> LSHIndex:
     """Return the index with these contents; whatever is wrong with them raises something."""
     if header["format"] != _FORMAT:
@@ -530,17 +533,6 @@ def _restored(header: Any, hashes: Any, owners: Any) -> LSHIndex:
     index._known.update(index.keys)
     index._runs.add(hashes, owners)
     return index
-
-
-def _read_index(path: Path) -> LSHIndex:
-    with path.open("rb") as file:
-        try:  # zipfile, zlib, NumPy and JSON have a dozen exceptions for broken files
-            with np.load(file, allow_pickle=False) as arrays:
-                header = json.loads(arrays["header"].tobytes())
-                return _restored(header, arrays["hashes"], arrays["owners"])
-        except Exception as error:
-            message = f"path: expected a saved LSHIndex, got {str(path)!r}: {error}"
-            raise ValueError(message) from error
 
 # %% ../chapters/04_deduplication.ipynb #466ced3b
 def _root(parent: list[int], argument: str, item: int) -> int:
@@ -700,30 +692,6 @@ class NearDuplicates:
     similarities: Float64[np.ndarray, " links"]
     compared: int
 
-# %% ../chapters/04_deduplication.ipynb #dc325ef5
-def _candidates(
-    signatures: _Signatures, bands: int, rows: int
-) -> tuple[Int64[np.ndarray, " members"], Int64[np.ndarray, " members"]]:
-    """Return bucket numbers, sorted, and rows of signatures, ascending in each bucket."""
-    hashes = _band_hashes(signatures, bands, rows).ravel()
-    order = np.argsort(hashes, kind="stable")
-    return _buckets(hashes[order], order // bands)
-
-
-def _verified(
-    texts: list[str],
-    groups: Int64[np.ndarray, " members"],
-    members: Int64[np.ndarray, " members"],
-    hasher: MinHasher,
-    threshold: float,
-    exact_up_to: int,
-) -> tuple[Int64[np.ndarray, "links 2"], Float64[np.ndarray, " links"], int]:
-    """Link members of equal groups; only the texts of members are cut into shingles again."""
-    used, places = np.unique(members, return_inverse=True)
-    sets = _ShingleSets([texts[i] for i in used], hasher.n, hasher.unit)
-    links = _link_similar(groups, places, sets, threshold, exact_up_to, _CENTERS)
-    return used[links[0]], *links[1:]
-
 # %% ../chapters/04_deduplication.ipynb #e4547630
 def find_near_duplicates(
     documents: Iterable[Document | str],
@@ -755,6 +723,30 @@ def find_near_duplicates(
         forest.union(a, b)
     values = np.concatenate([np.ones(len(exact)), values])
     return NearDuplicates(forest.clusters(), pairs, values, compared)
+
+# %% ../chapters/04_deduplication.ipynb #dc325ef5
+def _candidates(
+    signatures: _Signatures, bands: int, rows: int
+) -> tuple[Int64[np.ndarray, " members"], Int64[np.ndarray, " members"]]:
+    """Return bucket numbers, sorted, and rows of signatures, ascending in each bucket."""
+    hashes = _band_hashes(signatures, bands, rows).ravel()
+    order = np.argsort(hashes, kind="stable")
+    return _buckets(hashes[order], order // bands)
+
+
+def _verified(
+    texts: list[str],
+    groups: Int64[np.ndarray, " members"],
+    members: Int64[np.ndarray, " members"],
+    hasher: MinHasher,
+    threshold: float,
+    exact_up_to: int,
+) -> tuple[Int64[np.ndarray, "links 2"], Float64[np.ndarray, " links"], int]:
+    """Link members of equal groups; only the texts of members are cut into shingles again."""
+    used, places = np.unique(members, return_inverse=True)
+    sets = _ShingleSets([texts[i] for i in used], hasher.n, hasher.unit)
+    links = _link_similar(groups, places, sets, threshold, exact_up_to, _CENTERS)
+    return used[links[0]], *links[1:]
 
 # %% ../chapters/04_deduplication.ipynb #14d7487d
 def _ranked(
@@ -827,7 +819,7 @@ def _stars(
         removed |= {order[i] for i in np.flatnonzero(gone).tolist()}
     return removed
 
-# %% ../chapters/04_deduplication.ipynb #fd97c8b8
+# %% ../chapters/04_deduplication.ipynb #0a1c08ff
 def deduplicate(
     documents: Iterable[Document],
     threshold: float = 0.8,
@@ -846,8 +838,7 @@ def deduplicate(
     to one that is kept, but two that share no bucket may both be kept; "single" keeps one of each
     connected cluster. Other arguments are those of ``find_near_duplicates``, for both steps.
     """
-    if linkage not in ("star", "single"):
-        raise ValueError(f"linkage: expected 'star' or 'single', got {linkage!r}")
+    check_choice("linkage", linkage, ("star", "single"))
     listed, hasher = list(iter_documents(documents)), hasher or MinHasher()
     found = find_near_duplicates(
         listed, threshold, hasher=hasher, weights=weights, exact_up_to=exact_up_to, workers=workers

@@ -6,13 +6,11 @@
 __all__ = ['REPORTED_PACKAGES', 'seed_everything', 'best_device', 'describe_environment', 'check_at_least', 'check_even',
            'check_fraction', 'check_choice', 'check_text', 'requires_extra', 'whole_file', 'whole_directory']
 
-# %% ../chapters/00_environment.ipynb #2819e36d
+# %% ../chapters/00_environment.ipynb #f83991d8
 # The imports of the module
 import os
 import platform
-import random
 import shutil
-import sys
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -21,12 +19,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-if TYPE_CHECKING:  # loading PyTorch takes a second, and many programs need it not
+if TYPE_CHECKING:  # loading PyTorch takes a second, and many programs do not need it
     import torch
 
-# %% ../chapters/00_environment.ipynb #237fd329
+# %% ../chapters/00_environment.ipynb #7e418b95
+import random
+
+import numpy as np
+
+
 def seed_everything(seed: int) -> None:
     """Start the random generators of Python, NumPy and PyTorch (all devices) from ``seed``.
 

@@ -7,7 +7,8 @@ every segmentation there is."""
 __all__ = ['split_words', 'merge_gain', 'TrainingStep', 'WordPieceTokenizer', 'train_wordpiece', 'UnigramTokenizer',
            'train_unigram', 'renyi_efficiency']
 
-# %% ../chapters/06_subwords.ipynb #3a63ea87
+# %% ../chapters/06_subwords.ipynb #e634f33d
+# The imports of the module
 import json
 import math
 import random
@@ -24,20 +25,34 @@ from typing import Any, Literal, NamedTuple, SupportsInt
 import numpy as np
 from jaxtyping import Float, Integer
 
-from .environment import check_at_least
+from .corpus import Document, iter_texts
+from .environment import check_at_least, whole_file
 from llmbook.tokenizer import (
-    _allowed,
-    _batches,
-    _checked_special_tokens,
-    _finder,
-    _read_json,
-    _reading,
-    _whole_characters,
-    _WordCache,
-    _write_text,
+    SpecialTokens,
+    WordCache,
+    check_special_tokens,
+    naming_file,
+    read_json_object,
+    valid_text,
 )
 
-# %% ../chapters/06_subwords.ipynb #63e0e593
+# %% ../chapters/06_subwords.ipynb #5feec9a9
+def split_words(text: str) -> list[str]:
+    """Cut ``text`` at white space and around punctuation, as BERT's pre-tokenizer does.
+
+    >>> split_words("It's 5 o'clock, isn't it?")
+    ['It', "'", 's', '5', 'o', "'", 'clock', ',', 'isn', "'", 't', 'it', '?']
+    """
+    words: list[str] = []
+    for chunk in re.findall(r"[\S\x1c-\x1f]+", valid_text(text)):
+        if chunk.isalnum():
+            words.append(chunk)
+        else:
+            marked = "".join(f" {c} " if _is_punctuation(c) else c for c in chunk)
+            words += marked.split(" ")
+    return [word for word in words if word]
+
+# %% ../chapters/06_subwords.ipynb #3138dede
 _LATER = (  # punctuation to today's Unicode, not to the tables of `tokenizers`
     "61d 9fd a76 c77 c84 1b4e-1b4f 1b7d-1b7f 2e43-2e4f 2e52-2e5d 2e60-2e63 10d6e 10ead 10ed0 "
     "10f55-10f59 10f86-10f89 113d4-113d5 113d7-113d8 1144b-1144f 1145a-1145b 1145d 11660-1166c "
@@ -56,32 +71,6 @@ def _is_punctuation(character: str) -> bool:
     if ord(character) in (0x166D, 0x111C9):  # punctuation then, not any more
         return True
     return unicodedata.category(character)[0] == "P" and ord(character) not in _NOT_YET
-
-
-def split_words(text: str) -> list[str]:
-    """Cut ``text`` at white space and around punctuation, as BERT's pre-tokenizer does.
-
-    >>> split_words("It's 5 o'clock, isn't it?")
-    ['It', "'", 's', '5', 'o', "'", 'clock', ',', 'isn', "'", 't', 'it', '?']
-    """
-    words: list[str] = []
-    for chunk in re.findall(r"[\S\x1c-\x1f]+", _whole_characters(text)):
-        if chunk.isalnum():
-            words.append(chunk)
-        else:
-            marked = "".join(f" {c} " if _is_punctuation(c) else c for c in chunk)
-            words += marked.split(" ")
-    return [word for word in words if word]
-
-# %% ../chapters/06_subwords.ipynb #d840a568
-def _count_words(texts: Iterable[str], split: Callable[[str], list[str]]) -> Counter[str]:
-    """Count the words of ``texts``; a ``ValueError`` says where something else than text is."""
-    counts: Counter[str] = Counter()
-    for text in chain.from_iterable(_batches(texts)):
-        counts.update(split(text))
-    if not counts:
-        raise ValueError("texts: expected at least one word, got none")
-    return counts
 
 # %% ../chapters/06_subwords.ipynb #5dd368bc
 def _xlogx(x: Any) -> Any:
@@ -117,6 +106,18 @@ def merge_gain(
     shorter = _xlogx(total) - _xlogx(total - pair)
     return np.asarray(_own_gain(pair, left, right, merged, same) + shorter)
 
+# %% ../chapters/06_subwords.ipynb #687dc86f
+def _count_words(
+    texts: Iterable[str | Document], split: Callable[[str], list[str]]
+) -> Counter[str]:
+    """Count the words of ``texts``; a ``ValueError`` says where something else than text is."""
+    counts: Counter[str] = Counter()
+    for text in iter_texts(texts, "texts"):
+        counts.update(split(valid_text(text)))
+    if not counts:
+        raise ValueError("texts: expected at least one word, got none")
+    return counts
+
 # %% ../chapters/06_subwords.ipynb #b3d4bff6
 def _spelled(word: str) -> list[str]:
     return [word[0], *(f"##{character}" for character in word[1:])]
@@ -143,7 +144,15 @@ def _adjacent(tokens: Sequence[Any]) -> list[tuple[Any, Any]]:
             pairs.append(pair)
     return pairs
 
-# %% ../chapters/06_subwords.ipynb #e4bf8397
+# %% ../chapters/06_subwords.ipynb #e60719ee
+class TrainingStep(NamedTuple):
+    """How a training stood: tokens in the vocabulary, tokens per word, nats per character."""
+
+    pieces: int
+    tokens_per_word: float
+    nats_per_character: float
+
+
 @dataclass
 class _PairTable:
     """Words as tokens, counts of tokens and of adjacent pairs, and what merging a pair is worth."""
@@ -171,124 +180,110 @@ class _PairTable:
                 self.tokens = np.concatenate([self.tokens, np.zeros_like(self.tokens)])
         return self.number[spelling]
 
-# %% ../chapters/06_subwords.ipynb #4bcec0b2
-def _new_row(table: _PairTable, pair: tuple[int, int]) -> int:
-    a, b = (table.spelling[number] for number in pair)
-    row = table.row[pair] = len(table.places)
-    table.places.append(set())
-    if row == len(table.count):
-        for name in ("pair", "count", "worth"):
-            array = getattr(table, name)
-            setattr(table, name, np.concatenate([array, np.zeros_like(array)]))
-    table.pair[row] = *pair, table.token(a + b.removeprefix("##"))
-    return row
+    def new_row(self, pair: tuple[int, int]) -> int:
+        """Make room for a pair that has not been seen, and return its row."""
+        a, b = (self.spelling[number] for number in pair)
+        row = self.row[pair] = len(self.places)
+        self.places.append(set())
+        if row == len(self.count):
+            for name in ("pair", "count", "worth"):
+                array = getattr(self, name)
+                setattr(self, name, np.concatenate([array, np.zeros_like(array)]))
+        self.pair[row] = *pair, self.token(a + b.removeprefix("##"))
+        return row
 
+    def count_pairs(self, place: int, sign: int) -> None:
+        """Add the pairs of a word to the table, or with ``sign=-1`` take them away."""
+        for pair in _adjacent(self.words[place]):
+            row = self.row.get(pair)
+            row = self.new_row(pair) if row is None else row
+            self.count[row] += sign * self.frequency[place]
+            self.places[row].add(place)
 
-def _count_pairs(table: _PairTable, place: int, sign: int) -> None:
-    """Add the pairs of a word to the table, or with ``sign=-1`` take them away."""
-    for pair in _adjacent(table.words[place]):
-        row = table.row.get(pair)
-        row = _new_row(table, pair) if row is None else row
-        table.count[row] += sign * table.frequency[place]
-        table.places[row].add(place)
+    def weigh(self, rows: Integer[np.ndarray, " rows"]) -> None:
+        """Compute the worth of pairs anew, as far as it depends on their own counts."""
+        n = self.count[rows]
+        left, right, merged = self.tokens[self.pair[rows]].T
+        if self.rule == "likelihood":
+            worth = _own_gain(n, left, right, merged, self.pair[rows, 0] == self.pair[rows, 1])
+        else:
+            worth = n.copy() if self.rule == "count" else n / np.maximum(left * right, 1)
+        worth[n < self.min_frequency] = -np.inf
+        self.worth[rows] = worth
 
-# %% ../chapters/06_subwords.ipynb #802bb7ed
-def _weigh(table: _PairTable, rows: Integer[np.ndarray, " rows"]) -> None:
-    """Compute the worth of pairs anew, as far as it depends on their own counts."""
-    n = table.count[rows]
-    left, right, merged = table.tokens[table.pair[rows]].T
-    if table.rule == "likelihood":
-        worth = _own_gain(n, left, right, merged, table.pair[rows, 0] == table.pair[rows, 1])
-    else:
-        worth = n.copy() if table.rule == "count" else n / np.maximum(left * right, 1)
-    worth[n < table.min_frequency] = -np.inf
-    table.worth[rows] = worth
+    def best(self) -> tuple[int, float]:
+        """Return the row of the best pair, the first of equals, and what it is worth."""
+        rows = len(self.places)
+        worth, n = self.worth[:rows], self.count[:rows]
+        if not rows:
+            return 0, -math.inf
+        if self.rule == "likelihood":
+            shorter = n * math.log(self.total) - (self.total - n) * np.log1p(-n / self.total)
+            worth = (worth + shorter).round(6)
+        best = int(worth.argmax())
+        return best, float(worth[best])
 
+    def merge(self, row: int) -> None:
+        """Join the pair of ``row`` wherever it occurs, and correct all counts and worths."""
+        a, b, new = (int(number) for number in self.pair[row])
+        for place in sorted(self.places[row]):
+            merged = _joined(self.words[place], a, b, new)
+            joins = self.frequency[place] * (len(self.words[place]) - len(merged))
+            self.count_pairs(place, -1)
+            self.words[place] = merged
+            self.count_pairs(place, +1)
+            self.tokens[a] -= joins
+            self.tokens[b] -= joins
+            self.tokens[new] += joins
+            self.total -= joins
+        self.places[row] = set()
+        changed = np.zeros(len(self.spelling), bool)
+        changed[[a, b, new]] = True
+        left, right, both = self.pair[: len(self.places)].T
+        self.weigh(np.flatnonzero(changed[left] | changed[right] | changed[both]))
 
-def _best_pair(table: _PairTable) -> tuple[int, float]:
-    """Return the row of the best pair, the first of equals, and what it is worth."""
-    rows = len(table.places)
-    worth, n = table.worth[:rows], table.count[:rows]
-    if not rows:
-        return 0, -math.inf
-    if table.rule == "likelihood":
-        shorter = n * math.log(table.total) - (table.total - n) * np.log1p(-n / table.total)
-        worth = (worth + shorter).round(6)
-    best = int(worth.argmax())
-    return best, float(worth[best])
+    @classmethod
+    def from_words(cls, words: Counter[str], rule: str, min_frequency: int) -> "_PairTable":
+        """Spell words in characters, the first of each as it is and the others after ``##``."""
+        if rule not in ("likelihood", "count", "ratio"):
+            raise ValueError(f"rule: expected 'likelihood', 'count' or 'ratio', got {rule!r}")
+        table = cls(rule, min_frequency)
+        for spelling in sorted({token for word in words for token in _spelled(word)}):
+            table.token(spelling)
+        for place, word in enumerate(sorted(words)):
+            tokens = list(map(table.token, _spelled(word)))
+            table.words.append(tokens)
+            table.frequency.append(words[word])
+            np.add.at(table.tokens, tokens, words[word])
+            table.total += words[word] * len(tokens)
+            table.count_pairs(place, +1)
+        table.weigh(np.arange(len(table.places)))
+        return table
 
-# %% ../chapters/06_subwords.ipynb #9c17eafb
-def _merge(table: _PairTable, row: int) -> None:
-    """Join the pair of ``row`` wherever it occurs, and correct all counts and worths."""
-    a, b, new = (int(number) for number in table.pair[row])
-    for place in sorted(table.places[row]):
-        merged = _joined(table.words[place], a, b, new)
-        joins = table.frequency[place] * (len(table.words[place]) - len(merged))
-        _count_pairs(table, place, -1)
-        table.words[place] = merged
-        _count_pairs(table, place, +1)
-        table.tokens[a] -= joins
-        table.tokens[b] -= joins
-        table.tokens[new] += joins
-        table.total -= joins
-    table.places[row] = set()
-    changed = np.zeros(len(table.spelling), bool)
-    changed[[a, b, new]] = True
-    left, right, both = table.pair[: len(table.places)].T
-    _weigh(table, np.flatnonzero(changed[left] | changed[right] | changed[both]))
-
-# %% ../chapters/06_subwords.ipynb #ac3797fc
-def _pair_table(words: Counter[str], rule: str, min_frequency: int) -> _PairTable:
-    """Spell the words in characters, the first of each as it is and the others after ``##``."""
-    if rule not in ("likelihood", "count", "ratio"):
-        raise ValueError(f"rule: expected 'likelihood', 'count' or 'ratio', got {rule!r}")
-    table = _PairTable(rule, min_frequency)
-    for spelling in sorted({token for word in words for token in _spelled(word)}):
-        table.token(spelling)
-    for place, word in enumerate(sorted(words)):
-        tokens = list(map(table.token, _spelled(word)))
-        table.words.append(tokens)
-        table.frequency.append(words[word])
-        np.add.at(table.tokens, tokens, words[word])
-        table.total += words[word] * len(tokens)
-        _count_pairs(table, place, +1)
-    _weigh(table, np.arange(len(table.places)))
-    return table
-
-
-class TrainingStep(NamedTuple):
-    """How a training stood: tokens in the vocabulary, tokens per word, nats per character."""
-
-    pieces: int
-    tokens_per_word: float
-    nats_per_character: float
-
-# %% ../chapters/06_subwords.ipynb #dab2b7b8
-def _merge_until(
-    table: _PairTable, size: int, barred: Collection[str], report: list[TrainingStep] | None = None
-) -> list[str]:
-    """Merge until there are ``size`` tokens, or no pair is worth it; return them in order."""
-    known = dict.fromkeys(table.spelling[: len(table.number)])
-    known = {token: None for token in known if table.tokens[table.number[token]]}
-    characters = sum(
-        n * sum(len(table.spelling[t].removeprefix("##")) for t in word)
-        for word, n in zip(table.words, table.frequency, strict=True)
-    )
-    while len(known) < size:
-        row, worth = _best_pair(table)
-        if worth <= 0:
-            break
-        spelling = table.spelling[table.pair[row, 2]]
-        if spelling in barred:  # the text of a special token must not become a piece
-            table.count[row], table.worth[row] = 0, -np.inf
-            continue
-        _merge(table, row)
-        known[spelling] = None
-        if report is not None and len(known) % 100 == 0:
-            likelihood = _xlogx(table.tokens).sum() - _xlogx(table.total)
-            per_word = table.total / sum(table.frequency)
-            report.append(TrainingStep(len(known), per_word, float(likelihood / characters)))
-    return list(known)
+    def merge_until(
+        self, size: int, barred: Collection[str] = (), report: list[TrainingStep] | None = None
+    ) -> list[str]:
+        """Merge until there are ``size`` tokens, or no pair is worth it; return them in order."""
+        known = {t: None for t in self.spelling if self.tokens[self.number[t]]}
+        characters = sum(
+            n * sum(len(self.spelling[t].removeprefix("##")) for t in word)
+            for word, n in zip(self.words, self.frequency, strict=True)
+        )
+        while len(known) < size:
+            row, worth = self.best()
+            if worth <= 0:
+                break
+            spelling = self.spelling[self.pair[row, 2]]
+            if spelling in barred:  # the text of a special token must not become a piece
+                self.count[row], self.worth[row] = 0, -np.inf
+                continue
+            self.merge(row)
+            known[spelling] = None
+            if report is not None and len(known) % 100 == 0:
+                likelihood = _xlogx(self.tokens).sum() - _xlogx(self.total)
+                per_word = self.total / sum(self.frequency)
+                report.append(TrainingStep(len(known), per_word, float(likelihood / characters)))
+        return list(known)
 
 # %% ../chapters/06_subwords.ipynb #33f5de64
 def _longest_match(word: str, ids: dict[str, int], longest: int) -> list[int] | None:
@@ -306,26 +301,47 @@ def _longest_match(word: str, ids: dict[str, int], longest: int) -> list[int] | 
             return None
     return found
 
-# %% ../chapters/06_subwords.ipynb #943899ea
+# %% ../chapters/06_subwords.ipynb #7c984c1c
 def _checked_tokens(tokens: Sequence[str]) -> list[str]:
     """Return ``tokens``, if they are different texts and none of them is empty."""
     for token in tokens:
-        if not token or _whole_characters(token, "vocabulary") != token:
+        if not token or valid_text(token, "vocabulary") != token:
             raise ValueError(f"vocabulary: expected non-empty, valid texts, got {token!r}")
     if repeated := [token for token, count in Counter(tokens).items() if count > 1]:
         raise ValueError(f"vocabulary: expected each token once, got {repeated[0]!r} twice")
     return list(tokens)
 
-# %% ../chapters/06_subwords.ipynb #712c12ee
-class _Tokens:
-    """Tokens and their ids, and the text that ids stand for."""
+# %% ../chapters/06_subwords.ipynb #326efef9
+class _Subwords:
+    """Tokens with their ids: text to ids and back, where a subclass says how words are cut."""
 
     def __init__(self, tokens: Sequence[str], special_tokens: Collection[str]) -> None:
         several = special_tokens if isinstance(special_tokens, str) else list(special_tokens)
-        special = _checked_special_tokens(several)
+        special = check_special_tokens(several)
         self._tokens = list(dict.fromkeys([*_checked_tokens(tokens), *special]))
         self._ids = {token: id for id, token in enumerate(self._tokens)}
-        self.special_tokens = {token: self._ids[token] for token in special}
+        self.special_tokens = SpecialTokens({token: self._ids[token] for token in special})
+        self._cache = WordCache(self._cut)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": WordCache(self._cut)}  # a copy starts with none
+
+    def encode(
+        self, text: str, *, allowed_special: Literal["all"] | Collection[str] = ()
+    ) -> list[int]:
+        """Return the ids of ``text``; special tokens in it are ordinary text unless allowed.
+
+        Lone surrogates are encoded as U+FFFD. Special tokens match longest first.
+        """
+        text, allowed = valid_text(text), self.special_tokens.allowed(allowed_special)
+        return self.special_tokens.encode(text, allowed, self._encode_ordinary)
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        return list(chain.from_iterable(map(self._cache.__getitem__, self._split(text))))
+
+    def tokens(self, text: str) -> list[str]:
+        """Return the pieces that ``text`` is cut into, as they stand in the vocabulary."""
+        return [self._tokens[id] for id in self.encode(text)]
 
     @property
     def vocab_size(self) -> int:
@@ -344,48 +360,16 @@ class _Tokens:
         runs = groupby(found, key=lambda token: token in self.special_tokens)
         return "".join("".join(run) if special else self._join([*run]) for special, run in runs)
 
-    def _join(self, tokens: list[str]) -> str:
-        raise NotImplementedError
-
-# %% ../chapters/06_subwords.ipynb #ee22e7d5
-class _Subwords(_Tokens):
-    """Adds what turns text into ids."""
-
-    def __init__(self, tokens: Sequence[str], special_tokens: Collection[str]) -> None:
-        super().__init__(tokens, special_tokens)
-        self._cache = _WordCache(self._cut)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": _WordCache(self._cut)}  # a copy starts with none
-
-    def encode(
-        self, text: str, *, allowed_special: Literal["all"] | Collection[str] = ()
-    ) -> list[int]:
-        """Return the ids of ``text``; special tokens in it are ordinary text unless allowed.
-
-        Lone surrogates are encoded as U+FFFD. Special tokens match longest first.
-        """
-        ids, place, text = list[int](), 0, _whole_characters(text)
-        for match in _finder(_allowed(self.special_tokens, allowed_special)).finditer(text):
-            ids += self._encode_ordinary(text[place : match.start()])
-            ids.append(self.special_tokens[match[0]])
-            place = match.end()
-        return ids + self._encode_ordinary(text[place:])
-
-    def tokens(self, text: str) -> list[str]:
-        """Return the pieces that ``text`` is cut into, as they stand in the vocabulary."""
-        return [self._tokens[id] for id in self.encode(text)]
-
-    def _encode_ordinary(self, text: str) -> list[int]:
-        return list(chain.from_iterable(map(self._cache.__getitem__, self._split(text))))
-
     def _split(self, text: str) -> list[str]:
         raise NotImplementedError
 
     def _cut(self, word: str) -> tuple[int, ...]:
         raise NotImplementedError
 
-# %% ../chapters/06_subwords.ipynb #c1c062c0
+    def _join(self, tokens: list[str]) -> str:
+        raise NotImplementedError
+
+# %% ../chapters/06_subwords.ipynb #7aae6dd0
 def _write_file(
     path: str | Path, special: dict[str, int], steps: dict[str, Any], model: dict[str, Any]
 ) -> None:
@@ -395,7 +379,9 @@ def _write_file(
     ]
     head = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
     whole = {**head, **steps, "model": model}
-    _write_text(Path(path), json.dumps(whole, ensure_ascii=False, indent=1))
+    text = json.dumps(whole, ensure_ascii=False, indent=1)
+    with whole_file(Path(path)) as draft:
+        draft.write_text(text, encoding="utf-8", newline="\n")
 
 # %% ../chapters/06_subwords.ipynb #fe624651
 def _check_steps(whole: dict[str, Any], kind: str, steps: dict[str, Any]) -> None:
@@ -417,98 +403,6 @@ def _read_special(whole: dict[str, Any], tokens: list[str]) -> list[str]:
         if ids[name] != token["id"]:
             raise ValueError(f"added_tokens: expected {name!r} to have id {ids[name]}")
     return names
-
-# %% ../chapters/06_subwords.ipynb #4ca46a50
-class _WordPiece(_Subwords):
-    def __init__(
-        self,
-        vocabulary: Sequence[str],
-        *,
-        special_tokens: Collection[str] = (),
-        unk_token: str = "[UNK]",
-        lowercase: bool = False,
-        max_word_length: int = 100,
-    ) -> None:
-        super().__init__(vocabulary, special_tokens)
-        if unk_token not in self._ids:
-            raise ValueError(f"vocabulary: expected it to have {unk_token!r}, got none")
-        check_at_least(max_word_length=(1, max_word_length))
-        self.unk_token, self.lowercase, self.max_word_length = unk_token, lowercase, max_word_length
-        self._vocabulary = self._tokens[: len(vocabulary)]
-        self._pieces = {t: id for t, id in self._ids.items() if t not in self.special_tokens}
-        self._longest = max(map(len, self._vocabulary))
-
-    def _split(self, text: str) -> list[str]:
-        # One character at a time, as `tokenizers` does: Greek has a rule for the ends of words.
-        return split_words("".join(map(str.lower, text)) if self.lowercase else text)
-
-    def _cut(self, word: str) -> tuple[int, ...]:
-        fits = len(word) <= self.max_word_length
-        ids = _longest_match(word, self._pieces, self._longest) if fits else None
-        return (self._ids[self.unk_token],) if ids is None else tuple(ids)
-
-    def _join(self, tokens: list[str]) -> str:
-        return "".join(t[2:] if t.startswith("##") else f" {t}" for t in tokens).removeprefix(" ")
-
-# %% ../chapters/06_subwords.ipynb #789f0045
-def _wordpiece_steps(lowercase: bool) -> dict[str, Any]:
-    return {
-        "normalizer": {"type": "Lowercase"} if lowercase else None,
-        "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": None,
-        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": False},
-    }
-
-
-def _wordpiece_arguments(path: Path) -> dict[str, Any]:
-    """Return what a tokenizer is made of, from tokenizer.json."""
-    whole = _read_json(path)
-    lowercase, model = whole.get("normalizer") is not None, whole["model"]
-    _check_steps(whole, "WordPiece", _wordpiece_steps(lowercase))
-    if (mark := model.get("continuing_subword_prefix", "##")) != "##":
-        raise ValueError(f"model: expected continuations marked '##', got {mark!r}")
-    vocabulary = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    if [model["vocab"][token] for token in vocabulary] != list(range(len(vocabulary))):
-        raise ValueError("model: expected ids 0, 1, 2 and so on, got others")
-    return {
-        "vocabulary": vocabulary,
-        "special_tokens": _read_special(whole, vocabulary),
-        "unk_token": model["unk_token"],
-        "lowercase": lowercase,
-        "max_word_length": model["max_input_chars_per_word"],
-    }
-
-# %% ../chapters/06_subwords.ipynb #8cbb81ce
-class WordPieceTokenizer(_WordPiece):
-    """Cuts words and punctuation into the longest pieces that fit, from the left, as BERT does.
-
-    ``vocabulary`` lists the tokens by id; continuations begin with ``##``. A word with a character
-    that no token has, or longer than ``max_word_length``, becomes ``unk_token``.
-    ``decode(encode(text))`` is the words of ``text`` joined by single spaces if none is unknown.
-    Source: Schuster and Nakajima (2012), Devlin et al. (2019).
-
-    >>> tokenizer = WordPieceTokenizer(["[UNK]", "un", "##lock", "##ed", "!"])
-    >>> tokenizer.encode("unlocked! locked")
-    [1, 2, 3, 4, 0]
-    >>> tokenizer.decode([1, 2, 3, 4])
-    'unlocked !'
-    """
-
-    def save(self, path: str | Path) -> None:
-        """Write a tokenizer.json, which the library `tokenizers` reads, too."""
-        model = {
-            "type": "WordPiece",
-            "unk_token": self.unk_token,
-            "continuing_subword_prefix": "##",
-            "max_input_chars_per_word": self.max_word_length,
-            "vocab": {token: id for id, token in enumerate(self._vocabulary)},
-        }
-        _write_file(path, self.special_tokens, _wordpiece_steps(self.lowercase), model)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "WordPieceTokenizer":
-        """Read a tokenizer.json that ``save`` wrote, or another with the same steps."""
-        return _reading(Path(path), lambda: cls(**_wordpiece_arguments(Path(path))))
 
 # %% ../chapters/06_subwords.ipynb #14d75c8d
 def _alphabet(words: Counter[str], coverage: float) -> set[str]:
@@ -542,9 +436,101 @@ def _apart(special_tokens: Collection[str], pieces: Iterable[str]) -> list[str]:
         raise ValueError(f"special_tokens: expected names that text cannot spell, got {clash[0]!r}")
     return list(special_tokens)
 
-# %% ../chapters/06_subwords.ipynb #075fa00e
+# %% ../chapters/06_subwords.ipynb #7acf2ff1
+class WordPieceTokenizer(_Subwords):
+    """Cuts words and punctuation into the longest pieces that fit, from the left, as BERT does.
+
+    ``vocabulary`` lists the tokens by id; continuations begin with ``##``. A word with a character
+    that no token has, or longer than ``max_word_length``, becomes ``unk_token``.
+    ``decode(encode(text))`` is the words of ``text`` joined by single spaces if none is unknown.
+    Source: Schuster and Nakajima (2012), Devlin et al. (2019).
+
+    >>> tokenizer = WordPieceTokenizer(["[UNK]", "un", "##lock", "##ed", "!"])
+    >>> tokenizer.encode("unlocked! locked")
+    [1, 2, 3, 4, 0]
+    >>> tokenizer.decode([1, 2, 3, 4])
+    'unlocked !'
+    """
+
+    def __init__(
+        self,
+        vocabulary: Sequence[str],
+        *,
+        special_tokens: Collection[str] = (),
+        unk_token: str = "[UNK]",
+        lowercase: bool = False,
+        max_word_length: int = 100,
+    ) -> None:
+        super().__init__(vocabulary, special_tokens)
+        if unk_token not in self._ids:
+            raise ValueError(f"vocabulary: expected it to have {unk_token!r}, got none")
+        check_at_least(max_word_length=(1, max_word_length))
+        self.unk_token, self.lowercase, self.max_word_length = unk_token, lowercase, max_word_length
+        self._vocabulary = self._tokens[: len(vocabulary)]
+        self._pieces = {t: id for t, id in self._ids.items() if t not in self.special_tokens}
+        self._longest = max(map(len, self._vocabulary))
+
+    def _split(self, text: str) -> list[str]:
+        # One character at a time, as `tokenizers` does: Greek has a rule for the ends of words.
+        return split_words("".join(map(str.lower, text)) if self.lowercase else text)
+
+    def _cut(self, word: str) -> tuple[int, ...]:
+        fits = len(word) <= self.max_word_length
+        ids = _longest_match(word, self._pieces, self._longest) if fits else None
+        return (self._ids[self.unk_token],) if ids is None else tuple(ids)
+
+    def _join(self, tokens: list[str]) -> str:
+        return "".join(t[2:] if t.startswith("##") else f" {t}" for t in tokens).removeprefix(" ")
+
+    def save(self, path: str | Path) -> None:
+        """Write a tokenizer.json, which the library `tokenizers` reads, too."""
+        model = {
+            "type": "WordPiece",
+            "unk_token": self.unk_token,
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": self.max_word_length,
+            "vocab": {token: id for id, token in enumerate(self._vocabulary)},
+        }
+        _write_file(path, self.special_tokens, _wordpiece_steps(self.lowercase), model)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "WordPieceTokenizer":
+        """Read a tokenizer.json that ``save`` wrote, or another with the same steps."""
+        with naming_file(Path(path)):
+            made = cls(**_wordpiece_arguments(Path(path)))
+        return made
+
+# %% ../chapters/06_subwords.ipynb #2d30f5c3
+def _wordpiece_steps(lowercase: bool) -> dict[str, Any]:
+    return {
+        "normalizer": {"type": "Lowercase"} if lowercase else None,
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": None,
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": False},
+    }
+
+
+def _wordpiece_arguments(path: Path) -> dict[str, Any]:
+    """Return what a tokenizer is made of, from tokenizer.json."""
+    whole = read_json_object(path)
+    lowercase, model = whole.get("normalizer") is not None, whole["model"]
+    _check_steps(whole, "WordPiece", _wordpiece_steps(lowercase))
+    if (mark := model.get("continuing_subword_prefix", "##")) != "##":
+        raise ValueError(f"model: expected continuations marked '##', got {mark!r}")
+    vocabulary = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    if [model["vocab"][token] for token in vocabulary] != list(range(len(vocabulary))):
+        raise ValueError("model: expected ids 0, 1, 2 and so on, got others")
+    return {
+        "vocabulary": vocabulary,
+        "special_tokens": _read_special(whole, vocabulary),
+        "unk_token": model["unk_token"],
+        "lowercase": lowercase,
+        "max_word_length": model["max_input_chars_per_word"],
+    }
+
+# %% ../chapters/06_subwords.ipynb #3b2f0138
 def train_wordpiece(
-    texts: Iterable[str],
+    texts: Iterable[str | Document],
     vocab_size: int,
     *,
     rule: str = "likelihood",
@@ -566,9 +552,9 @@ def train_wordpiece(
     words = _count_words(texts, lambda text: [w for w in empty._split(text) if len(w) <= 100])
     alphabet = _alphabet(words, character_coverage)
     kept = Counter({word: n for word, n in words.items() if alphabet.issuperset(word)})
-    table = _pair_table(kept, rule, min_frequency)
+    table = _PairTable.from_words(kept, rule, min_frequency)
     _check_room(vocab_size, int((table.tokens > 0).sum()), empty.vocab_size)
-    pieces = _merge_until(table, vocab_size - empty.vocab_size, empty._ids, report)
+    pieces = table.merge_until(vocab_size - empty.vocab_size, empty._ids, report)
     special = _apart(empty.special_tokens, pieces)
     return WordPieceTokenizer(["[UNK]", *pieces], special_tokens=special, lowercase=lowercase)
 
@@ -604,49 +590,139 @@ class _Lattice:
             found.append(_Arc(start, start + 1, self.unk_id, self.unknown))
         return found
 
-# %% ../chapters/06_subwords.ipynb #53f296d4
-def _best_path(lattice: _Lattice, word: str) -> list[_Arc]:
-    """Return the pieces of the most probable segmentation."""
-    best = [0.0] + [-math.inf] * len(word)
-    into: list[_Arc | None] = [None] * (len(word) + 1)  # the last arc of the best path to a place
-    for start in range(len(word)):
-        for arc in lattice.arcs(word, start):
-            if best[start] + arc.score > best[arc.end]:
-                best[arc.end] = best[start] + arc.score
-                into[arc.end] = arc
-    path, last = list[_Arc](), into[len(word)]
-    while last:
-        path.append(last)
-        last = into[last.start]
-    return path[::-1]
+    def best_path(self, word: str) -> list[_Arc]:
+        """Return the pieces of the most probable segmentation."""
+        best = [0.0] + [-math.inf] * len(word)
+        into: list[_Arc | None] = [None] * (len(word) + 1)  # the last arc of the best path so far
+        for start in range(len(word)):
+            for arc in self.arcs(word, start):
+                if best[start] + arc.score > best[arc.end]:
+                    best[arc.end] = best[start] + arc.score
+                    into[arc.end] = arc
+        path, last = list[_Arc](), into[len(word)]
+        while last:
+            path.append(last)
+            last = into[last.start]
+        return path[::-1]
 
-# %% ../chapters/06_subwords.ipynb #a5cc0676
-def _path_ids(lattice: _Lattice, word: str, path: list[_Arc]) -> list[int]:
-    """Return ids; neighboring unknown characters are one, or the bytes they consist of."""
-    ids: list[int] = []
-    for unknown, run in groupby(path, key=lambda arc: arc.id == lattice.unk_id):
-        arcs = list(run)
-        text = word[arcs[0].start : arcs[-1].end]
-        ids += _spell(lattice, text) if unknown else [arc.id for arc in arcs]
-    return ids
+    def path_ids(self, word: str, path: list[_Arc]) -> list[int]:
+        """Return ids; neighboring unknown characters are one, or the bytes they consist of."""
+        ids: list[int] = []
+        for unknown, run in groupby(path, key=lambda arc: arc.id == self.unk_id):
+            arcs = list(run)
+            text = word[arcs[0].start : arcs[-1].end]
+            ids += self._spell(text) if unknown else [arc.id for arc in arcs]
+        return ids
 
+    def _spell(self, unknown: str) -> list[int]:
+        id, _ = self.prefixes.get(unknown, (-1, 0.0))
+        if id < 0 and self.bytes:
+            return [self.bytes[byte] for byte in unknown.encode()]
+        return [id if id >= 0 else self.unk_id]
 
-def _spell(lattice: _Lattice, unknown: str) -> list[int]:
-    id, _ = lattice.prefixes.get(unknown, (-1, 0.0))
-    if id < 0 and lattice.bytes:
-        return [lattice.bytes[byte] for byte in unknown.encode()]
-    return [id if id >= 0 else lattice.unk_id]
+    def sums_to_end(self, word: str, sharpness: float) -> list[float]:
+        """Return, by place, the logarithm of the summed probability of all paths to the end."""
+        sums = [0.0] * (len(word) + 1)
+        for start in range(len(word) - 1, -1, -1):
+            terms = [sharpness * arc.score + sums[arc.end] for arc in self.arcs(word, start)]
+            top = max(terms)
+            sums[start] = top + math.log(sum(math.exp(term - top) for term in terms))
+        return sums
 
-# %% ../chapters/06_subwords.ipynb #07826fde
-_BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    def random_path(self, word: str, sharpness: float, generator: random.Random) -> list[_Arc]:
+        """Draw a segmentation, weighted by the power ``sharpness`` of its probability."""
+        sums, path, place = self.sums_to_end(word, sharpness), list[_Arc](), 0
+        while place < len(word):
+            arcs = self.arcs(word, place)
+            logs = [sharpness * arc.score + sums[arc.end] - sums[place] for arc in arcs]
+            path += generator.choices(arcs, [math.exp(log) for log in logs])
+            place = path[-1].end
+        return path
 
-
+# %% ../chapters/06_subwords.ipynb #9d0ef768
 def _spaced_words(text: str) -> list[str]:
     """Cut before every space, which becomes ``▁``; the first word gets one if it has none."""
     marked = text.replace(" ", "▁")
     if marked and not marked.startswith("▁"):
         marked = "▁" + marked
     return ["▁" + word for word in marked.split("▁")[1:]]
+
+# %% ../chapters/06_subwords.ipynb #682d91d9
+class UnigramTokenizer(_Subwords):
+    """Cuts words into the most probable pieces, under a distribution over pieces learned by EM.
+
+    ``pieces`` lists (piece, log-probability) by id. Spaces are ``▁``. With byte fallback
+    ``decode(encode(text))`` is ``text.replace("▁", " ").removeprefix(" ")`` for a trained one.
+    Source: Kudo (2018); ids as from Unigram with Metaspace in the library `tokenizers`.
+
+    >>> tokenizer = UnigramTokenizer([("<unk>", -9.0), ("▁un", -2.0), ("lock", -2.5), ("▁", -4.0)])
+    >>> tokenizer.tokens("unlock lock")
+    ['▁un', 'lock', '▁', 'lock']
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[tuple[str, float]],
+        *,
+        unk_id: int = 0,
+        byte_fallback: bool = False,
+        special_tokens: Collection[str] = (),
+    ) -> None:
+        self.pieces = _checked_pieces(pieces, unk_id, byte_fallback)
+        super().__init__([piece for piece, _ in self.pieces], special_tokens)
+        self.unk_id, self.byte_fallback = unk_id, byte_fallback
+        scored = {piece: (id, score) for id, (piece, score) in enumerate(self.pieces)}
+        for token in self.special_tokens:  # ordinary text must not give one
+            scored.pop(token, None)
+        unknown = min(score for _, score in self.pieces) - 10.0
+        byte_ids = [self._ids[name] for name in _BYTES] if byte_fallback else []
+        self._lattice = _Lattice(scored, unk_id, unknown, byte_ids)
+
+    def _split(self, text: str) -> list[str]:
+        return _spaced_words(text)
+
+    def _cut(self, word: str) -> tuple[int, ...]:
+        return tuple(self._lattice.path_ids(word, self._lattice.best_path(word)))
+
+    def _join(self, tokens: list[str]) -> str:
+        known = _BYTES if self.byte_fallback else {}
+        return "".join(_unspelled(tokens, known)).removeprefix(" ")
+
+    def log_probability(self, text: str) -> float:
+        """Return log Z: the log-probability of ``text``, summed over all its segmentations."""
+        words = self._split(valid_text(text))
+        return sum((self._lattice.sums_to_end(word, 1.0)[0] for word in words), 0.0)
+
+    def sample(
+        self, text: str, sharpness: float = 0.2, *, generator: random.Random | None = None
+    ) -> list[int]:
+        """Return the ids of a random segmentation, for subword regularization.
+
+        Its probability is proportional to the power ``sharpness`` (Kudo's alpha, 0 or more) of the
+        product of its pieces' probabilities. Special tokens are not looked for.
+        """
+        if not 0 <= sharpness < math.inf:
+            raise ValueError(f"sharpness: expected 0 or more, finite, got {sharpness}")
+        lattice, generator, ids = self._lattice, generator or random.Random(), list[int]()
+        for word in self._split(valid_text(text)):
+            ids += lattice.path_ids(word, lattice.random_path(word, sharpness, generator))
+        return ids
+
+    def save(self, path: str | Path) -> None:
+        """Write a tokenizer.json, which the library `tokenizers` reads, too."""
+        settings = {"unk_id": self.unk_id, "byte_fallback": self.byte_fallback}
+        model = {"type": "Unigram", **settings, "vocab": self.pieces}
+        _write_file(path, self.special_tokens, _unigram_steps(self.byte_fallback), model)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "UnigramTokenizer":
+        """Read a tokenizer.json that ``save`` wrote, or another with the same steps."""
+        with naming_file(Path(path)):
+            made = cls(**_unigram_arguments(Path(path)))
+        return made
+
+# %% ../chapters/06_subwords.ipynb #7a171a67
+_BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
 
 def _unspelled(tokens: list[str], byte_of: dict[str, int]) -> Iterator[str]:
@@ -678,37 +754,7 @@ def _checked_pieces(
         raise ValueError(f"pieces: expected one for every byte, got none for {missing[0]}")
     return pieces
 
-# %% ../chapters/06_subwords.ipynb #48b8b0dc
-class _Unigram(_Subwords):
-    def __init__(
-        self,
-        pieces: Sequence[tuple[str, float]],
-        *,
-        unk_id: int = 0,
-        byte_fallback: bool = False,
-        special_tokens: Collection[str] = (),
-    ) -> None:
-        self.pieces = _checked_pieces(pieces, unk_id, byte_fallback)
-        super().__init__([piece for piece, _ in self.pieces], special_tokens)
-        self.unk_id, self.byte_fallback = unk_id, byte_fallback
-        scored = {piece: (id, score) for id, (piece, score) in enumerate(self.pieces)}
-        for token in self.special_tokens:  # ordinary text must not give one
-            scored.pop(token, None)
-        unknown = min(score for _, score in self.pieces) - 10.0
-        byte_ids = [self._ids[name] for name in _BYTES] if byte_fallback else []
-        self._lattice = _Lattice(scored, unk_id, unknown, byte_ids)
-
-    def _split(self, text: str) -> list[str]:
-        return _spaced_words(text)
-
-    def _cut(self, word: str) -> tuple[int, ...]:
-        return tuple(_path_ids(self._lattice, word, _best_path(self._lattice, word)))
-
-    def _join(self, tokens: list[str]) -> str:
-        known = _BYTES if self.byte_fallback else {}
-        return "".join(_unspelled(tokens, known)).removeprefix(" ")
-
-# %% ../chapters/06_subwords.ipynb #052a960c
+# %% ../chapters/06_subwords.ipynb #8bc65fbc
 class _WordLattices:
     """The lattices of many words, and the sums over all their paths."""
 
@@ -737,41 +783,39 @@ class _WordLattices:
         self.into = np.searchsorted(self.end, nodes)
         self.out_of = np.searchsorted(self.start[self.by_start], nodes)
 
-# %% ../chapters/06_subwords.ipynb #3ea97c9a
-def _keep_arcs(lattices: _WordLattices, kept: np.ndarray) -> None:
-    """Take away the arcs of all pieces but the kept ones, and number those anew."""
-    number, arcs = np.cumsum(kept) - 1, kept[lattices.piece]
-    for name in ("start", "end", "word", "piece"):
-        setattr(lattices, name, getattr(lattices, name)[arcs])
-    lattices.piece = number[lattices.piece].astype(np.int32)
-    lattices._index()
+    def keep(self, kept: np.ndarray) -> None:
+        """Take away the arcs of all pieces but the kept ones, and number those anew."""
+        number, arcs = np.cumsum(kept) - 1, kept[self.piece]
+        for name in ("start", "end", "word", "piece"):
+            setattr(self, name, getattr(self, name)[arcs])
+        self.piece = number[self.piece].astype(np.int32)
+        self._index()
 
-# %% ../chapters/06_subwords.ipynb #ad07498c
-def _path_sums(
-    lattices: _WordLattices, scores: Float[np.ndarray, " pieces"]
-) -> tuple[Float[np.ndarray, " words"], Float[np.ndarray, " arcs"]]:
-    """Return log Z of every word and the posterior probability of every arc."""
-    lat, arc = lattices, scores[lattices.piece]
-    alpha, beta = np.zeros((2, lat.first[-1]))
-    for place in range(1, len(lat.alive)):
-        low, high = lat.first[place], lat.first[place + 1]
-        here = slice(lat.into[low], lat.into[high])
-        terms = alpha[lat.start[here]] + arc[here]
-        alpha[low:high] = np.logaddexp.reduceat(terms, lat.into[low:high] - here.start)
-    end, back = lat.end[lat.by_start], arc[lat.by_start]
-    for place in range(len(lat.alive) - 2, -1, -1):
-        low = lat.first[place]
-        high = low + lat.alive[place + 1]  # words that go on from here
-        here = slice(lat.out_of[low], lat.out_of[high])
-        terms = back[here] + beta[end[here]]
-        beta[low:high] = np.logaddexp.reduceat(terms, lat.out_of[low:high] - here.start)
-    log_z = alpha[lat.last]
-    return log_z, np.exp(alpha[lat.start] + arc + beta[lat.end] - log_z[lat.word])
+    def path_sums(
+        self, scores: Float[np.ndarray, " pieces"]
+    ) -> tuple[Float[np.ndarray, " words"], Float[np.ndarray, " arcs"]]:
+        """Return log Z of every word and the posterior probability of every arc."""
+        arc = scores[self.piece]
+        alpha, beta = np.zeros((2, self.first[-1]))
+        for place in range(1, len(self.alive)):
+            low, high = self.first[place], self.first[place + 1]
+            here = slice(self.into[low], self.into[high])
+            terms = alpha[self.start[here]] + arc[here]
+            alpha[low:high] = np.logaddexp.reduceat(terms, self.into[low:high] - here.start)
+        end, back = self.end[self.by_start], arc[self.by_start]
+        for place in range(len(self.alive) - 2, -1, -1):
+            low = self.first[place]
+            high = low + self.alive[place + 1]  # words that go on from here
+            here = slice(self.out_of[low], self.out_of[high])
+            terms = back[here] + beta[end[here]]
+            beta[low:high] = np.logaddexp.reduceat(terms, self.out_of[low:high] - here.start)
+        log_z = alpha[self.last]
+        return log_z, np.exp(alpha[self.start] + arc + beta[self.end] - log_z[self.word])
 
-
-def _expected(lattices: _WordLattices, posterior: Any, pieces: int) -> np.ndarray:
-    weights = posterior * lattices.counts[lattices.word]
-    return np.bincount(lattices.piece, weights, pieces)
+    def expected(self, posterior: Float[np.ndarray, " arcs"], pieces: int) -> np.ndarray:
+        """Return how often each of ``pieces`` is used, summed over all words."""
+        weights = posterior * self.counts[self.word]
+        return np.bincount(self.piece, weights, pieces)
 
 # %% ../chapters/06_subwords.ipynb #b5b4803e
 def _substrings(
@@ -838,7 +882,8 @@ def _seeds(
     chosen = [string for string, keep in zip(strings, kept, strict=True) if keep]
     return chosen, np.log(weight / weight.sum()), _WordLattices(counts, lengths, arcs)
 
-# %% ../chapters/06_subwords.ipynb #23768e5e
+# %% ../chapters/06_subwords.ipynb #048b5a13
+# The digamma function
 def _digamma(x: Float[np.ndarray, " values"]) -> Float[np.ndarray, " values"]:
     """Return the derivative of log Gamma for x > 0: recurrence up to 6, then a series.
 
@@ -853,31 +898,31 @@ def _digamma(x: Float[np.ndarray, " values"]) -> Float[np.ndarray, " values"]:
     u = 1 / x**2
     return np.log(x) - 0.5 / x - u * (1 / 12 - u * (1 / 120 - u * (1 / 252 - u / 240))) + shift
 
-
+# %% ../chapters/06_subwords.ipynb #ea4c3909
 def _m_step(expected: Float[np.ndarray, " pieces"]) -> Float[np.ndarray, " pieces"]:
     """Return scores from expected counts, as SentencePiece does; each count is at least 1/2."""
     expected = np.maximum(expected, 0.5)
     return _digamma(expected) - _digamma(np.array([expected.sum()]))
 
-# %% ../chapters/06_subwords.ipynb #1570bc43
+# %% ../chapters/06_subwords.ipynb #dcb27315
 def _losses(
     lattices: _WordLattices, posterior: Float[np.ndarray, " arcs"], pieces: int
 ) -> Float[np.ndarray, " pieces"]:
     """Return how many nats the corpus would lose without each piece, all others being there."""
     without = -np.log(np.maximum(1 - posterior, 1e-12))
-    return _expected(lattices, without, pieces) - _expected(lattices, posterior, pieces)
+    return lattices.expected(without, pieces) - lattices.expected(posterior, pieces)
 
-# %% ../chapters/06_subwords.ipynb #28c2ded1
+# %% ../chapters/06_subwords.ipynb #7ab68f24
 def _em_steps(
     lattices: _WordLattices, pieces: list[str], scores: np.ndarray, steps: int, size: int
 ) -> tuple[list[str], np.ndarray]:
     """Run EM; drop pieces that are expected less than half a time, but not below ``size``."""
     for _ in range(steps):
-        _, posterior = _path_sums(lattices, scores)
-        expected = _expected(lattices, posterior, len(pieces))
+        _, posterior = lattices.path_sums(scores)
+        expected = lattices.expected(posterior, len(pieces))
         rare = np.array([n < 0.5 and len(p) > 1 for n, p in zip(expected, pieces, strict=True)])
         if rare.any() and len(pieces) - rare.sum() >= size:
-            _keep_arcs(lattices, ~rare)
+            lattices.keep(~rare)
             pieces = [piece for piece, gone in zip(pieces, rare, strict=True) if not gone]
             expected = expected[~rare]
         scores = _m_step(expected)
@@ -888,15 +933,15 @@ def _prune(
     lattices: _WordLattices, pieces: list[str], scores: np.ndarray, size: int
 ) -> tuple[list[str], np.ndarray]:
     """Keep the ``size`` pieces whose loss would be largest, and all single characters."""
-    _, posterior = _path_sums(lattices, scores)
+    _, posterior = lattices.path_sums(scores)
     loss = _losses(lattices, posterior, len(pieces)).round(6)  # ties are ties on every machine
     loss[[len(piece) == 1 for piece in pieces]] = np.inf
     kept = np.zeros(len(pieces), bool)
     kept[np.argsort(-loss, kind="stable")[:size]] = True
-    _keep_arcs(lattices, kept)
+    lattices.keep(kept)
     return [piece for piece, keep in zip(pieces, kept, strict=True) if keep], scores[kept]
 
-# %% ../chapters/06_subwords.ipynb #fd9f4fde
+# %% ../chapters/06_subwords.ipynb #c5ecbf7e
 def _train_pieces(
     pieces: list[str],
     scores: np.ndarray,
@@ -911,8 +956,8 @@ def _train_pieces(
     while True:
         pieces, scores = _em_steps(lattices, pieces, scores, steps, size)
         if report is not None:
-            log_z, posterior = _path_sums(lattices, scores)
-            per_word = _expected(lattices, posterior, len(pieces)).sum() / words
+            log_z, posterior = lattices.path_sums(scores)
+            per_word = lattices.expected(posterior, len(pieces)).sum() / words
             nats = log_z @ lattices.counts / characters
             report.append(TrainingStep(len(pieces), float(per_word), float(nats)))
         if len(pieces) <= size:
@@ -922,54 +967,7 @@ def _train_pieces(
     rounded = ((piece, round(float(score), 6)) for piece, score in zip(pieces, scores, strict=True))
     return sorted(rounded, key=lambda item: (-item[1], item[0]))
 
-# %% ../chapters/06_subwords.ipynb #d3f74843
-def _sums_to_end(lattice: _Lattice, word: str, sharpness: float) -> list[float]:
-    """Return, by place, the logarithm of the summed probability of all paths to the end."""
-    sums = [0.0] * (len(word) + 1)
-    for start in range(len(word) - 1, -1, -1):
-        terms = [sharpness * arc.score + sums[arc.end] for arc in lattice.arcs(word, start)]
-        top = max(terms)
-        sums[start] = top + math.log(sum(math.exp(term - top) for term in terms))
-    return sums
-
-
-def _random_path(
-    lattice: _Lattice, word: str, sharpness: float, generator: random.Random
-) -> list[_Arc]:
-    """Draw a segmentation with probability proportional to the power ``sharpness`` of its own."""
-    sums, path, place = _sums_to_end(lattice, word, sharpness), list[_Arc](), 0
-    while place < len(word):
-        arcs = lattice.arcs(word, place)
-        logs = [sharpness * arc.score + sums[arc.end] - sums[place] for arc in arcs]
-        path += generator.choices(arcs, [math.exp(log) for log in logs])
-        place = path[-1].end
-    return path
-
-# %% ../chapters/06_subwords.ipynb #40c32856
-class _Sampler(_Unigram):
-    """Adds what the lattice gives beyond the best path."""
-
-    def log_probability(self, text: str) -> float:
-        """Return log Z: the log-probability of ``text``, summed over all its segmentations."""
-        words = self._split(_whole_characters(text))
-        return sum((_sums_to_end(self._lattice, word, 1.0)[0] for word in words), 0.0)
-
-    def sample(
-        self, text: str, sharpness: float = 0.2, *, generator: random.Random | None = None
-    ) -> list[int]:
-        """Return the ids of a random segmentation, for subword regularization.
-
-        Its probability is proportional to the power ``sharpness`` (Kudo's alpha, 0 or more) of the
-        product of its pieces' probabilities. Special tokens are not looked for.
-        """
-        if not 0 <= sharpness < math.inf:
-            raise ValueError(f"sharpness: expected 0 or more, finite, got {sharpness}")
-        lattice, generator, ids = self._lattice, generator or random.Random(), list[int]()
-        for word in self._split(_whole_characters(text)):
-            ids += _path_ids(lattice, word, _random_path(lattice, word, sharpness, generator))
-        return ids
-
-# %% ../chapters/06_subwords.ipynb #cbf8548d
+# %% ../chapters/06_subwords.ipynb #5d0b6569
 def _unigram_steps(byte_fallback: bool) -> dict[str, Any]:
     marks = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     fallback = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, marks]}
@@ -983,7 +981,7 @@ def _unigram_steps(byte_fallback: bool) -> dict[str, Any]:
 
 def _unigram_arguments(path: Path) -> dict[str, Any]:
     """Return what a tokenizer is made of, from tokenizer.json."""
-    whole = _read_json(path)
+    whole = read_json_object(path)
     model = whole["model"]
     _check_steps(whole, "Unigram", _unigram_steps(bool(model.get("byte_fallback", False))))
     pieces = [(str(piece), float(score)) for piece, score in model["vocab"]]
@@ -994,31 +992,7 @@ def _unigram_arguments(path: Path) -> dict[str, Any]:
         "special_tokens": _read_special(whole, [piece for piece, _ in pieces]),
     }
 
-# %% ../chapters/06_subwords.ipynb #dbc4eca9
-class UnigramTokenizer(_Sampler):
-    """Cuts words into the most probable pieces, under a distribution over pieces learned by EM.
-
-    ``pieces`` lists (piece, log-probability) by id. Spaces are ``▁``. With byte fallback
-    ``decode(encode(text))`` is ``text.replace("▁", " ").removeprefix(" ")`` for a trained one.
-    Source: Kudo (2018); ids as from Unigram with Metaspace in the library `tokenizers`.
-
-    >>> tokenizer = UnigramTokenizer([("<unk>", -9.0), ("▁un", -2.0), ("lock", -2.5), ("▁", -4.0)])
-    >>> tokenizer.tokens("unlock lock")
-    ['▁un', 'lock', '▁', 'lock']
-    """
-
-    def save(self, path: str | Path) -> None:
-        """Write a tokenizer.json, which the library `tokenizers` reads, too."""
-        settings = {"unk_id": self.unk_id, "byte_fallback": self.byte_fallback}
-        model = {"type": "Unigram", **settings, "vocab": self.pieces}
-        _write_file(path, self.special_tokens, _unigram_steps(self.byte_fallback), model)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "UnigramTokenizer":
-        """Read a tokenizer.json that ``save`` wrote, or another with the same steps."""
-        return _reading(Path(path), lambda: cls(**_unigram_arguments(Path(path))))
-
-# %% ../chapters/06_subwords.ipynb #a09af1d3
+# %% ../chapters/06_subwords.ipynb #b55383f9
 def _assembled(
     pieces: list[tuple[str, float]], byte_fallback: bool, special_tokens: Collection[str]
 ) -> UnigramTokenizer:
@@ -1038,16 +1012,16 @@ def _check_settings(longest: int, seeds: int | None, shrink: float, steps: int) 
 
 
 def _words_and_alphabet(
-    texts: Iterable[str], coverage: float, byte_fallback: bool
+    texts: Iterable[str | Document], coverage: float, byte_fallback: bool
 ) -> tuple[Counter[str], set[str]]:
     words = _count_words(texts, _spaced_words)
     names = "<unk0x123456789ABCDEF>" if byte_fallback else "<unk>"
     alphabet = _alphabet(words, coverage) | set(names) | {"▁"}
     return words + Counter(alphabet), alphabet
 
-# %% ../chapters/06_subwords.ipynb #509707f3
+# %% ../chapters/06_subwords.ipynb #4c21255c
 def train_unigram(
-    texts: Iterable[str],
+    texts: Iterable[str | Document],
     vocab_size: int,
     *,
     max_piece_length: int = 16,

@@ -7,7 +7,7 @@ told how far it is from the best."""
 __all__ = ['Branches', 'NAMES', 'VALUES', 'ATTRIBUTES', 'PHRASES', 'OPENINGS', 'DOINGS', 'WEATHER', 'ARRIVALS', 'STRANGER_LINES',
            'CLOSINGS', 'P_GUEST', 'P_STRANGER', 'P_FURTHER_FACT', 'QUESTIONS', 'REPLY_UNKNOWN', 'REPLY_DECLINED',
            'Kind', 'Said', 'Claim', 'State', 'Branch', 'pick', 'walk', 'Story', 'parse', 'is_prefix_free',
-           'reachable_states', 'expected', 'surprise', 'token_surprises', 'require_whole', 'Score', 'Source',
+           'reachable_states', 'expected', 'surprise', 'token_surprises', 'Score', 'Source', 'require_whole',
            'zipf_weights', 'Cast', 'story_branches', 'Judgment', 'TinyWorld', 'wordings', 'Question', 'make_questions',
            'Verdict', 'judge_reply']
 
@@ -196,13 +196,7 @@ def token_surprises(
             still_open, mass_before = leaving(state), 1.0
     return surprises
 
-# %% ../chapters/01_tinyworld.ipynb #bb277148
-def require_whole(name: str, value: object, low: int, high: int) -> None:
-    """Raise ValueError unless ``value`` is an integer from ``low`` to ``high``."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{name} is {value!r}, but must be a whole number from {low} to {high}")
-
-
+# %% ../chapters/01_tinyworld.ipynb #7747ca66
 class Score(NamedTuple):
     """Log-probability of a text in nats, and the first character outside the world, if any.
 
@@ -246,6 +240,25 @@ class Source:
     def expected_length(self, length: Callable[[str], int]) -> float:
         """The mean of ``length``, a count that adds up over the parts of a story, as bytes do."""
         return expected(self.branches, self.start, lambda branch: length(branch.text))
+
+# %% ../chapters/01_tinyworld.ipynb #31e6c239
+def require_whole(name: str, value: object, low: int, high: int) -> None:
+    """Raise ValueError unless ``value`` is an integer from ``low`` to ``high``."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}, but must be a whole number from {low} to {high}")
+
+# %% ../chapters/01_tinyworld.ipynb #46500f2c
+def _check_settings(world: "TinyWorld") -> None:
+    """Raise ValueError for a world that cannot be."""
+    require_whole("n_characters", world.n_characters, 2, len(NAMES))
+    require_whole("n_strangers", world.n_strangers, 0, len(NAMES) - world.n_characters)
+    require_whole("facts_per_story", world.facts_per_story, 1, len(ATTRIBUTES) - 1)
+    require_whole("n_phrasings", world.n_phrasings, 1, len(PHRASES["home"]))
+    require_whole("seed", world.seed, 0, 2**63 - 1)
+    exponent = world.zipf_exponent
+    number = isinstance(exponent, int | float) and not isinstance(exponent, bool)
+    if not number or not 0 <= exponent <= 4:
+        raise ValueError(f"zipf_exponent is {exponent!r}, but must be a number from 0 to 4")
 
 # %% ../chapters/01_tinyworld.ipynb #3a8d6b67
 #: Names for characters and strangers, given out in an order that depends on the seed.
@@ -364,6 +377,41 @@ PHRASES |= {
     ),
 }
 
+# %% ../chapters/01_tinyworld.ipynb #a305b605
+OPENINGS = (
+    "One morning",
+    "Long ago",
+    "Last summer",
+    "One quiet day",
+    "On a Monday",
+    "Not long ago",
+)
+DOINGS = (" woke up early.", " went for a walk.", " sat by the window.", " was very busy.")
+WEATHER = (
+    " It was raining.",
+    " It was a sunny day.",
+    " The wind was cold.",
+    " Snow was falling.",
+    " Fog lay on the hills.",
+    " The sky was clear.",
+)
+
+# %% ../chapters/01_tinyworld.ipynb #f6a47a86
+ARRIVALS = (" came by.", " knocked on the door.", " waved from the road.")
+STRANGER_LINES = (
+    " Nobody knew where {name} lived.",
+    " Nobody knew the job of {name}.",
+    " Nobody knew what {name} liked to eat.",
+)
+CLOSINGS = (
+    " {hero} smiled.",
+    " {hero} fell asleep.",
+    " It was a good day.",
+    " And the day was over.",
+    " At last the stars came out.",
+    " That night everyone slept well.",
+)
+
 # %% ../chapters/01_tinyworld.ipynb #531845f1
 def _draw(items: Sequence[str], n: int, random: Random) -> tuple[str, ...]:
     """``n`` of the items in random order, the same for a seed on every version of Python."""
@@ -405,53 +453,31 @@ class Cast(NamedTuple):
         weights = zipf_weights(n_characters, zipf_exponent)
         return cls(facts, names[n_characters:], dict(zip(characters, weights, strict=True)))
 
-# %% ../chapters/01_tinyworld.ipynb #a305b605
-OPENINGS = (
-    "One morning",
-    "Long ago",
-    "Last summer",
-    "One quiet day",
-    "On a Monday",
-    "Not long ago",
-)
-DOINGS = (" woke up early.", " went for a walk.", " sat by the window.", " was very busy.")
-WEATHER = (
-    " It was raining.",
-    " It was a sunny day.",
-    " The wind was cold.",
-    " Snow was falling.",
-    " Fog lay on the hills.",
-    " The sky was clear.",
-)
-
-# %% ../chapters/01_tinyworld.ipynb #f6a47a86
-ARRIVALS = (" came by.", " knocked on the door.", " waved from the road.")
-STRANGER_LINES = (
-    " Nobody knew where {name} lived.",
-    " Nobody knew the job of {name}.",
-    " Nobody knew what {name} liked to eat.",
-)
-CLOSINGS = (
-    " {hero} smiled.",
-    " {hero} fell asleep.",
-    " It was a good day.",
-    " And the day was over.",
-    " At last the stars came out.",
-    " That night everyone slept well.",
-)
-
-# %% ../chapters/01_tinyworld.ipynb #7794245e
-#: Probability that a guest comes after the facts, with a fact of its own.
-P_GUEST = 0.4
-#: Probability that a stranger comes.
-P_STRANGER = 0.3
-#: Probability that nobody comes and the hero gets one more fact.
-P_FURTHER_FACT = 0.3
-
-
-def _equally_likely(texts: Sequence[str], state: State | None) -> list[Branch]:
-    """One branch for each text, all to the same state."""
-    return [Branch(1 / len(texts), text, state) for text in texts]
+# %% ../chapters/01_tinyworld.ipynb #0c805fca
+def story_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Branch]:
+    """All branches that leave a state, in a fixed order."""
+    hero = state.hero
+    match state.step:
+        case "opening":
+            return _equally_likely(OPENINGS, State("hero"))
+        case "hero":
+            return _hero_branches(world, truthful)
+        case "doing":
+            return _equally_likely(DOINGS, State("weather", hero))
+        case "weather":
+            return _equally_likely(WEATHER, State("fact", hero))
+        case "fact":
+            return _hero_fact_branches(world, state, truthful)
+        case "visit":
+            return _visit_branches(world, state, truthful)
+        case "arrival":
+            return _arrival_branches(world, hero, truthful)
+        case "guest fact":
+            closing = State("closing", hero)
+            return _fact_branches(world, state.guest, (), lambda _: closing, truthful)
+        case "closing":
+            return _equally_likely([text.format(hero=hero) for text in CLOSINGS], None)
+    raise ValueError(f"state.step is {state.step!r}, which is no step of a story")
 
 # %% ../chapters/01_tinyworld.ipynb #615d0858
 def _possible_values(
@@ -482,6 +508,19 @@ def _fact_branches(
                 claim = Claim(name, attribute, value)
                 branches.append(Branch(probability, text, then(attribute), (claim,)))
     return branches
+
+# %% ../chapters/01_tinyworld.ipynb #7794245e
+#: Probability that a guest comes after the facts, with a fact of its own.
+P_GUEST = 0.4
+#: Probability that a stranger comes.
+P_STRANGER = 0.3
+#: Probability that nobody comes and the hero gets one more fact.
+P_FURTHER_FACT = 0.3
+
+
+def _equally_likely(texts: Sequence[str], state: State | None) -> list[Branch]:
+    """One branch for each text, all to the same state."""
+    return [Branch(1 / len(texts), text, state) for text in texts]
 
 # %% ../chapters/01_tinyworld.ipynb #96683c1d
 def _hero_fact_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Branch]:
@@ -561,45 +600,6 @@ def _arrival_branches(world: "TinyWorld", hero: str, truthful: bool) -> list[Bra
         *(b._replace(probability=(1 - p_stranger) * b.probability) for b in guests),
         *(b._replace(probability=p_stranger * b.probability) for b in strangers),
     ]
-
-# %% ../chapters/01_tinyworld.ipynb #0c805fca
-def story_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Branch]:
-    """All branches that leave a state, in a fixed order."""
-    hero = state.hero
-    match state.step:
-        case "opening":
-            return _equally_likely(OPENINGS, State("hero"))
-        case "hero":
-            return _hero_branches(world, truthful)
-        case "doing":
-            return _equally_likely(DOINGS, State("weather", hero))
-        case "weather":
-            return _equally_likely(WEATHER, State("fact", hero))
-        case "fact":
-            return _hero_fact_branches(world, state, truthful)
-        case "visit":
-            return _visit_branches(world, state, truthful)
-        case "arrival":
-            return _arrival_branches(world, hero, truthful)
-        case "guest fact":
-            closing = State("closing", hero)
-            return _fact_branches(world, state.guest, (), lambda _: closing, truthful)
-        case "closing":
-            return _equally_likely([text.format(hero=hero) for text in CLOSINGS], None)
-    raise ValueError(f"state.step is {state.step!r}, which is no step of a story")
-
-# %% ../chapters/01_tinyworld.ipynb #46500f2c
-def _check_settings(world: "TinyWorld") -> None:
-    """Raise ValueError for a world that cannot be."""
-    require_whole("n_characters", world.n_characters, 2, len(NAMES))
-    require_whole("n_strangers", world.n_strangers, 0, len(NAMES) - world.n_characters)
-    require_whole("facts_per_story", world.facts_per_story, 1, len(ATTRIBUTES) - 1)
-    require_whole("n_phrasings", world.n_phrasings, 1, len(PHRASES["home"]))
-    require_whole("seed", world.seed, 0, 2**63 - 1)
-    exponent = world.zipf_exponent
-    number = isinstance(exponent, int | float) and not isinstance(exponent, bool)
-    if not number or not 0 <= exponent <= 4:
-        raise ValueError(f"zipf_exponent is {exponent!r}, but must be a number from 0 to 4")
 
 # %% ../chapters/01_tinyworld.ipynb #055ee035
 class Judgment(NamedTuple):

@@ -5,14 +5,18 @@ weights every time."""
 
 # %% auto #0
 __all__ = ['Objective', 'Row', 'WORD_KINDS', 'RUNS', 'next_token_objective', 'compact', 'split_rows', 'TrainingConfig',
-           'TrainingError', 'SpikeDetector', 'random_states', 'set_random_states', 'unnoticed', 'activation_scales',
-           'peak_flops', 'peak_memory', 'update_ratio', 'Sink', 'MetricsLog', 'LogWarning', 'TensorBoard',
-           'ProgressBar', 'LivePlot', 'plot_columns', 'CheckpointError', 'CheckpointWarning', 'save_checkpoint',
-           'load_checkpoint', 'list_checkpoints', 'newest_checkpoint', 'Trainer', 'DataConfig', 'TokenizerConfig',
-           'RunConfig', 'word_kinds', 'GapToFloor', 'documents_score', 'compressors', 'Pretrained', 'load_run', 'run',
-           'artifacts_folder', 'load_or_train', 'pretrained', 'report', 'main']
+           'settings_parser', 'read_settings', 'TrainingError', 'SpikeDetector', 'Guard', 'unnoticed', 'random_states',
+           'set_random_states', 'update_ratio', 'activation_scales', 'StepReport', 'Monitor', 'MetricsLog', 'Sink',
+           'LogWarning', 'TensorBoard', 'ProgressBar', 'LivePlot', 'plot_columns', 'peak_flops', 'peak_memory',
+           'CheckpointError', 'CheckpointWarning', 'save_checkpoint', 'load_checkpoint', 'Checkpointer',
+           'list_checkpoints', 'newest_checkpoint', 'Sums', 'Trainer', 'Probe', 'uncompiled', 'model_state',
+           'load_model_state', 'DataConfig', 'TokenizerConfig', 'RunConfig', 'Pretrained', 'run', 'load_run',
+           'word_kinds', 'GapToFloor', 'documents_score', 'compressors', 'artifacts_folder', 'load_or_train',
+           'NotebookBar', 'pretrained', 'report', 'main']
 
-# %% ../chapters/13_training.ipynb #e5e1f03d
+# %% ../chapters/13_training.ipynb #7f08ebbb
+# The imports of the module, from Python itself
+import base64
 import difflib
 import gzip
 import importlib.metadata
@@ -34,16 +38,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache, lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from statistics import median
-from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
-from typing import cast, get_args, get_origin, runtime_checkable
+from typing import cast, get_args, get_type_hints, runtime_checkable
 
-# %% ../chapters/13_training.ipynb #cb46d0d2
+# %% ../chapters/13_training.ipynb #b7a53db1
+# The imports of the module, from other libraries and from earlier chapters
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
@@ -54,23 +58,24 @@ from torch import Tensor, nn
 
 from .batches import Batch, BatchSampler, ResumableBatches, TokenShards
 from .batches import pack_documents, write_shards
-from .cleaning import clean_documents
-from .corpus import Document, read_files
+from .cleaning import CleaningReport, clean_documents
+from .corpus import Document, ReadReport, read_files
 from .corpus import read_installed_docs, read_jsonl, write_jsonl
 from .deduplication import deduplicate
-from .environment import check_at_least, check_choice, check_fraction, whole_file
-from .environment import whole_directory, requires_extra
-from .environment import best_device, seed_everything
-from .model import ModelConfig, TransformerLM, flops_per_token, save_model
+from .environment import best_device, check_at_least, check_choice, check_fraction
+from .environment import check_text, requires_extra, seed_everything
+from .environment import whole_directory, whole_file
+from .model import ModelConfig, TransformerLM, count_parameters, flops_per_token, save_model
 from .optimization import build_optimizer, chunked_cross_entropy, clip_gradients
 from .optimization import constant_schedule, cosine_schedule, cross_entropy
-from .optimization import linear_schedule, wsd_schedule
+from .optimization import linear_schedule, parameter_groups, wsd_schedule
 from .tinyworld import Story, TinyWorld
 from .tokenizer import GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, train_bpe
 
-# %% ../chapters/13_training.ipynb #61cf459b
-#: From a model and a batch to the summed loss of its targets and their number.
-Objective = Callable[[nn.Module, Any], tuple[Float[Tensor, ""], Any]]
+# %% ../chapters/13_training.ipynb #4d9c802a
+#: From a model and a batch to the summed loss of its targets and their number. A third value may
+#: hold other sums by name, such as the number of right guesses; they are averaged like the loss.
+Objective = Callable[[nn.Module, Any], tuple[Any, ...]]
 #: What is measured at once: numbers by name.
 Row = Mapping[str, int | float]
 
@@ -115,248 +120,229 @@ def _is_single(document_ids: Int64[Tensor, "batch sequence"]) -> bool:
     one = (document_ids <= 0).all() and (document_ids[:, 0] == 0).all()
     return bool(one and (document_ids.diff(dim=1) <= 0).all())
 
-# %% ../chapters/13_training.ipynb #07b4b074
+# %% ../chapters/13_training.ipynb #7c3b828d
 def split_rows(batch: Any, rows: int | None) -> Iterator[Any]:
     """Yield micro-batches of at most ``rows`` rows; None leaves the batch whole.
 
-    A batch is a named tuple of tensors with one row for each example, and None where there is
-    nothing.
+    A batch that is split is a tuple of tensors, named or not, with one row for each example, and
+    None where there is nothing.
     """
     check_at_least(rows=(1, rows))
-    n_rows = len(batch[0])
-    for start in range(0, n_rows, rows or n_rows):
-        parts = (
-            None if field is None else field[start : start + (rows or n_rows)] for field in batch
-        )
-        yield type(batch)(*parts)
+    if rows is None:
+        yield batch
+        return
+    for start in range(0, len(batch[0]), rows):
+        parts = [None if field is None else field[start : start + rows] for field in batch]
+        yield tuple(parts) if type(batch) is tuple else type(batch)(*parts)
 
-# %% ../chapters/13_training.ipynb #c620f429
+# %% ../chapters/13_training.ipynb #94be287c
 @dataclass(frozen=True, kw_only=True)
-class _Settings:
-    n_steps: int  # of the optimizer
-    batch_size: int  # rows for each of them
-    micro_batch_size: int | None = None  # rows in one forward pass, by default all
-    optimizer: str = "adamw"  # or muon, sgd
-    learning_rate: float = 1e-3  # the peak; with muon, that of the matrices
-    adamw_rate: float | None = None  # with muon, that of all else; None: the default there
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)  # of adamw
-    clip_norm: float | None = 1.0
-    schedule: str = "cosine"  # or wsd, linear, constant
-    warmup: int = 0  # steps
-    final: float = 0.1  # of the peak, at the end of cosine, wsd and linear
-    z_loss: float = 0.0
-    balance_loss: float = 0.01  # of experts
-    evaluate_every: int | None = None  # steps; None: at the end
-    log_every: int = 10
-    checkpoint_every: int | None = None  # steps; None: at the end
-    keep_last: int = 2
-    seed: int = 0  # of weights and order in ``run``; a Trainer is given both
-    precision: str = "float32"  # or bfloat16, by autocast
-    compile: bool = False
-    threads: int | None = None  # of the CPU in ``run``; None: as it is
-    prefetch: bool = False  # prepare the next batch in a thread
-    spike_factor: float | None = None  # skip steps with a gradient so many times the usual one
-    max_skipped: int = 20  # in a row
-
-# %% ../chapters/13_training.ipynb #7599fc99
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig(_Settings):
+class TrainingConfig:
     """Everything that decides how a model is trained, checked, but for the model and the data.
 
     Rates are peaks; ``warmup``, ``evaluate_every`` and the like count steps of the optimizer. What
     cannot be raises a ``ValueError`` that names the field, its value and what was expected.
     """
 
+    n_steps: Annotated[int, "steps of the optimizer"]
+    batch_size: Annotated[int, "rows for each of them"]
+    micro_batch_size: Annotated[int | None, "rows in one forward pass; null for all"] = None
+    optimizer: Annotated[str, "adamw, muon, sgd, or a class of torch.optim"] = "adamw"
+    optimizer_options: Annotated[Mapping[str, Any], "other arguments of it"] = field(
+        default_factory=dict
+    )
+    learning_rate: Annotated[float, "the peak; with muon, that of the matrices"] = 1e-3
+    adamw_rate: Annotated[float | None, "with muon, that of all else; null for the same"] = None
+    weight_decay: Annotated[float, "of matrices"] = 0.1
+    betas: Annotated[tuple[float, float], "of adamw"] = (0.9, 0.95)
+    clip_norm: Annotated[float | None, "largest length of a gradient; null for any"] = 1.0
+    schedule: Annotated[str, "cosine, wsd, linear or constant"] = "cosine"
+    warmup: Annotated[int, "steps in which the rate rises"] = 0
+    final: Annotated[float, "share of the peak rate at the end"] = 0.1
+    z_loss: Annotated[float, "weight of the squared log of the softmax's sum"] = 0.0
+    balance_loss: Annotated[float, "weight of the balance of experts"] = 0.01
+    evaluate_every: Annotated[int | None, "steps; null for the end"] = None
+    best: Annotated[str, "the number of an evaluation that tells the best model"] = (
+        "validation_loss"
+    )
+    best_is: Annotated[str, "lowest or highest"] = "lowest"
+    log_every: Annotated[int, "steps"] = 10
+    checkpoint_every: Annotated[int | None, "steps; null for the end"] = None
+    keep_last: Annotated[int, "checkpoints that are kept"] = 2
+    seed: Annotated[int, "of weights and order in a run; a Trainer is given both"] = 0
+    precision: Annotated[str, "float32, or bfloat16 by autocast"] = "float32"
+    compile: Annotated[bool, "compile the blocks"] = False
+    threads: Annotated[int | None, "of the processor in a run; null for as it is"] = None
+    prefetch: Annotated[bool, "prepare the next batch in a thread"] = False
+    spike_factor: Annotated[float | None, "skip gradients so many times the usual"] = None
+    max_skipped: Annotated[int, "skipped steps in a row that end training"] = 20
+
     def __post_init__(self) -> None:
-        _check_settings(self)
+        self.check()
+
+    def check(self) -> None:
+        """Raise a ``ValueError`` for the first setting that cannot be."""
+        counts = {"n_steps": 1, "batch_size": 1, "log_every": 1, "keep_last": 1, "warmup": 0}
+        counts |= {"evaluate_every": 1, "checkpoint_every": 1, "max_skipped": 0, "seed": 0}
+        counts |= {"micro_batch_size": 1, "threads": 1}
+        check_at_least(**{name: (least, getattr(self, name)) for name, least in counts.items()})
+        if self.batch_size % (self.micro_batch_size or 1):
+            expected = f"a divisor of batch_size = {self.batch_size}"
+            raise ValueError(f"micro_batch_size: expected {expected}, got {self.micro_batch_size}")
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        _check_optimizer(self.optimizer, self.optimizer_options)
+        for name in ("learning_rate", "adamw_rate", "clip_norm"):
+            _check_amount(name, getattr(self, name), above=0.0)
+        for name in ("weight_decay", "z_loss", "balance_loss"):
+            _check_amount(name, getattr(self, name))
+        _check_amount("spike_factor", self.spike_factor, above=1.0)
+        for place, beta in enumerate(self.betas):
+            check_fraction(f"betas[{place}]", beta)
+        check_text(self.best, "best")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed: expected less than 2**32, got {self.seed}")
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"final: expected a share from 0 to 1, got {self.final}")
+        if self.warmup > self.n_steps:
+            expected = f"at most n_steps = {self.n_steps}"
+            raise ValueError(f"warmup: expected {expected}, got {self.warmup}")
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> "TrainingConfig":
         """Return the configuration with these fields; the inverse of ``to_dict``."""
-        return _from_dict(cls, entries)
+        return cls(**read_settings({"": cls}, entries))
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as numbers, texts and lists, fit for JSON and YAML."""
         return _plain(asdict(self))
 
-# %% ../chapters/13_training.ipynb #58a39646
-def _check_settings(config: _Settings) -> None:
-    counts = {"n_steps": 1, "batch_size": 1, "log_every": 1, "keep_last": 1, "warmup": 0}
-    counts |= {"evaluate_every": 1, "checkpoint_every": 1, "max_skipped": 0, "seed": 0}
-    check_at_least(**{name: (least, getattr(config, name)) for name, least in counts.items()})
-    check_at_least(micro_batch_size=(1, config.micro_batch_size), threads=(1, config.threads))
-    if config.batch_size % (config.micro_batch_size or 1):
-        expected = f"a divisor of batch_size = {config.batch_size}"
-        raise ValueError(f"micro_batch_size: expected {expected}, got {config.micro_batch_size}")
-    check_choice("optimizer", config.optimizer, ("adamw", "muon", "sgd"))
-    check_choice("schedule", config.schedule, ("cosine", "wsd", "linear", "constant"))
-    check_choice("precision", config.precision, ("float32", "bfloat16"))
-    for name in ("learning_rate", "adamw_rate", "clip_norm"):
-        _check_amount(name, getattr(config, name), above=0.0)
-    for name in ("weight_decay", "z_loss", "balance_loss"):
-        _check_amount(name, getattr(config, name))
-    _check_amount("spike_factor", config.spike_factor, above=1.0)
-    for place, beta in enumerate(config.betas):
-        check_fraction(f"betas[{place}]", beta)
-    if config.seed >= 2**32:
-        raise ValueError(f"seed: expected less than 2**32, got {config.seed}")
-    if not 0 <= config.final <= 1:
-        raise ValueError(f"final: expected a share from 0 to 1, got {config.final}")
-    if config.warmup > config.n_steps:
-        raise ValueError(
-            f"warmup: expected at most n_steps = {config.n_steps}, got {config.warmup}"
-        )
+# %% ../chapters/13_training.ipynb #51faeb0a
+_CHOICES = {"schedule": ("cosine", "wsd", "linear", "constant"), "best_is": ("lowest", "highest")}
+_CHOICES |= {"precision": ("float32", "bfloat16")}
+_OPTIMIZERS = ("adamw", "muon", "sgd")
 
-# %% ../chapters/13_training.ipynb #a17f2e8e
-def _check_amount(name: str, value: float | None, above: float | None = None) -> None:
-    """Refuse what is negative, infinite or NaN, or not ``above`` what is given."""
+
+def _check_amount(name: str, value: object, above: float | None = None) -> None:
+    """Refuse what is negative, infinite or NaN, or not ``above`` what is given; None passes."""
     if value is None:
         return
     least = "0 or more" if above is None else f"more than {above:g}"
     number = isinstance(value, int | float) and math.isfinite(value)
-    if not number or (value < 0 if above is None else value <= above):
+    if not number or (cast(float, value) < 0 if above is None else cast(float, value) <= above):
         raise ValueError(f"{name}: expected a finite number, {least}, got {value!r}")
 
-# %% ../chapters/13_training.ipynb #449abc96
+
+def _torch_optimizer(name: str) -> Any:
+    """The class of that name in ``torch.optim`` that steps without more arguments, or None."""
+    kind = getattr(torch.optim, name, None) if name not in ("LBFGS", "SparseAdam") else None
+    is_one = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    return kind if is_one and kind is not torch.optim.Optimizer else None
+
+
+def _check_optimizer(name: object, options: object) -> None:
+    if name not in _OPTIMIZERS and (not isinstance(name, str) or _torch_optimizer(name) is None):
+        expected = f"one of {', '.join(_OPTIMIZERS)}, or a class of torch.optim such as NAdam"
+        raise ValueError(f"optimizer: expected {expected}, got {name!r}")
+    if not isinstance(options, Mapping):
+        raise ValueError(f"optimizer_options: expected settings by name, got {options!r}")
+
+# %% ../chapters/13_training.ipynb #a0f1ae9a
 _T = TypeVar("_T")
 
 
-def _from_dict(kind: Callable[..., _T], entries: Any) -> _T:
-    """Build a dataclass from what a file says; a ValueError names what is unknown or wrong."""
+def settings_parser(sections: Mapping[str, Any], *, required: bool = True, **options: Any) -> Any:
+    """Return a parser of settings, with an option for each field of some dataclasses.
+
+    ``sections`` are dataclasses by name; a field is then called as in "training.n_steps", and where
+    the name is empty as in "n_steps". Fields without a default must be there if ``required``.
+    ``options`` are those of ``jsonargparse.ArgumentParser``.
+    """
+    with requires_extra("Reading settings", extra="train"):
+        from jsonargparse import ArgumentParser
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
+    for section, kind in sections.items():
+        types, about = get_type_hints(kind), get_type_hints(kind, include_extras=True)
+        for f in fields(kind):
+            texts = types[f.name] == tuple[str, ...]  # one text will do as well
+            how: dict[str, Any] = {"type": tuple[str, ...] | str if texts else types[f.name]}
+            made = f.default_factory() if f.default_factory is not MISSING else f.default
+            how |= {"required": required} if made is MISSING else {"default": made}
+            name = f"--{section}.{f.name}" if section else f"--{f.name}"
+            parser.add_argument(name, help=get_args(about[f.name])[-1], **how)
+    return parser
+
+# %% ../chapters/13_training.ipynb #f53ca425
+def _reworded(message: str, known: Iterable[str]) -> str:
+    """Say what a parser of settings found wrong as all errors here do."""
+    found = re.search(r"""(?:key|[Oo]ption|required:|arguments:) ["']?(?:--)?([\w.+-]+)""", message)
+    if found is None:
+        return " ".join(message.split())
+    name, value = found[1], re.search(r"(?:Got|Given) value: (.*)", message, re.DOTALL)
+    if "required:" in message:
+        return f"{name}: expected a value, but it is missing"
+    if value is None:
+        section = name.rpartition(".")[0]
+        there = [k.removeprefix(section + ".") for k in known if k.rpartition(".")[0] == section]
+        close = difflib.get_close_matches(name.rpartition(".")[2], there, 1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(there)}"
+        return f"{name}: no such setting; {hint}"
+    size = re.search(r"Expected a (\w+ with .*?)\. Got", message)
+    kinds = dict.fromkeys(re.findall(r"[Ee]xpected a <class '(\w+)'>", message))
+    names = ["nothing" if kind == "NoneType" else kind for kind in kinds]
+    expected = f"a {size[1]}" if size else " or ".join(names)
+    return f"{name}: expected {expected}, got {value[1]}"
+
+# %% ../chapters/13_training.ipynb #9c9b317d
+def read_settings(sections: Mapping[str, Any], entries: Any) -> dict[str, Any]:
+    """Return the settings in ``entries``, as a file has them, as their dataclasses want them.
+
+    ``sections`` are those of ``settings_parser``. A ``ValueError`` names the setting that is
+    unknown, missing or of another type.
+    """
     if not isinstance(entries, Mapping):
         raise ValueError(f"expected settings by name, got {entries!r}")
-    known = {f.name: f for f in fields(cast(Any, kind))}
-    for name in entries.keys() - known.keys():
-        close = difflib.get_close_matches(str(name), known, 1)
-        hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
-        raise ValueError(f"{name}: no such setting{hint}")
-    for name, f in known.items():
-        if name not in entries and f.default is MISSING and f.default_factory is MISSING:
-            raise ValueError(f"{name}: expected a value, but it is missing")
-    given = {name: _converted(name, value, known[name].type) for name, value in entries.items()}
-    return kind(**given)
+    parser = settings_parser(sections)
+    with _named_errors(_names(sections)):
+        found = parser.parse_object(_plain(dict(entries))).as_dict()
+    for section, kind in sections.items():
+        part = found[section] if section else found
+        for name, hint in get_type_hints(kind).items():
+            if hint == tuple[str, ...] and isinstance(part[name], str):
+                part[name] = (part[name],)
+    return found
 
-# %% ../chapters/13_training.ipynb #5e605f02
-def _converted(name: str, value: Any, kind: Any) -> Any:
-    """Return a value of a file as the ``kind`` of its field, or raise a ValueError."""
-    options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    if isinstance(value, str) and float in options:  # YAML takes 1e-3 for a text
-        with suppress(ValueError):
-            return float(value)
-    if float in options and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, list | tuple) and get_origin(options[0]) is tuple:
-        return _as_tuple(name, value, get_args(options[0]))
-    plain = tuple(get_origin(option) or option for option in options)
-    if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
-        names = " or ".join("nothing" if p is NoneType else p.__name__ for p in plain)
-        raise ValueError(f"{name}: expected {names}, got {value!r}")
-    return value
 
-# %% ../chapters/13_training.ipynb #2f490710
-def _as_tuple(name: str, values: Sequence[Any], kinds: tuple[Any, ...]) -> tuple[Any, ...]:
-    kinds = (kinds[0],) * len(values) if kinds[-1] is Ellipsis else kinds
-    if len(values) != len(kinds):
-        raise ValueError(f"{name}: expected {len(kinds)} values, got {list(values)}")
-    return tuple(_converted(name, value, kind) for value, kind in zip(values, kinds, strict=True))
+@contextmanager
+def _named_errors(known: Iterable[str]) -> Iterator[None]:
+    """Turn what a parser of settings finds wrong in this block into a ValueError."""
+    from jsonargparse import ArgumentError
+
+    try:
+        yield
+    except ArgumentError as error:
+        raise ValueError(_reworded(str(error), known)) from None
+
+
+def _names(sections: Mapping[str, Any]) -> list[str]:
+    """The names of all settings, as ``settings_parser`` has them."""
+    parts = ((section + "." if section else "", kind) for section, kind in sections.items())
+    return [start + f.name for start, kind in parts for f in fields(kind)]
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, as files have them."""
-    if isinstance(value, dict):
+    """Return nested settings as JSON and YAML have them: tuples as lists."""
+    if isinstance(value, Mapping):
         return {name: _plain(entry) for name, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
-# %% ../chapters/13_training.ipynb #2de35267
-class _Gradients:
-    """The first layer of the trainer: gradients of a batch, in micro-batches."""
-
-    def __init__(
-        self, model: nn.Module, config: TrainingConfig, objective: Objective | None = None
-    ):
-        self.model, self.config = model, config
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise ValueError("model: expected parameters to train, got none")
-        self.device = self.parameters[0].device
-        self.objective = objective or _default_objective(model, config)
-        self.score = objective or next_token_objective  # what evaluation adds up
-
-    def compute(self, objective: Objective, batch: Any) -> tuple[Tensor, Any]:
-        """Return summed loss and number of targets, at the precision that was asked for."""
-        batch = compact(batch) if isinstance(batch, Batch) else batch
-        batch = batch.to(self.device) if hasattr(batch, "to") else batch
-        bfloat16 = self.config.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-            return objective(self.model, batch)
-
-    def accumulate(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Add up the gradients of all micro-batches; return summed loss and number of targets."""
-        total, count = torch.zeros((2,), device=self.device).unbind()
-        for part in split_rows(batch, self.config.micro_batch_size):
-            loss, n_targets = self.compute(self.objective, part)
-            loss.backward()
-            total, count = total + loss.detach(), count + n_targets
-        return total, count
-
-# %% ../chapters/13_training.ipynb #d601bbef
-def _default_objective(model: nn.Module, config: TrainingConfig) -> Objective:
-    experts = getattr(getattr(model, "config", None), "n_experts", 0)
-    balance_loss = config.balance_loss if experts else 0.0
-    return partial(next_token_objective, z_loss=config.z_loss, balance_loss=balance_loss)
-
-
-def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    decay = {"weight_decay": config.weight_decay, "betas": config.betas}
-    name, rate = cast(Any, config.optimizer), config.learning_rate
-    return build_optimizer(model, name, rate, adamw_lr=config.adamw_rate, **cast(Any, decay))
-
-
-def _schedule(config: TrainingConfig) -> Callable[[int], float]:
-    if config.schedule == "constant":
-        return constant_schedule(warmup=config.warmup)
-    make = {"cosine": cosine_schedule, "wsd": wsd_schedule, "linear": linear_schedule}
-    return make[config.schedule](config.n_steps, warmup=config.warmup, final=config.final)
-
-# %% ../chapters/13_training.ipynb #6c4d92ed
-class _Steps(_Gradients):
-    """The second layer: one step of the optimizer, with a clipped gradient and a scheduled rate."""
-
-    def __init__(
-        self, model: nn.Module, config: TrainingConfig, objective: Objective | None = None
-    ):
-        super().__init__(model, config, objective)
-        self.step = 0  # how many were taken
-        self.optimizer, self.schedule = _optimizer(model, config), _schedule(config)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
-
-    def train_step(self, batch: Any) -> dict[str, float]:
-        """Learn from one batch; return its mean loss, the norm of the gradient, the targets."""
-        self.optimizer.zero_grad()
-        total, count = self.accumulate(batch)
-        if gradients := [p.grad for p in self.parameters if p.grad is not None]:
-            torch._foreach_div_(gradients, count)  # from the sum over all targets to the mean
-        norm = clip_gradients(self.parameters, self.config.clip_norm or math.inf)
-        numbers = torch.stack([total / count, norm.to(total), count]).tolist()  # waits for a GPU
-        report = dict(zip(("loss", "gradient_norm", "targets"), numbers, strict=True))
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * self.schedule(self.step)
-        self.step += 1
-        self.update(report)
-        return report
-
-    def update(self, report: dict[str, float]) -> None:
-        """Change the weights."""
-        self.optimizer.step()
-
-# %% ../chapters/13_training.ipynb #82ba021d
+# %% ../chapters/13_training.ipynb #82e33874
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step, and why."""
 
 
 class SpikeDetector:
-    """Tells a gradient norm ``factor`` times the median of the last ``window`` ones it accepted.
+    """Tells a gradient norm ``factor`` times the median of the last ``window`` remembered ones.
 
     It says nothing before it has seen a quarter of the window; a ``factor`` of None never does.
     """
@@ -367,44 +353,66 @@ class SpikeDetector:
         self.factor, self.recent = factor, deque[float](maxlen=window)
 
     def is_spike(self, norm: float) -> bool:
-        """Judge ``norm``, and remember it if it is none."""
-        if self.factor is None:
-            return False
+        """Judge ``norm``; asking changes nothing."""
         ready = 4 * len(self.recent) >= cast(int, self.recent.maxlen)
-        spike = ready and norm > self.factor * median(self.recent)
-        if not spike:
+        return self.factor is not None and ready and norm > self.factor * median(self.recent)
+
+    def remember(self, norm: float) -> None:
+        """Count ``norm`` among the usual ones."""
+        if self.factor is not None:
             self.recent.append(norm)
-        return spike
 
-# %% ../chapters/13_training.ipynb #61d89804
-class _Guarded(_Steps):
-    """The third layer: steps that would do harm are skipped and counted."""
+# %% ../chapters/13_training.ipynb #e0621a77
+class Guard:
+    """Decides which steps are taken, and counts those that are not.
 
-    def __init__(
-        self, model: nn.Module, config: TrainingConfig, objective: Objective | None = None
-    ):
-        super().__init__(model, config, objective)
-        self.spikes, self.skipped, self.skipped_in_a_row = SpikeDetector(config.spike_factor), 0, 0
+    A step is refused if its loss or its gradient norm is not finite, or if the norm is
+    ``spike_factor`` times the usual one. More than ``max_skipped`` in a row end training.
+    """
 
-    def reason_to_skip(self, report: Row) -> str | None:
-        """Say why the step that ``report`` is of should not be taken, or None."""
-        for name in ("loss", "gradient_norm"):
-            if not math.isfinite(report[name]):
-                return f"the {name.replace('_', ' ')} was {report[name]}"
-        norm, factor = report["gradient_norm"], self.spikes.factor
-        spike = self.spikes.is_spike(norm)
-        return f"the gradient norm was {norm:.3g}, {factor} times the usual" if spike else None
+    def __init__(self, spike_factor: float | None = None, max_skipped: int = 20):
+        self.spikes, self.max_skipped = SpikeDetector(spike_factor), max_skipped
+        self.skipped = self.skipped_in_a_row = 0
 
-    def update(self, report: dict[str, float]) -> None:
-        """Change the weights, unless there is a reason not to."""
-        reason = self.reason_to_skip(report)
+    def reason_to_skip(self, loss: float, gradient_norm: float) -> str | None:
+        """Say why a step should not be taken, or None; asking changes nothing."""
+        for name, value in (("loss", loss), ("gradient norm", gradient_norm)):
+            if not math.isfinite(value):
+                return f"the {name} was {value}"
+        if self.spikes.is_spike(gradient_norm):
+            return (
+                f"the gradient norm was {gradient_norm:.3g}, {self.spikes.factor} times the usual"
+            )
+        return None
+
+    def judge(self, step: int, loss: float, gradient_norm: float) -> str | None:
+        """Decide about a step and count it; return why it is not taken, or None if it is."""
+        reason = self.reason_to_skip(loss, gradient_norm)
         if reason is None:
-            super().update(report)
-        self.skipped += reason is not None
-        self.skipped_in_a_row = 0 if reason is None else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row > self.config.max_skipped:
+            self.spikes.remember(gradient_norm)
+            self.skipped_in_a_row = 0
+            return None
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if self.skipped_in_a_row > self.max_skipped:
             row = f"{self.skipped_in_a_row} steps in a row were skipped"
-            raise TrainingError(f"step {self.step}: {row}, the last because {reason}")
+            raise TrainingError(f"step {step}: {row}, the last because {reason}")
+        return reason
+
+# %% ../chapters/13_training.ipynb #bc823b3c
+@contextmanager
+def unnoticed(model: nn.Module) -> Iterator[None]:
+    """Evaluate in here and training goes on as if nobody had looked.
+
+    There is no dropout and no gradient, and all random generators are set back.
+    """
+    was_training, states = model.training, random_states()
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+        set_random_states(states)
 
 # %% ../chapters/13_training.ipynb #fc326ad5
 def random_states() -> dict[str, Any]:
@@ -432,50 +440,14 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     if states["mps"] is not None and torch.backends.mps.is_available():
         torch.mps.set_rng_state(states["mps"])
 
-# %% ../chapters/13_training.ipynb #bc823b3c
-@contextmanager
-def unnoticed(model: nn.Module) -> Iterator[None]:
-    """Evaluate in here and training goes on as if nobody had looked.
-
-    There is no dropout and no gradient, and all random generators are set back.
-    """
-    was_training, states = model.training, random_states()
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-        set_random_states(states)
-
-# %% ../chapters/13_training.ipynb #0d28f049
-class _Evaluated(_Guarded):
-    """The fourth layer: how good the model is on text that it does not learn from."""
-
-    validation: Sequence[Any] | None = None
-    probes: Sequence[Callable[[nn.Module], Row]] = ()
-
-    def evaluate(self) -> float:
-        """Return the mean loss over all targets of the validation batches, in nats.
-
-        A ``ValueError`` if there are no batches, NaN if they have no targets.
-        """
-        if not self.validation:
-            raise ValueError("validation: expected at least one batch to evaluate on, got none")
-        total, count = 0.0, 0
-        with unnoticed(self.model):
-            for batch in self.validation:
-                loss, n_targets = self.compute(self.score, batch)
-                total, count = total + float(loss), count + int(n_targets)
-        return total / count if count else math.nan
-
-    def evaluation(self) -> dict[str, float]:
-        """Return what is logged of an evaluation: the loss, and what the probes say."""
-        row = {"validation_loss": self.evaluate()} if self.validation else {}
-        with unnoticed(self.model):
-            for probe in self.probes:
-                row |= probe(self.model)
-        return row
+# %% ../chapters/13_training.ipynb #2308d0c7
+def update_ratio(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Return the norm of the change of all weights over the norm of the weights before it."""
+    changes = torch._foreach_norm(torch._foreach_sub(list(after), list(before)))
+    norms = torch._foreach_norm(list(before))
+    both = (torch.linalg.vector_norm(torch.stack(n)).item() for n in (changes, norms))
+    change, norm = both
+    return change / norm if norm else math.inf
 
 # %% ../chapters/13_training.ipynb #855728f8
 @torch.no_grad()
@@ -505,39 +477,93 @@ def activation_scales(model: nn.Module, ids: Int64[Tensor, "batch sequence"]) ->
     scales |= {"logits": logits.square().mean().sqrt(), "logits/max": logits.abs().max()}
     return dict(zip(scales, torch.stack(list(scales.values())).tolist(), strict=True))
 
-# %% ../chapters/13_training.ipynb #12d92160
-@cache
-def peak_flops(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
-    """Return the operations a second of the fastest large matrix product, measured once here."""
-    size = 8192 if torch.device(device).type == "cuda" else 1024
-    a = torch.full((size, size), 0.5, dtype=dtype, device=device)  # draws no random number
-    fastest = math.inf
-    for _ in range(6):  # the first warms up
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits until it is there
-        fastest = min(fastest, time.perf_counter() - start)
-    return 2 * size**3 / fastest
+# %% ../chapters/13_training.ipynb #f905cd89
+@dataclass(frozen=True)
+class StepReport:
+    """What came of a step: means over its targets, and the reason if it was not taken."""
+
+    loss: float
+    gradient_norm: float
+    targets: float
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what else the objective counts
+    measured: Mapping[str, float] = field(default_factory=dict)  # such as the update ratio
+    skipped: str | None = None
+
+    @property
+    def taken(self) -> bool:
+        """Whether the weights were changed."""
+        return self.skipped is None
 
 
-def peak_memory(device: torch.device | str = "cpu") -> float:
-    """Return the most bytes that this process has held, on a GPU those of tensors; or NaN."""
-    if torch.device(device).type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+class Monitor:
+    """Adds up what steps report until a row of the log is due, and measures their speed."""
 
-# %% ../chapters/13_training.ipynb #2308d0c7
-def update_ratio(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Return the norm of the change of all weights over the norm of the weights before it."""
-    changes = torch._foreach_norm(torch._foreach_sub(list(after), list(before)))
-    norms = torch._foreach_norm(list(before))
-    both = (torch.linalg.vector_norm(torch.stack(n)).item() for n in (changes, norms))
-    change, norm = both
-    return change / norm if norm else math.inf
+    def __init__(self) -> None:
+        self.sums, self.target_sum = dict[str, float](), 0.0  # since the last row
+        self.all_targets = 0.0  # since the beginning
+        self.seconds = self.recent_targets = 0.0  # since the last row, in this process
+        self.clock: float | None = None  # when the work on the step before had ended
+
+    def start(self) -> None:
+        """Let the clock run from now."""
+        self.clock = time.perf_counter()
+
+    def note(self, report: StepReport) -> None:
+        """Add a step that has just ended."""
+        now = time.perf_counter()
+        self.seconds += now - (now if self.clock is None else self.clock)
+        self.clock = now
+        if math.isfinite(report.loss):
+            for name, mean in {**report.metrics, "loss": report.loss}.items():
+                self.sums[name] = self.sums.get(name, 0.0) + mean * report.targets
+            self.target_sum += report.targets
+        self.all_targets += report.targets
+        self.recent_targets += report.targets
+
+    def row(self) -> dict[str, float]:
+        """Return means over all targets since the last row, and begin anew."""
+        row = {name: total / self.target_sum for name, total in self.sums.items()}
+        row = {"loss": math.nan, **row, "targets": self.all_targets}
+        row["tokens_per_second"] = self.recent_targets / self.seconds if self.seconds else math.nan
+        self.sums, self.target_sum, self.seconds, self.recent_targets = {}, 0.0, 0.0, 0.0
+        return row
+
+# %% ../chapters/13_training.ipynb #6896883b
+class MetricsLog:
+    """Rows of numbers by name, in memory and, if there is a ``path``, in a file of JSON lines.
+
+    >>> log = MetricsLog()
+    >>> log.write({"step": 10, "loss": 3.5})
+    >>> log.column("loss")
+    ([10], [3.5])
+    """
+
+    def __init__(self, path: str | Path | None = None):
+        self.path = None if path is None else Path(path)
+        self.rows: list[Row] = [] if self.path is None else _read_rows(self.path)
+
+    def write(self, row: Row) -> None:
+        """Add a row; a line is written whole or, when the disk is full, not at all."""
+        self.rows.append(dict(row))
+        if self.path is not None:
+            _append_row(self.path, row)
+
+    def column(self, name: str) -> tuple[list[int], list[int | float]]:
+        """Return the steps that have a value called ``name``, and the values."""
+        there = sorted({key for row in self.rows for key in row})
+        if name not in there:
+            raise ValueError(f"name: expected one of {', '.join(there)}, got {name!r}")
+        rows = [row for row in self.rows if name in row]
+        return [int(row["step"]) for row in rows], [row[name] for row in rows]
+
+    def start(self, step: int) -> None:
+        """Drop the rows of later steps, which will come again."""
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        if self.path is not None and self.path.exists():
+            _write_rows(self.path, self.rows)
+
+    def close(self) -> None:
+        """Do nothing: the file has all rows already."""
 
 # %% ../chapters/13_training.ipynb #95370315
 @runtime_checkable
@@ -552,43 +578,6 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Training has stopped."""
-
-# %% ../chapters/13_training.ipynb #d3d91a7f
-class MetricsLog:
-    """Rows of numbers by name, in memory and, if there is a ``path``, in a file of JSON lines.
-
-    >>> log = MetricsLog()
-    >>> log.write({"step": 10, "loss": 3.5})
-    >>> log.column("loss")
-    ([10], [3.5])
-    """
-
-    def __init__(self, path: str | Path | None = None):
-        self.path = None if path is None else Path(path)
-        self.rows = [] if self.path is None else _read_rows(self.path)
-
-    def start(self, step: int) -> None:
-        """Drop the rows of later steps, which will come again."""
-        self.rows = [row for row in self.rows if row["step"] <= step]
-        if self.path is not None and self.path.exists():
-            _write_rows(self.path, self.rows)
-
-    def write(self, row: Row) -> None:
-        """Add a row; a line is written whole or, when the disk is full, not at all."""
-        self.rows.append(dict(row))
-        if self.path is not None:
-            _append_row(self.path, row)
-
-    def close(self) -> None:
-        """Do nothing: the file has all rows already."""
-
-    def column(self, name: str) -> tuple[list[int], list[int | float]]:
-        """Return the steps that have a value called ``name``, and the values."""
-        there = sorted({key for row in self.rows for key in row})
-        if name not in there:
-            raise ValueError(f"name: expected one of {', '.join(there)}, got {name!r}")
-        rows = [row for row in self.rows if name in row]
-        return [int(row["step"]) for row in rows], [row[name] for row in rows]
 
 # %% ../chapters/13_training.ipynb #4bf28585
 class LogWarning(UserWarning):
@@ -730,67 +719,38 @@ def _picture(figure: Any) -> Any:
     figure.savefig(buffer, format="png")
     return Image(buffer.getvalue())
 
-# %% ../chapters/13_training.ipynb #4dfa8176
-class _Measured(_Evaluated):
-    """The fifth layer: what is logged of the steps."""
+# %% ../chapters/13_training.ipynb #12d92160
+@cache
+def peak_flops(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """Return the operations a second of the fastest large matrix product, measured once here."""
+    size = 8192 if torch.device(device).type == "cuda" else 1024
+    a = torch.full((size, size), 0.5, dtype=dtype, device=device)  # draws no random number
+    fastest = math.inf
+    for _ in range(6):  # the first warms up
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits until it is there
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * size**3 / fastest
 
-    peak: float | None = None  # operations a second
-    loss_sum = target_sum = all_targets = 0.0  # since the last row of the log; since the beginning
-    seconds = recent_targets = 0.0  # since the last row, and since this process began
-    clock: float | None = None  # when the work on the step before had ended
 
-    def is_due(self, every: int | None) -> bool:
-        """Whether what is done ``every`` so many steps, and at the end, is done after this one."""
-        last = self.step == self.config.n_steps
-        return last or (every is not None and self.step % every == 0)
+def peak_memory(device: torch.device | str = "cpu") -> float:
+    """Return the most bytes that this process has held, on a GPU those of tensors; or NaN."""
+    if torch.device(device).type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
-    def train_step(self, batch: Any) -> dict[str, float]:
-        """Learn from one batch, and add it to the sums."""
-        start = self.clock or time.perf_counter()  # so waiting for the batch counts
-        report = super().train_step(batch)
-        self.clock = time.perf_counter()
-        self.seconds += self.clock - start
-        if math.isfinite(report["loss"]):
-            self.loss_sum += report["loss"] * report["targets"]
-            self.target_sum += report["targets"]
-        self.all_targets += report["targets"]
-        self.recent_targets += report["targets"]
-        return report
-
-    def update(self, report: dict[str, float]) -> None:
-        """Change the weights; if the step is logged, measure by how much."""
-        if not self.is_due(self.config.log_every):
-            return super().update(report)
-        before = [parameter.detach().clone() for parameter in self.parameters]
-        super().update(report)
-        report["update_ratio"] = update_ratio(before, self.parameters)
-
-# %% ../chapters/13_training.ipynb #9ad843e4
-def _measurements(trainer: _Measured, batch: Any, report: Row) -> dict[str, float]:
-    """Return what is logged of the steps since the last time; the loss is their mean."""
-    loss = trainer.loss_sum / trainer.target_sum if trainer.target_sum else math.nan
-    speed = trainer.recent_targets / trainer.seconds
-    rate = trainer.config.learning_rate * trainer.schedule(trainer.step - 1)
-    row = {**report, "loss": loss, "targets": trainer.all_targets, "rate": rate}
-    row |= {"skipped": float(trainer.skipped), "tokens_per_second": speed}
-    row |= {"memory": peak_memory(trainer.device)}
-    config = getattr(trainer.model, "config", None)
-    if trainer.peak is not None and isinstance(config, ModelConfig):
-        row["mfu"] = flops_per_token(config) * speed / trainer.peak
-    if isinstance(trainer.model, TransformerLM) and isinstance(batch, Batch):
-        ids = compact(next(split_rows(batch, 1))).inputs.to(trainer.device)
-        with unnoticed(trainer.model):
-            row |= activation_scales(trainer.model, ids)
-    trainer.loss_sum = trainer.target_sum = trainer.recent_targets = trainer.seconds = 0.0
-    return row
-
-# %% ../chapters/13_training.ipynb #f6c331ec
+# %% ../chapters/13_training.ipynb #1b64e41a
 class CheckpointError(ValueError):
     """A checkpoint is not what it should be; the message names the file."""
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint could not be written, or one that is damaged was passed over."""
+    """A checkpoint could not be written, is of an earlier version, or was passed over."""
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -799,28 +759,64 @@ _DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _CHECKSUM, _DIGEST_SIZE = "checksum", 32
 
-# %% ../chapters/13_training.ipynb #83e8859b
+# %% ../chapters/13_training.ipynb #f1fc5515
 def _to_tree(value: Any, name: str, tensors: dict[str, Tensor], seen: dict[Any, str]) -> Any:
     """Return ``value`` as JSON has it; its tensors go to ``tensors`` under the names in it."""
     if isinstance(value, Tensor):
-        place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
-        if value.numel() == 0 or place not in seen:  # tied weights are stored once
-            seen[place] = name
-            tensors[name] = value.detach()
-        return {"$tensor": name if value.numel() == 0 else seen[place]}
+        return {"$tensor": _stored(value, name, tensors, seen)}
     if isinstance(value, Mapping):
         entries = [
-            [key, _to_tree(entry, f"{name}/{key}" if name else str(key), tensors, seen)]
+            [_checked_key(key, name), _to_tree(entry, _below(name, key), tensors, seen)]
             for key, entry in value.items()
         ]
-        plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
-        return dict(entries) if plain else {"$items": entries}
+        plain_keys = all(isinstance(key, str) and not key.startswith("$") for key in value)
+        return dict(entries) if plain_keys else {"$items": entries}
     if isinstance(value, list | tuple):
         parts = [_to_tree(part, f"{name}/{i}", tensors, seen) for i, part in enumerate(value)]
         return parts if isinstance(value, list) else {"$tuple": parts}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(f"state: {name}: expected tensors, numbers and texts, got {type(value)}")
+
+
+def _below(name: str, key: Any) -> str:
+    return f"{name}/{key}" if name else str(key)
+
+
+def _checked_key(key: Any, name: str) -> Any:
+    """Return a key of a dictionary if JSON gives the same key back."""
+    if type(key) not in (str, int, float, bool, type(None)) or key != key:  # NaN is not itself
+        expected = "expected keys that are texts or numbers"
+        raise ValueError(f"state: {name or 'the outermost'}: {expected}, got {key!r}")
+    return key
+
+# %% ../chapters/13_training.ipynb #f75ea776
+def _stored(tensor: Tensor, name: str, tensors: dict[str, Tensor], seen: dict[Any, str]) -> str:
+    """Put ``tensor`` among ``tensors``; return the name under which it is found there."""
+    if tensor.dtype not in _DTYPE_NAMES:
+        raise ValueError(f"state: {name}: expected one of {list(_DTYPES)}, got {tensor.dtype}")
+    if tensor.is_meta or tensor.layout != torch.strided:
+        kind = "meta" if tensor.is_meta else str(tensor.layout)
+        raise ValueError(f"state: {name}: expected a dense tensor with values, got {kind}")
+    place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    if tensor.numel() and place in seen:  # tied weights are stored once
+        return seen[place]
+    if name in tensors:
+        raise ValueError(
+            f"state: {name!r}: expected names that differ, two tensors come to this one"
+        )
+    if name in (_CHECKSUM, "__metadata__") or not _is_unicode(name):
+        raise ValueError(f"state: {name!r}: expected another name, the format cannot have this one")
+    seen[place], tensors[name] = name, tensor.detach()
+    return name
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: half a surrogate pair cannot."""
+    with suppress(UnicodeEncodeError):
+        text.encode()
+        return True
+    return False
 
 # %% ../chapters/13_training.ipynb #69214845
 def _from_tree(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -836,14 +832,12 @@ def _from_tree(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         return {key: _from_tree(entry, tensors) for key, entry in tree["$items"]}
     return {key: _from_tree(entry, tensors) for key, entry in tree.items()}
 
-# %% ../chapters/13_training.ipynb #6544db53
+# %% ../chapters/13_training.ipynb #7957935e
 def _header(tree: Any, tensors: Mapping[str, Tensor]) -> bytes:
     """Return the beginning of a safetensors file: where each tensor is, and the rest as JSON."""
     header: dict[str, Any] = {"__metadata__": {"state": json.dumps(tree)}}
     end = 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPE_NAMES:
-            raise ValueError(f"state: {name}: expected one of {set(_DTYPES)}, got {tensor.dtype}")
         entry = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
         header[name] = {**entry, "data_offsets": [end, end + tensor.nbytes]}
         end += tensor.nbytes
@@ -858,18 +852,19 @@ def _raw(tensor: Tensor) -> Any:
     """The bytes of a tensor: a view of its memory, if that is on the CPU and without gaps."""
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
-# %% ../chapters/13_training.ipynb #0e980b5a
+# %% ../chapters/13_training.ipynb #7a10b224
 def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
     """Write ``state``, nested dictionaries of tensors, numbers and texts, to one file, or nothing.
 
     It is a safetensors file; what is no tensor is JSON in its header, and the last tensor is a
     checksum of all before it. The file is complete and on the disk when it gets its name.
-    A ``ValueError`` names what cannot be stored, an ``OSError`` says that the disk refused.
+    A ``ValueError`` names what could not be read back, an ``OSError`` says that the disk refused.
     """
     path, tensors = Path(path), dict[str, Tensor]()
-    tree = _to_tree(state, "", tensors, {})
-    if _CHECKSUM in tensors:
-        raise ValueError(f"state: {_CHECKSUM!r}: expected another name, this one is taken")
+    try:
+        tree = _to_tree(state, "", tensors, {})
+    except RecursionError:
+        raise ValueError("state: expected an end, but something in it contains itself") from None
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = blake2b(digest_size=_DIGEST_SIZE)
     with whole_file(path) as draft, draft.open("wb") as file:
@@ -913,12 +908,43 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except (KeyError, OSError, RecursionError, SafetensorError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: no checkpoint of ours: {error}") from error
 
-# %% ../chapters/13_training.ipynb #50583c99
+# %% ../chapters/13_training.ipynb #9842f59e
+class Checkpointer:
+    """Keeps the newest ``keep_last`` checkpoints of a run in ``folder``, and the best model.
+
+    Without a folder it keeps nothing.
+    """
+
+    def __init__(self, folder: str | Path | None, keep_last: int = 2):
+        check_at_least(keep_last=(1, keep_last))
+        self.folder, self.keep_last = None if folder is None else Path(folder), keep_last
+
+    def steps(self) -> list[int]:
+        """Return the steps of the checkpoints that are there, whole or damaged."""
+        return [] if self.folder is None else list(list_checkpoints(self.folder))
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint and remove old ones; if the disk refuses, that is a warning."""
+        if self.folder is not None and _save(self.folder / f"step-{step:09d}.safetensors", state):
+            _sweep(self.folder, self.keep_last)
+
+    def save_best(self, state: Mapping[str, Any]) -> None:
+        """Keep ``state`` as that of the best model."""
+        if self.folder is not None:
+            _save(self.folder / "best.safetensors", state)
+
+    def newest(self) -> dict[str, Any] | None:
+        """Return the state to go on from, or None if there is none."""
+        return None if self.folder is None else newest_checkpoint(self.folder)
+
+    def best(self) -> dict[str, Any]:
+        """Return what ``save_best`` kept."""
+        if self.folder is None:
+            raise ValueError("folder: expected the one with best.safetensors, got None")
+        return load_checkpoint(self.folder / "best.safetensors")
+
+# %% ../chapters/13_training.ipynb #54459277
 _CHECKPOINT = re.compile(r"step-(\d{9})\.safetensors", re.ASCII)
-
-
-def _place(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:09d}.safetensors"
 
 
 def list_checkpoints(folder: str | Path) -> dict[int, Path]:
@@ -941,7 +967,7 @@ def newest_checkpoint(folder: str | Path) -> dict[str, Any] | None:
         try:
             return load_checkpoint(path)
         except CheckpointError as error:
-            warnings.warn(f"{error}; taking the one before", CheckpointWarning, stacklevel=3)
+            warnings.warn(f"{error}; taking the one before", CheckpointWarning, stacklevel=4)
     if paths:
         raise CheckpointError(f"{folder}: no checkpoint is whole; remove them to begin anew")
     return None
@@ -953,66 +979,7 @@ def _sweep(folder: Path, keep_last: int) -> None:
     for path in (*surplus, *folder.glob(".*.part")):
         path.unlink(missing_ok=True)
 
-# %% ../chapters/13_training.ipynb #7be01ecd
-_COUNTERS = ("step", "skipped", "skipped_in_a_row", "loss_sum", "target_sum", "all_targets", "best")
 
-
-class _Saved(_Measured):
-    """The sixth layer: what outlives the process."""
-
-    batches: ResumableBatches
-    folder: Path | None = None
-    best = math.inf  # the lowest validation loss
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that the steps to come depend on, fit for ``save_checkpoint``."""
-        return {
-            "config": _settings_of(self),
-            "counters": {name: getattr(self, name) for name in _COUNTERS},
-            "norms": list(self.spikes.recent),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "batches": self.batches.state_dict(),
-            "random": random_states(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken; a ``ValueError`` says what is not as it was then."""
-        _load_state(self, state)
-
-    def save(self) -> None:
-        """Write a checkpoint and remove old ones; if the disk refuses, that is a warning."""
-        if self.folder is not None and _save(_place(self.folder, self.step), self.state_dict()):
-            _sweep(self.folder, self.config.keep_last)
-
-# %% ../chapters/13_training.ipynb #09565c58
-_MAY_CHANGE = {"evaluate_every", "log_every", "checkpoint_every", "keep_last", "max_skipped"}
-_MAY_CHANGE |= {"prefetch"}
-
-
-def _settings_of(trainer: _Saved) -> dict[str, Any]:
-    """Return what a checkpoint and the trainer that takes it must agree on."""
-    model = getattr(trainer.model, "config", None)
-    entries = model.to_dict() if isinstance(model, ModelConfig) else {}
-    return trainer.config.to_dict() | {f"model.{name}": entries[name] for name in entries}
-
-
-def _load_state(trainer: _Saved, state: Mapping[str, Any]) -> None:
-    here, there = _settings_of(trainer), state["config"]
-    for name in sorted((here.keys() | there.keys()) - _MAY_CHANGE):
-        if here.get(name) != there.get(name):
-            then = f"expected {there.get(name)!r}, as in the checkpoint"
-            raise ValueError(f"{name}: {then}, got {here.get(name)!r}")
-    trainer.batches.load_state_dict(state["batches"])
-    trainer.model.load_state_dict(state["model"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    set_random_states(state["random"])
-    for name in _COUNTERS:
-        setattr(trainer, name, state["counters"][name])
-    trainer.spikes.recent.clear()
-    trainer.spikes.recent.extend(state["norms"])
-
-# %% ../chapters/13_training.ipynb #9ab06fb8
 def _save(path: Path, state: Mapping[str, Any]) -> bool:
     try:
         save_checkpoint(path, state)
@@ -1021,6 +988,502 @@ def _save(path: Path, state: Mapping[str, Any]) -> bool:
         warnings.warn(message, CheckpointWarning, stacklevel=4)
         return False
     return True
+
+# %% ../chapters/13_training.ipynb #d53006b7
+class Sums(NamedTuple):
+    """What an objective found: a summed loss, the number of targets, and other sums by name."""
+
+    loss: Any
+    targets: Any
+    others: Mapping[str, Any]
+
+    def __add__(self, other: "Sums") -> "Sums":  # type: ignore[override]
+        """Add loss, count, and all else by name."""
+        names = {**self.others, **other.others}
+        others = {k: self.others.get(k, 0.0) + other.others.get(k, 0.0) for k in names}
+        return Sums(self.loss + other.loss, self.targets + other.targets, others)
+
+    def detached(self) -> "Sums":
+        """Return the same sums without what made them."""
+        others = {name: torch.as_tensor(total).detach() for name, total in self.others.items()}
+        return Sums(self.loss.detach(), self.targets, others)
+
+    def numbers(self) -> "Sums":
+        """Return the same sums as numbers of Python; this waits for a GPU."""
+        others = {name: float(total) for name, total in self.others.items()}
+        return Sums(float(self.loss), float(self.targets), others)
+
+    def report(self, norm: Tensor) -> StepReport:
+        """Return means over all targets; this waits for a GPU, once."""
+        loss, count = self.loss, self.targets
+        others = [total.to(loss) / count for total in self.others.values()]
+        numbers = torch.stack([loss / count, norm.to(loss), count, *others]).tolist()
+        means = dict(zip(self.others, numbers[3:], strict=True))
+        return StepReport(numbers[0], numbers[1], numbers[2], metrics=means)
+
+
+class Trainer:
+    """Trains ``model`` on ``batches`` as ``config`` says: the same run, however often it is killed.
+
+    ``validation`` batches are scored every ``evaluate_every`` steps. ``folder`` gets
+    ``metrics.jsonl`` and checkpoints, from which ``train`` goes on by itself. ``objective`` is by
+    default ``next_token_objective``. ``optimizer``, a function of the model that returns one,
+    takes the place of the one that ``config`` names. ``probes`` look on: each is a ``Probe``, or a
+    function of the model whose numbers are logged with each evaluation. ``sinks`` get what is
+    logged; "mfu" there is a share of ``peak``, in operations a second.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: ResumableBatches,
+        config: TrainingConfig,
+        *,
+        validation: Sequence[Any] | None = None,
+        folder: str | Path | None = None,
+        objective: Objective | None = None,
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
+        probes: "Sequence[Probe | Callable[[nn.Module], Row]]" = (),
+        sinks: Sequence[Sink] = (),
+        peak: float | None = None,
+    ):
+        self.model, self.batches, self.config = model, batches, config
+        self.validation, self.peak = validation, peak
+        self.folder = None if folder is None else Path(folder)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        _check_given(self, probes)
+        self.device = self.parameters[0].device
+        self.objective = objective or _default_objective(model, config)
+        self.score = objective or next_token_objective  # what evaluation adds up
+        self.optimizer = (optimizer or partial(_optimizer, config=config))(model)
+        self.schedule = _schedule(config)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.guard = Guard(config.spike_factor, config.max_skipped)
+        self.monitor, self.checkpoints = Monitor(), Checkpointer(folder, config.keep_last)
+        self.log = MetricsLog(self.folder / "metrics.jsonl" if self.folder else None)
+        self.sinks: list[Sink] = [self.log, *sinks]
+        self.step, self.interrupted = 0, False  # how many steps were taken
+        self.best = math.inf if config.best_is == "lowest" else -math.inf
+        self.registered = dict[str, Any]()
+        self.probes = [_as_probe(probe) for probe in probes]
+        for probe in self.probes:
+            probe.attach(self)
+        for block in getattr(model, "blocks", [model]) if config.compile else ():
+            block.compile()
+
+    def accumulate(self, batch: Any, objective: Objective | None = None) -> "Sums":
+        """Add up the gradients of all micro-batches, and what the objective counts in them."""
+        loss, count = torch.zeros((2,), device=self.device).unbind()
+        sums = Sums(loss, count, {})
+        for part in split_rows(batch, self.config.micro_batch_size):
+            found = self.compute(objective or self.objective, part)
+            found.loss.backward()
+            found = found.detached()
+            sums = sums + found
+            for probe in self.probes:
+                probe.after_micro_batch(self, part, found)
+        return sums
+
+    def learn(self, batch: Any, objective: Objective | None = None) -> StepReport:
+        """Learn from a batch by one update; override this for a step of your own."""
+        self.optimizer.zero_grad()
+        sums = self.accumulate(batch, objective)
+        if gradients := [p.grad for p in self.parameters if p.grad is not None]:
+            torch._foreach_div_(gradients, sums.targets)  # from the sum over targets to the mean
+        norm = clip_gradients(self.parameters, self.config.clip_norm or math.inf)
+        report = sums.report(norm)
+        skipped = self.guard.judge(self.step + 1, report.loss, report.gradient_norm)
+        measured = self.update() if skipped is None else {}
+        return replace(report, skipped=skipped, measured=measured)
+
+    def update(self) -> dict[str, float]:
+        """Change the weights; if the step is logged, return by how much."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.schedule(self.step)
+        if not self.is_due(self.config.log_every, self.step + 1):
+            self.optimizer.step()
+            return {}
+        before = [parameter.detach().clone() for parameter in self.parameters]
+        self.optimizer.step()
+        return {"update_ratio": update_ratio(before, self.parameters)}
+
+    def train(self) -> MetricsLog:
+        """Take the steps that are missing, and return the log.
+
+        Ctrl-C ends training after the step under way, with a checkpoint: ``interrupted`` is then
+        true, and the same call goes on. A second Ctrl-C is a ``KeyboardInterrupt`` at once.
+        """
+        with self.session() as (batches, is_interrupted):
+            while self.step < self.config.n_steps and not is_interrupted():
+                batch = _checked_batch(next(batches), self.config.batch_size)
+                report = self.train_step(batch)
+                self.attend(batch, report)
+        return self.log
+
+    def train_step(self, batch: Any) -> StepReport:
+        """Learn from one batch, count the step, and tell the monitor and the probes."""
+        if self.monitor.clock is None:
+            self.monitor.start()
+        report = self.learn(batch)
+        self.step += 1
+        self.monitor.note(report)
+        for probe in self.probes:
+            probe.after_step(self, report)
+        return report
+
+    def attend(self, batch: Any, report: StepReport) -> None:
+        """Log, evaluate, save: do what is due after a step."""
+        row = self.measurements(batch, report) if self.is_due(self.config.log_every) else {}
+        watched = self.validation or self.probes
+        due = watched and self.is_due(self.config.evaluate_every)
+        self.record(row, self.evaluation() if due else {})
+        if self.is_due(self.config.checkpoint_every):
+            self.save()
+        self.monitor.start()  # what was done here is no part of the speed
+
+    def is_due(self, every: int | None, step: int | None = None) -> bool:
+        """Whether what is done ``every`` so many steps, and at the end, is done after ``step``."""
+        step = self.step if step is None else step
+        return step == self.config.n_steps or (every is not None and step % every == 0)
+
+    def evaluate(self) -> float:
+        """Return the mean loss over all targets of the validation batches, in nats.
+
+        A ``ValueError`` if there are no batches, NaN if they have no targets.
+        """
+        return self.scores()["validation_loss"]
+
+    def scores(self) -> dict[str, float]:
+        """Return the mean loss on validation batches, and means of what else the objective sums."""
+        if not self.validation:
+            raise ValueError("validation: expected at least one batch to evaluate on, got none")
+        sums = Sums(0.0, 0.0, {})
+        with unnoticed(self.model):
+            for batch in self.validation:
+                sums = sums + self.compute(self.score, batch).numbers()
+        totals, count = {"loss": sums.loss, **sums.others}, sums.targets
+        means = {name: total / count if count else math.nan for name, total in totals.items()}
+        return {f"validation_{name}": mean for name, mean in means.items()}
+
+    def evaluation(self) -> dict[str, int | float]:
+        """Return what is logged of an evaluation: the scores, and what the probes say."""
+        row: dict[str, int | float] = {**self.scores()} if self.validation else {}
+        with unnoticed(self.model):
+            for probe in self.probes:
+                row |= probe.evaluate(self)
+        return row
+
+    def record(self, row: Row, evaluation: Row) -> None:
+        """Send a row and an evaluation to all sinks; keep the model if it is the best so far."""
+        if row or evaluation:
+            for sink in self.sinks:
+                sink.write({"step": self.step, **row, **evaluation})
+        value = _told(evaluation, self.config.best)
+        if value < self.best if self.config.best_is == "lowest" else value > self.best:
+            self.best = value
+            state = {"step": self.step, "metric": self.config.best, "value": value}
+            self.checkpoints.save_best({**state, "model": model_state(self.model)})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the steps to come depend on, fit for ``save_checkpoint``."""
+        return {
+            "config": self.identity(),
+            "counters": _counters(self),
+            "norms": list(self.guard.spikes.recent),
+            "model": model_state(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "batches": self.batches.state_dict(),
+            "random": random_states(),
+            "registered": {name: thing.state_dict() for name, thing in self.registered.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken; a ``ValueError`` says what is not as it was then."""
+        _check_identity(self.identity(), state["config"])
+        self.batches.load_state_dict(state["batches"])
+        load_model_state(self.model, state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        set_random_states(state["random"])
+        _set_counters(self, state["counters"])
+        self.guard.spikes.recent.clear()
+        self.guard.spikes.recent.extend(state["norms"])
+        for name, thing in self.registered.items():
+            thing.load_state_dict(state["registered"][name])
+
+    def register(self, name: str, thing: Any) -> Any:
+        """Make ``thing`` a part of all checkpoints, and return it.
+
+        It has a ``state_dict`` and a ``load_state_dict``, as modules and optimizers have. A run
+        resumes only if the same names are registered.
+        """
+        return _register(self, name, thing)
+
+    def save(self) -> None:
+        """Write a checkpoint and remove old ones; if the disk refuses, that is a warning."""
+        self.checkpoints.save(self.step, self.state_dict())
+
+    def resume(self) -> int:
+        """Go on from the newest whole checkpoint in the folder, if any; return the step."""
+        if (state := self.checkpoints.newest()) is not None:
+            self.load_state_dict(state)
+        return self.step
+
+    def load_best(self) -> int:
+        """Give the model the weights of the best evaluation; return the step they are from."""
+        state = self.checkpoints.best()
+        load_model_state(self.model, state["model"])
+        return state["step"]
+
+    def compute(self, objective: Objective, batch: Any) -> Sums:
+        """Return what ``objective`` finds in a batch, at the precision that was asked for."""
+        batch = compact(batch) if isinstance(batch, Batch) else batch
+        batch = batch.to(self.device) if hasattr(batch, "to") else batch
+        bfloat16 = self.config.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+            loss, targets, *others = objective(self.model, batch)
+        return Sums(loss, targets, others[0] if others else {})
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were skipped."""
+        return self.guard.skipped
+
+    def measurements(self, batch: Any, report: StepReport) -> dict[str, float]:
+        """Return what is logged of the steps since the last time."""
+        row = {"gradient_norm": report.gradient_norm, **report.measured, **self.monitor.row()}
+        row |= {"rate": self.config.learning_rate * self.schedule(self.step - 1)}
+        row |= {"skipped": float(self.guard.skipped), "memory": peak_memory(self.device)}
+        model = uncompiled(self.model)
+        if self.peak is not None and isinstance(getattr(model, "config", None), ModelConfig):
+            flops = flops_per_token(cast(Any, model).config)
+            row["mfu"] = flops * row["tokens_per_second"] / self.peak
+        if isinstance(model, TransformerLM) and isinstance(batch, Batch):
+            ids = compact(next(split_rows(batch, 1))).inputs.to(self.device)
+            with unnoticed(model):
+                row |= activation_scales(model, ids)
+        return row
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a checkpoint and the trainer that takes it must agree on, by name."""
+        model = getattr(uncompiled(self.model), "config", None)
+        entries = model.to_dict() if isinstance(model, ModelConfig) else {}
+        return {
+            **self.config.to_dict(),
+            **{f"model.{name}": _plain(value) for name, value in entries.items()},
+            **_optimizer_identity(self.optimizer, self.rates),
+            "objective": _callable_name(self.objective),
+            "registered": sorted(self.registered),
+        }
+
+    @contextmanager
+    def session(self) -> Iterator[tuple[Iterator[Any], Callable[[], bool]]]:
+        """Prepare for steps; give the batches to come, and whether Ctrl-C was pressed."""
+        with _alone_in(self.folder), _patient() as is_interrupted, ExitStack() as stack:
+            self.resume()
+            for sink in self.sinks:
+                stack.callback(sink.close)
+                sink.start(self.step or -1)  # the row of step 0 comes again, too
+            self.model.train()
+            if self.step == 0 and self.config.evaluate_every is not None:
+                self.record({}, self.evaluation())
+            self.monitor.start()
+            batches = iter(self.batches)
+            if self.config.prefetch:
+                batches = stack.enter_context(closing(cast(Any, _ahead(self.batches))))
+            yield batches, is_interrupted
+            self.interrupted = self.step < self.config.n_steps
+            if self.interrupted and self.step not in self.checkpoints.steps():
+                self.save()
+
+# %% ../chapters/13_training.ipynb #f6cc931d
+def _default_objective(model: nn.Module, config: TrainingConfig) -> Objective:
+    experts = getattr(getattr(model, "config", None), "n_experts", 0)
+    balance_loss = config.balance_loss if experts else 0.0
+    return partial(next_token_objective, z_loss=config.z_loss, balance_loss=balance_loss)
+
+
+def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    name, rate, options = config.optimizer, config.learning_rate, config.optimizer_options
+    if (kind := _torch_optimizer(name)) is not None:
+        make = partial(kind, parameter_groups(model, config.weight_decay), lr=rate)
+    else:
+        decay = {"weight_decay": config.weight_decay, "betas": config.betas}
+        rates = {"lr": rate, "adamw_lr": config.adamw_rate}
+        make = partial(build_optimizer, model, cast(Any, name), **cast(Any, rates | decay))
+    try:
+        return make(**options)
+    except TypeError as error:
+        raise ValueError(f"optimizer_options: expected arguments of {name}: {error}") from None
+
+
+def _schedule(config: TrainingConfig) -> Callable[[int], float]:
+    if config.schedule == "constant":
+        return constant_schedule(warmup=config.warmup)
+    make = {"cosine": cosine_schedule, "wsd": wsd_schedule, "linear": linear_schedule}
+    return make[config.schedule](config.n_steps, warmup=config.warmup, final=config.final)
+
+# %% ../chapters/13_training.ipynb #d3b760de
+class Probe:
+    """Looks on while a model is trained; a subclass overrides what it needs.
+
+    Random numbers that ``evaluate`` draws do not change training, those that others draw do.
+    """
+
+    def attach(self, trainer: "Trainer") -> None:
+        """Once, when ``trainer`` is made: the place for ``trainer.register``."""
+
+    def after_micro_batch(self, trainer: "Trainer", batch: Any, sums: "Sums") -> None:
+        """After each micro-batch: its gradients have joined those in ``.grad``."""
+
+    def after_step(self, trainer: "Trainer", report: StepReport) -> None:
+        """After each step; ``report.taken`` says whether the weights were changed."""
+
+    def evaluate(self, trainer: "Trainer") -> Row:
+        """At each evaluation, without gradients or dropout: return what is to be logged of it."""
+        return {}
+
+
+class _Function(Probe):
+    def __init__(self, function: Callable[[nn.Module], Row]):
+        self.function = function
+
+    def evaluate(self, trainer: "Trainer") -> Row:
+        return self.function(trainer.model)
+
+
+def _as_probe(probe: Any) -> Probe:
+    if isinstance(probe, Probe):
+        return probe
+    if not callable(probe) or isinstance(probe, type):
+        raise ValueError(f"probes: expected probes or functions of the model, got {probe!r}")
+    return _Function(probe)
+
+# %% ../chapters/13_training.ipynb #8fe6aa69
+def _check_given(trainer: "Trainer", probes: Sequence[Any]) -> None:
+    if not trainer.parameters:
+        raise ValueError("model: expected parameters to train, got none")
+    if trainer.config.evaluate_every is not None and not trainer.validation and not probes:
+        raise ValueError("validation: expected batches, as evaluate_every is set, got none")
+
+
+def _checked_batch(batch: Any, batch_size: int) -> Any:
+    """Return ``batch`` if it has the rows that the configuration says, else raise."""
+    if isinstance(batch, tuple) and len(batch[0]) != batch_size:
+        expected = f"batches of {batch_size} rows"
+        raise ValueError(f"batch_size: expected {expected}, got one of {len(batch[0])}")
+    return batch
+
+
+def _told(evaluation: Row, name: str) -> float:
+    """The number that tells the best model, NaN if there was no evaluation of validation batches."""
+    if evaluation and name not in evaluation and name != "validation_loss":
+        raise ValueError(f"best: expected one of {', '.join(evaluation)}, got {name!r}")
+    return evaluation.get(name, math.nan)
+
+
+def _register(trainer: "Trainer", name: str, thing: Any) -> Any:
+    check_text(name, "name")
+    if name in trainer.registered:
+        raise ValueError(f"name: expected one that is not registered yet, got {name!r}")
+    if trainer.step:
+        raise ValueError(f"name: expected to register before the first step, got {name!r} after it")
+    for method in ("state_dict", "load_state_dict"):
+        if not callable(getattr(thing, method, None)):
+            raise ValueError(f"thing: expected something with {method}(), got {type(thing)}")
+    trainer.registered[name] = thing
+    return thing
+
+# %% ../chapters/13_training.ipynb #60196f0b
+_SCALARS = (bool, int, float, str, type(None))
+
+
+def _optimizer_identity(optimizer: torch.optim.Optimizer, rates: Sequence[Any]) -> dict[str, Any]:
+    told: dict[str, Any] = {"optimizer class": type(optimizer).__qualname__}
+    for number, (group, rate) in enumerate(zip(optimizer.param_groups, rates, strict=True)):
+        entries = {name: _plain(value) for name, value in group.items() if name != "params"}
+        entries |= {"lr": float(rate), "initial_lr": None}  # while training, the schedule sets it
+        for name, value in entries.items():
+            parts = value if isinstance(value, list) else [value]
+            if all(isinstance(part, _SCALARS) for part in parts) and name != "param_names":
+                told[f"optimizer group {number}, {name}"] = value
+    return told
+
+
+def _callable_name(function: Any) -> str:
+    """The name of a function, with the arguments that a partial one has."""
+    if isinstance(function, partial):
+        given = {k: v for k, v in sorted(function.keywords.items()) if isinstance(v, _SCALARS)}
+        arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        return f"{_callable_name(function.func)}({arguments})"
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+# %% ../chapters/13_training.ipynb #566bdfd7
+_MAY_CHANGE = {"evaluate_every", "log_every", "checkpoint_every", "keep_last", "max_skipped"}
+_MAY_CHANGE |= {"prefetch", "compile"}
+
+
+def _check_identity(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` that names the first thing in which a run differs from a checkpoint.
+
+    Both are what ``Trainer.identity`` returns.
+    """
+    is_old = "objective" not in there
+    if is_old:
+        message = (
+            "the checkpoint is of an earlier version, and says nothing of optimizer and objective"
+        )
+        warnings.warn(message, CheckpointWarning, stacklevel=5)
+        defaults = {f.name: _plain(f.default) for f in fields(TrainingConfig)}
+        defaults |= {"optimizer_options": {}, "registered": []}
+        there = {**{k: v for k, v in here.items() if k not in defaults}, **defaults, **there}
+    for name in sorted((here.keys() | there.keys()) - _MAY_CHANGE):
+        if here.get(name) != there.get(name):
+            then = f"expected {there.get(name)!r}, as in the checkpoint"
+            raise ValueError(f"{name}: {then}, got {here.get(name)!r}")
+
+# %% ../chapters/13_training.ipynb #d684a5c4
+def _counters(trainer: "Trainer") -> dict[str, Any]:
+    monitor, guard = trainer.monitor, trainer.guard
+    return {
+        "step": trainer.step,
+        "best": trainer.best,
+        "skipped": guard.skipped,
+        "skipped_in_a_row": guard.skipped_in_a_row,
+        "loss_sum": monitor.sums.get("loss", 0.0),
+        "target_sum": monitor.target_sum,
+        "all_targets": monitor.all_targets,
+        "other_sums": {name: total for name, total in monitor.sums.items() if name != "loss"},
+    }
+
+
+def _set_counters(trainer: "Trainer", counters: Mapping[str, Any]) -> None:
+    monitor, guard = trainer.monitor, trainer.guard
+    trainer.step, trainer.best = counters["step"], counters["best"]
+    guard.skipped, guard.skipped_in_a_row = counters["skipped"], counters["skipped_in_a_row"]
+    monitor.target_sum, monitor.all_targets = counters["target_sum"], counters["all_targets"]
+    monitor.sums = dict(counters.get("other_sums", {}))
+    if monitor.target_sum:
+        monitor.sums["loss"] = counters["loss_sum"]
+
+# %% ../chapters/13_training.ipynb #3dd08142
+_COMPILED = "_orig_mod."
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` was given, or ``model`` itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def model_state(model: nn.Module) -> dict[str, Any]:
+    """Return the state dict of a model, with the names that it has when it is not compiled."""
+    return {name.replace(_COMPILED, ""): value for name, value in model.state_dict().items()}
+
+
+def load_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give a model, compiled or not, the ``state`` of one that may be the other."""
+    names = {name.replace(_COMPILED, ""): name for name in model.state_dict()}
+    clean = {name.replace(_COMPILED, ""): value for name, value in state.items()}
+    model.load_state_dict({names.get(name, name): value for name, value in clean.items()})
 
 # %% ../chapters/13_training.ipynb #4092a55b
 @contextmanager
@@ -1056,94 +1519,6 @@ def _alone_in(folder: Path | None) -> Iterator[None]:
     except Timeout:
         raise TrainingError(f"{folder}: another process is training there") from None
 
-# %% ../chapters/13_training.ipynb #f6b31af2
-class _Prepared(_Saved):
-    """Everything that a trainer is given, checked."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: ResumableBatches,
-        config: TrainingConfig,
-        *,
-        validation: Sequence[Any] | None = None,
-        folder: str | Path | None = None,
-        objective: Objective | None = None,
-        probes: Sequence[Callable[[nn.Module], Row]] = (),
-        sinks: Sequence[Sink] = (),
-        peak: float | None = None,
-    ):
-        super().__init__(model, config, objective)
-        if config.evaluate_every is not None and not validation and not probes:
-            raise ValueError("validation: expected batches, as evaluate_every is set, got none")
-        self.batches, self.validation, self.probes, self.peak = batches, validation, probes, peak
-        self.folder = None if folder is None else Path(folder)
-        self.log = MetricsLog(None if self.folder is None else self.folder / "metrics.jsonl")
-        self.sinks: list[Sink] = [self.log, *sinks]
-        self.interrupted = False
-        for block in getattr(model, "blocks", [model]) if config.compile else ():
-            block.compile()
-
-# %% ../chapters/13_training.ipynb #09474389
-class _Tended(_Prepared):
-    """What surrounds a step: a first evaluation, the log, checkpoints, the best model."""
-
-    def begin(self) -> None:
-        """Before the first step of all: evaluate the untrained model, if that is asked for."""
-        self.model.train()
-        if self.step == 0 and self.config.evaluate_every is not None:
-            self.record(self.evaluation())
-        self.clock = time.perf_counter()
-
-    def after_step(self, batch: Any, report: Row) -> None:
-        """Log, evaluate, save: whatever is due."""
-        due = self.is_due(self.config.log_every)
-        row = _measurements(self, batch, report) if due else dict[str, float]()
-        if (self.validation or self.probes) and self.is_due(self.config.evaluate_every):
-            row |= self.evaluation()
-        if row:
-            self.record(row)
-        if self.is_due(self.config.checkpoint_every):
-            self.save()
-        self.clock = time.perf_counter()  # what was done here is no part of the speed
-
-    def record(self, row: Row) -> None:
-        """Send a row to all sinks, and keep the model if it is the best so far."""
-        for sink in self.sinks:
-            sink.write({"step": self.step, **row})
-        if row.get("validation_loss", math.inf) < self.best:
-            self.best = row["validation_loss"]
-            _save_best(self)
-
-# %% ../chapters/13_training.ipynb #805245a3
-def _checked(trainer: _Saved, batch: Any) -> Any:
-    """Return ``batch`` if it has the rows that the configuration says, else raise."""
-    if len(batch[0]) != trainer.config.batch_size:
-        expected = f"batches of {trainer.config.batch_size} rows"
-        raise ValueError(f"batch_size: expected {expected}, got one of {len(batch[0])}")
-    return batch
-
-
-def _save_best(trainer: _Saved) -> None:
-    if trainer.folder is not None:
-        state = {"step": trainer.step, "loss": trainer.best, "model": trainer.model.state_dict()}
-        _save(trainer.folder / "best.safetensors", state)
-
-
-def _load_best(trainer: _Saved) -> int:
-    if trainer.folder is None:
-        raise ValueError("folder: expected the one with best.safetensors, got None")
-    state = load_checkpoint(trainer.folder / "best.safetensors")
-    trainer.model.load_state_dict(state["model"])
-    return state["step"]
-
-
-def _resume(trainer: _Saved) -> int:
-    state = None if trainer.folder is None else newest_checkpoint(trainer.folder)
-    if state is not None:
-        trainer.load_state_dict(state)
-    return trainer.step
-
 # %% ../chapters/13_training.ipynb #7eb69930
 def _ahead(batches: ResumableBatches) -> Iterator[Any]:
     """Like iterating, but a thread prepares the next batch while one is used."""
@@ -1155,53 +1530,7 @@ def _ahead(batches: ResumableBatches) -> Iterator[Any]:
             coming = pool.submit(batches.__getitem__, batches.step)
             yield batch
 
-# %% ../chapters/13_training.ipynb #8090b6c1
-def _train(trainer: "Trainer") -> None:
-    """The loop itself, with what must be closed or set back around it."""
-    with _alone_in(trainer.folder), _patient() as is_interrupted, ExitStack() as stack:
-        trainer.resume()
-        for sink in trainer.sinks:
-            stack.callback(sink.close)
-            sink.start(trainer.step or -1)  # the row of step 0 comes again, too
-        trainer.begin()
-        batches = iter(trainer.batches)
-        if trainer.config.prefetch:
-            batches = stack.enter_context(closing(cast(Any, _ahead(trainer.batches))))
-        while trainer.step < trainer.config.n_steps and not is_interrupted():
-            batch = _checked(trainer, next(batches))
-            trainer.after_step(batch, trainer.train_step(batch))
-        trainer.interrupted = trainer.step < trainer.config.n_steps
-        if trainer.interrupted and trainer.step not in list_checkpoints(trainer.folder or ""):
-            trainer.save()
-
-# %% ../chapters/13_training.ipynb #4fea602a
-class Trainer(_Tended):
-    """Trains ``model`` on ``batches`` as ``config`` says: the same run, however often it is killed.
-
-    ``validation`` batches are scored every ``evaluate_every`` steps; ``probes`` are functions of
-    the model whose numbers are logged with that. ``folder`` gets ``metrics.jsonl`` and checkpoints,
-    from which ``train`` goes on by itself. ``objective`` is by default ``next_token_objective``;
-    ``sinks`` get what is logged; "mfu" there is a share of ``peak``, in operations a second.
-    """
-
-    def train(self) -> MetricsLog:
-        """Take the steps that are missing, and return the log.
-
-        Ctrl-C ends training after the step under way, with a checkpoint: ``interrupted`` is then
-        true, and the same call goes on. A second Ctrl-C is a ``KeyboardInterrupt`` at once.
-        """
-        _train(self)
-        return self.log
-
-    def resume(self) -> int:
-        """Go on from the newest whole checkpoint in the folder, if any; return the step."""
-        return _resume(self)
-
-    def load_best(self) -> int:
-        """Give the model the weights of the best evaluation; return the step they are from."""
-        return _load_best(self)
-
-# %% ../chapters/13_training.ipynb #759426a5
+# %% ../chapters/13_training.ipynb #d0c8f3a9
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What a run learns from.
@@ -1210,18 +1539,24 @@ class DataConfig:
     ``paths`` of files and folders; "shards", for two folders of them, to train and to validate.
     """
 
-    kind: str
-    packages: tuple[str, ...] = ("stdlib", "numpy", "matplotlib")
-    paths: tuple[str, ...] = ()
-    n_stories: int = 20_000
-    n_held_out: int = 400  # stories
-    held_out: float = 0.03  # share of the files, else
-    validation_rows: int = 128  # at most, while training
-    clean: bool = True  # and remove duplicates
-    layout: str = "best_fit"  # of documents in rows, or one_per_row, or windows for cut ones
+    kind: Annotated[str, "tinyworld, documentation, files or shards"]
+    packages: Annotated[tuple[str, ...], "whose documentation is read"] = (
+        "stdlib",
+        "numpy",
+        "matplotlib",
+    )
+    paths: Annotated[tuple[str, ...], "files and folders; of shards, two folders"] = ()
+    n_stories: Annotated[int, "stories to learn from"] = 20_000
+    n_held_out: Annotated[int, "stories to be judged by"] = 400
+    held_out: Annotated[float, "share of the text to be judged by"] = 0.03
+    validation_rows: Annotated[int, "rows to validate on, at most, while training"] = 128
+    clean: Annotated[bool, "clean the text, and remove duplicates"] = True
+    layout: Annotated[str, "of documents in rows: best_fit, one_per_row or windows"] = "best_fit"
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, ("tinyworld", "documentation", "files", "shards"))
+        for name in ("packages", "paths"):
+            _check_texts(name, getattr(self, name))
+        check_choice("kind", self.kind, tuple(_FIELDS_OF_KIND))
         check_choice("layout", self.layout, ("best_fit", "one_per_row", "windows"))
         check_at_least(n_stories=(1, self.n_stories), n_held_out=(1, self.n_held_out))
         check_at_least(validation_rows=(1, self.validation_rows))
@@ -1231,7 +1566,7 @@ class DataConfig:
         if len(self.paths) < needed or (self.kind == "shards" and len(self.paths) != 2):
             raise ValueError(f"paths: expected {needed} for {self.kind!r}, got {len(self.paths)}")
 
-# %% ../chapters/13_training.ipynb #18bd147e
+# %% ../chapters/13_training.ipynb #bfe6a613
 _PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN}
 
 
@@ -1239,25 +1574,27 @@ _PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN}
 class TokenizerConfig:
     """The tokenizer of a run: one that is trained on its text, or that of a file at ``path``."""
 
-    vocab_size: int = 2048  # at most: there are fewer if the text has no more pairs
-    pattern: str = "gpt4"  # or gpt2
-    special_tokens: tuple[str, ...] = ("<|endoftext|>",)
-    path: str | None = None
+    vocab_size: Annotated[int, "at most; fewer if the text has no more pairs"] = 2048
+    pattern: Annotated[str, "how text is cut first: gpt2 or gpt4"] = "gpt4"
+    special_tokens: Annotated[tuple[str, ...], "with the one that ends texts"] = ("<|endoftext|>",)
+    path: Annotated[str | None, "a tokenizer.json to use; null to train one"] = None
 
     def __post_init__(self) -> None:
+        _check_texts("special_tokens", self.special_tokens)
         check_at_least(vocab_size=(256 + len(self.special_tokens), self.vocab_size))
         check_choice("pattern", self.pattern, tuple(_PATTERNS))
         if "<|endoftext|>" not in self.special_tokens:
             expected = "expected '<|endoftext|>' among them"
             raise ValueError(f"special_tokens: {expected}, got {list(self.special_tokens)}")
 
-# %% ../chapters/13_training.ipynb #7753df16
+# %% ../chapters/13_training.ipynb #32237812
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that a run is: data, tokenizer, model, training.
 
-    ``model`` has the fields of ``ModelConfig`` but ``vocab_size``, which is the tokenizer's.
-    A ``ValueError`` names the setting that is wrong, as in "training.n_steps".
+    ``model`` has the fields of ``ModelConfig`` but ``vocab_size``, which is the tokenizer's; or it
+    has ``start_from``, a folder with a saved model and its tokenizer, and training goes on from its
+    weights. A ``ValueError`` names the setting that is wrong, as in "training.n_steps".
     """
 
     data: DataConfig
@@ -1268,10 +1605,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         _check_run(self)
 
-    def model_config(self, vocab_size: int) -> ModelConfig:
-        """Return the configuration of the model, for a tokenizer of this size."""
-        return _model_config(self.model, vocab_size)
-
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> "RunConfig":
         """Return the configuration with these settings; the inverse of ``to_dict``."""
@@ -1281,56 +1614,116 @@ class RunConfig:
         """Return all settings as numbers, texts and lists, fit for JSON and YAML."""
         return _plain(asdict(self))
 
+    def model_config(self, vocab_size: int) -> ModelConfig:
+        """Return the configuration of the model, for a tokenizer of this size."""
+        if "vocab_size" in self.model:
+            raise ValueError("vocab_size: follows from the tokenizer, leave it out")
+        if "start_from" in self.model:
+            return TransformerLM.from_pretrained(self.model["start_from"]).config
+        return ModelConfig.from_dict({**self.model, "vocab_size": vocab_size})
+
     @classmethod
     def from_yaml(cls, path: str | Path) -> "RunConfig":
         """Read a YAML file; a ``ValueError`` names the file and what is wrong in it."""
         return _from_yaml(cls, Path(path))
 
     def to_yaml(self, path: str | Path) -> None:
-        """Write a YAML file that ``from_yaml`` reads."""
-        _to_yaml(self, Path(path))
+        """Write a YAML file that ``from_yaml`` reads, with a comment for each setting."""
+        with whole_file(Path(path)) as draft:
+            draft.write_text(_yaml_text(self), encoding="utf-8")
 
-# %% ../chapters/13_training.ipynb #36a0c854
-def _model_config(fields_of_model: Mapping[str, Any], vocab_size: int) -> ModelConfig:
-    if "vocab_size" in fields_of_model:
-        raise ValueError("vocab_size: follows from the tokenizer, leave it out")
-    return ModelConfig.from_dict({**fields_of_model, "vocab_size": vocab_size})
-
-
-def _check_run(config: RunConfig) -> None:
-    _within("model", config.model_config, config.tokenizer.vocab_size)
-    if config.data.kind == "shards" and config.tokenizer.path is None:
-        raise ValueError("tokenizer.path: expected the file that made the shards, got None")
+# %% ../chapters/13_training.ipynb #a3d886c7
+_FIELDS_OF_KIND = {
+    "tinyworld": ("kind", "n_stories", "n_held_out", "validation_rows", "layout"),
+    "documentation": ("kind", "packages", "held_out", "validation_rows", "clean", "layout"),
+    "files": ("kind", "paths", "held_out", "validation_rows", "clean", "layout"),
+    "shards": ("kind", "paths", "validation_rows", "layout"),
+}
+_SECTIONS = {"data": DataConfig, "tokenizer": TokenizerConfig, "training": TrainingConfig}
 
 
-def _within(part: str, build: Callable[..., _T], *arguments: Any) -> _T:
+def _check_texts(name: str, value: Any) -> None:
+    """A single text would be taken for a sequence of characters."""
+    if isinstance(value, str):
+        raise ValueError(f"{name}: expected a tuple of texts, got {value!r}")
+    for place, text in enumerate(value):
+        check_text(text, f"{name}[{place}]")
+
+
+def _within(part: str, build: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
     """Build a part of a configuration; what is wrong is named with the part."""
     try:
-        return build(*arguments)
+        return build(*arguments, **options)
     except ValueError as error:
         raise ValueError(f"{part}.{error}") from None
 
-# %% ../chapters/13_training.ipynb #f0fbcf5b
-def _run_config(kind: type[RunConfig], entries: Any) -> RunConfig:
-    parts = {"data": DataConfig, "tokenizer": TokenizerConfig, "training": TrainingConfig}
-    names = (*parts, "model")
-    if not isinstance(entries, Mapping) or set(entries) != set(names):
-        got = sorted(map(str, entries)) if isinstance(entries, Mapping) else entries
-        raise ValueError(f"expected the sections {', '.join(names)}, got {got}")
-    built = {name: _within(name, _from_dict, part, entries[name]) for name, part in parts.items()}
-    if not isinstance(entries["model"], Mapping):
-        raise ValueError(f"model: expected settings by name, got {entries['model']!r}")
-    return kind(**built, model=dict(entries["model"]))
 
-# %% ../chapters/13_training.ipynb #3f44b124
-def _to_yaml(config: RunConfig, path: Path) -> None:
+def _check_run(config: RunConfig) -> None:
+    path, start = config.tokenizer.path, config.model.get("start_from")
+    if start is not None:
+        if others := sorted(config.model.keys() - {"start_from"}):
+            expected = "expected nothing else with start_from, which tells the sizes"
+            raise ValueError(f"model.{others[0]}: {expected}, got {config.model[others[0]]!r}")
+        check_text(start, "model.start_from")
+    else:
+        _within("model", config.model_config, config.tokenizer.vocab_size)
+    if config.data.kind == "shards" and path is None and start is None:
+        raise ValueError("tokenizer.path: expected the file that made the shards, got None")
+
+
+def _run_config(kind: type[RunConfig], entries: Any) -> RunConfig:
+    if not isinstance(entries, Mapping) or set(entries) - {*_SECTIONS, "model"}:
+        got = sorted(map(str, entries)) if isinstance(entries, Mapping) else entries
+        raise ValueError(f"expected the sections {', '.join((*_SECTIONS, 'model'))}, got {got}")
+    model = entries.get("model")
+    if not isinstance(model, Mapping):
+        raise ValueError(f"model: expected settings by name, got {model!r}")
+    found = read_settings(_SECTIONS, {k: v for k, v in entries.items() if k != "model"})
+    parts = {name: _within(name, part, **found[name]) for name, part in _SECTIONS.items()}
+    return kind(**cast(Any, parts), model=dict(model))
+
+# %% ../chapters/13_training.ipynb #8387e809
+def _useless(config: RunConfig) -> set[str]:
+    """Return the settings that this kind of run has no use for, as in "data.paths"."""
+    data, training = config.data, config.training
+    useless = {f"data.{f.name}" for f in fields(data)}
+    useless -= {f"data.{name}" for name in _FIELDS_OF_KIND[data.kind]}
+    if config.tokenizer.path is not None or "start_from" in config.model:
+        useless |= {"tokenizer.vocab_size", "tokenizer.pattern", "tokenizer.special_tokens"}
+    if training.optimizer != "muon":
+        useless |= {"training.adamw_rate"}
+    if training.optimizer not in ("adamw", "muon"):
+        useless |= {"training.betas"}
+    if training.schedule == "constant":
+        useless |= {"training.final"}
+    if not config.model.get("n_experts"):
+        useless |= {"training.balance_loss"}
+    return useless
+
+
+def _yaml_text(config: RunConfig) -> str:
     with requires_extra("YAML", extra="train"):
         import yaml
-    text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-    with whole_file(path) as draft:
-        draft.write_text(text, encoding="utf-8")
 
+    def line(name: str, value: Any, about: str = "") -> str:
+        text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+        said = f"{name}: {text.removesuffix(chr(10)).removesuffix(chr(10) + '...')}"
+        return f"  {said:34}  # {about}" if about else f"  {said}"
 
+    useless, lines = _useless(config), list[str]()
+    for section, kind in _SECTIONS.items():
+        part, types = getattr(config, section), get_type_hints(kind, include_extras=True)
+        lines.append(f"{section}:")
+        for f in fields(kind):
+            value, default = getattr(part, f.name), f.default
+            if f"{section}.{f.name}" not in useless or value != default:
+                lines.append(line(f.name, _plain(value), get_args(types[f.name])[-1]))
+        if section == "tokenizer":
+            lines += ["model:  # fields of ModelConfig; vocab_size is the tokenizer's"]
+            lines += [line(name, _plain(value)) for name, value in config.model.items()]
+    return "\n".join(lines) + "\n"
+
+# %% ../chapters/13_training.ipynb #6f7c9726
 def _from_yaml(kind: type[RunConfig], path: Path) -> RunConfig:
     with requires_extra("YAML", extra="train"):
         import yaml
@@ -1341,60 +1734,290 @@ def _from_yaml(kind: type[RunConfig], path: Path) -> RunConfig:
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
-# %% ../chapters/13_training.ipynb #53ccdd03
-def _documents(data: DataConfig) -> list[Document]:
-    read = read_files(data.paths) if data.kind == "files" else read_installed_docs(data.packages)
-    documents = list(deduplicate(clean_documents(read)) if data.clean else read)
-    if not documents:
-        raise ValueError("data: expected at least one document after cleaning, got none")
+# %% ../chapters/13_training.ipynb #ceb762cd
+class Pretrained(NamedTuple):
+    """What a run made: model, tokenizer, log, held-out texts, and where all this is kept."""
+
+    model: TransformerLM
+    tokenizer: BPETokenizer
+    log: MetricsLog
+    held_out: list[str]
+    folder: Path
+
+
+def run(
+    config: RunConfig,
+    folder: str | Path,
+    sinks: Sequence[Sink] = (),
+    *,
+    trainer: Callable[..., Trainer] = Trainer,
+    probes: Sequence[Probe | Callable[[nn.Module], Row]] = (),
+    say: Callable[[str], None] | None = None,
+) -> Pretrained:
+    """Do everything that ``config`` says, and return what came out; it is in ``folder``, too.
+
+    ``trainer`` makes the trainer: a subclass, or ``partial(Trainer, objective=...)``. ``probes``
+    join those of the run. ``say`` gets a line for each stage. A run that was stopped or killed goes
+    on where it was when it is called again; one that is complete is loaded. Ctrl-C is a
+    ``KeyboardInterrupt`` after a checkpoint. A ``ValueError`` if ``folder`` has another run.
+    """
+    folder, say = Path(folder), say or (lambda line: None)
+    _check_start(config)
+    _claim(folder, config)
+    if not (folder / "model").exists():
+        with _private_state(config.training.threads):
+            if not (folder / "data").exists():
+                _write_data(config, folder / "data", say)
+            made = _make_trainer(config, folder, trainer, sinks, probes)
+            say(f"training {count_parameters(made.model):,} parameters")
+            made.train()
+        if made.interrupted:
+            raise KeyboardInterrupt
+        _finish(made.model, folder)
+    return load_run(folder)
+
+# %% ../chapters/13_training.ipynb #80427a74
+def _read(data: DataConfig, say: Callable[[str], None]) -> list[Document]:
+    read = ReadReport()
+    if data.kind == "files":
+        say(f"reading {', '.join(data.paths)}")
+        try:
+            documents = list(read_files(data.paths, report=read))
+        except ValueError as error:
+            raise ValueError(f"data.{error}{_passed_over(read)}") from None
+    else:
+        say(f"reading the documentation of {', '.join(data.packages)}")
+        documents = list(read_installed_docs(data.packages, report=read))
+    say(f"read {read}{_passed_over(read)}")
     return documents
 
 
-def _is_held_out(document: Document, share: float) -> bool:
-    """Hold out whole files: their documents resemble each other more than those of others."""
-    file = str(document.metadata.get("path", document.id)).encode()
-    return int.from_bytes(blake2b(file, digest_size=8).digest()) < share * 2**64
+def _passed_over(read: ReadReport) -> str:
+    """Which files are of a kind that is not read."""
+    some = ", ".join(f"{suffix} {n:,}" for suffix, n in read.ignored.most_common(8))
+    return f"; passed over, by suffix: {some}" if some else ""
+
+# %% ../chapters/13_training.ipynb #a92b09ad
+def _documents(data: DataConfig, say: Callable[[str], None]) -> list[Document]:
+    documents = _read(data, say)
+    if not data.clean:
+        return documents
+    report = CleaningReport()
+    cleaned = list(clean_documents(documents, report=report))
+    size, left = (sum(len(d.text) for d in some) for some in (documents, cleaned))
+    kept = f"cleaning keeps {len(cleaned):,} of {len(documents):,} documents"
+    why = f"failed {_listed(report.failed)}; masked {_listed(report.masked)}"
+    say(f"{kept} and {left / max(size, 1):.1%} of the characters")
+    for before, after in zip(report.steps, report.steps[1:], strict=False):
+        lost = before.documents - after.documents, before.characters - after.characters
+        if any(lost):
+            say(f"  {after.step}: {lost[0]:,} documents and {lost[1]:,} characters less")
+    say(f"  {why}")
+    if not cleaned:
+        raise ValueError(f"data.clean: expected some text after cleaning, got none: {why}")
+    unique = deduplicate(cleaned)
+    say(f"removing duplicates keeps {len(unique):,} documents")
+    return unique
 
 
-def _train_and_held_out(data: DataConfig) -> tuple[list[str], list[str]]:
-    """Return the texts to learn from, and those to be judged by."""
-    if data.kind == "tinyworld":
-        world, sizes = TinyWorld(), (data.n_stories, data.n_held_out)
-        return cast(Any, tuple([s.text for s in world.stories(n, i)] for i, n in enumerate(sizes)))
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {n:,}" for name, n in counts.items()) or "nothing"
+
+# %% ../chapters/13_training.ipynb #57b1fb84
+def _share_of(name: str) -> float:
+    """A number from 0 to 1 that looks random, and is the same for the same name."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest()) / 2**64
+
+
+def _held_out(documents: Sequence[Document], share: float) -> tuple[list[str], list[str]]:
+    """Split texts into those to learn from and those to be judged by: by files, if there are some."""
+    files = [str(document.metadata.get("path", document.id)) for document in documents]
+    if len(documents) == 1:
+        return _split_text(documents[0].text, share)
+    names = files if len(set(files)) > 1 else [document.id for document in documents]
+    drawn = {name: _share_of(name) for name in names}
+    chosen = {name for name, number in drawn.items() if number < share}
+    chosen = chosen or {min(drawn, key=lambda name: drawn[name])}  # at least one
+    if chosen == set(drawn):
+        expected = "expected a share that leaves some of both"
+        raise ValueError(f"data.held_out: {expected}, got {share}, which holds out everything")
     parts: tuple[list[str], list[str]] = ([], [])
-    for document in _documents(data):
-        parts[_is_held_out(document, data.held_out)].append(document.text)
-    if not all(parts):
-        got = f"{len(parts[0])} documents to train and {len(parts[1])} to validate"
-        raise ValueError(f"held_out: expected a share that leaves some of both, got {got}")
+    for name, document in zip(names, documents, strict=True):
+        parts[name in chosen].append(document.text)
     return parts
 
-# %% ../chapters/13_training.ipynb #3795eea4
-def _write_data(config: RunConfig, folder: Path) -> None:
+
+def _split_text(text: str, share: float) -> tuple[list[str], list[str]]:
+    """Hold out the end of a text, from the beginning of a line on."""
+    at = text.rfind("\n", 0, round(len(text) * (1 - share))) + 1 or round(len(text) * (1 - share))
+    if not 0 < at < len(text):
+        expected = "expected a share that leaves some of the text for both"
+        raise ValueError(f"data.held_out: {expected}, got {share} of {len(text)} characters")
+    return [text[:at]], [text[at:]]
+
+# %% ../chapters/13_training.ipynb #b2d6b917
+def _train_and_held_out(
+    data: DataConfig, say: Callable[[str], None]
+) -> tuple[list[str], list[str]]:
+    """Return the texts to learn from, and those to be judged by."""
+    if data.kind == "tinyworld":
+        world, counts = TinyWorld(), (data.n_stories, data.n_held_out)
+        say(f"writing {counts[0]:,} stories of the tiny world, and {counts[1]:,} to be judged by")
+        return cast(Any, tuple([s.text for s in world.stories(n, i)] for i, n in enumerate(counts)))
+    train, held_out = _held_out(_documents(data, say), data.held_out)
+    sizes = tuple(sum(len(text.encode()) for text in texts) for texts in (train, held_out))
+    say(f"{sizes[0]:,} bytes to learn from, {sizes[1]:,} to be judged by")
+    return train, held_out
+
+
+def _tokenizer(config: RunConfig, texts: list[str], say: Callable[[str], None]) -> BPETokenizer:
+    settings, start = config.tokenizer, config.model.get("start_from")
+    path = settings.path or (start and Path(start) / "tokenizer.json")
+    if path:
+        return BPETokenizer.load(path)
+    say(f"training a tokenizer of {settings.vocab_size:,} tokens")
+    special = {"special_tokens": settings.special_tokens}
+    pattern = _PATTERNS[settings.pattern]
+    return train_bpe(texts, settings.vocab_size, pattern=pattern, **cast(Any, special))
+
+
+def _write_data(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
     """Write tokenizer, shards and held-out texts to ``folder``, all or nothing."""
-    data, settings = config.data, config.tokenizer
+    data, lines = config.data, list[str]()
+
+    def note(line: str) -> None:
+        lines.append(line)
+        say(line)
+
     with whole_directory(folder) as draft:
-        train, held_out = ([], []) if data.kind == "shards" else _train_and_held_out(data)
-        if settings.path is None:
-            pattern, special = _PATTERNS[settings.pattern], settings.special_tokens
-            tokenizer = train_bpe(
-                train, settings.vocab_size, pattern=pattern, special_tokens=special
-            )
-        else:
-            tokenizer = BPETokenizer.load(settings.path)
+        shards = data.kind == "shards"
+        train, held_out = ([], []) if shards else _train_and_held_out(data, note)
+        tokenizer = _tokenizer(config, train, note)
         tokenizer.save(draft / "tokenizer.json")
-        if data.kind != "shards":
+        if not shards:
+            note("writing tokens")
             write_shards(train, draft / "train", tokenizer)
             write_shards(held_out, draft / "validation", tokenizer)
             documents = (Document(text, id=f"{i:06d}") for i, text in enumerate(held_out))
             write_jsonl(documents, draft / "held_out.jsonl")
+        (draft / "preparation.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-
+# %% ../chapters/13_training.ipynb #09e4bbd5
 def _open_data(config: RunConfig, folder: Path) -> tuple[BPETokenizer, TokenShards, TokenShards]:
     tokenizer = BPETokenizer.load(folder / "tokenizer.json")
     both = config.data.paths if config.data.kind == "shards" else ("train", "validation")
     train, validation = (TokenShards(folder / name, tokenizer) for name in both)
     return tokenizer, train, validation
+
+
+def _check_start(config: RunConfig) -> None:
+    """Before anything else is done: is there what training is to start from?"""
+    if (start := config.model.get("start_from")) is None:
+        return
+    needed = ["config.json"] if config.tokenizer.path else ["config.json", "tokenizer.json"]
+    for name in needed:
+        if not (Path(start) / name).exists():
+            expected = f"a folder of a saved model, with {' and '.join(needed)}"
+            raise ValueError(f"model.start_from: expected {expected}, got {start!r}")
+
+
+def _first_model(config: RunConfig, vocab_size: int) -> TransformerLM:
+    """Return the model that training begins with: a fresh one, or one that was saved."""
+    seed_everything(config.training.seed)
+    start = config.model.get("start_from")
+    if start is None:
+        return TransformerLM(config.model_config(vocab_size))
+    model = TransformerLM.from_pretrained(start)
+    if model.config.vocab_size < vocab_size:
+        expected = f"a model of at least {vocab_size} tokens, as the tokenizer has"
+        raise ValueError(f"model.start_from: expected {expected}, got {model.config.vocab_size}")
+    return model.float()
+
+
+def _make_trainer(
+    config: RunConfig,
+    folder: Path,
+    trainer: Callable[..., Trainer],
+    sinks: Sequence[Sink],
+    probes: Sequence[Any],
+) -> Trainer:
+    tokenizer, train, validation = _open_data(config, folder / "data")
+    training, data = config.training, config.data
+    model = _first_model(config, tokenizer.vocab_size).to(best_device())
+    length = model.config.context_length
+    source = train if data.layout == "windows" else pack_documents(train, length, data.layout)
+    packed = pack_documents(validation, length)
+    rows = range(min(len(packed), data.validation_rows))
+    if data.kind == "tinyworld":
+        world = TinyWorld()
+        probes = [GapToFloor(world, world.stories(data.n_held_out, 1), tokenizer), *probes]
+    return trainer(
+        model,
+        BatchSampler(source, training.batch_size, length, seed=training.seed),
+        training,
+        validation=[packed.batch(rows[i : i + 16]) for i in range(0, len(rows), 16)],
+        folder=folder / "training",
+        probes=probes,
+        sinks=sinks,
+        peak=peak_flops(best_device(), getattr(torch, training.precision)),
+    )
+
+# %% ../chapters/13_training.ipynb #68b87ab8
+def load_run(folder: str | Path) -> Pretrained:
+    """Return what ``run`` left in ``folder``; the model is in ``eval`` mode, on the CPU."""
+    folder = Path(folder)
+    model = TransformerLM.from_pretrained(folder / "model")
+    tokenizer = BPETokenizer.load(folder / "model" / "tokenizer.json")
+    texts = folder / "data" / "held_out.jsonl"  # a run on shards has none
+    held_out = [document.text for document in read_jsonl(texts)] if texts.exists() else []
+    log = MetricsLog(folder / "training" / "metrics.jsonl")
+    return Pretrained(model, tokenizer, log, held_out, folder)
+
+
+def _finish(model: nn.Module, folder: Path) -> None:
+    """Save the model with its tokenizer, as Hugging Face's library expects a model's folder."""
+    tokenizer = BPETokenizer.load(folder / "data" / "tokenizer.json")
+    with whole_directory(folder / "model") as draft:
+        end = tokenizer.special_tokens["<|endoftext|>"]
+        save_model(cast(TransformerLM, uncompiled(model)), draft / "model", eos_token_id=end)
+        for path in (draft / "model").iterdir():
+            path.rename(draft / path.name)
+        (draft / "model").rmdir()
+        tokenizer.save(draft / "tokenizer.json")
+
+# %% ../chapters/13_training.ipynb #46dffd88
+def _claim(folder: Path, config: RunConfig) -> None:
+    """Write the configuration to ``folder``, or check that it is the one that is there."""
+    path, entries = folder / "run.json", config.to_dict()
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.exists() and (folder / "data").exists():  # else nothing has begun there
+        _check_same_run(entries, json.loads(path.read_text(encoding="utf-8")), path)
+    with whole_file(path) as draft:
+        draft.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+
+
+def _check_same_run(here: Mapping[str, Any], there: Mapping[str, Any], path: Path) -> None:
+    defaults = {"training": {"optimizer_options": {}, "best": "validation_loss"}}
+    defaults["training"] |= {"best_is": "lowest"}  # a file of an earlier version has none
+    for section, settings in here.items():
+        before = {**defaults.get(section, {}), **there.get(section, {})}
+        for name in sorted(settings.keys() | before.keys()):
+            free = section == "training" and name in _MAY_CHANGE
+            if settings.get(name) != before.get(name) and not free:
+                other = f"{path} is of a run with {before.get(name)!r}; take another folder"
+                raise ValueError(f"{section}.{name}: got {settings.get(name)!r}, but {other}")
+
+
+@contextmanager
+def _private_state(threads: int | None) -> Iterator[None]:
+    """Seeds and threads in here are nobody else's business."""
+    states, before = random_states(), torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        set_random_states(states)
 
 # %% ../chapters/13_training.ipynb #9ec3b83a
 #: What a token of a tiny-world story can be, see ``word_kinds``.
@@ -1457,29 +2080,6 @@ class GapToFloor:
         loss = sum(sums[f"loss/{kind}"] for kind in WORD_KINDS)
         return {"gap": loss / floor - 1, **sums}
 
-# %% ../chapters/13_training.ipynb #357ca62b
-def _cut(tokenizer: BPETokenizer, text: str) -> list[str]:
-    return [tokenizer.decode([token]) for token in tokenizer.encode(text)]
-
-
-def _padded(rows: Sequence[Sequence[int]], padding: int) -> Batch:
-    """Put texts, each between two ends of text, in the rows of a batch."""
-    length = max(map(len, rows))
-    windows = torch.full((len(rows), length), padding)
-    targets = torch.full((len(rows), length - 1), -100)
-    for number, row in enumerate(rows):
-        windows[number, : len(row)] = torch.tensor(row)
-        targets[number, : len(row) - 1] = windows[number, 1 : len(row)]
-    return Batch(windows[:, :-1].clone(), targets)
-
-
-@torch.no_grad()
-def _token_losses(model: nn.Module, batch: Batch) -> list[list[float]]:
-    """Return the loss of each target, in nats, 0 where there is none."""
-    logits = model(batch.inputs)
-    losses = cross_entropy(logits, batch.targets, reduction="none")
-    return losses.tolist()
-
 # %% ../chapters/13_training.ipynb #40244683
 def documents_score(
     model: nn.Module, tokenizer: BPETokenizer, texts: Iterable[str], batch_tokens: int = 4096
@@ -1524,113 +2124,32 @@ def compressors(texts: Sequence[str], seen: Sequence[str] = ()) -> dict[str, flo
         bits[name] = 8 * (len(compress(first + second)) - before) / n_bytes
     return bits
 
-# %% ../chapters/13_training.ipynb #53cb572e
-def _trainer(config: RunConfig, folder: Path, sinks: Sequence[Sink]) -> Trainer:
-    tokenizer, train, validation = _open_data(config, folder / "data")
-    training, data = config.training, config.data
-    seed_everything(training.seed)
-    model = TransformerLM(config.model_config(tokenizer.vocab_size)).to(best_device())
-    length = model.config.context_length
-    layout = {"windows": lambda: train}.get(data.layout)
-    source = layout() if layout else pack_documents(train, length, data.layout)
-    packed = pack_documents(validation, length)
-    rows = range(min(len(packed), data.validation_rows))
-    probes = []
-    if data.kind == "tinyworld":
-        world = TinyWorld()
-        probes.append(GapToFloor(world, world.stories(data.n_held_out, 1), tokenizer))
-    return Trainer(
-        model,
-        BatchSampler(source, training.batch_size, length, seed=training.seed),
-        training,
-        validation=[packed.batch(rows[i : i + 16]) for i in range(0, len(rows), 16)],
-        folder=folder / "training",
-        probes=probes,
-        sinks=sinks,
-        peak=peak_flops(best_device(), getattr(torch, training.precision)),
-    )
-
-# %% ../chapters/13_training.ipynb #c4a67e12
-class Pretrained(NamedTuple):
-    """What a run made: model, tokenizer, log, held-out texts, and where all this is kept."""
-
-    model: TransformerLM
-    tokenizer: BPETokenizer
-    log: MetricsLog
-    held_out: list[str]
-    folder: Path
+# %% ../chapters/13_training.ipynb #357ca62b
+def _cut(tokenizer: BPETokenizer, text: str) -> list[str]:
+    return [tokenizer.decode([token]) for token in tokenizer.encode(text)]
 
 
-def load_run(folder: str | Path) -> Pretrained:
-    """Return what ``run`` left in ``folder``; the model is in ``eval`` mode, on the CPU."""
-    folder = Path(folder)
-    model = TransformerLM.from_pretrained(folder / "model")
-    tokenizer = BPETokenizer.load(folder / "model" / "tokenizer.json")
-    texts = folder / "data" / "held_out.jsonl"  # a run on shards has none
-    held_out = [document.text for document in read_jsonl(texts)] if texts.exists() else []
-    log = MetricsLog(folder / "training" / "metrics.jsonl")
-    return Pretrained(model, tokenizer, log, held_out, folder)
-
-# %% ../chapters/13_training.ipynb #343bda21
-def run(config: RunConfig, folder: str | Path, sinks: Sequence[Sink] = ()) -> Pretrained:
-    """Do everything that ``config`` says, and return what came out; it is in ``folder``, too.
-
-    A run that was stopped or killed goes on where it was when it is called again; one that is
-    complete is loaded. Ctrl-C is a ``KeyboardInterrupt`` after a checkpoint. A ``ValueError`` if
-    ``folder`` has a run of another configuration.
-    """
-    folder = Path(folder)
-    _claim(folder, config)
-    if not (folder / "model").exists():
-        with _private_state(config.training.threads):
-            if not (folder / "data").exists():
-                _write_data(config, folder / "data")
-            trainer = _trainer(config, folder, sinks)
-            trainer.train()
-        if trainer.interrupted:
-            raise KeyboardInterrupt
-        _finish(trainer.model, folder)
-    return load_run(folder)
-
-# %% ../chapters/13_training.ipynb #5c10fbea
-def _claim(folder: Path, config: RunConfig) -> None:
-    """Write the configuration to ``folder``, or check that it is the one that is there."""
-    path, text = folder / "run.json", json.dumps(config.to_dict(), indent=1)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or not (folder / "data").exists():  # nothing has begun there
-        with whole_file(path) as draft:
-            draft.write_text(text, encoding="utf-8")
-    elif path.read_text(encoding="utf-8") != text:
-        other = f"{folder} has a run of another configuration, see {path.name}"
-        raise ValueError(f"folder: expected a new one, {other}")
+def _padded(rows: Sequence[Sequence[int]], padding: int) -> Batch:
+    """Put texts, each between two ends of text, in the rows of a batch."""
+    length = max(map(len, rows))
+    windows = torch.full((len(rows), length), padding)
+    targets = torch.full((len(rows), length - 1), -100)
+    for number, row in enumerate(rows):
+        windows[number, : len(row)] = torch.tensor(row)
+        targets[number, : len(row) - 1] = windows[number, 1 : len(row)]
+    return Batch(windows[:, :-1].clone(), targets)
 
 
-@contextmanager
-def _private_state(threads: int | None) -> Iterator[None]:
-    """Seeds and threads in here are nobody else's business."""
-    states, before = random_states(), torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-        set_random_states(states)
+@torch.no_grad()
+def _token_losses(model: nn.Module, batch: Batch) -> list[list[float]]:
+    """Return the loss of each target, in nats, 0 where there is none."""
+    logits = model(batch.inputs)
+    losses = cross_entropy(logits, batch.targets, reduction="none")
+    return losses.tolist()
 
-# %% ../chapters/13_training.ipynb #60e3e918
-def _finish(model: nn.Module, folder: Path) -> None:
-    """Save the model with its tokenizer, as Hugging Face's library expects a model's folder."""
-    tokenizer = BPETokenizer.load(folder / "data" / "tokenizer.json")
-    with whole_directory(folder / "model") as draft:
-        end = tokenizer.special_tokens["<|endoftext|>"]
-        save_model(cast(TransformerLM, model), draft / "model", eos_token_id=end)
-        for path in (draft / "model").iterdir():
-            path.rename(draft / path.name)
-        (draft / "model").rmdir()
-        tokenizer.save(draft / "tokenizer.json")
-
-# %% ../chapters/13_training.ipynb #ad51b315
+# %% ../chapters/13_training.ipynb #33ebbedb
 _SMALL: dict[str, Any] = {"threads": 1, "schedule": "linear", "final": 0.0, "spike_factor": 10.0}
-#: Configurations that are known to work, by name.
+#: Configurations of runs, by name.
 RUNS = {
     "tinyworld": RunConfig(
         data=DataConfig(kind="tinyworld", n_stories=18_000, layout="one_per_row"),
@@ -1797,7 +2316,7 @@ def load_or_train(
                 draft.rename(target)
     return load(target)
 
-# %% ../chapters/13_training.ipynb #1253b667
+# %% ../chapters/13_training.ipynb #dfd5e1f9
 def _versions(data: DataConfig) -> dict[str, str]:
     """Return the versions that installed documentation depends on."""
     versions = dict[str, str]()
@@ -1807,16 +2326,74 @@ def _versions(data: DataConfig) -> dict[str, str]:
             versions[name] = importlib.metadata.version(name)
     return versions
 
+# %% ../chapters/13_training.ipynb #a02e516b
+class NotebookBar:
+    """A sink that shows in a notebook how far a run is, in a picture that is gone at the end."""
 
-def pretrained(name: str = "tinyworld") -> Pretrained:
+    def __init__(self, n_steps: int):
+        self.n_steps, self._shown, self._next = n_steps, cast(Any, None), 0.0
+
+    def say(self, line: str, share: float = 0.0) -> None:
+        """Show a line of text, and a bar of which a ``share`` is filled."""
+        from IPython.display import display
+        from matplotlib.figure import Figure
+
+        figure, buffer = Figure(figsize=(7, 0.35)), io.BytesIO()
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        axes.axis("off")
+        axes.barh(0.1, share, height=0.2)
+        axes.text(0.0, 0.4, line if len(line) < 90 else line[:87] + "...", fontsize=9)
+        figure.savefig(buffer, format="png")
+        data = {"image/png": base64.b64encode(buffer.getvalue()).decode()}
+        if self._shown is None:
+            self._shown = display(data, raw=True, display_id=True)
+        elif self._shown:
+            self._shown.update(data, raw=True)
+
+    def start(self, step: int) -> None:
+        """Show the bar, filled up to ``step``."""
+        self.write({"step": max(step, 0)})
+
+    def write(self, row: Row) -> None:
+        """Fill it further, at most once a second."""
+        if time.monotonic() >= self._next:
+            self._next, loss = time.monotonic() + 1.0, row.get("loss")
+            said = f"step {row['step']:,} of {self.n_steps:,}"
+            said += "" if loss is None else f", loss {loss:.2f}"
+            self.say(said, float(row["step"]) / self.n_steps)
+
+    def close(self) -> None:
+        """Take it away."""
+        from IPython.display import clear_output
+
+        clear_output()
+
+
+def _shown(n_steps: int, progress: bool | None) -> tuple[list[Sink], Callable[[str], None] | None]:
+    """What shows the progress of a run here, if it is to be shown."""
+    if progress is False:
+        return [], None
+    if "ipykernel" in sys.modules:
+        bar = NotebookBar(n_steps)
+        return [bar], bar.say
+    if progress or sys.stdout.isatty():
+        return [ProgressBar(n_steps)], print
+    return [], None
+
+# %% ../chapters/13_training.ipynb #4464edfc
+def pretrained(name: str = "tinyworld", *, progress: bool | None = None) -> Pretrained:
     """Return the outcome of a run of ``RUNS``, trained on the first call and kept (see there).
 
-    Training "tinyworld" takes a minute or two on a laptop.
+    Training "tinyworld" takes a minute or two on a laptop. Its ``progress`` is shown in notebooks
+    and terminals, always if true, never if false.
     """
     check_choice("name", name, tuple(RUNS))
     config = RUNS[name]
     depends_on = {**config.to_dict(), "versions": _versions(config.data)}
-    return load_or_train(name, depends_on, partial(run, config), load=load_run)
+    sinks, say = _shown(config.training.n_steps, progress)
+    train = partial(run, config, sinks=sinks, say=say)
+    return load_or_train(name, depends_on, train, load=load_run)
 
 # %% ../chapters/13_training.ipynb #c5870240
 def report(result: Pretrained) -> dict[str, float]:
@@ -1831,8 +2408,8 @@ def report(result: Pretrained) -> dict[str, float]:
         numbers |= {f"bits per byte of {name}": value for name, value in others.items()}
     return numbers
 
-# %% ../chapters/13_training.ipynb #4621cb9d
-def _chosen(config: Path | None, preset: str | None) -> RunConfig:
+# %% ../chapters/13_training.ipynb #6775b046
+def _chosen(config: str | None, preset: str | None) -> RunConfig:
     if (config is None) == (preset is None):
         raise ValueError(f"expected a file CONFIG or a --preset, one of {', '.join(RUNS)}")
     if config is not None:
@@ -1841,12 +2418,33 @@ def _chosen(config: Path | None, preset: str | None) -> RunConfig:
     return RUNS[str(preset)]
 
 
+def _overridden(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
+    """Return ``config`` with the settings that were given by section."""
+    entries = config.to_dict()
+    if "start_from" in given.get("model", {}):  # the sizes are those of the saved model
+        entries["model"] = {}
+    for section in (*_SECTIONS, "model"):
+        entries[section] |= given.get(section, {})
+    return RunConfig.from_dict(entries)
+
+
 def _execute(config: RunConfig, folder: Path, tensorboard: bool) -> None:
     sinks: list[Sink] = [ProgressBar(config.training.n_steps)]
     if tensorboard:
         sinks.append(TensorBoard(folder / "tensorboard"))
-    for name, value in report(run(config, folder, sinks)).items():
+    for name, value in report(run(config, folder, sinks, say=print)).items():
         print(f"{name}: {value:,.4g}")
+    print(_farewell(folder))
+
+
+def _farewell(folder: Path) -> str:
+    """Say where the model is, and how to let it write."""
+    options = "tokenizer=result.tokenizer, max_new_tokens=60"
+    return f"""The model is in {folder / "model"}. To let it write, in Python:
+  from llmbook.generation import generate
+  from llmbook.training import load_run
+  result = load_run({str(folder)!r})
+  print(generate(result.model, ["The"], {options})[0].text)"""
 
 
 def _write(config: RunConfig, path: Path) -> None:
@@ -1856,51 +2454,49 @@ def _write(config: RunConfig, path: Path) -> None:
     config.to_yaml(path)
     print(f"{path} is written; train with: python -m llmbook.training {path}")
 
-# %% ../chapters/13_training.ipynb #ae6f26d6
+# %% ../chapters/13_training.ipynb #810f9472
+def _command(arguments: Sequence[str] | None) -> None:
+    """Do what the command line says."""
+    about = "Train a model as a file or a preset says; a run that was stopped goes on."
+    prog = "python -m llmbook.training"
+    parser = settings_parser(_SECTIONS, required=False, prog=prog, description=about)
+    parser.add_argument("--model", type=dict[str, Any], default={}, help="fields of ModelConfig")
+    options = {
+        "config": {"nargs": "?", "help": "a YAML file, see --write"},
+        "--preset": {"help": f"one of {', '.join(RUNS)}"},
+        "--write": {"help": "write a YAML file, train nothing"},
+        "--folder": {"default": "runs/latest", "help": "where the run is kept"},
+        "--tensorboard": {"action": "store_true", "help": "write curves into its folder, too"},
+    }
+    for name, how in options.items():
+        parser.add_argument(name, **cast(Any, how))
+    known = [*_names(_SECTIONS), "model", *(name.removeprefix("--") for name in options)]
+    with _named_errors(known):
+        given = parser.parse_args(arguments, defaults=False).as_dict()
+    config = _overridden(_chosen(given.get("config"), given.get("preset")), given)
+    if given.get("write") is not None:
+        return _write(config, Path(given["write"]))
+    folder = Path(given.get("folder") or "runs/latest")
+    return _execute(config, folder, bool(given.get("tensorboard")))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, ``python -m llmbook.training``, and exit.
 
     The code is 0, or 2 for a bad request, 1 if training failed, 130 if it was stopped by Ctrl-C.
     """
-    with requires_extra("The command line", extra="train"):
-        import typer
-    argument, option = typer.Argument, typer.Option
+    sys.exit(_exit_code(partial(_command, arguments)))
 
-    def train(
-        config: Annotated[Path | None, argument(help="A YAML file, see --write.")] = None,
-        preset: Annotated[str | None, option(help=f"One of {', '.join(RUNS)}.")] = None,
-        write: Annotated[Path | None, option(help="Write a YAML file, train nothing.")] = None,
-        folder: Annotated[Path, option(help="Where the run is kept.")] = Path("runs/latest"),
-        tensorboard: Annotated[bool, option(help="Write curves into its folder, too.")] = False,
-    ) -> Callable[[], None]:
-        """Train a model as a file or a preset says; a run that was stopped goes on."""
-        chosen = _chosen(config, preset)
-        if write is None:
-            return partial(_execute, chosen, folder, tensorboard)
-        return partial(_write, chosen, write)
-
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(train)
-    sys.exit(_exit_code(partial(app, args=arguments, standalone_mode=False)))
-
-# %% ../chapters/13_training.ipynb #244281ef
+# %% ../chapters/13_training.ipynb #6e37d795
 def _exit_code(command: Callable[[], Any]) -> int:
-    """Do what ``command`` returns; say in one line what went wrong, if something did."""
+    """Do ``command``; say in one line what went wrong, if something did."""
     try:
-        work = command()
-        if callable(work):  # the library that reads options would hide a Ctrl-C
-            work()
+        command()
     except (KeyboardInterrupt, TrainingError, ImportError, OSError, ValueError) as error:
         stopped = isinstance(error, KeyboardInterrupt)
         text = "stopped; the same command goes on" if stopped else f"error: {error}"
         print(text, file=sys.stderr)
         return 130 if stopped else 2 if isinstance(error, ValueError) else 1
-    except Exception as error:  # a wrong option
-        show = getattr(error, "show", None)
-        if show is None:
-            raise
-        show()
-        return 2
     return 0
 
 

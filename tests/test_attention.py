@@ -458,6 +458,8 @@ def test_truncate_rows_apart_and_reorder():
 
 def test_cache_refuses(untyped):
     cache = KVCache(2, 4, 1, 4)
+    with pytest.raises(ValueError, match="k: expected tokens announced by extend, got none"):
+        cache[0].update(torch.zeros(2, 1, 1, 4), torch.zeros(2, 1, 1, 4))
     with pytest.raises(ValueError, match="at most 4 tokens in a row, the capacity, got 5"):
         cache.extend(5)
     with pytest.raises(ValueError, match="position_ids: expected at least 1, got 0"):
@@ -495,6 +497,114 @@ def test_cache_refuses(untyped):
     for name in (*sizes, "n_layers", "window"):
         with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
             KVCache(**sizes | {name: 0})
+
+
+# The cache in compiled code
+
+
+@pytest.fixture
+def compiled():
+    """Compile a step anew, as one graph; ``compiled.graphs()`` says how many were made since."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+
+    def compile_step(model, cache):
+        def step(tokens, positions, rope):
+            mask = cache.extend(positions)
+            return model(tokens, rope=rope, mask=mask, cache=cache[0])
+
+        return torch.compile(step, backend="eager", fullgraph=True, dynamic=False)
+
+    compile_step.graphs = lambda: counters["stats"]["unique_graphs"]
+    yield compile_step
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("kind", "window", "spare"),
+    [("grouped", None, 0), ("latent", 4, 0), ("grouped", 4, 3), ("grouped", 1, 0)],
+)
+@torch.no_grad()
+def test_a_step_with_a_cache_is_compiled_once(compiled, kind, window, spare):
+    """A graph for the prompt and one for all single tokens; the same numbers as without a cache."""
+    model, sizes = models()[kind]
+    rope = RotaryEmbedding(6)
+    x = torch.randn(2, 12, 24, dtype=torch.float64)
+    whole = model(x, rope=rope(torch.arange(12)[None]), mask=causal_mask(12, window))
+    cache = KVCache(2, 12, **sizes, window=window, spare=spare, dtype=torch.float64)
+    step, outputs = compiled(model, cache), []
+    for piece in torch.arange(12).split([5, *[1] * 7]):
+        n = len(piece)
+        outputs.append(step(x[:, piece], n, rope(cache.next_positions(n).expand(2, -1))))
+    assert compiled.graphs() == 2
+    torch.testing.assert_close(torch.cat(outputs, dim=1), whole)
+    assert cache.lengths.tolist() == [12, 12]
+    cache.truncate(11)  # outside of compiled code the lengths are known again
+    again = step(x[:, [11]], 1, rope(torch.tensor([[11], [11]])))
+    torch.testing.assert_close(again, whole[:, 11:])
+    assert compiled.graphs() == 2
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(("kind", "window"), [("latent", None), ("grouped", 4)])
+@torch.no_grad()
+def test_compiled_rows_apart_with_padding(compiled, kind, window):
+    """Positions as a tensor, -1 for padding before, between and after; a prompt beyond the ring."""
+    model, sizes = models()[kind]
+    rope = RotaryEmbedding(6)
+    x = torch.randn(3, 12, 24, dtype=torch.float64)
+    whole = model(x, rope=rope(torch.arange(12)[None]), mask=causal_mask(12, window))
+    pieces = [
+        torch.tensor([[-1, 0, -1, 1, 2, 3, 4], [0, -1, -1, -1, -1, 1, -1], [0, 1, 2, 3, 4, 5, 6]]),
+        torch.tensor([[5], [-1], [7]]),
+        torch.tensor([[-1], [-1], [-1]]),
+        torch.tensor([[6], [2], [-1]]),
+        torch.tensor([[7, -1], [3, 4], [8, 9]]),
+    ]
+    cache = KVCache(3, 12, **sizes, window=window, dtype=torch.float64)
+    step, rows = compiled(model, cache), torch.arange(3)[:, None]
+    for positions in pieces:
+        out = step(x[rows, positions.clamp(min=0)], positions, rope(positions))
+        given = positions >= 0
+        expected = whole[given.nonzero()[:, 0], positions[given]]
+        torch.testing.assert_close(out[given], expected)
+    assert cache.lengths.tolist() == [8, 5, 10] and compiled.graphs() == 3
+    cache.reorder(torch.tensor([2, 0]))
+    assert cache.next_positions(1).tolist() == [[10], [8]]
+
+
+@pytest.mark.usefixtures("untyped")
+@torch.no_grad()
+def test_compiled_steps_go_on_from_plain_ones(compiled):
+    model, sizes = models()["grouped"]
+    rope = RotaryEmbedding(6)
+    x = torch.randn(2, 12, 24, dtype=torch.float64)
+    whole = model(x, rope=rope(torch.arange(12)[None]))
+    for capacity in (12, 14):  # another cache, whose size becomes a symbol
+        cache = KVCache(2, capacity, **sizes, dtype=torch.float64)
+        run(model, x, cache, [5], rope)
+        step = compiled(model, cache)
+        outputs = [step(x[:, t : t + 1], 1, rope(torch.full((2, 1), t))) for t in range(5, 11)]
+        assert cache.lengths.tolist() == [11, 11]
+        outputs.append(run(model, x, cache, [1], rope)[:, 11:])
+        torch.testing.assert_close(torch.cat(outputs, dim=1), whole[:, 5:])
+
+
+@pytest.mark.usefixtures("untyped")
+@torch.no_grad()
+def test_compiled_steps_check_on_the_device(compiled):
+    model, sizes = models()["grouped"]
+    cache = KVCache(2, 6, **sizes, dtype=torch.float64)
+    step, x = compiled(model, cache), torch.randn(2, 6, 24, dtype=torch.float64)
+    step(x, 6, None)
+    with pytest.raises(RuntimeError, match="position_ids: expected no row to grow beyond"):
+        step(x[:, :1], 1, None)
+    cache = KVCache(2, 6, **sizes, dtype=torch.float64)
+    step = compiled(model, cache)
+    with pytest.raises(RuntimeError, match="position_ids: expected rows to go on"):
+        step(x[:, :2], torch.tensor([[0, 1], [1, 2]]), None)
 
 
 # Modules

@@ -153,7 +153,7 @@ def test_a_line_of_a_million_characters() -> None:
 def test_bad_shingles() -> None:
     with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
         shingles("a", 0)
-    with pytest.raises(ValueError, match="unit: expected 'word' or 'character', got 'line'"):
+    with pytest.raises(ValueError, match="unit: expected one of word, character, got 'line'"):
         shingles("a", 5, "line")
 
 
@@ -717,7 +717,7 @@ def test_copies_go_from_crowded_buckets_too(monkeypatch) -> None:
 
 def test_bad_deduplication() -> None:
     twice = documents(["a", "a"])
-    with pytest.raises(ValueError, match="linkage: expected 'star' or 'single', got 'complete'"):
+    with pytest.raises(ValueError, match="linkage: expected one of star, single, got 'complete'"):
         deduplicate(twice, linkage="complete")
     with pytest.raises(ValueError, match="score: expected numbers, got NaN for document 'd0'"):
         deduplicate(twice, score=lambda d: math.nan)

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmbook import subwords
+from llmbook.corpus import Document
 from llmbook.subwords import (
     TrainingStep,
     UnigramTokenizer,
@@ -118,7 +119,7 @@ def likelihood(words):
 
 @given(st.lists(st.text("abc", min_size=1, max_size=7), min_size=2, max_size=12), st.data())
 def test_gain_is_the_difference_of_likelihoods(texts, data):
-    table = subwords._pair_table(Counter(texts), "likelihood", 1)
+    table = subwords._PairTable.from_words(Counter(texts), "likelihood", 1)
     for _ in range(3):
         rows = [r for r in range(len(table.places)) if table.count[r] > 0]
         if not rows:
@@ -132,7 +133,7 @@ def test_gain_is_the_difference_of_likelihoods(texts, data):
             np.array(x) for x in (table.count[row], *table.tokens[[a, b, merged]])
         )
         gain = float(merge_gain(n, left, right, table.total, merged=new, same=bool(a == b)))
-        subwords._merge(table, row)
+        table.merge(row)
         after = likelihood(
             [w for w, n in zip(table.words, table.frequency, strict=True) for _ in range(n)]
         )
@@ -141,8 +142,8 @@ def test_gain_is_the_difference_of_likelihoods(texts, data):
 
 @given(st.lists(st.text("abc", min_size=1, max_size=8), min_size=1, max_size=10))
 def test_counts_stay_right_through_training(texts):
-    table = subwords._pair_table(Counter(texts), "likelihood", 1)
-    subwords._merge_until(table, 40, ())
+    table = subwords._PairTable.from_words(Counter(texts), "likelihood", 1)
+    table.merge_until(40)
     recount, pairs = Counter(), Counter()
     for word, n in zip(table.words, table.frequency, strict=True):
         for token in word:
@@ -157,7 +158,7 @@ def test_counts_stay_right_through_training(texts):
 
 def reweighed(table):
     kept = table.worth.copy()
-    subwords._weigh(table, np.arange(len(table.places)))
+    table.weigh(np.arange(len(table.places)))
     fresh, table.worth = table.worth.copy(), kept
     return fresh[: len(table.places)]
 
@@ -280,7 +281,7 @@ def test_all_lattices_at_once_equal_the_lists(scored, words):
     counts = np.arange(1.0, len(words) + 1)
     lengths = np.array([len(w) for w in words])
     lattices = subwords._WordLattices(counts, lengths, np.array(arcs))
-    log_z, posterior = subwords._path_sums(lattices, np.array(list(scored.values())))
+    log_z, posterior = lattices.path_sums(np.array(list(scored.values())))
     expected = dict.fromkeys(pieces, 0.0)
     for n, word in enumerate(words):
         cuts = {tuple(c): sum(scored[t] for t in c) for c in segmentations(word, scored)}
@@ -289,7 +290,7 @@ def test_all_lattices_at_once_equal_the_lists(scored, words):
         for cut, score in cuts.items():
             for piece in cut:
                 expected[piece] += counts[n] * math.exp(score - whole)
-    found = subwords._expected(lattices, posterior, len(pieces))
+    found = lattices.expected(posterior, len(pieces))
     assert np.allclose(found, list(expected.values()))
 
 
@@ -300,9 +301,9 @@ def test_em_never_lowers_the_likelihood(texts):
     pieces, current, lattices = subwords._seeds(words, counts, 4, 50, set())
     climb = []
     for _ in range(6):
-        log_z, posterior = subwords._path_sums(lattices, current)
+        log_z, posterior = lattices.path_sums(current)
         climb.append(float(log_z @ counts))
-        expected = subwords._expected(lattices, posterior, len(pieces))
+        expected = lattices.expected(posterior, len(pieces))
         current = np.log(np.maximum(expected, 1e-300) / expected.sum())
     assert all(after >= before - 1e-9 for before, after in itertools.pairwise(climb))
 
@@ -312,16 +313,16 @@ def test_loss_is_what_removing_a_piece_costs():
     counts = np.array([5.0, 40.0, 7.0, 60.0, 9.0])
     pieces, current, lattices = subwords._seeds(words, counts, 8, 100, set())
     for _ in range(3):
-        _, posterior = subwords._path_sums(lattices, current)
-        expected = subwords._expected(lattices, posterior, len(pieces))
+        _, posterior = lattices.path_sums(current)
+        expected = lattices.expected(posterior, len(pieces))
         current = subwords._m_step(expected)
-    log_z, posterior = subwords._path_sums(lattices, current)
+    log_z, posterior = lattices.path_sums(current)
     loss = subwords._losses(lattices, posterior, len(pieces))
     for piece in ("un", "unl"):
         n = pieces.index(piece)
         without = current - math.log1p(-math.exp(current[n]))
         without[n] = -700.0
-        true = float((log_z - subwords._path_sums(lattices, without)[0]) @ counts)
+        true = float((log_z - lattices.path_sums(without)[0]) @ counts)
         assert abs(loss[n] - true) < 0.1 * abs(true) + 0.5
 
 
@@ -438,6 +439,12 @@ both = pytest.mark.parametrize("kind", TRAIN)
 
 
 @both
+def test_documents_count_by_their_text(kind):
+    ours = TRAIN[kind]([Document(text) for text in TEXTS], 400)
+    assert ours.encode(TEXTS[0]) == TRAIN[kind](TEXTS, 400).encode(TEXTS[0])
+
+
+@both
 def test_size_is_what_was_asked_or_less(kind):
     size = TRAIN[kind](TEXTS, 400).vocab_size
     assert size == 400 if kind is UnigramTokenizer else 0 < size <= 400
@@ -452,8 +459,8 @@ def test_size_is_what_was_asked_or_less(kind):
     [
         ([], {}, "texts: expected at least one word, got none"),
         ([""], {}, "texts: expected at least one word, got none"),
-        ("a text", {}, "texts: expected several texts, .* got one str"),
-        (["a", 7], {}, r"texts\[1\]: expected a str, got 7"),
+        ("a text", {}, "texts: expected several Documents or texts, got a single str"),
+        (["a", 7], {}, "texts: expected Documents or texts, got int at index 1"),
         (["some words"], {"vocab_size": 5}, "vocab_size: expected at least .* got 5"),
         (["some words"], {"vocab_size": 0}, "vocab_size: expected at least 1, got 0"),
         (["some words"], {"vocab_size": 5.5}, "vocab_size: expected a whole number"),

@@ -21,15 +21,22 @@ from tiktoken_ext import openai_public
 from tokenizers import models, pre_tokenizers, trainers
 
 from llmbook import tokenizer as module
+from llmbook.corpus import Document
 from llmbook.tokenizer import (
     GPT2_PATTERN,
     GPT4_PATTERN,
     BPETokenizer,
+    SpecialTokens,
+    WordCache,
+    check_special_tokens,
     count_words,
     learn_merges,
+    naming_file,
     pretokenize,
+    read_json_object,
     train_bpe,
     train_bpe_files,
+    valid_text,
 )
 
 END = "<|endoftext|>"
@@ -151,6 +158,9 @@ class TestPretokenize:
             train_bpe(["a"], 300, pattern=pattern)
 
     def test_surrogates(self) -> None:
+        assert valid_text("a\ud83d\ude42\ude42") == "a🙂\ufffd"
+        with pytest.raises(ValueError, match="word: expected a str, got 5"):
+            valid_text(5, "word")
         assert pretokenize("a\ud83d") == ["a", "\ufffd"]
         assert pretokenize("\ud83d\ude42") == ["🙂"]
 
@@ -248,9 +258,13 @@ class TestTraining:
             learn_merges({"ab": -1}, 1)
         assert learn_merges({"ab": 0, "\ud800": 1}, 0) == [] == learn_merges({}, 5)
 
-    def test_documents_are_not_texts(self) -> None:
-        with pytest.raises(ValueError, match=r"texts\[1\]: expected a str, got 5"):
-            list(module._batches(iter(["a", 5])))  # type: ignore[list-item]
+    def test_what_is_no_text(self) -> None:
+        with pytest.raises(ValueError, match="texts: expected Documents or texts, got int at"):
+            train_bpe(iter(["a", 5]), 300)  # type: ignore[list-item]
+
+    def test_documents_count_by_their_text(self) -> None:
+        documents = [Document(text) for text in TEXTS]
+        assert train_bpe(documents, 300) == train_bpe(TEXTS, 300)
 
 
 class TestFiles:
@@ -378,7 +392,7 @@ class TestEncoding:
         assert not any(len(word) > 64 for word in ours._tables.words)
 
     def test_the_cache_is_bounded(self) -> None:
-        cache = module._WordCache(lambda word: (len(word),), size=3, longest=2)
+        cache = WordCache(lambda word: (len(word),), size=3, longest=2)
         assert [cache[w] for w in ("a", "b", "ccc", "c", "d", "a")] == [
             (1,),
             (1,),
@@ -433,6 +447,27 @@ class TestSpecialTokens:
     def test_unknown(self, ours: BPETokenizer, allowed: Any) -> None:
         with pytest.raises((ValueError, TypeError), match="allowed_special"):
             ours.encode("a", allowed_special=allowed)
+
+    def test_found_between_ordinary_text(self) -> None:
+        special = SpecialTokens({"<a>": 300, "<a><b>": 301})
+        seen: list[str] = []
+
+        def ordinary(text: str) -> list[int]:
+            seen.append(text)
+            return list(text.encode())
+
+        assert special.encode("x<a><b>y<a>", ("<a>", "<a><b>"), ordinary) == [120, 301, 121, 300]
+        assert seen == ["x", "y", ""]
+        assert special.encode("<a>", (), ordinary) == [60, 97, 62]
+        assert special.allowed("all") == ("<a>", "<a><b>") and special.allowed(["<a>"]) == ("<a>",)
+        assert special == {"<a>": 300, "<a><b>": 301}
+        assert pickle.loads(pickle.dumps(special)) == special
+
+    def test_checked(self) -> None:
+        assert check_special_tokens(["<a>", "<b>"]) == ("<a>", "<b>")
+        for bad in ("<a>", ["<a>", "<a>"], [""], ["\ud800"]):
+            with pytest.raises(ValueError, match="special_tokens"):
+                check_special_tokens(bad)
 
     def test_decoding(self, ours: BPETokenizer) -> None:
         assert ours.decode([97, 698]) == f"a{END}"
@@ -584,6 +619,16 @@ class TestVocabulary:
         with pytest.raises(ValueError, match=re.escape(message)):
             BPETokenizer(vocabulary, merges, **options)
 
+    def test_from_merges(self) -> None:
+        trained = train_bpe(TEXTS, 400, special_tokens=["<a>", "<b>"], pattern=GPT2_PATTERN)
+        made = BPETokenizer.from_merges(trained.merges, ["<a>", "<b>"], pattern=GPT2_PATTERN)
+        assert made == trained
+        assert BPETokenizer.from_merges([]).special_tokens == {END: 256}
+        with pytest.raises(ValueError, match="special_tokens"):
+            BPETokenizer.from_merges([], ["<a>", "<a>"])
+        with pytest.raises(ValueError, match="merges"):
+            BPETokenizer.from_merges([(b"ab", b"c")])
+
     def test_truncated(self) -> None:
         large = train_bpe(TEXTS, 500, special_tokens=["<a>", "<b>"])
         small = train_bpe(TEXTS, 300, special_tokens=["<a>", "<b>"])
@@ -618,6 +663,18 @@ class TestTiktoken:
 
 
 class TestSavedFiles:
+    def test_what_is_wrong_names_the_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "some.json"
+        path.write_text("[1]", encoding="utf-8")
+        message = r"some\.json.*expected a JSON object, got list"
+        with pytest.raises(ValueError, match=message), naming_file(path):
+            read_json_object(path)
+        message = r"some\.json.*not a tokenizer's file: KeyError 'a'"
+        with pytest.raises(ValueError, match=message), naming_file(path):
+            raise KeyError("a")
+        with pytest.raises(FileNotFoundError), naming_file(tmp_path / "none.json"):
+            read_json_object(tmp_path / "none.json")
+
     def test_round_trip(self, ours: BPETokenizer, gpt2: BPETokenizer, tmp_path: Path) -> None:
         for tokenizer in (ours, gpt2):
             tokenizer.save(tmp_path / "tokenizer.json")

@@ -3,7 +3,8 @@
 First without a browser: internal links and anchors lead somewhere, assets exist and are our own,
 images have alt texts, ids are unique. Then, where Chromium is found, every page is opened over http
 in light mode and from disk in dark mode: nothing may be asked of a network, nothing may fail,
-formulas must be set, and no page may be wider than a phone. The last line says what ran.
+formulas must be set, and no page may be wider than a phone, with everything open that folds. The
+last line says what ran.
 """
 
 from __future__ import annotations
@@ -191,6 +192,9 @@ FORMULAS = """async () => {
   return [count('.math') - count('.math > mjx-container'), count('mjx-merror, [data-mjx-error]')];
 }"""
 
+# What is folded counts as well: the width below is that of the page with everything open.
+OPEN = "() => document.querySelectorAll('details').forEach((fold) => { fold.open = true; })"
+
 # What sticks out to the right, unless it lies in something that scrolls or cuts.
 TOO_WIDE = """() => {
   const width = document.documentElement.clientWidth;
@@ -305,6 +309,7 @@ def _page_problems(page: Page) -> list[str]:
     unset, errors = page.evaluate(FORMULAS)
     if unset > 0 or errors:
         wrong.append(f"{unset} formulas not set, {errors} with errors")
+    page.evaluate(OPEN)
     page.set_viewport_size(PHONE)
     if wide := page.evaluate(TOO_WIDE):
         wrong.append(f"wider than a phone: {wide}")

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import engine
+import headers
 import yaml
 from book import (
     PACKAGE,
@@ -26,14 +28,17 @@ from book import (
     tags,
 )
 from nbformat import NotebookNode
+from needs import hidden_needs
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 from sync import out_of_date
+from tables import not_current
 from workbook import blanked, exercises
 
 MAX_CELL_LINES, MAX_LINE = 30, 100
+MAX_WHOLE_LINES = 60  # of an exported cell that is one function or class
 UNBREAKABLE = ("# %%", "# |", "# :")  # cell markers with alt text, rows of tables, options
 IGNORED_TAGS = {"nbval-ignore-output", "nbval-skip"}
 IGNORED_MARK = re.compile(r"#\s*NBVAL_(?:IGNORE_OUTPUT|SKIP)")
@@ -43,11 +48,11 @@ IMAGE_DIRECTIVE = re.compile(
     r"(?P<options>(?:[ >]*:\w+:[^\n]*\n)*)",
     re.MULTILINE,
 )
-# Where each chapter must be named, and the pages that people read without building the site.
-TABLES = ("README.md", "index.md", "teaching.md", "api/index.md")
+# The pages that people read without building the site.
 PAGES = ("README.md", "CONTRIBUTING.md")
 MARKDOWN_LINK = re.compile(r"\]\(\s*<?([^)>\s]+)")
-MAKE_INSTALLS = re.compile(r'pip install .*--constraint (\S+) --editable "(\S+)"')
+MAKE_INSTALLS = re.compile(r'install.* --constraint (\S+) --editable "(\S+)"')
+PRIVATE = re.compile(r"_(?!_|replace$|asdict$|fields$|make$)\w+")  # but what named tuples offer
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 Check = Callable[[Path], list[str]]
 
@@ -84,18 +89,14 @@ def each_chapter_has_its_companions(root: Path) -> list[str]:
     return found
 
 
-def contents_are_complete(root: Path) -> list[str]:
-    """The table of contents has every chapter, in order, and so have the tables for people."""
-    files = _files_in(yaml.safe_load(read_text(root / "_toc.yml")))
-    listed = [file.removeprefix("chapters/") for file in files]
-    names = [chapter.name for chapter in chapters(root)]
-    found = [f"{name} is not in _toc.yml" for name in names if name not in listed]
-    if [name for name in listed if name in names] != [name for name in names if name in listed]:
-        found.append("_toc.yml has the chapters in another order, or one of them twice")
-    for table in TABLES:
-        text = read_text(root / table)
-        found += [f"{name} is not in {table}" for name in names if f"chapters/{name}" not in text]
-    return found
+def headers_are_whole(root: Path) -> list[str]:
+    """Each chapter says first what it is, builds, needs and takes, and to which part it belongs."""
+    return headers.faults(root)
+
+
+def tables_are_current(root: Path) -> list[str]:
+    """The tables of chapters on other pages are what the chapters say of themselves."""
+    return [] if headers.faults(root) else not_current(root)
 
 
 def links_lead_somewhere(root: Path) -> list[str]:
@@ -107,16 +108,6 @@ def links_lead_somewhere(root: Path) -> list[str]:
             if file and "://" not in file and not (root / file).exists():
                 found.append(f"{page}: {target} does not exist")
     return found
-
-
-def _files_in(node: object) -> Iterator[str]:
-    if isinstance(node, dict):
-        if "file" in node:
-            yield node["file"]
-        node = list(node.values())
-    if isinstance(node, list):
-        for child in node:
-            yield from _files_in(child)
 
 
 def imports_follow_the_order(root: Path) -> list[str]:
@@ -157,13 +148,24 @@ def cells_are_short(root: Path) -> list[str]:
     found = []
     for where, cell in numbered_code(root):
         lines = sum(bool(line.strip()) for line in cell.source.splitlines())
-        if lines > MAX_CELL_LINES:
-            found.append(f"{where} has {lines} lines; at most {MAX_CELL_LINES}")
+        most = MAX_WHOLE_LINES if _is_one_exported_thing(cell.source) else MAX_CELL_LINES
+        if lines > most:
+            found.append(f"{where} has {lines} lines; at most {most}")
     for script in (c.script for c in chapters(root) if c.script.exists()):
         for number, line in enumerate(read_text(script).splitlines(), 1):
             if len(line) > MAX_LINE and not line.startswith(UNBREAKABLE):
-                found.append(f"{script.name}, line {number} has {len(line)} characters")
+                found.append(
+                    f"{script.name}, line {number} has {len(line)} characters; at most {MAX_LINE}"
+                )
     return found
+
+
+def _is_one_exported_thing(source: str) -> bool:
+    """Whether a cell is one function or class of the package, which need not be cut in two."""
+    if not engine.is_exported(source):
+        return False
+    body = parse(source, "an exported cell").body
+    return len(body) == 1 and isinstance(body[0], (*FUNCTION, ast.ClassDef))
 
 
 def outputs_are_clean(root: Path) -> list[str]:
@@ -234,15 +236,33 @@ def exercises_are_whole(root: Path) -> list[str]:
     return found
 
 
+def engine_rooms_are_whole(root: Path) -> list[str]:
+    """Each engine room is one section under one line, each lone engine cell under a comment."""
+    return [
+        f"{chapter.name}: {fault}"
+        for chapter, notebook in notebooks(root)
+        for fault in engine.faults(notebook)
+    ]
+
+
+def exercises_need_no_engine_room(root: Path) -> list[str]:
+    """What an exercise takes for granted is in the main line, or in the exercise's text."""
+    found = []
+    for chapter, notebook in notebooks(root):
+        try:
+            found += [f"{chapter.name}: {need}" for need in hidden_needs(chapter, notebook)]
+        except BookError as error:
+            found.append(str(error))
+    return found
+
+
 # --- the package --------------------------------------------------------------------------------
 
 
 def modules_are_documented(root: Path) -> list[str]:
     """Each module, public function and public class has a docstring, each function types."""
     found = []
-    for chapter in (c for c in chapters(root) if c.module_file.exists()):
-        where = f"{PACKAGE}/{chapter.module}.py"
-        tree = parse(read_text(chapter.module_file), where)
+    for where, tree in _modules(root):
         if not ast.get_docstring(tree):
             found.append(
                 f"{where} has no docstring: its chapter has no line with > under the title"
@@ -268,6 +288,60 @@ def _is_typed(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     return typed and (function.returns is not None or function.name == "__init__")
 
 
+def no_class_only_divides(root: Path) -> list[str]:
+    """A private class with one subclass is that class in two pieces; cells can continue a class."""
+    found = []
+    for where, tree in _modules(root):
+        classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        bases = [_base_name(base) for node in classes for base in node.bases]
+        found += [
+            f"{where}: {node.name} has one subclass: write that one class in several cells"
+            for node in classes
+            if node.name.startswith("_") and bases.count(node.name) == 1
+        ]
+    return found
+
+
+def _base_name(base: ast.expr) -> str | None:
+    """Return the name of a base class, without what it is made for: Base for Base[int]."""
+    base = base.value if isinstance(base, ast.Subscript) else base
+    return base.id if isinstance(base, ast.Name) else None
+
+
+def no_private_names_are_borrowed(root: Path) -> list[str]:
+    """What several modules need is public: no module uses another's names with an underscore."""
+    found = []
+    for where, tree in _modules(root):
+        ours = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and _is_of_the_package(node):
+                origin = ".".join([PACKAGE] * bool(node.level) + [node.module or ""]).strip(".")
+                ours |= {alias.asname or alias.name for alias in node.names}
+                found += [
+                    f"{where} borrows {origin}.{alias.name}"
+                    for alias in node.names
+                    if alias.name.startswith("_")
+                ]
+        found += [
+            f"{where} borrows {node.value.id}.{node.attr}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+            if node.value.id in ours and PRIVATE.fullmatch(node.attr)
+        ]
+    return found
+
+
+def _is_of_the_package(node: ast.ImportFrom) -> bool:
+    return bool(node.level) or (node.module or "").split(".")[0] == PACKAGE
+
+
+def _modules(root: Path) -> Iterator[tuple[str, ast.Module]]:
+    """Yield the modules that chapters make, with what to call them."""
+    for chapter in (c for c in chapters(root) if c.module_file.exists()):
+        where = f"{PACKAGE}/{chapter.module}.py"
+        yield where, parse(read_text(chapter.module_file), where)
+
+
 # --- environments -------------------------------------------------------------------------------
 
 
@@ -280,7 +354,9 @@ def requirements_are_pinned(root: Path) -> list[str]:
             found.append(f"{requirement.name} is not pinned in constraints.txt")
         elif pin not in requirement.specifier:
             found.append(f"pyproject.toml wants {requirement}, constraints.txt pins {pin}")
-    installed = {canonicalize_name(d.name): Version(d.version) for d in metadata.distributions()}
+    # The first on the path is the one that is imported; setuptools brings older ones of its own.
+    everything = reversed(list(metadata.distributions()))
+    installed = {canonicalize_name(d.name): Version(d.version) for d in everything}
     # What is pinned but not installed belongs to other systems; +cpu and the like are builds.
     return found + [
         f"{name} {installed[name]} is installed, constraints.txt pins {pin}"
@@ -327,7 +403,8 @@ def conda_agrees_with_pip(root: Path) -> list[str]:
 CHECKS: list[Check] = [
     files_are_current,
     each_chapter_has_its_companions,
-    contents_are_complete,
+    headers_are_whole,
+    tables_are_current,
     links_lead_somewhere,
     imports_follow_the_order,
     cells_are_short,
@@ -335,7 +412,11 @@ CHECKS: list[Check] = [
     few_outputs_are_ignored,
     images_have_alt_text,
     exercises_are_whole,
+    engine_rooms_are_whole,
+    exercises_need_no_engine_room,
     modules_are_documented,
+    no_class_only_divides,
+    no_private_names_are_borrowed,
     requirements_are_pinned,
     conda_agrees_with_pip,
 ]

@@ -1,5 +1,8 @@
 """A pytest plugin: nbval over the chapters, then, in each, the proof of its exercises.
 
+It also keeps how long each chapter took, for the table that ``test.py`` prints and for ``make sync
+ARGS=--times``; nothing fails because of a clock.
+
 The proof runs in the kernel that has run the chapter, so it costs no second execution, and
 stores nothing. For each exercise: the blanked solution must fail its check, then the solution
 must pass it.
@@ -8,12 +11,13 @@ Use: ``pytest chapters -p nbval_exercises``, without ``--nbval``, which would co
 a second time.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from book import CHAPTER_NAME, Chapter, read_notebook
+from book import CHAPTER_NAME, Chapter, code_cells, read_notebook
+from headers import record_times
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell
 from nbval.plugin import IPyNbCell, IPyNbFile
@@ -34,6 +38,44 @@ def __blank_must_fail__(label, *sources):
 
 __blank_must_fail__(*{arguments!r})
 """
+
+
+# Marks, in the reports, what a reader who runs the chapter does not run.
+PROOF = "proof of an exercise"
+
+
+class Clock:
+    """Adds up the seconds of each chapter, from the start of its kernel to its last cell."""
+
+    def __init__(self, root: Path) -> None:
+        """Start with nothing, for the book at ``root``."""
+        self.root = root
+        self.seconds: Counter[str] = Counter()
+        self.passed: Counter[str] = Counter()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Add what one cell took; with several workers, all reports come here."""
+        chapter = Path(report.nodeid.partition("::")[0]).stem
+        if (PROOF, True) in map(tuple, report.user_properties):
+            return
+        self.seconds[chapter] += report.duration
+        self.passed[chapter] += report.when == "call" and report.passed
+
+    def pytest_sessionfinish(self) -> None:
+        """Keep the times of the chapters that ran from the first to the last cell."""
+        whole = {}
+        for chapter, passed in self.passed.items():
+            notebook = Chapter(self.root, chapter).notebook
+            if notebook.exists() and passed == len(code_cells(read_notebook(notebook))):
+                whole[chapter] = self.seconds[chapter]
+        if whole:
+            record_times(self.root, whole)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the clock, in the process that hears of all cells."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Clock(config.rootpath))
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
@@ -58,13 +100,15 @@ class ChapterFile(IPyNbFile):
             for what, source in proof(chapter, notebook, exercise):
                 number += 1
                 # A cell that was never executed has no outputs to compare: it need only run.
-                yield IPyNbCell.from_parent(
+                item = IPyNbCell.from_parent(
                     self,
                     name=f"{exercise.label}: {what}",
                     cell_num=number,
                     cell=new_code_cell(source),
                     options=defaultdict(bool),
                 )
+                item.user_properties.append((PROOF, True))
+                yield item
 
 
 def proof(

@@ -7,9 +7,12 @@ fingerprints:
 
 - ``paired``, of the cells when script and notebook last agreed: it tells which of them was edited;
 - ``executed``, of the code that made the outputs, with all the modules of the book that it imports.
+
+Last, every table of chapters is made from what the chapters say of themselves (``tables.py``).
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import os
@@ -40,10 +43,13 @@ from book import (
     write_text,
 )
 from continued import join
+from engine import fold, fold_as, separate_headings
+from headers import faults, state_measured_times
 from jupytext.config import load_jupytext_config
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
+from tables import not_current, write_tables
 from tqdm import tqdm
 
 FORMAT = "py:percent"
@@ -67,14 +73,34 @@ class Plan:
         """Say, in words, what is out of date on disk."""
         chapter, found = self.chapter, []
         if _text(chapter.script) != self.script:
-            found.append(f"{chapter.name}.py lacks what was edited in the notebook")
+            found.append(
+                f"{chapter.name}.py has text in the cell of an engine room's heading"
+                if self.sets_apart()
+                else f"{chapter.name}.py lacks what was edited in the notebook"
+            )
         if _text(chapter.module_file) != self.module:
             found.append(f"{PACKAGE}/{chapter.module}.py is not what {chapter.name} exports")
         if not chapter.notebook.exists():
             found.append(f"{chapter.name}.ipynb does not exist")
-        elif _text(chapter.notebook) != notebook_text(self.notebook):
+        elif _text(chapter.notebook) != self._as_a_reader_left_it():
             found.append(f"{chapter.name}.ipynb lacks what was edited, or is not in its plain form")
         return found + ([f"{chapter.name} must be executed: {self.stale}"] if self.stale else [])
+
+    def sets_apart(self) -> bool:
+        """Whether the script changes by nothing but cells for the headings of engine rooms."""
+        return separate_headings(_text(self.chapter.script) or "") == self.script
+
+    def _as_a_reader_left_it(self) -> str:
+        """Return the notebook's text with what an editor stores where somebody only looked.
+
+        Engine rooms may be open or folded, and the kernel described in more words. A sync brings
+        both into their plain form, but neither makes the chapter out of date.
+        """
+        notebook, stored = copy.deepcopy(self.notebook), read_notebook(self.chapter.notebook)
+        fold_as(notebook.cells, stored.cells)
+        kernel = ("kernelspec", "language_info")
+        notebook.metadata |= {k: v for k, v in stored.metadata.items() if k in kernel}
+        return notebook_text(notebook)
 
     def store_script(self) -> bool:
         """Write the script if it has to change; say whether it had to."""
@@ -135,12 +161,12 @@ def pair(chapter: Chapter, keep: str | None = None) -> tuple[str, NotebookNode]:
     """Return the script and the notebook as they should be, with the outputs that still fit."""
     config = load_jupytext_config(str(chapter.script))
     if not chapter.notebook.exists():
-        script = read_text(chapter.script)
+        script = separate_headings(read_text(chapter.script))
         return script, _notebook(cells_of(script, config), {}, {})
     stored = read_notebook(chapter.notebook)
     record = dict(stored.metadata.get(PACKAGE, {}))
     theirs = jupytext.writes(stored, fmt=FORMAT, config=config)
-    script = _choose(chapter, theirs, record.get("paired"), config, keep)
+    script = separate_headings(_choose(chapter, theirs, record.get("paired"), config, keep))
     cells = cells_of(script, config)
     outputs = {cell.id: cell for cell in _with_ids(stored, config)}
     record["paired"] = fingerprint(cells)
@@ -198,6 +224,7 @@ def _notebook(
         if cell.cell_type == "code" and (old := outputs.get(cell.id)):
             cell.outputs, cell.execution_count = old.outputs, old.execution_count
     record = record or {"paired": fingerprint(cells)}
+    fold(cells)  # after the fingerprint, for the script knows nothing of it
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=plain_metadata(record))
     notebook.nbformat_minor = 5
     return notebook
@@ -345,7 +372,7 @@ def _clean_outputs(chapter: Chapter, code: list[NotebookNode], cell: NotebookNod
 
 def make_plans(root: Path, names: Iterable[str] = (), keep: str | None = None) -> list[Plan]:
     """Plan the named chapters, or all; report every chapter that cannot be planned."""
-    plans, faults = [], []
+    plans, wrong = [], []
     for chapter in _select(root, names):
         try:
             seen = {path: _text(path) for path in (chapter.script, chapter.notebook)}
@@ -353,11 +380,11 @@ def make_plans(root: Path, names: Iterable[str] = (), keep: str | None = None) -
             parse(script, f"chapters/{chapter.script.name}")
             plans.append(Plan(chapter, script, notebook, export(chapter, notebook), seen))
         except BookError as error:
-            faults.append(str(error))
+            wrong.append(str(error))
     modules = Counter(chapter.module for chapter in chapters(root))
-    faults += [f"two chapters export to {PACKAGE}/{m}.py" for m, n in modules.items() if n > 1]
-    if faults:
-        raise BookError("\n".join(faults))
+    wrong += [f"two chapters export to {PACKAGE}/{m}.py" for m, n in modules.items() if n > 1]
+    if wrong:
+        raise BookError("\n".join(wrong))
     texts = _modules(root) | {plan.chapter.module: plan.module for plan in plans}
     for plan in plans:
         plan.stale = why_stale(plan.notebook, texts)
@@ -399,11 +426,13 @@ def sync(
     for path in orphans(root):
         path.unlink()
         changed = _say(f"removed {PACKAGE}/{path.name}: it has no chapter any more")
+        _say(f"if they are there, delete tests/test_{path.stem}.py and api/{path.stem}.md, too")
     for plan in plans:
         chapter = plan.chapter
+        why = "set headings apart in" if plan.sets_apart() else "from the notebook, wrote"
         if plan.store_script():
             plan.store_notebook()  # which notes that the two agree, before anything can fail
-            changed = _say(f"{chapter.name}: wrote the script from the notebook")
+            changed = _say(f"{chapter.name}: {why} the script")
         if write_text(chapter.module_file, plan.module):
             changed = _say(f"{chapter.name}: exported {PACKAGE}/{chapter.module}.py")
     for plan in plans:
@@ -411,7 +440,22 @@ def sync(
             changed = _execute_and_store(plan)
         elif plan.store_notebook():
             changed = _say(f"{plan.chapter.name}: wrote the notebook")
-    return changed
+    return _write_tables(root) or changed
+
+
+def _write_tables(root: Path) -> bool:
+    try:
+        written = write_tables(root)
+    except BookError as error:  # an author may run a chapter before its header is complete
+        raise BookError(f"all is in sync but the tables of chapters:\n{error}") from None
+    return any([_say(f"{page}: wrote what the chapters say") for page in written])
+
+
+def write_times(root: Path) -> None:
+    """Write into the headers how long the chapters took when the tests ran them last."""
+    sync(root, run=False)  # else an edit in a notebook and this one in its script would clash
+    for line in state_measured_times(root):
+        _say(line)
 
 
 def _execute_and_store(plan: Plan) -> bool:
@@ -438,6 +482,9 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if out of date")
     parser.add_argument("--force", action="store_true", help="execute even what did not change")
     parser.add_argument("--no-execute", action="store_true", help="pair and export only")
+    parser.add_argument(
+        "--times", action="store_true", help="write the run times measured last into the headers"
+    )
     parser.add_argument("--keep", choices=["py", "ipynb"], help="the one to trust if both changed")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -445,8 +492,11 @@ def main() -> int:
     try:
         if args.check:
             found = out_of_date(args.root, args.chapters)
+            found += faults(args.root) or not_current(args.root)
             print("\n".join(found) if found else "all is current")
             return 1 if found else 0
+        if args.times:
+            write_times(args.root)
         run = not args.no_execute
         changed = sync(args.root, args.chapters, force=args.force, run=run, keep=args.keep)
     except BookError as error:

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import psutil
 from book import ROOT, plain
+from headers import stated_and_measured
 
 PYTEST = ("-m", "pytest", "-q", "--color=no")
 SITE = "_build/strict/_build/html"
@@ -34,6 +35,7 @@ class Stage:
     arguments: tuple[str, ...]
     pin: bool = False  # to one thread for each of two workers
     remedy: str = ""  # what to do when it fails and the change was meant
+    news: Callable[[], str] | None = None  # what to print when it passed
 
 
 LINT = [
@@ -48,7 +50,12 @@ LINT = [
     Stage(
         "book",
         "the chapters as data: pairs, exports, outputs",
-        (*PYTEST, "tests/book", "tools/workbook.py", "--doctest-modules"),
+        (
+            *PYTEST,
+            "tests/book",
+            *"tools/workbook.py tools/headers.py tools/tables.py tools/install.py".split(),
+            "--doctest-modules",
+        ),
     ),
 ]
 SITE_STAGES = [
@@ -67,6 +74,7 @@ NOTEBOOKS = Stage(
     (*PYTEST, *TWO, *"chapters -p nbval_exercises --nbval-current-env -W default".split()),
     pin=True,
     remedy='if the new output is the right one: make sync ARGS="--force NN_name"',
+    news=lambda: stated_and_measured(ROOT),
 )
 # Groups follow each other. The lanes of a group run side by side: those of the first use one core
 # each, the stages of the others two.
@@ -135,6 +143,8 @@ class Runner:
         verdict = "FAILED" if code else "ok"
         last = output.splitlines()[-1] if output else ""
         print(f"{verdict:7} {stage.name:10} {seconds:6.1f} s  {last}", flush=True)
+        if stage.news and not code:
+            print(f"\n{stage.news()}\n", flush=True)
         self.times.append((stage.name, verdict, seconds))
         if code:
             self._end_running()

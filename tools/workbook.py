@@ -27,6 +27,7 @@ from book import (
     tags,
     write_text,
 )
+from engine import fold
 from nbformat import NotebookNode
 
 EXERCISE = re.compile(
@@ -191,6 +192,7 @@ def student_notebook(chapter: Chapter) -> NotebookNode:
     for cell in code_cells(student):
         cell.source = blanks.get(cell.id, cell.source)
         cell.outputs, cell.execution_count = [], None
+    fold(student.cells)
     return student
 
 

@@ -14,6 +14,13 @@ FIRST = '''\
 # # First
 #
 # > Doubling.
+#
+# | | |
+# |---|---|
+# | **Part** | I. Counting |
+# | **You build** | {py:func}`~llmbook.first.double` |
+# | **You need** | nothing |
+# | **It takes** | 5 minutes for the main line, 10 minutes for everything, 15 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp first
@@ -41,11 +48,60 @@ SVG("<svg xmlns='http://www.w3.org/2000/svg'><circle r='1'/></svg>")
 1 / 0
 '''
 
+# The end of the first chapter: a lone engine cell, then a section that an engine room closes.
+ENGINE = '''
+# %% tags=["engine"]
+#| export
+# The limits of the machine
+import sys
+
+
+# %% [markdown]
+# ## Halves
+
+# %%
+#| export
+def half(x: int) -> int:
+    """Return half of ``x``."""
+    return check_even(x) // 2
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: an odd number is refused
+
+# %% [markdown] tags=["engine"]
+# Half of an odd number would be rounded down, and twice that is another number.
+
+
+# %% tags=["engine"]
+#| export
+def check_even(x: int) -> int:
+    """Return ``x`` if it is even and not too large."""
+    if x % 2 or x > sys.maxsize:
+        raise ValueError(f"x: expected an even number, got {x}")
+    return x
+
+
+# %% [markdown]
+# ## Summary
+
+# %%
+half(8)
+'''
+
 SECOND = '''\
 # %% [markdown]
 # # Second
 #
-# > Doubling twice.
+# > Doubling
+# > twice.
+#
+# | | |
+# |---|---|
+# | **Part** | I. Counting |
+# | **You build** | {py:func}`four times <llmbook.second.quadruple>` |
+# | **You need** | twos ({doc}`00_first`) |
+# | **It takes** | 20 minutes for the main line, 1.5 hours for everything, 2 minutes to run |
 
 # %% tags=["remove-cell"]
 #| default_exp second
@@ -73,7 +129,7 @@ print("four times two:", quadruple(2))
 # %% [markdown]
 # ````{exercise} Eight times
 # :label: ex-eight
-# Write `octuple`.
+# *Twenty-five minutes.* Write `octuple`.
 # ````
 
 
@@ -87,17 +143,35 @@ def octuple(x: int) -> int:
 assert octuple(1) == 8
 '''
 
+PARTS = """\
+- name: Counting
+- name: Composing
+  planned: {1: This is written, 2: Thirds, 3: Fourths}
+- name: Conducting
+"""
+TABLE = "<!-- {0}: begin (made) -->\n<!-- {0}: end -->\n"
+CONTENTS = """\
+root: index
+parts:
+  # chapters: begin
+  # chapters: end
+  - caption: Reference
+    chapters:
+      # modules: begin
+      # modules: end
+"""
 CONDA = """\
 dependencies: [python=3.11, pip, {pip: [-c constraints.txt, "-e .[book,dev]"]}]
 """
 OTHERS = {
     "environment.yml": CONDA,
-    "Makefile": 'x:\n\tpip install --constraint constraints.txt --editable ".[book,dev]"\n',
-    "_toc.yml": "root: index\nchapters:\n- file: chapters/00_first\n- file: chapters/01_second\n",
-    **dict.fromkeys(
-        ("README.md", "index.md", "teaching.md", "api/index.md"),
-        "[first](chapters/00_first.ipynb), [second](chapters/01_second.ipynb#four)\n",
-    ),
+    "Makefile": 'x:\n\ttools/install.py --constraint constraints.txt --editable ".[book,dev]"\n',
+    "chapters/parts.yml": PARTS,
+    "_toc.yml": CONTENTS,
+    "README.md": f"Before.\n\n{TABLE.format('chapters')}\nAfter.\n",
+    "index.md": TABLE.format("chapters"),
+    "teaching.md": f"{TABLE.format('times')}\n{TABLE.format('needs')}",
+    "api/index.md": TABLE.format("modules"),
     "CONTRIBUTING.md": "[all](README.md), [elsewhere](https://example.org/none)\n",
     "figures/dot.svg": "<svg xmlns='http://www.w3.org/2000/svg'/>",
     "llmbook/__init__.py": "",
@@ -116,7 +190,7 @@ def write(root: Path, files: dict[str, str]) -> None:
 @pytest.fixture(scope="session")
 def scripts() -> dict[str, str]:
     """The chapters of the miniature, as their author wrote them."""
-    return {"chapters/00_first.py": FIRST, "chapters/01_second.py": SECOND}
+    return {"chapters/00_first.py": FIRST + ENGINE, "chapters/01_second.py": SECOND}
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from book import ROOT
 
 FIRST, FIRST_NB = "chapters/00_first.py", "chapters/00_first.ipynb"
 SECOND, SECOND_NB = "chapters/01_second.py", "chapters/01_second.ipynb"
-MODULE = "llmbook/first.py"
+MODULE, PARTS = "llmbook/first.py", "chapters/parts.yml"
 
 
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
@@ -20,6 +20,14 @@ def test_the_miniature_is_without_fault(check, book):
     assert not checks.complaints(check, book)
 
 
+CHAIN = """import sys
+class _Odd: ...
+class _Even: ...
+class Number(_Odd): ...
+class Half(_Even): ...
+class Double(_Even): ..."""
+# By a test below, by one in test_engine.py.
+SHOWN_ELSEWHERE = ("each_chapter_has_its_companions", "exercises_need_no_engine_room")
 # The rule that must complain, the file with the fault, how it comes about, words of the complaint.
 FAULTS = [
     ("files_are_current", MODULE, "2 * x", "3 * x", "is not what 00_first exports"),
@@ -30,10 +38,128 @@ FAULTS = [
     ("files_are_current", SECOND_NB, '_count": 3', '_count": 9', "one after"),
     ("files_are_current", FIRST, "print(", "print((", "was never closed"),
     ("files_are_current", FIRST, "default_exp first", "hide", "the chapter has no"),
-    ("contents_are_complete", "_toc.yml", "01_second", "1_second", "01_second is not in _toc"),
-    ("contents_are_complete", "_toc.yml", "00_first", "01_second", "order"),
-    ("contents_are_complete", "README.md", "00_first", "00_fist", "00_first is not in README"),
-    ("contents_are_complete", "api/index.md", "01_second", "x", "01_second is not in api/index"),
+    ("headers_are_whole", FIRST, "# # First", "# First", "00_first: the first cell does not begin"),
+    (
+        "headers_are_whole",
+        FIRST,
+        "# > Doubling.",
+        "#",
+        "00_first: the first cell has no line with >",
+    ),
+    ("headers_are_whole", FIRST, "# | **", "# - **", "00_first: the first cell has no table"),
+    (
+        "headers_are_whole",
+        FIRST,
+        "# | **Part**",
+        "# - **Part**",
+        "00_first: the header has no row **P",
+    ),
+    (
+        "headers_are_whole",
+        FIRST,
+        "| nothing |",
+        "| |",
+        "00_first: the header has no row **You need**",
+    ),
+    (
+        "headers_are_whole",
+        FIRST,
+        "I. Counting",
+        "Counting",
+        "00_first: row **Part** says 'Counting'",
+    ),
+    (
+        "headers_are_whole",
+        FIRST,
+        "I. Counting",
+        "II. Composing",
+        "01_second: row **Part** says 'I. Counting', but 00_first before it",
+    ),
+    (
+        "headers_are_whole",
+        FIRST,
+        "5 minutes for the main line",
+        "five minutes to read",
+        "00_first: row **It takes** cannot be read",
+    ),
+    (
+        "headers_are_whole",
+        FIRST,
+        ", 15 seconds to run",
+        "",
+        "00_first: row **It takes** cannot be re",
+    ),
+    (
+        "headers_are_whole",
+        FIRST,
+        "10 minutes for everything",
+        "120 seconds for everything",
+        "00_first: row **It takes** gives the main line more time than everything",
+    ),
+    (
+        "headers_are_whole",
+        SECOND,
+        "20 minutes for the main line",
+        "1.1 hours for the main line",
+        "01_second: row **It takes** gives the main line 1.1 hours",
+    ),
+    (
+        "headers_are_whole",
+        SECOND,
+        "*Twenty-five minutes.* ",
+        "",
+        "01_second: the exercise 'Eight times' does not begin with its time",
+    ),
+    ("headers_are_whole", PARTS, "Counting", "Adding", "chapters/parts.yml has I. Adding, II. Com"),
+    (
+        "tables_are_current",
+        FIRST,
+        "> Doubling.",
+        "> Twice.",
+        "README.md: the row of 00_first is not",
+    ),
+    (
+        "tables_are_current",
+        FIRST,
+        "| nothing |",
+        "| a two |",
+        "teaching.md: the row of 00_first is n",
+    ),
+    (
+        "tables_are_current",
+        "index.md",
+        "Doubling twice",
+        "x",
+        "index.md: the row of 01_second is not",
+    ),
+    (
+        "tables_are_current",
+        "_toc.yml",
+        "/01_second",
+        "/1_second",
+        "_toc.yml: the row of 01_second is",
+    ),
+    (
+        "tables_are_current",
+        "api/index.md",
+        "00_first",
+        "x",
+        "api/index.md: the row of 00_first is not",
+    ),
+    (
+        "tables_are_current",
+        PARTS,
+        "Thirds",
+        "3rds",
+        "README.md: 'Planned, and not written yet: 02 3",
+    ),
+    (
+        "tables_are_current",
+        "api/index.md",
+        "s: end",
+        "",
+        "api/index.md has no place for its table of",
+    ),
     ("links_lead_somewhere", "README.md", "00_first", "00_fist", "00_fist.ipynb does not exist"),
     ("links_lead_somewhere", "CONTRIBUTING.md", "README", "READ", "CONTRIBUTING.md: READ.md does"),
     (
@@ -95,6 +221,30 @@ FAULTS = [
         "01_second, code cell 6: this solution has no function",
     ),
     ("exercises_are_whole", SECOND_NB, "assert octuple", "octuple", "asserts nothing"),
+    (
+        "cells_are_short",
+        FIRST_NB,
+        '"    return check_even',
+        '"' + "    x\\n" * 61 + "    return ",
+        "65 l",
+    ),
+    ("engine_rooms_are_whole", FIRST_NB, "### Engine room: an", "### An", "opens with a heading"),
+    ("no_class_only_divides", MODULE, "import sys", CHAIN, "first.py: _Odd has one subclass"),
+    ("no_class_only_divides", MODULE, "import sys", CHAIN.replace("Odd)", "Odd[int])"), "_Odd"),
+    (
+        "no_private_names_are_borrowed",
+        "llmbook/second.py",
+        "double",
+        "_double",
+        "llmbook/second.py borrows llmbook.first._double",
+    ),
+    (
+        "no_private_names_are_borrowed",
+        "llmbook/second.py",
+        "return double(",
+        "return double._cache(",
+        "llmbook/second.py borrows double._cache",
+    ),
     ("modules_are_documented", MODULE, '"""Doubling."""', "", "first.py has no docstr"),
     ("modules_are_documented", MODULE, '"""Return twice', 'x = """', "double has no"),
     ("modules_are_documented", MODULE, "x: int", "x", "double lacks type hints"),
@@ -115,6 +265,16 @@ def test_a_fault_is_found(rule, file, old, new, words, book, edit):
     assert any(words in complaint for complaint in found), found
 
 
+def test_an_exported_function_may_be_long_if_it_is_all_of_its_cell(book, edit):
+    long = '"    return check_even'
+    edit(FIRST_NB, long, '"' + "    x\\n" * 50 + long[1:])
+    assert not checks.cells_are_short(book)
+    edit(FIRST_NB, '#| export\\n",\n    "def half', '#| export\\n",\n    "y = 1\\ndef half')
+    assert checks.cells_are_short(book) == [
+        "00_first, code cell 7 has 55 lines; at most 30",
+    ]
+
+
 def test_a_missing_companion_is_found(book):
     (book / "tests/test_first.py").unlink()
     (book / "api/second.md").unlink()
@@ -125,5 +285,5 @@ def test_a_missing_companion_is_found(book):
 
 
 def test_every_rule_is_shown_to_find_a_fault():
-    shown = {rule for rule, *_ in FAULTS} | {"each_chapter_has_its_companions"}
+    shown = {rule for rule, *_ in FAULTS} | set(SHOWN_ELSEWHERE)
     assert shown == {check.__name__ for check in checks.CHECKS}

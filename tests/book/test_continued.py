@@ -16,6 +16,13 @@ HEAD = '''\
 # # Third
 #
 # > Counting.
+#
+# | | |
+# |---|---|
+# | **Part** | I. Counting |
+# | **You build** | a counter |
+# | **You need** | nothing |
+# | **It takes** | 5 minutes for the main line, 5 minutes for everything, 15 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp third

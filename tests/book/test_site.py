@@ -103,7 +103,7 @@ def test_no_pages_is_a_fault(tmp_path: Path) -> None:
 
 def test_a_browser_sees_what_scripts_do(site: Path) -> None:
     script = "fetch('https://cdn.org/data.json').catch(() => {}); throw new Error('broken');"
-    wide = '<div class="slab" style="width: 500px">wide</div>'
+    wide = '<details><div class="slab" style="width: 500px">wide</div></details>'
     page = GOOD.replace("</body>", f"{wide}<script>{script}</script></body>")
     (site / "index.html").write_text(page, encoding="utf-8")
     with check_site.found_browser() as browser:

@@ -47,3 +47,11 @@ def test_a_fault_is_shown_and_ends_the_rest(stages, capsys):
 def test_two_workers_have_one_thread_each(stages):
     (unit,) = [stage for stage in stages.STAGES if stage.name == "unit"]
     assert stages._environment(unit)["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_stage_that_passed_tells_its_news(stages, capsys):
+    good = stages.Stage("good", "", ("-c", ""), news=lambda: "measured")
+    bad = stages.Stage("bad", "", ("-c", "raise SystemExit(1)"), news=lambda: "unmeasured")
+    stages.Runner().run_group([[good, bad]])
+    printed = capsys.readouterr().out
+    assert "\nmeasured\n" in printed and "unmeasured" not in printed

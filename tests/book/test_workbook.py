@@ -105,8 +105,11 @@ def test_what_cannot_be_blanked_is_an_error(source):
         blank(source, "chapter 1, cell 2")
 
 
-def test_student_notebooks(book):
+def test_student_notebooks(book, edit):
+    edit("chapters/00_first.ipynb", '"jp-MarkdownHeadingCollapsed": true,', "")
     first, second = write_workbook(book)
+    opened = [c for c in read_notebook(first).cells if "Engine room" in c.source]
+    assert opened[0].metadata["jp-MarkdownHeadingCollapsed"], "a room is folded for every student"
     assert (first.name, second.name) == ("00_first.ipynb", "01_second.ipynb")
     student = read_notebook(second)
     assert not any(cell.outputs or cell.execution_count for cell in code_cells(student))
@@ -142,5 +145,5 @@ def test_nbval_finds_outputs_and_exercises_that_are_wrong(book, edit):
     assert "the blank of exercise ex-eight passes its check" in output
     assert "the blank of exercise ex-eight fails for another reason: NameError" in output
     # Wrong: an output, a blank, and in the third chapter the check, its blank and its repetition.
-    # Right: the other 16 of five, seven and seven cells; three solutions and a check, run again.
-    assert re.search(r"^5 failed, 20 passed", output, re.MULTILINE), output
+    # Right: the other 20 of nine, seven and seven cells; three solutions and a check, run again.
+    assert re.search(r"^5 failed, 24 passed", output, re.MULTILINE), output
