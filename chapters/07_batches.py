@@ -195,7 +195,8 @@ for what, parts in (
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: how shards are written, byte for byte, by several processes
-#
+
+# %% [markdown] tags=["engine"]
 # **The header.** The order on disk is: the magic number and the version, so that a foreign file is
 # recognized at once; the fields; and a CRC-32 of all that, against a flipped bit in the header
 # itself.
@@ -613,7 +614,8 @@ print(f"{len(ring)} tokens; 4 of them from position 3 on: {ring.window(3, 4).tol
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: tokens in memory become a ring, and so does a directory of shards
-#
+
+# %% [markdown] tags=["engine"]
 # **Tokens in memory.** What people try first is an array, a tensor, or a list of ids. All of them
 # make a ring, and what is not a row of ids is refused at once.
 
@@ -1283,7 +1285,8 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> Int64[np.nda
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: packed rows, their padding, and what does not fit
-#
+
+# %% [markdown] tags=["engine"]
 # Lengths that cannot be packed are named before the packing begins.
 
 
@@ -1499,7 +1502,8 @@ class ResumableBatches(Dataset[Batch]):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: states that do not fit are refused, and workers prepare batches
-#
+
+# %% [markdown] tags=["engine"]
 # **The state.** It must be one of these very batches, and its step a number that leaves room: a step
 # times a batch size must fit into 64 bits.
 
@@ -1634,7 +1638,8 @@ class BatchSampler(BatchSampler):  # continued
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: what a sampler refuses, and places that are computed once
-#
+
+# %% [markdown] tags=["engine"]
 # **The source**, and how long a row of it is.
 
 

@@ -636,7 +636,8 @@ print(
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: apply_rope, in few passes over memory and with a gradient of its own
-#
+
+# %% [markdown] tags=["engine"]
 # For `x` in 16 bits the products are taken in 32, because the cosine is, and rounded once. A
 # `torch.autograd.Function` tells PyTorch about the gradient: `setup_context` keeps what `backward`
 # will need.
@@ -914,7 +915,8 @@ print(f"after a cast to bfloat16, cosines at position 100,003 are off by up to {
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: frequencies that no cast can round
-#
+
+# %% [markdown] tags=["engine"]
 # An exact copy is kept out of PyTorch's reach and put back after each move or cast, all of which go
 # through the method `_apply` of `nn.Module`.
 
@@ -1196,7 +1198,8 @@ def scale_rope(
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: YaRN's ramp to the letter, and scalings that are refused
-#
+
+# %% [markdown] tags=["engine"]
 # YaRN's published code goes two steps further than its formula: the ends of the ramp are rounded
 # outward, and the last may lie beyond the last pair. Models depend on it, so we do the same.
 

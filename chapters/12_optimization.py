@@ -265,7 +265,8 @@ print(f"mean over nothing: {_mean(0 * losses.sum(), torch.zeros_like(counts)):.3
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: cross_entropy refuses wrong input, caps logits, and can use torch's kernels
-#
+
+# %% [markdown] tags=["engine"]
 # A target too few or too many might broadcast to a loss that looks right, and an id of 50,257 where
 # the last is 50,256 would be found by a kernel that does not name it. So both are refused first.
 
@@ -423,7 +424,8 @@ print(f"loss: {found[0]:.3f}, by autograd {expected[0]:.3f}; relative errors of 
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the loop as a function of autograd, in place, in 16 bits, with caps and z-loss
-#
+
+# %% [markdown] tags=["engine"]
 # A chunk of logits is overwritten by its own gradient: exponentials, then $p$, then $p - y$. A soft
 # cap multiplies that by its slope.
 
@@ -727,7 +729,8 @@ for step in (1, 2):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a class with torch's interface around each step, and SGD as the first of them
-#
+
+# %% [markdown] tags=["engine"]
 # Our optimizers inherit from torch's base class, which keeps groups of parameters and their state, so
 # that schedulers and checkpoints work with them. A step is the same for all but for one method,
 # `_update`. Parameters without a gradient are left alone.
@@ -1057,7 +1060,8 @@ for step in (1, 2):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: AdamW as a class, with what it refuses, and fused
-#
+
+# %% [markdown] tags=["engine"]
 # The settings that are refused: a `beta` of 1 would never see a gradient, and the state of an Adam
 # with L2 would go on as another algorithm.
 
@@ -1288,7 +1292,8 @@ for name, matrix in (("gradient", gradient), ("tall one", torch.randn(256, 64)))
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: Muon as a class, matrices of one shape together
-#
+
+# %% [markdown] tags=["engine"]
 # What is refused: a parameter that is no matrix, above all.
 
 
@@ -1467,7 +1472,8 @@ for group in parameter_groups(tied, weight_decay=0.1):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: two optimizers as one, and the call that builds either
-#
+
+# %% [markdown] tags=["engine"]
 # Two optimizers need to be stepped, saved, copied and scheduled as one:
 
 
