@@ -1361,6 +1361,31 @@ class LayerCache(LayerCache):  # continued
         return write(step, self.keys, k), write(step, self.values, v)
 
 
+# %% [markdown] tags=["engine"]
+# While a model writes, each row gets one token at a time. If the rows are equally long, storing
+# them is a plain copy, which chapter 14 asks for in every layer of every step, without the checks:
+
+
+# %% tags=["engine"]
+#| export
+class LayerCache(LayerCache):  # continued
+    def update_one(
+        self,
+        k: Float[Tensor, "batch n_kv_heads d_head"],
+        v: Float[Tensor, "batch n_kv_heads d_value"],
+    ) -> tuple[
+        Float[Tensor, "batch n_kv_heads keys d_head"],
+        Float[Tensor, "batch n_kv_heads keys d_value"],
+    ]:
+        """Do what ``update`` does for a single token in each row; what is given is not checked."""
+        step = self._table._step
+        if not isinstance(step.slots, slice):
+            return self.update(k.unsqueeze(2), v.unsqueeze(2))
+        self.keys.select(2, step.slots.start).copy_(k)
+        self.values.select(2, step.slots.start).copy_(v)
+        return self.keys.narrow(2, 0, step.used), self.values.narrow(2, 0, step.used)
+
+
 # %% tags=["engine"]
 #| export
 def _check_fits(name: str, new: Tensor, store: Tensor, n: int) -> None:

@@ -328,6 +328,22 @@ class LayerCache:
         write = _write_fixed if isinstance(step, _FixedStep) else _write
         return write(step, self.keys, k), write(step, self.values, v)
 
+    def update_one(
+        self,
+        k: Float[Tensor, "batch n_kv_heads d_head"],
+        v: Float[Tensor, "batch n_kv_heads d_value"],
+    ) -> tuple[
+        Float[Tensor, "batch n_kv_heads keys d_head"],
+        Float[Tensor, "batch n_kv_heads keys d_value"],
+    ]:
+        """Do what ``update`` does for a single token in each row; what is given is not checked."""
+        step = self._table._step
+        if not isinstance(step.slots, slice):
+            return self.update(k.unsqueeze(2), v.unsqueeze(2))
+        self.keys.select(2, step.slots.start).copy_(k)
+        self.values.select(2, step.slots.start).copy_(v)
+        return self.keys.narrow(2, 0, step.used), self.values.narrow(2, 0, step.used)
+
 # %% ../chapters/09_attention.ipynb #affe5918
 class KVCache:
     """The keys and values of all layers for the tokens read so far, in memory taken once.

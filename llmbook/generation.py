@@ -508,22 +508,12 @@ def _normalizer(norm: nn.Module) -> Callable[[Tensor], Tensor]:
 
     return normalized
 
-# %% ../chapters/14_generation.ipynb #f618208c
+# %% ../chapters/14_generation.ipynb #8136c6dd
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``apply_rope`` in three calls: both are doubled, the first half of ``sin`` has a minus."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
-
-def _store(cache: LayerCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Do what ``LayerCache.update`` does, quickly for rows that are alike."""
-    step = cache._table._step
-    if not isinstance(step.slots, slice):
-        return cache.update(k.unsqueeze(2), v.unsqueeze(2))
-    cache.keys.select(2, step.slots.start).copy_(k)
-    cache.values.select(2, step.slots.start).copy_(v)
-    return cache.keys.narrow(2, 0, step.used), cache.values.narrow(2, 0, step.used)
-
-# %% ../chapters/14_generation.ipynb #47d12eb4
+# %% ../chapters/14_generation.ipynb #66a93b68
 class _FusedBlock:
     """A block for one new token in each row, (batch, d_model), in few calls."""
 
@@ -552,7 +542,7 @@ class _FusedBlock:
             parts = zip(self.qk_norms, qk.split((heads, kv_heads), dim=1), strict=True)
             qk = torch.cat([norm(part) for norm, part in parts], dim=1)
         qk = qk if rope is None else _rotated(qk, *rope)
-        k, v = _store(cache, qk.narrow(1, heads, kv_heads), v)
+        k, v = cache.update_one(qk.narrow(1, heads, kv_heads), v)
         q = qk.narrow(1, 0, heads).unflatten(1, (kv_heads, -1))  # those that share keys together
         return F.scaled_dot_product_attention(q, k, v, mask).reshape(len(x), -1)
 

@@ -889,3 +889,20 @@ def test_modules_and_caches_in_other_dtypes(dtype):
         cached = run(model, x, cache, [2, 1, 3], rope)
         assert whole.dtype == cached.dtype == dtype
         torch.testing.assert_close(cached, whole, atol=2e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("counts", [[3, 3], [3, 1]])
+def test_one_token_for_each_row_is_stored_as_update_does(counts):
+    given = [torch.randn(2, 2, 3, 4) for _ in range(2)]
+    last = [torch.randn(2, 2, 1, 4) for _ in range(2)]
+    seen = []
+    for one in (False, True):
+        cache = KVCache(2, 8, 2, 4)
+        ids = torch.tensor([[p if p < n else -1 for p in range(3)] for n in counts])
+        cache.extend(ids)
+        cache[0].update(*given)
+        cache.extend(1)
+        store = cache[0].update_one if one else cache[0].update
+        seen.append(store(*(x[:, :, 0] if one else x for x in last)))
+    for ours, theirs in zip(*seen, strict=True):
+        assert torch.equal(ours, theirs)
