@@ -1545,7 +1545,11 @@ def _step_of(state: dict[str, Any], identity: dict[str, Any]) -> int:
 #| export
 class ResumableBatches(ResumableBatches):  # continued
     def prefetch(self, workers: int = 1, ahead: int = 2) -> Iterator[Batch]:
-        """Like iterating, with ``workers`` processes that prepare ``ahead`` batches each."""
+        """Like iterating, with ``workers`` processes that prepare ``ahead`` batches each.
+
+        Each process gets a copy of tokens in memory, also of a memory-mapped array; ``TokenShards``
+        are opened there anew.
+        """
         check_at_least(workers=(1, workers), ahead=(1, ahead))
         return _prefetched(self, workers, ahead)
 

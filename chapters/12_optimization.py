@@ -1263,8 +1263,8 @@ assert settled.min() > 0.67 and settled.max() < 1.22 and after[40] > 0.5 * after
 # step ahead. How long is a step? $U V^\top$ of $n$ by $m$ has $\min(n, m)$ singular values of 1,
 # so the mean square of its entries is $\min(n, m) / (n m) = 1 / \max(n, m)$. Times $0.2
 # \sqrt{\max(n, m)}$ their root mean square is 0.2, about that of Adam's updates
-# {cite}`liu2025muon`, so that one learning rate serves both.
-# The original rate is longer only for matrices that are taller than wide.
+# {cite}`liu2025muon`, so that one learning rate serves both. Muon's original rule multiplies the
+# rate by $\sqrt{n/m}$ for a matrix with more rows than columns, and leaves it alone otherwise.
 
 
 # %%
