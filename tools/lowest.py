@@ -37,6 +37,9 @@ LACKING = {
     "tests/test_attention.py::test_compiled_rows_apart_with_padding": (
         "torch 2.6 does not compile isinstance with a union of types"
     ),
+    "tests/test_model.py::test_a_model_can_be_copied_moved_and_compiled_into_a_graph": (
+        "torch 2.6 does not see through the hook that checks shapes"
+    ),
     "tests/test_optimization.py::test_states_of_other_algorithms_are_refused[AdamW-Adam": (
         "the states of Adam do not say before torch 2.7 that they are not AdamW's"
     ),
