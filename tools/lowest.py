@@ -35,7 +35,7 @@ LACKING = {
     "tests/test_attention.py::test_a_step_with_a_cache_is_compiled_once": UNION,
     "tests/test_attention.py::test_compiled_rows_apart_with_padding": UNION,
     "tests/test_model.py::test_a_compiled_step_with_a_cache_is_compiled_once[mistral": UNION,
-    "tests/test_generation.py::test_a_compiled_step_is_compiled_once_and_not_for_each_token[mistral": UNION,
+    "tests/test_generation.py::test_a_compiled_step_is_compiled_once_and_not_for_each_token": UNION,
     "tests/test_model.py::test_a_model_can_be_copied_moved_and_compiled_into_a_graph": (
         "torch 2.6 does not see through the hook that checks shapes"
     ),
