@@ -25,17 +25,12 @@ COMPARED = {"datasketch", "ftfy", "matplotlib", "scikit-learn", "tiktoken", "tok
 COMPARED |= {"transformers"}
 # What runs the tests, and what they read, may be new.
 TOOLS = ("beartype", "hypothesis", "ipython", "psutil", "pytest", "pytest-xdist", "sphinx")
-UNION = "torch 2.6 does not compile isinstance with a union of types"
 # Tests of what a library lacks at its bound, by the beginning of their names, and why. (A test can
 # also skip itself; then the reason is there.)
 LACKING = {
     "tests/test_attention.py::test_attention_mask_is_transformers_sliding_window": (
         "transformers 5.0 names the arguments of its masks otherwise"
     ),
-    "tests/test_attention.py::test_a_step_with_a_cache_is_compiled_once": UNION,
-    "tests/test_attention.py::test_compiled_rows_apart_with_padding": UNION,
-    "tests/test_model.py::test_a_compiled_step_with_a_cache_is_compiled_once[mistral": UNION,
-    "tests/test_generation.py::test_a_compiled_step_is_compiled_once_and_not_for_each_token": UNION,
     "tests/test_model.py::test_a_model_can_be_copied_moved_and_compiled_into_a_graph": (
         "torch 2.6 does not see through the hook that checks shapes"
     ),
