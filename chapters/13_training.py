@@ -38,7 +38,6 @@ import json
 import lzma
 import math
 import os
-import platform
 import random
 import re
 import signal
@@ -528,6 +527,12 @@ def _named_errors(known: Iterable[str]) -> Iterator[None]:
         raise ValueError(_reworded(str(error), known)) from None
 
 
+# %% [markdown] tags=["engine"]
+# Its helpers:
+
+
+# %% tags=["engine"]
+#| export
 def _names(sections: Mapping[str, Any]) -> list[str]:
     """The names of all settings, as ``settings_parser`` has them."""
     parts = ((section + "." if section else "", kind) for section, kind in sections.items())
@@ -849,6 +854,12 @@ class StepReport:
         return self.skipped is None
 
 
+# %% [markdown]
+# The monitor keeps sums, since sums can be added, and a clock.
+
+
+# %%
+#| export
 class Monitor:
     """Adds up what steps report until a row of the log is due, and measures their speed."""
 
@@ -1502,6 +1513,12 @@ def newest_checkpoint(folder: str | Path) -> dict[str, Any] | None:
     return None
 
 
+# %% [markdown] tags=["engine"]
+# What is not needed any more is swept up, and a full disk is a warning.
+
+
+# %% tags=["engine"]
+#| export
 def _sweep(folder: Path, keep_last: int) -> None:
     """Remove old checkpoints, and drafts that killed saves left."""
     surplus = list(list_checkpoints(folder).values())[:-keep_last]
@@ -1998,7 +2015,7 @@ def _checked_batch(batch: Any, batch_size: int) -> Any:
 
 
 def _told(evaluation: Row, name: str) -> float:
-    """The number that tells the best model, NaN if there was no evaluation of validation batches."""
+    """The number that tells the best model, NaN if the evaluation has no validation loss."""
     if evaluation and name not in evaluation and name != "validation_loss":
         raise ValueError(f"best: expected one of {', '.join(evaluation)}, got {name!r}")
     return evaluation.get(name, math.nan)
@@ -2305,10 +2322,10 @@ print(f"checkpoints of steps {kept}; best model of step {trainer.checkpoints.bes
 # | another idea of the best model | the settings `best`, a number of the evaluation, and `best_is` |
 # | another kind of step | a subclass with a `learn` of its own |
 #
-# As an example we count how often the most likely token is the right one. The objective returns that
-# sum beside its loss, and evaluation uses it as well. The best model is now the one that guesses
-# best. A probe adds how large the output matrix has become, and the optimizer is PyTorch's NAdam, with
-# weight decay as AdamW has it.
+# As an example we count how often the most likely token is the right one. The objective returns
+# that sum beside its loss, and evaluation uses it as well. The best model is now the one that
+# guesses best. A probe adds how large the output matrix has become, and the optimizer is PyTorch's
+# NAdam, with weight decay as AdamW has it.
 
 
 # %%
@@ -2332,8 +2349,8 @@ counting = Trainer(
 )
 for row in counting.train().rows:
     if "head" in row:
-        right, size = row["validation_accuracy"], row["head"]
-        print(f"step {row['step']:3}: {right:4.0%} right, output matrix of scale {size:.2f}")
+        right, size = round(row["validation_accuracy"], 1), row["head"]
+        print(f"step {row['step']:3}: {right:4.0%} right, output matrix of scale {size:.1f}")
 
 # %% [markdown]
 # A step of one's own is what the second half of this book needs, where a model learns from what it
@@ -2661,6 +2678,12 @@ def _within(part: str, build: Callable[..., _T], *arguments: Any, **options: Any
         raise ValueError(f"{part}.{error}") from None
 
 
+# %% [markdown] tags=["engine"]
+# What the sections demand of each other:
+
+
+# %% tags=["engine"]
+#| export
 def _check_run(config: RunConfig) -> None:
     path, start = config.tokenizer.path, config.model.get("start_from")
     if start is not None:
@@ -2674,6 +2697,12 @@ def _check_run(config: RunConfig) -> None:
         raise ValueError("tokenizer.path: expected the file that made the shards, got None")
 
 
+# %% [markdown] tags=["engine"]
+# And how they are made from what a file says:
+
+
+# %% tags=["engine"]
+#| export
 def _run_config(kind: type[RunConfig], entries: Any) -> RunConfig:
     if not isinstance(entries, Mapping) or set(entries) - {*_SECTIONS, "model"}:
         got = sorted(map(str, entries)) if isinstance(entries, Mapping) else entries
@@ -2737,6 +2766,12 @@ def _useless(config: RunConfig) -> set[str]:
     return useless
 
 
+# %% [markdown] tags=["engine"]
+# All others become lines.
+
+
+# %% tags=["engine"]
+#| export
 def _yaml_text(config: RunConfig) -> str:
     with requires_extra("YAML", extra="train"):
         import yaml
@@ -2802,6 +2837,12 @@ class Pretrained(NamedTuple):
     folder: Path
 
 
+# %% [markdown]
+# `run` itself is short.
+
+
+# %%
+#| export
 def run(
     config: RunConfig,
     folder: str | Path,
@@ -2908,7 +2949,7 @@ def _share_of(name: str) -> float:
 
 
 def _held_out(documents: Sequence[Document], share: float) -> tuple[list[str], list[str]]:
-    """Split texts into those to learn from and those to be judged by: by files, if there are some."""
+    """Split texts into those to learn from and those to be judged by: by files, if they differ."""
     files = [str(document.metadata.get("path", document.id)) for document in documents]
     if len(documents) == 1:
         return _split_text(documents[0].text, share)
@@ -2954,6 +2995,12 @@ def _train_and_held_out(
     return train, held_out
 
 
+# %% [markdown] tags=["engine"]
+# A tokenizer is trained, read from a file, or taken from the model that training starts from.
+
+
+# %% tags=["engine"]
+#| export
 def _tokenizer(config: RunConfig, texts: list[str], say: Callable[[str], None]) -> BPETokenizer:
     settings, start = config.tokenizer, config.model.get("start_from")
     path = settings.path or (start and Path(start) / "tokenizer.json")
@@ -2965,6 +3012,12 @@ def _tokenizer(config: RunConfig, texts: list[str], say: Callable[[str], None]) 
     return train_bpe(texts, settings.vocab_size, pattern=pattern, **cast(Any, special))
 
 
+# %% [markdown] tags=["engine"]
+# And all of it goes to the disk.
+
+
+# %% tags=["engine"]
+#| export
 def _write_data(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
     """Write tokenizer, shards and held-out texts to ``folder``, all or nothing."""
     data, lines = config.data, list[str]()
@@ -3024,6 +3077,12 @@ def _first_model(config: RunConfig, vocab_size: int) -> TransformerLM:
     return model.float()
 
 
+# %% [markdown] tags=["engine"]
+# Which is all that a trainer needs.
+
+
+# %% tags=["engine"]
+#| export
 def _make_trainer(
     config: RunConfig,
     folder: Path,
@@ -3518,7 +3577,7 @@ def _versions(data: DataConfig) -> dict[str, str]:
     """Return the versions that installed documentation depends on."""
     versions = dict[str, str]()
     for name in data.packages if data.kind == "documentation" else ():
-        versions[name] = platform.python_version()  # of stdlib and its modules
+        versions[name] = ".".join(map(str, sys.version_info[:3]))  # of stdlib and its modules
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
@@ -3574,6 +3633,12 @@ class NotebookBar:
         clear_output()
 
 
+# %% [markdown] tags=["engine"]
+# Which of the two is it?
+
+
+# %% tags=["engine"]
+#| export
 def _shown(n_steps: int, progress: bool | None) -> tuple[list[Sink], Callable[[str], None] | None]:
     """What shows the progress of a run here, if it is to be shown."""
     if progress is False:
@@ -3609,7 +3674,8 @@ def pretrained(name: str = "tinyworld", *, progress: bool | None = None) -> Pret
 # %% [markdown]
 # ## The tiny world
 #
-# Now the world whose floor we know, for a minute. In numbers, at step 400 and at the end:
+# Now the world whose floor we know, for a minute. Which kinds of words are far above the floor early
+# on, and which at the end?
 
 # %%
 result = pretrained("tinyworld")
@@ -3623,12 +3689,10 @@ excess = {
 }
 assert excess[2200]["fact"] + excess[2200]["species"] < 0.1 and excess[2200]["wording"] > 0.2
 assert excess[400]["name again"] > 4 * excess[400]["species"]
-print("excess over the floor in nats per story")
-for kind in WORD_KINDS:
-    print(f"  {kind:11} {excess[400][kind]:4.1f} at step 400, {excess[2200][kind]:4.1f} at the end")
-print(
-    f"  gap in all  {100 * at[400]['gap']:4.0f} % at step 400, {100 * gaps[-1]:4.0f} % at the end"
-)
+for step, limit in ((400, 1.0), (2200, 0.2)):
+    far = [kind for kind in WORD_KINDS if excess[step][kind] > limit]
+    print(f"step {step}: more than {limit} nats per story above the floor: {', '.join(far)}")
+print(f"all kinds together: {100 * gaps[-1]:.0f} % above the floor")
 
 # %% [markdown]
 # And we can ask what it learned when ({numref}`fig-training-kinds`).
@@ -3665,9 +3729,8 @@ documentation = pretrained("documentation")
 bits, n_bytes = documents_score(*documentation[:2], documentation.held_out)
 others = compressors(documentation.held_out)
 assert bits / n_bytes < 2.5 and bits / n_bytes < min(others.values())
-print(
-    f"bits per byte: the model {bits / n_bytes:.1f}, gzip {others['gzip']:.1f}, xz {others['xz']:.1f}"
-)
+print(f"bits per byte: the model {bits / n_bytes:.1f}")
+print(f"               gzip {others['gzip']:.1f}, xz {others['xz']:.1f}")
 
 # %% [markdown]
 # Who has won? The comparison is not fair, in three ways. The compressors saw nothing before the
@@ -3775,6 +3838,12 @@ def _overridden(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
     return RunConfig.from_dict(entries)
 
 
+# %% [markdown] tags=["engine"]
+# A run is done, judged, and said good-bye to.
+
+
+# %% tags=["engine"]
+#| export
 def _execute(config: RunConfig, folder: Path, tensorboard: bool) -> None:
     sinks: list[Sink] = [ProgressBar(config.training.n_steps)]
     if tensorboard:
@@ -4049,13 +4118,11 @@ class Averaged(Probe):
 
 
 # %% tags=["check"]
-def means_after(n_steps: int, where: Path | None = None, **changes: Any) -> tuple[list, list]:
-    probe, settings = Averaged(), {"checkpoint_every": 1, "spike_factor": 2.0, **changes}
-    config = TrainingConfig(n_steps=40, batch_size=8, **settings)
-    batches = BatchSampler(rows, batch_size=8)
-    trainer = Trainer(
-        small_model(), batches, config, folder=where, probes=[probe], objective=scaled
-    )
+def means_after(n_steps: int, where: Path | None = None) -> tuple[list, list]:
+    probe, batches = Averaged(), BatchSampler(rows, batch_size=8)
+    config = TrainingConfig(n_steps=40, batch_size=8, spike_factor=2.0)
+    given = {"folder": where, "probes": [probe], "objective": spiking}
+    trainer = Trainer(small_model(), batches, config, **given)
     trainer.resume()
     while trainer.step < n_steps:
         trainer.train_step(next(iter(batches)))
@@ -4063,24 +4130,20 @@ def means_after(n_steps: int, where: Path | None = None, **changes: Any) -> tupl
     return [a.clone() for a in probe.average], [p.detach().clone() for p in trainer.parameters]
 
 
-def scaled(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def spiking(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     total, count = next_token_objective(model, batch)
-    return total * (
-        1000.0 if torch.equal(batch.inputs, compact(sampler[20]).inputs) else 1.0
-    ), count
+    is_bad = torch.equal(batch.inputs, compact(sampler[20]).inputs)
+    return total * (1000.0 if is_bad else 1.0), count
 
 
 def same(some: list[Tensor], others: list[Tensor]) -> bool:
     return all(torch.allclose(a, b, atol=1e-6) for a, b in zip(some, others, strict=True))
 
 
-start = [p.detach() for p in small_model().parameters()]
 average, weights = means_after(1)
 assert not same(average, weights), "copy the parameters, or the average moves with them"
-assert not same(average, start), "move the average after a step"
-assert same(average, [0.9 * a + 0.1 * b for a, b in zip(start, weights, strict=True)]), (
-    "0.9 of the old, 0.1 of the new"
-)
+both = zip(small_model().parameters(), weights, strict=True)
+assert same(average, [0.9 * a + 0.1 * b for a, b in both]), "0.9 of the old, 0.1 of the new"
 before, after = means_after(20)[0], means_after(21)[0]  # a finite spike, which is skipped
 assert same(before, after), "a step that was skipped must not count, whatever its loss"
 here = Path(tempfile.mkdtemp())

@@ -14,7 +14,7 @@ __all__ = ['Objective', 'Row', 'WORD_KINDS', 'RUNS', 'next_token_objective', 'co
            'word_kinds', 'GapToFloor', 'documents_score', 'compressors', 'artifacts_folder', 'load_or_train',
            'NotebookBar', 'pretrained', 'report', 'main']
 
-# %% ../chapters/13_training.ipynb #7f08ebbb
+# %% ../chapters/13_training.ipynb #32cca0d2
 # The imports of the module, from Python itself
 import base64
 import difflib
@@ -26,7 +26,6 @@ import json
 import lzma
 import math
 import os
-import platform
 import random
 import re
 import signal
@@ -293,7 +292,7 @@ def _reworded(message: str, known: Iterable[str]) -> str:
     expected = f"a {size[1]}" if size else " or ".join(names)
     return f"{name}: expected {expected}, got {value[1]}"
 
-# %% ../chapters/13_training.ipynb #9c9b317d
+# %% ../chapters/13_training.ipynb #e5cdd44e
 def read_settings(sections: Mapping[str, Any], entries: Any) -> dict[str, Any]:
     """Return the settings in ``entries``, as a file has them, as their dataclasses want them.
 
@@ -323,7 +322,7 @@ def _named_errors(known: Iterable[str]) -> Iterator[None]:
     except ArgumentError as error:
         raise ValueError(_reworded(str(error), known)) from None
 
-
+# %% ../chapters/13_training.ipynb #3ddaf5cd
 def _names(sections: Mapping[str, Any]) -> list[str]:
     """The names of all settings, as ``settings_parser`` has them."""
     parts = ((section + "." if section else "", kind) for section, kind in sections.items())
@@ -477,7 +476,7 @@ def activation_scales(model: nn.Module, ids: Int64[Tensor, "batch sequence"]) ->
     scales |= {"logits": logits.square().mean().sqrt(), "logits/max": logits.abs().max()}
     return dict(zip(scales, torch.stack(list(scales.values())).tolist(), strict=True))
 
-# %% ../chapters/13_training.ipynb #f905cd89
+# %% ../chapters/13_training.ipynb #2a1816d6
 @dataclass(frozen=True)
 class StepReport:
     """What came of a step: means over its targets, and the reason if it was not taken."""
@@ -494,7 +493,7 @@ class StepReport:
         """Whether the weights were changed."""
         return self.skipped is None
 
-
+# %% ../chapters/13_training.ipynb #dcce90bc
 class Monitor:
     """Adds up what steps report until a row of the log is due, and measures their speed."""
 
@@ -943,7 +942,7 @@ class Checkpointer:
             raise ValueError("folder: expected the one with best.safetensors, got None")
         return load_checkpoint(self.folder / "best.safetensors")
 
-# %% ../chapters/13_training.ipynb #54459277
+# %% ../chapters/13_training.ipynb #3206c4a3
 _CHECKPOINT = re.compile(r"step-(\d{9})\.safetensors", re.ASCII)
 
 
@@ -972,7 +971,7 @@ def newest_checkpoint(folder: str | Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{folder}: no checkpoint is whole; remove them to begin anew")
     return None
 
-
+# %% ../chapters/13_training.ipynb #245faf79
 def _sweep(folder: Path, keep_last: int) -> None:
     """Remove old checkpoints, and drafts that killed saves left."""
     surplus = list(list_checkpoints(folder).values())[:-keep_last]
@@ -1358,7 +1357,7 @@ def _as_probe(probe: Any) -> Probe:
         raise ValueError(f"probes: expected probes or functions of the model, got {probe!r}")
     return _Function(probe)
 
-# %% ../chapters/13_training.ipynb #8fe6aa69
+# %% ../chapters/13_training.ipynb #fb9fa187
 def _check_given(trainer: "Trainer", probes: Sequence[Any]) -> None:
     if not trainer.parameters:
         raise ValueError("model: expected parameters to train, got none")
@@ -1375,7 +1374,7 @@ def _checked_batch(batch: Any, batch_size: int) -> Any:
 
 
 def _told(evaluation: Row, name: str) -> float:
-    """The number that tells the best model, NaN if there was no evaluation of validation batches."""
+    """The number that tells the best model, NaN if the evaluation has no validation loss."""
     if evaluation and name not in evaluation and name != "validation_loss":
         raise ValueError(f"best: expected one of {', '.join(evaluation)}, got {name!r}")
     return evaluation.get(name, math.nan)
@@ -1632,7 +1631,7 @@ class RunConfig:
         with whole_file(Path(path)) as draft:
             draft.write_text(_yaml_text(self), encoding="utf-8")
 
-# %% ../chapters/13_training.ipynb #a3d886c7
+# %% ../chapters/13_training.ipynb #6cc3a1b9
 _FIELDS_OF_KIND = {
     "tinyworld": ("kind", "n_stories", "n_held_out", "validation_rows", "layout"),
     "documentation": ("kind", "packages", "held_out", "validation_rows", "clean", "layout"),
@@ -1657,7 +1656,7 @@ def _within(part: str, build: Callable[..., _T], *arguments: Any, **options: Any
     except ValueError as error:
         raise ValueError(f"{part}.{error}") from None
 
-
+# %% ../chapters/13_training.ipynb #cbc103a9
 def _check_run(config: RunConfig) -> None:
     path, start = config.tokenizer.path, config.model.get("start_from")
     if start is not None:
@@ -1670,7 +1669,7 @@ def _check_run(config: RunConfig) -> None:
     if config.data.kind == "shards" and path is None and start is None:
         raise ValueError("tokenizer.path: expected the file that made the shards, got None")
 
-
+# %% ../chapters/13_training.ipynb #84328041
 def _run_config(kind: type[RunConfig], entries: Any) -> RunConfig:
     if not isinstance(entries, Mapping) or set(entries) - {*_SECTIONS, "model"}:
         got = sorted(map(str, entries)) if isinstance(entries, Mapping) else entries
@@ -1682,7 +1681,7 @@ def _run_config(kind: type[RunConfig], entries: Any) -> RunConfig:
     parts = {name: _within(name, part, **found[name]) for name, part in _SECTIONS.items()}
     return kind(**cast(Any, parts), model=dict(model))
 
-# %% ../chapters/13_training.ipynb #8387e809
+# %% ../chapters/13_training.ipynb #1a070879
 def _useless(config: RunConfig) -> set[str]:
     """Return the settings that this kind of run has no use for, as in "data.paths"."""
     data, training = config.data, config.training
@@ -1700,7 +1699,7 @@ def _useless(config: RunConfig) -> set[str]:
         useless |= {"training.balance_loss"}
     return useless
 
-
+# %% ../chapters/13_training.ipynb #4aed0c89
 def _yaml_text(config: RunConfig) -> str:
     with requires_extra("YAML", extra="train"):
         import yaml
@@ -1734,7 +1733,7 @@ def _from_yaml(kind: type[RunConfig], path: Path) -> RunConfig:
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
-# %% ../chapters/13_training.ipynb #ceb762cd
+# %% ../chapters/13_training.ipynb #1ca9b841
 class Pretrained(NamedTuple):
     """What a run made: model, tokenizer, log, held-out texts, and where all this is kept."""
 
@@ -1744,7 +1743,7 @@ class Pretrained(NamedTuple):
     held_out: list[str]
     folder: Path
 
-
+# %% ../chapters/13_training.ipynb #06f90bfd
 def run(
     config: RunConfig,
     folder: str | Path,
@@ -1823,14 +1822,14 @@ def _documents(data: DataConfig, say: Callable[[str], None]) -> list[Document]:
 def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {n:,}" for name, n in counts.items()) or "nothing"
 
-# %% ../chapters/13_training.ipynb #57b1fb84
+# %% ../chapters/13_training.ipynb #2dd2e9bd
 def _share_of(name: str) -> float:
     """A number from 0 to 1 that looks random, and is the same for the same name."""
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest()) / 2**64
 
 
 def _held_out(documents: Sequence[Document], share: float) -> tuple[list[str], list[str]]:
-    """Split texts into those to learn from and those to be judged by: by files, if there are some."""
+    """Split texts into those to learn from and those to be judged by: by files, if they differ."""
     files = [str(document.metadata.get("path", document.id)) for document in documents]
     if len(documents) == 1:
         return _split_text(documents[0].text, share)
@@ -1855,7 +1854,7 @@ def _split_text(text: str, share: float) -> tuple[list[str], list[str]]:
         raise ValueError(f"data.held_out: {expected}, got {share} of {len(text)} characters")
     return [text[:at]], [text[at:]]
 
-# %% ../chapters/13_training.ipynb #b2d6b917
+# %% ../chapters/13_training.ipynb #f4350281
 def _train_and_held_out(
     data: DataConfig, say: Callable[[str], None]
 ) -> tuple[list[str], list[str]]:
@@ -1869,7 +1868,7 @@ def _train_and_held_out(
     say(f"{sizes[0]:,} bytes to learn from, {sizes[1]:,} to be judged by")
     return train, held_out
 
-
+# %% ../chapters/13_training.ipynb #0d313eab
 def _tokenizer(config: RunConfig, texts: list[str], say: Callable[[str], None]) -> BPETokenizer:
     settings, start = config.tokenizer, config.model.get("start_from")
     path = settings.path or (start and Path(start) / "tokenizer.json")
@@ -1880,7 +1879,7 @@ def _tokenizer(config: RunConfig, texts: list[str], say: Callable[[str], None]) 
     pattern = _PATTERNS[settings.pattern]
     return train_bpe(texts, settings.vocab_size, pattern=pattern, **cast(Any, special))
 
-
+# %% ../chapters/13_training.ipynb #9b90c5fc
 def _write_data(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
     """Write tokenizer, shards and held-out texts to ``folder``, all or nothing."""
     data, lines = config.data, list[str]()
@@ -1902,7 +1901,7 @@ def _write_data(config: RunConfig, folder: Path, say: Callable[[str], None]) -> 
             write_jsonl(documents, draft / "held_out.jsonl")
         (draft / "preparation.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-# %% ../chapters/13_training.ipynb #09e4bbd5
+# %% ../chapters/13_training.ipynb #fdcb2729
 def _open_data(config: RunConfig, folder: Path) -> tuple[BPETokenizer, TokenShards, TokenShards]:
     tokenizer = BPETokenizer.load(folder / "tokenizer.json")
     both = config.data.paths if config.data.kind == "shards" else ("train", "validation")
@@ -1933,7 +1932,7 @@ def _first_model(config: RunConfig, vocab_size: int) -> TransformerLM:
         raise ValueError(f"model.start_from: expected {expected}, got {model.config.vocab_size}")
     return model.float()
 
-
+# %% ../chapters/13_training.ipynb #fb168a32
 def _make_trainer(
     config: RunConfig,
     folder: Path,
@@ -2316,17 +2315,17 @@ def load_or_train(
                 draft.rename(target)
     return load(target)
 
-# %% ../chapters/13_training.ipynb #dfd5e1f9
+# %% ../chapters/13_training.ipynb #dda677aa
 def _versions(data: DataConfig) -> dict[str, str]:
     """Return the versions that installed documentation depends on."""
     versions = dict[str, str]()
     for name in data.packages if data.kind == "documentation" else ():
-        versions[name] = platform.python_version()  # of stdlib and its modules
+        versions[name] = ".".join(map(str, sys.version_info[:3]))  # of stdlib and its modules
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
 
-# %% ../chapters/13_training.ipynb #a02e516b
+# %% ../chapters/13_training.ipynb #a44c5d37
 class NotebookBar:
     """A sink that shows in a notebook how far a run is, in a picture that is gone at the end."""
 
@@ -2369,7 +2368,7 @@ class NotebookBar:
 
         clear_output()
 
-
+# %% ../chapters/13_training.ipynb #6dce118f
 def _shown(n_steps: int, progress: bool | None) -> tuple[list[Sink], Callable[[str], None] | None]:
     """What shows the progress of a run here, if it is to be shown."""
     if progress is False:
@@ -2408,7 +2407,7 @@ def report(result: Pretrained) -> dict[str, float]:
         numbers |= {f"bits per byte of {name}": value for name, value in others.items()}
     return numbers
 
-# %% ../chapters/13_training.ipynb #6775b046
+# %% ../chapters/13_training.ipynb #2a41b0c2
 def _chosen(config: str | None, preset: str | None) -> RunConfig:
     if (config is None) == (preset is None):
         raise ValueError(f"expected a file CONFIG or a --preset, one of {', '.join(RUNS)}")
@@ -2427,7 +2426,7 @@ def _overridden(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
         entries[section] |= given.get(section, {})
     return RunConfig.from_dict(entries)
 
-
+# %% ../chapters/13_training.ipynb #2ac4a46a
 def _execute(config: RunConfig, folder: Path, tensorboard: bool) -> None:
     sinks: list[Sink] = [ProgressBar(config.training.n_steps)]
     if tensorboard:
