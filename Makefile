@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 endif
 PY := $(BIN)/python
 INSTALLED := $(VENV)/.installed
+LOWEST := $(VENV)-lowest
+LOWEST_PY := $(LOWEST)/$(notdir $(BIN))/python
 # In the conda environment of environment.yml everything is installed already.
 ifeq ($(CONDA_DEFAULT_ENV),llmbook)
 PY := python
@@ -17,10 +19,10 @@ endif
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help book test sync format lab workbook figures bench constraints clean
+.PHONY: help book test test-lowest sync format lab workbook figures bench constraints clean
 
 help: ## list the commands
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | sort
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | sort
 
 # Whatever pyproject.toml asks for is pinned in constraints.txt, a test sees to that.
 $(VENV)/.installed: constraints.txt
@@ -36,6 +38,18 @@ book: $(INSTALLED) ## build the site in _build/html
 
 test: $(INSTALLED) ## run all that CI runs
 	@$(PY) tools/test.py
+
+# An environment of its own, which uv fills with the oldest versions that pyproject.toml allows.
+$(LOWEST)/.made:
+	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(None if v[:2] in {(3, 11), (3, 12)} else \
+	  f'Old libraries need an old Python, and $(PYTHON) is {v.major}.{v.minor}: make test-lowest PYTHON=python3.11')"
+	@echo "Setting up $(LOWEST): once, a few minutes ..."
+	@$(PYTHON) -m venv $(LOWEST)
+	@$(LOWEST_PY) tools/install.py --constraint constraints.txt uv==0.13.9 packaging
+	@touch $@
+
+test-lowest: $(LOWEST)/.made ## run the unit tests with the oldest libraries that are allowed
+	@$(LOWEST_PY) tools/lowest.py $(ARGS)
 
 sync: $(INSTALLED) ## after an edit: pair, export, execute what changed
 	@$(PY) tools/sync.py $(ARGS)

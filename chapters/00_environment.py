@@ -479,7 +479,8 @@ def check_at_least(**bounds: tuple[int, object]) -> None:
     for argument, (least, value) in bounds.items():
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        # A tuple of types, because torch 2.6 cannot compile a union.
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise ValueError(f"{argument}: expected a whole number, got {value!r}")
         if value < least:
             raise ValueError(f"{argument}: expected at least {least}, got {value}")

@@ -233,7 +233,8 @@ print(f"{len(lines)} different documents; without punctuation: {len(without)}")
 
 # %% [markdown] tags=["engine"]
 # Let a word be the bytes $c_0, c_1, \dots, c_\ell$. Its hash is the polynomial
-# $\sum_k (c_k + 1)\, g^k$ modulo $2^{64}$, with an odd constant $g$. For a word that starts at position $p$ of the batch this is
+# $\sum_k (c_k + 1)\, g^k$ modulo $2^{64}$, with an odd constant $g$. For a word that starts at
+# position $p$ of the batch this is
 #
 # $$
 # g^{-p} \sum_{k} (c_{p+k} + 1)\, g^{p+k} .
@@ -798,8 +799,8 @@ def collision_probability(
 
 # %% [markdown] tags=["engine"]
 # The integrands are polynomials of degree $b\,r \le k$, and Gauss's quadrature with $m$ nodes is
-# exact for polynomials up to degree $2m - 1$ {cite}`press2007recipes`. So with $\lfloor k/2 \rfloor + 1$ nodes the integrals are exact, up to
-# rounding.
+# exact for polynomials up to degree $2m - 1$ {cite}`press2007recipes`. So with
+# $\lfloor k/2 \rfloor + 1$ nodes the integrals are exact, up to rounding.
 
 
 # %% tags=["engine"]
@@ -1294,6 +1295,12 @@ def _root(parent: list[int], argument: str, item: int) -> int:
     return item
 
 
+# %% [markdown]
+# That was the way up. The class remembers the parents:
+
+
+# %%
+#| export
 class UnionFind:
     """Disjoint sets of the items 0 to ``size`` - 1; the name of a set is its smallest item.
 

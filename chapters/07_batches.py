@@ -20,35 +20,24 @@
 # | **Part** | I. Foundations and data |
 # | **You build** | {py:func}`~llmbook.batches.write_shards`, {py:class}`~llmbook.batches.TokenShards`, {py:class}`~llmbook.batches.BatchSampler`, {py:func}`~llmbook.batches.pack_documents`, {py:func}`~llmbook.batches.document_mask` |
 # | **You need** | documents ({doc}`02_corpus`), a tokenizer ({doc}`05_tokenizer`), NumPy arrays and tensors |
-# | **It takes** | 60 minutes for the main line, 2 hours for everything, 30 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 30 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp batches
 
-# %%
+# %% tags=["engine"]
 #| export
-import math
-import os
+# The imports that only the module needs
 import pickle
-import shutil
-import struct
-import time
-import warnings
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, lru_cache
-from hashlib import blake2b
 from itertools import count
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
-import torch
 from jaxtyping import Bool, Int64, UInt64
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from llmbook.corpus import CorpusWarning, Document, ordered_map, without_main_script
 from llmbook.environment import check_at_least, whole_directory
@@ -70,7 +59,26 @@ from llmbook.environment import check_at_least, whole_directory
 # ◆, ends a document as a target and opens the next one as an input.
 # ```
 #
-# We take the corpus and the tokenizer from the chapters before.
+# The chapter works with NumPy's arrays and PyTorch's tensors, and with a few tools of the standard
+# library:
+
+# %%
+#| export
+import math
+import os
+import struct
+import warnings
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+# %% [markdown]
+# We take the corpus and the tokenizer from the chapters before:
 
 # %%
 import tempfile
@@ -87,11 +95,11 @@ plt.style.use("llmbook.book")
 documents = deduplicate(clean_documents(read_installed_docs(["numpy", "matplotlib"])))
 tokenizer = train_bpe((document.text for document in documents[::4]), 2048)
 end_id = tokenizer.special_tokens["<|endoftext|>"]
-print("more than 5,000 documents:", len(documents) > 5_000)
+print(f"more than {len(documents) // 1000:,} thousand documents, {tokenizer.vocab_size:,} ids")
 
 # %% [markdown]
 # One special token, `<|endoftext|>`, goes after each document. The smallest loader there is puts
-# all tokens into one list, and cuts windows of $T + 1$ out of it at random places:
+# all tokens into one list and cuts windows of $T + 1$ tokens out of it at random places:
 
 
 # %%
@@ -103,8 +111,8 @@ def get_batch(tokens: list[int], starts: Iterable[int], context_length: int) -> 
 encoded = [[*tokenizer.encode(document.text), end_id] for document in documents[:2000]]
 tokens = [token for ids in encoded for token in ids]
 inputs, targets = get_batch(tokens, starts=[0, 500, 1000, 1500], context_length=8)
-print("inputs:", tuple(inputs.shape), " targets:", tuple(targets.shape))
-print("a target is the next input:", torch.equal(inputs[:, 1:], targets[:, :-1]))
+assert torch.equal(inputs[:, 1:], targets[:, :-1]), "a target is the next input"
+print(f"{len(inputs)} rows of {inputs.size(1)} inputs: {targets.numel()} predictions to learn from")
 
 # %% [markdown]
 # For a few million tokens this is fine, and small projects stop here. It does not grow. A Python
@@ -120,9 +128,9 @@ for name, size in (("list", number_in_list), ("int64", 8), ("uint32", 4), ("uint
 
 # %% [markdown]
 # In 20 GB the corpus fits on any disk, but not into the memory of each of sixteen processes. It
-# need not. A **memory-mapped** file looks like an array; the operating system reads a page of it
-# (4 KB mostly) when somebody touches it, keeps it while there is room, and shares it among all
-# processes. Vocabularies above 65,536 take `uint32`. In a batch ids are always int64, which
+# does not have to. A **memory-mapped** file looks like an array; the operating system reads a page
+# of it (usually 4 KB) when somebody touches it, keeps it while there is room, and shares it among
+# all processes. Vocabularies above 65,536 take `uint32`. In a batch, ids are always int64, which
 # PyTorch takes as indices.
 #
 # ## A file that can be trusted
@@ -141,13 +149,60 @@ for name, size in (("list", number_in_list), ("int64", 8), ("uint32", 4), ("uint
 # ```
 #
 # The counts give the length that the file must have, which is checked on opening at no cost. The
-# **digest** is a hash (BLAKE2, 128 bits) of everything in the file; checking it means to read it
-# all. Every header also repeats the digest of the shard before. The shards so form a chain: one
-# that is missing, doubled, or from another run breaks it, and the digest of the last stands for
-# the whole set. That is the identity we shall compare when training resumes.
+# **digest** is a hash (BLAKE2, 128 bits) of everything in the file; checking it means reading the
+# whole file. Every header also repeats the digest of the shard before, so the shards form a chain:
+# one that is missing, duplicated, or from another run breaks it, and the digest of the last one
+# stands for the whole set. That is the identity we will compare when training resumes. In
+# miniature, with three parts of 10,000 numbers:
 
 
 # %%
+def chained(parts: list[np.ndarray]) -> str:
+    """The digest of the last part, which depends on all parts and on their order."""
+    digest = b""
+    for part in parts:
+        digest = blake2b(digest + part.tobytes(), digest_size=16).digest()
+    return digest.hex()
+
+
+a, b, c = np.arange(30_000, dtype="<u2").reshape(3, -1)
+one_bit_off = a ^ (np.arange(10_000) == 5000).astype("<u2")
+for what, parts in (
+    ("as written", [a, b, c]),
+    ("one bit of the first", [one_bit_off, b, c]),
+    ("two exchanged", [b, a, c]),
+    ("the middle one missing", [a, c]),
+):
+    print(f"{what:23} {chained(parts)}")
+
+# %% [markdown]
+# Three more things are settled when shards are written, because nobody can check them later.
+#
+# *Which tokenizer was it?* Two tokenizers of the same size give ids in the same range. So the
+# tokenizer identifies itself by what it does: its {term}`fingerprint` is a hash of its special
+# tokens, its size, and its ids for a fixed text that has a bit of everything.
+#
+# *Are the ids right?* They may not be whole numbers. They may lie outside the vocabulary, where a
+# conversion to 16 bits would silently turn 65,536 into 0. And they may contain end of text, if a
+# tokenizer takes the characters `<|endoftext|>` in a web page for the token, so that the author of
+# any page can end documents at will. What enters a shard is checked once, here, and trusted from
+# then on.
+#
+# *Is it all there?* A process that writes for an hour may be killed at any moment. What must never
+# exist is a directory that looks complete and is not. So {py:func}`~llmbook.batches.write_shards`
+# writes into a hidden directory beside the target and renames it at the end: a rename happens
+# completely or not at all.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: how shards are written, byte for byte, by several processes
+
+# %% [markdown] tags=["engine"]
+# **The header.** The order on disk is: the magic number and the version, so that a foreign file is
+# recognized at once; the fields; and a CRC-32 of all that, against a flipped bit in the header
+# itself.
+
+
+# %% tags=["engine"]
 #| export
 class ShardError(ValueError):
     """A shard, or a directory of them, is not what it should be; the message names the file."""
@@ -168,11 +223,10 @@ class ShardHeader(NamedTuple):
     digest: bytes
 
 
-# %% [markdown]
-# The order on disk is: magic number and version, so that a foreign file is told at once; the
-# fields; a CRC-32 of all that, against a flipped bit in the header itself.
+# %% [markdown] tags=["engine"]
+# The header becomes bytes by a `struct.Struct`, little endian on every machine.
 
-# %%
+# %% tags=["engine"]
 #| export
 _MAGIC, _VERSION, _NO_DIGEST = b"llmbook\x07", 1, bytes(16)
 _FIELDS = struct.Struct("<8sI2Q4I?8s16s16s7x")
@@ -184,11 +238,12 @@ def _pack_header(header: ShardHeader) -> bytes:
     return fields + zlib.crc32(fields).to_bytes(4, "little")
 
 
-# %% [markdown]
-# The sizes of the two parts that follow, ids and ends, are then known.
+# %% [markdown] tags=["engine"]
+# The header determines the sizes of the two parts that follow, the ids and the ends of documents,
+# so a truncated file is noticed by its length alone.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _layout(header: ShardHeader) -> tuple[int, int]:
     """Return where the document ends begin, on a multiple of 8, and the size of the file."""
@@ -216,12 +271,12 @@ def _read_header(path: Path) -> ShardHeader:
     return header
 
 
-# %% [markdown]
-# The ends of documents could be found by a search for `<|endoftext|>`, but that would read the
-# whole file, so they are stored, 8 bytes each.
+# %% [markdown] tags=["engine"]
+# The ends of documents could be found by a search for `<|endoftext|>`, but that would mean reading
+# the whole file, so they are stored, in 8 bytes each.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _write_shard(path: Path, documents: list[np.ndarray], header: ShardHeader) -> bytes:
     """Write ``documents`` (ids, each ending in end of text) as a shard; return its digest."""
@@ -239,16 +294,12 @@ def _write_shard(path: Path, documents: list[np.ndarray], header: ShardHeader) -
     return digest
 
 
-# %% [markdown]
-# ### Which tokenizer was it?
-#
-# Two tokenizers of the same size give ids in the same range. We let the tokenizer identify itself
-# by what it does: the {term}`fingerprint` is a hash of its special tokens, its size, and its ids
-# for a fixed text that has a bit of everything. This works for any object with the three
-# attributes that we need, written down as a protocol.
+# %% [markdown] tags=["engine"]
+# **The tokenizer's fingerprint.** It works for any object with the three attributes that shards
+# need, written down as a protocol.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 @runtime_checkable
 class Tokenizer(Protocol):
@@ -266,7 +317,11 @@ class Tokenizer(Protocol):
         """Return the ids of ``text``."""
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# The fixed text has words, numbers, code, five scripts, an emoji, and the characters of a special
+# token:
+
+# %% tags=["engine"]
 #| export
 _PROBE = """The quick brown fox doesn't jump: 1, 22, 333, 4444 times 3.14 makes 98%!
 Training language models from scratch requires information, attention and computation.
@@ -285,18 +340,12 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     return blake2b(repr((tokenizer.vocab_size, special, ids)).encode(), digest_size=8).hexdigest()
 
 
-# %% [markdown]
-# ### Ids that cannot be wrong
-#
-# What enters a shard is checked once, here, and trusted ever after. A document is a text, a
-# {py:class}`~llmbook.corpus.Document`, or ids that somebody has made already. Three things can be
-# wrong with ids. They may not be whole numbers; they may lie outside the vocabulary, where a
-# conversion to 16 bits would silently turn 65,536 into 0; or they may contain end of text, if a
-# tokenizer takes the characters `<|endoftext|>` in a web page for the token, so that any author
-# of a page can end documents where it pleases them.
+# %% [markdown] tags=["engine"]
+# **Ids that cannot be wrong.** A document is a text, a {py:class}`~llmbook.corpus.Document`, or ids
+# that somebody has already made. An error names the document.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _checked(ids: Any, name: str, vocab_size: int, end_of_text: int) -> np.ndarray:
     """Return ``ids`` with end of text after them; a ValueError names the document."""
@@ -316,7 +365,13 @@ def _checked(ids: Any, name: str, vocab_size: int, end_of_text: int) -> np.ndarr
     return np.append(array, end_of_text).astype(np.uint32)
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# An empty document would be two ends of text in a row and would teach the model that after an end
+# comes an end. Empty documents are left out, with a warning that counts them. This is what a worker
+# process does with a group of documents:
+
+
+# %% tags=["engine"]
 #| export
 @lru_cache(maxsize=1)
 def _unpickled(tokenizer: bytes) -> Tokenizer:
@@ -339,22 +394,16 @@ def _encode_job(job: tuple[Any, int, int, int, list[Any]]) -> list[np.ndarray]:
     return encoded
 
 
-# %% [markdown]
-# An empty document would be two ends of text in a row, and teach that after an end comes an end.
-# Empty documents are left out, with a warning that counts them.
-#
-# ### In parallel, and the same bytes
-#
-# Encoding is slow, writing is fast: our tokenizer makes about a megabyte of ids a second, a disk
-# takes hundreds. So worker processes encode, and one process writes. It takes results in the
-# order of the jobs, with the `ordered_map` of {doc}`02_corpus`, and cuts shards by a rule that
-# looks at nothing but the documents. The files are therefore the same, byte for byte, with one
-# worker or with sixty. Documents are taken in rounds of about 64 million characters, so that a
-# corpus larger than memory can be a stream. A tokenizer that no other process could import, such
-# as a class of a notebook, works in this one.
+# %% [markdown] tags=["engine"]
+# **In parallel, and the same bytes.** Encoding is slow and writing is fast: our tokenizer makes
+# about a megabyte of ids a second, a disk takes hundreds. So worker processes encode, and one
+# process writes. It takes results in the order of the jobs, with the `ordered_map` of
+# {doc}`02_corpus`, and cuts shards by a rule that looks at nothing but the documents. The files are
+# therefore the same, byte for byte, with one worker or with sixty. Documents are taken in rounds of
+# about 64 million characters, so that a corpus larger than memory can be a stream.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _rounds(texts: Iterable[Any], job_size: int = 1 << 20, round_size: int = 1 << 26) -> Iterator:
     """Group documents into jobs of about ``job_size`` characters, and jobs into rounds.
@@ -378,7 +427,12 @@ def _rounds(texts: Iterable[Any], job_size: int = 1 << 20, round_size: int = 1 <
         yield in_round, jobs
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# A tokenizer that no other process could import, such as a class defined in a notebook, does its
+# work in this one.
+
+
+# %% tags=["engine"]
 #| export
 def _portable(tokenizer: Tokenizer) -> bytes | None:
     """Return the pickled tokenizer, or None if another process could not unpickle it."""
@@ -407,12 +461,12 @@ def _encoded(
         warnings.warn(f"texts: {empty} empty documents were left out", CorpusWarning, stacklevel=4)
 
 
-# %% [markdown]
-# A shard is full with the document that makes it reach `shard_tokens`. It then waits until
-# another document arrives, for only then do we know that it is not the last.
+# %% [markdown] tags=["engine"]
+# A shard is full with the document that makes it reach `shard_tokens`. It then waits until another
+# document arrives, for only then do we know that it is not the last.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _shards_of(
     documents: Iterable[np.ndarray], shard_tokens: int
@@ -430,20 +484,11 @@ def _shards_of(
         yield group, True
 
 
-# %% [markdown]
-# ### All or nothing
-#
-# A process that writes for an hour may be killed at any moment. What must never exist is a
-# directory that looks complete and is not. So we write into a hidden directory beside the target
-# and rename it at the end: a rename happens as a whole or not at all. What a killed run leaves
-# behind, the next one with the same target sweeps away.
+# %% [markdown] tags=["engine"]
+# The header of each shard begins as a blank one that has only what all shards of a set share.
 
 
-# %%
-#| export
-
-
-# %%
+# %% tags=["engine"]
 #| export
 def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.bin"
@@ -469,7 +514,12 @@ def _blank_header(tokenizer: Tokenizer, end_of_text: str) -> ShardHeader:
     )
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# **All or nothing.** {py:func}`~llmbook.environment.whole_directory` of {doc}`00_environment` does
+# the renaming. What a killed run leaves behind, the next one with the same target sweeps away.
+
+
+# %% tags=["engine"]
 #| export
 def write_shards(
     texts: Iterable[Any],
@@ -506,9 +556,9 @@ def write_shards(
 # %% [markdown]
 # ### Reading: one ring of tokens
 #
-# To its user a set of shards is one long sequence. Where does it end? A window that reaches past
+# To its user, a set of shards is one long sequence. Where does it end? A window that reaches past
 # the last token would have to be cut, and every loader has its own rule for that. There is a
-# neater way. The last token is an end of text, the first begins a document, so the end may be
+# neater way. The last token is an end of text and the first begins a document, so the end can be
 # joined to the beginning, and the junction looks like any other. On this **ring**, $n$ tokens
 # give $n$ predictions, every position can begin a window, and there is no rule for ends
 # ({numref}`fig-batches-ring`).
@@ -524,28 +574,24 @@ def write_shards(
 # %%
 #| export
 class TokenRing:
-    """Arrays of ids, joined end to end and closed to a ring; nothing is copied until it is read.
+    """Ids joined end to end and closed to a ring; nothing is copied until it is read.
+
+    ``tokens`` are a row of ids (an array, a tensor, a list of numbers) or several such rows.
+    ``end_of_text`` is the id that ends each document, the last one included; without it there are
+    no documents to tell apart. What are not ids raises a ``ValueError``.
 
     >>> ring = TokenRing([np.array([5, 6, 7]), np.array([8, 9])])
     >>> ring[1:4].tolist(), ring.window(3, 4).tolist()
     ([6, 7, 8], [8, 9, 5, 6])
     """
 
-    def __init__(self, parts: Sequence[np.ndarray]):
-        self._parts = [part for part in parts if len(part)]
+    def __init__(self, tokens: Sequence[np.ndarray]):
+        self._parts = list(tokens)
         self._first = [0, *np.cumsum([len(part) for part in self._parts]).tolist()]
-        check_at_least(tokens=(1, self._first[-1]))
 
     def __len__(self) -> int:
         """The number of tokens."""
         return self._first[-1]
-
-    def __getitem__(self, where: slice) -> Int64[np.ndarray, " tokens"]:
-        """Return the ids of a slice, as int64."""
-        if not isinstance(where, slice) or where.step not in (None, 1):
-            raise ValueError(f"where: expected a slice with a step of 1, got {where!r}")
-        start, stop, _ = where.indices(len(self))
-        return self.window(start, max(stop - start, 0))
 
     def window(self, start: int, length: int) -> Int64[np.ndarray, " length"]:
         """Return ``length`` ids from position ``start`` on, going round as often as it takes."""
@@ -560,10 +606,110 @@ class TokenRing:
 
 
 # %% [markdown]
-# A shard is opened by its header and mapped; verifying it means reading it all.
-
+# Two parts of three and two tokens, and a window that goes past the end:
 
 # %%
+ring = TokenRing([np.array([5, 6, 7]), np.array([8, 9])])
+print(f"{len(ring)} tokens; 4 of them from position 3 on: {ring.window(3, 4).tolist()}")
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: tokens in memory become a ring, and so does a directory of shards
+
+# %% [markdown] tags=["engine"]
+# **Tokens in memory.** What people try first is an array, a tensor, or a list of ids. All of them
+# make a ring, and what is not a row of ids is refused at once.
+
+
+# %% tags=["engine"]
+#| export
+def _rows_of_ids(tokens: Any) -> list[np.ndarray]:
+    """Return ``tokens``, a row of ids or several rows, as arrays."""
+    is_list = isinstance(tokens, Sequence) and len(tokens) > 0
+    is_row = isinstance(tokens, np.ndarray | Tensor) or (
+        is_list and isinstance(tokens[0], int | np.integer)
+    )
+    rows = []
+    for part in [tokens] if is_row else tokens:
+        row = part.detach().cpu().numpy() if isinstance(part, Tensor) else np.asarray(part)
+        if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
+            got = f"{type(part).__name__} ({row.ndim} dimensions of {row.dtype})"
+            raise ValueError(f"tokens: expected rows of ids, which are whole numbers, got {got}")
+        if row.dtype.kind == "i" and row.size and row.min() < 0:
+            raise ValueError(f"tokens: expected ids from 0 on, got {row.min()}")
+        rows.append(row)
+    return rows
+
+
+def _as_ring(tokens: Any, argument: str, or_else: str = "") -> "TokenRing":
+    """Return ``tokens`` if they are a ring, else make one; an error names ``argument``."""
+    if isinstance(tokens, TokenRing):
+        return tokens
+    try:
+        return TokenRing(tokens)
+    except (TypeError, ValueError) as error:
+        got = f"got {tokens!r:.60}" if isinstance(error, TypeError) else str(error)
+        expected = f"expected a row of token ids, a TokenRing, TokenShards{or_else}"
+        raise ValueError(f"{argument}: {expected}; {got}") from error
+
+
+# %% [markdown] tags=["engine"]
+# With these checks a ring in memory has all that a sampler asks of its source: slices, and a
+# fingerprint of its ids, however they are stored and divided.
+
+
+# %% tags=["engine"]
+#| export
+class TokenRing(TokenRing):  # continued
+    def __init__(self, tokens: Any, *, end_of_text: int | None = None):
+        check_at_least(end_of_text=(0, end_of_text))
+        self._parts = [part for part in _rows_of_ids(tokens) if len(part)]
+        self._first = [0, *np.cumsum([len(part) for part in self._parts]).tolist()]
+        self.end_of_text = end_of_text
+        check_at_least(tokens=(1, self._first[-1]))
+
+    def __getitem__(self, where: slice) -> Int64[np.ndarray, " tokens"]:
+        """Return the ids of a slice, as int64."""
+        if not isinstance(where, slice) or where.step not in (None, 1):
+            raise ValueError(f"where: expected a slice with a step of 1, got {where!r}")
+        start, stop, _ = where.indices(len(self))
+        return self.window(start, max(stop - start, 0))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the ids and of ``end_of_text``; the first look reads all tokens."""
+        digest = blake2b(repr(self.end_of_text).encode(), digest_size=16)
+        for part in self._parts:
+            for at in range(0, len(part), 1 << 20):
+                digest.update(part[at : at + (1 << 20)].astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+# %% [markdown] tags=["engine"]
+# Documents can be told apart where the ring knows which id ends them, and where the last one is
+# ended, too: otherwise the last document would go on in the first.
+
+
+# %% tags=["engine"]
+#| export
+class TokenRing(TokenRing):  # continued
+    @cached_property
+    def document_ends(self) -> Int64[np.ndarray, " documents"]:
+        """Where each document ends: the position after its end of text."""
+        if self.end_of_text is None:
+            raise ValueError("end_of_text: a TokenRing needs it to tell documents apart, got None")
+        pairs = zip(self._first, self._parts, strict=False)
+        ends = [np.flatnonzero(part == self.end_of_text) + 1 + first for first, part in pairs]
+        if self._parts[-1][-1] != self.end_of_text:
+            expected = f"end of text, {self.end_of_text}, after the last document"
+            raise ValueError(f"tokens: expected {expected}, got {self._parts[-1][-1]}")
+        return np.concatenate(ends).astype(np.int64)
+
+
+# %% [markdown] tags=["engine"]
+# **Shards on disk.** A shard is opened by its header and mapped; verifying it means reading it all.
+
+
+# %% tags=["engine"]
 #| export
 class _Shard:
     """One file: its header, and its ids and document ends, memory-mapped."""
@@ -587,7 +733,11 @@ class _Shard:
             raise ShardError(f"{self.path}: the contents do not match the checksum: damaged")
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# That the shards are those of one set, in order and complete, their headers tell.
+
+
+# %% tags=["engine"]
 #| export
 def _check_chain(directory: Path, headers: list[ShardHeader]) -> None:
     """Raise ShardError unless ``headers`` are those of one whole set, in order."""
@@ -603,13 +753,13 @@ def _check_chain(directory: Path, headers: list[ShardHeader]) -> None:
         raise ShardError(f"{directory / _shard_name(len(headers))}: missing, the set goes on")
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # One trap is left: a memory-mapped array that is pickled, to be sent to another process, is pickled
-# as an array, all 20 GB of it. So a set of shards is sent as the name of its directory, and opened
+# as an array, all 20 GB of it. So a set of shards is sent as the name of its directory and opened
 # there anew.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _shard_paths(directory: Path) -> list[Path]:
     found = sorted(directory.glob("shard-*.bin"))
@@ -621,7 +771,7 @@ def _shard_paths(directory: Path) -> list[Path]:
     return paths
 
 
-# %%
+# %% tags=["engine"]
 #| export
 class TokenShards(TokenRing):
     """A directory that ``write_shards`` has written: a ring of tokens that knows its documents.
@@ -631,16 +781,22 @@ class TokenShards(TokenRing):
     ``tokenizer`` is given, it must be the one that the shards were written with.
     """
 
+    end_of_text: int
+
     def __init__(self, directory: str | Path, tokenizer: Tokenizer | None = None):
         self.directory = Path(directory).resolve()
         self._shards = [_Shard(path) for path in _shard_paths(self.directory)]
         _check_chain(self.directory, [shard.header for shard in self._shards])
-        super().__init__([shard.tokens for shard in self._shards])
         header = self._shards[-1].header
-        self.vocab_size, self.end_of_text = header.vocab_size, header.end_of_text
-        self.fingerprint = header.digest.hex()  # of all shards: their digests are a chain
+        super().__init__([shard.tokens for shard in self._shards], end_of_text=header.end_of_text)
+        self.vocab_size = header.vocab_size
         if tokenizer is not None and tokenizer_fingerprint(tokenizer) != header.tokenizer.hex():
             raise ShardError(f"{self.directory}: written with another tokenizer than the one given")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The digest of the last shard, which stands for all: their digests are a chain."""
+        return self._shards[-1].header.digest.hex()
 
     @cached_property
     def document_ends(self) -> Int64[np.ndarray, " documents"]:
@@ -658,22 +814,28 @@ class TokenShards(TokenRing):
 
 
 # %% [markdown]
-# We write the corpus in shards of 200,000 tokens, small enough that there are several.
+# ### Shards at work
+#
+# We write the corpus in shards of 200,000 tokens, small enough that there are several. A
+# {py:class}`~llmbook.batches.TokenShards` is the ring of a directory.
 
 # %%
 folder = Path(tempfile.mkdtemp())
 shards = write_shards(documents, folder / "train", tokenizer, shard_tokens=200_000)
 shards.verify()
-n_documents = len(shards.document_ends)
-print("all documents are there:", n_documents == sum(bool(d.text) for d in documents))
-print("the first is:", tokenizer.decode(shards[: shards.document_ends[0] - 1]) == documents[0].text)
-print("more than two shards:", len(list(shards.directory.iterdir())) > 2)
+assert len(shards.document_ends) == sum(bool(document.text) for document in documents)
+assert tokenizer.decode(shards[: shards.document_ends[0] - 1]) == documents[0].text
+files = list(shards.directory.iterdir())
+size = sum(file.stat().st_size for file in files) / len(shards)
+print(f"{len(shards) / 1e6:.1f} million tokens in {len(files)} files, {size:.1f} bytes a token")
 
 # %% [markdown]
-# And now the accidents, to four small shards that hold nothing but sevens. Each must be found,
-# and each message must name the file:
+# And now the accidents, to four small shards that hold nothing but sevens. Each must be found, and
+# each message must name the file:
 
 # %%
+import shutil
+
 sevens = write_shards([[7] * 1000] * 10, folder / "sevens", tokenizer, shard_tokens=3000)
 
 
@@ -704,7 +866,7 @@ accident("one shard twice", lambda at: shutil.copy(at / "shard-00000.bin", at / 
 # %% [markdown]
 # What should be checked when? Header and length at every opening: that takes microseconds and
 # finds copies that were interrupted. The tokens after every copy from another machine: at 300 MB
-# a second 20 GB take a minute, too long for every start of every process.
+# a second, 20 GB take a minute, too long for every start of every process.
 #
 # ## Which window comes next?
 #
@@ -743,9 +905,15 @@ def visits(starts: np.ndarray) -> np.ndarray:
 
 at_random = visits(rng.integers(n, size=windows))
 shuffled = visits(rng.integers(n) + rng.permutation(windows) * context_length)
-print("random: never seen is about 1/e:", abs(np.mean(at_random == 0) - np.exp(-1)) < 0.03)
-print("shuffled: no token is seen twice:", shuffled.max() == 1)
-print("fewer are left over than fill a window:", np.sum(shuffled == 0) < context_length)
+assert shuffled.max() == 1, "no token is seen twice"
+assert np.sum(shuffled == 0) < context_length, "fewer are left over than fill a window"
+print(
+    f"random:   {np.mean(at_random == 0):.0%} never seen, {np.mean(at_random > 1):.0%} twice or more"
+)
+print(f"shuffled: {np.mean(shuffled == 0):.1%} never seen, none twice")
+
+# %% [markdown]
+# {numref}`fig-batches-visits` has the whole distribution, beside that of Poisson.
 
 # %% mystnb={"figure": {"caption": "How often each token was a target after one epoch's worth of rows: windows at random positions, a Poisson distribution with mean 1, and shuffled windows.", "name": "fig-batches-visits"}, "image": {"alt": "Bars over the number of visits, 0 to 5. Random windows: 0.37, 0.37, 0.18, 0.06, 0.02 and almost nothing, each with a dot of the Poisson distribution at its tip. Shuffled windows: a single bar of height 1 at one visit."}}
 times = np.arange(6)
@@ -761,8 +929,8 @@ plt.show()
 # %% [markdown]
 # ### A generator without a state
 #
-# Both orders above came out of a random generator, and a generator has a state that grows old
-# with use. To resume at row 1,000,000 one has to store it, or to draw a million numbers again;
+# Both orders above came out of a random generator, and a generator has a state that changes with
+# every use. To resume at row 1,000,000 one has to store it, or to draw a million numbers again;
 # and a worker that prepares every other row has to skip the rest. All this vanishes if the number
 # for row $i$ is a *function* of $i$: a hash. Such generators are called **counter-based**
 # {cite}`salmon2011parallel`. Ours is SplitMix64 {cite}`steele2014splittable`, which mixes the
@@ -878,7 +1046,7 @@ def permuted(
 
 # %%
 size = 100_003
-print("a permutation:", len(np.unique(permuted(np.arange(size), size, 7))) == size)
+assert len(np.unique(permuted(np.arange(size), size, 7))) == size, "a permutation"
 seeds = np.repeat(np.arange(24_000), 4)
 orders = permuted(np.tile(np.arange(4), 24_000), 4, seeds).reshape(-1, 4)
 _, counts = np.unique(orders @ 4 ** np.arange(4), return_counts=True)
@@ -886,7 +1054,32 @@ chi_square = np.sum((counts - 1000) ** 2 / 1000)
 print(f"{len(counts)} of 24 orders, chi-square {chi_square:.0f}, expected 23 ± 7")
 
 # %% [markdown]
-# With these two functions the start of any row of any epoch can be computed on the spot.
+# With these two functions the place where any row of any epoch begins can be computed on the spot.
+# The ring has $n$ positions; a row takes a *unit* of them, $T$ for windows. Three orders are worth
+# having: `"shuffled"`, `"random"`, and `"sequential"` for evaluation. Some loaders draw only windows
+# that lie within the text and never reach around its end; with `wrap` false, so do we: then there are
+# $\lfloor (n - 1)/T \rfloor$ windows, and the cuts move only as far as the rest allows.
+
+
+# %%
+#| export
+def _starts_of_rows(
+    rows: Int64[np.ndarray, " rows"], size: int, unit: int, order: str, seed: int, wrap: bool
+) -> Int64[np.ndarray, " rows"]:
+    """Return where the ``rows`` of all training begin in a ring of ``size`` positions."""
+    if order == "random":
+        return (random_bits(seed, rows) % np.uint64(size if wrap else size - unit)).astype(np.int64)
+    windows = size // unit if wrap else (size - 1) // unit  # their last target, too, lies within
+    epoch, place = np.divmod(rows, windows)
+    if order == "sequential":
+        return place * unit
+    cuts = np.uint64(size if wrap else size - windows * unit)  # how many first cuts there are
+    cut = (random_bits(seed, epoch, 1) % cuts).astype(np.int64)
+    return (permuted(place, windows, seed, epoch, 0) * unit + cut) % size
+
+
+# %% [markdown]
+# A batch is then the windows that begin there:
 
 
 # %%
@@ -914,8 +1107,13 @@ class Batch(NamedTuple):
         )
 
 
-def window_batch(ring: TokenRing, starts: Sequence[int] | np.ndarray, context_length: int) -> Batch:
+def window_batch(
+    ring: TokenRing | np.ndarray | Tensor | Sequence[int],
+    starts: Sequence[int] | np.ndarray,
+    context_length: int,
+) -> Batch:
     """Return the windows that begin at ``starts``: ``context_length`` inputs, targets one later."""
+    ring = _as_ring(ring, "ring")
     check_at_least(context_length=(1, context_length))
     if not len(starts):
         raise ValueError(f"starts: expected at least one position, got {starts!r}")
@@ -924,11 +1122,14 @@ def window_batch(ring: TokenRing, starts: Sequence[int] | np.ndarray, context_le
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
 
 
+# %% [markdown]
+# Row 1,000,000, without the 999,999 before it:
+
 # %%
-row = np.array([1_000_000])
-place = (permuted(row % windows, windows, 0, row // windows) * context_length) % n
-batch = window_batch(shards, place, context_length)
-print("row 1,000,000 at once:", tuple(batch.inputs.shape))
+start = _starts_of_rows(np.array([1_000_000]), n, context_length, "shuffled", seed=0, wrap=True)
+batch = window_batch(shards, start, context_length)
+epoch = round(1_000_000 // windows, -1)
+print(f"row 1,000,000, in about epoch {epoch}: a window of {batch.inputs.size(1)} inputs")
 
 # %% [markdown]
 # ## Documents that share a row
@@ -938,7 +1139,7 @@ print("row 1,000,000 at once:", tuple(batch.inputs.shape))
 
 # %%
 opened = np.mean([(shards.window(s, context_length) == end_id).sum() for s in range(0, n, 5000)])
-print("more than two documents a window:", 1 + opened > 2)
+print(f"documents in a window of {context_length} tokens: about {1 + opened:.0f}")
 
 # %% [markdown]
 # A transformer looks back by **attention** (chapter 09): at each position it takes a weighted mean
@@ -987,6 +1188,10 @@ def document_mask(
     return same.tril()[:, None]  # the 1 stands for all heads
 
 
+# %% [markdown]
+# {numref}`fig-batches-mask` shows the mask of a window that four documents share, beside the causal
+# mask.
+
 # %% mystnb={"figure": {"caption": "Who may attend to whom in one window: with the causal mask alone, and inside documents.", "name": "fig-batches-mask"}, "image": {"alt": "Two square matrices over the 64 positions of a row. Left, causal: the lower triangle is filled. Right, inside documents: several smaller triangles along the diagonal, one for each document, and nothing else."}}
 openings = shards.document_ends - 1
 begin = next(at for at in openings if (shards.window(at, 64) == end_id).sum() == 4)
@@ -1012,12 +1217,15 @@ torch.manual_seed(0)
 attention = torch.nn.functional.scaled_dot_product_attention
 query, key, value = torch.randn(3, 1, 4, 64, 16)
 together = attention(query, key, value, attn_mask=document_mask(document_ids))
-as_if_alone = []
+apart = []
 for number in range(4):
     here = document_ids[0] == number
     alone = attention(query[:, :, here], key[:, :, here], value[:, :, here], is_causal=True)
-    as_if_alone.append(torch.allclose(together[:, :, here], alone, atol=1e-5))
-print("four documents, each as if alone:", as_if_alone)
+    apart.append((together[:, :, here] - alone).abs().max().item())
+assert max(apart) < 1e-5
+causal_only = attention(query, key, value, is_causal=True)
+assert (causal_only - together).abs().max() > 1
+print("largest difference from each alone: below 0.00001; with the causal mask only: above 1")
 
 # %% [markdown]
 # ### What fits into a row
@@ -1048,16 +1256,11 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> Int64[np.nda
     >>> best_fit([3, 5, 2, 6], capacity=8).tolist()
     [1, 1, 0, 0]
     """
-    sizes = np.asarray(lengths)
-    if sizes.size and sizes.dtype.kind not in "iu":
-        raise ValueError(f"lengths: expected whole numbers, got {sizes.flat[0]!r}")
-    if sizes.size and not 1 <= sizes.min() <= sizes.max() <= capacity:
-        wrong = sizes[(sizes < 1) | (sizes > capacity)][0]
-        raise ValueError(f"lengths: expected 1 to {capacity}, the capacity, got {wrong}")
+    sizes = _checked_lengths(lengths, capacity)
     row_of = np.empty(len(sizes), np.int64)
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     bits, n_rows = 0, 0  # bit k: some row has room for exactly k
-    for index in np.argsort(-sizes.astype(np.int64), kind="stable").tolist():
+    for index in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[index])
         enough = bits >> size
         room = size + (enough & -enough).bit_length() - 1 if enough else int(capacity)
@@ -1076,16 +1279,42 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> Int64[np.nda
 # A document in the ring is itself a window: it begins at the end of text *before* it, which opens
 # it, and has as many inputs as the document has tokens, end of text included. So a packed row is
 # a list of windows, of unequal lengths. A document that is longer than a row is cut into pieces
-# of $T$, which count as documents.
+# of $T$, which count as documents. {py:func}`~llmbook.batches.pack_documents` arranges all
+# documents of a ring in this way, and {py:class}`~llmbook.batches.PackedDocuments` hands out the
+# rows.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: packed rows, their padding, and what does not fit
+
+# %% [markdown] tags=["engine"]
+# Lengths that cannot be packed are named before the packing begins.
 
 
-# %%
+# %% tags=["engine"]
+#| export
+def _checked_lengths(
+    lengths: Sequence[int] | np.ndarray, capacity: int
+) -> Int64[np.ndarray, " documents"]:
+    sizes = np.asarray(lengths)
+    if sizes.size and sizes.dtype.kind not in "iu":
+        raise ValueError(f"lengths: expected whole numbers, got {sizes.flat[0]!r}")
+    if sizes.size and not 1 <= sizes.min() <= sizes.max() <= capacity:
+        wrong = sizes[(sizes < 1) | (sizes > capacity)][0]
+        raise ValueError(f"lengths: expected 1 to {capacity}, the capacity, got {wrong}")
+    return sizes.astype(np.int64)
+
+
+# %% [markdown] tags=["engine"]
+# A packing is four arrays: where each window begins, how long it is, and which windows a row has.
+
+
+# %% tags=["engine"]
 #| export
 @dataclass(frozen=True, eq=False)
 class PackedDocuments:
     """Rows of whole documents: row r has the windows ``rows[r]`` to ``rows[r + 1] - 1``."""
 
-    shards: TokenShards
+    shards: TokenRing
     context_length: int
     starts: Int64[np.ndarray, " windows"]
     lengths: Int64[np.ndarray, " windows"]
@@ -1117,18 +1346,18 @@ class PackedDocuments:
         return Batch(*torch.from_numpy(fields))
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # Padding comes last in its row, so causal attention never reaches it. Its inputs are end of text,
 # an id that every model knows.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _packed_row(packed: PackedDocuments, row: int) -> Int64[np.ndarray, "4 sequence"]:
     """Return inputs, targets, position ids and document ids of a row."""
     length, at = packed.context_length, 0
     fields = np.empty((4, length), np.int64)
-    fields.T[:] = packed.shards.end_of_text, -100, 0, -1
+    fields.T[:] = packed.shards.end_of_text or 0, -100, 0, -1
     counting = np.arange(length)
     for number, index in enumerate(range(packed.rows[row], packed.rows[row + 1])):
         size = int(packed.lengths[index])
@@ -1140,19 +1369,20 @@ def _packed_row(packed: PackedDocuments, row: int) -> Int64[np.ndarray, "4 seque
     return fields
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # The rest is bookkeeping, done for all documents at once.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def pack_documents(
-    shards: TokenShards, context_length: int, strategy: str = "best_fit"
+    shards: TokenRing, context_length: int, strategy: str = "best_fit"
 ) -> PackedDocuments:
     """Arrange the documents of ``shards`` in rows of ``context_length``, none cut without need.
 
     Strategies are "best_fit", and "one_per_row" for a row of its own for each. Longer documents are
     cut into pieces of ``context_length``; each piece counts as a document, its positions from 0.
+    A ``TokenRing`` in memory must know its ``end_of_text``.
     """
     check_at_least(context_length=(1, context_length))
     if strategy not in ("best_fit", "one_per_row"):
@@ -1171,7 +1401,9 @@ def pack_documents(
 
 
 # %% [markdown]
-# How much does it help? We compare four ways to fill rows: one document each; documents in the
+# ### How much does it help?
+#
+# We compare four ways to fill rows: one document each; documents in the
 # order in which they come, a new row when the next does not fit; best fit; and windows of the
 # stream, which need no padding but cut.
 
@@ -1198,7 +1430,13 @@ for T in lengths_of_rows.tolist():
     first, last = shards.document_ends - sizes, shards.document_ends - 1
     cut_by_windows.append(np.mean(first // T != last // T))
     longer.append(np.mean(sizes > T))
-print("best fit pads less than 1 % from 64 to 1,024:", all(p[2] < 0.01 for p in padding[1:6]))
+print("row length    one a row  in order  best fit   padding in percent")
+for T, row in zip(lengths_of_rows.tolist(), padding, strict=True):
+    print(f"{T:10,} {100 * row[0]:12.0f} {100 * row[1]:9.0f} {100 * row[2]:9.1f}")
+
+# %% [markdown]
+# {numref}`fig-batches-packing` draws the padding, and beside it what padding buys: documents that
+# stay whole.
 
 # %% mystnb={"figure": {"caption": "Left: share of padding for three ways to fill rows. Right: share of documents that are cut.", "name": "fig-batches-packing"}, "image": {"alt": "Two plots over the length of a row from 32 to 2,048 on a logarithmic axis. Left, padding in percent: one document a row rises from about 15 to over 90; documents in order stay between about 10 and 16; best fit is near zero throughout. Right, documents that are cut: with windows of the stream the share falls from about 75 percent to a few percent, with packing from about 45 percent to nearly zero, always below."}}
 figure, (left, right) = plt.subplots(1, 2, sharex=True)
@@ -1226,36 +1464,9 @@ plt.show()
 # that prepares batch 7 need not know the batches 0 to 6.
 #
 # What iterates and resumes does not depend on what a batch holds, so it is a class of its own.
-# Its state has the step and the **identity** of the run: the digest of the data, the seed, the
-# size of the batch. Whoever resumes with another corpus gets an error, and not a model that has
-# seen half of each.
-
-
-# %%
-#| export
-_MOST_STEPS = 1 << 40  # a step times a batch size must fit into 64 bits
-
-
-def _check_step(step: int) -> None:
-    check_at_least(step=(0, step))
-    if step is None or step >= _MOST_STEPS:
-        raise ValueError(f"step: expected a number below {_MOST_STEPS}, got {step}")
-
-
-def _step_of(state: dict[str, Any], identity: dict[str, Any]) -> int:
-    """Return the step of a ``state`` that agrees with ``identity``, else raise a ValueError."""
-    if not isinstance(state, dict):
-        raise ValueError(f"state: expected a dictionary, got {state!r}")
-    for name in sorted({*identity, *state} - {"step"}, key=str):
-        here, there = identity.get(name), state.get(name)
-        if here != there:
-            raise ValueError(f"state: {name}: expected {here!r}, as it is here, got {there!r}")
-    step = state.get("step")
-    if type(step) is not int or step < 0:
-        raise ValueError(f"state: step: expected a whole number from 0 on, got {step!r}")
-    if step >= _MOST_STEPS:
-        raise ValueError(f"state: step: expected less than {_MOST_STEPS}, got {step}")
-    return step
+# Its state has the step and the **identity** of the run: the digest of the data, the seed, and the
+# size of the batch. Whoever resumes with another corpus gets an error, not a model that has seen
+# half of each.
 
 
 # %%
@@ -1288,20 +1499,62 @@ class ResumableBatches(Dataset[Batch]):
             self.step += 1  # before the batch leaves: a state taken while it is used counts it
             yield batch
 
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: states that do not fit are refused, and workers prepare batches
+
+# %% [markdown] tags=["engine"]
+# **The state.** It must be one of these very batches, and its step a number that leaves room: a step
+# times a batch size must fit into 64 bits.
+
+# %% tags=["engine"]
+#| export
+_MOST_STEPS = 1 << 40
+
+
+def _check_step(step: int) -> None:
+    check_at_least(step=(0, step))
+    if step is None or step >= _MOST_STEPS:
+        raise ValueError(f"step: expected a number below {_MOST_STEPS}, got {step}")
+
+
+def _step_of(state: dict[str, Any], identity: dict[str, Any]) -> int:
+    """Return the step of a ``state`` that agrees with ``identity``, else raise a ValueError."""
+    if not isinstance(state, dict):
+        raise ValueError(f"state: expected a dictionary, got {state!r}")
+    for name in sorted({*identity, *state} - {"step"}, key=str):
+        here, there = identity.get(name), state.get(name)
+        if here != there:
+            raise ValueError(f"state: {name}: expected {here!r}, as it is here, got {there!r}")
+    step = state.get("step")
+    if type(step) is not int or step < 0:
+        raise ValueError(f"state: step: expected a whole number from 0 on, got {step!r}")
+    if step >= _MOST_STEPS:
+        raise ValueError(f"state: step: expected less than {_MOST_STEPS}, got {step}")
+    return step
+
+
+# %% [markdown] tags=["engine"]
+# **Workers.** They hold a trap, because they run ahead: while the model is at step 100, they prepare
+# step 104. If the state counts what has been *prepared*, a run that resumes skips four batches and
+# nobody notices. So the step is counted where a batch is handed out. The workers are those of
+# PyTorch's `DataLoader`, which takes any object with `__getitem__`, and the numbers to ask it for.
+
+
+# %% tags=["engine"]
+#| export
+class ResumableBatches(ResumableBatches):  # continued
     def prefetch(self, workers: int = 1, ahead: int = 2) -> Iterator[Batch]:
-        """Like iterating, with ``workers`` processes that prepare ``ahead`` batches each."""
+        """Like iterating, with ``workers`` processes that prepare ``ahead`` batches each.
+
+        Each process gets a copy of tokens in memory, also of a memory-mapped array; ``TokenShards``
+        are opened there anew.
+        """
         check_at_least(workers=(1, workers), ahead=(1, ahead))
         return _prefetched(self, workers, ahead)
 
 
-# %% [markdown]
-# Workers hold a trap. They run ahead: while the model is at step 100, they prepare step 104. If
-# the state counts what has been *prepared*, a run that resumes skips four batches and nobody
-# notices. So the step is counted where a batch is handed out. The workers are those of PyTorch's
-# `DataLoader`, which takes any object with `__getitem__`, and the numbers to ask it for.
-
-
-# %%
+# %% tags=["engine"]
 #| export
 def _prefetched(batches: ResumableBatches, workers: int, ahead: int) -> Iterator[Batch]:
     loader: DataLoader[Batch] = DataLoader(
@@ -1323,27 +1576,26 @@ def _prefetched(batches: ResumableBatches, workers: int, ahead: int) -> Iterator
 
 
 # %% [markdown]
-# The sampler itself decides which rows to take. It knows three orders: `"shuffled"`, `"random"`,
-# and `"sequential"` for evaluation.
+# ### Which rows?
+#
+# The sampler decides which rows to take and says what its batches depend on.
 
 
 # %%
 #| export
-_ORDERS = ("shuffled", "random", "sequential")
-
-
 @dataclass(eq=False)
 class BatchSampler(ResumableBatches):
-    """Batches from ``source``: windows of token shards, or the rows of packed documents.
+    """Batches from ``source``: windows of a ring of tokens, or the rows of packed documents.
 
-    ``batch_size`` counts the rows of all ranks together, of which this one gets every
-    ``world_size``-th, from ``rank`` on. Orders: "shuffled", each row once an epoch; "random", any
-    row or window, with replacement; "sequential". Windows need a ``context_length``; they have
-    position and document ids if ``documents`` is true, packed rows always. ``sampler[step]`` is
-    the batch of any step.
+    A ring may be given as ``TokenShards``, a ``TokenRing``, or a row of ids in memory (an array, a
+    tensor, a list). ``batch_size`` counts the rows of all ranks together, of which this one gets
+    every ``world_size``-th, from ``rank`` on. Orders: "shuffled", each row once an epoch; "random",
+    any row or window, with replacement; "sequential". Windows need a ``context_length``; they have
+    position and document ids if ``documents`` is true, packed rows always. With ``wrap`` false no
+    window reaches around the end of the ring. ``sampler[step]`` is the batch of any step.
     """
 
-    source: TokenShards | PackedDocuments
+    source: TokenRing | PackedDocuments | np.ndarray | Tensor | Sequence[int]
     batch_size: int
     context_length: int | None = None
     _: KW_ONLY
@@ -1352,27 +1604,66 @@ class BatchSampler(ResumableBatches):
     rank: int = 0
     world_size: int = 1
     seed: int = 0
+    wrap: bool = True
 
     def __post_init__(self) -> None:
+        self.source = _source(self.source)
         _check_sampler(self)
 
     def __getitem__(self, step: int) -> Batch:
-        _check_step(step)
-        rows = int(step) * self.batch_size + np.arange(self.rank, self.batch_size, self.world_size)
-        return _batch_of(self, rows)
-
-    def identity(self) -> dict[str, Any]:
-        """The data, and what decides on the rows; not the rank, nor how many there are."""
-        names = ("batch_size", "context_length", "order", "documents", "seed")
-        return {"source": self.source.fingerprint} | {name: getattr(self, name) for name in names}
+        source, starts = _source(self.source), self._starts(step)
+        if isinstance(source, PackedDocuments):
+            return source.batch(starts)
+        batch = window_batch(source, starts, _context_length(self))
+        if not self.documents:
+            return batch
+        return Batch(*batch[:2], *document_fields(batch.inputs, _end_of_text(source)))
 
 
 # %% [markdown]
-# The rest is the arithmetic of the text above, and the checks.
+# Step $s$ takes the rows from $sB$ on, of which this rank has every $R$-th:
 
 
 # %%
 #| export
+class BatchSampler(BatchSampler):  # continued
+    def _starts(self, step: int) -> Int64[np.ndarray, " rows"]:
+        rows = step * self.batch_size + np.arange(self.rank, self.batch_size, self.world_size)
+        size, wrap = len(self.source), self.wrap
+        return _starts_of_rows(rows, size, _unit(self), self.order, self.seed, wrap)
+
+    def identity(self) -> dict[str, Any]:
+        """The data, and what decides on the rows; not the rank, nor how many there are."""
+        names = ("batch_size", "context_length", "order", "documents", "seed")
+        identity = {"source": _source(self.source).fingerprint}
+        identity |= {name: getattr(self, name) for name in names}
+        return identity if self.wrap else {**identity, "wrap": False}
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: what a sampler refuses, and places that are computed once
+
+# %% [markdown] tags=["engine"]
+# **The source**, and how long a row of it is.
+
+
+# %% tags=["engine"]
+#| export
+def _source(source: Any) -> TokenRing | PackedDocuments:
+    """Return ``source`` as what a sampler draws from; a ValueError if it cannot be that."""
+    return (
+        source
+        if isinstance(source, PackedDocuments)
+        else _as_ring(source, "source", " or PackedDocuments")
+    )
+
+
+def _end_of_text(ring: TokenRing) -> int:
+    if ring.end_of_text is None:
+        raise ValueError("documents: the source must know its end_of_text, got a ring without it")
+    return ring.end_of_text
+
+
 def _context_length(sampler: BatchSampler) -> int:
     source, length = sampler.source, sampler.context_length
     if isinstance(source, PackedDocuments):
@@ -1390,60 +1681,36 @@ def _unit(sampler: BatchSampler) -> int:
     return 1 if isinstance(sampler.source, PackedDocuments) else _context_length(sampler)
 
 
-# %% [markdown]
-# To hash a few thousand numbers takes hardly longer than to hash sixteen. So the places of 4,096
-# rows are computed at once, and remembered.
+# %% [markdown] tags=["engine"]
+# All settings are checked when the sampler is made, not when the first batch is.
 
-
-# %%
+# %% tags=["engine"]
 #| export
-_BLOCK = 4096
+_ORDERS = ("shuffled", "random", "sequential")
 
 
-@lru_cache(maxsize=16)
-def _block_of_places(
-    order: str, seed: int, size: int, unit: int, block: int
-) -> Int64[np.ndarray, " rows"]:
-    """Return where the rows of a ``block`` begin in a source of ``size`` tokens or packed rows."""
-    numbers = block * _BLOCK + np.arange(_BLOCK)
-    if order == "random":
-        return (random_bits(seed, numbers) % np.uint64(size)).astype(np.int64)
-    epoch, place = np.divmod(numbers, size // unit)
-    if order == "sequential":
-        return place * unit
-    turn = (random_bits(seed, epoch, 1) % np.uint64(size)).astype(np.int64)
-    return (permuted(place, size // unit, seed, epoch, 0) * unit + turn) % size
-
-
-def _batch_of(sampler: BatchSampler, numbers: Int64[np.ndarray, " rows"]) -> Batch:
-    """Return the rows with the given numbers, counted from the beginning of training."""
-    source, size = sampler.source, len(sampler.source)
-    blocks, within = np.divmod(numbers, _BLOCK)
-    order = sampler.order, sampler.seed, size, _unit(sampler)
-    touched = range(int(blocks[0]), int(blocks[-1]) + 1)
-    parts = [_block_of_places(*order, b)[within[blocks == b]] for b in touched]
-    places = np.concatenate(parts)
-    if isinstance(source, PackedDocuments):
-        return source.batch(places)
-    batch = window_batch(source, places, _context_length(sampler))
-    fields = document_fields(batch.inputs, source.end_of_text) if sampler.documents else ()
-    return Batch(batch.inputs, batch.targets, *fields)
-
-
-# %%
-#| export
 def _check_sampler(sampler: BatchSampler) -> None:
-    source, order = sampler.source, sampler.order
+    source, order = _source(sampler.source), sampler.order
     if order not in _ORDERS:
         raise ValueError(f"order: expected one of {_ORDERS}, got {order!r}")
     sampler.context_length = int(_context_length(sampler))
-    sampler.documents = bool(sampler.documents or isinstance(source, PackedDocuments))
+    is_packed = isinstance(source, PackedDocuments)
+    sampler.documents = bool(sampler.documents or is_packed)
+    sampler.wrap = bool(sampler.wrap or is_packed)  # packed rows never reach around
+    if sampler.documents and isinstance(source, TokenRing):
+        _end_of_text(source)
     for name, least in {"batch_size": 1, "world_size": 1, "rank": 0, "seed": 0}.items():
         value = getattr(sampler, name)
         if value is None:
             raise ValueError(f"{name}: expected a whole number, got None")
         check_at_least(**{name: (least, value)})
         setattr(sampler, name, int(value))  # NumPy's integers are not fit for JSON
+    _check_sizes(sampler, len(source))
+
+
+# %% tags=["engine"]
+#| export
+def _check_sizes(sampler: BatchSampler, size: int) -> None:
     if sampler.seed >= 1 << 64:
         raise ValueError(f"seed: expected at most 64 bits, got {sampler.seed}")
     if sampler.batch_size > 1 << 22:
@@ -1451,9 +1718,37 @@ def _check_sampler(sampler: BatchSampler) -> None:
     if sampler.rank >= sampler.world_size or sampler.batch_size % sampler.world_size:
         ranks = f"rank {sampler.rank} of {sampler.world_size}"
         raise ValueError(f"batch_size: cannot share {sampler.batch_size} rows out for {ranks}")
-    if _unit(sampler) > len(source):
-        wanted = f"expected at most the {len(source)} tokens that there are"
+    if _unit(sampler) > size - (not sampler.wrap):
+        fewer = "at most" if sampler.wrap else "less than"
+        wanted = f"expected {fewer} the {size} tokens that there are"
         raise ValueError(f"context_length: {wanted}, got {sampler.context_length}")
+
+
+# %% [markdown] tags=["engine"]
+# **Places remembered.** Hashing a few thousand numbers takes hardly longer than hashing sixteen. So
+# the places of 4,096 rows are computed at once and remembered.
+
+# %% tags=["engine"]
+#| export
+_BLOCK = 4096
+
+
+@lru_cache(maxsize=16)
+def _block_of_places(
+    block: int, size: int, unit: int, order: str, seed: int, wrap: bool
+) -> Int64[np.ndarray, " rows"]:
+    """Return where the rows of a ``block`` of 4,096 begin."""
+    return _starts_of_rows(block * _BLOCK + np.arange(_BLOCK), size, unit, order, seed, wrap)
+
+
+class BatchSampler(BatchSampler):  # continued
+    def _starts(self, step: int) -> Int64[np.ndarray, " rows"]:
+        _check_step(step)
+        rows = int(step) * self.batch_size + np.arange(self.rank, self.batch_size, self.world_size)
+        blocks, within = np.divmod(rows, _BLOCK)
+        how = len(self.source), _unit(self), self.order, self.seed, self.wrap
+        touched = range(int(blocks[0]), int(blocks[-1]) + 1)
+        return np.concatenate([_block_of_places(b, *how)[within[blocks == b]] for b in touched])
 
 
 # %% [markdown]
@@ -1468,8 +1763,9 @@ kinds = {
     "one a row": BatchSampler(pack_documents(shards, 256, "one_per_row"), 8, seed=1),
 }
 for name, sampler in kinds.items():
-    counted = (sampler[0].targets != -100).float().mean().item()
-    print(f"{name:9} {tuple(sampler[0].inputs.shape)}, nearly all targets count: {counted > 0.95}")
+    rows, length = sampler[0].inputs.shape
+    counted = np.mean([(sampler[step].targets != -100).float().mean() for step in range(50)])
+    print(f"{name:10} {rows} rows of {length}, of 100 targets {100 * counted:3.0f} count")
 
 # %% mystnb={"figure": {"caption": "Eight rows of each kind; a color for each document, a mark where one begins, white for padding.", "name": "fig-batches-drawn"}, "image": {"alt": "Three grids of 8 rows by 256 positions. Windows: bands of color fill every row; at the left edge they have no mark, because the window begins inside a document. Best fit: nearly every cell is filled, and most bands begin with a mark; the others are pieces of documents longer than a row. One a row: a single band at the left of each row, and white to its right."}}
 figure, axes = plt.subplots(1, 3, figsize=(7, 2.4), sharey=True)
@@ -1502,19 +1798,34 @@ stopped = exported.BatchSampler(shards, 8, 64, seed=3)
 for _ in zip(range(7), stopped, strict=False):
     pass
 written = json.dumps(stopped.state_dict())
-print("next step:", json.loads(written)["step"])
+print(f"stopped; {len(written)} characters are written down, the next step is {stopped.step}")
+
+# %% [markdown]
+# The three ways to go on, and for each how many of the next five batches are those of the unbroken
+# run:
 
 # %%
 resumed = exported.BatchSampler(shards, 8, 64, seed=3)
 for name, batches in (("one process", resumed), ("two workers", resumed.prefetch(workers=2))):
     resumed.load_state_dict(json.loads(written))
-    same = [
-        torch.equal(b.inputs, whole[s].inputs) for s, b in zip(range(7, 12), batches, strict=False)
-    ]
-    print(f"{name}: {all(same)}, next step {resumed.step}")
+    pairs = zip(range(7, 12), batches, strict=False)
+    same = sum(torch.equal(batch.inputs, whole[step].inputs) for step, batch in pairs)
+    print(f"{name}: {same} of 5 batches are the same, next step {resumed.step}")
 ranks = [exported.BatchSampler(shards, 8, 64, seed=3, rank=r, world_size=2) for r in (0, 1)]
-halves = [sampler[7].inputs for sampler in ranks]
-print("two ranks:", torch.equal(torch.stack(halves, 1).flatten(0, 1), whole[7].inputs))
+steps = range(7, 12)
+together = [torch.stack([rank[s].inputs for rank in ranks], 1).flatten(0, 1) for s in steps]
+same = sum(torch.equal(both, whole[s].inputs) for s, both in zip(steps, together, strict=True))
+print(f"two ranks:   {same} of 5 batches are the same")
+
+# %% [markdown]
+# Tokens in memory are a source like any other. What nanoGPT calls `get_batch` is a sampler in random
+# order whose windows do not wrap around; unlike it, this one resumes:
+
+# %%
+in_memory = exported.BatchSampler(np.arange(100), 32, 7, order="random", wrap=False)
+inputs = in_memory[0].inputs
+print(f"{len(inputs)} windows of {inputs.size(1)} ids from {inputs.min()} to {inputs.max()}")
+print("its state:", ", ".join(in_memory.state_dict()))
 
 # %% [markdown]
 # ## Is it the real thing?
@@ -1529,7 +1840,8 @@ ix = torch.randint(len(data) - 64, (8,))
 x = torch.stack([torch.from_numpy((data[i : i + 64]).astype(np.int64)) for i in ix])
 y = torch.stack([torch.from_numpy((data[i + 1 : i + 1 + 64]).astype(np.int64)) for i in ix])
 ours = exported.window_batch(shards, ix.tolist(), 64)
-print("nanoGPT:", torch.equal(x, ours.inputs) and torch.equal(y, ours.targets))
+assert torch.equal(x, ours.inputs) and torch.equal(y, ours.targets)
+print(f"nanoGPT: {x.numel() + y.numel():,} of {2 * x.numel():,} ids are the same")
 
 # %% [markdown]
 # **Hugging Face** examples prepare text for pretraining by a function `group_texts` that
@@ -1552,7 +1864,8 @@ few = exported.write_shards([ids[:-1] for ids in encoded[:1000]], folder / "few"
 theirs = datasets.Dataset.from_dict({"input_ids": encoded[:1000]})
 theirs = theirs.map(group_texts, batched=True, batch_size=None)["input_ids"]
 in_turn = exported.BatchSampler(few, len(theirs), 64, order="sequential")
-print("datasets:", in_turn[0].inputs.tolist() == list(theirs))
+assert in_turn[0].inputs.tolist() == list(theirs)
+print(f"datasets: all blocks of 64 ids are the same, more than {len(theirs) // 100 * 100:,}")
 
 # %% [markdown]
 # **FlexAttention**, PyTorch's compiler for attention masks, takes a document mask as a function
@@ -1569,7 +1882,8 @@ def same_document(batch, head, q, k):
 
 
 flex = create_mask(same_document, 8, 1, 256, 256, device="cpu")
-print("FlexAttention:", torch.equal(flex, document_mask(ids)))
+assert torch.equal(flex, document_mask(ids))
+print(f"FlexAttention: all {flex.numel():,} entries of the mask are the same")
 
 # %% [markdown]
 # ## How fast is it?
@@ -1579,8 +1893,10 @@ print("FlexAttention:", torch.equal(flex, document_mask(ids)))
 # whether a model ever has to wait, so we also time one that learns: a Transformer of some
 # 660,000 parameters, on this machine.
 
-
 # %%
+import time
+
+
 class WindowDataset(Dataset):
     def __len__(self) -> int:
         return (len(data) - 1) // 256
@@ -1610,6 +1926,9 @@ for name, loader in loaders.items():
     for step in range(150):
         loader(step)
     rates[name] = 150 * 16 * 256 / (time.perf_counter() - start)
+
+# %% [markdown]
+# And the model, five steps forward and backward:
 
 # %% tags=["nbval-ignore-output"]
 layer = torch.nn.TransformerEncoderLayer(128, 4, 512, dropout=0.0, batch_first=True)
@@ -1641,7 +1960,7 @@ tokenizer = train_bpe((document.text for document in unique), 512)
 shards = write_shards(unique, folder / "pipeline", tokenizer)
 sampler = BatchSampler(pack_documents(shards, 128), batch_size=16, seed=0)
 for batch in sampler:
-    print(tuple(batch.inputs.shape), "next step:", sampler.step)
+    print(f"{len(batch.inputs)} rows of {batch.inputs.size(1)} tokens, next step: {sampler.step}")
     break
 
 # %% [markdown]

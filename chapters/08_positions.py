@@ -25,19 +25,26 @@
 # %% tags=["remove-cell"]
 #| default_exp positions
 
+# %% tags=["engine"]
+#| export
+# The imports that only the module needs
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxtyping import Float, Float32, Int64
+
+from llmbook.environment import check_at_least, check_even
+
+# %% [markdown]
+# PyTorch is all that the chapter computes with:
+
 # %%
 #| export
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
-
-from llmbook.environment import check_at_least, check_even
-
 
 # %% [markdown]
 # ## From ids to vectors
@@ -69,11 +76,12 @@ torch.manual_seed(0)
 E = torch.randn(5, 4, requires_grad=True)
 x = torch.tensor([3, 0, 3])
 one_hot = nn.functional.one_hot(x, num_classes=5).float()
-print("lookup is a product:", torch.equal(E[x], one_hot @ E))
+assert torch.equal(E[x], one_hot @ E), "lookup is a product"
 gradient = torch.randn(3, 4)
 E[x].backward(gradient)
-print("its gradient, too:  ", torch.allclose(E.grad, one_hot.T @ gradient))
-print("rows with a gradient:", E.grad.abs().sum(dim=1).nonzero().flatten().tolist())
+assert torch.allclose(E.grad, one_hot.T @ gradient), "and so is its gradient"
+for row, (size, count) in enumerate(zip(E.grad.norm(dim=1), one_hot.sum(dim=0), strict=True)):
+    print(f"row {row} of E: looked up {count:.0f} times, its gradient has the length {size:.1f}")
 
 # %% [markdown]
 # `nn.Embedding` is this table. In chapter 11 it becomes the first layer of the model.
@@ -106,7 +114,7 @@ print("rows with a gradient:", E.grad.abs().sum(dim=1).nonzero().flatten().tolis
 # so without positions *dog* has the same vector in both sentences.
 
 # %%
-A, B = torch.randn(2, 4, 4)
+A, B = torch.randn(2, 4, 4) / 2
 
 
 def attend(X: Tensor, causal: bool = False) -> Tensor:
@@ -118,7 +126,10 @@ def attend(X: Tensor, causal: bool = False) -> Tensor:
 
 dog, bites, man = torch.randn(3, 4)
 news, no_news = torch.stack((man, bites, dog)), torch.stack((dog, bites, man))
-print("the vector of dog is the same:", torch.allclose(attend(news)[2], attend(no_news)[0]))
+for words, place in (("man bites dog", 2), ("dog bites man", 0)):
+    result = attend(news if place else no_news)[place]
+    print(f"{words}: the vector of dog is {[round(number, 2) for number in result.tolist()]}")
+assert torch.allclose(attend(news)[2], attend(no_news)[0], atol=1e-5)
 
 # %% [markdown]
 # A language model has a causal mask: each place sees only what is before it. That breaks the
@@ -128,8 +139,9 @@ print("the vector of dog is the same:", torch.allclose(attend(news)[2], attend(n
 swapped = torch.stack((bites, man, dog))  # the first two have changed places
 one = [attend(X, causal=True)[-1] for X in (news, swapped)]
 two = [attend(attend(X, causal=True), causal=True)[-1] for X in (news, swapped)]
-print("after one layer, the last place is the same: ", torch.allclose(*one))
-print("after two layers, the last place is the same:", torch.allclose(*two))
+for layers, (a, b) in (("one layer", one), ("two layers", two)):
+    change = ((a - b).norm() / a.norm()).item()
+    print(f"after {layers}, the vector of the last place changes by {change:.0%}")
 
 # %% [markdown]
 # With two layers the order leaks in, because the second layer reads vectors that depend on how
@@ -173,8 +185,9 @@ class LearnedEmbedding(nn.Module):
         return "context_length={}, d_model={}".format(*self.weight.shape)
 
 
-# %%
+# %% tags=["engine"]
 #| export
+# Positions outside of the table are named
 def _check_positions(position_ids: Int64[Tensor, "*batch sequence"], length: int) -> None:
     wrong = position_ids[(position_ids < -1) | (position_ids >= length)]
     if len(wrong):
@@ -186,7 +199,7 @@ def _check_positions(position_ids: Int64[Tensor, "*batch sequence"], length: int
 
 # %%
 table = LearnedEmbedding(context_length=1024, d_model=8)
-print(tuple(table(torch.arange(1024)[None]).shape))
+print(f"positions 0 to 1,023: vectors of shape {tuple(table(torch.arange(1024)[None]).shape)}")
 try:
     table(torch.tensor([[1023, 1024]]))
 except ValueError as error:
@@ -228,14 +241,17 @@ def rope_frequencies(d_head: int, base: int | float = 10_000.0) -> Float32[Tenso
     return 1.0 / base ** (torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
 
 
+# %% tags=["engine"]
+#| export
+# A base from which no waves come is refused
 def _check_base(base: int | float) -> None:
     if not 1 < base < math.inf:
         raise ValueError(f"base: expected a number above 1, got {base}")
 
 
 # %% [markdown]
-# A small module computes the angles for both kinds of embedding, in 32 bits; a section below says
-# why.
+# A small module turns positions into angles, for both kinds of embedding. It has no state to save,
+# and padding, position $-1$, counts as position 0.
 
 
 # %%
@@ -250,20 +266,17 @@ class _Angles(nn.Module):
 
     def __init__(self, frequencies: Float32[Tensor, " half"]):
         super().__init__()
-        self.exact = frequencies  # not a buffer: PyTorch neither casts, moves nor empties it
         self.register_buffer("frequencies", frequencies.clone(), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Angles":
-        """Follow the model to its device, and undo any cast (all of ``nn.Module.to`` goes here)."""
-        super()._apply(fn, recurse)
-        self.frequencies = self.exact.to(self.frequencies.device)
-        return self
 
     def forward(
         self, position_ids: Int64[Tensor, "*batch sequence"]
     ) -> Float32[Tensor, "*batch sequence half"]:
         """Return the angles in radians."""
         return position_ids.clamp(min=0).float()[..., None] * self.frequencies
+
+
+# %% [markdown]
+# The waves are the sines and cosines of these angles, side by side ({numref}`fig-positions-waves`):
 
 
 # %%
@@ -343,8 +356,10 @@ def spread_along_diagonals(scores: Tensor) -> float:
     return max((diagonal.max() - diagonal.min()).item() for diagonal in diagonals)
 
 
-print("without a matrix, same distance, same score:", spread_along_diagonals(p @ p.T) < 1e-3)
-print("with a random matrix between:               ", spread_along_diagonals(p @ A64 @ p.T) < 1)
+plain, mixed = spread_along_diagonals(p @ p.T), spread_along_diagonals(p @ A64 @ p.T)
+assert plain < 1e-3
+print("scores of the same distance, without a matrix: differ by less than 0.001")
+print(f"with a random matrix between: differ by up to {mixed:.0f}")
 
 # %% [markdown]
 # ## Rotary embeddings
@@ -442,7 +457,12 @@ q, k = torch.randn(2, 64)
 rotary = rope_complex(q.expand(64, 64), positions) @ rope_complex(k.expand(64, 64), positions).T
 p = SinusoidalEmbedding(64)(positions)
 added = (q + p) @ A64 @ (k + p).T
-print("rotary: same distance, same score:", spread_along_diagonals(rotary) < 1e-3)
+assert spread_along_diagonals(rotary) < 1e-3
+spread = spread_along_diagonals(added)
+print(f"scores of the same distance: rotary, below 0.001 apart; waves, up to {spread:.0f} apart")
+
+# %% [markdown]
+# As pictures:
 
 # %% mystnb={"figure": {"caption": "The score of one and the same query and key, wherever they stand. Rotary scores are constant along each diagonal.", "name": "fig-positions-scores"}, "image": {"alt": "Two square images over the positions of key and query, 64 by 64. Left, waves added: bands along rows and columns cross, with bright blobs where they meet, and nothing follows the diagonal. Right, rotary: stripes along the diagonal, each of one color."}}
 figure, axes = plt.subplots(1, 2)
@@ -538,6 +558,11 @@ def interleaved_to_half(d_head: int) -> Int64[Tensor, " d_head"]:
     return torch.arange(d_head).view(-1, 2).T.flatten()
 
 
+# %% [markdown]
+# The half-split rotation is the formula as well, with $a$ and $b$ half a head apart. Rotations and
+# scores must agree with the interleaved ones, and must not without the permutation:
+
+
 # %%
 def rope_half(x: Tensor, position_ids: Tensor) -> Tensor:
     angles = position_ids[:, None] * rope_frequencies(x.size(-1))
@@ -550,15 +575,14 @@ def rope_half(x: Tensor, position_ids: Tensor) -> Tensor:
 order = interleaved_to_half(64)
 q, k = torch.randn(2, 20, 64)
 ids = torch.arange(20)
-print("order of 8 dimensions:", interleaved_to_half(8).tolist())
-print(
-    "rotations agree:", torch.allclose(rope_complex(q, ids)[:, order], rope_half(q[:, order], ids))
-)
+assert torch.allclose(rope_complex(q, ids)[:, order], rope_half(q[:, order], ids), atol=1e-5)
 interleaved = rope_complex(q, ids) @ rope_complex(k, ids).T
 half = rope_half(q[:, order], ids) @ rope_half(k[:, order], ids).T
-print("scores agree:   ", torch.allclose(interleaved, half, atol=1e-4))
 wrong = rope_half(q, ids) @ rope_half(k, ids).T
-print("without the permutation:", torch.allclose(interleaved, wrong, atol=1))
+assert (interleaved - half).abs().max() < 1e-4
+print("order of 8 dimensions:", interleaved_to_half(8).tolist())
+print("scores with the permutation: less than 0.0001 apart")
+print(f"scores without it: up to {(interleaved - wrong).abs().max():.0f} apart")
 
 # %% [markdown]
 # A model does not permute its vectors; it is cheaper to permute once the *rows* of the matrices
@@ -573,15 +597,15 @@ n_heads, d_head, d_model = 4, 16, 64
 W = torch.randn(n_heads * d_head, d_model)
 ours = W.unflatten(0, (n_heads, d_head))[:, interleaved_to_half(d_head)].flatten(0, 1)
 theirs = W.view(n_heads, d_head // 2, 2, d_model).transpose(1, 2).reshape(-1, d_model)
-print("permuted rows are what the reshape gives:", torch.equal(ours, theirs))
+assert torch.equal(ours, theirs)
+print("the rows of each head, in their new order:", interleaved_to_half(d_head).tolist())
 
 # %% [markdown]
 # ### The rotation, made fast
 #
-# Queries and keys are rotated in every layer, forward and backward. The arithmetic is nothing;
-# what costs is memory. Each operation reads its inputs and writes its result, and `rope_half` has
-# seven after the angles: four products, a sum, a difference, and the joining. Two facts save most
-# of it.
+# Queries and keys are rotated in every layer, forward and backward. The arithmetic is nothing; what
+# costs is memory. Each operation reads its inputs and writes its result, and `rope_half` has seven
+# after the angles: four products, a sum, a difference, and the joining. Two facts save most of it.
 #
 # First, one operation can do more. $x \odot (\cos, \cos)$, written once for both halves, is already
 # half of the result; PyTorch's `addcmul_` then adds $-x_2 \odot \sin$ to its first half and
@@ -593,13 +617,33 @@ print("permuted rows are what the reshape gives:", torch.equal(ours, theirs))
 # = R^{-1} \frac{\partial L}{\partial y} :
 # $$ (positions-gradient)
 #
-# the gradient of a rotation is the rotation back, the same function with $-\sin$. It does not
-# even need $x$. A `torch.autograd.Function` tells this to PyTorch: `setup_context` keeps what
-# `backward` will need. For `x` in 16 bits the products are taken in 32, because the cosine is, and
-# rounded once.
-
+# the gradient of a rotation is the rotation back, the same function with $-\sin$. It does not even
+# need $x$. With `rope_half`, to rotate back is to rotate by the negative positions:
 
 # %%
+x, gradient = torch.randn(2, 20, 64)
+x.requires_grad_()
+by_autograd = torch.autograd.grad(rope_half(x, ids), x, gradient)[0]
+error = (by_autograd - rope_half(gradient, -ids)).abs().max()
+assert error < 1e-5
+print(
+    f"gradients of up to {gradient.abs().max():.0f}: turned back, they differ by less than 0.00001"
+)
+
+# %% [markdown]
+# {py:func}`~llmbook.positions.apply_rope` uses both facts. It takes the cosines and sines of all
+# positions, and rotates any number of heads, in either layout.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: apply_rope, in few passes over memory and with a gradient of its own
+
+# %% [markdown] tags=["engine"]
+# For `x` in 16 bits the products are taken in 32, because the cosine is, and rounded once. A
+# `torch.autograd.Function` tells PyTorch about the gradient: `setup_context` keeps what `backward`
+# will need.
+
+
+# %% tags=["engine"]
 #| export
 def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate (x_i, x_{i + half}) by the angle of pair i; ``cos`` is there for both halves.
@@ -639,13 +683,13 @@ class _RotateHalf(torch.autograd.Function):
         return rotate(gradients[0], cos, -sin), None, None
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # The interleaved layout is one multiplication of complex numbers, for which PyTorch has a fast
 # kernel that passes over memory only once. It needs pairs that lie side by side; a tensor whose
 # memory is laid out otherwise is copied first.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Multiply the neighbors (x_2i, x_2i+1), read as a complex number, by cos + i sin."""
@@ -657,7 +701,11 @@ def _rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# Both layouts behind one function:
+
+
+# %% tags=["engine"]
 #| export
 def apply_rope(
     x: Float[Tensor, "*batch heads sequence d_head"],
@@ -693,6 +741,8 @@ def apply_rope(
 
 
 # %% [markdown]
+# ### Angles, once for all layers
+#
 # The angles are the same for all heads and layers, so they are computed once a step, by a module
 # without parameters. It takes the scaling of a later section as an option.
 
@@ -743,9 +793,10 @@ x.requires_grad_()
 for layout, expected in (("half", rope_half(x, ids)), ("interleaved", rope_complex(x, ids))):
     rotated = apply_rope(x, cos, sin, layout)
     back = torch.autograd.grad(rotated, x, gradient)[0]
-    same = torch.allclose(rotated, expected, atol=1e-5)
-    turned_back = torch.allclose(back, apply_rope(gradient, cos, -sin, layout), atol=1e-6)
-    print(f"{layout}: as before: {same}, the gradient is turned back: {turned_back}")
+    error = (rotated - expected).abs().max()
+    gradient_error = (back - apply_rope(gradient, cos, -sin, layout)).abs().max()
+    assert max(error, gradient_error) < 1e-5
+    print(f"{layout:11} rotation and gradient differ by less than 0.00001")
 
 # %% [markdown]
 # ## Positions are given, not counted
@@ -779,8 +830,9 @@ for number in range(3):
     here = document_ids[0] == number
     angles = rope(torch.arange(here.sum())[None])
     alone = apply_rope(q[:, :, here], *angles) @ apply_rope(k[:, :, here], *angles).mT
-    same = torch.allclose(together[:, :, here][..., here], alone, atol=1e-5)
-    print(f"document {number}, {here.sum()} tokens, as if alone: {same}")
+    error = (together[:, :, here][..., here] - alone).abs().max()
+    assert error < 1e-4
+    print(f"document {number}: {alone[0, 0].numel():2} scores a head, as if alone")
 
 # %% [markdown]
 # Rotary scores forgive a constant shift, so positions that simply count on through the row would
@@ -792,8 +844,8 @@ whole = apply_rope(q, *rope(torch.arange(9)[None])) @ apply_rope(k, *rope(torch.
 kept = apply_rope(k[:, :, :5], *rope(torch.arange(5)[None]))
 for position in (5, 0):
     query = apply_rope(q[:, :, 5:6], *rope(torch.tensor([[position]])))
-    same = torch.allclose(query @ kept.mT, whole[:, :, 5:6, :5], atol=1e-5)
-    print(f"the new token at position {position}: scores as in one go: {same}")
+    error = (query @ kept.mT - whole[:, :, 5:6, :5]).abs().max()
+    print(f"the new token at position {position}: scores are off by up to {error:.1f}")
 
 # %% [markdown]
 # Padding has position $-1$, which is treated as 0: a table has no row $-1$, and nobody looks at
@@ -820,8 +872,13 @@ def worst_error(dtype: torch.dtype) -> Tensor:
 bf16, f32 = worst_error(torch.bfloat16), worst_error(torch.float32)
 confused = (torch.arange(2000).bfloat16() == 1000).sum().item()
 print("positions that bfloat16 takes for 1,000:", confused)
-print("bfloat16, beyond 1,000: errors above 2 radians:", (bf16[points > 1000].max() > 2).item())
-print("float32, up to 4,096:   errors below 0.001:    ", (f32[points < 4096].max() < 1e-3).item())
+for most in (256, 4096, 131_072):
+    near = points <= most
+    wide, narrow = bf16[near].max(), f32[near].max()
+    print(f"up to {most:7,}: bfloat16 off by up to {wide:3.0f} radians, float32 by {narrow:.5f}")
+
+# %% [markdown]
+# {numref}`fig-positions-precision` shows the errors of each type, and what they do to scores.
 
 # %% mystnb={"figure": {"caption": "Left: the largest error of an angle, over 64 pairs. Right: the score of a query and a key that are neighbors, relative to that at one position, moved along the text. It should not change.", "name": "fig-positions-precision"}, "image": {"alt": "Left, doubly logarithmic, error in radians against position from 1 to 131,072. bfloat16 rises from about 0.002 to hundreds and crosses 1 near position 300; float16 is a factor of eight lower and ends at 65,504; float32 stays below 0.01. Right, the score against position 0 to 4,096: a flat line for float32, for bfloat16 points near it up to 256. Beyond, most points lie at 1 and the others fall in steps at 256, 512, 1,024 and 2,048, from 0.9 to 0.55."}}
 figure, (left, right) = plt.subplots(1, 2)
@@ -845,24 +902,60 @@ plt.show()
 # The demand fails silently, and long texts suffer {cite}`wang2024precision`. In 32 bits positions
 # are exact up to $2^{24}$. Once taken, cosine and sine lie between $-1$ and 1 and may be rounded.
 # But a model in PyTorch is cast as a whole, `model.to(torch.bfloat16)`, and its frequencies with
-# it. That is why `_Angles` keeps an exact copy out of PyTorch's reach and restores it after each
-# move or cast:
+# it. Our
+# module, as it stands, falls into that trap:
+
+# %%
+place = torch.tensor([[100_003]])
+right = RotaryEmbedding(64)(place)[0]
+cast = RotaryEmbedding(64).to(torch.bfloat16)
+error = (cast(place)[0].float() - right).abs().max()
+assert error > 0.5
+print(f"after a cast to bfloat16, cosines at position 100,003 are off by up to {error:.0f}")
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: frequencies that no cast can round
+
+# %% [markdown] tags=["engine"]
+# An exact copy is kept out of PyTorch's reach and put back after each move or cast, all of which go
+# through the method `_apply` of `nn.Module`.
+
+
+# %% tags=["engine"]
+#| export
+class _Angles(_Angles):  # continued
+    def __init__(self, frequencies: Float32[Tensor, " half"]):
+        nn.Module.__init__(self)
+        self.exact = frequencies  # not a buffer: PyTorch neither casts, moves nor empties it
+        self.register_buffer("frequencies", frequencies.clone(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Angles":
+        """Follow the model to its device, and undo any cast."""
+        super()._apply(fn, recurse)
+        self.frequencies = self.exact.to(self.frequencies.device)
+        return self
+
+
+# %% [markdown]
+# ### After a cast
+#
+# With these frequencies a model can be cast as a whole:
 
 # %%
 cast = RotaryEmbedding(64).to(torch.bfloat16)
-place = torch.tensor([[100_003]])
-print("after a cast to bfloat16:", cast(place)[0].dtype)
-print("the same cosines:        ", torch.equal(cast(place)[0], RotaryEmbedding(64)(place)[0]))
+assert torch.equal(cast(place)[0], right)
+print(f"after a cast to bfloat16: all {right.numel()} cosines as before, in {cast(place)[0].dtype}")
 
 # %% [markdown]
 # ## Does it help?
 #
 # We train four tiny transformers that differ in nothing but positions, to predict the next byte
 # of documentation, for 300 steps on windows of 64 bytes. The next three chapters explain each line
-# of the model.
+# of the model, so the cells that define and train it are folded here.
 
 
-# %%
+# %% tags=["engine"]
+# Four tiny transformers in one class
 class TinyModel(nn.Module):
     def __init__(self, positions: str):
         super().__init__()
@@ -891,7 +984,13 @@ class TinyModel(nn.Module):
         return self.head(nn.functional.rms_norm(x, (64,)))
 
 
-# %%
+# %% [markdown]
+# `losses_on(model, starts, length)` gives the loss at every place of the windows that begin at
+# `starts`. `train(model, length, steps, rate, rows)` trains a model on such windows and returns the
+# loss of each step.
+
+# %% tags=["engine"]
+# The text, the losses, and a loop that trains
 from llmbook.corpus import read_installed_docs
 
 modules = ["argparse", "asyncio", "email", "json", "logging", "typing", "unittest"]
@@ -919,6 +1018,9 @@ def train(model: nn.Module, length: int, steps: int, rate: float, rows: int) -> 
     return history
 
 
+# %% [markdown]
+# Each model starts from the same seed and is judged on text held out from training:
+
 # %%
 models, histories, held_out = {}, {}, {}
 test_starts = torch.linspace(n_train, len(data) - 257, 180).long()
@@ -928,9 +1030,13 @@ for kind in ("none", "learned", "sinusoidal", "rotary"):
     histories[kind] = train(models[kind], length=64, steps=300, rate=4e-3, rows=16)
     with torch.no_grad():
         held_out[kind] = losses_on(models[kind], test_starts, 64).mean().item()
-print("best to worst:", " < ".join(sorted(held_out, key=held_out.get)[:2]), "< the other two")
-assert held_out["rotary"] + 0.1 < held_out["sinusoidal"] < held_out["none"] - 0.05
+for better, worse, least in (("rotary", "sinusoidal", 0.1), ("sinusoidal", "none", 0.05)):
+    assert held_out[better] + least < held_out[worse]
+    print(f"{better} leads {worse} by more than {least} nats per byte of held-out text")
 assert 2.0 < held_out["rotary"] < 2.3 < held_out["none"] < 2.7
+
+# %% [markdown]
+# {numref}`fig-positions-training` shows how they got there.
 
 # %% mystnb={"figure": {"caption": "Loss of four tiny models that differ in their positions only, in training.", "name": "fig-positions-training"}, "image": {"alt": "Four falling curves over 300 steps. None and learned nearly coincide and end near 2.55 nats per byte. Sinusoidal is above them at first, crosses them at about 130 steps and ends near 2.35. Rotary is lowest from 50 steps on and ends near 2.1."}}
 for kind, history in histories.items():
@@ -1042,48 +1148,13 @@ class RopeScaling:
         _check_scaling(self)
 
 
-# %%
-#| export
-def _check_scaling(scaling: RopeScaling) -> None:
-    kinds = ("linear", "ntk", "yarn", "llama3")
-    if scaling.kind not in kinds:
-        raise ValueError(f"kind: expected one of {kinds}, got {scaling.kind!r}")
-    if not 1 <= scaling.factor < math.inf:
-        raise ValueError(f"factor: expected a number from 1 on, got {scaling.factor}")
-    length = scaling.original_context_length
-    check_at_least(original_context_length=(1, length))
-    if length is None and scaling.kind in ("yarn", "llama3"):
-        raise ValueError(f"original_context_length: {scaling.kind!r} needs it, got None")
-    for slow, fast in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
-        low, high = getattr(scaling, slow), getattr(scaling, fast)
-        if not 0 < low < high < math.inf:
-            raise ValueError(f"{slow}: expected 0 < {slow} < {fast}, got {low} and {high}")
-    attention = scaling.attention_factor
-    if attention is not None and not 0 < attention < math.inf:
-        raise ValueError(f"attention_factor: expected a number above 0, got {attention}")
+# %% [markdown]
+# Which share $\kappa_i$ of its frequency a pair keeps is, by Llama 3's rule, a ramp in the number of
+# turns:
 
 
 # %%
 #| export
-def _yarn_kept(
-    frequencies: Float[Tensor, " half"], scaling: RopeScaling, base: int | float
-) -> Float[Tensor, " half"]:
-    """The share of each pair's frequency that YaRN keeps: 1 for fast pairs, 0 for slow ones."""
-    half, length = len(frequencies), scaling.original_context_length or 1
-    if not math.isclose(frequencies[-1], base ** ((1 - half) / half), rel_tol=1e-3):
-        raise ValueError(f"base: expected the one that the frequencies have, got {base}")
-
-    def index(turns: int | float) -> float:  # of the pair that makes so many turns in the context
-        return half * math.log(length / (2 * math.pi * turns)) / math.log(base)
-
-    first, last = index(scaling.beta_fast), index(scaling.beta_slow)
-    if scaling.truncate:
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, 2 * half - 1)  # not half - 1: as in YaRN's code
-    ramp = (torch.arange(half, device=frequencies.device) - first) / max(last - first, 0.001)
-    return 1 - ramp.clamp(0, 1)
-
-
 def _llama3_kept(
     frequencies: Float[Tensor, " half"], scaling: RopeScaling
 ) -> Float[Tensor, " half"]:
@@ -1091,6 +1162,11 @@ def _llama3_kept(
     turns = frequencies * (scaling.original_context_length or 1) / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     return ((turns - low) / (high - low)).clamp(0, 1)
+
+
+# %% [markdown]
+# From it follow the new frequencies; {eq}`positions-kept` is the last line. YaRN's ramp, with its
+# roundings, is in the engine room.
 
 
 # %%
@@ -1120,7 +1196,63 @@ def scale_rope(
     return frequencies * (kept + (1 - kept) / factor), attention_factor
 
 
+# %% [markdown] tags=["engine"]
+# ### Engine room: YaRN's ramp to the letter, and scalings that are refused
+
+# %% [markdown] tags=["engine"]
+# YaRN's published code goes two steps further than its formula: the ends of the ramp are rounded
+# outward, and the last may lie beyond the last pair. Models depend on it, so we do the same.
+
+
+# %% tags=["engine"]
+#| export
+def _yarn_kept(
+    frequencies: Float[Tensor, " half"], scaling: RopeScaling, base: int | float
+) -> Float[Tensor, " half"]:
+    """The share of each pair's frequency that YaRN keeps: 1 for fast pairs, 0 for slow ones."""
+    half, length = len(frequencies), scaling.original_context_length or 1
+    if not math.isclose(frequencies[-1], base ** ((1 - half) / half), rel_tol=1e-3):
+        raise ValueError(f"base: expected the one that the frequencies have, got {base}")
+
+    def index(turns: int | float) -> float:  # of the pair that makes so many turns in the context
+        return half * math.log(length / (2 * math.pi * turns)) / math.log(base)
+
+    first, last = index(scaling.beta_fast), index(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * half - 1)  # not half - 1: as in YaRN's code
+    ramp = (torch.arange(half, device=frequencies.device) - first) / max(last - first, 0.001)
+    return 1 - ramp.clamp(0, 1)
+
+
+# %% [markdown] tags=["engine"]
+# What is impossible is refused when the scaling is described, not when a model is built with it.
+
+
+# %% tags=["engine"]
+#| export
+def _check_scaling(scaling: RopeScaling) -> None:
+    kinds = ("linear", "ntk", "yarn", "llama3")
+    if scaling.kind not in kinds:
+        raise ValueError(f"kind: expected one of {kinds}, got {scaling.kind!r}")
+    if not 1 <= scaling.factor < math.inf:
+        raise ValueError(f"factor: expected a number from 1 on, got {scaling.factor}")
+    length = scaling.original_context_length
+    check_at_least(original_context_length=(1, length))
+    if length is None and scaling.kind in ("yarn", "llama3"):
+        raise ValueError(f"original_context_length: {scaling.kind!r} needs it, got None")
+    for slow, fast in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+        low, high = getattr(scaling, slow), getattr(scaling, fast)
+        if not 0 < low < high < math.inf:
+            raise ValueError(f"{slow}: expected 0 < {slow} < {fast}, got {low} and {high}")
+    attention = scaling.attention_factor
+    if attention is not None and not 0 < attention < math.inf:
+        raise ValueError(f"attention_factor: expected a number above 0, got {attention}")
+
+
 # %% [markdown]
+# ### What each does to the frequencies
+#
 # {numref}`fig-positions-stretch` shows what each does to a head like that of Llama 3, of 8,192
 # tokens stretched by 8.
 
@@ -1168,6 +1300,9 @@ tuned = {
     for kind in (None, "linear", "yarn")
 }
 
+# %% [markdown]
+# The curves show where each fails.
+
 # %% mystnb={"figure": {"caption": "A model trained on 64 bytes reads 256. Left, as it is and with the frequencies stretched in four ways; right, three of these after 20 more steps on 256 bytes.", "name": "fig-positions-extension"}, "image": {"alt": "Two plots of the loss against the position up to 256, with a line at 64. Left, no further training: as it is, the loss is near 2.15 up to 64 and then climbs to 2.8; linear is near 3.2 everywhere; NTK stays near 2.2 up to about 170 and climbs to 2.6; YaRN and llama3 stay near 2.2 throughout. Right, after 20 steps: linear has come down to about 2.5; as it is and YaRN lie close together near 2.15, YaRN a little lower beyond 64."}}
 figure, (left, right) = plt.subplots(1, 2, sharex=True, sharey=True)
 middle = torch.arange(8, 256, 16)
@@ -1182,22 +1317,26 @@ right.legend(*left.get_legend_handles_labels(), loc="upper right", ncols=2)
 left.set(ylabel="loss (nats per byte)", ylim=(2.0, 3.4))
 plt.show()
 
+# %% [markdown]
+# In numbers, how much worse are the last 64 bytes than the first 64 were as it is?
+
 # %%
 inside, beyond = slice(0, 4), slice(12, 16)  # the first 64 bytes, and the last 64
+bounds = {None: (0.4, 1.0), "linear": (0.7, 1.4), "ntk": (0.1, 0.7)}
+bounds |= dict.fromkeys(("yarn", "llama3"), (-0.1, 0.25))
+for kind, (low, high) in bounds.items():
+    worse = (as_is[kind][beyond].mean() - as_is[None][inside].mean()).item()
+    assert low < worse < high
+    print(f"{kind or 'as it is':8} between {low:4} and {high:4} nats per byte worse")
 change = {kind: (y[beyond].mean() - as_is[None][inside].mean()).item() for kind, y in as_is.items()}
-print("as it is, the end is worse by more than 0.4:", change[None] > 0.4)
-print("NTK helps, yet not to the end:", 0.1 < change["ntk"] < change[None])
-print(
-    "YaRN and Llama 3's rule: worse by less than 0.25:",
-    max(change["yarn"], change["llama3"]) < 0.25,
-)
-blur = (as_is["linear"][inside] - as_is[None][inside]).mean().item()
+assert change["ntk"] < change[None], "NTK helps, yet not to the end"
+assert (as_is["linear"] - as_is[None])[inside].mean() > 0.5, "linear blurs from the start"
 cured = (as_is["linear"] - tuned["linear"]).mean().item()
-print(f"linear: bad from the start ({blur > 0.5}), much better after 20 steps ({cured > 0.3})")
-gap = (tuned[None] - tuned["yarn"])[beyond].mean().item()
-print("after 20 steps, YaRN leads at the end by less than 0.2:", -0.05 < gap < 0.2)
+assert cured > 0.3
+print("20 steps lower the loss with linear by more than 0.3")
+assert -0.05 < (tuned[None] - tuned["yarn"])[beyond].mean() < 0.2, "there YaRN hardly leads"
 curves = [*as_is.values(), *tuned.values()]
-print("no curve falls beyond 64:", all(y[beyond].mean() > y[2:4].mean() - 0.1 for y in curves))
+assert all(y[beyond].mean() > y[2:4].mean() - 0.1 for y in curves), "no curve falls beyond 64"
 
 # %% [markdown]
 # Unchanged, the model fails soon after its training ended. Linear interpolation blurs the
@@ -1243,10 +1382,9 @@ ours = with_gradients(
     lambda q, k, *angles: (apply_rope(q, *angles), apply_rope(k, *angles)),
     *RotaryEmbedding(64)(position_ids),
 )
-print(
-    "q, k and their gradients:",
-    [torch.allclose(*z, atol=1e-5) for z in zip(ours, theirs, strict=True)],
-)
+errors = [(a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True)]
+assert max(errors) < 1e-4
+print(f"q, k and their gradients, {sum(z.numel() for z in ours):,} numbers: the same to 0.0001")
 
 # %% [markdown]
 # **Meta's code** multiplies complex numbers. Written from the formula, in 64 bits:
@@ -1266,10 +1404,9 @@ ours = with_gradients(
     lambda q, k, *angles: tuple(apply_rope(x, *angles, layout="interleaved") for x in (q, k)),
     *RotaryEmbedding(64)(position_ids),
 )
-print(
-    "q, k and their gradients:",
-    [torch.allclose(*z, atol=2e-3) for z in zip(ours, theirs, strict=True)],
-)
+errors = [(a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True)]
+assert max(errors) < 5e-3
+print("q, k and their gradients: the same to 0.005")
 
 # %% [markdown]
 # The looser bound is the price of 32-bit angles at positions up to 4,096. Last, the
@@ -1294,17 +1431,20 @@ for kind, (longest, rope) in theirs_for.items():
     theirs = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"), seq_len=long)
     scaling = RopeScaling(kind, factor=8.0, original_context_length=8192)
     ours = scale_rope(rope_frequencies(128, 500_000.0), scaling, base=500_000.0)
-    same = torch.allclose(ours[0], theirs[0], rtol=1e-6, atol=0)
-    print(f"{kind:7} frequencies: {same}, factor of attention: {math.isclose(ours[1], theirs[1])}")
+    assert torch.allclose(ours[0], theirs[0], rtol=1e-6, atol=0)
+    assert math.isclose(ours[1], theirs[1])
+    print(f"{kind:7} 64 frequencies agree to 6 digits; factor of cosine and sine {ours[1]:.3f}")
 
 # %% [markdown]
 # ## How fast is it?
 #
 # We rotate queries and keys, forward and backward, laid out in memory as attention has them,
 # against transformers and against `rope_half` as it stood above. One new token with kept keys,
-# forward only, is a case of its own. Numbers say how many times as fast as transformers.
+# forward only, is a case of its own. Numbers say how many times as fast as transformers. The folded
+# cell has the four ways, `ways_to_rotate`, and `race`, which times them by turns.
 
-# %%
+# %% tags=["engine"]
+# The ways to rotate, and a race between them
 import time
 
 
@@ -1335,6 +1475,9 @@ def ways_to_rotate(sequence: int) -> dict[str, Callable[..., Any]]:
         ),
     }
 
+
+# %% [markdown]
+# The race, in training and for one new token:
 
 # %% tags=["nbval-ignore-output"]
 for name, rows, length in (("training", 8, 256), ("one token", 1, 1)):

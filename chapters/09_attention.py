@@ -159,16 +159,17 @@ for word, weight in zip(words, weights, strict=True):
     print(f"it -> {word:6} {weight:.2f}")
 
 # %% [markdown]
-# *It* has found the dough. **All queries** are one more loop, so $n^2$ scores for $n$ tokens:
+# *It* has found the dough. **All queries** need one more loop, which makes $n^2$ scores for $n$
+# tokens:
 
 # %%
 by_loops = torch.tensor([attend(query, k.tolist(), v.tolist())[0] for query in q.tolist()])
 
 # %% [markdown]
-# **As matrices.** Put the queries under one another as the rows of a matrix $Q$, keys and values
-# as those of $K$ and $V$. The score of query $i$ and key $j$ is then entry $(i, j)$ of $QK^\top$,
-# softmax works along each row, and to mix the values with the weights of row $i$ is to multiply
-# by that row. The loops become two products of matrices ({numref}`fig-attention-flow`):
+# **As matrices.** Stack the queries as the rows of a matrix $Q$, and keys and values as those of
+# $K$ and $V$. The score of query $i$ and key $j$ is then entry $(i, j)$ of $QK^\top$, softmax works
+# along each row, and to mix the values with the weights of row $i$ is to multiply by that row. The
+# loops become two products of matrices ({numref}`fig-attention-flow`):
 #
 # $$
 # \operatorname{Attention}(Q, K, V) = \operatorname{softmax}\!\Big(\frac{QK^\top}{\sqrt d}\Big) V .
@@ -229,12 +230,11 @@ print(tuple(batch.shape), "->", tuple(batched.shape))
 # = \frac{d}{d} = 1 .
 # $$ (attention-variance)
 #
-# Scores grow like $\sqrt d$ with the size of a head, and dividing by $\sqrt d$ keeps them at one.
-# What would be wrong with large scores? Two that differ by one standard deviation get weights
-# whose ratio is $e^{\sqrt d}$. For $d = 128$ that is 80,000: before anything has been learned,
-# each token attends to a single other, picked by chance. Worse, it cannot change its mind. The
-# derivative of the weight $p_i = e^{s_i} / Z$, where $Z = \sum_k e^{s_k}$, with respect to a
-# score is
+# Scores grow like $\sqrt d$ with the size of a head, and dividing by $\sqrt d$ keeps them near one.
+# What would be wrong with large scores? Two that differ by one standard deviation get weights whose
+# ratio is $e^{\sqrt d}$. For $d = 128$ that is 80,000: before anything has been learned, each token
+# attends to a single other, picked by chance. Worse, it cannot change its mind. The derivative of
+# the weight $p_i = e^{s_i} / Z$, where $Z = \sum_k e^{s_k}$, with respect to a score is
 #
 # $$
 # \frac{\partial p_i}{\partial s_j} = \frac{\delta_{ij}\, e^{s_i} Z - e^{s_i} e^{s_j}}{Z^2}
@@ -1273,9 +1273,7 @@ def _plan_fixed(cache: "KVCache", position_ids: Tensor | int) -> tuple[_FixedSte
     torch._assert_async(going_on.all(), "position_ids: expected rows to go on from their lengths")
     if not _is_ring(cache):
         fits = (after <= cache.capacity).all()
-        torch._assert_async(
-            fits, f"position_ids: expected at most {cache.capacity} tokens in a row"
-        )
+        torch._assert_async(fits, "position_ids: expected no row to grow beyond the capacity")
     append = n > 1 and _is_ring(cache)
     held = _positions_in_slots(after, cache.slots)
     ordinal = held - before[:, None] + 1  # among the new tokens; those before have none
@@ -1363,6 +1361,31 @@ class LayerCache(LayerCache):  # continued
         return write(step, self.keys, k), write(step, self.values, v)
 
 
+# %% [markdown] tags=["engine"]
+# While a model writes, each row gets one token at a time. If the rows are equally long, storing
+# them is a plain copy, which chapter 14 asks for in every layer of every step, without the checks:
+
+
+# %% tags=["engine"]
+#| export
+class LayerCache(LayerCache):  # continued
+    def update_one(
+        self,
+        k: Float[Tensor, "batch n_kv_heads d_head"],
+        v: Float[Tensor, "batch n_kv_heads d_value"],
+    ) -> tuple[
+        Float[Tensor, "batch n_kv_heads keys d_head"],
+        Float[Tensor, "batch n_kv_heads keys d_value"],
+    ]:
+        """Do what ``update`` does for a single token in each row; what is given is not checked."""
+        step = self._table._step
+        if not isinstance(step.slots, slice):
+            return self.update(k.unsqueeze(2), v.unsqueeze(2))
+        self.keys.select(2, step.slots.start).copy_(k)
+        self.values.select(2, step.slots.start).copy_(v)
+        return self.keys.narrow(2, 0, step.used), self.values.narrow(2, 0, step.used)
+
+
 # %% tags=["engine"]
 #| export
 def _check_fits(name: str, new: Tensor, store: Tensor, n: int) -> None:
@@ -1437,8 +1460,8 @@ print(f"{wrong} of 8 steps wrong; {ring.nbytes:,} bytes instead of {unbounded.nb
 # c_j = x_j W_C , \qquad k_j^h = c_j U_K^h , \qquad v_j^h = c_j U_V^h .
 # $$
 #
-# Only $c_j$ is kept. Do the keys of all tokens then have to be made anew at every step? They need
-# never be made. The score is
+# Only $c_j$ is kept. Do the keys of all tokens then have to be computed anew at every step? In fact
+# they need not be computed at all. The score is
 #
 # $$
 # q \cdot k_j^h = q \, (c_j U_K^h)^\top = \big( q \, U_K^{h\top} \big)\, c_j^\top :
@@ -2128,11 +2151,11 @@ for name, score in history[-1].items():
     print(f"best {name} score in layers 1 and 2, to a half: {best[0]:.1f}, {best[1]:.1f}")
 
 # %% [markdown]
-# The fall takes a few dozen steps, at which nothing about the data or the optimizer changes. A
-# plausible reason: of two parts that are useless without each other, neither is much rewarded
-# until the other is there by half, and then both grow fast. In large models the same happens
-# early in training, as a visible bump in the loss, and with it appears the ability to learn from
-# a prompt {cite}`olsson2022induction`.
+# The fall takes a few dozen steps, during which nothing changes about the data or the optimizer. A
+# plausible reason is that each of the two parts is useless without the other: neither is rewarded
+# much until the other is half there, and then both grow fast. In large models the same happens
+# early in training, as a visible bump in the loss, and with it appears the ability to learn from a
+# prompt {cite}`olsson2022induction`.
 #
 # The two heads at work on a row that the model has not seen:
 
@@ -2156,7 +2179,7 @@ plt.show()
 # ### Engine room: an interactive figure of weights, as HTML that needs no kernel and no network
 
 # %% [markdown] tags=["engine"]
-# In one's own models one wants to point at a token and see where it looks. The function below
+# In your own models you will want to point at a token and see where it looks. The function below
 # writes HTML with its data and some JavaScript inside, and a table of the strongest weights for
 # those who have no scripts.
 
@@ -2274,9 +2297,9 @@ show_attention(
 )
 
 # %% [markdown]
-# But a weight says from where a head reads, not what the model makes of it, and different weights
-# can lead to the same prediction {cite}`jain2019attention`. To know that a head matters, take it
-# away and measure, as an exercise does.
+# But a weight says where a head reads, not what the model makes of it, and different weights can
+# lead to the same prediction {cite}`jain2019attention`. To know that a head matters, take it away
+# and measure, as an exercise does.
 #
 # ## Is it the real thing?
 #

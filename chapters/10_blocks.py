@@ -4,11 +4,11 @@
 # > Normalize, transform, add: the parts around attention that make a deep stack of layers
 # > trainable, up to a mixture of experts, and the block that puts them together.
 #
-# Attention moves information between tokens, and hardly more: what comes out is a weighted mean
-# of what went in, multiplied by two matrices. Something has to work on the mixture, and then
-# all of it has to be repeated twelve, thirty, a hundred times. Here stacking goes wrong. A
-# signal that each layer shrinks by a third has lost five digits after thirty layers, and on the
-# way back the gradient loses them again.
+# Attention moves information between tokens and does little else: what comes out is a weighted mean
+# of what went in, multiplied by two matrices. Something has to work on the mixture, and then all of
+# it has to be repeated twelve, thirty or a hundred times. This is where stacking goes wrong. A
+# signal that each layer shrinks by a third has lost five digits after thirty layers, and on the way
+# back the gradient loses them again.
 #
 # A transformer block is the answer: two layers, attention and a feed-forward network, each with
 # two precautions. Its result is *added* to its input, and its input is *normalized*. This
@@ -19,7 +19,7 @@
 # | **Part** | II. Architecture |
 # | **You build** | {py:class}`~llmbook.blocks.LayerNorm`, {py:class}`~llmbook.blocks.RMSNorm`, {py:class}`~llmbook.blocks.GELU`, {py:class}`~llmbook.blocks.SwiGLU`, {py:class}`~llmbook.blocks.FeedForward`, {py:class}`~llmbook.blocks.TransformerBlock`, {py:func}`~llmbook.blocks.initialize_weights`, {py:class}`~llmbook.blocks.MixtureOfExperts` |
 # | **You need** | attention ({doc}`09_attention`) and positions ({doc}`08_positions`) as black boxes, the stories of {doc}`01_tinyworld`, gradients |
-# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 60 seconds to run |
+# | **It takes** | 60 minutes for the main line, 3 hours for everything, 60 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp blocks
@@ -98,9 +98,8 @@ for name, left in (("signal", forward[-1]), ("gradient", backward[0])):
     )
 
 # %% [markdown]
-# Predicted is a factor of $\sqrt{1/2} \approx 0.7$ a layer. The gradient passes through the
-# same matrices, transposed, and through those ReLUs that are open, half of them; it fares
-# alike.
+# The prediction is a factor of $\sqrt{1/2} \approx 0.7$ per layer. The gradient passes through the
+# same matrices, transposed, and through the half of the ReLUs that are open, so it shrinks alike.
 #
 # ### Add, do not replace
 #
@@ -113,9 +112,9 @@ for name, left in (("signal", forward[-1]), ("gradient", backward[0])):
 # \nabla_x = (I + J)^\top \nabla_{x'} = \nabla_{x'} + J^\top \nabla_{x'} .
 # $$ (blocks-residual)
 #
-# Multiplied out over all layers, the product of the $I + J_\ell$ has one term $I$: the gradient
-# of the last layer reaches the first one unchanged, whatever the $J_\ell$ are. All else comes
-# on top.
+# Multiplied out over all layers, the product of the $I + J_\ell$ has one term $I$: the gradient of
+# the last layer reaches the first one unchanged, whatever the $J_\ell$ are. Everything else is
+# added to that.
 #
 # This gives a transformer its shape ({numref}`fig-blocks-stream`). One vector for each token
 # runs through the model from bottom to top, the **residual stream**
@@ -248,8 +247,8 @@ def _check_norm(d_model: int, eps: float, backend: str) -> None:
 
 
 # %% [markdown]
-# Statistics are taken in 32-bit floats whatever comes in, for a reason that we shall see; the
-# result has the type of the input.
+# Whatever the type of the input, the statistics are computed in 32-bit floats, for a reason that we
+# will see. The result has the type of the input.
 
 
 # %%
@@ -290,13 +289,13 @@ def layer_norm(
 # \nabla_z = \frac1r \Bigl(\nabla_y - y\,\frac{y \cdot \nabla_y}{d}\Bigr).
 # $$ (blocks-norm-gradient)
 #
-# The bracket takes away what of the gradient points along $y$. That is as it should be: the
-# length of $z$ has no effect on $y$, so the loss cannot ask for another. And a long vector gets
-# a small gradient, because of $1/r$.
+# The bracket removes the part of the gradient that points along $y$. That is as it should be: the
+# length of $z$ has no effect on $y$, so the loss cannot ask for another. And a long vector gets a
+# small gradient, because of $1/r$.
 #
-# Second the mean. $z = Px$ where $P = I - \frac1d \mathbf 1 \mathbf 1^\top$ subtracts the mean,
-# and $P^\top = P$, so $\nabla_x = P \nabla_z$: the gradient is centered as well. Since $y$ is
-# centered already, this touches the first term only:
+# The second step is the mean. We have $z = Px$, where $P = I - \frac1d \mathbf 1 \mathbf 1^\top$
+# subtracts the mean, and $P^\top = P$, so $\nabla_x = P \nabla_z$: the gradient is centered as
+# well. Since $y$ is centered already, this touches the first term only:
 #
 # $$
 # \nabla_x = \frac1\sigma
@@ -427,13 +426,13 @@ class RMSNorm(nn.Module):
 # ### What is subtracting the mean worth?
 #
 # The mean is one direction among $d$. Of the squared length of a random vector it has a share of
-# $1/d$ on average, so LayerNorm and RMSNorm differ little to begin with. They could differ where
-# a model *uses* that direction. But subtracting the mean is linear: a matrix $W$ that reads
-# $Px$ is the matrix $WP$ reading $x$ (vectors are columns in this chapter, as in the papers), and
-# one that should write a centered vector can be $PW$. So a pre-norm model with LayerNorm can
-# be rewritten as one with RMSNorm that computes the same {cite}`jiang2023prermsnorm`;
-# {ref}`ex-blocks-center` does it. The mean is worth nothing that the matrices could not do. What
-# is left is the effect on training, which we measure below, and cost.
+# $1/d$ on average, so LayerNorm and RMSNorm differ little to begin with. They could differ where a
+# model *uses* that direction. But subtracting the mean is linear: a matrix $W$ that reads $Px$ is
+# the matrix $WP$ reading $x$ (vectors are columns in this chapter, as in the papers), and one that
+# should write a centered vector can be $PW$. So a pre-norm model with LayerNorm can be rewritten as
+# one with RMSNorm that computes the same {cite}`jiang2023prermsnorm`; {ref}`ex-blocks-center` does
+# it. Subtracting the mean does nothing that the matrices could not do. What remains is its effect
+# on training, which we measure below, and its cost.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: RMSNorm with its gradient by hand, so that it costs less than LayerNorm
@@ -507,11 +506,11 @@ def _fast_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 # ## The feed-forward network
 #
 # The second layer of a block works on each token alone: up to a larger inner width, through an
-# activation, and down again. One may read it as a memory. A row of the first matrix is a key, a
+# activation, and down again. It can be read as a memory. A row of the first matrix is a key, a
 # pattern to be looked for in the stream; the activation says how much of it was found; and the
-# corresponding column of the second matrix is what to write then {cite}`geva2021transformer`.
-# With four times the width it has $8 d^2$ parameters, twice as many as the four $d \times d$
-# matrices of attention.
+# corresponding column of the second matrix is what to write then {cite}`geva2021transformer`. With
+# four times the width it has $8 d^2$ parameters, twice as many as the four $d \times d$ matrices of
+# attention.
 #
 # ### Which activation?
 #
@@ -527,12 +526,12 @@ def _fast_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 # $$ (blocks-gelu)
 #
 # There is an approximation without the error function, which GPT-2 was trained with: $\Phi(x)
-# \approx \frac12 \bigl(1 + \tanh(c\,(x + a x^3))\bigr)$. Its constants come from comparing
-# powers of $x$. On the left, the density is $\frac{1}{\sqrt{2\pi}}(1 - x^2/2 + \dots)$, so
-# $\Phi(x) = \frac12 + \frac{1}{\sqrt{2\pi}}(x - x^3/6 + \dots)$. On the right, $\tanh u = u -
-# u^3/3 + \dots$ gives $\frac12 + \frac c2 \bigl(x + (a - c^2/3)\,x^3 + \dots\bigr)$. So $c =
-# \sqrt{2/\pi}$, and $a = \frac{c^2}{3} - \frac16 \approx 0.0455$ is the best fit at zero. The
-# published $a = 0.044715$ is a better one over all:
+# \approx \frac12 \bigl(1 + \tanh(c\,(x + a x^3))\bigr)$. Its constants come from comparing powers
+# of $x$. On the left, the density is $\frac{1}{\sqrt{2\pi}}(1 - x^2/2 + \dots)$, so $\Phi(x) =
+# \frac12 + \frac{1}{\sqrt{2\pi}}(x - x^3/6 + \dots)$. On the right, $\tanh u = u - u^3/3 + \dots$
+# gives $\frac12 + \frac c2 \bigl(x + (a - c^2/3)\,x^3 + \dots\bigr)$. So $c = \sqrt{2/\pi}$, and $a
+# = \frac{c^2}{3} - \frac16 \approx 0.0455$ is the best fit at zero. The published $a = 0.044715$ is
+# better over the whole range:
 
 
 # %%
@@ -601,9 +600,9 @@ plt.show()
 # %% [markdown]
 # ### A gate
 #
-# An activation lets each number decide about itself. A **gated linear unit** computes the
-# decision apart, with a matrix of its own {cite}`dauphin2017language`. With SiLU as the gate it
-# is **SwiGLU**, which Shazeer compared with its relatives {cite}`shazeer2020glu`:
+# An activation lets each number decide about itself. A **gated linear unit** computes the decision
+# separately, with a matrix of its own {cite}`dauphin2017language`. With SiLU as the gate it is
+# **SwiGLU**, which Shazeer compared with its relatives {cite}`shazeer2020glu`:
 #
 # $$
 # \operatorname{FeedForward}(x) =
@@ -1122,9 +1121,9 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# At one rate alone we would have drawn a wrong conclusion. AdamW moves each weight by about the
-# learning rate in a step, whatever the size of its gradient. At a rate of 0.02 a weight of 0.02
-# is replaced at once; it wants a smaller rate than a weight of $1/\sqrt{32} \approx 0.18$.
+# With a single learning rate we would have drawn the wrong conclusion. AdamW moves each weight by
+# about the learning rate in a step, whatever the size of its gradient. At a rate of 0.02 a weight
+# of 0.02 is replaced at once; it wants a smaller rate than a weight of $1/\sqrt{32} \approx 0.18$.
 # Compared at their best, the two recipes are close. What counts is the proportion within the
 # stream.
 #
@@ -1246,9 +1245,9 @@ for name, model in models.items():
 #
 # ## Which feed-forward network?
 #
-# Does SwiGLU beat GELU, and LayerNorm RMSNorm, at the same number of parameters? A single run
-# says little, and a single moment as well. So we take three seeds of the initialization, and
-# look twice, after 80 and after 120 steps ({numref}`fig-blocks-kinds`).
+# Does SwiGLU beat GELU, and LayerNorm RMSNorm, at the same number of parameters? A single run says
+# little, and so does a single moment. So we take three seeds of the initialization, and look twice,
+# after 80 and after 120 steps ({numref}`fig-blocks-kinds`).
 
 
 # %%
@@ -1304,12 +1303,12 @@ axes[0].invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# Had we stopped after 80 steps, we would have reported a victory, with every seed. It was a
-# faster start. What remains after 120 steps is within the noise, and of a million steps, or of
-# each kind at its own best rate, the experiment says nothing. Shazeer's larger comparison found
-# SwiGLU and GEGLU ahead of GELU by about 0.04 nats {cite}`shazeer2020glu`; at equal parameters
-# the gate costs nothing, and so it has become usual. Between the norms we see no difference.
-# RMSNorm is chosen because it is simpler.
+# Had we stopped after 80 steps, we would have reported a victory, with every seed. It was only a
+# faster start. What remains after 120 steps is within the noise. The experiment says nothing about
+# a million steps, or about each kind at its own best rate. Shazeer's larger comparison found SwiGLU
+# and GEGLU ahead of GELU by about 0.04 nats {cite}`shazeer2020glu`; at equal parameters the gate
+# costs nothing, and so it has become usual. Between the norms we see no difference. RMSNorm is
+# chosen because it is simpler.
 
 # %% [markdown]
 # ## A mixture of experts
@@ -1443,9 +1442,9 @@ print("load:", [round(share, 2) for share in routing.load.tolist()])
 # %% [markdown]
 # A **capacity** bounds how many tokens an expert takes: on hardware where each expert has its own
 # device, the batch waits for the fullest one. It is a factor $c$ times the fair share of $Tk/E$
-# choices of $T$ tokens. Who comes too late is *dropped*: this expert adds nothing to it, and the
-# stream carries it on. Only while training, however: in use, what becomes of a token must not
-# depend on who else is in the batch.
+# choices of $T$ tokens. A token that comes too late is *dropped*: the expert adds nothing to it,
+# and the stream carries it on. This happens only in training. In use, what becomes of a token must
+# not depend on what else is in the batch.
 #
 # Gather, compute, scatter, against the loop over tokens:
 
@@ -1650,10 +1649,10 @@ with torch.no_grad():
 # %% [markdown]
 # ### The rich get richer
 #
-# How does a router learn? The gradient of a weight $w_i$ is $\nabla_\mathrm{out} \cdot e_i(x)$,
-# and exists only for chosen experts. One that was chosen is trained, gets better, and is chosen
-# more; one that was not stays as it is. (With $k = 1$ normalization makes the only weight a
-# constant 1, and the router learns nothing at all from the loss. Then use $p_i$ itself, as
+# How does a router learn? The gradient of a weight $w_i$ is $\nabla_\mathrm{out} \cdot e_i(x)$, and
+# exists only for the chosen experts. An expert that was chosen is trained, gets better, and is
+# chosen more often; one that was not stays as it is. (With $k = 1$ normalization makes the only
+# weight a constant 1, and the router learns nothing at all from the loss. Then use $p_i$ itself, as
 # Switch does {cite}`fedus2022switch`.)
 
 # %%
@@ -1665,10 +1664,10 @@ for normalize in (True, False):
     print(f"k = 1, weight {weight}: gradient of the router {single.router.weight.grad.norm():.1f}")
 
 # %% [markdown]
-# We want the loads $f_i$, the shares of tokens that choose expert $i$, to be equal, $1/E$ each
-# for $k = 1$. The natural penalty would be $\sum_i f_i^2$: as $\sum_i f_i = 1$, the inequality
-# of Cauchy and Schwarz gives $\sum_i f_i^2 \ge 1/E$, with equality at equal loads. But a load
-# is a count, and has no gradient. What has one is the mean probability $P_i = \frac1T \sum_t
+# We want the loads $f_i$, the shares of tokens that choose expert $i$, to be equal, $1/E$ each for
+# $k = 1$. The natural penalty would be $\sum_i f_i^2$: as $\sum_i f_i = 1$, the inequality of
+# Cauchy and Schwarz gives $\sum_i f_i^2 \ge 1/E$, with equality at equal loads. But a load is a
+# count, and has no gradient. What does have one is the mean probability $P_i = \frac1T \sum_t
 # p_{ti}$. So one of the two factors is replaced by it {cite}`fedus2022switch`:
 #
 # $$
@@ -1786,8 +1785,8 @@ fig.colorbar(image, ax=axes, label="share of tokens")
 plt.show()
 
 # %% [markdown]
-# At this size the loss does not care. What the balance buys is work evenly spread. With a
-# capacity of 1.25 times the fair share, the collapsed router would drop much of the text:
+# At this size the loss hardly changes. What the balance buys is evenly spread work. With a capacity
+# of 1.25 times the fair share, the collapsed router would drop much of the text:
 
 # %%
 for factor, (model, _, _) in mixtures.items():

@@ -76,13 +76,13 @@ PARTS = (
     Part(
         "IV",
         "Alignment",
-        "chapters 19–24",
+        "chapters 19–25",
         PURPLE,
         (
             ("19 20", "instruction tuning", "chat format, LoRA"),
             ("21 22", "preferences", "RLHF, DPO"),
-            ("23", "rewards", "checked by code"),
-            ("24", "assistant", "chat, serve"),
+            ("23 24", "rewards, tools", "GRPO, reasoning"),
+            ("25", "assistant", "chat, serve"),
         ),
     ),
 )
@@ -113,7 +113,7 @@ def draw_pipeline() -> None:
         "cleaned, deduplicated, cut into tokens and packed into batches. Part II, architecture: "
         "embedding and RoPE, then attention and SwiGLU, repeated N times, then logits. Part III, "
         "pretraining: loss and optimizer, training loop, base model, evaluation. Part IV, "
-        "alignment: instruction tuning, preferences, rewards checked by code, and the assistant.",
+        "alignment: instruction tuning, preferences, rewards and tools, and the assistant.",
     )
 
 

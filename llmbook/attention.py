@@ -328,6 +328,22 @@ class LayerCache:
         write = _write_fixed if isinstance(step, _FixedStep) else _write
         return write(step, self.keys, k), write(step, self.values, v)
 
+    def update_one(
+        self,
+        k: Float[Tensor, "batch n_kv_heads d_head"],
+        v: Float[Tensor, "batch n_kv_heads d_value"],
+    ) -> tuple[
+        Float[Tensor, "batch n_kv_heads keys d_head"],
+        Float[Tensor, "batch n_kv_heads keys d_value"],
+    ]:
+        """Do what ``update`` does for a single token in each row; what is given is not checked."""
+        step = self._table._step
+        if not isinstance(step.slots, slice):
+            return self.update(k.unsqueeze(2), v.unsqueeze(2))
+        self.keys.select(2, step.slots.start).copy_(k)
+        self.values.select(2, step.slots.start).copy_(v)
+        return self.keys.narrow(2, 0, step.used), self.values.narrow(2, 0, step.used)
+
 # %% ../chapters/09_attention.ipynb #affe5918
 class KVCache:
     """The keys and values of all layers for the tokens read so far, in memory taken once.
@@ -556,7 +572,7 @@ def _write_fixed(step: _FixedStep, store: Tensor, new: Tensor) -> Tensor:
         store.copy_(torch.where(source >= 0, new.gather(2, there), store))
     return seen
 
-# %% ../chapters/09_attention.ipynb #12e285d8
+# %% ../chapters/09_attention.ipynb #ac22320c
 def _plan_fixed(cache: "KVCache", position_ids: Tensor | int) -> tuple[_FixedStep, Tensor, Tensor]:
     """As ``_plan``, in shapes that do not depend on the lengths; these are a tensor."""
     if not isinstance(position_ids, Tensor):
@@ -569,9 +585,7 @@ def _plan_fixed(cache: "KVCache", position_ids: Tensor | int) -> tuple[_FixedSte
     torch._assert_async(going_on.all(), "position_ids: expected rows to go on from their lengths")
     if not _is_ring(cache):
         fits = (after <= cache.capacity).all()
-        torch._assert_async(
-            fits, f"position_ids: expected at most {cache.capacity} tokens in a row"
-        )
+        torch._assert_async(fits, "position_ids: expected no row to grow beyond the capacity")
     append = n > 1 and _is_ring(cache)
     held = _positions_in_slots(after, cache.slots)
     ordinal = held - before[:, None] + 1  # among the new tokens; those before have none

@@ -8,32 +8,35 @@ __all__ = ['ShardError', 'ShardHeader', 'Tokenizer', 'tokenizer_fingerprint', 'w
            'random_bits', 'permuted', 'Batch', 'window_batch', 'document_fields', 'document_mask', 'best_fit',
            'PackedDocuments', 'pack_documents', 'ResumableBatches', 'BatchSampler']
 
-# %% ../chapters/07_batches.ipynb #2b83fad7
-import math
-import os
+# %% ../chapters/07_batches.ipynb #5723bef9
+# The imports that only the module needs
 import pickle
-import shutil
-import struct
-import time
-import warnings
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, lru_cache
-from hashlib import blake2b
 from itertools import count
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
-import torch
 from jaxtyping import Bool, Int64, UInt64
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from .corpus import CorpusWarning, Document, ordered_map, without_main_script
 from .environment import check_at_least, whole_directory
+
+# %% ../chapters/07_batches.ipynb #a5472ce1
+import math
+import os
+import struct
+import warnings
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 # %% ../chapters/07_batches.ipynb #c708ee83
 class ShardError(ValueError):
@@ -299,30 +302,29 @@ def write_shards(
             raise ValueError("texts: expected at least one document that is not empty, got none")
     return TokenShards(target)
 
-# %% ../chapters/07_batches.ipynb #fe102dde
+# %% ../chapters/07_batches.ipynb #ce2df51e
 class TokenRing:
-    """Arrays of ids, joined end to end and closed to a ring; nothing is copied until it is read.
+    """Ids joined end to end and closed to a ring; nothing is copied until it is read.
+
+    ``tokens`` are a row of ids (an array, a tensor, a list of numbers) or several such rows.
+    ``end_of_text`` is the id that ends each document, the last one included; without it there are
+    no documents to tell apart. What are not ids raises a ``ValueError``.
 
     >>> ring = TokenRing([np.array([5, 6, 7]), np.array([8, 9])])
     >>> ring[1:4].tolist(), ring.window(3, 4).tolist()
     ([6, 7, 8], [8, 9, 5, 6])
     """
 
-    def __init__(self, parts: Sequence[np.ndarray]):
-        self._parts = [part for part in parts if len(part)]
+    def __init__(self, tokens: Any, *, end_of_text: int | None = None):
+        check_at_least(end_of_text=(0, end_of_text))
+        self._parts = [part for part in _rows_of_ids(tokens) if len(part)]
         self._first = [0, *np.cumsum([len(part) for part in self._parts]).tolist()]
+        self.end_of_text = end_of_text
         check_at_least(tokens=(1, self._first[-1]))
 
     def __len__(self) -> int:
         """The number of tokens."""
         return self._first[-1]
-
-    def __getitem__(self, where: slice) -> Int64[np.ndarray, " tokens"]:
-        """Return the ids of a slice, as int64."""
-        if not isinstance(where, slice) or where.step not in (None, 1):
-            raise ValueError(f"where: expected a slice with a step of 1, got {where!r}")
-        start, stop, _ = where.indices(len(self))
-        return self.window(start, max(stop - start, 0))
 
     def window(self, start: int, length: int) -> Int64[np.ndarray, " length"]:
         """Return ``length`` ids from position ``start`` on, going round as often as it takes."""
@@ -334,6 +336,64 @@ class TokenRing:
             window[done : done + len(piece)] = piece
             done += len(piece)
         return window
+
+    def __getitem__(self, where: slice) -> Int64[np.ndarray, " tokens"]:
+        """Return the ids of a slice, as int64."""
+        if not isinstance(where, slice) or where.step not in (None, 1):
+            raise ValueError(f"where: expected a slice with a step of 1, got {where!r}")
+        start, stop, _ = where.indices(len(self))
+        return self.window(start, max(stop - start, 0))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the ids and of ``end_of_text``; the first look reads all tokens."""
+        digest = blake2b(repr(self.end_of_text).encode(), digest_size=16)
+        for part in self._parts:
+            for at in range(0, len(part), 1 << 20):
+                digest.update(part[at : at + (1 << 20)].astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def document_ends(self) -> Int64[np.ndarray, " documents"]:
+        """Where each document ends: the position after its end of text."""
+        if self.end_of_text is None:
+            raise ValueError("end_of_text: a TokenRing needs it to tell documents apart, got None")
+        pairs = zip(self._first, self._parts, strict=False)
+        ends = [np.flatnonzero(part == self.end_of_text) + 1 + first for first, part in pairs]
+        if self._parts[-1][-1] != self.end_of_text:
+            expected = f"end of text, {self.end_of_text}, after the last document"
+            raise ValueError(f"tokens: expected {expected}, got {self._parts[-1][-1]}")
+        return np.concatenate(ends).astype(np.int64)
+
+# %% ../chapters/07_batches.ipynb #2b46cca8
+def _rows_of_ids(tokens: Any) -> list[np.ndarray]:
+    """Return ``tokens``, a row of ids or several rows, as arrays."""
+    is_list = isinstance(tokens, Sequence) and len(tokens) > 0
+    is_row = isinstance(tokens, np.ndarray | Tensor) or (
+        is_list and isinstance(tokens[0], int | np.integer)
+    )
+    rows = []
+    for part in [tokens] if is_row else tokens:
+        row = part.detach().cpu().numpy() if isinstance(part, Tensor) else np.asarray(part)
+        if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
+            got = f"{type(part).__name__} ({row.ndim} dimensions of {row.dtype})"
+            raise ValueError(f"tokens: expected rows of ids, which are whole numbers, got {got}")
+        if row.dtype.kind == "i" and row.size and row.min() < 0:
+            raise ValueError(f"tokens: expected ids from 0 on, got {row.min()}")
+        rows.append(row)
+    return rows
+
+
+def _as_ring(tokens: Any, argument: str, or_else: str = "") -> "TokenRing":
+    """Return ``tokens`` if they are a ring, else make one; an error names ``argument``."""
+    if isinstance(tokens, TokenRing):
+        return tokens
+    try:
+        return TokenRing(tokens)
+    except (TypeError, ValueError) as error:
+        got = f"got {tokens!r:.60}" if isinstance(error, TypeError) else str(error)
+        expected = f"expected a row of token ids, a TokenRing, TokenShards{or_else}"
+        raise ValueError(f"{argument}: {expected}; {got}") from error
 
 # %% ../chapters/07_batches.ipynb #0e91c9b1
 class _Shard:
@@ -381,7 +441,7 @@ def _shard_paths(directory: Path) -> list[Path]:
         raise ShardError(f"{missing[0]}: missing, but {found[-1].name} is there")
     return paths
 
-# %% ../chapters/07_batches.ipynb #19a53dd6
+# %% ../chapters/07_batches.ipynb #2dc8eacd
 class TokenShards(TokenRing):
     """A directory that ``write_shards`` has written: a ring of tokens that knows its documents.
 
@@ -390,16 +450,22 @@ class TokenShards(TokenRing):
     ``tokenizer`` is given, it must be the one that the shards were written with.
     """
 
+    end_of_text: int
+
     def __init__(self, directory: str | Path, tokenizer: Tokenizer | None = None):
         self.directory = Path(directory).resolve()
         self._shards = [_Shard(path) for path in _shard_paths(self.directory)]
         _check_chain(self.directory, [shard.header for shard in self._shards])
-        super().__init__([shard.tokens for shard in self._shards])
         header = self._shards[-1].header
-        self.vocab_size, self.end_of_text = header.vocab_size, header.end_of_text
-        self.fingerprint = header.digest.hex()  # of all shards: their digests are a chain
+        super().__init__([shard.tokens for shard in self._shards], end_of_text=header.end_of_text)
+        self.vocab_size = header.vocab_size
         if tokenizer is not None and tokenizer_fingerprint(tokenizer) != header.tokenizer.hex():
             raise ShardError(f"{self.directory}: written with another tokenizer than the one given")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The digest of the last shard, which stands for all: their digests are a chain."""
+        return self._shards[-1].header.digest.hex()
 
     @cached_property
     def document_ends(self) -> Int64[np.ndarray, " documents"]:
@@ -485,7 +551,22 @@ def permuted(
         walking = result >= np.uint64(size)
     return result.astype(np.int64)
 
-# %% ../chapters/07_batches.ipynb #33983f74
+# %% ../chapters/07_batches.ipynb #ce1123c3
+def _starts_of_rows(
+    rows: Int64[np.ndarray, " rows"], size: int, unit: int, order: str, seed: int, wrap: bool
+) -> Int64[np.ndarray, " rows"]:
+    """Return where the ``rows`` of all training begin in a ring of ``size`` positions."""
+    if order == "random":
+        return (random_bits(seed, rows) % np.uint64(size if wrap else size - unit)).astype(np.int64)
+    windows = size // unit if wrap else (size - 1) // unit  # their last target, too, lies within
+    epoch, place = np.divmod(rows, windows)
+    if order == "sequential":
+        return place * unit
+    cuts = np.uint64(size if wrap else size - windows * unit)  # how many first cuts there are
+    cut = (random_bits(seed, epoch, 1) % cuts).astype(np.int64)
+    return (permuted(place, windows, seed, epoch, 0) * unit + cut) % size
+
+# %% ../chapters/07_batches.ipynb #0315508c
 class Batch(NamedTuple):
     """Rows to learn from. A target of -100 does not count.
 
@@ -509,8 +590,13 @@ class Batch(NamedTuple):
         )
 
 
-def window_batch(ring: TokenRing, starts: Sequence[int] | np.ndarray, context_length: int) -> Batch:
+def window_batch(
+    ring: TokenRing | np.ndarray | Tensor | Sequence[int],
+    starts: Sequence[int] | np.ndarray,
+    context_length: int,
+) -> Batch:
     """Return the windows that begin at ``starts``: ``context_length`` inputs, targets one later."""
+    ring = _as_ring(ring, "ring")
     check_at_least(context_length=(1, context_length))
     if not len(starts):
         raise ValueError(f"starts: expected at least one position, got {starts!r}")
@@ -547,7 +633,7 @@ def document_mask(
     same = document_ids[:, :, None] == document_ids[:, None, :]
     return same.tril()[:, None]  # the 1 stands for all heads
 
-# %% ../chapters/07_batches.ipynb #f9a7c27a
+# %% ../chapters/07_batches.ipynb #eca76aa0
 def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> Int64[np.ndarray, " documents"]:
     """Return the row of each document when all are packed into rows of ``capacity`` tokens.
 
@@ -557,16 +643,11 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> Int64[np.nda
     >>> best_fit([3, 5, 2, 6], capacity=8).tolist()
     [1, 1, 0, 0]
     """
-    sizes = np.asarray(lengths)
-    if sizes.size and sizes.dtype.kind not in "iu":
-        raise ValueError(f"lengths: expected whole numbers, got {sizes.flat[0]!r}")
-    if sizes.size and not 1 <= sizes.min() <= sizes.max() <= capacity:
-        wrong = sizes[(sizes < 1) | (sizes > capacity)][0]
-        raise ValueError(f"lengths: expected 1 to {capacity}, the capacity, got {wrong}")
+    sizes = _checked_lengths(lengths, capacity)
     row_of = np.empty(len(sizes), np.int64)
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     bits, n_rows = 0, 0  # bit k: some row has room for exactly k
-    for index in np.argsort(-sizes.astype(np.int64), kind="stable").tolist():
+    for index in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[index])
         enough = bits >> size
         room = size + (enough & -enough).bit_length() - 1 if enough else int(capacity)
@@ -580,12 +661,24 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> Int64[np.nda
         bits |= 1 << (room - size)
     return row_of
 
-# %% ../chapters/07_batches.ipynb #b6173355
+# %% ../chapters/07_batches.ipynb #295baa04
+def _checked_lengths(
+    lengths: Sequence[int] | np.ndarray, capacity: int
+) -> Int64[np.ndarray, " documents"]:
+    sizes = np.asarray(lengths)
+    if sizes.size and sizes.dtype.kind not in "iu":
+        raise ValueError(f"lengths: expected whole numbers, got {sizes.flat[0]!r}")
+    if sizes.size and not 1 <= sizes.min() <= sizes.max() <= capacity:
+        wrong = sizes[(sizes < 1) | (sizes > capacity)][0]
+        raise ValueError(f"lengths: expected 1 to {capacity}, the capacity, got {wrong}")
+    return sizes.astype(np.int64)
+
+# %% ../chapters/07_batches.ipynb #5e1e2aee
 @dataclass(frozen=True, eq=False)
 class PackedDocuments:
     """Rows of whole documents: row r has the windows ``rows[r]`` to ``rows[r + 1] - 1``."""
 
-    shards: TokenShards
+    shards: TokenRing
     context_length: int
     starts: Int64[np.ndarray, " windows"]
     lengths: Int64[np.ndarray, " windows"]
@@ -616,12 +709,12 @@ class PackedDocuments:
         fields = np.stack([_packed_row(self, int(row)) for row in rows], axis=1)
         return Batch(*torch.from_numpy(fields))
 
-# %% ../chapters/07_batches.ipynb #6ac13e3c
+# %% ../chapters/07_batches.ipynb #da53f0da
 def _packed_row(packed: PackedDocuments, row: int) -> Int64[np.ndarray, "4 sequence"]:
     """Return inputs, targets, position ids and document ids of a row."""
     length, at = packed.context_length, 0
     fields = np.empty((4, length), np.int64)
-    fields.T[:] = packed.shards.end_of_text, -100, 0, -1
+    fields.T[:] = packed.shards.end_of_text or 0, -100, 0, -1
     counting = np.arange(length)
     for number, index in enumerate(range(packed.rows[row], packed.rows[row + 1])):
         size = int(packed.lengths[index])
@@ -632,14 +725,15 @@ def _packed_row(packed: PackedDocuments, row: int) -> Int64[np.ndarray, "4 seque
     fields[2, at:] = counting[: length - at]
     return fields
 
-# %% ../chapters/07_batches.ipynb #75227392
+# %% ../chapters/07_batches.ipynb #5c59f1f7
 def pack_documents(
-    shards: TokenShards, context_length: int, strategy: str = "best_fit"
+    shards: TokenRing, context_length: int, strategy: str = "best_fit"
 ) -> PackedDocuments:
     """Arrange the documents of ``shards`` in rows of ``context_length``, none cut without need.
 
     Strategies are "best_fit", and "one_per_row" for a row of its own for each. Longer documents are
     cut into pieces of ``context_length``; each piece counts as a document, its positions from 0.
+    A ``TokenRing`` in memory must know its ``end_of_text``.
     """
     check_at_least(context_length=(1, context_length))
     if strategy not in ("best_fit", "one_per_row"):
@@ -656,32 +750,7 @@ def pack_documents(
     starts = (begin - 1) % len(shards)
     return PackedDocuments(shards, context_length, starts[order], lengths[order], rows)
 
-# %% ../chapters/07_batches.ipynb #3abbd2a9
-_MOST_STEPS = 1 << 40  # a step times a batch size must fit into 64 bits
-
-
-def _check_step(step: int) -> None:
-    check_at_least(step=(0, step))
-    if step is None or step >= _MOST_STEPS:
-        raise ValueError(f"step: expected a number below {_MOST_STEPS}, got {step}")
-
-
-def _step_of(state: dict[str, Any], identity: dict[str, Any]) -> int:
-    """Return the step of a ``state`` that agrees with ``identity``, else raise a ValueError."""
-    if not isinstance(state, dict):
-        raise ValueError(f"state: expected a dictionary, got {state!r}")
-    for name in sorted({*identity, *state} - {"step"}, key=str):
-        here, there = identity.get(name), state.get(name)
-        if here != there:
-            raise ValueError(f"state: {name}: expected {here!r}, as it is here, got {there!r}")
-    step = state.get("step")
-    if type(step) is not int or step < 0:
-        raise ValueError(f"state: step: expected a whole number from 0 on, got {step!r}")
-    if step >= _MOST_STEPS:
-        raise ValueError(f"state: step: expected less than {_MOST_STEPS}, got {step}")
-    return step
-
-# %% ../chapters/07_batches.ipynb #16e0c414
+# %% ../chapters/07_batches.ipynb #a731e742
 class ResumableBatches(Dataset[Batch]):
     """Batches that are functions of the step; a subclass defines ``__getitem__`` and ``identity``.
 
@@ -711,9 +780,38 @@ class ResumableBatches(Dataset[Batch]):
             yield batch
 
     def prefetch(self, workers: int = 1, ahead: int = 2) -> Iterator[Batch]:
-        """Like iterating, with ``workers`` processes that prepare ``ahead`` batches each."""
+        """Like iterating, with ``workers`` processes that prepare ``ahead`` batches each.
+
+        Each process gets a copy of tokens in memory, also of a memory-mapped array; ``TokenShards``
+        are opened there anew.
+        """
         check_at_least(workers=(1, workers), ahead=(1, ahead))
         return _prefetched(self, workers, ahead)
+
+# %% ../chapters/07_batches.ipynb #f1e0eded
+_MOST_STEPS = 1 << 40
+
+
+def _check_step(step: int) -> None:
+    check_at_least(step=(0, step))
+    if step is None or step >= _MOST_STEPS:
+        raise ValueError(f"step: expected a number below {_MOST_STEPS}, got {step}")
+
+
+def _step_of(state: dict[str, Any], identity: dict[str, Any]) -> int:
+    """Return the step of a ``state`` that agrees with ``identity``, else raise a ValueError."""
+    if not isinstance(state, dict):
+        raise ValueError(f"state: expected a dictionary, got {state!r}")
+    for name in sorted({*identity, *state} - {"step"}, key=str):
+        here, there = identity.get(name), state.get(name)
+        if here != there:
+            raise ValueError(f"state: {name}: expected {here!r}, as it is here, got {there!r}")
+    step = state.get("step")
+    if type(step) is not int or step < 0:
+        raise ValueError(f"state: step: expected a whole number from 0 on, got {step!r}")
+    if step >= _MOST_STEPS:
+        raise ValueError(f"state: step: expected less than {_MOST_STEPS}, got {step}")
+    return step
 
 # %% ../chapters/07_batches.ipynb #f3fc0615
 def _prefetched(batches: ResumableBatches, workers: int, ahead: int) -> Iterator[Batch]:
@@ -734,22 +832,20 @@ def _prefetched(batches: ResumableBatches, workers: int, ahead: int) -> Iterator
         batches.step += 1
         yield batch
 
-# %% ../chapters/07_batches.ipynb #90df591a
-_ORDERS = ("shuffled", "random", "sequential")
-
-
+# %% ../chapters/07_batches.ipynb #d20be21a
 @dataclass(eq=False)
 class BatchSampler(ResumableBatches):
-    """Batches from ``source``: windows of token shards, or the rows of packed documents.
+    """Batches from ``source``: windows of a ring of tokens, or the rows of packed documents.
 
-    ``batch_size`` counts the rows of all ranks together, of which this one gets every
-    ``world_size``-th, from ``rank`` on. Orders: "shuffled", each row once an epoch; "random", any
-    row or window, with replacement; "sequential". Windows need a ``context_length``; they have
-    position and document ids if ``documents`` is true, packed rows always. ``sampler[step]`` is
-    the batch of any step.
+    A ring may be given as ``TokenShards``, a ``TokenRing``, or a row of ids in memory (an array, a
+    tensor, a list). ``batch_size`` counts the rows of all ranks together, of which this one gets
+    every ``world_size``-th, from ``rank`` on. Orders: "shuffled", each row once an epoch; "random",
+    any row or window, with replacement; "sequential". Windows need a ``context_length``; they have
+    position and document ids if ``documents`` is true, packed rows always. With ``wrap`` false no
+    window reaches around the end of the ring. ``sampler[step]`` is the batch of any step.
     """
 
-    source: TokenShards | PackedDocuments
+    source: TokenRing | PackedDocuments | np.ndarray | Tensor | Sequence[int]
     batch_size: int
     context_length: int | None = None
     _: KW_ONLY
@@ -758,21 +854,52 @@ class BatchSampler(ResumableBatches):
     rank: int = 0
     world_size: int = 1
     seed: int = 0
+    wrap: bool = True
 
     def __post_init__(self) -> None:
+        self.source = _source(self.source)
         _check_sampler(self)
 
     def __getitem__(self, step: int) -> Batch:
+        source, starts = _source(self.source), self._starts(step)
+        if isinstance(source, PackedDocuments):
+            return source.batch(starts)
+        batch = window_batch(source, starts, _context_length(self))
+        if not self.documents:
+            return batch
+        return Batch(*batch[:2], *document_fields(batch.inputs, _end_of_text(source)))
+
+    def _starts(self, step: int) -> Int64[np.ndarray, " rows"]:
         _check_step(step)
         rows = int(step) * self.batch_size + np.arange(self.rank, self.batch_size, self.world_size)
-        return _batch_of(self, rows)
+        blocks, within = np.divmod(rows, _BLOCK)
+        how = len(self.source), _unit(self), self.order, self.seed, self.wrap
+        touched = range(int(blocks[0]), int(blocks[-1]) + 1)
+        return np.concatenate([_block_of_places(b, *how)[within[blocks == b]] for b in touched])
 
     def identity(self) -> dict[str, Any]:
         """The data, and what decides on the rows; not the rank, nor how many there are."""
         names = ("batch_size", "context_length", "order", "documents", "seed")
-        return {"source": self.source.fingerprint} | {name: getattr(self, name) for name in names}
+        identity = {"source": _source(self.source).fingerprint}
+        identity |= {name: getattr(self, name) for name in names}
+        return identity if self.wrap else {**identity, "wrap": False}
 
-# %% ../chapters/07_batches.ipynb #803676f8
+# %% ../chapters/07_batches.ipynb #58b789f5
+def _source(source: Any) -> TokenRing | PackedDocuments:
+    """Return ``source`` as what a sampler draws from; a ValueError if it cannot be that."""
+    return (
+        source
+        if isinstance(source, PackedDocuments)
+        else _as_ring(source, "source", " or PackedDocuments")
+    )
+
+
+def _end_of_text(ring: TokenRing) -> int:
+    if ring.end_of_text is None:
+        raise ValueError("documents: the source must know its end_of_text, got a ring without it")
+    return ring.end_of_text
+
+
 def _context_length(sampler: BatchSampler) -> int:
     source, length = sampler.source, sampler.context_length
     if isinstance(source, PackedDocuments):
@@ -789,52 +916,30 @@ def _unit(sampler: BatchSampler) -> int:
     """How far apart rows begin in the source: a context length of tokens, or one packed row."""
     return 1 if isinstance(sampler.source, PackedDocuments) else _context_length(sampler)
 
-# %% ../chapters/07_batches.ipynb #2fbf975a
-_BLOCK = 4096
+# %% ../chapters/07_batches.ipynb #32d7ec98
+_ORDERS = ("shuffled", "random", "sequential")
 
 
-@lru_cache(maxsize=16)
-def _block_of_places(
-    order: str, seed: int, size: int, unit: int, block: int
-) -> Int64[np.ndarray, " rows"]:
-    """Return where the rows of a ``block`` begin in a source of ``size`` tokens or packed rows."""
-    numbers = block * _BLOCK + np.arange(_BLOCK)
-    if order == "random":
-        return (random_bits(seed, numbers) % np.uint64(size)).astype(np.int64)
-    epoch, place = np.divmod(numbers, size // unit)
-    if order == "sequential":
-        return place * unit
-    turn = (random_bits(seed, epoch, 1) % np.uint64(size)).astype(np.int64)
-    return (permuted(place, size // unit, seed, epoch, 0) * unit + turn) % size
-
-
-def _batch_of(sampler: BatchSampler, numbers: Int64[np.ndarray, " rows"]) -> Batch:
-    """Return the rows with the given numbers, counted from the beginning of training."""
-    source, size = sampler.source, len(sampler.source)
-    blocks, within = np.divmod(numbers, _BLOCK)
-    order = sampler.order, sampler.seed, size, _unit(sampler)
-    touched = range(int(blocks[0]), int(blocks[-1]) + 1)
-    parts = [_block_of_places(*order, b)[within[blocks == b]] for b in touched]
-    places = np.concatenate(parts)
-    if isinstance(source, PackedDocuments):
-        return source.batch(places)
-    batch = window_batch(source, places, _context_length(sampler))
-    fields = document_fields(batch.inputs, source.end_of_text) if sampler.documents else ()
-    return Batch(batch.inputs, batch.targets, *fields)
-
-# %% ../chapters/07_batches.ipynb #1e9711ae
 def _check_sampler(sampler: BatchSampler) -> None:
-    source, order = sampler.source, sampler.order
+    source, order = _source(sampler.source), sampler.order
     if order not in _ORDERS:
         raise ValueError(f"order: expected one of {_ORDERS}, got {order!r}")
     sampler.context_length = int(_context_length(sampler))
-    sampler.documents = bool(sampler.documents or isinstance(source, PackedDocuments))
+    is_packed = isinstance(source, PackedDocuments)
+    sampler.documents = bool(sampler.documents or is_packed)
+    sampler.wrap = bool(sampler.wrap or is_packed)  # packed rows never reach around
+    if sampler.documents and isinstance(source, TokenRing):
+        _end_of_text(source)
     for name, least in {"batch_size": 1, "world_size": 1, "rank": 0, "seed": 0}.items():
         value = getattr(sampler, name)
         if value is None:
             raise ValueError(f"{name}: expected a whole number, got None")
         check_at_least(**{name: (least, value)})
         setattr(sampler, name, int(value))  # NumPy's integers are not fit for JSON
+    _check_sizes(sampler, len(source))
+
+# %% ../chapters/07_batches.ipynb #d2bebfb0
+def _check_sizes(sampler: BatchSampler, size: int) -> None:
     if sampler.seed >= 1 << 64:
         raise ValueError(f"seed: expected at most 64 bits, got {sampler.seed}")
     if sampler.batch_size > 1 << 22:
@@ -842,6 +947,18 @@ def _check_sampler(sampler: BatchSampler) -> None:
     if sampler.rank >= sampler.world_size or sampler.batch_size % sampler.world_size:
         ranks = f"rank {sampler.rank} of {sampler.world_size}"
         raise ValueError(f"batch_size: cannot share {sampler.batch_size} rows out for {ranks}")
-    if _unit(sampler) > len(source):
-        wanted = f"expected at most the {len(source)} tokens that there are"
+    if _unit(sampler) > size - (not sampler.wrap):
+        fewer = "at most" if sampler.wrap else "less than"
+        wanted = f"expected {fewer} the {size} tokens that there are"
         raise ValueError(f"context_length: {wanted}, got {sampler.context_length}")
+
+# %% ../chapters/07_batches.ipynb #16a6eda7
+_BLOCK = 4096
+
+
+@lru_cache(maxsize=16)
+def _block_of_places(
+    block: int, size: int, unit: int, order: str, seed: int, wrap: bool
+) -> Int64[np.ndarray, " rows"]:
+    """Return where the rows of a ``block`` of 4,096 begin."""
+    return _starts_of_rows(block * _BLOCK + np.arange(_BLOCK), size, unit, order, seed, wrap)

@@ -534,7 +534,7 @@ def _restored(header: Any, hashes: Any, owners: Any) -> LSHIndex:
     index._runs.add(hashes, owners)
     return index
 
-# %% ../chapters/04_deduplication.ipynb #89e0ae98
+# %% ../chapters/04_deduplication.ipynb #466ced3b
 def _root(parent: list[int], argument: str, item: int) -> int:
     size = len(parent)
     if not isinstance(item, int | np.integer) or not 0 <= item < size:
@@ -543,7 +543,7 @@ def _root(parent: list[int], argument: str, item: int) -> int:
         parent[item] = item = parent[parent[item]]
     return item
 
-
+# %% ../chapters/04_deduplication.ipynb #345871d8
 class UnionFind:
     """Disjoint sets of the items 0 to ``size`` - 1; the name of a set is its smallest item.
 

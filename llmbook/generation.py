@@ -9,9 +9,9 @@ __all__ = ['FinishReason', 'Step', 'draw', 'keep_top_k', 'keep_top_p', 'keep_min
            'GenerationOptions', 'generate', 'Piece', 'stream', 'beam_search', 'verify', 'expected_tokens',
            'SpeculativeStats', 'speculative_generate', 'quantize_rows', 'QuantizedLinear', 'quantize', 'stored_bytes']
 
-# %% ../chapters/14_generation.ipynb #078058b3
+# %% ../chapters/14_generation.ipynb #e45d5a81
+# The imports that only the module needs
 import codecs
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -20,10 +20,14 @@ from functools import cached_property
 from operator import index
 from typing import Any, Literal, NamedTuple
 
+from jaxtyping import Bool, Float, Int8, Int64
+
+# %% ../chapters/14_generation.ipynb #29d01dde
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int8, Int64
 from torch import Tensor, nn
 
 from .attention import KVCache, LayerCache
@@ -144,7 +148,7 @@ def penalize_frequency(
     """Subtract ``frequency`` for each time that a token has occurred, ``presence`` if it has."""
     return logits - frequency * counts - presence * (counts > 0)
 
-# %% ../chapters/14_generation.ipynb #4a0f8ef8
+# %% ../chapters/14_generation.ipynb #9a3aa97a
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How to choose a token; without arguments it is drawn from the model's distribution.
@@ -163,7 +167,27 @@ class Sampling:
     presence_penalty: int | float = 0.0
 
     def __post_init__(self) -> None:
-        _check_sampling(self)
+        self._check()
+
+    def _check(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            expected = "0 (greedy) or a positive number"
+            raise ValueError(f"temperature: expected {expected}, got {self.temperature}")
+        check_at_least(top_k=(1, self.top_k))
+        for name in _FILTERS[1:]:
+            share = getattr(self, name)
+            if share is not None and not (0 < share <= 1 or (name == "min_p" and share == 0)):
+                raise ValueError(f"{name}: expected more than 0, at most 1, got {share}")
+        if not 0 < self.repetition_penalty < math.inf:
+            got = self.repetition_penalty
+            raise ValueError(f"repetition_penalty: expected a positive number, got {got}")
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: expected a number, got {getattr(self, name)}")
+        given = [name for name in _FILTERS if getattr(self, name) is not None]
+        if self.temperature == 0 and given:
+            expected = "None at temperature 0, which takes the most likely token"
+            raise ValueError(f"{given[0]}: expected {expected}, got {getattr(self, given[0])}")
 
     @property
     def has_penalties(self) -> bool:
@@ -171,29 +195,44 @@ class Sampling:
         neutral = self.repetition_penalty == 1
         return not neutral or self.frequency_penalty != 0 or self.presence_penalty != 0
 
-# %% ../chapters/14_generation.ipynb #2c5f203c
+# %% ../chapters/14_generation.ipynb #0fe09d3b
+def _distribution(logits: Tensor, sampling: Sampling, counts: Tensor | None) -> Tensor:
+    logits = _penalized(logits, sampling, counts)
+    if sampling.temperature == 0:
+        return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
+    if sampling.temperature != 1:  # the best is at 0, so that a tiny temperature cannot overflow
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
+    probabilities = logits.softmax(dim=-1)
+    if sampling.top_k is not None:
+        probabilities = keep_top_k(probabilities, sampling.top_k)
+    if sampling.top_p is not None:
+        probabilities = keep_top_p(probabilities, sampling.top_p)
+    if sampling.min_p is not None:
+        probabilities = keep_min_p(probabilities, sampling.min_p)
+    if sampling.typical_p is not None:
+        probabilities = keep_typical(probabilities, sampling.typical_p)
+    return probabilities
+
+
+def next_token_distribution(
+    logits: Float[Tensor, "batch vocab_size"],
+    sampling: Sampling,
+    history: Int64[Tensor, "batch length"] | None = None,
+) -> Float[Tensor, "batch vocab_size"]:
+    """Return the probabilities from which the next token is drawn.
+
+    In this order: repetition, frequency and presence penalty, temperature, top-k, top-p, min-p,
+    typical; each filter sees what the one before has left. ``history`` is the text so far, for
+    penalties; -1 in it is padding.
+    """
+    counts = None if history is None else _token_counts(history, logits.size(-1))
+    return _distribution(logits, sampling, counts)
+
+# %% ../chapters/14_generation.ipynb #75adb893
 _FILTERS = ("top_k", "top_p", "min_p", "typical_p")
 
 
-def _check_sampling(sampling: Sampling) -> None:
-    if not 0 <= sampling.temperature < math.inf:
-        expected = "0 (greedy) or a positive number"
-        raise ValueError(f"temperature: expected {expected}, got {sampling.temperature}")
-    check_at_least(top_k=(1, sampling.top_k))
-    for name in _FILTERS[1:]:
-        share = getattr(sampling, name)
-        if share is not None and not (0 < share <= 1 or (name == "min_p" and share == 0)):
-            raise ValueError(f"{name}: expected more than 0, at most 1, got {share}")
-    if not 0 < sampling.repetition_penalty < math.inf:
-        got = sampling.repetition_penalty
-        raise ValueError(f"repetition_penalty: expected a positive number, got {got}")
-    for name in ("frequency_penalty", "presence_penalty"):
-        if not math.isfinite(getattr(sampling, name)):
-            raise ValueError(f"{name}: expected a number, got {getattr(sampling, name)}")
-    given = [name for name in _FILTERS if getattr(sampling, name) is not None]
-    if sampling.temperature == 0 and given:
-        expected = "None at temperature 0, which takes the most likely token"
-        raise ValueError(f"{given[0]}: expected {expected}, got {getattr(sampling, given[0])}")
+_PLAIN = Sampling()  # draw from the model's distribution
 
 # %% ../chapters/14_generation.ipynb #9be7046f
 def _penalized(logits: Tensor, sampling: Sampling, counts: Tensor | None) -> Tensor:
@@ -214,40 +253,7 @@ def _token_counts(history: Int64[Tensor, "batch length"], vocab_size: int) -> Te
     counts = torch.zeros(len(history), vocab_size, dtype=torch.int64, device=history.device)
     return counts.scatter_add_(1, history.clamp(min=0), (history >= 0).long())
 
-# %% ../chapters/14_generation.ipynb #13734a28
-def _distribution(logits: Tensor, sampling: Sampling, counts: Tensor | None) -> Tensor:
-    logits = _penalized(logits, sampling, counts)
-    if sampling.temperature == 0:
-        return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
-    if sampling.temperature != 1:  # the best is at 0, so that a tiny temperature cannot overflow
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
-    probabilities = logits.softmax(dim=-1)
-    if sampling.top_k is not None:
-        probabilities = keep_top_k(probabilities, sampling.top_k)
-    if sampling.top_p is not None:
-        probabilities = keep_top_p(probabilities, sampling.top_p)
-    if sampling.min_p is not None:
-        probabilities = keep_min_p(probabilities, sampling.min_p)
-    if sampling.typical_p is not None:
-        probabilities = keep_typical(probabilities, sampling.typical_p)
-    return probabilities
-
-# %% ../chapters/14_generation.ipynb #fabe50f0
-def next_token_distribution(
-    logits: Float[Tensor, "batch vocab_size"],
-    sampling: Sampling,
-    history: Int64[Tensor, "batch length"] | None = None,
-) -> Float[Tensor, "batch vocab_size"]:
-    """Return the probabilities from which the next token is drawn.
-
-    In this order: repetition, frequency and presence penalty, temperature, top-k, top-p, min-p,
-    typical; each filter sees what the one before has left. ``history`` is the text so far, for
-    penalties; -1 in it is padding.
-    """
-    counts = None if history is None else _token_counts(history, logits.size(-1))
-    return _distribution(logits, sampling, counts)
-
-# %% ../chapters/14_generation.ipynb #cf993a2c
+# %% ../chapters/14_generation.ipynb #5ba18ec0
 def _choose(
     logits: Tensor, sampling: Sampling, counts: Tensor | None, uniforms: Tensor | None
 ) -> Tensor:
@@ -258,7 +264,7 @@ def _choose(
 
 def sample(
     logits: Float[Tensor, "batch vocab_size"],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = _PLAIN,
     *,
     history: Int64[Tensor, "batch length"] | None = None,
     uniforms: Float[Tensor, " batch"] | None = None,
@@ -290,6 +296,88 @@ def uniforms_of(seed: int, row: int, n: int, first_step: int = 0) -> Float[np.nd
     steps = np.arange(first_step, first_step + n)
     return (random_bits(seed, row, steps) >> np.uint64(11)) * 2.0**-53
 
+# %% ../chapters/14_generation.ipynb #988a3bce
+FinishReason = Literal["stop", "length", "context"]
+
+
+class Completion(NamedTuple):
+    """What was generated after a prompt.
+
+    ``ids`` are all tokens that were chosen, a stop token included; ``text`` ends before whatever
+    stopped it, and is None without a tokenizer. ``log_probs`` are the model's own, in nats, before
+    temperature, filters and penalties. ``finish_reason``: "stop", a stop token or string; "length",
+    ``max_new_tokens``; "context", the model can read no more.
+    """
+
+    ids: list[int]
+    text: str | None
+    finish_reason: FinishReason
+    log_probs: list[float]
+
+# %% ../chapters/14_generation.ipynb #d11e0639
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """The keyword arguments that ``generate`` and its like have in common, checked.
+
+    ``max_new_tokens``: after how many to end at the latest. ``sampling``: how to choose them.
+    ``tokenizer``: needed for prompts, stops and completions that are texts; a prompt is encoded
+    as it is, with nothing put before it. ``stop_tokens``: ids, each of which ends a completion
+    and is its last. ``stop_strings``: texts, before each of which the completion's text ends.
+    ``seed``: the same one gives the same texts, whatever the state of PyTorch's generators.
+    ``use_cache``: False reads the whole text at each step, for comparison. ``on_full``: what to
+    do at the end of the context, "stop"; "error", a ValueError before any work if the prompt and
+    ``max_new_tokens`` do not fit; or "slide", forget the older half and go on.
+    """
+
+    max_new_tokens: int
+    sampling: Sampling = _PLAIN
+    tokenizer: BPETokenizer | None = None
+    stop_tokens: Collection[int] = ()
+    stop_strings: Sequence[str] = ()
+    seed: int = 0
+    use_cache: bool = True
+    on_full: Literal["stop", "error", "slide"] = "stop"
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    def _check(self) -> None:
+        check_at_least(max_new_tokens=(1, self.max_new_tokens))
+        check_choice("on_full", self.on_full, ("stop", "error", "slide"))
+        if isinstance(self.stop_tokens, int):
+            raise ValueError(f"stop_tokens: expected a list of ids, got {self.stop_tokens}")
+        if isinstance(self.stop_strings, str):
+            raise ValueError(f"stop_strings: expected a list of texts, got {self.stop_strings!r}")
+        if not all(self.stop_strings):
+            raise ValueError("stop_strings: expected texts of at least one character, got ''")
+        if self.stop_strings and self.tokenizer is None:
+            raise ValueError("tokenizer: expected one, for stop_strings, got None")
+
+# %% ../chapters/14_generation.ipynb #e4deaeca
+def _prompt_ids(
+    model: TransformerLM, prompt: str | Sequence[int], options: GenerationOptions
+) -> list[int]:
+    """Return the ids of a prompt; a ValueError says why there can be no text after it."""
+    if isinstance(prompt, str):
+        if options.tokenizer is None:
+            raise ValueError("tokenizer: expected one, for prompts that are texts, got None")
+        prompt = options.tokenizer.encode(prompt)
+    if isinstance(prompt, int):
+        raise ValueError(f"prompts: expected a text or a list of ids for each, got {prompt}")
+    ids, config = [index(token) for token in prompt], model.config
+    if not ids:
+        expected = "at least one token to go on from, such as end of text"
+        raise ValueError(f"prompts: expected {expected}, got none")
+    if wrong := [token for token in ids if not 0 <= token < config.vocab_size]:
+        raise ValueError(f"prompts: expected ids from 0 to {config.vocab_size - 1}, got {wrong[0]}")
+    room, why = config.context_length, f"context_length = {config.context_length}"
+    if options.on_full == "error":
+        room += 1 - options.max_new_tokens  # the last token need not be read
+        why += f" and max_new_tokens = {options.max_new_tokens}"
+    if len(ids) > room:
+        raise ValueError(f"prompts: expected at most {room} tokens, for {why}, got {len(ids)}")
+    return ids
+
 # %% ../chapters/14_generation.ipynb #7c9124f1
 class _ArrivingText:
     """Text token by token, given out as soon as it is certain: whole, and before any stop."""
@@ -318,90 +406,7 @@ class _ArrivingText:
         shown, self.held = self.held[:n], self.held[n:]
         return shown
 
-# %% ../chapters/14_generation.ipynb #988a3bce
-FinishReason = Literal["stop", "length", "context"]
-
-
-class Completion(NamedTuple):
-    """What was generated after a prompt.
-
-    ``ids`` are all tokens that were chosen, a stop token included; ``text`` ends before whatever
-    stopped it, and is None without a tokenizer. ``log_probs`` are the model's own, in nats, before
-    temperature, filters and penalties. ``finish_reason``: "stop", a stop token or string; "length",
-    ``max_new_tokens``; "context", the model can read no more.
-    """
-
-    ids: list[int]
-    text: str | None
-    finish_reason: FinishReason
-    log_probs: list[float]
-
-# %% ../chapters/14_generation.ipynb #da8485fb
-@dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """The keyword arguments that ``generate`` and its like have in common, checked.
-
-    ``max_new_tokens``: after how many to end at the latest. ``sampling``: how to choose them.
-    ``tokenizer``: needed for prompts, stops and completions that are texts; a prompt is encoded
-    as it is, with nothing put before it. ``stop_tokens``: ids, each of which ends a completion
-    and is its last. ``stop_strings``: texts, before each of which the completion's text ends.
-    ``seed``: the same one gives the same texts, whatever the state of PyTorch's generators.
-    ``use_cache``: False reads the whole text at each step, for comparison. ``on_full``: what to
-    do at the end of the context, "stop"; "error", a ValueError before any work if the prompt and
-    ``max_new_tokens`` do not fit; or "slide", forget the older half and go on.
-    """
-
-    max_new_tokens: int
-    sampling: Sampling = Sampling()
-    tokenizer: BPETokenizer | None = None
-    stop_tokens: Collection[int] = ()
-    stop_strings: Sequence[str] = ()
-    seed: int = 0
-    use_cache: bool = True
-    on_full: Literal["stop", "error", "slide"] = "stop"
-
-    def __post_init__(self) -> None:
-        _check_options(self)
-
-# %% ../chapters/14_generation.ipynb #6cf4aaef
-def _check_options(options: GenerationOptions) -> None:
-    check_at_least(max_new_tokens=(1, options.max_new_tokens))
-    check_choice("on_full", options.on_full, ("stop", "error", "slide"))
-    if isinstance(options.stop_tokens, int):
-        raise ValueError(f"stop_tokens: expected a list of ids, got {options.stop_tokens}")
-    if isinstance(options.stop_strings, str):
-        raise ValueError(f"stop_strings: expected a list of texts, got {options.stop_strings!r}")
-    if not all(options.stop_strings):
-        raise ValueError("stop_strings: expected texts of at least one character, got ''")
-    if options.stop_strings and options.tokenizer is None:
-        raise ValueError("tokenizer: expected one, for stop_strings, got None")
-
-# %% ../chapters/14_generation.ipynb #e4deaeca
-def _prompt_ids(
-    model: TransformerLM, prompt: str | Sequence[int], options: GenerationOptions
-) -> list[int]:
-    """Return the ids of a prompt; a ValueError says why there can be no text after it."""
-    if isinstance(prompt, str):
-        if options.tokenizer is None:
-            raise ValueError("tokenizer: expected one, for prompts that are texts, got None")
-        prompt = options.tokenizer.encode(prompt)
-    if isinstance(prompt, int):
-        raise ValueError(f"prompts: expected a text or a list of ids for each, got {prompt}")
-    ids, config = [index(token) for token in prompt], model.config
-    if not ids:
-        expected = "at least one token to go on from, such as end of text"
-        raise ValueError(f"prompts: expected {expected}, got none")
-    if wrong := [token for token in ids if not 0 <= token < config.vocab_size]:
-        raise ValueError(f"prompts: expected ids from 0 to {config.vocab_size - 1}, got {wrong[0]}")
-    room, why = config.context_length, f"context_length = {config.context_length}"
-    if options.on_full == "error":
-        room += 1 - options.max_new_tokens  # the last token need not be read
-        why += f" and max_new_tokens = {options.max_new_tokens}"
-    if len(ids) > room:
-        raise ValueError(f"prompts: expected at most {room} tokens, for {why}, got {len(ids)}")
-    return ids
-
-# %% ../chapters/14_generation.ipynb #4f99bdb0
+# %% ../chapters/14_generation.ipynb #a4167e38
 class _Row:
     """A text on its way: what the model sees of it, and what was added."""
 
@@ -425,30 +430,32 @@ class _Row:
         if self.text is not None:
             shown = "" if stopped else self.text.add(token)
             stopped |= self.text.stopped
-        self.reason = "stop" if stopped else _limit(self)
+        self.reason = "stop" if stopped else self._limit()
         if self.text is not None and self.reason:
             shown += self.text.end()
         return shown
 
-# %% ../chapters/14_generation.ipynb #29f7c818
-def _limit(row: _Row) -> FinishReason | None:
-    """Say which limit a row has reached; if it may slide, let it forget the older half."""
-    if math.isnan(row.log_probs[-1]):
-        raise ValueError(f"model: expected logits, got NaN after {len(row.ids) - 1} new tokens")
-    if len(row.ids) == row.options.max_new_tokens:
-        return "length"
-    if len(row.seen) > row.context_length:
-        if row.options.on_full != "slide":
-            return "context"
-        row.seen, row.moved = row.seen[-max(1, row.context_length // 2) :], True
-    return None
+    def _limit(self) -> FinishReason | None:
+        """Say which limit the row has reached; if it may slide, let it forget the older half."""
+        if math.isnan(self.log_probs[-1]):
+            raise ValueError(
+                f"model: expected logits, got NaN after {len(self.ids) - 1} new tokens"
+            )
+        if len(self.ids) == self.options.max_new_tokens:
+            return "length"
+        if len(self.seen) > self.context_length:
+            if self.options.on_full != "slide":
+                return "context"
+            self.seen, self.moved = self.seen[-max(1, self.context_length // 2) :], True
+        return None
 
+    def completion(self, shown: str) -> Completion:
+        """Return what was added; ``shown`` is all of its text."""
+        reason: FinishReason = self.reason or "length"
+        text = None if self.text is None else shown
+        return Completion(self.ids, text, reason, self.log_probs)
 
-def _completion(row: _Row, shown: str) -> Completion:
-    reason: FinishReason = row.reason or "length"
-    return Completion(row.ids, None if row.text is None else shown, reason, row.log_probs)
-
-# %% ../chapters/14_generation.ipynb #ad1f35d9
+# %% ../chapters/14_generation.ipynb #aa6c4a31
 def _padded(
     texts: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[Int64[Tensor, "batch sequence"], Int64[Tensor, "batch sequence"] | None]:
@@ -466,11 +473,7 @@ Step = Callable[[Tensor, KVCache], Tensor]
 
 def _plain_step(model: TransformerLM) -> Step:
     """The next step by the model's own forward pass, with one new token in each row."""
-
-    def step(tokens: Tensor, cache: KVCache) -> Tensor:
-        return model.lm_head(model.hidden_states(tokens[:, None], cache=cache)[:, -1])
-
-    return step
+    return lambda tokens, cache: model(tokens[:, None], cache=cache)[:, -1]
 
 # %% ../chapters/14_generation.ipynb #f56ffde7
 class _Linear:
@@ -505,22 +508,12 @@ def _normalizer(norm: nn.Module) -> Callable[[Tensor], Tensor]:
 
     return normalized
 
-# %% ../chapters/14_generation.ipynb #f618208c
+# %% ../chapters/14_generation.ipynb #8136c6dd
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``apply_rope`` in three calls: both are doubled, the first half of ``sin`` has a minus."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
-
-def _store(cache: LayerCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Do what ``LayerCache.update`` does, quickly for rows that are alike."""
-    step = cache._table._step
-    if not isinstance(step.slots, slice):
-        return cache.update(k.unsqueeze(2), v.unsqueeze(2))
-    cache.keys.select(2, step.slots.start).copy_(k)
-    cache.values.select(2, step.slots.start).copy_(v)
-    return cache.keys.narrow(2, 0, step.used), cache.values.narrow(2, 0, step.used)
-
-# %% ../chapters/14_generation.ipynb #c1d44c13
+# %% ../chapters/14_generation.ipynb #66a93b68
 class _FusedBlock:
     """A block for one new token in each row, (batch, d_model), in few calls."""
 
@@ -535,26 +528,23 @@ class _FusedBlock:
         self.o, self.down = _Linear(a.o_proj), _Linear(f.down_proj)
 
     def __call__(self, x: Tensor, rope: Any, mask: Tensor | None, cache: LayerCache) -> Tensor:
-        x = self.o.onto(x, _attend(self, self.norms[0](x), rope, mask, cache))
+        x = self.o.onto(x, self.attend(self.norms[0](x), rope, mask, cache))
         up = self.up(self.norms[1](x))
         gate, up = up.chunk(2, dim=-1) if self.gates else (None, up)
         return self.down.onto(x, activate(self.activation, gate, up))
 
-# %% ../chapters/14_generation.ipynb #c55ccd5f
-def _attend(
-    block: _FusedBlock, x: Tensor, rope: Any, mask: Tensor | None, cache: LayerCache
-) -> Tensor:
-    """Return what each row gathers, (batch, n_heads * d_head)."""
-    heads, kv_heads = block.n_heads, block.n_kv_heads
-    qkv = block.qkv(x).view(len(x), heads + 2 * kv_heads, block.d_head)
-    qk, v = qkv.narrow(1, 0, heads + kv_heads), qkv.narrow(1, heads + kv_heads, kv_heads)
-    if block.qk_norms[0] is not None:
-        parts = zip(block.qk_norms, qk.split((heads, kv_heads), dim=1), strict=True)
-        qk = torch.cat([norm(part) for norm, part in parts], dim=1)
-    qk = qk if rope is None else _rotated(qk, *rope)
-    k, v = _store(cache, qk.narrow(1, heads, kv_heads), v)
-    q = qk.narrow(1, 0, heads).unflatten(1, (kv_heads, -1))  # those that share keys together
-    return F.scaled_dot_product_attention(q, k, v, mask).reshape(len(x), -1)
+    def attend(self, x: Tensor, rope: Any, mask: Tensor | None, cache: LayerCache) -> Tensor:
+        """Return what each row gathers, (batch, n_heads * d_head)."""
+        heads, kv_heads = self.n_heads, self.n_kv_heads
+        qkv = self.qkv(x).view(len(x), heads + 2 * kv_heads, self.d_head)
+        qk, v = qkv.narrow(1, 0, heads + kv_heads), qkv.narrow(1, heads + kv_heads, kv_heads)
+        if self.qk_norms[0] is not None:
+            parts = zip(self.qk_norms, qk.split((heads, kv_heads), dim=1), strict=True)
+            qk = torch.cat([norm(part) for norm, part in parts], dim=1)
+        qk = qk if rope is None else _rotated(qk, *rope)
+        k, v = cache.update_one(qk.narrow(1, heads, kv_heads), v)
+        q = qk.narrow(1, 0, heads).unflatten(1, (kv_heads, -1))  # those that share keys together
+        return F.scaled_dot_product_attention(q, k, v, mask).reshape(len(x), -1)
 
 # %% ../chapters/14_generation.ipynb #77b63a8c
 def _fused_step(model: TransformerLM) -> Step:
@@ -575,7 +565,7 @@ def _fused_step(model: TransformerLM) -> Step:
 
     return step
 
-# %% ../chapters/14_generation.ipynb #c660ccb9
+# %% ../chapters/14_generation.ipynb #17326724
 _SMALL = 20_000_000  # parameters
 
 
@@ -584,16 +574,73 @@ def _next_step(model: TransformerLM) -> Step:
     config, kinds = model.config, {type(m) for m in model.modules() if hasattr(m, "in_features")}
     plain = config.norm_position == "post" or config.n_experts or kinds != {nn.Linear}
     floats = {parameter.dtype for parameter in model.parameters()}
-    if plain or floats != {torch.float32} or count_parameters(model) > _SMALL:
-        return _plain_step(model)
-    return _fused_step(model)
+    plain |= floats != {torch.float32} or count_parameters(model) > _SMALL
+    return _plain_step(model) if plain or _is_compiled(model) else _fused_step(model)
 
-# %% ../chapters/14_generation.ipynb #6aad3344
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` or ``model.compile`` was called with the model, or a part of it."""
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules())
+
+# %% ../chapters/14_generation.ipynb #40594b47
+def _decode(
+    model: TransformerLM, rows: list[_Row], options: GenerationOptions
+) -> Iterator[list[tuple[_Row, str]]]:
+    """Add tokens to the rows until all have finished; yield each step's rows and new text."""
+    most = max(len(row.seen) for row in rows) + options.max_new_tokens - 1
+    reader, chooser = _Reader(model, most, options.use_cache), _Chooser(model, rows, options)
+    logits = reader.read([row.seen for row in rows])
+    for step in range(options.max_new_tokens):
+        tokens, log_probs = chooser.choose(logits, step)
+        chosen = zip(rows, tokens.tolist(), log_probs.tolist(), strict=True)
+        yield [(row, row.take(token, p)) for row, token, p in chosen if row.reason is None]
+        going = [number for number, row in enumerate(rows) if row.reason is None]
+        if not going:
+            return
+        if len(going) < len(rows) and (reader.is_full() or 2 * len(going) <= len(rows)):
+            kept = torch.tensor(going, device=tokens.device)
+            rows, tokens = [rows[number] for number in going], tokens[kept]
+            chooser.keep(going)
+            if reader.cache is not None:
+                reader.cache.reorder(kept)
+        logits = reader.go_on(rows, tokens)
+
+# %% ../chapters/14_generation.ipynb #4b5a72e5
+def generate(
+    model: TransformerLM,
+    prompts: Sequence[Sequence[int]] | Sequence[str],
+    *,
+    batch_size: int = 64,
+    first_row: int = 0,
+    **options: Any,
+) -> list[Completion]:
+    """Return a completion of each prompt, at most ``batch_size`` at a time.
+
+    ``options`` are those of ``GenerationOptions``: ``max_new_tokens``, which must be given,
+    ``sampling``, ``tokenizer``, ``stop_tokens``, ``stop_strings``, ``seed``, ``use_cache`` and
+    ``on_full``. A row depends on its prompt, the seed and its number only, up to the rounding of
+    logits; rows are numbered from ``first_row``. Bad prompts and options raise a ``ValueError``.
+    """
+    check_at_least(batch_size=(1, batch_size), first_row=(0, first_row))
+    checked = GenerationOptions(**options)
+    rows = _rows(model, prompts, checked, first_row)
+    shown: dict[int, list[str]] = {row.number: [] for row in rows}
+    by_length = sorted(rows, key=lambda row: len(row.prompt))
+    with _evaluating(model):
+        for at in range(0, len(rows), batch_size):
+            for step in _decode(model, by_length[at : at + batch_size], checked):
+                for row, piece in step:
+                    shown[row.number].append(piece)
+    return [row.completion("".join(shown[row.number])) for row in rows]
+
+# %% ../chapters/14_generation.ipynb #876a83bd
 class _Reader:
     """Gives the logits after each of several texts: from a cache, or read from the start."""
 
     def __init__(self, model: TransformerLM, capacity: int, use_cache: bool):
         self.model, self.use_cache = model, use_cache
+        if _is_compiled(model):  # few shapes, since each of them is compiled
+            capacity = max(128, 1 << (capacity - 1).bit_length())
         self.capacity = min(capacity, model.config.context_length)
         self.cache: KVCache | None = None
 
@@ -618,7 +665,7 @@ class _Reader:
 
     def is_full(self) -> bool:
         """Whether a row cannot be read on as it is; without a cache none ever is."""
-        return self.cache is None or max(self.cache._lengths) >= self.capacity
+        return self.cache is None or int(self.cache.lengths.max()) >= self.capacity
 
 # %% ../chapters/14_generation.ipynb #accaacf2
 class _Chooser:
@@ -652,29 +699,6 @@ class _Chooser:
             self.uniforms = np.stack([uniforms_of(self.seed, n, 256, step) for n in self.numbers])
         return torch.from_numpy(self.uniforms[:, place])
 
-# %% ../chapters/14_generation.ipynb #40594b47
-def _decode(
-    model: TransformerLM, rows: list[_Row], options: GenerationOptions
-) -> Iterator[list[tuple[_Row, str]]]:
-    """Add tokens to the rows until all have finished; yield each step's rows and new text."""
-    most = max(len(row.seen) for row in rows) + options.max_new_tokens - 1
-    reader, chooser = _Reader(model, most, options.use_cache), _Chooser(model, rows, options)
-    logits = reader.read([row.seen for row in rows])
-    for step in range(options.max_new_tokens):
-        tokens, log_probs = chooser.choose(logits, step)
-        chosen = zip(rows, tokens.tolist(), log_probs.tolist(), strict=True)
-        yield [(row, row.take(token, p)) for row, token, p in chosen if row.reason is None]
-        going = [number for number, row in enumerate(rows) if row.reason is None]
-        if not going:
-            return
-        if len(going) < len(rows) and (reader.is_full() or 2 * len(going) <= len(rows)):
-            kept = torch.tensor(going, device=tokens.device)
-            rows, tokens = [rows[number] for number in going], tokens[kept]
-            chooser.keep(going)
-            if reader.cache is not None:
-                reader.cache.reorder(kept)
-        logits = reader.go_on(rows, tokens)
-
 # %% ../chapters/14_generation.ipynb #a41544f3
 @contextmanager
 def _evaluating(*models: nn.Module) -> Iterator[None]:
@@ -701,34 +725,6 @@ def _rows(
     texts = [_prompt_ids(model, prompt, options) for prompt in prompts]
     length = model.config.context_length
     return [_Row(number, text, length, options) for number, text in enumerate(texts, first_row)]
-
-# %% ../chapters/14_generation.ipynb #34815aa3
-def generate(
-    model: TransformerLM,
-    prompts: Sequence[Sequence[int]] | Sequence[str],
-    *,
-    batch_size: int = 64,
-    first_row: int = 0,
-    **options: Any,
-) -> list[Completion]:
-    """Return a completion of each prompt, at most ``batch_size`` at a time.
-
-    ``options`` are those of ``GenerationOptions``: ``max_new_tokens``, which must be given,
-    ``sampling``, ``tokenizer``, ``stop_tokens``, ``stop_strings``, ``seed``, ``use_cache`` and
-    ``on_full``. A row depends on its prompt, the seed and its number only, up to the rounding of
-    logits; rows are numbered from ``first_row``. Bad prompts and options raise a ``ValueError``.
-    """
-    check_at_least(batch_size=(1, batch_size), first_row=(0, first_row))
-    checked = GenerationOptions(**options)
-    rows = _rows(model, prompts, checked, first_row)
-    shown: dict[int, list[str]] = {row.number: [] for row in rows}
-    by_length = sorted(rows, key=lambda row: len(row.prompt))
-    with _evaluating(model):
-        for at in range(0, len(rows), batch_size):
-            for step in _decode(model, by_length[at : at + batch_size], checked):
-                for row, piece in step:
-                    shown[row.number].append(piece)
-    return [_completion(row, "".join(shown[row.number])) for row in rows]
 
 # %% ../chapters/14_generation.ipynb #27a9069c
 class Piece(NamedTuple):
@@ -838,10 +834,10 @@ def beam_search(
         found = _search(reader, row, most, n_beams, length_penalty)
     return [_of_beam(beam, row) for _, beam in found]
 
-# %% ../chapters/14_generation.ipynb #3c0f66e8
+# %% ../chapters/14_generation.ipynb #a2819a9c
 def _check_for_beams(options: GenerationOptions) -> None:
     check_choice("on_full", options.on_full, ("stop", "error"))
-    if options.sampling != Sampling():
+    if options.sampling != _PLAIN:
         raise ValueError(f"sampling: expected none for a beam search, got {options.sampling}")
     if options.stop_strings:
         got = options.stop_strings
@@ -851,7 +847,7 @@ def _check_for_beams(options: GenerationOptions) -> None:
 def _of_beam(beam: _Beam, row: _Row) -> Completion:
     done = _Row(row.number, row.prompt, row.context_length, row.options)
     shown = "".join(done.take(*one) for one in zip(beam.ids, beam.log_probs, strict=True))
-    return _completion(done, shown)
+    return done.completion(shown)
 
 # %% ../chapters/14_generation.ipynb #ea0e2c9f
 def verify(
@@ -874,6 +870,38 @@ def verify(
             owed = owed if owed.sum() > 0 else p  # p and q differ by rounding only
             return place, int(draw(owed[None], last))
     return len(tokens), int(draw(target[-1:], last))
+
+# %% ../chapters/14_generation.ipynb #e912008d
+def _round(
+    target: "_Follower", draft: "_Follower", row: _Row, n: int, stats: "SpeculativeStats"
+) -> str:
+    """Draft ``n`` tokens, verify them, and add what comes out; return the text to show."""
+    text, sampling, n_before = list(row.seen), row.options.sampling, len(row.ids)
+    uniforms = uniforms_of(row.options.seed, stats.n_passes, 2 * n + 1)
+    tokens, q = _drafted(draft, text, n, sampling, uniforms)
+    logits = target.read(text + tokens, n + 1)
+    p = _distributions(logits, sampling, text + tokens)
+    accepted, last = verify(p, torch.cat(q) if q else p[:0], tokens, uniforms[n:])
+    log_probs, shown = F.log_softmax(logits, dim=-1, dtype=torch.float32), ""
+    for place, token in enumerate([*tokens[:accepted], last]):
+        if row.reason is None:
+            shown += row.take(token, log_probs[place, token].item())
+    for follower in (target, draft):
+        follower.back_to(len(text) + accepted)
+    stats.add(n, accepted, len(row.ids) - n_before)
+    return shown
+
+# %% ../chapters/14_generation.ipynb #3ecf9b6f
+def expected_tokens(acceptance: int | float, n_draft: int) -> float:
+    """Return how many tokens a pass of the target yields on average.
+
+    If each of ``n_draft`` tokens passes with probability ``acceptance``, whatever happened to
+    others. Source: Leviathan et al. (2023), eq. 1.
+
+    >>> expected_tokens(0.5, 2)  # 1 + 1/2 + 1/4
+    1.75
+    """
+    return math.fsum(acceptance**k for k in range(n_draft + 1))
 
 # %% ../chapters/14_generation.ipynb #00d09483
 class _Follower:
@@ -921,19 +949,7 @@ def _drafted(
         text.append(int(draw(distributions[-1], uniform)))
     return text[len(text) - n :], distributions
 
-# %% ../chapters/14_generation.ipynb #676f3d05
-def expected_tokens(acceptance: int | float, n_draft: int) -> float:
-    """Return how many tokens a pass of the target yields on average.
-
-    If each of ``n_draft`` tokens passes with probability ``acceptance``, whatever happened to
-    others. Source: Leviathan et al. (2023), eq. 1.
-
-    >>> expected_tokens(0.5, 2)  # 1 + 1/2 + 1/4
-    1.75
-    """
-    return math.fsum(acceptance**k for k in range(n_draft + 1))
-
-
+# %% ../chapters/14_generation.ipynb #c010c6a1
 @dataclass
 class SpeculativeStats:
     """What happened to the drafted tokens; those after a rejection or an end are not tested."""
@@ -943,6 +959,14 @@ class SpeculativeStats:
     n_drafted: int = 0
     n_tested: int = 0
     n_accepted: int = 0
+
+    def add(self, drafted: int, accepted: int, added: int) -> None:
+        """Count a round that ``added`` tokens: fewer than ``accepted`` if one ended the text."""
+        self.n_passes += 1
+        self.n_tokens += added
+        self.n_drafted += drafted
+        self.n_tested += min(added, drafted)
+        self.n_accepted += min(added, accepted)
 
     @property
     def acceptance_rate(self) -> float:
@@ -954,28 +978,7 @@ class SpeculativeStats:
         """How many tokens a pass of the target yielded."""
         return self.n_tokens / self.n_passes if self.n_passes else math.nan
 
-# %% ../chapters/14_generation.ipynb #88946d4b
-def _round(target: _Follower, draft: _Follower, row: _Row, n: int, stats: SpeculativeStats) -> str:
-    """Draft ``n`` tokens, verify them, and add what comes out; return the text to show."""
-    text, sampling, n_before = list(row.seen), row.options.sampling, len(row.ids)
-    uniforms = uniforms_of(row.options.seed, stats.n_passes, 2 * n + 1)
-    tokens, q = _drafted(draft, text, n, sampling, uniforms)
-    logits = target.read(text + tokens, n + 1)
-    p = _distributions(logits, sampling, text + tokens)
-    accepted, last = verify(p, torch.cat(q) if q else p[:0], tokens, uniforms[n:])
-    log_probs, shown = F.log_softmax(logits, dim=-1, dtype=torch.float32), ""
-    for place, token in enumerate([*tokens[:accepted], last]):
-        if row.reason is None:
-            shown += row.take(token, log_probs[place, token].item())
-    for follower in (target, draft):
-        follower.back_to(len(text) + accepted)
-    added = len(row.ids) - n_before  # fewer than were accepted if one of them ended the text
-    stats.n_passes, stats.n_drafted = stats.n_passes + 1, stats.n_drafted + n
-    stats.n_tested, stats.n_tokens = stats.n_tested + min(added, n), len(row.ids)
-    stats.n_accepted += min(added, accepted)
-    return shown
-
-# %% ../chapters/14_generation.ipynb #374082c0
+# %% ../chapters/14_generation.ipynb #1fcc575a
 def speculative_generate(
     model: TransformerLM,
     draft: TransformerLM,
@@ -1001,7 +1004,7 @@ def speculative_generate(
             left = checked.max_new_tokens - len(row.ids)
             n = min(n_draft, left - 1, row.context_length - len(row.seen))
             shown += _round(target, guess, row, n, stats)
-    return _completion(row, shown), stats
+    return row.completion(shown), stats
 
 # %% ../chapters/14_generation.ipynb #21b4c563
 def _check_draft(model: TransformerLM, draft: TransformerLM) -> None:

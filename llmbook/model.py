@@ -7,7 +7,8 @@ counted, saved, and opened from the files that the rest of the world uses."""
 __all__ = ['PRESETS', 'ModelConfig', 'Transformer', 'TransformerLM', 'parameter_counts', 'count_parameters', 'flops_per_token',
            'activation_bytes', 'training_memory', 'cache_bytes', 'model_type', 'save_model', 'load_model']
 
-# %% ../chapters/11_model.ipynb #82c1e165
+# %% ../chapters/11_model.ipynb #586254ca
+# The imports of the module that are not parts of the model
 import json
 import math
 import os
@@ -23,10 +24,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import torch
 from jaxtyping import Bool, Float, Int64
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+# %% ../chapters/11_model.ipynb #b51a6ba3
+import torch
 from torch import Tensor, nn
 
 from .attention import Backend, KVCache, MultiHeadAttention, attention_mask, causal_mask
@@ -37,12 +40,19 @@ from .blocks import default_d_ff, initialize_weights
 from .environment import check_at_least, check_choice, check_fraction
 from .positions import LearnedEmbedding, RopeScaling, RotaryEmbedding, SinusoidalEmbedding
 
-# %% ../chapters/11_model.ipynb #07039f6f
-_DERIVED: Any = None  # the default of a field that `_derive` fills in
+# %% ../chapters/11_model.ipynb #ed04d2a2
+_DERIVED: Any = None  # the default of a field that follows from others
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Fields:
+class ModelConfig:
+    """What a ``TransformerLM`` is: every size and every choice, checked.
+
+    What is left out follows from the rest: ``n_kv_heads`` is ``n_heads``, ``d_head`` is
+    ``d_model / n_heads``, ``d_ff`` is ``default_d_ff``, ``qkv_bias`` is ``bias``. What no model can
+    be raises a ``ValueError`` that names the field, its value and what was expected.
+    """
+
     vocab_size: int
     context_length: int  # the longest sequence
     d_model: int
@@ -68,20 +78,24 @@ class _Fields:
     tie_embeddings: bool = False
     dropout: int | float = 0.0
 
-# %% ../chapters/11_model.ipynb #a4de5f03
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(_Fields):
-    """What a ``TransformerLM`` is: every size and every choice, checked.
-
-    What is left out follows from the rest: ``n_kv_heads`` is ``n_heads``, ``d_head`` is
-    ``d_model / n_heads``, ``d_ff`` is ``default_d_ff``, ``qkv_bias`` is ``bias``. What no model can
-    be raises a ``ValueError`` that names the field, its value and what was expected.
-    """
-
     def __post_init__(self) -> None:
         _check_types(vars(self))
-        _derive(self)
-        _check_config(self)
+        self._check_what_others_need()
+        self._derive()
+        self._check_together()
+        self._check_positions()
+        self._check_experts()
+
+    def _derive(self) -> None:
+        derived = {
+            "n_kv_heads": self.n_heads,
+            "d_head": self.d_model // self.n_heads,
+            "d_ff": default_d_ff(self.d_model, self.activation),
+            "qkv_bias": self.bias,
+        }
+        for name, value in derived.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # frozen, but not yet finished
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "ModelConfig":
@@ -98,94 +112,50 @@ class ModelConfig(_Fields):
         """Return all fields as numbers, texts and dictionaries, fit for JSON."""
         return asdict(self)
 
-# %% ../chapters/11_model.ipynb #94a491ae
-def _check_types(entries: Mapping[str, Any]) -> None:
-    for field in fields(_Fields):
-        value, kind = entries.get(field.name, field.default), cast(type, field.type)
-        if value is None and field.default is None:
-            continue
-        if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
-            name = getattr(kind, "__name__", str(kind))
-            raise ValueError(f"{field.name}: expected {name}, got {value!r}")
+    def _check_what_others_need(self) -> None:
+        check_at_least(**{name: (1, getattr(self, name)) for name in _REQUIRED})
+        check_choice("activation", self.activation, ACTIVATIONS)
+        if self.d_head is None and self.d_model % self.n_heads:
+            expected = f"a divisor of d_model = {self.d_model}, unless d_head is given"
+            raise ValueError(f"n_heads: expected {expected}, got {self.n_heads}")
 
+    def _check_together(self) -> None:
+        sizes = {name: (1, getattr(self, name)) for name in ("n_kv_heads", "d_head", "d_ff")}
+        check_at_least(**sizes, sliding_window=(1, self.sliding_window))
+        if self.n_heads % self.n_kv_heads:
+            expected = f"a divisor of n_heads = {self.n_heads}"
+            raise ValueError(f"n_kv_heads: expected {expected}, got {self.n_kv_heads}")
+        check_choice("positions", self.positions, ("rope", "learned", "sinusoidal", "none"))
+        check_choice("norm", self.norm, ("rmsnorm", "layernorm"))
+        check_choice("norm_position", self.norm_position, ("pre", "post"))
+        check_fraction("dropout", self.dropout)
+        if not 0 < self.norm_eps < 1:
+            raise ValueError(f"norm_eps: expected a small positive number, got {self.norm_eps}")
 
-def _checked_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries as arguments of ``ModelConfig``; what is unknown or missing is named."""
-    given = {name: value for name, value in entries.items() if value is not None}
-    if unknown := sorted(set(given) - {field.name for field in fields(_Fields)}):
-        raise ValueError(f"{unknown[0]}: not a field of ModelConfig")
-    if missing := [name for name in _REQUIRED if name not in given]:
-        raise ValueError(f"{missing[0]}: expected a number, but it is missing")
-    if isinstance(given.get("rope_scaling"), Mapping):
-        try:
-            given["rope_scaling"] = RopeScaling(**given["rope_scaling"])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"rope_scaling: {error}") from None
-    _check_types(given)  # a checker of annotations would look before __post_init__ does
-    return given
+    def _check_positions(self) -> None:
+        kind = self.positions
+        for name, needed in (("d_head", kind == "rope"), ("d_model", kind == "sinusoidal")):
+            if needed and getattr(self, name) % 2:
+                value = getattr(self, name)
+                raise ValueError(f"{name}: expected an even number for {kind!r}, got {value}")
+        if not 1 < self.rope_base < 1e30:  # angles are of 32 bits
+            raise ValueError(f"rope_base: expected a number above 1, got {self.rope_base}")
+        if self.rope_scaling is not None and kind != "rope":
+            expected = f"None where positions are {kind!r}"
+            raise ValueError(f"rope_scaling: expected {expected}, got {self.rope_scaling}")
 
-# %% ../chapters/11_model.ipynb #7faf0e66
-_REQUIRED = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads")
+    def _check_experts(self) -> None:
+        check_at_least(n_experts=(0, self.n_experts), d_shared=(0, self.d_shared))
+        least = 1 if self.n_experts else 0
+        if not least <= self.n_active_experts <= self.n_experts:
+            expected = f"{least} to n_experts = {self.n_experts}"
+            raise ValueError(f"n_active_experts: expected {expected}, got {self.n_active_experts}")
+        if self.d_shared and not self.n_experts:
+            raise ValueError(f"d_shared: expected 0 without experts, got {self.d_shared}")
+        if self.n_experts and self.bias:
+            raise ValueError("bias: expected False with experts, which have none, got True")
 
-
-def _derive(config: ModelConfig) -> None:
-    check_at_least(**{name: (1, getattr(config, name)) for name in _REQUIRED})
-    check_choice("activation", config.activation, ACTIVATIONS)
-    if config.d_head is None and config.d_model % config.n_heads:
-        expected = f"a divisor of d_model = {config.d_model}, unless d_head is given"
-        raise ValueError(f"n_heads: expected {expected}, got {config.n_heads}")
-    derived = {
-        "n_kv_heads": config.n_heads,
-        "d_head": config.d_model // config.n_heads,
-        "d_ff": default_d_ff(config.d_model, config.activation),
-        "qkv_bias": config.bias,
-    }
-    for name, value in derived.items():
-        if getattr(config, name) is None:
-            object.__setattr__(config, name, value)  # frozen, but not yet finished
-
-# %% ../chapters/11_model.ipynb #c5cf480b
-def _check_config(config: ModelConfig) -> None:
-    sizes = {name: (1, getattr(config, name)) for name in ("n_kv_heads", "d_head", "d_ff")}
-    check_at_least(**sizes, sliding_window=(1, config.sliding_window))
-    if config.n_heads % config.n_kv_heads:
-        expected = f"a divisor of n_heads = {config.n_heads}"
-        raise ValueError(f"n_kv_heads: expected {expected}, got {config.n_kv_heads}")
-    check_choice("positions", config.positions, ("rope", "learned", "sinusoidal", "none"))
-    check_choice("norm", config.norm, ("rmsnorm", "layernorm"))
-    check_choice("norm_position", config.norm_position, ("pre", "post"))
-    check_fraction("dropout", config.dropout)
-    if not 0 < config.norm_eps < 1:
-        raise ValueError(f"norm_eps: expected a small positive number, got {config.norm_eps}")
-    _check_positions(config)
-    _check_experts(config)
-
-
-def _check_positions(config: ModelConfig) -> None:
-    kind = config.positions
-    for name, needed in (("d_head", kind == "rope"), ("d_model", kind == "sinusoidal")):
-        if needed and getattr(config, name) % 2:
-            value = getattr(config, name)
-            raise ValueError(f"{name}: expected an even number for {kind!r}, got {value}")
-    if not 1 < config.rope_base < 1e30:  # angles are of 32 bits
-        raise ValueError(f"rope_base: expected a number above 1, got {config.rope_base}")
-    if config.rope_scaling is not None and kind != "rope":
-        expected = f"None where positions are {kind!r}"
-        raise ValueError(f"rope_scaling: expected {expected}, got {config.rope_scaling}")
-
-# %% ../chapters/11_model.ipynb #f1ee057c
-def _check_experts(config: ModelConfig) -> None:
-    check_at_least(n_experts=(0, config.n_experts), d_shared=(0, config.d_shared))
-    least = 1 if config.n_experts else 0
-    if not least <= config.n_active_experts <= config.n_experts:
-        expected = f"{least} to n_experts = {config.n_experts}"
-        raise ValueError(f"n_active_experts: expected {expected}, got {config.n_active_experts}")
-    if config.d_shared and not config.n_experts:
-        raise ValueError(f"d_shared: expected 0 without experts, got {config.d_shared}")
-    if config.n_experts and config.bias:
-        raise ValueError("bias: expected False with experts, which have none, got True")
-
-# %% ../chapters/11_model.ipynb #a31c70b7
+# %% ../chapters/11_model.ipynb #56d9d563
 _SIZES = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
 #: The fields of known models by name, for ``ModelConfig.preset``.
 PRESETS: dict[str, dict[str, Any]] = {}
@@ -197,21 +167,50 @@ def _add_preset(name: str, *sizes: int, **choices: Any) -> None:
 
 _OLD = {"positions": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True}
 _OLD |= {"tie_embeddings": True, "dropout": 0.1}
+_LLAMA3 = {"rope_base": 500_000.0}
 _add_preset("tiny", 512, 128, 64, 3, 2)
 _add_preset("gpt2", 50_257, 1024, 768, 12, 12, **_OLD)
-_add_preset("gpt2-medium", 50_257, 1024, 1024, 24, 16, **_OLD)
-_add_preset("gpt2-large", 50_257, 1024, 1280, 36, 20, **_OLD)
-_add_preset("gpt2-xl", 50_257, 1024, 1600, 48, 25, **_OLD)
+_add_preset("llama3-8b", 128_256, 8192, 4096, 32, 32, 8, 14_336, **_LLAMA3)
 
-# %% ../chapters/11_model.ipynb #8577cf91
-_LLAMA3 = {"rope_base": 500_000.0}
+# %% ../chapters/11_model.ipynb #643ead20
+def _check_types(entries: Mapping[str, Any]) -> None:
+    for field in fields(ModelConfig):
+        value, kind = entries.get(field.name, field.default), cast(type, field.type)
+        if value is None and field.default is None:
+            continue
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
+            name = getattr(kind, "__name__", str(kind))
+            raise ValueError(f"{field.name}: expected {name}, got {value!r}")
+
+# %% ../chapters/11_model.ipynb #245edc7b
+_REQUIRED = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads")
+
+
+def _checked_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries as arguments of ``ModelConfig``; what is unknown or missing is named."""
+    given = {name: value for name, value in entries.items() if value is not None}
+    if unknown := sorted(set(given) - {field.name for field in fields(ModelConfig)}):
+        raise ValueError(f"{unknown[0]}: not a field of ModelConfig")
+    if missing := [name for name in _REQUIRED if name not in given]:
+        raise ValueError(f"{missing[0]}: expected a number, but it is missing")
+    if isinstance(given.get("rope_scaling"), Mapping):
+        try:
+            given["rope_scaling"] = RopeScaling(**given["rope_scaling"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"rope_scaling: {error}") from None
+    _check_types(given)  # a checker of annotations would look before __post_init__ does
+    return given
+
+# %% ../chapters/11_model.ipynb #871e2cc7
 _LLAMA31, _LLAMA32 = (
     _LLAMA3 | {"rope_scaling": RopeScaling("llama3", factor, original_context_length=8192)}
     for factor in (8.0, 32.0)
 )
 _QWEN = {"rope_base": 1_000_000.0, "norm_eps": 1e-6, "tie_embeddings": True}
+_add_preset("gpt2-medium", 50_257, 1024, 1024, 24, 16, **_OLD)
+_add_preset("gpt2-large", 50_257, 1024, 1280, 36, 20, **_OLD)
+_add_preset("gpt2-xl", 50_257, 1024, 1600, 48, 25, **_OLD)
 _add_preset("llama2-7b", 32_000, 4096, 4096, 32, 32, 32, 11_008)
-_add_preset("llama3-8b", 128_256, 8192, 4096, 32, 32, 8, 14_336, **_LLAMA3)
 _add_preset("llama3-70b", 128_256, 8192, 8192, 80, 64, 8, 28_672, **_LLAMA3)
 _add_preset("llama3.1-8b", 128_256, 131_072, 4096, 32, 32, 8, 14_336, **_LLAMA31)
 _add_preset("llama3.2-1b", 128_256, 131_072, 2048, 16, 32, 8, 8192, **_LLAMA32, tie_embeddings=True)
@@ -220,6 +219,129 @@ _add_preset("qwen3-0.6b", 151_936, 40_960, 1024, 28, 16, 8, 3072, **_QWEN, d_hea
 _add_preset("mistral-7b", 32_000, 32_768, 4096, 32, 32, 8, 14_336, sliding_window=4096)
 _EXPERTS = {"n_experts": 8, "n_active_experts": 2, "rope_base": 1_000_000.0}
 _add_preset("mixtral-8x7b", 32_000, 32_768, 4096, 32, 32, 8, 14_336, **_EXPERTS)
+
+# %% ../chapters/11_model.ipynb #2ef8987e
+class Transformer(nn.Module):
+    """From token ids to one vector for each token: everything but the head."""
+
+    def __init__(self, config: ModelConfig, backend: Backend = "torch"):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions, self.rope = _absolute(config), _rotary(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(_block(config, backend) for _ in range(config.n_layers))
+        self.norm = _last_norm(config, backend)
+
+    def hidden_states(
+        self,
+        ids: Int64[Tensor, "batch sequence"],
+        *,
+        position_ids: Int64[Tensor, "#batch sequence"] | None = None,
+        document_ids: Int64[Tensor, "batch sequence"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "batch sequence d_model"]:
+        """Return the vectors that the head reads.
+
+        Positions count from 0, in each document if there are ``document_ids``, or go on from the
+        ``cache``. A position of -1 is padding: nothing attends to it.
+        """
+        _check_input(self.config, ids, position_ids, document_ids, cache)
+        x = _embedded(self.embedding, ids)
+        positions, mask = _positions_and_mask(self.config, ids, position_ids, document_ids, cache)
+        if self.positions is not None:
+            x = x + self.positions(positions).to(x.dtype)
+        rope = None if self.rope is None else self.rope(positions)
+        x = self.dropout(x)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rope=rope, mask=mask, cache=None if cache is None else cache[layer])
+        return self.norm(x)
+
+    def balance_loss(self) -> Float[Tensor, ""]:
+        """Return the balance losses of the last pass, summed over blocks with experts, else 0."""
+        losses = [m.balance_loss for m in self.modules() if isinstance(m, MixtureOfExperts)]
+        return torch.stack(losses).sum() if losses else self.embedding.weight.new_zeros(())
+
+# %% ../chapters/11_model.ipynb #fe59bca7
+def _positions_and_mask(
+    config: ModelConfig,
+    ids: Int64[Tensor, "batch sequence"],
+    position_ids: Int64[Tensor, "#batch sequence"] | None,
+    document_ids: Int64[Tensor, "batch sequence"] | None,
+    cache: KVCache | None,
+) -> tuple[Int64[Tensor, "#batch sequence"], Bool[Tensor, "..."] | None]:
+    """Return where each token stands and what it may attend to; no mask means the causal one."""
+    sequence, window = ids.size(1), config.sliding_window
+    if cache is not None:
+        positions = cache.next_positions(sequence) if position_ids is None else position_ids
+        return positions, cache.extend(sequence if position_ids is None else position_ids)
+    if document_ids is not None:
+        positions = _places_in_documents(document_ids) if position_ids is None else position_ids
+        mask = document_mask(document_ids)
+        if window is not None:
+            mask = mask & causal_mask(sequence, window, ids.device)
+        return positions, mask
+    if position_ids is not None:
+        return position_ids, attention_mask(position_ids, position_ids, window)
+    places = torch.arange(sequence, device=ids.device)[None]
+    cut = window is not None and sequence > window
+    return places, causal_mask(sequence, window, ids.device) if cut else None
+
+# %% ../chapters/11_model.ipynb #dc5b7266
+def _places_in_documents(
+    document_ids: Int64[Tensor, "batch sequence"],
+) -> Int64[Tensor, "batch sequence"]:
+    """Count from 0 in each run of equal ids."""
+    places = torch.arange(document_ids.size(1), device=document_ids.device)
+    begins = document_ids != document_ids.roll(1, dims=1)
+    begins[:, 0] = True
+    return places - torch.where(begins, places, 0).cummax(dim=1).values
+
+# %% ../chapters/11_model.ipynb #1ea879fa
+class TransformerLM(Transformer):
+    """A language model: from token ids to the logits of the next token, at every position."""
+
+    def __init__(self, config: ModelConfig, backend: Backend = "torch"):
+        super().__init__(config, backend)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self._tie()  # first: a table that also makes logits is drawn differently
+        initialize_weights(self, config.n_layers)
+
+    def _tie(self) -> None:
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embedding.weight
+
+    def forward(
+        self,
+        ids: Int64[Tensor, "batch sequence"],
+        *,
+        position_ids: Int64[Tensor, "#batch sequence"] | None = None,
+        document_ids: Int64[Tensor, "batch sequence"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "batch sequence vocab_size"]:
+        """Return logits; the arguments are those of ``hidden_states``."""
+        given = {"position_ids": position_ids, "document_ids": document_ids}
+        return self.lm_head(self.hidden_states(ids, cache=cache, **given))
+
+    def new_cache(self, batch_size: int, capacity: int | None = None, spare: int = 0) -> KVCache:
+        """Return an empty cache for rows of ``capacity`` tokens, by default ``context_length``."""
+        config, weight = self.config, self.embedding.weight
+        capacity = config.context_length if capacity is None else capacity
+        if capacity > config.context_length:
+            expected = f"at most context_length = {config.context_length}"
+            raise ValueError(f"capacity: expected {expected}, got {capacity}")
+        sizes = (batch_size, capacity, config.n_kv_heads, config.d_head)
+        kept: dict[str, Any] = {"n_layers": config.n_layers, "window": config.sliding_window}
+        return KVCache(*sizes, **kept, spare=spare, dtype=weight.dtype, device=weight.device)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write the model to ``folder``; the options are those of ``save_model``."""
+        save_model(self, folder, **options)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> "TransformerLM":
+        """Return the model in ``folder``; the options are those of ``load_model``."""
+        return load_model(folder, **options)
 
 # %% ../chapters/11_model.ipynb #4eed45ca
 def _norm(config: ModelConfig, backend: Backend) -> Callable[[int], nn.Module]:
@@ -277,43 +399,13 @@ def _rotary(config: ModelConfig) -> RotaryEmbedding | None:
     rope = config.positions == "rope"
     return RotaryEmbedding(config.d_head, config.rope_base, config.rope_scaling) if rope else None
 
-# %% ../chapters/11_model.ipynb #a3fb9641
-def _positions_and_mask(
-    config: ModelConfig,
-    ids: Int64[Tensor, "batch sequence"],
-    position_ids: Int64[Tensor, "#batch sequence"] | None,
-    document_ids: Int64[Tensor, "batch sequence"] | None,
-) -> tuple[Int64[Tensor, "#batch sequence"], Bool[Tensor, "..."] | None]:
-    """Return where each token stands and what it may attend to; no mask means the causal one."""
-    sequence, window = ids.size(1), config.sliding_window
-    if document_ids is not None:
-        positions = _places_in_documents(document_ids) if position_ids is None else position_ids
-        mask = document_mask(document_ids)
-        return positions, mask if window is None else mask & causal_mask(
-            sequence, window, ids.device
-        )
-    if position_ids is not None:
-        return position_ids, attention_mask(position_ids, position_ids, window)
-    places = torch.arange(sequence, device=ids.device)[None]
-    cut = window is not None and sequence > window
-    return places, causal_mask(sequence, window, ids.device) if cut else None
-
-
-def _places_in_documents(
-    document_ids: Int64[Tensor, "batch sequence"],
-) -> Int64[Tensor, "batch sequence"]:
-    """Count from 0 in each run of equal ids."""
-    places = torch.arange(document_ids.size(1), device=document_ids.device)
-    begins = document_ids != document_ids.roll(1, dims=1)
-    begins[:, 0] = True
-    return places - torch.where(begins, places, 0).cummax(dim=1).values
-
-# %% ../chapters/11_model.ipynb #bb6852e9
+# %% ../chapters/11_model.ipynb #1cef8c0e
 def _check_input(
     config: ModelConfig,
     ids: Tensor,
+    position_ids: Tensor | None,
+    document_ids: Tensor | None,
     cache: KVCache | None,
-    alongside: dict[str, Tensor | None],
 ) -> None:
     if ids.dtype != torch.int64 or ids.ndim != 2:
         got = f"{tuple(ids.shape)} of {ids.dtype}"
@@ -321,7 +413,7 @@ def _check_input(
     if not 0 < ids.size(1) <= config.context_length:
         expected = f"1 to context_length = {config.context_length} tokens"
         raise ValueError(f"ids: expected {expected}, got {ids.size(1)}")
-    for name, given in alongside.items():
+    for name, given in (("position_ids", position_ids), ("document_ids", document_ids)):
         if given is None:
             continue
         fits = given.shape == ids.shape
@@ -329,135 +421,20 @@ def _check_input(
         if given.dtype != torch.int64 or not fits:
             got = f"{tuple(given.shape)} of {given.dtype}"
             raise ValueError(f"{name}: expected {tuple(ids.shape)} of torch.int64, got {got}")
-    if cache is not None and alongside["document_ids"] is not None:
+    if cache is not None and document_ids is not None:
         raise ValueError("document_ids: expected None with a cache, which has one text in a row")
 
-# %% ../chapters/11_model.ipynb #75182dff
-def _entrance(
-    model: "Transformer",
-    ids: Tensor,
-    position_ids: Tensor | None,
-    document_ids: Tensor | None,
-    cache: KVCache | None,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
-    """Return what enters the blocks, worked out once: vectors, rotations, mask."""
-    given = {"position_ids": position_ids, "document_ids": document_ids}
-    _check_input(model.config, ids, cache, given)
+
+def _embedded(embedding: nn.Embedding, ids: Tensor) -> Tensor:
+    """Return the row of each id; a ``ValueError`` tells of ids that have none."""
     try:
-        x = model.embedding(ids)
+        return embedding(ids)
     except IndexError:
-        expected = f"0 to {model.config.vocab_size - 1}"
+        expected = f"0 to {embedding.num_embeddings - 1}"
         got = f"{int(ids.min())} to {int(ids.max())}"
         raise ValueError(f"ids: expected {expected}, got {got}") from None
-    if cache is None:
-        positions, mask = _positions_and_mask(model.config, ids, position_ids, document_ids)
-    else:
-        positions = cache.next_positions(ids.size(1)) if position_ids is None else position_ids
-        mask = cache.extend(ids.size(1) if position_ids is None else position_ids)
-    if model.positions is not None:
-        x = x + model.positions(positions).to(x.dtype)
-    return model.dropout(x), None if model.rope is None else model.rope(positions), mask
 
-# %% ../chapters/11_model.ipynb #873045d4
-class Transformer(nn.Module):
-    """From token ids to one vector for each token: everything but the head."""
-
-    def __init__(self, config: ModelConfig, backend: Backend = "torch"):
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.positions, self.rope = _absolute(config), _rotary(config)
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(_block(config, backend) for _ in range(config.n_layers))
-        self.norm = _last_norm(config, backend)
-
-    def hidden_states(
-        self,
-        ids: Int64[Tensor, "batch sequence"],
-        *,
-        position_ids: Int64[Tensor, "#batch sequence"] | None = None,
-        document_ids: Int64[Tensor, "batch sequence"] | None = None,
-        cache: KVCache | None = None,
-    ) -> Float[Tensor, "batch sequence d_model"]:
-        """Return the vectors that the head reads.
-
-        Positions count from 0, in each document if there are ``document_ids``, or go on from the
-        ``cache``. A position of -1 is padding: nothing attends to it.
-        """
-        x, rope, mask = _entrance(self, ids, position_ids, document_ids, cache)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, rope=rope, mask=mask, cache=None if cache is None else cache[layer])
-        return self.norm(x)
-
-    def balance_loss(self) -> Float[Tensor, ""]:
-        """Return the balance losses of the last pass, summed over blocks with experts, else 0."""
-        return _balance_loss(self)
-
-# %% ../chapters/11_model.ipynb #b7f7ddb7
-class TransformerLM(Transformer):
-    """A language model: from token ids to the logits of the next token, at every position."""
-
-    def __init__(self, config: ModelConfig, backend: Backend = "torch"):
-        super().__init__(config, backend)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        _tie(self)  # first: a table that also makes logits is drawn differently
-        initialize_weights(self, config.n_layers)
-
-    def forward(
-        self,
-        ids: Int64[Tensor, "batch sequence"],
-        *,
-        position_ids: Int64[Tensor, "#batch sequence"] | None = None,
-        document_ids: Int64[Tensor, "batch sequence"] | None = None,
-        cache: KVCache | None = None,
-    ) -> Float[Tensor, "batch sequence vocab_size"]:
-        """Return logits; the arguments are those of ``hidden_states``."""
-        given = {"position_ids": position_ids, "document_ids": document_ids}
-        return self.lm_head(self.hidden_states(ids, cache=cache, **given))
-
-    def new_cache(self, batch_size: int, capacity: int | None = None, spare: int = 0) -> KVCache:
-        """Return an empty cache for rows of ``capacity`` tokens, by default ``context_length``."""
-        return _new_cache(self, batch_size, capacity, spare)
-
-    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Write the model to ``folder``; the options are those of ``save_model``."""
-        save_model(self, folder, **options)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **options: Any) -> "TransformerLM":
-        """Return the model in ``folder``; the options are those of ``load_model``."""
-        return load_model(folder, **options)
-
-# %% ../chapters/11_model.ipynb #9fa38c64
-def _tie(model: TransformerLM) -> None:
-    if model.config.tie_embeddings:
-        model.lm_head.weight = model.embedding.weight
-
-
-def _balance_loss(model: Transformer) -> Float[Tensor, ""]:
-    losses = [m.balance_loss for m in model.modules() if isinstance(m, MixtureOfExperts)]
-    return torch.stack(losses).sum() if losses else model.embedding.weight.new_zeros(())
-
-
-def _new_cache(model: Transformer, batch_size: int, capacity: int | None, spare: int) -> KVCache:
-    config, weight = model.config, model.embedding.weight
-    capacity = config.context_length if capacity is None else capacity
-    if capacity > config.context_length:
-        expected = f"at most context_length = {config.context_length}"
-        raise ValueError(f"capacity: expected {expected}, got {capacity}")
-    return KVCache(
-        batch_size,
-        capacity,
-        config.n_kv_heads,
-        config.d_head,
-        n_layers=config.n_layers,
-        window=config.sliding_window,
-        spare=spare,
-        dtype=weight.dtype,
-        device=weight.device,
-    )
-
-# %% ../chapters/11_model.ipynb #995ca001
+# %% ../chapters/11_model.ipynb #84de06ee
 def parameter_counts(config: ModelConfig, *, active: bool = False) -> dict[str, int]:
     """Return the number of parameters of each part, summed over all layers; nothing is allocated.
 
@@ -473,11 +450,11 @@ def parameter_counts(config: ModelConfig, *, active: bool = False) -> dict[str, 
         "lm_head": 0 if config.tie_embeddings else vocabulary,
     }
 
-
+# %% ../chapters/11_model.ipynb #d00ba475
 def _vectors_of_norm(config: ModelConfig) -> int:
     return 2 if config.norm == "layernorm" and config.bias else 1
 
-# %% ../chapters/11_model.ipynb #ca8164cf
+
 def _attention_parameters(config: ModelConfig) -> int:
     d, queries = config.d_model, config.n_heads * config.d_head
     qkv = queries + 2 * config.n_kv_heads * config.d_head
@@ -589,34 +566,7 @@ def cache_bytes(
     per_token = 2 * config.n_layers * config.n_kv_heads * config.d_head
     return batch_size * kept * per_token * dtype.itemsize
 
-# %% ../chapters/11_model.ipynb #d17f2b99
-_GPT2_OUTSIDE = {"embedding": "transformer.wte", "positions": "transformer.wpe"}
-_GPT2_OUTSIDE |= {"norm": "transformer.ln_f", "lm_head": "lm_head"}
-_GPT2_BLOCK = {
-    "ln_1": ("attention_norm",),
-    "attn.c_attn": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-    "attn.c_proj": ("attention.o_proj",),
-    "ln_2": ("feed_forward_norm",),
-    "mlp.c_fc": ("feed_forward.up_proj",),
-    "mlp.c_proj": ("feed_forward.down_proj",),
-}
-
-
-def _gpt2_tensors(model: TransformerLM) -> dict[str, list[Tensor]]:
-    own: dict[str, Tensor] = dict(model.named_parameters())  # a tied head is not there twice
-    tensors: dict[str, list[Tensor]] = {}
-    for name, tensor in own.items():
-        module, _, kind = name.rpartition(".")
-        if module in _GPT2_OUTSIDE:
-            tensors[f"{_GPT2_OUTSIDE[module]}.{kind}"] = [tensor]
-    for number in range(model.config.n_layers):
-        for (theirs, ours), kind in product(_GPT2_BLOCK.items(), ("weight", "bias")):
-            views = [own[f"blocks.{number}.{name}.{kind}"] for name in ours]
-            turned = [view.T if view.ndim == 2 else view for view in views]
-            tensors[f"transformer.h.{number}.{theirs}.{kind}"] = turned
-    return tensors
-
-# %% ../chapters/11_model.ipynb #fff56f0b
+# %% ../chapters/11_model.ipynb #68f660f9
 _LLAMA_NAMES = {
     r"^(embedding|blocks|norm)\b": r"model.\1",
     r"\bembedding\b": "embed_tokens",
@@ -631,9 +581,9 @@ _LLAMA_NAMES = {
 _EXPERT_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
-def _llama_tensors(model: TransformerLM) -> dict[str, list[Tensor]]:
+def _llama_tensors(own: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
     tensors: dict[str, list[Tensor]] = {}
-    for name, tensor in model.named_parameters():
+    for name, tensor in own.items():
         for pattern, theirs in _LLAMA_NAMES.items():
             name = re.sub(pattern, theirs, name)
         if tensor.ndim < 3:
@@ -644,12 +594,66 @@ def _llama_tensors(model: TransformerLM) -> dict[str, list[Tensor]]:
             tensors[f"{stem}.{number}.{_EXPERT_NAMES[kind]}.weight"] = [matrix]
     return tensors
 
+# %% ../chapters/11_model.ipynb #b6439ece
+_GPT2_OUTSIDE = {"embedding": "transformer.wte", "positions": "transformer.wpe"}
+_GPT2_OUTSIDE |= {"norm": "transformer.ln_f", "lm_head": "lm_head"}
+_GPT2_BLOCK = {
+    "ln_1": ("attention_norm",),
+    "attn.c_attn": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    "attn.c_proj": ("attention.o_proj",),
+    "ln_2": ("feed_forward_norm",),
+    "mlp.c_fc": ("feed_forward.up_proj",),
+    "mlp.c_proj": ("feed_forward.down_proj",),
+}
+
+
+def _gpt2_tensors(own: Mapping[str, Tensor], n_layers: int) -> dict[str, list[Tensor]]:
+    tensors: dict[str, list[Tensor]] = {}
+    for name, tensor in own.items():
+        module, _, kind = name.rpartition(".")
+        if module in _GPT2_OUTSIDE:
+            tensors[f"{_GPT2_OUTSIDE[module]}.{kind}"] = [tensor]
+    for number in range(n_layers):
+        for (theirs, ours), kind in product(_GPT2_BLOCK.items(), ("weight", "bias")):
+            views = [own[f"blocks.{number}.{name}.{kind}"] for name in ours]
+            turned = [view.T if view.ndim == 2 else view for view in views]
+            tensors[f"transformer.h.{number}.{theirs}.{kind}"] = turned
+    return tensors
+
+# %% ../chapters/11_model.ipynb #6d5fd8fe
+def _parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters by the names that the model gives them, without those of wrappers."""
+    # A tied head is not there twice.
+    return {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
+
+
+def _unwrapped(model: nn.Module) -> TransformerLM:
+    """Return the model in a wrapper of ``torch.compile``; refuse what has no such parameters."""
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
+    if not isinstance(model, TransformerLM):
+        raise ValueError(f"model: expected a TransformerLM, got {type(model).__name__}")
+    with torch.device("meta"):
+        expected = {n: p.shape for n, p in TransformerLM(model.config).named_parameters()}
+    found = {name: tensor.shape for name, tensor in _parameters_of(model).items()}
+    for name in [*expected, *found]:
+        if name not in found:
+            reason = "(quantized weights are none: save the model that was quantized)"
+            raise ValueError(f"model: expected a parameter {name}, got none {reason}")
+        if name not in expected:
+            raise ValueError(f"model: expected no parameter {name}, as its configuration has none")
+        if found[name] != expected[name]:
+            wanted, got = tuple(expected[name]), tuple(found[name])
+            raise ValueError(f"model: expected {name} of shape {wanted}, got {got}")
+    return model
+
 
 def _disk_tensors(model: TransformerLM, family: str) -> dict[str, list[Tensor]]:
     """Return for each tensor in a file the views of ours that make it, side by side."""
+    own = _parameters_of(model)
     if family == "llmbook":
-        return {name: [tensor] for name, tensor in model.named_parameters()}
-    return _gpt2_tensors(model) if family == "gpt2" else _llama_tensors(model)
+        return {name: [tensor] for name, tensor in own.items()}
+    return _gpt2_tensors(own, model.config.n_layers) if family == "gpt2" else _llama_tensors(own)
 
 # %% ../chapters/11_model.ipynb #48ad1195
 _GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -902,6 +906,34 @@ def _read_rope(entries: Mapping[str, Any], default_base: float) -> dict[str, Any
         scaling.setdefault("original_context_length", trained or entries["max_position_embeddings"])
     return {**base, "rope_scaling": {"kind": kind, **scaling}}
 
+# %% ../chapters/11_model.ipynb #37acd22d
+def save_model(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    max_shard_size: int = 5_000_000_000,
+    **entries: Any,
+) -> None:
+    """Write ``config.json`` and safetensors as Hugging Face's library lays them out.
+
+    A file has at most ``max_shard_size`` bytes, unless a single tensor is larger. Further
+    ``entries``, such as ``eos_token_id``, go to ``config.json``; loading does not keep them. A
+    model that is in ``folder`` is replaced when the new one is complete, not before; other files
+    there stay (as copies). A compiled ``TransformerLM`` is saved like the one in it; a model whose
+    parameters are not those of its configuration, such as a quantized one, is a ``ValueError``.
+    """
+    check_at_least(max_shard_size=(1, max_shard_size))
+    plain = _unwrapped(model)
+    dtype = str(plain.embedding.weight.dtype).removeprefix("torch.")
+    described = _entries_of(plain.config) | {"dtype": dtype}
+    if clash := sorted(described.keys() & entries.keys()):
+        raise ValueError(f"{clash[0]}: follows from the model, got {entries[clash[0]]!r}")
+    tokens = {"bos_token_id": None, "eos_token_id": None}  # theirs would be those of Llama
+    tensors = _disk_tensors(plain, described["model_type"])
+    with _new_version(Path(folder).resolve()) as draft:
+        _write_json(draft / "config.json", described | tokens | entries)
+        _write_tensors(draft, tensors, max_shard_size)
+
 # %% ../chapters/11_model.ipynb #769329d9
 @contextmanager
 def _new_version(folder: Path) -> Iterator[Path]:
@@ -998,31 +1030,35 @@ def _write_tensors(folder: Path, tensors: Mapping[str, list[Tensor]], most: int)
         index = {"metadata": {"total_size": total}, "weight_map": where}
         _write_json(folder / "model.safetensors.index.json", index)
 
-# %% ../chapters/11_model.ipynb #14d41bdf
-def save_model(
-    model: TransformerLM,
+# %% ../chapters/11_model.ipynb #7d336a51
+def load_model(
     folder: str | Path,
     *,
-    max_shard_size: int = 5_000_000_000,
-    **entries: Any,
-) -> None:
-    """Write ``config.json`` and safetensors as Hugging Face's library lays them out.
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    backend: Backend = "torch",
+) -> TransformerLM:
+    """Return the model that is in ``folder``, ready to use (``eval``).
 
-    A file has at most ``max_shard_size`` bytes, unless a single tensor is larger. Further
-    ``entries``, such as ``eos_token_id``, go to ``config.json``; loading does not keep them. A
-    model that is in ``folder`` is replaced when the new one is complete, not before; other files
-    there stay (as copies).
+    Only safetensors are read, one tensor after the other, so memory holds the model and one tensor.
+    The ``dtype`` is that of the files unless given. A ``ValueError`` names what is wrong: an entry
+    of the configuration that asks for another function, a file, or a tensor.
     """
-    check_at_least(max_shard_size=(1, max_shard_size))
-    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
-    described = _entries_of(model.config) | {"dtype": dtype}
-    if clash := sorted(described.keys() & entries.keys()):
-        raise ValueError(f"{clash[0]}: follows from the model, got {entries[clash[0]]!r}")
-    tokens = {"bos_token_id": None, "eos_token_id": None}  # theirs would be those of Llama
-    tensors = _disk_tensors(model, described["model_type"])
-    with _new_version(Path(folder).resolve()) as draft:
-        _write_json(draft / "config.json", described | tokens | entries)
-        _write_tensors(draft, tensors, max_shard_size)
+    if dtype is not None and dtype not in _DTYPES.values():
+        raise ValueError(f"dtype: expected a floating-point type of {set(_DTYPES)}, got {dtype}")
+    folder = _whole_version(Path(folder))
+    family, config = _described(folder)
+    found = _stored_tensors(_weight_files(folder), family)
+    _check_sizes(folder, family, config, found)
+    model = _built_of_shapes(folder, config, backend)
+    head = found.pop("lm_head.weight", None) if config.tie_embeddings else None
+    _check_tensors(folder, _disk_tensors(model, family), found)
+    model.to(dtype or _common_dtype(folder, found)).to_empty(device=device or "cpu")
+    model._tie()
+    _fill(_disk_tensors(model, family), found)
+    if head is not None:
+        _check_head(model, head)
+    return model.eval()
 
 # %% ../chapters/11_model.ipynb #d42ea819
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -1126,36 +1162,6 @@ def _common_dtype(folder: Path, found: Mapping[str, _Stored]) -> torch.dtype:
     if len(names) > 1:
         raise ValueError(f"dtype: expected a choice, as {folder} has {', '.join(names)}, got None")
     return _DTYPES[names[0]]
-
-# %% ../chapters/11_model.ipynb #e4f71bc3
-def load_model(
-    folder: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    backend: Backend = "torch",
-) -> TransformerLM:
-    """Return the model that is in ``folder``, ready to use (``eval``).
-
-    Only safetensors are read, one tensor after the other, so memory holds the model and one tensor.
-    The ``dtype`` is that of the files unless given. A ``ValueError`` names what is wrong: an entry
-    of the configuration that asks for another function, a file, or a tensor.
-    """
-    if dtype is not None and dtype not in _DTYPES.values():
-        raise ValueError(f"dtype: expected a floating-point type of {set(_DTYPES)}, got {dtype}")
-    folder = _whole_version(Path(folder))
-    family, config = _described(folder)
-    found = _stored_tensors(_weight_files(folder), family)
-    _check_sizes(folder, family, config, found)
-    model = _built_of_shapes(folder, config, backend)
-    head = found.pop("lm_head.weight", None) if config.tie_embeddings else None
-    _check_tensors(folder, _disk_tensors(model, family), found)
-    model.to(dtype or _common_dtype(folder, found)).to_empty(device=device or "cpu")
-    _tie(model)
-    _fill(_disk_tensors(model, family), found)
-    if head is not None:
-        _check_head(model, head)
-    return model.eval()
 
 # %% ../chapters/11_model.ipynb #3fa6559b
 def _whole_version(folder: Path) -> Path:

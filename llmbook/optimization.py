@@ -8,15 +8,13 @@ __all__ = ['Reduction', 'Schedule', 'log_sum_exp', 'cross_entropy', 'chunked_cro
            'Muon', 'parameter_groups', 'Optimizers', 'build_optimizer', 'constant_schedule', 'wsd_schedule',
            'cosine_schedule', 'linear_schedule', 'clip_gradients']
 
-# %% ../chapters/12_optimization.ipynb #3cbb8d3e
-import math
-from collections.abc import Callable, Iterable, Iterator
+# %% ../chapters/12_optimization.ipynb #25a03568
+# The imports that only the module needs
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
@@ -24,6 +22,14 @@ from torch.optim.sgd import sgd
 from .attention import Backend
 from .blocks import lookup_tables
 from .environment import check_at_least, check_choice, check_fraction
+
+# %% ../chapters/12_optimization.ipynb #316e6b8d
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 # %% ../chapters/12_optimization.ipynb #0880a738
 def log_sum_exp(logits: Float[Tensor, "*batch vocab_size"]) -> Float[Tensor, "*batch"]:
@@ -38,6 +44,21 @@ def log_sum_exp(logits: Float[Tensor, "*batch vocab_size"]) -> Float[Tensor, "*b
     peak = wide.detach().amax(dim=-1, keepdim=True)
     peak = peak.masked_fill(peak.isinf(), 0.0)  # of nothing but -inf the answer is -inf, not NaN
     return (wide - peak).exp().sum(dim=-1).log() + peak.squeeze(-1)
+
+# %% ../chapters/12_optimization.ipynb #bbca1a33
+def _losses(
+    logits: Float[Tensor, "*batch vocab_size"], targets: Int64[Tensor, "*batch"], z_loss: float
+) -> Float[Tensor, "*batch"]:
+    """The equations of chapter 12, term by term."""
+    log_z = log_sum_exp(logits)
+    chosen = logits.gather(-1, targets[..., None]).squeeze(-1)
+    return log_z - chosen + z_loss * log_z**2
+
+
+def _mean(total: Float[Tensor, ""], counts: Bool[Tensor, "..."]) -> Float[Tensor, ""]:
+    """Divide by how many count; over nothing NaN, though with gradients of zero, as in torch."""
+    count = counts.sum()
+    return (total / count.clamp(min=1)).masked_fill(count == 0, torch.nan)
 
 # %% ../chapters/12_optimization.ipynb #f56ea149
 Reduction = Literal["mean", "sum", "none"]
@@ -66,27 +87,12 @@ def _check_loss(
         expected = f"ids from 0 to {vocab_size - 1}, or {ignore_index}"
         raise ValueError(f"targets: expected {expected}, got {wrong[0]}")
 
-# %% ../chapters/12_optimization.ipynb #347c4d99
+# %% ../chapters/12_optimization.ipynb #52fa0a1b
 def _capped(
     logits: Float[Tensor, "*batch vocab_size"], soft_cap: float | None
 ) -> Float[Tensor, "*batch vocab_size"]:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return wide if soft_cap is None else soft_cap * torch.tanh(wide / soft_cap)
-
-
-def _mean(total: Float[Tensor, ""], counts: Bool[Tensor, "..."]) -> Float[Tensor, ""]:
-    """Divide by how many count; over nothing NaN, though with gradients of zero, as in torch."""
-    count = counts.sum()
-    return (total / count.clamp(min=1)).masked_fill(count == 0, torch.nan)
-
-
-def _losses(
-    logits: Float[Tensor, "*batch vocab_size"], targets: Int64[Tensor, "*batch"], z_loss: float
-) -> Float[Tensor, "*batch"]:
-    """The equations of chapter 12, term by term."""
-    log_z = log_sum_exp(logits)
-    chosen = logits.gather(-1, targets[..., None]).squeeze(-1)
-    return log_z - chosen + z_loss * log_z**2
 
 
 def _fused_losses(
@@ -250,9 +256,52 @@ def chunked_cross_entropy(
         total = _ChunkedLoss.apply(rows, weight, column, counts, options)
     return _mean(total, counts) if reduction == "mean" else total
 
-# %% ../chapters/12_optimization.ipynb #37af6c46
-class _Checked(torch.optim.Optimizer):
-    """An optimizer that refuses settings out of range, when it is made and when it is loaded."""
+# %% ../chapters/12_optimization.ipynb #68d6c9c8
+def _sgd_step(
+    group: dict[str, Any],
+    parameters: list[Tensor],
+    grads: list[Tensor],
+    velocities: list[Tensor] | None,
+) -> None:
+    """Step every parameter by its gradient, or by its velocity if there is momentum."""
+    momentum = group["momentum"]
+    for number, (p, g) in enumerate(zip(parameters, grads, strict=True)):
+        update = g + group["weight_decay"] * p
+        if velocities is not None:
+            v = velocities[number].mul_(momentum).add_(update)
+            update = update + momentum * v if group["nesterov"] else v
+        p.sub_(group["lr"] * update)
+
+# %% ../chapters/12_optimization.ipynb #41c48613
+def _called(closure: Callable[[], Any] | None) -> Any:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+class _Stepper(torch.optim.Optimizer):
+    """What our optimizers share: a step goes over the groups and calls ``_update`` for each."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Change all parameters that have a gradient; return what ``closure`` gave, if given."""
+        loss = _called(closure)
+        for group in self.param_groups:
+            if parameters := [p for p in group["params"] if p.grad is not None]:
+                self._update(group, parameters, [p.grad for p in parameters])
+        return loss
+
+    def _update(self, group: dict[str, Any], parameters: list[Tensor], grads: list[Tensor]) -> None:
+        raise NotImplementedError
+
+    def _buffers(self, parameters: list[Tensor], name: str) -> list[Tensor]:
+        """Return what is kept for each parameter under ``name``, zeros at first."""
+        states = [self.state[p] for p in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            if state.get(name) is None:
+                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return [state[name] for state in states]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings, or the optimizer's defaults, are checked."""
@@ -274,36 +323,75 @@ class _Checked(torch.optim.Optimizer):
     def _check(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
 
-# %% ../chapters/12_optimization.ipynb #3750aef4
-def _called(closure: Callable[[], Any] | None) -> Any:
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
+    def __getstate__(self) -> dict[str, Any]:
+        own: dict[str, Any] = {n: v for n, v in vars(self).items() if n in ("backend", "ns_dtype")}
+        return super().__getstate__() | own
+
+# %% ../chapters/12_optimization.ipynb #0e3709bb
+def _refuse(group: dict[str, Any], **expected: Any) -> None:
+    """Refuse what torch's optimizers have and ours do not; a state dict may hold it."""
+    for name, value in expected.items():
+        if group.get(name, value) != value:
+            raise ValueError(f"{name}: expected {value}, got {group[name]!r}")
+
+# %% ../chapters/12_optimization.ipynb #12b96c3f
+def _has_kernel(parameter: Tensor, least_bytes: int) -> bool:
+    return (
+        parameter.device.type in ("cpu", "cuda")
+        and parameter.is_floating_point()
+        and parameter.dtype.itemsize >= least_bytes
+    )
 
 
-class _Stepper(_Checked):
-    """What our optimizers share: a step goes over the groups and calls ``_update`` for each."""
+def _is_alike(parameter: Tensor, *others: Tensor) -> bool:
+    """Whether all have the same strides, and these leave no gaps and visit no number twice."""
+    if any(tensor.layout != torch.strided for tensor in (parameter, *others)):
+        return False
+    if any(tensor.stride() != parameter.stride() for tensor in others):
+        return False
+    expected = 1
+    for step, size in sorted(zip(parameter.stride(), parameter.shape, strict=True)):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return True
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Change all parameters that have a gradient; return what ``closure`` gave, if given."""
-        loss = _called(closure)
-        for group in self.param_groups:
-            if parameters := [p for p in group["params"] if p.grad is not None]:
-                self._update(group, parameters, [p.grad for p in parameters])
-        return loss
+# %% ../chapters/12_optimization.ipynb #3acd14e8
+def _fusable_and_not(
+    lists: list[list[Tensor]], least_bytes: int = 1
+) -> Iterator[tuple[bool, Sequence[int]]]:
+    """Yield True and the numbers of what can be fused, False and the numbers of what cannot.
 
-    def _buffers(self, parameters: list[Tensor], name: str) -> list[Tensor]:
-        """Return what is kept for each parameter under ``name``, zeros at first."""
-        states = [self.state[p] for p in parameters]
-        for parameter, state in zip(parameters, states, strict=True):
-            if state.get(name) is None:
-                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        return [state[name] for state in states]
+    ``lists`` are parallel: parameters, gradients, and what is kept for them. Numbers of fewer than
+    ``least_bytes`` are not fused.
+    """
+    fits = [_has_kernel(parameter, least_bytes) for parameter in lists[0]]
+    if not all(all(map(Tensor.is_contiguous, column)) for column in lists):
+        alike = [_is_alike(*tensors) for tensors in zip(*lists, strict=True)]
+        fits = [a and b for a, b in zip(fits, alike, strict=True)]
+    if all(fits):
+        yield True, range(len(fits))
+        return
+    for is_fused in (True, False):
+        if some := [number for number, fit in enumerate(fits) if fit == is_fused]:
+            yield is_fused, some
 
-    def _update(self, group: dict[str, Any], parameters: list[Tensor], grads: list[Tensor]) -> None:
-        raise NotImplementedError
+# %% ../chapters/12_optimization.ipynb #10cab1f1
+def _fused_sgd_step(
+    group: dict[str, Any],
+    parameters: list[Tensor],
+    grads: list[Tensor],
+    velocities: list[Tensor] | None,
+) -> None:
+    names = ("lr", "momentum", "weight_decay", "nesterov")
+    settings = {name: group[name] for name in names}
+    kept = [] if velocities is None else [velocities]
+    for is_fused, some in _fusable_and_not([parameters, grads, *kept], least_bytes=4):
+        buffers = [None if velocities is None else velocities[i] for i in some]
+        sgd(
+            [parameters[i] for i in some], [grads[i] for i in some], buffers,
+            fused=is_fused, foreach=False, dampening=0, maximize=False, **settings,
+        )  # fmt: skip
 
 # %% ../chapters/12_optimization.ipynb #dbef3449
 class SGD(_Stepper):
@@ -339,41 +427,48 @@ class SGD(_Stepper):
         else:
             _fused_sgd_step(group, parameters, grads, velocities)
 
-# %% ../chapters/12_optimization.ipynb #1253566d
-def _refuse(group: dict[str, Any], **expected: Any) -> None:
-    """Refuse what torch's optimizers have and ours do not; a state dict may hold it."""
-    for name, value in expected.items():
-        if group.get(name, value) != value:
-            raise ValueError(f"{name}: expected {value}, got {group[name]!r}")
+# %% ../chapters/12_optimization.ipynb #935dfe3f
+def _adamw_step(
+    group: dict[str, Any],
+    parameters: list[Tensor],
+    grads: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    steps: list[Tensor],
+) -> None:
+    """Change the parameters and what is kept for them, in place."""
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    for p, g, m, v, t in zip(parameters, grads, means, squares, steps, strict=True):
+        t += 1
+        m.mul_(beta1).add_((1 - beta1) * g)
+        v.mul_(beta2).add_((1 - beta2) * g**2)
+        unbiased_m = m / (1 - beta1 ** t.item())
+        unbiased_v = v / (1 - beta2 ** t.item())
+        p.mul_(1 - lr * group["weight_decay"])
+        p.sub_(lr * unbiased_m / (unbiased_v.sqrt() + group["eps"]))
 
+# %% ../chapters/12_optimization.ipynb #b8278191
+def _check_adamw(group: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay"):
+        _check_amount(name, group[name])
+    if len(group["betas"]) != 2:
+        raise ValueError(f"betas: expected two, got {group['betas']!r}")
+    for number, beta in enumerate(group["betas"]):
+        check_fraction(f"betas[{number}]", float(beta))
+    decoupled = {"decoupled_weight_decay": True} if group["weight_decay"] else {}
+    _refuse(group, amsgrad=False, maximize=False, **decoupled)
 
-def _sgd_step(group: dict[str, Any], parameters: list[Tensor], grads: list[Tensor],
-              velocities: list[Tensor] | None) -> None:  # fmt: skip
-    momentum = group["momentum"]
-    for number, (p, g) in enumerate(zip(parameters, grads, strict=True)):
-        update = g + group["weight_decay"] * p
-        if velocities is not None:
-            v = velocities[number].mul_(momentum).add_(update)
-            update = update + momentum * v if group["nesterov"] else v
-        p.sub_(group["lr"] * update)
-
-
-def _is_fusable(tensor: Tensor) -> bool:
-    """Whether torch has kernels that do a whole step at once for tensors like this one."""
-    return tensor.device.type in ("cpu", "cuda") and tensor.is_floating_point()
-
-
-def _fused_sgd_step(group: dict[str, Any], parameters: list[Tensor], grads: list[Tensor],
-                    velocities: list[Tensor] | None) -> None:  # fmt: skip
-    names = ("lr", "momentum", "weight_decay", "nesterov")
-    # Torch 2.13's fused kernel leaves most 16-bit numbers on a processor as they are.
-    fused = all(_is_fusable(p) and p.dtype.itemsize >= 4 for p in parameters)
-    buffers: list[Tensor | None] = [None] * len(grads) if velocities is None else [*velocities]
-    sgd(
-        parameters, grads, buffers,
-        fused=fused, dampening=0, maximize=False,
-        **{name: group[name] for name in names},
-    )  # fmt: skip
+# %% ../chapters/12_optimization.ipynb #56cb6125
+def _fused_adamw_step(group: dict[str, Any], *lists: list[Tensor]) -> None:
+    *tensors, steps = lists  # parameters, gradients, their means, means of their squares
+    for is_fused, some in _fusable_and_not([*tensors]):
+        parameters, grads, means, squares = ([column[i] for i in some] for column in tensors)
+        adamw(
+            parameters, grads, means, squares, [], [steps[i] for i in some],
+            fused=is_fused, foreach=False, amsgrad=False, maximize=False,
+            lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
+            weight_decay=group["weight_decay"], eps=group["eps"],
+        )  # fmt: skip
 
 # %% ../chapters/12_optimization.ipynb #66781f61
 class AdamW(_Stepper):
@@ -409,46 +504,6 @@ class AdamW(_Stepper):
         tensors = (parameters, grads, means, squares, [self.state[p]["step"] for p in parameters])
         (_adamw_step if self.backend == "reference" else _fused_adamw_step)(group, *tensors)
 
-# %% ../chapters/12_optimization.ipynb #b8278191
-def _check_adamw(group: dict[str, Any]) -> None:
-    for name in ("lr", "eps", "weight_decay"):
-        _check_amount(name, group[name])
-    if len(group["betas"]) != 2:
-        raise ValueError(f"betas: expected two, got {group['betas']!r}")
-    for number, beta in enumerate(group["betas"]):
-        check_fraction(f"betas[{number}]", float(beta))
-    decoupled = {"decoupled_weight_decay": True} if group["weight_decay"] else {}
-    _refuse(group, amsgrad=False, maximize=False, **decoupled)
-
-# %% ../chapters/12_optimization.ipynb #6a4627a9
-def _adamw_step(
-    group: dict[str, Any],
-    parameters: list[Tensor],
-    grads: list[Tensor],
-    means: list[Tensor],
-    squares: list[Tensor],
-    steps: list[Tensor],
-) -> None:
-    (beta1, beta2), lr = group["betas"], group["lr"]
-    for p, g, m, v, t in zip(parameters, grads, means, squares, steps, strict=True):
-        t += 1
-        m.mul_(beta1).add_((1 - beta1) * g)
-        v.mul_(beta2).add_((1 - beta2) * g**2)
-        unbiased_m = m / (1 - beta1 ** t.item())
-        unbiased_v = v / (1 - beta2 ** t.item())
-        p.mul_(1 - lr * group["weight_decay"])
-        p.sub_(lr * unbiased_m / (unbiased_v.sqrt() + group["eps"]))
-
-
-def _fused_adamw_step(group: dict[str, Any], *tensors: list[Tensor]) -> None:
-    parameters, grads, means, squares, steps = tensors
-    adamw(
-        parameters, grads, means, squares, [], steps,
-        fused=all(map(_is_fusable, parameters)), amsgrad=False, maximize=False,
-        lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
-        weight_decay=group["weight_decay"], eps=group["eps"],
-    )  # fmt: skip
-
 # %% ../chapters/12_optimization.ipynb #45b7803a
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -478,42 +533,14 @@ def orthogonalize(
     x = x.view(matrix.mT.shape if tall else matrix.shape)
     return x.mT if tall else x
 
-# %% ../chapters/12_optimization.ipynb #d7ebe7ad
-class Muon(_Stepper):
-    """Momentum, orthogonalized: for matrices, (out, in) or stacked as (expert, out, in).
+# %% ../chapters/12_optimization.ipynb #71962741
+def _scale_of_rate(shape: torch.Size, adjust_lr_fn: str | None) -> float:
+    rows, columns = shape[-2:]
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
 
-    State dicts are those of ``torch.optim.Muon``. The rate is multiplied by sqrt(max(1, out / in)),
-    or with ``adjust_lr_fn`` "match_rms_adamw" by 0.2 sqrt(max(out, in)). ``ns_dtype`` is that of
-    Newton-Schulz, by default bfloat16 on accelerators. Sources: Jordan (2024), Liu (2025).
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        ns_coefficients: tuple[float, float, float] = _COEFFICIENTS,
-        eps: float = 1e-7,
-        ns_steps: int = 5,
-        adjust_lr_fn: str | None = None,
-        *,
-        ns_dtype: torch.dtype | None = None,
-    ):
-        self.ns_dtype = ns_dtype
-        numbers = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eps": eps}
-        how = {"ns_coefficients": ns_coefficients, "ns_steps": ns_steps, "nesterov": nesterov}
-        super().__init__(params, {**numbers, **how, "adjust_lr_fn": adjust_lr_fn})
-
-    def _check(self, group: dict[str, Any]) -> None:
-        _check_muon(group)
-
-    def _update(self, group: dict[str, Any], parameters: list[Tensor], grads: list[Tensor]) -> None:
-        momenta = self._buffers(parameters, "momentum_buffer")
-        _muon_step(group, parameters, grads, momenta, self.ns_dtype)
-
-# %% ../chapters/12_optimization.ipynb #8fdc0985
+# %% ../chapters/12_optimization.ipynb #d0018cd9
 def _check_muon(group: dict[str, Any]) -> None:
     for name in ("lr", "weight_decay", "eps"):
         _check_amount(name, group[name])
@@ -527,13 +554,6 @@ def _check_muon(group: dict[str, Any]) -> None:
     for shape in (tuple(p.shape) for p in params if isinstance(p, Tensor)):
         if len(shape) not in (2, 3):
             raise ValueError(f"params: expected matrices, or stacks of them, got shape {shape}")
-
-
-def _scale_of_rate(shape: torch.Size, adjust_lr_fn: str | None) -> float:
-    rows, columns = shape[-2:]
-    if adjust_lr_fn == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1.0, rows / columns))
 
 # %% ../chapters/12_optimization.ipynb #6ce45825
 def _orthogonalized(
@@ -570,7 +590,43 @@ def _muon_step(
         p = parameters[number]
         p.add_(update, alpha=-lr * _scale_of_rate(p.shape, group["adjust_lr_fn"]))
 
-# %% ../chapters/12_optimization.ipynb #59883ac2
+# %% ../chapters/12_optimization.ipynb #d7ebe7ad
+class Muon(_Stepper):
+    """Momentum, orthogonalized: for matrices, (out, in) or stacked as (expert, out, in).
+
+    State dicts are those of ``torch.optim.Muon``. The rate is multiplied by sqrt(max(1, out / in)),
+    or with ``adjust_lr_fn`` "match_rms_adamw" by 0.2 sqrt(max(out, in)). ``ns_dtype`` is that of
+    Newton-Schulz, by default bfloat16 on accelerators. Sources: Jordan (2024), Liu (2025).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = _COEFFICIENTS,
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        *,
+        ns_dtype: torch.dtype | None = None,
+    ):
+        self.ns_dtype = ns_dtype
+        numbers = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eps": eps}
+        how = {"ns_coefficients": ns_coefficients, "ns_steps": ns_steps, "nesterov": nesterov}
+        super().__init__(params, {**numbers, **how, "adjust_lr_fn": adjust_lr_fn})
+
+    def _check(self, group: dict[str, Any]) -> None:
+        _check_muon(group)
+
+    def _update(self, group: dict[str, Any], parameters: list[Tensor], grads: list[Tensor]) -> None:
+        momenta = self._buffers(parameters, "momentum_buffer")
+        _muon_step(group, parameters, grads, momenta, self.ns_dtype)
+
+# %% ../chapters/12_optimization.ipynb #4c7ec3ce
+# What is to be trained, by name
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what is to be trained, by name; a parameter under two names once."""
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -578,7 +634,7 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
         raise ValueError("model: expected a parameter that requires a gradient, got none")
     return found
 
-
+# %% ../chapters/12_optimization.ipynb #ffd2f196
 def _decayed_and_not(
     parameters: Iterable[nn.Parameter], embeddings: set[int], weight_decay: float
 ) -> list[dict[str, Any]]:
@@ -598,7 +654,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     _check_amount("weight_decay", weight_decay)
     return _decayed_and_not(_trainable(model).values(), lookup_tables(model), weight_decay)
 
-# %% ../chapters/12_optimization.ipynb #2e2ec8ef
+# %% ../chapters/12_optimization.ipynb #3f693d6e
 class Optimizers(torch.optim.Optimizer):
     """Several optimizers as one; ``param_groups`` are all of theirs, so schedules fit it, too."""
 
@@ -619,6 +675,9 @@ class Optimizers(torch.optim.Optimizer):
         for optimizer in self.optimizers:
             optimizer.step()
         return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "optimizers": self.optimizers}  # groups are theirs still
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state dicts of all, in order."""
@@ -678,10 +737,8 @@ def build_optimizer(
     muon = Muon(matrices, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
     return Optimizers(muon, AdamW(others, rate, betas, weight_decay=weight_decay, backend=backend))
 
-# %% ../chapters/12_optimization.ipynb #bac5ec5f
-Schedule = Callable[[int], float]
-
-
+# %% ../chapters/12_optimization.ipynb #ac2667e9
+# Which schedules are refused
 def _check_schedule(n_steps: int, warmup: int, final: float, decay: int = 0) -> None:
     check_at_least(n_steps=(1, n_steps), warmup=(0, warmup), decay=(0, decay))
     if warmup + decay > n_steps:
@@ -689,6 +746,9 @@ def _check_schedule(n_steps: int, warmup: int, final: float, decay: int = 0) -> 
         raise ValueError(f"warmup: expected {expected}, got {warmup} and {decay}")
     if not 0 <= final <= 1:
         raise ValueError(f"final: expected a share from 0 to 1, got {final!r}")
+
+# %% ../chapters/12_optimization.ipynb #6b326102
+Schedule = Callable[[int], float]
 
 
 def _warmed_up(step: int, warmup: int, then: Schedule) -> float:
@@ -701,7 +761,7 @@ def constant_schedule(*, warmup: int = 0) -> Schedule:
     check_at_least(warmup=(0, warmup))
     return lambda step: _warmed_up(step, warmup, lambda _: 1.0)
 
-# %% ../chapters/12_optimization.ipynb #d28f586a
+# %% ../chapters/12_optimization.ipynb #06534079
 _SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1 - progress,
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
@@ -720,7 +780,8 @@ def wsd_schedule(
     """Return warmup, stable, decay: the factor of the peak rate at a step, counted from 0.
 
     The last ``decay`` steps, a fifth unless given, fall from 1 to ``final``, which would be reached
-    at step ``n_steps`` and stays: no step within them is wasted. ``shape`` is linear, cosine or
+    at step ``n_steps`` and stays: no step within them is wasted. With ``warmup`` w the first factor
+    is 1 / (w + 1), as a first step of 0 would be wasted, too. ``shape`` is linear, cosine or
     sqrt, for 1 - sqrt(progress). Sources: Hu et al. (2024); Hägele et al. (2024) for the shapes.
     """
     check_choice("shape", shape, tuple(_SHAPES))
@@ -751,7 +812,8 @@ def linear_schedule(n_steps: int, *, warmup: int = 0, final: float = 0.0) -> Sch
     decay = n_steps - warmup
     return wsd_schedule(n_steps, warmup=warmup, decay=decay, final=final, shape="linear")
 
-# %% ../chapters/12_optimization.ipynb #1ca0310b
+# %% ../chapters/12_optimization.ipynb #240c01f9
+# The norm of gradients of several devices and dtypes
 def _by_kind(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Group tensors by device and dtype, as torch's functions on lists are fast on equal ones."""
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}

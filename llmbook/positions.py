@@ -7,17 +7,21 @@ embeddings, and ways to stretch them to longer texts."""
 __all__ = ['LearnedEmbedding', 'rope_frequencies', 'SinusoidalEmbedding', 'interleaved_to_half', 'apply_rope', 'RotaryEmbedding',
            'RopeScaling', 'scale_rope']
 
-# %% ../chapters/08_positions.ipynb #49f6a0df
-import math
-from collections.abc import Callable
+# %% ../chapters/08_positions.ipynb #57085e06
+# The imports that only the module needs
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float, Float32, Int64
-from torch import Tensor, nn
 
 from .environment import check_at_least, check_even
+
+# %% ../chapters/08_positions.ipynb #c85979b6
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
 
 # %% ../chapters/08_positions.ipynb #dc477001
 class LearnedEmbedding(nn.Module):
@@ -46,13 +50,14 @@ class LearnedEmbedding(nn.Module):
         """What ``print`` shows."""
         return "context_length={}, d_model={}".format(*self.weight.shape)
 
-# %% ../chapters/08_positions.ipynb #1a404177
+# %% ../chapters/08_positions.ipynb #f3de1274
+# Positions outside of the table are named
 def _check_positions(position_ids: Int64[Tensor, "*batch sequence"], length: int) -> None:
     wrong = position_ids[(position_ids < -1) | (position_ids >= length)]
     if len(wrong):
         raise ValueError(f"position_ids: expected -1 (padding) to {length - 1}, got {wrong[0]}")
 
-# %% ../chapters/08_positions.ipynb #afccc03f
+# %% ../chapters/08_positions.ipynb #aa3737fb
 def rope_frequencies(d_head: int, base: int | float = 10_000.0) -> Float32[Tensor, " half"]:
     """Return base^(-2i / d_head) for each pair i of dimensions: radians per position, float32.
 
@@ -65,12 +70,13 @@ def rope_frequencies(d_head: int, base: int | float = 10_000.0) -> Float32[Tenso
     _check_base(base)
     return 1.0 / base ** (torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
 
-
+# %% ../chapters/08_positions.ipynb #13e5c29e
+# A base from which no waves come is refused
 def _check_base(base: int | float) -> None:
     if not 1 < base < math.inf:
         raise ValueError(f"base: expected a number above 1, got {base}")
 
-# %% ../chapters/08_positions.ipynb #ac60a342
+# %% ../chapters/08_positions.ipynb #77b57ad7
 class _Angles(nn.Module):
     """Position times frequency in float32, also in a model that is cast to another type.
 
@@ -80,21 +86,21 @@ class _Angles(nn.Module):
     frequencies: Tensor
 
     def __init__(self, frequencies: Float32[Tensor, " half"]):
-        super().__init__()
+        nn.Module.__init__(self)
         self.exact = frequencies  # not a buffer: PyTorch neither casts, moves nor empties it
         self.register_buffer("frequencies", frequencies.clone(), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Angles":
-        """Follow the model to its device, and undo any cast (all of ``nn.Module.to`` goes here)."""
-        super()._apply(fn, recurse)
-        self.frequencies = self.exact.to(self.frequencies.device)
-        return self
 
     def forward(
         self, position_ids: Int64[Tensor, "*batch sequence"]
     ) -> Float32[Tensor, "*batch sequence half"]:
         """Return the angles in radians."""
         return position_ids.clamp(min=0).float()[..., None] * self.frequencies
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Angles":
+        """Follow the model to its device, and undo any cast."""
+        super()._apply(fn, recurse)
+        self.frequencies = self.exact.to(self.frequencies.device)
+        return self
 
 # %% ../chapters/08_positions.ipynb #357bf271
 class SinusoidalEmbedding(nn.Module):
@@ -270,45 +276,7 @@ class RopeScaling:
     def __post_init__(self) -> None:
         _check_scaling(self)
 
-# %% ../chapters/08_positions.ipynb #2282d28b
-def _check_scaling(scaling: RopeScaling) -> None:
-    kinds = ("linear", "ntk", "yarn", "llama3")
-    if scaling.kind not in kinds:
-        raise ValueError(f"kind: expected one of {kinds}, got {scaling.kind!r}")
-    if not 1 <= scaling.factor < math.inf:
-        raise ValueError(f"factor: expected a number from 1 on, got {scaling.factor}")
-    length = scaling.original_context_length
-    check_at_least(original_context_length=(1, length))
-    if length is None and scaling.kind in ("yarn", "llama3"):
-        raise ValueError(f"original_context_length: {scaling.kind!r} needs it, got None")
-    for slow, fast in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
-        low, high = getattr(scaling, slow), getattr(scaling, fast)
-        if not 0 < low < high < math.inf:
-            raise ValueError(f"{slow}: expected 0 < {slow} < {fast}, got {low} and {high}")
-    attention = scaling.attention_factor
-    if attention is not None and not 0 < attention < math.inf:
-        raise ValueError(f"attention_factor: expected a number above 0, got {attention}")
-
-# %% ../chapters/08_positions.ipynb #7df2c2ff
-def _yarn_kept(
-    frequencies: Float[Tensor, " half"], scaling: RopeScaling, base: int | float
-) -> Float[Tensor, " half"]:
-    """The share of each pair's frequency that YaRN keeps: 1 for fast pairs, 0 for slow ones."""
-    half, length = len(frequencies), scaling.original_context_length or 1
-    if not math.isclose(frequencies[-1], base ** ((1 - half) / half), rel_tol=1e-3):
-        raise ValueError(f"base: expected the one that the frequencies have, got {base}")
-
-    def index(turns: int | float) -> float:  # of the pair that makes so many turns in the context
-        return half * math.log(length / (2 * math.pi * turns)) / math.log(base)
-
-    first, last = index(scaling.beta_fast), index(scaling.beta_slow)
-    if scaling.truncate:
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, 2 * half - 1)  # not half - 1: as in YaRN's code
-    ramp = (torch.arange(half, device=frequencies.device) - first) / max(last - first, 0.001)
-    return 1 - ramp.clamp(0, 1)
-
-
+# %% ../chapters/08_positions.ipynb #b0c00173
 def _llama3_kept(
     frequencies: Float[Tensor, " half"], scaling: RopeScaling
 ) -> Float[Tensor, " half"]:
@@ -341,3 +309,41 @@ def scale_rope(
         kept = _yarn_kept(frequencies, scaling, base)
         attention_factor = scaling.attention_factor or 0.1 * math.log(factor) + 1
     return frequencies * (kept + (1 - kept) / factor), attention_factor
+
+# %% ../chapters/08_positions.ipynb #5f7dc01e
+def _yarn_kept(
+    frequencies: Float[Tensor, " half"], scaling: RopeScaling, base: int | float
+) -> Float[Tensor, " half"]:
+    """The share of each pair's frequency that YaRN keeps: 1 for fast pairs, 0 for slow ones."""
+    half, length = len(frequencies), scaling.original_context_length or 1
+    if not math.isclose(frequencies[-1], base ** ((1 - half) / half), rel_tol=1e-3):
+        raise ValueError(f"base: expected the one that the frequencies have, got {base}")
+
+    def index(turns: int | float) -> float:  # of the pair that makes so many turns in the context
+        return half * math.log(length / (2 * math.pi * turns)) / math.log(base)
+
+    first, last = index(scaling.beta_fast), index(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * half - 1)  # not half - 1: as in YaRN's code
+    ramp = (torch.arange(half, device=frequencies.device) - first) / max(last - first, 0.001)
+    return 1 - ramp.clamp(0, 1)
+
+# %% ../chapters/08_positions.ipynb #2282d28b
+def _check_scaling(scaling: RopeScaling) -> None:
+    kinds = ("linear", "ntk", "yarn", "llama3")
+    if scaling.kind not in kinds:
+        raise ValueError(f"kind: expected one of {kinds}, got {scaling.kind!r}")
+    if not 1 <= scaling.factor < math.inf:
+        raise ValueError(f"factor: expected a number from 1 on, got {scaling.factor}")
+    length = scaling.original_context_length
+    check_at_least(original_context_length=(1, length))
+    if length is None and scaling.kind in ("yarn", "llama3"):
+        raise ValueError(f"original_context_length: {scaling.kind!r} needs it, got None")
+    for slow, fast in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+        low, high = getattr(scaling, slow), getattr(scaling, fast)
+        if not 0 < low < high < math.inf:
+            raise ValueError(f"{slow}: expected 0 < {slow} < {fast}, got {low} and {high}")
+    attention = scaling.attention_factor
+    if attention is not None and not 0 < attention < math.inf:
+        raise ValueError(f"attention_factor: expected a number above 0, got {attention}")

@@ -886,3 +886,159 @@ def test_numpy_numbers_are_fit_for_json(shards, untyped):
     assert same(sampler[sampler.step], other[5])
     packed = pack_documents(shards, np.int64(64))
     json.dumps(BatchSampler(packed, np.int64(2)).state_dict())
+
+
+# Tokens in memory
+
+IDS = np.random.default_rng(0).integers(50, size=1000)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        IDS,
+        IDS.astype(np.uint16),
+        torch.from_numpy(IDS),
+        torch.from_numpy(IDS).int(),
+        IDS.tolist(),
+        [IDS[:300], IDS[300:].astype(np.uint32)],
+        [IDS[:999].tolist(), [int(IDS[999])]],
+        [torch.from_numpy(IDS[:10]), IDS[10:]],
+    ],
+    ids=["array", "uint16", "tensor", "int32 tensor", "list", "arrays", "lists", "mixed"],
+)
+def test_tokens_in_memory_are_a_full_source(tokens, untyped):
+    ring = TokenRing(tokens)
+    assert ring[:].tolist() == IDS.tolist()
+    assert ring.fingerprint == TokenRing(IDS).fingerprint, "whatever their kind and division"
+    sampler, expected = (
+        BatchSampler(tokens, 8, 7, seed=3),
+        BatchSampler(TokenRing(IDS), 8, 7, seed=3),
+    )
+    assert sampler.state_dict() == expected.state_dict()
+    for step, batch in zip(range(30), sampler, strict=False):
+        assert same(batch, expected[step])
+        for row, target in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+            assert row[1:] == target[:-1]
+    resumed = BatchSampler(tokens, 8, 7, seed=3)
+    resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    assert same(next(iter(resumed)), sampler[resumed.step - 1])
+
+
+def test_windows_of_tokens_in_memory():
+    batch = window_batch(np.arange(100), [0, 98], 3)
+    assert batch.inputs.tolist() == [[0, 1, 2], [98, 99, 0]]
+    assert batch.targets.tolist() == [[1, 2, 3], [99, 0, 1]]
+    assert same(batch, window_batch(list(range(100)), [0, 98], 3))
+
+
+def test_tokens_in_memory_give_the_batches_of_the_same_shards(shards):
+    ring = TokenRing(shards[:], end_of_text=END)
+    assert ring.document_ends.tolist() == shards.document_ends.tolist()
+    ours = BatchSampler(ring, 4, 16, documents=True, seed=2)
+    theirs = BatchSampler(shards, 4, 16, documents=True, seed=2)
+    for step in (0, 1, 77):
+        assert same(ours[step], theirs[step])
+    packed = pack_documents(ring, 64)
+    for a, b in zip(
+        packed.batch(range(5)), pack_documents(shards, 64).batch(range(5)), strict=True
+    ):
+        assert torch.equal(a, b)
+    assert BatchSampler(packed, 2).state_dict()["source"] == packed.fingerprint
+
+
+def test_other_tokens_in_memory_are_another_source(untyped):
+    state = BatchSampler(IDS, 8, 7).state_dict()
+    for other in (IDS[:-1], IDS + 1, IDS[::-1], TokenRing(IDS, end_of_text=0)):
+        with pytest.raises(ValueError, match="state: source: expected"):
+            BatchSampler(other, 8, 7).load_state_dict(state)
+
+
+def test_workers_prepare_batches_of_tokens_in_memory():
+    sampler = BatchSampler(IDS, 8, 7, seed=1)
+    for step, batch in zip(range(3), sampler.prefetch(), strict=False):
+        assert same(batch, BatchSampler(IDS, 8, 7, seed=1)[step])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        ("data/train", "source: expected a row of token ids, a TokenRing, .* got str"),
+        (["a text", "another"], "source: expected a row of token ids"),
+        (None, "source: expected a row of token ids"),
+        (7, "source: expected a row of token ids"),
+        (np.zeros((4, 5), int), "expected rows of ids, .*2 dimensions of int"),
+        (torch.zeros(4, 5).long(), "expected rows of ids, .*2 dimensions of int"),
+        (np.zeros(40), "expected rows of ids, which are whole numbers, .* float64"),
+        (np.ones(40, bool), "expected rows of ids, which are whole numbers, .* bool"),
+        (np.arange(-1, 40), "expected ids from 0 on, got -1"),
+        ([], "tokens: expected at least 1, got 0"),
+        ({1: 2}, "source: expected a row of token ids"),
+    ],
+)
+def test_what_are_not_ids_is_refused_at_once(tokens, words, untyped):
+    with pytest.raises(ValueError, match=words):
+        BatchSampler(tokens, 8, 7)
+
+
+def test_documents_in_memory_need_their_end_of_text():
+    with pytest.raises(ValueError, match="documents: the source must know its end_of_text"):
+        BatchSampler(IDS, 8, 7, documents=True)
+    with pytest.raises(ValueError, match="end_of_text: a TokenRing needs it"):
+        pack_documents(TokenRing(IDS), 16)
+    with pytest.raises(ValueError, match="tokens: expected end of text, 99, after the last doc"):
+        pack_documents(TokenRing(IDS, end_of_text=99), 16)
+    with pytest.raises(ValueError, match="end_of_text: expected at least 0, got -1"):
+        TokenRing(IDS, end_of_text=-1)
+
+
+# Windows that do not wrap around
+
+
+def seen(sampler: BatchSampler, steps: range) -> np.ndarray:
+    return np.concatenate([sampler[step].inputs.numpy() for step in steps])
+
+
+@pytest.mark.parametrize("order", ["shuffled", "random", "sequential"])
+@pytest.mark.parametrize(("n", "length"), [(100, 7), (99, 7), (8, 7), (2, 1), (50, 49), (15, 7)])
+def test_no_window_wraps_around(order, n, length):
+    sampler = BatchSampler(np.arange(n), 4, length, order=order, wrap=False, seed=5)
+    for step in range(50):
+        batch = sampler[step]
+        assert torch.equal(batch.targets, batch.inputs + 1), "positions are ids here"
+        assert batch.targets.max() < n
+
+
+def test_windows_that_do_not_wrap_visit_everything_once_an_epoch():
+    n, length = 103, 10
+    sampler = BatchSampler(np.arange(n), 1, length, wrap=False)
+    cuts = set()
+    for epoch in range(40):
+        starts = np.sort(seen(sampler, range(10 * epoch, 10 * epoch + 10))[:, 0])
+        assert np.all(np.diff(starts) == length), "ten windows side by side"
+        cuts.add(int(starts[0]))
+    assert cuts == {0, 1, 2}, "and the cuts move as far as they can"
+
+
+def test_random_windows_that_do_not_wrap_begin_everywhere():
+    starts = seen(BatchSampler(np.arange(20), 500, 15, order="random", wrap=False), range(4))[:, 0]
+    counts = np.bincount(starts)
+    assert len(counts) == 5
+    assert np.all(np.abs(counts - 400) < 5 * np.sqrt(400)), counts
+
+
+def test_a_window_that_does_not_wrap_needs_one_token_more():
+    assert BatchSampler(np.arange(9), 1, 9)[0].inputs.shape == (1, 9)
+    with pytest.raises(ValueError, match="expected less than the 9 tokens that there are, got 9"):
+        BatchSampler(np.arange(9), 1, 9, wrap=False)
+
+
+def test_states_say_whether_windows_wrap_only_if_they_do_not(shards):
+    wrapping, not_wrapping = (BatchSampler(shards, 4, 16, wrap=wrap) for wrap in (True, False))
+    assert "wrap" not in wrapping.state_dict(), "states from before there was a choice still fit"
+    with pytest.raises(ValueError, match="state: wrap: expected False"):
+        not_wrapping.load_state_dict(wrapping.state_dict())
+    with pytest.raises(ValueError, match="state: wrap: expected None"):
+        wrapping.load_state_dict(not_wrapping.state_dict())
+    packed = pack_documents(shards, 64)
+    assert BatchSampler(packed, 2, wrap=False).state_dict() == BatchSampler(packed, 2).state_dict()

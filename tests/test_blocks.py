@@ -397,13 +397,13 @@ def test_block_equals_llama():
         hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48
     )
     config._attn_implementation = "sdpa"
-    theirs = randomized(LlamaDecoderLayer(config, layer_idx=0))
+    theirs = randomized(LlamaDecoderLayer(config, layer_idx=0)).double()
     ours = TransformerBlock(
         32,
         MultiHeadAttention(32, 4, n_kv_heads=2),
         FeedForward(32, 48),
         norm=partial(RMSNorm, eps=config.rms_norm_eps),
-    )
+    ).double()
     pairs = {
         "attention": "self_attn",
         "feed_forward": "mlp",
@@ -417,7 +417,7 @@ def test_block_equals_llama():
         for mine, other in pairs.items()
         for name, _ in ours.get_submodule(mine).named_parameters()
     }
-    x, places = torch.randn(2, 9, 32), torch.arange(9)[None]
+    x, places = torch.randn(2, 9, 32, dtype=torch.float64), torch.arange(9)[None]
     with_rope = partial(ours, rope=RotaryEmbedding(8)(places))
     with_rope.get_parameter = ours.get_parameter
     rotation = LlamaRotaryEmbedding(config)(x, places)

@@ -577,6 +577,17 @@ def test_empty_files_hold_no_corpus(tmp_path):
         list(read_jsonl(tmp_path / "empty.jsonl"))
 
 
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_writers_name_what_is_no_document(tmp_path, write):
+    path = tmp_path / "x.any"
+    with pytest.raises(ValueError, match="documents: expected several Documents, got a single str"):
+        write("one text", path)
+    with pytest.raises(ValueError, match="documents: expected Documents, got str at index 1"):
+        write([Document("a"), "a text"], path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("write", [write_jsonl, write_parquet])
 def test_files_appear_whole_or_not_at_all(tmp_path, write):
     path = tmp_path / ("x.jsonl.gz" if write is write_jsonl else "x.parquet")

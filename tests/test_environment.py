@@ -53,7 +53,7 @@ def test_best_device_computes():
 
 def test_description_reports_versions_and_no_names():
     description = describe_environment()
-    assert description["torch"] == torch.__version__
+    assert torch.__version__.startswith(description["torch"])  # which may say +cu126 besides
     assert int(description["torch threads"]) == torch.get_num_threads()
     assert all(isinstance(value, str) for value in description.values())
     assert not any("/" in value for value in description.values())

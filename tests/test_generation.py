@@ -37,7 +37,7 @@ from llmbook.generation import (
     uniforms_of,
     verify,
 )
-from llmbook.model import ModelConfig, TransformerLM
+from llmbook.model import ModelConfig, TransformerLM, save_model
 from llmbook.tokenizer import train_bpe
 
 transformers.logging.set_verbosity_error()
@@ -840,3 +840,59 @@ def test_what_cannot_be_fused_is_not(models):
     half = made(n_kv_heads=2).to(torch.bfloat16)
     assert module._next_step(half).__qualname__.startswith("_plain_step")
     assert len(generate(half, [[1]], max_new_tokens=5)[0].ids) == 5
+
+
+# --- compiled models ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs():
+    """Say how many graphs were compiled since the test began."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+def test_a_compiled_step_is_compiled_once_and_not_for_each_token(graphs, kind):
+    model, prompts = made(**KINDS[kind]), prompts_of()
+    options = {"max_new_tokens": 20, "sampling": GREEDY}
+    expected = ids_of(generate(model, prompts, **options))
+    compiled = torch.compile(model, backend="eager")
+    assert ids_of(generate(compiled, prompts, **options)) == expected
+    assert graphs() == 1
+    for n in (5, 9, 17):  # caches of other lengths
+        generate(compiled, prompts, **options | {"max_new_tokens": n})
+    assert graphs() == 1
+    model.compile(backend="eager")  # in place
+    assert ids_of(generate(model, prompts, **options)) == expected
+
+
+@pytest.mark.usefixtures("untyped", "graphs")
+def test_a_compiled_model_can_do_all_that_the_model_can(llama):
+    draft, prompt, n = made(seed=3), [5, 6, 7], 12
+    compiled = torch.compile(llama, backend="eager")
+    one, stats = speculative_generate(llama, draft, prompt, max_new_tokens=n)
+    other, same = speculative_generate(compiled, draft, prompt, max_new_tokens=n)
+    assert (one.ids, stats) == (other.ids, same)
+    beams = [ids_of(beam_search(m, prompt, max_new_tokens=5)) for m in (llama, compiled)]
+    assert beams[0] == beams[1]
+    pieces = [
+        [piece.id for piece in stream(m, prompt, max_new_tokens=n)] for m in (llama, compiled)
+    ]
+    assert pieces[0] == pieces[1]
+
+
+# --- saving what is quantized -------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "post"])
+def test_a_quantized_model_is_not_saved_without_its_weights(models, kind, tmp_path):
+    small = quantize(models[kind])
+    with pytest.raises(ValueError, match=r"^model: expected a parameter blocks\.0\..*quantized"):
+        save_model(small, tmp_path / "small")
+    assert not (tmp_path / "small").exists()

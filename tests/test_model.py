@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,14 @@ KINDS = {
     "mixtral": {"n_kv_heads": 2, "n_experts": 4, "n_active_experts": 2},
     "llmbook": {"norm": "layernorm", "positions": "sinusoidal", "activation": "relu"},
 }
+
+
+@pytest.fixture
+def untyped():
+    """Switch jaxtyping's checks off, as they are for a reader."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def small(**changes):
@@ -493,6 +502,25 @@ def test_a_model_can_be_copied_moved_and_compiled_into_a_graph():
     torch.testing.assert_close(exported(ids), model(ids))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+@torch.no_grad()
+def test_a_compiled_step_with_a_cache_is_compiled_once(kind, untyped):
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model, ids = made(**KINDS[kind]), some_ids()
+    cache = model.new_cache(2)
+    step = torch.compile(lambda ids: model(ids, cache=cache), backend="eager")
+    pieces = [step(ids[:, :6]), *(step(ids[:, at : at + 1]) for at in range(6, 20))]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), rtol=0, atol=1e-3)
+    graphs = 2  # one for the prompt, one for all fourteen tokens
+    assert counters["stats"]["unique_graphs"] == graphs
+    cache.truncate(19)
+    step(ids[:, 19:])
+    assert counters["stats"]["unique_graphs"] == graphs
+    torch._dynamo.reset()
+
+
 # --- bad input ----------------------------------------------------------------------------------
 
 
@@ -512,21 +540,22 @@ def test_ids_that_cannot_be_are_named():
 
 
 def test_types_and_shapes_are_checked_where_no_hook_checks_them():
-    config, ids = small(), some_ids(2, 6)
-    check = module._check_input
-    none = {"position_ids": None, "document_ids": None}
+    ids = some_ids(2, 6)
+
+    def check(ids, position_ids=None, document_ids=None):
+        module._check_input(small(), ids, position_ids, document_ids, None)
+
     for wrong in (ids.int(), ids.float(), ids[0], ids[None]):
         with pytest.raises(ValueError, match=r"^ids: expected \(batch, sequence\) of torch.int64"):
-            check(config, wrong, None, none)
+            check(wrong)
     for name, shape in (
         ("position_ids", (2, 5)),
         ("position_ids", (3, 6)),
         ("document_ids", (1, 6)),
     ):
-        given = none | {name: torch.zeros(shape).long()}
         with pytest.raises(ValueError, match=rf"^{name}: expected \(2, 6\) of torch.int64"):
-            check(config, ids, None, given)
-    check(config, ids, None, none | {"position_ids": torch.zeros(1, 6).long()})
+            check(ids, **{name: torch.zeros(shape).long()})
+    check(ids, position_ids=torch.zeros(1, 6).long())
 
 
 def test_learned_positions_end():
@@ -784,6 +813,80 @@ def test_saving_replaces_a_model_and_keeps_the_rest(tmp_path):
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 7
     assert load_model(folder).config == second.config
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing is left over"
+
+
+def test_parts_of_a_configuration_make_it_again():
+    config = small(n_kv_heads=2, rope_scaling=RopeScaling("linear", 2.0))
+    assert type(config) is ModelConfig
+    assert ModelConfig.__mro__ == (ModelConfig, object), "one class, not a chain"
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    assert ModelConfig.from_dict(small().to_dict() | {"d_ff": None}) == small()
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")  # the name of what is inside is the same
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_model_is_saved_like_the_one_in_it(kind, tmp_path):
+    model = made(**KINDS[kind])
+    save_model(model, tmp_path / "plain")
+    save_model(compiled(model), tmp_path / "whole")
+    for layer, block in enumerate(model.blocks):
+        model.blocks[layer] = compiled(block)
+    save_model(model, tmp_path / "blocks")
+    compiled(model).save_pretrained(tmp_path / "both")
+    expected = load_file(tmp_path / "plain" / "model.safetensors")
+    for folder in ("whole", "blocks", "both"):
+        found = load_file(tmp_path / folder / "model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert load_model(tmp_path / "whole").config == model.config
+
+
+def test_saving_draws_no_random_numbers(tmp_path):
+    model = made()
+    state = torch.get_rng_state()
+    save_model(model, tmp_path / "model")  # in the middle of a training run, say
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_compiled_model_opens_in_transformers(tmp_path):
+    model, ids = made(n_kv_heads=2), some_ids()
+    save_model(compiled(model), tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        found, expected = theirs(ids).logits, model(ids)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+class Swapped(torch.nn.Module):
+    """A linear layer whose weights are no parameters, as quantized ones are."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach())
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+def test_a_model_without_its_parameters_is_not_saved_in_part(tmp_path):
+    model, folder = made(), tmp_path / "model"
+    model.blocks[1].attention.q_proj = Swapped(model.blocks[1].attention.q_proj)
+    with pytest.raises(ValueError, match=r"model: expected a parameter blocks.1.attention.q_proj."):
+        save_model(model, folder)
+    model = made()
+    model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"model: expected no parameter extra\.weight"):
+        model.save_pretrained(folder)
+    model = made()
+    model.lm_head = torch.nn.Linear(32, 70, bias=False)
+    with pytest.raises(ValueError, match=r"lm_head.weight of shape \(61, 32\), got \(70, 32\)"):
+        model.save_pretrained(folder)
+    with pytest.raises(ValueError, match="model: expected a TransformerLM, got Linear"):
+        save_model(torch.nn.Linear(2, 2), folder)
+    assert not folder.exists()
 
 
 def test_a_save_that_fails_changes_nothing(tmp_path, monkeypatch):
