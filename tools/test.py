@@ -54,6 +54,7 @@ LINT = [
             *PYTEST,
             "tests/book",
             *"tools/workbook.py tools/headers.py tools/tables.py tools/install.py".split(),
+            *"tools/engine.py tools/needs.py _ext/cell_links.py".split(),
             "--doctest-modules",
         ),
     ),
