@@ -637,14 +637,14 @@ def peak_and_gradients(loss_of: Callable[[], Tensor]) -> tuple[int, tuple[Tensor
     return memory.peak, gradients
 
 
-print(f"logits alone    {hidden.size(0) * head.size(0) * 4 / 2**20:5.0f} MiB")
+print(f"logits alone    {hidden.size(0) * head.size(0) * 4 / 2**20:5.1f} MiB")
 whole, expected = peak_and_gradients(lambda: cross_entropy(hidden @ head.T, targets))
-print(f"all at once     {whole / 2**20:5.0f} MiB")
+print(f"all at once     {whole / 2**20:5.1f} MiB")
 for size in (1024, 512, 128):
     loss_of = partial(chunked_cross_entropy, hidden, head, targets, chunk_size=size)
     peak, found = peak_and_gradients(loss_of)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, found, strict=True))
-    print(f"chunks of {size:4}  {peak / 2**20:5.0f} MiB")
+    print(f"chunks of {size:4}  {peak / 2**20:5.1f} MiB")
 
 # %% [markdown]
 # Three times the logits, against one chunk of them and a few megabytes for hidden states, head and
@@ -1893,11 +1893,12 @@ adaptive = final["adamw"] + final["muon"]
 plain = final["sgd"] + final["momentum"]
 assert max(adaptive) < 1.7 < min(plain)
 floor = TinyWorld().entropy() / (sum(map(len, stories)) / len(stories) + 1)
-print("nats per token   best rate  mean of three seeds  their range")
+print("nats per token  best rate  mean of three seeds")
 for name, losses in final.items():
-    mean, spread = sum(losses) / 3, max(losses) - min(losses)
-    print(f"{name:16} {tried[name][best[name]]:9.2g} {mean:20.1f} {spread:12.1f}")
-print(f"floor of this world {floor:27.1f}")
+    print(f"{name:15} {tried[name][best[name]]:9.2g} {sum(losses) / 3:20.1f}")
+print(f"{'floor':15} {floor:30.1f}")
+assert max(max(losses) - min(losses) for losses in final.values()) < 0.1
+print("the three seeds of each lie within 0.1")
 
 # %% [markdown]
 # {numref}`fig-optimization-race` draws both parts of it.
@@ -2034,7 +2035,7 @@ print(f"head and loss: {whole:.0f} ms; in chunks {whole / chunked:.1f} times as 
 # %% [markdown]
 # When we measured, chunks made head and loss one and a half to two and a half times as fast, so
 # the trainer of {doc}`13_training` uses them always. Our AdamW is torch's fused kernel and costs
-# the same; torch's default on a processor takes about ten times as long, since it goes through
+# the same; torch's default on a processor takes several times as long, since it goes through
 # memory once for every operation. Muon's products take well over a hundred times as long as a step of
 # AdamW. By the share $5 n / B$ they add, at this width, a tenth to batches of ten thousand
 # tokens.
