@@ -71,8 +71,8 @@ def draw_chunks() -> None:
         "Of eight rows of hidden states two are a chunk. Times the transposed head they give "
         "logits, overwritten by probabilities and then by p minus y, in one buffer of chunk by "
         "vocab_size that is freed, and made anew for the next chunk. From it come the summed loss, "
-        "the gradient of hidden, whose rows are p minus y times the head, and the gradient of the head, to which "
-        "p minus y transposed times hidden is added.",
+        "the gradient of hidden, whose rows are p minus y times the head, and the gradient of the "
+        "head, to which p minus y transposed times hidden is added.",
     )
 
 
