@@ -19,7 +19,7 @@
 # |---|---|
 # | **Part** | I. Foundations and data |
 # | **You build** | {py:func}`~llmbook.batches.write_shards`, {py:class}`~llmbook.batches.TokenShards`, {py:class}`~llmbook.batches.BatchSampler`, {py:func}`~llmbook.batches.pack_documents`, {py:func}`~llmbook.batches.document_mask` |
-# | **You need** | documents ({doc}`02_corpus`), a tokenizer ({doc}`05_tokenizer`), NumPy arrays and tensors |
+# | **You need** | documents ({doc}`02_corpus`), a tokenizer ({doc}`05_tokenizer`), NumPy arrays and tensors, elementary probability |
 # | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 30 seconds to run |
 
 # %% tags=["remove-cell"]
@@ -95,11 +95,11 @@ plt.style.use("llmbook.book")
 documents = deduplicate(clean_documents(read_installed_docs(["numpy", "matplotlib"])))
 tokenizer = train_bpe((document.text for document in documents[::4]), 2048)
 end_id = tokenizer.special_tokens["<|endoftext|>"]
-print(f"more than {len(documents) // 1000:,} thousand documents, {tokenizer.vocab_size:,} ids")
+print(f"about {round(len(documents), -3):,} documents, {tokenizer.vocab_size:,} ids")
 
 # %% [markdown]
 # One special token, `<|endoftext|>`, goes after each document. The smallest loader there is puts
-# all tokens into one list and cuts windows of $T + 1$ tokens out of it at random places:
+# all tokens into one list and cuts windows of $T + 1$ tokens out of it at any places, usually random:
 
 
 # %%
@@ -115,6 +115,13 @@ assert torch.equal(inputs[:, 1:], targets[:, :-1]), "a target is the next input"
 print(f"{len(inputs)} rows of {inputs.size(1)} inputs: {targets.numel()} predictions to learn from")
 
 # %% [markdown]
+# The first row and its targets, token by token:
+
+# %% tags=["nbval-ignore-output"]
+for name, row in (("inputs", inputs[0]), ("targets", targets[0])):
+    print(f"{name:8}", [tokenizer.decode([token]) for token in row.tolist()])
+
+# %% [markdown]
 # For a few million tokens this is fine, and small projects stop here. It does not grow. A Python
 # list holds a pointer of 8 bytes for each token, and the number that it points to takes 28 more,
 # unless tokens share it. But an id below $2^{16} = 65{,}536$ fits into two bytes:
@@ -127,7 +134,7 @@ for name, size in (("list", number_in_list), ("int64", 8), ("uint32", 4), ("uint
     print(f"{name:7} {size:3.0f} bytes a token, 10 billion tokens: {10 * size:4.0f} GB")
 
 # %% [markdown]
-# In 20 GB the corpus fits on any disk, but not into the memory of each of sixteen processes. It
+# At 20 GB the corpus fits on any disk, but not into the memory of each of sixteen processes. It
 # does not have to. A **memory-mapped** file looks like an array; the operating system reads a page
 # of it (usually 4 KB) when somebody touches it, keeps it while there is room, and shares it among
 # all processes. Vocabularies above 65,536 take `uint32`. In a batch, ids are always int64, which
@@ -149,20 +156,20 @@ for name, size in (("list", number_in_list), ("int64", 8), ("uint32", 4), ("uint
 # ```
 #
 # The counts give the length that the file must have, which is checked on opening at no cost. The
-# **digest** is a hash (BLAKE2, 128 bits) of everything in the file; checking it means reading the
-# whole file. Every header also repeats the digest of the shard before, so the shards form a chain:
-# one that is missing, duplicated, or from another run breaks it, and the digest of the last one
-# stands for the whole set. That is the identity we will compare when training resumes. In
+# **digest** is a hash (BLAKE2, 128 bits) of everything else in the file; checking it means reading
+# the whole file. Every header also repeats the digest of the shard before, so the shards form a
+# chain: one that is missing, duplicated, or from another run breaks it, and the digest of the last
+# one stands for the whole set. That is the identity we will compare when training resumes. In
 # miniature, with three parts of 10,000 numbers:
 
 
 # %%
 def chained(parts: list[np.ndarray]) -> str:
-    """The digest of the last part, which depends on all parts and on their order."""
+    """The start of the digest of the last part, which depends on all parts and on their order."""
     digest = b""
     for part in parts:
         digest = blake2b(digest + part.tobytes(), digest_size=16).digest()
-    return digest.hex()
+    return digest.hex()[:8]
 
 
 a, b, c = np.arange(30_000, dtype="<u2").reshape(3, -1)
@@ -194,7 +201,7 @@ for what, parts in (
 # completely or not at all.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: how shards are written, byte for byte, by several processes
+# ### Engine room: how shards are written: header, fingerprint, checked ids, many encoders and one writer
 
 # %% [markdown] tags=["engine"]
 # **The header.** The order on disk is: the magic number and the version, so that a foreign file is
@@ -569,6 +576,8 @@ def write_shards(
 #
 # The corpus as a ring, and the two ways to fill rows from it that this chapter builds.
 # ```
+#
+# Slices, `end_of_text` and the checks that the docstring speaks of are added in the room below.
 
 
 # %%
@@ -598,7 +607,7 @@ class TokenRing:
         window, done = np.empty(length, np.int64), 0
         while done < length:
             at = (start + done) % len(self)
-            number = bisect_right(self._first, at) - 1
+            number = bisect_right(self._first, at) - 1  # the part that holds position `at`
             piece = self._parts[number][at - self._first[number] :][: length - done]
             window[done : done + len(piece)] = piece
             done += len(piece)
@@ -817,7 +826,8 @@ class TokenShards(TokenRing):
 # ### Shards at work
 #
 # We write the corpus in shards of 200,000 tokens, small enough that there are several. A
-# {py:class}`~llmbook.batches.TokenShards` is the ring of a directory.
+# {py:class}`~llmbook.batches.TokenShards` is the ring of a directory: it reads slices, knows where
+# documents end (`document_ends`), and `verify` compares everything with the digests.
 
 # %%
 folder = Path(tempfile.mkdtemp())
@@ -830,6 +840,8 @@ size = sum(file.stat().st_size for file in files) / len(shards)
 print(f"{len(shards) / 1e6:.1f} million tokens in {len(files)} files, {size:.1f} bytes a token")
 
 # %% [markdown]
+# (The ends of documents take what is above two bytes a token: 8 bytes each.)
+#
 # And now the accidents, to four small shards that hold nothing but sevens. Each must be found, and
 # each message must name the file:
 
@@ -889,8 +901,9 @@ accident("one shard twice", lambda at: shutil.copy(at / "shard-00000.bin", at / 
 # ### Shuffle the windows
 #
 # The alternative is to cut the ring into $W = \lfloor n/T \rfloor$ windows and to visit each
-# exactly once an epoch, in a random order. The cuts should move, too, or the first token of a
-# window would have no context in any epoch. So each epoch cuts from a random position on.
+# exactly once an epoch, in a random order. The cuts should move, too, or the first target of a
+# window would have a single token of context in every epoch. So each epoch cuts from a random
+# position on.
 
 # %%
 context_length = 128
@@ -1055,10 +1068,11 @@ print(f"{len(counts)} of 24 orders, chi-square {chi_square:.0f}, expected 23 ± 
 
 # %% [markdown]
 # With these two functions the place where any row of any epoch begins can be computed on the spot.
-# The ring has $n$ positions; a row takes a *unit* of them, $T$ for windows. Three orders are worth
-# having: `"shuffled"`, `"random"`, and `"sequential"` for evaluation. Some loaders draw only windows
-# that lie within the text and never reach around its end; with `wrap` false, so do we: then there are
-# $\lfloor (n - 1)/T \rfloor$ windows, and the cuts move only as far as the rest allows.
+# The ring has $n$ positions; a row takes a *unit* of them, $T$ for windows and 1 for packed rows,
+# whose ring is the list of rows. Three orders are worth having: `"shuffled"`, `"random"`, and
+# `"sequential"` for evaluation. Some loaders draw only windows that lie within the text and never
+# reach around its end; with `wrap` false, so do we: then there are $\lfloor (n - 1)/T \rfloor$
+# windows, and the cuts move only as far as the rest allows.
 
 
 # %%
@@ -1079,7 +1093,7 @@ def _starts_of_rows(
 
 
 # %% [markdown]
-# A batch is then the windows that begin there:
+# A batch holds rows. The last two fields are for the next section:
 
 
 # %%
@@ -1096,17 +1110,13 @@ class Batch(NamedTuple):
     position_ids: Int64[Tensor, "batch sequence"] | None = None
     document_ids: Int64[Tensor, "batch sequence"] | None = None
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """Return the batch on ``device``."""
-        positions, documents = self.position_ids, self.document_ids
-        return Batch(
-            self.inputs.to(device),
-            self.targets.to(device),
-            None if positions is None else positions.to(device),
-            None if documents is None else documents.to(device),
-        )
+
+# %% [markdown]
+# Its rows are the windows that begin at the computed places:
 
 
+# %%
+#| export
 def window_batch(
     ring: TokenRing | np.ndarray | Tensor | Sequence[int],
     starts: Sequence[int] | np.ndarray,
@@ -1123,13 +1133,38 @@ def window_batch(
 
 
 # %% [markdown]
-# Row 1,000,000, without the 999,999 before it:
+# Row 1,000,000 alone, and among its neighbors, 999,990 to 1,000,009, in one call:
 
 # %%
-start = _starts_of_rows(np.array([1_000_000]), n, context_length, "shuffled", seed=0, wrap=True)
-batch = window_batch(shards, start, context_length)
+how = {"size": n, "unit": context_length, "order": "shuffled", "seed": 0, "wrap": True}
+alone = _starts_of_rows(np.array([1_000_000]), **how)
+together = _starts_of_rows(np.arange(999_990, 1_000_010), **how)
+assert alone[0] == together[10]
 epoch = round(1_000_000 // windows, -1)
-print(f"row 1,000,000, in about epoch {epoch}: a window of {batch.inputs.size(1)} inputs")
+batch = window_batch(shards, together, context_length)
+print(f"row 1,000,000, in about epoch {epoch}, begins at the same place both times")
+print(f"{len(batch.inputs)} rows of {batch.inputs.size(1)} inputs")
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: a batch moves to another device
+
+# %% [markdown] tags=["engine"]
+# All fields that are there move; the others stay None.
+
+
+# %% tags=["engine"]
+#| export
+class Batch(Batch):  # continued
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch on ``device``."""
+        positions, documents = self.position_ids, self.document_ids
+        return Batch(
+            self.inputs.to(device),
+            self.targets.to(device),
+            None if positions is None else positions.to(device),
+            None if documents is None else documents.to(device),
+        )
+
 
 # %% [markdown]
 # ## Documents that share a row
@@ -1142,12 +1177,12 @@ opened = np.mean([(shards.window(s, context_length) == end_id).sum() for s in ra
 print(f"documents in a window of {context_length} tokens: about {1 + opened:.0f}")
 
 # %% [markdown]
-# A transformer looks back by **attention** (chapter 09): at each position it takes a weighted mean
-# of what other positions hold. A **mask** says which of them count. The *causal* mask lets each
-# position attend to itself and to all before it, and so also to other documents, with which it
-# shares nothing but the row. Zhao and colleagues {cite}`zhao2024analysing` pretrained models both
-# ways, and those whose attention stayed inside the document were better. So we must know where
-# documents begin.
+# A transformer looks back by **attention** ({doc}`09_attention`): at each position it takes a
+# weighted mean of what other positions hold. A **mask** says which of them count. The *causal* mask
+# lets each position attend to itself and to all before it, and so also to other documents, with
+# which it shares nothing but the row. Zhao and colleagues {cite}`zhao2024analysing` pretrained
+# models both ways, and those whose attention stayed inside the document were better. So we must
+# know where documents begin.
 #
 # Here `<|endoftext|>` does double duty. As a *target* it ends a document: the model learns to
 # stop. As an *input* it opens the next one: the model learns how documents begin, and to generate
@@ -1232,17 +1267,18 @@ print("largest difference from each alone: below 0.00001; with the causal mask o
 #
 # The mask keeps documents apart, but the cuts remain: a window ends in the middle of a document,
 # whose rest has to do without what was said before. Ding and colleagues {cite}`ding2024fewer`
-# choose for each row whole documents that just fill it, and found that models trained on such
-# rows made up less. Room that is left over is **padding**, computed in vain.
+# choose for each row whole documents that just fill it, and found that models trained on such rows
+# invented facts less often. Room that is left over is **padding**, computed in vain. Its targets
+# are -100, which count for nothing ({doc}`12_optimization`), and its document id is -1.
 #
-# To fill rows with as little padding as possible is the **bin packing** problem, which is
-# NP-hard. A greedy rule comes close, and it is theirs, too. *Best fit, decreasing*: take documents
-# from long to short, and put each into the fullest row that has room for it. To search all rows
-# for each document would take quadratic time. But lengths are whole numbers up to $T$: it is
-# enough to keep, for each amount of room, a stack of the rows that have just so much left. Which
-# amounts occur we write down as the bits of one Python integer: bit $k$ is set if some row has
-# room for $k$. The fullest row with room for $\ell$ tokens is then the lowest set bit from $\ell$
-# on, which a shift and `x & -x` find at once.
+# To fill rows with as little padding as possible is the **bin packing** problem, which is NP-hard.
+# A greedy rule comes close, and Ding and colleagues use it, too. *Best fit, decreasing*: take
+# documents from long to short, and put each into the fullest row that has room for it. To search
+# all rows for each document would take quadratic time. But lengths are whole numbers up to $T$: it
+# is enough to keep, for each amount of room, a stack of the rows that have just so much left. We
+# note which amounts occur in the bits of one Python integer: bit $k$ is set if some row has room
+# for $k$. The fullest row with room for $\ell$ tokens is then the lowest set bit from $\ell$ on,
+# which a shift and `x & -x` find at once.
 
 
 # %%
@@ -1281,7 +1317,7 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> Int64[np.nda
 # a list of windows, of unequal lengths. A document that is longer than a row is cut into pieces
 # of $T$, which count as documents. {py:func}`~llmbook.batches.pack_documents` arranges all
 # documents of a ring in this way, and {py:class}`~llmbook.batches.PackedDocuments` hands out the
-# rows.
+# rows and knows the share of `padding`.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: packed rows, their padding, and what does not fit
@@ -1430,7 +1466,8 @@ for T in lengths_of_rows.tolist():
     first, last = shards.document_ends - sizes, shards.document_ends - 1
     cut_by_windows.append(np.mean(first // T != last // T))
     longer.append(np.mean(sizes > T))
-print("row length    one a row  in order  best fit   padding in percent")
+print("padding in percent")
+print("row length    one a row  in order  best fit")
 for T, row in zip(lengths_of_rows.tolist(), padding, strict=True):
     print(f"{T:10,} {100 * row[0]:12.0f} {100 * row[1]:9.0f} {100 * row[2]:9.1f}")
 
@@ -1504,8 +1541,8 @@ class ResumableBatches(Dataset[Batch]):
 # ### Engine room: states that do not fit are refused, and workers prepare batches
 
 # %% [markdown] tags=["engine"]
-# **The state.** It must be one of these very batches, and its step a number that leaves room: a step
-# times a batch size must fit into 64 bits.
+# **The state.** It must come from a sampler with the same identity, and its step must leave room: a
+# step times a batch size must fit into 64 bits.
 
 # %% tags=["engine"]
 #| export
@@ -1641,10 +1678,10 @@ class BatchSampler(BatchSampler):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: what a sampler refuses, and places that are computed once
+# ### Engine room: what a sampler refuses, and places computed in blocks, for speed
 
 # %% [markdown] tags=["engine"]
-# **The source**, and how long a row of it is.
+# First: what a sampler may draw from, and how long a row is.
 
 
 # %% tags=["engine"]
@@ -1767,7 +1804,7 @@ for name, sampler in kinds.items():
     counted = np.mean([(sampler[step].targets != -100).float().mean() for step in range(50)])
     print(f"{name:10} {rows} rows of {length}, of 100 targets {100 * counted:3.0f} count")
 
-# %% mystnb={"figure": {"caption": "Eight rows of each kind; a color for each document, a mark where one begins, white for padding.", "name": "fig-batches-drawn"}, "image": {"alt": "Three grids of 8 rows by 256 positions. Windows: bands of color fill every row; at the left edge they have no mark, because the window begins inside a document. Best fit: nearly every cell is filled, and most bands begin with a mark; the others are pieces of documents longer than a row. One a row: a single band at the left of each row, and white to its right."}}
+# %% mystnb={"figure": {"caption": "Eight rows of each kind; a color for each document, a mark where one begins, white for padding. In best fit, a color without a mark is a piece of a document longer than a row.", "name": "fig-batches-drawn"}, "image": {"alt": "Three grids of 8 rows by 256 positions. Windows: bands of color fill every row; at the left edge they have no mark, because the window begins inside a document. Best fit: nearly every cell is filled, and most bands begin with a mark; the others are pieces of documents longer than a row. One a row: a single band at the left of each row, and white to its right."}}
 figure, axes = plt.subplots(1, 3, figsize=(7, 2.4), sharey=True)
 for ax, (title, sampler) in zip(axes, kinds.items(), strict=True):
     batch = sampler[0]
@@ -1785,7 +1822,9 @@ plt.show()
 # ### Does it resume?
 #
 # We stop after seven batches, write the state down as JSON, and go on with a new sampler in one
-# process, with two workers, and as two ranks. All must see the batches that an unbroken run sees.
+# process, with two workers, and as two ranks. All must see the batches that an unbroken run sees. We
+# take the classes from the package, as worker processes cannot import from a notebook; `prefetch`,
+# from the room above, prepares batches in workers.
 
 # %%
 import json
@@ -1798,7 +1837,8 @@ stopped = exported.BatchSampler(shards, 8, 64, seed=3)
 for _ in zip(range(7), stopped, strict=False):
     pass
 written = json.dumps(stopped.state_dict())
-print(f"stopped; {len(written)} characters are written down, the next step is {stopped.step}")
+print(f"the next step is {stopped.step}; written down:")
+print(written.replace(shards.fingerprint, "(digest of the last shard)"))
 
 # %% [markdown]
 # The three ways to go on, and for each how many of the next five batches are those of the unbroken
@@ -1940,16 +1980,22 @@ for _ in range(5):
     logits = body(table(batch.inputs), mask=causal, is_causal=True) @ table.weight.T
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).backward()
 model = 5 * 16 * 256 / (time.perf_counter() - start)
-print(f"the model  {model / 1e6:5.3f}; the slowest loader: {min(rates.values()) / model:.0f} times")
+ratio = min(rates.values()) / model
+print(f"the model learns {model:,.0f} tokens a second;", end=" ")
+print(f"the slowest loader makes {ratio:,.0f} times as many")
 for name, rate in rates.items():
     ratio = rate / rates["DataLoader"]
     print(f"{name:10} {rate / 1e6:5.1f} million tokens a second, {ratio:.1f} times DataLoader")
 
 # %% [markdown]
+# Even the slowest loader is hundreds of times faster than this model, which never waits. A GPU that
+# learns millions of tokens a second would, and there `prefetch` helps.
+#
 # ## From raw text to batches
 #
-# The first part of the book in ten lines, here on three modules of the standard library. With all
-# of it, NumPy and Matplotlib, some 33,000 documents, the same lines take less than a minute.
+# The first part of the book in ten lines, here on three modules of the standard library. With the
+# whole standard library, NumPy and Matplotlib together, some 33,000 documents, the same lines take
+# less than a minute.
 
 # %%
 from llmbook.batches import BatchSampler, pack_documents, write_shards
@@ -2142,4 +2188,5 @@ shutil.rmtree(folder, ignore_errors=True)
 #
 # **Further reading.** Ding and colleagues {cite}`ding2024fewer` on packing, Zhao and colleagues
 # {cite}`zhao2024analysing` on masks, Salmon and colleagues {cite}`salmon2011parallel` on
-# counter-based generators. Next, chapter 08 turns the ids into vectors, and their positions, too.
+# counter-based generators. Next, {doc}`08_positions` turns the ids into vectors, and their
+# positions, too.

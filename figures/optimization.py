@@ -52,7 +52,7 @@ def draw_chunks() -> None:
         ax,
         (x, y + 2 * height + 6),
         (x + 2 * 156 + wide, y + 2 * height + 6),
-        "one buffer, chunk × vocab_size, overwritten and used again by the next chunk",
+        "one buffer, chunk × vocab_size, overwritten; freed, and made anew for the next chunk",
         depth=6,
     )
     loss = box(ax, 168, 202, 128, 46, "loss", "summed up", color=GREEN)
@@ -70,9 +70,9 @@ def draw_chunks() -> None:
         "The loss, chunk by chunk",
         "Of eight rows of hidden states two are a chunk. Times the transposed head they give "
         "logits, overwritten by probabilities and then by p minus y, in one buffer of chunk by "
-        "vocab_size that the next chunk uses again. From it come the summed loss, the gradient of "
-        "hidden, whose rows are p minus y times the head, and the gradient of the head, to which "
-        "p minus y transposed times hidden is added.",
+        "vocab_size that is freed, and made anew for the next chunk. From it come the summed loss, "
+        "the gradient of hidden, whose rows are p minus y times the head, and the gradient of the "
+        "head, to which p minus y transposed times hidden is added.",
     )
 
 

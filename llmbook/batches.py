@@ -302,7 +302,7 @@ def write_shards(
             raise ValueError("texts: expected at least one document that is not empty, got none")
     return TokenShards(target)
 
-# %% ../chapters/07_batches.ipynb #ce2df51e
+# %% ../chapters/07_batches.ipynb #bacf3046
 class TokenRing:
     """Ids joined end to end and closed to a ring; nothing is copied until it is read.
 
@@ -331,7 +331,7 @@ class TokenRing:
         window, done = np.empty(length, np.int64), 0
         while done < length:
             at = (start + done) % len(self)
-            number = bisect_right(self._first, at) - 1
+            number = bisect_right(self._first, at) - 1  # the part that holds position `at`
             piece = self._parts[number][at - self._first[number] :][: length - done]
             window[done : done + len(piece)] = piece
             done += len(piece)
@@ -566,7 +566,7 @@ def _starts_of_rows(
     cut = (random_bits(seed, epoch, 1) % cuts).astype(np.int64)
     return (permuted(place, windows, seed, epoch, 0) * unit + cut) % size
 
-# %% ../chapters/07_batches.ipynb #0315508c
+# %% ../chapters/07_batches.ipynb #2b37953e
 class Batch(NamedTuple):
     """Rows to learn from. A target of -100 does not count.
 
@@ -589,7 +589,7 @@ class Batch(NamedTuple):
             None if documents is None else documents.to(device),
         )
 
-
+# %% ../chapters/07_batches.ipynb #61da35a2
 def window_batch(
     ring: TokenRing | np.ndarray | Tensor | Sequence[int],
     starts: Sequence[int] | np.ndarray,
