@@ -28,7 +28,6 @@
 #| export
 # What the engine rooms import; pyarrow, zstandard and datasets are imported where they are used
 import bz2
-import codecs
 import difflib
 import fnmatch
 import importlib.metadata
@@ -44,7 +43,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 
-from llmbook.environment import check_at_least, check_choice, requires_extra, whole_file
+from llmbook.environment import check_choice, requires_extra, whole_file
 
 # %% [markdown]
 # Nearly all that we need is in the standard library:
@@ -52,6 +51,7 @@ from llmbook.environment import check_at_least, check_choice, requires_extra, wh
 # %%
 #| export
 import ast
+import codecs
 import gzip
 import io
 import json
@@ -72,6 +72,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Integer
+
+from llmbook.environment import check_at_least
 
 # %% [markdown]
 # ## What is a document?
@@ -191,7 +193,8 @@ print(comments_by_tokenize(sample))
 
 # %% [markdown]
 # Correct, and slow: it makes an object of every token (and Python 3.11 does so in Python, 3.12 in
-# C). The package has a version that is several times as fast and finds the same blocks.
+# C). The package has a version, `comment_blocks`, that is several times as fast and finds the same
+# blocks.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: comments without a tokenizer, several times as fast
@@ -431,8 +434,8 @@ def _each(items: Any, argument: str, kinds: Any, name: str) -> Iterator[Any]:
 # the name of the file with the line; the source, which is the package; and the rest of what we
 # know. File names are relative to the package, with forward slashes, and so the same on every
 # machine. One file becomes a list of documents. Comment signs go, and a block without a
-# letter (a ruler of dashes) is not text. Files may hold anything: another Python's syntax,
-# undecodable bytes, nesting that the parser gives up on.
+# letter (a ruler of dashes) is not text. `_unix_lines` ends every line in `\n`. Files may hold
+# anything: another Python's syntax, undecodable bytes, nesting that the parser gives up on.
 
 
 # %%
@@ -459,7 +462,7 @@ def _read_python(package: str, name: str, path: str, kinds: tuple[str, ...]) -> 
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: which files belong to a package, and how several processes read them in order
+# ### Engine room: `read_installed_docs`, by several processes and yet in order
 
 # %% [markdown] tags=["engine"]
 # Python can tell where a module lies without importing it. Names on the package index and names in
@@ -687,8 +690,9 @@ def _read_packages(
 # ### The corpus of this book
 #
 # {py:func}`~llmbook.corpus.read_installed_docs` finds the files of any installed package and reads
-# them in several processes, in the same order every time. Three packages are enough for a corpus.
-# Every count depends on what is installed, so we print limits, not counts.
+# them, in the package with several processes, in the same order every time. (In this notebook one
+# process reads them.) Three packages are enough for a corpus. Every count depends on what is
+# installed, so we print limits, not counts.
 
 # %%
 import math
@@ -892,7 +896,7 @@ assert [Document(**json.loads(line)) for line in lines] == corpus[:3]
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: lines that cannot be read, and files that appear whole or not at all
+# ### Engine room: `read_jsonl`, `write_jsonl`, and files that appear whole or not at all
 
 # %% [markdown] tags=["engine"]
 # A record's text is in `text`, its id in `id`, unless you say otherwise; its other fields become
@@ -1123,7 +1127,7 @@ for problem in report.problems:
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: Parquet, batch by batch
+# ### Engine room: `read_parquet` and `write_parquet`, batch by batch
 
 # %% [markdown] tags=["engine"]
 # A reader takes a batch of rows at a time, and hands each row to the code that makes documents of
@@ -1261,8 +1265,7 @@ def _groups(documents: Iterable[Document], size: int) -> Iterator[list[Document]
 # %% [markdown]
 # ### What the formats cost
 #
-# What do the formats cost, compared with the uncompressed file? All three take a fifth; choose by
-# how you read, not by size.
+# Compared with the uncompressed file, all three take a fifth; choose by how you read, not by size.
 
 # %%
 write_jsonl(corpus, folder / "docs.jsonl")
@@ -1442,7 +1445,7 @@ for block in html_blocks(page):
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: encodings, and pages that would stop a crawl
+# ### Engine room: `read_html`, for any encoding, and for pages that would stop a crawl
 
 # %% [markdown] tags=["engine"]
 # The encoding is guessed in the order that was just described.
@@ -1532,7 +1535,8 @@ def read_html(
 # %% [markdown]
 # ### The page once more
 #
-# Now the banner is gone, `More` too, and the rest is as before.
+# With {py:func}`~llmbook.corpus.read_html` the banner is gone, `More` too, and the rest is as
+# before.
 
 # %%
 document = read_html(page)
@@ -1542,12 +1546,13 @@ print(document.text)
 # %% [markdown]
 # ### Any folder: `read_files`
 #
-# One function remains. Give it a folder, and it finds what it can read by the suffix of each name.
+# One function ties these readers together: {py:func}`~llmbook.corpus.read_files`. Give it a folder,
+# and it finds what it can read by the suffix of each name.
 # Markdown stays as it is: an assistant should learn to write it.
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: a folder is walked once, in the same order everywhere
+# ### Engine room: `read_files` walks a folder once, in the same order everywhere
 
 # %% [markdown] tags=["engine"]
 # The suffix says the format, inside of a compressed file, too.
@@ -1708,7 +1713,7 @@ def _read_any(
 # %% [markdown]
 # ### A folder as one finds it
 #
-# A folder as one finds them: a little of everything, some of it broken.
+# A little of everything, some of it broken, for {py:func}`~llmbook.corpus.read_files`:
 
 # %%
 bakery = folder / "bakery"
@@ -1747,13 +1752,39 @@ for problem in report.problems:
 # ```
 #
 # Finished collections are kept on hubs, too large to fetch whole. One **streams** them: rows
-# arrive while you iterate. A stream can be shuffled only approximately: a buffer is filled, each
-# time a random element leaves, and the next row takes its place. Data sets change, so a serious
-# run names a `revision`.
+# arrive while you iterate. Data sets change, so a serious run names a `revision`.
+#
+# A stream can be shuffled only approximately: a buffer is filled, each time a random element
+# leaves, and the next row takes its place. With a buffer of 0 rows the order stays as it is:
 
+
+# %%
+#| export
+def _shuffled(rows: Iterable[Any], size: int, seed: int) -> Iterator[Any]:
+    """Yield ``rows`` in an order shuffled by a buffer of ``size`` rows."""
+    generator, buffer = random.Random(seed), list[Any]()
+    for row in rows:
+        if len(buffer) < size:
+            buffer.append(row)
+        elif not size:
+            yield row
+        else:
+            place = generator.randrange(size)
+            yield buffer[place]
+            buffer[place] = row
+    generator.shuffle(buffer)
+    yield from buffer
+
+
+# %% [markdown]
+# Twenty rows through buffers of three sizes. A large buffer mixes more, and holds more rows back:
+
+# %%
+for size in (0, 4, 20):
+    print(f"{size:2}:", *_shuffled(range(20), size, seed=0))
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: a stream from a hub, and what can go wrong with it
+# ### Engine room: `stream_hub`, and what can go wrong with it
 
 # %% [markdown] tags=["engine"]
 # The public function checks its arguments before it asks anybody for anything.
@@ -1819,29 +1850,7 @@ def _open_hub(name: str, config: str | None, split: str, revision: str | None) -
 
 # %% [markdown] tags=["engine"]
 # Rows are numbered before they are shuffled, for problems; rows without an id get one from their
-# text.
-
-
-# %% tags=["engine"]
-#| export
-def _shuffled(rows: Iterable[Any], size: int, seed: int) -> Iterator[Any]:
-    """Yield ``rows`` in an order shuffled by a buffer of ``size`` rows."""
-    generator, buffer = random.Random(seed), list[Any]()
-    for row in rows:
-        if len(buffer) < size:
-            buffer.append(row)
-        elif not size:
-            yield row
-        else:
-            place = generator.randrange(size)
-            yield buffer[place]
-            buffer[place] = row
-    generator.shuffle(buffer)
-    yield from buffer
-
-
-# %% [markdown] tags=["engine"]
-# Whatever the library raises in the middle of a stream becomes a problem in the report.
+# text. Whatever the library raises in the middle of a stream becomes a problem in the report.
 
 
 # %% tags=["engine"]
@@ -2389,8 +2398,8 @@ print(
 # %% [markdown]
 # ## How fast is it?
 #
-# The exported reader in one process and in two; the order must not change. Starting a process
-# costs some tenths of a second, so for a single small package one is best.
+# The reader above, in one process, and the exported one in two; the order must not change. Starting
+# a process costs some tenths of a second, so for a single small package one is best.
 
 # %%
 from llmbook import corpus as exported

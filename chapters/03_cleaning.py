@@ -139,7 +139,8 @@ def read_translations(package: str = "sphinx") -> dict[str, list[str]]:
 # %% [markdown]
 # ### Text in many languages
 #
-# Sphinx's catalogs serve this chapter to test with, and the next ones as text in many languages.
+# {py:func}`~llmbook.cleaning.read_translations` reads Sphinx's catalogs. This chapter tests with
+# them; later ones use them as text in many languages.
 
 # %%
 catalogs = read_translations()
@@ -300,9 +301,11 @@ def repair_mojibake(text: str) -> str:
 
 
 # %% [markdown]
-# ### Repeated until nothing changes
+# ### The repair, and the whole
 #
-# Now the mixed text is repaired, and correct text is left alone:
+# {py:func}`~llmbook.cleaning.repair_mojibake`, from the engine room above, repairs the mixed text
+# and leaves correct text alone. Before a digit it repairs nothing: in `0.2 Å±0.1` the sign after the
+# letter is right.
 
 # %%
 for text in ("cafÃ© and café", "NO CAFÉ…", "â€œItâ€™s 10Â°â€\x9d", "0.2 Å±0.1"):
@@ -411,8 +414,8 @@ def _gopher_measures(text: str) -> dict[str, int | float]:
 
 
 # %% [markdown]
-# The measures of two texts that are no prose, beside those of the first sentence of this chapter's
-# problem:
+# The measures of two texts that are no prose, beside those of the sentence with which this chapter
+# opens, cut short. The last column has the limits:
 
 # %%
 problem = "A corpus as it comes off the disk holds the same license headers over and over."
@@ -421,20 +424,24 @@ samples = {
     "a jingle": "Bread and butter. " * 20,
     "a ruler": "#### ...\n" * 60,
 }
-print(f"{'':17}" + "".join(f"{name:>12}" for name in samples))
-for rule in _gopher_measures(problem):
+allowed = ("50 to 100,000", "3 to 10", "to 0.1", "to 0.9", "to 0.3", "from 0.8", "from 2")
+print(f"{'':17}" + "".join(f"{name:>12}" for name in (*samples, "limits")))
+for rule, limits in zip(_gopher_measures(problem), allowed, strict=True):
     measured = [_gopher_measures(text)[rule] for text in samples.values()]
-    print(f"{rule:17}" + "".join(f"{value:12.3g}" for value in measured))
+    print(f"{rule:17}" + "".join(f"{value:12.3g}" for value in measured), f"     {limits}")
 
 
 # %% [markdown]
 # A second set by the same authors drops texts that **repeat themselves**: too many lines or
 # paragraphs that occurred before, a word pair that makes up a fifth of the text, long n-grams that
-# come again, thirteen thresholds in all. A *copy* is what occurred earlier in the same text. The
-# code for all of them is in the engine room.
+# come again, thirteen thresholds in all. A *copy* is what occurred earlier in the same text.
+#
+# The code for all of them is in the engine room: {py:func}`~llmbook.cleaning.gopher_quality` and
+# {py:func}`~llmbook.cleaning.gopher_repetition` return the names of the rules that a text fails. A
+# limit of `None` switches a rule off.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: limits that can be changed, switched off, and mistaken
+# ### Engine room: Gopher's two sets of rules, with limits that can be changed
 
 # %% [markdown] tags=["engine"]
 # One function compares the measures with the limits. A share outside 0 to 1 (somebody wrote 30 for
@@ -640,7 +647,8 @@ class C4Result(NamedTuple):
 
 
 # %% [markdown]
-# The function returns what is left of the text, and the rules that condemn it as a whole:
+# The function returns what is left of the text, and the rules that condemn it as a whole.
+# (`_check_given` and its like, from the engine room above, refuse arguments that make no sense.)
 
 
 # %%
@@ -683,7 +691,8 @@ def c4_clean(
 # versions of a crawl, looked where the distributions differ, and trained a model for each candidate
 # rule. Three rules survived. A page is dropped if at most 12 % of its lines end in punctuation, if
 # at least 10 % of its characters are in copied lines, or if at least 67 % of its lines are shorter
-# than 30 characters.
+# than 30 characters. {py:func}`~llmbook.cleaning.fineweb_quality` returns which of the three a text
+# fails.
 
 
 # %% [markdown] tags=["engine"]
@@ -809,8 +818,8 @@ print(f"  {len(relaxed) / len(corpus):.1f} of the documents, {kept:.1f} of the c
 #
 # which for a billion lines is 0.03 lines lost unjustly.
 #
-# Lines are compared in lower case and without extra blanks. Short ones are always kept: `Returns`
-# and `else:` repeat because they are structure.
+# Lines are compared in lower case and without extra blanks. Short ones, of fewer than 30 characters
+# by default, are always kept: `Returns` and `else:` repeat because they are structure.
 
 
 # %%
@@ -837,7 +846,8 @@ def _repeated_keys(documents: Iterable[Document], min_length: int) -> set[int]:
 
 
 # %% [markdown]
-# The second policy collects the keys in a first pass, the other as it goes:
+# The second policy collects the keys in a first pass, the other as it goes. The public function,
+# {py:func}`~llmbook.cleaning.remove_repeated_lines`, checks its arguments and calls this one:
 
 
 # %%
@@ -861,7 +871,7 @@ def _without_repeats(
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: what cannot be read twice is refused
+# ### Engine room: `remove_repeated_lines` refuses what cannot be read twice
 
 # %% [markdown] tags=["engine"]
 # A generator would refuse bad arguments only when the first document is asked for, so the public
@@ -918,7 +928,7 @@ for keep, least, most in (("first", 0.05, 0.15), ("none", 0.1, 0.25)):
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: the phrases that only a license contains
+# ### Engine room: `remove_license`, and the phrases that only a license contains
 
 # %% [markdown] tags=["engine"]
 # The patterns are for text in lower case. White space between words is any, since licenses are set
@@ -1146,7 +1156,8 @@ class LanguageIdentifier:
 # ### Something to train on
 #
 # A library must work without Sphinx's catalogs, so the default model learns from one small story,
-# told in fourteen languages. Since all tell the same, no language can be told by its subject.
+# told in fourteen languages (`_STORY`). Since all tell the same, no language can be told by its
+# subject.
 
 
 # %% [markdown] tags=["engine"]
@@ -1843,7 +1854,7 @@ print("area under the curve: above 0.88 for documents held out at random,")
 print("smaller by more than 0.01 for the standard library, held out as a whole")
 
 # %% [markdown]
-# Both curves again:
+# {numref}`fig-cleaning-roc` shows both curves:
 
 # %% mystnb={"figure": {"caption": "ROC curves of the classifier for documents held out at random and for a source held out as a whole. The diagonal is guessing.", "name": "fig-cleaning-roc"}, "image": {"alt": "True positive rate against false positive rate. Both curves rise steeply from the origin towards the upper left corner; the one for random documents reaches 0.9 at a false positive rate between a quarter and a third, the one for the standard library lies clearly below it. A dotted diagonal marks guessing."}}
 plt.figure(figsize=(4.6, 4.2))
@@ -1912,7 +1923,7 @@ plt.show()
 
 # %% [markdown]
 # The smallest version knows one kind, an e-mail address, and keeps two of the three demands: masked
-# text stays, and all lengths are bounded.
+# text stays, and time is linear, since all lengths are bounded.
 
 # %%
 address = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}")
@@ -1925,7 +1936,7 @@ for text in ("Write to ann@example.org today.", "Write to <EMAIL> today.", "C = 
 # one longer.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: addresses and numbers, and what only looks like them
+# ### Engine room: `mask_pii`, and what only looks like an address or a number
 
 # %% [markdown] tags=["engine"]
 # An address at the end of a sentence must not swallow the period, and a call such as
@@ -2112,7 +2123,8 @@ print(
 )
 
 # %% [markdown]
-# The corpus (only counts are printed, and rounded):
+# Now the corpus (only counts are printed, and rounded), and two megabytes that would make a careless
+# pattern backtrack. `keep_private` leaves IP addresses that identify nobody, such as 127.0.0.1:
 
 # %%
 found: Counter[str] = Counter()
@@ -2122,7 +2134,10 @@ assert 60 < found["EMAIL"] < 300 and found["IP"] < 40 and found["PHONE"] < 15
 print("between 60 and 300 e-mail addresses, fewer than 40 global IP addresses,")
 print("fewer than 15 telephone numbers")
 million = "a.b-" * 250_000 + "@" + "1:2." * 250_000
-print("in two hostile megabytes:", mask_pii(million).counts.total())
+start = time.perf_counter()
+hostile = mask_pii(million).counts.total()
+assert time.perf_counter() - start < 60
+print(f"placeholders put into two hostile megabytes: {hostile}, in less than a minute")
 
 # %% [markdown]
 # Most of the few "IP addresses" are numbers of versions and sections, such as 8.2.4.44. For a
@@ -2162,7 +2177,7 @@ for run in sorted(runs[0] & runs[1]):
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: an index of the evaluation texts, and what hit what
+# ### Engine room: `decontaminate`, with an index of the evaluation texts
 
 # %% [markdown] tags=["engine"]
 # The n-grams of the evaluation texts are put into a dictionary once. Each document is then read
@@ -2250,7 +2265,8 @@ def _without_overlap(
 # %% [markdown]
 # ### An examination of fifty docstrings
 #
-# With fifty docstrings for an examination, what is found elsewhere in the corpus depends on $n$:
+# With fifty docstrings for an examination, what {py:func}`~llmbook.cleaning.decontaminate` finds
+# elsewhere in the corpus depends on $n$:
 
 # %%
 exam = random.Random(0).sample([d for d in positive if len(words(d.text)) > 40], 50)
@@ -2258,8 +2274,7 @@ exam_ids = {document.id for document in exam}
 rest = [document for document in corpus if document.id not in exam_ids]
 accused = {}
 for n in (5, 13, 30):
-    hits: list[Contamination] = []
-    accused[n] = len(rest) - len(list(decontaminate(rest, exam, n, found=hits)))
+    accused[n] = len(rest) - len(list(decontaminate(rest, exam, n)))
 assert accused[5] > 400 and 30 < accused[13] < 300 and accused[30] < accused[13]
 print("runs of  5 words accuse more than 400 documents,")
 print("runs of 13 between 30 and 300, runs of 30 fewer still")
@@ -2382,7 +2397,7 @@ def _chained(
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: optional steps, and options that are refused before the first document
+# ### Engine room: `clean_documents`, with optional steps and early checks
 
 # %% [markdown] tags=["engine"]
 # The optional steps ask the models of this chapter.
@@ -2508,7 +2523,6 @@ kept_characters = at["mask"].characters / at["read"].characters
 print("steps:", ", ".join(at))
 assert 0.45 < kept_documents < 0.75 and 0.6 < kept_characters < 0.85
 print("between 45 and 75 % of the documents survive, and 60 to 85 % of the characters")
-print("masked:", *sorted(report.masked))
 
 # %% [markdown]
 # As a picture:
@@ -2538,7 +2552,8 @@ plt.show()
 # ## Is it the real thing?
 #
 # **Mojibake**, against ftfy, the library that specializes in it. We damage every sentence of our
-# story that is not plain ASCII, and repair it. Both must also spare correct text that is hard:
+# story that is not plain ASCII, byte by byte (`_misread` is what Windows-1252 shows), and repair it.
+# Both must also spare correct text that is hard:
 # capitals in quotation marks, ending in an ellipsis.
 
 # %%
@@ -2581,7 +2596,7 @@ column = [theirs.classes_.tolist().index(code) for code in by_story.codes]
 expected = theirs.predict_log_proba(count_matrix(test))[:, column]
 ours = np.array([by_story.log_probabilities(piece) for piece in test])
 assert np.allclose(ours, expected, atol=1e-8)
-print(f"{ours.size:,} log-probabilities of two libraries differ by less than 0.00000001")
+print(f"{ours.size:,} log-probabilities of two libraries agree to 8 decimal places")
 
 # %% [markdown]
 # **The classifier**, against `LogisticRegression` on the same features. Its `C` multiplies the sum
@@ -2602,7 +2617,7 @@ assert gap < 0.02
 print("weights differ by less than 2 % of the largest weight")
 for labels, scores in results.values():
     assert abs(area_under_roc(labels, scores) - roc_auc_score(labels, scores)) < 1e-12
-print("areas under the curve differ by less than 0.000000000001")
+print("areas under the curve agree to 12 decimal places")
 
 # %% [markdown]
 # ## How fast is it?

@@ -509,7 +509,9 @@ print(f"{(both[0] == both[1]).sum()} of {len(factors)} minima agree; J = {simila
 # %% [markdown]
 # A class holds what two signatures must have in common to be compared: the kind of shingles, and
 # the seed that determines the permutations. It makes signatures from texts, or from hashes that
-# somebody has.
+# somebody has. Its helpers are in the next engine room: `_check_hasher` refuses bad settings,
+# `_permutations` draws factors and shifts from the seed, `_minima` is the three lines for many
+# documents at once, and `_sign` signs one of the batches that `_batches` makes.
 
 
 # %%
@@ -878,7 +880,7 @@ for weights in ((0.5, 0.5), (0.05, 0.95)):
 # To know, we need the similarity of *all* pairs. Only pairs that share a shingle have one above
 # zero, and an inverted index, from shingle to documents, lists those. At our size that works; one
 # license header in a million files would be half a trillion pairs. We need all pairs of positions
-# inside groups of equal numbers:
+# inside groups of equal numbers (`_ranges` counts 0, 1, ..., size - 1 for each size):
 
 
 # %%
@@ -899,7 +901,8 @@ def _unique_pairs(pairs: Int64[np.ndarray, "pairs 2"]) -> Int64[np.ndarray, "dis
 
 # %% [markdown]
 # With that, the inverted index is sorting. Entries (shingle, document), sorted by shingle, make
-# groups of documents, and a pair occurs once for each shingle that it shares.
+# groups of documents, and a pair occurs once for each shingle that it shares. `_shingle_hashes` is
+# `shingles` for many texts: all hashes end to end, repeated ones too, and how many each text has.
 
 
 # %%
@@ -985,6 +988,9 @@ plt.show()
 # of its own; as long as the last run is at least half as long as the one before, merge the two.
 # Then each run is more than twice as long as the next, so there are at most $\log_2 N$ to search,
 # and an entry is moved a logarithmic number of times on average, too.
+#
+# First each band becomes a number, by the polynomial and the scrambling that shingles have
+# (`_powers`, `_BASE` and `_mix64`):
 
 
 # %%
@@ -1001,7 +1007,8 @@ def _band_hashes(
 # %% [markdown]
 # The index proper has keys for its documents (their ids), the layout of bands, and the hasher
 # whose signatures it takes: an index that forgot it would one day compare signatures of different
-# permutations, and find nothing without a complaint.
+# permutations, and find nothing without a complaint. `_SortedRuns` holds the runs, `_checked` and
+# `_new_keys` refuse what does not fit, `_sharing` lists the pairs of all buckets.
 
 
 # %%
@@ -1239,7 +1246,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 # %% [markdown]
-# ### Three sittings
+# ### Asking the index
 #
 # A new text is asked about like this:
 
@@ -1267,10 +1274,8 @@ for part in np.array_split(np.arange(len(keys)), 3):
 candidates = at_once.candidate_pairs()
 assert candidates == slowly.candidate_pairs() and 500 < len(candidates) < 2000
 print("the same candidates from both, between 500 and 2,000 of almost a billion pairs")
-megabytes = (place / "index.npz").stat().st_size / 1e6
-print(
-    f"16 bytes for each document and band: {megabytes * 1e6 / len(keys) / 16 / 16:.1f} times that"
-)
+times = (place / "index.npz").stat().st_size / (16 * len(keys) * at_once.bands)
+print(f"the file is {times:.1f} times 16 bytes for each document and band")
 
 # %% [markdown]
 # ## From candidates to clusters
@@ -1622,7 +1627,7 @@ def _verified(
 # %% [markdown]
 # ### How much of the truth it finds
 #
-# How much of the truth does it find? A perfect search would remove all documents but one of each
+# A perfect search would remove all documents but one of each
 # true cluster. Recall is the share of those that ours removes, too.
 
 # %%
@@ -1643,6 +1648,9 @@ print(f"members of a cluster that do not belong to it: {outside}")
 # it the worst case: eight hundred texts of which every pair has a similarity of about $0.7$, too
 # little to be joined and enough to meet. There is nothing to save there. A pair that meets in
 # several buckets may even be compared in several rounds, so there are more comparisons than pairs.
+#
+# The buckets of the bands are searched side by side. For the header, some begin with the first
+# member, some with the second, so there are two comparisons for each document, not one.
 
 
 # %%
@@ -1653,7 +1661,9 @@ def family(clauses: int, count: int) -> list[str]:
 
 for name, texts in (("header", family(120, 5000)), ("worst case", family(35, 800))):
     found, every = find_near_duplicates(texts), math.comb(len(texts), 2)
-    print(f"{name}: clusters of {[len(cluster) for cluster in found.clusters]} members,", end=" ")
+    size = sum(map(len, found.clusters))
+    assert len(found.clusters) <= 1
+    print(f"{name}: {f'one cluster of {size:,}' if size else 'no clusters'},", end=" ")
     print(f"{found.compared:,} comparisons for {every:,} pairs")
 
 # %% [markdown]
@@ -1703,7 +1713,7 @@ print("kept of the chain:", keep_stars(chain_of_texts, 0.7))
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: stars in crowded buckets
+# ### Engine room: `deduplicate`, and stars in crowded buckets
 
 # %% [markdown] tags=["engine"]
 # The members of each cluster are ranked first. A score that is no number would make the order
@@ -1852,14 +1862,16 @@ kept = deduplicate(corpus)
 gone = 1 - len(kept) / len(corpus)
 by_single_linkage = len(corpus) - sum(len(cluster) - 1 for cluster in found.clusters)
 assert 0.06 < gone < 0.14 and 0 < len(kept) - by_single_linkage < 100
-assert len(kept) - len(deduplicate(kept)) < 20
+gone_later = len(kept) - len(deduplicate(kept))
+assert gone_later < 20
 print("between 6 and 14 % of the documents go")
 print("single linkage removes more, but fewer than 100")
-print("a second run removes fewer than 20")
+print(f"a second run removes {gone_later}")
 
 # %% [markdown]
-# The second run looks into the same buckets. Another seed would find some pairs that the first has
-# missed, since the search is a matter of chance. What are the largest clusters?
+# The second run looks into the same buckets, so it finds hardly anything new. Another seed would
+# find some pairs that the first has missed, since the search is a matter of chance. What are the
+# largest clusters?
 
 # %%
 import os
@@ -1874,8 +1886,10 @@ largest = sorted(found.clusters, key=len, reverse=True)[:6]
 for cluster in largest[:3]:
     least = max(limit for limit in (60, 80, 200) if len(cluster) > limit)
     words = {len(corpus[i].text.split()) for i in cluster}
-    print(f"more than {least} members, in {folder_of(cluster)}, words in each: {sorted(words)}")
-print("of the six largest, in encodings:", sum(folder_of(c) == "encodings" for c in largest))
+    each = " or ".join(map(str, sorted(words)))
+    print(f"more than {least} members, in {folder_of(cluster)}, each of {each} words")
+in_encodings = sum(folder_of(cluster) == "encodings" for cluster in largest)
+print(f"of the six largest clusters, {in_encodings} are in the folder encodings")
 
 # %% [markdown]
 # A comment that says nothing, a license header, a warning in functions that a script has written,

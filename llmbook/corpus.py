@@ -9,10 +9,9 @@ __all__ = ['KINDS', 'Document', 'docstrings', 'comment_blocks', 'CorpusWarning',
            'read_jsonl', 'existing_paths', 'read_parquet', 'write_parquet', 'Block', 'html_blocks', 'html_to_text',
            'read_html', 'read_files', 'stream_hub', 'count_scripts', 'fit_power_law', 'words', 'vocabulary_growth']
 
-# %% ../chapters/02_corpus.ipynb #4f0cf186
+# %% ../chapters/02_corpus.ipynb #67d2ccfb
 # What the engine rooms import; pyarrow, zstandard and datasets are imported where they are used
 import bz2
-import codecs
 import difflib
 import fnmatch
 import importlib.metadata
@@ -28,10 +27,11 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 
-from .environment import check_at_least, check_choice, requires_extra, whole_file
+from .environment import check_choice, requires_extra, whole_file
 
-# %% ../chapters/02_corpus.ipynb #329964db
+# %% ../chapters/02_corpus.ipynb #7bed5bbd
 import ast
+import codecs
 import gzip
 import io
 import json
@@ -52,6 +52,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Integer
+
+from .environment import check_at_least
 
 # %% ../chapters/02_corpus.ipynb #0bc26c1a
 @dataclass(frozen=True)
@@ -1033,6 +1035,22 @@ def _read_any(
     else:
         yield document
 
+# %% ../chapters/02_corpus.ipynb #464b2989
+def _shuffled(rows: Iterable[Any], size: int, seed: int) -> Iterator[Any]:
+    """Yield ``rows`` in an order shuffled by a buffer of ``size`` rows."""
+    generator, buffer = random.Random(seed), list[Any]()
+    for row in rows:
+        if len(buffer) < size:
+            buffer.append(row)
+        elif not size:
+            yield row
+        else:
+            place = generator.randrange(size)
+            yield buffer[place]
+            buffer[place] = row
+    generator.shuffle(buffer)
+    yield from buffer
+
 # %% ../chapters/02_corpus.ipynb #c4df7a80
 def stream_hub(
     name: str,
@@ -1082,22 +1100,6 @@ def _open_hub(name: str, config: str | None, split: str, revision: str | None) -
         raise ConnectionError(
             f"name: the hub could not be asked for {name!r}; {hint}: {error}"
         ) from error
-
-# %% ../chapters/02_corpus.ipynb #464b2989
-def _shuffled(rows: Iterable[Any], size: int, seed: int) -> Iterator[Any]:
-    """Yield ``rows`` in an order shuffled by a buffer of ``size`` rows."""
-    generator, buffer = random.Random(seed), list[Any]()
-    for row in rows:
-        if len(buffer) < size:
-            buffer.append(row)
-        elif not size:
-            yield row
-        else:
-            place = generator.randrange(size)
-            yield buffer[place]
-            buffer[place] = row
-    generator.shuffle(buffer)
-    yield from buffer
 
 # %% ../chapters/02_corpus.ipynb #89f2f404
 def _hub_documents(numbered: Iterator[Any], name: str, rows: _Rows) -> Iterator[Document]:
