@@ -49,8 +49,9 @@ from llmbook.environment import check_at_least, check_text, whole_file
 
 # %% [markdown]
 # The folded cell above has the imports of the module. Of these you will meet `Counter`, `pairwise`,
-# and the package `regex`, which knows Unicode's classes of characters, as Python's own `re` does
-# not. For this chapter alone we need a few things more:
+# `insort`, which keeps a list sorted, `heappush` and `heappop`, which keep a heap, `codecs`, and the
+# package `regex`, which knows Unicode's classes of characters, as Python's own `re` does not. For
+# this chapter alone we need a few things more:
 
 # %%
 import random
@@ -340,7 +341,7 @@ print(f"more than {million} million words; each occurs about {often:.0f} times")
 # wish, and can read files.
 
 # %% [markdown] tags=["engine"]
-# #### Engine room: counting in several processes, from texts and from files
+# #### Engine room: counting in several processes, from texts and from files (`count_words`)
 
 # %% [markdown] tags=["engine"]
 # If texts contain special tokens, such as a mark between documents, these separate and are not
@@ -544,11 +545,12 @@ def _index_pairs(
 
 # %% [markdown]
 # Between two pieces of the split word lay the pair. If the pieces around it are `left` and
-# `right`, the token before it is the last of `left`. If `left` is empty, it is the pair merged
-# just before, if any: its second half until now, the new token from now on. The token after it is
-# the first of `right`; if that is empty, the next round of the loop sees to it. Counts of pairs
-# with the new token are collected apart. The index may list a word that has lost a pair since; it
-# is seen and skipped, which is cheaper than keeping the index clean.
+# `right`, the token before it is the last of `left`. If `left` is empty and the word does not begin
+# here, another pair was merged just before: the token before this pair was the second half of that
+# one, and is now the new token. The token after the pair is the first of `right`; if that is empty,
+# the next round of the loop sees to it. Counts of pairs with the new token are collected apart. The
+# index may list a word that has lost a pair since; it is seen and skipped, which is cheaper than
+# keeping the index clean.
 
 
 # %%
@@ -819,7 +821,8 @@ class WordCache(dict[str, tuple[int, ...]]):
 # `allowed_special`. Where several begin at one place, the longest wins.
 #
 # Encoding then has two layers: find the special tokens that are allowed, and give what lies between
-# them to the merges, here called `ordinary`.
+# them to the merges, here called `ordinary`. `_finder` is a regular expression of the allowed
+# tokens, the longest first.
 
 # %%
 #| export
@@ -895,7 +898,8 @@ print("as a stream:   ", list(_decode_stream(pieces)))
 # A tokenizer knows its tokens, its merges, its special tokens and a pattern. Ids may come in any
 # order, since GPT-2's do: its first 256 are the bytes in an order of their own. What is known is a
 # frozen dataclass, so two tokenizers that know the same are equal. From it, look-up tables are made
-# once: the ids of bytes, the rank of each pair, the bytes of each id, and the cache of words.
+# once: the ids of bytes, the rank of each pair, the bytes of each id, and the cache of words
+# (`_Tables`, in the engine room below).
 
 
 # %%
@@ -1037,7 +1041,7 @@ def train_bpe(
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: bad vocabularies are refused, tables are made, files are trained on
+# ### Engine room: vocabularies checked, tables made, files trained on (`train_bpe_files`)
 
 # %% [markdown] tags=["engine"]
 # All bytes must have an id, or some text could not be encoded. And a special token must not be an
@@ -1916,6 +1920,7 @@ ids = tokenizer.encode(text, allowed_special="all")
 assert ids == encoding.encode(text, allowed_special="all") == theirs.encode(text).ids
 assert tokenizer.decode(ids) == text == theirs.decode(ids, skip_special_tokens=False)
 assert tokenizer.encode("\ud83e!") == encoding.encode("\ud83e!")  # half a character
+print(f"three programs: the same ids, more than {len(ids) // 50 * 50}, and the same text again")
 
 # %% [markdown]
 # Then we compare documents, and messages in more than forty languages, text by text:

@@ -395,7 +395,9 @@ print(train_naively(few, 8))
 
 # %% [markdown]
 # The package has the same trainer, and there it is fast:
-# `_PairTable.from_words(words, "likelihood", 2).merge_until(size)`.
+# `_PairTable.from_words(words, "likelihood", 2).merge_until(size)`. (2: a pair that occurs once is
+# not merged.) With `report=`, a list, it adds a `TrainingStep` at every hundredth token: the size
+# of the vocabulary, tokens per word, and nats per character.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the same merges without counting anew
@@ -719,8 +721,9 @@ share = sum(rest[word] for word, _, _ in worse) / rest.total()
 print(f"greedy takes a token too many for {share:.1%} of the words")
 
 # %% [markdown]
-# To see how, we draw cuts as rows of colored cells, here and in the rest of the chapter. These are
-# the most frequent of the words that greedy matching cuts badly:
+# To see how, we draw cuts as rows of colored boxes, here and in the rest of the chapter; the folded
+# cell defines `draw_cuts`. These are the most frequent of the words that greedy matching cuts
+# badly:
 
 # %% tags=["engine"]
 # How the pictures of this chapter draw cuts
@@ -1014,7 +1017,7 @@ class WordPieceTokenizer(WordPieceTokenizer):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: WordPiece's file, and its trainer
+# ### Engine room: WordPiece's file, and its trainer (`train_wordpiece`)
 
 # %% [markdown] tags=["engine"]
 # The steps of WordPiece by their names, and what a tokenizer is made of, read from a file:
@@ -1122,7 +1125,8 @@ def train_wordpiece(
 # %%
 wordpiece = train_wordpiece(texts, 4096)
 sentence = "Unlocking the untrained tokenizer's hidden parameters is surprisingly straightforward."
-print(wordpiece.vocab_size, "tokens;", wordpiece.special_tokens)
+print(f"{wordpiece.vocab_size:,} tokens; the last is {wordpiece.token(4095)}")
+print("cut:    ", *wordpiece.tokens(sentence)[:10], "...")
 print("decoded:", wordpiece.decode(wordpiece.encode(sentence)))
 
 # %% [markdown]
@@ -1216,8 +1220,8 @@ def forward_backward(word: str, q: dict[str, float]) -> tuple[float, dict[tuple[
 
 # %%
 z, posterior = forward_backward("unlocked", q)
-listed = {cut_: math.prod(q[t] for t in cut_) for cut_ in map(tuple, segmentations("unlocked", q))}
-lock = sum(p for cut_, p in listed.items() if "lock" in cut_) / z
+listed = {path: math.prod(q[t] for t in path) for path in map(tuple, segmentations("unlocked", q))}
+lock = sum(p for path, p in listed.items() if "lock" in path) / z
 print(f"Z = {z:.6f}, by listing {sum(listed.values()):.6f}")
 print(f"P(lock is used) = {posterior[2, 6]:.3f}, by listing {lock:.3f}")
 
@@ -1361,7 +1365,10 @@ for text in ("to be", " to be", "to  be ", "it's\nso"):
 
 # %% [markdown]
 # The tokenizer is `_Subwords` once more, with other answers to the three questions: words by
-# spaces, cut by the best path, joined as they are.
+# spaces, cut by the best path, joined as they are. From the engine rooms around it come
+# `_checked_pieces`, which refuses what is no list of pieces with scores; `path_ids`, which turns a
+# path into ids; `_BYTES`, the names of byte tokens; and `_unspelled`, which turns runs of byte
+# tokens back into characters.
 
 
 # %%
@@ -1484,7 +1491,8 @@ def _checked_pieces(
 # more. **No step lowers the likelihood of the corpus**, whose logarithm is $\sum_x c_x \ln Z(x)$.
 
 # %% [markdown]
-# In code, a step is a loop over words. `forward_backward` has done the hard part.
+# In code, a step is a loop over words. `forward_backward` has done the hard part. The step returns
+# the log-likelihood of the guess that it was given, and the new guess.
 
 
 # %%
@@ -1508,7 +1516,8 @@ for step in range(13):
     log_likelihood, guess = em_step(family, guess)
     if step in (0, 1, 2, 4, 8, 12):
         best = sorted(guess, key=guess.get, reverse=True)[:3]
-        print(f"step {step:2}: {log_likelihood:7.1f} nats;", *(f"{t} {guess[t]:.2f}" for t in best))
+        after = ", ".join(f"{piece} {guess[piece]:.2f}" for piece in best)
+        print(f"before step {step:2}: {log_likelihood:6.1f} nats; after it: {after}")
 
 # %% [markdown]
 # The likelihood rises at every step, fast in the beginning. Without being told, EM finds that
@@ -1701,10 +1710,12 @@ def _seeds(
 # %% [markdown]
 # ### Does it climb?
 #
-# The engine room above gives two things: `_seeds`, the pieces that training starts from, which are
-# strings inside of words that occur at least twice; and `path_sums`, which is `forward_backward`
-# for all words at once. We take the characters that make up 99.95 % of the text, cut the words
-# where others stand, start from 40,000 pieces, and hold the sums of a hundred short words against
+# From the engine room above we need `_seeds`, the pieces that training starts from, which are
+# strings inside of words that occur at least twice, and the lattices of all words. On these,
+# `path_sums` is `forward_backward` for all words at once; `expected` adds up an amount on arcs by
+# piece, times the count of each word (the E-step's $C_t$); and `keep` drops pieces. We take the
+# characters that make up 99.95 % of the text (`_alphabet`), cut the words where others stand
+# (`_training_words`), start from 40,000 pieces, and hold the sums of a hundred short words against
 # the loop above.
 
 # %%
@@ -1719,6 +1730,7 @@ assert np.allclose(log_z[some], by_hand)
 print(
     f"{len(pieces):,} pieces, more than {len(lattices.piece) // 10**6} million arcs over all words"
 )
+print(f"log Z of {len(some)} words: as by the loop")
 
 # %% [markdown]
 # Eight steps of plain EM on all seeds follow. The likelihood must never fall.
@@ -1732,7 +1744,12 @@ for _ in range(8):
     expected = lattices.expected(posterior, len(pieces))
     current = np.log(np.maximum(expected, 1e-300) / expected.sum())
 assert all(b > a - 1e-9 for a, b in pairwise(climb))
-print("nats per character after each step:", *(f"{nats:.2f}" for nats in climb))
+assert climb[-1] - climb[3] < 0.001
+print(
+    f"nats per character: {climb[0]:.2f} at first,",
+    f"{climb[1]:.2f} after one step, {climb[3]:.2f} after three",
+)
+print("four more steps add less than 0.001")
 print(f"seeds that are expected less than half a time: {(expected < 0.5).mean():.0%}")
 
 # %% [markdown]
@@ -1828,8 +1845,9 @@ print(f"estimates of {len(tried)} losses: all within 10 % of the true ones")
 
 # %% [markdown]
 # The estimate is for one removal. `▁token` can replace `▁tokens`, but not if it goes as well. So
-# the vocabulary is pruned in rounds, by a quarter, with two EM steps between rounds. Single
-# characters always stay, so that every word can be written.
+# the vocabulary is pruned in rounds, by a quarter, with two EM steps between rounds. EM alone drops
+# what is expected less than half a time: the first two thirds of the pieces go before any pruning.
+# Single characters always stay, so that every word can be written.
 
 
 # %%
@@ -1960,7 +1978,7 @@ class UnigramTokenizer(UnigramTokenizer):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: Unigram's file, and its trainer
+# ### Engine room: Unigram's file, and its trainer (`train_unigram`)
 
 # %% [markdown] tags=["engine"]
 # The file names the steps, as WordPiece's does.
@@ -2094,20 +2112,19 @@ def train_unigram(
 # %%
 steps: list[TrainingStep] = []
 unigram = train_unigram(texts, 4096, report=steps)
-print(unigram.vocab_size, "tokens;", unigram.special_tokens)
+print(f"{unigram.vocab_size:,} tokens; the last is {unigram.token(4095)}")
 print("decoded:", unigram.decode(unigram.encode(sentence)))
 assert unigram.decode(unigram.encode(sentence)) == sentence
 print("another alphabet, by its bytes:", unigram.decode(unigram.encode("Привет, მსოფლიო 🦉")))
 rounds = [step.nats_per_character for step in steps]
 assert all(after < before for before, after in pairwise(rounds))
-print(
-    f"{len(rounds)} rounds of pruning cost {rounds[-1] / rounds[0] - 1:.0%} of the log-likelihood"
-)
+cost = rounds[-1] / rounds[0] - 1
+print(f"{len(rounds) - 1} rounds of pruning cost {cost:.0%} of the log-likelihood")
 
 # %% [markdown]
 # The climb of EM, from above, beside the rounds of this training:
 
-# %% mystnb={"figure": {"caption": "Left: plain EM on all seeds raises the likelihood at every step. Right: pruning lowers it again; every point is a round, read from right to left.", "name": "fig-subwords-em"}, "image": {"alt": "Left panel: nats per character against EM step, rising steeply in the first step, then flat. Right panel: nats per character against number of pieces on a logarithmic axis from about 4,000 to 12,000; the curve rises with the number of pieces, steeply at the left end and gently at the right."}}
+# %% mystnb={"figure": {"caption": "Left: plain EM on all seeds raises the likelihood at every step. Right: pruning lowers it again. Each point is the vocabulary after a round, read from right to left; the first is before any pruning.", "name": "fig-subwords-em"}, "image": {"alt": "Left panel: nats per character against EM step, rising steeply in the first step, then flat. Right panel: nats per character against number of pieces on a logarithmic axis from about 4,000 to 12,000; the curve rises with the number of pieces, steeply at the left end and gently at the right."}}
 figure, (left, right) = plt.subplots(1, 2)
 left.plot(range(len(climb)), climb, "o-")
 left.set(xlabel="EM step", ylabel="nats per character", title="EM climbs")
@@ -2121,7 +2138,7 @@ plt.show()
 # {numref}`fig-subwords-em` shows both halves of the training. The last round costs most: the first
 # ones throw away what hardly anybody used.
 #
-# Segmentations drawn at random, against their exact posterior:
+# Segmentations drawn at random, against their exact probabilities at sharpness 0.5:
 
 # %%
 word, scores_by_piece = "▁unlocked", dict(unigram.pieces)
@@ -2135,7 +2152,7 @@ for _ in range(4000):
     drawn[tuple(map(unigram.token, ids))] += 1
 gap = max(abs(drawn[path] / 4000 - p / whole) for path, p in exact.items())
 assert gap < 0.03
-print(f"{len(exact)} segmentations; frequencies of 4,000 draws are within 3 % of the posterior")
+print(f"{len(exact)} segmentations; frequencies in 4,000 draws differ by less than 0.03 from these")
 listed = math.log(sum(math.exp(sum(map(scores_by_piece.get, path))) for path in paths))
 assert math.isclose(unigram.log_probability("unlocked"), listed)
 
@@ -2200,8 +2217,10 @@ for name, ours in (("wordpiece", wordpiece), ("unigram", unigram)):
 # And Unigram with bytes loses nothing but `▁` and one leading space:
 
 # %%
-for text in (*held_out, *foreign, *nasty):
+everything = [*held_out, *foreign, *nasty]
+for text in everything:
     assert unigram.decode(unigram.encode(text)) == text.replace("▁", " ").removeprefix(" ")
+print(f"more than {len(everything) // 1000},000 texts come back")
 
 # %% [markdown]
 # Their Unigram trainer follows another rule, the second-best segmentation, so its vocabulary is
@@ -2224,7 +2243,7 @@ share = count / sum(len(theirs.encode(text).ids) for text in held_out)
 print(f"ours takes {1 - share:.0%} fewer tokens")
 
 # %% [markdown]
-# Ours is a little better on this text; why, we have not traced.
+# Ours is a little better on this text. We have not traced why.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: bad input, tried
@@ -2410,12 +2429,14 @@ assert min(efficiency, key=efficiency.get) == "WordPiece"
 assert abs(per_word["Unigram"] / per_word["BPE, spaces"] - 1) < 0.03
 
 # %% [markdown]
-# With more digits, and as pictures:
+# With a digit more, as pictures, and with the lengths of tokens:
 
-# %% mystnb={"figure": {"caption": "Four tokenizers of the same size on the same held-out text: length of the result, evenness of use, agreement with cuts made by hand, and lengths of the tokens in running text.", "name": "fig-subwords-measures"}, "image": {"alt": "Four panels. Bars of tokens per word: BPE on words between spaces and Unigram equal and lowest, near 1.7, BPE 1.8, WordPiece above 1.9. Bars of Renyi efficiency: BPE on words between spaces highest at 0.63, BPE and Unigram near 0.58, WordPiece 0.5. Bars of agreement with cuts made by hand: Unigram 0.7, the other three near 0.6. Lines of the share of tokens against their length in characters: most are of one or two characters, WordPiece has by far the most of one, and all have a tail beyond ten."}}
+# %% mystnb={"figure": {"caption": "Four tokenizers of the same size on the same held-out text: length of the result, evenness of use, agreement with cuts made by hand, and lengths of the tokens in running text.", "name": "fig-subwords-measures"}, "image": {"alt": "Four panels. Bars of tokens per word: BPE on words between spaces and Unigram equal and lowest, near 1.7, BPE 1.8, WordPiece above 1.9. Bars of Renyi efficiency: BPE on words between spaces highest at 0.64, BPE and Unigram near 0.58, WordPiece 0.5. Bars of agreement with cuts made by hand: Unigram 0.7, the other three near 0.6. Lines of the share of tokens against their length in characters: most are of one or two characters, WordPiece has by far the most of one, and all have a tail beyond ten."}}
 figure, axes = plt.subplots(1, 4, figsize=(9.5, 3.1), width_ratios=[1, 1, 1, 1.5])
 for ax, (title, values) in zip(axes, measures.items(), strict=False):
-    ax.bar(values.keys(), values.values(), color=["C0", "C5", "C1", "C2"])
+    bars = ax.bar(values.keys(), values.values(), color=["C0", "C5", "C1", "C2"])
+    ax.bar_label(bars, fmt="%.2f", fontsize=8)
+    ax.margins(y=0.1)
     ax.set_title(title, fontsize=9)
     ax.tick_params(axis="x", rotation=60)
 for (name, count), color in zip(used.items(), ["C0", "C5", "C1", "C2"], strict=True):
