@@ -1531,7 +1531,7 @@ greedy_story = generate(model, [[end]], sampling=Sampling(temperature=0), **opti
 found = {"greedy": sum(greedy_story.log_probs), "8 beams": sum(best[0].log_probs)}
 likelier = sum(one > found["8 beams"] for one in real) / len(real)
 gained = found["8 beams"] - found["greedy"]
-within("log-likelihood, 8 beams minus greedy (nats)", gained, -1, 5, ".0f")
+within("log-likelihood, 8 beams minus greedy (nats)", gained, -1, 5, ".1f")
 within(
     "different first sentences of 8 beams", len({one.text.split(".")[0] for one in best}), 1, 5, "d"
 )
@@ -2054,9 +2054,10 @@ weight = model.blocks[0].feed_forward.up_proj.weight.detach()
 numbers, step = quantize_rows(weight)
 error = (numbers * step[:, None] - weight).abs()
 assert (error <= step[:, None] / 2 * 1.0001).all()
-print(f"largest error: {(error / step[:, None]).max():.2f} steps", end=", ")
-spread = (error.square().mean(dim=1).sqrt() / step).mean()
-print(f"root mean square {spread:.2f} steps, of uniform errors {12**-0.5:.2f}")
+print(f"largest error: {(error / step[:, None]).max():.2f} steps")
+spread = (error.square().mean(dim=1).sqrt() / step).mean().item()
+within("root mean square of errors (steps)", spread, 0.27, 0.30, ".3f")
+print(f"root mean square of uniform errors: {12**-0.5:.3f}")
 
 int8 = quantize(model)
 ids = [torch.tensor([[end, *tokenizer.encode(text), end]]) for text in held_out[:100]]
@@ -2124,7 +2125,7 @@ ours = exported.next_token_distribution(
 )
 error = (ours - after.softmax(-1)).abs().max()
 print(f"{len(chosen)} filters and a penalty: {ours.numel():,} probabilities", end=", ")
-print(f"largest difference {error:.5f}")
+print("apart by less than 1e-6")
 assert error < 1e-6
 
 # %% [markdown]
@@ -2148,7 +2149,8 @@ for how, given in (("greedy", common), ("beams", common | wide)):
 zeros = torch.zeros(len(step), dtype=torch.int32)
 grid = torch.fake_quantize_per_channel_affine(weight, step, zeros, 0, -127, 127)
 error = (grid - numbers * step[:, None]).abs().max()
-print(f"int8: {grid.numel():,} weights, largest difference {error:.6f}")
+assert error < 1e-6
+print(f"int8: {grid.numel():,} weights, apart by less than 1e-6")
 
 # %% [markdown]
 # ## How fast is it?
