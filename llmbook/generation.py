@@ -871,7 +871,7 @@ def verify(
             return place, int(draw(owed[None], last))
     return len(tokens), int(draw(target[-1:], last))
 
-# %% ../chapters/14_generation.ipynb #e912008d
+# %% ../chapters/14_generation.ipynb #3e72839a
 def _round(
     target: "_Follower", draft: "_Follower", row: _Row, n: int, stats: "SpeculativeStats"
 ) -> str:
@@ -880,7 +880,7 @@ def _round(
     uniforms = uniforms_of(row.options.seed, stats.n_passes, 2 * n + 1)
     tokens, q = _drafted(draft, text, n, sampling, uniforms)
     logits = target.read(text + tokens, n + 1)
-    p = _distributions(logits, sampling, text + tokens)
+    p = _distributions_along(logits, sampling, text + tokens)
     accepted, last = verify(p, torch.cat(q) if q else p[:0], tokens, uniforms[n:])
     log_probs, shown = F.log_softmax(logits, dim=-1, dtype=torch.float32), ""
     for place, token in enumerate([*tokens[:accepted], last]):
@@ -928,8 +928,8 @@ class _Follower:
             self.cache.truncate(length)
             self.n_read = length
 
-# %% ../chapters/14_generation.ipynb #3edebe31
-def _distributions(logits: Tensor, sampling: Sampling, text: list[int]) -> Tensor:
+# %% ../chapters/14_generation.ipynb #94352e94
+def _distributions_along(logits: Tensor, sampling: Sampling, text: list[int]) -> Tensor:
     """The distributions after the last tokens of ``text``, one for each row of ``logits``."""
     if not sampling.has_penalties:
         return _distribution(logits, sampling, None)
@@ -944,7 +944,7 @@ def _drafted(
     """Return ``n`` tokens that the draft adds to ``text``, and their distributions."""
     text, distributions = list(text), []
     for place in range(n):
-        distributions.append(_distributions(draft.read(text, 1), sampling, text))
+        distributions.append(_distributions_along(draft.read(text, 1), sampling, text))
         uniform = torch.from_numpy(uniforms[place : place + 1])
         text.append(int(draw(distributions[-1], uniform)))
     return text[len(text) - n :], distributions
