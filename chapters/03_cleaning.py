@@ -425,7 +425,7 @@ samples = {
     "a ruler": "#### ...\n" * 60,
 }
 allowed = ("50 to 100,000", "3 to 10", "to 0.1", "to 0.9", "to 0.3", "from 0.8", "from 2")
-print(f"{'':17}" + "".join(f"{name:>12}" for name in (*samples, "limits")))
+print(f"{'':17}" + "".join(f"{name:>12}" for name in samples) + "     limits")
 for rule, limits in zip(_gopher_measures(problem), allowed, strict=True):
     measured = [_gopher_measures(text)[rule] for text in samples.values()]
     print(f"{rule:17}" + "".join(f"{value:12.3g}" for value in measured), f"     {limits}")

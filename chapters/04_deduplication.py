@@ -1661,9 +1661,9 @@ def family(clauses: int, count: int) -> list[str]:
 
 for name, texts in (("header", family(120, 5000)), ("worst case", family(35, 800))):
     found, every = find_near_duplicates(texts), math.comb(len(texts), 2)
-    size = sum(map(len, found.clusters))
+    joined = sum(map(len, found.clusters))
     assert len(found.clusters) <= 1
-    print(f"{name}: {f'one cluster of {size:,}' if size else 'no clusters'},", end=" ")
+    print(f"{name}: {f'one cluster of {joined:,}' if joined else 'no clusters'},", end=" ")
     print(f"{found.compared:,} comparisons for {every:,} pairs")
 
 # %% [markdown]
