@@ -48,10 +48,10 @@ from llmbook.corpus import Document, existing_paths, iter_texts, ordered_map
 from llmbook.environment import check_at_least, check_text, whole_file
 
 # %% [markdown]
-# The folded cell above has the imports of the module. Of these you will meet `Counter`, `pairwise`,
-# `insort`, which keeps a list sorted, `heappush` and `heappop`, which keep a heap, `codecs`, and the
-# package `regex`, which knows Unicode's classes of characters, as Python's own `re` does not. For
-# this chapter alone we need a few things more:
+# The folded cell above has the imports of the module. Of these you will meet `Counter`,
+# `pairwise`, `insort`, which keeps a list sorted, `heappush` and `heappop`, which keep a heap,
+# `codecs`, and the package `regex`, which knows Unicode's classes of characters, as Python's own
+# `re` does not. For this chapter alone we need a few things more:
 
 # %%
 import random
