@@ -304,8 +304,8 @@ def repair_mojibake(text: str) -> str:
 # ### The repair, and the whole
 #
 # {py:func}`~llmbook.cleaning.repair_mojibake`, from the engine room above, repairs the mixed text
-# and leaves correct text alone. Before a digit it repairs nothing: in `0.2 Å±0.1` the sign after the
-# letter is right.
+# and leaves correct text alone. Before a digit it repairs nothing: in `0.2 Å±0.1` the sign after
+# the letter is right.
 
 # %%
 for text in ("cafÃ© and café", "NO CAFÉ…", "â€œItâ€™s 10Â°â€\x9d", "0.2 Å±0.1"):
@@ -2123,8 +2123,9 @@ print(
 )
 
 # %% [markdown]
-# Now the corpus (only counts are printed, and rounded), and two megabytes that would make a careless
-# pattern backtrack. `keep_private` leaves IP addresses that identify nobody, such as 127.0.0.1:
+# Now the corpus (only counts are printed, and rounded), and two megabytes that would make a
+# careless pattern backtrack. `keep_private` leaves IP addresses that identify nobody, such as
+# 127.0.0.1:
 
 # %%
 found: Counter[str] = Counter()
@@ -2552,9 +2553,9 @@ plt.show()
 # ## Is it the real thing?
 #
 # **Mojibake**, against ftfy, the library that specializes in it. We damage every sentence of our
-# story that is not plain ASCII, byte by byte (`_misread` is what Windows-1252 shows), and repair it.
-# Both must also spare correct text that is hard:
-# capitals in quotation marks, ending in an ellipsis.
+# story that is not plain ASCII, byte by byte (`_misread` is what Windows-1252 shows), and repair
+# it. Both must also spare correct text that is hard: capitals in quotation marks, ending in an
+# ellipsis.
 
 # %%
 import ftfy

@@ -99,7 +99,8 @@ print(f"about {round(len(documents), -3):,} documents, {tokenizer.vocab_size:,} 
 
 # %% [markdown]
 # One special token, `<|endoftext|>`, goes after each document. The smallest loader there is puts
-# all tokens into one list and cuts windows of $T + 1$ tokens out of it at any places, usually random:
+# all tokens into one list and cuts windows of $T + 1$ tokens out of it at any places, usually
+# random:
 
 
 # %%
@@ -201,7 +202,7 @@ for what, parts in (
 # completely or not at all.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: how shards are written: header, fingerprint, checked ids, many encoders and one writer
+# ### Engine room: writing shards: header, fingerprint, checked ids, many encoders and one writer
 
 # %% [markdown] tags=["engine"]
 # **The header.** The order on disk is: the magic number and the version, so that a foreign file is
@@ -921,7 +922,8 @@ shuffled = visits(rng.integers(n) + rng.permutation(windows) * context_length)
 assert shuffled.max() == 1, "no token is seen twice"
 assert np.sum(shuffled == 0) < context_length, "fewer are left over than fill a window"
 print(
-    f"random:   {np.mean(at_random == 0):.0%} never seen, {np.mean(at_random > 1):.0%} twice or more"
+    f"random:   {np.mean(at_random == 0):.0%} never seen, "
+    f"{np.mean(at_random > 1):.0%} twice or more"
 )
 print(f"shuffled: {np.mean(shuffled == 0):.1%} never seen, none twice")
 
@@ -1572,10 +1574,11 @@ def _step_of(state: dict[str, Any], identity: dict[str, Any]) -> int:
 
 
 # %% [markdown] tags=["engine"]
-# **Workers.** They hold a trap, because they run ahead: while the model is at step 100, they prepare
-# step 104. If the state counts what has been *prepared*, a run that resumes skips four batches and
-# nobody notices. So the step is counted where a batch is handed out. The workers are those of
-# PyTorch's `DataLoader`, which takes any object with `__getitem__`, and the numbers to ask it for.
+# **Workers.** They hold a trap, because they run ahead: while the model is at step 100, they
+# prepare step 104. If the state counts what has been *prepared*, a run that resumes skips four
+# batches and nobody notices. So the step is counted where a batch is handed out. The workers are
+# those of PyTorch's `DataLoader`, which takes any object with `__getitem__`, and the numbers to
+# ask it for.
 
 
 # %% tags=["engine"]
@@ -1822,9 +1825,9 @@ plt.show()
 # ### Does it resume?
 #
 # We stop after seven batches, write the state down as JSON, and go on with a new sampler in one
-# process, with two workers, and as two ranks. All must see the batches that an unbroken run sees. We
-# take the classes from the package, as worker processes cannot import from a notebook; `prefetch`,
-# from the room above, prepares batches in workers.
+# process, with two workers, and as two ranks. All must see the batches that an unbroken run sees.
+# We take the classes from the package, as worker processes cannot import from a notebook;
+# `prefetch`, from the room above, prepares batches in workers.
 
 # %%
 import json
@@ -1858,8 +1861,8 @@ same = sum(torch.equal(both, whole[s].inputs) for s, both in zip(steps, together
 print(f"two ranks:   {same} of 5 batches are the same")
 
 # %% [markdown]
-# Tokens in memory are a source like any other. What nanoGPT calls `get_batch` is a sampler in random
-# order whose windows do not wrap around; unlike it, this one resumes:
+# Tokens in memory are a source like any other. What nanoGPT calls `get_batch` is a sampler in
+# random order whose windows do not wrap around; unlike it, this one resumes:
 
 # %%
 in_memory = exported.BatchSampler(np.arange(100), 32, 7, order="random", wrap=False)

@@ -1149,8 +1149,8 @@ class RopeScaling:
 
 
 # %% [markdown]
-# Which share $\kappa_i$ of its frequency a pair keeps is, by Llama 3's rule, a ramp in the number of
-# turns:
+# Which share $\kappa_i$ of its frequency a pair keeps is, by Llama 3's rule, a ramp in the number
+# of turns:
 
 
 # %%

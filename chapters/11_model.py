@@ -184,14 +184,20 @@ print(f"{sums.numel()} distributions over {probabilities.size(-1)} tokens, each 
 # | Mixtral {cite}`jiang2024mixtral` | RoPE | RMSNorm | 8 SwiGLU experts, 2 active | grouped | own |
 #
 # So the model is one class, and a **configuration** says which parts, in which sizes. Four of its
-# fields follow from others unless they are given. `context_length` and `sliding_window` count
-# tokens. The checks that the docstring promises are in the room below.
+# fields follow from others unless they are given. They have a mark in place of a default:
 
 # %%
 #| export
 _DERIVED: Any = None  # the default of a field that follows from others
 
 
+# %% [markdown]
+# In the class itself, `context_length` and `sliding_window` count tokens. The checks that the
+# docstring promises are in the room below.
+
+
+# %%
+#| export
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What a ``TransformerLM`` is: every size and every choice, checked.
@@ -518,13 +524,13 @@ class Transformer(nn.Module):
 
 # %% [markdown]
 # **Where does each token stand, and what may it see?** Most batches are rectangles full of text.
-# Then positions count from 0, and there is no mask at all: attention that is told to be causal uses
-# its fast kernel. Four things can be different. With a {term}`cache <KV cache>` the sequence goes on
-# where it stopped, and the cache knows where. A sliding window hides what is too far back.
+# Then positions count from 0, and there is no mask at all: attention that is told to be causal
+# uses its fast kernel. Four things can be different. With a {term}`cache <KV cache>` the sequence
+# goes on where it stopped, and the cache knows where. A sliding window hides what is too far back.
 # **Document ids**, as {doc}`07_batches` packs them, hide other documents, and positions begin anew
 # in each. And **position ids** may be given: where a row has padding, marked by -1, they say what
-# comes before what. For packed rows they are not enough, since position 2 of one document would see
-# position 1 of another.
+# comes before what. For packed rows they are not enough, since position 2 of one document would
+# see position 1 of another.
 
 
 # %%
@@ -711,6 +717,12 @@ def _check_input(
         raise ValueError("document_ids: expected None with a cache, which has one text in a row")
 
 
+# %% [markdown] tags=["engine"]
+# An id beyond the vocabulary has no row in the table. PyTorch's message does not say which id:
+
+
+# %% tags=["engine"]
+#| export
 def _embedded(embedding: nn.Embedding, ids: Tensor) -> Tensor:
     """Return the row of each id; a ``ValueError`` tells of ids that have none."""
     try:
@@ -2247,9 +2259,9 @@ def _check_head(model: TransformerLM, head: _Stored) -> None:
 # %% [markdown]
 # ### There and back
 #
-# The two functions are also methods, `save_pretrained` and `from_pretrained`. The pupil that learned
-# sixteen stories goes to disk, in several files, and comes back. What is in the first of these
-# files?
+# The two functions are also methods, `save_pretrained` and `from_pretrained`. The pupil that
+# learned sixteen stories goes to disk, in several files, and comes back. What is in the first of
+# these files?
 
 # %%
 from safetensors.torch import load_file

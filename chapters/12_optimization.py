@@ -594,8 +594,8 @@ def chunked_cross_entropy(
 # ### What it saves
 #
 # We count the bytes of every tensor from its making to its end. This sees what torch allocates, is
-# the same on every machine, and needs no watching of the process. `LiveBytes`, in the folded cell, is
-# a context manager that adds up what is alive and keeps the `peak`.
+# the same on every machine, and needs no watching of the process. `LiveBytes`, in the folded cell,
+# is a context manager that adds up what is alive and keeps the `peak`.
 
 # %% tags=["engine"]
 # A context manager that counts the bytes of all living tensors, for this chapter only
@@ -709,8 +709,8 @@ left = {name: path[-1].abs().max().item() for name, path in walks.items()}
 assert left["SGD"] > 1.5 > 0.4 > max(left["momentum"], left["Adam"]), left
 
 # %% [markdown]
-# The step in code, with Nesterov's variant and the classical decay of weights, which is added to the
-# gradient as in `torch.optim.SGD`:
+# The step in code, with Nesterov's variant and the classical decay of weights, which is added to
+# the gradient as in `torch.optim.SGD`:
 
 
 # %%
@@ -749,8 +749,8 @@ for step in (1, 2):
 # ### Engine room: a class with torch's interface around each step, and SGD as the first of them
 
 # %% [markdown] tags=["engine"]
-# Our optimizers inherit from torch's base class, which keeps groups of parameters and their state, so
-# that schedulers and checkpoints work with them. A step is the same for all but for one method,
+# Our optimizers inherit from torch's base class, which keeps groups of parameters and their state,
+# so that schedulers and checkpoints work with them. A step is the same for all but for one method,
 # `_update`. Parameters without a gradient are left alone.
 
 
@@ -789,8 +789,8 @@ class _Stepper(torch.optim.Optimizer):
 
 # %% [markdown] tags=["engine"]
 # We add what torch's base class lacks. A learning rate of NaN is refused, as are settings in a
-# foreign state dict that we would silently ignore. And a copy, or what comes out of a pickle, has the
-# settings that are not in any group, too: torch's class would forget them.
+# foreign state dict that we would silently ignore. And a copy, or what comes out of a pickle, has
+# the settings that are not in any group, too: torch's class would forget them.
 
 
 # %% tags=["engine"]
@@ -836,10 +836,10 @@ def _refuse(group: dict[str, Any], **expected: Any) -> None:
 
 # %% [markdown] tags=["engine"]
 # Torch has fused kernels, which read and write each number once. They go through memory from front
-# to back and look at no strides. If a parameter is a view of some columns of a larger table, such a
-# kernel would change the others, too; and with a gradient that is a transpose it would take the wrong
-# numbers. So only tensors that are laid out alike, without gaps, are given to it. The others go
-# through torch's ordinary operations.
+# to back and look at no strides. If a parameter is a view of some columns of a larger table, such
+# a kernel would change the others, too; and with a gradient that is a transpose it would take the
+# wrong numbers. So only tensors that are laid out alike, without gaps, are given to it. The others
+# go through torch's ordinary operations.
 
 
 # %% tags=["engine"]
@@ -867,7 +867,8 @@ def _is_alike(parameter: Tensor, *others: Tensor) -> bool:
 
 
 # %% [markdown] tags=["engine"]
-# Parallel lists of tensors are divided accordingly. Mostly all are contiguous, which is seen quickly:
+# Parallel lists of tensors are divided accordingly. Mostly all are contiguous, which is seen
+# quickly:
 
 
 # %% tags=["engine"]
@@ -1002,9 +1003,9 @@ for t in range(1, 101):
         print(f"{t:2d} {numbers} {v.mean():7.2f} {fixed_v:10.1f}")
 
 # %% [markdown]
-# At the first step $\hat m / \sqrt{\hat v} = g / |g|$: each parameter moves by exactly
-# $\eta$, whatever its gradient, on the evidence of one batch. Without the correction it would go just
-# as far here, as $0.1 / \sqrt{0.01} = 1$, but three times as far for the usual $\beta_2 = 0.999$.
+# At the first step $\hat m / \sqrt{\hat v} = g / |g|$: each parameter moves by exactly $\eta$,
+# whatever its gradient, on the evidence of one batch. Without the correction it would go just as
+# far here, as $0.1 / \sqrt{0.01} = 1$, but three times as far for the usual $\beta_2 = 0.999$.
 #
 # ### Decay, outside of the fraction
 #
@@ -1077,15 +1078,15 @@ for step in (1, 2):
     print(f"after step {step}: {[round(number, 4) for number in weights[0].tolist()]}")
 
 # %% [markdown]
-# The exported {py:class}`~llmbook.optimization.AdamW` takes this step with `backend="reference"`; by
-# default it hands the same arithmetic to torch's fused kernel.
+# The exported {py:class}`~llmbook.optimization.AdamW` takes this step with `backend="reference"`;
+# by default it hands the same arithmetic to torch's fused kernel.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: AdamW as a class, with what it refuses, and fused
 
 # %% [markdown] tags=["engine"]
-# Some settings are refused: with a beta of 1 no gradient would ever enter the mean, and a state saved
-# by Adam with L2 decay would silently go on as AdamW.
+# Some settings are refused: with a beta of 1 no gradient would ever enter the mean, and a state
+# saved by Adam with L2 decay would silently go on as AdamW.
 
 
 # %% tags=["engine"]
@@ -1320,8 +1321,8 @@ for name, matrix in (("gradient", gradient), ("tall one", torch.randn(256, 64)))
 # \end{aligned}
 # $$ (optimization-muon)
 #
-# Here $M$ is a running mean, not the sum of momentum in {eq}`optimization-momentum`. Three steps with
-# the gradient above, whatever its size:
+# Here $M$ is a running mean, not the sum of momentum in {eq}`optimization-momentum`. Three steps
+# with the gradient above, whatever its size:
 
 # %%
 W, M = torch.zeros_like(gradient), torch.zeros_like(gradient)
@@ -1484,9 +1485,9 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 # %% [markdown]
-# {py:func}`~llmbook.optimization.parameter_groups` applies the rule: a parameter decays if it has two
-# dimensions or more and is not a table that is looked up. `lookup_tables` (chapter 10) finds the
-# embeddings, `_trainable` all that is not frozen.
+# {py:func}`~llmbook.optimization.parameter_groups` applies the rule: a parameter decays if it has
+# two dimensions or more and is not a table that is looked up. `lookup_tables` (chapter 10) finds
+# the embeddings, `_trainable` all that is not frozen.
 
 
 # %% tags=["engine"]
@@ -1628,8 +1629,8 @@ def build_optimizer(
 # %% [markdown]
 # ### One call for a model
 #
-# {py:func}`~llmbook.optimization.build_optimizer` makes SGD, AdamW, or Muon with AdamW for the rest,
-# with these groups. Who gets what, if the head is not tied:
+# {py:func}`~llmbook.optimization.build_optimizer` makes SGD, AdamW, or Muon with AdamW for the
+# rest, with these groups. Who gets what, if the head is not tied:
 
 # %%
 untied = TransformerLM(ModelConfig(d_model=64, n_layers=2, **sizes))
@@ -1781,8 +1782,8 @@ plt.show()
 # $$ (optimization-clipping)
 #
 # where $g_p$ is the gradient of parameter $p$. A norm that is not finite has no direction to keep:
-# gradients stay, the caller sees the norm, and {doc}`13_training` skips the step. `_global_norm`, in
-# the folded cell, computes the norm for tensors of several devices and types.
+# gradients stay, the caller sees the norm, and {doc}`13_training` skips the step. `_global_norm`,
+# in the folded cell, computes the norm for tensors of several devices and types.
 
 
 # %% tags=["engine"]
@@ -2036,8 +2037,8 @@ print(f"head and loss: {whole:.0f} ms; in chunks {whole / chunked:.1f} times as 
 # When we measured, chunks made head and loss one and a half to two and a half times as fast, so
 # the trainer of {doc}`13_training` uses them always. Our AdamW is torch's fused kernel and costs
 # the same; torch's default on a processor takes several times as long, since it goes through
-# memory once for every operation. Muon's products take well over a hundred times as long as a step of
-# AdamW. By the share $5 n / B$ they add, at this width, a tenth to batches of ten thousand
+# memory once for every operation. Muon's products take well over a hundred times as long as a step
+# of AdamW. By the share $5 n / B$ they add, at this width, a tenth to batches of ten thousand
 # tokens.
 #
 # ## Exercises

@@ -40,10 +40,10 @@ from .blocks import default_d_ff, initialize_weights
 from .environment import check_at_least, check_choice, check_fraction
 from .positions import LearnedEmbedding, RopeScaling, RotaryEmbedding, SinusoidalEmbedding
 
-# %% ../chapters/11_model.ipynb #ed04d2a2
+# %% ../chapters/11_model.ipynb #685a57e6
 _DERIVED: Any = None  # the default of a field that follows from others
 
-
+# %% ../chapters/11_model.ipynb #286cdb7b
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What a ``TransformerLM`` is: every size and every choice, checked.
@@ -399,7 +399,7 @@ def _rotary(config: ModelConfig) -> RotaryEmbedding | None:
     rope = config.positions == "rope"
     return RotaryEmbedding(config.d_head, config.rope_base, config.rope_scaling) if rope else None
 
-# %% ../chapters/11_model.ipynb #1cef8c0e
+# %% ../chapters/11_model.ipynb #e60a71bf
 def _check_input(
     config: ModelConfig,
     ids: Tensor,
@@ -424,7 +424,7 @@ def _check_input(
     if cache is not None and document_ids is not None:
         raise ValueError("document_ids: expected None with a cache, which has one text in a row")
 
-
+# %% ../chapters/11_model.ipynb #7127d76b
 def _embedded(embedding: nn.Embedding, ids: Tensor) -> Tensor:
     """Return the row of each id; a ``ValueError`` tells of ids that have none."""
     try:
