@@ -94,12 +94,12 @@ print(f"told {len(told)} times: {len({tuple(story) for story in told})} story", 
 print("which ends with", tokenizer.decode(told[0][-1:]))
 
 # %% [markdown]
-# Here it is. (Another processor may train a model that tells another one.)
-
-# %% tags=["nbval-ignore-output"]
-print(tokenizer.decode(told[0][1:-1]))
-
-# %% [markdown]
+# Here it is. (A model that was trained on another processor may tell another one.)
+#
+# > One quiet day, Toby the mouse was very busy. It was raining. Toby is proud to be a mouse. Toby
+# > is very proud. Toby is the best gardener in town. Then a stranger called Axel came by. Nobody
+# > knew where Axel lived. Toby smiled.
+#
 # That is the whole story, and the only one. A world with millions of stories has become one story
 # learned by heart. To get others we have to draw.
 #
@@ -1284,7 +1284,7 @@ print(f"cut off before the stop string, with finish_reason {cut.finish_reason!r}
 # The tiny world can judge what no benchmark of real text can: whether a story keeps to the facts.
 # We let the model tell 192 stories at each of five temperatures, with two filters and without. A
 # trained model is not quite the same on every processor, so we print a range in which each result
-# must lie, and note what it was here for a table below.
+# must lie, and note what it was here for a list in the last section.
 
 
 # %%
@@ -2054,13 +2054,6 @@ print(f"stored: {stored_bytes(int8) / stored_bytes(model):.0%} of the bytes befo
 print(f"{100 * table:.0f} points of these are the embedding table, which is not rounded")
 
 # %% [markdown]
-# What the numbers that were only bounded so far have been here:
-
-# %% tags=["nbval-ignore-output"]
-for what, value in noted.items():
-    print(f"{what}: {value}")
-
-# %% [markdown]
 # A good part of our bytes is the table of embeddings, which stays. In a large model nearly all are
 # in linear layers:
 
@@ -2170,7 +2163,8 @@ def theirs_of(n: int) -> float:
 
 
 # %% [markdown]
-# Each time is the shortest of three; a step's is that of a hundred.
+# Each time is the shortest of three; a step's is that of a hundred. Below the times stands what the
+# numbers were here that have only been bounded so far.
 
 # %% tags=["nbval-ignore-output"]
 for n in (1, 32):
@@ -2187,6 +2181,7 @@ print(f"with 8 bits: {cached / ours_of(int8, 1):.2f} times the plain speed")
 rows = next_token_distribution(torch.randn(32, 2048), Sampling())
 faster = seconds_of(lambda: rows.sort(dim=-1)) / seconds_of(lambda: np.sort(rows.numpy()))
 print(f"sorting 32 rows of 2048 numbers: NumPy {faster:.0f} times PyTorch's speed")
+print(*(f"\n{what}: {value}" for what, value in noted.items()), sep="")
 
 # %% [markdown]
 # The draft and the 8 bits are *slower* here. Both save fetching weights from
