@@ -10,8 +10,8 @@ __all__ = ['Objective', 'Row', 'WORD_KINDS', 'RUNS', 'next_token_objective', 'co
            'LogWarning', 'TensorBoard', 'ProgressBar', 'LivePlot', 'plot_columns', 'peak_flops', 'peak_memory',
            'CheckpointError', 'CheckpointWarning', 'save_checkpoint', 'load_checkpoint', 'Checkpointer',
            'list_checkpoints', 'newest_checkpoint', 'Probe', 'Sums', 'Trainer', 'uncompiled', 'model_state',
-           'load_model_state', 'DataConfig', 'TokenizerConfig', 'RunConfig', 'Pretrained', 'run', 'load_run',
-           'word_kinds', 'GapToFloor', 'documents_score', 'compressors', 'artifacts_folder', 'load_or_train',
+           'load_model_state', 'DataConfig', 'RunConfig', 'TokenizerConfig', 'Pretrained', 'run', 'load_run',
+           'documents_score', 'compressors', 'word_kinds', 'GapToFloor', 'artifacts_folder', 'load_or_train',
            'NotebookBar', 'pretrained', 'report', 'main']
 
 # %% ../chapters/13_training.ipynb #32cca0d2
@@ -134,7 +134,7 @@ def split_rows(batch: Any, rows: int | None) -> Iterator[Any]:
         parts = [None if field is None else field[start : start + rows] for field in batch]
         yield tuple(parts) if type(batch) is tuple else type(batch)(*parts)
 
-# %% ../chapters/13_training.ipynb #94be287c
+# %% ../chapters/13_training.ipynb #ae8316bd
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Everything that decides how a model is trained, checked, but for the model and the data.
@@ -168,12 +168,14 @@ class TrainingConfig:
     log_every: Annotated[int, "steps"] = 10
     checkpoint_every: Annotated[int | None, "steps; null for the end"] = None
     keep_last: Annotated[int, "checkpoints that are kept"] = 2
-    seed: Annotated[int, "of weights and order in a run; a Trainer is given both"] = 0
+    seed: Annotated[int, "of weights and order, in a run; a Trainer gets both ready"] = 0
     precision: Annotated[str, "float32, or bfloat16 by autocast"] = "float32"
     compile: Annotated[bool, "compile the blocks"] = False
     threads: Annotated[int | None, "of the processor in a run; null for as it is"] = None
     prefetch: Annotated[bool, "prepare the next batch in a thread"] = False
-    spike_factor: Annotated[float | None, "skip gradients so many times the usual"] = None
+    spike_factor: Annotated[float | None, "skip a gradient more than so many times the usual"] = (
+        None
+    )
     max_skipped: Annotated[int, "skipped steps in a row that end training"] = 20
 
     def __post_init__(self) -> None:
@@ -361,11 +363,11 @@ class SpikeDetector:
         if self.factor is not None:
             self.recent.append(norm)
 
-# %% ../chapters/13_training.ipynb #e0621a77
+# %% ../chapters/13_training.ipynb #31748194
 class Guard:
     """Decides which steps are taken, and counts those that are not.
 
-    A step is refused if its loss or its gradient norm is not finite, or if the norm is
+    A step is refused if its loss or its gradient norm is not finite, or if the norm is more than
     ``spike_factor`` times the usual one. More than ``max_skipped`` in a row end training.
     """
 
@@ -379,9 +381,8 @@ class Guard:
             if not math.isfinite(value):
                 return f"the {name} was {value}"
         if self.spikes.is_spike(gradient_norm):
-            return (
-                f"the gradient norm was {gradient_norm:.3g}, {self.spikes.factor} times the usual"
-            )
+            usual = f"more than {self.spikes.factor:g} times the usual"
+            return f"the gradient norm was {gradient_norm:.3g}, {usual}"
         return None
 
     def judge(self, step: int, loss: float, gradient_norm: float) -> str | None:
@@ -988,11 +989,11 @@ def _save(path: Path, state: Mapping[str, Any]) -> bool:
         return False
     return True
 
-# %% ../chapters/13_training.ipynb #428cd781
+# %% ../chapters/13_training.ipynb #819d2638
 class Probe:
     """Looks on while a model is trained; a subclass overrides what it needs.
 
-    Random numbers that ``evaluate`` draws do not change training, those that others draw do.
+    Random numbers that ``evaluate`` draws do not change training; those that others draw do.
     """
 
     def attach(self, trainer: "Trainer") -> None:
@@ -1077,8 +1078,13 @@ class Trainer:
         self.optimizer = (optimizer or partial(_optimizer, config=config))(model)
         self.schedule = _schedule(config)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.set_up(probes, sinks)
+
+    def set_up(self, probes: Sequence[Any], sinks: Sequence[Sink]) -> None:
+        """Make the parts that surround the steps; the constructor calls this once."""
+        config = self.config
         self.guard = Guard(config.spike_factor, config.max_skipped)
-        self.monitor, self.checkpoints = Monitor(), Checkpointer(folder, config.keep_last)
+        self.monitor, self.checkpoints = Monitor(), Checkpointer(self.folder, config.keep_last)
         self.log = MetricsLog(self.folder / "metrics.jsonl" if self.folder else None)
         self.sinks: list[Sink] = [self.log, *sinks]
         self.step, self.interrupted = 0, False  # how many steps were taken
@@ -1087,8 +1093,17 @@ class Trainer:
         self.probes = [_as_probe(probe) for probe in probes]
         for probe in self.probes:
             probe.attach(self)
-        for block in getattr(model, "blocks", [model]) if config.compile else ():
+        for block in getattr(self.model, "blocks", [self.model]) if config.compile else ():
             block.compile()
+
+    def compute(self, objective: Objective, batch: Any) -> Sums:
+        """Return what ``objective`` finds in a batch, at the precision that was asked for."""
+        batch = compact(batch) if isinstance(batch, Batch) else batch
+        batch = batch.to(self.device) if hasattr(batch, "to") else batch
+        bfloat16 = self.config.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+            loss, targets, *others = objective(self.model, batch)
+        return Sums(loss, targets, others[0] if others else {})
 
     def accumulate(self, batch: Any, objective: Objective | None = None) -> "Sums":
         """Add up the gradients of all micro-batches, and what the objective counts in them."""
@@ -1252,15 +1267,6 @@ class Trainer:
         state = self.checkpoints.best()
         load_model_state(self.model, state["model"])
         return state["step"]
-
-    def compute(self, objective: Objective, batch: Any) -> Sums:
-        """Return what ``objective`` finds in a batch, at the precision that was asked for."""
-        batch = compact(batch) if isinstance(batch, Batch) else batch
-        batch = batch.to(self.device) if hasattr(batch, "to") else batch
-        bfloat16 = self.config.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-            loss, targets, *others = objective(self.model, batch)
-        return Sums(loss, targets, others[0] if others else {})
 
     @property
     def skipped(self) -> int:
@@ -1529,7 +1535,7 @@ def _ahead(batches: ResumableBatches) -> Iterator[Any]:
             coming = pool.submit(batches.__getitem__, batches.step)
             yield batch
 
-# %% ../chapters/13_training.ipynb #d0c8f3a9
+# %% ../chapters/13_training.ipynb #8aaf4d49
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What a run learns from.
@@ -1553,6 +1559,10 @@ class DataConfig:
     layout: Annotated[str, "of documents in rows: best_fit, one_per_row or windows"] = "best_fit"
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise a ``ValueError`` for the first setting that cannot be."""
         for name in ("packages", "paths"):
             _check_texts(name, getattr(self, name))
         check_choice("kind", self.kind, tuple(_FIELDS_OF_KIND))
@@ -1565,28 +1575,7 @@ class DataConfig:
         if len(self.paths) < needed or (self.kind == "shards" and len(self.paths) != 2):
             raise ValueError(f"paths: expected {needed} for {self.kind!r}, got {len(self.paths)}")
 
-# %% ../chapters/13_training.ipynb #bfe6a613
-_PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """The tokenizer of a run: one that is trained on its text, or that of a file at ``path``."""
-
-    vocab_size: Annotated[int, "at most; fewer if the text has no more pairs"] = 2048
-    pattern: Annotated[str, "how text is cut first: gpt2 or gpt4"] = "gpt4"
-    special_tokens: Annotated[tuple[str, ...], "with the one that ends texts"] = ("<|endoftext|>",)
-    path: Annotated[str | None, "a tokenizer.json to use; null to train one"] = None
-
-    def __post_init__(self) -> None:
-        _check_texts("special_tokens", self.special_tokens)
-        check_at_least(vocab_size=(256 + len(self.special_tokens), self.vocab_size))
-        check_choice("pattern", self.pattern, tuple(_PATTERNS))
-        if "<|endoftext|>" not in self.special_tokens:
-            expected = "expected '<|endoftext|>' among them"
-            raise ValueError(f"special_tokens: {expected}, got {list(self.special_tokens)}")
-
-# %% ../chapters/13_training.ipynb #32237812
+# %% ../chapters/13_training.ipynb #92df198d
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that a run is: data, tokenizer, model, training.
@@ -1597,12 +1586,25 @@ class RunConfig:
     """
 
     data: DataConfig
-    tokenizer: TokenizerConfig
+    tokenizer: "TokenizerConfig"
     model: Mapping[str, Any]
     training: TrainingConfig
 
     def __post_init__(self) -> None:
-        _check_run(self)
+        self.check()
+
+    def check(self) -> None:
+        """Raise a ``ValueError`` for the first setting that cannot be with the others."""
+        path, start = self.tokenizer.path, self.model.get("start_from")
+        if start is not None:
+            if others := sorted(self.model.keys() - {"start_from"}):
+                expected = "expected nothing else with start_from, which tells the sizes"
+                raise ValueError(f"model.{others[0]}: {expected}, got {self.model[others[0]]!r}")
+            check_text(start, "model.start_from")
+        else:
+            _within("model", self.model_config, self.tokenizer.vocab_size)
+        if self.data.kind == "shards" and path is None and start is None:
+            raise ValueError("tokenizer.path: expected the file that made the shards, got None")
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> "RunConfig":
@@ -1631,6 +1633,27 @@ class RunConfig:
         with whole_file(Path(path)) as draft:
             draft.write_text(_yaml_text(self), encoding="utf-8")
 
+# %% ../chapters/13_training.ipynb #bfe6a613
+_PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The tokenizer of a run: one that is trained on its text, or that of a file at ``path``."""
+
+    vocab_size: Annotated[int, "at most; fewer if the text has no more pairs"] = 2048
+    pattern: Annotated[str, "how text is cut first: gpt2 or gpt4"] = "gpt4"
+    special_tokens: Annotated[tuple[str, ...], "with the one that ends texts"] = ("<|endoftext|>",)
+    path: Annotated[str | None, "a tokenizer.json to use; null to train one"] = None
+
+    def __post_init__(self) -> None:
+        _check_texts("special_tokens", self.special_tokens)
+        check_at_least(vocab_size=(256 + len(self.special_tokens), self.vocab_size))
+        check_choice("pattern", self.pattern, tuple(_PATTERNS))
+        if "<|endoftext|>" not in self.special_tokens:
+            expected = "expected '<|endoftext|>' among them"
+            raise ValueError(f"special_tokens: {expected}, got {list(self.special_tokens)}")
+
 # %% ../chapters/13_training.ipynb #6cc3a1b9
 _FIELDS_OF_KIND = {
     "tinyworld": ("kind", "n_stories", "n_held_out", "validation_rows", "layout"),
@@ -1655,19 +1678,6 @@ def _within(part: str, build: Callable[..., _T], *arguments: Any, **options: Any
         return build(*arguments, **options)
     except ValueError as error:
         raise ValueError(f"{part}.{error}") from None
-
-# %% ../chapters/13_training.ipynb #cbc103a9
-def _check_run(config: RunConfig) -> None:
-    path, start = config.tokenizer.path, config.model.get("start_from")
-    if start is not None:
-        if others := sorted(config.model.keys() - {"start_from"}):
-            expected = "expected nothing else with start_from, which tells the sizes"
-            raise ValueError(f"model.{others[0]}: {expected}, got {config.model[others[0]]!r}")
-        check_text(start, "model.start_from")
-    else:
-        _within("model", config.model_config, config.tokenizer.vocab_size)
-    if config.data.kind == "shards" and path is None and start is None:
-        raise ValueError("tokenizer.path: expected the file that made the shards, got None")
 
 # %% ../chapters/13_training.ipynb #84328041
 def _run_config(kind: type[RunConfig], entries: Any) -> RunConfig:
@@ -2018,67 +2028,6 @@ def _private_state(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
         set_random_states(states)
 
-# %% ../chapters/13_training.ipynb #9ec3b83a
-#: What a token of a tiny-world story can be, see ``word_kinds``.
-WORD_KINDS = ("who", "name again", "species", "fact", "wording", "certain")
-
-
-def word_kinds(world: TinyWorld, story: Story, cut: Callable[[str], list[str]]) -> list[str]:
-    """Return the kind of each token of ``story`` and of the end of text after it.
-
-    "who" is a name at its first appearance, "name again" a later one; "species" and "fact" are the
-    values of claims; "wording" is what else the world draws, such as the weather; all other tokens
-    are "certain": they follow from those before them. ``cut`` makes the tokens of a text.
-    """
-    tokens = [token for _, text in story.parts for token in cut(text)]
-    names = {*world.cast.facts, *world.cast.strangers}
-    species = {claim.value for claim in story.claims if claim.attribute == "species"}
-    values = {claim.value for claim in story.claims} - species
-    kinds, seen = [], set[str]()
-    for token, floor in zip(tokens, world.surprises(tokens, cut), strict=True):
-        word = token.strip()
-        kind = "wording" if floor > 1e-9 else "certain"
-        if word in names:
-            drawn = "who" if floor > 1e-9 else "fact"  # a friend, whom the world knows
-            kind = "name again" if word in seen else drawn
-            seen.add(word)
-        elif word in species | values:
-            kind = "species" if word in species else "fact"
-        kinds.append(kind)
-    return [*kinds, "certain"]
-
-# %% ../chapters/13_training.ipynb #6b644887
-class GapToFloor:
-    """A probe: how far a model is from the floor of the tiny world, in all and by kind of word.
-
-    Called with a model it returns "gap", the excess of its loss over the floor as a share of the
-    floor; and for each kind "loss/kind" and "floor/kind", in nats per story.
-    """
-
-    def __init__(self, world: TinyWorld, stories: Iterable[Story], tokenizer: BPETokenizer):
-        self.stories = list(stories)
-        check_at_least(stories=(1, len(self.stories)))
-        end = tokenizer.special_tokens["<|endoftext|>"]
-        cut = lru_cache(maxsize=None)(partial(_cut, tokenizer))
-        self.kinds = [word_kinds(world, story, cut) for story in self.stories]
-        floors = [world.surprises(cut(story.text), cut) for story in self.stories]
-        self.floors = [[*floor, 0.0] for floor in floors]
-        rows = [[end, *tokenizer.encode(story.text), end] for story in self.stories]
-        self.batches = [_padded(rows[i : i + 64], end) for i in range(0, len(rows), 64)]
-
-    def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Measure ``model``, a ``TransformerLM``."""
-        device = next(model.parameters()).device
-        losses = [row for batch in self.batches for row in _token_losses(model, batch.to(device))]
-        sums = {f"{what}/{kind}": 0.0 for kind in WORD_KINDS for what in ("loss", "floor")}
-        for kinds, floors, row in zip(self.kinds, self.floors, losses, strict=True):
-            for kind, floor, loss in zip(kinds, floors, row, strict=False):
-                sums[f"loss/{kind}"] += loss / len(self.stories)
-                sums[f"floor/{kind}"] += floor / len(self.stories)
-        floor = sum(sums[f"floor/{kind}"] for kind in WORD_KINDS)
-        loss = sum(sums[f"loss/{kind}"] for kind in WORD_KINDS)
-        return {"gap": loss / floor - 1, **sums}
-
 # %% ../chapters/13_training.ipynb #40244683
 def documents_score(
     model: nn.Module, tokenizer: BPETokenizer, texts: Iterable[str], batch_tokens: int = 4096
@@ -2145,6 +2094,67 @@ def _token_losses(model: nn.Module, batch: Batch) -> list[list[float]]:
     logits = model(batch.inputs)
     losses = cross_entropy(logits, batch.targets, reduction="none")
     return losses.tolist()
+
+# %% ../chapters/13_training.ipynb #9ec3b83a
+#: What a token of a tiny-world story can be, see ``word_kinds``.
+WORD_KINDS = ("who", "name again", "species", "fact", "wording", "certain")
+
+
+def word_kinds(world: TinyWorld, story: Story, cut: Callable[[str], list[str]]) -> list[str]:
+    """Return the kind of each token of ``story`` and of the end of text after it.
+
+    "who" is a name at its first appearance, "name again" a later one; "species" and "fact" are the
+    values of claims; "wording" is what else the world draws, such as the weather; all other tokens
+    are "certain": they follow from those before them. ``cut`` makes the tokens of a text.
+    """
+    tokens = [token for _, text in story.parts for token in cut(text)]
+    names = {*world.cast.facts, *world.cast.strangers}
+    species = {claim.value for claim in story.claims if claim.attribute == "species"}
+    values = {claim.value for claim in story.claims} - species
+    kinds, seen = [], set[str]()
+    for token, floor in zip(tokens, world.surprises(tokens, cut), strict=True):
+        word = token.strip()
+        kind = "wording" if floor > 1e-9 else "certain"
+        if word in names:
+            drawn = "who" if floor > 1e-9 else "fact"  # a friend, whom the world knows
+            kind = "name again" if word in seen else drawn
+            seen.add(word)
+        elif word in species | values:
+            kind = "species" if word in species else "fact"
+        kinds.append(kind)
+    return [*kinds, "certain"]
+
+# %% ../chapters/13_training.ipynb #6b644887
+class GapToFloor:
+    """A probe: how far a model is from the floor of the tiny world, in all and by kind of word.
+
+    Called with a model it returns "gap", the excess of its loss over the floor as a share of the
+    floor; and for each kind "loss/kind" and "floor/kind", in nats per story.
+    """
+
+    def __init__(self, world: TinyWorld, stories: Iterable[Story], tokenizer: BPETokenizer):
+        self.stories = list(stories)
+        check_at_least(stories=(1, len(self.stories)))
+        end = tokenizer.special_tokens["<|endoftext|>"]
+        cut = lru_cache(maxsize=None)(partial(_cut, tokenizer))
+        self.kinds = [word_kinds(world, story, cut) for story in self.stories]
+        floors = [world.surprises(cut(story.text), cut) for story in self.stories]
+        self.floors = [[*floor, 0.0] for floor in floors]
+        rows = [[end, *tokenizer.encode(story.text), end] for story in self.stories]
+        self.batches = [_padded(rows[i : i + 64], end) for i in range(0, len(rows), 64)]
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Measure ``model``, a ``TransformerLM``."""
+        device = next(model.parameters()).device
+        losses = [row for batch in self.batches for row in _token_losses(model, batch.to(device))]
+        sums = {f"{what}/{kind}": 0.0 for kind in WORD_KINDS for what in ("loss", "floor")}
+        for kinds, floors, row in zip(self.kinds, self.floors, losses, strict=True):
+            for kind, floor, loss in zip(kinds, floors, row, strict=False):
+                sums[f"loss/{kind}"] += loss / len(self.stories)
+                sums[f"floor/{kind}"] += floor / len(self.stories)
+        floor = sum(sums[f"floor/{kind}"] for kind in WORD_KINDS)
+        loss = sum(sums[f"loss/{kind}"] for kind in WORD_KINDS)
+        return {"gap": loss / floor - 1, **sums}
 
 # %% ../chapters/13_training.ipynb #33ebbedb
 _SMALL: dict[str, Any] = {"threads": 1, "schedule": "linear", "final": 0.0, "spike_factor": 10.0}
