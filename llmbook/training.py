@@ -273,7 +273,7 @@ def settings_parser(sections: Mapping[str, Any], *, required: bool = True, **opt
             parser.add_argument(name, help=get_args(about[f.name])[-1], **how)
     return parser
 
-# %% ../chapters/13_training.ipynb #f53ca425
+# %% ../chapters/13_training.ipynb #a161f4be
 def _reworded(message: str, known: Iterable[str]) -> str:
     """Say what a parser of settings found wrong as all errors here do."""
     found = re.search(r"""(?:key|[Oo]ption|required:|arguments:) ["']?(?:--)?([\w.+-]+)""", message)
@@ -285,7 +285,10 @@ def _reworded(message: str, known: Iterable[str]) -> str:
     if value is None:
         section = name.rpartition(".")[0]
         there = [k.removeprefix(section + ".") for k in known if k.rpartition(".")[0] == section]
-        close = difflib.get_close_matches(name.rpartition(".")[2], there, 1)
+        wanted = name.rpartition(".")[2]
+        if not there:  # it is the section that is misspelled
+            there, wanted = list(dict.fromkeys(k.partition(".")[0] for k in known)), section
+        close = difflib.get_close_matches(wanted, there, 1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(there)}"
         return f"{name}: no such setting; {hint}"
     size = re.search(r"Expected a (\w+ with .*?)\. Got", message)
@@ -363,20 +366,23 @@ class SpikeDetector:
         if self.factor is not None:
             self.recent.append(norm)
 
-# %% ../chapters/13_training.ipynb #31748194
+# %% ../chapters/13_training.ipynb #401acc70
 class Guard:
     """Decides which steps are taken, and counts those that are not.
 
-    A step is refused if its loss or its gradient norm is not finite, or if the norm is more than
-    ``spike_factor`` times the usual one. More than ``max_skipped`` in a row end training.
+    A step is refused if it has no targets, if its loss or its gradient norm is not finite, or if
+    the norm is more than ``spike_factor`` times the usual one. More than ``max_skipped`` in a row
+    end training.
     """
 
     def __init__(self, spike_factor: float | None = None, max_skipped: int = 20):
         self.spikes, self.max_skipped = SpikeDetector(spike_factor), max_skipped
         self.skipped = self.skipped_in_a_row = 0
 
-    def reason_to_skip(self, loss: float, gradient_norm: float) -> str | None:
+    def reason_to_skip(self, loss: float, gradient_norm: float, targets: float = 1.0) -> str | None:
         """Say why a step should not be taken, or None; asking changes nothing."""
+        if not targets:
+            return "there were no targets"
         for name, value in (("loss", loss), ("gradient norm", gradient_norm)):
             if not math.isfinite(value):
                 return f"the {name} was {value}"
@@ -385,9 +391,11 @@ class Guard:
             return f"the gradient norm was {gradient_norm:.3g}, {usual}"
         return None
 
-    def judge(self, step: int, loss: float, gradient_norm: float) -> str | None:
+    def judge(
+        self, step: int, loss: float, gradient_norm: float, targets: float = 1.0
+    ) -> str | None:
         """Decide about a step and count it; return why it is not taken, or None if it is."""
-        reason = self.reason_to_skip(loss, gradient_norm)
+        reason = self.reason_to_skip(loss, gradient_norm, targets)
         if reason is None:
             self.spikes.remember(gradient_norm)
             self.skipped_in_a_row = 0
@@ -494,12 +502,13 @@ class StepReport:
         """Whether the weights were changed."""
         return self.skipped is None
 
-# %% ../chapters/13_training.ipynb #dcce90bc
+# %% ../chapters/13_training.ipynb #354c3648
 class Monitor:
     """Adds up what steps report until a row of the log is due, and measures their speed."""
 
     def __init__(self) -> None:
         self.sums, self.target_sum = dict[str, float](), 0.0  # since the last row
+        self.probed = dict[str, list[float]]()  # of probes: a sum and a count of steps
         self.all_targets = 0.0  # since the beginning
         self.seconds = self.recent_targets = 0.0  # since the last row, in this process
         self.clock: float | None = None  # when the work on the step before had ended
@@ -520,12 +529,20 @@ class Monitor:
         self.all_targets += report.targets
         self.recent_targets += report.targets
 
+    def note_probed(self, numbers: Mapping[str, float]) -> None:
+        """Add what a probe says of a step."""
+        for name, value in numbers.items():
+            total, count = self.probed.get(name, (0.0, 0))
+            self.probed[name] = [total + value, count + 1]
+
     def row(self) -> dict[str, float]:
         """Return means over all targets since the last row, and begin anew."""
         row = {name: total / self.target_sum for name, total in self.sums.items()}
         row = {"loss": math.nan, **row, "targets": self.all_targets}
+        row |= {name: total / count for name, (total, count) in self.probed.items()}
         row["tokens_per_second"] = self.recent_targets / self.seconds if self.seconds else math.nan
         self.sums, self.target_sum, self.seconds, self.recent_targets = {}, 0.0, 0.0, 0.0
+        self.probed = {}
         return row
 
 # %% ../chapters/13_training.ipynb #6896883b
@@ -989,7 +1006,7 @@ def _save(path: Path, state: Mapping[str, Any]) -> bool:
         return False
     return True
 
-# %% ../chapters/13_training.ipynb #819d2638
+# %% ../chapters/13_training.ipynb #c6d49443
 class Probe:
     """Looks on while a model is trained; a subclass overrides what it needs.
 
@@ -999,11 +1016,19 @@ class Probe:
     def attach(self, trainer: "Trainer") -> None:
         """Once, when ``trainer`` is made: the place for ``trainer.register``."""
 
+    def before_update(self, trainer: "Trainer") -> None:
+        """Before each update of the weights, when ``.grad`` is empty; a step may have several."""
+
     def after_micro_batch(self, trainer: "Trainer", batch: Any, sums: "Sums") -> None:
         """After each micro-batch: its gradients have joined those in ``.grad``."""
 
-    def after_step(self, trainer: "Trainer", report: StepReport) -> None:
-        """After each step; ``report.taken`` says whether the weights were changed."""
+    def after_step(self, trainer: "Trainer", report: StepReport) -> Row | None:
+        """After each step: return what is to be logged, as means over steps, or nothing.
+
+        ``report.taken`` says whether the weights were changed. ``.grad`` is by now divided by the
+        targets and clipped; ``report.gradient_norm`` is that of before clipping.
+        """
+        return None
 
     def evaluate(self, trainer: "Trainer") -> Row:
         """At each evaluation, without gradients or dropout: return what is to be logged of it."""
@@ -1048,9 +1073,11 @@ class Trainer:
     ``validation`` batches are scored every ``evaluate_every`` steps. ``folder`` gets
     ``metrics.jsonl`` and checkpoints, from which ``train`` goes on by itself. ``objective`` is by
     default ``next_token_objective``. ``optimizer``, a function of the model that returns one,
-    takes the place of the one that ``config`` names. ``probes`` look on: each is a ``Probe``, or a
-    function of the model whose numbers are logged with each evaluation. ``sinks`` get what is
-    logged; "mfu" there is a share of ``peak``, in operations a second.
+    takes the place of the one that ``config`` names; its rates are then the peaks, and
+    ``learning_rate``, ``weight_decay`` and ``betas`` of ``config`` are not used. ``probes`` look
+    on: each is a ``Probe``, or a function of the model whose numbers are logged with each
+    evaluation. ``sinks`` get what is logged; "mfu" there is a share of ``peak``, in operations a
+    second.
     """
 
     def __init__(
@@ -1067,6 +1094,7 @@ class Trainer:
         sinks: Sequence[Sink] = (),
         peak: float | None = None,
     ):
+        _check_kinds(batches, config, validation, optimizer)
         self.model, self.batches, self.config = model, batches, config
         self.validation, self.peak = validation, peak
         self.folder = None if folder is None else Path(folder)
@@ -1075,7 +1103,8 @@ class Trainer:
         self.device = self.parameters[0].device
         self.objective = objective or _default_objective(model, config)
         self.score = objective or next_token_objective  # what evaluation adds up
-        self.optimizer = (optimizer or partial(_optimizer, config=config))(model)
+        made = (optimizer or partial(_optimizer, config=config))(model)
+        self.optimizer = _checked_optimizer(made, model)
         self.schedule = _schedule(config)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.set_up(probes, sinks)
@@ -1088,7 +1117,8 @@ class Trainer:
         self.log = MetricsLog(self.folder / "metrics.jsonl" if self.folder else None)
         self.sinks: list[Sink] = [self.log, *sinks]
         self.step, self.interrupted = 0, False  # how many steps were taken
-        self.best = math.inf if config.best_is == "lowest" else -math.inf
+        self.evaluation_failed = False  # that of this step
+        self.best = _worst(config)
         self.registered = dict[str, Any]()
         self.probes = [_as_probe(probe) for probe in probes]
         for probe in self.probes:
@@ -1096,14 +1126,13 @@ class Trainer:
         for block in getattr(self.model, "blocks", [self.model]) if config.compile else ():
             block.compile()
 
-    def compute(self, objective: Objective, batch: Any) -> Sums:
+    def compute(self, objective: Objective, batch: Any, model: nn.Module | None = None) -> Sums:
         """Return what ``objective`` finds in a batch, at the precision that was asked for."""
         batch = compact(batch) if isinstance(batch, Batch) else batch
         batch = batch.to(self.device) if hasattr(batch, "to") else batch
         bfloat16 = self.config.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-            loss, targets, *others = objective(self.model, batch)
-        return Sums(loss, targets, others[0] if others else {})
+            return _checked_sums(objective(model or self.model, batch))
 
     def accumulate(self, batch: Any, objective: Objective | None = None) -> "Sums":
         """Add up the gradients of all micro-batches, and what the objective counts in them."""
@@ -1111,6 +1140,7 @@ class Trainer:
         sums = Sums(loss, count, {})
         for part in split_rows(batch, self.config.micro_batch_size):
             found = self.compute(objective or self.objective, part)
+            _check_gradient(found.loss)
             found.loss.backward()
             found = found.detached()
             sums = sums + found
@@ -1121,12 +1151,15 @@ class Trainer:
     def learn(self, batch: Any, objective: Objective | None = None) -> StepReport:
         """Learn from a batch by one update; override this for a step of your own."""
         self.optimizer.zero_grad()
+        for probe in self.probes:
+            probe.before_update(self)
         sums = self.accumulate(batch, objective)
         if gradients := [p.grad for p in self.parameters if p.grad is not None]:
             torch._foreach_div_(gradients, sums.targets)  # from the sum over targets to the mean
         norm = clip_gradients(self.parameters, self.config.clip_norm or math.inf)
         report = sums.report(norm)
-        skipped = self.guard.judge(self.step + 1, report.loss, report.gradient_norm)
+        numbers = report.loss, report.gradient_norm, report.targets
+        skipped = self.guard.judge(self.step + 1, *numbers)
         measured = self.update() if skipped is None else {}
         return replace(report, skipped=skipped, measured=measured)
 
@@ -1158,19 +1191,24 @@ class Trainer:
         """Learn from one batch, count the step, and tell the monitor and the probes."""
         if self.monitor.clock is None:
             self.monitor.start()
-        report = self.learn(batch)
+        report = _checked_report(self.learn(_for_learn(self, batch)))
         self.step += 1
         self.monitor.note(report)
+        names = set(report.metrics)
         for probe in self.probes:
-            probe.after_step(self, report)
+            if (said := probe.after_step(self, report)) is not None:
+                numbers = _numbers(probe, said, names)
+                self.monitor.note_probed(numbers)
+                names |= numbers.keys()
         return report
 
     def attend(self, batch: Any, report: StepReport) -> None:
         """Log, evaluate, save: do what is due after a step."""
-        row = self.measurements(batch, report) if self.is_due(self.config.log_every) else {}
-        watched = self.validation or self.probes
-        due = watched and self.is_due(self.config.evaluate_every)
-        self.record(row, self.evaluation() if due else {})
+        due = self.is_watched and self.is_due(self.config.evaluate_every)
+        with self.saved_if_it_fails():
+            evaluation = self.evaluation() if due else {}
+            row = self.measurements(batch, report) if self.is_due(self.config.log_every) else {}
+            self.record(row, evaluation)
         if self.is_due(self.config.checkpoint_every):
             self.save()
         self.monitor.start()  # what was done here is no part of the speed
@@ -1185,30 +1223,41 @@ class Trainer:
 
         A ``ValueError`` if there are no batches, NaN if they have no targets.
         """
-        return self.scores()["validation_loss"]
-
-    def scores(self) -> dict[str, float]:
-        """Return the mean loss on validation batches, and means of what else the objective sums."""
         if not self.validation:
             raise ValueError("validation: expected at least one batch to evaluate on, got none")
+        return self.scores()["validation_loss"]
+
+    def scores(self, model: nn.Module | None = None) -> dict[str, float]:
+        """Return the mean loss on validation batches, and means of what else the objective sums.
+
+        They are those of ``model``, if it is another one than the trainer's; and nothing if there
+        are no validation batches.
+        """
+        if not self.validation:
+            return {}
         sums = Sums(0.0, 0.0, {})
-        with unnoticed(self.model):
+        with unnoticed(model or self.model):
             for batch in self.validation:
-                sums = sums + self.compute(self.score, batch).numbers()
+                sums = sums + self.compute(self.score, batch, model).numbers()
         totals, count = {"loss": sums.loss, **sums.others}, sums.targets
         means = {name: total / count if count else math.nan for name, total in totals.items()}
         return {f"validation_{name}": mean for name, mean in means.items()}
 
     def evaluation(self) -> dict[str, int | float]:
         """Return what is logged of an evaluation: the scores, and what the probes say."""
-        row: dict[str, int | float] = {**self.scores()} if self.validation else {}
+        row: dict[str, int | float] = {**self.scores()}
         with unnoticed(self.model):
             for probe in self.probes:
-                row |= probe.evaluate(self)
+                row |= _numbers(probe, probe.evaluate(self), row)
         return row
 
     def record(self, row: Row, evaluation: Row) -> None:
-        """Send a row and an evaluation to all sinks; keep the model if it is the best so far."""
+        """Send a row and an evaluation to all sinks; keep the model if it is the best so far.
+
+        The weights that are kept are the model's own, even if ``best`` is a number of an average.
+        """
+        if twice := sorted(row.keys() & evaluation.keys()):
+            raise ValueError(f"probes: expected names that differ, got {twice[0]!r} twice")
         if row or evaluation:
             for sink in self.sinks:
                 sink.write({"step": self.step, **row, **evaluation})
@@ -1239,6 +1288,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         set_random_states(state["random"])
         _set_counters(self, state["counters"])
+        if _changed_best(self.config, state["config"]):
+            self.best = _worst(self.config)  # of another number, and anew
         self.guard.spikes.recent.clear()
         self.guard.spikes.recent.extend(state["norms"])
         for name, thing in self.registered.items():
@@ -1269,6 +1320,21 @@ class Trainer:
         return state["step"]
 
     @property
+    def is_watched(self) -> bool:
+        """Whether an evaluation has anything to say."""
+        return bool(self.validation or self.probes)
+
+    @contextmanager
+    def saved_if_it_fails(self) -> Iterator[None]:
+        """Save what was learned if what looks at it fails; a resumed run evaluates first."""
+        try:
+            yield
+        except Exception:
+            self.evaluation_failed = True
+            self.save()
+            raise
+
+    @property
     def skipped(self) -> int:
         """How many steps were skipped."""
         return self.guard.skipped
@@ -1276,7 +1342,7 @@ class Trainer:
     def measurements(self, batch: Any, report: StepReport) -> dict[str, float]:
         """Return what is logged of the steps since the last time."""
         row = {"gradient_norm": report.gradient_norm, **report.measured, **self.monitor.row()}
-        row |= {"rate": self.config.learning_rate * self.schedule(self.step - 1)}
+        row |= {"rate": float(self.rates[0]) * self.schedule(self.step - 1)}
         row |= {"skipped": float(self.guard.skipped), "memory": peak_memory(self.device)}
         model = uncompiled(self.model)
         if self.peak is not None and isinstance(getattr(model, "config", None), ModelConfig):
@@ -1297,6 +1363,7 @@ class Trainer:
             **{f"model.{name}": _plain(value) for name, value in entries.items()},
             **_optimizer_identity(self.optimizer, self.rates),
             "objective": _callable_name(self.objective),
+            "trainer class": type(self).__qualname__,
             "registered": sorted(self.registered),
         }
 
@@ -1309,8 +1376,7 @@ class Trainer:
                 stack.callback(sink.close)
                 sink.start(self.step or -1)  # the row of step 0 comes again, too
             self.model.train()
-            if self.step == 0 and self.config.evaluate_every is not None:
-                self.record({}, self.evaluation())
+            self.first_look()
             self.monitor.start()
             batches = iter(self.batches)
             if self.config.prefetch:
@@ -1319,6 +1385,16 @@ class Trainer:
             self.interrupted = self.step < self.config.n_steps
             if self.interrupted and self.step not in self.checkpoints.steps():
                 self.save()
+
+    def first_look(self) -> None:
+        """Evaluate before any step, if that is asked for or could fail, and after a failure."""
+        if self.evaluation_failed or (self.step == 0 and self.config.evaluate_every is not None):
+            self.record({}, self.evaluation())
+            if self.evaluation_failed:
+                self.evaluation_failed = False
+                self.save()
+        elif self.step == 0 and (self.probes or self.config.best != "validation_loss"):
+            _told(self.evaluation(), self.config.best)
 
 # %% ../chapters/13_training.ipynb #f6cc931d
 def _default_objective(model: nn.Module, config: TrainingConfig) -> Objective:
@@ -1363,7 +1439,7 @@ def _as_probe(probe: Any) -> Probe:
         raise ValueError(f"probes: expected probes or functions of the model, got {probe!r}")
     return _Function(probe)
 
-# %% ../chapters/13_training.ipynb #fb9fa187
+# %% ../chapters/13_training.ipynb #a9c602ef
 def _check_given(trainer: "Trainer", probes: Sequence[Any]) -> None:
     if not trainer.parameters:
         raise ValueError("model: expected parameters to train, got none")
@@ -1371,6 +1447,88 @@ def _check_given(trainer: "Trainer", probes: Sequence[Any]) -> None:
         raise ValueError("validation: expected batches, as evaluate_every is set, got none")
 
 
+def _check_kinds(batches: Any, config: Any, validation: Any, optimizer: Any) -> None:
+    def refuse(name: str, expected: str, value: Any) -> None:
+        raise ValueError(f"{name}: expected {expected}, got {type(value).__qualname__}")
+
+    if not isinstance(config, TrainingConfig):
+        refuse("config", "a TrainingConfig", config)
+    if not callable(getattr(batches, "load_state_dict", None)):
+        refuse("batches", "ResumableBatches, such as a BatchSampler", batches)
+    if isinstance(validation, Iterator | Tensor | Mapping) or hasattr(validation, "_fields"):
+        refuse("validation", "a list of batches", validation)
+    if optimizer is not None and (isinstance(optimizer, type) or not callable(optimizer)):
+        refuse("optimizer", "a function of the model that returns one", optimizer)
+
+
+def _checked_optimizer(optimizer: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """Return an optimizer if it is one, and of the parameters of this model."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        got = f"got {type(optimizer).__qualname__}"
+        raise ValueError(f"optimizer: expected a function that returns one of torch.optim, {got}")
+    known = {id(p) for p in model.parameters()}
+    strange = sum(id(p) not in known for group in optimizer.param_groups for p in group["params"])
+    if strange:
+        expected = "expected one of the model's own parameters"
+        raise ValueError(f"optimizer: {expected}, got {strange} of another model")
+    return optimizer
+
+# %% ../chapters/13_training.ipynb #5dccbba5
+_TAKEN = {"step", "loss", "targets", "tokens_per_second", "gradient_norm", "update_ratio", "rate"}
+_TAKEN |= {"skipped", "memory", "mfu", "logits", "logits/max"}
+
+
+def _checked_sums(found: Any) -> Sums:
+    """Return what an objective found, if it is a sum, a count, and perhaps other sums by name."""
+    if not isinstance(found, tuple) or len(found) not in (2, 3):
+        got = f"{len(found)} values" if isinstance(found, tuple) else type(found).__qualname__
+        raise ValueError(f"objective: expected a sum, a count, and perhaps more sums, got {got}")
+    loss, others = found[0], found[2] if len(found) == 3 else {}
+    if not isinstance(loss, Tensor) or loss.ndim:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__qualname__
+        raise ValueError(f"objective: expected a loss that is a tensor of one number, got {got}")
+    if not isinstance(others, Mapping):
+        got = type(others).__qualname__
+        raise ValueError(f"objective: expected other sums by name, got {got}")
+    if taken := sorted(_TAKEN & others.keys()):
+        raise ValueError(f"objective: expected another name, {taken[0]!r} is taken")
+    return Sums(loss, found[1], others)
+
+
+def _check_gradient(loss: Tensor) -> None:
+    if not loss.requires_grad:
+        raise ValueError("objective: expected a loss with a gradient, got one that is detached")
+
+
+def _checked_report(report: Any) -> StepReport:
+    if not isinstance(report, StepReport):
+        raise ValueError(f"learn: expected a StepReport, got {type(report).__qualname__}")
+    return report
+
+# %% ../chapters/13_training.ipynb #e5e6363f
+def _numbers(probe: Any, row: Any, taken: Iterable[str]) -> dict[str, float]:
+    """Return what a probe measured as numbers of Python, by names that are not ``taken``."""
+    name = getattr(probe, "function", type(probe))
+    source = f"probes: {_callable_name(name)}"
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{source}: expected numbers by name, got {row!r}")
+    if twice := sorted(({*taken} | _TAKEN) & row.keys()):
+        raise ValueError(f"{source}: expected another name, {twice[0]!r} is taken")
+    numbers = dict[str, float]()
+    for key, value in row.items():
+        try:
+            numbers[key] = value if isinstance(value, int) else float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"{source}: {key}: expected a number, got {value!r}") from None
+    return numbers
+
+
+def _for_learn(trainer: "Trainer", batch: Any) -> Any:
+    """Return a batch as a ``learn`` gets it: one of your own finds it on the model's device."""
+    is_ours = getattr(trainer.learn, "__func__", None) is Trainer.learn
+    return batch if is_ours or not hasattr(batch, "to") else batch.to(trainer.device)
+
+# %% ../chapters/13_training.ipynb #9d5108eb
 def _checked_batch(batch: Any, batch_size: int) -> Any:
     """Return ``batch`` if it has the rows that the configuration says, else raise."""
     if isinstance(batch, tuple) and len(batch[0]) != batch_size:
@@ -1384,6 +1542,16 @@ def _told(evaluation: Row, name: str) -> float:
     if evaluation and name not in evaluation and name != "validation_loss":
         raise ValueError(f"best: expected one of {', '.join(evaluation)}, got {name!r}")
     return evaluation.get(name, math.nan)
+
+
+def _worst(config: Any) -> float:
+    return math.inf if config.best_is == "lowest" else -math.inf
+
+
+def _changed_best(config: Any, then: Mapping[str, Any]) -> bool:
+    """Whether "best" meant another thing when a checkpoint was made."""
+    before = then.get("best", "validation_loss"), then.get("best_is", "lowest")
+    return (config.best, config.best_is) != before
 
 
 def _register(trainer: "Trainer", name: str, thing: Any) -> Any:
@@ -1422,9 +1590,9 @@ def _callable_name(function: Any) -> str:
         return f"{_callable_name(function.func)}({arguments})"
     return getattr(function, "__qualname__", type(function).__qualname__)
 
-# %% ../chapters/13_training.ipynb #566bdfd7
+# %% ../chapters/13_training.ipynb #b4bf175b
 _MAY_CHANGE = {"evaluate_every", "log_every", "checkpoint_every", "keep_last", "max_skipped"}
-_MAY_CHANGE |= {"prefetch", "compile"}
+_MAY_CHANGE |= {"prefetch", "compile", "best", "best_is"}
 
 
 def _check_identity(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
@@ -1441,12 +1609,13 @@ def _check_identity(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
         defaults = {f.name: _plain(f.default) for f in fields(TrainingConfig)}
         defaults |= {"optimizer_options": {}, "registered": []}
         there = {**{k: v for k, v in here.items() if k not in defaults}, **defaults, **there}
+    there = {"trainer class": here["trainer class"], **there}  # which the first ones do not tell
     for name in sorted((here.keys() | there.keys()) - _MAY_CHANGE):
         if here.get(name) != there.get(name):
             then = f"expected {there.get(name)!r}, as in the checkpoint"
             raise ValueError(f"{name}: {then}, got {here.get(name)!r}")
 
-# %% ../chapters/13_training.ipynb #d684a5c4
+# %% ../chapters/13_training.ipynb #c82fd18e
 def _counters(trainer: "Trainer") -> dict[str, Any]:
     monitor, guard = trainer.monitor, trainer.guard
     return {
@@ -1458,6 +1627,8 @@ def _counters(trainer: "Trainer") -> dict[str, Any]:
         "target_sum": monitor.target_sum,
         "all_targets": monitor.all_targets,
         "other_sums": {name: total for name, total in monitor.sums.items() if name != "loss"},
+        "probed": {name: list(pair) for name, pair in monitor.probed.items()},
+        "evaluation_failed": trainer.evaluation_failed,
     }
 
 
@@ -1467,6 +1638,8 @@ def _set_counters(trainer: "Trainer", counters: Mapping[str, Any]) -> None:
     guard.skipped, guard.skipped_in_a_row = counters["skipped"], counters["skipped_in_a_row"]
     monitor.target_sum, monitor.all_targets = counters["target_sum"], counters["all_targets"]
     monitor.sums = dict(counters.get("other_sums", {}))
+    monitor.probed = {name: list(pair) for name, pair in counters.get("probed", {}).items()}
+    trainer.evaluation_failed = counters.get("evaluation_failed", False)
     if monitor.target_sum:
         monitor.sums["loss"] = counters["loss_sum"]
 
@@ -1621,6 +1794,10 @@ class RunConfig:
             raise ValueError("vocab_size: follows from the tokenizer, leave it out")
         if "start_from" in self.model:
             return TransformerLM.from_pretrained(self.model["start_from"]).config
+        known = [f.name for f in fields(ModelConfig)]
+        for name in self.model:
+            if name not in known and (close := difflib.get_close_matches(str(name), known, 1)):
+                raise ValueError(f"{name}: not a field of ModelConfig; did you mean {close[0]}?")
         return ModelConfig.from_dict({**self.model, "vocab_size": vocab_size})
 
     @classmethod
@@ -1753,7 +1930,7 @@ class Pretrained(NamedTuple):
     held_out: list[str]
     folder: Path
 
-# %% ../chapters/13_training.ipynb #06f90bfd
+# %% ../chapters/13_training.ipynb #03cfff89
 def run(
     config: RunConfig,
     folder: str | Path,
@@ -1768,7 +1945,8 @@ def run(
     ``trainer`` makes the trainer: a subclass, or ``partial(Trainer, objective=...)``. ``probes``
     join those of the run. ``say`` gets a line for each stage. A run that was stopped or killed goes
     on where it was when it is called again; one that is complete is loaded. Ctrl-C is a
-    ``KeyboardInterrupt`` after a checkpoint. A ``ValueError`` if ``folder`` has another run.
+    ``KeyboardInterrupt`` after a checkpoint. A ``ValueError`` if ``folder`` has another run. The
+    model has the last weights, not the best, which are in ``training/best.safetensors``.
     """
     folder, say = Path(folder), say or (lambda line: None)
     _check_start(config)
@@ -1777,22 +1955,23 @@ def run(
         with _private_state(config.training.threads):
             if not (folder / "data").exists():
                 _write_data(config, folder / "data", say)
-            made = _make_trainer(config, folder, trainer, sinks, probes)
-            say(f"training {count_parameters(made.model):,} parameters")
-            made.train()
+            with _settings_named():
+                made = _make_trainer(config, folder, trainer, sinks, probes)
+                say(f"training {count_parameters(made.model):,} parameters")
+                made.train()
         if made.interrupted:
             raise KeyboardInterrupt
         _finish(made.model, folder)
     return load_run(folder)
 
-# %% ../chapters/13_training.ipynb #80427a74
+# %% ../chapters/13_training.ipynb #21b22a0d
 def _read(data: DataConfig, say: Callable[[str], None]) -> list[Document]:
     read = ReadReport()
     if data.kind == "files":
         say(f"reading {', '.join(data.paths)}")
         try:
             documents = list(read_files(data.paths, report=read))
-        except ValueError as error:
+        except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"data.{error}{_passed_over(read)}") from None
     else:
         say(f"reading the documentation of {', '.join(data.packages)}")
@@ -1942,7 +2121,7 @@ def _first_model(config: RunConfig, vocab_size: int) -> TransformerLM:
         raise ValueError(f"model.start_from: expected {expected}, got {model.config.vocab_size}")
     return model.float()
 
-# %% ../chapters/13_training.ipynb #fb168a32
+# %% ../chapters/13_training.ipynb #9d15ed4e
 def _make_trainer(
     config: RunConfig,
     folder: Path,
@@ -1960,7 +2139,7 @@ def _make_trainer(
     if data.kind == "tinyworld":
         world = TinyWorld()
         probes = [GapToFloor(world, world.stories(data.n_held_out, 1), tokenizer), *probes]
-    return trainer(
+    made = trainer(
         model,
         BatchSampler(source, training.batch_size, length, seed=training.seed),
         training,
@@ -1970,6 +2149,21 @@ def _make_trainer(
         sinks=sinks,
         peak=peak_flops(best_device(), getattr(torch, training.precision)),
     )
+    if not isinstance(made, Trainer):
+        got = type(made).__qualname__
+        raise ValueError(f"trainer: expected a function that returns a Trainer, got {got}")
+    return made
+
+
+@contextmanager
+def _settings_named() -> Iterator[None]:
+    """Put the section before the name of a setting of training that is wrong."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).partition(":")[0] in {f.name for f in fields(TrainingConfig)}:
+            raise ValueError(f"training.{error}") from error
+        raise
 
 # %% ../chapters/13_training.ipynb #68b87ab8
 def load_run(folder: str | Path) -> Pretrained:
@@ -1994,24 +2188,27 @@ def _finish(model: nn.Module, folder: Path) -> None:
         (draft / "model").rmdir()
         tokenizer.save(draft / "tokenizer.json")
 
-# %% ../chapters/13_training.ipynb #46dffd88
+# %% ../chapters/13_training.ipynb #6e05a7bf
 def _claim(folder: Path, config: RunConfig) -> None:
     """Write the configuration to ``folder``, or check that it is the one that is there."""
     path, entries = folder / "run.json", config.to_dict()
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists() and (folder / "data").exists():  # else nothing has begun there
-        _check_same_run(entries, json.loads(path.read_text(encoding="utf-8")), path)
+        begun = (folder / "model").exists() or bool(list_checkpoints(folder / "training"))
+        _check_same_run(entries, json.loads(path.read_text(encoding="utf-8")), path, begun)
     with whole_file(path) as draft:
         draft.write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
 
-def _check_same_run(here: Mapping[str, Any], there: Mapping[str, Any], path: Path) -> None:
+def _check_same_run(
+    here: Mapping[str, Any], there: Mapping[str, Any], path: Path, begun: bool
+) -> None:
     defaults = {"training": {"optimizer_options": {}, "best": "validation_loss"}}
     defaults["training"] |= {"best_is": "lowest"}  # a file of an earlier version has none
     for section, settings in here.items():
         before = {**defaults.get(section, {}), **there.get(section, {})}
         for name in sorted(settings.keys() | before.keys()):
-            free = section == "training" and name in _MAY_CHANGE
+            free = section == "training" and (name in _MAY_CHANGE or not begun)
             if settings.get(name) != before.get(name) and not free:
                 other = f"{path} is of a run with {before.get(name)!r}; take another folder"
                 raise ValueError(f"{section}.{name}: got {settings.get(name)!r}, but {other}")

@@ -1050,24 +1050,21 @@ class AveragedWeights(Probe):
                 mean.data.lerp_(p.data, 0.1)
 
     def evaluate(self, trainer):
-        found = [trainer.objective(self.model.eval(), batch)[:2] for batch in trainer.validation]
-        return {"averaged_loss": float(sum(a for a, _ in found) / sum(b for _, b in found))}
+        return {"averaged_loss": trainer.scores(self.model)["validation_loss"]}
 
 
 class NoiseScale(Probe):  # of McCandlish and others (2018), from micro-batches and the whole batch
-    def __init__(self):
-        self.squares, self.last = [], 0.0
+    def before_update(self, trainer):
+        self.squares, self.whole = [], 0.0
 
     def after_micro_batch(self, trainer, batch, sums):
-        now = torch.cat([p.grad.flatten() for p in trainer.parameters])
-        self.squares.append(float(((now - self.last) / sums.targets).square().sum()))
-        self.last = now
+        last, self.whole = self.whole, torch.cat([p.grad.flatten() for p in trainer.parameters])
+        self.squares.append(((self.whole - last) / sums.targets).square().sum())
 
     def after_step(self, trainer, report):
         n, small = len(self.squares), sum(self.squares) / len(self.squares)
-        large = float((self.last / report.targets).square().sum())
-        self.scale = n * (small - large) / (n * large - small)  # in micro-batches
-        self.squares, self.last = [], 0.0
+        large = (self.whole / report.targets).square().sum()
+        return {"noise_scale": n * (small - large) / (n * large - small)}
 
 
 def counting(model, batch):
@@ -1083,7 +1080,7 @@ EXTENSIONS = (Lion, AveragedWeights, NoiseScale, counting)
 @pytest.mark.parametrize("extension", EXTENSIONS, ids=lambda extension: extension.__name__)
 def test_an_extension_takes_a_few_lines_and_no_private_name(extension):
     lines = [line for line in inspect.getsource(extension).splitlines() if line.strip()]
-    assert len(lines) <= 12
+    assert len(lines) <= 12, "a dozen with the lines that name class and methods"
     assert not re.search(r"[ .]_[a-z]", "\n".join(lines))
 
 
@@ -1142,7 +1139,8 @@ def test_the_noise_scale_is_that_of_its_definition(shards):
     stacked = torch.stack(vectors)
     variance = stacked.var(dim=0).sum()
     square = stacked.mean(dim=0).square().sum() - variance / 4  # without the bias of the noise
-    assert probe.scale == pytest.approx(float(variance / square), rel=1e-6)
+    row = trainer.monitor.row()
+    assert row["noise_scale"] == pytest.approx(float(variance / square), rel=1e-6)
 
 
 def test_other_sums_of_the_objective_are_logged_and_tell_the_best(shards, tmp_path):
@@ -1160,6 +1158,10 @@ def test_other_sums_of_the_objective_are_logged_and_tell_the_best(shards, tmp_pa
     assert len(trainer.log.column("accuracy")[1]) == 4
     with pytest.raises(ValueError, match="best: expected one of validation_loss, validation_acc"):
         trainer_of(shards, **options, **best | {"best": "bleu"}).train()
+    unnamed = trainer_of(shards, **options, **best | {"best": "bleu", "evaluate_every": None})
+    with pytest.raises(ValueError, match="best: expected one of validation_loss, validation_acc"):
+        unnamed.train()
+    assert unnamed.step == 0, "told before the first step, not after the last"
 
 
 def test_sums_of_the_objective_outlive_a_kill(shards, tmp_path):
@@ -1302,6 +1304,192 @@ def test_a_batch_of_any_kind_is_handed_to_the_objective(shards):
     assert first[-1] < first[0]
 
 
+# --- what an extension can do wrong ---------------------------------------------------------------
+
+
+class Failing(Probe):
+    """Measures ``value`` from the fourth step on; before, 1."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def evaluate(self, trainer):
+        return {"found": self.value if trainer.step >= 4 else 1}
+
+
+@pytest.mark.parametrize("checkpoint_every", [None, 2])
+def test_an_evaluation_that_fails_at_the_end_loses_nothing(checkpoint_every, shards, tmp_path):
+    options = {"n_steps": 4, "checkpoint_every": checkpoint_every}
+    whole = trainer_of(shards, **options)
+    whole.train()
+    failing = trainer_of(shards, folder=tmp_path, **options, probes=[Failing(torch.ones(2))])
+    with pytest.raises(ValueError, match=r"probes: Failing: found: expected a number, got tensor"):
+        failing.train()
+    again = trainer_of(shards, folder=tmp_path, **options, probes=[Failing(torch.tensor(2.5))])
+    log = again.train()
+    assert again.step == 4 and torch.equal(weights(again.model), weights(whole.model))
+    assert log.column("found") == ([4], [2.5]), "made up for"
+    assert (
+        trainer_of(shards, folder=tmp_path, **options, probes=[Failing(9)]).train().rows == log.rows
+    )
+
+
+def test_another_best_begins_anew(shards, tmp_path):
+    options = {"n_steps": 4, "evaluate_every": 1, "checkpoint_every": 1, "probes": [Failing(7)]}
+    stop_after(trainer_of(shards, folder=tmp_path, **options), 2)
+    trainer = trainer_of(shards, folder=tmp_path, **options, best="found", best_is="highest")
+    trainer.train()
+    assert trainer.best == 7 and trainer.checkpoints.best()["metric"] == "found"
+    assert trainer.checkpoints.best()["step"] == 4
+
+
+def test_numbers_of_steps_are_averaged_and_outlive_a_kill(shards, tmp_path):
+    class Counting(Probe):
+        updates = 0
+
+        def before_update(self, trainer):
+            assert all(p.grad is None or not p.grad.any() for p in trainer.parameters)
+            self.updates += 1
+
+        def after_step(self, trainer, report):
+            return {"step_twice": torch.tensor(2.0 * trainer.step)} if trainer.step % 2 else None
+
+    options = {"n_steps": 6, "log_every": 6, "checkpoint_every": 1}
+    stop_after(trainer_of(shards, folder=tmp_path, **options, probes=[Counting()]), 3)
+    probe = Counting()
+    trainer = trainer_of(shards, folder=tmp_path, **options, probes=[probe])
+    assert trainer.train().column("step_twice") == ([6], [6.0])  # of steps 1, 3 and 5
+    assert probe.updates == 3
+
+
+def test_the_rate_of_an_optimizer_of_ones_own_is_logged(shards):
+    steps, rates = trainer_of(shards, optimizer_of=lion, log_every=1).train().column("rate")
+    schedule = trainer_of(shards).schedule
+    assert rates == pytest.approx([1e-3 * schedule(step - 1) for step in steps])
+
+
+def test_scores_of_another_model_or_of_nothing(shards):
+    trainer, other = trainer_of(shards), made().double()
+    for p in other.parameters():
+        p.data.zero_()
+    assert trainer.scores(other)["validation_loss"] == pytest.approx(math.log(VOCABULARY))
+    assert other.training and trainer.scores() != trainer.scores(other)
+    empty = trainer_of(shards, validate=False)
+    assert empty.scores() == {}
+    with pytest.raises(ValueError, match="validation: expected at least one batch"):
+        empty.evaluate()
+
+
+def test_a_trainer_of_another_class_is_another_run(shards, tmp_path):
+    class Doubled(Trainer):
+        pass
+
+    trainer = trainer_of(shards, folder=tmp_path, n_steps=2)
+    trainer.train()
+    given = (made(), trainer.batches, trainer.config)
+    with pytest.raises(ValueError, match=r"trainer class: expected 'Trainer', .*got '.*Doubled'"):
+        Doubled(*given, folder=tmp_path).resume()
+    state = trainer.state_dict()
+    del state["config"]["trainer class"]  # as the first ones were saved
+    Doubled(*given).load_state_dict(state)
+
+
+def test_a_step_of_ones_own_gets_the_batch_on_the_device(shards):
+    class Told(Batch):
+        def to(self, device):
+            moved.append(device)
+            return self
+
+    class Own(Trainer):
+        def learn(self, batch, objective=None):
+            assert moved == [torch.device("cpu")]
+            return super().learn(batch, objective)
+
+    moved = []
+    Own(made(), BatchSampler(shards, 4, 8), configured()).train_step(
+        Told(*BatchSampler(shards, 4, 8)[0])
+    )
+    assert moved
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "sgd"}, "optimizer: expected a function of the model that returns one, got"),
+        ({"optimizer": torch.optim.SGD}, "optimizer: expected a function of the model that"),
+        ({"optimizer": AdamW([nn.Parameter(torch.ones(1))])}, "optimizer: expected a function of"),
+        (
+            {"optimizer": lambda model: None},
+            "optimizer: expected a function that returns one of to",
+        ),
+        ({"optimizer": lambda model: AdamW(made().parameters())}, "optimizer: .* of another model"),
+        ({"validation": Batch(torch.ones(1), torch.ones(1))}, "validation: expected a list of bat"),
+        ({"validation": iter(())}, "validation: expected a list of batches, got tuple_iterator"),
+        ({"batches": []}, "batches: expected ResumableBatches, .* got list"),
+        ({"config": {}}, "config: expected a TrainingConfig, got dict"),
+    ],
+)
+def test_what_a_trainer_cannot_be_given(options, message, shards):
+    given = {"batches": BatchSampler(shards, 4, 8), "config": configured()} | options
+    with pytest.raises(ValueError, match=message):
+        Trainer(made(), given.pop("batches"), given.pop("config"), **given)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (lambda loss: loss, "objective: expected a sum, a count, .* got Tensor"),
+        (lambda loss: (loss,), "objective: expected a sum, a count, .* got 1 values"),
+        (lambda loss: (loss, 2, 3), "objective: expected other sums by name, got int"),
+        (lambda loss: (loss[None], 2), r"objective: expected a loss .* got shape \(1,\)"),
+        (lambda loss: (float(loss), 2), "objective: expected a loss .* got float"),
+        (lambda loss: (loss.detach(), 2), "objective: expected a loss with a gradient, got one th"),
+        (lambda loss: (loss, 2, {"loss": loss}), "objective: expected another name, 'loss' is tak"),
+    ],
+)
+def test_what_an_objective_cannot_return(found, message, shards):
+    def objective(model, batch):
+        return found(model(batch.inputs).sum())
+
+    with pytest.raises(ValueError, match=message):
+        trainer_of(shards, objective=objective).train()
+
+
+def test_what_a_probe_cannot_return(shards):
+    class Stepping(Probe):
+        def after_step(self, trainer, report):
+            return {"loss": 3.0}
+
+    for probes, message in (
+        ([lambda model: None], r"probes: .*<lambda>: expected numbers by name, got None"),
+        ([lambda model: {"a": "x"}], "probes: .*: a: expected a number, got 'x'"),
+        ([lambda model: {"validation_loss": 1}], "probes: .* another name, 'validation_loss' is"),
+        ([Failing(1), Failing(1)], "probes: Failing: expected another name, 'found' is taken"),
+        ([Stepping()], "probes: .*Stepping: expected another name, 'loss' is taken"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer_of(shards, probes=probes).train()
+    trainer = trainer_of(shards, objective=counting, probes=[lambda model: {"accuracy": 1.0}])
+    with pytest.raises(
+        ValueError, match="probes: expected names that differ, got 'accuracy' twice"
+    ):
+        trainer.train()
+
+
+def test_a_step_of_ones_own_returns_a_report(shards):
+    trainer = trainer_of(shards)
+    trainer.learn = lambda batch: None
+    with pytest.raises(ValueError, match="learn: expected a StepReport, got NoneType"):
+        trainer.train()
+
+
+def test_a_step_without_targets_says_so(shards):
+    trainer = trainer_of(shards)
+    batch = trainer.batches[0]
+    report = trainer.train_step(batch._replace(targets=torch.full_like(batch.targets, -100)))
+    assert report.skipped == "there were no targets"
+
+
 # --- what a run depends on ------------------------------------------------------------------------
 
 
@@ -1342,7 +1530,7 @@ def test_what_differs_from_the_checkpoint_is_named(shards, tmp_path):
             objective=counting)  # fmt: skip
     refused(r"registered: expected \[\], as in the checkpoint, got \['smoothed'\]",
             probes=[Smoothed()])  # fmt: skip
-    refused("best: expected 'validation_loss', as in the checkpoint, got 'gap'", best="gap")
+    refused("n_steps: expected 4, as in the checkpoint, got 5", n_steps=5)
     trainer_of(shards, folder=tmp_path / "more", probes=[Smoothed()], **options).train()
     with pytest.raises(ValueError, match=r"registered: expected \['smoothed'\], .* got \[\]"):
         trainer_of(shards, folder=tmp_path / "more", **options).train()
@@ -1849,6 +2037,20 @@ def test_only_settings_that_no_weight_depends_on_may_change(tmp_path, capsys):
     run(changed, tmp_path / "run")  # a folder of an earlier version
 
 
+def test_settings_of_training_may_change_until_there_is_a_checkpoint(tmp_path, capsys):
+    small_run(training={"best": "gab"}).to_yaml(tmp_path / "run.yaml")
+    arguments = (tmp_path / "run.yaml", "--folder", tmp_path / "run")
+    assert commanded(*arguments) == 2
+    assert "training.best: expected one of validation_loss, gap, " in capsys.readouterr().err
+    right = ("--training.best", "gap", "--training.learning_rate", "0.02")
+    assert commanded(*arguments, *right) == 0
+
+
+def test_a_maker_of_trainers_that_makes_none(tmp_path):
+    with pytest.raises(ValueError, match="trainer: expected a function that returns a Trainer"):
+        run(small_run(), tmp_path / "run", trainer=lambda *given, **options: None)
+
+
 def test_training_starts_from_a_saved_model(tmp_path):
     first = run(small_run(), tmp_path / "first")
     start = str(tmp_path / "first" / "model")
@@ -1920,7 +2122,8 @@ def test_extensions_reach_a_run_from_a_file(tmp_path):
         lambda model: {"head": float(model.lm_head.weight.detach().norm())},
     ]
     result = run(config, tmp_path / "run", trainer=made_by, probes=probes)
-    assert {"averaged_loss", "head", "gap", "validation_accuracy"} <= result.log.rows[-1].keys()
+    names = {"averaged_loss", "head", "gap", "validation_accuracy", "noise_scale"}
+    assert names <= result.log.rows[-1].keys()
     state = newest_checkpoint(tmp_path / "run" / "training")
     assert state["config"]["optimizer class"] == "Lion"
     assert state["config"]["objective"] == "counting"
@@ -2120,12 +2323,20 @@ def test_settings_are_changed_on_the_command_line(tmp_path, capsys):
         (("--training.n_steps", "0"), "training.n_steps: expected at least 1, got 0"),
         (("--model.d_model", "63"), "model.n_heads: expected a divisor of d_model = 63"),
         (("--model.width", "63"), "model.width: not a field of ModelConfig"),
+        (("--model.d_modl", "64"), "model.d_modl: not a field of ModelConfig; did you mean d_mod"),
+        (("--trainin.n_steps", "3"), "trainin.n_steps: no such setting; did you mean training?"),
         (("--folder",), "expected one argument"),
     ],
 )
 def test_bad_overrides(arguments, message, capsys):
     assert commanded("--preset", "tinyworld", *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_text_that_is_not_there(tmp_path, capsys):
+    arguments = ("--data.kind", "files", "--data.paths", tmp_path / "nowhere")
+    assert commanded("--preset", "tinyworld", *arguments, "--folder", tmp_path / "run") == 2
+    assert "data.paths: no file or folder" in capsys.readouterr().err
 
 
 def test_progress_of_pretrained(monkeypatch, tmp_path, capsys):
