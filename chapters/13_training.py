@@ -905,7 +905,7 @@ class Monitor:
         self.all_targets += report.targets
         self.recent_targets += report.targets
 
-    def note_probed(self, numbers: Mapping[str, float]) -> None:
+    def note_probed(self, numbers: Row) -> None:
         """Add what a probe says of a step."""
         for name, value in numbers.items():
             total, count = self.probed.get(name, (0.0, 0))
@@ -2121,7 +2121,7 @@ class _Function(Probe):
     def __init__(self, function: Callable[[nn.Module], Row]):
         self.function = function
 
-    def evaluate(self, trainer: "Trainer") -> Row:
+    def evaluate(self, trainer: "Trainer") -> Any:  # checked where it is used
         return self.function(trainer.model)
 
 
@@ -2215,7 +2215,7 @@ def _checked_report(report: Any) -> StepReport:
 
 # %% tags=["engine"]
 #| export
-def _numbers(probe: Any, row: Any, taken: Iterable[str]) -> dict[str, float]:
+def _numbers(probe: Any, row: Any, taken: Iterable[str]) -> dict[str, int | float]:
     """Return what a probe measured as numbers of Python, by names that are not ``taken``."""
     name = getattr(probe, "function", type(probe))
     source = f"probes: {_callable_name(name)}"
@@ -2223,7 +2223,7 @@ def _numbers(probe: Any, row: Any, taken: Iterable[str]) -> dict[str, float]:
         raise ValueError(f"{source}: expected numbers by name, got {row!r}")
     if twice := sorted(({*taken} | _TAKEN) & row.keys()):
         raise ValueError(f"{source}: expected another name, {twice[0]!r} is taken")
-    numbers = dict[str, float]()
+    numbers = dict[str, int | float]()
     for key, value in row.items():
         try:
             numbers[key] = value if isinstance(value, int) else float(value)
@@ -2252,7 +2252,7 @@ def _told(evaluation: Row, name: str) -> float:
     """The number that tells the best model, NaN if the evaluation has no validation loss."""
     if evaluation and name not in evaluation and name != "validation_loss":
         raise ValueError(f"best: expected one of {', '.join(evaluation)}, got {name!r}")
-    return evaluation.get(name, math.nan)
+    return float(evaluation.get(name, math.nan))
 
 
 def _worst(config: Any) -> float:

@@ -502,7 +502,7 @@ class StepReport:
         """Whether the weights were changed."""
         return self.skipped is None
 
-# %% ../chapters/13_training.ipynb #354c3648
+# %% ../chapters/13_training.ipynb #dc778840
 class Monitor:
     """Adds up what steps report until a row of the log is due, and measures their speed."""
 
@@ -529,7 +529,7 @@ class Monitor:
         self.all_targets += report.targets
         self.recent_targets += report.targets
 
-    def note_probed(self, numbers: Mapping[str, float]) -> None:
+    def note_probed(self, numbers: Row) -> None:
         """Add what a probe says of a step."""
         for name, value in numbers.items():
             total, count = self.probed.get(name, (0.0, 0))
@@ -1423,12 +1423,12 @@ def _schedule(config: TrainingConfig) -> Callable[[int], float]:
     make = {"cosine": cosine_schedule, "wsd": wsd_schedule, "linear": linear_schedule}
     return make[config.schedule](config.n_steps, warmup=config.warmup, final=config.final)
 
-# %% ../chapters/13_training.ipynb #213a23bb
+# %% ../chapters/13_training.ipynb #150b1221
 class _Function(Probe):
     def __init__(self, function: Callable[[nn.Module], Row]):
         self.function = function
 
-    def evaluate(self, trainer: "Trainer") -> Row:
+    def evaluate(self, trainer: "Trainer") -> Any:  # checked where it is used
         return self.function(trainer.model)
 
 
@@ -1505,8 +1505,8 @@ def _checked_report(report: Any) -> StepReport:
         raise ValueError(f"learn: expected a StepReport, got {type(report).__qualname__}")
     return report
 
-# %% ../chapters/13_training.ipynb #e5e6363f
-def _numbers(probe: Any, row: Any, taken: Iterable[str]) -> dict[str, float]:
+# %% ../chapters/13_training.ipynb #29b590d0
+def _numbers(probe: Any, row: Any, taken: Iterable[str]) -> dict[str, int | float]:
     """Return what a probe measured as numbers of Python, by names that are not ``taken``."""
     name = getattr(probe, "function", type(probe))
     source = f"probes: {_callable_name(name)}"
@@ -1514,7 +1514,7 @@ def _numbers(probe: Any, row: Any, taken: Iterable[str]) -> dict[str, float]:
         raise ValueError(f"{source}: expected numbers by name, got {row!r}")
     if twice := sorted(({*taken} | _TAKEN) & row.keys()):
         raise ValueError(f"{source}: expected another name, {twice[0]!r} is taken")
-    numbers = dict[str, float]()
+    numbers = dict[str, int | float]()
     for key, value in row.items():
         try:
             numbers[key] = value if isinstance(value, int) else float(value)
@@ -1528,7 +1528,7 @@ def _for_learn(trainer: "Trainer", batch: Any) -> Any:
     is_ours = getattr(trainer.learn, "__func__", None) is Trainer.learn
     return batch if is_ours or not hasattr(batch, "to") else batch.to(trainer.device)
 
-# %% ../chapters/13_training.ipynb #9d5108eb
+# %% ../chapters/13_training.ipynb #bc95644c
 def _checked_batch(batch: Any, batch_size: int) -> Any:
     """Return ``batch`` if it has the rows that the configuration says, else raise."""
     if isinstance(batch, tuple) and len(batch[0]) != batch_size:
@@ -1541,7 +1541,7 @@ def _told(evaluation: Row, name: str) -> float:
     """The number that tells the best model, NaN if the evaluation has no validation loss."""
     if evaluation and name not in evaluation and name != "validation_loss":
         raise ValueError(f"best: expected one of {', '.join(evaluation)}, got {name!r}")
-    return evaluation.get(name, math.nan)
+    return float(evaluation.get(name, math.nan))
 
 
 def _worst(config: Any) -> float:

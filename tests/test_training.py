@@ -1418,11 +1418,6 @@ def test_a_step_of_ones_own_gets_the_batch_on_the_device(shards):
         ({"optimizer": "sgd"}, "optimizer: expected a function of the model that returns one, got"),
         ({"optimizer": torch.optim.SGD}, "optimizer: expected a function of the model that"),
         ({"optimizer": AdamW([nn.Parameter(torch.ones(1))])}, "optimizer: expected a function of"),
-        (
-            {"optimizer": lambda model: None},
-            "optimizer: expected a function that returns one of to",
-        ),
-        ({"optimizer": lambda model: AdamW(made().parameters())}, "optimizer: .* of another model"),
         ({"validation": Batch(torch.ones(1), torch.ones(1))}, "validation: expected a list of bat"),
         ({"validation": iter(())}, "validation: expected a list of batches, got tuple_iterator"),
         ({"batches": []}, "batches: expected ResumableBatches, .* got list"),
@@ -1430,9 +1425,23 @@ def test_a_step_of_ones_own_gets_the_batch_on_the_device(shards):
     ],
 )
 def test_what_a_trainer_cannot_be_given(options, message, shards):
-    given = {"batches": BatchSampler(shards, 4, 8), "config": configured()} | options
+    given = {"batches": BatchSampler(shards, 4, 8), "config": configured()}
+    given |= {"validation": None, "optimizer": None} | options
+    with pytest.raises(ValueError, match=message):  # in these tests all types are checked before
+        training._check_kinds(**given)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (torch.optim.SGD, "optimizer: expected a function of the model that returns one, got type"),
+        (lambda model: None, "optimizer: expected a function that returns one of torch.optim, got"),
+        (lambda model: AdamW(made().parameters()), "optimizer: expected one .* of another model"),
+    ],
+)
+def test_what_no_function_may_return_as_an_optimizer(optimizer, message, shards):
     with pytest.raises(ValueError, match=message):
-        Trainer(made(), given.pop("batches"), given.pop("config"), **given)
+        trainer_of(shards, optimizer_of=optimizer)
 
 
 @pytest.mark.parametrize(
@@ -1442,7 +1451,7 @@ def test_what_a_trainer_cannot_be_given(options, message, shards):
         (lambda loss: (loss,), "objective: expected a sum, a count, .* got 1 values"),
         (lambda loss: (loss, 2, 3), "objective: expected other sums by name, got int"),
         (lambda loss: (loss[None], 2), r"objective: expected a loss .* got shape \(1,\)"),
-        (lambda loss: (float(loss), 2), "objective: expected a loss .* got float"),
+        (lambda loss: (loss.item(), 2), "objective: expected a loss .* got float"),
         (lambda loss: (loss.detach(), 2), "objective: expected a loss with a gradient, got one th"),
         (lambda loss: (loss, 2, {"loss": loss}), "objective: expected another name, 'loss' is tak"),
     ],
