@@ -3328,9 +3328,17 @@ def _tokenizer(config: RunConfig, texts: list[str], say: Callable[[str], None]) 
 
 # %% tags=["engine"]
 #| export
+def _check_there(name: str, paths: Sequence[str]) -> None:
+    for path in paths:
+        if not Path(path).exists():
+            raise ValueError(f"{name}: no file or folder {path!r}")
+
+
 def _write_data(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
     """Write tokenizer, shards and held-out texts to ``folder``, all or nothing."""
     data, lines = config.data, list[str]()
+    _check_there("tokenizer.path", [config.tokenizer.path or "."])
+    _check_there("data.paths", data.paths if data.kind == "shards" else ())
 
     def note(line: str) -> None:
         lines.append(line)

@@ -2068,10 +2068,18 @@ def _tokenizer(config: RunConfig, texts: list[str], say: Callable[[str], None]) 
     pattern = _PATTERNS[settings.pattern]
     return train_bpe(texts, settings.vocab_size, pattern=pattern, **cast(Any, special))
 
-# %% ../chapters/13_training.ipynb #9b90c5fc
+# %% ../chapters/13_training.ipynb #a94976f0
+def _check_there(name: str, paths: Sequence[str]) -> None:
+    for path in paths:
+        if not Path(path).exists():
+            raise ValueError(f"{name}: no file or folder {path!r}")
+
+
 def _write_data(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
     """Write tokenizer, shards and held-out texts to ``folder``, all or nothing."""
     data, lines = config.data, list[str]()
+    _check_there("tokenizer.path", [config.tokenizer.path or "."])
+    _check_there("data.paths", data.paths if data.kind == "shards" else ())
 
     def note(line: str) -> None:
         lines.append(line)

@@ -1905,7 +1905,7 @@ def test_a_run_leaves_a_model_and_nobody_notices(tmp_path):
 
 def test_a_run_that_could_not_begin_leaves_the_folder_free(tmp_path):
     data = {"kind": "files", "paths": [str(tmp_path / "misspelled")]}
-    with pytest.raises(FileNotFoundError, match="paths: no file or folder"):
+    with pytest.raises(ValueError, match="data.paths: no file or folder"):
         run(small_run(data=data), tmp_path / "run")
     assert run(small_run(), tmp_path / "run").log.rows
 
@@ -2346,9 +2346,14 @@ def test_text_that_is_not_there(tmp_path, capsys):
     arguments = ("--data.kind", "files", "--data.paths", tmp_path / "nowhere")
     assert commanded("--preset", "tinyworld", *arguments, "--folder", tmp_path / "run") == 2
     assert "data.paths: no file or folder" in capsys.readouterr().err
+    shards = ("--data.kind", "shards", "--data.paths", '["a/b", "a/c"]', "--folder", tmp_path / "s")
+    for path, name in ((tmp_path / "no.json", "tokenizer.path"), (__file__, "data.paths")):
+        assert commanded("--preset", "tinyworld", *shards, "--tokenizer.path", path) == 2
+        assert f"{name}: no file or folder" in capsys.readouterr().err
 
 
 def test_progress_of_pretrained(monkeypatch, tmp_path, capsys):
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # whoever imported it: no notebook
     monkeypatch.setenv("LLMBOOK_ARTIFACTS", str(tmp_path / "a"))
     monkeypatch.setitem(RUNS, "tinyworld", small_run())
     pretrained(progress=False)
