@@ -1905,7 +1905,7 @@ def test_a_run_leaves_a_model_and_nobody_notices(tmp_path):
 
 def test_a_run_that_could_not_begin_leaves_the_folder_free(tmp_path):
     data = {"kind": "files", "paths": [str(tmp_path / "misspelled")]}
-    with pytest.raises(ValueError, match="data.paths: no file or folder"):
+    with pytest.raises(ValueError, match=r"data.paths: no file or folder"):
         run(small_run(data=data), tmp_path / "run")
     assert run(small_run(), tmp_path / "run").log.rows
 
