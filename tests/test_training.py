@@ -1431,8 +1431,10 @@ def test_a_step_of_ones_own_gets_the_batch_on_the_device(shards):
 )
 def test_what_a_trainer_cannot_be_given(options, message, shards):
     given = {"batches": BatchSampler(shards, 4, 8), "config": configured()} | options
+    # Without the hook of these tests, which refuses wrong types before the trainer can.
+    prepare = inspect.unwrap(Trainer.__init__)
     with pytest.raises(ValueError, match=message):
-        Trainer(made(), given.pop("batches"), given.pop("config"), **given)
+        prepare(object.__new__(Trainer), made(), **given)
 
 
 @pytest.mark.parametrize(
@@ -1442,7 +1444,7 @@ def test_what_a_trainer_cannot_be_given(options, message, shards):
         (lambda loss: (loss,), "objective: expected a sum, a count, .* got 1 values"),
         (lambda loss: (loss, 2, 3), "objective: expected other sums by name, got int"),
         (lambda loss: (loss[None], 2), r"objective: expected a loss .* got shape \(1,\)"),
-        (lambda loss: (float(loss), 2), "objective: expected a loss .* got float"),
+        (lambda loss: (loss.item(), 2), "objective: expected a loss .* got float"),
         (lambda loss: (loss.detach(), 2), "objective: expected a loss with a gradient, got one th"),
         (lambda loss: (loss, 2, {"loss": loss}), "objective: expected another name, 'loss' is tak"),
     ],
