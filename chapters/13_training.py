@@ -737,7 +737,7 @@ def unnoticed(model: nn.Module) -> Iterator[None]:
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: the states of all random generators as plain data, because checkpoints hold them, too
+# ### Engine room: the states of all random generators as plain data, which checkpoints can hold
 
 # %% [markdown] tags=["engine"]
 # The states are made of numbers, lists and tensors, which a checkpoint can hold.
@@ -1257,7 +1257,7 @@ print(f"after a save that failed, the note is: {note.read_text()}; files: {left}
 # refused.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: nested states in one file, and a save that refuses what a load could not give back
+# ### Engine room: nested states in one file, and refusing to save what could not be loaded
 
 # %% [markdown] tags=["engine"]
 # Errors first: a checkpoint that cannot be believed, and one that could not be written.
@@ -2615,9 +2615,8 @@ counting = Trainer(
 for row in counting.train().rows:
     if row["step"] in (0, 40, 120):
         right, growth = round(row["validation_accuracy"], 1), row["growth"]
-        print(
-            f"step {row['step']:3}: about {right:.0%} right, output matrix {growth:.1f} times as large"
-        )
+        found = f"about {right:.0%} right, output matrix {growth:.1f} times as large"
+        print(f"step {row['step']:3}: {found}")
 print("the best model is of step", counting.checkpoints.best()["step"])
 
 # %% [markdown]
@@ -3434,6 +3433,12 @@ def _make_trainer(
     return made
 
 
+# %% [markdown] tags=["engine"]
+# What is wrong in a section of the file is named with the section:
+
+
+# %% tags=["engine"]
+#| export
 @contextmanager
 def _settings_named() -> Iterator[None]:
     """Put the section before the name of a setting of training that is wrong."""
@@ -3507,6 +3512,13 @@ def _check_same_run(
                 raise ValueError(f"{section}.{name}: got {settings.get(name)!r}, but {other}")
 
 
+# %% [markdown] tags=["engine"]
+# A run seeds the random generators and sets the number of threads. Its caller gets both back as
+# they were:
+
+
+# %% tags=["engine"]
+#| export
 @contextmanager
 def _private_state(threads: int | None) -> Iterator[None]:
     """Seeds and threads in here are nobody else's business."""

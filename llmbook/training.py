@@ -2129,7 +2129,7 @@ def _first_model(config: RunConfig, vocab_size: int) -> TransformerLM:
         raise ValueError(f"model.start_from: expected {expected}, got {model.config.vocab_size}")
     return model.float()
 
-# %% ../chapters/13_training.ipynb #9d15ed4e
+# %% ../chapters/13_training.ipynb #b18d6f86
 def _make_trainer(
     config: RunConfig,
     folder: Path,
@@ -2162,7 +2162,7 @@ def _make_trainer(
         raise ValueError(f"trainer: expected a function that returns a Trainer, got {got}")
     return made
 
-
+# %% ../chapters/13_training.ipynb #76cdeb3e
 @contextmanager
 def _settings_named() -> Iterator[None]:
     """Put the section before the name of a setting of training that is wrong."""
@@ -2196,7 +2196,7 @@ def _finish(model: nn.Module, folder: Path) -> None:
         (draft / "model").rmdir()
         tokenizer.save(draft / "tokenizer.json")
 
-# %% ../chapters/13_training.ipynb #6e05a7bf
+# %% ../chapters/13_training.ipynb #e8067c00
 def _claim(folder: Path, config: RunConfig) -> None:
     """Write the configuration to ``folder``, or check that it is the one that is there."""
     path, entries = folder / "run.json", config.to_dict()
@@ -2221,7 +2221,7 @@ def _check_same_run(
                 other = f"{path} is of a run with {before.get(name)!r}; take another folder"
                 raise ValueError(f"{section}.{name}: got {settings.get(name)!r}, but {other}")
 
-
+# %% ../chapters/13_training.ipynb #d42ec142
 @contextmanager
 def _private_state(threads: int | None) -> Iterator[None]:
     """Seeds and threads in here are nobody else's business."""
