@@ -77,9 +77,19 @@ NOTEBOOKS = Stage(
     remedy='if the new output is the right one: make sync ARGS="--force NN_name"',
     news=lambda: stated_and_measured(ROOT),
 )
+# Chapters load these; trained here, they cost a notebook no time, and two are trained at once.
+MODELS = [
+    Stage(
+        name,
+        f"the model {name!r}, which chapters share, is trained once",
+        ("-c", f"from llmbook.training import pretrained; pretrained({name!r})"),
+        pin=True,
+    )
+    for name in ("tinyworld", "documentation")
+]
 # Groups follow each other. The lanes of a group run side by side: those of the first use one core
 # each, the stages of the others two.
-GROUPS = [[LINT, SITE_STAGES], [[UNIT]], [[NOTEBOOKS]]]
+GROUPS = [[LINT, SITE_STAGES], [[UNIT]], [[stage] for stage in MODELS], [[NOTEBOOKS]]]
 STAGES = [stage for lanes in GROUPS for lane in lanes for stage in lane]
 
 
