@@ -20,7 +20,7 @@
 # | **Part** | I. Foundations and data |
 # | **You build** | {py:class}`~llmbook.tinyworld.TinyWorld`, counting models, a first model trained by gradient descent |
 # | **You need** | Python, the idea of a derivative ({doc}`00_environment` sets up the rest) |
-# | **It takes** | 60 minutes for the main line, 2 hours for everything, 45 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2 hours for everything, 30 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp tinyworld

@@ -19,7 +19,7 @@
 # | **Part** | I. Foundations and data |
 # | **You build** | {py:class}`~llmbook.corpus.Document`, {py:func}`~llmbook.corpus.read_installed_docs`, {py:func}`~llmbook.corpus.read_files`, {py:func}`~llmbook.corpus.read_jsonl`, {py:func}`~llmbook.corpus.read_html`, {py:func}`~llmbook.corpus.stream_hub` |
 # | **You need** | Python: generators and regular expressions. {doc}`00_environment` sets up the rest |
-# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 45 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 30 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp corpus

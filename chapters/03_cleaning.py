@@ -16,7 +16,7 @@
 # | **Part** | I. Foundations and data |
 # | **You build** | {py:func}`~llmbook.cleaning.normalize_text`, {py:func}`~llmbook.cleaning.gopher_quality`, {py:func}`~llmbook.cleaning.remove_repeated_lines`, {py:func}`~llmbook.cleaning.identify_language`, {py:class}`~llmbook.cleaning.QualityClassifier`, {py:func}`~llmbook.cleaning.mask_pii`, {py:func}`~llmbook.cleaning.decontaminate`, {py:func}`~llmbook.cleaning.clean_documents` |
 # | **You need** | {doc}`02_corpus` (documents, words); logarithms and gradients |
-# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 60 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 30 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp cleaning

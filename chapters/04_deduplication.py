@@ -20,7 +20,7 @@
 # | **Part** | I. Foundations and data |
 # | **You build** | {py:func}`~llmbook.deduplication.exact_duplicates`, {py:func}`~llmbook.deduplication.shingles`, {py:func}`~llmbook.deduplication.jaccard`, {py:class}`~llmbook.deduplication.MinHasher`, {py:class}`~llmbook.deduplication.LSHIndex`, {py:func}`~llmbook.deduplication.find_near_duplicates`, {py:func}`~llmbook.deduplication.deduplicate` |
 # | **You need** | documents ({doc}`02_corpus`), NumPy arrays, probability of independent events |
-# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 45 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 30 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp deduplication

@@ -18,7 +18,7 @@
 # | **Part** | I. Foundations and data |
 # | **You build** | {py:func}`~llmbook.tokenizer.train_bpe`, {py:func}`~llmbook.tokenizer.train_bpe_files`, {py:class}`~llmbook.tokenizer.BPETokenizer`, {py:func}`~llmbook.tokenizer.pretokenize`, {py:func}`~llmbook.tokenizer.learn_merges` |
 # | **You need** | Python and regular expressions; the documents of {doc}`02_corpus`, and the laws named there |
-# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 45 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 30 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp tokenizer

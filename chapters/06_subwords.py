@@ -16,7 +16,7 @@
 # | **Part** | I. Foundations and data |
 # | **You build** | {py:class}`~llmbook.subwords.WordPieceTokenizer`, {py:class}`~llmbook.subwords.UnigramTokenizer`, their trainers, {py:func}`~llmbook.subwords.merge_gain`, {py:func}`~llmbook.subwords.renyi_efficiency` |
 # | **You need** | byte-pair encoding ({doc}`05_tokenizer`), maximum likelihood ({doc}`01_tinyworld`), the corpus of {doc}`02_corpus` |
-# | **It takes** | 60 minutes for the main line, 3 hours for everything, 60 seconds to run |
+# | **It takes** | 60 minutes for the main line, 3 hours for everything, 30 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp subwords

@@ -18,7 +18,7 @@
 # | **Part** | II. Architecture |
 # | **You build** | {py:func}`~llmbook.attention.softmax`, {py:func}`~llmbook.attention.scaled_dot_product_attention`, {py:class}`~llmbook.attention.MultiHeadAttention`, {py:class}`~llmbook.attention.KVCache`, {py:class}`~llmbook.attention.MultiHeadLatentAttention`, {py:func}`~llmbook.attention.flash_attention`, {py:func}`~llmbook.attention.show_attention` |
 # | **You need** | rotary positions ({doc}`08_positions`), document masks ({doc}`07_batches`), entropy ({doc}`01_tinyworld`), the chain rule of derivatives |
-# | **It takes** | 60 minutes for the main line, 3.5 hours for everything, 45 seconds to run |
+# | **It takes** | 60 minutes for the main line, 3.5 hours for everything, 30 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp attention

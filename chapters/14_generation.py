@@ -20,7 +20,7 @@
 # | **Part** | III. Pretraining |
 # | **You build** | {py:class}`~llmbook.generation.Sampling`, {py:func}`~llmbook.generation.sample`, {py:func}`~llmbook.generation.generate`, {py:func}`~llmbook.generation.stream`, {py:func}`~llmbook.generation.beam_search`, {py:func}`~llmbook.generation.speculative_generate`, {py:func}`~llmbook.generation.quantize` |
 # | **You need** | the model and its cache ({doc}`11_model`, {doc}`09_attention`), a trained one ({doc}`13_training`), entropy ({doc}`01_tinyworld`), counter-based random numbers ({doc}`07_batches`) |
-# | **It takes** | 60 minutes for the main line, 3 hours for everything, 60 seconds to run |
+# | **It takes** | 60 minutes for the main line, 3 hours for everything, 45 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp generation
