@@ -660,29 +660,24 @@ CLOSINGS = (
 
 # %% tags=["engine"]
 #| export
-def require_whole(name: str, value: object, low: int, high: int) -> None:
-    """Raise ValueError unless ``value`` is a whole number from ``low`` to ``high``.
-
-    >>> require_whole("n_phrasings", 6, 1, 5)
-    Traceback (most recent call last):
-    ValueError: n_phrasings: expected a whole number from 1 to 5, got 6
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+def _check_whole(name: str, value: object, low: int, high: int) -> None:
+    """Raise ValueError unless ``value`` is a whole number from ``low`` to ``high``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
         raise ValueError(f"{name}: expected a whole number from {low} to {high}, got {value!r:.60}")
 
 
-def _check_exponent(name: str, value: object, high: float) -> None:
+def _check_exponent(name: str, value: object, high: int) -> None:
     """Raise ValueError unless ``value`` is a number from 0 to ``high``."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
-        raise ValueError(f"{name}: expected a number from 0 to {high:g}, got {value!r:.60}")
+        raise ValueError(f"{name}: expected a number from 0 to {high}, got {value!r:.60}")
 
 
 def _check_cast(n_characters: int, n_strangers: int, zipf_exponent: float, seed: int) -> None:
     """Raise ValueError for a cast that cannot be: there are only so many names."""
-    require_whole("n_characters", n_characters, 2, len(NAMES))
-    require_whole("n_strangers", n_strangers, 0, len(NAMES) - n_characters)
+    _check_whole("n_characters", n_characters, 2, len(NAMES))
+    _check_whole("n_strangers", n_strangers, 0, len(NAMES) - n_characters)
     _check_exponent("zipf_exponent", zipf_exponent, 4)
-    require_whole("seed", seed, 0, 2**63 - 1)
+    _check_whole("seed", seed, 0, 2**63 - 1)
 
 
 # %% [markdown] tags=["engine"]
@@ -840,6 +835,8 @@ def story_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Bra
     Raises ValueError for a state that no story about this world passes.
     """
     _check_state(world, state)
+    if not isinstance(truthful, bool):
+        raise ValueError(f"truthful: expected True or False, got {truthful!r:.60}")
     hero = state.hero
     match state.step:
         case "opening":
@@ -878,11 +875,16 @@ def _check_world(world: object) -> None:
         raise ValueError(f"world: expected a TinyWorld, got {world!r:.60}")
 
 
+def _check_is_state(name: str, value: object) -> None:
+    # By its fields: the State of a notebook and that of the package are two classes.
+    if not isinstance(value, tuple) or getattr(value, "_fields", None) != State._fields:
+        raise ValueError(f"{name}: expected a State, got {value!r:.60}")
+
+
 def _check_state(world: "TinyWorld", state: State) -> None:
     """Raise ValueError for a state that no story about this world passes."""
     _check_world(world)
-    if not isinstance(state, tuple) or not hasattr(state, "step"):
-        raise ValueError(f"state: expected a State, got {state!r:.60}")
+    _check_is_state("state", state)
     check_choice("state.step", state.step, STEPS)
     people = {"hero": state.step not in ("opening", "hero"), "guest": state.step == "guest fact"}
     for role in (role for role, is_needed in people.items() if is_needed):
@@ -1109,15 +1111,26 @@ def _check_function(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a function, got {value!r:.60}")
 
 
+def _check_source(branches: object, start: object) -> None:
+    _check_function("branches", branches)
+    _check_is_state("start", start)
+
+
+def _check_branch(name: str, value: object) -> None:
+    if not isinstance(value, tuple) or getattr(value, "_fields", None) != Branch._fields:
+        raise ValueError(f"{name}: expected a Branch, got {value!r:.60}")
+
+
 def pick(branches: Sequence[Branch], u: float) -> Branch:
     """The branch on whose piece of the unit interval ``u`` falls.
 
     Raises ValueError if there is none, or if ``u`` is not at least 0 and less than 1.
     """
     check_fraction("u", u)
-    if not branches:
-        raise ValueError("branches: expected at least one branch, got none")
+    if not isinstance(branches, Sequence) or not branches:
+        raise ValueError(f"branches: expected a list of at least one Branch, got {branches!r:.60}")
     for branch in branches:
+        _check_branch("branches", branch)
         u -= branch.probability
         if u < 0:
             return branch
@@ -1126,7 +1139,7 @@ def pick(branches: Sequence[Branch], u: float) -> Branch:
 
 def walk(branches: Branches, start: State, random: Random) -> Iterator[tuple[State, Branch]]:
     """A random walk from ``start`` to the end: each state with the branch that was taken."""
-    _check_function("branches", branches)
+    _check_source(branches, start)
     if not isinstance(random, Random):
         raise ValueError(f"random: expected a random.Random, got {random!r:.60}")
     return _walk(branches, start, random)
@@ -1142,12 +1155,12 @@ def _walk(branches: Branches, start: State, random: Random) -> Iterator[tuple[St
 
 def surprise(branch: Branch) -> float:
     """The surprise of taking a branch, in nats. Raises ValueError if it could not be taken."""
-    p = getattr(branch, "probability", None)
-    if not isinstance(p, int | float) or not 0 < p <= 1:
+    _check_branch("branch", branch)
+    if not 0 < branch.probability <= 1:
         raise ValueError(
             f"branch: expected a probability of more than 0 and at most 1, got {branch!r:.80}"
         )
-    return -math.log(p)
+    return -math.log(branch.probability)
 
 
 # %% [markdown] tags=["engine"]
@@ -1195,7 +1208,7 @@ def parse(
     The index is None if there is none; for the mere beginning of a story it is the text's length.
     Where no branch fits, those of ``otherwise`` are tried.
     """
-    _check_function("branches", branches)
+    _check_source(branches, start)
     _check_function("otherwise", otherwise)
     check_text(text)
     path: list[tuple[State, Branch]] = []
@@ -1233,8 +1246,8 @@ def is_prefix_free(texts: Sequence[str]) -> bool:
     >>> is_prefix_free(["ab", "ac", "b"]), is_prefix_free(["a", "b", "ab"])
     (True, False)
     """
-    if isinstance(texts, str):
-        raise ValueError(f"texts: expected several texts, got the one text {texts!r:.60}")
+    if isinstance(texts, str | bytes) or not isinstance(texts, Sequence):
+        raise ValueError(f"texts: expected a list of texts, got {texts!r:.60}")
     for text in texts:
         check_text(text, "texts")
     ordered = sorted(texts)
@@ -1243,7 +1256,7 @@ def is_prefix_free(texts: Sequence[str]) -> bool:
 
 def reachable_states(branches: Branches, start: State) -> Iterator[State]:
     """Every state that a walk from ``start`` can pass, once."""
-    _check_function("branches", branches)
+    _check_source(branches, start)
     return _reachable_states(branches, start)
 
 
@@ -1290,7 +1303,7 @@ class Source:
     def stories(self, n: int, seed: int) -> Iterator[Story]:
         """``n`` independent stories, the same for a seed on every platform and Python."""
         for name, value in (("n", n), ("seed", seed)):
-            require_whole(name, value, 0, 2**63 - 1)
+            _check_whole(name, value, 0, 2**63 - 1)
         random = Random(int(seed))
         walks = (walk(self.branches, self.start, random) for _ in range(n))
         return (Story.from_walk(list(path)) for path in walks)
@@ -1370,8 +1383,8 @@ class TinyWorld(Source):
 
     def __post_init__(self) -> None:
         _check_cast(self.n_characters, self.n_strangers, self.zipf_exponent, self.seed)
-        require_whole("facts_per_story", self.facts_per_story, 1, len(ATTRIBUTES) - 1)
-        require_whole("n_phrasings", self.n_phrasings, 1, len(PHRASES["home"]))
+        _check_whole("facts_per_story", self.facts_per_story, 1, len(ATTRIBUTES) - 1)
+        _check_whole("n_phrasings", self.n_phrasings, 1, len(PHRASES["home"]))
 
     @cached_property
     def cast(self) -> Cast:
@@ -1547,7 +1560,7 @@ def expected(branches: Branches, start: State, measure: Callable[[Branch], float
 
     A state may be reached in many ways but never from itself: ValueError if a walk can go round.
     """
-    _check_function("branches", branches)
+    _check_source(branches, start)
     _check_function("measure", measure)
     mean: dict[State, float] = {}
     stack, entered = [start], set()
@@ -1655,10 +1668,12 @@ def token_surprises(
     ValueError if ``tokens`` is one text, or if ``cut`` leaves a branch without tokens or cuts two
     branches of a state alike.
     """
-    _check_function("branches", branches)
+    _check_source(branches, start)
     _check_function("cut", cut)
     if not isinstance(tokens, Sequence) or isinstance(tokens, str | bytes):
         raise ValueError(f"tokens: expected a list of tokens, got {tokens!r:.60}")
+    for token in tokens:
+        check_text(token, "tokens")
 
     def leaving(state: State | None) -> list[tuple[float, list[str], State | None]]:
         options = [(b, cut(b.text)) for b in branches(state)] if state is not None else []

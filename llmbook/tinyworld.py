@@ -6,10 +6,10 @@ told how far it is from the best."""
 # %% auto #0
 __all__ = ['NAMES', 'VALUES', 'ATTRIBUTES', 'PHRASES', 'OPENINGS', 'DOINGS', 'WEATHER', 'ARRIVALS', 'STRANGER_LINES', 'CLOSINGS',
            'STEPS', 'P_GUEST', 'P_STRANGER', 'P_FURTHER_FACT', 'Branches', 'QUESTIONS', 'REPLY_UNKNOWN',
-           'REPLY_DECLINED', 'Kind', 'Said', 'require_whole', 'zipf_weights', 'Cast', 'Claim', 'State', 'Branch',
-           'story_branches', 'pick', 'walk', 'surprise', 'Story', 'parse', 'is_prefix_free', 'reachable_states',
-           'Score', 'Source', 'Judgment', 'TinyWorld', 'expected', 'token_surprises', 'wordings', 'Question',
-           'make_questions', 'Verdict', 'judge_reply']
+           'REPLY_DECLINED', 'Kind', 'Said', 'zipf_weights', 'Cast', 'Claim', 'State', 'Branch', 'story_branches',
+           'pick', 'walk', 'surprise', 'Story', 'parse', 'is_prefix_free', 'reachable_states', 'Score', 'Source',
+           'Judgment', 'TinyWorld', 'expected', 'token_surprises', 'wordings', 'Question', 'make_questions', 'Verdict',
+           'judge_reply']
 
 # %% ../chapters/01_tinyworld.ipynb #56c160d5
 # The imports that only the package needs
@@ -180,30 +180,25 @@ CLOSINGS = (
     " That night everyone slept well.",
 )
 
-# %% ../chapters/01_tinyworld.ipynb #fee28e7a
-def require_whole(name: str, value: object, low: int, high: int) -> None:
-    """Raise ValueError unless ``value`` is a whole number from ``low`` to ``high``.
-
-    >>> require_whole("n_phrasings", 6, 1, 5)
-    Traceback (most recent call last):
-    ValueError: n_phrasings: expected a whole number from 1 to 5, got 6
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+# %% ../chapters/01_tinyworld.ipynb #6847c0c1
+def _check_whole(name: str, value: object, low: int, high: int) -> None:
+    """Raise ValueError unless ``value`` is a whole number from ``low`` to ``high``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
         raise ValueError(f"{name}: expected a whole number from {low} to {high}, got {value!r:.60}")
 
 
-def _check_exponent(name: str, value: object, high: float) -> None:
+def _check_exponent(name: str, value: object, high: int) -> None:
     """Raise ValueError unless ``value`` is a number from 0 to ``high``."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
-        raise ValueError(f"{name}: expected a number from 0 to {high:g}, got {value!r:.60}")
+        raise ValueError(f"{name}: expected a number from 0 to {high}, got {value!r:.60}")
 
 
 def _check_cast(n_characters: int, n_strangers: int, zipf_exponent: float, seed: int) -> None:
     """Raise ValueError for a cast that cannot be: there are only so many names."""
-    require_whole("n_characters", n_characters, 2, len(NAMES))
-    require_whole("n_strangers", n_strangers, 0, len(NAMES) - n_characters)
+    _check_whole("n_characters", n_characters, 2, len(NAMES))
+    _check_whole("n_strangers", n_strangers, 0, len(NAMES) - n_characters)
     _check_exponent("zipf_exponent", zipf_exponent, 4)
-    require_whole("seed", seed, 0, 2**63 - 1)
+    _check_whole("seed", seed, 0, 2**63 - 1)
 
 # %% ../chapters/01_tinyworld.ipynb #531845f1
 def _draw(items: Sequence[str], n: int, random: Random) -> tuple[str, ...]:
@@ -280,13 +275,15 @@ class Branch(NamedTuple):
     state: State | None
     claims: tuple[Claim, ...] = ()
 
-# %% ../chapters/01_tinyworld.ipynb #678d8b1f
+# %% ../chapters/01_tinyworld.ipynb #a6853397
 def story_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Branch]:
     """All branches that leave a state, in a fixed order.
 
     Raises ValueError for a state that no story about this world passes.
     """
     _check_state(world, state)
+    if not isinstance(truthful, bool):
+        raise ValueError(f"truthful: expected True or False, got {truthful!r:.60}")
     hero = state.hero
     match state.step:
         case "opening":
@@ -308,7 +305,7 @@ def story_branches(world: "TinyWorld", state: State, truthful: bool) -> list[Bra
             return _fact_branches(world, state.guest, (), lambda _: closing, truthful)
     return _equally_likely([text.format(hero=hero) for text in CLOSINGS], None)
 
-# %% ../chapters/01_tinyworld.ipynb #1c45cc29
+# %% ../chapters/01_tinyworld.ipynb #16123bae
 #: The steps of a story, in the order of their first visit.
 STEPS = ("opening", "hero", "doing", "weather", "fact", "visit", "arrival", "guest fact", "closing")
 
@@ -318,11 +315,16 @@ def _check_world(world: object) -> None:
         raise ValueError(f"world: expected a TinyWorld, got {world!r:.60}")
 
 
+def _check_is_state(name: str, value: object) -> None:
+    # By its fields: the State of a notebook and that of the package are two classes.
+    if not isinstance(value, tuple) or getattr(value, "_fields", None) != State._fields:
+        raise ValueError(f"{name}: expected a State, got {value!r:.60}")
+
+
 def _check_state(world: "TinyWorld", state: State) -> None:
     """Raise ValueError for a state that no story about this world passes."""
     _check_world(world)
-    if not isinstance(state, tuple) or not hasattr(state, "step"):
-        raise ValueError(f"state: expected a State, got {state!r:.60}")
+    _check_is_state("state", state)
     check_choice("state.step", state.step, STEPS)
     people = {"hero": state.step not in ("opening", "hero"), "guest": state.step == "guest fact"}
     for role in (role for role, is_needed in people.items() if is_needed):
@@ -454,7 +456,7 @@ def _arrival_branches(world: "TinyWorld", hero: str, truthful: bool) -> list[Bra
         *(b._replace(probability=p_stranger * b.probability) for b in strangers),
     ]
 
-# %% ../chapters/01_tinyworld.ipynb #29dab16a
+# %% ../chapters/01_tinyworld.ipynb #79d02b01
 #: From a state to all the branches that leave it; their probabilities add up to one.
 Branches = Callable[[State], Sequence[Branch]]
 
@@ -464,15 +466,26 @@ def _check_function(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a function, got {value!r:.60}")
 
 
+def _check_source(branches: object, start: object) -> None:
+    _check_function("branches", branches)
+    _check_is_state("start", start)
+
+
+def _check_branch(name: str, value: object) -> None:
+    if not isinstance(value, tuple) or getattr(value, "_fields", None) != Branch._fields:
+        raise ValueError(f"{name}: expected a Branch, got {value!r:.60}")
+
+
 def pick(branches: Sequence[Branch], u: float) -> Branch:
     """The branch on whose piece of the unit interval ``u`` falls.
 
     Raises ValueError if there is none, or if ``u`` is not at least 0 and less than 1.
     """
     check_fraction("u", u)
-    if not branches:
-        raise ValueError("branches: expected at least one branch, got none")
+    if not isinstance(branches, Sequence) or not branches:
+        raise ValueError(f"branches: expected a list of at least one Branch, got {branches!r:.60}")
     for branch in branches:
+        _check_branch("branches", branch)
         u -= branch.probability
         if u < 0:
             return branch
@@ -481,7 +494,7 @@ def pick(branches: Sequence[Branch], u: float) -> Branch:
 
 def walk(branches: Branches, start: State, random: Random) -> Iterator[tuple[State, Branch]]:
     """A random walk from ``start`` to the end: each state with the branch that was taken."""
-    _check_function("branches", branches)
+    _check_source(branches, start)
     if not isinstance(random, Random):
         raise ValueError(f"random: expected a random.Random, got {random!r:.60}")
     return _walk(branches, start, random)
@@ -497,12 +510,12 @@ def _walk(branches: Branches, start: State, random: Random) -> Iterator[tuple[St
 
 def surprise(branch: Branch) -> float:
     """The surprise of taking a branch, in nats. Raises ValueError if it could not be taken."""
-    p = getattr(branch, "probability", None)
-    if not isinstance(p, int | float) or not 0 < p <= 1:
+    _check_branch("branch", branch)
+    if not 0 < branch.probability <= 1:
         raise ValueError(
             f"branch: expected a probability of more than 0 and at most 1, got {branch!r:.80}"
         )
-    return -math.log(p)
+    return -math.log(branch.probability)
 
 # %% ../chapters/01_tinyworld.ipynb #77bfd515
 @dataclass(frozen=True)
@@ -527,7 +540,7 @@ class Story:
             tuple((state.step, branch.text) for state, branch in path),
         )
 
-# %% ../chapters/01_tinyworld.ipynb #8ceca270
+# %% ../chapters/01_tinyworld.ipynb #c934b920
 def parse(
     branches: Branches, start: State, text: str, otherwise: Branches = lambda state: ()
 ) -> tuple[list[tuple[State, Branch]], int | None]:
@@ -536,7 +549,7 @@ def parse(
     The index is None if there is none; for the mere beginning of a story it is the text's length.
     Where no branch fits, those of ``otherwise`` are tried.
     """
-    _check_function("branches", branches)
+    _check_source(branches, start)
     _check_function("otherwise", otherwise)
     check_text(text)
     path: list[tuple[State, Branch]] = []
@@ -559,15 +572,15 @@ def parse(
         state = branch.state
     return path, None if position == len(text) else position
 
-# %% ../chapters/01_tinyworld.ipynb #d4a99c70
+# %% ../chapters/01_tinyworld.ipynb #e29f0b4d
 def is_prefix_free(texts: Sequence[str]) -> bool:
     """Whether no text is empty, occurs twice, or is the beginning of another.
 
     >>> is_prefix_free(["ab", "ac", "b"]), is_prefix_free(["a", "b", "ab"])
     (True, False)
     """
-    if isinstance(texts, str):
-        raise ValueError(f"texts: expected several texts, got the one text {texts!r:.60}")
+    if isinstance(texts, str | bytes) or not isinstance(texts, Sequence):
+        raise ValueError(f"texts: expected a list of texts, got {texts!r:.60}")
     for text in texts:
         check_text(text, "texts")
     ordered = sorted(texts)
@@ -576,7 +589,7 @@ def is_prefix_free(texts: Sequence[str]) -> bool:
 
 def reachable_states(branches: Branches, start: State) -> Iterator[State]:
     """Every state that a walk from ``start`` can pass, once."""
-    _check_function("branches", branches)
+    _check_source(branches, start)
     return _reachable_states(branches, start)
 
 
@@ -600,7 +613,7 @@ class Score(NamedTuple):
     log_prob: float
     error_at: int | None
 
-# %% ../chapters/01_tinyworld.ipynb #f8827ead
+# %% ../chapters/01_tinyworld.ipynb #411f7ec5
 class Source:
     """A source of texts with exactly known probabilities, given by the branches of each state."""
 
@@ -613,7 +626,7 @@ class Source:
     def stories(self, n: int, seed: int) -> Iterator[Story]:
         """``n`` independent stories, the same for a seed on every platform and Python."""
         for name, value in (("n", n), ("seed", seed)):
-            require_whole(name, value, 0, 2**63 - 1)
+            _check_whole(name, value, 0, 2**63 - 1)
         random = Random(int(seed))
         walks = (walk(self.branches, self.start, random) for _ in range(n))
         return (Story.from_walk(list(path)) for path in walks)
@@ -661,7 +674,7 @@ class Judgment(NamedTuple):
         )
         return cls(error_at is None and all(true for _, true in claims), claims, error_at)
 
-# %% ../chapters/01_tinyworld.ipynb #2c619a50
+# %% ../chapters/01_tinyworld.ipynb #1d6feaee
 @dataclass(frozen=True)
 class TinyWorld(Source):
     """Characters with fixed facts, and stories about them with exactly known probabilities.
@@ -681,8 +694,8 @@ class TinyWorld(Source):
 
     def __post_init__(self) -> None:
         _check_cast(self.n_characters, self.n_strangers, self.zipf_exponent, self.seed)
-        require_whole("facts_per_story", self.facts_per_story, 1, len(ATTRIBUTES) - 1)
-        require_whole("n_phrasings", self.n_phrasings, 1, len(PHRASES["home"]))
+        _check_whole("facts_per_story", self.facts_per_story, 1, len(ATTRIBUTES) - 1)
+        _check_whole("n_phrasings", self.n_phrasings, 1, len(PHRASES["home"]))
 
     @cached_property
     def cast(self) -> Cast:
@@ -703,13 +716,13 @@ class TinyWorld(Source):
         """Whether a text keeps to the facts; false claims are listed, broken stories located."""
         return Judgment.of(self, text)
 
-# %% ../chapters/01_tinyworld.ipynb #35c3db81
+# %% ../chapters/01_tinyworld.ipynb #0586f6e5
 def expected(branches: Branches, start: State, measure: Callable[[Branch], float]) -> float:
     """The mean over walks of the sum of ``measure`` along the walk, exactly.
 
     A state may be reached in many ways but never from itself: ValueError if a walk can go round.
     """
-    _check_function("branches", branches)
+    _check_source(branches, start)
     _check_function("measure", measure)
     mean: dict[State, float] = {}
     stack, entered = [start], set()
@@ -730,7 +743,7 @@ def expected(branches: Branches, start: State, measure: Callable[[Branch], float
             stack += unknown
     return mean[start]
 
-# %% ../chapters/01_tinyworld.ipynb #e2c5a0b7
+# %% ../chapters/01_tinyworld.ipynb #5689404d
 def token_surprises(
     branches: Branches, start: State, tokens: Sequence[str], cut: Callable[[str], list[str]]
 ) -> list[float]:
@@ -740,10 +753,12 @@ def token_surprises(
     ValueError if ``tokens`` is one text, or if ``cut`` leaves a branch without tokens or cuts two
     branches of a state alike.
     """
-    _check_function("branches", branches)
+    _check_source(branches, start)
     _check_function("cut", cut)
     if not isinstance(tokens, Sequence) or isinstance(tokens, str | bytes):
         raise ValueError(f"tokens: expected a list of tokens, got {tokens!r:.60}")
+    for token in tokens:
+        check_text(token, "tokens")
 
     def leaving(state: State | None) -> list[tuple[float, list[str], State | None]]:
         options = [(b, cut(b.text)) for b in branches(state)] if state is not None else []
