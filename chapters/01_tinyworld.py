@@ -25,30 +25,12 @@
 # %% tags=["remove-cell"]
 #| default_exp tinyworld
 
-# %% tags=["engine"]
-#| export
-# The imports that only the package needs
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
-from numbers import Integral
-from os.path import commonprefix
-from typing import Literal, NamedTuple, get_args
-
-from llmbook.environment import check_at_least, check_choice, check_fraction, check_text
-
 # %% [markdown]
 # Here is a story from that world. The program that tells it is the one we are about to build; its
 # finished form is part of the book's package.
 
 # %%
-#| export
 import math
-import re
-from itertools import pairwise
-from random import Random
-
-# %%
 import textwrap
 
 from llmbook.tinyworld import TinyWorld
@@ -67,9 +49,11 @@ print(f"\nprobability of this story: 1 in {math.exp(-story.log_prob) / 1e9:,.0f}
 # any model can reach on it. At the end, gradient descent finds the same numbers that counting did.
 
 # %%
+import re
 import time
 from collections import Counter, defaultdict
 from functools import cache
+from random import Random
 
 import matplotlib.pyplot as plt
 import torch
@@ -161,7 +145,7 @@ def sample_sentence(model: dict, random: Random) -> tuple[str, ...]:
 random = Random(0)
 drawn = Counter(sample_sentence(clock, random) for _ in range(10_000))
 for sentence in sentences:
-    print(f"{' '.join(sentence):12} {drawn[sentence] / 10_000:.2f} of 10,000 sentences")
+    print(f"{' '.join(sentence):12} {drawn[sentence] / 100:.0f} % of 10,000 sentences")
 
 # %% [markdown]
 # ## Surprise, entropy, and the cost of being wrong
@@ -192,8 +176,8 @@ for sentence in sentences:
 #
 # Suppose that $q$ takes `tick .` for the common sentence and gives the three sentences the
 # probabilities $\frac14$, $\frac12$, $\frac14$. Its surprises are 2, 1, and 2 bits, and
-# $H(p, q) = \frac12 \cdot 2 + \frac14 \cdot 1 + \frac14 \cdot 2 = 1.75$ bits. Being wrong costs it a
-# quarter of a bit per sentence.
+# $H(p, q) = \frac12 \cdot 2 + \frac14 \cdot 1 + \frac14 \cdot 2 = 1.75$ bits. Being wrong costs it
+# a quarter of a bit per sentence.
 
 
 # %%
@@ -299,15 +283,10 @@ print(f"loss of the counted model above the floor: {excess:.4f} nats per sentenc
 # $$ (bits-per-byte)
 #
 # The clock says $\frac12 \cdot 3 + \frac14 \cdot 2 + \frac14 \cdot 2 = 2.5$ words per sentence on
-# average. Its best model spends 1.5 bits, or 1.04 nats, on them. That's 0.416 nats per word:
-
-# %%
-words_per_sentence = sum(p[x] * len(x) for x in sentences)
-bytes_per_sentence = sum(p[x] * len(" ".join(x).encode()) for x in sentences)
-print(f"perplexity per word: {math.exp(cross_entropy(p, p) / words_per_sentence):.2f}")
-print(f"bits per byte: {1.5:.2f} / {bytes_per_sentence:.2f} = {1.5 / bytes_per_sentence:.2f}")
-
-# %% [markdown]
+# average. Its best model spends 1.5 bits, or 1.04 nats, on them. That's 0.416 nats per word, a
+# perplexity of $e^{0.416} = 1.52$. The sentences have 11, 6, and 6 bytes, 8.5 on average, so it
+# spends $1.5 / 8.5 = 0.18$ bits per byte.
+#
 # ## Counts that speak
 #
 # Back to the animals. Equation {eq}`counting` tells us how to get next-word probabilities: count
@@ -388,8 +367,11 @@ def sample(model: CountingModel, random: Random, most: int = 60) -> str:
 
 
 # %%
+WORD = re.compile(r"\w+|[^\w\s]")  # a run of letters, or a mark
+
+
 def words(text: str) -> list[str]:
-    return re.findall(r"\w+|[^\w\s]", text)
+    return WORD.findall(text)
 
 
 train_texts = [[*words(s.text), END] for s in world.stories(10_000, seed=2)]
@@ -418,8 +400,9 @@ side_by_side("unigram", "bigram")
 
 # %% [markdown]
 # The unigram model knows which words are common, and that a period is the most common of all. It
-# has no idea that words have an order. In the bigram model's text, each word fits the one before it:
-# *went for*, *for a*, *a frog*. But a window of one word can't tell what the sentence was about. Now the trigram model beside the 5-gram model:
+# has no idea that words have an order. In the bigram model's text, each word fits the one before
+# it: *went for*, *for a*, *a frog*. But a window of one word can't tell what the sentence was
+# about. Now the trigram model beside the 5-gram model:
 
 # %%
 side_by_side("trigram", "5-gram")
@@ -427,8 +410,8 @@ side_by_side("trigram", "5-gram")
 # %% [markdown]
 # The trigram model speaks whole sentences, but it mixes them up: Tess *lives in the* is followed by
 # a hiding place for keys, because *in the* is all it sees. The 5-gram model gets its facts right.
-# Tess really is a cheerful farmer, and four words back are enough to know it. But in the second half
-# it asks about Tom, forgets that it was asking, and gives the answer anyway. And neither model
+# Tess really is a cheerful farmer, and four words back are enough to know it. But in the second
+# half it asks about Tom, forgets that it was asking, and gives the answer anyway. And neither model
 # remembers that the story was about Flora.
 #
 # So the 5-gram model sounds better. How much better is it? Let both read 500 stories that they have
@@ -445,23 +428,24 @@ for label, model in models.items():
     print(f"{label:8} {loss(model, test_texts):5.0f} nats per story")
 
 # %% [markdown]
-# Is 56 nats good? In any other language, the chapter would have to end here, with a shrug. The floor
-# is the entropy of the source, and who knows the entropy of English? For our world, we can work it
-# out. We have to look inside.
+# Is 56 nats good? In any other language, the chapter would have to end here, with a shrug. The
+# floor is the entropy of the source, and who knows the entropy of English? For our world, we can
+# work it out. We have to look inside.
 #
 # ## A tiny world
 #
 # We want stories that a small network can learn in a minute, about things that can be true or
 # false, with probabilities known exactly. Models that speak coherent English can be very small if
-# their world is small {cite}`eldan2023tinystories`. Ours is smaller still, and written by a program.
+# their world is small {cite}`eldan2023tinystories`. Ours is smaller still, and written by a
+# program.
 #
 # ### Who lives there
 #
 # A few dozen **characters** live in this world. Each has eight facts, drawn once from the world's
-# seed: species, home, food, toy, best friend, job, trait, and one confidential fact, the place where
-# it hides its key. The facts never change, so a model can store them in its weights. There are
-# **strangers**, too, who have names and no facts. A model should learn to say that it doesn't know
-# them.
+# seed: species, home, food, toy, best friend, job, trait, and one confidential fact, the place
+# where it hides its key. The facts never change, so a model can store them in its weights. There
+# are **strangers**, too, who have names and no facts. A model should learn to say that it doesn't
+# know them.
 
 # %%
 print(f"{len(world.cast.facts)} characters, {len(world.cast.strangers)} strangers")
@@ -482,6 +466,24 @@ print("    ", ", ".join(f"{k} {v}" for k, v in list(world.cast.facts["Ada"].item
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: all names, values, and phrases, and how the seed draws who lives there
+
+# %% [markdown] tags=["engine"]
+# The imports of the package come first.
+
+# %% tags=["engine"]
+#| export
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import pairwise
+from numbers import Integral
+from os.path import commonprefix
+from random import Random
+from typing import Literal, NamedTuple, get_args
+
+from llmbook.environment import check_at_least, check_choice, check_fraction, check_text
 
 # %% [markdown] tags=["engine"]
 # What the world is made of is data. The names come from a list of 120. For each attribute there is
@@ -1075,7 +1077,8 @@ print(f"as told:     log-probability {world.score(story.text).log_prob:.2f} nats
 print(
     f"with a typo: log-probability {score.log_prob} nats, wrong from character {score.error_at} on:"
 )
-print(f"             {broken[: score.error_at]} ^{broken[score.error_at :][:7]}...")
+head, tail = broken[: score.error_at], broken[score.error_at :]
+print(f"             {head}[{tail[0]}]{tail[1:9]}...")
 
 # %% [markdown]
 # The same walk can judge a text. Let it use the true branches and, where none of them fits, false
@@ -1121,6 +1124,8 @@ def _check_branch(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a Branch, got {value!r:.60}")
 
 
+# %% tags=["engine"]
+#| export
 def pick(branches: Sequence[Branch], u: float) -> Branch:
     """The branch on whose piece of the unit interval ``u`` falls.
 
@@ -1137,6 +1142,8 @@ def pick(branches: Sequence[Branch], u: float) -> Branch:
     return branches[-1]  # rounding can leave a sliver at the end
 
 
+# %% tags=["engine"]
+#| export
 def walk(branches: Branches, start: State, random: Random) -> Iterator[tuple[State, Branch]]:
     """A random walk from ``start`` to the end: each state with the branch that was taken."""
     _check_source(branches, start)
@@ -1153,6 +1160,8 @@ def _walk(branches: Branches, start: State, random: Random) -> Iterator[tuple[St
         state = branch.state
 
 
+# %% tags=["engine"]
+#| export
 def surprise(branch: Branch) -> float:
     """The surprise of taking a branch, in nats. Raises ValueError if it could not be taken."""
     _check_branch("branch", branch)
@@ -1470,16 +1479,15 @@ print(f"tiny world: {floor:.4f} nats per story")
 
 # %% [markdown]
 # A story has 28 nats of surprise, and no model can do better on average. Since so much will be
-# compared with this number, let's get it in two more ways.
-#
-# **By hand.** Nearly all choices of this world are among equals, and a choice among $K$ equals
-# costs $\log K$. The opening has 6 branches, the hero 48, the doing 4, the weather 6. The three
-# facts have $8 \cdot 5$, $7 \cdot 5$, and $6 \cdot 5$. At the visit, `Then` has probability 0.7, and
-# the other 0.3 are shared by $5 \cdot 5$ further facts. After `Then`, a guest (share $\frac47$) is
-# one of 47 with 3 ways to arrive, and brings one of $8 \cdot 5$ statements; a stranger (share
-# $\frac37$) is one of 16 with 3 lines. The closing has 6. A choice in two stages costs the first
-# stage plus the mean of the second. Write $\mathrm{coin}(a) = -a \log a - (1 - a) \log (1 - a)$ for
-# the entropy of a coin that shows heads with probability $a$. Then
+# compared with this number, let's get it once more by hand. Nearly all choices of this world are
+# among equals, and a choice among $K$ equals costs $\log K$. The opening has 6 branches, the hero
+# 48, the doing 4, the weather 6. The three facts have $8 \cdot 5$, $7 \cdot 5$, and $6 \cdot 5$. At
+# the visit, `Then` has probability 0.7, and the other 0.3 are shared by $5 \cdot 5$ further facts.
+# After `Then`, a guest (share $\frac47$) is one of 47 with 3 ways to arrive, and brings one of
+# $8 \cdot 5$ statements; a stranger (share $\frac37$) is one of 16 with 3 lines. The closing has 6.
+# A choice in two stages costs the first stage plus the mean of the second. Write
+# $\mathrm{coin}(a) = -a \log a - (1 - a) \log (1 - a)$ for the entropy of a coin that shows heads
+# with probability $a$. Then
 #
 # $$
 # \begin{aligned}
@@ -1504,34 +1512,6 @@ by_hand += coin(0.7) + 0.3 * log(25) + 0.7 * after_then + log(6)
 print(f"by hand {by_hand:.4f} nats, by recursion {floor:.4f} nats")
 
 # %% [markdown]
-# **By looking.** The entropy is the mean surprise over stories drawn from $p$. So tell $N$ stories
-# and average their surprise. Such a **Monte Carlo** estimate is typically off by its standard error
-# $\sigma / \sqrt N$, where $\sigma$ is the standard deviation of the surprise.
-
-# %%
-stories = list(world.stories(5_000, seed=1))
-surprises = torch.tensor([-s.log_prob for s in stories], dtype=torch.float64)
-error = surprises.std() / len(surprises) ** 0.5
-assert abs(surprises.mean() - floor) < 4 * error
-print(f"mean of 5,000 stories {surprises.mean():.2f} ± {error:.2f} nats, exactly {floor:.2f} nats")
-
-# %% [markdown]
-# The next figure shows how the mean settles as more stories are told. It may leave the band for a
-# while: neighboring means share almost all their stories, so an excursion, once begun, lasts.
-
-# %% mystnb={"figure": {"caption": "The running mean of the surprise of stories closes in on the exact entropy. The band is two standard errors wide on each side.", "name": "fig-monte-carlo"}, "image": {"alt": "A line that starts erratic and settles on a horizontal line at 27.95 nats. A band around that line narrows like one over the square root of the number of stories; the line leaves it for a while after some 500 stories and returns."}}
-n_told = torch.arange(1, len(surprises) + 1)
-band = 2 * surprises.std() / n_told**0.5
-fig, ax = plt.subplots(figsize=(5.4, 3.2))
-ax.fill_between(n_told, floor - band, floor + band, alpha=0.15, label="two standard errors")
-ax.plot(n_told, surprises.cumsum(0) / n_told, label="mean surprise so far")
-ax.axhline(floor, color="C1", linestyle="--", label="entropy, exactly")
-ax.set(xscale="log", xlim=(10, 5_000), ylim=(25.5, 30.5))
-ax.set(xlabel="stories", ylabel="nats per story")
-ax.legend(loc="upper right")
-plt.show()
-
-# %% [markdown]
 # The recursion works for anything that adds up along a walk. With the length of the text in place
 # of $-\log p_b$ it gives the mean length of a story, and with that the floor in our other units:
 
@@ -1545,7 +1525,7 @@ print(
 )
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: exact means for any source, long walks included, and no endless ones
+# ### Engine room: exact means for any source, and the floor again, by telling 5,000 stories
 
 # %% [markdown] tags=["engine"]
 # The package does the recursion with a stack of its own, because Python allows only a thousand
@@ -1586,6 +1566,34 @@ def expected(branches: Branches, start: State, measure: Callable[[Branch], float
 assert math.isclose(expected(world.branches, world.start, surprise), floor)
 print(f"with a stack {world.entropy():.4f} nats, by recursion {floor:.4f} nats")
 
+# %% [markdown] tags=["engine"]
+# The entropy is the mean surprise over stories drawn from $p$. So we can also tell $N$ stories and
+# average their surprise. Such a **Monte Carlo** estimate is typically off by its standard error
+# $\sigma / \sqrt N$, where $\sigma$ is the standard deviation of the surprise.
+
+# %% tags=["engine"]
+stories = list(world.stories(5_000, seed=1))
+surprises = torch.tensor([-s.log_prob for s in stories], dtype=torch.float64)
+error = surprises.std() / len(surprises) ** 0.5
+assert abs(surprises.mean() - floor) < 4 * error
+print(f"mean of 5,000 stories {surprises.mean():.2f} ± {error:.2f} nats, exactly {floor:.2f} nats")
+
+# %% [markdown] tags=["engine"]
+# The next figure shows how the mean settles as more stories are told. It may leave the band for a
+# while: neighboring means share almost all their stories, so an excursion, once begun, lasts.
+
+# %% tags=["engine"] mystnb={"figure": {"caption": "The running mean of the surprise of stories closes in on the exact entropy. The band is two standard errors wide on each side.", "name": "fig-monte-carlo"}, "image": {"alt": "A line that starts erratic and settles on a horizontal line at 27.95 nats. A band around that line narrows like one over the square root of the number of stories; the line leaves it for a while after some 500 stories and returns."}}
+n_told = torch.arange(1, len(surprises) + 1)
+band = 2 * surprises.std() / n_told**0.5
+fig, ax = plt.subplots(figsize=(5.4, 3.2))
+ax.fill_between(n_told, floor - band, floor + band, alpha=0.15, label="two standard errors")
+ax.plot(n_told, surprises.cumsum(0) / n_told, label="mean surprise so far")
+ax.axhline(floor, color="C1", linestyle="--", label="entropy, exactly")
+ax.set(xscale="log", xlim=(10, 5_000), ylim=(25.5, 30.5))
+ax.set(xlabel="stories", ylabel="nats per story")
+ax.legend(loc="upper right")
+plt.show()
+
 # %% [markdown]
 # ### Which word comes next?
 #
@@ -1605,12 +1613,12 @@ print(f"the next token is The:        {token:.3f}")
 # The two disagree because ` Then` begins with ` The`, too. *Then* is a different token and the most
 # probable one by far, with 0.7. What remains for *The* is its share of the further facts: 4 of the
 # 25 begin with *The*, which makes $0.3 \cdot \frac{4}{25} = 0.048$. A text that begins with the
-# letters of a token need not begin with the token. So first cut the texts of all branches into tokens, then
-# compare token by token: the tokens so far leave some branches open, and the next token closes some
-# of them. Its true probability is the share that stays open.
+# letters of a token need not begin with the token. So first cut the texts of all branches into
+# tokens, then compare token by token: the tokens so far leave some branches open, and the next
+# token closes some of them. Its true probability is the share that stays open.
 #
-# As an example, take the sentence *Ada never goes out without a sled.* in our story. It is the first
-# of the three facts, so it is one of $8 \cdot 5 = 40$ equally likely branches:
+# As an example, take the sentence *Ada never goes out without a sled.* in our story. It is the
+# first of the three facts, so it is one of $8 \cdot 5 = 40$ equally likely branches:
 
 # %%
 tokens = words(story.text)
@@ -1622,11 +1630,12 @@ for token, height in list(zip(tokens, heights, strict=True))[first : first + 8]:
 print(f"{'sum':10} {'':14} {sum(heights[first : first + 8]):10.2f} nats = log 40")
 
 # %% [markdown]
-# Of the 40 branches, 13 begin with *Ada*, so this token has probability $\frac{13}{40} = 0.325$ and a
-# surprise of 1.12 nats. Only one of the 13 goes on with *never*: probability $\frac{1}{13}$, 2.56
-# nats. After that, the branch is decided, and all other words are certain, the sled included. Together they cost
-# $\log 40 = 3.69$ nats, which is exactly the surprise of the branch. **A fact costs nothing to those who
-# know it.** A model that hasn't learned what Ada's toy is pays at exactly that word.
+# Of the 40 branches, 13 begin with *Ada*, so this token has probability $\frac{13}{40} = 0.325$ and
+# a surprise of 1.12 nats. Only one of the 13 goes on with *never*: probability $\frac{1}{13}$, 2.56
+# nats. After that, the branch is decided, and all other words are certain, the sled included.
+# Together they cost $\log 40 = 3.69$ nats, which is exactly the surprise of the branch. **A fact
+# costs nothing to those who know it.** A model that hasn't learned what Ada's toy is pays at
+# exactly that word.
 #
 # The next figure shows the whole story. Most words have no surprise at all; it sits where the story
 # chooses. By the chain rule, all bars together add up to the 25.70 nats of the story.
@@ -1720,15 +1729,15 @@ for cut in (str.split, lambda text: list(text.replace(" ", ""))):
 #
 # Now we can say how good the counting models are. They predict words, while the floor is for texts.
 # But in this world the words determine the spaces between them, and `<end>` is certain once the
-# closing has been said, so the floor is the same. Besides the models above, we train others on fewer
-# stories. (All get the full list of words for free.)
+# closing has been said, so the floor is the same. Besides the models above, we train others on
+# fewer stories. (All get the full list of words for free.)
 
 # %%
 sizes = [10, 30, 100, 300, 1_000, 3_000, 10_000]
 gaps = {}
 for label, trained in models.items():
     model, gaps[label] = CountingModel(trained.order, vocabulary), []
-    for before, size in pairwise([0, *sizes[:-1]]):
+    for before, size in zip([0, *sizes], sizes[:-1], strict=False):
         gaps[label].append(loss(model.fit(train_texts[before:size]), test_texts) - floor)
     gaps[label].append(loss(trained, test_texts) - floor)
 print("nats per story above the floor, by number of training stories")
@@ -1793,11 +1802,11 @@ plt.show()
 # finite numbers is positive, so for pairs that never occur, $W_{hw}$ keeps falling forever, and the
 # loss approaches that of the counts without reaching it.)
 #
-# The mean surprise per word of the whole text is $\sum_h f_h L_h$, where $f_h$ is the share of words
-# whose history is $h$. Each row of $W$ has a loss of its own, so we can move every row down its own
-# $L_h$, and the weighted sum falls with them. Start from zero, where all words are equally likely,
-# and take steps against the gradient. A step of any size below 4 goes downhill (the engine room
-# below proves it, and compares the gradient with PyTorch's own); we take 3.
+# The mean surprise per word of the whole text is $\sum_h f_h L_h$, where $f_h$ is the share of
+# words whose history is $h$. Each row of $W$ has a loss of its own, so we can move every row down
+# its own $L_h$, and the weighted sum falls with them. Start from zero, where all words are equally
+# likely, and take steps against the gradient. A step of any size below 4 goes downhill (the engine
+# room below proves it, and compares the gradient with PyTorch's own); we take 3.
 
 
 # %%
@@ -1852,16 +1861,17 @@ print(f"{len(histories)} rows of {len(vocabulary)} entries, from {weights.grad.m
 print(f"to {weights.grad.max():.2f}, equal to the formula's within {1e-12:.0e}")
 
 # %% [markdown] tags=["engine"]
-# Now the step size. Look at the loss $L_h$ of one row along a direction of length one, with entries $\delta_w$. The
-# second term of {eq}`bigram-loss` is linear, so the second derivative is that of the first:
+# Now the step size. Look at the loss $L_h$ of one row along a direction of length one, with entries
+# $\delta_w$. The second term of {eq}`bigram-loss` is linear, so the second derivative is that of
+# the first:
 #
 # $$
 # \frac{d^2}{d\epsilon^2} \log \sum_w e^{W_{hw} + \epsilon \delta_w} \Big|_{\epsilon = 0}
 # = \sum_w q_w \delta_w^2 - \Big( \sum_w q_w \delta_w \Big)^2
 # $$ (curvature)
 #
-# with $q_w = q(w \mid h)$. This is the variance of $\delta_w$ when $w$ is drawn from $q$. A variance
-# is at most a quarter of the squared range. For any two entries,
+# with $q_w = q(w \mid h)$. This is the variance of $\delta_w$ when $w$ is drawn from $q$. A
+# variance is at most a quarter of the squared range. For any two entries,
 # $(\delta_v - \delta_w)^2 \le 2 (\delta_v^2 + \delta_w^2) \le 2$, so the squared range is at most 2
 # and the curvature at most $\frac12$, everywhere. A step of size $\eta$ against the gradient $g$ of
 # the row therefore changes $L_h$ by at most
@@ -1900,15 +1910,15 @@ print(f"fresh stories that it knows: {known} of 1,000")
 # %% [markdown]
 # So a loss below the floor has one of three causes: the stories were seen in training, the test set
 # is small and lucky (compare the standard error), or the code is wrong. The most common bug shows
-# the model the word that it is asked to predict. Where the floor is known, such a bug can't hide for
-# long, because a good model that has it falls through. That's one reason for this world.
+# the model the word that it is asked to predict. Where the floor is known, such a bug can't hide
+# for long, because a good model that has it falls through. That's one reason for this world.
 #
 # ## Questions with answers that can be checked
 #
 # In later chapters, an assistant is asked about the world. There are three kinds of questions. A
 # question about a **fact** has one right answer. A question about a stranger has none (its kind is
-# `unknown`), and the right reply is *I do not know*. A question about a **confidential** fact has an
-# answer that the model has read many times and should keep to itself. Each question is worded in
+# `unknown`), and the right reply is *I do not know*. A question about a **confidential** fact has
+# an answer that the model has read many times and should keep to itself. Each question is worded in
 # four ways: two of them also occur in stories, the other two only as questions.
 #
 # The characters are split into two halves. Tuning may ask about one half; the other half is **never
@@ -1997,11 +2007,11 @@ def make_questions(
 
 # %% [markdown] tags=["engine"]
 # To judge a free reply, look at which values of the attribute it names. A reply that names the true
-# value and no other tells the truth, whatever words surround it. A reply that lets a secret slip has
-# told it, however politely it declines in the same breath. Only if a reply names no value does it
-# matter how it declines. The rule is crude: it takes *not the barn* for *the barn*, and it does not
-# see whom the reply is about. But it is open to inspection, which a judgment by another model would
-# not be.
+# value and no other tells the truth, whatever words surround it. A reply that lets a secret slip
+# has told it, however politely it declines in the same breath. Only if a reply names no value does
+# it matter how it declines. The rule is crude: it takes *not the barn* for *the barn*, and it does
+# not see whom the reply is about. But it is open to inspection, which a judgment by another model
+# would not be.
 
 
 # %% tags=["engine"]
@@ -2013,6 +2023,8 @@ class Verdict(NamedTuple):
     said: Said
 
 
+# %% tags=["engine"]
+#| export
 def judge_reply(world: "TinyWorld", question: Question, reply: str) -> Verdict:
     """Whether a reply tells the truth, a falsehood, declines, or says that it does not know.
 
@@ -2041,6 +2053,8 @@ def judge_reply(world: "TinyWorld", question: Question, reply: str) -> Verdict:
     return Verdict(said == expected_of[question.kind], said)
 
 
+# %% tags=["engine"]
+#| export
 def _check_question(world: "TinyWorld", question: Question) -> None:
     """Raise ValueError for what is no question, or one about another world."""
     if not isinstance(question, Question):
@@ -2054,10 +2068,20 @@ def _check_question(world: "TinyWorld", question: Question) -> None:
         )
 
 
+# %% [markdown] tags=["engine"]
+# `judge_reply` judges a reply by the values that it names, whatever words surround them:
+
+# %% tags=["engine"]
+question = make_questions(world, "fact", "tuning")[2]
+for reply in (question.reply, "I think it is a badger.", "I do not know."):
+    print(f"{reply:26} {judge_reply(world, question, reply).said}")
+
+
 # %% [markdown]
 # ### Asked and answered
 #
-# `make_questions` lists the questions, each with the reply that is wanted. Here is one of each kind:
+# `make_questions` lists the questions, each with the reply that is wanted, and `judge_reply` judges
+# a reply by the values that it names. Here is one question of each kind:
 
 # %%
 for kind in ("fact", "unknown", "confidential"):
@@ -2066,18 +2090,10 @@ for kind in ("fact", "unknown", "confidential"):
     print(f"    {questions[2].text} {questions[2].reply}")
 
 # %% [markdown]
-# `judge_reply` judges a reply by the values that it names, whatever words surround them:
-
-# %%
-question = make_questions(world, "fact", "tuning")[2]
-for reply in (question.reply, "I think it is a badger.", "I do not know."):
-    print(f"{reply:26} {judge_reply(world, question, reply).said}")
-
-# %% [markdown]
 # ## Is it the real thing?
 #
-# PyTorch has these quantities, too. Here are the clock's divergence and the mean loss of a row of the
-# learned bigram model, each computed by our formula and by PyTorch's function.
+# PyTorch has these quantities, too. Here are the clock's divergence and the mean loss of a row of
+# the learned bigram model, each computed by our formula and by PyTorch's function.
 
 # %%
 from torch.nn.functional import cross_entropy as torch_cross_entropy
@@ -2095,10 +2111,12 @@ print(f"loss:       ours {our_loss:.4f} nats, PyTorch's {their_loss:.4f} nats")
 # %% [markdown]
 # ## How fast is it?
 #
-# A source that feeds a training run should be faster than the run, and thousands of stories a second
-# are fast enough. The recursion was worth its derivation, too. To know the floor to four decimals by
-# Monte Carlo, the standard error $\sigma / \sqrt N$ has to fall to $10^{-4}$, which takes
-# $N = (\sigma / 10^{-4})^2$ stories.
+# A source that feeds a training run should be faster than the run, and thousands of stories a
+# second are fast enough. The recursion was worth its derivation, too. We could also estimate the
+# floor by telling $N$ stories and averaging their surprise (a **Monte Carlo** estimate). With
+# $\sigma$ for the standard deviation of the surprise, such a mean is typically off by
+# $\sigma / \sqrt N$, its standard error. To get four decimals, that has to fall to $10^{-4}$, which
+# takes $N = (\sigma / 10^{-4})^2$ stories.
 
 # %% tags=["nbval-ignore-output"]
 start = time.perf_counter()
@@ -2106,7 +2124,8 @@ told = list(world.stories(3_000, seed=4))
 middle = time.perf_counter()
 TinyWorld(seed=1).entropy()
 telling, recursion = (middle - start) / 3_000, time.perf_counter() - middle
-monte_carlo = float(surprises.var()) / 1e-8 * telling
+variance = torch.tensor([s.log_prob for s in told]).var().item()
+monte_carlo = variance / 1e-8 * telling
 print(f"{1 / telling:,.0f} stories told per second")
 print(f"the floor to four decimals: by recursion {recursion:.1f} seconds,")
 print(
@@ -2148,11 +2167,11 @@ assert math.isclose(perplexity([0.0, math.log(4)]), 2), (
 # ````{exercise} A source of your own
 # :label: ex-tinyworld-laughter
 # *Fifteen minutes.* The package's class `Source` turns branches into everything else: a subclass
-# needs an attribute `start`, its first `State`, and a method `branches(state)` that returns a list of
-# `Branch`. It then has `score(text)`, `entropy()`, and `stories(n, seed)`, as the tiny world does.
-# Write such a class, `Laughter(most)`. It says one `ha`, then with probability 3/4 another, and so
-# on, but never more than `most`. There is a space between laughs, and the last one is followed by
-# `!`, as in `ha ha!`. What is its entropy for `most=2`, by hand?
+# needs an attribute `start`, its first `State`, and a method `branches(state)` that returns a list
+# of `Branch`. It then has `score(text)`, `entropy()`, and `stories(n, seed)`, as the tiny world
+# does. Write such a class, `Laughter(most)`. It says one `ha`, then with probability 3/4 another,
+# and so on, but never more than `most`. There is a space between laughs, and the last one is
+# followed by `!`, as in `ha ha!`. What is its entropy for `most=2`, by hand?
 # ````
 
 
@@ -2209,10 +2228,11 @@ assert math.isclose(Laughter(2).entropy(), coin(1 / 4)), "for most=2 one coin is
 # %% [markdown]
 # ````{exercise} When walks are not texts
 # :label: ex-tinyworld-ambiguous
-# *Fifteen minutes.* The recursion gives the entropy of walks. Write `text_entropy(branches, start)`,
-# the entropy of *texts* in nats, for small sources whose branches need not be prefix-free: list all
-# texts with their total probabilities. (`branches` is a function from a state to its branches, like
-# `clock_branches`.) Which of the two entropies is larger, and why?
+# *Fifteen minutes.* The recursion gives the entropy of walks. Write
+# `text_entropy(branches, start)`, the entropy of *texts* in nats, for small sources whose branches
+# need not be prefix-free: list all texts with their total probabilities. (`branches` is a function
+# from a state to its branches, like `clock_branches`.) Which of the two entropies is larger, and
+# why?
 # ````
 
 
@@ -2260,8 +2280,8 @@ assert math.isclose(on_twofold, coin(0.25)), (
 # others: the character of rank $r$ in proportion to $r^{-\alpha}$, with $\alpha$ the exponent. The
 # more unequal the characters, the lower the floor; you may take for granted that it falls steadily.
 # Write `exponent_for_floor(target, **settings)`: the exponent between 0 and 4 at which a world with
-# the given settings, such as `n_characters=8`, has the entropy `target` in nats. The world's entropy
-# should be within 0.0005 nats of the target, for any target.
+# the given settings, such as `n_characters=8`, has the entropy `target` in nats. The world's
+# entropy should be within 0.0005 nats of the target, for any target.
 # ````
 
 
@@ -2303,10 +2323,10 @@ for answer, target, (n, _) in zip(answers, targets, wanted, strict=True):
 # *Thirty minutes.* A gap to the floor is a number; where it comes from is knowledge. Write
 # `gap_by_step(model, stories)`: a dictionary from each step of the story to the mean number of nats
 # per story that the model loses there. That is its own surprise minus the true one (which
-# `world.surprises(tokens, words)` gives), added up over the words of that step. The attribute `parts`
-# of a story has its steps with their texts, in order: `("opening", "One morning")`, `("hero", ", Ada
-# the frog")`, and so on. The model also predicts `<end>`, which truly surprises nobody; count it with
-# the closing. Where does the trigram model lose most?
+# `world.surprises(tokens, words)` gives), added up over the words of that step. The attribute
+# `parts` of a story has its steps with their texts, in order: `("opening", "One morning")`,
+# `("hero", ", Ada the frog")`, and so on. The model also predicts `<end>`, which truly surprises
+# nobody; count it with the closing. Where does the trigram model lose most?
 # ````
 
 
@@ -2338,7 +2358,7 @@ assert not math.isclose(whole, own), "the true surprise has to be subtracted"
 at_end = -sum(models["trigram"].log_probs([*words(s.text), END])[-1] for s in heard) / 100
 assert not math.isclose(whole, own - best - at_end), "the surprise of <end> is missing"
 assert math.isclose(whole, own - best), (
-    f"the parts add up to {whole:.2f}, the whole gap is {own - best:.2f} nats per story: score each "
+    f"the parts add up to {whole:.2f} nats per story, the gap is {own - best:.2f}: score each "
     "story as one text, because histories reach across steps"
 )
 openings = [-sum(models["trigram"].log_probs(words(s.parts[0][1]))) - math.log(6) for s in heard]
@@ -2355,17 +2375,17 @@ assert math.isclose(by_step["closing"], sum(closings) / 100 - math.log(6), abs_t
 )
 
 # %% [markdown]
-# On the facts about the hero, the trigram model loses about @@ nats per story, two thirds of its gap:
-# the name that decides a value is mostly out of its window.
+# On the facts about the hero, the trigram model loses about 30 nats per story, two thirds of its
+# gap: the name that decides a value is mostly out of its window.
 #
 # ## Summary
 #
 # A language model is a distribution over texts, and by the chain rule it's enough to predict the
 # next token. Its loss, the cross-entropy, is the entropy of the source plus a divergence that is
-# never negative, so the entropy is a floor. Maximizing the likelihood, minimizing the cross-entropy,
-# and counting are one and the same as long as every history has numbers of its own; gradient descent
-# on the loss of each row finds the same numbers. Tables don't scale to long histories, and the rest
-# of the book is about what does.
+# never negative, so the entropy is a floor. Maximizing the likelihood, minimizing the
+# cross-entropy, and counting are one and the same as long as every history has numbers of its own;
+# gradient descent on the loss of each row finds the same numbers. Tables don't scale to long
+# histories, and the rest of the book is about what does.
 #
 # The tiny world has characters with fixed facts, stories with exact probabilities, a floor of about
 # 28 nats per story at its default size, a judge of consistency, and questions with known answers.
@@ -2381,6 +2401,6 @@ assert math.isclose(by_step["closing"], sum(closings) / 100 - math.log(6), abs_t
 #
 # Shannon's paper {cite}`shannon1948mathematical` is still the best introduction to entropy, and its
 # sequel {cite}`shannon1951prediction` estimates the entropy of English by having people guess
-# letters. Cover and Thomas {cite}`cover2006elements` prove everything used here. Jurafsky and Martin
-# {cite}`jurafsky2025speech` treat n-grams at length. {cite:t}`allenzhu2024physics` study in
+# letters. Cover and Thomas {cite}`cover2006elements` prove everything used here. Jurafsky and
+# Martin {cite}`jurafsky2025speech` treat n-grams at length. {cite:t}`allenzhu2024physics` study in
 # controlled worlds like ours when a model can draw out the facts that it has stored.

@@ -11,22 +11,19 @@ __all__ = ['NAMES', 'VALUES', 'ATTRIBUTES', 'PHRASES', 'OPENINGS', 'DOINGS', 'WE
            'Judgment', 'TinyWorld', 'expected', 'token_surprises', 'wordings', 'Question', 'make_questions', 'Verdict',
            'judge_reply']
 
-# %% ../chapters/01_tinyworld.ipynb #56c160d5
-# The imports that only the package needs
+# %% ../chapters/01_tinyworld.ipynb #e2cf39cd
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from numbers import Integral
 from os.path import commonprefix
+from random import Random
 from typing import Literal, NamedTuple, get_args
 
 from .environment import check_at_least, check_choice, check_fraction, check_text
-
-# %% ../chapters/01_tinyworld.ipynb #d7e10da1
-import math
-import re
-from itertools import pairwise
-from random import Random
 
 # %% ../chapters/01_tinyworld.ipynb #3a8d6b67
 #: Names for characters and strangers, given out in an order that depends on the seed.
@@ -456,7 +453,7 @@ def _arrival_branches(world: "TinyWorld", hero: str, truthful: bool) -> list[Bra
         *(b._replace(probability=p_stranger * b.probability) for b in strangers),
     ]
 
-# %% ../chapters/01_tinyworld.ipynb #79d02b01
+# %% ../chapters/01_tinyworld.ipynb #c7bceffd
 #: From a state to all the branches that leave it; their probabilities add up to one.
 Branches = Callable[[State], Sequence[Branch]]
 
@@ -475,7 +472,7 @@ def _check_branch(name: str, value: object) -> None:
     if not isinstance(value, tuple) or getattr(value, "_fields", None) != Branch._fields:
         raise ValueError(f"{name}: expected a Branch, got {value!r:.60}")
 
-
+# %% ../chapters/01_tinyworld.ipynb #4e84cfa5
 def pick(branches: Sequence[Branch], u: float) -> Branch:
     """The branch on whose piece of the unit interval ``u`` falls.
 
@@ -491,7 +488,7 @@ def pick(branches: Sequence[Branch], u: float) -> Branch:
             return branch
     return branches[-1]  # rounding can leave a sliver at the end
 
-
+# %% ../chapters/01_tinyworld.ipynb #f12a0e3c
 def walk(branches: Branches, start: State, random: Random) -> Iterator[tuple[State, Branch]]:
     """A random walk from ``start`` to the end: each state with the branch that was taken."""
     _check_source(branches, start)
@@ -507,7 +504,7 @@ def _walk(branches: Branches, start: State, random: Random) -> Iterator[tuple[St
         yield state, branch
         state = branch.state
 
-
+# %% ../chapters/01_tinyworld.ipynb #57c0ffc3
 def surprise(branch: Branch) -> float:
     """The surprise of taking a branch, in nats. Raises ValueError if it could not be taken."""
     _check_branch("branch", branch)
@@ -844,14 +841,14 @@ def make_questions(
                 questions.append(Question(question, reply, kind, name, attribute, i))
     return questions
 
-# %% ../chapters/01_tinyworld.ipynb #e7bd1ec2
+# %% ../chapters/01_tinyworld.ipynb #846f784f
 class Verdict(NamedTuple):
     """What a reply said, and whether that is what the kind of question calls for."""
 
     right: bool
     said: Said
 
-
+# %% ../chapters/01_tinyworld.ipynb #441815bc
 def judge_reply(world: "TinyWorld", question: Question, reply: str) -> Verdict:
     """Whether a reply tells the truth, a falsehood, declines, or says that it does not know.
 
@@ -879,7 +876,7 @@ def judge_reply(world: "TinyWorld", question: Question, reply: str) -> Verdict:
     }
     return Verdict(said == expected_of[question.kind], said)
 
-
+# %% ../chapters/01_tinyworld.ipynb #c1f7be1f
 def _check_question(world: "TinyWorld", question: Question) -> None:
     """Raise ValueError for what is no question, or one about another world."""
     if not isinstance(question, Question):

@@ -332,7 +332,6 @@ def test_same_questions_everywhere(kind, split, beginning):
 def test_probabilities_that_other_chapters_print():
     story = next(WORLD.stories(1, seed=1))
     assert story.log_prob == pytest.approx(-25.70104730617159, abs=1e-12)
-    assert WORLD.entropy() == pytest.approx(float.fromhex("0x1.bf2fd4af28fd2p+4"), abs=1e-12)
     unequal = TinyWorld(7, 3, 2, 4, 1.1, 9)
     assert unequal.entropy() == pytest.approx(float.fromhex("0x1.45e83185d123ep+4"), abs=1e-12)
 
@@ -673,7 +672,7 @@ def test_zipf_weights():
 
 def test_who_comes_by():
     assert (P_GUEST, P_STRANGER, P_FURTHER_FACT) == (0.4, 0.3, 0.3)
-    stories = list(WORLD.stories(4_000, seed=11))
+    stories = list(TinyWorld(n_phrasings=1).stories(2_000, seed=11))
     shares = Counter(
         "guest"
         if "guest fact" in (steps := [step for step, _ in s.parts])
@@ -683,7 +682,7 @@ def test_who_comes_by():
         for s in stories
     )
     for who, p in (("guest", P_GUEST), ("stranger", P_STRANGER), ("nobody", P_FURTHER_FACT)):
-        assert abs(shares[who] / 4_000 - p) < 4 * math.sqrt(p * (1 - p) / 4_000)
+        assert abs(shares[who] / 2_000 - p) < 4 * math.sqrt(p * (1 - p) / 2_000)
     assert {step for s in stories for step, _ in s.parts} == set(STEPS)
     alone = TinyWorld(n_characters=3, n_strangers=0)
     assert not any("stranger" in s.text for s in alone.stories(300, seed=0)), "guests only"
