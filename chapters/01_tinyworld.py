@@ -20,7 +20,7 @@
 # | **Part** | I. Foundations and data |
 # | **You build** | {py:class}`~llmbook.tinyworld.TinyWorld`, counting models, a first model trained by gradient descent |
 # | **You need** | Python; logarithms, sums, and partial derivatives; means and standard deviations; a first acquaintance with PyTorch tensors ({doc}`00_environment` sets up the rest) |
-# | **It takes** | 60 minutes for the main line, 2 hours for everything, 30 seconds to run |
+# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 40 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp tinyworld
@@ -83,8 +83,8 @@ seed_everything(0)
 # $\frac34 \cdot \frac23 \cdot 1 = \frac12$. Each factor is the probability of one word, given all
 # the words before it. This works for any language. Write $x = (x_1, \dots, x_n)$ for a sentence of
 # $n$ words and $x_{<t} = (x_1, \dots, x_{t-1})$ for the words before word number $t$. The
-# definition of conditional probability says that $p(x_1, x_2) = p(x_1)\, p(x_2 \mid x_1)$. Apply
-# it once for each further word, and you have the **chain rule**:
+# definition of conditional probability says that $p(x_1, x_2) = p(x_1)\, p(x_2 \mid x_1)$. Apply it
+# once for each further word, and you have the **chain rule**:
 #
 # $$
 # \begin{aligned}
@@ -241,12 +241,14 @@ print(f"H(p, q) = {cross_entropy(p, q) / math.log(2):.2f} bits = {cross_entropy(
 # times that $w$ followed. The history $h$ contributes
 #
 # $$
-# \sum_w c(hw) \log q(w \mid h) = c(h) \sum_w \hat p(w \mid h) \log q(w \mid h),
-# \qquad \hat p(w \mid h) = \frac{c(hw)}{c(h)} .
+# \begin{aligned}
+# \sum_w c(hw) \log q(w \mid h) &= c(h) \sum_w \hat p(w \mid h) \log q(w \mid h) , \\
+# \hat p(w \mid h) &= \frac{c(hw)}{c(h)} .
+# \end{aligned}
 # $$ (fork)
 #
-# The last sum is again the middle of {eq}`likelihood`, and the probabilities at each fork can be
-# chosen independently of the other forks. So the best choice is again to count:
+# The sum on the right has the same form as the mean log-probability above, and the probabilities at
+# each fork can be chosen independently of the other forks. So the best choice is again to count:
 #
 # $$
 # q(w \mid h) = \frac{c(hw)}{c(h)}
@@ -289,17 +291,16 @@ print(f"loss of the counted model above the floor: {excess:.4f} nats per sentenc
 #
 # ## Counts that speak
 #
-# Back to the animals. Equation {eq}`counting` tells us how to get next-word probabilities: count
-# what followed. But the history $h$ is the whole text so far, and hardly any text occurs twice. The
-# oldest remedy is to forget {cite}`shannon1948mathematical`: only the last $k - 1$ words count as
-# history. Such a model is called an **n-gram** model of order $k$. A unigram model ($k = 1$) knows
-# only how frequent each word is, a bigram model ($k = 2$) sees one word back, and a trigram model
-# ($k = 3$) sees two.
+# Back to the animals. We know how to get next-word probabilities: count what followed. But the
+# history $h$ is the whole text so far, and hardly any text occurs twice. The oldest remedy is to
+# forget {cite}`shannon1948mathematical`: only the last $k - 1$ words count as history. Such a model
+# is called an **n-gram** model of order $k$. A unigram model ($k = 1$) knows only how frequent each
+# word is, a bigram model ($k = 2$) sees one word back, and a trigram model ($k = 3$) sees two.
 #
 # Forgetting doesn't cure everything. Sooner or later, a word follows some history for the first
-# time *after* the counting. Equation {eq}`counting` gives it probability zero, so its surprise is
-# infinite. The counts need **smoothing** {cite}`chen1999smoothing`. Here is a simple kind: pretend
-# that $m$ more words had been seen after $h$, distributed as the next shorter model predicts
+# time *after* the counting. Plain counting gives it probability zero, so its surprise is infinite.
+# The counts need **smoothing** {cite}`chen1999smoothing`. Here is a simple kind: pretend that $m$
+# more words had been seen after $h$, distributed as the next shorter model predicts
 # {cite}`mackay1995hierarchical`.
 #
 # $$
@@ -414,8 +415,8 @@ side_by_side("trigram", "5-gram")
 # half it asks about Tom, forgets that it was asking, and gives the answer anyway. And neither model
 # remembers that the story was about Flora.
 #
-# So the 5-gram model sounds better. How much better is it? Let both read 500 stories that they have
-# not seen, and take the mean surprise per story, as {eq}`cross-entropy` says.
+# So the 5-gram model sounds better. How much better is it? Let all four models read 500 stories
+# that they have not seen, and take the mean surprise per story: an estimate of the cross-entropy.
 
 
 # %%
@@ -483,7 +484,7 @@ from os.path import commonprefix
 from random import Random
 from typing import Literal, NamedTuple, get_args
 
-from llmbook.environment import check_at_least, check_choice, check_fraction, check_text
+from llmbook.environment import check_choice, check_fraction, check_text
 
 # %% [markdown] tags=["engine"]
 # What the world is made of is data. The names come from a list of 120. For each attribute there is
@@ -707,12 +708,12 @@ def _draw(items: Sequence[str], n: int, random: Random) -> tuple[str, ...]:
 def zipf_weights(n: int, exponent: float) -> list[float]:
     """Probabilities in proportion to ``rank ** -exponent`` for ranks 1 to ``n``.
 
-    Raises ValueError unless ``n`` is at least 1 and ``exponent`` from 0 to 100.
+    Raises ValueError unless ``n`` is from 1 to a billion and ``exponent`` from 0 to 100.
 
     >>> [round(w, 3) for w in zipf_weights(3, exponent=1.0)]
     [0.545, 0.273, 0.182]
     """
-    check_at_least(n=(1, n))
+    _check_whole("n", n, 1, 10**9)
     _check_exponent("exponent", exponent, 100)
     weights = [rank**-exponent for rank in range(1, n + 1)]
     total = math.fsum(weights)
@@ -1406,6 +1407,7 @@ class TinyWorld(Source):
 
     def branches(self, state: State) -> list[Branch]:
         """All branches of true stories that leave ``state``."""
+        _check_is_state("state", state)
         if state not in self._memory:
             self._memory[state] = story_branches(self, state, truthful=True)
         return self._memory[state]
@@ -1436,10 +1438,10 @@ print(f"stories scored exactly as they were told: {exact:,} of {len(told):,}")
 # %% [markdown]
 # ## The floor of this world
 #
-# There are far too many stories to add up {eq}`entropy` one by one. But the walk turns the sum into
-# a recursion. From state $s$, branch $b$ is taken with probability $p_b$ and leads to state $s_b$.
-# The surprise of the rest of the story is the surprise of the branch plus that of everything after
-# it. Take the mean of both sides:
+# There are far too many stories to add up $-p(x) \log p(x)$ for each of them. But the walk turns
+# the sum into a recursion. From state $s$, branch $b$ is taken with probability $p_b$ and leads to
+# state $s_b$. The surprise of the rest of the story is the surprise of the branch plus that of
+# everything after it. Take the mean of both sides:
 #
 # $$
 # H(s) = \sum_b p_b \left( -\log p_b + H(s_b) \right), \qquad H(\text{end}) = 0
@@ -1798,7 +1800,7 @@ plt.show()
 # $$ (bigram-gradient)
 #
 # The gradient is *predicted minus counted*. It is zero only where the model equals the counts,
-# which is {eq}`counting` once more. (Strictly speaking, it is never quite zero: the softmax of
+# so the best model counts, once more. (Strictly speaking, it is never quite zero: the softmax of
 # finite numbers is positive, so for pairs that never occur, $W_{hw}$ keeps falling forever, and the
 # loss approaches that of the counts without reaching it.)
 #

@@ -11,7 +11,7 @@ __all__ = ['NAMES', 'VALUES', 'ATTRIBUTES', 'PHRASES', 'OPENINGS', 'DOINGS', 'WE
            'Judgment', 'TinyWorld', 'expected', 'token_surprises', 'wordings', 'Question', 'make_questions', 'Verdict',
            'judge_reply']
 
-# %% ../chapters/01_tinyworld.ipynb #e2cf39cd
+# %% ../chapters/01_tinyworld.ipynb #349b5df5
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from os.path import commonprefix
 from random import Random
 from typing import Literal, NamedTuple, get_args
 
-from .environment import check_at_least, check_choice, check_fraction, check_text
+from .environment import check_choice, check_fraction, check_text
 
 # %% ../chapters/01_tinyworld.ipynb #3a8d6b67
 #: Names for characters and strangers, given out in an order that depends on the seed.
@@ -203,16 +203,16 @@ def _draw(items: Sequence[str], n: int, random: Random) -> tuple[str, ...]:
     rest = list(items)
     return tuple(rest.pop(int(random.random() * len(rest))) for _ in range(n))
 
-# %% ../chapters/01_tinyworld.ipynb #bd6e86ae
+# %% ../chapters/01_tinyworld.ipynb #fcd0e3af
 def zipf_weights(n: int, exponent: float) -> list[float]:
     """Probabilities in proportion to ``rank ** -exponent`` for ranks 1 to ``n``.
 
-    Raises ValueError unless ``n`` is at least 1 and ``exponent`` from 0 to 100.
+    Raises ValueError unless ``n`` is from 1 to a billion and ``exponent`` from 0 to 100.
 
     >>> [round(w, 3) for w in zipf_weights(3, exponent=1.0)]
     [0.545, 0.273, 0.182]
     """
-    check_at_least(n=(1, n))
+    _check_whole("n", n, 1, 10**9)
     _check_exponent("exponent", exponent, 100)
     weights = [rank**-exponent for rank in range(1, n + 1)]
     total = math.fsum(weights)
@@ -671,7 +671,7 @@ class Judgment(NamedTuple):
         )
         return cls(error_at is None and all(true for _, true in claims), claims, error_at)
 
-# %% ../chapters/01_tinyworld.ipynb #1d6feaee
+# %% ../chapters/01_tinyworld.ipynb #6226ab02
 @dataclass(frozen=True)
 class TinyWorld(Source):
     """Characters with fixed facts, and stories about them with exactly known probabilities.
@@ -705,6 +705,7 @@ class TinyWorld(Source):
 
     def branches(self, state: State) -> list[Branch]:
         """All branches of true stories that leave ``state``."""
+        _check_is_state("state", state)
         if state not in self._memory:
             self._memory[state] = story_branches(self, state, truthful=True)
         return self._memory[state]

@@ -524,6 +524,7 @@ HERO = QUESTION.character
         (lambda: WORLD.surprises([1], words), "tokens: expected a str, got 1"),
         (lambda: WORLD.surprises(["One"], "words"), "cut: expected a function, got 'words'"),
         (lambda: WORLD.surprises(["One"], lambda text: []), "cut: expected at least one token"),
+        (lambda: WORLD.branches(["opening"]), "state: expected a State, got ['opening']"),
         (lambda: WORLD.branches("opening"), "state: expected a State, got 'opening'"),
         (lambda: WORLD.branches(State("epilogue")), "state.step: expected one of opening, hero"),
         (lambda: WORLD.branches(State("fact", "Zorro")), "state.hero: expected a character of"),
@@ -569,8 +570,15 @@ HERO = QUESTION.character
         (lambda: is_prefix_free("ab"), "texts: expected a list of texts, got 'ab'"),
         (lambda: is_prefix_free(None), "texts: expected a list of texts, got None"),
         (lambda: is_prefix_free([1]), "texts: expected a str, got 1"),
-        (lambda: zipf_weights(0, 1.0), "n: expected at least 1, got 0"),
-        (lambda: zipf_weights(2.5, 1.0), "n: expected a whole number, got 2.5"),
+        (lambda: zipf_weights(0, 1.0), "n: expected a whole number from 1 to 1000000000, got 0"),
+        (
+            lambda: zipf_weights(None, 1.0),
+            "n: expected a whole number from 1 to 1000000000, got None",
+        ),
+        (
+            lambda: zipf_weights(2.5, 1.0),
+            "n: expected a whole number from 1 to 1000000000, got 2.5",
+        ),
         (lambda: zipf_weights(3, -1.0), "exponent: expected a number from 0 to 100, got -1.0"),
         (lambda: zipf_weights(3, 100.5), "exponent: expected a number from 0 to 100, got 100.5"),
         (lambda: zipf_weights(3, math.nan), "exponent: expected a number from 0 to 100, got nan"),
@@ -707,6 +715,15 @@ def test_a_beginning_and_an_error_have_no_probability():
     story = next(WORLD.stories(1, seed=1))
     assert WORLD.score(story.text) == Score(story.log_prob, None)
     assert WORLD.judge(story.text) == (True, tuple((c, True) for c in story.claims), None)
+
+
+def test_the_order_of_facts_is_forgotten():
+    world = TinyWorld(n_characters=2, n_strangers=0, facts_per_story=2, n_phrasings=1)
+    states = list(reachable_states(world.branches, world.start))
+    assert len(states) == len(set(states))
+    # opening, hero; for each of two heroes: doing, weather, fact, 8 and 28 sets of facts, arrival,
+    # guest fact, closing
+    assert len(states) == 2 + 2 * (3 + 8 + 28 + 3)
 
 
 def test_a_source_begins_with_an_opening():
