@@ -73,6 +73,7 @@ seed_everything(0)
 #
 # ```{figure} ../figures/clock-tree.svg
 # :name: fig-tree
+# :class: narrow
 # :alt: A tree. From the start, tick with probability 3/4 and tock with 1/4. After tick, tock with 2/3 and the period with 1/3. After tock always the period. The three leaves have probabilities 1/2, 1/4 and 1/4.
 #
 # The clock's language as a tree. A sentence is a path from the start to a period, and its
@@ -88,7 +89,8 @@ seed_everything(0)
 #
 # $$
 # \begin{aligned}
-# p(x_1, \dots, x_n) &= p(x_1)\; p(x_2 \mid x_1)\; p(x_3 \mid x_1, x_2) \cdots \\
+# p(x_1, \dots, x_n) &= p(x_1)\; p(x_2 \mid x_1) \\
+# &\quad \times p(x_3 \mid x_1, x_2) \cdots \\
 # &= \prod_{t=1}^{n} p(x_t \mid x_{<t})
 # \end{aligned}
 # $$ (chain-rule)
@@ -196,7 +198,10 @@ print(f"H(p, q) = {cross_entropy(p, q) / math.log(2):.2f} bits = {cross_entropy(
 # the **Kullback-Leibler divergence** {cite}`kullback1951information`,
 #
 # $$
-# D_{\mathrm{KL}}(p \,\|\, q) = H(p, q) - H(p) = \sum_x p(x) \log \frac{p(x)}{q(x)},
+# \begin{aligned}
+# D_{\mathrm{KL}}(p \,\|\, q) &= H(p, q) - H(p) \\
+# &= \sum_x p(x) \log \frac{p(x)}{q(x)},
+# \end{aligned}
 # $$ (kl)
 #
 # and it is never negative. The proof needs one fact: the logarithm lies below its tangent at one,
@@ -242,8 +247,9 @@ print(f"H(p, q) = {cross_entropy(p, q) / math.log(2):.2f} bits = {cross_entropy(
 #
 # $$
 # \begin{aligned}
-# \sum_w c(hw) \log q(w \mid h) &= c(h) \sum_w \hat p(w \mid h) \log q(w \mid h) , \\
-# \hat p(w \mid h) &= \frac{c(hw)}{c(h)} .
+# & \sum_w c(hw) \log q(w \mid h) \\
+# & \quad = c(h) \sum_w \hat p(w \mid h) \log q(w \mid h) , \\
+# & \text{where} \quad \hat p(w \mid h) = \frac{c(hw)}{c(h)} .
 # \end{aligned}
 # $$ (fork)
 #
@@ -252,8 +258,7 @@ print(f"H(p, q) = {cross_entropy(p, q) / math.log(2):.2f} bits = {cross_entropy(
 #
 # $$
 # q(w \mid h) = \frac{c(hw)}{c(h)}
-# = \frac{\text{number of times } w \text{ followed } h}
-# {\text{number of times anything followed } h}
+# = \frac{\text{how often } w \text{ followed } h}{\text{how often } h \text{ was continued}}
 # $$ (counting)
 #
 # Maximizing the likelihood of a sample and minimizing the cross-entropy on it are one and the same
@@ -304,7 +309,10 @@ print(f"loss of the counted model above the floor: {excess:.4f} nats per sentenc
 # {cite}`mackay1995hierarchical`.
 #
 # $$
-# q_k(w \mid h) = \frac{c(hw) + m \, q_{k-1}(w \mid h')}{c(h) + m}, \qquad q_0(w) = \frac1V
+# \begin{aligned}
+# q_k(w \mid h) &= \frac{c(hw) + m \, q_{k-1}(w \mid h')}{c(h) + m} \\
+# q_0(w) &= \frac1V
+# \end{aligned}
 # $$ (smoothing)
 #
 # Here $h'$ is $h$ without its oldest word, and $V$ is the size of the vocabulary. A worked example
@@ -764,6 +772,7 @@ class Cast(NamedTuple):
 #
 # ```{figure} ../figures/story-walk.svg
 # :name: fig-story-walk
+# :class: narrow
 # :alt: The steps of a story from top to bottom, each with its number of branches and an example: opening, hero, what the hero does, weather, three facts, and a visit. Then one of three ways: with probability 0.4 a guest who brings a fact, with 0.3 a stranger, with 0.3 one more fact about the hero. A closing ends every story.
 #
 # The steps of a story, with the number of branches at each and one way through.
@@ -785,7 +794,7 @@ class Claim(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a story must remember: facts already ``stated`` after the introduction are not again."""
+    """What a story must remember; facts that it has ``stated`` are not stated again."""
 
     step: str
     hero: str = ""
@@ -794,7 +803,7 @@ class State(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """One way to go on: a positive probability, a text, and the next state (None at the end)."""
+    """One way to go on: its probability, its text, and the next state (None at the end)."""
 
     probability: float
     text: str
@@ -1075,9 +1084,7 @@ def _arrival_branches(world: "TinyWorld", hero: str, truthful: bool) -> list[Bra
 broken = story.text.replace(" was ", " wsa ", 1)
 score = world.score(broken)
 print(f"as told:     log-probability {world.score(story.text).log_prob:.2f} nats")
-print(
-    f"with a typo: log-probability {score.log_prob} nats, wrong from character {score.error_at} on:"
-)
+print(f"with a typo: log-probability {score.log_prob}, wrong at character {score.error_at}:")
 head, tail = broken[: score.error_at], broken[score.error_at :]
 print(f"             {head}[{tail[0]}]{tail[1:9]}...")
 
@@ -1089,7 +1096,7 @@ print(f"             {head}[{tail[0]}]{tail[1:9]}...")
 # %%
 judgment = world.judge(story.text.replace("sled", "ball"))
 for claim, true in judgment.claims:
-    print(f"{'true ' if true else 'FALSE'}  {claim.character}'s {claim.attribute}: {claim.value}")
+    print("true " if true else "FALSE", f"{claim.character}'s {claim.attribute}: {claim.value}")
 
 # %% [markdown]
 # Later chapters use this judge to count the facts that a trained network gets right. The room below
@@ -1444,7 +1451,10 @@ print(f"stories scored exactly as they were told: {exact:,} of {len(told):,}")
 # everything after it. Take the mean of both sides:
 #
 # $$
-# H(s) = \sum_b p_b \left( -\log p_b + H(s_b) \right), \qquad H(\text{end}) = 0
+# \begin{aligned}
+# H(s) &= \sum_b p_b \left( -\log p_b + H(s_b) \right) \\
+# H(\text{end}) &= 0
+# \end{aligned}
 # $$ (entropy-recursion)
 #
 # For the clock: after `tick`, two branches with probabilities $\frac23$ and $\frac13$ are left, and
@@ -1495,9 +1505,10 @@ print(f"tiny world: {floor:.4f} nats per story")
 # \begin{aligned}
 # H = {} & \log 6 + \log 48 + \log 4 + \log 6 \\
 # & + \log 40 + \log 35 + \log 30 \\
-# & + \mathrm{coin}(0.7) + 0.3 \log 25 + 0.7 \, H_{\text{Then}} + \log 6 , \\
-# H_{\text{Then}} = {} & \mathrm{coin}(\tfrac47)
-# + \tfrac47 (\log 141 + \log 40) + \tfrac37 \log 48 .
+# & + \mathrm{coin}(0.7) + 0.3 \log 25 \\
+# & + 0.7 \, H_{\text{Then}} + \log 6 , \\
+# H_{\text{Then}} = {} & \mathrm{coin}(\tfrac47) + \tfrac37 \log 48 \\
+# & + \tfrac47 (\log 141 + \log 40) .
 # \end{aligned}
 # $$ (closed-form)
 
@@ -1522,9 +1533,8 @@ n_bytes = world.expected_length(lambda text: len(text.encode()))
 n_words = world.expected_length(lambda text: len(words(text)))
 print(f"a story has {n_bytes:.1f} bytes and {n_words:.1f} words on average")
 print(f"floor: {floor / log(2) / n_bytes:.3f} bits per byte")
-print(
-    f"       {floor / n_words:.3f} nats per word, a perplexity of {math.exp(floor / n_words):.3f}"
-)
+per_word = floor / n_words
+print(f"       {per_word:.3f} nats per word, a perplexity of {math.exp(per_word):.3f}")
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: exact means for any source, and the floor again, by telling 5,000 stories
@@ -1906,7 +1916,7 @@ for step in (1.0, 3.0, 3.9):
 # %%
 memorized = {s.text for s in world.stories(1_000, seed=2)}
 known = sum(s.text in memorized for s in world.stories(1_000, seed=3))
-print(f"training loss of the memory: {math.log(len(memorized)):.1f} nats, floor {floor:.1f} nats")
+print(f"training loss of the memory: {math.log(len(memorized)):.1f} nats, floor {floor:.1f}")
 print(f"fresh stories that it knows: {known} of 1,000")
 
 # %% [markdown]
@@ -2130,9 +2140,8 @@ variance = torch.tensor([s.log_prob for s in told]).var().item()
 monte_carlo = variance / 1e-8 * telling
 print(f"{1 / telling:,.0f} stories told per second")
 print(f"the floor to four decimals: by recursion {recursion:.1f} seconds,")
-print(
-    f"by Monte Carlo {monte_carlo / 3600:.0f} hours, {monte_carlo / recursion:,.0f} times as long"
-)
+print(f"by telling stories {monte_carlo / 3600:.0f} hours,", end=" ")
+print(f"{monte_carlo / recursion:,.0f} times as long")
 
 # %% [markdown]
 # ## Exercises
@@ -2152,8 +2161,8 @@ def perplexity(surprises: list[float]) -> float:
 
 # %% tags=["check"]
 assert math.isclose(perplexity([0.0] * 5), 1), (
-    "a model that is never surprised has one word to choose from: divide by the number of tokens "
-    "before you exponentiate"
+    "a model that is never surprised has one word to choose from: "
+    "divide by the number of tokens before you exponentiate"
 )
 assert math.isclose(perplexity([math.log(6)] * 10), perplexity([math.log(6)])), (
     "perplexity is per token: ten throws of a die are as hard to guess as one"
@@ -2206,7 +2215,7 @@ def laughs(source: Source) -> dict[str, float]:
         for a in options:
             others = [b.text for b in options if b is not a]
             assert not any(text.startswith(a.text) for text in others), (
-                f"not prefix-free: {a.text!r} is the beginning of another branch, one of {others}"
+                f"not prefix-free: {a.text!r} is the beginning of another branch, of {others}"
             )
         total = sum(b.probability for b in options)
         assert math.isclose(total, 1), f"the branches of a state sum to {total:.2f}, not to one"
@@ -2263,8 +2272,9 @@ def twofold(state: State) -> list[Branch]:
     return [Branch(0.5, "a", State("second")), Branch(0.5, "ab", None)]
 
 
-on_the_clock, on_twofold = text_entropy(clock_branches, State("")), text_entropy(twofold, State(""))
-assert not math.isclose(on_the_clock, 1.5), "that is the clock's entropy in bits; nats were asked"
+on_the_clock = text_entropy(clock_branches, State(""))
+on_twofold = text_entropy(twofold, State(""))
+assert not math.isclose(on_the_clock, 1.5), "the clock's entropy is in bits; nats were asked"
 assert math.isclose(on_the_clock, 1.5 * math.log(2)), (
     f"where each text has one walk, the clock's 1.04 nats must come out, not {on_the_clock:.2f}"
 )
@@ -2303,9 +2313,7 @@ def exponent_for_floor(target: float, **settings: int) -> float:
 # %% tags=["check"]
 small = {"n_strangers": 2, "facts_per_story": 1, "n_phrasings": 1}
 wanted = [(4, 0.437), (4, 2.851), (7, 1.3)]  # characters and exponents, none on a coarse grid
-targets = [
-    TinyWorld(zipf_exponent=exponent, n_characters=n, **small).entropy() for n, exponent in wanted
-]
+targets = [TinyWorld(zipf_exponent=alpha, n_characters=n, **small).entropy() for n, alpha in wanted]
 answers = [
     exponent_for_floor(target, n_characters=n, **small)
     for target, (n, _) in zip(targets, wanted, strict=True)
@@ -2316,7 +2324,7 @@ assert answers[0] < answers[1], "a lower floor needs a larger exponent"
 for answer, target, (n, _) in zip(answers, targets, wanted, strict=True):
     distance = abs(TinyWorld(zipf_exponent=answer, n_characters=n, **small).entropy() - target)
     assert distance < 5e-4, (
-        f"for {n} characters and a target of {target:.3f} nats, the floor is off by {distance:.4f}"
+        f"for {n} characters and a target of {target:.3f} nats, the floor is off by {distance:.3f}"
     )
 
 # %% [markdown]

@@ -246,7 +246,7 @@ class Cast(NamedTuple):
         weights = zipf_weights(n_characters, zipf_exponent)
         return cls(facts, names[n_characters:], dict(zip(characters, weights, strict=True)))
 
-# %% ../chapters/01_tinyworld.ipynb #694a727d
+# %% ../chapters/01_tinyworld.ipynb #5687055e
 class Claim(NamedTuple):
     """A statement about a character, true or false: ``Claim("Mia", "home", "barn")``."""
 
@@ -256,7 +256,7 @@ class Claim(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a story must remember: facts already ``stated`` after the introduction are not again."""
+    """What a story must remember; facts that it has ``stated`` are not stated again."""
 
     step: str
     hero: str = ""
@@ -265,7 +265,7 @@ class State(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """One way to go on: a positive probability, a text, and the next state (None at the end)."""
+    """One way to go on: its probability, its text, and the next state (None at the end)."""
 
     probability: float
     text: str

@@ -657,6 +657,7 @@ def test_a_walk_and_its_story():
     path, error_at = parse(branches, START, "xd", lambda s: [Branch(1.0, "x", State("second"))])
     assert (error_at, [b.text for _, b in path]) == (None, ["x", "d"])
     assert parse(branches, START, "ae")[1] == 1
+    assert parse(lambda state: [], START, "abc") == ([], 0)
     assert parse(branches_of(Branch(1.0, "abc", None)), START, "abd")[1] == 2
 
 
