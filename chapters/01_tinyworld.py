@@ -257,9 +257,10 @@ print(f"H(p, q) = {cross_entropy(p, q) / math.log(2):.2f} bits = {cross_entropy(
 # each fork can be chosen independently of the other forks. So the best choice is again to count:
 #
 # $$
-# q(w \mid h) = \frac{c(hw)}{c(h)}
-# = \frac{\text{how often } w \text{ followed } h}{\text{how often } h \text{ was continued}}
+# q(w \mid h) = \hat p(w \mid h) = \frac{c(hw)}{c(h)}
 # $$ (counting)
+#
+# In words: of all the times that something followed $h$, how often was it $w$?
 #
 # Maximizing the likelihood of a sample and minimizing the cross-entropy on it are one and the same
 # goal, and it is the goal of every pretraining run in this book. For the clock, 10,000 sentences
