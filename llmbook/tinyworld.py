@@ -889,3 +889,8 @@ def _check_question(world: "TinyWorld", question: Question) -> None:
         raise ValueError(
             f"question.character: expected somebody of this world, got {question.character!r}"
         )
+
+# %% failed calls are explained, see chapter 00
+from llmbook.environment import explain_calls
+
+explain_calls(__name__)
