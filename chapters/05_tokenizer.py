@@ -115,7 +115,7 @@ for id, (a, b) in enumerate(song_merges, start=256):
     print(f"{id} {(a + b).decode()!r:8} {b'|'.join(tokens).decode()}")
 
 # %% [markdown]
-# Six merges turned 25 tokens into 6. The third function does the rest of the job. To **encode** a
+# Six merges turned 25 tokens into 6. The third function and its reverse do the rest of the job. To **encode** a
 # new text, cut it into bytes and apply the merges in the order in which they were learned. To
 # **decode**, look up the bytes of each id and join them.
 
@@ -295,7 +295,7 @@ _GPT4_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
 )
 GPT4_PATTERN = _GPT4_WORDS + r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-_LLAMA3_PATTERN = _GPT4_WORDS + r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # what tiktoken had formerly
+_LLAMA3_PATTERN = _GPT4_WORDS + r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # tiktoken's older form
 _KNOWN_PATTERNS = {GPT2_PATTERN, GPT4_PATTERN, _LLAMA3_PATTERN}
 # %% [markdown]
 # Here is what both patterns do with two lines of code. The bars are cuts, and `↵` is a line break:
@@ -306,12 +306,11 @@ for name, pattern in (("GPT-2", GPT2_PATTERN), ("GPT-4", GPT4_PATTERN)):
     print(name, "|".join(regex.findall(pattern, code)).replace("\n", "↵"))
 
 # %% [markdown]
-# Both cut `don't` into `don` and `'t`. GPT-4's pattern keeps the line break with the colon and the
-# indentation in one piece. It cuts the number into groups of at most three digits, so that a model
+# Both cut `don't` into `don` and `'t`. GPT-4's pattern puts the line break with the colon and leaves the
+# indentation to itself. It cuts the number into groups of at most three digits, so that a model
 # meets only 1,110 different ones; but it counts from the left, and `12345` becomes `123` and `45`.
 #
-# In the package, `pretokenize(text, pattern)` cuts any text by any pattern. It does what
-# `regex.findall` does here, with the care that the engine room describes.
+# In the package, `pretokenize(text, pattern)` cuts any text by any pattern. It does what `regex.findall` does here, and it keeps what a pattern leaves out.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a pattern of your own, and nothing lost
@@ -362,8 +361,8 @@ def pretokenize(text: str, pattern: str = GPT4_PATTERN) -> list[str]:
 # %% [markdown]
 # ## Training that scales
 #
-# The naive trainer walks through the whole text for every merge. For 32,000 merges on the six
-# megabytes used below, that would take most of a day. Four ideas bring it down to seconds.
+# The naive trainer walks through the whole text for every merge. For 32,000 merges on the text below, that means reading six million bytes 32,000 times, which takes hours. Four ideas bring it down to
+# seconds.
 #
 # ### Count words
 #
@@ -390,7 +389,7 @@ million, often = counts.total() // 10**6, round(counts.total() / len(counts), -1
 print(f"more than {million} million words; each different word occurs about {often:.0f} times")
 
 # %% [markdown]
-# In the package this is `count_words(texts)`, which can also read files and use several processes.
+# In the package this is `count_words(texts, workers=2)`, which uses several processes.
 
 # %% [markdown] tags=["engine"]
 # #### Engine room: counting in several processes, from texts and from files (`count_words`)
