@@ -280,11 +280,15 @@ for name, pattern in (("GPT-2", GPT2_PATTERN), ("GPT-4", GPT4_PATTERN)):
 
 # %% tags=["engine"]
 #| export
-@cache
 def _splitter(pattern: str) -> Callable[[str], list[str]]:
     """Return the function that cuts a text into words by ``pattern``; bad ones raise ValueError."""
+    return _compiled(check_text(pattern, "pattern"))
+
+
+@cache
+def _compiled(pattern: str) -> Callable[[str], list[str]]:
     try:
-        compiled = regex.compile(check_text(pattern, "pattern"))
+        compiled = regex.compile(pattern)
     except regex.error as error:
         raise ValueError(f"pattern: not a regular expression: {pattern!r}: {error}") from None
     if compiled.groups:
@@ -803,6 +807,9 @@ class WordCache(dict[str, tuple[int, ...]]):
     ) -> None:
         """Make an empty cache for ``size`` words of at most ``longest`` characters."""
         super().__init__()
+        check_at_least(size=(1, size), longest=(0, longest))
+        if not callable(encode):
+            raise ValueError(f"encode: expected a function of a word, got {encode!r:.60}")
         self._encode, self._size, self._longest = encode, size, longest
 
     def __missing__(self, word: str) -> tuple[int, ...]:
@@ -1227,7 +1234,7 @@ class BPETokenizer(BPETokenizer):  # continued
         ignore_merges: bool = False,
         steps: "TextSteps | None" = None,
     ) -> None:
-        """Take ``special_tokens`` with ids, or a list: those of the vocabulary, or the next ones."""
+        """Make a tokenizer; a list of ``special_tokens`` gets the vocabulary's or the next ids."""
         if not isinstance(ignore_merges, bool):
             raise ValueError(f"ignore_merges: expected True or False, got {ignore_merges!r:.60}")
         if not isinstance(steps, TextSteps | None):
@@ -1587,6 +1594,7 @@ plt.show()
 
 # %% tags=["engine"]
 #| export
+_STREAM_SIZE = 1 << 16  # characters to gather before looking for a place to cut
 _SAFE_CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{M}\p{N}'])|(?<=\S)(?=[^\S\r\n])")
 
 
@@ -1603,6 +1611,12 @@ def _safe_end(text: str, pattern: str, allowed: tuple[str, ...]) -> int:
     return end
 
 
+# %% [markdown] tags=["engine"]
+# A piece may end in the first half of a surrogate pair.
+
+
+# %% tags=["engine"]
+#| export
 def _joined_halves(texts: Iterable[str]) -> Iterator[str]:
     """Return ``texts`` in valid Unicode, joining a surrogate that ends one to what follows."""
     if isinstance(texts, str):
@@ -1627,11 +1641,9 @@ def _each_joined(texts: Iterable[str]) -> Iterator[str]:
 # time that grows no faster than its length. A normalizer changes nothing about this: no character
 # after which we cut, nor the one before, is composed with the other.
 
+
 # %% tags=["engine"]
 #| export
-_STREAM_SIZE = 1 << 16  # characters to gather before looking for a place to cut
-
-
 class BPETokenizer(BPETokenizer):  # continued
     def encode_iterable(
         self,
@@ -1652,6 +1664,14 @@ class BPETokenizer(BPETokenizer):  # continued
         around = (tables.prefix, tables.suffix) if add_special_tokens else ((), ())
         return chain(around[0], chain.from_iterable(stream), around[1])
 
+
+# %% [markdown] tags=["engine"]
+# The loop over the pieces:
+
+
+# %% tags=["engine"]
+#| export
+class BPETokenizer(BPETokenizer):  # continued
     def _encode_stream(
         self, texts: Iterator[str], allowed: tuple[str, ...], disallowed: tuple[str, ...]
     ) -> Iterator[list[int]]:
@@ -1850,6 +1870,12 @@ def _template(tables: _Tables) -> dict[str, Any] | None:
     }
 
 
+# %% [markdown] tags=["engine"]
+# The list of added tokens says which are special, and which are looked for after the normalizer.
+
+
+# %% tags=["engine"]
+#| export
 def _added_tokens(tables: _Tables) -> list[dict[str, Any]]:
     """Return special and added tokens as files list them, in the order of their ids."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
@@ -1982,6 +2008,12 @@ def _read_normalizer(step: Any) -> str | None:
     return "NFC" if steps else None
 
 
+# %% [markdown] tags=["engine"]
+# A template must have one place for one text, and tokens that are listed as added:
+
+
+# %% tags=["engine"]
+#| export
 def _read_template(step: Any, names: dict[int, str]) -> tuple[list[str], list[str]]:
     """Return the tokens that a post-processor puts before a text, and after it."""
     steps = [step] if step else []
@@ -2020,14 +2052,6 @@ def _read_template(step: Any, names: dict[int, str]) -> tuple[list[str], list[st
 
 # %% tags=["engine"]
 #| export
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(data, dict):
-        raise ValueError(f"expected a JSON object, got {type(data).__name__}")
-    return data
-
-
 def checked_path(path: object, argument: str = "path") -> Path:
     """Return ``path`` as a Path; what is neither a str nor a Path raises a ``ValueError``."""
     if not isinstance(path, str | Path):
@@ -2035,9 +2059,18 @@ def checked_path(path: object, argument: str = "path") -> Path:
     return Path(path)
 
 
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Return the object in a JSON file."""
+    data = json.loads(checked_path(path).read_text(encoding="utf-8"))
+    if not isinstance(data, dict):
+        raise ValueError(f"expected a JSON object, got {type(data).__name__}")
+    return data
+
+
 @contextmanager
-def naming_file(path: Path) -> Iterator[Path]:
-    """Turn whatever is wrong with a file's contents into a ``ValueError`` that names the file."""
+def naming_file(path: str | Path) -> Iterator[Path]:
+    """Give ``path``; whatever is wrong with its contents becomes a ``ValueError`` that names it."""
+    path = checked_path(path)
     try:
         yield path
     except (ValueError, RecursionError) as error:
@@ -2130,7 +2163,7 @@ class BPETokenizer(BPETokenizer):  # continued
     @classmethod
     def load(cls, path: str | Path) -> "BPETokenizer":
         """Read ``tokenizer.json``. A ``ValueError`` says what is damaged, or cannot be honored."""
-        with naming_file(checked_path(path)) as found:
+        with naming_file(path) as found:
             made = cls(**_from_tokenizer_json(found))
         return made
 

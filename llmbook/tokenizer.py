@@ -5,8 +5,8 @@ with them, decode without loss, and speak the file formats of others."""
 
 # %% auto #0
 __all__ = ['GPT2_PATTERN', 'GPT4_PATTERN', 'valid_text', 'pretokenize', 'check_special_tokens', 'count_words', 'learn_merges',
-           'WordCache', 'SpecialTokens', 'BPETokenizer', 'train_bpe', 'TextSteps', 'train_bpe_files',
-           'read_json_object', 'checked_path', 'naming_file']
+           'WordCache', 'SpecialTokens', 'BPETokenizer', 'train_bpe', 'TextSteps', 'train_bpe_files', 'checked_path',
+           'read_json_object', 'naming_file']
 
 # %% ../chapters/05_tokenizer.ipynb #b5822b30
 # The imports of the module
@@ -47,12 +47,16 @@ GPT4_PATTERN = _GPT4_WORDS + r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 _LLAMA3_PATTERN = _GPT4_WORDS + r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # what tiktoken had formerly
 _KNOWN_PATTERNS = {GPT2_PATTERN, GPT4_PATTERN, _LLAMA3_PATTERN}
 
-# %% ../chapters/05_tokenizer.ipynb #042befb3
-@cache
+# %% ../chapters/05_tokenizer.ipynb #229ee141
 def _splitter(pattern: str) -> Callable[[str], list[str]]:
     """Return the function that cuts a text into words by ``pattern``; bad ones raise ValueError."""
+    return _compiled(check_text(pattern, "pattern"))
+
+
+@cache
+def _compiled(pattern: str) -> Callable[[str], list[str]]:
     try:
-        compiled = regex.compile(check_text(pattern, "pattern"))
+        compiled = regex.compile(pattern)
     except regex.error as error:
         raise ValueError(f"pattern: not a regular expression: {pattern!r}: {error}") from None
     if compiled.groups:
@@ -352,7 +356,7 @@ def _apply_merges(
             heappush(heap, rank_before * size + previous)
     return [token for token in tokens if token >= 0]
 
-# %% ../chapters/05_tokenizer.ipynb #e8c775d2
+# %% ../chapters/05_tokenizer.ipynb #893868f7
 class WordCache(dict[str, tuple[int, ...]]):
     """Ids of words, found by ``encode`` when first asked for; bounded in number and length."""
 
@@ -361,6 +365,9 @@ class WordCache(dict[str, tuple[int, ...]]):
     ) -> None:
         """Make an empty cache for ``size`` words of at most ``longest`` characters."""
         super().__init__()
+        check_at_least(size=(1, size), longest=(0, longest))
+        if not callable(encode):
+            raise ValueError(f"encode: expected a function of a word, got {encode!r:.60}")
         self._encode, self._size, self._longest = encode, size, longest
 
     def __missing__(self, word: str) -> tuple[int, ...]:
@@ -530,7 +537,7 @@ class BPETokenizer:
         ignore_merges: bool = False,
         steps: "TextSteps | None" = None,
     ) -> None:
-        """Take ``special_tokens`` with ids, or a list: those of the vocabulary, or the next ones."""
+        """Make a tokenizer; a list of ``special_tokens`` gets the vocabulary's or the next ids."""
         if not isinstance(ignore_merges, bool):
             raise ValueError(f"ignore_merges: expected True or False, got {ignore_merges!r:.60}")
         if not isinstance(steps, TextSteps | None):
@@ -669,7 +676,7 @@ class BPETokenizer:
     @classmethod
     def load(cls, path: str | Path) -> "BPETokenizer":
         """Read ``tokenizer.json``. A ``ValueError`` says what is damaged, or cannot be honored."""
-        with naming_file(checked_path(path)) as found:
+        with naming_file(path) as found:
             made = cls(**_from_tokenizer_json(found))
         return made
 
@@ -964,7 +971,8 @@ def train_bpe_files(
         "paths",
     )
 
-# %% ../chapters/05_tokenizer.ipynb #eb81e4d0
+# %% ../chapters/05_tokenizer.ipynb #534addb3
+_STREAM_SIZE = 1 << 16  # characters to gather before looking for a place to cut
 _SAFE_CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{M}\p{N}'])|(?<=\S)(?=[^\S\r\n])")
 
 
@@ -980,7 +988,7 @@ def _safe_end(text: str, pattern: str, allowed: tuple[str, ...]) -> int:
         end = cut.start() if cut else end
     return end
 
-
+# %% ../chapters/05_tokenizer.ipynb #38f7d8f8
 def _joined_halves(texts: Iterable[str]) -> Iterator[str]:
     """Return ``texts`` in valid Unicode, joining a surrogate that ends one to what follows."""
     if isinstance(texts, str):
@@ -997,9 +1005,6 @@ def _each_joined(texts: Iterable[str]) -> Iterator[str]:
         half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
         yield whole_characters(text[: len(text) - len(half)])
     yield whole_characters(half)
-
-# %% ../chapters/05_tokenizer.ipynb #07439817
-_STREAM_SIZE = 1 << 16  # characters to gather before looking for a place to cut
 
 # %% ../chapters/05_tokenizer.ipynb #1ebfbdda
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -1044,7 +1049,7 @@ def _portable_pattern(pattern: str) -> str:
         raise ValueError(f"pattern: {message}, got {pattern!r}")
     return pattern
 
-# %% ../chapters/05_tokenizer.ipynb #4dea2794
+# %% ../chapters/05_tokenizer.ipynb #36caf2d2
 def _template(tables: _Tables) -> dict[str, Any] | None:
     """Return the post-processor that puts prefix and suffix around a text, if there are any."""
     prefix, suffix = tables.steps.prefix, tables.steps.suffix
@@ -1068,7 +1073,7 @@ def _template(tables: _Tables) -> dict[str, Any] | None:
         },
     }
 
-
+# %% ../chapters/05_tokenizer.ipynb #329ccf97
 def _added_tokens(tables: _Tables) -> list[dict[str, Any]]:
     """Return special and added tokens as files list them, in the order of their ids."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
@@ -1162,7 +1167,7 @@ def _read_merges(lines: list[Any]) -> list[tuple[bytes, bytes]]:
         merges.append((_as_bytes(parts[0]), _as_bytes(parts[1])))
     return merges
 
-# %% ../chapters/05_tokenizer.ipynb #d5d48248
+# %% ../chapters/05_tokenizer.ipynb #4df00f5f
 def _read_normalizer(step: Any) -> str | None:
     """Return the name of the normalizer, or None."""
     if not step:
@@ -1172,7 +1177,7 @@ def _read_normalizer(step: Any) -> str | None:
         raise ValueError(f"normalizer: expected none or NFC, got {kinds[0]}")
     return "NFC" if steps else None
 
-
+# %% ../chapters/05_tokenizer.ipynb #d80a5ba1
 def _read_template(step: Any, names: dict[int, str]) -> tuple[list[str], list[str]]:
     """Return the tokens that a post-processor puts before a text, and after it."""
     steps = [step] if step else []
@@ -1203,15 +1208,7 @@ def _read_template(step: Any, names: dict[int, str]) -> tuple[list[str], list[st
     )
     return prefix, suffix
 
-# %% ../chapters/05_tokenizer.ipynb #76a35a62
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(data, dict):
-        raise ValueError(f"expected a JSON object, got {type(data).__name__}")
-    return data
-
-
+# %% ../chapters/05_tokenizer.ipynb #145fc888
 def checked_path(path: object, argument: str = "path") -> Path:
     """Return ``path`` as a Path; what is neither a str nor a Path raises a ``ValueError``."""
     if not isinstance(path, str | Path):
@@ -1219,9 +1216,18 @@ def checked_path(path: object, argument: str = "path") -> Path:
     return Path(path)
 
 
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Return the object in a JSON file."""
+    data = json.loads(checked_path(path).read_text(encoding="utf-8"))
+    if not isinstance(data, dict):
+        raise ValueError(f"expected a JSON object, got {type(data).__name__}")
+    return data
+
+
 @contextmanager
-def naming_file(path: Path) -> Iterator[Path]:
-    """Turn whatever is wrong with a file's contents into a ``ValueError`` that names the file."""
+def naming_file(path: str | Path) -> Iterator[Path]:
+    """Give ``path``; whatever is wrong with its contents becomes a ``ValueError`` that names it."""
+    path = checked_path(path)
     try:
         yield path
     except (ValueError, RecursionError) as error:
@@ -1278,7 +1284,7 @@ def _from_gpt2(folder: Path) -> dict[str, Any]:
         "special_tokens": {token: id for token, id in tokens.items() if token not in made},
     }
 
-# %% ../chapters/05_tokenizer.ipynb #21a9d5b8
+# %% ../chapters/05_tokenizer.ipynb #3568a007
 def _write_text(path: Path, text: str) -> None:
     """Write a file in one step."""
     with whole_file(path) as draft:

@@ -32,6 +32,7 @@ from llmbook.tokenizer import (
     TextSteps,
     WordCache,
     check_special_tokens,
+    checked_path,
     count_words,
     learn_merges,
     naming_file,
@@ -162,12 +163,34 @@ class TestPretokenize:
             words = pretokenize(text, pattern)
             assert "".join(words) == text and all(words)
 
-    @pytest.mark.parametrize("pattern", ["(", "(a)", r"\p{Nonsense}", "*"])
-    def test_bad_patterns(self, pattern: str) -> None:
-        with pytest.raises(ValueError, match="pattern"):
-            pretokenize("a", pattern)
-        with pytest.raises(ValueError, match="pattern"):
-            train_bpe(["a"], 300, pattern=pattern)
+    @pytest.mark.usefixtures("untyped")
+    @pytest.mark.parametrize("pattern", ["(", "(a)", r"\p{Nonsense}", "*", 5, None, ["a"], b"a"])
+    def test_bad_patterns(self, pattern: Any) -> None:
+        for call in (
+            lambda: pretokenize("a", pattern),
+            lambda: count_words(["a"], pattern),
+            lambda: train_bpe(["a"], 300, pattern=pattern),
+            lambda: BPETokenizer.from_merges([], pattern=pattern),
+            lambda: BPETokenizer(BYTES, [], pattern=pattern),
+        ):
+            with pytest.raises(ValueError, match=r"^pattern: .*" + re.escape(repr(pattern))):
+                call()
+
+    def test_defaults(self) -> None:
+        """Word patterns and special tokens are GPT-4's and one mark, wherever none are given."""
+        text = "WE'LL bake 12345\n\n loaves"
+        assert (
+            pretokenize(text) == pretokenize(text, GPT4_PATTERN) != pretokenize(text, GPT2_PATTERN)
+        )
+        assert count_words([text]) == Counter(pretokenize(text, GPT4_PATTERN))
+        for made in (
+            train_bpe([text], 260),
+            BPETokenizer.from_merges(train_bpe([text], 260).merges),
+        ):
+            assert made.pattern == GPT4_PATTERN and made.special_tokens == {END: 259}
+            assert made.steps == TextSteps() and not made.ignore_merges
+        bare = BPETokenizer(BYTES, [])
+        assert (bare.pattern, bare.special_tokens, bare.ignore_merges) == (GPT4_PATTERN, {}, False)
 
     def test_surrogates(self) -> None:
         assert valid_text("a\ud83d\ude42\ude42") == "a🙂\ufffd"
@@ -265,6 +288,32 @@ class TestTraining:
         with pytest.raises(ValueError, match=re.escape(message)):
             train_bpe(texts, size, **options)
 
+    @pytest.mark.usefixtures("untyped")
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"texts": 5}, "texts: expected several Documents or texts, got int"),
+            ({"special_tokens": 5}, "special_tokens: expected several texts, got 5"),
+            ({"special_tokens": b"<s>"}, "special_tokens: expected several texts, got b'<s>'"),
+            ({"special_tokens": [5]}, "special_tokens: expected non-empty, valid texts, got 5"),
+            ({"workers": "2"}, "workers: expected a whole number, got '2'"),
+            ({"workers": True}, "workers: expected a whole number, got True"),
+            ({"vocab_size": 300.0}, "vocab_size: expected a whole number, got 300.0"),
+            ({"vocab_size": 1_000_001}, "vocab_size: expected at most 1,000,000, got 1000001"),
+        ],
+    )
+    def test_wrong_types(self, options: dict[str, Any], message: str) -> None:
+        given: dict[str, Any] = {"texts": ["a"], "vocab_size": 300, **options}
+        with pytest.raises(ValueError, match=re.escape(message)):
+            train_bpe(**given)
+        if "vocab_size" not in options:
+            with pytest.raises(ValueError, match=re.escape(message)):
+                count_words(
+                    given.pop("texts"),
+                    GPT4_PATTERN,
+                    **{k: v for k, v in options.items() if k != "texts"},
+                )
+
     def test_bad_counts(self) -> None:
         with pytest.raises(ValueError, match="counts: expected at least 0, got -1"):
             learn_merges({"ab": -1}, 1)
@@ -311,6 +360,25 @@ class TestFiles:
                 (0, (1 << 20) + shift + 5),
                 ((1 << 20) + shift + 5, path.stat().st_size),
             ]
+
+    @pytest.mark.parametrize("marks", [(END, "<|p|>"), ("<|p|>", END)])
+    def test_a_long_mark_across_blocks_beside_a_shorter_one(
+        self, tmp_path: Path, marks: tuple[str, str]
+    ) -> None:
+        """A block may end in any part of the long one, whatever follows and whichever is first."""
+        path = tmp_path / "text.txt"
+        block = 1 << 20  # what is read at a time, from the place where the search begins
+        for shift in range(-14, 4):
+            for first, second in ((END, "<|p|>"), ("<|p|>", END), ("", END + "<|p|>")):
+                path.write_text("a" * (block + 5 + shift) + first + second + "b", encoding="utf-8")
+                cuts = module._chunks(path, module._separators(marks), 5)
+                place = block + 5 + shift
+                assert cuts[0] == (0, place) and cuts[1][0] == place, (shift, first, cuts)
+                total: Counter[str] = Counter()
+                for start, end in cuts:
+                    job = (str(path), start, end, "strict", GPT4_PATTERN, marks)
+                    total.update(module._count_chunk(job))
+                assert total == {"a" * place: 1, "b": 1}
 
     def test_overlapping_marks_do_not_cut(self) -> None:
         assert module._separators(("aa", "<s>", "<s><s>", "ab", "xyx")) == []
@@ -402,6 +470,16 @@ class TestEncoding:
         mixed = ours.encode(letters)
         assert ours.decode(run) == "a" * 1_000_000 and ours.decode(mixed) == letters
         assert not any(len(word) > 64 for word in ours._tables.words)
+
+    @pytest.mark.usefixtures("untyped")
+    def test_bad_caches(self) -> None:
+        for options, message in (
+            ({"encode": 5}, "encode: expected a function of a word, got 5"),
+            ({"size": 0}, "size: expected at least 1, got 0"),
+            ({"longest": -1}, "longest: expected at least 0, got -1"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                WordCache(**{"encode": lambda word: (1,), **options})
 
     def test_the_cache_is_bounded(self) -> None:
         cache = WordCache(lambda word: (len(word),), size=3, longest=2)
@@ -894,8 +972,38 @@ class TestVocabulary:
             (BYTES | {256: b"ab"}, [], {"special_tokens": {"ab": 300}}, "ordinary token already"),
             (BYTES, [], {"special_tokens": {"": 300}}, "non-empty"),
             (BYTES, [], {"pattern": "(a)"}, "groups"),
+            (
+                [b"a"],
+                [],
+                {},
+                "vocabulary: expected ids with their bytes, such as {0: b'a'}, got list",
+            ),
+            (BYTES | {256: "ab"}, [], {}, "vocabulary: expected bytes for id 256, got 'ab'"),
+            ({b"a": 97}, [], {}, "vocabulary: expected ids from 0 on, got b'a'"),
+            (BYTES | {2.5: b"ab"}, [], {}, "vocabulary: expected ids from 0 on, got 2.5"),
+            (BYTES, 5, {}, "merges: expected pairs of bytes in order, got 5"),
+            (BYTES, "ab", {}, "merges: expected pairs of bytes in order, got 'ab'"),
+            (BYTES, [("a", "b")], {}, "merges: expected pairs of bytes, got ('a', 'b') at index 0"),
+            (BYTES, [(b"a",)], {}, "merges: expected pairs of bytes, got (b'a',) at index 0"),
+            (BYTES, [], {"special_tokens": 5}, "special_tokens: expected several texts, got 5"),
+            (
+                BYTES,
+                [],
+                {"special_tokens": "<s>"},
+                "special_tokens: expected several, such as ['<s>']",
+            ),
+            (
+                BYTES,
+                [],
+                {"special_tokens": {"<s>": "5"}},
+                "special_tokens: expected ids from 0 on, got",
+            ),
+            (BYTES, [], {"special_tokens": {5: 300}}, "special_tokens: expected non-empty, valid"),
+            (BYTES, [], {"ignore_merges": "no"}, "ignore_merges: expected True or False, got 'no'"),
+            (BYTES, [], {"steps": {"prefix": []}}, "steps: expected TextSteps, got dict"),
         ],
     )
+    @pytest.mark.usefixtures("untyped")
     def test_bad_vocabularies(
         self, vocabulary: Any, merges: Any, options: dict[str, Any], message: str
     ) -> None:
@@ -957,6 +1065,17 @@ class TestSavedFiles:
             raise KeyError("a")
         with pytest.raises(FileNotFoundError), naming_file(tmp_path / "none.json"):
             read_json_object(tmp_path / "none.json")
+
+    @pytest.mark.usefixtures("untyped")
+    def test_what_is_no_path(self, ours: BPETokenizer) -> None:
+        for call in (ours.save, BPETokenizer.load, read_json_object, checked_path):
+            with pytest.raises(ValueError, match=r"^path: expected a str or a Path, got 5"):
+                call(5)
+        for call in (ours.save_gpt2, BPETokenizer.load_gpt2):
+            with pytest.raises(ValueError, match=r"^folder: expected a str or a Path, got None"):
+                call(None)
+        with pytest.raises(ValueError, match=r"^path: expected a str"), naming_file(5):
+            pass
 
     def test_round_trip(self, ours: BPETokenizer, gpt2: BPETokenizer, tmp_path: Path) -> None:
         for tokenizer in (ours, gpt2):
