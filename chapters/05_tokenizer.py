@@ -30,6 +30,7 @@
 # The imports of the module
 import codecs
 import json
+import operator
 import os
 import re
 from bisect import insort
@@ -42,12 +43,14 @@ from heapq import heapify, heappop, heappush
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, SupportsInt
+from unicodedata import normalize
 
 import regex  # type: ignore[import-untyped, unused-ignore]
 
 from llmbook.cleaning import whole_characters
 from llmbook.corpus import Document, existing_paths, iter_texts, ordered_map
-from llmbook.environment import check_at_least, check_text, whole_file
+from llmbook.environment import check_at_least, check_choice, check_text, whole_file
+
 # %% [markdown]
 # Three of the imports in the folded cell above do most of the work below: `Counter` counts,
 # `pairwise` yields each item of a list together with the next one, and the package `regex` knows
@@ -327,12 +330,16 @@ for name, pattern in (("GPT-2", GPT2_PATTERN), ("GPT-4", GPT4_PATTERN)):
 
 # %% tags=["engine"]
 #| export
-@cache
 def _splitter(pattern: str) -> Callable[[str], list[str]]:
     """Return the function that cuts a text into words by ``pattern``; bad ones raise ValueError."""
+    return _compiled(check_text(pattern, "pattern"))
+
+
+@cache
+def _compiled(pattern: str) -> Callable[[str], list[str]]:
     try:
         compiled = regex.compile(pattern)
-    except (regex.error, TypeError) as error:
+    except regex.error as error:
         raise ValueError(f"pattern: not a regular expression: {pattern!r}: {error}") from None
     if compiled.groups:
         raise ValueError(f"pattern: expected groups to be (?:...), got {pattern!r}")
@@ -405,6 +412,8 @@ def check_special_tokens(tokens: Collection[str]) -> tuple[str, ...]:
     """Return ``tokens`` as a tuple of texts; an empty, broken or repeated one is refused."""
     if isinstance(tokens, str):
         raise ValueError(f"special_tokens: expected several, such as [{tokens!r}], got one str")
+    if isinstance(tokens, bytes) or not isinstance(tokens, Iterable):
+        raise ValueError(f"special_tokens: expected several texts, got {tokens!r:.60}")
     tokens = tuple(tokens)
     for token in tokens:
         if not isinstance(token, str) or not token or valid_text(token) != token:
@@ -907,6 +916,9 @@ class WordCache(dict[str, tuple[int, ...]]):
     ) -> None:
         """Make an empty cache for ``size`` words of at most ``longest`` characters."""
         super().__init__()
+        check_at_least(size=(1, size), longest=(0, longest))
+        if not callable(encode):
+            raise ValueError(f"encode: expected a function of a word, got {encode!r:.60}")
         self._encode, self._size, self._longest = encode, size, longest
 
     def __missing__(self, word: str) -> tuple[int, ...]:
@@ -1027,6 +1039,7 @@ class BPETokenizer:
     special_tokens: dict[str, int] = field(default_factory=dict)
     pattern: str = GPT4_PATTERN
     ignore_merges: bool = False
+    steps: "TextSteps" = field(default_factory=lambda: TextSteps())
     _tables: "_Tables" = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -1152,41 +1165,49 @@ def train_bpe(
 # ### Engine room: vocabularies checked, tables made, files trained on (`train_bpe_files`)
 
 # %% [markdown] tags=["engine"]
-# All bytes must have an id, or some text could not be encoded. And a special token must not be an
-# ordinary one, too: one text would have two ids. Bad vocabularies are refused when they are given,
-# not when a text hits them.
+# All bytes must have an id, or some text could not be encoded. Bad vocabularies are refused when
+# they are given, not when a text hits them.
 
 
 # %% tags=["engine"]
 #| export
-def _checked_ids(vocabulary: Mapping[int, bytes], special: Mapping[str, int]) -> dict[bytes, int]:
+def _checked_vocabulary(vocabulary: object) -> dict[bytes, int]:
     """Return the ids of ordinary tokens by their bytes, or say what is wrong with them."""
-    check_special_tokens(list(special))
-    for id in chain(vocabulary, special.values()):
+    if not isinstance(vocabulary, Mapping):
+        kind, example = type(vocabulary).__name__, "such as {0: b'a'}"
+        raise ValueError(f"vocabulary: expected ids with their bytes, {example}, got {kind}")
+    ids: dict[bytes, int] = {}
+    for id, token in vocabulary.items():
         if isinstance(id, bool) or not isinstance(id, int) or id < 0:
-            raise ValueError(f"vocabulary, special_tokens: expected ids from 0 on, got {id!r}")
-    ids = {token: id for id, token in vocabulary.items()}
-    if len(ids) < len(vocabulary) or b"" in ids:
-        repeated = [
-            token for token, n in Counter(vocabulary.values()).items() if n > 1 or not token
-        ]
-        raise ValueError(f"vocabulary: expected different, non-empty tokens, got {repeated[0]!r}")
+            raise ValueError(f"vocabulary: expected ids from 0 on, got {id!r:.60}")
+        if not isinstance(token, bytes):
+            raise ValueError(f"vocabulary: expected bytes for id {id}, got {token!r:.60}")
+        if not token or token in ids:
+            raise ValueError(f"vocabulary: expected different, non-empty tokens, got {token!r}")
+        ids[token] = id
     if missing := [byte for byte in range(256) if bytes([byte]) not in ids]:
         raise ValueError(f"vocabulary: expected all 256 bytes, {missing[0]:#04x} is missing")
-    if twice := [text for text in special if text.encode() in ids]:
-        raise ValueError(f"special_tokens: {twice[0]!r} is an ordinary token already")
-    used = Counter(special.values())
-    if clash := [id for id, count in used.items() if count > 1 or id in vocabulary]:
-        raise ValueError(f"special_tokens: expected ids of their own, got {clash[0]} again")
     return ids
 
 
 # %% [markdown] tags=["engine"]
-# The merges, too, must be about tokens of the vocabulary.
+# Merges must be pairs, and about tokens of the vocabulary.
 
 
 # %% tags=["engine"]
 #| export
+def _checked_pairs(merges: object) -> list[tuple[bytes, bytes]]:
+    """Return ``merges`` as a list of pairs of bytes."""
+    if isinstance(merges, str | bytes | Mapping) or not isinstance(merges, Iterable):
+        raise ValueError(f"merges: expected pairs of bytes in order, got {merges!r:.60}")
+    pairs: list[tuple[bytes, bytes]] = []
+    for place, pair in enumerate(merges):
+        if not isinstance(pair, tuple | list) or list(map(type, pair)) != [bytes, bytes]:
+            raise ValueError(f"merges: expected pairs of bytes, got {pair!r:.60} at index {place}")
+        pairs.append((pair[0], pair[1]))
+    return pairs
+
+
 def _ranked(
     merges: Sequence[tuple[bytes, bytes]], ids: dict[bytes, int]
 ) -> tuple[dict[tuple[int, int], int], list[int]]:
@@ -1202,6 +1223,150 @@ def _ranked(
 
 
 # %% [markdown] tags=["engine"]
+# Special tokens come with their ids, or as a list. From a list, a token that the vocabulary has
+# keeps the id it has there, as `<|endoftext|>` does in GPT-2's files; the others get the next ids.
+
+
+# %% tags=["engine"]
+#| export
+def _token_ids(argument: str, tokens: object) -> dict[str, int]:
+    """Return ``tokens``, texts with their ids, or say what is wrong with them."""
+    if not isinstance(tokens, Mapping):
+        kind, example = type(tokens).__name__, "such as {'<a>': 0}"
+        raise ValueError(f"{argument}: expected texts with their ids, {example}, got {kind}")
+    for text, id in tokens.items():
+        if not isinstance(text, str) or not text or valid_text(text) != text:
+            raise ValueError(f"{argument}: expected non-empty, valid texts, got {text!r:.60}")
+        if isinstance(id, bool) or not isinstance(id, int) or id < 0:
+            raise ValueError(f"{argument}: expected ids from 0 on, got {id!r:.60} for {text!r}")
+    return dict(tokens)
+
+
+def _numbered(tokens: object, ids: dict[bytes, int], added: Mapping[str, int]) -> dict[str, int]:
+    """Return special tokens with their ids; those of a list are the vocabulary's or the next."""
+    if isinstance(tokens, Mapping):
+        return _token_ids("special_tokens", tokens)
+    texts = check_special_tokens(tokens)  # type: ignore[arg-type]
+    first = 1 + max(chain(ids.values(), added.values()), default=-1)
+    new = [text for text in texts if text.encode() not in ids]
+    known = {text: ids[text.encode()] for text in texts if text not in new}
+    ids_of = known | {text: first + place for place, text in enumerate(new)}
+    return {text: ids_of[text] for text in texts}
+
+
+# %% [markdown] tags=["engine"]
+# The files of others ask for more than cuts and merges, and `TextSteps` gathers it. A *normalizer*
+# makes equal what looks equal: NFC writes an `e` and an accent as the one code point `é`. *Added
+# tokens* that are not special, such as the `<think>` of some models, are found in every text, but
+# they belong to the text: decoding never skips them. A *post-processor* puts tokens around every
+# text, such as Llama's mark for the beginning.
+
+
+# %% tags=["engine"]
+#| export
+@dataclass(frozen=True)
+class TextSteps:
+    """What is done to a text besides cutting and merging; by default, nothing.
+
+    ``normalizer`` is None or "NFC". ``added_tokens`` and their ids are found in every text, and are
+    not special. Tokens are looked for before the text is normalized; those in ``normalized``,
+    special or added, after that. ``encode`` puts the tokens of ``prefix`` and ``suffix``, which
+    are special or added, around a text.
+    """
+
+    normalizer: Literal["NFC"] | None = None
+    added_tokens: Mapping[str, int] = field(default_factory=dict)
+    normalized: Collection[str] = ()
+    prefix: Sequence[str] = ()
+    suffix: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Copy what was given, and check what can be checked without the vocabulary."""
+        if self.normalizer is not None:
+            check_choice("normalizer", self.normalizer, ("NFC",))
+        own = vars(self)  # what is frozen for others
+        own.update(added_tokens=_token_ids("added_tokens", self.added_tokens))
+        for argument in ("normalized", "prefix", "suffix"):
+            tokens = own[argument]
+            if isinstance(tokens, str) or not isinstance(tokens, Iterable):
+                raise ValueError(f"{argument}: expected several tokens, got {tokens!r:.60}")
+            own[argument] = tuple(check_text(token, argument) for token in tokens)
+        own.update(normalized=tuple(sorted(set(self.normalized))))
+
+
+# %% [markdown] tags=["engine"]
+# A text must not have two ids, nor an id two texts. An ordinary token may be made special, though,
+# if it keeps its id: it is then found where it is allowed, skipped by `skip_special_tokens`, and
+# made by merges as before, also from what a user types.
+
+
+# %% tags=["engine"]
+#| export
+def _checked_names(
+    ids: dict[bytes, int], special: Mapping[str, int], steps: TextSteps
+) -> SpecialTokens:
+    """Return special and added tokens, after a check that their ids are their own."""
+    if both := sorted(special.keys() & steps.added_tokens.keys()):
+        raise ValueError(f"added_tokens: expected tokens that are not special, got {both[0]!r}")
+    named = SpecialTokens({**special, **steps.added_tokens})
+    ordinary = {id: token for token, id in ids.items()}
+    used = Counter(named.values())
+    for text, id in named.items():
+        argument, data = "special_tokens" if text in special else "added_tokens", text.encode()
+        if ids.get(data, id) != id:
+            expected = f"{text!r} is an ordinary token already, with id {ids[data]}"
+            raise ValueError(f"{argument}: {expected}, got {id}")
+        if used[id] > 1 or ordinary.get(id, data) != data:
+            raise ValueError(f"{argument}: expected ids of their own, got {id} again")
+    for argument in ("normalized", "prefix", "suffix"):
+        if unknown := [text for text in getattr(steps, argument) if text not in named]:
+            expected = "expected special or added tokens"
+            raise ValueError(f"{argument}: {expected}, got {unknown[0]!r}")
+    return named
+
+
+# %% [markdown] tags=["engine"]
+# The constructor sorts this out. A token of the vocabulary that is special and has no part in a
+# merge is no ordinary token.
+
+
+# %% tags=["engine"]
+#| export
+class BPETokenizer(BPETokenizer):  # continued
+    def __init__(
+        self,
+        vocabulary: Mapping[int, bytes],
+        merges: Sequence[tuple[bytes, bytes]],
+        *,
+        special_tokens: Mapping[str, int] | Collection[str] = (),
+        pattern: str = GPT4_PATTERN,
+        ignore_merges: bool = False,
+        steps: "TextSteps | None" = None,
+    ) -> None:
+        """Make a tokenizer; a list of ``special_tokens`` gets the vocabulary's or the next ids."""
+        if not isinstance(ignore_merges, bool):
+            raise ValueError(f"ignore_merges: expected True or False, got {ignore_merges!r:.60}")
+        if not isinstance(steps, TextSteps | None):
+            raise ValueError(f"steps: expected TextSteps, got {type(steps).__name__}")
+        steps, merges, ids = (
+            steps or TextSteps(),
+            _checked_pairs(merges),
+            _checked_vocabulary(vocabulary),
+        )
+        special = _numbered(special_tokens, ids, steps.added_tokens)
+        named = {text.encode(): id for text, id in {**special, **steps.added_tokens}.items()}
+        if apart := {token for token, id in named.items() if ids.get(token) == id}:
+            apart -= {part for a, b in merges for part in (a, b, a + b)} | {
+                bytes([byte]) for byte in range(256)
+            }
+            vocabulary = {id: token for id, token in vocabulary.items() if token not in apart}
+        own: Any = vars(self)
+        own.update(vocabulary=vocabulary, merges=merges, special_tokens=special)
+        own.update(pattern=pattern, ignore_merges=ignore_merges, steps=steps)
+        self.__post_init__()
+
+
+# %% [markdown] tags=["engine"]
 # From what it knows a tokenizer makes its tables. `ignore_merges` is a switch in some tokenizers'
 # files: a word that is a token is taken as it is, even where merges would not make it.
 
@@ -1212,14 +1377,18 @@ class _Tables:
     """What encoding and decoding look things up in, made from what a tokenizer knows."""
 
     def __init__(self, known: BPETokenizer) -> None:
-        self.special = SpecialTokens(known.special_tokens)
-        self.ids = _checked_ids(known.vocabulary, self.special)
-        self.tokens = {**known.vocabulary, **{id: t.encode() for t, id in self.special.items()}}
+        self.special, self.steps = SpecialTokens(known.special_tokens), known.steps
+        self.ids = _checked_vocabulary(known.vocabulary)
+        self.named = _checked_names(self.ids, self.special, self.steps)
+        self.tokens = {**known.vocabulary, **{id: t.encode() for t, id in self.named.items()}}
         self.size = max(self.tokens) + 1
         self.byte_ids = [self.ids[bytes([byte])] for byte in range(256)]
         self.ranks, self.merged = _ranked(known.merges, self.ids)
         self.ignore_merges = known.ignore_merges
         self.split, self.words = _splitter(known.pattern), WordCache(self.encode_word)
+        self.prefix, self.suffix = (
+            [self.named[text] for text in texts] for texts in (self.steps.prefix, self.steps.suffix)
+        )
 
     def merge(self, data: bytes) -> list[int]:
         """Return the ids that the merges make of ``data``."""
@@ -1237,25 +1406,128 @@ class _Tables:
 
 
 # %% [markdown] tags=["engine"]
+# Tokens are found in two passes, as `tokenizers` does it: most of them in the text as it is given,
+# and those in `normalized` in what the normalizer makes of the stretches between.
+
+
+# %% tags=["engine"]
+#| export
+class _Tables(_Tables):  # continued
+    def normalize(self, text: str) -> str:
+        """Return ``text`` as the normalizer writes it."""
+        return normalize("NFC", text) if self.steps.normalizer else text
+
+    def encode_named(self, text: str, allowed: tuple[str, ...]) -> list[int]:
+        """Return the ids of ``text``, in which ``allowed`` and all added tokens are found."""
+        steps = self.steps
+        if not steps.added_tokens and not steps.normalizer:
+            return self.special.encode(text, allowed, self.encode)
+        found = {*allowed, *steps.added_tokens}
+        late = SpecialTokens(
+            {self.normalize(t): self.named[t] for t in found & {*steps.normalized}}
+        )
+
+        def between(part: str) -> list[int]:
+            return late.encode(self.normalize(part), tuple(sorted(late)), self.encode)
+
+        return self.named.encode(text, tuple(sorted(found - {*steps.normalized})), between)
+
+
+# %% [markdown] tags=["engine"]
+# Which special tokens may stand in a text, and which must not? Ordinary text is one answer to a
+# user who types them; an error is another, which tiktoken gives by default. `disallowed_special`
+# asks for it.
+
+
+# %% tags=["engine"]
+#| export
+class SpecialTokens(SpecialTokens):  # continued
+    def allowed(self, allowed_special: _Allowed) -> tuple[str, ...]:
+        """Return the tokens that are allowed, after a check that all of them are known."""
+        return self._chosen("allowed_special", allowed_special, self)
+
+    def disallowed(
+        self, disallowed_special: _Allowed, allowed: Collection[str] = ()
+    ) -> tuple[str, ...]:
+        """Return the tokens that must not stand in a text; "all" are those not in ``allowed``."""
+        rest = [token for token in self if token not in allowed]
+        return self._chosen("disallowed_special", disallowed_special, rest)
+
+    def _chosen(self, argument: str, chosen: object, whole: Iterable[str]) -> tuple[str, ...]:
+        every = whole if isinstance(chosen, str) and chosen == "all" else chosen
+        if (
+            isinstance(every, str | bytes)
+            or not isinstance(every, Collection)
+            or not all(isinstance(token, str) and token in self for token in every)
+        ):
+            expected = f"'all' or some of {sorted(self)}"
+            raise ValueError(f"{argument}: expected {expected}, got {chosen!r}")
+        return tuple(sorted(every))
+
+    def refuse(self, text: str, disallowed: tuple[str, ...]) -> None:
+        """Raise a ``ValueError`` if ``text`` has one of the ``disallowed`` tokens."""
+        if disallowed and (match := _finder(disallowed).search(text)):
+            place = f"the special token {match[0]!r}, at character {match.start()}"
+            raise ValueError(f"text: expected none of disallowed_special, got {place}")
+
+
+# %% [markdown] tags=["engine"]
+# With all this, encoding is:
+
+
+# %% tags=["engine"]
+#| export
+class BPETokenizer(BPETokenizer):  # continued
+    def encode(
+        self,
+        text: str,
+        *,
+        allowed_special: _Allowed = (),
+        disallowed_special: _Allowed = (),
+        add_special_tokens: bool = True,
+    ) -> list[int]:
+        """Return the ids of ``text``. Special tokens in it are ordinary text unless allowed.
+
+        Those in ``disallowed_special`` raise a ``ValueError``; "all" are those not allowed. A
+        prefix and a suffix that the tokenizer has are added unless ``add_special_tokens=False``.
+        """
+        tables, text = self._tables, valid_text(text)
+        allowed = tables.special.allowed(allowed_special)
+        tables.special.refuse(text, tables.special.disallowed(disallowed_special, allowed))
+        ids = tables.encode_named(text, allowed)
+        return [*tables.prefix, *ids, *tables.suffix] if add_special_tokens else ids
+
+
+# %% [markdown] tags=["engine"]
 # Decoding looks closely at what it is given: a float or a boolean is no id, nor is a number outside
-# of the vocabulary. Pickle gets what is known without the tables: another process makes its own,
-# and begins with an empty cache.
+# of the vocabulary, or in a gap of it. Pickle gets what is known without the tables: another
+# process makes its own, and begins with an empty cache.
 
 
 # %% tags=["engine"]
 #| export
 class BPETokenizer(BPETokenizer):  # continued
     def _pieces(self, ids: Iterable[SupportsInt], skip_special_tokens: bool) -> Iterator[bytes]:
-        """Yield the bytes of each id, of special tokens only if they are not to be skipped."""
-        hidden = set(self.special_tokens.values()) if skip_special_tokens else ()
-        tokens = self._tables.tokens
-        for place, id in enumerate(ids.tolist() if hasattr(ids, "tolist") else ids):
-            whole = type(id) is int or (not isinstance(id, bool) and hasattr(id, "__index__"))
-            if not whole or (piece := tokens.get(id)) is None:
+        """Return the bytes of each id, of special tokens only if they are not to be skipped."""
+        values = ids.tolist() if hasattr(ids, "tolist") else ids
+        if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+            raise ValueError(f"ids: expected several ids, such as [65], got {ids!r:.60}")
+        hidden = set(self.special_tokens.values()) if skip_special_tokens else set[int]()
+        return (piece for id, piece in self._checked_pieces(values) if id not in hidden)
+
+    def _checked_pieces(self, ids: Iterable[Any]) -> Iterator[tuple[int, bytes]]:
+        """Yield each id and its bytes; a ``ValueError`` says where something else stands."""
+        for place, given in enumerate(ids):
+            try:
+                id = -1 if isinstance(given, bool) else operator.index(given)
+            except TypeError:
+                id = -1
+            if (piece := self._tables.tokens.get(id)) is None:
+                gap = 0 <= id < self.vocab_size
                 expected = f"ids of the vocabulary, below {self.vocab_size}"
-                raise ValueError(f"ids: expected {expected}, got {id!r} at index {place}")
-            if id not in hidden:
-                yield piece
+                expected = "ids that a token has" if gap else expected
+                raise ValueError(f"ids: expected {expected}, got {given!r:.60} at index {place}")
+            yield id, piece
 
     def __repr__(self) -> str:
         """Return the size and the special tokens; all of it would fill a screen."""
@@ -1265,8 +1537,8 @@ class BPETokenizer(BPETokenizer):  # continued
     def __reduce__(self) -> Any:
         """Pickle what is known, without the tables."""
         options: Any = {"pattern": self.pattern, "ignore_merges": self.ignore_merges}
-        make = partial(type(self), special_tokens=self.special_tokens, **options)
-        return make, (self.vocabulary, self.merges)
+        options |= {"special_tokens": self.special_tokens, "steps": self.steps}
+        return partial(type(self), **options), (self.vocabulary, self.merges)
 
 
 # %% [markdown] tags=["engine"]
@@ -1275,20 +1547,31 @@ class BPETokenizer(BPETokenizer):  # continued
 
 # %% tags=["engine"]
 #| export
-def _encode_job(job: tuple[BPETokenizer, list[str], _Allowed]) -> list[list[int]]:
+def _encode_job(job: tuple[BPETokenizer, list[str], dict[str, Any]]) -> list[list[int]]:
     """What a worker does: encode some texts."""
-    tokenizer, texts, allowed = job
-    return [tokenizer.encode(text, allowed_special=allowed) for text in texts]
+    tokenizer, texts, options = job
+    return [tokenizer.encode(text, **options) for text in texts]
 
 
 class BPETokenizer(BPETokenizer):  # continued
     def encode_batch(
-        self, texts: Iterable[str], workers: int = 1, *, allowed_special: _Allowed = ()
+        self,
+        texts: Iterable[str],
+        workers: int = 1,
+        *,
+        allowed_special: _Allowed = (),
+        disallowed_special: _Allowed = (),
+        add_special_tokens: bool = True,
     ) -> list[list[int]]:
         """Return the ids of each of ``texts``, in order, encoded by ``workers`` processes."""
         check_at_least(workers=(1, workers))
-        allowed = self._tables.special.allowed(allowed_special)
-        jobs = [(self, batch, allowed) for batch in _batches(texts)]
+        special = self._tables.special
+        options = {
+            "allowed_special": special.allowed(allowed_special),
+            "disallowed_special": special.disallowed(disallowed_special, allowed_special),
+            "add_special_tokens": add_special_tokens,
+        }
+        jobs = [(self, batch, options) for batch in _batches(texts)]
         return list(chain.from_iterable(ordered_map(_encode_job, jobs, workers)))
 
 
@@ -1303,8 +1586,9 @@ def _train(
     vocab_size: int,
     pattern: str,
     special_tokens: Collection[str],
+    argument: str = "texts",
 ) -> BPETokenizer:
-    """Check, count, learn, and build."""
+    """Check, count, learn, and build; ``argument`` is what the caller calls the texts."""
     special = check_special_tokens(special_tokens)
     check_at_least(vocab_size=(256 + len(special), vocab_size))
     if vocab_size > 1_000_000:
@@ -1314,7 +1598,7 @@ def _train(
         raise ValueError(f"special_tokens: {clash[0]!r} is an ordinary token, a byte")
     counts = count(special)
     if not counts:
-        raise ValueError("expected some text to train on, got none")
+        raise ValueError(f"{argument}: expected some text to train on, got none")
     merges = learn_merges(counts, vocab_size - 256 - len(special))
     return BPETokenizer.from_merges(merges, special, pattern=pattern)
 
@@ -1345,6 +1629,7 @@ def train_bpe_files(
         vocab_size,
         pattern,
         special_tokens,
+        "paths",
     )
 
 
@@ -1469,6 +1754,7 @@ draw_cuts(
 
 # %% tags=["engine"]
 #| export
+_STREAM_SIZE = 1 << 16  # characters to gather before looking for a place to cut
 _SAFE_CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{M}\p{N}'])|(?<=\S)(?=[^\S\r\n])")
 
 
@@ -1485,10 +1771,22 @@ def _safe_end(text: str, pattern: str, allowed: tuple[str, ...]) -> int:
     return end
 
 
+# %% [markdown] tags=["engine"]
+# A piece may end in the first half of a surrogate pair.
+
+
+# %% tags=["engine"]
+#| export
 def _joined_halves(texts: Iterable[str]) -> Iterator[str]:
-    """Yield ``texts`` in valid Unicode, joining a surrogate that ends one to what follows."""
+    """Return ``texts`` in valid Unicode, joining a surrogate that ends one to what follows."""
     if isinstance(texts, str):
         raise ValueError("texts: expected an iterable of texts, got one str: use encode")
+    if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+        raise ValueError(f"texts: expected an iterable of texts, got {texts!r:.60}")
+    return _each_joined(texts)
+
+
+def _each_joined(texts: Iterable[str]) -> Iterator[str]:
     half = ""
     for number, text in enumerate(texts):
         text = half + check_text(text, f"texts[{number}]")
@@ -1500,34 +1798,57 @@ def _joined_halves(texts: Iterable[str]) -> Iterator[str]:
 # %% [markdown] tags=["engine"]
 # Pieces are gathered, and the search begins when there is enough; if it finds nothing, it waits for
 # twice as much. So a run of a million letters without any safe place takes memory for itself, and
-# time that grows no faster than its length.
+# time that grows no faster than its length. A normalizer changes nothing about this: no character
+# after which we cut, nor the one before, is composed with the other.
+
 
 # %% tags=["engine"]
 #| export
-_STREAM_SIZE = 1 << 16  # characters to gather before looking for a place to cut
-
-
 class BPETokenizer(BPETokenizer):  # continued
     def encode_iterable(
-        self, texts: Iterable[str], *, allowed_special: _Allowed = ()
+        self,
+        texts: Iterable[str],
+        *,
+        allowed_special: _Allowed = (),
+        disallowed_special: _Allowed = (),
+        add_special_tokens: bool = True,
     ) -> Iterator[int]:
-        """Yield the joined texts' ids: in constant memory with GPT-2's and GPT-4's patterns."""
-        allowed = self._tables.special.allowed(allowed_special)
-        return chain.from_iterable(self._encode_stream(_joined_halves(texts), allowed))
+        """Yield the joined texts' ids: in constant memory with GPT-2's and GPT-4's patterns.
 
-    def _encode_stream(self, texts: Iterator[str], allowed: tuple[str, ...]) -> Iterator[list[int]]:
+        Where tokens are looked for in normalized text, all of it is gathered first.
+        """
+        tables = self._tables
+        allowed = tables.special.allowed(allowed_special)
+        disallowed = tables.special.disallowed(disallowed_special, allowed)
+        stream = self._encode_stream(_joined_halves(texts), allowed, disallowed)
+        around = (tables.prefix, tables.suffix) if add_special_tokens else ((), ())
+        return chain(around[0], chain.from_iterable(stream), around[1])
+
+
+# %% [markdown] tags=["engine"]
+# The loop over the pieces:
+
+
+# %% tags=["engine"]
+#| export
+class BPETokenizer(BPETokenizer):  # continued
+    def _encode_stream(
+        self, texts: Iterator[str], allowed: tuple[str, ...], disallowed: tuple[str, ...]
+    ) -> Iterator[list[int]]:
         """Yield the ids of the joined ``texts``, some thousands at a time."""
+        encode = partial(self.encode, allowed_special=allowed, disallowed_special=disallowed)
+        marks = tuple({*allowed, *disallowed, *self.steps.added_tokens})
         parts, gathered, enough = list[str](), 0, _STREAM_SIZE
         for text in texts:
             parts.append(text)
             gathered += len(text)
-            if gathered >= enough:
+            if gathered >= enough and not self.steps.normalized:
                 whole = "".join(parts)
-                end = _safe_end(whole, self.pattern, allowed)
-                yield self.encode(whole[:end], allowed_special=allowed)
+                end = _safe_end(whole, self.pattern, marks)
+                yield encode(whole[:end], add_special_tokens=False)
                 parts, gathered = [whole[end:]], len(whole) - end
                 enough = max(_STREAM_SIZE, 2 * gathered)
-        yield self.encode("".join(parts), allowed_special=allowed)
+        yield encode("".join(parts), add_special_tokens=False)
 
 
 # %% [markdown] tags=["engine"]
@@ -1863,12 +2184,12 @@ def _as_bytes(token: str) -> bytes:
 
 # %% tags=["engine"]
 #| export
-def _file_vocabulary(vocabulary: Mapping[int, bytes], special: dict[str, int]) -> dict[str, int]:
+def _file_vocabulary(tables: _Tables) -> dict[str, int]:
     """Return all tokens as text with their ids, in the order of the ids."""
-    ordinary = {_as_text(token): id for id, token in vocabulary.items()}
-    if clash := sorted(ordinary.keys() & special.keys()):
+    ordinary, named = {_as_text(token): id for token, id in tables.ids.items()}, tables.named
+    if clash := sorted(text for text, id in named.items() if ordinary.get(text, id) != id):
         raise ValueError(f"special_tokens: files write an ordinary token as {clash[0]!r}, too")
-    return dict(sorted((ordinary | special).items(), key=lambda item: item[1]))
+    return dict(sorted((ordinary | named).items(), key=lambda item: item[1]))
 
 
 def _portable_pattern(pattern: str) -> str:
@@ -1884,6 +2205,58 @@ def _portable_pattern(pattern: str) -> str:
 
 
 # %% [markdown] tags=["engine"]
+# What stands around a text is written as a template, `A` for the text; for two texts `A` and `B`,
+# which we do not have, each gets its own.
+
+
+# %% tags=["engine"]
+#| export
+def _template(tables: _Tables) -> dict[str, Any] | None:
+    """Return the post-processor that puts prefix and suffix around a text, if there are any."""
+    prefix, suffix = tables.steps.prefix, tables.steps.suffix
+    if not prefix and not suffix:
+        return None
+
+    def around(name: str, number: int) -> list[dict[str, Any]]:
+        before, after = (
+            [{"SpecialToken": {"id": text, "type_id": number}} for text in texts]
+            for texts in (prefix, suffix)
+        )
+        return [*before, {"Sequence": {"id": name, "type_id": number}}, *after]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": around("A", 0),
+        "pair": around("A", 0) + around("B", 1),
+        "special_tokens": {
+            text: {"id": text, "ids": [tables.named[text]], "tokens": [text]}
+            for text in sorted({*prefix, *suffix})
+        },
+    }
+
+
+# %% [markdown] tags=["engine"]
+# The list of added tokens says which are special, and which are looked for after the normalizer.
+
+
+# %% tags=["engine"]
+#| export
+def _added_tokens(tables: _Tables) -> list[dict[str, Any]]:
+    """Return special and added tokens as files list them, in the order of their ids."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    return [
+        {
+            "id": id,
+            "content": text,
+            **flags,
+            "normalized": text in tables.steps.normalized,
+            "special": text in tables.special,
+        }
+        for text, id in sorted(tables.named.items(), key=lambda item: item[1])
+    ]
+
+
+# %% [markdown] tags=["engine"]
 # Here is the whole file:
 
 
@@ -1891,22 +2264,22 @@ def _portable_pattern(pattern: str) -> str:
 #| export
 def _tokenizer_json(tokenizer: BPETokenizer) -> dict[str, Any]:
     """Return the contents of tokenizer.json."""
+    tables = tokenizer._tables
     regular = {"type": "Split", "pattern": {"Regex": _portable_pattern(tokenizer.pattern)}}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     splits = [{**regular, "behavior": "Isolated", "invert": False}]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+    normalizer = tokenizer.steps.normalizer
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": t, **flags, "special": True} for t, i in special],
-        "normalizer": None,
+        "added_tokens": _added_tokens(tables),
+        "normalizer": {"type": normalizer} if normalizer else None,
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [*splits, {**byte_level, "use_regex": False}],
         },
-        "post_processor": None,
+        "post_processor": _template(tables),
         "decoder": {**byte_level, "use_regex": False},
         "model": {
             "type": "BPE",
@@ -1914,7 +2287,7 @@ def _tokenizer_json(tokenizer: BPETokenizer) -> dict[str, Any]:
             **dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix")),
             **dict.fromkeys(("fuse_unk", "byte_fallback"), False),
             "ignore_merges": tokenizer.ignore_merges,
-            "vocab": _file_vocabulary(tokenizer.vocabulary, tokenizer.special_tokens),
+            "vocab": _file_vocabulary(tables),
             "merges": [[_as_text(a), _as_text(b)] for a, b in tokenizer.merges],
         },
     }
@@ -1922,9 +2295,8 @@ def _tokenizer_json(tokenizer: BPETokenizer) -> dict[str, Any]:
 
 # %% [markdown] tags=["engine"]
 # Reading is harder than writing, because others put more into such files than we understand. What
-# would change the ids is refused by name, never ignored. One part is left out: a post-processor,
-# which puts special tokens around a text; ours are the ids without it. And `tokenizers` looks for
-# added tokens in *all* text, so compare with `allowed_special="all"`.
+# would change the ids is refused by name, never ignored. `tokenizers` looks for special tokens in
+# *all* text, so compare with `allowed_special="all"`.
 
 
 # %% tags=["engine"]
@@ -1958,7 +2330,7 @@ def _check_supported(data: dict[str, Any]) -> None:
     model = data["model"]
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"model: expected BPE, got {model['type']}")
-    for part in ("normalizer", "truncation", "padding"):
+    for part in ("truncation", "padding"):
         if found := data.get(part):
             raise ValueError(f"{part}: expected none, got {found.get('type', found)}")
     for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -1984,25 +2356,88 @@ def _read_merges(lines: list[Any]) -> list[tuple[bytes, bytes]]:
 
 
 # %% [markdown] tags=["engine"]
+# Normalizers and post-processors may be sequences of others. The post-processor named `ByteLevel`
+# only moves the places where tokens are reported; BERT's and RoBERTa's are templates of their own
+# kind.
+
+
+# %% tags=["engine"]
+#| export
+def _read_normalizer(step: Any) -> str | None:
+    """Return the name of the normalizer, or None."""
+    if not step:
+        return None
+    steps = step["normalizers"] if step["type"] == "Sequence" else [step]
+    if kinds := [each["type"] for each in steps if each["type"] != "NFC"]:
+        raise ValueError(f"normalizer: expected none or NFC, got {kinds[0]}")
+    return "NFC" if steps else None
+
+
+# %% [markdown] tags=["engine"]
+# A template must have one place for one text, and tokens that are listed as added:
+
+
+# %% tags=["engine"]
+#| export
+def _read_template(step: Any, names: dict[int, str]) -> tuple[list[str], list[str]]:
+    """Return the tokens that a post-processor puts before a text, and after it."""
+    steps = [step] if step else []
+    steps = step["processors"] if step and step["type"] == "Sequence" else steps
+    steps = [each for each in steps if each["type"] != "ByteLevel"]
+    if len(steps) > 1:
+        raise ValueError(f"post_processor: expected one template at most, got {len(steps)}")
+    step = steps[0] if steps else {"type": "none"}
+    kind = step["type"]
+    around: list[list[int] | None] = [None]
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        around = [[step["cls"][1]], None, [step["sep"][1]]]
+    elif kind == "TemplateProcessing":
+        known, pieces = step["special_tokens"], step["single"]
+        around = [
+            known[p["SpecialToken"]["id"]]["ids"] if "SpecialToken" in p else None for p in pieces
+        ]
+    elif kind != "none":
+        raise ValueError(f"post_processor: expected a template, got {kind}")
+    if around.count(None) != 1:
+        raise ValueError("post_processor: expected a template with one text, got another")
+    if unknown := [id for ids in around for id in ids or () if id not in names]:
+        raise ValueError(f"post_processor: expected added tokens, got id {unknown[0]}")
+    text = around.index(None)
+    prefix, suffix = (
+        [names[id] for ids in part for id in ids or ()]
+        for part in (around[:text], around[text + 1 :])
+    )
+    return prefix, suffix
+
+
+# %% [markdown] tags=["engine"]
 # A file may be cut off, or be no tokenizer at all. Whatever is wrong becomes one kind of error,
 # and names the file.
 
 
 # %% tags=["engine"]
 #| export
-def read_json_object(path: Path) -> dict[str, Any]:
+def checked_path(path: object, argument: str = "path") -> Path:
+    """Return ``path`` as a Path; what is neither a str nor a Path raises a ``ValueError``."""
+    if not isinstance(path, str | Path):
+        raise ValueError(f"{argument}: expected a str or a Path, got {path!r:.60}")
+    return Path(path)
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
     """Return the object in a JSON file."""
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = json.loads(checked_path(path).read_text(encoding="utf-8"))
     if not isinstance(data, dict):
         raise ValueError(f"expected a JSON object, got {type(data).__name__}")
     return data
 
 
 @contextmanager
-def naming_file(path: Path) -> Iterator[None]:
-    """Turn whatever is wrong with a file's contents into a ``ValueError`` that names the file."""
+def naming_file(path: str | Path) -> Iterator[Path]:
+    """Give ``path``; whatever is wrong with its contents becomes a ``ValueError`` that names it."""
+    path = checked_path(path)
     try:
-        yield
+        yield path
     except (ValueError, RecursionError) as error:
         raise ValueError(f"path: {str(path)!r}: {error}") from error
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -2011,7 +2446,8 @@ def naming_file(path: Path) -> Iterator[None]:
 
 
 # %% [markdown] tags=["engine"]
-# What a tokenizer is made of, from `tokenizer.json`:
+# What a tokenizer is made of, from `tokenizer.json`. Added tokens stand in the vocabulary, too. One
+# that is a byte or has a part in a merge is an ordinary token that was made special.
 
 
 # %% tags=["engine"]
@@ -2020,14 +2456,33 @@ def _from_tokenizer_json(path: Path) -> dict[str, Any]:
     """Return what a tokenizer is made of, from tokenizer.json."""
     data = read_json_object(path)
     _check_supported(data)
-    special = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
-    tokens = {t: id for t, id in data["model"]["vocab"].items() if t not in special}
+    vocabulary, listed = data["model"]["vocab"], data.get("added_tokens") or ()
+    for token in listed:
+        if (known := vocabulary.get(token["content"], token["id"])) != token["id"]:
+            has = f"{token['content']!r} has id {token['id']}, in the vocabulary {known}"
+            raise ValueError(f"added_tokens: expected one id for each, got: {has}")
+    names = {token["content"]: token["id"] for token in listed}
+    special = {t["content"]: t["id"] for t in listed if t.get("special", True)}
+    merges = _read_merges(data["model"]["merges"])
+    parts = {
+        _as_text(part) for a, b in merges for part in (a, b, a + b)
+    } | _CHARACTER_TO_BYTE.keys()
+    tokens = {t: id for t, id in vocabulary.items() if t not in names or t in parts}
+    prefix, suffix = _read_template(data.get("post_processor"), {i: t for t, i in names.items()})
+    normalizer: Any = _read_normalizer(data.get("normalizer"))
     return {
         "vocabulary": {id: _as_bytes(token) for token, id in tokens.items()},
-        "merges": _read_merges(data["model"]["merges"]),
+        "merges": merges,
         "special_tokens": special,
         "pattern": _read_pattern(data.get("pre_tokenizer")),
         "ignore_merges": bool(data["model"].get("ignore_merges")),
+        "steps": TextSteps(
+            normalizer=normalizer,
+            added_tokens={text: id for text, id in names.items() if text not in special},
+            normalized=[token["content"] for token in listed if token.get("normalized")],
+            prefix=prefix,
+            suffix=suffix,
+        ),
     }
 
 
@@ -2067,13 +2522,14 @@ def _write_text(path: Path, text: str) -> None:
 class BPETokenizer(BPETokenizer):  # continued
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``. A ``ValueError`` says what this format cannot hold."""
-        _write_text(Path(path), json.dumps(_tokenizer_json(self), ensure_ascii=False, indent=1))
+        text = json.dumps(_tokenizer_json(self), ensure_ascii=False, indent=1)
+        _write_text(checked_path(path), text)
 
     @classmethod
     def load(cls, path: str | Path) -> "BPETokenizer":
         """Read ``tokenizer.json``. A ``ValueError`` says what is damaged, or cannot be honored."""
-        with naming_file(Path(path)):
-            made = cls(**_from_tokenizer_json(Path(path)))
+        with naming_file(path) as found:
+            made = cls(**_from_tokenizer_json(found))
         return made
 
 
@@ -2085,10 +2541,21 @@ class BPETokenizer(BPETokenizer):  # continued
 #| export
 class BPETokenizer(BPETokenizer):  # continued
     def save_gpt2(self, folder: str | Path) -> None:
-        """Write ``vocab.json`` and ``merges.txt`` into ``folder``; the pattern is not in them."""
-        tokens = _file_vocabulary(self.vocabulary, self.special_tokens)
+        """Write ``vocab.json`` and ``merges.txt`` into ``folder``; the pattern is not in them.
+
+        What else they cannot hold raises a ``ValueError``.
+        """
+        if self.steps != TextSteps() or self.ignore_merges:
+            raise ValueError(
+                "save_gpt2: expected no steps and no ignore_merges, got some: use save"
+            )
+        if both := [t for t in self.special_tokens if t.encode() in self._tables.ids]:
+            raise ValueError(
+                f"special_tokens: these files cannot make {both[0]!r} special: use save"
+            )
+        tokens = _file_vocabulary(self._tables)
         lines = [f"{_as_text(a)} {_as_text(b)}" for a, b in self.merges]
-        folder = Path(folder)
+        folder = checked_path(folder, "folder")
         folder.mkdir(parents=True, exist_ok=True)
         _write_text(folder / "vocab.json", json.dumps(tokens, ensure_ascii=False))
         _write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *lines, ""]))
@@ -2096,8 +2563,8 @@ class BPETokenizer(BPETokenizer):  # continued
     @classmethod
     def load_gpt2(cls, folder: str | Path, *, pattern: str = GPT2_PATTERN) -> "BPETokenizer":
         """Read ``vocab.json`` and ``merges.txt``. Tokens that no merge makes become special."""
-        with naming_file(Path(folder)):
-            made = cls(**_from_gpt2(Path(folder)), pattern=pattern)
+        with naming_file(checked_path(folder, "folder")) as found:
+            made = cls(**_from_gpt2(found), pattern=pattern)
         return made
 
 

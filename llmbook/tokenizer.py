@@ -5,13 +5,14 @@ with them, decode without loss, and speak the file formats of others."""
 
 # %% auto #0
 __all__ = ['GPT2_PATTERN', 'GPT4_PATTERN', 'valid_text', 'pretokenize', 'check_special_tokens', 'count_words', 'learn_merges',
-           'WordCache', 'SpecialTokens', 'BPETokenizer', 'train_bpe', 'train_bpe_files', 'read_json_object',
-           'naming_file']
+           'WordCache', 'SpecialTokens', 'BPETokenizer', 'train_bpe', 'TextSteps', 'train_bpe_files', 'checked_path',
+           'read_json_object', 'naming_file']
 
-# %% ../chapters/05_tokenizer.ipynb #781dd2ff
+# %% ../chapters/05_tokenizer.ipynb #b5822b30
 # The imports of the module
 import codecs
 import json
+import operator
 import os
 import re
 from bisect import insort
@@ -24,34 +25,39 @@ from heapq import heapify, heappop, heappush
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, SupportsInt
+from unicodedata import normalize
 
 import regex  # type: ignore[import-untyped, unused-ignore]
 
 from .cleaning import whole_characters
 from .corpus import Document, existing_paths, iter_texts, ordered_map
-from .environment import check_at_least, check_text, whole_file
+from .environment import check_at_least, check_choice, check_text, whole_file
 
 # %% ../chapters/05_tokenizer.ipynb #c5051b5f
 def valid_text(text: object, argument: str = "text") -> str:
     """Return ``text`` with surrogates joined or replaced; what is no text raises a ValueError."""
     return whole_characters(check_text(text, argument))
 
-# %% ../chapters/05_tokenizer.ipynb #81bff2ec
+# %% ../chapters/05_tokenizer.ipynb #4d0fb6dc
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _GPT4_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
 )
 GPT4_PATTERN = _GPT4_WORDS + r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-_LLAMA3_PATTERN = _GPT4_WORDS + r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # what tiktoken had formerly
+_LLAMA3_PATTERN = _GPT4_WORDS + r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # tiktoken's older form
 _KNOWN_PATTERNS = {GPT2_PATTERN, GPT4_PATTERN, _LLAMA3_PATTERN}
 
-# %% ../chapters/05_tokenizer.ipynb #8bd8eee9
-@cache
+# %% ../chapters/05_tokenizer.ipynb #229ee141
 def _splitter(pattern: str) -> Callable[[str], list[str]]:
     """Return the function that cuts a text into words by ``pattern``; bad ones raise ValueError."""
+    return _compiled(check_text(pattern, "pattern"))
+
+
+@cache
+def _compiled(pattern: str) -> Callable[[str], list[str]]:
     try:
         compiled = regex.compile(pattern)
-    except (regex.error, TypeError) as error:
+    except regex.error as error:
         raise ValueError(f"pattern: not a regular expression: {pattern!r}: {error}") from None
     if compiled.groups:
         raise ValueError(f"pattern: expected groups to be (?:...), got {pattern!r}")
@@ -76,11 +82,13 @@ def pretokenize(text: str, pattern: str = GPT4_PATTERN) -> list[str]:
     """
     return _splitter(pattern)(valid_text(text))
 
-# %% ../chapters/05_tokenizer.ipynb #3b8fa65f
+# %% ../chapters/05_tokenizer.ipynb #ba7c6f3f
 def check_special_tokens(tokens: Collection[str]) -> tuple[str, ...]:
     """Return ``tokens`` as a tuple of texts; an empty, broken or repeated one is refused."""
     if isinstance(tokens, str):
         raise ValueError(f"special_tokens: expected several, such as [{tokens!r}], got one str")
+    if isinstance(tokens, bytes) or not isinstance(tokens, Iterable):
+        raise ValueError(f"special_tokens: expected several texts, got {tokens!r:.60}")
     tokens = tuple(tokens)
     for token in tokens:
         if not isinstance(token, str) or not token or valid_text(token) != token:
@@ -348,7 +356,7 @@ def _apply_merges(
             heappush(heap, rank_before * size + previous)
     return [token for token in tokens if token >= 0]
 
-# %% ../chapters/05_tokenizer.ipynb #e8c775d2
+# %% ../chapters/05_tokenizer.ipynb #893868f7
 class WordCache(dict[str, tuple[int, ...]]):
     """Ids of words, found by ``encode`` when first asked for; bounded in number and length."""
 
@@ -357,6 +365,9 @@ class WordCache(dict[str, tuple[int, ...]]):
     ) -> None:
         """Make an empty cache for ``size`` words of at most ``longest`` characters."""
         super().__init__()
+        check_at_least(size=(1, size), longest=(0, longest))
+        if not callable(encode):
+            raise ValueError(f"encode: expected a function of a word, got {encode!r:.60}")
         self._encode, self._size, self._longest = encode, size, longest
 
     def __missing__(self, word: str) -> tuple[int, ...]:
@@ -377,11 +388,7 @@ class SpecialTokens(dict[str, int]):
 
     def allowed(self, allowed_special: _Allowed) -> tuple[str, ...]:
         """Return the tokens that are allowed, after a check that all of them are known."""
-        chosen = self if allowed_special == "all" else allowed_special
-        if isinstance(chosen, str) or not set(chosen) <= set(self):
-            expected = f"'all' or some of {sorted(self)}"
-            raise ValueError(f"allowed_special: expected {expected}, got {allowed_special!r}")
-        return tuple(sorted(chosen))
+        return self._chosen("allowed_special", allowed_special, self)
 
     def encode(
         self, text: str, allowed: tuple[str, ...], ordinary: Callable[[str], list[int]]
@@ -396,6 +403,30 @@ class SpecialTokens(dict[str, int]):
             place = match.end()
         return ids + ordinary(text[place:])
 
+    def disallowed(
+        self, disallowed_special: _Allowed, allowed: Collection[str] = ()
+    ) -> tuple[str, ...]:
+        """Return the tokens that must not stand in a text; "all" are those not in ``allowed``."""
+        rest = [token for token in self if token not in allowed]
+        return self._chosen("disallowed_special", disallowed_special, rest)
+
+    def _chosen(self, argument: str, chosen: object, whole: Iterable[str]) -> tuple[str, ...]:
+        every = whole if isinstance(chosen, str) and chosen == "all" else chosen
+        if (
+            isinstance(every, str | bytes)
+            or not isinstance(every, Collection)
+            or not all(isinstance(token, str) and token in self for token in every)
+        ):
+            expected = f"'all' or some of {sorted(self)}"
+            raise ValueError(f"{argument}: expected {expected}, got {chosen!r}")
+        return tuple(sorted(every))
+
+    def refuse(self, text: str, disallowed: tuple[str, ...]) -> None:
+        """Raise a ``ValueError`` if ``text`` has one of the ``disallowed`` tokens."""
+        if disallowed and (match := _finder(disallowed).search(text)):
+            place = f"the special token {match[0]!r}, at character {match.start()}"
+            raise ValueError(f"text: expected none of disallowed_special, got {place}")
+
 # %% ../chapters/05_tokenizer.ipynb #e8ade441
 def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
     """Yield text as soon as its characters are complete."""
@@ -406,7 +437,7 @@ def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
     if text := decoder.decode(b"", final=True):
         yield text
 
-# %% ../chapters/05_tokenizer.ipynb #7b3bd920
+# %% ../chapters/05_tokenizer.ipynb #c64aeba8
 @dataclass(frozen=True, repr=False)
 class BPETokenizer:
     """A byte-level BPE tokenizer: text to ids and back, without loss for any valid text.
@@ -422,6 +453,7 @@ class BPETokenizer:
     special_tokens: dict[str, int] = field(default_factory=dict)
     pattern: str = GPT4_PATTERN
     ignore_merges: bool = False
+    steps: "TextSteps" = field(default_factory=lambda: TextSteps())
     _tables: "_Tables" = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -436,10 +468,24 @@ class BPETokenizer:
         """One more than the largest id; of ids without gaps, how many there are."""
         return self._tables.size
 
-    def encode(self, text: str, *, allowed_special: _Allowed = ()) -> list[int]:
-        """Return the ids of ``text``. Special tokens in it are ordinary text unless allowed."""
-        special, ordinary = self._tables.special, self._tables.encode
-        return special.encode(valid_text(text), special.allowed(allowed_special), ordinary)
+    def encode(
+        self,
+        text: str,
+        *,
+        allowed_special: _Allowed = (),
+        disallowed_special: _Allowed = (),
+        add_special_tokens: bool = True,
+    ) -> list[int]:
+        """Return the ids of ``text``. Special tokens in it are ordinary text unless allowed.
+
+        Those in ``disallowed_special`` raise a ``ValueError``; "all" are those not allowed. A
+        prefix and a suffix that the tokenizer has are added unless ``add_special_tokens=False``.
+        """
+        tables, text = self._tables, valid_text(text)
+        allowed = tables.special.allowed(allowed_special)
+        tables.special.refuse(text, tables.special.disallowed(disallowed_special, allowed))
+        ids = tables.encode_named(text, allowed)
+        return [*tables.prefix, *ids, *tables.suffix] if add_special_tokens else ids
 
     def decode_bytes(
         self, ids: Iterable[SupportsInt], *, skip_special_tokens: bool = False
@@ -481,17 +527,59 @@ class BPETokenizer:
         merges = self.merges[: vocab_size - 256 - len(special)]
         return BPETokenizer.from_merges(merges, special, pattern=self.pattern)
 
+    def __init__(
+        self,
+        vocabulary: Mapping[int, bytes],
+        merges: Sequence[tuple[bytes, bytes]],
+        *,
+        special_tokens: Mapping[str, int] | Collection[str] = (),
+        pattern: str = GPT4_PATTERN,
+        ignore_merges: bool = False,
+        steps: "TextSteps | None" = None,
+    ) -> None:
+        """Make a tokenizer; a list of ``special_tokens`` gets the vocabulary's or the next ids."""
+        if not isinstance(ignore_merges, bool):
+            raise ValueError(f"ignore_merges: expected True or False, got {ignore_merges!r:.60}")
+        if not isinstance(steps, TextSteps | None):
+            raise ValueError(f"steps: expected TextSteps, got {type(steps).__name__}")
+        steps, merges, ids = (
+            steps or TextSteps(),
+            _checked_pairs(merges),
+            _checked_vocabulary(vocabulary),
+        )
+        special = _numbered(special_tokens, ids, steps.added_tokens)
+        named = {text.encode(): id for text, id in {**special, **steps.added_tokens}.items()}
+        if apart := {token for token, id in named.items() if ids.get(token) == id}:
+            apart -= {part for a, b in merges for part in (a, b, a + b)} | {
+                bytes([byte]) for byte in range(256)
+            }
+            vocabulary = {id: token for id, token in vocabulary.items() if token not in apart}
+        own: Any = vars(self)
+        own.update(vocabulary=vocabulary, merges=merges, special_tokens=special)
+        own.update(pattern=pattern, ignore_merges=ignore_merges, steps=steps)
+        self.__post_init__()
+
     def _pieces(self, ids: Iterable[SupportsInt], skip_special_tokens: bool) -> Iterator[bytes]:
-        """Yield the bytes of each id, of special tokens only if they are not to be skipped."""
-        hidden = set(self.special_tokens.values()) if skip_special_tokens else ()
-        tokens = self._tables.tokens
-        for place, id in enumerate(ids.tolist() if hasattr(ids, "tolist") else ids):
-            whole = type(id) is int or (not isinstance(id, bool) and hasattr(id, "__index__"))
-            if not whole or (piece := tokens.get(id)) is None:
+        """Return the bytes of each id, of special tokens only if they are not to be skipped."""
+        values = ids.tolist() if hasattr(ids, "tolist") else ids
+        if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+            raise ValueError(f"ids: expected several ids, such as [65], got {ids!r:.60}")
+        hidden = set(self.special_tokens.values()) if skip_special_tokens else set[int]()
+        return (piece for id, piece in self._checked_pieces(values) if id not in hidden)
+
+    def _checked_pieces(self, ids: Iterable[Any]) -> Iterator[tuple[int, bytes]]:
+        """Yield each id and its bytes; a ``ValueError`` says where something else stands."""
+        for place, given in enumerate(ids):
+            try:
+                id = -1 if isinstance(given, bool) else operator.index(given)
+            except TypeError:
+                id = -1
+            if (piece := self._tables.tokens.get(id)) is None:
+                gap = 0 <= id < self.vocab_size
                 expected = f"ids of the vocabulary, below {self.vocab_size}"
-                raise ValueError(f"ids: expected {expected}, got {id!r} at index {place}")
-            if id not in hidden:
-                yield piece
+                expected = "ids that a token has" if gap else expected
+                raise ValueError(f"ids: expected {expected}, got {given!r:.60} at index {place}")
+            yield id, piece
 
     def __repr__(self) -> str:
         """Return the size and the special tokens; all of it would fill a screen."""
@@ -501,38 +589,65 @@ class BPETokenizer:
     def __reduce__(self) -> Any:
         """Pickle what is known, without the tables."""
         options: Any = {"pattern": self.pattern, "ignore_merges": self.ignore_merges}
-        make = partial(type(self), special_tokens=self.special_tokens, **options)
-        return make, (self.vocabulary, self.merges)
+        options |= {"special_tokens": self.special_tokens, "steps": self.steps}
+        return partial(type(self), **options), (self.vocabulary, self.merges)
 
     def encode_batch(
-        self, texts: Iterable[str], workers: int = 1, *, allowed_special: _Allowed = ()
+        self,
+        texts: Iterable[str],
+        workers: int = 1,
+        *,
+        allowed_special: _Allowed = (),
+        disallowed_special: _Allowed = (),
+        add_special_tokens: bool = True,
     ) -> list[list[int]]:
         """Return the ids of each of ``texts``, in order, encoded by ``workers`` processes."""
         check_at_least(workers=(1, workers))
-        allowed = self._tables.special.allowed(allowed_special)
-        jobs = [(self, batch, allowed) for batch in _batches(texts)]
+        special = self._tables.special
+        options = {
+            "allowed_special": special.allowed(allowed_special),
+            "disallowed_special": special.disallowed(disallowed_special, allowed_special),
+            "add_special_tokens": add_special_tokens,
+        }
+        jobs = [(self, batch, options) for batch in _batches(texts)]
         return list(chain.from_iterable(ordered_map(_encode_job, jobs, workers)))
 
     def encode_iterable(
-        self, texts: Iterable[str], *, allowed_special: _Allowed = ()
+        self,
+        texts: Iterable[str],
+        *,
+        allowed_special: _Allowed = (),
+        disallowed_special: _Allowed = (),
+        add_special_tokens: bool = True,
     ) -> Iterator[int]:
-        """Yield the joined texts' ids: in constant memory with GPT-2's and GPT-4's patterns."""
-        allowed = self._tables.special.allowed(allowed_special)
-        return chain.from_iterable(self._encode_stream(_joined_halves(texts), allowed))
+        """Yield the joined texts' ids: in constant memory with GPT-2's and GPT-4's patterns.
 
-    def _encode_stream(self, texts: Iterator[str], allowed: tuple[str, ...]) -> Iterator[list[int]]:
+        Where tokens are looked for in normalized text, all of it is gathered first.
+        """
+        tables = self._tables
+        allowed = tables.special.allowed(allowed_special)
+        disallowed = tables.special.disallowed(disallowed_special, allowed)
+        stream = self._encode_stream(_joined_halves(texts), allowed, disallowed)
+        around = (tables.prefix, tables.suffix) if add_special_tokens else ((), ())
+        return chain(around[0], chain.from_iterable(stream), around[1])
+
+    def _encode_stream(
+        self, texts: Iterator[str], allowed: tuple[str, ...], disallowed: tuple[str, ...]
+    ) -> Iterator[list[int]]:
         """Yield the ids of the joined ``texts``, some thousands at a time."""
+        encode = partial(self.encode, allowed_special=allowed, disallowed_special=disallowed)
+        marks = tuple({*allowed, *disallowed, *self.steps.added_tokens})
         parts, gathered, enough = list[str](), 0, _STREAM_SIZE
         for text in texts:
             parts.append(text)
             gathered += len(text)
-            if gathered >= enough:
+            if gathered >= enough and not self.steps.normalized:
                 whole = "".join(parts)
-                end = _safe_end(whole, self.pattern, allowed)
-                yield self.encode(whole[:end], allowed_special=allowed)
+                end = _safe_end(whole, self.pattern, marks)
+                yield encode(whole[:end], add_special_tokens=False)
                 parts, gathered = [whole[end:]], len(whole) - end
                 enough = max(_STREAM_SIZE, 2 * gathered)
-        yield self.encode("".join(parts), allowed_special=allowed)
+        yield encode("".join(parts), add_special_tokens=False)
 
     def to_tiktoken(self, name: str = "llmbook") -> Any:
         """Return a ``tiktoken.Encoding`` with the same ids. A ``ValueError`` says why not."""
@@ -555,20 +670,32 @@ class BPETokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``. A ``ValueError`` says what this format cannot hold."""
-        _write_text(Path(path), json.dumps(_tokenizer_json(self), ensure_ascii=False, indent=1))
+        text = json.dumps(_tokenizer_json(self), ensure_ascii=False, indent=1)
+        _write_text(checked_path(path), text)
 
     @classmethod
     def load(cls, path: str | Path) -> "BPETokenizer":
         """Read ``tokenizer.json``. A ``ValueError`` says what is damaged, or cannot be honored."""
-        with naming_file(Path(path)):
-            made = cls(**_from_tokenizer_json(Path(path)))
+        with naming_file(path) as found:
+            made = cls(**_from_tokenizer_json(found))
         return made
 
     def save_gpt2(self, folder: str | Path) -> None:
-        """Write ``vocab.json`` and ``merges.txt`` into ``folder``; the pattern is not in them."""
-        tokens = _file_vocabulary(self.vocabulary, self.special_tokens)
+        """Write ``vocab.json`` and ``merges.txt`` into ``folder``; the pattern is not in them.
+
+        What else they cannot hold raises a ``ValueError``.
+        """
+        if self.steps != TextSteps() or self.ignore_merges:
+            raise ValueError(
+                "save_gpt2: expected no steps and no ignore_merges, got some: use save"
+            )
+        if both := [t for t in self.special_tokens if t.encode() in self._tables.ids]:
+            raise ValueError(
+                f"special_tokens: these files cannot make {both[0]!r} special: use save"
+            )
+        tokens = _file_vocabulary(self._tables)
         lines = [f"{_as_text(a)} {_as_text(b)}" for a, b in self.merges]
-        folder = Path(folder)
+        folder = checked_path(folder, "folder")
         folder.mkdir(parents=True, exist_ok=True)
         _write_text(folder / "vocab.json", json.dumps(tokens, ensure_ascii=False))
         _write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *lines, ""]))
@@ -576,8 +703,8 @@ class BPETokenizer:
     @classmethod
     def load_gpt2(cls, folder: str | Path, *, pattern: str = GPT2_PATTERN) -> "BPETokenizer":
         """Read ``vocab.json`` and ``merges.txt``. Tokens that no merge makes become special."""
-        with naming_file(Path(folder)):
-            made = cls(**_from_gpt2(Path(folder)), pattern=pattern)
+        with naming_file(checked_path(folder, "folder")) as found:
+            made = cls(**_from_gpt2(found), pattern=pattern)
         return made
 
 # %% ../chapters/05_tokenizer.ipynb #387e2429
@@ -614,29 +741,38 @@ def train_bpe(
         special_tokens,
     )
 
-# %% ../chapters/05_tokenizer.ipynb #72fc25db
-def _checked_ids(vocabulary: Mapping[int, bytes], special: Mapping[str, int]) -> dict[bytes, int]:
+# %% ../chapters/05_tokenizer.ipynb #1c17d427
+def _checked_vocabulary(vocabulary: object) -> dict[bytes, int]:
     """Return the ids of ordinary tokens by their bytes, or say what is wrong with them."""
-    check_special_tokens(list(special))
-    for id in chain(vocabulary, special.values()):
+    if not isinstance(vocabulary, Mapping):
+        kind, example = type(vocabulary).__name__, "such as {0: b'a'}"
+        raise ValueError(f"vocabulary: expected ids with their bytes, {example}, got {kind}")
+    ids: dict[bytes, int] = {}
+    for id, token in vocabulary.items():
         if isinstance(id, bool) or not isinstance(id, int) or id < 0:
-            raise ValueError(f"vocabulary, special_tokens: expected ids from 0 on, got {id!r}")
-    ids = {token: id for id, token in vocabulary.items()}
-    if len(ids) < len(vocabulary) or b"" in ids:
-        repeated = [
-            token for token, n in Counter(vocabulary.values()).items() if n > 1 or not token
-        ]
-        raise ValueError(f"vocabulary: expected different, non-empty tokens, got {repeated[0]!r}")
+            raise ValueError(f"vocabulary: expected ids from 0 on, got {id!r:.60}")
+        if not isinstance(token, bytes):
+            raise ValueError(f"vocabulary: expected bytes for id {id}, got {token!r:.60}")
+        if not token or token in ids:
+            raise ValueError(f"vocabulary: expected different, non-empty tokens, got {token!r}")
+        ids[token] = id
     if missing := [byte for byte in range(256) if bytes([byte]) not in ids]:
         raise ValueError(f"vocabulary: expected all 256 bytes, {missing[0]:#04x} is missing")
-    if twice := [text for text in special if text.encode() in ids]:
-        raise ValueError(f"special_tokens: {twice[0]!r} is an ordinary token already")
-    used = Counter(special.values())
-    if clash := [id for id, count in used.items() if count > 1 or id in vocabulary]:
-        raise ValueError(f"special_tokens: expected ids of their own, got {clash[0]} again")
     return ids
 
-# %% ../chapters/05_tokenizer.ipynb #521668d9
+# %% ../chapters/05_tokenizer.ipynb #48160e87
+def _checked_pairs(merges: object) -> list[tuple[bytes, bytes]]:
+    """Return ``merges`` as a list of pairs of bytes."""
+    if isinstance(merges, str | bytes | Mapping) or not isinstance(merges, Iterable):
+        raise ValueError(f"merges: expected pairs of bytes in order, got {merges!r:.60}")
+    pairs: list[tuple[bytes, bytes]] = []
+    for place, pair in enumerate(merges):
+        if not isinstance(pair, tuple | list) or list(map(type, pair)) != [bytes, bytes]:
+            raise ValueError(f"merges: expected pairs of bytes, got {pair!r:.60} at index {place}")
+        pairs.append((pair[0], pair[1]))
+    return pairs
+
+
 def _ranked(
     merges: Sequence[tuple[bytes, bytes]], ids: dict[bytes, int]
 ) -> tuple[dict[tuple[int, int], int], list[int]]:
@@ -650,19 +786,101 @@ def _ranked(
         raise ValueError(f"merges: expected each pair once, got {repeated} several times")
     return ranks, [ids[a + b] for a, b in merges]
 
-# %% ../chapters/05_tokenizer.ipynb #e6779e87
+# %% ../chapters/05_tokenizer.ipynb #83c2e4da
+def _token_ids(argument: str, tokens: object) -> dict[str, int]:
+    """Return ``tokens``, texts with their ids, or say what is wrong with them."""
+    if not isinstance(tokens, Mapping):
+        kind, example = type(tokens).__name__, "such as {'<a>': 0}"
+        raise ValueError(f"{argument}: expected texts with their ids, {example}, got {kind}")
+    for text, id in tokens.items():
+        if not isinstance(text, str) or not text or valid_text(text) != text:
+            raise ValueError(f"{argument}: expected non-empty, valid texts, got {text!r:.60}")
+        if isinstance(id, bool) or not isinstance(id, int) or id < 0:
+            raise ValueError(f"{argument}: expected ids from 0 on, got {id!r:.60} for {text!r}")
+    return dict(tokens)
+
+
+def _numbered(tokens: object, ids: dict[bytes, int], added: Mapping[str, int]) -> dict[str, int]:
+    """Return special tokens with their ids; those of a list are the vocabulary's or the next."""
+    if isinstance(tokens, Mapping):
+        return _token_ids("special_tokens", tokens)
+    texts = check_special_tokens(tokens)  # type: ignore[arg-type]
+    first = 1 + max(chain(ids.values(), added.values()), default=-1)
+    new = [text for text in texts if text.encode() not in ids]
+    known = {text: ids[text.encode()] for text in texts if text not in new}
+    ids_of = known | {text: first + place for place, text in enumerate(new)}
+    return {text: ids_of[text] for text in texts}
+
+# %% ../chapters/05_tokenizer.ipynb #3e7318ea
+@dataclass(frozen=True)
+class TextSteps:
+    """What is done to a text besides cutting and merging; by default, nothing.
+
+    ``normalizer`` is None or "NFC". ``added_tokens`` and their ids are found in every text, and are
+    not special. Tokens are looked for before the text is normalized; those in ``normalized``,
+    special or added, after that. ``encode`` puts the tokens of ``prefix`` and ``suffix``, which
+    are special or added, around a text.
+    """
+
+    normalizer: Literal["NFC"] | None = None
+    added_tokens: Mapping[str, int] = field(default_factory=dict)
+    normalized: Collection[str] = ()
+    prefix: Sequence[str] = ()
+    suffix: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Copy what was given, and check what can be checked without the vocabulary."""
+        if self.normalizer is not None:
+            check_choice("normalizer", self.normalizer, ("NFC",))
+        own = vars(self)  # what is frozen for others
+        own.update(added_tokens=_token_ids("added_tokens", self.added_tokens))
+        for argument in ("normalized", "prefix", "suffix"):
+            tokens = own[argument]
+            if isinstance(tokens, str) or not isinstance(tokens, Iterable):
+                raise ValueError(f"{argument}: expected several tokens, got {tokens!r:.60}")
+            own[argument] = tuple(check_text(token, argument) for token in tokens)
+        own.update(normalized=tuple(sorted(set(self.normalized))))
+
+# %% ../chapters/05_tokenizer.ipynb #d45bd798
+def _checked_names(
+    ids: dict[bytes, int], special: Mapping[str, int], steps: TextSteps
+) -> SpecialTokens:
+    """Return special and added tokens, after a check that their ids are their own."""
+    if both := sorted(special.keys() & steps.added_tokens.keys()):
+        raise ValueError(f"added_tokens: expected tokens that are not special, got {both[0]!r}")
+    named = SpecialTokens({**special, **steps.added_tokens})
+    ordinary = {id: token for token, id in ids.items()}
+    used = Counter(named.values())
+    for text, id in named.items():
+        argument, data = "special_tokens" if text in special else "added_tokens", text.encode()
+        if ids.get(data, id) != id:
+            expected = f"{text!r} is an ordinary token already, with id {ids[data]}"
+            raise ValueError(f"{argument}: {expected}, got {id}")
+        if used[id] > 1 or ordinary.get(id, data) != data:
+            raise ValueError(f"{argument}: expected ids of their own, got {id} again")
+    for argument in ("normalized", "prefix", "suffix"):
+        if unknown := [text for text in getattr(steps, argument) if text not in named]:
+            expected = "expected special or added tokens"
+            raise ValueError(f"{argument}: {expected}, got {unknown[0]!r}")
+    return named
+
+# %% ../chapters/05_tokenizer.ipynb #347432ce
 class _Tables:
     """What encoding and decoding look things up in, made from what a tokenizer knows."""
 
     def __init__(self, known: BPETokenizer) -> None:
-        self.special = SpecialTokens(known.special_tokens)
-        self.ids = _checked_ids(known.vocabulary, self.special)
-        self.tokens = {**known.vocabulary, **{id: t.encode() for t, id in self.special.items()}}
+        self.special, self.steps = SpecialTokens(known.special_tokens), known.steps
+        self.ids = _checked_vocabulary(known.vocabulary)
+        self.named = _checked_names(self.ids, self.special, self.steps)
+        self.tokens = {**known.vocabulary, **{id: t.encode() for t, id in self.named.items()}}
         self.size = max(self.tokens) + 1
         self.byte_ids = [self.ids[bytes([byte])] for byte in range(256)]
         self.ranks, self.merged = _ranked(known.merges, self.ids)
         self.ignore_merges = known.ignore_merges
         self.split, self.words = _splitter(known.pattern), WordCache(self.encode_word)
+        self.prefix, self.suffix = (
+            [self.named[text] for text in texts] for texts in (self.steps.prefix, self.steps.suffix)
+        )
 
     def merge(self, data: bytes) -> list[int]:
         """Return the ids that the merges make of ``data``."""
@@ -678,20 +896,40 @@ class _Tables:
         """Return the ids of ``text`` without special tokens."""
         return list(chain.from_iterable(map(self.words.__getitem__, self.split(text))))
 
-# %% ../chapters/05_tokenizer.ipynb #f86e36cd
-def _encode_job(job: tuple[BPETokenizer, list[str], _Allowed]) -> list[list[int]]:
-    """What a worker does: encode some texts."""
-    tokenizer, texts, allowed = job
-    return [tokenizer.encode(text, allowed_special=allowed) for text in texts]
+    def normalize(self, text: str) -> str:
+        """Return ``text`` as the normalizer writes it."""
+        return normalize("NFC", text) if self.steps.normalizer else text
 
-# %% ../chapters/05_tokenizer.ipynb #75777bad
+    def encode_named(self, text: str, allowed: tuple[str, ...]) -> list[int]:
+        """Return the ids of ``text``, in which ``allowed`` and all added tokens are found."""
+        steps = self.steps
+        if not steps.added_tokens and not steps.normalizer:
+            return self.special.encode(text, allowed, self.encode)
+        found = {*allowed, *steps.added_tokens}
+        late = SpecialTokens(
+            {self.normalize(t): self.named[t] for t in found & {*steps.normalized}}
+        )
+
+        def between(part: str) -> list[int]:
+            return late.encode(self.normalize(part), tuple(sorted(late)), self.encode)
+
+        return self.named.encode(text, tuple(sorted(found - {*steps.normalized})), between)
+
+# %% ../chapters/05_tokenizer.ipynb #9a03267e
+def _encode_job(job: tuple[BPETokenizer, list[str], dict[str, Any]]) -> list[list[int]]:
+    """What a worker does: encode some texts."""
+    tokenizer, texts, options = job
+    return [tokenizer.encode(text, **options) for text in texts]
+
+# %% ../chapters/05_tokenizer.ipynb #710701e0
 def _train(
     count: Callable[[tuple[str, ...]], Counter[str]],
     vocab_size: int,
     pattern: str,
     special_tokens: Collection[str],
+    argument: str = "texts",
 ) -> BPETokenizer:
-    """Check, count, learn, and build."""
+    """Check, count, learn, and build; ``argument`` is what the caller calls the texts."""
     special = check_special_tokens(special_tokens)
     check_at_least(vocab_size=(256 + len(special), vocab_size))
     if vocab_size > 1_000_000:
@@ -701,11 +939,11 @@ def _train(
         raise ValueError(f"special_tokens: {clash[0]!r} is an ordinary token, a byte")
     counts = count(special)
     if not counts:
-        raise ValueError("expected some text to train on, got none")
+        raise ValueError(f"{argument}: expected some text to train on, got none")
     merges = learn_merges(counts, vocab_size - 256 - len(special))
     return BPETokenizer.from_merges(merges, special, pattern=pattern)
 
-# %% ../chapters/05_tokenizer.ipynb #03acdf08
+# %% ../chapters/05_tokenizer.ipynb #ae7daef6
 def train_bpe_files(
     paths: str | Path | Iterable[str | Path],
     vocab_size: int,
@@ -730,9 +968,11 @@ def train_bpe_files(
         vocab_size,
         pattern,
         special_tokens,
+        "paths",
     )
 
-# %% ../chapters/05_tokenizer.ipynb #61e51d35
+# %% ../chapters/05_tokenizer.ipynb #534addb3
+_STREAM_SIZE = 1 << 16  # characters to gather before looking for a place to cut
 _SAFE_CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{M}\p{N}'])|(?<=\S)(?=[^\S\r\n])")
 
 
@@ -748,20 +988,23 @@ def _safe_end(text: str, pattern: str, allowed: tuple[str, ...]) -> int:
         end = cut.start() if cut else end
     return end
 
-
+# %% ../chapters/05_tokenizer.ipynb #38f7d8f8
 def _joined_halves(texts: Iterable[str]) -> Iterator[str]:
-    """Yield ``texts`` in valid Unicode, joining a surrogate that ends one to what follows."""
+    """Return ``texts`` in valid Unicode, joining a surrogate that ends one to what follows."""
     if isinstance(texts, str):
         raise ValueError("texts: expected an iterable of texts, got one str: use encode")
+    if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+        raise ValueError(f"texts: expected an iterable of texts, got {texts!r:.60}")
+    return _each_joined(texts)
+
+
+def _each_joined(texts: Iterable[str]) -> Iterator[str]:
     half = ""
     for number, text in enumerate(texts):
         text = half + check_text(text, f"texts[{number}]")
         half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
         yield whole_characters(text[: len(text) - len(half)])
     yield whole_characters(half)
-
-# %% ../chapters/05_tokenizer.ipynb #9dfef677
-_STREAM_SIZE = 1 << 16  # characters to gather before looking for a place to cut
 
 # %% ../chapters/05_tokenizer.ipynb #1ebfbdda
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -786,13 +1029,13 @@ def _as_bytes(token: str) -> bytes:
     except KeyError:
         raise ValueError(f"expected tokens in GPT-2's byte alphabet, got {token!r}") from None
 
-# %% ../chapters/05_tokenizer.ipynb #6ad636d5
-def _file_vocabulary(vocabulary: Mapping[int, bytes], special: dict[str, int]) -> dict[str, int]:
+# %% ../chapters/05_tokenizer.ipynb #57674d54
+def _file_vocabulary(tables: _Tables) -> dict[str, int]:
     """Return all tokens as text with their ids, in the order of the ids."""
-    ordinary = {_as_text(token): id for id, token in vocabulary.items()}
-    if clash := sorted(ordinary.keys() & special.keys()):
+    ordinary, named = {_as_text(token): id for token, id in tables.ids.items()}, tables.named
+    if clash := sorted(text for text, id in named.items() if ordinary.get(text, id) != id):
         raise ValueError(f"special_tokens: files write an ordinary token as {clash[0]!r}, too")
-    return dict(sorted((ordinary | special).items(), key=lambda item: item[1]))
+    return dict(sorted((ordinary | named).items(), key=lambda item: item[1]))
 
 
 def _portable_pattern(pattern: str) -> str:
@@ -806,25 +1049,64 @@ def _portable_pattern(pattern: str) -> str:
         raise ValueError(f"pattern: {message}, got {pattern!r}")
     return pattern
 
-# %% ../chapters/05_tokenizer.ipynb #4811c90e
+# %% ../chapters/05_tokenizer.ipynb #36caf2d2
+def _template(tables: _Tables) -> dict[str, Any] | None:
+    """Return the post-processor that puts prefix and suffix around a text, if there are any."""
+    prefix, suffix = tables.steps.prefix, tables.steps.suffix
+    if not prefix and not suffix:
+        return None
+
+    def around(name: str, number: int) -> list[dict[str, Any]]:
+        before, after = (
+            [{"SpecialToken": {"id": text, "type_id": number}} for text in texts]
+            for texts in (prefix, suffix)
+        )
+        return [*before, {"Sequence": {"id": name, "type_id": number}}, *after]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": around("A", 0),
+        "pair": around("A", 0) + around("B", 1),
+        "special_tokens": {
+            text: {"id": text, "ids": [tables.named[text]], "tokens": [text]}
+            for text in sorted({*prefix, *suffix})
+        },
+    }
+
+# %% ../chapters/05_tokenizer.ipynb #329ccf97
+def _added_tokens(tables: _Tables) -> list[dict[str, Any]]:
+    """Return special and added tokens as files list them, in the order of their ids."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    return [
+        {
+            "id": id,
+            "content": text,
+            **flags,
+            "normalized": text in tables.steps.normalized,
+            "special": text in tables.special,
+        }
+        for text, id in sorted(tables.named.items(), key=lambda item: item[1])
+    ]
+
+# %% ../chapters/05_tokenizer.ipynb #911d3245
 def _tokenizer_json(tokenizer: BPETokenizer) -> dict[str, Any]:
     """Return the contents of tokenizer.json."""
+    tables = tokenizer._tables
     regular = {"type": "Split", "pattern": {"Regex": _portable_pattern(tokenizer.pattern)}}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     splits = [{**regular, "behavior": "Isolated", "invert": False}]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+    normalizer = tokenizer.steps.normalizer
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": t, **flags, "special": True} for t, i in special],
-        "normalizer": None,
+        "added_tokens": _added_tokens(tables),
+        "normalizer": {"type": normalizer} if normalizer else None,
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [*splits, {**byte_level, "use_regex": False}],
         },
-        "post_processor": None,
+        "post_processor": _template(tables),
         "decoder": {**byte_level, "use_regex": False},
         "model": {
             "type": "BPE",
@@ -832,7 +1114,7 @@ def _tokenizer_json(tokenizer: BPETokenizer) -> dict[str, Any]:
             **dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix")),
             **dict.fromkeys(("fuse_unk", "byte_fallback"), False),
             "ignore_merges": tokenizer.ignore_merges,
-            "vocab": _file_vocabulary(tokenizer.vocabulary, tokenizer.special_tokens),
+            "vocab": _file_vocabulary(tables),
             "merges": [[_as_text(a), _as_text(b)] for a, b in tokenizer.merges],
         },
     }
@@ -855,13 +1137,13 @@ def _read_pattern(step: Any) -> str:
         raise ValueError(f"pre_tokenizer: expected Split to isolate, got {how}")
     return _portable_pattern(pattern)
 
-# %% ../chapters/05_tokenizer.ipynb #9ea47181
+# %% ../chapters/05_tokenizer.ipynb #d488e3e9
 def _check_supported(data: dict[str, Any]) -> None:
     """Raise a ``ValueError`` that names the first part of tokenizer.json that we cannot honor."""
     model = data["model"]
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"model: expected BPE, got {model['type']}")
-    for part in ("normalizer", "truncation", "padding"):
+    for part in ("truncation", "padding"):
         if found := data.get(part):
             raise ValueError(f"{part}: expected none, got {found.get('type', found)}")
     for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -885,39 +1167,107 @@ def _read_merges(lines: list[Any]) -> list[tuple[bytes, bytes]]:
         merges.append((_as_bytes(parts[0]), _as_bytes(parts[1])))
     return merges
 
-# %% ../chapters/05_tokenizer.ipynb #5b723467
-def read_json_object(path: Path) -> dict[str, Any]:
+# %% ../chapters/05_tokenizer.ipynb #4df00f5f
+def _read_normalizer(step: Any) -> str | None:
+    """Return the name of the normalizer, or None."""
+    if not step:
+        return None
+    steps = step["normalizers"] if step["type"] == "Sequence" else [step]
+    if kinds := [each["type"] for each in steps if each["type"] != "NFC"]:
+        raise ValueError(f"normalizer: expected none or NFC, got {kinds[0]}")
+    return "NFC" if steps else None
+
+# %% ../chapters/05_tokenizer.ipynb #d80a5ba1
+def _read_template(step: Any, names: dict[int, str]) -> tuple[list[str], list[str]]:
+    """Return the tokens that a post-processor puts before a text, and after it."""
+    steps = [step] if step else []
+    steps = step["processors"] if step and step["type"] == "Sequence" else steps
+    steps = [each for each in steps if each["type"] != "ByteLevel"]
+    if len(steps) > 1:
+        raise ValueError(f"post_processor: expected one template at most, got {len(steps)}")
+    step = steps[0] if steps else {"type": "none"}
+    kind = step["type"]
+    around: list[list[int] | None] = [None]
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        around = [[step["cls"][1]], None, [step["sep"][1]]]
+    elif kind == "TemplateProcessing":
+        known, pieces = step["special_tokens"], step["single"]
+        around = [
+            known[p["SpecialToken"]["id"]]["ids"] if "SpecialToken" in p else None for p in pieces
+        ]
+    elif kind != "none":
+        raise ValueError(f"post_processor: expected a template, got {kind}")
+    if around.count(None) != 1:
+        raise ValueError("post_processor: expected a template with one text, got another")
+    if unknown := [id for ids in around for id in ids or () if id not in names]:
+        raise ValueError(f"post_processor: expected added tokens, got id {unknown[0]}")
+    text = around.index(None)
+    prefix, suffix = (
+        [names[id] for ids in part for id in ids or ()]
+        for part in (around[:text], around[text + 1 :])
+    )
+    return prefix, suffix
+
+# %% ../chapters/05_tokenizer.ipynb #145fc888
+def checked_path(path: object, argument: str = "path") -> Path:
+    """Return ``path`` as a Path; what is neither a str nor a Path raises a ``ValueError``."""
+    if not isinstance(path, str | Path):
+        raise ValueError(f"{argument}: expected a str or a Path, got {path!r:.60}")
+    return Path(path)
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
     """Return the object in a JSON file."""
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = json.loads(checked_path(path).read_text(encoding="utf-8"))
     if not isinstance(data, dict):
         raise ValueError(f"expected a JSON object, got {type(data).__name__}")
     return data
 
 
 @contextmanager
-def naming_file(path: Path) -> Iterator[None]:
-    """Turn whatever is wrong with a file's contents into a ``ValueError`` that names the file."""
+def naming_file(path: str | Path) -> Iterator[Path]:
+    """Give ``path``; whatever is wrong with its contents becomes a ``ValueError`` that names it."""
+    path = checked_path(path)
     try:
-        yield
+        yield path
     except (ValueError, RecursionError) as error:
         raise ValueError(f"path: {str(path)!r}: {error}") from error
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         message = f"not a tokenizer's file: {type(error).__name__} {error}"
         raise ValueError(f"path: {str(path)!r}: {message}") from error
 
-# %% ../chapters/05_tokenizer.ipynb #69183a14
+# %% ../chapters/05_tokenizer.ipynb #627e8954
 def _from_tokenizer_json(path: Path) -> dict[str, Any]:
     """Return what a tokenizer is made of, from tokenizer.json."""
     data = read_json_object(path)
     _check_supported(data)
-    special = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
-    tokens = {t: id for t, id in data["model"]["vocab"].items() if t not in special}
+    vocabulary, listed = data["model"]["vocab"], data.get("added_tokens") or ()
+    for token in listed:
+        if (known := vocabulary.get(token["content"], token["id"])) != token["id"]:
+            has = f"{token['content']!r} has id {token['id']}, in the vocabulary {known}"
+            raise ValueError(f"added_tokens: expected one id for each, got: {has}")
+    names = {token["content"]: token["id"] for token in listed}
+    special = {t["content"]: t["id"] for t in listed if t.get("special", True)}
+    merges = _read_merges(data["model"]["merges"])
+    parts = {
+        _as_text(part) for a, b in merges for part in (a, b, a + b)
+    } | _CHARACTER_TO_BYTE.keys()
+    tokens = {t: id for t, id in vocabulary.items() if t not in names or t in parts}
+    prefix, suffix = _read_template(data.get("post_processor"), {i: t for t, i in names.items()})
+    normalizer: Any = _read_normalizer(data.get("normalizer"))
     return {
         "vocabulary": {id: _as_bytes(token) for token, id in tokens.items()},
-        "merges": _read_merges(data["model"]["merges"]),
+        "merges": merges,
         "special_tokens": special,
         "pattern": _read_pattern(data.get("pre_tokenizer")),
         "ignore_merges": bool(data["model"].get("ignore_merges")),
+        "steps": TextSteps(
+            normalizer=normalizer,
+            added_tokens={text: id for text, id in names.items() if text not in special},
+            normalized=[token["content"] for token in listed if token.get("normalized")],
+            prefix=prefix,
+            suffix=suffix,
+        ),
     }
 
 # %% ../chapters/05_tokenizer.ipynb #851f29c0
@@ -934,7 +1284,7 @@ def _from_gpt2(folder: Path) -> dict[str, Any]:
         "special_tokens": {token: id for token, id in tokens.items() if token not in made},
     }
 
-# %% ../chapters/05_tokenizer.ipynb #ce0142dd
+# %% ../chapters/05_tokenizer.ipynb #3568a007
 def _write_text(path: Path, text: str) -> None:
     """Write a file in one step."""
     with whole_file(path) as draft:
