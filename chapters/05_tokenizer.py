@@ -118,9 +118,9 @@ for id, (a, b) in enumerate(song_merges, start=256):
     print(f"{id} {(a + b).decode()!r:8} {b'|'.join(tokens).decode()}")
 
 # %% [markdown]
-# Six merges turned 25 tokens into 6. The third function and its reverse do the rest of the job. To **encode** a
-# new text, cut it into bytes and apply the merges in the order in which they were learned. To
-# **decode**, look up the bytes of each id and join them.
+# Six merges turned 25 tokens into 6. The third function and its reverse do the rest of the job. To
+# **encode** a new text, cut it into bytes and apply the merges in the order in which they were
+# learned. To **decode**, look up the bytes of each id and join them.
 
 
 # %%
@@ -298,8 +298,6 @@ _GPT4_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
 )
 GPT4_PATTERN = _GPT4_WORDS + r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-_LLAMA3_PATTERN = _GPT4_WORDS + r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # tiktoken's older form
-_KNOWN_PATTERNS = {GPT2_PATTERN, GPT4_PATTERN, _LLAMA3_PATTERN}
 # %% [markdown]
 # Here is what both patterns do with two lines of code. The bars are cuts, and `↵` is a line break:
 
@@ -309,27 +307,33 @@ for name, pattern in (("GPT-2", GPT2_PATTERN), ("GPT-4", GPT4_PATTERN)):
     print(name, "|".join(regex.findall(pattern, code)).replace("\n", "↵"))
 
 # %% [markdown]
-# Both cut `don't` into `don` and `'t`. GPT-4's pattern puts the line break with the colon and leaves the
-# indentation to itself. It cuts the number into groups of at most three digits, so that a model
-# meets only 1,110 different ones; but it counts from the left, and `12345` becomes `123` and `45`.
+# Both cut `don't` into `don` and `'t`. GPT-4's pattern puts the line break with the colon and
+# leaves the indentation to itself. It cuts the number into groups of at most three digits, so that
+# a model meets only 1,110 different ones; but it counts from the left, and `12345` becomes `123`
+# and `45`.
 #
-# In the package, `pretokenize(text, pattern)` cuts any text by any pattern. It does what `regex.findall` does here, and it keeps what a pattern leaves out.
+# In the package, `pretokenize(text, pattern)` cuts any text by any pattern. It does what
+# `regex.findall` does here, and it keeps what a pattern leaves out.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a pattern of your own, and nothing lost
 
 # %% [markdown] tags=["engine"]
 # With a pattern of your own, there may be stretches that it does not match. They become words, too,
-# so that no text is lost. What is no regular expression is refused, and so is one with capturing
-# groups, for which `findall` would return something else. Compiled patterns are kept.
+# so that no text is lost. A text that isn't a regular expression is refused, and so is one with
+# capturing groups, for which `findall` would return something else. Compiled patterns are kept.
 #
 # tiktoken writes GPT-4's pattern with `{1,3}+`, where the plus forbids giving back what was
-# matched. We leave it out, since nothing follows that could want it back, and since the engine
-# inside of `tokenizers` reads it as "repeat", which takes any number of digits.
+# matched. We leave it out: nothing follows that could want anything back, and the engine inside
+# `tokenizers` reads it as "repeat", which would take any number of digits.
 
 
 # %% tags=["engine"]
 #| export
+_LLAMA3_PATTERN = _GPT4_WORDS + r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # tiktoken's older form
+_KNOWN_PATTERNS = {GPT2_PATTERN, GPT4_PATTERN, _LLAMA3_PATTERN}
+
+
 def _splitter(pattern: str) -> Callable[[str], list[str]]:
     """Return the function that cuts a text into words by ``pattern``; bad ones raise ValueError."""
     return _compiled(check_text(pattern, "pattern"))
@@ -368,8 +372,9 @@ def pretokenize(text: str, pattern: str = GPT4_PATTERN) -> list[str]:
 # %% [markdown]
 # ## Training that scales
 #
-# The naive trainer walks through the whole text for every merge. For 32,000 merges on the text below, that means reading six million bytes 32,000 times, which takes hours. Four ideas bring it down to
-# seconds.
+# The naive trainer walks through the whole text for every merge. For 32,000 merges on the text
+# below, that means reading six million bytes 32,000 times, which takes hours. Four ideas bring it
+# down to seconds.
 #
 # ### Count words
 #
@@ -380,11 +385,8 @@ def pretokenize(text: str, pattern: str = GPT4_PATTERN) -> list[str]:
 # twentieth document is set aside, to measure on later.
 
 # %%
-import tempfile
-
 from llmbook.corpus import read_installed_docs
 
-folder = tempfile.TemporaryDirectory()  # for the files that this chapter writes
 packages = ["stdlib", "numpy", "matplotlib"]
 texts = list(dict.fromkeys(document.text for document in read_installed_docs(packages)))
 held_out = texts[::20]
@@ -402,8 +404,9 @@ print(f"more than {million} million words; each different word occurs about {oft
 # #### Engine room: counting in several processes, from texts and from files (`count_words`)
 
 # %% [markdown] tags=["engine"]
-# If texts contain special tokens, such as a mark between documents, these separate and are not
-# counted. They must be told apart, so a list with an empty or a repeated one is refused.
+# Texts may contain special tokens, such as a mark between documents. These separate words and are
+# not counted themselves. They have to be told apart, so a list with an empty or a repeated one is
+# refused.
 
 
 # %% tags=["engine"]
@@ -491,12 +494,12 @@ def count_words(
 
 
 # %% [markdown] tags=["engine"]
-# Files can be counted in parts: counts of parts add up to the counts of the whole. But where may a
-# file be cut? A cut through a word changes the counts. A special token is a safe place, because no
-# word crosses it. So we jump ahead by some megabytes, search for the next special token and cut
-# before it. The search may begin in the middle of one, which is harmless unless special tokens
-# overlap: in `aaaa`, the token `aa` can be found at places where reading from the beginning would
-# not find it. Tokens that overlap with any are not used for cuts.
+# A file can be counted in parts, since the counts of the parts add up to the counts of the whole.
+# But where can it be cut? A cut through a word changes the counts. A special token is a safe place,
+# because no word crosses it. So we jump ahead by some megabytes, search for the next special token,
+# and cut before it. The search may begin in the middle of one, which is harmless unless special
+# tokens overlap: in `aaaa`, the token `aa` can be found at places where reading from the beginning
+# would not find it. Tokens that overlap with another, or with themselves, are not used for cuts.
 
 
 # %% tags=["engine"]
@@ -531,7 +534,7 @@ def _chunks(path: Path, separators: list[bytes], size: int) -> list[tuple[int, i
 
 
 # %% [markdown] tags=["engine"]
-# A worker gets a file's name and two positions, reads, decodes and counts.
+# A worker gets a file's name and two positions in it. It reads, decodes, and counts.
 
 
 # %% tags=["engine"]
@@ -863,8 +866,8 @@ for word in (" night", " knight", " goodness", " Zoë"):
 
 # %% [markdown] tags=["engine"]
 # Searching all pairs before each merge takes a time that grows with the square of the word's
-# length. Most words are short, but there are texts without spaces, and hostile users who send a
-# million times the letter `a`. So we link the tokens to a chain and keep the mergeable pairs in a
+# length. Most words are short, but there are texts without spaces, and hostile users who send the
+# letter `a` a million times. So we link the tokens into a chain and keep the mergeable pairs in a
 # heap, by rank and position: $n$ bytes take a time of order $n \log n$. An entry may be stale,
 # since a neighbor has been merged in the meantime. Then the pair at its position has another rank,
 # and the entry is dropped.
@@ -900,10 +903,10 @@ def _apply_merges(
 
 
 # %% [markdown] tags=["engine"]
-# Even so this runs in Python, byte by byte. But words repeat, and the merges of a word never depend
-# on its neighbors. So its ids are remembered, in a dictionary that calls `__missing__` for keys
-# that it does not have. It is emptied when it is full, and long words are not kept: memory stays
-# constant on endless text.
+# Even so, this runs in Python, byte by byte. But words repeat, and the merges of a word never
+# depend on its neighbors. So its ids are remembered, in a dictionary that calls `__missing__` for
+# keys that it does not have. It is emptied when it is full, and long words are not kept: memory
+# stays constant on endless text.
 
 
 # %% tags=["engine"]
@@ -942,88 +945,32 @@ class WordCache(dict[str, tuple[int, ...]]):
 #
 # Encoding then has two layers: find the special tokens that are allowed, and give what lies between
 # them to the merges.
+#
+# ## Half characters
+#
+# Decoding looks up the bytes of each id, joins them, and reads them as UTF-8. A model may produce
+# *any* sequence of ids, and bytes that are not UTF-8 become `�`. There is a second trap: when text
+# appears on the screen while the model writes, a token may end in the middle of a character.
+#
+# Say that the smiley, F0 9F 99 82, arrives as two tokens, F0 9F and 99 82. If each is decoded by
+# itself, the screen shows `��` for good. An incremental decoder sees that F0, `11110000` in bits,
+# announces a character of four bytes. It holds back F0 9F until 99 82 has come, and then shows the
+# smiley.
+#
+# ## The tokenizer
+#
+# A tokenizer knows its tokens, its merges, its special tokens, and a pattern. Ids may come in any
+# order, since GPT-2's do: its first 256 are the bytes in an order of their own. What it knows is a
+# frozen dataclass, so two tokenizers that know the same are equal. From that, look-up tables are
+# made once, called `_Tables`: the ids of bytes, the rank of each pair, the bytes of each id, and a
+# cache of words that were encoded before.
+
 
 # %%
 #| export
 _Allowed = Literal["all"] | Collection[str]
 
 
-class SpecialTokens(dict[str, int]):
-    """Special tokens and their ids; finds those that are allowed in a text, the longest first."""
-
-    def allowed(self, allowed_special: _Allowed) -> tuple[str, ...]:
-        """Return the tokens that are allowed, after a check that all of them are known."""
-        chosen = self if allowed_special == "all" else allowed_special
-        if isinstance(chosen, str) or not set(chosen) <= set(self):
-            expected = f"'all' or some of {sorted(self)}"
-            raise ValueError(f"allowed_special: expected {expected}, got {allowed_special!r}")
-        return tuple(sorted(chosen))
-
-    def encode(
-        self, text: str, allowed: tuple[str, ...], ordinary: Callable[[str], list[int]]
-    ) -> list[int]:
-        """Give ``allowed`` tokens their ids, and what lies between them those of ``ordinary``."""
-        if not allowed:
-            return ordinary(text)
-        ids, place = list[int](), 0
-        for match in _finder(allowed).finditer(text):
-            ids += ordinary(text[place : match.start()])
-            ids.append(self[match[0]])
-            place = match.end()
-        return ids + ordinary(text[place:])
-
-
-# %% [markdown]
-# With bytes alone as ordinary tokens, and one special token, the two readings of a message are:
-
-# %%
-marks = SpecialTokens({"<|endoftext|>": 256})
-for allowed in ((), "all"):
-    ids = marks.encode("Hi<|endoftext|>", marks.allowed(allowed), lambda text: list(text.encode()))
-    print(f"allowed_special={allowed!r}:", *ids)
-# %% [markdown]
-# ## Decoding, and half characters
-#
-# Decoding looks up the bytes of each id, joins them, and reads them as UTF-8. But a model may
-# produce *any* sequence of ids, and bytes that are not UTF-8 become `�`. There is a second trap.
-# When text appears on the screen while the model writes, a token may end in the middle of a
-# character. An incremental decoder keeps the bytes of an unfinished character until the rest
-# arrives.
-
-
-# %%
-#| export
-def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
-    """Yield text as soon as its characters are complete."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for piece in pieces:
-        if text := decoder.decode(piece):
-            yield text
-    if text := decoder.decode(b"", final=True):
-        yield text
-
-
-# %% [markdown]
-# A smiley has four bytes, F0 9F 99 82. Here they arrive in two pieces. If each piece is decoded by
-# itself, both halves are broken. The stream holds back F0 9F, since F0 announces four bytes, and
-# shows the smiley when 99 82 has come:
-
-# %%
-pieces = [b"Good", b" night ", b"\xf0\x9f", b"\x99\x82"]
-print("each by itself:", [piece.decode("utf-8", "replace") for piece in pieces])
-print("as a stream:   ", list(_decode_stream(pieces)))
-# %% [markdown]
-# ## The tokenizer
-#
-# A tokenizer knows its tokens, its merges, its special tokens and a pattern. Ids may come in any
-# order, since GPT-2's do: its first 256 are the bytes in an order of their own. What is known is a
-# frozen dataclass, so two tokenizers that know the same are equal. From it, look-up tables are made
-# once: the ids of bytes, the rank of each pair, the bytes of each id, and the cache of words
-# (`_Tables`, in the engine room below).
-
-
-# %%
-#| export
 @dataclass(frozen=True, repr=False)
 class BPETokenizer:
     """A byte-level BPE tokenizer: text to ids and back, without loss for any valid text.
@@ -1060,13 +1007,64 @@ class BPETokenizer:
         return special.encode(valid_text(text), special.allowed(allowed_special), ordinary)
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
+# ### Engine room: special tokens, decoding, checked vocabularies, and training (`train_bpe`)
+
+# %% [markdown] tags=["engine"]
 # A long class is written in several cells. A cell that continues it says so: in the notebook it
-# makes a subclass of the same name, in the package all parts are one class. Here are decoding and
-# its stream; `_pieces` yields the bytes of each id.
+# makes a subclass of the same name, and in the package all parts are one class. This room adds what
+# `encode` above needs, then decoding, training, and the checks.
+#
+# `SpecialTokens` finds the tokens that are allowed, and gives what lies between them to the merges,
+# here called `ordinary`. `_finder` makes a regular expression of the allowed tokens, the longest
+# first.
 
 
-# %%
+# %% tags=["engine"]
+#| export
+class SpecialTokens(dict[str, int]):
+    """Special tokens and their ids; finds those that are allowed in a text, the longest first."""
+
+    def allowed(self, allowed_special: _Allowed) -> tuple[str, ...]:
+        """Return the tokens that are allowed, after a check that all of them are known."""
+        chosen = self if allowed_special == "all" else allowed_special
+        if isinstance(chosen, str) or not set(chosen) <= set(self):
+            expected = f"'all' or some of {sorted(self)}"
+            raise ValueError(f"allowed_special: expected {expected}, got {allowed_special!r}")
+        return tuple(sorted(chosen))
+
+    def encode(
+        self, text: str, allowed: tuple[str, ...], ordinary: Callable[[str], list[int]]
+    ) -> list[int]:
+        """Give ``allowed`` tokens their ids, and what lies between them those of ``ordinary``."""
+        if not allowed:
+            return ordinary(text)
+        ids, place = list[int](), 0
+        for match in _finder(allowed).finditer(text):
+            ids += ordinary(text[place : match.start()])
+            ids.append(self[match[0]])
+            place = match.end()
+        return ids + ordinary(text[place:])
+
+
+# %% [markdown] tags=["engine"]
+# Decoding has three forms: bytes, text, and a stream of text for the screen. `_pieces`, below,
+# yields the bytes of each id.
+
+
+# %% tags=["engine"]
+#| export
+def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
+    """Yield text as soon as its characters are complete."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for piece in pieces:
+        if text := decoder.decode(piece):
+            yield text
+    if text := decoder.decode(b"", final=True):
+        yield text
+
+
+# %% tags=["engine"]
 #| export
 class BPETokenizer(BPETokenizer):  # continued
     def decode_bytes(
@@ -1088,13 +1086,13 @@ class BPETokenizer(BPETokenizer):  # continued
         return _decode_stream(self._pieces(ids, skip_special_tokens))
 
 
-# %% [markdown]
-# After training, ids 0 to 255 are the bytes, then come the merges in their order, special tokens
-# last. Therefore the first merges of a tokenizer are what training with a smaller vocabulary would
-# have learned, and a smaller tokenizer costs nothing.
+# %% [markdown] tags=["engine"]
+# After training, ids 0 to 255 are the bytes, then come the merges in their order, and special
+# tokens are last. So the first merges of a tokenizer are what training with a smaller vocabulary
+# would have learned.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _in_order_of_training(
     merges: Sequence[tuple[bytes, bytes]], special: Collection[str]
@@ -1128,12 +1126,12 @@ class BPETokenizer(BPETokenizer):  # continued
         return BPETokenizer.from_merges(merges, special, pattern=self.pattern)
 
 
-# %% [markdown]
-# Training is now to count words, learn merges, and number the tokens. `_train` does so after it has
-# checked the settings.
+# %% [markdown] tags=["engine"]
+# Training means counting words, learning merges, and numbering the tokens. `_train`, below, does so
+# after it has checked the settings.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def train_bpe(
     texts: Iterable[str | Document],
@@ -1162,9 +1160,6 @@ def train_bpe(
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: vocabularies checked, tables made, files trained on (`train_bpe_files`)
-
-# %% [markdown] tags=["engine"]
 # All bytes must have an id, or some text could not be encoded. Bad vocabularies are refused when
 # they are given, not when a text hits them.
 
@@ -1191,7 +1186,7 @@ def _checked_vocabulary(vocabulary: object) -> dict[bytes, int]:
 
 
 # %% [markdown] tags=["engine"]
-# Merges must be pairs, and about tokens of the vocabulary.
+# Merges have to be pairs of tokens that are in the vocabulary.
 
 
 # %% tags=["engine"]
@@ -1326,8 +1321,8 @@ def _checked_names(
 
 
 # %% [markdown] tags=["engine"]
-# The constructor sorts this out. A token of the vocabulary that is special and has no part in a
-# merge is no ordinary token.
+# The constructor sorts this out. A token of the vocabulary that is special, and that has no part in
+# a merge, does not count as an ordinary one.
 
 
 # %% tags=["engine"]
@@ -1499,9 +1494,9 @@ class BPETokenizer(BPETokenizer):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# Decoding looks closely at what it is given: a float or a boolean is no id, nor is a number outside
-# of the vocabulary, or in a gap of it. Pickle gets what is known without the tables: another
-# process makes its own, and begins with an empty cache.
+# Decoding looks closely at what it is given: a float or a boolean is not an id, and neither is a
+# number outside of the vocabulary or in a gap of it. Pickle gets what is known without the tables:
+# another process makes its own, and begins with an empty cache.
 
 
 # %% tags=["engine"]
@@ -1542,7 +1537,7 @@ class BPETokenizer(BPETokenizer):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# A batch of texts can be spread over processes. The answers come in the order of the texts.
+# A batch of texts can be spread over several processes. The answers come in the order of the texts.
 
 
 # %% tags=["engine"]
@@ -1636,24 +1631,26 @@ def train_bpe_files(
 # %% [markdown]
 # ## The tokenizer at work
 #
-# We already have the merges for the documents; for the stories we train. Here is the first sentence
-# again, now with 600 tokens:
+# `train_bpe(texts, vocab_size)` counts words, learns merges, and numbers the tokens: first the
+# bytes, then the merges in their order, then the special tokens. `from_merges` takes merges that
+# have been learned before. We have those of the documents already; on the stories we train now.
 
 # %%
 tokenizer = BPETokenizer.from_merges(merges)
 of_stories = train_bpe(stories, 600)
-sentence = "Mia said: good night, baker 🙂!"
-ids = of_stories.encode(sentence)
-assert of_stories.decode(ids) == sentence
-print("|".join(of_stories.decode([id]) for id in ids))
-print(f"{len(sentence.encode())} bytes in {len(ids)} tokens")
+ids = of_stories.encode("Good night, baker 🙂!")
+assert of_stories.decode(ids) == "Good night, baker 🙂!"
+print("tokens:", "|".join(of_stories.decode([id]) for id in ids))
+print("stream:", "|".join(of_stories.decode_stream(ids)))
 
 # %% [markdown]
-# There is no emoji in the stories, so the smiley is cut into its four bytes. Decoded one at a time,
-# each of them is a `�`; as a stream, they give the smiley:
+# There is no emoji in the stories, so the smiley is cut into its four bytes. One at a time, each of
+# them is a `�`; the stream waits for the last one. And here is the special token, as a user types
+# it and as a program asks for it:
 
 # %%
-print(list(of_stories.decode_stream(ids[-6:])))
+for allowed in ((), "all"):
+    print(*of_stories.encode("Bye<|endoftext|>", allowed_special=allowed))
 
 # %% [markdown]
 # ### A sentence in GPT-2's way, and in ours
@@ -1732,25 +1729,38 @@ draw_cuts(
 # ### Engine room: encoding a stream in constant memory
 
 # %% [markdown] tags=["engine"]
-# A crawl does not fit into memory. `encode_iterable` takes its pieces and gives ids as it goes,
-# *the same ids* as for the whole text, wherever the pieces end. So we hold text back until a place
-# where cutting is safe: where the words to the left do not depend on what comes to the right, nor
-# the other way.
+# A crawl does not fit into memory. `encode_iterable` takes its pieces and yields ids as it goes,
+# and they are *the same ids* as for the whole text, wherever the pieces end. So text is held back
+# until there is a safe place to cut: one where the words on the left don't depend on what comes on
+# the right, nor the other way round. Here is one line, cut at several places (`‖`), with the words
+# of both halves:
+
+# %% tags=["engine"]
+line = "bake 12 loaves, don't wait"
+for cut in (6, 20, 4, 15):
+    halves = [pretokenize(line[:cut]), pretokenize(line[cut:])]
+    verdict = "the same words" if [*halves[0], *halves[1]] == pretokenize(line) else "other words"
+    print(f"{'‖'.join(map('|'.join, halves)):36} {verdict}")
+
+# %% [markdown] tags=["engine"]
+# A cut through `12` makes two words of one, and a cut after the apostrophe takes it away from the
+# `t`. The cuts between a letter or a comma and a space change nothing, and that is so in any text.
+# Why?
 #
 # The right side is no problem. None of the patterns looks behind, so from a border between words
-# on, the words depend only on what follows. For the left side, take a place between a character
-# $x$ that is not white space and a space (or other white space that is no line break). It is a
-# border: in no alternative does such white space follow anything but white space. And the words
-# before it would be the same if the text ended there: the alternatives that look ahead are those
-# for white space, and what they see is $x$ or something before it; all others stop before the
-# space, as they would at the end. A place between a letter or digit and something that is no
-# letter, digit, mark or apostrophe is safe for the same reasons. That helps Chinese, which has no
-# spaces.
+# on, the words depend only on what follows. For the left side, take a place between a character $x$
+# that isn't white space and a space (or other white space that isn't a line break). It is a border:
+# in no alternative does such white space follow anything but white space. And the words before it
+# would be the same if the text ended there. The alternatives that look ahead are those for white
+# space, and what they see is $x$ or something before it; all others stop before the space, as they
+# would at the end. A place between a letter or digit and something that is not a letter, digit,
+# mark, or apostrophe is safe for the same reasons. That helps with Chinese, which has no spaces.
 #
-# With a pattern of your own no place is known to be safe but a special token. These may be cut
-# themselves: if the longest has $m$ characters, then whether one begins at a place is certain once
-# $m$ characters from there have arrived. We look for a cut only up to there. The `(?r)` makes the
-# search run backward, so that it finds the last safe place first.
+# With a pattern of your own, no place is known to be safe except special tokens. These may be cut
+# themselves. `<|endoftext|>` has 13 characters, so whether one begins at a place is certain once 13
+# characters from there have arrived, and we look for a cut only up to there. The `(?r)` makes the
+# search run backward, so it finds the last safe place first.
+
 
 # %% tags=["engine"]
 #| export
@@ -1796,10 +1806,10 @@ def _each_joined(texts: Iterable[str]) -> Iterator[str]:
 
 
 # %% [markdown] tags=["engine"]
-# Pieces are gathered, and the search begins when there is enough; if it finds nothing, it waits for
+# Pieces are gathered, and the search begins when there is enough. If it finds nothing, it waits for
 # twice as much. So a run of a million letters without any safe place takes memory for itself, and
-# time that grows no faster than its length. A normalizer changes nothing about this: no character
-# after which we cut, nor the one before, is composed with the other.
+# time in proportion to its length. A normalizer changes nothing about this: no character after
+# which we cut, nor the one before, is composed with the other.
 
 
 # %% tags=["engine"]
@@ -1867,8 +1877,11 @@ print(f"{len(pieces):,} pieces give the ids of the whole, {special:,} of them sp
 # And a file that two processes read in chunks gives what its texts give in one:
 
 # %% tags=["engine"]
+import tempfile
+
 from llmbook.tokenizer import train_bpe_files as exported_train_bpe_files
 
+folder = tempfile.TemporaryDirectory()  # for the files that this chapter writes
 path = Path(folder.name, "docs.txt")
 path.write_text("<|endoftext|>".join(texts[:8_000]), encoding="utf-8", newline="")
 chunks = _chunks(path, [b"<|endoftext|>"], path.stat().st_size // 4)
@@ -1879,26 +1892,21 @@ print(f"a file cut into {len(chunks)} chunks; {len(from_file.merges)} merges as 
 # ## How large a vocabulary?
 #
 # What does a larger vocabulary buy? We measure **compression**, the mean number of bytes in a
-# token, on the documents that were set aside and, for comparison, on some that the tokenizer was
-# trained on. One training run gives the whole curve.
+# token, on the documents that were set aside. One training run gives the whole curve.
+
 
 # %%
-sizes = [257, 512, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000]
-smaller = {size: tokenizer.truncated(size) for size in sizes}
-
-
 def count_tokens(tokenizer: BPETokenizer, counts: Counter[str]) -> int:
     return sum(count * len(tokenizer.encode(word)) for word, count in counts.items())
 
 
-curves = {}
-for name, sample in (("trained on", texts[::20]), ("set aside", held_out)):
-    words, size = count_words(sample), sum(len(text.encode()) for text in sample)
-    curves[name] = [size / count_tokens(each, words) for each in smaller.values()]
-at = dict(zip(sizes, curves["set aside"], strict=True))
+sizes = [257, 512, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000]
+smaller = {size: tokenizer.truncated(size) for size in sizes}
+words, length = count_words(held_out), sum(len(text.encode()) for text in held_out)
+compression = {size: length / count_tokens(each, words) for size, each in smaller.items()}
 for size in (1_000, 8_000, 32_000):
-    print(f"{size:6,} tokens: {at[size]:.1f} bytes per token of new text")
-print(f"from 16,000 to 32,000 tokens: {at[32_000] / at[16_000] - 1:.0%} more")
+    print(f"{size:6,} tokens: {compression[size]:.1f} bytes per token of new text")
+print(f"from 16,000 to 32,000 tokens: {compression[32_000] / compression[16_000] - 1:.0%} more")
 
 # %% [markdown]
 # And how often does each of the 32,000 tokens occur in the text that it was learned from?
@@ -1906,32 +1914,34 @@ print(f"from 16,000 to 32,000 tokens: {at[32_000] / at[16_000] - 1:.0%} more")
 # %%
 import numpy as np
 
-uses = np.zeros(32_000, dtype=np.int64)
-for word, count in counts.items():
-    for id in tokenizer.encode(word):
-        uses[id] += count
-never, rarely, often = (uses == 0).sum(), ((uses > 0) & (uses < 12)).sum(), (uses >= 200).sum()
+
+def count_uses(tokenizer: BPETokenizer) -> np.ndarray[Any, Any]:
+    uses = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    for word, count in counts.items():
+        np.add.at(uses, tokenizer.encode(word), count)
+    return uses
+
+
+uses = count_uses(tokenizer)
+never, rarely, often = (uses == 0).sum(), ((uses > 0) & (uses < 12)).sum(), (uses >= 100).sum()
 print(f"never:               more than {never // 1_000 * 1_000:,} tokens")
 print(f"1 to 11 times:       more than {rarely // 10_000 * 10_000:,} tokens")
-print(f"200 times and more:  fewer than {-(-often // 1_000) * 1_000:,} tokens")
+print(f"100 times and more:  fewer than {-(-often // 1_000) * 1_000:,} tokens")
 
 # %% tags=["remove-cell"]
-assert 2.2 < at[1_000] < 2.6 and 3.9 < at[32_000] < 4.3
-assert 2_000 < never < 3_000 and 20_000 < rarely < 23_000 and 600 < often < 1_000
+assert 2.2 < compression[1_000] < 2.6 and 3.9 < compression[32_000] < 4.3
+assert 2_000 < never < 3_000 and 20_000 < rarely < 23_000 and 1_200 < often < 1_900
+assert 0.6 < (count_uses(smaller[4_000]) >= 100).mean() < 0.75
 
 # %% tags=["engine"]
 # How the figure is drawn: compression by size, and uses by rank
 
 
-def draw_compression(
-    sizes: list[int], curves: dict[str, list[float]], uses: np.ndarray[Any, Any]
-) -> None:
+def draw_compression(compression: dict[int, float], uses: np.ndarray[Any, Any]) -> None:
     """Plot bytes per token against vocabulary size, and how often each token is used."""
     _, (top, bottom) = plt.subplots(2, 1, figsize=(5.6, 6.2))
-    for name, values in curves.items():
-        top.semilogx(sizes, values, "o-", label=name)
+    top.semilogx(list(compression), list(compression.values()), "o-")
     top.set(xlabel="vocabulary size", ylabel="bytes per token", ylim=(0, None))
-    top.legend()
     used = np.sort(uses[uses > 0])[::-1]
     bottom.loglog(np.arange(1, len(used) + 1), used)
     bottom.axhline(12, color="C6", lw=1, ls="--")
@@ -1943,27 +1953,25 @@ def draw_compression(
 # %% [markdown]
 # The next figure shows the whole curve of compression, and below it the uses of all tokens.
 
-# %% mystnb={"figure": {"caption": "Above: bytes per token against the size of the vocabulary. Below: how often each token is used, against its rank by use.", "name": "fig-tokenizer-compression"}, "image": {"alt": "Above, bytes per token rise from 1 at 257 tokens to about 4.1 at 32,000 on new text, more slowly with each doubling; on the training text to 4.3. Below, on doubly logarithmic axes the use of tokens falls from 50,000, in the middle with a slope near -1. It crosses a dashed line at 12 occurrences near rank 8,000, and ends in steps at 3, 2 and 1 near rank 30,000."}}
-draw_compression(sizes, curves, uses)
+# %% mystnb={"figure": {"caption": "Above: bytes per token against the size of the vocabulary. Below: how often each token is used, against its rank by use.", "name": "fig-tokenizer-compression"}, "image": {"alt": "Above, bytes per token rise from 1 at 257 tokens to about 4.1 at 32,000, more slowly with each doubling. Below, on doubly logarithmic axes the use of tokens falls from 50,000, in the middle with a slope near -1. It crosses a dashed line at 12 occurrences near rank 8,000, and ends in steps at 3, 2 and 1 near rank 30,000."}}
+draw_compression(compression, uses)
 
 # %% [markdown]
-# Each doubling of the vocabulary buys less than the one before, and the lower plot shows why:
-# the use of tokens falls like Zipf's law, so the tokens that come late are rare. They are not free,
+# Each doubling of the vocabulary buys less than the one before, and the lower plot shows why: the
+# use of tokens falls like Zipf's law, so the tokens that come late are rare. They aren't free,
 # either. Every token needs a vector of its own in the model; at 32,000 tokens of 512 numbers each,
-# that is 16 million parameters. Two thirds of ours occur 1 to 11 times in six megabytes, and a
-# vector that training has moved a dozen times is a poor one. For this much text, 32,000 tokens are
-# far too many; 4,000 to 8,000 would do. Vocabularies of 32,000 to 128,000 belong to corpora of
-# billions of words.
+# that is 16 million parameters. Two thirds of our tokens occur 1 to 11 times, and a vector that
+# training has moved eleven times is a poor one. For six megabytes, 32,000 tokens are far too many.
+# With 4,000, about two thirds of them occur at least a hundred times. Vocabularies of 32,000 and
+# more belong to corpora of billions of words.
 #
 # ### In which language?
 #
-# Our documents are in English. What does their tokenizer do to speakers of other languages?
-# Chapter 03 found translated messages on the disk. We train a second tokenizer of the same size on
-# every fourth document and half of the messages, and compare both on the other half.
-#
-# Two measures suit this. **Characters per token** say how far a model's context reaches.
-# **Fertility** is the number of tokens per word {cite}`rust2021good`; it needs a language that puts
-# spaces between words.
+# Our documents are in English. What does their tokenizer do to speakers of other languages? Chapter
+# 03 found translated messages on the disk. We train a second tokenizer of the same size on every
+# fourth document and half of the messages, and compare both on the other half, by two measures.
+# **Characters per token** say how far a model's context reaches. **Fertility** is the number of
+# tokens per word {cite}`rust2021good`; it needs a language that puts spaces between words.
 
 # %% tags=["engine"]
 # The messages, one half to train on and one half of ten languages to measure on; both measures
@@ -1991,9 +1999,8 @@ def measured(each: BPETokenizer, sample: list[str]) -> tuple[float, float]:
 
 
 # %% [markdown]
-# The messages are read in the folded cell above, which also defines `measured(tokenizer, texts)`.
-# It returns the two measures; `samples` maps each language to texts that neither tokenizer has
-# seen.
+# The folded cell above reads the messages; `samples` maps each language to texts that neither
+# tokenizer has seen. It also defines `measured(tokenizer, texts)`, which returns both measures.
 
 # %%
 mixed = train_bpe([*texts[::4], *messages_to_train_on], 32_000)
@@ -2040,12 +2047,11 @@ draw_languages(samples, tokenizer, {size: mixed.truncated(size) for size in size
 # %% [markdown]
 # This should give you pause. With a tokenizer trained on English alone, a Hindi text takes more
 # than two tokens for each *character*: UTF-8 spends three bytes on each, and they hardly ever
-# merge. The same message costs several times as much. Petrov and colleagues
-# {cite}`petrov2023unfairness` found that translations of one text can differ in length by a factor
-# of fifteen, even with tokenizers that are meant to be multilingual. A little text in the training
-# mixture repairs most of the damage, at a small price for English. (The messages are technical and
-# much alike, so the repair looks better here than it would be.) A larger vocabulary helps languages
-# with little text more than it helps English.
+# merge. Petrov and colleagues {cite}`petrov2023unfairness` found that translations of one text can
+# differ in length by a factor of fifteen, even with tokenizers that are meant to be multilingual. A
+# little text in the training mixture repairs most of the damage, at a small price for English. (The
+# messages are technical and much alike, so the repair looks better here than it would elsewhere.) A
+# larger vocabulary helps languages with little text more than it helps English.
 #
 # ### What goes wrong
 #
@@ -2074,13 +2080,6 @@ steps = sum(tokenizer.vocabulary[id] in parts for id in unused)
 print(f"of the merges that are never used, {steps / len(unused):.0%} are steps to a longer token")
 
 # %% [markdown]
-# It is, for all of them. A token that never occurs in the model's training text keeps the random
-# vector that it started with. Such under-trained tokens have been found in many published models
-# {cite}`land2024fishing`.
-#
-# *A space at the end* of a prompt becomes a token of its own. In training, words hardly ever came
-# after that token, because they carry their space themselves.
-#
 # ## Files that others read
 #
 # Three formats matter. Hugging Face's `tokenizer.json` holds everything in one file. GPT-2 left two
@@ -2088,11 +2087,19 @@ print(f"of the merges that are never used, {steps / len(unused):.0%} are steps t
 #
 # The first two store tokens as text, which arbitrary bytes are not. GPT-2's way out was to give
 # each byte a printable character: the 188 bytes that are printable in Latin-1 stand for themselves,
-# and the 68 others get the characters from 256 on, in order. The space is byte 32. The 32 bytes
-# before it aren't printable either, so it is number 33 of the 68 and becomes character
-# 256 + 32 = 288, which is `Ġ`.
+# and the 68 others get the characters from 256 on, in order. The space is byte 32. None of the 32
+# bytes before it is printable, so it becomes character 256 + 32 = 288, which is `Ġ`; and ` baker`
+# becomes `Ġbaker`. A line break, byte 10, becomes `Ċ`. The two bytes of `ë`, 195 and 171, are
+# printable, so `Zoë` becomes `ZoÃ«`. You'll meet this spelling in many files and error messages.
 
-# %%
+# %% [markdown] tags=["engine"]
+# ### Engine room: tokenizer.json and GPT-2's files, written and read with care
+
+# %% [markdown] tags=["engine"]
+# The alphabet of printable characters:
+
+
+# %% tags=["engine"]
 #| export
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _UNPRINTABLE = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -2106,64 +2113,13 @@ def _as_text(token: bytes) -> str:
     return "".join(map(_BYTE_TO_CHARACTER.__getitem__, token))
 
 
-# %% [markdown]
-# This is how tokens look in such files. The ë and the smiley show the characters of their bytes:
+# %% [markdown] tags=["engine"]
+# This is how tokens look in such files. The smiley shows the characters of its four bytes:
 
-# %%
+
+# %% tags=["engine"]
 for text in (" baker", "\n\t", "Zoë", "🙂"):
     print(f"{text!r:10} {_as_text(text.encode())}")
-# %% [markdown]
-# ### Merges from ids alone
-#
-# tiktoken knows no merges. It joins *any* two neighbors whose bytes together are a token, taking
-# the token with the lowest id first. Is that the same as merging by rank? Not for any list of
-# merges. It is the same if
-#
-# 1. a token's id is greater than the ids of the tokens that it is made of, and the ids of merges
-#    rise in the order of the merges, and
-# 2. every token is *reachable*: encoding its own bytes gives that one token.
-#
-# *Proof.* By (1), a merge makes only pairs of higher rank, so both ways go through the ids from low
-# to high. Suppose that both have done the same so far, and that tiktoken now joins the neighbors
-# $u$ and $v$ into the token $t = uv$, although our merge for $t$ joins another pair. By (2), our
-# merges turn the bytes of $t$, standing alone, into $t$. On the way there is a first merge that
-# crosses the border between $u$ and $v$. It isn't the last one, which joins at another place, so
-# its id is lower than that of $t$. Up to that merge, the same merges have been made inside $t$ in
-# the text as in $t$ alone: nothing in the text has crossed the ends of $t$, because $u$ and $v$
-# still begin and end there. So this merge's pair stood in the text as well, and was merged when its
-# turn came, before $t$. But then $u$ and $v$ are no longer two tokens, a contradiction. $\square$
-#
-# Tokenizers that were trained have both properties. A token was made from bytes that stood side by
-# side in some word, and until then nothing had crossed their ends; so standing alone, they merge in
-# the same way. For vocabularies of other origin, `to_tiktoken` checks.
-
-
-# %%
-#| export
-class BPETokenizer(BPETokenizer):  # continued
-    def to_tiktoken(self, name: str = "llmbook") -> Any:
-        """Return a ``tiktoken.Encoding`` with the same ids. A ``ValueError`` says why not."""
-        import tiktoken
-
-        ids, merged = self._tables.ids, self._tables.merged
-        longer = ((part, a + b) for a, b in self.merges for part in (a, b) if len(part) > 1)
-        rising = all(low < high for low, high in pairwise(merged))
-        if not rising or any(ids[part] > ids[token] for part, token in longer):
-            raise ValueError("merges: expected ids that rise in the order of the merges")
-        for id, token in self.vocabulary.items():
-            if self._tables.merge(token) != [id]:
-                raise ValueError(f"vocabulary: expected tokens that merges make, got {token!r}")
-        return tiktoken.Encoding(
-            name,
-            pat_str=self.pattern,
-            mergeable_ranks=ids,
-            special_tokens=self.special_tokens,
-        )
-
-
-# %% [markdown] tags=["engine"]
-# #### Engine room: tokenizer.json and GPT-2's files, written and read with care
-
 # %% [markdown] tags=["engine"]
 # What goes into `tokenizer.json`: the pattern as a pre-tokenizer, the byte alphabet as a second
 # one and as the decoder, and the model. Special tokens stand in the vocabulary, too, since
@@ -2566,6 +2522,59 @@ class BPETokenizer(BPETokenizer):  # continued
         with naming_file(checked_path(folder, "folder")) as found:
             made = cls(**_from_gpt2(found), pattern=pattern)
         return made
+
+
+# %% [markdown]
+# ### Merges from ids alone
+#
+# tiktoken knows no merges. It joins *any* two neighbors whose bytes together are a token, taking
+# the token with the lowest id first. Is that the same as merging by rank? Not for any list of
+# merges. It is the same if
+#
+# 1. a token's id is greater than the ids of the tokens that it is made of, and the ids of merges
+#    rise in the order of the merges, and
+# 2. every token is *reachable*: encoding its own bytes gives that one token.
+#
+# Tokenizers that were trained have both properties. A token was made from bytes that stood side by
+# side in some word, and until then nothing had crossed their ends; so standing alone, they merge in
+# the same way. For vocabularies of other origin, `to_tiktoken()` checks.
+
+# %% [markdown] tags=["engine"]
+# #### Engine room: the proof, and an encoding for tiktoken (`to_tiktoken`)
+
+# %% [markdown] tags=["engine"]
+# *Proof.* By (1), a merge makes only pairs of higher rank, so both ways go through the ids from low
+# to high. Suppose that both have done the same so far, and that tiktoken now joins the neighbors
+# $u$ and $v$ into the token $t = uv$, although our merge for $t$ joins another pair. By (2), our
+# merges turn the bytes of $t$, standing alone, into $t$. On the way there is a first merge that
+# crosses the border between $u$ and $v$. It isn't the last one, which joins at another place, so
+# its id is lower than that of $t$. Up to that merge, the same merges have been made inside $t$ in
+# the text as in $t$ alone: nothing in the text has crossed the ends of $t$, because $u$ and $v$
+# still begin and end there. So this merge's pair stood in the text as well, and was merged when its
+# turn came, before $t$. But then $u$ and $v$ are no longer two tokens, a contradiction. $\square$
+
+
+# %% tags=["engine"]
+#| export
+class BPETokenizer(BPETokenizer):  # continued
+    def to_tiktoken(self, name: str = "llmbook") -> Any:
+        """Return a ``tiktoken.Encoding`` with the same ids. A ``ValueError`` says why not."""
+        import tiktoken
+
+        ids, merged = self._tables.ids, self._tables.merged
+        longer = ((part, a + b) for a, b in self.merges for part in (a, b) if len(part) > 1)
+        rising = all(low < high for low, high in pairwise(merged))
+        if not rising or any(ids[part] > ids[token] for part, token in longer):
+            raise ValueError("merges: expected ids that rise in the order of the merges")
+        for id, token in self.vocabulary.items():
+            if self._tables.merge(token) != [id]:
+                raise ValueError(f"vocabulary: expected tokens that merges make, got {token!r}")
+        return tiktoken.Encoding(
+            name,
+            pat_str=self.pattern,
+            mergeable_ranks=ids,
+            special_tokens=self.special_tokens,
+        )
 
 
 # %% [markdown]
