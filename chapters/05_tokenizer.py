@@ -1465,6 +1465,10 @@ class SpecialTokens(SpecialTokens):  # continued
             place = f"the special token {match[0]!r}, at character {match.start()}"
             raise ValueError(f"text: expected none of disallowed_special, got {place}")
 
+    def between(self, text: str) -> list[str]:
+        """Return the stretches of ``text`` before, between and after special tokens."""
+        return _finder(tuple(self)).split(valid_text(text))
+
 
 # %% [markdown] tags=["engine"]
 # With all this, encoding is:

@@ -699,6 +699,10 @@ class SpecialTokens(dict[str, int]):
             place = f"the special token {match[0]!r}, at character {match.start()}"
             raise ValueError(f"text: expected none of disallowed_special, got {place}")
 
+    def between(self, text: str) -> list[str]:
+        """Return the stretches of ``text`` before, between and after special tokens."""
+        return _finder(tuple(self)).split(valid_text(text))
+
 # %% ../chapters/05_tokenizer.ipynb #e8ade441
 def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
     """Yield text as soon as its characters are complete."""

@@ -583,6 +583,8 @@ class TestSpecialTokens:
         assert seen == ["x", "y", ""]
         assert special.encode("<a>", (), ordinary) == [60, 97, 62]
         assert special.allowed("all") == ("<a>", "<a><b>") and special.allowed(["<a>"]) == ("<a>",)
+        assert special.between("x<a><b>y<a>") == ["x", "y", ""]
+        assert SpecialTokens().between("x<a>") == ["x<a>"]
         assert special == {"<a>": 300, "<a><b>": 301}
         assert pickle.loads(pickle.dumps(special)) == special
 
