@@ -20,7 +20,7 @@
 # | **Part** | I. Foundations and data |
 # | **You build** | {py:func}`~llmbook.tokenizer.train_bpe`, {py:func}`~llmbook.tokenizer.train_bpe_files`, {py:class}`~llmbook.tokenizer.BPETokenizer`, {py:func}`~llmbook.tokenizer.pretokenize`, {py:func}`~llmbook.tokenizer.learn_merges` |
 # | **You need** | Python and regular expressions; the documents of {doc}`02_corpus`, and the laws named there |
-# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 30 seconds to run |
+# | **It takes** | 60 minutes for the main line, 5 hours for everything, 30 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp tokenizer
@@ -770,11 +770,11 @@ class _PairQueue:
 # %% [markdown]
 # ### The trainer
 #
-# With these parts the trainer is short. The rooms above hold three of them: `_index_pairs` makes
-# the counts and the index, `_PairQueue` is the heap of levels, and `_merge_everywhere` performs one
-# merge, corrects the counts at the seams, and returns the counts of the new pairs. Tokens are
-# numbered here, and a pair is a string of two characters whose code points are the numbers of its
-# tokens; `chr` and `ord` translate.
+# With its parts in the engine rooms above, the trainer is short. `_index_pairs` makes the counts
+# and the index, `_PairQueue` is the heap of levels, and `_merge_everywhere` performs one merge,
+# corrects the counts at the seams, and returns the counts of the new pairs. Tokens are numbered
+# here, and a pair is a string of two characters whose code points are the numbers of its tokens;
+# `chr` and `ord` translate.
 
 
 # %%
@@ -961,16 +961,14 @@ class WordCache(dict[str, tuple[int, ...]]):
 #
 # A tokenizer knows its tokens, its merges, its special tokens, and a pattern. Ids may come in any
 # order, since GPT-2's do: its first 256 are the bytes in an order of their own. What it knows is a
-# frozen dataclass, so two tokenizers that know the same are equal. From that, look-up tables are
-# made once, called `_Tables`: the ids of bytes, the rank of each pair, the bytes of each id, and a
-# cache of words that were encoded before.
+# frozen dataclass, so two tokenizers that know the same are equal. From that it makes its look-up
+# tables once (`_Tables`): the ids of bytes, the rank of each pair, the bytes of each id, and a
+# cache of words that were encoded before. `steps` holds what the files of other programs may ask
+# for besides; the engine room explains it, and adds options to `encode`.
 
 
 # %%
 #| export
-_Allowed = Literal["all"] | Collection[str]
-
-
 @dataclass(frozen=True, repr=False)
 class BPETokenizer:
     """A byte-level BPE tokenizer: text to ids and back, without loss for any valid text.
@@ -1001,7 +999,7 @@ class BPETokenizer:
         """One more than the largest id; of ids without gaps, how many there are."""
         return self._tables.size
 
-    def encode(self, text: str, *, allowed_special: _Allowed = ()) -> list[int]:
+    def encode(self, text: str, *, allowed_special: "_Allowed" = ()) -> list[int]:
         """Return the ids of ``text``. Special tokens in it are ordinary text unless allowed."""
         special, ordinary = self._tables.special, self._tables.encode
         return special.encode(valid_text(text), special.allowed(allowed_special), ordinary)
@@ -1022,6 +1020,9 @@ class BPETokenizer:
 
 # %% tags=["engine"]
 #| export
+_Allowed = Literal["all"] | Collection[str]
+
+
 class SpecialTokens(dict[str, int]):
     """Special tokens and their ids; finds those that are allowed in a text, the longest first."""
 
@@ -1653,8 +1654,8 @@ print("stream:", "|".join(of_stories.decode_stream(ids)))
 # it and as a program asks for it:
 
 # %%
-for allowed in ((), "all"):
-    print(*of_stories.encode("Bye<|endoftext|>", allowed_special=allowed))
+print("as typed:    ", *of_stories.encode("Bye<|endoftext|>"))
+print("as asked for:", *of_stories.encode("Bye<|endoftext|>", allowed_special="all"))
 
 # %% [markdown]
 # ### A sentence in GPT-2's way, and in ours
@@ -1669,10 +1670,8 @@ by_gpt2 = train_bpe(some_texts, 8_000, pattern=GPT2_PATTERN)
 by_gpt4 = train_bpe(some_texts, 8_000)
 code = "def bake(n):\n    return 12345  # don't wait"
 for name, each in (("GPT-2", by_gpt2), ("ours ", by_gpt4)):
-    ids = each.encode(code)
-    print(
-        f"{name} {len(ids)} tokens:", "|".join(each.decode([id]) for id in ids).replace("\n", "↵")
-    )
+    pieces = [each.decode([id]).replace("\n", "↵") for id in each.encode(code)]
+    print(f"{name} {len(pieces)} tokens: {'|'.join(pieces)}")
 
 # %% [markdown]
 # In ours, the parenthesis goes with the letter after it, the line break with the colon before it,
@@ -1680,9 +1679,9 @@ for name, each in (("GPT-2", by_gpt2), ("ours ", by_gpt4)):
 # digits often stood side by side; in ours, on the pattern alone: `123` and `45` can never meet in a
 # token.
 #
-# The next figure shows how our vocabulary for the documents cuts one text at four sizes. A smaller
-# tokenizer costs nothing: the first merges of a tokenizer are what training with a smaller
-# vocabulary would have learned, and `tokenizer.truncated(size)` keeps just these.
+# How does the size of the vocabulary matter? A smaller tokenizer costs nothing: the first merges of
+# a tokenizer are what training with a smaller vocabulary would have learned, and
+# `tokenizer.truncated(size)` keeps just these.
 
 # %% tags=["engine"]
 # How the figure is drawn: a colored stretch for each token, a dot for half a character
@@ -1716,7 +1715,7 @@ def draw_cuts(tokenizer: BPETokenizer, sizes: list[int], lines: list[str]) -> No
 
 
 # %% [markdown]
-# The figure below shows bytes and three vocabularies:
+# The same two lines, as bytes and with three vocabularies:
 
 # %% mystnb={"figure": {"caption": "One text, cut with four vocabularies. Each stretch of one color is a token; a dot is a byte of the unfinished character ë.", "name": "fig-tokenizer-cut"}, "image": {"alt": "Four blocks of colored stretches over the same two lines, code and a comment about 12345 loaves, Zoë and documentation. As bytes every character has a color of its own and ë has two. With 1,000 tokens short pieces appear. With 8,000 and 32,000 most words have one color, loaves has two, and the number is cut into 123 and 45."}}
 draw_cuts(
@@ -1955,7 +1954,7 @@ def draw_compression(compression: dict[int, float], uses: np.ndarray[Any, Any]) 
 
 
 # %% [markdown]
-# The next figure shows the whole curve of compression, and below it the uses of all tokens.
+# The figure shows the whole curve of compression, and below it the uses of all tokens.
 
 # %% mystnb={"figure": {"caption": "Above: bytes per token against the size of the vocabulary. Below: how often each token is used, against its rank by use.", "name": "fig-tokenizer-compression"}, "image": {"alt": "Above, bytes per token rise from 1 at 257 tokens to about 4.1 at 32,000, more slowly with each doubling. Below, on doubly logarithmic axes the use of tokens falls from 50,000, in the middle with a slope near -1. It crosses a dashed line at 12 occurrences near rank 8,000, and ends in steps at 3, 2 and 1 near rank 30,000."}}
 draw_compression(compression, uses)
@@ -2012,11 +2011,9 @@ small = mixed.truncated(1_000)
 print("          characters per token    tokens per word, mixed")
 print("          English    mixed        1,000     32,000 tokens")
 for name in ("English", "Spanish", "Russian", "Hindi"):
-    english, _ = measured(tokenizer, samples[name])
-    both, many = measured(mixed, samples[name])
-    print(
-        f"{name:9} {english:5.1f} {both:10.1f} {measured(small, samples[name])[1]:10.0f} {many:9.0f}"
-    )
+    (english, _), (both, many) = (measured(each, samples[name]) for each in (tokenizer, mixed))
+    few = measured(small, samples[name])[1]
+    print(f"{name:9} {english:5.1f} {both:10.1f} {few:10.0f} {many:9.0f}")
 
 # %% tags=["engine"]
 # How the figure is drawn: bars for each language, curves for some
@@ -2043,7 +2040,7 @@ def draw_languages(
 
 
 # %% [markdown]
-# The next figure has the other languages, and the sizes in between.
+# The figure adds the other languages and the sizes in between.
 
 # %% mystnb={"figure": {"caption": "Above: characters per token with 32,000 tokens learned from English documents, and from a mixture. Below: tokens per word against the size of the vocabulary, for the mixture.", "name": "fig-tokenizer-languages"}, "image": {"alt": "Above, horizontal bars for eleven languages, two each. Trained on English: English has 4.1 characters per token, Spanish 2.4, Slovak and Turkish 1.6, the seven others 0.4 to 0.8. Trained on the mixture: English 3.9, Spanish 4.1, the others between 2 and 3.5. Below, five falling curves. At 1,000 tokens Russian and Georgian need 8 to 10 tokens per word, Hindi and Turkish 5 to 6, English 3; at 32,000 all need 1.7 to 2.9."}}
 draw_languages(samples, tokenizer, {size: mixed.truncated(size) for size in sizes[2:]})
@@ -2816,7 +2813,7 @@ print(f"the best cuts of the documents set aside save less than {found // 0.01 +
 # *Forty minutes.* tiktoken's files hold only tokens and their ids. `BPETokenizer` needs merges.
 # Write `merges_from_ranks(ranks)`, which finds them: for a token of two bytes or more, merge its
 # own bytes as tiktoken does (always the neighbors whose joined bytes have the lowest rank), but
-# only with ranks *lower than its own*. By the proof above, two parts are left. Which?
+# only with ranks *lower than its own*. If the vocabulary was trained, two parts are left. Which?
 # ````
 
 

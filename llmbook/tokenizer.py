@@ -381,7 +381,7 @@ class WordCache(dict[str, tuple[int, ...]]):
             self[word] = ids
         return ids
 
-# %% ../chapters/05_tokenizer.ipynb #309750ae
+# %% ../chapters/05_tokenizer.ipynb #3d551e94
 _Allowed = Literal["all"] | Collection[str]
 
 
@@ -654,7 +654,7 @@ class BPETokenizer:
             special_tokens=self.special_tokens,
         )
 
-# %% ../chapters/05_tokenizer.ipynb #7648f235
+
 class SpecialTokens(dict[str, int]):
     """Special tokens and their ids; finds those that are allowed in a text, the longest first."""
 
