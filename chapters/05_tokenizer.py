@@ -254,7 +254,7 @@ for size, number in sizes.items():
 # %% tags=["engine"]
 #| export
 def valid_text(text: object, argument: str = "text") -> str:
-    """Return ``text`` with surrogates joined or replaced; what is no text raises a ValueError."""
+    """Return ``text`` with surrogates joined or replaced; other types raise a ValueError."""
     return whole_characters(check_text(text, argument))
 
 
@@ -285,7 +285,7 @@ for token in sorted((a + b for a, b in unconfined), key=len)[-3:]:
 # | `'s` `'t` `'re` … | the same, in upper case too | endings after an apostrophe |
 # | <code>&nbsp;?\p{L}+</code> | `[^\r\n\p{L}\p{N}]?\p{L}+` | letters, with one space (GPT-4: or other character) before them |
 # | <code>&nbsp;?\p{N}+</code> | `\p{N}{1,3}` | digits; in GPT-4, at most three |
-# | <code>&nbsp;?[^\s\p{L}\p{N}]+</code> | the same, with line breaks after them | punctuation and other symbols |
+# | <code style="white-space: nowrap">&nbsp;?[^\s\p{L}\p{N}]+</code> | the same, with line breaks after them | punctuation and other symbols |
 # | `\s+(?!\S)`, `\s+` | the same, with line breaks apart | white space, except one space before a word |
 #
 # A space goes with the word that follows it, so a sentence needs no tokens just for its spaces. The
@@ -360,8 +360,8 @@ def _with_gaps(compiled: Any, text: str) -> list[str]:
 def pretokenize(text: str, pattern: str = GPT4_PATTERN) -> list[str]:
     """Cut ``text`` into words that no token crosses; joined they are the text again.
 
-    Lone surrogates become U+FFFD. A ``pattern`` that is no regular expression, or has capturing
-    groups, raises a ``ValueError``.
+    Lone surrogates become U+FFFD. A ``pattern`` that is not a regular expression, or that has
+    capturing groups, raises a ``ValueError``.
 
     >>> pretokenize("It's  2026!")
     ['It', "'s", ' ', ' ', '202', '6', '!']
@@ -453,7 +453,7 @@ def _count_texts(job: tuple[list[str], str, tuple[str, ...]]) -> Counter[str]:
 # %% tags=["engine"]
 #| export
 def _batches(texts: Iterable[str | Document], size: int = 1_000_000) -> Iterator[list[str]]:
-    """Group ``texts`` to about ``size`` characters each; refuse what is no text."""
+    """Group ``texts`` to about ``size`` characters each; refuse what is not text."""
     batch: list[str] = []
     total = 0
     for text in iter_texts(texts, "texts"):
@@ -597,7 +597,8 @@ def _count_files(
 # In general, each occurrence of $a\,b$ in a word that occurs $f$ times takes $f$ from the pair of
 # the left neighbor and $a$, and from the pair of $b$ and the right neighbor. It adds $f$ to the
 # pairs of the left neighbor and $ab$, and of $ab$ and the right neighbor. Where a neighbor is
-# missing, there is nothing to do.
+# missing, there is nothing to do. (Two copies side by side, as in `hahaha`, are a case of their
+# own, which the engine room treats.)
 
 # %% [markdown] tags=["engine"]
 # #### Engine room: words as strings of tokens, and the seams in code
@@ -782,9 +783,9 @@ class _PairQueue:
 def learn_merges(counts: Mapping[str, int], size: int) -> list[tuple[bytes, bytes]]:
     """Learn up to ``size`` merges from words and how often each occurs, the first merge first.
 
-    The most frequent pair is merged, of equally frequent ones the lexicographically greatest pair
-    of byte strings. There are fewer than ``size`` where every word has become one token. Source:
-    Gage (1994), Sennrich et al. (2016), on bytes as in Radford et al. (2019).
+    The most frequent pair is merged; of equally frequent ones, the lexicographically greatest
+    pair of byte strings. There are fewer than ``size`` if every word has become one token.
+    Source: Gage (1994), Sennrich et al. (2016), on bytes as in Radford et al. (2019).
 
     >>> learn_merges({"to": 2, "toe": 1}, 2)
     [(b't', b'o'), (b'to', b'e')]
@@ -973,9 +974,10 @@ class WordCache(dict[str, tuple[int, ...]]):
 class BPETokenizer:
     """A byte-level BPE tokenizer: text to ids and back, without loss for any valid text.
 
-    ``vocabulary`` has the bytes of each id, all 256 single bytes among them; ``merges`` apply in
-    their order; ``special_tokens`` have ids of their own; ``pattern`` cuts words. With
-    ``ignore_merges`` a word that is a token is taken as it is. Bad input raises a ``ValueError``.
+    ``vocabulary`` has the bytes of each id, all 256 single bytes among them; ``merges`` apply
+    in their order; ``special_tokens`` have ids of their own; ``pattern`` cuts words. With
+    ``ignore_merges`` a word that is a token is taken as it is. Bad input raises a
+    ``ValueError``.
     """
 
     vocabulary: Mapping[int, bytes]
@@ -1006,7 +1008,7 @@ class BPETokenizer:
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: special tokens, decoding, checked vocabularies, and training (`train_bpe`)
+# ### Engine room: special tokens, decoding, checks, and training (`train_bpe`)
 
 # %% [markdown] tags=["engine"]
 # A long class is written in several cells. A cell that continues it says so: in the notebook it
@@ -1725,7 +1727,7 @@ draw_cuts(
 )
 
 # %% [markdown]
-# Each block has fewer and longer pieces than the one above it. No piece reaches from `123` into
+# The larger the vocabulary, the fewer and longer the pieces. No piece reaches from `123` into
 # `45`: that is the pattern's doing, not the training's.
 
 # %% [markdown] tags=["engine"]
