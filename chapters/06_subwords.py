@@ -197,8 +197,23 @@ def _own_gain(pair: Any, left: Any, right: Any, merged: Any, same: Any) -> Any:
     return _xlogx(left_after) - _xlogx(left) + right_change + new
 
 
+# %% tags=["engine"]
+#| export
+# Counts that cannot be are refused
+def _checked_counts(argument: str, counts: Any) -> np.ndarray:
+    """Return ``counts`` as an array, if they are finite numbers of 0 or more."""
+    try:
+        values = np.asarray(counts, dtype=np.float64)
+    except (TypeError, ValueError):
+        values = np.array(np.nan)
+    if isinstance(counts, str | bytes) or not np.isfinite(values).all() or (values < 0).any():
+        raise ValueError(f"{argument}: expected finite counts, 0 or more, got {counts!r:.60}")
+    return values
+
+
 # %% [markdown]
-# The whole gain adds the last two terms, which need $N$.
+# The whole gain adds the last two terms, which need $N$. The folded cell above refuses what is not
+# a count.
 
 
 # %%
@@ -216,11 +231,16 @@ def merge_gain(
 
     Arguments are counts: of the pair, of its tokens, of all tokens, and of the joined token where
     it exists already. ``same`` says that both tokens are one; ``pair`` then counts pairs that do
-    not overlap.
+    not overlap. Counts that cannot be raise a ``ValueError``.
 
     >>> merge_gain(np.array([2.0]), np.array([2.0]), np.array([2.0]), 4.0).round(3)
     array([2.773])
     """
+    given: Any = {"pair": pair, "left": left, "right": right, "merged": merged, "total": total}
+    for each in given.items():
+        _checked_counts(*each)
+    if (pair * np.where(same, 2, 1) > left).any() or (pair > right).any() or (pair > total).any():
+        raise ValueError(f"pair: expected no more than its tokens occur, got {pair!r:.60}")
     shorter = _xlogx(total) - _xlogx(total - pair)
     return np.asarray(_own_gain(pair, left, right, merged, same) + shorter)
 
@@ -802,8 +822,7 @@ class _Subwords:
     """Tokens with their ids: text to ids and back, where a subclass says how words are cut."""
 
     def __init__(self, tokens: Sequence[str], special_tokens: Collection[str]) -> None:
-        several = special_tokens if isinstance(special_tokens, str) else list(special_tokens)
-        special = check_special_tokens(several)
+        special = check_special_tokens(special_tokens)
         self._tokens = list(dict.fromkeys([*_checked_tokens(tokens), *special]))
         self._ids = {token: id for id, token in enumerate(self._tokens)}
         self.special_tokens = SpecialTokens({token: self._ids[token] for token in special})
@@ -2030,6 +2049,8 @@ class UnigramTokenizer(UnigramTokenizer):  # continued
         """
         if not isinstance(sharpness, int | float | np.number) or not 0 <= sharpness < math.inf:
             raise ValueError(f"sharpness: expected 0 or more, finite, got {sharpness!r:.60}")
+        if not isinstance(generator, random.Random | None):
+            raise ValueError(f"generator: expected a random.Random, got {generator!r:.60}")
         lattice, generator, ids = self._lattice, generator or random.Random(), list[int]()
         for word in self._split(valid_text(text)):
             ids += lattice.path_ids(word, lattice.random_path(word, sharpness, generator))
@@ -2415,7 +2436,9 @@ plt.show()
 
 # %%
 #| export
-def renyi_efficiency(counts: Iterable[int | float], vocab_size: int, order: float = 2.5) -> float:
+def renyi_efficiency(
+    counts: Iterable[int | float | np.number], vocab_size: int, order: float = 2.5
+) -> float:
     """Return the Rényi entropy of token counts over its maximum, log vocab_size: 0 to 1.
 
     Order 1 is Shannon's entropy. Source: Zouhar et al. (2023).
@@ -2423,12 +2446,16 @@ def renyi_efficiency(counts: Iterable[int | float], vocab_size: int, order: floa
     >>> renyi_efficiency([5, 5, 5, 5], vocab_size=4)
     1.0
     """
-    values = np.array([float(count) for count in counts])
+    if isinstance(counts, Mapping):
+        raise ValueError(
+            "counts: expected numbers, such as the values() of a Counter, got all of it"
+        )
+    values = _checked_counts("counts", list(counts) if isinstance(counts, Iterable) else counts)
     check_at_least(vocab_size=(2, vocab_size))
-    if not values.size or values.min() < 0 or not 0 < values.sum() < math.inf:
-        raise ValueError("counts: expected finite counts, 0 or more, at least one above 0")
-    if not 0 < order < math.inf:
-        raise ValueError(f"order: expected a positive number, got {order}")
+    if values.ndim != 1 or not values.sum() > 0:
+        raise ValueError(f"counts: expected several, at least one above 0, got {counts!r:.60}")
+    if not isinstance(order, int | float | np.number) or not 0 < order < math.inf:
+        raise ValueError(f"order: expected a positive number, got {order!r:.60}")
     p = values[values > 0] / values.sum()
     if len(p) > vocab_size:
         raise ValueError(
