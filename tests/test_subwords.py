@@ -706,6 +706,8 @@ def test_files_are_read_back(kind, tmp_path, wordpiece, unigram):
         {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}},
         {"post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 1], "cls": ["[CLS]", 0]}},
         {"added_tokens": [{"id": 0, "content": "[UNK]", "lstrip": True, "single_word": False}]},
+        {"added_tokens": [{"id": 0, "content": "[UNK]", "special": False}]},
+        {"added_tokens": [{"id": 0, "content": "<unk>", "special": False}]},
         {"model": {"vocab": None}},
         {"model": {"vocab": {"[UNK]": 0, "a": 2}}},
         {"model": None},
@@ -724,6 +726,78 @@ def test_files_that_would_cut_differently_are_refused(kind, tmp_path, change, wo
     path.write_text("no JSON", encoding="utf-8")
     with pytest.raises(ValueError, match=r"path: .*Expecting value"):
         kind.load(path)
+
+
+WORDPIECE_DEFAULTS = {
+    "rule": "likelihood",
+    "min_frequency": 2,
+    "character_coverage": 1.0,
+    "lowercase": False,
+    "max_word_length": 100,
+    "special_tokens": ("<|endoftext|>",),
+}
+UNIGRAM_DEFAULTS = {
+    "max_piece_length": 16,
+    "seed_size": 10 * (500 - 258),
+    "shrink": 0.75,
+    "em_steps": 2,
+    "byte_fallback": True,
+    "character_coverage": 0.9995,
+    "special_tokens": ("<|endoftext|>",),
+}
+# Words that are long, rare, or have rare letters, so that each setting changes something.
+MANY = [" ".join("".join(random.Random(n).choices("abcdeAB", k=n % 19 + 1)) for n in range(900))]
+MANY += ["x" * 101 + " " + "y" * 100, "q" * 40, "ж", "abcdabcdabcdabcdabcd " * 9]
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "other"),
+    [
+        (WordPieceTokenizer, "rule", "count"),
+        (WordPieceTokenizer, "min_frequency", 1),
+        (WordPieceTokenizer, "min_frequency", 3),
+        (WordPieceTokenizer, "character_coverage", 0.99),
+        (WordPieceTokenizer, "lowercase", True),
+        (WordPieceTokenizer, "max_word_length", 101),
+        (WordPieceTokenizer, "max_word_length", 99),
+        (WordPieceTokenizer, "special_tokens", ()),
+        (UnigramTokenizer, "max_piece_length", 15),
+        (UnigramTokenizer, "max_piece_length", 17),
+        (UnigramTokenizer, "seed_size", 9 * (500 - 258)),
+        (UnigramTokenizer, "shrink", 0.7),
+        (UnigramTokenizer, "em_steps", 1),
+        (UnigramTokenizer, "em_steps", 3),
+        (UnigramTokenizer, "byte_fallback", False),
+        (UnigramTokenizer, "character_coverage", 0.9),
+        (UnigramTokenizer, "special_tokens", ()),
+    ],
+)
+def test_defaults_are_those_documented(kind, option, other):
+    defaults = WORDPIECE_DEFAULTS if kind is WordPieceTokenizer else UNIGRAM_DEFAULTS
+
+    def learned(**options):
+        made = TRAIN[kind](MANY, 500, **options)
+        return made._tokens, made.special_tokens, getattr(made, "pieces", None)
+
+    assert learned() == learned(**defaults) != learned(**{**defaults, option: other})
+
+
+def test_defaults_of_the_tokenizers():
+    assert WordPieceTokenizer(["[UNK]", "a"]).special_tokens == {}
+    ours = WordPieceTokenizer(["[UNK]", "a", *(f"##{c}" for c in "ab")])
+    assert (ours.unk_token, ours.lowercase, ours.max_word_length) == ("[UNK]", False, 100)
+    assert (
+        ours.encode("A") == [0] and ours.encode("a" * 100)[0] == 1 and ours.encode("a" * 101) == [0]
+    )
+    pieces = [("<unk>", -9.0), ("▁", -1.0), ("a", -8.0), ("aa", -2.0), ("▁a", -1.0)]
+    unigram = UnigramTokenizer(pieces)
+    assert (unigram.unk_id, unigram.byte_fallback, unigram.special_tokens) == (0, False, {})
+    draws = [
+        [unigram.sample("aaaaaa", *given, generator=random.Random(n)) for n in range(20)]
+        for given in ((), (0.2,), (0.1,), (1.0,))
+    ]
+    assert draws[0] == draws[1] and draws[0] not in draws[2:]
+    assert {tuple(unigram.sample("aaaaaa")) for _ in range(50)} != {tuple(draws[0][0])}
 
 
 def test_files_of_the_library_are_read(tmp_path):
