@@ -5,7 +5,7 @@ with them, decode without loss, and speak the file formats of others."""
 
 # %% auto #0
 __all__ = ['GPT2_PATTERN', 'GPT4_PATTERN', 'valid_text', 'pretokenize', 'check_special_tokens', 'count_words', 'learn_merges',
-           'WordCache', 'SpecialTokens', 'BPETokenizer', 'train_bpe', 'TextSteps', 'train_bpe_files', 'checked_path',
+           'WordCache', 'BPETokenizer', 'SpecialTokens', 'train_bpe', 'TextSteps', 'train_bpe_files', 'checked_path',
            'read_json_object', 'naming_file']
 
 # %% ../chapters/05_tokenizer.ipynb #b5822b30
@@ -38,16 +38,18 @@ def valid_text(text: object, argument: str = "text") -> str:
     """Return ``text`` with surrogates joined or replaced; what is no text raises a ValueError."""
     return whole_characters(check_text(text, argument))
 
-# %% ../chapters/05_tokenizer.ipynb #81bff2ec
+# %% ../chapters/05_tokenizer.ipynb #fed65303
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _GPT4_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
 )
 GPT4_PATTERN = _GPT4_WORDS + r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-_LLAMA3_PATTERN = _GPT4_WORDS + r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # what tiktoken had formerly
+
+# %% ../chapters/05_tokenizer.ipynb #fcac4671
+_LLAMA3_PATTERN = _GPT4_WORDS + r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # tiktoken's older form
 _KNOWN_PATTERNS = {GPT2_PATTERN, GPT4_PATTERN, _LLAMA3_PATTERN}
 
-# %% ../chapters/05_tokenizer.ipynb #229ee141
+
 def _splitter(pattern: str) -> Callable[[str], list[str]]:
     """Return the function that cuts a text into words by ``pattern``; bad ones raise ValueError."""
     return _compiled(check_text(pattern, "pattern"))
@@ -383,65 +385,6 @@ class WordCache(dict[str, tuple[int, ...]]):
 _Allowed = Literal["all"] | Collection[str]
 
 
-class SpecialTokens(dict[str, int]):
-    """Special tokens and their ids; finds those that are allowed in a text, the longest first."""
-
-    def allowed(self, allowed_special: _Allowed) -> tuple[str, ...]:
-        """Return the tokens that are allowed, after a check that all of them are known."""
-        return self._chosen("allowed_special", allowed_special, self)
-
-    def encode(
-        self, text: str, allowed: tuple[str, ...], ordinary: Callable[[str], list[int]]
-    ) -> list[int]:
-        """Give ``allowed`` tokens their ids, and what lies between them those of ``ordinary``."""
-        if not allowed:
-            return ordinary(text)
-        ids, place = list[int](), 0
-        for match in _finder(allowed).finditer(text):
-            ids += ordinary(text[place : match.start()])
-            ids.append(self[match[0]])
-            place = match.end()
-        return ids + ordinary(text[place:])
-
-    def disallowed(
-        self, disallowed_special: _Allowed, allowed: Collection[str] = ()
-    ) -> tuple[str, ...]:
-        """Return the tokens that must not stand in a text; "all" are those not in ``allowed``."""
-        rest = [token for token in self if token not in allowed]
-        return self._chosen("disallowed_special", disallowed_special, rest)
-
-    def _chosen(self, argument: str, chosen: object, whole: Iterable[str]) -> tuple[str, ...]:
-        every = whole if isinstance(chosen, str) and chosen == "all" else chosen
-        if (
-            isinstance(every, str | bytes)
-            or not isinstance(every, Collection)
-            or not all(isinstance(token, str) and token in self for token in every)
-        ):
-            expected = f"'all' or some of {sorted(self)}"
-            raise ValueError(f"{argument}: expected {expected}, got {chosen!r}")
-        return tuple(sorted(every))
-
-    def refuse(self, text: str, disallowed: tuple[str, ...]) -> None:
-        """Raise a ``ValueError`` if ``text`` has one of the ``disallowed`` tokens."""
-        if disallowed and (match := _finder(disallowed).search(text)):
-            place = f"the special token {match[0]!r}, at character {match.start()}"
-            raise ValueError(f"text: expected none of disallowed_special, got {place}")
-
-    def between(self, text: str) -> list[str]:
-        """Return the stretches of ``text`` before, between and after special tokens."""
-        return _finder(tuple(self)).split(valid_text(text))
-
-# %% ../chapters/05_tokenizer.ipynb #e8ade441
-def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
-    """Yield text as soon as its characters are complete."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for piece in pieces:
-        if text := decoder.decode(piece):
-            yield text
-    if text := decoder.decode(b"", final=True):
-        yield text
-
-# %% ../chapters/05_tokenizer.ipynb #c64aeba8
 @dataclass(frozen=True, repr=False)
 class BPETokenizer:
     """A byte-level BPE tokenizer: text to ids and back, without loss for any valid text.
@@ -653,25 +596,6 @@ class BPETokenizer:
                 enough = max(_STREAM_SIZE, 2 * gathered)
         yield encode("".join(parts), add_special_tokens=False)
 
-    def to_tiktoken(self, name: str = "llmbook") -> Any:
-        """Return a ``tiktoken.Encoding`` with the same ids. A ``ValueError`` says why not."""
-        import tiktoken
-
-        ids, merged = self._tables.ids, self._tables.merged
-        longer = ((part, a + b) for a, b in self.merges for part in (a, b) if len(part) > 1)
-        rising = all(low < high for low, high in pairwise(merged))
-        if not rising or any(ids[part] > ids[token] for part, token in longer):
-            raise ValueError("merges: expected ids that rise in the order of the merges")
-        for id, token in self.vocabulary.items():
-            if self._tables.merge(token) != [id]:
-                raise ValueError(f"vocabulary: expected tokens that merges make, got {token!r}")
-        return tiktoken.Encoding(
-            name,
-            pat_str=self.pattern,
-            mergeable_ranks=ids,
-            special_tokens=self.special_tokens,
-        )
-
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``. A ``ValueError`` says what this format cannot hold."""
         text = json.dumps(_tokenizer_json(self), ensure_ascii=False, indent=1)
@@ -710,6 +634,84 @@ class BPETokenizer:
         with naming_file(checked_path(folder, "folder")) as found:
             made = cls(**_from_gpt2(found), pattern=pattern)
         return made
+
+    def to_tiktoken(self, name: str = "llmbook") -> Any:
+        """Return a ``tiktoken.Encoding`` with the same ids. A ``ValueError`` says why not."""
+        import tiktoken
+
+        ids, merged = self._tables.ids, self._tables.merged
+        longer = ((part, a + b) for a, b in self.merges for part in (a, b) if len(part) > 1)
+        rising = all(low < high for low, high in pairwise(merged))
+        if not rising or any(ids[part] > ids[token] for part, token in longer):
+            raise ValueError("merges: expected ids that rise in the order of the merges")
+        for id, token in self.vocabulary.items():
+            if self._tables.merge(token) != [id]:
+                raise ValueError(f"vocabulary: expected tokens that merges make, got {token!r}")
+        return tiktoken.Encoding(
+            name,
+            pat_str=self.pattern,
+            mergeable_ranks=ids,
+            special_tokens=self.special_tokens,
+        )
+
+
+class SpecialTokens(dict[str, int]):
+    """Special tokens and their ids; finds those that are allowed in a text, the longest first."""
+
+    def allowed(self, allowed_special: _Allowed) -> tuple[str, ...]:
+        """Return the tokens that are allowed, after a check that all of them are known."""
+        return self._chosen("allowed_special", allowed_special, self)
+
+    def encode(
+        self, text: str, allowed: tuple[str, ...], ordinary: Callable[[str], list[int]]
+    ) -> list[int]:
+        """Give ``allowed`` tokens their ids, and what lies between them those of ``ordinary``."""
+        if not allowed:
+            return ordinary(text)
+        ids, place = list[int](), 0
+        for match in _finder(allowed).finditer(text):
+            ids += ordinary(text[place : match.start()])
+            ids.append(self[match[0]])
+            place = match.end()
+        return ids + ordinary(text[place:])
+
+    def disallowed(
+        self, disallowed_special: _Allowed, allowed: Collection[str] = ()
+    ) -> tuple[str, ...]:
+        """Return the tokens that must not stand in a text; "all" are those not in ``allowed``."""
+        rest = [token for token in self if token not in allowed]
+        return self._chosen("disallowed_special", disallowed_special, rest)
+
+    def _chosen(self, argument: str, chosen: object, whole: Iterable[str]) -> tuple[str, ...]:
+        every = whole if isinstance(chosen, str) and chosen == "all" else chosen
+        if (
+            isinstance(every, str | bytes)
+            or not isinstance(every, Collection)
+            or not all(isinstance(token, str) and token in self for token in every)
+        ):
+            expected = f"'all' or some of {sorted(self)}"
+            raise ValueError(f"{argument}: expected {expected}, got {chosen!r}")
+        return tuple(sorted(every))
+
+    def refuse(self, text: str, disallowed: tuple[str, ...]) -> None:
+        """Raise a ``ValueError`` if ``text`` has one of the ``disallowed`` tokens."""
+        if disallowed and (match := _finder(disallowed).search(text)):
+            place = f"the special token {match[0]!r}, at character {match.start()}"
+            raise ValueError(f"text: expected none of disallowed_special, got {place}")
+
+    def between(self, text: str) -> list[str]:
+        """Return the stretches of ``text`` before, between and after special tokens."""
+        return _finder(tuple(self)).split(valid_text(text))
+
+# %% ../chapters/05_tokenizer.ipynb #e8ade441
+def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
+    """Yield text as soon as its characters are complete."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for piece in pieces:
+        if text := decoder.decode(piece):
+            yield text
+    if text := decoder.decode(b"", final=True):
+        yield text
 
 # %% ../chapters/05_tokenizer.ipynb #387e2429
 def _in_order_of_training(
