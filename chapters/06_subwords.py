@@ -197,8 +197,23 @@ def _own_gain(pair: Any, left: Any, right: Any, merged: Any, same: Any) -> Any:
     return _xlogx(left_after) - _xlogx(left) + right_change + new
 
 
+# %% tags=["engine"]
+#| export
+# Counts that cannot be are refused
+def _checked_counts(argument: str, counts: Any) -> np.ndarray:
+    """Return ``counts`` as an array, if they are finite numbers of 0 or more."""
+    try:
+        values = np.asarray(counts, dtype=np.float64)
+    except (TypeError, ValueError):
+        values = np.array(np.nan)
+    if isinstance(counts, str | bytes) or not np.isfinite(values).all() or (values < 0).any():
+        raise ValueError(f"{argument}: expected finite counts, 0 or more, got {counts!r:.60}")
+    return values
+
+
 # %% [markdown]
-# The whole gain adds the last two terms, which need $N$.
+# The whole gain adds the last two terms, which need $N$. The folded cell above refuses what is not
+# a count.
 
 
 # %%
@@ -216,11 +231,16 @@ def merge_gain(
 
     Arguments are counts: of the pair, of its tokens, of all tokens, and of the joined token where
     it exists already. ``same`` says that both tokens are one; ``pair`` then counts pairs that do
-    not overlap.
+    not overlap. Counts that cannot be raise a ``ValueError``.
 
     >>> merge_gain(np.array([2.0]), np.array([2.0]), np.array([2.0]), 4.0).round(3)
     array([2.773])
     """
+    given: Any = {"pair": pair, "left": left, "right": right, "merged": merged, "total": total}
+    for each in given.items():
+        _checked_counts(*each)
+    if (pair * np.where(same, 2, 1) > left).any() or (pair > right).any() or (pair > total).any():
+        raise ValueError(f"pair: expected no more than its tokens occur, got {pair!r:.60}")
     shorter = _xlogx(total) - _xlogx(total - pair)
     return np.asarray(_own_gain(pair, left, right, merged, same) + shorter)
 
@@ -802,8 +822,7 @@ class _Subwords:
     """Tokens with their ids: text to ids and back, where a subclass says how words are cut."""
 
     def __init__(self, tokens: Sequence[str], special_tokens: Collection[str]) -> None:
-        several = special_tokens if isinstance(special_tokens, str) else list(special_tokens)
-        special = check_special_tokens(several)
+        special = check_special_tokens(special_tokens)
         self._tokens = list(dict.fromkeys([*_checked_tokens(tokens), *special]))
         self._ids = {token: id for id, token in enumerate(self._tokens)}
         self.special_tokens = SpecialTokens({token: self._ids[token] for token in special})
@@ -2030,6 +2049,8 @@ class UnigramTokenizer(UnigramTokenizer):  # continued
         """
         if not isinstance(sharpness, int | float | np.number) or not 0 <= sharpness < math.inf:
             raise ValueError(f"sharpness: expected 0 or more, finite, got {sharpness!r:.60}")
+        if not isinstance(generator, random.Random | None):
+            raise ValueError(f"generator: expected a random.Random, got {generator!r:.60}")
         lattice, generator, ids = self._lattice, generator or random.Random(), list[int]()
         for word in self._split(valid_text(text)):
             ids += lattice.path_ids(word, lattice.random_path(word, sharpness, generator))
@@ -2415,7 +2436,9 @@ plt.show()
 
 # %%
 #| export
-def renyi_efficiency(counts: Iterable[int | float], vocab_size: int, order: float = 2.5) -> float:
+def renyi_efficiency(
+    counts: Iterable[int | float | np.number], vocab_size: int, order: float = 2.5
+) -> float:
     """Return the Rényi entropy of token counts over its maximum, log vocab_size: 0 to 1.
 
     Order 1 is Shannon's entropy. Source: Zouhar et al. (2023).
@@ -2423,12 +2446,16 @@ def renyi_efficiency(counts: Iterable[int | float], vocab_size: int, order: floa
     >>> renyi_efficiency([5, 5, 5, 5], vocab_size=4)
     1.0
     """
-    values = np.array([float(count) for count in counts])
+    if isinstance(counts, Mapping):
+        raise ValueError(
+            "counts: expected numbers, such as the values() of a Counter, got all of it"
+        )
+    values = _checked_counts("counts", list(counts) if isinstance(counts, Iterable) else counts)
     check_at_least(vocab_size=(2, vocab_size))
-    if not values.size or values.min() < 0 or not 0 < values.sum() < math.inf:
-        raise ValueError("counts: expected finite counts, 0 or more, at least one above 0")
-    if not 0 < order < math.inf:
-        raise ValueError(f"order: expected a positive number, got {order}")
+    if values.ndim != 1 or not values.sum() > 0:
+        raise ValueError(f"counts: expected several, at least one above 0, got {counts!r:.60}")
+    if not isinstance(order, int | float | np.number) or not 0 < order < math.inf:
+        raise ValueError(f"order: expected a positive number, got {order!r:.60}")
     p = values[values > 0] / values.sum()
     if len(p) > vocab_size:
         raise ValueError(
@@ -2577,13 +2604,17 @@ def count_segmentations(word: str, pieces: set[str]) -> int:
 
 
 # %% tags=["check"]
-assert count_segmentations("unlocked", {"un", "lock", "ed", "unlock", "locked"}) == 3
+assert count_segmentations("lock", {"lock"}) == 1, "a whole word may be one piece"
 assert count_segmentations("", {"a"}) == 1, "there is one way to cut nothing: not at all"
-assert count_segmentations("abc", {"a", "b"}) == 0, "the c cannot be written"
-assert count_segmentations("abc", set()) == 0
+assert count_segmentations("abc", {"a", "b"}) == 0, "what no piece can write has no cut: the c"
+assert count_segmentations("abc", set()) == 0, "without pieces there is no cut"
+for word, some in (("unlocked", "un lock ed unlock locked"), ("aaab", "a b aa ab")):
+    listed_cuts = len(segmentations(word, dict.fromkeys(some.split(), 1.0)))
+    counted = count_segmentations(word, set(some.split()))
+    assert counted == listed_cuts, f"every cut of {word} counts, and once: {listed_cuts}"
+assert count_segmentations("aaaa", {"a", "aa", "aaa"}) == 7, "pieces of every length count"
 fibonacci = count_segmentations("a" * 90, {"a", "aa"})
-assert fibonacci == 4660046610375530309, "cuts of 90 into ones and twos: a Fibonacci number"
-assert count_segmentations("a" * 1000, {"a" * n for n in range(1, 20)}) > 10**290
+assert fibonacci == 4660046610375530309, "large counts are exact whole numbers, so keep to int"
 
 # %% [markdown]
 # ````{exercise} Dropout for WordPiece
@@ -2619,12 +2650,18 @@ coin = random.Random(0)
 assert dropout_match("unlocked", have, 0.0, coin) == ["un", "##locked"], "p = 0 is plain WordPiece"
 single = dropout_match("unlocked", have, 1.0, coin)
 assert single == ["u", *(f"##{c}" for c in "nlocked")], "p = 1 leaves single characters"
-assert dropout_match("unzip", have, 0.5, coin) == ["[UNK]"]
+assert dropout_match("unzip", have, 0.0, coin) == ["[UNK]"], "one part without a piece: no cut"
 many = Counter(tuple(dropout_match("unlocked", have, 0.5, coin)) for _ in range(4000))
-assert all("".join(t.removeprefix("##") for t in cut) == "unlocked" for cut in many)
+spelled = {"".join(token.removeprefix("##") for token in cut) for cut in many}
+assert spelled == {"unlocked"}, "every cut spells the word"
 best, second = many["un", "##locked"] / 4000, many["un", "##lock", "##ed"] / 4000
-assert abs(best - 1 / 4) < 0.03, "un and ##locked are each kept with probability 1/2"
-assert abs(second - 1 / 16) < 0.02, "un kept, ##locked rejected, ##lock kept, ##ed kept"
+assert abs(best - 1 / 4) < 0.03, "each match is kept or rejected by itself: un, then ##locked"
+assert abs(second - 1 / 16) < 0.02, "after a rejected match comes the next shorter one"
+again = {"na", "##na", "n", "##n", "##a"}
+thrice = sum(len(dropout_match("nanana", again, 0.5, coin)) == 3 for _ in range(4000)) / 4000
+assert abs(thrice - 1 / 8) < 0.03, "a piece that comes twice is rejected or kept anew each time"
+rare = sum(dropout_match("na", again, 0.1, coin) == ["n", "##a"] for _ in range(4000)) / 4000
+assert abs(rare - 0.1) < 0.03, "p is the probability that a match is rejected"
 
 # %% [markdown]
 # ````{exercise} How long on average?
@@ -2632,7 +2669,7 @@ assert abs(second - 1 / 16) < 0.02, "un kept, ##locked rejected, ##lock kept, ##
 # *Half an hour.* Subword regularization makes texts longer, and it is good to know by how much
 # before training. Write `expected_pieces(word, q, sharpness)`: the expected number of pieces of
 # `word`, if a segmentation is drawn with probability proportional to the product of its $q$ to the
-# power `sharpness`. Do not list segmentations. One way: beside $\alpha_j$ keep the sum over all
+# power `sharpness`. Every word given has a cut. Do not list segmentations. One way: beside $\alpha_j$ keep the sum over all
 # paths of their probability times their length. An extended path is longer by one. Words may have
 # a thousand characters, so probabilities will underflow; keep numbers in range.
 # ````
@@ -2664,9 +2701,14 @@ cuts = segmentations("unlocked", toy)
 for power in (0.0, 0.5, 1.0, 3.0):
     weight = [math.prod(toy[t] for t in cut) ** power for cut in cuts]
     listed_mean = sum(w * len(cut) for w, cut in zip(weight, cuts, strict=True)) / sum(weight)
-    assert math.isclose(expected_pieces("unlocked", toy, power), listed_mean), f"sharpness {power}"
-assert math.isclose(expected_pieces("ab" * 600, {"a": 0.01, "b": 0.01}), 1200), "underflow?"
-assert expected_pieces("unlocked", toy, 50.0) < 2.001, "the best cut has two pieces"
+    what = "counts alike" if power == 0 else f"weighs its probability to the power {power:g}"
+    found = expected_pieces("unlocked", toy, power)
+    assert math.isclose(found, listed_mean), f"each cut {what}: {listed_mean:.3f}, not {found:.3f}"
+assert expected_pieces("unlocked", toy) == expected_pieces("unlocked", toy, 1.0), "1 by default"
+long = expected_pieces("ab" * 600, {"a": 0.01, "b": 0.01})
+assert math.isclose(long, 1200), f"tiny probabilities must not become zero: 1200, not {long:g}"
+long = expected_pieces("ab" * 600, {"a": 0.01, "b": 0.01, "ab": 1e-4})
+assert math.isclose(long, 900), f"half of the 600 pairs are cut on average: 900, not {long:g}"
 
 # %% [markdown]
 # ## Summary

@@ -86,7 +86,19 @@ def _own_gain(pair: Any, left: Any, right: Any, merged: Any, same: Any) -> Any:
     new = _xlogx(merged + pair) - _xlogx(merged)
     return _xlogx(left_after) - _xlogx(left) + right_change + new
 
-# %% ../chapters/06_subwords.ipynb #6e226796
+# %% ../chapters/06_subwords.ipynb #2e4b88f6
+# Counts that cannot be are refused
+def _checked_counts(argument: str, counts: Any) -> np.ndarray:
+    """Return ``counts`` as an array, if they are finite numbers of 0 or more."""
+    try:
+        values = np.asarray(counts, dtype=np.float64)
+    except (TypeError, ValueError):
+        values = np.array(np.nan)
+    if isinstance(counts, str | bytes) or not np.isfinite(values).all() or (values < 0).any():
+        raise ValueError(f"{argument}: expected finite counts, 0 or more, got {counts!r:.60}")
+    return values
+
+# %% ../chapters/06_subwords.ipynb #55094f8f
 def merge_gain(
     pair: Float[np.ndarray, "*pairs"],
     left: Float[np.ndarray, "*pairs"],
@@ -100,11 +112,16 @@ def merge_gain(
 
     Arguments are counts: of the pair, of its tokens, of all tokens, and of the joined token where
     it exists already. ``same`` says that both tokens are one; ``pair`` then counts pairs that do
-    not overlap.
+    not overlap. Counts that cannot be raise a ``ValueError``.
 
     >>> merge_gain(np.array([2.0]), np.array([2.0]), np.array([2.0]), 4.0).round(3)
     array([2.773])
     """
+    given: Any = {"pair": pair, "left": left, "right": right, "merged": merged, "total": total}
+    for each in given.items():
+        _checked_counts(*each)
+    if (pair * np.where(same, 2, 1) > left).any() or (pair > right).any() or (pair > total).any():
+        raise ValueError(f"pair: expected no more than its tokens occur, got {pair!r:.60}")
     shorter = _xlogx(total) - _xlogx(total - pair)
     return np.asarray(_own_gain(pair, left, right, merged, same) + shorter)
 
@@ -317,13 +334,12 @@ def _checked_tokens(tokens: Sequence[str]) -> list[str]:
         raise ValueError(f"vocabulary: expected each token once, got {repeated[0]!r} twice")
     return list(tokens)
 
-# %% ../chapters/06_subwords.ipynb #824dace2
+# %% ../chapters/06_subwords.ipynb #c0294c24
 class _Subwords:
     """Tokens with their ids: text to ids and back, where a subclass says how words are cut."""
 
     def __init__(self, tokens: Sequence[str], special_tokens: Collection[str]) -> None:
-        several = special_tokens if isinstance(special_tokens, str) else list(special_tokens)
-        special = check_special_tokens(several)
+        special = check_special_tokens(special_tokens)
         self._tokens = list(dict.fromkeys([*_checked_tokens(tokens), *special]))
         self._ids = {token: id for id, token in enumerate(self._tokens)}
         self.special_tokens = SpecialTokens({token: self._ids[token] for token in special})
@@ -753,6 +769,8 @@ class UnigramTokenizer(_Subwords):
         """
         if not isinstance(sharpness, int | float | np.number) or not 0 <= sharpness < math.inf:
             raise ValueError(f"sharpness: expected 0 or more, finite, got {sharpness!r:.60}")
+        if not isinstance(generator, random.Random | None):
+            raise ValueError(f"generator: expected a random.Random, got {generator!r:.60}")
         lattice, generator, ids = self._lattice, generator or random.Random(), list[int]()
         for word in self._split(valid_text(text)):
             ids += lattice.path_ids(word, lattice.random_path(word, sharpness, generator))
@@ -1101,8 +1119,10 @@ def train_unigram(
     pieces = _train_pieces(*seeds, size, shrink, em_steps, report)
     return _assembled(pieces, byte_fallback, special)
 
-# %% ../chapters/06_subwords.ipynb #d02fdbe9
-def renyi_efficiency(counts: Iterable[int | float], vocab_size: int, order: float = 2.5) -> float:
+# %% ../chapters/06_subwords.ipynb #9cd33bb8
+def renyi_efficiency(
+    counts: Iterable[int | float | np.number], vocab_size: int, order: float = 2.5
+) -> float:
     """Return the Rényi entropy of token counts over its maximum, log vocab_size: 0 to 1.
 
     Order 1 is Shannon's entropy. Source: Zouhar et al. (2023).
@@ -1110,12 +1130,16 @@ def renyi_efficiency(counts: Iterable[int | float], vocab_size: int, order: floa
     >>> renyi_efficiency([5, 5, 5, 5], vocab_size=4)
     1.0
     """
-    values = np.array([float(count) for count in counts])
+    if isinstance(counts, Mapping):
+        raise ValueError(
+            "counts: expected numbers, such as the values() of a Counter, got all of it"
+        )
+    values = _checked_counts("counts", list(counts) if isinstance(counts, Iterable) else counts)
     check_at_least(vocab_size=(2, vocab_size))
-    if not values.size or values.min() < 0 or not 0 < values.sum() < math.inf:
-        raise ValueError("counts: expected finite counts, 0 or more, at least one above 0")
-    if not 0 < order < math.inf:
-        raise ValueError(f"order: expected a positive number, got {order}")
+    if values.ndim != 1 or not values.sum() > 0:
+        raise ValueError(f"counts: expected several, at least one above 0, got {counts!r:.60}")
+    if not isinstance(order, int | float | np.number) or not 0 < order < math.inf:
+        raise ValueError(f"order: expected a positive number, got {order!r:.60}")
     p = values[values > 0] / values.sum()
     if len(p) > vocab_size:
         raise ValueError(

@@ -432,7 +432,7 @@ class BPETokenizer:
         tables, text = self._tables, valid_text(text)
         allowed = tables.special.allowed(allowed_special)
         tables.special.refuse(text, tables.special.disallowed(disallowed_special, allowed))
-        ids = tables.encode_named(text, allowed)
+        ids = tables.encode_named(text, allowed, tables.encode)
         return [*tables.prefix, *ids, *tables.suffix] if add_special_tokens else ids
 
     def decode_bytes(
@@ -907,18 +907,20 @@ class _Tables:
         """Return ``text`` as the normalizer writes it."""
         return normalize("NFC", text) if self.steps.normalizer else text
 
-    def encode_named(self, text: str, allowed: tuple[str, ...]) -> list[int]:
+    def encode_named(
+        self, text: str, allowed: tuple[str, ...], ordinary: Callable[[str], list[int]]
+    ) -> list[int]:
         """Return the ids of ``text``, in which ``allowed`` and all added tokens are found."""
         steps = self.steps
         if not steps.added_tokens and not steps.normalizer:
-            return self.special.encode(text, allowed, self.encode)
+            return self.special.encode(text, allowed, ordinary)
         found = {*allowed, *steps.added_tokens}
         late = SpecialTokens(
             {self.normalize(t): self.named[t] for t in found & {*steps.normalized}}
         )
 
         def between(part: str) -> list[int]:
-            return late.encode(self.normalize(part), tuple(sorted(late)), self.encode)
+            return late.encode(self.normalize(part), tuple(sorted(late)), ordinary)
 
         return self.named.encode(text, tuple(sorted(found - {*steps.normalized})), between)
 
