@@ -1922,7 +1922,7 @@ print(f"from 16,000 to 32,000 tokens: {compression[32_000] / compression[16_000]
 import numpy as np
 
 
-def count_uses(tokenizer: BPETokenizer) -> np.ndarray[Any, Any]:
+def count_uses(tokenizer: BPETokenizer) -> np.ndarray:
     uses = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for word, count in counts.items():
         np.add.at(uses, tokenizer.encode(word), count)
@@ -2015,9 +2015,9 @@ small = mixed.truncated(1_000)
 print("          characters per token    tokens per word, mixed")
 print("          English    mixed        1,000     32,000 tokens")
 for name in ("English", "Spanish", "Russian", "Hindi"):
-    (english, _), (both, many) = (measured(each, samples[name]) for each in (tokenizer, mixed))
+    (before, _), (after, many) = (measured(each, samples[name]) for each in (tokenizer, mixed))
     few = measured(small, samples[name])[1]
-    print(f"{name:9} {english:5.1f} {both:10.1f} {few:10.0f} {many:9.0f}")
+    print(f"{name:9} {before:5.1f} {after:10.1f} {few:10.0f} {many:9.0f}")
 
 # %% tags=["engine"]
 # How the figure is drawn: bars for each language, curves for some
@@ -2085,6 +2085,13 @@ steps = sum(tokenizer.vocabulary[id] in parts for id in unused)
 print(f"of the merges that are never used, {steps / len(unused):.0%} are steps to a longer token")
 
 # %% [markdown]
+# It is, for all of them. A token that never occurs in the model's training text keeps the random
+# vector that it started with. Such under-trained tokens have been found in many published models
+# {cite}`land2024fishing`.
+#
+# *A space at the end* of a prompt becomes a token of its own. In training, words hardly ever came
+# after that token, because they carry their space themselves.
+#
 # ## Files that others read
 #
 # Three formats matter. Hugging Face's `tokenizer.json` holds everything in one file. GPT-2 left two
@@ -2093,9 +2100,10 @@ print(f"of the merges that are never used, {steps / len(unused):.0%} are steps t
 # The first two store tokens as text, which arbitrary bytes are not. GPT-2's way out was to give
 # each byte a printable character: the 188 bytes that are printable in Latin-1 stand for themselves,
 # and the 68 others get the characters from 256 on, in order. The space is byte 32. None of the 32
-# bytes before it is printable, so it becomes character 256 + 32 = 288, which is `Ġ`; and ` baker`
-# becomes `Ġbaker`. A line break, byte 10, becomes `Ċ`. The two bytes of `ë`, 195 and 171, are
-# printable, so `Zoë` becomes `ZoÃ«`. You'll meet this spelling in many files and error messages.
+# bytes before it is printable, so the space becomes character 256 + 32 = 288, which is `Ġ`; and `
+# baker` becomes `Ġbaker`. A line break, byte 10, becomes `Ċ`. The two bytes of `ë`, 195 and 171,
+# are printable, so `Zoë` becomes `ZoÃ«`. You'll meet this spelling in many files and error
+# messages.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: tokenizer.json and GPT-2's files, written and read with care
@@ -2587,7 +2595,7 @@ class BPETokenizer(BPETokenizer):  # continued
 #
 # We compare three programs that hold the same merges: ours, tiktoken with our ids, and
 # `tokenizers`, Hugging Face's library, with our file. The text is in many scripts, with emoji,
-# code, runs of white space, and an accent of its own. Ids and decoded text have to be equal, or the
+# code, runs of white space, and a separate accent. Ids and decoded text have to be equal, or the
 # cell fails.
 
 # %%
@@ -2596,7 +2604,7 @@ import tokenizers
 text = """Der Bäcker backt, пекарь печёт, ο φούρναρης ψήνει, パン屋は焼く, 빵을 굽는다, बेकर बनाता है,
 הָאוֹפֶה אופה, الخباز يخبز، 👩🏽‍🍳🥖🥐 e\u0301 \u200d½ ² Ⅷ ٣٤٥ 1234567.89 it's WE'LL don't\r\n\r\n
 def bake(n):\n\t\treturn  [i ** 2   for i in range(n)]  # \u2028 <|endoftext|>   \n  \ufffd\x00 """
-file = f"{folder.name}/tokenizer.json"
+file = f"{folder.name}/tokenizer.json"  # in a temporary folder, made in the room of streams
 tokenizer = BPETokenizer.from_merges(merges)  # once more, with all that the class has learned since
 tokenizer.save(file)
 theirs, encoding = tokenizers.Tokenizer.from_file(file), tokenizer.to_tiktoken()
