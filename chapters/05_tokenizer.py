@@ -33,6 +33,7 @@ import json
 import operator
 import os
 import re
+from base64 import b64decode, b64encode
 from bisect import insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ from functools import cache, partial
 from heapq import heapify, heappop, heappush
 from itertools import chain, pairwise
 from pathlib import Path
+from random import Random
 from typing import Any, Literal, SupportsInt
 from unicodedata import normalize
 
@@ -2589,6 +2591,291 @@ class BPETokenizer(BPETokenizer):  # continued
             special_tokens=self.special_tokens,
         )
 
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: where tokens stand, merges left out at random, merges found from ranks
+
+# %% [markdown] tags=["engine"]
+# Who marks names in a text, or highlights what a model looked at, needs the *offsets* of the tokens:
+# where in the text each begins and ends, in characters. The bytes of the tokens, one after the
+# other, are those of the text, so we write down for each byte the character that it comes from. A
+# token with a part of a character stands where the whole character is.
+#
+# A normalizer makes one character of several, or several of one. Unicode's *grapheme clusters*,
+# `\X` in a regular expression, are what it works on. Where it changes a cluster, everything that
+# it makes of it stands at all of it.
+
+
+# %% tags=["engine"]
+#| export
+_CLUSTER = regex.compile(r"\X")
+
+
+class _Tables(_Tables):  # continued
+    def origins(self, text: str, allowed: tuple[str, ...]) -> list[tuple[int, int]]:
+        """Return, for each byte of the text that is encoded, the place in ``text`` it is from."""
+        early = {*allowed, *self.steps.added_tokens} - {*self.steps.normalized}
+        found = [match.span() for match in _finder(tuple(sorted(early))).finditer(text)]
+        origins: list[tuple[int, int]] = []
+        for between, (start, end) in enumerate(pairwise([0, *chain(*found), len(text)])):
+            named = between % 2 == 1
+            clusters = [(start, end)] if named else self._clusters(text, start, end)
+            for first, last in clusters:
+                given = text[first:last]
+                written = given if named else self.normalize(given)
+                for place, character in enumerate(written):
+                    same = written == given
+                    origin = (first + place, first + place + 1) if same else (first, last)
+                    origins += [origin] * len(character.encode())
+        return origins
+
+    def _clusters(self, text: str, start: int, end: int) -> list[tuple[int, int]]:
+        if not self.steps.normalizer:
+            return [(start, end)]
+        return [match.span() for match in _CLUSTER.finditer(text, start, end)]
+
+
+# %% [markdown] tags=["engine"]
+# Tokens are then as long as their bytes. Only a token that is found in normalized text may be
+# written differently there.
+
+
+# %% tags=["engine"]
+#| export
+class BPETokenizer(BPETokenizer):  # continued
+    def encode_with_offsets(
+        self,
+        text: str,
+        *,
+        allowed_special: _Allowed = (),
+        disallowed_special: _Allowed = (),
+        add_special_tokens: bool = True,
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of ``encode``, and where in ``text`` each stands: (start, end).
+
+        Places are counted in characters (code points); surrogates that make a pair are one. A
+        token that is a part of a character stands at all of it; prefix and suffix stand at (0, 0).
+        """
+        tables, text = self._tables, valid_text(text)
+        ids = self.encode(
+            text,
+            allowed_special=allowed_special,
+            disallowed_special=disallowed_special,
+            add_special_tokens=False,
+        )
+        origins = tables.origins(text, tables.special.allowed(allowed_special))
+        late = {tables.named[token]: token for token in self.steps.normalized}
+        offsets, place = list[tuple[int, int]](), 0
+        for id in ids:
+            data = tables.normalize(late[id]).encode() if id in late else tables.tokens[id]
+            covered = origins[place : place + len(data)]
+            offsets.append((covered[0][0], covered[-1][1]))
+            place += len(data)
+        if not add_special_tokens:
+            return ids, offsets
+        nowhere = [[(0, 0)] * len(added) for added in (tables.prefix, tables.suffix)]
+        return [*tables.prefix, *ids, *tables.suffix], [*nowhere[0], *offsets, *nowhere[1]]
+
+
+# %% [markdown] tags=["engine"]
+# A model that always sees a word cut in one way learns nothing about its parts. **BPE-dropout**
+# {cite}`provilkov2020bpe` cuts it in another way each time: before each merge, every pair that could
+# be merged is left out with some probability, and the pair of the lowest rank among the others is
+# merged; when all are left out, the word is finished. Nothing is remembered, since the next time
+# shall be different.
+
+
+# %% tags=["engine"]
+#| export
+def _merge_some(
+    tokens: list[int],
+    ranks: dict[tuple[int, int], int],
+    merged: list[int],
+    dropout: float,
+    generator: Random,
+) -> list[int]:
+    """Merge neighbors by rank, each possible merge left out with probability ``dropout``."""
+    tokens = list(tokens)
+    while True:
+        possible = [
+            (rank, place)
+            for place, pair in enumerate(pairwise(tokens))
+            if (rank := ranks.get(pair)) is not None and generator.random() >= dropout
+        ]
+        if not possible:
+            return tokens
+        rank, place = min(possible)
+        tokens[place : place + 2] = [merged[rank]]
+
+
+class BPETokenizer(BPETokenizer):  # continued
+    def sample(
+        self,
+        text: str,
+        dropout: float = 0.1,
+        *,
+        generator: Random | None = None,
+        allowed_special: _Allowed = (),
+        add_special_tokens: bool = True,
+    ) -> list[int]:
+        """Return ids of ``text``, cut at random by BPE-dropout; they decode to the same text.
+
+        Each possible merge is left out with probability ``dropout``: 0 gives the ids of
+        ``encode``, 1 those of the bytes. Source: Provilkov et al. (2020), Algorithm 1.
+        """
+        if (
+            not isinstance(dropout, int | float)
+            or isinstance(dropout, bool)
+            or not 0 <= dropout <= 1
+        ):
+            raise ValueError(f"dropout: expected from 0 to 1, got {dropout!r:.60}")
+        if not isinstance(generator, Random | None):
+            raise ValueError(f"generator: expected a random.Random, got {generator!r:.60}")
+        tables, chance = self._tables, generator or Random()
+
+        def ordinary(part: str) -> list[int]:
+            ids = list[int]()
+            for word in tables.split(part):
+                single = [tables.byte_ids[byte] for byte in word.encode()]
+                ids += _merge_some(single, tables.ranks, tables.merged, dropout, chance)
+            return ids
+
+        allowed = tables.special.allowed(allowed_special)
+        ids = tables.encode_named(valid_text(text), allowed, ordinary if dropout else tables.encode)
+        return [*tables.prefix, *ids, *tables.suffix] if add_special_tokens else ids
+
+
+# %% [markdown] tags=["engine"]
+# tiktoken's files have a line for each token: its bytes in base64, and its rank, which is its id.
+# Special tokens and pattern are not in them. Our tokenizer needs merges. By the proof above, the
+# merge of a token is what is left of its own bytes when all merges of lower rank have been made:
+# two parts. In some vocabularies, such as Llama 3's, it is not. Then tiktoken makes the token of
+# *any* two parts that meet, so all of these are merges, and a word that is the token is not cut,
+# which is our `ignore_merges`.
+
+
+# %% tags=["engine"]
+#| export
+def _merges_of_ranks(ranks: Mapping[bytes, int]) -> tuple[list[tuple[bytes, bytes]], bool]:
+    """Return the merges, in order, that give tiktoken's ids; and whether they make every token."""
+    merges: list[tuple[bytes, bytes]] = []
+    reached = True
+    for token, own in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            joined = [ranks.get(a + b, own) for a, b in pairwise(parts)]
+            if (lowest := min(joined)) >= own:
+                break
+            place = joined.index(lowest)
+            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+        elif len(parts) > 2:
+            reached = False
+            cuts = ((token[:place], token[place:]) for place in range(1, len(token)))
+            merges += [cut for cut in cuts if cut[0] in ranks and cut[1] in ranks]
+    return merges, reached
+
+
+# %% [markdown] tags=["engine"]
+# A line that is no token and rank is named by its number.
+
+
+# %% tags=["engine"]
+#| export
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """Return the ranks in a file of tiktoken's."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            data, id = b64decode(token, validate=True), int(rank)
+        except ValueError:
+            expected = "expected a token in base64 and its rank"
+            raise ValueError(f"line {number}: {expected}, got {line!r:.60}") from None
+        if data in ranks:
+            raise ValueError(f"line {number}: expected each token once, got {data!r:.60} again")
+        ranks[data] = id
+    return ranks
+
+
+# %% [markdown] tags=["engine"]
+# What ranks cannot say is refused when it is to be written: merges that would not be found again,
+# and steps around the merges.
+
+
+# %% tags=["engine"]
+#| export
+class BPETokenizer(BPETokenizer):  # continued
+    @classmethod
+    def load_tiktoken(
+        cls,
+        path: str | Path,
+        *,
+        special_tokens: Mapping[str, int] | Collection[str] = (),
+        pattern: str = GPT4_PATTERN,
+    ) -> "BPETokenizer":
+        """Read a rank file of tiktoken's, such as ``cl100k_base.tiktoken``; ids are its ranks.
+
+        The file has no pattern and no ``special_tokens``: a list of these gets the next ids.
+        """
+        with naming_file(path) as found:
+            ranks = _read_ranks(found)
+            merges, reached = _merges_of_ranks(ranks)
+            vocabulary = {id: token for token, id in ranks.items()}
+            if len(vocabulary) < len(ranks):
+                raise ValueError("expected a rank of its own for each token, got some twice")
+            _checked_vocabulary(vocabulary)
+        options: Any = {"pattern": pattern, "ignore_merges": not reached}
+        return cls(vocabulary, merges, special_tokens=special_tokens, **options)
+
+    def save_tiktoken(self, path: str | Path) -> None:
+        """Write a rank file for tiktoken; pattern and special tokens are not in it."""
+        ids = self._tables.ids
+        merges, reached = _merges_of_ranks(ids)
+        if merges != list(self.merges) or not (reached or self.ignore_merges):
+            raise ValueError("merges: expected those that follow from the ids alone, got others")
+        if self.steps != TextSteps():
+            raise ValueError("steps: expected none, which rank files cannot hold: use save")
+        lines = (
+            f"{b64encode(t).decode()} {id}" for t, id in sorted(ids.items(), key=lambda i: i[1])
+        )
+        _write_text(checked_path(path), "\n".join([*lines, ""]))
+
+
+# %% [markdown] tags=["engine"]
+# Two more patterns are common: that of GPT-4o, which keeps marks with their letters and tells
+# upper case from lower, and that of Qwen's files, for which each digit is a word. Streams may be
+# cut at the same places as with GPT-4's.
+
+
+# %% tags=["engine"]
+#| export
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT4O_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDINGS}"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDINGS}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+_KNOWN_PATTERNS |= {GPT4O_PATTERN, QWEN2_PATTERN}
+
+# %% [markdown] tags=["engine"]
+# The same cuts as a list of offsets, and the same word at random:
+
+# %% tags=["engine"]
+complete = BPETokenizer.from_merges(merges)
+line, word = "Zoë's loaves", " documentation"
+_, offsets = complete.encode_with_offsets(line)
+print(*(f"{line[start:end]!r} at {start}-{end}" for start, end in offsets), sep=", ")
+chance = Random(0)
+for dropout in (0, 0.1, 0.5):
+    ids = complete.sample(word, dropout, generator=chance)
+    print(f"dropout {dropout}:", "|".join(complete.decode([id]) for id in ids))
+    assert complete.decode(ids) == word
 
 # %% [markdown]
 # ## Is it the real thing?

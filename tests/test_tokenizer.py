@@ -1,20 +1,24 @@
 """Byte-pair encoding of chapter 05: against naive code, tiktoken and tokenizers; bad input."""
 
+import base64
 import dataclasses
 import json
 import pickle
 import random
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import jaxtyping
 import numpy as np
 import pytest
 import tiktoken
+import tiktoken.load
 import tokenizers
 import torch
 from hypothesis import given, settings
@@ -27,6 +31,8 @@ from llmbook.corpus import Document
 from llmbook.tokenizer import (
     GPT2_PATTERN,
     GPT4_PATTERN,
+    GPT4O_PATTERN,
+    QWEN2_PATTERN,
     BPETokenizer,
     SpecialTokens,
     TextSteps,
@@ -667,8 +673,8 @@ class TestStreaming:
 
     @settings(max_examples=100)
     @given(
-        pieces=st.lists(st.text("aé' \n\t.1<>\u0301字。/", max_size=4), max_size=12),
-        pattern=st.sampled_from([GPT2_PATTERN, GPT4_PATTERN, module._LLAMA3_PATTERN, r"\S+\s*"]),
+        pieces=st.lists(st.text("aA' \n\t.1<>\u0301字。/s", max_size=4), max_size=12),
+        pattern=st.sampled_from([*sorted(module._KNOWN_PATTERNS), r"\S+\s*"]),
     )
     def test_every_pattern(self, pieces: list[str], pattern: str) -> None:
         special = {"<a>": 256, "<": 257, "<a><a>": 258, "> ": 259}
@@ -874,6 +880,284 @@ class TestSteps:
                 tokenizer.save_gpt2(tmp_path)
         with pytest.raises(ValueError, match="special_tokens: these files cannot make '!' special"):
             BPETokenizer(BYTES, [], special_tokens=["!"]).save_gpt2(tmp_path)
+
+
+class TestOffsets:
+    @settings(max_examples=100)
+    @given(text=MIXED)
+    def test_as_tokenizers(
+        self, ours: BPETokenizer, theirs: tokenizers.Tokenizer, text: str
+    ) -> None:
+        ids, offsets = ours.encode_with_offsets(text, allowed_special="all")
+        expected = theirs.encode(text)
+        assert (ids, offsets) == (expected.ids, expected.offsets)
+
+    @pytest.mark.parametrize("text", TEXTS)
+    def test_as_tiktoken(self, ours: BPETokenizer, encoding: tiktoken.Encoding, text: str) -> None:
+        """Its starts are ours, but for tokens that begin within a character: there it is unsure."""
+        ids, offsets = ours.encode_with_offsets(text)
+        if not ids:
+            return
+        whole, starts = encoding.decode_with_offsets(ids)
+        assert whole == text
+        for id, start, (ours_from, ours_to) in zip(ids, starts, offsets, strict=True):
+            within = 0x80 <= ours.decode_bytes([id])[0] < 0xC0
+            assert within or start == ours_from
+            assert ours.decode_bytes([id]) in text[ours_from:ours_to].encode()
+
+    @pytest.mark.parametrize("late", [(), ("caf\u00e9",), ("<a>",)])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            *TEXTS,
+            "cafe\u0301 <a>e\u0301<s>\u0301x",
+            "\u1112\u1161\u11ab \r\n\u212b\u0958",
+            "a\u0323\u0301\u0301",
+        ],
+    )
+    def test_normalized(self, tmp_path: Path, text: str, late: Any) -> None:
+        added = {"<a>": 998, "caf\u00e9": 999}
+        steps = TextSteps("NFC", added, late, prefix=["<s>"], suffix=["<a>", "<s>"])
+        trained = train_bpe(TEXTS, 400, special_tokens=["<s>"])
+        ours = BPETokenizer(
+            trained.vocabulary, trained.merges, special_tokens=trained.special_tokens, steps=steps
+        )
+        ours.save(tmp_path / "t.json")
+        data = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))
+        data["model"]["vocab"] |= {f"unused {id}": id for id in range(400, 998)}
+        (tmp_path / "t.json").write_text(json.dumps(data), encoding="utf-8")
+        theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json")).encode(text)
+        ids, offsets = ours.encode_with_offsets(text, allowed_special="all")
+        assert ids == theirs.ids == ours.encode(text, allowed_special="all")
+        if normalize("NFC", text) == text:
+            assert offsets == theirs.offsets
+        for (start, end), (their_start, their_end) in zip(offsets, theirs.offsets, strict=True):
+            assert start <= their_start and their_end <= end  # theirs leave out what was composed
+        bare = ours.encode_with_offsets(text, allowed_special="all", add_special_tokens=False)
+        assert bare == (ids[1:-2], offsets[1:-2]) and offsets[0] == offsets[-1] == (0, 0)
+
+    def test_composed_characters_are_covered_whole(self) -> None:
+        """Where `tokenizers` reports the first of the characters that were composed."""
+        ours = BPETokenizer(BYTES, [], steps=TextSteps("NFC", {"<a>": 256}))
+        for text, expected in (
+            ("xe\u0301y", [(0, 1), (1, 3), (1, 3), (3, 4)]),
+            ("\u1112\u1161\u11ab ", [(0, 3), (0, 3), (0, 3), (3, 4)]),
+            ("<a>\u0301e", [(0, 3), (3, 4), (3, 4), (4, 5)]),
+            ("\u0344", [(0, 1)] * 4),
+        ):
+            assert ours.encode_with_offsets(text)[1] == expected
+
+    def test_options(self, ours: BPETokenizer) -> None:
+        assert ours.encode_with_offsets("") == ([], [])
+        assert ours.encode_with_offsets(f"é{END}", allowed_special="all")[1][-1] == (1, 14)
+        assert ours.encode_with_offsets(END)[0] == ours.encode(END)
+        with pytest.raises(ValueError, match="text: expected none of disallowed_special"):
+            ours.encode_with_offsets(END, disallowed_special="all")
+
+
+class TestDropout:
+    def distribution(
+        self, word: bytes, ranks: dict[tuple[bytes, bytes], int], p: float
+    ) -> dict[tuple[bytes, ...], float]:
+        """Return the probability of each result, by going through all choices at each merge."""
+        done: Counter[Any] = Counter()
+        going: dict[tuple[bytes, ...], float] = {tuple(bytes([b]) for b in word): 1.0}
+        while going:
+            further: Counter[Any] = Counter()
+            for tokens, chance in going.items():
+                places = sorted(
+                    (ranks[pair], place)
+                    for place, pair in enumerate(pairwise(tokens))
+                    if pair in ranks
+                )
+                for number, (_, place) in enumerate(places):  # all before it were left out
+                    joined = (tokens[place] + tokens[place + 1],)
+                    result = tokens[:place] + joined + tokens[place + 2 :]
+                    further[result] += chance * p**number * (1 - p)
+                done[tokens] += chance * p ** len(places)
+            going = dict(further)
+        return dict(done)
+
+    @pytest.mark.parametrize("p", [0.1, 0.5])
+    def test_the_distribution_of_the_paper(self, p: float) -> None:
+        merges = [(b"a", b"b"), (b"b", b"a"), (b"ab", b"a"), (b"ab", b"ab")]
+        tokenizer = BPETokenizer.from_merges(merges)
+        ranks = {pair: rank for rank, pair in enumerate(merges)}
+        expected = self.distribution(b"ababa", ranks, p)
+        assert abs(sum(expected.values()) - 1) < 1e-9
+        generator, drawn = random.Random(0), Counter[Any]()
+        for _ in range(4000):
+            ids = tokenizer.sample("ababa", p, generator=generator)
+            drawn[tuple(tokenizer.vocabulary[id] for id in ids)] += 1
+        assert set(drawn) <= set(expected)
+        for tokens, chance in expected.items():
+            error = (chance * (1 - chance) / 4000) ** 0.5
+            assert abs(drawn[tokens] / 4000 - chance) < 4.5 * error
+
+    def test_as_tokenizers(self, tmp_path: Path) -> None:
+        """On merges that do not touch: there its queue has no stale entries."""
+        tokenizer = BPETokenizer.from_merges([(b"a", b"b"), (b"c", b"d")])
+        tokenizer.save(tmp_path / "t.json")
+        theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+        theirs.model.dropout = 0.3
+        generator = random.Random(0)
+        ours = Counter(len(tokenizer.sample("abcd", 0.3, generator=generator)) for _ in range(6000))
+        others = Counter(len(theirs.encode("abcd").ids) for _ in range(6000))
+        assert all(abs(ours[size] - others[size]) / 6000 < 0.04 for size in (2, 3, 4))
+
+    def test_limits_and_options(self, ours: BPETokenizer) -> None:
+        text = f"The baker's oven{END}wasn't hot 🙂"
+        assert ours.sample(text, 0.0) == ours.encode(text)
+        assert ours.sample(text, 1.0) == list(text.encode())
+        draws = [
+            ours.sample(text, generator=random.Random(5)),
+            ours.sample(text, 0.1, generator=random.Random(5)),
+        ]
+        assert draws[0] == draws[1] != ours.sample(text, 0.2, generator=random.Random(5))
+        assert len({tuple(ours.sample(text, 0.5)) for _ in range(9)}) > 1
+        for _ in range(20):
+            ids = ours.sample(text, 0.5, allowed_special="all")
+            assert ours.decode(ids) == text and ids.count(698) == 1
+        steps = TextSteps("NFC", prefix=[END])
+        around = dataclasses.replace(ours, steps=steps)
+        assert around.sample("e\u0301", 1.0) == [698, *"\u00e9".encode()]
+        assert around.sample("a", 1.0, add_special_tokens=False) == [97]
+
+    def test_words_that_are_tokens_are_cut_too(self) -> None:
+        """As in `tokenizers`, dropout takes no notice of ignore_merges; without it, both do."""
+        vocabulary = BYTES | {256: b"bc", 257: b"abc", 258: b"ab"}
+        merges = [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c")]
+        ignoring = BPETokenizer(vocabulary, merges, ignore_merges=True)
+        assert ignoring.sample("abc", 0.0) == [257] and ignoring.sample("abc", 1.0) == [*b"abc"]
+
+    @pytest.mark.usefixtures("untyped")
+    def test_bad_input(self, ours: BPETokenizer) -> None:
+        for bad in (-0.1, 1.1, float("nan"), "0.1", True, None):
+            with pytest.raises(ValueError, match=rf"dropout: expected from 0 to 1, got {bad!r}"):
+                ours.sample("a", bad)
+        for bad in (0, np.random.default_rng(0)):
+            with pytest.raises(ValueError, match=r"generator: expected a random\.Random, got"):
+                ours.sample("a", generator=bad)
+
+
+class TestRankFiles:
+    def test_round_trip(
+        self,
+        ours: BPETokenizer,
+        gpt2: BPETokenizer,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # none: it would remember files by their names
+        path = tmp_path / "own.tiktoken"
+        for tokenizer in (ours, gpt2):
+            tokenizer.save_tiktoken(path)
+            ranks = tiktoken.load.load_tiktoken_bpe(str(path))
+            assert ranks == {token: id for id, token in tokenizer.vocabulary.items()}
+            options: Any = {
+                "special_tokens": tokenizer.special_tokens,
+                "pattern": tokenizer.pattern,
+            }
+            assert BPETokenizer.load_tiktoken(path, **options) == tokenizer
+        assert BPETokenizer.load_tiktoken(path).special_tokens == {}
+        assert BPETokenizer.load_tiktoken(path).pattern == GPT4_PATTERN
+        listed = BPETokenizer.load_tiktoken(path, special_tokens=["<a>", "<b>"])
+        assert listed.special_tokens == {"<a>": 499, "<b>": 500}
+
+    @settings(max_examples=60)
+    @given(
+        tokens=st.lists(
+            st.text("abc", min_size=2, max_size=5), min_size=1, max_size=9, unique=True
+        ),
+        text=st.text("abc ", max_size=12),
+    )
+    def test_any_ranks_as_tiktoken(self, tokens: list[str], text: str) -> None:
+        """Also tokens that no merges reach, in any order of ranks."""
+        order = random.Random(len(text)).sample(range(256), 256)
+        ranks = {bytes([byte]): rank for rank, byte in enumerate(order)}
+        ranks |= {token.encode(): 256 + rank for rank, token in enumerate(tokens)}
+        lines = [f"{base64.b64encode(token).decode()} {rank}" for token, rank in ranks.items()]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "own.tiktoken")
+            path.write_text("\n".join(lines), encoding="utf-8")
+            ours = BPETokenizer.load_tiktoken(path, pattern=GPT2_PATTERN)
+        theirs = tiktoken.Encoding(
+            "any", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
+        )
+        assert ours.encode(text) == theirs.encode_ordinary(text)
+
+    def test_an_unreachable_token(self, tmp_path: Path) -> None:
+        ranks = {**{bytes([i]): i for i in range(256)}, b"bc": 256, b"abcd": 257, b"ab": 258}
+        path = tmp_path / "t.tiktoken"
+        path.write_bytes(
+            b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+        )
+        ours = BPETokenizer.load_tiktoken(path)
+        assert ours.ignore_merges and ours.encode("abcd") == [257]
+        theirs = tiktoken.Encoding(
+            "t", pat_str=GPT4_PATTERN, mergeable_ranks=ranks, special_tokens={}
+        )
+        for text in ("abcd", "xabcd", "abcdabcd", "abc"):
+            assert ours.encode(text) == theirs.encode_ordinary(text)
+        ours.save_tiktoken(tmp_path / "again.tiktoken")
+        assert BPETokenizer.load_tiktoken(tmp_path / "again.tiktoken") == ours
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("YWI=", "line 257: expected a token in base64 and its rank, got b'YWI='"),
+            ("YWI 256", "line 257: expected a token in base64"),
+            ("YWI= x", "line 257: expected a token in base64"),
+            ("YWI= 256 1", "line 257: expected a token in base64"),
+            ("YQ== 256", "line 257: expected each token once, got b'a' again"),
+            ("YWI= 5", "expected a rank of its own for each token"),
+            ("YWI= -1", "expected ids from 0 on, got -1"),
+        ],
+    )
+    def test_bad_files(self, tmp_path: Path, line: str, message: str) -> None:
+        path = tmp_path / "bad.tiktoken"
+        lines = [f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(256)]
+        path.write_text("\n".join([*lines, line, ""]), encoding="utf-8")
+        with pytest.raises(ValueError, match=rf"bad\.tiktoken.*{re.escape(message)}"):
+            BPETokenizer.load_tiktoken(path)
+        path.write_text("\n".join(lines[1:]), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"bad\.tiktoken.*0x00 is missing"):
+            BPETokenizer.load_tiktoken(path)
+        with pytest.raises(ValueError, match=r"^special_tokens: expected several"):
+            path.write_text("\n".join(lines), encoding="utf-8")
+            BPETokenizer.load_tiktoken(path, special_tokens="<s>")
+
+    def test_what_rank_files_cannot_hold(self, tmp_path: Path) -> None:
+        path = tmp_path / "t.tiktoken"
+        falling = BPETokenizer(BYTES | {256: b"cd", 257: b"ab"}, [(b"a", b"b"), (b"c", b"d")])
+        unused = BPETokenizer(BYTES | {256: b"ab"}, [])
+        for tokenizer in (falling, unused):
+            with pytest.raises(ValueError, match="merges: expected those that follow from the ids"):
+                tokenizer.save_tiktoken(path)
+        with pytest.raises(ValueError, match="steps: expected none"):
+            BPETokenizer(BYTES, [], steps=TextSteps("NFC")).save_tiktoken(path)
+        assert not path.exists()
+
+
+class TestPatterns:
+    def test_as_published(self) -> None:
+        source = Path(openai_public.__file__).read_text(encoding="utf-8")
+        parts = re.search(r'def o200k_base.*?"\|"\.join\((.*?)\)\s*return', source, re.S)
+        assert parts
+        published = "|".join(re.findall(r'r"""(.*?)"""', parts[1], re.S))
+        for text in [*TEXTS, *map("".join, zip(TEXTS, reversed(TEXTS), strict=True))]:
+            assert pretokenize(text, GPT4O_PATTERN) == pretokenize(text, published)
+        assert pretokenize("WE'LL 12", QWEN2_PATTERN) == ["WE", "'LL", " ", "1", "2"]
+
+    @pytest.mark.parametrize("pattern", [GPT4O_PATTERN, QWEN2_PATTERN])
+    def test_in_files(self, tmp_path: Path, pattern: str) -> None:
+        ours = train_bpe(TEXTS, 400, pattern=pattern)
+        ours.save(tmp_path / "t.json")
+        assert BPETokenizer.load(tmp_path / "t.json") == ours
+        theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+        for text in TEXTS:
+            assert ours.encode(text) == theirs.encode(text).ids
+            assert ours.encode(text) == ours.to_tiktoken().encode_ordinary(text)
 
 
 class TestVocabulary:
