@@ -2592,14 +2592,21 @@ class BPETokenizer(BPETokenizer):  # continued
         )
 
 
-# %% [markdown] tags=["engine"]
-# ### Engine room: where tokens stand, merges left out at random, merges found from ranks
+# %% [markdown]
+# ### Offsets, dropout, and the files of tiktoken
+#
+# Three more wishes come up often: to know where in the text each token stands, to cut a word
+# differently each time in training, and to open a file that holds only tokens and ranks. The last
+# engine room of the tokenizer has all three (`encode_with_offsets`, `sample`, `load_tiktoken`).
 
 # %% [markdown] tags=["engine"]
-# Who marks names in a text, or highlights what a model looked at, needs the *offsets* of the tokens:
-# where in the text each begins and ends, in characters. The bytes of the tokens, one after the
-# other, are those of the text, so we write down for each byte the character that it comes from. A
-# token with a part of a character stands where the whole character is.
+# #### Engine room: where tokens stand, merges left out at random, merges found from ranks
+
+# %% [markdown] tags=["engine"]
+# Who marks names in a text, or highlights what a model looked at, needs the *offsets* of the
+# tokens: where in the text each begins and ends, in characters. The bytes of the tokens, one after
+# the other, are those of the text, so we write down for each byte the character that it comes from.
+# A token with a part of a character stands where the whole character is.
 #
 # A normalizer makes one character of several, or several of one. Unicode's *grapheme clusters*,
 # `\X` in a regular expression, are what it works on. Where it changes a cluster, everything that
@@ -2679,10 +2686,10 @@ class BPETokenizer(BPETokenizer):  # continued
 
 # %% [markdown] tags=["engine"]
 # A model that always sees a word cut in one way learns nothing about its parts. **BPE-dropout**
-# {cite}`provilkov2020bpe` cuts it in another way each time: before each merge, every pair that could
-# be merged is left out with some probability, and the pair of the lowest rank among the others is
-# merged; when all are left out, the word is finished. Nothing is remembered, since the next time
-# shall be different.
+# {cite}`provilkov2020bpe` cuts it in another way each time: before each merge, every pair that
+# could be merged is left out with some probability, and the pair of the lowest rank among the
+# others is merged; when all are left out, the word is finished. Nothing is remembered, since the
+# next time shall be different.
 
 
 # %% tags=["engine"]
