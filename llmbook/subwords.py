@@ -1147,3 +1147,8 @@ def renyi_efficiency(
         )
     entropy = -(p * np.log(p)).sum() if order == 1 else math.log((p**order).sum()) / (1 - order)
     return float(entropy / math.log(vocab_size))
+
+# %% failed calls are explained, see chapter 00
+from llmbook.environment import explain_calls
+
+explain_calls(__name__)
