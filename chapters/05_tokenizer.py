@@ -449,6 +449,25 @@ def _count_texts(job: tuple[list[str], str, tuple[str, ...]]) -> Counter[str]:
 
 
 # %% [markdown] tags=["engine"]
+# Whoever counts words in another way may do so; what comes in must be words and whole numbers.
+
+
+# %% tags=["engine"]
+#| export
+def _checked_counts(counts: object) -> Iterable[str]:
+    """Return the words of ``counts``, after a check that each has a whole number of 0 or more."""
+    if not isinstance(counts, Mapping):
+        kind = type(counts).__name__
+        raise ValueError(f"counts: expected words with their counts, such as a Counter, got {kind}")
+    for word, count in counts.items():
+        check_text(word, "counts")
+        if count is None:
+            raise ValueError(f"counts: expected a whole number, got None for {word!r:.60}")
+        check_at_least(counts=(0, count))
+    return counts
+
+
+# %% [markdown] tags=["engine"]
 # Texts go to workers a million characters at a time.
 
 
@@ -792,8 +811,8 @@ def learn_merges(counts: Mapping[str, int], size: int) -> list[tuple[bytes, byte
     >>> learn_merges({"to": 2, "toe": 1}, 2)
     [(b't', b'o'), (b'to', b'e')]
     """
-    check_at_least(size=(0, size), counts=(0, min(counts.values(), default=0)))
-    words = [valid_text(word).encode().decode("latin-1") for word in counts]
+    check_at_least(size=(0, size))
+    words = [valid_text(word).encode().decode("latin-1") for word in _checked_counts(counts)]
     pairs, where = _index_pairs(words, frequencies := list(counts.values()))
     tokens = [bytes([byte]) for byte in range(256)]
     queue, merges = _PairQueue(pairs, tokens), list[tuple[bytes, bytes]]()
@@ -1117,7 +1136,8 @@ class BPETokenizer(BPETokenizer):  # continued
         pattern: str = GPT4_PATTERN,
     ) -> "BPETokenizer":
         """Return the tokenizer with ids as training gives them: bytes, merges, special tokens."""
-        vocabulary, special = _in_order_of_training(merges, check_special_tokens(special_tokens))
+        merges, special_tokens = _checked_pairs(merges), check_special_tokens(special_tokens)
+        vocabulary, special = _in_order_of_training(merges, special_tokens)
         return cls(vocabulary, merges, special_tokens=special, pattern=pattern)
 
     def truncated(self, vocab_size: int) -> "BPETokenizer":
@@ -2573,7 +2593,10 @@ class BPETokenizer(BPETokenizer):  # continued
 #| export
 class BPETokenizer(BPETokenizer):  # continued
     def to_tiktoken(self, name: str = "llmbook") -> Any:
-        """Return a ``tiktoken.Encoding`` with the same ids. A ``ValueError`` says why not."""
+        """Return a ``tiktoken.Encoding`` with the same ids. A ``ValueError`` says why not.
+
+        Added tokens become special there, and it puts nothing around a text.
+        """
         import tiktoken
 
         ids, merged = self._tables.ids, self._tables.merged
@@ -2584,33 +2607,35 @@ class BPETokenizer(BPETokenizer):  # continued
         for id, token in self.vocabulary.items():
             if self._tables.merge(token) != [id]:
                 raise ValueError(f"vocabulary: expected tokens that merges make, got {token!r}")
+        if self.steps.normalizer:
+            raise ValueError("normalizer: expected none, which tiktoken has not, got 'NFC'")
         return tiktoken.Encoding(
-            name,
+            check_text(name, "name"),
             pat_str=self.pattern,
             mergeable_ranks=ids,
-            special_tokens=self.special_tokens,
+            special_tokens=self._tables.named,
         )
 
 
 # %% [markdown]
-# ### Offsets, dropout, and the files of tiktoken
+# ### What else is asked of a tokenizer
 #
-# Three more wishes come up often: to know where in the text each token stands, to cut a word
-# differently each time in training, and to open a file that holds only tokens and ranks. The last
-# engine room of the tokenizer has all three (`encode_with_offsets`, `sample`, `load_tiktoken`).
+# Where in the text does each token stand? How can one word be cut in many ways, so that a model
+# learns its parts? How are tiktoken's own files read? The book doesn't need the answers;
+# the following room gives them.
 
 # %% [markdown] tags=["engine"]
 # #### Engine room: where tokens stand, merges left out at random, merges found from ranks
 
 # %% [markdown] tags=["engine"]
-# Who marks names in a text, or highlights what a model looked at, needs the *offsets* of the
+# To mark names in a text, or to highlight what a model looked at, we need the *offsets* of the
 # tokens: where in the text each begins and ends, in characters. The bytes of the tokens, one after
-# the other, are those of the text, so we write down for each byte the character that it comes from.
-# A token with a part of a character stands where the whole character is.
+# the other, are those of the text, so we write down for each byte which character it comes from. A
+# token that is part of a character stands where the whole character does.
 #
-# A normalizer makes one character of several, or several of one. Unicode's *grapheme clusters*,
-# `\X` in a regular expression, are what it works on. Where it changes a cluster, everything that
-# it makes of it stands at all of it.
+# A normalizer turns several characters into one, or one into several. It never reaches across the
+# border of a *grapheme cluster*, which is `\X` in a regular expression. Where it changes a cluster,
+# all that it writes stands at the whole cluster. (`tokenizers` reports the first character alone.)
 
 
 # %% tags=["engine"]
@@ -2686,10 +2711,10 @@ class BPETokenizer(BPETokenizer):  # continued
 
 # %% [markdown] tags=["engine"]
 # A model that always sees a word cut in one way learns nothing about its parts. **BPE-dropout**
-# {cite}`provilkov2020bpe` cuts it in another way each time: before each merge, every pair that
-# could be merged is left out with some probability, and the pair of the lowest rank among the
-# others is merged; when all are left out, the word is finished. Nothing is remembered, since the
-# next time shall be different.
+# {cite}`provilkov2020bpe` cuts it differently each time. Before each merge, every pair that could
+# be merged is left out with some probability, and the pair with the lowest rank among the others is
+# merged. When all are left out, the word is finished. Nothing is remembered, because the next cut
+# should be another.
 
 
 # %% tags=["engine"]
@@ -2715,6 +2740,12 @@ def _merge_some(
         tokens[place : place + 2] = [merged[rank]]
 
 
+# %% [markdown] tags=["engine"]
+# Special and added tokens are found as usual; what lies between them is cut at random.
+
+
+# %% tags=["engine"]
+#| export
 class BPETokenizer(BPETokenizer):  # continued
     def sample(
         self,
@@ -2754,11 +2785,12 @@ class BPETokenizer(BPETokenizer):  # continued
 
 # %% [markdown] tags=["engine"]
 # tiktoken's files have a line for each token: its bytes in base64, and its rank, which is its id.
-# Special tokens and pattern are not in them. Our tokenizer needs merges. By the proof above, the
-# merge of a token is what is left of its own bytes when all merges of lower rank have been made:
-# two parts. In some vocabularies, such as Llama 3's, it is not. Then tiktoken makes the token of
-# *any* two parts that meet, so all of these are merges, and a word that is the token is not cut,
-# which is our `ignore_merges`.
+# Special tokens and the pattern are not in them. Our tokenizer needs merges. When all merges of
+# lower rank have been applied to a token's own bytes, two parts are left, if the token is reachable
+# in the sense of the section above, and these are its merge. In some vocabularies, such as Llama
+# 3's, not all tokens are. tiktoken makes an unreachable token of *any* two parts that meet, so each
+# way to cut it in two becomes a merge; and it never cuts a word that is a token, which is our
+# `ignore_merges`.
 
 
 # %% tags=["engine"]
@@ -2785,7 +2817,7 @@ def _merges_of_ranks(ranks: Mapping[bytes, int]) -> tuple[list[tuple[bytes, byte
 
 
 # %% [markdown] tags=["engine"]
-# A line that is no token and rank is named by its number.
+# A line that isn't a token and its rank is named by its number.
 
 
 # %% tags=["engine"]
@@ -2809,7 +2841,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 
 # %% [markdown] tags=["engine"]
-# What ranks cannot say is refused when it is to be written: merges that would not be found again,
+# What ranks cannot say is refused when the file is written: merges that would not be found again,
 # and steps around the merges.
 
 
@@ -2871,7 +2903,7 @@ QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 _KNOWN_PATTERNS |= {GPT4O_PATTERN, QWEN2_PATTERN}
 
 # %% [markdown] tags=["engine"]
-# The same cuts as a list of offsets, and the same word at random:
+# Here are the tokens of a line with their places, and one word cut at random:
 
 # %% tags=["engine"]
 complete = BPETokenizer.from_merges(merges)

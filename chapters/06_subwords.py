@@ -2669,9 +2669,10 @@ assert abs(rare - 0.1) < 0.03, "p is the probability that a match is rejected"
 # *Half an hour.* Subword regularization makes texts longer, and it is good to know by how much
 # before training. Write `expected_pieces(word, q, sharpness)`: the expected number of pieces of
 # `word`, if a segmentation is drawn with probability proportional to the product of its $q$ to the
-# power `sharpness`. Every word given has a cut. Do not list segmentations. One way: beside $\alpha_j$ keep the sum over all
-# paths of their probability times their length. An extended path is longer by one. Words may have
-# a thousand characters, so probabilities will underflow; keep numbers in range.
+# power `sharpness`. Every word given has a cut. Do not list segmentations. One way: beside
+# $\alpha_j$ keep the sum over all paths of their probability times their length. An extended path
+# is longer by one. Words may have a thousand characters, so probabilities will underflow; keep
+# numbers in range.
 # ````
 
 

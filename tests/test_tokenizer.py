@@ -320,6 +320,28 @@ class TestTraining:
                     **{k: v for k, v in options.items() if k != "texts"},
                 )
 
+    @pytest.mark.usefixtures("untyped")
+    @pytest.mark.parametrize(
+        ("counts", "message"),
+        [
+            (5, "counts: expected words with their counts, such as a Counter, got int"),
+            (["ab"], "counts: expected words with their counts, such as a Counter, got list"),
+            ({"ab": 1.5}, "counts: expected a whole number, got 1.5"),
+            ({"ab": "1"}, "counts: expected a whole number, got '1'"),
+            ({"ab": None}, "counts: expected a whole number, got None for 'ab'"),
+            ({"ab": True}, "counts: expected a whole number, got True"),
+            ({"cd": 2, "ab": -1}, "counts: expected at least 0, got -1"),
+            ({b"ab": 1}, "counts: expected a str, got b'ab'"),
+        ],
+    )
+    def test_wrong_counts(self, counts: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            learn_merges(counts, 1)
+        assert learn_merges({"ab": np.int64(2)}, 1) == [(b"a", b"b")]
+        for size in (-1, 1.0, "1"):
+            with pytest.raises(ValueError, match=r"^size: expected"):
+                learn_merges({}, size)
+
     def test_bad_counts(self) -> None:
         with pytest.raises(ValueError, match="counts: expected at least 0, got -1"):
             learn_merges({"ab": -1}, 1)
@@ -1306,6 +1328,12 @@ class TestVocabulary:
         with pytest.raises(ValueError, match="merges"):
             BPETokenizer.from_merges([(b"ab", b"c")])
 
+    @pytest.mark.usefixtures("untyped")
+    @pytest.mark.parametrize("merges", [5, None, "ab", [b"ab"], [("a", "b")], [(b"a", b"b", b"c")]])
+    def test_from_bad_merges(self, merges: Any) -> None:
+        with pytest.raises(ValueError, match="merges: expected pairs of bytes"):
+            BPETokenizer.from_merges(merges)
+
     def test_truncated(self) -> None:
         large = train_bpe(TEXTS, 500, special_tokens=["<a>", "<b>"])
         small = train_bpe(TEXTS, 300, special_tokens=["<a>", "<b>"])
@@ -1326,6 +1354,16 @@ class TestVocabulary:
 
 
 class TestTiktoken:
+    def test_steps(self) -> None:
+        steps = TextSteps(added_tokens={"<a>": 256}, prefix=["<a>"])
+        ours = BPETokenizer(BYTES, [], steps=steps)
+        encoding = ours.to_tiktoken("own")
+        assert encoding.name == "own" and BPETokenizer(BYTES, []).to_tiktoken().name == "llmbook"
+        ids = ours.encode("a<a>", add_special_tokens=False)
+        assert ids == encoding.encode("a<a>", allowed_special="all") == [97, 256]
+        with pytest.raises(ValueError, match="normalizer: expected none"):
+            BPETokenizer(BYTES, [], steps=TextSteps("NFC")).to_tiktoken()
+
     def test_vocabularies_that_it_cannot_use(self) -> None:
         falling = BPETokenizer(BYTES | {256: b"cd", 257: b"ab"}, [(b"a", b"b"), (b"c", b"d")])
         with pytest.raises(ValueError, match="rise"):
