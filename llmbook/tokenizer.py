@@ -119,6 +119,19 @@ def _count_texts(job: tuple[list[str], str, tuple[str, ...]]) -> Counter[str]:
             counts.update(split(part))
     return counts
 
+# %% ../chapters/05_tokenizer.ipynb #dec186d4
+def _checked_counts(counts: object) -> Iterable[str]:
+    """Return the words of ``counts``, after a check that each has a whole number of 0 or more."""
+    if not isinstance(counts, Mapping):
+        kind = type(counts).__name__
+        raise ValueError(f"counts: expected words with their counts, such as a Counter, got {kind}")
+    for word, count in counts.items():
+        check_text(word, "counts")
+        if count is None:
+            raise ValueError(f"counts: expected a whole number, got None for {word!r:.60}")
+        check_at_least(counts=(0, count))
+    return counts
+
 # %% ../chapters/05_tokenizer.ipynb #416a5ffb
 def _batches(texts: Iterable[str | Document], size: int = 1_000_000) -> Iterator[list[str]]:
     """Group ``texts`` to about ``size`` characters each; refuse what is not text."""
@@ -306,7 +319,7 @@ class _PairQueue:
             self.push(pair)  # it has lost counts since it was filed
         return None
 
-# %% ../chapters/05_tokenizer.ipynb #64192ec3
+# %% ../chapters/05_tokenizer.ipynb #017f6bd5
 def learn_merges(counts: Mapping[str, int], size: int) -> list[tuple[bytes, bytes]]:
     """Learn up to ``size`` merges from words and how often each occurs, the first merge first.
 
@@ -317,8 +330,8 @@ def learn_merges(counts: Mapping[str, int], size: int) -> list[tuple[bytes, byte
     >>> learn_merges({"to": 2, "toe": 1}, 2)
     [(b't', b'o'), (b'to', b'e')]
     """
-    check_at_least(size=(0, size), counts=(0, min(counts.values(), default=0)))
-    words = [valid_text(word).encode().decode("latin-1") for word in counts]
+    check_at_least(size=(0, size))
+    words = [valid_text(word).encode().decode("latin-1") for word in _checked_counts(counts)]
     pairs, where = _index_pairs(words, frequencies := list(counts.values()))
     tokens = [bytes([byte]) for byte in range(256)]
     queue, merges = _PairQueue(pairs, tokens), list[tuple[bytes, bytes]]()
@@ -464,7 +477,8 @@ class BPETokenizer:
         pattern: str = GPT4_PATTERN,
     ) -> "BPETokenizer":
         """Return the tokenizer with ids as training gives them: bytes, merges, special tokens."""
-        vocabulary, special = _in_order_of_training(merges, check_special_tokens(special_tokens))
+        merges, special_tokens = _checked_pairs(merges), check_special_tokens(special_tokens)
+        vocabulary, special = _in_order_of_training(merges, special_tokens)
         return cls(vocabulary, merges, special_tokens=special, pattern=pattern)
 
     def truncated(self, vocab_size: int) -> "BPETokenizer":
@@ -639,7 +653,10 @@ class BPETokenizer:
         return made
 
     def to_tiktoken(self, name: str = "llmbook") -> Any:
-        """Return a ``tiktoken.Encoding`` with the same ids. A ``ValueError`` says why not."""
+        """Return a ``tiktoken.Encoding`` with the same ids. A ``ValueError`` says why not.
+
+        Added tokens become special there, and it puts nothing around a text.
+        """
         import tiktoken
 
         ids, merged = self._tables.ids, self._tables.merged
@@ -650,11 +667,13 @@ class BPETokenizer:
         for id, token in self.vocabulary.items():
             if self._tables.merge(token) != [id]:
                 raise ValueError(f"vocabulary: expected tokens that merges make, got {token!r}")
+        if self.steps.normalizer:
+            raise ValueError("normalizer: expected none, which tiktoken has not, got 'NFC'")
         return tiktoken.Encoding(
-            name,
+            check_text(name, "name"),
             pat_str=self.pattern,
             mergeable_ranks=ids,
-            special_tokens=self.special_tokens,
+            special_tokens=self._tables.named,
         )
 
     def encode_with_offsets(
@@ -819,7 +838,7 @@ def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
     if text := decoder.decode(b"", final=True):
         yield text
 
-# %% ../chapters/05_tokenizer.ipynb #387e2429
+# %% ../chapters/05_tokenizer.ipynb #f65df2f3
 def _in_order_of_training(
     merges: Sequence[tuple[bytes, bytes]], special: Collection[str]
 ) -> tuple[dict[int, bytes], dict[str, int]]:
@@ -1429,7 +1448,7 @@ def _write_text(path: Path, text: str) -> None:
 # %% ../chapters/05_tokenizer.ipynb #3b14934d
 _CLUSTER = regex.compile(r"\X")
 
-# %% ../chapters/05_tokenizer.ipynb #4bc9f422
+# %% ../chapters/05_tokenizer.ipynb #4111e7a0
 def _merge_some(
     tokens: list[int],
     ranks: dict[tuple[int, int], int],
