@@ -119,7 +119,7 @@ def _count_texts(job: tuple[list[str], str, tuple[str, ...]]) -> Counter[str]:
             counts.update(split(part))
     return counts
 
-# %% ../chapters/05_tokenizer.ipynb #539f18e2
+# %% ../chapters/05_tokenizer.ipynb #dec186d4
 def _checked_counts(counts: object) -> Iterable[str]:
     """Return the words of ``counts``, after a check that each has a whole number of 0 or more."""
     if not isinstance(counts, Mapping):
@@ -127,8 +127,9 @@ def _checked_counts(counts: object) -> Iterable[str]:
         raise ValueError(f"counts: expected words with their counts, such as a Counter, got {kind}")
     for word, count in counts.items():
         check_text(word, "counts")
-        if type(count) is not int or count < 0:
-            check_at_least(counts=(0, "None" if count is None else count))
+        if count is None:
+            raise ValueError(f"counts: expected a whole number, got None for {word!r:.60}")
+        check_at_least(counts=(0, count))
     return counts
 
 # %% ../chapters/05_tokenizer.ipynb #71ed487e
@@ -1446,7 +1447,7 @@ def _write_text(path: Path, text: str) -> None:
 # %% ../chapters/05_tokenizer.ipynb #3b14934d
 _CLUSTER = regex.compile(r"\X")
 
-# %% ../chapters/05_tokenizer.ipynb #4bc9f422
+# %% ../chapters/05_tokenizer.ipynb #4111e7a0
 def _merge_some(
     tokens: list[int],
     ranks: dict[tuple[int, int], int],
@@ -1516,3 +1517,8 @@ GPT4O_PATTERN = (
 )
 QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 _KNOWN_PATTERNS |= {GPT4O_PATTERN, QWEN2_PATTERN}
+
+# %% failed calls are explained, see chapter 00
+from llmbook.environment import explain_calls
+
+explain_calls(__name__)

