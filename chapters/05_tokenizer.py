@@ -256,7 +256,7 @@ for size, number in sizes.items():
 # %% tags=["engine"]
 #| export
 def valid_text(text: object, argument: str = "text") -> str:
-    """Return ``text`` with surrogates joined or replaced; what is no text raises a ValueError."""
+    """Return ``text`` with surrogates joined or replaced; other types raise a ValueError."""
     return whole_characters(check_text(text, argument))
 
 
@@ -287,7 +287,7 @@ for token in sorted((a + b for a, b in unconfined), key=len)[-3:]:
 # | `'s` `'t` `'re` … | the same, in upper case too | endings after an apostrophe |
 # | <code>&nbsp;?\p{L}+</code> | `[^\r\n\p{L}\p{N}]?\p{L}+` | letters, with one space (GPT-4: or other character) before them |
 # | <code>&nbsp;?\p{N}+</code> | `\p{N}{1,3}` | digits; in GPT-4, at most three |
-# | <code>&nbsp;?[^\s\p{L}\p{N}]+</code> | the same, with line breaks after them | punctuation and other symbols |
+# | <code style="white-space: nowrap">&nbsp;?[^\s\p{L}\p{N}]+</code> | the same, with line breaks after them | punctuation and other symbols |
 # | `\s+(?!\S)`, `\s+` | the same, with line breaks apart | white space, except one space before a word |
 #
 # A space goes with the word that follows it, so a sentence needs no tokens just for its spaces. The
@@ -362,8 +362,8 @@ def _with_gaps(compiled: Any, text: str) -> list[str]:
 def pretokenize(text: str, pattern: str = GPT4_PATTERN) -> list[str]:
     """Cut ``text`` into words that no token crosses; joined they are the text again.
 
-    Lone surrogates become U+FFFD. A ``pattern`` that is no regular expression, or has capturing
-    groups, raises a ``ValueError``.
+    Lone surrogates become U+FFFD. A ``pattern`` that is not a regular expression, or that has
+    capturing groups, raises a ``ValueError``.
 
     >>> pretokenize("It's  2026!")
     ['It', "'s", ' ', ' ', '202', '6', '!']
@@ -474,7 +474,7 @@ def _checked_counts(counts: object) -> Iterable[str]:
 # %% tags=["engine"]
 #| export
 def _batches(texts: Iterable[str | Document], size: int = 1_000_000) -> Iterator[list[str]]:
-    """Group ``texts`` to about ``size`` characters each; refuse what is no text."""
+    """Group ``texts`` to about ``size`` characters each; refuse what is not text."""
     batch: list[str] = []
     total = 0
     for text in iter_texts(texts, "texts"):
@@ -618,7 +618,8 @@ def _count_files(
 # In general, each occurrence of $a\,b$ in a word that occurs $f$ times takes $f$ from the pair of
 # the left neighbor and $a$, and from the pair of $b$ and the right neighbor. It adds $f$ to the
 # pairs of the left neighbor and $ab$, and of $ab$ and the right neighbor. Where a neighbor is
-# missing, there is nothing to do.
+# missing, there is nothing to do. (Two copies side by side, as in `hahaha`, are a case of their
+# own, which the engine room treats.)
 
 # %% [markdown] tags=["engine"]
 # #### Engine room: words as strings of tokens, and the seams in code
@@ -803,9 +804,9 @@ class _PairQueue:
 def learn_merges(counts: Mapping[str, int], size: int) -> list[tuple[bytes, bytes]]:
     """Learn up to ``size`` merges from words and how often each occurs, the first merge first.
 
-    The most frequent pair is merged, of equally frequent ones the lexicographically greatest pair
-    of byte strings. There are fewer than ``size`` where every word has become one token. Source:
-    Gage (1994), Sennrich et al. (2016), on bytes as in Radford et al. (2019).
+    The most frequent pair is merged; of equally frequent ones, the lexicographically greatest
+    pair of byte strings. There are fewer than ``size`` if every word has become one token.
+    Source: Gage (1994), Sennrich et al. (2016), on bytes as in Radford et al. (2019).
 
     >>> learn_merges({"to": 2, "toe": 1}, 2)
     [(b't', b'o'), (b'to', b'e')]
@@ -994,9 +995,10 @@ class WordCache(dict[str, tuple[int, ...]]):
 class BPETokenizer:
     """A byte-level BPE tokenizer: text to ids and back, without loss for any valid text.
 
-    ``vocabulary`` has the bytes of each id, all 256 single bytes among them; ``merges`` apply in
-    their order; ``special_tokens`` have ids of their own; ``pattern`` cuts words. With
-    ``ignore_merges`` a word that is a token is taken as it is. Bad input raises a ``ValueError``.
+    ``vocabulary`` has the bytes of each id, all 256 single bytes among them; ``merges`` apply
+    in their order; ``special_tokens`` have ids of their own; ``pattern`` cuts words. With
+    ``ignore_merges`` a word that is a token is taken as it is. Bad input raises a
+    ``ValueError``.
     """
 
     vocabulary: Mapping[int, bytes]
@@ -1027,7 +1029,7 @@ class BPETokenizer:
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: special tokens, decoding, checked vocabularies, and training (`train_bpe`)
+# ### Engine room: special tokens, decoding, checks, and training (`train_bpe`)
 
 # %% [markdown] tags=["engine"]
 # A long class is written in several cells. A cell that continues it says so: in the notebook it
@@ -1749,7 +1751,7 @@ draw_cuts(
 )
 
 # %% [markdown]
-# Each block has fewer and longer pieces than the one above it. No piece reaches from `123` into
+# The larger the vocabulary, the fewer and longer the pieces. No piece reaches from `123` into
 # `45`: that is the pattern's doing, not the training's.
 
 # %% [markdown] tags=["engine"]
@@ -1942,7 +1944,7 @@ print(f"from 16,000 to 32,000 tokens: {compression[32_000] / compression[16_000]
 import numpy as np
 
 
-def count_uses(tokenizer: BPETokenizer) -> np.ndarray[Any, Any]:
+def count_uses(tokenizer: BPETokenizer) -> np.ndarray:
     uses = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for word, count in counts.items():
         np.add.at(uses, tokenizer.encode(word), count)
@@ -2035,9 +2037,9 @@ small = mixed.truncated(1_000)
 print("          characters per token    tokens per word, mixed")
 print("          English    mixed        1,000     32,000 tokens")
 for name in ("English", "Spanish", "Russian", "Hindi"):
-    (english, _), (both, many) = (measured(each, samples[name]) for each in (tokenizer, mixed))
+    (before, _), (after, many) = (measured(each, samples[name]) for each in (tokenizer, mixed))
     few = measured(small, samples[name])[1]
-    print(f"{name:9} {english:5.1f} {both:10.1f} {few:10.0f} {many:9.0f}")
+    print(f"{name:9} {before:5.1f} {after:10.1f} {few:10.0f} {many:9.0f}")
 
 # %% tags=["engine"]
 # How the figure is drawn: bars for each language, curves for some
@@ -2105,6 +2107,13 @@ steps = sum(tokenizer.vocabulary[id] in parts for id in unused)
 print(f"of the merges that are never used, {steps / len(unused):.0%} are steps to a longer token")
 
 # %% [markdown]
+# It is, for all of them. A token that never occurs in the model's training text keeps the random
+# vector that it started with. Such under-trained tokens have been found in many published models
+# {cite}`land2024fishing`.
+#
+# *A space at the end* of a prompt becomes a token of its own. In training, words hardly ever came
+# after that token, because they carry their space themselves.
+#
 # ## Files that others read
 #
 # Three formats matter. Hugging Face's `tokenizer.json` holds everything in one file. GPT-2 left two
@@ -2113,9 +2122,10 @@ print(f"of the merges that are never used, {steps / len(unused):.0%} are steps t
 # The first two store tokens as text, which arbitrary bytes are not. GPT-2's way out was to give
 # each byte a printable character: the 188 bytes that are printable in Latin-1 stand for themselves,
 # and the 68 others get the characters from 256 on, in order. The space is byte 32. None of the 32
-# bytes before it is printable, so it becomes character 256 + 32 = 288, which is `Ġ`; and ` baker`
-# becomes `Ġbaker`. A line break, byte 10, becomes `Ċ`. The two bytes of `ë`, 195 and 171, are
-# printable, so `Zoë` becomes `ZoÃ«`. You'll meet this spelling in many files and error messages.
+# bytes before it is printable, so the space becomes character 256 + 32 = 288, which is `Ġ`; and `
+# baker` becomes `Ġbaker`. A line break, byte 10, becomes `Ċ`. The two bytes of `ë`, 195 and 171,
+# are printable, so `Zoë` becomes `ZoÃ«`. You'll meet this spelling in many files and error
+# messages.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: tokenizer.json and GPT-2's files, written and read with care
@@ -2611,8 +2621,8 @@ class BPETokenizer(BPETokenizer):  # continued
 # ### What else is asked of a tokenizer
 #
 # Where in the text does each token stand? How can one word be cut in many ways, so that a model
-# learns its parts? How are tiktoken's own files read? The book does without the answers, which the
-# following room gives.
+# learns its parts? How are tiktoken's own files read? The book doesn't need the answers;
+# the following room gives them.
 
 # %% [markdown] tags=["engine"]
 # #### Engine room: where tokens stand, merges left out at random, merges found from ranks
@@ -2911,7 +2921,7 @@ for dropout in (0, 0.1, 0.5):
 #
 # We compare three programs that hold the same merges: ours, tiktoken with our ids, and
 # `tokenizers`, Hugging Face's library, with our file. The text is in many scripts, with emoji,
-# code, runs of white space, and an accent of its own. Ids and decoded text have to be equal, or the
+# code, runs of white space, and a separate accent. Ids and decoded text have to be equal, or the
 # cell fails.
 
 # %%
@@ -2920,7 +2930,7 @@ import tokenizers
 text = """Der Bäcker backt, пекарь печёт, ο φούρναρης ψήνει, パン屋は焼く, 빵을 굽는다, बेकर बनाता है,
 הָאוֹפֶה אופה, الخباز يخبز، 👩🏽‍🍳🥖🥐 e\u0301 \u200d½ ² Ⅷ ٣٤٥ 1234567.89 it's WE'LL don't\r\n\r\n
 def bake(n):\n\t\treturn  [i ** 2   for i in range(n)]  # \u2028 <|endoftext|>   \n  \ufffd\x00 """
-file = f"{folder.name}/tokenizer.json"
+file = f"{folder.name}/tokenizer.json"  # in a temporary folder, made in the room of streams
 tokenizer = BPETokenizer.from_merges(merges)  # once more, with all that the class has learned since
 tokenizer.save(file)
 theirs, encoding = tokenizers.Tokenizer.from_file(file), tokenizer.to_tiktoken()

@@ -35,9 +35,9 @@ from .cleaning import whole_characters
 from .corpus import Document, existing_paths, iter_texts, ordered_map
 from .environment import check_at_least, check_choice, check_text, whole_file
 
-# %% ../chapters/05_tokenizer.ipynb #c5051b5f
+# %% ../chapters/05_tokenizer.ipynb #587147c4
 def valid_text(text: object, argument: str = "text") -> str:
-    """Return ``text`` with surrogates joined or replaced; what is no text raises a ValueError."""
+    """Return ``text`` with surrogates joined or replaced; other types raise a ValueError."""
     return whole_characters(check_text(text, argument))
 
 # %% ../chapters/05_tokenizer.ipynb #fed65303
@@ -47,7 +47,7 @@ _GPT4_WORDS = (
 )
 GPT4_PATTERN = _GPT4_WORDS + r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 
-# %% ../chapters/05_tokenizer.ipynb #fcac4671
+# %% ../chapters/05_tokenizer.ipynb #8085140b
 _LLAMA3_PATTERN = _GPT4_WORDS + r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # tiktoken's older form
 _KNOWN_PATTERNS = {GPT2_PATTERN, GPT4_PATTERN, _LLAMA3_PATTERN}
 
@@ -78,8 +78,8 @@ def _with_gaps(compiled: Any, text: str) -> list[str]:
 def pretokenize(text: str, pattern: str = GPT4_PATTERN) -> list[str]:
     """Cut ``text`` into words that no token crosses; joined they are the text again.
 
-    Lone surrogates become U+FFFD. A ``pattern`` that is no regular expression, or has capturing
-    groups, raises a ``ValueError``.
+    Lone surrogates become U+FFFD. A ``pattern`` that is not a regular expression, or that has
+    capturing groups, raises a ``ValueError``.
 
     >>> pretokenize("It's  2026!")
     ['It', "'s", ' ', ' ', '202', '6', '!']
@@ -132,9 +132,9 @@ def _checked_counts(counts: object) -> Iterable[str]:
         check_at_least(counts=(0, count))
     return counts
 
-# %% ../chapters/05_tokenizer.ipynb #71ed487e
+# %% ../chapters/05_tokenizer.ipynb #416a5ffb
 def _batches(texts: Iterable[str | Document], size: int = 1_000_000) -> Iterator[list[str]]:
-    """Group ``texts`` to about ``size`` characters each; refuse what is no text."""
+    """Group ``texts`` to about ``size`` characters each; refuse what is not text."""
     batch: list[str] = []
     total = 0
     for text in iter_texts(texts, "texts"):
@@ -319,13 +319,13 @@ class _PairQueue:
             self.push(pair)  # it has lost counts since it was filed
         return None
 
-# %% ../chapters/05_tokenizer.ipynb #63b32276
+# %% ../chapters/05_tokenizer.ipynb #017f6bd5
 def learn_merges(counts: Mapping[str, int], size: int) -> list[tuple[bytes, bytes]]:
     """Learn up to ``size`` merges from words and how often each occurs, the first merge first.
 
-    The most frequent pair is merged, of equally frequent ones the lexicographically greatest pair
-    of byte strings. There are fewer than ``size`` where every word has become one token. Source:
-    Gage (1994), Sennrich et al. (2016), on bytes as in Radford et al. (2019).
+    The most frequent pair is merged; of equally frequent ones, the lexicographically greatest
+    pair of byte strings. There are fewer than ``size`` if every word has become one token.
+    Source: Gage (1994), Sennrich et al. (2016), on bytes as in Radford et al. (2019).
 
     >>> learn_merges({"to": 2, "toe": 1}, 2)
     [(b't', b'o'), (b'to', b'e')]
@@ -404,9 +404,10 @@ _Allowed = Literal["all"] | Collection[str]
 class BPETokenizer:
     """A byte-level BPE tokenizer: text to ids and back, without loss for any valid text.
 
-    ``vocabulary`` has the bytes of each id, all 256 single bytes among them; ``merges`` apply in
-    their order; ``special_tokens`` have ids of their own; ``pattern`` cuts words. With
-    ``ignore_merges`` a word that is a token is taken as it is. Bad input raises a ``ValueError``.
+    ``vocabulary`` has the bytes of each id, all 256 single bytes among them; ``merges`` apply
+    in their order; ``special_tokens`` have ids of their own; ``pattern`` cuts words. With
+    ``ignore_merges`` a word that is a token is taken as it is. Bad input raises a
+    ``ValueError``.
     """
 
     vocabulary: Mapping[int, bytes]
