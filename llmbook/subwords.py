@@ -379,25 +379,29 @@ class _Subwords:
 
     def token(self, id: SupportsInt) -> str:
         """Return the token with this ``id``; a ``ValueError`` if there is none."""
-        try:
-            place = -1 if isinstance(id, bool) else operator.index(id)  # type: ignore[arg-type]
-        except TypeError:
-            place = -1
-        if not 0 <= place < self.vocab_size:
+        if (token := self._token(id)) is None:
             raise ValueError(f"id: expected 0 to {self.vocab_size - 1}, got {id!r:.60}")
-        return self._tokens[place]
+        return token
+
+    def _token(self, id: Any) -> str | None:
+        try:
+            place = -1 if isinstance(id, bool) else operator.index(id)
+        except TypeError:
+            return None
+        return self._tokens[place] if 0 <= place < self.vocab_size else None
 
     def decode(self, ids: Iterable[SupportsInt], *, skip_special_tokens: bool = False) -> str:
         """Return the text of ``ids``; special tokens are skipped, or appear by their names."""
         values = ids.tolist() if hasattr(ids, "tolist") else ids
         if isinstance(values, str | bytes) or not isinstance(values, Iterable):
             raise ValueError(f"ids: expected several ids, such as [5], got {ids!r:.60}")
-        special = self.special_tokens
-        found = [
-            token
-            for token in map(self.token, values)
-            if not (skip_special_tokens and token in special)
-        ]
+        special, found = self.special_tokens, list[str]()
+        for place, id in enumerate(values):
+            if (token := self._token(id)) is None:
+                got = f"got {id!r:.60} at index {place}"
+                raise ValueError(f"ids: expected 0 to {self.vocab_size - 1}, {got}")
+            if not (skip_special_tokens and token in special):
+                found.append(token)
         runs = groupby(found, key=special.__contains__)
         return "".join("".join(run) if named else self._join([*run]) for named, run in runs)
 
@@ -805,7 +809,7 @@ def _unspelled(tokens: list[str], byte_of: dict[str, int]) -> Iterator[str]:
         except UnicodeDecodeError:
             yield "\ufffd" * len(values)
 
-# %% ../chapters/06_subwords.ipynb #527ec152
+# %% ../chapters/06_subwords.ipynb #f49e4c3b
 def _checked_pieces(
     pieces: Sequence[tuple[str, float]], unk_id: int, byte_fallback: bool
 ) -> list[tuple[str, float]]:
@@ -815,6 +819,8 @@ def _checked_pieces(
         got = f"got {pieces!r:.60}"
         raise ValueError(f"pieces: expected pairs of a text and a score, {got}") from None
     check_at_least(unk_id=(0, unk_id))
+    if not pieces:
+        raise ValueError("pieces: expected at least one, got none")
     if unk_id >= len(pieces):
         raise ValueError(f"unk_id: expected below {len(pieces)}, got {unk_id}")
     if not all(math.isfinite(score) for _, score in pieces):
