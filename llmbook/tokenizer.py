@@ -1363,10 +1363,10 @@ def _read_template(step: Any, names: dict[int, str]) -> tuple[list[str], list[st
     )
     return prefix, suffix
 
-# %% ../chapters/05_tokenizer.ipynb #145fc888
+# %% ../chapters/05_tokenizer.ipynb #00d3437f
 def checked_path(path: object, argument: str = "path") -> Path:
-    """Return ``path`` as a Path; what is neither a str nor a Path raises a ``ValueError``."""
-    if not isinstance(path, str | Path):
+    """Return ``path`` as a Path; what is neither a Path nor a str, not empty, is refused."""
+    if not isinstance(path, str | Path) or path == "":
         raise ValueError(f"{argument}: expected a str or a Path, got {path!r:.60}")
     return Path(path)
 

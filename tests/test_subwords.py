@@ -492,9 +492,9 @@ def test_size_is_what_was_asked_or_less(kind):
         (["a"], {"special_tokens": "<s>"}, "special_tokens: expected several, .* one str"),
         (["a"], {"special_tokens": [""]}, "special_tokens: expected non-empty, .* got ''"),
         (["a"], {"special_tokens": ["\ud800"]}, "special_tokens: expected non-empty, valid texts"),
-        (["a b"], {"special_tokens": 5}, "special_tokens: expected several texts, got 5"),
+        (["a b"], {"special_tokens": 5}, "special_tokens: expected .* got 5"),
         (["a b"], {"special_tokens": ["<"]}, "special_tokens: expected names .* got '<'"),
-        (5, {}, "texts: expected several Documents or texts, got int"),
+        (5, {}, "texts: expected .* got (5|int)"),
         (["a"], {"character_coverage": "all"}, "character_coverage: expected above 0.* got 'all'"),
         (["a"], {"character_coverage": math.nan}, "character_coverage: expected above 0.* got nan"),
         (["a"], {"character_coverage": 0.0}, "character_coverage: expected above 0"),
@@ -546,7 +546,7 @@ def test_bad_vocabularies_are_refused():
         (lambda: UnigramTokenizer([(5, -1.0)]), "pieces: expected pairs of a text and a score"),
         (lambda: UnigramTokenizer([("a", -1.0)], unk_id="0"), "unk_id: expected a whole number"),
         (lambda: WordPieceTokenizer(["[UNK]"], max_word_length=0), "max_word_length: expected"),
-        (lambda: UnigramTokenizer([]), "unk_id: expected below 0, got 0"),
+        (lambda: UnigramTokenizer([]), "pieces: expected at least one, got none"),
         (lambda: UnigramTokenizer([("a", -1.0)], unk_id=1), "unk_id: expected below 1, got 1"),
         (lambda: UnigramTokenizer([("a", math.nan)]), "pieces: expected finite scores"),
         (lambda: UnigramTokenizer([("a", "x")]), "pieces: expected pairs"),
@@ -563,8 +563,9 @@ def test_bad_calls_are_refused(kind, wordpiece, unigram):
     tokenizer = wordpiece if kind is WordPieceTokenizer else unigram
     size = tokenizer.vocab_size
     for wrong in (-1, size, 2**70, 1.0, "1", None, True):
-        with pytest.raises(ValueError, match=rf"id: expected 0 to {size - 1}, got {wrong!r}"):
-            tokenizer.decode([wrong])
+        message = rf"^ids: expected 0 to {size - 1}, got {wrong!r} at index 1"
+        with pytest.raises(ValueError, match=message):
+            tokenizer.decode([1, wrong])
         with pytest.raises(ValueError, match=rf"id: expected 0 to {size - 1}, got {wrong!r}"):
             tokenizer.token(wrong)
     for several in (5, None, "5", b"5", np.array(5), torch.tensor(5)):
@@ -575,8 +576,9 @@ def test_bad_calls_are_refused(kind, wordpiece, unigram):
             with pytest.raises(ValueError, match=f"{argument}: expected 'all' or some of"):
                 tokenizer.encode("a", **{argument: unknown})
     for call in (tokenizer.save, kind.load):
-        with pytest.raises(ValueError, match="path: expected a str or a Path, got 5"):
-            call(5)
+        for wrong in (5, ""):
+            with pytest.raises(ValueError, match=f"path: expected a str or a Path, got {wrong!r}"):
+                call(wrong)
     for call in (tokenizer.tokens, split_words, unigram.sample, unigram.log_probability):
         with pytest.raises(ValueError, match="text: expected a str, got 5"):
             call(5)
