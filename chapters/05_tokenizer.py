@@ -4,21 +4,23 @@
 # > Cut text into tokens: learn from counted pairs which bytes belong together, encode any text
 # > with them, decode without loss, and speak the file formats of others.
 #
-# A model reads numbers from a fixed list. A list of words will not do: by Heaps' law new ones
-# never stop coming. A list of characters will not do either: Unicode has more than 150,000, and a
-# text spelled out is several times as long as in words, which a model pays for at every step.
+# A model reads numbers, so text has to be cut into pieces that stand on a fixed list. A list of
+# words will not do: by Heaps' law, new ones never stop coming. A list of characters won't do
+# either: Unicode has more than 150,000 of them, and a text that is spelled out is several times as
+# long as the same text in words, which a model pays for at every step.
 #
 # **Byte-pair encoding** lets the data decide. It starts from the 256 bytes, in which any text can
 # be written, and joins the most frequent pair of neighbors, again and again, until the list is as
-# long as you want. Frequent words become one token, rare ones a few, and nothing is unknown. GPT-2
-# introduced it in this form {cite}`radford2019language`; most of today's models use it.
+# long as you want. Frequent words end up as one token, rare words as a few, and nothing is ever
+# unknown. GPT-2 introduced it in this form {cite}`radford2019language`, and most of today's models
+# use it.
 #
 # | | |
 # |---|---|
 # | **Part** | I. Foundations and data |
 # | **You build** | {py:func}`~llmbook.tokenizer.train_bpe`, {py:func}`~llmbook.tokenizer.train_bpe_files`, {py:class}`~llmbook.tokenizer.BPETokenizer`, {py:func}`~llmbook.tokenizer.pretokenize`, {py:func}`~llmbook.tokenizer.learn_merges` |
 # | **You need** | Python and regular expressions; the documents of {doc}`02_corpus`, and the laws named there |
-# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 30 seconds to run |
+# | **It takes** | 60 minutes for the main line, 5 hours for everything, 30 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp tokenizer
@@ -28,8 +30,10 @@
 # The imports of the module
 import codecs
 import json
+import operator
 import os
 import re
+from base64 import b64decode, b64encode
 from bisect import insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -39,146 +43,45 @@ from functools import cache, partial
 from heapq import heapify, heappop, heappush
 from itertools import chain, pairwise
 from pathlib import Path
+from random import Random
 from typing import Any, Literal, SupportsInt
+from unicodedata import normalize
 
 import regex  # type: ignore[import-untyped, unused-ignore]
 
 from llmbook.cleaning import whole_characters
 from llmbook.corpus import Document, existing_paths, iter_texts, ordered_map
-from llmbook.environment import check_at_least, check_text, whole_file
+from llmbook.environment import check_at_least, check_choice, check_text, whole_file
 
 # %% [markdown]
-# The folded cell above has the imports of the module. Of these you will meet `Counter`,
-# `pairwise`, `insort`, which keeps a list sorted, `heappush` and `heappop`, which keep a heap,
-# `codecs`, and the package `regex`, which knows Unicode's classes of characters, as Python's own
-# `re` does not. For this chapter alone we need a few things more:
-
-# %%
-import random
-import tempfile
-import time
-
-import matplotlib.pyplot as plt
-import numpy as np
-import tokenizers
-
-from llmbook.cleaning import read_translations
-from llmbook.corpus import read_installed_docs
-from llmbook.tinyworld import TinyWorld
-
-plt.style.use("llmbook.book")
-folder = tempfile.TemporaryDirectory()  # for the files that this chapter writes
-
-# %% [markdown]
-# ## Characters, code points, bytes
+# Three of the imports in the folded cell above do most of the work below: `Counter` counts,
+# `pairwise` yields each item of a list together with the next one, and the package `regex` knows
+# Unicode's classes of characters, which Python's own `re` does not.
 #
-# What is the length of `é`? Unicode numbers characters; the number is a **code point**, at most
-# 10FFFF in base sixteen. But `é` can be one code point, or an `e` followed by an accent. And a code
-# point has to be stored as bytes, which hold numbers up to 255.
-
-# %%
-for name, text in (
-    ("é", "\u00e9"),
-    ("é", "e\u0301"),
-    ("ж", "ж"),
-    ("猫", "猫"),
-    ("family", "👨‍👩‍👧"),
-):
-    points = " ".join(f"{ord(character):X}" for character in text)
-    print(f"{name:7} code points: {points:28} UTF-8: {text.encode().hex(' ')}")
-
-# %% [markdown]
-# One picture on the screen may be five code points and eighteen bytes. A fixed four bytes for each
-# code point would make English four times as long as it needs to be. A code of variable length
-# must say where a character ends. UTF-8 {cite}`yergeau2003utf8` writes that into the first bits of
-# every byte.
+# ## A tokenizer in three functions
 #
-# - A byte that begins with `0` is a character by itself; 7 bits are left for its code point.
-# - A byte that begins with `10` continues a character, and carries 6 bits.
-# - A byte that begins with $k$ ones and a zero, $k = 2, 3, 4$, opens a character of $k$ bytes. It
-#   carries the $8 - (k + 1) = 7 - k$ highest bits.
+# Try it by eye on the text `sing singing ring ringing`. The pair `n g` occurs six times, and so
+# does `i n`; no other pair occurs more than three times. Join `n` and `g` wherever they meet, and
+# `ng` is a new token. Then count again.
 #
-# So $k$ bytes hold $7 - k + 6(k - 1) = 5k + 1$ bits: 11, 16 and 21. The largest code point,
-# 10FFFF, has 21. A code point takes the shortest form that holds it
-# ({numref}`fig-tokenizer-utf8`).
-#
-# ```{figure} ../figures/tokenizer-utf8.svg
-# :name: fig-tokenizer-utf8
-# :alt: Four rows of bytes as bit patterns. One byte 0 and 7 bits, example a. Two bytes, 110 with 5 bits and 10 with 6 bits, example é. Three bytes, 1110 with 4 bits and twice 10 with 6 bits, example €. Four bytes, 11110 with 3 bits and three times 10 with 6 bits, example 🙂.
-#
-# The four forms of UTF-8. Gray bits say what a byte is, colored ones carry the code point.
-# ```
-
-# %% [markdown]
-# In code, the continuation bytes are cut off from the right, six bits at a time, and what is left
-# goes into the opening byte. Python's own encoder is the judge, on every code point that can be
-# encoded.
-
-
-# %%
-def utf8_bytes(code_point: int) -> bytes:
-    if code_point < 1 << 7:
-        return bytes([code_point])
-    size = 2 if code_point < 1 << 11 else 3 if code_point < 1 << 16 else 4
-    continuation = []
-    for _ in range(size - 1):
-        continuation.append(0b10_000000 | code_point & 0b111111)  # the lowest six bits
-        code_point >>= 6
-    opening = 0x100 - (1 << (8 - size))  # as many ones as there are bytes, then zeros
-    return bytes([opening | code_point, *reversed(continuation)])
-
-
-valid = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
-sizes = Counter()
-for code_point in valid:
-    written = utf8_bytes(code_point)
-    assert written == chr(code_point).encode()
-    sizes[len(written)] += 1
-for size, number in sizes.items():
-    print(f"{number:>9,} code points take {size} byte{'s' * (size > 1)}")
-
-# %% [markdown]
-# The gap in `valid` is taken by the **surrogates**, numbers that the older encoding UTF-16 uses in
-# pairs. They are no characters, and UTF-8 has no bytes for them.
-#
-# One property matters below: a cut at an arbitrary byte can break a character in two, and the
-# halves are no text by themselves.
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: half a character becomes `�`
-
-# %% [markdown] tags=["engine"]
-# UTF-16 writes a code point above FFFF as two surrogates. A single one is half a character.
-# Python's strings can contain it, UTF-8 cannot. As in chapter 03, and as tiktoken does, we join two
-# halves that meet, and write `�` for one that is alone: the code point FFFD, which stands for what
-# could not be decoded. Every text that enters this chapter's functions passes through here.
-
-
-# %% tags=["engine"]
-#| export
-def valid_text(text: object, argument: str = "text") -> str:
-    """Return ``text`` with surrogates joined or replaced; what is no text raises a ValueError."""
-    return whole_characters(check_text(text, argument))
-
-
-# %% [markdown]
-# ## Join the most frequent pair
-#
-# The algorithm was invented to compress data {cite}`gage1994new`. Sennrich, Haddow and Birch
-# {cite}`sennrich2016neural` used it to translate rare words. Try it by eye on `sing singing ring
-# ringing`. The pair `n g` occurs six times, and so does `i n`. No other pair does.
-#
-# In general, let $c(a, b)$ be the number of positions at which token $a$ is followed by token $b$.
-# The next pair to be merged is the largest under the order
+# The algorithm was invented to compress data {cite}`gage1994new`; Sennrich, Haddow, and Birch
+# {cite}`sennrich2016neural` first used it to translate rare words. In general, let $c(a, b)$ be the
+# number of positions at which token $a$ is followed by token $b$. The pair to merge next is the
+# largest one in the order
 #
 # $$
 # (a^*, b^*) = \operatorname*{arg\,max}_{(a, b)} \;\bigl(c(a, b),\; a,\; b\bigr),
 # $$ (bpe-merge)
 #
-# compared from left to right: the count first, and between equal counts the bytes of $a$, then
-# those of $b$, as in a dictionary. A rule for ties is needed if two programs are to learn the same
-# tokens; this one is ours. Every $a$ followed by $b$ becomes one token $ab$, from left to right,
-# so that `aaa` becomes `aa a`.
+# which compares from left to right: first the counts, then, if these are equal, the bytes of $a$,
+# and last the bytes of $b$, as in a dictionary. Two programs that are supposed to learn the same
+# tokens need the same rule for ties, and this is ours. In the example it prefers `n g` to `i n`,
+# since `n` comes after `i`. Every $a$ that is followed by $b$ then becomes one token $ab$, from
+# left to right, so `aaa` becomes `aa a`.
+#
+# In code, a token is a `bytes` object. The first function applies one merge to a list of tokens,
+# and the second finds the merges. It takes a list of byte strings and never merges across the end
+# of one, which will be useful soon; for now the list has one entry.
 
 
 # %%
@@ -203,42 +106,192 @@ def naive_bpe(words: list[bytes], size: int) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-for a, b in naive_bpe([b"sing singing ring ringing"], 6):
-    print(f"{a.decode()!r:7} + {b.decode()!r:7} -> {(a + b).decode()!r}")
-
 # %% [markdown]
-# Between `ng` and `in` the dictionary decides, then `ing` grows in one step. The third merge joins
-# `ing` and a space, and that is a nuisance: `sing` before a space and `sing` before a comma become
-# different tokens. On longer text such merges take over. Here are the longest tokens that the
-# algorithm learns from stories of chapter 01's world:
+# Each row below shows the text after one more merge, with bars between the tokens. The first
+# column is the new token's id: ids 0 to 255 are the bytes, so the first merge gets 256.
 
 # %%
-world = TinyWorld()
-stories = [story.text for story in world.stories(300, seed=0)]
-whole = naive_bpe([" ".join(stories).encode()[:10_000]], 300)
-for token in sorted((a + b for a, b in whole), key=len)[-3:]:
+song = "sing singing ring ringing"
+song_merges = naive_bpe([song.encode()], 6)
+tokens = [bytes([byte]) for byte in song.encode()]
+print(f"bytes        {b'|'.join(tokens).decode()}")
+for id, (a, b) in enumerate(song_merges, start=256):
+    tokens = merge_pair(tokens, (a, b))
+    print(f"{id} {(a + b).decode()!r:8} {b'|'.join(tokens).decode()}")
+
+# %% [markdown]
+# Six merges turned 25 tokens into 6. The third function and its reverse do the rest of the job. To
+# **encode** a new text, cut it into bytes and apply the merges in the order in which they were
+# learned. To **decode**, look up the bytes of each id and join them.
+
+
+# %%
+def all_tokens(merges: list[tuple[bytes, bytes]]) -> list[bytes]:
+    return [*(bytes([byte]) for byte in range(256)), *(a + b for a, b in merges)]
+
+
+def naive_encode(text: str, merges: list[tuple[bytes, bytes]]) -> list[int]:
+    tokens = [bytes([byte]) for byte in text.encode()]
+    for pair in merges:
+        tokens = merge_pair(tokens, pair)
+    ids = {token: id for id, token in enumerate(all_tokens(merges))}
+    return [ids[token] for token in tokens]
+
+
+def naive_decode(ids: list[int], merges: list[tuple[bytes, bytes]]) -> str:
+    return b"".join(all_tokens(merges)[id] for id in ids).decode()
+
+
+# %% [markdown]
+# Here is a text that the trainer has never seen, as ids and back again:
+
+# %%
+ids = naive_encode("bringing rings", song_merges)
+print("ids:    ", *ids)
+print("tokens: ", " | ".join(naive_decode([id], song_merges) for id in ids))
+print("decoded:", naive_decode(ids, song_merges))
+
+# %% [markdown]
+# Fourteen bytes became six ids, and decoding lost nothing. This is a complete tokenizer. The rest
+# of the chapter finds out what the bytes of a text are, keeps merges from running wild, and makes
+# training fast enough for real text.
+#
+# ## Characters, code points, bytes
+#
+# The algorithm never asks what language it reads. This is what it makes of a name and a smiley:
+
+# %%
+for text in ("Zoë", "🙂"):
+    print(text, "->", *naive_encode(text, song_merges))
+
+# %% [markdown]
+# The letter ë became two ids, and the smiley four. Where do these numbers come from?
+#
+# Unicode gives each character a number, its **code point**, which is at most 10FFFF in base
+# sixteen. That isn't quite one number for each thing you see: `é` can be a single code point, or an
+# `e` followed by a code point for the accent. And a code point has to be stored as bytes, which
+# hold numbers up to 255.
+
+# %%
+print("code points       UTF-8 bytes")
+for text in ("\u00e9", "e\u0301", "ж", "猫", "👩‍👧"):
+    points = " ".join(f"{ord(character):X}" for character in text)
+    print(f"{points:17} {text.encode().hex(' '):33} {text}")
+
+# %% [markdown]
+# The mother with her daughter is one picture on the screen, but three code points and eleven bytes.
+# A fixed four bytes for each code point would make English four times as long as it needs to be. A
+# code of variable length, on the other hand, has to say where a character ends. UTF-8
+# {cite}`yergeau2003utf8` writes that into the first bits of every byte:
+#
+# - A byte that begins with `0` is a character by itself. That leaves 7 bits for its code point.
+# - A byte that begins with `10` continues a character and carries 6 bits.
+# - A byte that begins with $k$ ones and a zero, $k = 2, 3, 4$, opens a character of $k$ bytes. It
+#   carries the highest $8 - (k + 1) = 7 - k$ bits.
+#
+# So $k$ bytes hold $7 - k + 6(k - 1) = 5k + 1$ bits: 11, 16, and 21. The largest code point,
+# 10FFFF, needs 21. Each code point takes the shortest form that holds it
+# ({numref}`fig-tokenizer-utf8`).
+#
+# ```{figure} ../figures/tokenizer-utf8.svg
+# :name: fig-tokenizer-utf8
+# :alt: Four rows of bytes as bit patterns. One byte 0 and 7 bits, example a. Two bytes, 110 with 5 bits and 10 with 6 bits, example é. Three bytes, 1110 with 4 bits and twice 10 with 6 bits, example €. Four bytes, 11110 with 3 bits and three times 10 with 6 bits, example 🙂.
+#
+# The four forms of UTF-8. Gray bits say what a byte is, colored ones carry the code point.
+# ```
+#
+# Take the euro sign, code point 20AC. In bits, that is `10000010101100`: fourteen of them, too many
+# for two bytes and few enough for three. Fill up with zeros to sixteen, cut off six bits from the
+# right, and six more: `0010 000010 101100`. Now put the marks in front: `1110` opens a character of
+# three bytes, `10` continues it.
+
+# %%
+print("bits: ", *(f"{byte:08b}" for byte in "€".encode()))
+print("bytes:", *"€".encode())
+
+# %% [markdown]
+# These three numbers are the ids that the tokenizer above gives to `€`. One property of UTF-8 will
+# matter later: a cut at an arbitrary byte can break a character in two, and neither half is text by
+# itself.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: UTF-8 by hand, and half a character becomes `�`
+
+# %% [markdown] tags=["engine"]
+# In code, `utf8_bytes` cuts six bits at a time off the right, and what is left goes into the
+# opening byte. Python's own encoder is the judge, on all code points that can be encoded.
+
+
+# %% tags=["engine"]
+def utf8_bytes(code_point: int) -> bytes:
+    if code_point < 1 << 7:
+        return bytes([code_point])
+    size = 2 if code_point < 1 << 11 else 3 if code_point < 1 << 16 else 4
+    continuation = []
+    for _ in range(size - 1):
+        continuation.append(0b10_000000 | code_point & 0b111111)  # the lowest six bits
+        code_point >>= 6
+    opening = 0x100 - (1 << (8 - size))  # as many ones as there are bytes, then zeros
+    return bytes([opening | code_point, *reversed(continuation)])
+
+
+valid = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+sizes = Counter()
+for code_point in valid:
+    written = utf8_bytes(code_point)
+    assert written == chr(code_point).encode()
+    sizes[len(written)] += 1
+for size, number in sizes.items():
+    print(f"{number:>9,} code points take {size} byte{'s' * (size > 1)}")
+
+# %% [markdown] tags=["engine"]
+# The 2,048 numbers from D800 to DFFF are missing in `valid`. They are the **surrogates**, which an
+# older encoding, UTF-16, uses in pairs to write a code point above FFFF. They are not characters,
+# and UTF-8 has no bytes for them. A single one is half a character. Python's strings can contain
+# it. As in chapter 03, and as tiktoken does, we join two halves that meet, and write `�` for one
+# that is alone: the code point FFFD, which stands for what could not be decoded. Every text that
+# enters this chapter's functions passes through here.
+
+
+# %% tags=["engine"]
+#| export
+def valid_text(text: object, argument: str = "text") -> str:
+    """Return ``text`` with surrogates joined or replaced; other types raise a ValueError."""
+    return whole_characters(check_text(text, argument))
+
+
+# %% [markdown]
+# ## Words first: pre-tokenization
+#
+# Look at the song's merges again. From 258 on they swallow spaces, so `sing` before a space and
+# `sing` before a comma become different tokens. On longer text such merges take over. Here are the
+# longest tokens that the algorithm learns from stories of chapter 01's world:
+
+# %%
+from llmbook.tinyworld import TinyWorld
+
+stories = [story.text for story in TinyWorld().stories(300, seed=0)]
+unconfined = naive_bpe([" ".join(stories).encode()[:10_000]], 300)
+for token in sorted((a + b for a, b in unconfined), key=len)[-3:]:
     print(repr(token.decode()))
 
 # %% [markdown]
-# Whole phrases have become tokens. They are of no use in any other text.
+# Whole phrases became tokens, which are of no use in any other text. So merges have to be confined.
+# A regular expression cuts the text into **pre-tokens**, which we call words for short, and no
+# merge crosses from one word into the next. Two patterns are in wide use: GPT-2's
+# {cite}`radford2019language` and GPT-4's, which tiktoken publishes. Each is a list of alternatives
+# that are tried in order at each position:
 #
-# ## Words first: pre-tokenization
-#
-# So merges are confined. A regular expression cuts the text into **pre-tokens**, which we call
-# words for short, and no merge crosses from one to the next. GPT-2's pattern
-# {cite}`radford2019language` and GPT-4's, which tiktoken publishes, are alternatives, tried from
-# left to right at each position:
-#
-# | GPT-2 | GPT-4 | catches |
+# | GPT-2 | GPT-4 | matches |
 # |---|---|---|
 # | `'s` `'t` `'re` … | the same, in upper case too | endings after an apostrophe |
-# | <code>&nbsp;?\p{L}+</code> | `[^\r\n\p{L}\p{N}]?\p{L}+` | letters, with the space or sign before them |
-# | <code>&nbsp;?\p{N}+</code> | `\p{N}{1,3}` | digits; for GPT-4 at most three |
-# | <code>&nbsp;?[^\s\p{L}\p{N}]+</code> | the same and line breaks after them | signs |
-# | `\s+(?!\S)`, `\s+` | the same, with line breaks apart | white space, but for the space before a word |
+# | <code>&nbsp;?\p{L}+</code> | `[^\r\n\p{L}\p{N}]?\p{L}+` | letters, with one space (GPT-4: or other character) before them |
+# | <code>&nbsp;?\p{N}+</code> | `\p{N}{1,3}` | digits; in GPT-4, at most three |
+# | <code style="white-space: nowrap">&nbsp;?[^\s\p{L}\p{N}]+</code> | the same, with line breaks after them | punctuation and other symbols |
+# | `\s+(?!\S)`, `\s+` | the same, with line breaks apart | white space, except one space before a word |
 #
-# The space goes with the word that follows. A sentence then needs no tokens of its own for spaces.
-# The look-ahead `(?!\S)` leaves the last of several spaces to the next word.
+# A space goes with the word that follows it, so a sentence needs no tokens just for its spaces. The
+# look-ahead `(?!\S)` is what leaves the last of several spaces to the next word.
 
 # %%
 #| export
@@ -247,43 +300,52 @@ _GPT4_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
 )
 GPT4_PATTERN = _GPT4_WORDS + r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-_LLAMA3_PATTERN = _GPT4_WORDS + r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # what tiktoken had formerly
-_KNOWN_PATTERNS = {GPT2_PATTERN, GPT4_PATTERN, _LLAMA3_PATTERN}
-
 # %% [markdown]
-# Here are both patterns on a line of code with a number. Digits in threes keep a number's tokens
-# regular, but they are cut from the left, so `12345` becomes `123` and `45`.
+# Here is what both patterns do with two lines of code. The bars are cuts, and `↵` is a line break:
 
 # %%
-line = "if loaves > 12345:\n        bake('rye')  # don't wait"
+code = "if loaves > 12345:\n    bake('rye')  # don't wait"
 for name, pattern in (("GPT-2", GPT2_PATTERN), ("GPT-4", GPT4_PATTERN)):
-    print(name, regex.findall(pattern, line))
+    print(name, "|".join(regex.findall(pattern, code)).replace("\n", "↵"))
 
 # %% [markdown]
-# In the package, {py:func}`~llmbook.tokenizer.pretokenize` does this for any pattern and any text.
-# It is what `regex.findall` is here, plus the care that follows.
+# Both cut `don't` into `don` and `'t`. GPT-4's pattern puts the line break with the colon and
+# leaves the indentation to itself. It cuts the number into groups of at most three digits, so that
+# a model meets only 1,110 different ones; but it counts from the left, and `12345` becomes `123`
+# and `45`.
+#
+# In the package, `pretokenize(text, pattern)` cuts any text by any pattern. It does what
+# `regex.findall` does here, and it keeps what a pattern leaves out.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a pattern of your own, and nothing lost
 
 # %% [markdown] tags=["engine"]
 # With a pattern of your own, there may be stretches that it does not match. They become words, too,
-# so that no text is lost. What is no regular expression is refused, and so is one with capturing
-# groups, for which `findall` would return something else. Compiled patterns are kept.
+# so that no text is lost. A text that isn't a regular expression is refused, and so is one with
+# capturing groups, for which `findall` would return something else. Compiled patterns are kept.
 #
 # tiktoken writes GPT-4's pattern with `{1,3}+`, where the plus forbids giving back what was
-# matched. We leave it out, since nothing follows that could want it back, and since the engine
-# inside of `tokenizers` reads it as "repeat", which takes any number of digits.
+# matched. We leave it out: nothing follows that could want anything back, and the engine inside
+# `tokenizers` reads it as "repeat", which would take any number of digits.
 
 
 # %% tags=["engine"]
 #| export
-@cache
+_LLAMA3_PATTERN = _GPT4_WORDS + r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # tiktoken's older form
+_KNOWN_PATTERNS = {GPT2_PATTERN, GPT4_PATTERN, _LLAMA3_PATTERN}
+
+
 def _splitter(pattern: str) -> Callable[[str], list[str]]:
     """Return the function that cuts a text into words by ``pattern``; bad ones raise ValueError."""
+    return _compiled(check_text(pattern, "pattern"))
+
+
+@cache
+def _compiled(pattern: str) -> Callable[[str], list[str]]:
     try:
         compiled = regex.compile(pattern)
-    except (regex.error, TypeError) as error:
+    except regex.error as error:
         raise ValueError(f"pattern: not a regular expression: {pattern!r}: {error}") from None
     if compiled.groups:
         raise ValueError(f"pattern: expected groups to be (?:...), got {pattern!r}")
@@ -300,8 +362,8 @@ def _with_gaps(compiled: Any, text: str) -> list[str]:
 def pretokenize(text: str, pattern: str = GPT4_PATTERN) -> list[str]:
     """Cut ``text`` into words that no token crosses; joined they are the text again.
 
-    Lone surrogates become U+FFFD. A ``pattern`` that is no regular expression, or has capturing
-    groups, raises a ``ValueError``.
+    Lone surrogates become U+FFFD. A ``pattern`` that is not a regular expression, or that has
+    capturing groups, raises a ``ValueError``.
 
     >>> pretokenize("It's  2026!")
     ['It', "'s", ' ', ' ', '202', '6', '!']
@@ -312,40 +374,41 @@ def pretokenize(text: str, pattern: str = GPT4_PATTERN) -> list[str]:
 # %% [markdown]
 # ## Training that scales
 #
-# The naive trainer walks through the whole text for every merge. For 32,000 merges on ten
-# megabytes that would take hours. Four observations bring it down to seconds.
+# The naive trainer walks through the whole text for every merge. For 32,000 merges on the text
+# below, that means reading six million bytes 32,000 times, which takes hours. Four ideas bring it
+# down to seconds.
 #
 # ### Count words
 #
-# A word occurs many times, and is cut the same way each time. So each *different* word is stored
-# once with its count $f$, and a pair in it counts $f$ times.
+# A word occurs many times and is cut the same way each time. So each *different* word is stored
+# once, along with the number $f$ of times it occurs, and every pair in it counts $f$ times.
 #
-# Our text is chapter 02's documents, without exact copies. Every twentieth is set aside, to
-# measure on later.
+# Our text is the documentation that chapter 02 found on your disk, without exact copies. Every
+# twentieth document is set aside, to measure on later.
 
 # %%
+from llmbook.corpus import read_installed_docs
+
 packages = ["stdlib", "numpy", "matplotlib"]
 texts = list(dict.fromkeys(document.text for document in read_installed_docs(packages)))
 held_out = texts[::20]
 texts = [text for number, text in enumerate(texts) if number % 20]
-start = time.perf_counter()
 counts = Counter()
 for text in texts:
     counts.update(regex.findall(GPT4_PATTERN, text))
-seconds_counting = time.perf_counter() - start
 million, often = counts.total() // 10**6, round(counts.total() / len(counts), -1)
-print(f"more than {million} million words; each occurs about {often:.0f} times")
+print(f"more than {million} million words; each different word occurs about {often:.0f} times")
 
 # %% [markdown]
-# {py:func}`~llmbook.tokenizer.count_words` counts in the same way, in several processes if you
-# wish, and can read files.
+# In the package this is `count_words(texts, workers=2)`, which uses several processes.
 
 # %% [markdown] tags=["engine"]
 # #### Engine room: counting in several processes, from texts and from files (`count_words`)
 
 # %% [markdown] tags=["engine"]
-# If texts contain special tokens, such as a mark between documents, these separate and are not
-# counted. They must be told apart, so a list with an empty or a repeated one is refused.
+# Texts may contain special tokens, such as a mark between documents. These separate words and are
+# not counted themselves. They have to be told apart, so a list with an empty or a repeated one is
+# refused.
 
 
 # %% tags=["engine"]
@@ -354,6 +417,8 @@ def check_special_tokens(tokens: Collection[str]) -> tuple[str, ...]:
     """Return ``tokens`` as a tuple of texts; an empty, broken or repeated one is refused."""
     if isinstance(tokens, str):
         raise ValueError(f"special_tokens: expected several, such as [{tokens!r}], got one str")
+    if isinstance(tokens, bytes) or not isinstance(tokens, Iterable):
+        raise ValueError(f"special_tokens: expected several texts, got {tokens!r:.60}")
     tokens = tuple(tokens)
     for token in tokens:
         if not isinstance(token, str) or not token or valid_text(token) != token:
@@ -384,13 +449,32 @@ def _count_texts(job: tuple[list[str], str, tuple[str, ...]]) -> Counter[str]:
 
 
 # %% [markdown] tags=["engine"]
+# Whoever counts words in another way may do so; what comes in must be words and whole numbers.
+
+
+# %% tags=["engine"]
+#| export
+def _checked_counts(counts: object) -> Iterable[str]:
+    """Return the words of ``counts``, after a check that each has a whole number of 0 or more."""
+    if not isinstance(counts, Mapping):
+        kind = type(counts).__name__
+        raise ValueError(f"counts: expected words with their counts, such as a Counter, got {kind}")
+    for word, count in counts.items():
+        check_text(word, "counts")
+        if count is None:
+            raise ValueError(f"counts: expected a whole number, got None for {word!r:.60}")
+        check_at_least(counts=(0, count))
+    return counts
+
+
+# %% [markdown] tags=["engine"]
 # Texts go to workers a million characters at a time.
 
 
 # %% tags=["engine"]
 #| export
 def _batches(texts: Iterable[str | Document], size: int = 1_000_000) -> Iterator[list[str]]:
-    """Group ``texts`` to about ``size`` characters each; refuse what is no text."""
+    """Group ``texts`` to about ``size`` characters each; refuse what is not text."""
     batch: list[str] = []
     total = 0
     for text in iter_texts(texts, "texts"):
@@ -431,12 +515,12 @@ def count_words(
 
 
 # %% [markdown] tags=["engine"]
-# Files can be counted in parts: counts of parts add up to the counts of the whole. But where may a
-# file be cut? A cut through a word changes the counts. A special token is a safe place, because no
-# word crosses it. So we jump ahead by some megabytes, search for the next special token and cut
-# before it. The search may begin in the middle of one, which is harmless unless special tokens
-# overlap: in `aaaa`, the token `aa` can be found at places where reading from the beginning would
-# not find it. Tokens that overlap with any are not used for cuts.
+# A file can be counted in parts, since the counts of the parts add up to the counts of the whole.
+# But where can it be cut? A cut through a word changes the counts. A special token is a safe place,
+# because no word crosses it. So we jump ahead by some megabytes, search for the next special token,
+# and cut before it. The search may begin in the middle of one, which is harmless unless special
+# tokens overlap: in `aaaa`, the token `aa` can be found at places where reading from the beginning
+# would not find it. Tokens that overlap with another, or with themselves, are not used for cuts.
 
 
 # %% tags=["engine"]
@@ -471,7 +555,7 @@ def _chunks(path: Path, separators: list[bytes], size: int) -> list[tuple[int, i
 
 
 # %% [markdown] tags=["engine"]
-# A worker gets a file's name and two positions, reads, decodes and counts.
+# A worker gets a file's name and two positions in it. It reads, decodes, and counts.
 
 
 # %% tags=["engine"]
@@ -514,20 +598,41 @@ def _count_files(
 
 
 # %% [markdown]
-# ### Remember where, and change what changed
+# ### Change only what a merge changes
 #
 # A merge of `t h` concerns only the words that contain `th`. So we keep an **inverted index**, from
-# each pair to the words that have it, as the index of a book leads from terms to pages. And when
-# `t h` is merged in `other`, only the pairs at the seams change: `o t` and `h e` lose the word's
-# count, `o th` and `th e` gain it.
+# each pair to the words that contain it, just as the index of a book leads from a term to its
+# pages. Inside such a word, only the pairs at the *seams* of the new token change: those with its
+# neighbors. Say that `the` occurs 9 times, `then` 4 times, and `other` twice.
 #
-# How should a word be stored, so that this is fast in Python? Strings are what Python does best, so
-# we write a word as a *string of tokens*: the character with number $i$ stands for token $i$. In
-# the beginning these are the bytes. A pair is a string of two characters, and a merge is
-# `word.split(pair)` and `join`, which run in C, from left to right as demanded.
+# | pair | occurs in | before the merge | after the merge of `t h` |
+# |---|---|---|---|
+# | `t h` | `the`, `then`, `other` | 9 + 4 + 2 = 15 | 0, merged |
+# | `h e` | `the`, `then`, `other` | 9 + 4 + 2 = 15 | 15 − 9 − 4 − 2 = 0 |
+# | `th e` | `the`, `then`, `other` | 0 | 0 + 9 + 4 + 2 = 15 |
+# | `o t` | `other` | 2 | 2 − 2 = 0 |
+# | `o th` | `other` | 0 | 0 + 2 = 2 |
+# | `e n` | `then` | 4 | 4, untouched |
+# | `e r` | `other` | 2 | 2, untouched |
+#
+# In general, each occurrence of $a\,b$ in a word that occurs $f$ times takes $f$ from the pair of
+# the left neighbor and $a$, and from the pair of $b$ and the right neighbor. It adds $f$ to the
+# pairs of the left neighbor and $ab$, and of $ab$ and the right neighbor. Where a neighbor is
+# missing, there is nothing to do. (Two copies side by side, as in `hahaha`, are a case of their
+# own, which the engine room treats.)
+
+# %% [markdown] tags=["engine"]
+# #### Engine room: words as strings of tokens, and the seams in code
+
+# %% [markdown] tags=["engine"]
+# How should a word be stored, so that all this is fast in Python? Strings are what Python does
+# best, so we write a word as a *string of tokens*: the character with code point 300 stands for
+# token 300, and at first all characters are bytes. A pair is a string of two characters, and a
+# merge is `word.split(pair)` and `join`, which run in C and go from left to right, as they should.
+# First, the counts of all pairs, and the index:
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _index_pairs(
     words: list[str], frequencies: list[int]
@@ -543,17 +648,21 @@ def _index_pairs(
     return counts, where
 
 
-# %% [markdown]
-# Between two pieces of the split word lay the pair. If the pieces around it are `left` and
-# `right`, the token before it is the last of `left`. If `left` is empty and the word does not begin
-# here, another pair was merged just before: the token before this pair was the second half of that
-# one, and is now the new token. The token after the pair is the first of `right`; if that is empty,
-# the next round of the loop sees to it. Counts of pairs with the new token are collected apart. The
-# index may list a word that has lost a pair since; it is seen and skipped, which is cheaper than
-# keeping the index clean.
+# %% [markdown] tags=["engine"]
+# Between two pieces of a split word lay the pair. Say that the pieces around it are `left` and
+# `right`. The token before the pair is the last of `left`. If `left` is empty and the word does not
+# begin here, another copy of the pair came just before and was merged as well. Take `h a` in
+# `hahaha`, which splits into four empty pieces. The first copy has nothing on its left. The second
+# one had an `a` there, so `a h` loses the word's count; now it has the new token `ha`, and `ha ha`
+# gains it. The third is like the second: `a h` has lost two counts and `ha ha` has gained two.
+#
+# The token after the pair is the first of `right`. If `right` is empty, another copy follows, and
+# the next round of the loop takes care of the pair between them. Counts of pairs with the new token
+# are collected apart. The index may still list a word that has lost the pair since; `split` then
+# gives one piece and nothing happens, which is cheaper than keeping the index clean.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _merge_everywhere(
     pair: str,
@@ -586,43 +695,65 @@ def _merge_everywhere(
     return found
 
 
+# %% [markdown] tags=["engine"]
+# The numbers of the table above, and those of `hahaha`:
+
+# %% tags=["engine"]
+for example, pair in (({"the": 9, "then": 4, "other": 2}, "th"), ({"hahaha": 1}, "ha")):
+    before, where = _index_pairs(list(example), list(example.values()))
+    after = dict(before)
+    found = _merge_everywhere(pair, "*", list(example), list(example.values()), after, where)
+    print("before:", {name: count for name, count in before.items() if count})
+    print("after: ", {name: count for name, count in (after | found).items() if count})
+
 # %% [markdown]
 # ### Find the most frequent pair without looking at all of them
 #
-# A heap gives its largest entry in logarithmic time, but must not be searched when a count changes,
-# and ties need the bytes compared. Three facts about counts help. A pair that exists only ever
-# loses counts, because merges use up its tokens. A new pair is created, all of it, in the one merge
-# that creates the later of its tokens. And a new pair cannot be more frequent than the pair that
-# was merged, since each of its occurrences contains one of that. So the best count never rises.
+# Which pair is next? Looking through all counts for every merge would be slow again. Three facts
+# help:
 #
-# We can therefore work through counts from the top, level by level
-# ({numref}`fig-tokenizer-training`). A **heap of levels** holds the counts at which pairs are
-# waiting. A level's pairs are sorted once, by their bytes, and taken from the end. A pair whose
-# count has fallen since it was filed is filed anew, at its lower level; a new pair goes to its own
-# level, or, if that is the present one, to its place in the sorted list.
+# 1. The count of a pair that exists never rises. Merges only use up its two tokens; no later merge
+#    makes more of them.
+# 2. A new pair contains the token that has just been made, and all of its occurrences arise in that
+#    one merge.
+# 3. A new pair cannot be more frequent than the pair that was merged, since each of its
+#    occurrences contains a different one of those.
+#
+# Together they say that the highest count never rises from one merge to the next. So we can work
+# through the counts from the top, level by level ({numref}`fig-tokenizer-training`). A **heap of
+# levels** gives the highest count at which pairs are waiting. The pairs of that level are sorted
+# once, by their bytes, and taken from the end. A pair whose count has fallen since it was filed is
+# filed again on its lower level. A new pair goes to the level of its own count or, if that is the
+# present one, to its place in the sorted list.
 #
 # ```{figure} ../figures/tokenizer-training.svg
 # :name: fig-tokenizer-training
 # :alt: Three structures. A heap of levels: 15 holds the pairs h e and t h, 4 holds e n, 2 holds e r and o t. The last pair of the top level, t h, leads to an index, which names the words the (9 times), then (4 times) and other (2 times), each a row of tokens.
 #
-# The trainer's three structures. The top level's greatest pair is looked up in the index, and only
-# the words found there are changed.
+# The trainer's three structures. The greatest pair of the top level is looked up in the index, and
+# only the words found there change.
 # ```
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# #### Engine room: the queue of pairs, level by level
+
+# %% [markdown] tags=["engine"]
+# Pairs of one level are sorted by the bytes of their tokens:
+
+
+# %% tags=["engine"]
 #| export
 def _with_bytes(pair: str, tokens: list[bytes]) -> tuple[bytes, bytes, str]:
     """Return what pairs are sorted by, and the pair."""
     return tokens[ord(pair[0])], tokens[ord(pair[1])], pair
 
 
-# %% [markdown]
-# The queue files pairs by their counts. `push` puts a pair on its level, `pop` takes the next one
-# to merge.
+# %% [markdown] tags=["engine"]
+# `push` files a pair on its level, and `pop` takes the next one to merge.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 class _PairQueue:
     """Pairs in waiting; gives the most frequent, of equal ones that of the greatest bytes."""
@@ -659,7 +790,13 @@ class _PairQueue:
 
 
 # %% [markdown]
-# The trainer is now short. Bytes become characters 0 to 255 by decoding them as Latin-1.
+# ### The trainer
+#
+# With its parts in the engine rooms above, the trainer is short. `_index_pairs` makes the counts
+# and the index, `_PairQueue` is the heap of levels, and `_merge_everywhere` performs one merge,
+# corrects the counts at the seams, and returns the counts of the new pairs. Tokens are numbered
+# here, and a pair is a string of two characters whose code points are the numbers of its tokens;
+# `chr` and `ord` translate.
 
 
 # %%
@@ -667,15 +804,15 @@ class _PairQueue:
 def learn_merges(counts: Mapping[str, int], size: int) -> list[tuple[bytes, bytes]]:
     """Learn up to ``size`` merges from words and how often each occurs, the first merge first.
 
-    The most frequent pair is merged, of equally frequent ones the lexicographically greatest pair
-    of byte strings. There are fewer than ``size`` where every word has become one token. Source:
-    Gage (1994), Sennrich et al. (2016), on bytes as in Radford et al. (2019).
+    The most frequent pair is merged; of equally frequent ones, the lexicographically greatest
+    pair of byte strings. There are fewer than ``size`` if every word has become one token.
+    Source: Gage (1994), Sennrich et al. (2016), on bytes as in Radford et al. (2019).
 
     >>> learn_merges({"to": 2, "toe": 1}, 2)
     [(b't', b'o'), (b'to', b'e')]
     """
-    check_at_least(size=(0, size), counts=(0, min(counts.values(), default=0)))
-    words = [valid_text(word).encode().decode("latin-1") for word in counts]
+    check_at_least(size=(0, size))
+    words = [valid_text(word).encode().decode("latin-1") for word in _checked_counts(counts)]
     pairs, where = _index_pairs(words, frequencies := list(counts.values()))
     tokens = [bytes([byte]) for byte in range(256)]
     queue, merges = _PairQueue(pairs, tokens), list[tuple[bytes, bytes]]()
@@ -692,53 +829,58 @@ def learn_merges(counts: Mapping[str, int], size: int) -> list[tuple[bytes, byte
 
 
 # %% [markdown]
-# The naive trainer is the judge. On words of few letters, ties and overlaps abound.
+# The naive trainer is the judge. In words made of very few letters, ties and overlaps abound:
 
 # %%
-generator = random.Random(0)
-agreements = 0
+import random
+
+generator, agreements = random.Random(0), 0
 for _ in range(200):
     words = ["".join(generator.choices("aabn ", k=generator.randrange(12))) for _ in range(8)]
-    slow = naive_bpe([word.encode() for word in words], 30)
-    agreements += slow == learn_merges(Counter(words), 30)
-print("the same merges in the same order for", agreements, "of 200 random texts")
-
-few = count_words(stories[:20])
-assert naive_bpe([word.encode() for word in few.elements()], 100) == learn_merges(few, 100)
+    naive = naive_bpe([word.encode() for word in words], 30)
+    agreements += naive == learn_merges(Counter(words), 30)
+print(f"the same merges in the same order for {agreements} of 200 random texts")
 
 # %% [markdown]
-# Now 31,743 merges at once. With 256 bytes and a special token they make a vocabulary of 32,000.
+# Now we learn 31,743 merges at once. With 256 bytes and one special token they make a vocabulary of
+# 32,000.
 
 # %%
+import time
+
 start = time.perf_counter()
 merges = learn_merges(counts, 32_000 - 257)
 seconds_merging = time.perf_counter() - start
 print(f"{len(merges):,} merges; the first joins {merges[0][0]} and {merges[0][1]}")
 
 # %% [markdown]
-# ## From merges to a tokenizer
+# The most frequent pair in documentation is two spaces, the beginning of an indentation.
 #
-# The merges, in order, are the tokenizer. To **encode** a word, cut it into bytes and apply the
-# merges in the order in which they were learned: always the pair of neighbors with the lowest
-# **rank**, the leftmost first. Applied to a word of the training text, this repeats what training
-# did to it.
+# ## Encoding by rank
+#
+# `naive_encode` goes through all merges for each text. With 31,743 of them that is slow even for a
+# single word, which contains only a few. There is a shortcut. Call a merge's number in the order
+# of learning its **rank**. A merge makes a token that did not exist before, so all merges that use
+# this token were learned later and have higher ranks. Therefore, to apply the merges in order, we
+# can look for the pair of neighbors with the lowest rank, merge it, and look again, until no pair
+# of neighbors has a rank.
 
 
 # %%
-def naive_encode(word: bytes, ranks: dict[tuple[bytes, bytes], int]) -> list[bytes]:
+def encode_word(word: bytes, ranks: dict[tuple[bytes, bytes], int]) -> list[bytes]:
     tokens = [bytes([byte]) for byte in word]
     while found := [pair for pair in pairwise(tokens) if pair in ranks]:
         tokens = merge_pair(tokens, min(found, key=ranks.get))
     return tokens
 
 
-story_merges = learn_merges(count_words(stories), 300)
+story_merges = learn_merges(Counter(regex.findall(GPT4_PATTERN, " ".join(stories))), 300)
 ranks = {pair: rank for rank, pair in enumerate(story_merges)}
 for word in (" night", " knight", " goodness", " Zoë"):
-    print(f"{word!r:13}", *naive_encode(word.encode(), ranks))
+    print(f"{word!r:13}", *encode_word(word.encode(), ranks))
 
 # %% [markdown]
-# The stories are full of nights, so this word is one token. A word that training never saw falls
+# The stories are full of nights, so ` night` is one token. A word that training never saw falls
 # into pieces that it did see, in the worst case into bytes.
 
 # %% [markdown] tags=["engine"]
@@ -746,8 +888,8 @@ for word in (" night", " knight", " goodness", " Zoë"):
 
 # %% [markdown] tags=["engine"]
 # Searching all pairs before each merge takes a time that grows with the square of the word's
-# length. Most words are short, but there are texts without spaces, and hostile users who send a
-# million times the letter `a`. So we link the tokens to a chain and keep the mergeable pairs in a
+# length. Most words are short, but there are texts without spaces, and hostile users who send the
+# letter `a` a million times. So we link the tokens into a chain and keep the mergeable pairs in a
 # heap, by rank and position: $n$ bytes take a time of order $n \log n$. An entry may be stale,
 # since a neighbor has been merged in the meantime. Then the pair at its position has another rank,
 # and the entry is dropped.
@@ -783,10 +925,10 @@ def _apply_merges(
 
 
 # %% [markdown] tags=["engine"]
-# Even so this runs in Python, byte by byte. But words repeat, and the merges of a word never depend
-# on its neighbors. So its ids are remembered, in a dictionary that calls `__missing__` for keys
-# that it does not have. It is emptied when it is full, and long words are not kept: memory stays
-# constant on endless text.
+# Even so, this runs in Python, byte by byte. But words repeat, and the merges of a word never
+# depend on its neighbors. So its ids are remembered, in a dictionary that calls `__missing__` for
+# keys that it does not have. It is emptied when it is full, and long words are not kept: memory
+# stays constant on endless text.
 
 
 # %% tags=["engine"]
@@ -799,6 +941,9 @@ class WordCache(dict[str, tuple[int, ...]]):
     ) -> None:
         """Make an empty cache for ``size`` words of at most ``longest`` characters."""
         super().__init__()
+        check_at_least(size=(1, size), longest=(0, longest))
+        if not callable(encode):
+            raise ValueError(f"encode: expected a function of a word, got {encode!r:.60}")
         self._encode, self._size, self._longest = encode, size, longest
 
     def __missing__(self, word: str) -> tuple[int, ...]:
@@ -814,17 +959,89 @@ class WordCache(dict[str, tuple[int, ...]]):
 # %% [markdown]
 # ## Special tokens, and text that pretends
 #
-# A model needs marks for the end of a document and the turns of a conversation. `<|endoftext|>` is
-# such a **special token**: one id, outside of all merges. But what if a user types these thirteen
-# characters? If they became the special id, anybody could end the assistant's turn and speak in
-# its name. So by default they are *ordinary text*, and whoever wants the id says so with
-# `allowed_special`. Where several begin at one place, the longest wins.
+# A model needs marks for the end of a document and for the turns of a conversation. `<|endoftext|>`
+# is such a **special token**: one id, outside of all merges. But what if a user types these
+# thirteen characters? If they became the special id, anybody could end the assistant's turn and
+# speak in its name. So by default they are *ordinary text*, and whoever wants the id has to ask for
+# it with `allowed_special`. Where several special tokens begin at the same place, the longest wins.
 #
 # Encoding then has two layers: find the special tokens that are allowed, and give what lies between
-# them to the merges, here called `ordinary`. `_finder` is a regular expression of the allowed
-# tokens, the longest first.
+# them to the merges.
+#
+# ## Half characters
+#
+# Decoding looks up the bytes of each id, joins them, and reads them as UTF-8. A model may produce
+# *any* sequence of ids, and bytes that are not UTF-8 become `�`. There is a second trap: when text
+# appears on the screen while the model writes, a token may end in the middle of a character.
+#
+# Say that the smiley, F0 9F 99 82, arrives as two tokens, F0 9F and 99 82. If each is decoded by
+# itself, the screen shows `��` for good. An incremental decoder sees that F0, `11110000` in bits,
+# announces a character of four bytes. It holds back F0 9F until 99 82 has come, and then shows the
+# smiley.
+#
+# ## The tokenizer
+#
+# A tokenizer knows its tokens, its merges, its special tokens, and a pattern. Ids may come in any
+# order, since GPT-2's do: its first 256 are the bytes in an order of their own. What it knows is a
+# frozen dataclass, so two tokenizers that know the same are equal. From that it makes its look-up
+# tables once (`_Tables`): the ids of bytes, the rank of each pair, the bytes of each id, and a
+# cache of words that were encoded before. `steps` holds what the files of other programs may ask
+# for besides; the engine room explains it, and adds options to `encode`.
+
 
 # %%
+#| export
+@dataclass(frozen=True, repr=False)
+class BPETokenizer:
+    """A byte-level BPE tokenizer: text to ids and back, without loss for any valid text.
+
+    ``vocabulary`` has the bytes of each id, all 256 single bytes among them; ``merges`` apply
+    in their order; ``special_tokens`` have ids of their own; ``pattern`` cuts words. With
+    ``ignore_merges`` a word that is a token is taken as it is. Bad input raises a
+    ``ValueError``.
+    """
+
+    vocabulary: Mapping[int, bytes]
+    merges: Sequence[tuple[bytes, bytes]]
+    _: KW_ONLY
+    special_tokens: dict[str, int] = field(default_factory=dict)
+    pattern: str = GPT4_PATTERN
+    ignore_merges: bool = False
+    steps: "TextSteps" = field(default_factory=lambda: TextSteps())
+    _tables: "_Tables" = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Copy what was given, check it, and make the look-up tables."""
+        own = vars(self)  # what is frozen for others
+        own.update(vocabulary=dict(self.vocabulary), merges=list(self.merges))
+        own.update(special_tokens=dict(self.special_tokens))
+        own["_tables"] = _Tables(self)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id; of ids without gaps, how many there are."""
+        return self._tables.size
+
+    def encode(self, text: str, *, allowed_special: "_Allowed" = ()) -> list[int]:
+        """Return the ids of ``text``. Special tokens in it are ordinary text unless allowed."""
+        special, ordinary = self._tables.special, self._tables.encode
+        return special.encode(valid_text(text), special.allowed(allowed_special), ordinary)
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: special tokens, decoding, checks, and training (`train_bpe`)
+
+# %% [markdown] tags=["engine"]
+# A long class is written in several cells. A cell that continues it says so: in the notebook it
+# makes a subclass of the same name, and in the package all parts are one class. This room adds what
+# `encode` above needs, then decoding, training, and the checks.
+#
+# `SpecialTokens` finds the tokens that are allowed, and gives what lies between them to the merges,
+# here called `ordinary`. `_finder` makes a regular expression of the allowed tokens, the longest
+# first.
+
+
+# %% tags=["engine"]
 #| export
 _Allowed = Literal["all"] | Collection[str]
 
@@ -854,25 +1071,12 @@ class SpecialTokens(dict[str, int]):
         return ids + ordinary(text[place:])
 
 
-# %% [markdown]
-# With bytes alone as ordinary tokens, and one special token, the two readings of a message are:
-
-# %%
-marks = SpecialTokens({"<|endoftext|>": 256})
-for allowed in ((), "all"):
-    ids = marks.encode("Hi<|endoftext|>", marks.allowed(allowed), lambda text: list(text.encode()))
-    print(f"allowed_special={allowed!r}:", *ids)
-
-# %% [markdown]
-# ## Decoding, and half characters
-#
-# Decoding is easier: look up the bytes of each id, join them, read them as UTF-8. But a model may
-# produce *any* sequence of ids, and bytes that are no UTF-8 become `�`. When text appears on the
-# screen while the model writes, a token may end in the middle of a character; an incremental
-# decoder keeps the bytes of an unfinished character until the rest is there.
+# %% [markdown] tags=["engine"]
+# Decoding has three forms: bytes, text, and a stream of text for the screen. `_pieces`, below,
+# yields the bytes of each id.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
     """Yield text as soon as its characters are complete."""
@@ -884,68 +1088,7 @@ def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
         yield text
 
 
-# %% [markdown]
-# A smiley has four bytes, which come in two pieces here. Decoded one by one, each half is broken:
-
-# %%
-pieces = [b"Good", b" night ", b"\xf0\x9f", b"\x99\x82"]
-print("each by itself:", [piece.decode("utf-8", "replace") for piece in pieces])
-print("as a stream:   ", list(_decode_stream(pieces)))
-
-# %% [markdown]
-# ## The tokenizer
-#
-# A tokenizer knows its tokens, its merges, its special tokens and a pattern. Ids may come in any
-# order, since GPT-2's do: its first 256 are the bytes in an order of their own. What is known is a
-# frozen dataclass, so two tokenizers that know the same are equal. From it, look-up tables are made
-# once: the ids of bytes, the rank of each pair, the bytes of each id, and the cache of words
-# (`_Tables`, in the engine room below).
-
-
-# %%
-#| export
-@dataclass(frozen=True, repr=False)
-class BPETokenizer:
-    """A byte-level BPE tokenizer: text to ids and back, without loss for any valid text.
-
-    ``vocabulary`` has the bytes of each id, all 256 single bytes among them; ``merges`` apply in
-    their order; ``special_tokens`` have ids of their own; ``pattern`` cuts words. With
-    ``ignore_merges`` a word that is a token is taken as it is. Bad input raises a ``ValueError``.
-    """
-
-    vocabulary: Mapping[int, bytes]
-    merges: Sequence[tuple[bytes, bytes]]
-    _: KW_ONLY
-    special_tokens: dict[str, int] = field(default_factory=dict)
-    pattern: str = GPT4_PATTERN
-    ignore_merges: bool = False
-    _tables: "_Tables" = field(init=False, compare=False)
-
-    def __post_init__(self) -> None:
-        """Copy what was given, check it, and make the look-up tables."""
-        own = vars(self)  # what is frozen for others
-        own.update(vocabulary=dict(self.vocabulary), merges=list(self.merges))
-        own.update(special_tokens=dict(self.special_tokens))
-        own["_tables"] = _Tables(self)
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id; of ids without gaps, how many there are."""
-        return self._tables.size
-
-    def encode(self, text: str, *, allowed_special: _Allowed = ()) -> list[int]:
-        """Return the ids of ``text``. Special tokens in it are ordinary text unless allowed."""
-        special, ordinary = self._tables.special, self._tables.encode
-        return special.encode(valid_text(text), special.allowed(allowed_special), ordinary)
-
-
-# %% [markdown]
-# A long class is written in several cells. A cell that continues it says so: in the notebook it
-# makes a subclass of the same name, in the package all parts are one class. Here are decoding and
-# its stream; `_pieces` yields the bytes of each id.
-
-
-# %%
+# %% tags=["engine"]
 #| export
 class BPETokenizer(BPETokenizer):  # continued
     def decode_bytes(
@@ -967,13 +1110,13 @@ class BPETokenizer(BPETokenizer):  # continued
         return _decode_stream(self._pieces(ids, skip_special_tokens))
 
 
-# %% [markdown]
-# After training, ids 0 to 255 are the bytes, then come the merges in their order, special tokens
-# last. Therefore the first merges of a tokenizer are what training with a smaller vocabulary would
-# have learned, and a smaller tokenizer costs nothing.
+# %% [markdown] tags=["engine"]
+# After training, ids 0 to 255 are the bytes, then come the merges in their order, and special
+# tokens are last. So the first merges of a tokenizer are what training with a smaller vocabulary
+# would have learned.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def _in_order_of_training(
     merges: Sequence[tuple[bytes, bytes]], special: Collection[str]
@@ -993,7 +1136,8 @@ class BPETokenizer(BPETokenizer):  # continued
         pattern: str = GPT4_PATTERN,
     ) -> "BPETokenizer":
         """Return the tokenizer with ids as training gives them: bytes, merges, special tokens."""
-        vocabulary, special = _in_order_of_training(merges, check_special_tokens(special_tokens))
+        merges, special_tokens = _checked_pairs(merges), check_special_tokens(special_tokens)
+        vocabulary, special = _in_order_of_training(merges, special_tokens)
         return cls(vocabulary, merges, special_tokens=special, pattern=pattern)
 
     def truncated(self, vocab_size: int) -> "BPETokenizer":
@@ -1007,12 +1151,12 @@ class BPETokenizer(BPETokenizer):  # continued
         return BPETokenizer.from_merges(merges, special, pattern=self.pattern)
 
 
-# %% [markdown]
-# Training is now to count words, learn merges, and number the tokens. `_train` does so after it has
-# checked the settings.
+# %% [markdown] tags=["engine"]
+# Training means counting words, learning merges, and numbering the tokens. `_train`, below, does so
+# after it has checked the settings.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def train_bpe(
     texts: Iterable[str | Document],
@@ -1041,44 +1185,49 @@ def train_bpe(
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: vocabularies checked, tables made, files trained on (`train_bpe_files`)
-
-# %% [markdown] tags=["engine"]
-# All bytes must have an id, or some text could not be encoded. And a special token must not be an
-# ordinary one, too: one text would have two ids. Bad vocabularies are refused when they are given,
-# not when a text hits them.
+# All bytes must have an id, or some text could not be encoded. Bad vocabularies are refused when
+# they are given, not when a text hits them.
 
 
 # %% tags=["engine"]
 #| export
-def _checked_ids(vocabulary: Mapping[int, bytes], special: Mapping[str, int]) -> dict[bytes, int]:
+def _checked_vocabulary(vocabulary: object) -> dict[bytes, int]:
     """Return the ids of ordinary tokens by their bytes, or say what is wrong with them."""
-    check_special_tokens(list(special))
-    for id in chain(vocabulary, special.values()):
+    if not isinstance(vocabulary, Mapping):
+        kind, example = type(vocabulary).__name__, "such as {0: b'a'}"
+        raise ValueError(f"vocabulary: expected ids with their bytes, {example}, got {kind}")
+    ids: dict[bytes, int] = {}
+    for id, token in vocabulary.items():
         if isinstance(id, bool) or not isinstance(id, int) or id < 0:
-            raise ValueError(f"vocabulary, special_tokens: expected ids from 0 on, got {id!r}")
-    ids = {token: id for id, token in vocabulary.items()}
-    if len(ids) < len(vocabulary) or b"" in ids:
-        repeated = [
-            token for token, n in Counter(vocabulary.values()).items() if n > 1 or not token
-        ]
-        raise ValueError(f"vocabulary: expected different, non-empty tokens, got {repeated[0]!r}")
+            raise ValueError(f"vocabulary: expected ids from 0 on, got {id!r:.60}")
+        if not isinstance(token, bytes):
+            raise ValueError(f"vocabulary: expected bytes for id {id}, got {token!r:.60}")
+        if not token or token in ids:
+            raise ValueError(f"vocabulary: expected different, non-empty tokens, got {token!r}")
+        ids[token] = id
     if missing := [byte for byte in range(256) if bytes([byte]) not in ids]:
         raise ValueError(f"vocabulary: expected all 256 bytes, {missing[0]:#04x} is missing")
-    if twice := [text for text in special if text.encode() in ids]:
-        raise ValueError(f"special_tokens: {twice[0]!r} is an ordinary token already")
-    used = Counter(special.values())
-    if clash := [id for id, count in used.items() if count > 1 or id in vocabulary]:
-        raise ValueError(f"special_tokens: expected ids of their own, got {clash[0]} again")
     return ids
 
 
 # %% [markdown] tags=["engine"]
-# The merges, too, must be about tokens of the vocabulary.
+# Merges have to be pairs of tokens that are in the vocabulary.
 
 
 # %% tags=["engine"]
 #| export
+def _checked_pairs(merges: object) -> list[tuple[bytes, bytes]]:
+    """Return ``merges`` as a list of pairs of bytes."""
+    if isinstance(merges, str | bytes | Mapping) or not isinstance(merges, Iterable):
+        raise ValueError(f"merges: expected pairs of bytes in order, got {merges!r:.60}")
+    pairs: list[tuple[bytes, bytes]] = []
+    for place, pair in enumerate(merges):
+        if not isinstance(pair, tuple | list) or list(map(type, pair)) != [bytes, bytes]:
+            raise ValueError(f"merges: expected pairs of bytes, got {pair!r:.60} at index {place}")
+        pairs.append((pair[0], pair[1]))
+    return pairs
+
+
 def _ranked(
     merges: Sequence[tuple[bytes, bytes]], ids: dict[bytes, int]
 ) -> tuple[dict[tuple[int, int], int], list[int]]:
@@ -1094,6 +1243,150 @@ def _ranked(
 
 
 # %% [markdown] tags=["engine"]
+# Special tokens come with their ids, or as a list. From a list, a token that the vocabulary has
+# keeps the id it has there, as `<|endoftext|>` does in GPT-2's files; the others get the next ids.
+
+
+# %% tags=["engine"]
+#| export
+def _token_ids(argument: str, tokens: object) -> dict[str, int]:
+    """Return ``tokens``, texts with their ids, or say what is wrong with them."""
+    if not isinstance(tokens, Mapping):
+        kind, example = type(tokens).__name__, "such as {'<a>': 0}"
+        raise ValueError(f"{argument}: expected texts with their ids, {example}, got {kind}")
+    for text, id in tokens.items():
+        if not isinstance(text, str) or not text or valid_text(text) != text:
+            raise ValueError(f"{argument}: expected non-empty, valid texts, got {text!r:.60}")
+        if isinstance(id, bool) or not isinstance(id, int) or id < 0:
+            raise ValueError(f"{argument}: expected ids from 0 on, got {id!r:.60} for {text!r}")
+    return dict(tokens)
+
+
+def _numbered(tokens: object, ids: dict[bytes, int], added: Mapping[str, int]) -> dict[str, int]:
+    """Return special tokens with their ids; those of a list are the vocabulary's or the next."""
+    if isinstance(tokens, Mapping):
+        return _token_ids("special_tokens", tokens)
+    texts = check_special_tokens(tokens)  # type: ignore[arg-type]
+    first = 1 + max(chain(ids.values(), added.values()), default=-1)
+    new = [text for text in texts if text.encode() not in ids]
+    known = {text: ids[text.encode()] for text in texts if text not in new}
+    ids_of = known | {text: first + place for place, text in enumerate(new)}
+    return {text: ids_of[text] for text in texts}
+
+
+# %% [markdown] tags=["engine"]
+# The files of others ask for more than cuts and merges, and `TextSteps` gathers it. A *normalizer*
+# makes equal what looks equal: NFC writes an `e` and an accent as the one code point `é`. *Added
+# tokens* that are not special, such as the `<think>` of some models, are found in every text, but
+# they belong to the text: decoding never skips them. A *post-processor* puts tokens around every
+# text, such as Llama's mark for the beginning.
+
+
+# %% tags=["engine"]
+#| export
+@dataclass(frozen=True)
+class TextSteps:
+    """What is done to a text besides cutting and merging; by default, nothing.
+
+    ``normalizer`` is None or "NFC". ``added_tokens`` and their ids are found in every text, and are
+    not special. Tokens are looked for before the text is normalized; those in ``normalized``,
+    special or added, after that. ``encode`` puts the tokens of ``prefix`` and ``suffix``, which
+    are special or added, around a text.
+    """
+
+    normalizer: Literal["NFC"] | None = None
+    added_tokens: Mapping[str, int] = field(default_factory=dict)
+    normalized: Collection[str] = ()
+    prefix: Sequence[str] = ()
+    suffix: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Copy what was given, and check what can be checked without the vocabulary."""
+        if self.normalizer is not None:
+            check_choice("normalizer", self.normalizer, ("NFC",))
+        own = vars(self)  # what is frozen for others
+        own.update(added_tokens=_token_ids("added_tokens", self.added_tokens))
+        for argument in ("normalized", "prefix", "suffix"):
+            tokens = own[argument]
+            if isinstance(tokens, str) or not isinstance(tokens, Iterable):
+                raise ValueError(f"{argument}: expected several tokens, got {tokens!r:.60}")
+            own[argument] = tuple(check_text(token, argument) for token in tokens)
+        own.update(normalized=tuple(sorted(set(self.normalized))))
+
+
+# %% [markdown] tags=["engine"]
+# A text must not have two ids, nor an id two texts. An ordinary token may be made special, though,
+# if it keeps its id: it is then found where it is allowed, skipped by `skip_special_tokens`, and
+# made by merges as before, also from what a user types.
+
+
+# %% tags=["engine"]
+#| export
+def _checked_names(
+    ids: dict[bytes, int], special: Mapping[str, int], steps: TextSteps
+) -> SpecialTokens:
+    """Return special and added tokens, after a check that their ids are their own."""
+    if both := sorted(special.keys() & steps.added_tokens.keys()):
+        raise ValueError(f"added_tokens: expected tokens that are not special, got {both[0]!r}")
+    named = SpecialTokens({**special, **steps.added_tokens})
+    ordinary = {id: token for token, id in ids.items()}
+    used = Counter(named.values())
+    for text, id in named.items():
+        argument, data = "special_tokens" if text in special else "added_tokens", text.encode()
+        if ids.get(data, id) != id:
+            expected = f"{text!r} is an ordinary token already, with id {ids[data]}"
+            raise ValueError(f"{argument}: {expected}, got {id}")
+        if used[id] > 1 or ordinary.get(id, data) != data:
+            raise ValueError(f"{argument}: expected ids of their own, got {id} again")
+    for argument in ("normalized", "prefix", "suffix"):
+        if unknown := [text for text in getattr(steps, argument) if text not in named]:
+            expected = "expected special or added tokens"
+            raise ValueError(f"{argument}: {expected}, got {unknown[0]!r}")
+    return named
+
+
+# %% [markdown] tags=["engine"]
+# The constructor sorts this out. A token of the vocabulary that is special, and that has no part in
+# a merge, does not count as an ordinary one.
+
+
+# %% tags=["engine"]
+#| export
+class BPETokenizer(BPETokenizer):  # continued
+    def __init__(
+        self,
+        vocabulary: Mapping[int, bytes],
+        merges: Sequence[tuple[bytes, bytes]],
+        *,
+        special_tokens: Mapping[str, int] | Collection[str] = (),
+        pattern: str = GPT4_PATTERN,
+        ignore_merges: bool = False,
+        steps: "TextSteps | None" = None,
+    ) -> None:
+        """Make a tokenizer; a list of ``special_tokens`` gets the vocabulary's or the next ids."""
+        if not isinstance(ignore_merges, bool):
+            raise ValueError(f"ignore_merges: expected True or False, got {ignore_merges!r:.60}")
+        if not isinstance(steps, TextSteps | None):
+            raise ValueError(f"steps: expected TextSteps, got {type(steps).__name__}")
+        steps, merges, ids = (
+            steps or TextSteps(),
+            _checked_pairs(merges),
+            _checked_vocabulary(vocabulary),
+        )
+        special = _numbered(special_tokens, ids, steps.added_tokens)
+        named = {text.encode(): id for text, id in {**special, **steps.added_tokens}.items()}
+        if apart := {token for token, id in named.items() if ids.get(token) == id}:
+            apart -= {part for a, b in merges for part in (a, b, a + b)} | {
+                bytes([byte]) for byte in range(256)
+            }
+            vocabulary = {id: token for id, token in vocabulary.items() if token not in apart}
+        own: Any = vars(self)
+        own.update(vocabulary=vocabulary, merges=merges, special_tokens=special)
+        own.update(pattern=pattern, ignore_merges=ignore_merges, steps=steps)
+        self.__post_init__()
+
+
+# %% [markdown] tags=["engine"]
 # From what it knows a tokenizer makes its tables. `ignore_merges` is a switch in some tokenizers'
 # files: a word that is a token is taken as it is, even where merges would not make it.
 
@@ -1104,14 +1397,18 @@ class _Tables:
     """What encoding and decoding look things up in, made from what a tokenizer knows."""
 
     def __init__(self, known: BPETokenizer) -> None:
-        self.special = SpecialTokens(known.special_tokens)
-        self.ids = _checked_ids(known.vocabulary, self.special)
-        self.tokens = {**known.vocabulary, **{id: t.encode() for t, id in self.special.items()}}
+        self.special, self.steps = SpecialTokens(known.special_tokens), known.steps
+        self.ids = _checked_vocabulary(known.vocabulary)
+        self.named = _checked_names(self.ids, self.special, self.steps)
+        self.tokens = {**known.vocabulary, **{id: t.encode() for t, id in self.named.items()}}
         self.size = max(self.tokens) + 1
         self.byte_ids = [self.ids[bytes([byte])] for byte in range(256)]
         self.ranks, self.merged = _ranked(known.merges, self.ids)
         self.ignore_merges = known.ignore_merges
         self.split, self.words = _splitter(known.pattern), WordCache(self.encode_word)
+        self.prefix, self.suffix = (
+            [self.named[text] for text in texts] for texts in (self.steps.prefix, self.steps.suffix)
+        )
 
     def merge(self, data: bytes) -> list[int]:
         """Return the ids that the merges make of ``data``."""
@@ -1129,25 +1426,134 @@ class _Tables:
 
 
 # %% [markdown] tags=["engine"]
-# Decoding looks closely at what it is given: a float or a boolean is no id, nor is a number outside
-# of the vocabulary. Pickle gets what is known without the tables: another process makes its own,
-# and begins with an empty cache.
+# Tokens are found in two passes, as `tokenizers` does it: most of them in the text as it is given,
+# and those in `normalized` in what the normalizer makes of the stretches between.
+
+
+# %% tags=["engine"]
+#| export
+class _Tables(_Tables):  # continued
+    def normalize(self, text: str) -> str:
+        """Return ``text`` as the normalizer writes it."""
+        return normalize("NFC", text) if self.steps.normalizer else text
+
+    def encode_named(
+        self, text: str, allowed: tuple[str, ...], ordinary: Callable[[str], list[int]]
+    ) -> list[int]:
+        """Return the ids of ``text``, in which ``allowed`` and all added tokens are found."""
+        steps = self.steps
+        if not steps.added_tokens and not steps.normalizer:
+            return self.special.encode(text, allowed, ordinary)
+        found = {*allowed, *steps.added_tokens}
+        late = SpecialTokens(
+            {self.normalize(t): self.named[t] for t in found & {*steps.normalized}}
+        )
+
+        def between(part: str) -> list[int]:
+            return late.encode(self.normalize(part), tuple(sorted(late)), ordinary)
+
+        return self.named.encode(text, tuple(sorted(found - {*steps.normalized})), between)
+
+
+# %% [markdown] tags=["engine"]
+# Which special tokens may stand in a text, and which must not? Ordinary text is one answer to a
+# user who types them; an error is another, which tiktoken gives by default. `disallowed_special`
+# asks for it.
+
+
+# %% tags=["engine"]
+#| export
+class SpecialTokens(SpecialTokens):  # continued
+    def allowed(self, allowed_special: _Allowed) -> tuple[str, ...]:
+        """Return the tokens that are allowed, after a check that all of them are known."""
+        return self._chosen("allowed_special", allowed_special, self)
+
+    def disallowed(
+        self, disallowed_special: _Allowed, allowed: Collection[str] = ()
+    ) -> tuple[str, ...]:
+        """Return the tokens that must not stand in a text; "all" are those not in ``allowed``."""
+        rest = [token for token in self if token not in allowed]
+        return self._chosen("disallowed_special", disallowed_special, rest)
+
+    def _chosen(self, argument: str, chosen: object, whole: Iterable[str]) -> tuple[str, ...]:
+        every = whole if isinstance(chosen, str) and chosen == "all" else chosen
+        if (
+            isinstance(every, str | bytes)
+            or not isinstance(every, Collection)
+            or not all(isinstance(token, str) and token in self for token in every)
+        ):
+            expected = f"'all' or some of {sorted(self)}"
+            raise ValueError(f"{argument}: expected {expected}, got {chosen!r}")
+        return tuple(sorted(every))
+
+    def refuse(self, text: str, disallowed: tuple[str, ...]) -> None:
+        """Raise a ``ValueError`` if ``text`` has one of the ``disallowed`` tokens."""
+        if disallowed and (match := _finder(disallowed).search(text)):
+            place = f"the special token {match[0]!r}, at character {match.start()}"
+            raise ValueError(f"text: expected none of disallowed_special, got {place}")
+
+    def between(self, text: str) -> list[str]:
+        """Return the stretches of ``text`` before, between and after special tokens."""
+        return _finder(tuple(self)).split(valid_text(text))
+
+
+# %% [markdown] tags=["engine"]
+# With all this, encoding is:
+
+
+# %% tags=["engine"]
+#| export
+class BPETokenizer(BPETokenizer):  # continued
+    def encode(
+        self,
+        text: str,
+        *,
+        allowed_special: _Allowed = (),
+        disallowed_special: _Allowed = (),
+        add_special_tokens: bool = True,
+    ) -> list[int]:
+        """Return the ids of ``text``. Special tokens in it are ordinary text unless allowed.
+
+        Those in ``disallowed_special`` raise a ``ValueError``; "all" are those not allowed. A
+        prefix and a suffix that the tokenizer has are added unless ``add_special_tokens=False``.
+        """
+        tables, text = self._tables, valid_text(text)
+        allowed = tables.special.allowed(allowed_special)
+        tables.special.refuse(text, tables.special.disallowed(disallowed_special, allowed))
+        ids = tables.encode_named(text, allowed, tables.encode)
+        return [*tables.prefix, *ids, *tables.suffix] if add_special_tokens else ids
+
+
+# %% [markdown] tags=["engine"]
+# Decoding looks closely at what it is given: a float or a boolean is not an id, and neither is a
+# number outside of the vocabulary or in a gap of it. Pickle gets what is known without the tables:
+# another process makes its own, and begins with an empty cache.
 
 
 # %% tags=["engine"]
 #| export
 class BPETokenizer(BPETokenizer):  # continued
     def _pieces(self, ids: Iterable[SupportsInt], skip_special_tokens: bool) -> Iterator[bytes]:
-        """Yield the bytes of each id, of special tokens only if they are not to be skipped."""
-        hidden = set(self.special_tokens.values()) if skip_special_tokens else ()
-        tokens = self._tables.tokens
-        for place, id in enumerate(ids.tolist() if hasattr(ids, "tolist") else ids):
-            whole = type(id) is int or (not isinstance(id, bool) and hasattr(id, "__index__"))
-            if not whole or (piece := tokens.get(id)) is None:
+        """Return the bytes of each id, of special tokens only if they are not to be skipped."""
+        values = ids.tolist() if hasattr(ids, "tolist") else ids
+        if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+            raise ValueError(f"ids: expected several ids, such as [65], got {ids!r:.60}")
+        hidden = set(self.special_tokens.values()) if skip_special_tokens else set[int]()
+        return (piece for id, piece in self._checked_pieces(values) if id not in hidden)
+
+    def _checked_pieces(self, ids: Iterable[Any]) -> Iterator[tuple[int, bytes]]:
+        """Yield each id and its bytes; a ``ValueError`` says where something else stands."""
+        for place, given in enumerate(ids):
+            try:
+                id = -1 if isinstance(given, bool) else operator.index(given)
+            except TypeError:
+                id = -1
+            if (piece := self._tables.tokens.get(id)) is None:
+                gap = 0 <= id < self.vocab_size
                 expected = f"ids of the vocabulary, below {self.vocab_size}"
-                raise ValueError(f"ids: expected {expected}, got {id!r} at index {place}")
-            if id not in hidden:
-                yield piece
+                expected = "ids that a token has" if gap else expected
+                raise ValueError(f"ids: expected {expected}, got {given!r:.60} at index {place}")
+            yield id, piece
 
     def __repr__(self) -> str:
         """Return the size and the special tokens; all of it would fill a screen."""
@@ -1157,30 +1563,41 @@ class BPETokenizer(BPETokenizer):  # continued
     def __reduce__(self) -> Any:
         """Pickle what is known, without the tables."""
         options: Any = {"pattern": self.pattern, "ignore_merges": self.ignore_merges}
-        make = partial(type(self), special_tokens=self.special_tokens, **options)
-        return make, (self.vocabulary, self.merges)
+        options |= {"special_tokens": self.special_tokens, "steps": self.steps}
+        return partial(type(self), **options), (self.vocabulary, self.merges)
 
 
 # %% [markdown] tags=["engine"]
-# A batch of texts can be spread over processes. The answers come in the order of the texts.
+# A batch of texts can be spread over several processes. The answers come in the order of the texts.
 
 
 # %% tags=["engine"]
 #| export
-def _encode_job(job: tuple[BPETokenizer, list[str], _Allowed]) -> list[list[int]]:
+def _encode_job(job: tuple[BPETokenizer, list[str], dict[str, Any]]) -> list[list[int]]:
     """What a worker does: encode some texts."""
-    tokenizer, texts, allowed = job
-    return [tokenizer.encode(text, allowed_special=allowed) for text in texts]
+    tokenizer, texts, options = job
+    return [tokenizer.encode(text, **options) for text in texts]
 
 
 class BPETokenizer(BPETokenizer):  # continued
     def encode_batch(
-        self, texts: Iterable[str], workers: int = 1, *, allowed_special: _Allowed = ()
+        self,
+        texts: Iterable[str],
+        workers: int = 1,
+        *,
+        allowed_special: _Allowed = (),
+        disallowed_special: _Allowed = (),
+        add_special_tokens: bool = True,
     ) -> list[list[int]]:
         """Return the ids of each of ``texts``, in order, encoded by ``workers`` processes."""
         check_at_least(workers=(1, workers))
-        allowed = self._tables.special.allowed(allowed_special)
-        jobs = [(self, batch, allowed) for batch in _batches(texts)]
+        special = self._tables.special
+        options = {
+            "allowed_special": special.allowed(allowed_special),
+            "disallowed_special": special.disallowed(disallowed_special, allowed_special),
+            "add_special_tokens": add_special_tokens,
+        }
+        jobs = [(self, batch, options) for batch in _batches(texts)]
         return list(chain.from_iterable(ordered_map(_encode_job, jobs, workers)))
 
 
@@ -1195,8 +1612,9 @@ def _train(
     vocab_size: int,
     pattern: str,
     special_tokens: Collection[str],
+    argument: str = "texts",
 ) -> BPETokenizer:
-    """Check, count, learn, and build."""
+    """Check, count, learn, and build; ``argument`` is what the caller calls the texts."""
     special = check_special_tokens(special_tokens)
     check_at_least(vocab_size=(256 + len(special), vocab_size))
     if vocab_size > 1_000_000:
@@ -1206,7 +1624,7 @@ def _train(
         raise ValueError(f"special_tokens: {clash[0]!r} is an ordinary token, a byte")
     counts = count(special)
     if not counts:
-        raise ValueError("expected some text to train on, got none")
+        raise ValueError(f"{argument}: expected some text to train on, got none")
     merges = learn_merges(counts, vocab_size - 256 - len(special))
     return BPETokenizer.from_merges(merges, special, pattern=pattern)
 
@@ -1237,79 +1655,145 @@ def train_bpe_files(
         vocab_size,
         pattern,
         special_tokens,
+        "paths",
     )
 
 
 # %% [markdown]
 # ## The tokenizer at work
 #
-# For the documents the merges are there already. For the stories we train:
+# `train_bpe(texts, vocab_size)` counts words, learns merges, and numbers the tokens: first the
+# bytes, then the merges in their order, then the special tokens. `from_merges` takes merges that
+# have been learned before. We have those of the documents already; on the stories we train now.
 
 # %%
 tokenizer = BPETokenizer.from_merges(merges)
-print(tokenizer)
 of_stories = train_bpe(stories, 600)
-sentence = "Mia said: good night, baker 🙂!"
-ids = of_stories.encode(sentence)
-print([of_stories.decode([id]) for id in ids])
-assert of_stories.decode(ids) == sentence and "�" not in list(of_stories.decode_stream(ids))
-print(f"{len(sentence.encode())} bytes in {len(ids)} tokens")
+ids = of_stories.encode("Good night, baker 🙂!")
+assert of_stories.decode(ids) == "Good night, baker 🙂!"
+print("tokens:", "|".join(of_stories.decode([id]) for id in ids))
+print("stream:", "|".join(of_stories.decode_stream(ids)))
 
 # %% [markdown]
-# The stories hold no emoji, so it is cut into its four bytes; `decode_stream` shows no `�` all the
-# same. {numref}`fig-tokenizer-cut` shows how vocabularies of different size cut the same text.
+# There is no emoji in the stories, so the smiley is cut into its four bytes. One at a time, each of
+# them is a `�`; the stream waits for the last one. And here is the special token, as a user types
+# it and as a program asks for it:
 
-# %% mystnb={"figure": {"caption": "One text, cut with four vocabularies. Each stretch of one color is a token; a dot is a byte of the unfinished character ë.", "name": "fig-tokenizer-cut"}, "image": {"alt": "Four rows of colored stretches over the same text, a line of code and a comment about 12345 loaves, Zoë and documentation. As bytes every character has a color of its own and ë has two. With 1,000 tokens short pieces appear. With 8,000 and 32,000 most words have one color, loaves has two, and the number is cut into 123 and 45."}}
-example = "def bake(loaves):  # 12345 loaves, said Zoë; the documentation follows"
-figure, ax = plt.subplots(figsize=(7, 2.2))
-for row, size in enumerate((257, 1_000, 8_000, 32_000)):
-    small = tokenizer.truncated(size)
-    x = 0.0
-    for number, id in enumerate(small.encode(example)):
-        piece = small.decode([id]).replace("�", "·")
-        width = len(piece) if "·" not in piece else 0.5
-        ax.add_patch(plt.Rectangle((x, row), width, 0.8, color=f"C{number % 5}", alpha=0.3, lw=0))
-        for place, character in enumerate(piece):
-            middle = x + (place + 0.5) * width / len(piece)
-            ax.text(
-                middle, row + 0.4, character, ha="center", va="center", family="monospace", size=7
-            )
-        x += width
-    ax.text(-1, row + 0.4, f"{size:,}" if size > 257 else "bytes", ha="right", va="center")
-ax.set(xlim=(-6, x), ylim=(4, -0.2))
-ax.axis("off")
-plt.show()
+# %%
+print("as typed:    ", *of_stories.encode("Bye<|endoftext|>"))
+print("as asked for:", *of_stories.encode("Bye<|endoftext|>", allowed_special="all"))
 
 # %% [markdown]
-# Each row has fewer and longer pieces than the one above it. No piece reaches from `123` into `45`:
-# that is the pattern's doing, not the training's.
+# ### A sentence in GPT-2's way, and in ours
+#
+# GPT-2's vocabulary isn't on your disk, but its way of cutting is: its pattern. We train one
+# tokenizer with it and one with GPT-4's pattern, our default, on the same documents and with 8,000
+# tokens each, and cut the same text with both. Bars separate tokens, and `↵` is a line break.
+
+# %%
+some_texts = texts[::6]
+by_gpt2 = train_bpe(some_texts, 8_000, pattern=GPT2_PATTERN)
+by_gpt4 = train_bpe(some_texts, 8_000)
+code = "def bake(n):\n    return 12345  # don't wait"
+for name, each in (("GPT-2", by_gpt2), ("ours ", by_gpt4)):
+    pieces = [each.decode([id]).replace("\n", "↵") for id in each.encode(code)]
+    print(f"{name} {len(pieces)} tokens: {'|'.join(pieces)}")
+
+# %% [markdown]
+# In ours, the parenthesis goes with the letter after it, the line break with the colon before it,
+# and the indentation is a token of its own. In GPT-2's way, the number's tokens depend on which
+# digits often stood side by side; in ours, on the pattern alone: `123` and `45` can never meet in a
+# token.
+#
+# How does the size of the vocabulary matter? A smaller tokenizer costs nothing: the first merges of
+# a tokenizer are what training with a smaller vocabulary would have learned, and
+# `tokenizer.truncated(size)` keeps just these.
+
+# %% tags=["engine"]
+# How the figure is drawn: a colored stretch for each token, a dot for half a character
+import matplotlib.pyplot as plt
+
+plt.style.use("llmbook.book")
+
+
+def draw_cuts(tokenizer: BPETokenizer, sizes: list[int], lines: list[str]) -> None:
+    """Draw ``lines`` as cut by the tokenizer's smaller versions, one block for each size."""
+    _, ax = plt.subplots(figsize=(4.2, 3.4))
+    for block, size in enumerate(sizes):
+        small = tokenizer.truncated(size)
+        top = block * (len(lines) + 0.9)
+        for row, line in enumerate(lines):
+            x = 0.0
+            for number, id in enumerate(small.encode(line)):
+                piece = small.decode([id]).replace("�", "·")
+                width = len(piece) if "·" not in piece else 0.5
+                box = dict(color=f"C{number % 5}", alpha=0.3, lw=0)
+                ax.add_patch(plt.Rectangle((x, top + row), width, 0.86, **box))
+                for place, character in enumerate(piece):
+                    spot = x + (place + 0.5) * width / len(piece), top + row + 0.46
+                    ax.text(*spot, character, ha="center", va="center", family="monospace", size=9)
+                x += width
+        label = f"{size:,}" if size > 257 else "bytes"
+        ax.text(-1, top + len(lines) / 2, label, ha="right", va="center")
+    ax.set(xlim=(-6, max(map(len, lines))), ylim=(top + len(lines), -0.2))
+    ax.axis("off")
+    plt.show()
+
+
+# %% [markdown]
+# The same two lines, as bytes and with three vocabularies:
+
+# %% mystnb={"figure": {"caption": "One text, cut with four vocabularies. Each stretch of one color is a token; a dot is a byte of the unfinished character ë.", "name": "fig-tokenizer-cut"}, "image": {"alt": "Four blocks of colored stretches over the same two lines, code and a comment about 12345 loaves, Zoë and documentation. As bytes every character has a color of its own and ë has two. With 1,000 tokens short pieces appear. With 8,000 and 32,000 most words have one color, loaves has two, and the number is cut into 123 and 45."}}
+draw_cuts(
+    tokenizer,
+    [257, 1_000, 8_000, 32_000],
+    ["def bake(loaves):  # 12345", "Zoë reads documentation"],
+)
+
+# %% [markdown]
+# The larger the vocabulary, the fewer and longer the pieces. No piece reaches from `123` into
+# `45`: that is the pattern's doing, not the training's.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: encoding a stream in constant memory
 
 # %% [markdown] tags=["engine"]
-# A crawl does not fit into memory. `encode_iterable` takes its pieces and gives ids as it goes,
-# *the same ids* as for the whole text, wherever the pieces end. So we hold text back until a place
-# where cutting is safe: where the words to the left do not depend on what comes to the right, nor
-# the other way.
+# A crawl does not fit into memory. `encode_iterable` takes its pieces and yields ids as it goes,
+# and they are *the same ids* as for the whole text, wherever the pieces end. So text is held back
+# until there is a safe place to cut: one where the words on the left don't depend on what comes on
+# the right, nor the other way round. Here is one line, cut at several places (`‖`), with the words
+# of both halves:
+
+# %% tags=["engine"]
+line = "bake 12 loaves, don't wait"
+for cut in (6, 20, 4, 15):
+    halves = [pretokenize(line[:cut]), pretokenize(line[cut:])]
+    verdict = "the same words" if [*halves[0], *halves[1]] == pretokenize(line) else "other words"
+    print(f"{'‖'.join(map('|'.join, halves)):36} {verdict}")
+
+# %% [markdown] tags=["engine"]
+# A cut through `12` makes two words of one, and a cut after the apostrophe takes it away from the
+# `t`. The cuts between a letter or a comma and a space change nothing, and that is so in any text.
+# Why?
 #
 # The right side is no problem. None of the patterns looks behind, so from a border between words
-# on, the words depend only on what follows. For the left side, take a place between a character
-# $x$ that is not white space and a space (or other white space that is no line break). It is a
-# border: in no alternative does such white space follow anything but white space. And the words
-# before it would be the same if the text ended there: the alternatives that look ahead are those
-# for white space, and what they see is $x$ or something before it; all others stop before the
-# space, as they would at the end. A place between a letter or digit and something that is no
-# letter, digit, mark or apostrophe is safe for the same reasons. That helps Chinese, which has no
-# spaces.
+# on, the words depend only on what follows. For the left side, take a place between a character $x$
+# that isn't white space and a space (or other white space that isn't a line break). It is a border:
+# in no alternative does such white space follow anything but white space. And the words before it
+# would be the same if the text ended there. The alternatives that look ahead are those for white
+# space, and what they see is $x$ or something before it; all others stop before the space, as they
+# would at the end. A place between a letter or digit and something that is not a letter, digit,
+# mark, or apostrophe is safe for the same reasons. That helps with Chinese, which has no spaces.
 #
-# With a pattern of your own no place is known to be safe but a special token. These may be cut
-# themselves: if the longest has $m$ characters, then whether one begins at a place is certain once
-# $m$ characters from there have arrived. We look for a cut only up to there. The `(?r)` makes the
-# search run backward, so that it finds the last safe place first.
+# With a pattern of your own, no place is known to be safe except special tokens. These may be cut
+# themselves. `<|endoftext|>` has 13 characters, so whether one begins at a place is certain once 13
+# characters from there have arrived, and we look for a cut only up to there. The `(?r)` makes the
+# search run backward, so it finds the last safe place first.
+
 
 # %% tags=["engine"]
 #| export
+_STREAM_SIZE = 1 << 16  # characters to gather before looking for a place to cut
 _SAFE_CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{M}\p{N}'])|(?<=\S)(?=[^\S\r\n])")
 
 
@@ -1326,10 +1810,22 @@ def _safe_end(text: str, pattern: str, allowed: tuple[str, ...]) -> int:
     return end
 
 
+# %% [markdown] tags=["engine"]
+# A piece may end in the first half of a surrogate pair.
+
+
+# %% tags=["engine"]
+#| export
 def _joined_halves(texts: Iterable[str]) -> Iterator[str]:
-    """Yield ``texts`` in valid Unicode, joining a surrogate that ends one to what follows."""
+    """Return ``texts`` in valid Unicode, joining a surrogate that ends one to what follows."""
     if isinstance(texts, str):
         raise ValueError("texts: expected an iterable of texts, got one str: use encode")
+    if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+        raise ValueError(f"texts: expected an iterable of texts, got {texts!r:.60}")
+    return _each_joined(texts)
+
+
+def _each_joined(texts: Iterable[str]) -> Iterator[str]:
     half = ""
     for number, text in enumerate(texts):
         text = half + check_text(text, f"texts[{number}]")
@@ -1339,36 +1835,59 @@ def _joined_halves(texts: Iterable[str]) -> Iterator[str]:
 
 
 # %% [markdown] tags=["engine"]
-# Pieces are gathered, and the search begins when there is enough; if it finds nothing, it waits for
+# Pieces are gathered, and the search begins when there is enough. If it finds nothing, it waits for
 # twice as much. So a run of a million letters without any safe place takes memory for itself, and
-# time that grows no faster than its length.
+# time in proportion to its length. A normalizer changes nothing about this: no character after
+# which we cut, nor the one before, is composed with the other.
+
 
 # %% tags=["engine"]
 #| export
-_STREAM_SIZE = 1 << 16  # characters to gather before looking for a place to cut
-
-
 class BPETokenizer(BPETokenizer):  # continued
     def encode_iterable(
-        self, texts: Iterable[str], *, allowed_special: _Allowed = ()
+        self,
+        texts: Iterable[str],
+        *,
+        allowed_special: _Allowed = (),
+        disallowed_special: _Allowed = (),
+        add_special_tokens: bool = True,
     ) -> Iterator[int]:
-        """Yield the joined texts' ids: in constant memory with GPT-2's and GPT-4's patterns."""
-        allowed = self._tables.special.allowed(allowed_special)
-        return chain.from_iterable(self._encode_stream(_joined_halves(texts), allowed))
+        """Yield the joined texts' ids: in constant memory with GPT-2's and GPT-4's patterns.
 
-    def _encode_stream(self, texts: Iterator[str], allowed: tuple[str, ...]) -> Iterator[list[int]]:
+        Where tokens are looked for in normalized text, all of it is gathered first.
+        """
+        tables = self._tables
+        allowed = tables.special.allowed(allowed_special)
+        disallowed = tables.special.disallowed(disallowed_special, allowed)
+        stream = self._encode_stream(_joined_halves(texts), allowed, disallowed)
+        around = (tables.prefix, tables.suffix) if add_special_tokens else ((), ())
+        return chain(around[0], chain.from_iterable(stream), around[1])
+
+
+# %% [markdown] tags=["engine"]
+# The loop over the pieces:
+
+
+# %% tags=["engine"]
+#| export
+class BPETokenizer(BPETokenizer):  # continued
+    def _encode_stream(
+        self, texts: Iterator[str], allowed: tuple[str, ...], disallowed: tuple[str, ...]
+    ) -> Iterator[list[int]]:
         """Yield the ids of the joined ``texts``, some thousands at a time."""
+        encode = partial(self.encode, allowed_special=allowed, disallowed_special=disallowed)
+        marks = tuple({*allowed, *disallowed, *self.steps.added_tokens})
         parts, gathered, enough = list[str](), 0, _STREAM_SIZE
         for text in texts:
             parts.append(text)
             gathered += len(text)
-            if gathered >= enough:
+            if gathered >= enough and not self.steps.normalized:
                 whole = "".join(parts)
-                end = _safe_end(whole, self.pattern, allowed)
-                yield self.encode(whole[:end], allowed_special=allowed)
+                end = _safe_end(whole, self.pattern, marks)
+                yield encode(whole[:end], add_special_tokens=False)
                 parts, gathered = [whole[end:]], len(whole) - end
                 enough = max(_STREAM_SIZE, 2 * gathered)
-        yield self.encode("".join(parts), allowed_special=allowed)
+        yield encode("".join(parts), add_special_tokens=False)
 
 
 # %% [markdown] tags=["engine"]
@@ -1387,27 +1906,235 @@ print(f"{len(pieces):,} pieces give the ids of the whole, {special:,} of them sp
 # And a file that two processes read in chunks gives what its texts give in one:
 
 # %% tags=["engine"]
+import tempfile
+
 from llmbook.tokenizer import train_bpe_files as exported_train_bpe_files
 
+folder = tempfile.TemporaryDirectory()  # for the files that this chapter writes
 path = Path(folder.name, "docs.txt")
 path.write_text("<|endoftext|>".join(texts[:8_000]), encoding="utf-8", newline="")
 chunks = _chunks(path, [b"<|endoftext|>"], path.stat().st_size // 4)
 from_file = exported_train_bpe_files(path, 1_000, workers=2)
 assert from_file.merges == train_bpe(texts[:8_000], 1_000).merges
 print(f"a file cut into {len(chunks)} chunks; {len(from_file.merges)} merges as from its texts")
-
 # %% [markdown]
-# ## Files that others read
+# ## How large a vocabulary?
 #
-# Three formats matter. Hugging Face's `tokenizer.json` holds everything in one file. GPT-2 left
-# two files, `vocab.json` and `merges.txt`. tiktoken builds its encodings from ids alone.
-#
-# The first two store tokens as text, which arbitrary bytes are not. GPT-2's way out was to give
-# each byte a printable character: bytes that are printable in Latin-1 stand for themselves, the 68
-# others get the characters from 256 on. The space, byte 32, is the 33rd of those, and becomes `Ġ`,
-# number 288.
+# What does a larger vocabulary buy? We measure **compression**, the mean number of bytes in a
+# token, on the documents that were set aside. One training run gives the whole curve.
+
 
 # %%
+def count_tokens(tokenizer: BPETokenizer, counts: Counter[str]) -> int:
+    return sum(count * len(tokenizer.encode(word)) for word, count in counts.items())
+
+
+sizes = [257, 512, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000]
+smaller = {size: tokenizer.truncated(size) for size in sizes}
+words, length = count_words(held_out), sum(len(text.encode()) for text in held_out)
+compression = {size: length / count_tokens(each, words) for size, each in smaller.items()}
+for size in (1_000, 8_000, 32_000):
+    print(f"{size:6,} tokens: {compression[size]:.1f} bytes per token of new text")
+print(f"from 16,000 to 32,000 tokens: {compression[32_000] / compression[16_000] - 1:.0%} more")
+
+# %% [markdown]
+# And how often does each of the 32,000 tokens occur in the text that it was learned from?
+
+# %%
+import numpy as np
+
+
+def count_uses(tokenizer: BPETokenizer) -> np.ndarray:
+    uses = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    for word, count in counts.items():
+        np.add.at(uses, tokenizer.encode(word), count)
+    return uses
+
+
+uses = count_uses(tokenizer)
+never, rarely, often = (uses == 0).sum(), ((uses > 0) & (uses < 12)).sum(), (uses >= 100).sum()
+print(f"never:               more than {never // 1_000 * 1_000:,} tokens")
+print(f"1 to 11 times:       more than {rarely // 10_000 * 10_000:,} tokens")
+print(f"100 times and more:  fewer than {-(-often // 1_000) * 1_000:,} tokens")
+
+# %% tags=["remove-cell"]
+assert 2.2 < compression[1_000] < 2.6 and 3.9 < compression[32_000] < 4.3
+assert 2_000 < never < 3_000 and 20_000 < rarely < 23_000 and 1_200 < often < 1_900
+assert 0.6 < (count_uses(smaller[4_000]) >= 100).mean() < 0.75
+
+# %% tags=["engine"]
+# How the figure is drawn: compression by size, and uses by rank
+
+
+def draw_compression(compression: dict[int, float], uses: np.ndarray[Any, Any]) -> None:
+    """Plot bytes per token against vocabulary size, and how often each token is used."""
+    _, (top, bottom) = plt.subplots(2, 1, figsize=(5.6, 6.2))
+    top.semilogx(list(compression), list(compression.values()), "o-")
+    top.set(xlabel="vocabulary size", ylabel="bytes per token", ylim=(0, None))
+    used = np.sort(uses[uses > 0])[::-1]
+    bottom.loglog(np.arange(1, len(used) + 1), used)
+    bottom.axhline(12, color="C6", lw=1, ls="--")
+    bottom.text(1.2, 14, "12 times", color="C6")
+    bottom.set(xlabel="rank of the token", ylabel="occurrences")
+    plt.show()
+
+
+# %% [markdown]
+# The figure shows the whole curve of compression, and below it the uses of all tokens.
+
+# %% mystnb={"figure": {"caption": "Above: bytes per token against the size of the vocabulary. Below: how often each token is used, against its rank by use.", "name": "fig-tokenizer-compression"}, "image": {"alt": "Above, bytes per token rise from 1 at 257 tokens to about 4.1 at 32,000, more slowly with each doubling. Below, on doubly logarithmic axes the use of tokens falls from 50,000, in the middle with a slope near -1. It crosses a dashed line at 12 occurrences near rank 8,000, and ends in steps at 3, 2 and 1 near rank 30,000."}}
+draw_compression(compression, uses)
+
+# %% [markdown]
+# Each doubling of the vocabulary buys less than the one before, and the lower plot shows why: the
+# use of tokens falls like Zipf's law, so the tokens that come late are rare. They aren't free,
+# either. Every token needs a vector of its own in the model; at 32,000 tokens of 512 numbers each,
+# that is 16 million parameters. Two thirds of our tokens occur 1 to 11 times, and a vector that
+# training has moved eleven times is a poor one. For six megabytes, 32,000 tokens are far too many.
+# With 4,000, about two thirds of them occur at least a hundred times. Vocabularies of 32,000 and
+# more belong to corpora of billions of words.
+#
+# ### In which language?
+#
+# Our documents are in English. What does their tokenizer do to speakers of other languages? Chapter
+# 03 found translated messages on the disk. We train a second tokenizer of the same size on every
+# fourth document and half of the messages, and compare both on the other half, by two measures.
+# **Characters per token** say how far a model's context reaches. **Fertility** is the number of
+# tokens per word {cite}`rust2021good`; it needs a language that puts spaces between words.
+
+# %% tags=["engine"]
+# The messages, one half to train on and one half of ten languages to measure on; both measures
+from llmbook.cleaning import read_translations
+
+catalogs = read_translations()
+halves = {
+    code: (messages[::2], messages[1::2])
+    for code, messages in catalogs.items()
+    if sum(map(len, messages)) > 9_000
+}
+messages_to_train_on = [message for half, _ in halves.values() for message in half]
+shown = dict(
+    es="Spanish", sk="Slovak", tr="Turkish", el="Greek", ru="Russian",
+    fa="Persian", hi="Hindi", ka="Georgian", ko="Korean", zh_CN="Chinese",
+)  # fmt: skip
+samples = {"English": held_out} | {name: halves[code][1] for code, name in shown.items()}
+
+
+def measured(each: BPETokenizer, sample: list[str]) -> tuple[float, float]:
+    """Return characters per token and tokens per word (between white space) of a sample."""
+    tokens = count_tokens(each, count_words(sample))
+    characters, spaced = sum(map(len, sample)), sum(len(text.split()) for text in sample)
+    return characters / tokens, tokens / spaced
+
+
+# %% [markdown]
+# The folded cell above reads the messages; `samples` maps each language to texts that neither
+# tokenizer has seen. It also defines `measured(tokenizer, texts)`, which returns both measures.
+
+# %%
+mixed = train_bpe([*texts[::4], *messages_to_train_on], 32_000)
+small = mixed.truncated(1_000)
+print("          characters per token    tokens per word, mixed")
+print("          English    mixed        1,000     32,000 tokens")
+for name in ("English", "Spanish", "Russian", "Hindi"):
+    (before, _), (after, many) = (measured(each, samples[name]) for each in (tokenizer, mixed))
+    few = measured(small, samples[name])[1]
+    print(f"{name:9} {before:5.1f} {after:10.1f} {few:10.0f} {many:9.0f}")
+
+# %% tags=["engine"]
+# How the figure is drawn: bars for each language, curves for some
+
+
+def draw_languages(
+    samples: dict[str, list[str]], english: BPETokenizer, mixed: dict[int, BPETokenizer]
+) -> None:
+    """Plot characters per token for two tokenizers, and tokens per word against size."""
+    _, (top, bottom) = plt.subplots(2, 1, figsize=(5.6, 6.4), height_ratios=(5, 4))
+    y, largest = np.arange(len(samples)), mixed[max(mixed)]
+    for offset, label, each in ((-0.2, "English only", english), (0.2, "mixed", largest)):
+        reach = [measured(each, sample)[0] for sample in samples.values()]
+        top.barh(y + offset, reach, 0.4, label=label)
+    top.set(yticks=y, yticklabels=list(samples), xlabel="characters per token", xlim=(0, 5.2))
+    top.invert_yaxis()
+    top.legend(title="trained on", loc="lower right")
+    for name in ("Georgian", "Russian", "Hindi", "Turkish", "English"):
+        fertility = [measured(each, samples[name])[1] for each in mixed.values()]
+        bottom.semilogx(list(mixed), fertility, "o-", label=name)
+    bottom.set(xlabel="vocabulary size", ylabel="tokens per word", ylim=(0, None))
+    bottom.legend()
+    plt.show()
+
+
+# %% [markdown]
+# The figure adds the other languages and the sizes in between.
+
+# %% mystnb={"figure": {"caption": "Above: characters per token with 32,000 tokens learned from English documents, and from a mixture. Below: tokens per word against the size of the vocabulary, for the mixture.", "name": "fig-tokenizer-languages"}, "image": {"alt": "Above, horizontal bars for eleven languages, two each. Trained on English: English has 4.1 characters per token, Spanish 2.4, Slovak and Turkish 1.6, the seven others 0.4 to 0.8. Trained on the mixture: English 3.9, Spanish 4.1, the others between 2 and 3.5. Below, five falling curves. At 1,000 tokens Russian and Georgian need 8 to 10 tokens per word, Hindi and Turkish 5 to 6, English 3; at 32,000 all need 1.7 to 2.9."}}
+draw_languages(samples, tokenizer, {size: mixed.truncated(size) for size in sizes[2:]})
+
+# %% [markdown]
+# This should give you pause. With a tokenizer trained on English alone, a Hindi text takes more
+# than two tokens for each *character*: UTF-8 spends three bytes on each, and they hardly ever
+# merge. Petrov and colleagues {cite}`petrov2023unfairness` found that translations of one text can
+# differ in length by a factor of fifteen, even with tokenizers that are meant to be multilingual. A
+# little text in the training mixture repairs most of the damage, at a small price for English. (The
+# messages are technical and much alike, so the repair looks better here than it would elsewhere.) A
+# larger vocabulary helps languages with little text more than it helps English.
+#
+# ### What goes wrong
+#
+# *Numbers* are cut irregularly. In GPT-2's pattern a number is a word like any other, and where it
+# is cut depends on which numbers happened to be frequent:
+
+
+# %%
+def ways_to_cut(tokenizer: BPETokenizer) -> int:
+    years = (tokenizer.encode(f" {year}") for year in range(1_900, 2_030))
+    return len({tuple(len(tokenizer.decode([id]).strip()) for id in ids) for ids in years})
+
+
+for name, each in (("GPT-2", by_gpt2), ("GPT-4", by_gpt4)):
+    print(f"{name}'s pattern cuts the years 1900 to 2029 in {ways_to_cut(each)} ways")
+
+# %% [markdown]
+# *Tokens that never come.* More than 2,000 of our tokens are never used, not even in the text that
+# they were learned from. How can that be? A merge on the way to a longer token leaves a token
+# behind, and sometimes everything that contains it goes on to merge. Is that the reason?
+
+# %%
+unused = [id for id in range(256, 32_000 - 1) if not uses[id]]
+parts = {part for pair in tokenizer.merges for part in pair}
+steps = sum(tokenizer.vocabulary[id] in parts for id in unused)
+print(f"of the merges that are never used, {steps / len(unused):.0%} are steps to a longer token")
+
+# %% [markdown]
+# It is, for all of them. A token that never occurs in the model's training text keeps the random
+# vector that it started with. Such under-trained tokens have been found in many published models
+# {cite}`land2024fishing`.
+#
+# *A space at the end* of a prompt becomes a token of its own. In training, words hardly ever came
+# after that token, because they carry their space themselves.
+#
+# ## Files that others read
+#
+# Three formats matter. Hugging Face's `tokenizer.json` holds everything in one file. GPT-2 left two
+# files, `vocab.json` and `merges.txt`. tiktoken builds its encodings from tokens and ids alone.
+#
+# The first two store tokens as text, which arbitrary bytes are not. GPT-2's way out was to give
+# each byte a printable character: the 188 bytes that are printable in Latin-1 stand for themselves,
+# and the 68 others get the characters from 256 on, in order. The space is byte 32. None of the 32
+# bytes before it is printable, so the space becomes character 256 + 32 = 288, which is `Ġ`; and `
+# baker` becomes `Ġbaker`. A line break, byte 10, becomes `Ċ`. The two bytes of `ë`, 195 and 171,
+# are printable, so `Zoë` becomes `ZoÃ«`. You'll meet this spelling in many files and error
+# messages.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: tokenizer.json and GPT-2's files, written and read with care
+
+# %% [markdown] tags=["engine"]
+# The alphabet of printable characters:
+
+
+# %% tags=["engine"]
 #| export
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _UNPRINTABLE = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -1421,64 +2148,13 @@ def _as_text(token: bytes) -> str:
     return "".join(map(_BYTE_TO_CHARACTER.__getitem__, token))
 
 
-# %% [markdown]
-# This is how tokens look in such files:
+# %% [markdown] tags=["engine"]
+# This is how tokens look in such files. The smiley shows the characters of its four bytes:
 
-# %%
+
+# %% tags=["engine"]
 for text in (" baker", "\n\t", "Zoë", "🙂"):
     print(f"{text!r:10} {_as_text(text.encode())}")
-
-# %% [markdown]
-# ### Merges from ids alone
-#
-# tiktoken knows no merges. It joins *any* two neighbors whose bytes together are a token, the one
-# with the lowest id first. Is that the same? Not for any list of merges. It is, if
-#
-# 1. a token's id is greater than those of the tokens that it is made of, ids of merges rising in
-#    the order of the merges, and
-# 2. every token is *reachable*: encoding its own bytes gives that one token.
-#
-# *Proof.* By (1) merging by lowest id goes through the ids from low to high, and so do we: a merge
-# creates only pairs of higher rank. Suppose that both have done the same so far, and that tiktoken
-# now joins neighbors $u$ and $v$ to the token $t = uv$, whereas our merge for $t$ is of another
-# pair. By (2), our merges turn the bytes of $t$, standing alone, into $t$. In this there is a first
-# merge that crosses the border between $u$ and $v$. It is not the last one, which joins at another
-# place, so its id is lower than that of $t$. Until then, the same merges have been made in the
-# text, where nothing has crossed the ends of $t$, since $u$ and $v$ still begin and end there.
-# Hence this pair stood there as well, and was merged when its turn came, before $t$. Then $u$ and
-# $v$ are no neighbors now, a contradiction. $\square$
-#
-# Tokenizers that were trained have both properties: a token was made of bytes that stood beside
-# each other, and until then nothing had crossed their ends, so alone they take the same way. For
-# vocabularies of other origin we check.
-
-
-# %%
-#| export
-class BPETokenizer(BPETokenizer):  # continued
-    def to_tiktoken(self, name: str = "llmbook") -> Any:
-        """Return a ``tiktoken.Encoding`` with the same ids. A ``ValueError`` says why not."""
-        import tiktoken
-
-        ids, merged = self._tables.ids, self._tables.merged
-        longer = ((part, a + b) for a, b in self.merges for part in (a, b) if len(part) > 1)
-        rising = all(low < high for low, high in pairwise(merged))
-        if not rising or any(ids[part] > ids[token] for part, token in longer):
-            raise ValueError("merges: expected ids that rise in the order of the merges")
-        for id, token in self.vocabulary.items():
-            if self._tables.merge(token) != [id]:
-                raise ValueError(f"vocabulary: expected tokens that merges make, got {token!r}")
-        return tiktoken.Encoding(
-            name,
-            pat_str=self.pattern,
-            mergeable_ranks=ids,
-            special_tokens=self.special_tokens,
-        )
-
-
-# %% [markdown] tags=["engine"]
-# #### Engine room: tokenizer.json and GPT-2's files, written and read with care
-
 # %% [markdown] tags=["engine"]
 # What goes into `tokenizer.json`: the pattern as a pre-tokenizer, the byte alphabet as a second
 # one and as the decoder, and the model. Special tokens stand in the vocabulary, too, since
@@ -1499,12 +2175,12 @@ def _as_bytes(token: str) -> bytes:
 
 # %% tags=["engine"]
 #| export
-def _file_vocabulary(vocabulary: Mapping[int, bytes], special: dict[str, int]) -> dict[str, int]:
+def _file_vocabulary(tables: _Tables) -> dict[str, int]:
     """Return all tokens as text with their ids, in the order of the ids."""
-    ordinary = {_as_text(token): id for id, token in vocabulary.items()}
-    if clash := sorted(ordinary.keys() & special.keys()):
+    ordinary, named = {_as_text(token): id for token, id in tables.ids.items()}, tables.named
+    if clash := sorted(text for text, id in named.items() if ordinary.get(text, id) != id):
         raise ValueError(f"special_tokens: files write an ordinary token as {clash[0]!r}, too")
-    return dict(sorted((ordinary | special).items(), key=lambda item: item[1]))
+    return dict(sorted((ordinary | named).items(), key=lambda item: item[1]))
 
 
 def _portable_pattern(pattern: str) -> str:
@@ -1520,6 +2196,58 @@ def _portable_pattern(pattern: str) -> str:
 
 
 # %% [markdown] tags=["engine"]
+# What stands around a text is written as a template, `A` for the text; for two texts `A` and `B`,
+# which we do not have, each gets its own.
+
+
+# %% tags=["engine"]
+#| export
+def _template(tables: _Tables) -> dict[str, Any] | None:
+    """Return the post-processor that puts prefix and suffix around a text, if there are any."""
+    prefix, suffix = tables.steps.prefix, tables.steps.suffix
+    if not prefix and not suffix:
+        return None
+
+    def around(name: str, number: int) -> list[dict[str, Any]]:
+        before, after = (
+            [{"SpecialToken": {"id": text, "type_id": number}} for text in texts]
+            for texts in (prefix, suffix)
+        )
+        return [*before, {"Sequence": {"id": name, "type_id": number}}, *after]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": around("A", 0),
+        "pair": around("A", 0) + around("B", 1),
+        "special_tokens": {
+            text: {"id": text, "ids": [tables.named[text]], "tokens": [text]}
+            for text in sorted({*prefix, *suffix})
+        },
+    }
+
+
+# %% [markdown] tags=["engine"]
+# The list of added tokens says which are special, and which are looked for after the normalizer.
+
+
+# %% tags=["engine"]
+#| export
+def _added_tokens(tables: _Tables) -> list[dict[str, Any]]:
+    """Return special and added tokens as files list them, in the order of their ids."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    return [
+        {
+            "id": id,
+            "content": text,
+            **flags,
+            "normalized": text in tables.steps.normalized,
+            "special": text in tables.special,
+        }
+        for text, id in sorted(tables.named.items(), key=lambda item: item[1])
+    ]
+
+
+# %% [markdown] tags=["engine"]
 # Here is the whole file:
 
 
@@ -1527,22 +2255,22 @@ def _portable_pattern(pattern: str) -> str:
 #| export
 def _tokenizer_json(tokenizer: BPETokenizer) -> dict[str, Any]:
     """Return the contents of tokenizer.json."""
+    tables = tokenizer._tables
     regular = {"type": "Split", "pattern": {"Regex": _portable_pattern(tokenizer.pattern)}}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     splits = [{**regular, "behavior": "Isolated", "invert": False}]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+    normalizer = tokenizer.steps.normalizer
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": t, **flags, "special": True} for t, i in special],
-        "normalizer": None,
+        "added_tokens": _added_tokens(tables),
+        "normalizer": {"type": normalizer} if normalizer else None,
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [*splits, {**byte_level, "use_regex": False}],
         },
-        "post_processor": None,
+        "post_processor": _template(tables),
         "decoder": {**byte_level, "use_regex": False},
         "model": {
             "type": "BPE",
@@ -1550,7 +2278,7 @@ def _tokenizer_json(tokenizer: BPETokenizer) -> dict[str, Any]:
             **dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix")),
             **dict.fromkeys(("fuse_unk", "byte_fallback"), False),
             "ignore_merges": tokenizer.ignore_merges,
-            "vocab": _file_vocabulary(tokenizer.vocabulary, tokenizer.special_tokens),
+            "vocab": _file_vocabulary(tables),
             "merges": [[_as_text(a), _as_text(b)] for a, b in tokenizer.merges],
         },
     }
@@ -1558,9 +2286,8 @@ def _tokenizer_json(tokenizer: BPETokenizer) -> dict[str, Any]:
 
 # %% [markdown] tags=["engine"]
 # Reading is harder than writing, because others put more into such files than we understand. What
-# would change the ids is refused by name, never ignored. One part is left out: a post-processor,
-# which puts special tokens around a text; ours are the ids without it. And `tokenizers` looks for
-# added tokens in *all* text, so compare with `allowed_special="all"`.
+# would change the ids is refused by name, never ignored. `tokenizers` looks for special tokens in
+# *all* text, so compare with `allowed_special="all"`.
 
 
 # %% tags=["engine"]
@@ -1594,7 +2321,7 @@ def _check_supported(data: dict[str, Any]) -> None:
     model = data["model"]
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"model: expected BPE, got {model['type']}")
-    for part in ("normalizer", "truncation", "padding"):
+    for part in ("truncation", "padding"):
         if found := data.get(part):
             raise ValueError(f"{part}: expected none, got {found.get('type', found)}")
     for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -1620,25 +2347,88 @@ def _read_merges(lines: list[Any]) -> list[tuple[bytes, bytes]]:
 
 
 # %% [markdown] tags=["engine"]
+# Normalizers and post-processors may be sequences of others. The post-processor named `ByteLevel`
+# only moves the places where tokens are reported; BERT's and RoBERTa's are templates of their own
+# kind.
+
+
+# %% tags=["engine"]
+#| export
+def _read_normalizer(step: Any) -> str | None:
+    """Return the name of the normalizer, or None."""
+    if not step:
+        return None
+    steps = step["normalizers"] if step["type"] == "Sequence" else [step]
+    if kinds := [each["type"] for each in steps if each["type"] != "NFC"]:
+        raise ValueError(f"normalizer: expected none or NFC, got {kinds[0]}")
+    return "NFC" if steps else None
+
+
+# %% [markdown] tags=["engine"]
+# A template must have one place for one text, and tokens that are listed as added:
+
+
+# %% tags=["engine"]
+#| export
+def _read_template(step: Any, names: dict[int, str]) -> tuple[list[str], list[str]]:
+    """Return the tokens that a post-processor puts before a text, and after it."""
+    steps = [step] if step else []
+    steps = step["processors"] if step and step["type"] == "Sequence" else steps
+    steps = [each for each in steps if each["type"] != "ByteLevel"]
+    if len(steps) > 1:
+        raise ValueError(f"post_processor: expected one template at most, got {len(steps)}")
+    step = steps[0] if steps else {"type": "none"}
+    kind = step["type"]
+    around: list[list[int] | None] = [None]
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        around = [[step["cls"][1]], None, [step["sep"][1]]]
+    elif kind == "TemplateProcessing":
+        known, pieces = step["special_tokens"], step["single"]
+        around = [
+            known[p["SpecialToken"]["id"]]["ids"] if "SpecialToken" in p else None for p in pieces
+        ]
+    elif kind != "none":
+        raise ValueError(f"post_processor: expected a template, got {kind}")
+    if around.count(None) != 1:
+        raise ValueError("post_processor: expected a template with one text, got another")
+    if unknown := [id for ids in around for id in ids or () if id not in names]:
+        raise ValueError(f"post_processor: expected added tokens, got id {unknown[0]}")
+    text = around.index(None)
+    prefix, suffix = (
+        [names[id] for ids in part for id in ids or ()]
+        for part in (around[:text], around[text + 1 :])
+    )
+    return prefix, suffix
+
+
+# %% [markdown] tags=["engine"]
 # A file may be cut off, or be no tokenizer at all. Whatever is wrong becomes one kind of error,
 # and names the file.
 
 
 # %% tags=["engine"]
 #| export
-def read_json_object(path: Path) -> dict[str, Any]:
+def checked_path(path: object, argument: str = "path") -> Path:
+    """Return ``path`` as a Path; what is neither a Path nor a str, not empty, is refused."""
+    if not isinstance(path, str | Path) or path == "":
+        raise ValueError(f"{argument}: expected a str or a Path, got {path!r:.60}")
+    return Path(path)
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
     """Return the object in a JSON file."""
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = json.loads(checked_path(path).read_text(encoding="utf-8"))
     if not isinstance(data, dict):
         raise ValueError(f"expected a JSON object, got {type(data).__name__}")
     return data
 
 
 @contextmanager
-def naming_file(path: Path) -> Iterator[None]:
-    """Turn whatever is wrong with a file's contents into a ``ValueError`` that names the file."""
+def naming_file(path: str | Path) -> Iterator[Path]:
+    """Give ``path``; whatever is wrong with its contents becomes a ``ValueError`` that names it."""
+    path = checked_path(path)
     try:
-        yield
+        yield path
     except (ValueError, RecursionError) as error:
         raise ValueError(f"path: {str(path)!r}: {error}") from error
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -1647,7 +2437,8 @@ def naming_file(path: Path) -> Iterator[None]:
 
 
 # %% [markdown] tags=["engine"]
-# What a tokenizer is made of, from `tokenizer.json`:
+# What a tokenizer is made of, from `tokenizer.json`. Added tokens stand in the vocabulary, too. One
+# that is a byte or has a part in a merge is an ordinary token that was made special.
 
 
 # %% tags=["engine"]
@@ -1656,14 +2447,33 @@ def _from_tokenizer_json(path: Path) -> dict[str, Any]:
     """Return what a tokenizer is made of, from tokenizer.json."""
     data = read_json_object(path)
     _check_supported(data)
-    special = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
-    tokens = {t: id for t, id in data["model"]["vocab"].items() if t not in special}
+    vocabulary, listed = data["model"]["vocab"], data.get("added_tokens") or ()
+    for token in listed:
+        if (known := vocabulary.get(token["content"], token["id"])) != token["id"]:
+            has = f"{token['content']!r} has id {token['id']}, in the vocabulary {known}"
+            raise ValueError(f"added_tokens: expected one id for each, got: {has}")
+    names = {token["content"]: token["id"] for token in listed}
+    special = {t["content"]: t["id"] for t in listed if t.get("special", True)}
+    merges = _read_merges(data["model"]["merges"])
+    parts = {
+        _as_text(part) for a, b in merges for part in (a, b, a + b)
+    } | _CHARACTER_TO_BYTE.keys()
+    tokens = {t: id for t, id in vocabulary.items() if t not in names or t in parts}
+    prefix, suffix = _read_template(data.get("post_processor"), {i: t for t, i in names.items()})
+    normalizer: Any = _read_normalizer(data.get("normalizer"))
     return {
         "vocabulary": {id: _as_bytes(token) for token, id in tokens.items()},
-        "merges": _read_merges(data["model"]["merges"]),
+        "merges": merges,
         "special_tokens": special,
         "pattern": _read_pattern(data.get("pre_tokenizer")),
         "ignore_merges": bool(data["model"].get("ignore_merges")),
+        "steps": TextSteps(
+            normalizer=normalizer,
+            added_tokens={text: id for text, id in names.items() if text not in special},
+            normalized=[token["content"] for token in listed if token.get("normalized")],
+            prefix=prefix,
+            suffix=suffix,
+        ),
     }
 
 
@@ -1703,13 +2513,14 @@ def _write_text(path: Path, text: str) -> None:
 class BPETokenizer(BPETokenizer):  # continued
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``. A ``ValueError`` says what this format cannot hold."""
-        _write_text(Path(path), json.dumps(_tokenizer_json(self), ensure_ascii=False, indent=1))
+        text = json.dumps(_tokenizer_json(self), ensure_ascii=False, indent=1)
+        _write_text(checked_path(path), text)
 
     @classmethod
     def load(cls, path: str | Path) -> "BPETokenizer":
         """Read ``tokenizer.json``. A ``ValueError`` says what is damaged, or cannot be honored."""
-        with naming_file(Path(path)):
-            made = cls(**_from_tokenizer_json(Path(path)))
+        with naming_file(path) as found:
+            made = cls(**_from_tokenizer_json(found))
         return made
 
 
@@ -1721,10 +2532,21 @@ class BPETokenizer(BPETokenizer):  # continued
 #| export
 class BPETokenizer(BPETokenizer):  # continued
     def save_gpt2(self, folder: str | Path) -> None:
-        """Write ``vocab.json`` and ``merges.txt`` into ``folder``; the pattern is not in them."""
-        tokens = _file_vocabulary(self.vocabulary, self.special_tokens)
+        """Write ``vocab.json`` and ``merges.txt`` into ``folder``; the pattern is not in them.
+
+        What else they cannot hold raises a ``ValueError``.
+        """
+        if self.steps != TextSteps() or self.ignore_merges:
+            raise ValueError(
+                "save_gpt2: expected no steps and no ignore_merges, got some: use save"
+            )
+        if both := [t for t in self.special_tokens if t.encode() in self._tables.ids]:
+            raise ValueError(
+                f"special_tokens: these files cannot make {both[0]!r} special: use save"
+            )
+        tokens = _file_vocabulary(self._tables)
         lines = [f"{_as_text(a)} {_as_text(b)}" for a, b in self.merges]
-        folder = Path(folder)
+        folder = checked_path(folder, "folder")
         folder.mkdir(parents=True, exist_ok=True)
         _write_text(folder / "vocab.json", json.dumps(tokens, ensure_ascii=False))
         _write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *lines, ""]))
@@ -1732,194 +2554,389 @@ class BPETokenizer(BPETokenizer):  # continued
     @classmethod
     def load_gpt2(cls, folder: str | Path, *, pattern: str = GPT2_PATTERN) -> "BPETokenizer":
         """Read ``vocab.json`` and ``merges.txt``. Tokens that no merge makes become special."""
-        with naming_file(Path(folder)):
-            made = cls(**_from_gpt2(Path(folder)), pattern=pattern)
+        with naming_file(checked_path(folder, "folder")) as found:
+            made = cls(**_from_gpt2(found), pattern=pattern)
         return made
 
 
 # %% [markdown]
-# ## How large a vocabulary?
+# ### Merges from ids alone
 #
-# What does a larger vocabulary buy? We measure **compression**, the mean number of bytes in a
-# token, on the documents that were set aside. One training run gives the whole curve, since a
-# smaller vocabulary is the beginning of a larger one. Each different word is encoded once. (The
-# class has grown since the tokenizer was made, so we make it again.)
+# tiktoken knows no merges. It joins *any* two neighbors whose bytes together are a token, taking
+# the token with the lowest id first. Is that the same as merging by rank? Not for any list of
+# merges. It is the same if
+#
+# 1. a token's id is greater than the ids of the tokens that it is made of, and the ids of merges
+#    rise in the order of the merges, and
+# 2. every token is *reachable*: encoding its own bytes gives that one token.
+#
+# Tokenizers that were trained have both properties. A token was made from bytes that stood side by
+# side in some word, and until then nothing had crossed their ends; so standing alone, they merge in
+# the same way. For vocabularies of other origin, `to_tiktoken()` checks.
 
-# %%
-tokenizer = BPETokenizer.from_merges(merges)
-sizes = [257, 512, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000]
-smaller = {size: tokenizer.truncated(size) for size in sizes}
+# %% [markdown] tags=["engine"]
+# #### Engine room: the proof, and an encoding for tiktoken (`to_tiktoken`)
+
+# %% [markdown] tags=["engine"]
+# *Proof.* By (1), a merge makes only pairs of higher rank, so both ways go through the ids from low
+# to high. Suppose that both have done the same so far, and that tiktoken now joins the neighbors
+# $u$ and $v$ into the token $t = uv$, although our merge for $t$ joins another pair. By (2), our
+# merges turn the bytes of $t$, standing alone, into $t$. On the way there is a first merge that
+# crosses the border between $u$ and $v$. It isn't the last one, which joins at another place, so
+# its id is lower than that of $t$. Up to that merge, the same merges have been made inside $t$ in
+# the text as in $t$ alone: nothing in the text has crossed the ends of $t$, because $u$ and $v$
+# still begin and end there. So this merge's pair stood in the text as well, and was merged when its
+# turn came, before $t$. But then $u$ and $v$ are no longer two tokens, a contradiction. $\square$
 
 
-def count_tokens(tokenizer: BPETokenizer, counts: Counter[str]) -> int:
-    return sum(count * len(tokenizer.encode(word)) for word, count in counts.items())
+# %% tags=["engine"]
+#| export
+class BPETokenizer(BPETokenizer):  # continued
+    def to_tiktoken(self, name: str = "llmbook") -> Any:
+        """Return a ``tiktoken.Encoding`` with the same ids. A ``ValueError`` says why not.
 
+        Added tokens become special there, and it puts nothing around a text.
+        """
+        import tiktoken
 
-curves = {}
-for name, sample in (("trained on", texts[::20]), ("set aside", held_out)):
-    words, size = count_words(sample), sum(len(text.encode()) for text in sample)
-    curves[name] = [size / count_tokens(each, words) for each in smaller.values()]
-at = dict(zip(sizes, curves["set aside"], strict=True))
-assert 2.2 < at[1_000] < 2.6 and 3.9 < at[32_000] < 4.3
-for size in (1_000, 8_000, 32_000):
-    print(f"{size:6,} tokens: {at[size]:.1f} bytes in a token of new text")
-print(f"from 16,000 to 32,000 tokens: {at[32_000] / at[16_000] - 1:.0%} more")
+        ids, merged = self._tables.ids, self._tables.merged
+        longer = ((part, a + b) for a, b in self.merges for part in (a, b) if len(part) > 1)
+        rising = all(low < high for low, high in pairwise(merged))
+        if not rising or any(ids[part] > ids[token] for part, token in longer):
+            raise ValueError("merges: expected ids that rise in the order of the merges")
+        for id, token in self.vocabulary.items():
+            if self._tables.merge(token) != [id]:
+                raise ValueError(f"vocabulary: expected tokens that merges make, got {token!r}")
+        if self.steps.normalizer:
+            raise ValueError("normalizer: expected none, which tiktoken has not, got 'NFC'")
+        return tiktoken.Encoding(
+            check_text(name, "name"),
+            pat_str=self.pattern,
+            mergeable_ranks=ids,
+            special_tokens=self._tables.named,
+        )
+
 
 # %% [markdown]
-# {numref}`fig-tokenizer-compression` shows the whole curve, and how often each token is used.
+# ### What else is asked of a tokenizer
+#
+# Where in the text does each token stand? How can one word be cut in many ways, so that a model
+# learns its parts? How are tiktoken's own files read? The book doesn't need the answers;
+# the following room gives them.
 
-# %% mystnb={"figure": {"caption": "Left: bytes in a token against the size of the vocabulary. Right: how often each token is used, against its rank by use.", "name": "fig-tokenizer-compression"}, "image": {"alt": "Left, bytes per token rise from 1 at 257 tokens to about 4.1 at 32,000 on new text, more slowly with each doubling; on the training text to 4.3. Right, on doubly logarithmic axes the use of tokens falls from 50,000, in the middle with a slope near -1, and ends in steps at 3, 2 and 1."}}
-figure, (left, right) = plt.subplots(1, 2)
-for name, values in curves.items():
-    left.semilogx(sizes, values, "o-", label=name)
-left.set(xlabel="vocabulary size", ylabel="bytes per token", ylim=(0, None))
-left.legend()
-uses = np.zeros(32_000, dtype=np.int64)
-for word, count in counts.items():
-    for id in tokenizer.encode(word):
-        uses[id] += count
-used = np.sort(uses[uses > 0])[::-1]
-right.loglog(np.arange(1, len(used) + 1), used)
-right.set(xlabel="rank of the token", ylabel="occurrences")
-plt.show()
+# %% [markdown] tags=["engine"]
+# #### Engine room: where tokens stand, merges left out at random, merges found from ranks
+
+# %% [markdown] tags=["engine"]
+# To mark names in a text, or to highlight what a model looked at, we need the *offsets* of the
+# tokens: where in the text each begins and ends, in characters. The bytes of the tokens, one after
+# the other, are those of the text, so we write down for each byte which character it comes from. A
+# token that is part of a character stands where the whole character does.
+#
+# A normalizer turns several characters into one, or one into several. It never reaches across the
+# border of a *grapheme cluster*, which is `\X` in a regular expression. Where it changes a cluster,
+# all that it writes stands at the whole cluster. (`tokenizers` reports the first character alone.)
+
+
+# %% tags=["engine"]
+#| export
+_CLUSTER = regex.compile(r"\X")
+
+
+class _Tables(_Tables):  # continued
+    def origins(self, text: str, allowed: tuple[str, ...]) -> list[tuple[int, int]]:
+        """Return, for each byte of the text that is encoded, the place in ``text`` it is from."""
+        early = {*allowed, *self.steps.added_tokens} - {*self.steps.normalized}
+        found = [match.span() for match in _finder(tuple(sorted(early))).finditer(text)]
+        origins: list[tuple[int, int]] = []
+        for between, (start, end) in enumerate(pairwise([0, *chain(*found), len(text)])):
+            named = between % 2 == 1
+            clusters = [(start, end)] if named else self._clusters(text, start, end)
+            for first, last in clusters:
+                given = text[first:last]
+                written = given if named else self.normalize(given)
+                for place, character in enumerate(written):
+                    same = written == given
+                    origin = (first + place, first + place + 1) if same else (first, last)
+                    origins += [origin] * len(character.encode())
+        return origins
+
+    def _clusters(self, text: str, start: int, end: int) -> list[tuple[int, int]]:
+        if not self.steps.normalizer:
+            return [(start, end)]
+        return [match.span() for match in _CLUSTER.finditer(text, start, end)]
+
+
+# %% [markdown] tags=["engine"]
+# Tokens are then as long as their bytes. Only a token that is found in normalized text may be
+# written differently there.
+
+
+# %% tags=["engine"]
+#| export
+class BPETokenizer(BPETokenizer):  # continued
+    def encode_with_offsets(
+        self,
+        text: str,
+        *,
+        allowed_special: _Allowed = (),
+        disallowed_special: _Allowed = (),
+        add_special_tokens: bool = True,
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of ``encode``, and where in ``text`` each stands: (start, end).
+
+        Places are counted in characters (code points); surrogates that make a pair are one. A
+        token that is a part of a character stands at all of it; prefix and suffix stand at (0, 0).
+        """
+        tables, text = self._tables, valid_text(text)
+        ids = self.encode(
+            text,
+            allowed_special=allowed_special,
+            disallowed_special=disallowed_special,
+            add_special_tokens=False,
+        )
+        origins = tables.origins(text, tables.special.allowed(allowed_special))
+        late = {tables.named[token]: token for token in self.steps.normalized}
+        offsets, place = list[tuple[int, int]](), 0
+        for id in ids:
+            data = tables.normalize(late[id]).encode() if id in late else tables.tokens[id]
+            covered = origins[place : place + len(data)]
+            offsets.append((covered[0][0], covered[-1][1]))
+            place += len(data)
+        if not add_special_tokens:
+            return ids, offsets
+        nowhere = [[(0, 0)] * len(added) for added in (tables.prefix, tables.suffix)]
+        return [*tables.prefix, *ids, *tables.suffix], [*nowhere[0], *offsets, *nowhere[1]]
+
+
+# %% [markdown] tags=["engine"]
+# A model that always sees a word cut in one way learns nothing about its parts. **BPE-dropout**
+# {cite}`provilkov2020bpe` cuts it differently each time. Before each merge, every pair that could
+# be merged is left out with some probability, and the pair with the lowest rank among the others is
+# merged. When all are left out, the word is finished. Nothing is remembered, because the next cut
+# should be another.
+
+
+# %% tags=["engine"]
+#| export
+def _merge_some(
+    tokens: list[int],
+    ranks: dict[tuple[int, int], int],
+    merged: list[int],
+    dropout: float,
+    generator: Random,
+) -> list[int]:
+    """Merge neighbors by rank, each possible merge left out with probability ``dropout``."""
+    tokens = list(tokens)
+    while True:
+        possible = [
+            (rank, place)
+            for place, pair in enumerate(pairwise(tokens))
+            if (rank := ranks.get(pair)) is not None and generator.random() >= dropout
+        ]
+        if not possible:
+            return tokens
+        rank, place = min(possible)
+        tokens[place : place + 2] = [merged[rank]]
+
+
+# %% [markdown] tags=["engine"]
+# Special and added tokens are found as usual; what lies between them is cut at random.
+
+
+# %% tags=["engine"]
+#| export
+class BPETokenizer(BPETokenizer):  # continued
+    def sample(
+        self,
+        text: str,
+        dropout: float = 0.1,
+        *,
+        generator: Random | None = None,
+        allowed_special: _Allowed = (),
+        add_special_tokens: bool = True,
+    ) -> list[int]:
+        """Return ids of ``text``, cut at random by BPE-dropout; they decode to the same text.
+
+        Each possible merge is left out with probability ``dropout``: 0 gives the ids of
+        ``encode``, 1 those of the bytes. Source: Provilkov et al. (2020), Algorithm 1.
+        """
+        if (
+            not isinstance(dropout, int | float)
+            or isinstance(dropout, bool)
+            or not 0 <= dropout <= 1
+        ):
+            raise ValueError(f"dropout: expected from 0 to 1, got {dropout!r:.60}")
+        if not isinstance(generator, Random | None):
+            raise ValueError(f"generator: expected a random.Random, got {generator!r:.60}")
+        tables, chance = self._tables, generator or Random()
+
+        def ordinary(part: str) -> list[int]:
+            ids = list[int]()
+            for word in tables.split(part):
+                single = [tables.byte_ids[byte] for byte in word.encode()]
+                ids += _merge_some(single, tables.ranks, tables.merged, dropout, chance)
+            return ids
+
+        allowed = tables.special.allowed(allowed_special)
+        ids = tables.encode_named(valid_text(text), allowed, ordinary if dropout else tables.encode)
+        return [*tables.prefix, *ids, *tables.suffix] if add_special_tokens else ids
+
+
+# %% [markdown] tags=["engine"]
+# tiktoken's files have a line for each token: its bytes in base64, and its rank, which is its id.
+# Special tokens and the pattern are not in them. Our tokenizer needs merges. When all merges of
+# lower rank have been applied to a token's own bytes, two parts are left, if the token is reachable
+# in the sense of the section above, and these are its merge. In some vocabularies, such as Llama
+# 3's, not all tokens are. tiktoken makes an unreachable token of *any* two parts that meet, so each
+# way to cut it in two becomes a merge; and it never cuts a word that is a token, which is our
+# `ignore_merges`.
+
+
+# %% tags=["engine"]
+#| export
+def _merges_of_ranks(ranks: Mapping[bytes, int]) -> tuple[list[tuple[bytes, bytes]], bool]:
+    """Return the merges, in order, that give tiktoken's ids; and whether they make every token."""
+    merges: list[tuple[bytes, bytes]] = []
+    reached = True
+    for token, own in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            joined = [ranks.get(a + b, own) for a, b in pairwise(parts)]
+            if (lowest := min(joined)) >= own:
+                break
+            place = joined.index(lowest)
+            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+        elif len(parts) > 2:
+            reached = False
+            cuts = ((token[:place], token[place:]) for place in range(1, len(token)))
+            merges += [cut for cut in cuts if cut[0] in ranks and cut[1] in ranks]
+    return merges, reached
+
+
+# %% [markdown] tags=["engine"]
+# A line that isn't a token and its rank is named by its number.
+
+
+# %% tags=["engine"]
+#| export
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """Return the ranks in a file of tiktoken's."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            data, id = b64decode(token, validate=True), int(rank)
+        except ValueError:
+            expected = "expected a token in base64 and its rank"
+            raise ValueError(f"line {number}: {expected}, got {line!r:.60}") from None
+        if data in ranks:
+            raise ValueError(f"line {number}: expected each token once, got {data!r:.60} again")
+        ranks[data] = id
+    return ranks
+
+
+# %% [markdown] tags=["engine"]
+# What ranks cannot say is refused when the file is written: merges that would not be found again,
+# and steps around the merges.
+
+
+# %% tags=["engine"]
+#| export
+class BPETokenizer(BPETokenizer):  # continued
+    @classmethod
+    def load_tiktoken(
+        cls,
+        path: str | Path,
+        *,
+        special_tokens: Mapping[str, int] | Collection[str] = (),
+        pattern: str = GPT4_PATTERN,
+    ) -> "BPETokenizer":
+        """Read a rank file of tiktoken's, such as ``cl100k_base.tiktoken``; ids are its ranks.
+
+        The file has no pattern and no ``special_tokens``: a list of these gets the next ids.
+        """
+        with naming_file(path) as found:
+            ranks = _read_ranks(found)
+            merges, reached = _merges_of_ranks(ranks)
+            vocabulary = {id: token for token, id in ranks.items()}
+            if len(vocabulary) < len(ranks):
+                raise ValueError("expected a rank of its own for each token, got some twice")
+            _checked_vocabulary(vocabulary)
+        options: Any = {"pattern": pattern, "ignore_merges": not reached}
+        return cls(vocabulary, merges, special_tokens=special_tokens, **options)
+
+    def save_tiktoken(self, path: str | Path) -> None:
+        """Write a rank file for tiktoken; pattern and special tokens are not in it."""
+        ids = self._tables.ids
+        merges, reached = _merges_of_ranks(ids)
+        if merges != list(self.merges) or not (reached or self.ignore_merges):
+            raise ValueError("merges: expected those that follow from the ids alone, got others")
+        if self.steps != TextSteps():
+            raise ValueError("steps: expected none, which rank files cannot hold: use save")
+        lines = (
+            f"{b64encode(t).decode()} {id}" for t, id in sorted(ids.items(), key=lambda i: i[1])
+        )
+        _write_text(checked_path(path), "\n".join([*lines, ""]))
+
+
+# %% [markdown] tags=["engine"]
+# Two more patterns are common: that of GPT-4o, which keeps marks with their letters and tells
+# upper case from lower, and that of Qwen's files, for which each digit is a word. Streams may be
+# cut at the same places as with GPT-4's.
+
+
+# %% tags=["engine"]
+#| export
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT4O_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDINGS}"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDINGS}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+_KNOWN_PATTERNS |= {GPT4O_PATTERN, QWEN2_PATTERN}
+
+# %% [markdown] tags=["engine"]
+# Here are the tokens of a line with their places, and one word cut at random:
+
+# %% tags=["engine"]
+complete = BPETokenizer.from_merges(merges)
+line, word = "Zoë's loaves", " documentation"
+_, offsets = complete.encode_with_offsets(line)
+print(*(f"{line[start:end]!r} at {start}-{end}" for start, end in offsets), sep=", ")
+chance = Random(0)
+for dropout in (0, 0.1, 0.5):
+    ids = complete.sample(word, dropout, generator=chance)
+    print(f"dropout {dropout}:", "|".join(complete.decode([id]) for id in ids))
+    assert complete.decode(ids) == word
 
 # %% [markdown]
-# Each doubling of the vocabulary buys less than the one before. The right-hand plot shows why: the
-# use of tokens falls like Zipf's law, so the tokens that come late are rare. And they are not free.
-# Every token needs a vector of its own in the model; at 32,000 tokens of 512 numbers that is 16
-# million parameters. A token that is seen a dozen times in training will have a poor one.
-#
-# ### In which language?
-#
-# Our documents are English. What do they give speakers of other languages? Chapter 03 reads
-# translated messages from the disk. We train a second tokenizer, of the same size, on every fourth
-# document and one half of the messages, and compare both on the other half.
-#
-# Two measures suit this. **Characters per token** say how far a model's context reaches.
-# **Fertility** is the number of tokens per word {cite}`rust2021good`; it needs a language that
-# puts spaces between words.
-
-# %%
-catalogs = read_translations()
-halves = {
-    code: (messages[::2], messages[1::2])
-    for code, messages in catalogs.items()
-    if sum(map(len, messages)) > 9_000
-}
-shown = dict(
-    es="Spanish", sk="Slovak", tr="Turkish", el="Greek", ru="Russian",
-    fa="Persian", hi="Hindi", ka="Georgian", ko="Korean", zh_CN="Chinese",
-)  # fmt: skip
-samples = {"English": held_out} | {name: halves[code][1] for code, name in shown.items()}
-mixed = train_bpe([*texts[::4], *(m for half, _ in halves.values() for m in half)], 32_000)
-reach, fertility = {}, {}
-mixed_sizes = {size: mixed.truncated(size) for size in sizes[2:]}
-for name, sample in samples.items():
-    words, characters = count_words(sample), sum(map(len, sample))
-    reach[name] = [characters / count_tokens(each, words) for each in (tokenizer, mixed)]
-    spaced = sum(len(text.split()) for text in sample)
-    fertility[name] = [count_tokens(each, words) / spaced for each in mixed_sizes.values()]
-
-# %% [markdown]
-# Here is what both tokenizers make of languages that the first has never seen:
-
-# %%
-gain = {name: after / before for name, (before, after) in reach.items() if name != "English"}
-spaced = {name: values for name, values in fertility.items() if name != "Chinese"}
-print(f"Hindi, trained on English: {reach['Hindi'][0]:.1f} characters in a token")
-print(f"trained on both: {min(gain.values()):.1f} to {max(gain.values()):.0f} times as many")
-print(f"what English loses: {1 - reach['English'][1] / reach['English'][0]:.0%}")
-for size, column in ((1_000, 0), (32_000, -1)):
-    values = {name: values[column] for name, values in spaced.items()}
-    least, most = min(values, key=values.get), max(values, key=values.get)
-    print(
-        f"tokens per word, {size:,} tokens: {values[least]:.0f} in {least}, "
-        f"{values[most]:.0f} in {most}"
-    )
-
-# %% [markdown]
-# The picture has the other languages, and the sizes between.
-
-# %% mystnb={"figure": {"caption": "Left: characters per token with 32,000 tokens learned from English documents, and from a mixture. Right: tokens per word against the size of the vocabulary, for the mixture.", "name": "fig-tokenizer-languages"}, "image": {"alt": "Left, horizontal bars for eleven languages, two each. Trained on English: English has 4.1 characters per token, Spanish 2.4, Slovak and Turkish 1.6, the seven others 0.4 to 0.8. Trained on the mixture: English 3.9, Spanish 4.1, the others between 2 and 3.5. Right, five falling curves. At 1,000 tokens Russian and Georgian need 8 to 10 tokens per word, Hindi and Turkish 5 to 6, English 3; at 32,000 all need 1.7 to 2.9."}}
-figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.8))
-y = np.arange(len(reach))
-for offset, (label, index) in zip((-0.2, 0.2), (("English only", 0), ("mixed", 1)), strict=True):
-    left.barh(y + offset, [values[index] for values in reach.values()], 0.4, label=label)
-left.set(yticks=y, yticklabels=list(reach), xlabel="characters per token", xlim=(0, 5.2))
-left.invert_yaxis()
-left.legend(title="trained on", loc="lower right")
-for name in ("Georgian", "Russian", "Hindi", "Turkish", "English"):
-    right.semilogx(list(mixed_sizes), fertility[name], "o-", label=name)
-right.set(xlabel="vocabulary size", ylabel="tokens per word", ylim=(0, None))
-right.legend()
-plt.show()
-
-# %% [markdown]
-# {numref}`fig-tokenizer-languages` should give pause. With a tokenizer trained on English alone, a
-# Hindi text takes more than one token for each *character*: the bytes of UTF-8, three to a
-# character, hardly merged. The same text costs several times as much. Petrov and colleagues
-# {cite}`petrov2023unfairness` found lengths differing up to fifteen times between translations of
-# one text, also with tokenizers meant to be multilingual. A little text in the training mixture
-# repairs most of it, at a small price for English. (The messages are technical and partly alike,
-# so the repair is flattered here.) A larger vocabulary helps the languages of which there is
-# little text more than it helps English.
-#
-# ### What goes wrong
-#
-# *Numbers* are cut irregularly: with GPT-2's pattern a number is a word like any other, and where
-# it is cut depends on which numbers were frequent.
-
-# %%
-by_gpt2 = train_bpe(texts[::6], 8_000, pattern=GPT2_PATTERN)
-
-
-def ways_to_cut(tokenizer: BPETokenizer) -> int:
-    years = (tokenizer.encode(f" {year}") for year in range(1_900, 2_030))
-    return len({tuple(len(tokenizer.decode([id]).strip()) for id in ids) for ids in years})
-
-
-for name, each in (("GPT-2", by_gpt2), ("GPT-4", smaller[8_000])):
-    print(f"{name}'s pattern: the years 1900 to 2029 are cut in {ways_to_cut(each)} ways")
-
-# %% [markdown]
-# *Tokens that never come.* A merge on the way to a longer token leaves a token behind that may
-# never be used again, because everything that contains it goes on to merge. A token that the
-# model's training text does not have keeps the random vector it started with. Such under-trained
-# tokens were found in many published models {cite}`land2024fishing`. How many does our tokenizer
-# never use on its own training text?
-
-# %%
-never = [id for id in range(256, 32_000 - 1) if not uses[id]]
-parents = {part for pair in tokenizer.merges for part in pair}
-steps = sum(tokenizer.vocabulary[id] in parents for id in never)
-print(f"never used: {len(never) / 32_000:.0%} of the vocabulary")
-print(f"of these, steps to a longer token: {steps / len(never):.0%}")
-assert (uses[:256] == 0).sum() > 100
-print("never used, either: more than 100 of the 256 bytes")
-
-# %% [markdown]
-# *A trailing space* in a prompt is a token of its own, after which words hardly ever came in
-# training, because they carry their space themselves.
-#
 # ## Is it the real thing?
 #
-# The same merges in three programs. tiktoken gets our ids, `tokenizers` our file. The text is in
-# many scripts, with emoji, code, runs of white space, and characters broken in half. Ids and
-# decoded text must be equal, or the cell fails.
+# We compare three programs that hold the same merges: ours, tiktoken with our ids, and
+# `tokenizers`, Hugging Face's library, with our file. The text is in many scripts, with emoji,
+# code, runs of white space, and a separate accent. Ids and decoded text have to be equal, or the
+# cell fails.
 
 # %%
+import tokenizers
+
 text = """Der Bäcker backt, пекарь печёт, ο φούρναρης ψήνει, パン屋は焼く, 빵을 굽는다, बेकर बनाता है,
 הָאוֹפֶה אופה, الخباز يخبز، 👩🏽‍🍳🥖🥐 e\u0301 \u200d½ ² Ⅷ ٣٤٥ 1234567.89 it's WE'LL don't\r\n\r\n
 def bake(n):\n\t\treturn  [i ** 2   for i in range(n)]  # \u2028 <|endoftext|>   \n  \ufffd\x00 """
-encoding = tokenizer.to_tiktoken()
-file = Path(folder.name, "tokenizer.json")
+file = f"{folder.name}/tokenizer.json"  # in a temporary folder, made in the room of streams
+tokenizer = BPETokenizer.from_merges(merges)  # once more, with all that the class has learned since
 tokenizer.save(file)
-theirs = tokenizers.Tokenizer.from_file(str(file))
-assert BPETokenizer.load(file) == tokenizer
+theirs, encoding = tokenizers.Tokenizer.from_file(file), tokenizer.to_tiktoken()
 ids = tokenizer.encode(text, allowed_special="all")
 assert ids == encoding.encode(text, allowed_special="all") == theirs.encode(text).ids
 assert tokenizer.decode(ids) == text == theirs.decode(ids, skip_special_tokens=False)
-assert tokenizer.encode("\ud83e!") == encoding.encode("\ud83e!")  # half a character
 print(f"three programs: the same ids, more than {len(ids) // 50 * 50}, and the same text again")
 
 # %% [markdown]
@@ -1929,15 +2946,26 @@ print(f"three programs: the same ids, more than {len(ids) // 50 * 50}, and the s
 sample = held_out[:500] + [text for messages in catalogs.values() for text in messages[:50]]
 pairs = zip(tokenizer.encode_batch(sample), encoding.encode_ordinary_batch(sample), strict=True)
 different = sum(ours != others for ours, others in pairs)
-print(f"texts with other ids than tiktoken's: {different} of more than {len(sample) // 1000},000")
+print(f"{different} of more than {len(sample) // 1000},000 texts have other ids in tiktoken")
 
 # %% [markdown]
-# The other way round: `tokenizers` trains, we read its file. It breaks ties in another way, so
-# some of its tokens differ from ours; most do not.
+# The three programs carry tables of Unicode from different years. A character that was added in
+# between may count as a letter in one program and as a symbol in another, and be cut differently.
+# On older characters they agree.
 
-# %%
+# %% [markdown] tags=["engine"]
+# ### Engine room: a tokenizer trained by `tokenizers`, read by us
+
+# %% [markdown] tags=["engine"]
+# The other way round: `tokenizers` trains, and we read its file. The ids are the same again. It
+# breaks ties by another rule, so some of its tokens differ from those that we learn from the same
+# text, but most do not.
+
+# %% tags=["engine"]
 from tokenizers import models, pre_tokenizers, trainers
 
+assert BPETokenizer.load(file) == tokenizer
+assert tokenizer.encode("\ud83e!") == encoding.encode("\ud83e!")  # half a character
 few_texts = texts[::16]
 split = pre_tokenizers.Split(tokenizers.Regex(GPT4_PATTERN), "isolated")
 byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -1947,84 +2975,99 @@ rival.decoder = tokenizers.decoders.ByteLevel()
 alphabet = pre_tokenizers.ByteLevel.alphabet()
 trainer = trainers.BpeTrainer(vocab_size=4_000, show_progress=False, initial_alphabet=alphabet)
 rival.train_from_iterator(few_texts, trainer)
-rival.save(str(file))
+rival.save(file)
 loaded, own = BPETokenizer.load(file), train_bpe(few_texts, 4_000, special_tokens=())
 assert loaded.encode(text) == rival.encode(text).ids
 common = set(loaded.vocabulary.values()) & set(own.vocabulary.values())
-print(f"tokens in common: {len(common) / 4_000:.0%}")
+print(f"{len(common) / 4_000:.0%} of the 4,000 tokens are the same")
 
 # %% [markdown]
-# The three programs carry tables of Unicode from different years. A letter that is new may be a
-# letter to one and a sign to another, and be cut differently. On older characters they agree.
-#
 # ## How fast is it?
 #
-# Against the naive trainer, on 4,000 different words and 100 merges; against `tokenizers` and
-# tiktoken on the documents that were set aside, one document at a time, with a cold cache.
+# We time our trainer against the naive one, on 4,000 different words and 100 merges, and our
+# encoder against `tokenizers` and tiktoken, on the documents that were set aside, one document at a
+# time and with a cold cache.
+
+# %% tags=["engine"]
+# What is measured: training, both ways, and encoding by three programs
 
 
-# %%
-def seconds(function) -> float:
+def seconds(function: Callable[[], object]) -> float:
+    """Return how long a call takes."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
-few = dict(list(counts.items())[:4_000])
-flat = [word.encode() for word in few]
-naive_seconds = seconds(lambda: naive_bpe(flat, 100))
-fast_seconds = seconds(lambda: learn_merges(dict.fromkeys(few, 1), 100))
+few_words = dict.fromkeys(list(counts)[:4_000], 1)
+flat = [word.encode() for word in few_words]
+slowdown = seconds(lambda: naive_bpe(flat, 100)) / seconds(lambda: learn_merges(few_words, 100))
+seconds_counting = seconds(lambda: count_words(texts))
 fresh = BPETokenizer.from_merges(merges)
-sample = held_out
 times = {
-    "this chapter": seconds(lambda: [fresh.encode(text) for text in sample]),
-    "tokenizers": seconds(lambda: [theirs.encode(text) for text in sample]),
-    "tiktoken": seconds(lambda: [encoding.encode_ordinary(text) for text in sample]),
+    "this chapter": seconds(lambda: [fresh.encode(text) for text in held_out]),
+    "tokenizers": seconds(lambda: [theirs.encode(text) for text in held_out]),
+    "tiktoken": seconds(lambda: [encoding.encode_ordinary(text) for text in held_out]),
 }
 
+# %% [markdown]
+# The measurements are in the folded cell above, and these are the results:
+
 # %% tags=["nbval-ignore-output"]
-print(f"training, naive: {naive_seconds / fast_seconds:.0f} times as long")
 megabytes = sum(len(text.encode()) for text in texts) / 1e6
+print(f"training: the naive trainer takes {slowdown:.0f} times as long")
 print(f"{megabytes:.1f} MB counted in {seconds_counting:.1f} s, merged in {seconds_merging:.1f} s")
-size = sum(len(text.encode()) for text in sample) / 1e6
+size = sum(len(text.encode()) for text in held_out) / 1e6
 for name, value in times.items():
-    print(f"encoding, {name}: {size / value:.1f} MB a second")
+    print(f"encoding, {name}: {size / value:.1f} MB per second")
 
 # %% [markdown]
-# Training is bound by the regular expression and by the merges in pure Python; what saves them is
-# that the number of *different* words grows slowly, by Heaps' law. With a cold cache, encoding is
-# bound by the merges of new words, later by the regular expression and one look-up for each word.
-# `tokenizers` also records where each token stands in the text, and uses all cores in its batch
-# mode. The repository's folder `benchmarks/results` has tables for more text, and for vocabularies
-# up to 128,000.
+# Training is merging, in pure Python, for most of its time. Since the number of *different* words
+# grows slowly, by Heaps' law, that changes with the size: on 100 MB most of the time goes into
+# counting, and thus into the regular expression. Encoding with a cold cache is bound by the merges
+# of words not met before. `tokenizers` also records where each token stands in the text, and uses
+# all cores in its batch mode. The folder `benchmarks/results` of the repository has tables for more
+# text, and for vocabularies of up to 128,000 tokens.
 #
 # ## Exercises
 #
 # ````{exercise} Count characters without decoding
 # :label: ex-tokenizer-count
-# *Five minutes.* Write `count_characters(data)`: how many code points are in valid UTF-8 bytes,
-# found by looking at the first two bits of each byte.
+# *Five minutes.* A large file is read in stretches, which may begin and end in the middle of a
+# character. Write `count_characters(data)`: how many code points *begin* in `data`, a stretch of
+# valid UTF-8? Then the counts of all stretches add up to that of the file. The first two bits of
+# each byte are all you need.
 # ````
 
 
 # %% tags=["solution"]
 def count_characters(data: bytes) -> int:
-    """Return the number of code points in ``data``, which is valid UTF-8."""
+    """Return how many code points begin in ``data``, a stretch of valid UTF-8."""
     return sum(byte >> 6 != 0b10 for byte in data)  # all but continuations
 
 
 # %% tags=["check"]
 for sample_text in ("", "abc", "naïve", "€5", "🙂🙂", "e\u0301", "\u07ff\u0800\uffff\U00010000"):
-    assert count_characters(sample_text.encode()) == len(sample_text), f"wrong for {sample_text!r}"
+    data = sample_text.encode()
+    found = count_characters(data)
+    assert found == len(sample_text), f"{sample_text!r} has another number of code points: {found}"
+    for cut in range(len(data)):
+        try:
+            found = count_characters(data[:cut]) + count_characters(data[cut:])
+        except UnicodeDecodeError:
+            found = "an error"
+        assert found == len(sample_text), (
+            f"counts of two stretches do not add up, {sample_text!r} cut at byte {cut}: {found}"
+        )
 
 # %% [markdown]
 # ````{exercise} Digits from the right
 # :label: ex-tokenizer-digits
-# *Fifteen minutes.* People write `1,234,567`, but GPT-4's pattern cuts `123|456|7`: the same digit
-# has another meaning in `123|4` than in `123|45`. Write a function `digits_pattern()` that returns
-# a pattern for runs of digits, so that `pretokenize` cuts them in threes *from the right*:
-# `1|234|567`. Use a look-ahead. What is not a digit may be cut in any way, but not joined to
-# digits.
+# *Fifteen minutes.* People write `1,234,567`, but GPT-4's pattern cuts `123|456|7`, so the same
+# digit means one thing in `123|4` and another in `123|45`. Write a function `digits_pattern()` that
+# returns a pattern with which `pretokenize` cuts every run of digits in threes *from the right*:
+# `1|234|567`. Use a look-ahead. A pre-token with digits in it has nothing else in it, not even a
+# space; what is not a digit may be cut in any way.
 # ````
 
 
@@ -2035,22 +3078,27 @@ def digits_pattern() -> str:
 
 
 # %% tags=["check"]
-for run in ("1", "12", "123", "1234", "12345", "123456", "1234567", "9" * 20, "٣٤٥٦"):
-    grouped = [run[max(end - 3, 0) : end] for end in range(len(run), 0, -3)][::-1]
-    for before, after in (("", ""), ("a ", "."), ("x", "y")):
-        found = pretokenize(before + run + after, digits_pattern())
-        assert [word for word in found if word[0].isdigit()] == grouped, (
-            f"wrong for {run!r}: {found}"
-        )
-assert pretokenize("1234 567", digits_pattern())[:2] == ["1", "234"], "each run has its own end"
+for text in ("1", "12345", "1234567", "a 9999999999.", "x56y 1234 567", "٣٤٥٦", "7\n-1234 12345"):
+    words = pretokenize(text, digits_pattern())
+    with_digits = [word for word in words if any(map(str.isdecimal, word))]
+    glued = [word for word in with_digits if not word.isdecimal()]
+    assert not glued, f"digits are glued to something else in {text!r}: {glued}"
+    runs = regex.findall(r"\p{Nd}+", text)
+    threes = [run[max(end - 3, 0) : end] for run in runs for end in range(len(run), 0, -3)]
+    assert sorted(map(len, with_digits)) == sorted(map(len, threes)), (
+        f"the runs of digits in {text!r} are not cut in threes, the rest alone: {words}"
+    )
+    assert sorted(with_digits) == sorted(threes), f"not cut from the right in {text!r}: {words}"
 
 # %% [markdown]
 # ````{exercise} The fewest tokens
 # :label: ex-tokenizer-fewest
-# *Half an hour.* Merging by rank is greedy. How few tokens could spell a word? Let $m_j$ be the
-# least number for its first $j$ bytes; then $m_0 = 0$ and $m_j$ is one more than the least $m_i$
-# over all $i < j$ for which bytes $i$ to $j$ are a token. Write `fewest_tokens(word, tokens)`. On
-# the words of our corpus, how much shorter would texts be?
+# *Half an hour.* Merging by rank is greedy: it never takes a merge back. How few tokens could spell
+# a word? Let $m_j$ be the least number of tokens for its first $j$ bytes. Then $m_0 = 0$, and $m_j$
+# is one more than the least $m_i$ over all $i < j$ for which bytes $i$ to $j$ are a token. Write
+# `fewest_tokens(word, tokens)`. Then answer the question: write `saving(counts, tokenizer)`, the
+# share of all tokens that the best cuts would save on a text, given how often each word occurs in
+# it. Guess before you run it.
 # ````
 
 
@@ -2063,20 +3111,39 @@ def fewest_tokens(word: bytes, tokens: set[bytes]) -> int:
     return least[-1]
 
 
+# %% tags=["solution"]
+def saving(counts: dict[str, int], tokenizer: BPETokenizer) -> float:
+    """Return the share of tokens saved by the fewest, in a text with these counts of words."""
+    tokens = set(tokenizer.vocabulary.values())
+    greedy = sum(count * len(tokenizer.encode(word)) for word, count in counts.items())
+    best = sum(count * fewest_tokens(word.encode(), tokens) for word, count in counts.items())
+    return 1 - best / greedy
+
+
 # %% tags=["check"]
 single = {bytes([byte]) for byte in range(256)}
-assert fewest_tokens(b"", single) == 0, "nothing needs no token"
-assert fewest_tokens(b"abcd", single) == 4, "bytes alone"
-assert fewest_tokens(b"abcd", single | {b"ab", b"bcd"}) == 2, "a + bcd beats ab + c + d"
-assert fewest_tokens(b"abab", single | {b"ab", b"aba", b"abab"}) == 1
-assert fewest_tokens("é".encode() * 3, single | {"éé".encode()}) == 3, "éé and two bytes"
-all_tokens = set(smaller[16_000].vocabulary.values())
-ratios = [
-    fewest_tokens(word.encode(), all_tokens) / len(smaller[16_000].encode(word))
-    for word in list(counts)[:3_000]
-    if len(word) < 30
-]
-assert 0.9 < sum(ratios) / len(ratios) < 1, "greedy is only a little worse"
+assert fewest_tokens(b"", single) == 0, "no bytes need no tokens"
+generator = random.Random(0)
+for _ in range(300):
+    word = bytes(generator.choices(b"ab", k=generator.randrange(1, 9)))
+    starts = [generator.randrange(len(word)) for _ in range(4)]
+    some = {word[start : start + generator.randrange(2, 9)] for start in starts}
+    cuts = [[at for at in range(1, len(word)) if bits >> at & 1] for bits in range(2 ** len(word))]
+    pieces = [[word[a:b] for a, b in pairwise([0, *at, len(word)])] for at in cuts]
+    right = min((cut for cut in pieces if single.union(some).issuperset(cut)), key=len)
+    found = fewest_tokens(word, single | some)
+    assert found <= len(right), f"{word} can be spelled with fewer tokens: {right}, not {found}"
+    assert found == len(right), f"{word} cannot be spelled with {found} of the tokens {some}"
+some = single | {"éé".encode()}
+assert fewest_tokens("ééé".encode(), some) == 3, "tokens spell bytes: éé, and é in two bytes"
+toy = BPETokenizer.from_merges([(b"b", b"c"), (b"a", b"b"), (b"c", b"d")])
+found = saving({"abcd": 3, "bc": 1}, toy)
+assert abs(found - 0.3) < 1e-9, (
+    f"abcd, three times a|bc|d, could be ab|cd, and bc is one token; 3 of 10 saved, not {found}"
+)
+found = saving(count_words(held_out), by_gpt4)
+assert 0.002 < found < 0.01, f"the words of the documents set aside save too much: {found}"
+print(f"the best cuts of the documents set aside save less than {found // 0.01 + 1:.0f}% of tokens")
 
 # %% [markdown]
 # ````{exercise} Merges from ranks
@@ -2084,7 +3151,7 @@ assert 0.9 < sum(ratios) / len(ratios) < 1, "greedy is only a little worse"
 # *Forty minutes.* tiktoken's files hold only tokens and their ids. `BPETokenizer` needs merges.
 # Write `merges_from_ranks(ranks)`, which finds them: for a token of two bytes or more, merge its
 # own bytes as tiktoken does (always the neighbors whose joined bytes have the lowest rank), but
-# only with ranks *lower than its own*. By the proof above two parts are left. Which?
+# only with ranks *lower than its own*. If the vocabulary was trained, two parts are left. Which?
 # ````
 
 
@@ -2104,14 +3171,22 @@ def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 # %% tags=["check"]
-for each in (own, by_gpt2.truncated(2_000), of_stories):
-    ranks = {token: id for id, token in each.vocabulary.items()}
-    assert merges_from_ranks(ranks) == each.merges, "not the merges that were learned"
-shuffled = dict(sorted(ranks.items()))
-assert merges_from_ranks(shuffled) == of_stories.merges, (
-    "ranks decide the order, not the dictionary"
-)
-assert merges_from_ranks({bytes([byte]): byte for byte in range(256)}) == [], "bytes need no merge"
+bytes_alone = {bytes([byte]): byte for byte in range(256)}
+assert merges_from_ranks(bytes_alone) == [], "a single byte is the result of no merge"
+for each in (of_stories, by_gpt2.truncated(2_000), by_gpt4):
+    expected = each.merges
+    by_rank = {token: id for id, token in each.vocabulary.items()}
+    for given in (by_rank, dict(sorted(by_rank.items()))):
+        found = merges_from_ranks(given)
+        made = [b"".join(pair) for pair in found]
+        assert all(len(pair) == 2 for pair in found), "a merge joins two tokens"
+        longer = set(by_rank) - single
+        assert sorted(made) == sorted(longer), "each longer token is the result of one merge"
+        assert made == [a + b for a, b in expected], "the ranks decide the order of the merges"
+        wrong = next(
+            (pair for pair, right in zip(found, expected, strict=True) if pair != right), 0
+        )
+        assert not wrong, f"the merges of lower rank leave other parts than {wrong}"
 
 # %% tags=["remove-cell"]
 folder.cleanup()
@@ -2119,24 +3194,24 @@ folder.cleanup()
 # %% [markdown]
 # ## Summary
 #
-# Text is characters, characters are code points, code points are one to four bytes of UTF-8.
-# Byte-pair encoding starts from the bytes and merges the most frequent pair, ties broken by a
-# fixed rule; a pattern keeps merges within words. Counted words, an inverted index and a queue by
-# count bring training from hours to seconds. The merges, applied in order, encode any text, and
-# decoding loses nothing.
+# A text is a sequence of characters, characters are code points, and a code point is one to four
+# bytes of UTF-8. Byte-pair encoding starts from the bytes and merges the most frequent pair, with a
+# fixed rule for ties; a pattern keeps the merges within words. Counting words, an inverted index,
+# corrections at the seams, and a queue by count bring training from hours to seconds. The merges,
+# applied in order, encode any text, and decoding loses nothing.
 #
 # **Checklist: choosing a tokenizer.**
 #
-# - Does its training text have the languages, the code and the numbers that the model shall read?
-#   Measure characters per token for each.
-# - Is the vocabulary large enough that another doubling would buy little, and small enough that the
-#   rarest tokens are seen hundreds of times?
-# - Compare models of different tokenizers in bits per byte, never in loss per token.
+# - Does its training text contain the languages, the code, and the numbers that the model is
+#   supposed to read? Measure characters per token for each.
+# - Is the vocabulary so large that another doubling would buy little, and still so small that the
+#   rarest tokens are seen hundreds of times in the model's training text?
+# - Do you compare models with different tokenizers in bits per byte, and never in loss per token?
 # - Are special tokens ordinary text when a user types them?
-# - Do encoding and decoding give the text back, for broken characters and white space, too?
-# - Is the tokenizer stored with the model, and its format one that others read?
+# - Do encoding and decoding give the text back, even with broken characters and odd white space?
+# - Is the tokenizer stored with the model, in a format that others can read?
 #
 # **Further reading.** Gage {cite}`gage1994new` and Sennrich and colleagues
 # {cite}`sennrich2016neural` are short and clear. Zouhar and colleagues {cite}`zouhar2023formal`
-# bound how far the greedy choice of merges can be from the best. Chapter 06 builds the
-# two rivals, WordPiece and Unigram, and compares.
+# bound how far the greedy choice of merges can be from the best one. Chapter 06 builds the two
+# rivals, WordPiece and Unigram, and compares them.

@@ -7,15 +7,16 @@ every segmentation there is."""
 __all__ = ['split_words', 'merge_gain', 'TrainingStep', 'WordPieceTokenizer', 'train_wordpiece', 'UnigramTokenizer',
            'train_unigram', 'renyi_efficiency']
 
-# %% ../chapters/06_subwords.ipynb #e634f33d
+# %% ../chapters/06_subwords.ipynb #f17a0d26
 # The imports of the module
 import json
 import math
+import operator
 import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, groupby, pairwise
@@ -26,11 +27,12 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from .corpus import Document, iter_texts
-from .environment import check_at_least, whole_file
+from .environment import check_at_least, check_choice, check_text, whole_file
 from llmbook.tokenizer import (
     SpecialTokens,
     WordCache,
     check_special_tokens,
+    checked_path,
     naming_file,
     read_json_object,
     valid_text,
@@ -84,7 +86,19 @@ def _own_gain(pair: Any, left: Any, right: Any, merged: Any, same: Any) -> Any:
     new = _xlogx(merged + pair) - _xlogx(merged)
     return _xlogx(left_after) - _xlogx(left) + right_change + new
 
-# %% ../chapters/06_subwords.ipynb #6e226796
+# %% ../chapters/06_subwords.ipynb #2e4b88f6
+# Counts that cannot be are refused
+def _checked_counts(argument: str, counts: Any) -> np.ndarray:
+    """Return ``counts`` as an array, if they are finite numbers of 0 or more."""
+    try:
+        values = np.asarray(counts, dtype=np.float64)
+    except (TypeError, ValueError):
+        values = np.array(np.nan)
+    if isinstance(counts, str | bytes) or not np.isfinite(values).all() or (values < 0).any():
+        raise ValueError(f"{argument}: expected finite counts, 0 or more, got {counts!r:.60}")
+    return values
+
+# %% ../chapters/06_subwords.ipynb #55094f8f
 def merge_gain(
     pair: Float[np.ndarray, "*pairs"],
     left: Float[np.ndarray, "*pairs"],
@@ -98,22 +112,30 @@ def merge_gain(
 
     Arguments are counts: of the pair, of its tokens, of all tokens, and of the joined token where
     it exists already. ``same`` says that both tokens are one; ``pair`` then counts pairs that do
-    not overlap.
+    not overlap. Counts that cannot be raise a ``ValueError``.
 
     >>> merge_gain(np.array([2.0]), np.array([2.0]), np.array([2.0]), 4.0).round(3)
     array([2.773])
     """
+    given: Any = {"pair": pair, "left": left, "right": right, "merged": merged, "total": total}
+    for each in given.items():
+        _checked_counts(*each)
+    if (pair * np.where(same, 2, 1) > left).any() or (pair > right).any() or (pair > total).any():
+        raise ValueError(f"pair: expected no more than its tokens occur, got {pair!r:.60}")
     shorter = _xlogx(total) - _xlogx(total - pair)
     return np.asarray(_own_gain(pair, left, right, merged, same) + shorter)
 
-# %% ../chapters/06_subwords.ipynb #687dc86f
+# %% ../chapters/06_subwords.ipynb #3c0edcb9
 def _count_words(
-    texts: Iterable[str | Document], split: Callable[[str], list[str]]
+    texts: Iterable[str | Document],
+    split: Callable[[str], list[str]],
+    special: SpecialTokens | None = None,
 ) -> Counter[str]:
     """Count the words of ``texts``; a ``ValueError`` says where something else than text is."""
     counts: Counter[str] = Counter()
     for text in iter_texts(texts, "texts"):
-        counts.update(split(valid_text(text)))
+        for part in (special or SpecialTokens()).between(valid_text(text)):
+            counts.update(split(part))
     if not counts:
         raise ValueError("texts: expected at least one word, got none")
     return counts
@@ -144,7 +166,7 @@ def _adjacent(tokens: Sequence[Any]) -> list[tuple[Any, Any]]:
             pairs.append(pair)
     return pairs
 
-# %% ../chapters/06_subwords.ipynb #e60719ee
+# %% ../chapters/06_subwords.ipynb #1faeac03
 class TrainingStep(NamedTuple):
     """How a training stood: tokens in the vocabulary, tokens per word, nats per character."""
 
@@ -245,8 +267,7 @@ class _PairTable:
     @classmethod
     def from_words(cls, words: Counter[str], rule: str, min_frequency: int) -> "_PairTable":
         """Spell words in characters, the first of each as it is and the others after ``##``."""
-        if rule not in ("likelihood", "count", "ratio"):
-            raise ValueError(f"rule: expected 'likelihood', 'count' or 'ratio', got {rule!r}")
+        check_choice("rule", rule, ("likelihood", "count", "ratio"))
         table = cls(rule, min_frequency)
         for spelling in sorted({token for word in words for token in _spelled(word)}):
             table.token(spelling)
@@ -301,9 +322,11 @@ def _longest_match(word: str, ids: dict[str, int], longest: int) -> list[int] | 
             return None
     return found
 
-# %% ../chapters/06_subwords.ipynb #7c984c1c
+# %% ../chapters/06_subwords.ipynb #4020bd0b
 def _checked_tokens(tokens: Sequence[str]) -> list[str]:
     """Return ``tokens``, if they are different texts and none of them is empty."""
+    if isinstance(tokens, str | bytes | Mapping) or not isinstance(tokens, Iterable):
+        raise ValueError(f"vocabulary: expected tokens in the order of ids, got {tokens!r:.60}")
     for token in tokens:
         if not token or valid_text(token, "vocabulary") != token:
             raise ValueError(f"vocabulary: expected non-empty, valid texts, got {token!r}")
@@ -311,13 +334,12 @@ def _checked_tokens(tokens: Sequence[str]) -> list[str]:
         raise ValueError(f"vocabulary: expected each token once, got {repeated[0]!r} twice")
     return list(tokens)
 
-# %% ../chapters/06_subwords.ipynb #326efef9
+# %% ../chapters/06_subwords.ipynb #c0294c24
 class _Subwords:
     """Tokens with their ids: text to ids and back, where a subclass says how words are cut."""
 
     def __init__(self, tokens: Sequence[str], special_tokens: Collection[str]) -> None:
-        several = special_tokens if isinstance(special_tokens, str) else list(special_tokens)
-        special = check_special_tokens(several)
+        special = check_special_tokens(special_tokens)
         self._tokens = list(dict.fromkeys([*_checked_tokens(tokens), *special]))
         self._ids = {token: id for id, token in enumerate(self._tokens)}
         self.special_tokens = SpecialTokens({token: self._ids[token] for token in special})
@@ -327,14 +349,21 @@ class _Subwords:
         return {**self.__dict__, "_cache": WordCache(self._cut)}  # a copy starts with none
 
     def encode(
-        self, text: str, *, allowed_special: Literal["all"] | Collection[str] = ()
+        self,
+        text: str,
+        *,
+        allowed_special: Literal["all"] | Collection[str] = (),
+        disallowed_special: Literal["all"] | Collection[str] = (),
     ) -> list[int]:
         """Return the ids of ``text``; special tokens in it are ordinary text unless allowed.
 
-        Lone surrogates are encoded as U+FFFD. Special tokens match longest first.
+        Those in ``disallowed_special`` raise a ``ValueError``; "all" are those not allowed. Lone
+        surrogates are encoded as U+FFFD. Special tokens match longest first.
         """
-        text, allowed = valid_text(text), self.special_tokens.allowed(allowed_special)
-        return self.special_tokens.encode(text, allowed, self._encode_ordinary)
+        text, special = valid_text(text), self.special_tokens
+        allowed = special.allowed(allowed_special)
+        special.refuse(text, special.disallowed(disallowed_special, allowed))
+        return special.encode(text, allowed, self._encode_ordinary)
 
     def _encode_ordinary(self, text: str) -> list[int]:
         return list(chain.from_iterable(map(self._cache.__getitem__, self._split(text))))
@@ -350,15 +379,31 @@ class _Subwords:
 
     def token(self, id: SupportsInt) -> str:
         """Return the token with this ``id``; a ``ValueError`` if there is none."""
-        if not isinstance(id, int | np.integer) or not 0 <= id < self.vocab_size:
-            raise ValueError(f"id: expected 0 to {self.vocab_size - 1}, got {id!r}")
-        return self._tokens[id]
+        if (token := self._token(id)) is None:
+            raise ValueError(f"id: expected 0 to {self.vocab_size - 1}, got {id!r:.60}")
+        return token
 
-    def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """Return the text of ``ids``; special tokens appear by their names."""
-        found = map(self.token, ids.tolist() if hasattr(ids, "tolist") else ids)
-        runs = groupby(found, key=lambda token: token in self.special_tokens)
-        return "".join("".join(run) if special else self._join([*run]) for special, run in runs)
+    def _token(self, id: Any) -> str | None:
+        try:
+            place = -1 if isinstance(id, bool) else operator.index(id)
+        except TypeError:
+            return None
+        return self._tokens[place] if 0 <= place < self.vocab_size else None
+
+    def decode(self, ids: Iterable[SupportsInt], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of ``ids``; special tokens are skipped, or appear by their names."""
+        values = ids.tolist() if hasattr(ids, "tolist") else ids
+        if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+            raise ValueError(f"ids: expected several ids, such as [5], got {ids!r:.60}")
+        special, found = self.special_tokens, list[str]()
+        for place, id in enumerate(values):
+            if (token := self._token(id)) is None:
+                got = f"got {id!r:.60} at index {place}"
+                raise ValueError(f"ids: expected 0 to {self.vocab_size - 1}, {got}")
+            if not (skip_special_tokens and token in special):
+                found.append(token)
+        runs = groupby(found, key=special.__contains__)
+        return "".join("".join(run) if named else self._join([*run]) for named, run in runs)
 
     def _split(self, text: str) -> list[str]:
         raise NotImplementedError
@@ -369,7 +414,7 @@ class _Subwords:
     def _join(self, tokens: list[str]) -> str:
         raise NotImplementedError
 
-# %% ../chapters/06_subwords.ipynb #7aae6dd0
+# %% ../chapters/06_subwords.ipynb #b0a31074
 def _write_file(
     path: str | Path, special: dict[str, int], steps: dict[str, Any], model: dict[str, Any]
 ) -> None:
@@ -380,10 +425,10 @@ def _write_file(
     head = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
     whole = {**head, **steps, "model": model}
     text = json.dumps(whole, ensure_ascii=False, indent=1)
-    with whole_file(Path(path)) as draft:
+    with whole_file(checked_path(path)) as draft:
         draft.write_text(text, encoding="utf-8", newline="\n")
 
-# %% ../chapters/06_subwords.ipynb #fe624651
+# %% ../chapters/06_subwords.ipynb #fee86735
 def _check_steps(whole: dict[str, Any], kind: str, steps: dict[str, Any]) -> None:
     if (found := whole["model"]["type"]) != kind:
         raise ValueError(f"model: expected {kind}, got {found}")
@@ -400,15 +445,21 @@ def _read_special(whole: dict[str, Any], tokens: list[str]) -> list[str]:
     for name, token in zip(names, added, strict=True):
         if flags := [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]:
             raise ValueError(f"added_tokens: {name!r} has {flags[0]}, unsupported")
+        if not token.get("special", True):
+            raise ValueError(f"added_tokens: {name!r} is not special, unsupported")
+        if token.get("normalized") and whole.get("normalizer"):
+            raise ValueError(
+                f"added_tokens: {name!r} is looked for in normalized text, unsupported"
+            )
         if ids[name] != token["id"]:
             raise ValueError(f"added_tokens: expected {name!r} to have id {ids[name]}")
     return names
 
-# %% ../chapters/06_subwords.ipynb #14d75c8d
+# %% ../chapters/06_subwords.ipynb #73eeccbc
 def _alphabet(words: Counter[str], coverage: float) -> set[str]:
     """Return the most frequent characters that together make up ``coverage`` of the text."""
-    if not 0 < coverage <= 1:
-        raise ValueError(f"character_coverage: expected above 0, at most 1, got {coverage}")
+    if not isinstance(coverage, int | float | np.number) or not 0 < coverage <= 1:
+        raise ValueError(f"character_coverage: expected above 0, at most 1, got {coverage!r:.60}")
     counts: Counter[str] = Counter()
     for word, count in words.items():
         for character in word:
@@ -436,7 +487,7 @@ def _apart(special_tokens: Collection[str], pieces: Iterable[str]) -> list[str]:
         raise ValueError(f"special_tokens: expected names that text cannot spell, got {clash[0]!r}")
     return list(special_tokens)
 
-# %% ../chapters/06_subwords.ipynb #7acf2ff1
+# %% ../chapters/06_subwords.ipynb #50a97ca2
 class WordPieceTokenizer(_Subwords):
     """Cuts words and punctuation into the longest pieces that fit, from the left, as BERT does.
 
@@ -462,7 +513,7 @@ class WordPieceTokenizer(_Subwords):
         max_word_length: int = 100,
     ) -> None:
         super().__init__(vocabulary, special_tokens)
-        if unk_token not in self._ids:
+        if check_text(unk_token, "unk_token") not in self._ids:
             raise ValueError(f"vocabulary: expected it to have {unk_token!r}, got none")
         check_at_least(max_word_length=(1, max_word_length))
         self.unk_token, self.lowercase, self.max_word_length = unk_token, lowercase, max_word_length
@@ -480,7 +531,8 @@ class WordPieceTokenizer(_Subwords):
         return (self._ids[self.unk_token],) if ids is None else tuple(ids)
 
     def _join(self, tokens: list[str]) -> str:
-        return "".join(t[2:] if t.startswith("##") else f" {t}" for t in tokens).removeprefix(" ")
+        first, *others = tokens  # the first one stands as it is, whatever it is
+        return first + "".join(t[2:] if t.startswith("##") else f" {t}" for t in others)
 
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json, which the library `tokenizers` reads, too."""
@@ -496,8 +548,8 @@ class WordPieceTokenizer(_Subwords):
     @classmethod
     def load(cls, path: str | Path) -> "WordPieceTokenizer":
         """Read a tokenizer.json that ``save`` wrote, or another with the same steps."""
-        with naming_file(Path(path)):
-            made = cls(**_wordpiece_arguments(Path(path)))
+        with naming_file(path) as found:
+            made = cls(**_wordpiece_arguments(found))
         return made
 
 # %% ../chapters/06_subwords.ipynb #2d30f5c3
@@ -528,7 +580,23 @@ def _wordpiece_arguments(path: Path) -> dict[str, Any]:
         "max_word_length": model["max_input_chars_per_word"],
     }
 
-# %% ../chapters/06_subwords.ipynb #3b2f0138
+# %% ../chapters/06_subwords.ipynb #7840f27b
+def _short_words(words: Counter[str], longest: int, coverage: float) -> Counter[str]:
+    """Return the words of at most ``longest`` characters, all in the alphabet of ``coverage``."""
+    short = Counter({word: n for word, n in words.items() if len(word) <= longest})
+    if not short:
+        expected = f"expected a word of at most {longest} characters, the max_word_length"
+        raise ValueError(
+            f"texts: {expected}, got {len(words)} longer, of {len(min(words, key=len))} or more"
+        )
+    alphabet = _alphabet(short, coverage)
+    kept = Counter({word: n for word, n in short.items() if alphabet.issuperset(word)})
+    if not kept:
+        expected = "expected to leave a word whose characters it covers"
+        raise ValueError(f"character_coverage: {expected}, got {coverage} for {len(short)} words")
+    return kept
+
+# %% ../chapters/06_subwords.ipynb #25db0c24
 def train_wordpiece(
     texts: Iterable[str | Document],
     vocab_size: int,
@@ -537,6 +605,7 @@ def train_wordpiece(
     min_frequency: int = 2,
     character_coverage: float = 1.0,
     lowercase: bool = False,
+    max_word_length: int = 100,
     special_tokens: Collection[str] = ("<|endoftext|>",),
     report: list[TrainingStep] | None = None,
 ) -> WordPieceTokenizer:
@@ -544,19 +613,20 @@ def train_wordpiece(
 
     The pair that raises the likelihood most is merged, or, by ``rule``, that with the largest
     "count" or "ratio". There are fewer tokens if no pair of ``min_frequency`` is left. Words of
-    more than 100 characters, or with characters outside ``character_coverage``, are left out.
-    Every hundredth token adds a step to ``report``.
+    more than ``max_word_length`` characters, or with characters outside ``character_coverage``,
+    are left out. Special tokens in the texts separate, and are not learned. Every hundredth token
+    adds a step to ``report``.
     """
     check_at_least(vocab_size=(1, vocab_size), min_frequency=(1, min_frequency))
-    empty = WordPieceTokenizer(["[UNK]"], special_tokens=special_tokens, lowercase=lowercase)
-    words = _count_words(texts, lambda text: [w for w in empty._split(text) if len(w) <= 100])
-    alphabet = _alphabet(words, character_coverage)
-    kept = Counter({word: n for word, n in words.items() if alphabet.issuperset(word)})
+    options: Any = {"lowercase": lowercase, "max_word_length": max_word_length}
+    empty = WordPieceTokenizer(["[UNK]"], special_tokens=special_tokens, **options)
+    words = _count_words(texts, empty._split, empty.special_tokens)
+    kept = _short_words(words, max_word_length, character_coverage)
     table = _PairTable.from_words(kept, rule, min_frequency)
     _check_room(vocab_size, int((table.tokens > 0).sum()), empty.vocab_size)
     pieces = table.merge_until(vocab_size - empty.vocab_size, empty._ids, report)
     special = _apart(empty.special_tokens, pieces)
-    return WordPieceTokenizer(["[UNK]", *pieces], special_tokens=special, lowercase=lowercase)
+    return WordPieceTokenizer(["[UNK]", *pieces], special_tokens=special, **options)
 
 # %% ../chapters/06_subwords.ipynb #f4a1410d
 class _Arc(NamedTuple):
@@ -701,8 +771,10 @@ class UnigramTokenizer(_Subwords):
         Its probability is proportional to the power ``sharpness`` (Kudo's alpha, 0 or more) of the
         product of its pieces' probabilities. Special tokens are not looked for.
         """
-        if not 0 <= sharpness < math.inf:
-            raise ValueError(f"sharpness: expected 0 or more, finite, got {sharpness}")
+        if not isinstance(sharpness, int | float | np.number) or not 0 <= sharpness < math.inf:
+            raise ValueError(f"sharpness: expected 0 or more, finite, got {sharpness!r:.60}")
+        if not isinstance(generator, random.Random | None):
+            raise ValueError(f"generator: expected a random.Random, got {generator!r:.60}")
         lattice, generator, ids = self._lattice, generator or random.Random(), list[int]()
         for word in self._split(valid_text(text)):
             ids += lattice.path_ids(word, lattice.random_path(word, sharpness, generator))
@@ -717,8 +789,8 @@ class UnigramTokenizer(_Subwords):
     @classmethod
     def load(cls, path: str | Path) -> "UnigramTokenizer":
         """Read a tokenizer.json that ``save`` wrote, or another with the same steps."""
-        with naming_file(Path(path)):
-            made = cls(**_unigram_arguments(Path(path)))
+        with naming_file(path) as found:
+            made = cls(**_unigram_arguments(found))
         return made
 
 # %% ../chapters/06_subwords.ipynb #7a171a67
@@ -737,15 +809,18 @@ def _unspelled(tokens: list[str], byte_of: dict[str, int]) -> Iterator[str]:
         except UnicodeDecodeError:
             yield "\ufffd" * len(values)
 
-# %% ../chapters/06_subwords.ipynb #e4b917e7
+# %% ../chapters/06_subwords.ipynb #f49e4c3b
 def _checked_pieces(
     pieces: Sequence[tuple[str, float]], unk_id: int, byte_fallback: bool
 ) -> list[tuple[str, float]]:
     try:
-        pieces = [(piece, float(score)) for piece, score in pieces]
+        pieces = [(check_text(piece), float(score)) for piece, score in pieces]
     except (TypeError, ValueError):
-        raise ValueError("pieces: expected pairs of a text and a score") from None
+        got = f"got {pieces!r:.60}"
+        raise ValueError(f"pieces: expected pairs of a text and a score, {got}") from None
     check_at_least(unk_id=(0, unk_id))
+    if not pieces:
+        raise ValueError("pieces: expected at least one, got none")
     if unk_id >= len(pieces):
         raise ValueError(f"unk_id: expected below {len(pieces)}, got {unk_id}")
     if not all(math.isfinite(score) for _, score in pieces):
@@ -992,7 +1067,7 @@ def _unigram_arguments(path: Path) -> dict[str, Any]:
         "special_tokens": _read_special(whole, [piece for piece, _ in pieces]),
     }
 
-# %% ../chapters/06_subwords.ipynb #b55383f9
+# %% ../chapters/06_subwords.ipynb #311aa663
 def _assembled(
     pieces: list[tuple[str, float]], byte_fallback: bool, special_tokens: Collection[str]
 ) -> UnigramTokenizer:
@@ -1007,19 +1082,19 @@ def _assembled(
 
 def _check_settings(longest: int, seeds: int | None, shrink: float, steps: int) -> None:
     check_at_least(max_piece_length=(1, longest), seed_size=(1, seeds), em_steps=(1, steps))
-    if not 0 < shrink < 1:
-        raise ValueError(f"shrink: expected between 0 and 1, got {shrink}")
+    if not isinstance(shrink, float | np.floating) or not 0 < shrink < 1:
+        raise ValueError(f"shrink: expected between 0 and 1, got {shrink!r:.60}")
 
 
 def _words_and_alphabet(
-    texts: Iterable[str | Document], coverage: float, byte_fallback: bool
+    texts: Iterable[str | Document], special: SpecialTokens, coverage: float, byte_fallback: bool
 ) -> tuple[Counter[str], set[str]]:
-    words = _count_words(texts, _spaced_words)
+    words = _count_words(texts, _spaced_words, special)
     names = "<unk0x123456789ABCDEF>" if byte_fallback else "<unk>"
     alphabet = _alphabet(words, coverage) | set(names) | {"▁"}
     return words + Counter(alphabet), alphabet
 
-# %% ../chapters/06_subwords.ipynb #4c21255c
+# %% ../chapters/06_subwords.ipynb #0ab527a7
 def train_unigram(
     texts: Iterable[str | Document],
     vocab_size: int,
@@ -1036,20 +1111,24 @@ def train_unigram(
     """Learn ``vocab_size`` tokens: ``<unk>``, bytes, pieces by score, special tokens.
 
     From the ``seed_size`` strings (ten for each piece) that cover most, ``shrink`` are kept in
-    each round, after ``em_steps`` of EM. Short texts give fewer. ``report`` gets every round.
+    each round, after ``em_steps`` of EM. Short texts give fewer. Special tokens in the texts
+    separate, and are not learned. ``report`` gets every round.
     """
     check_at_least(vocab_size=(1, vocab_size))
     _check_settings(max_piece_length, seed_size, shrink, em_steps)
     empty = _assembled([], byte_fallback, special_tokens)
-    words, alphabet = _words_and_alphabet(texts, character_coverage, byte_fallback)
+    special = empty.special_tokens
+    words, alphabet = _words_and_alphabet(texts, special, character_coverage, byte_fallback)
     _check_room(vocab_size, len(alphabet), empty.vocab_size)
     size, ordered = vocab_size - empty.vocab_size, _training_words(words, alphabet)
     seeds = _seeds(*ordered, max_piece_length, seed_size or 10 * size, set(empty._ids))
     pieces = _train_pieces(*seeds, size, shrink, em_steps, report)
-    return _assembled(pieces, byte_fallback, empty.special_tokens)
+    return _assembled(pieces, byte_fallback, special)
 
-# %% ../chapters/06_subwords.ipynb #d02fdbe9
-def renyi_efficiency(counts: Iterable[int | float], vocab_size: int, order: float = 2.5) -> float:
+# %% ../chapters/06_subwords.ipynb #9cd33bb8
+def renyi_efficiency(
+    counts: Iterable[int | float | np.number], vocab_size: int, order: float = 2.5
+) -> float:
     """Return the Rényi entropy of token counts over its maximum, log vocab_size: 0 to 1.
 
     Order 1 is Shannon's entropy. Source: Zouhar et al. (2023).
@@ -1057,12 +1136,16 @@ def renyi_efficiency(counts: Iterable[int | float], vocab_size: int, order: floa
     >>> renyi_efficiency([5, 5, 5, 5], vocab_size=4)
     1.0
     """
-    values = np.array([float(count) for count in counts])
+    if isinstance(counts, Mapping):
+        raise ValueError(
+            "counts: expected numbers, such as the values() of a Counter, got all of it"
+        )
+    values = _checked_counts("counts", list(counts) if isinstance(counts, Iterable) else counts)
     check_at_least(vocab_size=(2, vocab_size))
-    if not values.size or values.min() < 0 or not 0 < values.sum() < math.inf:
-        raise ValueError("counts: expected finite counts, 0 or more, at least one above 0")
-    if not 0 < order < math.inf:
-        raise ValueError(f"order: expected a positive number, got {order}")
+    if values.ndim != 1 or not values.sum() > 0:
+        raise ValueError(f"counts: expected several, at least one above 0, got {counts!r:.60}")
+    if not isinstance(order, int | float | np.number) or not 0 < order < math.inf:
+        raise ValueError(f"order: expected a positive number, got {order!r:.60}")
     p = values[values > 0] / values.sum()
     if len(p) > vocab_size:
         raise ValueError(

@@ -219,6 +219,30 @@ def test_wordpiece_gives_back_the_words(wordpiece):
         assert wordpiece.decode(wordpiece.encode(text)) == " ".join(split_words(text))
 
 
+def test_continuations_are_joined_as_by_the_library(tmp_path):
+    """The first token stands as it is, also a continuation."""
+    tokenizer = WordPieceTokenizer(["[UNK]", "un", "##lock", "##ed", "##"])
+    tokenizer.save(tmp_path / "t.json")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+    for ids in ([2, 3], [1, 2, 3], [3], [0, 2], [2, 1, 3], [4, 4], []):
+        assert tokenizer.decode(ids) == theirs.decode(ids)
+    assert tokenizer.decode([2, 3]) == "##locked"
+
+
+def test_words_that_are_all_too_long():
+    genome = ["ACGT" * 60]
+    with pytest.raises(
+        ValueError, match=r"texts: expected a word of at most 100 .* max_word_length"
+    ):
+        train_wordpiece(genome, 100)
+    trained = train_wordpiece(genome, 100, max_word_length=240)
+    assert trained.max_word_length == 240 and 0 not in trained.encode("ACGTACGT")
+    with pytest.raises(
+        ValueError, match=r"character_coverage: expected to leave a word .* got 0.1"
+    ):
+        train_wordpiece(["abc"], 100, character_coverage=0.1)
+
+
 def test_wordpiece_unknown_and_too_long(wordpiece):
     assert wordpiece.tokens("the ꙮ cat") == [
         *wordpiece.tokens("the"),
@@ -468,15 +492,19 @@ def test_size_is_what_was_asked_or_less(kind):
         (["a"], {"special_tokens": "<s>"}, "special_tokens: expected several, .* one str"),
         (["a"], {"special_tokens": [""]}, "special_tokens: expected non-empty, .* got ''"),
         (["a"], {"special_tokens": ["\ud800"]}, "special_tokens: expected non-empty, valid texts"),
-        (["a b"], {"special_tokens": ["a"]}, "special_tokens: expected names .* got 'a'"),
+        (["a b"], {"special_tokens": 5}, "special_tokens: expected .* got 5"),
+        (["a b"], {"special_tokens": ["<"]}, "special_tokens: expected names .* got '<'"),
+        (5, {}, "texts: expected .* got (5|int)"),
+        (["a"], {"character_coverage": "all"}, "character_coverage: expected above 0.* got 'all'"),
+        (["a"], {"character_coverage": math.nan}, "character_coverage: expected above 0.* got nan"),
         (["a"], {"character_coverage": 0.0}, "character_coverage: expected above 0"),
         (["a"], {"character_coverage": 1.5}, "character_coverage: .* at most 1, got 1.5"),
     ],
 )
 def test_bad_training_is_refused(kind, texts, options, message):
-    if message.startswith("special_tokens: expected names") and kind is UnigramTokenizer:
-        options = {"special_tokens": ["b"]}
-        message = message.replace("'a'", "'b'")
+    if message.startswith("special_tokens: expected names") and kind is WordPieceTokenizer:
+        texts, message = ["ab"], message.replace("'<'", "'##b'")
+        options = {"special_tokens": ["##b"]}
     with pytest.raises(ValueError, match=message):
         TRAIN[kind](texts, **{"vocab_size": 600, **options})
 
@@ -484,13 +512,16 @@ def test_bad_training_is_refused(kind, texts, options, message):
 @pytest.mark.usefixtures("untyped")
 def test_bad_settings_are_refused():
     for options, message in (
-        ({"rule": "best"}, "rule: expected 'likelihood', 'count' or 'ratio', got 'best'"),
+        ({"rule": "best"}, "rule: expected one of likelihood, count, ratio, got 'best'"),
+        ({"max_word_length": 0}, "max_word_length: expected at least 1, got 0"),
         ({"min_frequency": 0}, "min_frequency: expected at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             train_wordpiece(TEXTS, 300, **options)
     for options, message in (
         ({"shrink": 1.0}, "shrink: expected between 0 and 1, got 1.0"),
+        ({"shrink": 0.0}, "shrink: expected between 0 and 1, got 0.0"),
+        ({"shrink": "half"}, "shrink: expected between 0 and 1, got 'half'"),
         ({"em_steps": 0}, "em_steps: expected at least 1, got 0"),
         ({"max_piece_length": 0}, "max_piece_length: expected at least 1, got 0"),
         ({"seed_size": -1}, "seed_size: expected at least 1, got -1"),
@@ -505,8 +536,17 @@ def test_bad_vocabularies_are_refused():
         (lambda: WordPieceTokenizer(["a"]), r"vocabulary: expected it to have '\[UNK\]'"),
         (lambda: WordPieceTokenizer(["[UNK]", "a", "a"]), "vocabulary: .* got 'a' twice"),
         (lambda: WordPieceTokenizer([]), "vocabulary: expected it to have"),
+        (lambda: WordPieceTokenizer("abc"), "vocabulary: expected tokens in the order of ids, got"),
+        (lambda: WordPieceTokenizer({"[UNK]": 0}), "vocabulary: expected tokens in the order of i"),
+        (lambda: WordPieceTokenizer(5), "vocabulary: expected tokens in the order of ids, got 5"),
+        (lambda: WordPieceTokenizer(["[UNK]", 5]), "vocabulary: expected a str, got 5"),
+        (lambda: WordPieceTokenizer(["[UNK]", ""]), "vocabulary: expected non-empty, .* got ''"),
+        (lambda: WordPieceTokenizer(["[UNK]"], unk_token=5), "unk_token: expected a str, got 5"),
+        (lambda: UnigramTokenizer(5), "pieces: expected pairs of a text and a score, got 5"),
+        (lambda: UnigramTokenizer([(5, -1.0)]), "pieces: expected pairs of a text and a score"),
+        (lambda: UnigramTokenizer([("a", -1.0)], unk_id="0"), "unk_id: expected a whole number"),
         (lambda: WordPieceTokenizer(["[UNK]"], max_word_length=0), "max_word_length: expected"),
-        (lambda: UnigramTokenizer([]), "unk_id: expected below 0, got 0"),
+        (lambda: UnigramTokenizer([]), "pieces: expected at least one, got none"),
         (lambda: UnigramTokenizer([("a", -1.0)], unk_id=1), "unk_id: expected below 1, got 1"),
         (lambda: UnigramTokenizer([("a", math.nan)]), "pieces: expected finite scores"),
         (lambda: UnigramTokenizer([("a", "x")]), "pieces: expected pairs"),
@@ -522,9 +562,26 @@ def test_bad_vocabularies_are_refused():
 def test_bad_calls_are_refused(kind, wordpiece, unigram):
     tokenizer = wordpiece if kind is WordPieceTokenizer else unigram
     size = tokenizer.vocab_size
-    for wrong in (-1, size, 2**70, 1.0, "1", None):
-        with pytest.raises(ValueError, match=rf"id: expected 0 to {size - 1}, got"):
-            tokenizer.decode([wrong])
+    for wrong in (-1, size, 2**70, 1.0, "1", None, True):
+        message = rf"^ids: expected 0 to {size - 1}, got {wrong!r} at index 1"
+        with pytest.raises(ValueError, match=message):
+            tokenizer.decode([1, wrong])
+        with pytest.raises(ValueError, match=rf"id: expected 0 to {size - 1}, got {wrong!r}"):
+            tokenizer.token(wrong)
+    for several in (5, None, "5", b"5", np.array(5), torch.tensor(5)):
+        with pytest.raises(ValueError, match=r"ids: expected several ids, such as \[5\], got"):
+            tokenizer.decode(several)
+    for argument in ("allowed_special", "disallowed_special"):
+        for unknown in (5, None, "<s>", [5]):
+            with pytest.raises(ValueError, match=f"{argument}: expected 'all' or some of"):
+                tokenizer.encode("a", **{argument: unknown})
+    for call in (tokenizer.save, kind.load):
+        for wrong in (5, ""):
+            with pytest.raises(ValueError, match=f"path: expected a str or a Path, got {wrong!r}"):
+                call(wrong)
+    for call in (tokenizer.tokens, split_words, unigram.sample, unigram.log_probability):
+        with pytest.raises(ValueError, match="text: expected a str, got 5"):
+            call(5)
     with pytest.raises(ValueError, match="text: expected a str, got b"):
         tokenizer.encode(b"bytes")
     with pytest.raises(
@@ -533,7 +590,10 @@ def test_bad_calls_are_refused(kind, wordpiece, unigram):
         tokenizer.encode("a", allowed_special="every")
     with pytest.raises(ValueError, match=r"allowed_special: .* or some of .*, got \['<s>'"):
         tokenizer.encode("a", allowed_special=["<s>"])
-    for sharpness in (-1.0, math.inf, math.nan):
+    for generator in (0, np.random.default_rng(0)):
+        with pytest.raises(ValueError, match=r"generator: expected a random\.Random, got"):
+            unigram.sample("a", generator=generator)
+    for sharpness in (-1.0, math.inf, math.nan, "sharp"):
         with pytest.raises(ValueError, match="sharpness: expected 0 or more"):
             unigram.sample("a", sharpness)
 
@@ -563,6 +623,38 @@ def test_special_tokens_match_the_longest_and_only_where_allowed(kind):
 
 
 @both
+def test_special_tokens_separate_in_training(kind):
+    """The text of a mark teaches nothing: neither its letters nor what stands on both sides."""
+    plain = ["unlock the door", "lock the door"] * 5
+    marked = ["unlock the door<|eot|>lock the door<|eot|>"] * 5
+    options = {"special_tokens": ["<|eot|>"], "vocab_size": 330}
+    if kind is UnigramTokenizer:
+        options["max_piece_length"] = 5
+    ours, same = TRAIN[kind](marked, **options), TRAIN[kind](plain, **options)
+    assert ours._tokens == same._tokens and not [t for t in ours._tokens[258:-1] if "|" in t]
+    assert kind is UnigramTokenizer or "|" not in "".join(ours._tokens[:-1])
+
+
+@both
+def test_disallowed_special_tokens(kind, wordpiece, unigram):
+    tokenizer = wordpiece if kind is WordPieceTokenizer else unigram
+    for disallowed in ("all", ["<|endoftext|>"]):
+        with pytest.raises(ValueError, match=r"text: .* '<\|endoftext\|>', at character 4"):
+            tokenizer.encode("the <|endoftext|>", disallowed_special=disallowed)
+    options = {"allowed_special": "all", "disallowed_special": "all"}
+    assert tokenizer.encode("<|endoftext|>", **options) == [tokenizer.vocab_size - 1]
+
+
+@both
+def test_special_tokens_are_skipped_as_by_the_library(kind, saved):
+    ours, theirs = saved["wordpiece" if kind is WordPieceTokenizer else "unigram"]
+    text = "<|endoftext|>the cat<|endoftext|>the dog<|endoftext|>"
+    ids = ours.encode(text, allowed_special="all")
+    skipped = ours.decode(ids, skip_special_tokens=True)
+    assert skipped == theirs.decode(ids) == "the cat the dog" != ours.decode(ids)
+
+
+@both
 def test_special_tokens_in_the_training_text_are_not_learned(kind):
     texts = ["<|endoftext|> the end the end <|endoftext|>", "theend theend"] * 9
     tokenizer = TRAIN[kind](texts, 400, special_tokens=["<|endoftext|>", "theend", "▁theend"])
@@ -572,12 +664,18 @@ def test_special_tokens_in_the_training_text_are_not_learned(kind):
 
 @both
 @pytest.mark.usefixtures("untyped")  # a check at each of millions of calls would take a minute
-def test_a_million_characters(kind, wordpiece, unigram):
-    tokenizer = wordpiece if kind is WordPieceTokenizer else unigram
-    line = "lock" * (250_000 if kind is WordPieceTokenizer else 50_000)
-    ids = tokenizer.encode(line)
-    assert ids == [0] if kind is WordPieceTokenizer else tokenizer.decode(ids) == line
-    TRAIN[kind]([line, "lock and lock"], 500)
+def test_long_lines(kind, wordpiece, unigram):
+    """A million characters without a space: unknown to one, cut by the other, and trained on."""
+    if kind is WordPieceTokenizer:
+        assert wordpiece.encode("lock" * 250_000) == [0]
+        trained = train_wordpiece(["lock" * 250_000, "lock and lock"], 500)
+        assert trained.tokens("lock and") == ["lock", "a", "##n", "##d"]  # and occurs once
+        return
+    line = "lock" * 50_000
+    assert unigram.decode(unigram.encode(line)) == line
+    trained = train_unigram([line, "lock and lock"], 500)
+    longest = max((piece for piece, _ in trained.pieces), key=len)
+    assert longest.strip("▁") in line and len(trained.encode(line)) < len(line) / 8
 
 
 def test_training_on_a_long_line_takes_all_of_it():
@@ -610,6 +708,8 @@ def test_files_are_read_back(kind, tmp_path, wordpiece, unigram):
         {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}},
         {"post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 1], "cls": ["[CLS]", 0]}},
         {"added_tokens": [{"id": 0, "content": "[UNK]", "lstrip": True, "single_word": False}]},
+        {"added_tokens": [{"id": 0, "content": "[UNK]", "special": False}]},
+        {"added_tokens": [{"id": 0, "content": "<unk>", "special": False}]},
         {"model": {"vocab": None}},
         {"model": {"vocab": {"[UNK]": 0, "a": 2}}},
         {"model": None},
@@ -628,6 +728,78 @@ def test_files_that_would_cut_differently_are_refused(kind, tmp_path, change, wo
     path.write_text("no JSON", encoding="utf-8")
     with pytest.raises(ValueError, match=r"path: .*Expecting value"):
         kind.load(path)
+
+
+WORDPIECE_DEFAULTS = {
+    "rule": "likelihood",
+    "min_frequency": 2,
+    "character_coverage": 1.0,
+    "lowercase": False,
+    "max_word_length": 100,
+    "special_tokens": ("<|endoftext|>",),
+}
+UNIGRAM_DEFAULTS = {
+    "max_piece_length": 16,
+    "seed_size": 10 * (500 - 258),
+    "shrink": 0.75,
+    "em_steps": 2,
+    "byte_fallback": True,
+    "character_coverage": 0.9995,
+    "special_tokens": ("<|endoftext|>",),
+}
+# Words that are long, rare, or have rare letters, so that each setting changes something.
+MANY = [" ".join("".join(random.Random(n).choices("abcdeAB", k=n % 19 + 1)) for n in range(900))]
+MANY += ["x" * 101 + " " + "y" * 100, "q" * 40, "ж", "abcdabcdabcdabcdabcd " * 9]
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "other"),
+    [
+        (WordPieceTokenizer, "rule", "count"),
+        (WordPieceTokenizer, "min_frequency", 1),
+        (WordPieceTokenizer, "min_frequency", 3),
+        (WordPieceTokenizer, "character_coverage", 0.99),
+        (WordPieceTokenizer, "lowercase", True),
+        (WordPieceTokenizer, "max_word_length", 101),
+        (WordPieceTokenizer, "max_word_length", 99),
+        (WordPieceTokenizer, "special_tokens", ()),
+        (UnigramTokenizer, "max_piece_length", 15),
+        (UnigramTokenizer, "max_piece_length", 17),
+        (UnigramTokenizer, "seed_size", 9 * (500 - 258)),
+        (UnigramTokenizer, "shrink", 0.7),
+        (UnigramTokenizer, "em_steps", 1),
+        (UnigramTokenizer, "em_steps", 3),
+        (UnigramTokenizer, "byte_fallback", False),
+        (UnigramTokenizer, "character_coverage", 0.9),
+        (UnigramTokenizer, "special_tokens", ()),
+    ],
+)
+def test_defaults_are_those_documented(kind, option, other):
+    defaults = WORDPIECE_DEFAULTS if kind is WordPieceTokenizer else UNIGRAM_DEFAULTS
+
+    def learned(**options):
+        made = TRAIN[kind](MANY, 500, **options)
+        return made._tokens, made.special_tokens, getattr(made, "pieces", None)
+
+    assert learned() == learned(**defaults) != learned(**{**defaults, option: other})
+
+
+def test_defaults_of_the_tokenizers():
+    assert WordPieceTokenizer(["[UNK]", "a"]).special_tokens == {}
+    ours = WordPieceTokenizer(["[UNK]", "a", *(f"##{c}" for c in "ab")])
+    assert (ours.unk_token, ours.lowercase, ours.max_word_length) == ("[UNK]", False, 100)
+    assert (
+        ours.encode("A") == [0] and ours.encode("a" * 100)[0] == 1 and ours.encode("a" * 101) == [0]
+    )
+    pieces = [("<unk>", -9.0), ("▁", -1.0), ("a", -8.0), ("aa", -2.0), ("▁a", -1.0)]
+    unigram = UnigramTokenizer(pieces)
+    assert (unigram.unk_id, unigram.byte_fallback, unigram.special_tokens) == (0, False, {})
+    draws = [
+        [unigram.sample("aaaaaa", *given, generator=random.Random(n)) for n in range(20)]
+        for given in ((), (0.2,), (0.1,), (1.0,))
+    ]
+    assert draws[0] == draws[1] and draws[0] not in draws[2:]
+    assert {tuple(unigram.sample("aaaaaa")) for _ in range(50)} != {tuple(draws[0][0])}
 
 
 def test_files_of_the_library_are_read(tmp_path):
@@ -686,13 +858,49 @@ def test_efficiency_of_known_distributions():
     assert renyi_efficiency([7, 0, 0], 8) == 0
     shannon = renyi_efficiency([1, 2, 3], 3, order=1.0)
     assert math.isclose(shannon, renyi_efficiency([1, 2, 3], 3, order=1 + 1e-6), rel_tol=1e-5)
+    entropy = -sum(p * math.log(p) for p in (1 / 6, 1 / 3, 1 / 2))
+    assert math.isclose(shannon, entropy / math.log(3))
+    default = math.log((1 / 6) ** 2.5 + (1 / 3) ** 2.5 + (1 / 2) ** 2.5) / (1 - 2.5)
+    assert math.isclose(renyi_efficiency([1, 2, 3], 5), default / math.log(5))
+    assert renyi_efficiency(Counter("aab").values(), 2) == renyi_efficiency(np.array([2, 1]), 2)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_bad_measures_are_refused():
     for arguments, message in (
-        (([], 4), "counts: expected finite"),
-        (([0], 4), "counts: expected finite"),
-        (([-1, 2], 4), "counts: expected finite"),
+        (([], 4), "counts: expected several, at least one above 0, got"),
+        (([0], 4), "counts: expected several, at least one above 0, got"),
+        ((5, 4), "counts: expected several, at least one above 0, got 5"),
+        (([-1, 2], 4), "counts: expected finite counts, 0 or more, got"),
+        (([1, math.nan], 4), "counts: expected finite counts"),
+        (([1, math.inf], 4), "counts: expected finite counts"),
+        ((["many"], 4), "counts: expected finite counts"),
+        ((Counter("aab"), 4), r"counts: expected numbers, such as the values\(\) of a Counter"),
         (([1, 2], 1), "vocab_size: expected at least 2, got 1"),
         (([1, 2, 3], 2), "vocab_size: expected at least 3"),
-        (([1, 2], 4, 0.0), "order: expected a positive"),
+        (([1, 2], 4, 0.0), "order: expected a positive number, got 0.0"),
+        (([1, 2], 4, math.inf), "order: expected a positive number, got inf"),
+        (([1, 2], 4, "2"), "order: expected a positive number, got '2'"),
     ):
         with pytest.raises(ValueError, match=message):
             renyi_efficiency(*arguments)
+    good = {
+        "pair": np.array([2.0]),
+        "left": np.array([4.0]),
+        "right": np.array([3.0]),
+        "total": 9.0,
+    }
+    assert merge_gain(**good) > 0
+    for change, message in (
+        ({"pair": np.array([-1.0])}, "pair: expected finite counts, 0 or more, got"),
+        ({"left": np.array([math.nan])}, "left: expected finite counts"),
+        ({"right": "many"}, "right: expected finite counts"),
+        ({"total": math.inf}, "total: expected finite counts"),
+        ({"merged": -1.0}, "merged: expected finite counts"),
+        ({"pair": np.array([3.5])}, "pair: expected no more than its tokens occur"),
+        ({"left": np.array([1.0])}, "pair: expected no more than its tokens occur"),
+        ({"total": 1.0}, "pair: expected no more than its tokens occur"),
+        ({"left": np.array([3.0]), "same": True}, "pair: expected no more than its tokens occur"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_gain(**{**good, **change})
