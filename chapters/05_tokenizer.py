@@ -1049,14 +1049,6 @@ _Allowed = Literal["all"] | Collection[str]
 class SpecialTokens(dict[str, int]):
     """Special tokens and their ids; finds those that are allowed in a text, the longest first."""
 
-    def allowed(self, allowed_special: _Allowed) -> tuple[str, ...]:
-        """Return the tokens that are allowed, after a check that all of them are known."""
-        chosen = self if allowed_special == "all" else allowed_special
-        if isinstance(chosen, str) or not set(chosen) <= set(self):
-            expected = f"'all' or some of {sorted(self)}"
-            raise ValueError(f"allowed_special: expected {expected}, got {allowed_special!r}")
-        return tuple(sorted(chosen))
-
     def encode(
         self, text: str, allowed: tuple[str, ...], ordinary: Callable[[str], list[int]]
     ) -> list[int]:
@@ -1145,10 +1137,13 @@ class BPETokenizer(BPETokenizer):  # continued
         special = list(self.special_tokens)
         check_at_least(vocab_size=(256 + len(special), vocab_size))
         in_order = _in_order_of_training(self.merges, special)
-        if (self.vocabulary, self.special_tokens) != in_order or self.ignore_merges:
+        others = self.ignore_merges or self.steps.added_tokens
+        if (self.vocabulary, self.special_tokens) != in_order or others:
             raise ValueError("truncated: expected a tokenizer with ids in the order of training")
         merges = self.merges[: vocab_size - 256 - len(special)]
-        return BPETokenizer.from_merges(merges, special, pattern=self.pattern)
+        vocabulary, ids = _in_order_of_training(merges, special)
+        options: Any = {"pattern": self.pattern, "steps": self.steps}
+        return BPETokenizer(vocabulary, merges, special_tokens=ids, **options)
 
 
 # %% [markdown] tags=["engine"]
@@ -1837,8 +1832,8 @@ def _each_joined(texts: Iterable[str]) -> Iterator[str]:
 # %% [markdown] tags=["engine"]
 # Pieces are gathered, and the search begins when there is enough. If it finds nothing, it waits for
 # twice as much. So a run of a million letters without any safe place takes memory for itself, and
-# time in proportion to its length. A normalizer changes nothing about this: no character after
-# which we cut, nor the one before, is composed with the other.
+# time in proportion to its length. A normalizer changes nothing about this, because it never
+# composes the two characters on either side of such a cut.
 
 
 # %% tags=["engine"]

@@ -396,7 +396,7 @@ class WordCache(dict[str, tuple[int, ...]]):
             self[word] = ids
         return ids
 
-# %% ../chapters/05_tokenizer.ipynb #3d551e94
+# %% ../chapters/05_tokenizer.ipynb #5272475b
 _Allowed = Literal["all"] | Collection[str]
 
 
@@ -486,10 +486,13 @@ class BPETokenizer:
         special = list(self.special_tokens)
         check_at_least(vocab_size=(256 + len(special), vocab_size))
         in_order = _in_order_of_training(self.merges, special)
-        if (self.vocabulary, self.special_tokens) != in_order or self.ignore_merges:
+        others = self.ignore_merges or self.steps.added_tokens
+        if (self.vocabulary, self.special_tokens) != in_order or others:
             raise ValueError("truncated: expected a tokenizer with ids in the order of training")
         merges = self.merges[: vocab_size - 256 - len(special)]
-        return BPETokenizer.from_merges(merges, special, pattern=self.pattern)
+        vocabulary, ids = _in_order_of_training(merges, special)
+        options: Any = {"pattern": self.pattern, "steps": self.steps}
+        return BPETokenizer(vocabulary, merges, special_tokens=ids, **options)
 
     def __init__(
         self,
@@ -783,10 +786,6 @@ class BPETokenizer:
 class SpecialTokens(dict[str, int]):
     """Special tokens and their ids; finds those that are allowed in a text, the longest first."""
 
-    def allowed(self, allowed_special: _Allowed) -> tuple[str, ...]:
-        """Return the tokens that are allowed, after a check that all of them are known."""
-        return self._chosen("allowed_special", allowed_special, self)
-
     def encode(
         self, text: str, allowed: tuple[str, ...], ordinary: Callable[[str], list[int]]
     ) -> list[int]:
@@ -799,6 +798,10 @@ class SpecialTokens(dict[str, int]):
             ids.append(self[match[0]])
             place = match.end()
         return ids + ordinary(text[place:])
+
+    def allowed(self, allowed_special: _Allowed) -> tuple[str, ...]:
+        """Return the tokens that are allowed, after a check that all of them are known."""
+        return self._chosen("allowed_special", allowed_special, self)
 
     def disallowed(
         self, disallowed_special: _Allowed, allowed: Collection[str] = ()
@@ -838,7 +841,7 @@ def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
     if text := decoder.decode(b"", final=True):
         yield text
 
-# %% ../chapters/05_tokenizer.ipynb #f65df2f3
+# %% ../chapters/05_tokenizer.ipynb #29e44c9d
 def _in_order_of_training(
     merges: Sequence[tuple[bytes, bytes]], special: Collection[str]
 ) -> tuple[dict[int, bytes], dict[str, int]]:
