@@ -177,6 +177,12 @@ def test_rules_choose_differently():
     assert len({tuple(tokens) for tokens in chosen.values()}) == 3
 
 
+def test_the_ratio_of_a_pair_that_is_always_together():
+    table = subwords._PairTable.from_words(Counter({"xy": 1, "ab": 3, "ac": 5}), "ratio", 1)
+    row, worth = table.best()
+    assert table.spelling[table.pair[row, 2]] == "xy" and worth == 1.0  # 1 / (1 * 1)
+
+
 def test_training_reports_and_climbs():
     report: list[TrainingStep] = []
     train_wordpiece(TEXTS, 330, min_frequency=1, report=report)
