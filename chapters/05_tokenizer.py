@@ -413,16 +413,17 @@ print(f"more than {million} million words; each different word occurs about {oft
 
 # %% tags=["engine"]
 #| export
-def check_special_tokens(tokens: Collection[str]) -> tuple[str, ...]:
-    """Return ``tokens`` as a tuple of texts; an empty, broken or repeated one is refused."""
-    if isinstance(tokens, str):
-        raise ValueError(f"special_tokens: expected several, such as [{tokens!r}], got one str")
-    if isinstance(tokens, bytes) or not isinstance(tokens, Iterable):
-        raise ValueError(f"special_tokens: expected several texts, got {tokens!r:.60}")
-    tokens = tuple(tokens)
+def check_special_tokens(special_tokens: Collection[str]) -> tuple[str, ...]:
+    """Return ``special_tokens`` as a tuple of texts; an empty, broken or repeated one is refused."""
+    if isinstance(special_tokens, str):
+        expected = f"expected several, such as [{special_tokens!r}]"
+        raise ValueError(f"special_tokens: {expected}, got one str")
+    if isinstance(special_tokens, bytes) or not isinstance(special_tokens, Iterable):
+        raise ValueError(f"special_tokens: expected several texts, got {special_tokens!r:.60}")
+    tokens = tuple(special_tokens)
     for token in tokens:
         if not isinstance(token, str) or not token or valid_text(token) != token:
-            raise ValueError(f"special_tokens: expected non-empty, valid texts, got {token!r}")
+            raise ValueError(f"special_tokens: expected non-empty, valid texts, got {token!r:.60}")
     if repeated := [token for token, count in Counter(tokens).items() if count > 1]:
         raise ValueError(f"special_tokens: expected each once, got {repeated[0]!r} several times")
     return tokens
@@ -941,7 +942,10 @@ class WordCache(dict[str, tuple[int, ...]]):
     ) -> None:
         """Make an empty cache for ``size`` words of at most ``longest`` characters."""
         super().__init__()
-        check_at_least(size=(1, size), longest=(0, longest))
+        for argument, value, least in (("size", size, 1), ("longest", longest, 0)):
+            if value is None:
+                raise ValueError(f"{argument}: expected a whole number, got None")
+            check_at_least(**{argument: (least, value)})
         if not callable(encode):
             raise ValueError(f"encode: expected a function of a word, got {encode!r:.60}")
         self._encode, self._size, self._longest = encode, size, longest
@@ -1585,6 +1589,8 @@ class BPETokenizer(BPETokenizer):  # continued
         add_special_tokens: bool = True,
     ) -> list[list[int]]:
         """Return the ids of each of ``texts``, in order, encoded by ``workers`` processes."""
+        if workers is None:
+            raise ValueError("workers: expected a whole number, got None")
         check_at_least(workers=(1, workers))
         special = self._tables.special
         options = {

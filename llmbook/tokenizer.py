@@ -86,17 +86,18 @@ def pretokenize(text: str, pattern: str = GPT4_PATTERN) -> list[str]:
     """
     return _splitter(pattern)(valid_text(text))
 
-# %% ../chapters/05_tokenizer.ipynb #ba7c6f3f
-def check_special_tokens(tokens: Collection[str]) -> tuple[str, ...]:
-    """Return ``tokens`` as a tuple of texts; an empty, broken or repeated one is refused."""
-    if isinstance(tokens, str):
-        raise ValueError(f"special_tokens: expected several, such as [{tokens!r}], got one str")
-    if isinstance(tokens, bytes) or not isinstance(tokens, Iterable):
-        raise ValueError(f"special_tokens: expected several texts, got {tokens!r:.60}")
-    tokens = tuple(tokens)
+# %% ../chapters/05_tokenizer.ipynb #afc75f3d
+def check_special_tokens(special_tokens: Collection[str]) -> tuple[str, ...]:
+    """Return ``special_tokens`` as a tuple of texts; an empty, broken or repeated one is refused."""
+    if isinstance(special_tokens, str):
+        expected = f"expected several, such as [{special_tokens!r}]"
+        raise ValueError(f"special_tokens: {expected}, got one str")
+    if isinstance(special_tokens, bytes) or not isinstance(special_tokens, Iterable):
+        raise ValueError(f"special_tokens: expected several texts, got {special_tokens!r:.60}")
+    tokens = tuple(special_tokens)
     for token in tokens:
         if not isinstance(token, str) or not token or valid_text(token) != token:
-            raise ValueError(f"special_tokens: expected non-empty, valid texts, got {token!r}")
+            raise ValueError(f"special_tokens: expected non-empty, valid texts, got {token!r:.60}")
     if repeated := [token for token, count in Counter(tokens).items() if count > 1]:
         raise ValueError(f"special_tokens: expected each once, got {repeated[0]!r} several times")
     return tokens
@@ -373,7 +374,7 @@ def _apply_merges(
             heappush(heap, rank_before * size + previous)
     return [token for token in tokens if token >= 0]
 
-# %% ../chapters/05_tokenizer.ipynb #893868f7
+# %% ../chapters/05_tokenizer.ipynb #88a943eb
 class WordCache(dict[str, tuple[int, ...]]):
     """Ids of words, found by ``encode`` when first asked for; bounded in number and length."""
 
@@ -382,7 +383,10 @@ class WordCache(dict[str, tuple[int, ...]]):
     ) -> None:
         """Make an empty cache for ``size`` words of at most ``longest`` characters."""
         super().__init__()
-        check_at_least(size=(1, size), longest=(0, longest))
+        for argument, value, least in (("size", size, 1), ("longest", longest, 0)):
+            if value is None:
+                raise ValueError(f"{argument}: expected a whole number, got None")
+            check_at_least(**{argument: (least, value)})
         if not callable(encode):
             raise ValueError(f"encode: expected a function of a word, got {encode!r:.60}")
         self._encode, self._size, self._longest = encode, size, longest
@@ -569,6 +573,8 @@ class BPETokenizer:
         add_special_tokens: bool = True,
     ) -> list[list[int]]:
         """Return the ids of each of ``texts``, in order, encoded by ``workers`` processes."""
+        if workers is None:
+            raise ValueError("workers: expected a whole number, got None")
         check_at_least(workers=(1, workers))
         special = self._tables.special
         options = {
@@ -1073,7 +1079,7 @@ class _Tables:
             return [(start, end)]
         return [match.span() for match in _CLUSTER.finditer(text, start, end)]
 
-# %% ../chapters/05_tokenizer.ipynb #9a03267e
+# %% ../chapters/05_tokenizer.ipynb #ea8dbeb5
 def _encode_job(job: tuple[BPETokenizer, list[str], dict[str, Any]]) -> list[list[int]]:
     """What a worker does: encode some texts."""
     tokenizer, texts, options = job

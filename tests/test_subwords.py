@@ -501,6 +501,7 @@ def test_size_is_what_was_asked_or_less(kind):
         (["a b"], {"special_tokens": 5}, "special_tokens: expected .* got 5"),
         (["a b"], {"special_tokens": ["<"]}, "special_tokens: expected names .* got '<'"),
         (5, {}, "texts: expected .* got (5|int)"),
+        (["a"], {"report": "list"}, "report: expected a list, got 'list'"),
         (["a"], {"character_coverage": "all"}, "character_coverage: expected above 0.* got 'all'"),
         (["a"], {"character_coverage": math.nan}, "character_coverage: expected above 0.* got nan"),
         (["a"], {"character_coverage": 0.0}, "character_coverage: expected above 0"),
@@ -907,6 +908,7 @@ def test_bad_measures_are_refused():
         ({"left": np.array([1.0])}, "pair: expected no more than its tokens occur"),
         ({"total": 1.0}, "pair: expected no more than its tokens occur"),
         ({"left": np.array([3.0]), "same": True}, "pair: expected no more than its tokens occur"),
+        ({"same": np.array([True, False])}, "same: expected one bool, or one for each pair"),
     ):
         with pytest.raises(ValueError, match=message):
             merge_gain(**{**good, **change})
