@@ -414,7 +414,7 @@ print(f"more than {million} million words; each different word occurs about {oft
 # %% tags=["engine"]
 #| export
 def check_special_tokens(special_tokens: Collection[str]) -> tuple[str, ...]:
-    """Return ``special_tokens`` as a tuple of texts; an empty, broken or repeated one is refused."""
+    """Return ``special_tokens`` as a tuple; an empty, broken or repeated text is refused."""
     if isinstance(special_tokens, str):
         expected = f"expected several, such as [{special_tokens!r}]"
         raise ValueError(f"special_tokens: {expected}, got one str")
@@ -1578,6 +1578,12 @@ def _encode_job(job: tuple[BPETokenizer, list[str], dict[str, Any]]) -> list[lis
     return [tokenizer.encode(text, **options) for text in texts]
 
 
+# %% [markdown] tags=["engine"]
+# Each worker gets a batch of texts, and the tokenizer without its tables.
+
+
+# %% tags=["engine"]
+#| export
 class BPETokenizer(BPETokenizer):  # continued
     def encode_batch(
         self,

@@ -86,9 +86,9 @@ def pretokenize(text: str, pattern: str = GPT4_PATTERN) -> list[str]:
     """
     return _splitter(pattern)(valid_text(text))
 
-# %% ../chapters/05_tokenizer.ipynb #afc75f3d
+# %% ../chapters/05_tokenizer.ipynb #c79ce611
 def check_special_tokens(special_tokens: Collection[str]) -> tuple[str, ...]:
-    """Return ``special_tokens`` as a tuple of texts; an empty, broken or repeated one is refused."""
+    """Return ``special_tokens`` as a tuple; an empty, broken or repeated text is refused."""
     if isinstance(special_tokens, str):
         expected = f"expected several, such as [{special_tokens!r}]"
         raise ValueError(f"special_tokens: {expected}, got one str")
@@ -1079,7 +1079,7 @@ class _Tables:
             return [(start, end)]
         return [match.span() for match in _CLUSTER.finditer(text, start, end)]
 
-# %% ../chapters/05_tokenizer.ipynb #ea8dbeb5
+# %% ../chapters/05_tokenizer.ipynb #0afcf843
 def _encode_job(job: tuple[BPETokenizer, list[str], dict[str, Any]]) -> list[list[int]]:
     """What a worker does: encode some texts."""
     tokenizer, texts, options = job

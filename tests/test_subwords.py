@@ -425,6 +425,11 @@ def test_names_of_tokens_in_text_are_text(unigram, text):
     assert not {*unigram.special_tokens.values(), 0} & set(unigram.encode(text))
 
 
+def test_any_id_may_be_that_of_the_unknown():
+    ours = UnigramTokenizer([("a", -1.0), ("<unk>", -9.0), ("▁", -1.0)], unk_id=1)
+    assert ours.encode("axa") == [2, 0, 1, 0] and ours.decode([2, 0]) == "a"
+
+
 def test_unknown_characters_are_one(no_bytes):
     assert no_bytes.tokens("ꙮꙮꙮ").count("<unk>") == 1
     assert no_bytes.decode(no_bytes.encode("the ꙮꙮ cat")) == "the <unk> cat"
