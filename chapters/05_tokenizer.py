@@ -1122,6 +1122,12 @@ def _in_order_of_training(
     return dict(enumerate(tokens)), {text: len(tokens) + i for i, text in enumerate(special)}
 
 
+# %% [markdown] tags=["engine"]
+# So merges are enough to make a tokenizer, or a smaller one:
+
+
+# %% tags=["engine"]
+#| export
 class BPETokenizer(BPETokenizer):  # continued
     @classmethod
     def from_merges(

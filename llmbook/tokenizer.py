@@ -847,7 +847,7 @@ def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
     if text := decoder.decode(b"", final=True):
         yield text
 
-# %% ../chapters/05_tokenizer.ipynb #29e44c9d
+# %% ../chapters/05_tokenizer.ipynb #0daea795
 def _in_order_of_training(
     merges: Sequence[tuple[bytes, bytes]], special: Collection[str]
 ) -> tuple[dict[int, bytes], dict[str, int]]:
