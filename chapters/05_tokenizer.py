@@ -413,16 +413,17 @@ print(f"more than {million} million words; each different word occurs about {oft
 
 # %% tags=["engine"]
 #| export
-def check_special_tokens(tokens: Collection[str]) -> tuple[str, ...]:
-    """Return ``tokens`` as a tuple of texts; an empty, broken or repeated one is refused."""
-    if isinstance(tokens, str):
-        raise ValueError(f"special_tokens: expected several, such as [{tokens!r}], got one str")
-    if isinstance(tokens, bytes) or not isinstance(tokens, Iterable):
-        raise ValueError(f"special_tokens: expected several texts, got {tokens!r:.60}")
-    tokens = tuple(tokens)
+def check_special_tokens(special_tokens: Collection[str]) -> tuple[str, ...]:
+    """Return ``special_tokens`` as a tuple; an empty, broken or repeated text is refused."""
+    if isinstance(special_tokens, str):
+        expected = f"expected several, such as [{special_tokens!r}]"
+        raise ValueError(f"special_tokens: {expected}, got one str")
+    if isinstance(special_tokens, bytes) or not isinstance(special_tokens, Iterable):
+        raise ValueError(f"special_tokens: expected several texts, got {special_tokens!r:.60}")
+    tokens = tuple(special_tokens)
     for token in tokens:
         if not isinstance(token, str) or not token or valid_text(token) != token:
-            raise ValueError(f"special_tokens: expected non-empty, valid texts, got {token!r}")
+            raise ValueError(f"special_tokens: expected non-empty, valid texts, got {token!r:.60}")
     if repeated := [token for token, count in Counter(tokens).items() if count > 1]:
         raise ValueError(f"special_tokens: expected each once, got {repeated[0]!r} several times")
     return tokens
@@ -941,7 +942,10 @@ class WordCache(dict[str, tuple[int, ...]]):
     ) -> None:
         """Make an empty cache for ``size`` words of at most ``longest`` characters."""
         super().__init__()
-        check_at_least(size=(1, size), longest=(0, longest))
+        for argument, value, least in (("size", size, 1), ("longest", longest, 0)):
+            if value is None:
+                raise ValueError(f"{argument}: expected a whole number, got None")
+            check_at_least(**{argument: (least, value)})
         if not callable(encode):
             raise ValueError(f"encode: expected a function of a word, got {encode!r:.60}")
         self._encode, self._size, self._longest = encode, size, longest
@@ -1049,14 +1053,6 @@ _Allowed = Literal["all"] | Collection[str]
 class SpecialTokens(dict[str, int]):
     """Special tokens and their ids; finds those that are allowed in a text, the longest first."""
 
-    def allowed(self, allowed_special: _Allowed) -> tuple[str, ...]:
-        """Return the tokens that are allowed, after a check that all of them are known."""
-        chosen = self if allowed_special == "all" else allowed_special
-        if isinstance(chosen, str) or not set(chosen) <= set(self):
-            expected = f"'all' or some of {sorted(self)}"
-            raise ValueError(f"allowed_special: expected {expected}, got {allowed_special!r}")
-        return tuple(sorted(chosen))
-
     def encode(
         self, text: str, allowed: tuple[str, ...], ordinary: Callable[[str], list[int]]
     ) -> list[int]:
@@ -1126,6 +1122,12 @@ def _in_order_of_training(
     return dict(enumerate(tokens)), {text: len(tokens) + i for i, text in enumerate(special)}
 
 
+# %% [markdown] tags=["engine"]
+# So merges are enough to make a tokenizer, or a smaller one:
+
+
+# %% tags=["engine"]
+#| export
 class BPETokenizer(BPETokenizer):  # continued
     @classmethod
     def from_merges(
@@ -1145,10 +1147,13 @@ class BPETokenizer(BPETokenizer):  # continued
         special = list(self.special_tokens)
         check_at_least(vocab_size=(256 + len(special), vocab_size))
         in_order = _in_order_of_training(self.merges, special)
-        if (self.vocabulary, self.special_tokens) != in_order or self.ignore_merges:
+        others = self.ignore_merges or self.steps.added_tokens
+        if (self.vocabulary, self.special_tokens) != in_order or others:
             raise ValueError("truncated: expected a tokenizer with ids in the order of training")
         merges = self.merges[: vocab_size - 256 - len(special)]
-        return BPETokenizer.from_merges(merges, special, pattern=self.pattern)
+        vocabulary, ids = _in_order_of_training(merges, special)
+        options: Any = {"pattern": self.pattern, "steps": self.steps}
+        return BPETokenizer(vocabulary, merges, special_tokens=ids, **options)
 
 
 # %% [markdown] tags=["engine"]
@@ -1579,6 +1584,12 @@ def _encode_job(job: tuple[BPETokenizer, list[str], dict[str, Any]]) -> list[lis
     return [tokenizer.encode(text, **options) for text in texts]
 
 
+# %% [markdown] tags=["engine"]
+# Each worker gets a batch of texts, and the tokenizer without its tables.
+
+
+# %% tags=["engine"]
+#| export
 class BPETokenizer(BPETokenizer):  # continued
     def encode_batch(
         self,
@@ -1590,6 +1601,8 @@ class BPETokenizer(BPETokenizer):  # continued
         add_special_tokens: bool = True,
     ) -> list[list[int]]:
         """Return the ids of each of ``texts``, in order, encoded by ``workers`` processes."""
+        if workers is None:
+            raise ValueError("workers: expected a whole number, got None")
         check_at_least(workers=(1, workers))
         special = self._tables.special
         options = {
@@ -1837,8 +1850,8 @@ def _each_joined(texts: Iterable[str]) -> Iterator[str]:
 # %% [markdown] tags=["engine"]
 # Pieces are gathered, and the search begins when there is enough. If it finds nothing, it waits for
 # twice as much. So a run of a million letters without any safe place takes memory for itself, and
-# time in proportion to its length. A normalizer changes nothing about this: no character after
-# which we cut, nor the one before, is composed with the other.
+# time in proportion to its length. A normalizer changes nothing about this, because it never
+# composes the two characters on either side of such a cut.
 
 
 # %% tags=["engine"]

@@ -220,8 +220,8 @@ def _checked_counts(argument: str, counts: Any) -> np.ndarray:
 #| export
 def merge_gain(
     pair: Float[np.ndarray, "*pairs"],
-    left: Float[np.ndarray, "*pairs"],
-    right: Float[np.ndarray, "*pairs"],
+    left: Float[np.ndarray, "*pairs"] | float,
+    right: Float[np.ndarray, "*pairs"] | float,
     total: float,
     *,
     merged: Float[np.ndarray, "*pairs"] | float = 0.0,
@@ -239,6 +239,8 @@ def merge_gain(
     given: Any = {"pair": pair, "left": left, "right": right, "merged": merged, "total": total}
     for each in given.items():
         _checked_counts(*each)
+    if np.shape(same) not in ((), np.shape(pair)):
+        raise ValueError(f"same: expected one bool, or one for each pair, got {same!r:.60}")
     if (pair * np.where(same, 2, 1) > left).any() or (pair > right).any() or (pair > total).any():
         raise ValueError(f"pair: expected no more than its tokens occur, got {pair!r:.60}")
     shorter = _xlogx(total) - _xlogx(total - pair)
@@ -999,6 +1001,11 @@ def _check_room(vocab_size: int, characters: int, others: int) -> None:
         raise ValueError(f"vocab_size: expected at least {least} ({needs}), got {vocab_size}")
 
 
+def _check_report(report: object) -> None:
+    if not isinstance(report, list | None):
+        raise ValueError(f"report: expected a list, got {report!r:.60}")
+
+
 def _apart(special_tokens: Collection[str], pieces: Iterable[str]) -> list[str]:
     """Refuse special tokens that are pieces, too: their ids could come from ordinary text."""
     if clash := [piece for piece in pieces if piece in special_tokens]:
@@ -1044,6 +1051,8 @@ class WordPieceTokenizer(_Subwords):
         super().__init__(vocabulary, special_tokens)
         if check_text(unk_token, "unk_token") not in self._ids:
             raise ValueError(f"vocabulary: expected it to have {unk_token!r}, got none")
+        if max_word_length is None:
+            raise ValueError("max_word_length: expected a whole number, got None")
         check_at_least(max_word_length=(1, max_word_length))
         self.unk_token, self.lowercase, self.max_word_length = unk_token, lowercase, max_word_length
         self._vocabulary = self._tokens[: len(vocabulary)]
@@ -1186,6 +1195,7 @@ def train_wordpiece(
     adds a step to ``report``.
     """
     check_at_least(vocab_size=(1, vocab_size), min_frequency=(1, min_frequency))
+    _check_report(report)
     options: Any = {"lowercase": lowercase, "max_word_length": max_word_length}
     empty = WordPieceTokenizer(["[UNK]"], special_tokens=special_tokens, **options)
     words = _count_words(texts, empty._split, empty.special_tokens)
@@ -2180,6 +2190,7 @@ def train_unigram(
     separate, and are not learned. ``report`` gets every round.
     """
     check_at_least(vocab_size=(1, vocab_size))
+    _check_report(report)
     _check_settings(max_piece_length, seed_size, shrink, em_steps)
     empty = _assembled([], byte_fallback, special_tokens)
     special = empty.special_tokens

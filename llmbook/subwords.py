@@ -98,11 +98,11 @@ def _checked_counts(argument: str, counts: Any) -> np.ndarray:
         raise ValueError(f"{argument}: expected finite counts, 0 or more, got {counts!r:.60}")
     return values
 
-# %% ../chapters/06_subwords.ipynb #55094f8f
+# %% ../chapters/06_subwords.ipynb #a7a2f6e4
 def merge_gain(
     pair: Float[np.ndarray, "*pairs"],
-    left: Float[np.ndarray, "*pairs"],
-    right: Float[np.ndarray, "*pairs"],
+    left: Float[np.ndarray, "*pairs"] | float,
+    right: Float[np.ndarray, "*pairs"] | float,
     total: float,
     *,
     merged: Float[np.ndarray, "*pairs"] | float = 0.0,
@@ -120,6 +120,8 @@ def merge_gain(
     given: Any = {"pair": pair, "left": left, "right": right, "merged": merged, "total": total}
     for each in given.items():
         _checked_counts(*each)
+    if np.shape(same) not in ((), np.shape(pair)):
+        raise ValueError(f"same: expected one bool, or one for each pair, got {same!r:.60}")
     if (pair * np.where(same, 2, 1) > left).any() or (pair > right).any() or (pair > total).any():
         raise ValueError(f"pair: expected no more than its tokens occur, got {pair!r:.60}")
     shorter = _xlogx(total) - _xlogx(total - pair)
@@ -473,12 +475,17 @@ def _alphabet(words: Counter[str], coverage: float) -> set[str]:
         seen += count
     return kept
 
-# %% ../chapters/06_subwords.ipynb #168d2001
+# %% ../chapters/06_subwords.ipynb #70745bc9
 def _check_room(vocab_size: int, characters: int, others: int) -> None:
     if vocab_size < characters + others:
         needs = f"{characters} for characters, {others} for unknown, bytes and special tokens"
         least = characters + others
         raise ValueError(f"vocab_size: expected at least {least} ({needs}), got {vocab_size}")
+
+
+def _check_report(report: object) -> None:
+    if not isinstance(report, list | None):
+        raise ValueError(f"report: expected a list, got {report!r:.60}")
 
 
 def _apart(special_tokens: Collection[str], pieces: Iterable[str]) -> list[str]:
@@ -487,7 +494,7 @@ def _apart(special_tokens: Collection[str], pieces: Iterable[str]) -> list[str]:
         raise ValueError(f"special_tokens: expected names that text cannot spell, got {clash[0]!r}")
     return list(special_tokens)
 
-# %% ../chapters/06_subwords.ipynb #50a97ca2
+# %% ../chapters/06_subwords.ipynb #86be9274
 class WordPieceTokenizer(_Subwords):
     """Cuts words and punctuation into the longest pieces that fit, from the left, as BERT does.
 
@@ -515,6 +522,8 @@ class WordPieceTokenizer(_Subwords):
         super().__init__(vocabulary, special_tokens)
         if check_text(unk_token, "unk_token") not in self._ids:
             raise ValueError(f"vocabulary: expected it to have {unk_token!r}, got none")
+        if max_word_length is None:
+            raise ValueError("max_word_length: expected a whole number, got None")
         check_at_least(max_word_length=(1, max_word_length))
         self.unk_token, self.lowercase, self.max_word_length = unk_token, lowercase, max_word_length
         self._vocabulary = self._tokens[: len(vocabulary)]
@@ -596,7 +605,7 @@ def _short_words(words: Counter[str], longest: int, coverage: float) -> Counter[
         raise ValueError(f"character_coverage: {expected}, got {coverage} for {len(short)} words")
     return kept
 
-# %% ../chapters/06_subwords.ipynb #25db0c24
+# %% ../chapters/06_subwords.ipynb #2ad30a81
 def train_wordpiece(
     texts: Iterable[str | Document],
     vocab_size: int,
@@ -618,6 +627,7 @@ def train_wordpiece(
     adds a step to ``report``.
     """
     check_at_least(vocab_size=(1, vocab_size), min_frequency=(1, min_frequency))
+    _check_report(report)
     options: Any = {"lowercase": lowercase, "max_word_length": max_word_length}
     empty = WordPieceTokenizer(["[UNK]"], special_tokens=special_tokens, **options)
     words = _count_words(texts, empty._split, empty.special_tokens)
@@ -1094,7 +1104,7 @@ def _words_and_alphabet(
     alphabet = _alphabet(words, coverage) | set(names) | {"▁"}
     return words + Counter(alphabet), alphabet
 
-# %% ../chapters/06_subwords.ipynb #0ab527a7
+# %% ../chapters/06_subwords.ipynb #8a2d4742
 def train_unigram(
     texts: Iterable[str | Document],
     vocab_size: int,
@@ -1115,6 +1125,7 @@ def train_unigram(
     separate, and are not learned. ``report`` gets every round.
     """
     check_at_least(vocab_size=(1, vocab_size))
+    _check_report(report)
     _check_settings(max_piece_length, seed_size, shrink, em_steps)
     empty = _assembled([], byte_fallback, special_tokens)
     special = empty.special_tokens

@@ -86,17 +86,18 @@ def pretokenize(text: str, pattern: str = GPT4_PATTERN) -> list[str]:
     """
     return _splitter(pattern)(valid_text(text))
 
-# %% ../chapters/05_tokenizer.ipynb #ba7c6f3f
-def check_special_tokens(tokens: Collection[str]) -> tuple[str, ...]:
-    """Return ``tokens`` as a tuple of texts; an empty, broken or repeated one is refused."""
-    if isinstance(tokens, str):
-        raise ValueError(f"special_tokens: expected several, such as [{tokens!r}], got one str")
-    if isinstance(tokens, bytes) or not isinstance(tokens, Iterable):
-        raise ValueError(f"special_tokens: expected several texts, got {tokens!r:.60}")
-    tokens = tuple(tokens)
+# %% ../chapters/05_tokenizer.ipynb #c79ce611
+def check_special_tokens(special_tokens: Collection[str]) -> tuple[str, ...]:
+    """Return ``special_tokens`` as a tuple; an empty, broken or repeated text is refused."""
+    if isinstance(special_tokens, str):
+        expected = f"expected several, such as [{special_tokens!r}]"
+        raise ValueError(f"special_tokens: {expected}, got one str")
+    if isinstance(special_tokens, bytes) or not isinstance(special_tokens, Iterable):
+        raise ValueError(f"special_tokens: expected several texts, got {special_tokens!r:.60}")
+    tokens = tuple(special_tokens)
     for token in tokens:
         if not isinstance(token, str) or not token or valid_text(token) != token:
-            raise ValueError(f"special_tokens: expected non-empty, valid texts, got {token!r}")
+            raise ValueError(f"special_tokens: expected non-empty, valid texts, got {token!r:.60}")
     if repeated := [token for token, count in Counter(tokens).items() if count > 1]:
         raise ValueError(f"special_tokens: expected each once, got {repeated[0]!r} several times")
     return tokens
@@ -373,7 +374,7 @@ def _apply_merges(
             heappush(heap, rank_before * size + previous)
     return [token for token in tokens if token >= 0]
 
-# %% ../chapters/05_tokenizer.ipynb #893868f7
+# %% ../chapters/05_tokenizer.ipynb #88a943eb
 class WordCache(dict[str, tuple[int, ...]]):
     """Ids of words, found by ``encode`` when first asked for; bounded in number and length."""
 
@@ -382,7 +383,10 @@ class WordCache(dict[str, tuple[int, ...]]):
     ) -> None:
         """Make an empty cache for ``size`` words of at most ``longest`` characters."""
         super().__init__()
-        check_at_least(size=(1, size), longest=(0, longest))
+        for argument, value, least in (("size", size, 1), ("longest", longest, 0)):
+            if value is None:
+                raise ValueError(f"{argument}: expected a whole number, got None")
+            check_at_least(**{argument: (least, value)})
         if not callable(encode):
             raise ValueError(f"encode: expected a function of a word, got {encode!r:.60}")
         self._encode, self._size, self._longest = encode, size, longest
@@ -396,7 +400,7 @@ class WordCache(dict[str, tuple[int, ...]]):
             self[word] = ids
         return ids
 
-# %% ../chapters/05_tokenizer.ipynb #3d551e94
+# %% ../chapters/05_tokenizer.ipynb #5272475b
 _Allowed = Literal["all"] | Collection[str]
 
 
@@ -486,10 +490,13 @@ class BPETokenizer:
         special = list(self.special_tokens)
         check_at_least(vocab_size=(256 + len(special), vocab_size))
         in_order = _in_order_of_training(self.merges, special)
-        if (self.vocabulary, self.special_tokens) != in_order or self.ignore_merges:
+        others = self.ignore_merges or self.steps.added_tokens
+        if (self.vocabulary, self.special_tokens) != in_order or others:
             raise ValueError("truncated: expected a tokenizer with ids in the order of training")
         merges = self.merges[: vocab_size - 256 - len(special)]
-        return BPETokenizer.from_merges(merges, special, pattern=self.pattern)
+        vocabulary, ids = _in_order_of_training(merges, special)
+        options: Any = {"pattern": self.pattern, "steps": self.steps}
+        return BPETokenizer(vocabulary, merges, special_tokens=ids, **options)
 
     def __init__(
         self,
@@ -566,6 +573,8 @@ class BPETokenizer:
         add_special_tokens: bool = True,
     ) -> list[list[int]]:
         """Return the ids of each of ``texts``, in order, encoded by ``workers`` processes."""
+        if workers is None:
+            raise ValueError("workers: expected a whole number, got None")
         check_at_least(workers=(1, workers))
         special = self._tables.special
         options = {
@@ -783,10 +792,6 @@ class BPETokenizer:
 class SpecialTokens(dict[str, int]):
     """Special tokens and their ids; finds those that are allowed in a text, the longest first."""
 
-    def allowed(self, allowed_special: _Allowed) -> tuple[str, ...]:
-        """Return the tokens that are allowed, after a check that all of them are known."""
-        return self._chosen("allowed_special", allowed_special, self)
-
     def encode(
         self, text: str, allowed: tuple[str, ...], ordinary: Callable[[str], list[int]]
     ) -> list[int]:
@@ -799,6 +804,10 @@ class SpecialTokens(dict[str, int]):
             ids.append(self[match[0]])
             place = match.end()
         return ids + ordinary(text[place:])
+
+    def allowed(self, allowed_special: _Allowed) -> tuple[str, ...]:
+        """Return the tokens that are allowed, after a check that all of them are known."""
+        return self._chosen("allowed_special", allowed_special, self)
 
     def disallowed(
         self, disallowed_special: _Allowed, allowed: Collection[str] = ()
@@ -838,7 +847,7 @@ def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
     if text := decoder.decode(b"", final=True):
         yield text
 
-# %% ../chapters/05_tokenizer.ipynb #f65df2f3
+# %% ../chapters/05_tokenizer.ipynb #0daea795
 def _in_order_of_training(
     merges: Sequence[tuple[bytes, bytes]], special: Collection[str]
 ) -> tuple[dict[int, bytes], dict[str, int]]:
@@ -1070,7 +1079,7 @@ class _Tables:
             return [(start, end)]
         return [match.span() for match in _CLUSTER.finditer(text, start, end)]
 
-# %% ../chapters/05_tokenizer.ipynb #9a03267e
+# %% ../chapters/05_tokenizer.ipynb #0afcf843
 def _encode_job(job: tuple[BPETokenizer, list[str], dict[str, Any]]) -> list[list[int]]:
     """What a worker does: encode some texts."""
     tokenizer, texts, options = job

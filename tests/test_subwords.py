@@ -177,6 +177,12 @@ def test_rules_choose_differently():
     assert len({tuple(tokens) for tokens in chosen.values()}) == 3
 
 
+def test_the_ratio_of_a_pair_that_is_always_together():
+    table = subwords._PairTable.from_words(Counter({"xy": 1, "ab": 3, "ac": 5}), "ratio", 1)
+    row, worth = table.best()
+    assert table.spelling[table.pair[row, 2]] == "xy" and worth == 1.0  # 1 / (1 * 1)
+
+
 def test_training_reports_and_climbs():
     report: list[TrainingStep] = []
     train_wordpiece(TEXTS, 330, min_frequency=1, report=report)
@@ -419,6 +425,11 @@ def test_names_of_tokens_in_text_are_text(unigram, text):
     assert not {*unigram.special_tokens.values(), 0} & set(unigram.encode(text))
 
 
+def test_any_id_may_be_that_of_the_unknown():
+    ours = UnigramTokenizer([("a", -1.0), ("<unk>", -9.0), ("▁", -1.0)], unk_id=1)
+    assert ours.encode("axa") == [2, 0, 1, 0] and ours.decode([2, 0]) == "a"
+
+
 def test_unknown_characters_are_one(no_bytes):
     assert no_bytes.tokens("ꙮꙮꙮ").count("<unk>") == 1
     assert no_bytes.decode(no_bytes.encode("the ꙮꙮ cat")) == "the <unk> cat"
@@ -495,6 +506,7 @@ def test_size_is_what_was_asked_or_less(kind):
         (["a b"], {"special_tokens": 5}, "special_tokens: expected .* got 5"),
         (["a b"], {"special_tokens": ["<"]}, "special_tokens: expected names .* got '<'"),
         (5, {}, "texts: expected .* got (5|int)"),
+        (["a"], {"report": "list"}, "report: expected a list, got 'list'"),
         (["a"], {"character_coverage": "all"}, "character_coverage: expected above 0.* got 'all'"),
         (["a"], {"character_coverage": math.nan}, "character_coverage: expected above 0.* got nan"),
         (["a"], {"character_coverage": 0.0}, "character_coverage: expected above 0"),
@@ -901,6 +913,7 @@ def test_bad_measures_are_refused():
         ({"left": np.array([1.0])}, "pair: expected no more than its tokens occur"),
         ({"total": 1.0}, "pair: expected no more than its tokens occur"),
         ({"left": np.array([3.0]), "same": True}, "pair: expected no more than its tokens occur"),
+        ({"same": np.array([True, False])}, "same: expected one bool, or one for each pair"),
     ):
         with pytest.raises(ValueError, match=message):
             merge_gain(**{**good, **change})

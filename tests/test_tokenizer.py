@@ -834,6 +834,42 @@ class TestSteps:
         assert 400 in ours.encode("<think>") and 398 not in ours.encode("<s>")
         assert ours.decode([97, 400, 398, 98], skip_special_tokens=True) == "a<think>b"
 
+    @pytest.mark.parametrize("family", ["qwen", "llama"])
+    def test_files_of_the_official_form(self, tmp_path: Path, family: str) -> None:
+        """What stands in the tokenizer.json of Qwen 3 and of Llama 3, but for the vocabulary."""
+        path, qwen = tmp_path / "t.json", family == "qwen"
+        trained = train_bpe(TEXTS, 400, pattern=QWEN2_PATTERN if qwen else module._LLAMA3_PATTERN)
+        trained.save(path)
+        data = json.loads(path.read_text(encoding="utf-8"))
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        special = {END: True, "<|im_end|>": True, "<think>": not qwen}
+        data["added_tokens"] = [
+            {"id": 399 + place, "content": text, **flags, "special": kind}
+            for place, (text, kind) in enumerate(special.items())
+        ]
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+        level["use_regex"] = False
+        data["pre_tokenizer"]["pretokenizers"][1] = data["decoder"] = level
+        data["model"] |= {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+        data["normalizer"] = {"type": "NFC"} if qwen else None
+        mark = {"SpecialToken": {"id": END, "type_id": 0}}
+        first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+        template = {
+            "type": "TemplateProcessing",
+            "single": [mark, first],
+            "pair": [mark, first, mark, second],
+            "special_tokens": {END: {"id": END, "ids": [399], "tokens": [END]}},
+        }
+        steps = {"type": "Sequence", "processors": [level, template]}
+        data["post_processor"] = level if qwen else steps
+        data["model"]["ignore_merges"] = not qwen
+        path.write_text(json.dumps(data), encoding="utf-8")
+        theirs, ours = tokenizers.Tokenizer.from_file(str(path)), BPETokenizer.load(path)
+        for text in (*TEXTS, "<think>cafe\u0301</think><|im_end|>", "1234"):
+            ids = ours.encode(text, allowed_special="all")
+            assert ids == theirs.encode(text).ids and (qwen or ids[0] == 399)
+            assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids)
+
     def test_normalizer(self) -> None:
         plain = train_bpe(TEXTS, 400)
         composing = dataclasses.replace(plain, steps=TextSteps(normalizer="NFC"))
@@ -1295,7 +1331,7 @@ class TestVocabulary:
             (BYTES, "ab", {}, "merges: expected pairs of bytes in order, got 'ab'"),
             (BYTES, [("a", "b")], {}, "merges: expected pairs of bytes, got ('a', 'b') at index 0"),
             (BYTES, [(b"a",)], {}, "merges: expected pairs of bytes, got (b'a',) at index 0"),
-            (BYTES, [], {"special_tokens": 5}, "special_tokens: expected several texts, got 5"),
+            (BYTES, [], {"special_tokens": 5}, "special_tokens: expected "),
             (
                 BYTES,
                 [],
@@ -1343,8 +1379,15 @@ class TestVocabulary:
         assert large.truncated(258).merges == []
         with pytest.raises(ValueError, match="vocab_size"):
             large.truncated(257)
-        with pytest.raises(ValueError, match="order of training"):
-            BPETokenizer(BYTES | {300: b"ab"}, [(b"a", b"b")]).truncated(256)
+        steps = TextSteps("NFC", prefix=["<a>"])  # are kept
+        assert dataclasses.replace(large, steps=steps).truncated(300).steps == steps
+        for tokenizer in (
+            BPETokenizer(BYTES | {300: b"ab"}, [(b"a", b"b")]),
+            BPETokenizer(BYTES, [], steps=TextSteps(added_tokens={"<a>": 256})),
+            BPETokenizer(BYTES, [], ignore_merges=True),
+        ):
+            with pytest.raises(ValueError, match="order of training"):
+                tokenizer.truncated(256)
 
     def test_cannot_be_changed(self, ours: BPETokenizer) -> None:
         given = {"<s>": 256}
