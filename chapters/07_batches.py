@@ -343,9 +343,27 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
     Two that agree on this text and on their special tokens, but not elsewhere, look the same.
     """
+    _check_tokenizer(tokenizer)
     special = sorted(tokenizer.special_tokens.items())
     ids = [int(token) for token in tokenizer.encode(_PROBE)]
     return blake2b(repr((tokenizer.vocab_size, special, ids)).encode(), digest_size=8).hexdigest()
+
+
+# %% tags=["engine"]
+#| export
+# What is no tokenizer, and a number that is not given, are named.
+def _check_tokenizer(tokenizer: object) -> None:
+    if not isinstance(tokenizer, Tokenizer):
+        expected = "expected an object with vocab_size, special_tokens and encode"
+        raise ValueError(f"tokenizer: {expected}, got {tokenizer!r:.60}")
+
+
+def _check_given(**bounds: tuple[int, object]) -> None:
+    """Demand whole numbers of at least so much, as ``check_at_least``, but not None."""
+    for argument, (_, value) in bounds.items():
+        if value is None:
+            raise ValueError(f"{argument}: expected a whole number, got None")
+    check_at_least(**bounds)
 
 
 # %% [markdown] tags=["engine"]
@@ -502,6 +520,11 @@ def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.bin"
 
 
+def _check_path(directory: object) -> None:
+    if not isinstance(directory, str | os.PathLike):
+        raise ValueError(f"directory: expected a path, got {directory!r:.60}")
+
+
 def _blank_header(tokenizer: Tokenizer, end_of_text: str) -> ShardHeader:
     """The header of an empty shard of ids by ``tokenizer``."""
     special, size = dict(tokenizer.special_tokens), tokenizer.vocab_size
@@ -546,9 +569,12 @@ def write_shards(
     corpus). The directory appears complete or not at all. Empty documents are left out, with a
     warning. A ``ValueError`` tells of wrong ids, no text at all, or files in the directory.
     """
-    check_at_least(shard_tokens=(1, shard_tokens), workers=(1, workers))
-    if isinstance(texts, str | bytes):
+    _check_given(shard_tokens=(1, shard_tokens))
+    check_at_least(workers=(1, workers))
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
         raise ValueError(f"texts: expected several texts, got one {type(texts).__name__}")
+    _check_tokenizer(tokenizer)
+    _check_path(directory)
     header, digest = _blank_header(tokenizer, end_of_text), _NO_DIGEST
     target = Path(directory).resolve()
     with whole_directory(target) as draft:
@@ -605,6 +631,7 @@ class TokenRing:
 
     def window(self, start: int, length: int) -> Int64[np.ndarray, " length"]:
         """Return ``length`` ids from position ``start`` on, going round as often as it takes."""
+        _check_window(start, length)
         window, done = np.empty(length, np.int64), 0
         while done < length:
             at = (start + done) % len(self)
@@ -632,8 +659,16 @@ print(f"{len(ring)} tokens; 4 of them from position 3 on: {ring.window(3, 4).tol
 
 # %% tags=["engine"]
 #| export
+def _check_window(start: object, length: object) -> None:
+    _check_given(length=(0, length))
+    if isinstance(start, bool) or not isinstance(start, int | np.integer):
+        raise ValueError(f"start: expected a whole number, got {start!r}")
+
+
 def _rows_of_ids(tokens: Any) -> list[np.ndarray]:
     """Return ``tokens``, a row of ids or several rows, as arrays."""
+    if not hasattr(tokens, "__iter__"):
+        raise ValueError(f"tokens: expected a row of ids or several, got {tokens!r:.60}")
     is_list = isinstance(tokens, Sequence) and len(tokens) > 0
     is_row = isinstance(tokens, np.ndarray | Tensor) or (
         is_list and isinstance(tokens[0], int | np.integer)
@@ -794,6 +829,7 @@ class TokenShards(TokenRing):
     end_of_text: int
 
     def __init__(self, directory: str | Path, tokenizer: Tokenizer | None = None):
+        _check_path(directory)
         self.directory = Path(directory).resolve()
         self._shards = [_Shard(path) for path in _shard_paths(self.directory)]
         _check_chain(self.directory, [shard.header for shard in self._shards])
@@ -977,6 +1013,8 @@ def random_bits(*counters: int | np.ndarray) -> UInt64[np.ndarray, " n"]:
     array([55, 54, 31], dtype=uint64)
     """
     state = np.zeros(1, np.uint64)
+    if not counters:
+        raise ValueError("counters: expected at least one, got none")
     for counter in counters:
         array = np.atleast_1d(counter)
         if array.dtype.kind not in "biu":
@@ -1039,7 +1077,9 @@ def permuted(
     >>> permuted(np.arange(10), 10, 0).tolist()
     [5, 3, 6, 0, 9, 2, 4, 7, 8, 1]
     """
-    check_at_least(size=(1, size))
+    _check_given(size=(1, size))
+    if not isinstance(numbers, np.ndarray) or (numbers.size and numbers.dtype.kind not in "iu"):
+        raise ValueError(f"numbers: expected an array of whole numbers, got {numbers!r:.60}")
     if numbers.size and not 0 <= numbers.min() <= numbers.max() < size:
         wrong = numbers[(numbers < 0) | (numbers >= size)][0]
         raise ValueError(f"numbers: expected 0 to {size - 1}, got {wrong}")
@@ -1126,10 +1166,13 @@ def window_batch(
 ) -> Batch:
     """Return the windows that begin at ``starts``: ``context_length`` inputs, targets one later."""
     ring = _as_ring(ring, "ring")
-    check_at_least(context_length=(1, context_length))
-    if not len(starts):
-        raise ValueError(f"starts: expected at least one position, got {starts!r}")
-    windows = np.stack([ring.window(int(start), context_length + 1) for start in starts])
+    _check_given(context_length=(1, context_length))
+    places = np.asarray(starts)
+    if places.ndim != 1 or not places.size or places.dtype.kind not in "iu":
+        raise ValueError(
+            f"starts: expected at least one position, whole numbers, got {starts!r:.60}"
+        )
+    windows = np.stack([ring.window(int(start), context_length + 1) for start in places])
     inputs, targets = windows[:, :-1].copy(), windows[:, 1:].copy()
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
 
@@ -1207,6 +1250,8 @@ def document_fields(
     >>> positions.tolist(), documents.tolist()
     ([[0, 1, 0, 1, 2]], [[0, 0, 1, 1, 1]])
     """
+    _check_ids("inputs", inputs)
+    _check_given(end_of_text=(0, end_of_text))
     opens = inputs == end_of_text
     places = torch.arange(inputs.size(1), device=inputs.device).expand_as(inputs)
     begin = torch.where(opens, places, 0).cummax(dim=1).values
@@ -1221,8 +1266,21 @@ def document_mask(
     Padding, document -1, attends to padding, so that no row of the mask is empty and no softmax is
     taken over nothing.
     """
+    _check_ids("document_ids", document_ids)
     same = document_ids[:, :, None] == document_ids[:, None, :]
     return same.tril()[:, None]  # the 1 stands for all heads
+
+
+# %% tags=["engine"]
+#| export
+# Anything but a batch of ids is named
+def _check_ids(argument: str, ids: Tensor) -> None:
+    is_whole = isinstance(ids, Tensor) and not (ids.is_floating_point() or ids.dtype == torch.bool)
+    if not is_whole or ids.ndim != 2:
+        is_tensor = isinstance(ids, Tensor)
+        got = f"{ids.dtype} of shape {tuple(ids.shape)}" if is_tensor else f"{ids!r:.60}"
+        expected = "expected a tensor of whole numbers, (batch, sequence)"
+        raise ValueError(f"{argument}: {expected}, got {got}")
 
 
 # %% [markdown]
@@ -1333,9 +1391,12 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> Int64[np.nda
 def _checked_lengths(
     lengths: Sequence[int] | np.ndarray, capacity: int
 ) -> Int64[np.ndarray, " documents"]:
+    _check_given(capacity=(1, capacity))
     sizes = np.asarray(lengths)
     if sizes.size and sizes.dtype.kind not in "iu":
         raise ValueError(f"lengths: expected whole numbers, got {sizes.flat[0]!r}")
+    if sizes.ndim != 1:
+        raise ValueError(f"lengths: expected a row of them, got shape {sizes.shape}")
     if sizes.size and not 1 <= sizes.min() <= sizes.max() <= capacity:
         wrong = sizes[(sizes < 1) | (sizes > capacity)][0]
         raise ValueError(f"lengths: expected 1 to {capacity}, the capacity, got {wrong}")
@@ -1377,9 +1438,7 @@ class PackedDocuments:
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """Return the given rows; padding has targets -100 and document id -1."""
-        wrong = [row for row in rows if not 0 <= row < len(self) or int(row) != row]
-        if wrong or not len(rows):
-            raise ValueError(f"rows: expected 0 to {len(self) - 1}, got {[*wrong, 'none'][0]}")
+        _check_rows(rows, len(self))
         fields = np.stack([_packed_row(self, int(row)) for row in rows], axis=1)
         return Batch(*torch.from_numpy(fields))
 
@@ -1391,6 +1450,16 @@ class PackedDocuments:
 
 # %% tags=["engine"]
 #| export
+def _check_rows(rows: Any, size: int) -> None:
+    if not isinstance(rows, Sequence | np.ndarray | Tensor) or isinstance(rows, str):
+        raise ValueError(f"rows: expected numbers of rows, got {rows!r:.60}")
+    numbers = [row for row in rows if isinstance(row, int | np.integer)]
+    wrong = [row for row in rows if not isinstance(row, int | np.integer)]
+    wrong += [row for row in numbers if not 0 <= row < size]
+    if wrong or not len(rows):
+        raise ValueError(f"rows: expected 0 to {size - 1}, got {[*wrong, 'none'][0]}")
+
+
 def _packed_row(packed: PackedDocuments, row: int) -> Int64[np.ndarray, "4 sequence"]:
     """Return inputs, targets, position ids and document ids of a row."""
     length, at = packed.context_length, 0
@@ -1422,7 +1491,9 @@ def pack_documents(
     cut into pieces of ``context_length``; each piece counts as a document, its positions from 0.
     A ``TokenRing`` in memory must know its ``end_of_text``.
     """
-    check_at_least(context_length=(1, context_length))
+    if not isinstance(shards, TokenRing):
+        raise ValueError(f"shards: expected TokenShards or a TokenRing, got {shards!r:.60}")
+    _check_given(context_length=(1, context_length))
     if strategy not in ("best_fit", "one_per_row"):
         raise ValueError(f"strategy: expected 'best_fit' or 'one_per_row', got {strategy!r}")
     sizes = np.diff(shards.document_ends, prepend=0)
@@ -1590,7 +1661,7 @@ class ResumableBatches(ResumableBatches):  # continued
         Each process gets a copy of tokens in memory, also of a memory-mapped array; ``TokenShards``
         are opened there anew.
         """
-        check_at_least(workers=(1, workers), ahead=(1, ahead))
+        _check_given(workers=(1, workers), ahead=(1, ahead))
         return _prefetched(self, workers, ahead)
 
 
@@ -1733,6 +1804,10 @@ def _check_sampler(sampler: BatchSampler) -> None:
     source, order = _source(sampler.source), sampler.order
     if order not in _ORDERS:
         raise ValueError(f"order: expected one of {_ORDERS}, got {order!r}")
+    for name in ("documents", "wrap"):
+        if not isinstance(getattr(sampler, name), bool | np.bool_):
+            expected = "expected True or False"
+            raise ValueError(f"{name}: {expected}, got {getattr(sampler, name)!r:.60}")
     sampler.context_length = int(_context_length(sampler))
     is_packed = isinstance(source, PackedDocuments)
     sampler.documents = bool(sampler.documents or is_packed)
