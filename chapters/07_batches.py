@@ -366,6 +366,12 @@ def _check_given(**bounds: tuple[int, object]) -> None:
     check_at_least(**bounds)
 
 
+def _check_window(start: object, length: object) -> None:
+    _check_given(length=(0, length))
+    if isinstance(start, bool) or not isinstance(start, int | np.integer):
+        raise ValueError(f"start: expected a whole number, got {start!r}")
+
+
 # %% [markdown] tags=["engine"]
 # **Ids that cannot be wrong.** A document is a text, a {py:class}`~llmbook.corpus.Document`, or ids
 # that somebody has already made. An error names the document.
@@ -659,12 +665,6 @@ print(f"{len(ring)} tokens; 4 of them from position 3 on: {ring.window(3, 4).tol
 
 # %% tags=["engine"]
 #| export
-def _check_window(start: object, length: object) -> None:
-    _check_given(length=(0, length))
-    if isinstance(start, bool) or not isinstance(start, int | np.integer):
-        raise ValueError(f"start: expected a whole number, got {start!r}")
-
-
 def _rows_of_ids(tokens: Any) -> list[np.ndarray]:
     """Return ``tokens``, a row of ids or several rows, as arrays."""
     if not hasattr(tokens, "__iter__"):
@@ -2111,9 +2111,10 @@ def rows_until_seen(share: float, n_tokens: int, context_length: int) -> int:
 generator = np.random.default_rng(0)
 for share, n_tokens, context_length in ((0.5, 4000, 16), (0.99, 3000, 30), (0.9, 50, 25)):
     needed = rows_until_seen(share, n_tokens, context_length)
-    for drawn, reached in ((needed, True), (needed - 1, False)):
-        missed = (1 - context_length / n_tokens) ** drawn
-        assert (1 - missed >= share) == reached, f"{drawn} rows: seen is {1 - missed:.4f} of all"
+    assert isinstance(needed, int), f"{needed}: rows are counted in whole numbers"
+    enough, fewer = (1 - (1 - context_length / n_tokens) ** drawn for drawn in (needed, needed - 1))
+    assert enough >= share, f"too few: after {needed} rows {enough:.4f} of the tokens are seen"
+    assert fewer < share, f"not the least: after {needed - 1} rows {fewer:.4f} are seen already"
     seen = np.zeros((200, n_tokens), bool)
     for trial in seen:
         starts = generator.integers(n_tokens, size=needed)
@@ -2145,17 +2146,23 @@ def mean_context(batch: Batch) -> float:
 # %% tags=["check"]
 T = 64
 plain = BatchSampler(shards, 8, T)[0]
-assert abs(mean_context(plain) - (T + 1) / 2) < 1e-4, "causal: 1, 2, ..., T inputs"
-by_document = Batch(
+causal = mean_context(plain)
+assert abs(causal - (T + 1) / 2) < 1e-4, "causal: 1, 2, ..., T inputs, its own place included"
+two = Batch(
     torch.zeros(1, 6, dtype=torch.long),
-    torch.tensor([[1, 1, 1, 1, 1, -100]]),
-    torch.tensor([[0, 1, 2, 0, 1, 0]]),
-    torch.tensor([[0, 0, 0, 1, 1, -1]]),
+    torch.tensor([[1, 1, 1, 1, 1, 1]]),
+    torch.tensor([[0, 1, 2, 0, 1, 2]]),
+    torch.tensor([[0, 0, 0, 1, 1, 1]]),
 )
-assert abs(mean_context(by_document) - 9 / 5) < 1e-6, "1 + 2 + 3 and 1 + 2, padding left out"
+assert abs(mean_context(two) - 2) < 1e-6, "a prediction sees its own document only"
+by_document = two._replace(
+    targets=torch.tensor([[1, 1, 1, 1, 1, -100]]), document_ids=torch.tensor([[0, 0, 0, 1, 1, -1]])
+)
+expected = "places without a target do not count: here 1 + 2 + 3 and 1 + 2 of 5 predictions"
+assert abs(mean_context(by_document) - 9 / 5) < 1e-6, expected
 uneven = Batch(*(torch.cat([field, field]) for field in by_document))
 uneven.targets[1, 3:] = -100
-assert abs(mean_context(uneven) - 15 / 8) < 1e-6, "the mean is over targets, not over rows"
+assert abs(mean_context(uneven) - 15 / 8) < 1e-6, "the mean is over all targets, not over rows"
 
 # %% [markdown]
 # ````{exercise} Mix two sources
@@ -2181,13 +2188,15 @@ for share in (Fraction(1, 2), Fraction(3, 10), Fraction(2, 3), Fraction(0), Frac
     given = [0, 0]
     for row in range(300):
         source, number = mixed_row(row, share)
-        assert number == given[source], f"row {row}: source {source} has given {given[source]} rows"
+        already = f"source {source} has given {given[source]} rows before"
+        assert number == given[source], f"row {row} is number {number} of its source, but {already}"
         given[source] += 1
         expected = math.floor((row + 1) * share)
-        assert given[0] == expected, f"{expected} of the first {row + 1} rows are from source 0"
-far = 10**17 + 1
-assert mixed_row(far, Fraction(1, 10)) == (1, far - 10**16), "exact, however far from the start"
-assert mixed_row(10**17 + 9, Fraction(1, 10)) == (0, 10**16), "every tenth row is of source 0"
+        so_far = f"of the first {row + 1} rows with a share of {share}"
+        assert given[0] == expected, f"{so_far}, {expected} are from source 0, not {given[0]}"
+for far, answer in ((10**17 + 1, (1, 9 * 10**16 + 1)), (10**17 + 9, (0, 10**16))):
+    found = mixed_row(far, Fraction(1, 10))
+    assert found == answer, f"not exact far from the start: row {far:,} is {answer}, not {found}"
 
 # %% [markdown]
 # ````{exercise} Read another program's shards
@@ -2224,20 +2233,23 @@ def llmc_answer(magic: int, version: int, n_tokens: int, tokens: list[int], size
         try:
             return read_llmc(path)[:].tolist()
         except ShardError as error:
-            assert "llmc.bin" in str(error), "the error names the file"
-            return "an error"
+            assert "llmc.bin" in str(error), f"the error does not name the file: {error}"
+            return "a ShardError"
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
 
 
 good = llmc_answer(20240520, 1, 4, [50256, 7, 65535, 9])
-assert good == [50256, 7, 65535, 9], "unsigned 16-bit numbers after 1,024 bytes"
+assert good == [50256, 7, 65535, 9], f"unsigned 16-bit numbers after 1,024 bytes, not {good}"
 for reason, fields in {
     "the magic number is that of another format": (20240801, 1, 4, [1, 2, 3, 4]),
     "version 2": (20240520, 2, 4, [1, 2, 3, 4]),
     "a token is missing": (20240520, 1, 4, [1, 2, 3]),
-    "a token is too many": (20240520, 1, 4, [1, 2, 3, 4, 5]),
+    "there is a token too many": (20240520, 1, 4, [1, 2, 3, 4, 5]),
     "the header is cut off": (20240520, 1, 0, [], 100),
 }.items():
-    assert llmc_answer(*fields) == "an error", f"no error, but {reason}"
+    found = llmc_answer(*fields)
+    assert found == "a ShardError", f"{reason}: expected a ShardError, got {found}"
 
 # %% tags=["remove-cell"]
 shutil.rmtree(folder, ignore_errors=True)

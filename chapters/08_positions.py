@@ -1718,14 +1718,17 @@ def embedding_gradient(ids: Tensor, gradient: Tensor, vocab_size: int) -> Tensor
 
 
 # %% tags=["check"]
+torch.manual_seed(0)
 for shape in ((5,), (2, 30), (2, 3, 4)):
-    ids, embedding = torch.randint(7, shape), nn.Embedding(9, 4)
-    gradient = torch.randn(*shape, 4)
+    ids = torch.arange(math.prod(shape)).view(shape) % 4  # each of 0 to 3 more than once
+    embedding, gradient = nn.Embedding(9, 4).double(), torch.randn(*shape, 4, dtype=torch.float64)
+    before = gradient.clone()
     embedding(ids).backward(gradient)
     found = embedding_gradient(ids, gradient, 9)
-    assert found.shape == (9, 4), "one row for each id of the vocabulary"
-    assert not found[7:].any(), "ids 7 and 8 do not occur: their rows are zero"
-    assert torch.allclose(found, embedding.weight.grad, atol=1e-5), "an id that repeats adds up"
+    assert found.shape == (9, 4), f"one row for each id of the vocabulary, not {found.shape}"
+    assert not found[4:].any(), "ids 4 to 8 do not occur: their rows are zero"
+    assert torch.allclose(found, embedding.weight.grad), "an id that repeats: its gradients add up"
+    assert torch.equal(gradient, before), "the gradient that is given must stay as it was"
 
 # %% [markdown]
 # ````{exercise} Shifts as matrices
@@ -1748,11 +1751,18 @@ def shift_matrix(d_model: int, shift: int) -> Tensor:
 
 # %% tags=["check"]
 p = SinusoidalEmbedding(16)(torch.arange(100))
+pairs = torch.block_diag(*torch.ones(8, 2, 2)).bool()
 for shift in (0, 1, 7, 40):
     M = shift_matrix(16, shift)
-    assert M.shape == (16, 16), "a square matrix of size d_model"
-    assert torch.allclose(p[: 100 - shift] @ M.T, p[shift:], atol=1e-4), f"wrong for shift {shift}"
-assert torch.allclose(shift_matrix(16, -3), shift_matrix(16, 3).T, atol=1e-6), "back is transposed"
+    assert M.shape == (16, 16), f"a square matrix of size d_model, not {tuple(M.shape)}"
+    assert not M[~pairs].any(), "a sine is mixed with its own cosine only, its neighbor"
+    back = torch.allclose(p[shift:] @ M.T, p[: 100 - shift], atol=1e-3)
+    assert shift == 0 or not back, f"this goes back by {shift} positions, not forward"
+    first = (p[: 100 - shift] @ M.T - p[shift:]).abs()[:, :2].max()
+    assert first < 1e-3, f"the first pair is off by {first:.2f} for a shift of {shift}"
+    worst = (p[: 100 - shift] @ M.T - p[shift:]).abs().max()
+    assert worst < 1e-3, f"each pair has a frequency of its own: off by {worst:.2f}"
+assert torch.allclose(shift_matrix(16, -3), shift_matrix(16, 3).T, atol=1e-4), "back is transposed"
 
 # %% [markdown]
 # ````{exercise} How large a base?
@@ -1775,7 +1785,9 @@ def least_base(d_head: int, context_length: int) -> float:
 for d_head, context_length in ((128, 8192), (64, 2048), (128, 2_560_000)):
     base = least_base(d_head, context_length)
     slowest = 2 * math.pi / rope_frequencies(d_head, base)[-1].item()
-    assert math.isclose(slowest, context_length, rel_tol=1e-4), f"its wavelength is {slowest:.0f}"
+    got = f"heads of {d_head}: the slowest pair turns once in {slowest:,.0f} tokens"
+    assert slowest > context_length * (1 - 1e-3), f"{got}, so more than once in {context_length:,}"
+    assert slowest < context_length * (1 + 1e-3), f"{got}: not the smallest base for less"
 
 # %% [markdown]
 # ````{exercise} Rotate a part
@@ -1783,7 +1795,8 @@ for d_head, context_length in ((128, 8192), (64, 2048), (128, 2_560_000)):
 # *Fifteen minutes.* GPT-NeoX {cite}`black2022neox` rotates only the first quarter of each head
 # and leaves the rest, which then compares contents regardless of distance. Write
 # `apply_partial_rope(x, cos, sin)`: rotate as many dimensions as there are angles for, in the
-# layout "half" *within that part*, and leave the others.
+# layout "half" *within that part*, and leave the others. (Use `apply_rope` for whole heads, without
+# its own argument `d_rope` for parts.)
 # ````
 
 
@@ -1797,11 +1810,18 @@ def apply_partial_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # %% tags=["check"]
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as neox_rotary
 
+torch.manual_seed(0)
 x, (cos, sin) = torch.randn(2, 3, 10, 32), RotaryEmbedding(8)(torch.arange(10)[None])
 found = apply_partial_rope(x, cos, sin)
+assert found.shape == x.shape, f"all dimensions come back, not {tuple(found.shape)}"
 assert torch.equal(found[..., 8:], x[..., 8:]), "only the first 8 dimensions turn"
-expected = neox_rotary(x, x, *(torch.cat((z, z), dim=-1) for z in (cos, sin)))[0]
-assert torch.allclose(found, expected, atol=1e-6), "pairs are (0, 4), (1, 5), (2, 6), (3, 7)"
+of_neox = [
+    neox_rotary(x, x, *(torch.cat((z, z), dim=-1) for z in angles))[0]
+    for angles in ((cos, sin), (cos, -sin))
+]
+wrong = [(found - expected).abs().max() for expected in of_neox]
+assert wrong[1] > 1e-3, "positions turn the other way"
+assert wrong[0] < 1e-4, "pairs are (0, 4), (1, 5), (2, 6), (3, 7)"
 
 # %% [markdown]
 # ````{exercise} ALiBi
@@ -1832,18 +1852,25 @@ def alibi_bias(n_heads: int, position_ids: Tensor) -> Tensor:
 # %% tags=["check"]
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-assert torch.allclose(alibi_slopes(8), 0.5 ** torch.arange(1, 9)), "1/2, 1/4, ..., 1/256"
+torch.manual_seed(0)
+slopes = alibi_slopes(8)
+assert torch.allclose(slopes, 0.5 ** torch.arange(1, 9)), f"1/2, 1/4, ..., 1/256, not {slopes}"
+slopes = alibi_slopes(2)
+assert torch.allclose(slopes, torch.tensor([1 / 16, 1 / 256])), (
+    f"the last is always 1/256: {slopes}"
+)
 mask = torch.ones(12, 12).tril().bool()
 for n_heads in (1, 4, 8, 16):
     bias = alibi_bias(n_heads, torch.arange(12).expand(2, 12))
-    assert bias.shape == (2, n_heads, 12, 12), "batch, heads, queries, keys"
+    assert bias.shape == (2, n_heads, 12, 12), f"(batch, heads, queries, keys), not {bias.shape}"
+    assert (bias <= 0).all(), "distant tokens count less: the bias is never above 0"
     assert not bias.masked_select(~mask).any(), "0 for keys after the query"
     theirs = build_alibi_tensor(torch.ones(2, 12), n_heads, torch.float32).view(2, n_heads, 1, 12)
     scores = torch.randn(2, n_heads, 12, 12)
     weights = [(scores + b).masked_fill(~mask, -torch.inf).softmax(-1) for b in (bias, theirs)]
     assert torch.allclose(*weights, atol=1e-5), "the weights are not those of BLOOM"
 gap = alibi_bias(2, torch.tensor([[3, 7]]))[0, 0, 1, 0].item()
-assert math.isclose(gap, -4 / 16), "distances are those of the position ids, not of the row"
+assert math.isclose(gap, -4 / 16), "distances are those of the position ids, not of places"
 
 # %% [markdown]
 # ## Summary

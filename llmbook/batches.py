@@ -143,7 +143,7 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     ids = [int(token) for token in tokenizer.encode(_PROBE)]
     return blake2b(repr((tokenizer.vocab_size, special, ids)).encode(), digest_size=8).hexdigest()
 
-# %% ../chapters/07_batches.ipynb #f26415f8
+# %% ../chapters/07_batches.ipynb #d321d77d
 # What is no tokenizer, and a number that is not given, are named.
 def _check_tokenizer(tokenizer: object) -> None:
     if not isinstance(tokenizer, Tokenizer):
@@ -157,6 +157,12 @@ def _check_given(**bounds: tuple[int, object]) -> None:
         if value is None:
             raise ValueError(f"{argument}: expected a whole number, got None")
     check_at_least(**bounds)
+
+
+def _check_window(start: object, length: object) -> None:
+    _check_given(length=(0, length))
+    if isinstance(start, bool) or not isinstance(start, int | np.integer):
+        raise ValueError(f"start: expected a whole number, got {start!r}")
 
 # %% ../chapters/07_batches.ipynb #e11486fe
 def _checked(ids: Any, name: str, vocab_size: int, end_of_text: int) -> np.ndarray:
@@ -390,13 +396,7 @@ class TokenRing:
             raise ValueError(f"tokens: expected {expected}, got {self._parts[-1][-1]}")
         return np.concatenate(ends).astype(np.int64)
 
-# %% ../chapters/07_batches.ipynb #cfdba744
-def _check_window(start: object, length: object) -> None:
-    _check_given(length=(0, length))
-    if isinstance(start, bool) or not isinstance(start, int | np.integer):
-        raise ValueError(f"start: expected a whole number, got {start!r}")
-
-
+# %% ../chapters/07_batches.ipynb #f9d4868c
 def _rows_of_ids(tokens: Any) -> list[np.ndarray]:
     """Return ``tokens``, a row of ids or several rows, as arrays."""
     if not hasattr(tokens, "__iter__"):
