@@ -48,6 +48,7 @@ from llmbook.positions import check_tensor
 # the **value** of the one that is equal. At which temperature does one bake a pie?
 
 # %%
+import copy
 import math
 import time
 
@@ -2640,7 +2641,9 @@ for n, gap, weight in ((2, 1.0, 0.9), (64, 0.5, 0.99), (100_000, 2.0, 0.5)):
     worst = torch.full((n,), -gap, dtype=torch.float64)  # all others just below the best
     worst[0] = 0
     reached = softmax(c * worst)[0].item()
-    assert abs(reached - weight) < 1e-6, f"{n} keys, gap {gap}: {reached:.4f}, not {weight}"
+    case = f"{n} keys with a gap of {gap}: the best reaches {reached:.4f}"
+    assert reached > weight - 1e-6, f"{case}, not sharp enough for {weight}"
+    assert reached < weight + 1e-6, f"{case}, sharper than {weight} needs"
 
 # %% [markdown]
 # ````{exercise} How many readers fit?
@@ -2665,9 +2668,16 @@ def users_that_fit(
 
 # %% tags=["check"]
 mistral_7b = {"n_layers": 32, "n_kv_heads": 8, "d_head": 128}
-assert users_that_fit(40 * 2**30, 32768, **mistral_7b, window=None) == 10, "128 KiB a token"
-assert users_that_fit(40 * 2**30, 32768, **mistral_7b, window=4096) == 80, "a ring of 4,096"
-assert users_that_fit(40 * 2**30, 1000, **mistral_7b, window=4096) == 327, "a short text"
+GiB = 2**30
+unbounded = users_that_fit(40 * GiB, 32768, **mistral_7b, window=None)
+assert unbounded == 10, f"10 users: a key and a value in each layer, 128 KiB a token; {unbounded}?"
+ring = users_that_fit(40 * GiB, 32768, **mistral_7b, window=4096)
+assert ring == 80, f"80 users: a window of 4,096 bounds what is kept; {ring}?"
+short = users_that_fit(40 * GiB, 1000, **mistral_7b, window=4096)
+assert isinstance(short, int), f"users are whole: {short}"
+assert short == 327, f"327 users: a text of 1,000 does not fill a window of 4,096; {short}?"
+almost = users_that_fit(40 * GiB - 1, 32768, **mistral_7b, window=None)
+assert almost == 9, f"9 users: the last does not fit if one byte is missing; {almost}?"
 cache = KVCache(3, 50, 2, 8, n_layers=5, dtype=torch.bfloat16)
 assert users_that_fit(cache.nbytes, 50, 5, 2, 8, None) == 3, "as the cache of this chapter counts"
 
@@ -2695,8 +2705,8 @@ def merge(
 
 # %% tags=["check"]
 torch.manual_seed(0)
-q, k, v = torch.randn(3, 5, 4), torch.randn(3, 9, 4), torch.randn(3, 9, 4)
-for size in (2, 40):  # scores that fit, and scores whose exponentials overflow
+q, k, v = (torch.randn(3, n, 4, dtype=torch.float64) for n in (5, 9, 9))
+for size, case in ((2, "scores that fit"), (400, "scores whose exponentials overflow")):
     scores = size * q @ k.mT
     halves = []
     for part in (slice(0, 4), slice(4, 9)):
@@ -2705,12 +2715,14 @@ for size in (2, 40):  # scores that fit, and scores whose exponentials overflow
         halves += [softmax(s) @ v[:, part], s.logsumexp(dim=-1, keepdim=True)]
     scores[0, 0, 4:] = -torch.inf
     out, log_sum = merge(*halves)
-    assert torch.allclose(out, softmax(scores) @ v, atol=1e-5), "not the output over all keys"
     whole = scores.logsumexp(dim=-1, keepdim=True)
-    assert torch.allclose(log_sum, whole, atol=1e-4), "not the log-sum-exp over all keys"
+    assert log_sum.shape == whole.shape, f"one log-sum-exp for each query, not {log_sum.shape}"
+    assert torch.allclose(log_sum, whole), f"{case}: not the log-sum-exp over all keys"
+    assert torch.allclose(out, softmax(scores) @ v), f"{case}: not the output over all keys"
 nothing = torch.zeros(1, 4), torch.full((1, 1), -torch.inf)
 out, log_sum = merge(*nothing, *nothing)
-assert out.tolist() == [[0.0] * 4] and log_sum.item() == -torch.inf, "nothing and nothing"
+assert out.tolist() == [[0.0] * 4], f"a query that sees neither half gets zeros, not {out.tolist()}"
+assert log_sum.item() == -torch.inf, f"a sum over nothing has the logarithm -inf, not {log_sum}"
 
 # %% [markdown]
 # ````{exercise} Tiles under a window
@@ -2738,21 +2750,24 @@ for n, size, window in ((12, 3, 4), (64, 8, 16), (20, 6, 1), (10, 4, 100)):
         columns = window_columns(rows, size, window)
         visited = torch.zeros(n, dtype=torch.bool)
         for block in columns:
-            assert block.start % size == 0, "blocks begin at multiples of the size"
-            assert block.stop <= block.start + size, f"{block} is wider than a tile"
-            assert not visited[block].any(), f"{block} is visited twice"
-            assert mask[rows, block].any(), f"{block} holds nothing that {rows} may see"
+            keys, case = f"keys {block.start} to {block.stop - 1}", f"a window of {window}"
+            assert block.start % size == 0, f"{keys}: blocks begin at multiples of the size, {size}"
+            assert block.stop <= block.start + size, f"{keys} are more than a tile of {size}"
+            assert not visited[block].any(), f"{keys} are visited twice"
+            assert mask[rows, block].any(), f"{case}: {keys} are of no use to queries from {start}"
             visited[block] = True
-        assert not mask[rows][:, ~visited].any(), f"{rows} may see keys that are not visited"
+        missed = mask[rows][:, ~visited].any()
+        assert not missed, f"a window of {window}: queries from {start} miss keys they may see"
 
 # %% [markdown]
 # ````{exercise} From many heads to few
 # :label: ex-attention-group
 # *Half an hour.* A multi-head model can be turned into a grouped-query one and trained a little
 # further, if each shared head starts as the *mean* of those that it replaces
-# {cite}`ainslie2023gqa`. Write `to_grouped(attention, n_kv_heads)`, which returns such a layer with
-# all else as it was: `d_head`, biases if there are any, `q_norm` and `k_norm` if there are. When is
-# it the same function as before?
+# {cite}`ainslie2023gqa`. Write `to_grouped(attention, n_kv_heads)`, which returns such a layer, and
+# leaves the given one alone. All else is as it was: `d_head`, `scale`, biases if there are any,
+# `q_norm` and `k_norm` if there are. (`copy.deepcopy` copies a layer.) When is it the same function
+# as before?
 # ````
 
 
@@ -2760,40 +2775,50 @@ for n, size, window in ((12, 3, 4), (64, 8, 16), (20, 6, 1), (10, 4, 100)):
 def to_grouped(attention: MultiHeadAttention, n_kv_heads: int) -> MultiHeadAttention:
     """Return a grouped-query layer whose keys and values are means over those of each group."""
     # The same function if the heads of a group had equal keys and values before.
-    grouped = MultiHeadAttention(
-        attention.q_proj.in_features,
-        attention.n_heads,
-        n_kv_heads=n_kv_heads,
-        d_head=attention.d_head,
-        bias=attention.q_proj.bias is not None,
-        output_bias=attention.o_proj.bias is not None,
-    )
-    for name in ("q_norm", "k_norm"):  # they work on heads, which stay as wide as they were
-        setattr(grouped, name, getattr(attention, name))
-    state = dict(attention.state_dict())
-    for name in state:
-        if name.startswith(("k_proj", "v_proj")):
-            heads = state[name].view(n_kv_heads, -1, attention.d_head, *state[name].shape[1:])
-            state[name] = heads.mean(dim=1).flatten(0, 1)
-    grouped.load_state_dict(state)
+    grouped = copy.deepcopy(attention)  # all else as it was
+    grouped.n_kv_heads = n_kv_heads
+    for name in ("k_proj", "v_proj"):
+        wide = getattr(attention, name)
+        rows = n_kv_heads * attention.d_head
+        shared = nn.Linear(wide.in_features, rows, bias=wide.bias is not None)
+        means = {
+            kind: weight.unflatten(0, (n_kv_heads, -1, attention.d_head)).mean(dim=1).flatten(0, 1)
+            for kind, weight in wide.state_dict().items()
+        }
+        shared.load_state_dict(means)
+        setattr(grouped, name, shared)
     return grouped
 
 
 # %% tags=["check"]
 torch.manual_seed(0)
 for options in ({}, {"bias": True}, {"bias": True, "output_bias": False, "qk_norm": nn.RMSNorm}):
-    many, x = MultiHeadAttention(24, 6, d_head=4, **options), torch.randn(2, 7, 24)
+    many, x = MultiHeadAttention(24, 6, d_head=4, scale=0.4, **options), torch.randn(2, 7, 24)
+    for norm in (many.q_norm, many.k_norm):
+        if norm is not None:
+            nn.init.uniform_(norm.weight, 0.5, 2)
+    before = {name: weight.clone() for name, weight in many.state_dict().items()}
     few = to_grouped(many, 2)
     for name in ("k_proj", "v_proj"):
-        weight, shared = getattr(many, name).weight, getattr(few, name).weight
-        assert shared.shape == (8, 24), f"{name}: two heads of four features remain"
-        mean = weight[:12].view(3, 4, 24).mean(dim=0)
-        assert torch.allclose(shared[:4], mean), f"{name}: head 0 is the mean of heads 0, 1, 2"
+        for (kind, wide), shared in zip(
+            getattr(many, name).named_parameters(), getattr(few, name).parameters(), strict=True
+        ):
+            assert len(shared) == 8, f"{name}: two heads of four features remain, not {len(shared)}"
+            mean = wide[:12].unflatten(0, (3, 4)).mean(dim=0)
+            rule = "head 0 is the mean of heads 0, 1, 2"
+            assert torch.allclose(shared[:4], mean, atol=1e-6), f"{kind} of {name}: {rule}"
     for proj in (many.k_proj, many.v_proj):
         for parameter in proj.parameters():  # make the heads of each group equal
             parts = parameter.data.view(2, 3, 4, *parameter.shape[1:])
             parts[:] = parts[:, :1].clone()
-    assert torch.allclose(to_grouped(many, 2)(x), many(x), atol=1e-6), "equal heads, same function"
+    worst = (to_grouped(many, 2)(x) - many(x)).abs().max()
+    assert worst < 1e-4, f"equal heads make the same function, but it is off by {worst:.2g}"
+    others = [name for name in before if not name.startswith(("k_proj", "v_proj"))]
+    state = many.state_dict()
+    same = all(torch.equal(before[name], state[name]) for name in others)
+    with torch.no_grad():
+        few.q_proj.weight.zero_()
+    assert same and many.q_proj.weight.any(), "the layer that was given must stay as it was"
 
 # %% [markdown]
 # ````{exercise} Take heads away
@@ -2831,22 +2856,25 @@ ids, targets, period = repeated_rows(64, torch.Generator().manual_seed(9))
 with torch.no_grad():
     loss = F.cross_entropy(model(ids).mT, targets, reduction="none")
 known = loss[torch.arange(48) >= period].mean().item()
-assert abs(whole - known) < 1e-4, f"the loss is over tokens seen a period before: {known:.4f}"
-assert whole < 0.4, f"with all heads the loss is that of the end of training, not {whole:.2f}"
+rule = "the loss is the mean over tokens of the given rows seen a period before"
+assert abs(whole - known) < 1e-4, f"{rule}: {known:.4f} with all heads, not {whole:.4f}"
+assert known < 0.4, f"with all heads the loss is that of the end of training, not {known:.2f}"
+# A hook does the same from outside: the second head's numbers reach o_proj as zeros.
+found, first_head = loss_without(model, 1, [1]), torch.arange(64) < 32
+unchanged = [torch.equal(before[name], weight) for name, weight in model.state_dict().items()]
+model.load_state_dict(before)
+assert all(unchanged), "the model must be as it was"
+hook = model.layers[1].o_proj.register_forward_pre_hook(lambda _, args: (args[0] * first_head,))
+muted = loss_without(model, 1, [])
+hook.remove()
+rule = "of head 1 nothing may reach o_proj, and of head 0 everything"
+assert abs(found - muted) < 1e-3, f"{rule}: {muted:.3f}, not {found:.3f}"
 for layer in (0, 1):
     both, singles = loss_without(model, layer, [0, 1]), []
     for head in (0, 1):
         singles.append(loss_without(model, layer, [head]))
     assert both > 2.5, f"layer {layer + 1}: without both heads {both:.2f}: nothing can be copied"
     assert both > max(singles) > whole, f"layer {layer + 1}: two heads do more than either"
-# A hook does the same from outside: the second head's numbers reach o_proj as zeros.
-first_head = torch.arange(64) < 32
-hook = model.layers[1].o_proj.register_forward_pre_hook(lambda _, args: (args[0] * first_head,))
-muted = loss_without(model, 1, [])
-hook.remove()
-assert abs(loss_without(model, 1, [1]) - muted) < 1e-4, "a head's numbers are columns of o_proj"
-unchanged = [torch.equal(before[name], weight) for name, weight in model.state_dict().items()]
-assert all(unchanged), "the model must be as it was"
 
 # %% [markdown]
 # ## Summary

@@ -2079,12 +2079,17 @@ def fold_gain(norm: RMSNorm, linear: nn.Linear) -> None:
 
 # %% tags=["check"]
 torch.manual_seed(0)
-norm, linear, x = RMSNorm(8), nn.Linear(8, 5), torch.randn(20, 8)
+norm, linear, x = RMSNorm(8), nn.Linear(8, 8), torch.randn(20, 8)
 norm.weight.data.uniform_(0.5, 2.0)
-before = linear(norm(x))
+gain, before = norm.weight.detach().clone(), linear(norm(x))
+matrix, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
 fold_gain(norm, linear)
-assert torch.equal(norm.weight, torch.ones(8)), "the gain becomes one"
-assert torch.allclose(linear(norm(x)), before, atol=1e-5), "the result stays the same"
+assert torch.equal(norm.weight, torch.ones(8)), f"the gain becomes one, not {norm.weight.tolist()}"
+assert torch.equal(linear.bias, bias), "the bias is added after the matrix: it has no gain"
+first = linear.weight[:, 0] / matrix[:, 0]
+assert torch.allclose(first, gain[0].expand(8)), "column j of the matrix is multiplied with gain j"
+worst = (linear(norm(x)) - before).abs().max()
+assert worst < 1e-4, f"the result stays the same, but is off by {worst:.2g}"
 
 # %% [markdown]
 # ````{exercise} From LayerNorm to RMSNorm
@@ -2113,16 +2118,24 @@ def center_writes(model: SmallModel) -> None:
 # %% tags=["check"]
 torch.manual_seed(0)
 model, ids = SmallModel(2, norm=LayerNorm), torch.randint(512, (3, 20))
-before = model(ids)
+before, names = model(ids), set(model.state_dict())
 center_writes(model)
-assert torch.allclose(model(ids), before, atol=1e-4), "the logits stay the same"
-stream = model.embedding(ids) + model.positions(torch.arange(20)[None])
-for block in [nn.Identity(), *model.blocks]:
+places = torch.arange(20)[None]
+stream = model.embedding(ids) + model.positions(places)
+for name, table in (("the embeddings", model.embedding), ("the positions", model.positions)):
+    mean = table.weight.mean(dim=1).abs().max()
+    assert mean < 1e-5, f"each vector of {name} has mean zero, not up to {mean:.2g}"
+for number, block in enumerate(model.blocks):
     stream = block(stream)
-    assert stream.mean(dim=-1).abs().max() < 1e-5, "the stream has mean zero everywhere"
+    mean = stream.mean(dim=-1).abs().max()
+    assert mean < 1e-4, f"after block {number} the stream has means of up to {mean:.2g}, not zero"
+worst = (model(ids) - before).abs().max() / before.abs().max()
+assert worst < 1e-4, f"the logits stay the same, but are off by {worst:.2g} of the largest"
+assert set(model.state_dict()) == names, "the same weights, changed in place"
 other = SmallModel(2, norm=RMSNorm)
 other.load_state_dict(model.state_dict(), strict=False)  # it has no biases
-assert torch.allclose(other(ids), before, atol=1e-4), "with RMSNorm it is the same model"
+worst = (other(ids) - before).abs().max() / before.abs().max()
+assert worst < 1e-4, "with RMSNorm it is the same model"
 
 # %% [markdown]
 # ````{exercise} SwiGLU backward
@@ -2144,12 +2157,17 @@ def swiglu_gradients(a: Tensor, b: Tensor, to_out: Tensor) -> tuple[Tensor, Tens
 
 # %% tags=["check"]
 torch.manual_seed(0)
-a, b = (torch.randn(4, 6, requires_grad=True) for _ in range(2))
-to_out = torch.randn(4, 6)
+a, b = (torch.randn(4, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+to_out = torch.randn(4, 6, dtype=torch.float64)
 SwiGLU()(a, b).backward(to_out)
 to_a, to_b = swiglu_gradients(a.detach(), b.detach(), to_out)
-assert torch.allclose(to_b, b.grad, atol=1e-6), "the gradient of b is that of a product"
-assert torch.allclose(to_a, a.grad, atol=1e-6), "the gradient of a needs the derivative of SiLU"
+assert torch.allclose(to_b, b.grad), (
+    "the gradient of b is that of a product, times that of the result"
+)
+assert torch.allclose(to_a, a.grad), "the gradient of a needs b, and the derivative of SiLU"
+far = torch.full((2, 3), 800.0, dtype=torch.float64)
+to_a, _ = swiglu_gradients(-far, torch.ones_like(far), torch.ones_like(far))
+assert not to_a.any(), f"far below zero SiLU is flat, so the gradient of a is 0, not {to_a[0, 0]}"
 
 # %% [markdown]
 # ````{exercise} Two layers at once
@@ -2186,11 +2204,23 @@ from llmbook.positions import RotaryEmbedding
 torch.manual_seed(0)
 parallel = ParallelBlock(32, MultiHeadAttention(32, 4), FeedForward(32))
 x = torch.randn(2, 10, 32)
-alone = [parallel.attention(parallel.norm(x)), parallel.feed_forward(parallel.norm(x))]
-assert torch.allclose(parallel(x), x + sum(alone), atol=1e-5), "the stream and both writes"
+norms = [module for module in parallel.modules() if isinstance(module, RMSNorm)]
+assert norms == [parallel.norm], f"one norm serves both layers, not {len(norms)}"
+nn.init.uniform_(parallel.norm.weight, 0.5, 2)
+y, found = parallel.norm(x), parallel(x)
+attended, transformed = parallel.attention(y), parallel.feed_forward(y)
+
+
+def is_sum(*parts: Tensor) -> bool:
+    return torch.allclose(found, sum(parts), atol=1e-4)
+
+
+assert not is_sum(attended, transformed), "x itself is added, too, as in any block"
+late = parallel.feed_forward(parallel.norm(x + attended))
+assert not is_sum(x, attended, late), "the feed-forward network does not wait for attention"
+assert is_sum(x, attended, transformed), "x plus what both layers make of norm(x)"
 with_rope = parallel(x, rope=RotaryEmbedding(8)(torch.arange(10)[None]))
-assert not torch.allclose(with_rope, parallel(x)), "the options reach attention"
-assert len([m for m in parallel.modules() if isinstance(m, RMSNorm)]) == 1, "there is one norm"
+assert not torch.allclose(with_rope, found), "the options reach attention"
 
 # %% [markdown]
 # ````{exercise} Let the experts choose
@@ -2219,13 +2249,21 @@ def expert_choice(
 torch.manual_seed(0)
 logits = torch.randn(12, 3)
 weights, tokens = expert_choice(logits, capacity=4)
-assert weights.shape == tokens.shape == (3, 4), "each expert takes as many as fit"
+shapes = f"{tuple(weights.shape)} and {tuple(tokens.shape)}"
+expected = (3, 4)
+assert weights.shape == tokens.shape == expected, (
+    f"each expert takes 4 tokens: (3, 4), not {shapes}"
+)
 probabilities = logits.softmax(dim=1)
 for expert in range(3):
-    assert torch.allclose(weights[expert], probabilities[tokens[expert], expert]), "its weights"
-    left = set(range(12)) - set(tokens[expert].tolist())
-    assert len(left) == 8, "no token twice"
-    assert weights[expert].min() >= probabilities[list(left), expert].max(), "the best are taken"
+    chosen = tokens[expert].tolist()
+    assert len(set(chosen)) == 4, f"expert {expert} takes a token twice: {chosen}"
+    left = [token for token in range(12) if token not in chosen]
+    worst = probabilities[chosen, expert].min()
+    assert worst >= probabilities[left, expert].max(), f"expert {expert} leaves a better token"
+    of_token = probabilities[tokens[expert], expert]
+    rule = "a weight is the probability of the expert for its token, by a softmax over experts"
+    assert torch.allclose(weights[expert], of_token), rule
     assert weights[expert].tolist() == sorted(weights[expert].tolist(), reverse=True), "best first"
 
 # %% [markdown]
