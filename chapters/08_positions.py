@@ -47,6 +47,40 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+# %% tags=["engine"]
+#| export
+# Tensors that do not fit are named in the caller's words
+_IS_KIND: dict[str, Callable[[torch.dtype], bool]] = {
+    "floats": lambda dtype: dtype.is_floating_point,
+    "booleans": lambda dtype: dtype == torch.bool,
+    "whole numbers": lambda dtype: (
+        dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    ),
+}
+
+
+def check_tensor(argument: str, value: object, *sizes: str | int, kind: str = "floats") -> None:
+    """Demand a tensor of one kind whose dimensions have these sizes; a name stands for any size.
+
+    "..." at the beginning stands for any dimensions. Kinds: floats, booleans, whole numbers.
+
+    >>> check_tensor("x", torch.ones(5, 16), "batch", "sequence", 16)
+    Traceback (most recent call last):
+    ValueError: x: expected floats of shape (batch, sequence, 16), got shape (5, 16)
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{argument}: expected a tensor of {kind}, got {value!r:.60}")
+    if not _IS_KIND[kind](value.dtype):
+        raise ValueError(f"{argument}: expected {kind}, got a tensor of {value.dtype}")
+    least, fits = len(sizes) - (sizes[0] == "..."), True
+    for at in range(1, least + 1):
+        any_size = isinstance(sizes[-at], str)
+        fits = fits and value.ndim >= at and (any_size or value.size(-at) == sizes[-at])
+    if not fits or (sizes[0] != "..." and value.ndim != least):
+        expected = f"{kind} of shape ({', '.join(map(str, sizes))})"
+        raise ValueError(f"{argument}: expected {expected}, got shape {tuple(value.shape)}")
+
+
 # %% [markdown]
 # ## From ids to vectors
 #
@@ -189,38 +223,7 @@ class LearnedEmbedding(nn.Module):
 
 # %% tags=["engine"]
 #| export
-# Tensors that do not fit, and positions outside of the table, are named in the caller's words
-_IS_KIND: dict[str, Callable[[torch.dtype], bool]] = {
-    "floats": lambda dtype: dtype.is_floating_point,
-    "booleans": lambda dtype: dtype == torch.bool,
-    "whole numbers": lambda dtype: (
-        dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-    ),
-}
-
-
-def check_tensor(argument: str, value: object, *sizes: str | int, kind: str = "floats") -> None:
-    """Demand a tensor of one kind whose dimensions have these sizes; a name stands for any size.
-
-    "..." at the beginning stands for any dimensions. Kinds: floats, booleans, whole numbers.
-
-    >>> check_tensor("x", torch.ones(5, 16), "batch", "sequence", 16)
-    Traceback (most recent call last):
-    ValueError: x: expected floats of shape (batch, sequence, 16), got shape (5, 16)
-    """
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{argument}: expected a tensor of {kind}, got {value!r:.60}")
-    if not _IS_KIND[kind](value.dtype):
-        raise ValueError(f"{argument}: expected {kind}, got a tensor of {value.dtype}")
-    least, fits = len(sizes) - (sizes[0] == "..."), True
-    for at in range(1, least + 1):
-        any_size = isinstance(sizes[-at], str)
-        fits = fits and value.ndim >= at and (any_size or value.size(-at) == sizes[-at])
-    if not fits or (sizes[0] != "..." and value.ndim != least):
-        expected = f"{kind} of shape ({', '.join(map(str, sizes))})"
-        raise ValueError(f"{argument}: expected {expected}, got shape {tuple(value.shape)}")
-
-
+# Positions outside of the table are named
 def _check_positions(position_ids: Int64[Tensor, "*batch sequence"], length: int) -> None:
     wrong = position_ids[(position_ids < -1) | (position_ids >= length)]
     if len(wrong):
@@ -639,7 +642,7 @@ assert torch.equal(ours, theirs)
 print("the rows of each head, in their new order:", interleaved_to_half(d_head).tolist())
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: rows of a checkpoint in the other layout, also back, for biases and parts of heads
+# ### Engine room: rows of a checkpoint in the other layout, for biases and parts of heads, too
 
 # %% [markdown] tags=["engine"]
 # For whole checkpoints the permutation is a function of its own. A bias is a column of rows, the
@@ -676,6 +679,8 @@ def change_rope_layout(
     return rows.unflatten(0, (n_heads, d_head))[:, order.to(rows.device)].flatten(0, 1)
 
 
+# %% tags=["engine"]
+#| export
 def _rotated(d_head: int, d_rope: int | None) -> int:
     """Return how many numbers of a head are rotated, which must be pairs: all unless given."""
     if d_rope is None:
@@ -839,6 +844,8 @@ def apply_rope(
     return _rotate_interleaved(x, cos, sin)
 
 
+# %% tags=["engine"]
+#| export
 def _check_rotation(x: Tensor, cos: Tensor, sin: Tensor, layout: str, d_rope: int | None) -> None:
     """Raise a ValueError unless there is one angle for each pair of every head of ``x``."""
     check_choice("layout", layout, ("half", "interleaved"))

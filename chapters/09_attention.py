@@ -334,7 +334,7 @@ def softmax(scores: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]
 
 # %% tags=["engine"]
 #| export
-# What has no scores along the dimension is named
+# Scores, masks and scales that cannot be are named
 def _check_scores(scores: Tensor, dim: int) -> None:
     check_tensor("scores", scores, "...")
     most = max(scores.ndim, 1)
@@ -343,6 +343,25 @@ def _check_scores(scores: Tensor, dim: int) -> None:
     if scores.ndim and not scores.size(dim):
         shape = tuple(scores.shape)
         raise ValueError(f"scores: expected at least one in dimension {dim}, got shape {shape}")
+
+
+def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless ``mask`` is of booleans and spreads over ``shape`` without enlarging it."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else f"{mask!r:.60}"
+        raise ValueError(f"mask: expected booleans, True where allowed, got {got}")
+    fits = mask.ndim <= len(shape)
+    for at in range(1, mask.ndim + 1 if fits else 1):
+        fits = fits and mask.size(-at) in (1, shape[-at])
+    if not fits:
+        expected = f"expected a shape that broadcasts to (..., heads, queries, keys), {shape}"
+        raise ValueError(f"mask: {expected}, got {tuple(mask.shape)}")
+
+
+def _check_scale(scale: float | None) -> None:
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if scale is not None and not (is_number and -torch.inf < scale < torch.inf):
+        raise ValueError(f"scale: expected None or a finite number, got {scale!r}")
 
 
 # %% [markdown]
@@ -471,25 +490,6 @@ def _check_inputs(
     if mask is not None:
         _check_mask(mask, (*q.shape[:-1], k.size(-2)))
     _check_scale(scale)
-
-
-def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise unless ``mask`` is of booleans and spreads over ``shape`` without enlarging it."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else f"{mask!r:.60}"
-        raise ValueError(f"mask: expected booleans, True where allowed, got {got}")
-    fits = mask.ndim <= len(shape)
-    for at in range(1, mask.ndim + 1 if fits else 1):
-        fits = fits and mask.size(-at) in (1, shape[-at])
-    if not fits:
-        expected = f"expected a shape that broadcasts to (..., heads, queries, keys), {shape}"
-        raise ValueError(f"mask: {expected}, got {tuple(mask.shape)}")
-
-
-def _check_scale(scale: float | None) -> None:
-    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
-    if scale is not None and not (is_number and -torch.inf < scale < torch.inf):
-        raise ValueError(f"scale: expected None or a finite number, got {scale!r}")
 
 
 def _check_values(k: Tensor, v: Tensor) -> None:
@@ -731,24 +731,6 @@ def _check_way(backend: str, layout: str, scale: float | None) -> None:
     _check_scale(scale)
 
 
-def _check_rotated(d_head: int, d_rope: int | None) -> None:
-    if d_rope is not None:
-        check_even(d_rope=d_rope)
-        if d_rope > d_head:
-            raise ValueError(f"d_rope: expected at most d_head, {d_head}, got {d_rope}")
-
-
-def _check_call(x: Tensor, d_model: int, rope: Any, cache: Any = None) -> None:
-    """Raise unless a layer is given a batch, and beside it what other functions return."""
-    check_tensor("x", x, "batch", "sequence", d_model)
-    if rope is not None and not (isinstance(rope, tuple) and len(rope) == 2):
-        expected = "the pair of cosines and sines that a RotaryEmbedding returns"
-        raise ValueError(f"rope: expected {expected}, got {rope!r:.60}")
-    if cache is not None and not hasattr(cache, "update"):
-        expected = "the cache of one layer, such as cache[0] of a KVCache"
-        raise ValueError(f"cache: expected {expected}, got a {type(cache).__name__}")
-
-
 # %% [markdown]
 # Unless they are given, `n_kv_heads` is `n_heads` and `d_head` is `d_model / n_heads`:
 
@@ -796,6 +778,27 @@ class MultiHeadAttention(nn.Module):
         self.o_proj = nn.Linear(n_heads * d_head, d_model, out_bias)
         self.q_norm = None if qk_norm is None else qk_norm(d_head)
         self.k_norm = None if qk_norm is None else qk_norm(d_head)
+
+
+# %% tags=["engine"]
+#| export
+# What a layer cannot take is named, too.
+def _check_rotated(d_head: int, d_rope: int | None) -> None:
+    if d_rope is not None:
+        check_even(d_rope=d_rope)
+        if d_rope > d_head:
+            raise ValueError(f"d_rope: expected at most d_head, {d_head}, got {d_rope}")
+
+
+def _check_call(x: Tensor, d_model: int, rope: Any, cache: Any = None) -> None:
+    """Raise unless a layer is given a batch, and beside it what other functions return."""
+    check_tensor("x", x, "batch", "sequence", d_model)
+    if rope is not None and not (isinstance(rope, tuple) and len(rope) == 2):
+        expected = "the pair of cosines and sines that a RotaryEmbedding returns"
+        raise ValueError(f"rope: expected {expected}, got {rope!r:.60}")
+    if cache is not None and not hasattr(cache, "update"):
+        expected = "the cache of one layer, such as cache[0] of a KVCache"
+        raise ValueError(f"cache: expected {expected}, got a {type(cache).__name__}")
 
 
 # %% [markdown]
@@ -1548,6 +1551,8 @@ class KVCache(KVCache):  # continued
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 
+# %% tags=["engine"]
+#| export
 def _check_lengths(before: list[int], after: list[int], slots: int, window: int | None) -> None:
     """Raise unless rows get shorter and keep all that the window of their next token needs."""
     for row, (old, new) in enumerate(zip(before, after, strict=True)):
@@ -2387,6 +2392,8 @@ def _check_picked(shape: tuple[int, ...], **picked: int) -> dict[str, int]:
     return {name: at % size for (name, at), size in zip(picked.items(), shape, strict=True)}
 
 
+# %% tags=["engine"]
+#| export
 def _check_figure(tokens: list[str], weights: Tensor) -> None:
     if not isinstance(tokens, list | tuple) or not all(isinstance(t, str) for t in tokens):
         raise ValueError(f"tokens: expected a list of texts, got {tokens!r:.60}")
@@ -2402,6 +2409,8 @@ def _check_figure(tokens: list[str], weights: Tensor) -> None:
         raise ValueError(f"weights: expected numbers from 0 to 1, got {wrong[0]:.4g}")
 
 
+# %% tags=["engine"]
+#| export
 @dataclass(frozen=True)
 class AttentionFigure:
     """An interactive figure; notebooks and the site show its ``html``."""

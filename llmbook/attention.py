@@ -48,8 +48,8 @@ def softmax(scores: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]
     total = weights.sum(dim, keepdim=True).clamp(min=1.0)  # the peak alone adds 1, if there is one
     return (weights / total).to(scores.dtype)
 
-# %% ../chapters/09_attention.ipynb #62792d72
-# What has no scores along the dimension is named
+# %% ../chapters/09_attention.ipynb #44ffe3f0
+# Scores, masks and scales that cannot be are named
 def _check_scores(scores: Tensor, dim: int) -> None:
     check_tensor("scores", scores, "...")
     most = max(scores.ndim, 1)
@@ -58,6 +58,25 @@ def _check_scores(scores: Tensor, dim: int) -> None:
     if scores.ndim and not scores.size(dim):
         shape = tuple(scores.shape)
         raise ValueError(f"scores: expected at least one in dimension {dim}, got shape {shape}")
+
+
+def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless ``mask`` is of booleans and spreads over ``shape`` without enlarging it."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else f"{mask!r:.60}"
+        raise ValueError(f"mask: expected booleans, True where allowed, got {got}")
+    fits = mask.ndim <= len(shape)
+    for at in range(1, mask.ndim + 1 if fits else 1):
+        fits = fits and mask.size(-at) in (1, shape[-at])
+    if not fits:
+        expected = f"expected a shape that broadcasts to (..., heads, queries, keys), {shape}"
+        raise ValueError(f"mask: {expected}, got {tuple(mask.shape)}")
+
+
+def _check_scale(scale: float | None) -> None:
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if scale is not None and not (is_number and -torch.inf < scale < torch.inf):
+        raise ValueError(f"scale: expected None or a finite number, got {scale!r}")
 
 # %% ../chapters/09_attention.ipynb #7466d9c5
 def attention_mask(
@@ -92,7 +111,7 @@ def causal_mask(
     positions = torch.arange(sequence, device=device)[None]
     return attention_mask(positions, positions, window)[0, 0]
 
-# %% ../chapters/09_attention.ipynb #9e11dcb1
+# %% ../chapters/09_attention.ipynb #e0af8062
 # Inputs that do not fit are named before they meet, in the words of the caller.
 def _check_inputs(
     q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
@@ -111,25 +130,6 @@ def _check_inputs(
     if mask is not None:
         _check_mask(mask, (*q.shape[:-1], k.size(-2)))
     _check_scale(scale)
-
-
-def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise unless ``mask`` is of booleans and spreads over ``shape`` without enlarging it."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else f"{mask!r:.60}"
-        raise ValueError(f"mask: expected booleans, True where allowed, got {got}")
-    fits = mask.ndim <= len(shape)
-    for at in range(1, mask.ndim + 1 if fits else 1):
-        fits = fits and mask.size(-at) in (1, shape[-at])
-    if not fits:
-        expected = f"expected a shape that broadcasts to (..., heads, queries, keys), {shape}"
-        raise ValueError(f"mask: {expected}, got {tuple(mask.shape)}")
-
-
-def _check_scale(scale: float | None) -> None:
-    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
-    if scale is not None and not (is_number and -torch.inf < scale < torch.inf):
-        raise ValueError(f"scale: expected None or a finite number, got {scale!r}")
 
 
 def _check_values(k: Tensor, v: Tensor) -> None:
@@ -221,7 +221,7 @@ def _torch_attention(
         mask = _joined(mask, is_causal, q, k)
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped, **options)
 
-# %% ../chapters/09_attention.ipynb #6168b5b6
+# %% ../chapters/09_attention.ipynb #55372013
 # Sizes that cannot be are named, and those left out are filled in.
 def _check_heads(
     d_model: int, n_heads: int, n_kv_heads: int | None, d_head: int | None, dropout: float
@@ -241,24 +241,6 @@ def _check_way(backend: str, layout: str, scale: float | None) -> None:
     check_choice("backend", backend, ("reference", "torch"))
     check_choice("layout", layout, ("half", "interleaved"))
     _check_scale(scale)
-
-
-def _check_rotated(d_head: int, d_rope: int | None) -> None:
-    if d_rope is not None:
-        check_even(d_rope=d_rope)
-        if d_rope > d_head:
-            raise ValueError(f"d_rope: expected at most d_head, {d_head}, got {d_rope}")
-
-
-def _check_call(x: Tensor, d_model: int, rope: Any, cache: Any = None) -> None:
-    """Raise unless a layer is given a batch, and beside it what other functions return."""
-    check_tensor("x", x, "batch", "sequence", d_model)
-    if rope is not None and not (isinstance(rope, tuple) and len(rope) == 2):
-        expected = "the pair of cosines and sines that a RotaryEmbedding returns"
-        raise ValueError(f"rope: expected {expected}, got {rope!r:.60}")
-    if cache is not None and not hasattr(cache, "update"):
-        expected = "the cache of one layer, such as cache[0] of a KVCache"
-        raise ValueError(f"cache: expected {expected}, got a {type(cache).__name__}")
 
 # %% ../chapters/09_attention.ipynb #c6eac9dd
 class MultiHeadAttention(nn.Module):
@@ -342,6 +324,25 @@ class MultiHeadAttention(nn.Module):
         options: dict[str, Any] = {"scale": self.scale, "dropout": dropout, "backend": self.backend}
         out = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **options)
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+# %% ../chapters/09_attention.ipynb #36fedd81
+# What a layer cannot take is named, too.
+def _check_rotated(d_head: int, d_rope: int | None) -> None:
+    if d_rope is not None:
+        check_even(d_rope=d_rope)
+        if d_rope > d_head:
+            raise ValueError(f"d_rope: expected at most d_head, {d_head}, got {d_rope}")
+
+
+def _check_call(x: Tensor, d_model: int, rope: Any, cache: Any = None) -> None:
+    """Raise unless a layer is given a batch, and beside it what other functions return."""
+    check_tensor("x", x, "batch", "sequence", d_model)
+    if rope is not None and not (isinstance(rope, tuple) and len(rope) == 2):
+        expected = "the pair of cosines and sines that a RotaryEmbedding returns"
+        raise ValueError(f"rope: expected {expected}, got {rope!r:.60}")
+    if cache is not None and not hasattr(cache, "update"):
+        expected = "the cache of one layer, such as cache[0] of a KVCache"
+        raise ValueError(f"cache: expected {expected}, got a {type(cache).__name__}")
 
 # %% ../chapters/09_attention.ipynb #55a1d1a2
 from .positions import apply_rope
@@ -695,7 +696,7 @@ def _check_fits(name: str, new: Tensor, store: Tensor, n: int) -> None:
         shape = f"(..., {heads}, {n}, {width})"
         raise ValueError(f"{name}: expected {expected}, {shape}, got {tuple(new.shape)}")
 
-# %% ../chapters/09_attention.ipynb #aba78fc6
+# %% ../chapters/09_attention.ipynb #02abe64a
 def _check_lengths(before: list[int], after: list[int], slots: int, window: int | None) -> None:
     """Raise unless rows get shorter and keep all that the window of their next token needs."""
     for row, (old, new) in enumerate(zip(before, after, strict=True)):
@@ -976,7 +977,7 @@ _STYLE = """<style>
   white-space: pre; }
 </style>"""
 
-# %% ../chapters/09_attention.ipynb #a51a3053
+# %% ../chapters/09_attention.ipynb #acdd89db
 def _strongest(tokens: list[str], percent: list) -> str:
     """Return an HTML table of the strongest attention of each token in each head."""
     heads = [(i, h, rows) for i, layer in enumerate(percent) for h, rows in enumerate(layer)]
@@ -997,7 +998,7 @@ def _check_picked(shape: tuple[int, ...], **picked: int) -> dict[str, int]:
             raise ValueError(f"{name}: expected {-size} to {size - 1}, got {at!r}")
     return {name: at % size for (name, at), size in zip(picked.items(), shape, strict=True)}
 
-
+# %% ../chapters/09_attention.ipynb #8d62c3a7
 def _check_figure(tokens: list[str], weights: Tensor) -> None:
     if not isinstance(tokens, list | tuple) or not all(isinstance(t, str) for t in tokens):
         raise ValueError(f"tokens: expected a list of texts, got {tokens!r:.60}")
@@ -1012,7 +1013,7 @@ def _check_figure(tokens: list[str], weights: Tensor) -> None:
     if len(wrong):
         raise ValueError(f"weights: expected numbers from 0 to 1, got {wrong[0]:.4g}")
 
-
+# %% ../chapters/09_attention.ipynb #803a4835
 @dataclass(frozen=True)
 class AttentionFigure:
     """An interactive figure; notebooks and the site show its ``html``."""
