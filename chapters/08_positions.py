@@ -1374,13 +1374,13 @@ def _yarn_kept(
 
 # %% [markdown] tags=["engine"]
 # A fixed factor blurs short texts as much as long ones. **Dynamic** scaling, as transformers has
-# it, lets the factor follow the text: for $L$ tokens, more than the $T$ of training, it is
+# it, lets the factor follow the text: for $T'$ tokens, more than the $T$ of training, it is
 #
 # $$
-# s\,\frac{L}{T} - (s - 1) ,
+# s\,\frac{T'}{T} - (s - 1) ,
 # $$
 #
-# which is 1 at $L = T$, so that nothing changes there, and with $s = 1$ it is $L/T$, just what the
+# which is 1 at $T' = T$, so that nothing changes there. With $s = 1$ it is $T'/T$, just what the
 # text needs; a larger $s$ stretches earlier. Two remarks. The length of a batch is that of its
 # longest row. And keys that are kept while a text grows keep the angles that they were stored with,
 # although the factor has changed since; transformers does the same.

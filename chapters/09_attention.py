@@ -1013,15 +1013,15 @@ print(f"to keep {seen_k.numel() + seen_v.numel()} numbers, {copied:,} were copie
 # everything, which for $n$ tokens grows like $n^2$; we want memory that is allocated once. Rows of
 # a batch have prompts of unequal lengths. And under a sliding window memory need not grow at all.
 #
-# One rule serves all three: **position $t$ of a row is kept in slot $t \bmod S$** of that row,
-# where $S$ is the number of slots ({numref}`fig-attention-cache`). Without a window $S$ is the
-# capacity, and the slot is the position. With a window of $w$ and $S = w$ the slots are a ring, and
+# One rule serves all three: **position $t$ of a row is kept in slot $t \bmod C$** of that row,
+# where $C$ is the number of slots ({numref}`fig-attention-cache`). Without a window $C$ is the
+# capacity, and the slot is the position. With a window of $w$ and $C = w$ the slots are a ring, and
 # token $t$ overwrites token $t - w$, which has just fallen out of the window. Padding is not
-# stored. No table of positions is needed: a row of $n$ tokens has in slot $s$ the largest position
-# below $n$ that leaves the remainder $s$, which is
+# stored. No table of positions is needed: a row of $n$ tokens has in slot $u$ the largest position
+# below $n$ that leaves the remainder $u$, which is
 #
 # $$
-# t = (n - 1) - \big( (n - 1 - s) \bmod S \big) ,
+# t = (n - 1) - \big( (n - 1 - u) \bmod C \big) ,
 # $$ (attention-slots)
 #
 # and nothing if that is negative. The mask follows from positions, as before. Keys are stored
@@ -1364,7 +1364,7 @@ def _write_fixed(step: _FixedStep, store: Tensor, new: Tensor) -> Tensor:
 
 
 # %% [markdown] tags=["engine"]
-# Slot $s$ will hold position $t$ ({eq}`attention-slots` with the new length). If $t$ is new, it is
+# Slot $u$ will hold position $t$ ({eq}`attention-slots` with the new length). If $t$ is new, it is
 # number $t - \text{old length} + 1$ of the tokens given, and `searchsorted` in their running count
 # finds its place.
 
@@ -2630,16 +2630,16 @@ print(f"both induction models trained in {seconds:.0f} s")
 # ````{exercise} How sharp is sharp enough?
 # :label: ex-attention-sharp
 # *Ten minutes.* The best score of $n$ is $s_1$, the others are at most $s_1 - g$, with a gap
-# $g > 0$. Scores are multiplied by $c$ before softmax. Show that the best weight is at least
-# $1 / (1 + (n - 1) e^{-cg})$, and write `needed_sharpness(n, gap, weight)`: the least $c$ for
-# which this bound is `weight`. How does it grow with the number of keys?
+# $g > 0$. Scores are multiplied by $\beta$ before softmax. Show that the best weight is at least
+# $1 / (1 + (n - 1) e^{-\beta g})$, and write `needed_sharpness(n, gap, weight)`: the least
+# $\beta$ for which this bound is `weight`. How does it grow with the number of keys?
 # ````
 
 
 # %% tags=["solution"]
 def needed_sharpness(n: int, gap: float, weight: float) -> float:
     """Return the factor on the scores at which the best of ``n`` keys has at least ``weight``."""
-    # p_1 = 1 / (1 + sum of e^(-c (s_1 - s_j))), and each of the n - 1 terms is at most e^(-c g).
+    # p_1 = 1 / (1 + sum of e^(-beta (s_1 - s_j))); each of the n - 1 terms is at most e^(-beta g).
     # Solved for c, it is logarithmic in n: a hundred times the keys cost 4.6 / g more.
     return math.log((n - 1) * weight / (1 - weight)) / gap
 
@@ -2892,7 +2892,7 @@ for layer in (0, 1):
 # and the answer is a weighted mean. Dividing by $\sqrt d$ keeps softmax where it can learn,
 # subtracting the maximum keeps it finite. Masks are rules about positions. Heads ask several
 # questions at once; sharing keys and values among them, or keeping a latent instead, makes the
-# cache small. With position $t$ in slot $t \bmod S$ it serves unequal rows and windows alike.
+# cache small. With position $t$ in slot $t \bmod C$ it serves unequal rows and windows alike.
 # Softmax can be computed in one pass and its backward pass from one number a row, so the
 # $n \times n$ matrix need never exist. Trained on nothing but repetition, two layers suddenly
 # learn to look up what followed last time; one layer does not.
