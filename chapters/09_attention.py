@@ -2096,9 +2096,12 @@ print(f"{sum(tensor.numel() for tensor in found[0]):,} numbers agree to eleven d
 # so softmax over the two log-sum-exps joins the outputs:
 
 # %% tags=["engine"]
-q, k, v = (tensor.detach() for tensor in inputs)
-halves = [flash_attention(q, k[:, :, at], v[:, :, at], return_lse=True) for at in
-          (slice(0, 37), slice(37, 100))]  # fmt: skip
+torch.manual_seed(0)
+q, k, v = (torch.randn(2, heads, 100, 16, dtype=torch.float64) for heads in (4, 2, 2))
+halves = [
+    flash_attention(q, k[:, :, part], v[:, :, part], return_lse=True)
+    for part in (slice(0, 37), slice(37, 100))
+]
 outputs, log_sums = (torch.stack(part) for part in zip(*halves, strict=True))
 joined = (softmax(log_sums, dim=0)[..., None] * outputs).sum(dim=0)
 assert torch.allclose(joined, scaled_dot_product_attention(q, k, v), rtol=0, atol=1e-11)
@@ -2287,9 +2290,9 @@ axes[0].axhline(torch.arange(8.0, 25).log().mean(), color="gray", linestyle=":",
 axes[0].set(title="Loss where it can be known", xlabel="step", ylabel="nats", ylim=(0, 4.6))
 axes[0].legend()
 for head, style in ((0, "-"), (1, "--")):
-    for name, layer, color in (("previous", 0, "C2"), ("prefix", 1, "C3")):
-        score = [found[name][layer, head] for found in history]
-        label = f"{name}, {layer + 1}.{head + 1}"
+    for name, depth, color in (("previous", 0, "C2"), ("prefix", 1, "C3")):
+        score = [scores[name][depth, head] for scores in history]
+        label = f"{name}, {depth + 1}.{head + 1}"
         axes[1].plot(range(0, 400, 10), score, style, color=color, label=label)
 axes[1].set(title="Score of each head", xlabel="step", ylim=(0, 1.05))
 axes[1].legend(loc="lower right", fontsize=8)
@@ -2535,8 +2538,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 rope = rotary(torch.arange(24)[None])
 doubled = tuple(torch.cat([part, part], dim=-1) for part in rope)
 added = torch.zeros(24, 24).masked_fill(hidden, -torch.inf)[None, None]
-sizes = {"hidden_size": 32, "num_attention_heads": 4, "attn_implementation": "eager"}
-grouped = sizes | {"num_key_value_heads": 2, "head_dim": 8}
+widths = {"hidden_size": 32, "num_attention_heads": 4, "attn_implementation": "eager"}
+grouped = widths | {"num_key_value_heads": 2, "head_dim": 8}
 for name, theirs, norm in (
     ("Llama", LlamaAttention(transformers.LlamaConfig(**grouped), 0), None),
     (
@@ -2557,7 +2560,7 @@ for name, theirs, norm in (
 from llmbook.positions import interleaved_to_half
 
 latents = {"kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 5}
-config = transformers.DeepseekV3Config(**sizes, **latents, q_lora_rank=None, num_key_value_heads=4)
+config = transformers.DeepseekV3Config(**widths, **latents, q_lora_rank=None, num_key_value_heads=4)
 theirs, norm = DeepseekV3Attention(config, 0), partial(nn.RMSNorm, eps=1e-6)
 ours = exported.MultiHeadLatentAttention(
     32, 4, d_latent=12, d_rope=8, d_head=6, d_value=5, norm=norm
@@ -2802,7 +2805,7 @@ def to_grouped(attention: MultiHeadAttention, n_kv_heads: int) -> MultiHeadAtten
 # %% tags=["check"]
 torch.manual_seed(0)
 for options in ({}, {"bias": True}, {"bias": True, "output_bias": False, "qk_norm": nn.RMSNorm}):
-    many, x = MultiHeadAttention(24, 6, d_head=4, scale=0.4, **options), torch.randn(2, 7, 24)
+    many, short = MultiHeadAttention(24, 6, d_head=4, scale=0.4, **options), torch.randn(2, 7, 24)
     for norm in (many.q_norm, many.k_norm):
         if norm is not None:
             nn.init.uniform_(norm.weight, 0.5, 2)
@@ -2820,7 +2823,7 @@ for options in ({}, {"bias": True}, {"bias": True, "output_bias": False, "qk_nor
         for parameter in proj.parameters():  # make the heads of each group equal
             parts = parameter.data.view(2, 3, 4, *parameter.shape[1:])
             parts[:] = parts[:, :1].clone()
-    worst = (to_grouped(many, 2)(x) - many(x)).abs().max()
+    worst = (to_grouped(many, 2)(short) - many(short)).abs().max()
     assert worst < 1e-4, f"equal heads make the same function, but it is off by {worst:.2g}"
     others = [name for name in before if not name.startswith(("k_proj", "v_proj"))]
     state = many.state_dict()
@@ -2861,10 +2864,10 @@ def loss_without(model: AttentionOnly, layer: int, heads: list[int]) -> float:
 # %% tags=["check"]
 before = {name: weight.clone() for name, weight in model.state_dict().items()}
 whole = loss_without(model, 0, [])
-ids, targets, period = repeated_rows(64, torch.Generator().manual_seed(9))
+test_ids, goals, runs = repeated_rows(64, torch.Generator().manual_seed(9))
 with torch.no_grad():
-    loss = F.cross_entropy(model(ids).mT, targets, reduction="none")
-known = loss[torch.arange(48) >= period].mean().item()
+    loss = F.cross_entropy(model(test_ids).mT, goals, reduction="none")
+known = loss[torch.arange(48) >= runs].mean().item()
 rule = "the loss is the mean over tokens of the given rows seen a period before"
 assert abs(whole - known) < 1e-4, f"{rule}: {known:.4f} with all heads, not {whole:.4f}"
 assert known < 0.4, f"with all heads the loss is that of the end of training, not {known:.2f}"
@@ -2878,12 +2881,12 @@ muted = loss_without(model, 1, [])
 hook.remove()
 rule = "of head 1 nothing may reach o_proj, and of head 0 everything"
 assert abs(found - muted) < 1e-3, f"{rule}: {muted:.3f}, not {found:.3f}"
-for layer in (0, 1):
-    both, singles = loss_without(model, layer, [0, 1]), []
+for depth in (0, 1):
+    both, singles = loss_without(model, depth, [0, 1]), []
     for head in (0, 1):
-        singles.append(loss_without(model, layer, [head]))
-    assert both > 2.5, f"layer {layer + 1}: without both heads {both:.2f}: nothing can be copied"
-    assert both > max(singles) > whole, f"layer {layer + 1}: two heads do more than either"
+        singles.append(loss_without(model, depth, [head]))
+    assert both > 2.5, f"layer {depth + 1}: without both heads {both:.2f}: nothing can be copied"
+    assert both > max(singles) > whole, f"layer {depth + 1}: two heads do more than either"
 
 # %% [markdown]
 # ## Summary
