@@ -527,7 +527,7 @@ def _shard_name(number: int) -> str:
 
 
 def _check_path(directory: object) -> None:
-    if not isinstance(directory, str | os.PathLike):
+    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
         raise ValueError(f"directory: expected a path, got {directory!r:.60}")
 
 
@@ -1013,8 +1013,6 @@ def random_bits(*counters: int | np.ndarray) -> UInt64[np.ndarray, " n"]:
     array([55, 54, 31], dtype=uint64)
     """
     state = np.zeros(1, np.uint64)
-    if not counters:
-        raise ValueError("counters: expected at least one, got none")
     for counter in counters:
         array = np.atleast_1d(counter)
         if array.dtype.kind not in "biu":
@@ -1202,6 +1200,12 @@ print(f"{len(batch.inputs)} rows of {batch.inputs.size(1)} inputs")
 class Batch(Batch):  # continued
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on ``device``."""
+        if not isinstance(device, str | torch.device | int) or isinstance(device, bool):
+            raise ValueError(f"device: expected a device or its name, got {device!r:.60}")
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device: expected a device or its name, got {device!r}") from error
         positions, documents = self.position_ids, self.document_ids
         return Batch(
             self.inputs.to(device),
@@ -1275,11 +1279,10 @@ def document_mask(
 #| export
 # Anything but a batch of ids is named
 def _check_ids(argument: str, ids: Tensor) -> None:
-    is_whole = isinstance(ids, Tensor) and not (ids.is_floating_point() or ids.dtype == torch.bool)
-    if not is_whole or ids.ndim != 2:
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 2:
         is_tensor = isinstance(ids, Tensor)
         got = f"{ids.dtype} of shape {tuple(ids.shape)}" if is_tensor else f"{ids!r:.60}"
-        expected = "expected a tensor of whole numbers, (batch, sequence)"
+        expected = "expected a tensor of int64, (batch, sequence)"
         raise ValueError(f"{argument}: {expected}, got {got}")
 
 

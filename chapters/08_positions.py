@@ -53,9 +53,7 @@ from torch import Tensor, nn
 _IS_KIND: dict[str, Callable[[torch.dtype], bool]] = {
     "floats": lambda dtype: dtype.is_floating_point,
     "booleans": lambda dtype: dtype == torch.bool,
-    "whole numbers": lambda dtype: (
-        dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-    ),
+    "whole numbers": lambda dtype: dtype == torch.int64,
 }
 
 
@@ -71,7 +69,8 @@ def check_tensor(argument: str, value: object, *sizes: str | int, kind: str = "f
     if not isinstance(value, Tensor):
         raise ValueError(f"{argument}: expected a tensor of {kind}, got {value!r:.60}")
     if not _IS_KIND[kind](value.dtype):
-        raise ValueError(f"{argument}: expected {kind}, got a tensor of {value.dtype}")
+        expected = f"{kind} of 64 bits" if kind == "whole numbers" else kind
+        raise ValueError(f"{argument}: expected {expected}, got a tensor of {value.dtype}")
     least, fits = len(sizes) - (sizes[0] == "..."), True
     for at in range(1, least + 1):
         any_size = isinstance(sizes[-at], str)

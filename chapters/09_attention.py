@@ -358,6 +358,22 @@ def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"mask: {expected}, got {tuple(mask.shape)}")
 
 
+def _check_device(device: Any) -> None:
+    if isinstance(device, str):
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device: expected a device or its name, got {device!r}") from error
+
+
+def _check_memory(spare: int | None, dtype: torch.dtype, device: Any) -> None:
+    if spare is None:
+        raise ValueError("spare: expected a whole number, got None")
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype: expected a dtype of torch, got {dtype!r:.60}")
+    _check_device(device)
+
+
 def _check_scale(scale: float | None) -> None:
     is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
     if scale is not None and not (is_number and -torch.inf < scale < torch.inf):
@@ -420,6 +436,7 @@ def causal_mask(
     [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
     """
     check_at_least(sequence=(1, sequence))
+    _check_device(device)
     positions = torch.arange(sequence, device=device)[None]
     return attention_mask(positions, positions, window)[0, 0]
 
@@ -1109,6 +1126,7 @@ class KVCache:
         check_at_least(batch_size=(1, batch_size), capacity=(1, capacity), window=(1, window))
         check_at_least(n_kv_heads=(1, n_kv_heads), d_head=(1, d_head), d_value=(0, d_value))
         check_at_least(n_layers=(1, n_layers), spare=(0, spare))
+        _check_memory(spare, dtype, device)
         self.capacity, self.window, self.device = capacity, window, device
         self.slots = capacity if window is None else min(capacity, window + spare)
         self._counts = torch.zeros(batch_size, dtype=torch.int64, device=device)

@@ -696,6 +696,7 @@ def activate(activation: str, gate: Tensor | None, up: Tensor) -> Tensor:
         raise ValueError(f"gate: expected {expected} for {activation!r}, got {gate!r:.60}")
     if gate is None:
         return _ACTIVATIONS[activation](up)
+    check_tensor("gate", gate, *up.shape)
     return _ACTIVATIONS[GATES[activation]](gate) * up
 
 
@@ -1659,6 +1660,8 @@ class MixtureOfExperts(nn.Module):
         normalize: bool = True,
     ):
         super().__init__()
+        if d_shared is None:
+            raise ValueError("d_shared: expected a whole number, got None")
         check_at_least(d_shared=(0, d_shared))
         self.router = Router(d_model, n_experts, n_active, normalize, capacity_factor)
         self.experts = Experts(d_model, d_ff, n_experts, activation)

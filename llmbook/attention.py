@@ -48,7 +48,7 @@ def softmax(scores: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]
     total = weights.sum(dim, keepdim=True).clamp(min=1.0)  # the peak alone adds 1, if there is one
     return (weights / total).to(scores.dtype)
 
-# %% ../chapters/09_attention.ipynb #44ffe3f0
+# %% ../chapters/09_attention.ipynb #8589dfb9
 # Scores, masks and scales that cannot be are named
 def _check_scores(scores: Tensor, dim: int) -> None:
     check_tensor("scores", scores, "...")
@@ -71,6 +71,22 @@ def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
     if not fits:
         expected = f"expected a shape that broadcasts to (..., heads, queries, keys), {shape}"
         raise ValueError(f"mask: {expected}, got {tuple(mask.shape)}")
+
+
+def _check_device(device: Any) -> None:
+    if isinstance(device, str):
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device: expected a device or its name, got {device!r}") from error
+
+
+def _check_memory(spare: int | None, dtype: torch.dtype, device: Any) -> None:
+    if spare is None:
+        raise ValueError("spare: expected a whole number, got None")
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype: expected a dtype of torch, got {dtype!r:.60}")
+    _check_device(device)
 
 
 def _check_scale(scale: float | None) -> None:
@@ -96,7 +112,7 @@ def attention_mask(
     allowed = (key <= query) & (key >= 0)
     return allowed if window is None else allowed & (key > query - window)
 
-# %% ../chapters/09_attention.ipynb #ec9b6f62
+# %% ../chapters/09_attention.ipynb #5f97a24d
 def causal_mask(
     sequence: int, window: int | None = None, device: torch.device | str | None = None
 ) -> Bool[Tensor, "sequence sequence"]:
@@ -108,6 +124,7 @@ def causal_mask(
     [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
     """
     check_at_least(sequence=(1, sequence))
+    _check_device(device)
     positions = torch.arange(sequence, device=device)[None]
     return attention_mask(positions, positions, window)[0, 0]
 
@@ -417,7 +434,7 @@ class LayerCache:
         self.values.select(2, step.slots.start).copy_(v)
         return self.keys.narrow(2, 0, step.used), self.values.narrow(2, 0, step.used)
 
-# %% ../chapters/09_attention.ipynb #affe5918
+# %% ../chapters/09_attention.ipynb #19b6b0d2
 class KVCache:
     """The keys and values of all layers for the tokens read so far, in memory taken once.
 
@@ -445,6 +462,7 @@ class KVCache:
         check_at_least(batch_size=(1, batch_size), capacity=(1, capacity), window=(1, window))
         check_at_least(n_kv_heads=(1, n_kv_heads), d_head=(1, d_head), d_value=(0, d_value))
         check_at_least(n_layers=(1, n_layers), spare=(0, spare))
+        _check_memory(spare, dtype, device)
         self.capacity, self.window, self.device = capacity, window, device
         self.slots = capacity if window is None else min(capacity, window + spare)
         self._counts = torch.zeros(batch_size, dtype=torch.int64, device=device)

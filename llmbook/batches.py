@@ -268,13 +268,13 @@ def _shards_of(
     if group:
         yield group, True
 
-# %% ../chapters/07_batches.ipynb #23332096
+# %% ../chapters/07_batches.ipynb #a20913b3
 def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.bin"
 
 
 def _check_path(directory: object) -> None:
-    if not isinstance(directory, str | os.PathLike):
+    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
         raise ValueError(f"directory: expected a path, got {directory!r:.60}")
 
 
@@ -515,7 +515,7 @@ class TokenShards(TokenRing):
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenShards, (self.directory,)
 
-# %% ../chapters/07_batches.ipynb #d19aeeb8
+# %% ../chapters/07_batches.ipynb #e6f3c324
 def _mix(bits: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
     """The finalizer of SplitMix64: a bijection that scatters every bit (Steele et al., 2014)."""
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -538,8 +538,6 @@ def random_bits(*counters: int | np.ndarray) -> UInt64[np.ndarray, " n"]:
     array([55, 54, 31], dtype=uint64)
     """
     state = np.zeros(1, np.uint64)
-    if not counters:
-        raise ValueError("counters: expected at least one, got none")
     for counter in counters:
         array = np.atleast_1d(counter)
         if array.dtype.kind not in "biu":
@@ -619,6 +617,12 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on ``device``."""
+        if not isinstance(device, str | torch.device | int) or isinstance(device, bool):
+            raise ValueError(f"device: expected a device or its name, got {device!r:.60}")
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device: expected a device or its name, got {device!r}") from error
         positions, documents = self.position_ids, self.document_ids
         return Batch(
             self.inputs.to(device),
@@ -677,14 +681,13 @@ def document_mask(
     same = document_ids[:, :, None] == document_ids[:, None, :]
     return same.tril()[:, None]  # the 1 stands for all heads
 
-# %% ../chapters/07_batches.ipynb #faf59979
+# %% ../chapters/07_batches.ipynb #c5a1e69d
 # Anything but a batch of ids is named
 def _check_ids(argument: str, ids: Tensor) -> None:
-    is_whole = isinstance(ids, Tensor) and not (ids.is_floating_point() or ids.dtype == torch.bool)
-    if not is_whole or ids.ndim != 2:
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 2:
         is_tensor = isinstance(ids, Tensor)
         got = f"{ids.dtype} of shape {tuple(ids.shape)}" if is_tensor else f"{ids!r:.60}"
-        expected = "expected a tensor of whole numbers, (batch, sequence)"
+        expected = "expected a tensor of int64, (batch, sequence)"
         raise ValueError(f"{argument}: {expected}, got {got}")
 
 # %% ../chapters/07_batches.ipynb #eca76aa0

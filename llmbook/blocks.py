@@ -230,7 +230,7 @@ class SwiGLU(nn.Module):
         check_tensor("up", up, *gate.shape)  # broadcasting would accept other shapes
         return F.silu(gate) * up
 
-# %% ../chapters/10_blocks.ipynb #68163709
+# %% ../chapters/10_blocks.ipynb #7b834fea
 # The activations by name, with and without a gate, and the step between the matrices.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -255,6 +255,7 @@ def activate(activation: str, gate: Tensor | None, up: Tensor) -> Tensor:
         raise ValueError(f"gate: expected {expected} for {activation!r}, got {gate!r:.60}")
     if gate is None:
         return _ACTIVATIONS[activation](up)
+    check_tensor("gate", gate, *up.shape)
     return _ACTIVATIONS[GATES[activation]](gate) * up
 
 # %% ../chapters/10_blocks.ipynb #7a1fe832
@@ -580,6 +581,8 @@ class MixtureOfExperts(nn.Module):
         normalize: bool = True,
     ):
         super().__init__()
+        if d_shared is None:
+            raise ValueError("d_shared: expected a whole number, got None")
         check_at_least(d_shared=(0, d_shared))
         self.router = Router(d_model, n_experts, n_active, normalize, capacity_factor)
         self.experts = Experts(d_model, d_ff, n_experts, activation)

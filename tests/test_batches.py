@@ -1062,6 +1062,10 @@ WINDOW = torch.zeros(1, 3, dtype=torch.int64)
         ),
         (lambda at: write_shards(5, at / "x", TOKENIZER), "texts: expected several .* got one int"),
         (lambda _: write_shards(["a"], None, TOKENIZER), "directory: expected a path, got None"),
+        (lambda _: TokenShards(""), "directory: expected a path, got ''"),
+        (lambda _: BatchSampler(RING, 2, 2)[0].to("nowhere"), "device: expected .* got 'nowhere'"),
+        (lambda _: BatchSampler(RING, 2, 2)[0].to(None), "device: expected a device .* got None"),
+        (lambda _: document_fields(WINDOW.int(), 0), "inputs: expected a tensor of int64, .*int32"),
         (
             lambda at: write_shards(["a"], at / "x", TOKENIZER, shard_tokens=None),
             "shard_tokens: expected a whole number, got None",
@@ -1075,7 +1079,6 @@ WINDOW = torch.zeros(1, 3, dtype=torch.int64)
         (lambda _: RING.window(0.5, 2), "start: expected a whole number, got 0.5"),
         (lambda _: RING.window(0, -1), "length: expected at least 0, got -1"),
         (lambda _: RING.window(0, None), "length: expected a whole number, got None"),
-        (lambda _: random_bits(), "counters: expected at least one, got none"),
         (lambda _: permuted([0], 3, 1), r"numbers: expected an array of whole numbers, got \[0\]"),
         (lambda _: permuted(np.array([0.5]), 3, 1), "numbers: expected an array of whole numbers"),
         (lambda _: permuted(np.array([0]), None, 1), "size: expected a whole number, got None"),
