@@ -366,14 +366,6 @@ def _check_device(device: Any) -> None:
             raise ValueError(f"device: expected a device or its name, got {device!r}") from error
 
 
-def _check_memory(spare: int | None, dtype: torch.dtype, device: Any) -> None:
-    if spare is None:
-        raise ValueError("spare: expected a whole number, got None")
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype: expected a dtype of torch, got {dtype!r:.60}")
-    _check_device(device)
-
-
 def _check_scale(scale: float | None) -> None:
     is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
     if scale is not None and not (is_number and -torch.inf < scale < torch.inf):
@@ -805,6 +797,14 @@ def _check_rotated(d_head: int, d_rope: int | None) -> None:
         check_even(d_rope=d_rope)
         if d_rope > d_head:
             raise ValueError(f"d_rope: expected at most d_head, {d_head}, got {d_rope}")
+
+
+def _check_memory(spare: int | None, dtype: torch.dtype, device: Any) -> None:
+    if spare is None:
+        raise ValueError("spare: expected a whole number, got None")
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype: expected a dtype of torch, got {dtype!r:.60}")
+    _check_device(device)
 
 
 def _check_call(x: Tensor, d_model: int, rope: Any, cache: Any = None) -> None:

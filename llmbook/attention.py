@@ -48,7 +48,7 @@ def softmax(scores: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]
     total = weights.sum(dim, keepdim=True).clamp(min=1.0)  # the peak alone adds 1, if there is one
     return (weights / total).to(scores.dtype)
 
-# %% ../chapters/09_attention.ipynb #8589dfb9
+# %% ../chapters/09_attention.ipynb #2a0414c6
 # Scores, masks and scales that cannot be are named
 def _check_scores(scores: Tensor, dim: int) -> None:
     check_tensor("scores", scores, "...")
@@ -79,14 +79,6 @@ def _check_device(device: Any) -> None:
             torch.device(device)
         except RuntimeError as error:
             raise ValueError(f"device: expected a device or its name, got {device!r}") from error
-
-
-def _check_memory(spare: int | None, dtype: torch.dtype, device: Any) -> None:
-    if spare is None:
-        raise ValueError("spare: expected a whole number, got None")
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype: expected a dtype of torch, got {dtype!r:.60}")
-    _check_device(device)
 
 
 def _check_scale(scale: float | None) -> None:
@@ -342,13 +334,21 @@ class MultiHeadAttention(nn.Module):
         out = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **options)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-# %% ../chapters/09_attention.ipynb #36fedd81
+# %% ../chapters/09_attention.ipynb #339d04d3
 # What a layer cannot take is named, too.
 def _check_rotated(d_head: int, d_rope: int | None) -> None:
     if d_rope is not None:
         check_even(d_rope=d_rope)
         if d_rope > d_head:
             raise ValueError(f"d_rope: expected at most d_head, {d_head}, got {d_rope}")
+
+
+def _check_memory(spare: int | None, dtype: torch.dtype, device: Any) -> None:
+    if spare is None:
+        raise ValueError("spare: expected a whole number, got None")
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype: expected a dtype of torch, got {dtype!r:.60}")
+    _check_device(device)
 
 
 def _check_call(x: Tensor, d_model: int, rope: Any, cache: Any = None) -> None:
