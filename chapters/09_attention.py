@@ -341,8 +341,8 @@ def _check_scores(scores: Tensor, dim: int) -> None:
     if isinstance(dim, bool) or not isinstance(dim, int) or not -most <= dim < most:
         raise ValueError(f"dim: expected {-most} to {most - 1}, got {dim!r}")
     if scores.ndim and not scores.size(dim):
-        shape = tuple(scores.shape)
-        raise ValueError(f"scores: expected at least one in dimension {dim}, got shape {shape}")
+        got = f"got shape {tuple(scores.shape)}"
+        raise ValueError(f"scores: expected at least one in dimension {dim}, {got}")
 
 
 def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
@@ -367,8 +367,7 @@ def _check_device(device: Any) -> None:
 
 
 def _check_scale(scale: float | None) -> None:
-    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
-    if scale is not None and not (is_number and -torch.inf < scale < torch.inf):
+    if scale is not None and not (type(scale) in (int, float) and abs(scale) < torch.inf):
         raise ValueError(f"scale: expected None or a finite number, got {scale!r}")
 
 

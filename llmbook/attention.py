@@ -48,7 +48,7 @@ def softmax(scores: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]
     total = weights.sum(dim, keepdim=True).clamp(min=1.0)  # the peak alone adds 1, if there is one
     return (weights / total).to(scores.dtype)
 
-# %% ../chapters/09_attention.ipynb #2a0414c6
+# %% ../chapters/09_attention.ipynb #3e80a130
 # Scores, masks and scales that cannot be are named
 def _check_scores(scores: Tensor, dim: int) -> None:
     check_tensor("scores", scores, "...")
@@ -56,8 +56,8 @@ def _check_scores(scores: Tensor, dim: int) -> None:
     if isinstance(dim, bool) or not isinstance(dim, int) or not -most <= dim < most:
         raise ValueError(f"dim: expected {-most} to {most - 1}, got {dim!r}")
     if scores.ndim and not scores.size(dim):
-        shape = tuple(scores.shape)
-        raise ValueError(f"scores: expected at least one in dimension {dim}, got shape {shape}")
+        got = f"got shape {tuple(scores.shape)}"
+        raise ValueError(f"scores: expected at least one in dimension {dim}, {got}")
 
 
 def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
@@ -82,8 +82,7 @@ def _check_device(device: Any) -> None:
 
 
 def _check_scale(scale: float | None) -> None:
-    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
-    if scale is not None and not (is_number and -torch.inf < scale < torch.inf):
+    if scale is not None and not (type(scale) in (int, float) and abs(scale) < torch.inf):
         raise ValueError(f"scale: expected None or a finite number, got {scale!r}")
 
 # %% ../chapters/09_attention.ipynb #7466d9c5
