@@ -343,9 +343,33 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
     Two that agree on this text and on their special tokens, but not elsewhere, look the same.
     """
+    _check_tokenizer(tokenizer)
     special = sorted(tokenizer.special_tokens.items())
     ids = [int(token) for token in tokenizer.encode(_PROBE)]
     return blake2b(repr((tokenizer.vocab_size, special, ids)).encode(), digest_size=8).hexdigest()
+
+
+# %% tags=["engine"]
+#| export
+# What is no tokenizer, and a number that is not given, are named.
+def _check_tokenizer(tokenizer: object) -> None:
+    if not isinstance(tokenizer, Tokenizer):
+        expected = "expected an object with vocab_size, special_tokens and encode"
+        raise ValueError(f"tokenizer: {expected}, got {tokenizer!r:.60}")
+
+
+def _check_given(**bounds: tuple[int, object]) -> None:
+    """Demand whole numbers of at least so much, as ``check_at_least``, but not None."""
+    for argument, (_, value) in bounds.items():
+        if value is None:
+            raise ValueError(f"{argument}: expected a whole number, got None")
+    check_at_least(**bounds)
+
+
+def _check_window(start: object, length: object) -> None:
+    _check_given(length=(0, length))
+    if isinstance(start, bool) or not isinstance(start, int | np.integer):
+        raise ValueError(f"start: expected a whole number, got {start!r}")
 
 
 # %% [markdown] tags=["engine"]
@@ -502,6 +526,11 @@ def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.bin"
 
 
+def _check_path(directory: object) -> None:
+    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
+        raise ValueError(f"directory: expected a path, got {directory!r:.60}")
+
+
 def _blank_header(tokenizer: Tokenizer, end_of_text: str) -> ShardHeader:
     """The header of an empty shard of ids by ``tokenizer``."""
     special, size = dict(tokenizer.special_tokens), tokenizer.vocab_size
@@ -546,9 +575,12 @@ def write_shards(
     corpus). The directory appears complete or not at all. Empty documents are left out, with a
     warning. A ``ValueError`` tells of wrong ids, no text at all, or files in the directory.
     """
-    check_at_least(shard_tokens=(1, shard_tokens), workers=(1, workers))
-    if isinstance(texts, str | bytes):
+    _check_given(shard_tokens=(1, shard_tokens))
+    check_at_least(workers=(1, workers))
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
         raise ValueError(f"texts: expected several texts, got one {type(texts).__name__}")
+    _check_tokenizer(tokenizer)
+    _check_path(directory)
     header, digest = _blank_header(tokenizer, end_of_text), _NO_DIGEST
     target = Path(directory).resolve()
     with whole_directory(target) as draft:
@@ -605,6 +637,7 @@ class TokenRing:
 
     def window(self, start: int, length: int) -> Int64[np.ndarray, " length"]:
         """Return ``length`` ids from position ``start`` on, going round as often as it takes."""
+        _check_window(start, length)
         window, done = np.empty(length, np.int64), 0
         while done < length:
             at = (start + done) % len(self)
@@ -634,6 +667,8 @@ print(f"{len(ring)} tokens; 4 of them from position 3 on: {ring.window(3, 4).tol
 #| export
 def _rows_of_ids(tokens: Any) -> list[np.ndarray]:
     """Return ``tokens``, a row of ids or several rows, as arrays."""
+    if not hasattr(tokens, "__iter__"):
+        raise ValueError(f"tokens: expected a row of ids or several, got {tokens!r:.60}")
     is_list = isinstance(tokens, Sequence) and len(tokens) > 0
     is_row = isinstance(tokens, np.ndarray | Tensor) or (
         is_list and isinstance(tokens[0], int | np.integer)
@@ -794,6 +829,7 @@ class TokenShards(TokenRing):
     end_of_text: int
 
     def __init__(self, directory: str | Path, tokenizer: Tokenizer | None = None):
+        _check_path(directory)
         self.directory = Path(directory).resolve()
         self._shards = [_Shard(path) for path in _shard_paths(self.directory)]
         _check_chain(self.directory, [shard.header for shard in self._shards])
@@ -1039,7 +1075,9 @@ def permuted(
     >>> permuted(np.arange(10), 10, 0).tolist()
     [5, 3, 6, 0, 9, 2, 4, 7, 8, 1]
     """
-    check_at_least(size=(1, size))
+    _check_given(size=(1, size))
+    if not isinstance(numbers, np.ndarray) or (numbers.size and numbers.dtype.kind not in "iu"):
+        raise ValueError(f"numbers: expected an array of whole numbers, got {numbers!r:.60}")
     if numbers.size and not 0 <= numbers.min() <= numbers.max() < size:
         wrong = numbers[(numbers < 0) | (numbers >= size)][0]
         raise ValueError(f"numbers: expected 0 to {size - 1}, got {wrong}")
@@ -1126,10 +1164,13 @@ def window_batch(
 ) -> Batch:
     """Return the windows that begin at ``starts``: ``context_length`` inputs, targets one later."""
     ring = _as_ring(ring, "ring")
-    check_at_least(context_length=(1, context_length))
-    if not len(starts):
-        raise ValueError(f"starts: expected at least one position, got {starts!r}")
-    windows = np.stack([ring.window(int(start), context_length + 1) for start in starts])
+    _check_given(context_length=(1, context_length))
+    places = np.asarray(starts)
+    if places.ndim != 1 or not places.size or places.dtype.kind not in "iu":
+        raise ValueError(
+            f"starts: expected at least one position, whole numbers, got {starts!r:.60}"
+        )
+    windows = np.stack([ring.window(int(start), context_length + 1) for start in places])
     inputs, targets = windows[:, :-1].copy(), windows[:, 1:].copy()
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
 
@@ -1159,6 +1200,12 @@ print(f"{len(batch.inputs)} rows of {batch.inputs.size(1)} inputs")
 class Batch(Batch):  # continued
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on ``device``."""
+        if not isinstance(device, str | torch.device | int) or isinstance(device, bool):
+            raise ValueError(f"device: expected a device or its name, got {device!r:.60}")
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device: expected a device or its name, got {device!r}") from error
         positions, documents = self.position_ids, self.document_ids
         return Batch(
             self.inputs.to(device),
@@ -1207,6 +1254,8 @@ def document_fields(
     >>> positions.tolist(), documents.tolist()
     ([[0, 1, 0, 1, 2]], [[0, 0, 1, 1, 1]])
     """
+    _check_ids("inputs", inputs)
+    _check_given(end_of_text=(0, end_of_text))
     opens = inputs == end_of_text
     places = torch.arange(inputs.size(1), device=inputs.device).expand_as(inputs)
     begin = torch.where(opens, places, 0).cummax(dim=1).values
@@ -1221,8 +1270,20 @@ def document_mask(
     Padding, document -1, attends to padding, so that no row of the mask is empty and no softmax is
     taken over nothing.
     """
+    _check_ids("document_ids", document_ids)
     same = document_ids[:, :, None] == document_ids[:, None, :]
     return same.tril()[:, None]  # the 1 stands for all heads
+
+
+# %% tags=["engine"]
+#| export
+# Anything but a batch of ids is named
+def _check_ids(argument: str, ids: Tensor) -> None:
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 2:
+        is_tensor = isinstance(ids, Tensor)
+        got = f"{ids.dtype} of shape {tuple(ids.shape)}" if is_tensor else f"{ids!r:.60}"
+        expected = "expected a tensor of int64, (batch, sequence)"
+        raise ValueError(f"{argument}: {expected}, got {got}")
 
 
 # %% [markdown]
@@ -1333,9 +1394,12 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> Int64[np.nda
 def _checked_lengths(
     lengths: Sequence[int] | np.ndarray, capacity: int
 ) -> Int64[np.ndarray, " documents"]:
+    _check_given(capacity=(1, capacity))
     sizes = np.asarray(lengths)
     if sizes.size and sizes.dtype.kind not in "iu":
         raise ValueError(f"lengths: expected whole numbers, got {sizes.flat[0]!r}")
+    if sizes.ndim != 1:
+        raise ValueError(f"lengths: expected a row of them, got shape {sizes.shape}")
     if sizes.size and not 1 <= sizes.min() <= sizes.max() <= capacity:
         wrong = sizes[(sizes < 1) | (sizes > capacity)][0]
         raise ValueError(f"lengths: expected 1 to {capacity}, the capacity, got {wrong}")
@@ -1377,9 +1441,7 @@ class PackedDocuments:
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """Return the given rows; padding has targets -100 and document id -1."""
-        wrong = [row for row in rows if not 0 <= row < len(self) or int(row) != row]
-        if wrong or not len(rows):
-            raise ValueError(f"rows: expected 0 to {len(self) - 1}, got {[*wrong, 'none'][0]}")
+        _check_rows(rows, len(self))
         fields = np.stack([_packed_row(self, int(row)) for row in rows], axis=1)
         return Batch(*torch.from_numpy(fields))
 
@@ -1391,6 +1453,16 @@ class PackedDocuments:
 
 # %% tags=["engine"]
 #| export
+def _check_rows(rows: Any, size: int) -> None:
+    if not isinstance(rows, Sequence | np.ndarray | Tensor) or isinstance(rows, str):
+        raise ValueError(f"rows: expected numbers of rows, got {rows!r:.60}")
+    numbers = [row for row in rows if isinstance(row, int | np.integer)]
+    wrong = [row for row in rows if not isinstance(row, int | np.integer)]
+    wrong += [row for row in numbers if not 0 <= row < size]
+    if wrong or not len(rows):
+        raise ValueError(f"rows: expected 0 to {size - 1}, got {[*wrong, 'none'][0]}")
+
+
 def _packed_row(packed: PackedDocuments, row: int) -> Int64[np.ndarray, "4 sequence"]:
     """Return inputs, targets, position ids and document ids of a row."""
     length, at = packed.context_length, 0
@@ -1422,7 +1494,9 @@ def pack_documents(
     cut into pieces of ``context_length``; each piece counts as a document, its positions from 0.
     A ``TokenRing`` in memory must know its ``end_of_text``.
     """
-    check_at_least(context_length=(1, context_length))
+    if not isinstance(shards, TokenRing):
+        raise ValueError(f"shards: expected TokenShards or a TokenRing, got {shards!r:.60}")
+    _check_given(context_length=(1, context_length))
     if strategy not in ("best_fit", "one_per_row"):
         raise ValueError(f"strategy: expected 'best_fit' or 'one_per_row', got {strategy!r}")
     sizes = np.diff(shards.document_ends, prepend=0)
@@ -1590,7 +1664,7 @@ class ResumableBatches(ResumableBatches):  # continued
         Each process gets a copy of tokens in memory, also of a memory-mapped array; ``TokenShards``
         are opened there anew.
         """
-        check_at_least(workers=(1, workers), ahead=(1, ahead))
+        _check_given(workers=(1, workers), ahead=(1, ahead))
         return _prefetched(self, workers, ahead)
 
 
@@ -1733,6 +1807,10 @@ def _check_sampler(sampler: BatchSampler) -> None:
     source, order = _source(sampler.source), sampler.order
     if order not in _ORDERS:
         raise ValueError(f"order: expected one of {_ORDERS}, got {order!r}")
+    for name in ("documents", "wrap"):
+        if not isinstance(getattr(sampler, name), bool | np.bool_):
+            expected = "expected True or False"
+            raise ValueError(f"{name}: {expected}, got {getattr(sampler, name)!r:.60}")
     sampler.context_length = int(_context_length(sampler))
     is_packed = isinstance(source, PackedDocuments)
     sampler.documents = bool(sampler.documents or is_packed)
@@ -2036,9 +2114,10 @@ def rows_until_seen(share: float, n_tokens: int, context_length: int) -> int:
 generator = np.random.default_rng(0)
 for share, n_tokens, context_length in ((0.5, 4000, 16), (0.99, 3000, 30), (0.9, 50, 25)):
     needed = rows_until_seen(share, n_tokens, context_length)
-    for drawn, reached in ((needed, True), (needed - 1, False)):
-        missed = (1 - context_length / n_tokens) ** drawn
-        assert (1 - missed >= share) == reached, f"{drawn} rows: seen is {1 - missed:.4f} of all"
+    assert isinstance(needed, int), f"{needed}: rows are counted in whole numbers"
+    enough, fewer = (1 - (1 - context_length / n_tokens) ** drawn for drawn in (needed, needed - 1))
+    assert enough >= share, f"too few: after {needed} rows {enough:.4f} of the tokens are seen"
+    assert fewer < share, f"not the least: after {needed - 1} rows {fewer:.4f} are seen already"
     seen = np.zeros((200, n_tokens), bool)
     for trial in seen:
         starts = generator.integers(n_tokens, size=needed)
@@ -2070,17 +2149,23 @@ def mean_context(batch: Batch) -> float:
 # %% tags=["check"]
 T = 64
 plain = BatchSampler(shards, 8, T)[0]
-assert abs(mean_context(plain) - (T + 1) / 2) < 1e-4, "causal: 1, 2, ..., T inputs"
-by_document = Batch(
+causal = mean_context(plain)
+assert abs(causal - (T + 1) / 2) < 1e-4, "causal: 1, 2, ..., T inputs, its own place included"
+two = Batch(
     torch.zeros(1, 6, dtype=torch.long),
-    torch.tensor([[1, 1, 1, 1, 1, -100]]),
-    torch.tensor([[0, 1, 2, 0, 1, 0]]),
-    torch.tensor([[0, 0, 0, 1, 1, -1]]),
+    torch.tensor([[1, 1, 1, 1, 1, 1]]),
+    torch.tensor([[0, 1, 2, 0, 1, 2]]),
+    torch.tensor([[0, 0, 0, 1, 1, 1]]),
 )
-assert abs(mean_context(by_document) - 9 / 5) < 1e-6, "1 + 2 + 3 and 1 + 2, padding left out"
+assert abs(mean_context(two) - 2) < 1e-6, "a prediction sees its own document only"
+by_document = two._replace(
+    targets=torch.tensor([[1, 1, 1, 1, 1, -100]]), document_ids=torch.tensor([[0, 0, 0, 1, 1, -1]])
+)
+expected = "places without a target do not count: here 1 + 2 + 3 and 1 + 2 of 5 predictions"
+assert abs(mean_context(by_document) - 9 / 5) < 1e-6, expected
 uneven = Batch(*(torch.cat([field, field]) for field in by_document))
 uneven.targets[1, 3:] = -100
-assert abs(mean_context(uneven) - 15 / 8) < 1e-6, "the mean is over targets, not over rows"
+assert abs(mean_context(uneven) - 15 / 8) < 1e-6, "the mean is over all targets, not over rows"
 
 # %% [markdown]
 # ````{exercise} Mix two sources
@@ -2106,13 +2191,15 @@ for share in (Fraction(1, 2), Fraction(3, 10), Fraction(2, 3), Fraction(0), Frac
     given = [0, 0]
     for row in range(300):
         source, number = mixed_row(row, share)
-        assert number == given[source], f"row {row}: source {source} has given {given[source]} rows"
+        already = f"source {source} has given {given[source]} rows before"
+        assert number == given[source], f"row {row} is number {number} of its source, but {already}"
         given[source] += 1
         expected = math.floor((row + 1) * share)
-        assert given[0] == expected, f"{expected} of the first {row + 1} rows are from source 0"
-far = 10**17 + 1
-assert mixed_row(far, Fraction(1, 10)) == (1, far - 10**16), "exact, however far from the start"
-assert mixed_row(10**17 + 9, Fraction(1, 10)) == (0, 10**16), "every tenth row is of source 0"
+        so_far = f"of the first {row + 1} rows with a share of {share}"
+        assert given[0] == expected, f"{so_far}, {expected} are from source 0, not {given[0]}"
+for far, answer in ((10**17 + 1, (1, 9 * 10**16 + 1)), (10**17 + 9, (0, 10**16))):
+    found = mixed_row(far, Fraction(1, 10))
+    assert found == answer, f"not exact far from the start: row {far:,} is {answer}, not {found}"
 
 # %% [markdown]
 # ````{exercise} Read another program's shards
@@ -2149,20 +2236,23 @@ def llmc_answer(magic: int, version: int, n_tokens: int, tokens: list[int], size
         try:
             return read_llmc(path)[:].tolist()
         except ShardError as error:
-            assert "llmc.bin" in str(error), "the error names the file"
-            return "an error"
+            assert "llmc.bin" in str(error), f"the error does not name the file: {error}"
+            return "a ShardError"
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
 
 
 good = llmc_answer(20240520, 1, 4, [50256, 7, 65535, 9])
-assert good == [50256, 7, 65535, 9], "unsigned 16-bit numbers after 1,024 bytes"
+assert good == [50256, 7, 65535, 9], f"unsigned 16-bit numbers after 1,024 bytes, not {good}"
 for reason, fields in {
     "the magic number is that of another format": (20240801, 1, 4, [1, 2, 3, 4]),
     "version 2": (20240520, 2, 4, [1, 2, 3, 4]),
     "a token is missing": (20240520, 1, 4, [1, 2, 3]),
-    "a token is too many": (20240520, 1, 4, [1, 2, 3, 4, 5]),
+    "there is a token too many": (20240520, 1, 4, [1, 2, 3, 4, 5]),
     "the header is cut off": (20240520, 1, 0, [], 100),
 }.items():
-    assert llmc_answer(*fields) == "an error", f"no error, but {reason}"
+    found = llmc_answer(*fields)
+    assert found == "a ShardError", f"{reason}: expected a ShardError, got {found}"
 
 # %% tags=["remove-cell"]
 shutil.rmtree(folder, ignore_errors=True)

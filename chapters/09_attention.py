@@ -38,7 +38,8 @@ from typing import Any, Literal, NamedTuple
 from jaxtyping import Bool, Float, Int64
 from torch.autograd.function import once_differentiable
 
-from llmbook.environment import check_at_least, check_even
+from llmbook.environment import check_at_least, check_choice, check_even, check_fraction
+from llmbook.positions import check_tensor
 
 # %% [markdown]
 # ## A dictionary that never says no
@@ -47,6 +48,7 @@ from llmbook.environment import check_at_least, check_even
 # the **value** of the one that is equal. At which temperature does one bake a pie?
 
 # %%
+import copy
 import math
 import time
 
@@ -322,11 +324,51 @@ def softmax(scores: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]
     tensor([[0.5000, 0.5000],
             [0.0000, 0.0000]])
     """
+    _check_scores(scores, dim)
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     peak = wide.detach().amax(dim, keepdim=True)
     weights = torch.exp(wide - peak.masked_fill(peak == -torch.inf, 0.0))
     total = weights.sum(dim, keepdim=True).clamp(min=1.0)  # the peak alone adds 1, if there is one
     return (weights / total).to(scores.dtype)
+
+
+# %% tags=["engine"]
+#| export
+# Scores, masks and scales that cannot be are named
+def _check_scores(scores: Tensor, dim: int) -> None:
+    check_tensor("scores", scores, "...")
+    most = max(scores.ndim, 1)
+    if isinstance(dim, bool) or not isinstance(dim, int) or not -most <= dim < most:
+        raise ValueError(f"dim: expected {-most} to {most - 1}, got {dim!r}")
+    if scores.ndim and not scores.size(dim):
+        got = f"got shape {tuple(scores.shape)}"
+        raise ValueError(f"scores: expected at least one in dimension {dim}, {got}")
+
+
+def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless ``mask`` is of booleans and spreads over ``shape`` without enlarging it."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else f"{mask!r:.60}"
+        raise ValueError(f"mask: expected booleans, True where allowed, got {got}")
+    fits = mask.ndim <= len(shape)
+    for at in range(1, mask.ndim + 1 if fits else 1):
+        fits = fits and mask.size(-at) in (1, shape[-at])
+    if not fits:
+        expected = f"expected a shape that broadcasts to (..., heads, queries, keys), {shape}"
+        raise ValueError(f"mask: {expected}, got {tuple(mask.shape)}")
+
+
+def _check_device(device: Any) -> None:
+    if isinstance(device, str):
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device: expected a device or its name, got {device!r}") from error
+
+
+def _check_scale(scale: float | None) -> None:
+    if scale is not None and not (type(scale) in (int, float) and abs(scale) < torch.inf):
+        raise ValueError(f"scale: expected None or a finite number, got {scale!r}")
 
 
 # %% [markdown]
@@ -360,6 +402,8 @@ def attention_mask(
     A position of -1 is padding: nothing attends to it, and it attends to nothing. ``window`` is
     how many positions a query sees, its own included; None is all.
     """
+    for name, positions in (("query", query_positions), ("key", key_positions)):
+        check_tensor(f"{name}_positions", positions, "batch", name, kind="whole numbers")
     check_at_least(window=(1, window))
     query, key = query_positions[:, None, :, None], key_positions[:, None, None, :]
     allowed = (key <= query) & (key >= 0)
@@ -383,6 +427,7 @@ def causal_mask(
     [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
     """
     check_at_least(sequence=(1, sequence))
+    _check_device(device)
     positions = torch.arange(sequence, device=device)[None]
     return attention_mask(positions, positions, window)[0, 0]
 
@@ -436,12 +481,12 @@ for name, filler in (("-1e9", -1e9), ("-inf", -torch.inf)):
 # %% tags=["engine"]
 #| export
 # Inputs that do not fit are named before they meet, in the words of the caller.
-def _check_inputs(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> None:
-    """Raise a ValueError unless queries and keys fit together, and the mask is one of booleans."""
+def _check_inputs(
+    q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> None:
+    """Raise a ValueError unless queries, keys and the mask fit together."""
     for name, tensor in (("q", q), ("k", k)):
-        if tensor.ndim < 3:
-            expected = "expected (..., heads, sequence, feature)"
-            raise ValueError(f"{name}: {expected}, got the shape {tuple(tensor.shape)}")
+        check_tensor(name, tensor, "...", "heads", "sequence", "feature")
     if q.size(-1) != k.size(-1) or q.shape[:-3] != k.shape[:-3]:
         expected = f"expected batch and feature dimensions as in q, {tuple(q.shape)}"
         raise ValueError(f"k: {expected}, got {tuple(k.shape)}")
@@ -450,11 +495,13 @@ def _check_inputs(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) ->
     if is_causal and q.size(-2) > k.size(-2):
         expected = f"at most as many queries as keys, {k.size(-2)}"
         raise ValueError(f"q: expected {expected}, with is_causal, got {q.size(-2)}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"mask: expected booleans, True where allowed, got {mask.dtype}")
+    if mask is not None:
+        _check_mask(mask, (*q.shape[:-1], k.size(-2)))
+    _check_scale(scale)
 
 
 def _check_values(k: Tensor, v: Tensor) -> None:
+    check_tensor("v", v, "...", "heads", "sequence", "feature")
     if k.shape[:-1] != v.shape[:-1]:
         expected = f"{tuple(k.shape[:-1])} before the last dimension, as in k"
         raise ValueError(f"v: expected {expected}, got {tuple(v.shape)}")
@@ -500,7 +547,7 @@ def attention_weights(
 
     They sum to one for each query, or are all zero if it may attend to nothing.
     """
-    _check_inputs(q, k, mask, is_causal)
+    _check_inputs(q, k, mask, is_causal, scale)
     scale = q.size(-1) ** -0.5 if scale is None else scale
     scores = (q * scale) @ _shared(k, q.size(-3)).mT
     mask = _joined(mask, is_causal, q, k)
@@ -536,12 +583,12 @@ def scaled_dot_product_attention(
     but the last, and so on. ``scale`` is 1 / sqrt(d_head) unless given; ``dropout`` is applied
     whenever it is not 0. Source: Vaswani et al. (2017), eq. 1; groups: Ainslie et al. (2023).
     """
-    _check_inputs(q, k, mask, is_causal)
+    _check_inputs(q, k, mask, is_causal, scale)
     _check_values(k, v)
+    check_fraction("dropout", dropout)
+    check_choice("backend", backend, ("reference", "torch"))
     if backend == "torch":
         return _torch_attention(q, k, v, mask, is_causal, scale=scale, dropout_p=dropout)
-    if backend != "reference":
-        raise ValueError(f"backend: expected 'reference' or 'torch', got {backend!r}")
     weights = attention_weights(q, k, mask, is_causal=is_causal, scale=scale)
     return F.dropout(weights, dropout) @ _shared(v, q.size(-3))
 
@@ -573,6 +620,8 @@ def _torch_attention(
 ) -> Tensor:
     """Attention by PyTorch's fused kernel."""
     queries, grouped = q.size(-2), q.size(-3) != k.size(-3)
+    if mask is not None and mask.ndim < 2:  # the kernel looks at the last two dimensions
+        mask = mask.expand(queries, k.size(-2))
     if queries == 1 and grouped and (mask is None or mask.ndim < 3 or mask.size(-3) == 1):
         folded = q.reshape(*k.shape[:-2], -1, q.size(-1))  # (..., n_kv_heads, group, d_head)
         out = F.scaled_dot_product_attention(folded, k, v, mask, **options)
@@ -674,8 +723,7 @@ def _check_heads(
     d_model: int, n_heads: int, n_kv_heads: int | None, d_head: int | None, dropout: float
 ) -> tuple[int, int]:
     """Return n_kv_heads and d_head: if not given, n_heads and d_model / n_heads."""
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected 0 to below 1, got {dropout}")
+    check_fraction("dropout", dropout)
     check_at_least(d_model=(1, d_model), n_heads=(1, n_heads))
     check_at_least(n_kv_heads=(1, n_kv_heads), d_head=(1, d_head))
     if d_head is None and d_model % n_heads:
@@ -683,6 +731,12 @@ def _check_heads(
     if n_kv_heads is not None and n_heads % n_kv_heads:
         raise ValueError(f"n_kv_heads: expected a divisor of n_heads, {n_heads}, got {n_kv_heads}")
     return n_kv_heads or n_heads, d_head or d_model // n_heads
+
+
+def _check_way(backend: str, layout: str, scale: float | None) -> None:
+    check_choice("backend", backend, ("reference", "torch"))
+    check_choice("layout", layout, ("half", "interleaved"))
+    _check_scale(scale)
 
 
 # %% [markdown]
@@ -697,7 +751,9 @@ class MultiHeadAttention(nn.Module):
     ``n_kv_heads``, a divisor of ``n_heads``, is how many heads have keys and values of their own:
     by default all, with 1 multi-query attention. ``d_head`` is ``d_model / n_heads`` unless given,
     ``output_bias`` is as ``bias``. ``qk_norm(d_head)`` makes the module that normalizes each query
-    and key, before they are rotated, as in Qwen3. ``dropout`` drops weights in training.
+    and key, before they are rotated, as in Qwen3. ``dropout`` drops weights in training. ``layout``
+    and ``d_rope`` say which numbers are rotated together, and how many of each head, as in
+    ``apply_rope``; ``scale`` multiplies scores, by default 1 / sqrt(d_head).
     """
 
     def __init__(
@@ -711,12 +767,18 @@ class MultiHeadAttention(nn.Module):
         output_bias: bool | None = None,
         qk_norm: Callable[[int], nn.Module] | None = None,
         dropout: float = 0.0,
+        layout: Literal["half", "interleaved"] = "half",
+        d_rope: int | None = None,
+        scale: float | None = None,
         backend: Backend = "torch",
     ):
         super().__init__()
         n_kv_heads, d_head = _check_heads(d_model, n_heads, n_kv_heads, d_head, dropout)
+        _check_way(backend, layout, scale)
+        _check_rotated(d_head, d_rope)
         self.n_heads, self.n_kv_heads, self.d_head = n_heads, n_kv_heads, d_head
-        self.dropout, self.backend = dropout, backend
+        self.layout, self.d_rope = layout, d_rope
+        self.dropout, self.scale, self.backend = dropout, scale, backend
         self.q_proj = nn.Linear(d_model, n_heads * d_head, bias)
         self.k_proj = nn.Linear(d_model, n_kv_heads * d_head, bias)
         self.v_proj = nn.Linear(d_model, n_kv_heads * d_head, bias)
@@ -724,6 +786,35 @@ class MultiHeadAttention(nn.Module):
         self.o_proj = nn.Linear(n_heads * d_head, d_model, out_bias)
         self.q_norm = None if qk_norm is None else qk_norm(d_head)
         self.k_norm = None if qk_norm is None else qk_norm(d_head)
+
+
+# %% tags=["engine"]
+#| export
+# What a layer cannot take is named, too.
+def _check_rotated(d_head: int, d_rope: int | None) -> None:
+    if d_rope is not None:
+        check_even(d_rope=d_rope)
+        if d_rope > d_head:
+            raise ValueError(f"d_rope: expected at most d_head, {d_head}, got {d_rope}")
+
+
+def _check_memory(spare: int | None, dtype: torch.dtype, device: Any) -> None:
+    if spare is None:
+        raise ValueError("spare: expected a whole number, got None")
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype: expected a dtype of torch, got {dtype!r:.60}")
+    _check_device(device)
+
+
+def _check_call(x: Tensor, d_model: int, rope: Any, cache: Any = None) -> None:
+    """Raise unless a layer is given a batch, and beside it what other functions return."""
+    check_tensor("x", x, "batch", "sequence", d_model)
+    if rope is not None and not (isinstance(rope, tuple) and len(rope) == 2):
+        expected = "the pair of cosines and sines that a RotaryEmbedding returns"
+        raise ValueError(f"rope: expected {expected}, got {rope!r:.60}")
+    if cache is not None and not hasattr(cache, "update"):
+        expected = "the cache of one layer, such as cache[0] of a KVCache"
+        raise ValueError(f"cache: expected {expected}, got a {type(cache).__name__}")
 
 
 # %% [markdown]
@@ -745,6 +836,7 @@ class MultiHeadAttention(MultiHeadAttention):  # continued
         Float[Tensor, "batch n_kv_heads sequence d_head"],
     ]:
         """Return queries, keys and values in heads; q and k normalized, if so, then rotated."""
+        _check_call(x, self.q_proj.in_features, rope)
         batch, sequence, _ = x.shape
         projections = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (proj(x).view(batch, sequence, -1, self.d_head) for proj in projections)
@@ -752,7 +844,7 @@ class MultiHeadAttention(MultiHeadAttention):  # continued
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+            q, k = (apply_rope(z, *rope, self.layout, d_rope=self.d_rope) for z in (q, k))
         return q, k, v
 
 
@@ -776,13 +868,13 @@ class MultiHeadAttention(MultiHeadAttention):  # continued
 
         Without a mask attention is causal; with a cache, ``mask`` is what its ``extend`` returned.
         """
+        _check_call(x, self.q_proj.in_features, rope, cache)
         q, k, v = self.project(x, rope)
         if cache is not None:
             k, v = cache.update(k, v)
         dropout = self.dropout if self.training else 0.0
-        out = scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, dropout=dropout, backend=self.backend
-        )
+        options: dict[str, Any] = {"scale": self.scale, "dropout": dropout, "backend": self.backend}
+        out = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **options)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -800,8 +892,10 @@ def attention_pattern(
     mask: Bool[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "batch n_heads sequence sequence"]:
     """Return the weights with which ``attention(x, rope=rope, mask=mask)`` mixes its values."""
+    if not isinstance(attention, MultiHeadAttention):
+        raise ValueError(f"attention: expected a MultiHeadAttention, got {attention!r:.60}")
     q, k, _ = attention.project(x, rope)
-    return attention_weights(q, k, mask, is_causal=mask is None)
+    return attention_weights(q, k, mask, is_causal=mask is None, scale=attention.scale)
 
 
 # %% [markdown]
@@ -935,15 +1029,15 @@ print(f"to keep {seen_k.numel() + seen_v.numel()} numbers, {copied:,} were copie
 # everything, which for $n$ tokens grows like $n^2$; we want memory that is allocated once. Rows of
 # a batch have prompts of unequal lengths. And under a sliding window memory need not grow at all.
 #
-# One rule serves all three: **position $t$ of a row is kept in slot $t \bmod S$** of that row,
-# where $S$ is the number of slots ({numref}`fig-attention-cache`). Without a window $S$ is the
-# capacity, and the slot is the position. With a window of $w$ and $S = w$ the slots are a ring, and
+# One rule serves all three: **position $t$ of a row is kept in slot $t \bmod C$** of that row,
+# where $C$ is the number of slots ({numref}`fig-attention-cache`). Without a window $C$ is the
+# capacity, and the slot is the position. With a window of $w$ and $C = w$ the slots are a ring, and
 # token $t$ overwrites token $t - w$, which has just fallen out of the window. Padding is not
-# stored. No table of positions is needed: a row of $n$ tokens has in slot $s$ the largest position
-# below $n$ that leaves the remainder $s$, which is
+# stored. No table of positions is needed: a row of $n$ tokens has in slot $u$ the largest position
+# below $n$ that leaves the remainder $u$, which is
 #
 # $$
-# t = (n - 1) - \big( (n - 1 - s) \bmod S \big) ,
+# t = (n - 1) - \big( (n - 1 - u) \bmod C \big) ,
 # $$ (attention-slots)
 #
 # and nothing if that is negative. The mask follows from positions, as before. Keys are stored
@@ -1031,6 +1125,7 @@ class KVCache:
         check_at_least(batch_size=(1, batch_size), capacity=(1, capacity), window=(1, window))
         check_at_least(n_kv_heads=(1, n_kv_heads), d_head=(1, d_head), d_value=(0, d_value))
         check_at_least(n_layers=(1, n_layers), spare=(0, spare))
+        _check_memory(spare, dtype, device)
         self.capacity, self.window, self.device = capacity, window, device
         self.slots = capacity if window is None else min(capacity, window + spare)
         self._counts = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -1203,6 +1298,13 @@ def _counted(positions: Tensor, lengths: list[int]) -> list[int]:
     return given.sum(dim=1).tolist()
 
 
+def _check_count(argument: str, n: object) -> None:
+    """Raise unless ``n`` is a number of tokens, at least one."""
+    if n is None:
+        raise ValueError(f"{argument}: expected a whole number, got None")
+    check_at_least(**{argument: (1, n)})
+
+
 def _is_ring(cache: "KVCache") -> bool:
     """A ring of at least the window never fills up; all other memory does."""
     return cache.window is not None and cache.window <= cache.capacity
@@ -1223,10 +1325,11 @@ def _plan(cache: "KVCache", position_ids: Tensor | int) -> tuple[_Step, Tensor |
     """Return what the layers are to do, the mask, and the lengths of the rows after it."""
     before, capacity = cache._lengths, cache.capacity
     if isinstance(position_ids, Tensor):
+        check_tensor("position_ids", position_ids, "rows", "sequence", kind="whole numbers")
         positions = _positions_of_all(cache, position_ids)
         n, added = positions.size(1), _counted(positions, before)
     else:
-        check_at_least(position_ids=(1, position_ids))
+        _check_count("position_ids", position_ids)
         n, added = position_ids, [position_ids] * len(before)
     after = [length + new for length, new in zip(before, added, strict=True)]
     if max(after) > capacity and not _is_ring(cache):
@@ -1278,7 +1381,7 @@ def _write_fixed(step: _FixedStep, store: Tensor, new: Tensor) -> Tensor:
 
 
 # %% [markdown] tags=["engine"]
-# Slot $s$ will hold position $t$ ({eq}`attention-slots` with the new length). If $t$ is new, it is
+# Slot $u$ will hold position $t$ ({eq}`attention-slots` with the new length). If $t$ is new, it is
 # number $t - \text{old length} + 1$ of the tokens given, and `searchsorted` in their running count
 # finds its place.
 
@@ -1329,6 +1432,7 @@ class KVCache(KVCache):  # continued
 
     def next_positions(self, n: int) -> Int64[Tensor, "batch_or_1 n"]:
         """Return the next ``n`` positions of each row, or of one row if all are alike."""
+        _check_count("n", n)
         known = None if torch.compiler.is_compiling() else self._lengths
         start = self._counts[:1] if known and min(known) == max(known) else self._counts
         return start[:, None] + torch.arange(n, device=self.device)
@@ -1374,7 +1478,7 @@ class LayerCache(LayerCache):  # continued
         """
         step = self._table._step
         compiled = torch.compiler.is_compiling()  # there a second update cannot be told
-        if not compiled and step is self._stored:
+        if step is None or (not compiled and step is self._stored):
             got = "none" if step is None else "those of a step twice"
             raise ValueError(f"k: expected tokens announced by extend, got {got}")
         _check_fits("k", k, self.keys, step.n)
@@ -1403,7 +1507,7 @@ class LayerCache(LayerCache):  # continued
     ]:
         """Do what ``update`` does for a single token in each row; what is given is not checked."""
         step = self._table._step
-        if not isinstance(step.slots, slice):
+        if not isinstance(step, _Step) or not isinstance(step.slots, slice):
             return self.update(k.unsqueeze(2), v.unsqueeze(2))
         self.keys.select(2, step.slots.start).copy_(k)
         self.values.select(2, step.slots.start).copy_(v)
@@ -1414,6 +1518,7 @@ class LayerCache(LayerCache):  # continued
 #| export
 def _check_fits(name: str, new: Tensor, store: Tensor, n: int) -> None:
     """Raise unless ``new`` has the announced tokens of each row, in the heads of the cache."""
+    check_tensor(name, new, "...")
     batch_size, heads, _, width = store.shape
     if new.shape != (batch_size, heads, n, width):
         expected = f"{n} announced tokens in each of {batch_size} rows"
@@ -1438,29 +1543,40 @@ class KVCache(KVCache):  # continued
 
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""
-        self._lengths = [0] * len(self._counts)
+        self._step, self._lengths = None, [0] * len(self._counts)
 
     def truncate(self, lengths: Int64[Tensor, " batch"] | int) -> None:
         """Forget each row's tokens from ``lengths`` on; ValueError if its window needs more."""
         before = self._lengths
-        after = lengths.tolist() if isinstance(lengths, Tensor) else [lengths] * len(before)
+        if isinstance(lengths, Tensor):
+            check_tensor("lengths", lengths, len(before), kind="whole numbers")
+            after = lengths.tolist()
+        else:
+            after = [lengths] * len(before)
         _check_lengths(before, after, self.slots, self.window)
-        self._lengths = after
+        self._step, self._lengths = None, after
 
     def reorder(self, rows: Int64[Tensor, " rows"]) -> None:
         """Make row i a copy of what row ``rows[i]`` was; there may be fewer or more than before."""
-        self._lengths = [self._lengths[row] for row in rows.tolist()]
+        check_tensor("rows", rows, "rows", kind="whole numbers")
+        wrong = [row for row in rows.tolist() if not 0 <= row < len(self._lengths)]
+        if wrong or not len(rows):
+            most = len(self._lengths) - 1
+            raise ValueError(f"rows: expected 0 to {most}, got {[*wrong, 'none'][0]}")
+        self._step, self._lengths = None, [self._lengths[row] for row in rows.tolist()]
         for layer in self._layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 
+# %% tags=["engine"]
+#| export
 def _check_lengths(before: list[int], after: list[int], slots: int, window: int | None) -> None:
     """Raise unless rows get shorter and keep all that the window of their next token needs."""
     for row, (old, new) in enumerate(zip(before, after, strict=True)):
         overwritten = max(old - slots, 0)  # positions below this one
         least = overwritten + (window or 0) - 1 if overwritten else 0
-        if not least <= new <= old:
-            raise ValueError(f"lengths: expected {least} to {old} in row {row}, got {new}")
+        if isinstance(new, bool) or not isinstance(new, int) or not least <= new <= old:
+            raise ValueError(f"lengths: expected {least} to {old} in row {row}, got {new!r}")
 
 
 # %% [markdown] tags=["engine"]
@@ -1533,7 +1649,9 @@ class MultiHeadLatentAttention(nn.Module):
     A head's key has ``d_head`` numbers made from the latent, and ``d_rope`` rotated ones that all
     heads share. The cache is a ``KVCache`` with ``n_kv_heads=1``, ``d_head=d_latent + d_rope`` and
     ``d_value=0``. ``norm`` is for latents; queries have one, too, if ``d_query_latent`` is given.
-    Source: DeepSeek-AI (2024), section 2.1.
+    ``scale`` multiplies scores, by default 1 / sqrt(d_head + d_rope); a model stretched by YaRN has
+    a larger one. DeepSeek's files are in the layout "interleaved". Source: DeepSeek-AI (2024),
+    section 2.1.
     """
 
     def __init__(
@@ -1548,12 +1666,17 @@ class MultiHeadLatentAttention(nn.Module):
         d_query_latent: int | None = None,
         norm: Callable[[int], nn.Module] = nn.RMSNorm,
         dropout: float = 0.0,
+        layout: Literal["half", "interleaved"] = "half",
+        scale: float | None = None,
         backend: Backend = "torch",
     ):
         super().__init__()
         _, d_head = _check_heads(d_model, n_heads, None, d_head, dropout)
+        _check_way(backend, layout, scale)
         check_at_least(d_latent=(1, d_latent), d_value=(1, d_value))
+        check_at_least(d_query_latent=(1, d_query_latent))
         check_even(d_rope=d_rope)
+        self.layout, self.scale = layout, (d_head + d_rope) ** -0.5 if scale is None else scale
         self.n_heads, self.d_head, self.d_value = n_heads, d_head, d_value or d_head
         self.d_latent, self.d_rope, self.dropout, self.backend = d_latent, d_rope, dropout, backend
         self.q_proj = _query_projection(d_model, n_heads * (d_head + d_rope), d_query_latent, norm)
@@ -1584,13 +1707,14 @@ class MultiHeadLatentAttention(MultiHeadLatentAttention):  # continued
         Float[Tensor, "batch n_heads sequence d_query"], Float[Tensor, "batch 1 sequence d_cached"]
     ]:
         """Return queries, plain and rotated part, and what is cached: latent and rotated key."""
+        _check_call(x, self.kv_down_proj.in_features, rope)
         q = self.q_proj(x).view(*x.shape[:2], self.n_heads, -1).transpose(1, 2)
         down = self.kv_down_proj(x)[:, None]  # (batch, 1, sequence, d_latent + d_rope)
         latent, k_rope = down.split((self.d_latent, self.d_rope), dim=-1)
         if rope is not None:
             q_plain, q_rope = q.split((self.d_head, self.d_rope), dim=-1)
-            q = torch.cat([q_plain, apply_rope(q_rope, *rope)], dim=-1)
-            k_rope = apply_rope(k_rope, *rope)
+            q = torch.cat([q_plain, apply_rope(q_rope, *rope, self.layout)], dim=-1)
+            k_rope = apply_rope(k_rope, *rope, self.layout)
         return q, torch.cat([self.kv_norm(latent), k_rope], dim=-1)
 
 
@@ -1633,12 +1757,13 @@ class MultiHeadLatentAttention(MultiHeadLatentAttention):  # continued
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch sequence d_model"]:
         """Return what each token gathers, as ``MultiHeadAttention``; ``rope`` is for ``d_rope``."""
+        _check_call(x, self.kv_down_proj.in_features, rope, cache)
         q, seen = self.project(x, rope)
         if cache is not None:
             seen, _ = cache.update(seen, seen[..., :0])
         attend = self._absorbed if cache is not None and x.size(1) == 1 else self._expanded
-        scale, dropout = (self.d_head + self.d_rope) ** -0.5, self.dropout if self.training else 0.0
-        options = {"scale": scale, "dropout": dropout, "backend": self.backend}
+        dropout = self.dropout if self.training else 0.0
+        options: dict[str, Any] = {"scale": self.scale, "dropout": dropout, "backend": self.backend}
         out = attend(q, seen, mask, is_causal=mask is None, **options)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -1896,32 +2021,36 @@ def _flash_backward(
 # %% [markdown] tags=["engine"]
 # The two passes become one function for autograd. For 16-bit inputs all is computed in float32.
 # Heads that share keys stand in a dimension of their own, the group, which keys and values have
-# with size one.
+# with size one. Beside the output it returns the log-sum-exps, with a gradient: a score's influence
+# on $L_i$ is $\partial L_i / \partial S_{ij} = e^{S_{ij}} / \sum_k e^{S_{ik}} = P_{ij}$, the
+# gradient of every log-sum-exp. So a gradient $dL_i$ adds $P_{ij}\, dL_i$ to {eq}`attention-ds`,
+# which is the same as taking it from $D_i$. Where a query sees nothing, no score has any.
 
 
 # %% tags=["engine"]
 #| export
 class _FlashAttention(torch.autograd.Function):
-    """Attention in tiles, of (..., n_kv_heads, group, sequence, feature)."""
+    """Attention in tiles, of (..., n_kv_heads, group, sequence, feature); and log-sum-exps."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, tiles: _Tiles
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(q.dtype, torch.float32)
         wide_q, wide_k, wide_v = (q * scale).to(dtype), k.to(dtype), v.to(dtype)
         wide_out, log_sum = _flash_forward(wide_q, wide_k, wide_v, mask, tiles)
         out = wide_out.to(q.dtype)
         ctx.save_for_backward(q, k, v, mask, out, log_sum)
         ctx.scale, ctx.tiles = scale, tiles
-        return out
+        return out, log_sum.masked_fill(log_sum == torch.inf, -torch.inf).squeeze(-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor, d_log_sum: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, out, log_sum = ctx.saved_tensors
         wide_q, wide_k, wide_v, d_out = (x.to(log_sum.dtype) for x in (q * ctx.scale, k, v, d_out))
         mean = (d_out * out).sum(dim=-1, keepdim=True)
+        mean -= d_log_sum.unsqueeze(-1).masked_fill(log_sum == torch.inf, 0.0)
         gradients = _flash_backward(wide_q, wide_k, wide_v, mask, ctx.tiles, log_sum, d_out, mean)
         d_q, d_k, d_v = (gradient.to(q.dtype) for gradient in gradients)
         return d_q * ctx.scale, d_k, d_v, None, None, None
@@ -1938,22 +2067,28 @@ def flash_attention(
     is_causal: bool = False,
     scale: float | None = None,
     block_size: int = 64,
-) -> Float[Tensor, "*batch n_heads queries d_value"]:
+    return_lse: bool = False,
+) -> Any:
     """Return ``scaled_dot_product_attention`` in memory that grows with the sequence only.
 
     Scores are made in tiles of ``block_size`` by ``block_size`` and not kept; those above the
-    diagonal are skipped. Source: Dao et al. (2022); the order of the loops: Dao (2024).
+    diagonal are skipped. With ``return_lse``, the log-sum-exp of each query's scaled scores comes
+    second, (..., n_heads, queries), in float32 or wider, -inf where a query sees nothing: it is
+    what joins attention over parts of the keys, and has a gradient as the output has. Source: Dao
+    et al. (2022); the order of the loops: Dao (2024).
     """
-    _check_inputs(q, k, mask, is_causal)
+    _check_inputs(q, k, mask, is_causal, scale)
     _check_values(k, v)
-    check_at_least(block_size=(1, block_size))
+    _check_count("block_size", block_size)
     scale = q.size(-1) ** -0.5 if scale is None else scale
     tiles = _Tiles(q.size(-2), k.size(-2), block_size, is_causal)
     groups = k.size(-3), q.size(-3) // k.size(-3)
     if mask is not None:
         mask = mask.expand(*q.shape[:-1], k.size(-2)).unflatten(-3, groups)  # a view
     q, k, v = q.unflatten(-3, groups), k.unsqueeze(-3), v.unsqueeze(-3)
-    return _FlashAttention.apply(q, k, v, mask, scale, tiles).flatten(-4, -3)
+    out, log_sum = _FlashAttention.apply(q, k, v, mask, scale, tiles)
+    out = out.flatten(-4, -3)
+    return (out, log_sum.flatten(-3, -2)) if return_lse else out
 
 
 # %% [markdown] tags=["engine"]
@@ -1972,6 +2107,22 @@ for way in (flash_attention, scaled_dot_product_attention):
 for ours, theirs in zip(*found, strict=True):
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-11)
 print(f"{sum(tensor.numel() for tensor in found[0]):,} numbers agree to eleven digits")
+
+# %% [markdown] tags=["engine"]
+# Keys may lie on two machines. Each attends to its half; a half has the weight $e^L$ in the whole,
+# so softmax over the two log-sum-exps joins the outputs:
+
+# %% tags=["engine"]
+torch.manual_seed(0)
+q, k, v = (torch.randn(2, heads, 100, 16, dtype=torch.float64) for heads in (4, 2, 2))
+halves = [
+    flash_attention(q, k[:, :, part], v[:, :, part], return_lse=True)
+    for part in (slice(0, 37), slice(37, 100))
+]
+outputs, log_sums = (torch.stack(part) for part in zip(*halves, strict=True))
+joined = (softmax(log_sums, dim=0)[..., None] * outputs).sum(dim=0)
+assert torch.allclose(joined, scaled_dot_product_attention(q, k, v), rtol=0, atol=1e-11)
+print(f"joined from 37 and 63 keys: {joined.numel():,} numbers as over all {k.size(-2)}")
 
 # %% [markdown]
 # ### What it keeps
@@ -2156,9 +2307,9 @@ axes[0].axhline(torch.arange(8.0, 25).log().mean(), color="gray", linestyle=":",
 axes[0].set(title="Loss where it can be known", xlabel="step", ylabel="nats", ylim=(0, 4.6))
 axes[0].legend()
 for head, style in ((0, "-"), (1, "--")):
-    for name, layer, color in (("previous", 0, "C2"), ("prefix", 1, "C3")):
-        score = [found[name][layer, head] for found in history]
-        label = f"{name}, {layer + 1}.{head + 1}"
+    for name, depth, color in (("previous", 0, "C2"), ("prefix", 1, "C3")):
+        score = [scores[name][depth, head] for scores in history]
+        label = f"{name}, {depth + 1}.{head + 1}"
         axes[1].plot(range(0, 400, 10), score, style, color=color, label=label)
 axes[1].set(title="Score of each head", xlabel="step", ylim=(0, 1.05))
 axes[1].legend(loc="lower right", fontsize=8)
@@ -2256,11 +2407,30 @@ def _strongest(tokens: list[str], percent: list) -> str:
 def _check_picked(shape: tuple[int, ...], **picked: int) -> dict[str, int]:
     """Return places counted from the beginning; raise a ValueError for any that is not there."""
     for (name, at), size in zip(picked.items(), shape, strict=True):
-        if not -size <= at < size:
-            raise ValueError(f"{name}: expected {-size} to {size - 1}, got {at}")
+        if isinstance(at, bool) or not isinstance(at, int) or not -size <= at < size:
+            raise ValueError(f"{name}: expected {-size} to {size - 1}, got {at!r}")
     return {name: at % size for (name, at), size in zip(picked.items(), shape, strict=True)}
 
 
+# %% tags=["engine"]
+#| export
+def _check_figure(tokens: list[str], weights: Tensor) -> None:
+    if not isinstance(tokens, list | tuple) or not all(isinstance(t, str) for t in tokens):
+        raise ValueError(f"tokens: expected a list of texts, got {tokens!r:.60}")
+    n = len(tokens)
+    check_at_least(tokens=(1, n))
+    check_tensor("weights", weights, "...")
+    shape = tuple(weights.shape)
+    if len(shape) not in (3, 4) or shape[-2:] != (n, n) or not weights.numel():
+        expected = f"expected (layers, heads, {n}, {n}) for {n} tokens"
+        raise ValueError(f"weights: {expected}, got {shape}")
+    wrong = weights[~((weights > -1e-3) & (weights < 1.001))]  # NaN is among them
+    if len(wrong):
+        raise ValueError(f"weights: expected numbers from 0 to 1, got {wrong[0]:.4g}")
+
+
+# %% tags=["engine"]
+#| export
 @dataclass(frozen=True)
 class AttentionFigure:
     """An interactive figure; notebooks and the site show its ``html``."""
@@ -2289,11 +2459,8 @@ def show_attention(
     It works by mouse, touch and keyboard. ``weights``, of one layer or of several, are rounded to
     whole percent; ``layer``, ``head`` and ``token`` are picked at first; -1 is the last.
     """
+    _check_figure(tokens, weights)
     n, shape = len(tokens), tuple(weights.shape)
-    check_at_least(tokens=(1, n))
-    if len(shape) not in (3, 4) or shape[-2:] != (n, n):
-        expected = f"expected (layers, heads, {n}, {n}) for {n} tokens"
-        raise ValueError(f"weights: {expected}, got {shape}")
     layers, heads = (1, *shape)[-4:-2]
     picked = _check_picked((layers, heads, n), layer=layer, head=head, token=token)
     percent = (100 * weights.detach().float()).round().int().view(layers, heads, n, n).tolist()
@@ -2388,8 +2555,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 rope = rotary(torch.arange(24)[None])
 doubled = tuple(torch.cat([part, part], dim=-1) for part in rope)
 added = torch.zeros(24, 24).masked_fill(hidden, -torch.inf)[None, None]
-sizes = {"hidden_size": 32, "num_attention_heads": 4, "attn_implementation": "eager"}
-grouped = sizes | {"num_key_value_heads": 2, "head_dim": 8}
+widths = {"hidden_size": 32, "num_attention_heads": 4, "attn_implementation": "eager"}
+grouped = widths | {"num_key_value_heads": 2, "head_dim": 8}
 for name, theirs, norm in (
     ("Llama", LlamaAttention(transformers.LlamaConfig(**grouped), 0), None),
     (
@@ -2410,7 +2577,7 @@ for name, theirs, norm in (
 from llmbook.positions import interleaved_to_half
 
 latents = {"kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 5}
-config = transformers.DeepseekV3Config(**sizes, **latents, q_lora_rank=None, num_key_value_heads=4)
+config = transformers.DeepseekV3Config(**widths, **latents, q_lora_rank=None, num_key_value_heads=4)
 theirs, norm = DeepseekV3Attention(config, 0), partial(nn.RMSNorm, eps=1e-6)
 ours = exported.MultiHeadLatentAttention(
     32, 4, d_latent=12, d_rope=8, d_head=6, d_value=5, norm=norm
@@ -2483,16 +2650,16 @@ print(f"both induction models trained in {seconds:.0f} s")
 # ````{exercise} How sharp is sharp enough?
 # :label: ex-attention-sharp
 # *Ten minutes.* The best score of $n$ is $s_1$, the others are at most $s_1 - g$, with a gap
-# $g > 0$. Scores are multiplied by $c$ before softmax. Show that the best weight is at least
-# $1 / (1 + (n - 1) e^{-cg})$, and write `needed_sharpness(n, gap, weight)`: the least $c$ for
-# which this bound is `weight`. How does it grow with the number of keys?
+# $g > 0$. Scores are multiplied by $\beta$ before softmax. Show that the best weight is at least
+# $1 / (1 + (n - 1) e^{-\beta g})$, and write `needed_sharpness(n, gap, weight)`: the least
+# $\beta$ for which this bound is `weight`. How does it grow with the number of keys?
 # ````
 
 
 # %% tags=["solution"]
 def needed_sharpness(n: int, gap: float, weight: float) -> float:
     """Return the factor on the scores at which the best of ``n`` keys has at least ``weight``."""
-    # p_1 = 1 / (1 + sum of e^(-c (s_1 - s_j))), and each of the n - 1 terms is at most e^(-c g).
+    # p_1 = 1 / (1 + sum of e^(-beta (s_1 - s_j))); each of the n - 1 terms is at most e^(-beta g).
     # Solved for c, it is logarithmic in n: a hundred times the keys cost 4.6 / g more.
     return math.log((n - 1) * weight / (1 - weight)) / gap
 
@@ -2503,7 +2670,9 @@ for n, gap, weight in ((2, 1.0, 0.9), (64, 0.5, 0.99), (100_000, 2.0, 0.5)):
     worst = torch.full((n,), -gap, dtype=torch.float64)  # all others just below the best
     worst[0] = 0
     reached = softmax(c * worst)[0].item()
-    assert abs(reached - weight) < 1e-6, f"{n} keys, gap {gap}: {reached:.4f}, not {weight}"
+    case = f"{n} keys with a gap of {gap}: the best reaches {reached:.4f}"
+    assert reached > weight - 1e-6, f"{case}, not sharp enough for {weight}"
+    assert reached < weight + 1e-6, f"{case}, sharper than {weight} needs"
 
 # %% [markdown]
 # ````{exercise} How many readers fit?
@@ -2528,9 +2697,16 @@ def users_that_fit(
 
 # %% tags=["check"]
 mistral_7b = {"n_layers": 32, "n_kv_heads": 8, "d_head": 128}
-assert users_that_fit(40 * 2**30, 32768, **mistral_7b, window=None) == 10, "128 KiB a token"
-assert users_that_fit(40 * 2**30, 32768, **mistral_7b, window=4096) == 80, "a ring of 4,096"
-assert users_that_fit(40 * 2**30, 1000, **mistral_7b, window=4096) == 327, "a short text"
+GiB = 2**30
+unbounded = users_that_fit(40 * GiB, 32768, **mistral_7b, window=None)
+assert unbounded == 10, f"10 users: a key and a value in each layer, 128 KiB a token; {unbounded}?"
+ring = users_that_fit(40 * GiB, 32768, **mistral_7b, window=4096)
+assert ring == 80, f"80 users: a window of 4,096 bounds what is kept; {ring}?"
+short = users_that_fit(40 * GiB, 1000, **mistral_7b, window=4096)
+assert isinstance(short, int), f"users are whole: {short}"
+assert short == 327, f"327 users: a text of 1,000 does not fill a window of 4,096; {short}?"
+almost = users_that_fit(40 * GiB - 1, 32768, **mistral_7b, window=None)
+assert almost == 9, f"9 users: the last does not fit if one byte is missing; {almost}?"
 cache = KVCache(3, 50, 2, 8, n_layers=5, dtype=torch.bfloat16)
 assert users_that_fit(cache.nbytes, 50, 5, 2, 8, None) == 3, "as the cache of this chapter counts"
 
@@ -2558,8 +2734,8 @@ def merge(
 
 # %% tags=["check"]
 torch.manual_seed(0)
-q, k, v = torch.randn(3, 5, 4), torch.randn(3, 9, 4), torch.randn(3, 9, 4)
-for size in (2, 40):  # scores that fit, and scores whose exponentials overflow
+q, k, v = (torch.randn(3, n, 4, dtype=torch.float64) for n in (5, 9, 9))
+for size, case in ((2, "scores that fit"), (400, "scores whose exponentials overflow")):
     scores = size * q @ k.mT
     halves = []
     for part in (slice(0, 4), slice(4, 9)):
@@ -2568,12 +2744,14 @@ for size in (2, 40):  # scores that fit, and scores whose exponentials overflow
         halves += [softmax(s) @ v[:, part], s.logsumexp(dim=-1, keepdim=True)]
     scores[0, 0, 4:] = -torch.inf
     out, log_sum = merge(*halves)
-    assert torch.allclose(out, softmax(scores) @ v, atol=1e-5), "not the output over all keys"
     whole = scores.logsumexp(dim=-1, keepdim=True)
-    assert torch.allclose(log_sum, whole, atol=1e-4), "not the log-sum-exp over all keys"
+    assert log_sum.shape == whole.shape, f"one log-sum-exp for each query, not {log_sum.shape}"
+    assert torch.allclose(log_sum, whole), f"{case}: not the log-sum-exp over all keys"
+    assert torch.allclose(out, softmax(scores) @ v), f"{case}: not the output over all keys"
 nothing = torch.zeros(1, 4), torch.full((1, 1), -torch.inf)
 out, log_sum = merge(*nothing, *nothing)
-assert out.tolist() == [[0.0] * 4] and log_sum.item() == -torch.inf, "nothing and nothing"
+assert out.tolist() == [[0.0] * 4], f"a query that sees neither half gets zeros, not {out.tolist()}"
+assert log_sum.item() == -torch.inf, f"a sum over nothing has the logarithm -inf, not {log_sum}"
 
 # %% [markdown]
 # ````{exercise} Tiles under a window
@@ -2601,21 +2779,24 @@ for n, size, window in ((12, 3, 4), (64, 8, 16), (20, 6, 1), (10, 4, 100)):
         columns = window_columns(rows, size, window)
         visited = torch.zeros(n, dtype=torch.bool)
         for block in columns:
-            assert block.start % size == 0, "blocks begin at multiples of the size"
-            assert block.stop <= block.start + size, f"{block} is wider than a tile"
-            assert not visited[block].any(), f"{block} is visited twice"
-            assert mask[rows, block].any(), f"{block} holds nothing that {rows} may see"
+            keys, case = f"keys {block.start} to {block.stop - 1}", f"a window of {window}"
+            assert block.start % size == 0, f"{keys}: blocks begin at multiples of the size, {size}"
+            assert block.stop <= block.start + size, f"{keys} are more than a tile of {size}"
+            assert not visited[block].any(), f"{keys} are visited twice"
+            assert mask[rows, block].any(), f"{case}: {keys} are of no use to queries from {start}"
             visited[block] = True
-        assert not mask[rows][:, ~visited].any(), f"{rows} may see keys that are not visited"
+        missed = mask[rows][:, ~visited].any()
+        assert not missed, f"a window of {window}: queries from {start} miss keys they may see"
 
 # %% [markdown]
 # ````{exercise} From many heads to few
 # :label: ex-attention-group
 # *Half an hour.* A multi-head model can be turned into a grouped-query one and trained a little
 # further, if each shared head starts as the *mean* of those that it replaces
-# {cite}`ainslie2023gqa`. Write `to_grouped(attention, n_kv_heads)`, which returns such a layer with
-# all else as it was: `d_head`, biases if there are any, `q_norm` and `k_norm` if there are. When is
-# it the same function as before?
+# {cite}`ainslie2023gqa`. Write `to_grouped(attention, n_kv_heads)`, which returns such a layer, and
+# leaves the given one alone. All else is as it was: `d_head`, `scale`, biases if there are any,
+# `q_norm` and `k_norm` if there are. (`copy.deepcopy` copies a layer.) When is it the same function
+# as before?
 # ````
 
 
@@ -2623,40 +2804,50 @@ for n, size, window in ((12, 3, 4), (64, 8, 16), (20, 6, 1), (10, 4, 100)):
 def to_grouped(attention: MultiHeadAttention, n_kv_heads: int) -> MultiHeadAttention:
     """Return a grouped-query layer whose keys and values are means over those of each group."""
     # The same function if the heads of a group had equal keys and values before.
-    grouped = MultiHeadAttention(
-        attention.q_proj.in_features,
-        attention.n_heads,
-        n_kv_heads=n_kv_heads,
-        d_head=attention.d_head,
-        bias=attention.q_proj.bias is not None,
-        output_bias=attention.o_proj.bias is not None,
-    )
-    for name in ("q_norm", "k_norm"):  # they work on heads, which stay as wide as they were
-        setattr(grouped, name, getattr(attention, name))
-    state = dict(attention.state_dict())
-    for name in state:
-        if name.startswith(("k_proj", "v_proj")):
-            heads = state[name].view(n_kv_heads, -1, attention.d_head, *state[name].shape[1:])
-            state[name] = heads.mean(dim=1).flatten(0, 1)
-    grouped.load_state_dict(state)
+    grouped = copy.deepcopy(attention)  # all else as it was
+    grouped.n_kv_heads = n_kv_heads
+    for name in ("k_proj", "v_proj"):
+        wide = getattr(attention, name)
+        rows = n_kv_heads * attention.d_head
+        shared = nn.Linear(wide.in_features, rows, bias=wide.bias is not None)
+        means = {
+            kind: weight.unflatten(0, (n_kv_heads, -1, attention.d_head)).mean(dim=1).flatten(0, 1)
+            for kind, weight in wide.state_dict().items()
+        }
+        shared.load_state_dict(means)
+        setattr(grouped, name, shared)
     return grouped
 
 
 # %% tags=["check"]
 torch.manual_seed(0)
 for options in ({}, {"bias": True}, {"bias": True, "output_bias": False, "qk_norm": nn.RMSNorm}):
-    many, x = MultiHeadAttention(24, 6, d_head=4, **options), torch.randn(2, 7, 24)
+    many, short = MultiHeadAttention(24, 6, d_head=4, scale=0.4, **options), torch.randn(2, 7, 24)
+    for norm in (many.q_norm, many.k_norm):
+        if norm is not None:
+            nn.init.uniform_(norm.weight, 0.5, 2)
+    before = {name: weight.clone() for name, weight in many.state_dict().items()}
     few = to_grouped(many, 2)
     for name in ("k_proj", "v_proj"):
-        weight, shared = getattr(many, name).weight, getattr(few, name).weight
-        assert shared.shape == (8, 24), f"{name}: two heads of four features remain"
-        mean = weight[:12].view(3, 4, 24).mean(dim=0)
-        assert torch.allclose(shared[:4], mean), f"{name}: head 0 is the mean of heads 0, 1, 2"
+        for (kind, wide), shared in zip(
+            getattr(many, name).named_parameters(), getattr(few, name).parameters(), strict=True
+        ):
+            assert len(shared) == 8, f"{name}: two heads of four features remain, not {len(shared)}"
+            mean = wide[:12].unflatten(0, (3, 4)).mean(dim=0)
+            rule = "head 0 is the mean of heads 0, 1, 2"
+            assert torch.allclose(shared[:4], mean, atol=1e-6), f"{kind} of {name}: {rule}"
     for proj in (many.k_proj, many.v_proj):
         for parameter in proj.parameters():  # make the heads of each group equal
             parts = parameter.data.view(2, 3, 4, *parameter.shape[1:])
             parts[:] = parts[:, :1].clone()
-    assert torch.allclose(to_grouped(many, 2)(x), many(x), atol=1e-6), "equal heads, same function"
+    worst = (to_grouped(many, 2)(short) - many(short)).abs().max()
+    assert worst < 1e-4, f"equal heads make the same function, but it is off by {worst:.2g}"
+    others = [name for name in before if not name.startswith(("k_proj", "v_proj"))]
+    state = many.state_dict()
+    same = all(torch.equal(before[name], state[name]) for name in others)
+    with torch.no_grad():
+        few.q_proj.weight.zero_()
+    assert same and many.q_proj.weight.any(), "the layer that was given must stay as it was"
 
 # %% [markdown]
 # ````{exercise} Take heads away
@@ -2690,26 +2881,29 @@ def loss_without(model: AttentionOnly, layer: int, heads: list[int]) -> float:
 # %% tags=["check"]
 before = {name: weight.clone() for name, weight in model.state_dict().items()}
 whole = loss_without(model, 0, [])
-ids, targets, period = repeated_rows(64, torch.Generator().manual_seed(9))
+test_ids, goals, runs = repeated_rows(64, torch.Generator().manual_seed(9))
 with torch.no_grad():
-    loss = F.cross_entropy(model(ids).mT, targets, reduction="none")
-known = loss[torch.arange(48) >= period].mean().item()
-assert abs(whole - known) < 1e-4, f"the loss is over tokens seen a period before: {known:.4f}"
-assert whole < 0.4, f"with all heads the loss is that of the end of training, not {whole:.2f}"
-for layer in (0, 1):
-    both, singles = loss_without(model, layer, [0, 1]), []
-    for head in (0, 1):
-        singles.append(loss_without(model, layer, [head]))
-    assert both > 2.5, f"layer {layer + 1}: without both heads {both:.2f}: nothing can be copied"
-    assert both > max(singles) > whole, f"layer {layer + 1}: two heads do more than either"
+    loss = F.cross_entropy(model(test_ids).mT, goals, reduction="none")
+known = loss[torch.arange(48) >= runs].mean().item()
+rule = "the loss is the mean over tokens of the given rows seen a period before"
+assert abs(whole - known) < 1e-4, f"{rule}: {known:.4f} with all heads, not {whole:.4f}"
+assert known < 0.4, f"with all heads the loss is that of the end of training, not {known:.2f}"
 # A hook does the same from outside: the second head's numbers reach o_proj as zeros.
-first_head = torch.arange(64) < 32
+found, first_head = loss_without(model, 1, [1]), torch.arange(64) < 32
+unchanged = [torch.equal(before[name], weight) for name, weight in model.state_dict().items()]
+model.load_state_dict(before)
+assert all(unchanged), "the model must be as it was"
 hook = model.layers[1].o_proj.register_forward_pre_hook(lambda _, args: (args[0] * first_head,))
 muted = loss_without(model, 1, [])
 hook.remove()
-assert abs(loss_without(model, 1, [1]) - muted) < 1e-4, "a head's numbers are columns of o_proj"
-unchanged = [torch.equal(before[name], weight) for name, weight in model.state_dict().items()]
-assert all(unchanged), "the model must be as it was"
+rule = "of head 1 nothing may reach o_proj, and of head 0 everything"
+assert abs(found - muted) < 1e-3, f"{rule}: {muted:.3f}, not {found:.3f}"
+for depth in (0, 1):
+    both, singles = loss_without(model, depth, [0, 1]), []
+    for head in (0, 1):
+        singles.append(loss_without(model, depth, [head]))
+    assert both > 2.5, f"layer {depth + 1}: without both heads {both:.2f}: nothing can be copied"
+    assert both > max(singles) > whole, f"layer {depth + 1}: two heads do more than either"
 
 # %% [markdown]
 # ## Summary
@@ -2718,7 +2912,7 @@ assert all(unchanged), "the model must be as it was"
 # and the answer is a weighted mean. Dividing by $\sqrt d$ keeps softmax where it can learn,
 # subtracting the maximum keeps it finite. Masks are rules about positions. Heads ask several
 # questions at once; sharing keys and values among them, or keeping a latent instead, makes the
-# cache small. With position $t$ in slot $t \bmod S$ it serves unequal rows and windows alike.
+# cache small. With position $t$ in slot $t \bmod C$ it serves unequal rows and windows alike.
 # Softmax can be computed in one pass and its backward pass from one number a row, so the
 # $n \times n$ matrix need never exist. Trained on nothing but repetition, two layers suddenly
 # learn to look up what followed last time; one layer does not.

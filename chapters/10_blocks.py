@@ -37,7 +37,7 @@ from torch.autograd.function import once_differentiable
 
 from llmbook.attention import Backend
 from llmbook.environment import check_at_least, check_choice, check_fraction
-from llmbook.positions import LearnedEmbedding
+from llmbook.positions import LearnedEmbedding, check_tensor
 
 # %% [markdown]
 # ## Why not simply stack layers?
@@ -239,21 +239,40 @@ plt.show()
 # %% tags=["engine"]
 #| export
 # Widths and settings that do not fit are named where they enter.
-def _check_width(x: Tensor, weight: Tensor) -> None:
-    if x.size(-1) != weight.size(0):  # broadcasting would accept a width of one
-        raise ValueError(f"x: expected vectors of size {len(weight)}, got shape {tuple(x.shape)}")
+def _check_vectors(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    check_tensor("weight", weight, "d_model")
+    d_model = weight.size(0)
+    check_tensor("x", x, "...", d_model)  # broadcasting would accept a width of one
+    if bias is not None:
+        check_tensor("bias", bias, d_model)
+
+
+def _check_eps(eps: float) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
+        raise ValueError(f"eps: expected a small positive number, got {eps!r}")
 
 
 def _check_norm(d_model: int, eps: float, backend: str) -> None:
-    check_at_least(d_model=(1, d_model))
+    _check_size("d_model", d_model)
     check_choice("backend", backend, ("reference", "torch"))
-    if not 0 < eps < 1:
-        raise ValueError(f"eps: expected a small positive number, got {eps!r}")
+    _check_eps(eps)
+
+
+def _check_size(argument: str, size: int | None) -> None:
+    """Raise unless ``size`` is a whole number from 1 on, and given."""
+    if size is None:
+        raise ValueError(f"{argument}: expected a whole number, got None")
+    check_at_least(**{argument: (1, size)})
+
+
+def _are_mixed(x: Tensor, weight: Tensor) -> bool:
+    """Whether the dtypes differ, so that no kernel is sure to take them; autocast makes one."""
+    return x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
 # %% [markdown]
 # Whatever the type of the input, the statistics are computed in 32-bit floats, for a reason that we
-# will see. The result has the type of the input.
+# will see. The result has the type of the input, also where the gain has another.
 
 
 # %%
@@ -267,17 +286,19 @@ def layer_norm(
     """Center each vector of ``x``, scale it to variance one, then by ``weight``; add ``bias``.
 
     Mean and variance are taken in float32 (float64 for float64), and the variance is divided by
-    ``d_model``, not by ``d_model - 1``. Source: Ba, Kiros and Hinton (2016).
+    ``d_model``, not by ``d_model - 1``. The result has the dtype of ``x``, as in torch. Source: Ba,
+    Kiros and Hinton (2016).
 
     >>> layer_norm(torch.tensor([1.0, 2.0, 6.0]), torch.ones(3))
     tensor([-0.9258, -0.4629,  1.3887])
     """
-    _check_width(x, weight)
+    _check_vectors(x, weight, bias)
+    _check_eps(eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     centered = wide - wide.mean(dim=-1, keepdim=True)
     variance = centered.square().mean(dim=-1, keepdim=True)
-    normal = (centered * torch.rsqrt(variance + eps)).to(x.dtype)
-    return normal * weight if bias is None else normal * weight + bias
+    scaled = (centered * torch.rsqrt(variance + eps)).to(x.dtype) * weight
+    return (scaled if bias is None else scaled + bias).to(x.dtype)
 
 
 # %% [markdown]
@@ -348,7 +369,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
         """Return ``x``, normalized."""
-        if self.backend == "reference":
+        _check_vectors(x, self.weight)
+        if self.backend == "reference" or _are_mixed(x, self.weight):
             return layer_norm(x, self.weight, self.bias, self.eps)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
@@ -373,15 +395,17 @@ def rms_norm(
     """Scale each vector of ``x`` to root mean square one, then by ``weight``.
 
     The mean square is taken in float32 (float64 for float64), and the result is rounded to the
-    dtype of ``x`` before the gain, as in transformers' Llama. Source: Zhang and Sennrich (2019).
+    dtype of ``x`` before the gain, as in transformers' Llama, and again after a gain of another
+    dtype, as in torch. Source: Zhang and Sennrich (2019).
 
     >>> rms_norm(torch.tensor([3.0, 4.0]), torch.ones(2))
     tensor([0.8485, 1.1314])
     """
-    _check_width(x, weight)
+    _check_vectors(x, weight)
+    _check_eps(eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean_square = wide.square().mean(dim=-1, keepdim=True)
-    return (wide * torch.rsqrt(mean_square + eps)).to(x.dtype) * weight
+    return ((wide * torch.rsqrt(mean_square + eps)).to(x.dtype) * weight).to(x.dtype)
 
 
 # %% [markdown]
@@ -423,8 +447,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
         """Return ``x``, normalized."""
-        _check_width(x, self.weight)
-        function = rms_norm if self.backend == "reference" else _fast_rms_norm
+        _check_vectors(x, self.weight)
+        plain = self.backend == "reference" or _are_mixed(x, self.weight)
+        function = rms_norm if plain else _fast_rms_norm
         return function(x, self.weight, self.eps)
 
 
@@ -549,6 +574,7 @@ def gelu(
 
     ``approximate="tanh"`` is GPT-2's formula. Source: Hendrycks and Gimpel (2016).
     """
+    check_tensor("x", x, "...")
     check_choice("approximate", approximate, ("none", "tanh"))
     if approximate == "tanh":
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
@@ -580,6 +606,7 @@ class GELU(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Return GELU of each number."""
+        check_tensor("x", x, "...")
         function = gelu if self.backend == "reference" else F.gelu
         return function(x, approximate=self.approximate)
 
@@ -638,6 +665,8 @@ class SwiGLU(nn.Module):
         self, gate: Float[Tensor, "*shape d_ff"], up: Float[Tensor, "*shape d_ff"]
     ) -> Float[Tensor, "*shape d_ff"]:
         """Return ``silu(gate) * up``."""
+        check_tensor("gate", gate, "...")
+        check_tensor("up", up, *gate.shape)  # broadcasting would accept other shapes
         return F.silu(gate) * up
 
 
@@ -656,9 +685,18 @@ ACTIVATIONS = (*_ACTIVATIONS, *GATES)
 
 
 def activate(activation: str, gate: Tensor | None, up: Tensor) -> Tensor:
-    """The inner vector of a feed-forward network, from one linear map of its input, or two."""
+    """The inner vector of a feed-forward network, from one linear map of its input, or two.
+
+    ``gate`` is None for an activation without a gate, and only for these.
+    """
+    check_choice("activation", activation, ACTIVATIONS)
+    check_tensor("up", up, "...")
+    if (gate is not None) != (activation in GATES):
+        expected = "a tensor" if activation in GATES else "None"
+        raise ValueError(f"gate: expected {expected} for {activation!r}, got {gate!r:.60}")
     if gate is None:
         return _ACTIVATIONS[activation](up)
+    check_tensor("gate", gate, *up.shape)
     return _ACTIVATIONS[GATES[activation]](gate) * up
 
 
@@ -679,7 +717,8 @@ def default_d_ff(d_model: int, activation: str = "swiglu", multiple_of: int = 8)
     >>> default_d_ff(768, "gelu"), default_d_ff(4096, "swiglu", multiple_of=256)
     (3072, 11008)
     """
-    check_at_least(d_model=(1, d_model), multiple_of=(1, multiple_of))
+    _check_size("d_model", d_model)
+    _check_size("multiple_of", multiple_of)
     check_choice("activation", activation, ACTIVATIONS)
     width = 8 * d_model // 3 if activation in GATES else 4 * d_model
     return -(-width // multiple_of) * multiple_of
@@ -764,6 +803,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
         """Return what is to be added to ``x``."""
+        check_tensor("x", x, "...", self.up_proj.in_features)
         gate = None if self.gate_proj is None else self.gate_proj(x)
         inner = activate(self.activation, gate, self.up_proj(x))
         return self.down_proj(F.dropout(inner, self.dropout, self.training))
@@ -821,9 +861,13 @@ class TransformerBlock(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
+        _check_size("d_model", d_model)
+        for argument, layer in (("attention", attention), ("feed_forward", feed_forward)):
+            if not isinstance(layer, nn.Module):
+                raise ValueError(f"{argument}: expected a module, got {layer!r:.60}")
         check_choice("norm_position", norm_position, ("pre", "post"))
         check_fraction("dropout", dropout)
-        self.norm_position, self.dropout = norm_position, dropout
+        self.d_model, self.norm_position, self.dropout = d_model, norm_position, dropout
         self.attention_norm, self.attention = norm(d_model), attention
         self.feed_forward_norm, self.feed_forward = norm(d_model), feed_forward
 
@@ -844,6 +888,7 @@ class TransformerBlock(TransformerBlock):  # continued
         cache: Any = None,
     ) -> Float[Tensor, "batch sequence d_model"]:
         """Return the stream after this block; ``rope``, ``mask``, ``cache`` go to attention."""
+        check_tensor("x", x, "batch", "sequence", self.d_model)
         attend = partial(self.attention, rope=rope, mask=mask, cache=cache)
         if self.norm_position == "pre":
             x = x + self._dropped(attend(self.attention_norm(x)))
@@ -959,9 +1004,12 @@ def initialize_weights(
     ``down_proj``) is scaled by ``embedding_std`` / sqrt(2 ``n_layers``). With ``std`` all have that
     one, writers divided by sqrt(2 ``n_layers``); 0.02 is GPT-2's. Gains become 1, biases 0.
     """
-    check_at_least(n_layers=(1, n_layers))
+    _check_size("n_layers", n_layers)
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"module: expected a module, got {module!r:.60}")
     for argument, value in (("std", std), ("embedding_std", embedding_std)):
-        if value is not None and not value > 0:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < math.inf):
             raise ValueError(f"{argument}: expected None or above 0, got {value!r}")
     start = embedding_std or std or _default_embedding_std(module)
     embeddings, write = lookup_tables(module), (1.0 if std else start) / math.sqrt(2 * n_layers)
@@ -1398,7 +1446,8 @@ class Routing(NamedTuple):
 #| export
 # More active experts than there are is refused.
 def _check_active(n_active: int, n_experts: int) -> None:
-    check_at_least(n_experts=(1, n_experts), n_active=(1, n_active))
+    _check_size("n_experts", n_experts)
+    _check_size("n_active", n_active)
     if n_active > n_experts:
         raise ValueError(f"n_active: expected at most n_experts, {n_experts}, got {n_active}")
 
@@ -1418,12 +1467,14 @@ def route(
 ) -> Routing:
     """Send each token to the ``n_active`` experts with the largest logits.
 
-    Probabilities are over all experts, in float32; with ``normalize`` the weights of a token sum
-    to one, as in Mixtral. An expert takes at most ``capacity`` tokens.
+    Probabilities are over all experts, in float32 (float64 for float64); with ``normalize`` the
+    weights of a token sum to one, as in Mixtral. An expert takes at most ``capacity`` tokens.
     """
+    check_tensor("logits", logits, "tokens", "n_experts")
     _check_active(n_active, logits.size(1))
     check_at_least(capacity=(0, capacity))
-    probabilities = logits.float().softmax(dim=-1)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    probabilities = wide.softmax(dim=-1)
     weights, experts = probabilities.topk(n_active, dim=-1)
     if normalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -1511,9 +1562,10 @@ class Router(nn.Module):
         capacity_factor: float | None = None,
     ):
         super().__init__()
-        check_at_least(d_model=(1, d_model))
+        _check_size("d_model", d_model)
         _check_active(n_active, n_experts)
-        if capacity_factor is not None and not 0 < capacity_factor < math.inf:
+        number = isinstance(capacity_factor, int | float) and not isinstance(capacity_factor, bool)
+        if capacity_factor is not None and not (number and 0 < capacity_factor < math.inf):
             expected = "expected None or a finite number above 0"
             raise ValueError(f"capacity_factor: {expected}, got {capacity_factor!r}")
         self.n_active, self.normalize = n_active, normalize
@@ -1522,6 +1574,7 @@ class Router(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "tokens d_model"]) -> Routing:
         """Return where each token goes; capacity counts while training only."""
+        check_tensor("tokens", tokens, "tokens", self.weight.size(1))
         capacity = None
         if self.training and self.capacity_factor is not None:
             fair = len(tokens) * self.n_active / len(self.weight)
@@ -1564,6 +1617,7 @@ class Experts(nn.Module):
         self, tokens: Float[Tensor, "tokens d_model"], routing: Routing
     ) -> Float[Tensor, "tokens d_model"]:
         """Return for each token the weighted sum of what its experts give."""
+        check_tensor("tokens", tokens, "tokens", self.up_proj.size(-1))
         output, weights = torch.zeros_like(tokens), routing.weights.T.flatten()
         ups, downs = self.up_proj.unbind(), self.down_proj.unbind()
         gates = [None] * len(ups) if self.gate_proj is None else self.gate_proj.unbind()
@@ -1606,6 +1660,8 @@ class MixtureOfExperts(nn.Module):
         normalize: bool = True,
     ):
         super().__init__()
+        if d_shared is None:
+            raise ValueError("d_shared: expected a whole number, got None")
         check_at_least(d_shared=(0, d_shared))
         self.router = Router(d_model, n_experts, n_active, normalize, capacity_factor)
         self.experts = Experts(d_model, d_ff, n_experts, activation)
@@ -1614,6 +1670,7 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
         """Return what is to be added to ``x``."""
+        check_tensor("x", x, "...", self.router.weight.size(1))
         tokens = x.reshape(-1, x.size(-1))
         self.routing = self.router(tokens)
         output = self.experts(tokens, self.routing)
@@ -2025,12 +2082,17 @@ def fold_gain(norm: RMSNorm, linear: nn.Linear) -> None:
 
 # %% tags=["check"]
 torch.manual_seed(0)
-norm, linear, x = RMSNorm(8), nn.Linear(8, 5), torch.randn(20, 8)
+norm, linear, x = RMSNorm(8), nn.Linear(8, 8), torch.randn(20, 8)
 norm.weight.data.uniform_(0.5, 2.0)
-before = linear(norm(x))
+gain, before = norm.weight.detach().clone(), linear(norm(x))
+matrix, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
 fold_gain(norm, linear)
-assert torch.equal(norm.weight, torch.ones(8)), "the gain becomes one"
-assert torch.allclose(linear(norm(x)), before, atol=1e-5), "the result stays the same"
+assert torch.equal(norm.weight, torch.ones(8)), f"the gain becomes one, not {norm.weight.tolist()}"
+assert torch.equal(linear.bias, bias), "the bias is added after the matrix: it has no gain"
+first = linear.weight[:, 0] / matrix[:, 0]
+assert torch.allclose(first, gain[0].expand(8)), "column j of the matrix is multiplied with gain j"
+worst = (linear(norm(x)) - before).abs().max()
+assert worst < 1e-4, f"the result stays the same, but is off by {worst:.2g}"
 
 # %% [markdown]
 # ````{exercise} From LayerNorm to RMSNorm
@@ -2059,16 +2121,24 @@ def center_writes(model: SmallModel) -> None:
 # %% tags=["check"]
 torch.manual_seed(0)
 model, ids = SmallModel(2, norm=LayerNorm), torch.randint(512, (3, 20))
-before = model(ids)
+before, names = model(ids), set(model.state_dict())
 center_writes(model)
-assert torch.allclose(model(ids), before, atol=1e-4), "the logits stay the same"
-stream = model.embedding(ids) + model.positions(torch.arange(20)[None])
-for block in [nn.Identity(), *model.blocks]:
+places = torch.arange(20)[None]
+stream = model.embedding(ids) + model.positions(places)
+for name, table in (("the embeddings", model.embedding), ("the positions", model.positions)):
+    mean = table.weight.mean(dim=1).abs().max()
+    assert mean < 1e-5, f"each vector of {name} has mean zero, not up to {mean:.2g}"
+for number, block in enumerate(model.blocks):
     stream = block(stream)
-    assert stream.mean(dim=-1).abs().max() < 1e-5, "the stream has mean zero everywhere"
+    mean = stream.mean(dim=-1).abs().max()
+    assert mean < 1e-4, f"after block {number} the stream has means of up to {mean:.2g}, not zero"
+worst = (model(ids) - before).abs().max() / before.abs().max()
+assert worst < 1e-4, f"the logits stay the same, but are off by {worst:.2g} of the largest"
+assert set(model.state_dict()) == names, "the same weights, changed in place"
 other = SmallModel(2, norm=RMSNorm)
 other.load_state_dict(model.state_dict(), strict=False)  # it has no biases
-assert torch.allclose(other(ids), before, atol=1e-4), "with RMSNorm it is the same model"
+worst = (other(ids) - before).abs().max() / before.abs().max()
+assert worst < 1e-4, "with RMSNorm it is the same model"
 
 # %% [markdown]
 # ````{exercise} SwiGLU backward
@@ -2090,12 +2160,17 @@ def swiglu_gradients(a: Tensor, b: Tensor, to_out: Tensor) -> tuple[Tensor, Tens
 
 # %% tags=["check"]
 torch.manual_seed(0)
-a, b = (torch.randn(4, 6, requires_grad=True) for _ in range(2))
-to_out = torch.randn(4, 6)
+a, b = (torch.randn(4, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+to_out = torch.randn(4, 6, dtype=torch.float64)
 SwiGLU()(a, b).backward(to_out)
 to_a, to_b = swiglu_gradients(a.detach(), b.detach(), to_out)
-assert torch.allclose(to_b, b.grad, atol=1e-6), "the gradient of b is that of a product"
-assert torch.allclose(to_a, a.grad, atol=1e-6), "the gradient of a needs the derivative of SiLU"
+assert torch.allclose(to_b, b.grad), (
+    "the gradient of b is that of a product, times that of the result"
+)
+assert torch.allclose(to_a, a.grad), "the gradient of a needs b, and the derivative of SiLU"
+far = torch.full((2, 3), 800.0, dtype=torch.float64)
+to_a, _ = swiglu_gradients(-far, torch.ones_like(far), torch.ones_like(far))
+assert not to_a.any(), f"far below zero SiLU is flat, so the gradient of a is 0, not {to_a[0, 0]}"
 
 # %% [markdown]
 # ````{exercise} Two layers at once
@@ -2132,11 +2207,23 @@ from llmbook.positions import RotaryEmbedding
 torch.manual_seed(0)
 parallel = ParallelBlock(32, MultiHeadAttention(32, 4), FeedForward(32))
 x = torch.randn(2, 10, 32)
-alone = [parallel.attention(parallel.norm(x)), parallel.feed_forward(parallel.norm(x))]
-assert torch.allclose(parallel(x), x + sum(alone), atol=1e-5), "the stream and both writes"
+norms = [module for module in parallel.modules() if isinstance(module, RMSNorm)]
+assert norms == [parallel.norm], f"one norm serves both layers, not {len(norms)}"
+nn.init.uniform_(parallel.norm.weight, 0.5, 2)
+y, found = parallel.norm(x), parallel(x)
+attended, transformed = parallel.attention(y), parallel.feed_forward(y)
+
+
+def is_sum(*parts: Tensor) -> bool:
+    return torch.allclose(found, sum(parts), atol=1e-4)
+
+
+assert not is_sum(attended, transformed), "x itself is added, too, as in any block"
+late = parallel.feed_forward(parallel.norm(x + attended))
+assert not is_sum(x, attended, late), "the feed-forward network does not wait for attention"
+assert is_sum(x, attended, transformed), "x plus what both layers make of norm(x)"
 with_rope = parallel(x, rope=RotaryEmbedding(8)(torch.arange(10)[None]))
-assert not torch.allclose(with_rope, parallel(x)), "the options reach attention"
-assert len([m for m in parallel.modules() if isinstance(m, RMSNorm)]) == 1, "there is one norm"
+assert not torch.allclose(with_rope, found), "the options reach attention"
 
 # %% [markdown]
 # ````{exercise} Let the experts choose
@@ -2165,13 +2252,21 @@ def expert_choice(
 torch.manual_seed(0)
 logits = torch.randn(12, 3)
 weights, tokens = expert_choice(logits, capacity=4)
-assert weights.shape == tokens.shape == (3, 4), "each expert takes as many as fit"
+shapes = f"{tuple(weights.shape)} and {tuple(tokens.shape)}"
+expected = (3, 4)
+assert weights.shape == tokens.shape == expected, (
+    f"each expert takes 4 tokens: (3, 4), not {shapes}"
+)
 probabilities = logits.softmax(dim=1)
 for expert in range(3):
-    assert torch.allclose(weights[expert], probabilities[tokens[expert], expert]), "its weights"
-    left = set(range(12)) - set(tokens[expert].tolist())
-    assert len(left) == 8, "no token twice"
-    assert weights[expert].min() >= probabilities[list(left), expert].max(), "the best are taken"
+    chosen = tokens[expert].tolist()
+    assert len(set(chosen)) == 4, f"expert {expert} takes a token twice: {chosen}"
+    left = [token for token in range(12) if token not in chosen]
+    worst = probabilities[chosen, expert].min()
+    assert worst >= probabilities[left, expert].max(), f"expert {expert} leaves a better token"
+    of_token = probabilities[tokens[expert], expert]
+    rule = "a weight is the probability of the expert for its token, by a softmax over experts"
+    assert torch.allclose(weights[expert], of_token), rule
     assert weights[expert].tolist() == sorted(weights[expert].tolist(), reverse=True), "best first"
 
 # %% [markdown]

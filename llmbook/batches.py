@@ -125,7 +125,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> Sequence[int]:
         """Return the ids of ``text``."""
 
-# %% ../chapters/07_batches.ipynb #a71257a6
+# %% ../chapters/07_batches.ipynb #7573a04e
 _PROBE = """The quick brown fox doesn't jump: 1, 22, 333, 4444 times 3.14 makes 98%!
 Training language models from scratch requires information, attention and computation.
     def encode(self, text: str = "") -> list[int]:\n\t\treturn [x**2 for x in range(256)]  # TODO
@@ -138,9 +138,31 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
     Two that agree on this text and on their special tokens, but not elsewhere, look the same.
     """
+    _check_tokenizer(tokenizer)
     special = sorted(tokenizer.special_tokens.items())
     ids = [int(token) for token in tokenizer.encode(_PROBE)]
     return blake2b(repr((tokenizer.vocab_size, special, ids)).encode(), digest_size=8).hexdigest()
+
+# %% ../chapters/07_batches.ipynb #d321d77d
+# What is no tokenizer, and a number that is not given, are named.
+def _check_tokenizer(tokenizer: object) -> None:
+    if not isinstance(tokenizer, Tokenizer):
+        expected = "expected an object with vocab_size, special_tokens and encode"
+        raise ValueError(f"tokenizer: {expected}, got {tokenizer!r:.60}")
+
+
+def _check_given(**bounds: tuple[int, object]) -> None:
+    """Demand whole numbers of at least so much, as ``check_at_least``, but not None."""
+    for argument, (_, value) in bounds.items():
+        if value is None:
+            raise ValueError(f"{argument}: expected a whole number, got None")
+    check_at_least(**bounds)
+
+
+def _check_window(start: object, length: object) -> None:
+    _check_given(length=(0, length))
+    if isinstance(start, bool) or not isinstance(start, int | np.integer):
+        raise ValueError(f"start: expected a whole number, got {start!r}")
 
 # %% ../chapters/07_batches.ipynb #e11486fe
 def _checked(ids: Any, name: str, vocab_size: int, end_of_text: int) -> np.ndarray:
@@ -246,9 +268,14 @@ def _shards_of(
     if group:
         yield group, True
 
-# %% ../chapters/07_batches.ipynb #8da9fc1a
+# %% ../chapters/07_batches.ipynb #a20913b3
 def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.bin"
+
+
+def _check_path(directory: object) -> None:
+    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
+        raise ValueError(f"directory: expected a path, got {directory!r:.60}")
 
 
 def _blank_header(tokenizer: Tokenizer, end_of_text: str) -> ShardHeader:
@@ -270,7 +297,7 @@ def _blank_header(tokenizer: Tokenizer, end_of_text: str) -> ShardHeader:
         digest=_NO_DIGEST,
     )
 
-# %% ../chapters/07_batches.ipynb #b313fc67
+# %% ../chapters/07_batches.ipynb #3d5268de
 def write_shards(
     texts: Iterable[Any],
     directory: str | Path,
@@ -288,9 +315,12 @@ def write_shards(
     corpus). The directory appears complete or not at all. Empty documents are left out, with a
     warning. A ``ValueError`` tells of wrong ids, no text at all, or files in the directory.
     """
-    check_at_least(shard_tokens=(1, shard_tokens), workers=(1, workers))
-    if isinstance(texts, str | bytes):
+    _check_given(shard_tokens=(1, shard_tokens))
+    check_at_least(workers=(1, workers))
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
         raise ValueError(f"texts: expected several texts, got one {type(texts).__name__}")
+    _check_tokenizer(tokenizer)
+    _check_path(directory)
     header, digest = _blank_header(tokenizer, end_of_text), _NO_DIGEST
     target = Path(directory).resolve()
     with whole_directory(target) as draft:
@@ -302,7 +332,7 @@ def write_shards(
             raise ValueError("texts: expected at least one document that is not empty, got none")
     return TokenShards(target)
 
-# %% ../chapters/07_batches.ipynb #bacf3046
+# %% ../chapters/07_batches.ipynb #9eda4a81
 class TokenRing:
     """Ids joined end to end and closed to a ring; nothing is copied until it is read.
 
@@ -328,6 +358,7 @@ class TokenRing:
 
     def window(self, start: int, length: int) -> Int64[np.ndarray, " length"]:
         """Return ``length`` ids from position ``start`` on, going round as often as it takes."""
+        _check_window(start, length)
         window, done = np.empty(length, np.int64), 0
         while done < length:
             at = (start + done) % len(self)
@@ -365,9 +396,11 @@ class TokenRing:
             raise ValueError(f"tokens: expected {expected}, got {self._parts[-1][-1]}")
         return np.concatenate(ends).astype(np.int64)
 
-# %% ../chapters/07_batches.ipynb #2b46cca8
+# %% ../chapters/07_batches.ipynb #f9d4868c
 def _rows_of_ids(tokens: Any) -> list[np.ndarray]:
     """Return ``tokens``, a row of ids or several rows, as arrays."""
+    if not hasattr(tokens, "__iter__"):
+        raise ValueError(f"tokens: expected a row of ids or several, got {tokens!r:.60}")
     is_list = isinstance(tokens, Sequence) and len(tokens) > 0
     is_row = isinstance(tokens, np.ndarray | Tensor) or (
         is_list and isinstance(tokens[0], int | np.integer)
@@ -441,7 +474,7 @@ def _shard_paths(directory: Path) -> list[Path]:
         raise ShardError(f"{missing[0]}: missing, but {found[-1].name} is there")
     return paths
 
-# %% ../chapters/07_batches.ipynb #2dc8eacd
+# %% ../chapters/07_batches.ipynb #764e9086
 class TokenShards(TokenRing):
     """A directory that ``write_shards`` has written: a ring of tokens that knows its documents.
 
@@ -453,6 +486,7 @@ class TokenShards(TokenRing):
     end_of_text: int
 
     def __init__(self, directory: str | Path, tokenizer: Tokenizer | None = None):
+        _check_path(directory)
         self.directory = Path(directory).resolve()
         self._shards = [_Shard(path) for path in _shard_paths(self.directory)]
         _check_chain(self.directory, [shard.header for shard in self._shards])
@@ -525,7 +559,7 @@ def _turned(
         place[moved] = (place[moved] + turn) % sides[moved]
     return place[0] * sides[1] + place[1]
 
-# %% ../chapters/07_batches.ipynb #3970f4d6
+# %% ../chapters/07_batches.ipynb #949fe3c0
 def permuted(
     numbers: Int64[np.ndarray, " n"], size: int, *keys: int | np.ndarray
 ) -> Int64[np.ndarray, " n"]:
@@ -537,7 +571,9 @@ def permuted(
     >>> permuted(np.arange(10), 10, 0).tolist()
     [5, 3, 6, 0, 9, 2, 4, 7, 8, 1]
     """
-    check_at_least(size=(1, size))
+    _check_given(size=(1, size))
+    if not isinstance(numbers, np.ndarray) or (numbers.size and numbers.dtype.kind not in "iu"):
+        raise ValueError(f"numbers: expected an array of whole numbers, got {numbers!r:.60}")
     if numbers.size and not 0 <= numbers.min() <= numbers.max() < size:
         wrong = numbers[(numbers < 0) | (numbers >= size)][0]
         raise ValueError(f"numbers: expected 0 to {size - 1}, got {wrong}")
@@ -581,6 +617,12 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on ``device``."""
+        if not isinstance(device, str | torch.device | int) or isinstance(device, bool):
+            raise ValueError(f"device: expected a device or its name, got {device!r:.60}")
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device: expected a device or its name, got {device!r}") from error
         positions, documents = self.position_ids, self.document_ids
         return Batch(
             self.inputs.to(device),
@@ -589,7 +631,7 @@ class Batch(NamedTuple):
             None if documents is None else documents.to(device),
         )
 
-# %% ../chapters/07_batches.ipynb #61da35a2
+# %% ../chapters/07_batches.ipynb #2c00fea5
 def window_batch(
     ring: TokenRing | np.ndarray | Tensor | Sequence[int],
     starts: Sequence[int] | np.ndarray,
@@ -597,14 +639,17 @@ def window_batch(
 ) -> Batch:
     """Return the windows that begin at ``starts``: ``context_length`` inputs, targets one later."""
     ring = _as_ring(ring, "ring")
-    check_at_least(context_length=(1, context_length))
-    if not len(starts):
-        raise ValueError(f"starts: expected at least one position, got {starts!r}")
-    windows = np.stack([ring.window(int(start), context_length + 1) for start in starts])
+    _check_given(context_length=(1, context_length))
+    places = np.asarray(starts)
+    if places.ndim != 1 or not places.size or places.dtype.kind not in "iu":
+        raise ValueError(
+            f"starts: expected at least one position, whole numbers, got {starts!r:.60}"
+        )
+    windows = np.stack([ring.window(int(start), context_length + 1) for start in places])
     inputs, targets = windows[:, :-1].copy(), windows[:, 1:].copy()
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
 
-# %% ../chapters/07_batches.ipynb #e08a1520
+# %% ../chapters/07_batches.ipynb #2b7775e2
 def document_fields(
     inputs: Int64[Tensor, "batch sequence"], end_of_text: int
 ) -> tuple[Int64[Tensor, "batch sequence"], Int64[Tensor, "batch sequence"]]:
@@ -616,6 +661,8 @@ def document_fields(
     >>> positions.tolist(), documents.tolist()
     ([[0, 1, 0, 1, 2]], [[0, 0, 1, 1, 1]])
     """
+    _check_ids("inputs", inputs)
+    _check_given(end_of_text=(0, end_of_text))
     opens = inputs == end_of_text
     places = torch.arange(inputs.size(1), device=inputs.device).expand_as(inputs)
     begin = torch.where(opens, places, 0).cummax(dim=1).values
@@ -630,8 +677,18 @@ def document_mask(
     Padding, document -1, attends to padding, so that no row of the mask is empty and no softmax is
     taken over nothing.
     """
+    _check_ids("document_ids", document_ids)
     same = document_ids[:, :, None] == document_ids[:, None, :]
     return same.tril()[:, None]  # the 1 stands for all heads
+
+# %% ../chapters/07_batches.ipynb #c5a1e69d
+# Anything but a batch of ids is named
+def _check_ids(argument: str, ids: Tensor) -> None:
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 2:
+        is_tensor = isinstance(ids, Tensor)
+        got = f"{ids.dtype} of shape {tuple(ids.shape)}" if is_tensor else f"{ids!r:.60}"
+        expected = "expected a tensor of int64, (batch, sequence)"
+        raise ValueError(f"{argument}: {expected}, got {got}")
 
 # %% ../chapters/07_batches.ipynb #eca76aa0
 def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> Int64[np.ndarray, " documents"]:
@@ -661,19 +718,22 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> Int64[np.nda
         bits |= 1 << (room - size)
     return row_of
 
-# %% ../chapters/07_batches.ipynb #295baa04
+# %% ../chapters/07_batches.ipynb #2f6a6689
 def _checked_lengths(
     lengths: Sequence[int] | np.ndarray, capacity: int
 ) -> Int64[np.ndarray, " documents"]:
+    _check_given(capacity=(1, capacity))
     sizes = np.asarray(lengths)
     if sizes.size and sizes.dtype.kind not in "iu":
         raise ValueError(f"lengths: expected whole numbers, got {sizes.flat[0]!r}")
+    if sizes.ndim != 1:
+        raise ValueError(f"lengths: expected a row of them, got shape {sizes.shape}")
     if sizes.size and not 1 <= sizes.min() <= sizes.max() <= capacity:
         wrong = sizes[(sizes < 1) | (sizes > capacity)][0]
         raise ValueError(f"lengths: expected 1 to {capacity}, the capacity, got {wrong}")
     return sizes.astype(np.int64)
 
-# %% ../chapters/07_batches.ipynb #5e1e2aee
+# %% ../chapters/07_batches.ipynb #bcc1ef7f
 @dataclass(frozen=True, eq=False)
 class PackedDocuments:
     """Rows of whole documents: row r has the windows ``rows[r]`` to ``rows[r + 1] - 1``."""
@@ -703,13 +763,21 @@ class PackedDocuments:
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """Return the given rows; padding has targets -100 and document id -1."""
-        wrong = [row for row in rows if not 0 <= row < len(self) or int(row) != row]
-        if wrong or not len(rows):
-            raise ValueError(f"rows: expected 0 to {len(self) - 1}, got {[*wrong, 'none'][0]}")
+        _check_rows(rows, len(self))
         fields = np.stack([_packed_row(self, int(row)) for row in rows], axis=1)
         return Batch(*torch.from_numpy(fields))
 
-# %% ../chapters/07_batches.ipynb #da53f0da
+# %% ../chapters/07_batches.ipynb #f8dfad37
+def _check_rows(rows: Any, size: int) -> None:
+    if not isinstance(rows, Sequence | np.ndarray | Tensor) or isinstance(rows, str):
+        raise ValueError(f"rows: expected numbers of rows, got {rows!r:.60}")
+    numbers = [row for row in rows if isinstance(row, int | np.integer)]
+    wrong = [row for row in rows if not isinstance(row, int | np.integer)]
+    wrong += [row for row in numbers if not 0 <= row < size]
+    if wrong or not len(rows):
+        raise ValueError(f"rows: expected 0 to {size - 1}, got {[*wrong, 'none'][0]}")
+
+
 def _packed_row(packed: PackedDocuments, row: int) -> Int64[np.ndarray, "4 sequence"]:
     """Return inputs, targets, position ids and document ids of a row."""
     length, at = packed.context_length, 0
@@ -725,7 +793,7 @@ def _packed_row(packed: PackedDocuments, row: int) -> Int64[np.ndarray, "4 seque
     fields[2, at:] = counting[: length - at]
     return fields
 
-# %% ../chapters/07_batches.ipynb #5c59f1f7
+# %% ../chapters/07_batches.ipynb #f5b48618
 def pack_documents(
     shards: TokenRing, context_length: int, strategy: str = "best_fit"
 ) -> PackedDocuments:
@@ -735,7 +803,9 @@ def pack_documents(
     cut into pieces of ``context_length``; each piece counts as a document, its positions from 0.
     A ``TokenRing`` in memory must know its ``end_of_text``.
     """
-    check_at_least(context_length=(1, context_length))
+    if not isinstance(shards, TokenRing):
+        raise ValueError(f"shards: expected TokenShards or a TokenRing, got {shards!r:.60}")
+    _check_given(context_length=(1, context_length))
     if strategy not in ("best_fit", "one_per_row"):
         raise ValueError(f"strategy: expected 'best_fit' or 'one_per_row', got {strategy!r}")
     sizes = np.diff(shards.document_ends, prepend=0)
@@ -785,7 +855,7 @@ class ResumableBatches(Dataset[Batch]):
         Each process gets a copy of tokens in memory, also of a memory-mapped array; ``TokenShards``
         are opened there anew.
         """
-        check_at_least(workers=(1, workers), ahead=(1, ahead))
+        _check_given(workers=(1, workers), ahead=(1, ahead))
         return _prefetched(self, workers, ahead)
 
 # %% ../chapters/07_batches.ipynb #f1e0eded
@@ -916,7 +986,7 @@ def _unit(sampler: BatchSampler) -> int:
     """How far apart rows begin in the source: a context length of tokens, or one packed row."""
     return 1 if isinstance(sampler.source, PackedDocuments) else _context_length(sampler)
 
-# %% ../chapters/07_batches.ipynb #32d7ec98
+# %% ../chapters/07_batches.ipynb #3a11f2d9
 _ORDERS = ("shuffled", "random", "sequential")
 
 
@@ -924,6 +994,10 @@ def _check_sampler(sampler: BatchSampler) -> None:
     source, order = _source(sampler.source), sampler.order
     if order not in _ORDERS:
         raise ValueError(f"order: expected one of {_ORDERS}, got {order!r}")
+    for name in ("documents", "wrap"):
+        if not isinstance(getattr(sampler, name), bool | np.bool_):
+            expected = "expected True or False"
+            raise ValueError(f"{name}: {expected}, got {getattr(sampler, name)!r:.60}")
     sampler.context_length = int(_context_length(sampler))
     is_packed = isinstance(source, PackedDocuments)
     sampler.documents = bool(sampler.documents or is_packed)

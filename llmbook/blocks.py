@@ -8,7 +8,7 @@ __all__ = ['GATES', 'ACTIVATIONS', 'layer_norm', 'LayerNorm', 'rms_norm', 'RMSNo
            'default_d_ff', 'FeedForward', 'TransformerBlock', 'lookup_tables', 'initialize_weights', 'Routing', 'route',
            'places_by_expert', 'Router', 'Experts', 'MixtureOfExperts']
 
-# %% ../chapters/10_blocks.ipynb #de47411a
+# %% ../chapters/10_blocks.ipynb #d139c9d7
 # The imports that only the module and its engine rooms need.
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from .attention import Backend
 from .environment import check_at_least, check_choice, check_fraction
-from .positions import LearnedEmbedding
+from .positions import LearnedEmbedding, check_tensor
 
 # %% ../chapters/10_blocks.ipynb #6dcb7ede
 import math
@@ -29,20 +29,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../chapters/10_blocks.ipynb #99ad415e
+# %% ../chapters/10_blocks.ipynb #afcdbc66
 # Widths and settings that do not fit are named where they enter.
-def _check_width(x: Tensor, weight: Tensor) -> None:
-    if x.size(-1) != weight.size(0):  # broadcasting would accept a width of one
-        raise ValueError(f"x: expected vectors of size {len(weight)}, got shape {tuple(x.shape)}")
+def _check_vectors(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    check_tensor("weight", weight, "d_model")
+    d_model = weight.size(0)
+    check_tensor("x", x, "...", d_model)  # broadcasting would accept a width of one
+    if bias is not None:
+        check_tensor("bias", bias, d_model)
+
+
+def _check_eps(eps: float) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
+        raise ValueError(f"eps: expected a small positive number, got {eps!r}")
 
 
 def _check_norm(d_model: int, eps: float, backend: str) -> None:
-    check_at_least(d_model=(1, d_model))
+    _check_size("d_model", d_model)
     check_choice("backend", backend, ("reference", "torch"))
-    if not 0 < eps < 1:
-        raise ValueError(f"eps: expected a small positive number, got {eps!r}")
+    _check_eps(eps)
 
-# %% ../chapters/10_blocks.ipynb #ab29f4a8
+
+def _check_size(argument: str, size: int | None) -> None:
+    """Raise unless ``size`` is a whole number from 1 on, and given."""
+    if size is None:
+        raise ValueError(f"{argument}: expected a whole number, got None")
+    check_at_least(**{argument: (1, size)})
+
+
+def _are_mixed(x: Tensor, weight: Tensor) -> bool:
+    """Whether the dtypes differ, so that no kernel is sure to take them; autocast makes one."""
+    return x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)
+
+# %% ../chapters/10_blocks.ipynb #38b926c0
 def layer_norm(
     x: Float[Tensor, "*shape d_model"],
     weight: Float[Tensor, " d_model"],
@@ -52,19 +71,21 @@ def layer_norm(
     """Center each vector of ``x``, scale it to variance one, then by ``weight``; add ``bias``.
 
     Mean and variance are taken in float32 (float64 for float64), and the variance is divided by
-    ``d_model``, not by ``d_model - 1``. Source: Ba, Kiros and Hinton (2016).
+    ``d_model``, not by ``d_model - 1``. The result has the dtype of ``x``, as in torch. Source: Ba,
+    Kiros and Hinton (2016).
 
     >>> layer_norm(torch.tensor([1.0, 2.0, 6.0]), torch.ones(3))
     tensor([-0.9258, -0.4629,  1.3887])
     """
-    _check_width(x, weight)
+    _check_vectors(x, weight, bias)
+    _check_eps(eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     centered = wide - wide.mean(dim=-1, keepdim=True)
     variance = centered.square().mean(dim=-1, keepdim=True)
-    normal = (centered * torch.rsqrt(variance + eps)).to(x.dtype)
-    return normal * weight if bias is None else normal * weight + bias
+    scaled = (centered * torch.rsqrt(variance + eps)).to(x.dtype) * weight
+    return (scaled if bias is None else scaled + bias).to(x.dtype)
 
-# %% ../chapters/10_blocks.ipynb #3208211e
+# %% ../chapters/10_blocks.ipynb #8bbacfba
 class LayerNorm(nn.Module):
     """LayerNorm over the last dimension; the gain starts at one, the bias at zero."""
 
@@ -79,28 +100,31 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
         """Return ``x``, normalized."""
-        if self.backend == "reference":
+        _check_vectors(x, self.weight)
+        if self.backend == "reference" or _are_mixed(x, self.weight):
             return layer_norm(x, self.weight, self.bias, self.eps)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
-# %% ../chapters/10_blocks.ipynb #ceb89de5
+# %% ../chapters/10_blocks.ipynb #b3ed0708
 def rms_norm(
     x: Float[Tensor, "*shape d_model"], weight: Float[Tensor, " d_model"], eps: float = 1e-5
 ) -> Float[Tensor, "*shape d_model"]:
     """Scale each vector of ``x`` to root mean square one, then by ``weight``.
 
     The mean square is taken in float32 (float64 for float64), and the result is rounded to the
-    dtype of ``x`` before the gain, as in transformers' Llama. Source: Zhang and Sennrich (2019).
+    dtype of ``x`` before the gain, as in transformers' Llama, and again after a gain of another
+    dtype, as in torch. Source: Zhang and Sennrich (2019).
 
     >>> rms_norm(torch.tensor([3.0, 4.0]), torch.ones(2))
     tensor([0.8485, 1.1314])
     """
-    _check_width(x, weight)
+    _check_vectors(x, weight)
+    _check_eps(eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean_square = wide.square().mean(dim=-1, keepdim=True)
-    return (wide * torch.rsqrt(mean_square + eps)).to(x.dtype) * weight
+    return ((wide * torch.rsqrt(mean_square + eps)).to(x.dtype) * weight).to(x.dtype)
 
-# %% ../chapters/10_blocks.ipynb #12560c02
+# %% ../chapters/10_blocks.ipynb #3c711c9c
 class RMSNorm(nn.Module):
     """RMSNorm over the last dimension, with a gain that starts at one.
 
@@ -116,8 +140,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
         """Return ``x``, normalized."""
-        _check_width(x, self.weight)
-        function = rms_norm if self.backend == "reference" else _fast_rms_norm
+        _check_vectors(x, self.weight)
+        plain = self.backend == "reference" or _are_mixed(x, self.weight)
+        function = rms_norm if plain else _fast_rms_norm
         return function(x, self.weight, self.eps)
 
 # %% ../chapters/10_blocks.ipynb #92176501
@@ -159,7 +184,7 @@ def _fast_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _RMSNormFloat32.apply(x, weight, eps)
     return (x * _inverse_rms(x, eps)).mul_(weight)  # bit by bit as with a gradient
 
-# %% ../chapters/10_blocks.ipynb #fd6b28df
+# %% ../chapters/10_blocks.ipynb #e3e7cd68
 def gelu(
     x: Float[Tensor, "*shape"], approximate: Literal["none", "tanh"] = "none"
 ) -> Float[Tensor, "*shape"]:
@@ -167,12 +192,13 @@ def gelu(
 
     ``approximate="tanh"`` is GPT-2's formula. Source: Hendrycks and Gimpel (2016).
     """
+    check_tensor("x", x, "...")
     check_choice("approximate", approximate, ("none", "tanh"))
     if approximate == "tanh":
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
-# %% ../chapters/10_blocks.ipynb #dd18a45a
+# %% ../chapters/10_blocks.ipynb #9393ec7d
 # GELU as a module, by torch's kernel or by the formula.
 class GELU(nn.Module):
     """The Gaussian error linear unit, by torch's kernel or by `gelu`."""
@@ -185,10 +211,11 @@ class GELU(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Return GELU of each number."""
+        check_tensor("x", x, "...")
         function = gelu if self.backend == "reference" else F.gelu
         return function(x, approximate=self.approximate)
 
-# %% ../chapters/10_blocks.ipynb #0f4b7408
+# %% ../chapters/10_blocks.ipynb #164672d8
 class SwiGLU(nn.Module):
     """Gate ``up`` with the SiLU of ``gate``, element by element; it has no parameters."""
 
@@ -199,9 +226,11 @@ class SwiGLU(nn.Module):
         self, gate: Float[Tensor, "*shape d_ff"], up: Float[Tensor, "*shape d_ff"]
     ) -> Float[Tensor, "*shape d_ff"]:
         """Return ``silu(gate) * up``."""
+        check_tensor("gate", gate, "...")
+        check_tensor("up", up, *gate.shape)  # broadcasting would accept other shapes
         return F.silu(gate) * up
 
-# %% ../chapters/10_blocks.ipynb #95e8b1e8
+# %% ../chapters/10_blocks.ipynb #7b834fea
 # The activations by name, with and without a gate, and the step between the matrices.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -215,12 +244,21 @@ ACTIVATIONS = (*_ACTIVATIONS, *GATES)
 
 
 def activate(activation: str, gate: Tensor | None, up: Tensor) -> Tensor:
-    """The inner vector of a feed-forward network, from one linear map of its input, or two."""
+    """The inner vector of a feed-forward network, from one linear map of its input, or two.
+
+    ``gate`` is None for an activation without a gate, and only for these.
+    """
+    check_choice("activation", activation, ACTIVATIONS)
+    check_tensor("up", up, "...")
+    if (gate is not None) != (activation in GATES):
+        expected = "a tensor" if activation in GATES else "None"
+        raise ValueError(f"gate: expected {expected} for {activation!r}, got {gate!r:.60}")
     if gate is None:
         return _ACTIVATIONS[activation](up)
+    check_tensor("gate", gate, *up.shape)
     return _ACTIVATIONS[GATES[activation]](gate) * up
 
-# %% ../chapters/10_blocks.ipynb #d5a8affa
+# %% ../chapters/10_blocks.ipynb #7a1fe832
 def default_d_ff(d_model: int, activation: str = "swiglu", multiple_of: int = 8) -> int:
     """Return the usual inner width: 4 d_model, or 8/3 d_model with a gate, rounded up.
 
@@ -229,12 +267,13 @@ def default_d_ff(d_model: int, activation: str = "swiglu", multiple_of: int = 8)
     >>> default_d_ff(768, "gelu"), default_d_ff(4096, "swiglu", multiple_of=256)
     (3072, 11008)
     """
-    check_at_least(d_model=(1, d_model), multiple_of=(1, multiple_of))
+    _check_size("d_model", d_model)
+    _check_size("multiple_of", multiple_of)
     check_choice("activation", activation, ACTIVATIONS)
     width = 8 * d_model // 3 if activation in GATES else 4 * d_model
     return -(-width // multiple_of) * multiple_of
 
-# %% ../chapters/10_blocks.ipynb #83a36804
+# %% ../chapters/10_blocks.ipynb #f2600eaf
 class FeedForward(nn.Module):
     """Two matrices with an activation between, or three with a gate; each token by itself.
 
@@ -264,11 +303,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
         """Return what is to be added to ``x``."""
+        check_tensor("x", x, "...", self.up_proj.in_features)
         gate = None if self.gate_proj is None else self.gate_proj(x)
         inner = activate(self.activation, gate, self.up_proj(x))
         return self.down_proj(F.dropout(inner, self.dropout, self.training))
 
-# %% ../chapters/10_blocks.ipynb #f8acc293
+# %% ../chapters/10_blocks.ipynb #a19c8e5c
 class TransformerBlock(nn.Module):
     """Attention and feed-forward network, each normalized and added to the residual stream.
 
@@ -287,9 +327,13 @@ class TransformerBlock(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
+        _check_size("d_model", d_model)
+        for argument, layer in (("attention", attention), ("feed_forward", feed_forward)):
+            if not isinstance(layer, nn.Module):
+                raise ValueError(f"{argument}: expected a module, got {layer!r:.60}")
         check_choice("norm_position", norm_position, ("pre", "post"))
         check_fraction("dropout", dropout)
-        self.norm_position, self.dropout = norm_position, dropout
+        self.d_model, self.norm_position, self.dropout = d_model, norm_position, dropout
         self.attention_norm, self.attention = norm(d_model), attention
         self.feed_forward_norm, self.feed_forward = norm(d_model), feed_forward
 
@@ -302,6 +346,7 @@ class TransformerBlock(nn.Module):
         cache: Any = None,
     ) -> Float[Tensor, "batch sequence d_model"]:
         """Return the stream after this block; ``rope``, ``mask``, ``cache`` go to attention."""
+        check_tensor("x", x, "batch", "sequence", self.d_model)
         attend = partial(self.attention, rope=rope, mask=mask, cache=cache)
         if self.norm_position == "pre":
             x = x + self._dropped(attend(self.attention_norm(x)))
@@ -329,7 +374,7 @@ def lookup_tables(module: nn.Module) -> set[int]:
     kinds = nn.Embedding | LearnedEmbedding
     return {id(m.weight) for m in module.modules() if isinstance(m, kinds)}
 
-# %% ../chapters/10_blocks.ipynb #339878a4
+# %% ../chapters/10_blocks.ipynb #50e169bb
 @torch.no_grad()
 def initialize_weights(
     module: nn.Module,
@@ -345,9 +390,12 @@ def initialize_weights(
     ``down_proj``) is scaled by ``embedding_std`` / sqrt(2 ``n_layers``). With ``std`` all have that
     one, writers divided by sqrt(2 ``n_layers``); 0.02 is GPT-2's. Gains become 1, biases 0.
     """
-    check_at_least(n_layers=(1, n_layers))
+    _check_size("n_layers", n_layers)
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"module: expected a module, got {module!r:.60}")
     for argument, value in (("std", std), ("embedding_std", embedding_std)):
-        if value is not None and not value > 0:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < math.inf):
             raise ValueError(f"{argument}: expected None or above 0, got {value!r}")
     start = embedding_std or std or _default_embedding_std(module)
     embeddings, write = lookup_tables(module), (1.0 if std else start) / math.sqrt(2 * n_layers)
@@ -394,14 +442,15 @@ class Routing(NamedTuple):
         """
         return self.load.numel() * (self.load * self.probabilities.mean(dim=0)).sum()
 
-# %% ../chapters/10_blocks.ipynb #d6929ff1
+# %% ../chapters/10_blocks.ipynb #11393c74
 # More active experts than there are is refused.
 def _check_active(n_active: int, n_experts: int) -> None:
-    check_at_least(n_experts=(1, n_experts), n_active=(1, n_active))
+    _check_size("n_experts", n_experts)
+    _check_size("n_active", n_active)
     if n_active > n_experts:
         raise ValueError(f"n_active: expected at most n_experts, {n_experts}, got {n_active}")
 
-# %% ../chapters/10_blocks.ipynb #67cb6d42
+# %% ../chapters/10_blocks.ipynb #51d2c215
 def route(
     logits: Float[Tensor, "tokens n_experts"],
     n_active: int,
@@ -411,12 +460,14 @@ def route(
 ) -> Routing:
     """Send each token to the ``n_active`` experts with the largest logits.
 
-    Probabilities are over all experts, in float32; with ``normalize`` the weights of a token sum
-    to one, as in Mixtral. An expert takes at most ``capacity`` tokens.
+    Probabilities are over all experts, in float32 (float64 for float64); with ``normalize`` the
+    weights of a token sum to one, as in Mixtral. An expert takes at most ``capacity`` tokens.
     """
+    check_tensor("logits", logits, "tokens", "n_experts")
     _check_active(n_active, logits.size(1))
     check_at_least(capacity=(0, capacity))
-    probabilities = logits.float().softmax(dim=-1)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    probabilities = wide.softmax(dim=-1)
     weights, experts = probabilities.topk(n_active, dim=-1)
     if normalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -434,7 +485,7 @@ def places_by_expert(routing: Routing) -> list[Int64[Tensor, " places"]]:
     order = chosen.argsort(stable=True).split(counts)
     return [places[: routing.capacity] for places in order]
 
-# %% ../chapters/10_blocks.ipynb #94c79d92
+# %% ../chapters/10_blocks.ipynb #04b4d11f
 class Router(nn.Module):
     """Scores the experts for each token by a linear map, and picks the best ``n_active``."""
 
@@ -447,9 +498,10 @@ class Router(nn.Module):
         capacity_factor: float | None = None,
     ):
         super().__init__()
-        check_at_least(d_model=(1, d_model))
+        _check_size("d_model", d_model)
         _check_active(n_active, n_experts)
-        if capacity_factor is not None and not 0 < capacity_factor < math.inf:
+        number = isinstance(capacity_factor, int | float) and not isinstance(capacity_factor, bool)
+        if capacity_factor is not None and not (number and 0 < capacity_factor < math.inf):
             expected = "expected None or a finite number above 0"
             raise ValueError(f"capacity_factor: {expected}, got {capacity_factor!r}")
         self.n_active, self.normalize = n_active, normalize
@@ -458,6 +510,7 @@ class Router(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "tokens d_model"]) -> Routing:
         """Return where each token goes; capacity counts while training only."""
+        check_tensor("tokens", tokens, "tokens", self.weight.size(1))
         capacity = None
         if self.training and self.capacity_factor is not None:
             fair = len(tokens) * self.n_active / len(self.weight)
@@ -475,7 +528,7 @@ def _expert(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation
     gated = None if gate is None else F.linear(x, gate)
     return F.linear(activate(activation, gated, F.linear(x, up)), down)
 
-# %% ../chapters/10_blocks.ipynb #ca9025c1
+# %% ../chapters/10_blocks.ipynb #7c132394
 class Experts(nn.Module):
     """Feed-forward networks of one shape, their matrices stacked: (expert, out, in)."""
 
@@ -492,6 +545,7 @@ class Experts(nn.Module):
         self, tokens: Float[Tensor, "tokens d_model"], routing: Routing
     ) -> Float[Tensor, "tokens d_model"]:
         """Return for each token the weighted sum of what its experts give."""
+        check_tensor("tokens", tokens, "tokens", self.up_proj.size(-1))
         output, weights = torch.zeros_like(tokens), routing.weights.T.flatten()
         ups, downs = self.up_proj.unbind(), self.down_proj.unbind()
         gates = [None] * len(ups) if self.gate_proj is None else self.gate_proj.unbind()
@@ -527,6 +581,8 @@ class MixtureOfExperts(nn.Module):
         normalize: bool = True,
     ):
         super().__init__()
+        if d_shared is None:
+            raise ValueError("d_shared: expected a whole number, got None")
         check_at_least(d_shared=(0, d_shared))
         self.router = Router(d_model, n_experts, n_active, normalize, capacity_factor)
         self.experts = Experts(d_model, d_ff, n_experts, activation)
@@ -535,6 +591,7 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
         """Return what is to be added to ``x``."""
+        check_tensor("x", x, "...", self.router.weight.size(1))
         tokens = x.reshape(-1, x.size(-1))
         self.routing = self.router(tokens)
         output = self.experts(tokens, self.routing)

@@ -1,5 +1,6 @@
 """Shards, orders, packing and the sampler of chapter 07: round trips, accidents, resumption."""
 
+import inspect
 import json
 import os
 import pickle
@@ -1042,3 +1043,86 @@ def test_states_say_whether_windows_wrap_only_if_they_do_not(shards):
         wrapping.load_state_dict(not_wrapping.state_dict())
     packed = pack_documents(shards, 64)
     assert BatchSampler(packed, 2, wrap=False).state_dict() == BatchSampler(packed, 2).state_dict()
+
+
+# What cannot be, and what is left out
+
+
+RING = TokenRing([1, 2, 3, 4, 5, 0], end_of_text=0)
+WINDOW = torch.zeros(1, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda _: tokenizer_fingerprint(None), "tokenizer: expected an object with .* got None"),
+        (
+            lambda at: write_shards(["a"], at / "x", 5),
+            "tokenizer: expected an object with .* got 5",
+        ),
+        (lambda at: write_shards(5, at / "x", TOKENIZER), "texts: expected several .* got one int"),
+        (lambda _: write_shards(["a"], None, TOKENIZER), "directory: expected a path, got None"),
+        (lambda _: TokenShards(""), "directory: expected a path, got ''"),
+        (lambda _: BatchSampler(RING, 2, 2)[0].to("nowhere"), "device: expected .* got 'nowhere'"),
+        (lambda _: BatchSampler(RING, 2, 2)[0].to(None), "device: expected a device .* got None"),
+        (lambda _: document_fields(WINDOW.int(), 0), "inputs: expected a tensor of int64, .*int32"),
+        (
+            lambda at: write_shards(["a"], at / "x", TOKENIZER, shard_tokens=None),
+            "shard_tokens: expected a whole number, got None",
+        ),
+        (lambda _: TokenShards(None), "directory: expected a path, got None"),
+        (lambda _: TokenRing(5), "tokens: expected a row of ids or several, got 5"),
+        (
+            lambda _: TokenRing([1], end_of_text="x"),
+            "end_of_text: expected a whole number, got 'x'",
+        ),
+        (lambda _: RING.window(0.5, 2), "start: expected a whole number, got 0.5"),
+        (lambda _: RING.window(0, -1), "length: expected at least 0, got -1"),
+        (lambda _: RING.window(0, None), "length: expected a whole number, got None"),
+        (lambda _: permuted([0], 3, 1), r"numbers: expected an array of whole numbers, got \[0\]"),
+        (lambda _: permuted(np.array([0.5]), 3, 1), "numbers: expected an array of whole numbers"),
+        (lambda _: permuted(np.array([0]), None, 1), "size: expected a whole number, got None"),
+        (lambda _: window_batch(RING, [0.5], 2), r"starts: .* whole numbers, got \[0.5\]"),
+        (lambda _: window_batch(RING, [[0]], 2), r"starts: .* whole numbers, got \[\[0\]\]"),
+        (lambda _: window_batch(RING, [0], None), "context_length: expected a whole number, got N"),
+        (lambda _: document_fields([[1]], 0), r"inputs: .* \(batch, sequence\), got \[\[1\]\]"),
+        (lambda _: document_fields(WINDOW[0], 0), r"inputs: .* torch.int64 of shape \(3,\)"),
+        (lambda _: document_fields(WINDOW.float(), 0), "inputs: .* got torch.float32 of shape"),
+        (lambda _: document_fields(WINDOW, None), "end_of_text: expected a whole number, got None"),
+        (lambda _: document_mask(WINDOW[0]), r"document_ids: .* got torch.int64 of shape \(3,\)"),
+        (lambda _: document_mask(WINDOW.bool()), "document_ids: .* got torch.bool of shape"),
+        (lambda _: best_fit([1], None), "capacity: expected a whole number, got None"),
+        (lambda _: best_fit([], 0), "capacity: expected at least 1, got 0"),
+        (lambda _: best_fit([[1]], 3), r"lengths: expected a row of them, got shape \(1, 1\)"),
+        (lambda _: pack_documents([1, 0], 4), "shards: expected TokenShards or a TokenRing, got"),
+        (lambda _: pack_documents(RING, None), "context_length: expected a whole number, got None"),
+        (lambda _: pack_documents(RING, 4).batch(None), "rows: expected numbers of rows, got None"),
+        (lambda _: pack_documents(RING, 4).batch(["a"]), "rows: expected 0 to 1, got a"),
+        (lambda _: BatchSampler(RING, 2, 2, documents="no"), "documents: expected True or False"),
+        (lambda _: BatchSampler(RING, 2, 2, wrap=None), "wrap: expected True or False, got None"),
+        (lambda _: BatchSampler(RING, 2, 2).prefetch(None), "workers: expected a whole number"),
+        (lambda _: BatchSampler(RING, 2, 2).prefetch(1, 0), "ahead: expected at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_is_named(tmp_path, untyped, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_defaults(tmp_path):
+    """What is left out is what the docstrings say."""
+    sampler = BatchSampler(RING, 2, 2)
+    given = (sampler.order, sampler.documents, sampler.rank, sampler.world_size, sampler.seed)
+    assert given == ("shuffled", False, 0, 1, 0) and sampler.wrap and sampler.step == 0
+    assert sampler[0].position_ids is None and TokenRing([1]).end_of_text is None
+    packed, best = pack_documents(RING, 4), pack_documents(RING, 4, "best_fit")
+    assert packed.fingerprint == best.fingerprint
+    two = TokenRing([1, 0, 2, 0], end_of_text=0)
+    assert len(pack_documents(two, 4)) == 1 and len(pack_documents(two, 4, "one_per_row")) == 2
+    assert len(write_shards(["a"] * 9, tmp_path / "x", TOKENIZER)._shards) == 1
+    with pytest.raises(ValueError, match=r"end_of_text: expected one of \['<s>'\]"):
+        other = SimpleNamespace(vocab_size=3, special_tokens={"<s>": 0}, encode=lambda text: [1])
+        write_shards(["a"], tmp_path / "y", other)
+    signature = inspect.signature(write_shards).parameters["shard_tokens"]
+    assert signature.default == 50_000_000
