@@ -1292,12 +1292,11 @@ class AdamW(_Stepper):
         for parameter in parameters:
             if "step" not in (state := self.state[parameter]):
                 state["step"] = torch.zeros((), device=_device_of_step(parameter))
-        tensors = (parameters, grads, means, squares)
-        steps = [self.state[p]["step"] for p in parameters]
+        tensors = (parameters, grads, means, squares, [self.state[p]["step"] for p in parameters])
         if self.backend == "reference":
-            _adamw_step(group, *map(_as_real, tensors), steps=steps)
+            _adamw_step(group, *map(_as_real, tensors))
         else:
-            _fused_adamw_step(group, *tensors, steps)
+            _fused_adamw_step(group, *tensors)
 
 
 # %% [markdown]

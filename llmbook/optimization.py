@@ -573,7 +573,7 @@ def _fused_adamw_step(group: dict[str, Any], *lists: list[Tensor]) -> None:
             weight_decay=group["weight_decay"], eps=group["eps"],
         )  # fmt: skip
 
-# %% ../chapters/12_optimization.ipynb #168241ee
+# %% ../chapters/12_optimization.ipynb #2e91356a
 def _as_real(tensors: list[Tensor]) -> list[Tensor]:
     return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
 
@@ -608,12 +608,11 @@ class AdamW(_Stepper):
         for parameter in parameters:
             if "step" not in (state := self.state[parameter]):
                 state["step"] = torch.zeros((), device=_device_of_step(parameter))
-        tensors = (parameters, grads, means, squares)
-        steps = [self.state[p]["step"] for p in parameters]
+        tensors = (parameters, grads, means, squares, [self.state[p]["step"] for p in parameters])
         if self.backend == "reference":
-            _adamw_step(group, *map(_as_real, tensors), steps=steps)
+            _adamw_step(group, *map(_as_real, tensors))
         else:
-            _fused_adamw_step(group, *tensors, steps)
+            _fused_adamw_step(group, *tensors)
 
 # %% ../chapters/12_optimization.ipynb #7d4ec665
 # Muon's coefficients, and what no coefficients can be
