@@ -28,12 +28,13 @@
 # %% tags=["engine"]
 #| export
 # The imports that only the module needs
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any, Literal
 
 from jaxtyping import Float, Float32, Int64
 
-from llmbook.environment import check_at_least, check_even
+from llmbook.environment import check_at_least, check_choice, check_even
 
 # %% [markdown]
 # PyTorch is all that the chapter computes with:
@@ -176,6 +177,7 @@ class LearnedEmbedding(nn.Module):
         self, position_ids: Int64[Tensor, "*batch sequence"]
     ) -> Float[Tensor, "*batch sequence d_model"]:
         """Return the vectors of ``position_ids``."""
+        check_tensor("position_ids", position_ids, "...", "sequence", kind="whole numbers")
         if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_positions(position_ids, len(self.weight))
         return nn.functional.embedding(position_ids.clamp(min=0), self.weight)
@@ -187,7 +189,38 @@ class LearnedEmbedding(nn.Module):
 
 # %% tags=["engine"]
 #| export
-# Positions outside of the table are named
+# Tensors that do not fit, and positions outside of the table, are named in the caller's words
+_IS_KIND: dict[str, Callable[[torch.dtype], bool]] = {
+    "floats": lambda dtype: dtype.is_floating_point,
+    "booleans": lambda dtype: dtype == torch.bool,
+    "whole numbers": lambda dtype: (
+        dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    ),
+}
+
+
+def check_tensor(argument: str, value: object, *sizes: str | int, kind: str = "floats") -> None:
+    """Demand a tensor of one kind whose dimensions have these sizes; a name stands for any size.
+
+    "..." at the beginning stands for any dimensions. Kinds: floats, booleans, whole numbers.
+
+    >>> check_tensor("x", torch.ones(5, 16), "batch", "sequence", 16)
+    Traceback (most recent call last):
+    ValueError: x: expected floats of shape (batch, sequence, 16), got shape (5, 16)
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{argument}: expected a tensor of {kind}, got {value!r:.60}")
+    if not _IS_KIND[kind](value.dtype):
+        raise ValueError(f"{argument}: expected {kind}, got a tensor of {value.dtype}")
+    least, fits = len(sizes) - (sizes[0] == "..."), True
+    for at in range(1, least + 1):
+        any_size = isinstance(sizes[-at], str)
+        fits = fits and value.ndim >= at and (any_size or value.size(-at) == sizes[-at])
+    if not fits or (sizes[0] != "..." and value.ndim != least):
+        expected = f"{kind} of shape ({', '.join(map(str, sizes))})"
+        raise ValueError(f"{argument}: expected {expected}, got shape {tuple(value.shape)}")
+
+
 def _check_positions(position_ids: Int64[Tensor, "*batch sequence"], length: int) -> None:
     wrong = position_ids[(position_ids < -1) | (position_ids >= length)]
     if len(wrong):
@@ -244,9 +277,13 @@ def rope_frequencies(d_head: int, base: int | float = 10_000.0) -> Float32[Tenso
 # %% tags=["engine"]
 #| export
 # A base from which no waves come is refused
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _check_base(base: int | float) -> None:
-    if not 1 < base < math.inf:
-        raise ValueError(f"base: expected a number above 1, got {base}")
+    if not _is_number(base) or not 1 < base < math.inf:
+        raise ValueError(f"base: expected a number above 1, got {base!r}")
 
 
 # %% [markdown]
@@ -298,6 +335,7 @@ class SinusoidalEmbedding(nn.Module):
         self, position_ids: Int64[Tensor, "*batch sequence"]
     ) -> Float32[Tensor, "*batch sequence d_model"]:
         """Return the vectors of ``position_ids``."""
+        check_tensor("position_ids", position_ids, "...", "sequence", kind="whole numbers")
         angles = self.angles(position_ids)
         return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
@@ -600,6 +638,62 @@ theirs = W.view(n_heads, d_head // 2, 2, d_model).transpose(1, 2).reshape(-1, d_
 assert torch.equal(ours, theirs)
 print("the rows of each head, in their new order:", interleaved_to_half(d_head).tolist())
 
+# %% [markdown] tags=["engine"]
+# ### Engine room: rows of a checkpoint in the other layout, also back, for biases and parts of heads
+
+# %% [markdown] tags=["engine"]
+# For whole checkpoints the permutation is a function of its own. A bias is a column of rows, the
+# gain of a normalized query or key is one head of them, and where only the first numbers of each
+# head are rotated, only these are permuted.
+
+
+# %% tags=["engine"]
+#| export
+def change_rope_layout(
+    rows: Float[Tensor, "*rows_and_columns"],
+    n_heads: int,
+    to: Literal["half", "interleaved"],
+    *,
+    d_rope: int | None = None,
+) -> Float[Tensor, "*rows_and_columns"]:
+    """Return the weight or bias of ``q_proj`` or ``k_proj`` for the other layout of rotations.
+
+    ``rows`` has the rows of ``n_heads`` heads one after the other and is in the layout that ``to``
+    is not: Meta's files are interleaved, those of Hugging Face half. For ``k_proj`` the number is
+    that of the key heads; for the gain of a normalized query or key it is 1. Of each head the first
+    ``d_rope`` rows are rotated: by default all.
+    """
+    check_tensor("rows", rows, "...")
+    check_at_least(n_heads=(1, n_heads))
+    check_choice("to", to, ("half", "interleaved"))
+    if rows.ndim == 0 or rows.size(0) % n_heads:
+        expected = f"a multiple of n_heads, {n_heads}, as the first size"
+        raise ValueError(f"rows: expected {expected}, got shape {tuple(rows.shape)}")
+    d_head = rows.size(0) // n_heads
+    d_rope = _rotated(d_head, d_rope)
+    order = interleaved_to_half(d_rope)
+    order = torch.cat((order if to == "half" else order.argsort(), torch.arange(d_rope, d_head)))
+    return rows.unflatten(0, (n_heads, d_head))[:, order.to(rows.device)].flatten(0, 1)
+
+
+def _rotated(d_head: int, d_rope: int | None) -> int:
+    """Return how many numbers of a head are rotated, which must be pairs: all unless given."""
+    if d_rope is None:
+        d_rope = d_head
+    check_even(d_rope=d_rope)
+    if d_rope > d_head:
+        raise ValueError(f"d_rope: expected at most the size of a head, {d_head}, got {d_rope}")
+    return d_rope
+
+
+# %% [markdown] tags=["engine"]
+# There and back again nothing has changed, and Meta's rows become those of Hugging Face:
+
+# %% tags=["engine"]
+assert torch.equal(change_rope_layout(W, n_heads, "half"), theirs)
+assert torch.equal(change_rope_layout(theirs, n_heads, "interleaved"), W)
+print(f"{len(W)} rows of {n_heads} heads: in the other layout, and back, without a difference")
+
 # %% [markdown]
 # ### The rotation, made fast
 #
@@ -712,12 +806,17 @@ def apply_rope(
     cos: Float[Tensor, "*#batch sequence half"],
     sin: Float[Tensor, "*#batch sequence half"],
     layout: Literal["half", "interleaved"] = "half",
+    *,
+    d_rope: int | None = None,
 ) -> Float[Tensor, "*batch heads sequence d_head"]:
     """Rotate each pair of ``x`` by its angle; ``cos`` and ``sin`` are those of ``RotaryEmbedding``.
 
     Pairs are (x_i, x_{i + half}) in the layout "half" (Hugging Face), (x_2i, x_{2i+1}) in
     "interleaved" (the paper, Meta). Computed in float32 (float64 for float64), even from angles of
     16 bits, returned in the dtype of ``x``. In "half", cos and sin get no gradient where x does.
+    Only the first ``d_rope`` numbers of each head are rotated, in pairs among themselves, the
+    others stay as they are (GPT-NeoX, Phi); unless it is given, all are. A ``ValueError`` tells of
+    angles that do not fit, such as those of a batch for an ``x`` without heads.
 
     >>> x, quarter = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]), torch.tensor([[torch.pi / 2, 0]])
     >>> apply_rope(x, quarter.cos(), quarter.sin()).round()
@@ -725,8 +824,10 @@ def apply_rope(
     >>> apply_rope(x, quarter.cos(), quarter.sin(), layout="interleaved").round()
     tensor([[[-2.,  1.,  3.,  4.]]])
     """
-    if x.size(-1) != 2 * cos.size(-1):
-        raise ValueError(f"cos: expected {x.size(-1)} / 2 angles a position, got {cos.size(-1)}")
+    _check_rotation(x, cos, sin, layout, d_rope)
+    if d_rope is not None and d_rope < x.size(-1):
+        turning, rest = x.tensor_split([d_rope], dim=-1)
+        return torch.cat((apply_rope(turning, cos, sin, layout), rest), dim=-1)
     cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # the same for all heads
     if cos.dtype.itemsize < 4:
         cos, sin = cos.float(), sin.float()
@@ -735,9 +836,24 @@ def apply_rope(
         tracked = x.requires_grad and torch.is_grad_enabled()
         rotate = _RotateHalf.apply if tracked else _rotate_half
         return rotate(x, torch.cat((cos, cos), dim=-1), sin)
-    if layout == "interleaved":
-        return _rotate_interleaved(x, cos, sin)
-    raise ValueError(f"layout: expected 'half' or 'interleaved', got {layout!r}")
+    return _rotate_interleaved(x, cos, sin)
+
+
+def _check_rotation(x: Tensor, cos: Tensor, sin: Tensor, layout: str, d_rope: int | None) -> None:
+    """Raise a ValueError unless there is one angle for each pair of every head of ``x``."""
+    check_choice("layout", layout, ("half", "interleaved"))
+    check_tensor("x", x, "...", "heads", "sequence", "d_head")
+    half = _rotated(x.size(-1), d_rope) // 2
+    for name, angles in (("cos", cos), ("sin", sin)):
+        check_tensor(name, angles, "...", x.size(-2), half)
+        before, batch = angles.shape[:-2], x.shape[:-3]
+        fits = len(before) <= len(batch)
+        for at in range(1, len(before) + 1 if fits else 1):
+            fits = fits and before[-at] in (1, batch[-at])
+        if not fits:
+            rows = f"{tuple(batch)}, which are before heads, sequence and feature"
+            expected = f"at most the batch dimensions of x, {rows}, got {tuple(before)}"
+            raise ValueError(f"{name}: expected {expected} before (sequence, half)")
 
 
 # %% [markdown]
@@ -753,7 +869,8 @@ class RotaryEmbedding(nn.Module):
     """Cosine and sine of the angle of each pair at each position, for ``apply_rope``.
 
     No parameters, nothing in the state dict. The result is float32, whatever the model is cast to,
-    times the attention factor of ``scaling``. Position -1, padding, counts as 0.
+    times the attention factor of ``scaling``. Position -1, padding, counts as 0. Where a part of
+    each head is rotated, ``d_head`` is the size of that part.
     """
 
     def __init__(
@@ -764,7 +881,7 @@ class RotaryEmbedding(nn.Module):
         self.attention_factor = 1.0
         with torch.device("cpu"):  # real numbers, also where a model is laid out on "meta"
             frequencies = rope_frequencies(d_head, base)
-            if scaling is not None:
+            if scaling is not None:  # "dynamic" stretches later, once it sees how long a text is
                 frequencies, self.attention_factor = scale_rope(frequencies, scaling, base)
         self.angles = _Angles(frequencies)
 
@@ -772,7 +889,10 @@ class RotaryEmbedding(nn.Module):
         self, position_ids: Int64[Tensor, "*batch sequence"]
     ) -> tuple[Float32[Tensor, "*batch sequence half"], Float32[Tensor, "*batch sequence half"]]:
         """Return cosine and sine."""
+        check_tensor("position_ids", position_ids, "...", "sequence", kind="whole numbers")
         angles = self.angles(position_ids)
+        if self.scaling is not None and self.scaling.kind == "dynamic":
+            angles = angles * _dynamic_share(self.scaling, position_ids, angles.size(-1))
         cos, sin = angles.cos(), angles.sin()
         if self.attention_factor == 1:
             return cos, sin
@@ -1126,15 +1246,17 @@ plt.show()
 class RopeScaling:
     """How to stretch the frequencies of RoPE to texts ``factor`` times as long as in training.
 
-    Kinds: "linear" (position interpolation), "ntk" (a larger base), "yarn" and "llama3", which keep
-    pairs that turn often within ``original_context_length`` tokens and stretch those that do not.
+    Kinds: "linear" (position interpolation), "ntk" (a larger base), "dynamic" (a base that grows
+    with the text once it is longer than ``original_context_length``), "yarn" and "llama3", which
+    keep pairs that turn often within ``original_context_length`` tokens and stretch the others.
     "yarn" mixes between ``beta_fast`` and ``beta_slow`` turns, evenly over the index of the pair,
     whose ends are rounded outward if ``truncate``; its ``attention_factor`` multiplies cosine and
     sine, and is 0.1 ln(factor) + 1 unless given. "llama3" mixes between ``high_freq_factor`` and
-    ``low_freq_factor`` turns. What is impossible raises a ``ValueError``.
+    ``low_freq_factor`` turns. What is impossible, and a setting that the kind has no use for, raise
+    a ``ValueError``.
     """
 
-    kind: Literal["linear", "ntk", "yarn", "llama3"]
+    kind: Literal["linear", "ntk", "dynamic", "yarn", "llama3"]
     factor: int | float
     original_context_length: int | None = None
     low_freq_factor: int | float = 1.0
@@ -1146,6 +1268,19 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         _check_scaling(self)
+
+
+# %% [markdown]
+# By NTK-aware scaling, pair $i$ keeps the share $s^{-2i/(d-2)}$ of its frequency, as derived:
+
+
+# %%
+#| export
+def _ntk_share(factor: float | Tensor, frequencies: Tensor) -> Tensor:
+    """What each pair keeps of its frequency under a base for texts ``factor`` times as long."""
+    half = len(frequencies)
+    index = torch.arange(half, device=frequencies.device)
+    return factor ** (-index / (half - 1))
 
 
 # %% [markdown]
@@ -1172,22 +1307,25 @@ def _llama3_kept(
 # %%
 #| export
 def scale_rope(
-    frequencies: Float[Tensor, " half"], scaling: RopeScaling, base: int | float = 10_000.0
+    frequencies: Float[Tensor, " half"],
+    scaling: RopeScaling,
+    base: int | float = 10_000.0,
+    *,
+    length: int | None = None,
 ) -> tuple[Float[Tensor, " half"], float]:
     """Return the scaled frequencies, and the factor for cosine and sine (1 unless "yarn").
 
     ``frequencies`` are those of ``rope_frequencies`` with the same ``base``, on which only "yarn"
-    depends. The factor is 0.1 ln(factor) + 1 for "yarn", unless ``scaling`` has another.
+    depends. The factor is 0.1 ln(factor) + 1 for "yarn", unless ``scaling`` has another. ``length``
+    is that of the text, on which only "dynamic" depends: by default its original context.
     """
-    _check_base(base)
-    half, factor, attention_factor = len(frequencies), scaling.factor, 1.0
+    _check_scale_rope(frequencies, scaling, base, length)
+    factor, attention_factor = scaling.factor, 1.0
     if scaling.kind == "linear":
         return frequencies / factor, attention_factor
-    if scaling.kind == "ntk":
-        if half < 2:
-            raise ValueError("frequencies: 'ntk' needs at least two pairs, got one")
-        index = torch.arange(half, device=frequencies.device)
-        return frequencies * factor ** (-index / (half - 1)), attention_factor
+    if scaling.kind in ("ntk", "dynamic"):
+        growth = factor if scaling.kind == "ntk" else _dynamic_growth(scaling, length)
+        return frequencies * _ntk_share(growth, frequencies), attention_factor
     if scaling.kind == "llama3":
         kept = _llama3_kept(frequencies, scaling)
     else:
@@ -1197,7 +1335,7 @@ def scale_rope(
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: YaRN's ramp to the letter, and scalings that are refused
+# ### Engine room: YaRN's ramp to the letter, a factor that follows the text, refused scalings
 
 # %% [markdown] tags=["engine"]
 # YaRN's published code goes two steps further than its formula: the ends of the ramp are rounded
@@ -1226,28 +1364,90 @@ def _yarn_kept(
 
 
 # %% [markdown] tags=["engine"]
-# What is impossible is refused when the scaling is described, not when a model is built with it.
+# A fixed factor blurs short texts as much as long ones. **Dynamic** scaling, as transformers has
+# it, lets the factor follow the text: for $L$ tokens, more than the $T$ of training, it is
+#
+# $$
+# s\,\frac{L}{T} - (s - 1) ,
+# $$
+#
+# which is 1 at $L = T$, so that nothing changes there, and with $s = 1$ it is $L/T$, just what the
+# text needs; a larger $s$ stretches earlier. Two remarks. The length of a batch is that of its
+# longest row. And keys that are kept while a text grows keep the angles that they were stored with,
+# although the factor has changed since; transformers does the same.
 
 
 # %% tags=["engine"]
 #| export
+def _dynamic_growth(scaling: RopeScaling, length: Any) -> Any:
+    """The factor for a text of so many tokens (a number or a tensor), at least 1."""
+    original = scaling.original_context_length or 1
+    growth = scaling.factor * (original if length is None else length) / original
+    growth = growth - (scaling.factor - 1)
+    return growth.clamp(min=1.0) if isinstance(growth, Tensor) else max(growth, 1.0)
+
+
+def _dynamic_share(scaling: RopeScaling, position_ids: Tensor, half: int) -> Tensor:
+    """What each pair keeps of its frequency, for the longest text among ``position_ids``."""
+    pairs = torch.empty(half, device=position_ids.device)
+    if not position_ids.numel():
+        return torch.ones_like(pairs)
+    return _ntk_share(_dynamic_growth(scaling, position_ids.max().float() + 1), pairs)
+
+
+# %% [markdown] tags=["engine"]
+# What is impossible is refused when the scaling is described, not when a model is built with it;
+# and so is a setting that the kind does not read, since whoever gives one expects it to matter.
+
+
+# %% tags=["engine"]
+#| export
+_OWN_SETTINGS: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "ntk": (),
+    "dynamic": (),
+    "yarn": ("beta_fast", "beta_slow", "attention_factor", "truncate"),
+    "llama3": ("low_freq_factor", "high_freq_factor"),
+}
+
+
 def _check_scaling(scaling: RopeScaling) -> None:
-    kinds = ("linear", "ntk", "yarn", "llama3")
-    if scaling.kind not in kinds:
-        raise ValueError(f"kind: expected one of {kinds}, got {scaling.kind!r}")
-    if not 1 <= scaling.factor < math.inf:
-        raise ValueError(f"factor: expected a number from 1 on, got {scaling.factor}")
-    length = scaling.original_context_length
+    kind, length = scaling.kind, scaling.original_context_length
+    check_choice("kind", kind, tuple(_OWN_SETTINGS))
+    if not _is_number(scaling.factor) or not 1 <= scaling.factor < math.inf:
+        raise ValueError(f"factor: expected a number from 1 on, got {scaling.factor!r}")
     check_at_least(original_context_length=(1, length))
-    if length is None and scaling.kind in ("yarn", "llama3"):
-        raise ValueError(f"original_context_length: {scaling.kind!r} needs it, got None")
+    if length is None and kind in ("dynamic", "yarn", "llama3"):
+        raise ValueError(f"original_context_length: {kind!r} needs it, got None")
+    for field in fields(scaling)[3:]:  # after kind, factor and length, which all kinds may have
+        value = getattr(scaling, field.name)
+        if field.name not in _OWN_SETTINGS[kind] and value != field.default:
+            raise ValueError(f"{field.name}: {kind!r} has no use for it, got {value!r}")
     for slow, fast in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
         low, high = getattr(scaling, slow), getattr(scaling, fast)
-        if not 0 < low < high < math.inf:
-            raise ValueError(f"{slow}: expected 0 < {slow} < {fast}, got {low} and {high}")
+        if not (_is_number(low) and _is_number(high) and 0 < low < high < math.inf):
+            raise ValueError(f"{slow}: expected 0 < {slow} < {fast}, got {low!r} and {high!r}")
     attention = scaling.attention_factor
-    if attention is not None and not 0 < attention < math.inf:
-        raise ValueError(f"attention_factor: expected a number above 0, got {attention}")
+    if attention is not None and not (_is_number(attention) and 0 < attention < math.inf):
+        raise ValueError(f"attention_factor: expected a number above 0, got {attention!r}")
+    if not isinstance(scaling.truncate, bool):
+        raise ValueError(f"truncate: expected True or False, got {scaling.truncate!r}")
+
+
+# %% tags=["engine"]
+#| export
+def _check_scale_rope(
+    frequencies: Tensor, scaling: RopeScaling, base: int | float, length: int | None
+) -> None:
+    check_tensor("frequencies", frequencies, "half")
+    if not isinstance(scaling, RopeScaling):
+        raise ValueError(f"scaling: expected a RopeScaling, got {scaling!r:.60}")
+    _check_base(base)
+    check_at_least(length=(1, length))
+    least = 2 if scaling.kind in ("ntk", "dynamic") else 1
+    if len(frequencies) < least:
+        expected = f"{scaling.kind!r} needs at least {least} pairs"
+        raise ValueError(f"frequencies: {expected}, got {len(frequencies)}")
 
 
 # %% [markdown]
@@ -1411,7 +1611,8 @@ print("q, k and their gradients: the same to 0.005")
 # %% [markdown]
 # The looser bound is the price of 32-bit angles at positions up to 4,096. Last, the
 # **frequencies** of every scaling. What transformers calls "dynamic" is NTK-aware scaling with a
-# factor that follows the length of the text; at $s$ times the original length its base is ours.
+# factor that follows the length of the text; at $s$ times the original length its base is that of
+# our "ntk".
 
 # %%
 long, original = 8 * 8192, {"original_max_position_embeddings": 8192}

@@ -25,6 +25,8 @@ from llmbook.positions import (
     RotaryEmbedding,
     SinusoidalEmbedding,
     apply_rope,
+    change_rope_layout,
+    check_tensor,
     interleaved_to_half,
     rope_frequencies,
     scale_rope,
@@ -64,6 +66,12 @@ def by_matrix(x, cos, sin, layout):
     return torch.cat(turned, -1) if layout == "half" else torch.stack(turned, -1).flatten(-2)
 
 
+def near(ours, expected, bound=1e-5):
+    """Apart by no more than a share of the largest number: rounding, whatever the processor."""
+    largest = expected.abs().max().item()
+    return (ours - expected).abs().max().item() <= bound * largest if largest else not ours.any()
+
+
 # --- learned and sinusoidal embeddings ----------------------------------------------------------
 
 
@@ -85,7 +93,7 @@ def test_learned_positions_outside_the_table_are_named(wrong):
 
 def test_learned_state_is_one_weight():
     assert list(LearnedEmbedding(5, 3).state_dict()) == ["weight"]
-    assert 0.015 < LearnedEmbedding(100, 100).weight.std() < 0.025
+    assert LearnedEmbedding(1000, 100).weight.std().item() == pytest.approx(0.02, rel=0.02)
 
 
 def test_sinusoids_are_those_of_the_paper():
@@ -126,7 +134,7 @@ def test_angles_are_equal_to_those_of_transformers():
     for ours, theirs in zip(
         (cos, sin), LlamaRotaryEmbedding(llama_config(16))(torch.zeros(1), positions), strict=True
     ):
-        assert torch.equal(torch.cat((ours, ours), dim=-1), theirs)
+        assert near(torch.cat((ours, ours), dim=-1), theirs)
 
 
 @pytest.mark.parametrize("module", [RotaryEmbedding(8), SinusoidalEmbedding(8)])
@@ -180,12 +188,12 @@ def test_rotation_equals_the_matrices(layout, rows, dtype):
     angles = 100 * torch.rand(*rows, 5, 4)
     cos, sin = angles.cos(), angles.sin()
     ours, expected = apply_rope(x, cos, sin, layout), by_matrix(x, cos, sin, layout)
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-13
     assert ours.dtype == dtype
-    assert torch.allclose(ours, expected, atol=tolerance)
+    assert near(ours, expected, tolerance)
     weights = torch.randn_like(ours)
     gradients = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (ours, expected)]
-    assert torch.allclose(*gradients, atol=tolerance)
+    assert near(*gradients, tolerance)
 
 
 @LAYOUTS
@@ -194,13 +202,19 @@ def test_without_a_batch(layout):
     assert torch.equal(apply_rope(x, cos, sin, layout), apply_rope(x[None], cos, sin, layout)[0])
 
 
+def rounded_once(ours, exact):
+    """At most half a unit of the last place away, and what float32 is off where terms cancel."""
+    half_unit = torch.finfo(ours.dtype).eps / 2
+    return ((ours.double() - exact).abs() <= 1.01 * half_unit * exact.abs() + 1e-5).all()
+
+
 @LAYOUTS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_halves_are_rotated_in_float32_and_rounded_once(layout, dtype):
     x, (cos, sin) = torch.randn(2, 3, 5, 8).to(dtype), RotaryEmbedding(8)(torch.arange(5))
     ours = apply_rope(x, cos, sin, layout)
     assert ours.dtype == dtype
-    assert torch.equal(ours, by_matrix(x.float(), cos, sin, layout).to(dtype))
+    assert rounded_once(ours, by_matrix(x.double(), cos.double(), sin.double(), layout))
     x.requires_grad_()
     apply_rope(x, cos, sin, layout).sum().backward()
     assert x.grad.dtype == dtype
@@ -212,7 +226,7 @@ def test_angles_may_be_rounded_once_taken(layout, dtype):
     x = torch.randn(2, 3, 5, 8).to(dtype).requires_grad_()
     cos, sin = (z.to(dtype) for z in RotaryEmbedding(8)(torch.arange(5)))
     ours = apply_rope(x, cos, sin, layout)
-    assert torch.equal(ours, by_matrix(x.float(), cos.float(), sin.float(), layout).to(dtype))
+    assert rounded_once(ours, by_matrix(x.double(), cos.double(), sin.double(), layout))
     ours.sum().backward()
     assert x.grad.dtype == dtype
 
@@ -233,7 +247,7 @@ def test_the_gradient_keeps_a_factor_of_the_angles(layout):
         torch.autograd.grad((rotate(x, *angles, layout) * weights).sum(), x)[0]
         for rotate in (apply_rope, by_matrix)
     ]
-    assert torch.allclose(*gradients, atol=1e-6)
+    assert near(*gradients)
 
 
 @LAYOUTS
@@ -247,7 +261,7 @@ def test_memory_of_any_layout_will_do(layout):
     ):
         before = x.clone()
         ours = apply_rope(x, cos, sin, layout)
-        assert torch.allclose(ours, by_matrix(x, cos, sin, layout), atol=1e-6)
+        assert near(ours, by_matrix(x, cos, sin, layout))
         assert torch.equal(x, before), "the input is not changed"
 
 
@@ -268,7 +282,7 @@ def test_first_and_second_derivatives(layout):
 def test_vmap(layout):
     x, (cos, sin) = torch.randn(4, 2, 3, 8), RotaryEmbedding(8)(torch.arange(3))
     mapped = torch.vmap(lambda x: apply_rope(x, cos, sin, layout))(x)
-    assert torch.allclose(mapped, apply_rope(x, cos, sin, layout), atol=1e-6)
+    assert near(mapped, apply_rope(x, cos, sin, layout))
 
 
 @LAYOUTS
@@ -290,9 +304,9 @@ rotate = lambda x, positions: apply_rope(x, *rope(positions))
 x, positions = torch.randn(2, 3, 5, 8, requires_grad=True), torch.arange(5)[None]
 compiled = torch.compile(rotate, backend="aot_eager", fullgraph=True)
 ours, expected = compiled(x, positions), rotate(x, positions)
-assert torch.allclose(ours, expected, atol=1e-6)
+assert torch.allclose(ours, expected, atol=1e-4)
 gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, expected)]
-assert torch.allclose(*gradients, atol=1e-5)
+assert torch.allclose(*gradients, atol=1e-3)
 """
 
 
@@ -326,14 +340,14 @@ def test_layouts_agree_through_the_permutation(d_head):
     x, (cos, sin) = torch.randn(2, 3, 5, d_head), RotaryEmbedding(d_head)(torch.arange(5))
     interleaved = apply_rope(x, cos, sin, "interleaved")
     half = apply_rope(x[..., order], cos, sin, "half")
-    assert torch.allclose(interleaved[..., order], half, atol=1e-6)
-    assert torch.allclose(half[..., order.argsort()], interleaved, atol=1e-6)
+    assert near(interleaved[..., order], half)
+    assert near(half[..., order.argsort()], interleaved)
 
 
 @LAYOUTS
 def test_rotations_keep_lengths(layout):
     x, (cos, sin) = torch.randn(2, 3, 5, 8), RotaryEmbedding(8)(torch.arange(5))
-    assert torch.allclose(apply_rope(x, cos, sin, layout).norm(dim=-1), x.norm(dim=-1), atol=1e-5)
+    assert near(apply_rope(x, cos, sin, layout).norm(dim=-1), x.norm(dim=-1))
 
 
 # --- against transformers -----------------------------------------------------------------------
@@ -354,13 +368,123 @@ def test_half_is_the_rotation_of_llama():
         (turned[0] @ turned[1].mT).square().sum().backward()
         results.append((*turned, a.grad, b.grad))
     for ours, theirs in zip(*results, strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-4, rtol=1e-5)
+        assert near(ours, theirs, 1e-4)
 
 
 def test_interleaved_is_the_rotation_of_gptj():
     x, (cos, sin) = torch.randn(2, 7, 3, 16), RotaryEmbedding(16)(torch.arange(7)[None])
     ours = apply_rope(x.transpose(1, 2), cos, sin, layout="interleaved").transpose(1, 2)
-    assert torch.allclose(ours, gptj_rotary(x, sin, cos), atol=1e-6)
+    assert near(ours, gptj_rotary(x, sin, cos))
+
+
+def test_a_part_of_each_head_as_gpt_neox_and_gptj_rotate_it():
+    from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as neox_rotary
+
+    x, (cos, sin) = torch.randn(2, 3, 7, 16), RotaryEmbedding(4)(torch.arange(7)[None])
+    ours = apply_rope(x, cos, sin, d_rope=4)
+    theirs = neox_rotary(x, x, *(torch.cat((z, z), dim=-1) for z in (cos, sin)))[0]
+    assert near(ours, theirs)
+    ours = apply_rope(x, cos, sin, "interleaved", d_rope=4)
+    turned = gptj_rotary(x[..., :4].transpose(1, 2), sin, cos).transpose(1, 2)
+    assert near(ours, torch.cat((turned, x[..., 4:]), dim=-1))
+    assert torch.equal(ours[..., 4:], x[..., 4:]), "the rest stays as it was"
+
+
+@LAYOUTS
+def test_a_part_of_a_head_has_the_gradient_of_its_parts(layout):
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    cos, sin = RotaryEmbedding(2)(torch.arange(4))
+    angles = cos.double(), sin.double()
+    assert torch.autograd.gradcheck(lambda x: apply_rope(x, *angles, layout, d_rope=2), (x,))
+    whole = RotaryEmbedding(6)(torch.arange(4))
+    assert torch.equal(apply_rope(x, *whole, layout, d_rope=6), apply_rope(x, *whole, layout))
+
+
+@pytest.mark.parametrize("n_heads", [1, 3])
+@pytest.mark.parametrize("columns", [(), (5,)])
+def test_rows_change_their_layout_as_the_scripts_of_transformers_do(n_heads, columns):
+    rows = torch.randn(n_heads * 8, *columns)
+    theirs = rows.view(n_heads, 4, 2, *columns).transpose(1, 2).reshape(rows.shape)
+    assert torch.equal(change_rope_layout(rows, n_heads, "half"), theirs)
+    assert torch.equal(change_rope_layout(theirs, n_heads, "interleaved"), rows)
+    part = change_rope_layout(rows, n_heads, "half", d_rope=4).view(n_heads, 8, *columns)
+    assert torch.equal(part, rows.view(n_heads, 8, *columns)[:, [0, 2, 1, 3, 4, 5, 6, 7]])
+
+
+def test_changed_rows_make_the_same_scores():
+    x, (cos, sin) = torch.randn(5, 12), RotaryEmbedding(8)(torch.arange(5))
+    weights, scores = torch.randn(2, 16, 12), []
+    for layout in ("interleaved", "half"):
+        q, k = (
+            apply_rope((x @ w.T).view(5, 2, 8).transpose(0, 1), cos, sin, layout) for w in weights
+        )
+        scores.append(q @ k.mT)
+        weights = torch.stack([change_rope_layout(w, 2, "half") for w in weights])
+    assert near(*scores)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize(("d_head", "base"), [(64, 10_000.0), (4, 100.0)])
+def test_dynamic_scaling_is_that_of_transformers_at_every_length(d_head, base, factor):
+    rope = {"rope_type": "dynamic", "factor": factor, "max_position_embeddings": 512}
+    config = llama_config(d_head, base, **rope)
+    scaling = RopeScaling("dynamic", factor, 512)
+    plain = rope_frequencies(d_head, base)
+    for length in (1, 100, 512, 513, 700, 2048):
+        theirs, _ = ROPE_INIT_FUNCTIONS["dynamic"](config, torch.device("cpu"), seq_len=length)
+        ours, attention = scale_rope(plain, scaling, base, length=length)
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=0) and attention == 1
+        positions = torch.arange(length)[None]
+        their_cos, _ = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
+        cos, _ = RotaryEmbedding(d_head, base, scaling)(positions)
+        assert near(cos, their_cos[..., : d_head // 2], 2e-3), "angles of 2,048 radians in float32"
+    assert torch.equal(scale_rope(plain, scaling, base)[0], plain), "by default the original"
+
+
+def test_dynamic_scaling_follows_the_longest_row_and_nothing_before_it():
+    rope, plain = RotaryEmbedding(8, scaling=RopeScaling("dynamic", 1.0, 64)), RotaryEmbedding(8)
+    short, long = torch.arange(60)[None], torch.arange(100, 160)[None]
+    long_alone = rope(long)[0]
+    assert torch.equal(rope(short)[0], plain(short)[0]), "a long text before it does not matter"
+    both = rope(torch.cat((short, long)))[0]
+    assert torch.equal(both[1:], long_alone) and not torch.equal(both[:1], plain(short)[0])
+    padded = torch.full((1, 3), -1)
+    assert torch.equal(rope(padded)[0], torch.ones(1, 3, 4))
+    assert rope(torch.zeros(1, 0, dtype=torch.long))[0].shape == (1, 0, 4)
+
+
+def test_defaults_are_those_of_the_papers_and_of_transformers():
+    assert RopeScaling("yarn", 4.0, 64) == RopeScaling(
+        "yarn",
+        4.0,
+        64,
+        1.0,
+        4.0,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        attention_factor=None,
+        truncate=True,
+    )
+    assert torch.equal(rope_frequencies(8), rope_frequencies(8, 10_000.0))
+    positions = torch.arange(300)[None]
+    assert torch.equal(RotaryEmbedding(8)(positions)[0], RotaryEmbedding(8, 10_000.0)(positions)[0])
+    waves = SinusoidalEmbedding(8)(positions), SinusoidalEmbedding(8, 10_000.0)(positions)
+    assert torch.equal(*waves)
+    frequencies, scaling = rope_frequencies(8), RopeScaling("yarn", 4.0, 64)
+    assert torch.equal(
+        scale_rope(frequencies, scaling)[0], scale_rope(frequencies, scaling, 10_000.0)[0]
+    )
+    x, angles = torch.randn(1, 5, 8), RotaryEmbedding(8)(torch.arange(5))
+    assert torch.equal(apply_rope(x, *angles), apply_rope(x, *angles, "half"))
+    # With the fields left out, transformers takes defaults of its own.
+    for kind in ("yarn", "llama3"):
+        rope = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 1024}
+        if kind == "llama3":
+            rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of Meta's files
+        config = llama_config(64, max_position_embeddings=4096, **rope)
+        theirs, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        ours, _ = scale_rope(rope_frequencies(64), RopeScaling(kind, 4.0, 1024))
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=0)
 
 
 SCALINGS = [
@@ -416,7 +540,7 @@ def test_ntk_is_the_dynamic_kind_of_transformers_at_a_matching_length(d_head, ba
 
 
 @given(
-    kind=st.sampled_from(["linear", "ntk", "yarn", "llama3"]),
+    kind=st.sampled_from(["linear", "ntk", "dynamic", "yarn", "llama3"]),
     factor=st.floats(1, 64),
     length=st.integers(16, 32_768),
     d_head=st.sampled_from([4, 64, 128]),
@@ -460,7 +584,25 @@ def test_scaling_never_leaves_the_band(kind, factor, length, d_head):
             "low_freq_factor: expected 0 <",
         ),
         (lambda: RopeScaling("yarn", 2, 64, attention_factor=0), "attention_factor: expected"),
-        (lambda: RotaryEmbedding(2, scaling=RopeScaling("ntk", 2)), "'ntk' needs at least two"),
+        (lambda: RopeScaling("dynamic", 2.0), "original_context_length: 'dynamic' needs it, got"),
+        (lambda: RopeScaling("ntk", "2"), "factor: expected a number from 1 on, got '2'"),
+        (lambda: RopeScaling("yarn", 2, 64, truncate=1), "truncate: expected True or False, got 1"),
+        (lambda: RopeScaling("yarn", 2, 64, beta_slow="1"), "beta_slow: expected 0 <"),
+        (lambda: RopeScaling("yarn", 2, 64.0), "original_context_length: expected a whole number"),
+        (lambda: rope_frequencies(8, base="10000"), "base: expected a number above 1, got '10000'"),
+        (lambda: RotaryEmbedding(8, scaling="yarn"), "scaling: expected a RopeScaling, got 'yarn'"),
+        (
+            lambda: scale_rope(torch.ones(2, 2), RopeScaling("linear", 2)),
+            r"frequencies: expected floats of shape \(half\), got shape \(2, 2\)",
+        ),
+        (
+            lambda: scale_rope(torch.ones(2), RopeScaling("linear", 2), length=0),
+            "length: expected at least 1, got 0",
+        ),
+        (
+            lambda: RotaryEmbedding(2, scaling=RopeScaling("ntk", 2)),
+            "'ntk' needs at least 2 pairs, got 1",
+        ),
         (
             lambda: scale_rope(rope_frequencies(8, 5e5), RopeScaling("yarn", 2, 64)),
             "base: expected the one that the frequencies have, got 10000.0",
@@ -471,17 +613,119 @@ def test_scaling_never_leaves_the_band(kind, factor, length, d_head):
         ),
         (
             lambda: apply_rope(torch.zeros(1, 2, 3, 8), torch.zeros(3, 8), torch.zeros(3, 8)),
-            "cos: expected 8 / 2 angles a position, got 8",
+            r"cos: expected floats of shape \(..., 3, 4\), got shape \(3, 8\)",
         ),
         (
             lambda: apply_rope(torch.zeros(1, 3, 8), *torch.zeros(2, 3, 4), layout="meta"),
-            "layout: expected 'half' or 'interleaved', got 'meta'",
+            "layout: expected one of half, interleaved, got 'meta'",
         ),
     ],
 )
 def test_bad_input_is_named(untyped, make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@LAYOUTS
+@pytest.mark.parametrize("rows", [4, 1])
+def test_x_without_heads_is_refused(untyped, layout, rows):
+    """The angles of a batch would spread over what are taken for heads: a silent wrong shape."""
+    cos, sin = RotaryEmbedding(64)(torch.arange(12).expand(rows, 12))
+    message = rf"cos: expected at most the batch dimensions of x, \(\), .* got \({rows},\)"
+    with pytest.raises(ValueError, match=message):
+        apply_rope(torch.randn(4, 12, 64), cos, sin, layout)
+    assert apply_rope(torch.randn(4, 12, 64), cos[0], sin[0], layout).shape == (4, 12, 64)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((12, 64), (12, 32), (12, 32)), r"x: .* \(..., heads, sequence, d_head\), got .*12, 64"),
+        (((2, 3, 12, 64), (3, 12, 32), (3, 12, 32)), r"cos: expected at most .* got \(3,\)"),
+        (((2, 3, 12, 64), (11, 32), (11, 32)), r"cos: .* \(..., 12, 32\), got shape \(11, 32\)"),
+        (((2, 3, 12, 64), (12, 32), (1, 32)), r"sin: .* \(..., 12, 32\), got shape \(1, 32\)"),
+        (((2, 3, 12, 64), (12, 32), (32,)), r"sin: .* \(..., 12, 32\), got shape \(32,\)"),
+        (((2, 3, 12, 64), (1, 2, 12, 32), (12, 32)), r"cos: expected at most .* got \(1, 2\)"),
+    ],
+)
+def test_angles_that_do_not_fit(untyped, shapes, message):
+    with pytest.raises(ValueError, match=message):
+        apply_rope(*(torch.ones(shape) for shape in shapes))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: apply_rope([1.0], *torch.ones(2, 3, 4)),
+            r"x: expected a tensor of floats, got \[",
+        ),
+        (lambda: apply_rope(torch.ones(1, 3, 8).long(), *torch.ones(2, 3, 4)), "x: .* torch.int64"),
+        (lambda: apply_rope(torch.ones(1, 3, 8), None, None), "cos: expected a tensor of floats"),
+        (lambda: RotaryEmbedding(8)(torch.ones(3)), "position_ids: .*whole numbers, .*float32"),
+        (lambda: RotaryEmbedding(8)(3), "position_ids: expected a tensor of whole numbers, got 3"),
+        (
+            lambda: RotaryEmbedding(8)(torch.tensor(3)),
+            r"position_ids: .*sequence\), got shape \(\)",
+        ),
+        (lambda: SinusoidalEmbedding(8)([1, 2]), "position_ids: expected a tensor of whole"),
+        (lambda: LearnedEmbedding(4, 8)(torch.ones(3).bool()), "position_ids: .*torch.bool"),
+        (
+            lambda: change_rope_layout(torch.ones(9, 2), 2, "half"),
+            "rows: .* multiple of n_heads, 2",
+        ),
+        (lambda: change_rope_layout(torch.ones(8), 2, "meta"), "to: expected one of half, inter"),
+        (lambda: change_rope_layout(torch.ones(8), 0, "half"), "n_heads: expected at least 1, got"),
+        (lambda: change_rope_layout(torch.ones(()), 1, "half"), "rows: expected a multiple"),
+        (lambda: change_rope_layout([1.0], 1, "half"), "rows: expected a tensor of floats"),
+        (
+            lambda: change_rope_layout(torch.ones(8), 2, "half", d_rope=6),
+            "d_rope: expected at most the size of a head, 4, got 6",
+        ),
+        (
+            lambda: apply_rope(torch.ones(1, 3, 8), *torch.ones(2, 3, 2), d_rope=3),
+            "d_rope: expected an even number, got 3",
+        ),
+        (
+            lambda: apply_rope(torch.ones(1, 3, 8), *torch.ones(2, 3, 4), d_rope=10),
+            "d_rope: expected at most the size of a head, 8, got 10",
+        ),
+        (lambda: check_tensor("m", torch.ones(2), "n", kind="booleans"), "m: expected booleans"),
+        (lambda: check_tensor("m", torch.ones(2, 3), 3), r"m: .*\(3\), got shape \(2, 3\)"),
+    ],
+)
+def test_what_is_no_such_tensor_is_named(untyped, call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_tensors_that_fit_pass():
+    check_tensor("x", torch.ones(2, 3), "...", 2, 3)
+    check_tensor("x", torch.ones(5, 2, 3).half(), "...", "any", 3)
+    check_tensor("x", torch.ones(()), "...")
+    check_tensor("x", torch.ones(2, 3).int(), "rows", 3, kind="whole numbers")
+
+
+SETTINGS = {
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+    "attention_factor": 1.5,
+    "truncate": False,
+    "low_freq_factor": 2.0,
+    "high_freq_factor": 8.0,
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("kind", ["linear", "ntk", "dynamic", "yarn", "llama3"])
+def test_a_setting_that_a_kind_does_not_read_is_refused(untyped, kind, name):
+    read = {"llama3": ["low_freq_factor", "high_freq_factor"], "yarn": list(SETTINGS)[:4]}
+    given = {name: SETTINGS[name]}
+    if name in read.get(kind, []):
+        assert getattr(RopeScaling(kind, 2.0, 64, **given), name) == SETTINGS[name]
+        return
+    with pytest.raises(ValueError, match=f"{name}: '{kind}' has no use for it, got {given[name]}"):
+        RopeScaling(kind, 2.0, 64, **given)
 
 
 def test_scalings_are_values():
@@ -506,7 +750,7 @@ def test_packed_documents_are_as_if_alone():
         here = slice(start, stop)
         alone = rope(torch.arange(stop - start)[None])
         q_alone, k_alone = (apply_rope(x[:, :, here], *alone) for x in (q, k))
-        assert torch.allclose(scores[:, :, here, here], q_alone @ k_alone.mT, atol=1e-5)
+        assert near(scores[:, :, here, here], q_alone @ k_alone.mT)
     assert document_mask(documents)[0, 0, 4].tolist() == [False] * 3 + [True] * 2 + [False] * 4
 
 
@@ -519,4 +763,4 @@ def test_a_new_token_with_kept_keys_scores_as_in_one_go(layout):
     whole = apply_rope(q, *angles, layout) @ apply_rope(k, *angles, layout).mT
     kept = apply_rope(k[:, :, :8], *rope(positions[:, :8]), layout)
     newest = apply_rope(q[:, :, 8:], *rope(positions[:, 8:]), layout)
-    assert torch.allclose(newest @ kept.mT, whole[:, :, 8:, :8], atol=1e-4)
+    assert near(newest @ kept.mT, whole[:, :, 8:, :8])
