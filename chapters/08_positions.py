@@ -843,6 +843,8 @@ def _check_rotation(x: Tensor, cos: Tensor, sin: Tensor, layout: str, d_rope: in
     """Raise a ValueError unless there is one angle for each pair of every head of ``x``."""
     check_choice("layout", layout, ("half", "interleaved"))
     check_tensor("x", x, "...", "heads", "sequence", "d_head")
+    if d_rope is None and x.size(-1) % 2:
+        raise ValueError(f"x: expected heads of an even size, got shape {tuple(x.shape)}")
     half = _rotated(x.size(-1), d_rope) // 2
     for name, angles in (("cos", cos), ("sin", sin)):
         check_tensor(name, angles, "...", x.size(-2), half)

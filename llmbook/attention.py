@@ -8,7 +8,7 @@ __all__ = ['Backend', 'softmax', 'attention_mask', 'causal_mask', 'attention_wei
            'MultiHeadAttention', 'attention_pattern', 'LayerCache', 'KVCache', 'MultiHeadLatentAttention',
            'flash_attention', 'AttentionFigure', 'show_attention']
 
-# %% ../chapters/09_attention.ipynb #81464cfe
+# %% ../chapters/09_attention.ipynb #e1b00bb9
 # The imports that only the module and its engine rooms need.
 import json
 from collections import OrderedDict
@@ -22,14 +22,15 @@ from typing import Any, Literal, NamedTuple
 from jaxtyping import Bool, Float, Int64
 from torch.autograd.function import once_differentiable
 
-from .environment import check_at_least, check_even
+from .environment import check_at_least, check_choice, check_even, check_fraction
+from .positions import check_tensor
 
 # %% ../chapters/09_attention.ipynb #d5b66ec7
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../chapters/09_attention.ipynb #8e87aeec
+# %% ../chapters/09_attention.ipynb #5b335347
 def softmax(scores: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
     """Turn scores along ``dim`` into weights that sum to one; safe for scores of any size.
 
@@ -40,13 +41,25 @@ def softmax(scores: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]
     tensor([[0.5000, 0.5000],
             [0.0000, 0.0000]])
     """
+    _check_scores(scores, dim)
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     peak = wide.detach().amax(dim, keepdim=True)
     weights = torch.exp(wide - peak.masked_fill(peak == -torch.inf, 0.0))
     total = weights.sum(dim, keepdim=True).clamp(min=1.0)  # the peak alone adds 1, if there is one
     return (weights / total).to(scores.dtype)
 
-# %% ../chapters/09_attention.ipynb #6b1b3a49
+# %% ../chapters/09_attention.ipynb #62792d72
+# What has no scores along the dimension is named
+def _check_scores(scores: Tensor, dim: int) -> None:
+    check_tensor("scores", scores, "...")
+    most = max(scores.ndim, 1)
+    if isinstance(dim, bool) or not isinstance(dim, int) or not -most <= dim < most:
+        raise ValueError(f"dim: expected {-most} to {most - 1}, got {dim!r}")
+    if scores.ndim and not scores.size(dim):
+        shape = tuple(scores.shape)
+        raise ValueError(f"scores: expected at least one in dimension {dim}, got shape {shape}")
+
+# %% ../chapters/09_attention.ipynb #7466d9c5
 def attention_mask(
     query_positions: Int64[Tensor, "batch queries"],
     key_positions: Int64[Tensor, "batch keys"],
@@ -57,6 +70,8 @@ def attention_mask(
     A position of -1 is padding: nothing attends to it, and it attends to nothing. ``window`` is
     how many positions a query sees, its own included; None is all.
     """
+    for name, positions in (("query", query_positions), ("key", key_positions)):
+        check_tensor(f"{name}_positions", positions, "batch", name, kind="whole numbers")
     check_at_least(window=(1, window))
     query, key = query_positions[:, None, :, None], key_positions[:, None, None, :]
     allowed = (key <= query) & (key >= 0)
@@ -77,14 +92,14 @@ def causal_mask(
     positions = torch.arange(sequence, device=device)[None]
     return attention_mask(positions, positions, window)[0, 0]
 
-# %% ../chapters/09_attention.ipynb #3b1e6208
+# %% ../chapters/09_attention.ipynb #9e11dcb1
 # Inputs that do not fit are named before they meet, in the words of the caller.
-def _check_inputs(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> None:
-    """Raise a ValueError unless queries and keys fit together, and the mask is one of booleans."""
+def _check_inputs(
+    q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> None:
+    """Raise a ValueError unless queries, keys and the mask fit together."""
     for name, tensor in (("q", q), ("k", k)):
-        if tensor.ndim < 3:
-            expected = "expected (..., heads, sequence, feature)"
-            raise ValueError(f"{name}: {expected}, got the shape {tuple(tensor.shape)}")
+        check_tensor(name, tensor, "...", "heads", "sequence", "feature")
     if q.size(-1) != k.size(-1) or q.shape[:-3] != k.shape[:-3]:
         expected = f"expected batch and feature dimensions as in q, {tuple(q.shape)}"
         raise ValueError(f"k: {expected}, got {tuple(k.shape)}")
@@ -93,11 +108,32 @@ def _check_inputs(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) ->
     if is_causal and q.size(-2) > k.size(-2):
         expected = f"at most as many queries as keys, {k.size(-2)}"
         raise ValueError(f"q: expected {expected}, with is_causal, got {q.size(-2)}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"mask: expected booleans, True where allowed, got {mask.dtype}")
+    if mask is not None:
+        _check_mask(mask, (*q.shape[:-1], k.size(-2)))
+    _check_scale(scale)
+
+
+def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless ``mask`` is of booleans and spreads over ``shape`` without enlarging it."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else f"{mask!r:.60}"
+        raise ValueError(f"mask: expected booleans, True where allowed, got {got}")
+    fits = mask.ndim <= len(shape)
+    for at in range(1, mask.ndim + 1 if fits else 1):
+        fits = fits and mask.size(-at) in (1, shape[-at])
+    if not fits:
+        expected = f"expected a shape that broadcasts to (..., heads, queries, keys), {shape}"
+        raise ValueError(f"mask: {expected}, got {tuple(mask.shape)}")
+
+
+def _check_scale(scale: float | None) -> None:
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if scale is not None and not (is_number and -torch.inf < scale < torch.inf):
+        raise ValueError(f"scale: expected None or a finite number, got {scale!r}")
 
 
 def _check_values(k: Tensor, v: Tensor) -> None:
+    check_tensor("v", v, "...", "heads", "sequence", "feature")
     if k.shape[:-1] != v.shape[:-1]:
         expected = f"{tuple(k.shape[:-1])} before the last dimension, as in k"
         raise ValueError(f"v: expected {expected}, got {tuple(v.shape)}")
@@ -117,7 +153,7 @@ def _shared(x: Tensor, n_heads: int) -> Tensor:
     """Repeat each head of keys or values for all the query heads that share it."""
     return x if x.size(-3) == n_heads else x.repeat_interleave(n_heads // x.size(-3), dim=-3)
 
-# %% ../chapters/09_attention.ipynb #ee4330c4
+# %% ../chapters/09_attention.ipynb #53bd4720
 def attention_weights(
     q: Float[Tensor, "*batch n_heads queries d_head"],
     k: Float[Tensor, "*batch n_kv_heads keys d_head"],
@@ -130,13 +166,13 @@ def attention_weights(
 
     They sum to one for each query, or are all zero if it may attend to nothing.
     """
-    _check_inputs(q, k, mask, is_causal)
+    _check_inputs(q, k, mask, is_causal, scale)
     scale = q.size(-1) ** -0.5 if scale is None else scale
     scores = (q * scale) @ _shared(k, q.size(-3)).mT
     mask = _joined(mask, is_causal, q, k)
     return softmax(scores if mask is None else scores.masked_fill(~mask, -torch.inf))
 
-# %% ../chapters/09_attention.ipynb #d7d937e5
+# %% ../chapters/09_attention.ipynb #d0dd66b3
 Backend = Literal["reference", "torch"]
 
 
@@ -158,21 +194,23 @@ def scaled_dot_product_attention(
     but the last, and so on. ``scale`` is 1 / sqrt(d_head) unless given; ``dropout`` is applied
     whenever it is not 0. Source: Vaswani et al. (2017), eq. 1; groups: Ainslie et al. (2023).
     """
-    _check_inputs(q, k, mask, is_causal)
+    _check_inputs(q, k, mask, is_causal, scale)
     _check_values(k, v)
+    check_fraction("dropout", dropout)
+    check_choice("backend", backend, ("reference", "torch"))
     if backend == "torch":
         return _torch_attention(q, k, v, mask, is_causal, scale=scale, dropout_p=dropout)
-    if backend != "reference":
-        raise ValueError(f"backend: expected 'reference' or 'torch', got {backend!r}")
     weights = attention_weights(q, k, mask, is_causal=is_causal, scale=scale)
     return F.dropout(weights, dropout) @ _shared(v, q.size(-3))
 
-# %% ../chapters/09_attention.ipynb #264d05ce
+# %% ../chapters/09_attention.ipynb #56706a43
 def _torch_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, **options: Any
 ) -> Tensor:
     """Attention by PyTorch's fused kernel."""
     queries, grouped = q.size(-2), q.size(-3) != k.size(-3)
+    if mask is not None and mask.ndim < 2:  # the kernel looks at the last two dimensions
+        mask = mask.expand(queries, k.size(-2))
     if queries == 1 and grouped and (mask is None or mask.ndim < 3 or mask.size(-3) == 1):
         folded = q.reshape(*k.shape[:-2], -1, q.size(-1))  # (..., n_kv_heads, group, d_head)
         out = F.scaled_dot_product_attention(folded, k, v, mask, **options)
@@ -183,14 +221,13 @@ def _torch_attention(
         mask = _joined(mask, is_causal, q, k)
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped, **options)
 
-# %% ../chapters/09_attention.ipynb #bebcf5cf
+# %% ../chapters/09_attention.ipynb #6168b5b6
 # Sizes that cannot be are named, and those left out are filled in.
 def _check_heads(
     d_model: int, n_heads: int, n_kv_heads: int | None, d_head: int | None, dropout: float
 ) -> tuple[int, int]:
     """Return n_kv_heads and d_head: if not given, n_heads and d_model / n_heads."""
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected 0 to below 1, got {dropout}")
+    check_fraction("dropout", dropout)
     check_at_least(d_model=(1, d_model), n_heads=(1, n_heads))
     check_at_least(n_kv_heads=(1, n_kv_heads), d_head=(1, d_head))
     if d_head is None and d_model % n_heads:
@@ -199,14 +236,40 @@ def _check_heads(
         raise ValueError(f"n_kv_heads: expected a divisor of n_heads, {n_heads}, got {n_kv_heads}")
     return n_kv_heads or n_heads, d_head or d_model // n_heads
 
-# %% ../chapters/09_attention.ipynb #d096314d
+
+def _check_way(backend: str, layout: str, scale: float | None) -> None:
+    check_choice("backend", backend, ("reference", "torch"))
+    check_choice("layout", layout, ("half", "interleaved"))
+    _check_scale(scale)
+
+
+def _check_rotated(d_head: int, d_rope: int | None) -> None:
+    if d_rope is not None:
+        check_even(d_rope=d_rope)
+        if d_rope > d_head:
+            raise ValueError(f"d_rope: expected at most d_head, {d_head}, got {d_rope}")
+
+
+def _check_call(x: Tensor, d_model: int, rope: Any, cache: Any = None) -> None:
+    """Raise unless a layer is given a batch, and beside it what other functions return."""
+    check_tensor("x", x, "batch", "sequence", d_model)
+    if rope is not None and not (isinstance(rope, tuple) and len(rope) == 2):
+        expected = "the pair of cosines and sines that a RotaryEmbedding returns"
+        raise ValueError(f"rope: expected {expected}, got {rope!r:.60}")
+    if cache is not None and not hasattr(cache, "update"):
+        expected = "the cache of one layer, such as cache[0] of a KVCache"
+        raise ValueError(f"cache: expected {expected}, got a {type(cache).__name__}")
+
+# %% ../chapters/09_attention.ipynb #c6eac9dd
 class MultiHeadAttention(nn.Module):
     """Causal self-attention in heads: multi-head, grouped-query or multi-query attention.
 
     ``n_kv_heads``, a divisor of ``n_heads``, is how many heads have keys and values of their own:
     by default all, with 1 multi-query attention. ``d_head`` is ``d_model / n_heads`` unless given,
     ``output_bias`` is as ``bias``. ``qk_norm(d_head)`` makes the module that normalizes each query
-    and key, before they are rotated, as in Qwen3. ``dropout`` drops weights in training.
+    and key, before they are rotated, as in Qwen3. ``dropout`` drops weights in training. ``layout``
+    and ``d_rope`` say which numbers are rotated together, and how many of each head, as in
+    ``apply_rope``; ``scale`` multiplies scores, by default 1 / sqrt(d_head).
     """
 
     def __init__(
@@ -220,12 +283,18 @@ class MultiHeadAttention(nn.Module):
         output_bias: bool | None = None,
         qk_norm: Callable[[int], nn.Module] | None = None,
         dropout: float = 0.0,
+        layout: Literal["half", "interleaved"] = "half",
+        d_rope: int | None = None,
+        scale: float | None = None,
         backend: Backend = "torch",
     ):
         super().__init__()
         n_kv_heads, d_head = _check_heads(d_model, n_heads, n_kv_heads, d_head, dropout)
+        _check_way(backend, layout, scale)
+        _check_rotated(d_head, d_rope)
         self.n_heads, self.n_kv_heads, self.d_head = n_heads, n_kv_heads, d_head
-        self.dropout, self.backend = dropout, backend
+        self.layout, self.d_rope = layout, d_rope
+        self.dropout, self.scale, self.backend = dropout, scale, backend
         self.q_proj = nn.Linear(d_model, n_heads * d_head, bias)
         self.k_proj = nn.Linear(d_model, n_kv_heads * d_head, bias)
         self.v_proj = nn.Linear(d_model, n_kv_heads * d_head, bias)
@@ -242,6 +311,7 @@ class MultiHeadAttention(nn.Module):
         Float[Tensor, "batch n_kv_heads sequence d_head"],
     ]:
         """Return queries, keys and values in heads; q and k normalized, if so, then rotated."""
+        _check_call(x, self.q_proj.in_features, rope)
         batch, sequence, _ = x.shape
         projections = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (proj(x).view(batch, sequence, -1, self.d_head) for proj in projections)
@@ -249,7 +319,7 @@ class MultiHeadAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+            q, k = (apply_rope(z, *rope, self.layout, d_rope=self.d_rope) for z in (q, k))
         return q, k, v
 
     def forward(
@@ -264,19 +334,19 @@ class MultiHeadAttention(nn.Module):
 
         Without a mask attention is causal; with a cache, ``mask`` is what its ``extend`` returned.
         """
+        _check_call(x, self.q_proj.in_features, rope, cache)
         q, k, v = self.project(x, rope)
         if cache is not None:
             k, v = cache.update(k, v)
         dropout = self.dropout if self.training else 0.0
-        out = scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, dropout=dropout, backend=self.backend
-        )
+        options: dict[str, Any] = {"scale": self.scale, "dropout": dropout, "backend": self.backend}
+        out = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **options)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-# %% ../chapters/09_attention.ipynb #b727be37
+# %% ../chapters/09_attention.ipynb #55a1d1a2
 from .positions import apply_rope
 
-# %% ../chapters/09_attention.ipynb #6406264c
+# %% ../chapters/09_attention.ipynb #32f6d858
 def attention_pattern(
     attention: MultiHeadAttention,
     x: Float[Tensor, "batch sequence d_model"],
@@ -285,8 +355,10 @@ def attention_pattern(
     mask: Bool[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "batch n_heads sequence sequence"]:
     """Return the weights with which ``attention(x, rope=rope, mask=mask)`` mixes its values."""
+    if not isinstance(attention, MultiHeadAttention):
+        raise ValueError(f"attention: expected a MultiHeadAttention, got {attention!r:.60}")
     q, k, _ = attention.project(x, rope)
-    return attention_weights(q, k, mask, is_causal=mask is None)
+    return attention_weights(q, k, mask, is_causal=mask is None, scale=attention.scale)
 
 # %% ../chapters/09_attention.ipynb #e461ff9d
 def _positions_in_slots(lengths: Tensor, slots: int, used: int | None = None) -> Tensor:
@@ -318,7 +390,7 @@ class LayerCache:
         """
         step = self._table._step
         compiled = torch.compiler.is_compiling()  # there a second update cannot be told
-        if not compiled and step is self._stored:
+        if step is None or (not compiled and step is self._stored):
             got = "none" if step is None else "those of a step twice"
             raise ValueError(f"k: expected tokens announced by extend, got {got}")
         _check_fits("k", k, self.keys, step.n)
@@ -338,7 +410,7 @@ class LayerCache:
     ]:
         """Do what ``update`` does for a single token in each row; what is given is not checked."""
         step = self._table._step
-        if not isinstance(step.slots, slice):
+        if not isinstance(step, _Step) or not isinstance(step.slots, slice):
             return self.update(k.unsqueeze(2), v.unsqueeze(2))
         self.keys.select(2, step.slots.start).copy_(k)
         self.values.select(2, step.slots.start).copy_(v)
@@ -421,6 +493,7 @@ class KVCache:
 
     def next_positions(self, n: int) -> Int64[Tensor, "batch_or_1 n"]:
         """Return the next ``n`` positions of each row, or of one row if all are alike."""
+        _check_count("n", n)
         known = None if torch.compiler.is_compiling() else self._lengths
         start = self._counts[:1] if known and min(known) == max(known) else self._counts
         return start[:, None] + torch.arange(n, device=self.device)
@@ -432,18 +505,27 @@ class KVCache:
 
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""
-        self._lengths = [0] * len(self._counts)
+        self._step, self._lengths = None, [0] * len(self._counts)
 
     def truncate(self, lengths: Int64[Tensor, " batch"] | int) -> None:
         """Forget each row's tokens from ``lengths`` on; ValueError if its window needs more."""
         before = self._lengths
-        after = lengths.tolist() if isinstance(lengths, Tensor) else [lengths] * len(before)
+        if isinstance(lengths, Tensor):
+            check_tensor("lengths", lengths, len(before), kind="whole numbers")
+            after = lengths.tolist()
+        else:
+            after = [lengths] * len(before)
         _check_lengths(before, after, self.slots, self.window)
-        self._lengths = after
+        self._step, self._lengths = None, after
 
     def reorder(self, rows: Int64[Tensor, " rows"]) -> None:
         """Make row i a copy of what row ``rows[i]`` was; there may be fewer or more than before."""
-        self._lengths = [self._lengths[row] for row in rows.tolist()]
+        check_tensor("rows", rows, "rows", kind="whole numbers")
+        wrong = [row for row in rows.tolist() if not 0 <= row < len(self._lengths)]
+        if wrong or not len(rows):
+            most = len(self._lengths) - 1
+            raise ValueError(f"rows: expected 0 to {most}, got {[*wrong, 'none'][0]}")
+        self._step, self._lengths = None, [self._lengths[row] for row in rows.tolist()]
         for layer in self._layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
@@ -500,7 +582,7 @@ def _step_apart(
     keys = torch.cat([keys, positions], dim=1) if append else keys
     return step, attention_mask(positions, keys, window)
 
-# %% ../chapters/09_attention.ipynb #901ffe08
+# %% ../chapters/09_attention.ipynb #590aa951
 def _counted(positions: Tensor, lengths: list[int]) -> list[int]:
     """Return how many tokens ``positions`` adds to each row; raise unless they go on from there."""
     given = positions >= 0
@@ -511,6 +593,13 @@ def _counted(positions: Tensor, lengths: list[int]) -> list[int]:
         rule = f"row {row} to go on from {lengths[row]}, with -1 for padding"
         raise ValueError(f"position_ids: expected {rule}, got {positions[row].tolist()}")
     return given.sum(dim=1).tolist()
+
+
+def _check_count(argument: str, n: object) -> None:
+    """Raise unless ``n`` is a number of tokens, at least one."""
+    if n is None:
+        raise ValueError(f"{argument}: expected a whole number, got None")
+    check_at_least(**{argument: (1, n)})
 
 
 def _is_ring(cache: "KVCache") -> bool:
@@ -526,15 +615,16 @@ def _positions_of_all(cache: "KVCache", position_ids: Tensor) -> Tensor:
         raise ValueError(f"position_ids: expected {expected}, got {position_ids.size(0)}")
     return position_ids.expand(batch_size, -1)
 
-# %% ../chapters/09_attention.ipynb #ccfe278e
+# %% ../chapters/09_attention.ipynb #25898785
 def _plan(cache: "KVCache", position_ids: Tensor | int) -> tuple[_Step, Tensor | None, list[int]]:
     """Return what the layers are to do, the mask, and the lengths of the rows after it."""
     before, capacity = cache._lengths, cache.capacity
     if isinstance(position_ids, Tensor):
+        check_tensor("position_ids", position_ids, "rows", "sequence", kind="whole numbers")
         positions = _positions_of_all(cache, position_ids)
         n, added = positions.size(1), _counted(positions, before)
     else:
-        check_at_least(position_ids=(1, position_ids))
+        _check_count("position_ids", position_ids)
         n, added = position_ids, [position_ids] * len(before)
     after = [length + new for length, new in zip(before, added, strict=True)]
     if max(after) > capacity and not _is_ring(cache):
@@ -595,32 +685,35 @@ def _plan_fixed(cache: "KVCache", position_ids: Tensor | int) -> tuple[_FixedSte
     step = _FixedStep(n, given, positions[:, 0] % cache.slots, source, append)
     return step, attention_mask(positions, keys, cache.window), after
 
-# %% ../chapters/09_attention.ipynb #5d3b3501
+# %% ../chapters/09_attention.ipynb #02b01360
 def _check_fits(name: str, new: Tensor, store: Tensor, n: int) -> None:
     """Raise unless ``new`` has the announced tokens of each row, in the heads of the cache."""
+    check_tensor(name, new, "...")
     batch_size, heads, _, width = store.shape
     if new.shape != (batch_size, heads, n, width):
         expected = f"{n} announced tokens in each of {batch_size} rows"
         shape = f"(..., {heads}, {n}, {width})"
         raise ValueError(f"{name}: expected {expected}, {shape}, got {tuple(new.shape)}")
 
-# %% ../chapters/09_attention.ipynb #1e68c08d
+# %% ../chapters/09_attention.ipynb #aba78fc6
 def _check_lengths(before: list[int], after: list[int], slots: int, window: int | None) -> None:
     """Raise unless rows get shorter and keep all that the window of their next token needs."""
     for row, (old, new) in enumerate(zip(before, after, strict=True)):
         overwritten = max(old - slots, 0)  # positions below this one
         least = overwritten + (window or 0) - 1 if overwritten else 0
-        if not least <= new <= old:
-            raise ValueError(f"lengths: expected {least} to {old} in row {row}, got {new}")
+        if isinstance(new, bool) or not isinstance(new, int) or not least <= new <= old:
+            raise ValueError(f"lengths: expected {least} to {old} in row {row}, got {new!r}")
 
-# %% ../chapters/09_attention.ipynb #e069ebb0
+# %% ../chapters/09_attention.ipynb #8306e897
 class MultiHeadLatentAttention(nn.Module):
     """DeepSeek's latent attention, which caches ``d_latent + d_rope`` numbers for each token.
 
     A head's key has ``d_head`` numbers made from the latent, and ``d_rope`` rotated ones that all
     heads share. The cache is a ``KVCache`` with ``n_kv_heads=1``, ``d_head=d_latent + d_rope`` and
     ``d_value=0``. ``norm`` is for latents; queries have one, too, if ``d_query_latent`` is given.
-    Source: DeepSeek-AI (2024), section 2.1.
+    ``scale`` multiplies scores, by default 1 / sqrt(d_head + d_rope); a model stretched by YaRN has
+    a larger one. DeepSeek's files are in the layout "interleaved". Source: DeepSeek-AI (2024),
+    section 2.1.
     """
 
     def __init__(
@@ -635,12 +728,17 @@ class MultiHeadLatentAttention(nn.Module):
         d_query_latent: int | None = None,
         norm: Callable[[int], nn.Module] = nn.RMSNorm,
         dropout: float = 0.0,
+        layout: Literal["half", "interleaved"] = "half",
+        scale: float | None = None,
         backend: Backend = "torch",
     ):
         super().__init__()
         _, d_head = _check_heads(d_model, n_heads, None, d_head, dropout)
+        _check_way(backend, layout, scale)
         check_at_least(d_latent=(1, d_latent), d_value=(1, d_value))
+        check_at_least(d_query_latent=(1, d_query_latent))
         check_even(d_rope=d_rope)
+        self.layout, self.scale = layout, (d_head + d_rope) ** -0.5 if scale is None else scale
         self.n_heads, self.d_head, self.d_value = n_heads, d_head, d_value or d_head
         self.d_latent, self.d_rope, self.dropout, self.backend = d_latent, d_rope, dropout, backend
         self.q_proj = _query_projection(d_model, n_heads * (d_head + d_rope), d_query_latent, norm)
@@ -655,13 +753,14 @@ class MultiHeadLatentAttention(nn.Module):
         Float[Tensor, "batch n_heads sequence d_query"], Float[Tensor, "batch 1 sequence d_cached"]
     ]:
         """Return queries, plain and rotated part, and what is cached: latent and rotated key."""
+        _check_call(x, self.kv_down_proj.in_features, rope)
         q = self.q_proj(x).view(*x.shape[:2], self.n_heads, -1).transpose(1, 2)
         down = self.kv_down_proj(x)[:, None]  # (batch, 1, sequence, d_latent + d_rope)
         latent, k_rope = down.split((self.d_latent, self.d_rope), dim=-1)
         if rope is not None:
             q_plain, q_rope = q.split((self.d_head, self.d_rope), dim=-1)
-            q = torch.cat([q_plain, apply_rope(q_rope, *rope)], dim=-1)
-            k_rope = apply_rope(k_rope, *rope)
+            q = torch.cat([q_plain, apply_rope(q_rope, *rope, self.layout)], dim=-1)
+            k_rope = apply_rope(k_rope, *rope, self.layout)
         return q, torch.cat([self.kv_norm(latent), k_rope], dim=-1)
 
     def _expanded(self, q: Tensor, seen: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
@@ -690,12 +789,13 @@ class MultiHeadLatentAttention(nn.Module):
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch sequence d_model"]:
         """Return what each token gathers, as ``MultiHeadAttention``; ``rope`` is for ``d_rope``."""
+        _check_call(x, self.kv_down_proj.in_features, rope, cache)
         q, seen = self.project(x, rope)
         if cache is not None:
             seen, _ = cache.update(seen, seen[..., :0])
         attend = self._absorbed if cache is not None and x.size(1) == 1 else self._expanded
-        scale, dropout = (self.d_head + self.d_rope) ** -0.5, self.dropout if self.training else 0.0
-        options = {"scale": scale, "dropout": dropout, "backend": self.backend}
+        dropout = self.dropout if self.training else 0.0
+        options: dict[str, Any] = {"scale": self.scale, "dropout": dropout, "backend": self.backend}
         out = attend(q, seen, mask, is_causal=mask is None, **options)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -792,33 +892,34 @@ def _flash_backward(
             d_v[..., columns, :] += (weights.mT @ d_out[..., rows, :]).sum(-3, keepdim=True)
     return d_q, d_k, d_v
 
-# %% ../chapters/09_attention.ipynb #7f80dd63
+# %% ../chapters/09_attention.ipynb #db6e5773
 class _FlashAttention(torch.autograd.Function):
-    """Attention in tiles, of (..., n_kv_heads, group, sequence, feature)."""
+    """Attention in tiles, of (..., n_kv_heads, group, sequence, feature); and log-sum-exps."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, tiles: _Tiles
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(q.dtype, torch.float32)
         wide_q, wide_k, wide_v = (q * scale).to(dtype), k.to(dtype), v.to(dtype)
         wide_out, log_sum = _flash_forward(wide_q, wide_k, wide_v, mask, tiles)
         out = wide_out.to(q.dtype)
         ctx.save_for_backward(q, k, v, mask, out, log_sum)
         ctx.scale, ctx.tiles = scale, tiles
-        return out
+        return out, log_sum.masked_fill(log_sum == torch.inf, -torch.inf).squeeze(-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor, d_log_sum: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, out, log_sum = ctx.saved_tensors
         wide_q, wide_k, wide_v, d_out = (x.to(log_sum.dtype) for x in (q * ctx.scale, k, v, d_out))
         mean = (d_out * out).sum(dim=-1, keepdim=True)
+        mean -= d_log_sum.unsqueeze(-1).masked_fill(log_sum == torch.inf, 0.0)
         gradients = _flash_backward(wide_q, wide_k, wide_v, mask, ctx.tiles, log_sum, d_out, mean)
         d_q, d_k, d_v = (gradient.to(q.dtype) for gradient in gradients)
         return d_q * ctx.scale, d_k, d_v, None, None, None
 
-# %% ../chapters/09_attention.ipynb #3ecddf56
+# %% ../chapters/09_attention.ipynb #f610b61c
 def flash_attention(
     q: Float[Tensor, "*batch n_heads queries d_head"],
     k: Float[Tensor, "*batch n_kv_heads keys d_head"],
@@ -828,22 +929,28 @@ def flash_attention(
     is_causal: bool = False,
     scale: float | None = None,
     block_size: int = 64,
-) -> Float[Tensor, "*batch n_heads queries d_value"]:
+    return_lse: bool = False,
+) -> Any:
     """Return ``scaled_dot_product_attention`` in memory that grows with the sequence only.
 
     Scores are made in tiles of ``block_size`` by ``block_size`` and not kept; those above the
-    diagonal are skipped. Source: Dao et al. (2022); the order of the loops: Dao (2024).
+    diagonal are skipped. With ``return_lse``, the log-sum-exp of each query's scaled scores comes
+    second, (..., n_heads, queries), in float32 or wider, -inf where a query sees nothing: it is
+    what joins attention over parts of the keys, and has a gradient as the output has. Source: Dao
+    et al. (2022); the order of the loops: Dao (2024).
     """
-    _check_inputs(q, k, mask, is_causal)
+    _check_inputs(q, k, mask, is_causal, scale)
     _check_values(k, v)
-    check_at_least(block_size=(1, block_size))
+    _check_count("block_size", block_size)
     scale = q.size(-1) ** -0.5 if scale is None else scale
     tiles = _Tiles(q.size(-2), k.size(-2), block_size, is_causal)
     groups = k.size(-3), q.size(-3) // k.size(-3)
     if mask is not None:
         mask = mask.expand(*q.shape[:-1], k.size(-2)).unflatten(-3, groups)  # a view
     q, k, v = q.unflatten(-3, groups), k.unsqueeze(-3), v.unsqueeze(-3)
-    return _FlashAttention.apply(q, k, v, mask, scale, tiles).flatten(-4, -3)
+    out, log_sum = _FlashAttention.apply(q, k, v, mask, scale, tiles)
+    out = out.flatten(-4, -3)
+    return (out, log_sum.flatten(-3, -2)) if return_lse else out
 
 # %% ../chapters/09_attention.ipynb #29983bc0
 _STYLE = """<style>
@@ -869,7 +976,7 @@ _STYLE = """<style>
   white-space: pre; }
 </style>"""
 
-# %% ../chapters/09_attention.ipynb #7ef4ea54
+# %% ../chapters/09_attention.ipynb #a51a3053
 def _strongest(tokens: list[str], percent: list) -> str:
     """Return an HTML table of the strongest attention of each token in each head."""
     heads = [(i, h, rows) for i, layer in enumerate(percent) for h, rows in enumerate(layer)]
@@ -886,9 +993,24 @@ def _strongest(tokens: list[str], percent: list) -> str:
 def _check_picked(shape: tuple[int, ...], **picked: int) -> dict[str, int]:
     """Return places counted from the beginning; raise a ValueError for any that is not there."""
     for (name, at), size in zip(picked.items(), shape, strict=True):
-        if not -size <= at < size:
-            raise ValueError(f"{name}: expected {-size} to {size - 1}, got {at}")
+        if isinstance(at, bool) or not isinstance(at, int) or not -size <= at < size:
+            raise ValueError(f"{name}: expected {-size} to {size - 1}, got {at!r}")
     return {name: at % size for (name, at), size in zip(picked.items(), shape, strict=True)}
+
+
+def _check_figure(tokens: list[str], weights: Tensor) -> None:
+    if not isinstance(tokens, list | tuple) or not all(isinstance(t, str) for t in tokens):
+        raise ValueError(f"tokens: expected a list of texts, got {tokens!r:.60}")
+    n = len(tokens)
+    check_at_least(tokens=(1, n))
+    check_tensor("weights", weights, "...")
+    shape = tuple(weights.shape)
+    if len(shape) not in (3, 4) or shape[-2:] != (n, n) or not weights.numel():
+        expected = f"expected (layers, heads, {n}, {n}) for {n} tokens"
+        raise ValueError(f"weights: {expected}, got {shape}")
+    wrong = weights[~((weights > -1e-3) & (weights < 1.001))]  # NaN is among them
+    if len(wrong):
+        raise ValueError(f"weights: expected numbers from 0 to 1, got {wrong[0]:.4g}")
 
 
 @dataclass(frozen=True)
@@ -903,7 +1025,7 @@ class AttentionFigure:
     def _repr_html_(self) -> str:
         return self.html
 
-# %% ../chapters/09_attention.ipynb #0d756cb7
+# %% ../chapters/09_attention.ipynb #9895a920
 def show_attention(
     tokens: list[str],
     weights: Float[Tensor, "*layers heads queries keys"],
@@ -917,11 +1039,8 @@ def show_attention(
     It works by mouse, touch and keyboard. ``weights``, of one layer or of several, are rounded to
     whole percent; ``layer``, ``head`` and ``token`` are picked at first; -1 is the last.
     """
+    _check_figure(tokens, weights)
     n, shape = len(tokens), tuple(weights.shape)
-    check_at_least(tokens=(1, n))
-    if len(shape) not in (3, 4) or shape[-2:] != (n, n):
-        expected = f"expected (layers, heads, {n}, {n}) for {n} tokens"
-        raise ValueError(f"weights: {expected}, got {shape}")
     layers, heads = (1, *shape)[-4:-2]
     picked = _check_picked((layers, heads, n), layer=layer, head=head, token=token)
     percent = (100 * weights.detach().float()).round().int().view(layers, heads, n, n).tolist()

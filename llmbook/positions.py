@@ -258,7 +258,7 @@ def _rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     pairs = torch.view_as_complex(real.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 
-# %% ../chapters/08_positions.ipynb #2833af85
+# %% ../chapters/08_positions.ipynb #a7b552e2
 def apply_rope(
     x: Float[Tensor, "*batch heads sequence d_head"],
     cos: Float[Tensor, "*#batch sequence half"],
@@ -301,6 +301,8 @@ def _check_rotation(x: Tensor, cos: Tensor, sin: Tensor, layout: str, d_rope: in
     """Raise a ValueError unless there is one angle for each pair of every head of ``x``."""
     check_choice("layout", layout, ("half", "interleaved"))
     check_tensor("x", x, "...", "heads", "sequence", "d_head")
+    if d_rope is None and x.size(-1) % 2:
+        raise ValueError(f"x: expected heads of an even size, got shape {tuple(x.shape)}")
     half = _rotated(x.size(-1), d_rope) // 2
     for name, angles in (("cos", cos), ("sin", sin)):
         check_tensor(name, angles, "...", x.size(-2), half)
