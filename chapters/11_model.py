@@ -779,6 +779,12 @@ def _check_input(
             raise ValueError(f"position_ids: expected at least -1, for padding, got {least}")
 
 
+# %% [markdown] tags=["engine"]
+# A cache that was made for another model, or for another number of rows, is one as well:
+
+
+# %% tags=["engine"]
+#| export
 def _check_cache(config: ModelConfig, rows: int, cache: Any) -> None:
     if not isinstance(cache, KVCache):
         raise ValueError(f"cache: expected a KVCache, as new_cache makes, got {cache!r:.60}")
@@ -797,12 +803,12 @@ def _check_cache(config: ModelConfig, rows: int, cache: Any) -> None:
 
 # %% tags=["engine"]
 #| export
-def _check_counts(**counts: Any) -> None:
-    """Demand whole numbers of at least 1, not None, which ``check_at_least`` lets pass."""
+def _check_counts(least: int = 1, /, **counts: Any) -> None:
+    """Demand whole numbers of at least so much, not None, which ``check_at_least`` lets pass."""
     for name, count in counts.items():
         if count is None:
-            raise ValueError(f"{name}: expected a whole number of at least 1, got None")
-        check_at_least(**{name: (1, count)})
+            raise ValueError(f"{name}: expected a whole number of at least {least}, got None")
+        check_at_least(**{name: (least, count)})
 
 
 def _check_batch(config: Any, dtype: Any, **counts: Any) -> None:
@@ -841,7 +847,8 @@ class TransformerLM(TransformerLM):  # continued
         """Return an empty cache for rows of ``capacity`` tokens, by default ``context_length``."""
         config, weight = self.config, self.embedding.weight
         _check_counts(batch_size=batch_size)
-        check_at_least(capacity=(1, capacity), spare=(0, 0 if spare is None else spare))
+        _check_counts(0, spare=spare)
+        check_at_least(capacity=(1, capacity))
         capacity = config.context_length if capacity is None else capacity
         if capacity > config.context_length:
             expected = f"at most context_length = {config.context_length}"
@@ -1596,6 +1603,12 @@ def _parameters_of(model: nn.Module) -> dict[str, Tensor]:
     return {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
 
 
+# %% [markdown] tags=["engine"]
+# What the configuration promises is held against what is there:
+
+
+# %% tags=["engine"]
+#| export
 def _unwrapped(model: nn.Module) -> TransformerLM:
     """Return the model in a wrapper of ``torch.compile``; refuse what has no such parameters."""
     while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
@@ -1617,6 +1630,12 @@ def _unwrapped(model: nn.Module) -> TransformerLM:
     return model
 
 
+# %% [markdown] tags=["engine"]
+# The table of a family, for a model:
+
+
+# %% tags=["engine"]
+#| export
 def _disk_tensors(model: TransformerLM, family: str) -> dict[str, list[Tensor]]:
     """Return for each tensor in a file the views of ours that make it, side by side."""
     own = _parameters_of(model)
@@ -1813,6 +1832,12 @@ def _llama_details(config: ModelConfig, family: str) -> dict[str, Any]:
     return details | _expert_entries(config, family)
 
 
+# %% [markdown] tags=["engine"]
+# A model with experts says how many, and a Qwen3 also that every layer has them:
+
+
+# %% tags=["engine"]
+#| export
 def _expert_entries(config: ModelConfig, family: str) -> dict[str, Any]:
     if not config.n_experts:
         return {}
@@ -1967,6 +1992,13 @@ def _read_llama(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
     return found | _read_rope(entries, family)
 
 
+# %% [markdown] tags=["engine"]
+# Experts have two names for their number, and Qwen3 may leave their weights as the softmax gave
+# them.
+
+
+# %% tags=["engine"]
+#| export
 def _read_experts(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
     defaults = {"mixtral": (8, 2), "qwen3_moe": (128, 8)}
     if family not in defaults:
@@ -1980,7 +2012,7 @@ def _read_experts(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
     }
 
 
-def _read_bias(entries: Mapping[str, Any]) -> bool:
+def _read_bias(entries: Mapping[str, Any]) -> Any:
     if entries.get("model_type") == "ernie4_5":
         return entries.get("use_bias", False)
     attention, mlp = (entries.get(f"{name}_bias", False) for name in ("attention", "mlp"))
@@ -2017,7 +2049,8 @@ def _read_window(entries: Mapping[str, Any], family: str) -> int | None:
 
 # %% [markdown] tags=["engine"]
 # The rotary embedding was described by two entries, `rope_theta` and `rope_scaling`, until version
-# 5 of the library put both into `rope_parameters`.
+# 5 of the library put both into `rope_parameters`. A dynamic factor begins to grow where their
+# context ends, and their models go on; our context is as long as the factor says.
 
 
 # %% tags=["engine"]
@@ -2047,6 +2080,12 @@ def _read_rope(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
 _BASES = {"mixtral": 1e6, "ernie4_5": 5e5}  # of rotations where a file has none
 
 
+# %% [markdown] tags=["engine"]
+# The share of each head that is rotated is a number of dimensions with us.
+
+
+# %% tags=["engine"]
+#| export
 def _read_part(entries: Mapping[str, Any], found: Mapping[str, Any], family: str) -> dict[str, int]:
     """Return how much of each head is rotated, where a family has a word for it."""
     part = found.get("partial_rotary_factor", entries.get("partial_rotary_factor"))
@@ -2703,6 +2742,37 @@ for name, config in others.items():
     size = other.abs().max()
     print(f"{name:8} logits up to {size:.0f}, apart by less than 0.0001", end="; ")
     print(f"{same} of 80 tokens the same")
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: four more, with other rotations and with experts
+
+# %% [markdown] tags=["engine"]
+# Qwen3 also comes with experts, whose weights need not sum to one. ERNIE 4.5 rotates neighbors
+# ({doc}`08_positions` derived both layouts), StableLM a quarter of each head, and any Llama may
+# have a factor that follows the text. Here the prompt is longer than the context of training, so
+# the factor has begun to grow.
+
+# %% tags=["engine"]
+dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+qwen3 = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 32}
+more = {
+    "Qwen3, experts": transformers.Qwen3MoeConfig(**sizes, **qwen3),
+    "ERNIE 4.5": transformers.Ernie4_5Config(**sizes | {"pad_token_id": None}, head_dim=32),
+    "StableLM": transformers.StableLmConfig(**sizes),
+    "Llama, dynamic": transformers.LlamaConfig(
+        **sizes | {"max_position_embeddings": 32}, rope_parameters=dynamic
+    ),
+}
+for name, config in more.items():
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    theirs.save_pretrained(folder / name)
+    ours = TransformerLM.from_pretrained(folder / name)
+    with torch.no_grad():
+        mine, other = ours(prompt), theirs(prompt).logits
+    assert (mine - other).abs().max() < 1e-4 * other.abs().max()
+    c = ours.config
+    rotated = f"{c.d_rope} of {c.d_head} numbers of a head rotated, layout {c.layout}"
+    print(f"{name:15} {rotated:56} same logits")
 
 # %% [markdown]
 # ## How fast is it?

@@ -525,8 +525,8 @@ def _chunk(
 
 
 # %% [markdown] tags=["engine"]
-# The two products. A head's gradient sums over all chunks, and 16-bit sums lose small terms, so it
-# is kept in 32 bits:
+# Types come first. A head's gradient sums over all chunks, and 16-bit sums lose small terms, so it
+# is kept in 32 bits, as the second function below shows.
 
 
 # %% tags=["engine"]
@@ -539,6 +539,12 @@ def _as_autocast_would(device: str, *tensors: Tensor) -> list[Tensor]:
     return [tensor.to(narrow) if isinstance(tensor, Tensor) else tensor for tensor in tensors]
 
 
+# %% [markdown] tags=["engine"]
+# A head has a row for each token, as wide and of the same type as the hidden states.
+
+
+# %% tags=["engine"]
+#| export
 def _check_head(weight: Tensor, hidden: Tensor) -> None:
     _check_floating("weight", weight, 2)
     shape, d_model = tuple(weight.shape), hidden.size(-1)
@@ -548,6 +554,12 @@ def _check_head(weight: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"weight: expected {hidden.dtype} as hidden has, got {weight.dtype}")
 
 
+# %% [markdown] tags=["engine"]
+# And the two products:
+
+
+# %% tags=["engine"]
+#| export
 def _add_gradients(
     d_logits: Float[Tensor, "rows vocab_size"],
     hidden: Float[Tensor, "tokens d_model"],
@@ -809,7 +821,8 @@ for step in (1, 2):
 # %% [markdown] tags=["engine"]
 # Our optimizers inherit from torch's base class, which keeps groups of parameters and their state,
 # so that schedulers and checkpoints work with them. A step is the same for all but for one method,
-# `_update`. Parameters without a gradient are left alone.
+# `_update`. Parameters without a gradient are left alone. What is no list of parameters, or one
+# without any, is refused at once; an iterator that was read before looks like that.
 
 
 # %% tags=["engine"]
@@ -828,6 +841,12 @@ def _listed(name: str, given: Any) -> list[Any]:
     return listed
 
 
+# %% [markdown] tags=["engine"]
+# The step over all groups, with what torch calls a closure:
+
+
+# %% tags=["engine"]
+#| export
 def _called(closure: Callable[[], Any] | None) -> Any:
     if closure is None:
         return None
@@ -1262,6 +1281,8 @@ def _as_real(tensors: list[Tensor]) -> list[Tensor]:
     return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
 
 
+# %% tags=["engine"]
+#| export
 class AdamW(_Stepper):
     """Adam with decoupled weight decay; state dicts are those of ``torch.optim.AdamW``.
 

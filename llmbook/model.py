@@ -356,7 +356,8 @@ class TransformerLM(Transformer):
         """Return an empty cache for rows of ``capacity`` tokens, by default ``context_length``."""
         config, weight = self.config, self.embedding.weight
         _check_counts(batch_size=batch_size)
-        check_at_least(capacity=(1, capacity), spare=(0, 0 if spare is None else spare))
+        _check_counts(0, spare=spare)
+        check_at_least(capacity=(1, capacity))
         capacity = config.context_length if capacity is None else capacity
         if capacity > config.context_length:
             expected = f"at most context_length = {config.context_length}"
@@ -448,7 +449,7 @@ def _described_tensor(given: Any) -> str:
     is_tensor = isinstance(given, Tensor)
     return f"{tuple(given.shape)} of {given.dtype}" if is_tensor else f"{given!r:.60}"
 
-# %% ../chapters/11_model.ipynb #1fa317c3
+# %% ../chapters/11_model.ipynb #3c59bf28
 def _check_input(
     config: ModelConfig,
     ids: Any,
@@ -462,6 +463,8 @@ def _check_input(
     if not 0 < ids.size(1) <= config.context_length:
         expected = f"1 to context_length = {config.context_length} tokens"
         raise ValueError(f"ids: expected {expected}, got {ids.size(1)}")
+    if not len(ids):
+        raise ValueError(f"ids: expected at least one row, got shape {tuple(ids.shape)}")
     for name, given in (("position_ids", position_ids), ("document_ids", document_ids)):
         if given is None:
             continue
@@ -472,16 +475,32 @@ def _check_input(
             raise ValueError(f"{name}: expected {tuple(ids.shape)} of torch.int64, got {got}")
     if cache is not None and document_ids is not None:
         raise ValueError("document_ids: expected None with a cache, which has one text in a row")
-    if cache is not None and not isinstance(cache, KVCache):
-        raise ValueError(f"cache: expected a KVCache, as new_cache makes, got {cache!r:.60}")
+    if cache is not None:
+        _check_cache(config, len(ids), cache)
+    if position_ids is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        least = int(position_ids.min())
+        if least < -1:
+            raise ValueError(f"position_ids: expected at least -1, for padding, got {least}")
 
-# %% ../chapters/11_model.ipynb #91117ac2
-def _check_counts(**counts: Any) -> None:
-    """Demand whole numbers of at least 1, not None, which ``check_at_least`` lets pass."""
+# %% ../chapters/11_model.ipynb #e3634c26
+def _check_cache(config: ModelConfig, rows: int, cache: Any) -> None:
+    if not isinstance(cache, KVCache):
+        raise ValueError(f"cache: expected a KVCache, as new_cache makes, got {cache!r:.60}")
+    try:
+        shape = cache[config.n_layers - 1].keys.shape
+    except IndexError:
+        raise ValueError(f"cache: expected {config.n_layers} layers, got fewer") from None
+    sizes, got = (rows, config.n_kv_heads, config.d_head), (shape[0], shape[1], shape[3])
+    if sizes != got:
+        raise ValueError(f"cache: expected (rows, n_kv_heads, d_head) of {sizes}, got {got}")
+
+# %% ../chapters/11_model.ipynb #50f0ebb4
+def _check_counts(least: int = 1, /, **counts: Any) -> None:
+    """Demand whole numbers of at least so much, not None, which ``check_at_least`` lets pass."""
     for name, count in counts.items():
         if count is None:
-            raise ValueError(f"{name}: expected a whole number of at least 1, got None")
-        check_at_least(**{name: (1, count)})
+            raise ValueError(f"{name}: expected a whole number of at least {least}, got None")
+        check_at_least(**{name: (least, count)})
 
 
 def _check_batch(config: Any, dtype: Any, **counts: Any) -> None:
@@ -692,13 +711,13 @@ def _gpt2_tensors(own: Mapping[str, Tensor], n_layers: int) -> dict[str, list[Te
             tensors[f"transformer.h.{number}.{theirs}.{kind}"] = turned
     return tensors
 
-# %% ../chapters/11_model.ipynb #92f99664
+# %% ../chapters/11_model.ipynb #ee366a46
 def _parameters_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters by the names that the model gives them, without those of wrappers."""
     # A tied head is not there twice.
     return {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
 
-
+# %% ../chapters/11_model.ipynb #01abd4ca
 def _unwrapped(model: nn.Module) -> TransformerLM:
     """Return the model in a wrapper of ``torch.compile``; refuse what has no such parameters."""
     while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
@@ -719,7 +738,7 @@ def _unwrapped(model: nn.Module) -> TransformerLM:
             raise ValueError(f"model: expected {name} of shape {wanted}, got {got}")
     return model
 
-
+# %% ../chapters/11_model.ipynb #a309cd05
 def _disk_tensors(model: TransformerLM, family: str) -> dict[str, list[Tensor]]:
     """Return for each tensor in a file the views of ours that make it, side by side."""
     own = _parameters_of(model)
@@ -851,7 +870,7 @@ def _entries_of(config: ModelConfig) -> dict[str, Any]:
         **details,
     }
 
-# %% ../chapters/11_model.ipynb #0d63fb2d
+# %% ../chapters/11_model.ipynb #ce7c9599
 def _gpt2_details(config: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in reversed(_GPT2_ACTIVATIONS.items())}
     places = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
@@ -874,7 +893,7 @@ def _llama_details(config: ModelConfig, family: str) -> dict[str, Any]:
         details |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
     return details | _expert_entries(config, family)
 
-
+# %% ../chapters/11_model.ipynb #fd322fdd
 def _expert_entries(config: ModelConfig, family: str) -> dict[str, Any]:
     if not config.n_experts:
         return {}
@@ -976,7 +995,7 @@ def _read_gpt2(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
         "dropout": rates.pop(),
     }
 
-# %% ../chapters/11_model.ipynb #3f053abd
+# %% ../chapters/11_model.ipynb #41188b4b
 def _read_llama(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
     names = _ENTRIES.get(family, _LLAMA_ENTRIES)
     _require(entries, names, *(("n_kv_heads",) if family == "qwen3" else ("n_kv_heads", "d_head")))
@@ -997,7 +1016,7 @@ def _read_llama(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
         found["qkv_bias"] = entries.get("use_qkv_bias", False)
     return found | _read_rope(entries, family)
 
-
+# %% ../chapters/11_model.ipynb #a2ee6f89
 def _read_experts(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
     defaults = {"mixtral": (8, 2), "qwen3_moe": (128, 8)}
     if family not in defaults:
@@ -1011,7 +1030,7 @@ def _read_experts(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
     }
 
 
-def _read_bias(entries: Mapping[str, Any]) -> bool:
+def _read_bias(entries: Mapping[str, Any]) -> Any:
     if entries.get("model_type") == "ernie4_5":
         return entries.get("use_bias", False)
     attention, mlp = (entries.get(f"{name}_bias", False) for name in ("attention", "mlp"))
@@ -1039,7 +1058,7 @@ def _read_window(entries: Mapping[str, Any], family: str) -> int | None:
         raise ValueError(f"layer_types: expected the same in all, got {different}")
     return None if different == ["full_attention"] else window
 
-# %% ../chapters/11_model.ipynb #528dca79
+# %% ../chapters/11_model.ipynb #61d40d39
 def _read_rope(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
     found = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
     kind = found.get("rope_type", found.get("type", "default"))
@@ -1064,7 +1083,7 @@ def _read_rope(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
 
 _BASES = {"mixtral": 1e6, "ernie4_5": 5e5}  # of rotations where a file has none
 
-
+# %% ../chapters/11_model.ipynb #4bd9affa
 def _read_part(entries: Mapping[str, Any], found: Mapping[str, Any], family: str) -> dict[str, int]:
     """Return how much of each head is rotated, where a family has a word for it."""
     part = found.get("partial_rotary_factor", entries.get("partial_rotary_factor"))

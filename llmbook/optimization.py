@@ -199,7 +199,7 @@ def _chunk(
         logits.mul_(slope)
     return losses.masked_fill_(~counts, 0.0).sum()
 
-# %% ../chapters/12_optimization.ipynb #ad6bad39
+# %% ../chapters/12_optimization.ipynb #eb4076f6
 def _as_autocast_would(device: str, *tensors: Tensor) -> list[Tensor]:
     """Convert as autocast does for products; inside a Function it would keep what it must not."""
     if not torch.is_autocast_enabled(device):
@@ -207,7 +207,7 @@ def _as_autocast_would(device: str, *tensors: Tensor) -> list[Tensor]:
     narrow = torch.get_autocast_dtype(device)
     return [tensor.to(narrow) if isinstance(tensor, Tensor) else tensor for tensor in tensors]
 
-
+# %% ../chapters/12_optimization.ipynb #1beac285
 def _check_head(weight: Tensor, hidden: Tensor) -> None:
     _check_floating("weight", weight, 2)
     shape, d_model = tuple(weight.shape), hidden.size(-1)
@@ -216,7 +216,7 @@ def _check_head(weight: Tensor, hidden: Tensor) -> None:
     if weight.dtype != hidden.dtype:
         raise ValueError(f"weight: expected {hidden.dtype} as hidden has, got {weight.dtype}")
 
-
+# %% ../chapters/12_optimization.ipynb #aefd157e
 def _add_gradients(
     d_logits: Float[Tensor, "rows vocab_size"],
     hidden: Float[Tensor, "tokens d_model"],
@@ -319,7 +319,7 @@ def _sgd_step(
             update = update + momentum * v if group["nesterov"] else v
         p.sub_(group["lr"] * update)
 
-# %% ../chapters/12_optimization.ipynb #7b211938
+# %% ../chapters/12_optimization.ipynb #0f377c5d
 def _listed(name: str, given: Any) -> list[Any]:
     """Return what was given as a list of at least one thing."""
     if isinstance(given, nn.Module):
@@ -333,7 +333,7 @@ def _listed(name: str, given: Any) -> list[Any]:
         raise ValueError(f"{name}: expected at least one parameter, got none{reason}")
     return listed
 
-
+# %% ../chapters/12_optimization.ipynb #7976987b
 def _called(closure: Callable[[], Any] | None) -> Any:
     if closure is None:
         return None
@@ -573,11 +573,11 @@ def _fused_adamw_step(group: dict[str, Any], *lists: list[Tensor]) -> None:
             weight_decay=group["weight_decay"], eps=group["eps"],
         )  # fmt: skip
 
-# %% ../chapters/12_optimization.ipynb #2e91356a
+# %% ../chapters/12_optimization.ipynb #d955a4ed
 def _as_real(tensors: list[Tensor]) -> list[Tensor]:
     return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
 
-
+# %% ../chapters/12_optimization.ipynb #42567851
 class AdamW(_Stepper):
     """Adam with decoupled weight decay; state dicts are those of ``torch.optim.AdamW``.
 
