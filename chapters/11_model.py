@@ -2852,22 +2852,32 @@ def crossover(config: ModelConfig) -> int:
 
 
 # %% tags=["check"]
-for name, expected in {"gpt2": 6702, "llama3-8b": 28_627, "qwen3-0.6b": 5197}.items():
-    config = ModelConfig.preset(name)
-    tokens = crossover(config)
+def share_of_pairs(config: ModelConfig, tokens: int) -> float:
     pairs = flops_per_token(config, 2 * tokens) - flops_per_token(config, tokens)
-    share = pairs / flops_per_token(config, tokens)
-    assert abs(share - 0.5) < 1e-3, (
-        f"{name}: at {tokens} tokens attention has a share of {share:.3f}"
+    return pairs / flops_per_token(config, tokens)
+
+
+configs = {name: ModelConfig.preset(name) for name in ("gpt2", "llama3-8b", "qwen3-0.6b")}
+odd_sizes = {"vocab_size": 700, "context_length": 64, "d_model": 48, "n_layers": 3}
+configs["an odd one"] = ModelConfig(**odd_sizes, n_heads=4, d_head=10)
+for name, config in configs.items():
+    tokens = crossover(config)
+    whole = isinstance(tokens, int) and tokens > 1
+    assert whole, f"{name}: expected a whole number of tokens, got {tokens!r}"
+    share = share_of_pairs(config, tokens)
+    assert abs(share - 0.5) < 0.01, (
+        f"{name}: at {tokens} tokens attention has a share of {share:.3f}, which is not one half"
     )
-    assert abs(tokens - expected) <= 1, f"{name}: {expected} tokens, got {tokens}"
+    near = [abs(share_of_pairs(config, n) - 0.5) for n in (tokens - 1, tokens, tokens + 1)]
+    assert near[1] == min(near), f"{name}: one token fewer or more than {tokens} is nearer to half"
 
 # %% [markdown]
 # ````{exercise} What fits on the card
 # :label: ex-model-fit
 # *Fifteen minutes.* A card has `memory` bytes. Write `tokens_that_fit(config, memory, batch_size)`:
 # for weights and cache in bfloat16, how many tokens of each row fit beside the weights, at most
-# the context length? What has no room for the weights fits 0. Mind the sliding window. How many
+# the context length? Where there is no room for the weights, the answer is 0. Mind the sliding
+# window. How many
 # rows of 8,192 tokens does Llama 3 with 8 billion parameters take on a card of 24 GB?
 # ````
 
@@ -2888,17 +2898,40 @@ for name, memory, rows in (
     ("llama3-8b", 24 * 10**9, 8),
     ("llama3-8b", 10**9, 1),
     ("mistral-7b", 16 * 10**9, 2),
+    ("mistral-7b", 15 * 10**9, 1),
     ("llama2-7b", 14 * 10**9, 1),
     ("gpt2", 10**9, 3),
 ):
     config = ModelConfig.preset(name)
     tokens, weights = tokens_that_fit(config, memory, rows), 2 * count_parameters(config)
-    fits = [weights <= memory]
-    fits += [weights + cache_bytes(config, rows, t) <= memory for t in (max(tokens, 1), tokens + 1)]
-    whole = tokens == config.context_length
-    assert 0 <= tokens <= config.context_length, f"{name}: {tokens} is no length of a row"
-    assert tokens == 0 or fits[1], f"{name}, {rows} rows: {tokens} tokens do not fit"
-    assert whole or not fits[2], f"{name}, {rows} rows: one more than {tokens} would fit"
+    case = f"{name} in {memory // 10**9} GB, {rows} rows"
+    whole = isinstance(tokens, int) and 0 <= tokens <= config.context_length
+    assert whole, f"{case}: a row has 0 to context_length whole tokens, and not {tokens!r}"
+    needed = [weights + cache_bytes(config, rows, t) for t in (max(tokens, 1), tokens + 1)]
+    assert tokens == 0 or needed[0] <= memory, f"{case}: {tokens} tokens do not fit with weights"
+    full = tokens == config.context_length
+    assert full or needed[1] > memory, f"{case}: one more than {tokens} tokens would fit"
+
+# %% tags=["engine"]
+# Counts the rows of logits that are made at once, for the check of the next exercise
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def rows_of_logits(x: Any) -> int:
+    """Logits are 1,000 wide there; what is 64 by 1,000 is the head, turned."""
+    is_logits = isinstance(x, Tensor) and x.shape[-1:] == (1000,) and x.shape[-2:] != (64, 1000)
+    return x.numel() // 1000 if is_logits else 0
+
+
+class RowsOfLogits(TorchDispatchMode):
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.most = max(self.most, *map(rows_of_logits, tree_leaves(result)), 0)
+        return result
+
 
 # %% [markdown]
 # ````{exercise} A loss without all the logits
@@ -2907,7 +2940,8 @@ for name, memory, rows in (
 # `chunked_loss(model, ids, targets, chunk)`: the mean cross-entropy over all targets but those of
 # -100, with the same gradients, but never with logits for more than `chunk` tokens at once, not
 # even for the backward pass. `torch.utils.checkpoint.checkpoint` computes a function again in the
-# backward pass instead of keeping what it needs. What is paid for the memory?
+# backward pass instead of keeping what it needs. What is paid for the memory? (The check counts
+# logits with `RowsOfLogits` and `rows_of_logits`, in the folded cell above.)
 # ````
 
 
@@ -2928,30 +2962,31 @@ def chunked_loss(model: TransformerLM, ids: Tensor, targets: Tensor, chunk: int)
 
 # %% tags=["check"]
 seed_everything(0)
-model = TransformerLM(ModelConfig.preset("tiny", vocab_size=1000))
-context, wanted = torch.randint(1000, (4, 32)), torch.randint(1000, (4, 32))
-wanted[1, 20:] = -100
+model = TransformerLM(ModelConfig.preset("tiny", vocab_size=1000)).double()
+context, wanted = torch.randint(1000, (2, 4, 32))
+wanted[1, 5:] = -100
 plain = F.cross_entropy(model(context).flatten(0, 1), wanted.flatten())
 expected = torch.autograd.grad(plain, list(model.parameters()))
-head, kept, rows = model.lm_head.weight.data_ptr(), [], []
+kept = []
 
 
 def weigh(tensor: Tensor) -> Tensor:
-    if tensor.shape[-1:] == (1000,) and tensor.data_ptr() != head:
-        kept.append(tensor.numel() // 1000)
+    kept.append(rows_of_logits(tensor))
     return tensor
 
 
-hook = model.lm_head.register_forward_hook(lambda *given: rows.append(given[2].numel() // 1000))
-with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
+with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor), RowsOfLogits() as made:
     loss = chunked_loss(model, context, wanted, chunk=10)
-hook.remove()
-assert torch.allclose(loss, plain, atol=1e-5), f"the loss is {plain:.4f}, got {loss:.4f}"
-assert max(rows, default=0) <= 10, f"logits of {max(rows)} tokens are made at once"
+assert made.most <= 10, f"logits of {made.most} tokens are made at once"
+assert torch.allclose(loss, plain), f"the mean over what counts is {plain:.3f}, got {loss:.3f}"
 assert sum(kept) <= 10, f"logits of {sum(kept)} tokens are kept for the backward pass"
-loss.backward()
-for p, e in zip(model.parameters(), expected, strict=True):
-    assert torch.allclose(p.grad, e, atol=1e-5), "a gradient is another"
+assert loss.requires_grad, "the loss has no gradient"
+with RowsOfLogits() as made:
+    loss.backward()
+assert made.most <= 10, f"logits of {made.most} tokens are made at once in the backward pass"
+for (name, p), e in zip(model.named_parameters(), expected, strict=True):
+    assert p.grad is not None, f"{name} gets no gradient"
+    assert torch.allclose(p.grad, e), f"the gradient of {name} is another"
 
 # %% [markdown]
 # ````{exercise} Grow a model
@@ -2978,13 +3013,15 @@ def deepen(model: TransformerLM, n_layers: int) -> TransformerLM:
 
 
 # %% tags=["check"]
-deeper = deepen(pupil, 5)
+shallow = deepcopy(pupil).double()
+deeper = deepen(shallow, 5)
+assert len(shallow.blocks) == shallow.config.n_layers == 3, "the old model has been changed"
 assert len(deeper.blocks) == deeper.config.n_layers == 5, "five blocks, in the configuration, too"
-assert torch.allclose(deeper(ids), pupil(ids), atol=1e-5), "the function is another"
-for name, parameter in pupil.named_parameters():
+assert torch.allclose(deeper.double()(ids), shallow(ids)), "the function is another"
+for name, parameter in shallow.named_parameters():
     kept = deeper.get_parameter(name)
-    assert torch.equal(kept, parameter), f"{name} is another"
-    assert kept is not parameter, (
+    assert torch.equal(kept, parameter), f"{name} is another: new blocks come last"
+    assert kept.data_ptr() != parameter.data_ptr(), (
         f"{name} is shared with the old model, and would be trained with it"
     )
 deeper(ids).square().sum().backward()
@@ -2992,6 +3029,8 @@ for block in deeper.blocks[3:]:
     for part in (block.attention, block.feed_forward):
         learns = any(p.grad is not None and p.grad.any() for p in part.parameters())
         assert learns, "nothing in a new block gets a gradient: it never begins to learn"
+places = [p.data_ptr() for p in deeper.parameters()]
+assert len(places) == len(set(places)), "two new blocks share their parameters"
 
 # %% [markdown]
 # ````{exercise} Open another family
@@ -3031,11 +3070,26 @@ for n_kv_heads in (4, 2):
     config = transformers.Phi3Config(**sizes | {"num_key_value_heads": n_kv_heads}, pad_token_id=0)
     theirs = transformers.Phi3ForCausalLM(config).eval()
     theirs.save_pretrained(folder / "phi3")
-    ours = read_phi3(folder / "phi3")
+    try:
+        ours = read_phi3(folder / "phi3")
+    except (RuntimeError, ValueError) as error:
+        raise AssertionError(f"with {n_kv_heads} heads of keys: {error}") from None
+    finally:
+        shutil.rmtree(folder / "phi3")
+    for block, layer in zip(ours.blocks, theirs.model.layers, strict=True):
+        attention, mlp = block.attention, block.feed_forward
+        rows = {
+            "qkv_proj": [attention.q_proj, attention.k_proj, attention.v_proj],
+            "gate_up_proj": [mlp.gate_proj, mlp.up_proj],
+        }
+        for name, parts in rows.items():
+            whole = (layer.self_attn if name == "qkv_proj" else layer.mlp).get_submodule(name)
+            same = torch.equal(torch.cat([part.weight for part in parts]), whole.weight)
+            assert same, f"with {n_kv_heads} heads of keys: our parts of {name} have other rows"
     with torch.no_grad():
-        same = torch.allclose(ours(prompt), theirs(prompt).logits, atol=1e-4)
-    assert same, f"other logits with {n_kv_heads} heads of keys"
-    shutil.rmtree(folder / "phi3")
+        mine, other = ours(prompt), theirs(prompt).logits
+    close = (mine - other).abs().max() < 1e-4 * other.abs().max()
+    assert close, f"with {n_kv_heads} heads of keys: other logits from the same matrices"
 
 # %% tags=["remove-cell"]
 shutil.rmtree(folder, ignore_errors=True)

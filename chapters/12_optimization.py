@@ -2280,15 +2280,25 @@ def smoothed_loss(logits: Tensor, targets: Tensor, epsilon: float) -> Tensor:
 
 # %% tags=["check"]
 torch.manual_seed(0)
-logits, wanted = (30 * torch.randn(6, 9)).requires_grad_(), torch.randint(9, (6,))
-for epsilon in (0.0, 0.1, 1.0):
+logits, wanted = torch.randn(6, 9, dtype=torch.float64), torch.randint(9, (6,))
+logits = (5 * logits).requires_grad_()
+huge = smoothed_loss(1000 * torch.eye(2), torch.tensor([0, 1]), 0.5)
+assert huge.isfinite(), f"large logits give {huge}: a probability overflows, or becomes 0"
+plain, theirs = smoothed_loss(logits, wanted, 0.0), F.cross_entropy(logits, wanted)
+twice = smoothed_loss(logits.repeat(2, 1), wanted.repeat(2), 0.0)
+assert torch.allclose(plain, twice), "the same tokens twice have another loss: it is no mean"
+assert torch.allclose(plain, theirs), "without smoothing it is no cross-entropy"
+for epsilon in (0.1, 0.6, 1.0):
     ours = smoothed_loss(logits, wanted, epsilon)
+    shifted = smoothed_loss(logits + 7, wanted, epsilon)
+    assert torch.allclose(ours, shifted), "a constant added to all logits changes the loss"
+    target = (1 - epsilon) * F.one_hot(wanted, 9) + epsilon / 9
+    slope = torch.autograd.grad(ours, logits)[0]
+    assert torch.allclose(slope, (logits.softmax(-1) - target) / 6), (
+        f"epsilon {epsilon}: the gradient of a token is not p - y', with y' as in the text"
+    )
     theirs = F.cross_entropy(logits, wanted, label_smoothing=epsilon)
     assert torch.allclose(ours, theirs), f"epsilon {epsilon}: {ours:.4f}, torch has {theirs:.4f}"
-target = (1 - 0.1) * F.one_hot(wanted, 9) + 0.1 / 9
-slope = torch.autograd.grad(smoothed_loss(logits, wanted, 0.1), logits)[0]
-assert torch.allclose(slope, (logits.softmax(-1) - target) / 6, atol=1e-6), "p - y', over 6 tokens"
-assert smoothed_loss(1000 * torch.eye(2), torch.tensor([0, 1]), 0.0) == 0, "it must not overflow"
 
 # %% [markdown]
 # ````{exercise} How long does a mean remember?
@@ -2316,10 +2326,16 @@ def beta_for(tokens: float, batch_tokens: float) -> float:
 # %% tags=["check"]
 for beta in (0.5, 0.9, 0.999):
     steps = half_life(beta)
-    assert abs(beta**steps - 0.5) < 1e-9, f"after {steps:.1f} steps {beta**steps:.3f} is left"
-    assert abs(beta_for(1000 * steps, 1000) - beta) < 1e-9, "both ways"
-small = beta_for(half_life(0.95) * 1e6, 1e4)
-assert abs(small - 0.95**0.01) < 1e-9, "a hundred small steps forget what one large step does"
+    assert abs(beta**steps - 0.5) < 1e-9, (
+        f"of a gradient, {beta**steps:.3f} is left after {steps:.1f} steps with beta {beta}"
+    )
+for tokens, batch_tokens in ((1000, 1000), (5e6, 1e6), (5e6, 3e4), (1e4, 1e6)):
+    beta = beta_for(tokens, batch_tokens)
+    left = beta ** (tokens / batch_tokens)
+    assert 0 < beta < 1, f"beta is {beta:.3f}, which is no share"
+    assert abs(left - 0.5) < 1e-9, (
+        f"{left:.3f} is left after {tokens:,.0f} tokens in batches of {batch_tokens:,.0f}"
+    )
 
 # %% [markdown]
 # ````{exercise} Coefficients compared
@@ -2346,16 +2362,25 @@ def steps_needed(coefficients: tuple[float, float, float], strength: float, low:
 
 
 # %% tags=["check"]
+def applied(coefficients: tuple[float, float, float], strength: float, n: int) -> float:
+    a, b, c = coefficients
+    for _ in range(n):
+        strength = a * strength + b * strength**3 + c * strength**5
+    return strength
+
+
 muon, cubic, quintic = (3.4445, -4.775, 2.0315), (1.5, -0.5, 0.0), (1.875, -1.25, 0.375)
-assert steps_needed(cubic, 0.9, 0.7) == 0, "what is large enough needs no step"
-assert steps_needed(cubic, 0.5, 0.99) == 4, "0.50, 0.69, 0.87, 0.98, 0.999"
-found = [steps_needed(kind, 0.001, 0.7) for kind in (muon, cubic, quintic)]
-for kind, steps in zip((muon, cubic, quintic), found, strict=True):
-    weak = torch.diag(torch.tensor([0.001, 1.0 - 0.5e-6]))  # of norm 1, nearly
-    before, after = (orthogonalize(weak, n, coefficients=kind)[0, 0] for n in (steps - 1, steps))
-    assert before < 0.7 <= after + 1e-3, (
-        f"{kind}: {steps} steps, but there {before:.2f}, {after:.2f}"
-    )
+for strength in (0.9, 0.7):
+    assert steps_needed(cubic, strength, 0.7) == 0, "what has reached low already needs no step"
+for kind, name in ((muon, "Muon's"), (cubic, "the cubic"), (quintic, "the quintic")):
+    for strength, low in ((0.001, 0.7), (0.02, 0.5), (0.3, 0.69), (1e-6, 0.1)):
+        steps = steps_needed(kind, strength, low)
+        case = f"{name} from {strength} to {low}: {steps} steps"
+        assert isinstance(steps, int), f"{case} are no whole number"
+        reached = [applied(kind, strength, n) >= low for n in range(steps + 1)]
+        assert reached[-1], f"{case} do not reach it"
+        assert sum(reached) == 1, f"{case}, but fewer reach it already"
+assert steps_needed(cubic, 0.5, 0.99) == 4, "the cubic slows down on its way from 0.5 to 0.99"
 
 # %% [markdown]
 # ````{exercise} Rows that do not count
@@ -2378,15 +2403,23 @@ def loss_of_kept(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 # %% tags=["check"]
 torch.manual_seed(0)
-hidden, weight = torch.randn(4, 25, 8, requires_grad=True), torch.randn(13, 8, requires_grad=True)
+hidden = torch.randn(4, 25, 8, dtype=torch.float64, requires_grad=True)
+weight = torch.randn(13, 8, dtype=torch.float64, requires_grad=True)
 wanted = torch.randint(13, (4, 25)).masked_fill(torch.rand(4, 25) < 0.8, -100)
-with LiveBytes() as few:
-    ours = torch.autograd.grad(loss_of_kept(hidden, weight, wanted), (hidden, weight))
-with LiveBytes() as many:
-    theirs = torch.autograd.grad(chunked_cross_entropy(hidden, weight, wanted), (hidden, weight))
-for a, b in zip(ours, theirs, strict=True):
-    assert torch.allclose(a, b, atol=1e-6), "gradients differ, or rows that do not count have one"
-assert few.peak < many.peak, f"peak of {few.peak} bytes, with all rows {many.peak}"
+wanted[0, :2] = torch.tensor([0, 12])  # the first and the last id count like all others
+losses, gradients, peaks = [], [], []
+for function in (loss_of_kept, chunked_cross_entropy):
+    with LiveBytes() as memory:
+        loss = function(hidden, weight, wanted)
+        assert loss.requires_grad, "the loss has no gradient"
+        gradients.append(torch.autograd.grad(loss, (hidden, weight), allow_unused=True))
+    losses.append(loss.detach())
+    peaks.append(memory.peak)
+assert torch.allclose(*losses), f"the loss is {losses[1]:.4f}, got {losses[0]:.4f}"
+for name, ours, theirs in zip(("hidden", "weight"), *gradients, strict=True):
+    assert ours is not None, f"{name} gets no gradient"
+    assert torch.allclose(ours, theirs), f"the gradient of {name} is another"
+assert peaks[0] < peaks[1], f"peak of {peaks[0]} bytes, with all rows {peaks[1]}: none was left out"
 nothing = loss_of_kept(hidden, weight, torch.full((4, 25), -100))
 assert nothing.isnan(), f"the mean over nothing is NaN, not {nothing.item()}"
 
@@ -2416,19 +2449,32 @@ def lion_step(
 
 
 # %% tags=["check"]
-parameter, mean = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0])), torch.zeros(3)
-parameter.grad = torch.tensor([0.5, -1e-6, 0.0])
-lion_step(parameter, mean, 0.1, (0.9, 0.99), 0.5)
-assert torch.allclose(parameter.data, torch.tensor([0.85, -1.8, 2.85])), "decay, then sign"
-assert torch.allclose(mean, torch.tensor([0.005, -1e-8, 0.0])), (
-    "the mean is kept by the second beta"
-)
-parameter.grad = torch.tensor([-0.0425, 2e-7, 2.0])
-lion_step(parameter, mean, 0.1, (0.9, 0.99), 0.0)
+def step_of(parameter: Tensor, mean: Tensor, gradient: list[float], weight_decay: float) -> None:
+    parameter.grad = torch.tensor(gradient, dtype=torch.float64)
+    given = parameter.grad.clone()
+    try:
+        lion_step(parameter, mean, 0.1, (0.9, 0.99), weight_decay)
+    except RuntimeError as error:
+        raise AssertionError(f"a step is not to be followed by autograd: {error}") from None
+    assert torch.equal(parameter.grad, given), "the gradient has been changed"
+
+
+def near(tensor: Tensor, expected: list[float]) -> bool:
+    wanted = torch.tensor(expected, dtype=torch.float64)
+    return torch.allclose(tensor.detach(), wanted, rtol=1e-6, atol=1e-14)
+
+
+parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64))
+mean = torch.zeros(3, dtype=torch.float64)
+step_of(parameter, mean, [0.5, -1e-6, 0.0], 0.5)
+moved = f"moved from 1, -2 and 3 to {[round(x, 4) for x in parameter.tolist()]}"
+assert near(parameter, [0.85, -1.8, 2.85]), f"decay is lr times weight_decay, then a sign: {moved}"
+assert near(mean, [0.005, -1e-8, 0.0]), "the mean is kept in place, by the second beta"
 # 0.9 * 0.005 - 0.1 * 0.0425 is above zero; with the new mean it is not. The second number has
 # -0.9 * 1e-8 + 0.1 * 2e-7, also above zero; with the second beta it is not.
-assert torch.allclose(parameter.data, torch.tensor([0.75, -1.9, 2.75])), "first beta, old mean"
-assert torch.allclose(mean, torch.tensor([0.004525, -7.9e-9, 0.02])), "after two steps"
+step_of(parameter, mean, [-0.0425, 2e-7, 2.0], 0.0)
+assert near(parameter, [0.75, -1.9, 2.75]), "the sign is that of the old mean and the first beta"
+assert near(mean, [0.004525, -7.9e-9, 0.02]), "the mean after two steps is another"
 
 # %% [markdown]
 # ## Summary
