@@ -505,3 +505,8 @@ def _check_scale_rope(
     if len(frequencies) < least:
         expected = f"{scaling.kind!r} needs at least {least} pairs"
         raise ValueError(f"frequencies: {expected}, got {len(frequencies)}")
+
+# %% failed calls are explained, see chapter 00
+from llmbook.environment import explain_calls
+
+explain_calls(__name__)
