@@ -850,6 +850,8 @@ def _listed(name: str, given: Any) -> list[Any]:
 def _called(closure: Callable[[], Any] | None) -> Any:
     if closure is None:
         return None
+    if not callable(closure):
+        raise ValueError(f"closure: expected a function or None, got {closure!r:.60}")
     with torch.enable_grad():
         return closure()
 
@@ -1618,7 +1620,8 @@ class Muon(_Stepper):
         *,
         ns_dtype: torch.dtype | None = None,
     ):
-        if ns_dtype is not None and not getattr(ns_dtype, "is_floating_point", False):
+        is_float = isinstance(ns_dtype, torch.dtype) and ns_dtype.is_floating_point
+        if ns_dtype is not None and not is_float:
             raise ValueError(f"ns_dtype: expected a floating-point type or None, got {ns_dtype!r}")
         self.ns_dtype = ns_dtype
         numbers = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eps": eps}
@@ -1801,6 +1804,8 @@ def build_optimizer(
     check_choice("name", name, ("adamw", "muon", "sgd"))
     for given, value in (("lr", lr), ("adamw_lr", lr if adamw_lr is None else adamw_lr)):
         _check_amount(given, value)
+    if momentum is not None:
+        _check_share("momentum", momentum)
     groups = parameter_groups(model, weight_decay)
     if name == "adamw":
         return AdamW(groups, lr, betas, weight_decay=weight_decay, backend=backend)

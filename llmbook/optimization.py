@@ -333,10 +333,12 @@ def _listed(name: str, given: Any) -> list[Any]:
         raise ValueError(f"{name}: expected at least one parameter, got none{reason}")
     return listed
 
-# %% ../chapters/12_optimization.ipynb #7976987b
+# %% ../chapters/12_optimization.ipynb #f3d005f7
 def _called(closure: Callable[[], Any] | None) -> Any:
     if closure is None:
         return None
+    if not callable(closure):
+        raise ValueError(f"closure: expected a function or None, got {closure!r:.60}")
     with torch.enable_grad():
         return closure()
 
@@ -714,7 +716,7 @@ def _muon_step(
         p = parameters[number]
         p.add_(update, alpha=-lr * _scale_of_rate(p.shape, group["adjust_lr_fn"]))
 
-# %% ../chapters/12_optimization.ipynb #d299bbf7
+# %% ../chapters/12_optimization.ipynb #2a88ec27
 class Muon(_Stepper):
     """Momentum, orthogonalized: for matrices, (out, in) or stacked as (expert, out, in).
 
@@ -737,7 +739,8 @@ class Muon(_Stepper):
         *,
         ns_dtype: torch.dtype | None = None,
     ):
-        if ns_dtype is not None and not getattr(ns_dtype, "is_floating_point", False):
+        is_float = isinstance(ns_dtype, torch.dtype) and ns_dtype.is_floating_point
+        if ns_dtype is not None and not is_float:
             raise ValueError(f"ns_dtype: expected a floating-point type or None, got {ns_dtype!r}")
         self.ns_dtype = ns_dtype
         numbers = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eps": eps}
@@ -838,7 +841,7 @@ def _matrices_of_blocks(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.P
         raise ValueError("model: expected blocks with matrices, which Muon is for, got none")
     return matrices, rest
 
-# %% ../chapters/12_optimization.ipynb #ef551c91
+# %% ../chapters/12_optimization.ipynb #34ed5c2b
 def build_optimizer(
     model: nn.Module,
     name: Literal["adamw", "muon", "sgd"],
@@ -859,6 +862,8 @@ def build_optimizer(
     check_choice("name", name, ("adamw", "muon", "sgd"))
     for given, value in (("lr", lr), ("adamw_lr", lr if adamw_lr is None else adamw_lr)):
         _check_amount(given, value)
+    if momentum is not None:
+        _check_share("momentum", momentum)
     groups = parameter_groups(model, weight_decay)
     if name == "adamw":
         return AdamW(groups, lr, betas, weight_decay=weight_decay, backend=backend)

@@ -657,6 +657,14 @@ def test_expectation_of_the_first_moment_is_exact(backend):
         torch.testing.assert_close(parameter.data, before - step * 0.25 * grad.sign())
 
 
+@pytest.mark.usefixtures("untyped")
+def test_what_is_no_closure_is_named():
+    (parameter,) = parameters_like([(3, 3)])
+    for optimizer in (SGD([parameter]), AdamW([parameter]), Optimizers(Muon([parameter]))):
+        with pytest.raises(ValueError, match=r"^closure: expected a function or None, got 3"):
+            optimizer.step(3)
+
+
 def test_closures_are_called_with_gradients():
     (parameter,) = parameters_like([(3, 3)])
     for optimizer in (SGD([parameter]), AdamW([parameter]), Optimizers(Muon([parameter]))):
@@ -706,6 +714,7 @@ BAD_SETTINGS = [
     (Muon, {"ns_coefficients": (3.0, "-4", 2.0)}, "ns_coefficients: expected three finite"),
     (Muon, {"ns_coefficients": (3.0, math.nan, 2.0)}, "ns_coefficients: expected three finite"),
     (Muon, {"ns_dtype": torch.int8}, "ns_dtype: expected a floating-point type or None"),
+    (Muon, {"ns_dtype": torch.ones(2)}, "ns_dtype: expected a floating-point type or None"),
     (Muon, {"ns_dtype": "bfloat16"}, "ns_dtype: expected a floating-point type or None"),
     (Muon, {"eps": -1.0}, "eps: expected a finite number of at least 0, got -1.0"),
     (Muon, {"lr": math.nan}, "lr: expected"),
@@ -1076,6 +1085,9 @@ def test_bad_arguments_of_builders_are_named():
             arguments = {"lr": 0.1, argument: "0.1"}
             with pytest.raises(ValueError, match=f"^{argument}: expected a finite .* got '0.1'"):
                 build_optimizer(tiny_model(), name, **arguments)
+    for name in ("adamw", "muon", "sgd"):
+        with pytest.raises(ValueError, match=r"^momentum: expected at least 0 and less than 1"):
+            build_optimizer(tiny_model(), name, 0.1, momentum="0.9")
     for optimizers, got in (((), "none"), ((5,), "int"), (([AdamW],), "list")):
         with pytest.raises(ValueError, match=f"optimizers: expected one or more.* got {got}"):
             Optimizers(*optimizers)
