@@ -24,7 +24,8 @@
 # %% tags=["engine"]
 #| export
 # More imports: types, argument checks, and what engine rooms need
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 from jaxtyping import Bool, Float, Int64
@@ -157,6 +158,24 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32):
 # Now the largest exponential is 1, and the logarithm is taken of a number between 1 and $V$.
 
 
+# %% tags=["engine"]
+#| export
+# What no tensor of logits, hidden states or weights can be
+def _check_floating(name: str, value: Any, least_ndim: int) -> None:
+    """Demand a tensor of floating-point numbers with so many dimensions, the last not empty."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected a tensor of floating-point numbers, got {got}")
+    if value.ndim < least_ndim or value.size(-1) == 0:
+        dimensions = f"{least_ndim} or more dimensions" if least_ndim > 1 else "a dimension"
+        expected = f"{dimensions}, the last of at least 1"
+        raise ValueError(f"{name}: expected {expected}, got shape {tuple(value.shape)}")
+
+
+# %% [markdown]
+# The code first refuses what cannot be logits (the check is in the folded cell above).
+
+
 # %%
 #| export
 def log_sum_exp(logits: Float[Tensor, "*batch vocab_size"]) -> Float[Tensor, "*batch"]:
@@ -167,6 +186,7 @@ def log_sum_exp(logits: Float[Tensor, "*batch vocab_size"]) -> Float[Tensor, "*b
     >>> round(log_sum_exp(torch.tensor([1000.0, 1000.0])).item(), 2)
     1000.69
     """
+    _check_floating("logits", logits, 1)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     peak = wide.detach().amax(dim=-1, keepdim=True)
     peak = peak.masked_fill(peak.isinf(), 0.0)  # of nothing but -inf the answer is -inf, not NaN
@@ -287,16 +307,41 @@ print(f"mean over nothing: {_mean(0 * losses.sum(), torch.zeros_like(counts)):.3
 Reduction = Literal["mean", "sum", "none"]
 
 
+def _is_number(value: Any) -> bool:
+    """Whether it is a real number: one of NumPy's, too, or a tensor of one, as rates may be."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _check_amount(name: str, value: Any, *, positive: bool = False) -> None:
     """Refuse what is negative, infinite or not a number, and zero if it must be ``positive``."""
-    if not (0 < value < math.inf or (value == 0 and not positive)):
+    if not _is_number(value) or not (0 < value < math.inf or (value == 0 and not positive)):
         expected = "a finite number above 0" if positive else "a finite number of at least 0"
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
+def _check_count(name: str, value: Any, least: int) -> None:
+    """Demand a whole number; None, which ``check_at_least`` lets pass, is none."""
+    if value is None:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got None")
+    check_at_least(**{name: (least, value)})
+
+
+# %% [markdown] tags=["engine"]
+# The same for the arguments of a loss:
+
+
+# %% tags=["engine"]
+#| export
 def _check_loss(
-    places: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, **options: Any
+    places: Tensor, targets: Any, vocab_size: int, ignore_index: Any, **options: Any
 ) -> None:
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
+        got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+        raise ValueError(f"targets: expected a tensor of torch.int64, got {got}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise ValueError(f"ignore_index: expected a whole number, got {ignore_index!r}")
     if targets.shape != places.shape[:-1]:  # some wrong shapes would broadcast
         expected = f"a shape of {tuple(places.shape[:-1])}"
         raise ValueError(f"targets: expected {expected}, got {tuple(targets.shape)}")
@@ -358,6 +403,7 @@ def cross_entropy(
     """
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     check_choice("backend", backend, ("reference", "torch"))
+    _check_floating("logits", logits, 1)
     vocab_size = logits.size(-1)
     _check_loss(logits, targets, vocab_size, ignore_index, z_loss=z_loss, soft_cap=soft_cap)
     counts = targets != ignore_index
@@ -479,8 +525,8 @@ def _chunk(
 
 
 # %% [markdown] tags=["engine"]
-# The two products. A head's gradient sums over all chunks, and 16-bit sums lose small terms, so it
-# is kept in 32 bits:
+# Types come first. A head's gradient sums over all chunks, and 16-bit sums lose small terms, so it
+# is kept in 32 bits, as the second function below shows.
 
 
 # %% tags=["engine"]
@@ -489,9 +535,31 @@ def _as_autocast_would(device: str, *tensors: Tensor) -> list[Tensor]:
     """Convert as autocast does for products; inside a Function it would keep what it must not."""
     if not torch.is_autocast_enabled(device):
         return list(tensors)
-    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+    narrow = torch.get_autocast_dtype(device)
+    return [tensor.to(narrow) if isinstance(tensor, Tensor) else tensor for tensor in tensors]
 
 
+# %% [markdown] tags=["engine"]
+# A head has a row for each token, as wide and of the same type as the hidden states.
+
+
+# %% tags=["engine"]
+#| export
+def _check_head(weight: Tensor, hidden: Tensor) -> None:
+    _check_floating("weight", weight, 2)
+    shape, d_model = tuple(weight.shape), hidden.size(-1)
+    if len(shape) != 2 or shape[1] != d_model:
+        raise ValueError(f"weight: expected a shape of (vocab_size, {d_model}), got {shape}")
+    if weight.dtype != hidden.dtype:
+        raise ValueError(f"weight: expected {hidden.dtype} as hidden has, got {weight.dtype}")
+
+
+# %% [markdown] tags=["engine"]
+# And the two products:
+
+
+# %% tags=["engine"]
+#| export
 def _add_gradients(
     d_logits: Float[Tensor, "rows vocab_size"],
     hidden: Float[Tensor, "tokens d_model"],
@@ -575,11 +643,13 @@ def chunked_cross_entropy(
     are made in the forward pass, so logits are computed once; there is no second derivative.
     Under autocast the products are in its dtype, the softmax in float32 all the same.
     """
-    check_at_least(chunk_size=(1, chunk_size))
+    _check_count("chunk_size", chunk_size, 1)
     check_choice("reduction", reduction, ("mean", "sum"))
-    _check_loss(hidden, targets, len(weight), ignore_index, z_loss=z_loss, soft_cap=soft_cap)
+    _check_floating("hidden", hidden, 1)
     device = hidden.device.type
     hidden, weight = _as_autocast_would(device, hidden, weight)
+    _check_head(weight, hidden)
+    _check_loss(hidden, targets, len(weight), ignore_index, z_loss=z_loss, soft_cap=soft_cap)
     column = targets.reshape(-1, 1)
     counts = column != ignore_index
     column = column.masked_fill(~counts, 0)
@@ -751,7 +821,28 @@ for step in (1, 2):
 # %% [markdown] tags=["engine"]
 # Our optimizers inherit from torch's base class, which keeps groups of parameters and their state,
 # so that schedulers and checkpoints work with them. A step is the same for all but for one method,
-# `_update`. Parameters without a gradient are left alone.
+# `_update`. Parameters without a gradient are left alone. What is no list of parameters, or one
+# without any, is refused at once; an iterator that was read before looks like that.
+
+
+# %% tags=["engine"]
+#| export
+def _listed(name: str, given: Any) -> list[Any]:
+    """Return what was given as a list of at least one thing."""
+    if isinstance(given, nn.Module):
+        got = f"{type(given).__name__}; say model.parameters()"
+        raise ValueError(f"{name}: expected tensors, got a {got}")
+    if isinstance(given, Tensor | str | Mapping) or not isinstance(given, Iterable):
+        raise ValueError(f"{name}: expected an iterable of tensors, got {type(given).__name__}")
+    listed = list(given)
+    if not listed:
+        reason = " (an iterator can be read only once)" if isinstance(given, Iterator) else ""
+        raise ValueError(f"{name}: expected at least one parameter, got none{reason}")
+    return listed
+
+
+# %% [markdown] tags=["engine"]
+# The step over all groups, with what torch calls a closure:
 
 
 # %% tags=["engine"]
@@ -759,12 +850,17 @@ for step in (1, 2):
 def _called(closure: Callable[[], Any] | None) -> Any:
     if closure is None:
         return None
+    if not callable(closure):
+        raise ValueError(f"closure: expected a function or None, got {closure!r:.60}")
     with torch.enable_grad():
         return closure()
 
 
 class _Stepper(torch.optim.Optimizer):
     """What our optimizers share: a step goes over the groups and calls ``_update`` for each."""
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]):
+        super().__init__(_listed("params", params), defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -789,7 +885,8 @@ class _Stepper(torch.optim.Optimizer):
 
 # %% [markdown] tags=["engine"]
 # We add what torch's base class lacks. A learning rate of NaN is refused, as are settings in a
-# foreign state dict that we would silently ignore. And a copy, or what comes out of a pickle, has
+# foreign state dict that we would silently ignore, and a group whose iterator was read before, so
+# that nothing of it would be trained. And a copy, or what comes out of a pickle, has
 # the settings that are not in any group, too: torch's class would forget them.
 
 
@@ -798,20 +895,22 @@ class _Stepper(torch.optim.Optimizer):
 class _Stepper(_Stepper):  # continued
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings, or the optimizer's defaults, are checked."""
-        if isinstance(param_group["params"], Iterator):  # to be read twice
-            param_group["params"] = list(param_group["params"])
+        _check_group(param_group)
         self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state, this class's or that of the class of the same name in torch."""
+        if not isinstance(state_dict, Mapping) or "param_groups" not in state_dict:
+            got = sorted(state_dict) if isinstance(state_dict, Mapping) else type(state_dict)
+            raise ValueError(f"state_dict: expected one of an optimizer, got {got}")
         for group in state_dict["param_groups"]:
             self._check({**self.defaults, **group})
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():
             if "step" in state:  # torch keeps it elsewhere, unless it is fused
                 step = torch.as_tensor(state["step"], dtype=torch.float32)
-                state["step"] = step.to(parameter.device)
+                state["step"] = step.to(_device_of_step(parameter))
 
     def _check(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
@@ -822,11 +921,63 @@ class _Stepper(_Stepper):  # continued
 
 
 # %% [markdown] tags=["engine"]
+# A group is checked before anything is taken from it. Kernels want the number of steps on the
+# device of the parameter; but a device without numbers, "meta", could not count.
+
+
+# %% tags=["engine"]
+#| export
+def _check_group(group: Any) -> None:
+    if not isinstance(group, dict) or "params" not in group:
+        got = sorted(group) if isinstance(group, dict) else type(group).__name__
+        raise ValueError(f"param_group: expected a dict with params, got {got}")
+    if "learning_rate" in group:
+        raise ValueError("learning_rate: is called lr here, as in torch's optimizers")
+    if isinstance(group["params"], Iterator):  # to be read twice
+        group["params"] = _listed("params", group["params"])
+    if isinstance(group["params"], Tensor):
+        return
+    for entry in group["params"]:
+        tensor = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"params: expected tensors, got one of type {type(tensor).__name__}")
+
+
+def _device_of_step(parameter: Tensor) -> torch.device:
+    return torch.device("cpu") if parameter.is_meta else parameter.device
+
+
+# %% [markdown] tags=["engine"]
+# Whoever comes from another library, or from the next chapter's configuration, may call the rate
+# `learning_rate`. The answer names the right word:
+
+
+# %% tags=["engine"]
+#| export
+class _Stepper(_Stepper):  # continued
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Refuse the other name of ``lr``, before Python says only that it is unexpected."""
+        if "learning_rate" in options:
+            raise TypeError("learning_rate: is called lr here, as in torch's optimizers")
+        return super().__new__(cls)
+
+
+# %% [markdown] tags=["engine"]
 # A state dict may also hold what torch's optimizers have and ours do not.
 
 
 # %% tags=["engine"]
 #| export
+def _check_share(name: str, value: Any) -> None:
+    """Demand a number of at least 0 and less than 1, which may be in a tensor."""
+    check_fraction(name, float(value) if _is_number(value) else value)
+
+
+def _check_switch(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+
+
 def _refuse(group: dict[str, Any], **expected: Any) -> None:
     """Refuse what torch's optimizers have and ours do not; a state dict may hold it."""
     for name, value in expected.items():
@@ -944,7 +1095,8 @@ class SGD(_Stepper):
     def _check(self, group: dict[str, Any]) -> None:
         for name in ("lr", "weight_decay"):
             _check_amount(name, group[name])
-        check_fraction("momentum", float(group["momentum"]))
+        _check_share("momentum", group["momentum"])
+        _check_switch("nesterov", group["nesterov"])
         if group["nesterov"] and not group["momentum"]:
             raise ValueError("nesterov: expected a momentum above 0 with it, got momentum 0")
         _refuse(group, maximize=False, dampening=0)
@@ -1094,10 +1246,10 @@ for step in (1, 2):
 def _check_adamw(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         _check_amount(name, group[name])
-    if len(group["betas"]) != 2:
+    if not isinstance(group["betas"], tuple | list) or len(group["betas"]) != 2:
         raise ValueError(f"betas: expected two, got {group['betas']!r}")
     for number, beta in enumerate(group["betas"]):
-        check_fraction(f"betas[{number}]", float(beta))
+        _check_share(f"betas[{number}]", beta)
     decoupled = {"decoupled_weight_decay": True} if group["weight_decay"] else {}
     _refuse(group, amsgrad=False, maximize=False, **decoupled)
 
@@ -1121,7 +1273,14 @@ def _fused_adamw_step(group: dict[str, Any], *lists: list[Tensor]) -> None:
 
 
 # %% [markdown] tags=["engine"]
-# State dicts are those of `torch.optim.AdamW`.
+# A complex parameter is two real ones, each with a mean square of its own, as in torch. (Else a
+# square could be negative.) State dicts are those of `torch.optim.AdamW`.
+
+
+# %% tags=["engine"]
+#| export
+def _as_real(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
 
 
 # %% tags=["engine"]
@@ -1155,9 +1314,12 @@ class AdamW(_Stepper):
         means, squares = (self._buffers(parameters, n) for n in ("exp_avg", "exp_avg_sq"))
         for parameter in parameters:
             if "step" not in (state := self.state[parameter]):
-                state["step"] = torch.zeros((), device=parameter.device)
+                state["step"] = torch.zeros((), device=_device_of_step(parameter))
         tensors = (parameters, grads, means, squares, [self.state[p]["step"] for p in parameters])
-        (_adamw_step if self.backend == "reference" else _fused_adamw_step)(group, *tensors)
+        if self.backend == "reference":
+            _adamw_step(group, *map(_as_real, tensors))
+        else:
+            _fused_adamw_step(group, *tensors)
 
 
 # %% [markdown]
@@ -1227,11 +1389,24 @@ print(f"share of the 8 largest of 64 in the squared norm: {share:.0%}")
 # value by only 1.5 each time. Muon's coefficients $(3.4445, -4.7750, 2.0315)$ multiply it by 3.4;
 # the price is that values do not settle at 1 but move between 0.68 and 1.21.
 
-# %%
+# %% tags=["engine"]
 #| export
+# Muon's coefficients, and what no coefficients can be
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
+def _check_coefficients(name: str, given: Any) -> None:
+    three = isinstance(given, tuple | list) and len(given) == 3
+    if not three or not all(_is_number(number) and math.isfinite(number) for number in given):
+        raise ValueError(f"{name}: expected three finite numbers, got {given!r}")
+
+
+# %% [markdown]
+# (The folded cell holds these coefficients as `_COEFFICIENTS`.)
+
+
+# %%
+#| export
 def orthogonalize(
     matrix: Float[Tensor, "*batch rows columns"],
     steps: int = 5,
@@ -1244,7 +1419,10 @@ def orthogonalize(
     With the default coefficients those above 0.002 of the norm end between 0.68 and 1.21 after five
     steps. Computed in the dtype of ``matrix``. Source: Jordan et al. (2024), Newton-Schulz.
     """
-    check_at_least(steps=(0, steps))
+    _check_floating("matrix", matrix, 2)
+    _check_count("steps", steps, 0)
+    _check_coefficients("coefficients", coefficients)
+    _check_amount("eps", eps)
     a, b, c = coefficients
     tall = matrix.size(-2) > matrix.size(-1)
     x = matrix.mT if tall else matrix  # so that x x^T is the smaller of the two products
@@ -1351,16 +1529,19 @@ for step in (1, 2, 3):
 def _check_muon(group: dict[str, Any]) -> None:
     for name in ("lr", "weight_decay", "eps"):
         _check_amount(name, group[name])
-    check_fraction("momentum", float(group["momentum"]))
-    check_at_least(ns_steps=(0, group["ns_steps"]))
+    _check_share("momentum", group["momentum"])
+    _check_switch("nesterov", group["nesterov"])
+    _check_count("ns_steps", group["ns_steps"], 0)
+    _check_coefficients("ns_coefficients", group["ns_coefficients"])
     if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
         expected = "None, original or match_rms_adamw"
         raise ValueError(f"adjust_lr_fn: expected {expected}, got {group['adjust_lr_fn']!r}")
     params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
     params = [p[1] if isinstance(p, tuple) else p for p in params]  # they may come with names
-    for shape in (tuple(p.shape) for p in params if isinstance(p, Tensor)):
-        if len(shape) not in (2, 3):
-            raise ValueError(f"params: expected matrices, or stacks of them, got shape {shape}")
+    for parameter in (p for p in params if isinstance(p, Tensor)):
+        if parameter.ndim not in (2, 3) or not parameter.is_floating_point():
+            got = f"shape {tuple(parameter.shape)} of {parameter.dtype}"
+            raise ValueError(f"params: expected matrices, or stacks of them, got {got}")
 
 
 # %% [markdown] tags=["engine"]
@@ -1439,6 +1620,9 @@ class Muon(_Stepper):
         *,
         ns_dtype: torch.dtype | None = None,
     ):
+        is_float = isinstance(ns_dtype, torch.dtype) and ns_dtype.is_floating_point
+        if ns_dtype is not None and not is_float:
+            raise ValueError(f"ns_dtype: expected a floating-point type or None, got {ns_dtype!r}")
         self.ns_dtype = ns_dtype
         numbers = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eps": eps}
         how = {"ns_coefficients": ns_coefficients, "ns_steps": ns_steps, "nesterov": nesterov}
@@ -1478,6 +1662,8 @@ class Muon(_Stepper):
 # What is to be trained, by name
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what is to be trained, by name; a parameter under two names once."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise ValueError("model: expected a parameter that requires a gradient, got none")
@@ -1535,6 +1721,10 @@ class Optimizers(torch.optim.Optimizer):
     """Several optimizers as one; ``param_groups`` are all of theirs, so schedules fit it, too."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer):
+        for optimizer in optimizers or (None,):
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                got = type(optimizer).__name__ if optimizers else "none"
+                raise ValueError(f"optimizers: expected one or more of torch's kind, got {got}")
         self.optimizers = optimizers
         super().__init__([group for o in optimizers for group in o.param_groups], {})
 
@@ -1561,7 +1751,7 @@ class Optimizers(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Give each its state dict; a ``ValueError`` if there are more or fewer."""
-        states = state_dict.get("optimizers", ())
+        states = state_dict.get("optimizers", ()) if isinstance(state_dict, Mapping) else ()
         if len(states) != len(self.optimizers):
             expected = f"{len(self.optimizers)} optimizers"
             raise ValueError(f"state_dict: expected {expected}, got {len(states)}")
@@ -1612,6 +1802,10 @@ def build_optimizer(
     "muon" and 0.9 for "sgd". Decay is that of ``parameter_groups``.
     """
     check_choice("name", name, ("adamw", "muon", "sgd"))
+    for given, value in (("lr", lr), ("adamw_lr", lr if adamw_lr is None else adamw_lr)):
+        _check_amount(given, value)
+    if momentum is not None:
+        _check_share("momentum", momentum)
     groups = parameter_groups(model, weight_decay)
     if name == "adamw":
         return AdamW(groups, lr, betas, weight_decay=weight_decay, backend=backend)
@@ -1663,11 +1857,12 @@ assert held == sum(p.numel() for p in untied.parameters()), "each parameter once
 #| export
 # Which schedules are refused
 def _check_schedule(n_steps: int, warmup: int, final: float, decay: int = 0) -> None:
-    check_at_least(n_steps=(1, n_steps), warmup=(0, warmup), decay=(0, decay))
+    for name, value, least in (("n_steps", n_steps, 1), ("warmup", warmup, 0), ("decay", decay, 0)):
+        _check_count(name, value, least)
     if warmup + decay > n_steps:
         expected = f"warmup and decay within n_steps = {n_steps}"
         raise ValueError(f"warmup: expected {expected}, got {warmup} and {decay}")
-    if not 0 <= final <= 1:
+    if not _is_number(final) or not 0 <= final <= 1:
         raise ValueError(f"final: expected a share from 0 to 1, got {final!r}")
 
 
@@ -1685,8 +1880,14 @@ def _warmed_up(step: int, warmup: int, then: Schedule) -> float:
 
 
 def constant_schedule(*, warmup: int = 0) -> Schedule:
-    """Return the factor 1, after a linear rise in ``warmup`` steps."""
-    check_at_least(warmup=(0, warmup))
+    """Return the factor 1 at every step, after a linear rise in ``warmup`` steps.
+
+    With ``warmup`` w the first factor is 1 / (w + 1), as a first step of 0 would be wasted.
+
+    >>> [constant_schedule(warmup=3)(step) for step in range(5)]
+    [0.25, 0.5, 0.75, 1.0, 1.0]
+    """
+    _check_count("warmup", warmup, 0)
     return lambda step: _warmed_up(step, warmup, lambda _: 1.0)
 
 
@@ -1718,7 +1919,9 @@ def wsd_schedule(
     1 - sqrt(progress). Sources: Hu et al. (2024); Hägele et al. (2024) for the shapes.
     """
     check_choice("shape", shape, tuple(_SHAPES))
-    decay = max(0, min(n_steps // 5, n_steps - warmup)) if decay is None else decay
+    if decay is None:
+        _check_schedule(n_steps, warmup, final)
+        decay = min(n_steps // 5, n_steps - warmup)
     _check_schedule(n_steps, warmup, final, decay)
 
     def after_warmup(step: int) -> float:
@@ -1737,6 +1940,8 @@ def wsd_schedule(
 def cosine_schedule(n_steps: int, *, warmup: int = 0, final: float = 0.1) -> Schedule:
     """Return linear warmup, half a cosine from 1 to ``final`` at step ``n_steps``, then flat.
 
+    With ``warmup`` w the first factor is 1 / (w + 1), as a first step of 0 would be wasted.
+
     >>> [round(cosine_schedule(4, final=0.0)(step), 2) for step in range(6)]
     [1.0, 0.85, 0.5, 0.15, 0.0, 0.0]
     """
@@ -1746,7 +1951,13 @@ def cosine_schedule(n_steps: int, *, warmup: int = 0, final: float = 0.1) -> Sch
 
 
 def linear_schedule(n_steps: int, *, warmup: int = 0, final: float = 0.0) -> Schedule:
-    """Return linear warmup, a linear fall from 1 to ``final`` at step ``n_steps``, then flat."""
+    """Return linear warmup, a linear fall from 1 to ``final`` at step ``n_steps``, then flat.
+
+    With ``warmup`` w the first factor is 1 / (w + 1), as a first step of 0 would be wasted.
+
+    >>> [round(linear_schedule(4, warmup=1)(step), 2) for step in range(6)]
+    [0.5, 1.0, 0.67, 0.33, 0.0, 0.0]
+    """
     _check_schedule(n_steps, warmup, final)
     decay = n_steps - warmup
     return wsd_schedule(n_steps, warmup=warmup, decay=decay, final=final, shape="linear")
@@ -1797,6 +2008,16 @@ def _by_kind(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     yield from kinds.values()
 
 
+def _tensors_of(parameters: Any) -> list[Tensor]:
+    """Return the parameters; what was read before would else be clipped in vain, and silently."""
+    given = [parameters] if isinstance(parameters, Tensor) else _listed("parameters", parameters)
+    for parameter in given:
+        if not isinstance(parameter, Tensor):
+            got = type(parameter).__name__
+            raise ValueError(f"parameters: expected tensors, got one of type {got}")
+    return given
+
+
 def _global_norm(kinds: list[list[Tensor]]) -> Float[Tensor, ""]:
     norms: list[Tensor] = []
     for grads in kinds:
@@ -1818,11 +2039,11 @@ def clip_gradients(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Fl
 
     Returns the norm before. If it is not finite the gradients stay as they are, so look at it
     before a step; ``max_norm`` may be infinite, to measure only. Computed in float32 or wider.
+    No parameters at all, as from an iterator that was read before, are a ``ValueError``.
     """
-    if not max_norm > 0:
+    if not _is_number(max_norm) or not max_norm > 0:
         raise ValueError(f"max_norm: expected a number above 0, got {max_norm!r}")
-    given = [parameters] if isinstance(parameters, Tensor) else parameters
-    kinds = list(_by_kind(p.grad for p in given if p.grad is not None))
+    kinds = list(_by_kind(p.grad for p in _tensors_of(parameters) if p.grad is not None))
     if not kinds:
         return torch.zeros(())
     norm = _global_norm(kinds)
@@ -2064,15 +2285,25 @@ def smoothed_loss(logits: Tensor, targets: Tensor, epsilon: float) -> Tensor:
 
 # %% tags=["check"]
 torch.manual_seed(0)
-logits, wanted = (30 * torch.randn(6, 9)).requires_grad_(), torch.randint(9, (6,))
-for epsilon in (0.0, 0.1, 1.0):
+logits, wanted = torch.randn(6, 9, dtype=torch.float64), torch.randint(9, (6,))
+logits = (5 * logits).requires_grad_()
+huge = smoothed_loss(1000 * torch.eye(2), torch.tensor([0, 1]), 0.5)
+assert huge.isfinite(), f"large logits give {huge}: a probability overflows, or becomes 0"
+plain, theirs = smoothed_loss(logits, wanted, 0.0), F.cross_entropy(logits, wanted)
+twice = smoothed_loss(logits.repeat(2, 1), wanted.repeat(2), 0.0)
+assert torch.allclose(plain, twice), "the same tokens twice have another loss: it is no mean"
+assert torch.allclose(plain, theirs), "without smoothing it is no cross-entropy"
+for epsilon in (0.1, 0.6, 1.0):
     ours = smoothed_loss(logits, wanted, epsilon)
+    shifted = smoothed_loss(logits + 7, wanted, epsilon)
+    assert torch.allclose(ours, shifted), "a constant added to all logits changes the loss"
+    target = (1 - epsilon) * F.one_hot(wanted, 9) + epsilon / 9
+    slope = torch.autograd.grad(ours, logits)[0]
+    assert torch.allclose(slope, (logits.softmax(-1) - target) / 6), (
+        f"epsilon {epsilon}: the gradient of a token is not p - y', with y' as in the text"
+    )
     theirs = F.cross_entropy(logits, wanted, label_smoothing=epsilon)
     assert torch.allclose(ours, theirs), f"epsilon {epsilon}: {ours:.4f}, torch has {theirs:.4f}"
-target = (1 - 0.1) * F.one_hot(wanted, 9) + 0.1 / 9
-slope = torch.autograd.grad(smoothed_loss(logits, wanted, 0.1), logits)[0]
-assert torch.allclose(slope, (logits.softmax(-1) - target) / 6, atol=1e-6), "p - y', over 6 tokens"
-assert smoothed_loss(1000 * torch.eye(2), torch.tensor([0, 1]), 0.0) == 0, "it must not overflow"
 
 # %% [markdown]
 # ````{exercise} How long does a mean remember?
@@ -2100,10 +2331,16 @@ def beta_for(tokens: float, batch_tokens: float) -> float:
 # %% tags=["check"]
 for beta in (0.5, 0.9, 0.999):
     steps = half_life(beta)
-    assert abs(beta**steps - 0.5) < 1e-9, f"after {steps:.1f} steps {beta**steps:.3f} is left"
-    assert abs(beta_for(1000 * steps, 1000) - beta) < 1e-9, "both ways"
-small = beta_for(half_life(0.95) * 1e6, 1e4)
-assert abs(small - 0.95**0.01) < 1e-9, "a hundred small steps forget what one large step does"
+    assert abs(beta**steps - 0.5) < 1e-9, (
+        f"of a gradient, {beta**steps:.3f} is left after {steps:.1f} steps with beta {beta}"
+    )
+for tokens, batch_tokens in ((1000, 1000), (5e6, 1e6), (5e6, 3e4), (1e4, 1e6)):
+    beta = beta_for(tokens, batch_tokens)
+    left = beta ** (tokens / batch_tokens)
+    assert 0 < beta < 1, f"beta is {beta:.3f}, which is no share"
+    assert abs(left - 0.5) < 1e-9, (
+        f"{left:.3f} is left after {tokens:,.0f} tokens in batches of {batch_tokens:,.0f}"
+    )
 
 # %% [markdown]
 # ````{exercise} Coefficients compared
@@ -2130,16 +2367,25 @@ def steps_needed(coefficients: tuple[float, float, float], strength: float, low:
 
 
 # %% tags=["check"]
+def applied(coefficients: tuple[float, float, float], strength: float, n: int) -> float:
+    a, b, c = coefficients
+    for _ in range(n):
+        strength = a * strength + b * strength**3 + c * strength**5
+    return strength
+
+
 muon, cubic, quintic = (3.4445, -4.775, 2.0315), (1.5, -0.5, 0.0), (1.875, -1.25, 0.375)
-assert steps_needed(cubic, 0.9, 0.7) == 0, "what is large enough needs no step"
-assert steps_needed(cubic, 0.5, 0.99) == 4, "0.50, 0.69, 0.87, 0.98, 0.999"
-found = [steps_needed(kind, 0.001, 0.7) for kind in (muon, cubic, quintic)]
-for kind, steps in zip((muon, cubic, quintic), found, strict=True):
-    weak = torch.diag(torch.tensor([0.001, 1.0 - 0.5e-6]))  # of norm 1, nearly
-    before, after = (orthogonalize(weak, n, coefficients=kind)[0, 0] for n in (steps - 1, steps))
-    assert before < 0.7 <= after + 1e-3, (
-        f"{kind}: {steps} steps, but there {before:.2f}, {after:.2f}"
-    )
+for strength in (0.9, 0.7):
+    assert steps_needed(cubic, strength, 0.7) == 0, "what has reached low already needs no step"
+for kind, name in ((muon, "Muon's"), (cubic, "the cubic"), (quintic, "the quintic")):
+    for strength, low in ((0.001, 0.7), (0.02, 0.5), (0.3, 0.69), (1e-6, 0.1)):
+        steps = steps_needed(kind, strength, low)
+        case = f"{name} from {strength} to {low}: {steps} steps"
+        assert isinstance(steps, int), f"{case} are no whole number"
+        reached = [applied(kind, strength, n) >= low for n in range(steps + 1)]
+        assert reached[-1], f"{case} do not reach it"
+        assert sum(reached) == 1, f"{case}, but fewer reach it already"
+assert steps_needed(cubic, 0.5, 0.99) == 4, "the cubic slows down on its way from 0.5 to 0.99"
 
 # %% [markdown]
 # ````{exercise} Rows that do not count
@@ -2162,15 +2408,23 @@ def loss_of_kept(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 # %% tags=["check"]
 torch.manual_seed(0)
-hidden, weight = torch.randn(4, 25, 8, requires_grad=True), torch.randn(13, 8, requires_grad=True)
+hidden = torch.randn(4, 25, 8, dtype=torch.float64, requires_grad=True)
+weight = torch.randn(13, 8, dtype=torch.float64, requires_grad=True)
 wanted = torch.randint(13, (4, 25)).masked_fill(torch.rand(4, 25) < 0.8, -100)
-with LiveBytes() as few:
-    ours = torch.autograd.grad(loss_of_kept(hidden, weight, wanted), (hidden, weight))
-with LiveBytes() as many:
-    theirs = torch.autograd.grad(chunked_cross_entropy(hidden, weight, wanted), (hidden, weight))
-for a, b in zip(ours, theirs, strict=True):
-    assert torch.allclose(a, b, atol=1e-6), "gradients differ, or rows that do not count have one"
-assert few.peak < many.peak, f"peak of {few.peak} bytes, with all rows {many.peak}"
+wanted[0, :2] = torch.tensor([0, 12])  # the first and the last id count like all others
+losses, gradients, peaks = [], [], []
+for function in (loss_of_kept, chunked_cross_entropy):
+    with LiveBytes() as memory:
+        loss = function(hidden, weight, wanted)
+        assert loss.requires_grad, "the loss has no gradient"
+        gradients.append(torch.autograd.grad(loss, (hidden, weight), allow_unused=True))
+    losses.append(loss.detach())
+    peaks.append(memory.peak)
+assert torch.allclose(*losses), f"the loss is {losses[1]:.4f}, got {losses[0]:.4f}"
+for name, ours, theirs in zip(("hidden", "weight"), *gradients, strict=True):
+    assert ours is not None, f"{name} gets no gradient"
+    assert torch.allclose(ours, theirs), f"the gradient of {name} is another"
+assert peaks[0] < peaks[1], f"peak of {peaks[0]} bytes, with all rows {peaks[1]}: none was left out"
 nothing = loss_of_kept(hidden, weight, torch.full((4, 25), -100))
 assert nothing.isnan(), f"the mean over nothing is NaN, not {nothing.item()}"
 
@@ -2200,19 +2454,32 @@ def lion_step(
 
 
 # %% tags=["check"]
-parameter, mean = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0])), torch.zeros(3)
-parameter.grad = torch.tensor([0.5, -1e-6, 0.0])
-lion_step(parameter, mean, 0.1, (0.9, 0.99), 0.5)
-assert torch.allclose(parameter.data, torch.tensor([0.85, -1.8, 2.85])), "decay, then sign"
-assert torch.allclose(mean, torch.tensor([0.005, -1e-8, 0.0])), (
-    "the mean is kept by the second beta"
-)
-parameter.grad = torch.tensor([-0.0425, 2e-7, 2.0])
-lion_step(parameter, mean, 0.1, (0.9, 0.99), 0.0)
+def step_of(parameter: Tensor, mean: Tensor, gradient: list[float], weight_decay: float) -> None:
+    parameter.grad = torch.tensor(gradient, dtype=torch.float64)
+    given = parameter.grad.clone()
+    try:
+        lion_step(parameter, mean, 0.1, (0.9, 0.99), weight_decay)
+    except RuntimeError as error:
+        raise AssertionError(f"a step is not to be followed by autograd: {error}") from None
+    assert torch.equal(parameter.grad, given), "the gradient has been changed"
+
+
+def near(tensor: Tensor, expected: list[float]) -> bool:
+    wanted = torch.tensor(expected, dtype=torch.float64)
+    return torch.allclose(tensor.detach(), wanted, rtol=1e-6, atol=1e-14)
+
+
+parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64))
+mean = torch.zeros(3, dtype=torch.float64)
+step_of(parameter, mean, [0.5, -1e-6, 0.0], 0.5)
+moved = f"moved from 1, -2 and 3 to {[round(x, 4) for x in parameter.tolist()]}"
+assert near(parameter, [0.85, -1.8, 2.85]), f"decay is lr times weight_decay, then a sign: {moved}"
+assert near(mean, [0.005, -1e-8, 0.0]), "the mean is kept in place, by the second beta"
 # 0.9 * 0.005 - 0.1 * 0.0425 is above zero; with the new mean it is not. The second number has
 # -0.9 * 1e-8 + 0.1 * 2e-7, also above zero; with the second beta it is not.
-assert torch.allclose(parameter.data, torch.tensor([0.75, -1.9, 2.75])), "first beta, old mean"
-assert torch.allclose(mean, torch.tensor([0.004525, -7.9e-9, 0.02])), "after two steps"
+step_of(parameter, mean, [-0.0425, 2e-7, 2.0], 0.0)
+assert near(parameter, [0.75, -1.9, 2.75]), "the sign is that of the old mean and the first beta"
+assert near(mean, [0.004525, -7.9e-9, 0.02]), "the mean after two steps is another"
 
 # %% [markdown]
 # ## Summary

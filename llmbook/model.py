@@ -43,14 +43,15 @@ from .positions import LearnedEmbedding, RopeScaling, RotaryEmbedding, Sinusoida
 # %% ../chapters/11_model.ipynb #685a57e6
 _DERIVED: Any = None  # the default of a field that follows from others
 
-# %% ../chapters/11_model.ipynb #286cdb7b
+# %% ../chapters/11_model.ipynb #1b10cb7d
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What a ``TransformerLM`` is: every size and every choice, checked.
 
     What is left out follows from the rest: ``n_kv_heads`` is ``n_heads``, ``d_head`` is
-    ``d_model / n_heads``, ``d_ff`` is ``default_d_ff``, ``qkv_bias`` is ``bias``. What no model can
-    be raises a ``ValueError`` that names the field, its value and what was expected.
+    ``d_model / n_heads``, ``d_rope`` is ``d_head``, ``d_ff`` is ``default_d_ff``, ``qkv_bias`` is
+    ``bias``, and so is ``norm_bias`` where the norm is "layernorm". What no model can be raises a
+    ``ValueError`` that names the field, its value and what was expected.
     """
 
     vocab_size: int
@@ -64,15 +65,19 @@ class ModelConfig:
     n_experts: int = 0
     n_active_experts: int = 0  # of n_experts, for each token
     d_shared: int = 0  # the width of an expert that all tokens use
+    normalize_experts: bool = True  # weights of a token's active experts sum to one
     positions: str = "rope"  # or learned, sinusoidal, none
     rope_base: int | float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    layout: str = "half"  # of the pairs that are rotated; or interleaved
+    d_rope: int = _DERIVED  # d_head; how many numbers of each head are rotated
     norm: str = "rmsnorm"  # or layernorm
     norm_eps: int | float = 1e-5
     norm_position: str = "pre"  # or post
     activation: str = "swiglu"  # or another of llmbook.blocks.ACTIVATIONS
-    bias: bool = False  # of linear layers, but for router and head, and of LayerNorm
+    bias: bool = False  # of linear layers, but for router and head
     qkv_bias: bool = _DERIVED  # bias
+    norm_bias: bool = _DERIVED  # bias, for layernorm only
     qk_norm: bool = False
     sliding_window: int | None = None  # how far attention sees, the token itself included
     tie_embeddings: bool = False
@@ -90,8 +95,10 @@ class ModelConfig:
         derived = {
             "n_kv_heads": self.n_heads,
             "d_head": self.d_model // self.n_heads,
+            "d_rope": self.d_head or self.d_model // self.n_heads,
             "d_ff": default_d_ff(self.d_model, self.activation),
             "qkv_bias": self.bias,
+            "norm_bias": self.bias and self.norm == "layernorm",
         }
         for name, value in derived.items():
             if getattr(self, name) is None:
@@ -127,6 +134,8 @@ class ModelConfig:
             raise ValueError(f"n_kv_heads: expected {expected}, got {self.n_kv_heads}")
         check_choice("positions", self.positions, ("rope", "learned", "sinusoidal", "none"))
         check_choice("norm", self.norm, ("rmsnorm", "layernorm"))
+        if self.norm_bias and self.norm == "rmsnorm":
+            raise ValueError("norm_bias: expected False for 'rmsnorm', which has none, got True")
         check_choice("norm_position", self.norm_position, ("pre", "post"))
         check_fraction("dropout", self.dropout)
         if not 0 < self.norm_eps < 1:
@@ -134,15 +143,30 @@ class ModelConfig:
 
     def _check_positions(self) -> None:
         kind = self.positions
-        for name, needed in (("d_head", kind == "rope"), ("d_model", kind == "sinusoidal")):
+        rotated = "d_head" if self.d_rope == self.d_head else "d_rope"
+        for name, needed in ((rotated, kind == "rope"), ("d_model", kind == "sinusoidal")):
             if needed and getattr(self, name) % 2:
                 value = getattr(self, name)
                 raise ValueError(f"{name}: expected an even number for {kind!r}, got {value}")
+        self._check_rotations()
         if not 1 < self.rope_base < 1e30:  # angles are of 32 bits
             raise ValueError(f"rope_base: expected a number above 1, got {self.rope_base}")
         if self.rope_scaling is not None and kind != "rope":
             expected = f"None where positions are {kind!r}"
             raise ValueError(f"rope_scaling: expected {expected}, got {self.rope_scaling}")
+
+    def _check_rotations(self) -> None:
+        check_choice("layout", self.layout, ("half", "interleaved"))
+        least = 1 if self.positions == "rope" else self.d_head  # elsewhere nothing is rotated
+        if not least <= self.d_rope <= self.d_head:
+            expected = f"{least} to d_head = {self.d_head} where positions are {self.positions!r}"
+            raise ValueError(f"d_rope: expected {expected}, got {self.d_rope}")
+        if self.layout != "half" and self.positions != "rope":
+            expected = f"half where positions are {self.positions!r}"
+            raise ValueError(f"layout: expected {expected}, got {self.layout!r}")
+        kind = None if self.rope_scaling is None else self.rope_scaling.kind
+        if kind in ("ntk", "dynamic") and self.d_rope < 4:
+            raise ValueError(f"d_rope: expected at least 4 for {kind!r}, got {self.d_rope}")
 
     def _check_experts(self) -> None:
         check_at_least(n_experts=(0, self.n_experts), d_shared=(0, self.d_shared))
@@ -154,6 +178,8 @@ class ModelConfig:
             raise ValueError(f"d_shared: expected 0 without experts, got {self.d_shared}")
         if self.n_experts and self.bias:
             raise ValueError("bias: expected False with experts, which have none, got True")
+        if not self.n_experts and not self.normalize_experts:
+            raise ValueError("normalize_experts: expected True without experts, got False")
 
 # %% ../chapters/11_model.ipynb #56d9d563
 _SIZES = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
@@ -182,14 +208,16 @@ def _check_types(entries: Mapping[str, Any]) -> None:
             name = getattr(kind, "__name__", str(kind))
             raise ValueError(f"{field.name}: expected {name}, got {value!r}")
 
-# %% ../chapters/11_model.ipynb #245edc7b
+# %% ../chapters/11_model.ipynb #0ff31ef3
 _REQUIRED = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads")
 
 
 def _checked_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries as arguments of ``ModelConfig``; what is unknown or missing is named."""
+    if not isinstance(entries, Mapping):
+        raise ValueError(f"entries: expected a mapping of fields, got {entries!r:.60}")
     given = {name: value for name, value in entries.items() if value is not None}
-    if unknown := sorted(set(given) - {field.name for field in fields(ModelConfig)}):
+    if unknown := sorted(map(str, set(given) - {field.name for field in fields(ModelConfig)})):
         raise ValueError(f"{unknown[0]}: not a field of ModelConfig")
     if missing := [name for name in _REQUIRED if name not in given]:
         raise ValueError(f"{missing[0]}: expected a number, but it is missing")
@@ -220,12 +248,13 @@ _add_preset("mistral-7b", 32_000, 32_768, 4096, 32, 32, 8, 14_336, sliding_windo
 _EXPERTS = {"n_experts": 8, "n_active_experts": 2, "rope_base": 1_000_000.0}
 _add_preset("mixtral-8x7b", 32_000, 32_768, 4096, 32, 32, 8, 14_336, **_EXPERTS)
 
-# %% ../chapters/11_model.ipynb #2ef8987e
+# %% ../chapters/11_model.ipynb #e52f4c0c
 class Transformer(nn.Module):
     """From token ids to one vector for each token: everything but the head."""
 
     def __init__(self, config: ModelConfig, backend: Backend = "torch"):
         super().__init__()
+        _check_model(config, backend)
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.positions, self.rope = _absolute(config), _rotary(config)
@@ -326,6 +355,9 @@ class TransformerLM(Transformer):
     def new_cache(self, batch_size: int, capacity: int | None = None, spare: int = 0) -> KVCache:
         """Return an empty cache for rows of ``capacity`` tokens, by default ``context_length``."""
         config, weight = self.config, self.embedding.weight
+        _check_counts(batch_size=batch_size)
+        _check_counts(0, spare=spare)
+        check_at_least(capacity=(1, capacity))
         capacity = config.context_length if capacity is None else capacity
         if capacity > config.context_length:
             expected = f"at most context_length = {config.context_length}"
@@ -343,11 +375,11 @@ class TransformerLM(Transformer):
         """Return the model in ``folder``; the options are those of ``load_model``."""
         return load_model(folder, **options)
 
-# %% ../chapters/11_model.ipynb #4eed45ca
+# %% ../chapters/11_model.ipynb #8a56f4a2
 def _norm(config: ModelConfig, backend: Backend) -> Callable[[int], nn.Module]:
     """Return what makes a normalization of a given width."""
     if config.norm == "layernorm":
-        return partial(LayerNorm, eps=config.norm_eps, bias=config.bias, backend=backend)
+        return partial(LayerNorm, eps=config.norm_eps, bias=config.norm_bias, backend=backend)
     return partial(RMSNorm, eps=config.norm_eps, backend=backend)
 
 
@@ -366,16 +398,19 @@ def _attention(config: ModelConfig, backend: Backend) -> MultiHeadAttention:
         output_bias=config.bias,
         qk_norm=_norm(config, backend) if config.qk_norm else None,
         dropout=config.dropout,
+        layout="interleaved" if config.layout == "interleaved" else "half",
+        d_rope=config.d_rope if config.positions == "rope" else None,
         backend=backend,
     )
 
-# %% ../chapters/11_model.ipynb #0901f553
+# %% ../chapters/11_model.ipynb #b79961f2
 def _feed_forward(config: ModelConfig) -> FeedForward | MixtureOfExperts:
     sizes, activation = (config.d_model, config.d_ff), config.activation
     if not config.n_experts:
         return FeedForward(*sizes, activation=activation, bias=config.bias)
     experts = config.n_experts, config.n_active_experts
-    return MixtureOfExperts(*sizes, *experts, activation=activation, d_shared=config.d_shared)
+    options: dict[str, Any] = {"activation": activation, "d_shared": config.d_shared}
+    return MixtureOfExperts(*sizes, *experts, **options, normalize=config.normalize_experts)
 
 
 def _block(config: ModelConfig, backend: Backend) -> TransformerBlock:
@@ -397,32 +432,83 @@ def _absolute(config: ModelConfig) -> LearnedEmbedding | SinusoidalEmbedding | N
 
 def _rotary(config: ModelConfig) -> RotaryEmbedding | None:
     rope = config.positions == "rope"
-    return RotaryEmbedding(config.d_head, config.rope_base, config.rope_scaling) if rope else None
+    return RotaryEmbedding(config.d_rope, config.rope_base, config.rope_scaling) if rope else None
 
-# %% ../chapters/11_model.ipynb #e60a71bf
+# %% ../chapters/11_model.ipynb #f75d2caa
+def _check_config(name: str, config: Any) -> None:
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"{name}: expected a ModelConfig, got {config!r:.60}")
+
+
+def _check_model(config: Any, backend: Any) -> None:
+    _check_config("config", config)
+    check_choice("backend", backend, ("reference", "torch"))
+
+
+def _described_tensor(given: Any) -> str:
+    is_tensor = isinstance(given, Tensor)
+    return f"{tuple(given.shape)} of {given.dtype}" if is_tensor else f"{given!r:.60}"
+
+# %% ../chapters/11_model.ipynb #3c59bf28
 def _check_input(
     config: ModelConfig,
-    ids: Tensor,
-    position_ids: Tensor | None,
-    document_ids: Tensor | None,
+    ids: Any,
+    position_ids: Any,
+    document_ids: Any,
     cache: KVCache | None,
 ) -> None:
-    if ids.dtype != torch.int64 or ids.ndim != 2:
-        got = f"{tuple(ids.shape)} of {ids.dtype}"
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 2:
+        got = _described_tensor(ids)
         raise ValueError(f"ids: expected (batch, sequence) of torch.int64, got {got}")
     if not 0 < ids.size(1) <= config.context_length:
         expected = f"1 to context_length = {config.context_length} tokens"
         raise ValueError(f"ids: expected {expected}, got {ids.size(1)}")
+    if not len(ids):
+        raise ValueError(f"ids: expected at least one row, got shape {tuple(ids.shape)}")
     for name, given in (("position_ids", position_ids), ("document_ids", document_ids)):
         if given is None:
             continue
-        fits = given.shape == ids.shape
-        fits |= name == "position_ids" and given.shape == (1, ids.size(1))
-        if given.dtype != torch.int64 or not fits:
-            got = f"{tuple(given.shape)} of {given.dtype}"
+        shapes = [ids.shape, (1, ids.size(1))] if name == "position_ids" else [ids.shape]
+        integers = isinstance(given, Tensor) and given.dtype == torch.int64
+        if not integers or given.shape not in shapes:
+            got = _described_tensor(given)
             raise ValueError(f"{name}: expected {tuple(ids.shape)} of torch.int64, got {got}")
     if cache is not None and document_ids is not None:
         raise ValueError("document_ids: expected None with a cache, which has one text in a row")
+    if cache is not None:
+        _check_cache(config, len(ids), cache)
+    if position_ids is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        least = int(position_ids.min())
+        if least < -1:
+            raise ValueError(f"position_ids: expected at least -1, for padding, got {least}")
+
+# %% ../chapters/11_model.ipynb #e3634c26
+def _check_cache(config: ModelConfig, rows: int, cache: Any) -> None:
+    if not isinstance(cache, KVCache):
+        raise ValueError(f"cache: expected a KVCache, as new_cache makes, got {cache!r:.60}")
+    try:
+        shape = cache[config.n_layers - 1].keys.shape
+    except IndexError:
+        raise ValueError(f"cache: expected {config.n_layers} layers, got fewer") from None
+    sizes, got = (rows, config.n_kv_heads, config.d_head), (shape[0], shape[1], shape[3])
+    if sizes != got:
+        raise ValueError(f"cache: expected (rows, n_kv_heads, d_head) of {sizes}, got {got}")
+
+# %% ../chapters/11_model.ipynb #50f0ebb4
+def _check_counts(least: int = 1, /, **counts: Any) -> None:
+    """Demand whole numbers of at least so much, not None, which ``check_at_least`` lets pass."""
+    for name, count in counts.items():
+        if count is None:
+            raise ValueError(f"{name}: expected a whole number of at least {least}, got None")
+        check_at_least(**{name: (least, count)})
+
+
+def _check_batch(config: Any, dtype: Any, **counts: Any) -> None:
+    """Check what the memory of a batch is computed from."""
+    _check_config("config", config)
+    _check_counts(**counts)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype: expected a torch.dtype, got {dtype!r}")
 
 # %% ../chapters/11_model.ipynb #7127d76b
 def _embedded(embedding: nn.Embedding, ids: Tensor) -> Tensor:
@@ -434,12 +520,13 @@ def _embedded(embedding: nn.Embedding, ids: Tensor) -> Tensor:
         got = f"{int(ids.min())} to {int(ids.max())}"
         raise ValueError(f"ids: expected {expected}, got {got}") from None
 
-# %% ../chapters/11_model.ipynb #84de06ee
+# %% ../chapters/11_model.ipynb #243d4493
 def parameter_counts(config: ModelConfig, *, active: bool = False) -> dict[str, int]:
     """Return the number of parameters of each part, summed over all layers; nothing is allocated.
 
     With ``active``, only those that one token meets: of experts ``n_active_experts``.
     """
+    _check_config("config", config)
     d, layers, vocabulary = config.d_model, config.n_layers, config.vocab_size * config.d_model
     return {
         "embedding": vocabulary,
@@ -450,9 +537,9 @@ def parameter_counts(config: ModelConfig, *, active: bool = False) -> dict[str, 
         "lm_head": 0 if config.tie_embeddings else vocabulary,
     }
 
-# %% ../chapters/11_model.ipynb #d00ba475
+# %% ../chapters/11_model.ipynb #13a2f14c
 def _vectors_of_norm(config: ModelConfig) -> int:
-    return 2 if config.norm == "layernorm" and config.bias else 1
+    return 2 if config.norm_bias else 1
 
 
 def _attention_parameters(config: ModelConfig) -> int:
@@ -469,7 +556,7 @@ def _feed_forward_parameters(config: ModelConfig, active: bool) -> int:
     experts = config.n_active_experts if active else config.n_experts
     return d * config.n_experts + matrices * d * (experts * config.d_ff + config.d_shared)
 
-# %% ../chapters/11_model.ipynb #5c6f0669
+# %% ../chapters/11_model.ipynb #5cf92510
 def count_parameters(
     model: nn.Module | ModelConfig, *, active: bool = False, embeddings: bool = True
 ) -> int:
@@ -485,12 +572,13 @@ def count_parameters(
         return sum(parameter.numel() for parameter in model.parameters())
     config = model if isinstance(model, ModelConfig) else getattr(model, "config", None)
     if not isinstance(config, ModelConfig):
-        raise ValueError(f"model: expected a TransformerLM or a ModelConfig, got {type(model)}")
+        got = type(model).__name__
+        raise ValueError(f"model: expected a TransformerLM or a ModelConfig, got {got}")
     counts = parameter_counts(config, active=active)
     left_out = () if embeddings else ("embedding", "positions")
     return sum(count for part, count in counts.items() if part not in left_out)
 
-# %% ../chapters/11_model.ipynb #c49ed67e
+# %% ../chapters/11_model.ipynb #981bc57b
 def _matrix_entries(config: ModelConfig) -> int:
     """Return the entries of all matrices that one token is multiplied by."""
     d, widths = config.d_model, (config.n_heads + config.n_kv_heads) * config.d_head
@@ -509,6 +597,7 @@ def flops_per_token(
     counts all pairs of tokens, or if ``causal`` only those that the mask allows, window included.
     The default ``sequence`` is ``context_length``. Source: Chowdhery et al. (2023), appendix B.
     """
+    _check_config("config", config)
     sequence = config.context_length if sequence is None else sequence
     check_at_least(sequence=(1, sequence))
     keys = float(sequence)
@@ -518,7 +607,7 @@ def flops_per_token(
     pairs = 2 * config.n_layers * config.n_heads * config.d_head * keys
     return (6 if training else 2) * (_matrix_entries(config) + pairs)
 
-# %% ../chapters/11_model.ipynb #1000d52e
+# %% ../chapters/11_model.ipynb #07e35616
 _KEPT = {"relu": 1, "gelu": 2, "gelu_tanh": 2, "silu": 2, "reglu": 3, "geglu": 4, "swiglu": 4}
 
 
@@ -530,7 +619,7 @@ def activation_bytes(
     For the backend "torch" without dropout; statistics of a few numbers per token are left out, and
     with them masks. Source: counted as by Korthikanti et al. (2023). A ``ValueError`` for experts.
     """
-    check_at_least(batch_size=(1, batch_size), sequence=(1, sequence))
+    _check_batch(config, dtype, batch_size=batch_size, sequence=sequence)
     if config.n_experts:  # what an expert keeps depends on how many tokens it gets
         raise ValueError(f"n_experts: expected 0, got {config.n_experts}")
     heads = (config.n_heads + config.n_kv_heads) * config.d_head
@@ -539,7 +628,7 @@ def activation_bytes(
     ends = 2 * config.d_model  # what the last normalization and the head read
     return batch_size * sequence * (config.n_layers * layer + ends) * dtype.itemsize
 
-# %% ../chapters/11_model.ipynb #07845863
+# %% ../chapters/11_model.ipynb #c7084e8f
 def training_memory(
     config: ModelConfig, batch_size: int, sequence: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, int]:
@@ -547,6 +636,7 @@ def training_memory(
 
     All in one ``dtype``. Not counted: what lives only while one layer, or the loss, is computed.
     """
+    _check_batch(config, dtype, batch_size=batch_size, sequence=sequence)
     weights = count_parameters(config) * dtype.itemsize
     return {
         "weights": weights,
@@ -561,12 +651,12 @@ def cache_bytes(
     config: ModelConfig, batch_size: int, sequence: int, dtype: torch.dtype = torch.bfloat16
 ) -> int:
     """Return what keys and values of ``sequence`` tokens in ``batch_size`` rows take, in bytes."""
-    check_at_least(batch_size=(1, batch_size), sequence=(1, sequence))
+    _check_batch(config, dtype, batch_size=batch_size, sequence=sequence)
     kept = min(sequence, config.sliding_window or sequence)
     per_token = 2 * config.n_layers * config.n_kv_heads * config.d_head
     return batch_size * kept * per_token * dtype.itemsize
 
-# %% ../chapters/11_model.ipynb #68f660f9
+# %% ../chapters/11_model.ipynb #c7e1c5cc
 _LLAMA_NAMES = {
     r"^(embedding|blocks|norm)\b": r"model.\1",
     r"\bembedding\b": "embed_tokens",
@@ -574,24 +664,25 @@ _LLAMA_NAMES = {
     r"\battention\b": "self_attn",
     r"\battention_norm\b": "input_layernorm",
     r"\bfeed_forward_norm\b": "post_attention_layernorm",
-    r"\bfeed_forward\.(router|experts)\b": r"block_sparse_moe.\1",
     r"\brouter\b": "gate",
     r"\bfeed_forward\b": "mlp",
 }
-_EXPERT_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+_MIXTRAL_NAMES = {r"\bfeed_forward\.(router|experts)\b": r"block_sparse_moe.\1"}
+_MIXTRAL_EXPERT = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
-def _llama_tensors(own: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+def _llama_tensors(own: Mapping[str, Tensor], family: str) -> dict[str, list[Tensor]]:
     tensors: dict[str, list[Tensor]] = {}
+    names, expert = (_MIXTRAL_NAMES, _MIXTRAL_EXPERT) if family == "mixtral" else ({}, {})
     for name, tensor in own.items():
-        for pattern, theirs in _LLAMA_NAMES.items():
+        for pattern, theirs in {**names, **_LLAMA_NAMES}.items():
             name = re.sub(pattern, theirs, name)
         if tensor.ndim < 3:
             tensors[name] = [tensor]
             continue
         stem, _, kind = name.rpartition(".")
         for number, matrix in enumerate(tensor):
-            tensors[f"{stem}.{number}.{_EXPERT_NAMES[kind]}.weight"] = [matrix]
+            tensors[f"{stem}.{number}.{expert.get(kind, kind)}.weight"] = [matrix]
     return tensors
 
 # %% ../chapters/11_model.ipynb #b6439ece
@@ -620,13 +711,13 @@ def _gpt2_tensors(own: Mapping[str, Tensor], n_layers: int) -> dict[str, list[Te
             tensors[f"transformer.h.{number}.{theirs}.{kind}"] = turned
     return tensors
 
-# %% ../chapters/11_model.ipynb #6d5fd8fe
+# %% ../chapters/11_model.ipynb #ee366a46
 def _parameters_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters by the names that the model gives them, without those of wrappers."""
     # A tied head is not there twice.
     return {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
 
-
+# %% ../chapters/11_model.ipynb #01abd4ca
 def _unwrapped(model: nn.Module) -> TransformerLM:
     """Return the model in a wrapper of ``torch.compile``; refuse what has no such parameters."""
     while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
@@ -647,15 +738,17 @@ def _unwrapped(model: nn.Module) -> TransformerLM:
             raise ValueError(f"model: expected {name} of shape {wanted}, got {got}")
     return model
 
-
+# %% ../chapters/11_model.ipynb #a309cd05
 def _disk_tensors(model: TransformerLM, family: str) -> dict[str, list[Tensor]]:
     """Return for each tensor in a file the views of ours that make it, side by side."""
     own = _parameters_of(model)
     if family == "llmbook":
         return {name: [tensor] for name, tensor in own.items()}
-    return _gpt2_tensors(own, model.config.n_layers) if family == "gpt2" else _llama_tensors(own)
+    if family == "gpt2":
+        return _gpt2_tensors(own, model.config.n_layers)
+    return _llama_tensors(own, family)
 
-# %% ../chapters/11_model.ipynb #48ad1195
+# %% ../chapters/11_model.ipynb #14809d78
 _GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _GPT2_ACTIVATIONS |= {name: name for name in ("gelu", "relu", "silu")}
 _LLAMA_ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu"}
@@ -670,6 +763,8 @@ _FAMILIES = {
     ("sliding_window",): "mistral",
     ("n_experts",): "mixtral",
     ("sliding_window", "n_experts"): "mixtral",
+    ("qk_norm", "n_experts"): "qwen3_moe",
+    ("qk_norm", "sliding_window", "n_experts"): "qwen3_moe",
 }
 _CLASSES = {
     "gpt2": "GPT2LMHeadModel",
@@ -678,31 +773,60 @@ _CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "stablelm": "StableLmForCausalLM",
+    "ernie4_5": "Ernie4_5ForCausalLM",
 }
 
-# %% ../chapters/11_model.ipynb #63be206c
+# %% ../chapters/11_model.ipynb #66f8375c
 def model_type(config: ModelConfig) -> str:
     """Return the family of Hugging Face's library that computes this function, or "llmbook".
 
     >>> model_type(ModelConfig.preset("gpt2")), model_type(ModelConfig.preset("tiny"))
     ('gpt2', 'llama')
     """
+    _check_config("config", config)
     features = tuple(name for name in _FEATURES if getattr(config, name))
-    square = config.n_heads * config.d_head == config.d_model
-    style = config.norm, config.positions, config.norm_position
-    if style == ("layernorm", "learned", "pre") and features == ("bias", "qkv_bias"):
-        whole = square and config.n_kv_heads == config.n_heads
-        return "gpt2" if whole and config.activation in _GPT2_ACTIVATIONS.values() else "llmbook"
-    kind = None if config.rope_scaling is None else config.rope_scaling.kind
-    known = style == ("rmsnorm", "rope", "pre") and kind != "ntk" and not config.d_shared
-    if not known or config.activation not in _LLAMA_ACTIVATIONS.values():
+    if config.norm_position != "pre" or config.d_shared:
         return "llmbook"
-    family = _FAMILIES.get(features, "llmbook")
-    if family == "llama":  # whose class refuses other widths
-        return "llama" if config.d_model % config.n_heads == 0 else "llmbook"
-    return "llmbook" if family == "qwen2" and not square else family
+    if config.positions == "rope":
+        return _rotating_family(config, features)
+    same_heads = _is_square(config) and config.n_kv_heads == config.n_heads
+    style = config.positions == "learned" and config.norm_bias
+    known = config.activation in _GPT2_ACTIVATIONS.values()
+    whole = features == ("bias", "qkv_bias") and style and same_heads and known
+    return "gpt2" if whole else "llmbook"
 
-# %% ../chapters/11_model.ipynb #2b1f36aa
+
+def _is_square(config: ModelConfig) -> bool:
+    return config.n_heads * config.d_head == config.d_model
+
+# %% ../chapters/11_model.ipynb #cdba9dbb
+def _rotating_family(config: ModelConfig, features: tuple[str, ...]) -> str:
+    scaling = config.rope_scaling
+    known = config.activation in _LLAMA_ACTIVATIONS.values()
+    if scaling is not None and scaling.kind == "dynamic":
+        grown = int(scaling.factor * (scaling.original_context_length or 1))
+        known = known and config.context_length == grown
+    if not known or (scaling is not None and scaling.kind == "ntk"):
+        return "llmbook"
+    if config.norm == "layernorm":
+        exact = int(config.d_head * (config.d_rope / config.d_head)) == config.d_rope
+        fits = config.norm_bias and config.layout == "half" and _is_square(config) and exact
+        return "stablelm" if fits and features in ((), ("qkv_bias",)) else "llmbook"
+    if config.d_rope != config.d_head:
+        return "llmbook"
+    if config.layout == "interleaved":
+        return "ernie4_5" if features in ((), ("bias", "qkv_bias")) else "llmbook"
+    family = _FAMILIES.get(features, "llmbook")
+    refused = {
+        "llama": config.d_model % config.n_heads > 0,  # its class refuses other widths
+        "qwen2": not _is_square(config),
+        "mixtral": not config.normalize_experts,
+    }
+    return "llmbook" if refused.get(family, False) else family
+
+# %% ../chapters/11_model.ipynb #cb371697
 _GPT2_ENTRIES = {
     "vocab_size": "vocab_size",
     "context_length": "n_positions",
@@ -723,14 +847,20 @@ _LLAMA_ENTRIES = {
     "d_ff": "intermediate_size",
     "norm_eps": "rms_norm_eps",
 }
+_ENTRIES = {
+    "gpt2": _GPT2_ENTRIES,
+    "qwen3_moe": _LLAMA_ENTRIES | {"d_ff": "moe_intermediate_size"},
+    "stablelm": {ours: name for ours, name in _LLAMA_ENTRIES.items() if ours != "d_head"}
+    | {"norm_eps": "layer_norm_eps"},
+}
 
-# %% ../chapters/11_model.ipynb #49002aaa
+# %% ../chapters/11_model.ipynb #af81478d
 def _entries_of(config: ModelConfig) -> dict[str, Any]:
     """Return ``config`` in the words of a config.json."""
     family = model_type(config)
     if family == "llmbook":
         return {"model_type": family, **config.to_dict()}
-    names = _GPT2_ENTRIES if family == "gpt2" else _LLAMA_ENTRIES
+    names = _ENTRIES.get(family, _LLAMA_ENTRIES)
     details = _gpt2_details(config) if family == "gpt2" else _llama_details(config, family)
     return {
         "architectures": [_CLASSES[family]],
@@ -740,7 +870,7 @@ def _entries_of(config: ModelConfig) -> dict[str, Any]:
         **details,
     }
 
-# %% ../chapters/11_model.ipynb #ac49aaa8
+# %% ../chapters/11_model.ipynb #ce7c9599
 def _gpt2_details(config: ModelConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in reversed(_GPT2_ACTIVATIONS.items())}
     places = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
@@ -755,36 +885,54 @@ def _llama_details(config: ModelConfig, family: str) -> dict[str, Any]:
         details["dropout"] = config.dropout  # for us: their models have none where ours have it
     if family == "llama":
         return details | {"attention_bias": config.bias, "mlp_bias": config.bias}
+    if family in ("ernie4_5", "stablelm"):
+        name = "use_bias" if family == "ernie4_5" else "use_qkv_bias"
+        return details | {name: config.qkv_bias}
     details["sliding_window"] = config.sliding_window
-    if family in ("qwen2", "qwen3"):  # where layers from max_window_layers on have the window
+    if family.startswith("qwen"):  # where layers from max_window_layers on have the window
         details |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
-    if family == "mixtral":
-        details["num_local_experts"] = config.n_experts
-        details["num_experts_per_tok"] = config.n_active_experts
-    return details
+    return details | _expert_entries(config, family)
 
-# %% ../chapters/11_model.ipynb #37e5f4c0
+# %% ../chapters/11_model.ipynb #fd322fdd
+def _expert_entries(config: ModelConfig, family: str) -> dict[str, Any]:
+    if not config.n_experts:
+        return {}
+    active = {"num_experts_per_tok": config.n_active_experts}
+    if family == "mixtral":
+        return {"num_local_experts": config.n_experts, **active}
+    everywhere = {"decoder_sparse_step": 1, "mlp_only_layers": []}  # experts in every layer
+    weights = {"norm_topk_prob": config.normalize_experts, "intermediate_size": config.d_ff}
+    return {"num_experts": config.n_experts, **active, **everywhere, **weights}
+
+# %% ../chapters/11_model.ipynb #8a8785e0
 _FACTOR = {"factor": "factor"}
 _TRAINED = {"original_context_length": "original_max_position_embeddings"}
 _LLAMA3_NAMES = ("low_freq_factor", "high_freq_factor")
 _YARN_NAMES = ("beta_fast", "beta_slow", "attention_factor", "truncate")
 _ROPE_KINDS = {
     "linear": _FACTOR,
+    "dynamic": _FACTOR,
     "llama3": _FACTOR | _TRAINED | {name: name for name in _LLAMA3_NAMES},
     "yarn": _FACTOR | _TRAINED | {name: name for name in _YARN_NAMES},
 }
 
 
 def _rope_entries(config: ModelConfig) -> dict[str, Any]:
-    base, scaling = {"rope_theta": config.rope_base}, config.rope_scaling
+    base: dict[str, Any] = {"rope_theta": config.rope_base}
+    scaling = config.rope_scaling
+    if config.norm == "layernorm":  # a StableLM
+        base["partial_rotary_factor"] = config.d_rope / config.d_head
     if scaling is None:
         return {**base, "rope_parameters": {"rope_type": "default", **base}}
     names = _ROPE_KINDS[scaling.kind].items()
     given = {theirs: getattr(scaling, ours) for ours, theirs in names}
     old = {"rope_type": scaling.kind, **{k: v for k, v in given.items() if v is not None}}
-    return {**base, "rope_scaling": old, "rope_parameters": {**old, **base}}
+    both = {**base, "rope_scaling": old, "rope_parameters": {**old, **base}}
+    if scaling.kind == "dynamic":  # their factor begins to grow where their context ends
+        both["max_position_embeddings"] = scaling.original_context_length
+    return both
 
-# %% ../chapters/11_model.ipynb #2c457170
+# %% ../chapters/11_model.ipynb #fb3b04e7
 _ONLY: dict[str, dict[str, Any]] = {
     "gpt2": {
         "scale_attn_weights": True,
@@ -793,7 +941,9 @@ _ONLY: dict[str, dict[str, Any]] = {
     },
     "llama": {"attention_dropout": 0, "partial_rotary_factor": 1, "quantization_config": None},
     "qwen3": {"attention_bias": False},
+    "qwen3_moe": {"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
     "mixtral": {"router_jitter_noise": 0},
+    "stablelm": {"use_parallel_residual": False, "qk_layernorm": False, "hidden_dropout": 0},
 }
 
 
@@ -808,7 +958,8 @@ def _config_from(entries: Mapping[str, Any]) -> tuple[str, ModelConfig]:
         raise ValueError(f"model_type: expected one of {expected}, got {family!r}")
     only = _ONLY["gpt2"] if family == "gpt2" else _ONLY["llama"] | _ONLY.get(family, {})
     for name, value in only.items():
-        if entries.get(name) not in (None, value):
+        partial_heads = family == "stablelm" and name == "partial_rotary_factor"
+        if entries.get(name) not in (None, value) and not partial_heads:
             raise ValueError(f"{name}: expected {value!r}, got {entries[name]!r}")
     read = _read_gpt2 if family == "gpt2" else _read_llama
     return family, ModelConfig.from_dict(read(entries, family))
@@ -844,39 +995,57 @@ def _read_gpt2(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
         "dropout": rates.pop(),
     }
 
-# %% ../chapters/11_model.ipynb #0cdafe72
+# %% ../chapters/11_model.ipynb #41188b4b
 def _read_llama(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
-    optional = ("n_kv_heads",) if family == "qwen3" else ("n_kv_heads", "d_head")
-    _require(entries, _LLAMA_ENTRIES, *optional)
-    found = _renamed(entries, _LLAMA_ENTRIES) | {
+    names = _ENTRIES.get(family, _LLAMA_ENTRIES)
+    _require(entries, names, *(("n_kv_heads",) if family == "qwen3" else ("n_kv_heads", "d_head")))
+    found = _renamed(entries, names) | {
         "activation": _activation(entries, "hidden_act", _LLAMA_ACTIVATIONS),
-        "bias": _read_bias(entries) if family == "llama" else False,
-        "qk_norm": family == "qwen3",
+        "bias": _read_bias(entries) if family in ("llama", "ernie4_5") else False,
+        "qk_norm": family in ("qwen3", "qwen3_moe"),
         "sliding_window": _read_window(entries, family),
-        "tie_embeddings": entries.get("tie_word_embeddings", False),
+        "tie_embeddings": entries.get("tie_word_embeddings", family == "ernie4_5"),
         "dropout": entries.get("dropout", 0.0),
-        **_read_rope(entries, 1e6 if family == "mixtral" else 1e4),
+        "layout": "interleaved" if family == "ernie4_5" else "half",
+        **_read_experts(entries, family),
     }
     if family == "qwen2":
         found["qkv_bias"] = True
-    if family == "mixtral":
-        found["n_experts"] = entries.get("num_local_experts", 8)
-        found["n_active_experts"] = entries.get("num_experts_per_tok", 2)
-    return found
+    if family == "stablelm":
+        found |= {"norm": "layernorm", "norm_bias": True}
+        found["qkv_bias"] = entries.get("use_qkv_bias", False)
+    return found | _read_rope(entries, family)
+
+# %% ../chapters/11_model.ipynb #a2ee6f89
+def _read_experts(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
+    defaults = {"mixtral": (8, 2), "qwen3_moe": (128, 8)}
+    if family not in defaults:
+        return {}
+    number, active = defaults[family]
+    number = entries.get("num_experts", entries.get("num_local_experts", number))
+    return {
+        "n_experts": number,
+        "n_active_experts": entries.get("num_experts_per_tok", active),
+        "normalize_experts": family == "mixtral" or entries.get("norm_topk_prob", False),
+    }
 
 
-def _read_bias(entries: Mapping[str, Any]) -> bool:
+def _read_bias(entries: Mapping[str, Any]) -> Any:
+    if entries.get("model_type") == "ernie4_5":
+        return entries.get("use_bias", False)
     attention, mlp = (entries.get(f"{name}_bias", False) for name in ("attention", "mlp"))
     if attention != mlp:
         raise ValueError(f"mlp_bias: expected {attention!r} as attention_bias has, got {mlp!r}")
     return attention
 
-# %% ../chapters/11_model.ipynb #1101aafc
+# %% ../chapters/11_model.ipynb #5c85ec7e
 def _read_window(entries: Mapping[str, Any], family: str) -> int | None:
     """Return the sliding window, the same in all layers."""
     window = entries.get("sliding_window", 4096 if family == "mistral" else None)
-    if family == "llama" or window is None:
+    if family in ("llama", "ernie4_5", "stablelm") or window is None:
         return None
+    if family == "qwen3_moe":
+        return window if entries.get("use_sliding_window") else None
     kinds = entries.get("layer_types")
     if family in ("qwen2", "qwen3") and kinds is None:
         layers, first = entries["num_hidden_layers"], entries.get("max_window_layers", 28)
@@ -889,24 +1058,45 @@ def _read_window(entries: Mapping[str, Any], family: str) -> int | None:
         raise ValueError(f"layer_types: expected the same in all, got {different}")
     return None if different == ["full_attention"] else window
 
-# %% ../chapters/11_model.ipynb #e6fd2e53
-def _read_rope(entries: Mapping[str, Any], default_base: float) -> dict[str, Any]:
+# %% ../chapters/11_model.ipynb #61d40d39
+def _read_rope(entries: Mapping[str, Any], family: str) -> dict[str, Any]:
     found = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
     kind = found.get("rope_type", found.get("type", "default"))
-    base = {"rope_base": found.get("rope_theta", entries.get("rope_theta", default_base))}
+    base = found.get("rope_theta", entries.get("rope_theta", _BASES.get(family, 1e4)))
+    rotations = {"rope_base": base, **_read_part(entries, found, family)}
     check_choice("rope_type", kind, ("default", *_ROPE_KINDS))
-    for name, value in {"partial_rotary_factor": 1, "mscale": None, "mscale_all_dim": None}.items():
-        if found.get(name) not in (None, value):
-            raise ValueError(f"{name}: expected {value}, got {found[name]!r}")
+    for name in ("mscale", "mscale_all_dim"):
+        if found.get(name) is not None:
+            raise ValueError(f"{name}: expected None, got {found[name]!r}")
     if kind == "default":
-        return base
+        return rotations
     scaling = _renamed(found, _ROPE_KINDS[kind])
+    context = entries["max_position_embeddings"]
     if "original_context_length" in _ROPE_KINDS[kind]:
         trained = entries.get("original_max_position_embeddings")
-        scaling.setdefault("original_context_length", trained or entries["max_position_embeddings"])
-    return {**base, "rope_scaling": {"kind": kind, **scaling}}
+        scaling.setdefault("original_context_length", trained or context)
+    if kind == "dynamic":
+        scaling["original_context_length"] = context
+        rotations["context_length"] = int(scaling.get("factor", 1) * context)
+    return {**rotations, "rope_scaling": {"kind": kind, **scaling}}
 
-# %% ../chapters/11_model.ipynb #37acd22d
+
+_BASES = {"mixtral": 1e6, "ernie4_5": 5e5}  # of rotations where a file has none
+
+# %% ../chapters/11_model.ipynb #4bd9affa
+def _read_part(entries: Mapping[str, Any], found: Mapping[str, Any], family: str) -> dict[str, int]:
+    """Return how much of each head is rotated, where a family has a word for it."""
+    part = found.get("partial_rotary_factor", entries.get("partial_rotary_factor"))
+    if family != "stablelm":
+        if part not in (None, 1):
+            raise ValueError(f"partial_rotary_factor: expected 1, got {part!r}")
+        return {}
+    part = 0.25 if part is None else part
+    if isinstance(part, bool) or not isinstance(part, int | float) or not 0 < part <= 1:
+        raise ValueError(f"partial_rotary_factor: expected above 0 and at most 1, got {part!r}")
+    return {"d_rope": int(entries["hidden_size"] // entries["num_attention_heads"] * part)}
+
+# %% ../chapters/11_model.ipynb #f2ee8928
 def save_model(
     model: nn.Module,
     folder: str | Path,
@@ -922,15 +1112,17 @@ def save_model(
     there stay (as copies). A compiled ``TransformerLM`` is saved like the one in it; a model whose
     parameters are not those of its configuration, such as a quantized one, is a ``ValueError``.
     """
-    check_at_least(max_shard_size=(1, max_shard_size))
+    _check_counts(max_shard_size=max_shard_size)
+    folder = _as_path(folder)
     plain = _unwrapped(model)
     dtype = str(plain.embedding.weight.dtype).removeprefix("torch.")
     described = _entries_of(plain.config) | {"dtype": dtype}
     if clash := sorted(described.keys() & entries.keys()):
         raise ValueError(f"{clash[0]}: follows from the model, got {entries[clash[0]]!r}")
+    _check_json(entries)
     tokens = {"bos_token_id": None, "eos_token_id": None}  # theirs would be those of Llama
     tensors = _disk_tensors(plain, described["model_type"])
-    with _new_version(Path(folder).resolve()) as draft:
+    with _new_version(folder.resolve()) as draft:
         _write_json(draft / "config.json", described | tokens | entries)
         _write_tensors(draft, tensors, max_shard_size)
 
@@ -970,7 +1162,7 @@ def _clean_up_beside(folder: Path) -> None:
 def _beside(folder: Path, part: str) -> list[Path]:
     return sorted(folder.parent.glob(f".{escape(folder.name)}.{part}-*"))
 
-# %% ../chapters/11_model.ipynb #2b0fc0f6
+# %% ../chapters/11_model.ipynb #7db395b0
 _OURS = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", re.ASCII)
 
 
@@ -984,6 +1176,20 @@ def _carry_over(folder: Path, draft: Path) -> None:
         if not _OURS.fullmatch(path.name):
             copy = shutil.copytree if path.is_dir() else shutil.copy2
             copy(path, draft / path.name)
+
+
+def _as_path(folder: Any) -> Path:
+    if not isinstance(folder, str | os.PathLike):
+        raise ValueError(f"folder: expected a path, got {folder!r:.60}")
+    return Path(folder)
+
+
+def _check_json(entries: Mapping[str, Any]) -> None:
+    for name, value in entries.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name}: expected what JSON can hold, got {value!r:.60}") from None
 
 
 def _to_disk(path: Path) -> None:
@@ -1030,35 +1236,58 @@ def _write_tensors(folder: Path, tensors: Mapping[str, list[Tensor]], most: int)
         index = {"metadata": {"total_size": total}, "weight_map": where}
         _write_json(folder / "model.safetensors.index.json", index)
 
-# %% ../chapters/11_model.ipynb #7d336a51
+# %% ../chapters/11_model.ipynb #041eea49
 def load_model(
     folder: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     backend: Backend = "torch",
 ) -> TransformerLM:
     """Return the model that is in ``folder``, ready to use (``eval``).
 
     Only safetensors are read, one tensor after the other, so memory holds the model and one tensor.
-    The ``dtype`` is that of the files unless given. A ``ValueError`` names what is wrong: an entry
-    of the configuration that asks for another function, a file, or a tensor.
+    The ``dtype``, such as torch.bfloat16 or "bfloat16", is that of the files unless given. A
+    ``ValueError`` names what is wrong: an entry of the configuration that asks for another
+    function, a file, or a tensor.
     """
-    if dtype is not None and dtype not in _DTYPES.values():
-        raise ValueError(f"dtype: expected a floating-point type of {set(_DTYPES)}, got {dtype}")
-    folder = _whole_version(Path(folder))
+    chosen, place = _chosen_dtype(dtype), _chosen_device(device)
+    check_choice("backend", backend, ("reference", "torch"))
+    folder = _whole_version(_as_path(folder))
     family, config = _described(folder)
     found = _stored_tensors(_weight_files(folder), family)
     _check_sizes(folder, family, config, found)
     model = _built_of_shapes(folder, config, backend)
-    head = found.pop("lm_head.weight", None) if config.tie_embeddings else None
+    head = _spare_head(found, family) if config.tie_embeddings else None
     _check_tensors(folder, _disk_tensors(model, family), found)
-    model.to(dtype or _common_dtype(folder, found)).to_empty(device=device or "cpu")
+    model.to(chosen or _common_dtype(folder, found)).to_empty(device=place)
     model._tie()
     _fill(_disk_tensors(model, family), found)
     if head is not None:
         _check_head(model, head)
     return model.eval()
+
+# %% ../chapters/11_model.ipynb #7d4d04fa
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _chosen_dtype(dtype: Any) -> torch.dtype | None:
+    names = {str(known).removeprefix("torch."): known for known in _DTYPES.values()}
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in names.values()):
+        return dtype
+    if not isinstance(dtype, str) or dtype not in names:
+        expected = f"one of {', '.join(names)}, as a torch.dtype or its name, or None"
+        raise ValueError(f"dtype: expected {expected}, got {dtype!r}")
+    return names[dtype]
+
+
+def _chosen_device(device: Any) -> torch.device:
+    try:
+        place = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=place)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ValueError(f"device: expected one that torch has here, got {device!r}") from error
+    return place
 
 # %% ../chapters/11_model.ipynb #d42ea819
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -1108,7 +1337,7 @@ def _opened(path: Path) -> Iterator[Any]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: damaged, or no safetensors file: {error}") from None
 
-# %% ../chapters/11_model.ipynb #f85e3a7c
+# %% ../chapters/11_model.ipynb #590d01fc
 class _Stored(NamedTuple):
     """A tensor on disk: its file and name there, its shape and type."""
 
@@ -1119,7 +1348,6 @@ class _Stored(NamedTuple):
 
 
 _NO_PARAMETERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def _stored_tensors(paths: list[Path], family: str) -> dict[str, _Stored]:
@@ -1163,7 +1391,20 @@ def _common_dtype(folder: Path, found: Mapping[str, _Stored]) -> torch.dtype:
         raise ValueError(f"dtype: expected a choice, as {folder} has {', '.join(names)}, got None")
     return _DTYPES[names[0]]
 
-# %% ../chapters/11_model.ipynb #3fa6559b
+# %% ../chapters/11_model.ipynb #ce115110
+_TIED = {"gpt2": "transformer.wte.weight", "llmbook": "embedding.weight"}
+
+
+def _spare_head(found: dict[str, _Stored], family: str) -> _Stored | None:
+    """Take the head out of ``found``; if the embedding is not there, the head stands for it."""
+    head = found.pop("lm_head.weight", None)
+    embedding = _TIED.get(family, "model.embed_tokens.weight")
+    if head is None or embedding in found:
+        return head
+    found[embedding] = head
+    return None
+
+# %% ../chapters/11_model.ipynb #21de9416
 def _whole_version(folder: Path) -> Path:
     """Return ``folder``, or the old version beside it if a save was killed between two renames."""
     found = [folder] if folder.is_dir() else _beside(folder, "old")
@@ -1177,7 +1418,7 @@ def _described(folder: Path) -> tuple[str, ModelConfig]:
     entries = _read_json(path)
     try:
         return _config_from(entries)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a list for a number, say
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -1188,12 +1429,13 @@ def _built_of_shapes(folder: Path, config: ModelConfig, backend: Backend) -> Tra
     except (OverflowError, RuntimeError, TypeError) as error:  # a factor of 400 digits, say
         raise ValueError(f"{folder / 'config.json'}: no such model can be: {error}") from error
 
-# %% ../chapters/11_model.ipynb #c79ddd39
+# %% ../chapters/11_model.ipynb #b153b944
 def _check_sizes(
     folder: Path, family: str, config: ModelConfig, found: Mapping[str, _Stored]
 ) -> None:
     """Refuse what the files cannot hold; to build it might take forever, or all memory."""
-    experts = config.n_experts if family == "mixtral" else 1  # in our own files they are stacked
+    alone = family in ("mixtral", "qwen3_moe")  # in our own files they are stacked
+    experts = config.n_experts if alone else 1
     parts = config.n_layers * max(1, experts)
     if parts > len(found):
         expected = f"tensors for {parts} layers or experts"

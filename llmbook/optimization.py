@@ -8,9 +8,10 @@ __all__ = ['Reduction', 'Schedule', 'log_sum_exp', 'cross_entropy', 'chunked_cro
            'Muon', 'parameter_groups', 'Optimizers', 'build_optimizer', 'constant_schedule', 'wsd_schedule',
            'cosine_schedule', 'linear_schedule', 'clip_gradients']
 
-# %% ../chapters/12_optimization.ipynb #ae09961a
+# %% ../chapters/12_optimization.ipynb #67ba0d95
 # More imports: types, argument checks, and what engine rooms need
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 from jaxtyping import Bool, Float, Int64
@@ -31,7 +32,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../chapters/12_optimization.ipynb #0880a738
+# %% ../chapters/12_optimization.ipynb #cbbb2ff0
+# What no tensor of logits, hidden states or weights can be
+def _check_floating(name: str, value: Any, least_ndim: int) -> None:
+    """Demand a tensor of floating-point numbers with so many dimensions, the last not empty."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected a tensor of floating-point numbers, got {got}")
+    if value.ndim < least_ndim or value.size(-1) == 0:
+        dimensions = f"{least_ndim} or more dimensions" if least_ndim > 1 else "a dimension"
+        expected = f"{dimensions}, the last of at least 1"
+        raise ValueError(f"{name}: expected {expected}, got shape {tuple(value.shape)}")
+
+# %% ../chapters/12_optimization.ipynb #a4ab0f0a
 def log_sum_exp(logits: Float[Tensor, "*batch vocab_size"]) -> Float[Tensor, "*batch"]:
     """Return log(sum(exp(logits))) over the last dimension; finite wherever the logits are.
 
@@ -40,6 +53,7 @@ def log_sum_exp(logits: Float[Tensor, "*batch vocab_size"]) -> Float[Tensor, "*b
     >>> round(log_sum_exp(torch.tensor([1000.0, 1000.0])).item(), 2)
     1000.69
     """
+    _check_floating("logits", logits, 1)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     peak = wide.detach().amax(dim=-1, keepdim=True)
     peak = peak.masked_fill(peak.isinf(), 0.0)  # of nothing but -inf the answer is -inf, not NaN
@@ -60,20 +74,39 @@ def _mean(total: Float[Tensor, ""], counts: Bool[Tensor, "..."]) -> Float[Tensor
     count = counts.sum()
     return (total / count.clamp(min=1)).masked_fill(count == 0, torch.nan)
 
-# %% ../chapters/12_optimization.ipynb #f56ea149
+# %% ../chapters/12_optimization.ipynb #4483ab8d
 Reduction = Literal["mean", "sum", "none"]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a real number: one of NumPy's, too, or a tensor of one, as rates may be."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _check_amount(name: str, value: Any, *, positive: bool = False) -> None:
     """Refuse what is negative, infinite or not a number, and zero if it must be ``positive``."""
-    if not (0 < value < math.inf or (value == 0 and not positive)):
+    if not _is_number(value) or not (0 < value < math.inf or (value == 0 and not positive)):
         expected = "a finite number above 0" if positive else "a finite number of at least 0"
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
+def _check_count(name: str, value: Any, least: int) -> None:
+    """Demand a whole number; None, which ``check_at_least`` lets pass, is none."""
+    if value is None:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got None")
+    check_at_least(**{name: (least, value)})
+
+# %% ../chapters/12_optimization.ipynb #f09c7376
 def _check_loss(
-    places: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, **options: Any
+    places: Tensor, targets: Any, vocab_size: int, ignore_index: Any, **options: Any
 ) -> None:
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
+        got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+        raise ValueError(f"targets: expected a tensor of torch.int64, got {got}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise ValueError(f"ignore_index: expected a whole number, got {ignore_index!r}")
     if targets.shape != places.shape[:-1]:  # some wrong shapes would broadcast
         expected = f"a shape of {tuple(places.shape[:-1])}"
         raise ValueError(f"targets: expected {expected}, got {tuple(targets.shape)}")
@@ -103,7 +136,7 @@ def _fused_losses(
     losses = F.cross_entropy(flat, targets.reshape(-1), reduction="none").view(targets.shape)
     return losses + z_loss * logits.logsumexp(dim=-1) ** 2 if z_loss else losses
 
-# %% ../chapters/12_optimization.ipynb #496d6544
+# %% ../chapters/12_optimization.ipynb #913a9fe5
 def cross_entropy(
     logits: Float[Tensor, "*batch vocab_size"],
     targets: Int64[Tensor, "*batch"],
@@ -123,6 +156,7 @@ def cross_entropy(
     """
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     check_choice("backend", backend, ("reference", "torch"))
+    _check_floating("logits", logits, 1)
     vocab_size = logits.size(-1)
     _check_loss(logits, targets, vocab_size, ignore_index, z_loss=z_loss, soft_cap=soft_cap)
     counts = targets != ignore_index
@@ -165,14 +199,24 @@ def _chunk(
         logits.mul_(slope)
     return losses.masked_fill_(~counts, 0.0).sum()
 
-# %% ../chapters/12_optimization.ipynb #5f304500
+# %% ../chapters/12_optimization.ipynb #eb4076f6
 def _as_autocast_would(device: str, *tensors: Tensor) -> list[Tensor]:
     """Convert as autocast does for products; inside a Function it would keep what it must not."""
     if not torch.is_autocast_enabled(device):
         return list(tensors)
-    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+    narrow = torch.get_autocast_dtype(device)
+    return [tensor.to(narrow) if isinstance(tensor, Tensor) else tensor for tensor in tensors]
 
+# %% ../chapters/12_optimization.ipynb #1beac285
+def _check_head(weight: Tensor, hidden: Tensor) -> None:
+    _check_floating("weight", weight, 2)
+    shape, d_model = tuple(weight.shape), hidden.size(-1)
+    if len(shape) != 2 or shape[1] != d_model:
+        raise ValueError(f"weight: expected a shape of (vocab_size, {d_model}), got {shape}")
+    if weight.dtype != hidden.dtype:
+        raise ValueError(f"weight: expected {hidden.dtype} as hidden has, got {weight.dtype}")
 
+# %% ../chapters/12_optimization.ipynb #aefd157e
 def _add_gradients(
     d_logits: Float[Tensor, "rows vocab_size"],
     hidden: Float[Tensor, "tokens d_model"],
@@ -225,7 +269,7 @@ class _ChunkedLoss(torch.autograd.Function):
         scaled = [None if d is None else d * d_total.to(d.dtype) for d in (d_hidden, d_weight)]
         return (*scaled, None, None, None)
 
-# %% ../chapters/12_optimization.ipynb #66f3073b
+# %% ../chapters/12_optimization.ipynb #791c4cf0
 def chunked_cross_entropy(
     hidden: Float[Tensor, "*batch d_model"],
     weight: Float[Tensor, "vocab_size d_model"],
@@ -243,11 +287,13 @@ def chunked_cross_entropy(
     are made in the forward pass, so logits are computed once; there is no second derivative.
     Under autocast the products are in its dtype, the softmax in float32 all the same.
     """
-    check_at_least(chunk_size=(1, chunk_size))
+    _check_count("chunk_size", chunk_size, 1)
     check_choice("reduction", reduction, ("mean", "sum"))
-    _check_loss(hidden, targets, len(weight), ignore_index, z_loss=z_loss, soft_cap=soft_cap)
+    _check_floating("hidden", hidden, 1)
     device = hidden.device.type
     hidden, weight = _as_autocast_would(device, hidden, weight)
+    _check_head(weight, hidden)
+    _check_loss(hidden, targets, len(weight), ignore_index, z_loss=z_loss, soft_cap=soft_cap)
     column = targets.reshape(-1, 1)
     counts = column != ignore_index
     column = column.masked_fill(~counts, 0)
@@ -273,16 +319,35 @@ def _sgd_step(
             update = update + momentum * v if group["nesterov"] else v
         p.sub_(group["lr"] * update)
 
-# %% ../chapters/12_optimization.ipynb #41c48613
+# %% ../chapters/12_optimization.ipynb #0f377c5d
+def _listed(name: str, given: Any) -> list[Any]:
+    """Return what was given as a list of at least one thing."""
+    if isinstance(given, nn.Module):
+        got = f"{type(given).__name__}; say model.parameters()"
+        raise ValueError(f"{name}: expected tensors, got a {got}")
+    if isinstance(given, Tensor | str | Mapping) or not isinstance(given, Iterable):
+        raise ValueError(f"{name}: expected an iterable of tensors, got {type(given).__name__}")
+    listed = list(given)
+    if not listed:
+        reason = " (an iterator can be read only once)" if isinstance(given, Iterator) else ""
+        raise ValueError(f"{name}: expected at least one parameter, got none{reason}")
+    return listed
+
+# %% ../chapters/12_optimization.ipynb #f3d005f7
 def _called(closure: Callable[[], Any] | None) -> Any:
     if closure is None:
         return None
+    if not callable(closure):
+        raise ValueError(f"closure: expected a function or None, got {closure!r:.60}")
     with torch.enable_grad():
         return closure()
 
 
 class _Stepper(torch.optim.Optimizer):
     """What our optimizers share: a step goes over the groups and calls ``_update`` for each."""
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]):
+        super().__init__(_listed("params", params), defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -306,20 +371,22 @@ class _Stepper(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings, or the optimizer's defaults, are checked."""
-        if isinstance(param_group["params"], Iterator):  # to be read twice
-            param_group["params"] = list(param_group["params"])
+        _check_group(param_group)
         self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state, this class's or that of the class of the same name in torch."""
+        if not isinstance(state_dict, Mapping) or "param_groups" not in state_dict:
+            got = sorted(state_dict) if isinstance(state_dict, Mapping) else type(state_dict)
+            raise ValueError(f"state_dict: expected one of an optimizer, got {got}")
         for group in state_dict["param_groups"]:
             self._check({**self.defaults, **group})
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():
             if "step" in state:  # torch keeps it elsewhere, unless it is fused
                 step = torch.as_tensor(state["step"], dtype=torch.float32)
-                state["step"] = step.to(parameter.device)
+                state["step"] = step.to(_device_of_step(parameter))
 
     def _check(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
@@ -328,7 +395,43 @@ class _Stepper(torch.optim.Optimizer):
         own: dict[str, Any] = {n: v for n, v in vars(self).items() if n in ("backend", "ns_dtype")}
         return super().__getstate__() | own
 
-# %% ../chapters/12_optimization.ipynb #0e3709bb
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Refuse the other name of ``lr``, before Python says only that it is unexpected."""
+        if "learning_rate" in options:
+            raise TypeError("learning_rate: is called lr here, as in torch's optimizers")
+        return super().__new__(cls)
+
+# %% ../chapters/12_optimization.ipynb #2c1b291d
+def _check_group(group: Any) -> None:
+    if not isinstance(group, dict) or "params" not in group:
+        got = sorted(group) if isinstance(group, dict) else type(group).__name__
+        raise ValueError(f"param_group: expected a dict with params, got {got}")
+    if "learning_rate" in group:
+        raise ValueError("learning_rate: is called lr here, as in torch's optimizers")
+    if isinstance(group["params"], Iterator):  # to be read twice
+        group["params"] = _listed("params", group["params"])
+    if isinstance(group["params"], Tensor):
+        return
+    for entry in group["params"]:
+        tensor = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"params: expected tensors, got one of type {type(tensor).__name__}")
+
+
+def _device_of_step(parameter: Tensor) -> torch.device:
+    return torch.device("cpu") if parameter.is_meta else parameter.device
+
+# %% ../chapters/12_optimization.ipynb #b70655a3
+def _check_share(name: str, value: Any) -> None:
+    """Demand a number of at least 0 and less than 1, which may be in a tensor."""
+    check_fraction(name, float(value) if _is_number(value) else value)
+
+
+def _check_switch(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+
+
 def _refuse(group: dict[str, Any], **expected: Any) -> None:
     """Refuse what torch's optimizers have and ours do not; a state dict may hold it."""
     for name, value in expected.items():
@@ -394,7 +497,7 @@ def _fused_sgd_step(
             fused=is_fused, foreach=False, dampening=0, maximize=False, **settings,
         )  # fmt: skip
 
-# %% ../chapters/12_optimization.ipynb #dbef3449
+# %% ../chapters/12_optimization.ipynb #bc0175cb
 class SGD(_Stepper):
     """Stochastic gradient descent with momentum; state dicts are those of ``torch.optim.SGD``."""
 
@@ -416,7 +519,8 @@ class SGD(_Stepper):
     def _check(self, group: dict[str, Any]) -> None:
         for name in ("lr", "weight_decay"):
             _check_amount(name, group[name])
-        check_fraction("momentum", float(group["momentum"]))
+        _check_share("momentum", group["momentum"])
+        _check_switch("nesterov", group["nesterov"])
         if group["nesterov"] and not group["momentum"]:
             raise ValueError("nesterov: expected a momentum above 0 with it, got momentum 0")
         _refuse(group, maximize=False, dampening=0)
@@ -448,14 +552,14 @@ def _adamw_step(
         p.mul_(1 - lr * group["weight_decay"])
         p.sub_(lr * unbiased_m / (unbiased_v.sqrt() + group["eps"]))
 
-# %% ../chapters/12_optimization.ipynb #b8278191
+# %% ../chapters/12_optimization.ipynb #c598d1c3
 def _check_adamw(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         _check_amount(name, group[name])
-    if len(group["betas"]) != 2:
+    if not isinstance(group["betas"], tuple | list) or len(group["betas"]) != 2:
         raise ValueError(f"betas: expected two, got {group['betas']!r}")
     for number, beta in enumerate(group["betas"]):
-        check_fraction(f"betas[{number}]", float(beta))
+        _check_share(f"betas[{number}]", beta)
     decoupled = {"decoupled_weight_decay": True} if group["weight_decay"] else {}
     _refuse(group, amsgrad=False, maximize=False, **decoupled)
 
@@ -471,7 +575,11 @@ def _fused_adamw_step(group: dict[str, Any], *lists: list[Tensor]) -> None:
             weight_decay=group["weight_decay"], eps=group["eps"],
         )  # fmt: skip
 
-# %% ../chapters/12_optimization.ipynb #66781f61
+# %% ../chapters/12_optimization.ipynb #d955a4ed
+def _as_real(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+
+# %% ../chapters/12_optimization.ipynb #42567851
 class AdamW(_Stepper):
     """Adam with decoupled weight decay; state dicts are those of ``torch.optim.AdamW``.
 
@@ -501,14 +609,24 @@ class AdamW(_Stepper):
         means, squares = (self._buffers(parameters, n) for n in ("exp_avg", "exp_avg_sq"))
         for parameter in parameters:
             if "step" not in (state := self.state[parameter]):
-                state["step"] = torch.zeros((), device=parameter.device)
+                state["step"] = torch.zeros((), device=_device_of_step(parameter))
         tensors = (parameters, grads, means, squares, [self.state[p]["step"] for p in parameters])
-        (_adamw_step if self.backend == "reference" else _fused_adamw_step)(group, *tensors)
+        if self.backend == "reference":
+            _adamw_step(group, *map(_as_real, tensors))
+        else:
+            _fused_adamw_step(group, *tensors)
 
-# %% ../chapters/12_optimization.ipynb #45b7803a
+# %% ../chapters/12_optimization.ipynb #7d4ec665
+# Muon's coefficients, and what no coefficients can be
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
+def _check_coefficients(name: str, given: Any) -> None:
+    three = isinstance(given, tuple | list) and len(given) == 3
+    if not three or not all(_is_number(number) and math.isfinite(number) for number in given):
+        raise ValueError(f"{name}: expected three finite numbers, got {given!r}")
+
+# %% ../chapters/12_optimization.ipynb #8ca027eb
 def orthogonalize(
     matrix: Float[Tensor, "*batch rows columns"],
     steps: int = 5,
@@ -521,7 +639,10 @@ def orthogonalize(
     With the default coefficients those above 0.002 of the norm end between 0.68 and 1.21 after five
     steps. Computed in the dtype of ``matrix``. Source: Jordan et al. (2024), Newton-Schulz.
     """
-    check_at_least(steps=(0, steps))
+    _check_floating("matrix", matrix, 2)
+    _check_count("steps", steps, 0)
+    _check_coefficients("coefficients", coefficients)
+    _check_amount("eps", eps)
     a, b, c = coefficients
     tall = matrix.size(-2) > matrix.size(-1)
     x = matrix.mT if tall else matrix  # so that x x^T is the smaller of the two products
@@ -542,20 +663,23 @@ def _scale_of_rate(shape: torch.Size, adjust_lr_fn: str | None) -> float:
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1.0, rows / columns))
 
-# %% ../chapters/12_optimization.ipynb #d0018cd9
+# %% ../chapters/12_optimization.ipynb #1826b3d9
 def _check_muon(group: dict[str, Any]) -> None:
     for name in ("lr", "weight_decay", "eps"):
         _check_amount(name, group[name])
-    check_fraction("momentum", float(group["momentum"]))
-    check_at_least(ns_steps=(0, group["ns_steps"]))
+    _check_share("momentum", group["momentum"])
+    _check_switch("nesterov", group["nesterov"])
+    _check_count("ns_steps", group["ns_steps"], 0)
+    _check_coefficients("ns_coefficients", group["ns_coefficients"])
     if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
         expected = "None, original or match_rms_adamw"
         raise ValueError(f"adjust_lr_fn: expected {expected}, got {group['adjust_lr_fn']!r}")
     params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
     params = [p[1] if isinstance(p, tuple) else p for p in params]  # they may come with names
-    for shape in (tuple(p.shape) for p in params if isinstance(p, Tensor)):
-        if len(shape) not in (2, 3):
-            raise ValueError(f"params: expected matrices, or stacks of them, got shape {shape}")
+    for parameter in (p for p in params if isinstance(p, Tensor)):
+        if parameter.ndim not in (2, 3) or not parameter.is_floating_point():
+            got = f"shape {tuple(parameter.shape)} of {parameter.dtype}"
+            raise ValueError(f"params: expected matrices, or stacks of them, got {got}")
 
 # %% ../chapters/12_optimization.ipynb #6ce45825
 def _orthogonalized(
@@ -592,7 +716,7 @@ def _muon_step(
         p = parameters[number]
         p.add_(update, alpha=-lr * _scale_of_rate(p.shape, group["adjust_lr_fn"]))
 
-# %% ../chapters/12_optimization.ipynb #d7ebe7ad
+# %% ../chapters/12_optimization.ipynb #2a88ec27
 class Muon(_Stepper):
     """Momentum, orthogonalized: for matrices, (out, in) or stacked as (expert, out, in).
 
@@ -615,6 +739,9 @@ class Muon(_Stepper):
         *,
         ns_dtype: torch.dtype | None = None,
     ):
+        is_float = isinstance(ns_dtype, torch.dtype) and ns_dtype.is_floating_point
+        if ns_dtype is not None and not is_float:
+            raise ValueError(f"ns_dtype: expected a floating-point type or None, got {ns_dtype!r}")
         self.ns_dtype = ns_dtype
         numbers = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eps": eps}
         how = {"ns_coefficients": ns_coefficients, "ns_steps": ns_steps, "nesterov": nesterov}
@@ -627,10 +754,12 @@ class Muon(_Stepper):
         momenta = self._buffers(parameters, "momentum_buffer")
         _muon_step(group, parameters, grads, momenta, self.ns_dtype)
 
-# %% ../chapters/12_optimization.ipynb #4c7ec3ce
+# %% ../chapters/12_optimization.ipynb #56b12492
 # What is to be trained, by name
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what is to be trained, by name; a parameter under two names once."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise ValueError("model: expected a parameter that requires a gradient, got none")
@@ -657,11 +786,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     _check_amount("weight_decay", weight_decay)
     return _decayed_and_not(_trainable(model).values(), lookup_tables(model), weight_decay)
 
-# %% ../chapters/12_optimization.ipynb #3f693d6e
+# %% ../chapters/12_optimization.ipynb #1dcc5389
 class Optimizers(torch.optim.Optimizer):
     """Several optimizers as one; ``param_groups`` are all of theirs, so schedules fit it, too."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer):
+        for optimizer in optimizers or (None,):
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                got = type(optimizer).__name__ if optimizers else "none"
+                raise ValueError(f"optimizers: expected one or more of torch's kind, got {got}")
         self.optimizers = optimizers
         super().__init__([group for o in optimizers for group in o.param_groups], {})
 
@@ -688,7 +821,7 @@ class Optimizers(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Give each its state dict; a ``ValueError`` if there are more or fewer."""
-        states = state_dict.get("optimizers", ())
+        states = state_dict.get("optimizers", ()) if isinstance(state_dict, Mapping) else ()
         if len(states) != len(self.optimizers):
             expected = f"{len(self.optimizers)} optimizers"
             raise ValueError(f"state_dict: expected {expected}, got {len(states)}")
@@ -708,7 +841,7 @@ def _matrices_of_blocks(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.P
         raise ValueError("model: expected blocks with matrices, which Muon is for, got none")
     return matrices, rest
 
-# %% ../chapters/12_optimization.ipynb #b74c560e
+# %% ../chapters/12_optimization.ipynb #34ed5c2b
 def build_optimizer(
     model: nn.Module,
     name: Literal["adamw", "muon", "sgd"],
@@ -727,6 +860,10 @@ def build_optimizer(
     "muon" and 0.9 for "sgd". Decay is that of ``parameter_groups``.
     """
     check_choice("name", name, ("adamw", "muon", "sgd"))
+    for given, value in (("lr", lr), ("adamw_lr", lr if adamw_lr is None else adamw_lr)):
+        _check_amount(given, value)
+    if momentum is not None:
+        _check_share("momentum", momentum)
     groups = parameter_groups(model, weight_decay)
     if name == "adamw":
         return AdamW(groups, lr, betas, weight_decay=weight_decay, backend=backend)
@@ -740,17 +877,18 @@ def build_optimizer(
     muon = Muon(matrices, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
     return Optimizers(muon, AdamW(others, rate, betas, weight_decay=weight_decay, backend=backend))
 
-# %% ../chapters/12_optimization.ipynb #ac2667e9
+# %% ../chapters/12_optimization.ipynb #802428b2
 # Which schedules are refused
 def _check_schedule(n_steps: int, warmup: int, final: float, decay: int = 0) -> None:
-    check_at_least(n_steps=(1, n_steps), warmup=(0, warmup), decay=(0, decay))
+    for name, value, least in (("n_steps", n_steps, 1), ("warmup", warmup, 0), ("decay", decay, 0)):
+        _check_count(name, value, least)
     if warmup + decay > n_steps:
         expected = f"warmup and decay within n_steps = {n_steps}"
         raise ValueError(f"warmup: expected {expected}, got {warmup} and {decay}")
-    if not 0 <= final <= 1:
+    if not _is_number(final) or not 0 <= final <= 1:
         raise ValueError(f"final: expected a share from 0 to 1, got {final!r}")
 
-# %% ../chapters/12_optimization.ipynb #6b326102
+# %% ../chapters/12_optimization.ipynb #413d3ea5
 Schedule = Callable[[int], float]
 
 
@@ -760,11 +898,17 @@ def _warmed_up(step: int, warmup: int, then: Schedule) -> float:
 
 
 def constant_schedule(*, warmup: int = 0) -> Schedule:
-    """Return the factor 1, after a linear rise in ``warmup`` steps."""
-    check_at_least(warmup=(0, warmup))
+    """Return the factor 1 at every step, after a linear rise in ``warmup`` steps.
+
+    With ``warmup`` w the first factor is 1 / (w + 1), as a first step of 0 would be wasted.
+
+    >>> [constant_schedule(warmup=3)(step) for step in range(5)]
+    [0.25, 0.5, 0.75, 1.0, 1.0]
+    """
+    _check_count("warmup", warmup, 0)
     return lambda step: _warmed_up(step, warmup, lambda _: 1.0)
 
-# %% ../chapters/12_optimization.ipynb #23f20e37
+# %% ../chapters/12_optimization.ipynb #2522c623
 _SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1 - progress,
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
@@ -788,7 +932,9 @@ def wsd_schedule(
     1 - sqrt(progress). Sources: Hu et al. (2024); Hägele et al. (2024) for the shapes.
     """
     check_choice("shape", shape, tuple(_SHAPES))
-    decay = max(0, min(n_steps // 5, n_steps - warmup)) if decay is None else decay
+    if decay is None:
+        _check_schedule(n_steps, warmup, final)
+        decay = min(n_steps // 5, n_steps - warmup)
     _check_schedule(n_steps, warmup, final, decay)
 
     def after_warmup(step: int) -> float:
@@ -797,9 +943,11 @@ def wsd_schedule(
 
     return lambda step: _warmed_up(step, warmup, after_warmup)
 
-# %% ../chapters/12_optimization.ipynb #529b927c
+# %% ../chapters/12_optimization.ipynb #449be316
 def cosine_schedule(n_steps: int, *, warmup: int = 0, final: float = 0.1) -> Schedule:
     """Return linear warmup, half a cosine from 1 to ``final`` at step ``n_steps``, then flat.
+
+    With ``warmup`` w the first factor is 1 / (w + 1), as a first step of 0 would be wasted.
 
     >>> [round(cosine_schedule(4, final=0.0)(step), 2) for step in range(6)]
     [1.0, 0.85, 0.5, 0.15, 0.0, 0.0]
@@ -810,12 +958,18 @@ def cosine_schedule(n_steps: int, *, warmup: int = 0, final: float = 0.1) -> Sch
 
 
 def linear_schedule(n_steps: int, *, warmup: int = 0, final: float = 0.0) -> Schedule:
-    """Return linear warmup, a linear fall from 1 to ``final`` at step ``n_steps``, then flat."""
+    """Return linear warmup, a linear fall from 1 to ``final`` at step ``n_steps``, then flat.
+
+    With ``warmup`` w the first factor is 1 / (w + 1), as a first step of 0 would be wasted.
+
+    >>> [round(linear_schedule(4, warmup=1)(step), 2) for step in range(6)]
+    [0.5, 1.0, 0.67, 0.33, 0.0, 0.0]
+    """
     _check_schedule(n_steps, warmup, final)
     decay = n_steps - warmup
     return wsd_schedule(n_steps, warmup=warmup, decay=decay, final=final, shape="linear")
 
-# %% ../chapters/12_optimization.ipynb #240c01f9
+# %% ../chapters/12_optimization.ipynb #7a40516a
 # The norm of gradients of several devices and dtypes
 def _by_kind(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Group tensors by device and dtype, as torch's functions on lists are fast on equal ones."""
@@ -825,6 +979,16 @@ def _by_kind(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     yield from kinds.values()
 
 
+def _tensors_of(parameters: Any) -> list[Tensor]:
+    """Return the parameters; what was read before would else be clipped in vain, and silently."""
+    given = [parameters] if isinstance(parameters, Tensor) else _listed("parameters", parameters)
+    for parameter in given:
+        if not isinstance(parameter, Tensor):
+            got = type(parameter).__name__
+            raise ValueError(f"parameters: expected tensors, got one of type {got}")
+    return given
+
+
 def _global_norm(kinds: list[list[Tensor]]) -> Float[Tensor, ""]:
     norms: list[Tensor] = []
     for grads in kinds:
@@ -832,18 +996,18 @@ def _global_norm(kinds: list[list[Tensor]]) -> Float[Tensor, ""]:
         norms += torch._foreach_norm(grads, 2, dtype=wide)
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
 
-# %% ../chapters/12_optimization.ipynb #abbd4865
+# %% ../chapters/12_optimization.ipynb #448d70b0
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Float[Tensor, ""]:
     """Scale all gradients, in place, so that their joint norm is at most ``max_norm``.
 
     Returns the norm before. If it is not finite the gradients stay as they are, so look at it
     before a step; ``max_norm`` may be infinite, to measure only. Computed in float32 or wider.
+    No parameters at all, as from an iterator that was read before, are a ``ValueError``.
     """
-    if not max_norm > 0:
+    if not _is_number(max_norm) or not max_norm > 0:
         raise ValueError(f"max_norm: expected a number above 0, got {max_norm!r}")
-    given = [parameters] if isinstance(parameters, Tensor) else parameters
-    kinds = list(_by_kind(p.grad for p in given if p.grad is not None))
+    kinds = list(_by_kind(p.grad for p in _tensors_of(parameters) if p.grad is not None))
     if not kinds:
         return torch.zeros(())
     norm = _global_norm(kinds)
