@@ -1440,29 +1440,196 @@ for block in html_blocks(page):
 # %% [markdown]
 # The remedy is to look at more: at the names of elements (`nav`, `aside`) and at their classes.
 # The exported reader leaves that to Resiliparse, from the makers of the ChatNoir search engine
-# {cite}`bevendorff2018chatnoir`. Given bytes, it must know their encoding. Valid UTF-8 is UTF-8
-# whatever the page declares; else the declaration decides, else the statistics of its bytes.
+# {cite}`bevendorff2018chatnoir`. Given bytes, it must know their encoding. What is valid UTF-8 is
+# read as UTF-8, whatever the page declares. Otherwise the declaration decides, and if there is
+# none, the statistics of the bytes. Declarations mean what browsers take them for
+# {cite}`whatwg2026encoding`: a page that claims to be Latin-1 is Windows-1252.
 
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: `read_html`, for any encoding, and for pages that would stop a crawl
 
 # %% [markdown] tags=["engine"]
-# The encoding is guessed in the order that was just described.
+# Pages name encodings by 228 labels, and programs have always taken some of them for more than they
+# say: `shift_jis` for Microsoft's extension of it, `euc-kr` for `cp949`. The Encoding Standard has
+# the table, and the package `webencodings` has the standard's table. What is left to us are four
+# differences between Python's decoders and those of the standard. The code pages of Windows leave a
+# few bytes undefined, which the standard takes for control characters, and KOI8-U and Windows-1255
+# lack three letters. So we make a table of 256 characters for each encoding with one byte a
+# character; U+FFFE in it means that there is none.
+
+
+# %% tags=["engine"]
+#| export
+_LETTERS_LACKING = {"koi8-u": {0xAE: "ў", 0xBE: "Ў"}, "windows-1255": {0xCA: "\u05ba"}}
+
+
+@cache
+def _byte_table(name: str) -> str:
+    """Return the character of each byte in an encoding of the standard with one byte for each."""
+    import webencodings
+
+    decode = webencodings.lookup(name).codec_info.decode
+    table = [decode(bytes([byte]), "replace")[0] for byte in range(256)]
+    for byte in [byte for byte, character in enumerate(table) if character == "\ufffd"]:
+        control = name.startswith("windows") and 0x80 <= byte < 0xA0
+        table[byte] = chr(byte) if control else "\ufffe"
+    for byte, letter in _LETTERS_LACKING.get(name, {}).items():
+        table[byte] = letter
+    return "".join(table)
+
+
+# %% [markdown] tags=["engine"]
+# The other two concern Chinese and Japanese. GBK is part of GB 18030, whose decoder knows more. And
+# Japanese pages use characters of NEC and IBM that Python knows in `cp932` only, the code page of
+# Windows, such as ① and ㈱. All Japanese encodings number the same table of 94 rows by 94 cells;
+# they write the numbers in different ways. So a pair of bytes of EUC-JP can be rewritten as a pair
+# of `cp932`.
+
+
+# %% tags=["engine"]
+#| export
+_EUC_JP = re.compile(
+    rb"(?:[\xa1-\xfe]{2})+|\x8f[\xa1-\xfe]{2}|\x8e[\xa1-\xdf]|[\x00-\x8d\x90-\xa0]+|.", re.DOTALL
+)
+
+
+def _as_cp932(pairs: bytes) -> bytes:
+    """Rewrite pairs of bytes of EUC-JP, from A1 to FE each, as pairs of Windows' code page."""
+    rewritten = bytearray()
+    for row, cell in zip(pairs[::2], pairs[1::2], strict=True):
+        lead, trail = divmod(94 * (row - 0xA1) + cell - 0xA1, 188)
+        rewritten.append(lead + (0x81 if lead < 0x1F else 0xC1))
+        rewritten.append(trail + (0x40 if trail < 0x3F else 0x41))
+    return bytes(rewritten)
+
+
+def _decode_euc_jp(data: bytes, errors: str) -> str:
+    pieces = []
+    for piece in _EUC_JP.findall(data):
+        if piece[0] >= 0xA1 and len(piece) > 1:
+            pieces.append(_as_cp932(piece).decode("cp932", errors))
+        else:  # ASCII, half-width syllables (8E), and the rare characters of JIS X 0212 (8F)
+            pieces.append(piece.decode("euc-jp", errors))
+    return "".join(pieces)
+
+
+# %% [markdown] tags=["engine"]
+# ISO-2022-JP writes the same numbers in bytes of ASCII, and says by escape sequences where they
+# begin and end. This is why such a page is valid UTF-8, and nonsense.
+
+
+# %% tags=["engine"]
+#| export
+_HIGH = bytes(byte | 0x80 if 0x21 <= byte <= 0x7E else byte for byte in range(256))
+
+
+def _decode_iso_2022_jp(data: bytes, errors: str) -> str:
+    first, *rest = re.split(rb"\x1b(\$[@B]|\([BIJ])", data)
+    pieces = [first.decode("ascii", errors)]
+    for escape, part in zip(rest[::2], rest[1::2], strict=True):
+        if escape.startswith(b"$"):  # the table of 94 rows
+            pieces.append(_decode_euc_jp(part.translate(_HIGH), errors))
+        elif escape == b"(I":  # half-width syllables
+            pieces.append(part.translate(_HIGH).decode("cp932", errors))
+        else:  # ASCII, or (J) ASCII with a yen sign and an overline
+            yen = {0x5C: "¥", 0x7E: "\u203e"} if escape == b"(J" else {}
+            pieces.append(part.decode("ascii", errors).translate(yen))
+    return "".join(pieces)
+
+
+# %% [markdown] tags=["engine"]
+# One function knows who decodes what. The standard forbids a few old encodings, in which attacks
+# can be hidden: their label means *replacement*, and the whole page becomes a single U+FFFD.
+
+
+# %% tags=["engine"]
+#| export
+_MULTIBYTE = ("utf-8", "utf-16le", "utf-16be", "big5", "euc-kr", "gb18030", "gbk", "shift_jis")
+
+
+def _decode_by_label(data: bytes, label: str, errors: str) -> str:
+    """Decode as the WHATWG Encoding Standard says for ``label``, which is one of its labels."""
+    import webencodings
+
+    encoding = webencodings.lookup(label)
+    name = encoding.name
+    if name == "replacement":
+        if errors == "strict":
+            raise ValueError(f"{label}: an encoding that browsers refuse to read")
+        return "\ufffd" if data else ""
+    try:
+        if name == "euc-jp":
+            return _decode_euc_jp(data, errors)
+        if name == "iso-2022-jp":
+            return _decode_iso_2022_jp(data, errors)
+    except UnicodeDecodeError as error:  # of a piece, so that its position would mislead
+        byte = error.object[error.start]
+        raise ValueError(f"not {name}: byte {byte:#04x} cannot be decoded") from None
+    if name in _MULTIBYTE:
+        return data.decode("gb18030" if name == "gbk" else encoding.codec_info.name, errors)
+    return codecs.charmap_decode(data, errors, _byte_table(name))[0]
+
+
+# %% [markdown] tags=["engine"]
+# A declaration stands in a `meta` element among the first 1,024 bytes, or else in an XML
+# declaration. A label that the standard does not have counts for nothing. A page whose declaration
+# can be read byte by byte is not UTF-16, so that label is taken for UTF-8.
+
+
+# %% tags=["engine"]
+#| export
+_DECLARATIONS = (
+    re.compile(rb"""(?i)<meta[\s/][^>]*?charset\s*=\s*["']?\s*([^\s"'/>;]+)"""),
+    re.compile(rb"""(?i)\A\s*<\?xml\s[^>]*?encoding\s*=\s*["']([^"'>]+)"""),
+)
+
+
+def _declared_encoding(data: bytes) -> str | None:
+    """Return the label that the page declares, if it is one of the standard's, else None."""
+    import webencodings
+
+    start = re.sub(rb"(?s)<!--.*?(-->|\Z)", b"", data[:1024])
+    for pattern in _DECLARATIONS:
+        for found in pattern.findall(start):
+            label = found.decode("latin-1")
+            if encoding := webencodings.lookup(label):
+                instead = {"utf-16le": "utf-8", "utf-16be": "utf-8"}
+                instead["x-user-defined"] = "windows-1252"  # by the standard of HTML
+                return instead.get(encoding.name, label)
+    return None
+
+
+# %% [markdown] tags=["engine"]
+# The encoding is found in the order that was described above. One case is left: what hides behind
+# bytes of ASCII is valid UTF-8, so there the declaration comes first, and ISO-2022-JP is known by
+# its escape sequences.
 
 
 # %% tags=["engine"]
 #| export
 def _decode_html(data: bytes, errors: str) -> str:
+    import webencodings
     from resiliparse.parse.encoding import detect_encoding
 
+    handling = "replace" if errors == "replace" else "strict"
+    if data.startswith(tuple(_MARKS)):
+        return decode_text(data, errors=handling)
     if re.match(rb"\s*<[!?a-zA-Z]", data):
         data = data.replace(b"\0", b"")  # stray zero bytes, which browsers drop, too
+    label = _declared_encoding(data)
+    if data.isascii():
+        if label is None and re.search(rb"\x1b\$[@B]", data):
+            label = "iso-2022-jp"
+        if label and webencodings.lookup(label).name in ("iso-2022-jp", "replacement"):
+            return _unix_lines(_decode_by_label(data, label, handling))
     try:
         return decode_text(data)
     except UnicodeDecodeError:
-        declared = detect_encoding(data, from_html_meta=True) or "cp1252"
-        return decode_text(data, declared, "replace" if errors == "replace" else "strict")
+        label = label or detect_encoding(data)
+        if label is None or webencodings.lookup(label) is None:
+            label = "windows-1252"
+        return _unix_lines(_decode_by_label(data, label, handling))
 
 
 # %% [markdown] tags=["engine"]

@@ -849,17 +849,136 @@ def html_to_text(page: str, main_content: bool = True) -> str:
         blocks = [block for block, kept in zip(blocks, keep, strict=True) if kept]
     return "\n\n".join(block.text for block in blocks)
 
-# %% ../chapters/02_corpus.ipynb #d4588ef8
+# %% ../chapters/02_corpus.ipynb #fed21475
+_LETTERS_LACKING = {"koi8-u": {0xAE: "ў", 0xBE: "Ў"}, "windows-1255": {0xCA: "\u05ba"}}
+
+
+@cache
+def _byte_table(name: str) -> str:
+    """Return the character of each byte in an encoding of the standard with one byte for each."""
+    import webencodings
+
+    decode = webencodings.lookup(name).codec_info.decode
+    table = [decode(bytes([byte]), "replace")[0] for byte in range(256)]
+    for byte in [byte for byte, character in enumerate(table) if character == "\ufffd"]:
+        control = name.startswith("windows") and 0x80 <= byte < 0xA0
+        table[byte] = chr(byte) if control else "\ufffe"
+    for byte, letter in _LETTERS_LACKING.get(name, {}).items():
+        table[byte] = letter
+    return "".join(table)
+
+# %% ../chapters/02_corpus.ipynb #fb27c50f
+_EUC_JP = re.compile(
+    rb"(?:[\xa1-\xfe]{2})+|\x8f[\xa1-\xfe]{2}|\x8e[\xa1-\xdf]|[\x00-\x8d\x90-\xa0]+|.", re.DOTALL
+)
+
+
+def _as_cp932(pairs: bytes) -> bytes:
+    """Rewrite pairs of bytes of EUC-JP, from A1 to FE each, as pairs of Windows' code page."""
+    rewritten = bytearray()
+    for row, cell in zip(pairs[::2], pairs[1::2], strict=True):
+        lead, trail = divmod(94 * (row - 0xA1) + cell - 0xA1, 188)
+        rewritten.append(lead + (0x81 if lead < 0x1F else 0xC1))
+        rewritten.append(trail + (0x40 if trail < 0x3F else 0x41))
+    return bytes(rewritten)
+
+
+def _decode_euc_jp(data: bytes, errors: str) -> str:
+    pieces = []
+    for piece in _EUC_JP.findall(data):
+        if piece[0] >= 0xA1 and len(piece) > 1:
+            pieces.append(_as_cp932(piece).decode("cp932", errors))
+        else:  # ASCII, half-width syllables (8E), and the rare characters of JIS X 0212 (8F)
+            pieces.append(piece.decode("euc-jp", errors))
+    return "".join(pieces)
+
+# %% ../chapters/02_corpus.ipynb #8bd339d6
+_HIGH = bytes(byte | 0x80 if 0x21 <= byte <= 0x7E else byte for byte in range(256))
+
+
+def _decode_iso_2022_jp(data: bytes, errors: str) -> str:
+    first, *rest = re.split(rb"\x1b(\$[@B]|\([BIJ])", data)
+    pieces = [first.decode("ascii", errors)]
+    for escape, part in zip(rest[::2], rest[1::2], strict=True):
+        if escape.startswith(b"$"):  # the table of 94 rows
+            pieces.append(_decode_euc_jp(part.translate(_HIGH), errors))
+        elif escape == b"(I":  # half-width syllables
+            pieces.append(part.translate(_HIGH).decode("cp932", errors))
+        else:  # ASCII, or (J) ASCII with a yen sign and an overline
+            yen = {0x5C: "¥", 0x7E: "\u203e"} if escape == b"(J" else {}
+            pieces.append(part.decode("ascii", errors).translate(yen))
+    return "".join(pieces)
+
+# %% ../chapters/02_corpus.ipynb #5c8e946a
+_MULTIBYTE = ("utf-8", "utf-16le", "utf-16be", "big5", "euc-kr", "gb18030", "gbk", "shift_jis")
+
+
+def _decode_by_label(data: bytes, label: str, errors: str) -> str:
+    """Decode as the WHATWG Encoding Standard says for ``label``, which is one of its labels."""
+    import webencodings
+
+    encoding = webencodings.lookup(label)
+    name = encoding.name
+    if name == "replacement":
+        if errors == "strict":
+            raise ValueError(f"{label}: an encoding that browsers refuse to read")
+        return "\ufffd" if data else ""
+    try:
+        if name == "euc-jp":
+            return _decode_euc_jp(data, errors)
+        if name == "iso-2022-jp":
+            return _decode_iso_2022_jp(data, errors)
+    except UnicodeDecodeError as error:  # of a piece, so that its position would mislead
+        byte = error.object[error.start]
+        raise ValueError(f"not {name}: byte {byte:#04x} cannot be decoded") from None
+    if name in _MULTIBYTE:
+        return data.decode("gb18030" if name == "gbk" else encoding.codec_info.name, errors)
+    return codecs.charmap_decode(data, errors, _byte_table(name))[0]
+
+# %% ../chapters/02_corpus.ipynb #7fafd859
+_DECLARATIONS = (
+    re.compile(rb"""(?i)<meta[\s/][^>]*?charset\s*=\s*["']?\s*([^\s"'/>;]+)"""),
+    re.compile(rb"""(?i)\A\s*<\?xml\s[^>]*?encoding\s*=\s*["']([^"'>]+)"""),
+)
+
+
+def _declared_encoding(data: bytes) -> str | None:
+    """Return the label that the page declares, if it is one of the standard's, else None."""
+    import webencodings
+
+    start = re.sub(rb"(?s)<!--.*?(-->|\Z)", b"", data[:1024])
+    for pattern in _DECLARATIONS:
+        for found in pattern.findall(start):
+            label = found.decode("latin-1")
+            if encoding := webencodings.lookup(label):
+                instead = {"utf-16le": "utf-8", "utf-16be": "utf-8"}
+                instead["x-user-defined"] = "windows-1252"  # by the standard of HTML
+                return instead.get(encoding.name, label)
+    return None
+
+# %% ../chapters/02_corpus.ipynb #8fb78da1
 def _decode_html(data: bytes, errors: str) -> str:
+    import webencodings
     from resiliparse.parse.encoding import detect_encoding
 
+    handling = "replace" if errors == "replace" else "strict"
+    if data.startswith(tuple(_MARKS)):
+        return decode_text(data, errors=handling)
     if re.match(rb"\s*<[!?a-zA-Z]", data):
         data = data.replace(b"\0", b"")  # stray zero bytes, which browsers drop, too
+    label = _declared_encoding(data)
+    if data.isascii():
+        if label is None and re.search(rb"\x1b\$[@B]", data):
+            label = "iso-2022-jp"
+        if label and webencodings.lookup(label).name in ("iso-2022-jp", "replacement"):
+            return _unix_lines(_decode_by_label(data, label, handling))
     try:
         return decode_text(data)
     except UnicodeDecodeError:
-        declared = detect_encoding(data, from_html_meta=True) or "cp1252"
-        return decode_text(data, declared, "replace" if errors == "replace" else "strict")
+        label = label or detect_encoding(data)
+        if label is None or webencodings.lookup(label) is None:
+            label = "windows-1252"
+        return _unix_lines(_decode_by_label(data, label, handling))
 
 # %% ../chapters/02_corpus.ipynb #776c1c53
 _NEVER_DEEP = set(
