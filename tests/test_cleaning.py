@@ -207,9 +207,12 @@ def test_shares_outside_their_range(name: str, value: object) -> None:
 def test_other_bad_thresholds() -> None:
     with pytest.raises(ValueError, match="min_words"):
         gopher_quality("text", min_words=-1)
-    with pytest.raises(ValueError, match="mean_word_length"):
-        gopher_quality("text", mean_length=(10, 3))
-    with pytest.raises(ValueError, match="word_count"):
+    for pair in ((10, 3), (math.nan, 5)):
+        with pytest.raises(
+            ValueError, match=r"mean_length: expected \(least, most\) in this order"
+        ):
+            gopher_quality("text", mean_length=pair)
+    with pytest.raises(ValueError, match=r"min_words, max_words: expected .* got \(60, 50\)"):
         gopher_quality("text", min_words=60, max_words=50)
     with pytest.raises(ValueError, match="max_short_lines"):
         fineweb_quality("text", max_short_lines=67.0)
@@ -323,6 +326,46 @@ def test_repeated_lines_bad_input() -> None:
         remove_repeated_lines([], min_length=-1)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("keep", ["first", "none"])
+def test_nothing_but_lines_is_removed(end: str, keep: str) -> None:
+    def edited(*lines: str, ends: tuple[str, str] = ("", "")) -> str:
+        text = ends[0] * 2 + end.join(lines) + ends[1]
+        documents = [Document("again"), Document(text, "it"), Document("again", "third")]
+        found = {d.id: d.text for d in remove_repeated_lines(documents, keep, min_length=3)}
+        return found.get("it", "dropped")
+
+    assert edited("new", "again", "", "old") == f"new{end}{end}old"
+    assert edited("new", "again") == edited("again", "new") == "new"
+    for ends in ((end, end), ("", end), (end, ""), ("", "")):
+        assert edited("new", "again", ends=ends) == ends[0] * 2 + "new" + ends[1]
+        assert edited("again", "", "  new", ends=ends) == ends[0] * 2 + "  new" + ends[1]
+        assert edited("again", ends=ends) == edited("again", " ", ends=ends) == "dropped"
+
+
+def test_other_line_ends_stay() -> None:
+    documents = [Document("again"), Document("a\x0cb\u2028again\u2028c\r\nd\n\n", "it")]
+    assert list(remove_repeated_lines(documents, min_length=3))[1].text == "a\x0cb\u2028c\r\nd\n\n"
+
+
+def test_blank_lines_are_never_repeated_ones() -> None:
+    documents = [Document("a\n\nb\n  \nc\n", "1"), Document("\n\nd\n\na", "2"), Document(" ", "3")]
+    first = list(remove_repeated_lines(documents, min_length=0))
+    assert [d.text for d in first] == ["a\n\nb\n  \nc\n", "\n\nd", " "]
+    none = list(remove_repeated_lines(documents, "none", min_length=0))
+    assert [d.text for d in none] == ["b\n  \nc\n", "\n\nd", " "]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_licenses_leave_line_ends(end: str) -> None:
+    notice = f"Copyright (c) 2001 The Bakers{end}All rights reserved."
+    for text in (f"{end}Bread.{end}{end}{notice}{end}", f"{end}{notice}{end}{end}Bread.{end}"):
+        assert remove_license(text) == f"{end}Bread.{end}"
+    middle = f"Bread.{end}{end}{notice}{end} {end}Salt."
+    assert remove_license(middle) == f"Bread.{end} {end}Salt."
+    assert remove_license(notice + end) == ""
+
+
 @given(st.lists(st.text("ab \n", max_size=12), max_size=6))
 def test_a_line_is_left_once_or_never(texts: list[str]) -> None:
     documents = [Document(text, str(i)) for i, text in enumerate(texts)]
@@ -417,6 +460,24 @@ def test_naive_bayes_equals_sklearn() -> None:
     assert np.allclose(
         ours.log_probabilities(probe), theirs.predict_log_proba(row(probe)[None])[0], atol=1e-9
     )
+
+
+def test_only_the_first_characters_are_asked() -> None:
+    identifier = LanguageIdentifier({"a": ["aaaa"], "b": ["bbbb"]})
+    assert identifier.identify("1" * 499 + "a").code == "a"
+    assert identifier.identify("1" * 500 + "a").code == "und"
+    assert identifier.identify("1" * 500 + "a", max_characters=501).code == "a"
+    assert identifier.identify("a" * 300 + "b" * 400).code == "a"  # 300 of the first 500
+    assert identifier.identify("a" * 300 + "b" * 400, max_characters=700).code == "b"
+    assert identifier.identify("ab", max_characters=1).code == "a"
+
+
+@pytest.mark.parametrize("value", [0, -1, None, 1.5, True])
+@pytest.mark.usefixtures("unchecked")
+def test_no_characters_are_refused(value: object) -> None:
+    identifier = LanguageIdentifier({"a": ["aaaa"], "b": ["bbbb"]})
+    with pytest.raises(ValueError, match=r"max_characters: expected .* got"):
+        identifier.identify("text", max_characters=value)
 
 
 def test_identifier_bad_input() -> None:
@@ -586,6 +647,60 @@ def test_classifier_bad_labels(labels: list[float]) -> None:
         QualityClassifier(buckets=8).fit(["bread", "salt"], labels)
 
 
+def test_labels_of_ones_own(tmp_path: Path) -> None:
+    texts, labels = examples(60)
+    plain = QualityClassifier(buckets=256).fit(texts, labels)
+    kinds = ("crawl", "curated")
+    named = [kinds[label] for label in labels]
+    for given_labels in (named, tuple(named), np.array(named)):
+        ours = QualityClassifier(buckets=256, labels=kinds).fit(texts, given_labels)
+        assert np.array_equal(ours.weights, plain.weights)
+    turned = QualityClassifier(buckets=256, labels=[1, 0]).fit(texts, labels)
+    assert np.allclose(turned.predict(texts), 1 - plain.predict(texts), atol=1e-6)
+    for same in (np.array(labels, bool), np.array(labels, float), [bool(x) for x in labels]):
+        assert np.array_equal(
+            QualityClassifier(buckets=256).fit(texts, same).weights, plain.weights
+        )
+    ours.save(tmp_path / "named")
+    again = QualityClassifier.load(tmp_path / "named")
+    assert again.labels == kinds
+    assert np.array_equal(again.fit(texts, named).weights, plain.weights)
+    for wrong in (labels, [*named[:-1], "other"]):
+        with pytest.raises(
+            ValueError, match="labels: expected one for each of 60 texts, 'crawl' and"
+        ):
+            ours.fit(texts, wrong)
+
+
+@pytest.mark.parametrize("labels", [(0,), (1, 1), "ab", 5, (0, None), (0.5, 1), ("a", "b", "c")])
+@pytest.mark.usefixtures("unchecked")
+def test_labels_that_name_no_two_kinds(labels: object) -> None:
+    with pytest.raises(ValueError, match="labels: expected two different numbers or texts, got"):
+        QualityClassifier(labels=labels)
+
+
+def test_files_from_before_labels_had_names(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    metadata = {"format": "llmbook.QualityClassifier", "settings": GOOD}
+    save_file({"weights": np.ones(4)}, tmp_path / "old", metadata)
+    old = QualityClassifier.load(tmp_path / "old")
+    assert (old.labels, old.longest, old.penalty, old.bias) == ((0, 1), 1, 0.1, 0.5)
+
+
+def test_the_default_number_of_steps_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, labels = examples(300)
+    default = QualityClassifier(buckets=2**12).fit(texts, labels)
+    for steps, least, most in ((1000, 0.0, 0.0), (20_000, 0.0, 1e-4), (100, 1e-2, 99.0)):
+        other = QualityClassifier(buckets=2**12).fit(texts, labels, iterations=steps)
+        gap = np.abs(other.weights - default.weights).max() / np.abs(default.weights).max()
+        assert least <= gap <= most, (steps, gap)
+    asked: list[int] = []
+    monkeypatch.setattr(cleaning, "_minimize", lambda g, s, step, n: asked.append(n) or s)
+    QualityClassifier(buckets=8).fit(texts, labels)
+    assert asked == [1000]
+
+
 def test_one_string_is_no_list_of_texts() -> None:
     with pytest.raises(ValueError, match="texts"):
         QualityClassifier(buckets=8).predict("bread")
@@ -625,7 +740,7 @@ def test_area_equals_sklearn() -> None:
 
 def test_roc_bad_input() -> None:
     for labels, scores in (([], []), ([1], [0.5]), ([1, 1], [0.1, 0.2]), ([1, 0], [0.1])):
-        with pytest.raises(ValueError, match="labels, scores"):
+        with pytest.raises(ValueError, match=f"labels: expected one for each of {len(scores)} "):
             roc_curve(labels, np.array(scores, dtype=float))
     with pytest.raises(ValueError, match="finite"):
         roc_curve([0, 1], np.array([0.1, math.nan]))
@@ -649,6 +764,9 @@ def test_roc_bad_input() -> None:
         ("(283)-182-3829", "PHONE"),
         ("(283) 182 3829", "PHONE"),
         ("212-555-0123", "PHONE"),
+        ("212 555 0123", "PHONE"),
+        ("1 212 555 0123", "PHONE"),
+        ("212 555-0123", "PHONE"),
         ("212.555.0123", "PHONE"),
         ("1-800-555-0199", "PHONE"),
         ("030 1234567", "PHONE"),
@@ -674,6 +792,23 @@ def test_masked(text: str, kind: str) -> None:
     "text",
     [
         "version 1.2.3.4",
+        "Python 3.11.0.1",
+        "the releases 1.2.3.4",
+        "Chrome/120.0.0.0 Safari/537.36",
+        "linux-2.6.32.1",
+        "numpy==1.2.3.4",
+        "numpy >= 1.2.3.4",
+        "DE89 3704 0044 0532 0130 00",  # account numbers, the examples of their registry
+        "DE89370400440532013000",
+        "GB82 WEST 1234 5698 7654 32",
+        "FR14 2004 1010 0505 0001 3M02 606",
+        "NO93 8601 1117 947",
+        "BE68 5390 0754 7034",
+        "4111 1111 1111 1111",  # a card
+        "212 555 0123 44",  # rows of numbers
+        "7 212 555 0123",
+        "212 111 0123",  # what the numbering plan does not have
+        "292 555 0123",
         "v1.2.3",
         "1.2.3.4.5",
         "256.1.1.1",
@@ -708,10 +843,10 @@ def test_not_masked(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "first", ["+49 30 1234567", "+14155552671", "(212) 555-0123", "030 1234567"]
+    "first", ["+14155552671", "+49 30 1234567", "(212) 555-0123", "030 1234567", "212 555 0123"]
 )
 @pytest.mark.parametrize(
-    "second", ["+49 30 1234567", "(212) 555-0123", "212.555.0123", "030 1234567"]
+    "second", ["212 555 0123", "+49 30 1234567", "(212) 555-0123", "212.555.0123", "030 1234567"]
 )
 def test_two_numbers_with_a_space_between(first: str, second: str) -> None:
     assert mask_pii(f"{first} {second}") == ("<PHONE> <PHONE>", Counter(PHONE=2))
@@ -721,6 +856,63 @@ def test_private_addresses_can_stay() -> None:
     text = "127.0.0.1 192.168.0.1:80 8.8.8.8"
     assert mask_pii(text).counts == {"IP": 3}
     assert mask_pii(text, keep_private=True).text == "127.0.0.1 192.168.0.1:80 <IP>"
+
+
+def test_addresses_that_follow_a_word() -> None:
+    for before in ("from ", "host=", "http://", "at ", "(", "conversions ", "python's "):
+        assert mask_pii(f"{before}8.8.8.8").text == f"{before}<IP>"
+
+
+MIXED = "Ask ann@example.org, (212) 555-0123 or 8.8.8.8."
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        (("EMAIL",), "Ask <EMAIL>, (212) 555-0123 or 8.8.8.8."),
+        ("PHONE", "Ask ann@example.org, <PHONE> or 8.8.8.8."),
+        ({"IP"}, "Ask ann@example.org, (212) 555-0123 or <IP>."),
+        (["IP", "EMAIL"], "Ask <EMAIL>, (212) 555-0123 or <IP>."),
+        (cleaning.PII_KINDS, "Ask <EMAIL>, <PHONE> or <IP>."),
+    ],
+)
+def test_only_the_kinds_that_were_asked_for(kinds: object, expected: str) -> None:
+    assert mask_pii(MIXED, kinds=kinds).text == expected
+    assert mask_pii(MIXED).text == "Ask <EMAIL>, <PHONE> or <IP>."
+
+
+def test_placeholders_of_ones_own() -> None:
+    own = {"EMAIL": "[mail]", "IP": ""}
+    assert mask_pii(MIXED, placeholders=own) == (
+        "Ask [mail], <PHONE> or .",
+        Counter(EMAIL=1, PHONE=1, IP=1),
+    )
+    fineweb = {"EMAIL": "email@example.com", "IP": "22.214.171.124"}
+    once = mask_pii(MIXED, placeholders=fineweb)
+    assert once.text == "Ask email@example.com, <PHONE> or 22.214.171.124."
+    assert once.counts == Counter(EMAIL=1, PHONE=1, IP=1)
+    assert mask_pii(once.text, placeholders=fineweb) == (once.text, Counter())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kinds": ()}, "kinds: expected some of EMAIL, PHONE, IP, got ()"),
+        ({"kinds": 5}, "kinds: expected some of EMAIL, PHONE, IP, got 5"),
+        ({"kinds": ["NAME"]}, "kinds: expected one of EMAIL, PHONE, IP, got 'NAME'"),
+        ({"placeholders": {"NAME": "x"}}, "placeholders: expected one of EMAIL, PHONE, IP, got"),
+        ({"placeholders": {"IP": 5}}, "placeholders['IP']: expected a str, got 5"),
+        ({"placeholders": "<IP>"}, "placeholders: expected texts by kind, got '<IP>'"),
+        (
+            {"kinds": ["IP"], "placeholders": {"EMAIL": "x"}},
+            "placeholders: expected one of IP, got 'EMAIL'",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_bad_kinds_and_placeholders(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mask_pii("text", **options)
 
 
 @given(PRIVATE, st.sampled_from(["", " ", "\n"]))
@@ -775,7 +967,7 @@ def test_neighbors_without_a_space(unit: str, kind: str, monkeypatch: pytest.Mon
     assert mask_pii(unit * 10_000) == (f"<{kind}>" * 10_000, Counter({kind: 10_000}))
     assert len(rounds) == 2
     rounds.clear()
-    once = lambda text, _: cleaning.Masked(text, Counter({kind: 1}))  # noqa: E731
+    once = lambda text, *_: cleaning.Masked(text, Counter({kind: 1}))  # noqa: E731
     assert mask_pii(unit).counts == {kind: 20}
 
 
@@ -907,5 +1099,5 @@ def test_pipeline_bad_input() -> None:
         "min_line_length": -1,
         "evaluation": [],
     }.items():
-        with pytest.raises(ValueError, match=name.replace("min_line_length", "min_length")):
-            list(clean_documents([Document("x")], **{name: value}))
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            clean_documents([Document("x")], **{name: value})
