@@ -1785,8 +1785,8 @@ print(f"members of a cluster that do not belong to it: {outside}")
 # %% [markdown]
 # And the header with five thousand copies: one text, each time with another year and number. Beside
 # it the worst case: eight hundred texts of which every pair has a similarity of about $0.7$, too
-# little to be joined and enough to meet. There is hardly anything to save there. But although most
-# pairs meet in several buckets, each is compared only once.
+# little to be joined and enough to meet. There all pairs that meet must be compared. Most of them
+# meet in several buckets, but each is compared only once.
 #
 # The buckets of the bands are searched side by side. For the header, some begin with the first
 # member, some with the second, so there are two comparisons for each document, not one.
