@@ -1083,3 +1083,8 @@ def stored_bytes(model: nn.Module) -> int:
     """Return the bytes of all parameters and saved buffers, each tensor once."""
     tensors = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
     return sum(tensors.values())
+
+# %% failed calls are explained, see chapter 00
+from llmbook.environment import explain_calls
+
+explain_calls(__name__)

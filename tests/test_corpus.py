@@ -1181,7 +1181,7 @@ def test_powers_need_positive_values(x, y):
 @pytest.mark.usefixtures("untyped")
 def test_powers_need_points_and_bins():
     x = np.arange(1, 10)
-    with pytest.raises(ValueError, match=r"x, y: expected equal shapes, got \(9,\) and \(8,\)"):
+    with pytest.raises(ValueError, match=r"y: expected .* got .*\(8,\)"):
         fit_power_law(x, x[:-1])
     for bins in (0, 1):
         with pytest.raises(ValueError, match=f"bins: expected at least 2, got {bins}"):
