@@ -2794,13 +2794,22 @@ def threshold_keeping(labels: Sequence[int], scores: np.ndarray, share: float) -
 # %% tags=["check"]
 ten = np.arange(10) / 10
 all_good = [1] * 10
-assert threshold_keeping(all_good, ten, 0.5) == 0.5, "0.5 to 0.9 are five of ten"
+assert threshold_keeping(all_good, ten, 0.1) == 0.9, "the best tenth has 0.9: high scores are kept"
+assert threshold_keeping(all_good, ten, 0.5) == 0.5, (
+    "five of ten scores are at least 0.5, and a text with the threshold itself is kept"
+)
 assert threshold_keeping(all_good, ten, 1.0) == 0.0, "to keep all, the lowest score decides"
 assert threshold_keeping(all_good, ten, 0.51) == 0.4, "half of them is not enough for 0.51"
-assert threshold_keeping([0, 1] * 5, ten, 0.5) == 0.5, "only good texts count: 0.5, 0.7, 0.9"
+assert threshold_keeping([1, 1, 1, 1, 1, 0, 0, 0, 0, 0], ten, 0.6) == 0.2, (
+    "only good texts count: three of the five have 0.2, 0.3 and 0.4"
+)
 hundred = np.arange(100) / 100
 assert threshold_keeping([1] * 100, hundred, 0.07) == 0.93, "0.07 of a hundred are seven"
-assert threshold_keeping([1, 1, 0], np.array([0.3, 0.3, 0.9]), 0.5) == 0.3, "equal scores"
+ties = np.array([0.9, 0.3, 0.3, 0.3, 1.0])
+assert threshold_keeping([1, 1, 1, 1, 0], ties, 0.5) == 0.3, "texts with equal scores all count"
+assert threshold_keeping([1, 1, 1, 1], np.array([0.8, 0.2, 0.1, 0.5]), 0.5) == 0.5, (
+    "scores come in any order"
+)
 
 # %% [markdown]
 # ````{exercise} Less sure of itself
@@ -2834,9 +2843,18 @@ logits = rng.normal(size=(20_000, 5)) * 2
 honest = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
 drawn = (np.cumsum(np.exp(honest), axis=1) < rng.random((20_000, 1))).sum(axis=1).clip(max=4)
 steps = [0.5, 1.0, 2.0, 3.0, 5.0]
+flat, steep = (best_temperature(honest, drawn, [1.0, t]) == t for t in (5.0, 0.5))
+assert not flat, "a high temperature must not win by itself: normalize again after dividing"
+assert not steep, "a low temperature must not win by itself: the order of languages always stays"
 assert best_temperature(honest, drawn, steps) == 1.0, "honest probabilities need no temperature"
-assert best_temperature(3 * honest, drawn, steps) == 3.0, "three times too certain"
-assert best_temperature(0.5 * honest, drawn, steps) == 0.5, "half as certain as it should be"
+assert best_temperature(3 * honest, drawn, steps) == 3.0, "log-probabilities are divided by T"
+assert best_temperature(0.5 * honest, drawn, steps) == 0.5, "T may be below 1"
+lead = np.array([20.0] * 10 + [2.0] * 10)  # of the first language, by which one text is misnamed
+two = np.stack([np.zeros(20), -lead], axis=1)
+two -= np.logaddexp.reduce(two, axis=1, keepdims=True)
+assert best_temperature(two, np.array([1] + [0] * 19), [1.0, 2.0, 4.0]) == 4.0, (
+    "the cross-entropy is the mean of -log p of the right language, and one bad miss is costly"
+)
 right = np.repeat(np.arange(len(halves)), 20)
 order = [by_story.codes.index(code) for code in halves]
 found_t = best_temperature(ours[:, order], right, [1.0, 2.0, 4.0, 7.0, 12.0, 20.0, 30.0])
@@ -2868,14 +2886,20 @@ def mask_cards(text: str) -> str:
 
 
 # %% tags=["check"]
-assert mask_cards("pay 4111 1111 1111 1111 now") == "pay <CARD> now", "a known test number"
-assert mask_cards("4111-1111-1111-1111, 378282246310005") == "<CARD>, <CARD>", "15 digits, too"
-assert mask_cards("4111 1111 1111 1112") == "4111 1111 1111 1112", "the check digit is wrong"
-assert mask_cards("1411 1111 1111 1111") == "1411 1111 1111 1111", "the order matters"
-assert mask_cards("5500 0000 0000 0004") == "<CARD>", "5 doubled is 10, and 1 + 0 is 1"
+assert mask_cards("4111111111111111") == "<CARD>", (
+    "a known test number, of which every second digit is doubled, but not the last"
+)
+assert mask_cards("4111111111111112") == "4111111111111112", "the check digit is wrong"
+assert mask_cards("1411111111111111") == "1411111111111111", "the order matters"
+assert mask_cards("5500000000000004") == "<CARD>", "5 doubled is 10, and 1 + 0 is 1"
+for number in ("4222222222222", "378282246310005", "0" * 19):
+    assert mask_cards(number) == "<CARD>", f"{len(number)} digits, too, counted from the right"
+assert mask_cards("pay 4111 1111 1111 1111 now") == "pay <CARD> now", "spaces between the digits"
+assert mask_cards("4111-1111-1111-1111, or") == "<CARD>, or", "hyphens between the digits"
+assert "<" not in mask_cards("4111  1111  1111  1111"), "single spaces only"
 assert mask_cards("0" * 12) == "0" * 12, "twelve digits are too few"
-assert mask_cards("4111111111111111" * 2) == "4111111111111111" * 2, "32 digits are no card number"
-assert mask_cards(mask_cards("4111111111111111")) == "<CARD>"
+for longer in ("4111111111111111" * 2, "0" * 20, "4111 1111 1111 1111 1111 1111"):
+    assert mask_cards(longer) == longer, "a run inside a longer run is no card number"
 generator = random.Random(0)
 runs = ["".join(generator.choices("0123456789", k=16)) for _ in range(5000)]
 assert 400 < sum(mask_cards(run) == "<CARD>" for run in runs) < 600, "one in ten passes"
@@ -2914,18 +2938,25 @@ def cut_overlap(text: str, test: str, n: int = 13, margin: int = 20) -> list[str
 
 # %% tags=["check"]
 quoting = "One two three. Who BAKED this bread? Seven eight nine ten."
+assert cut_overlap("A b c d", "b c", 2, 0) == ["A", "d"], (
+    "the pieces are a list, of the text as it was written"
+)
 assert cut_overlap(quoting, "who baked this bread", 4, 0) == [
     "One two three",
     "Seven eight nine ten",
-], "case and punctuation do not matter"
+], "case and punctuation do not matter, and pieces begin and end with words"
 assert cut_overlap(quoting, "who baked this bread", 4, 1) == ["One two", "eight nine ten"], (
-    "margins"
+    "a margin of one word goes on either side"
 )
 assert cut_overlap(quoting, "who baked this bread", 4, 9) == [], "nothing is left"
 assert cut_overlap(quoting, "who baked this", 4, 0) == [
     "One two three. Who BAKED this bread? Seven eight nine ten"
 ], "three words are not four"
-assert cut_overlap("a b c d e f", "x b c d e y", 3, 0) == ["a", "f"], "overlapping runs are one"
+assert cut_overlap("a b c d e f", "x b c d e y", 3, 0) == ["a", "f"], (
+    "runs of the test that overlap are one: any n words of it count"
+)
+assert cut_overlap("b c x b c y", "b c", 2, 0) == ["x", "y"], "every run goes, not just the first"
+assert cut_overlap("b c d e f", "b c", 2, 1) == ["e f"], "a margin ends where the text begins"
 assert cut_overlap("", "a b c", 3, 0) == [], "an empty text has no pieces"
 
 # %% [markdown]

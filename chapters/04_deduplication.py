@@ -2244,12 +2244,21 @@ def containment(part: np.ndarray, whole: np.ndarray) -> float:
 
 
 # %% tags=["check"]
+import warnings
+
 quote, book = np.arange(10, dtype=np.uint64), np.arange(5, 1000, dtype=np.uint64)
 assert containment(quote, book) == 0.5, "five of the ten shingles of the quotation are in the book"
 assert abs(containment(book, quote) - 5 / 995) < 1e-12, "it is not symmetric: divide by the part"
-assert containment(quote[:0], book) == 1.0, "an empty part is contained in everything"
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # a mean of nothing is not a number
+    try:
+        nothing = containment(quote[:0], book)
+    except ZeroDivisionError:
+        nothing = None
+assert nothing == 1.0, "an empty part is contained in everything"
 assert containment(quote, book[:0]) == 0.0, "an empty whole contains nothing"
 assert containment(quote[[0, 7, 7, 7]], book) == 0.5, "a set has each element once"
+assert containment(quote, book[[0, 0, 0, 1, 2]]) == 0.3, "a set has each element once"
 
 # %% [markdown]
 # ````{exercise} How many permutations?
@@ -2268,12 +2277,17 @@ def permutations_needed(similarity: float, error: float) -> int:
 
 
 # %% tags=["check"]
-assert permutations_needed(0.5, 0.05) == 100, "0.25 / 0.0025 is 100"
-assert permutations_needed(0.2, 0.04) == 100, "0.16 / 0.0016 is 100, up to rounding"
+assert permutations_needed(0.5, 0.05) == 100, (
+    "J (1 - J) = 0.25 over the squared error 0.0025 is 100: the error is a standard deviation"
+)
+assert permutations_needed(0.8, 0.02) == 400, "the similarity matters: 0.16 and not 0.25"
+assert permutations_needed(0.2, 0.02) == 400, "0.2 and 0.8 have the same variance"
 assert permutations_needed(0.8, 0.01) == 1600, "four times as many for half the error"
-assert permutations_needed(0.8, 0.02) == 400, "the error is a standard deviation, not a variance"
 assert permutations_needed(0.9, 0.04) == 57, "56.25 permutations do not exist: round up"
+assert permutations_needed(0.9, 0.1) == 9, "0.09 / 0.01 is 9, and 10 is not the least"
+assert permutations_needed(0.2, 0.04) == 100, "0.16 / 0.0016 is 100, up to rounding"
 assert permutations_needed(1.0, 0.1) == 1, "equal sets always agree, but one permutation is needed"
+assert isinstance(permutations_needed(0.5, 0.05), int), "a number of permutations is an int"
 
 # %% [markdown]
 # ````{exercise} One bit is nearly enough
@@ -2295,15 +2309,18 @@ def estimate_from_bits(a: np.ndarray, b: np.ndarray, bits: int) -> float:
 
 
 # %% tags=["check"]
+a, b = np.array([0, 1, 2, 3], np.uint32), np.array([0, 3, 2, 7], np.uint32)
+assert estimate_from_bits(a, b, 1) == 1.0, "the lowest bits of all four positions agree"
+assert estimate_from_bits(a, a, 8) == 1.0, "equal signatures have an estimate of 1"
+assert abs(estimate_from_bits(a, b, 2) - 2 / 3) < 1e-9, (
+    "three of four agree; that is J, and a quarter of the rest by chance"
+)
+wide = np.array([1 << 31, 5], np.uint32)
+assert estimate_from_bits(wide, wide & 7, 2) == 1.0, "only the lowest bits count"
 drawn = many.hash_signatures(random_pairs(133, seed=1).ravel(), np.full(2000, 200))
 for bits in (1, 2, 8):
     mean = np.mean([estimate_from_bits(a, b, bits) for a, b in drawn.reshape(1000, 2, 512)])
     assert abs(mean - 133 / 267) < 0.02, f"with {bits} bits the mean should be 0.50, got {mean:.2f}"
-a, b = np.array([0, 1, 2, 3], np.uint32), np.array([0, 3, 2, 7], np.uint32)
-assert estimate_from_bits(a, b, 1) == 1.0, "the lowest bits of all four positions agree"
-assert abs(estimate_from_bits(a, b, 2) - 2 / 3) < 1e-9, (
-    "three of four agree, less a quarter by chance"
-)
 
 # %% [markdown]
 # ````{exercise} One permutation is enough
@@ -2330,15 +2347,25 @@ def estimate_bottom_k(a: np.ndarray, b: np.ndarray, k: int) -> float:
 
 
 # %% tags=["check"]
-assert bottom_k(np.array([5, 3, 3, 9, 1]), 3).tolist() == [1, 3, 5], "distinct, ascending"
+assert bottom_k(np.array([5, 3, 9, 1]), 3).tolist() == [1, 3, 5], "the smallest, ascending"
+assert bottom_k(np.array([5, 3, 3, 9, 1]), 3).tolist() == [1, 3, 5], "each hash counts once"
+assert bottom_k(np.array([5, 3]), 3).tolist() == [3, 5], "fewer, if there are no more"
 a, b = np.array([1, 2, 3, 4]), np.array([2, 3, 5, 6])
-assert estimate_bottom_k(a, b, 4) == 0.5, "of 1, 2, 3, 4 in the union, 2 and 3 are in both"
-assert estimate_bottom_k(a[:0], b[:0], 4) == 1.0, "two empty sets are equal"
+assert estimate_bottom_k(a, b, 4) == 0.5, (
+    "of 1, 2, 3, 4, the four smallest of the union, 2 and 3 are in both"
+)
+assert estimate_bottom_k(a[:2], a[1:2], 4) == 0.5, (
+    "small sets: of two elements in the union, one is in both"
+)
 a, b = np.array([1, 2, 8, 9]), np.array([3, 4, 8, 9])
 assert estimate_bottom_k(a, b, 4) == 0.0, "8 and 9 are not among the four smallest of the union"
-assert estimate_bottom_k(a[:2], a[1:2], 4) == 0.5, (
-    "small sets: two elements in the union, one in both"
-)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # a mean of nothing is not a number
+    try:
+        nothing = estimate_bottom_k(a[:0], b[:0], 4)
+    except ZeroDivisionError:
+        nothing = None
+assert nothing == 1.0, "two empty sets are equal"
 draws, values = np.random.default_rng(2), []
 for _ in range(300):
     big = draws.integers(0, 2**32, 1000)
@@ -2375,8 +2402,17 @@ story = [f"word{i}" for i in range(300)]
 train = [" ".join(story[i : i + 100]) for i in (0, 100, 200)] + ["Dough rises."]
 close, far = " ".join([*story[100:198], "new", "end"]), " ".join([*story[:84], *story[284:]])
 test = ["Nothing of the kind", close, "dough  RISES.", far, train[0]]
-assert leaked(train, test) == [1, 2, 4], "a near copy, a short copy in capitals, a copy"
-assert leaked(train, [far], 0.6) == [0], "at a lower threshold this is one, too"
+assert 4 in leaked(train, test), "a copy has leaked; the indices are those of the test texts"
+assert 1 in leaked(train, test), "a near copy has leaked"
+assert 2 in leaked(train, test), "a short copy in capitals has leaked"
+assert 3 not in leaked(train, test), "candidates are verified: this one has a similarity below 0.8"
+assert leaked(train, test) == [1, 2, 4], "each leaked text once, in ascending order"
+assert leaked(train * 2, test) == [1, 2, 4], "a text that leaked twice is named once"
+assert leaked(train, test, 0.99) == [2, 4], "the threshold is the caller's"
+assert leaked(train, [far], 0.6) == [0], (
+    "bands fit the threshold: at a lower one this is found, too"
+)
+assert leaked(["a b c"], ["x y z", "x y z"]) == [], "copies inside the test set are no leak"
 assert leaked(train, []) == [] and leaked([], test) == [], (
     "nothing has leaked from, or into, nothing"
 )
