@@ -2281,7 +2281,9 @@ assert permutations_needed(0.5, 0.05) == 100, (
     "J (1 - J) = 0.25 over the squared error 0.0025 is 100: the error is a standard deviation"
 )
 assert permutations_needed(0.8, 0.02) == 400, "the similarity matters: 0.16 and not 0.25"
-assert permutations_needed(0.2, 0.02) == 400, "0.2 and 0.8 have the same variance"
+assert permutations_needed(0.25, 0.05) == permutations_needed(0.75, 0.05) == 75, (
+    "0.25 and 0.75 have the same variance"
+)
 assert permutations_needed(0.8, 0.01) == 1600, "four times as many for half the error"
 assert permutations_needed(0.9, 0.04) == 57, "56.25 permutations do not exist: round up"
 assert permutations_needed(0.9, 0.1) == 9, "0.09 / 0.01 is 9, and 10 is not the least"

@@ -61,13 +61,6 @@ def permutations_needed(similarity, error):
     return math.ceil(round(similarity * (1 - similarity) / error**2, 6))
 
 
-# %% exercise="ex-deduplication-permutations" says="is not the least"
-# One more than needed where the quotient is whole
-def permutations_needed(similarity, error):
-    needed = round(similarity * (1 - similarity) / error**2, 6)
-    return int(needed) + (similarity < 1 and needed < 50 or needed % 1 > 0)
-
-
 # %% exercise="ex-deduplication-bits" says="a quarter of the rest by chance"
 # Agreement by chance left in
 def estimate_from_bits(a, b, bits):
