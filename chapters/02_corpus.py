@@ -43,7 +43,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 
-from llmbook.environment import check_choice, requires_extra, whole_file
+from llmbook.environment import check_choice, check_path, check_text, requires_extra, whole_file
 
 # %% [markdown]
 # Nearly all that we need is in the standard library:
@@ -113,6 +113,8 @@ class Document:
                 broken = f"{value[error.start]!r} at index {error.start}"
                 expected = f"{name}: expected text that UTF-8 can encode"
                 raise ValueError(f"{expected}, got {broken}") from None
+        if not isinstance(self.metadata, dict):
+            raise ValueError(f"metadata: expected a dict, got {type(self.metadata).__name__}")
         if not self.id:
             digest = blake2b(self.text.encode(), digest_size=8).hexdigest()
             object.__setattr__(self, "id", digest)
@@ -154,7 +156,7 @@ def docstrings(source: str) -> list[tuple[int, str, str]]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what others' files deserve is not the reader's problem
-        todo: list[tuple[ast.AST, str]] = [(ast.parse(source), "")]
+        todo: list[tuple[ast.AST, str]] = [(ast.parse(check_text(source, "source")), "")]
     found = []
     for node, name in todo:  # grows while we walk
         if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
@@ -379,6 +381,13 @@ def _check_errors(errors: str) -> None:
     check_choice("errors", errors, ("strict", "skip", "replace"))
 
 
+def _own_report(report: ReadReport | None) -> ReadReport:
+    """Return the caller's report, or a new one in the place of None."""
+    if not isinstance(report, ReadReport | None):
+        raise ValueError(f"report: expected a ReadReport, got {report!r:.60}")
+    return report if report is not None else ReadReport()
+
+
 # %% [markdown] tags=["engine"]
 # A string is a collection of letters as far as Python is concerned. Pass a single text where
 # several are expected, and a function would take it for a list of one-letter documents. Every
@@ -413,7 +422,8 @@ def iter_texts(items: Iterable[Any], argument: str = "documents") -> Iterator[st
 
 
 def _each(items: Any, argument: str, kinds: Any, name: str) -> Iterator[Any]:
-    if isinstance(items, str | bytes | Document) or not isinstance(items, Iterable):
+    several = isinstance(items, Iterable) and getattr(items, "ndim", 1) > 0
+    if isinstance(items, str | bytes | Document) or not several:
         one = "a single " if isinstance(items, str | bytes | Document) else ""
         raise ValueError(f"{argument}: expected several {name}, got {one}{type(items).__name__}")
 
@@ -619,7 +629,8 @@ def read_installed_docs(
     default several processes read a large job, one a small job.
     ``metadata`` holds kind, path, line, and the qualified name that a docstring belongs to.
     """
-    names = sorted({packages} if isinstance(packages, str) else set(packages))
+    listed = [packages] if isinstance(packages, str) else packages
+    names = sorted({check_text(name, "packages") for name in listed})
     chosen = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if not chosen or not set(chosen) <= set(KINDS):
         raise ValueError(f"kinds: expected some of {KINDS}, got {kinds!r}")
@@ -629,7 +640,7 @@ def read_installed_docs(
         raise ValueError("packages: expected at least one, got none")
     owners = cache(importlib.metadata.packages_distributions)
     places = {name: _locate(name, owners) for name in names}
-    own = report if report is not None else ReadReport()
+    own = _own_report(report)
     documents = _read_packages(places, chosen, workers, errors, own)
     return _deliver(documents, own, f"packages={names}", quiet=report is not None)
 
@@ -751,6 +762,13 @@ _MARKS = {  # longest first: UTF-32's mark begins with UTF-16's
 }
 
 
+def _check_encoding(encoding: str) -> None:
+    try:
+        "".encode(check_text(encoding, "encoding"))
+    except LookupError:  # no such encoding, or one like base64 that is not of text
+        raise ValueError(f"encoding: expected one that Python knows, got {encoding!r}") from None
+
+
 def decode_text(data: bytes, encoding: str = "utf-8", errors: str = "strict") -> str:
     """Decode a text file: by its byte-order mark, which is removed, else by ``encoding``.
 
@@ -760,6 +778,7 @@ def decode_text(data: bytes, encoding: str = "utf-8", errors: str = "strict") ->
     >>> decode_text(b"\\xef\\xbb\\xbfcaf\\xc3\\xa9\\r\\n")
     'café\\n'
     """
+    _check_encoding(encoding)
     for mark, marked in _MARKS.items():
         if data.startswith(mark):
             return _unix_lines(data[len(mark) :].decode(marked, errors))
@@ -1006,7 +1025,7 @@ def write_jsonl(documents: Iterable[Document], path: str | Path) -> int:
     The file appears complete or not at all. A ``ValueError`` names a document whose metadata JSON
     cannot hold; tuples come back as lists, keys that are numbers as strings.
     """
-    path, count = Path(path), 0
+    path, count = check_path(path), 0
     whole, suffix = whole_file(path), path.suffix.lower()
     with whole as draft, draft.open("wb") as raw, _compressor(raw, suffix) as file:
         for document in iter_documents(documents):
@@ -1047,7 +1066,8 @@ def read_jsonl(
 #| export
 def existing_paths(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """Return ``paths`` as a list of paths that exist."""
-    found = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
+    listed = paths if isinstance(paths, Iterable) and not isinstance(paths, str) else [paths]
+    found = [check_path(path, "paths") for path in listed]
     if not found:
         raise ValueError("paths: expected at least one, got none")
     for path in found:
@@ -1077,13 +1097,15 @@ def _read_tables(
     paths: Any, reader: Any, text_field: str, id_field: str, errors: str, report: ReadReport | None
 ) -> Iterator[Document]:
     _check_errors(errors)
+    check_text(text_field, "text_field")
+    check_text(id_field, "id_field")
     files = existing_paths(paths)
     for path in files:
         if path.is_dir():
             raise ValueError(f"paths: expected files, got the folder {str(path)!r}: see read_files")
     base, real = _base(files)
     names = [_portable(path.relative_to(base)) for path in real]
-    own = report if report is not None else ReadReport()
+    own = _own_report(report)
     own.files += len(files)
     rows = _Rows(text_field, id_field, errors, own)
     documents = (
@@ -1233,7 +1255,7 @@ def write_parquet(documents: Iterable[Document], path: str | Path, row_group: in
     schema = pa.schema([(name, pa.string()) for name in names])
     check_at_least(row_group=(1, row_group))
     with (
-        whole_file(Path(path)) as draft,
+        whole_file(path) as draft,
         pq.ParquetWriter(draft, schema, compression="zstd") as file,
     ):
         for group in _groups(iter_documents(documents), row_group):
@@ -1843,12 +1865,10 @@ def read_files(
     ``encoding`` is for text and Markdown without a byte-order mark.
     """
     _check_errors(errors)
-    try:
-        "".encode(encoding)
-    except LookupError:  # no such encoding, or one like base64 that is not of text
-        raise ValueError(f"encoding: expected one that Python knows, got {encoding!r}") from None
+    _check_encoding(encoding)
+    check_text(pattern, "pattern")
     listed = existing_paths(paths)
-    own = report if report is not None else ReadReport()
+    own = _own_report(report)
     files = _found_files(listed, pattern, own, errors)
     own.files += len(files)
     each = (d for name, path in files.items() for d in _read_any(path, name, encoding, errors, own))
@@ -1980,13 +2000,17 @@ def stream_hub(
     ``ConnectionError`` is raised. Needs datasets.
     """
     _check_errors(errors)
-    check_at_least(shuffle_buffer=(0, shuffle_buffer), limit=(1, limit))
+    if shuffle_buffer is None:
+        raise ValueError("shuffle_buffer: expected a whole number, got None")
+    check_at_least(shuffle_buffer=(0, shuffle_buffer), limit=(1, limit), seed=(0, seed))
+    for argument, value in (("name", name), ("text_field", text_field), ("id_field", id_field)):
+        check_text(value, argument)
     table = _open_hub(name, config, split, revision)
     columns = table.column_names
     if columns is not None and text_field not in columns:
         raise ValueError(f"text_field: expected one of {sorted(columns)}, got {text_field!r}")
     numbered: Iterator[Any] = islice(_shuffled(enumerate(table, 1), shuffle_buffer, seed), limit)
-    own = report if report is not None else ReadReport()
+    own = _own_report(report)
     documents = _hub_documents(numbered, name, _Rows(text_field, id_field, errors, own))
     return _deliver(documents, own, f"name={name!r}", quiet=report is not None)
 
@@ -2173,6 +2197,8 @@ def fit_power_law(
     Least squares on the logarithms of x and y, averaged in ``bins`` of equal width in log x, so
     that every decade has the same say. All values must be positive and finite.
     """
+    if bins is None:
+        raise ValueError("bins: expected a whole number, got None")
     check_at_least(bins=(2, bins))
     if x.shape != y.shape:
         raise ValueError(f"x, y: expected equal shapes, got {x.shape} and {y.shape}")

@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'Document', 'docstrings', 'comment_blocks', 'CorpusWarning',
            'read_jsonl', 'existing_paths', 'read_parquet', 'write_parquet', 'Block', 'html_blocks', 'html_to_text',
            'read_html', 'read_files', 'stream_hub', 'count_scripts', 'fit_power_law', 'words', 'vocabulary_growth']
 
-# %% ../chapters/02_corpus.ipynb #67d2ccfb
+# %% ../chapters/02_corpus.ipynb #481430f5
 # What the engine rooms import; pyarrow, zstandard and datasets are imported where they are used
 import bz2
 import difflib
@@ -27,7 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 
-from .environment import check_choice, requires_extra, whole_file
+from .environment import check_choice, check_path, check_text, requires_extra, whole_file
 
 # %% ../chapters/02_corpus.ipynb #7bed5bbd
 import ast
@@ -55,7 +55,7 @@ from jaxtyping import Float, Integer
 
 from .environment import check_at_least
 
-# %% ../chapters/02_corpus.ipynb #0bc26c1a
+# %% ../chapters/02_corpus.ipynb #63334a65
 @dataclass(frozen=True)
 class Document:
     """A text with a stable id, where it is from, and whatever else is known of it.
@@ -82,11 +82,13 @@ class Document:
                 broken = f"{value[error.start]!r} at index {error.start}"
                 expected = f"{name}: expected text that UTF-8 can encode"
                 raise ValueError(f"{expected}, got {broken}") from None
+        if not isinstance(self.metadata, dict):
+            raise ValueError(f"metadata: expected a dict, got {type(self.metadata).__name__}")
         if not self.id:
             digest = blake2b(self.text.encode(), digest_size=8).hexdigest()
             object.__setattr__(self, "id", digest)
 
-# %% ../chapters/02_corpus.ipynb #6067d9d7
+# %% ../chapters/02_corpus.ipynb #fad1397b
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -100,7 +102,7 @@ def docstrings(source: str) -> list[tuple[int, str, str]]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what others' files deserve is not the reader's problem
-        todo: list[tuple[ast.AST, str]] = [(ast.parse(source), "")]
+        todo: list[tuple[ast.AST, str]] = [(ast.parse(check_text(source, "source")), "")]
     found = []
     for node, name in todo:  # grows while we walk
         if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
@@ -196,7 +198,7 @@ def _reason(error: Exception) -> str:
     message = (isinstance(error, OSError) and error.strerror) or str(error)
     return message if type(error) is ValueError else f"{type(error).__name__}: {message}"
 
-# %% ../chapters/02_corpus.ipynb #dd897d7a
+# %% ../chapters/02_corpus.ipynb #db40dd4b
 def _deliver(
     documents: Iterator[Document], report: ReadReport, argument: str, quiet: bool
 ) -> Iterator[Document]:
@@ -217,7 +219,14 @@ def _deliver(
 def _check_errors(errors: str) -> None:
     check_choice("errors", errors, ("strict", "skip", "replace"))
 
-# %% ../chapters/02_corpus.ipynb #a7d58232
+
+def _own_report(report: ReadReport | None) -> ReadReport:
+    """Return the caller's report, or a new one in the place of None."""
+    if not isinstance(report, ReadReport | None):
+        raise ValueError(f"report: expected a ReadReport, got {report!r:.60}")
+    return report if report is not None else ReadReport()
+
+# %% ../chapters/02_corpus.ipynb #5b5984cb
 def iter_documents(
     items: Iterable[Any], argument: str = "documents", *, texts: bool = False
 ) -> Iterator[Document]:
@@ -243,7 +252,8 @@ def iter_texts(items: Iterable[Any], argument: str = "documents") -> Iterator[st
 
 
 def _each(items: Any, argument: str, kinds: Any, name: str) -> Iterator[Any]:
-    if isinstance(items, str | bytes | Document) or not isinstance(items, Iterable):
+    several = isinstance(items, Iterable) and getattr(items, "ndim", 1) > 0
+    if isinstance(items, str | bytes | Document) or not several:
         one = "a single " if isinstance(items, str | bytes | Document) else ""
         raise ValueError(f"{argument}: expected several {name}, got {one}{type(items).__name__}")
 
@@ -369,7 +379,7 @@ def ordered_map(function: Callable[[Any], Any], jobs: list[Any], workers: int) -
     finally:
         pool.shutdown(cancel_futures=True)
 
-# %% ../chapters/02_corpus.ipynb #4c487b33
+# %% ../chapters/02_corpus.ipynb #648a1a31
 KINDS = ("docstring", "comment", "readme")
 
 
@@ -389,7 +399,8 @@ def read_installed_docs(
     default several processes read a large job, one a small job.
     ``metadata`` holds kind, path, line, and the qualified name that a docstring belongs to.
     """
-    names = sorted({packages} if isinstance(packages, str) else set(packages))
+    listed = [packages] if isinstance(packages, str) else packages
+    names = sorted({check_text(name, "packages") for name in listed})
     chosen = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if not chosen or not set(chosen) <= set(KINDS):
         raise ValueError(f"kinds: expected some of {KINDS}, got {kinds!r}")
@@ -399,7 +410,7 @@ def read_installed_docs(
         raise ValueError("packages: expected at least one, got none")
     owners = cache(importlib.metadata.packages_distributions)
     places = {name: _locate(name, owners) for name in names}
-    own = report if report is not None else ReadReport()
+    own = _own_report(report)
     documents = _read_packages(places, chosen, workers, errors, own)
     return _deliver(documents, own, f"packages={names}", quiet=report is not None)
 
@@ -442,7 +453,7 @@ def _read_packages(
             else:
                 yield from result
 
-# %% ../chapters/02_corpus.ipynb #643b2d36
+# %% ../chapters/02_corpus.ipynb #53ea282d
 _MARKS = {  # longest first: UTF-32's mark begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32-le",
     codecs.BOM_UTF32_BE: "utf-32-be",
@@ -450,6 +461,13 @@ _MARKS = {  # longest first: UTF-32's mark begins with UTF-16's
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+
+
+def _check_encoding(encoding: str) -> None:
+    try:
+        "".encode(check_text(encoding, "encoding"))
+    except LookupError:  # no such encoding, or one like base64 that is not of text
+        raise ValueError(f"encoding: expected one that Python knows, got {encoding!r}") from None
 
 
 def decode_text(data: bytes, encoding: str = "utf-8", errors: str = "strict") -> str:
@@ -461,6 +479,7 @@ def decode_text(data: bytes, encoding: str = "utf-8", errors: str = "strict") ->
     >>> decode_text(b"\\xef\\xbb\\xbfcaf\\xc3\\xa9\\r\\n")
     'café\\n'
     """
+    _check_encoding(encoding)
     for mark, marked in _MARKS.items():
         if data.startswith(mark):
             return _unix_lines(data[len(mark) :].decode(marked, errors))
@@ -588,7 +607,7 @@ def _compressor(raw: Any, suffix: str) -> Any:
         return zstandard.ZstdCompressor().stream_writer(raw, closefd=False)
     return nullcontext(raw)
 
-# %% ../chapters/02_corpus.ipynb #051d6c70
+# %% ../chapters/02_corpus.ipynb #742c590f
 def _as_json(document: Document, value: Any) -> bytes:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
@@ -602,7 +621,7 @@ def write_jsonl(documents: Iterable[Document], path: str | Path) -> int:
     The file appears complete or not at all. A ``ValueError`` names a document whose metadata JSON
     cannot hold; tuples come back as lists, keys that are numbers as strings.
     """
-    path, count = Path(path), 0
+    path, count = check_path(path), 0
     whole, suffix = whole_file(path), path.suffix.lower()
     with whole as draft, draft.open("wb") as raw, _compressor(raw, suffix) as file:
         for document in iter_documents(documents):
@@ -628,10 +647,11 @@ def read_jsonl(
     """
     return _read_tables(paths, _read_jsonl, text_field, id_field, errors, report)
 
-# %% ../chapters/02_corpus.ipynb #9a4b4b57
+# %% ../chapters/02_corpus.ipynb #fbe91617
 def existing_paths(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """Return ``paths`` as a list of paths that exist."""
-    found = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
+    listed = paths if isinstance(paths, Iterable) and not isinstance(paths, str) else [paths]
+    found = [check_path(path, "paths") for path in listed]
     if not found:
         raise ValueError("paths: expected at least one, got none")
     for path in found:
@@ -639,7 +659,7 @@ def existing_paths(paths: str | Path | Iterable[str | Path]) -> list[Path]:
             raise FileNotFoundError(f"paths: no file or folder {str(path)!r}")
     return found
 
-# %% ../chapters/02_corpus.ipynb #4460d5e9
+# %% ../chapters/02_corpus.ipynb #bf35901f
 def _base(paths: list[Path]) -> tuple[Path, list[Path]]:
     """Return the folder that contains all ``paths``, and them as absolute paths."""
     here = [Path(os.path.normpath(Path.cwd() / path)) for path in paths]
@@ -655,13 +675,15 @@ def _read_tables(
     paths: Any, reader: Any, text_field: str, id_field: str, errors: str, report: ReadReport | None
 ) -> Iterator[Document]:
     _check_errors(errors)
+    check_text(text_field, "text_field")
+    check_text(id_field, "id_field")
     files = existing_paths(paths)
     for path in files:
         if path.is_dir():
             raise ValueError(f"paths: expected files, got the folder {str(path)!r}: see read_files")
     base, real = _base(files)
     names = [_portable(path.relative_to(base)) for path in real]
-    own = report if report is not None else ReadReport()
+    own = _own_report(report)
     own.files += len(files)
     rows = _Rows(text_field, id_field, errors, own)
     documents = (
@@ -735,7 +757,7 @@ def read_parquet(
     """
     return _read_tables(paths, _read_parquet, text_field, id_field, errors, report)
 
-# %% ../chapters/02_corpus.ipynb #aa185aab
+# %% ../chapters/02_corpus.ipynb #f163ecf9
 def write_parquet(documents: Iterable[Document], path: str | Path, row_group: int = 10_000) -> int:
     """Write text, id, source and metadata (as JSON), ``row_group`` rows at a time; return how many.
 
@@ -748,7 +770,7 @@ def write_parquet(documents: Iterable[Document], path: str | Path, row_group: in
     schema = pa.schema([(name, pa.string()) for name in names])
     check_at_least(row_group=(1, row_group))
     with (
-        whole_file(Path(path)) as draft,
+        whole_file(path) as draft,
         pq.ParquetWriter(draft, schema, compression="zstd") as file,
     ):
         for group in _groups(iter_documents(documents), row_group):
@@ -1111,7 +1133,7 @@ def _read_one(path: Path, name: str, encoding: str, errors: str) -> Document:
         raise ValueError("no text in it")
     return Document(text, name, name, metadata)
 
-# %% ../chapters/02_corpus.ipynb #cfe453ae
+# %% ../chapters/02_corpus.ipynb #a0ee9dc4
 def read_files(
     paths: str | Path | Iterable[str | Path],
     pattern: str = "*",
@@ -1127,12 +1149,10 @@ def read_files(
     ``encoding`` is for text and Markdown without a byte-order mark.
     """
     _check_errors(errors)
-    try:
-        "".encode(encoding)
-    except LookupError:  # no such encoding, or one like base64 that is not of text
-        raise ValueError(f"encoding: expected one that Python knows, got {encoding!r}") from None
+    _check_encoding(encoding)
+    check_text(pattern, "pattern")
     listed = existing_paths(paths)
-    own = report if report is not None else ReadReport()
+    own = _own_report(report)
     files = _found_files(listed, pattern, own, errors)
     own.files += len(files)
     each = (d for name, path in files.items() for d in _read_any(path, name, encoding, errors, own))
@@ -1170,7 +1190,7 @@ def _shuffled(rows: Iterable[Any], size: int, seed: int) -> Iterator[Any]:
     generator.shuffle(buffer)
     yield from buffer
 
-# %% ../chapters/02_corpus.ipynb #c4df7a80
+# %% ../chapters/02_corpus.ipynb #322662f4
 def stream_hub(
     name: str,
     *,
@@ -1192,13 +1212,17 @@ def stream_hub(
     ``ConnectionError`` is raised. Needs datasets.
     """
     _check_errors(errors)
-    check_at_least(shuffle_buffer=(0, shuffle_buffer), limit=(1, limit))
+    if shuffle_buffer is None:
+        raise ValueError("shuffle_buffer: expected a whole number, got None")
+    check_at_least(shuffle_buffer=(0, shuffle_buffer), limit=(1, limit), seed=(0, seed))
+    for argument, value in (("name", name), ("text_field", text_field), ("id_field", id_field)):
+        check_text(value, argument)
     table = _open_hub(name, config, split, revision)
     columns = table.column_names
     if columns is not None and text_field not in columns:
         raise ValueError(f"text_field: expected one of {sorted(columns)}, got {text_field!r}")
     numbered: Iterator[Any] = islice(_shuffled(enumerate(table, 1), shuffle_buffer, seed), limit)
-    own = report if report is not None else ReadReport()
+    own = _own_report(report)
     documents = _hub_documents(numbered, name, _Rows(text_field, id_field, errors, own))
     return _deliver(documents, own, f"name={name!r}", quiet=report is not None)
 
@@ -1256,7 +1280,7 @@ def count_scripts(text: str) -> Counter[str]:
             counts[_script(character)] += count
     return counts
 
-# %% ../chapters/02_corpus.ipynb #522096b1
+# %% ../chapters/02_corpus.ipynb #6112b8f9
 def fit_power_law(
     x: Float[np.ndarray, " points"] | Integer[np.ndarray, " points"],
     y: Float[np.ndarray, " points"] | Integer[np.ndarray, " points"],
@@ -1267,6 +1291,8 @@ def fit_power_law(
     Least squares on the logarithms of x and y, averaged in ``bins`` of equal width in log x, so
     that every decade has the same say. All values must be positive and finite.
     """
+    if bins is None:
+        raise ValueError("bins: expected a whole number, got None")
     check_at_least(bins=(2, bins))
     if x.shape != y.shape:
         raise ValueError(f"x, y: expected equal shapes, got {x.shape} and {y.shape}")

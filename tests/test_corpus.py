@@ -1239,3 +1239,32 @@ def test_importing_is_quick():
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("metadata", lambda: Document("a", metadata=["k"])),
+        ("source", lambda: docstrings(b"x = 1")),
+        ("packages", lambda: read_installed_docs(["json", 3])),
+        ("encoding", lambda: decode_text(b"a", "latin-99")),
+        ("encoding", lambda: decode_text(b"a", None)),
+        ("paths", lambda: read_files([5])),
+        ("paths", lambda: read_files(5)),
+        ("pattern", lambda: read_files(".", 5)),
+        ("text_field", lambda: read_jsonl(".", text_field=["text"])),
+        ("id_field", lambda: read_parquet(".", id_field=None)),
+        ("path", lambda: write_jsonl([Document("a")], 5)),
+        ("name", lambda: stream_hub(5)),
+        ("seed", lambda: stream_hub("x", seed="1")),
+        ("shuffle_buffer", lambda: stream_hub("x", shuffle_buffer=None)),
+        ("bins", lambda: fit_power_law(np.arange(1, 9), np.arange(1, 9), None)),
+        ("documents", lambda: corpus.iter_documents(np.array(3))),
+        ("report", lambda: read_files(".", report=[])),
+        ("report", lambda: read_installed_docs("json", report={})),
+    ],
+)
+def test_bad_arguments_are_named(argument, call):
+    with pytest.raises(ValueError, match=f"^{argument}: expected"):
+        call()
