@@ -1,6 +1,7 @@
 """Filters of chapter 03: idempotence, thresholds, hostile input, parity, counts that add up."""
 
 import gettext
+import inspect
 import math
 import random
 import re
@@ -1101,3 +1102,167 @@ def test_pipeline_bad_input() -> None:
     }.items():
         with pytest.raises(ValueError, match=f"{name}: expected"):
             clean_documents([Document("x")], **{name: value})
+
+
+# --- documented defaults and limits -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "defaults"),
+    [
+        (
+            gopher_quality,
+            {
+                "min_words": 50,
+                "max_words": 100_000,
+                "mean_length": (3, 10),
+                "max_symbol_ratio": 0.1,
+                "max_bullet_lines": 0.9,
+                "max_ellipsis_lines": 0.3,
+                "min_alphabetic": 0.8,
+                "min_stop_words": 2,
+            },
+        ),
+        (c4_clean, {"min_sentences": 3, "min_words": 5, "curly_bracket": True}),
+        (
+            fineweb_quality,
+            {
+                "min_punctuated_lines": 0.12,
+                "max_copied_characters": 0.1,
+                "max_short_lines": 0.67,
+                "short_line": 30,
+            },
+        ),
+        (read_translations, {"package": "sphinx"}),
+        (remove_repeated_lines, {"keep": "first", "min_length": 30}),
+        (character_ngrams, {"longest": 3}),
+        (LanguageIdentifier, {"longest": 3, "alpha": 0.1}),
+        (LanguageIdentifier.identify, {"max_characters": 500}),
+        (QualityClassifier, {"buckets": 65_536, "longest": 2, "penalty": 1e-4, "labels": (0, 1)}),
+        (QualityClassifier.fit, {"iterations": 1000}),
+        (
+            mask_pii,
+            {"kinds": ("EMAIL", "PHONE", "IP"), "placeholders": None, "keep_private": False},
+        ),
+        (decontaminate, {"n": 13, "found": None}),
+        (
+            clean_documents,
+            {
+                "min_words": 5,
+                "min_line_length": 30,
+                "language": None,
+                "classifier": None,
+                "min_quality": 0.5,
+                "evaluation": None,
+                "report": None,
+            },
+        ),
+    ],
+)
+def test_documented_defaults(function: Callable[..., object], defaults: dict[str, object]) -> None:
+    """The values of the papers, and of the chapter's text."""
+    parameters = inspect.signature(function).parameters.values()
+    assert {p.name: p.default for p in parameters if p.default is not p.empty} == defaults
+
+
+def words_of(alphabetic: int, other: int = 0, length: int = 4) -> str:
+    return " ".join(["the", "and", *["b" * length] * (alphabetic - 2), *["1234"] * other])
+
+
+@pytest.mark.parametrize(
+    ("rule", "passes", "fails"),
+    [
+        ("word_count", words_of(50), words_of(49)),
+        ("word_count", words_of(100_000), words_of(100_001)),
+        ("mean_word_length", words_of(60, length=3), words_of(60, length=2)),
+        ("mean_word_length", "b" * 10, "b" * 11),
+        ("symbol_ratio", words_of(90) + " #" * 10, words_of(89) + " #" * 11),
+        ("symbol_ratio", words_of(90) + "…" * 9, words_of(90) + "…" * 10),
+        ("bullet_lines", "- a\n" * 9 + "a", "- a\n" * 10),
+        ("ellipsis_lines", "a...\n" * 3 + "a\n" * 7, "a…\n" * 4 + "a\n" * 6),
+        ("alphabetic_words", words_of(80, 20), words_of(79, 21)),
+    ],
+)
+def test_gopher_at_its_limits(rule: str, passes: str, fails: str) -> None:
+    assert rule not in gopher_quality(passes)
+    assert rule in gopher_quality(fails)
+
+
+def test_stop_words_are_counted_once_each() -> None:
+    assert "stop_words" not in gopher_quality("THE bread AND")
+    assert "stop_words" in gopher_quality("the bread the bread, andy")
+    every = "the be to of and that have with".split()
+    for one in every:
+        for other in every:
+            assert ("stop_words" in gopher_quality(f"{one} {other}")) == (one == other)
+
+
+def test_repetition_has_the_limits_of_the_paper() -> None:
+    """Rae et al. (2021), table A1."""
+    assert cleaning._TOP_NGRAMS == {2: 0.20, 3: 0.18, 4: 0.16}
+    assert cleaning._COPIED_NGRAMS == {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+    lines = [f"{chr(97 + i) * 9}" for i in range(20)]
+    assert "copied_lines" not in gopher_repetition("\n".join([*lines[:7], *["x"] * 4]))
+    assert "copied_lines" in gopher_repetition("\n".join([*lines[:6], *["x"] * 5]))
+    assert "copied_line_characters" not in gopher_repetition("\n".join([*lines[:8], *lines[:2]]))
+    assert "copied_line_characters" in gopher_repetition("\n".join([*lines[:7], *lines[:2]]))
+    assert "copied_paragraphs" not in gopher_repetition("\n\n".join([*lines[:7], *["x"] * 4]))
+    assert "copied_paragraphs" in gopher_repetition("\n \n".join([*lines[:6], *["x"] * 5]))
+    some = [*lines[:8], *lines[:2]]
+    assert "copied_paragraph_characters" not in gopher_repetition("\n\n".join(some))
+    some = [*lines[:7], *lines[:2]]
+    assert "copied_paragraph_characters" in gopher_repetition("\n\n".join(some))
+
+
+@pytest.mark.parametrize(
+    ("rule", "passes", "fails"),
+    [
+        ("punctuated_lines", "a.\n" * 13 + "a\n" * 87, "a.\n" * 12 + "a\n" * 88),
+        ("short_lines", "a" * 30, "a" * 29),
+        ("short_lines", ("a" * 30 + "\n") * 34 + "a\n" * 66, ("a" * 30 + "\n") * 33 + "a\n" * 67),
+        ("copied_lines", "ab\nab\n" + "c" * 17, "ab\nab\n" + "c" * 16),
+    ],
+)
+def test_fineweb_at_its_limits(rule: str, passes: str, fails: str) -> None:
+    assert rule not in fineweb_quality(passes)
+    assert rule in fineweb_quality(fails)
+
+
+def test_c4_at_its_limits() -> None:
+    five, four = "One two three four five.", "One two three four."
+    assert c4_clean(f"{five}\n{four}\n{five}!\n{five}”") == (f"{five}\n{five}!\n{five}”", [])
+    assert c4_clean(f"{five} {five}").failed == ["sentences"]
+    assert c4_clean(f"{five} {five} Six?").failed == []
+    for end in (".", "!", "?", '"', "”"):
+        assert c4_clean(five[:-1] + end).text == five[:-1] + end
+    for end in (":", ",", "...", "'"):
+        assert c4_clean(five[:-1] + end).text == ""
+
+
+def test_lines_of_thirty_characters_count() -> None:
+    for size, left in ((29, 2), (30, 1)):
+        documents = [Document("a" * size, str(i)) for i in range(2)]
+        assert len(list(remove_repeated_lines(documents))) == left
+
+
+def test_thirteen_words_in_common() -> None:
+    exam = " ".join(f"w{i}" for i in range(30))
+    for count, left in ((12, 1), (13, 0)):
+        text = " ".join(f"w{i}" for i in range(5, 5 + count)) + " end"
+        assert len(list(decontaminate([Document(text)], [exam]))) == left
+        padded = f"{text} of a sentence that is otherwise quite innocent"
+        assert len(list(clean_documents([Document(padded)], evaluation=[exam]))) == left
+
+
+def test_short_texts_pass_the_filter_of_languages() -> None:
+    german = cleaning._STORY["de"]
+    for size, left in ((199, 1), (200, 0)):
+        text = " ".join(german.split())[:size].ljust(size, ".")
+        kept = list(clean_documents([Document(text)], language="en"))
+        assert len(kept) == left, size
+
+
+def test_five_words_are_a_document() -> None:
+    kept = [d.text for d in clean_documents([Document("one two three four"), Document("a " * 5)])]
+    assert kept == []  # four words, and words that are too short
+    assert len(list(clean_documents([Document("one two three four five")]))) == 1

@@ -4,6 +4,7 @@ import bz2
 import codecs
 import contextlib
 import gzip
+import inspect
 import json
 import lzma
 import os
@@ -1268,3 +1269,134 @@ def test_importing_is_quick():
 def test_bad_arguments_are_named(argument, call):
     with pytest.raises(ValueError, match=f"^{argument}: expected"):
         call()
+
+
+# --- documented defaults and limits --------------------------------------------------------------
+
+TABLES = {"text_field": "text", "id_field": "id", "errors": "skip", "report": None}
+
+
+@pytest.mark.parametrize(
+    ("function", "defaults"),
+    [
+        (
+            read_installed_docs,
+            {
+                "packages": "stdlib",
+                "kinds": ("docstring", "comment", "readme"),
+                "workers": None,
+                "errors": "skip",
+                "report": None,
+            },
+        ),
+        (decode_text, {"encoding": "utf-8", "errors": "strict"}),
+        (read_jsonl, TABLES),
+        (read_parquet, TABLES),
+        (write_parquet, {"row_group": 10_000}),
+        (html_to_text, {"main_content": True}),
+        (read_html, {"main_content": True, "id": "", "errors": "replace"}),
+        (read_files, {"pattern": "*", "encoding": "utf-8", "errors": "skip", "report": None}),
+        (
+            stream_hub,
+            {
+                **TABLES,
+                "config": None,
+                "split": "train",
+                "revision": None,
+                "shuffle_buffer": 0,
+                "seed": 0,
+                "limit": None,
+            },
+        ),
+        (fit_power_law, {"bins": 30}),
+        (vocabulary_growth, {"points": 50}),
+        (corpus.iter_documents, {"argument": "documents", "texts": False}),
+        (corpus.iter_texts, {"argument": "documents"}),
+    ],
+)
+def test_documented_defaults(function, defaults):
+    parameters = inspect.signature(function).parameters.values()
+    assert {p.name: p.default for p in parameters if p.default is not p.empty} == defaults
+
+
+@pytest.mark.parametrize(("size", "cores", "workers"), [(8e6, 8, 1), (9e6, 8, 4), (9e6, 2, 2)])
+def test_large_jobs_are_shared_out(monkeypatch, tmp_path, size, cores, workers):
+    path = tmp_path / "large.py"
+    path.write_text("x = 1\n" + "#" * int(size - 6), "utf-8")
+    given = []
+    monkeypatch.setattr(corpus, "_locate", lambda name, owners: ([path], None))
+    monkeypatch.setattr(corpus.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(corpus, "ordered_map", lambda f, jobs, n: given.append(n) or map(f, jobs))
+    monkeypatch.setattr(corpus, "_read_python", lambda *job: [Document("a")])
+    list(read_installed_docs("any"))
+    list(read_installed_docs("any", workers=3))
+    assert given == [workers, 3]
+
+
+@needs_parquet
+def test_rows_are_written_in_groups(tmp_path):
+    for count, group, groups in ((5, 2, 3), (4, 2, 2), (10_001, None, 2)):
+        options = {} if group is None else {"row_group": group}
+        some_more = (Document(str(n)) for n in range(count))
+        assert write_parquet(some_more, tmp_path / "x.parquet", **options) == count
+        assert pq.ParquetFile(tmp_path / "x.parquet").num_row_groups == groups
+
+
+def test_zero_bytes_near_the_start_are_binary():
+    with pytest.raises(ValueError, match="binary: a zero byte near the start"):
+        decode_text(b"a" * 8191 + b"\0")
+    assert decode_text(b"a" * 8192 + b"\0").endswith("a\0")
+    assert decode_text(b"a\0" * 9, "utf-16-le") == "a" * 9
+
+
+def test_blocks_at_the_limits_of_the_rule():
+    nine = TEN.rpartition(" ")[0]
+    assert html_to_text(f"<p>{TEN}") == TEN
+    assert html_to_text(f"<p>{nine}") == ""
+    third = "<p><a href=x>aaaa aaaa</a> aaaa a a a a a a a a a a a a"
+    assert [block.link_share for block in html_blocks(third)] == [8 / 24]
+    assert html_to_text(third).startswith("aaaa")
+    assert html_to_text(third.removesuffix(" a")) == ""
+    pages = [f"<p>{TEN}<p>next", f"<p>before<p>{TEN}", f"<p>{TEN}<p>a<p>b"]
+    kept = [f"{TEN}\n\nnext", f"before\n\n{TEN}", f"{TEN}\n\na"]
+    assert [html_to_text(page) for page in pages] == kept
+
+
+def test_a_thousand_open_elements_are_not_too_deep():
+    for depth, looked in ((1000, True), (1001, False)):
+        assert read_html("<div>" * depth + TEN).metadata["main_content"] is looked
+
+
+def test_growth_has_as_many_points_as_asked_for():
+    sizes, _ = vocabulary_growth(map(str, range(100_000)))
+    assert len(sizes) == len(np.unique(np.geomspace(1, 100_000, 50).round()))
+    with pytest.raises(ValueError, match="expected a token and 2 points, got 3 and 1"):
+        vocabulary_growth("abc", points=1)
+    assert len(vocabulary_growth("abc", points=2)[0]) == 2
+
+
+def test_three_problems_are_named():
+    problems = [Problem("a", n, "why") for n in range(4)]
+    assert str(ReadReport(problems=problems[:3])).endswith("(a:0: why; a:1: why; a:2: why)")
+    assert str(ReadReport(problems=problems)).endswith("a:2: why; ...)")
+    assert str(ReadReport(2, 1)) == "2 documents from 1 files, 0 problems"
+
+
+def test_a_warning_only_without_a_report(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "a"}\nbroken\n')
+    with pytest.warns(CorpusWarning, match="1 documents from 1 files, 1 problems"):
+        list(read_jsonl(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(read_jsonl(path, report=ReadReport()))
+
+
+def test_a_buffer_of_rows_shuffles_by_its_size():
+    rows = list(range(100))
+    assert list(corpus._shuffled(rows, 0, 0)) == list(corpus._shuffled(rows, 1, 0)) == rows
+    for size in (2, 10, 200):
+        mixed = list(corpus._shuffled(rows, size, 0))
+        assert sorted(mixed) == rows != mixed
+        assert max(row - place for place, row in enumerate(mixed)) <= size
+        assert mixed == list(corpus._shuffled(iter(rows), size, 0))

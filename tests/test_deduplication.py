@@ -1,6 +1,7 @@
 """Chapter 04: hashes, signatures, bands, the index, clusters, and what bad input does."""
 
 import doctest
+import inspect
 import json
 import math
 from itertools import combinations, pairwise
@@ -885,3 +886,92 @@ def test_bad_deduplication() -> None:
         deduplicate(twice, score=lambda d: math.nan)
     with pytest.raises(ValueError, match="exact_up_to: expected at least 0, got -1"):
         find_near_duplicates(["a"], exact_up_to=-1)
+
+
+# --- documented defaults -------------------------------------------------------------------------
+
+SEARCH = {
+    "threshold": 0.8,
+    "hasher": None,
+    "weights": (0.05, 0.95),
+    "bands": None,
+    "rows": None,
+    "exact_up_to": 1000,
+    "workers": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "defaults"),
+    [
+        (shingles, {"n": 5, "unit": "word"}),
+        (MinHasher, {"n_permutations": 128, "n": 5, "unit": "word", "seed": 1}),
+        (MinHasher.signatures, {"workers": 1}),
+        (optimal_bands, {"n_permutations": 128, "weights": (0.05, 0.95)}),
+        (LSHIndex, {"hasher": None, "bands": 16, "rows": 8}),
+        (find_near_duplicates, SEARCH),
+        (deduplicate, {**SEARCH, "score": None, "linkage": "star"}),
+    ],
+)
+def test_documented_defaults(function, defaults) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    assert {p.name: p.default for p in parameters if p.default is not p.empty} == defaults
+    assert optimal_bands(0.8) == (16, 8) and LSHIndex().hasher == MinHasher()
+
+
+@pytest.mark.parametrize("function", [find_near_duplicates, deduplicate])
+def test_the_limits_reach_the_search(monkeypatch, function) -> None:
+    given, similar = [], deduplication._link_similar
+
+    def noted(groups, members, sets, threshold, exact_up_to, centers):
+        given.append((threshold, exact_up_to, centers))
+        return similar(groups, members, sets, threshold, exact_up_to, centers)
+
+    monkeypatch.setattr(deduplication, "_link_similar", noted)
+    listed = documents(windows(1, 60, 5))
+    function(listed)
+    function(listed, 0.7, exact_up_to=5)
+    assert given == [(0.8, 1000, 100), (0.7, 5, 100)]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("text", lambda: canonical_text(5)),
+        ("text", lambda: shingles(b"a")),
+        ("n", lambda: shingles("a", None)),
+        ("a", lambda: jaccard(5, {1})),
+        ("b", lambda: jaccard({1}, "a text")),
+        ("b", lambda: jaccard({1}, np.zeros((2, 2)))),
+        ("seed", lambda: MinHasher(seed=None)),
+        ("n_permutations", lambda: MinHasher(n_permutations=1.5)),
+        ("workers", lambda: MinHasher().signatures([], None)),
+        ("hashes", lambda: MinHasher().hash_signatures(np.ones(1), np.array([1]))),
+        ("sizes", lambda: MinHasher().hash_signatures(np.ones(1, np.uint32), [1])),
+        ("a", lambda: estimate_jaccard([1], np.ones(1, np.uint32))),
+        ("b", lambda: estimate_jaccard(np.ones(1, np.uint32), np.ones(1))),
+        ("bands", lambda: collision_probability(0.5, None, 2)),
+        ("similarity", lambda: collision_probability("a", 2, 2)),
+        ("n_permutations", lambda: optimal_bands(0.5, None)),
+        ("weights", lambda: optimal_bands(0.5, 8, ("a", 1))),
+        ("hasher", lambda: LSHIndex(5)),
+        ("rows", lambda: LSHIndex(rows=None)),
+        ("signatures", lambda: LSHIndex().query(np.ones((1, 128)))),
+        ("signatures", lambda: LSHIndex().insert([], [])),
+        ("keys", lambda: LSHIndex().insert(5, np.ones((1, 128), np.uint32))),
+        ("path", lambda: LSHIndex().save(5)),
+        ("path", lambda: LSHIndex.load(None)),
+        ("size", lambda: UnionFind(None)),
+        ("item", lambda: UnionFind(3).find(True)),
+        ("items", lambda: UnionFind(3).roots([1])),
+        ("hasher", lambda: find_near_duplicates([], hasher="minhash")),
+        ("hasher", lambda: deduplicate([], hasher="minhash")),
+        ("workers", lambda: find_near_duplicates([], workers=0)),
+        ("score", lambda: deduplicate([], score=5)),
+        ("score", lambda: deduplicate(documents(["a", "a"]), score=lambda d: "best")),
+    ],
+)
+def test_bad_arguments_are_named(argument, call) -> None:
+    with pytest.raises(ValueError, match=f"^{argument}: expected"):
+        call()
