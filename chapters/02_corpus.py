@@ -422,6 +422,7 @@ def iter_texts(items: Iterable[Any], argument: str = "documents") -> Iterator[st
 
 
 def _each(items: Any, argument: str, kinds: Any, name: str) -> Iterator[Any]:
+    check_text(argument, "argument")
     several = isinstance(items, Iterable) and getattr(items, "ndim", 1) > 0
     if isinstance(items, str | bytes | Document) or not several:
         one = "a single " if isinstance(items, str | bytes | Document) else ""
@@ -584,6 +585,11 @@ def without_main_script() -> Iterator[None]:
 #| export
 def ordered_map(function: Callable[[Any], Any], jobs: list[Any], workers: int) -> Iterator[Any]:
     """Like ``map``, with ``workers`` processes; in this one where others are impossible."""
+    if not isinstance(jobs, list):
+        raise ValueError(f"jobs: expected a list, got {jobs!r:.60}")
+    if workers is None:
+        raise ValueError("workers: expected a whole number, got None")
+    check_at_least(workers=(1, workers))
     if (
         workers == 1
         or function.__module__ == "__main__"
@@ -1253,6 +1259,8 @@ def write_parquet(documents: Iterable[Document], path: str | Path, row_group: in
         import pyarrow.parquet as pq
     names, count = ("text", "id", "source", "metadata"), 0
     schema = pa.schema([(name, pa.string()) for name in names])
+    if row_group is None:
+        raise ValueError("row_group: expected a whole number, got None")
     check_at_least(row_group=(1, row_group))
     with (
         whole_file(path) as draft,
@@ -1710,6 +1718,7 @@ def read_html(
         raise ValueError(f"page: expected HTML, or a Path for a file, got {page!r}")
     if not isinstance(page, str | bytes | Path):
         raise ValueError(f"page: expected str, bytes or a Path, got {type(page).__name__}")
+    check_text(id, "id")
     source = _portable(Path(page.name)) if isinstance(page, Path) else ""
     data = page.read_bytes() if isinstance(page, Path) else page
     html = data if isinstance(data, str) else _decode_html(data, errors)
@@ -2146,7 +2155,7 @@ def count_scripts(text: str) -> Counter[str]:
     Counter({'LATIN': 4, 'CYRILLIC': 3, 'HIRAGANA': 2})
     """
     counts: Counter[str] = Counter()
-    for character, count in Counter(text).items():
+    for character, count in Counter(check_text(text)).items():
         if character.isalpha():
             counts[_script(character)] += count
     return counts
@@ -2372,7 +2381,7 @@ def vocabulary_growth(
     seen: set[str] = set()
     length, new_at = 0, []
     for length, token in enumerate(tokens, 1):
-        if token not in seen:
+        if check_text(token, "tokens") not in seen:
             seen.add(token)
             new_at.append(length)
     if not length or points < 2:

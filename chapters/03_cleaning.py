@@ -2607,7 +2607,7 @@ def clean_documents(
     own = report if report is not None else CleaningReport()
     if not isinstance(own, CleaningReport):
         raise ValueError(f"report: expected a CleaningReport, got {report!r:.60}")
-    _check_given(min_line_length=min_line_length)
+    _check_given(min_words=min_words, min_line_length=min_line_length)
     check_at_least(min_words=(0, min_words), min_line_length=(0, min_line_length))
     own.steps.clear()
     judge = partial(gopher_quality, min_words=min_words, min_stop_words=None)

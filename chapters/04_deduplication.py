@@ -800,7 +800,8 @@ def collision_probability(
     """
     _check_whole(bands=(1, bands), rows=(1, rows))
     s = np.asarray(similarity)
-    if s.dtype.kind not in "fiu" or not ((s >= 0) & (s <= 1)).all():
+    one = isinstance(similarity, int | float | np.number | np.ndarray)
+    if not one or s.dtype.kind not in "fiu" or not ((s >= 0) & (s <= 1)).all():
         raise ValueError(f"similarity: expected numbers from 0 to 1, got {similarity!r:.60}")
     return np.asarray(1 - (1 - s.astype(np.float64) ** rows) ** bands)
 
@@ -1688,7 +1689,7 @@ def find_near_duplicates(
     copies always are. In buckets of more than ``exact_up_to`` members some edges that would join
     two clusters may be missed.
     """
-    check_at_least(exact_up_to=(0, exact_up_to), workers=(1, workers))
+    _check_whole(exact_up_to=(0, exact_up_to), workers=(1, workers))
     hasher = _checked_hasher(hasher)
     bands, rows = _checked_bands(threshold, hasher, weights, bands, rows)
     texts = list(iter_texts(documents))

@@ -1421,7 +1421,7 @@ def _mask_and_count(text: str, masked: Counter[str]) -> str:
     masked.update(result.counts)
     return result.text
 
-# %% ../chapters/03_cleaning.ipynb #91c62ae3
+# %% ../chapters/03_cleaning.ipynb #b771889f
 def clean_documents(
     documents: Iterable[Document],
     *,
@@ -1444,7 +1444,7 @@ def clean_documents(
     own = report if report is not None else CleaningReport()
     if not isinstance(own, CleaningReport):
         raise ValueError(f"report: expected a CleaningReport, got {report!r:.60}")
-    _check_given(min_line_length=min_line_length)
+    _check_given(min_words=min_words, min_line_length=min_line_length)
     check_at_least(min_words=(0, min_words), min_line_length=(0, min_line_length))
     own.steps.clear()
     judge = partial(gopher_quality, min_words=min_words, min_stop_words=None)

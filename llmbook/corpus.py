@@ -226,7 +226,7 @@ def _own_report(report: ReadReport | None) -> ReadReport:
         raise ValueError(f"report: expected a ReadReport, got {report!r:.60}")
     return report if report is not None else ReadReport()
 
-# %% ../chapters/02_corpus.ipynb #5b5984cb
+# %% ../chapters/02_corpus.ipynb #f7be1990
 def iter_documents(
     items: Iterable[Any], argument: str = "documents", *, texts: bool = False
 ) -> Iterator[Document]:
@@ -252,6 +252,7 @@ def iter_texts(items: Iterable[Any], argument: str = "documents") -> Iterator[st
 
 
 def _each(items: Any, argument: str, kinds: Any, name: str) -> Iterator[Any]:
+    check_text(argument, "argument")
     several = isinstance(items, Iterable) and getattr(items, "ndim", 1) > 0
     if isinstance(items, str | bytes | Document) or not several:
         one = "a single " if isinstance(items, str | bytes | Document) else ""
@@ -357,9 +358,14 @@ def without_main_script() -> Iterator[None]:
     finally:
         sys.modules["__main__"] = script
 
-# %% ../chapters/02_corpus.ipynb #4d12d0e0
+# %% ../chapters/02_corpus.ipynb #dfc88628
 def ordered_map(function: Callable[[Any], Any], jobs: list[Any], workers: int) -> Iterator[Any]:
     """Like ``map``, with ``workers`` processes; in this one where others are impossible."""
+    if not isinstance(jobs, list):
+        raise ValueError(f"jobs: expected a list, got {jobs!r:.60}")
+    if workers is None:
+        raise ValueError("workers: expected a whole number, got None")
+    check_at_least(workers=(1, workers))
     if (
         workers == 1
         or function.__module__ == "__main__"
@@ -757,7 +763,7 @@ def read_parquet(
     """
     return _read_tables(paths, _read_parquet, text_field, id_field, errors, report)
 
-# %% ../chapters/02_corpus.ipynb #f163ecf9
+# %% ../chapters/02_corpus.ipynb #44143d05
 def write_parquet(documents: Iterable[Document], path: str | Path, row_group: int = 10_000) -> int:
     """Write text, id, source and metadata (as JSON), ``row_group`` rows at a time; return how many.
 
@@ -768,6 +774,8 @@ def write_parquet(documents: Iterable[Document], path: str | Path, row_group: in
         import pyarrow.parquet as pq
     names, count = ("text", "id", "source", "metadata"), 0
     schema = pa.schema([(name, pa.string()) for name in names])
+    if row_group is None:
+        raise ValueError("row_group: expected a whole number, got None")
     check_at_least(row_group=(1, row_group))
     with (
         whole_file(path) as draft,
@@ -1027,7 +1035,7 @@ def _about_page(tree: Any, main_content: bool) -> dict[str, Any]:
     title = (tree.title or "").strip()
     return {"kind": "html", "title": title, "language": language, "main_content": main_content}
 
-# %% ../chapters/02_corpus.ipynb #af2f62b2
+# %% ../chapters/02_corpus.ipynb #c0fbb41e
 def read_html(
     page: str | bytes | Path, *, main_content: bool = True, id: str = "", errors: str = "replace"
 ) -> Document:
@@ -1046,6 +1054,7 @@ def read_html(
         raise ValueError(f"page: expected HTML, or a Path for a file, got {page!r}")
     if not isinstance(page, str | bytes | Path):
         raise ValueError(f"page: expected str, bytes or a Path, got {type(page).__name__}")
+    check_text(id, "id")
     source = _portable(Path(page.name)) if isinstance(page, Path) else ""
     data = page.read_bytes() if isinstance(page, Path) else page
     html = data if isinstance(data, str) else _decode_html(data, errors)
@@ -1262,7 +1271,7 @@ def _hub_documents(numbered: Iterator[Any], name: str, rows: _Rows) -> Iterator[
         else:
             yield document
 
-# %% ../chapters/02_corpus.ipynb #1ca5d7c8
+# %% ../chapters/02_corpus.ipynb #31f0364d
 @cache
 def _script(letter: str) -> str:
     return unicodedata.name(letter, "UNNAMED").split()[0].split("-")[0]
@@ -1275,7 +1284,7 @@ def count_scripts(text: str) -> Counter[str]:
     Counter({'LATIN': 4, 'CYRILLIC': 3, 'HIRAGANA': 2})
     """
     counts: Counter[str] = Counter()
-    for character, count in Counter(text).items():
+    for character, count in Counter(check_text(text)).items():
         if character.isalpha():
             counts[_script(character)] += count
     return counts
@@ -1320,7 +1329,7 @@ def words(text: str) -> list[str]:
     """
     return re.findall(r"[^\W\d_]+", text.lower())
 
-# %% ../chapters/02_corpus.ipynb #963401b3
+# %% ../chapters/02_corpus.ipynb #be39286a
 def vocabulary_growth(
     tokens: Iterable[str], points: int = 50
 ) -> tuple[Integer[np.ndarray, " sizes"], Integer[np.ndarray, " sizes"]]:
@@ -1332,7 +1341,7 @@ def vocabulary_growth(
     seen: set[str] = set()
     length, new_at = 0, []
     for length, token in enumerate(tokens, 1):
-        if token not in seen:
+        if check_text(token, "tokens") not in seen:
             seen.add(token)
             new_at.append(length)
     if not length or points < 2:

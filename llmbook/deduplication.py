@@ -310,7 +310,7 @@ def _sign(job: tuple[MinHasher, list[str]]) -> _Signatures:
     hashes, sizes = _shingle_hashes(texts, hasher.n, hasher.unit)
     return hasher.hash_signatures(hashes, sizes)
 
-# %% ../chapters/04_deduplication.ipynb #6f9f5f02
+# %% ../chapters/04_deduplication.ipynb #85477594
 def collision_probability(
     similarity: float | Float[np.ndarray, "*shape"], bands: int, rows: int
 ) -> Float64[np.ndarray, "*shape"]:
@@ -324,7 +324,8 @@ def collision_probability(
     """
     _check_whole(bands=(1, bands), rows=(1, rows))
     s = np.asarray(similarity)
-    if s.dtype.kind not in "fiu" or not ((s >= 0) & (s <= 1)).all():
+    one = isinstance(similarity, int | float | np.number | np.ndarray)
+    if not one or s.dtype.kind not in "fiu" or not ((s >= 0) & (s <= 1)).all():
         raise ValueError(f"similarity: expected numbers from 0 to 1, got {similarity!r:.60}")
     return np.asarray(1 - (1 - s.astype(np.float64) ** rows) ** bands)
 
@@ -783,7 +784,7 @@ class NearDuplicates:
     similarities: Float64[np.ndarray, " links"]
     compared: int
 
-# %% ../chapters/04_deduplication.ipynb #7e5ba784
+# %% ../chapters/04_deduplication.ipynb #8feb5bae
 def find_near_duplicates(
     documents: Iterable[Document | str],
     threshold: float = 0.8,
@@ -802,7 +803,7 @@ def find_near_duplicates(
     copies always are. In buckets of more than ``exact_up_to`` members some edges that would join
     two clusters may be missed.
     """
-    check_at_least(exact_up_to=(0, exact_up_to), workers=(1, workers))
+    _check_whole(exact_up_to=(0, exact_up_to), workers=(1, workers))
     hasher = _checked_hasher(hasher)
     bands, rows = _checked_bands(threshold, hasher, weights, bands, rows)
     texts = list(iter_texts(documents))
