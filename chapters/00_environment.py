@@ -762,7 +762,8 @@ def private_normals(n: int, seed: int) -> torch.Tensor:
 
 # %% tags=["check"]
 def global_states() -> str:
-    return str((torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()))  # noqa: NPY002
+    numpy_state = np.random.get_state()  # noqa: NPY002
+    return str((torch.get_rng_state().tolist(), random.getstate(), numpy_state))
 
 
 before = global_states()

@@ -421,6 +421,8 @@ def iter_texts(items: Iterable[Any], argument: str = "documents") -> Iterator[st
     return (item.text if isinstance(item, Document) else item for item in each)
 
 
+# %% tags=["engine"]
+#| export
 def _each(items: Any, argument: str, kinds: Any, name: str) -> Iterator[Any]:
     check_text(argument, "argument")
     several = isinstance(items, Iterable) and getattr(items, "ndim", 1) > 0
@@ -2846,6 +2848,8 @@ records = [
 with tempfile.TemporaryDirectory() as place:
     (Path(place) / "crawl.warc.gz").write_bytes(b"".join(map(gzip.compress, records)))
     crawled = list(read_warc(Path(place) / "crawl.warc.gz"))
+
+# %% tags=["check"]
 found_at = [document.source for document in crawled]
 assert crawled and crawled[0].text.split() == ["Käse", *["Räder"] * 9, "WARC/1.0"], (
     "the first page has eleven words: Content-Length counts bytes, and says where a record ends"

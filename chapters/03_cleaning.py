@@ -478,7 +478,7 @@ def _check_given(**values: Any) -> None:
 
 
 # %% [markdown] tags=["engine"]
-# `None` stands for a limit that does not exist. Two limits in the wrong order would drop everything.
+# `None` stands for a limit that does not exist. Two limits in the wrong order would drop all texts.
 
 
 # %% tags=["engine"]
@@ -2001,10 +2001,10 @@ _EMAIL = re.compile(
 _IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w-]|\.\d)")
 _IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f:]{2,40}(?:(?<=:)\d{1,3}(?:\.\d{1,3}){3})?(?![\w:.]\w)")
 _AFTER_VERSION = re.compile(
-    r"(?i)(?<!\w)(?:versions?|releases?|revision|build|ver|rev|section|chapter|v|python|pypy|java|jdk"
-    r"|node|ruby|perl|php|gcc|clang|llvm|linux|kernel|windows|macos|android|chrome|chromium|firefox"
-    r"|safari|edge|opera|numpy|scipy|pandas|pytorch|torch|cuda|cudnn|django|flask|qt|openssl|openssh"
-    r"|apache|nginx|mysql|postgresql|sqlite|git|cmake|boost|pip)[\s:=-]{0,3}\Z"
+    r"(?i)(?<!\w)(?:versions?|releases?|revision|build|ver|rev|section|chapter|v|python|pypy|java"
+    r"|jdk|node|ruby|perl|php|gcc|clang|llvm|linux|kernel|windows|macos|android|chrome|chromium"
+    r"|firefox|safari|edge|opera|numpy|scipy|pandas|pytorch|torch|cuda|cudnn|django|flask|qt"
+    r"|openssl|openssh|apache|nginx|mysql|postgresql|sqlite|git|cmake|boost|pip)[\s:=-]{0,3}\Z"
     r"|[a-z][/-]\Z|[=~<>!]=\s?\Z"  # Chrome/120.0.0.0, linux-2.6.32.1, numpy==1.2.3.4
 )
 
@@ -2029,8 +2029,8 @@ def _is_ip(candidate: str, before: str, keep_private: bool) -> bool:
 # For IP addresses Python's `ipaddress` has the last word. Four numbers may still be a version, so
 # we look at what stands before them: a word such as *release*, the name of a well-known program, as
 # in `Python 3.11.0.1`, or a sign that joins name and version, as in `Chrome/120.0.0.0`. Such a list
-# is never complete; an address that is masked by mistake costs less than one that is not. IPv6 has a trap for a corpus of Python: `1::2` is a valid address and
-# a slice, so we ask for two groups, one of them of three digits or more. `keep_private` leaves
+# is never complete; an address that is masked by mistake costs less than one that is not. IPv6 has
+# a trap for a corpus of Python: `1::2` is a valid address and a slice, so we ask for two groups, one of them of three digits or more. `keep_private` leaves
 # addresses that identify nobody, such as 127.0.0.1, which a model should know.
 #
 # Telephone numbers have no common form. There are three kinds of candidates: international with a
@@ -2038,8 +2038,8 @@ def _is_ip(candidate: str, before: str, keep_private: bool) -> bool:
 # {cite}`itu2010e164`. A candidate with more may be two numbers with a space between them. North
 # American numbers that are set with spaces look like any row of numbers, so they must obey the
 # numbering plan, and no other number may stand beside them. And the account number of a bank
-# (IBAN) is full of groups that look like telephone numbers; the pattern begins with it, to step over
-# the whole.
+# (IBAN) is full of groups that look like telephone numbers; the pattern begins with it, to step
+# over the whole.
 
 
 # %% tags=["engine"]

@@ -552,8 +552,7 @@ class MinHasher:
         self, hashes: UInt[np.ndarray, " shingles"], sizes: Int64[np.ndarray, " documents"]
     ) -> _Signatures:
         """Sign sets of hashes, one after another, by their lower 32 bits; ``sizes`` cuts them."""
-        _check_numbers("hashes", hashes, 1, "u")
-        _check_numbers("sizes", sizes, 1, "iu")
+        _check_numbers(1, hashes=(hashes, "u"), sizes=(sizes, "iu"))
         if (sizes < 0).any() or sizes.sum() != len(hashes):
             raise ValueError(f"sizes: expected a sum of {len(hashes)}, got {sizes.sum()}")
         return _minima(_mix32(hashes.astype(np.uint32)), sizes, *_permutations(self))
@@ -581,8 +580,7 @@ def estimate_jaccard(
 
     Unbiased up to the quality of the permutations, with variance J (1 - J) / n_permutations.
     """
-    for name, given in (("a", a), ("b", b)):
-        _check_numbers(name, given, None, "u")
+    _check_numbers(None, a=(a, "u"), b=(b, "u"))
     if a.shape[-1:] != b.shape[-1:] or a.shape[-1:] in ((), (0,)):
         raise ValueError(f"a, b: expected equally many permutations, got {a.shape} and {b.shape}")
     return np.asarray((a == b).mean(axis=-1))
@@ -638,15 +636,17 @@ def _minima(
 
 # %% tags=["engine"]
 #| export
-def _check_numbers(argument: str, values: Any, dimensions: int | None, kinds: str) -> None:
-    """Demand an array of so many dimensions (None: any) whose numbers are of one of ``kinds``."""
-    shape = "an array" if dimensions is None else ("a row", "rows")[dimensions - 1]
-    name = "whole numbers without sign" if kinds == "u" else "whole numbers"
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in kinds:
-        got = values.dtype if isinstance(values, np.ndarray) else f"{values!r:.60}"
-        raise ValueError(f"{argument}: expected {shape} of {name}, got {got}")
-    if dimensions is not None and values.ndim != dimensions:
-        raise ValueError(f"{argument}: expected {shape} of {name}, got the shape {values.shape}")
+def _check_numbers(dimensions: int | None, **arrays: tuple[Any, str]) -> None:
+    """Demand arrays of so many dimensions (None: any), of numbers of one of the kinds given."""
+    shape = "an array" if dimensions is None else "a row"
+    for argument, (values, kinds) in arrays.items():
+        name = "whole numbers without sign" if kinds == "u" else "whole numbers"
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in kinds:
+            got = values.dtype if isinstance(values, np.ndarray) else f"{values!r:.60}"
+            raise ValueError(f"{argument}: expected {shape} of {name}, got {got}")
+        if dimensions is not None and values.ndim != dimensions:
+            got = f"the shape {values.shape}"
+            raise ValueError(f"{argument}: expected {shape} of {name}, got {got}")
 
 
 def _check_hasher(hasher: MinHasher) -> None:
@@ -1035,8 +1035,8 @@ def _band_hashes(
 # %% [markdown]
 # The index proper has keys for its documents (their ids), the layout of bands, and the hasher
 # whose signatures it takes: an index that forgot it would one day compare signatures of different
-# permutations, and find nothing without a complaint. `_SortedRuns` holds the runs, `_checked_hasher`,
-# `_checked` and `_new_keys` refuse what does not fit, `_sharing` lists the pairs of all buckets.
+# permutations, and find nothing without a complaint. `_SortedRuns` holds the runs,
+# `_checked_hasher`, `_checked` and `_new_keys` refuse what does not fit, `_sharing` lists the pairs of all buckets.
 
 
 # %%
@@ -1420,7 +1420,7 @@ class UnionFind:
 
     def roots(self, items: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         """Return the names of the sets that the ``items`` are in."""
-        _check_numbers("items", items, 1, "iu")
+        _check_numbers(1, items=(items, "iu"))
         return np.array([self.find(item) for item in items.tolist()], np.int64)
 
     def clusters(self) -> list[list[int]]:

@@ -1034,7 +1034,7 @@ def area_under_roc(
     false, true = roc_curve(labels, scores)
     return float(np.sum(np.diff(false) * (true[1:] + true[:-1]) / 2))
 
-# %% ../chapters/03_cleaning.ipynb #f92eeb03
+# %% ../chapters/03_cleaning.ipynb #3bbf4178
 _EMAIL = re.compile(
     r"(?<![\w.+%-])[\w.+%-]{1,64}@"
     r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}(?![\w(@-])"
@@ -1042,10 +1042,10 @@ _EMAIL = re.compile(
 _IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w-]|\.\d)")
 _IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f:]{2,40}(?:(?<=:)\d{1,3}(?:\.\d{1,3}){3})?(?![\w:.]\w)")
 _AFTER_VERSION = re.compile(
-    r"(?i)(?<!\w)(?:versions?|releases?|revision|build|ver|rev|section|chapter|v|python|pypy|java|jdk"
-    r"|node|ruby|perl|php|gcc|clang|llvm|linux|kernel|windows|macos|android|chrome|chromium|firefox"
-    r"|safari|edge|opera|numpy|scipy|pandas|pytorch|torch|cuda|cudnn|django|flask|qt|openssl|openssh"
-    r"|apache|nginx|mysql|postgresql|sqlite|git|cmake|boost|pip)[\s:=-]{0,3}\Z"
+    r"(?i)(?<!\w)(?:versions?|releases?|revision|build|ver|rev|section|chapter|v|python|pypy|java"
+    r"|jdk|node|ruby|perl|php|gcc|clang|llvm|linux|kernel|windows|macos|android|chrome|chromium"
+    r"|firefox|safari|edge|opera|numpy|scipy|pandas|pytorch|torch|cuda|cudnn|django|flask|qt"
+    r"|openssl|openssh|apache|nginx|mysql|postgresql|sqlite|git|cmake|boost|pip)[\s:=-]{0,3}\Z"
     r"|[a-z][/-]\Z|[=~<>!]=\s?\Z"  # Chrome/120.0.0.0, linux-2.6.32.1, numpy==1.2.3.4
 )
 

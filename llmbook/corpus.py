@@ -226,7 +226,7 @@ def _own_report(report: ReadReport | None) -> ReadReport:
         raise ValueError(f"report: expected a ReadReport, got {report!r:.60}")
     return report if report is not None else ReadReport()
 
-# %% ../chapters/02_corpus.ipynb #f7be1990
+# %% ../chapters/02_corpus.ipynb #8e959217
 def iter_documents(
     items: Iterable[Any], argument: str = "documents", *, texts: bool = False
 ) -> Iterator[Document]:
@@ -250,7 +250,7 @@ def iter_texts(items: Iterable[Any], argument: str = "documents") -> Iterator[st
     each = _each(items, argument, Document | str, "Documents or texts")
     return (item.text if isinstance(item, Document) else item for item in each)
 
-
+# %% ../chapters/02_corpus.ipynb #87205124
 def _each(items: Any, argument: str, kinds: Any, name: str) -> Iterator[Any]:
     check_text(argument, "argument")
     several = isinstance(items, Iterable) and getattr(items, "ndim", 1) > 0

@@ -181,7 +181,7 @@ def _mix32(h: UInt32[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
     h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return h ^ (h >> np.uint32(16))
 
-# %% ../chapters/04_deduplication.ipynb #4ad89a85
+# %% ../chapters/04_deduplication.ipynb #84406d49
 _Signatures = UInt32[np.ndarray, "documents permutations"]
 
 
@@ -208,8 +208,7 @@ class MinHasher:
         self, hashes: UInt[np.ndarray, " shingles"], sizes: Int64[np.ndarray, " documents"]
     ) -> _Signatures:
         """Sign sets of hashes, one after another, by their lower 32 bits; ``sizes`` cuts them."""
-        _check_numbers("hashes", hashes, 1, "u")
-        _check_numbers("sizes", sizes, 1, "iu")
+        _check_numbers(1, hashes=(hashes, "u"), sizes=(sizes, "iu"))
         if (sizes < 0).any() or sizes.sum() != len(hashes):
             raise ValueError(f"sizes: expected a sum of {len(hashes)}, got {sizes.sum()}")
         return _minima(_mix32(hashes.astype(np.uint32)), sizes, *_permutations(self))
@@ -221,7 +220,7 @@ class MinHasher:
         parts = map(_sign, jobs) if workers == 1 else ordered_map(_sign, list(jobs), workers)
         return np.concatenate([np.empty((0, self.n_permutations), np.uint32), *parts])
 
-# %% ../chapters/04_deduplication.ipynb #c0eb9f85
+# %% ../chapters/04_deduplication.ipynb #d0241219
 def estimate_jaccard(
     a: UInt32[np.ndarray, "*batch permutations"], b: UInt32[np.ndarray, "*batch permutations"]
 ) -> Float64[np.ndarray, "*batch"]:
@@ -229,8 +228,7 @@ def estimate_jaccard(
 
     Unbiased up to the quality of the permutations, with variance J (1 - J) / n_permutations.
     """
-    for name, given in (("a", a), ("b", b)):
-        _check_numbers(name, given, None, "u")
+    _check_numbers(None, a=(a, "u"), b=(b, "u"))
     if a.shape[-1:] != b.shape[-1:] or a.shape[-1:] in ((), (0,)):
         raise ValueError(f"a, b: expected equally many permutations, got {a.shape} and {b.shape}")
     return np.asarray((a == b).mean(axis=-1))
@@ -264,16 +262,18 @@ def _minima(
     signatures[filled] = least.T
     return signatures
 
-# %% ../chapters/04_deduplication.ipynb #faf31910
-def _check_numbers(argument: str, values: Any, dimensions: int | None, kinds: str) -> None:
-    """Demand an array of so many dimensions (None: any) whose numbers are of one of ``kinds``."""
-    shape = "an array" if dimensions is None else ("a row", "rows")[dimensions - 1]
-    name = "whole numbers without sign" if kinds == "u" else "whole numbers"
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in kinds:
-        got = values.dtype if isinstance(values, np.ndarray) else f"{values!r:.60}"
-        raise ValueError(f"{argument}: expected {shape} of {name}, got {got}")
-    if dimensions is not None and values.ndim != dimensions:
-        raise ValueError(f"{argument}: expected {shape} of {name}, got the shape {values.shape}")
+# %% ../chapters/04_deduplication.ipynb #0baaba89
+def _check_numbers(dimensions: int | None, **arrays: tuple[Any, str]) -> None:
+    """Demand arrays of so many dimensions (None: any), of numbers of one of the kinds given."""
+    shape = "an array" if dimensions is None else "a row"
+    for argument, (values, kinds) in arrays.items():
+        name = "whole numbers without sign" if kinds == "u" else "whole numbers"
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in kinds:
+            got = values.dtype if isinstance(values, np.ndarray) else f"{values!r:.60}"
+            raise ValueError(f"{argument}: expected {shape} of {name}, got {got}")
+        if dimensions is not None and values.ndim != dimensions:
+            got = f"the shape {values.shape}"
+            raise ValueError(f"{argument}: expected {shape} of {name}, got {got}")
 
 
 def _check_hasher(hasher: MinHasher) -> None:
@@ -621,7 +621,7 @@ def _root(parent: list[int], argument: str, item: int) -> int:
         parent[item] = item = parent[parent[item]]
     return item
 
-# %% ../chapters/04_deduplication.ipynb #b4488b42
+# %% ../chapters/04_deduplication.ipynb #68bc6f97
 class UnionFind:
     """Disjoint sets of the items 0 to ``size`` - 1; the name of a set is its smallest item.
 
@@ -646,7 +646,7 @@ class UnionFind:
 
     def roots(self, items: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         """Return the names of the sets that the ``items`` are in."""
-        _check_numbers("items", items, 1, "iu")
+        _check_numbers(1, items=(items, "iu"))
         return np.array([self.find(item) for item in items.tolist()], np.int64)
 
     def clusters(self) -> list[list[int]]:
