@@ -646,11 +646,10 @@ def read_installed_docs(
     _check_errors(errors)
     if not names:
         raise ValueError("packages: expected at least one, got none")
-    owners = cache(importlib.metadata.packages_distributions)
+    own, owners = _own_report(report), cache(importlib.metadata.packages_distributions)
     places = {name: _locate(name, owners) for name in names}
-    own = _own_report(report)
-    documents = _read_packages(places, chosen, workers, errors, own)
-    return _deliver(documents, own, f"packages={names}", quiet=report is not None)
+    found = _read_packages(places, chosen, workers, errors, own)
+    return _deliver(found, own, f"packages={names}", quiet=report is not None)
 
 
 # %% [markdown] tags=["engine"]
@@ -2788,6 +2787,24 @@ assert abs(monkey_exponent(2, 0.5) - 2) < 1e-9, (
 )
 
 # %% [markdown]
+# Two functions write records of a crawl, as the check of the next exercise needs them.
+
+
+# %%
+def record(kind: str, address: str, block: bytes) -> bytes:
+    head = f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Record-ID: <{address}-{kind}>\r\n"
+    length = "content-length" if "//d." in address else "Content-Length"
+    head += f"WARC-Target-URI: {address}\r\n{length}: {len(block)}\r\n\r\n"
+    return head.encode() + block + b"\r\n\r\n"
+
+
+def answer(name: str, body: bytes, status: str = "200 OK", kind: str = "text/html") -> bytes:
+    name_of_type = "content-type" if name == "d" else "Content-Type"
+    head = f"HTTP/1.1 {status}\r\nX: 200\r\n{name_of_type}: {kind}; charset=utf-8\r\n\r\n"
+    return record("response", f"https://{name}.example/", head.encode() + body)
+
+
+# %% [markdown]
 # ````{exercise} Read a crawl
 # :label: ex-corpus-warc
 # A WARC file is a sequence of records: the line `WARC/1.0`, header lines `Name: value`,
@@ -2820,19 +2837,6 @@ def read_warc(path: Path) -> Iterator[Document]:
 
 
 # %% tags=["check"]
-def record(kind: str, address: str, block: bytes) -> bytes:
-    head = f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Record-ID: <{address}-{kind}>\r\n"
-    length = "content-length" if "//d." in address else "Content-Length"
-    head += f"WARC-Target-URI: {address}\r\n{length}: {len(block)}\r\n\r\n"
-    return head.encode() + block + b"\r\n\r\n"
-
-
-def answer(name: str, body: bytes, status: str = "200 OK", kind: str = "text/html") -> bytes:
-    name_of_type = "content-type" if name == "d" else "Content-Type"
-    head = f"HTTP/1.1 {status}\r\nX: 200\r\n{name_of_type}: {kind}; charset=utf-8\r\n\r\n"
-    return record("response", f"https://{name}.example/", head.encode() + body)
-
-
 records = [
     record("warcinfo", "", b"software: none"),
     record("request", "https://a.example/", b"GET / HTTP/1.1\r\n\r\n"),
@@ -2848,8 +2852,6 @@ records = [
 with tempfile.TemporaryDirectory() as place:
     (Path(place) / "crawl.warc.gz").write_bytes(b"".join(map(gzip.compress, records)))
     crawled = list(read_warc(Path(place) / "crawl.warc.gz"))
-
-# %% tags=["check"]
 found_at = [document.source for document in crawled]
 assert crawled and crawled[0].text.split() == ["Käse", *["Räder"] * 9, "WARC/1.0"], (
     "the first page has eleven words: Content-Length counts bytes, and says where a record ends"

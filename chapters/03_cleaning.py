@@ -2030,8 +2030,9 @@ def _is_ip(candidate: str, before: str, keep_private: bool) -> bool:
 # we look at what stands before them: a word such as *release*, the name of a well-known program, as
 # in `Python 3.11.0.1`, or a sign that joins name and version, as in `Chrome/120.0.0.0`. Such a list
 # is never complete; an address that is masked by mistake costs less than one that is not. IPv6 has
-# a trap for a corpus of Python: `1::2` is a valid address and a slice, so we ask for two groups, one of them of three digits or more. `keep_private` leaves
-# addresses that identify nobody, such as 127.0.0.1, which a model should know.
+# a trap for a corpus of Python: `1::2` is a valid address and a slice, so we ask for two groups,
+# one of them of three digits or more. `keep_private` leaves addresses that identify nobody, such as
+# 127.0.0.1, which a model should know.
 #
 # Telephone numbers have no common form. There are three kinds of candidates: international with a
 # plus, North American with area code, national with a leading zero. A number has at most 15 digits

@@ -1036,7 +1036,8 @@ def _band_hashes(
 # The index proper has keys for its documents (their ids), the layout of bands, and the hasher
 # whose signatures it takes: an index that forgot it would one day compare signatures of different
 # permutations, and find nothing without a complaint. `_SortedRuns` holds the runs,
-# `_checked_hasher`, `_checked` and `_new_keys` refuse what does not fit, `_sharing` lists the pairs of all buckets.
+# `_checked_hasher`, `_checked` and `_new_keys` refuse what does not fit, `_sharing` lists the pairs
+# of all buckets.
 
 
 # %%

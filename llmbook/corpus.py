@@ -385,7 +385,7 @@ def ordered_map(function: Callable[[Any], Any], jobs: list[Any], workers: int) -
     finally:
         pool.shutdown(cancel_futures=True)
 
-# %% ../chapters/02_corpus.ipynb #648a1a31
+# %% ../chapters/02_corpus.ipynb #d7011cbd
 KINDS = ("docstring", "comment", "readme")
 
 
@@ -414,11 +414,10 @@ def read_installed_docs(
     _check_errors(errors)
     if not names:
         raise ValueError("packages: expected at least one, got none")
-    owners = cache(importlib.metadata.packages_distributions)
+    own, owners = _own_report(report), cache(importlib.metadata.packages_distributions)
     places = {name: _locate(name, owners) for name in names}
-    own = _own_report(report)
-    documents = _read_packages(places, chosen, workers, errors, own)
-    return _deliver(documents, own, f"packages={names}", quiet=report is not None)
+    found = _read_packages(places, chosen, workers, errors, own)
+    return _deliver(found, own, f"packages={names}", quiet=report is not None)
 
 # %% ../chapters/02_corpus.ipynb #0578752c
 def _readme(package: str, distribution: str | None) -> Iterator[Document]:
