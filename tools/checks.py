@@ -36,6 +36,7 @@ from packaging.version import Version
 from sync import out_of_date
 from tables import not_current
 from workbook import blanked, exercises
+from wrong_answers import exercises_with_too_few
 
 MAX_CELL_LINES, MAX_LINE = 30, 100
 MAX_WHOLE_LINES = 60  # of an exported cell that is one function or class
@@ -236,6 +237,20 @@ def exercises_are_whole(root: Path) -> list[str]:
     return found
 
 
+def exercises_have_wrong_answers(root: Path) -> list[str]:
+    """For each exercise at least three wrong answers are kept, which its check must refuse."""
+    found = []
+    for chapter, _ in notebooks(root):
+        try:
+            found += [
+                f"{chapter.name}: fewer than three wrong answers to {label} are kept"
+                for label in exercises_with_too_few(chapter)
+            ]
+        except BookError as error:
+            found.append(str(error))
+    return found
+
+
 def engine_rooms_are_whole(root: Path) -> list[str]:
     """Each engine room is one section under one line, each lone engine cell under a comment."""
     return [
@@ -412,6 +427,7 @@ CHECKS: list[Check] = [
     few_outputs_are_ignored,
     images_have_alt_text,
     exercises_are_whole,
+    exercises_have_wrong_answers,
     engine_rooms_are_whole,
     exercises_need_no_engine_room,
     modules_are_documented,

@@ -5,14 +5,15 @@ ARGS=--times``; nothing fails because of a clock.
 
 The proof runs in the kernel that has run the chapter, so it costs no second execution, and
 stores nothing. For each exercise: the blanked solution must fail its check, then the solution
-must pass it.
+must pass it, then each wrong answer of ``tests/wrong_answers`` must be refused with the message
+that it deserves.
 
 Use: ``pytest chapters -p nbval_exercises``, without ``--nbval``, which would collect each notebook
 a second time.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell
 from nbval.plugin import IPyNbCell, IPyNbFile
 from workbook import Exercise, blanked, exercises
+from wrong_answers import WrongAnswer, wrong_answers
 
 # Runs in the chapter's kernel; sources are those of the blanked cells and of the check.
 BLANK_MUST_FAIL = """\
@@ -39,6 +41,29 @@ def __blank_must_fail__(label, *sources):
 __blank_must_fail__(*{arguments!r})
 """
 
+# Afterwards every name means again what it meant, for the exercises that follow.
+WRONG_MUST_BE_REFUSED = """\
+def __wrong_must_be_refused__(label, says, *sources):
+    before = dict(globals())
+    try:
+        for source in sources:
+            exec(get_ipython().transform_cell(source), globals())
+    except AssertionError as error:
+        if says not in str(error):
+            message = f"exercise {{label}}: the check says {{str(error)!r}}, but not {{says!r}}"
+            raise AssertionError(message) from error
+        return
+    except BaseException as error:
+        message = f"exercise {{label}}: the check fails for another reason: {{error!r}}"
+        raise AssertionError(message) from error
+    finally:
+        for name in set(globals()) - set(before):
+            del globals()[name]
+        globals().update(before)
+    raise AssertionError(f"exercise {{label}}: a wrong answer passes its check")
+
+__wrong_must_be_refused__(*{arguments!r})
+"""
 
 # Marks, in the reports, what a reader who runs the chapter does not run.
 PROOF = "proof of an exercise"
@@ -96,8 +121,9 @@ class ChapterFile(IPyNbFile):
             yield item
         chapter = Chapter(self.path.parent.parent, self.path.stem)
         notebook = read_notebook(self.path)
+        wrong = wrong_answers(chapter)
         for exercise in exercises(chapter, notebook):
-            for what, source in proof(chapter, notebook, exercise):
+            for what, source in proof(chapter, notebook, exercise, wrong):
                 number += 1
                 # A cell that was never executed has no outputs to compare: it need only run.
                 item = IPyNbCell.from_parent(
@@ -112,7 +138,7 @@ class ChapterFile(IPyNbFile):
 
 
 def proof(
-    chapter: Chapter, notebook: NotebookNode, exercise: Exercise
+    chapter: Chapter, notebook: NotebookNode, exercise: Exercise, wrong: Iterable[WrongAnswer]
 ) -> Iterator[tuple[str, str]]:
     """Yield what to show and the code that shows it, for one exercise."""
     check = exercise.check.source
@@ -121,3 +147,7 @@ def proof(
     for cell in exercise.solutions:
         yield "the solution runs", cell.source
     yield "the solution passes", check
+    for answer in wrong:
+        if answer.exercise == exercise.label:
+            arguments = [exercise.label, answer.says, answer.source, check]
+            yield f"refused: {answer.about}", WRONG_MUST_BE_REFUSED.format(arguments=arguments)

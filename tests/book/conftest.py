@@ -140,8 +140,28 @@ def octuple(x: int) -> int:
 
 
 # %% tags=["check"]
-assert octuple(1) == 8
+assert octuple(1) == 8, "eight times one is eight"
+assert octuple(2) == 16, "each factor counts once"
 '''
+
+WRONG = """\
+# %% exercise="ex-eight" says="eight times one"
+# Four times
+def octuple(x):
+    return quadruple(x)
+
+
+# %% exercise="ex-eight" says="each factor counts once"
+# Right for one only
+def octuple(x):
+    return 8
+
+
+# %% exercise="ex-eight" says="each factor counts once"
+# A power
+def octuple(x):
+    return 8**x
+"""
 
 PARTS = """\
 - name: Counting
@@ -175,6 +195,7 @@ OTHERS = {
     "CONTRIBUTING.md": "[all](README.md), [elsewhere](https://example.org/none)\n",
     "figures/dot.svg": "<svg xmlns='http://www.w3.org/2000/svg'/>",
     "llmbook/__init__.py": "",
+    "tests/wrong_answers/01_second.py": WRONG,
     **{f"tests/test_{name}.py": "" for name in ("first", "second")},
     **{f"api/{name}.md": "" for name in ("first", "second")},
 }

@@ -7,6 +7,7 @@ from book import ROOT
 FIRST, FIRST_NB = "chapters/00_first.py", "chapters/00_first.ipynb"
 SECOND, SECOND_NB = "chapters/01_second.py", "chapters/01_second.ipynb"
 MODULE, PARTS = "llmbook/first.py", "chapters/parts.yml"
+WRONG = "tests/wrong_answers/01_second.py"
 
 
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
@@ -221,6 +222,18 @@ FAULTS = [
         "01_second, code cell 6: this solution has no function",
     ),
     ("exercises_are_whole", SECOND_NB, "assert octuple", "octuple", "asserts nothing"),
+    ("exercises_have_wrong_answers", WRONG, "# %% ", "# %% [raw] ", "cell 2: expected a code cell"),
+    ("exercises_have_wrong_answers", WRONG, "ex-eight", "ex-nine", "has no exercise ex-nine"),
+    ("exercises_have_wrong_answers", WRONG, "eight times one", " ", "says must be a part"),
+    ("exercises_have_wrong_answers", WRONG, "8**x", "8**", "cell 3, line 3: invalid"),
+    ("exercises_have_wrong_answers", WRONG, "# A power", "", "cell 3: the first line must"),
+    (
+        "exercises_have_wrong_answers",
+        SECOND_NB,
+        "label: ex-eight",
+        "label: ex-8",
+        "01_second has no exercise ex-eight",
+    ),
     (
         "cells_are_short",
         FIRST_NB,
@@ -272,6 +285,13 @@ def test_an_exported_function_may_be_long_if_it_is_all_of_its_cell(book, edit):
     edit(FIRST_NB, '#| export\\n",\n    "def half', '#| export\\n",\n    "y = 1\\ndef half')
     assert checks.cells_are_short(book) == [
         "00_first, code cell 7 has 55 lines; at most 30",
+    ]
+
+
+def test_an_exercise_without_wrong_answers_is_found(book):
+    (book / WRONG).unlink()
+    assert checks.exercises_have_wrong_answers(book) == [
+        "01_second: fewer than three wrong answers to ex-eight are kept"
     ]
 
 

@@ -137,13 +137,33 @@ def test_nbval_finds_outputs_and_exercises_that_are_wrong(book, edit):
     second, third = book / "chapters/01_second.ipynb", book / "chapters/02_third.ipynb"
     shutil.copy(second, third)
     edit("chapters/00_first.ipynb", '"8\\n"', '"9\\n"')
-    edit("chapters/01_second.ipynb", "assert octuple(1) == 8", "assert octuple")
-    edit("chapters/02_third.ipynb", "assert octuple(1) == 8", "nonsense()")
+    for fact in ("octuple(1) == 8", "octuple(2) == 16"):
+        edit("chapters/01_second.ipynb", f"assert {fact}", "assert octuple")
+    edit("chapters/02_third.ipynb", "assert octuple(1) == 8,", "nonsense(),")
     code, output = run_nbval(book)
     assert code == 1
     assert "Cell outputs differ" in output
     assert "the blank of exercise ex-eight passes its check" in output
+    assert "exercise ex-eight: a wrong answer passes its check" in output
     assert "the blank of exercise ex-eight fails for another reason: NameError" in output
-    # Wrong: an output, a blank, and in the third chapter the check, its blank and its repetition.
-    # Right: the other 20 of nine, seven and seven cells; three solutions and a check, run again.
-    assert re.search(r"^5 failed, 24 passed", output, re.MULTILINE), output
+    # Wrong: an output, in the second chapter the blank and the three wrong answers, and in the third
+    # the check, its blank and its repetition. Right: the other 20 of nine, seven and seven cells;
+    # three solutions and a check, run again.
+    assert re.search(r"^8 failed, 24 passed", output, re.MULTILINE), output
+
+
+@pytest.mark.parametrize(
+    "file, old, new, words",
+    [
+        ("chapters/01_second.ipynb", "eight times one is eight", "no", "the check says 'no'"),
+        ("tests/wrong_answers/01_second.py", "return 8**x", "nonsense()", "another reason: Name"),
+    ],
+)
+def test_a_wrong_answer_must_be_refused_with_the_message_it_deserves(
+    book, edit, file, old, new, words
+):
+    edit(file, old, new)
+    code, output = run_nbval(book)
+    assert code == 1
+    assert words in output
+    assert re.search(r"^1 failed, 21 passed", output, re.MULTILINE), output
