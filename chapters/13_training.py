@@ -54,7 +54,7 @@ from functools import cache, lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, BinaryIO, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 from typing import cast, get_args, get_type_hints, runtime_checkable
 
 # %% [markdown]
@@ -269,11 +269,12 @@ def split_rows(batch: Any, rows: int | None) -> Iterator[Any]:
     if rows is None:
         yield batch
         return
+    kind: Any = type(batch)
     if not isinstance(batch, tuple) or not batch or not isinstance(batch[0], Tensor):
         raise ValueError(f"batch: expected a tuple of tensors to split, got {batch!r:.60}")
     for start in range(0, len(batch[0]), rows):
         parts = [None if field is None else field[start : start + rows] for field in batch]
-        yield tuple(parts) if type(batch) is tuple else type(batch)(*parts)
+        yield tuple(parts) if kind is tuple else kind(*parts)
 
 
 # %% [markdown]
@@ -864,11 +865,10 @@ def update_ratio(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 
     ``before`` and ``after`` have the same shapes. From nothing but zeros the change is infinite.
     """
-    shapes = [[getattr(t, "shape", None) for t in some] for some in (before, after)]
-    if not shapes[0] or None in shapes[0] or shapes[0] != shapes[1]:
-        expected = f"tensors shaped as before, {[tuple(s or ()) for s in shapes[0]]!s:.60}"
-        got = f"{[tuple(s or ()) for s in shapes[1]]!s:.60}"
-        raise ValueError(f"after: expected {expected}, got {got}")
+    shapes = [[tuple(t.shape) for t in some] for some in (before, after)]
+    if not shapes[0] or shapes[0] != shapes[1]:
+        expected = f"tensors shaped as before, {shapes[0]!s:.60}"
+        raise ValueError(f"after: expected {expected}, got {shapes[1]!s:.60}")
     changes = torch._foreach_norm(torch._foreach_sub(list(after), list(before)))
     norms = torch._foreach_norm(list(before))
     both = (torch.linalg.vector_norm(torch.stack(n)).item() for n in (changes, norms))
@@ -1510,7 +1510,17 @@ def _raw(tensor: Tensor) -> Any:
 
 # %% tags=["engine"]
 #| export
-def save_checkpoint(path: str | Path | BinaryIO, state: Mapping[str, Any]) -> None:
+@runtime_checkable
+class _Writable(Protocol):
+    def write(self, data: Any, /) -> Any: ...
+
+
+@runtime_checkable
+class _Readable(Protocol):
+    def read(self) -> bytes: ...
+
+
+def save_checkpoint(path: str | Path | _Writable, state: Mapping[str, Any]) -> None:
     """Write ``state``, nested dictionaries of tensors, numbers and texts, to one file, or nothing.
 
     It is a safetensors file; what is no tensor is JSON in its header, and the last tensor is a
@@ -1524,20 +1534,21 @@ def save_checkpoint(path: str | Path | BinaryIO, state: Mapping[str, Any]) -> No
         tree = _to_tree(state, "", tensors, {})
     except RecursionError:
         raise ValueError("state: expected an end, but something in it contains itself") from None
-    if hasattr(path, "write"):
-        _write_state(cast(BinaryIO, path), tree, tensors)
+    if not isinstance(path, str | Path) and hasattr(path, "write"):
+        _write_state(path, tree, tensors)
         return
     path = _as_path("path", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as draft, draft.open("wb") as file:
         _write_state(file, tree, tensors)
+        file.flush()
         os.fsync(file.fileno())
     _sync_folder(path.parent)
 
 
 # %% tags=["engine"]
 #| export
-def _write_state(file: BinaryIO, tree: Any, tensors: Mapping[str, Tensor]) -> None:
+def _write_state(file: Any, tree: Any, tensors: Mapping[str, Tensor]) -> None:
     if isinstance(file, io.TextIOBase):
         raise ValueError(f"path: expected a file that is open for bytes, got {file!r:.60}")
     digest = blake2b(digest_size=_DIGEST_SIZE)
@@ -1545,7 +1556,6 @@ def _write_state(file: BinaryIO, tree: Any, tensors: Mapping[str, Tensor]) -> No
         digest.update(part)
         file.write(part)
     file.write(digest.digest())
-    file.flush()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -1565,7 +1575,7 @@ def _sync_folder(folder: Path) -> None:
 
 # %% tags=["engine"]
 #| export
-def load_checkpoint(path: str | Path | BinaryIO) -> dict[str, Any]:
+def load_checkpoint(path: str | Path | _Readable) -> dict[str, Any]:
     """Return the state that ``save_checkpoint`` wrote, its tensors on the CPU.
 
     ``path`` may be a file that is open for bytes; it is read from where it stands to its end. A
@@ -3086,9 +3096,9 @@ def _check_texts(name: str, value: Any) -> None:
 
 def _as_texts(name: str, value: Any) -> list[str]:
     """Return several texts, which may come from an iterator, as a list."""
-    texts = value if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+    texts = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
     _check_texts(name, texts)
-    return texts
+    return cast(list[str], texts)
 
 
 def _within(part: str, build: Callable[..., _T], *arguments: Any, **options: Any) -> _T:

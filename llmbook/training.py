@@ -71,7 +71,7 @@ from .optimization import linear_schedule, parameter_groups, wsd_schedule
 from .tinyworld import Story, TinyWorld
 from .tokenizer import GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, train_bpe
 
-# %% ../chapters/13_training.ipynb #4d9c802a
+# %% ../chapters/13_training.ipynb #22af32f8
 #: From a model and a batch to the summed loss of its targets and their number. A third value may
 #: hold other sums by name, such as the number of right guesses; they are averaged like the loss.
 Objective = Callable[[nn.Module, Any], tuple[Any, ...]]
@@ -88,6 +88,12 @@ def next_token_objective(
     weighs the balance loss of experts, which counts once for each target; it is no sum over
     targets, so with it micro-batches are only nearly the whole batch.
     """
+    if not hasattr(model, "hidden_states"):
+        expected = "a TransformerLM; any other needs an objective of its own"
+        raise ValueError(f"model: expected {expected}, got {model!r:.60}")
+    _check_kind("batch", batch, Batch, "a Batch, with inputs and targets")
+    _check_amount("z_loss", z_loss)
+    _check_amount("balance_loss", balance_loss)
     lm = cast(TransformerLM, model)
     hidden = lm.hidden_states(
         batch.inputs, position_ids=batch.position_ids, document_ids=batch.document_ids
@@ -99,13 +105,14 @@ def next_token_objective(
         total = total + balance_loss * lm.balance_loss() * count
     return total, count
 
-# %% ../chapters/13_training.ipynb #99eb4eb1
+# %% ../chapters/13_training.ipynb #ae8f38ad
 def compact(batch: Batch) -> Batch:
     """Return ``batch`` without what no loss depends on.
 
     That is padding at the end of all rows, and the numbers of documents where each row has one
     document and then padding: the causal mask hides the padding from it.
     """
+    _check_kind("batch", batch, Batch, "a Batch, with inputs and targets")
     used = (batch.targets != -100).any(dim=0).nonzero()
     length = int(used[-1]) + 1 if len(used) else 1
     short: Any = [None if field is None else field[:, :length] for field in batch]
@@ -119,7 +126,7 @@ def _is_single(document_ids: Int64[Tensor, "batch sequence"]) -> bool:
     one = (document_ids <= 0).all() and (document_ids[:, 0] == 0).all()
     return bool(one and (document_ids.diff(dim=1) <= 0).all())
 
-# %% ../chapters/13_training.ipynb #7c3b828d
+# %% ../chapters/13_training.ipynb #2b5e33b1
 def split_rows(batch: Any, rows: int | None) -> Iterator[Any]:
     """Yield micro-batches of at most ``rows`` rows; None leaves the batch whole.
 
@@ -130,9 +137,12 @@ def split_rows(batch: Any, rows: int | None) -> Iterator[Any]:
     if rows is None:
         yield batch
         return
+    kind: Any = type(batch)
+    if not isinstance(batch, tuple) or not batch or not isinstance(batch[0], Tensor):
+        raise ValueError(f"batch: expected a tuple of tensors to split, got {batch!r:.60}")
     for start in range(0, len(batch[0]), rows):
         parts = [None if field is None else field[start : start + rows] for field in batch]
-        yield tuple(parts) if type(batch) is tuple else type(batch)(*parts)
+        yield tuple(parts) if kind is tuple else kind(*parts)
 
 # %% ../chapters/13_training.ipynb #ae8316bd
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +196,9 @@ class TrainingConfig:
         counts = {"n_steps": 1, "batch_size": 1, "log_every": 1, "keep_last": 1, "warmup": 0}
         counts |= {"evaluate_every": 1, "checkpoint_every": 1, "max_skipped": 0, "seed": 0}
         counts |= {"micro_batch_size": 1, "threads": 1}
+        for f in fields(self):
+            if getattr(self, f.name) is None and f.name not in _MAY_BE_NONE:
+                raise ValueError(f"{f.name}: expected a value, got None")
         check_at_least(**{name: (least, getattr(self, name)) for name, least in counts.items()})
         if self.batch_size % (self.micro_batch_size or 1):
             expected = f"a divisor of batch_size = {self.batch_size}"
@@ -198,16 +211,27 @@ class TrainingConfig:
         for name in ("weight_decay", "z_loss", "balance_loss"):
             _check_amount(name, getattr(self, name))
         _check_amount("spike_factor", self.spike_factor, above=1.0)
+        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
+            raise ValueError(f"betas: expected two numbers, got {self.betas!r}")
         for place, beta in enumerate(self.betas):
             check_fraction(f"betas[{place}]", beta)
+        for name in ("compile", "prefetch"):
+            _check_kind(name, getattr(self, name), bool, "True or False")
         check_text(self.best, "best")
         if self.seed >= 2**32:
             raise ValueError(f"seed: expected less than 2**32, got {self.seed}")
-        if not 0 <= self.final <= 1:
-            raise ValueError(f"final: expected a share from 0 to 1, got {self.final}")
+        _check_share("final", self.final)
         if self.warmup > self.n_steps:
             expected = f"at most n_steps = {self.n_steps}"
             raise ValueError(f"warmup: expected {expected}, got {self.warmup}")
+
+    def __new__(cls, **settings: Any) -> "TrainingConfig":
+        known = [f.name for f in fields(cls)]
+        for name, value in settings.items():
+            if name not in known:
+                hint = _no_such_setting(name, known)
+                raise TypeError(f"{name}: no such setting; {hint} (got {name}={value!r})")
+        return object.__new__(cls)
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> "TrainingConfig":
@@ -218,18 +242,44 @@ class TrainingConfig:
         """Return all fields as numbers, texts and lists, fit for JSON and YAML."""
         return _plain(asdict(self))
 
-# %% ../chapters/13_training.ipynb #51faeb0a
+# %% ../chapters/13_training.ipynb #bb271002
+_OTHER_NAMES = {"lr": "learning_rate", "steps": "n_steps", "max_steps": "n_steps"}
+_OTHER_NAMES |= {"warmup_steps": "warmup", "max_norm": "clip_norm", "grad_clip": "clip_norm"}
+_OTHER_NAMES |= {"accumulation_steps": "micro_batch_size", "eval_every": "evaluate_every"}
+
+
+def _no_such_setting(name: str, known: Sequence[str]) -> str:
+    """Say which of the ``known`` settings was perhaps meant."""
+    close = [_OTHER_NAMES[name]] if _OTHER_NAMES.get(name) in known else []
+    close += difflib.get_close_matches(name, known, 1)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+
+# %% ../chapters/13_training.ipynb #2c2810ac
 _CHOICES = {"schedule": ("cosine", "wsd", "linear", "constant"), "best_is": ("lowest", "highest")}
 _CHOICES |= {"precision": ("float32", "bfloat16")}
 _OPTIMIZERS = ("adamw", "muon", "sgd")
+_MAY_BE_NONE = {"micro_batch_size", "adamw_rate", "clip_norm", "evaluate_every"}
+_MAY_BE_NONE |= {"checkpoint_every", "threads", "spike_factor"}
 
 
+def _check_kind(name: str, value: object, kind: Any, expected: str) -> None:
+    """Refuse what is of another type."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}: expected {expected}, got {value!r:.60}")
+
+
+def _check_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a share from 0 to 1, got {value!r}")
+
+# %% ../chapters/13_training.ipynb #75945a77
 def _check_amount(name: str, value: object, above: float | None = None) -> None:
     """Refuse what is negative, infinite or NaN, or not ``above`` what is given; None passes."""
     if value is None:
         return
     least = "0 or more" if above is None else f"more than {above:g}"
-    number = isinstance(value, int | float) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = number and math.isfinite(cast(float, value))
     if not number or (cast(float, value) < 0 if above is None else cast(float, value) <= above):
         raise ValueError(f"{name}: expected a finite number, {least}, got {value!r}")
 
@@ -273,7 +323,7 @@ def settings_parser(sections: Mapping[str, Any], *, required: bool = True, **opt
             parser.add_argument(name, help=get_args(about[f.name])[-1], **how)
     return parser
 
-# %% ../chapters/13_training.ipynb #a161f4be
+# %% ../chapters/13_training.ipynb #5f80e757
 def _reworded(message: str, known: Iterable[str]) -> str:
     """Say what a parser of settings found wrong as all errors here do."""
     found = re.search(r"""(?:key|[Oo]ption|required:|arguments:) ["']?(?:--)?([\w.+-]+)""", message)
@@ -288,9 +338,7 @@ def _reworded(message: str, known: Iterable[str]) -> str:
         wanted = name.rpartition(".")[2]
         if not there:  # it is the section that is misspelled
             there, wanted = list(dict.fromkeys(k.partition(".")[0] for k in known)), section
-        close = difflib.get_close_matches(wanted, there, 1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(there)}"
-        return f"{name}: no such setting; {hint}"
+        return f"{name}: no such setting; {_no_such_setting(wanted, there)}"
     size = re.search(r"Expected a (\w+ with .*?)\. Got", message)
     kinds = dict.fromkeys(re.findall(r"[Ee]xpected a <class '(\w+)'>", message))
     names = ["nothing" if kind == "NoneType" else kind for kind in kinds]
@@ -340,7 +388,7 @@ def _plain(value: Any) -> Any:
         return {name: _plain(entry) for name, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
-# %% ../chapters/13_training.ipynb #82e33874
+# %% ../chapters/13_training.ipynb #54f56fa4
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step, and why."""
 
@@ -353,6 +401,7 @@ class SpikeDetector:
 
     def __init__(self, factor: float | None, window: int = 64):
         _check_amount("factor", factor, above=1.0)
+        _check_kind("window", window, int, "a whole number")
         check_at_least(window=(1, window))
         self.factor, self.recent = factor, deque[float](maxlen=window)
 
@@ -366,7 +415,7 @@ class SpikeDetector:
         if self.factor is not None:
             self.recent.append(norm)
 
-# %% ../chapters/13_training.ipynb #401acc70
+# %% ../chapters/13_training.ipynb #b23c311a
 class Guard:
     """Decides which steps are taken, and counts those that are not.
 
@@ -376,6 +425,9 @@ class Guard:
     """
 
     def __init__(self, spike_factor: float | None = None, max_skipped: int = 20):
+        _check_amount("spike_factor", spike_factor, above=1.0)
+        _check_kind("max_skipped", max_skipped, int, "a whole number")
+        check_at_least(max_skipped=(0, max_skipped))
         self.spikes, self.max_skipped = SpikeDetector(spike_factor), max_skipped
         self.skipped = self.skipped_in_a_row = 0
 
@@ -448,16 +500,23 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     if states["mps"] is not None and torch.backends.mps.is_available():
         torch.mps.set_rng_state(states["mps"])
 
-# %% ../chapters/13_training.ipynb #2308d0c7
+# %% ../chapters/13_training.ipynb #3caf41eb
 def update_ratio(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Return the norm of the change of all weights over the norm of the weights before it."""
+    """Return the norm of the change of all weights over the norm of the weights before it.
+
+    ``before`` and ``after`` have the same shapes. From nothing but zeros the change is infinite.
+    """
+    shapes = [[tuple(t.shape) for t in some] for some in (before, after)]
+    if not shapes[0] or shapes[0] != shapes[1]:
+        expected = f"tensors shaped as before, {shapes[0]!s:.60}"
+        raise ValueError(f"after: expected {expected}, got {shapes[1]!s:.60}")
     changes = torch._foreach_norm(torch._foreach_sub(list(after), list(before)))
     norms = torch._foreach_norm(list(before))
     both = (torch.linalg.vector_norm(torch.stack(n)).item() for n in (changes, norms))
     change, norm = both
     return change / norm if norm else math.inf
 
-# %% ../chapters/13_training.ipynb #855728f8
+# %% ../chapters/13_training.ipynb #2925d675
 @torch.no_grad()
 def activation_scales(model: nn.Module, ids: Int64[Tensor, "batch sequence"]) -> dict[str, float]:
     """Return how large the numbers are inside a ``TransformerLM`` that reads ``ids``.
@@ -465,6 +524,8 @@ def activation_scales(model: nn.Module, ids: Int64[Tensor, "batch sequence"]) ->
     "stream/0" and so on are the root-mean-square of what each block hands on, "logits" that of
     the logits, "logits/max" the largest of them in absolute value.
     """
+    if not hasattr(model, "blocks"):
+        raise ValueError(f"model: expected a TransformerLM, got {model!r:.60}")
     scales: dict[str, Tensor] = {}
 
     @torch.compiler.disable  # in a compiled model it would be compiled, once for each layer
@@ -545,7 +606,7 @@ class Monitor:
         self.probed = {}
         return row
 
-# %% ../chapters/13_training.ipynb #6896883b
+# %% ../chapters/13_training.ipynb #7f85cc4f
 class MetricsLog:
     """Rows of numbers by name, in memory and, if there is a ``path``, in a file of JSON lines.
 
@@ -556,11 +617,12 @@ class MetricsLog:
     """
 
     def __init__(self, path: str | Path | None = None):
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else _as_path("path", path)
         self.rows: list[Row] = [] if self.path is None else _read_rows(self.path)
 
     def write(self, row: Row) -> None:
         """Add a row; a line is written whole or, when the disk is full, not at all."""
+        _check_row(row)
         self.rows.append(dict(row))
         if self.path is not None:
             _append_row(self.path, row)
@@ -596,9 +658,24 @@ class Sink(Protocol):
     def close(self) -> None:
         """Training has stopped."""
 
-# %% ../chapters/13_training.ipynb #4bf28585
+# %% ../chapters/13_training.ipynb #34d518c5
 class LogWarning(UserWarning):
     """A row of a log could not be written, or not be read."""
+
+
+def _as_path(name: str, path: object) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"{name}: expected a path, got {path!r:.60}")
+    return Path(path)
+
+
+def _check_row(row: object) -> None:
+    """Demand numbers by name, the step among them."""
+    _check_kind("row", row, Mapping, "numbers by name")
+    for name, value in cast(Row, row).items():
+        _check_kind(f"row[{name!r}]", value, int | float, "a number")
+    if "step" not in cast(Row, row):
+        raise ValueError(f"row: expected a step among its numbers, got {row!r:.60}")
 
 
 def _read_rows(path: Path) -> list[Row]:
@@ -635,12 +712,12 @@ def _append_row(path: Path, row: Row) -> None:
             file.truncate(end)
             warnings.warn(f"{path}: a row is not written: {reason}", LogWarning, stacklevel=3)
 
-# %% ../chapters/13_training.ipynb #4d56df1d
+# %% ../chapters/13_training.ipynb #6f12de0e
 class TensorBoard:
     """A sink that writes curves into ``folder``; see them by ``tensorboard --logdir folder``."""
 
     def __init__(self, folder: str | Path):
-        self.folder, self._writer = Path(folder), cast(Any, None)
+        self.folder, self._writer = _as_path("folder", folder), cast(Any, None)
 
     def start(self, step: int) -> None:
         """Open a file of events that replaces those of later steps."""
@@ -659,11 +736,13 @@ class TensorBoard:
         if self._writer is not None:
             self._writer.close()
 
-# %% ../chapters/13_training.ipynb #fa51c525
+# %% ../chapters/13_training.ipynb #5ee8f1bd
 class ProgressBar:
     """A sink that shows a bar of ``n_steps`` on standard output, with the last loss."""
 
     def __init__(self, n_steps: int):
+        _check_kind("n_steps", n_steps, int, "a whole number")
+        check_at_least(n_steps=(1, n_steps))
         self.n_steps, self._bar = n_steps, cast(Any, None)
 
     def start(self, step: int) -> None:
@@ -684,11 +763,12 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.close()
 
-# %% ../chapters/13_training.ipynb #44666d6d
+# %% ../chapters/13_training.ipynb #704866be
 class LivePlot:
     """A sink that draws the columns ``names`` in the notebook, anew with each row that has one."""
 
     def __init__(self, names: Sequence[str] = ("loss", "validation_loss")):
+        _check_texts("names", names)
         self.names, self.log = tuple(names), MetricsLog()
         self._figure = self._shown = cast(Any, None)
 
@@ -713,9 +793,11 @@ class LivePlot:
     def close(self) -> None:
         """Leave the figure as it is."""
 
-# %% ../chapters/13_training.ipynb #ef514603
+# %% ../chapters/13_training.ipynb #1ef9d017
 def plot_columns(log: MetricsLog, names: Sequence[str], figure: Any) -> None:
     """Draw columns of ``log`` against steps, one above the other, into a matplotlib ``figure``."""
+    _check_kind("log", log, MetricsLog, "a MetricsLog")
+    _check_texts("names", names)
     figure.clear()
     there = [name for name in names if any(name in row for row in log.rows)]
     axes = cast(Any, None)
@@ -736,11 +818,19 @@ def _picture(figure: Any) -> Any:
     figure.savefig(buffer, format="png")
     return Image(buffer.getvalue())
 
-# %% ../chapters/13_training.ipynb #12d92160
+# %% ../chapters/13_training.ipynb #ba950ba0
+def _as_device(device: object) -> torch.device:
+    try:
+        return torch.device(cast(str, device))
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected one of PyTorch's, got {device!r:.60}") from None
+
+
 @cache
 def peak_flops(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
     """Return the operations a second of the fastest large matrix product, measured once here."""
-    size = 8192 if torch.device(device).type == "cuda" else 1024
+    _check_kind("dtype", dtype, torch.dtype, "a torch.dtype")
+    size = 8192 if _as_device(device).type == "cuda" else 1024
     a = torch.full((size, size), 0.5, dtype=dtype, device=device)  # draws no random number
     fastest = math.inf
     for _ in range(6):  # the first warms up
@@ -752,7 +842,7 @@ def peak_flops(device: torch.device | str = "cpu", dtype: torch.dtype = torch.fl
 
 def peak_memory(device: torch.device | str = "cpu") -> float:
     """Return the most bytes that this process has held, on a GPU those of tensors; or NaN."""
-    if torch.device(device).type == "cuda":
+    if _as_device(device).type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     try:
         import resource
@@ -869,29 +959,51 @@ def _raw(tensor: Tensor) -> Any:
     """The bytes of a tensor: a view of its memory, if that is on the CPU and without gaps."""
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
-# %% ../chapters/13_training.ipynb #7a10b224
-def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
+# %% ../chapters/13_training.ipynb #4bb4bc75
+@runtime_checkable
+class _Writable(Protocol):
+    def write(self, data: Any, /) -> Any: ...
+
+
+@runtime_checkable
+class _Readable(Protocol):
+    def read(self) -> bytes: ...
+
+
+def save_checkpoint(path: str | Path | _Writable, state: Mapping[str, Any]) -> None:
     """Write ``state``, nested dictionaries of tensors, numbers and texts, to one file, or nothing.
 
     It is a safetensors file; what is no tensor is JSON in its header, and the last tensor is a
-    checksum of all before it. The file is complete and on the disk when it gets its name.
-    A ``ValueError`` names what could not be read back, an ``OSError`` says that the disk refused.
+    checksum of all before it. The file is complete and on the disk when it gets its name. ``path``
+    may be a file that is open for bytes, and then stays open: what becomes of it is your affair. A
+    ``ValueError`` names what could not be read back, an ``OSError`` says that the disk refused.
     """
-    path, tensors = Path(path), dict[str, Tensor]()
+    _check_kind("state", state, Mapping, "a dictionary")
+    tensors = dict[str, Tensor]()
     try:
         tree = _to_tree(state, "", tensors, {})
     except RecursionError:
         raise ValueError("state: expected an end, but something in it contains itself") from None
+    if not isinstance(path, str | Path) and hasattr(path, "write"):
+        _write_state(path, tree, tensors)
+        return
+    path = _as_path("path", path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    digest = blake2b(digest_size=_DIGEST_SIZE)
     with whole_file(path) as draft, draft.open("wb") as file:
-        for part in (_header(tree, tensors), *map(_raw, tensors.values())):
-            digest.update(part)
-            file.write(part)
-        file.write(digest.digest())
+        _write_state(file, tree, tensors)
         file.flush()
         os.fsync(file.fileno())
     _sync_folder(path.parent)
+
+# %% ../chapters/13_training.ipynb #889e3550
+def _write_state(file: Any, tree: Any, tensors: Mapping[str, Tensor]) -> None:
+    if isinstance(file, io.TextIOBase):
+        raise ValueError(f"path: expected a file that is open for bytes, got {file!r:.60}")
+    digest = blake2b(digest_size=_DIGEST_SIZE)
+    for part in (_header(tree, tensors), *map(_raw, tensors.values())):
+        digest.update(part)
+        file.write(part)
+    file.write(digest.digest())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -903,15 +1015,20 @@ def _sync_folder(folder: Path) -> None:
         finally:
             os.close(descriptor)
 
-# %% ../chapters/13_training.ipynb #914b8b16
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+# %% ../chapters/13_training.ipynb #ba268570
+def load_checkpoint(path: str | Path | _Readable) -> dict[str, Any]:
     """Return the state that ``save_checkpoint`` wrote, its tensors on the CPU.
 
-    A ``CheckpointError`` names the file and what is wrong: missing, damaged, or another format.
+    ``path`` may be a file that is open for bytes; it is read from where it stands to its end. A
+    ``CheckpointError`` names the file and what is wrong: missing, damaged, or another format.
     """
-    path = Path(path)
+    source: Any = path if hasattr(path, "read") else _as_path("path", path)
+    path = getattr(source, "name", source) if hasattr(path, "read") else source
     try:
-        content = path.read_bytes()  # tensors that are mapped to the file would need it for ever
+        # Bytes in memory: tensors that are mapped to the file would need it for ever.
+        content = source.read_bytes() if isinstance(source, Path) else source.read()
+        if isinstance(content, str):
+            raise CheckpointError(f"path: expected a file that is open for bytes, got {source!r}")
         body, checksum = content[:-_DIGEST_SIZE], content[-_DIGEST_SIZE:]
         if blake2b(body, digest_size=_DIGEST_SIZE).digest() != checksum:
             raise CheckpointError(f"{path}: damaged: the contents do not match the checksum")
@@ -925,7 +1042,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except (KeyError, OSError, RecursionError, SafetensorError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: no checkpoint of ours: {error}") from error
 
-# %% ../chapters/13_training.ipynb #9842f59e
+# %% ../chapters/13_training.ipynb #c8dcb75e
 class Checkpointer:
     """Keeps the newest ``keep_last`` checkpoints of a run in ``folder``, and the best model.
 
@@ -933,8 +1050,10 @@ class Checkpointer:
     """
 
     def __init__(self, folder: str | Path | None, keep_last: int = 2):
+        _check_kind("keep_last", keep_last, int, "a whole number")
         check_at_least(keep_last=(1, keep_last))
-        self.folder, self.keep_last = None if folder is None else Path(folder), keep_last
+        self.folder = None if folder is None else _as_path("folder", folder)
+        self.keep_last = keep_last
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints that are there, whole or damaged."""
@@ -960,7 +1079,7 @@ class Checkpointer:
             raise ValueError("folder: expected the one with best.safetensors, got None")
         return load_checkpoint(self.folder / "best.safetensors")
 
-# %% ../chapters/13_training.ipynb #3206c4a3
+# %% ../chapters/13_training.ipynb #c170498f
 _CHECKPOINT = re.compile(r"step-(\d{9})\.safetensors", re.ASCII)
 
 
@@ -968,7 +1087,7 @@ def list_checkpoints(folder: str | Path) -> dict[int, Path]:
     """Return the checkpoints of a trainer's ``folder`` by step, oldest first, whole or damaged."""
     found = {
         int(match[1]): path
-        for path in Path(folder).glob("step-*.safetensors")
+        for path in _as_path("folder", folder).glob("step-*.safetensors")
         if (match := _CHECKPOINT.fullmatch(path.name))
     }
     return dict(sorted(found.items()))
@@ -1643,22 +1762,26 @@ def _set_counters(trainer: "Trainer", counters: Mapping[str, Any]) -> None:
     if monitor.target_sum:
         monitor.sums["loss"] = counters["loss_sum"]
 
-# %% ../chapters/13_training.ipynb #3dd08142
+# %% ../chapters/13_training.ipynb #6bb9c971
 _COMPILED = "_orig_mod."
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """Return the module that ``torch.compile`` was given, or ``model`` itself."""
+    _check_kind("model", model, nn.Module, "a module of PyTorch")
     return getattr(model, "_orig_mod", model)
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
     """Return the state dict of a model, with the names that it has when it is not compiled."""
+    _check_kind("model", model, nn.Module, "a module of PyTorch")
     return {name.replace(_COMPILED, ""): value for name, value in model.state_dict().items()}
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Give a model, compiled or not, the ``state`` of one that may be the other."""
+    _check_kind("model", model, nn.Module, "a module of PyTorch")
+    _check_kind("state", state, Mapping, "a state dict")
     names = {name.replace(_COMPILED, ""): name for name in model.state_dict()}
     clean = {name.replace(_COMPILED, ""): value for name, value in state.items()}
     model.load_state_dict({names.get(name, name): value for name, value in clean.items()})
@@ -1742,8 +1865,11 @@ class DataConfig:
         check_choice("layout", self.layout, ("best_fit", "one_per_row", "windows"))
         check_at_least(n_stories=(1, self.n_stories), n_held_out=(1, self.n_held_out))
         check_at_least(validation_rows=(1, self.validation_rows))
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out: expected a share between 0 and 1, got {self.held_out}")
+        for name in ("n_stories", "n_held_out", "validation_rows"):
+            _check_kind(name, getattr(self, name), int, "a whole number")
+        _check_kind("clean", self.clean, bool, "True or False")
+        if not isinstance(self.held_out, int | float) or not 0 < self.held_out < 1:
+            raise ValueError(f"held_out: expected a share between 0 and 1, got {self.held_out!r}")
         needed = {"files": 1, "shards": 2}.get(self.kind, 0)
         if len(self.paths) < needed or (self.kind == "shards" and len(self.paths) != 2):
             raise ValueError(f"paths: expected {needed} for {self.kind!r}, got {len(self.paths)}")
@@ -1768,6 +1894,9 @@ class RunConfig:
 
     def check(self) -> None:
         """Raise a ``ValueError`` for the first setting that cannot be with the others."""
+        for name, kind in _SECTIONS.items():
+            _check_kind(name, getattr(self, name), kind, f"a {kind.__name__}")
+        _check_kind("model", self.model, Mapping, "settings by name")
         path, start = self.tokenizer.path, self.model.get("start_from")
         if start is not None:
             if others := sorted(self.model.keys() - {"start_from"}):
@@ -1810,7 +1939,7 @@ class RunConfig:
         with whole_file(Path(path)) as draft:
             draft.write_text(_yaml_text(self), encoding="utf-8")
 
-# %% ../chapters/13_training.ipynb #bfe6a613
+# %% ../chapters/13_training.ipynb #e305c17c
 _PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN}
 
 
@@ -1825,13 +1954,14 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         _check_texts("special_tokens", self.special_tokens)
+        _check_kind("vocab_size", self.vocab_size, int, "a whole number")
         check_at_least(vocab_size=(256 + len(self.special_tokens), self.vocab_size))
         check_choice("pattern", self.pattern, tuple(_PATTERNS))
         if "<|endoftext|>" not in self.special_tokens:
             expected = "expected '<|endoftext|>' among them"
             raise ValueError(f"special_tokens: {expected}, got {list(self.special_tokens)}")
 
-# %% ../chapters/13_training.ipynb #6cc3a1b9
+# %% ../chapters/13_training.ipynb #2787285b
 _FIELDS_OF_KIND = {
     "tinyworld": ("kind", "n_stories", "n_held_out", "validation_rows", "layout"),
     "documentation": ("kind", "packages", "held_out", "validation_rows", "clean", "layout"),
@@ -1845,8 +1975,16 @@ def _check_texts(name: str, value: Any) -> None:
     """A single text would be taken for a sequence of characters."""
     if isinstance(value, str):
         raise ValueError(f"{name}: expected a tuple of texts, got {value!r}")
+    _check_kind(name, value, Iterable, "a tuple of texts")
     for place, text in enumerate(value):
         check_text(text, f"{name}[{place}]")
+
+
+def _as_texts(name: str, value: Any) -> list[str]:
+    """Return several texts, which may come from an iterator, as a list."""
+    texts = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+    _check_texts(name, texts)
+    return cast(list[str], texts)
 
 
 def _within(part: str, build: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
@@ -1930,7 +2068,7 @@ class Pretrained(NamedTuple):
     held_out: list[str]
     folder: Path
 
-# %% ../chapters/13_training.ipynb #03cfff89
+# %% ../chapters/13_training.ipynb #1e837e6d
 def run(
     config: RunConfig,
     folder: str | Path,
@@ -1948,7 +2086,8 @@ def run(
     ``KeyboardInterrupt`` after a checkpoint. A ``ValueError`` if ``folder`` has another run. The
     model has the last weights, not the best, which are in ``training/best.safetensors``.
     """
-    folder, say = Path(folder), say or (lambda line: None)
+    _check_kind("config", config, RunConfig, "a RunConfig")
+    folder, say = _as_path("folder", folder), say or (lambda line: None)
     _check_start(config)
     _claim(folder, config)
     if not (folder / "model").exists():
@@ -2173,10 +2312,12 @@ def _settings_named() -> Iterator[None]:
             raise ValueError(f"training.{error}") from error
         raise
 
-# %% ../chapters/13_training.ipynb #68b87ab8
+# %% ../chapters/13_training.ipynb #f2aa6682
 def load_run(folder: str | Path) -> Pretrained:
     """Return what ``run`` left in ``folder``; the model is in ``eval`` mode, on the CPU."""
-    folder = Path(folder)
+    folder = _as_path("folder", folder)
+    if not (folder / "model").is_dir():
+        raise ValueError(f"folder: expected one with a finished run, got {folder}")
     model = TransformerLM.from_pretrained(folder / "model")
     tokenizer = BPETokenizer.load(folder / "model" / "tokenizer.json")
     texts = folder / "data" / "held_out.jsonl"  # a run on shards has none
@@ -2233,7 +2374,7 @@ def _private_state(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
         set_random_states(states)
 
-# %% ../chapters/13_training.ipynb #40244683
+# %% ../chapters/13_training.ipynb #049b6069
 def documents_score(
     model: nn.Module, tokenizer: BPETokenizer, texts: Iterable[str], batch_tokens: int = 4096
 ) -> tuple[float, int]:
@@ -2242,6 +2383,12 @@ def documents_score(
     A text begins after an end of text, and with nothing else in sight. One longer than the
     context length is cut; each piece sees the token before it, and no more.
     """
+    if not hasattr(model, "hidden_states"):
+        raise ValueError(f"model: expected a TransformerLM, got {model!r:.60}")
+    _check_kind("tokenizer", tokenizer, BPETokenizer, "a BPETokenizer")
+    _check_kind("batch_tokens", batch_tokens, int, "a whole number")
+    check_at_least(batch_tokens=(1, batch_tokens))
+    texts = _as_texts("texts", texts)
     config, device = cast(Any, model).config, next(model.parameters()).device
     end = tokenizer.special_tokens["<|endoftext|>"]
     size, bits, n_bytes = config.context_length, 0.0, 0
@@ -2259,13 +2406,14 @@ def documents_score(
             bits += float(total) / math.log(2)
     return bits, n_bytes
 
-# %% ../chapters/13_training.ipynb #8e239c9f
+# %% ../chapters/13_training.ipynb #74f85e66
 def compressors(texts: Sequence[str], seen: Sequence[str] = ()) -> dict[str, float]:
     """Return the bits per byte that gzip and xz need for ``texts``, at their best settings.
 
     Texts are joined by a zero byte. With texts that were ``seen``, what is counted is by how much
     a compressed file of these grows when the others are appended.
     """
+    texts, seen = _as_texts("texts", texts), _as_texts("seen", seen)
     first, second = ("\0".join([*some, ""]).encode() for some in (seen, texts))
     n_bytes = sum(len(text.encode()) for text in texts)
     if not n_bytes:
@@ -2300,7 +2448,7 @@ def _token_losses(model: nn.Module, batch: Batch) -> list[list[float]]:
     losses = cross_entropy(logits, batch.targets, reduction="none")
     return losses.tolist()
 
-# %% ../chapters/13_training.ipynb #9ec3b83a
+# %% ../chapters/13_training.ipynb #2fda7904
 #: What a token of a tiny-world story can be, see ``word_kinds``.
 WORD_KINDS = ("who", "name again", "species", "fact", "wording", "certain")
 
@@ -2312,6 +2460,9 @@ def word_kinds(world: TinyWorld, story: Story, cut: Callable[[str], list[str]]) 
     values of claims; "wording" is what else the world draws, such as the weather; all other tokens
     are "certain": they follow from those before them. ``cut`` makes the tokens of a text.
     """
+    _check_kind("world", world, TinyWorld, "a TinyWorld")
+    _check_kind("story", story, Story, "a Story")
+    _check_kind("cut", cut, Callable, "a function from a text to its tokens")
     tokens = [token for _, text in story.parts for token in cut(text)]
     names = {*world.cast.facts, *world.cast.strangers}
     species = {claim.value for claim in story.claims if claim.attribute == "species"}
@@ -2329,7 +2480,7 @@ def word_kinds(world: TinyWorld, story: Story, cut: Callable[[str], list[str]]) 
         kinds.append(kind)
     return [*kinds, "certain"]
 
-# %% ../chapters/13_training.ipynb #6b644887
+# %% ../chapters/13_training.ipynb #cffde8dc
 class GapToFloor:
     """A probe: how far a model is from the floor of the tiny world, in all and by kind of word.
 
@@ -2338,7 +2489,12 @@ class GapToFloor:
     """
 
     def __init__(self, world: TinyWorld, stories: Iterable[Story], tokenizer: BPETokenizer):
+        _check_kind("world", world, TinyWorld, "a TinyWorld")
+        _check_kind("tokenizer", tokenizer, BPETokenizer, "a BPETokenizer")
+        _check_kind("stories", stories, Iterable, "several stories")
         self.stories = list(stories)
+        for story in self.stories:
+            _check_kind("stories", story, Story, "stories of the tiny world")
         check_at_least(stories=(1, len(self.stories)))
         end = tokenizer.special_tokens["<|endoftext|>"]
         cut = lru_cache(maxsize=None)(partial(_cut, tokenizer))
@@ -2350,6 +2506,7 @@ class GapToFloor:
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Measure ``model``, a ``TransformerLM``."""
+        _check_kind("model", model, nn.Module, "a TransformerLM")
         device = next(model.parameters()).device
         losses = [row for batch in self.batches for row in _token_losses(model, batch.to(device))]
         sums = {f"{what}/{kind}": 0.0 for kind in WORD_KINDS for what in ("loss", "floor")}
@@ -2500,7 +2657,7 @@ def _fingerprint(depends_on: Any, train: Callable[..., Any]) -> str:
     content = json.dumps([depends_on, sources, torch.__version__], sort_keys=True)
     return blake2b(content.encode(), digest_size=6).hexdigest()
 
-# %% ../chapters/13_training.ipynb #2fa7356e
+# %% ../chapters/13_training.ipynb #4e55561c
 def load_or_train(
     name: str,
     depends_on: Mapping[str, Any],
@@ -2516,9 +2673,11 @@ def load_or_train(
     folder, which gets its name in the end and is there again after a kill: a ``Trainer`` in it
     goes on. Processes that ask at once train once.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
         raise ValueError(f"name: expected letters, digits, '.', '_' and '-', got {name!r}")
-    place = artifacts_folder() if folder is None else Path(folder)
+    for argument, function in (("train", train), ("load", load)):
+        _check_kind(argument, function, Callable, "a function of a folder")
+    place = artifacts_folder() if folder is None else _as_path("folder", folder)
     target = place / f"{name}-{_fingerprint(depends_on, train)}"
     if not target.exists():
         place.mkdir(parents=True, exist_ok=True)
@@ -2540,11 +2699,13 @@ def _versions(data: DataConfig) -> dict[str, str]:
             versions[name] = importlib.metadata.version(name)
     return versions
 
-# %% ../chapters/13_training.ipynb #a44c5d37
+# %% ../chapters/13_training.ipynb #8b675d94
 class NotebookBar:
     """A sink that shows in a notebook how far a run is, in a picture that is gone at the end."""
 
     def __init__(self, n_steps: int):
+        _check_kind("n_steps", n_steps, int, "a whole number")
+        check_at_least(n_steps=(1, n_steps))
         self.n_steps, self._shown, self._next = n_steps, cast(Any, None), 0.0
 
     def say(self, line: str, share: float = 0.0) -> None:
@@ -2609,9 +2770,10 @@ def pretrained(name: str = "tinyworld", *, progress: bool | None = None) -> Pret
     train = partial(run, config, sinks=sinks, say=say)
     return load_or_train(name, depends_on, train, load=load_run)
 
-# %% ../chapters/13_training.ipynb #c5870240
+# %% ../chapters/13_training.ipynb #55ea5d51
 def report(result: Pretrained) -> dict[str, float]:
     """Return the numbers that a run is judged by: last losses, and bits per byte beside others'."""
+    _check_kind("result", result, Pretrained, "what run and pretrained return")
     names = ("loss", "validation_loss", "gap", "tokens_per_second", "mfu", "targets", "skipped")
     known = {name for row in result.log.rows for name in row}
     numbers = {name: result.log.column(name)[1][-1] for name in names if name in known}
