@@ -25,14 +25,19 @@
 # The imports of the module
 import os
 import platform
+import re
 import shutil
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import wraps
 from glob import escape
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from inspect import Parameter, formatannotation, isgeneratorfunction, signature
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 if TYPE_CHECKING:  # loading PyTorch takes a second, and many programs do not need it
     import torch
@@ -523,6 +528,105 @@ def check_text(value: object, argument: str = "text") -> str:
     if not isinstance(value, str):
         raise ValueError(f"{argument}: expected a str, got {value!r:.60}")
     return value
+
+
+# %% [markdown] tags=["engine"]
+# Kinds and shapes need no such line in every function, because the annotations state them
+# already. A call that works never looks at them. But when a call fails with one of Python's own
+# errors, say `'str' object has no attribute 'size'` from somewhere inside, its arguments are
+# compared with the annotations, and the first that doesn't fit is named, with what was expected and
+# what came. Dimensions of the same name must have the same size in all arguments. The error from
+# inside stays in the traceback as the cause. A message that begins with the name of an argument, as
+# those of the checks do, is left alone.
+
+
+# %% tags=["engine"]
+#| export
+# What Python and PyTorch raise over an argument of the wrong kind or shape.
+FROM_INSIDE = (TypeError, AttributeError, ValueError, IndexError, KeyError, RuntimeError)
+
+
+def misfit(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str | None:
+    """Return a message about the first argument that its annotation doesn't allow, or None."""
+    from beartype.door import is_bearable
+    from jaxtyping import jaxtyped
+
+    with jaxtyped("context"), suppress(Exception):  # a hint that cannot be read forbids nothing
+        hints = get_type_hints(function)
+        for name, value in arguments.items():
+            hint = hints.get(name, Any)
+            # A whole number may stand for a fraction.
+            if is_bearable(value, hint) or (type(value) is int and is_bearable(float(value), hint)):
+                continue
+            expected = re.sub(r"\b(?:\w+\.)+(?=\w)", "", formatannotation(hint))
+            of_shape = hasattr(value, "shape") and hasattr(value, "dtype")
+            got = f"{value.dtype} of shape {tuple(value.shape)}" if of_shape else f"{value!r:.60}"
+            return f"{name}: expected {expected}, got {got}"
+    return None
+
+
+# %% [markdown] tags=["engine"]
+# `explained(function)` is the function with that comparison after a failure. A generator fails
+# while it's being used up, so there the comparison has to stand in a generator as well.
+
+
+# %% tags=["engine"]
+#| export
+def explained(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` with failed calls that name the argument of the wrong kind or shape."""
+    names = signature(function)
+    several = {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD}  # annotated one by one
+
+    def explain(error: Exception, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if not isinstance(error, FROM_INSIDE) or str(error).partition(":")[0] in names.parameters:
+            return
+        try:
+            given = names.bind(*arguments, **options).arguments
+        except TypeError:  # Python has said which argument is missing or unknown
+            return
+        single = {n: v for n, v in given.items() if names.parameters[n].kind not in several}
+        if message := misfit(function, single):
+            raise ValueError(message) from error
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        except Exception as error:
+            explain(error, arguments, options)
+            raise
+
+    def generate(*arguments: Any, **options: Any) -> Any:
+        try:
+            return (yield from function(*arguments, **options))
+        except Exception as error:
+            explain(error, arguments, options)
+            raise
+
+    return wraps(function)(generate if isgeneratorfunction(function) else call)
+
+
+# %% [markdown] tags=["engine"]
+# Every module ends with a line that the exporter writes, `explain_calls(__name__)`: it puts
+# explained functions and methods in the place of the public ones. In a notebook, where the code on
+# the page is what runs, nothing is replaced.
+
+
+# %% tags=["engine"]
+#| export
+def explain_calls(module: str) -> None:
+    """Explain failed calls of what a module exports: functions, and the methods of its classes."""
+    names = vars(import_module(module))
+    for name in names["__all__"]:
+        if isinstance(names[name], FunctionType):
+            names[name] = explained(names[name])
+        elif isinstance(names[name], type) and not getattr(names[name], "_is_protocol", False):
+            for method, value in list(vars(names[name]).items()):
+                if method.startswith("_") and method not in {"__init__", "__call__"}:
+                    continue
+                if isinstance(value, FunctionType):
+                    setattr(names[name], method, explained(value))
+                elif isinstance(value, classmethod | staticmethod):
+                    setattr(names[name], method, type(value)(explained(value.__func__)))
 
 
 # %% [markdown] tags=["engine"]

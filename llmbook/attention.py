@@ -934,3 +934,8 @@ def show_attention(
         f"<details open><summary>As a table</summary><div>{table}</div></details>"
         f'<script type="application/json">{inert}</script></div><script>{script}</script>'
     )
+
+# %% failed calls are explained, see chapter 00
+from llmbook.environment import explain_calls
+
+explain_calls(__name__)

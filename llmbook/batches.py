@@ -962,3 +962,8 @@ def _block_of_places(
 ) -> Int64[np.ndarray, " rows"]:
     """Return where the rows of a ``block`` of 4,096 begin."""
     return _starts_of_rows(block * _BLOCK + np.arange(_BLOCK), size, unit, order, seed, wrap)
+
+# %% failed calls are explained, see chapter 00
+from llmbook.environment import explain_calls
+
+explain_calls(__name__)

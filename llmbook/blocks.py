@@ -556,3 +556,8 @@ class MixtureOfExperts(nn.Module):
         if self.routing is None:
             raise RuntimeError("nothing has been routed yet: load and loss are of the last batch")
         return self.routing
+
+# %% failed calls are explained, see chapter 00
+from llmbook.environment import explain_calls
+
+explain_calls(__name__)

@@ -1351,3 +1351,8 @@ def clean_documents(
     judge = partial(gopher_quality, min_words=min_words, min_stop_words=None)
     asked = _optional_steps(language, classifier, min_quality, evaluation)
     return _chained(iter_documents(documents), _all_steps(judge, min_line_length, asked, own), own)
+
+# %% failed calls are explained, see chapter 00
+from llmbook.environment import explain_calls
+
+explain_calls(__name__)

@@ -1196,3 +1196,8 @@ def vocabulary_growth(
         )
     sizes = np.unique(np.geomspace(1, length, points).round().astype(np.int64))
     return sizes, np.searchsorted(np.array(new_at), sizes, side="right")
+
+# %% failed calls are explained, see chapter 00
+from llmbook.environment import explain_calls
+
+explain_calls(__name__)

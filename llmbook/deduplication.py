@@ -849,3 +849,8 @@ def deduplicate(
         layout = optimal_bands(threshold, hasher.n_permutations, weights)
         removed = _stars(ranked, listed, threshold, hasher, layout, exact_up_to, workers)
     return [document for i, document in enumerate(listed) if i not in removed]
+
+# %% failed calls are explained, see chapter 00
+from llmbook.environment import explain_calls
+
+explain_calls(__name__)

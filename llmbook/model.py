@@ -1226,3 +1226,8 @@ def _check_head(model: TransformerLM, head: _Stored) -> None:
         )
     if not same:
         raise ValueError(f"{head.file}: {head.name} differs from the embedding that it is tied to")
+
+# %% failed calls are explained, see chapter 00
+from llmbook.environment import explain_calls
+
+explain_calls(__name__)

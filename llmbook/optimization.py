@@ -853,3 +853,8 @@ def clip_gradients(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Fl
         for grads in kinds:
             torch._foreach_mul_(grads, scale.to(grads[0].device))
     return norm
+
+# %% failed calls are explained, see chapter 00
+from llmbook.environment import explain_calls
+
+explain_calls(__name__)

@@ -347,3 +347,8 @@ def _check_scaling(scaling: RopeScaling) -> None:
     attention = scaling.attention_factor
     if attention is not None and not 0 < attention < math.inf:
         raise ValueError(f"attention_factor: expected a number above 0, got {attention}")
+
+# %% failed calls are explained, see chapter 00
+from llmbook.environment import explain_calls
+
+explain_calls(__name__)

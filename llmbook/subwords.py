@@ -1070,3 +1070,8 @@ def renyi_efficiency(counts: Iterable[int | float], vocab_size: int, order: floa
         )
     entropy = -(p * np.log(p)).sum() if order == 1 else math.log((p**order).sum()) / (1 - order)
     return float(entropy / math.log(vocab_size))
+
+# %% failed calls are explained, see chapter 00
+from llmbook.environment import explain_calls
+
+explain_calls(__name__)

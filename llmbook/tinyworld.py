@@ -751,3 +751,8 @@ def judge_reply(world: "TinyWorld", question: Question, reply: str) -> Verdict:
         "confidential": "declined",
     }
     return Verdict(said == expected_of[question.kind], said)
+
+# %% failed calls are explained, see chapter 00
+from llmbook.environment import explain_calls
+
+explain_calls(__name__)

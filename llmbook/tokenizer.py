@@ -939,3 +939,8 @@ def _write_text(path: Path, text: str) -> None:
     """Write a file in one step."""
     with whole_file(path) as draft:
         draft.write_text(text, encoding="utf-8", newline="\n")
+
+# %% failed calls are explained, see chapter 00
+from llmbook.environment import explain_calls
+
+explain_calls(__name__)

@@ -2878,3 +2878,8 @@ def _exit_code(command: Callable[[], Any]) -> int:
 
 if __name__ == "__main__" and "__file__" in globals():  # a notebook has no file
     main()
+
+# %% failed calls are explained, see chapter 00
+from llmbook.environment import explain_calls
+
+explain_calls(__name__)

@@ -1,11 +1,18 @@
 import random
 import subprocess
 import sys
+import types
+from collections.abc import Iterator
+from inspect import signature
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from jaxtyping import Float
 
+import llmbook
 from llmbook.environment import (
     best_device,
     check_at_least,
@@ -14,6 +21,7 @@ from llmbook.environment import (
     check_fraction,
     check_text,
     describe_environment,
+    explain_calls,
     requires_extra,
     seed_everything,
     whole_directory,
@@ -145,3 +153,96 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
         whole_directory(path),
     ):
         pass
+
+
+class Scale(torch.nn.Module):
+    def __init__(self, factor: float = 1.0, *, of: Literal["rows", "columns"] = "rows"):
+        super().__init__()
+        self.factor = factor + 0
+
+    def forward(self, x: Float[torch.Tensor, "batch d"], y: Float[torch.Tensor, "batch d"]):
+        return self.factor * x.mul(y)
+
+    @classmethod
+    def of_text(cls, text: str) -> "Scale":
+        return cls(float(text.strip()))
+
+    @staticmethod
+    def length(text: str) -> int:
+        return len(text)
+
+
+def upper(text: str, *more: str, times: int = 1, **options: object) -> str:
+    if times < 0:
+        raise ValueError(f"times: expected at least 0, got {times}")
+    return times * (text.upper() + "".join(more))
+
+
+def letters(text: str) -> Iterator[str]:
+    yield from text.strip()
+    return 7
+
+
+def opened(path: Path) -> bytes:
+    return Path(path).read_bytes()
+
+
+@pytest.fixture
+def package(monkeypatch):
+    """A module whose functions were explained, as the exporter does it."""
+    module = types.ModuleType("explained_module")
+    vars(module).update({f.__name__: f for f in (upper, letters, opened)})
+    # A class of its own, since its methods are replaced.
+    module.Scale = type("Scale", (Scale,), dict(vars(Scale)))
+    module.__all__ = ["Scale", "upper", "letters", "opened", "LIMIT"]
+    module.LIMIT = 5
+    monkeypatch.setitem(sys.modules, "explained_module", module)
+    explain_calls("explained_module")
+    return module
+
+
+TWO, THREE = torch.ones(2, 4), torch.ones(3, 4)
+FAILED_CALLS = {
+    "text: expected str, got 5": lambda p: p.upper(5),
+    "text: expected str, got None": lambda p: list(p.letters(None)),
+    "factor: expected float, got 'two'": lambda p: p.Scale("two"),
+    "text: expected str, got 17": lambda p: p.Scale.of_text(17),
+    "text: expected str, got 3": lambda p: p.Scale.length(3),
+    r"y: expected Float\[Tensor, 'batch d'\], got torch.float32 of shape \(3, 4\)": lambda p: (
+        p.Scale().forward(TWO, THREE)
+    ),
+    r"x: expected Float\[Tensor, 'batch d'\], got \[1\]": lambda p: p.Scale().forward([1], TWO),
+}
+
+
+@pytest.mark.parametrize("message", FAILED_CALLS)
+def test_a_failed_call_names_the_argument_that_does_not_fit(package, message):
+    with pytest.raises(ValueError, match=f"^{message}") as caught:
+        FAILED_CALLS[message](package)
+    assert caught.value.__cause__ is not None, "what Python said stays as the cause"
+
+
+def test_only_what_fails_over_its_arguments_is_explained(package):
+    assert package.upper("a", "b", times=2, other=None) == "AbAb"
+    assert package.Scale.length([1, 2]) == 2, "a call that works is not looked at"
+    assert package.Scale(3).factor == 3, "a whole number may stand for a fraction"
+    assert (list(package.letters(" ab ")), package.LIMIT) == (["a", "b"], 5)
+    with pytest.raises(ValueError, match=r"^times: expected at least 0"):
+        package.upper(b"a", times=-1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'facto'"):
+        package.Scale(facto=2)
+    with pytest.raises(TypeError, match=r"can only concatenate|expected str instance"):
+        package.upper("a", 5)  # one of several: their names are in no message
+    with pytest.raises(FileNotFoundError):
+        package.opened("nowhere")
+
+
+def test_an_explained_function_is_still_itself(package):
+    assert (package.upper.__name__, package.upper.__wrapped__) == ("upper", upper)
+    assert str(signature(package.upper)) == str(signature(upper))
+    assert package.Scale.length("abc") == 3
+
+
+def test_every_module_explains_its_calls():
+    for file in Path(llmbook.__file__).parent.glob("[a-z]*.py"):
+        assert file.read_text(encoding="utf-8").endswith("\nexplain_calls(__name__)\n"), file

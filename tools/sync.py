@@ -262,7 +262,19 @@ def export(chapter: Chapter, notebook: NotebookNode) -> str:
         made = Path(folder, PACKAGE, chapter.module_file.name)
         if not made.exists():
             raise BookError(f"{chapter.name}: no cell is marked `#| export`, so there is no module")
-        return read_text(made)
+        return read_text(made) + _last_lines(chapter)
+
+
+def _last_lines(chapter: Chapter) -> str:
+    """Return what a module ends with: failed calls name the argument that doesn't fit.
+
+    See chapter 00 of the book; a book without it has no such lines.
+    """
+    if not (chapter.root / "chapters/00_environment.py").exists():
+        return ""
+    own = chapter.module == "environment"
+    lines = "" if own else f"from {PACKAGE}.environment import explain_calls\n\n"
+    return f"\n# %% failed calls are explained, see chapter 00\n{lines}explain_calls(__name__)\n"
 
 
 def orphans(root: Path) -> list[Path]:
