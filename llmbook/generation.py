@@ -1567,3 +1567,8 @@ def _check_weight(weight: object) -> None:
 def _check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a module of PyTorch, got {model!r:.60}")
+
+# %% failed calls are explained, see chapter 00
+from llmbook.environment import explain_calls
+
+explain_calls(__name__)
