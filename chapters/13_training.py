@@ -1814,7 +1814,10 @@ class Trainer:
         sinks: Sequence[Sink] = (),
         peak: float | None = None,
     ):
-        _check_kinds(batches, config, validation, optimizer)
+        _check_kinds(batches, config, validation, optimizer, objective)
+        _check_amount("peak", peak, above=0.0)
+        for sink in sinks:
+            _check_kind("sinks", sink, Sink, "things that start, write and close")
         self.model, self.batches, self.config = model, batches, config
         self.validation, self.peak = validation, peak
         self.folder = None if folder is None else Path(folder)
@@ -2281,7 +2284,9 @@ def _check_given(trainer: "Trainer", probes: Sequence[Any]) -> None:
         raise ValueError("validation: expected batches, as evaluate_every is set, got none")
 
 
-def _check_kinds(batches: Any, config: Any, validation: Any, optimizer: Any) -> None:
+def _check_kinds(
+    batches: Any, config: Any, validation: Any, optimizer: Any, objective: Any
+) -> None:
     def refuse(name: str, expected: str, value: Any) -> None:
         raise ValueError(f"{name}: expected {expected}, got {type(value).__qualname__}")
 
@@ -2293,6 +2298,8 @@ def _check_kinds(batches: Any, config: Any, validation: Any, optimizer: Any) -> 
         refuse("validation", "a list of batches", validation)
     if optimizer is not None and (isinstance(optimizer, type) or not callable(optimizer)):
         refuse("optimizer", "a function of the model that returns one", optimizer)
+    if objective is not None and not callable(objective):
+        refuse("objective", "a function of a model and a batch", objective)
 
 
 def _checked_optimizer(optimizer: Any, model: nn.Module) -> torch.optim.Optimizer:

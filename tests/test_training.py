@@ -1517,6 +1517,10 @@ def test_a_step_of_ones_own_gets_the_batch_on_the_device(shards):
         ({"validation": iter(())}, "validation: expected a list of batches, got tuple_iterator"),
         ({"batches": []}, "batches: expected ResumableBatches, .* got list"),
         ({"config": {}}, "config: expected a TrainingConfig, got dict"),
+        ({"objective": 5}, "objective: expected a function of a model and a batch, got int"),
+        ({"sinks": [print]}, "sinks: expected things that start, write and close, got <built-in"),
+        ({"peak": 0.0}, "peak: expected a finite number, more than 0, got 0.0"),
+        ({"peak": "1e9"}, "peak: expected a finite number, more than 0, got '1e9'"),
     ],
 )
 def test_what_a_trainer_cannot_be_given(options, message, shards):
