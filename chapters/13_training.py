@@ -87,6 +87,80 @@ from llmbook.optimization import linear_schedule, parameter_groups, wsd_schedule
 from llmbook.tinyworld import Story, TinyWorld
 from llmbook.tokenizer import GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, train_bpe
 
+
+# %% tags=["engine"]
+#| export
+# What many functions of this chapter ask of their arguments
+def _check_kind(name: str, value: object, kind: Any, expected: str) -> None:
+    """Refuse what is of another type."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}: expected {expected}, got {value!r:.60}")
+
+
+def _check_amount(name: str, value: object, above: float | None = None) -> None:
+    """Refuse what is negative, infinite or NaN, or not ``above`` what is given; None passes."""
+    if value is None:
+        return
+    least = "0 or more" if above is None else f"more than {above:g}"
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = number and math.isfinite(cast(float, value))
+    if not number or (cast(float, value) < 0 if above is None else cast(float, value) <= above):
+        raise ValueError(f"{name}: expected a finite number, {least}, got {value!r}")
+
+
+def _check_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a share from 0 to 1, got {value!r}")
+
+
+# %% tags=["engine"]
+#| export
+# The same for paths, devices and texts
+def _as_path(name: str, path: object) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"{name}: expected a path, got {path!r:.60}")
+    return Path(path)
+
+
+def _as_device(device: object) -> torch.device:
+    try:
+        return torch.device(cast(str, device))
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected one of PyTorch's, got {device!r:.60}") from None
+
+
+def _check_texts(name: str, value: Any) -> None:
+    """A single text would be taken for a sequence of characters."""
+    if isinstance(value, str):
+        raise ValueError(f"{name}: expected a tuple of texts, got {value!r}")
+    _check_kind(name, value, Iterable, "a tuple of texts")
+    for place, text in enumerate(value):
+        check_text(text, f"{name}[{place}]")
+
+
+def _as_texts(name: str, value: Any) -> list[str]:
+    """Return several texts, which may come from an iterator, as a list."""
+    texts = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+    _check_texts(name, texts)
+    return cast(list[str], texts)
+
+
+# %% tags=["engine"]
+#| export
+# The same for a row of a log
+#: What is measured at once: numbers by name.
+Row = Mapping[str, int | float]
+
+
+def _check_row(row: object) -> None:
+    """Demand numbers by name, the step among them."""
+    _check_kind("row", row, Mapping, "numbers by name")
+    for name, value in cast(Row, row).items():
+        _check_kind(f"row[{name!r}]", value, int | float, "a number")
+    if "step" not in cast(Row, row):
+        raise ValueError(f"row: expected a step among its numbers, got {row!r:.60}")
+
+
 # %% [markdown]
 # ## Ten lines
 #
@@ -164,8 +238,6 @@ print(f"mean of the two means: {of_means:.1f}, mean over all targets: {of_target
 #: From a model and a batch to the summed loss of its targets and their number. A third value may
 #: hold other sums by name, such as the number of right guesses; they are averaged like the loss.
 Objective = Callable[[nn.Module, Any], tuple[Any, ...]]
-#: What is measured at once: numbers by name.
-Row = Mapping[str, int | float]
 
 
 def next_token_objective(
@@ -413,8 +485,8 @@ class TrainingConfig(TrainingConfig):  # continued
 
 # %% [markdown] tags=["engine"]
 # A setting that does not exist is a slip of the pen, or the habit of another library: chapter 12's
-# `lr` is a `learning_rate` here, where it stands beside other rates. Python's own message would name
-# neither.
+# `lr` is a `learning_rate` here, where it stands beside other rates. Python's own message would
+# name neither.
 
 
 # %% tags=["engine"]
@@ -442,7 +514,7 @@ class TrainingConfig(TrainingConfig):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# NaN fails every comparison, so an amount is asked first whether it is a finite number.
+# What there is to choose from, what may be left open, and which optimizers PyTorch has.
 
 
 # %% tags=["engine"]
@@ -452,30 +524,6 @@ _CHOICES |= {"precision": ("float32", "bfloat16")}
 _OPTIMIZERS = ("adamw", "muon", "sgd")
 _MAY_BE_NONE = {"micro_batch_size", "adamw_rate", "clip_norm", "evaluate_every"}
 _MAY_BE_NONE |= {"checkpoint_every", "threads", "spike_factor"}
-
-
-def _check_kind(name: str, value: object, kind: Any, expected: str) -> None:
-    """Refuse what is of another type."""
-    if not isinstance(value, kind):
-        raise ValueError(f"{name}: expected {expected}, got {value!r:.60}")
-
-
-def _check_share(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a share from 0 to 1, got {value!r}")
-
-
-# %% tags=["engine"]
-#| export
-def _check_amount(name: str, value: object, above: float | None = None) -> None:
-    """Refuse what is negative, infinite or NaN, or not ``above`` what is given; None passes."""
-    if value is None:
-        return
-    least = "0 or more" if above is None else f"more than {above:g}"
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    number = number and math.isfinite(cast(float, value))
-    if not number or (cast(float, value) < 0 if above is None else cast(float, value) <= above):
-        raise ValueError(f"{name}: expected a finite number, {least}, got {value!r}")
 
 
 def _torch_optimizer(name: str) -> Any:
@@ -1085,21 +1133,6 @@ class LogWarning(UserWarning):
     """A row of a log could not be written, or not be read."""
 
 
-def _as_path(name: str, path: object) -> Path:
-    if not isinstance(path, str | os.PathLike):
-        raise ValueError(f"{name}: expected a path, got {path!r:.60}")
-    return Path(path)
-
-
-def _check_row(row: object) -> None:
-    """Demand numbers by name, the step among them."""
-    _check_kind("row", row, Mapping, "numbers by name")
-    for name, value in cast(Row, row).items():
-        _check_kind(f"row[{name!r}]", value, int | float, "a number")
-    if "step" not in cast(Row, row):
-        raise ValueError(f"row: expected a step among its numbers, got {row!r:.60}")
-
-
 def _read_rows(path: Path) -> list[Row]:
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     rows: list[Row] = []
@@ -1278,13 +1311,6 @@ def _picture(figure: Any) -> Any:
 
 # %% tags=["engine"]
 #| export
-def _as_device(device: object) -> torch.device:
-    try:
-        return torch.device(cast(str, device))
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device: expected one of PyTorch's, got {device!r:.60}") from None
-
-
 @cache
 def peak_flops(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
     """Return the operations a second of the fastest large matrix product, measured once here."""
@@ -2302,6 +2328,8 @@ def _check_kinds(
         refuse("objective", "a function of a model and a batch", objective)
 
 
+# %% tags=["engine"]
+#| export
 def _checked_optimizer(optimizer: Any, model: nn.Module) -> torch.optim.Optimizer:
     """Return an optimizer if it is one, and of the parameters of this model."""
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -3090,22 +3118,6 @@ _FIELDS_OF_KIND = {
     "shards": ("kind", "paths", "validation_rows", "layout"),
 }
 _SECTIONS = {"data": DataConfig, "tokenizer": TokenizerConfig, "training": TrainingConfig}
-
-
-def _check_texts(name: str, value: Any) -> None:
-    """A single text would be taken for a sequence of characters."""
-    if isinstance(value, str):
-        raise ValueError(f"{name}: expected a tuple of texts, got {value!r}")
-    _check_kind(name, value, Iterable, "a tuple of texts")
-    for place, text in enumerate(value):
-        check_text(text, f"{name}[{place}]")
-
-
-def _as_texts(name: str, value: Any) -> list[str]:
-    """Return several texts, which may come from an iterator, as a list."""
-    texts = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
-    _check_texts(name, texts)
-    return cast(list[str], texts)
 
 
 def _within(part: str, build: Callable[..., _T], *arguments: Any, **options: Any) -> _T:

@@ -623,8 +623,8 @@ _PLAIN = Sampling()  # draw from the model's distribution
 
 # %% [markdown] tags=["engine"]
 # Bans come first. A token whose logit is minus infinity has probability zero, and neither penalties
-# nor filters bring it back. To complete a run of $n$ tokens that has occurred, the next token must be
-# the last of a run whose first $n - 1$ are the end of the text.
+# nor filters bring it back. To complete a run of $n$ tokens that has occurred, the next token must
+# be the last of a run whose first $n - 1$ are the end of the text.
 
 
 # %% tags=["engine"]
@@ -638,13 +638,15 @@ def _completing(text: Sequence[int], n: int) -> np.ndarray:
     return runs[(runs[:, :-1] == ids[len(ids) - n + 1 :]).all(axis=1), -1]
 
 
+# %% tags=["engine"]
+#| export
 def _allowed(
     logits: Tensor,
     sampling: Sampling,
     texts: Sequence[Sequence[int]],
     stops: Sequence[int] = (),
 ) -> Tensor:
-    """Return logits with minus infinity for what is forbidden after ``texts``, and for ``stops``."""
+    """Return logits with minus infinity for ``stops`` and what is forbidden after ``texts``."""
     banned, n = [*sampling.banned_tokens, *stops], sampling.no_repeat_ngram_size
     if not banned and n is None:
         return logits
@@ -710,6 +712,8 @@ def _check_history(history: object, batch: int, vocab_size: int) -> None:
         raise ValueError(f"history: expected {expected}, got {wrong[0].item()}")
 
 
+# %% tags=["engine"]
+#| export
 def _prepared(
     logits: Tensor, sampling: Sampling, history: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -762,7 +766,7 @@ def sample(
 
     ``uniforms``, from 0 to below 1, decide where chance does; without them ``generator`` does, or
     else PyTorch's own on the processor. ``history`` is the text so far, for what looks back; -1 in
-    it is padding. Logits that are NaN or infinity, or -inf for all of a row, raise a ``ValueError``.
+    it is padding. Logits that are NaN, infinity, or -inf for all of a row raise a ``ValueError``.
     """
     allowed, counts = _prepared(logits, sampling, history)
     if uniforms is None:
@@ -973,8 +977,8 @@ class GenerationOptions(GenerationOptions):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# Other libraries have other names for the same options, and some of ours live in `sampling`. Whoever
-# takes one for another is told where it belongs.
+# Other libraries have other names for the same options, and some of ours live in `sampling`.
+# Whoever takes one for another is told where it belongs.
 
 
 # %% tags=["engine"]
@@ -1618,6 +1622,8 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
             part.training = True
 
 
+# %% tags=["engine"]
+#| export
 def _rows(
     model: TransformerLM,
     prompts: Any,
@@ -1640,10 +1646,11 @@ def _rows(
 
 
 # %% [markdown] tags=["engine"]
-# In a conversation each prompt is the one before, its answer, and something new. All but the new was
-# read already, so a cache may be handed from call to call. A cache knows how many tokens it has, but
-# not which, and a prompt that differs in its tenth token would go on from a text that nobody wrote.
-# So a `TextCache` keeps the ids as well: what still agrees stays, the rest is forgotten.
+# In a conversation each prompt is the one before, its answer, and something new. All but the new
+# was read already, so a cache may be handed from call to call. A cache knows how many tokens it
+# has, but not which, and a prompt that differs in its tenth token would go on from a text that
+# nobody wrote. So a `TextCache` keeps the ids as well: what still agrees stays, the rest is
+# forgotten.
 
 
 # %% tags=["engine"]
