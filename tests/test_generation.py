@@ -70,6 +70,7 @@ SAMPLINGS = {
     "filters": Sampling(temperature=1.3, top_k=30, top_p=0.9, min_p=0.02, typical_p=0.95),
     "penalties": Sampling(repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2),
     "greedy, penalized": Sampling(temperature=0, repetition_penalty=1.3),
+    "bans": Sampling(no_repeat_ngram_size=2, banned_tokens=[3, 8]),
 }
 
 
@@ -516,6 +517,22 @@ def test_no_phrase_twice_is_transformers(n):
     assert sample(logits, sampling, history=history).eq(7).sum() == 0
 
 
+def test_phrases_of_the_prompt_count_and_the_shortest_ones_too():
+    model = made(vocab_size=3, spread=0.0)  # all tokens are equally likely
+    options = {"max_new_tokens": 1, "sampling": Sampling(no_repeat_ngram_size=2)}
+    rows = generate(model, [[0, 1, 0]] * 40, **options)
+    assert {row.ids[0] for row in rows} == {0, 2}, "0 1 is in the prompt"
+    drawn = (speculative_generate(model, model, [0, 1, 0], seed=s, **options) for s in range(20))
+    assert {done.ids[0] for done, _ in drawn} == {0, 2}
+    beams = beam_search(model, [0, 1, 0], n_beams=3, **options)
+    assert {one.ids[0] for one in beams} == {0, 2}
+    for n in (1, 2, 3):  # a text of just n tokens
+        p = next_token_distribution(
+            torch.zeros(1, 3), Sampling(no_repeat_ngram_size=n), torch.ones(1, n).long()
+        )
+        assert p.tolist() == [[0.5, 0, 0.5]]
+
+
 FORBIDDEN = {
     "phrases": ({"no_repeat_ngram_size": 2}, {}),
     "tokens": ({"banned_tokens": [0, *range(7, 40)]}, {}),
@@ -724,7 +741,7 @@ def test_cached_equals_uncached(models, kind, how):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["greedy", "plain", "penalties"])
+@pytest.mark.parametrize("how", ["greedy", "plain", "penalties", "bans"])
 def test_a_row_does_not_depend_on_its_neighbors(models, kind, how):
     model, prompts = models[kind], prompts_of((3, 7, 1, 12, 7, 40))
     options = {"max_new_tokens": 16, "sampling": SAMPLINGS[how], "stop_tokens": [5], "seed": 3}
