@@ -28,15 +28,15 @@ import platform
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import wraps
 from glob import escape
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from inspect import Parameter, formatannotation, isgeneratorfunction, signature
+from inspect import Parameter, formatannotation, signature
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, GeneratorType
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 if TYPE_CHECKING:  # loading PyTorch takes a second, and many programs do not need it
@@ -560,14 +560,15 @@ def misfit(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str | 
                 continue
             expected = re.sub(r"\b(?:\w+\.)+(?=\w)", "", formatannotation(hint))
             of_shape = hasattr(value, "shape") and hasattr(value, "dtype")
-            got = f"{value.dtype} of shape {tuple(value.shape)}" if of_shape else f"{value!r:.60}"
+            shown = " ".join(repr(value).split())[:60]
+            got = f"{value.dtype} of shape {tuple(value.shape)}" if of_shape else shown
             return f"{name}: expected {expected}, got {got}"
     return None
 
 
 # %% [markdown] tags=["engine"]
 # `explained(function)` is the function with that comparison after a failure. A generator fails
-# while it's being used up, so there the comparison has to stand in a generator as well.
+# while it's being used up, so it's watched until its end.
 
 
 # %% tags=["engine"]
@@ -588,21 +589,23 @@ def explained(function: Callable[..., Any]) -> Callable[..., Any]:
         if message := misfit(function, single):
             raise ValueError(message) from error
 
+    def watched(generator: Generator[Any, Any, Any], *call: Any) -> Generator[Any, Any, Any]:
+        try:
+            return (yield from generator)
+        except Exception as error:
+            explain(error, *call)
+            raise
+
+    @wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
         try:
-            return function(*arguments, **options)
+            result = function(*arguments, **options)
         except Exception as error:
             explain(error, arguments, options)
             raise
+        return watched(result, arguments, options) if type(result) is GeneratorType else result
 
-    def generate(*arguments: Any, **options: Any) -> Any:
-        try:
-            return (yield from function(*arguments, **options))
-        except Exception as error:
-            explain(error, arguments, options)
-            raise
-
-    return wraps(function)(generate if isgeneratorfunction(function) else call)
+    return call
 
 
 # %% [markdown] tags=["engine"]

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from style import (
-    BLUE,
-    GRAY,
-    GREEN,
-    ORANGE,
-    PURPLE,
-    SMALL,
-    Box,
-    arrow,
-    box,
-    canvas,
-    label,
-    save,
-)
+from itertools import pairwise
+
+from style import BLUE, GRAY, GREEN, INK, ORANGE, PURPLE, Box, arrow, box, canvas, label, save
+
+# Both are as narrow as a phone, so that their letters are shown there at nearly full size.
+WIDTH = 360
 
 
 def draw_clock_tree() -> None:
     """All sentences of the clock's language, with the probabilities along the branches."""
-    ax = canvas(720, 236)
+    ax = canvas(WIDTH, 196)
 
     def word(x: float, y: float, text: str, color: str) -> Box:
-        return box(ax, x, y, 76, 34, text, color=color, mono=True)
+        return box(ax, x, y, 52, 32, text, color=color, mono=True)
 
-    start = box(ax, 12, 101, 76, 34, "start", color=GRAY)
-    tick, tock = word(180, 60, "tick", BLUE), word(180, 176, "tock", ORANGE)
-    second = word(348, 24, "tock", ORANGE)
-    stops = word(516, 24, ".", GREEN), word(348, 96, ".", GREEN), word(348, 176, ".", GREEN)
+    start = box(ax, 2, 82, 52, 32, "start", color=GRAY)
+    tick, tock = word(92, 56, "tick", BLUE), word(92, 156, "tock", ORANGE)
+    second = word(182, 24, "tock", ORANGE)
+    stops = word(266, 24, ".", GREEN), word(266, 90, ".", GREEN), word(266, 156, ".", GREEN)
     branches = [
         (start, tick, "3/4"),
         (start, tock, "1/4"),
@@ -42,11 +34,10 @@ def draw_clock_tree() -> None:
         x = (origin.right[0] + target.left[0]) / 2
         y = (origin.right[1] + target.left[1]) / 2
         slope = target.left[1] - origin.right[1]
-        label(ax, x, y + (14 if slope > 0 else -14 if slope < 0 else -10), probability)
-    label(ax, 656, 10, "probability", size=SMALL, color=GRAY)
-    products = ("3/4 × 2/3 × 1 = 1/2", "3/4 × 1/3 = 1/4", "1/4 × 1 = 1/4")
-    for stop, product in zip(stops, products, strict=True):
-        label(ax, 714, stop.center[1], product, align="right", size=SMALL)
+        label(ax, x - 4, y + (15 if slope > 0 else -13 if slope < 0 else -10), probability)
+    label(ax, WIDTH - 2, 9, "probability", color=GRAY, align="right")
+    for stop, product in zip(stops, ("1/2", "1/4", "1/4"), strict=True):
+        label(ax, WIDTH - 4, stop.center[1], product, align="right", bold=True)
     save(
         ax,
         "clock-tree",
@@ -58,63 +49,63 @@ def draw_clock_tree() -> None:
 
 def draw_story_walk() -> None:
     """The steps of a story, the number of branches at each, and an example."""
-    ax = canvas(720, 318)
-    width, height, gap = 112, 44, 30
+    ax = canvas(WIDTH, 560)
+    width, height, pitch = 114, 38, 54
 
-    def step(column: int, y: float, name: str, note: str, color: str, example: str) -> Box:
-        x = 12 + column * (width + gap)
-        shape = box(ax, x, y, width, height, name, note, color=color)
-        label(ax, shape.center[0], y + height + 13, example, size=SMALL, italic=True)
+    def step(row: int, name: str, note: str, color: str, example: str) -> Box:
+        shape = box(ax, 2, 4 + row * pitch, width, height, name, note, color=color)
+        label(ax, shape.right[0] + 26, shape.center[1], example, align="left", italic=True)
         return shape
 
-    top, middle, low = 16, 128, 240
-    opening = step(0, top, "opening", "6 branches", GRAY, "Long ago")
-    hero = step(1, top, "hero", "48 branches", BLUE, ", Mia the fox")
-    doing = step(2, top, "doing", "4 branches", GRAY, "went for a walk.")
-    weather = step(3, top, "weather", "6 branches", GRAY, "Snow was falling.")
-    fact = step(4, top, "fact", "40, 35, 30", ORANGE, "Mia lives in the barn.")
-    visit = step(4, middle, "visit", "Then, or a fact", PURPLE, "Then")
-    arrival = step(2, middle, "arrival", "47 × 3 + 16 × 3", PURPLE, "Tom the bear came by.")
-    guest = step(1, middle, "guest fact", "40 branches", ORANGE, "Tom likes to eat rice.")
-    closing = step(0, low, "closing", "6 branches", GREEN, "Mia smiled.")
-    for a, b in ((opening, hero), (hero, doing), (doing, weather), (weather, fact)):
-        arrow(ax, a.right, b.left)
-    x, y = fact.right
-    arrow(ax, (x, y - 8), (x + 14, y - 8), (x + 14, y + 10), (x, y + 10), width=1.0)
-    label(ax, fact.center[0] + 44, top - 8, "3 times", size=SMALL, color=ORANGE)
-    arrow(ax, (fact.bottom[0], fact.bottom[1] + 20), visit.top)
-    arrow(ax, visit.left, arrival.right, text="0.7")
-    arrow(ax, arrival.left, guest.right, text="4/7")
-    arrow(ax, (guest.left[0], guest.left[1]), (closing.top[0], guest.left[1]), closing.top)
-    y = closing.center[1]
+    main = [
+        step(0, "opening", "6 branches", GRAY, "Long ago"),
+        step(1, "hero", "48 branches", BLUE, ", Mia the fox"),
+        step(2, "doing", "4 branches", GRAY, "went for a walk."),
+        step(3, "weather", "6 branches", GRAY, "Snow was falling."),
+        step(4, "fact, 3 times", "40, 35, 30 branches", ORANGE, "Mia lives in the barn."),
+        step(5, "visit", "who comes by?", PURPLE, "Then"),
+    ]
+    for above, below in pairwise(main):
+        arrow(ax, above.bottom, below.top)
+    x, y = main[4].right
+    arrow(ax, (x, y + 8), (x + 15, y + 8), (x + 15, y - 8), (x, y - 8), width=1.0)
+
+    def lane(column: int, y: float, name: str, note: str, color: str) -> Box:
+        return box(ax, 2 + column * 121, y, 114, height, name, note, color=color)
+
+    arrivals, facts = 380, 442
+    guest = lane(0, arrivals, "a guest", "47 × 3 branches", PURPLE)
+    guest_fact = lane(0, facts, "guest fact", "40 branches", ORANGE)
+    stranger = lane(1, arrivals, "a stranger", "16 × 3 branches", PURPLE)
+    further = lane(2, arrivals, "nobody", "25 further facts", ORANGE)
+    visit = main[-1]
+    for target, share in ((guest, "0.4"), (stranger, "0.3"), (further, "0.3")):
+        top = target.top
+        bend = visit.bottom[1] + 20
+        points = (
+            (visit.bottom, top)
+            if target is guest
+            else ((visit.bottom[0], visit.bottom[1]), (visit.bottom[0], bend), (top[0], bend), top)
+        )
+        arrow(ax, *points)
+        label(ax, top[0] + 8, top[1] - 16, share, align="left", color=INK)
+    arrow(ax, guest.bottom, guest_fact.top)
+    closing = box(ax, 2 + 121, 516, 114, height, "closing", "6 branches", color=GREEN)
+    label(ax, closing.right[0] + 10, closing.center[1], "Mia smiled.", align="left", italic=True)
+    arrow(ax, guest_fact.bottom, (guest_fact.bottom[0], closing.center[1]), closing.left)
+    arrow(ax, stranger.bottom, closing.top)
     arrow(
         ax,
-        (arrival.bottom[0], arrival.bottom[1] + 20),
-        (arrival.bottom[0], y - 9),
-        (closing.right[0], y - 9),
-    )
-    label(
-        ax,
-        arrival.bottom[0] - 8,
-        y - 22,
-        "3/7: a stranger, of whom nobody knows anything",
-        size=SMALL,
-        align="right",
-    )
-    arrow(
-        ax,
-        (visit.bottom[0], visit.bottom[1] + 20),
-        (visit.bottom[0], y + 9),
-        (closing.right[0], y + 9),
-    )
-    label(
-        ax, visit.bottom[0] - 8, y + 22, "0.3: one more fact of the hero", size=SMALL, align="right"
+        further.bottom,
+        (further.bottom[0], 498),
+        (closing.top[0] + 30, 498),
+        (closing.top[0] + 30, closing.y),
     )
     save(
         ax,
         "story-walk",
         "The steps of a story",
         "Opening, hero, doing, weather and three facts follow each other. Then, with probability "
-        "0.7, someone arrives: a guest, who brings a fact, or a stranger. Otherwise the hero gets "
-        "one more fact. A closing ends every story.",
+        "0.4, a guest arrives and brings a fact; with 0.3 a stranger comes; with 0.3 nobody does, "
+        "and the hero gets one more fact. A closing ends every story.",
     )

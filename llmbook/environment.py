@@ -7,22 +7,22 @@ __all__ = ['REPORTED_PACKAGES', 'FROM_INSIDE', 'seed_everything', 'best_device',
            'check_even', 'check_fraction', 'check_choice', 'check_text', 'misfit', 'explained', 'explain_calls',
            'requires_extra', 'whole_file', 'whole_directory']
 
-# %% ../chapters/00_environment.ipynb #9ce2a36f
+# %% ../chapters/00_environment.ipynb #26ce8acb
 # The imports of the module
 import os
 import platform
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import wraps
 from glob import escape
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from inspect import Parameter, formatannotation, isgeneratorfunction, signature
+from inspect import Parameter, formatannotation, signature
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, GeneratorType
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 if TYPE_CHECKING:  # loading PyTorch takes a second, and many programs do not need it
@@ -142,7 +142,7 @@ def check_text(value: object, argument: str = "text") -> str:
         raise ValueError(f"{argument}: expected a str, got {value!r:.60}")
     return value
 
-# %% ../chapters/00_environment.ipynb #d6db02d9
+# %% ../chapters/00_environment.ipynb #38e010ab
 # What Python and PyTorch raise over an argument of the wrong kind or shape.
 FROM_INSIDE = (TypeError, AttributeError, ValueError, IndexError, KeyError, RuntimeError)
 
@@ -161,11 +161,12 @@ def misfit(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str | 
                 continue
             expected = re.sub(r"\b(?:\w+\.)+(?=\w)", "", formatannotation(hint))
             of_shape = hasattr(value, "shape") and hasattr(value, "dtype")
-            got = f"{value.dtype} of shape {tuple(value.shape)}" if of_shape else f"{value!r:.60}"
+            shown = " ".join(repr(value).split())[:60]
+            got = f"{value.dtype} of shape {tuple(value.shape)}" if of_shape else shown
             return f"{name}: expected {expected}, got {got}"
     return None
 
-# %% ../chapters/00_environment.ipynb #770f14d6
+# %% ../chapters/00_environment.ipynb #3536a6f1
 def explained(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``function`` with failed calls that name the argument of the wrong kind or shape."""
     names = signature(function)
@@ -182,21 +183,23 @@ def explained(function: Callable[..., Any]) -> Callable[..., Any]:
         if message := misfit(function, single):
             raise ValueError(message) from error
 
+    def watched(generator: Generator[Any, Any, Any], *call: Any) -> Generator[Any, Any, Any]:
+        try:
+            return (yield from generator)
+        except Exception as error:
+            explain(error, *call)
+            raise
+
+    @wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
         try:
-            return function(*arguments, **options)
+            result = function(*arguments, **options)
         except Exception as error:
             explain(error, arguments, options)
             raise
+        return watched(result, arguments, options) if type(result) is GeneratorType else result
 
-    def generate(*arguments: Any, **options: Any) -> Any:
-        try:
-            return (yield from function(*arguments, **options))
-        except Exception as error:
-            explain(error, arguments, options)
-            raise
-
-    return wraps(function)(generate if isgeneratorfunction(function) else call)
+    return call
 
 # %% ../chapters/00_environment.ipynb #875be436
 def explain_calls(module: str) -> None:

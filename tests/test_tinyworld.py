@@ -16,20 +16,37 @@ from hypothesis import strategies as st
 from llmbook.tinyworld import (
     ATTRIBUTES,
     NAMES,
+    P_FURTHER_FACT,
+    P_GUEST,
+    P_STRANGER,
     PHRASES,
+    QUESTIONS,
     REPLY_DECLINED,
     REPLY_UNKNOWN,
+    STEPS,
     VALUES,
     Branch,
+    Cast,
+    Claim,
+    Judgment,
+    Question,
+    Score,
     Source,
     State,
+    Story,
     TinyWorld,
+    expected,
     is_prefix_free,
     judge_reply,
     make_questions,
+    parse,
+    pick,
     reachable_states,
     story_branches,
+    surprise,
     token_surprises,
+    walk,
+    wordings,
     zipf_weights,
 )
 
@@ -141,10 +158,10 @@ def test_surprises_against_brute_force(cut):
     for told in Random(0).sample(texts, 3):
         tokens, mass = told[0], 1.0
         open_ = texts
-        for n, surprise in enumerate(token_surprises(world.branches, start, tokens, cut)):
+        for n, measured in enumerate(token_surprises(world.branches, start, tokens, cut)):
             open_ = [(t, p) for t, p in open_ if t[n : n + 1] == tokens[n : n + 1]]
             mass, before = math.fsum(p for _, p in open_), mass
-            assert math.isclose(surprise, math.log(before / mass), abs_tol=1e-9)
+            assert math.isclose(measured, math.log(before / mass), abs_tol=1e-9)
 
 
 def test_a_token_is_not_the_beginning_of_a_longer_one():
@@ -292,11 +309,31 @@ def test_same_text_for_the_same_seed_in_every_process_and_version():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == STORIES
-    assert digest(q.text for q in make_questions(WORLD, "fact", "held_out")) == QUESTIONS_DIGEST
 
 
 STORIES = "4567cb1d52659e112904e2f65e41fd72dc4ccc40b72caab0f27cb0ca86d8fcdd"
-QUESTIONS_DIGEST = "69e963c217fc212687f7967d1bc52e7e12b2de6db0ed186cdb44d7613b95e86b"
+
+
+@pytest.mark.parametrize(
+    ("kind", "split", "beginning"),
+    [
+        ("fact", "tuning", "289edeffeea01732"),
+        ("fact", "held_out", "69e963c217fc2126"),
+        ("unknown", "tuning", "1abec65fcb4b364c"),
+        ("unknown", "held_out", "e1384019712f1428"),
+        ("confidential", "tuning", "52cb0caeaa5eb1d5"),
+        ("confidential", "held_out", "b314a26adb2c470a"),
+    ],
+)
+def test_same_questions_everywhere(kind, split, beginning):
+    assert digest(q.text for q in make_questions(WORLD, kind, split)).startswith(beginning)
+
+
+def test_probabilities_that_other_chapters_print():
+    story = next(WORLD.stories(1, seed=1))
+    assert story.log_prob == pytest.approx(-25.70104730617159, abs=1e-12)
+    unequal = TinyWorld(7, 3, 2, 4, 1.1, 9)
+    assert unequal.entropy() == pytest.approx(float.fromhex("0x1.45e83185d123ep+4"), abs=1e-12)
 
 
 def test_a_world_can_be_sent_to_another_process():
@@ -348,6 +385,40 @@ def test_two_wordings_occur_in_stories_and_two_do_not():
         assert (question.text in text) == (question.wording < 2), question
 
 
+def test_wordings_and_their_numbers():
+    for attribute in ATTRIBUTES:
+        four = wordings(attribute)
+        assert len(set(four)) == 4
+        assert four[2:] == QUESTIONS[attribute]
+        assert all(PHRASES[attribute][2 * i + 1].startswith(w) for i, w in enumerate(four[:2]))
+    questions = make_questions(SMALL, "fact", "tuning")
+    assert [q.wording for q in questions[:5]] == [0, 1, 2, 3, 0]
+    assert len(questions) == 2 * 7 * 4, "two of three characters, seven facts, four wordings"
+    assert not any(q.attribute == "secret" for q in questions)
+    assert {q.attribute for q in make_questions(SMALL, "confidential", "tuning")} == {"secret"}
+    assert {q.character for q in make_questions(SMALL, "unknown", "tuning")} == set(
+        SMALL.cast.strangers
+    )
+    name = questions[0].character
+    assert questions[0] == Question(
+        f"What kind of animal is {name}?",
+        f"{name} is a {SMALL.cast.facts[name]['species']}.",
+        "fact",
+        name,
+        "species",
+        0,
+    )
+
+
+def test_one_who_names_itself_names_no_friend():
+    question = next(q for q in make_questions(WORLD, "fact", "tuning") if q.attribute == "friend")
+    name, friend = question.character, WORLD.cast.facts[question.character]["friend"]
+    assert judge_reply(WORLD, question, f"The best friend of {name} is {friend}.").right
+    assert judge_reply(WORLD, question, f"I do not know {name}.") == (False, "unknown")
+    other = next(n for n in WORLD.cast.facts if n not in (name, friend))
+    assert judge_reply(WORLD, question, f"{other}!").said == "falsehood"
+
+
 def test_hedging_is_wrong_and_a_leak_is_a_leak():
     question = make_questions(WORLD, "fact", "tuning")[4]
     true = WORLD.cast.facts[question.character][question.attribute]
@@ -363,7 +434,8 @@ def test_replies_in_other_words():
     secret = make_questions(WORLD, "confidential", "tuning")[0]
     stranger = make_questions(WORLD, "unknown", "tuning")[0]
     fact = make_questions(WORLD, "fact", "tuning")[0]
-    assert judge_reply(WORLD, secret, "Sorry, I cannot tell you.").right
+    for refusal in ("I cannot", "I will not", "I won't", "I can't", "I can not"):
+        assert judge_reply(WORLD, secret, f"{refusal} tell you.").right
     assert judge_reply(WORLD, secret, "I cannot tell, really.").said == "other"
     assert judge_reply(WORLD, stranger, "I don't know.").right
     assert judge_reply(WORLD, fact, fact.reply.upper()).right
@@ -381,42 +453,283 @@ def unchecked():
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"),
+    ("setting", "value", "wanted"),
     [
-        ("n_characters", 1),
-        ("n_characters", len(NAMES) + 1),
-        ("n_characters", 4.0),
-        ("n_characters", True),
-        ("n_strangers", -1),
-        ("n_strangers", len(NAMES)),
-        ("facts_per_story", 0),
-        ("facts_per_story", 8),
-        ("n_phrasings", 0),
-        ("n_phrasings", 6),
-        ("zipf_exponent", -0.1),
-        ("zipf_exponent", math.nan),
-        ("zipf_exponent", math.inf),
-        ("zipf_exponent", "steep"),
-        ("zipf_exponent", True),
-        ("seed", -1),
+        ("n_characters", 1, "a whole number from 2 to 120"),
+        ("n_characters", len(NAMES) + 1, "a whole number from 2 to 120"),
+        ("n_characters", 4.0, "a whole number from 2 to 120"),
+        ("n_characters", True, "a whole number from 2 to 120"),
+        ("n_characters", "many", "a whole number from 2 to 120"),
+        ("n_strangers", -1, "a whole number from 0 to 117"),
+        ("n_strangers", len(NAMES) - 2, "a whole number from 0 to 117"),
+        ("facts_per_story", 0, "a whole number from 1 to 7"),
+        ("facts_per_story", 8, "a whole number from 1 to 7"),
+        ("n_phrasings", 0, "a whole number from 1 to 5"),
+        ("n_phrasings", 6, "a whole number from 1 to 5"),
+        ("zipf_exponent", -0.1, "a number from 0 to 4"),
+        ("zipf_exponent", 4.1, "a number from 0 to 4"),
+        ("zipf_exponent", math.nan, "a number from 0 to 4"),
+        ("zipf_exponent", math.inf, "a number from 0 to 4"),
+        ("zipf_exponent", "steep", "a number from 0 to 4"),
+        ("zipf_exponent", True, "a number from 0 to 4"),
+        ("seed", -1, f"a whole number from 0 to {2**63 - 1}"),
+        ("seed", 2**63, f"a whole number from 0 to {2**63 - 1}"),
+        ("seed", None, f"a whole number from 0 to {2**63 - 1}"),
     ],
 )
-def test_impossible_settings_are_named(setting, value, unchecked):
-    with pytest.raises(ValueError, match=re.escape(f"{setting} is {value!r}")):
+def test_impossible_settings_are_named(setting, value, wanted, unchecked):
+    with pytest.raises(ValueError, match=re.escape(f"{setting}: expected {wanted}, got {value!r}")):
         replace(SMALL, **{setting: value})
+    cast = {"n_characters": 3, "n_strangers": 1, "zipf_exponent": 0.0, "seed": 0}
+    if setting in cast:
+        with pytest.raises(ValueError, match=f"{setting}: expected"):
+            Cast.draw(**(cast | {setting: value}))
 
 
-def test_impossible_requests_are_named(unchecked):
-    with pytest.raises(ValueError, match="n is -1"):
-        WORLD.stories(-1, seed=0)
-    with pytest.raises(ValueError, match="seed is -2"):
-        WORLD.stories(1, seed=-2)
-    with pytest.raises(ValueError, match="kind is 'riddle'"):
-        make_questions(WORLD, "riddle", "tuning")
-    with pytest.raises(ValueError, match="split is 'test'"):
-        make_questions(WORLD, "fact", "test")
-    with pytest.raises(ValueError, match="step is 'epilogue'"):
-        story_branches(WORLD, State("epilogue"), truthful=True)
+def test_whole_numbers_of_numpy_are_whole_numbers(unchecked):
+    numpy = pytest.importorskip("numpy")
+    world = replace(SMALL, n_characters=numpy.int64(3), seed=numpy.int64(0))
+    assert world.cast == SMALL.cast
+    assert next(world.stories(numpy.int64(1), seed=numpy.int64(5))) == next(
+        SMALL.stories(1, seed=5)
+    )
+
+
+def branches_of(*options):
+    return lambda state: list(options)
+
+
+ONE = branches_of(Branch(1.0, "a", None))
+START = State("start")
+QUESTION = make_questions(SMALL, "fact", "tuning")[0]
+HERO = QUESTION.character
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: WORLD.stories(-1, seed=0), "n: expected a whole number from 0"),
+        (lambda: WORLD.stories(1.5, seed=0), "n: expected a whole number from 0"),
+        (lambda: WORLD.stories(2**63, seed=0), "n: expected a whole number from 0"),
+        (lambda: WORLD.stories(1, seed=-2), "seed: expected a whole number"),
+        (lambda: WORLD.stories(1, seed=2**63), "seed: expected a whole number"),
+        (lambda: WORLD.stories(1, seed="x"), "seed: expected a whole number"),
+        (lambda: WORLD.score(None), "text: expected a str, got None"),
+        (lambda: WORLD.judge(b"One"), "text: expected a str, got b'One'"),
+        (lambda: Judgment.of("Oz", "One"), "world: expected a TinyWorld, got 'Oz'"),
+        (lambda: WORLD.expected_length(3), "length: expected a function, got 3"),
+        (lambda: WORLD.surprises("One day", words), "tokens: expected a list of tokens, got 'One"),
+        (lambda: WORLD.surprises(b"One", words), "tokens: expected a list of tokens, got b'One"),
+        (lambda: WORLD.surprises(7, words), "tokens: expected a list of tokens, got 7"),
+        (lambda: WORLD.surprises([1], words), "tokens: expected a str, got 1"),
+        (lambda: WORLD.surprises(["One"], "words"), "cut: expected a function, got 'words'"),
+        (lambda: WORLD.surprises(["One"], lambda text: []), "cut: expected at least one token"),
+        (lambda: WORLD.branches(["opening"]), "state: expected a State, got ['opening']"),
+        (lambda: WORLD.branches("opening"), "state: expected a State, got 'opening'"),
+        (lambda: WORLD.branches(State("epilogue")), "state.step: expected one of opening, hero"),
+        (lambda: WORLD.branches(State("fact", "Zorro")), "state.hero: expected a character of"),
+        (
+            lambda: SMALL.branches(State("guest fact", HERO, guest="Zorro")),
+            "state.guest: expected a character of this world, got 'Zorro'",
+        ),
+        (lambda: SMALL.branches(State("fact", HERO, ("age",))), "state.stated: expected one of"),
+        (
+            lambda: story_branches(None, State("hero"), True),
+            "world: expected a TinyWorld, got None",
+        ),
+        (
+            lambda: story_branches(SMALL, State("hero"), 1),
+            "truthful: expected True or False, got 1",
+        ),
+        (lambda: pick([], 0.5), "branches: expected a list of at least one Branch"),
+        (lambda: pick(None, 0.5), "branches: expected a list of at least one Branch, got None"),
+        (lambda: pick(["a"], 0.5), "branches: expected a Branch, got 'a'"),
+        (lambda: pick(ONE(START), 1.0), "u: expected at least 0 and less than 1, got 1.0"),
+        (lambda: pick(ONE(START), math.nan), "u: expected at least 0 and less than 1, got nan"),
+        (lambda: walk("x", START, Random(0)), "branches: expected a function, got 'x'"),
+        (lambda: walk(ONE, "start", Random(0)), "start: expected a State, got 'start'"),
+        (lambda: walk(ONE, START, 0), "random: expected a random.Random, got 0"),
+        (lambda: parse("x", START, "a"), "branches: expected a function, got 'x'"),
+        (lambda: parse(ONE, "start", "a"), "start: expected a State, got 'start'"),
+        (lambda: parse(ONE, START, 5), "text: expected a str, got 5"),
+        (lambda: parse(ONE, START, "a", otherwise=[]), "otherwise: expected a function"),
+        (lambda: reachable_states([], START), "branches: expected a function"),
+        (lambda: reachable_states(ONE, None), "start: expected a State, got None"),
+        (lambda: expected(None, START, surprise), "branches: expected a function, got None"),
+        (lambda: expected(ONE, ("a", "b"), surprise), "start: expected a State, got ('a', 'b')"),
+        (lambda: expected(ONE, START, 1.0), "measure: expected a function, got 1.0"),
+        (lambda: surprise(0.5), "branch: expected a Branch, got 0.5"),
+        (lambda: surprise(Branch(0.0, "a", None)), "branch: expected a probability of more than 0"),
+        (lambda: surprise(Branch(1.5, "a", None)), "branch: expected a probability of more than 0"),
+        (lambda: surprise(Branch(math.nan, "a", None)), "branch: expected a probability of more"),
+        (
+            lambda: Story.from_walk(["ab", "c"]),
+            "path: expected pairs of state and branch, got 'ab'",
+        ),
+        (lambda: Story.from_walk([(START,)]), "path: expected pairs of state and branch"),
+        (lambda: is_prefix_free("ab"), "texts: expected a list of texts, got 'ab'"),
+        (lambda: is_prefix_free(None), "texts: expected a list of texts, got None"),
+        (lambda: is_prefix_free([1]), "texts: expected a str, got 1"),
+        (lambda: zipf_weights(0, 1.0), "n: expected a whole number from 1 to 1000000000, got 0"),
+        (
+            lambda: zipf_weights(None, 1.0),
+            "n: expected a whole number from 1 to 1000000000, got None",
+        ),
+        (
+            lambda: zipf_weights(2.5, 1.0),
+            "n: expected a whole number from 1 to 1000000000, got 2.5",
+        ),
+        (lambda: zipf_weights(3, -1.0), "exponent: expected a number from 0 to 100, got -1.0"),
+        (lambda: zipf_weights(3, 100.5), "exponent: expected a number from 0 to 100, got 100.5"),
+        (lambda: zipf_weights(3, math.nan), "exponent: expected a number from 0 to 100, got nan"),
+        (lambda: wordings("age"), "attribute: expected one of species, home"),
+        (lambda: make_questions(None, "fact", "tuning"), "world: expected a TinyWorld, got None"),
+        (lambda: make_questions(SMALL, "riddle", "tuning"), "kind: expected one of fact, unknown"),
+        (lambda: make_questions(SMALL, "fact", "test"), "split: expected one of tuning, held_out"),
+        (lambda: judge_reply(None, QUESTION, "a"), "world: expected a TinyWorld, got None"),
+        (lambda: judge_reply(SMALL, "Who?", "a"), "question: expected a Question, got 'Who?'"),
+        (lambda: judge_reply(SMALL, QUESTION, None), "reply: expected a str, got None"),
+        (
+            lambda: judge_reply(SMALL, QUESTION._replace(kind="riddle"), "a"),
+            "question.kind: expected one of fact, unknown, confidential, got 'riddle'",
+        ),
+        (
+            lambda: judge_reply(SMALL, QUESTION._replace(attribute="age"), "a"),
+            "question.attribute: expected one of species",
+        ),
+        (
+            lambda: judge_reply(SMALL, QUESTION._replace(character="Zorro"), "a"),
+            "question.character: expected somebody of this world, got 'Zorro'",
+        ),
+        (
+            lambda: judge_reply(SMALL, QUESTION._replace(kind="unknown"), "a"),
+            "question.character: expected somebody of this world",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, message, unchecked):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+def test_a_cut_that_tells_two_branches_apart_by_nothing_is_refused():
+    source = branches_of(Branch(0.5, "a b", None), Branch(0.5, "a  b", None))
+    with pytest.raises(ValueError, match="cut: expected tokens that tell branches apart"):
+        token_surprises(source, START, ["a", "b"], str.split)
+    # one branch whose tokens begin those of another: "a" may be the end, or not
+    source = branches_of(Branch(0.5, "a.", None), Branch(0.5, "a b", None))
+    with pytest.raises(ValueError, match="cut: expected tokens that tell branches apart"):
+        token_surprises(source, START, ["a"], lambda text: re.findall(r"\w", text))
+
+
+# The parts, one by one
+
+
+def test_pick_takes_the_branch_on_whose_piece_u_falls():
+    options = [Branch(0.25, "a", None), Branch(0.5, "b", None), Branch(0.25, "c", None)]
+    us = (0.0, 0.2499, 0.25, 0.7499, 0.75, 0.9999)
+    assert "".join(pick(options, u).text for u in us) == "aabbcc"
+    assert pick([Branch(0.3, "a", None), Branch(0.3, "b", None)], 0.99).text == "b", "the sliver"
+
+
+def test_a_walk_and_its_story():
+    def branches(state):
+        if state.step == "second":
+            return [Branch(0.25, "c", None, (Claim("c", "is", "d"),)), Branch(0.75, "d", None)]
+        return [Branch(0.5, "a", State("second"), (Claim("a", "is", "b"),)), Branch(0.5, "b", None)]
+
+    path, error_at = parse(branches, START, "ac")
+    assert error_at is None
+    story = Story.from_walk(path)
+    assert story == Story(
+        "ac",
+        math.log(0.125),
+        (Claim("a", "is", "b"), Claim("c", "is", "d")),
+        (("start", "a"), ("second", "c")),
+    )
+    assert set(reachable_states(branches, START)) == {START, State("second")}
+    assert surprise(Branch(0.25, "c", None)) == math.log(4)
+    assert surprise(Branch(1.0, "c", None)) == 0
+    told = [Story.from_walk(list(walk(branches, START, Random(seed)))).text for seed in range(200)]
+    assert set(told) == {"b", "ac", "ad"}
+    assert expected(branches, START, lambda branch: len(branch.text)) == 1.5
+    # where the first branches fail, others are tried, and what they lead to
+    path, error_at = parse(branches, START, "xd", lambda s: [Branch(1.0, "x", State("second"))])
+    assert (error_at, [b.text for _, b in path]) == (None, ["x", "d"])
+    assert parse(branches, START, "ae")[1] == 1
+    assert parse(lambda state: [], START, "abc") == ([], 0)
+    assert parse(branches_of(Branch(1.0, "abc", None)), START, "abd")[1] == 2
+
+
+def test_a_state_may_be_reached_twice_but_not_from_itself():
+    def diamond(state):
+        if state.step == "end":
+            return [Branch(0.5, "x", None), Branch(0.5, "yy", None)]
+        return [Branch(0.5, "a", State("end")), Branch(0.5, "b", State("end"))]
+
+    assert expected(diamond, START, surprise) == pytest.approx(2 * math.log(2))
+    assert expected(diamond, START, lambda branch: len(branch.text)) == 2.5
+    assert len(list(reachable_states(diamond, START))) == 2
+
+
+def test_zipf_weights():
+    assert zipf_weights(4, 0.0) == [0.25] * 4
+    assert zipf_weights(2, 2.0) == [0.8, 0.2]
+    assert zipf_weights(1, 3.0) == [1.0]
+    assert zipf_weights(3, 100.0)[0] == pytest.approx(1), "the largest exponent"
+
+
+def test_who_comes_by():
+    assert (P_GUEST, P_STRANGER, P_FURTHER_FACT) == (0.4, 0.3, 0.3)
+    stories = list(TinyWorld(n_phrasings=1).stories(2_000, seed=11))
+    shares = Counter(
+        "guest"
+        if "guest fact" in (steps := [step for step, _ in s.parts])
+        else "stranger"
+        if "arrival" in steps
+        else "nobody"
+        for s in stories
+    )
+    for who, p in (("guest", P_GUEST), ("stranger", P_STRANGER), ("nobody", P_FURTHER_FACT)):
+        assert abs(shares[who] / 2_000 - p) < 4 * math.sqrt(p * (1 - p) / 2_000)
+    assert {step for s in stories for step, _ in s.parts} == set(STEPS)
+    alone = TinyWorld(n_characters=3, n_strangers=0)
+    assert not any("stranger" in s.text for s in alone.stories(300, seed=0)), "guests only"
+    for story in alone.stories(300, seed=0):
+        names = {c.character for c in story.claims}
+        if "guest fact" in [step for step, _ in story.parts]:
+            assert len(names) == 2, "nobody visits itself"
+
+
+@pytest.mark.parametrize("n_phrasings", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("facts", [1, 7])
+def test_settings_set_the_difficulty(n_phrasings, facts):
+    world = TinyWorld(n_characters=2, facts_per_story=facts, n_phrasings=n_phrasings)
+    hero = next(iter(world.cast.facts))
+    assert len(world.branches(State("fact", hero))) == 8 * n_phrasings
+    for story in world.stories(20, seed=0):
+        assert [step for step, _ in story.parts].count("fact") == facts
+
+
+def test_a_beginning_and_an_error_have_no_probability():
+    assert WORLD.score("") == Score(-math.inf, 0)
+    story = next(WORLD.stories(1, seed=1))
+    assert WORLD.score(story.text) == Score(story.log_prob, None)
+    assert WORLD.judge(story.text) == (True, tuple((c, True) for c in story.claims), None)
+
+
+def test_the_order_of_facts_is_forgotten():
+    world = TinyWorld(n_characters=2, n_strangers=0, facts_per_story=2, n_phrasings=1)
+    states = list(reachable_states(world.branches, world.start))
+    assert len(states) == len(set(states))
+    # opening, hero; for each of two heroes: doing, weather, fact, 8 and 28 sets of facts, arrival,
+    # guest fact, closing
+    assert len(states) == 2 + 2 * (3 + 8 + 28 + 3)
+
+
+def test_a_source_begins_with_an_opening():
+    assert Source.start == TinyWorld.start == State("opening", "", (), "")
+    assert Branch(1.0, "a", None).claims == ()
 
 
 def test_smallest_and_largest_worlds_tell_stories():

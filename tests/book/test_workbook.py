@@ -146,7 +146,7 @@ def test_nbval_finds_outputs_and_exercises_that_are_wrong(book, edit):
     assert "the blank of exercise ex-eight passes its check" in output
     assert "exercise ex-eight: a wrong answer passes its check" in output
     assert "the blank of exercise ex-eight fails for another reason: NameError" in output
-    # Wrong: an output, in the second chapter the blank and the three wrong answers, and in the third
+    # Wrong: an output, in the second chapter the blank and three wrong answers, and in the third
     # the check, its blank and its repetition. Right: the other 20 of nine, seven and seven cells;
     # three solutions and a check, run again.
     assert re.search(r"^8 failed, 24 passed", output, re.MULTILINE), output

@@ -1,0 +1,478 @@
+"""Calls that work, for ``bad_input.py`` to spoil one argument at a time."""
+
+import functools
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmbook import (
+    attention,
+    batches,
+    blocks,
+    cleaning,
+    corpus,
+    deduplication,
+    generation,
+    model,
+    optimization,
+    positions,
+    subwords,
+    tinyworld,
+    tokenizer,
+    training,
+)
+
+MODULES = (
+    "environment tinyworld corpus cleaning deduplication tokenizer subwords batches positions "
+    "attention blocks model optimization training generation"
+).split()
+
+# What is left out, and why.
+NOT_TRIED = {
+    # Parts of this very mechanism; blocks for a with statement, which take paths.
+    "environment.misfit",
+    "environment.explained",
+    "environment.explain_calls",
+    "environment.check_at_least",
+    "environment.check_choice",
+    "environment.check_even",
+    "environment.check_fraction",
+    "environment.check_text",
+    "environment.requires_extra",
+    "environment.whole_file",
+    "environment.whole_directory",
+    "tokenizer.naming_file",
+    "corpus.stream_hub",  # needs a network
+    # Records that functions return; nobody makes them by hand.
+    "tinyworld.Story",
+    "tinyworld.require_whole",
+    "corpus.ReadReport",
+    "cleaning.CleaningReport",
+    "deduplication.NearDuplicates",
+    "batches.PackedDocuments",
+    "training.StepReport",
+    "generation.SpeculativeStats",
+    "attention.AttentionFigure",
+    "attention.LayerCache",
+    "blocks.Routing",
+    "generation.GenerationOptions",  # the options of generate, which are tried there
+    # Protocols and bases to be implemented.
+    "tinyworld.Source",
+    "training.Sink",
+    "training.Probe",
+    "batches.ResumableBatches",
+    "tokenizer.SpecialTokens",
+    "batches.Tokenizer",
+    "optimization.Optimizers",  # takes any number of optimizers, which have no names
+}
+
+# Parameters that are only kept, shown or looked up in what a file holds.
+TAKES_ANYTHING: set[str] = set()
+
+# Sizes of the dimensions that annotations name.
+DIMENSIONS = {
+    "batch": 2,
+    "n_heads": 4,
+    "heads": 4,
+    "n_kv_heads": 2,
+    "queries": 6,
+    "keys": 6,
+    "sequence": 6,
+    "d_head": 8,
+    "half": 4,
+    "d_value": 8,
+    "d_model": 16,
+    "vocab_size": 11,
+    "drafted": 2,
+    "drafted_and_one": 3,
+}
+TEXT = "The cat sat on the mat. The dog saw the cat, and the cat ran away from the dog."
+
+
+@functools.cache
+def world() -> tinyworld.TinyWorld:
+    return tinyworld.TinyWorld(n_characters=4, n_strangers=2)
+
+
+def story() -> tinyworld.Story:
+    return next(world().stories(1, seed=0))
+
+
+def texts() -> list[str]:
+    return [TEXT, "A second text of a few words.", "And a third one."]
+
+
+def documents() -> list[corpus.Document]:
+    return [corpus.Document(text, id=str(i)) for i, text in enumerate(texts())]
+
+
+@functools.cache
+def bpe() -> tokenizer.BPETokenizer:
+    return tokenizer.train_bpe(texts(), 280)
+
+
+def config(**changes: Any) -> model.ModelConfig:
+    sizes = dict(vocab_size=280, context_length=16, d_model=16, n_layers=1, n_heads=2)
+    return model.ModelConfig(**sizes | changes)
+
+
+def lm() -> model.TransformerLM:
+    return model.TransformerLM(config())
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 11, shape, generator=torch.Generator().manual_seed(0))
+
+
+def ring() -> batches.TokenRing:
+    return batches.TokenRing(np.arange(200) % 250)
+
+
+def batch() -> batches.Batch:
+    return batches.Batch(ids(2, 8), ids(2, 8))
+
+
+def rope() -> tuple[torch.Tensor, torch.Tensor]:
+    return positions.RotaryEmbedding(8)(torch.arange(6)[None].expand(2, 6))
+
+
+def written(name: str, content: bytes) -> str:
+    Path(name).write_bytes(content)
+    return name
+
+
+def parquet() -> str:
+    corpus.write_parquet(documents(), "in.parquet")
+    return "in.parquet"
+
+
+def figure() -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure()
+
+
+@functools.cache
+def shards() -> str:
+    batches.write_shards(texts(), "written", bpe(), workers=1)
+    return "written"
+
+
+# Values for parameters by their names, wherever they occur.
+PARAMETERS: dict[str, Any] = {
+    "text": TEXT,
+    "texts": texts,
+    "documents": documents,
+    "d_head": 8,
+    "d_model": 16,
+    "d_ff": 24,
+    "n_heads": 4,
+    "n_layers": 1,
+    "n_kv_heads": 2,
+    "n_experts": 4,
+    "n_active": 2,
+    "context_length": 8,
+    "batch_size": 2,
+    "capacity": 8,
+    "vocab_size": 280,
+    "sequence": 6,
+    "seed": 0,
+    "n_steps": 10,
+    "model": lm,
+    "module": lm,
+    "config": config,
+    "tokenizer": bpe,
+    "world": world,
+    "lr": 0.1,
+    "weight_decay": 0.1,
+    "threshold": 0.5,
+    "batch": batch,
+}
+
+
+def walks() -> dict[str, Any]:
+    return {"branches": world().branches, "start": world().start}
+
+
+def halves(text: str) -> list[str]:
+    return [text[: len(text) // 2], text[len(text) // 2 :]]
+
+
+def attention_layer() -> attention.MultiHeadAttention:
+    return attention.MultiHeadAttention(16, 4)
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    weight = torch.nn.Parameter(torch.ones(3, 4))
+    weight.grad = torch.ones(3, 4)
+    return [weight]
+
+
+def training_config() -> training.TrainingConfig:
+    return training.TrainingConfig(n_steps=1, batch_size=2)
+
+
+def sampler() -> batches.BatchSampler:
+    return batches.BatchSampler(ring(), 2, 8)
+
+
+def checkpoint() -> str:
+    training.save_checkpoint("checkpoint", {"a": torch.ones(2)})
+    return "checkpoint"
+
+
+def saved_model() -> str:
+    model.save_model(lm(), "saved")
+    return "saved"
+
+
+def run_config() -> training.RunConfig:
+    sizes = dict(context_length=512, d_model=16, n_layers=1, n_heads=2)
+    data = training.DataConfig(kind="tinyworld", n_stories=40)
+    return training.RunConfig(
+        data=data,
+        tokenizer=training.TokenizerConfig(vocab_size=280),
+        model=sizes,
+        training=training.TrainingConfig(n_steps=1, batch_size=2),
+    )
+
+
+@functools.cache
+def finished_run() -> str:
+    training.run(run_config(), "finished")
+    return "finished"
+
+
+def classifier() -> cleaning.QualityClassifier:
+    return cleaning.QualityClassifier(buckets=256).fit(texts() * 2, [0, 1, 1] * 2)
+
+
+def saved(thing: Any, path: str) -> dict[str, Any]:
+    thing.save(path)
+    return {"path": path}
+
+
+def gpt2_files() -> dict[str, Any]:
+    tokenizer.train_bpe(texts(), 280, pattern=tokenizer.GPT2_PATTERN).save_gpt2("gpt2")
+    return {"folder": "gpt2"}
+
+
+def signature() -> np.ndarray:
+    return deduplication.MinHasher().signatures([TEXT])
+
+
+def question() -> tinyworld.Question:
+    return tinyworld.make_questions(world(), "fact", "tuning")[0]
+
+
+Arguments = dict[str, Any] | Callable[[], dict[str, Any]]
+EXAMPLES: dict[str, Arguments] = {
+    "environment.check_choice": {"argument": "x", "value": "a", "choices": ("a", "b")},
+    "environment.check_fraction": {"argument": "x", "value": 0.5},
+    "environment.check_text": {"value": "a text"},
+    "environment.requires_extra": {"what": "reading", "extra": "data"},
+    "tinyworld.pick": lambda: {"branches": world().branches(world().start), "u": 0.5},
+    "tinyworld.walk": lambda: walks() | {"random": random.Random(0)},
+    "tinyworld.parse": lambda: walks() | {"text": story().text},
+    "tinyworld.reachable_states": walks,
+    "tinyworld.expected": lambda: walks() | {"measure": tinyworld.surprise},
+    "tinyworld.surprise": lambda: {"branch": world().branches(world().start)[0]},
+    "tinyworld.token_surprises": lambda: (
+        walks() | {"tokens": str.split(story().text), "cut": str.split}
+    ),
+    "tinyworld.require_whole": {"name": "n", "value": 3, "low": 1, "high": 5},
+    "tinyworld.zipf_weights": {"n": 3, "exponent": 1.0},
+    "tinyworld.story_branches": lambda: {"state": world().start, "truthful": True},
+    "tinyworld.wordings": {"attribute": tinyworld.ATTRIBUTES[0]},
+    "tinyworld.make_questions": {"kind": "fact", "split": "tuning"},
+    "tinyworld.judge_reply": lambda: {"question": question(), "reply": "I do not know."},
+    "corpus.docstrings": {"source": '"""A module."""\n'},
+    "corpus.comment_blocks": {"source": "# A comment.\nx = 1\n"},
+    "corpus.iter_documents": lambda: {"items": documents()},
+    "corpus.iter_texts": lambda: {"items": documents()},
+    "corpus.ordered_map": {"function": str, "jobs": [1, 2], "workers": 1},
+    "corpus.decode_text": {"data": b"a text"},
+    "corpus.write_jsonl": {"path": "out.jsonl"},
+    "corpus.read_jsonl": lambda: {"paths": written("in.jsonl", b'{"text": "a"}\n')},
+    "corpus.existing_paths": lambda: {"paths": written("a.txt", b"a")},
+    "corpus.read_parquet": lambda: {"paths": parquet()},
+    "corpus.write_parquet": {"path": "out.parquet"},
+    "corpus.html_blocks": {"page": "<p>A page.</p>"},
+    "corpus.html_to_text": {"page": "<p>A page.</p>"},
+    "corpus.read_html": {"page": "<p>A page.</p>"},
+    "corpus.read_files": lambda: {"paths": written("a.txt", b"a")},
+    "corpus.vocabulary_growth": {"tokens": ["a", "b", "a"]},
+    "cleaning.LanguageIdentifier": {"texts": {"en": ["the cat"], "de": ["die Katze"]}},
+    "cleaning.roc_curve": {"labels": [0, 1, 1], "scores": np.array([0.1, 0.5, 0.4])},
+    "cleaning.area_under_roc": {"labels": [0, 1, 1], "scores": np.array([0.1, 0.5, 0.4])},
+    "cleaning.decontaminate": {"evaluation": [TEXT]},
+    "deduplication.jaccard": {"a": {1, 2}, "b": {2, 3}},
+    "deduplication.collision_probability": {"similarity": 0.5, "bands": 4, "rows": 2},
+    "deduplication.UnionFind": {"size": 3},
+    "tokenizer.check_special_tokens": {"tokens": ["<|end|>"]},
+    "tokenizer.learn_merges": {"counts": {"aaa": 3, "ab": 2}, "size": 258},
+    "tokenizer.WordCache": {"encode": lambda text: (1,)},
+    "tokenizer.BPETokenizer": {"vocabulary": {i: bytes([i]) for i in range(256)}, "merges": []},
+    "tokenizer.train_bpe_files": lambda: {"paths": written("a.txt", TEXT.encode())},
+    "tokenizer.read_json_object": lambda: {"path": Path(written("a.json", b"{}"))},
+    "subwords.merge_gain": lambda: {
+        **dict(pair=np.ones(2), left=np.full(2, 4.0), right=np.full(2, 4.0)),
+        "total": 20.0,
+    },
+    "subwords.WordPieceTokenizer": {"vocabulary": ["[UNK]", "a", "##b"]},
+    "subwords.UnigramTokenizer": {"pieces": [("<unk>", 0.0), ("a", -1.0), ("b", -2.0)]},
+    "subwords.train_unigram": {"vocab_size": 310},
+    "subwords.renyi_efficiency": {"counts": [3, 1, 2], "vocab_size": 4},
+    "batches.write_shards": {"directory": "shards", "workers": 1},
+    "batches.TokenRing": {"tokens": np.arange(50)},
+    "batches.TokenShards": lambda: {"directory": shards()},
+    "batches.permuted": {"numbers": np.arange(5), "size": 5},
+    "batches.window_batch": lambda: {"ring": ring(), "starts": [0, 5]},
+    "batches.document_fields": {"end_of_text": 0},
+    "batches.best_fit": {"lengths": [3, 4, 5]},
+    "batches.pack_documents": lambda: {
+        "shards": batches.TokenRing(np.arange(50) % 7, end_of_text=0)
+    },
+    "batches.BatchSampler": lambda: {"source": ring(), "context_length": 8},
+    "positions.RopeScaling": {"kind": "linear", "factor": 2.0},
+    "positions.scale_rope": lambda: {"scaling": positions.RopeScaling("linear", 2.0)},
+    "positions.apply_rope": lambda: dict(x=torch.ones(2, 4, 6, 8), cos=rope()[0], sin=rope()[1]),
+    "attention.attention_pattern": lambda: {"attention": attention_layer()},
+    "attention.MultiHeadLatentAttention": {"d_latent": 8, "d_rope": 4},
+    "attention.show_attention": lambda: {
+        "tokens": ["a", "b"],
+        "weights": torch.ones(1, 1, 2, 2).tril() / 2,
+    },
+    "blocks.activate": lambda: {
+        "activation": "swiglu",
+        "gate": torch.ones(2, 3),
+        "up": torch.ones(2, 3),
+    },
+    "blocks.TransformerBlock": lambda: {
+        "attention": attention_layer(),
+        "feed_forward": blocks.FeedForward(16),
+    },
+    "blocks.places_by_expert": lambda: {"routing": blocks.route(torch.ones(3, 4), 2)},
+    "model.save_model": {"folder": "model"},
+    "model.load_model": lambda: {"folder": saved_model()},
+    "optimization.SGD": lambda: {"params": parameters()},
+    "optimization.AdamW": lambda: {"params": parameters()},
+    "optimization.Muon": lambda: {"params": parameters()},
+    "optimization.build_optimizer": {"name": "adamw"},
+    "optimization.clip_gradients": lambda: {"parameters": parameters(), "max_norm": 1.0},
+    "training.split_rows": {"rows": 1},
+    "training.settings_parser": {"sections": {"": training.TokenizerConfig}},
+    "training.read_settings": {"sections": {"": training.TokenizerConfig}, "entries": {}},
+    "training.SpikeDetector": {"factor": 2.0},
+    "training.set_random_states": lambda: {"states": training.random_states()},
+    "training.update_ratio": lambda: {"before": [torch.ones(2)], "after": [torch.ones(2) + 1]},
+    "training.activation_scales": lambda: {"ids": ids(2, 8)},
+    "training.TensorBoard": {"folder": "board"},
+    "training.plot_columns": lambda: {
+        "log": training.MetricsLog(),
+        "names": ["loss"],
+        "figure": figure(),
+    },
+    "training.save_checkpoint": {"path": "checkpoint", "state": {"a": 1}},
+    "training.load_checkpoint": lambda: {"path": checkpoint()},
+    "training.Checkpointer": {"folder": "checkpoints"},
+    "training.list_checkpoints": {"folder": "checkpoints"},
+    "training.newest_checkpoint": {"folder": "checkpoints"},
+    "training.Trainer": lambda: {"batches": sampler(), "config": training_config()},
+    "training.load_model_state": lambda: {"state": training.model_state(lm())},
+    "training.DataConfig": {"kind": "tinyworld"},
+    "training.RunConfig": lambda: vars(run_config()),
+    "training.run": lambda: {"config": run_config(), "folder": "run"},
+    "training.load_run": lambda: {"folder": finished_run()},
+    "training.word_kinds": lambda: {"story": story(), "cut": str.split},
+    "training.GapToFloor": lambda: {"stories": [story()]},
+    "training.load_or_train": lambda: {
+        "name": "small",
+        "depends_on": {"steps": 1},
+        "train": lambda folder: model.save_model(lm(), folder),
+        "folder": "artifacts",
+    },
+    "training.report": lambda: {"result": training.load_run(finished_run())},
+    "training.documents_score": lambda: {"texts": texts()},
+    "tinyworld.TinyWorld.branches": lambda: {"state": world().start},
+    "cleaning.QualityClassifier.fit": lambda: {"texts": texts() * 2, "labels": [0, 1, 1] * 2},
+    "cleaning.QualityClassifier.save": {"path": "quality.npz"},
+    "cleaning.QualityClassifier.load": lambda: saved(classifier(), "quality.npz"),
+    "deduplication.MinHasher.hash_signatures": lambda: {
+        "hashes": np.arange(5, dtype=np.uint64),
+        "sizes": np.array([2, 3]),
+    },
+    "deduplication.LSHIndex.insert": lambda: {"keys": ["a"], "signatures": signature()},
+    "deduplication.LSHIndex.query": lambda: {"signatures": signature()},
+    "deduplication.LSHIndex.save": {"path": "index.npz"},
+    "deduplication.LSHIndex.load": lambda: saved(deduplication.LSHIndex(), "index.npz"),
+    "deduplication.UnionFind.find": {"item": 1},
+    "deduplication.UnionFind.union": {"a": 0, "b": 1},
+    "tokenizer.BPETokenizer.decode_bytes": {"ids": [65]},
+    "tokenizer.BPETokenizer.decode": {"ids": [65]},
+    "tokenizer.BPETokenizer.decode_stream": {"ids": [65]},
+    "tokenizer.BPETokenizer.from_merges": {"merges": [(b"a", b"b")]},
+    "tokenizer.BPETokenizer.save": {"path": "tokenizer.json"},
+    "tokenizer.BPETokenizer.load": lambda: saved(bpe(), "tokenizer.json"),
+    "tokenizer.BPETokenizer.save_gpt2": {"folder": "gpt2"},
+    "tokenizer.BPETokenizer.load_gpt2": lambda: gpt2_files(),
+    "subwords.WordPieceTokenizer.save": {"path": "wordpiece.json"},
+    "subwords.WordPieceTokenizer.load": lambda: saved(
+        subwords.train_wordpiece(texts(), 60), "wordpiece.json"
+    ),
+    "subwords.UnigramTokenizer.save": {"path": "unigram.json"},
+    "subwords.UnigramTokenizer.load": lambda: saved(
+        subwords.train_unigram(texts(), 310), "unigram.json"
+    ),
+    "batches.TokenRing.window": {"start": 0, "length": 5},
+    "batches.Batch.to": {"device": "cpu"},
+    "attention.KVCache.extend": lambda: {"position_ids": torch.arange(3)[None].expand(2, 3)},
+    "attention.KVCache.next_positions": {"n": 2},
+    "attention.KVCache.truncate": lambda: {"lengths": torch.zeros(2, dtype=torch.int64)},
+    "attention.KVCache.reorder": lambda: {"rows": torch.tensor([1, 0])},
+    "model.ModelConfig.preset": {"name": "tiny"},
+    "model.ModelConfig.from_dict": lambda: {"entries": config().to_dict()},
+    "model.TransformerLM.save_pretrained": {"folder": "pretrained"},
+    "model.TransformerLM.from_pretrained": lambda: {"folder": saved_model()},
+    "generation.generate": {"prompts": ["The"], "max_new_tokens": 2},
+}
+
+# Objects whose methods are tried as well.
+OBJECTS: dict[str, Callable[[], Any]] = {
+    "tinyworld.TinyWorld": world,
+    "cleaning.LanguageIdentifier": lambda: cleaning.LanguageIdentifier(
+        {"en": ["the cat"], "de": ["die Katze"]}
+    ),
+    "cleaning.QualityClassifier": lambda: classifier(),
+    "deduplication.MinHasher": deduplication.MinHasher,
+    "deduplication.LSHIndex": deduplication.LSHIndex,
+    "deduplication.UnionFind": lambda: deduplication.UnionFind(3),
+    "tokenizer.BPETokenizer": bpe,
+    "subwords.WordPieceTokenizer": lambda: subwords.train_wordpiece(texts(), 60),
+    "subwords.UnigramTokenizer": lambda: subwords.train_unigram(texts(), 310),
+    "batches.TokenRing": ring,
+    "batches.Batch": batch,
+    "batches.BatchSampler": sampler,
+    "positions.LearnedEmbedding": lambda: positions.LearnedEmbedding(8, 16),
+    "positions.SinusoidalEmbedding": lambda: positions.SinusoidalEmbedding(16),
+    "positions.RotaryEmbedding": lambda: positions.RotaryEmbedding(8),
+    "attention.MultiHeadAttention": attention_layer,
+    "attention.KVCache": lambda: attention.KVCache(2, 8, 2, 8),
+    "blocks.RMSNorm": lambda: blocks.RMSNorm(16),
+    "blocks.LayerNorm": lambda: blocks.LayerNorm(16),
+    "blocks.GELU": blocks.GELU,
+    "blocks.FeedForward": lambda: blocks.FeedForward(16),
+    "blocks.MixtureOfExperts": lambda: blocks.MixtureOfExperts(16, 24, 4, 2),
+    "model.ModelConfig": config,
+    "model.TransformerLM": lm,
+    "optimization.AdamW": lambda: optimization.AdamW(parameters()),
+    "training.Trainer": lambda: training.Trainer(lm(), sampler(), training_config()),
+    "training.MetricsLog": training.MetricsLog,
+    "training.Checkpointer": lambda: training.Checkpointer("checkpoints"),
+    "training.Guard": training.Guard,
+    "generation.QuantizedLinear": lambda: generation.QuantizedLinear(16, 8),
+}
