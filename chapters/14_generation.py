@@ -545,7 +545,8 @@ def _distribution(logits: Tensor, sampling: Sampling, counts: Tensor | None) -> 
     if sampling.temperature == 0:
         return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).to(logits)
     if sampling.temperature != 1:  # the best is at 0, so that a tiny temperature cannot overflow
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
+        temperature = max(sampling.temperature, torch.finfo(logits.dtype).tiny)
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     probabilities = logits.softmax(dim=-1)
     if sampling.top_k is not None:
         probabilities = keep_top_k(probabilities, sampling.top_k)

@@ -285,8 +285,9 @@ def test_sample_has_the_distribution():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_tiny_temperatures_are_greedy_in_every_dtype(dtype):
     logits = torch.tensor([[60.0, 80.0, -90.0], [5.0, -torch.inf, 5.0]], dtype=dtype)
-    p = next_token_distribution(logits, Sampling(temperature=1e-9))
-    assert p.tolist() == [[0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]
+    for temperature in (1e-9, 1e-37, 1e-300):  # the last is none of float32's numbers
+        p = next_token_distribution(logits, Sampling(temperature=temperature))
+        assert p.tolist() == [[0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]
 
 
 WRONG = [
@@ -870,7 +871,9 @@ def test_a_slide_keeps_half_of_the_context():
     model = made(context_length=8)
     (row,) = generate(model, [[1, 2, 3]], max_new_tokens=7, on_full="slide", sampling=GREEDY)
     text = [1, 2, 3, *row.ids]  # six tokens more make nine: the ninth is read with three before it
-    assert row.ids[6] == model(torch.tensor([text[5:9]]))[0, -1].argmax().item()
+    expected = model(torch.tensor([text[5:9]]))[0, -1].log_softmax(-1)
+    assert row.ids[6] == expected.argmax().item()
+    assert row.log_probs[6] == pytest.approx(expected.max().item(), abs=1e-4)
 
 
 def test_on_full_error_says_so_before_the_work(llama):
@@ -1333,6 +1336,18 @@ def test_a_quantized_model_is_near_and_smaller(models, kind):
     assert ids_of(with_cache) == ids_of(
         generate(small, prompts_of(), max_new_tokens=20, use_cache=False)
     )
+
+
+def test_a_model_that_is_a_linear_layer_is_quantized():
+    layer = torch.nn.Linear(5, 3).double()
+    small, x = quantize(layer), torch.randn(2, 4, 5)
+    assert isinstance(small, QuantizedLinear) and type(layer) is torch.nn.Linear
+    bound = (small.scale / 2 * x.abs().sum(-1, keepdim=True)).double()
+    assert ((small(x.double()) - layer(x.double())).abs() <= 1.01 * bound + 1e-6).all()
+    with pytest.raises(
+        ValueError, match=r"x: expected floats of shape \(..., 5\), got torch.float32"
+    ):
+        inspect.unwrap(QuantizedLinear.forward)(small, torch.zeros(2, 4))
 
 
 def test_a_quantized_state_dict_loads(tmp_path):
