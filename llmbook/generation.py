@@ -327,13 +327,14 @@ class Sampling:
         """Whether there must be the text so far: for penalties, or for what may not return."""
         return self.has_penalties or self.no_repeat_ngram_size is not None
 
-# %% ../chapters/14_generation.ipynb #adeff5f3
+# %% ../chapters/14_generation.ipynb #212b457c
 def _distribution(logits: Tensor, sampling: Sampling, counts: Tensor | None) -> Tensor:
     logits = _penalized(logits, sampling, counts)
     if sampling.temperature == 0:
         return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).to(logits)
     if sampling.temperature != 1:  # the best is at 0, so that a tiny temperature cannot overflow
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
+        temperature = max(sampling.temperature, torch.finfo(logits.dtype).tiny)
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     probabilities = logits.softmax(dim=-1)
     if sampling.top_k is not None:
         probabilities = keep_top_k(probabilities, sampling.top_k)
@@ -366,7 +367,7 @@ _FILTERS = ("top_k", "top_p", "min_p", "typical_p")
 
 _PLAIN = Sampling()  # draw from the model's distribution
 
-# %% ../chapters/14_generation.ipynb #c79470b1
+# %% ../chapters/14_generation.ipynb #083f2c97
 def _completing(text: Sequence[int], n: int) -> np.ndarray:
     """Return the ids after which the last ``n`` tokens would have occurred before."""
     ids = np.asarray(text, dtype=np.int64)
@@ -375,14 +376,14 @@ def _completing(text: Sequence[int], n: int) -> np.ndarray:
     runs = np.lib.stride_tricks.sliding_window_view(ids, n)
     return runs[(runs[:, :-1] == ids[len(ids) - n + 1 :]).all(axis=1), -1]
 
-
+# %% ../chapters/14_generation.ipynb #08c0ad39
 def _allowed(
     logits: Tensor,
     sampling: Sampling,
     texts: Sequence[Sequence[int]],
     stops: Sequence[int] = (),
 ) -> Tensor:
-    """Return logits with minus infinity for what is forbidden after ``texts``, and for ``stops``."""
+    """Return logits with minus infinity for ``stops`` and what is forbidden after ``texts``."""
     banned, n = [*sampling.banned_tokens, *stops], sampling.no_repeat_ngram_size
     if not banned and n is None:
         return logits
@@ -421,7 +422,7 @@ def _token_counts(history: Int64[Tensor, "batch length"], vocab_size: int) -> Te
     counts = torch.zeros(len(history), vocab_size, dtype=torch.int64, device=history.device)
     return counts.scatter_add_(1, history.clamp(min=0), (history >= 0).long())
 
-# %% ../chapters/14_generation.ipynb #f3e8fb12
+# %% ../chapters/14_generation.ipynb #45086308
 def _check_history(history: object, batch: int, vocab_size: int) -> None:
     """Demand ids of the vocabulary, (batch, length), or -1 for padding."""
     if not isinstance(history, Tensor) or history.dtype != torch.int64:
@@ -435,7 +436,7 @@ def _check_history(history: object, batch: int, vocab_size: int) -> None:
         expected = f"ids from 0 to {vocab_size - 1}, or -1 for padding"
         raise ValueError(f"history: expected {expected}, got {wrong[0].item()}")
 
-
+# %% ../chapters/14_generation.ipynb #74462499
 def _prepared(
     logits: Tensor, sampling: Sampling, history: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -461,7 +462,7 @@ def _check_sampling(sampling: object) -> None:
         expected = "a Sampling, such as Sampling(temperature=0.5)"
         raise ValueError(f"sampling: expected {expected}, got {sampling!r:.60}")
 
-# %% ../chapters/14_generation.ipynb #8a598a17
+# %% ../chapters/14_generation.ipynb #37f114e4
 def _choose(
     logits: Tensor, sampling: Sampling, counts: Tensor | None, uniforms: Tensor | None
 ) -> Tensor:
@@ -482,7 +483,7 @@ def sample(
 
     ``uniforms``, from 0 to below 1, decide where chance does; without them ``generator`` does, or
     else PyTorch's own on the processor. ``history`` is the text so far, for what looks back; -1 in
-    it is padding. Logits that are NaN or infinity, or -inf for all of a row, raise a ``ValueError``.
+    it is padding. Logits that are NaN, infinity, or -inf for all of a row raise a ``ValueError``.
     """
     allowed, counts = _prepared(logits, sampling, history)
     if uniforms is None:
@@ -1037,7 +1038,7 @@ class _Chooser:
             self.uniforms = np.stack(tables)
         return torch.from_numpy(self.uniforms[:, place])
 
-# %% ../chapters/14_generation.ipynb #9d50ba66
+# %% ../chapters/14_generation.ipynb #d79275c0
 @contextmanager
 def _evaluating(*models: nn.Module) -> Iterator[None]:
     """Switch dropout and gradients off, and afterwards back to what they were."""
@@ -1051,7 +1052,7 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
         for part in training:
             part.training = True
 
-
+# %% ../chapters/14_generation.ipynb #913ebd6f
 def _rows(
     model: TransformerLM,
     prompts: Any,
