@@ -87,80 +87,6 @@ from llmbook.optimization import linear_schedule, parameter_groups, wsd_schedule
 from llmbook.tinyworld import Story, TinyWorld
 from llmbook.tokenizer import GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, train_bpe
 
-
-# %% tags=["engine"]
-#| export
-# What many functions of this chapter ask of their arguments
-def _check_kind(name: str, value: object, kind: Any, expected: str) -> None:
-    """Refuse what is of another type."""
-    if not isinstance(value, kind):
-        raise ValueError(f"{name}: expected {expected}, got {value!r:.60}")
-
-
-def _check_amount(name: str, value: object, above: float | None = None) -> None:
-    """Refuse what is negative, infinite or NaN, or not ``above`` what is given; None passes."""
-    if value is None:
-        return
-    least = "0 or more" if above is None else f"more than {above:g}"
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    number = number and math.isfinite(cast(float, value))
-    if not number or (cast(float, value) < 0 if above is None else cast(float, value) <= above):
-        raise ValueError(f"{name}: expected a finite number, {least}, got {value!r}")
-
-
-def _check_share(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a share from 0 to 1, got {value!r}")
-
-
-# %% tags=["engine"]
-#| export
-# The same for paths, devices and texts
-def _as_path(name: str, path: object) -> Path:
-    if not isinstance(path, str | os.PathLike):
-        raise ValueError(f"{name}: expected a path, got {path!r:.60}")
-    return Path(path)
-
-
-def _as_device(device: object) -> torch.device:
-    try:
-        return torch.device(cast(str, device))
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device: expected one of PyTorch's, got {device!r:.60}") from None
-
-
-def _check_texts(name: str, value: Any) -> None:
-    """A single text would be taken for a sequence of characters."""
-    if isinstance(value, str):
-        raise ValueError(f"{name}: expected a tuple of texts, got {value!r}")
-    _check_kind(name, value, Iterable, "a tuple of texts")
-    for place, text in enumerate(value):
-        check_text(text, f"{name}[{place}]")
-
-
-def _as_texts(name: str, value: Any) -> list[str]:
-    """Return several texts, which may come from an iterator, as a list."""
-    texts = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
-    _check_texts(name, texts)
-    return cast(list[str], texts)
-
-
-# %% tags=["engine"]
-#| export
-# The same for a row of a log
-#: What is measured at once: numbers by name.
-Row = Mapping[str, int | float]
-
-
-def _check_row(row: object) -> None:
-    """Demand numbers by name, the step among them."""
-    _check_kind("row", row, Mapping, "numbers by name")
-    for name, value in cast(Row, row).items():
-        _check_kind(f"row[{name!r}]", value, int | float, "a number")
-    if "step" not in cast(Row, row):
-        raise ValueError(f"row: expected a step among its numbers, got {row!r:.60}")
-
-
 # %% [markdown]
 # ## Ten lines
 #
@@ -206,6 +132,92 @@ for step in range(60):
     losses.append(loss.item())
 assert losses[0] > 5 and losses[-1] < 3.5
 print(f"the loss, in nats per token: {losses[0]:.1f} at first, {losses[-1]:.1f} after 60 steps")
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: what a function asks of its arguments
+
+# %% [markdown] tags=["engine"]
+# Kinds, amounts and shares come first. NaN fails every comparison, so an amount is asked whether it
+# is a finite number before it is compared.
+
+
+# %% tags=["engine"]
+#| export
+def _check_kind(name: str, value: object, kind: Any, expected: str) -> None:
+    """Refuse what is of another type."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}: expected {expected}, got {value!r:.60}")
+
+
+def _check_amount(name: str, value: object, above: float | None = None) -> None:
+    """Refuse what is negative, infinite or NaN, or not ``above`` what is given; None passes."""
+    if value is None:
+        return
+    least = "0 or more" if above is None else f"more than {above:g}"
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = number and math.isfinite(cast(float, value))
+    if not number or (cast(float, value) < 0 if above is None else cast(float, value) <= above):
+        raise ValueError(f"{name}: expected a finite number, {least}, got {value!r}")
+
+
+def _check_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a share from 0 to 1, got {value!r}")
+
+
+# %% [markdown] tags=["engine"]
+# Then paths, devices and texts, several of them and not one.
+
+
+# %% tags=["engine"]
+#| export
+def _as_path(name: str, path: object) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"{name}: expected a path, got {path!r:.60}")
+    return Path(path)
+
+
+def _as_device(device: object) -> torch.device:
+    try:
+        return torch.device(cast(str, device))
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected one of PyTorch's, got {device!r:.60}") from None
+
+
+def _check_texts(name: str, value: Any) -> None:
+    """A single text would be taken for a sequence of characters."""
+    if isinstance(value, str):
+        raise ValueError(f"{name}: expected a tuple of texts, got {value!r}")
+    _check_kind(name, value, Iterable, "a tuple of texts")
+    for place, text in enumerate(value):
+        check_text(text, f"{name}[{place}]")
+
+
+def _as_texts(name: str, value: Any) -> list[str]:
+    """Return several texts, which may come from an iterator, as a list."""
+    texts = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+    _check_texts(name, texts)
+    return cast(list[str], texts)
+
+
+# %% [markdown] tags=["engine"]
+# And a row of a log, which has numbers by name.
+
+
+# %% tags=["engine"]
+#| export
+#: What is measured at once: numbers by name.
+Row = Mapping[str, int | float]
+
+
+def _check_row(row: object) -> None:
+    """Demand numbers by name, the step among them."""
+    _check_kind("row", row, Mapping, "numbers by name")
+    for name, value in cast(Row, row).items():
+        _check_kind(f"row[{name!r}]", value, int | float, "a number")
+    if "step" not in cast(Row, row):
+        raise ValueError(f"row: expected a step among its numbers, got {row!r:.60}")
+
 
 # %% [markdown]
 # ## A sum and a count

@@ -607,6 +607,14 @@ class Sampling(Sampling):  # continued
             expected = "None at temperature 0, which takes the most likely token"
             raise ValueError(f"{given[0]}: expected {expected}, got {getattr(self, given[0])}")
 
+
+# %% [markdown] tags=["engine"]
+# Some settings need to know the text so far.
+
+
+# %% tags=["engine"]
+#| export
+class Sampling(Sampling):  # continued
     @property
     def has_penalties(self) -> bool:
         """Whether the choice depends on which tokens have occurred, not only on the logits."""

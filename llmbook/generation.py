@@ -361,10 +361,10 @@ def next_token_distribution(
     allowed, counts = _prepared(logits, sampling, history)
     return _distribution(allowed, sampling, counts)
 
-# %% ../chapters/14_generation.ipynb #6ec0460e
+# %% ../chapters/14_generation.ipynb #7d03a6a1
 _FILTERS = ("top_k", "top_p", "min_p", "typical_p")
 
-
+# %% ../chapters/14_generation.ipynb #26bd0765
 _PLAIN = Sampling()  # draw from the model's distribution
 
 # %% ../chapters/14_generation.ipynb #083f2c97

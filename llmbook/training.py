@@ -71,8 +71,7 @@ from .optimization import linear_schedule, parameter_groups, wsd_schedule
 from .tinyworld import Story, TinyWorld
 from .tokenizer import GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, train_bpe
 
-# %% ../chapters/13_training.ipynb #98817a71
-# What many functions of this chapter ask of their arguments
+# %% ../chapters/13_training.ipynb #88fa3393
 def _check_kind(name: str, value: object, kind: Any, expected: str) -> None:
     """Refuse what is of another type."""
     if not isinstance(value, kind):
@@ -94,8 +93,7 @@ def _check_share(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ValueError(f"{name}: expected a share from 0 to 1, got {value!r}")
 
-# %% ../chapters/13_training.ipynb #04b81e99
-# The same for paths, devices and texts
+# %% ../chapters/13_training.ipynb #6565d2b4
 def _as_path(name: str, path: object) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise ValueError(f"{name}: expected a path, got {path!r:.60}")
@@ -124,8 +122,7 @@ def _as_texts(name: str, value: Any) -> list[str]:
     _check_texts(name, texts)
     return cast(list[str], texts)
 
-# %% ../chapters/13_training.ipynb #dec690b2
-# The same for a row of a log
+# %% ../chapters/13_training.ipynb #607b3083
 #: What is measured at once: numbers by name.
 Row = Mapping[str, int | float]
 
