@@ -33,6 +33,7 @@ import difflib
 import gzip
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import json
 import lzma
@@ -525,6 +526,11 @@ class TrainingConfig(TrainingConfig):  # continued
         return object.__new__(cls)
 
 
+# What help shows are the settings.
+_shown = inspect.signature(TrainingConfig.__init__).parameters
+TrainingConfig.__signature__ = inspect.Signature(list(_shown.values())[1:])  # type: ignore[attr-defined]
+
+
 # %% [markdown] tags=["engine"]
 # What there is to choose from, what may be left open, and which optimizers PyTorch has.
 
@@ -629,7 +635,7 @@ def read_settings(sections: Mapping[str, Any], entries: Any) -> dict[str, Any]:
     unknown, missing or of another type.
     """
     if not isinstance(entries, Mapping):
-        raise ValueError(f"expected settings by name, got {entries!r}")
+        raise ValueError(f"entries: expected settings by name, got {entries!r}")
     parser = settings_parser(sections)
     with _named_errors(_names(sections)):
         found = parser.parse_object(_plain(dict(entries))).as_dict()
@@ -1296,6 +1302,8 @@ def plot_columns(log: MetricsLog, names: Sequence[str], figure: Any) -> None:
     """Draw columns of ``log`` against steps, one above the other, into a matplotlib ``figure``."""
     _check_kind("log", log, MetricsLog, "a MetricsLog")
     _check_texts("names", names)
+    if not hasattr(figure, "add_subplot"):
+        raise ValueError(f"figure: expected one of Matplotlib's, got {figure!r:.60}")
     figure.clear()
     there = [name for name in names if any(name in row for row in log.rows)]
     axes = cast(Any, None)
@@ -2332,7 +2340,8 @@ def _check_kinds(
         refuse("config", "a TrainingConfig", config)
     if not callable(getattr(batches, "load_state_dict", None)):
         refuse("batches", "ResumableBatches, such as a BatchSampler", batches)
-    if isinstance(validation, Iterator | Tensor | Mapping) or hasattr(validation, "_fields"):
+    several = isinstance(validation, Sequence) and not hasattr(validation, "_fields")
+    if validation is not None and (not several or isinstance(validation, str | bytes)):
         refuse("validation", "a list of batches", validation)
     if optimizer is not None and (isinstance(optimizer, type) or not callable(optimizer)):
         refuse("optimizer", "a function of the model that returns one", optimizer)
@@ -3108,6 +3117,8 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         _check_texts("special_tokens", self.special_tokens)
+        if self.path is not None:
+            check_text(self.path, "path")
         _check_kind("vocab_size", self.vocab_size, int, "a whole number")
         check_at_least(vocab_size=(256 + len(self.special_tokens), self.vocab_size))
         check_choice("pattern", self.pattern, tuple(_PATTERNS))
@@ -4128,6 +4139,7 @@ def load_or_train(
     for argument, function in (("train", train), ("load", load)):
         _check_kind(argument, function, Callable, "a function of a folder")
     place = artifacts_folder() if folder is None else _as_path("folder", folder)
+    _check_kind("depends_on", depends_on, Mapping, "settings by name")
     target = place / f"{name}-{_fingerprint(depends_on, train)}"
     if not target.exists():
         place.mkdir(parents=True, exist_ok=True)

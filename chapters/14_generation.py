@@ -1409,6 +1409,7 @@ def _next_step(model: TransformerLM) -> Step:
     """Return the fastest step that there is for a model."""
     config, kinds = model.config, {type(m) for m in model.modules() if hasattr(m, "in_features")}
     plain = config.norm_position == "post" or config.n_experts or kinds != {nn.Linear}
+    plain |= config.layout != "half" or config.d_rope != config.d_head
     floats = {parameter.dtype for parameter in model.parameters()}
     plain |= floats not in ({torch.float32}, {torch.float64}) or count_parameters(model) > _SMALL
     return _plain_step(model) if plain or _is_compiled(model) else _fused_step(model)

@@ -14,13 +14,14 @@ __all__ = ['Row', 'Objective', 'WORD_KINDS', 'RUNS', 'next_token_objective', 'co
            'documents_score', 'compressors', 'word_kinds', 'GapToFloor', 'artifacts_folder', 'load_or_train',
            'NotebookBar', 'pretrained', 'report', 'main']
 
-# %% ../chapters/13_training.ipynb #32cca0d2
+# %% ../chapters/13_training.ipynb #fd319756
 # The imports of the module, from Python itself
 import base64
 import difflib
 import gzip
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import json
 import lzma
@@ -304,7 +305,7 @@ class TrainingConfig:
         """Return all fields as numbers, texts and lists, fit for JSON and YAML."""
         return _plain(asdict(self))
 
-# %% ../chapters/13_training.ipynb #bb271002
+# %% ../chapters/13_training.ipynb #48a1dc6a
 _OTHER_NAMES = {"lr": "learning_rate", "steps": "n_steps", "max_steps": "n_steps"}
 _OTHER_NAMES |= {"warmup_steps": "warmup", "max_norm": "clip_norm", "grad_clip": "clip_norm"}
 _OTHER_NAMES |= {"accumulation_steps": "micro_batch_size", "eval_every": "evaluate_every"}
@@ -315,6 +316,11 @@ def _no_such_setting(name: str, known: Sequence[str]) -> str:
     close = [_OTHER_NAMES[name]] if _OTHER_NAMES.get(name) in known else []
     close += difflib.get_close_matches(name, known, 1)
     return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+
+
+# What help shows are the settings.
+_shown = inspect.signature(TrainingConfig.__init__).parameters
+TrainingConfig.__signature__ = inspect.Signature(list(_shown.values())[1:])  # type: ignore[attr-defined]
 
 # %% ../chapters/13_training.ipynb #20f8eeb5
 _CHOICES = {"schedule": ("cosine", "wsd", "linear", "constant"), "best_is": ("lowest", "highest")}
@@ -385,7 +391,7 @@ def _reworded(message: str, known: Iterable[str]) -> str:
     expected = f"a {size[1]}" if size else " or ".join(names)
     return f"{name}: expected {expected}, got {value[1]}"
 
-# %% ../chapters/13_training.ipynb #e5cdd44e
+# %% ../chapters/13_training.ipynb #54108307
 def read_settings(sections: Mapping[str, Any], entries: Any) -> dict[str, Any]:
     """Return the settings in ``entries``, as a file has them, as their dataclasses want them.
 
@@ -393,7 +399,7 @@ def read_settings(sections: Mapping[str, Any], entries: Any) -> dict[str, Any]:
     unknown, missing or of another type.
     """
     if not isinstance(entries, Mapping):
-        raise ValueError(f"expected settings by name, got {entries!r}")
+        raise ValueError(f"entries: expected settings by name, got {entries!r}")
     parser = settings_parser(sections)
     with _named_errors(_names(sections)):
         found = parser.parse_object(_plain(dict(entries))).as_dict()
@@ -818,11 +824,13 @@ class LivePlot:
     def close(self) -> None:
         """Leave the figure as it is."""
 
-# %% ../chapters/13_training.ipynb #1ef9d017
+# %% ../chapters/13_training.ipynb #cb725d58
 def plot_columns(log: MetricsLog, names: Sequence[str], figure: Any) -> None:
     """Draw columns of ``log`` against steps, one above the other, into a matplotlib ``figure``."""
     _check_kind("log", log, MetricsLog, "a MetricsLog")
     _check_texts("names", names)
+    if not hasattr(figure, "add_subplot"):
+        raise ValueError(f"figure: expected one of Matplotlib's, got {figure!r:.60}")
     figure.clear()
     there = [name for name in names if any(name in row for row in log.rows)]
     axes = cast(Any, None)
@@ -1579,7 +1587,7 @@ def _as_probe(probe: Any) -> Probe:
         raise ValueError(f"probes: expected probes or functions of the model, got {probe!r}")
     return _Function(probe)
 
-# %% ../chapters/13_training.ipynb #8e408070
+# %% ../chapters/13_training.ipynb #2504ce76
 def _check_given(trainer: "Trainer", probes: Sequence[Any]) -> None:
     if not trainer.parameters:
         raise ValueError("model: expected parameters to train, got none")
@@ -1597,7 +1605,8 @@ def _check_kinds(
         refuse("config", "a TrainingConfig", config)
     if not callable(getattr(batches, "load_state_dict", None)):
         refuse("batches", "ResumableBatches, such as a BatchSampler", batches)
-    if isinstance(validation, Iterator | Tensor | Mapping) or hasattr(validation, "_fields"):
+    several = isinstance(validation, Sequence) and not hasattr(validation, "_fields")
+    if validation is not None and (not several or isinstance(validation, str | bytes)):
         refuse("validation", "a list of batches", validation)
     if optimizer is not None and (isinstance(optimizer, type) or not callable(optimizer)):
         refuse("optimizer", "a function of the model that returns one", optimizer)
@@ -1964,7 +1973,7 @@ class RunConfig:
         with whole_file(Path(path)) as draft:
             draft.write_text(_yaml_text(self), encoding="utf-8")
 
-# %% ../chapters/13_training.ipynb #e305c17c
+# %% ../chapters/13_training.ipynb #c383ab35
 _PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN}
 
 
@@ -1979,6 +1988,8 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         _check_texts("special_tokens", self.special_tokens)
+        if self.path is not None:
+            check_text(self.path, "path")
         _check_kind("vocab_size", self.vocab_size, int, "a whole number")
         check_at_least(vocab_size=(256 + len(self.special_tokens), self.vocab_size))
         check_choice("pattern", self.pattern, tuple(_PATTERNS))
@@ -2666,7 +2677,7 @@ def _fingerprint(depends_on: Any, train: Callable[..., Any]) -> str:
     content = json.dumps([depends_on, sources, torch.__version__], sort_keys=True)
     return blake2b(content.encode(), digest_size=6).hexdigest()
 
-# %% ../chapters/13_training.ipynb #4e55561c
+# %% ../chapters/13_training.ipynb #0f4c1584
 def load_or_train(
     name: str,
     depends_on: Mapping[str, Any],
@@ -2687,6 +2698,7 @@ def load_or_train(
     for argument, function in (("train", train), ("load", load)):
         _check_kind(argument, function, Callable, "a function of a folder")
     place = artifacts_folder() if folder is None else _as_path("folder", folder)
+    _check_kind("depends_on", depends_on, Mapping, "settings by name")
     target = place / f"{name}-{_fingerprint(depends_on, train)}"
     if not target.exists():
         place.mkdir(parents=True, exist_ok=True)

@@ -219,8 +219,9 @@ def judge(target: Target, name: str, value: Any, error: Exception | None) -> str
         excused = hint in (bool, bool | None) or f"{target.name}({name})" in TAKES_ANYTHING
         return None if excused or allowed(value, hint) else "accepted against its annotation"
     message = f"{type(error).__name__}: {str(error)[:160]}".splitlines()[0]
-    if isinstance(error, OSError | ImportError) and allowed(value, hint):
-        return None  # there is no such file
+    ours = type(error).__module__.startswith("llmbook")
+    if (ours or isinstance(error, OSError | ImportError)) and allowed(value, hint):
+        return None  # the file that is named is not there, or not what it should be
     if not isinstance(error, ValueError | TypeError):
         return message
     # Arguments that contradict each other may be told by the name of either.

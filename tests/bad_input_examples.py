@@ -1,6 +1,7 @@
 """Calls that work, for ``bad_input.py`` to spoil one argument at a time."""
 
 import functools
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,16 @@ NOT_TRIED = {
     "environment.check_fraction",
     "environment.check_text",
     "environment.requires_extra",
+    "environment.check_path",
+    "tokenizer.checked_path",
+    "positions.check_tensor",
+    # They name what the caller calls the argument.
+    "corpus.iter_documents",
+    "corpus.iter_texts",
+    "training.unnoticed",
+    # They take seconds: tried by tests/test_training.py.
+    "training.run",
+    "training.pretrained",
     "environment.whole_file",
     "environment.whole_directory",
     "tokenizer.naming_file",
@@ -71,7 +82,22 @@ NOT_TRIED = {
 }
 
 # Parameters that are only kept, shown or looked up in what a file holds.
-TAKES_ANYTHING: set[str] = set()
+TAKES_ANYTHING = {
+    "tokenizer.valid_text(argument)",
+    "tokenizer.BPETokenizer.encode_iterable(texts)",  # looked at when the first ids are asked for
+    "training.DataConfig(packages)",  # a list is made a tuple
+    "training.DataConfig(paths)",
+    "training.next_token_objective(balance_loss)",  # None weighs nothing
+    "generation.generate(prompts)",  # rows of a tensor are prompts, too
+    # Lists that get something: what they hold already is the caller's.
+    "cleaning.decontaminate(found)",
+    "subwords.train_wordpiece(report)",
+    # None: as large as the others make it.
+    "model.ModelConfig(n_kv_heads)",
+    "model.ModelConfig(d_head)",
+    "model.ModelConfig(d_ff)",
+    "model.ModelConfig(d_rope)",
+}
 
 # Sizes of the dimensions that annotations name.
 DIMENSIONS = {
@@ -90,6 +116,7 @@ DIMENSIONS = {
     "drafted": 2,
     "drafted_and_one": 3,
 }
+numbers = itertools.count()  # for folders that are not there yet
 TEXT = "The cat sat on the mat. The dog saw the cat, and the cat ran away from the dog."
 
 
@@ -261,6 +288,15 @@ def gpt2_files() -> dict[str, Any]:
     return {"folder": "gpt2"}
 
 
+def ranks() -> dict[str, Any]:
+    bpe().save_tiktoken("ranks.tiktoken")
+    return {"path": "ranks.tiktoken"}
+
+
+def even() -> torch.Tensor:
+    return torch.full((2, 4), 0.25)
+
+
 def signature() -> np.ndarray:
     return deduplication.MinHasher().signatures([TEXT])
 
@@ -292,8 +328,6 @@ EXAMPLES: dict[str, Arguments] = {
     "tinyworld.judge_reply": lambda: {"question": question(), "reply": "I do not know."},
     "corpus.docstrings": {"source": '"""A module."""\n'},
     "corpus.comment_blocks": {"source": "# A comment.\nx = 1\n"},
-    "corpus.iter_documents": lambda: {"items": documents()},
-    "corpus.iter_texts": lambda: {"items": documents()},
     "corpus.ordered_map": {"function": str, "jobs": [1, 2], "workers": 1},
     "corpus.decode_text": {"data": b"a text"},
     "corpus.write_jsonl": {"path": "out.jsonl"},
@@ -313,7 +347,7 @@ EXAMPLES: dict[str, Arguments] = {
     "deduplication.jaccard": {"a": {1, 2}, "b": {2, 3}},
     "deduplication.collision_probability": {"similarity": 0.5, "bands": 4, "rows": 2},
     "deduplication.UnionFind": {"size": 3},
-    "tokenizer.check_special_tokens": {"tokens": ["<|end|>"]},
+    "tokenizer.check_special_tokens": {"special_tokens": ["<|end|>"]},
     "tokenizer.learn_merges": {"counts": {"aaa": 3, "ab": 2}, "size": 258},
     "tokenizer.WordCache": {"encode": lambda text: (1,)},
     "tokenizer.BPETokenizer": {"vocabulary": {i: bytes([i]) for i in range(256)}, "merges": []},
@@ -339,6 +373,7 @@ EXAMPLES: dict[str, Arguments] = {
     },
     "batches.BatchSampler": lambda: {"source": ring(), "context_length": 8},
     "positions.RopeScaling": {"kind": "linear", "factor": 2.0},
+    "positions.change_rope_layout": lambda: {"rows": torch.ones(32, 3), "to": "interleaved"},
     "positions.scale_rope": lambda: {"scaling": positions.RopeScaling("linear", 2.0)},
     "positions.apply_rope": lambda: dict(x=torch.ones(2, 4, 6, 8), cos=rope()[0], sin=rope()[1]),
     "attention.attention_pattern": lambda: {"attention": attention_layer()},
@@ -367,6 +402,7 @@ EXAMPLES: dict[str, Arguments] = {
     "training.split_rows": {"rows": 1},
     "training.settings_parser": {"sections": {"": training.TokenizerConfig}},
     "training.read_settings": {"sections": {"": training.TokenizerConfig}, "entries": {}},
+    "training.TrainingConfig": {"n_steps": 1, "batch_size": 2},
     "training.SpikeDetector": {"factor": 2.0},
     "training.set_random_states": lambda: {"states": training.random_states()},
     "training.update_ratio": lambda: {"before": [torch.ones(2)], "after": [torch.ones(2) + 1]},
@@ -386,7 +422,7 @@ EXAMPLES: dict[str, Arguments] = {
     "training.load_model_state": lambda: {"state": training.model_state(lm())},
     "training.DataConfig": {"kind": "tinyworld"},
     "training.RunConfig": lambda: vars(run_config()),
-    "training.run": lambda: {"config": run_config(), "folder": "run"},
+    "training.run": lambda: {"config": run_config(), "folder": f"run{next(numbers)}"},
     "training.load_run": lambda: {"folder": finished_run()},
     "training.word_kinds": lambda: {"story": story(), "cut": str.split},
     "training.GapToFloor": lambda: {"stories": [story()]},
@@ -408,6 +444,8 @@ EXAMPLES: dict[str, Arguments] = {
     },
     "deduplication.LSHIndex.insert": lambda: {"keys": ["a"], "signatures": signature()},
     "deduplication.LSHIndex.query": lambda: {"signatures": signature()},
+    "deduplication.LSHIndex.remove": {"keys": []},
+    "deduplication.LSHIndex.merge": lambda: {"other": deduplication.LSHIndex()},
     "deduplication.LSHIndex.save": {"path": "index.npz"},
     "deduplication.LSHIndex.load": lambda: saved(deduplication.LSHIndex(), "index.npz"),
     "deduplication.UnionFind.find": {"item": 1},
@@ -418,6 +456,8 @@ EXAMPLES: dict[str, Arguments] = {
     "tokenizer.BPETokenizer.from_merges": {"merges": [(b"a", b"b")]},
     "tokenizer.BPETokenizer.save": {"path": "tokenizer.json"},
     "tokenizer.BPETokenizer.load": lambda: saved(bpe(), "tokenizer.json"),
+    "tokenizer.BPETokenizer.save_tiktoken": {"path": "ranks.tiktoken"},
+    "tokenizer.BPETokenizer.load_tiktoken": lambda: ranks(),
     "tokenizer.BPETokenizer.save_gpt2": {"folder": "gpt2"},
     "tokenizer.BPETokenizer.load_gpt2": lambda: gpt2_files(),
     "subwords.WordPieceTokenizer.save": {"path": "wordpiece.json"},
@@ -438,7 +478,33 @@ EXAMPLES: dict[str, Arguments] = {
     "model.ModelConfig.from_dict": lambda: {"entries": config().to_dict()},
     "model.TransformerLM.save_pretrained": {"folder": "pretrained"},
     "model.TransformerLM.from_pretrained": lambda: {"folder": saved_model()},
-    "generation.generate": {"prompts": ["The"], "max_new_tokens": 2},
+    "generation.keep_top_k": lambda: {"probabilities": even(), "k": 3},
+    "generation.keep_top_p": lambda: {"probabilities": even(), "mass": 0.5},
+    "generation.keep_min_p": lambda: {"probabilities": even(), "share": 0.5},
+    "generation.keep_typical": lambda: {"probabilities": even(), "mass": 0.5},
+    "generation.draw": lambda: {"probabilities": even()},
+    "generation.penalize_repetition": {"penalty": 1.5},
+    "generation.penalize_frequency": {"frequency": 0.5},
+    "generation.next_token_distribution": {"sampling": generation.Sampling(temperature=0.5)},
+    "generation.uniforms_of": {"row": 0, "n": 3},
+    "generation.generate": {"prompts": [[1, 2]], "max_new_tokens": 2},
+    "generation.stream": {"prompt": [1, 2], "max_new_tokens": 2},
+    "generation.beam_search": {"prompt": [1, 2], "max_new_tokens": 2},
+    "generation.verify": lambda: {
+        "target": torch.full((3, 4), 0.25),
+        "draft": torch.full((2, 4), 0.25),
+        "tokens": [1, 2],
+        "uniforms": np.full(3, 0.5),
+    },
+    "generation.expected_tokens": {"acceptance": 0.5, "n_draft": 3},
+    "generation.speculative_generate": lambda: {
+        "draft": lm(),
+        "prompt": [1, 2],
+        "max_new_tokens": 2,
+    },
+    "generation.QuantizedLinear": {"in_features": 16, "out_features": 8},
+    "generation.QuantizedLinear.of": lambda: {"linear": torch.nn.Linear(16, 8)},
+    "generation.QuantizedLinear.forward": lambda: {"x": torch.ones(2, 16)},
 }
 
 # Objects whose methods are tried as well.

@@ -13,6 +13,9 @@ if loaded:
     raise RuntimeError(f"imported before shapes could be checked: {', '.join(loaded)}")
 install_import_hook("llmbook", "beartype.beartype")
 
+# Solutions to be, which mean nothing outside their chapter; see tools/wrong_answers.py.
+collect_ignore = ["wrong_answers"]
+
 settings.register_profile("book", derandomize=True, deadline=None)
 settings.load_profile("book")
 

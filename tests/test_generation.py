@@ -1447,3 +1447,18 @@ def test_a_quantized_model_is_not_saved_without_its_weights(models, kind, tmp_pa
     with pytest.raises(ValueError, match=r"^model: expected a parameter blocks\.0\..*quantized"):
         save_model(small, tmp_path / "small")
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("changes", [{"layout": "interleaved"}, {"d_rope": 4}, {}], ids=str)
+def test_greedy_text_is_that_of_the_whole_model_for_each_rotation(changes):
+    sizes = dict(vocab_size=61, context_length=32, d_model=32, n_layers=2, n_heads=4)
+    model = TransformerLM(ModelConfig(**sizes | changes)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ids = [3, 5, 7, 9]
+    with torch.no_grad():
+        for _ in range(8):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    greedy = Sampling(temperature=0)
+    (completion,) = generate(model, [ids[:4]], max_new_tokens=8, sampling=greedy)
+    assert completion.ids == ids[4:]

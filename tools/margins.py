@@ -1,7 +1,7 @@
 """A pytest plugin: how near each comparison of numbers came to its bound.
 
 Floating-point numbers differ a little from processor to processor. A comparison that uses up its
-bound here may fail elsewhere, so every one should have room: the error at most a tenth of the bound.
+bound here may fail elsewhere, so each should have room: an error of at most a tenth of the bound.
 The plugin wraps the functions with which tests compare, and at the end lists those that had less.
 It changes nothing else.
 
@@ -12,10 +12,10 @@ test-elsewhere`` runs the tests on the arithmetic of other processors.
 
 import functools
 import math
-import os
 import runpy
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ def note(actual: Any, expected: Any, rtol: float, atol: float, kind: str) -> Non
     frame = sys._getframe(2)
     while "margins" in frame.f_code.co_filename or "site-packages" in frame.f_code.co_filename:
         frame = frame.f_back
-    place = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+    place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
     used = share(actual, expected, rtol, atol)
     if used > worst.get(place, (0.0, ""))[0]:
         worst[place] = used, kind
