@@ -2148,6 +2148,10 @@ for name, each in (("GPT-2", by_gpt2), ("GPT-4", by_gpt4)):
     print(f"{name}'s pattern cuts the years 1900 to 2029 in {ways_to_cut(each)} ways")
 
 # %% [markdown]
+# GPT-4's pattern always cuts such a number into a group of three digits and one of one digit. There
+# are two ways all the same, because not every group is a token: 2029 is cut into `202` and `9`, but
+# `198` was too rare to become a token, so 1989 is cut into `19`, `8`, and `9`.
+#
 # *Tokens that never come.* More than 2,000 of our tokens are never used, not even in the text that
 # they were learned from. How can that be? A merge on the way to a longer token leaves a token
 # behind, and sometimes everything that contains it goes on to merge. Is that the reason?
@@ -2960,7 +2964,7 @@ complete = BPETokenizer.from_merges(merges)
 line, word = "Zoë's loaves", " documentation"
 _, offsets = complete.encode_with_offsets(line)
 print(*(f"{line[start:end]!r} at {start}-{end}" for start, end in offsets), sep=", ")
-chance = Random(0)
+chance = Random(3)
 for _ in range(3):
     ids = complete.sample(word, 0.3, generator=chance)
     print("dropout 0.3:", "|".join(complete.decode([id]) for id in ids))
