@@ -292,8 +292,8 @@ for token in sorted((a + b for a, b in unconfined), key=len)[-3:]:
 #
 # A space goes with the letters that follow it, so most words need no token just for their space.
 # GPT-4's pattern makes an exception: a number carries no space in it, so the space before it stands
-# alone. The look-ahead `(?!\S)` is what leaves the last of several spaces to the next word, and `++`
-# is a `+` that gives nothing back of what it has matched.
+# alone. The look-ahead `(?!\S)` is what leaves the last of several spaces to the next word, and
+# `++` is a `+` that gives nothing back of what it has matched.
 
 # %%
 #| export
@@ -1213,8 +1213,14 @@ def train_bpe(
     )
 
 
+# %% [markdown]
+# ### What is refused
+#
+# A tokenizer that is made by hand, or read from a file, may have bytes or tokens missing. So the
+# constructor checks all that it is given.
+
 # %% [markdown] tags=["engine"]
-# ### Engine room: what is refused, and further steps for others' files (`TextSteps`)
+# #### Engine room: checks of all fields, and further steps for others' files (`TextSteps`)
 
 # %% [markdown] tags=["engine"]
 # All bytes must have an id, or some text could not be encoded. Bad vocabularies are refused when
@@ -1418,8 +1424,13 @@ class BPETokenizer(BPETokenizer):  # continued
         self.__post_init__()
 
 
+# %% [markdown]
+# ### Tables, options, and batches
+#
+# What is left is the look-up tables, the options of `encode`, and several texts at once.
+
 # %% [markdown] tags=["engine"]
-# ### Engine room: the look-up tables, and all options of encoding (`encode`, `encode_batch`)
+# #### Engine room: the look-up tables, and all options of encoding (`encode`, `encode_batch`)
 
 # %% [markdown] tags=["engine"]
 # From what it knows a tokenizer makes its tables. `ignore_merges` is a switch in some tokenizers'
@@ -1730,8 +1741,8 @@ print("as asked for:", *of_stories.encode("Bye<|endoftext|>", allowed_special="a
 # ### A sentence in GPT-2's way, and in ours
 #
 # GPT-2's vocabulary isn't on your disk, but its way of cutting is: its pattern. We train one
-# tokenizer with it and one with GPT-4's pattern, our default, on every sixth document and with 8,000
-# tokens each, and cut the same text with both. Bars separate tokens, and `↵` is a line break.
+# tokenizer with it and one with GPT-4's pattern, our default, on every sixth document and with
+# 8,000 tokens each, and cut the same text with both. Bars separate tokens, and `↵` is a line break.
 
 # %%
 some_texts = texts[::6]
@@ -2049,8 +2060,9 @@ draw_compression(compression, uses)
 # Our documents are in English. What does their tokenizer do to speakers of other languages? Chapter
 # 03 found translated messages on the disk. We train a second tokenizer of the same size on a
 # mixture, every fourth document and half of the messages, and compare both on text that neither has
-# seen, by two measures. **Characters per token** say how far a model's context reaches. **Fertility** is the number of
-# tokens per word {cite}`rust2021good`; it needs a language that puts spaces between words.
+# seen, by two measures. **Characters per token** say how far a model's context reaches.
+# **Fertility** is the number of tokens per word {cite}`rust2021good`; it needs a language that puts
+# spaces between words.
 
 # %% tags=["engine"]
 # The messages, one half to train on and one half of ten languages to measure on; both measures
@@ -2149,11 +2161,11 @@ for name, each in (("GPT-2", by_gpt2), ("GPT-4", by_gpt4)):
     print(f"{name}'s pattern cuts the years 1900 to 2029 in {ways_to_cut(each)} ways")
 
 # %% [markdown]
-# *Tokens that never come.* More than 2,000 of our tokens are never used in the text of the training.
-# Among them are the special token and bytes that do not occur, but most were made by a merge, and
-# so they did occur at that moment. How can they be gone? A merge on the way to a longer token leaves
-# a token behind, and sometimes every copy of it goes on to merge. That has to be the reason, since
-# only a later merge can take a token out of the text. The cell checks it:
+# *Tokens that never come.* More than 2,000 of our tokens are never used in the text of the
+# training. Among them are the special token and bytes that do not occur, but most were made by a
+# merge, and so they did occur at that moment. How can they be gone? A merge on the way to a longer
+# token leaves a token behind, and sometimes every copy of it goes on to merge. That has to be the
+# reason, since only a later merge can take a token out of the text. The cell checks it:
 
 # %%
 made_in_vain = [tokenizer.vocabulary[id] for id in range(256, 32_000 - 1) if unused[id]]
@@ -2172,8 +2184,9 @@ print(f"of the merged tokens that are never used, {share:.0%} are parts of a lon
 #
 # ## Files that others read
 #
-# Three formats matter. Hugging Face's `tokenizer.json` holds everything in one file. GPT-2 came with
-# two files, `vocab.json` and `merges.txt`. tiktoken builds its encodings from tokens and ids alone.
+# Three formats matter. Hugging Face's `tokenizer.json` holds everything in one file. GPT-2 came
+# with two files, `vocab.json` and `merges.txt`. tiktoken builds its encodings from tokens and ids
+# alone.
 #
 # The first two store tokens as text, which arbitrary bytes are not. GPT-2's way out was to give
 # each byte a printable character: the 188 bytes that are printable in Latin-1 stand for themselves,
@@ -3154,8 +3167,8 @@ for text in ("1", "1234567", "a 9999999999.", "x56y 1234 567", "٣٤٥٦", "7\n-
 # ````{exercise} The fewest tokens
 # :label: ex-tokenizer-fewest
 # *Half an hour.* Merging by rank is greedy: it never takes a merge back. How much does greed cost?
-# Write `fewest_tokens(word, tokens)`, the least number of tokens that spell `word`. Here `word` is a
-# byte string, and `tokens` is a set of them, all single bytes included. Let $m_j$ be the least
+# Write `fewest_tokens(word, tokens)`, the least number of tokens that spell `word`. Here `word` is
+# a byte string, and `tokens` is a set of them, all single bytes included. Let $m_j$ be the least
 # number of tokens for the first $j$ bytes. Then $m_0 = 0$, and $m_j$ is one more than the least
 # $m_i$ over all $i < j$ for which `word[i:j]` is a token. Then write `saving(counts, tokenizer)`:
 # the share of its tokens that the tokenizer would save with the best cuts, on a text in which each
