@@ -495,20 +495,21 @@ def check_even(**sizes: int | np.integer) -> None:
     """Demand even whole numbers of at least 2."""
     for argument, size in sizes.items():
         check_at_least(**{argument: (2, size)})
-        if size % 2:
+        if size is None or size % 2:
             raise ValueError(f"{argument}: expected an even number, got {size}")
 
 
 # %% [markdown] tags=["engine"]
-# Three other kinds come up everywhere: shares, names chosen from a list, and texts, for which
-# bytes are easily mistaken.
+# Four other kinds come up everywhere: shares, names chosen from a list, texts, for which bytes are
+# easily mistaken, and paths of files.
 
 
 # %% tags=["engine"]
 #| export
 def check_fraction(argument: str, value: object) -> None:
     """Demand a number of at least 0 and less than 1, such as a rate of dropout."""
-    if not isinstance(value, int | float | np.number) or not 0 <= value < 1:
+    known = () if isinstance(value, bool) else (int, float, np.number)
+    if not isinstance(value, known) or not 0 <= value < 1:
         raise ValueError(f"{argument}: expected at least 0 and less than 1, got {value!r}")
 
 
@@ -528,6 +529,18 @@ def check_text(value: object, argument: str = "text") -> str:
     if not isinstance(value, str):
         raise ValueError(f"{argument}: expected a str, got {value!r:.60}")
     return value
+
+
+def check_path(value: object, argument: str = "path") -> Path:
+    """Return ``value`` as a ``Path``, else raise a ``ValueError`` that names ``argument``.
+
+    >>> check_path(5)
+    Traceback (most recent call last):
+    ValueError: path: expected a str or a Path, got 5
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{argument}: expected a str or a Path, got {value!r:.60}")
+    return Path(value)
 
 
 # %% [markdown] tags=["engine"]
@@ -661,14 +674,18 @@ def requires_extra(what: str, extra: str) -> Iterator[None]:
 
 # %% [markdown] tags=["engine"]
 # The draft's name begins with a dot and carries the number of the process, so that two programs
-# that write the same file do not share a draft. The last one to finish wins.
+# that write the same file do not share a draft. The last one to finish wins. A folder of that name
+# is noticed before anything is written.
 
 
 # %% tags=["engine"]
 #| export
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: str | Path) -> Iterator[Path]:
     """Give a temporary path; move it to ``path`` at the end, or remove it after an exception."""
+    path = check_path(path)
+    if path.is_dir():
+        raise ValueError(f"path: expected a file to write, got the folder {str(path)!r}")
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield draft
@@ -685,8 +702,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 # %% tags=["engine"]
 #| export
 @contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
+def whole_directory(path: str | Path) -> Iterator[Path]:
     """Give a hidden directory to write into; rename it to ``path`` at the end, or remove it."""
+    path = check_path(path, "directory")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"directory: expected a new or an empty one, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -743,16 +761,22 @@ def private_normals(n: int, seed: int) -> torch.Tensor:
 
 
 # %% tags=["check"]
-state = torch.get_rng_state()
-assert torch.equal(private_normals(5, seed=1), private_normals(5, seed=1)), (
-    "same seed, same numbers"
+def global_states() -> str:
+    numpy_state = np.random.get_state()  # noqa: NPY002
+    return str((torch.get_rng_state().tolist(), random.getstate(), numpy_state))
+
+
+before = global_states()
+first, again, other = (private_normals(10_000, seed=seed) for seed in (3, 3, 4))
+assert torch.is_tensor(first) and first.shape == (10_000,), "the result is a tensor of n numbers"
+assert torch.equal(first, again), "the same seed must give the same numbers"
+assert not torch.equal(first, other), "another seed must give other numbers"
+assert global_states() == before, "a global generator was moved"
+assert abs(first.mean()) < 0.05, "the mean of standard normal numbers is 0"
+assert abs(first.std() - 1) < 0.05, "the standard deviation of standard normal numbers is 1"
+assert abs((first.abs() > 2).float().mean() - 0.0455) < 0.01, (
+    "of normal numbers 4.6 percent are beyond two standard deviations; these are not normal"
 )
-assert not torch.equal(private_normals(5, seed=1), private_normals(5, seed=2)), "another seed"
-assert torch.equal(torch.get_rng_state(), state), "the global generator was moved"
-many = private_normals(10_000, seed=3)
-assert many.shape == (10_000,), "n numbers"
-assert abs(many.mean()) < 0.05 and abs(many.std() - 1) < 0.05, "mean 0, standard deviation 1"
-assert abs((many.abs() > 2).float().mean() - 0.0455) < 0.01, "normal, not uniform"
 
 # %% [markdown]
 # ````{exercise} A hash that stays
@@ -772,9 +796,18 @@ def stable_hash(text: str) -> int:
 
 
 # %% tags=["check"]
-assert stable_hash("") == 0xE3B0C44298FC1C14, "SHA-256 of nothing begins e3b0c44298fc1c14"
-assert stable_hash("häuser") == 0x34C94DBC2853CFDE, "the bytes are UTF-8"
-assert 0 <= stable_hash("cat") < 2**64, "eight bytes, no more"
+salted = {hash("cat"), hash("cat") % 2**64}
+of_nothing, of_cat = stable_hash(""), stable_hash("cat")
+assert isinstance(of_nothing, int), "the result is a whole number"
+assert of_cat not in salted, "Python's own hash depends on the process"
+assert 0 <= of_cat < 2**64, "eight bytes, no more: the number is below 2**64"
+assert of_cat >= 2**56, "eight bytes have sixteen hexadecimal digits, and this number has fewer"
+assert of_cat.to_bytes(8, "little").hex() != "77af778b51abd4a3", (
+    "the most significant byte is first"
+)
+assert of_nothing == 0xE3B0C44298FC1C14, "SHA-256 of nothing begins e3b0c44298fc1c14"
+assert stable_hash("häuser") == 0x34C94DBC2853CFDE, "the bytes are those of the text in UTF-8"
+assert stable_hash(" Cat") != of_cat, "the hash is of the text as it is, capitals and blanks too"
 
 # %% [markdown]
 # ````{exercise} Sum without loss
@@ -805,9 +838,12 @@ tenths = np.full(100_000, 0.1, dtype=np.float32)
 exact = tenths.sum(dtype=np.float64)
 naive_error = abs(float(tenths.cumsum(dtype=np.float32)[-1]) - exact)
 kahan_error = abs(float(kahan_sum(tenths)) - exact)
-assert kahan_sum(tenths).dtype == np.float32, "32 bits throughout"
-assert kahan_sum(np.array([1] + [2**-24] * 4, np.float32)) > 1, "what is cut off is kept"
+assert isinstance(kahan_sum(tenths), np.float32), "the sum is a number of 32 bits, np.float32"
 assert kahan_sum(np.array([1, 1e10, 1, -1e10], np.float32)) == 0, "32 bits throughout"
+assert kahan_sum(np.array([1] + [2**-24] * 4, np.float32)) == 1 + 2**-22, "what is cut off is kept"
+assert kahan_sum(np.array([1] + [2**-25] * 8, np.float32)) == 1 + 2**-22, (
+    "what was cut off before must still be in the correction: it is of y, not of x"
+)
 assert kahan_error < 1e-3 < naive_error, f"error {kahan_error:.4f}, one by one {naive_error:.4f}"
 
 # %% [markdown]

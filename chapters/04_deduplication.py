@@ -32,7 +32,7 @@ import json
 from dataclasses import asdict
 from itertools import chain
 
-from llmbook.environment import check_choice, whole_file
+from llmbook.environment import check_choice, check_path, check_text, whole_file
 
 # %% [markdown]
 # Signatures are plain NumPy arrays; nothing here needs a tensor.
@@ -89,7 +89,7 @@ def canonical_text(text: str) -> str:
     >>> canonical_text("Dough  RISES\\n ﬁne.")
     'dough rises fine.'
     """
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return " ".join(unicodedata.normalize("NFKC", check_text(text)).casefold().split())
 
 
 # %% [markdown]
@@ -169,8 +169,10 @@ def jaccard(
     >>> jaccard({1, 2, 3}, {2, 3, 4})
     0.5
     """
-    if isinstance(a, str | bytes) or isinstance(b, str | bytes):
-        raise ValueError("a, b: expected sets or arrays, got a text; cut it by shingles first")
+    for name, given in (("a", a), ("b", b)):
+        if not isinstance(given, AbstractSet) and getattr(given, "ndim", 0) != 1:
+            hint = "; cut a text by shingles first" if isinstance(given, str) else ""
+            raise ValueError(f"{name}: expected a set or a row of numbers, got {given!r:.60}{hint}")
     first, second = (set(s.tolist()) if isinstance(s, np.ndarray) else set(s) for s in (a, b))
     union = first | second
     return len(first & second) / len(union) if union else 1.0
@@ -337,8 +339,16 @@ def _shingle_hashes(
 
 # %% tags=["engine"]
 #| export
+def _check_whole(**bounds: tuple[int, object]) -> None:
+    """Demand whole numbers of at least so much, ``None`` excluded."""
+    for argument, (_, value) in bounds.items():
+        if value is None:
+            raise ValueError(f"{argument}: expected a whole number, got None")
+    check_at_least(**bounds)
+
+
 def _check_shingles(n: int, unit: str) -> None:
-    check_at_least(n=(1, n))
+    _check_whole(n=(1, n))
     check_choice("unit", unit, ("word", "character"))
 
 
@@ -353,7 +363,7 @@ def shingles(text: str, n: int = 5, unit: str = "word") -> UInt64[np.ndarray, " 
     (2, 1, 0)
     """
     _check_shingles(n, unit)
-    return np.unique(_shingle_hashes(list(iter_texts([text])), n, unit)[0])
+    return np.unique(_shingle_hashes([check_text(text)], n, unit)[0])
 
 
 # %% [markdown] tags=["engine"]
@@ -542,13 +552,14 @@ class MinHasher:
         self, hashes: UInt[np.ndarray, " shingles"], sizes: Int64[np.ndarray, " documents"]
     ) -> _Signatures:
         """Sign sets of hashes, one after another, by their lower 32 bits; ``sizes`` cuts them."""
+        _check_numbers(1, hashes=(hashes, "u"), sizes=(sizes, "iu"))
         if (sizes < 0).any() or sizes.sum() != len(hashes):
             raise ValueError(f"sizes: expected a sum of {len(hashes)}, got {sizes.sum()}")
         return _minima(_mix32(hashes.astype(np.uint32)), sizes, *_permutations(self))
 
     def signatures(self, documents: Iterable[Document | str], workers: int = 1) -> _Signatures:
         """Sign documents, reading each once; several ``workers`` hold all texts in memory."""
-        check_at_least(workers=(1, workers))
+        _check_whole(workers=(1, workers))
         jobs = ((self, texts) for texts in _batches(iter_texts(documents)))
         parts = map(_sign, jobs) if workers == 1 else ordered_map(_sign, list(jobs), workers)
         return np.concatenate([np.empty((0, self.n_permutations), np.uint32), *parts])
@@ -569,6 +580,7 @@ def estimate_jaccard(
 
     Unbiased up to the quality of the permutations, with variance J (1 - J) / n_permutations.
     """
+    _check_numbers(None, a=(a, "u"), b=(b, "u"))
     if a.shape[-1:] != b.shape[-1:] or a.shape[-1:] in ((), (0,)):
         raise ValueError(f"a, b: expected equally many permutations, got {a.shape} and {b.shape}")
     return np.asarray((a == b).mean(axis=-1))
@@ -624,8 +636,21 @@ def _minima(
 
 # %% tags=["engine"]
 #| export
+def _check_numbers(dimensions: int | None, **arrays: tuple[Any, str]) -> None:
+    """Demand arrays of so many dimensions (None: any), of numbers of one of the kinds given."""
+    shape = "an array" if dimensions is None else "a row"
+    for argument, (values, kinds) in arrays.items():
+        name = "whole numbers without sign" if kinds == "u" else "whole numbers"
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in kinds:
+            got = values.dtype if isinstance(values, np.ndarray) else f"{values!r:.60}"
+            raise ValueError(f"{argument}: expected {shape} of {name}, got {got}")
+        if dimensions is not None and values.ndim != dimensions:
+            got = f"the shape {values.shape}"
+            raise ValueError(f"{argument}: expected {shape} of {name}, got {got}")
+
+
 def _check_hasher(hasher: MinHasher) -> None:
-    check_at_least(n_permutations=(1, hasher.n_permutations), seed=(0, hasher.seed))
+    _check_whole(n_permutations=(1, hasher.n_permutations), seed=(0, hasher.seed))
     _check_shingles(hasher.n, hasher.unit)
     if hasher.seed >= 2**32:
         raise ValueError(f"seed: expected less than 2**32, got {hasher.seed}")
@@ -756,6 +781,8 @@ plt.show()
 # $$
 # P(\text{candidates}) = 1 - (1 - s^r)^b .
 # $$ (dedup-scurve)
+#
+# (`_check_whole` and `_check_numbers`, from the engine rooms, refuse what is no whole number.)
 
 
 # %%
@@ -771,11 +798,12 @@ def collision_probability(
     >>> collision_probability(np.array([0.4, 0.8]), bands=16, rows=8).round(2).tolist()
     [0.01, 0.95]
     """
-    check_at_least(bands=(1, bands), rows=(1, rows))
-    s = np.asarray(similarity, np.float64)
-    if not ((s >= 0) & (s <= 1)).all():
-        raise ValueError(f"similarity: expected numbers from 0 to 1, got {similarity!r}")
-    return np.asarray(1 - (1 - s**rows) ** bands)
+    _check_whole(bands=(1, bands), rows=(1, rows))
+    s = np.asarray(similarity)
+    one = isinstance(similarity, int | float | np.number | np.ndarray)
+    if not one or s.dtype.kind not in "fiu" or not ((s >= 0) & (s <= 1)).all():
+        raise ValueError(f"similarity: expected numbers from 0 to 1, got {similarity!r:.60}")
+    return np.asarray(1 - (1 - s.astype(np.float64) ** rows) ** bands)
 
 
 # %% [markdown]
@@ -835,7 +863,7 @@ def optimal_bands(
     below and above the threshold. Of equally good choices that with the fewest bands is taken.
     """
     _check_threshold(threshold)
-    check_at_least(n_permutations=(1, n_permutations))
+    _check_whole(n_permutations=(1, n_permutations))
     _check_weights(weights)
     return _least_error(threshold, n_permutations, *weights)
 
@@ -1007,8 +1035,9 @@ def _band_hashes(
 # %% [markdown]
 # The index proper has keys for its documents (their ids), the layout of bands, and the hasher
 # whose signatures it takes: an index that forgot it would one day compare signatures of different
-# permutations, and find nothing without a complaint. `_SortedRuns` holds the runs, `_checked` and
-# `_new_keys` refuse what does not fit, `_sharing` lists the pairs of all buckets.
+# permutations, and find nothing without a complaint. `_SortedRuns` holds the runs,
+# `_checked_hasher`, `_checked` and `_new_keys` refuse what does not fit, `_sharing` lists the pairs
+# of all buckets.
 
 
 # %%
@@ -1017,7 +1046,7 @@ class LSHIndex:
     """Finds documents that share a band, by their signatures; nothing is verified."""
 
     def __init__(self, hasher: MinHasher | None = None, bands: int = 16, rows: int = 8) -> None:
-        self.hasher, self.bands, self.rows = hasher or MinHasher(), bands, rows
+        self.hasher, self.bands, self.rows = _checked_hasher(hasher), bands, rows
         _check_bands(bands, rows, self.hasher.n_permutations)
         self.keys, self._known, self._runs = list[str](), set[str](), _SortedRuns()
 
@@ -1092,6 +1121,12 @@ class _SortedRuns:
             found.append(np.stack([position, owners[left[position] + _ranges(counts)]], axis=1))
         return np.concatenate(found)
 
+    def keep(self, kept: Bool[np.ndarray, " owners"]) -> None:
+        """Drop the entries of owners that are not ``kept``, and number the others anew."""
+        hashes, owners = self.merged()
+        stay = kept[owners]
+        self.runs = [(hashes[stay], (np.cumsum(kept) - 1)[owners[stay]])]
+
 
 # %% [markdown] tags=["engine"]
 # Two entries that stand side by side with the same hash are in one bucket. Buckets give pairs:
@@ -1124,21 +1159,33 @@ def _sharing(
 #| export
 def _checked(signatures: _Signatures, hasher: MinHasher) -> _Signatures:
     """Return ``signatures`` if their shape is one that ``hasher`` makes."""
+    if getattr(signatures, "dtype", None) != np.uint32:
+        got = getattr(signatures, "dtype", type(signatures).__name__)
+        raise ValueError(f"signatures: expected an array of uint32, got {got}")
     if signatures.ndim != 2 or signatures.shape[1] != hasher.n_permutations:
         expected = f"expected rows of {hasher.n_permutations} numbers"
         raise ValueError(f"signatures: {expected}, got the shape {signatures.shape}")
     return signatures
 
 
-def _new_keys(keys: Iterable[str], known: set[str], count: int) -> list[str]:
-    """Return ``keys`` as a list of ``count`` different strings, none of them known."""
-    new, seen = list(keys), set[str]()
-    if isinstance(keys, str) or len(new) != count:
-        got = "a single str" if isinstance(keys, str) else len(new)
-        raise ValueError(f"keys: expected {count}, one for each signature, got {got}")
-    for key in new:
+def _listed(keys: Any) -> list[str]:
+    """Return ``keys`` as a list, if they are several strings."""
+    if isinstance(keys, str) or not isinstance(keys, Iterable):
+        got = "a single str" if isinstance(keys, str) else f"{keys!r:.60}"
+        raise ValueError(f"keys: expected several strings, got {got}")
+    listed = list(keys)
+    for key in listed:
         if not isinstance(key, str):
             raise ValueError(f"keys: expected strings, got {type(key).__name__}")
+    return listed
+
+
+def _new_keys(keys: Iterable[str], known: set[str], count: int) -> list[str]:
+    """Return ``keys`` as a list of ``count`` different strings, none of them known."""
+    new, seen = _listed(keys), set[str]()
+    if len(new) != count:
+        raise ValueError(f"keys: expected {count}, one for each signature, got {len(new)}")
+    for key in new:
         if key in known or key in seen:
             raise ValueError(f"keys: expected new ones, got {key!r} again")
         seen.add(key)
@@ -1151,11 +1198,54 @@ def _new_keys(keys: Iterable[str], known: set[str], count: int) -> list[str]:
 
 # %% tags=["engine"]
 #| export
+def _checked_hasher(hasher: MinHasher | None) -> MinHasher:
+    """Return ``hasher``, or the default one in the place of None."""
+    if hasher is not None and not isinstance(hasher, MinHasher):
+        raise ValueError(f"hasher: expected a MinHasher, got {hasher!r:.60}")
+    return hasher or MinHasher()
+
+
 def _check_bands(bands: int, rows: int, n_permutations: int) -> None:
-    check_at_least(bands=(1, bands), rows=(1, rows))
+    _check_whole(bands=(1, bands), rows=(1, rows))
     if bands * rows > n_permutations:
         most = f"at most {n_permutations} permutations"
         raise ValueError(f"bands, rows: expected {most} in all, got {bands} times {rows}")
+
+
+# %% [markdown] tags=["engine"]
+# Documents leave an index, too: when they are withdrawn, or when a crawl is made anew. Entries of
+# several documents are dropped in one pass over all runs, so remove many at a time. And two indexes
+# become one, if they have the same hasher and layout: two machines may each fill one.
+
+
+# %% tags=["engine"]
+#| export
+class LSHIndex(LSHIndex):  # continued
+    def remove(self, keys: Iterable[str]) -> None:
+        """Take documents out by their ``keys``; all of them, or none if one is not there."""
+        gone = set(_listed(keys))
+        if unknown := sorted(gone - self._known):
+            raise ValueError(f"keys: expected keys of this index, got {unknown[0]!r}")
+        self._runs.keep(np.array([key not in gone for key in self.keys], bool))
+        self.keys = [key for key in self.keys if key not in gone]
+        self._known -= gone
+
+    def merge(self, other: "LSHIndex") -> None:
+        """Add the documents of another index after one's own; all of them, or none.
+
+        Both must have the same hasher and layout, and no key in common.
+        """
+        if not isinstance(other, LSHIndex):
+            raise ValueError(f"other: expected an LSHIndex, got {other!r:.60}")
+        mine, theirs = ((index.hasher, index.bands, index.rows) for index in (self, other))
+        if mine != theirs:
+            raise ValueError(f"other: expected hasher, bands and rows {mine}, got {theirs}")
+        if common := sorted(self._known & other._known):
+            raise ValueError(f"other: expected keys that are new, got {common[0]!r} again")
+        hashes, owners = other._runs.merged()
+        self._runs.add(hashes, owners + len(self))
+        self.keys += other.keys
+        self._known |= other._known
 
 
 # %% [markdown] tags=["engine"]
@@ -1207,13 +1297,13 @@ class LSHIndex(LSHIndex):  # continued
         }
         coded = np.frombuffer(json.dumps(header).encode(), np.uint8)
         hashes, owners = self._runs.merged()
-        with whole_file(Path(path)) as draft, draft.open("wb") as file:
+        with whole_file(path) as draft, draft.open("wb") as file:
             np.savez(file, header=coded, hashes=hashes, owners=owners)
 
     @classmethod
     def load(cls, path: str | Path) -> "LSHIndex":
         """Read what ``save`` wrote; a ``ValueError`` names a file that is none, or broken."""
-        with Path(path).open("rb") as file:
+        with check_path(path).open("rb") as file:
             try:  # zipfile, zlib, NumPy and JSON have a dozen exceptions for broken files
                 with np.load(file, allow_pickle=False) as arrays:
                     header = json.loads(arrays["header"].tobytes())
@@ -1293,7 +1383,8 @@ print(f"the file is {times:.1f} times 16 bytes for each document and band")
 #| export
 def _root(parent: list[int], argument: str, item: int) -> int:
     size = len(parent)
-    if not isinstance(item, int | np.integer) or not 0 <= item < size:
+    whole = isinstance(item, int | np.integer) and not isinstance(item, bool)
+    if not whole or not 0 <= item < size:
         raise ValueError(f"{argument}: expected an item from 0 below {size}, got {item!r}")
     while parent[item] != item:
         parent[item] = item = parent[parent[item]]
@@ -1315,7 +1406,7 @@ class UnionFind:
     """
 
     def __init__(self, size: int) -> None:
-        check_at_least(size=(0, size))
+        _check_whole(size=(0, size))
         self._parent = list(range(size))
 
     def find(self, item: int) -> int:
@@ -1330,6 +1421,7 @@ class UnionFind:
 
     def roots(self, items: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         """Return the names of the sets that the ``items`` are in."""
+        _check_numbers(1, items=(items, "iu"))
         return np.array([self.find(item) for item in items.tolist()], np.int64)
 
     def clusters(self) -> list[list[int]]:
@@ -1492,6 +1584,24 @@ def _mixed(
 
 
 # %% [markdown] tags=["engine"]
+# A pair may meet in several buckets, and in each of them in another round. It is compared once: the
+# pairs that were compared are remembered, as numbers in the sorted runs of the index.
+
+
+# %% tags=["engine"]
+#| export
+def _new_pairs(
+    pairs: Int64[np.ndarray, "pairs 2"], size: int, seen: _SortedRuns
+) -> Int64[np.ndarray, "new 2"]:
+    """Return those of the pairs of ``size`` items that are not ``seen``, and remember them."""
+    codes = (pairs[:, 0] * size + pairs[:, 1]).astype(np.uint64)
+    new = np.ones(len(pairs), bool)
+    new[seen.find(codes)[:, 0]] = False
+    seen.add(codes[new], pairs[new, 0])
+    return pairs[new]
+
+
+# %% [markdown] tags=["engine"]
 # Each turn of the loop is one round for all buckets together. `rest` are the members that stay for
 # the next round.
 
@@ -1511,6 +1621,7 @@ def _link_similar(
     That is, their similarities and the number of pairs compared. ``groups`` are sorted numbers.
     """
     forest, compared, tried, links = UnionFind(len(sets)), 0, 0, [_NO_LINKS]
+    seen = _SortedRuns()
     while len(members):
         first = np.append(True, groups[1:] != groups[:-1])  # the centers
         number = np.cumsum(first) - 1  # of each member's group
@@ -1520,6 +1631,7 @@ def _link_similar(
         root, center = forest.roots(alive)[place], members[first][number]
         apart = root != root[first][number]
         pairs = _unique_pairs(np.stack([center, members], axis=1)[apart])
+        pairs = _new_pairs(pairs, len(sets), seen)
         links.append(_join(pairs, sets, threshold, forest))
         compared, root = compared + len(pairs), forest.roots(alive)[place]
         joined = root == root[first][number]
@@ -1554,7 +1666,8 @@ class NearDuplicates:
 
 
 # %% [markdown]
-# The function is this plan, line by line:
+# The function is this plan, line by line. (`_checked_bands` takes the layout of `optimal_bands`
+# unless the caller names another.)
 
 
 # %%
@@ -1565,18 +1678,21 @@ def find_near_duplicates(
     *,
     hasher: MinHasher | None = None,
     weights: Sequence[float] = (0.05, 0.95),
+    bands: int | None = None,
+    rows: int | None = None,
     exact_up_to: int = 1000,
     workers: int = 1,
 ) -> NearDuplicates:
     """Find clusters of documents connected by a true Jaccard similarity of ``threshold`` or more.
 
-    ``weights`` (of false positives, of misses) choose the bands; a pair at similarity s is found
-    with ``collision_probability(s, bands, rows)``, and copies always are. In buckets of more than
-    ``exact_up_to`` members some edges that would join two clusters may be missed.
+    ``weights`` (of false positives, of misses) choose the bands, unless ``bands`` and ``rows`` are
+    given; a pair at similarity s is found with ``collision_probability(s, bands, rows)``, and
+    copies always are. In buckets of more than ``exact_up_to`` members some edges that would join
+    two clusters may be missed.
     """
-    check_at_least(exact_up_to=(0, exact_up_to))
-    hasher = hasher or MinHasher()
-    bands, rows = optimal_bands(threshold, hasher.n_permutations, weights)
+    _check_whole(exact_up_to=(0, exact_up_to), workers=(1, workers))
+    hasher = _checked_hasher(hasher)
+    bands, rows = _checked_bands(threshold, hasher, weights, bands, rows)
     texts = list(iter_texts(documents))
     copies = [(group[0], copy) for group in exact_duplicates(texts) for copy in group[1:]]
     exact = np.array(copies, np.int64).reshape(-1, 2)
@@ -1593,6 +1709,31 @@ def find_near_duplicates(
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: from signatures to buckets, from buckets to links
+
+# %% [markdown] tags=["engine"]
+# Published settings name their bands. FineWeb's are
+# `hasher=MinHasher(n_permutations=112), bands=14, rows=8`.
+
+
+# %% tags=["engine"]
+#| export
+def _checked_bands(
+    threshold: float,
+    hasher: MinHasher,
+    weights: Sequence[float],
+    bands: int | None,
+    rows: int | None,
+) -> tuple[int, int]:
+    """Return ``bands`` and ``rows`` if they are given, else the best for ``weights``."""
+    _check_threshold(threshold)
+    _check_weights(weights)
+    if bands is None and rows is None:
+        return optimal_bands(threshold, hasher.n_permutations, weights)
+    if bands is None or rows is None:
+        raise ValueError(f"bands, rows: expected both or neither, got {bands} and {rows}")
+    _check_bands(bands, rows, hasher.n_permutations)
+    return bands, rows
+
 
 # %% [markdown] tags=["engine"]
 # Members of buckets are few. Only their texts are cut into shingles a second time.
@@ -1646,8 +1787,8 @@ print(f"members of a cluster that do not belong to it: {outside}")
 # %% [markdown]
 # And the header with five thousand copies: one text, each time with another year and number. Beside
 # it the worst case: eight hundred texts of which every pair has a similarity of about $0.7$, too
-# little to be joined and enough to meet. There is nothing to save there. A pair that meets in
-# several buckets may even be compared in several rounds, so there are more comparisons than pairs.
+# little to be joined and enough to meet. There all pairs that meet must be compared. Most of them
+# meet in several buckets, but each is compared only once.
 #
 # The buckets of the bands are searched side by side. For the header, some begin with the first
 # member, some with the second, so there are two comparisons for each document, not one.
@@ -1731,8 +1872,10 @@ def _ranked(
         for i in cluster:
             document = documents[i]
             values[i] = score(document) if score else len(canonical_text(document.text))
-            if math.isnan(values[i]):
-                raise ValueError(f"score: expected numbers, got NaN for document {document.id!r}")
+            number = isinstance(values[i], int | float | np.number)
+            if not number or math.isnan(values[i]):
+                got = f"{values[i]!r:.40} for document {document.id!r}"
+                raise ValueError(f"score: expected numbers, got {got}")
         yield sorted(cluster, key=lambda i: (-values[i], i))
 
 
@@ -1820,6 +1963,8 @@ def deduplicate(
     linkage: str = "star",
     hasher: MinHasher | None = None,
     weights: Sequence[float] = (0.05, 0.95),
+    bands: int | None = None,
+    rows: int | None = None,
     exact_up_to: int = 1000,
     workers: int = 1,
 ) -> list[Document]:
@@ -1831,14 +1976,17 @@ def deduplicate(
     connected cluster. Other arguments are those of ``find_near_duplicates``, for both steps.
     """
     check_choice("linkage", linkage, ("star", "single"))
-    listed, hasher = list(iter_documents(documents)), hasher or MinHasher()
+    if score is not None and not callable(score):
+        raise ValueError(f"score: expected a function of a Document, got {score!r:.60}")
+    listed, hasher = list(iter_documents(documents)), _checked_hasher(hasher)
+    layout = bands, rows = _checked_bands(threshold, hasher, weights, bands, rows)
+    options: dict[str, Any] = {"exact_up_to": exact_up_to, "workers": workers}
     found = find_near_duplicates(
-        listed, threshold, hasher=hasher, weights=weights, exact_up_to=exact_up_to, workers=workers
+        listed, threshold, hasher=hasher, bands=bands, rows=rows, **options
     )
     ranked = list(_ranked(found.clusters, listed, score))
     removed = {i for cluster in ranked for i in cluster[1:]}
     if linkage == "star":
-        layout = optimal_bands(threshold, hasher.n_permutations, weights)
         removed = _stars(ranked, listed, threshold, hasher, layout, exact_up_to, workers)
     return [document for i, document in enumerate(listed) if i not in removed]
 
@@ -2098,12 +2246,21 @@ def containment(part: np.ndarray, whole: np.ndarray) -> float:
 
 
 # %% tags=["check"]
+import warnings
+
 quote, book = np.arange(10, dtype=np.uint64), np.arange(5, 1000, dtype=np.uint64)
 assert containment(quote, book) == 0.5, "five of the ten shingles of the quotation are in the book"
 assert abs(containment(book, quote) - 5 / 995) < 1e-12, "it is not symmetric: divide by the part"
-assert containment(quote[:0], book) == 1.0, "an empty part is contained in everything"
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # a mean of nothing is not a number
+    try:
+        nothing = containment(quote[:0], book)
+    except ZeroDivisionError:
+        nothing = None
+assert nothing == 1.0, "an empty part is contained in everything"
 assert containment(quote, book[:0]) == 0.0, "an empty whole contains nothing"
 assert containment(quote[[0, 7, 7, 7]], book) == 0.5, "a set has each element once"
+assert containment(quote, book[[0, 0, 0, 1, 2]]) == 0.3, "a set has each element once"
 
 # %% [markdown]
 # ````{exercise} How many permutations?
@@ -2122,12 +2279,19 @@ def permutations_needed(similarity: float, error: float) -> int:
 
 
 # %% tags=["check"]
-assert permutations_needed(0.5, 0.05) == 100, "0.25 / 0.0025 is 100"
-assert permutations_needed(0.2, 0.04) == 100, "0.16 / 0.0016 is 100, up to rounding"
+assert permutations_needed(0.5, 0.05) == 100, (
+    "J (1 - J) = 0.25 over the squared error 0.0025 is 100: the error is a standard deviation"
+)
+assert permutations_needed(0.8, 0.02) == 400, "the similarity matters: 0.16 and not 0.25"
+assert permutations_needed(0.25, 0.05) == permutations_needed(0.75, 0.05) == 75, (
+    "0.25 and 0.75 have the same variance"
+)
 assert permutations_needed(0.8, 0.01) == 1600, "four times as many for half the error"
-assert permutations_needed(0.8, 0.02) == 400, "the error is a standard deviation, not a variance"
 assert permutations_needed(0.9, 0.04) == 57, "56.25 permutations do not exist: round up"
+assert permutations_needed(0.9, 0.1) == 9, "0.09 / 0.01 is 9, and 10 is not the least"
+assert permutations_needed(0.2, 0.04) == 100, "0.16 / 0.0016 is 100, up to rounding"
 assert permutations_needed(1.0, 0.1) == 1, "equal sets always agree, but one permutation is needed"
+assert isinstance(permutations_needed(0.5, 0.05), int), "a number of permutations is an int"
 
 # %% [markdown]
 # ````{exercise} One bit is nearly enough
@@ -2149,15 +2313,18 @@ def estimate_from_bits(a: np.ndarray, b: np.ndarray, bits: int) -> float:
 
 
 # %% tags=["check"]
+a, b = np.array([0, 1, 2, 3], np.uint32), np.array([0, 3, 2, 7], np.uint32)
+assert estimate_from_bits(a, b, 1) == 1.0, "the lowest bits of all four positions agree"
+assert estimate_from_bits(a, a, 8) == 1.0, "equal signatures have an estimate of 1"
+assert abs(estimate_from_bits(a, b, 2) - 2 / 3) < 1e-9, (
+    "three of four agree; that is J, and a quarter of the rest by chance"
+)
+wide = np.array([1 << 31, 5], np.uint32)
+assert estimate_from_bits(wide, wide & 7, 2) == 1.0, "only the lowest bits count"
 drawn = many.hash_signatures(random_pairs(133, seed=1).ravel(), np.full(2000, 200))
 for bits in (1, 2, 8):
     mean = np.mean([estimate_from_bits(a, b, bits) for a, b in drawn.reshape(1000, 2, 512)])
     assert abs(mean - 133 / 267) < 0.02, f"with {bits} bits the mean should be 0.50, got {mean:.2f}"
-a, b = np.array([0, 1, 2, 3], np.uint32), np.array([0, 3, 2, 7], np.uint32)
-assert estimate_from_bits(a, b, 1) == 1.0, "the lowest bits of all four positions agree"
-assert abs(estimate_from_bits(a, b, 2) - 2 / 3) < 1e-9, (
-    "three of four agree, less a quarter by chance"
-)
 
 # %% [markdown]
 # ````{exercise} One permutation is enough
@@ -2184,15 +2351,25 @@ def estimate_bottom_k(a: np.ndarray, b: np.ndarray, k: int) -> float:
 
 
 # %% tags=["check"]
-assert bottom_k(np.array([5, 3, 3, 9, 1]), 3).tolist() == [1, 3, 5], "distinct, ascending"
+assert bottom_k(np.array([5, 3, 9, 1]), 3).tolist() == [1, 3, 5], "the smallest, ascending"
+assert bottom_k(np.array([5, 3, 3, 9, 1]), 3).tolist() == [1, 3, 5], "each hash counts once"
+assert bottom_k(np.array([5, 3]), 3).tolist() == [3, 5], "fewer, if there are no more"
 a, b = np.array([1, 2, 3, 4]), np.array([2, 3, 5, 6])
-assert estimate_bottom_k(a, b, 4) == 0.5, "of 1, 2, 3, 4 in the union, 2 and 3 are in both"
-assert estimate_bottom_k(a[:0], b[:0], 4) == 1.0, "two empty sets are equal"
+assert estimate_bottom_k(a, b, 4) == 0.5, (
+    "of 1, 2, 3, 4, the four smallest of the union, 2 and 3 are in both"
+)
+assert estimate_bottom_k(a[:2], a[1:2], 4) == 0.5, (
+    "small sets: of two elements in the union, one is in both"
+)
 a, b = np.array([1, 2, 8, 9]), np.array([3, 4, 8, 9])
 assert estimate_bottom_k(a, b, 4) == 0.0, "8 and 9 are not among the four smallest of the union"
-assert estimate_bottom_k(a[:2], a[1:2], 4) == 0.5, (
-    "small sets: two elements in the union, one in both"
-)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # a mean of nothing is not a number
+    try:
+        nothing = estimate_bottom_k(a[:0], b[:0], 4)
+    except ZeroDivisionError:
+        nothing = None
+assert nothing == 1.0, "two empty sets are equal"
 draws, values = np.random.default_rng(2), []
 for _ in range(300):
     big = draws.integers(0, 2**32, 1000)
@@ -2229,8 +2406,17 @@ story = [f"word{i}" for i in range(300)]
 train = [" ".join(story[i : i + 100]) for i in (0, 100, 200)] + ["Dough rises."]
 close, far = " ".join([*story[100:198], "new", "end"]), " ".join([*story[:84], *story[284:]])
 test = ["Nothing of the kind", close, "dough  RISES.", far, train[0]]
-assert leaked(train, test) == [1, 2, 4], "a near copy, a short copy in capitals, a copy"
-assert leaked(train, [far], 0.6) == [0], "at a lower threshold this is one, too"
+assert 4 in leaked(train, test), "a copy has leaked; the indices are those of the test texts"
+assert 1 in leaked(train, test), "a near copy has leaked"
+assert 2 in leaked(train, test), "a short copy in capitals has leaked"
+assert 3 not in leaked(train, test), "candidates are verified: this one has a similarity below 0.8"
+assert leaked(train, test) == [1, 2, 4], "each leaked text once, in ascending order"
+assert leaked(train * 2, test) == [1, 2, 4], "a text that leaked twice is named once"
+assert leaked(train, test, 0.99) == [2, 4], "the threshold is the caller's"
+assert leaked(train, [far], 0.6) == [0], (
+    "bands fit the threshold: at a lower one this is found, too"
+)
+assert leaked(["a b c"], ["x y z", "x y z"]) == [], "copies inside the test set are no leak"
 assert leaked(train, []) == [] and leaked([], test) == [], (
     "nothing has leaked from, or into, nothing"
 )

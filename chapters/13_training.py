@@ -133,6 +133,92 @@ for step in range(60):
 assert losses[0] > 5 and losses[-1] < 3.5
 print(f"the loss, in nats per token: {losses[0]:.1f} at first, {losses[-1]:.1f} after 60 steps")
 
+# %% [markdown] tags=["engine"]
+# ### Engine room: what a function asks of its arguments
+
+# %% [markdown] tags=["engine"]
+# Kinds, amounts and shares come first. NaN fails every comparison, so an amount is asked whether it
+# is a finite number before it is compared.
+
+
+# %% tags=["engine"]
+#| export
+def _check_kind(name: str, value: object, kind: Any, expected: str) -> None:
+    """Refuse what is of another type."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}: expected {expected}, got {value!r:.60}")
+
+
+def _check_amount(name: str, value: object, above: float | None = None) -> None:
+    """Refuse what is negative, infinite or NaN, or not ``above`` what is given; None passes."""
+    if value is None:
+        return
+    least = "0 or more" if above is None else f"more than {above:g}"
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = number and math.isfinite(cast(float, value))
+    if not number or (cast(float, value) < 0 if above is None else cast(float, value) <= above):
+        raise ValueError(f"{name}: expected a finite number, {least}, got {value!r}")
+
+
+def _check_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a share from 0 to 1, got {value!r}")
+
+
+# %% [markdown] tags=["engine"]
+# Then paths, devices and texts, several of them and not one.
+
+
+# %% tags=["engine"]
+#| export
+def _as_path(name: str, path: object) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"{name}: expected a path, got {path!r:.60}")
+    return Path(path)
+
+
+def _as_device(device: object) -> torch.device:
+    try:
+        return torch.device(cast(str, device))
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected one of PyTorch's, got {device!r:.60}") from None
+
+
+def _check_texts(name: str, value: Any) -> None:
+    """A single text would be taken for a sequence of characters."""
+    if isinstance(value, str):
+        raise ValueError(f"{name}: expected a tuple of texts, got {value!r}")
+    _check_kind(name, value, Iterable, "a tuple of texts")
+    for place, text in enumerate(value):
+        check_text(text, f"{name}[{place}]")
+
+
+def _as_texts(name: str, value: Any) -> list[str]:
+    """Return several texts, which may come from an iterator, as a list."""
+    texts = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+    _check_texts(name, texts)
+    return cast(list[str], texts)
+
+
+# %% [markdown] tags=["engine"]
+# And a row of a log, which has numbers by name.
+
+
+# %% tags=["engine"]
+#| export
+#: What is measured at once: numbers by name.
+Row = Mapping[str, int | float]
+
+
+def _check_row(row: object) -> None:
+    """Demand numbers by name, the step among them."""
+    _check_kind("row", row, Mapping, "numbers by name")
+    for name, value in cast(Row, row).items():
+        _check_kind(f"row[{name!r}]", value, int | float, "a number")
+    if "step" not in cast(Row, row):
+        raise ValueError(f"row: expected a step among its numbers, got {row!r:.60}")
+
+
 # %% [markdown]
 # ## A sum and a count
 #
@@ -164,8 +250,6 @@ print(f"mean of the two means: {of_means:.1f}, mean over all targets: {of_target
 #: From a model and a batch to the summed loss of its targets and their number. A third value may
 #: hold other sums by name, such as the number of right guesses; they are averaged like the loss.
 Objective = Callable[[nn.Module, Any], tuple[Any, ...]]
-#: What is measured at once: numbers by name.
-Row = Mapping[str, int | float]
 
 
 def next_token_objective(
@@ -177,6 +261,12 @@ def next_token_objective(
     weighs the balance loss of experts, which counts once for each target; it is no sum over
     targets, so with it micro-batches are only nearly the whole batch.
     """
+    if not hasattr(model, "hidden_states"):
+        expected = "a TransformerLM; any other needs an objective of its own"
+        raise ValueError(f"model: expected {expected}, got {model!r:.60}")
+    _check_kind("batch", batch, Batch, "a Batch, with inputs and targets")
+    _check_amount("z_loss", z_loss)
+    _check_amount("balance_loss", balance_loss)
     lm = cast(TransformerLM, model)
     hidden = lm.hidden_states(
         batch.inputs, position_ids=batch.position_ids, document_ids=batch.document_ids
@@ -206,6 +296,7 @@ def compact(batch: Batch) -> Batch:
     That is padding at the end of all rows, and the numbers of documents where each row has one
     document and then padding: the causal mask hides the padding from it.
     """
+    _check_kind("batch", batch, Batch, "a Batch, with inputs and targets")
     used = (batch.targets != -100).any(dim=0).nonzero()
     length = int(used[-1]) + 1 if len(used) else 1
     short: Any = [None if field is None else field[:, :length] for field in batch]
@@ -262,9 +353,12 @@ def split_rows(batch: Any, rows: int | None) -> Iterator[Any]:
     if rows is None:
         yield batch
         return
+    kind: Any = type(batch)
+    if not isinstance(batch, tuple) or not batch or not isinstance(batch[0], Tensor):
+        raise ValueError(f"batch: expected a tuple of tensors to split, got {batch!r:.60}")
     for start in range(0, len(batch[0]), rows):
         parts = [None if field is None else field[start : start + rows] for field in batch]
-        yield tuple(parts) if type(batch) is tuple else type(batch)(*parts)
+        yield tuple(parts) if kind is tuple else kind(*parts)
 
 
 # %% [markdown]
@@ -371,6 +465,9 @@ class TrainingConfig(TrainingConfig):  # continued
         counts = {"n_steps": 1, "batch_size": 1, "log_every": 1, "keep_last": 1, "warmup": 0}
         counts |= {"evaluate_every": 1, "checkpoint_every": 1, "max_skipped": 0, "seed": 0}
         counts |= {"micro_batch_size": 1, "threads": 1}
+        for f in fields(self):
+            if getattr(self, f.name) is None and f.name not in _MAY_BE_NONE:
+                raise ValueError(f"{f.name}: expected a value, got None")
         check_at_least(**{name: (least, getattr(self, name)) for name, least in counts.items()})
         if self.batch_size % (self.micro_batch_size or 1):
             expected = f"a divisor of batch_size = {self.batch_size}"
@@ -383,20 +480,53 @@ class TrainingConfig(TrainingConfig):  # continued
         for name in ("weight_decay", "z_loss", "balance_loss"):
             _check_amount(name, getattr(self, name))
         _check_amount("spike_factor", self.spike_factor, above=1.0)
+        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
+            raise ValueError(f"betas: expected two numbers, got {self.betas!r}")
         for place, beta in enumerate(self.betas):
             check_fraction(f"betas[{place}]", beta)
+        for name in ("compile", "prefetch"):
+            _check_kind(name, getattr(self, name), bool, "True or False")
         check_text(self.best, "best")
         if self.seed >= 2**32:
             raise ValueError(f"seed: expected less than 2**32, got {self.seed}")
-        if not 0 <= self.final <= 1:
-            raise ValueError(f"final: expected a share from 0 to 1, got {self.final}")
+        _check_share("final", self.final)
         if self.warmup > self.n_steps:
             expected = f"at most n_steps = {self.n_steps}"
             raise ValueError(f"warmup: expected {expected}, got {self.warmup}")
 
 
 # %% [markdown] tags=["engine"]
-# NaN fails every comparison, so an amount is asked first whether it is a finite number.
+# A setting that does not exist is a slip of the pen, or the habit of another library: chapter 12's
+# `lr` is a `learning_rate` here, where it stands beside other rates. Python's own message would
+# name neither.
+
+
+# %% tags=["engine"]
+#| export
+_OTHER_NAMES = {"lr": "learning_rate", "steps": "n_steps", "max_steps": "n_steps"}
+_OTHER_NAMES |= {"warmup_steps": "warmup", "max_norm": "clip_norm", "grad_clip": "clip_norm"}
+_OTHER_NAMES |= {"accumulation_steps": "micro_batch_size", "eval_every": "evaluate_every"}
+
+
+def _no_such_setting(name: str, known: Sequence[str]) -> str:
+    """Say which of the ``known`` settings was perhaps meant."""
+    close = [_OTHER_NAMES[name]] if _OTHER_NAMES.get(name) in known else []
+    close += difflib.get_close_matches(name, known, 1)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+
+
+class TrainingConfig(TrainingConfig):  # continued
+    def __new__(cls, **settings: Any) -> "TrainingConfig":
+        known = [f.name for f in fields(cls)]
+        for name, value in settings.items():
+            if name not in known:
+                hint = _no_such_setting(name, known)
+                raise TypeError(f"{name}: no such setting; {hint} (got {name}={value!r})")
+        return object.__new__(cls)
+
+
+# %% [markdown] tags=["engine"]
+# What there is to choose from, what may be left open, and which optimizers PyTorch has.
 
 
 # %% tags=["engine"]
@@ -404,16 +534,8 @@ class TrainingConfig(TrainingConfig):  # continued
 _CHOICES = {"schedule": ("cosine", "wsd", "linear", "constant"), "best_is": ("lowest", "highest")}
 _CHOICES |= {"precision": ("float32", "bfloat16")}
 _OPTIMIZERS = ("adamw", "muon", "sgd")
-
-
-def _check_amount(name: str, value: object, above: float | None = None) -> None:
-    """Refuse what is negative, infinite or NaN, or not ``above`` what is given; None passes."""
-    if value is None:
-        return
-    least = "0 or more" if above is None else f"more than {above:g}"
-    number = isinstance(value, int | float) and math.isfinite(value)
-    if not number or (cast(float, value) < 0 if above is None else cast(float, value) <= above):
-        raise ValueError(f"{name}: expected a finite number, {least}, got {value!r}")
+_MAY_BE_NONE = {"micro_batch_size", "adamw_rate", "clip_norm", "evaluate_every"}
+_MAY_BE_NONE |= {"checkpoint_every", "threads", "spike_factor"}
 
 
 def _torch_optimizer(name: str) -> Any:
@@ -486,9 +608,7 @@ def _reworded(message: str, known: Iterable[str]) -> str:
         wanted = name.rpartition(".")[2]
         if not there:  # it is the section that is misspelled
             there, wanted = list(dict.fromkeys(k.partition(".")[0] for k in known)), section
-        close = difflib.get_close_matches(wanted, there, 1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(there)}"
-        return f"{name}: no such setting; {hint}"
+        return f"{name}: no such setting; {_no_such_setting(wanted, there)}"
     size = re.search(r"Expected a (\w+ with .*?)\. Got", message)
     kinds = dict.fromkeys(re.findall(r"[Ee]xpected a <class '(\w+)'>", message))
     names = ["nothing" if kind == "NoneType" else kind for kind in kinds]
@@ -628,6 +748,7 @@ class SpikeDetector:
 
     def __init__(self, factor: float | None, window: int = 64):
         _check_amount("factor", factor, above=1.0)
+        _check_kind("window", window, int, "a whole number")
         check_at_least(window=(1, window))
         self.factor, self.recent = factor, deque[float](maxlen=window)
 
@@ -657,6 +778,9 @@ class Guard:
     """
 
     def __init__(self, spike_factor: float | None = None, max_skipped: int = 20):
+        _check_amount("spike_factor", spike_factor, above=1.0)
+        _check_kind("max_skipped", max_skipped, int, "a whole number")
+        check_at_least(max_skipped=(0, max_skipped))
         self.spikes, self.max_skipped = SpikeDetector(spike_factor), max_skipped
         self.skipped = self.skipped_in_a_row = 0
 
@@ -797,7 +921,14 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 # %%
 #| export
 def update_ratio(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Return the norm of the change of all weights over the norm of the weights before it."""
+    """Return the norm of the change of all weights over the norm of the weights before it.
+
+    ``before`` and ``after`` have the same shapes. From nothing but zeros the change is infinite.
+    """
+    shapes = [[tuple(t.shape) for t in some] for some in (before, after)]
+    if not shapes[0] or shapes[0] != shapes[1]:
+        expected = f"tensors shaped as before, {shapes[0]!s:.60}"
+        raise ValueError(f"after: expected {expected}, got {shapes[1]!s:.60}")
     changes = torch._foreach_norm(torch._foreach_sub(list(after), list(before)))
     norms = torch._foreach_norm(list(before))
     both = (torch.linalg.vector_norm(torch.stack(n)).item() for n in (changes, norms))
@@ -819,6 +950,8 @@ def activation_scales(model: nn.Module, ids: Int64[Tensor, "batch sequence"]) ->
     "stream/0" and so on are the root-mean-square of what each block hands on, "logits" that of
     the logits, "logits/max" the largest of them in absolute value.
     """
+    if not hasattr(model, "blocks"):
+        raise ValueError(f"model: expected a TransformerLM, got {model!r:.60}")
     scales: dict[str, Tensor] = {}
 
     @torch.compiler.disable  # in a compiled model it would be compiled, once for each layer
@@ -940,11 +1073,12 @@ class MetricsLog:
     """
 
     def __init__(self, path: str | Path | None = None):
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else _as_path("path", path)
         self.rows: list[Row] = [] if self.path is None else _read_rows(self.path)
 
     def write(self, row: Row) -> None:
         """Add a row; a line is written whole or, when the disk is full, not at all."""
+        _check_row(row)
         self.rows.append(dict(row))
         if self.path is not None:
             _append_row(self.path, row)
@@ -1063,7 +1197,7 @@ class TensorBoard:
     """A sink that writes curves into ``folder``; see them by ``tensorboard --logdir folder``."""
 
     def __init__(self, folder: str | Path):
-        self.folder, self._writer = Path(folder), cast(Any, None)
+        self.folder, self._writer = _as_path("folder", folder), cast(Any, None)
 
     def start(self, step: int) -> None:
         """Open a file of events that replaces those of later steps."""
@@ -1093,6 +1227,8 @@ class ProgressBar:
     """A sink that shows a bar of ``n_steps`` on standard output, with the last loss."""
 
     def __init__(self, n_steps: int):
+        _check_kind("n_steps", n_steps, int, "a whole number")
+        check_at_least(n_steps=(1, n_steps))
         self.n_steps, self._bar = n_steps, cast(Any, None)
 
     def start(self, step: int) -> None:
@@ -1124,6 +1260,7 @@ class LivePlot:
     """A sink that draws the columns ``names`` in the notebook, anew with each row that has one."""
 
     def __init__(self, names: Sequence[str] = ("loss", "validation_loss")):
+        _check_texts("names", names)
         self.names, self.log = tuple(names), MetricsLog()
         self._figure = self._shown = cast(Any, None)
 
@@ -1157,6 +1294,8 @@ class LivePlot:
 #| export
 def plot_columns(log: MetricsLog, names: Sequence[str], figure: Any) -> None:
     """Draw columns of ``log`` against steps, one above the other, into a matplotlib ``figure``."""
+    _check_kind("log", log, MetricsLog, "a MetricsLog")
+    _check_texts("names", names)
     figure.clear()
     there = [name for name in names if any(name in row for row in log.rows)]
     axes = cast(Any, None)
@@ -1187,7 +1326,8 @@ def _picture(figure: Any) -> Any:
 @cache
 def peak_flops(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
     """Return the operations a second of the fastest large matrix product, measured once here."""
-    size = 8192 if torch.device(device).type == "cuda" else 1024
+    _check_kind("dtype", dtype, torch.dtype, "a torch.dtype")
+    size = 8192 if _as_device(device).type == "cuda" else 1024
     a = torch.full((size, size), 0.5, dtype=dtype, device=device)  # draws no random number
     fastest = math.inf
     for _ in range(6):  # the first warms up
@@ -1199,7 +1339,7 @@ def peak_flops(device: torch.device | str = "cpu", dtype: torch.dtype = torch.fl
 
 def peak_memory(device: torch.device | str = "cpu") -> float:
     """Return the most bytes that this process has held, on a GPU those of tensors; or NaN."""
-    if torch.device(device).type == "cuda":
+    if _as_device(device).type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     try:
         import resource
@@ -1402,33 +1542,58 @@ def _raw(tensor: Tensor) -> Any:
 
 
 # %% [markdown] tags=["engine"]
-# Write, force, rename. At the end the folder too is forced to the disk: the name is in it.
+# Write, force, rename. At the end the folder too is forced to the disk: the name is in it. Whoever
+# writes into an archive or a socket gives an open file in place of a path, and does without.
 
 
 # %% tags=["engine"]
 #| export
-def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
+@runtime_checkable
+class _Writable(Protocol):
+    def write(self, data: Any, /) -> Any: ...
+
+
+@runtime_checkable
+class _Readable(Protocol):
+    def read(self) -> bytes: ...
+
+
+def save_checkpoint(path: str | Path | _Writable, state: Mapping[str, Any]) -> None:
     """Write ``state``, nested dictionaries of tensors, numbers and texts, to one file, or nothing.
 
     It is a safetensors file; what is no tensor is JSON in its header, and the last tensor is a
-    checksum of all before it. The file is complete and on the disk when it gets its name.
-    A ``ValueError`` names what could not be read back, an ``OSError`` says that the disk refused.
+    checksum of all before it. The file is complete and on the disk when it gets its name. ``path``
+    may be a file that is open for bytes, and then stays open: what becomes of it is your affair. A
+    ``ValueError`` names what could not be read back, an ``OSError`` says that the disk refused.
     """
-    path, tensors = Path(path), dict[str, Tensor]()
+    _check_kind("state", state, Mapping, "a dictionary")
+    tensors = dict[str, Tensor]()
     try:
         tree = _to_tree(state, "", tensors, {})
     except RecursionError:
         raise ValueError("state: expected an end, but something in it contains itself") from None
+    if not isinstance(path, str | Path) and hasattr(path, "write"):
+        _write_state(path, tree, tensors)
+        return
+    path = _as_path("path", path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    digest = blake2b(digest_size=_DIGEST_SIZE)
     with whole_file(path) as draft, draft.open("wb") as file:
-        for part in (_header(tree, tensors), *map(_raw, tensors.values())):
-            digest.update(part)
-            file.write(part)
-        file.write(digest.digest())
+        _write_state(file, tree, tensors)
         file.flush()
         os.fsync(file.fileno())
     _sync_folder(path.parent)
+
+
+# %% tags=["engine"]
+#| export
+def _write_state(file: Any, tree: Any, tensors: Mapping[str, Tensor]) -> None:
+    if isinstance(file, io.TextIOBase):
+        raise ValueError(f"path: expected a file that is open for bytes, got {file!r:.60}")
+    digest = blake2b(digest_size=_DIGEST_SIZE)
+    for part in (_header(tree, tensors), *map(_raw, tensors.values())):
+        digest.update(part)
+        file.write(part)
+    file.write(digest.digest())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -1448,14 +1613,19 @@ def _sync_folder(folder: Path) -> None:
 
 # %% tags=["engine"]
 #| export
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path | _Readable) -> dict[str, Any]:
     """Return the state that ``save_checkpoint`` wrote, its tensors on the CPU.
 
-    A ``CheckpointError`` names the file and what is wrong: missing, damaged, or another format.
+    ``path`` may be a file that is open for bytes; it is read from where it stands to its end. A
+    ``CheckpointError`` names the file and what is wrong: missing, damaged, or another format.
     """
-    path = Path(path)
+    source: Any = path if hasattr(path, "read") else _as_path("path", path)
+    path = getattr(source, "name", source) if hasattr(path, "read") else source
     try:
-        content = path.read_bytes()  # tensors that are mapped to the file would need it for ever
+        # Bytes in memory: tensors that are mapped to the file would need it for ever.
+        content = source.read_bytes() if isinstance(source, Path) else source.read()
+        if isinstance(content, str):
+            raise CheckpointError(f"path: expected a file that is open for bytes, got {source!r}")
         body, checksum = content[:-_DIGEST_SIZE], content[-_DIGEST_SIZE:]
         if blake2b(body, digest_size=_DIGEST_SIZE).digest() != checksum:
             raise CheckpointError(f"{path}: damaged: the contents do not match the checksum")
@@ -1489,8 +1659,10 @@ class Checkpointer:
     """
 
     def __init__(self, folder: str | Path | None, keep_last: int = 2):
+        _check_kind("keep_last", keep_last, int, "a whole number")
         check_at_least(keep_last=(1, keep_last))
-        self.folder, self.keep_last = None if folder is None else Path(folder), keep_last
+        self.folder = None if folder is None else _as_path("folder", folder)
+        self.keep_last = keep_last
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints that are there, whole or damaged."""
@@ -1533,7 +1705,7 @@ def list_checkpoints(folder: str | Path) -> dict[int, Path]:
     """Return the checkpoints of a trainer's ``folder`` by step, oldest first, whole or damaged."""
     found = {
         int(match[1]): path
-        for path in Path(folder).glob("step-*.safetensors")
+        for path in _as_path("folder", folder).glob("step-*.safetensors")
         if (match := _CHECKPOINT.fullmatch(path.name))
     }
     return dict(sorted(found.items()))
@@ -1680,7 +1852,10 @@ class Trainer:
         sinks: Sequence[Sink] = (),
         peak: float | None = None,
     ):
-        _check_kinds(batches, config, validation, optimizer)
+        _check_kinds(batches, config, validation, optimizer, objective)
+        _check_amount("peak", peak, above=0.0)
+        for sink in sinks:
+            _check_kind("sinks", sink, Sink, "things that start, write and close")
         self.model, self.batches, self.config = model, batches, config
         self.validation, self.peak = validation, peak
         self.folder = None if folder is None else Path(folder)
@@ -2147,7 +2322,9 @@ def _check_given(trainer: "Trainer", probes: Sequence[Any]) -> None:
         raise ValueError("validation: expected batches, as evaluate_every is set, got none")
 
 
-def _check_kinds(batches: Any, config: Any, validation: Any, optimizer: Any) -> None:
+def _check_kinds(
+    batches: Any, config: Any, validation: Any, optimizer: Any, objective: Any
+) -> None:
     def refuse(name: str, expected: str, value: Any) -> None:
         raise ValueError(f"{name}: expected {expected}, got {type(value).__qualname__}")
 
@@ -2159,8 +2336,12 @@ def _check_kinds(batches: Any, config: Any, validation: Any, optimizer: Any) -> 
         refuse("validation", "a list of batches", validation)
     if optimizer is not None and (isinstance(optimizer, type) or not callable(optimizer)):
         refuse("optimizer", "a function of the model that returns one", optimizer)
+    if objective is not None and not callable(objective):
+        refuse("objective", "a function of a model and a batch", objective)
 
 
+# %% tags=["engine"]
+#| export
 def _checked_optimizer(optimizer: Any, model: nn.Module) -> torch.optim.Optimizer:
     """Return an optimizer if it is one, and of the parameters of this model."""
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -2412,16 +2593,20 @@ _COMPILED = "_orig_mod."
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """Return the module that ``torch.compile`` was given, or ``model`` itself."""
+    _check_kind("model", model, nn.Module, "a module of PyTorch")
     return getattr(model, "_orig_mod", model)
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
     """Return the state dict of a model, with the names that it has when it is not compiled."""
+    _check_kind("model", model, nn.Module, "a module of PyTorch")
     return {name.replace(_COMPILED, ""): value for name, value in model.state_dict().items()}
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Give a model, compiled or not, the ``state`` of one that may be the other."""
+    _check_kind("model", model, nn.Module, "a module of PyTorch")
+    _check_kind("state", state, Mapping, "a state dict")
     names = {name.replace(_COMPILED, ""): name for name in model.state_dict()}
     clean = {name.replace(_COMPILED, ""): value for name, value in state.items()}
     model.load_state_dict({names.get(name, name): value for name, value in clean.items()})
@@ -2893,8 +3078,11 @@ class DataConfig(DataConfig):  # continued
         check_choice("layout", self.layout, ("best_fit", "one_per_row", "windows"))
         check_at_least(n_stories=(1, self.n_stories), n_held_out=(1, self.n_held_out))
         check_at_least(validation_rows=(1, self.validation_rows))
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out: expected a share between 0 and 1, got {self.held_out}")
+        for name in ("n_stories", "n_held_out", "validation_rows"):
+            _check_kind(name, getattr(self, name), int, "a whole number")
+        _check_kind("clean", self.clean, bool, "True or False")
+        if not isinstance(self.held_out, int | float) or not 0 < self.held_out < 1:
+            raise ValueError(f"held_out: expected a share between 0 and 1, got {self.held_out!r}")
         needed = {"files": 1, "shards": 2}.get(self.kind, 0)
         if len(self.paths) < needed or (self.kind == "shards" and len(self.paths) != 2):
             raise ValueError(f"paths: expected {needed} for {self.kind!r}, got {len(self.paths)}")
@@ -2920,6 +3108,7 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         _check_texts("special_tokens", self.special_tokens)
+        _check_kind("vocab_size", self.vocab_size, int, "a whole number")
         check_at_least(vocab_size=(256 + len(self.special_tokens), self.vocab_size))
         check_choice("pattern", self.pattern, tuple(_PATTERNS))
         if "<|endoftext|>" not in self.special_tokens:
@@ -2943,14 +3132,6 @@ _FIELDS_OF_KIND = {
 _SECTIONS = {"data": DataConfig, "tokenizer": TokenizerConfig, "training": TrainingConfig}
 
 
-def _check_texts(name: str, value: Any) -> None:
-    """A single text would be taken for a sequence of characters."""
-    if isinstance(value, str):
-        raise ValueError(f"{name}: expected a tuple of texts, got {value!r}")
-    for place, text in enumerate(value):
-        check_text(text, f"{name}[{place}]")
-
-
 def _within(part: str, build: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
     """Build a part of a configuration; what is wrong is named with the part."""
     try:
@@ -2968,6 +3149,9 @@ def _within(part: str, build: Callable[..., _T], *arguments: Any, **options: Any
 class RunConfig(RunConfig):  # continued
     def check(self) -> None:
         """Raise a ``ValueError`` for the first setting that cannot be with the others."""
+        for name, kind in _SECTIONS.items():
+            _check_kind(name, getattr(self, name), kind, f"a {kind.__name__}")
+        _check_kind("model", self.model, Mapping, "settings by name")
         path, start = self.tokenizer.path, self.model.get("start_from")
         if start is not None:
             if others := sorted(self.model.keys() - {"start_from"}):
@@ -3167,7 +3351,8 @@ def run(
     ``KeyboardInterrupt`` after a checkpoint. A ``ValueError`` if ``folder`` has another run. The
     model has the last weights, not the best, which are in ``training/best.safetensors``.
     """
-    folder, say = Path(folder), say or (lambda line: None)
+    _check_kind("config", config, RunConfig, "a RunConfig")
+    folder, say = _as_path("folder", folder), say or (lambda line: None)
     _check_start(config)
     _claim(folder, config)
     if not (folder / "model").exists():
@@ -3458,7 +3643,9 @@ def _settings_named() -> Iterator[None]:
 #| export
 def load_run(folder: str | Path) -> Pretrained:
     """Return what ``run`` left in ``folder``; the model is in ``eval`` mode, on the CPU."""
-    folder = Path(folder)
+    folder = _as_path("folder", folder)
+    if not (folder / "model").is_dir():
+        raise ValueError(f"folder: expected one with a finished run, got {folder}")
     model = TransformerLM.from_pretrained(folder / "model")
     tokenizer = BPETokenizer.load(folder / "model" / "tokenizer.json")
     texts = folder / "data" / "held_out.jsonl"  # a run on shards has none
@@ -3563,6 +3750,12 @@ def documents_score(
     A text begins after an end of text, and with nothing else in sight. One longer than the
     context length is cut; each piece sees the token before it, and no more.
     """
+    if not hasattr(model, "hidden_states"):
+        raise ValueError(f"model: expected a TransformerLM, got {model!r:.60}")
+    _check_kind("tokenizer", tokenizer, BPETokenizer, "a BPETokenizer")
+    _check_kind("batch_tokens", batch_tokens, int, "a whole number")
+    check_at_least(batch_tokens=(1, batch_tokens))
+    texts = _as_texts("texts", texts)
     config, device = cast(Any, model).config, next(model.parameters()).device
     end = tokenizer.special_tokens["<|endoftext|>"]
     size, bits, n_bytes = config.context_length, 0.0, 0
@@ -3593,6 +3786,7 @@ def compressors(texts: Sequence[str], seen: Sequence[str] = ()) -> dict[str, flo
     Texts are joined by a zero byte. With texts that were ``seen``, what is counted is by how much
     a compressed file of these grows when the others are appended.
     """
+    texts, seen = _as_texts("texts", texts), _as_texts("seen", seen)
     first, second = ("\0".join([*some, ""]).encode() for some in (seen, texts))
     n_bytes = sum(len(text.encode()) for text in texts)
     if not n_bytes:
@@ -3658,6 +3852,9 @@ def word_kinds(world: TinyWorld, story: Story, cut: Callable[[str], list[str]]) 
     values of claims; "wording" is what else the world draws, such as the weather; all other tokens
     are "certain": they follow from those before them. ``cut`` makes the tokens of a text.
     """
+    _check_kind("world", world, TinyWorld, "a TinyWorld")
+    _check_kind("story", story, Story, "a Story")
+    _check_kind("cut", cut, Callable, "a function from a text to its tokens")
     tokens = [token for _, text in story.parts for token in cut(text)]
     names = {*world.cast.facts, *world.cast.strangers}
     species = {claim.value for claim in story.claims if claim.attribute == "species"}
@@ -3690,7 +3887,12 @@ class GapToFloor:
     """
 
     def __init__(self, world: TinyWorld, stories: Iterable[Story], tokenizer: BPETokenizer):
+        _check_kind("world", world, TinyWorld, "a TinyWorld")
+        _check_kind("tokenizer", tokenizer, BPETokenizer, "a BPETokenizer")
+        _check_kind("stories", stories, Iterable, "several stories")
         self.stories = list(stories)
+        for story in self.stories:
+            _check_kind("stories", story, Story, "stories of the tiny world")
         check_at_least(stories=(1, len(self.stories)))
         end = tokenizer.special_tokens["<|endoftext|>"]
         cut = lru_cache(maxsize=None)(partial(_cut, tokenizer))
@@ -3702,6 +3904,7 @@ class GapToFloor:
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Measure ``model``, a ``TransformerLM``."""
+        _check_kind("model", model, nn.Module, "a TransformerLM")
         device = next(model.parameters()).device
         losses = [row for batch in self.batches for row in _token_losses(model, batch.to(device))]
         sums = {f"{what}/{kind}": 0.0 for kind in WORD_KINDS for what in ("loss", "floor")}
@@ -3920,9 +4123,11 @@ def load_or_train(
     folder, which gets its name in the end and is there again after a kill: a ``Trainer`` in it
     goes on. Processes that ask at once train once.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
         raise ValueError(f"name: expected letters, digits, '.', '_' and '-', got {name!r}")
-    place = artifacts_folder() if folder is None else Path(folder)
+    for argument, function in (("train", train), ("load", load)):
+        _check_kind(argument, function, Callable, "a function of a folder")
+    place = artifacts_folder() if folder is None else _as_path("folder", folder)
     target = place / f"{name}-{_fingerprint(depends_on, train)}"
     if not target.exists():
         place.mkdir(parents=True, exist_ok=True)
@@ -3962,6 +4167,8 @@ class NotebookBar:
     """A sink that shows in a notebook how far a run is, in a picture that is gone at the end."""
 
     def __init__(self, n_steps: int):
+        _check_kind("n_steps", n_steps, int, "a whole number")
+        check_at_least(n_steps=(1, n_steps))
         self.n_steps, self._shown, self._next = n_steps, cast(Any, None), 0.0
 
     def say(self, line: str, share: float = 0.0) -> None:
@@ -4176,6 +4383,7 @@ print("\n".join([*text.splitlines()[:21], "  ..."]))
 #| export
 def report(result: Pretrained) -> dict[str, float]:
     """Return the numbers that a run is judged by: last losses, and bits per byte beside others'."""
+    _check_kind("result", result, Pretrained, "what run and pretrained return")
     names = ("loss", "validation_loss", "gap", "tokens_per_second", "mfu", "targets", "skipped")
     known = {name for row in result.log.rows for name in row}
     numbers = {name: result.log.column(name)[1][-1] for name in names if name in known}
@@ -4457,6 +4665,9 @@ assert not near(found, undivided), "divide each gradient by the number of its ta
 assert not near(found, noise_of(means, 0)), (
     "the unbiased variance divides by one less than the rows"
 )
+piled = torch.stack([gradient for gradient, _ in sums]).cumsum(dim=0)
+piled = torch.stack([gradient / count for gradient, (_, count) in zip(piled, sums, strict=True)])
+assert not near(found, noise_of(piled)), "each row has a gradient of its own, begun from nothing"
 unsquared = noise_of(means) * float(means.mean(dim=0).norm())
 assert not near(found, unsquared), "the norm of the mean is squared"
 assert near(found, noise_of(means)), "the variance, summed, over the squared norm of the mean"

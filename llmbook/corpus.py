@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'Document', 'docstrings', 'comment_blocks', 'CorpusWarning',
            'read_jsonl', 'existing_paths', 'read_parquet', 'write_parquet', 'Block', 'html_blocks', 'html_to_text',
            'read_html', 'read_files', 'stream_hub', 'count_scripts', 'fit_power_law', 'words', 'vocabulary_growth']
 
-# %% ../chapters/02_corpus.ipynb #67d2ccfb
+# %% ../chapters/02_corpus.ipynb #481430f5
 # What the engine rooms import; pyarrow, zstandard and datasets are imported where they are used
 import bz2
 import difflib
@@ -27,7 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 
-from .environment import check_choice, requires_extra, whole_file
+from .environment import check_choice, check_path, check_text, requires_extra, whole_file
 
 # %% ../chapters/02_corpus.ipynb #7bed5bbd
 import ast
@@ -55,7 +55,7 @@ from jaxtyping import Float, Integer
 
 from .environment import check_at_least
 
-# %% ../chapters/02_corpus.ipynb #0bc26c1a
+# %% ../chapters/02_corpus.ipynb #63334a65
 @dataclass(frozen=True)
 class Document:
     """A text with a stable id, where it is from, and whatever else is known of it.
@@ -82,11 +82,13 @@ class Document:
                 broken = f"{value[error.start]!r} at index {error.start}"
                 expected = f"{name}: expected text that UTF-8 can encode"
                 raise ValueError(f"{expected}, got {broken}") from None
+        if not isinstance(self.metadata, dict):
+            raise ValueError(f"metadata: expected a dict, got {type(self.metadata).__name__}")
         if not self.id:
             digest = blake2b(self.text.encode(), digest_size=8).hexdigest()
             object.__setattr__(self, "id", digest)
 
-# %% ../chapters/02_corpus.ipynb #6067d9d7
+# %% ../chapters/02_corpus.ipynb #fad1397b
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -100,7 +102,7 @@ def docstrings(source: str) -> list[tuple[int, str, str]]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what others' files deserve is not the reader's problem
-        todo: list[tuple[ast.AST, str]] = [(ast.parse(source), "")]
+        todo: list[tuple[ast.AST, str]] = [(ast.parse(check_text(source, "source")), "")]
     found = []
     for node, name in todo:  # grows while we walk
         if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
@@ -196,7 +198,7 @@ def _reason(error: Exception) -> str:
     message = (isinstance(error, OSError) and error.strerror) or str(error)
     return message if type(error) is ValueError else f"{type(error).__name__}: {message}"
 
-# %% ../chapters/02_corpus.ipynb #dd897d7a
+# %% ../chapters/02_corpus.ipynb #db40dd4b
 def _deliver(
     documents: Iterator[Document], report: ReadReport, argument: str, quiet: bool
 ) -> Iterator[Document]:
@@ -217,7 +219,14 @@ def _deliver(
 def _check_errors(errors: str) -> None:
     check_choice("errors", errors, ("strict", "skip", "replace"))
 
-# %% ../chapters/02_corpus.ipynb #a7d58232
+
+def _own_report(report: ReadReport | None) -> ReadReport:
+    """Return the caller's report, or a new one in the place of None."""
+    if not isinstance(report, ReadReport | None):
+        raise ValueError(f"report: expected a ReadReport, got {report!r:.60}")
+    return report if report is not None else ReadReport()
+
+# %% ../chapters/02_corpus.ipynb #8e959217
 def iter_documents(
     items: Iterable[Any], argument: str = "documents", *, texts: bool = False
 ) -> Iterator[Document]:
@@ -241,9 +250,11 @@ def iter_texts(items: Iterable[Any], argument: str = "documents") -> Iterator[st
     each = _each(items, argument, Document | str, "Documents or texts")
     return (item.text if isinstance(item, Document) else item for item in each)
 
-
+# %% ../chapters/02_corpus.ipynb #87205124
 def _each(items: Any, argument: str, kinds: Any, name: str) -> Iterator[Any]:
-    if isinstance(items, str | bytes | Document) or not isinstance(items, Iterable):
+    check_text(argument, "argument")
+    several = isinstance(items, Iterable) and getattr(items, "ndim", 1) > 0
+    if isinstance(items, str | bytes | Document) or not several:
         one = "a single " if isinstance(items, str | bytes | Document) else ""
         raise ValueError(f"{argument}: expected several {name}, got {one}{type(items).__name__}")
 
@@ -347,9 +358,14 @@ def without_main_script() -> Iterator[None]:
     finally:
         sys.modules["__main__"] = script
 
-# %% ../chapters/02_corpus.ipynb #4d12d0e0
+# %% ../chapters/02_corpus.ipynb #dfc88628
 def ordered_map(function: Callable[[Any], Any], jobs: list[Any], workers: int) -> Iterator[Any]:
     """Like ``map``, with ``workers`` processes; in this one where others are impossible."""
+    if not isinstance(jobs, list):
+        raise ValueError(f"jobs: expected a list, got {jobs!r:.60}")
+    if workers is None:
+        raise ValueError("workers: expected a whole number, got None")
+    check_at_least(workers=(1, workers))
     if (
         workers == 1
         or function.__module__ == "__main__"
@@ -369,7 +385,7 @@ def ordered_map(function: Callable[[Any], Any], jobs: list[Any], workers: int) -
     finally:
         pool.shutdown(cancel_futures=True)
 
-# %% ../chapters/02_corpus.ipynb #4c487b33
+# %% ../chapters/02_corpus.ipynb #d7011cbd
 KINDS = ("docstring", "comment", "readme")
 
 
@@ -389,7 +405,8 @@ def read_installed_docs(
     default several processes read a large job, one a small job.
     ``metadata`` holds kind, path, line, and the qualified name that a docstring belongs to.
     """
-    names = sorted({packages} if isinstance(packages, str) else set(packages))
+    listed = [packages] if isinstance(packages, str) else packages
+    names = sorted({check_text(name, "packages") for name in listed})
     chosen = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if not chosen or not set(chosen) <= set(KINDS):
         raise ValueError(f"kinds: expected some of {KINDS}, got {kinds!r}")
@@ -397,11 +414,10 @@ def read_installed_docs(
     _check_errors(errors)
     if not names:
         raise ValueError("packages: expected at least one, got none")
-    owners = cache(importlib.metadata.packages_distributions)
+    own, owners = _own_report(report), cache(importlib.metadata.packages_distributions)
     places = {name: _locate(name, owners) for name in names}
-    own = report if report is not None else ReadReport()
-    documents = _read_packages(places, chosen, workers, errors, own)
-    return _deliver(documents, own, f"packages={names}", quiet=report is not None)
+    found = _read_packages(places, chosen, workers, errors, own)
+    return _deliver(found, own, f"packages={names}", quiet=report is not None)
 
 # %% ../chapters/02_corpus.ipynb #0578752c
 def _readme(package: str, distribution: str | None) -> Iterator[Document]:
@@ -442,7 +458,7 @@ def _read_packages(
             else:
                 yield from result
 
-# %% ../chapters/02_corpus.ipynb #643b2d36
+# %% ../chapters/02_corpus.ipynb #53ea282d
 _MARKS = {  # longest first: UTF-32's mark begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32-le",
     codecs.BOM_UTF32_BE: "utf-32-be",
@@ -450,6 +466,13 @@ _MARKS = {  # longest first: UTF-32's mark begins with UTF-16's
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+
+
+def _check_encoding(encoding: str) -> None:
+    try:
+        "".encode(check_text(encoding, "encoding"))
+    except LookupError:  # no such encoding, or one like base64 that is not of text
+        raise ValueError(f"encoding: expected one that Python knows, got {encoding!r}") from None
 
 
 def decode_text(data: bytes, encoding: str = "utf-8", errors: str = "strict") -> str:
@@ -461,6 +484,7 @@ def decode_text(data: bytes, encoding: str = "utf-8", errors: str = "strict") ->
     >>> decode_text(b"\\xef\\xbb\\xbfcaf\\xc3\\xa9\\r\\n")
     'café\\n'
     """
+    _check_encoding(encoding)
     for mark, marked in _MARKS.items():
         if data.startswith(mark):
             return _unix_lines(data[len(mark) :].decode(marked, errors))
@@ -588,7 +612,7 @@ def _compressor(raw: Any, suffix: str) -> Any:
         return zstandard.ZstdCompressor().stream_writer(raw, closefd=False)
     return nullcontext(raw)
 
-# %% ../chapters/02_corpus.ipynb #051d6c70
+# %% ../chapters/02_corpus.ipynb #742c590f
 def _as_json(document: Document, value: Any) -> bytes:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
@@ -602,7 +626,7 @@ def write_jsonl(documents: Iterable[Document], path: str | Path) -> int:
     The file appears complete or not at all. A ``ValueError`` names a document whose metadata JSON
     cannot hold; tuples come back as lists, keys that are numbers as strings.
     """
-    path, count = Path(path), 0
+    path, count = check_path(path), 0
     whole, suffix = whole_file(path), path.suffix.lower()
     with whole as draft, draft.open("wb") as raw, _compressor(raw, suffix) as file:
         for document in iter_documents(documents):
@@ -628,10 +652,11 @@ def read_jsonl(
     """
     return _read_tables(paths, _read_jsonl, text_field, id_field, errors, report)
 
-# %% ../chapters/02_corpus.ipynb #9a4b4b57
+# %% ../chapters/02_corpus.ipynb #fbe91617
 def existing_paths(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """Return ``paths`` as a list of paths that exist."""
-    found = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
+    listed = paths if isinstance(paths, Iterable) and not isinstance(paths, str) else [paths]
+    found = [check_path(path, "paths") for path in listed]
     if not found:
         raise ValueError("paths: expected at least one, got none")
     for path in found:
@@ -639,7 +664,7 @@ def existing_paths(paths: str | Path | Iterable[str | Path]) -> list[Path]:
             raise FileNotFoundError(f"paths: no file or folder {str(path)!r}")
     return found
 
-# %% ../chapters/02_corpus.ipynb #4460d5e9
+# %% ../chapters/02_corpus.ipynb #bf35901f
 def _base(paths: list[Path]) -> tuple[Path, list[Path]]:
     """Return the folder that contains all ``paths``, and them as absolute paths."""
     here = [Path(os.path.normpath(Path.cwd() / path)) for path in paths]
@@ -655,13 +680,15 @@ def _read_tables(
     paths: Any, reader: Any, text_field: str, id_field: str, errors: str, report: ReadReport | None
 ) -> Iterator[Document]:
     _check_errors(errors)
+    check_text(text_field, "text_field")
+    check_text(id_field, "id_field")
     files = existing_paths(paths)
     for path in files:
         if path.is_dir():
             raise ValueError(f"paths: expected files, got the folder {str(path)!r}: see read_files")
     base, real = _base(files)
     names = [_portable(path.relative_to(base)) for path in real]
-    own = report if report is not None else ReadReport()
+    own = _own_report(report)
     own.files += len(files)
     rows = _Rows(text_field, id_field, errors, own)
     documents = (
@@ -735,7 +762,7 @@ def read_parquet(
     """
     return _read_tables(paths, _read_parquet, text_field, id_field, errors, report)
 
-# %% ../chapters/02_corpus.ipynb #aa185aab
+# %% ../chapters/02_corpus.ipynb #44143d05
 def write_parquet(documents: Iterable[Document], path: str | Path, row_group: int = 10_000) -> int:
     """Write text, id, source and metadata (as JSON), ``row_group`` rows at a time; return how many.
 
@@ -746,9 +773,11 @@ def write_parquet(documents: Iterable[Document], path: str | Path, row_group: in
         import pyarrow.parquet as pq
     names, count = ("text", "id", "source", "metadata"), 0
     schema = pa.schema([(name, pa.string()) for name in names])
+    if row_group is None:
+        raise ValueError("row_group: expected a whole number, got None")
     check_at_least(row_group=(1, row_group))
     with (
-        whole_file(Path(path)) as draft,
+        whole_file(path) as draft,
         pq.ParquetWriter(draft, schema, compression="zstd") as file,
     ):
         for group in _groups(iter_documents(documents), row_group):
@@ -849,17 +878,136 @@ def html_to_text(page: str, main_content: bool = True) -> str:
         blocks = [block for block, kept in zip(blocks, keep, strict=True) if kept]
     return "\n\n".join(block.text for block in blocks)
 
-# %% ../chapters/02_corpus.ipynb #d4588ef8
+# %% ../chapters/02_corpus.ipynb #fed21475
+_LETTERS_LACKING = {"koi8-u": {0xAE: "ў", 0xBE: "Ў"}, "windows-1255": {0xCA: "\u05ba"}}
+
+
+@cache
+def _byte_table(name: str) -> str:
+    """Return the character of each byte in an encoding of the standard with one byte for each."""
+    import webencodings
+
+    decode = webencodings.lookup(name).codec_info.decode
+    table = [decode(bytes([byte]), "replace")[0] for byte in range(256)]
+    for byte in [byte for byte, character in enumerate(table) if character == "\ufffd"]:
+        control = name.startswith("windows") and 0x80 <= byte < 0xA0
+        table[byte] = chr(byte) if control else "\ufffe"
+    for byte, letter in _LETTERS_LACKING.get(name, {}).items():
+        table[byte] = letter
+    return "".join(table)
+
+# %% ../chapters/02_corpus.ipynb #fb27c50f
+_EUC_JP = re.compile(
+    rb"(?:[\xa1-\xfe]{2})+|\x8f[\xa1-\xfe]{2}|\x8e[\xa1-\xdf]|[\x00-\x8d\x90-\xa0]+|.", re.DOTALL
+)
+
+
+def _as_cp932(pairs: bytes) -> bytes:
+    """Rewrite pairs of bytes of EUC-JP, from A1 to FE each, as pairs of Windows' code page."""
+    rewritten = bytearray()
+    for row, cell in zip(pairs[::2], pairs[1::2], strict=True):
+        lead, trail = divmod(94 * (row - 0xA1) + cell - 0xA1, 188)
+        rewritten.append(lead + (0x81 if lead < 0x1F else 0xC1))
+        rewritten.append(trail + (0x40 if trail < 0x3F else 0x41))
+    return bytes(rewritten)
+
+
+def _decode_euc_jp(data: bytes, errors: str) -> str:
+    pieces = []
+    for piece in _EUC_JP.findall(data):
+        if piece[0] >= 0xA1 and len(piece) > 1:
+            pieces.append(_as_cp932(piece).decode("cp932", errors))
+        else:  # ASCII, half-width syllables (8E), and the rare characters of JIS X 0212 (8F)
+            pieces.append(piece.decode("euc-jp", errors))
+    return "".join(pieces)
+
+# %% ../chapters/02_corpus.ipynb #8bd339d6
+_HIGH = bytes(byte | 0x80 if 0x21 <= byte <= 0x7E else byte for byte in range(256))
+
+
+def _decode_iso_2022_jp(data: bytes, errors: str) -> str:
+    first, *rest = re.split(rb"\x1b(\$[@B]|\([BIJ])", data)
+    pieces = [first.decode("ascii", errors)]
+    for escape, part in zip(rest[::2], rest[1::2], strict=True):
+        if escape.startswith(b"$"):  # the table of 94 rows
+            pieces.append(_decode_euc_jp(part.translate(_HIGH), errors))
+        elif escape == b"(I":  # half-width syllables
+            pieces.append(part.translate(_HIGH).decode("cp932", errors))
+        else:  # ASCII, or (J) ASCII with a yen sign and an overline
+            yen = {0x5C: "¥", 0x7E: "\u203e"} if escape == b"(J" else {}
+            pieces.append(part.decode("ascii", errors).translate(yen))
+    return "".join(pieces)
+
+# %% ../chapters/02_corpus.ipynb #5c8e946a
+_MULTIBYTE = ("utf-8", "utf-16le", "utf-16be", "big5", "euc-kr", "gb18030", "gbk", "shift_jis")
+
+
+def _decode_by_label(data: bytes, label: str, errors: str) -> str:
+    """Decode as the WHATWG Encoding Standard says for ``label``, which is one of its labels."""
+    import webencodings
+
+    encoding = webencodings.lookup(label)
+    name = encoding.name
+    if name == "replacement":
+        if errors == "strict":
+            raise ValueError(f"{label}: an encoding that browsers refuse to read")
+        return "\ufffd" if data else ""
+    try:
+        if name == "euc-jp":
+            return _decode_euc_jp(data, errors)
+        if name == "iso-2022-jp":
+            return _decode_iso_2022_jp(data, errors)
+    except UnicodeDecodeError as error:  # of a piece, so that its position would mislead
+        byte = error.object[error.start]
+        raise ValueError(f"not {name}: byte {byte:#04x} cannot be decoded") from None
+    if name in _MULTIBYTE:
+        return data.decode("gb18030" if name == "gbk" else encoding.codec_info.name, errors)
+    return codecs.charmap_decode(data, errors, _byte_table(name))[0]
+
+# %% ../chapters/02_corpus.ipynb #7fafd859
+_DECLARATIONS = (
+    re.compile(rb"""(?i)<meta[\s/][^>]*?charset\s*=\s*["']?\s*([^\s"'/>;]+)"""),
+    re.compile(rb"""(?i)\A\s*<\?xml\s[^>]*?encoding\s*=\s*["']([^"'>]+)"""),
+)
+
+
+def _declared_encoding(data: bytes) -> str | None:
+    """Return the label that the page declares, if it is one of the standard's, else None."""
+    import webencodings
+
+    start = re.sub(rb"(?s)<!--.*?(-->|\Z)", b"", data[:1024])
+    for pattern in _DECLARATIONS:
+        for found in pattern.findall(start):
+            label = found.decode("latin-1")
+            if encoding := webencodings.lookup(label):
+                instead = {"utf-16le": "utf-8", "utf-16be": "utf-8"}
+                instead["x-user-defined"] = "windows-1252"  # by the standard of HTML
+                return instead.get(encoding.name, label)
+    return None
+
+# %% ../chapters/02_corpus.ipynb #8fb78da1
 def _decode_html(data: bytes, errors: str) -> str:
+    import webencodings
     from resiliparse.parse.encoding import detect_encoding
 
+    handling = "replace" if errors == "replace" else "strict"
+    if data.startswith(tuple(_MARKS)):
+        return decode_text(data, errors=handling)
     if re.match(rb"\s*<[!?a-zA-Z]", data):
         data = data.replace(b"\0", b"")  # stray zero bytes, which browsers drop, too
+    label = _declared_encoding(data)
+    if data.isascii():
+        if label is None and re.search(rb"\x1b\$[@B]", data):
+            label = "iso-2022-jp"
+        if label and webencodings.lookup(label).name in ("iso-2022-jp", "replacement"):
+            return _unix_lines(_decode_by_label(data, label, handling))
     try:
         return decode_text(data)
     except UnicodeDecodeError:
-        declared = detect_encoding(data, from_html_meta=True) or "cp1252"
-        return decode_text(data, declared, "replace" if errors == "replace" else "strict")
+        label = label or detect_encoding(data)
+        if label is None or webencodings.lookup(label) is None:
+            label = "windows-1252"
+        return _unix_lines(_decode_by_label(data, label, handling))
 
 # %% ../chapters/02_corpus.ipynb #776c1c53
 _NEVER_DEEP = set(
@@ -886,7 +1034,7 @@ def _about_page(tree: Any, main_content: bool) -> dict[str, Any]:
     title = (tree.title or "").strip()
     return {"kind": "html", "title": title, "language": language, "main_content": main_content}
 
-# %% ../chapters/02_corpus.ipynb #af2f62b2
+# %% ../chapters/02_corpus.ipynb #c0fbb41e
 def read_html(
     page: str | bytes | Path, *, main_content: bool = True, id: str = "", errors: str = "replace"
 ) -> Document:
@@ -905,6 +1053,7 @@ def read_html(
         raise ValueError(f"page: expected HTML, or a Path for a file, got {page!r}")
     if not isinstance(page, str | bytes | Path):
         raise ValueError(f"page: expected str, bytes or a Path, got {type(page).__name__}")
+    check_text(id, "id")
     source = _portable(Path(page.name)) if isinstance(page, Path) else ""
     data = page.read_bytes() if isinstance(page, Path) else page
     html = data if isinstance(data, str) else _decode_html(data, errors)
@@ -992,7 +1141,7 @@ def _read_one(path: Path, name: str, encoding: str, errors: str) -> Document:
         raise ValueError("no text in it")
     return Document(text, name, name, metadata)
 
-# %% ../chapters/02_corpus.ipynb #cfe453ae
+# %% ../chapters/02_corpus.ipynb #a0ee9dc4
 def read_files(
     paths: str | Path | Iterable[str | Path],
     pattern: str = "*",
@@ -1008,12 +1157,10 @@ def read_files(
     ``encoding`` is for text and Markdown without a byte-order mark.
     """
     _check_errors(errors)
-    try:
-        "".encode(encoding)
-    except LookupError:  # no such encoding, or one like base64 that is not of text
-        raise ValueError(f"encoding: expected one that Python knows, got {encoding!r}") from None
+    _check_encoding(encoding)
+    check_text(pattern, "pattern")
     listed = existing_paths(paths)
-    own = report if report is not None else ReadReport()
+    own = _own_report(report)
     files = _found_files(listed, pattern, own, errors)
     own.files += len(files)
     each = (d for name, path in files.items() for d in _read_any(path, name, encoding, errors, own))
@@ -1051,7 +1198,7 @@ def _shuffled(rows: Iterable[Any], size: int, seed: int) -> Iterator[Any]:
     generator.shuffle(buffer)
     yield from buffer
 
-# %% ../chapters/02_corpus.ipynb #c4df7a80
+# %% ../chapters/02_corpus.ipynb #322662f4
 def stream_hub(
     name: str,
     *,
@@ -1073,13 +1220,17 @@ def stream_hub(
     ``ConnectionError`` is raised. Needs datasets.
     """
     _check_errors(errors)
-    check_at_least(shuffle_buffer=(0, shuffle_buffer), limit=(1, limit))
+    if shuffle_buffer is None:
+        raise ValueError("shuffle_buffer: expected a whole number, got None")
+    check_at_least(shuffle_buffer=(0, shuffle_buffer), limit=(1, limit), seed=(0, seed))
+    for argument, value in (("name", name), ("text_field", text_field), ("id_field", id_field)):
+        check_text(value, argument)
     table = _open_hub(name, config, split, revision)
     columns = table.column_names
     if columns is not None and text_field not in columns:
         raise ValueError(f"text_field: expected one of {sorted(columns)}, got {text_field!r}")
     numbered: Iterator[Any] = islice(_shuffled(enumerate(table, 1), shuffle_buffer, seed), limit)
-    own = report if report is not None else ReadReport()
+    own = _own_report(report)
     documents = _hub_documents(numbered, name, _Rows(text_field, id_field, errors, own))
     return _deliver(documents, own, f"name={name!r}", quiet=report is not None)
 
@@ -1119,7 +1270,7 @@ def _hub_documents(numbered: Iterator[Any], name: str, rows: _Rows) -> Iterator[
         else:
             yield document
 
-# %% ../chapters/02_corpus.ipynb #1ca5d7c8
+# %% ../chapters/02_corpus.ipynb #31f0364d
 @cache
 def _script(letter: str) -> str:
     return unicodedata.name(letter, "UNNAMED").split()[0].split("-")[0]
@@ -1132,12 +1283,12 @@ def count_scripts(text: str) -> Counter[str]:
     Counter({'LATIN': 4, 'CYRILLIC': 3, 'HIRAGANA': 2})
     """
     counts: Counter[str] = Counter()
-    for character, count in Counter(text).items():
+    for character, count in Counter(check_text(text)).items():
         if character.isalpha():
             counts[_script(character)] += count
     return counts
 
-# %% ../chapters/02_corpus.ipynb #522096b1
+# %% ../chapters/02_corpus.ipynb #6112b8f9
 def fit_power_law(
     x: Float[np.ndarray, " points"] | Integer[np.ndarray, " points"],
     y: Float[np.ndarray, " points"] | Integer[np.ndarray, " points"],
@@ -1148,6 +1299,8 @@ def fit_power_law(
     Least squares on the logarithms of x and y, averaged in ``bins`` of equal width in log x, so
     that every decade has the same say. All values must be positive and finite.
     """
+    if bins is None:
+        raise ValueError("bins: expected a whole number, got None")
     check_at_least(bins=(2, bins))
     if x.shape != y.shape:
         raise ValueError(f"x, y: expected equal shapes, got {x.shape} and {y.shape}")
@@ -1175,7 +1328,7 @@ def words(text: str) -> list[str]:
     """
     return re.findall(r"[^\W\d_]+", text.lower())
 
-# %% ../chapters/02_corpus.ipynb #963401b3
+# %% ../chapters/02_corpus.ipynb #be39286a
 def vocabulary_growth(
     tokens: Iterable[str], points: int = 50
 ) -> tuple[Integer[np.ndarray, " sizes"], Integer[np.ndarray, " sizes"]]:
@@ -1187,7 +1340,7 @@ def vocabulary_growth(
     seen: set[str] = set()
     length, new_at = 0, []
     for length, token in enumerate(tokens, 1):
-        if token not in seen:
+        if check_text(token, "tokens") not in seen:
             seen.add(token)
             new_at.append(length)
     if not length or points < 2:

@@ -7,13 +7,13 @@ square, and keep the best of each."""
 __all__ = ['canonical_text', 'exact_duplicates', 'jaccard', 'shingles', 'MinHasher', 'estimate_jaccard', 'collision_probability',
            'optimal_bands', 'LSHIndex', 'UnionFind', 'NearDuplicates', 'find_near_duplicates', 'deduplicate']
 
-# %% ../chapters/04_deduplication.ipynb #d6b6a8c8
+# %% ../chapters/04_deduplication.ipynb #e5e422ad
 # What the engine rooms import
 import json
 from dataclasses import asdict
 from itertools import chain
 
-from .environment import check_choice, whole_file
+from .environment import check_choice, check_path, check_text, whole_file
 
 # %% ../chapters/04_deduplication.ipynb #0ff615c4
 import math
@@ -33,14 +33,14 @@ from jaxtyping import Bool, Float, Float64, Int64, Shaped, UInt, UInt32, UInt64
 from .corpus import Document, iter_documents, iter_texts, ordered_map
 from .environment import check_at_least
 
-# %% ../chapters/04_deduplication.ipynb #d9e3b131
+# %% ../chapters/04_deduplication.ipynb #c72e57d0
 def canonical_text(text: str) -> str:
     """Return ``text`` in Unicode's form NFKC, case folded, any white space as one space.
 
     >>> canonical_text("Dough  RISES\\n ﬁne.")
     'dough rises fine.'
     """
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return " ".join(unicodedata.normalize("NFKC", check_text(text)).casefold().split())
 
 # %% ../chapters/04_deduplication.ipynb #51cf0a16
 def _utf8(text: str) -> bytes:
@@ -61,7 +61,7 @@ def exact_duplicates(documents: Iterable[Document | str]) -> list[list[int]]:
         groups[blake2b(_utf8(canonical_text(text)), digest_size=16).digest()].append(i)
     return [group for group in groups.values() if len(group) > 1]
 
-# %% ../chapters/04_deduplication.ipynb #249993bd
+# %% ../chapters/04_deduplication.ipynb #00746daf
 def jaccard(
     a: AbstractSet[Any] | Shaped[np.ndarray, " m"], b: AbstractSet[Any] | Shaped[np.ndarray, " n"]
 ) -> float:
@@ -72,8 +72,10 @@ def jaccard(
     >>> jaccard({1, 2, 3}, {2, 3, 4})
     0.5
     """
-    if isinstance(a, str | bytes) or isinstance(b, str | bytes):
-        raise ValueError("a, b: expected sets or arrays, got a text; cut it by shingles first")
+    for name, given in (("a", a), ("b", b)):
+        if not isinstance(given, AbstractSet) and getattr(given, "ndim", 0) != 1:
+            hint = "; cut a text by shingles first" if isinstance(given, str) else ""
+            raise ValueError(f"{name}: expected a set or a row of numbers, got {given!r:.60}{hint}")
     first, second = (set(s.tolist()) if isinstance(s, np.ndarray) else set(s) for s in (a, b))
     union = first | second
     return len(first & second) / len(union) if union else 1.0
@@ -145,9 +147,17 @@ def _shingle_hashes(
             inside[ends[padded > 0] - j] = False
     return _mix64(combined[inside[:windows]]), np.maximum(padded - n + 1, 0)
 
-# %% ../chapters/04_deduplication.ipynb #3fcbc9a6
+# %% ../chapters/04_deduplication.ipynb #34225635
+def _check_whole(**bounds: tuple[int, object]) -> None:
+    """Demand whole numbers of at least so much, ``None`` excluded."""
+    for argument, (_, value) in bounds.items():
+        if value is None:
+            raise ValueError(f"{argument}: expected a whole number, got None")
+    check_at_least(**bounds)
+
+
 def _check_shingles(n: int, unit: str) -> None:
-    check_at_least(n=(1, n))
+    _check_whole(n=(1, n))
     check_choice("unit", unit, ("word", "character"))
 
 
@@ -162,7 +172,7 @@ def shingles(text: str, n: int = 5, unit: str = "word") -> UInt64[np.ndarray, " 
     (2, 1, 0)
     """
     _check_shingles(n, unit)
-    return np.unique(_shingle_hashes(list(iter_texts([text])), n, unit)[0])
+    return np.unique(_shingle_hashes([check_text(text)], n, unit)[0])
 
 # %% ../chapters/04_deduplication.ipynb #57118c05
 def _mix32(h: UInt32[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
@@ -171,7 +181,7 @@ def _mix32(h: UInt32[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
     h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return h ^ (h >> np.uint32(16))
 
-# %% ../chapters/04_deduplication.ipynb #bb5cbfa4
+# %% ../chapters/04_deduplication.ipynb #84406d49
 _Signatures = UInt32[np.ndarray, "documents permutations"]
 
 
@@ -198,18 +208,19 @@ class MinHasher:
         self, hashes: UInt[np.ndarray, " shingles"], sizes: Int64[np.ndarray, " documents"]
     ) -> _Signatures:
         """Sign sets of hashes, one after another, by their lower 32 bits; ``sizes`` cuts them."""
+        _check_numbers(1, hashes=(hashes, "u"), sizes=(sizes, "iu"))
         if (sizes < 0).any() or sizes.sum() != len(hashes):
             raise ValueError(f"sizes: expected a sum of {len(hashes)}, got {sizes.sum()}")
         return _minima(_mix32(hashes.astype(np.uint32)), sizes, *_permutations(self))
 
     def signatures(self, documents: Iterable[Document | str], workers: int = 1) -> _Signatures:
         """Sign documents, reading each once; several ``workers`` hold all texts in memory."""
-        check_at_least(workers=(1, workers))
+        _check_whole(workers=(1, workers))
         jobs = ((self, texts) for texts in _batches(iter_texts(documents)))
         parts = map(_sign, jobs) if workers == 1 else ordered_map(_sign, list(jobs), workers)
         return np.concatenate([np.empty((0, self.n_permutations), np.uint32), *parts])
 
-# %% ../chapters/04_deduplication.ipynb #cf23979c
+# %% ../chapters/04_deduplication.ipynb #d0241219
 def estimate_jaccard(
     a: UInt32[np.ndarray, "*batch permutations"], b: UInt32[np.ndarray, "*batch permutations"]
 ) -> Float64[np.ndarray, "*batch"]:
@@ -217,6 +228,7 @@ def estimate_jaccard(
 
     Unbiased up to the quality of the permutations, with variance J (1 - J) / n_permutations.
     """
+    _check_numbers(None, a=(a, "u"), b=(b, "u"))
     if a.shape[-1:] != b.shape[-1:] or a.shape[-1:] in ((), (0,)):
         raise ValueError(f"a, b: expected equally many permutations, got {a.shape} and {b.shape}")
     return np.asarray((a == b).mean(axis=-1))
@@ -250,9 +262,22 @@ def _minima(
     signatures[filled] = least.T
     return signatures
 
-# %% ../chapters/04_deduplication.ipynb #978101cf
+# %% ../chapters/04_deduplication.ipynb #0baaba89
+def _check_numbers(dimensions: int | None, **arrays: tuple[Any, str]) -> None:
+    """Demand arrays of so many dimensions (None: any), of numbers of one of the kinds given."""
+    shape = "an array" if dimensions is None else "a row"
+    for argument, (values, kinds) in arrays.items():
+        name = "whole numbers without sign" if kinds == "u" else "whole numbers"
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in kinds:
+            got = values.dtype if isinstance(values, np.ndarray) else f"{values!r:.60}"
+            raise ValueError(f"{argument}: expected {shape} of {name}, got {got}")
+        if dimensions is not None and values.ndim != dimensions:
+            got = f"the shape {values.shape}"
+            raise ValueError(f"{argument}: expected {shape} of {name}, got {got}")
+
+
 def _check_hasher(hasher: MinHasher) -> None:
-    check_at_least(n_permutations=(1, hasher.n_permutations), seed=(0, hasher.seed))
+    _check_whole(n_permutations=(1, hasher.n_permutations), seed=(0, hasher.seed))
     _check_shingles(hasher.n, hasher.unit)
     if hasher.seed >= 2**32:
         raise ValueError(f"seed: expected less than 2**32, got {hasher.seed}")
@@ -285,7 +310,7 @@ def _sign(job: tuple[MinHasher, list[str]]) -> _Signatures:
     hashes, sizes = _shingle_hashes(texts, hasher.n, hasher.unit)
     return hasher.hash_signatures(hashes, sizes)
 
-# %% ../chapters/04_deduplication.ipynb #f6ddb397
+# %% ../chapters/04_deduplication.ipynb #85477594
 def collision_probability(
     similarity: float | Float[np.ndarray, "*shape"], bands: int, rows: int
 ) -> Float64[np.ndarray, "*shape"]:
@@ -297,11 +322,12 @@ def collision_probability(
     >>> collision_probability(np.array([0.4, 0.8]), bands=16, rows=8).round(2).tolist()
     [0.01, 0.95]
     """
-    check_at_least(bands=(1, bands), rows=(1, rows))
-    s = np.asarray(similarity, np.float64)
-    if not ((s >= 0) & (s <= 1)).all():
-        raise ValueError(f"similarity: expected numbers from 0 to 1, got {similarity!r}")
-    return np.asarray(1 - (1 - s**rows) ** bands)
+    _check_whole(bands=(1, bands), rows=(1, rows))
+    s = np.asarray(similarity)
+    one = isinstance(similarity, int | float | np.number | np.ndarray)
+    if not one or s.dtype.kind not in "fiu" or not ((s >= 0) & (s <= 1)).all():
+        raise ValueError(f"similarity: expected numbers from 0 to 1, got {similarity!r:.60}")
+    return np.asarray(1 - (1 - s.astype(np.float64) ** rows) ** bands)
 
 # %% ../chapters/04_deduplication.ipynb #de937ca4
 def _check_threshold(threshold: float) -> None:
@@ -316,7 +342,7 @@ def _check_weights(weights: Sequence[float]) -> None:
     if not numbers or not min(pair) >= 0 or not 0 < sum(pair) < math.inf:
         raise ValueError(f"weights: expected two numbers from 0, not both 0, got {weights!r}")
 
-# %% ../chapters/04_deduplication.ipynb #5e2f0869
+# %% ../chapters/04_deduplication.ipynb #7e4c3ede
 def optimal_bands(
     threshold: float, n_permutations: int = 128, weights: Sequence[float] = (0.05, 0.95)
 ) -> tuple[int, int]:
@@ -326,7 +352,7 @@ def optimal_bands(
     below and above the threshold. Of equally good choices that with the fewest bands is taken.
     """
     _check_threshold(threshold)
-    check_at_least(n_permutations=(1, n_permutations))
+    _check_whole(n_permutations=(1, n_permutations))
     _check_weights(weights)
     return _least_error(threshold, n_permutations, *weights)
 
@@ -370,12 +396,12 @@ def _band_hashes(
     combined = (used + np.uint64(1)) @ _powers(_BASE, rows) + np.arange(bands, dtype=np.uint64)
     return _mix64(combined.ravel()).reshape(-1, bands)
 
-# %% ../chapters/04_deduplication.ipynb #3b1e06be
+# %% ../chapters/04_deduplication.ipynb #e2b43fb8
 class LSHIndex:
     """Finds documents that share a band, by their signatures; nothing is verified."""
 
     def __init__(self, hasher: MinHasher | None = None, bands: int = 16, rows: int = 8) -> None:
-        self.hasher, self.bands, self.rows = hasher or MinHasher(), bands, rows
+        self.hasher, self.bands, self.rows = _checked_hasher(hasher), bands, rows
         _check_bands(bands, rows, self.hasher.n_permutations)
         self.keys, self._known, self._runs = list[str](), set[str](), _SortedRuns()
 
@@ -404,6 +430,32 @@ class LSHIndex:
         """Return the keys of all pairs that share a bucket; their number may be quadratic."""
         return [(self.keys[i], self.keys[j]) for i, j in _sharing(*self._runs.merged()).tolist()]
 
+    def remove(self, keys: Iterable[str]) -> None:
+        """Take documents out by their ``keys``; all of them, or none if one is not there."""
+        gone = set(_listed(keys))
+        if unknown := sorted(gone - self._known):
+            raise ValueError(f"keys: expected keys of this index, got {unknown[0]!r}")
+        self._runs.keep(np.array([key not in gone for key in self.keys], bool))
+        self.keys = [key for key in self.keys if key not in gone]
+        self._known -= gone
+
+    def merge(self, other: "LSHIndex") -> None:
+        """Add the documents of another index after one's own; all of them, or none.
+
+        Both must have the same hasher and layout, and no key in common.
+        """
+        if not isinstance(other, LSHIndex):
+            raise ValueError(f"other: expected an LSHIndex, got {other!r:.60}")
+        mine, theirs = ((index.hasher, index.bands, index.rows) for index in (self, other))
+        if mine != theirs:
+            raise ValueError(f"other: expected hasher, bands and rows {mine}, got {theirs}")
+        if common := sorted(self._known & other._known):
+            raise ValueError(f"other: expected keys that are new, got {common[0]!r} again")
+        hashes, owners = other._runs.merged()
+        self._runs.add(hashes, owners + len(self))
+        self.keys += other.keys
+        self._known |= other._known
+
     def save(self, path: str | Path) -> None:
         """Write the index with its hasher to one file, which appears complete or not at all."""
         header = {
@@ -414,13 +466,13 @@ class LSHIndex:
         }
         coded = np.frombuffer(json.dumps(header).encode(), np.uint8)
         hashes, owners = self._runs.merged()
-        with whole_file(Path(path)) as draft, draft.open("wb") as file:
+        with whole_file(path) as draft, draft.open("wb") as file:
             np.savez(file, header=coded, hashes=hashes, owners=owners)
 
     @classmethod
     def load(cls, path: str | Path) -> "LSHIndex":
         """Read what ``save`` wrote; a ``ValueError`` names a file that is none, or broken."""
-        with Path(path).open("rb") as file:
+        with check_path(path).open("rb") as file:
             try:  # zipfile, zlib, NumPy and JSON have a dozen exceptions for broken files
                 with np.load(file, allow_pickle=False) as arrays:
                     header = json.loads(arrays["header"].tobytes())
@@ -429,7 +481,7 @@ class LSHIndex:
                 message = f"path: expected a saved LSHIndex, got {str(path)!r}: {error}"
                 raise ValueError(message) from error
 
-# %% ../chapters/04_deduplication.ipynb #fd6d5985
+# %% ../chapters/04_deduplication.ipynb #c98972bd
 class _SortedRuns:
     """Pairs (hash, owner) in sorted runs, each more than twice as long as the next."""
 
@@ -463,6 +515,12 @@ class _SortedRuns:
             found.append(np.stack([position, owners[left[position] + _ranges(counts)]], axis=1))
         return np.concatenate(found)
 
+    def keep(self, kept: Bool[np.ndarray, " owners"]) -> None:
+        """Drop the entries of owners that are not ``kept``, and number the others anew."""
+        hashes, owners = self.merged()
+        stay = kept[owners]
+        self.runs = [(hashes[stay], (np.cumsum(kept) - 1)[owners[stay]])]
+
 # %% ../chapters/04_deduplication.ipynb #af6db59d
 def _buckets(
     hashes: UInt64[np.ndarray, " entries"], owners: Int64[np.ndarray, " entries"]
@@ -480,32 +538,51 @@ def _sharing(
     buckets, members = _buckets(hashes, owners)
     return _unique_pairs(members[_pairs_within(buckets)])
 
-# %% ../chapters/04_deduplication.ipynb #ee21df1b
+# %% ../chapters/04_deduplication.ipynb #336a6105
 def _checked(signatures: _Signatures, hasher: MinHasher) -> _Signatures:
     """Return ``signatures`` if their shape is one that ``hasher`` makes."""
+    if getattr(signatures, "dtype", None) != np.uint32:
+        got = getattr(signatures, "dtype", type(signatures).__name__)
+        raise ValueError(f"signatures: expected an array of uint32, got {got}")
     if signatures.ndim != 2 or signatures.shape[1] != hasher.n_permutations:
         expected = f"expected rows of {hasher.n_permutations} numbers"
         raise ValueError(f"signatures: {expected}, got the shape {signatures.shape}")
     return signatures
 
 
-def _new_keys(keys: Iterable[str], known: set[str], count: int) -> list[str]:
-    """Return ``keys`` as a list of ``count`` different strings, none of them known."""
-    new, seen = list(keys), set[str]()
-    if isinstance(keys, str) or len(new) != count:
-        got = "a single str" if isinstance(keys, str) else len(new)
-        raise ValueError(f"keys: expected {count}, one for each signature, got {got}")
-    for key in new:
+def _listed(keys: Any) -> list[str]:
+    """Return ``keys`` as a list, if they are several strings."""
+    if isinstance(keys, str) or not isinstance(keys, Iterable):
+        got = "a single str" if isinstance(keys, str) else f"{keys!r:.60}"
+        raise ValueError(f"keys: expected several strings, got {got}")
+    listed = list(keys)
+    for key in listed:
         if not isinstance(key, str):
             raise ValueError(f"keys: expected strings, got {type(key).__name__}")
+    return listed
+
+
+def _new_keys(keys: Iterable[str], known: set[str], count: int) -> list[str]:
+    """Return ``keys`` as a list of ``count`` different strings, none of them known."""
+    new, seen = _listed(keys), set[str]()
+    if len(new) != count:
+        raise ValueError(f"keys: expected {count}, one for each signature, got {len(new)}")
+    for key in new:
         if key in known or key in seen:
             raise ValueError(f"keys: expected new ones, got {key!r} again")
         seen.add(key)
     return new
 
-# %% ../chapters/04_deduplication.ipynb #6ffa77e7
+# %% ../chapters/04_deduplication.ipynb #2ac75bcf
+def _checked_hasher(hasher: MinHasher | None) -> MinHasher:
+    """Return ``hasher``, or the default one in the place of None."""
+    if hasher is not None and not isinstance(hasher, MinHasher):
+        raise ValueError(f"hasher: expected a MinHasher, got {hasher!r:.60}")
+    return hasher or MinHasher()
+
+
 def _check_bands(bands: int, rows: int, n_permutations: int) -> None:
-    check_at_least(bands=(1, bands), rows=(1, rows))
+    _check_whole(bands=(1, bands), rows=(1, rows))
     if bands * rows > n_permutations:
         most = f"at most {n_permutations} permutations"
         raise ValueError(f"bands, rows: expected {most} in all, got {bands} times {rows}")
@@ -534,16 +611,17 @@ def _restored(header: Any, hashes: Any, owners: Any) -> LSHIndex:
     index._runs.add(hashes, owners)
     return index
 
-# %% ../chapters/04_deduplication.ipynb #466ced3b
+# %% ../chapters/04_deduplication.ipynb #0f8cf490
 def _root(parent: list[int], argument: str, item: int) -> int:
     size = len(parent)
-    if not isinstance(item, int | np.integer) or not 0 <= item < size:
+    whole = isinstance(item, int | np.integer) and not isinstance(item, bool)
+    if not whole or not 0 <= item < size:
         raise ValueError(f"{argument}: expected an item from 0 below {size}, got {item!r}")
     while parent[item] != item:
         parent[item] = item = parent[parent[item]]
     return item
 
-# %% ../chapters/04_deduplication.ipynb #345871d8
+# %% ../chapters/04_deduplication.ipynb #68bc6f97
 class UnionFind:
     """Disjoint sets of the items 0 to ``size`` - 1; the name of a set is its smallest item.
 
@@ -553,7 +631,7 @@ class UnionFind:
     """
 
     def __init__(self, size: int) -> None:
-        check_at_least(size=(0, size))
+        _check_whole(size=(0, size))
         self._parent = list(range(size))
 
     def find(self, item: int) -> int:
@@ -568,6 +646,7 @@ class UnionFind:
 
     def roots(self, items: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         """Return the names of the sets that the ``items`` are in."""
+        _check_numbers(1, items=(items, "iu"))
         return np.array([self.find(item) for item in items.tolist()], np.int64)
 
     def clusters(self) -> list[list[int]]:
@@ -646,7 +725,18 @@ def _mixed(
     least, most = np.minimum.reduceat(roots, starts), np.maximum.reduceat(roots, starts)
     return np.repeat(least != most, sizes)
 
-# %% ../chapters/04_deduplication.ipynb #61d22132
+# %% ../chapters/04_deduplication.ipynb #0c18bf44
+def _new_pairs(
+    pairs: Int64[np.ndarray, "pairs 2"], size: int, seen: _SortedRuns
+) -> Int64[np.ndarray, "new 2"]:
+    """Return those of the pairs of ``size`` items that are not ``seen``, and remember them."""
+    codes = (pairs[:, 0] * size + pairs[:, 1]).astype(np.uint64)
+    new = np.ones(len(pairs), bool)
+    new[seen.find(codes)[:, 0]] = False
+    seen.add(codes[new], pairs[new, 0])
+    return pairs[new]
+
+# %% ../chapters/04_deduplication.ipynb #451524a3
 def _link_similar(
     groups: Int64[np.ndarray, " members"],
     members: Int64[np.ndarray, " members"],
@@ -660,6 +750,7 @@ def _link_similar(
     That is, their similarities and the number of pairs compared. ``groups`` are sorted numbers.
     """
     forest, compared, tried, links = UnionFind(len(sets)), 0, 0, [_NO_LINKS]
+    seen = _SortedRuns()
     while len(members):
         first = np.append(True, groups[1:] != groups[:-1])  # the centers
         number = np.cumsum(first) - 1  # of each member's group
@@ -669,6 +760,7 @@ def _link_similar(
         root, center = forest.roots(alive)[place], members[first][number]
         apart = root != root[first][number]
         pairs = _unique_pairs(np.stack([center, members], axis=1)[apart])
+        pairs = _new_pairs(pairs, len(sets), seen)
         links.append(_join(pairs, sets, threshold, forest))
         compared, root = compared + len(pairs), forest.roots(alive)[place]
         joined = root == root[first][number]
@@ -692,25 +784,28 @@ class NearDuplicates:
     similarities: Float64[np.ndarray, " links"]
     compared: int
 
-# %% ../chapters/04_deduplication.ipynb #e4547630
+# %% ../chapters/04_deduplication.ipynb #8feb5bae
 def find_near_duplicates(
     documents: Iterable[Document | str],
     threshold: float = 0.8,
     *,
     hasher: MinHasher | None = None,
     weights: Sequence[float] = (0.05, 0.95),
+    bands: int | None = None,
+    rows: int | None = None,
     exact_up_to: int = 1000,
     workers: int = 1,
 ) -> NearDuplicates:
     """Find clusters of documents connected by a true Jaccard similarity of ``threshold`` or more.
 
-    ``weights`` (of false positives, of misses) choose the bands; a pair at similarity s is found
-    with ``collision_probability(s, bands, rows)``, and copies always are. In buckets of more than
-    ``exact_up_to`` members some edges that would join two clusters may be missed.
+    ``weights`` (of false positives, of misses) choose the bands, unless ``bands`` and ``rows`` are
+    given; a pair at similarity s is found with ``collision_probability(s, bands, rows)``, and
+    copies always are. In buckets of more than ``exact_up_to`` members some edges that would join
+    two clusters may be missed.
     """
-    check_at_least(exact_up_to=(0, exact_up_to))
-    hasher = hasher or MinHasher()
-    bands, rows = optimal_bands(threshold, hasher.n_permutations, weights)
+    _check_whole(exact_up_to=(0, exact_up_to), workers=(1, workers))
+    hasher = _checked_hasher(hasher)
+    bands, rows = _checked_bands(threshold, hasher, weights, bands, rows)
     texts = list(iter_texts(documents))
     copies = [(group[0], copy) for group in exact_duplicates(texts) for copy in group[1:]]
     exact = np.array(copies, np.int64).reshape(-1, 2)
@@ -723,6 +818,24 @@ def find_near_duplicates(
         forest.union(a, b)
     values = np.concatenate([np.ones(len(exact)), values])
     return NearDuplicates(forest.clusters(), pairs, values, compared)
+
+# %% ../chapters/04_deduplication.ipynb #41173e08
+def _checked_bands(
+    threshold: float,
+    hasher: MinHasher,
+    weights: Sequence[float],
+    bands: int | None,
+    rows: int | None,
+) -> tuple[int, int]:
+    """Return ``bands`` and ``rows`` if they are given, else the best for ``weights``."""
+    _check_threshold(threshold)
+    _check_weights(weights)
+    if bands is None and rows is None:
+        return optimal_bands(threshold, hasher.n_permutations, weights)
+    if bands is None or rows is None:
+        raise ValueError(f"bands, rows: expected both or neither, got {bands} and {rows}")
+    _check_bands(bands, rows, hasher.n_permutations)
+    return bands, rows
 
 # %% ../chapters/04_deduplication.ipynb #dc325ef5
 def _candidates(
@@ -748,7 +861,7 @@ def _verified(
     links = _link_similar(groups, places, sets, threshold, exact_up_to, _CENTERS)
     return used[links[0]], *links[1:]
 
-# %% ../chapters/04_deduplication.ipynb #14d7487d
+# %% ../chapters/04_deduplication.ipynb #bee882a8
 def _ranked(
     clusters: list[list[int]], documents: list[Document], score: Callable[[Document], float] | None
 ) -> Iterator[list[int]]:
@@ -758,8 +871,10 @@ def _ranked(
         for i in cluster:
             document = documents[i]
             values[i] = score(document) if score else len(canonical_text(document.text))
-            if math.isnan(values[i]):
-                raise ValueError(f"score: expected numbers, got NaN for document {document.id!r}")
+            number = isinstance(values[i], int | float | np.number)
+            if not number or math.isnan(values[i]):
+                got = f"{values[i]!r:.40} for document {document.id!r}"
+                raise ValueError(f"score: expected numbers, got {got}")
         yield sorted(cluster, key=lambda i: (-values[i], i))
 
 # %% ../chapters/04_deduplication.ipynb #864437f5
@@ -819,7 +934,7 @@ def _stars(
         removed |= {order[i] for i in np.flatnonzero(gone).tolist()}
     return removed
 
-# %% ../chapters/04_deduplication.ipynb #0a1c08ff
+# %% ../chapters/04_deduplication.ipynb #e07f4a71
 def deduplicate(
     documents: Iterable[Document],
     threshold: float = 0.8,
@@ -828,6 +943,8 @@ def deduplicate(
     linkage: str = "star",
     hasher: MinHasher | None = None,
     weights: Sequence[float] = (0.05, 0.95),
+    bands: int | None = None,
+    rows: int | None = None,
     exact_up_to: int = 1000,
     workers: int = 1,
 ) -> list[Document]:
@@ -839,14 +956,17 @@ def deduplicate(
     connected cluster. Other arguments are those of ``find_near_duplicates``, for both steps.
     """
     check_choice("linkage", linkage, ("star", "single"))
-    listed, hasher = list(iter_documents(documents)), hasher or MinHasher()
+    if score is not None and not callable(score):
+        raise ValueError(f"score: expected a function of a Document, got {score!r:.60}")
+    listed, hasher = list(iter_documents(documents)), _checked_hasher(hasher)
+    layout = bands, rows = _checked_bands(threshold, hasher, weights, bands, rows)
+    options: dict[str, Any] = {"exact_up_to": exact_up_to, "workers": workers}
     found = find_near_duplicates(
-        listed, threshold, hasher=hasher, weights=weights, exact_up_to=exact_up_to, workers=workers
+        listed, threshold, hasher=hasher, bands=bands, rows=rows, **options
     )
     ranked = list(_ranked(found.clusters, listed, score))
     removed = {i for cluster in ranked for i in cluster[1:]}
     if linkage == "star":
-        layout = optimal_bands(threshold, hasher.n_permutations, weights)
         removed = _stars(ranked, listed, threshold, hasher, layout, exact_up_to, workers)
     return [document for i, document in enumerate(listed) if i not in removed]
 

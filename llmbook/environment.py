@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REPORTED_PACKAGES', 'FROM_INSIDE', 'seed_everything', 'best_device', 'describe_environment', 'check_at_least',
-           'check_even', 'check_fraction', 'check_choice', 'check_text', 'misfit', 'explained', 'explain_calls',
-           'requires_extra', 'whole_file', 'whole_directory']
+           'check_even', 'check_fraction', 'check_choice', 'check_text', 'check_path', 'misfit', 'explained',
+           'explain_calls', 'requires_extra', 'whole_file', 'whole_directory']
 
 # %% ../chapters/00_environment.ipynb #26ce8acb
 # The imports of the module
@@ -91,7 +91,7 @@ def describe_environment() -> dict[str, str]:
             continue
     return description
 
-# %% ../chapters/00_environment.ipynb #a49b99c6
+# %% ../chapters/00_environment.ipynb #79aeab4d
 def check_at_least(**bounds: tuple[int, object]) -> None:
     """Demand whole numbers of at least so much: ``check_at_least(size=(1, size))``.
 
@@ -115,13 +115,14 @@ def check_even(**sizes: int | np.integer) -> None:
     """Demand even whole numbers of at least 2."""
     for argument, size in sizes.items():
         check_at_least(**{argument: (2, size)})
-        if size % 2:
+        if size is None or size % 2:
             raise ValueError(f"{argument}: expected an even number, got {size}")
 
-# %% ../chapters/00_environment.ipynb #c64a24e8
+# %% ../chapters/00_environment.ipynb #c1ed6496
 def check_fraction(argument: str, value: object) -> None:
     """Demand a number of at least 0 and less than 1, such as a rate of dropout."""
-    if not isinstance(value, int | float | np.number) or not 0 <= value < 1:
+    known = () if isinstance(value, bool) else (int, float, np.number)
+    if not isinstance(value, known) or not 0 <= value < 1:
         raise ValueError(f"{argument}: expected at least 0 and less than 1, got {value!r}")
 
 
@@ -141,6 +142,18 @@ def check_text(value: object, argument: str = "text") -> str:
     if not isinstance(value, str):
         raise ValueError(f"{argument}: expected a str, got {value!r:.60}")
     return value
+
+
+def check_path(value: object, argument: str = "path") -> Path:
+    """Return ``value`` as a ``Path``, else raise a ``ValueError`` that names ``argument``.
+
+    >>> check_path(5)
+    Traceback (most recent call last):
+    ValueError: path: expected a str or a Path, got 5
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{argument}: expected a str or a Path, got {value!r:.60}")
+    return Path(value)
 
 # %% ../chapters/00_environment.ipynb #38e010ab
 # What Python and PyTorch raise over an argument of the wrong kind or shape.
@@ -226,10 +239,13 @@ def requires_extra(what: str, extra: str) -> Iterator[None]:
     except ImportError as error:
         raise ImportError(f"{what} needs an extra: pip install 'llmbook[{extra}]'") from error
 
-# %% ../chapters/00_environment.ipynb #940e4b24
+# %% ../chapters/00_environment.ipynb #6a8699f4
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: str | Path) -> Iterator[Path]:
     """Give a temporary path; move it to ``path`` at the end, or remove it after an exception."""
+    path = check_path(path)
+    if path.is_dir():
+        raise ValueError(f"path: expected a file to write, got the folder {str(path)!r}")
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield draft
@@ -237,10 +253,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         draft.unlink(missing_ok=True)
 
-# %% ../chapters/00_environment.ipynb #608ce0a0
+# %% ../chapters/00_environment.ipynb #c3f3d281
 @contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
+def whole_directory(path: str | Path) -> Iterator[Path]:
     """Give a hidden directory to write into; rename it to ``path`` at the end, or remove it."""
+    path = check_path(path, "directory")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"directory: expected a new or an empty one, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)

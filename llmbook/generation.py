@@ -6,23 +6,25 @@ ahead without changing a probability, and store matrices in a quarter of the spa
 # %% auto #0
 __all__ = ['FinishReason', 'Step', 'draw', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'keep_typical', 'penalize_repetition',
            'penalize_frequency', 'Sampling', 'next_token_distribution', 'sample', 'uniforms_of', 'Completion',
-           'GenerationOptions', 'generate', 'Piece', 'stream', 'beam_search', 'verify', 'expected_tokens',
+           'GenerationOptions', 'generate', 'TextCache', 'Piece', 'stream', 'beam_search', 'verify', 'expected_tokens',
            'SpeculativeStats', 'speculative_generate', 'quantize_rows', 'QuantizedLinear', 'quantize', 'stored_bytes']
 
-# %% ../chapters/14_generation.ipynb #e45d5a81
+# %% ../chapters/14_generation.ipynb #3589a796
 # The imports that only the module needs
 import codecs
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import takewhile
+from numbers import Real
 from operator import index
 from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Bool, Float, Int8, Int64
 
-# %% ../chapters/14_generation.ipynb #29d01dde
+# %% ../chapters/14_generation.ipynb #6c0508d1
 import math
 
 import numpy as np
@@ -33,31 +35,136 @@ from torch import Tensor, nn
 from .attention import KVCache, LayerCache
 from .batches import random_bits
 from .blocks import RMSNorm, activate
-from .environment import check_at_least, check_choice
+from .environment import check_at_least, check_choice, check_text
 from .model import TransformerLM, count_parameters
 from .tokenizer import BPETokenizer
 
-# %% ../chapters/14_generation.ipynb #4f7e1212
+# %% ../chapters/14_generation.ipynb #4cf474ed
 def draw(
     probabilities: Float[Tensor, "batch vocab_size"], uniforms: Float[Tensor, " batch"]
 ) -> Int64[Tensor, " batch"]:
     """Return the token of each row in whose share of the line from 0 to 1 its number falls.
 
     ``uniforms`` are at least 0 and below 1. What has probability 0 is never drawn. Sums are made
-    in float64.
+    in float64; rows need not sum to one. NaN and what is negative raise a ``ValueError``.
 
     >>> draw(torch.tensor([[0.5, 0.0, 0.5]] * 3), torch.tensor([0.0, 0.4, 0.5])).tolist()
     [0, 0, 2]
     """
+    _check_shares(probabilities, to_one=False)
+    _check_uniforms(uniforms, len(probabilities))
     device = probabilities.device
     if device.type == "mps":  # has no float64
         probabilities = probabilities.cpu()
     ends = probabilities.cumsum(dim=-1, dtype=torch.float64)
     targets = uniforms.to(ends)[:, None] * ends[:, -1:]  # the last end is not exactly 1
-    found = torch.searchsorted(ends, targets, right=True)[:, 0]
-    return found.clamp_(max=ends.size(-1) - 1).to(device)  # clamped only if there are NaN
+    return torch.searchsorted(ends, targets, right=True)[:, 0].to(device)
 
-# %% ../chapters/14_generation.ipynb #bf637552
+# %% ../chapters/14_generation.ipynb #bee340f3
+def _check_number(
+    argument: str, value: object, expected: str, fits: Callable[[Any], bool] = math.isfinite
+) -> None:
+    """Demand a number that ``fits``; True and "0.5" are none."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not fits(value):
+        raise ValueError(f"{argument}: expected {expected}, got {value!r}")
+
+
+def _check_share(argument: str, value: object) -> None:
+    _check_number(argument, value, "more than 0, at most 1", lambda share: 0 < share <= 1)
+
+
+def _check_count(argument: str, value: object, least: int) -> None:
+    """Demand a whole number of at least ``least``, not None."""
+    if value is None:
+        raise ValueError(f"{argument}: expected a whole number of at least {least}, got None")
+    check_at_least(**{argument: (least, value)})
+
+# %% ../chapters/14_generation.ipynb #ec015381
+def _as_ids(argument: str, ids: Any) -> list[int]:
+    """Return ids as whole numbers of Python."""
+    several = isinstance(ids, Iterable) and not isinstance(ids, str | bytes)
+    if not several or getattr(ids, "ndim", 1) == 0:
+        raise ValueError(f"{argument}: expected a list of ids, got {ids!r:.60}")
+    found = []
+    for token in ids:
+        try:
+            if isinstance(token, bool):
+                raise TypeError
+            found.append(index(token))
+        except TypeError:
+            expected = "ids, which are whole numbers"
+            raise ValueError(f"{argument}: expected {expected}, got {token!r:.60}") from None
+    return found
+
+
+def _check_vocabulary(argument: str, ids: Iterable[int], vocab_size: int) -> None:
+    """Demand ids that a model with so many tokens has."""
+    if wrong := [token for token in ids if not 0 <= token < vocab_size]:
+        expected = f"ids from 0 to {vocab_size - 1}"
+        raise ValueError(f"{argument}: expected {expected}, got {wrong[0]}")
+
+# %% ../chapters/14_generation.ipynb #acbb4ef0
+def _check_rows(argument: str, rows: object) -> None:
+    """Demand a tensor of floats, (batch, vocab_size), with at least one column."""
+    if not isinstance(rows, Tensor):
+        raise ValueError(f"{argument}: expected a tensor, got {rows!r:.60}")
+    if not rows.is_floating_point():
+        raise ValueError(f"{argument}: expected floats, got {rows.dtype}")
+    if rows.ndim != 2 or not rows.size(1):
+        got = tuple(rows.shape)
+        raise ValueError(f"{argument}: expected the shape (batch, vocab_size), got {got}")
+
+
+def _flaw(logits: Tensor) -> str | None:
+    """Say what is wrong with logits from which no token can be drawn."""
+    best = logits.amax(dim=-1)  # NaN if there is any in the row
+    if best.isfinite().all():
+        return None
+    return (
+        "NaN" if best.isnan().any() else "infinity" if (best == math.inf).any() else "-inf for all"
+    )
+
+
+def _check_logits(logits: object) -> None:
+    _check_rows("logits", logits)
+    if flaw := _flaw(logits):  # type: ignore[arg-type]
+        raise ValueError(f"logits: expected numbers or -inf, one of them finite, got {flaw}")
+
+# %% ../chapters/14_generation.ipynb #e07fac55
+def _check_shares(shares: object, argument: str = "probabilities", to_one: bool = True) -> None:
+    """Demand rows of numbers from 0 on that have a positive sum, or the sum 1."""
+    _check_rows(argument, shares)
+    assert isinstance(shares, Tensor)
+    sums = shares.sum(dim=-1, dtype=torch.promote_types(shares.dtype, torch.float32))
+    good = (sums - 1).abs() < 0.02 if to_one else (sums > 0) & (sums < math.inf)
+    if not (good & (shares.amin(dim=-1) >= 0)).all():
+        expected = (
+            "numbers from 0 on that sum to 1" if to_one else "numbers from 0 on, one positive"
+        )
+        wrong = shares[~(good & (shares.amin(dim=-1) >= 0))][0]
+        raise ValueError(f"{argument}: expected {expected}, got the row {wrong.tolist()!s:.60}")
+
+
+def _check_like(argument: str, table: object, logits: Tensor, dtype: torch.dtype) -> None:
+    """Demand a table of ``dtype`` with an entry for each logit."""
+    if not isinstance(table, Tensor) or table.dtype != dtype or table.shape != logits.shape:
+        got = (table.dtype, tuple(table.shape)) if isinstance(table, Tensor) else table
+        expected = f"a {dtype} tensor of shape {tuple(logits.shape)}"
+        raise ValueError(f"{argument}: expected {expected}, got {got!r:.60}")
+
+# %% ../chapters/14_generation.ipynb #ec66fbcd
+def _check_uniforms(uniforms: object, n: int) -> None:
+    """Demand a number from 0 to below 1 for each of ``n`` rows."""
+    if not isinstance(uniforms, Tensor) or not uniforms.is_floating_point():
+        raise ValueError(f"uniforms: expected a tensor of floats, got {uniforms!r:.60}")
+    if uniforms.shape != (n,):
+        raise ValueError(f"uniforms: expected the shape ({n},), got {tuple(uniforms.shape)}")
+    inside = (uniforms >= 0) & (uniforms < 1)
+    if not inside.all():
+        wrong = uniforms[~inside][0].item()
+        raise ValueError(f"uniforms: expected numbers from 0 to below 1, got {wrong}")
+
+# %% ../chapters/14_generation.ipynb #effc6afd
 def _kept(probabilities: Tensor, keep: Tensor) -> Tensor:
     """Set all others to zero, and scale what is left to a sum of one."""
     kept = torch.where(keep, probabilities, 0.0)
@@ -71,10 +178,12 @@ def keep_top_k(
 
     Source: Fan et al. (2018).
     """
+    _check_shares(probabilities)
+    _check_count("k", k, 1)
     least = probabilities.topk(min(k, probabilities.size(-1)), dim=-1).values[:, -1:]
     return _kept(probabilities, probabilities >= least)
 
-# %% ../chapters/14_generation.ipynb #e0c99594
+# %% ../chapters/14_generation.ipynb #7d696db1
 def _ascending(values: Tensor) -> Tensor:
     """Sort each row."""
     if values.device.type != "cpu":
@@ -90,7 +199,9 @@ def keep_top_p(
     Of equally likely tokens at its border those with the highest ids are inside. Source: Holtzman
     et al. (2020), section 3.1.
     """
-    wide = probabilities.detach().to(torch.promote_types(probabilities.dtype, torch.float32))
+    _check_shares(probabilities)
+    _check_share("mass", mass)
+    wide = _wide(probabilities.detach())
     ascending, last = _ascending(wide), wide.size(-1) - 1
     outside = (ascending.cumsum(dim=-1) <= 1 - mass).sum(dim=-1, keepdim=True).clamp(max=last)
     border = ascending.gather(1, outside)
@@ -101,7 +212,7 @@ def keep_top_p(
         keep &= ~tied | (tied.cumsum(dim=-1) > too_many)
     return _kept(probabilities, keep)
 
-# %% ../chapters/14_generation.ipynb #7b5cc498
+# %% ../chapters/14_generation.ipynb #8ca23a03
 def keep_min_p(
     probabilities: Float[Tensor, "batch vocab_size"], share: int | float
 ) -> Float[Tensor, "batch vocab_size"]:
@@ -109,9 +220,11 @@ def keep_min_p(
 
     Source: Nguyen et al. (2025).
     """
+    _check_shares(probabilities)
+    _check_number("share", share, "at least 0, at most 1", lambda share: 0 <= share <= 1)
     return _kept(probabilities, probabilities >= share * probabilities.amax(dim=-1, keepdim=True))
 
-# %% ../chapters/14_generation.ipynb #4650007f
+# %% ../chapters/14_generation.ipynb #1b5a86b2
 def keep_typical(
     probabilities: Float[Tensor, "batch vocab_size"], mass: int | float
 ) -> Float[Tensor, "batch vocab_size"]:
@@ -119,6 +232,8 @@ def keep_typical(
 
     Ties at the border are all kept. Source: Meister et al. (2023).
     """
+    _check_shares(probabilities)
+    _check_share("mass", mass)
     entropy = torch.special.entr(probabilities).sum(dim=-1, keepdim=True)
     distance = (-probabilities.log() - entropy).abs()
     ascending, order = distance.sort(dim=-1, stable=True)
@@ -126,7 +241,7 @@ def keep_typical(
     last = (~reached).sum(dim=-1, keepdim=True).clamp(max=reached.size(-1) - 1)
     return _kept(probabilities, distance <= ascending.gather(1, last))
 
-# %% ../chapters/14_generation.ipynb #a1ac347f
+# %% ../chapters/14_generation.ipynb #2fdadc96
 def penalize_repetition(
     logits: Float[Tensor, "batch vocab_size"],
     seen: Bool[Tensor, "batch vocab_size"],
@@ -136,6 +251,9 @@ def penalize_repetition(
 
     Source: Keskar et al. (2019), section 4.1, who divide all; transformers does as here.
     """
+    _check_rows("logits", logits)
+    _check_like("seen", seen, logits, torch.bool)
+    _check_number("penalty", penalty, "a positive number", lambda x: 0 < x < math.inf)
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
@@ -146,15 +264,21 @@ def penalize_frequency(
     presence: int | float = 0.0,
 ) -> Float[Tensor, "batch vocab_size"]:
     """Subtract ``frequency`` for each time that a token has occurred, ``presence`` if it has."""
+    _check_rows("logits", logits)
+    _check_like("counts", counts, logits, torch.int64)
+    _check_number("frequency", frequency, "a number")
+    _check_number("presence", presence, "a number")
     return logits - frequency * counts - presence * (counts > 0)
 
-# %% ../chapters/14_generation.ipynb #9a3aa97a
+# %% ../chapters/14_generation.ipynb #8634a64c
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How to choose a token; without arguments it is drawn from the model's distribution.
 
     Temperature 0 is greedy: the most likely token. Penalties look at the whole text so far, the
-    prompt included. Settings that make no sense, alone or together, raise a ``ValueError``.
+    prompt included, and so does ``no_repeat_ngram_size``: no run of so many tokens occurs twice.
+    ``banned_tokens``, ids, are never chosen. Settings that make no sense, alone or together, raise
+    a ``ValueError``.
     """
 
     temperature: int | float = 1.0
@@ -165,25 +289,28 @@ class Sampling:
     repetition_penalty: int | float = 1.0
     frequency_penalty: int | float = 0.0
     presence_penalty: int | float = 0.0
+    banned_tokens: Collection[int] = ()
+    no_repeat_ngram_size: int | None = None
 
     def __post_init__(self) -> None:
         self._check()
 
     def _check(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            expected = "0 (greedy) or a positive number"
-            raise ValueError(f"temperature: expected {expected}, got {self.temperature}")
-        check_at_least(top_k=(1, self.top_k))
+        expected = "0 (greedy) or a positive number"
+        _check_number("temperature", self.temperature, expected, lambda t: 0 <= t < math.inf)
+        check_at_least(top_k=(1, self.top_k), no_repeat_ngram_size=(1, self.no_repeat_ngram_size))
         for name in _FILTERS[1:]:
             share = getattr(self, name)
-            if share is not None and not (0 < share <= 1 or (name == "min_p" and share == 0)):
-                raise ValueError(f"{name}: expected more than 0, at most 1, got {share}")
-        if not 0 < self.repetition_penalty < math.inf:
-            got = self.repetition_penalty
-            raise ValueError(f"repetition_penalty: expected a positive number, got {got}")
-        for name in ("frequency_penalty", "presence_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}: expected a number, got {getattr(self, name)}")
+            if share is not None and not (name == "min_p" and share == 0):
+                _check_share(name, share)
+        penalty = self.repetition_penalty
+        expected = "a positive number"
+        _check_number("repetition_penalty", penalty, expected, lambda x: 0 < x < math.inf)
+        _check_number("frequency_penalty", self.frequency_penalty, "a number")
+        _check_number("presence_penalty", self.presence_penalty, "a number")
+        banned = _as_ids("banned_tokens", self.banned_tokens)
+        _check_count("banned_tokens", min(banned, default=0), 0)
+        vars(self).update(banned_tokens=tuple(sorted(set(banned))))  # frozen for others
         given = [name for name in _FILTERS if getattr(self, name) is not None]
         if self.temperature == 0 and given:
             expected = "None at temperature 0, which takes the most likely token"
@@ -195,13 +322,19 @@ class Sampling:
         neutral = self.repetition_penalty == 1
         return not neutral or self.frequency_penalty != 0 or self.presence_penalty != 0
 
-# %% ../chapters/14_generation.ipynb #0fe09d3b
+    @property
+    def needs_history(self) -> bool:
+        """Whether there must be the text so far: for penalties, or for what may not return."""
+        return self.has_penalties or self.no_repeat_ngram_size is not None
+
+# %% ../chapters/14_generation.ipynb #212b457c
 def _distribution(logits: Tensor, sampling: Sampling, counts: Tensor | None) -> Tensor:
     logits = _penalized(logits, sampling, counts)
     if sampling.temperature == 0:
-        return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
+        return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).to(logits)
     if sampling.temperature != 1:  # the best is at 0, so that a tiny temperature cannot overflow
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
+        temperature = max(sampling.temperature, torch.finfo(logits.dtype).tiny)
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     probabilities = logits.softmax(dim=-1)
     if sampling.top_k is not None:
         probabilities = keep_top_k(probabilities, sampling.top_k)
@@ -221,27 +354,63 @@ def next_token_distribution(
 ) -> Float[Tensor, "batch vocab_size"]:
     """Return the probabilities from which the next token is drawn.
 
-    In this order: repetition, frequency and presence penalty, temperature, top-k, top-p, min-p,
-    typical; each filter sees what the one before has left. ``history`` is the text so far, for
-    penalties; -1 in it is padding.
+    In this order: bans, repetition, frequency and presence penalty, temperature, top-k, top-p,
+    min-p, typical; each filter sees what the one before has left. ``history`` is the text so far,
+    for penalties and repeats; -1 in it is padding.
     """
-    counts = None if history is None else _token_counts(history, logits.size(-1))
-    return _distribution(logits, sampling, counts)
+    allowed, counts = _prepared(logits, sampling, history)
+    return _distribution(allowed, sampling, counts)
 
-# %% ../chapters/14_generation.ipynb #75adb893
+# %% ../chapters/14_generation.ipynb #7d03a6a1
 _FILTERS = ("top_k", "top_p", "min_p", "typical_p")
 
-
+# %% ../chapters/14_generation.ipynb #26bd0765
 _PLAIN = Sampling()  # draw from the model's distribution
 
-# %% ../chapters/14_generation.ipynb #9be7046f
+# %% ../chapters/14_generation.ipynb #083f2c97
+def _completing(text: Sequence[int], n: int) -> np.ndarray:
+    """Return the ids after which the last ``n`` tokens would have occurred before."""
+    ids = np.asarray(text, dtype=np.int64)
+    if len(ids) < n:
+        return ids[:0]
+    runs = np.lib.stride_tricks.sliding_window_view(ids, n)
+    return runs[(runs[:, :-1] == ids[len(ids) - n + 1 :]).all(axis=1), -1]
+
+# %% ../chapters/14_generation.ipynb #08c0ad39
+def _allowed(
+    logits: Tensor,
+    sampling: Sampling,
+    texts: Sequence[Sequence[int]],
+    stops: Sequence[int] = (),
+) -> Tensor:
+    """Return logits with minus infinity for ``stops`` and what is forbidden after ``texts``."""
+    banned, n = [*sampling.banned_tokens, *stops], sampling.no_repeat_ngram_size
+    if not banned and n is None:
+        return logits
+    logits = logits.clone()
+    logits[:, banned] = -math.inf
+    if n is not None:
+        for row, text in enumerate(texts):
+            logits[row, _completing(text, n).tolist()] = -math.inf
+    return logits
+
+
+def _check_any_left(logits: Tensor) -> None:
+    if (logits.amax(dim=-1) == -math.inf).any():
+        expected = "a token that is neither banned nor a repetition"
+        raise ValueError(f"sampling: expected {expected}, got none")
+
+# %% ../chapters/14_generation.ipynb #105c76a5
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _penalized(logits: Tensor, sampling: Sampling, counts: Tensor | None) -> Tensor:
-    """Return logits in float32, lower for what has occurred."""
-    logits = logits.float()
+    """Return logits in 32 bits at least, lower for what has occurred."""
+    logits = _wide(logits)
     if not sampling.has_penalties:
         return logits
-    if counts is None:
-        raise ValueError("history: expected the text so far for a penalty, got None")
+    assert counts is not None  # _prepared and _Chooser see to it
     if sampling.repetition_penalty != 1:
         logits = penalize_repetition(logits, counts > 0, sampling.repetition_penalty)
     frequency, presence = sampling.frequency_penalty, sampling.presence_penalty
@@ -253,7 +422,47 @@ def _token_counts(history: Int64[Tensor, "batch length"], vocab_size: int) -> Te
     counts = torch.zeros(len(history), vocab_size, dtype=torch.int64, device=history.device)
     return counts.scatter_add_(1, history.clamp(min=0), (history >= 0).long())
 
-# %% ../chapters/14_generation.ipynb #5ba18ec0
+# %% ../chapters/14_generation.ipynb #45086308
+def _check_history(history: object, batch: int, vocab_size: int) -> None:
+    """Demand ids of the vocabulary, (batch, length), or -1 for padding."""
+    if not isinstance(history, Tensor) or history.dtype != torch.int64:
+        got = history.dtype if isinstance(history, Tensor) else history
+        raise ValueError(f"history: expected an int64 tensor of ids, got {got!r:.60}")
+    if history.ndim != 2 or len(history) != batch:
+        got = tuple(history.shape)
+        raise ValueError(f"history: expected the shape ({batch}, length), got {got}")
+    wrong = history[(history < -1) | (history >= vocab_size)]
+    if len(wrong):
+        expected = f"ids from 0 to {vocab_size - 1}, or -1 for padding"
+        raise ValueError(f"history: expected {expected}, got {wrong[0].item()}")
+
+# %% ../chapters/14_generation.ipynb #74462499
+def _prepared(
+    logits: Tensor, sampling: Sampling, history: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Check what was given; return logits without what is forbidden, and counts for penalties."""
+    _check_logits(logits)
+    _check_sampling(sampling)
+    batch, vocab_size = logits.shape
+    _check_vocabulary("banned_tokens", sampling.banned_tokens, vocab_size)
+    if history is not None:
+        _check_history(history, batch, vocab_size)
+    elif sampling.needs_history:
+        raise ValueError("history: expected the text so far for what looks back, got None")
+    texts: list[list[int]] = []
+    if history is not None and sampling.no_repeat_ngram_size is not None:
+        texts = [[token for token in row if token >= 0] for row in history.tolist()]
+    allowed = _allowed(logits, sampling, texts)
+    _check_any_left(allowed)
+    return allowed, None if history is None else _token_counts(history, vocab_size)
+
+
+def _check_sampling(sampling: object) -> None:
+    if not isinstance(sampling, Sampling):
+        expected = "a Sampling, such as Sampling(temperature=0.5)"
+        raise ValueError(f"sampling: expected {expected}, got {sampling!r:.60}")
+
+# %% ../chapters/14_generation.ipynb #37f114e4
 def _choose(
     logits: Tensor, sampling: Sampling, counts: Tensor | None, uniforms: Tensor | None
 ) -> Tensor:
@@ -273,16 +482,20 @@ def sample(
     """Choose a token for each row, as ``sampling`` says.
 
     ``uniforms``, from 0 to below 1, decide where chance does; without them ``generator`` does, or
-    else PyTorch's own on the processor.
+    else PyTorch's own on the processor. ``history`` is the text so far, for what looks back; -1 in
+    it is padding. Logits that are NaN, infinity, or -inf for all of a row raise a ``ValueError``.
     """
-    counts = None if history is None else _token_counts(history, logits.size(-1))
+    allowed, counts = _prepared(logits, sampling, history)
     if uniforms is None:
+        if not isinstance(generator, torch.Generator | None):
+            raise ValueError(f"generator: expected a torch.Generator, got {generator!r:.60}")
         device = None if generator is None else generator.device
         n = len(logits)
         uniforms = torch.rand(n, dtype=torch.float64, device=device, generator=generator)
-    return _choose(logits, sampling, counts, uniforms)
+    _check_uniforms(uniforms, len(logits))
+    return _choose(allowed, sampling, counts, uniforms)
 
-# %% ../chapters/14_generation.ipynb #38655905
+# %% ../chapters/14_generation.ipynb #d03db00b
 def uniforms_of(seed: int, row: int, n: int, first_step: int = 0) -> Float[np.ndarray, " n"]:
     """Return random numbers, from 0 to below 1, of ``n`` steps of one row from ``first_step`` on.
 
@@ -293,6 +506,9 @@ def uniforms_of(seed: int, row: int, n: int, first_step: int = 0) -> Float[np.nd
     >>> uniforms_of(seed=0, row=7, n=1, first_step=1).round(3)
     array([0.05])
     """
+    _check_seed(seed)
+    for argument, value in (("row", row), ("n", n), ("first_step", first_step)):
+        _check_count(argument, value, 0)
     steps = np.arange(first_step, first_step + n)
     return (random_bits(seed, row, steps) >> np.uint64(11)) * 2.0**-53
 
@@ -314,12 +530,13 @@ class Completion(NamedTuple):
     finish_reason: FinishReason
     log_probs: list[float]
 
-# %% ../chapters/14_generation.ipynb #d11e0639
+# %% ../chapters/14_generation.ipynb #e7e14dbe
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
     """The keyword arguments that ``generate`` and its like have in common, checked.
 
-    ``max_new_tokens``: after how many to end at the latest. ``sampling``: how to choose them.
+    ``max_new_tokens``: after how many to end at the latest. ``min_new_tokens``: before so many no
+    stop token is chosen and no stop string looked for. ``sampling``: how to choose them.
     ``tokenizer``: needed for prompts, stops and completions that are texts; a prompt is encoded
     as it is, with nothing put before it. ``stop_tokens``: ids, each of which ends a completion
     and is its last. ``stop_strings``: texts, before each of which the completion's text ends.
@@ -330,6 +547,7 @@ class GenerationOptions:
     """
 
     max_new_tokens: int
+    min_new_tokens: int = 0
     sampling: Sampling = _PLAIN
     tokenizer: BPETokenizer | None = None
     stop_tokens: Collection[int] = ()
@@ -342,43 +560,133 @@ class GenerationOptions:
         self._check()
 
     def _check(self) -> None:
-        check_at_least(max_new_tokens=(1, self.max_new_tokens))
+        _check_count("max_new_tokens", self.max_new_tokens, 1)
+        _check_count("min_new_tokens", self.min_new_tokens, 0)
+        if self.min_new_tokens > self.max_new_tokens:
+            expected = f"at most max_new_tokens = {self.max_new_tokens}"
+            raise ValueError(f"min_new_tokens: expected {expected}, got {self.min_new_tokens}")
+        _check_sampling(self.sampling)
+        if not isinstance(self.tokenizer, BPETokenizer | None):
+            raise ValueError(f"tokenizer: expected a BPETokenizer, got {self.tokenizer!r:.60}")
+        self._check_stops()
+        _check_seed(self.seed)
         check_choice("on_full", self.on_full, ("stop", "error", "slide"))
-        if isinstance(self.stop_tokens, int):
-            raise ValueError(f"stop_tokens: expected a list of ids, got {self.stop_tokens}")
-        if isinstance(self.stop_strings, str):
-            raise ValueError(f"stop_strings: expected a list of texts, got {self.stop_strings!r}")
-        if not all(self.stop_strings):
-            raise ValueError("stop_strings: expected texts of at least one character, got ''")
-        if self.stop_strings and self.tokenizer is None:
+        if not isinstance(self.use_cache, bool):
+            raise ValueError(f"use_cache: expected True or False, got {self.use_cache!r}")
+
+    def _check_stops(self) -> None:
+        given = self.stop_tokens
+        for text in given if isinstance(given, Collection) else ():
+            if isinstance(text, str) and not isinstance(given, str):
+                expected = "ids; a text is one of stop_strings, or has an id in special_tokens"
+                raise ValueError(f"stop_tokens: expected {expected}, got {text!r}")
+        ids = _as_ids("stop_tokens", given)
+        _check_count("stop_tokens", min(ids, default=0), 0)
+        vars(self).update(stop_tokens=tuple(sorted(set(ids))))  # frozen for others
+        texts = self.stop_strings
+        if isinstance(texts, str) or not isinstance(texts, Collection):
+            raise ValueError(f"stop_strings: expected a list of texts, got {texts!r:.60}")
+        for stop in texts:
+            if not check_text(stop, "stop_strings"):
+                raise ValueError("stop_strings: expected texts of at least one character, got ''")
+        if texts and self.tokenizer is None:
             raise ValueError("tokenizer: expected one, for stop_strings, got None")
 
-# %% ../chapters/14_generation.ipynb #e4deaeca
+# %% ../chapters/14_generation.ipynb #d51af766
+def _check_seed(seed: object) -> None:
+    """Demand a whole number that fits into 64 bits."""
+    whole = not isinstance(seed, bool) and isinstance(seed, int | np.integer)
+    if not whole or not -(2**63) <= seed < 2**63:  # type: ignore[operator]
+        raise ValueError(f"seed: expected a whole number of 64 bits, got {seed!r:.60}")
+
+# %% ../chapters/14_generation.ipynb #219e22b9
+_NAMES_ELSEWHERE = {
+    "do_sample": "sampling",
+    "eos_token_id": "stop_tokens",
+    "max_length": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "stop": "stop_strings",
+}
+
+
+def _options(given: dict[str, Any]) -> GenerationOptions:
+    """Return the options; a TypeError says where one that is unknown or missing belongs."""
+    known = [field.name for field in fields(GenerationOptions)]
+    for name, value in given.items():
+        if name in known:
+            continue
+        expected = f"it as {_NAMES_ELSEWHERE.get(name)}"
+        if name in {field.name for field in fields(Sampling)}:
+            expected = f"it in sampling=Sampling({name}={value!r:.60})"
+        elif name not in _NAMES_ELSEWHERE:
+            expected = f"one of the options {', '.join(known)}"
+        raise TypeError(f"{name}: expected {expected}, got {name}={value!r:.60}")
+    if "max_new_tokens" not in given:
+        raise TypeError("max_new_tokens: expected a whole number of at least 1, got none")
+    return GenerationOptions(**given)
+
+# %% ../chapters/14_generation.ipynb #1417de74
 def _prompt_ids(
-    model: TransformerLM, prompt: str | Sequence[int], options: GenerationOptions
+    model: TransformerLM, prompt: Any, options: GenerationOptions, argument: str
 ) -> list[int]:
     """Return the ids of a prompt; a ValueError says why there can be no text after it."""
     if isinstance(prompt, str):
         if options.tokenizer is None:
-            raise ValueError("tokenizer: expected one, for prompts that are texts, got None")
+            raise ValueError(f"tokenizer: expected one, for text as {argument}, got None")
         prompt = options.tokenizer.encode(prompt)
-    if isinstance(prompt, int):
-        raise ValueError(f"prompts: expected a text or a list of ids for each, got {prompt}")
-    ids, config = [index(token) for token in prompt], model.config
+    if not isinstance(prompt, Iterable) or getattr(prompt, "ndim", 1) != 1:
+        expected = "a text or a list of ids" + " for each" * (argument == "prompts")
+        raise ValueError(f"{argument}: expected {expected}, got {prompt!r:.60}")
+    ids, config = _as_ids(argument, prompt), model.config
     if not ids:
         expected = "at least one token to go on from, such as end of text"
-        raise ValueError(f"prompts: expected {expected}, got none")
-    if wrong := [token for token in ids if not 0 <= token < config.vocab_size]:
-        raise ValueError(f"prompts: expected ids from 0 to {config.vocab_size - 1}, got {wrong[0]}")
+        raise ValueError(f"{argument}: expected {expected}, got none")
+    _check_vocabulary(argument, ids, config.vocab_size)
     room, why = config.context_length, f"context_length = {config.context_length}"
     if options.on_full == "error":
         room += 1 - options.max_new_tokens  # the last token need not be read
         why += f" and max_new_tokens = {options.max_new_tokens}"
     if len(ids) > room:
-        raise ValueError(f"prompts: expected at most {room} tokens, for {why}, got {len(ids)}")
+        raise ValueError(f"{argument}: expected at most {room} tokens, for {why}, got {len(ids)}")
     return ids
 
-# %% ../chapters/14_generation.ipynb #7c9124f1
+# %% ../chapters/14_generation.ipynb #2a287fac
+def _check_model(model: object, argument: str = "model") -> None:
+    if not isinstance(getattr(model, "_orig_mod", model), TransformerLM):  # if it was compiled
+        raise ValueError(f"{argument}: expected a TransformerLM, got {model!r:.60}")
+
+
+def _check_fit(model: TransformerLM, options: GenerationOptions) -> None:
+    """Demand that ids of the options are the model's, and that each it may choose has a text."""
+    vocab_size, banned = model.config.vocab_size, set(options.sampling.banned_tokens)
+    _check_vocabulary("stop_tokens", options.stop_tokens, vocab_size)
+    _check_vocabulary("banned_tokens", banned, vocab_size)
+    never = banned.union(options.stop_tokens if options.min_new_tokens else ())
+    if len(never) == vocab_size:
+        raise ValueError("sampling: expected a token that is not banned, got none")
+    if options.tokenizer is None:
+        return
+    unseen = sorted(set(range(vocab_size)) - banned - options.tokenizer.vocabulary.keys())
+    nameless = [token for token in unseen if not _has_text(options.tokenizer, token)]
+    if nameless:
+        ids = f"range({nameless[0]}, {vocab_size})"
+        if nameless != list(range(nameless[0], vocab_size)):
+            ids = f"[{', '.join(map(str, nameless[:3]))}{', ...' * (len(nameless) > 3)}]"
+        expected = f"a text for each of {vocab_size} tokens, or Sampling(banned_tokens={ids})"
+        got = f"none for {len(nameless)} of them, such as {nameless[0]}"
+        raise ValueError(f"tokenizer: expected {expected}, got {got}")
+
+
+def _has_text(tokenizer: BPETokenizer, token: int) -> bool:
+    """Whether a token that is none of the vocabulary is a special one."""
+    try:
+        tokenizer.decode_bytes([token])
+    except ValueError:
+        return False
+    return True
+
+# %% ../chapters/14_generation.ipynb #6cc051e8
 class _ArrivingText:
     """Text token by token, given out as soon as it is certain: whole, and before any stop."""
 
@@ -387,9 +695,11 @@ class _ArrivingText:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.held, self.stopped = "", False
 
-    def add(self, token: int) -> str:
+    def add(self, token: int, may_stop: bool) -> str:
         """Return what can be shown now that ``token`` has come."""
         self.held += self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        if not may_stop:
+            return self._release(len(self.held))
         places = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if places:
             self.stopped = True
@@ -406,7 +716,7 @@ class _ArrivingText:
         shown, self.held = self.held[:n], self.held[n:]
         return shown
 
-# %% ../chapters/14_generation.ipynb #a4167e38
+# %% ../chapters/14_generation.ipynb #40f265f0
 class _Row:
     """A text on its way: what the model sees of it, and what was added."""
 
@@ -428,7 +738,8 @@ class _Row:
         self.log_probs.append(log_prob)
         stopped, shown = token in self.options.stop_tokens, ""
         if self.text is not None:
-            shown = "" if stopped else self.text.add(token)
+            may_stop = len(self.ids) >= self.options.min_new_tokens
+            shown = "" if stopped else self.text.add(token, may_stop)
             stopped |= self.text.stopped
         self.reason = "stop" if stopped else self._limit()
         if self.text is not None and self.reason:
@@ -437,10 +748,6 @@ class _Row:
 
     def _limit(self) -> FinishReason | None:
         """Say which limit the row has reached; if it may slide, let it forget the older half."""
-        if math.isnan(self.log_probs[-1]):
-            raise ValueError(
-                f"model: expected logits, got NaN after {len(self.ids) - 1} new tokens"
-            )
         if len(self.ids) == self.options.max_new_tokens:
             return "length"
         if len(self.seen) > self.context_length:
@@ -454,6 +761,12 @@ class _Row:
         reason: FinishReason = self.reason or "length"
         text = None if self.text is None else shown
         return Completion(self.ids, text, reason, self.log_probs)
+
+# %% ../chapters/14_generation.ipynb #7789c059
+def _check_answer(logits: Tensor, n_new: int, argument: str = "model") -> None:
+    """Demand logits from a model that has written ``n_new`` tokens."""
+    if flaw := _flaw(logits):
+        raise ValueError(f"{argument}: expected logits, got {flaw} after {n_new} new tokens")
 
 # %% ../chapters/14_generation.ipynb #aa6c4a31
 def _padded(
@@ -565,7 +878,7 @@ def _fused_step(model: TransformerLM) -> Step:
 
     return step
 
-# %% ../chapters/14_generation.ipynb #17326724
+# %% ../chapters/14_generation.ipynb #83ac49b1
 _SMALL = 20_000_000  # parameters
 
 
@@ -574,7 +887,7 @@ def _next_step(model: TransformerLM) -> Step:
     config, kinds = model.config, {type(m) for m in model.modules() if hasattr(m, "in_features")}
     plain = config.norm_position == "post" or config.n_experts or kinds != {nn.Linear}
     floats = {parameter.dtype for parameter in model.parameters()}
-    plain |= floats != {torch.float32} or count_parameters(model) > _SMALL
+    plain |= floats not in ({torch.float32}, {torch.float64}) or count_parameters(model) > _SMALL
     return _plain_step(model) if plain or _is_compiled(model) else _fused_step(model)
 
 
@@ -582,13 +895,13 @@ def _is_compiled(model: nn.Module) -> bool:
     """Whether ``torch.compile`` or ``model.compile`` was called with the model, or a part of it."""
     return any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules())
 
-# %% ../chapters/14_generation.ipynb #40594b47
+# %% ../chapters/14_generation.ipynb #1ac858c2
 def _decode(
-    model: TransformerLM, rows: list[_Row], options: GenerationOptions
+    model: TransformerLM, rows: list[_Row], options: GenerationOptions, kept: "TextCache | None"
 ) -> Iterator[list[tuple[_Row, str]]]:
     """Add tokens to the rows until all have finished; yield each step's rows and new text."""
     most = max(len(row.seen) for row in rows) + options.max_new_tokens - 1
-    reader, chooser = _Reader(model, most, options.use_cache), _Chooser(model, rows, options)
+    reader, chooser = _Reader(model, most, options.use_cache, kept), _Chooser(model, rows, options)
     logits = reader.read([row.seen for row in rows])
     for step in range(options.max_new_tokens):
         tokens, log_probs = chooser.choose(logits, step)
@@ -598,47 +911,53 @@ def _decode(
         if not going:
             return
         if len(going) < len(rows) and (reader.is_full() or 2 * len(going) <= len(rows)):
-            kept = torch.tensor(going, device=tokens.device)
-            rows, tokens = [rows[number] for number in going], tokens[kept]
+            left = torch.tensor(going, device=tokens.device)
+            rows, tokens = [rows[number] for number in going], tokens[left]
             chooser.keep(going)
             if reader.cache is not None:
-                reader.cache.reorder(kept)
+                reader.cache.reorder(left)
         logits = reader.go_on(rows, tokens)
 
-# %% ../chapters/14_generation.ipynb #4b5a72e5
+# %% ../chapters/14_generation.ipynb #c7f69b66
 def generate(
     model: TransformerLM,
     prompts: Sequence[Sequence[int]] | Sequence[str],
     *,
     batch_size: int = 64,
     first_row: int = 0,
+    cache: "TextCache | None" = None,
     **options: Any,
 ) -> list[Completion]:
     """Return a completion of each prompt, at most ``batch_size`` at a time.
 
     ``options`` are those of ``GenerationOptions``: ``max_new_tokens``, which must be given,
-    ``sampling``, ``tokenizer``, ``stop_tokens``, ``stop_strings``, ``seed``, ``use_cache`` and
-    ``on_full``. A row depends on its prompt, the seed and its number only, up to the rounding of
-    logits; rows are numbered from ``first_row``. Bad prompts and options raise a ``ValueError``.
+    ``min_new_tokens``, ``sampling``, ``tokenizer``, ``stop_tokens``, ``stop_strings``, ``seed``,
+    ``use_cache`` and ``on_full``. A row depends on its prompt, the seed and its number only, up to
+    the rounding of logits; rows are numbered from ``first_row``. A ``cache`` is for a single prompt
+    and saves reading again what it has read. Bad prompts and options raise a ``ValueError``.
     """
-    check_at_least(batch_size=(1, batch_size), first_row=(0, first_row))
-    checked = GenerationOptions(**options)
-    rows = _rows(model, prompts, checked, first_row)
+    _check_count("batch_size", batch_size, 1)
+    _check_count("first_row", first_row, 0)
+    checked = _options(options)
+    rows = _rows(model, prompts, checked, first_row=first_row)
+    _check_cache(cache, model, rows, checked)
     shown: dict[int, list[str]] = {row.number: [] for row in rows}
     by_length = sorted(rows, key=lambda row: len(row.prompt))
     with _evaluating(model):
         for at in range(0, len(rows), batch_size):
-            for step in _decode(model, by_length[at : at + batch_size], checked):
+            for step in _decode(model, by_length[at : at + batch_size], checked, cache):
                 for row, piece in step:
                     shown[row.number].append(piece)
     return [row.completion("".join(shown[row.number])) for row in rows]
 
-# %% ../chapters/14_generation.ipynb #876a83bd
+# %% ../chapters/14_generation.ipynb #676d71aa
 class _Reader:
     """Gives the logits after each of several texts: from a cache, or read from the start."""
 
-    def __init__(self, model: TransformerLM, capacity: int, use_cache: bool):
-        self.model, self.use_cache = model, use_cache
+    def __init__(
+        self, model: TransformerLM, capacity: int, use_cache: bool, kept: "TextCache | None" = None
+    ):
+        self.model, self.use_cache, self.kept = model, use_cache, kept
         if _is_compiled(model):  # few shapes, since each of them is compiled
             capacity = max(128, 1 << (capacity - 1).bit_length())
         self.capacity = min(capacity, model.config.context_length)
@@ -649,16 +968,24 @@ class _Reader:
         return _next_step(self.model)
 
     def read(self, texts: Sequence[Sequence[int]]) -> Float[Tensor, "batch vocab_size"]:
-        """Read the texts, whatever was read before."""
+        """Read the texts, whatever was read before; into the cache that is kept, what is new."""
+        if self.kept is not None:
+            self.cache, texts = self.kept.cache, [self.kept.unread(texts[0])]
+        elif self.use_cache:
+            self.cache = self.model.new_cache(len(texts), self.capacity)
         ids, positions = _padded(texts, self.model.embedding.weight.device)
-        self.cache = self.model.new_cache(len(texts), self.capacity) if self.use_cache else None
         hidden = self.model.hidden_states(ids, position_ids=positions, cache=self.cache)
+        if self.kept is not None:
+            self.kept.ids.extend(texts[0])
         return self.model.lm_head(hidden[:, -1])
 
     def go_on(self, rows: Sequence[_Row], tokens: Tensor) -> Float[Tensor, "batch vocab_size"]:
         """Read the token that each row has got."""
         if self.cache is not None and not any(row.moved for row in rows):
-            return self.step(tokens, self.cache)
+            logits = self.step(tokens, self.cache)
+            if self.kept is not None:
+                self.kept.ids.extend(tokens.tolist())
+            return logits
         for row in rows:
             row.moved = False
         return self.read([row.seen for row in rows])
@@ -667,13 +994,14 @@ class _Reader:
         """Whether a row cannot be read on as it is; without a cache none ever is."""
         return self.cache is None or int(self.cache.lengths.max()) >= self.capacity
 
-# %% ../chapters/14_generation.ipynb #accaacf2
+# %% ../chapters/14_generation.ipynb #29f73a6a
 class _Chooser:
     """Chooses the tokens of a batch of rows, each with its own history and random numbers."""
 
     def __init__(self, model: TransformerLM, rows: Sequence[_Row], options: GenerationOptions):
-        self.sampling, self.seed, self.counts = options.sampling, options.seed, None
-        self.numbers, self.uniforms = [row.number for row in rows], np.empty((len(rows), 0))
+        self.options, self.sampling, self.rows = options, options.sampling, list(rows)
+        self.counts: Tensor | None = None
+        self.uniforms = np.empty((len(rows), 0))
         device, vocab_size = model.embedding.weight.device, model.config.vocab_size
         if self.sampling.has_penalties:
             prompts = (torch.tensor([row.prompt], device=device) for row in rows)
@@ -681,25 +1009,36 @@ class _Chooser:
 
     def choose(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Return the tokens of this step, and their log-probabilities in the model."""
+        _check_answer(logits, step)
         uniforms = self._uniforms(step) if self.sampling.temperature > 0 else None
-        tokens = _choose(logits, self.sampling, self.counts, uniforms)[:, None]
+        allowed = self._allowed(logits, step)
+        tokens = _choose(allowed, self.sampling, self.counts, uniforms)[:, None]
         if self.counts is not None:
             self.counts.scatter_add_(1, tokens, torch.ones_like(tokens))
-        log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32).gather(1, tokens)
+        log_probs = _wide(logits).log_softmax(dim=-1).gather(1, tokens)
         return tokens[:, 0], log_probs[:, 0]
 
     def keep(self, rows: list[int]) -> None:
         """Forget all rows but these."""
         self.counts = None if self.counts is None else self.counts[rows]
-        self.numbers, self.uniforms = [self.numbers[row] for row in rows], self.uniforms[rows]
+        self.rows, self.uniforms = [self.rows[row] for row in rows], self.uniforms[rows]
+
+    def _allowed(self, logits: Tensor, step: int) -> Tensor:
+        stops = self.options.stop_tokens if step < self.options.min_new_tokens else ()
+        texts = [row.prompt + row.ids for row in self.rows] if self.sampling.needs_history else []
+        allowed = _allowed(logits, self.sampling, texts, tuple(stops))
+        if allowed is not logits:
+            _check_any_left(allowed)
+        return allowed
 
     def _uniforms(self, step: int) -> Tensor:
-        place = step % 256
+        place, seed = step % 256, self.options.seed
         if place == 0:  # a table of so many steps, however many may follow
-            self.uniforms = np.stack([uniforms_of(self.seed, n, 256, step) for n in self.numbers])
+            tables = [uniforms_of(seed, row.number, 256, step) for row in self.rows]
+            self.uniforms = np.stack(tables)
         return torch.from_numpy(self.uniforms[:, place])
 
-# %% ../chapters/14_generation.ipynb #a41544f3
+# %% ../chapters/14_generation.ipynb #d79275c0
 @contextmanager
 def _evaluating(*models: nn.Module) -> Iterator[None]:
     """Switch dropout and gradients off, and afterwards back to what they were."""
@@ -713,20 +1052,78 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
         for part in training:
             part.training = True
 
-
+# %% ../chapters/14_generation.ipynb #913ebd6f
 def _rows(
-    model: TransformerLM, prompts: Sequence[Any], options: GenerationOptions, first_row: int = 0
+    model: TransformerLM,
+    prompts: Any,
+    options: GenerationOptions,
+    argument: str = "prompts",
+    first_row: int = 0,
 ) -> list[_Row]:
     """Return a row for each prompt, numbered from ``first_row``."""
+    _check_model(model)
     if isinstance(prompts, str):
         raise ValueError(f"prompts: expected a list of prompts, got one text, {prompts!r}")
-    if not len(prompts):
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts: expected a list of prompts, got {prompts!r:.60}")
+    texts = [_prompt_ids(model, prompt, options, argument) for prompt in prompts]
+    if not texts:
         raise ValueError("prompts: expected at least one, got none")
-    texts = [_prompt_ids(model, prompt, options) for prompt in prompts]
+    _check_fit(model, options)
     length = model.config.context_length
     return [_Row(number, text, length, options) for number, text in enumerate(texts, first_row)]
 
-# %% ../chapters/14_generation.ipynb #27a9069c
+# %% ../chapters/14_generation.ipynb #0af9bf86
+class TextCache:
+    """What a model has read of one text, so that the next call need not read it again.
+
+    Hand it to ``generate``, with a single prompt, or to ``stream``: of the prompt they read what
+    ``ids``, the tokens read so far, do not begin with; afterwards it has read the prompt and the
+    completion but for its last token. It belongs to the weights as they are: once they have
+    changed, make a new one. ``capacity`` counts tokens, by default those of the context.
+    """
+
+    def __init__(self, model: TransformerLM, capacity: int | None = None):
+        _check_model(model)
+        check_at_least(capacity=(1, capacity))
+        self.model, self.cache = model, model.new_cache(1, capacity)
+        self.ids: list[int] = []
+
+    def unread(self, text: Sequence[int]) -> list[int]:
+        """Forget what differs from ``text``; return what is left to read, at least its last id."""
+        wanted = _as_ids("text", text)
+        pairs = zip(self.ids, wanted[:-1], strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        try:
+            self.cache.truncate(same)
+        except ValueError:  # a sliding window has lost what stands before
+            self.cache.reset()
+            same = 0
+        self.ids = self.ids[:same]
+        return wanted[same:]
+
+# %% ../chapters/14_generation.ipynb #8d12500f
+def _check_cache(
+    cache: object, model: TransformerLM, rows: Sequence[_Row], options: GenerationOptions
+) -> None:
+    """Demand a cache of this model, with room for the only row; or none."""
+    if cache is None:
+        return
+    if not isinstance(cache, TextCache):
+        raise ValueError(f"cache: expected a TextCache, got {cache!r:.60}")
+    if cache.model is not model:
+        raise ValueError(f"cache: expected one of this model, got one of {cache.model!r:.60}")
+    if len(rows) != 1:
+        raise ValueError(f"cache: expected a single prompt with it, got {len(rows)}")
+    if not options.use_cache:
+        raise ValueError("use_cache: expected True with a cache, got False")
+    most = len(rows[0].prompt) + options.max_new_tokens - 1
+    needed = min(most, model.config.context_length)
+    if cache.cache.capacity < needed:
+        got = cache.cache.capacity
+        raise ValueError(f"cache: expected a capacity of at least {needed} tokens, got {got}")
+
+# %% ../chapters/14_generation.ipynb #1236ee60
 class Piece(NamedTuple):
     """One token of a stream: the text that can be shown with it, and at the end why it ended."""
 
@@ -736,25 +1133,34 @@ class Piece(NamedTuple):
     finish_reason: FinishReason | None
 
 
-def stream(model: TransformerLM, prompt: str | Sequence[int], **options: Any) -> Iterator[Piece]:
+def stream(
+    model: TransformerLM,
+    prompt: str | Sequence[int],
+    *,
+    cache: TextCache | None = None,
+    **options: Any,
+) -> Iterator[Piece]:
     """Yield the tokens of ``generate(model, [prompt], **options)`` as they are chosen.
 
     Their texts are whole characters, and joined are the completion's text: what may become a stop
     string is held back. A bad argument raises its ValueError here, not at the first token.
     """
-    checked = GenerationOptions(**options)
-    (row,) = _rows(model, [prompt], checked)
-    return _pieces(model, row, checked)
+    checked = _options(options)
+    (row,) = _rows(model, [prompt], checked, "prompt")
+    _check_cache(cache, model, [row], checked)
+    return _pieces(model, row, checked, cache)
 
 
-def _pieces(model: TransformerLM, row: _Row, options: GenerationOptions) -> Iterator[Piece]:
-    steps = _decode(model, [row], options)
+def _pieces(
+    model: TransformerLM, row: _Row, options: GenerationOptions, cache: TextCache | None
+) -> Iterator[Piece]:
+    steps = _decode(model, [row], options, cache)
     while row.reason is None:
         with _evaluating(model):  # not while the caller has the piece
             ((_, text),) = next(steps)
         yield Piece(row.ids[-1], text, row.log_probs[-1], row.reason)
 
-# %% ../chapters/14_generation.ipynb #8272f678
+# %% ../chapters/14_generation.ipynb #dc945f25
 class _Beam(NamedTuple):
     """A text among the best so far."""
 
@@ -767,17 +1173,19 @@ def _extended(
     beams: list[_Beam], log_probs: Float[Tensor, "beams vocab_size"], n: int
 ) -> list[tuple[int, _Beam]]:
     """Return the best ``n`` texts that are one of ``beams`` and a token, and which beam it was."""
-    scores = torch.tensor([beam.score for beam in beams], device=log_probs.device)
+    scores = log_probs.new_tensor([beam.score for beam in beams])
     best = (scores[:, None] + log_probs).flatten().topk(min(n, log_probs.numel()))
     found = []
     for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        if score == -math.inf:  # forbidden
+            break
         number, token = divmod(place, log_probs.size(1))
         _, ids, history = beams[number]
         history = [*history, log_probs[number, token].item()]
         found.append((number, _Beam(score, [*ids, token], history)))
     return found
 
-# %% ../chapters/14_generation.ipynb #d49b7ff4
+# %% ../chapters/14_generation.ipynb #c198f844
 def _search(
     reader: _Reader, row: _Row, most: int, n_beams: int, alpha: int | float
 ) -> list[tuple[float, _Beam]]:
@@ -788,7 +1196,8 @@ def _search(
     wanted = n_beams * max(2, 1 + len(row.options.stop_tokens))
     for length in range(1, most + 1):
         going: list[tuple[int, _Beam]] = []
-        log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+        _check_answer(logits, length - 1)
+        log_probs = _allowed_for_beams(_wide(logits).log_softmax(dim=-1), row, beams)
         for rank, (number, beam) in enumerate(_extended(beams, log_probs, wanted)):
             ended = length == most or beam.ids[-1] in row.options.stop_tokens
             if ended and rank < n_beams:
@@ -806,7 +1215,7 @@ def _search(
         logits = reader.go_on([], torch.tensor([beam.ids[-1] for beam in beams]))
     return finished
 
-# %% ../chapters/14_generation.ipynb #80f0441f
+# %% ../chapters/14_generation.ipynb #1a40e5d8
 def beam_search(
     model: TransformerLM,
     prompt: str | Sequence[int],
@@ -819,29 +1228,40 @@ def beam_search(
 
     A completion of n tokens scores the sum of its ``log_probs`` divided by n ** ``length_penalty``,
     as in transformers with ``early_stopping="never"``. Of ``GenerationOptions`` it takes
-    ``max_new_tokens``, ``tokenizer``, ``stop_tokens`` and ``on_full``, except "slide"; nothing is
-    left to chance, so that a ``seed`` changes nothing.
+    ``max_new_tokens``, ``min_new_tokens``, ``tokenizer``, ``stop_tokens``, ``on_full``, except
+    "slide", and what is forbidden by ``sampling``; nothing is left to chance, so that a ``seed``
+    changes nothing.
     """
-    check_at_least(n_beams=(1, n_beams))
-    if not math.isfinite(length_penalty):
-        raise ValueError(f"length_penalty: expected a number, got {length_penalty}")
-    checked = GenerationOptions(**options)
+    _check_count("n_beams", n_beams, 1)
+    _check_number("length_penalty", length_penalty, "a number")
+    checked = _options(options)
     _check_for_beams(checked)
-    (row,) = _rows(model, [prompt], checked)
+    (row,) = _rows(model, [prompt], checked, "prompt")
     most = min(checked.max_new_tokens, row.context_length + 1 - len(row.prompt))
     with _evaluating(model):
         reader = _Reader(model, len(row.prompt) + most, use_cache=True)
         found = _search(reader, row, most, n_beams, length_penalty)
+    if not found:
+        raise ValueError("sampling: expected a token that is neither banned nor a repetition")
     return [_of_beam(beam, row) for _, beam in found]
 
-# %% ../chapters/14_generation.ipynb #a2819a9c
+# %% ../chapters/14_generation.ipynb #18b2f04a
 def _check_for_beams(options: GenerationOptions) -> None:
     check_choice("on_full", options.on_full, ("stop", "error"))
-    if options.sampling != _PLAIN:
-        raise ValueError(f"sampling: expected none for a beam search, got {options.sampling}")
+    if replace(options.sampling, banned_tokens=(), no_repeat_ngram_size=None) != _PLAIN:
+        expected = "banned_tokens and no_repeat_ngram_size only, for a beam search"
+        raise ValueError(f"sampling: expected {expected}, got {options.sampling}")
     if options.stop_strings:
         got = options.stop_strings
         raise ValueError(f"stop_strings: expected none for a beam search, got {got}")
+
+
+def _allowed_for_beams(log_probs: Tensor, row: _Row, beams: Sequence[_Beam]) -> Tensor:
+    """Return minus infinity for what must not follow; a beam that nothing may follow dies out."""
+    options = row.options
+    stops = options.stop_tokens if len(beams[0].ids) < options.min_new_tokens else ()
+    texts = [row.prompt + beam.ids for beam in beams]
+    return _allowed(log_probs, options.sampling, texts, tuple(stops))
 
 
 def _of_beam(beam: _Beam, row: _Row) -> Completion:
@@ -849,7 +1269,7 @@ def _of_beam(beam: _Beam, row: _Row) -> Completion:
     shown = "".join(done.take(*one) for one in zip(beam.ids, beam.log_probs, strict=True))
     return done.completion(shown)
 
-# %% ../chapters/14_generation.ipynb #ea0e2c9f
+# %% ../chapters/14_generation.ipynb #f0915ece
 def verify(
     target: Float[Tensor, "drafted_and_one vocab_size"],
     draft: Float[Tensor, "drafted vocab_size"],
@@ -862,6 +1282,7 @@ def verify(
     and at the one after. The result has the distribution of the target. Source: Leviathan et al.
     (2023), algorithm 1.
     """
+    _check_guesses(target, draft, tokens, uniforms)
     last = torch.from_numpy(uniforms[-1:])
     for place, token in enumerate(tokens):
         p, q = target[place], draft[place]
@@ -871,18 +1292,19 @@ def verify(
             return place, int(draw(owed[None], last))
     return len(tokens), int(draw(target[-1:], last))
 
-# %% ../chapters/14_generation.ipynb #3e72839a
+# %% ../chapters/14_generation.ipynb #b0bef069
 def _round(
     target: "_Follower", draft: "_Follower", row: _Row, n: int, stats: "SpeculativeStats"
 ) -> str:
     """Draft ``n`` tokens, verify them, and add what comes out; return the text to show."""
-    text, sampling, n_before = list(row.seen), row.options.sampling, len(row.ids)
+    text, n_before = list(row.seen), len(row.ids)
     uniforms = uniforms_of(row.options.seed, stats.n_passes, 2 * n + 1)
-    tokens, q = _drafted(draft, text, n, sampling, uniforms)
+    tokens, q = _drafted(draft, text, n, row, uniforms)
     logits = target.read(text + tokens, n + 1)
-    p = _distributions_along(logits, sampling, text + tokens)
+    _check_answer(logits, n_before)
+    p = _distributions_along(logits, row, text + tokens)
     accepted, last = verify(p, torch.cat(q) if q else p[:0], tokens, uniforms[n:])
-    log_probs, shown = F.log_softmax(logits, dim=-1, dtype=torch.float32), ""
+    log_probs, shown = _wide(logits).log_softmax(dim=-1), ""
     for place, token in enumerate([*tokens[:accepted], last]):
         if row.reason is None:
             shown += row.take(token, log_probs[place, token].item())
@@ -891,7 +1313,7 @@ def _round(
     stats.add(n, accepted, len(row.ids) - n_before)
     return shown
 
-# %% ../chapters/14_generation.ipynb #3ecf9b6f
+# %% ../chapters/14_generation.ipynb #1a343468
 def expected_tokens(acceptance: int | float, n_draft: int) -> float:
     """Return how many tokens a pass of the target yields on average.
 
@@ -901,6 +1323,8 @@ def expected_tokens(acceptance: int | float, n_draft: int) -> float:
     >>> expected_tokens(0.5, 2)  # 1 + 1/2 + 1/4
     1.75
     """
+    _check_number("acceptance", acceptance, "from 0 to 1", lambda share: 0 <= share <= 1)
+    _check_count("n_draft", n_draft, 0)
     return math.fsum(acceptance**k for k in range(n_draft + 1))
 
 # %% ../chapters/14_generation.ipynb #00d09483
@@ -928,23 +1352,33 @@ class _Follower:
             self.cache.truncate(length)
             self.n_read = length
 
-# %% ../chapters/14_generation.ipynb #94352e94
-def _distributions_along(logits: Tensor, sampling: Sampling, text: list[int]) -> Tensor:
+# %% ../chapters/14_generation.ipynb #be4a391e
+def _distributions_along(logits: Tensor, row: _Row, text: list[int]) -> Tensor:
     """The distributions after the last tokens of ``text``, one for each row of ``logits``."""
-    if not sampling.has_penalties:
+    options, first = row.options, len(text) - len(logits) + 1
+    sampling, free = options.sampling, len(row.prompt) + options.min_new_tokens
+    if not sampling.needs_history and not sampling.banned_tokens and first >= free:
         return _distribution(logits, sampling, None)
-    first, n = len(text) - len(logits) + 1, len(logits)
-    histories = [text[: first + row] + [-1] * (n - 1 - row) for row in range(n)]
-    return next_token_distribution(logits, sampling, torch.tensor(histories, device=logits.device))
+    places = []
+    for one, length in zip(logits.split(1), range(first, len(text) + 1), strict=True):
+        stops = tuple(options.stop_tokens) if length < free else ()
+        one = _allowed(one, sampling, [text[:length]], stops)
+        _check_any_left(one)
+        history = torch.tensor([text[:length]], device=one.device)
+        counts = _token_counts(history, one.size(1)) if sampling.has_penalties else None
+        places.append(_distribution(one, sampling, counts))
+    return torch.cat(places)
 
 
 def _drafted(
-    draft: _Follower, text: list[int], n: int, sampling: Sampling, uniforms: np.ndarray
+    draft: _Follower, text: list[int], n: int, row: _Row, uniforms: np.ndarray
 ) -> tuple[list[int], list[Tensor]]:
     """Return ``n`` tokens that the draft adds to ``text``, and their distributions."""
     text, distributions = list(text), []
     for place in range(n):
-        distributions.append(_distributions_along(draft.read(text, 1), sampling, text))
+        logits = draft.read(text, 1)
+        _check_answer(logits, len(row.ids) + place, "draft")
+        distributions.append(_distributions_along(logits, row, text))
         uniform = torch.from_numpy(uniforms[place : place + 1])
         text.append(int(draw(distributions[-1], uniform)))
     return text[len(text) - n :], distributions
@@ -978,7 +1412,7 @@ class SpeculativeStats:
         """How many tokens a pass of the target yielded."""
         return self.n_tokens / self.n_passes if self.n_passes else math.nan
 
-# %% ../chapters/14_generation.ipynb #1fcc575a
+# %% ../chapters/14_generation.ipynb #08b0146b
 def speculative_generate(
     model: TransformerLM,
     draft: TransformerLM,
@@ -992,11 +1426,11 @@ def speculative_generate(
     In each pass ``draft`` guesses ``n_draft`` tokens, and ``model`` reads all of them at once.
     ``options`` are those of ``GenerationOptions``, always with a cache, and without "slide".
     """
-    checked = GenerationOptions(**options)
-    check_at_least(n_draft=(1, n_draft))
+    checked = _options(options)
+    _check_count("n_draft", n_draft, 1)
     check_choice("on_full", checked.on_full, ("stop", "error"))
+    (row,) = _rows(model, [prompt], checked, "prompt")
     _check_draft(model, draft)
-    (row,) = _rows(model, [prompt], checked)
     capacity, stats, shown = len(row.prompt) + checked.max_new_tokens, SpeculativeStats(), ""
     with _evaluating(model, draft):
         target, guess = (_Follower(m, capacity, n_draft) for m in (model, draft))
@@ -1006,8 +1440,29 @@ def speculative_generate(
             shown += _round(target, guess, row, n, stats)
     return row.completion(shown), stats
 
-# %% ../chapters/14_generation.ipynb #21b4c563
+# %% ../chapters/14_generation.ipynb #fbd39573
+def _check_guesses(target: Tensor, draft: Tensor, tokens: Any, uniforms: Any) -> None:
+    _check_shares(target, "target")
+    vocab_size = target.size(1)
+    if not isinstance(draft, Tensor) or draft.shape != (len(target) - 1, vocab_size):
+        got = tuple(draft.shape) if isinstance(draft, Tensor) else draft
+        expected = f"the shape {(len(target) - 1, vocab_size)}, a row less than target"
+        raise ValueError(f"draft: expected {expected}, got {got!r:.60}")
+    _check_shares(draft, "draft")
+    ids = _as_ids("tokens", tokens)
+    _check_vocabulary("tokens", ids, vocab_size)
+    if len(ids) != len(draft):
+        raise ValueError(f"tokens: expected {len(draft)}, one for each row of draft, got {ids}")
+    for place, token in enumerate(ids):
+        if draft[place, token] == 0:
+            raise ValueError(f"tokens: expected what draft could draw, got {token} at {place}")
+    if not isinstance(uniforms, np.ndarray):
+        raise ValueError(f"uniforms: expected an array, got {uniforms!r:.60}")
+    _check_uniforms(torch.from_numpy(uniforms), len(target))
+
+
 def _check_draft(model: TransformerLM, draft: TransformerLM) -> None:
+    _check_model(draft, "draft")
     ours, theirs = model.config, draft.config
     if ours.vocab_size != theirs.vocab_size:
         expected = f"a vocabulary of {ours.vocab_size} tokens, the model's"
@@ -1016,20 +1471,21 @@ def _check_draft(model: TransformerLM, draft: TransformerLM) -> None:
         expected = f"a context of at least {ours.context_length} tokens, the model's"
         raise ValueError(f"draft: expected {expected}, got {theirs.context_length}")
 
-# %% ../chapters/14_generation.ipynb #2dfad558
+# %% ../chapters/14_generation.ipynb #07190ba4
 def quantize_rows(
     weight: Float[Tensor, "rows columns"],
 ) -> tuple[Int8[Tensor, "rows columns"], Float[Tensor, " rows"]]:
     """Return whole numbers from -127 to 127, and what one of them is worth in each row.
 
     The step of a row is its largest absolute value divided by 127 (absmax), so that no weight is
-    farther than half a step from its number.
+    farther than half a step from its number. NaN and infinity raise a ``ValueError``.
     """
+    _check_weight(weight)
     wide = weight.float()
     step = (wide.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     return (wide / step[:, None]).round().clamp(-127, 127).to(torch.int8), step
 
-# %% ../chapters/14_generation.ipynb #49b15677
+# %% ../chapters/14_generation.ipynb #7b31eb2c
 class QuantizedLinear(nn.Module):
     """A linear layer whose weights are whole numbers of 8 bits, with a step for each output.
 
@@ -1042,6 +1498,8 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__()
+        _check_count("in_features", in_features, 1)
+        _check_count("out_features", out_features, 1)
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
         self.register_buffer("scale", torch.ones(out_features))
@@ -1050,6 +1508,8 @@ class QuantizedLinear(nn.Module):
     @classmethod
     def of(cls, linear: nn.Linear) -> "QuantizedLinear":
         """Return the layer with the weights of ``linear``, rounded."""
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"linear: expected a Linear layer, got {linear!r:.60}")
         made = cls(linear.in_features, linear.out_features, linear.bias is not None)
         made.weight, made.scale = quantize_rows(linear.weight.detach())
         if linear.bias is not None:
@@ -1060,15 +1520,22 @@ class QuantizedLinear(nn.Module):
         self, x: Float[Tensor, "*batch in_features"]
     ) -> Float[Tensor, "*batch out_features"]:
         """Return the linear map of ``x``, in its dtype."""
+        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
+            expected = f"floats of shape (..., {self.in_features})"
+            raise ValueError(f"x: expected {expected}, got {x.dtype} of {tuple(x.shape)}")
         out = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         return out if self.bias is None else out + self.bias.to(x.dtype)
 
-# %% ../chapters/14_generation.ipynb #79e449b4
+# %% ../chapters/14_generation.ipynb #32b27a2c
 def quantize(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` with a ``QuantizedLinear`` in place of each linear layer in it.
 
-    A matrix that is shared with another module, such as a tied head, stays as it is.
+    A matrix that is shared with another module, such as a tied head, stays as it is. A model that
+    is a linear layer becomes one of the kind.
     """
+    _check_module(model)
+    if type(model) is nn.Linear:
+        return QuantizedLinear.of(model)
     model = deepcopy(model)
     weights = [m._parameters["weight"] for m in model.modules() if "weight" in m._parameters]
     for parent in list(model.modules()):
@@ -1081,8 +1548,26 @@ def quantize(model: nn.Module) -> nn.Module:
 
 def stored_bytes(model: nn.Module) -> int:
     """Return the bytes of all parameters and saved buffers, each tensor once."""
+    _check_module(model)
     tensors = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
     return sum(tensors.values())
+
+# %% ../chapters/14_generation.ipynb #87947c66
+def _check_weight(weight: object) -> None:
+    """Demand a matrix of finite floats with at least one column."""
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        got = weight.dtype if isinstance(weight, Tensor) else weight
+        raise ValueError(f"weight: expected a tensor of floats, got {got!r:.60}")
+    if weight.ndim != 2 or not weight.size(1):
+        raise ValueError(f"weight: expected the shape (rows, columns), got {tuple(weight.shape)}")
+    if not weight.float().isfinite().all():
+        wrong = weight[~weight.float().isfinite()][0].item()
+        raise ValueError(f"weight: expected numbers that float32 has, got {wrong}")
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a module of PyTorch, got {model!r:.60}")
 
 # %% failed calls are explained, see chapter 00
 from llmbook.environment import explain_calls

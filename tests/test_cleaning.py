@@ -1,6 +1,7 @@
 """Filters of chapter 03: idempotence, thresholds, hostile input, parity, counts that add up."""
 
 import gettext
+import inspect
 import math
 import random
 import re
@@ -207,9 +208,12 @@ def test_shares_outside_their_range(name: str, value: object) -> None:
 def test_other_bad_thresholds() -> None:
     with pytest.raises(ValueError, match="min_words"):
         gopher_quality("text", min_words=-1)
-    with pytest.raises(ValueError, match="mean_word_length"):
-        gopher_quality("text", mean_length=(10, 3))
-    with pytest.raises(ValueError, match="word_count"):
+    for pair in ((10, 3), (math.nan, 5)):
+        with pytest.raises(
+            ValueError, match=r"mean_length: expected \(least, most\) in this order"
+        ):
+            gopher_quality("text", mean_length=pair)
+    with pytest.raises(ValueError, match=r"min_words, max_words: expected .* got \(60, 50\)"):
         gopher_quality("text", min_words=60, max_words=50)
     with pytest.raises(ValueError, match="max_short_lines"):
         fineweb_quality("text", max_short_lines=67.0)
@@ -323,6 +327,46 @@ def test_repeated_lines_bad_input() -> None:
         remove_repeated_lines([], min_length=-1)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("keep", ["first", "none"])
+def test_nothing_but_lines_is_removed(end: str, keep: str) -> None:
+    def edited(*lines: str, ends: tuple[str, str] = ("", "")) -> str:
+        text = ends[0] * 2 + end.join(lines) + ends[1]
+        documents = [Document("again"), Document(text, "it"), Document("again", "third")]
+        found = {d.id: d.text for d in remove_repeated_lines(documents, keep, min_length=3)}
+        return found.get("it", "dropped")
+
+    assert edited("new", "again", "", "old") == f"new{end}{end}old"
+    assert edited("new", "again") == edited("again", "new") == "new"
+    for ends in ((end, end), ("", end), (end, ""), ("", "")):
+        assert edited("new", "again", ends=ends) == ends[0] * 2 + "new" + ends[1]
+        assert edited("again", "", "  new", ends=ends) == ends[0] * 2 + "  new" + ends[1]
+        assert edited("again", ends=ends) == edited("again", " ", ends=ends) == "dropped"
+
+
+def test_other_line_ends_stay() -> None:
+    documents = [Document("again"), Document("a\x0cb\u2028again\u2028c\r\nd\n\n", "it")]
+    assert list(remove_repeated_lines(documents, min_length=3))[1].text == "a\x0cb\u2028c\r\nd\n\n"
+
+
+def test_blank_lines_are_never_repeated_ones() -> None:
+    documents = [Document("a\n\nb\n  \nc\n", "1"), Document("\n\nd\n\na", "2"), Document(" ", "3")]
+    first = list(remove_repeated_lines(documents, min_length=0))
+    assert [d.text for d in first] == ["a\n\nb\n  \nc\n", "\n\nd", " "]
+    none = list(remove_repeated_lines(documents, "none", min_length=0))
+    assert [d.text for d in none] == ["b\n  \nc\n", "\n\nd", " "]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_licenses_leave_line_ends(end: str) -> None:
+    notice = f"Copyright (c) 2001 The Bakers{end}All rights reserved."
+    for text in (f"{end}Bread.{end}{end}{notice}{end}", f"{end}{notice}{end}{end}Bread.{end}"):
+        assert remove_license(text) == f"{end}Bread.{end}"
+    middle = f"Bread.{end}{end}{notice}{end} {end}Salt."
+    assert remove_license(middle) == f"Bread.{end} {end}Salt."
+    assert remove_license(notice + end) == ""
+
+
 @given(st.lists(st.text("ab \n", max_size=12), max_size=6))
 def test_a_line_is_left_once_or_never(texts: list[str]) -> None:
     documents = [Document(text, str(i)) for i, text in enumerate(texts)]
@@ -417,6 +461,24 @@ def test_naive_bayes_equals_sklearn() -> None:
     assert np.allclose(
         ours.log_probabilities(probe), theirs.predict_log_proba(row(probe)[None])[0], atol=1e-9
     )
+
+
+def test_only_the_first_characters_are_asked() -> None:
+    identifier = LanguageIdentifier({"a": ["aaaa"], "b": ["bbbb"]})
+    assert identifier.identify("1" * 499 + "a").code == "a"
+    assert identifier.identify("1" * 500 + "a").code == "und"
+    assert identifier.identify("1" * 500 + "a", max_characters=501).code == "a"
+    assert identifier.identify("a" * 300 + "b" * 400).code == "a"  # 300 of the first 500
+    assert identifier.identify("a" * 300 + "b" * 400, max_characters=700).code == "b"
+    assert identifier.identify("ab", max_characters=1).code == "a"
+
+
+@pytest.mark.parametrize("value", [0, -1, None, 1.5, True])
+@pytest.mark.usefixtures("unchecked")
+def test_no_characters_are_refused(value: object) -> None:
+    identifier = LanguageIdentifier({"a": ["aaaa"], "b": ["bbbb"]})
+    with pytest.raises(ValueError, match=r"max_characters: expected .* got"):
+        identifier.identify("text", max_characters=value)
 
 
 def test_identifier_bad_input() -> None:
@@ -586,6 +648,60 @@ def test_classifier_bad_labels(labels: list[float]) -> None:
         QualityClassifier(buckets=8).fit(["bread", "salt"], labels)
 
 
+def test_labels_of_ones_own(tmp_path: Path) -> None:
+    texts, labels = examples(60)
+    plain = QualityClassifier(buckets=256).fit(texts, labels)
+    kinds = ("crawl", "curated")
+    named = [kinds[label] for label in labels]
+    for given_labels in (named, tuple(named), np.array(named)):
+        ours = QualityClassifier(buckets=256, labels=kinds).fit(texts, given_labels)
+        assert np.array_equal(ours.weights, plain.weights)
+    turned = QualityClassifier(buckets=256, labels=[1, 0]).fit(texts, labels)
+    assert np.allclose(turned.predict(texts), 1 - plain.predict(texts), atol=1e-6)
+    for same in (np.array(labels, bool), np.array(labels, float), [bool(x) for x in labels]):
+        assert np.array_equal(
+            QualityClassifier(buckets=256).fit(texts, same).weights, plain.weights
+        )
+    ours.save(tmp_path / "named")
+    again = QualityClassifier.load(tmp_path / "named")
+    assert again.labels == kinds
+    assert np.array_equal(again.fit(texts, named).weights, plain.weights)
+    for wrong in (labels, [*named[:-1], "other"]):
+        with pytest.raises(
+            ValueError, match="labels: expected one for each of 60 texts, 'crawl' and"
+        ):
+            ours.fit(texts, wrong)
+
+
+@pytest.mark.parametrize("labels", [(0,), (1, 1), "ab", 5, (0, None), (0.5, 1), ("a", "b", "c")])
+@pytest.mark.usefixtures("unchecked")
+def test_labels_that_name_no_two_kinds(labels: object) -> None:
+    with pytest.raises(ValueError, match="labels: expected two different numbers or texts, got"):
+        QualityClassifier(labels=labels)
+
+
+def test_files_from_before_labels_had_names(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    metadata = {"format": "llmbook.QualityClassifier", "settings": GOOD}
+    save_file({"weights": np.ones(4)}, tmp_path / "old", metadata)
+    old = QualityClassifier.load(tmp_path / "old")
+    assert (old.labels, old.longest, old.penalty, old.bias) == ((0, 1), 1, 0.1, 0.5)
+
+
+def test_the_default_number_of_steps_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, labels = examples(300)
+    default = QualityClassifier(buckets=2**12).fit(texts, labels)
+    for steps, least, most in ((1000, 0.0, 0.0), (20_000, 0.0, 1e-4), (100, 1e-2, 99.0)):
+        other = QualityClassifier(buckets=2**12).fit(texts, labels, iterations=steps)
+        gap = np.abs(other.weights - default.weights).max() / np.abs(default.weights).max()
+        assert least <= gap <= most, (steps, gap)
+    asked: list[int] = []
+    monkeypatch.setattr(cleaning, "_minimize", lambda g, s, step, n: asked.append(n) or s)
+    QualityClassifier(buckets=8).fit(texts, labels)
+    assert asked == [1000]
+
+
 def test_one_string_is_no_list_of_texts() -> None:
     with pytest.raises(ValueError, match="texts"):
         QualityClassifier(buckets=8).predict("bread")
@@ -625,7 +741,7 @@ def test_area_equals_sklearn() -> None:
 
 def test_roc_bad_input() -> None:
     for labels, scores in (([], []), ([1], [0.5]), ([1, 1], [0.1, 0.2]), ([1, 0], [0.1])):
-        with pytest.raises(ValueError, match="labels, scores"):
+        with pytest.raises(ValueError, match=f"labels: expected one for each of {len(scores)} "):
             roc_curve(labels, np.array(scores, dtype=float))
     with pytest.raises(ValueError, match="finite"):
         roc_curve([0, 1], np.array([0.1, math.nan]))
@@ -649,6 +765,9 @@ def test_roc_bad_input() -> None:
         ("(283)-182-3829", "PHONE"),
         ("(283) 182 3829", "PHONE"),
         ("212-555-0123", "PHONE"),
+        ("212 555 0123", "PHONE"),
+        ("1 212 555 0123", "PHONE"),
+        ("212 555-0123", "PHONE"),
         ("212.555.0123", "PHONE"),
         ("1-800-555-0199", "PHONE"),
         ("030 1234567", "PHONE"),
@@ -674,6 +793,23 @@ def test_masked(text: str, kind: str) -> None:
     "text",
     [
         "version 1.2.3.4",
+        "Python 3.11.0.1",
+        "the releases 1.2.3.4",
+        "Chrome/120.0.0.0 Safari/537.36",
+        "linux-2.6.32.1",
+        "numpy==1.2.3.4",
+        "numpy >= 1.2.3.4",
+        "DE89 3704 0044 0532 0130 00",  # account numbers, the examples of their registry
+        "DE89370400440532013000",
+        "GB82 WEST 1234 5698 7654 32",
+        "FR14 2004 1010 0505 0001 3M02 606",
+        "NO93 8601 1117 947",
+        "BE68 5390 0754 7034",
+        "4111 1111 1111 1111",  # a card
+        "212 555 0123 44",  # rows of numbers
+        "7 212 555 0123",
+        "212 111 0123",  # what the numbering plan does not have
+        "292 555 0123",
         "v1.2.3",
         "1.2.3.4.5",
         "256.1.1.1",
@@ -708,10 +844,10 @@ def test_not_masked(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "first", ["+49 30 1234567", "+14155552671", "(212) 555-0123", "030 1234567"]
+    "first", ["+14155552671", "+49 30 1234567", "(212) 555-0123", "030 1234567", "212 555 0123"]
 )
 @pytest.mark.parametrize(
-    "second", ["+49 30 1234567", "(212) 555-0123", "212.555.0123", "030 1234567"]
+    "second", ["212 555 0123", "+49 30 1234567", "(212) 555-0123", "212.555.0123", "030 1234567"]
 )
 def test_two_numbers_with_a_space_between(first: str, second: str) -> None:
     assert mask_pii(f"{first} {second}") == ("<PHONE> <PHONE>", Counter(PHONE=2))
@@ -721,6 +857,63 @@ def test_private_addresses_can_stay() -> None:
     text = "127.0.0.1 192.168.0.1:80 8.8.8.8"
     assert mask_pii(text).counts == {"IP": 3}
     assert mask_pii(text, keep_private=True).text == "127.0.0.1 192.168.0.1:80 <IP>"
+
+
+def test_addresses_that_follow_a_word() -> None:
+    for before in ("from ", "host=", "http://", "at ", "(", "conversions ", "python's "):
+        assert mask_pii(f"{before}8.8.8.8").text == f"{before}<IP>"
+
+
+MIXED = "Ask ann@example.org, (212) 555-0123 or 8.8.8.8."
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        (("EMAIL",), "Ask <EMAIL>, (212) 555-0123 or 8.8.8.8."),
+        ("PHONE", "Ask ann@example.org, <PHONE> or 8.8.8.8."),
+        ({"IP"}, "Ask ann@example.org, (212) 555-0123 or <IP>."),
+        (["IP", "EMAIL"], "Ask <EMAIL>, (212) 555-0123 or <IP>."),
+        (cleaning.PII_KINDS, "Ask <EMAIL>, <PHONE> or <IP>."),
+    ],
+)
+def test_only_the_kinds_that_were_asked_for(kinds: object, expected: str) -> None:
+    assert mask_pii(MIXED, kinds=kinds).text == expected
+    assert mask_pii(MIXED).text == "Ask <EMAIL>, <PHONE> or <IP>."
+
+
+def test_placeholders_of_ones_own() -> None:
+    own = {"EMAIL": "[mail]", "IP": ""}
+    assert mask_pii(MIXED, placeholders=own) == (
+        "Ask [mail], <PHONE> or .",
+        Counter(EMAIL=1, PHONE=1, IP=1),
+    )
+    fineweb = {"EMAIL": "email@example.com", "IP": "22.214.171.124"}
+    once = mask_pii(MIXED, placeholders=fineweb)
+    assert once.text == "Ask email@example.com, <PHONE> or 22.214.171.124."
+    assert once.counts == Counter(EMAIL=1, PHONE=1, IP=1)
+    assert mask_pii(once.text, placeholders=fineweb) == (once.text, Counter())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kinds": ()}, "kinds: expected some of EMAIL, PHONE, IP, got ()"),
+        ({"kinds": 5}, "kinds: expected some of EMAIL, PHONE, IP, got 5"),
+        ({"kinds": ["NAME"]}, "kinds: expected one of EMAIL, PHONE, IP, got 'NAME'"),
+        ({"placeholders": {"NAME": "x"}}, "placeholders: expected one of EMAIL, PHONE, IP, got"),
+        ({"placeholders": {"IP": 5}}, "placeholders"),
+        ({"placeholders": "<IP>"}, "placeholders: expected texts by kind, got '<IP>'"),
+        (
+            {"kinds": ["IP"], "placeholders": {"EMAIL": "x"}},
+            "placeholders: expected one of IP, got 'EMAIL'",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_bad_kinds_and_placeholders(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mask_pii("text", **options)
 
 
 @given(PRIVATE, st.sampled_from(["", " ", "\n"]))
@@ -775,7 +968,7 @@ def test_neighbors_without_a_space(unit: str, kind: str, monkeypatch: pytest.Mon
     assert mask_pii(unit * 10_000) == (f"<{kind}>" * 10_000, Counter({kind: 10_000}))
     assert len(rounds) == 2
     rounds.clear()
-    once = lambda text, _: cleaning.Masked(text, Counter({kind: 1}))  # noqa: E731
+    once = lambda text, *_: cleaning.Masked(text, Counter({kind: 1}))  # noqa: E731
     assert mask_pii(unit).counts == {kind: 20}
 
 
@@ -907,5 +1100,169 @@ def test_pipeline_bad_input() -> None:
         "min_line_length": -1,
         "evaluation": [],
     }.items():
-        with pytest.raises(ValueError, match=name.replace("min_line_length", "min_length")):
-            list(clean_documents([Document("x")], **{name: value}))
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            clean_documents([Document("x")], **{name: value})
+
+
+# --- documented defaults and limits -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "defaults"),
+    [
+        (
+            gopher_quality,
+            {
+                "min_words": 50,
+                "max_words": 100_000,
+                "mean_length": (3, 10),
+                "max_symbol_ratio": 0.1,
+                "max_bullet_lines": 0.9,
+                "max_ellipsis_lines": 0.3,
+                "min_alphabetic": 0.8,
+                "min_stop_words": 2,
+            },
+        ),
+        (c4_clean, {"min_sentences": 3, "min_words": 5, "curly_bracket": True}),
+        (
+            fineweb_quality,
+            {
+                "min_punctuated_lines": 0.12,
+                "max_copied_characters": 0.1,
+                "max_short_lines": 0.67,
+                "short_line": 30,
+            },
+        ),
+        (read_translations, {"package": "sphinx"}),
+        (remove_repeated_lines, {"keep": "first", "min_length": 30}),
+        (character_ngrams, {"longest": 3}),
+        (LanguageIdentifier, {"longest": 3, "alpha": 0.1}),
+        (LanguageIdentifier.identify, {"max_characters": 500}),
+        (QualityClassifier, {"buckets": 65_536, "longest": 2, "penalty": 1e-4, "labels": (0, 1)}),
+        (QualityClassifier.fit, {"iterations": 1000}),
+        (
+            mask_pii,
+            {"kinds": ("EMAIL", "PHONE", "IP"), "placeholders": None, "keep_private": False},
+        ),
+        (decontaminate, {"n": 13, "found": None}),
+        (
+            clean_documents,
+            {
+                "min_words": 5,
+                "min_line_length": 30,
+                "language": None,
+                "classifier": None,
+                "min_quality": 0.5,
+                "evaluation": None,
+                "report": None,
+            },
+        ),
+    ],
+)
+def test_documented_defaults(function: Callable[..., object], defaults: dict[str, object]) -> None:
+    """The values of the papers, and of the chapter's text."""
+    parameters = inspect.signature(function).parameters.values()
+    assert {p.name: p.default for p in parameters if p.default is not p.empty} == defaults
+
+
+def words_of(alphabetic: int, other: int = 0, length: int = 4) -> str:
+    return " ".join(["the", "and", *["b" * length] * (alphabetic - 2), *["1234"] * other])
+
+
+@pytest.mark.parametrize(
+    ("rule", "passes", "fails"),
+    [
+        ("word_count", words_of(50), words_of(49)),
+        ("word_count", words_of(100_000), words_of(100_001)),
+        ("mean_word_length", words_of(60, length=3), words_of(60, length=2)),
+        ("mean_word_length", "b" * 10, "b" * 11),
+        ("symbol_ratio", words_of(90) + " #" * 10, words_of(89) + " #" * 11),
+        ("symbol_ratio", words_of(90) + "…" * 9, words_of(90) + "…" * 10),
+        ("bullet_lines", "- a\n" * 9 + "a", "- a\n" * 10),
+        ("ellipsis_lines", "a...\n" * 3 + "a\n" * 7, "a…\n" * 4 + "a\n" * 6),
+        ("alphabetic_words", words_of(80, 20), words_of(79, 21)),
+    ],
+)
+def test_gopher_at_its_limits(rule: str, passes: str, fails: str) -> None:
+    assert rule not in gopher_quality(passes)
+    assert rule in gopher_quality(fails)
+
+
+def test_stop_words_are_counted_once_each() -> None:
+    assert "stop_words" not in gopher_quality("THE bread AND")
+    assert "stop_words" in gopher_quality("the bread the bread, andy")
+    every = "the be to of and that have with".split()
+    for one in every:
+        for other in every:
+            assert ("stop_words" in gopher_quality(f"{one} {other}")) == (one == other)
+
+
+def test_repetition_has_the_limits_of_the_paper() -> None:
+    """Rae et al. (2021), table A1."""
+    assert cleaning._TOP_NGRAMS == {2: 0.20, 3: 0.18, 4: 0.16}
+    assert cleaning._COPIED_NGRAMS == {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+    lines = [f"{chr(97 + i) * 9}" for i in range(20)]
+    assert "copied_lines" not in gopher_repetition("\n".join([*lines[:7], *["x"] * 4]))
+    assert "copied_lines" in gopher_repetition("\n".join([*lines[:6], *["x"] * 5]))
+    assert "copied_line_characters" not in gopher_repetition("\n".join([*lines[:8], *lines[:2]]))
+    assert "copied_line_characters" in gopher_repetition("\n".join([*lines[:7], *lines[:2]]))
+    assert "copied_paragraphs" not in gopher_repetition("\n\n".join([*lines[:7], *["x"] * 4]))
+    assert "copied_paragraphs" in gopher_repetition("\n \n".join([*lines[:6], *["x"] * 5]))
+    some = [*lines[:8], *lines[:2]]
+    assert "copied_paragraph_characters" not in gopher_repetition("\n\n".join(some))
+    some = [*lines[:7], *lines[:2]]
+    assert "copied_paragraph_characters" in gopher_repetition("\n\n".join(some))
+
+
+@pytest.mark.parametrize(
+    ("rule", "passes", "fails"),
+    [
+        ("punctuated_lines", "a.\n" * 13 + "a\n" * 87, "a.\n" * 12 + "a\n" * 88),
+        ("short_lines", "a" * 30, "a" * 29),
+        ("short_lines", ("a" * 30 + "\n") * 34 + "a\n" * 66, ("a" * 30 + "\n") * 33 + "a\n" * 67),
+        ("copied_lines", "ab\nab\n" + "c" * 17, "ab\nab\n" + "c" * 16),
+    ],
+)
+def test_fineweb_at_its_limits(rule: str, passes: str, fails: str) -> None:
+    assert rule not in fineweb_quality(passes)
+    assert rule in fineweb_quality(fails)
+
+
+def test_c4_at_its_limits() -> None:
+    five, four = "One two three four five.", "One two three four."
+    assert c4_clean(f"{five}\n{four}\n{five}!\n{five}”") == (f"{five}\n{five}!\n{five}”", [])
+    assert c4_clean(f"{five} {five}").failed == ["sentences"]
+    assert c4_clean(f"{five} {five} Six?").failed == []
+    for end in (".", "!", "?", '"', "”"):
+        assert c4_clean(five[:-1] + end).text == five[:-1] + end
+    for end in (":", ",", "...", "'"):
+        assert c4_clean(five[:-1] + end).text == ""
+
+
+def test_lines_of_thirty_characters_count() -> None:
+    for size, left in ((29, 2), (30, 1)):
+        documents = [Document("a" * size, str(i)) for i in range(2)]
+        assert len(list(remove_repeated_lines(documents))) == left
+
+
+def test_thirteen_words_in_common() -> None:
+    exam = " ".join(f"w{i}" for i in range(30))
+    for count, left in ((12, 1), (13, 0)):
+        text = " ".join(f"w{i}" for i in range(5, 5 + count)) + " end"
+        assert len(list(decontaminate([Document(text)], [exam]))) == left
+        padded = f"{text} of a sentence that is otherwise quite innocent"
+        assert len(list(clean_documents([Document(padded)], evaluation=[exam]))) == left
+
+
+def test_short_texts_pass_the_filter_of_languages() -> None:
+    german = cleaning._STORY["de"]
+    for size, left in ((199, 1), (200, 0)):
+        text = " ".join(german.split())[:size].ljust(size, ".")
+        kept = list(clean_documents([Document(text)], language="en"))
+        assert len(kept) == left, size
+
+
+def test_five_words_are_a_document() -> None:
+    kept = [d.text for d in clean_documents([Document("one two three four"), Document("a " * 5)])]
+    assert kept == []  # four words, and words that are too short
+    assert len(list(clean_documents([Document("one two three four five")]))) == 1

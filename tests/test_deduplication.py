@@ -1,10 +1,12 @@
 """Chapter 04: hashes, signatures, bands, the index, clusters, and what bad input does."""
 
 import doctest
+import inspect
 import json
 import math
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import numpy as np
@@ -32,7 +34,11 @@ from llmbook.deduplication import (
     shingles,
 )
 
-datasketch = pytest.importorskip("datasketch", minversion="2.0")
+
+@pytest.fixture(scope="module")
+def datasketch() -> Any:
+    return pytest.importorskip("datasketch", minversion="2.0")
+
 
 WORD_COUNT = 200
 STORY = [f"word{i}" for i in range(WORD_COUNT)]
@@ -53,6 +59,14 @@ ODD = [
 any_text = st.text(max_size=40) | st.text("ab c\n\u2003é\ud800", max_size=40)
 # Few letters and short texts, so that many of them overlap.
 small_texts = st.lists(st.text("ab ", max_size=12), max_size=8)
+
+
+@pytest.fixture
+def unchecked():
+    """Switch jaxtyping's checks off, as they are for a reader, to see our own messages."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def windows(step: int, length: int, count: int) -> list[str]:
@@ -190,7 +204,7 @@ def test_minima_in_blocks_of_any_size(sizes: list[int], block: int, seed: int) -
     assert np.array_equal(_minima(x, counts, a, b, block), naive_minima(x, counts, a, b))
 
 
-def test_signatures_equal_datasketch() -> None:
+def test_signatures_equal_datasketch(datasketch: Any) -> None:
     texts = [*ODD, *windows(7, 60, 10)]
     for seed, k in ((1, 128), (7, 16)):
         ours = MinHasher(n_permutations=k, seed=seed).signatures(texts)
@@ -234,7 +248,7 @@ def test_signatures_do_not_depend_on_batches_or_processes(monkeypatch) -> None:
     assert np.array_equal(MinHasher().signatures(iter(texts), workers=2), whole)
 
 
-def test_estimates_are_distributed_as_datasketch_s() -> None:
+def test_estimates_are_distributed_as_datasketch_s(datasketch: Any) -> None:
     rng, size, k = np.random.default_rng(0), 150, 128
     sizes = np.full(2, size)
     errors: dict[str, list[float]] = {"ours": [], "theirs": []}
@@ -284,7 +298,9 @@ def test_bad_hashes_and_workers() -> None:
 
 @pytest.mark.parametrize("k", [2, 16, 64, 100, 128])
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.05, 0.95), (0.9, 0.1)])
-def test_bands_are_those_of_datasketch(k: int, weights: tuple[float, float]) -> None:
+def test_bands_are_those_of_datasketch(
+    datasketch: Any, k: int, weights: tuple[float, float]
+) -> None:
     for threshold in (0.1, 0.5, 0.8, 0.95) if k < 100 else (0.7,):
         theirs = datasketch.lsh._optimal_param(threshold, k, *weights)
         assert optimal_bands(threshold, k, weights) == theirs
@@ -347,7 +363,7 @@ def filled(texts: list[str] = TEXTS, **settings) -> LSHIndex:
 
 
 @pytest.mark.parametrize(("bands", "rows"), [(16, 8), (32, 4), (3, 1), (2, 64)])
-def test_candidates_equal_datasketch(bands: int, rows: int) -> None:
+def test_candidates_equal_datasketch(datasketch: Any, bands: int, rows: int) -> None:
     index = filled(bands=bands, rows=rows)
     signatures = index.hasher.signatures(TEXTS)
     keys, minhashes = index.keys, []
@@ -420,10 +436,87 @@ def test_a_refused_insertion_leaves_nothing_behind() -> None:
         index.insert(["p", "q"], fresh[:, :64])
     with pytest.raises((ValueError, jaxtyping.TypeCheckError), match="signatures"):
         index.query(fresh[0])  # one signature is not several
-    with pytest.raises(ValueError, match=r"keys: expected 2, .* got a single str"):
+    with pytest.raises(ValueError, match=r"keys: expected several strings, got a single str"):
         index.insert("pq", fresh)
     assert len(index) == 30 and index.candidate_pairs() == before
     index.insert(["new", "p"], fresh)
+
+
+def contents(index: LSHIndex) -> Any:
+    """What can be seen of an index."""
+    answers = index.query(index.hasher.signatures(TEXTS))
+    return index.keys, len(index), index.candidate_pairs(), answers
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(0, 29), max_size=30), st.integers(0, 30))
+def test_removed_documents_are_as_if_never_inserted(removed: list[int], at: int) -> None:
+    signatures = MinHasher().signatures(TEXTS)
+    index, fresh = LSHIndex(), LSHIndex()
+    for part in (range(at), range(at, 30)):
+        index.insert([f"id {i}" for i in part], signatures[part.start : part.stop])
+    index.remove(f"id {i}" for i in removed)
+    stay = [i for i in range(30) if i not in removed]
+    fresh.insert([f"id {i}" for i in stay], signatures[stay])
+    assert contents(index) == contents(fresh)
+    gone = sorted(set(removed))
+    for changed in (index, fresh):  # what was removed may come again, under its old key
+        changed.insert([f"id {i}" for i in gone], signatures[gone])
+    assert contents(index) == contents(fresh)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_refused_removal_leaves_all_behind(tmp_path: Path) -> None:
+    index = filled()
+    before = contents(index)
+    for keys, match in (
+        (["id 3", "nobody"], "keys: expected keys of this index, got 'nobody'"),
+        ("id 3", "keys: expected several strings, got a single str"),
+        ([3], "keys: expected strings, got int"),
+    ):
+        with pytest.raises((ValueError, jaxtyping.TypeCheckError), match=match):
+            index.remove(keys)
+    index.remove([])
+    assert contents(index) == before
+    index.remove(f"id {i}" for i in range(30))
+    assert len(index) == 0
+    index.save(tmp_path / "empty")
+    assert LSHIndex.load(tmp_path / "empty").candidate_pairs() == []
+
+
+@settings(max_examples=15)
+@given(st.lists(st.integers(0, 12), max_size=5))
+def test_merged_indexes_are_one(portions: list[int]) -> None:
+    whole, done = LSHIndex(), 0
+    signatures = whole.hasher.signatures(TEXTS)
+    for portion in [*portions, 30]:
+        part = range(done, min(done + portion, 30))
+        shard = LSHIndex()
+        shard.insert([f"id {i}" for i in part], signatures[part.start : part.stop])
+        before = contents(shard)
+        whole.merge(shard)
+        assert contents(shard) == before
+        done = part.stop
+    assert contents(whole) == contents(filled())
+    sizes = [len(hashes) for hashes, _ in whole._runs.runs]
+    assert all(longer > 2 * shorter for longer, shorter in pairwise(sizes))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_indexes_that_cannot_be_one() -> None:
+    index = filled()
+    before = contents(index)
+    for other, match in (
+        (filled(TEXTS[:2]), "other: expected keys that are new, got 'id 0' again"),
+        (index, "other: expected keys that are new"),
+        (LSHIndex(bands=32, rows=4), r"other: expected hasher, bands and rows .*16, 8.*32, 4"),
+        (LSHIndex(MinHasher(seed=2)), r"other: expected hasher, bands and rows .*seed=2"),
+        ({"a": 1}, r"other: expected an LSHIndex, got \{'a': 1\}"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            index.merge(other)
+    assert contents(index) == before
+    index.insert(["new"], index.hasher.signatures(["x"]))
 
 
 def test_bad_layouts() -> None:
@@ -612,6 +705,76 @@ def test_clusters_of_chains_and_families() -> None:
     assert find_near_duplicates(family).clusters == brute_force(family, 0.8)
 
 
+def test_no_pair_is_compared_twice(monkeypatch) -> None:
+    """The worst case: any two are too unlike to be joined, and alike enough to meet often."""
+    text = " ".join(f"clause{i}" for i in range(35))
+    texts = [f"Copyright {1990 + i % 35} by baker {i} who may {text}" for i in range(150)]
+    compared: list[tuple[int, int]] = []
+
+    def counted(sets, pairs):
+        compared.extend(map(tuple, pairs.tolist()))
+        return _similarities(sets, pairs)
+
+    monkeypatch.setattr(deduplication, "_similarities", counted)
+    found = find_near_duplicates(texts)
+    assert len(set(compared)) == len(compared) == found.compared
+    assert 0.5 * math.comb(150, 2) < found.compared <= math.comb(150, 2)
+    assert found.clusters == []
+
+
+def layouts_used(monkeypatch, call) -> set[tuple[int, int]]:
+    used, candidates = set(), deduplication._candidates
+
+    def noted(signatures, bands, rows):
+        used.add((bands, rows))
+        return candidates(signatures, bands, rows)
+
+    monkeypatch.setattr(deduplication, "_candidates", noted)
+    call()
+    return used
+
+
+@pytest.mark.parametrize(
+    ("options", "layout"),
+    [
+        ({}, (16, 8)),
+        ({"weights": (0.5, 0.5)}, (9, 13)),
+        ({"bands": 14, "rows": 8}, (14, 8)),
+        ({"bands": 14, "rows": 8, "weights": (0.5, 0.5)}, (14, 8)),
+        ({"bands": 14, "rows": 8, "hasher": MinHasher(112), "threshold": 0.75}, (14, 8)),
+    ],
+)
+@pytest.mark.parametrize("function", [find_near_duplicates, deduplicate])
+def test_bands_by_weights_or_of_ones_own(monkeypatch, function, options, layout) -> None:
+    listed = documents(windows(1, 60, 5))
+    assert layouts_used(monkeypatch, lambda: function(listed, **options)) == {layout}
+
+
+def test_own_bands_decide_what_meets() -> None:
+    pair = windows(6, 100, 2)  # 0.88
+    assert find_near_duplicates(pair, bands=32, rows=4).clusters == [[0, 1]]
+    assert find_near_duplicates(pair, bands=1, rows=128).clusters == []
+    assert len(deduplicate(documents(pair), bands=32, rows=4)) == 1
+    assert len(deduplicate(documents(pair), bands=1, rows=128)) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bands": 16}, "bands, rows: expected both or neither, got 16 and None"),
+        ({"rows": 8}, "bands, rows: expected both or neither, got None and 8"),
+        ({"bands": 0, "rows": 8}, "bands: expected at least 1, got 0"),
+        ({"bands": 16, "rows": 9}, "expected at most 128 permutations in all, got 16 times 9"),
+        ({"bands": 2, "rows": 2, "weights": (0.0, 0.0)}, "weights: expected two numbers from 0"),
+        ({"bands": 2, "rows": 2, "threshold": 1.0}, "threshold: expected a number between 0 and 1"),
+    ],
+)
+@pytest.mark.parametrize("function", [find_near_duplicates, deduplicate])
+def test_bad_bands_of_ones_own(function, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        function(documents(["a", "b"]), **options)
+
+
 def test_a_bucket_with_three_thousand_members() -> None:
     text = " ".join(STORY)
     copies = [f"copyright {i} {text}" for i in range(3000)]
@@ -719,7 +882,96 @@ def test_bad_deduplication() -> None:
     twice = documents(["a", "a"])
     with pytest.raises(ValueError, match="linkage: expected one of star, single, got 'complete'"):
         deduplicate(twice, linkage="complete")
-    with pytest.raises(ValueError, match="score: expected numbers, got NaN for document 'd0'"):
+    with pytest.raises(ValueError, match="score: expected numbers, got nan for document 'd0'"):
         deduplicate(twice, score=lambda d: math.nan)
     with pytest.raises(ValueError, match="exact_up_to: expected at least 0, got -1"):
         find_near_duplicates(["a"], exact_up_to=-1)
+
+
+# --- documented defaults -------------------------------------------------------------------------
+
+SEARCH = {
+    "threshold": 0.8,
+    "hasher": None,
+    "weights": (0.05, 0.95),
+    "bands": None,
+    "rows": None,
+    "exact_up_to": 1000,
+    "workers": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "defaults"),
+    [
+        (shingles, {"n": 5, "unit": "word"}),
+        (MinHasher, {"n_permutations": 128, "n": 5, "unit": "word", "seed": 1}),
+        (MinHasher.signatures, {"workers": 1}),
+        (optimal_bands, {"n_permutations": 128, "weights": (0.05, 0.95)}),
+        (LSHIndex, {"hasher": None, "bands": 16, "rows": 8}),
+        (find_near_duplicates, SEARCH),
+        (deduplicate, {**SEARCH, "score": None, "linkage": "star"}),
+    ],
+)
+def test_documented_defaults(function, defaults) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    assert {p.name: p.default for p in parameters if p.default is not p.empty} == defaults
+    assert optimal_bands(0.8) == (16, 8) and LSHIndex().hasher == MinHasher()
+
+
+@pytest.mark.parametrize("function", [find_near_duplicates, deduplicate])
+def test_the_limits_reach_the_search(monkeypatch, function) -> None:
+    given, similar = [], deduplication._link_similar
+
+    def noted(groups, members, sets, threshold, exact_up_to, centers):
+        given.append((threshold, exact_up_to, centers))
+        return similar(groups, members, sets, threshold, exact_up_to, centers)
+
+    monkeypatch.setattr(deduplication, "_link_similar", noted)
+    listed = documents(windows(1, 60, 5))
+    function(listed)
+    function(listed, 0.7, exact_up_to=5)
+    assert given == [(0.8, 1000, 100), (0.7, 5, 100)]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("text", lambda: canonical_text(5)),
+        ("text", lambda: shingles(b"a")),
+        ("n", lambda: shingles("a", None)),
+        ("a", lambda: jaccard(5, {1})),
+        ("b", lambda: jaccard({1}, "a text")),
+        ("b", lambda: jaccard({1}, np.zeros((2, 2)))),
+        ("seed", lambda: MinHasher(seed=None)),
+        ("n_permutations", lambda: MinHasher(n_permutations=1.5)),
+        ("workers", lambda: MinHasher().signatures([], None)),
+        ("hashes", lambda: MinHasher().hash_signatures(np.ones(1), np.array([1]))),
+        ("sizes", lambda: MinHasher().hash_signatures(np.ones(1, np.uint32), [1])),
+        ("a", lambda: estimate_jaccard([1], np.ones(1, np.uint32))),
+        ("b", lambda: estimate_jaccard(np.ones(1, np.uint32), np.ones(1))),
+        ("bands", lambda: collision_probability(0.5, None, 2)),
+        ("similarity", lambda: collision_probability("a", 2, 2)),
+        ("n_permutations", lambda: optimal_bands(0.5, None)),
+        ("weights", lambda: optimal_bands(0.5, 8, ("a", 1))),
+        ("hasher", lambda: LSHIndex(5)),
+        ("rows", lambda: LSHIndex(rows=None)),
+        ("signatures", lambda: LSHIndex().query(np.ones((1, 128)))),
+        ("signatures", lambda: LSHIndex().insert([], [])),
+        ("keys", lambda: LSHIndex().insert(5, np.ones((1, 128), np.uint32))),
+        ("path", lambda: LSHIndex().save(5)),
+        ("path", lambda: LSHIndex.load(None)),
+        ("size", lambda: UnionFind(None)),
+        ("item", lambda: UnionFind(3).find(True)),
+        ("items", lambda: UnionFind(3).roots([1])),
+        ("hasher", lambda: find_near_duplicates([], hasher="minhash")),
+        ("hasher", lambda: deduplicate([], hasher="minhash")),
+        ("workers", lambda: find_near_duplicates([], workers=0)),
+        ("score", lambda: deduplicate([], score=5)),
+        ("score", lambda: deduplicate(documents(["a", "a"]), score=lambda d: "best")),
+    ],
+)
+def test_bad_arguments_are_named(argument, call) -> None:
+    with pytest.raises(ValueError, match=f"^{argument}: expected"):
+        call()

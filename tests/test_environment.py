@@ -1,3 +1,5 @@
+import os
+import platform
 import random
 import subprocess
 import sys
@@ -7,18 +9,22 @@ from inspect import signature
 from pathlib import Path
 from typing import Literal
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 from jaxtyping import Float
 
 import llmbook
+from llmbook import environment
 from llmbook.environment import (
+    REPORTED_PACKAGES,
     best_device,
     check_at_least,
     check_choice,
     check_even,
     check_fraction,
+    check_path,
     check_text,
     describe_environment,
     explain_calls,
@@ -27,6 +33,14 @@ from llmbook.environment import (
     whole_directory,
     whole_file,
 )
+
+
+@pytest.fixture
+def untyped():
+    """Switch jaxtyping's checks off, as they are for a reader, to see our own messages."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def draw():
@@ -153,6 +167,147 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
         whole_directory(path),
     ):
         pass
+
+
+# --- promises -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"),
+    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_the_fastest_device_is_taken(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert best_device() == torch.device(expected)
+
+
+def test_a_graphics_card_is_named(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: asked.append(d) or "A fast card")
+    assert describe_environment()["device"] == "A fast card"
+    assert asked == [torch.device("cuda")]
+
+
+def test_the_description_says_what_is_computed_with(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(environment, "REPORTED_PACKAGES", ("numpy", "no-such-package"))
+    assert describe_environment() == {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cores": str(os.cpu_count()),
+        "torch threads": str(torch.get_num_threads()),
+        "vector unit": torch.backends.cpu.get_cpu_capability(),
+        "device": "cpu",
+        "numpy": np.__version__,
+    }
+    assert set(REPORTED_PACKAGES) >= {"llmbook", "torch", "numpy"}
+
+
+def test_seeds_reach_each_generator():
+    seed_everything(5)
+    assert random.random() == random.Random(5).random()
+    assert np.random.rand() == np.random.RandomState(5).rand()  # noqa: NPY002
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(5)))
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("seed", [1.0, "1", None, float("nan")])
+def test_what_is_no_seed_is_named(seed):
+    with pytest.raises(ValueError, match=r"^seed.*(expected int|must be a whole number)"):
+        seed_everything(seed)
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("value", [None, False, True, 3.0, "4"])
+def test_what_is_no_even_number_is_named(value):
+    with pytest.raises(ValueError, match=f"d_head: expected .* number, got {value!r}"):
+        check_even(d_head=value)
+
+
+@pytest.mark.parametrize("value", [True, False, np.float32(1), np.int64(-1)])
+def test_truth_is_no_fraction(value):
+    with pytest.raises(ValueError, match="dropout: expected at least 0 and less than 1, got"):
+        check_fraction("dropout", value)
+
+
+def test_fractions_of_numpy_pass():
+    check_fraction("dropout", np.float32(0.5))
+    check_fraction("dropout", np.int64(0))
+    check_fraction("dropout", 0.999999)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_a_path_is_a_str_or_a_path(tmp_path):
+    assert check_path("a/b") == Path("a/b") == check_path(Path("a/b"))
+    for value in (5, None, b"a", ["a"]):
+        with pytest.raises(ValueError, match=r"folder: expected a str or a Path, got"):
+            check_path(value, "folder")
+        for write, name in ((whole_file, "path"), (whole_directory, "directory")):
+            with (
+                pytest.raises(ValueError, match=f"{name}: expected a str or a Path, got"),
+                write(value),
+            ):
+                pass
+    with whole_file(str(tmp_path / "a")) as draft:
+        draft.write_text("by its name")
+    assert (tmp_path / "a").read_text() == "by its name"
+
+
+def test_long_values_are_cut_in_messages():
+    with pytest.raises(ValueError) as caught:
+        check_text([0] * 1000)
+    assert len(str(caught.value)) < 90
+
+
+def test_a_draft_is_hidden_beside_its_file(tmp_path):
+    with whole_file(tmp_path / "file") as draft:
+        assert draft.parent == tmp_path
+        assert draft.name.startswith(".file.")
+        assert str(os.getpid()) in draft.name
+        draft.touch()
+    with whole_directory(tmp_path / "folder") as draft:
+        assert draft.is_dir()
+        assert draft.parent == tmp_path
+        assert draft.name.startswith(".folder.")
+
+
+def test_a_file_does_not_take_a_folders_place(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"path: expected a file to write, got the folder"),
+        whole_file(tmp_path),
+    ):
+        raise AssertionError("the block must not run")
+
+
+def test_a_folder_takes_the_place_of_an_empty_one_only(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with whole_directory(tmp_path / "empty") as draft:
+        (draft / "a").touch()
+    (tmp_path / "file").touch()
+    for taken in ("empty", "file"):
+        with (
+            pytest.raises(ValueError, match="directory: expected a new or an empty one, got"),
+            whole_directory(tmp_path / taken),
+        ):
+            raise AssertionError("the block must not run")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file"]
+
+
+def test_a_draft_of_another_name_is_left_alone(tmp_path):
+    (tmp_path / ".folder2.part-left").mkdir()
+    with whole_directory(tmp_path / "folder"):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".folder2.part-left", "folder"]
+
+
+def test_other_errors_pass_through_unchanged():
+    with pytest.raises(KeyError, match="no import"), requires_extra("Parquet", extra="scale"):
+        raise KeyError("no import")
+    with requires_extra("Parquet", extra="scale"):
+        import json  # noqa: F401
 
 
 class Scale(torch.nn.Module):
