@@ -328,23 +328,23 @@ class _PairQueue:
             self.push(pair)  # it has lost counts since it was filed
         return None
 
-# %% ../chapters/05_tokenizer.ipynb #017f6bd5
-def learn_merges(counts: Mapping[str, int], size: int) -> list[tuple[bytes, bytes]]:
-    """Learn up to ``size`` merges from words and how often each occurs, the first merge first.
+# %% ../chapters/05_tokenizer.ipynb #dcc20ed6
+def learn_merges(counts: Mapping[str, int], n_merges: int) -> list[tuple[bytes, bytes]]:
+    """Learn up to ``n_merges`` merges from words and how often each occurs, the first merge first.
 
     The most frequent pair is merged; of equally frequent ones, the lexicographically greatest
-    pair of byte strings. There are fewer than ``size`` if every word has become one token.
+    pair of byte strings. There are fewer than ``n_merges`` if every word has become one token.
     Source: Gage (1994), Sennrich et al. (2016), on bytes as in Radford et al. (2019).
 
     >>> learn_merges({"to": 2, "toe": 1}, 2)
     [(b't', b'o'), (b'to', b'e')]
     """
-    check_at_least(size=(0, size))
+    check_at_least(n_merges=(0, n_merges))
     words = [valid_text(word).encode().decode("latin-1") for word in _checked_counts(counts)]
     pairs, where = _index_pairs(words, frequencies := list(counts.values()))
     tokens = [bytes([byte]) for byte in range(256)]
     queue, merges = _PairQueue(pairs, tokens), list[tuple[bytes, bytes]]()
-    while len(merges) < size and (pair := queue.pop()):
+    while len(merges) < n_merges and (pair := queue.pop()):
         first, second = (tokens[ord(token)] for token in pair)
         new = chr(len(tokens))
         tokens.append(first + second)
@@ -433,14 +433,14 @@ class BPETokenizer:
 
     def __post_init__(self) -> None:
         """Copy what was given, check it, and make the look-up tables."""
-        own = vars(self)  # what is frozen for others
+        own = vars(self)  # the fields are frozen, so write past the dataclass
         own.update(vocabulary=dict(self.vocabulary), merges=list(self.merges))
         own.update(special_tokens=dict(self.special_tokens))
         own["_tables"] = _Tables(self)
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id; of ids without gaps, how many there are."""
+        """One more than the largest id, which is the number of ids if they have no gaps."""
         return self._tables.size
 
     def encode(
@@ -925,7 +925,7 @@ def _numbered(tokens: object, ids: dict[bytes, int], added: Mapping[str, int]) -
     ids_of = known | {text: first + place for place, text in enumerate(new)}
     return {text: ids_of[text] for text in texts}
 
-# %% ../chapters/05_tokenizer.ipynb #3e7318ea
+# %% ../chapters/05_tokenizer.ipynb #72b05319
 @dataclass(frozen=True)
 class TextSteps:
     """What is done to a text besides cutting and merging; by default, nothing.
@@ -946,7 +946,7 @@ class TextSteps:
         """Copy what was given, and check what can be checked without the vocabulary."""
         if self.normalizer is not None:
             check_choice("normalizer", self.normalizer, ("NFC",))
-        own = vars(self)  # what is frozen for others
+        own = vars(self)  # the fields are frozen, so write past the dataclass
         own.update(added_tokens=_token_ids("added_tokens", self.added_tokens))
         for argument in ("normalized", "prefix", "suffix"):
             tokens = own[argument]

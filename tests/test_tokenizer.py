@@ -339,7 +339,7 @@ class TestTraining:
             learn_merges(counts, 1)
         assert learn_merges({"ab": np.int64(2)}, 1) == [(b"a", b"b")]
         for size in (-1, 1.0, "1"):
-            with pytest.raises(ValueError, match=r"^size: expected"):
+            with pytest.raises(ValueError, match=r"^n_merges: expected"):
                 learn_merges({}, size)
 
     def test_bad_counts(self) -> None:

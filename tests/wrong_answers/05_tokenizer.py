@@ -62,7 +62,13 @@ def digits_pattern() -> str:
 
 
 # %% exercise="ex-tokenizer-digits" says="glued to something else"
-# Forgets that the rest needs an alternative, too, and takes letters into a run
+# Takes all numbers for decimal digits, ² too
+def digits_pattern() -> str:
+    return r"\p{N}{1,3}(?=(?:\p{N}{3})*+(?!\p{N}))|\P{N}+"
+
+
+# %% exercise="ex-tokenizer-digits" says="glued to something else"
+# Takes letters into a run, too
 def digits_pattern() -> str:
     return r"\w{1,3}(?=(?:\w{3})*+(?!\w))|\W+"
 
@@ -70,7 +76,7 @@ def digits_pattern() -> str:
 # %% exercise="ex-tokenizer-digits" says="not cut in threes"
 # Takes the end of a word for the end of the run, so a letter after the digits stops the cuts
 def digits_pattern() -> str:
-    return r"\p{N}{1,3}(?=(?:\p{N}{3})*\b)|\P{N}+"
+    return r"\p{Nd}{1,3}(?=(?:\p{Nd}{3})*\b)|\P{Nd}+"
 
 
 # %% exercise="ex-tokenizer-fewest" says="can be spelled with fewer tokens"
@@ -216,7 +222,7 @@ def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-# %% exercise="ex-tokenizer-fewest" says="the words of the documents set aside save too much"
+# %% exercise="ex-tokenizer-fewest" says="wrong for the words of the documents set aside"
 # Compares with the number of bytes, not with what the tokenizer makes
 def saving(counts: dict[str, int], tokenizer: BPETokenizer) -> float:
     tokens = set(tokenizer.vocabulary.values())
