@@ -5,7 +5,7 @@ with them, decode without loss, and speak the file formats of others."""
 
 # %% auto #0
 __all__ = ['GPT2_PATTERN', 'GPT4_PATTERN', 'GPT4O_PATTERN', 'QWEN2_PATTERN', 'valid_text', 'pretokenize', 'check_special_tokens',
-           'count_words', 'learn_merges', 'WordCache', 'BPETokenizer', 'SpecialTokens', 'train_bpe', 'TextSteps',
+           'count_words', 'learn_merges', 'WordCache', 'BPETokenizer', 'SpecialTokens', 'TextSteps', 'train_bpe',
            'train_bpe_files', 'checked_path', 'read_json_object', 'naming_file']
 
 # %% ../chapters/05_tokenizer.ipynb #cb3228f1
@@ -47,11 +47,19 @@ _GPT4_WORDS = (
 )
 GPT4_PATTERN = _GPT4_WORDS + r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 
-# %% ../chapters/05_tokenizer.ipynb #8085140b
-_LLAMA3_PATTERN = _GPT4_WORDS + r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # tiktoken's older form
-_KNOWN_PATTERNS = {GPT2_PATTERN, GPT4_PATTERN, _LLAMA3_PATTERN}
+# %% ../chapters/05_tokenizer.ipynb #22a7567c
+_LLAMA3_PATTERN = _GPT4_WORDS + r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT4O_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDINGS}"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDINGS}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+_KNOWN_PATTERNS = {GPT2_PATTERN, GPT4_PATTERN, _LLAMA3_PATTERN, GPT4O_PATTERN, QWEN2_PATTERN}
 
-
+# %% ../chapters/05_tokenizer.ipynb #a4235ef8
 def _splitter(pattern: str) -> Callable[[str], list[str]]:
     """Return the function that cuts a text into words by ``pattern``; bad ones raise ValueError."""
     return _compiled(check_text(pattern, "pattern"))
@@ -320,23 +328,23 @@ class _PairQueue:
             self.push(pair)  # it has lost counts since it was filed
         return None
 
-# %% ../chapters/05_tokenizer.ipynb #017f6bd5
-def learn_merges(counts: Mapping[str, int], size: int) -> list[tuple[bytes, bytes]]:
-    """Learn up to ``size`` merges from words and how often each occurs, the first merge first.
+# %% ../chapters/05_tokenizer.ipynb #dcc20ed6
+def learn_merges(counts: Mapping[str, int], n_merges: int) -> list[tuple[bytes, bytes]]:
+    """Learn up to ``n_merges`` merges from words and how often each occurs, the first merge first.
 
     The most frequent pair is merged; of equally frequent ones, the lexicographically greatest
-    pair of byte strings. There are fewer than ``size`` if every word has become one token.
+    pair of byte strings. There are fewer than ``n_merges`` if every word has become one token.
     Source: Gage (1994), Sennrich et al. (2016), on bytes as in Radford et al. (2019).
 
     >>> learn_merges({"to": 2, "toe": 1}, 2)
     [(b't', b'o'), (b'to', b'e')]
     """
-    check_at_least(size=(0, size))
+    check_at_least(n_merges=(0, n_merges))
     words = [valid_text(word).encode().decode("latin-1") for word in _checked_counts(counts)]
     pairs, where = _index_pairs(words, frequencies := list(counts.values()))
     tokens = [bytes([byte]) for byte in range(256)]
     queue, merges = _PairQueue(pairs, tokens), list[tuple[bytes, bytes]]()
-    while len(merges) < size and (pair := queue.pop()):
+    while len(merges) < n_merges and (pair := queue.pop()):
         first, second = (tokens[ord(token)] for token in pair)
         new = chr(len(tokens))
         tokens.append(first + second)
@@ -425,14 +433,14 @@ class BPETokenizer:
 
     def __post_init__(self) -> None:
         """Copy what was given, check it, and make the look-up tables."""
-        own = vars(self)  # what is frozen for others
+        own = vars(self)  # the fields are frozen, so write past the dataclass
         own.update(vocabulary=dict(self.vocabulary), merges=list(self.merges))
         own.update(special_tokens=dict(self.special_tokens))
         own["_tables"] = _Tables(self)
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id; of ids without gaps, how many there are."""
+        """One more than the largest id, which is the number of ids if they have no gaps."""
         return self._tables.size
 
     def encode(
@@ -472,31 +480,27 @@ class BPETokenizer:
         """Yield text as soon as its characters are complete; joined it is what ``decode`` gives."""
         return _decode_stream(self._pieces(ids, skip_special_tokens))
 
-    @classmethod
-    def from_merges(
-        cls,
-        merges: Sequence[tuple[bytes, bytes]],
-        special_tokens: Collection[str] = ("<|endoftext|>",),
-        *,
-        pattern: str = GPT4_PATTERN,
-    ) -> "BPETokenizer":
-        """Return the tokenizer with ids as training gives them: bytes, merges, special tokens."""
-        merges, special_tokens = _checked_pairs(merges), check_special_tokens(special_tokens)
-        vocabulary, special = _in_order_of_training(merges, special_tokens)
-        return cls(vocabulary, merges, special_tokens=special, pattern=pattern)
+    def _pieces(self, ids: Iterable[SupportsInt], skip_special_tokens: bool) -> Iterator[bytes]:
+        """Return the bytes of each id, of special tokens only if they are not to be skipped."""
+        values = ids.tolist() if hasattr(ids, "tolist") else ids
+        if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+            raise ValueError(f"ids: expected several ids, such as [65], got {ids!r:.60}")
+        hidden = set(self.special_tokens.values()) if skip_special_tokens else set[int]()
+        return (piece for id, piece in self._checked_pieces(values) if id not in hidden)
 
-    def truncated(self, vocab_size: int) -> "BPETokenizer":
-        """Return what training with a smaller ``vocab_size`` gives; special tokens stay last."""
-        special = list(self.special_tokens)
-        check_at_least(vocab_size=(256 + len(special), vocab_size))
-        in_order = _in_order_of_training(self.merges, special)
-        others = self.ignore_merges or self.steps.added_tokens
-        if (self.vocabulary, self.special_tokens) != in_order or others:
-            raise ValueError("truncated: expected a tokenizer with ids in the order of training")
-        merges = self.merges[: vocab_size - 256 - len(special)]
-        vocabulary, ids = _in_order_of_training(merges, special)
-        options: Any = {"pattern": self.pattern, "steps": self.steps}
-        return BPETokenizer(vocabulary, merges, special_tokens=ids, **options)
+    def _checked_pieces(self, ids: Iterable[Any]) -> Iterator[tuple[int, bytes]]:
+        """Yield each id and its bytes; a ``ValueError`` says where something else stands."""
+        for place, given in enumerate(ids):
+            try:
+                id = -1 if isinstance(given, bool) else operator.index(given)
+            except TypeError:
+                id = -1
+            if (piece := self._tables.tokens.get(id)) is None:
+                gap = 0 <= id < self.vocab_size
+                expected = f"ids of the vocabulary, below {self.vocab_size}"
+                expected = "ids that a token has" if gap else expected
+                raise ValueError(f"ids: expected {expected}, got {given!r:.60} at index {place}")
+            yield id, piece
 
     def __init__(
         self,
@@ -530,32 +534,36 @@ class BPETokenizer:
         own.update(pattern=pattern, ignore_merges=ignore_merges, steps=steps)
         self.__post_init__()
 
-    def _pieces(self, ids: Iterable[SupportsInt], skip_special_tokens: bool) -> Iterator[bytes]:
-        """Return the bytes of each id, of special tokens only if they are not to be skipped."""
-        values = ids.tolist() if hasattr(ids, "tolist") else ids
-        if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-            raise ValueError(f"ids: expected several ids, such as [65], got {ids!r:.60}")
-        hidden = set(self.special_tokens.values()) if skip_special_tokens else set[int]()
-        return (piece for id, piece in self._checked_pieces(values) if id not in hidden)
-
-    def _checked_pieces(self, ids: Iterable[Any]) -> Iterator[tuple[int, bytes]]:
-        """Yield each id and its bytes; a ``ValueError`` says where something else stands."""
-        for place, given in enumerate(ids):
-            try:
-                id = -1 if isinstance(given, bool) else operator.index(given)
-            except TypeError:
-                id = -1
-            if (piece := self._tables.tokens.get(id)) is None:
-                gap = 0 <= id < self.vocab_size
-                expected = f"ids of the vocabulary, below {self.vocab_size}"
-                expected = "ids that a token has" if gap else expected
-                raise ValueError(f"ids: expected {expected}, got {given!r:.60} at index {place}")
-            yield id, piece
-
     def __repr__(self) -> str:
         """Return the size and the special tokens; all of it would fill a screen."""
         special = self.special_tokens
         return f"{type(self).__name__}(vocab_size={self.vocab_size}, special_tokens={special})"
+
+    @classmethod
+    def from_merges(
+        cls,
+        merges: Sequence[tuple[bytes, bytes]],
+        special_tokens: Collection[str] = ("<|endoftext|>",),
+        *,
+        pattern: str = GPT4_PATTERN,
+    ) -> "BPETokenizer":
+        """Return the tokenizer with ids as training gives them: bytes, merges, special tokens."""
+        merges, special_tokens = _checked_pairs(merges), check_special_tokens(special_tokens)
+        vocabulary, special = _in_order_of_training(merges, special_tokens)
+        return cls(vocabulary, merges, special_tokens=special, pattern=pattern)
+
+    def truncated(self, vocab_size: int) -> "BPETokenizer":
+        """Return what training with a smaller ``vocab_size`` gives; special tokens stay last."""
+        special = list(self.special_tokens)
+        check_at_least(vocab_size=(256 + len(special), vocab_size))
+        in_order = _in_order_of_training(self.merges, special)
+        others = self.ignore_merges or self.steps.added_tokens
+        if (self.vocabulary, self.special_tokens) != in_order or others:
+            raise ValueError("truncated: expected a tokenizer with ids in the order of training")
+        merges = self.merges[: vocab_size - 256 - len(special)]
+        vocabulary, ids = _in_order_of_training(merges, special)
+        options: Any = {"pattern": self.pattern, "steps": self.steps}
+        return BPETokenizer(vocabulary, merges, special_tokens=ids, **options)
 
     def __reduce__(self) -> Any:
         """Pickle what is known, without the tables."""
@@ -847,40 +855,6 @@ def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
     if text := decoder.decode(b"", final=True):
         yield text
 
-# %% ../chapters/05_tokenizer.ipynb #0daea795
-def _in_order_of_training(
-    merges: Sequence[tuple[bytes, bytes]], special: Collection[str]
-) -> tuple[dict[int, bytes], dict[str, int]]:
-    """Give ids: to the bytes, then to what merges make, then to special tokens."""
-    tokens = [*(bytes([byte]) for byte in range(256)), *(a + b for a, b in merges)]
-    return dict(enumerate(tokens)), {text: len(tokens) + i for i, text in enumerate(special)}
-
-# %% ../chapters/05_tokenizer.ipynb #fc3a0daa
-def train_bpe(
-    texts: Iterable[str | Document],
-    vocab_size: int,
-    *,
-    pattern: str = GPT4_PATTERN,
-    special_tokens: Collection[str] = ("<|endoftext|>",),
-    workers: int = 1,
-) -> BPETokenizer:
-    """Train a tokenizer on ``texts``: ids 0-255 are the bytes, then merges, special tokens last.
-
-    ``vocab_size`` counts all of them; there are fewer where the texts have no more pairs. Special
-    tokens in the texts separate, and are not learned. Words are counted by ``workers`` processes;
-    with one, texts are read as they come. No text at all raises a ``ValueError``.
-
-    >>> tokenizer = train_bpe(["low lower lowest"], 260)
-    >>> tokenizer.encode("low"), tokenizer.decode([257, 101])
-    ([257], 'lowe')
-    """
-    return _train(
-        lambda special: count_words(texts, pattern, special, workers),
-        vocab_size,
-        pattern,
-        special_tokens,
-    )
-
 # %% ../chapters/05_tokenizer.ipynb #1c17d427
 def _checked_vocabulary(vocabulary: object) -> dict[bytes, int]:
     """Return the ids of ordinary tokens by their bytes, or say what is wrong with them."""
@@ -951,7 +925,7 @@ def _numbered(tokens: object, ids: dict[bytes, int], added: Mapping[str, int]) -
     ids_of = known | {text: first + place for place, text in enumerate(new)}
     return {text: ids_of[text] for text in texts}
 
-# %% ../chapters/05_tokenizer.ipynb #3e7318ea
+# %% ../chapters/05_tokenizer.ipynb #72b05319
 @dataclass(frozen=True)
 class TextSteps:
     """What is done to a text besides cutting and merging; by default, nothing.
@@ -972,7 +946,7 @@ class TextSteps:
         """Copy what was given, and check what can be checked without the vocabulary."""
         if self.normalizer is not None:
             check_choice("normalizer", self.normalizer, ("NFC",))
-        own = vars(self)  # what is frozen for others
+        own = vars(self)  # the fields are frozen, so write past the dataclass
         own.update(added_tokens=_token_ids("added_tokens", self.added_tokens))
         for argument in ("normalized", "prefix", "suffix"):
             tokens = own[argument]
@@ -1079,11 +1053,13 @@ class _Tables:
             return [(start, end)]
         return [match.span() for match in _CLUSTER.finditer(text, start, end)]
 
-# %% ../chapters/05_tokenizer.ipynb #0afcf843
-def _encode_job(job: tuple[BPETokenizer, list[str], dict[str, Any]]) -> list[list[int]]:
-    """What a worker does: encode some texts."""
-    tokenizer, texts, options = job
-    return [tokenizer.encode(text, **options) for text in texts]
+# %% ../chapters/05_tokenizer.ipynb #0daea795
+def _in_order_of_training(
+    merges: Sequence[tuple[bytes, bytes]], special: Collection[str]
+) -> tuple[dict[int, bytes], dict[str, int]]:
+    """Give ids: to the bytes, then to what merges make, then to special tokens."""
+    tokens = [*(bytes([byte]) for byte in range(256)), *(a + b for a, b in merges)]
+    return dict(enumerate(tokens)), {text: len(tokens) + i for i, text in enumerate(special)}
 
 # %% ../chapters/05_tokenizer.ipynb #710701e0
 def _train(
@@ -1106,6 +1082,32 @@ def _train(
         raise ValueError(f"{argument}: expected some text to train on, got none")
     merges = learn_merges(counts, vocab_size - 256 - len(special))
     return BPETokenizer.from_merges(merges, special, pattern=pattern)
+
+# %% ../chapters/05_tokenizer.ipynb #fc3a0daa
+def train_bpe(
+    texts: Iterable[str | Document],
+    vocab_size: int,
+    *,
+    pattern: str = GPT4_PATTERN,
+    special_tokens: Collection[str] = ("<|endoftext|>",),
+    workers: int = 1,
+) -> BPETokenizer:
+    """Train a tokenizer on ``texts``: ids 0-255 are the bytes, then merges, special tokens last.
+
+    ``vocab_size`` counts all of them; there are fewer where the texts have no more pairs. Special
+    tokens in the texts separate, and are not learned. Words are counted by ``workers`` processes;
+    with one, texts are read as they come. No text at all raises a ``ValueError``.
+
+    >>> tokenizer = train_bpe(["low lower lowest"], 260)
+    >>> tokenizer.encode("low"), tokenizer.decode([257, 101])
+    ([257], 'lowe')
+    """
+    return _train(
+        lambda special: count_words(texts, pattern, special, workers),
+        vocab_size,
+        pattern,
+        special_tokens,
+    )
 
 # %% ../chapters/05_tokenizer.ipynb #ae7daef6
 def train_bpe_files(
@@ -1134,6 +1136,12 @@ def train_bpe_files(
         special_tokens,
         "paths",
     )
+
+# %% ../chapters/05_tokenizer.ipynb #27b3e911
+def _encode_job(job: tuple[BPETokenizer, list[str], dict[str, Any]]) -> list[list[int]]:
+    """What a worker does: encode some texts."""
+    tokenizer, texts, options = job
+    return [tokenizer.encode(text, **options) for text in texts]
 
 # %% ../chapters/05_tokenizer.ipynb #534addb3
 _STREAM_SIZE = 1 << 16  # characters to gather before looking for a place to cut
@@ -1193,7 +1201,7 @@ def _as_bytes(token: str) -> bytes:
     except KeyError:
         raise ValueError(f"expected tokens in GPT-2's byte alphabet, got {token!r}") from None
 
-# %% ../chapters/05_tokenizer.ipynb #57674d54
+# %% ../chapters/05_tokenizer.ipynb #33e523a1
 def _file_vocabulary(tables: _Tables) -> dict[str, int]:
     """Return all tokens as text with their ids, in the order of the ids."""
     ordinary, named = {_as_text(token): id for token, id in tables.ids.items()}, tables.named
@@ -1201,7 +1209,7 @@ def _file_vocabulary(tables: _Tables) -> dict[str, int]:
         raise ValueError(f"special_tokens: files write an ordinary token as {clash[0]!r}, too")
     return dict(sorted((ordinary | named).items(), key=lambda item: item[1]))
 
-
+# %% ../chapters/05_tokenizer.ipynb #3185e13e
 def _portable_pattern(pattern: str) -> str:
     """Return ``pattern``, unless the engine inside tokenizers would read it in another way."""
     possessive, anchor = r"\{\d*,?\d*\}\+", r"(?<![\\\[])[\^$]"
@@ -1516,17 +1524,6 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             raise ValueError(f"line {number}: expected each token once, got {data!r:.60} again")
         ranks[data] = id
     return ranks
-
-# %% ../chapters/05_tokenizer.ipynb #42c7c908
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-GPT4O_PATTERN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDINGS}"
-    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDINGS}"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
-_KNOWN_PATTERNS |= {GPT4O_PATTERN, QWEN2_PATTERN}
 
 # %% failed calls are explained, see chapter 00
 from llmbook.environment import explain_calls

@@ -348,7 +348,7 @@ EXAMPLES: dict[str, Arguments] = {
     "deduplication.collision_probability": {"similarity": 0.5, "bands": 4, "rows": 2},
     "deduplication.UnionFind": {"size": 3},
     "tokenizer.check_special_tokens": {"special_tokens": ["<|end|>"]},
-    "tokenizer.learn_merges": {"counts": {"aaa": 3, "ab": 2}, "size": 258},
+    "tokenizer.learn_merges": {"counts": {"aaa": 3, "ab": 2}, "n_merges": 2},
     "tokenizer.WordCache": {"encode": lambda text: (1,)},
     "tokenizer.BPETokenizer": {"vocabulary": {i: bytes([i]) for i in range(256)}, "merges": []},
     "tokenizer.train_bpe_files": lambda: {"paths": written("a.txt", TEXT.encode())},

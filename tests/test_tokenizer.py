@@ -3,13 +3,14 @@
 import base64
 import dataclasses
 import json
+import os
 import pickle
 import random
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -339,7 +340,7 @@ class TestTraining:
             learn_merges(counts, 1)
         assert learn_merges({"ab": np.int64(2)}, 1) == [(b"a", b"b")]
         for size in (-1, 1.0, "1"):
-            with pytest.raises(ValueError, match=r"^size: expected"):
+            with pytest.raises(ValueError, match=r"^n_merges: expected"):
                 learn_merges({}, size)
 
     def test_bad_counts(self) -> None:
@@ -378,6 +379,30 @@ class TestFiles:
             total.update(module._count_chunk(job))
         text = path.read_bytes().decode()
         assert total == count_words([text], special_tokens=special)
+
+    @pytest.mark.parametrize(
+        ("megabytes", "workers", "jobs"), [(1, 1, 1), (4, 1, 4), (5, 4, 5), (32, 4, 16)]
+    )
+    def test_processes_for_the_size(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        megabytes: int,
+        workers: int,
+        jobs: int,
+    ) -> None:
+        path = tmp_path / "text.txt"
+        path.write_text(("a" * (1000 - len(END)) + END) * 1000 * megabytes, encoding="utf-8")
+        asked: list[tuple[int, int]] = []
+
+        def ask(_: object, given: list[object], workers: int) -> list[Counter[str]]:
+            asked.append((workers, len(given)))
+            return []
+
+        monkeypatch.setattr(module, "ordered_map", ask)
+        monkeypatch.setattr(os, "cpu_count", lambda: 64)
+        module._count_files([path], GPT4_PATTERN, (END,), None, "strict")
+        assert asked == [(workers, pytest.approx(jobs, abs=1))]
 
     def test_a_mark_across_blocks(self, tmp_path: Path) -> None:
         path = tmp_path / "text.txt"
@@ -1199,6 +1224,11 @@ class TestRankFiles:
         assert not path.exists()
 
 
+def cut_by_tokenizers(pattern: str, text: str) -> list[str]:
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    return [word for word, _ in split.pre_tokenize_str(text)]
+
+
 class TestPatterns:
     def test_as_published(self) -> None:
         source = Path(openai_public.__file__).read_text(encoding="utf-8")
@@ -1208,6 +1238,17 @@ class TestPatterns:
         for text in [*TEXTS, *map("".join, zip(TEXTS, reversed(TEXTS), strict=True))]:
             assert pretokenize(text, GPT4O_PATTERN) == pretokenize(text, published)
         assert pretokenize("WE'LL 12", QWEN2_PATTERN) == ["WE", "'LL", " ", "1", "2"]
+
+    def test_gpt4_as_published(self) -> None:
+        """Without most of the marks that forbid giving back, the words are the same."""
+        source = Path(openai_public.__file__).read_text(encoding="utf-8")
+        parts = re.search(r'def cl100k_base.*?"pat_str": r"""(.*?)"""', source, re.S)
+        assert parts and parts[1].count("+") > GPT4_PATTERN.count("+")
+        few_letters = map("".join, product("a1 \n'", repeat=5))
+        for text in [*TEXTS, *few_letters]:
+            assert pretokenize(text) == pretokenize(text, parts[1])
+            assert pretokenize(text) == cut_by_tokenizers(GPT4_PATTERN, text)
+        assert cut_by_tokenizers(GPT4_PATTERN.replace("s++$", "s+$"), " \na") == [" ", "\n", "a"]
 
     @pytest.mark.parametrize("pattern", [GPT4O_PATTERN, QWEN2_PATTERN])
     def test_in_files(self, tmp_path: Path, pattern: str) -> None:

@@ -19,19 +19,19 @@ def count_characters(data: bytes) -> int:
     return len(data.decode("utf-8", "replace"))
 
 
-# %% exercise="ex-tokenizer-count" says="has another number of code points"
+# %% exercise="ex-tokenizer-count" says="code points, not"
 # Counts bytes
 def count_characters(data: bytes) -> int:
     return len(data)
 
 
-# %% exercise="ex-tokenizer-count" says="has another number of code points"
+# %% exercise="ex-tokenizer-count" says="code points, not"
 # Counts the bytes that open a longer character, and forgets those of a single byte
 def count_characters(data: bytes) -> int:
     return sum(byte >> 6 == 0b11 for byte in data)
 
 
-# %% exercise="ex-tokenizer-count" says="has another number of code points"
+# %% exercise="ex-tokenizer-count" says="code points, not"
 # Looks at the first bit alone, so all bytes of a longer character are left out
 def count_characters(data: bytes) -> int:
     return sum(byte >> 7 == 0 for byte in data)
@@ -62,9 +62,21 @@ def digits_pattern() -> str:
 
 
 # %% exercise="ex-tokenizer-digits" says="glued to something else"
-# Forgets that the rest needs an alternative, too, and takes letters into a run
+# Takes all numbers for decimal digits, ² too
+def digits_pattern() -> str:
+    return r"\p{N}{1,3}(?=(?:\p{N}{3})*+(?!\p{N}))|\P{N}+"
+
+
+# %% exercise="ex-tokenizer-digits" says="glued to something else"
+# Takes letters into a run, too
 def digits_pattern() -> str:
     return r"\w{1,3}(?=(?:\w{3})*+(?!\w))|\W+"
+
+
+# %% exercise="ex-tokenizer-digits" says="not cut in threes"
+# Takes the end of a word for the end of the run, so a letter after the digits stops the cuts
+def digits_pattern() -> str:
+    return r"\p{Nd}{1,3}(?=(?:\p{Nd}{3})*\b)|\P{Nd}+"
 
 
 # %% exercise="ex-tokenizer-fewest" says="can be spelled with fewer tokens"
@@ -210,7 +222,7 @@ def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-# %% exercise="ex-tokenizer-fewest" says="the words of the documents set aside save too much"
+# %% exercise="ex-tokenizer-fewest" says="wrong for the words of the documents set aside"
 # Compares with the number of bytes, not with what the tokenizer makes
 def saving(counts: dict[str, int], tokenizer: BPETokenizer) -> float:
     tokens = set(tokenizer.vocabulary.values())
@@ -219,3 +231,33 @@ def saving(counts: dict[str, int], tokenizer: BPETokenizer) -> float:
     size = sum(count * len(word.encode()) for word, count in counts.items())
     best = sum(count * fewest_tokens(word.encode(), tokens) for word, count in counts.items())
     return 1 - best / size
+
+
+# %% exercise="ex-tokenizer-ranks" says="stop at two parts"
+# Goes on to one part, which is the token itself
+def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    merges = []
+    for token, own in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 1:
+            joined = [ranks.get(a + b, own) for a, b in pairwise(parts)]
+            place = joined.index(min(joined))
+            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+# %% exercise="ex-tokenizer-ranks" says="a merge is a tuple of two bytes objects"
+# Returns ids, as BPETokenizer stores its merges inside
+def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[int, int]]:
+    merges = []
+    for token, own in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            joined = [ranks.get(a + b, own) for a, b in pairwise(parts)]
+            place = joined.index(min(joined))
+            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        if len(parts) == 2:
+            merges.append((ranks[parts[0]], ranks[parts[1]]))
+    return merges
