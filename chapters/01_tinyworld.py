@@ -785,7 +785,7 @@ class Cast(NamedTuple):
 # is, which facts have been stated, and who is visiting. No fact is stated twice, but the species
 # with which a hero is introduced, as in *Ada the frog*, does not count as stated. A branch also
 # lists the **claims** that its text makes about the characters, so that we can check them later.
-# All three are tuples whose fields have names:
+# Claims, states, and branches are tuples whose fields have names:
 
 # %%
 from typing import NamedTuple
@@ -2451,8 +2451,8 @@ at_end = -sum(models["trigram"].log_probs([*words(s.text), END])[-1] for s in he
 assert not math.isclose(whole, own - best - at_end), "the surprise of <end> is missing"
 assert math.isclose(whole, own - best), (
     f"the parts add up to {whole:.2f} nats per story, but the gap is {own - best:.2f}. "
-    "Common causes: a step that occurs three times was overwritten; a mean over words, or over the stories that "
-    "have the step; parts scored without the history before them"
+    "Common causes: a step that occurs three times was overwritten; a mean over words, or over "
+    "the stories that have the step; parts scored without the history before them"
 )
 openings = [-sum(models["trigram"].log_probs(words(s.parts[0][1]))) - math.log(6) for s in heard]
 assert math.isclose(by_step["opening"], sum(openings) / 100, abs_tol=1e-6), (

@@ -88,8 +88,8 @@ def draw_story_walk() -> None:
     def lane(column: int, y: float, name: str, note: str, color: str, example: str) -> Box:
         shape = box(ax, 2 + column * 121, y, width, 58, color=color)
         x, y = shape.center
-        label(ax, x, y - 17, name)
-        label(ax, x, y, note, size=SMALL, color=GRAY)
+        label(ax, x, y - 17, name, bold=True)
+        label(ax, x, y - 2, note, size=SMALL)
         label(ax, x, y + 17, example, size=SMALL, italic=True)
         return shape
 
