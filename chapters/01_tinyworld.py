@@ -2373,63 +2373,29 @@ for answer, target, (n, _) in zip(answers, targets, wanted, strict=True):
 # %% [markdown]
 # ````{exercise} Where the trigram loses
 # :label: ex-tinyworld-by-step
-# *Forty minutes.* A gap to the floor is a number; where it comes from is knowledge. Write
+# *Thirty minutes.* A gap to the floor is a number; where it comes from is knowledge. Write
 # `gap_by_step(model, stories)`: a dictionary from each step of the story to the mean number of nats
 # per story that the model loses there. That is its own surprise minus the true one (which
 # `world.surprises(tokens, words)` gives), added up over the words of that step. The attribute
 # `parts` of a story has its steps with their texts, in order: `("opening", "One morning")`,
 # `("hero", ", Ada the frog")`, and so on. The model also predicts `<end>`, which truly surprises
 # nobody; count it with the closing. Where does the trigram model lose most?
-#
-# You may guess that it loses most on the values of facts. To find out, write a second function,
-# `gap_at_facts(model, stories)`: what is lost at the step `fact`, split into the keys `name` (the
-# hero's name, which is `story.claims[0].character`), `value` (any `value` of `story.claims`), and
-# `other`. A helper `gap_by_word(model, story)`, which lists each word with its step and its loss,
-# serves both.
 # ````
 
 
 # %% tags=["solution"]
-def gap_by_word(model: CountingModel, story) -> list[tuple[str, str, float]]:
-    """Each word with its step and the nats by which ``model`` exceeds the true surprise."""
-    tokens = words(story.text)
-    steps = [step for step, text in story.parts for _ in words(text)]
-    best = world.surprises(tokens, words)
-    own = [-x for x in model.log_probs([*tokens, END])]
-    gaps = [ours - true for ours, true in zip(own, [*best, 0.0], strict=True)]
-    return list(zip([*tokens, END], [*steps, "closing"], gaps, strict=True))
-
-
 def gap_by_step(model: CountingModel, stories: list) -> dict[str, float]:
     """Nats per story by which ``model`` exceeds the true surprise, by step of the story."""
+    # The trigram model loses two thirds of its gap on the facts about the hero.
     gap: dict[str, float] = defaultdict(float)
     for story in stories:
-        for _, step, lost in gap_by_word(model, story):
-            gap[step] += lost / len(stories)
+        tokens = words(story.text)
+        steps = [step for step, text in story.parts for _ in words(text)]
+        best = world.surprises(tokens, words)
+        own = [-x for x in model.log_probs([*tokens, END])]
+        for step, ours, true in zip([*steps, "closing"], own, [*best, 0.0], strict=True):
+            gap[step] += (ours - true) / len(stories)
     return dict(gap)
-
-
-# %% tags=["solution"]
-def gap_at_facts(model: CountingModel, stories: list) -> dict[str, float]:
-    """Nats per story that ``model`` loses at the step "fact", by kind of word."""
-    # The facts about the hero cost the trigram model two thirds of its gap. Most of that is not
-    # lost on values: the largest part is the hero's own name, which a story repeats in each of its
-    # sentences while it is out of the model's window. A model that looks back would just copy it.
-    gap = {"name": 0.0, "value": 0.0, "other": 0.0}
-    for story in stories:
-        hero, values = story.claims[0].character, {claim.value for claim in story.claims}
-        for word, step, lost in gap_by_word(model, story):
-            if step == "fact":
-                kind = "name" if word == hero else "value" if word in values else "other"
-                gap[kind] += lost / len(stories)
-    return gap
-
-
-fresh = list(world.stories(200, seed=5))
-print(f"{'all steps':10}{sum(gap_by_step(models['trigram'], fresh).values()):6.1f} nats per story")
-print(f"{'fact':10}{gap_by_step(models['trigram'], fresh)['fact']:6.1f} nats per story")
-for kind, lost in gap_at_facts(models["trigram"], fresh).items():
-    print(f"    {kind:6}{lost:6.1f} nats per story")
 
 
 # %% tags=["check"]
@@ -2439,8 +2405,8 @@ own = loss(models["trigram"], [[*words(s.text), END] for s in heard])
 best = -sum(s.log_prob for s in heard) / len(heard)
 whole = sum(by_step.values())
 assert math.isfinite(whole) and whole > 0, (
-    f"the parts add up to {whole:.2f}, but no model is better than the truth: log_probs are "
-    "negative, so surprise is minus them; world.surprises takes the words without <end>"
+    "no model is better than the truth: log_probs are negative, so surprise is minus them; "
+    "and world.surprises takes the words without <end>"
 )
 assert set(by_step) == {step for s in heard for step, _ in s.parts}, (
     "one entry for each step that occurs, and no other"
@@ -2458,21 +2424,49 @@ openings = [-sum(models["trigram"].log_probs(words(s.parts[0][1]))) - math.log(6
 assert math.isclose(by_step["opening"], sum(openings) / 100, abs_tol=1e-6), (
     "the opening has words that belong to other steps, or lacks some of its own"
 )
-closings = [
-    -sum(models["trigram"].log_probs([*words(s.text), END])[-1 - len(words(s.parts[-1][1])) :])
-    for s in heard
-    if s.parts[-1][0] == "closing"
-]
+last = [(words(s.text), len(words(s.parts[-1][1])) + 1) for s in heard]  # closings and <end>
+closings = [-sum(models["trigram"].log_probs([*text, END])[-n:]) for text, n in last]
 assert math.isclose(by_step["closing"], sum(closings) / 100 - math.log(6), abs_tol=1e-6), (
     "the closing has its own words and <end>, less the log 6 that it truly costs"
 )
-at_facts = gap_at_facts(models["trigram"], heard)
-assert set(at_facts) == {"name", "value", "other"}, "the keys are name, value, and other"
-assert math.isclose(sum(at_facts.values()), by_step["fact"]), (
-    "the three kinds must add up to what is lost at the step fact, per story"
-)
+
+# %% [markdown]
+# ````{exercise} On which words?
+# :label: ex-tinyworld-at-facts
+# *Fifteen minutes.* {ref}`ex-tinyworld-by-step` says in which step the trigram model loses most:
+# `fact`. On which words of that step? Write `gap_at_facts(model, stories)`: what is lost at `fact`,
+# in nats per story, split into a dictionary with three keys. The key `name` is for the hero's name,
+# which is `story.claims[0].character`. The key `value` is for words that are the `value` of one of
+# the story's `claims`, and `other` is for all other words. Guess before you look: which of the
+# three is the largest?
+# ````
 
 
+# %% tags=["solution"]
+def gap_at_facts(model: CountingModel, stories: list) -> dict[str, float]:
+    """Nats per story that ``model`` loses at the step "fact", by kind of word."""
+    # For the trigram model, the name is the largest: a story repeats its hero's name in each of
+    # the facts, where it is out of the model's window. A model that looks back could copy it.
+    gap = {"name": 0.0, "value": 0.0, "other": 0.0}
+    for story in stories:
+        hero, values = story.claims[0].character, {claim.value for claim in story.claims}
+        tokens = words(story.text)
+        steps = [step for step, text in story.parts for _ in words(text)]
+        own, best = model.log_probs(tokens), world.surprises(tokens, words)
+        for word, step, log_q, true in zip(tokens, steps, own, best, strict=True):
+            if step == "fact":
+                kind = "name" if word == hero else "value" if word in values else "other"
+                gap[kind] += (-log_q - true) / len(stories)
+    return gap
+
+
+split = gap_at_facts(models["trigram"], list(world.stories(200, seed=5)))
+for kind, lost in split.items():
+    print(f"{kind:6}{lost:5.1f} nats per story")
+print(f"{'sum':6}{sum(split.values()):5.1f} nats per story")
+
+
+# %% tags=["check"]
 class SurprisedBy:
     def __init__(self, *some: str):
         self.some = some
@@ -2481,6 +2475,12 @@ class SurprisedBy:
         return [-1.0 if word in self.some else 0.0 for word in text]
 
 
+heard = list(world.stories(100, seed=5))
+at_facts = gap_at_facts(models["trigram"], heard)
+assert set(at_facts) == {"name", "value", "other"}, "the keys are name, value, and other"
+assert math.isclose(sum(at_facts.values()), gap_by_step(models["trigram"], heard)["fact"]), (
+    "the three must add up to what is lost at the step fact, per story"
+)
 known = gap_at_facts(SurprisedBy(), heard[:1])
 for kind, word in {"name": heard[0].claims[0].character, "value": heard[0].claims[1].value}.items():
     more = {k: x - known[k] for k, x in gap_at_facts(SurprisedBy(word), heard[:1]).items()}

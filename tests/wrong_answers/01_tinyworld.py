@@ -389,44 +389,80 @@ def gap_by_step(model, stories):
     gap, having = defaultdict(float), Counter()
     for story in stories:
         having.update({step for step, _ in story.parts})
-        for _, step, lost in gap_by_word(model, story):
-            gap[step] += lost
+        tokens = words(story.text)
+        steps = [step for step, text in story.parts for _ in words(text)]
+        best = [*world.surprises(tokens, words), 0.0]
+        log_probs = model.log_probs([*tokens, END])
+        for step, x, y in zip([*steps, "closing"], log_probs, best, strict=True):
+            gap[step] += -x - y
     return {step: lost / having[step] for step, lost in gap.items()}
 
 
-# %% exercise="ex-tinyworld-by-step" says="add up to what is lost at the step fact"
+# %% exercise="ex-tinyworld-at-facts" says="add up to what is lost at the step fact"
 # All steps, not only the facts about the hero
 def gap_at_facts(model, stories):
     gap = {"name": 0.0, "value": 0.0, "other": 0.0}
     for story in stories:
         hero, values = story.claims[0].character, {claim.value for claim in story.claims}
-        for word, _, lost in gap_by_word(model, story):
-            kind = "name" if word == hero else "value" if word in values else "other"
-            gap[kind] += lost / len(stories)
+        tokens = words(story.text)
+        steps = [step for step, text in story.parts for _ in words(text)]
+        own, best = model.log_probs(tokens), world.surprises(tokens, words)
+        for word, step, log_q, true in zip(tokens, steps, own, best, strict=True):
+            if step:
+                kind = "name" if word == hero else "value" if word in values else "other"
+                gap[kind] += (-log_q - true) / len(stories)
     return gap
 
 
-# %% exercise="ex-tinyworld-by-step" says="add up to what is lost at the step fact"
+# %% exercise="ex-tinyworld-at-facts" says="what is lost at the step fact, per story"
 # Totals over the stories, not means per story
 def gap_at_facts(model, stories):
     gap = {"name": 0.0, "value": 0.0, "other": 0.0}
     for story in stories:
         hero, values = story.claims[0].character, {claim.value for claim in story.claims}
-        for word, step, lost in gap_by_word(model, story):
+        tokens = words(story.text)
+        steps = [step for step, text in story.parts for _ in words(text)]
+        own, best = model.log_probs(tokens), world.surprises(tokens, words)
+        for word, step, log_q, true in zip(tokens, steps, own, best, strict=True):
             if step == "fact":
                 kind = "name" if word == hero else "value" if word in values else "other"
-                gap[kind] += lost
+                gap[kind] += -log_q - true
     return gap
 
 
-# %% exercise="ex-tinyworld-by-step" says="belongs to value"
-# The claims themselves are compared with words, so no word is a value
+# %% exercise="ex-tinyworld-at-facts" says="belongs to value"
+# Words are compared with whole claims, so no word is a value
 def gap_at_facts(model, stories):
     gap = {"name": 0.0, "value": 0.0, "other": 0.0}
     for story in stories:
-        hero = story.claims[0].character
-        for word, step, lost in gap_by_word(model, story):
+        hero, values = story.claims[0].character, story.claims
+        tokens = words(story.text)
+        steps = [step for step, text in story.parts for _ in words(text)]
+        own, best = model.log_probs(tokens), world.surprises(tokens, words)
+        for word, step, log_q, true in zip(tokens, steps, own, best, strict=True):
             if step == "fact":
-                kind = "name" if word == hero else "value" if word in story.claims else "other"
-                gap[kind] += lost / len(stories)
+                kind = "name" if word == hero else "value" if word in values else "other"
+                gap[kind] += (-log_q - true) / len(stories)
+    return gap
+
+
+# %% exercise="ex-tinyworld-at-facts" says="belongs to name"
+# Every name is taken for a value, because a friend is one
+def gap_at_facts(model, stories):
+    gap = {"name": 0.0, "value": 0.0, "other": 0.0}
+    for story in stories:
+        hero, values = story.claims[0].character, {claim.value for claim in story.claims}
+        tokens = words(story.text)
+        steps = [step for step, text in story.parts for _ in words(text)]
+        own, best = model.log_probs(tokens), world.surprises(tokens, words)
+        for word, step, log_q, true in zip(tokens, steps, own, best, strict=True):
+            if step == "fact":
+                kind = (
+                    "value"
+                    if word in {*values, *world.cast.facts}
+                    else "name"
+                    if word == hero
+                    else "other"
+                )
+                gap[kind] += (-log_q - true) / len(stories)
     return gap
