@@ -20,7 +20,7 @@
 # | **Part** | I. Foundations and data |
 # | **You build** | {py:class}`~llmbook.tinyworld.TinyWorld`, counting models, a first model trained by gradient descent |
 # | **You need** | Python; logarithms, sums, and partial derivatives; means and standard deviations; a first acquaintance with PyTorch tensors ({doc}`00_environment` sets up the rest) |
-# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 40 seconds to run |
+# | **It takes** | 60 minutes for the main line, 4 hours for everything, 40 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp tinyworld
@@ -128,7 +128,8 @@ for sentence, probability in p.items():
 #
 # To *generate* a sentence, walk through the tree and let chance choose at each fork. For a
 # computer, chance is a number $u$ drawn evenly from the interval $[0, 1)$. Lay the probabilities
-# end to end on that interval, and take the word whose piece contains $u$.
+# end to end on that interval, and take the word whose piece contains $u$. (Subtract the pieces from
+# $u$ in turn; the one that makes it negative contains it.)
 
 
 # %%
@@ -205,9 +206,9 @@ print(f"H(p, q) = {cross_entropy(p, q) / math.log(2):.2f} bits = {cross_entropy(
 # $$ (kl)
 #
 # and it is never negative. The proof needs one fact: the logarithm lies below its tangent at one,
-# $\log z \le z - 1$, and touches it only at $z = 1$. Put $z = q(x)/p(x)$ and sum over all $x$ with
-# $p(x) > 0$. (If one of these $q(x)$ is zero, the divergence is infinite and there is nothing to
-# prove.)
+# $\log z \le z - 1$, and touches it only at $z = 1$. Put $z = q(x)/p(x)$, multiply by $p(x)$, and
+# sum over all $x$ with $p(x) > 0$. (If one of these $q(x)$ is zero, the divergence is infinite and
+# there is nothing to prove.)
 #
 # $$
 # \begin{aligned}
@@ -276,11 +277,11 @@ print(f"loss of the counted model above the floor: {excess:.4f} nats per sentenc
 # %% [markdown]
 # ### Perplexity and bits per byte
 #
-# Two other units for the same quantity are in use. A **token** is the unit that a model predicts;
-# so far, that's a word or a punctuation mark. The **perplexity** of a model is $e^{\ell}$, where
-# $\ell$ is its mean surprise *per token* in nats. If a model hesitates between $K$ equally likely
-# words at every step, then $\ell = \log K$ and its perplexity is $K$. So perplexity says among how
-# many equally likely words the model might as well be guessing.
+# Two other ways to state a loss are in use. A **token** is the unit that a model predicts; so far,
+# that's a word or a punctuation mark. The **perplexity** of a model is $e^{\ell}$, where $\ell$ is
+# its mean surprise *per token* in nats. If a model hesitates between $K$ equally likely words at
+# every step, then $\ell = \log K$ and its perplexity is $K$. So perplexity says among how many
+# equally likely words the model might as well be guessing.
 #
 # Perplexity depends on what counts as a token, so it can compare two models only if both cut text
 # in the same way. **Bits per byte** does not depend on the cut. Add up the surprise over a whole
@@ -290,18 +291,19 @@ print(f"loss of the counted model above the floor: {excess:.4f} nats per sentenc
 # \text{bits per byte} = \frac{\text{nats per text}}{\ln 2 \,\cdot\, \text{bytes per text}}
 # $$ (bits-per-byte)
 #
-# The clock says $\frac12 \cdot 3 + \frac14 \cdot 2 + \frac14 \cdot 2 = 2.5$ words per sentence on
-# average. Its best model spends 1.5 bits, or 1.04 nats, on them. That's 0.416 nats per word, a
-# perplexity of $e^{0.416} = 1.52$. The sentences have 11, 6, and 6 bytes, 8.5 on average, so it
-# spends $1.5 / 8.5 = 0.18$ bits per byte.
+# The clock says $\frac12 \cdot 3 + \frac14 \cdot 2 + \frac14 \cdot 2 = 2.5$ tokens per sentence on
+# average; the period counts as one. Its best model spends 1.5 bits, or 1.04 nats, on them. That's
+# 0.416 nats per token, a perplexity of $e^{0.416} = 1.52$. The sentences have 11, 6, and 6 bytes,
+# 8.5 on average, so it spends $1.5 / 8.5 = 0.18$ bits per byte.
 #
 # ## Counts that speak
 #
 # Back to the animals. We know how to get next-word probabilities: count what followed. But the
-# history $h$ is the whole text so far, and hardly any text occurs twice. The oldest remedy is to
-# forget {cite}`shannon1948mathematical`: only the last $k - 1$ words count as history. Such a model
-# is called an **n-gram** model of order $k$. A unigram model ($k = 1$) knows only how frequent each
-# word is, a bigram model ($k = 2$) sees one word back, and a trigram model ($k = 3$) sees two.
+# history $h$ is the whole text so far, and hardly any text occurs twice. An old remedy is to forget
+# {cite}`shannon1948mathematical`: only the last $k - 1$ words count as history. Such a model is
+# called an **n-gram** model; the $n$ of the name is our $k$, the order of the model. A unigram
+# model ($k = 1$) knows only how frequent each word is, a bigram model ($k = 2$) sees one word back,
+# and a trigram model ($k = 3$) sees two.
 #
 # Forgetting doesn't cure everything. Sooner or later, a word follows some history for the first
 # time *after* the counting. Plain counting gives it probability zero, so its surprise is infinite.
@@ -318,10 +320,13 @@ print(f"loss of the counted model above the floor: {excess:.4f} nats per sentenc
 #
 # Here $h'$ is $h$ without its oldest word, and $V$ is the size of the vocabulary. A worked example
 # with $m = 1$: a bigram model has seen $h$ three times, followed by $w$ twice, and $q_1(w) = 0.1$.
-# Then $q_2(w \mid h) = (2 + 0.1) / (3 + 1) = 0.525$, a little less than $2/3$. For a $w$ that never
-# followed $h$, it's $0.1 / 4 = 0.025$ instead of zero. And if $h$ itself was never seen,
-# $q_2 = q_1$: the model passes the question on. Summed over all $w$, the numerator gives
-# $c(h) + m$, so the probabilities add up to one.
+# Then $q_2(w \mid h) = (2 + 0.1) / (3 + 1) = 0.525$, pulled down from the counted $2/3$ toward 0.1.
+# For a $w$ that never followed $h$, it's $0.1 / 4 = 0.025$ instead of zero. And if $h$ itself was
+# never seen, $q_2 = q_1$: the model passes the question on. Summed over all $w$, the numerator
+# gives $c(h) + m$, so the probabilities add up to one.
+#
+# A text gets $k - 1$ copies of `<start>` in front, so that its first words have a history of the
+# full length, too.
 
 
 # %%
@@ -391,41 +396,36 @@ models = {
     for order, label in [(1, "unigram"), (2, "bigram"), (3, "trigram"), (5, "5-gram")]
 }
 
-
-# %% tags=["engine"]
-# What the models say, printed in two columns
-def side_by_side(*labels: str) -> None:
-    texts = [sample(models[label], Random(4)) for label in labels]
-    columns = [textwrap.wrap(text, 36) for text in texts]
-    print("".join(f"{label:40}" for label in labels).rstrip())
-    for i in range(max(map(len, columns))):
-        print("".join(f"{''.join(column[i : i + 1]):40}" for column in columns).rstrip())
-
-
 # %% [markdown]
 # Now let's listen. First the unigram model and the bigram model:
 
 # %%
-side_by_side("unigram", "bigram")
+for label in ("unigram", "bigram"):
+    print(f"{label}:", textwrap.fill(sample(models[label], Random(4)), 72), sep="\n")
 
 # %% [markdown]
 # The unigram model knows which words are common, and that a period is the most common of all. It
 # has no idea that words have an order. In the bigram model's text, each word fits the one before
 # it: *went for*, *for a*, *a frog*. But a window of one word can't tell what the sentence was
-# about. Now the trigram model beside the 5-gram model:
+# about. Now the trigram model and the 5-gram model:
 
 # %%
-side_by_side("trigram", "5-gram")
+for label in ("trigram", "5-gram"):
+    print(f"{label}:", textwrap.fill(sample(models[label], Random(4)), 72), sep="\n")
 
 # %% [markdown]
 # The trigram model speaks whole sentences, but it mixes them up: Tess *lives in the* is followed by
-# a hiding place for keys, because *in the* is all it sees. The 5-gram model gets its facts right.
-# Tess really is a cheerful farmer, and four words back are enough to know it. But in the second
-# half it asks about Tom, forgets that it was asking, and gives the answer anyway. And neither model
-# remembers that the story was about Flora.
+# *tin*, which in these stories is a place to hide a key, not a home. The model can't know better,
+# because *in the* is all it sees. The 5-gram model gets its facts right. Tess really is a cheerful
+# farmer, and four words back are enough to know it. But in the second half it asks about Tom,
+# forgets that it was asking, and gives the answer anyway. And neither model remembers that the
+# story was about Flora.
 #
 # So the 5-gram model sounds better. How much better is it? Let all four models read 500 stories
-# that they have not seen, and take the mean surprise per story: an estimate of the cross-entropy.
+# that they have not seen, and take the mean surprise per story. A mean over random samples is
+# called a **Monte Carlo** estimate, here of the cross-entropy. Over $N$ stories, such a mean is
+# typically off by $\sigma / \sqrt N$, its **standard error**, where $\sigma$ is the standard
+# deviation of the surprise from story to story. The standard error stands behind the sign ±.
 
 
 # %%
@@ -435,7 +435,9 @@ def loss(model: CountingModel, texts: list[list[str]]) -> float:
 
 test_texts = [[*words(s.text), END] for s in world.stories(500, seed=3)]
 for label, model in models.items():
-    print(f"{label:8} {loss(model, test_texts):5.0f} nats per story")
+    of_each = torch.tensor([loss(model, [text]) for text in test_texts])
+    error = of_each.std() / len(of_each) ** 0.5
+    print(f"{label:8} {of_each.mean():5.0f} ± {error:.1f} nats per story")
 
 # %% [markdown]
 # Is 56 nats good? In any other language, the chapter would have to end here, with a shrug. The
@@ -453,9 +455,9 @@ for label, model in models.items():
 #
 # A few dozen **characters** live in this world. Each has eight facts, drawn once from the world's
 # seed: species, home, food, toy, best friend, job, trait, and one confidential fact, the place
-# where it hides its key. The facts never change, so a model can store them in its weights. There
-# are **strangers**, too, who have names and no facts. A model should learn to say that it doesn't
-# know them.
+# where it hides its key (in the code, this one is called `secret`). The facts never change, so a
+# model can store them in its weights. There are **strangers**, too, who have names and no facts. A
+# model should learn to say that it doesn't know them.
 
 # %%
 print(f"{len(world.cast.facts)} characters, {len(world.cast.strangers)} strangers")
@@ -472,7 +474,7 @@ print("    ", ", ".join(f"{k} {v}" for k, v in list(world.cast.facts["Ada"].item
 # - Ada never goes out without a sled.
 #
 # The two questions look like decoration. But a small model that has never met a question may not
-# learn to answer one, however well it knows the fact. Chapter 19 will measure that.
+# learn to answer one, however well it knows the fact. A later chapter will measure that.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: all names, values, and phrases, and how the seed draws who lives there
@@ -767,27 +769,32 @@ class Cast(NamedTuple):
 # %% [markdown]
 # ### A story is a walk
 #
-# A story passes through **states**: an opening, a hero, the weather, three facts, a visit, a
-# closing. Several **branches** leave each state, just as in the clock's tree. A branch has a
-# probability, a piece of text, and the state that it leads to.
+# A story passes through **states**: an opening, a hero, what the hero does, the weather, three
+# facts, a visit, a closing. Several **branches** leave each state, just as in the clock's tree. A
+# branch has a probability, a piece of text, and the state that it leads to.
 #
 # ```{figure} ../figures/story-walk.svg
 # :name: fig-story-walk
 # :class: narrow
-# :alt: The steps of a story from top to bottom, each with its number of branches and an example: opening, hero, what the hero does, weather, three facts, and a visit. Then one of three ways: with probability 0.4 a guest who brings a fact, with 0.3 a stranger, with 0.3 one more fact about the hero. A closing ends every story.
+# :alt: The steps of a story from top to bottom, each with its number of branches and an example: opening, hero, doing, weather, three facts, and a visit. At the visit, Then has probability 0.7 and leads to an arrival; with probability 0.3 nobody comes and one more fact about the hero is stated. The arrival is a guest, in 4 of 7 cases, who brings a fact, or a stranger, in 3 of 7. A closing ends every story.
 #
-# The steps of a story, with the number of branches at each and one way through.
+# The steps of a story, with the number of branches at each and examples of their texts.
 # ```
 #
 # A state has to remember what the rest of the story depends on: which step comes next, who the hero
-# is, which facts have been stated (none is stated twice), and who is visiting. A branch also lists
-# the **claims** that its text makes about the characters, so that we can check them later.
+# is, which facts have been stated, and who is visiting. No fact is stated twice, but the species
+# with which a hero is introduced, as in *Ada the frog*, does not count as stated. A branch also
+# lists the **claims** that its text makes about the characters, so that we can check them later.
+# Claims, states, and branches are tuples whose fields have names:
+
+# %%
+from typing import NamedTuple
 
 
 # %%
 #| export
 class Claim(NamedTuple):
-    """A statement about a character, true or false: ``Claim("Mia", "home", "barn")``."""
+    """A statement about a character, true or false: ``Claim("Mia", "home", "tent")``."""
 
     character: str
     attribute: str
@@ -814,14 +821,17 @@ class Branch(NamedTuple):
 
 # %% [markdown]
 # Suppose that Ada's story has stated her job, her toy, and her trait, and now decides about a
-# visitor. These are some of the 26 branches that leave this state. `Then` announces a visitor; all
-# others state one more fact about Ada, from the five that are left, in one of five ways:
+# visitor. These are some of the 26 branches that leave this state. `Then` announces a visitor, with
+# probability 0.7. The other 25 share the remaining 0.3. In them nobody comes, and the story states
+# one more fact about Ada, from the five that are left, in one of five ways. (`world` comes from the
+# package, which has a `State` of its own. It accepts ours, because it looks only at the fields of a
+# state, and those are the same.)
 
 # %%
 visit = world.branches(State("visit", "Ada", ("job", "toy", "trait")))
 for branch in [*visit[:3], *visit[6:9]]:
     print(f"{branch.probability:.3f} {branch.text}")
-print(f"{sum(branch.probability for branch in visit):.3f}  all {len(visit)} branches")
+print(f"{sum(branch.probability for branch in visit):.3f} in all, for {len(visit)} branches")
 
 # %% [markdown]
 # Everything we want from the world is a walk along such branches. To tell a story, choose a branch
@@ -1074,12 +1084,12 @@ def _arrival_branches(world: "TinyWorld", hero: str, truthful: bool) -> list[Bra
 # %% [markdown]
 # ### Scoring is walking, too
 #
-# Now the other direction: given a text, what is its probability? If a text can come about in
-# several ways, we'd have to add up all of them. So we don't let that happen. In each state, **no
-# branch's text is the beginning of another's**. A set of texts with this property is called
+# Now the other direction: given a text, what is its probability? If a text could come about in
+# several ways, we'd have to add up their probabilities. So we don't let that happen. In each state,
+# **no branch's text is the beginning of another's**. A set of texts with this property is called
 # **prefix-free**. At most one branch then fits the text at hand, so a text has at most one walk,
 # and to score the text is to follow that walk. It even shows where a text leaves the world: at the
-# first character that no branch allows.
+# first character that no branch allows (characters are counted from 0).
 
 # %%
 broken = story.text.replace(" was ", " wsa ", 1)
@@ -1365,7 +1375,6 @@ class Judgment(NamedTuple):
     def of(cls, world: "TinyWorld", text: str) -> "Judgment":
         """Read with the true branches and, where none fits, with those of all possible claims."""
         _check_world(world)
-        """Read with the true branches and, where none fits, with those of all possible claims."""
         lenient = partial(story_branches, world, truthful=False)
         path, error_at = parse(world.branches, world.start, text, otherwise=lenient)
         claims = tuple(
@@ -1463,7 +1472,7 @@ print(f"stories scored exactly as they were told: {exact:,} of {len(told):,}")
 # start, $H = \frac34 (0.415 + 0.918) + \frac14 (2 + 0) = 1.5$ bits, as it should be.
 #
 # Strictly speaking, this is the entropy of walks. Every text has one walk only, so it is the
-# entropy of texts, too. Exercise 3 shows what happens otherwise.
+# entropy of texts, too. {ref}`ex-tinyworld-ambiguous` shows what happens otherwise.
 
 
 # %%
@@ -1581,8 +1590,7 @@ print(f"with a stack {world.entropy():.4f} nats, by recursion {floor:.4f} nats")
 
 # %% [markdown] tags=["engine"]
 # The entropy is the mean surprise over stories drawn from $p$. So we can also tell $N$ stories and
-# average their surprise. Such a **Monte Carlo** estimate is typically off by its standard error
-# $\sigma / \sqrt N$, where $\sigma$ is the standard deviation of the surprise.
+# average their surprise, with the standard error behind it as before.
 
 # %% tags=["engine"]
 stories = list(world.stories(5_000, seed=1))
@@ -1592,10 +1600,11 @@ assert abs(surprises.mean() - floor) < 4 * error
 print(f"mean of 5,000 stories {surprises.mean():.2f} ± {error:.2f} nats, exactly {floor:.2f} nats")
 
 # %% [markdown] tags=["engine"]
-# The next figure shows how the mean settles as more stories are told. It may leave the band for a
-# while: neighboring means share almost all their stories, so an excursion, once begun, lasts.
+# The next figure shows how the mean settles as more stories are told. Here it is outside the band
+# for more than half of the stories. That is less odd than it looks: neighboring means share almost
+# all their stories, so an excursion, once begun, lasts.
 
-# %% tags=["engine"] mystnb={"figure": {"caption": "The running mean of the surprise of stories closes in on the exact entropy. The band is two standard errors wide on each side.", "name": "fig-monte-carlo"}, "image": {"alt": "A line that starts erratic and settles on a horizontal line at 27.95 nats. A band around that line narrows like one over the square root of the number of stories; the line leaves it for a while after some 500 stories and returns."}}
+# %% tags=["engine"] mystnb={"figure": {"caption": "The running mean of the surprise of stories closes in on the exact entropy. The band is two standard errors wide on each side.", "name": "fig-monte-carlo"}, "image": {"alt": "A line that starts erratic and settles on a horizontal line at 27.95 nats. A band around that line narrows like one over the square root of the number of stories; the line leaves it after some 500 stories and returns for good only after some 4,000."}}
 n_told = torch.arange(1, len(surprises) + 1)
 band = 2 * surprises.std() / n_told**0.5
 fig, ax = plt.subplots(figsize=(5.4, 3.2))
@@ -1603,7 +1612,7 @@ ax.fill_between(n_told, floor - band, floor + band, alpha=0.15, label="two stand
 ax.plot(n_told, surprises.cumsum(0) / n_told, label="mean surprise so far")
 ax.axhline(floor, color="C1", linestyle="--", label="entropy, exactly")
 ax.set(xscale="log", xlim=(10, 5_000), ylim=(25.5, 30.5))
-ax.set(xlabel="stories", ylabel="nats per story")
+ax.set(xlabel="stories told", ylabel="mean surprise in nats")
 ax.legend(loc="upper right")
 plt.show()
 
@@ -1628,7 +1637,9 @@ print(f"the next token is The:        {token:.3f}")
 # 25 begin with *The*, which makes $0.3 \cdot \frac{4}{25} = 0.048$. A text that begins with the
 # letters of a token need not begin with the token. So first cut the texts of all branches into
 # tokens, then compare token by token: the tokens so far leave some branches open, and the next
-# token closes some of them. Its true probability is the share that stays open.
+# token closes some of them. Its true probability is the share that stays open. The method
+# `world.surprises(tokens, cut)` does this for a whole text; `cut` is the function that cuts texts
+# into tokens, in our case `words`.
 #
 # As an example, take the sentence *Ada never goes out without a sled.* in our story. It is the
 # first of the three facts, so it is one of $8 \cdot 5 = 40$ equally likely branches:
@@ -1639,6 +1650,7 @@ heights = world.surprises(tokens, words)
 first = tokens.index("never") - 1
 print("token     true probability   surprise")
 for token, height in list(zip(tokens, heights, strict=True))[first : first + 8]:
+    # abs, because a zero that was rounded can print as -0.00
     print(f"{token:10} {math.exp(-height):14.3f} {abs(height):10.2f} nats")
 print(f"{'sum':10} {'':14} {sum(heights[first : first + 8]):10.2f} nats = log 40")
 
@@ -1650,8 +1662,9 @@ print(f"{'sum':10} {'':14} {sum(heights[first : first + 8]):10.2f} nats = log 40
 # costs nothing to those who know it.** A model that hasn't learned what Ada's toy is pays at
 # exactly that word.
 #
-# The next figure shows the whole story. Most words have no surprise at all; it sits where the story
-# chooses. By the chain rule, all bars together add up to the 25.70 nats of the story.
+# The next figure shows the whole story. Most words carry no surprise at all. The surprise sits
+# where the story chooses. By the chain rule, all bars together add up to the 25.70 nats of the
+# story.
 
 # %% mystnb={"figure": {"caption": "The true surprise of each word of a story, to be read down the left column and then down the right. Dots mark the values of facts, none of which surprises.", "name": "fig-surprise"}, "image": {"alt": "Horizontal bars beside the words of a story, in two columns. The opening, the hero's name, the weather and the first words of most sentences have long bars; almost all other words have none, the values of all facts among them, which dots mark."}}
 values = {claim.value for claim in story.claims}
@@ -1664,7 +1677,7 @@ for ax, part in zip(axes, (slice(0, half), slice(half, None)), strict=True):
     marked = [row for row in rows if tokens[part][row] in values]
     ax.plot([0] * len(marked), marked, "o", color="C1", clip_on=False, label="value of a fact")
     ax.set_yticks(rows, tokens[part], fontsize=8)
-    ax.set(ylim=(half - 0.5, -0.5), xlabel="nats")
+    ax.set(ylim=(half - 0.5, -0.5), xlabel="surprise in nats")
     ax.grid(axis="y", visible=False)
 axes[1].legend(loc="lower right", fontsize=8)
 plt.show()
@@ -1673,10 +1686,10 @@ plt.show()
 # ### Engine room: the true surprise of each token, for any way to cut text into tokens
 
 # %% [markdown] tags=["engine"]
-# `cut` can be any tokenizer that keeps to the borders between branches. Branches begin with a space
-# or a comma, where the tokenizers of chapter 05 cut anyway. What would make the result silently
-# wrong is refused: a whole text in place of its tokens, a branch without any token, and two
-# branches that are the same, token for token.
+# `cut` can be any tokenizer that keeps to the borders between branches. All branches but those of
+# the opening begin with a space or a comma, where the tokenizers of chapter 05 cut anyway. What
+# would make the result silently wrong is refused: a whole text in place of its tokens, a branch
+# without any token, and two branches that are the same, token for token.
 
 
 # %% tags=["engine"]
@@ -1726,12 +1739,10 @@ def token_surprises(
 
 
 # %% [markdown] tags=["engine"]
-# All parts of the world now stand in this notebook, so from here on `world` is the notebook's own.
 # The clock cut into words, and into letters: the first `t` is certain, the second letter decides
 # between *tick* and *tock*, and the next two are certain again.
 
 # %% tags=["engine"]
-world = own_world
 for cut in (str.split, lambda text: list(text.replace(" ", ""))):
     pieces = cut("tick tock .")
     true = token_surprises(clock_branches, State(""), pieces, cut)
@@ -1749,10 +1760,11 @@ for cut in (str.split, lambda text: list(text.replace(" ", ""))):
 sizes = [10, 30, 100, 300, 1_000, 3_000, 10_000]
 gaps = {}
 for label, trained in models.items():
-    model, gaps[label] = CountingModel(trained.order, vocabulary), []
-    for before, size in zip([0, *sizes], sizes[:-1], strict=False):
-        gaps[label].append(loss(model.fit(train_texts[before:size]), test_texts) - floor)
-    gaps[label].append(loss(trained, test_texts) - floor)
+    model, read, gaps[label] = CountingModel(trained.order, vocabulary), 0, []
+    for size in sizes:
+        model.fit(train_texts[read:size])  # fit adds to the counts, so it gets the new stories only
+        read = size
+        gaps[label].append(loss(model, test_texts) - floor)
 print("nats per story above the floor, by number of training stories")
 print(f"{'':8}" + "".join(f"{size:>8,}" for size in sizes))
 for label, gap in gaps.items():
@@ -1766,7 +1778,8 @@ for label, gap in gaps.items():
 fig, ax = plt.subplots(figsize=(5.4, 3.4))
 for label, gap in gaps.items():
     ax.plot(sizes, gap, marker="o", label=label)
-ax.set(xscale="log", yscale="log", xlabel="training stories", ylabel="nats above the floor")
+ax.set(xscale="log", yscale="log")
+ax.set(xlabel="training stories", ylabel="nats per story above the floor")
 ax.yaxis.set_major_locator(plt.FixedLocator([30, 50, 100, 200, 300]))
 ax.yaxis.set_major_formatter("{x:.0f}")
 ax.yaxis.set_minor_locator(plt.NullLocator())
@@ -1810,10 +1823,10 @@ plt.show()
 # \frac{\partial L_h}{\partial W_{hw}} = q(w \mid h) - \hat p(w \mid h) .
 # $$ (bigram-gradient)
 #
-# The gradient is *predicted minus counted*. It is zero only where the model equals the counts,
-# so the best model counts, once more. (Strictly speaking, it is never quite zero: the softmax of
-# finite numbers is positive, so for pairs that never occur, $W_{hw}$ keeps falling forever, and the
-# loss approaches that of the counts without reaching it.)
+# The gradient is *predicted minus counted*. The gradient is zero only where the model equals the
+# shares counted, so the best model counts, once more. (Strictly speaking, it is never quite zero:
+# the softmax of finite numbers is positive, so for pairs that never occur, $W_{hw}$ keeps falling
+# forever, and the loss approaches that of the counts without reaching it.)
 #
 # The mean surprise per word of the whole text is $\sum_h f_h L_h$, where $f_h$ is the share of
 # words whose history is $h$. Each row of $W$ has a loss of its own, so we can move every row down
@@ -1846,14 +1859,15 @@ print(f"learned   {losses[-1]:.2f} nats per word")
 print(f"counted   {mean_loss(shares):.2f} nats per word")
 
 # %% [markdown]
-# The next figure shows the whole descent. Both models stay far above the floor of 0.43 nats per
-# word: one word of history is not enough, however it is learned.
+# The next figure shows the whole descent. Both models stay far above the floor. It is 0.42 nats per
+# word here, a little less than before, because these models also predict `<end>`, which makes 66.2
+# words per story. One word of history is not enough, however it is learned.
 
 # %% mystnb={"figure": {"caption": "A bigram model learned by gradient descent approaches the counted one from above, and never passes it.", "name": "fig-learned-bigram"}, "image": {"alt": "The training loss falls steeply in the first steps and then levels off onto a dashed horizontal line, the loss of the counted bigram."}}
 fig, ax = plt.subplots(figsize=(5.4, 2.8))
 ax.plot(range(1, len(losses) + 1), losses, label="learned")
 ax.axhline(mean_loss(shares), color="C1", linestyle="--", label="counted")
-ax.set(xscale="log", xlabel="steps of gradient descent", ylabel="nats per word")
+ax.set(xscale="log", xlabel="step (loss before it is taken)", ylabel="loss in nats per word")
 ax.legend()
 plt.show()
 
@@ -1870,8 +1884,9 @@ row_losses = -(shares * weights.log_softmax(dim=1)).sum(dim=1)
 row_losses.sum().backward()
 difference = (weights.grad - (weights.softmax(dim=1) - shares)).abs().max()
 assert difference < 1e-12
-print(f"{len(histories)} rows of {len(vocabulary)} entries, from {weights.grad.min():.2f}", end=" ")
-print(f"to {weights.grad.max():.2f}, equal to the formula's within {1e-12:.0e}")
+lowest, highest = weights.grad.min(), weights.grad.max()
+print(f"gradient: {len(histories)} rows of {len(vocabulary)} entries")
+print(f"autograd: entries from {lowest:.2f} to {highest:.2f}, the formula's to within {1e-12:.0e}")
 
 # %% [markdown] tags=["engine"]
 # Now the step size. Look at the loss $L_h$ of one row along a direction of length one, with entries
@@ -1894,15 +1909,15 @@ print(f"to {weights.grad.max():.2f}, equal to the formula's within {1e-12:.0e}")
 # = -\eta \left(1 - \tfrac{\eta}{4}\right) \|g\|^2 ,
 # $$ (descent)
 #
-# which is negative for every $\eta$ between 0 and 4 unless $g = 0$. Here is the largest change of a
-# row's loss in one step from zero, for steps on either side of our 3:
+# which is negative for every $\eta$ between 0 and 4 unless $g = 0$. Here is the smallest fall of
+# any row's loss in one step from zero, for our 3 and a step on either side:
 
 # %% tags=["engine"]
 for step in (1.0, 3.0, 3.9):
     moved = -step * (torch.full_like(shares, 1 / len(vocabulary)) - shares)
     change = -(shares * moved.log_softmax(dim=1)).sum(dim=1) - math.log(len(vocabulary))
     assert (change < 0).all()
-    print(f"step {step}: the row that gains least changes by {change.max():.2f} nats")
+    print(f"step {step}: every row's loss falls by at least {-change.max():.2f} nats")
 
 # %% [markdown]
 # ## Below the floor?
@@ -1924,7 +1939,8 @@ print(f"fresh stories that it knows: {known} of 1,000")
 # So a loss below the floor has one of three causes: the stories were seen in training, the test set
 # is small and lucky (compare the standard error), or the code is wrong. The most common bug shows
 # the model the word that it is asked to predict. Where the floor is known, such a bug can't hide
-# for long, because a good model that has it falls through. That's one reason for this world.
+# for long, because a good model with such a bug falls through the floor. That's one reason for this
+# world.
 #
 # ## Questions with answers that can be checked
 #
@@ -1934,9 +1950,10 @@ print(f"fresh stories that it knows: {known} of 1,000")
 # an answer that the model has read many times and should keep to itself. Each question is worded in
 # four ways: two of them also occur in stories, the other two only as questions.
 #
-# The characters are split into two halves. Tuning may ask about one half; the other half is **never
-# asked about** in tuning. A model that can answer those questions must have the facts from the
-# stories, and only the manner of answering from tuning.
+# The later training that teaches a model how to answer is called **tuning**. The characters are
+# split into two halves, and so are the strangers. Tuning may ask about one half; the other half is
+# **never asked about** in tuning. A model that can answer those questions must have the facts from
+# the stories, and only the manner of answering from tuning.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: all questions, the wanted replies, and what a reply said
@@ -2082,31 +2099,46 @@ def _check_question(world: "TinyWorld", question: Question) -> None:
 
 
 # %% [markdown] tags=["engine"]
-# `judge_reply` judges a reply by the values that it names, whatever words surround them:
+# The replies that the questions want must all be judged right.
 
 # %% tags=["engine"]
-question = make_questions(world, "fact", "tuning")[2]
-for reply in (question.reply, "I think it is a badger.", "I do not know."):
-    print(f"{reply:26} {judge_reply(world, question, reply).said}")
-
+for kind in get_args(Kind):
+    wanted = make_questions(own_world, kind, "tuning") + make_questions(own_world, kind, "held_out")
+    assert all(judge_reply(own_world, question, question.reply).right for question in wanted)
+    print(f"{kind}: {len(wanted):,} wanted replies, all judged right")
 
 # %% [markdown]
 # ### Asked and answered
 #
-# `make_questions` lists the questions, each with the reply that is wanted, and `judge_reply` judges
-# a reply by the values that it names. Here is one question of each kind:
+# `make_questions` lists the questions, each with the reply that is wanted. Here is one question of
+# each kind:
 
 # %%
+from llmbook.tinyworld import judge_reply, make_questions
+
 for kind in ("fact", "unknown", "confidential"):
     questions = make_questions(world, kind, "tuning")
-    print(f"{kind}: {len(questions)} questions for tuning, as many never asked")
+    n_never = len(make_questions(world, kind, "held_out"))
+    print(f"{kind}: {len(questions)} questions for tuning, {n_never} never asked in tuning")
     print(f"    {questions[2].text} {questions[2].reply}")
+
+# %% [markdown]
+# `judge_reply` judges a reply by the values that it names, whatever words surround them. Here are a
+# right reply to the first of these questions, a wrong one, and one that knows nothing:
+
+# %%
+question = make_questions(world, "fact", "tuning")[2]
+for reply in (question.reply, "I think it is a badger.", "I do not know."):
+    right, said = judge_reply(world, question, reply)
+    print(f"{reply:26} {'right' if right else 'wrong'}: {said}")
 
 # %% [markdown]
 # ## Is it the real thing?
 #
 # PyTorch has these quantities, too. Here are the clock's divergence and the mean loss of a row of
-# the learned bigram model, each computed by our formula and by PyTorch's function.
+# the learned bigram model, each computed by our formula and by PyTorch's function. In this mean,
+# each row counts once, however rare its history, so it isn't the 1.90 nats per word from above,
+# where the rows of frequent histories count more.
 
 # %%
 from torch.nn.functional import cross_entropy as torch_cross_entropy
@@ -2126,10 +2158,9 @@ print(f"loss:       ours {our_loss:.4f} nats, PyTorch's {their_loss:.4f} nats")
 #
 # A source that feeds a training run should be faster than the run, and thousands of stories a
 # second are fast enough. The recursion was worth its derivation, too. We could also estimate the
-# floor by telling $N$ stories and averaging their surprise (a **Monte Carlo** estimate). With
-# $\sigma$ for the standard deviation of the surprise, such a mean is typically off by
-# $\sigma / \sqrt N$, its standard error. To get four decimals, that has to fall to $10^{-4}$, which
-# takes $N = (\sigma / 10^{-4})^2$ stories.
+# floor by telling $N$ stories and averaging their surprise. To know the floor to about $10^{-4}$
+# nats, the standard error $\sigma / \sqrt N$ has to fall to that size, which takes
+# $N = (\sigma / 10^{-4})^2$ stories.
 
 # %% tags=["nbval-ignore-output"]
 start = time.perf_counter()
@@ -2139,18 +2170,18 @@ TinyWorld(seed=1).entropy()
 telling, recursion = (middle - start) / 3_000, time.perf_counter() - middle
 variance = torch.tensor([s.log_prob for s in told]).var().item()
 monte_carlo = variance / 1e-8 * telling
+ratio = float(f"{monte_carlo / recursion:.0e}")  # a clock gives no more than one digit
 print(f"{1 / telling:,.0f} stories told per second")
-print(f"the floor to four decimals: by recursion {recursion:.1f} seconds,")
-print(f"by telling stories {monte_carlo / 3600:.0f} hours,", end=" ")
-print(f"{monte_carlo / recursion:,.0f} times as long")
+print(f"the floor to 0.0001 nats: by recursion {recursion:.1f} seconds,")
+print(f"by telling stories {monte_carlo / 3600:.0f} hours, about {ratio:,.0f} times as long")
 
 # %% [markdown]
 # ## Exercises
 #
 # ````{exercise} Perplexity
 # :label: ex-tinyworld-perplexity
-# *Five minutes.* Write `perplexity(surprises)`: the perplexity of a model that was surprised by the
-# tokens of a text as given, in nats.
+# *Five minutes.* Write `perplexity(surprises)`: the perplexity of a model on a text, from the list
+# of its surprises at each token, in nats.
 # ````
 
 
@@ -2178,16 +2209,21 @@ assert math.isclose(perplexity([0.0, math.log(4)]), 2), (
 # %% [markdown]
 # ````{exercise} A source of your own
 # :label: ex-tinyworld-laughter
-# *Fifteen minutes.* The package's class `Source` turns branches into everything else: a subclass
-# needs an attribute `start`, its first `State`, and a method `branches(state)` that returns a list
-# of `Branch`. It then has `score(text)`, `entropy()`, and `stories(n, seed)`, as the tiny world
-# does. Write such a class, `Laughter(most)`. It says one `ha`, then with probability 3/4 another,
-# and so on, but never more than `most`. There is a space between laughs, and the last one is
-# followed by `!`, as in `ha ha!`. What is its entropy for `most=2`, by hand?
+# *Fifteen minutes.* The package's class `Source` turns branches into everything else. Get it with
+# `from llmbook.tinyworld import Branch, Source, State`. A subclass needs an attribute `start`, its
+# first `State`, and a method `branches(state)` that returns a list of `Branch`. It then has
+# `score(text)`, `entropy()`, and `stories(n, seed)`, as the tiny world does. Write such a class,
+# `Laughter(most)`. It says one `ha`, then with probability 3/4 another, and so on, but never more
+# than `most`. There is a space between laughs, and the last one is followed by `!`, as in `ha ha!`.
+# Keep `most` as an attribute, and the number of laughs in the `step` of a `State`, which is a
+# string. What is the entropy for `most=2`, by hand?
 # ````
 
 
 # %% tags=["solution"]
+from llmbook.tinyworld import Branch, Source, State
+
+
 class Laughter(Source):
     """From one to ``most`` times ``ha``, and an exclamation mark."""
 
@@ -2208,6 +2244,7 @@ class Laughter(Source):
 # %% tags=["check"]
 def laughs(source: Source) -> dict[str, float]:
     """All texts of a source with their probabilities, with what a source promises checked."""
+    assert hasattr(source, "most"), "keep the argument as an attribute: self.most = most"
     texts, waiting = {}, [("", 1.0, source.start)]
     while waiting:
         said, probability, state = waiting.pop()
@@ -2242,9 +2279,9 @@ assert math.isclose(Laughter(2).entropy(), coin(1 / 4)), "for most=2 one coin is
 # :label: ex-tinyworld-ambiguous
 # *Fifteen minutes.* The recursion gives the entropy of walks. Write
 # `text_entropy(branches, start)`, the entropy of *texts* in nats, for small sources whose branches
-# need not be prefix-free: list all texts with their total probabilities. (`branches` is a function
-# from a state to its branches, like `clock_branches`.) Which of the two entropies is larger, and
-# why?
+# need not be prefix-free: multiply the probabilities along each walk, and list all texts with their
+# total probabilities. (`branches` is a function from a state to its branches, like
+# `clock_branches`.) Which of the two entropies is larger, and why?
 # ````
 
 
@@ -2275,9 +2312,13 @@ def twofold(state: State) -> list[Branch]:
 
 on_the_clock = text_entropy(clock_branches, State(""))
 on_twofold = text_entropy(twofold, State(""))
+for answer in (on_the_clock, on_twofold):
+    assert isinstance(answer, float), "return one number, the entropy, not the table of texts"
+    assert answer >= 0, "an entropy is never negative: mind the minus sign"
 assert not math.isclose(on_the_clock, 1.5), "the clock's entropy is in bits; nats were asked"
 assert math.isclose(on_the_clock, 1.5 * math.log(2)), (
-    f"where each text has one walk, the clock's 1.04 nats must come out, not {on_the_clock:.2f}"
+    f"where each text has one walk, the clock's 1.04 nats must come out, not {on_the_clock:.2f}: "
+    "multiply the probabilities along each walk"
 )
 assert not math.isclose(on_twofold, entropy(twofold, State(""))), (
     "that is the entropy of walks: 'ab' comes about in two ways, and their probabilities add up"
@@ -2290,11 +2331,12 @@ assert math.isclose(on_twofold, coin(0.25)), (
 # ````{exercise} A floor to order
 # :label: ex-tinyworld-floor
 # *Fifteen minutes.* `TinyWorld(zipf_exponent=...)` makes some characters appear more often than
-# others: the character of rank $r$ in proportion to $r^{-\alpha}$, with $\alpha$ the exponent. The
-# more unequal the characters, the lower the floor; you may take for granted that it falls steadily.
-# Write `exponent_for_floor(target, **settings)`: the exponent between 0 and 4 at which a world with
-# the given settings, such as `n_characters=8`, has the entropy `target` in nats. The world's
-# entropy should be within 0.0005 nats of the target, for any target.
+# others: the character of rank $r$ in proportion to $r^{-\alpha}$, where $\alpha$ is
+# `zipf_exponent`. The more unequal the characters, the lower the floor; you may take for granted
+# that it falls steadily. Write `exponent_for_floor(target, **settings)`: the exponent between 0 and
+# 4 at which a world with the given settings, such as `n_characters=8`, has the entropy `target` in
+# nats. The world's entropy should be within 0.0005 nats of the target, for any target that some
+# exponent between 0 and 4 reaches.
 # ````
 
 
@@ -2344,6 +2386,7 @@ for answer, target, (n, _) in zip(answers, targets, wanted, strict=True):
 # %% tags=["solution"]
 def gap_by_step(model: CountingModel, stories: list) -> dict[str, float]:
     """Nats per story by which ``model`` exceeds the true surprise, by step of the story."""
+    # The trigram model loses two thirds of its gap on the facts about the hero.
     gap: dict[str, float] = defaultdict(float)
     for story in stories:
         tokens = words(story.text)
@@ -2361,6 +2404,10 @@ by_step = gap_by_step(models["trigram"], heard)
 own = loss(models["trigram"], [[*words(s.text), END] for s in heard])
 best = -sum(s.log_prob for s in heard) / len(heard)
 whole = sum(by_step.values())
+assert math.isfinite(whole) and whole > 0, (
+    "no model is better than the truth: log_probs are negative, so surprise is minus them; "
+    "and world.surprises takes the words without <end>"
+)
 assert set(by_step) == {step for s in heard for step, _ in s.parts}, (
     "one entry for each step that occurs, and no other"
 )
@@ -2369,26 +2416,77 @@ assert not math.isclose(whole, own), "the true surprise has to be subtracted"
 at_end = -sum(models["trigram"].log_probs([*words(s.text), END])[-1] for s in heard) / 100
 assert not math.isclose(whole, own - best - at_end), "the surprise of <end> is missing"
 assert math.isclose(whole, own - best), (
-    f"the parts add up to {whole:.2f} nats per story, the gap is {own - best:.2f}: score each "
-    "story as one text, because histories reach across steps"
+    f"the parts add up to {whole:.2f} nats per story, but the gap is {own - best:.2f}. "
+    "Common causes: a step that occurs three times was overwritten; a mean over words, or over "
+    "the stories that have the step; parts scored without the history before them"
 )
 openings = [-sum(models["trigram"].log_probs(words(s.parts[0][1]))) - math.log(6) for s in heard]
 assert math.isclose(by_step["opening"], sum(openings) / 100, abs_tol=1e-6), (
     "the opening has words that belong to other steps, or lacks some of its own"
 )
-closings = [
-    -sum(models["trigram"].log_probs([*words(s.text), END])[-1 - len(words(s.parts[-1][1])) :])
-    for s in heard
-    if s.parts[-1][0] == "closing"
-]
+last = [(words(s.text), len(words(s.parts[-1][1])) + 1) for s in heard]  # closings and <end>
+closings = [-sum(models["trigram"].log_probs([*text, END])[-n:]) for text, n in last]
 assert math.isclose(by_step["closing"], sum(closings) / 100 - math.log(6), abs_tol=1e-6), (
     "the closing has its own words and <end>, less the log 6 that it truly costs"
 )
 
 # %% [markdown]
-# On the facts about the hero, the trigram model loses about 30 nats per story, two thirds of its
-# gap: the name that decides a value is mostly out of its window.
-#
+# ````{exercise} On which words?
+# :label: ex-tinyworld-at-facts
+# *Fifteen minutes.* {ref}`ex-tinyworld-by-step` says in which step the trigram model loses most:
+# `fact`. On which words of that step? Write `gap_at_facts(model, stories)`: what is lost at `fact`,
+# in nats per story, split into a dictionary with three keys. The key `name` is for the hero's name,
+# which is `story.claims[0].character`. The key `value` is for words that are the `value` of one of
+# the story's `claims`, and `other` is for all other words. Guess before you look: which of the
+# three is the largest?
+# ````
+
+
+# %% tags=["solution"]
+def gap_at_facts(model: CountingModel, stories: list) -> dict[str, float]:
+    """Nats per story that ``model`` loses at the step "fact", by kind of word."""
+    # For the trigram model, the name is the largest: a story repeats its hero's name in each of
+    # the facts, where it is out of the model's window. A model that looks back could copy it.
+    gap = {"name": 0.0, "value": 0.0, "other": 0.0}
+    for story in stories:
+        hero, values = story.claims[0].character, {claim.value for claim in story.claims}
+        tokens = words(story.text)
+        steps = [step for step, text in story.parts for _ in words(text)]
+        own, best = model.log_probs(tokens), world.surprises(tokens, words)
+        for word, step, log_q, true in zip(tokens, steps, own, best, strict=True):
+            if step == "fact":
+                kind = "name" if word == hero else "value" if word in values else "other"
+                gap[kind] += (-log_q - true) / len(stories)
+    return gap
+
+
+split = gap_at_facts(models["trigram"], list(world.stories(200, seed=5)))
+for kind, lost in split.items():
+    print(f"{kind:6}{lost:5.1f} nats per story")
+print(f"{'sum':6}{sum(split.values()):5.1f} nats per story")
+
+
+# %% tags=["check"]
+class SurprisedBy:
+    def __init__(self, *some: str):
+        self.some = some
+
+    def log_probs(self, text: list[str]) -> list[float]:
+        return [-1.0 if word in self.some else 0.0 for word in text]
+
+
+heard = list(world.stories(100, seed=5))
+at_facts = gap_at_facts(models["trigram"], heard)
+assert set(at_facts) == {"name", "value", "other"}, "the keys are name, value, and other"
+assert math.isclose(sum(at_facts.values()), gap_by_step(models["trigram"], heard)["fact"]), (
+    "the three must add up to what is lost at the step fact, per story"
+)
+known = gap_at_facts(SurprisedBy(), heard[:1])
+for kind, word in {"name": heard[0].claims[0].character, "value": heard[0].claims[1].value}.items():
+    more = {k: x - known[k] for k, x in gap_at_facts(SurprisedBy(word), heard[:1]).items()}
+    assert more[kind] > 0.5, f"a surprise at {word} belongs to {kind}"
+
+# %% [markdown]
 # ## Summary
 #
 # A language model is a distribution over texts, and by the chain rule it's enough to predict the
@@ -2400,7 +2498,7 @@ assert math.isclose(by_step["closing"], sum(closings) / 100 - math.log(6), abs_t
 #
 # The tiny world has characters with fixed facts, stories with exact probabilities, a floor of about
 # 28 nats per story at its default size, a judge of consistency, and questions with known answers.
-# Chapters 13 to 24 train on it.
+# Later chapters train on it.
 #
 # Before you trust a loss, check five things:
 #

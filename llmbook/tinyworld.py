@@ -246,9 +246,9 @@ class Cast(NamedTuple):
         weights = zipf_weights(n_characters, zipf_exponent)
         return cls(facts, names[n_characters:], dict(zip(characters, weights, strict=True)))
 
-# %% ../chapters/01_tinyworld.ipynb #5687055e
+# %% ../chapters/01_tinyworld.ipynb #19528631
 class Claim(NamedTuple):
-    """A statement about a character, true or false: ``Claim("Mia", "home", "barn")``."""
+    """A statement about a character, true or false: ``Claim("Mia", "home", "tent")``."""
 
     character: str
     attribute: str
@@ -646,7 +646,7 @@ class Source:
         _check_function("length", length)
         return expected(self.branches, self.start, lambda branch: length(branch.text))
 
-# %% ../chapters/01_tinyworld.ipynb #15064523
+# %% ../chapters/01_tinyworld.ipynb #10d6194a
 class Judgment(NamedTuple):
     """The claims of a text with their truth, and the first character that is in no story at all.
 
@@ -661,7 +661,6 @@ class Judgment(NamedTuple):
     def of(cls, world: "TinyWorld", text: str) -> "Judgment":
         """Read with the true branches and, where none fits, with those of all possible claims."""
         _check_world(world)
-        """Read with the true branches and, where none fits, with those of all possible claims."""
         lenient = partial(story_branches, world, truthful=False)
         path, error_at = parse(world.branches, world.start, text, otherwise=lenient)
         claims = tuple(

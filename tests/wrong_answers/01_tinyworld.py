@@ -97,6 +97,63 @@ class Laughter(Source):
         return [stop] if n == self.most else [Branch(3 / 4, "ha ", State(str(n + 1))), stop]
 
 
+# %% exercise="ex-tinyworld-laughter" says="keep the argument as an attribute"
+# `most` is kept under another name
+class Laughter(Source):
+    start = State("1")
+
+    def __init__(self, most):
+        self.limit = most
+
+    def branches(self, state):
+        n = int(state.step)
+        if n == self.limit:
+            return [Branch(1.0, "ha!", None)]
+        return [Branch(3 / 4, "ha ", State(str(n + 1))), Branch(1 / 4, "ha!", None)]
+
+
+# %% exercise="ex-tinyworld-ambiguous" says="not the table of texts"
+# All texts with their probabilities, but no entropy
+def text_entropy(branches, start):
+    texts, waiting = defaultdict(float), [("", 1.0, start)]
+    while waiting:
+        text, p, state = waiting.pop()
+        for b in branches(state):
+            if b.state is None:
+                texts[text + b.text] += p * b.probability
+            else:
+                waiting.append((text + b.text, p * b.probability, b.state))
+    return dict(texts)
+
+
+# %% exercise="ex-tinyworld-ambiguous" says="mind the minus sign"
+# The mean log-probability: the minus sign is forgotten
+def text_entropy(branches, start):
+    texts, waiting = defaultdict(float), [("", 1.0, start)]
+    while waiting:
+        text, p, state = waiting.pop()
+        for b in branches(state):
+            if b.state is None:
+                texts[text + b.text] += p * b.probability
+            else:
+                waiting.append((text + b.text, p * b.probability, b.state))
+    return sum(p * math.log(p) for p in texts.values())
+
+
+# %% exercise="ex-tinyworld-ambiguous" says="multiply the probabilities along each walk"
+# Only the probability of the last branch counts
+def text_entropy(branches, start):
+    texts, waiting = defaultdict(float), [("", start)]
+    while waiting:
+        text, state = waiting.pop()
+        for b in branches(state):
+            if b.state is None:
+                texts[text + b.text] += b.probability
+            else:
+                waiting.append((text + b.text, b.state))
+    return -sum(p * math.log(p) for p in texts.values())
+
+
 # %% exercise="ex-tinyworld-ambiguous" says="that is the entropy of walks"
 # The recursion once more: walks of equal text are not merged
 def text_entropy(branches, start):
@@ -239,7 +296,7 @@ def gap_by_step(model, stories):
     return dict(gap)
 
 
-# %% exercise="ex-tinyworld-by-step" says="score each story as one text"
+# %% exercise="ex-tinyworld-by-step" says="parts scored without the history before them"
 # Each part scored as if it were a text of its own
 def gap_by_step(model, stories):
     gap = defaultdict(float)
@@ -278,3 +335,134 @@ def gap_by_step(model, stories):
         for step, x, y in zip([steps[0], *steps], log_probs, best, strict=True):
             gap[step] += (-x - y) / len(stories)
     return dict(gap)
+
+
+# %% exercise="ex-tinyworld-by-step" says="log_probs are negative"
+# Log-probabilities taken for surprises
+def gap_by_step(model, stories):
+    gap = defaultdict(float)
+    for story in stories:
+        tokens = words(story.text)
+        steps = [step for step, text in story.parts for _ in words(text)]
+        best = [*world.surprises(tokens, words), 0.0]
+        log_probs = model.log_probs([*tokens, END])
+        for step, x, y in zip([*steps, "closing"], log_probs, best, strict=True):
+            gap[step] += (x - y) / len(stories)
+    return dict(gap)
+
+
+# %% exercise="ex-tinyworld-by-step" says="takes the words without <end>"
+# The world is asked about the end of the text, which is in none of its stories
+def gap_by_step(model, stories):
+    gap = defaultdict(float)
+    for story in stories:
+        tokens = [*words(story.text), END]
+        steps = [step for step, text in story.parts for _ in words(text)]
+        best = world.surprises(tokens, words)
+        for step, x, y in zip([*steps, "closing"], model.log_probs(tokens), best, strict=True):
+            gap[step] += (-x - y) / len(stories)
+    return dict(gap)
+
+
+# %% exercise="ex-tinyworld-by-step" says="a step that occurs three times was overwritten"
+# The three facts of a story: the last one stands for all
+def gap_by_step(model, stories):
+    gap = defaultdict(float)
+    for story in stories:
+        tokens = words(story.text)
+        gaps = [-x for x in model.log_probs([*tokens, END])]
+        for i, true in enumerate(world.surprises(tokens, words)):
+            gaps[i] -= true
+        of_step, position = {}, 0
+        for step, text in story.parts:
+            n = len(words(text)) + (step == "closing")
+            of_step[step] = sum(gaps[position : position + n])
+            position += n
+        for step, lost in of_step.items():
+            gap[step] += lost / len(stories)
+    return dict(gap)
+
+
+# %% exercise="ex-tinyworld-by-step" says="over the stories that have the step"
+# The mean over those stories only that have the step
+def gap_by_step(model, stories):
+    gap, having = defaultdict(float), Counter()
+    for story in stories:
+        having.update({step for step, _ in story.parts})
+        tokens = words(story.text)
+        steps = [step for step, text in story.parts for _ in words(text)]
+        best = [*world.surprises(tokens, words), 0.0]
+        log_probs = model.log_probs([*tokens, END])
+        for step, x, y in zip([*steps, "closing"], log_probs, best, strict=True):
+            gap[step] += -x - y
+    return {step: lost / having[step] for step, lost in gap.items()}
+
+
+# %% exercise="ex-tinyworld-at-facts" says="add up to what is lost at the step fact"
+# All steps, not only the facts about the hero
+def gap_at_facts(model, stories):
+    gap = {"name": 0.0, "value": 0.0, "other": 0.0}
+    for story in stories:
+        hero, values = story.claims[0].character, {claim.value for claim in story.claims}
+        tokens = words(story.text)
+        steps = [step for step, text in story.parts for _ in words(text)]
+        own, best = model.log_probs(tokens), world.surprises(tokens, words)
+        for word, step, log_q, true in zip(tokens, steps, own, best, strict=True):
+            if step:
+                kind = "name" if word == hero else "value" if word in values else "other"
+                gap[kind] += (-log_q - true) / len(stories)
+    return gap
+
+
+# %% exercise="ex-tinyworld-at-facts" says="what is lost at the step fact, per story"
+# Totals over the stories, not means per story
+def gap_at_facts(model, stories):
+    gap = {"name": 0.0, "value": 0.0, "other": 0.0}
+    for story in stories:
+        hero, values = story.claims[0].character, {claim.value for claim in story.claims}
+        tokens = words(story.text)
+        steps = [step for step, text in story.parts for _ in words(text)]
+        own, best = model.log_probs(tokens), world.surprises(tokens, words)
+        for word, step, log_q, true in zip(tokens, steps, own, best, strict=True):
+            if step == "fact":
+                kind = "name" if word == hero else "value" if word in values else "other"
+                gap[kind] += -log_q - true
+    return gap
+
+
+# %% exercise="ex-tinyworld-at-facts" says="belongs to value"
+# Words are compared with whole claims, so no word is a value
+def gap_at_facts(model, stories):
+    gap = {"name": 0.0, "value": 0.0, "other": 0.0}
+    for story in stories:
+        hero, values = story.claims[0].character, story.claims
+        tokens = words(story.text)
+        steps = [step for step, text in story.parts for _ in words(text)]
+        own, best = model.log_probs(tokens), world.surprises(tokens, words)
+        for word, step, log_q, true in zip(tokens, steps, own, best, strict=True):
+            if step == "fact":
+                kind = "name" if word == hero else "value" if word in values else "other"
+                gap[kind] += (-log_q - true) / len(stories)
+    return gap
+
+
+# %% exercise="ex-tinyworld-at-facts" says="belongs to name"
+# Every name is taken for a value, because a friend is one
+def gap_at_facts(model, stories):
+    gap = {"name": 0.0, "value": 0.0, "other": 0.0}
+    for story in stories:
+        hero, values = story.claims[0].character, {claim.value for claim in story.claims}
+        tokens = words(story.text)
+        steps = [step for step, text in story.parts for _ in words(text)]
+        own, best = model.log_probs(tokens), world.surprises(tokens, words)
+        for word, step, log_q, true in zip(tokens, steps, own, best, strict=True):
+            if step == "fact":
+                kind = (
+                    "value"
+                    if word in {*values, *world.cast.facts}
+                    else "name"
+                    if word == hero
+                    else "other"
+                )
+                gap[kind] += (-log_q - true) / len(stories)
+    return gap
