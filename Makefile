@@ -19,7 +19,7 @@ endif
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help book test test-lowest sync format lab workbook figures bench constraints clean
+.PHONY: help book test test-lowest test-elsewhere mutate sync format lab workbook figures bench constraints clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | sort
@@ -38,6 +38,12 @@ book: $(INSTALLED) ## build the site in _build/html
 
 test: $(INSTALLED) ## run all that CI runs
 	@$(PY) tools/test.py
+
+test-elsewhere: $(INSTALLED) ## run the tests with the arithmetic of other processors
+	@$(PY) tools/elsewhere.py $(ARGS)
+
+mutate: $(INSTALLED) ## change the package at random and see whether a test notices
+	@$(PY) tools/mutate.py $(ARGS)
 
 # An environment of its own, which uv fills with the oldest versions that pyproject.toml allows.
 $(LOWEST)/.made:

@@ -51,7 +51,7 @@ NOT_TRIED = {
     "corpus.iter_documents",
     "corpus.iter_texts",
     "training.unnoticed",
-    # They take seconds: tried by tests/test_training.py.
+    # They take seconds for each attempt: tests/test_training.py has some.
     "training.run",
     "training.pretrained",
     "environment.whole_file",
