@@ -778,7 +778,10 @@ class Cast(NamedTuple):
 # :class: narrow
 # :alt: The steps of a story from top to bottom, each with its number of branches and an example: opening, hero, doing, weather, three facts, and a visit. At the visit, Then has probability 0.7 and leads to an arrival; with probability 0.3 nobody comes and one more fact about the hero is stated. The arrival is a guest, in 4 of 7 cases, who brings a fact, or a stranger, in 3 of 7. A closing ends every story.
 #
-# The steps of a story, with the number of branches at each and examples of their texts.
+# The steps of a story, with the number of branches at each and examples of their texts. *A guest*,
+# *a stranger*, and *nobody comes* are no steps but groups of the branches that leave the step
+# above. In all, a guest comes with probability $0.7 \cdot \frac47 = 0.4$, a stranger with 0.3, and
+# nobody with 0.3.
 # ```
 #
 # A state has to remember what the rest of the story depends on: which step comes next, who the hero
@@ -1536,7 +1539,9 @@ print(f"by hand {by_hand:.4f} nats, by recursion {floor:.4f} nats")
 
 # %% [markdown]
 # The recursion works for anything that adds up along a walk. With the length of the text in place
-# of $-\log p_b$ it gives the mean length of a story, and with that the floor in our other units:
+# of $-\log p_b$ it gives the mean length of a story (the method `expected_length`). Words add up,
+# too, because each branch ends where a word or a mark ends. With that, we have the floor in our
+# other units:
 
 # %%
 n_bytes = world.expected_length(lambda text: len(text.encode()))
@@ -1637,7 +1642,8 @@ print(f"the next token is The:        {token:.3f}")
 # 25 begin with *The*, which makes $0.3 \cdot \frac{4}{25} = 0.048$. A text that begins with the
 # letters of a token need not begin with the token. So first cut the texts of all branches into
 # tokens, then compare token by token: the tokens so far leave some branches open, and the next
-# token closes some of them. Its true probability is the share that stays open. The method
+# token closes some of them. Its true probability is the part of their total probability that stays
+# open; where all branches are equally likely, that is their share by number. The method
 # `world.surprises(tokens, cut)` does this for a whole text; `cut` is the function that cuts texts
 # into tokens, in our case `words`.
 #
@@ -1789,7 +1795,8 @@ plt.show()
 # %% [markdown]
 # The curves show a trade. A unigram model needs few stories and learns little. A longer history
 # could know more, but it has more counts to fill: with $V$ words, there are up to $V^{k-1}$
-# histories of length $k - 1$. And even a full table cannot know what lies outside its window. In
+# histories of length $k - 1$. With 300 stories, the 5-gram model is still behind the trigram model;
+# from 1,000 stories on, it is ahead. And even a full table cannot know what lies outside its window. In
 # *Where does Mia live? Mia lives in the*, the trigram model sees only *in the*, and Mia is out of
 # sight. We need a model that looks back far, yet doesn't treat each long history as a case of its
 # own. Chapters 08 to 11 build it.
@@ -1859,7 +1866,8 @@ print(f"learned   {losses[-1]:.2f} nats per word")
 print(f"counted   {mean_loss(shares):.2f} nats per word")
 
 # %% [markdown]
-# The next figure shows the whole descent. Both models stay far above the floor. It is 0.42 nats per
+# The next figure shows the whole descent. Both models stay far above the floor, even on the text
+# that they were trained on. (There, plain counting needs no smoothing.) The floor is 0.42 nats per
 # word here, a little less than before, because these models also predict `<end>`, which makes 66.2
 # words per story. One word of history is not enough, however it is learned.
 
@@ -2110,7 +2118,8 @@ for kind in get_args(Kind):
 # %% [markdown]
 # ### Asked and answered
 #
-# `make_questions` lists the questions, each with the reply that is wanted. Here is one question of
+# `make_questions(world, kind, part)` lists the questions, each with the reply that is wanted. The
+# part is `"tuning"`, or `"held_out"`, the half that tuning never asks about. Here is one question of
 # each kind:
 
 # %%
@@ -2160,7 +2169,7 @@ print(f"loss:       ours {our_loss:.4f} nats, PyTorch's {their_loss:.4f} nats")
 # second are fast enough. The recursion was worth its derivation, too. We could also estimate the
 # floor by telling $N$ stories and averaging their surprise. To know the floor to about $10^{-4}$
 # nats, the standard error $\sigma / \sqrt N$ has to fall to that size, which takes
-# $N = (\sigma / 10^{-4})^2$ stories.
+# $N = (\sigma / 10^{-4})^2$ stories. (The recursion is timed on a fresh world, building it included.)
 
 # %% tags=["nbval-ignore-output"]
 start = time.perf_counter()
@@ -2172,8 +2181,9 @@ variance = torch.tensor([s.log_prob for s in told]).var().item()
 monte_carlo = variance / 1e-8 * telling
 ratio = float(f"{monte_carlo / recursion:.0e}")  # a clock gives no more than one digit
 print(f"{1 / telling:,.0f} stories told per second")
-print(f"the floor to 0.0001 nats: by recursion {recursion:.1f} seconds,")
-print(f"by telling stories {monte_carlo / 3600:.0f} hours, about {ratio:,.0f} times as long")
+print(f"the floor to 0.0001 nats: by recursion {recursion:.2f} seconds,")
+print(f"by telling {variance / 1e-8 / 1e6:,.0f} million stories {monte_carlo / 3600:.1f} hours,")
+print(f"about {ratio:,.0f} times as long")
 
 # %% [markdown]
 # ## Exercises
@@ -2433,8 +2443,8 @@ assert math.isclose(by_step["closing"], sum(closings) / 100 - math.log(6), abs_t
 # %% [markdown]
 # ````{exercise} On which words?
 # :label: ex-tinyworld-at-facts
-# *Fifteen minutes.* {ref}`ex-tinyworld-by-step` says in which step the trigram model loses most:
-# `fact`. On which words of that step? Write `gap_at_facts(model, stories)`: what is lost at `fact`,
+# *Fifteen minutes.* This exercise builds on {ref}`ex-tinyworld-by-step`, and its check calls your
+# `gap_by_step`. On which words of the step `fact` does the trigram model lose its nats? Write `gap_at_facts(model, stories)`: what is lost at `fact`,
 # in nats per story, split into a dictionary with three keys. The key `name` is for the hero's name,
 # which is `story.claims[0].character`. The key `value` is for words that are the `value` of one of
 # the story's `claims`, and `other` is for all other words. Guess before you look: which of the

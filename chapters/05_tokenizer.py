@@ -739,9 +739,9 @@ for example, pair in (({"the": 9, "then": 4, "other": 2}, "th"), ({"hahaha": 1},
 # help:
 #
 # 1. The count of a pair that exists never rises. Merges only use up its two tokens, and no later
-#    merge makes more of them, since every merge makes a token that is new. (Two merges could make
-#    the same bytes only if these bytes were cut in two ways; but wherever no token reaches across
-#    their ends, the same bytes are merged in the same way.)
+#    merge makes more of them, since every merge makes a token that is new. (Could a later merge make
+#    the same bytes from other parts? No: where no token reaches across their two ends, these bytes
+#    go through the same merges as anywhere else, so the first such merge has joined them already.)
 # 2. A new pair contains the token that has just been made, and all of its occurrences arise in that
 #    one merge.
 # 3. A new pair cannot be more frequent than the pair that was merged, since each of its
@@ -821,11 +821,12 @@ class _PairQueue:
 # ### The trainer
 #
 # With its parts in the engine rooms above, the trainer is short. `_index_pairs` makes the counts
-# and the index, `_PairQueue` is the heap of levels, and `_merge_everywhere` performs one merge,
+# and the index, `_PairQueue` is the heap of levels (a heap is a structure that always has its
+# greatest entry at hand), and `_merge_everywhere` performs one merge,
 # corrects the counts at the seams, and returns the counts of the new pairs. Tokens are numbered
 # here, and a pair is a string of two characters whose code points are the numbers of its tokens;
-# `chr` and `ord` translate. The first two lines of the body check what they are given and prepare
-# the words: `valid_text` replaces what is not valid Unicode, and in `latin-1` the character with
+# `chr` and `ord` translate. The first two lines of the body check what they are given
+# (`check_at_least` takes the least value allowed, and the value) and prepare the words: `valid_text` replaces what is not valid Unicode, and in `latin-1` the character with
 # code point $b$ stands for the byte $b$.
 
 
@@ -1019,9 +1020,10 @@ class WordCache(dict[str, tuple[int, ...]]):
 # order, since GPT-2's do: its first 256 are the bytes in an order of their own. The class is a
 # frozen dataclass: its fields cannot be assigned anew, and two tokenizers with equal fields are
 # equal. From the fields it makes its look-up tables once (`_Tables`): the ids of bytes, the rank of
-# each pair, the bytes of each id, and a cache of words that were encoded before. `steps` holds
-# further steps before and after the merges that other programs' files may ask for; leave it alone
-# until the engine room explains it.
+# each pair, the bytes of each id, and a cache of words that were encoded before. Its `special`
+# finds the special tokens that are allowed, and gives the text between them to its `encode`, which
+# cuts words and merges by rank. `steps` holds further steps before and after the merges that other
+# programs' files may ask for; leave it alone until an engine room below explains it.
 
 
 # %%
@@ -1064,8 +1066,9 @@ class BPETokenizer:
 
 
 # %% [markdown]
-# The engine rooms below add the other methods, and some options to `encode`. The rest of the main
-# line uses these:
+# Each engine room below continues the class under the same name, as
+# `class BPETokenizer(BPETokenizer)`, and adds methods, and some options of `encode`. The rest of the
+# main line uses these:
 #
 # | | |
 # |---|---|
@@ -1226,8 +1229,8 @@ class BPETokenizer(BPETokenizer):  # continued
 # ### What is refused, and what files ask for
 #
 # A tokenizer that is made by hand, or read from a file, may have bytes or tokens missing. So the
-# constructor checks all that it is given. And the files of other programs ask for more than cuts
-# and merges.
+# constructor checks all that it is given. And other programs' files may also ask that text be
+# normalized first, that tokens be put before and after it, or that added tokens be found in any text.
 
 # %% [markdown] tags=["engine"]
 # #### Engine room: checks, and what other programs' files ask for (`TextSteps`, `encode`)
@@ -1753,7 +1756,8 @@ class BPETokenizer(BPETokenizer):  # continued
 # ## The tokenizer at work
 #
 # `train_bpe(texts, vocab_size)` counts words, learns merges, and numbers the tokens: first the
-# bytes, then the merges in their order, then the special tokens. `from_merges` takes merges that
+# bytes, then the merges in their order, then the special tokens: by default one, `<|endoftext|>`.
+# `from_merges` takes merges that
 # have been learned before. We have those of the documents already; on the stories we train now.
 
 # %%
@@ -1766,15 +1770,15 @@ print("stream:", "|".join(of_stories.decode_stream(ids)))
 
 # %% [markdown]
 # There is no emoji in the stories, so the smiley is cut into its four bytes. One at a time, each of
-# them is a `�`; the stream waits for the last one. And here is the special token, as a user types
-# it and as a program asks for it:
+# them is a `�`; the stream waits for the last one. And here is `<|endoftext|>`, the last of the 600
+# tokens with the id 599, as a user types it and as a program asks for it:
 
 # %%
 print("as typed:    ", *of_stories.encode("Bye<|endoftext|>"))
 print("as asked for:", *of_stories.encode("Bye<|endoftext|>", allowed_special="all"))
 
 # %% [markdown]
-# ### A sentence in GPT-2's way, and in ours
+# ### The same lines in GPT-2's way, and in ours
 #
 # GPT-2's vocabulary isn't on your disk, but its way of cutting is: its pattern. We train one
 # tokenizer with it and one with GPT-4's pattern, our default, on every sixth document and with
@@ -1794,7 +1798,7 @@ for name, each in (("GPT-2", by_gpt2), ("ours ", by_gpt4)):
 # three of the four spaces of the indentation are a token of their own, and so is the space before
 # the number. In GPT-2's way, the number's tokens depend on which digits often stood side by side.
 # In ours, the pattern sets the groups, and a group that was too rare to become a token is cut
-# further: `123` and `45` can never meet in a token.
+# further. But `123` and `45` can never meet in one token.
 #
 # How does the size of the vocabulary matter? A smaller tokenizer costs nothing: the first merges of
 # a tokenizer are what training with a smaller vocabulary would have learned, and
@@ -1832,7 +1836,8 @@ def draw_cuts(tokenizer: BPETokenizer, sizes: list[int], lines: list[str]) -> No
 
 
 # %% [markdown]
-# The same two lines, as bytes and with three vocabularies:
+# Here are two other lines, as bytes and with three vocabularies. Each color is one token, and `··`
+# are the two bytes of `ë`:
 
 # %% mystnb={"figure": {"caption": "Two lines, cut with four vocabularies. Each stretch of one color is a token; a dot is a byte of the unfinished character ë.", "name": "fig-tokenizer-cut"}, "image": {"alt": "Four blocks of colored stretches over the same two lines, a line of code with the number 12345 and the words Zoë normalizes histograms. As bytes every character has a color of its own and ë has two. With 1,000 tokens short pieces appear. With 8,000, the number is cut into 123 and 45, normalizes into normal and izes, and histograms into histogram and s. With 32,000, these two words are one token each, and the first line is cut as before."}}
 draw_cuts(
@@ -2059,23 +2064,23 @@ def draw_compression(compression: dict[int, float], uses: np.ndarray[Any, Any]) 
     bottom.loglog(np.arange(1, len(used) + 1), used)
     bottom.axhline(12, color="C6", lw=1, ls="--")
     bottom.text(1.2, 14, "12 times", color="C6")
-    bottom.set(xlabel="rank by use", ylabel="occurrences")
+    bottom.set(xlabel="tokens, the most used first", ylabel="occurrences")
     plt.show()
 
 
 # %% [markdown]
 # The figure shows the whole curve of compression, and below it the uses of all tokens.
 
-# %% mystnb={"figure": {"caption": "Above: bytes per token against the size of the vocabulary. Below: how often each token is used, against its rank by use.", "name": "fig-tokenizer-compression"}, "image": {"alt": "Above, bytes per token rise from 1 at 257 tokens to about 4.1 at 32,000, more slowly with each doubling. Below, on doubly logarithmic axes the use of tokens falls from 50,000, in the middle with a slope near -1. It crosses a dashed line at 12 occurrences near rank 8,000, and ends in steps at 3, 2 and 1 near rank 30,000."}}
+# %% mystnb={"figure": {"caption": "Above: bytes per token against the size of the vocabulary. Below: how often each token is used, the most used first.", "name": "fig-tokenizer-compression"}, "image": {"alt": "Above, bytes per token rise from 1 at 257 tokens to about 4.1 at 32,000, more slowly with each doubling. Below, on doubly logarithmic axes the use of tokens falls from 50,000, in the middle with a slope near -1. It crosses a dashed line at 12 occurrences near rank 8,000, and ends in steps at 3, 2 and 1 near rank 30,000."}}
 draw_compression(compression, uses)
 
 # %% [markdown]
 # Each doubling of the vocabulary buys less than the one before, and the lower plot shows why: the
 # use of tokens falls like Zipf's law, so the tokens that come late are rare. They aren't free,
 # either. Every token needs a vector of its own in the model; at 32,000 tokens of 512 numbers each,
-# that is 16 million parameters. About two thirds of our tokens are rare, and a vector that training
+# that is 16 million parameters. About 70% of our tokens are rare, and a vector that training
 # has moved at most eleven times is a poor one. For six megabytes, 32,000 tokens are far too many.
-# With 4,000, about two thirds of them are frequent. Vocabularies of 32,000 and more belong to
+# With 4,000, about 70% of them are frequent. Vocabularies of 32,000 and more belong to
 # corpora of billions of words.
 #
 # ### In which language?
@@ -2084,8 +2089,9 @@ draw_compression(compression, uses)
 # 03 found translated messages on the disk. We train a second tokenizer of the same size on a
 # mixture, every fourth document and half of the messages, and compare both on text that neither has
 # seen, by two measures. **Characters per token** say how far a model's context reaches.
-# **Fertility** is the number of tokens per word {cite}`rust2021good`; it needs a language that puts
-# spaces between words.
+# **Fertility** is the number of tokens per word {cite}`rust2021good`. A word is here what stands
+# between white space, and not a pre-token, so fertility needs a language that puts spaces between
+# words.
 
 # %% tags=["engine"]
 # The messages, one half to train on and one half of ten languages to measure on; both measures
@@ -2674,8 +2680,8 @@ class BPETokenizer(BPETokenizer):  # continued
 # the token with the lowest id first. Is that the same as merging by rank? Not for every list of
 # merges. It is the same if
 #
-# 1. a token's id is greater than the ids of the longer tokens (two bytes or more) that it is made
-#    of, and the ids of merges rise in the order of the merges, and
+# 1. a token's id is greater than the id of each of its two parts (parts that are single bytes don't
+#    count), and the ids of merged tokens rise in the order of the merges, and
 # 2. every token is *reachable*: encoding its own bytes gives that one token.
 #
 # Tokenizers that were trained have both properties. A token was made from bytes that stood side by
@@ -3029,17 +3035,18 @@ text = """Der Bäcker backt, пекарь печёт, ο φούρναρης ψή
 def bake(n):\n\t\treturn  [i ** 2   for i in range(n)]  # \u2028 <|endoftext|>   \n  \ufffd\x00 """
 compared = tempfile.TemporaryDirectory()
 file = f"{compared.name}/tokenizer.json"
-# rebuilt, since the rooms above have added methods to the class
+# Made anew: the rooms define the class again, with more methods, and the old object lacks save.
 tokenizer = BPETokenizer.from_merges(merges)
 tokenizer.save(file)
 theirs, encoding = tokenizers.Tokenizer.from_file(file), tokenizer.to_tiktoken()
 ids = tokenizer.encode(text, allowed_special="all")
 assert ids == encoding.encode(text, allowed_special="all") == theirs.encode(text).ids
 assert tokenizer.decode(ids) == text == theirs.decode(ids, skip_special_tokens=False)
-print(f"three programs: the same ids, more than {len(ids) // 50 * 50}, and the same text again")
+n_ids = len(ids) // 50 * 50
+print(f"all three give the same ids, more than {n_ids} of them, and decode them to the same text")
 
 # %% [markdown]
-# Then we compare documents, and messages in more than forty languages, text by text:
+# Then we compare our ids with tiktoken's, on documents and on messages in more than forty languages:
 
 # %%
 sample = held_out[:500] + [text for messages in catalogs.values() for text in messages[:50]]
@@ -3120,8 +3127,8 @@ for name, value in times.items():
     print(f"encoding, {name}: {new_bytes / 1e6 / value:.1f} MB per second")
 
 # %% [markdown]
-# Training is merging, in pure Python, for most of its time. Since the number of *different* words
-# grows slowly, by Heaps' law, that changes with the size: on 100 MB most of the time goes into
+# Training spends most of its time on merging, which is pure Python. Since the number of *different*
+# words grows slowly, by Heaps' law, the balance shifts as the text grows: on 100 MB most of the time goes into
 # counting, and thus into the regular expression. Encoding with a cold cache is bound by the merges
 # of words not met before. `tokenizers` also records where each token stands in the text, and uses
 # all cores in its batch mode. The folder `benchmarks/results` of the repository has tables for more

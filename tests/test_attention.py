@@ -67,7 +67,7 @@ def results(attention, inputs, *args, **options):
 
 def assert_same(ours, theirs, **tolerances):
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, **tolerances)
+        torch.testing.assert_close(a, b, **{"rtol": 1e-9, "atol": 1e-9} | tolerances)
 
 
 # Softmax
@@ -819,7 +819,7 @@ def test_equals_transformers_llama_and_qwen3(family, kv_heads):
     bias = torch.zeros(9, 9, dtype=torch.float64).masked_fill(~causal_mask(9), -torch.inf)
     doubled = tuple(torch.cat([y, y], dim=-1).double() for y in (cos, sin))
     a, b = ours(x, rope=(cos, sin)), theirs(x, doubled, bias[None, None])[0]
-    tolerance = {"atol": 1e-5, "rtol": 1e-5}  # ours rotates in float32
+    tolerance = {"atol": 1e-4, "rtol": 1e-4}  # ours rotates in float32
     names = [name for name, _ in theirs.named_parameters()]
     assert names and {name for name, _ in ours.named_parameters()} == set(names)
     theirs_first = [dict(ours.named_parameters())[name] for name in names]

@@ -39,8 +39,8 @@ def share(actual: Any, expected: Any, rtol: float, atol: float) -> float:
     a, b = (np.asarray(_plain(x), dtype=np.float64) for x in (actual, expected))
     if a.size == 0 or b.size == 0:
         return 0.0
-    error, bound = np.abs(a - b), atol + rtol * np.abs(b)
     with np.errstate(all="ignore"):
+        error, bound = np.abs(a - b), atol + rtol * np.abs(b)
         ratio = np.where(error == 0, 0.0, error / bound)
     return float(np.nanmax(np.where(np.isfinite(ratio), ratio, 0.0), initial=0.0))
 
