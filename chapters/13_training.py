@@ -33,7 +33,6 @@ import difflib
 import gzip
 import importlib.metadata
 import importlib.util
-import inspect
 import io
 import json
 import lzma
@@ -504,6 +503,8 @@ class TrainingConfig(TrainingConfig):  # continued
 
 # %% tags=["engine"]
 #| export
+from inspect import Signature, signature
+
 _OTHER_NAMES = {"lr": "learning_rate", "steps": "n_steps", "max_steps": "n_steps"}
 _OTHER_NAMES |= {"warmup_steps": "warmup", "max_norm": "clip_norm", "grad_clip": "clip_norm"}
 _OTHER_NAMES |= {"accumulation_steps": "micro_batch_size", "eval_every": "evaluate_every"}
@@ -527,8 +528,9 @@ class TrainingConfig(TrainingConfig):  # continued
 
 
 # What help shows are the settings.
-_shown = inspect.signature(TrainingConfig.__init__).parameters
-TrainingConfig.__signature__ = inspect.Signature(list(_shown.values())[1:])  # type: ignore[attr-defined]
+TrainingConfig.__signature__ = Signature(  # type: ignore[attr-defined]
+    list(signature(TrainingConfig.__init__).parameters.values())[1:]
+)
 
 
 # %% [markdown] tags=["engine"]

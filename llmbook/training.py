@@ -14,14 +14,13 @@ __all__ = ['Row', 'Objective', 'WORD_KINDS', 'RUNS', 'next_token_objective', 'co
            'documents_score', 'compressors', 'word_kinds', 'GapToFloor', 'artifacts_folder', 'load_or_train',
            'NotebookBar', 'pretrained', 'report', 'main']
 
-# %% ../chapters/13_training.ipynb #fd319756
+# %% ../chapters/13_training.ipynb #32cca0d2
 # The imports of the module, from Python itself
 import base64
 import difflib
 import gzip
 import importlib.metadata
 import importlib.util
-import inspect
 import io
 import json
 import lzma
@@ -305,7 +304,9 @@ class TrainingConfig:
         """Return all fields as numbers, texts and lists, fit for JSON and YAML."""
         return _plain(asdict(self))
 
-# %% ../chapters/13_training.ipynb #48a1dc6a
+# %% ../chapters/13_training.ipynb #4b9062bf
+from inspect import Signature, signature
+
 _OTHER_NAMES = {"lr": "learning_rate", "steps": "n_steps", "max_steps": "n_steps"}
 _OTHER_NAMES |= {"warmup_steps": "warmup", "max_norm": "clip_norm", "grad_clip": "clip_norm"}
 _OTHER_NAMES |= {"accumulation_steps": "micro_batch_size", "eval_every": "evaluate_every"}
@@ -319,8 +320,9 @@ def _no_such_setting(name: str, known: Sequence[str]) -> str:
 
 
 # What help shows are the settings.
-_shown = inspect.signature(TrainingConfig.__init__).parameters
-TrainingConfig.__signature__ = inspect.Signature(list(_shown.values())[1:])  # type: ignore[attr-defined]
+TrainingConfig.__signature__ = Signature(  # type: ignore[attr-defined]
+    list(signature(TrainingConfig.__init__).parameters.values())[1:]
+)
 
 # %% ../chapters/13_training.ipynb #20f8eeb5
 _CHOICES = {"schedule": ("cosine", "wsd", "linear", "constant"), "best_is": ("lowest", "highest")}

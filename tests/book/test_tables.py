@@ -15,6 +15,7 @@ import yaml
 from book import ROOT, BookError, code_cells, read_notebook, read_text
 from sync import main, out_of_date, sync, write_times
 from tables import not_current, write_tables
+from test_workbook import run_nbval
 
 FIRST = "chapters/00_first.py"
 THIRD = '''\
@@ -175,14 +176,17 @@ def test_a_chapter_that_ran_in_part_is_not_measured(book):
 
 def test_the_chapter_in_small_of_the_instructions_is_a_chapter(book):
     page = read_text(ROOT / "CONTRIBUTING.md")
-    (script,) = re.findall(r"^```python\n(# %% .*?)^```$", page, re.MULTILINE | re.DOTALL)
+    script, wrong = re.findall(r"^```python\n(# %% .*?)^```$", page, re.MULTILINE | re.DOTALL)
     script = script.replace("III. Pretraining", "II. Composing")  # the miniature's parts
     (book / "chapters/02_precision.py").write_text(script, encoding="utf-8")
     (book / "tests/test_precision.py").write_text("", encoding="utf-8")
+    (book / "tests/wrong_answers/02_precision.py").write_text(wrong, encoding="utf-8")
     shutil.copy(ROOT / "llmbook/book.mplstyle", book / "llmbook")
     sync(book)
     for check in checks.CHECKS:
         assert not checks.complaints(check, book), check.__name__
+    code, output = run_nbval(book)
+    assert code == 0, output
     assert "3.14159 becomes 3.14062" in read_text(book / "chapters/02_precision.ipynb")
     assert "def round_to" in read_text(book / "llmbook/precision.py")
 
