@@ -1796,10 +1796,10 @@ plt.show()
 # The curves show a trade. A unigram model needs few stories and learns little. A longer history
 # could know more, but it has more counts to fill: with $V$ words, there are up to $V^{k-1}$
 # histories of length $k - 1$. With 300 stories, the 5-gram model is still behind the trigram model;
-# from 1,000 stories on, it is ahead. And even a full table cannot know what lies outside its window. In
-# *Where does Mia live? Mia lives in the*, the trigram model sees only *in the*, and Mia is out of
-# sight. We need a model that looks back far, yet doesn't treat each long history as a case of its
-# own. Chapters 08 to 11 build it.
+# from 1,000 stories on, it is ahead. And even a full table cannot know what lies outside its
+# window. In *Where does Mia live? Mia lives in the*, the trigram model sees only *in the*, and Mia
+# is out of sight. We need a model that looks back far, yet doesn't treat each long history as a
+# case of its own. Chapters 08 to 11 build it.
 #
 # ## The same numbers, learned
 #
@@ -2119,8 +2119,8 @@ for kind in get_args(Kind):
 # ### Asked and answered
 #
 # `make_questions(world, kind, part)` lists the questions, each with the reply that is wanted. The
-# part is `"tuning"`, or `"held_out"`, the half that tuning never asks about. Here is one question of
-# each kind:
+# part is `"tuning"`, or `"held_out"`, the half that tuning never asks about. Here is one question
+# of each kind:
 
 # %%
 from llmbook.tinyworld import judge_reply, make_questions
@@ -2169,7 +2169,8 @@ print(f"loss:       ours {our_loss:.4f} nats, PyTorch's {their_loss:.4f} nats")
 # second are fast enough. The recursion was worth its derivation, too. We could also estimate the
 # floor by telling $N$ stories and averaging their surprise. To know the floor to about $10^{-4}$
 # nats, the standard error $\sigma / \sqrt N$ has to fall to that size, which takes
-# $N = (\sigma / 10^{-4})^2$ stories. (The recursion is timed on a fresh world, building it included.)
+# $N = (\sigma / 10^{-4})^2$ stories. (The recursion is timed on a fresh world, building it
+# included.)
 
 # %% tags=["nbval-ignore-output"]
 start = time.perf_counter()
@@ -2444,11 +2445,11 @@ assert math.isclose(by_step["closing"], sum(closings) / 100 - math.log(6), abs_t
 # ````{exercise} On which words?
 # :label: ex-tinyworld-at-facts
 # *Fifteen minutes.* This exercise builds on {ref}`ex-tinyworld-by-step`, and its check calls your
-# `gap_by_step`. On which words of the step `fact` does the trigram model lose its nats? Write `gap_at_facts(model, stories)`: what is lost at `fact`,
-# in nats per story, split into a dictionary with three keys. The key `name` is for the hero's name,
-# which is `story.claims[0].character`. The key `value` is for words that are the `value` of one of
-# the story's `claims`, and `other` is for all other words. Guess before you look: which of the
-# three is the largest?
+# `gap_by_step`. On which words of the step `fact` does the trigram model lose its nats? Write
+# `gap_at_facts(model, stories)`: what is lost at `fact`, in nats per story, split into a dictionary
+# with three keys. The key `name` is for the hero's name, which is `story.claims[0].character`. The
+# key `value` is for words that are the `value` of one of the story's `claims`, and `other` is for
+# all other words. Guess before you look: which of the three is the largest?
 # ````
 
 

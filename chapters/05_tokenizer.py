@@ -739,9 +739,10 @@ for example, pair in (({"the": 9, "then": 4, "other": 2}, "th"), ({"hahaha": 1},
 # help:
 #
 # 1. The count of a pair that exists never rises. Merges only use up its two tokens, and no later
-#    merge makes more of them, since every merge makes a token that is new. (Could a later merge make
-#    the same bytes from other parts? No: where no token reaches across their two ends, these bytes
-#    go through the same merges as anywhere else, so the first such merge has joined them already.)
+#    merge makes more of them, since every merge makes a token that is new. (Could a later merge
+#    make the same bytes from other parts? No: where no token reaches across their two ends, these
+#    bytes go through the same merges as anywhere else, so the first such merge has joined them
+#    already.)
 # 2. A new pair contains the token that has just been made, and all of its occurrences arise in that
 #    one merge.
 # 3. A new pair cannot be more frequent than the pair that was merged, since each of its
@@ -822,12 +823,12 @@ class _PairQueue:
 #
 # With its parts in the engine rooms above, the trainer is short. `_index_pairs` makes the counts
 # and the index, `_PairQueue` is the heap of levels (a heap is a structure that always has its
-# greatest entry at hand), and `_merge_everywhere` performs one merge,
-# corrects the counts at the seams, and returns the counts of the new pairs. Tokens are numbered
-# here, and a pair is a string of two characters whose code points are the numbers of its tokens;
-# `chr` and `ord` translate. The first two lines of the body check what they are given
-# (`check_at_least` takes the least value allowed, and the value) and prepare the words: `valid_text` replaces what is not valid Unicode, and in `latin-1` the character with
-# code point $b$ stands for the byte $b$.
+# greatest entry at hand), and `_merge_everywhere` performs one merge, corrects the counts at the
+# seams, and returns the counts of the new pairs. Tokens are numbered here, and a pair is a string
+# of two characters whose code points are the numbers of its tokens; `chr` and `ord` translate. The
+# first two lines of the body check what they are given (`check_at_least` takes the least value
+# allowed, and the value) and prepare the words: `valid_text` replaces what is not valid Unicode,
+# and in `latin-1` the character with code point $b$ stands for the byte $b$.
 
 
 # %%
@@ -1067,8 +1068,8 @@ class BPETokenizer:
 
 # %% [markdown]
 # Each engine room below continues the class under the same name, as
-# `class BPETokenizer(BPETokenizer)`, and adds methods, and some options of `encode`. The rest of the
-# main line uses these:
+# `class BPETokenizer(BPETokenizer)`, and adds methods, and some options of `encode`. The rest of
+# the main line uses these:
 #
 # | | |
 # |---|---|
@@ -1230,7 +1231,8 @@ class BPETokenizer(BPETokenizer):  # continued
 #
 # A tokenizer that is made by hand, or read from a file, may have bytes or tokens missing. So the
 # constructor checks all that it is given. And other programs' files may also ask that text be
-# normalized first, that tokens be put before and after it, or that added tokens be found in any text.
+# normalized first, that tokens be put before and after it, or that added tokens be found in any
+# text.
 
 # %% [markdown] tags=["engine"]
 # #### Engine room: checks, and what other programs' files ask for (`TextSteps`, `encode`)
@@ -3046,7 +3048,8 @@ n_ids = len(ids) // 50 * 50
 print(f"all three give the same ids, more than {n_ids} of them, and decode them to the same text")
 
 # %% [markdown]
-# Then we compare our ids with tiktoken's, on documents and on messages in more than forty languages:
+# Then we compare our ids with tiktoken's, on documents and on messages in more than forty
+# languages:
 
 # %%
 sample = held_out[:500] + [text for messages in catalogs.values() for text in messages[:50]]
@@ -3128,11 +3131,11 @@ for name, value in times.items():
 
 # %% [markdown]
 # Training spends most of its time on merging, which is pure Python. Since the number of *different*
-# words grows slowly, by Heaps' law, the balance shifts as the text grows: on 100 MB most of the time goes into
-# counting, and thus into the regular expression. Encoding with a cold cache is bound by the merges
-# of words not met before. `tokenizers` also records where each token stands in the text, and uses
-# all cores in its batch mode. The folder `benchmarks/results` of the repository has tables for more
-# text, and for vocabularies of up to 128,000 tokens.
+# words grows slowly, by Heaps' law, the balance shifts as the text grows: on 100 MB most of the
+# time goes into counting, and thus into the regular expression. Encoding with a cold cache is bound
+# by the merges of words not met before. `tokenizers` also records where each token stands in the
+# text, and uses all cores in its batch mode. The folder `benchmarks/results` of the repository has
+# tables for more text, and for vocabularies of up to 128,000 tokens.
 #
 # ## Exercises
 #
