@@ -144,10 +144,12 @@ def proof(
     check = exercise.check.source
     blanks = [blanked(chapter, notebook, cell) for cell in exercise.solutions]
     yield "the blank fails", BLANK_MUST_FAIL.format(arguments=[exercise.label, *blanks, check])
-    for cell in exercise.solutions:
-        yield "the solution runs", cell.source
+    # Each name comes once: of two tests with one name, xdist's loadfile runs one.
+    for number, cell in enumerate(exercise.solutions, 1):
+        yield f"solution {number} runs", cell.source
     yield "the solution passes", check
-    for answer in wrong:
+    for number, answer in enumerate(wrong, 1):
         if answer.exercise == exercise.label:
             arguments = [exercise.label, answer.says, answer.source, check]
-            yield f"refused: {answer.about}", WRONG_MUST_BE_REFUSED.format(arguments=arguments)
+            refusal = WRONG_MUST_BE_REFUSED.format(arguments=arguments)
+            yield f"answer {number} is refused: {answer.about}", refusal

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from book import ROOT, BookError, Chapter, code_cells, read_notebook
-from workbook import blank, write_workbook
+from nbval_exercises import proof
+from workbook import blank, exercises, write_workbook
+from wrong_answers import wrong_answers
 
 BLANKS = {
     "signature, decorator and docstring stay": (
@@ -167,3 +169,14 @@ def test_a_wrong_answer_must_be_refused_with_the_message_it_deserves(
     assert code == 1
     assert words in output
     assert re.search(r"^1 failed, 21 passed", output, re.MULTILINE), output
+
+
+def test_each_step_of_a_proof_has_its_own_name(book, edit):
+    for words in ("# Right for one only", "# A power"):
+        edit("tests/wrong_answers/01_second.py", words, "# Four times")
+    chapter = Chapter(book, "01_second")
+    notebook = read_notebook(chapter.notebook)
+    (exercise,) = exercises(chapter, notebook)
+    exercise.solutions *= 2
+    names = [name for name, _ in proof(chapter, notebook, exercise, wrong_answers(chapter))]
+    assert len(names) == len(set(names)) == 1 + 2 + 1 + 3

@@ -171,7 +171,7 @@ def ratio_by_part(trainer, batch):
     return {part: update_ratio(before[part], after[part]) for part in before}
 
 
-# %% exercise="ex-training-layers" says="the norm of the change"
+# %% exercise="ex-training-layers" says="before the step"
 # No copies, so that nothing seems to change
 def ratio_by_part(trainer, batch):
     def parts():
