@@ -242,8 +242,6 @@ def main(modules: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or MODULES
-    if "--json" in chosen:
-        print(json.dumps(main([m for m in chosen if m != "--json"])))
-    else:
-        print("\n".join(main(chosen)))
+    chosen = [argument for argument in sys.argv[1:] if argument != "--json"] or MODULES
+    found = main(chosen)
+    print(json.dumps(found) if "--json" in sys.argv else "\n".join(found))
