@@ -491,6 +491,19 @@ def check_at_least(**bounds: tuple[int, object]) -> None:
             raise ValueError(f"{argument}: expected at least {least}, got {value}")
 
 
+def check_whole(argument: str, value: object, least: int, most: int | None = None) -> None:
+    """Demand a whole number from ``least`` to ``most``; unlike above, ``None`` is refused.
+
+    >>> check_whole("size", None, 1)
+    Traceback (most recent call last):
+    ValueError: size: expected a whole number of at least 1, got None
+    """
+    bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+    known = () if isinstance(value, bool) else (int, np.integer)
+    if not isinstance(value, known) or value < least or (most is not None and value > most):
+        raise ValueError(f"{argument}: expected a whole number {bounds}, got {value!r:.60}")
+
+
 def check_even(**sizes: int | np.integer) -> None:
     """Demand even whole numbers of at least 2."""
     for argument, size in sizes.items():
@@ -532,13 +545,13 @@ def check_text(value: object, argument: str = "text") -> str:
 
 
 def check_path(value: object, argument: str = "path") -> Path:
-    """Return ``value`` as a ``Path``, else raise a ``ValueError`` that names ``argument``.
+    """Return ``value`` as a ``Path``; refuse what is none, or empty, by the name of ``argument``.
 
     >>> check_path(5)
     Traceback (most recent call last):
     ValueError: path: expected a str or a Path, got 5
     """
-    if not isinstance(value, str | os.PathLike):
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise ValueError(f"{argument}: expected a str or a Path, got {value!r:.60}")
     return Path(value)
 

@@ -490,12 +490,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
-from numbers import Integral
 from os.path import commonprefix
 from random import Random
 from typing import Literal, NamedTuple, get_args
 
-from llmbook.environment import check_choice, check_fraction, check_text
+from llmbook.environment import check_choice, check_fraction, check_text, check_whole
 
 # %% [markdown] tags=["engine"]
 # What the world is made of is data. The names come from a list of 120. For each attribute there is
@@ -668,18 +667,11 @@ CLOSINGS = (
 )
 
 # %% [markdown] tags=["engine"]
-# The settings of a world all pass the same check. To Python a truth value is a whole number, but
-# nobody means one by a number of characters, so it is refused.
+# The settings of a world are checked when it is made, whole numbers by the check of chapter 00.
 
 
 # %% tags=["engine"]
 #| export
-def _check_whole(name: str, value: object, low: int, high: int) -> None:
-    """Raise ValueError unless ``value`` is a whole number from ``low`` to ``high``."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
-        raise ValueError(f"{name}: expected a whole number from {low} to {high}, got {value!r:.60}")
-
-
 def _check_exponent(name: str, value: object, high: int) -> None:
     """Raise ValueError unless ``value`` is a number from 0 to ``high``."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
@@ -688,10 +680,10 @@ def _check_exponent(name: str, value: object, high: int) -> None:
 
 def _check_cast(n_characters: int, n_strangers: int, zipf_exponent: float, seed: int) -> None:
     """Raise ValueError for a cast that cannot be: there are only so many names."""
-    _check_whole("n_characters", n_characters, 2, len(NAMES))
-    _check_whole("n_strangers", n_strangers, 0, len(NAMES) - n_characters)
+    check_whole("n_characters", n_characters, 2, len(NAMES))
+    check_whole("n_strangers", n_strangers, 0, len(NAMES) - n_characters)
     _check_exponent("zipf_exponent", zipf_exponent, 4)
-    _check_whole("seed", seed, 0, 2**63 - 1)
+    check_whole("seed", seed, 0, 2**63 - 1)
 
 
 # %% [markdown] tags=["engine"]
@@ -724,7 +716,7 @@ def zipf_weights(n: int, exponent: float) -> list[float]:
     >>> [round(w, 3) for w in zipf_weights(3, exponent=1.0)]
     [0.545, 0.273, 0.182]
     """
-    _check_whole("n", n, 1, 10**9)
+    check_whole("n", n, 1, 10**9)
     _check_exponent("exponent", exponent, 100)
     weights = [rank**-exponent for rank in range(1, n + 1)]
     total = math.fsum(weights)
@@ -1334,7 +1326,7 @@ class Source:
     def stories(self, n: int, seed: int) -> Iterator[Story]:
         """``n`` independent stories, the same for a seed on every platform and Python."""
         for name, value in (("n", n), ("seed", seed)):
-            _check_whole(name, value, 0, 2**63 - 1)
+            check_whole(name, value, 0, 2**63 - 1)
         random = Random(int(seed))
         walks = (walk(self.branches, self.start, random) for _ in range(n))
         return (Story.from_walk(list(path)) for path in walks)
@@ -1413,8 +1405,8 @@ class TinyWorld(Source):
 
     def __post_init__(self) -> None:
         _check_cast(self.n_characters, self.n_strangers, self.zipf_exponent, self.seed)
-        _check_whole("facts_per_story", self.facts_per_story, 1, len(ATTRIBUTES) - 1)
-        _check_whole("n_phrasings", self.n_phrasings, 1, len(PHRASES["home"]))
+        check_whole("facts_per_story", self.facts_per_story, 1, len(ATTRIBUTES) - 1)
+        check_whole("n_phrasings", self.n_phrasings, 1, len(PHRASES["home"]))
 
     @cached_property
     def cast(self) -> Cast:

@@ -32,7 +32,7 @@ import json
 from dataclasses import asdict
 from itertools import chain
 
-from llmbook.environment import check_choice, check_path, check_text, whole_file
+from llmbook.environment import check_choice, check_path, check_text, check_whole, whole_file
 
 # %% [markdown]
 # Signatures are plain NumPy arrays; nothing here needs a tensor.
@@ -54,7 +54,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64, Shaped, UInt, UInt32, UInt64
 
 from llmbook.corpus import Document, iter_documents, iter_texts, ordered_map
-from llmbook.environment import check_at_least
 
 # %% [markdown]
 # Our corpus is the one of chapter 02 and three more packages, which carry license headers.
@@ -339,16 +338,8 @@ def _shingle_hashes(
 
 # %% tags=["engine"]
 #| export
-def _check_whole(**bounds: tuple[int, object]) -> None:
-    """Demand whole numbers of at least so much, ``None`` excluded."""
-    for argument, (_, value) in bounds.items():
-        if value is None:
-            raise ValueError(f"{argument}: expected a whole number, got None")
-    check_at_least(**bounds)
-
-
 def _check_shingles(n: int, unit: str) -> None:
-    _check_whole(n=(1, n))
+    check_whole("n", n, 1)
     check_choice("unit", unit, ("word", "character"))
 
 
@@ -559,7 +550,7 @@ class MinHasher:
 
     def signatures(self, documents: Iterable[Document | str], workers: int = 1) -> _Signatures:
         """Sign documents, reading each once; several ``workers`` hold all texts in memory."""
-        _check_whole(workers=(1, workers))
+        check_whole("workers", workers, 1)
         jobs = ((self, texts) for texts in _batches(iter_texts(documents)))
         parts = map(_sign, jobs) if workers == 1 else ordered_map(_sign, list(jobs), workers)
         return np.concatenate([np.empty((0, self.n_permutations), np.uint32), *parts])
@@ -650,7 +641,8 @@ def _check_numbers(dimensions: int | None, **arrays: tuple[Any, str]) -> None:
 
 
 def _check_hasher(hasher: MinHasher) -> None:
-    _check_whole(n_permutations=(1, hasher.n_permutations), seed=(0, hasher.seed))
+    check_whole("n_permutations", hasher.n_permutations, 1)
+    check_whole("seed", hasher.seed, 0)
     _check_shingles(hasher.n, hasher.unit)
     if hasher.seed >= 2**32:
         raise ValueError(f"seed: expected less than 2**32, got {hasher.seed}")
@@ -782,7 +774,7 @@ plt.show()
 # P(\text{candidates}) = 1 - (1 - s^r)^b .
 # $$ (dedup-scurve)
 #
-# (`_check_whole` and `_check_numbers`, from the engine rooms, refuse what is no whole number.)
+# (`check_whole` and `_check_numbers`, from the engine rooms, refuse anything but whole numbers.)
 
 
 # %%
@@ -798,7 +790,8 @@ def collision_probability(
     >>> collision_probability(np.array([0.4, 0.8]), bands=16, rows=8).round(2).tolist()
     [0.01, 0.95]
     """
-    _check_whole(bands=(1, bands), rows=(1, rows))
+    check_whole("bands", bands, 1)
+    check_whole("rows", rows, 1)
     s = np.asarray(similarity)
     one = isinstance(similarity, int | float | np.number | np.ndarray)
     if not one or s.dtype.kind not in "fiu" or not ((s >= 0) & (s <= 1)).all():
@@ -863,7 +856,7 @@ def optimal_bands(
     below and above the threshold. Of equally good choices that with the fewest bands is taken.
     """
     _check_threshold(threshold)
-    _check_whole(n_permutations=(1, n_permutations))
+    check_whole("n_permutations", n_permutations, 1)
     _check_weights(weights)
     return _least_error(threshold, n_permutations, *weights)
 
@@ -1206,7 +1199,8 @@ def _checked_hasher(hasher: MinHasher | None) -> MinHasher:
 
 
 def _check_bands(bands: int, rows: int, n_permutations: int) -> None:
-    _check_whole(bands=(1, bands), rows=(1, rows))
+    check_whole("bands", bands, 1)
+    check_whole("rows", rows, 1)
     if bands * rows > n_permutations:
         most = f"at most {n_permutations} permutations"
         raise ValueError(f"bands, rows: expected {most} in all, got {bands} times {rows}")
@@ -1406,7 +1400,7 @@ class UnionFind:
     """
 
     def __init__(self, size: int) -> None:
-        _check_whole(size=(0, size))
+        check_whole("size", size, 0)
         self._parent = list(range(size))
 
     def find(self, item: int) -> int:
@@ -1690,7 +1684,8 @@ def find_near_duplicates(
     copies always are. In buckets of more than ``exact_up_to`` members some edges that would join
     two clusters may be missed.
     """
-    _check_whole(exact_up_to=(0, exact_up_to), workers=(1, workers))
+    check_whole("exact_up_to", exact_up_to, 0)
+    check_whole("workers", workers, 1)
     hasher = _checked_hasher(hasher)
     bands, rows = _checked_bands(threshold, hasher, weights, bands, rows)
     texts = list(iter_texts(documents))

@@ -51,7 +51,7 @@ import regex  # type: ignore[import-untyped, unused-ignore]
 
 from llmbook.cleaning import whole_characters
 from llmbook.corpus import Document, existing_paths, iter_texts, ordered_map
-from llmbook.environment import check_at_least, check_choice, check_text, whole_file
+from llmbook.environment import check_at_least, check_choice, check_path, check_text, whole_file
 
 # %% [markdown]
 # Three of the imports in the folded cell above do most of the work below: `Counter` counts,
@@ -2523,16 +2523,9 @@ def _read_template(step: Any, names: dict[int, str]) -> tuple[list[str], list[st
 
 # %% tags=["engine"]
 #| export
-def checked_path(path: object, argument: str = "path") -> Path:
-    """Return ``path`` as a Path; what is neither a Path nor a str, not empty, is refused."""
-    if not isinstance(path, str | Path) or path == "":
-        raise ValueError(f"{argument}: expected a str or a Path, got {path!r:.60}")
-    return Path(path)
-
-
 def read_json_object(path: str | Path) -> dict[str, Any]:
     """Return the object in a JSON file."""
-    data = json.loads(checked_path(path).read_text(encoding="utf-8"))
+    data = json.loads(check_path(path).read_text(encoding="utf-8"))
     if not isinstance(data, dict):
         raise ValueError(f"expected a JSON object, got {type(data).__name__}")
     return data
@@ -2541,7 +2534,7 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 @contextmanager
 def naming_file(path: str | Path) -> Iterator[Path]:
     """Give ``path``; whatever is wrong with its contents becomes a ``ValueError`` that names it."""
-    path = checked_path(path)
+    path = check_path(path)
     try:
         yield path
     except (ValueError, RecursionError) as error:
@@ -2630,7 +2623,7 @@ class BPETokenizer(BPETokenizer):  # continued
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``. A ``ValueError`` says what this format cannot hold."""
         text = json.dumps(_tokenizer_json(self), ensure_ascii=False, indent=1)
-        _write_text(checked_path(path), text)
+        _write_text(check_path(path), text)
 
     @classmethod
     def load(cls, path: str | Path) -> "BPETokenizer":
@@ -2662,7 +2655,7 @@ class BPETokenizer(BPETokenizer):  # continued
             )
         tokens = _file_vocabulary(self._tables)
         lines = [f"{_as_text(a)} {_as_text(b)}" for a, b in self.merges]
-        folder = checked_path(folder, "folder")
+        folder = check_path(folder, "folder")
         folder.mkdir(parents=True, exist_ok=True)
         _write_text(folder / "vocab.json", json.dumps(tokens, ensure_ascii=False))
         _write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *lines, ""]))
@@ -2670,7 +2663,7 @@ class BPETokenizer(BPETokenizer):  # continued
     @classmethod
     def load_gpt2(cls, folder: str | Path, *, pattern: str = GPT2_PATTERN) -> "BPETokenizer":
         """Read ``vocab.json`` and ``merges.txt``. Tokens that no merge makes become special."""
-        with naming_file(checked_path(folder, "folder")) as found:
+        with naming_file(check_path(folder, "folder")) as found:
             made = cls(**_from_gpt2(found), pattern=pattern)
         return made
 
@@ -3001,7 +2994,7 @@ class BPETokenizer(BPETokenizer):  # continued
         lines = (
             f"{b64encode(t).decode()} {id}" for t, id in sorted(ids.items(), key=lambda i: i[1])
         )
-        _write_text(checked_path(path), "\n".join([*lines, ""]))
+        _write_text(check_path(path), "\n".join([*lines, ""]))
 
 
 # %% [markdown] tags=["engine"]

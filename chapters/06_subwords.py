@@ -42,12 +42,11 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from llmbook.corpus import Document, iter_texts
-from llmbook.environment import check_at_least, check_choice, check_text, whole_file
+from llmbook.environment import check_at_least, check_choice, check_path, check_text, whole_file
 from llmbook.tokenizer import (
     SpecialTokens,
     WordCache,
     check_special_tokens,
-    checked_path,
     naming_file,
     read_json_object,
     valid_text,
@@ -924,7 +923,7 @@ def _write_file(
     head = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
     whole = {**head, **steps, "model": model}
     text = json.dumps(whole, ensure_ascii=False, indent=1)
-    with whole_file(checked_path(path)) as draft:
+    with whole_file(check_path(path)) as draft:
         draft.write_text(text, encoding="utf-8", newline="\n")
 
 

@@ -40,7 +40,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from jaxtyping import Bool, Int64, UInt64
 
 from llmbook.corpus import CorpusWarning, Document, ordered_map, without_main_script
-from llmbook.environment import check_at_least, whole_directory
+from llmbook.environment import check_at_least, check_path, whole_directory
 
 # %% [markdown]
 # ## One text, many predictions
@@ -526,11 +526,6 @@ def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.bin"
 
 
-def _check_path(directory: object) -> None:
-    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
-        raise ValueError(f"directory: expected a path, got {directory!r:.60}")
-
-
 def _blank_header(tokenizer: Tokenizer, end_of_text: str) -> ShardHeader:
     """The header of an empty shard of ids by ``tokenizer``."""
     special, size = dict(tokenizer.special_tokens), tokenizer.vocab_size
@@ -580,7 +575,7 @@ def write_shards(
     if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
         raise ValueError(f"texts: expected several texts, got one {type(texts).__name__}")
     _check_tokenizer(tokenizer)
-    _check_path(directory)
+    check_path(directory, "directory")
     header, digest = _blank_header(tokenizer, end_of_text), _NO_DIGEST
     target = Path(directory).resolve()
     with whole_directory(target) as draft:
@@ -829,7 +824,7 @@ class TokenShards(TokenRing):
     end_of_text: int
 
     def __init__(self, directory: str | Path, tokenizer: Tokenizer | None = None):
-        _check_path(directory)
+        check_path(directory, "directory")
         self.directory = Path(directory).resolve()
         self._shards = [_Shard(path) for path in _shard_paths(self.directory)]
         _check_chain(self.directory, [shard.header for shard in self._shards])

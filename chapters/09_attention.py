@@ -38,7 +38,13 @@ from typing import Any, Literal, NamedTuple
 from jaxtyping import Bool, Float, Int64
 from torch.autograd.function import once_differentiable
 
-from llmbook.environment import check_at_least, check_choice, check_even, check_fraction
+from llmbook.environment import (
+    check_at_least,
+    check_choice,
+    check_even,
+    check_fraction,
+    check_whole,
+)
 from llmbook.positions import check_tensor
 
 # %% [markdown]
@@ -1298,13 +1304,6 @@ def _counted(positions: Tensor, lengths: list[int]) -> list[int]:
     return given.sum(dim=1).tolist()
 
 
-def _check_count(argument: str, n: object) -> None:
-    """Raise unless ``n`` is a number of tokens, at least one."""
-    if n is None:
-        raise ValueError(f"{argument}: expected a whole number, got None")
-    check_at_least(**{argument: (1, n)})
-
-
 def _is_ring(cache: "KVCache") -> bool:
     """A ring of at least the window never fills up; all other memory does."""
     return cache.window is not None and cache.window <= cache.capacity
@@ -1329,7 +1328,7 @@ def _plan(cache: "KVCache", position_ids: Tensor | int) -> tuple[_Step, Tensor |
         positions = _positions_of_all(cache, position_ids)
         n, added = positions.size(1), _counted(positions, before)
     else:
-        _check_count("position_ids", position_ids)
+        check_whole("position_ids", position_ids, 1)
         n, added = position_ids, [position_ids] * len(before)
     after = [length + new for length, new in zip(before, added, strict=True)]
     if max(after) > capacity and not _is_ring(cache):
@@ -1432,7 +1431,7 @@ class KVCache(KVCache):  # continued
 
     def next_positions(self, n: int) -> Int64[Tensor, "batch_or_1 n"]:
         """Return the next ``n`` positions of each row, or of one row if all are alike."""
-        _check_count("n", n)
+        check_whole("n", n, 1)
         known = None if torch.compiler.is_compiling() else self._lengths
         start = self._counts[:1] if known and min(known) == max(known) else self._counts
         return start[:, None] + torch.arange(n, device=self.device)
@@ -2079,7 +2078,7 @@ def flash_attention(
     """
     _check_inputs(q, k, mask, is_causal, scale)
     _check_values(k, v)
-    _check_count("block_size", block_size)
+    check_whole("block_size", block_size, 1)
     scale = q.size(-1) ** -0.5 if scale is None else scale
     tiles = _Tiles(q.size(-2), k.size(-2), block_size, is_causal)
     groups = k.size(-3), q.size(-3) // k.size(-3)

@@ -61,7 +61,13 @@ from llmbook.batches import document_mask
 from llmbook.blocks import GATES, ACTIVATIONS, FeedForward, LayerNorm, MixtureOfExperts
 from llmbook.blocks import RMSNorm, TransformerBlock
 from llmbook.blocks import default_d_ff, initialize_weights
-from llmbook.environment import check_at_least, check_choice, check_fraction
+from llmbook.environment import (
+    check_at_least,
+    check_choice,
+    check_fraction,
+    check_path,
+    check_whole,
+)
 from llmbook.positions import LearnedEmbedding, RopeScaling, RotaryEmbedding, SinusoidalEmbedding
 
 # %% [markdown]
@@ -804,11 +810,9 @@ def _check_cache(config: ModelConfig, rows: int, cache: Any) -> None:
 # %% tags=["engine"]
 #| export
 def _check_counts(least: int = 1, /, **counts: Any) -> None:
-    """Demand whole numbers of at least so much, not None, which ``check_at_least`` lets pass."""
+    """Demand whole numbers of at least so much."""
     for name, count in counts.items():
-        if count is None:
-            raise ValueError(f"{name}: expected a whole number of at least {least}, got None")
-        check_at_least(**{name: (least, count)})
+        check_whole(name, count, least)
 
 
 def _check_batch(config: Any, dtype: Any, **counts: Any) -> None:
@@ -2129,7 +2133,7 @@ def save_model(
     parameters are not those of its configuration, such as a quantized one, is a ``ValueError``.
     """
     _check_counts(max_shard_size=max_shard_size)
-    folder = _as_path(folder)
+    folder = check_path(folder, "folder")
     plain = _unwrapped(model)
     dtype = str(plain.embedding.weight.dtype).removeprefix("torch.")
     described = _entries_of(plain.config) | {"dtype": dtype}
@@ -2209,12 +2213,6 @@ def _carry_over(folder: Path, draft: Path) -> None:
         if not _OURS.fullmatch(path.name):
             copy = shutil.copytree if path.is_dir() else shutil.copy2
             copy(path, draft / path.name)
-
-
-def _as_path(folder: Any) -> Path:
-    if not isinstance(folder, str | os.PathLike):
-        raise ValueError(f"folder: expected a path, got {folder!r:.60}")
-    return Path(folder)
 
 
 def _check_json(entries: Mapping[str, Any]) -> None:
@@ -2307,7 +2305,7 @@ def load_model(
     """
     chosen, place = _chosen_dtype(dtype), _chosen_device(device)
     check_choice("backend", backend, ("reference", "torch"))
-    folder = _whole_version(_as_path(folder))
+    folder = _whole_version(check_path(folder, "folder"))
     family, config = _described(folder)
     found = _stored_tensors(_weight_files(folder), family)
     _check_sizes(folder, family, config, found)

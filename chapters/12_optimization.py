@@ -36,7 +36,7 @@ from torch.optim.sgd import sgd
 
 from llmbook.attention import Backend
 from llmbook.blocks import lookup_tables
-from llmbook.environment import check_at_least, check_choice, check_fraction
+from llmbook.environment import check_choice, check_fraction, check_whole
 
 # %% [markdown]
 # We need PyTorch and two modules of the standard library:
@@ -319,13 +319,6 @@ def _check_amount(name: str, value: Any, *, positive: bool = False) -> None:
     if not _is_number(value) or not (0 < value < math.inf or (value == 0 and not positive)):
         expected = "a finite number above 0" if positive else "a finite number of at least 0"
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    """Demand a whole number; None, which ``check_at_least`` lets pass, is none."""
-    if value is None:
-        raise ValueError(f"{name}: expected a whole number of at least {least}, got None")
-    check_at_least(**{name: (least, value)})
 
 
 # %% [markdown] tags=["engine"]
@@ -643,7 +636,7 @@ def chunked_cross_entropy(
     are made in the forward pass, so logits are computed once; there is no second derivative.
     Under autocast the products are in its dtype, the softmax in float32 all the same.
     """
-    _check_count("chunk_size", chunk_size, 1)
+    check_whole("chunk_size", chunk_size, 1)
     check_choice("reduction", reduction, ("mean", "sum"))
     _check_floating("hidden", hidden, 1)
     device = hidden.device.type
@@ -1420,7 +1413,7 @@ def orthogonalize(
     steps. Computed in the dtype of ``matrix``. Source: Jordan et al. (2024), Newton-Schulz.
     """
     _check_floating("matrix", matrix, 2)
-    _check_count("steps", steps, 0)
+    check_whole("steps", steps, 0)
     _check_coefficients("coefficients", coefficients)
     _check_amount("eps", eps)
     a, b, c = coefficients
@@ -1531,7 +1524,7 @@ def _check_muon(group: dict[str, Any]) -> None:
         _check_amount(name, group[name])
     _check_share("momentum", group["momentum"])
     _check_switch("nesterov", group["nesterov"])
-    _check_count("ns_steps", group["ns_steps"], 0)
+    check_whole("ns_steps", group["ns_steps"], 0)
     _check_coefficients("ns_coefficients", group["ns_coefficients"])
     if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
         expected = "None, original or match_rms_adamw"
@@ -1858,7 +1851,7 @@ assert held == sum(p.numel() for p in untied.parameters()), "each parameter once
 # Which schedules are refused
 def _check_schedule(n_steps: int, warmup: int, final: float, decay: int = 0) -> None:
     for name, value, least in (("n_steps", n_steps, 1), ("warmup", warmup, 0), ("decay", decay, 0)):
-        _check_count(name, value, least)
+        check_whole(name, value, least)
     if warmup + decay > n_steps:
         expected = f"warmup and decay within n_steps = {n_steps}"
         raise ValueError(f"warmup: expected {expected}, got {warmup} and {decay}")
@@ -1887,7 +1880,7 @@ def constant_schedule(*, warmup: int = 0) -> Schedule:
     >>> [constant_schedule(warmup=3)(step) for step in range(5)]
     [0.25, 0.5, 0.75, 1.0, 1.0]
     """
-    _check_count("warmup", warmup, 0)
+    check_whole("warmup", warmup, 0)
     return lambda step: _warmed_up(step, warmup, lambda _: 1.0)
 
 

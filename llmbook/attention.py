@@ -8,7 +8,7 @@ __all__ = ['Backend', 'softmax', 'attention_mask', 'causal_mask', 'attention_wei
            'MultiHeadAttention', 'attention_pattern', 'LayerCache', 'KVCache', 'MultiHeadLatentAttention',
            'flash_attention', 'AttentionFigure', 'show_attention']
 
-# %% ../chapters/09_attention.ipynb #e1b00bb9
+# %% ../chapters/09_attention.ipynb #edc1dfca
 # The imports that only the module and its engine rooms need.
 import json
 from collections import OrderedDict
@@ -22,7 +22,13 @@ from typing import Any, Literal, NamedTuple
 from jaxtyping import Bool, Float, Int64
 from torch.autograd.function import once_differentiable
 
-from .environment import check_at_least, check_choice, check_even, check_fraction
+from llmbook.environment import (
+    check_at_least,
+    check_choice,
+    check_even,
+    check_fraction,
+    check_whole,
+)
 from .positions import check_tensor
 
 # %% ../chapters/09_attention.ipynb #d5b66ec7
@@ -511,7 +517,7 @@ class KVCache:
 
     def next_positions(self, n: int) -> Int64[Tensor, "batch_or_1 n"]:
         """Return the next ``n`` positions of each row, or of one row if all are alike."""
-        _check_count("n", n)
+        check_whole("n", n, 1)
         known = None if torch.compiler.is_compiling() else self._lengths
         start = self._counts[:1] if known and min(known) == max(known) else self._counts
         return start[:, None] + torch.arange(n, device=self.device)
@@ -600,7 +606,7 @@ def _step_apart(
     keys = torch.cat([keys, positions], dim=1) if append else keys
     return step, attention_mask(positions, keys, window)
 
-# %% ../chapters/09_attention.ipynb #590aa951
+# %% ../chapters/09_attention.ipynb #901ffe08
 def _counted(positions: Tensor, lengths: list[int]) -> list[int]:
     """Return how many tokens ``positions`` adds to each row; raise unless they go on from there."""
     given = positions >= 0
@@ -611,13 +617,6 @@ def _counted(positions: Tensor, lengths: list[int]) -> list[int]:
         rule = f"row {row} to go on from {lengths[row]}, with -1 for padding"
         raise ValueError(f"position_ids: expected {rule}, got {positions[row].tolist()}")
     return given.sum(dim=1).tolist()
-
-
-def _check_count(argument: str, n: object) -> None:
-    """Raise unless ``n`` is a number of tokens, at least one."""
-    if n is None:
-        raise ValueError(f"{argument}: expected a whole number, got None")
-    check_at_least(**{argument: (1, n)})
 
 
 def _is_ring(cache: "KVCache") -> bool:
@@ -633,7 +632,7 @@ def _positions_of_all(cache: "KVCache", position_ids: Tensor) -> Tensor:
         raise ValueError(f"position_ids: expected {expected}, got {position_ids.size(0)}")
     return position_ids.expand(batch_size, -1)
 
-# %% ../chapters/09_attention.ipynb #25898785
+# %% ../chapters/09_attention.ipynb #d4132ebe
 def _plan(cache: "KVCache", position_ids: Tensor | int) -> tuple[_Step, Tensor | None, list[int]]:
     """Return what the layers are to do, the mask, and the lengths of the rows after it."""
     before, capacity = cache._lengths, cache.capacity
@@ -642,7 +641,7 @@ def _plan(cache: "KVCache", position_ids: Tensor | int) -> tuple[_Step, Tensor |
         positions = _positions_of_all(cache, position_ids)
         n, added = positions.size(1), _counted(positions, before)
     else:
-        _check_count("position_ids", position_ids)
+        check_whole("position_ids", position_ids, 1)
         n, added = position_ids, [position_ids] * len(before)
     after = [length + new for length, new in zip(before, added, strict=True)]
     if max(after) > capacity and not _is_ring(cache):
@@ -937,7 +936,7 @@ class _FlashAttention(torch.autograd.Function):
         d_q, d_k, d_v = (gradient.to(q.dtype) for gradient in gradients)
         return d_q * ctx.scale, d_k, d_v, None, None, None
 
-# %% ../chapters/09_attention.ipynb #f610b61c
+# %% ../chapters/09_attention.ipynb #3f9a25c3
 def flash_attention(
     q: Float[Tensor, "*batch n_heads queries d_head"],
     k: Float[Tensor, "*batch n_kv_heads keys d_head"],
@@ -959,7 +958,7 @@ def flash_attention(
     """
     _check_inputs(q, k, mask, is_causal, scale)
     _check_values(k, v)
-    _check_count("block_size", block_size)
+    check_whole("block_size", block_size, 1)
     scale = q.size(-1) ** -0.5 if scale is None else scale
     tiles = _Tiles(q.size(-2), k.size(-2), block_size, is_causal)
     groups = k.size(-3), q.size(-3) // k.size(-3)

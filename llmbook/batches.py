@@ -8,7 +8,7 @@ __all__ = ['ShardError', 'ShardHeader', 'Tokenizer', 'tokenizer_fingerprint', 'w
            'random_bits', 'permuted', 'Batch', 'window_batch', 'document_fields', 'document_mask', 'best_fit',
            'PackedDocuments', 'pack_documents', 'ResumableBatches', 'BatchSampler']
 
-# %% ../chapters/07_batches.ipynb #5723bef9
+# %% ../chapters/07_batches.ipynb #01e25692
 # The imports that only the module needs
 import pickle
 import zlib
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from jaxtyping import Bool, Int64, UInt64
 
 from .corpus import CorpusWarning, Document, ordered_map, without_main_script
-from .environment import check_at_least, whole_directory
+from .environment import check_at_least, check_path, whole_directory
 
 # %% ../chapters/07_batches.ipynb #a5472ce1
 import math
@@ -268,14 +268,9 @@ def _shards_of(
     if group:
         yield group, True
 
-# %% ../chapters/07_batches.ipynb #a20913b3
+# %% ../chapters/07_batches.ipynb #8da9fc1a
 def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.bin"
-
-
-def _check_path(directory: object) -> None:
-    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
-        raise ValueError(f"directory: expected a path, got {directory!r:.60}")
 
 
 def _blank_header(tokenizer: Tokenizer, end_of_text: str) -> ShardHeader:
@@ -297,7 +292,7 @@ def _blank_header(tokenizer: Tokenizer, end_of_text: str) -> ShardHeader:
         digest=_NO_DIGEST,
     )
 
-# %% ../chapters/07_batches.ipynb #3d5268de
+# %% ../chapters/07_batches.ipynb #74669647
 def write_shards(
     texts: Iterable[Any],
     directory: str | Path,
@@ -320,7 +315,7 @@ def write_shards(
     if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
         raise ValueError(f"texts: expected several texts, got one {type(texts).__name__}")
     _check_tokenizer(tokenizer)
-    _check_path(directory)
+    check_path(directory, "directory")
     header, digest = _blank_header(tokenizer, end_of_text), _NO_DIGEST
     target = Path(directory).resolve()
     with whole_directory(target) as draft:
@@ -474,7 +469,7 @@ def _shard_paths(directory: Path) -> list[Path]:
         raise ShardError(f"{missing[0]}: missing, but {found[-1].name} is there")
     return paths
 
-# %% ../chapters/07_batches.ipynb #764e9086
+# %% ../chapters/07_batches.ipynb #47a85696
 class TokenShards(TokenRing):
     """A directory that ``write_shards`` has written: a ring of tokens that knows its documents.
 
@@ -486,7 +481,7 @@ class TokenShards(TokenRing):
     end_of_text: int
 
     def __init__(self, directory: str | Path, tokenizer: Tokenizer | None = None):
-        _check_path(directory)
+        check_path(directory, "directory")
         self.directory = Path(directory).resolve()
         self._shards = [_Shard(path) for path in _shard_paths(self.directory)]
         _check_chain(self.directory, [shard.header for shard in self._shards])

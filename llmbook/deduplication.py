@@ -7,15 +7,15 @@ square, and keep the best of each."""
 __all__ = ['canonical_text', 'exact_duplicates', 'jaccard', 'shingles', 'MinHasher', 'estimate_jaccard', 'collision_probability',
            'optimal_bands', 'LSHIndex', 'UnionFind', 'NearDuplicates', 'find_near_duplicates', 'deduplicate']
 
-# %% ../chapters/04_deduplication.ipynb #e5e422ad
+# %% ../chapters/04_deduplication.ipynb #65e0b862
 # What the engine rooms import
 import json
 from dataclasses import asdict
 from itertools import chain
 
-from .environment import check_choice, check_path, check_text, whole_file
+from .environment import check_choice, check_path, check_text, check_whole, whole_file
 
-# %% ../chapters/04_deduplication.ipynb #0ff615c4
+# %% ../chapters/04_deduplication.ipynb #f1de5aa5
 import math
 import unicodedata
 from collections import defaultdict
@@ -31,7 +31,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64, Shaped, UInt, UInt32, UInt64
 
 from .corpus import Document, iter_documents, iter_texts, ordered_map
-from .environment import check_at_least
 
 # %% ../chapters/04_deduplication.ipynb #c72e57d0
 def canonical_text(text: str) -> str:
@@ -147,17 +146,9 @@ def _shingle_hashes(
             inside[ends[padded > 0] - j] = False
     return _mix64(combined[inside[:windows]]), np.maximum(padded - n + 1, 0)
 
-# %% ../chapters/04_deduplication.ipynb #34225635
-def _check_whole(**bounds: tuple[int, object]) -> None:
-    """Demand whole numbers of at least so much, ``None`` excluded."""
-    for argument, (_, value) in bounds.items():
-        if value is None:
-            raise ValueError(f"{argument}: expected a whole number, got None")
-    check_at_least(**bounds)
-
-
+# %% ../chapters/04_deduplication.ipynb #586297a2
 def _check_shingles(n: int, unit: str) -> None:
-    _check_whole(n=(1, n))
+    check_whole("n", n, 1)
     check_choice("unit", unit, ("word", "character"))
 
 
@@ -181,7 +172,7 @@ def _mix32(h: UInt32[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
     h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return h ^ (h >> np.uint32(16))
 
-# %% ../chapters/04_deduplication.ipynb #84406d49
+# %% ../chapters/04_deduplication.ipynb #f8a2427a
 _Signatures = UInt32[np.ndarray, "documents permutations"]
 
 
@@ -215,7 +206,7 @@ class MinHasher:
 
     def signatures(self, documents: Iterable[Document | str], workers: int = 1) -> _Signatures:
         """Sign documents, reading each once; several ``workers`` hold all texts in memory."""
-        _check_whole(workers=(1, workers))
+        check_whole("workers", workers, 1)
         jobs = ((self, texts) for texts in _batches(iter_texts(documents)))
         parts = map(_sign, jobs) if workers == 1 else ordered_map(_sign, list(jobs), workers)
         return np.concatenate([np.empty((0, self.n_permutations), np.uint32), *parts])
@@ -262,7 +253,7 @@ def _minima(
     signatures[filled] = least.T
     return signatures
 
-# %% ../chapters/04_deduplication.ipynb #0baaba89
+# %% ../chapters/04_deduplication.ipynb #591045b3
 def _check_numbers(dimensions: int | None, **arrays: tuple[Any, str]) -> None:
     """Demand arrays of so many dimensions (None: any), of numbers of one of the kinds given."""
     shape = "an array" if dimensions is None else "a row"
@@ -277,7 +268,8 @@ def _check_numbers(dimensions: int | None, **arrays: tuple[Any, str]) -> None:
 
 
 def _check_hasher(hasher: MinHasher) -> None:
-    _check_whole(n_permutations=(1, hasher.n_permutations), seed=(0, hasher.seed))
+    check_whole("n_permutations", hasher.n_permutations, 1)
+    check_whole("seed", hasher.seed, 0)
     _check_shingles(hasher.n, hasher.unit)
     if hasher.seed >= 2**32:
         raise ValueError(f"seed: expected less than 2**32, got {hasher.seed}")
@@ -310,7 +302,7 @@ def _sign(job: tuple[MinHasher, list[str]]) -> _Signatures:
     hashes, sizes = _shingle_hashes(texts, hasher.n, hasher.unit)
     return hasher.hash_signatures(hashes, sizes)
 
-# %% ../chapters/04_deduplication.ipynb #85477594
+# %% ../chapters/04_deduplication.ipynb #c8f97c24
 def collision_probability(
     similarity: float | Float[np.ndarray, "*shape"], bands: int, rows: int
 ) -> Float64[np.ndarray, "*shape"]:
@@ -322,7 +314,8 @@ def collision_probability(
     >>> collision_probability(np.array([0.4, 0.8]), bands=16, rows=8).round(2).tolist()
     [0.01, 0.95]
     """
-    _check_whole(bands=(1, bands), rows=(1, rows))
+    check_whole("bands", bands, 1)
+    check_whole("rows", rows, 1)
     s = np.asarray(similarity)
     one = isinstance(similarity, int | float | np.number | np.ndarray)
     if not one or s.dtype.kind not in "fiu" or not ((s >= 0) & (s <= 1)).all():
@@ -342,7 +335,7 @@ def _check_weights(weights: Sequence[float]) -> None:
     if not numbers or not min(pair) >= 0 or not 0 < sum(pair) < math.inf:
         raise ValueError(f"weights: expected two numbers from 0, not both 0, got {weights!r}")
 
-# %% ../chapters/04_deduplication.ipynb #7e4c3ede
+# %% ../chapters/04_deduplication.ipynb #ff0a5221
 def optimal_bands(
     threshold: float, n_permutations: int = 128, weights: Sequence[float] = (0.05, 0.95)
 ) -> tuple[int, int]:
@@ -352,7 +345,7 @@ def optimal_bands(
     below and above the threshold. Of equally good choices that with the fewest bands is taken.
     """
     _check_threshold(threshold)
-    _check_whole(n_permutations=(1, n_permutations))
+    check_whole("n_permutations", n_permutations, 1)
     _check_weights(weights)
     return _least_error(threshold, n_permutations, *weights)
 
@@ -573,7 +566,7 @@ def _new_keys(keys: Iterable[str], known: set[str], count: int) -> list[str]:
         seen.add(key)
     return new
 
-# %% ../chapters/04_deduplication.ipynb #2ac75bcf
+# %% ../chapters/04_deduplication.ipynb #bce5a1f7
 def _checked_hasher(hasher: MinHasher | None) -> MinHasher:
     """Return ``hasher``, or the default one in the place of None."""
     if hasher is not None and not isinstance(hasher, MinHasher):
@@ -582,7 +575,8 @@ def _checked_hasher(hasher: MinHasher | None) -> MinHasher:
 
 
 def _check_bands(bands: int, rows: int, n_permutations: int) -> None:
-    _check_whole(bands=(1, bands), rows=(1, rows))
+    check_whole("bands", bands, 1)
+    check_whole("rows", rows, 1)
     if bands * rows > n_permutations:
         most = f"at most {n_permutations} permutations"
         raise ValueError(f"bands, rows: expected {most} in all, got {bands} times {rows}")
@@ -621,7 +615,7 @@ def _root(parent: list[int], argument: str, item: int) -> int:
         parent[item] = item = parent[parent[item]]
     return item
 
-# %% ../chapters/04_deduplication.ipynb #68bc6f97
+# %% ../chapters/04_deduplication.ipynb #fa3031b8
 class UnionFind:
     """Disjoint sets of the items 0 to ``size`` - 1; the name of a set is its smallest item.
 
@@ -631,7 +625,7 @@ class UnionFind:
     """
 
     def __init__(self, size: int) -> None:
-        _check_whole(size=(0, size))
+        check_whole("size", size, 0)
         self._parent = list(range(size))
 
     def find(self, item: int) -> int:
@@ -784,7 +778,7 @@ class NearDuplicates:
     similarities: Float64[np.ndarray, " links"]
     compared: int
 
-# %% ../chapters/04_deduplication.ipynb #8feb5bae
+# %% ../chapters/04_deduplication.ipynb #52ff0caf
 def find_near_duplicates(
     documents: Iterable[Document | str],
     threshold: float = 0.8,
@@ -803,7 +797,8 @@ def find_near_duplicates(
     copies always are. In buckets of more than ``exact_up_to`` members some edges that would join
     two clusters may be missed.
     """
-    _check_whole(exact_up_to=(0, exact_up_to), workers=(1, workers))
+    check_whole("exact_up_to", exact_up_to, 0)
+    check_whole("workers", workers, 1)
     hasher = _checked_hasher(hasher)
     bands, rows = _checked_bands(threshold, hasher, weights, bands, rows)
     texts = list(iter_texts(documents))

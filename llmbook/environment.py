@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REPORTED_PACKAGES', 'FROM_INSIDE', 'seed_everything', 'best_device', 'describe_environment', 'check_at_least',
-           'check_even', 'check_fraction', 'check_choice', 'check_text', 'check_path', 'misfit', 'explained',
-           'explain_calls', 'requires_extra', 'whole_file', 'whole_directory']
+           'check_whole', 'check_even', 'check_fraction', 'check_choice', 'check_text', 'check_path', 'misfit',
+           'explained', 'explain_calls', 'requires_extra', 'whole_file', 'whole_directory']
 
 # %% ../chapters/00_environment.ipynb #26ce8acb
 # The imports of the module
@@ -91,7 +91,7 @@ def describe_environment() -> dict[str, str]:
             continue
     return description
 
-# %% ../chapters/00_environment.ipynb #79aeab4d
+# %% ../chapters/00_environment.ipynb #2ec069d7
 def check_at_least(**bounds: tuple[int, object]) -> None:
     """Demand whole numbers of at least so much: ``check_at_least(size=(1, size))``.
 
@@ -111,6 +111,19 @@ def check_at_least(**bounds: tuple[int, object]) -> None:
             raise ValueError(f"{argument}: expected at least {least}, got {value}")
 
 
+def check_whole(argument: str, value: object, least: int, most: int | None = None) -> None:
+    """Demand a whole number from ``least`` to ``most``; unlike above, ``None`` is refused.
+
+    >>> check_whole("size", None, 1)
+    Traceback (most recent call last):
+    ValueError: size: expected a whole number of at least 1, got None
+    """
+    bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+    known = () if isinstance(value, bool) else (int, np.integer)
+    if not isinstance(value, known) or value < least or (most is not None and value > most):
+        raise ValueError(f"{argument}: expected a whole number {bounds}, got {value!r:.60}")
+
+
 def check_even(**sizes: int | np.integer) -> None:
     """Demand even whole numbers of at least 2."""
     for argument, size in sizes.items():
@@ -118,7 +131,7 @@ def check_even(**sizes: int | np.integer) -> None:
         if size is None or size % 2:
             raise ValueError(f"{argument}: expected an even number, got {size}")
 
-# %% ../chapters/00_environment.ipynb #c1ed6496
+# %% ../chapters/00_environment.ipynb #67f283db
 def check_fraction(argument: str, value: object) -> None:
     """Demand a number of at least 0 and less than 1, such as a rate of dropout."""
     known = () if isinstance(value, bool) else (int, float, np.number)
@@ -145,13 +158,13 @@ def check_text(value: object, argument: str = "text") -> str:
 
 
 def check_path(value: object, argument: str = "path") -> Path:
-    """Return ``value`` as a ``Path``, else raise a ``ValueError`` that names ``argument``.
+    """Return ``value`` as a ``Path``; refuse what is none, or empty, by the name of ``argument``.
 
     >>> check_path(5)
     Traceback (most recent call last):
     ValueError: path: expected a str or a Path, got 5
     """
-    if not isinstance(value, str | os.PathLike):
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise ValueError(f"{argument}: expected a str or a Path, got {value!r:.60}")
     return Path(value)
 

@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Int64
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-# %% ../chapters/11_model.ipynb #b51a6ba3
+# %% ../chapters/11_model.ipynb #e9d1c544
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +37,13 @@ from .batches import document_mask
 from .blocks import GATES, ACTIVATIONS, FeedForward, LayerNorm, MixtureOfExperts
 from .blocks import RMSNorm, TransformerBlock
 from .blocks import default_d_ff, initialize_weights
-from .environment import check_at_least, check_choice, check_fraction
+from llmbook.environment import (
+    check_at_least,
+    check_choice,
+    check_fraction,
+    check_path,
+    check_whole,
+)
 from .positions import LearnedEmbedding, RopeScaling, RotaryEmbedding, SinusoidalEmbedding
 
 # %% ../chapters/11_model.ipynb #685a57e6
@@ -494,13 +500,11 @@ def _check_cache(config: ModelConfig, rows: int, cache: Any) -> None:
     if sizes != got:
         raise ValueError(f"cache: expected (rows, n_kv_heads, d_head) of {sizes}, got {got}")
 
-# %% ../chapters/11_model.ipynb #50f0ebb4
+# %% ../chapters/11_model.ipynb #bc66f4ad
 def _check_counts(least: int = 1, /, **counts: Any) -> None:
-    """Demand whole numbers of at least so much, not None, which ``check_at_least`` lets pass."""
+    """Demand whole numbers of at least so much."""
     for name, count in counts.items():
-        if count is None:
-            raise ValueError(f"{name}: expected a whole number of at least {least}, got None")
-        check_at_least(**{name: (least, count)})
+        check_whole(name, count, least)
 
 
 def _check_batch(config: Any, dtype: Any, **counts: Any) -> None:
@@ -1096,7 +1100,7 @@ def _read_part(entries: Mapping[str, Any], found: Mapping[str, Any], family: str
         raise ValueError(f"partial_rotary_factor: expected above 0 and at most 1, got {part!r}")
     return {"d_rope": int(entries["hidden_size"] // entries["num_attention_heads"] * part)}
 
-# %% ../chapters/11_model.ipynb #f2ee8928
+# %% ../chapters/11_model.ipynb #2c428706
 def save_model(
     model: nn.Module,
     folder: str | Path,
@@ -1113,7 +1117,7 @@ def save_model(
     parameters are not those of its configuration, such as a quantized one, is a ``ValueError``.
     """
     _check_counts(max_shard_size=max_shard_size)
-    folder = _as_path(folder)
+    folder = check_path(folder, "folder")
     plain = _unwrapped(model)
     dtype = str(plain.embedding.weight.dtype).removeprefix("torch.")
     described = _entries_of(plain.config) | {"dtype": dtype}
@@ -1162,7 +1166,7 @@ def _clean_up_beside(folder: Path) -> None:
 def _beside(folder: Path, part: str) -> list[Path]:
     return sorted(folder.parent.glob(f".{escape(folder.name)}.{part}-*"))
 
-# %% ../chapters/11_model.ipynb #7db395b0
+# %% ../chapters/11_model.ipynb #1c87163d
 _OURS = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", re.ASCII)
 
 
@@ -1176,12 +1180,6 @@ def _carry_over(folder: Path, draft: Path) -> None:
         if not _OURS.fullmatch(path.name):
             copy = shutil.copytree if path.is_dir() else shutil.copy2
             copy(path, draft / path.name)
-
-
-def _as_path(folder: Any) -> Path:
-    if not isinstance(folder, str | os.PathLike):
-        raise ValueError(f"folder: expected a path, got {folder!r:.60}")
-    return Path(folder)
 
 
 def _check_json(entries: Mapping[str, Any]) -> None:
@@ -1236,7 +1234,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, list[Tensor]], most: int)
         index = {"metadata": {"total_size": total}, "weight_map": where}
         _write_json(folder / "model.safetensors.index.json", index)
 
-# %% ../chapters/11_model.ipynb #041eea49
+# %% ../chapters/11_model.ipynb #bd422da1
 def load_model(
     folder: str | Path,
     *,
@@ -1253,7 +1251,7 @@ def load_model(
     """
     chosen, place = _chosen_dtype(dtype), _chosen_device(device)
     check_choice("backend", backend, ("reference", "torch"))
-    folder = _whole_version(_as_path(folder))
+    folder = _whole_version(check_path(folder, "folder"))
     family, config = _described(folder)
     found = _stored_tensors(_weight_files(folder), family)
     _check_sizes(folder, family, config, found)

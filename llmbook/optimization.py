@@ -8,7 +8,7 @@ __all__ = ['Reduction', 'Schedule', 'log_sum_exp', 'cross_entropy', 'chunked_cro
            'Muon', 'parameter_groups', 'Optimizers', 'build_optimizer', 'constant_schedule', 'wsd_schedule',
            'cosine_schedule', 'linear_schedule', 'clip_gradients']
 
-# %% ../chapters/12_optimization.ipynb #67ba0d95
+# %% ../chapters/12_optimization.ipynb #fd2ac836
 # More imports: types, argument checks, and what engine rooms need
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
@@ -22,7 +22,7 @@ from torch.optim.sgd import sgd
 
 from .attention import Backend
 from .blocks import lookup_tables
-from .environment import check_at_least, check_choice, check_fraction
+from .environment import check_choice, check_fraction, check_whole
 
 # %% ../chapters/12_optimization.ipynb #316e6b8d
 import math
@@ -74,7 +74,7 @@ def _mean(total: Float[Tensor, ""], counts: Bool[Tensor, "..."]) -> Float[Tensor
     count = counts.sum()
     return (total / count.clamp(min=1)).masked_fill(count == 0, torch.nan)
 
-# %% ../chapters/12_optimization.ipynb #4483ab8d
+# %% ../chapters/12_optimization.ipynb #34dcf655
 Reduction = Literal["mean", "sum", "none"]
 
 
@@ -90,13 +90,6 @@ def _check_amount(name: str, value: Any, *, positive: bool = False) -> None:
     if not _is_number(value) or not (0 < value < math.inf or (value == 0 and not positive)):
         expected = "a finite number above 0" if positive else "a finite number of at least 0"
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    """Demand a whole number; None, which ``check_at_least`` lets pass, is none."""
-    if value is None:
-        raise ValueError(f"{name}: expected a whole number of at least {least}, got None")
-    check_at_least(**{name: (least, value)})
 
 # %% ../chapters/12_optimization.ipynb #f09c7376
 def _check_loss(
@@ -269,7 +262,7 @@ class _ChunkedLoss(torch.autograd.Function):
         scaled = [None if d is None else d * d_total.to(d.dtype) for d in (d_hidden, d_weight)]
         return (*scaled, None, None, None)
 
-# %% ../chapters/12_optimization.ipynb #791c4cf0
+# %% ../chapters/12_optimization.ipynb #a68bc61c
 def chunked_cross_entropy(
     hidden: Float[Tensor, "*batch d_model"],
     weight: Float[Tensor, "vocab_size d_model"],
@@ -287,7 +280,7 @@ def chunked_cross_entropy(
     are made in the forward pass, so logits are computed once; there is no second derivative.
     Under autocast the products are in its dtype, the softmax in float32 all the same.
     """
-    _check_count("chunk_size", chunk_size, 1)
+    check_whole("chunk_size", chunk_size, 1)
     check_choice("reduction", reduction, ("mean", "sum"))
     _check_floating("hidden", hidden, 1)
     device = hidden.device.type
@@ -626,7 +619,7 @@ def _check_coefficients(name: str, given: Any) -> None:
     if not three or not all(_is_number(number) and math.isfinite(number) for number in given):
         raise ValueError(f"{name}: expected three finite numbers, got {given!r}")
 
-# %% ../chapters/12_optimization.ipynb #8ca027eb
+# %% ../chapters/12_optimization.ipynb #19399b3d
 def orthogonalize(
     matrix: Float[Tensor, "*batch rows columns"],
     steps: int = 5,
@@ -640,7 +633,7 @@ def orthogonalize(
     steps. Computed in the dtype of ``matrix``. Source: Jordan et al. (2024), Newton-Schulz.
     """
     _check_floating("matrix", matrix, 2)
-    _check_count("steps", steps, 0)
+    check_whole("steps", steps, 0)
     _check_coefficients("coefficients", coefficients)
     _check_amount("eps", eps)
     a, b, c = coefficients
@@ -663,13 +656,13 @@ def _scale_of_rate(shape: torch.Size, adjust_lr_fn: str | None) -> float:
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1.0, rows / columns))
 
-# %% ../chapters/12_optimization.ipynb #1826b3d9
+# %% ../chapters/12_optimization.ipynb #906010fe
 def _check_muon(group: dict[str, Any]) -> None:
     for name in ("lr", "weight_decay", "eps"):
         _check_amount(name, group[name])
     _check_share("momentum", group["momentum"])
     _check_switch("nesterov", group["nesterov"])
-    _check_count("ns_steps", group["ns_steps"], 0)
+    check_whole("ns_steps", group["ns_steps"], 0)
     _check_coefficients("ns_coefficients", group["ns_coefficients"])
     if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
         expected = "None, original or match_rms_adamw"
@@ -877,18 +870,18 @@ def build_optimizer(
     muon = Muon(matrices, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
     return Optimizers(muon, AdamW(others, rate, betas, weight_decay=weight_decay, backend=backend))
 
-# %% ../chapters/12_optimization.ipynb #802428b2
+# %% ../chapters/12_optimization.ipynb #edf8e32a
 # Which schedules are refused
 def _check_schedule(n_steps: int, warmup: int, final: float, decay: int = 0) -> None:
     for name, value, least in (("n_steps", n_steps, 1), ("warmup", warmup, 0), ("decay", decay, 0)):
-        _check_count(name, value, least)
+        check_whole(name, value, least)
     if warmup + decay > n_steps:
         expected = f"warmup and decay within n_steps = {n_steps}"
         raise ValueError(f"warmup: expected {expected}, got {warmup} and {decay}")
     if not _is_number(final) or not 0 <= final <= 1:
         raise ValueError(f"final: expected a share from 0 to 1, got {final!r}")
 
-# %% ../chapters/12_optimization.ipynb #413d3ea5
+# %% ../chapters/12_optimization.ipynb #dde59aad
 Schedule = Callable[[int], float]
 
 
@@ -905,7 +898,7 @@ def constant_schedule(*, warmup: int = 0) -> Schedule:
     >>> [constant_schedule(warmup=3)(step) for step in range(5)]
     [0.25, 0.5, 0.75, 1.0, 1.0]
     """
-    _check_count("warmup", warmup, 0)
+    check_whole("warmup", warmup, 0)
     return lambda step: _warmed_up(step, warmup, lambda _: 1.0)
 
 # %% ../chapters/12_optimization.ipynb #2522c623

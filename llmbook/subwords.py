@@ -7,7 +7,7 @@ every segmentation there is."""
 __all__ = ['split_words', 'merge_gain', 'TrainingStep', 'WordPieceTokenizer', 'train_wordpiece', 'UnigramTokenizer',
            'train_unigram', 'renyi_efficiency']
 
-# %% ../chapters/06_subwords.ipynb #f17a0d26
+# %% ../chapters/06_subwords.ipynb #ea51b81e
 # The imports of the module
 import json
 import math
@@ -27,12 +27,11 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from .corpus import Document, iter_texts
-from .environment import check_at_least, check_choice, check_text, whole_file
+from .environment import check_at_least, check_choice, check_path, check_text, whole_file
 from llmbook.tokenizer import (
     SpecialTokens,
     WordCache,
     check_special_tokens,
-    checked_path,
     naming_file,
     read_json_object,
     valid_text,
@@ -416,7 +415,7 @@ class _Subwords:
     def _join(self, tokens: list[str]) -> str:
         raise NotImplementedError
 
-# %% ../chapters/06_subwords.ipynb #b0a31074
+# %% ../chapters/06_subwords.ipynb #5a7bc94e
 def _write_file(
     path: str | Path, special: dict[str, int], steps: dict[str, Any], model: dict[str, Any]
 ) -> None:
@@ -427,7 +426,7 @@ def _write_file(
     head = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
     whole = {**head, **steps, "model": model}
     text = json.dumps(whole, ensure_ascii=False, indent=1)
-    with whole_file(checked_path(path)) as draft:
+    with whole_file(check_path(path)) as draft:
         draft.write_text(text, encoding="utf-8", newline="\n")
 
 # %% ../chapters/06_subwords.ipynb #fee86735

@@ -11,19 +11,18 @@ __all__ = ['NAMES', 'VALUES', 'ATTRIBUTES', 'PHRASES', 'OPENINGS', 'DOINGS', 'WE
            'Judgment', 'TinyWorld', 'expected', 'token_surprises', 'wordings', 'Question', 'make_questions', 'Verdict',
            'judge_reply']
 
-# %% ../chapters/01_tinyworld.ipynb #349b5df5
+# %% ../chapters/01_tinyworld.ipynb #37249ac9
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
-from numbers import Integral
 from os.path import commonprefix
 from random import Random
 from typing import Literal, NamedTuple, get_args
 
-from .environment import check_choice, check_fraction, check_text
+from .environment import check_choice, check_fraction, check_text, check_whole
 
 # %% ../chapters/01_tinyworld.ipynb #3a8d6b67
 #: Names for characters and strangers, given out in an order that depends on the seed.
@@ -177,13 +176,7 @@ CLOSINGS = (
     " That night everyone slept well.",
 )
 
-# %% ../chapters/01_tinyworld.ipynb #6847c0c1
-def _check_whole(name: str, value: object, low: int, high: int) -> None:
-    """Raise ValueError unless ``value`` is a whole number from ``low`` to ``high``."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
-        raise ValueError(f"{name}: expected a whole number from {low} to {high}, got {value!r:.60}")
-
-
+# %% ../chapters/01_tinyworld.ipynb #6b2fcd49
 def _check_exponent(name: str, value: object, high: int) -> None:
     """Raise ValueError unless ``value`` is a number from 0 to ``high``."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
@@ -192,10 +185,10 @@ def _check_exponent(name: str, value: object, high: int) -> None:
 
 def _check_cast(n_characters: int, n_strangers: int, zipf_exponent: float, seed: int) -> None:
     """Raise ValueError for a cast that cannot be: there are only so many names."""
-    _check_whole("n_characters", n_characters, 2, len(NAMES))
-    _check_whole("n_strangers", n_strangers, 0, len(NAMES) - n_characters)
+    check_whole("n_characters", n_characters, 2, len(NAMES))
+    check_whole("n_strangers", n_strangers, 0, len(NAMES) - n_characters)
     _check_exponent("zipf_exponent", zipf_exponent, 4)
-    _check_whole("seed", seed, 0, 2**63 - 1)
+    check_whole("seed", seed, 0, 2**63 - 1)
 
 # %% ../chapters/01_tinyworld.ipynb #531845f1
 def _draw(items: Sequence[str], n: int, random: Random) -> tuple[str, ...]:
@@ -203,7 +196,7 @@ def _draw(items: Sequence[str], n: int, random: Random) -> tuple[str, ...]:
     rest = list(items)
     return tuple(rest.pop(int(random.random() * len(rest))) for _ in range(n))
 
-# %% ../chapters/01_tinyworld.ipynb #fcd0e3af
+# %% ../chapters/01_tinyworld.ipynb #157aa08b
 def zipf_weights(n: int, exponent: float) -> list[float]:
     """Probabilities in proportion to ``rank ** -exponent`` for ranks 1 to ``n``.
 
@@ -212,7 +205,7 @@ def zipf_weights(n: int, exponent: float) -> list[float]:
     >>> [round(w, 3) for w in zipf_weights(3, exponent=1.0)]
     [0.545, 0.273, 0.182]
     """
-    _check_whole("n", n, 1, 10**9)
+    check_whole("n", n, 1, 10**9)
     _check_exponent("exponent", exponent, 100)
     weights = [rank**-exponent for rank in range(1, n + 1)]
     total = math.fsum(weights)
@@ -610,7 +603,7 @@ class Score(NamedTuple):
     log_prob: float
     error_at: int | None
 
-# %% ../chapters/01_tinyworld.ipynb #411f7ec5
+# %% ../chapters/01_tinyworld.ipynb #fb601dce
 class Source:
     """A source of texts with exactly known probabilities, given by the branches of each state."""
 
@@ -623,7 +616,7 @@ class Source:
     def stories(self, n: int, seed: int) -> Iterator[Story]:
         """``n`` independent stories, the same for a seed on every platform and Python."""
         for name, value in (("n", n), ("seed", seed)):
-            _check_whole(name, value, 0, 2**63 - 1)
+            check_whole(name, value, 0, 2**63 - 1)
         random = Random(int(seed))
         walks = (walk(self.branches, self.start, random) for _ in range(n))
         return (Story.from_walk(list(path)) for path in walks)
@@ -670,7 +663,7 @@ class Judgment(NamedTuple):
         )
         return cls(error_at is None and all(true for _, true in claims), claims, error_at)
 
-# %% ../chapters/01_tinyworld.ipynb #6226ab02
+# %% ../chapters/01_tinyworld.ipynb #25687de9
 @dataclass(frozen=True)
 class TinyWorld(Source):
     """Characters with fixed facts, and stories about them with exactly known probabilities.
@@ -690,8 +683,8 @@ class TinyWorld(Source):
 
     def __post_init__(self) -> None:
         _check_cast(self.n_characters, self.n_strangers, self.zipf_exponent, self.seed)
-        _check_whole("facts_per_story", self.facts_per_story, 1, len(ATTRIBUTES) - 1)
-        _check_whole("n_phrasings", self.n_phrasings, 1, len(PHRASES["home"]))
+        check_whole("facts_per_story", self.facts_per_story, 1, len(ATTRIBUTES) - 1)
+        check_whole("n_phrasings", self.n_phrasings, 1, len(PHRASES["home"]))
 
     @cached_property
     def cast(self) -> Cast:

@@ -6,9 +6,9 @@ with them, decode without loss, and speak the file formats of others."""
 # %% auto #0
 __all__ = ['GPT2_PATTERN', 'GPT4_PATTERN', 'GPT4O_PATTERN', 'QWEN2_PATTERN', 'valid_text', 'pretokenize', 'check_special_tokens',
            'count_words', 'learn_merges', 'WordCache', 'BPETokenizer', 'SpecialTokens', 'TextSteps', 'train_bpe',
-           'train_bpe_files', 'checked_path', 'read_json_object', 'naming_file']
+           'train_bpe_files', 'read_json_object', 'naming_file']
 
-# %% ../chapters/05_tokenizer.ipynb #cb3228f1
+# %% ../chapters/05_tokenizer.ipynb #5c57e5f0
 # The imports of the module
 import codecs
 import json
@@ -33,7 +33,7 @@ import regex  # type: ignore[import-untyped, unused-ignore]
 
 from .cleaning import whole_characters
 from .corpus import Document, existing_paths, iter_texts, ordered_map
-from .environment import check_at_least, check_choice, check_text, whole_file
+from .environment import check_at_least, check_choice, check_path, check_text, whole_file
 
 # %% ../chapters/05_tokenizer.ipynb #587147c4
 def valid_text(text: object, argument: str = "text") -> str:
@@ -633,7 +633,7 @@ class BPETokenizer:
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``. A ``ValueError`` says what this format cannot hold."""
         text = json.dumps(_tokenizer_json(self), ensure_ascii=False, indent=1)
-        _write_text(checked_path(path), text)
+        _write_text(check_path(path), text)
 
     @classmethod
     def load(cls, path: str | Path) -> "BPETokenizer":
@@ -657,7 +657,7 @@ class BPETokenizer:
             )
         tokens = _file_vocabulary(self._tables)
         lines = [f"{_as_text(a)} {_as_text(b)}" for a, b in self.merges]
-        folder = checked_path(folder, "folder")
+        folder = check_path(folder, "folder")
         folder.mkdir(parents=True, exist_ok=True)
         _write_text(folder / "vocab.json", json.dumps(tokens, ensure_ascii=False))
         _write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *lines, ""]))
@@ -665,7 +665,7 @@ class BPETokenizer:
     @classmethod
     def load_gpt2(cls, folder: str | Path, *, pattern: str = GPT2_PATTERN) -> "BPETokenizer":
         """Read ``vocab.json`` and ``merges.txt``. Tokens that no merge makes become special."""
-        with naming_file(checked_path(folder, "folder")) as found:
+        with naming_file(check_path(folder, "folder")) as found:
             made = cls(**_from_gpt2(found), pattern=pattern)
         return made
 
@@ -794,7 +794,7 @@ class BPETokenizer:
         lines = (
             f"{b64encode(t).decode()} {id}" for t, id in sorted(ids.items(), key=lambda i: i[1])
         )
-        _write_text(checked_path(path), "\n".join([*lines, ""]))
+        _write_text(check_path(path), "\n".join([*lines, ""]))
 
 
 class SpecialTokens(dict[str, int]):
@@ -1380,17 +1380,10 @@ def _read_template(step: Any, names: dict[int, str]) -> tuple[list[str], list[st
     )
     return prefix, suffix
 
-# %% ../chapters/05_tokenizer.ipynb #00d3437f
-def checked_path(path: object, argument: str = "path") -> Path:
-    """Return ``path`` as a Path; what is neither a Path nor a str, not empty, is refused."""
-    if not isinstance(path, str | Path) or path == "":
-        raise ValueError(f"{argument}: expected a str or a Path, got {path!r:.60}")
-    return Path(path)
-
-
+# %% ../chapters/05_tokenizer.ipynb #6a946940
 def read_json_object(path: str | Path) -> dict[str, Any]:
     """Return the object in a JSON file."""
-    data = json.loads(checked_path(path).read_text(encoding="utf-8"))
+    data = json.loads(check_path(path).read_text(encoding="utf-8"))
     if not isinstance(data, dict):
         raise ValueError(f"expected a JSON object, got {type(data).__name__}")
     return data
@@ -1399,7 +1392,7 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 @contextmanager
 def naming_file(path: str | Path) -> Iterator[Path]:
     """Give ``path``; whatever is wrong with its contents becomes a ``ValueError`` that names it."""
-    path = checked_path(path)
+    path = check_path(path)
     try:
         yield path
     except (ValueError, RecursionError) as error:
@@ -1456,7 +1449,7 @@ def _from_gpt2(folder: Path) -> dict[str, Any]:
         "special_tokens": {token: id for token, id in tokens.items() if token not in made},
     }
 
-# %% ../chapters/05_tokenizer.ipynb #3568a007
+# %% ../chapters/05_tokenizer.ipynb #6374b118
 def _write_text(path: Path, text: str) -> None:
     """Write a file in one step."""
     with whole_file(path) as draft:

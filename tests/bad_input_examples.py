@@ -43,9 +43,9 @@ NOT_TRIED = {
     "environment.check_even",
     "environment.check_fraction",
     "environment.check_text",
+    "environment.check_whole",
     "environment.requires_extra",
     "environment.check_path",
-    "tokenizer.checked_path",
     "positions.check_tensor",
     # They name what the caller calls the argument.
     "corpus.iter_documents",
@@ -313,6 +313,7 @@ EXAMPLES: dict[str, Arguments] = {
     "environment.check_choice": {"argument": "x", "value": "a", "choices": ("a", "b")},
     "environment.check_fraction": {"argument": "x", "value": 0.5},
     "environment.check_text": {"value": "a text"},
+    "environment.check_whole": {"argument": "x", "value": 2, "least": 1},
     "environment.requires_extra": {"what": "reading", "extra": "data"},
     "tinyworld.pick": lambda: {"branches": world().branches(world().start), "u": 0.5},
     "tinyworld.walk": lambda: walks() | {"random": random.Random(0)},

@@ -1061,8 +1061,11 @@ WINDOW = torch.zeros(1, 3, dtype=torch.int64)
             "tokenizer: expected an object with .* got 5",
         ),
         (lambda at: write_shards(5, at / "x", TOKENIZER), "texts: expected several .* got one int"),
-        (lambda _: write_shards(["a"], None, TOKENIZER), "directory: expected a path, got None"),
-        (lambda _: TokenShards(""), "directory: expected a path, got ''"),
+        (
+            lambda _: write_shards(["a"], None, TOKENIZER),
+            "directory: expected a str or a Path, got None",
+        ),
+        (lambda _: TokenShards(""), "directory: expected a str or a Path, got ''"),
         (lambda _: BatchSampler(RING, 2, 2)[0].to("nowhere"), "device: expected .* got 'nowhere'"),
         (lambda _: BatchSampler(RING, 2, 2)[0].to(None), "device: expected a device .* got None"),
         (lambda _: document_fields(WINDOW.int(), 0), "inputs: expected a tensor of int64, .*int32"),
@@ -1070,7 +1073,7 @@ WINDOW = torch.zeros(1, 3, dtype=torch.int64)
             lambda at: write_shards(["a"], at / "x", TOKENIZER, shard_tokens=None),
             "shard_tokens: expected a whole number, got None",
         ),
-        (lambda _: TokenShards(None), "directory: expected a path, got None"),
+        (lambda _: TokenShards(None), "directory: expected a str or a Path, got None"),
         (lambda _: TokenRing(5), "tokens: expected a row of ids or several, got 5"),
         (
             lambda _: TokenRing([1], end_of_text="x"),

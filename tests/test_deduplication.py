@@ -165,7 +165,7 @@ def test_a_line_of_a_million_characters() -> None:
 
 
 def test_bad_shingles() -> None:
-    with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="n: expected a whole number of at least 1, got 0"):
         shingles("a", 0)
     with pytest.raises(ValueError, match="unit: expected one of word, character, got 'line'"):
         shingles("a", 5, "line")
@@ -272,9 +272,9 @@ def test_estimates_are_distributed_as_datasketch_s(datasketch: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"n_permutations": 0}, "n_permutations: expected at least 1, got 0"),
-        ({"n": 0}, "n: expected at least 1, got 0"),
-        ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"n_permutations": 0}, "n_permutations: expected a whole number of at least 1, got 0"),
+        ({"n": 0}, "n: expected a whole number of at least 1, got 0"),
+        ({"seed": -1}, "seed: expected a whole number of at least 0, got -1"),
         ({"seed": 2**32}, "seed: expected less than"),
         ({"unit": "sentence"}, "unit: expected"),
     ],
@@ -289,7 +289,7 @@ def test_bad_hashes_and_workers() -> None:
         MinHasher(4).hash_signatures(np.zeros(3, np.uint32), np.array([4]))
     with pytest.raises(ValueError, match="sizes"):
         MinHasher(4).hash_signatures(np.zeros(3, np.uint32), np.array([4, -1]))
-    with pytest.raises(ValueError, match="workers: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="workers: expected a whole number of at least 1, got 0"):
         MinHasher(4).signatures([], workers=0)
 
 
@@ -313,7 +313,7 @@ def test_collision_probability() -> None:
     for bad in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="similarity: expected numbers from 0 to 1"):
             collision_probability(bad, 4, 2)
-    with pytest.raises(ValueError, match="rows: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="rows: expected a whole number of at least 1, got 0"):
         collision_probability(0.5, 4, 0)
 
 
@@ -526,7 +526,7 @@ def test_bad_layouts() -> None:
         ValueError, match="expected at most 128 permutations in all, got 16 times 9"
     ):
         LSHIndex(bands=16, rows=9)
-    with pytest.raises(ValueError, match="bands: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="bands: expected a whole number of at least 1, got 0"):
         LSHIndex(bands=0, rows=3)
 
 
@@ -645,7 +645,7 @@ def test_union_find_of_a_long_chain() -> None:
         forest.union(i, i + 1)
     assert forest.find(9_999) == 0
     assert UnionFind(0).clusters() == []
-    with pytest.raises(ValueError, match="size: expected at least 0, got -1"):
+    with pytest.raises(ValueError, match="size: expected a whole number of at least 0, got -1"):
         UnionFind(-1)
 
 
@@ -763,7 +763,7 @@ def test_own_bands_decide_what_meets() -> None:
     [
         ({"bands": 16}, "bands, rows: expected both or neither, got 16 and None"),
         ({"rows": 8}, "bands, rows: expected both or neither, got None and 8"),
-        ({"bands": 0, "rows": 8}, "bands: expected at least 1, got 0"),
+        ({"bands": 0, "rows": 8}, "bands: expected a whole number of at least 1, got 0"),
         ({"bands": 16, "rows": 9}, "expected at most 128 permutations in all, got 16 times 9"),
         ({"bands": 2, "rows": 2, "weights": (0.0, 0.0)}, "weights: expected two numbers from 0"),
         ({"bands": 2, "rows": 2, "threshold": 1.0}, "threshold: expected a number between 0 and 1"),
@@ -884,7 +884,9 @@ def test_bad_deduplication() -> None:
         deduplicate(twice, linkage="complete")
     with pytest.raises(ValueError, match="score: expected numbers, got nan for document 'd0'"):
         deduplicate(twice, score=lambda d: math.nan)
-    with pytest.raises(ValueError, match="exact_up_to: expected at least 0, got -1"):
+    with pytest.raises(
+        ValueError, match="exact_up_to: expected a whole number of at least 0, got -1"
+    ):
         find_near_duplicates(["a"], exact_up_to=-1)
 
 

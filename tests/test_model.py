@@ -1652,9 +1652,9 @@ def test_what_is_no_configuration_and_no_size_is_named(tmp_path):
 def test_what_files_cannot_be_named_by_is_named(saved):
     model = made()
     for wrong in (None, 5, [saved]):
-        with pytest.raises(ValueError, match=r"^folder: expected a path, got"):
+        with pytest.raises(ValueError, match=r"^folder: expected a str or a Path, got"):
             save_model(model, wrong)
-        with pytest.raises(ValueError, match=r"^folder: expected a path, got"):
+        with pytest.raises(ValueError, match=r"^folder: expected a str or a Path, got"):
             load_model(wrong)
     for wrong in (None, "5GB", 1.5):
         with pytest.raises(ValueError, match=r"^max_shard_size: expected a whole number"):

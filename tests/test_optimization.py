@@ -264,7 +264,9 @@ def test_other_bad_arguments_of_losses_are_named():
     hidden, weight, targets = problem()
     with pytest.raises(ValueError, match="backend: expected one of"):
         cross_entropy(hidden @ weight.T, targets, backend="jax")
-    with pytest.raises(ValueError, match="chunk_size: expected at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="chunk_size: expected a whole number of at least 1, got 0"
+    ):
         chunked_cross_entropy(hidden, weight, targets, chunk_size=0)
     with pytest.raises(ValueError, match="reduction: expected one of mean, sum, got 'none'"):
         chunked_cross_entropy(hidden, weight, targets, reduction="none")
@@ -291,7 +293,7 @@ BAD_TENSORS = [
     ({"z_loss": None}, "z_loss: expected a finite number of at least 0, got None"),
     ({"soft_cap": "30"}, "soft_cap: expected a finite number above 0, got '30'"),
     ({"chunk_size": None}, "chunk_size: expected a whole number of at least 1, got None"),
-    ({"chunk_size": 2.5}, "chunk_size: expected a whole number, got 2.5"),
+    ({"chunk_size": 2.5}, "chunk_size: expected a whole number .* got 2.5"),
 ]
 
 
@@ -709,7 +711,7 @@ BAD_SETTINGS = [
     (Muon, {"momentum": "0.9"}, "momentum: expected at least 0 and less than 1, got '0.9'"),
     (Muon, {"nesterov": 1}, "nesterov: expected True or False, got 1"),
     (Muon, {"ns_steps": None}, "ns_steps: expected a whole number of at least 0, got None"),
-    (Muon, {"ns_steps": 5.0}, "ns_steps: expected a whole number, got 5.0"),
+    (Muon, {"ns_steps": 5.0}, "ns_steps: expected a whole number .* got 5.0"),
     (Muon, {"ns_coefficients": (3.0, -4.0)}, "ns_coefficients: expected three finite numbers"),
     (Muon, {"ns_coefficients": (3.0, "-4", 2.0)}, "ns_coefficients: expected three finite"),
     (Muon, {"ns_coefficients": (3.0, math.nan, 2.0)}, "ns_coefficients: expected three finite"),
@@ -720,7 +722,7 @@ BAD_SETTINGS = [
     (Muon, {"lr": math.nan}, "lr: expected"),
     (Muon, {"momentum": -0.1}, "momentum: expected"),
     (Muon, {"momentum": math.nan}, "momentum: expected"),
-    (Muon, {"ns_steps": -1}, "ns_steps: expected at least 0, got -1"),
+    (Muon, {"ns_steps": -1}, "ns_steps: expected a whole number of at least 0, got -1"),
     (Muon, {"adjust_lr_fn": "match"}, "adjust_lr_fn: expected None, original or match_rms_adamw"),
 ]
 
@@ -940,7 +942,7 @@ def test_orthogonalize_edges():
     matrix = torch.randn(3, 4, dtype=torch.float64)
     torch.testing.assert_close(orthogonalize(1e6 * matrix), orthogonalize(matrix))
     torch.testing.assert_close(orthogonalize(matrix, 0), matrix / matrix.norm())
-    with pytest.raises(ValueError, match="steps: expected at least 0, got -1"):
+    with pytest.raises(ValueError, match="steps: expected a whole number of at least 0, got -1"):
         orthogonalize(matrix, -1)
     tiny_matrix = 1e-9 * matrix / matrix.norm()
     torch.testing.assert_close(orthogonalize(tiny_matrix, 0), tiny_matrix / 1e-7)
@@ -960,7 +962,7 @@ def test_what_cannot_be_orthogonalized_is_named():
             orthogonalize(wrong)
     for options, message in (
         ({"steps": None}, "steps: expected a whole number of at least 0, got None"),
-        ({"steps": "5"}, "steps: expected a whole number, got '5'"),
+        ({"steps": "5"}, "steps: expected a whole number .* got '5'"),
         ({"coefficients": (1.5, -0.5)}, r"coefficients: expected three finite numbers, got \(1.5"),
         ({"coefficients": None}, "coefficients: expected three finite numbers, got None"),
         ({"eps": -1.0}, "eps: expected a finite number of at least 0, got -1.0"),
@@ -1240,22 +1242,25 @@ def test_schedules_fit_torchs():
 
 
 BAD_SCHEDULES = [
-    (lambda: cosine_schedule(0), "n_steps: expected at least 1, got 0"),
+    (lambda: cosine_schedule(0), "n_steps: expected a whole number of at least 1, got 0"),
     (lambda: cosine_schedule(5, warmup=6), "warmup: expected warmup"),
-    (lambda: linear_schedule(5, warmup=-1), "warmup: expected at least 0, got -1"),
+    (
+        lambda: linear_schedule(5, warmup=-1),
+        "warmup: expected a whole number of at least 0, got -1",
+    ),
     (lambda: cosine_schedule(5, final=1.5), "final: expected a share from 0 to 1, got 1.5"),
     (lambda: linear_schedule(5, final=math.nan), "final: expected"),
     (lambda: wsd_schedule(10, warmup=6, decay=5), "within n_steps = 10, got 6 and 5"),
     (lambda: wsd_schedule(10, shape="cubic"), "shape: expected one of linear, cosine, sqrt"),
     (lambda: wsd_schedule(10, warmup=11), "warmup"),
-    (lambda: constant_schedule(warmup=-1), "warmup: expected at least 0, got -1"),
+    (lambda: constant_schedule(warmup=-1), "warmup: expected a whole number of at least 0, got -1"),
     (lambda: constant_schedule(warmup=None), "warmup: expected a whole number .* got None"),
     (lambda: cosine_schedule(None), "n_steps: expected a whole number of at least 1, got None"),
-    (lambda: wsd_schedule("10"), "n_steps: expected a whole number, got '10'"),
+    (lambda: wsd_schedule("10"), "n_steps: expected a whole number .* got '10'"),
     (lambda: wsd_schedule(None), "n_steps: expected a whole number of at least 1, got None"),
-    (lambda: linear_schedule(10.0), "n_steps: expected a whole number, got 10.0"),
-    (lambda: wsd_schedule(10, decay=-1), "decay: expected at least 0, got -1"),
-    (lambda: wsd_schedule(10, decay=2.5), "decay: expected a whole number, got 2.5"),
+    (lambda: linear_schedule(10.0), "n_steps: expected a whole number .* got 10.0"),
+    (lambda: wsd_schedule(10, decay=-1), "decay: expected a whole number of at least 0, got -1"),
+    (lambda: wsd_schedule(10, decay=2.5), "decay: expected a whole number .* got 2.5"),
     (lambda: wsd_schedule(10, warmup=None), "warmup: expected a whole number .* got None"),
     (lambda: cosine_schedule(5, final="0.1"), "final: expected a share from 0 to 1, got '0.1'"),
     (lambda: wsd_schedule(5, final=None), "final: expected a share from 0 to 1, got None"),
