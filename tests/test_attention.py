@@ -308,7 +308,7 @@ def test_unknown_backend(untyped):
             layer(24, 4, layout="meta")
         with pytest.raises(ValueError, match="scale: expected None or a finite number, got inf"):
             layer(24, 4, scale=math.inf)
-    with pytest.raises(ValueError, match="block_size: expected a whole number, got None"):
+    with pytest.raises(ValueError, match="block_size: expected a whole number .* got None"):
         flash_attention(*qkv(), block_size=None)
     for wrong in (1.0, -0.1, "0"):
         with pytest.raises(ValueError, match="dropout: expected at least 0 and less than 1, got"):
@@ -614,7 +614,7 @@ def test_cache_refuses(untyped):
     cache = KVCache(2, 4, 1, 4)
     with pytest.raises(ValueError, match="at most 4 tokens in a row, the capacity, got 5"):
         cache.extend(5)
-    with pytest.raises(ValueError, match="position_ids: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="position_ids: expected a whole number of at least 1, got 0"):
         cache.extend(0)
     assert cache.lengths.tolist() == [0, 0]
     cache.extend(torch.tensor([[0, 1], [-1, 0]]))

@@ -348,7 +348,7 @@ def test_memory_of_training_and_of_the_cache():
         assert model.new_cache(3).nbytes == expected
     with pytest.raises(ValueError, match="n_experts: expected 0, got 4"):
         activation_bytes(small(**KINDS["mixtral"]), 1, 1)
-    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size: expected a whole number of at least 1, got 0"):
         activation_bytes(config, 0, 1)
 
 
