@@ -1297,8 +1297,8 @@ for name, model in models.items():
     distance = (predictions - predictions.mean(dim=0)).abs().sum(dim=-1).mean() / 2
     gradient_norms(model)
     arrives = model.embedding.weight.grad.norm()
-    order = 10.0 ** math.floor(math.log10(arrives))
-    size = f"above {order:g}" if arrives > 1e-6 else "below a millionth"
+    assert arrives > 1e-4 or arrives < 1e-6
+    size = "above 1e-4" if arrives > 1e-4 else "below 1e-6"
     moved = f"probability moved {round(4 * distance.item()) / 4:4.2f}"
     print(f"{name:18} {moved}; gradient at the embeddings {size}")
 

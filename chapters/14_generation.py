@@ -2748,9 +2748,11 @@ for how, given in (("greedy", common), ("beams", common | wide)):
 # %%
 zeros = torch.zeros(len(step), dtype=torch.int32)
 grid = torch.fake_quantize_per_channel_affine(weight, step, zeros, 0, -127, 127)
-error = (grid - numbers * step[:, None]).abs().max()
-assert error < 1e-6
-print(f"int8: {grid.numel():,} weights, apart by less than 1e-6")
+other = (grid / step[:, None]).round() != numbers
+# Torch multiplies by 1 / step, so a weight that lies halfway may go the other way.
+halfway = ((weight / step[:, None]).abs() % 1 - 0.5).abs() < 1e-4
+assert not (other & ~halfway).any() and other.float().mean() < 1e-3
+print(f"int8: {grid.numel():,} weights on the same points of the grid, but for ties")
 
 # %% [markdown]
 # ## How fast is it?
