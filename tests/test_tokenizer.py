@@ -536,15 +536,9 @@ class TestEncoding:
 
     def test_the_cache_is_bounded(self) -> None:
         cache = WordCache(lambda word: (len(word),), size=3, longest=2)
-        assert [cache[w] for w in ("a", "b", "ccc", "c", "d", "a")] == [
-            (1,),
-            (1,),
-            (3,),
-            (1,),
-            (1,),
-            (1,),
-        ]
-        assert list(cache) == ["d", "a"]
+        words = ("a", "bb", "ccc", "c", "d", "a")
+        assert [cache[word] for word in words] == [(1,), (2,), (3,), (1,), (1,), (1,)]
+        assert list(cache) == ["d", "a"], "full with a, bb and c, it is emptied for d"
 
     def test_batches(self, ours: BPETokenizer) -> None:
         texts = [*TEXTS, TEXTS[0] * 13_000]
@@ -758,9 +752,13 @@ class TestStreaming:
         ids = list(ours.encode_iterable("ab" * 50 for _ in range(3_000)))
         assert ids == ours.encode("ab" * 150_000)
 
-    def test_one_text_is_refused(self, ours: BPETokenizer) -> None:
+    @pytest.mark.usefixtures("untyped")
+    def test_what_is_no_iterable_of_texts_is_refused(self, ours: BPETokenizer) -> None:
         with pytest.raises(ValueError, match="use encode"):
             list(ours.encode_iterable("text"))
+        for wrong in (b"text", 5, None):
+            with pytest.raises(ValueError, match=f"texts: expected an iterable of .* got {wrong}"):
+                list(ours.encode_iterable(wrong))
 
 
 class TestSteps:
