@@ -1005,6 +1005,8 @@ def test_decontaminate_bad_input() -> None:
             decontaminate([], evaluation)
     with pytest.raises(ValueError, match="n: "):
         decontaminate([], ["a question of words"], n=0)
+    with pytest.raises(ValueError, match="n: expected at least 3, got 2"):
+        decontaminate([], ["a question of words"], n=2)
     assert list(decontaminate([], ["a question of words"])) == []
 
 
