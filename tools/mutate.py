@@ -14,6 +14,7 @@ can be minutes. It isn't part of ``make test``.
 
 import argparse
 import ast
+import contextlib
 import os
 import random
 import re
@@ -293,17 +294,23 @@ def mutated_package(folder: Path, mutation: Mutation) -> None:
 def run_tests(folder: Path, arguments: list[str]) -> int:
     """Run pytest in a fork of this process, which has loaded what is slow, on a changed package."""
     if child := os.fork():
-        deadline = time.monotonic() + LIMIT
-        while time.monotonic() < deadline:
-            finished, status = os.waitpid(child, os.WNOHANG)
-            if finished:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.05)
-        os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        deadline, finished = time.monotonic() + LIMIT, 0
+        try:
+            while time.monotonic() < deadline:
+                finished, status = os.waitpid(child, os.WNOHANG)
+                if finished:
+                    return os.waitstatus_to_exitcode(status)
+                time.sleep(0.05)
+        finally:  # it takes too long, or this process is told to stop
+            if not finished:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child, signal.SIGKILL)  # what it had started
         return -1
     code: int = 3
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setpgid(0, 0)
         sys.path.insert(0, str(folder))
         os.environ["PYTHONPATH"] = str(folder)
@@ -341,6 +348,7 @@ def main() -> None:
     about = "ask only the module's own tests: faster, and stricter"
     parser.add_argument("--own", action="store_true", help=about)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # leaving no tests behind
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT / "tests"))
     known = sorted(p.stem for p in (ROOT / PACKAGE).glob("[a-z]*.py"))
