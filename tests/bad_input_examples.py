@@ -55,6 +55,8 @@ NOT_TRIED = {
     "training.run",
     "training.main",  # the command line, which answers with an exit code
     "training.pretrained",
+    "training.Trainer.is_due",  # called with settings that TrainingConfig has checked
+    "training.Trainer.load_best",  # takes nothing, and needs a folder with a finished run
     "environment.whole_file",
     "environment.whole_directory",
     "tokenizer.naming_file",
@@ -90,6 +92,16 @@ TAKES_ANYTHING = {
     "training.DataConfig(packages)",  # a list is made a tuple
     "training.DataConfig(paths)",
     "training.next_token_objective(balance_loss)",  # None weighs nothing
+    "training.Guard.judge(step)",  # shown in a message
+    "training.Guard.judge(targets)",  # asked only whether there are any
+    "training.Guard.reason_to_skip(targets)",
+    "training.MetricsLog.start(step)",  # compared with those of the rows
+    "training.Trainer.set_up(sinks)",  # called by the constructor, which has looked at them
+    # What is false stands for None: the trainer's own model or objective.
+    "training.Trainer.compute(model)",
+    "training.Trainer.scores(model)",
+    "training.Trainer.accumulate(objective)",
+    "training.Trainer.learn(objective)",
     "generation.generate(prompts)",  # rows of a tensor are prompts, too
     # Lists that get something: what they hold already is the caller's.
     "cleaning.decontaminate(found)",
@@ -253,6 +265,26 @@ def sampler() -> batches.BatchSampler:
 def checkpoint() -> str:
     training.save_checkpoint("checkpoint", {"a": torch.ones(2)})
     return "checkpoint"
+
+
+def step_report() -> training.StepReport:
+    return training.StepReport(loss=3.0, gradient_norm=1.0, targets=16.0)
+
+
+def metrics_log() -> training.MetricsLog:
+    log = training.MetricsLog()
+    log.write({"step": 1, "loss": 3.0})
+    return log
+
+
+def checkpointer() -> training.Checkpointer:
+    kept = training.Checkpointer("kept")
+    kept.save_best({"a": torch.ones(2)})
+    return kept
+
+
+def trainer() -> training.Trainer:
+    return training.Trainer(lm(), sampler(), training_config(), validation=[batch()])
 
 
 def saved_model() -> str:
@@ -482,6 +514,21 @@ EXAMPLES: dict[str, Arguments] = {
     "model.ModelConfig.from_dict": lambda: {"entries": config().to_dict()},
     "model.TransformerLM.save_pretrained": {"folder": "pretrained"},
     "model.TransformerLM.from_pretrained": lambda: {"folder": saved_model()},
+    "training.Guard.reason_to_skip": {"loss": 3.0, "gradient_norm": 1.0},
+    "training.Guard.judge": {"step": 1, "loss": 3.0, "gradient_norm": 1.0},
+    "training.MetricsLog.write": {"row": {"step": 2, "loss": 2.5}},
+    "training.MetricsLog.column": {"name": "loss"},
+    "training.MetricsLog.start": {"step": 1},
+    "training.Checkpointer.save": {"step": 1, "state": {"a": 1}},
+    "training.Checkpointer.save_best": {"state": {"a": 1}},
+    "training.Trainer.set_up": {"probes": [], "sinks": []},
+    "training.Trainer.compute": {"objective": training.next_token_objective},
+    "training.Trainer.attend": lambda: {"report": step_report()},
+    "training.Trainer.is_due": {"every": 10},
+    "training.Trainer.record": {"row": {"loss": 3.0}, "evaluation": {"validation_loss": 3.0}},
+    "training.Trainer.load_state_dict": lambda: {"state": trainer().state_dict()},
+    "training.Trainer.register": lambda: {"name": "average", "thing": lm()},
+    "training.Trainer.measurements": lambda: {"report": step_report()},
     "generation.keep_top_k": lambda: {"probabilities": even(), "k": 3},
     "generation.keep_top_p": lambda: {"probabilities": even(), "mass": 0.5},
     "generation.keep_min_p": lambda: {"probabilities": even(), "share": 0.5},
@@ -511,7 +558,7 @@ EXAMPLES: dict[str, Arguments] = {
     "generation.QuantizedLinear.forward": lambda: {"x": torch.ones(2, 16)},
 }
 
-# Objects whose methods are tried as well. Those of chapter 13's classes are not yet.
+# Objects whose methods are tried as well.
 OBJECTS: dict[str, Callable[[], Any]] = {
     "tinyworld.TinyWorld": world,
     "cleaning.LanguageIdentifier": lambda: cleaning.LanguageIdentifier(
@@ -540,5 +587,9 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "model.ModelConfig": config,
     "model.TransformerLM": lm,
     "optimization.AdamW": lambda: optimization.AdamW(parameters()),
+    "training.Guard": lambda: training.Guard(spike_factor=2.0),
+    "training.MetricsLog": metrics_log,
+    "training.Checkpointer": checkpointer,
+    "training.Trainer": trainer,
     "generation.QuantizedLinear": lambda: generation.QuantizedLinear(16, 8),
 }

@@ -1121,6 +1121,9 @@ def test_defaults():
         (lambda: softmax(torch.ones(2, 3), dim=2), "dim: expected -2 to 1, got 2"),
         (lambda: softmax(torch.ones(2, 3), dim=-3), "dim: expected -2 to 1, got -3"),
         (lambda: softmax(torch.ones(2, 3), dim=0.0), "dim: expected -2 to 1, got 0.0"),
+        (lambda: softmax(torch.tensor(1.0), dim=1), "dim: expected -1 to 0, got 1"),
+        (lambda: softmax(torch.ones(3), dim=1), "dim: expected -1 to 0, got 1"),
+        (lambda: softmax(torch.ones(3), dim=-2), "dim: expected -1 to 0, got -2"),
         (lambda: softmax(torch.ones(2, 0)), r"scores: expected at least one .* got shape \(2, 0\)"),
         (lambda: attention_mask(torch.ones(2), torch.ones(2)), "query_positions: expected whole"),
         (
@@ -1213,6 +1216,10 @@ def test_the_figure_refuses(untyped):
         show_attention(["a", "b"], torch.zeros(3, 2, 2), head=-4)
     with pytest.raises(ValueError, match="tokens: expected at least 1, got 0"):
         show_attention([], torch.zeros(1, 0, 0))
+    with pytest.raises(ValueError, match="weights: expected a tensor of floats, got"):
+        show_attention(["a"], [[[1.0]]])
+    with pytest.raises(ValueError, match="weights: expected floats, got a tensor of torch"):
+        show_attention(["a"], torch.ones(1, 1, 1).long())
     for wrong in (math.nan, 3.5, -1.5):
         with pytest.raises(ValueError, match=f"weights: expected numbers from 0 to 1, got {wrong}"):
             show_attention(["a"], torch.tensor([[[wrong]]]))

@@ -485,8 +485,9 @@ def test_identifier_bad_input() -> None:
     for texts in ({}, {"en": ["bread"]}, {"en": ["bread"], "de": []}, {"en": ["1"], "de": ["a"]}):
         with pytest.raises(ValueError, match="texts"):
             LanguageIdentifier(texts)
-    with pytest.raises(ValueError, match="alpha"):
-        LanguageIdentifier({"a": ["a"], "b": ["b"]}, alpha=0.0)
+    for alpha in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"alpha: expected a positive number, got {alpha}"):
+            LanguageIdentifier({"a": ["a"], "b": ["b"]}, alpha=alpha)
     with pytest.raises(ValueError, match="longest"):
         LanguageIdentifier({"a": ["a"], "b": ["b"]}, longest=0)
 
@@ -1004,6 +1005,8 @@ def test_decontaminate_bad_input() -> None:
             decontaminate([], evaluation)
     with pytest.raises(ValueError, match="n: "):
         decontaminate([], ["a question of words"], n=0)
+    with pytest.raises(ValueError, match="n: expected at least 3, got 2"):
+        decontaminate([], ["a question of words"], n=2)
     assert list(decontaminate([], ["a question of words"])) == []
 
 

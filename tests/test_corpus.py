@@ -311,6 +311,12 @@ def test_packages_by_either_name():
     assert modules <= {"six.py", "six"}
 
 
+def test_packages_are_by_default_pythons_own_library():
+    first = next(read_installed_docs(workers=1))
+    assert first.source == "stdlib" and first.metadata["path"].startswith("stdlib/")
+    assert first.text == next(read_installed_docs("stdlib", workers=1)).text
+
+
 @pytest.mark.parametrize("name", ["nunpy", "", "no such", "a.b", "__main__", "../x"])
 def test_unknown_packages(name):
     with pytest.raises(ValueError, match="packages: expected 'stdlib' or installed packages, got"):
@@ -383,6 +389,16 @@ def test_functions_of_a_notebook_work_alone(monkeypatch):
 
     double.__module__ = "__main__"
     assert list(corpus.ordered_map(double, [1, 2, 3], workers=2)) == [2, 4, 6]
+
+
+def test_jobs_and_workers_that_cannot_be(untyped):
+    for jobs, workers, message in (
+        ((1, 2), 1, "jobs: expected a list, got"),
+        ([1, 2], None, "workers: expected a whole number, got None"),
+        ([1, 2], 0, "workers: expected at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(corpus.ordered_map(str, jobs, workers))
 
 
 # --- bytes ---------------------------------------------------------------------------------------

@@ -306,6 +306,14 @@ def test_bands_are_those_of_datasketch(
         assert optimal_bands(threshold, k, weights) == theirs
 
 
+@pytest.mark.parametrize(
+    ("threshold", "k", "weights", "layout"),
+    [(0.8, 128, (1.0, 0.0), (1, 128)), (0.1, 1, (0.0, 1.0), (1, 1)), (0.1, 4, (0.0, 1.0), (4, 1))],
+)
+def test_bands_at_the_ends(threshold, k, weights, layout) -> None:
+    assert optimal_bands(threshold, k, weights) == layout
+
+
 def test_collision_probability() -> None:
     assert collision_probability(0.0, 4, 2) == 0 and collision_probability(1.0, 4, 2) == 1
     assert collision_probability(0.3, 1, 1) == pytest.approx(0.3)

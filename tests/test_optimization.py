@@ -595,6 +595,25 @@ def unpickled(made):
     return pickle.loads(pickle.dumps(made))
 
 
+@pytest.mark.parametrize(
+    ("kind", "backend", "taken"),
+    [
+        (SGD, "reference", "_sgd_step"),
+        (SGD, "torch", "_fused_sgd_step"),
+        (AdamW, "reference", "_adamw_step"),
+        (AdamW, "torch", "_fused_adamw_step"),
+    ],
+)
+def test_a_backend_takes_its_own_way(kind, backend, taken, monkeypatch):
+    """The results are equal: only the function that is called tells one way from the other."""
+    seen = []
+    for name in ("_sgd_step", "_fused_sgd_step", "_adamw_step", "_fused_adamw_step"):
+        monkeypatch.setattr(optimization, name, lambda *_, name=name: seen.append(name))
+    parameters = parameters_like([(2, 3)])
+    run(kind(parameters, backend=backend), parameters, gradients_like([(2, 3)], 1))
+    assert seen == [taken]
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, unpickled])
 @pytest.mark.parametrize(
     "make",

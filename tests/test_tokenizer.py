@@ -535,15 +535,9 @@ class TestEncoding:
 
     def test_the_cache_is_bounded(self) -> None:
         cache = WordCache(lambda word: (len(word),), size=3, longest=2)
-        assert [cache[w] for w in ("a", "b", "ccc", "c", "d", "a")] == [
-            (1,),
-            (1,),
-            (3,),
-            (1,),
-            (1,),
-            (1,),
-        ]
-        assert list(cache) == ["d", "a"]
+        words = ("a", "bb", "ccc", "c", "d", "a")
+        assert [cache[word] for word in words] == [(1,), (2,), (3,), (1,), (1,), (1,)]
+        assert list(cache) == ["d", "a"], "full with a, bb and c, it is emptied for d"
 
     def test_batches(self, ours: BPETokenizer) -> None:
         texts = [*TEXTS, TEXTS[0] * 13_000]
@@ -736,7 +730,9 @@ class TestStreaming:
                 assert streamed == tokenizer.encode("".join(pieces), allowed_special=allowed)
 
     def test_surrogate_pairs_are_joined(self, ours: BPETokenizer) -> None:
-        assert list(ours.encode_iterable(["a\ud83d", "\ude42"])) == ours.encode("a🙂")
+        for before in ("", "a", "，", "🙂"):  # the last two lie above all surrogates
+            streamed = list(ours.encode_iterable([f"{before}\ud83d", "\ude42"]))
+            assert streamed == ours.encode(f"{before}🙂")
         assert list(ours.encode_iterable(["a\ud83d", "", "b", "\ud83d"])) == ours.encode("a�b�")
 
     def test_lazy_and_in_constant_memory(self, ours: BPETokenizer) -> None:
@@ -757,9 +753,13 @@ class TestStreaming:
         ids = list(ours.encode_iterable("ab" * 50 for _ in range(3_000)))
         assert ids == ours.encode("ab" * 150_000)
 
-    def test_one_text_is_refused(self, ours: BPETokenizer) -> None:
+    @pytest.mark.usefixtures("untyped")
+    def test_what_is_no_iterable_of_texts_is_refused(self, ours: BPETokenizer) -> None:
         with pytest.raises(ValueError, match="use encode"):
             list(ours.encode_iterable("text"))
+        for wrong in (b"text", 5, None):
+            with pytest.raises(ValueError, match=f"texts: expected an iterable of .* got {wrong}"):
+                list(ours.encode_iterable(wrong))
 
 
 class TestSteps:

@@ -57,11 +57,13 @@ SOURCE = '''\
 LIMIT: int = 3
 
 
+@lru_cache(maxsize=64)
 def f(x: int = 2, *, on: bool = True) -> float:
     """Say 5 > 3."""
     if not on and x >= LIMIT:
         raise ValueError(f"x: expected less than {LIMIT + 0}")
     total = 0.5
+    zip([total], [x], strict=True)
     for _ in range(x):
         total += 1
     print(total)
@@ -77,6 +79,7 @@ CHANGES = {
     "and -> or",
     ">= -> >",
     "0.5 -> 1.0",
+    "zip([total], [x], strict=True) -> pass",
     "total += 1 -> pass",
     "1 -> 2",
     "print(total) -> pass",
@@ -104,6 +107,9 @@ def test_one_file_of_the_package_is_changed(tmp_path):
 
 
 def test_a_change_meets_the_tests_of_its_module_first():
+    lines = (ROOT / "llmbook/blocks.py").read_text("utf-8").splitlines()
+    likely = next(mutate.suites("blocks", [], lines.index("class RMSNorm(nn.Module):") + 2))
+    assert likely and all(test.startswith("tests/test_blocks.py::test_") for test in likely)
     suites = list(mutate.suites("blocks", ["attention", "blocks", "model"]))
     assert suites[0] == ["tests/test_blocks.py"]
     assert suites[2:] == [["tests/test_model.py"]], "attention imports nothing from blocks"
