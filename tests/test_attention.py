@@ -313,7 +313,7 @@ def test_unknown_backend(untyped):
     for wrong in (1.0, -0.1, "0"):
         with pytest.raises(ValueError, match="dropout: expected at least 0 and less than 1, got"):
             scaled_dot_product_attention(*qkv(), dropout=wrong)
-    with pytest.raises(ValueError, match="block_size: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="block_size: expected a whole number of at least 1, got 0"):
         flash_attention(*qkv(), block_size=0)
 
 
