@@ -218,6 +218,12 @@ def test_a_missing_size_and_an_unknown_preset_are_named():
         ModelConfig.from_dict(SMALL | {1: 2})
 
 
+def test_the_tiny_preset():
+    config = ModelConfig.preset("tiny")
+    sizes = (config.vocab_size, config.context_length, config.d_model, config.n_layers)
+    assert (*sizes, config.n_heads) == (512, 128, 64, 3, 2)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_json(name):
     config = ModelConfig.preset(name)
