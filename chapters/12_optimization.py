@@ -609,7 +609,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_total: Float[Tensor, ""]) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
-        scaled = [None if d is None else d * d_total.to(d.dtype) for d in (d_hidden, d_weight)]
+        scaled = [None if d is None else d * d_total for d in (d_hidden, d_weight)]
         return (*scaled, None, None, None)
 
 
