@@ -19,7 +19,7 @@ FORMATS = (
 def draw_layouts() -> None:
     """One row of bits for each format, by field; fields of rows stand under each other."""
     ax = canvas(720, 292)
-    width, height, left = 16, 22, 176
+    width, height, left = 15, 22, 160
     fields = (
         ("sign", PURPLE, left - 0.5 * width, "right"),
         ("exponent (range)", BLUE, left + width, "left"),

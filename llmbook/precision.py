@@ -133,7 +133,7 @@ def _spacing(x: Float[Tensor, "*shape"], target: FloatFormat) -> Float[Tensor, "
     exponent = exponent.clamp_(min=target.smallest_exponent + bias) - target.fraction_bits
     return exponent.bitwise_left_shift_(shift).view(x.dtype)
 
-# %% ../chapters/15_precision.ipynb #c5276692
+# %% ../chapters/15_precision.ipynb #5bcc66f9
 def round_to(
     x: Float[Tensor, "*shape"],
     format: str | torch.dtype | FloatFormat,
@@ -161,12 +161,12 @@ def round_to(
     spacing = _spacing(wide, target)
     scaled = wide / spacing
     if rounding == "nearest":
-        rounded = scaled.round()  # to the nearest whole number, ties to even
+        rounded = scaled.round_().mul_(spacing)  # to a whole number, ties to even
     else:
         below = scaled.floor()
         draw = torch.rand(x.shape, generator=generator, dtype=wide.dtype, device=x.device)
-        rounded = below + (draw < scaled - below)
-    rounded = _fit(torch.copysign(rounded * spacing, wide), target, saturate)
+        rounded = below.add_(draw < scaled - below).mul_(spacing).copysign_(wide)
+    rounded = _fit(rounded, target, saturate)
     return rounded.to(x.dtype if x.dtype == torch.float64 else torch.float32)
 
 # %% ../chapters/15_precision.ipynb #a34dd294
@@ -202,18 +202,19 @@ def float_format(format: str | torch.dtype | FloatFormat) -> FloatFormat:
         raise ValueError(f"format: {expected}, got {format!r:.60}")
     return FORMATS[name]
 
-# %% ../chapters/15_precision.ipynb #fe8ffea2
+# %% ../chapters/15_precision.ipynb #add1211c
 def _fit(x: Tensor, target: FloatFormat, saturate: bool | None) -> Tensor:
-    """Replace what is too large for ``target``, and for e8m0, zero."""
+    """Replace what is too large for ``target``, and for e8m0, zero, in ``x`` itself."""
     if not target.fraction_bits:
-        x = x.clamp(min=target.smallest_normal)
+        x.clamp_(min=target.smallest_normal)
     if saturate is None:
         saturate = target.signed and not target.has_infinities
     if saturate:
-        return x.clamp(-target.largest, target.largest)
+        return x.clamp_(-target.largest, target.largest)
     if target.has_infinities:
-        return torch.where(x.abs() > target.largest, torch.copysign(x.new_tensor(torch.inf), x), x)
-    return x.masked_fill(x.abs() > target.largest, torch.nan)
+        x.masked_fill_(x > target.largest, torch.inf)
+        return x.masked_fill_(x < -target.largest, -torch.inf)
+    return x.masked_fill_(x.abs() > target.largest, torch.nan)
 
 # %% ../chapters/15_precision.ipynb #dfb9737c
 def _check_rounding(
@@ -399,7 +400,7 @@ class QuantizedBlocks(NamedTuple):
         size = self.values.size(-1) // self.scales.size(-1)
         return self.values * (self.scales * self.tensor_scale).repeat_interleave(size, dim=-1)
 
-# %% ../chapters/15_precision.ipynb #f31280ff
+# %% ../chapters/15_precision.ipynb #1717eb66
 def quantize_blocks(
     x: Float[Tensor, "*batch n"],
     format: str | BlockFormat,
@@ -411,8 +412,8 @@ def quantize_blocks(
 
     ``rounding`` is that of the values; scales are never drawn. What exceeds the largest number
     saturates. NaN, infinities, and a last dimension that is no multiple of the block raise a
-    ``ValueError``. Sources: OCP Microscaling Formats 1.0 (2023), section 6.3; NVIDIA (2025),
-    "Pretraining Large Language Models with NVFP4", appendix B.
+    ``ValueError``. Sources: OCP Microscaling Formats 1.0 (2023); NVIDIA (2025), "Pretraining Large
+    Language Models with NVFP4".
     """
     block = _check_blocks(x, format)
     element = FORMATS[block.element]
