@@ -124,13 +124,13 @@ FORMATS = {
     )
 }
 
-# %% ../chapters/15_precision.ipynb #e0f7a7ae
+# %% ../chapters/15_precision.ipynb #8584a757
 def _spacing(x: Float[Tensor, "*shape"], target: FloatFormat) -> Float[Tensor, "*shape"]:
     """The distance of neighbors in ``target`` around each number, which is float32 or float64."""
     wide = x.dtype == torch.float64
     integers, shift, bias = (torch.int64, 52, 1023) if wide else (torch.int32, 23, 127)
     exponent = (x.contiguous().view(integers) >> shift) & (2 * bias + 1)
-    exponent = exponent.clamp_(min=target.smallest_exponent + bias) - target.fraction_bits
+    exponent = exponent.clamp_(target.smallest_exponent + bias, 2 * bias) - target.fraction_bits
     return exponent.bitwise_left_shift_(shift).view(x.dtype)
 
 # %% ../chapters/15_precision.ipynb #5bcc66f9
