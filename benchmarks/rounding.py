@@ -25,14 +25,14 @@ from llmbook.tokenizer import train_bpe
 from llmbook.training import compact, next_token_objective
 
 SEEDS, STEPS, LAST, RATE = 3, 200, 20, 3e-3
+SIZES = {"context_length": 128, "d_model": 64, "n_layers": 2, "n_heads": 4, "d_ff": 128}
 STUDENT = {2: 4.303, 3: 3.182, 4: 2.776}[SEEDS - 1]  # the 97.5 % point, by degrees of freedom
 
 
 def final_loss(seed: int, recipe: str | None, sampler: BatchSampler, vocab_size: int) -> float:
     """Train once; return the mean loss of the last steps, in nats per token."""
     seed_everything(seed)
-    sizes = {"context_length": 128, "d_model": 64, "n_layers": 2, "n_heads": 4, "d_ff": 128}
-    model = TransformerLM(ModelConfig(vocab_size=vocab_size, **sizes))
+    model = TransformerLM(ModelConfig(vocab_size=vocab_size, **SIZES))
     if recipe is not None:
         model = emulate(model, recipe)
     optimizer = AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
@@ -65,7 +65,7 @@ def main() -> None:
         worse = [ours - theirs for ours, theirs in zip(losses, control, strict=True)]
         half = STUDENT * stdev(worse) / SEEDS**0.5
         lines.append([recipe, f"{mean(losses):.3f}", f"{mean(worse):+.4f}", f"{half:.4f}"])
-    model = TransformerLM(ModelConfig(vocab_size=size, d_model=64, n_layers=2, n_heads=4, d_ff=128))
+    model = TransformerLM(ModelConfig(vocab_size=size, **SIZES))
     report(
         "rounding",
         environment("llmbook", "torch"),

