@@ -47,8 +47,7 @@ from llmbook.positions import check_tensor
 # ## Two runs that go wrong
 #
 # Our data are stories of the tiny world, one to a row, cut into tokens by the tokenizer of
-# chapter 13's model. The function below trains with AdamW. After each step it stores the weights in
-# the given type and converts them back, and it counts how many of them the step has changed.
+# chapter 13's model.
 
 # %%
 import tempfile
@@ -70,7 +69,12 @@ stories = [story.text for story in TinyWorld().stories(1500, seed=1)]
 shards = write_shards(stories, Path(tempfile.mkdtemp()) / "stories", trained.tokenizer)
 sampler = BatchSampler(pack_documents(shards, 128, "one_per_row"), batch_size=8)
 
+# %% [markdown]
+# The function below trains with AdamW. After each step it stores the weights as the function
+# `store` says, in 16 bits for example, and it counts how many weights the last step has changed.
 
+
+# %%
 def train(model: nn.Module, store: Callable, rate: float, n_steps: int) -> tuple[list, float]:
     """The losses, and the share of the weights that the last step moved."""
     optimizer = AdamW(model.parameters(), lr=rate, weight_decay=0.0)
@@ -169,8 +173,8 @@ print("in float32 under 1%, in float16 between 40% and 95%")
 # x = (-1)^s \cdot 2^{\,e - b} \cdot \Bigl(1 + \frac{f}{2^m}\Bigr), \qquad b = 2^{E-1} - 1 .
 # $$ (precision-value)
 #
-# The {term}`bias <bias of an exponent>` $b$ makes negative exponents possible without a second sign.
-# The leading one isn't stored, because it's always there, except when $e = 0$. Then the value is
+# The {term}`bias <bias of an exponent>` $b$ makes negative exponents possible without a second
+# sign. The leading one isn't stored, because it's always there, except when $e = 0$. Then the value is
 # $(-1)^s \cdot 2^{1-b} \cdot f / 2^m$, without the one. These are the {term}`subnormal numbers`.
 # They fill the gap between zero and the smallest normal number $2^{1-b}$ with even steps, and one
 # of them ($f = 0$) is zero itself.
@@ -769,9 +773,9 @@ for format in FORMATS.values():
 # %% [markdown]
 # The numbers of `float8_e8m0fnu` that differ are all subnormal in `float32`. Of what lies between
 # $2^{-127}$ and $2^{-126}$, PyTorch takes the larger power even where the smaller one is nearer. No
-# scale is ever that small. Of `float4_e2m1fn` there is no cast, but its eight positive numbers can be checked by eye, and its
-# midpoints by hand. How much slower is our arithmetic than a cast, which the processor does in one
-# instruction?
+# scale is ever that small. For `float4_e2m1fn` there is no cast, but its numbers are few enough to
+# check every midpoint by hand, as the tests of the package do. How much slower is our arithmetic
+# than a cast, which the processor does in one instruction?
 
 # %% tags=["nbval-ignore-output"]
 import time
@@ -803,7 +807,8 @@ for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
 # thousand updates.
 #
 # {term}`Stochastic rounding <stochastic rounding>` draws lots. Let $x$ lie between the neighbors
-# $a$ and $a + \sigma$, at a share $t = (x - a) / \sigma$ of the way. Go up with probability $t$, else down. Then
+# $a$ and $a + \sigma$, at a share $t = (x - a) / \sigma$ of the way. Go up with probability $t$,
+# else down. Then
 #
 # $$
 # \mathbb{E}[\operatorname{round}(x)] = (1 - t)\, a + t\, (a + \sigma) = a + t \sigma = x , \qquad
@@ -967,9 +972,9 @@ plt.show()
 # %% [markdown]
 # Kahan and the wide accumulator stay below the unit roundoff, which is the best that a result in
 # the format can have, and pairs aren't far from it: errors of either sign partly cancel, so they
-# stay well inside their bounds. So matrix units multiply short numbers and add in 32 bits. The products don't lose
-# anything: two numbers with $m + 1$ digits have a product with $2m + 2$, which are 16 for
-# `bfloat16` and 22 for `float16`, and `float32` has 24.
+# stay well inside their bounds. So matrix units multiply short numbers and add in 32 bits. The
+# products don't lose anything: two numbers with $m + 1$ digits have a product with $2m + 2$, which
+# are 16 for `bfloat16` and 22 for `float16`, and `float32` has 24.
 
 # %%
 at = 8192
@@ -1125,10 +1130,10 @@ def _check_blocks(x: object, format: object) -> BlockFormat:
 
 
 # %% [markdown]
-# What do the scales buy? We take the weights of our trained model, and what flows into one of its
-# layers. In large models, a few channels of the latter are many times larger than all others
-# {cite}`dettmers2022int8`. Ours is too small to have them, so we make one channel in 64 a hundred times
-# larger, and then measure the error of the *other* 63:
+# What do the scales buy? We take the weights of a layer of our trained model, and what flows into
+# it. In large models, a few channels of the latter are many times larger than all others
+# {cite}`dettmers2022int8`. Ours is too small to have them, so we make one channel in 64 a hundred
+# times larger, and then measure the error of the *other* 63:
 
 
 # %%
@@ -1162,8 +1167,8 @@ for name in ("float8_e4m3fn", "mxfp8", "float4_e2m1fn", "mxfp4", "nvfp4"):
     print(f"{label:24} {bits:4.2f}", *(f"{100 * e:13.0f}%" for e in row))
 
 # %% [markdown]
-# With 8 bits, the scales hardly matter: e4m3 has exponents of its own, and its relative error is the
-# same for all but the smallest numbers. With 4 bits they decide. With an outlier and one scale, all
+# With 8 bits, the scales hardly matter: e4m3 has exponents of its own, and its relative error is
+# the same for all but the smallest numbers. With 4 bits they decide. With an outlier and one scale, all
 # quiet channels become zero. In blocks, only the outlier's neighbors suffer. Our rows are so short
 # that these are half of all channels for MXFP4, and a quarter for NVFP4; in a row of 4,096 it
 # would be 32 or 16. The table prices the formats for storage. What they do to *training* is
@@ -1328,11 +1333,18 @@ RECIPES = {
 }
 
 # %% [markdown]
+# `emulate(model, recipe)` returns a copy of a model whose linear layers do this. The layers
+# differ from `nn.Linear` only in the three products.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: a layer with rounded products (`EmulatedLinear`), and a model of them (`emulate`)
+
+# %% [markdown] tags=["engine"]
 # The layer rounds an operand along one of its two dimensions. With one scale for the whole tensor
 # the dimension doesn't matter. A tensor of zeros has an amax of zero, and gets a scale of 1:
 
 
-# %%
+# %% tags=["engine"]
 #| export
 class EmulatedLinear(nn.Linear):
     """A linear layer whose three products have rounded operands, and sums in float32.
@@ -1385,12 +1397,12 @@ class EmulatedLinear(nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # The three products are written out by hand. What the backward pass needs is rounded in the forward
 # pass already, as a real implementation would, which thereby keeps activations in 8 bits:
 
 
-# %%
+# %% tags=["engine"]
 #| export
 class _RoundedProducts(torch.autograd.Function):
     """The three products of a linear layer, each with rounded operands."""
@@ -1440,9 +1452,6 @@ def emulate(
                 setattr(parent, name, layer.train(child.training))
     return model
 
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: blocks in either direction, and recipes by name
 
 # %% [markdown] tags=["engine"]
 # Along tokens, the number of rows need not be a multiple of the block. Zeros fill the last block,

@@ -71,6 +71,7 @@ NOT_TRIED = {
     "training.StepReport",
     "generation.SpeculativeStats",
     "attention.AttentionFigure",
+    "precision.BitsFigure",
     "attention.LayerCache",
     "blocks.Routing",
     "generation.GenerationOptions",  # the options of generate, which are tried there
