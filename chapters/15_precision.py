@@ -354,10 +354,11 @@ for format in FORMATS.values():
 #
 # `float16` has three digits, but nothing between 0 and 0.00000006. Recall from
 # {doc}`12_optimization` that the gradient of a logit is $p - y$, divided here by the number of
-# targets, about 300. If the model gives a wrong token a probability of one in 100,000, its gradient
-# is 0.00000003, which rounds to zero. A trained model is that sure about most tokens in most
-# places. With `bfloat16`, the same gradients survive, and with `float16`, the same weights move.
-# Neither 16-bit format does both.
+# targets, about 500. If the model gives a wrong token a probability of one in a million, its
+# gradient is 0.000000002, far below half of the smallest number, and rounds to zero. A trained
+# model is that sure about most tokens in most places. `bfloat16` would keep these gradients, and
+# `float16`, whose spacing is an eighth, would keep more of the updates. Neither has both the range
+# and the digits.
 #
 # A normal number keeps all its digits wherever it stands, because the spacing grows with it.
 # {numref}`fig-precision-line` shows this for the short formats.
@@ -903,8 +904,8 @@ print("loss above that of 32-bit weights: 0.15 to 0.6 nats to nearest, below 0.1
 # $$ (precision-kahan)
 #
 # Its bound is $k = 2 + O(n u)$ {cite}`higham2002accuracy`, which hardly depends on $n$ as long as
-# $n u$ is small. The fourth way is to sum in a wider format and round once at the end, $k \approx 1$.
-# In code, for many rows at once, noting the sum whenever the number of terms is a power of two:
+# $n u$ is small. The fourth way is to sum in a wider format and round once at the end, $k \approx
+# 1$. In code, for many rows at once, noting the sum whenever the number of terms is a power of two:
 
 
 # %%
@@ -1153,7 +1154,7 @@ usual = seen["x"].flatten(0, 1)
 loud = usual.clone()
 loud[:, 17] *= 100
 tensors = {"weights": layer.weight.detach(), "activations": usual, "with outliers": loud}
-print("root mean square of errors, relative to the values")
+print("root mean square of errors, relative to the values, is at most")
 print("format                 bits ", *(f"{name:>14}" for name in tensors))
 for name in ("float8_e4m3fn", "mxfp8", "float4_e2m1fn", "mxfp4", "nvfp4"):
     row = []
@@ -1165,7 +1166,7 @@ for name in ("float8_e4m3fn", "mxfp8", "float4_e2m1fn", "mxfp4", "nvfp4"):
         row.append(error.sqrt().item())
     bits = BLOCK_FORMATS[name].bits_per_value if blocks else FORMATS[name].bits
     label = name if blocks else f"{name}, one scale"
-    print(f"{label:24} {bits:4.2f}", *(f"{100 * e:13.0f}%" for e in row))
+    print(f"{label:24} {bits:4.2f}", *(f"{min(100, 5 * math.ceil(20 * e)):13}%" for e in row))
 
 # %% [markdown]
 # With 8 bits, the scales hardly matter: e4m3 has exponents of its own, and its relative error is
