@@ -21,6 +21,7 @@ from llmbook import (
     model,
     optimization,
     positions,
+    precision,
     subwords,
     tinyworld,
     tokenizer,
@@ -29,7 +30,7 @@ from llmbook import (
 
 MODULES = (
     "environment tinyworld corpus cleaning deduplication tokenizer subwords batches positions "
-    "attention blocks model optimization training generation"
+    "attention blocks model optimization training generation precision"
 ).split()
 
 # What is left out, and why.
@@ -72,6 +73,7 @@ NOT_TRIED = {
     "training.StepReport",
     "generation.SpeculativeStats",
     "attention.AttentionFigure",
+    "precision.BitsFigure",
     "attention.LayerCache",
     "blocks.Routing",
     "generation.GenerationOptions",  # the options of generate, which are tried there
@@ -556,6 +558,21 @@ EXAMPLES: dict[str, Arguments] = {
     "generation.QuantizedLinear": {"in_features": 16, "out_features": 8},
     "generation.QuantizedLinear.of": lambda: {"linear": torch.nn.Linear(16, 8)},
     "generation.QuantizedLinear.forward": lambda: {"x": torch.ones(2, 16)},
+    "precision.FloatFormat": {"name": "own", "exponent_bits": 4, "fraction_bits": 3},
+    "precision.FloatFormat.decode": {"code": 3},
+    "precision.float_format": {"format": "float16"},
+    "precision.round_to": lambda: {"x": torch.ones(2, 3), "format": "float16"},
+    "precision.float_fields": {"number": 0.5},
+    "precision.BlockFormat": {
+        "name": "own",
+        "element": "float8_e5m2",
+        "size": 8,
+        "scale": "float8_e8m0fnu",
+    },
+    "precision.quantize_blocks": lambda: {"x": torch.ones(2, 32), "format": "mxfp8"},
+    "precision.EmulatedLinear": {"in_features": 16, "out_features": 8, "recipe": "fp8_current"},
+    "precision.EmulatedLinear.forward": lambda: {"x": torch.ones(2, 16)},
+    "precision.emulate": lambda: {"model": torch.nn.Linear(16, 8), "recipe": "mxfp8"},
 }
 
 # Objects whose methods are tried as well.
@@ -592,4 +609,6 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "training.Checkpointer": checkpointer,
     "training.Trainer": trainer,
     "generation.QuantizedLinear": lambda: generation.QuantizedLinear(16, 8),
+    "precision.FloatFormat": lambda: precision.FORMATS["float16"],
+    "precision.EmulatedLinear": lambda: precision.EmulatedLinear(16, 8, recipe="fp8_current"),
 }
