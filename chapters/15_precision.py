@@ -1,0 +1,1178 @@
+# %% [markdown]
+# # Mixed precision
+#
+# > Train with 16-bit products: what rounding to fewer bits costs, where it fails, and what it saves.
+#
+# (The first half of this chapter stands here once the two are joined.)
+#
+# | | |
+# |---|---|
+# | **Part** | III. Pretraining |
+# | **You build** | {py:class}`~llmbook.precision.CastProducts`, {py:class}`~llmbook.precision.GradScaler`, {py:class}`~llmbook.precision.MixedPrecision`, {py:class}`~llmbook.precision.CompactAdamW`, {py:func}`~llmbook.precision.memory_breakdown` |
+# | **You need** | the trainer ({doc}`13_training`), optimizers ({doc}`12_optimization`), the model's memory ({doc}`11_model`) |
+# | **It takes** | 60 minutes for the main line, 2 hours for everything, 75 seconds to run |
+
+# %% tags=["remove-cell"]
+#| default_exp precision
+
+# %% tags=["engine"]
+#| export
+# The imports of the module
+import math
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+
+from llmbook.blocks import GATES
+from llmbook.environment import check_at_least, check_choice, check_fraction
+from llmbook.model import ModelConfig, TransformerLM, activation_bytes, count_parameters
+from llmbook.model import parameter_counts
+from llmbook.optimization import AdamW, clip_gradients
+from llmbook.training import Precision
+
+# %% [markdown]
+# ## A recipe in three parts
+#
+# Two failures, and one format is not to blame for both. Weights that are stored in 16 bits stop
+# moving, because an update is small beside the weight it is added to. Gradients in float16 vanish,
+# because they are small beside the smallest number there is. What both have in common is the
+# remedy: find out which numbers really need 32 bits, and leave the others in 16.
+#
+# Where is the work? {doc}`11_model` counted it: but for a percent, all operations of a step are
+# products of matrices. A product has three kinds of numbers. Its *factors* are read once and
+# multiplied; rounding them to $m$ bits after the leading one changes each by at most one part in
+# $2^{m+1}$, at random and in both directions. Its *partial sums* are read and written once for
+# every factor, and there the rounding errors of long sums pile up; hardware keeps them in 32 bits
+# inside of the unit that multiplies, where they cost no memory. Its *result* is rounded once.
+#
+# And the weights? They are sums as well, over all steps of the training run. So the recipe of
+# Micikevicius and colleagues {cite}`micikevicius2018mixed` has three parts
+# ({numref}`fig-precision-recipe`): **master weights** in 32 bits, to which every update is added;
+# **products** in 16 bits, from copies of the weights that are made anew in each step; and **sums**
+# in 32 bits: those inside of products, and those in softmax, normalization and loss. Float16 needs
+# a fourth part, the scale of the loss, to which we come.
+#
+# ```{figure} ../figures/precision-recipe.svg
+# :name: fig-precision-recipe
+# :alt: A training step from left to right. Master weights in 32 bits are cast to a copy in 16 bits. The copy and activations in 16 bits enter products whose partial sums have 32 bits; norms, softmax and loss stay in 32 bits. The loss is multiplied by a scale, the gradients come back through 16-bit products, arrive at the 32-bit weights as 32-bit gradients, are divided by the scale, checked and clipped, and the optimizer adds its update to the master weights.
+#
+# One step of mixed precision. Only the products, and what passes between them, are in 16 bits.
+# ```
+#
+# ## What goes down, and what stays up
+#
+# Nobody wants to write casts into every layer of a model. **Autocast** makes them: a context in
+# which each operation finds out by its name whether it gets its inputs in 16 bits. For that PyTorch
+# lets us step in before any of its functions is called. We need two lists. Down go the products.
+# Up, to 32 bits, go operations that sum many numbers or whose results have a large range: an
+# exponential of 12 is over 160,000, which float16 cannot hold. Everything else takes what it gets.
+
+# %%
+#| export
+#: What autocast computes in 16 bits: products of matrices.
+DOWN = frozenset(
+    {F.linear, F.bilinear, F.scaled_dot_product_attention, F.conv1d, F.conv2d}
+    | {torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.baddbmm, torch.einsum}
+    | {Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.mv}
+)
+#: What autocast computes in 32 bits: long sums, and what has a large range.
+UP = frozenset(
+    {F.rms_norm, F.layer_norm, F.group_norm, torch.rms_norm, torch.layer_norm, F.normalize}
+    | {F.softmax, F.log_softmax, F.cross_entropy, F.nll_loss, F.mse_loss, F.kl_div}
+    | {torch.softmax, torch.log_softmax, torch.logsumexp, torch.exp, torch.log, torch.pow}
+    | {Tensor.softmax, Tensor.log_softmax, Tensor.logsumexp, Tensor.exp, Tensor.log, Tensor.pow}
+    | {torch.sum, torch.cumsum, torch.prod, torch.rsqrt, torch.norm, torch.var}
+    | {Tensor.sum, Tensor.cumsum, Tensor.prod, Tensor.rsqrt, Tensor.norm, Tensor.var}
+)
+
+
+# %% [markdown]
+# The context that obeys them is short. An operation with an `out` argument is left alone, as by
+# PyTorch's own, since its result has a place and a type already.
+#
+# There is one option that PyTorch's autocast lacks. Processors without 16-bit arithmetic take many
+# times as long for 16-bit products as for 32-bit ones. But a product of 16-bit numbers with 32-bit
+# sums is the same as a 32-bit product of *rounded* numbers whose result is rounded, up to the order
+# of its sums. So with `emulate` tensors keep their 32 bits and are only rounded, and gradients are
+# rounded on their way back. It shows what 16 bits do to training, at the speed of 32 on any
+# machine, and saves nothing.
+
+
+# %%
+#| export
+class CastProducts(TorchFunctionMode):
+    """Within this context products run in ``dtype`` and sensitive functions in float32.
+
+    Autocast by hand, by the lists ``DOWN`` and ``UP``. With ``emulate`` numbers are rounded to
+    ``dtype`` and back before and after each product, so that any processor can be used. Float64
+    and whole numbers are left as they are. The backward pass belongs outside.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16, *, emulate: bool = False):
+        super().__init__()
+        if dtype not in _SIXTEEN_BITS.values():
+            raise ValueError(f"dtype: expected torch.float16 or torch.bfloat16, got {dtype!r}")
+        self.dtype, self.emulate = dtype, emulate
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call ``func`` with arguments of the type that its list says."""
+        kwargs = dict(kwargs or {})
+        lower = func in DOWN and "out" not in kwargs
+        if lower:
+            args, kwargs = tree_map(self.narrow, (args, kwargs))
+        elif func in UP and not self.emulate:
+            args, kwargs = tree_map(_widened, (args, kwargs))
+        result = func(*args, **kwargs)
+        return tree_map(self.narrow, result) if lower and self.emulate else result
+
+    def narrow(self, value: Any) -> Any:
+        """Return a float tensor in 16 bits, or rounded to them; anything else as it is."""
+        if not isinstance(value, Tensor) or value.dtype not in _MAY_BE_CAST:
+            return value
+        low = value.to(self.dtype)
+        return low.to(value.dtype) if self.emulate else low
+
+
+_SIXTEEN_BITS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_MAY_BE_CAST = {torch.float32, *_SIXTEEN_BITS.values()}
+
+
+def _widened(value: Any) -> Any:
+    is_narrow = isinstance(value, Tensor) and value.dtype in _SIXTEEN_BITS.values()
+    return value.float() if is_narrow else value
+
+
+# %% [markdown]
+# We try it on stories of the {term}`tiny world` and a small model, and list what comes out of each
+# part:
+
+# %%
+import matplotlib.pyplot as plt
+
+from llmbook.batches import BatchSampler, pack_documents, write_shards
+from llmbook.environment import seed_everything
+from llmbook.tinyworld import TinyWorld
+from llmbook.tokenizer import train_bpe
+
+# %% tags=["engine"]
+# What the experiments of this chapter need besides
+import copy
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+from llmbook.optimization import cosine_schedule, cross_entropy, parameter_groups
+from llmbook.training import Trainer, TrainingConfig, compact
+
+# %%
+plt.style.use("llmbook.book")
+torch.set_num_threads(1)
+stories = [story.text for story in TinyWorld().stories(1200, 0)]
+tokenizer = train_bpe(stories, 512)
+folder = Path(tempfile.mkdtemp())
+shards = write_shards(stories, folder / "stories", tokenizer)
+rows = pack_documents(shards, 128, "one_per_row")
+batches = BatchSampler(rows, batch_size=8)
+
+
+def tiny_model(seed: int = 0, backend: str = "torch", **changes: int) -> TransformerLM:
+    seed_everything(seed)
+    sizes = {"context_length": 128, "d_model": 32, "n_layers": 2, "n_heads": 2} | changes
+    return TransformerLM(ModelConfig(vocab_size=tokenizer.vocab_size, **sizes), backend)
+
+
+model, batch = tiny_model(), compact(batches[0])
+found = {}
+for name in ("blocks.0.attention_norm", "blocks.0.attention.q_proj", "blocks.0", "lm_head"):
+    model.get_submodule(name).register_forward_hook(
+        lambda module, inputs, output, name=name: found.update({name: output.dtype})
+    )
+with CastProducts(torch.bfloat16):
+    logits = model(batch.inputs)
+    loss = cross_entropy(logits, batch.targets)
+print("; ".join(f"{name} {dtype}" for name, dtype in found.items()).replace("torch.", ""))
+print(f"loss {loss.dtype}, weights {model.lm_head.weight.dtype}".replace("torch.", ""))
+
+# %% [markdown]
+# The residual stream, which is the output of a block, is a sum over all layers. It stays in 32
+# bits by itself: it begins as a row of the embedding, which is a master weight, and 32 bits plus 16
+# bits are 32. Is that autocast, as everybody uses it? The same logits, and the same gradients:
+
+# %%
+def gradients_under(context: Any, model: nn.Module) -> list[Tensor]:
+    model.zero_grad()
+    with context:
+        logits = model(batch.inputs)
+    cross_entropy(logits.float(), batch.targets).backward()
+    return [logits.detach(), *[p.grad for p in model.parameters()]]
+
+
+ours = gradients_under(CastProducts(torch.bfloat16), tiny_model())
+theirs = gradients_under(torch.autocast("cpu", torch.bfloat16), tiny_model())
+emulated = gradients_under(CastProducts(torch.bfloat16, emulate=True), tiny_model())
+exact = gradients_under(nullcontext(), tiny_model())
+
+
+def distance(some: list[Tensor], others: list[Tensor]) -> float:
+    pairs = zip(some, others, strict=True)
+    return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
+
+
+equal = sum(map(torch.equal, ours, theirs))
+real, rounded = distance(ours, exact), distance(emulated, exact)
+assert equal == len(ours) and 2e-3 < real < 0.04 and 0.5 < rounded / real < 2
+print(f"ours and PyTorch's: {equal} of {len(ours)} tensors are equal to the bit")
+print(f"from float32 they differ by at most {real:.0%}, with emulated casts by {rounded:.0%}")
+
+# %% [markdown]
+# ### The backward pass needs no context
+#
+# Notice where `backward` stands: outside. Each cast in the forward pass is an operation like any
+# other, and its derivative is the cast in the other direction. So gradients flow in 16 bits exactly
+# where values did, and arrive at the master weights in 32 bits. PyTorch's manual says that the
+# backward pass under autocast is not recommended, and a loss function with a derivative of its own
+# shows why: what it computes in `backward` with care in 32 bits is cast down by the context.
+
+
+# %%
+class SquaredNorm(torch.autograd.Function):
+    """The squared norm of x @ w; the gradient of w is a product of its own making."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            ctx.save_for_backward(x, w)
+            return (x @ w).square().sum()
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor) -> tuple[None, Tensor]:
+        x, w = ctx.saved_tensors
+        return None, 2 * d_total * (x.T @ (x @ w))
+
+
+x = torch.randn(64, 32)
+kinds = {}
+for where in ("outside", "inside"):
+    w = torch.ones(32, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = SquaredNorm.apply(x, w)
+        if where == "inside":
+            total.backward()
+    if where == "outside":
+        total.backward()
+    kinds[where] = w.grad
+error = distance([kinds["inside"]], [kinds["outside"]])
+assert 5e-4 < error < 5e-2
+print(f"backward inside of autocast: the gradient is off by about {error:.1%}, with no warning")
+
+# %% [markdown]
+# ## Gradients that vanish
+#
+# Which gradients are in 16 bits? Those that pass between products. We catch them where they enter
+# the backward pass of each linear map, in 32 bits, and look at their exponents: the $e$ of
+# $|g| \in [2^e, 2^{e+1})$. Float16 holds normal numbers from $2^{-14}$ on, below them a fixed grid of
+# step $2^{-24}$, and nothing at or below $2^{-25}$, which rounds to zero. The loss is the mean over
+# all targets of a batch, as usual, here of 64 stories, and the model has learned for 40 steps.
+
+
+# %%
+def gradient_values(model: nn.Module, batch: Any) -> Tensor:
+    caught = []
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    hooks = [
+        module.register_full_backward_hook(lambda m, into, out: caught.append(out[0].flatten()))
+        for module in linears
+    ]
+    cross_entropy(model(batch.inputs), batch.targets).backward()
+    for hook in hooks:
+        hook.remove()
+    values = torch.cat(caught).abs()
+    return values[values > 0]
+
+
+model = tiny_model()
+optimizer = AdamW(model.parameters(), lr=3e-3)
+for step in range(40):
+    batch = compact(batches[step])
+    optimizer.zero_grad()
+    cross_entropy(model(batch.inputs), batch.targets).backward()
+    optimizer.step()
+values = gradient_values(model, compact(rows.batch(range(64))))
+for scale in (1, 2**10, 2**16):
+    scaled = values * scale
+    lost = float((scaled <= 2.0**-25).float().mean())
+    coarse = float(((scaled > 2.0**-25) & (scaled < 2.0**-14)).float().mean())
+    over = int((scaled >= 65520).sum())
+    print(f"times 2^{int(math.log2(scale)):2}: {lost:.0%} zero, {coarse:.0%} coarse, {over} too large")
+
+# %% [markdown]
+# Without a scale most of them have lost digits or are gone, and the upper half of float16's range
+# is empty. {numref}`fig-precision-gradients` shows why a shift helps: range is not missing, it is
+# in the wrong place.
+
+# %% mystnb={"figure": {"caption": "Exponents of the gradients that enter linear maps, without a scale and with one of 2^16. Float16 holds what lies in the light band with all its digits, what lies in the dark band with fewer; left of it everything is zero.", "name": "fig-precision-gradients"}, "image": {"alt": "Two histograms of the same shape over exponents from -45 to 20. Without a scale the values lie mostly between 2 to the -35 and 2 to the -10, around the dark band of float16's subnormal numbers, from -24 to -14. With the scale the histogram has moved right by 16 and lies mostly within the light band, from -14 to 16."}}
+figure, axes = plt.subplots(figsize=(7, 2.8))
+bins = np.arange(-45, 21)
+for scale, color in ((1.0, "C1"), (2.0**16, "C0")):
+    exponents = torch.log2(values * scale).floor().numpy()
+    label = "no scale" if scale == 1 else "scale $2^{16}$"
+    weights = np.full(len(exponents), 100 / len(exponents))
+    axes.hist(exponents, bins, weights=weights, alpha=0.6, color=color, label=label)
+axes.axvspan(-24, -14, color="gray", alpha=0.35, linewidth=0)
+axes.axvspan(-14, 16, color="gray", alpha=0.12, linewidth=0)
+axes.set_xlabel("exponent of the gradient")
+axes.set_ylabel("share of values (%)")
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# To move all gradients there is no need to touch any of them. Differentiation is linear: if $S$ is
+# a constant, then $\nabla (S L) = S\, \nabla L$, at every weight and at every place in between. So
+# the loss is multiplied once, before the backward pass, and the gradients of the weights, which
+# are in 32 bits, are divided once, after it. Why are scales powers of two? Such a factor changes
+# the exponent of a number and none of its digits, so as long as nothing leaves the range, scaling
+# and dividing are exact. With any other factor both round:
+
+
+# %%
+def gradient_with(scale: float) -> Tensor:
+    model.zero_grad()
+    (cross_entropy(model(batch.inputs), batch.targets) * scale).backward()
+    return torch.cat([p.grad.flatten() / scale for p in model.parameters()])
+
+
+plain = gradient_with(1.0)
+for scale in (2.0**16, 1e5):
+    changed = float((gradient_with(scale) != plain).float().mean())
+    print(f"scale {scale:7,.0f}: {changed:.0%} of the gradients in float32 are not the same bits")
+assert changed > 0.3
+
+# %% [markdown]
+# ## A scale that finds itself
+#
+# How large may $S$ be? Too large, and the largest gradients overflow: they become infinite, and
+# infinity divided by $S$ is still infinite. That looks like a disaster, but it is a message that
+# cannot be missed, and it comes *before* the optimizer has acted. A scale that is too small gives
+# no sign at all. So a **dynamic** scale tries the limit from below: if a gradient is infinite or
+# NaN, the step is skipped and the scale halved; after 2,000 good steps in a row it is doubled. In
+# equilibrium one step in some 2,000 is lost, and the scale follows the gradients when they shrink
+# in the course of training.
+#
+# The order of things in a step leaves no choice:
+#
+# 1. `scale(loss).backward()`, once for each micro-batch. They are added with the *same* scale,
+#    which does not change before the step is over.
+# 2. `unscale_(optimizer)` divides `.grad`, once, and notes whether all of it is finite.
+# 3. Clipping and whatever else looks at gradients comes after that. Before, one would clip
+#    gradients that are 65,536 times too long, and then divide what is left.
+# 4. `step(optimizer)` takes the step, or not.
+# 5. `update()` changes the scale, after all optimizers have been asked.
+#
+# The class keeps the scale, the number of good steps since the last change, and for each optimizer
+# what was found since the last update.
+
+
+# %%
+#| export
+class GradScaler:
+    """Scales losses so that gradients fit into float16, and skips steps that overflow.
+
+    Decides as ``torch.amp.GradScaler`` does, and takes and gives its state dicts. Use it as
+    ``scale(loss).backward()``, ``unscale_(optimizer)``, clipping, ``step(optimizer)``,
+    ``update()``. Source: Micikevicius et al. (2018), section 3.2. Settings out of range raise a
+    ``ValueError``; calls in the wrong order, such as a second ``step`` before ``update``, raise a
+    ``RuntimeError`` as in torch.
+    """
+
+    def __init__(
+        self,
+        *,
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        enabled: bool = True,
+    ):
+        self._scale = _as_scale("init_scale", init_scale)
+        self.set_growth_factor(growth_factor)
+        self.set_backoff_factor(backoff_factor)
+        self.set_growth_interval(growth_interval)
+        self._enabled, self._growth_tracker = _as_switch("enabled", enabled), 0
+        self._found: dict[int, Tensor] = {}  # by optimizer: whether a gradient was not finite
+        self._stepped: set[int] = set()
+
+    def scale(self, outputs: Any) -> Any:
+        """Return a loss, or a list, tuple or iterable of losses, times the scale."""
+        if not self._enabled:
+            return outputs
+        if isinstance(outputs, Tensor):  # as a tensor, because float16 cannot hold 65,536
+            return outputs * torch.tensor(self._scale, device=outputs.device)
+        if not isinstance(outputs, Iterable):
+            raise ValueError(f"outputs: expected a tensor or several, got {outputs!r:.60}")
+        scaled = map(self.scale, outputs)
+        return type(outputs)(scaled) if isinstance(outputs, list | tuple) else scaled
+
+
+# %% [markdown]
+# Whether all numbers of a tensor are finite, its largest absolute value says: a maximum of anything
+# and NaN is NaN. The answer stays on the device, and is read in `step`.
+
+
+# %%
+#| export
+class GradScaler(GradScaler):  # continued
+    @torch.no_grad()
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients of ``optimizer`` by the scale, and note if any is not finite."""
+        if not self._enabled:
+            return
+        self._check_fresh(optimizer, "unscale_")
+        gradients = _gradients_of(optimizer)
+        largest = torch._foreach_norm(gradients, math.inf)
+        first = largest[0].device
+        self._found[id(optimizer)] = ~torch.stack([x.to(first) for x in largest]).isfinite().all()
+        torch._foreach_mul_(gradients, _float32(1 / self._scale))
+
+    def found_inf(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the gradients of ``optimizer`` were not all finite when they were unscaled."""
+        if id(optimizer) not in self._found:
+            name = type(optimizer).__name__
+            raise RuntimeError(f"optimizer: expected unscale_() first, got {name} without it")
+        return bool(self._found[id(optimizer)])
+
+    def step(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> Any:
+        """Let ``optimizer`` take its step, unless a gradient was not finite; unscale if needed."""
+        if not self._enabled:
+            return optimizer.step(*arguments)
+        if arguments:  # a closure would make gradients of its own
+            raise ValueError(f"arguments: expected none, got {arguments!r:.60}")
+        if id(optimizer) in self._stepped or id(optimizer) not in self._found:
+            self._check_fresh(optimizer, "step")
+            self.unscale_(optimizer)
+        self._stepped.add(id(optimizer))
+        return None if self.found_inf(optimizer) else optimizer.step()
+
+    def update(self, new_scale: float | None = None) -> None:
+        """Change the scale after a step: down if any gradient overflowed, else at times up."""
+        if not self._enabled:
+            return
+        if new_scale is not None:
+            self._scale = _as_scale("new_scale", new_scale)
+        elif not self._found:
+            raise RuntimeError("update: expected unscale_() or step() before it, got neither")
+        elif any(map(bool, self._found.values())):
+            self._scale, self._growth_tracker = _float32(self._scale * self._backoff_factor), 0
+        else:
+            self._growth_tracker += 1
+            if self._growth_tracker == self._growth_interval:
+                grown = _float32(self._scale * self._growth_factor)
+                self._scale = grown if math.isfinite(grown) else self._scale
+                self._growth_tracker = 0
+        self._found, self._stepped = {}, set()
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: settings, states that torch's scaler takes, and calls in the wrong order
+
+# %% [markdown] tags=["engine"]
+# PyTorch keeps the scale as a number in 32 bits, so each new one is rounded to that. Gradients in
+# float16 are refused: they are those of weights in float16, which have no room for small updates,
+# and dividing them would let them vanish after all.
+
+
+# %% tags=["engine"]
+#| export
+def _float32(value: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
+
+
+def _as_scale(name: str, value: object) -> float:
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    if not known or not 0 < float(value) <= float(np.finfo(np.float32).max):  # type: ignore[arg-type]
+        expected = "a positive number that float32 holds"
+        raise ValueError(f"{name}: expected {expected}, got {value!r:.60}")
+    return _float32(float(value))  # type: ignore[arg-type]
+
+
+def _as_switch(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r:.60}")
+    return value
+
+
+def _gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The gradients of all parameters of an optimizer, the values of sparse ones."""
+    gradients = []
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if (gradient := parameter.grad) is None:
+            continue
+        if gradient.dtype == torch.float16:
+            got = f"a gradient in float16, of a weight of shape {tuple(parameter.shape)}"
+            raise ValueError(f"optimizer: expected weights and gradients in float32, got {got}")
+        gradients.append(gradient._values() if gradient.is_sparse else gradient)
+    if not gradients:
+        name = type(optimizer).__name__
+        raise RuntimeError(f"optimizer: expected gradients, got {name} without any")
+    return gradients
+
+
+# %% tags=["engine"]
+#| export
+class GradScaler(GradScaler):  # continued
+    def _check_fresh(self, optimizer: Any, method: str) -> None:
+        """Refuse what was unscaled or stepped since the last update."""
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"optimizer: expected one of torch.optim, got {optimizer!r:.60}")
+        done = "step" if id(optimizer) in self._stepped else "unscale_"
+        if id(optimizer) in self._found:
+            got = f"{type(optimizer).__name__} after {done}()"
+            raise RuntimeError(f"optimizer: expected update() before {method}(), got {got}")
+
+    def is_enabled(self) -> bool:
+        """Whether anything is scaled."""
+        return self._enabled
+
+    def get_scale(self) -> float:
+        """Return the scale, 1 if scaling is not enabled."""
+        return self._scale if self._enabled else 1.0
+
+    def get_growth_factor(self) -> float:
+        """Return what the scale is multiplied by after ``growth_interval`` good steps."""
+        return self._growth_factor
+
+    def set_growth_factor(self, growth_factor: float) -> None:
+        """Set what the scale is multiplied by to grow, more than 1."""
+        if _as_scale("growth_factor", growth_factor) <= 1:
+            raise ValueError(f"growth_factor: expected more than 1, got {growth_factor!r}")
+        self._growth_factor = growth_factor
+
+    def get_backoff_factor(self) -> float:
+        """Return what the scale is multiplied by after a gradient that was not finite."""
+        return self._backoff_factor
+
+    def set_backoff_factor(self, backoff_factor: float) -> None:
+        """Set what the scale is multiplied by to shrink, more than 0 and less than 1."""
+        check_fraction("backoff_factor", backoff_factor)
+        if backoff_factor == 0:
+            raise ValueError(f"backoff_factor: expected more than 0, got {backoff_factor!r}")
+        self._backoff_factor = backoff_factor
+
+    def get_growth_interval(self) -> int:
+        """Return how many good steps in a row let the scale grow."""
+        return self._growth_interval
+
+    def set_growth_interval(self, growth_interval: int) -> None:
+        """Set how many good steps in a row let the scale grow."""
+        if growth_interval is None:
+            raise ValueError("growth_interval: expected a whole number, got None")
+        check_at_least(growth_interval=(1, growth_interval))
+        self._growth_interval = growth_interval
+
+
+# %% [markdown] tags=["engine"]
+# The names in a state dict are those of PyTorch, so a run may go over from one to the other.
+
+
+# %% tags=["engine"]
+#| export
+class GradScaler(GradScaler):  # continued
+    def state_dict(self) -> dict[str, Any]:
+        """Return scale, settings and the count of good steps, empty if not enabled."""
+        if not self._enabled:
+            return {}
+        return {
+            "scale": self._scale,
+            "growth_factor": self._growth_factor,
+            "backoff_factor": self._backoff_factor,
+            "growth_interval": self._growth_interval,
+            "_growth_tracker": self._growth_tracker,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state, of this class or of ``torch.amp.GradScaler``."""
+        if not self._enabled:
+            return
+        if missing := sorted(GradScaler().state_dict().keys() - state_dict.keys()):
+            expected = "the state of a scaler that was enabled"
+            raise ValueError(f"state_dict: expected {expected}, got one without {missing[0]!r}")
+        check_at_least(_growth_tracker=(0, state_dict["_growth_tracker"]))
+        self._scale = _as_scale("scale", state_dict["scale"])
+        self.set_growth_factor(state_dict["growth_factor"])
+        self.set_backoff_factor(state_dict["backoff_factor"])
+        self.set_growth_interval(state_dict["growth_interval"])
+        self._growth_tracker = state_dict["_growth_tracker"]
+
+
+# %% [markdown]
+# ### The order, by experiment
+#
+# The most common mistake is to clip too early. The gradient below has a length of 2, and shall have
+# one of 1 after clipping:
+
+# %%
+for order in ("unscale, clip", "clip, unscale"):
+    weight = nn.Parameter(torch.zeros(4))
+    sgd, scaler = torch.optim.SGD([weight], lr=1.0), GradScaler()
+    scaler.scale(weight.sum()).backward()  # a gradient of four ones
+    for part in order.split(", "):
+        if part == "unscale":
+            scaler.unscale_(sgd)
+        else:
+            clip_gradients([weight], 1.0)
+    scaler.step(sgd)
+    scaler.update()
+    print(f"{order}: the weights have moved by {weight.detach().norm():.2g}")
+
+# %% [markdown]
+# The second run is not wrong in a way that anybody sees. It learns with a rate that is 65,536 times
+# too small, and Adam, which divides by the size of its gradients, hides even that.
+#
+# A skipped step is skipped for the schedule, too: the rate must not move on if the weights did not.
+# And here is what a scale does that begins far too high, with one infinite gradient later on:
+
+# %%
+weight = nn.Parameter(torch.zeros(4))
+sgd, scaler = torch.optim.SGD([weight], lr=1.0), GradScaler(init_scale=2.0**20, growth_interval=4)
+taken, history = 0, []
+for step in range(16):
+    sgd.zero_grad()
+    loss = (weight.half() * (math.inf if step == 11 else 1.0)).sum()  # a product in float16
+    scaler.scale(loss).backward()
+    scaler.unscale_(sgd)
+    taken += not scaler.found_inf(sgd)
+    history.append(("x" if scaler.found_inf(sgd) else "") + f"{math.log2(scaler.get_scale()):.0f}")
+    scaler.step(sgd)
+    scaler.update()
+print("exponent of the scale, x where the step was skipped:", *history)
+print(f"{taken} of {len(history)} steps were taken")
+
+# %% [markdown]
+# ## Each part taken away once
+#
+# Is every part of the recipe needed? We train the small model for 120 steps, from three seeds, each
+# with its own weights and batches, and take away one part at a time. Casts are emulated, so that
+# this runs on any processor. The control is float32. What is compared is the validation loss with
+# the *same* seed, since seeds differ by more than what we look for; with three of them, the
+# 95 % interval of a mean difference is $\pm 4.30\, s/\sqrt 3$ for a standard deviation $s$ (the
+# factor is Student's, for two degrees of freedom).
+#
+# Three variants need a word. *In a large batch*: our batches have some 400 targets, those of large
+# runs half a million, and the mean over all of them makes each gradient a thousand times smaller.
+# So the loss is divided by $2^{10}$, as that of one micro-batch among as many, and the gradient that
+# they would add up to is made from it. *Weights in 16 bits*: after each step, weights and the two means of
+# AdamW are rounded to bfloat16; nothing is kept in 32 bits from one step to the next. *Everything
+# rounded*: the master weights have 32 bits, but the result of every single operation is rounded,
+# within norms, softmax and residual stream, too. The reference backend spells them all out.
+
+
+# %%
+class RoundEverything(CastProducts):
+    """Round what any operation returns, in the dtype of the products."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return tree_map(self.narrow, func(*args, **(kwargs or {})))
+
+
+def run_once(seed: int, options: dict[str, Any], n_steps: int = 120, rate: float = 3e-3) -> float:
+    model = tiny_model(seed, options.get("backend", "torch"))
+    groups = parameter_groups(model, 0.1)
+    optimizer = options.get("optimizer", AdamW)(groups, lr=rate, betas=(0.9, 0.95))
+    scaler = GradScaler(enabled=options.get("scaled", False))
+    schedule, taken = cosine_schedule(n_steps, warmup=10), 0
+    for step in range(n_steps):
+        batch = compact(batches[1000 * seed + step])
+        with options.get("context", nullcontext)():
+            loss = cross_entropy(model(batch.inputs), batch.targets)
+        optimizer.zero_grad()
+        scaler.scale(loss / options.get("parts", 1)).backward()
+        scaler.unscale_(optimizer)
+        torch._foreach_mul_([p.grad for p in model.parameters()], options.get("parts", 1))
+        clip_gradients(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * schedule(taken)
+        taken += not (scaler.is_enabled() and scaler.found_inf(optimizer))
+        scaler.step(optimizer)
+        scaler.update()
+        if options.get("pure"):
+            round_in_place([model.state_dict(), *optimizer.state.values()])
+    with torch.no_grad():
+        return float(cross_entropy(model(held_out.inputs), held_out.targets))
+
+
+# %% [markdown]
+# The variants, and the rounding of what is stored:
+
+
+# %%
+def round_in_place(stored: list[dict[str, Tensor]]) -> None:
+    for entries in stored:
+        for name, tensor in entries.items():
+            if name != "step":
+                tensor.data.copy_(tensor.bfloat16())
+
+
+def rounded_to(dtype: torch.dtype, kind: Any = CastProducts) -> Callable[[], Any]:
+    return partial(kind, dtype, emulate=True)
+
+
+BF16, FP16 = torch.bfloat16, torch.float16
+variants: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16 products": {"context": rounded_to(BF16)},
+    "float16 products, scaled": {"context": rounded_to(FP16), "scaled": True, "parts": 2**10},
+    "float16 products, no scale": {"context": rounded_to(FP16)},
+    "the same, in a large batch": {"context": rounded_to(FP16), "parts": 2**10},
+    "bfloat16, weights in 16 bits": {"context": rounded_to(BF16), "pure": True},
+    "bfloat16, everything rounded": {
+        "context": rounded_to(BF16, RoundEverything),
+        "backend": "reference",
+    },
+}
+held_out = compact(rows.batch(range(1100, 1164)))
+losses = {name: [run_once(s, options) for s in range(3)] for name, options in variants.items()}
+
+
+def against(control: str, name: str, losses: dict[str, list[float]]) -> tuple[float, float]:
+    """The mean difference to the control, and half the width of its interval."""
+    difference = np.subtract(losses[name], losses[control])
+    return float(difference.mean()), float(4.30 * difference.std(ddof=1) / math.sqrt(3))
+
+
+print(f"float32: {np.mean(losses['float32']):.1f} nats; differences to it:")
+for name in list(variants)[1:]:
+    mean, half = against("float32", name, losses)
+    print(f"{name:30} {round(mean, 2) + 0.0:+.2f} ± {half:.2f}")
+
+# %% [markdown]
+# TEXT-ABLATION
+
+# %% [markdown]
+# ## In the trainer
+#
+# A plain loop skips the batch whose gradients overflow. Our trainer has a budget in steps, a
+# schedule that ends with the budget, and a sampler of which each batch should count. So it does not
+# skip the batch but *repeats* it: the scale is halved, the same batch is computed again, and one
+# step is counted when it is taken. Neither schedule nor optimizer has moved in between, no batch is
+# lost, and a run in float16 has as many steps as one in float32.
+#
+# Nor is an overflow a failure. The guard of {doc}`13_training` counts steps that do harm, and ends
+# a run after twenty of them in a row; a scale that looks for its place is none of its business. But
+# how do we tell the two apart? If the *loss* is not finite, no scale will mend it, and the guard
+# must decide. If the loss is finite and a gradient is not, it is the scale, unless that has become
+# so small already that it cannot be the reason.
+
+
+# %%
+#| export
+class MixedPrecision(Precision):
+    """Train in ``float32``, ``bfloat16`` or ``float16`` by name, with weights in float32.
+
+    For the ``precision`` of a ``Trainer``, on any device. Float16 scales its losses with
+    ``scaler``. A batch whose gradients overflow is repeated with a smaller scale, until that is
+    below ``lowest_scale``. With ``emulate`` products are only rounded, as by ``CastProducts``.
+    """
+
+    NAMES: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
+
+    def __init__(
+        self,
+        name: str = "bfloat16",
+        *,
+        scaler: GradScaler | None = None,
+        emulate: bool = False,
+        lowest_scale: float = 2.0**-14,
+    ):
+        super().__init__(name)
+        if scaler is not None and not isinstance(scaler, GradScaler):
+            raise ValueError(f"scaler: expected a GradScaler, got {scaler!r:.60}")
+        self.scaler = scaler or GradScaler(enabled=name == "float16")
+        self.emulate = _as_switch("emulate", emulate)
+        self.lowest_scale = _as_scale("lowest_scale", lowest_scale)
+        self.overflows = 0
+
+    def computing(self, device: torch.device) -> Any:
+        """Return the context of a forward pass on ``device``."""
+        dtype = _SIXTEEN_BITS.get(self.name, torch.bfloat16)
+        if self.emulate and self.name != "float32":
+            return CastProducts(dtype, emulate=True)
+        return torch.autocast(device.type, dtype, enabled=self.name != "float32")
+
+    def scaled(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """Return the loss times the scale."""
+        return self.scaler.scale(loss)
+
+    def settle(self, optimizer: torch.optim.Optimizer, loss: Float[Tensor, ""]) -> bool:
+        """Unscale gradients; return False if they have overflowed and a smaller scale may help."""
+        if not self.scaler.is_enabled():
+            return True
+        scale = self.scaler.get_scale()
+        self.scaler.unscale_(optimizer)
+        overflown = self.scaler.found_inf(optimizer)
+        self.scaler.update()
+        if not overflown or scale < self.lowest_scale or not loss.isfinite():
+            return True
+        self.overflows += 1
+        return False
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: weights that cannot be trained so, and what a checkpoint holds
+
+# %% [markdown] tags=["engine"]
+# A model that was cast as a whole has lost its master weights already. The message names the first
+# of them. Scale, settings and counts go into checkpoints, and the scale into the log.
+
+
+# %% tags=["engine"]
+#| export
+class MixedPrecision(MixedPrecision):  # continued
+    def check(self, model: nn.Module) -> None:
+        """Refuse a ``model`` whose trained weights have 16 bits."""
+        for name, weight in model.named_parameters():
+            if weight.requires_grad and weight.dtype in _SIXTEEN_BITS.values():
+                got = f"{name} in {weight.dtype}"
+                raise ValueError(f"model: expected master weights in float32, got {got}")
+
+    def numbers(self) -> dict[str, float]:
+        """Return the scale and how many batches were repeated, if losses are scaled."""
+        if not self.scaler.is_enabled():
+            return {}
+        return {"loss_scale": self.scaler.get_scale(), "overflows": float(self.overflows)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the scaler and the count, empty if losses are not scaled."""
+        state = self.scaler.state_dict()
+        return {"scaler": state, "overflows": self.overflows} if state else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        if not self.scaler.is_enabled():
+            return
+        if missing := sorted({"scaler", "overflows"} - state.keys()):
+            raise ValueError(f"state: expected scaler and overflows, got none of {missing[0]!r}")
+        self.scaler.load_state_dict(state["scaler"])
+        self.overflows = state["overflows"]
+
+
+# %% [markdown]
+# A run in float16, with a scale that begins far too high. It is stopped after 15 of 30 steps, and
+# another trainer, made anew, goes on from the checkpoint. A third one is never stopped:
+
+
+# %%
+def half_trainer(name: str) -> Trainer:
+    config = TrainingConfig(
+        n_steps=30, batch_size=8, learning_rate=3e-3, log_every=5, checkpoint_every=5
+    )
+    scaler = GradScaler(init_scale=2.0**24, growth_interval=10)
+    precision = MixedPrecision("float16", scaler=scaler, emulate=True)
+    sampler = BatchSampler(rows, batch_size=8)
+    return Trainer(tiny_model(), sampler, config, folder=folder / name, precision=precision)
+
+
+stopped, whole = half_trainer("stopped"), half_trainer("whole")
+for _ in range(15):
+    stopped.train_step(next(iter(stopped.batches)))
+stopped.save()
+resumed = half_trainer("stopped")
+resumed.train()
+log = whole.train()
+pairs = list(zip(resumed.parameters, whole.parameters, strict=True))
+equal = sum(torch.equal(a, b) for a, b in pairs)
+exponents = [int(math.log2(scale)) for scale in log.column("loss_scale")[1]]
+overflows = [int(count) for count in log.column("overflows")[1]]
+assert equal == len(pairs) and whole.guard.skipped == 0 and overflows[0] > 3
+assert resumed.precision.state_dict() == whole.precision.state_dict()
+print(f"{whole.step} steps, {whole.guard.skipped} skipped by the guard; resumed: ", end="")
+print(f"{equal} of {len(pairs)} tensors are equal to the bit")
+
+# %% [markdown]
+# The scale fell from $2^{24}$ in the first step, by repeating it, and later tried twice what it had
+# settled on. {numref}`fig-precision-scale` shows both.
+
+# %% mystnb={"figure": {"caption": "The scale of the loss in a run of 30 steps that may grow after every 10 good ones, and how often a batch was repeated so far.", "name": "fig-precision-scale"}, "image": {"alt": "Two step curves over 30 training steps, logged every 5. The exponent of the scale starts between 10 and 20, far below the 24 it was given, and rises by at most one at a time. The count of repeated batches starts at several and is flat or rises by one."}}
+figure, axes = plt.subplots(figsize=(7, 2.6))
+steps = log.column("loss_scale")[0]
+axes.step(steps, exponents, where="mid", label="exponent of the scale")
+axes.step(steps, overflows, where="mid", label="batches repeated so far")
+axes.axhline(24, color="gray", linestyle=":")
+axes.set_xlabel("step")
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# Our trainer has a scale of its own, by the way. It takes the gradient of the *sum* of all losses
+# and divides by the count in 32 bits, after the backward pass. With some 400 targets in a batch
+# that is a factor of $2^{8}$ to $2^{9}$ that the usual mean would have lost, and the reason why the
+# scaler settles lower here than elsewhere.
+#
+# ### Sixteen bits for the optimizer
+#
+# Half of what AdamW needs are its two running means. May they have 16 bits? A running mean is the
+# sum that stops: with $\beta_2 = 0.999$ the mean of squares changes by at most one part in a
+# thousand when gradients get smaller, and bfloat16 has steps of one part in 128 to 256. Rounded to
+# the nearest, it never comes down again. Stochastic rounding moves it with the right probability,
+# so that it is right on average. The optimizer below keeps both means in bfloat16, and has 32 bits
+# only for the parameter that it is working on.
+
+
+# %%
+#| export
+class CompactAdamW(AdamW):
+    """``AdamW`` that keeps its two means in bfloat16: half the memory of its state.
+
+    ``rounding`` is "stochastic", drawn from torch's global generator, or "nearest", which lets the
+    mean of squares get stuck if ``betas[1]`` is above 0.996. Arithmetic is in float32.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        rounding: str = "stochastic",
+    ):
+        check_choice("rounding", rounding, ("nearest", "stochastic"))
+        super().__init__(params, lr, betas, eps, weight_decay)
+        for group in self.param_groups:
+            group["rounding"] = rounding
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Change all parameters that have a gradient; return what ``closure`` gave, if given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        try:
+            for group in groups:
+                for parameter in (p for p in group["params"] if p.grad is not None):
+                    self.param_groups = [{**group, "params": [parameter]}]
+                    self._convert(parameter, torch.Tensor.float)
+                    super().step()
+                    self._convert(parameter, _TO_BFLOAT16[group["rounding"]])
+        finally:
+            self.param_groups = groups
+        return loss
+
+    def _convert(self, parameter: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+        state = self.state[parameter]
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in state:
+                state[name] = change(state[name])
+
+
+# TO BE DROPPED when the halves are joined: use round_to(x, "bfloat16", rounding="stochastic").
+def _stochastic_bfloat16(x: Tensor) -> Tensor:
+    bits = x.contiguous().view(torch.int32)
+    noise = torch.randint_like(bits, 0, 2**16)
+    return ((bits + noise) & -65536).view(torch.float32).bfloat16()
+
+
+_TO_BFLOAT16 = {"nearest": torch.Tensor.bfloat16, "stochastic": _stochastic_bfloat16}
+
+# %% [markdown]
+# First the mean of squares by itself. A weight gets gradients of 1 for 50 steps and then of 0.01,
+# and its mean of squares should fall by a factor $0.999^{1000} = 0.37$ in the next thousand steps:
+
+# %%
+for rounding in ("float32", "nearest", "stochastic"):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(1000))
+    options = {} if rounding == "float32" else {"rounding": rounding}
+    kind = AdamW if rounding == "float32" else CompactAdamW
+    optimizer = kind([weight], lr=1e-3, weight_decay=0.0, **options)
+    means = []
+    for step in range(1050):
+        weight.grad = torch.full((1000,), 1.0 if step < 50 else 0.01)
+        optimizer.step()
+        if step in (49, 1049):
+            means.append(float(optimizer.state[weight]["exp_avg_sq"].float().mean()))
+    print(f"{rounding:10} the mean of squares falls by a factor {means[1] / means[0]:.2f}")
+
+# %% [markdown]
+# And in training, with $\beta_2 = 0.999$ and otherwise as above:
+
+
+# %%
+def with_state(rounding: str | None) -> dict[str, Any]:
+    def make(groups: Any, **options: Any) -> torch.optim.Optimizer:
+        options["betas"] = (0.9, 0.999)
+        kind = AdamW if rounding is None else partial(CompactAdamW, rounding=rounding)
+        return kind(groups, **options)
+
+    return {"optimizer": make}
+
+
+kinds = {"float32": None, "nearest": "nearest", "stochastic": "stochastic"}
+states = {name: [run_once(s, with_state(r)) for s in range(3)] for name, r in kinds.items()}
+print(f"float32 state: {np.mean(states['float32']):.1f} nats; differences to it:")
+for name in ("nearest", "stochastic"):
+    mean, half = against("float32", name, states)
+    print(f"{name:10} {round(mean, 2) + 0.0:+.2f} ± {half:.2f}")
+
+# %% [markdown]
+# TEXT-STATES
+
+# %% [markdown]
+# ## Half the memory?
+#
+# "Mixed precision halves the memory" is said everywhere. Let us count. A parameter in float32
+# takes 16 bytes in training: itself, its gradient, and two means. In mixed precision the master
+# weight, its gradient and the means have 32 bits as before, and a copy in 16 bits is *added* for
+# each product, kept until the backward pass has used it. That makes 18. Weights and optimizer
+# become larger, not smaller.
+#
+# What shrinks are the activations. {eq}`model-activations` lists what the backward pass needs: for
+# each token and layer $4 d + 2 (h + k) d_h + c\, d_f$ numbers. Of these $2d$ are what the two norms
+# have read from the residual stream. They stay in 32 bits. The inputs of products have 16 bits; but
+# the maps to q, k and v, which share one input, have it cast once *each*, and so do gate and up.
+# The $2d$ inputs become $3 + n_g$ vectors of $d$, where $n_g$ is 2 with a gate and 1 without. In
+# bytes:
+#
+# $$
+# A_{\text{mixed}} = 4 \cdot 2d + 2\, \bigl( (3 + n_g)\, d + 2 (h + k)\, d_h + c\, d_f \bigr)
+# \quad \text{per token and layer.}
+# $$ (precision-activations)
+#
+# With $h d_h = k d_h = d$ and a SwiGLU of the usual width, $c\, d_f = \tfrac{32}{3} d$, this is
+# $47 d$ bytes in place of $75 d$ in float32: 63 %, not half. The logits of the loss, $V$ for each
+# token, are in 32 bits for the softmax in any case.
+
+
+# %%
+#| export
+#: Bytes of state for each parameter, of optimizers: of matrices in blocks, and of all else.
+STATE_BYTES = {"sgd": (0, 0), "adamw": (8, 8), "compact_adamw": (4, 4), "muon": (4, 8)}
+
+
+def memory_breakdown(
+    config: ModelConfig,
+    batch_size: int,
+    sequence: int,
+    *,
+    precision: str = "float32",
+    optimizer: str = "adamw",
+    checkpointing: bool = False,
+    chunk_size: int | None = None,
+) -> dict[str, int]:
+    """Return the bytes that a training step keeps, by what they are for.
+
+    ``precision`` is "float32", "bfloat16" or "float16" for mixed precision as by autocast, or
+    "pure" for 16 bits everywhere. ``optimizer`` is one of ``STATE_BYTES``. With ``checkpointing``
+    each block keeps its input only, and one block at a time is computed again. ``chunk_size`` is
+    that of ``chunked_cross_entropy``, None for all logits at once. Left out is what lives only
+    while one operation runs. A ``ValueError`` for experts.
+    """
+    check_at_least(batch_size=(1, batch_size), sequence=(1, sequence), chunk_size=(1, chunk_size))
+    check_choice("precision", precision, ("float32", "bfloat16", "float16", "pure"))
+    check_choice("optimizer", optimizer, tuple(STATE_BYTES))
+    tokens, counts = batch_size * sequence, parameter_counts(config)
+    n, in_blocks = count_parameters(config), counts["attention"] + counts["feed_forward"]
+    size = 2 if precision == "pure" else 4
+    products = in_blocks + config.vocab_size * config.d_model
+    matrices, others = STATE_BYTES[optimizer]
+    state = matrices * in_blocks + others * (n - in_blocks)
+    logits = config.vocab_size * (tokens if chunk_size is None else min(chunk_size, tokens))
+    return {
+        "weights": size * n,
+        "16-bit copies": 2 * products if precision in _SIXTEEN_BITS else 0,
+        "gradients": size * n,
+        "optimizer": state * size // 4,
+        "activations": _activations(config, batch_size, sequence, precision, checkpointing),
+        "logits": size * logits,
+    }
+
+
+def _activations(config: ModelConfig, rows: int, length: int, precision: str, again: bool) -> int:
+    """What the forward pass keeps up to the head, in bytes; all blocks, or their inputs and one."""
+    d, tokens = config.d_model, rows * length
+    whole = activation_bytes(config, rows, length, torch.float16) // 2  # in numbers
+    ends = 2 * d * tokens
+    layer = (whole - ends) // config.n_layers
+    if precision in _SIXTEEN_BITS:
+        gates = 2 if config.activation in GATES else 1  # products that share an input
+        layer = 8 * d * tokens + 2 * (layer + (gates - 1) * d * tokens)
+        ends = (4 + 2) * d * tokens
+    else:
+        size = 2 if precision == "pure" else 4
+        layer, ends = layer * size, ends * size
+    stream = d * tokens * (2 if precision == "pure" else 4)
+    kept = config.n_layers * stream + layer if again else config.n_layers * layer
+    return kept + ends
+
+
+# %% [markdown]
+# Is the formula right? We count the bytes of all living tensors, as {doc}`12_optimization` did for
+# the loss: a mode in which PyTorch tells of every tensor that any operation makes. What matters is
+# the storage, which views share; it is subtracted when it is gone. Unlike the size of the process,
+# this is the same on every machine.
+
+
+# %%
+#| export
+class LiveMemory(TorchDispatchMode):
+    """Within this context, counts the bytes of tensors that were made in it and are still alive.
+
+    ``live`` is how many they are now, ``peak`` the most there were at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call ``func``, and count the storages of what it returns, once each."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage not in self._known:
+                self._known.add(storage)
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return result
+
+    def _add(self, n_bytes: int) -> None:
+        self.live += n_bytes
+        self.peak = max(self.peak, self.live)
+
+
+# %% [markdown]
+# What is alive after a forward pass is what it keeps. In-place operations return a tensor that was
+# there before, so the parameters are not counted as long as none is changed:
+
+
+# %%
+def kept_by_forward(precision: str, checkpointing: bool = False) -> int:
+    model = TransformerLM(medium)
+    if checkpointing:
+        checkpoint_blocks(model)
+    ids = torch.zeros(8, 128, dtype=torch.int64)
+    context = MixedPrecision(precision).computing(ids.device)
+    with LiveMemory() as memory, context:
+        hidden = model.hidden_states(ids)
+        kept = model.lm_head(hidden).sum()  # holds the graph
+        del hidden
+    return memory.live if kept.requires_grad else 0
