@@ -175,7 +175,8 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from llmbook.optimization import cosine_schedule, cross_entropy, parameter_groups
+from llmbook.optimization import chunked_cross_entropy, cosine_schedule, cross_entropy
+from llmbook.optimization import parameter_groups
 from llmbook.training import Trainer, TrainingConfig, compact
 
 # %%
@@ -1160,19 +1161,598 @@ class LiveMemory(TorchDispatchMode):
 
 
 # %% [markdown]
-# What is alive after a forward pass is what it keeps. In-place operations return a tensor that was
-# there before, so the parameters are not counted as long as none is changed:
+# What is alive after a forward pass is what it keeps: activations and copies. We compare them with
+# the formula for a model of four blocks and 1,024 tokens.
 
 
 # %%
-def kept_by_forward(precision: str, checkpointing: bool = False) -> int:
-    model = TransformerLM(medium)
-    if checkpointing:
+medium = ModelConfig(vocab_size=512, context_length=128, d_model=128, n_layers=4, n_heads=4)
+tokens = torch.arange(8 * 128).reshape(8, 128) % 512
+
+
+def kept_by(model: TransformerLM, precision: str) -> int:
+    with LiveMemory() as memory, MixedPrecision(precision).computing(tokens.device):
+        total = model(tokens).sum()
+    assert total.requires_grad  # the graph is alive, and all that it holds
+    return memory.live
+
+
+kept, expected = {}, {}
+for precision in ("float32", "bfloat16"):
+    kept[precision] = kept_by(TransformerLM(medium), precision)
+    parts = memory_breakdown(medium, 8, 128, precision=precision)
+    expected[precision] = parts["activations"] + parts["16-bit copies"]
+    ratio = kept[precision] / expected[precision]
+    assert 0.97 < ratio < 1.06
+    print(f"{precision:8} {kept[precision] / 1e6:.1f} MB are kept, {ratio:.2f} times the formula")
+share = kept["bfloat16"] / kept["float32"]
+print(f"mixed precision keeps {share:.0%} of what float32 keeps, its copies of weights included")
+
+# %% [markdown]
+# So the claim depends on what there is more of, parameters or tokens. Three models, from the size of
+# ours to one of 7 billion parameters, with AdamW and all logits at once:
+
+# %%
+models = {
+    "0.3M, 8 x 128": (ModelConfig(vocab_size=512, d_model=64, n_layers=4, n_heads=4), 8, 128),
+    "124M, 8 x 1,024": (ModelConfig.preset("gpt2"), 8, 1024),
+    "6.7B, 1 x 4,096": (ModelConfig.preset("llama2-7b"), 1, 4096),
+}
+totals = {}
+for name, (config, n_rows, length) in models.items():
+    for precision in ("float32", "bfloat16", "pure"):
+        totals[name, precision] = memory_breakdown(config, n_rows, length, precision=precision)
+    full = sum(totals[name, "float32"].values())
+    mixed, pure = (sum(totals[name, kind].values()) / full for kind in ("bfloat16", "pure"))
+    print(f"{name:16} {full / 1e9:7.3f} GB in float32; mixed {mixed:.0%}, pure 16 bits {pure:.0%}")
+
+# %% [markdown]
+# {numref}`fig-precision-memory` shows where it goes. Where activations are most of it, mixed
+# precision saves a quarter to a third. Where weights are, it costs a little *more* than float32.
+# Half is what pure 16 bits need, and we saw what that does. What mixed precision always buys is
+# speed, where hardware multiplies 16-bit numbers faster, and that is what it is for. Large runs do
+# get near half, by other means on top: the state of the optimizer in 16 bits or spread over devices
+# ({doc}`18_distributed`), and gradients in 16 bits.
+
+# %% mystnb={"figure": {"caption": "Bytes of a training step with AdamW in float32, in mixed precision and in pure 16 bits, relative to float32.", "name": "fig-precision-memory"}, "image": {"alt": "Three groups of three stacked bars in percent of float32. In the group of the 0.3-million model almost all is activations, and the bars are at 100, about 70 and 50. With 124 million parameters weights, gradients and optimizer are a quarter, activations the largest part, and the mixed bar is at about 80. With 6.7 billion parameters the optimizer alone is over a third, and the mixed bar is slightly below or above 100."}}
+figure, axes = plt.subplots(figsize=(7.5, 3.4))
+places = np.array([0, 1, 2, 4, 5, 6, 8, 9, 10])
+below = np.zeros(9)
+full = np.repeat([sum(totals[name, "float32"].values()) for name in models], 3)
+for part in totals[name, "pure"]:
+    height = 100 * np.array([entries[part] for entries in totals.values()]) / full
+    axes.bar(places, height, bottom=below, width=0.85, label=part)
+    below += height
+axes.set_xticks(places, ["fp32", "mixed", "pure"] * 3)
+for place, name in zip((1, 5, 9), models, strict=True):
+    axes.annotate(name, (place, 122), ha="center")
+axes.set_ylim(0, 132)
+axes.set_ylabel("% of float32")
+axes.legend(ncols=2, fontsize=7, loc="upper right", bbox_to_anchor=(1, 0.8))
+plt.show()
+
+# %% [markdown]
+# ## What else buys memory
+#
+# If it is activations that fill the memory, why keep them? **Activation checkpointing**
+# {cite}`chen2016sublinear` keeps the input of each block only, and computes the block a second time
+# when the backward pass arrives there. The price is one more forward pass. A backward pass costs
+# about two forward passes, so a step takes at most $4/3$ of the time. As a function with a
+# derivative of its own it takes a dozen lines:
+
+
+# %%
+class Recomputed(torch.autograd.Function):
+    """A block that keeps its input and is computed again for its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.block = block
+        ctx.save_for_backward(x)
+        return block(x)  # a Function's forward pass is not recorded
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.block(x)
+        torch.autograd.backward(y, gradient)  # adds to .grad of the weights, and of x
+        return x.grad, None
+
+
+# %% [markdown]
+# PyTorch's version also sets back the random generators, so that dropout is the same the second
+# time, and autocast. We use that, and let the other be its check.
+
+
+# %%
+#| export
+def checkpoint_blocks(model: TransformerLM) -> TransformerLM:
+    """Let each block of ``model`` keep its input only in training; return ``model``.
+
+    Gradients are the same. Memory: the stream before each block, and one block at a time.
+    Source: Chen et al. (2016).
+    """
+    if not isinstance(model, TransformerLM):
+        raise ValueError(f"model: expected a TransformerLM, got {model!r:.60}")
+    for block in model.blocks:
+        if not isinstance(block.forward, partial):  # not twice
+            block.forward = partial(_checkpointed, block.forward)
+    return model
+
+
+def _checkpointed(forward: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **options)
+    again: Tensor = checkpoint(forward, *arguments, use_reentrant=False, **options)
+    return again
+
+
+# %% [markdown]
+# All three, and what they keep:
+
+
+# %%
+class OurBlock(nn.Module):
+    """A block that is computed again by the function above."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        return Recomputed.apply(x, partial(self.block, **options))
+
+
+def plain_medium() -> TransformerLM:
+    seed_everything(0)
+    return TransformerLM(medium)
+
+
+ours = plain_medium()
+ours.blocks = nn.ModuleList(map(OurBlock, ours.blocks))
+three = {"plain": plain_medium(), "ours": ours, "torch's": checkpoint_blocks(plain_medium())}
+gradients = {}
+for name, model in three.items():
+    kept[name] = kept_by(model, "float32")
+    model(tokens).square().mean().backward()
+    gradients[name] = [p.grad for p in model.parameters()]
+    same = sum(map(torch.equal, gradients[name], gradients["plain"]))
+    print(f"{name:8} keeps {kept[name] / 1e6:5.1f} MB; {same} of {len(gradients[name])} gradients equal")
+assert kept["ours"] < kept["plain"] / 5 and same == len(gradients["plain"])
+
+# %% [markdown]
+# Now everything that saves memory, one at a time, on the same model: the most bytes that are alive
+# at once in a whole step, weights and optimizer included. Accumulation cuts a batch of 8 rows into
+# four; the chunked loss is that of {doc}`12_optimization`. The optimizer of PyTorch that works on
+# all tensors at once (`foreach`) makes temporary copies of all of them, the fused one none.
+
+
+# %%
+def step_of(model: TransformerLM, optimizer: torch.optim.Optimizer, **how: Any) -> None:
+    parts = tokens.split(how.get("rows", 8))
+    for part in parts:
+        with MixedPrecision(how.get("precision", "float32")).computing(part.device):
+            hidden, head = model.hidden_states(part[:, :-1]), model.lm_head.weight
+            if "chunk_size" in how:
+                loss = chunked_cross_entropy(hidden, head, part[:, 1:], chunk_size=how["chunk_size"])
+            else:
+                loss = cross_entropy(model.lm_head(hidden), part[:, 1:])
+        (loss / len(parts)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+ways: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "mixed precision": {"precision": "bfloat16"},
+    "checkpointing": {"checkpointing": True},
+    "accumulation, 4 x 2 rows": {"rows": 2},
+    "loss in chunks of 128": {"chunk_size": 128},
+    "foreach optimizer": {"kernel": {"foreach": True}},
+    "all but mixed precision": {"checkpointing": True, "rows": 2, "chunk_size": 128},
+}
+
+
+def prepared(how: Mapping[str, Any]) -> Callable[[], None]:
+    model = plain_medium()
+    if how.get("checkpointing"):
         checkpoint_blocks(model)
-    ids = torch.zeros(8, 128, dtype=torch.int64)
-    context = MixedPrecision(precision).computing(ids.device)
-    with LiveMemory() as memory, context:
-        hidden = model.hidden_states(ids)
-        kept = model.lm_head(hidden).sum()  # holds the graph
-        del hidden
-    return memory.live if kept.requires_grad else 0
+    optimizer = torch.optim.AdamW(model.parameters(), **how.get("kernel", {"fused": True}))
+    step = partial(step_of, model, optimizer, **how)
+    step()  # makes the state of the optimizer
+    return step
+
+
+# %% [markdown]
+# What was there before the step, weights and the optimizer's state, is 12 bytes a parameter.
+
+# %%
+steps = {name: prepared(how) for name, how in ways.items()}
+fixed, peaks = 12 * count_parameters(medium), {}
+for name, step in steps.items():
+    with LiveMemory() as memory:
+        step()
+    peaks[name] = fixed + memory.peak
+    print(f"{name:26} {peaks[name] / 1e6:5.1f} MB, {peaks[name] / peaks['plain']:4.0%}")
+parts = memory_breakdown(medium, 8, 127)
+at_most = sum(parts.values())
+print(f"{'the formula':26} {at_most / 1e6:5.1f} MB, {at_most / peaks['plain']:4.0%}")
+
+# %% [markdown]
+# And what it costs, as time relative to the plain step, best of three. Mixed precision is left out:
+# on this processor or that, it is twice as fast or forty times slower.
+
+# %% tags=["nbval-ignore-output"]
+best = dict.fromkeys(steps, math.inf)
+for name in list(steps) * 3:
+    start = time.perf_counter()
+    steps[name]()
+    best[name] = min(best[name], time.perf_counter() - start)
+for name, seconds in best.items():
+    if name != "mixed precision":
+        print(f"{name:26} {seconds / best['plain']:.2f}")
+
+# %% [markdown]
+# TEXT-MEMORY
+
+# %% [markdown]
+# ## A compiler in between
+#
+# Sixteen bits make products cheaper, and then what is left takes most of the time: norms, casts,
+# activations, additions. Each is a call from Python into a kernel that reads its inputs from memory
+# and writes its output back. `torch.compile` {cite}`ansel2024pytorch` attacks both costs. It runs
+# the function once with symbols in place of tensors and notes the operations in a **graph**. A
+# compiler then **fuses** neighbors: a chain of elementwise operations becomes one loop, which reads
+# and writes once, and one call.
+#
+# The graph is true only for what it was made from, so the compiled code is kept together with
+# **guards**: this argument is a tensor of that dtype and that shape, that flag is True. If a guard
+# fails, the function is compiled **anew**. What cannot be noted, such as a decision that depends on
+# the numbers in a tensor, **breaks** the graph in two, with Python in between. To see this needs no
+# compiler: a backend is a function that gets a graph and returns something to call. Ours only counts.
+
+
+# %%
+def graphs_of(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[int]:
+    """How many graphs there are after each call."""
+    graphs, counts = [], []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=backend)
+    for arguments in calls:
+        assert torch.equal(compiled(*arguments), function(*arguments))
+        counts.append(len(graphs))
+    return counts
+
+
+def scaled_up(x: Tensor, factor: int) -> Tensor:
+    return (x * factor).relu() + 1
+
+
+def with_a_decision(x: Tensor) -> Tensor:
+    y = x * 2
+    return y + 1 if y.sum() > 0 else y - 1
+
+
+short, longer, longest = (torch.arange(n, dtype=torch.float32) for n in (4, 5, 6))
+cases: dict[str, tuple[Callable[..., Any], list[tuple[Any, ...]]]] = {
+    "the same call twice": (scaled_up, [(short, 2), (short, 2)]),
+    "lengths 4, 5, 6": (scaled_up, [(short, 2), (longer, 2), (longest, 2)]),
+    "other dtypes": (scaled_up, [(short, 2), (short.double(), 2), (short.half(), 2)]),
+    "a decision on numbers": (with_a_decision, [(short,), (short,), (-short,)]),
+}
+for name, (function, calls) in cases.items():
+    print(f"{name:22} graphs after each call: {graphs_of(function, calls)}")
+
+# %% [markdown]
+# The same call is compiled once. A second length is compiled once more, now for *any* length, and
+# the third costs nothing. Each dtype has a graph of its own. A decision on numbers needs one graph
+# before it and one for each branch that is taken. So compiled code likes fixed shapes, few kinds of
+# arguments and no decisions, which is what training is and what generation has to be made into
+# ({doc}`14_generation`).
+#
+# When does it pay? Compiling takes seconds to minutes, so it is not done in this chapter's cells.
+# The command `python benchmarks/precision.py` measured this on two cores, one of them used:
+#
+# TABLE-COMPILE
+#
+# TEXT-COMPILE
+#
+# ## On a GPU
+#
+# What mixed precision is for can be seen only where 16-bit products are faster, on a GPU. The
+# script `benchmarks/gpu.py` trains GPT-2's shape of 124 million parameters in float32, tf32,
+# bfloat16 and float16, eager and compiled, and reports tokens per second, the memory that CUDA's
+# allocator gave out, what our formula says, and the MFU. No GPU was at hand when this was written,
+# so its table is empty, and we do not fill it with numbers of others. Run it if you have one.
+#
+# One thing can be said without. Let products be a share $p$ of the time of a step, and let them
+# become $s$ times as fast. Then the step takes $1 - p + p/s$ of its time. With $p = 0.6$ and
+# products that are twice as fast the run is 1.4 times as fast; with infinitely fast products, 2.5
+# times.
+#
+# ## Is it the real thing?
+#
+# Our scaler and PyTorch's, side by side: 300 steps in which a random third of all gradients is
+# infinite or NaN, in either of two micro-batches, for two optimizers, with clipping. After each
+# step scales, counters and weights must be the same; and halfway the two exchange their states.
+
+
+# %%
+class Twin:
+    """Two weights with an optimizer each, under one scaler."""
+
+    def __init__(self, scaler: Any):
+        self.scaler = scaler
+        self.weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+        self.optimizers = [torch.optim.SGD([self.weights[0]], lr=0.1), AdamW([self.weights[1]])]
+
+    def step(self, factors: list[float]) -> dict[str, Any]:
+        """Two micro-batches whose losses are multiplied by ``factors``, then a step."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        for factor in factors:
+            losses = [(weight * factor).sum() for weight in self.weights]
+            for loss in self.scaler.scale(losses):
+                loss.backward()
+        for weight, optimizer in zip(self.weights, self.optimizers, strict=True):
+            self.scaler.unscale_(optimizer)
+            clip_gradients([weight], 1.0)
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        return self.scaler.state_dict()
+
+
+settings = {"init_scale": 2.0**10, "growth_interval": 3, "growth_factor": 1.7}
+twins = [Twin(GradScaler(**settings)), Twin(torch.amp.GradScaler("cpu", **settings))]
+draws = np.random.default_rng(0)
+skipped, scales = 0, set()
+for step in range(300):
+    bad = draws.choice([math.inf, math.nan, 1e38]) if draws.random() < 1 / 3 else 1.0
+    first, second = (twin.step(list(draws.permutation([0.5, bad]))) for twin in twins)
+    assert first == second, "the same scale, settings and count of good steps"
+    assert all(map(torch.equal, twins[0].weights, twins[1].weights))
+    skipped += first["_growth_tracker"] == 0 and bad != 1.0
+    scales.add(first["scale"])
+    if step == 150:
+        for twin, state in zip(twins, (second, first), strict=True):
+            twin.scaler.load_state_dict(state)
+print(f"{step + 1} steps, {skipped} skipped, {len(scales)} different scales: ours are PyTorch's")
+
+# %% [markdown]
+# And our `MixedPrecision` within the trainer, with products that really are in float16, against a
+# loop of PyTorch's parts: its autocast, its scaler, its clipping, its AdamW. The loop repeats a
+# batch that overflows, as the trainer does.
+
+# %%
+config = TrainingConfig(
+    n_steps=6, batch_size=8, learning_rate=3e-3, betas=(0.9, 0.999), weight_decay=0.0
+)
+sampler = BatchSampler(rows, batch_size=8)
+ours = Trainer(tiny_model(), sampler, config, precision=MixedPrecision("float16"))
+ours.train()
+theirs, scaler = tiny_model(), torch.amp.GradScaler("cpu")
+optimizer = torch.optim.AdamW(theirs.parameters(), lr=3e-3, weight_decay=0.0)
+rate, taken = torch.optim.lr_scheduler.LambdaLR(optimizer, ours.schedule), 0
+while taken < 6:
+    part, before = compact(BatchSampler(rows, batch_size=8)[taken]), scaler.get_scale()
+    optimizer.zero_grad()
+    with torch.autocast("cpu", torch.float16):
+        hidden = theirs.hidden_states(part.inputs)
+        total = chunked_cross_entropy(hidden, theirs.lm_head.weight, part.targets, reduction="sum")
+    scaler.scale(total).backward()
+    scaler.unscale_(optimizer)
+    for weight in theirs.parameters():
+        weight.grad /= int((part.targets != -100).sum())
+    nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    if scaler.get_scale() >= before:
+        taken += 1
+        rate.step()
+pairs = zip(ours.parameters, theirs.parameters(), strict=True)
+difference = max(float((a - b).abs().max()) for a, b in pairs)
+assert difference < 1e-4 and ours.precision.scaler.state_dict() == scaler.state_dict()
+print(f"the same scale, 2^{math.log2(scaler.get_scale()):.0f}; weights differ by less than 0.0001")
+
+# %% [markdown]
+# ## How fast is it?
+#
+# The scaler's own work, against PyTorch's: unscaling and checking a million gradients in 48
+# tensors, and the decision. And our context against PyTorch's autocast, forward passes in bfloat16,
+# where Python steps in at each operation:
+
+
+# %% tags=["nbval-ignore-output"]
+def seconds(function: Callable[[], Any], repeats: int = 7) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def decide(scaler: Any) -> None:
+    scaler.scale(torch.ones(()))
+    scaler.unscale_(sgd)
+    scaler.step(sgd)
+    scaler.update()
+
+
+many = [nn.Parameter(torch.zeros(20_000)) for _ in range(48)]
+for weight in many:
+    weight.grad = torch.ones(20_000)
+sgd = torch.optim.SGD(many, lr=0.0)
+ratio = seconds(lambda: decide(GradScaler())) / seconds(
+    lambda: decide(torch.amp.GradScaler("cpu"))
+)
+print(f"scaler: ours takes {ratio:.1f} times as long")
+model, ids = tiny_model(), batch.inputs
+with torch.no_grad():
+    with CastProducts(torch.bfloat16):
+        ours = seconds(lambda: model(ids))
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = seconds(lambda: model(ids))
+print(f"autocast: ours takes {ours / theirs:.1f} times as long")
+
+# %% [markdown]
+# TEXT-SPEED
+#
+# ## Exercises
+#
+# ````{exercise} In the right order
+# :label: ex-precision-order
+# *Fifteen minutes.* Write `scaled_step(model, optimizer, scaler, losses, max_norm)`: one step of
+# float16 training. `losses` are those of the micro-batches, already divided by their number.
+# Gradients add up over all of them, are clipped to `max_norm`, and the step is taken or not. Return
+# whether it was taken. `scaler` is a `GradScaler`; its `found_inf(optimizer)` says, after
+# `unscale_`, whether a gradient was infinite or NaN. `clip_gradients(parameters, max_norm)` clips.
+# ````
+
+
+# %% tags=["solution"]
+def scaled_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: GradScaler,
+    losses: list[Tensor],
+    max_norm: float,
+) -> bool:
+    """Take one step from the losses of all micro-batches; return whether it was taken."""
+    optimizer.zero_grad()
+    for loss in losses:
+        scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    taken = not scaler.found_inf(optimizer)
+    clip_gradients(model.parameters(), max_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    return taken
+
+
+# %% tags=["check"]
+def after_steps(factors: list[list[float]], max_norm: float) -> tuple[Tensor, list[bool], float]:
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    sgd, scaler = torch.optim.SGD(model.parameters(), lr=1.0), GradScaler(init_scale=2.0**8)
+    taken = []
+    for step in factors:
+        losses = [(model(torch.ones(1, 2)) * factor).sum() for factor in step]
+        taken.append(scaled_step(model, sgd, scaler, losses, max_norm))
+    return model.weight.detach().flatten(), taken, scaler.get_scale()
+
+
+moved = after_steps([[3.0]], 1.0)[0]
+assert moved.norm() > 0.5, "clip after unscaling: the step is far too short"
+assert moved.norm() < 1.01, "clip the gradient to max_norm before the step"
+assert torch.allclose(after_steps([[0.1, 0.2]], 9.0)[0], torch.tensor([-0.3, -0.3])), (
+    "the gradients of all micro-batches add up, each scaled once and all unscaled once"
+)
+assert torch.allclose(after_steps([[0.1], [0.1]], 9.0)[0], torch.tensor([-0.2, -0.2])), (
+    "gradients of the step before must be gone"
+)
+weights, taken, scale = after_steps([[0.1], [math.inf], [0.1]], 9.0)
+assert weights.isfinite().all(), "a step with an infinite gradient must not be taken"
+assert scale == 2.0**7, "update the scale once in each step"
+assert taken == [True, False, True], "say whether the step was taken"
+
+# %% [markdown]
+# ````{exercise} The schedule waits
+# :label: ex-precision-schedule
+# *Ten minutes.* A loop in float16 has a schedule that is a function of the step. Write
+# `rates(schedule, skipped)`: `skipped` holds a Boolean for each step that was tried, in order, and
+# you return the list of the rates that the steps which were *taken* had. `schedule(0)` is the rate
+# of the first step that is taken.
+# ````
+
+
+# %% tags=["solution"]
+def rates(schedule: Callable[[int], float], skipped: list[bool]) -> list[float]:
+    """Return the rate of each step that was taken."""
+    return [schedule(step) for step in range(skipped.count(False))]
+
+
+# %% tags=["check"]
+ramp = [False, True, True, False, False]
+found = rates(lambda step: step / 10, ramp)
+assert len(found) == 3, "one rate for each step that was taken, none for those skipped"
+assert found[0] == 0.0, "the first step taken has schedule(0)"
+assert found[1] < 0.15, "the schedule must wait while steps are skipped"
+assert found == [0.0, 0.1, 0.2], "each step that is taken moves the schedule on by one"
+assert rates(lambda step: step / 10, [True, True, False]) == [0.0], (
+    "steps skipped at the very beginning must not move the schedule either"
+)
+
+# %% [markdown]
+# ````{exercise} What fits?
+# :label: ex-precision-fit
+# *Twenty minutes.* Write `largest_batch(config, sequence, memory, **options)`: the largest number of
+# rows of `sequence` tokens whose training step fits into `memory` bytes, by `memory_breakdown`,
+# which takes the same `options`; 0 if not even one row does. Careful: do not try all numbers from 1
+# on, there may be millions.
+# ````
+
+
+# %% tags=["solution"]
+def largest_batch(config: ModelConfig, sequence: int, memory: float, **options: Any) -> int:
+    """Return how many rows fit into ``memory`` bytes, 0 if none does."""
+
+    def fits(n_rows: int) -> bool:
+        return sum(memory_breakdown(config, n_rows, sequence, **options).values()) <= memory
+
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+# %% tags=["check"]
+def bytes_of(n_rows: int, **options: Any) -> int:
+    return sum(memory_breakdown(medium, n_rows, 128, **options).values())
+
+
+for options in ({}, {"precision": "bfloat16"}, {"checkpointing": True, "chunk_size": 300}):
+    for n_rows in (1, 7, 50):
+        found = largest_batch(medium, 128, bytes_of(n_rows, **options), **options)
+        assert found >= n_rows, f"{n_rows} rows fit exactly, so they fit"
+        assert found <= n_rows, f"{n_rows} rows fill the memory, {found} do not fit"
+assert largest_batch(medium, 128, bytes_of(1) - 1) == 0, "not even one row fits"
+far = largest_batch(medium, 1, 1e12)
+assert bytes_of(1) < 1e9 and far > 100_000, "millions of short rows fit, so do not stop early"
+
+# %% [markdown]
+# ## Summary
+#
+# - A sum needs bits, a factor does not. So weights, which are sums over all steps, and the sums
+#   within products, softmax, norms and losses have 32 bits, and factors have 16.
+# - Autocast is two lists of functions and a cast before each. The backward pass runs outside.
+# - Float16 has digits enough but too small a range below. A scale moves all gradients at once, is
+#   exact if it is a power of two, and finds itself: halved at each infinity, doubled after many
+#   good steps.
+# - A step that overflows is not a failure. It moves neither weights nor optimizer nor schedule, and
+#   our trainer repeats its batch.
+# - Mixed precision saves a third of the activations and nothing of weights and optimizer. For
+#   memory, checkpointing, accumulation and the loss in chunks do more, with equal gradients.
+#
+# **Checklist.** Use bfloat16 where the hardware has it, and no scaler. Keep master weights in
+# float32, and look at their dtype after every `.to()`. In float16: unscale, then clip, then step,
+# then update; log the scale, and worry if it falls below 1 or keeps falling. Leave `backward`
+# outside of autocast. Count bytes before buying hardware. Compile when the shapes have settled,
+# and compare the losses before and after.
+#
+# **Further reading.** The recipe and the scale are due to Micikevicius and colleagues
+# {cite}`micikevicius2018mixed`. Kalamkar and colleagues {cite}`kalamkar2019bfloat16` train a wide
+# range of models in bfloat16 with the settings of float32. Zamirai and colleagues
+# {cite}`zamirai2021revisiting` show that it is the updates of weights that pure bfloat16 cannot
+# represent, and that stochastic rounding or Kahan's sum mend it.
