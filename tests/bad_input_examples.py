@@ -21,6 +21,7 @@ from llmbook import (
     model,
     optimization,
     positions,
+    precision,
     subwords,
     tinyworld,
     tokenizer,
@@ -29,7 +30,7 @@ from llmbook import (
 
 MODULES = (
     "environment tinyworld corpus cleaning deduplication tokenizer subwords batches positions "
-    "attention blocks model optimization training generation"
+    "attention blocks model optimization training generation precision"
 ).split()
 
 # What is left out, and why.
@@ -77,6 +78,7 @@ NOT_TRIED = {
     "tinyworld.Source",
     "training.Sink",
     "training.Probe",
+    "training.Precision",
     "batches.ResumableBatches",
     "tokenizer.SpecialTokens",
     "batches.Tokenizer",
@@ -240,6 +242,10 @@ def parameters() -> list[torch.nn.Parameter]:
     weight = torch.nn.Parameter(torch.ones(3, 4))
     weight.grad = torch.ones(3, 4)
     return [weight]
+
+
+def optimizer_with_gradients() -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters(), lr=0.1)
 
 
 def training_config() -> training.TrainingConfig:
@@ -506,6 +512,19 @@ EXAMPLES: dict[str, Arguments] = {
         "max_new_tokens": 2,
     },
     "generation.QuantizedLinear": {"in_features": 16, "out_features": 8},
+    "precision.CompactAdamW": lambda: {"params": parameters()},
+    "precision.memory_breakdown": {"batch_size": 2, "sequence": 8},
+    "precision.GradScaler.scale": lambda: {"outputs": torch.ones(())},
+    "precision.GradScaler.unscale_": lambda: {"optimizer": optimizer_with_gradients()},
+    "precision.GradScaler.load_state_dict": lambda: {
+        "state_dict": precision.GradScaler().state_dict()
+    },
+    "precision.GradScaler.set_growth_factor": {"growth_factor": 3.0},
+    "precision.GradScaler.set_backoff_factor": {"backoff_factor": 0.25},
+    "precision.GradScaler.set_growth_interval": {"growth_interval": 10},
+    "precision.MixedPrecision.load_state_dict": lambda: {
+        "state": precision.MixedPrecision("float16").state_dict()
+    },
     "generation.QuantizedLinear.of": lambda: {"linear": torch.nn.Linear(16, 8)},
     "generation.QuantizedLinear.forward": lambda: {"x": torch.ones(2, 16)},
 }
@@ -540,4 +559,6 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "model.TransformerLM": lm,
     "optimization.AdamW": lambda: optimization.AdamW(parameters()),
     "generation.QuantizedLinear": lambda: generation.QuantizedLinear(16, 8),
+    "precision.GradScaler": precision.GradScaler,
+    "precision.MixedPrecision": lambda: precision.MixedPrecision("float16"),
 }
