@@ -16,9 +16,7 @@ def draw_recipe() -> None:
     loss = box(ax, 544, 30, 162, 52, "norms, softmax, loss", "32 bits", color=BLUE)
     scale = box(ax, 564, 106, 122, 48, "times S", "float16 only", color=GREEN)
     back = box(ax, 344, 180, 160, 52, "products", "gradients in 16 bits", color=ORANGE)
-    unscale = box(
-        ax, 182, 180, 122, 52, "divided by S", "finite? then clip", color=GREEN
-    )
+    unscale = box(ax, 182, 180, 122, 52, "divided by S", "finite? then clip", color=GREEN)
     arrow(ax, (78, 100), (78, 56), copies.left, color=INK)
     label(ax, 90, 46, "cast", size=SMALL, color=GRAY)
     arrow(ax, copies.right, products.left, color=INK)

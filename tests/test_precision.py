@@ -502,7 +502,11 @@ def test_unknown_names_and_arguments():
 
 def test_the_documented_defaults_of_mixed_precision():
     precision = MixedPrecision()
-    assert (precision.name, precision.emulate, precision.lowest_scale) == ("bfloat16", False, 2**-14)
+    assert (precision.name, precision.emulate, precision.lowest_scale) == (
+        "bfloat16",
+        False,
+        2**-14,
+    )
     assert not precision.scaler.is_enabled()
     assert MixedPrecision("float16").scaler.get_scale() == 2.0**16
     assert precision.numbers() == precision.state_dict() == {}
@@ -589,7 +593,9 @@ def test_closures_and_unknown_roundings():
     assert float(weight[0]) < 1
     again = copy.deepcopy(optimizer)
     assert again.param_groups[0]["rounding"] == "stochastic"
-    with pytest.raises(ValueError, match="^rounding: expected one of nearest, stochastic, got 'up'"):
+    with pytest.raises(
+        ValueError, match="^rounding: expected one of nearest, stochastic, got 'up'"
+    ):
         CompactAdamW([weight], rounding="up")
 
 

@@ -330,7 +330,9 @@ def test_a_precision_may_scale_losses_and_have_a_batch_repeated(shards, tmp_path
     assert before == [True] * 8  # two attempts more than steps
     assert trainer.precision.losses[0] == trainer.precision.losses[1] == trainer.precision.losses[2]
     assert updates == ([1, 2, 3, 4, 5, 6], [2.0] * 6)
-    again = Trainer(made(), BatchSampler(shards, 4, 8), config, **options | {"precision": Hesitant()})
+    again = Trainer(
+        made(), BatchSampler(shards, 4, 8), config, **options | {"precision": Hesitant()}
+    )
     again.resume()
     assert again.precision.attempts == 8
     with pytest.raises(ValueError, match="^precision: expected 'hesitant', as in the checkpoint"):
