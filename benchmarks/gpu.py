@@ -113,7 +113,7 @@ def main() -> None:
         f"{environment('llmbook', 'torch')}, {torch.cuda.get_device_name()}",
         f"Whole steps of the trainer at {count_parameters(config) / 1e6:.0f} M parameters, batches "
         f"of {ROWS} x {LENGTH} tokens, the loss in chunks. Memory is the most that CUDA's "
-        "allocator had given out. MFU is the share of the speed of large products of the same kind.",
+        "allocator had given out. MFU is the share of the speed of large products of that kind.",
         table(header, lines),
     )
 

@@ -169,7 +169,6 @@ from llmbook.tokenizer import train_bpe
 
 # %% tags=["engine"]
 # What the experiments of this chapter need besides
-import copy
 import tempfile
 import time
 from contextlib import nullcontext

@@ -10,7 +10,7 @@ def draw_recipe() -> None:
     ax = canvas(720, 264)
     label(ax, 14, 16, "forward", size=SMALL, color=GRAY, align="left", italic=True)
     label(ax, 14, 250, "backward", size=SMALL, color=GRAY, align="left", italic=True)
-    weights = box(ax, 14, 100, 128, 60, "master weights", "32 bits", color=BLUE)
+    box(ax, 14, 100, 128, 60, "master weights", "32 bits", color=BLUE)
     copies = box(ax, 182, 30, 122, 52, "copies", "16 bits, made anew", color=ORANGE)
     products = box(ax, 344, 30, 160, 52, "products", "factors 16, sums 32 bits", color=ORANGE)
     loss = box(ax, 544, 30, 162, 52, "norms, softmax, loss", "32 bits", color=BLUE)

@@ -169,7 +169,7 @@ def test_losses_are_scaled_in_32_bits_and_in_what_they_came_in():
     assert scaler.scale([half, [half]]) == [2.0**16, [2.0**16]]
     assert scaler.scale((half,)) == (2.0**16,)
     assert list(scaler.scale(iter([half]))) == [2.0**16]
-    with pytest.raises(ValueError, match="^outputs: expected a tensor or several, got 3"):
+    with pytest.raises(ValueError, match=r"^outputs: expected a tensor or several, got 3"):
         scaler.scale(3)
 
 
@@ -217,24 +217,24 @@ def test_calls_without_what_they_need_are_refused():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=1.0)
     with pytest.raises(RuntimeError, match=r"^update: expected unscale_\(\) or step\(\) before"):
         scaler.update()
-    with pytest.raises(RuntimeError, match="^optimizer: expected gradients, got SGD without any"):
+    with pytest.raises(RuntimeError, match=r"^optimizer: expected gradients, got SGD without any"):
         scaler.step(optimizer)
     with pytest.raises(RuntimeError, match=r"^optimizer: expected unscale_\(\) first, got SGD"):
         scaler.found_inf(optimizer)
-    with pytest.raises(ValueError, match="^arguments: expected none"):
+    with pytest.raises(ValueError, match=r"^arguments: expected none"):
         scaler.step(optimizer, lambda: 0.0)
 
 
 @pytest.mark.usefixtures("untyped")
 def test_what_is_no_optimizer_is_refused():
-    with pytest.raises(ValueError, match="^optimizer: expected one of torch.optim, got 3"):
+    with pytest.raises(ValueError, match=r"^optimizer: expected one of torch.optim, got 3"):
         GradScaler().unscale_(3)
 
 
 def test_weights_in_float16_are_refused():
     scaler, weight = GradScaler(init_scale=4.0), nn.Parameter(torch.zeros(2, dtype=torch.float16))
     scaler.scale(weight.sum()).backward()
-    message = r"^optimizer: expected weights and gradients in float32, got a gradient in float16, .*\(2,\)"
+    message = r"^optimizer: expected weights and gradients in float32, got .* float16, .*\(2,\)"
     for call in (scaler.unscale_, scaler.step):
         with pytest.raises(ValueError, match=message):
             call(torch.optim.SGD([weight], lr=1.0))
@@ -272,11 +272,11 @@ def test_a_scale_of_ones_own_and_a_state_that_is_none():
     scaler = GradScaler()
     scaler.update(3.0)
     assert scaler.get_scale() == 3.0
-    with pytest.raises(ValueError, match="^new_scale: expected a positive number .* got -1.0"):
+    with pytest.raises(ValueError, match=r"^new_scale: expected a positive number .* got -1.0"):
         scaler.update(-1.0)
-    with pytest.raises(ValueError, match="^state_dict: expected the state .* without '_growth_tra"):
+    with pytest.raises(ValueError, match=r"^state_dict: expected the state .* without '_growth"):
         scaler.load_state_dict({})
-    with pytest.raises(ValueError, match="^_growth_tracker: expected at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"^_growth_tracker: expected at least 0, got -1"):
         scaler.load_state_dict(scaler.state_dict() | {"_growth_tracker": -1})
 
 
@@ -353,7 +353,7 @@ def test_emulated_gradients_are_rounded_on_their_way_back():
 @pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, "bfloat16", None])
 def test_products_can_be_cast_to_two_types(dtype):
-    with pytest.raises(ValueError, match="^dtype: expected torch.float16 or torch.bfloat16, got"):
+    with pytest.raises(ValueError, match=r"^dtype: expected torch.float16 or torch.bfloat16, got"):
         CastProducts(dtype)
 
 
@@ -487,16 +487,16 @@ def test_master_weights_in_16_bits_are_refused(name, dtype):
 @pytest.mark.usefixtures("untyped")
 def test_unknown_names_and_arguments():
     for name in ("fp16", "float8_e4m3fn", None, 16):
-        expected = "^name: expected one of float32, bfloat16, float16, got"
+        expected = r"^name: expected one of float32, bfloat16, float16, got"
         with pytest.raises(ValueError, match=expected):
             MixedPrecision(name)
-    with pytest.raises(ValueError, match="^scaler: expected a GradScaler, got <torch.amp"):
+    with pytest.raises(ValueError, match=r"^scaler: expected a GradScaler, got <torch.amp"):
         MixedPrecision("float16", scaler=torch.amp.GradScaler("cpu"))
-    with pytest.raises(ValueError, match="^emulate: expected True or False, got 1"):
+    with pytest.raises(ValueError, match=r"^emulate: expected True or False, got 1"):
         MixedPrecision("float16", emulate=1)
-    with pytest.raises(ValueError, match="^lowest_scale: expected a positive number"):
+    with pytest.raises(ValueError, match=r"^lowest_scale: expected a positive number"):
         MixedPrecision("float16", lowest_scale=0)
-    with pytest.raises(ValueError, match="^state: expected scaler and overflows"):
+    with pytest.raises(ValueError, match=r"^state: expected scaler and overflows"):
         MixedPrecision("float16").load_state_dict({})
 
 
@@ -594,7 +594,7 @@ def test_closures_and_unknown_roundings():
     again = copy.deepcopy(optimizer)
     assert again.param_groups[0]["rounding"] == "stochastic"
     with pytest.raises(
-        ValueError, match="^rounding: expected one of nearest, stochastic, got 'up'"
+        ValueError, match=r"^rounding: expected one of nearest, stochastic, got 'up'"
     ):
         CompactAdamW([weight], rounding="up")
 
@@ -669,7 +669,7 @@ def test_what_memory_cannot_be_counted_for(options, message):
 
 def test_experts_are_refused():
     config = ModelConfig(**SIZES, n_experts=4, n_active_experts=2)
-    with pytest.raises(ValueError, match="^n_experts: expected 0, got 4"):
+    with pytest.raises(ValueError, match=r"^n_experts: expected 0, got 4"):
         memory_breakdown(config, 2, 8)
 
 
@@ -716,7 +716,7 @@ def test_checkpointing_twice_is_once_and_generation_goes_on():
 
 @pytest.mark.usefixtures("untyped")
 def test_only_our_model_has_blocks():
-    with pytest.raises(ValueError, match="^model: expected a TransformerLM, got Linear"):
+    with pytest.raises(ValueError, match=r"^model: expected a TransformerLM, got Linear"):
         checkpoint_blocks(nn.Linear(2, 2))
 
 
