@@ -284,10 +284,10 @@ print(f"backward inside of autocast: the gradient is off by about {error:.1%}, w
 # ## Gradients that vanish
 #
 # Which gradients are in 16 bits? Those that pass between products. We catch them where they enter
-# the backward pass of each linear map, in 32 bits, and look at their exponents: the $e$ of
-# $|g| \in [2^e, 2^{e+1})$. Float16 holds normal numbers from $2^{-14}$ on, below them a fixed grid of
-# step $2^{-24}$, and nothing at or below $2^{-25}$, which rounds to zero. The loss is the mean over
-# all targets of a batch, as usual, here of 64 stories, and the model has learned for 40 steps.
+# the backward pass of each linear map, in 32 bits, and look at their exponents: the $e$ of $|g| \in
+# [2^e, 2^{e+1})$. Float16 holds normal numbers from $2^{-14}$ on, below them a fixed grid of step
+# $2^{-24}$, and nothing at or below $2^{-25}$, which rounds to zero. The loss is the mean over all
+# targets of a batch, as usual, here of 64 stories, and the model has learned for 40 steps.
 
 
 # %%
@@ -504,12 +504,15 @@ def _float32(value: float) -> float:
         return float(np.float32(value))
 
 
-def _as_scale(name: str, value: object) -> float:
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def _as_scale(name: str, value: Any) -> float:
     known = isinstance(value, int | float) and not isinstance(value, bool)
-    if not known or not 0 < float(value) <= float(np.finfo(np.float32).max):  # type: ignore[arg-type]
+    if not known or not 0 < value <= _LARGEST or _float32(value) == 0:
         expected = "a positive number that float32 holds"
         raise ValueError(f"{name}: expected {expected}, got {value!r:.60}")
-    return _float32(float(value))  # type: ignore[arg-type]
+    return _float32(value)
 
 
 def _as_switch(name: str, value: object) -> bool:
@@ -677,11 +680,12 @@ print(f"{taken} of {len(history)} steps were taken")
 #
 # Three variants need a word. *In a large batch*: our batches have some 400 targets, those of large
 # runs half a million, and the mean over all of them makes each gradient a thousand times smaller.
-# So the loss is divided by $2^{10}$, as that of one micro-batch among as many, and the gradient that
-# they would add up to is made from it. *Weights in 16 bits*: after each step, weights and the two means of
-# AdamW are rounded to bfloat16; nothing is kept in 32 bits from one step to the next. *Everything
-# rounded*: the master weights have 32 bits, but the result of every single operation is rounded,
-# within norms, softmax and residual stream, too. The reference backend spells them all out.
+# So the loss is divided by $2^{10}$, as that of one micro-batch among as many, and the gradient
+# that they would add up to is made from it. *Weights in 16 bits*: after each step, weights and the
+# two means of AdamW are rounded to bfloat16; nothing is kept in 32 bits from one step to the next.
+# *Everything rounded*: the master weights have 32 bits, but the result of every single operation is
+# rounded, within norms, softmax and residual stream, too. The reference backend spells them all
+# out.
 
 
 # %%
@@ -765,14 +769,14 @@ for name in list(variants)[1:]:
     print(f"{name:30} {round(mean, 2) + 0.0:+.2f} ± {half:.2f}")
 
 # %% [markdown]
-# Sixteen bits for products cost nothing that three seeds could show, in either format. Take away the
-# master weights, or in a large batch the scale, and the run is worse by far more than its interval.
-# Two results are less simple. Float16 without a scale did no harm in our *small* batch: the
-# histogram was of a larger one, and with 400 targets gradients are just large enough to lose digits
-# and not their lives, which AdamW forgives, as it divides by their size. It is scale that makes
-# float16 fail. And rounding everything costs next to nothing in so short a run. It is not free
-# (with 120 steps in place of 60 we found 0.05 nats), but at our size sums are short; the sums of
-# norms and softmax grow with width and length, and that they stay in 32 bits costs little.
+# Sixteen bits for products cost nothing that three seeds could show, in either format. Take away
+# the master weights, or in a large batch the scale, and the run is worse by far more than its
+# interval. Two results are less simple. Float16 without a scale did no harm in our *small* batch:
+# the histogram was of a larger one, and with 400 targets gradients are just large enough to lose
+# digits and not their lives, which AdamW forgives, as it divides by their size. It is scale that
+# makes float16 fail. And rounding everything costs next to nothing in so short a run. It is not
+# free (with 120 steps in place of 60 we found 0.05 nats), but at our size sums are short; the sums
+# of norms and softmax grow with width and length, and that they stay in 32 bits costs little.
 
 # %% [markdown]
 # ## In the trainer
@@ -1045,10 +1049,9 @@ for name in ("nearest", "stochastic"):
     print(f"{name:10} {round(mean, 2) + 0.0:+.2f} ± {half:.2f}")
 
 # %% [markdown]
-# In 60 steps no difference can be seen: the mean of squares has hardly begun to fall by then. In 600
-# steps of this model we measured +0.004 ± 0.001 nats for rounding to the nearest, and
-# 0.000 ± 0.002 for stochastic rounding: small, but with a sign, and growing with the length of the
-# run.
+# In 60 steps no difference can be seen: the mean of squares has hardly begun to fall by then. In
+# 600 steps of this model we measured +0.004 ± 0.001 nats for rounding to the nearest, and 0.000 ±
+# 0.002 for stochastic rounding: small, but with a sign, and growing with the length of the run.
 
 # %% [markdown]
 # ## Half the memory?
@@ -1210,8 +1213,8 @@ share = kept["bfloat16"] / kept["float32"]
 print(f"mixed precision keeps {share:.0%} of what float32 keeps, its copies of weights included")
 
 # %% [markdown]
-# So the claim depends on what there is more of, parameters or tokens. Three models, from the size of
-# ours to one of 7 billion parameters, with AdamW and all logits at once:
+# So the claim depends on what there is more of, parameters or tokens. Three models, from the size
+# of ours to one of 7 billion parameters, with AdamW and all logits at once:
 
 # %%
 small = ModelConfig(
@@ -1232,9 +1235,10 @@ for name, (config, n_rows, length) in models.items():
 
 # %% [markdown]
 # {numref}`fig-precision-memory` shows where it goes. Where activations are most of it, mixed
-# precision saves a fifth to a quarter. Where weights are, it saves next to nothing. Half is what pure 16
-# bits need, and we saw what that does. What mixed precision always buys is speed, where hardware multiplies 16-bit numbers faster, and that is what it is for. Large runs do
-# get near half, by other means on top: the state of the optimizer in 16 bits or spread over devices
+# precision saves a fifth to a quarter. Where weights are, it saves next to nothing. Half is what
+# pure 16 bits need, and we saw what that does. What mixed precision always buys is speed, where
+# hardware multiplies 16-bit numbers faster, and that is what it is for. Large runs do get near
+# half, by other means on top: the state of the optimizer in 16 bits or spread over devices
 # ({doc}`18_distributed`), and gradients in 16 bits.
 
 # %% mystnb={"figure": {"caption": "Bytes of a training step with AdamW in float32, in mixed precision and in pure 16 bits, relative to float32.", "name": "fig-precision-memory"}, "image": {"alt": "Three groups of three stacked bars in percent of float32. In the group of the 0.3-million model almost all is activations, and the bars are at 100, about 70 and 50. With 124 million parameters weights, gradients and optimizer are a quarter, activations the largest part, and the mixed bar is at about 80. With 6.7 billion parameters the optimizer alone is over a third, and the mixed bar is slightly below or above 100."}}
@@ -1341,9 +1345,8 @@ for name, model in three.items():
     model(tokens).square().mean().backward()
     gradients[name] = [p.grad for p in model.parameters()]
     same = sum(map(torch.equal, gradients[name], gradients["plain"]))
-    print(
-        f"{name:8} keeps {kept[name] / 1e6:5.1f} MB; {same} of {len(gradients[name])} gradients equal"
-    )
+    equal = f"{same} of {len(gradients[name])} gradients equal"
+    print(f"{name:8} keeps {kept[name] / 1e6:5.1f} MB; {equal}")
 assert kept["ours"] < kept["plain"] / 5 and same == len(gradients["plain"])
 
 # %% [markdown]
@@ -1441,7 +1444,8 @@ for name, seconds in best.items():
 # **guards**: this argument is a tensor of that dtype and that shape, that flag is True. If a guard
 # fails, the function is compiled **anew**. What cannot be noted, such as a decision that depends on
 # the numbers in a tensor, **breaks** the graph in two, with Python in between. To see this needs no
-# compiler: a backend is a function that gets a graph and returns something to call. Ours only counts.
+# compiler: a backend is a function that gets a graph and returns something to call. Ours only
+# counts.
 
 
 # %%
@@ -1645,8 +1649,8 @@ with torch.no_grad():
 print(f"autocast: ours takes {ours / theirs:.1f} times as long")
 
 # %% [markdown]
-# PyTorch's kernel checks and divides in one pass over memory, ours reads everything twice. Both are a
-# small part of a step. A context that is called from Python for each operation is slower the
+# PyTorch's kernel checks and divides in one pass over memory, ours reads everything twice. Both are
+# a small part of a step. A context that is called from Python for each operation is slower the
 # smaller the model; it is there to be read, and `MixedPrecision` uses PyTorch's own, unless it has
 # to emulate.
 #
@@ -1738,8 +1742,8 @@ assert rates(lambda step: step / 10, [True, True, False]) == [0.0], (
 # %% [markdown]
 # ````{exercise} What fits?
 # :label: ex-precision-fit
-# *Twenty minutes.* Write `largest_batch(config, sequence, memory, **options)`: the largest number of
-# rows of `sequence` tokens whose training step fits into `memory` bytes, by `memory_breakdown`,
+# *Twenty minutes.* Write `largest_batch(config, sequence, memory, **options)`: the largest number
+# of rows of `sequence` tokens whose training step fits into `memory` bytes, by `memory_breakdown`,
 # which takes the same `options`; 0 if not even one row does. Careful: do not try all numbers from 1
 # on, there may be millions.
 # ````
