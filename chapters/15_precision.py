@@ -111,6 +111,21 @@ UP = frozenset(
 
 # %%
 #| export
+_SIXTEEN_BITS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_MAY_BE_CAST = {torch.float32, *_SIXTEEN_BITS.values()}
+
+
+def _widened(value: Any) -> Any:
+    is_narrow = isinstance(value, Tensor) and value.dtype in _SIXTEEN_BITS.values()
+    return value.float() if is_narrow else value
+
+
+# %% [markdown]
+# The context itself:
+
+
+# %%
+#| export
 class CastProducts(TorchFunctionMode):
     """Within this context products run in ``dtype`` and sensitive functions in float32.
 
@@ -144,15 +159,6 @@ class CastProducts(TorchFunctionMode):
             return value
         low = value.to(self.dtype)
         return low.to(value.dtype) if self.emulate else low
-
-
-_SIXTEEN_BITS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-_MAY_BE_CAST = {torch.float32, *_SIXTEEN_BITS.values()}
-
-
-def _widened(value: Any) -> Any:
-    is_narrow = isinstance(value, Tensor) and value.dtype in _SIXTEEN_BITS.values()
-    return value.float() if is_narrow else value
 
 
 # %% [markdown]
@@ -515,6 +521,12 @@ def _as_scale(name: str, value: Any) -> float:
     return _float32(value)
 
 
+# %% [markdown] tags=["engine"]
+# Gradients are collected once for each optimizer.
+
+
+# %% tags=["engine"]
+#| export
 def _as_switch(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{name}: expected True or False, got {value!r:.60}")
@@ -696,6 +708,12 @@ class RoundEverything(CastProducts):
         return tree_map(self.narrow, func(*args, **(kwargs or {})))
 
 
+# %% [markdown]
+# One run: scale, backward, unscale, clip, step, update, and a schedule that counts the steps that
+# were taken.
+
+
+# %%
 def run_once(seed: int, options: dict[str, Any], n_steps: int = 60, rate: float = 3e-3) -> float:
     model = tiny_model(seed, options.get("backend", "torch"), **options.get("sizes", {}))
     groups = parameter_groups(model, 0.1)
@@ -739,6 +757,7 @@ def rounded_to(dtype: torch.dtype, kind: Any = CastProducts) -> Callable[[], Any
 
 
 BF16, FP16 = torch.bfloat16, torch.float16
+held_out = compact(rows.batch(range(1100, 1164)))
 variants: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16 products": {"context": rounded_to(BF16)},
@@ -751,7 +770,13 @@ variants: dict[str, dict[str, Any]] = {
         "backend": "reference",
     },
 }
-held_out = compact(rows.batch(range(1100, 1164)))
+
+
+# %% [markdown]
+# And the result:
+
+
+# %%
 losses = {name: [run_once(s, options) for s in range(3)] for name, options in variants.items()}
 
 
@@ -887,6 +912,8 @@ class MixedPrecision(MixedPrecision):  # continued
 
 
 # %% [markdown]
+# ### Stopped, and gone on
+#
 # A run in float16, with a scale that begins far too high. It is stopped after 15 of 30 steps, and
 # another trainer, made anew, goes on from the checkpoint. A third one is never stopped:
 
@@ -938,17 +965,38 @@ plt.show()
 # that is a factor of $2^{8}$ to $2^{9}$ that the usual mean would have lost, and the reason why the
 # scaler settles lower here than elsewhere.
 #
-# ### Sixteen bits for the optimizer
-#
-# Half of what AdamW needs are its two running means. May they have 16 bits? A running mean is the
-# sum that stops: with $\beta_2 = 0.999$ the mean of squares changes by at most one part in a
+# May the optimizer's two running means have 16 bits, too? Not if they are rounded to the nearest: a
+# mean that changes by one part in a thousand stands still. With stochastic rounding they may. The
+# room has an AdamW of that kind, half the memory of its state, and measures both.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: sixteen bits for the optimizer, and what that does
+
+# %% [markdown] tags=["engine"]
+# A running mean is a sum that stops: with $\beta_2 = 0.999$ the mean of squares changes by at most one part in a
 # thousand when gradients get smaller, and bfloat16 has steps of one part in 128 to 256. Rounded to
 # the nearest, it never comes down again. Stochastic rounding moves it with the right probability,
 # so that it is right on average. The optimizer below keeps both means in bfloat16, and has 32 bits
 # only for the parameter that it is working on.
 
 
-# %%
+# %% tags=["engine"]
+#| export
+# TO BE DROPPED when the halves are joined: use round_to(x, "bfloat16", rounding="stochastic").
+def _stochastic_bfloat16(x: Tensor) -> Tensor:
+    bits = x.contiguous().view(torch.int32)
+    noise = torch.randint_like(bits, 0, 2**16)
+    return ((bits + noise) & -65536).view(torch.float32).bfloat16()
+
+
+_TO_BFLOAT16 = {"nearest": torch.Tensor.bfloat16, "stochastic": _stochastic_bfloat16}
+
+
+# %% [markdown] tags=["engine"]
+# The optimizer works on one parameter at a time:
+
+
+# %% tags=["engine"]
 #| export
 class CompactAdamW(AdamW):
     """``AdamW`` that keeps its two means in bfloat16: half the memory of its state.
@@ -998,20 +1046,11 @@ class CompactAdamW(AdamW):
                 state[name] = change(state[name])
 
 
-# TO BE DROPPED when the halves are joined: use round_to(x, "bfloat16", rounding="stochastic").
-def _stochastic_bfloat16(x: Tensor) -> Tensor:
-    bits = x.contiguous().view(torch.int32)
-    noise = torch.randint_like(bits, 0, 2**16)
-    return ((bits + noise) & -65536).view(torch.float32).bfloat16()
-
-
-_TO_BFLOAT16 = {"nearest": torch.Tensor.bfloat16, "stochastic": _stochastic_bfloat16}
-
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # First the mean of squares by itself. A weight gets gradients of 1 for 50 steps and then of 0.01,
 # and its mean of squares should fall by a factor $0.999^{1000} = 0.37$ in the next thousand steps:
 
-# %%
+# %% tags=["engine"]
 for rounding in ("float32", "nearest", "stochastic"):
     torch.manual_seed(0)
     weight = nn.Parameter(torch.zeros(1000))
@@ -1026,11 +1065,11 @@ for rounding in ("float32", "nearest", "stochastic"):
             means.append(float(optimizer.state[weight]["exp_avg_sq"].float().mean()))
     print(f"{rounding:10} the mean of squares falls by a factor {means[1] / means[0]:.2f}")
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # And in training, with $\beta_2 = 0.999$ and a model of one layer:
 
 
-# %%
+# %% tags=["engine"]
 def with_state(rounding: str | None) -> dict[str, Any]:
     def make(groups: Any, **options: Any) -> torch.optim.Optimizer:
         options["betas"] = (0.9, 0.999)
@@ -1048,7 +1087,7 @@ for name in ("nearest", "stochastic"):
     assert abs(mean) < 0.02
     print(f"{name:10} {round(mean, 2) + 0.0:+.2f} ± {half:.2f}")
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # In 60 steps no difference can be seen: the mean of squares has hardly begun to fall by then. In
 # 600 steps of this model we measured +0.004 ± 0.001 nats for rounding to the nearest, and 0.000 ±
 # 0.002 for stochastic rounding: small, but with a sign, and growing with the length of the run.
@@ -1085,6 +1124,12 @@ for name in ("nearest", "stochastic"):
 STATE_BYTES = {"sgd": (0, 0), "adamw": (8, 8), "compact_adamw": (4, 4), "muon": (4, 8)}
 
 
+# %% [markdown]
+# All parts together:
+
+
+# %%
+#| export
 def memory_breakdown(
     config: ModelConfig,
     batch_size: int,
@@ -1123,6 +1168,13 @@ def memory_breakdown(
     }
 
 
+# %% [markdown]
+# The activations are {eq}`precision-activations`, or with checkpointing, which comes below, the
+# inputs of all blocks and one block in full:
+
+
+# %%
+#| export
 def _activations(config: ModelConfig, rows: int, length: int, precision: str, again: bool) -> int:
     """What the forward pass keeps up to the head, in bytes; all blocks, or their inputs and one."""
     d, tokens = config.d_model, rows * length
@@ -1180,6 +1232,9 @@ class LiveMemory(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
+# %% tags=["engine"]
+#| export
+# The memory behind all tensors in nested lists, tuples and dicts
 def _storages(tree: Any) -> list[Any]:
     return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
@@ -1373,6 +1428,11 @@ def step_of(model: TransformerLM, optimizer: torch.optim.Optimizer, **how: Any) 
     optimizer.zero_grad()
 
 
+# %% [markdown]
+# The ways, by name:
+
+
+# %%
 ways: dict[str, dict[str, Any]] = {
     "plain": {},
     "mixed precision": {"precision": "bfloat16"},
@@ -1465,6 +1525,11 @@ def graphs_of(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> lis
     return counts
 
 
+# %% [markdown]
+# Two functions, and some calls of each:
+
+
+# %%
 def scaled_up(x: Tensor, factor: int) -> Tensor:
     return (x * factor).relu() + 1
 
@@ -1557,6 +1622,10 @@ class Twin:
         return self.scaler.state_dict()
 
 
+# %% [markdown]
+# A gradient of $10^{38}$ is finite, and infinite once it is scaled:
+
+# %%
 settings = {"init_scale": 2.0**10, "growth_interval": 3, "growth_factor": 1.7}
 twins = [Twin(GradScaler(**settings)), Twin(torch.amp.GradScaler("cpu", **settings))]
 draws = np.random.default_rng(0)
