@@ -44,10 +44,10 @@ from llmbook.training import Precision
 # %% [markdown]
 # ## A recipe in three parts
 #
-# Two failures, and one format is not to blame for both. Weights that are stored in 16 bits stop
-# moving, because an update is small beside the weight it is added to. Gradients in float16 vanish,
-# because they are small beside the smallest number there is. What both have in common is the
-# remedy: find out which numbers really need 32 bits, and leave the others in 16.
+# Training in 16 bits fails in two ways, for two reasons. Weights stored in 16 bits stop moving,
+# because an update is small beside the weight that it is added to. Gradients in float16 vanish,
+# because they are small beside the smallest number that this format has. The remedy begins alike
+# for both: find out which numbers really need 32 bits, and leave the others in 16.
 #
 # Where is the work? {doc}`11_model` counted it: but for a percent, all operations of a step are
 # products of matrices. A product has three kinds of numbers. Its *factors* are read once and
@@ -61,7 +61,7 @@ from llmbook.training import Precision
 # ({numref}`fig-precision-recipe`): **master weights** in 32 bits, to which every update is added;
 # **products** in 16 bits, from copies of the weights that are made anew in each step; and **sums**
 # in 32 bits: those inside of products, and those in softmax, normalization and loss. Float16 needs
-# a fourth part, the scale of the loss, to which we come.
+# one more part, a scale for the loss, which has a section of its own below.
 #
 # ```{figure} ../figures/precision-recipe.svg
 # :name: fig-precision-recipe

@@ -48,7 +48,16 @@ UP = frozenset(
     | {Tensor.sum, Tensor.cumsum, Tensor.prod, Tensor.rsqrt, Tensor.norm, Tensor.var}
 )
 
-# %% ../chapters/15_precision.ipynb #d3358db6
+# %% ../chapters/15_precision.ipynb #c8dff49e
+_SIXTEEN_BITS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_MAY_BE_CAST = {torch.float32, *_SIXTEEN_BITS.values()}
+
+
+def _widened(value: Any) -> Any:
+    is_narrow = isinstance(value, Tensor) and value.dtype in _SIXTEEN_BITS.values()
+    return value.float() if is_narrow else value
+
+# %% ../chapters/15_precision.ipynb #1e68957c
 class CastProducts(TorchFunctionMode):
     """Within this context products run in ``dtype`` and sensitive functions in float32.
 
@@ -82,15 +91,6 @@ class CastProducts(TorchFunctionMode):
             return value
         low = value.to(self.dtype)
         return low.to(value.dtype) if self.emulate else low
-
-
-_SIXTEEN_BITS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-_MAY_BE_CAST = {torch.float32, *_SIXTEEN_BITS.values()}
-
-
-def _widened(value: Any) -> Any:
-    is_narrow = isinstance(value, Tensor) and value.dtype in _SIXTEEN_BITS.values()
-    return value.float() if is_narrow else value
 
 # %% ../chapters/15_precision.ipynb #38c2d391
 class GradScaler:
@@ -255,7 +255,7 @@ class GradScaler:
         self.set_growth_interval(state_dict["growth_interval"])
         self._growth_tracker = state_dict["_growth_tracker"]
 
-# %% ../chapters/15_precision.ipynb #8da2b14d
+# %% ../chapters/15_precision.ipynb #30127bd1
 def _float32(value: float) -> float:
     with np.errstate(over="ignore"):
         return float(np.float32(value))
@@ -271,7 +271,7 @@ def _as_scale(name: str, value: Any) -> float:
         raise ValueError(f"{name}: expected {expected}, got {value!r:.60}")
     return _float32(value)
 
-
+# %% ../chapters/15_precision.ipynb #523d500f
 def _as_switch(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{name}: expected True or False, got {value!r:.60}")
@@ -372,7 +372,17 @@ class MixedPrecision(Precision):
         self.scaler.load_state_dict(state["scaler"])
         self.overflows = state["overflows"]
 
-# %% ../chapters/15_precision.ipynb #2d317ab7
+# %% ../chapters/15_precision.ipynb #0e13bcd2
+# TO BE DROPPED when the halves are joined: use round_to(x, "bfloat16", rounding="stochastic").
+def _stochastic_bfloat16(x: Tensor) -> Tensor:
+    bits = x.contiguous().view(torch.int32)
+    noise = torch.randint_like(bits, 0, 2**16)
+    return ((bits + noise) & -65536).view(torch.float32).bfloat16()
+
+
+_TO_BFLOAT16 = {"nearest": torch.Tensor.bfloat16, "stochastic": _stochastic_bfloat16}
+
+# %% ../chapters/15_precision.ipynb #a3c50084
 class CompactAdamW(AdamW):
     """``AdamW`` that keeps its two means in bfloat16: half the memory of its state.
 
@@ -420,21 +430,11 @@ class CompactAdamW(AdamW):
             if name in state:
                 state[name] = change(state[name])
 
-
-# TO BE DROPPED when the halves are joined: use round_to(x, "bfloat16", rounding="stochastic").
-def _stochastic_bfloat16(x: Tensor) -> Tensor:
-    bits = x.contiguous().view(torch.int32)
-    noise = torch.randint_like(bits, 0, 2**16)
-    return ((bits + noise) & -65536).view(torch.float32).bfloat16()
-
-
-_TO_BFLOAT16 = {"nearest": torch.Tensor.bfloat16, "stochastic": _stochastic_bfloat16}
-
-# %% ../chapters/15_precision.ipynb #d46431d7
+# %% ../chapters/15_precision.ipynb #f83b63ac
 #: Bytes of state for each parameter, of optimizers: of matrices in blocks, and of all else.
 STATE_BYTES = {"sgd": (0, 0), "adamw": (8, 8), "compact_adamw": (4, 4), "muon": (4, 8)}
 
-
+# %% ../chapters/15_precision.ipynb #1175ffc1
 def memory_breakdown(
     config: ModelConfig,
     batch_size: int,
@@ -472,7 +472,7 @@ def memory_breakdown(
         "logits": size * logits,
     }
 
-
+# %% ../chapters/15_precision.ipynb #6adbafc2
 def _activations(config: ModelConfig, rows: int, length: int, precision: str, again: bool) -> int:
     """What the forward pass keeps up to the head, in bytes; all blocks, or their inputs and one."""
     d, tokens = config.d_model, rows * length
@@ -490,7 +490,7 @@ def _activations(config: ModelConfig, rows: int, length: int, precision: str, ag
     kept = config.n_layers * stream + layer if again else config.n_layers * layer
     return kept + ends
 
-# %% ../chapters/15_precision.ipynb #cb489fc0
+# %% ../chapters/15_precision.ipynb #a610fb5b
 class LiveMemory(TorchDispatchMode):
     """Within this context, counts the bytes of tensors that were made in it and are still alive.
 
@@ -520,7 +520,8 @@ class LiveMemory(TorchDispatchMode):
         self.live += n_bytes
         self.peak = max(self.peak, self.live)
 
-
+# %% ../chapters/15_precision.ipynb #347eda28
+# The memory behind all tensors in nested lists, tuples and dicts
 def _storages(tree: Any) -> list[Any]:
     return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
