@@ -431,7 +431,7 @@ class GradScaler:
             return outputs
         if isinstance(outputs, Tensor):  # as a tensor, because float16 cannot hold 65,536
             return outputs * torch.tensor(self._scale, device=outputs.device)
-        if not isinstance(outputs, Iterable):
+        if not isinstance(outputs, Iterable) or isinstance(outputs, str | bytes):
             raise ValueError(f"outputs: expected a tensor or several, got {outputs!r:.60}")
         scaled = map(self.scale, outputs)
         return type(outputs)(scaled) if isinstance(outputs, list | tuple) else scaled
@@ -860,6 +860,8 @@ class MixedPrecision(Precision):
 
     def scaled(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """Return the loss times the scale."""
+        if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
+            raise ValueError(f"loss: expected a tensor of one number, got {loss!r:.60}")
         return self.scaler.scale(loss)
 
     def settle(self, optimizer: torch.optim.Optimizer, loss: Float[Tensor, ""]) -> bool:
@@ -977,11 +979,11 @@ plt.show()
 # ### Engine room: sixteen bits for the optimizer, and what that does
 
 # %% [markdown] tags=["engine"]
-# A running mean is a sum that stops: with $\beta_2 = 0.999$ the mean of squares changes by at most one part in a
-# thousand when gradients get smaller, and bfloat16 has steps of one part in 128 to 256. Rounded to
-# the nearest, it never comes down again. Stochastic rounding moves it with the right probability,
-# so that it is right on average. The optimizer below keeps both means in bfloat16, and has 32 bits
-# only for the parameter that it is working on.
+# A running mean is a sum that stops: with $\beta_2 = 0.999$ the mean of squares changes by at most
+# one part in a thousand when gradients get smaller, and bfloat16 has steps of one part in 128 to
+# 256. Rounded to the nearest, it never comes down again. Stochastic rounding moves it with the
+# right probability, so that it is right on average. The optimizer below keeps both means in
+# bfloat16, and has 32 bits only for the parameter that it is working on.
 
 
 # %% tags=["engine"]

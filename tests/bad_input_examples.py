@@ -248,6 +248,17 @@ def optimizer_with_gradients() -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters(), lr=0.1)
 
 
+@functools.cache
+def unscaled_optimizer() -> torch.optim.Optimizer:
+    return optimizer_with_gradients()
+
+
+def used_scaler() -> precision.GradScaler:
+    scaler = precision.GradScaler()
+    scaler.unscale_(unscaled_optimizer())
+    return scaler
+
+
 def training_config() -> training.TrainingConfig:
     return training.TrainingConfig(n_steps=1, batch_size=2)
 
@@ -516,6 +527,14 @@ EXAMPLES: dict[str, Arguments] = {
     "precision.memory_breakdown": {"batch_size": 2, "sequence": 8},
     "precision.GradScaler.scale": lambda: {"outputs": torch.ones(())},
     "precision.GradScaler.unscale_": lambda: {"optimizer": optimizer_with_gradients()},
+    "precision.GradScaler.step": lambda: {"optimizer": optimizer_with_gradients()},
+    "precision.GradScaler.found_inf": lambda: {"optimizer": unscaled_optimizer()},
+    "precision.MixedPrecision.computing": {"device": torch.device("cpu")},
+    "precision.MixedPrecision.scaled": lambda: {"loss": torch.ones(())},
+    "precision.MixedPrecision.settle": lambda: {
+        "optimizer": optimizer_with_gradients(),
+        "loss": torch.ones(()),
+    },
     "precision.GradScaler.load_state_dict": lambda: {
         "state_dict": precision.GradScaler().state_dict()
     },
@@ -559,6 +578,6 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "model.TransformerLM": lm,
     "optimization.AdamW": lambda: optimization.AdamW(parameters()),
     "generation.QuantizedLinear": lambda: generation.QuantizedLinear(16, 8),
-    "precision.GradScaler": precision.GradScaler,
+    "precision.GradScaler": used_scaler,
     "precision.MixedPrecision": lambda: precision.MixedPrecision("float16"),
 }

@@ -178,8 +178,11 @@ def test_losses_are_scaled_in_32_bits_and_in_what_they_came_in():
     assert scaler.scale([half, [half]]) == [2.0**16, [2.0**16]]
     assert scaler.scale((half,)) == (2.0**16,)
     assert list(scaler.scale(iter([half]))) == [2.0**16]
-    with pytest.raises(ValueError, match=r"^outputs: expected a tensor or several, got 3"):
-        scaler.scale(3)
+    for wrong in (3, "loss"):
+        with pytest.raises(
+            ValueError, match=f"^outputs: expected a tensor or several, got {wrong!r}"
+        ):
+            scaler.scale(wrong)
 
 
 def test_the_value_of_the_optimizer_is_returned_and_a_skipped_step_has_none():
@@ -466,6 +469,15 @@ def test_scaled_steps_are_those_of_float32_where_nothing_is_rounded():
         clip_norm=0.1,
     )
     assert same(weights_of(trained(plain)), weights_of(trained(scaled)))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "sgd", "NAdam"])
+def test_every_optimizer_can_be_scaled(optimizer):
+    changes = {"optimizer": optimizer, "micro_batch_size": 1, "spike_factor": 50.0}
+    trainer = trainer_of(MixedPrecision("float16", emulate=True), n_steps=20, **changes)
+    losses = trained(trainer).log.column("loss")[1]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert trainer.guard.skipped == 0
 
 
 def test_evaluation_computes_in_the_same_precision():
