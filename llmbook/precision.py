@@ -92,7 +92,7 @@ class CastProducts(TorchFunctionMode):
         low = value.to(self.dtype)
         return low.to(value.dtype) if self.emulate else low
 
-# %% ../chapters/15_precision.ipynb #38c2d391
+# %% ../chapters/15_precision.ipynb #c6a79427
 class GradScaler:
     """Scales losses so that gradients fit into float16, and skips steps that overflow.
 
@@ -126,7 +126,7 @@ class GradScaler:
             return outputs
         if isinstance(outputs, Tensor):  # as a tensor, because float16 cannot hold 65,536
             return outputs * torch.tensor(self._scale, device=outputs.device)
-        if not isinstance(outputs, Iterable):
+        if not isinstance(outputs, Iterable) or isinstance(outputs, str | bytes):
             raise ValueError(f"outputs: expected a tensor or several, got {outputs!r:.60}")
         scaled = map(self.scale, outputs)
         return type(outputs)(scaled) if isinstance(outputs, list | tuple) else scaled
@@ -294,7 +294,7 @@ def _gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
         raise RuntimeError(f"optimizer: expected gradients, got {name} without any")
     return gradients
 
-# %% ../chapters/15_precision.ipynb #23f061e6
+# %% ../chapters/15_precision.ipynb #3d72cd81
 class MixedPrecision(Precision):
     """Train in ``float32``, ``bfloat16`` or ``float16`` by name, with weights in float32.
 
@@ -330,6 +330,8 @@ class MixedPrecision(Precision):
 
     def scaled(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """Return the loss times the scale."""
+        if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
+            raise ValueError(f"loss: expected a tensor of one number, got {loss!r:.60}")
         return self.scaler.scale(loss)
 
     def settle(self, optimizer: torch.optim.Optimizer, loss: Float[Tensor, ""]) -> bool:

@@ -442,7 +442,7 @@ def test_a_gradient_that_is_infinite_at_any_scale_ends_the_run():
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_a_resumed_run_is_the_same_to_the_bit(stop, name, tmp_path):
     def fresh(folder):
-        scaler = GradScaler(init_scale=2.0**28, growth_interval=2, enabled=name == "float16")
+        scaler = GradScaler(init_scale=2.0**18, growth_interval=2, enabled=name == "float16")
         precision = MixedPrecision(name, scaler=scaler, emulate=True)
         return trainer_of(precision, folder=folder, micro_batch_size=2, clip_norm=0.1)
 
@@ -473,11 +473,14 @@ def test_scaled_steps_are_those_of_float32_where_nothing_is_rounded():
 
 @pytest.mark.parametrize("optimizer", ["muon", "sgd", "NAdam"])
 def test_every_optimizer_can_be_scaled(optimizer):
-    changes = {"optimizer": optimizer, "micro_batch_size": 1, "spike_factor": 50.0}
-    trainer = trainer_of(MixedPrecision("float16", emulate=True), n_steps=20, **changes)
-    losses = trained(trainer).log.column("loss")[1]
-    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    changes = {"optimizer": optimizer, "micro_batch_size": 2, "spike_factor": 50.0}
+    scaler = GradScaler(init_scale=2.0**12)
+    precision = MixedPrecision("float16", scaler=scaler, emulate=True)
+    trainer, plain = trainer_of(precision, **changes), trainer_of(**changes)
+    ours, exact = weights_of(trained(trainer)), weights_of(trained(plain))
     assert trainer.guard.skipped == 0
+    for a, b in zip(ours, exact, strict=True):
+        assert 0 < (a - b).norm() < 0.1 * b.norm()
 
 
 def test_evaluation_computes_in_the_same_precision():
