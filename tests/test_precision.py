@@ -474,11 +474,11 @@ def test_scaled_steps_are_those_of_float32_where_nothing_is_rounded():
 @pytest.mark.parametrize("optimizer", ["muon", "sgd", "NAdam"])
 def test_every_optimizer_can_be_scaled(optimizer):
     changes = {"optimizer": optimizer, "micro_batch_size": 2, "spike_factor": 50.0}
-    scaler = GradScaler(init_scale=2.0**12)
+    scaler = GradScaler(init_scale=2.0**6)
     precision = MixedPrecision("float16", scaler=scaler, emulate=True)
     trainer, plain = trainer_of(precision, **changes), trainer_of(**changes)
     ours, exact = weights_of(trained(trainer)), weights_of(trained(plain))
-    assert trainer.guard.skipped == 0
+    assert trainer.guard.skipped == precision.overflows == 0
     for a, b in zip(ours, exact, strict=True):
         assert 0 < (a - b).norm() < 0.1 * b.norm()
 
