@@ -1968,11 +1968,7 @@ class Trainer(Trainer):  # continued
 
 # %% [markdown]
 # A step adds up the gradients of all micro-batches, which is {eq}`training-accumulation` without
-# the division. Then it divides by the count, clips, sets the rate, and updates the weights if the
-# guard has no reason against it. (`scaled` and `settle` do nothing here. {doc}`15_precision` gives
-# them work, where it trains in 16 bits.) Loss, norm and counts are fetched from the device together: on a
-# GPU each `.item()` waits until all queued work is done, so there is one wait in a step and not
-# one in each micro-batch.
+# the division.
 
 
 # %%
@@ -1992,6 +1988,18 @@ class Trainer(Trainer):  # continued
                 probe.after_micro_batch(self, part, found)
         return sums
 
+
+# %% [markdown]
+# Then it divides by the count, clips, sets the rate, and updates the weights if the guard has no
+# reason against it. Loss, norm and counts are fetched from the device together: on a GPU each
+# `.item()` waits until all queued work is done, so there is one wait in a step and not one in each
+# micro-batch. (`scaled`, above, and `settle` do nothing here. {doc}`15_precision` gives them work,
+# where it trains in 16 bits.)
+
+
+# %%
+#| export
+class Trainer(Trainer):  # continued
     def learn(self, batch: Any, objective: Objective | None = None) -> StepReport:
         """Learn from a batch by one update; override this for a step of your own."""
         settled = False

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Mixed precision
 #
-# > Train with 16-bit products: what rounding to fewer bits costs, where it fails, and what it saves.
+# > Train with 16-bit products: what rounding to fewer bits costs, where it fails, what it saves.
 #
 # (The first half of this chapter stands here once the two are joined.)
 #
@@ -459,6 +459,7 @@ class GradScaler(GradScaler):  # continued
 
     def found_inf(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the gradients of ``optimizer`` were not all finite when they were unscaled."""
+        _check_optimizer(optimizer)
         if id(optimizer) not in self._found:
             name = type(optimizer).__name__
             raise RuntimeError(f"optimizer: expected unscale_() first, got {name} without it")
@@ -534,6 +535,11 @@ def _as_switch(name: str, value: object) -> bool:
     return value
 
 
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"optimizer: expected one of torch.optim, got {optimizer!r:.60}")
+
+
 def _gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The gradients of all parameters of an optimizer, the values of sparse ones."""
     gradients = []
@@ -556,8 +562,7 @@ def _gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 class GradScaler(GradScaler):  # continued
     def _check_fresh(self, optimizer: Any, method: str) -> None:
         """Refuse what was unscaled or stepped since the last update."""
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ValueError(f"optimizer: expected one of torch.optim, got {optimizer!r:.60}")
+        _check_optimizer(optimizer)
         done = "step" if id(optimizer) in self._stepped else "unscale_"
         if id(optimizer) in self._found:
             got = f"{type(optimizer).__name__} after {done}()"
@@ -860,12 +865,12 @@ class MixedPrecision(Precision):
 
     def scaled(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """Return the loss times the scale."""
-        if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
-            raise ValueError(f"loss: expected a tensor of one number, got {loss!r:.60}")
+        _check_loss(loss)
         return self.scaler.scale(loss)
 
     def settle(self, optimizer: torch.optim.Optimizer, loss: Float[Tensor, ""]) -> bool:
         """Unscale gradients; return False if they have overflowed and a smaller scale may help."""
+        _check_loss(loss)
         if not self.scaler.is_enabled():
             return True
         scale = self.scaler.get_scale()
@@ -888,6 +893,11 @@ class MixedPrecision(Precision):
 
 # %% tags=["engine"]
 #| export
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
+        raise ValueError(f"loss: expected a tensor of one number, got {loss!r:.60}")
+
+
 class MixedPrecision(MixedPrecision):  # continued
     def check(self, model: nn.Module) -> None:
         """Refuse a ``model`` whose trained weights have 16 bits."""
