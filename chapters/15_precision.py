@@ -826,6 +826,8 @@ for name in list(variants)[1:]:
 # how do we tell the two apart? If the *loss* is not finite, no scale will mend it, and the guard
 # must decide. If the loss is finite and a gradient is not, it is the scale, unless that has become
 # so small already that it cannot be the reason.
+#
+# A run from a file of settings takes `trainer=partial(Trainer, precision=MixedPrecision("float16"))`.
 
 
 # %%
@@ -1570,7 +1572,7 @@ for name, (function, calls) in cases.items():
 # the third costs nothing. Each dtype has a graph of its own. A decision on numbers needs one graph
 # before it and one for each branch that is taken. So compiled code likes fixed shapes, few kinds of
 # arguments and no decisions, which is what training is and what generation has to be made into
-# ({doc}`14_generation`).
+# ({doc}`14_generation`, which measures that).
 #
 # When does it pay? Compiling takes seconds to minutes, so it is not done in this chapter's cells.
 # The command `python benchmarks/precision.py` measured this on two cores, one of them used:

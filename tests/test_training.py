@@ -2177,6 +2177,19 @@ def test_a_run_that_could_not_begin_leaves_the_folder_free(tmp_path):
     assert run(small_run(), tmp_path / "run").log.rows
 
 
+def test_a_run_takes_a_precision_through_its_trainer(tmp_path):
+    made = []
+
+    class Recorded(Trainer):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    with_precision = functools.partial(Recorded, precision=Precision("bfloat16"))
+    run(small_run(), tmp_path / "run", trainer=with_precision)
+    assert made[0].identity()["precision"] == "bfloat16"
+
+
 def test_the_peak_is_that_of_the_precision(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(training, "peak_flops", lambda *what: asked.append(what) or 1e9)
