@@ -426,7 +426,11 @@ class GradScaler:
         self._stepped: set[int] = set()
 
     def scale(self, outputs: Any) -> Any:
-        """Return a loss, or a list, tuple or iterable of losses, times the scale."""
+        """Return a loss, or a list, tuple or iterable of losses, times the scale.
+
+        >>> GradScaler().scale(torch.ones(())).item()
+        65536.0
+        """
         if not self._enabled:
             return outputs
         if isinstance(outputs, Tensor):  # as a tensor, because float16 cannot hold 65,536
@@ -827,7 +831,8 @@ for name in list(variants)[1:]:
 # must decide. If the loss is finite and a gradient is not, it is the scale, unless that has become
 # so small already that it cannot be the reason.
 #
-# A run from a file of settings takes `trainer=partial(Trainer, precision=MixedPrecision("float16"))`.
+# A run from a file of settings gets it as
+# `trainer=partial(Trainer, precision=MixedPrecision("float16"))`.
 
 
 # %%
@@ -1165,6 +1170,10 @@ def memory_breakdown(
     each block keeps its input only, and one block at a time is computed again. ``chunk_size`` is
     that of ``chunked_cross_entropy``, None for all logits at once. Left out is what lives only
     while one operation runs. A ``ValueError`` for experts.
+
+    >>> parts = memory_breakdown(ModelConfig.preset("gpt2"), 8, 1024, precision="bfloat16")
+    >>> round(parts["optimizer"] / 1e9, 1), round(parts["activations"] / 1e9, 1)  # in GB
+    (1.0, 3.1)
     """
     check_at_least(batch_size=(1, batch_size), sequence=(1, sequence), chunk_size=(1, chunk_size))
     check_choice("precision", precision, ("float32", "bfloat16", "float16", "pure"))
@@ -1309,10 +1318,9 @@ for name, (config, n_rows, length) in models.items():
 # %% [markdown]
 # {numref}`fig-precision-memory` shows where it goes. Where activations are most of it, mixed
 # precision saves a fifth to a quarter. Where weights are, it saves next to nothing. Half is what
-# pure 16 bits need, and we saw what that does. What mixed precision always buys is speed, where
-# hardware multiplies 16-bit numbers faster, and that is what it is for. Large runs do get near
-# half, by other means on top: the state of the optimizer in 16 bits or spread over devices
-# ({doc}`18_distributed`), and gradients in 16 bits.
+# pure 16 bits need, and we saw what that does. What mixed precision is for is speed, where hardware
+# multiplies 16-bit numbers faster. Large runs do get near half, by other means on top: gradients
+# and the state of the optimizer in 16 bits, or spread over many devices.
 
 # %% mystnb={"figure": {"caption": "Bytes of a training step with AdamW in float32, in mixed precision and in pure 16 bits, relative to float32.", "name": "fig-precision-memory"}, "image": {"alt": "Three groups of three stacked bars, for float32, mixed and pure 16 bits, in percent of float32. With 0.3 million parameters they are 100, 74 and 50 high, and three quarters of each is activations. With 124 million they are 100, 81 and 50; activations are more than half, logits a fifth. With 6.7 billion they are 100, 99 and 50; the optimizer is more than a third, activations a quarter, and in mixed precision the copies of weights take what activations save."}}
 figure, axes = plt.subplots(figsize=(7.5, 3.4))
@@ -1575,7 +1583,8 @@ for name, (function, calls) in cases.items():
 # ({doc}`14_generation`, which measures that).
 #
 # When does it pay? Compiling takes seconds to minutes, so it is not done in this chapter's cells.
-# The command `python benchmarks/precision.py` measured this on two cores, one of them used:
+# The command `python benchmarks/precision.py` measured this with one thread, on a machine with
+# other work to do, so that the second digit of a ratio says little:
 #
 # | model | to eager | to transformers, eager | compiling | pays after |
 # |---|---:|---:|---:|---:|
