@@ -92,7 +92,7 @@ class CastProducts(TorchFunctionMode):
         low = value.to(self.dtype)
         return low.to(value.dtype) if self.emulate else low
 
-# %% ../chapters/15_precision.ipynb #c6a79427
+# %% ../chapters/15_precision.ipynb #c5a3fecb
 class GradScaler:
     """Scales losses so that gradients fit into float16, and skips steps that overflow.
 
@@ -121,7 +121,11 @@ class GradScaler:
         self._stepped: set[int] = set()
 
     def scale(self, outputs: Any) -> Any:
-        """Return a loss, or a list, tuple or iterable of losses, times the scale."""
+        """Return a loss, or a list, tuple or iterable of losses, times the scale.
+
+        >>> GradScaler().scale(torch.ones(())).item()
+        65536.0
+        """
         if not self._enabled:
             return outputs
         if isinstance(outputs, Tensor):  # as a tensor, because float16 cannot hold 65,536
@@ -446,7 +450,7 @@ class CompactAdamW(AdamW):
 #: Bytes of state for each parameter, of optimizers: of matrices in blocks, and of all else.
 STATE_BYTES = {"sgd": (0, 0), "adamw": (8, 8), "compact_adamw": (4, 4), "muon": (4, 8)}
 
-# %% ../chapters/15_precision.ipynb #1175ffc1
+# %% ../chapters/15_precision.ipynb #154b6da3
 def memory_breakdown(
     config: ModelConfig,
     batch_size: int,
@@ -464,6 +468,10 @@ def memory_breakdown(
     each block keeps its input only, and one block at a time is computed again. ``chunk_size`` is
     that of ``chunked_cross_entropy``, None for all logits at once. Left out is what lives only
     while one operation runs. A ``ValueError`` for experts.
+
+    >>> parts = memory_breakdown(ModelConfig.preset("gpt2"), 8, 1024, precision="bfloat16")
+    >>> round(parts["optimizer"] / 1e9, 1), round(parts["activations"] / 1e9, 1)  # in GB
+    (1.0, 3.1)
     """
     check_at_least(batch_size=(1, batch_size), sequence=(1, sequence), chunk_size=(1, chunk_size))
     check_choice("precision", precision, ("float32", "bfloat16", "float16", "pure"))
