@@ -1990,11 +1990,11 @@ class Trainer(Trainer):  # continued
 
 
 # %% [markdown]
-# Then it divides by the count, clips, sets the rate, and updates the weights if the guard has no
-# reason against it. Loss, norm and counts are fetched from the device together: on a GPU each
-# `.item()` waits until all queued work is done, so there is one wait in a step and not one in each
-# micro-batch. (`scaled`, above, and `settle` do nothing here. {doc}`15_precision` gives them work,
-# where it trains in 16 bits.)
+# Then it divides by the count, clips, and updates the weights if the guard has no reason against
+# it. Loss, norm and counts are fetched from the device together: on a GPU each `.item()` waits
+# until all queued work is done, so there is one wait in a step and not one in each micro-batch.
+# (`scaled`, above, and `settle` do nothing here. {doc}`15_precision` gives them work, where it
+# trains in 16 bits.)
 
 
 # %%
@@ -2018,6 +2018,14 @@ class Trainer(Trainer):  # continued
         measured = self.update() if skipped is None else {}
         return replace(report, skipped=skipped, measured=measured)
 
+
+# %% [markdown]
+# An update sets the rates and lets the optimizer take its step.
+
+
+# %%
+#| export
+class Trainer(Trainer):  # continued
     def update(self) -> dict[str, float]:
         """Change the weights; if the step is logged, return by how much."""
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
