@@ -81,6 +81,7 @@ NOT_TRIED = {
     "tinyworld.Source",
     "training.Sink",
     "training.Probe",
+    "training.Precision",
     "batches.ResumableBatches",
     "tokenizer.SpecialTokens",
     "batches.Tokenizer",
@@ -254,6 +255,21 @@ def parameters() -> list[torch.nn.Parameter]:
     weight = torch.nn.Parameter(torch.ones(3, 4))
     weight.grad = torch.ones(3, 4)
     return [weight]
+
+
+def optimizer_with_gradients() -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters(), lr=0.1)
+
+
+@functools.cache
+def unscaled_optimizer() -> torch.optim.Optimizer:
+    return optimizer_with_gradients()
+
+
+def used_scaler() -> precision.GradScaler:
+    scaler = precision.GradScaler()
+    scaler.unscale_(unscaled_optimizer())
+    return scaler
 
 
 def training_config() -> training.TrainingConfig:
@@ -556,6 +572,27 @@ EXAMPLES: dict[str, Arguments] = {
         "max_new_tokens": 2,
     },
     "generation.QuantizedLinear": {"in_features": 16, "out_features": 8},
+    "precision.CompactAdamW": lambda: {"params": parameters()},
+    "precision.memory_breakdown": {"batch_size": 2, "sequence": 8},
+    "precision.GradScaler.scale": lambda: {"outputs": torch.ones(())},
+    "precision.GradScaler.unscale_": lambda: {"optimizer": optimizer_with_gradients()},
+    "precision.GradScaler.step": lambda: {"optimizer": optimizer_with_gradients()},
+    "precision.GradScaler.found_inf": lambda: {"optimizer": unscaled_optimizer()},
+    "precision.MixedPrecision.computing": {"device": torch.device("cpu")},
+    "precision.MixedPrecision.scaled": lambda: {"loss": torch.ones(())},
+    "precision.MixedPrecision.settle": lambda: {
+        "optimizer": optimizer_with_gradients(),
+        "loss": torch.ones(()),
+    },
+    "precision.GradScaler.load_state_dict": lambda: {
+        "state_dict": precision.GradScaler().state_dict()
+    },
+    "precision.GradScaler.set_growth_factor": {"growth_factor": 3.0},
+    "precision.GradScaler.set_backoff_factor": {"backoff_factor": 0.25},
+    "precision.GradScaler.set_growth_interval": {"growth_interval": 10},
+    "precision.MixedPrecision.load_state_dict": lambda: {
+        "state": precision.MixedPrecision("float16").state_dict()
+    },
     "generation.QuantizedLinear.of": lambda: {"linear": torch.nn.Linear(16, 8)},
     "generation.QuantizedLinear.forward": lambda: {"x": torch.ones(2, 16)},
     "precision.FloatFormat": {"name": "own", "exponent_bits": 4, "fraction_bits": 3},
@@ -611,4 +648,6 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "generation.QuantizedLinear": lambda: generation.QuantizedLinear(16, 8),
     "precision.FloatFormat": lambda: precision.FORMATS["float16"],
     "precision.EmulatedLinear": lambda: precision.EmulatedLinear(16, 8, recipe="fp8_current"),
+    "precision.GradScaler": used_scaler,
+    "precision.MixedPrecision": lambda: precision.MixedPrecision("float16"),
 }
