@@ -255,9 +255,6 @@ class FloatFormat:
 
 # %% tags=["engine"]
 #| export
-# Codes that a format does not have are refused
-# %% tags=["engine"]
-#| export
 # Formats that cannot be, and codes that a format does not have, are refused
 def _check_whole(name: str, value: object, least: int) -> None:
     if value is None:
@@ -677,7 +674,6 @@ _STYLE = """<style>
 
 # %% tags=["engine"]
 #| export
-# The figure itself: a table of the number in each format, and a script that makes it answer
 @dataclass(frozen=True)
 class BitsFigure:
     """An interactive figure; notebooks and the site show its ``html``."""
@@ -691,6 +687,8 @@ class BitsFigure:
         return self.html
 
 
+# %% tags=["engine"]
+#| export
 def show_bits(number: float = math.pi, format: str | torch.dtype = "float16") -> BitsFigure:
     """Return a figure in which one flips the bits of ``number`` and sees what it becomes.
 
@@ -737,7 +735,7 @@ def show_bits(number: float = math.pi, format: str | torch.dtype = "float16") ->
 # the space bar. The two buttons at the end go to the next number down or up. Which bits make
 # the largest number of each format, and what does the next code mean?
 
-# %% tags=["nbval-ignore-output"]
+# %%
 show_bits(math.pi, "float16")
 
 # %% [markdown]
@@ -1029,6 +1027,12 @@ class BlockFormat:
         return FORMATS[self.element].bits + FORMATS[self.scale].bits / self.size
 
 
+# %% [markdown]
+# The formats by name, and what a tensor in one of them consists of:
+
+
+# %%
+#| export
 #: The block formats by name.
 BLOCK_FORMATS = {
     block.name: block
@@ -1132,7 +1136,9 @@ def _check_blocks(x: object, format: object) -> BlockFormat:
 
 
 # %% [markdown]
-# What do the scales buy? We take the weights of a layer of our trained model, and what flows into
+# ### What the scales buy
+#
+# We take the weights of a layer of our trained model, and what flows into
 # it. In large models, a few channels of the latter are many times larger than all others
 # {cite}`dettmers2022int8`. Ours is too small to have them, so we make one channel in 64 a hundred
 # times larger, and then measure the error of the *other* 63:
@@ -1228,7 +1234,7 @@ for share in (0.01, 0.25, 0.5, 0.9):
         x = torch.full((40_000,), sign * (1 + share / 128))
         rounded = round_by_bits(x, generator)
         values = sorted(set(rounded.abs().tolist()))
-        assert values == [1.0, 1.0078125], f"neighbors of {x[0]:.5f} only, got {values[:3]}"
+        assert set(values) <= {1.0, 1.0078125}, f"neighbors of {x[0]:.5f} only, got {values[:3]}"
         up = (rounded.abs() > 1).float().mean().item()
         message = f"{share:.0%} of the way to the next number: up in {up:.1%} of all cases"
         assert abs(up - share) < 0.015, message
@@ -1324,6 +1330,12 @@ class Recipe:
             raise ValueError(f"stochastic: expected True or False, got {self.stochastic!r:.60}")
 
 
+# %% [markdown]
+# Some common ones have names. Forward and backward formats are the same where blocks are scaled,
+# since a scale for each block leaves little need for a wider range:
+
+# %%
+#| export
 #: Recipes by name.
 RECIPES = {
     "bfloat16": Recipe(forward="bfloat16", backward="bfloat16", scaling="none"),
@@ -1432,6 +1444,12 @@ class _RoundedProducts(torch.autograd.Function):
         return by_output @ weight, by_token.T @ x, None
 
 
+# %% [markdown] tags=["engine"]
+# A model is emulated by exchanging its linear layers, in a copy.
+
+
+# %% tags=["engine"]
+#| export
 def emulate(
     model: nn.Module, recipe: str | Recipe, *, keep: Collection[str] = ("lm_head",)
 ) -> nn.Module:

@@ -118,9 +118,6 @@ class FloatFormat:
             return sign * math.ldexp(fraction, 1 - self.bias - m)
         return sign * math.ldexp(2**m + fraction, exponent - self.bias - m)
 
-# %% ../chapters/15_precision.ipynb #9ab8e4d0
-# Codes that a format does not have are refused
-
 # %% ../chapters/15_precision.ipynb #6cc073f9
 # Formats that cannot be, and codes that a format does not have, are refused
 def _check_whole(name: str, value: object, least: int) -> None:
@@ -323,8 +320,7 @@ _STYLE = """<style>
 .llmbook-bits td, .llmbook-bits th { padding: 0.1em 0.8em; text-align: left; white-space: pre; }
 </style>"""
 
-# %% ../chapters/15_precision.ipynb #fd0eb2d5
-# The figure itself: a table of the number in each format, and a script that makes it answer
+# %% ../chapters/15_precision.ipynb #b6c940d0
 @dataclass(frozen=True)
 class BitsFigure:
     """An interactive figure; notebooks and the site show its ``html``."""
@@ -337,7 +333,7 @@ class BitsFigure:
     def _repr_html_(self) -> str:
         return self.html
 
-
+# %% ../chapters/15_precision.ipynb #694a0f2e
 def show_bits(number: float = math.pi, format: str | torch.dtype = "float16") -> BitsFigure:
     """Return a figure in which one flips the bits of ``number`` and sees what it becomes.
 
@@ -376,7 +372,7 @@ def show_bits(number: float = math.pi, format: str | torch.dtype = "float16") ->
         f'<script type="application/json">{inert}</script></div><script>{script}</script>'
     )
 
-# %% ../chapters/15_precision.ipynb #903d165e
+# %% ../chapters/15_precision.ipynb #7b241e8a
 @dataclass(frozen=True)
 class BlockFormat:
     """A format in which ``size`` neighbors share a scale, and with ``tensor_scale`` all another."""
@@ -400,7 +396,7 @@ class BlockFormat:
         """Bits of a value and its share of the block's scale; the tensor's scale is not counted."""
         return FORMATS[self.element].bits + FORMATS[self.scale].bits / self.size
 
-
+# %% ../chapters/15_precision.ipynb #962e7abd
 #: The block formats by name.
 BLOCK_FORMATS = {
     block.name: block
@@ -482,7 +478,7 @@ def _check_blocks(x: object, format: object) -> BlockFormat:
         raise ValueError(f"x: expected finite numbers, got {wrong}")
     return format
 
-# %% ../chapters/15_precision.ipynb #b85afff1
+# %% ../chapters/15_precision.ipynb #58ff16e2
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How operands of products are rounded: formats forward and backward, and their scales.
@@ -507,7 +503,7 @@ class Recipe:
         if not isinstance(self.stochastic, bool):
             raise ValueError(f"stochastic: expected True or False, got {self.stochastic!r:.60}")
 
-
+# %% ../chapters/15_precision.ipynb #58dc1f3b
 #: Recipes by name.
 RECIPES = {
     "bfloat16": Recipe(forward="bfloat16", backward="bfloat16", scaling="none"),
@@ -572,7 +568,7 @@ class EmulatedLinear(nn.Linear):
         out = out.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
 
-# %% ../chapters/15_precision.ipynb #71dd052d
+# %% ../chapters/15_precision.ipynb #db39233b
 class _RoundedProducts(torch.autograd.Function):
     """The three products of a linear layer, each with rounded operands."""
 
@@ -595,7 +591,7 @@ class _RoundedProducts(torch.autograd.Function):
             by_token = layer._rounded(gradient, 2, dim=0)
         return by_output @ weight, by_token.T @ x, None
 
-
+# %% ../chapters/15_precision.ipynb #28d9a5ae
 def emulate(
     model: nn.Module, recipe: str | Recipe, *, keep: Collection[str] = ("lm_head",)
 ) -> nn.Module:
