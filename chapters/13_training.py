@@ -2373,6 +2373,12 @@ class Precision:
         """Go on from what ``state_dict`` returned."""
 
 
+# %% [markdown] tags=["engine"]
+# One that is given takes the place of the setting, and is asked about the model first.
+
+
+# %% tags=["engine"]
+#| export
 def _checked_precision(precision: Any, config: TrainingConfig, model: nn.Module) -> Precision:
     made = Precision(config.precision) if precision is None else precision
     _check_kind("precision", made, Precision, "a Precision, such as MixedPrecision('float16')")

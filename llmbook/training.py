@@ -1584,7 +1584,7 @@ def _schedule(config: TrainingConfig) -> Callable[[int], float]:
     make = {"cosine": cosine_schedule, "wsd": wsd_schedule, "linear": linear_schedule}
     return make[config.schedule](config.n_steps, warmup=config.warmup, final=config.final)
 
-# %% ../chapters/13_training.ipynb #c0485283
+# %% ../chapters/13_training.ipynb #304453b9
 class Precision:
     """How a step computes: ``name`` is float32, or bfloat16 by autocast; weights stay as they are.
 
@@ -1626,7 +1626,7 @@ class Precision:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` returned."""
 
-
+# %% ../chapters/13_training.ipynb #6799395d
 def _checked_precision(precision: Any, config: TrainingConfig, model: nn.Module) -> Precision:
     made = Precision(config.precision) if precision is None else precision
     _check_kind("precision", made, Precision, "a Precision, such as MixedPrecision('float16')")
