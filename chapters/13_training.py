@@ -54,7 +54,7 @@ from functools import cache, lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
 from typing import cast, get_args, get_type_hints, runtime_checkable
 
 # %% [markdown]
@@ -472,6 +472,9 @@ class TrainingConfig(TrainingConfig):  # continued
         if self.batch_size % (self.micro_batch_size or 1):
             expected = f"a divisor of batch_size = {self.batch_size}"
             raise ValueError(f"micro_batch_size: expected {expected}, got {self.micro_batch_size}")
+        if self.precision == "float16":  # it needs more than a name
+            expected = "float32 or bfloat16, or a Trainer with precision=MixedPrecision('float16')"
+            raise ValueError(f"precision: expected {expected}, got 'float16'")
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
         _check_optimizer(self.optimizer, self.optimizer_options)
@@ -1842,10 +1845,10 @@ class Trainer:
     ``metrics.jsonl`` and checkpoints, from which ``train`` goes on by itself. ``objective`` is by
     default ``next_token_objective``. ``optimizer``, a function of the model that returns one,
     takes the place of the one that ``config`` names; its rates are then the peaks, and
-    ``learning_rate``, ``weight_decay`` and ``betas`` of ``config`` are not used. ``probes`` look
-    on: each is a ``Probe``, or a function of the model whose numbers are logged with each
-    evaluation. ``sinks`` get what is logged; "mfu" there is a share of ``peak``, in operations a
-    second.
+    ``learning_rate``, ``weight_decay`` and ``betas`` of ``config`` are not used. ``precision``
+    takes the place of the one that ``config`` names. ``probes`` look on: each is a ``Probe``, or a
+    function of the model whose numbers are logged with each evaluation. ``sinks`` get what is
+    logged; "mfu" there is a share of ``peak``, in operations a second.
     """
 
     def __init__(
@@ -1858,6 +1861,7 @@ class Trainer:
         folder: str | Path | None = None,
         objective: Objective | None = None,
         optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
+        precision: "Precision | None" = None,
         probes: "Sequence[Probe | Callable[[nn.Module], Row]]" = (),
         sinks: Sequence[Sink] = (),
         peak: float | None = None,
@@ -1876,6 +1880,7 @@ class Trainer:
         self.score = objective or next_token_objective  # what evaluation adds up
         made = (optimizer or partial(_optimizer, config=config))(model)
         self.optimizer = _checked_optimizer(made, model)
+        self.precision = _checked_precision(precision, config, model)
         self.schedule = _schedule(config)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.set_up(probes, sinks)
@@ -1957,17 +1962,13 @@ class Trainer(Trainer):  # continued
         """Return what ``objective`` finds in a batch, at the precision that was asked for."""
         batch = compact(batch) if isinstance(batch, Batch) else batch
         batch = batch.to(self.device) if hasattr(batch, "to") else batch
-        bfloat16 = self.config.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+        with self.precision.computing(self.device):
             return _checked_sums(objective(model or self.model, batch))
 
 
 # %% [markdown]
 # A step adds up the gradients of all micro-batches, which is {eq}`training-accumulation` without
-# the division. Then it divides by the count, clips, sets the rate, and updates the weights if the
-# guard has no reason against it. Loss, norm and counts are fetched from the device together: on a
-# GPU each `.item()` waits until all queued work is done, so there is one wait in a step and not
-# one in each micro-batch.
+# the division.
 
 
 # %%
@@ -1980,19 +1981,34 @@ class Trainer(Trainer):  # continued
         for part in split_rows(batch, self.config.micro_batch_size):
             found = self.compute(objective or self.objective, part)
             _check_gradient(found.loss)
-            found.loss.backward()
+            self.precision.scaled(found.loss).backward()
             found = found.detached()
             sums = sums + found
             for probe in self.probes:
                 probe.after_micro_batch(self, part, found)
         return sums
 
+
+# %% [markdown]
+# Then it divides by the count, clips, and updates the weights if the guard has no reason against
+# it. Loss, norm and counts are fetched from the device together: on a GPU each `.item()` waits
+# until all queued work is done, so there is one wait in a step and not one in each micro-batch.
+# (`scaled`, above, and `settle` do nothing here. {doc}`15_precision` gives them work, where it
+# trains in 16 bits.)
+
+
+# %%
+#| export
+class Trainer(Trainer):  # continued
     def learn(self, batch: Any, objective: Objective | None = None) -> StepReport:
         """Learn from a batch by one update; override this for a step of your own."""
-        self.optimizer.zero_grad()
-        for probe in self.probes:
-            probe.before_update(self)
-        sums = self.accumulate(batch, objective)
+        settled = False
+        while not settled:  # gradients in 16 bits may overflow: then the batch is tried again
+            self.optimizer.zero_grad()
+            for probe in self.probes:
+                probe.before_update(self)
+            sums = self.accumulate(batch, objective)
+            settled = self.precision.settle(self.optimizer, sums.loss)
         if gradients := [p.grad for p in self.parameters if p.grad is not None]:
             torch._foreach_div_(gradients, sums.targets)  # from the sum over targets to the mean
         norm = clip_gradients(self.parameters, self.config.clip_norm or math.inf)
@@ -2002,6 +2018,14 @@ class Trainer(Trainer):  # continued
         measured = self.update() if skipped is None else {}
         return replace(report, skipped=skipped, measured=measured)
 
+
+# %% [markdown]
+# An update sets the rates and lets the optimizer take its step.
+
+
+# %%
+#| export
+class Trainer(Trainer):  # continued
     def update(self) -> dict[str, float]:
         """Change the weights; if the step is logged, return by how much."""
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -2163,6 +2187,7 @@ class Trainer(Trainer):  # continued
             "norms": list(self.guard.spikes.recent),
             "model": model_state(self.model),
             "optimizer": self.optimizer.state_dict(),
+            "precision": self.precision.state_dict(),
             "batches": self.batches.state_dict(),
             "random": random_states(),
             "registered": {name: thing.state_dict() for name, thing in self.registered.items()},
@@ -2174,6 +2199,7 @@ class Trainer(Trainer):  # continued
         self.batches.load_state_dict(state["batches"])
         load_model_state(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.precision.load_state_dict(state.get("precision", {}))  # which the first ones lack
         set_random_states(state["random"])
         _set_counters(self, state["counters"])
         if _changed_best(self.config, state["config"]):
@@ -2252,6 +2278,7 @@ class Trainer(Trainer):  # continued
         row = {"gradient_norm": report.gradient_norm, **report.measured, **self.monitor.row()}
         row |= {"rate": float(self.rates[0]) * self.schedule(self.step - 1)}
         row |= {"skipped": float(self.guard.skipped), "memory": peak_memory(self.device)}
+        row |= self.precision.numbers()
         model = uncompiled(self.model)
         if self.peak is not None and isinstance(getattr(model, "config", None), ModelConfig):
             flops = flops_per_token(cast(Any, model).config)
@@ -2294,6 +2321,69 @@ def _schedule(config: TrainingConfig) -> Callable[[int], float]:
         return constant_schedule(warmup=config.warmup)
     make = {"cosine": cosine_schedule, "wsd": wsd_schedule, "linear": linear_schedule}
     return make[config.schedule](config.n_steps, warmup=config.warmup, final=config.final)
+
+
+# %% [markdown] tags=["engine"]
+# How a step computes is an object, too. This one has float32, and bfloat16 by autocast. Both have
+# the same range, so no gradient has to be scaled. {doc}`15_precision` adds float16, which needs
+# that: `settle` then undoes the scale, and says whether the gradients had overflowed.
+
+
+# %% tags=["engine"]
+#| export
+class Precision:
+    """How a step computes: ``name`` is float32, or bfloat16 by autocast; weights stay as they are.
+
+    A subclass may scale losses. Then ``.grad`` is scaled from ``backward`` until ``settle``.
+    """
+
+    NAMES: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
+
+    def __init__(self, name: str = "float32"):
+        check_choice("name", name, self.NAMES)
+        self.name = name
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a ``model`` that cannot be trained in this way."""
+
+    def computing(self, device: torch.device) -> Any:
+        """Return the context of a forward pass on ``device``."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.name == "bfloat16")
+
+    def scaled(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """Return what the backward pass begins with, which is ``loss`` itself here."""
+        return loss
+
+    def settle(self, optimizer: torch.optim.Optimizer, loss: Float[Tensor, ""]) -> bool:
+        """Undo the scale of all gradients; return whether they are fit for a step.
+
+        If they are not, the trainer computes the same batch again, and counts no step.
+        """
+        return True
+
+    def numbers(self) -> dict[str, float]:
+        """Return what is logged: a subclass has ``loss_scale`` and ``overflows``."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the steps to come depend on."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned."""
+
+
+# %% [markdown] tags=["engine"]
+# One that is given takes the place of the setting, and is asked about the model first.
+
+
+# %% tags=["engine"]
+#| export
+def _checked_precision(precision: Any, config: TrainingConfig, model: nn.Module) -> Precision:
+    made = Precision(config.precision) if precision is None else precision
+    _check_kind("precision", made, Precision, "a Precision, such as MixedPrecision('float16')")
+    made.check(model)
+    return made
 
 
 # %% [markdown] tags=["engine"]
@@ -2374,7 +2464,7 @@ def _checked_optimizer(optimizer: Any, model: nn.Module) -> torch.optim.Optimize
 # %% tags=["engine"]
 #| export
 _TAKEN = {"step", "loss", "targets", "tokens_per_second", "gradient_norm", "update_ratio", "rate"}
-_TAKEN |= {"skipped", "memory", "mfu", "logits", "logits/max"}
+_TAKEN |= {"skipped", "memory", "mfu", "logits", "logits/max", "loss_scale", "overflows"}
 
 
 def _checked_sums(found: Any) -> Sums:
@@ -2488,6 +2578,7 @@ class Trainer(Trainer):  # continued
             **self.config.to_dict(),
             **{f"model.{name}": _plain(value) for name, value in entries.items()},
             **_optimizer_identity(self.optimizer, self.rates),
+            "precision": self.precision.name,
             "objective": _callable_name(self.objective),
             "trainer class": type(self).__qualname__,
             "registered": sorted(self.registered),
@@ -2774,6 +2865,7 @@ print(f"checkpoints of steps {kept}; best model of step {trainer.checkpoints.bes
 # | you want | give |
 # |---|---|
 # | another optimizer | its name in `torch.optim` as a setting, or `optimizer=`, a function of the model |
+# | another arithmetic | `precision=`, such as the `MixedPrecision` of {doc}`15_precision` |
 # | another loss | `objective=`, a function of model and batch that returns a sum and a count, and other sums if you like |
 # | to measure the model at evaluations | a function of the model, among `probes=` |
 # | to look on at micro-batches and steps | a {py:class}`~llmbook.training.Probe` |

@@ -9,12 +9,12 @@ __all__ = ['Row', 'Objective', 'WORD_KINDS', 'RUNS', 'next_token_objective', 'co
            'set_random_states', 'update_ratio', 'activation_scales', 'StepReport', 'Monitor', 'MetricsLog', 'Sink',
            'LogWarning', 'TensorBoard', 'ProgressBar', 'LivePlot', 'plot_columns', 'peak_flops', 'peak_memory',
            'CheckpointError', 'CheckpointWarning', 'save_checkpoint', 'load_checkpoint', 'Checkpointer',
-           'list_checkpoints', 'newest_checkpoint', 'Probe', 'Sums', 'Trainer', 'uncompiled', 'model_state',
-           'load_model_state', 'DataConfig', 'RunConfig', 'TokenizerConfig', 'Pretrained', 'run', 'load_run',
-           'documents_score', 'compressors', 'word_kinds', 'GapToFloor', 'artifacts_folder', 'load_or_train',
-           'NotebookBar', 'pretrained', 'report', 'main']
+           'list_checkpoints', 'newest_checkpoint', 'Probe', 'Sums', 'Trainer', 'Precision', 'uncompiled',
+           'model_state', 'load_model_state', 'DataConfig', 'RunConfig', 'TokenizerConfig', 'Pretrained', 'run',
+           'load_run', 'documents_score', 'compressors', 'word_kinds', 'GapToFloor', 'artifacts_folder',
+           'load_or_train', 'NotebookBar', 'pretrained', 'report', 'main']
 
-# %% ../chapters/13_training.ipynb #32cca0d2
+# %% ../chapters/13_training.ipynb #f00bfc00
 # The imports of the module, from Python itself
 import base64
 import difflib
@@ -42,7 +42,7 @@ from functools import cache, lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
 from typing import cast, get_args, get_type_hints, runtime_checkable
 
 # %% ../chapters/13_training.ipynb #b7a53db1
@@ -265,6 +265,9 @@ class TrainingConfig:
         if self.batch_size % (self.micro_batch_size or 1):
             expected = f"a divisor of batch_size = {self.batch_size}"
             raise ValueError(f"micro_batch_size: expected {expected}, got {self.micro_batch_size}")
+        if self.precision == "float16":  # it needs more than a name
+            expected = "float32 or bfloat16, or a Trainer with precision=MixedPrecision('float16')"
+            raise ValueError(f"precision: expected {expected}, got 'float16'")
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
         _check_optimizer(self.optimizer, self.optimizer_options)
@@ -1221,10 +1224,10 @@ class Trainer:
     ``metrics.jsonl`` and checkpoints, from which ``train`` goes on by itself. ``objective`` is by
     default ``next_token_objective``. ``optimizer``, a function of the model that returns one,
     takes the place of the one that ``config`` names; its rates are then the peaks, and
-    ``learning_rate``, ``weight_decay`` and ``betas`` of ``config`` are not used. ``probes`` look
-    on: each is a ``Probe``, or a function of the model whose numbers are logged with each
-    evaluation. ``sinks`` get what is logged; "mfu" there is a share of ``peak``, in operations a
-    second.
+    ``learning_rate``, ``weight_decay`` and ``betas`` of ``config`` are not used. ``precision``
+    takes the place of the one that ``config`` names. ``probes`` look on: each is a ``Probe``, or a
+    function of the model whose numbers are logged with each evaluation. ``sinks`` get what is
+    logged; "mfu" there is a share of ``peak``, in operations a second.
     """
 
     def __init__(
@@ -1237,6 +1240,7 @@ class Trainer:
         folder: str | Path | None = None,
         objective: Objective | None = None,
         optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
+        precision: "Precision | None" = None,
         probes: "Sequence[Probe | Callable[[nn.Module], Row]]" = (),
         sinks: Sequence[Sink] = (),
         peak: float | None = None,
@@ -1255,6 +1259,7 @@ class Trainer:
         self.score = objective or next_token_objective  # what evaluation adds up
         made = (optimizer or partial(_optimizer, config=config))(model)
         self.optimizer = _checked_optimizer(made, model)
+        self.precision = _checked_precision(precision, config, model)
         self.schedule = _schedule(config)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.set_up(probes, sinks)
@@ -1280,8 +1285,7 @@ class Trainer:
         """Return what ``objective`` finds in a batch, at the precision that was asked for."""
         batch = compact(batch) if isinstance(batch, Batch) else batch
         batch = batch.to(self.device) if hasattr(batch, "to") else batch
-        bfloat16 = self.config.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+        with self.precision.computing(self.device):
             return _checked_sums(objective(model or self.model, batch))
 
     def accumulate(self, batch: Any, objective: Objective | None = None) -> "Sums":
@@ -1291,7 +1295,7 @@ class Trainer:
         for part in split_rows(batch, self.config.micro_batch_size):
             found = self.compute(objective or self.objective, part)
             _check_gradient(found.loss)
-            found.loss.backward()
+            self.precision.scaled(found.loss).backward()
             found = found.detached()
             sums = sums + found
             for probe in self.probes:
@@ -1300,10 +1304,13 @@ class Trainer:
 
     def learn(self, batch: Any, objective: Objective | None = None) -> StepReport:
         """Learn from a batch by one update; override this for a step of your own."""
-        self.optimizer.zero_grad()
-        for probe in self.probes:
-            probe.before_update(self)
-        sums = self.accumulate(batch, objective)
+        settled = False
+        while not settled:  # gradients in 16 bits may overflow: then the batch is tried again
+            self.optimizer.zero_grad()
+            for probe in self.probes:
+                probe.before_update(self)
+            sums = self.accumulate(batch, objective)
+            settled = self.precision.settle(self.optimizer, sums.loss)
         if gradients := [p.grad for p in self.parameters if p.grad is not None]:
             torch._foreach_div_(gradients, sums.targets)  # from the sum over targets to the mean
         norm = clip_gradients(self.parameters, self.config.clip_norm or math.inf)
@@ -1425,6 +1432,7 @@ class Trainer:
             "norms": list(self.guard.spikes.recent),
             "model": model_state(self.model),
             "optimizer": self.optimizer.state_dict(),
+            "precision": self.precision.state_dict(),
             "batches": self.batches.state_dict(),
             "random": random_states(),
             "registered": {name: thing.state_dict() for name, thing in self.registered.items()},
@@ -1436,6 +1444,7 @@ class Trainer:
         self.batches.load_state_dict(state["batches"])
         load_model_state(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.precision.load_state_dict(state.get("precision", {}))  # which the first ones lack
         set_random_states(state["random"])
         _set_counters(self, state["counters"])
         if _changed_best(self.config, state["config"]):
@@ -1494,6 +1503,7 @@ class Trainer:
         row = {"gradient_norm": report.gradient_norm, **report.measured, **self.monitor.row()}
         row |= {"rate": float(self.rates[0]) * self.schedule(self.step - 1)}
         row |= {"skipped": float(self.guard.skipped), "memory": peak_memory(self.device)}
+        row |= self.precision.numbers()
         model = uncompiled(self.model)
         if self.peak is not None and isinstance(getattr(model, "config", None), ModelConfig):
             flops = flops_per_token(cast(Any, model).config)
@@ -1512,6 +1522,7 @@ class Trainer:
             **self.config.to_dict(),
             **{f"model.{name}": _plain(value) for name, value in entries.items()},
             **_optimizer_identity(self.optimizer, self.rates),
+            "precision": self.precision.name,
             "objective": _callable_name(self.objective),
             "trainer class": type(self).__qualname__,
             "registered": sorted(self.registered),
@@ -1573,6 +1584,55 @@ def _schedule(config: TrainingConfig) -> Callable[[int], float]:
     make = {"cosine": cosine_schedule, "wsd": wsd_schedule, "linear": linear_schedule}
     return make[config.schedule](config.n_steps, warmup=config.warmup, final=config.final)
 
+# %% ../chapters/13_training.ipynb #304453b9
+class Precision:
+    """How a step computes: ``name`` is float32, or bfloat16 by autocast; weights stay as they are.
+
+    A subclass may scale losses. Then ``.grad`` is scaled from ``backward`` until ``settle``.
+    """
+
+    NAMES: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
+
+    def __init__(self, name: str = "float32"):
+        check_choice("name", name, self.NAMES)
+        self.name = name
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a ``model`` that cannot be trained in this way."""
+
+    def computing(self, device: torch.device) -> Any:
+        """Return the context of a forward pass on ``device``."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.name == "bfloat16")
+
+    def scaled(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """Return what the backward pass begins with, which is ``loss`` itself here."""
+        return loss
+
+    def settle(self, optimizer: torch.optim.Optimizer, loss: Float[Tensor, ""]) -> bool:
+        """Undo the scale of all gradients; return whether they are fit for a step.
+
+        If they are not, the trainer computes the same batch again, and counts no step.
+        """
+        return True
+
+    def numbers(self) -> dict[str, float]:
+        """Return what is logged: a subclass has ``loss_scale`` and ``overflows``."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the steps to come depend on."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned."""
+
+# %% ../chapters/13_training.ipynb #6799395d
+def _checked_precision(precision: Any, config: TrainingConfig, model: nn.Module) -> Precision:
+    made = Precision(config.precision) if precision is None else precision
+    _check_kind("precision", made, Precision, "a Precision, such as MixedPrecision('float16')")
+    made.check(model)
+    return made
+
 # %% ../chapters/13_training.ipynb #150b1221
 class _Function(Probe):
     def __init__(self, function: Callable[[nn.Module], Row]):
@@ -1628,9 +1688,9 @@ def _checked_optimizer(optimizer: Any, model: nn.Module) -> torch.optim.Optimize
         raise ValueError(f"optimizer: {expected}, got {strange} of another model")
     return optimizer
 
-# %% ../chapters/13_training.ipynb #5dccbba5
+# %% ../chapters/13_training.ipynb #dd33e487
 _TAKEN = {"step", "loss", "targets", "tokens_per_second", "gradient_norm", "update_ratio", "rate"}
-_TAKEN |= {"skipped", "memory", "mfu", "logits", "logits/max"}
+_TAKEN |= {"skipped", "memory", "mfu", "logits", "logits/max", "loss_scale", "overflows"}
 
 
 def _checked_sums(found: Any) -> Sums:

@@ -21,6 +21,7 @@ from llmbook import (
     model,
     optimization,
     positions,
+    precision,
     subwords,
     tinyworld,
     tokenizer,
@@ -29,7 +30,7 @@ from llmbook import (
 
 MODULES = (
     "environment tinyworld corpus cleaning deduplication tokenizer subwords batches positions "
-    "attention blocks model optimization training generation"
+    "attention blocks model optimization training generation precision"
 ).split()
 
 # What is left out, and why.
@@ -72,6 +73,7 @@ NOT_TRIED = {
     "training.StepReport",
     "generation.SpeculativeStats",
     "attention.AttentionFigure",
+    "precision.BitsFigure",
     "attention.LayerCache",
     "blocks.Routing",
     "generation.GenerationOptions",  # the options of generate, which are tried there
@@ -79,6 +81,7 @@ NOT_TRIED = {
     "tinyworld.Source",
     "training.Sink",
     "training.Probe",
+    "training.Precision",
     "batches.ResumableBatches",
     "tokenizer.SpecialTokens",
     "batches.Tokenizer",
@@ -252,6 +255,21 @@ def parameters() -> list[torch.nn.Parameter]:
     weight = torch.nn.Parameter(torch.ones(3, 4))
     weight.grad = torch.ones(3, 4)
     return [weight]
+
+
+def optimizer_with_gradients() -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters(), lr=0.1)
+
+
+@functools.cache
+def unscaled_optimizer() -> torch.optim.Optimizer:
+    return optimizer_with_gradients()
+
+
+def used_scaler() -> precision.GradScaler:
+    scaler = precision.GradScaler()
+    scaler.unscale_(unscaled_optimizer())
+    return scaler
 
 
 def training_config() -> training.TrainingConfig:
@@ -554,8 +572,44 @@ EXAMPLES: dict[str, Arguments] = {
         "max_new_tokens": 2,
     },
     "generation.QuantizedLinear": {"in_features": 16, "out_features": 8},
+    "precision.CompactAdamW": lambda: {"params": parameters()},
+    "precision.memory_breakdown": {"batch_size": 2, "sequence": 8},
+    "precision.GradScaler.scale": lambda: {"outputs": torch.ones(())},
+    "precision.GradScaler.unscale_": lambda: {"optimizer": optimizer_with_gradients()},
+    "precision.GradScaler.step": lambda: {"optimizer": optimizer_with_gradients()},
+    "precision.GradScaler.found_inf": lambda: {"optimizer": unscaled_optimizer()},
+    "precision.MixedPrecision.computing": {"device": torch.device("cpu")},
+    "precision.MixedPrecision.scaled": lambda: {"loss": torch.ones(())},
+    "precision.MixedPrecision.settle": lambda: {
+        "optimizer": optimizer_with_gradients(),
+        "loss": torch.ones(()),
+    },
+    "precision.GradScaler.load_state_dict": lambda: {
+        "state_dict": precision.GradScaler().state_dict()
+    },
+    "precision.GradScaler.set_growth_factor": {"growth_factor": 3.0},
+    "precision.GradScaler.set_backoff_factor": {"backoff_factor": 0.25},
+    "precision.GradScaler.set_growth_interval": {"growth_interval": 10},
+    "precision.MixedPrecision.load_state_dict": lambda: {
+        "state": precision.MixedPrecision("float16").state_dict()
+    },
     "generation.QuantizedLinear.of": lambda: {"linear": torch.nn.Linear(16, 8)},
     "generation.QuantizedLinear.forward": lambda: {"x": torch.ones(2, 16)},
+    "precision.FloatFormat": {"name": "own", "exponent_bits": 4, "fraction_bits": 3},
+    "precision.FloatFormat.decode": {"code": 3},
+    "precision.float_format": {"format": "float16"},
+    "precision.round_to": lambda: {"x": torch.ones(2, 3), "format": "float16"},
+    "precision.float_fields": {"number": 0.5},
+    "precision.BlockFormat": {
+        "name": "own",
+        "element": "float8_e5m2",
+        "size": 8,
+        "scale": "float8_e8m0fnu",
+    },
+    "precision.quantize_blocks": lambda: {"x": torch.ones(2, 32), "format": "mxfp8"},
+    "precision.EmulatedLinear": {"in_features": 16, "out_features": 8, "recipe": "fp8_current"},
+    "precision.EmulatedLinear.forward": lambda: {"x": torch.ones(2, 16)},
+    "precision.emulate": lambda: {"model": torch.nn.Linear(16, 8), "recipe": "mxfp8"},
 }
 
 # Objects whose methods are tried as well.
@@ -592,4 +646,8 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "training.Checkpointer": checkpointer,
     "training.Trainer": trainer,
     "generation.QuantizedLinear": lambda: generation.QuantizedLinear(16, 8),
+    "precision.FloatFormat": lambda: precision.FORMATS["float16"],
+    "precision.EmulatedLinear": lambda: precision.EmulatedLinear(16, 8, recipe="fp8_current"),
+    "precision.GradScaler": used_scaler,
+    "precision.MixedPrecision": lambda: precision.MixedPrecision("float16"),
 }

@@ -313,7 +313,9 @@ def test_unknown_backend(untyped):
     for wrong in (1.0, -0.1, "0"):
         with pytest.raises(ValueError, match="dropout: expected at least 0 and less than 1, got"):
             scaled_dot_product_attention(*qkv(), dropout=wrong)
-    with pytest.raises(ValueError, match="block_size: expected a whole number of at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="block_size: expected a whole number of at least 1, got 0"
+    ):
         flash_attention(*qkv(), block_size=0)
 
 
@@ -614,7 +616,9 @@ def test_cache_refuses(untyped):
     cache = KVCache(2, 4, 1, 4)
     with pytest.raises(ValueError, match="at most 4 tokens in a row, the capacity, got 5"):
         cache.extend(5)
-    with pytest.raises(ValueError, match="position_ids: expected a whole number of at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="position_ids: expected a whole number of at least 1, got 0"
+    ):
         cache.extend(0)
     assert cache.lengths.tolist() == [0, 0]
     cache.extend(torch.tensor([[0, 1], [-1, 0]]))

@@ -354,7 +354,9 @@ def test_memory_of_training_and_of_the_cache():
         assert model.new_cache(3).nbytes == expected
     with pytest.raises(ValueError, match="n_experts: expected 0, got 4"):
         activation_bytes(small(**KINDS["mixtral"]), 1, 1)
-    with pytest.raises(ValueError, match="batch_size: expected a whole number of at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="batch_size: expected a whole number of at least 1, got 0"
+    ):
         activation_bytes(config, 0, 1)
 
 
@@ -1116,7 +1118,9 @@ def test_a_folder_that_is_no_model_is_left_alone(tmp_path):
 def test_entries_that_follow_from_the_model_cannot_be_given(tmp_path):
     with pytest.raises(ValueError, match="hidden_size: follows from the model, got 5"):
         made().save_pretrained(tmp_path, hidden_size=5)
-    with pytest.raises(ValueError, match="max_shard_size: expected a whole number of at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="max_shard_size: expected a whole number of at least 1, got 0"
+    ):
         made().save_pretrained(tmp_path, max_shard_size=0)
 
 

@@ -59,6 +59,7 @@ from llmbook.training import (
     LogWarning,
     MetricsLog,
     NotebookBar,
+    Precision,
     Probe,
     ProgressBar,
     RunConfig,
@@ -279,6 +280,90 @@ def test_bfloat16_trains_float32_weights(shards):
     trainer.train()
     assert trainer.evaluate() < before
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+class Hesitant(Precision):
+    """Finds the gradients unfit at the first attempts, and doubles them meanwhile."""
+
+    NAMES = ("hesitant",)
+
+    def __init__(self, refusals=2):
+        super().__init__("hesitant")
+        self.refusals, self.attempts, self.losses = refusals, 0, []
+
+    def scaled(self, loss):
+        return 2 * loss
+
+    def settle(self, optimizer, loss):
+        self.attempts += 1
+        self.losses.append(float(loss))
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad /= 2
+        return self.attempts > self.refusals
+
+    def numbers(self):
+        return {"loss_scale": 2.0}
+
+    def state_dict(self):
+        return {"attempts": self.attempts}
+
+    def load_state_dict(self, state):
+        self.attempts = state["attempts"]
+
+
+def test_a_precision_may_scale_losses_and_have_a_batch_repeated(shards, tmp_path):
+    settings = {"optimizer": "sgd", "weight_decay": 0.0, "micro_batch_size": 2, "log_every": 1}
+    plain = trainer_of(shards, **settings)
+    before, updates = [], []
+
+    class Watching(Probe):
+        def before_update(self, trainer):
+            before.append(all(p.grad is None or not p.grad.any() for p in trainer.parameters))
+
+    config = configured(**settings)
+    options = {"probes": [Watching()], "folder": tmp_path, "precision": Hesitant()}
+    trainer = Trainer(made(), BatchSampler(shards, 4, 8), config, **options)
+    plain.train()
+    updates = trainer.train().column("loss_scale")
+    assert torch.equal(weights(plain.model), weights(trainer.model))
+    assert (trainer.step, trainer.batches.step, trainer.skipped) == (6, 6, 0)
+    assert before == [True] * 8  # two attempts more than steps
+    assert trainer.precision.losses[0] == trainer.precision.losses[1] == trainer.precision.losses[2]
+    assert updates == ([1, 2, 3, 4, 5, 6], [2.0] * 6)
+    again = Trainer(
+        made(), BatchSampler(shards, 4, 8), config, **options | {"precision": Hesitant()}
+    )
+    again.resume()
+    assert again.precision.attempts == 8
+    with pytest.raises(ValueError, match=r"^precision: expected 'hesitant', as in the checkpoint"):
+        trainer_of(shards, folder=tmp_path, validate=False, **settings).resume()
+
+
+def test_a_precision_judges_the_model_and_is_one(shards):
+    class Strict(Precision):
+        def check(self, model):
+            raise ValueError("model: expected another, got this")
+
+    given = made(), BatchSampler(shards, 4, 8), configured()
+    with pytest.raises(ValueError, match=r"^model: expected another, got this"):
+        Trainer(*given, precision=Strict())
+    assert Trainer(*given, precision=Precision("bfloat16")).identity()["precision"] == "bfloat16"
+    assert Trainer(*given).identity()["precision"] == "float32"
+    with pytest.raises(ValueError, match=r"^name: expected one of float32, bfloat16, got"):
+        Precision("float16")
+
+
+@pytest.mark.usefixtures("untyped")
+def test_what_is_no_precision_is_refused(shards):
+    with pytest.raises(ValueError, match=r"^precision: expected a Precision, .* got 'float16'"):
+        Trainer(made(), BatchSampler(shards, 4, 8), configured(), precision="float16")
+
+
+def test_a_checkpoint_from_before_there_were_precisions(shards):
+    trainer = trainer_of(shards)
+    state = trainer.state_dict()
+    assert state.pop("precision") == {}
+    trainer_of(shards).load_state_dict(state)
 
 
 class Numbers(ResumableBatches):
@@ -1870,6 +1955,10 @@ def test_compressors():
             "optimizer: expected one of adamw, muon, sgd, or a class of torch.optim",
         ),
         ({"schedule": "cos"}, "schedule: expected one of cosine, wsd, linear, constant, got 'cos'"),
+        (
+            {"precision": "float16"},
+            r"precision: expected float32 or bfloat16, or .*MixedPrecision\('float16'\), got",
+        ),
         ({"precision": "fp8"}, "precision: expected one of float32, bfloat16, got 'fp8'"),
         ({"warmup": 7}, "warmup: expected at most n_steps = 6, got 7"),
         ({"evaluate_every": 0}, "evaluate_every: expected at least 1, got 0"),
@@ -2086,6 +2175,19 @@ def test_a_run_that_could_not_begin_leaves_the_folder_free(tmp_path):
     with pytest.raises(ValueError, match=r"data.paths: no file or folder"):
         run(small_run(data=data), tmp_path / "run")
     assert run(small_run(), tmp_path / "run").log.rows
+
+
+def test_a_run_takes_a_precision_through_its_trainer(tmp_path):
+    made = []
+
+    class Recorded(Trainer):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    with_precision = functools.partial(Recorded, precision=Precision("bfloat16"))
+    run(small_run(), tmp_path / "run", trainer=with_precision)
+    assert made[0].identity()["precision"] == "bfloat16"
 
 
 def test_the_peak_is_that_of_the_precision(monkeypatch, tmp_path):

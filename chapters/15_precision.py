@@ -1,0 +1,3432 @@
+# %% [markdown]
+# # Mixed precision
+#
+# > Train with fewer bits: what rounding to 16, 8, or 4 bits costs, where it fails, and the recipe
+# > that makes it safe.
+#
+# Every number in our models so far has taken 32 bits. Half as many bits would take half the
+# memory, and processors built for short numbers multiply them several times as fast. So it's
+# tempting to convert the whole model to 16 bits and train as before. Nothing crashes. The loss
+# falls, too, just not as far as it should, and no message says why.
+#
+# To see what went wrong, we take numbers apart bit by bit and round them ourselves, to every format
+# that models are trained in. Then we can say which parts of a training step may be short, which may
+# not, and what to do about the rest.
+#
+# | | |
+# |---|---|
+# | **Part** | III. Pretraining |
+# | **You build** | {py:func}`~llmbook.precision.float_fields`, {py:func}`~llmbook.precision.round_to`, {py:func}`~llmbook.precision.quantize_blocks`, {py:func}`~llmbook.precision.emulate`, {py:class}`~llmbook.precision.CastProducts`, {py:class}`~llmbook.precision.GradScaler`, {py:class}`~llmbook.precision.MixedPrecision`, {py:func}`~llmbook.precision.memory_breakdown` |
+# | **You need** | optimizers ({doc}`12_optimization`), the training loop ({doc}`13_training`), logarithms |
+# | **It takes** | 60 minutes for the main line, 3 hours for everything, 90 seconds to run |
+
+# %% tags=["remove-cell"]
+#| default_exp precision
+
+# %% tags=["engine"]
+#| export
+# The imports of the module
+import json
+import math
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from html import escape
+from importlib.resources import files
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import nn, Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+
+from llmbook.blocks import GATES
+from llmbook.environment import (
+    check_at_least,
+    check_choice,
+    check_fraction,
+    check_text,
+    check_whole,
+)
+from llmbook.model import (
+    activation_bytes,
+    count_parameters,
+    ModelConfig,
+    parameter_counts,
+    TransformerLM,
+)
+from llmbook.optimization import AdamW, clip_gradients
+from llmbook.positions import check_tensor
+from llmbook.training import Precision
+
+# %% [markdown]
+# ## Two runs that go wrong
+#
+# Our data are stories of the tiny world, one to a row, cut into tokens by the tokenizer of
+# chapter 13's model.
+
+# %%
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from llmbook.batches import BatchSampler, pack_documents, write_shards
+from llmbook.environment import seed_everything
+from llmbook.tinyworld import TinyWorld
+from llmbook.training import compact, next_token_objective, pretrained
+
+plt.style.use("llmbook.book")
+torch.set_num_threads(1)
+trained = pretrained("tinyworld")
+stories = [story.text for story in TinyWorld().stories(1500, seed=1)]
+shards = write_shards(stories, Path(tempfile.mkdtemp()) / "stories", trained.tokenizer)
+sampler = BatchSampler(pack_documents(shards, 128, "one_per_row"), batch_size=8)
+
+# %% [markdown]
+# The function below trains with AdamW. After each step it stores the weights as the function
+# `store` says, in 16 bits for example, and it counts how many weights the last step has changed.
+
+
+# %%
+def train(model: nn.Module, store: Callable, rate: float, n_steps: int) -> tuple[list, float]:
+    """The losses, and the share of the weights that the last step moved."""
+    optimizer = AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    losses = []
+    for step in range(n_steps):
+        total, count = next_token_objective(model, compact(sampler[step]))
+        optimizer.zero_grad()
+        (total / count).backward()
+        before = nn.utils.parameters_to_vector(model.parameters())
+        optimizer.step()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.copy_(store(weight))
+        losses.append((total / count).item())
+    after = nn.utils.parameters_to_vector(model.parameters())
+    return losses, (before != after).float().mean().item()
+
+
+# %% [markdown]
+# The first run trains a small model from the beginning, three times, with the same seeds and
+# batches in both types. The only difference is the type in which the weights are stored between
+# steps. `bfloat16` has 16 bits and the range of `float32`.
+
+
+# %%
+def new_model(seed: int, **changes: Any) -> TransformerLM:
+    seed_everything(seed)
+    sizes = {"context_length": 128, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 64}
+    return TransformerLM(ModelConfig(vocab_size=trained.tokenizer.vocab_size, **sizes | changes))
+
+
+stores = {"float32": lambda weight: weight, "bfloat16": lambda weight: weight.to(torch.bfloat16)}
+curves, last = {}, {}
+for name, store in stores.items():
+    runs = [train(new_model(seed), store, rate=5e-4, n_steps=80)[0] for seed in range(3)]
+    curves[name] = torch.tensor(runs)
+    last[name] = curves[name][:, -10:].mean(dim=1)
+stalled = last["bfloat16"] - last["float32"]
+assert (stalled > 0.15).all() and (stalled < 0.6).all(), stalled
+print("last ten steps: 16-bit weights cost 0.15 to 0.6 nats a token with each of 3 seeds")
+
+# %% [markdown]
+# Where does the difference come from? Late in training, when steps are small, it is plain to see.
+# Continue the trained model for a few steps at a rate of 0.0001, and count:
+
+# %%
+moved = {}
+for name, store in stores.items():
+    moved[name] = train(deepcopy(trained.model), store, rate=1e-4, n_steps=5)[1]
+assert moved["float32"] > 0.7 and moved["bfloat16"] < 0.04, moved
+print("weights that a step moved: over 70% of those in 32 bits, under 4% of those in 16 bits")
+
+# %% [markdown]
+# (In 32 bits the rest are embeddings of tokens that haven't come up.) In 16 bits the weights have
+# frozen. The gradient is there, the optimizer divides and averages as it should, and then the
+# update disappears when the weight is stored. {numref}`fig-precision-stall` shows the first run.
+
+# %% mystnb={"figure": {"caption": "The same training with weights stored in 32 and in 16 bits, with three seeds each.", "name": "fig-precision-stall"}, "image": {"alt": "Loss over 80 steps. Both groups of three curves begin at 7.4 nats per token. The 32-bit curves fall to about 5.3, the bfloat16 curves fall more slowly from the start and end about 0.3 higher."}}
+figure, ax = plt.subplots()
+for color, (name, runs) in zip(("C0", "C1"), curves.items(), strict=True):
+    for losses in runs:
+        ax.plot(losses, color=color, alpha=0.4, linewidth=1)
+    ax.plot(runs.mean(dim=0), color=color, label=f"weights in {name}")
+ax.set(xlabel="step", ylabel="loss (nats per token)")
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# The second run uses the other 16-bit type, `float16`, for everything, and looks at the gradients
+# of the trained model:
+
+# %%
+batch = compact(sampler[0])
+vanished = {}
+for dtype in (torch.float32, torch.float16):
+    model = deepcopy(trained.model).to(dtype)
+    total, count = next_token_objective(model, batch)
+    (total / count).backward()
+    vanished[dtype] = (model.lm_head.weight.grad == 0).float().mean().item()
+assert vanished[torch.float32] < 0.01 and 0.4 < vanished[torch.float16] < 0.95, vanished
+print("gradients of the output layer that are exactly zero:")
+print("in float32 under 1%, in float16 between 40% and 95%")
+
+# %% [markdown]
+# This time it is the gradients that are gone, for most of the weights of the output layer.
+# Two formats of the same size, two different failures. To understand them, we need to know which
+# numbers a format has.
+
+# %% [markdown]
+# ## Floats, bit by bit
+#
+# A floating-point number is scientific notation in base two. It has a sign, an exponent, and the
+# digits after the leading one, the **fraction** (also called mantissa). With $E$ bits that hold a
+# whole number $e$ and $m$ bits that hold a whole number $f$, the value is
+#
+# $$
+# x = (-1)^s \cdot 2^{\,e - b} \cdot \Bigl(1 + \frac{f}{2^m}\Bigr), \qquad b = 2^{E-1} - 1 .
+# $$ (precision-value)
+#
+# The {term}`bias <bias of an exponent>` $b$ makes negative exponents possible without a second
+# sign. The leading one isn't stored, because it's always there, except when $e = 0$. Then the value
+# is $(-1)^s \cdot 2^{1-b} \cdot f / 2^m$, without the one. These are the {term}`subnormal numbers`.
+# They fill the gap between zero and the smallest normal number $2^{1-b}$ with even steps, and one
+# of them ($f = 0$) is zero itself.
+#
+# ```{figure} ../figures/precision-layouts.svg
+# :name: fig-precision-layouts
+# :alt: Eight rows of cells, one cell per bit, colored by sign, exponent, and fraction. float32 has 1, 8 and 23 bits; tfloat32 1, 8 and 10; bfloat16 1, 8 and 7; float16 1, 5 and 10; float8 e4m3 1, 4 and 3; float8 e5m2 1, 5 and 2; float4 e2m1 1, 2 and 1; e8m0 has 8 exponent bits only.
+#
+# Where the bits go. Exponent bits buy range, fraction bits buy digits.
+# ```
+#
+# What the largest exponent means depends on the format. In most, it is reserved: $f = 0$ is
+# infinity, any other $f$ is NaN. `float8_e4m3fn` is too short to give away a whole exponent, so
+# only its very last code is NaN, and it has no infinity, which is what the `fn` stands for (finite,
+# with NaN) {cite}`micikevicius2022fp8`. `float4_e2m1fn` has only numbers. Last, `float8_e8m0fnu`
+# has neither sign nor fraction (`u` for unsigned): it is a power of two, used only as a scale.
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class FloatFormat:
+    """A floating-point format: how many bits its fields have, and what its largest codes mean.
+
+    ``top`` is "infinity" if the largest exponent holds infinities and NaN, as in IEEE 754, "nan" if
+    the largest code alone is NaN, and "number" if all codes are numbers. A format without fraction
+    bits has no zero and no subnormal numbers.
+    """
+
+    name: str
+    exponent_bits: int
+    fraction_bits: int
+    top: Literal["infinity", "nan", "number"] = "infinity"
+    signed: bool = True
+    dtype: torch.dtype | None = None
+
+    @property
+    def bits(self) -> int:
+        """How many bits a number has."""
+        return self.signed + self.exponent_bits + self.fraction_bits
+
+    @property
+    def bias(self) -> int:
+        """What is subtracted from the stored exponent."""
+        return 2 ** (self.exponent_bits - 1) - 1
+
+    @property
+    def has_infinities(self) -> bool:
+        """Whether plus and minus infinity are among its values."""
+        return self.top == "infinity"
+
+    @property
+    def epsilon(self) -> float:
+        """The distance from 1 to the next larger number."""
+        return 2.0**-self.fraction_bits
+
+    @property
+    def smallest_exponent(self) -> int:
+        """The exponent of the smallest normal number."""
+        return (1 if self.fraction_bits else 0) - self.bias
+
+    @property
+    def smallest_normal(self) -> float:
+        """The smallest positive number with a leading one."""
+        return 2.0**self.smallest_exponent
+
+    @property
+    def smallest_subnormal(self) -> float:
+        """The smallest positive number of all."""
+        return self.smallest_normal * self.epsilon
+
+    @property
+    def largest(self) -> float:
+        """The largest finite number."""
+        reserved = {"infinity": 2**self.fraction_bits, "nan": 1, "number": 0}[self.top]
+        return self.decode(2 ** (self.exponent_bits + self.fraction_bits) - 1 - reserved)
+
+
+# %% tags=["engine"]
+#| export
+# Formats that cannot be, and codes that a format does not have, are refused
+class FloatFormat(FloatFormat):  # continued
+    def __post_init__(self) -> None:
+        check_text(self.name, "name")
+        check_whole("exponent_bits", self.exponent_bits, 2)
+        check_whole("fraction_bits", self.fraction_bits, 0)
+        if self.exponent_bits > 8 or self.fraction_bits > 23:
+            expected = "at most the 8 and 23 bits of float32"
+            got = f"{self.exponent_bits} and {self.fraction_bits}"
+            raise ValueError(f"exponent_bits, fraction_bits: expected {expected}, got {got}")
+        check_choice("top", self.top, ("infinity", "nan", "number"))
+        if not isinstance(self.signed, bool):
+            raise ValueError(f"signed: expected True or False, got {self.signed!r:.60}")
+        if not isinstance(self.dtype, torch.dtype | None):
+            raise ValueError(f"dtype: expected one of torch, or None, got {self.dtype!r:.60}")
+
+    def _check_code(self, code: int) -> None:
+        check_whole("code", code, 0)
+        if code >= 2**self.bits:
+            raise ValueError(f"code: expected at most {2**self.bits - 1}, got {code}")
+
+
+# %% [markdown]
+# Equation {eq}`precision-value` as code turns a code, the bits read as a whole number, into its
+# value:
+
+
+# %%
+#| export
+class FloatFormat(FloatFormat):  # continued
+    def decode(self, code: int) -> float:
+        """Return the value of the bits ``code``, a whole number from 0 to ``2**bits - 1``."""
+        self._check_code(code)
+        m, magnitude = self.fraction_bits, code % 2 ** (self.exponent_bits + self.fraction_bits)
+        exponent, fraction = magnitude >> m, magnitude % 2**m
+        sign = -1.0 if code > magnitude else 1.0
+        if self.top == "infinity" and exponent == 2**self.exponent_bits - 1:
+            return math.nan if fraction else sign * math.inf
+        if self.top == "nan" and magnitude == 2 ** (self.exponent_bits + m) - 1:
+            return math.nan
+        if exponent == 0 and m:
+            return sign * math.ldexp(fraction, 1 - self.bias - m)
+        return sign * math.ldexp(2**m + fraction, exponent - self.bias - m)
+
+
+# %% [markdown]
+# The formats have the names that PyTorch gives them. `tfloat32` and `float4_e2m1fn` have no type of
+# their own there: the first exists only inside GPUs, which round `float32` to it on the way into a
+# product, and of the second, PyTorch only knows pairs packed into a byte.
+
+# %%
+#| export
+#: The formats by name.
+FORMATS = {
+    format.name: format
+    for format in (
+        FloatFormat("float32", 8, 23, dtype=torch.float32),
+        FloatFormat("tfloat32", 8, 10),
+        FloatFormat("bfloat16", 8, 7, dtype=torch.bfloat16),
+        FloatFormat("float16", 5, 10, dtype=torch.float16),
+        FloatFormat("float8_e4m3fn", 4, 3, "nan", dtype=torch.float8_e4m3fn),
+        FloatFormat("float8_e5m2", 5, 2, dtype=torch.float8_e5m2),
+        FloatFormat("float4_e2m1fn", 2, 1, "number"),
+        FloatFormat("float8_e8m0fnu", 8, 0, "nan", False, getattr(torch, "float8_e8m0fnu", None)),
+    )
+}
+
+# %% [markdown]
+# Everything else follows from these few numbers. Half of the spacing, relative to the number, is
+# the largest error of rounding, $2^{-(m+1)}$, called the {term}`unit roundoff` $u$. In digits,
+# $-\log_{10} u$ of them can be trusted. All of this table is computed:
+
+# %%
+print("format           bits  digits    largest   normal from   subnormal from  infinity")
+for format in FORMATS.values():
+    digits = (format.fraction_bits + 1) * math.log10(2)
+    print(
+        f"{format.name:15} {format.bits:5} {digits:7.1f} {format.largest:10.4g} "
+        f"{format.smallest_normal:13.3g} {format.smallest_subnormal:16.3g}  "
+        f"{'yes' if format.has_infinities else 'no'}"
+    )
+
+# %% [markdown]
+# Now the two failures have numbers. `bfloat16` keeps the range of `float32` and pays with digits:
+# just above 1, the next number is 0.8% away, so an update of less than 0.4% of the weight is
+# rounded away. AdamW's updates are about as large as the rate, 0.0001, and most of our weights are
+# larger than 0.05, so most updates are too small.
+#
+# `float16` has three digits, but nothing between 0 and 0.00000006. Recall from
+# {doc}`12_optimization` that the gradient of a logit is $p - y$, divided here by the number of
+# targets, about 500. If the model gives a wrong token a probability of one in a million, its
+# gradient is 0.000000002, far below half of the smallest number, and rounds to zero. A trained
+# model is that sure about most tokens in most places. `bfloat16` would keep these gradients, and
+# `float16`, whose spacing is an eighth, would keep more of the updates. Neither has both the range
+# and the digits.
+#
+# A normal number keeps all its digits wherever it stands, because the spacing grows with it.
+# {numref}`fig-precision-line` shows this for the short formats.
+
+# %% mystnb={"figure": {"caption": "Left, all positive numbers of three short formats, on a logarithmic scale. Right, the largest error of rounding relative to the number, by the number's size. Each format has a floor of its own, climbs where subnormal numbers begin, and stops where numbers overflow.", "name": "fig-precision-line"}, "image": {"alt": "Left, three rows of ticks. e2m1 has seven from 0.5 to 6, e4m3 about a hundred from 0.002 to 448, e5m2 about a hundred from 0.00002 to 57344, thinner and spread over a longer range. Right, error against size on logarithmic axes: float16, bfloat16, e4m3, e5m2 and e2m1 each as a flat jagged line between their bounds that rises toward the left end."}}
+figure, axes = plt.subplots(1, 2, width_ratios=[3, 4])
+short = ["float4_e2m1fn", "float8_e4m3fn", "float8_e5m2"]
+for row, name in enumerate(short):
+    format = FORMATS[name]
+    codes = range(1, 2 ** (format.bits - 1))
+    values = [v for code in codes if math.isfinite(v := format.decode(code))]
+    axes[0].vlines(values, row - 0.3, row + 0.3, color=f"C{row}", linewidth=0.9)
+axes[0].set(xscale="log", yticks=range(3), yticklabels=["e2m1", "e4m3", "e5m2"], xlabel="number")
+sizes = 2 ** torch.linspace(-30, 20, 2000, dtype=torch.float64)
+for color, name in enumerate([*short, "float16", "bfloat16"]):
+    format = FORMATS[name]
+    inside = sizes[(sizes < format.largest) & (sizes > format.smallest_subnormal)]
+    exponent = inside.log2().floor().clamp(min=format.smallest_exponent)
+    error = 2 ** (exponent - format.fraction_bits) / 2 / inside
+    axes[1].plot(inside, error, color=f"C{color}", label=name, linewidth=1.2)
+axes[1].set(xscale="log", yscale="log", ylim=(1e-4, 100), xlabel="number", ylabel="relative error")
+axes[1].legend(ncols=2, loc="upper right")
+plt.show()
+
+# %% [markdown]
+# ## Rounding
+#
+# Since $m$ digits follow the leading one, the numbers between $2^k$ and $2^{k+1}$ are the whole
+# multiples of $2^{k-m}$. That's their spacing. Below the smallest normal number, the spacing stops
+# shrinking. So rounding is a division by the spacing, which is a power of two and loses nothing, a
+# rounding to a whole number, and a multiplication:
+#
+# $$
+# \operatorname{round}(x) = \sigma \cdot \Bigl\lfloor \frac{x}{\sigma} \Bigr\rceil , \qquad
+# \sigma = 2^{\max(\lfloor \log_2 |x| \rfloor,\; 1-b) \,-\, m} .
+# $$ (precision-round)
+#
+# A tie, where $x / \sigma$ ends in exactly one half, goes to the even neighbor. Always rounding it
+# up would push sums up; half of the even neighbors are below and half above.
+#
+# No logarithm is needed for $\lfloor \log_2 |x| \rfloor$: it stands in the bits of $x$. We read the
+# same memory as whole numbers, shift out the fraction, and mask the sign. Written back with a
+# fraction of zero, the exponent is the power of two that we want.
+
+
+# %%
+#| export
+def _spacing(x: Float[Tensor, "*shape"], target: FloatFormat) -> Float[Tensor, "*shape"]:
+    """The distance of neighbors in ``target`` around each number, which is float32 or float64."""
+    wide = x.dtype == torch.float64
+    integers, shift, bias = (torch.int64, 52, 1023) if wide else (torch.int32, 23, 127)
+    exponent = (x.contiguous().view(integers) >> shift) & (2 * bias + 1)
+    exponent = exponent.clamp_(target.smallest_exponent + bias, 2 * bias) - target.fraction_bits
+    return exponent.bitwise_left_shift_(shift).view(x.dtype)
+
+
+# %% [markdown]
+# Two decisions are left. What is too large becomes infinite, or the largest number if it is to
+# *saturate*. And the rounding may be *stochastic*, which the next section is about.
+
+
+# %%
+#| export
+def round_to(
+    x: Float[Tensor, "*shape"],
+    format: str | torch.dtype | FloatFormat,
+    *,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    saturate: bool | None = None,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "*shape"]:
+    """Round each number to one that ``format`` has; the result is float32, of float64 float64.
+
+    Nearest with ties to even is what a cast of torch does. ``rounding="stochastic"`` takes the
+    neighbor above with a probability that makes the mean right, drawn with ``generator``. What
+    is too large becomes the largest number if ``saturate``, else infinity, or NaN in a format that
+    has none. By default that is as in torch: formats with infinities do not saturate, e8m0 gives
+    NaN, e4m3 and e2m1 saturate. The sign of what is rounded to e8m0 is dropped. No gradient passes.
+
+    >>> round_to(torch.tensor([3.14159, 1e5, 1e-8]), "float16").tolist()
+    [3.140625, inf, 0.0]
+    """
+    target = _check_rounding(x, format, rounding, saturate, generator)
+    x = x.detach() if target.signed else x.detach().abs()
+    # Spacings below 2**-126 would be subnormal in float32, whose exponent field we write.
+    narrow = x.dtype != torch.float64 and target.smallest_subnormal >= 2.0**-126
+    wide = x.to(torch.float32 if narrow else torch.float64)
+    spacing = _spacing(wide, target)
+    scaled = wide / spacing
+    if rounding == "nearest":
+        rounded = scaled.round_().mul_(spacing)  # to a whole number, ties to even
+    else:
+        below = scaled.floor()
+        draw = torch.rand(x.shape, generator=generator, dtype=wide.dtype, device=x.device)
+        rounded = below.add_(draw < scaled - below).mul_(spacing).copysign_(wide)
+    rounded = _fit(rounded, target, saturate)
+    return rounded.to(x.dtype if x.dtype == torch.float64 else torch.float32)
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: names, what is too large, and arguments that are refused
+
+# %% [markdown] tags=["engine"]
+# A format may be given by its name, by the short name that papers use, or as a type of PyTorch.
+# float64 is none of them: nothing here is as precise, and the rounding is done in it.
+
+
+# %% tags=["engine"]
+#| export
+_SHORT_NAMES = {
+    "fp32": "float32",
+    "tf32": "tfloat32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "e4m3": "float8_e4m3fn",
+    "e5m2": "float8_e5m2",
+    "e2m1": "float4_e2m1fn",
+    "e8m0": "float8_e8m0fnu",
+}
+
+
+def float_format(format: str | torch.dtype | FloatFormat) -> FloatFormat:
+    """Return the format with this name, or of this dtype of torch.
+
+    Short names are fp32, tf32, bf16, fp16, e4m3, e5m2, e2m1 and e8m0. Unknown ones raise a
+    ``ValueError`` that lists the known.
+
+    >>> float_format("bf16").name, float_format(torch.float16).bits
+    ('bfloat16', 16)
+    """
+    if isinstance(format, FloatFormat):
+        return format
+    if isinstance(format, torch.dtype):
+        name = str(format).removeprefix("torch.")
+    else:
+        name = _SHORT_NAMES.get(format, format) if isinstance(format, str) else format
+    if not isinstance(name, str) or name not in FORMATS:
+        expected = f"expected one of {', '.join(FORMATS)}"
+        raise ValueError(f"format: {expected}, got {format!r:.60}")
+    return FORMATS[name]
+
+
+# %% [markdown] tags=["engine"]
+# A rounded number that is larger than the largest is too large. So the limit is half a step above
+# the largest number, as in IEEE 754.
+
+
+# %% tags=["engine"]
+#| export
+def _fit(x: Tensor, target: FloatFormat, saturate: bool | None) -> Tensor:
+    """Replace what is too large for ``target``, and for e8m0, zero, in ``x`` itself."""
+    if not target.fraction_bits:
+        x.clamp_(min=target.smallest_normal)
+    if saturate is None:
+        saturate = target.signed and not target.has_infinities
+    if saturate:
+        return x.clamp_(-target.largest, target.largest)
+    if target.has_infinities:
+        x.masked_fill_(x > target.largest, torch.inf)
+        return x.masked_fill_(x < -target.largest, -torch.inf)
+    return x.masked_fill_(x.abs() > target.largest, torch.nan)
+
+
+# %% tags=["engine"]
+#| export
+def _check_rounding(
+    x: object, format: object, rounding: object, saturate: object, generator: object
+) -> FloatFormat:
+    """Refuse what cannot be rounded, or not so; return the format."""
+    check_tensor("x", x, "...")
+    target = float_format(format)  # type: ignore[arg-type]
+    check_choice("rounding", rounding, ("nearest", "stochastic"))
+    if saturate is not None and not isinstance(saturate, bool):
+        raise ValueError(f"saturate: expected True, False or None, got {saturate!r:.60}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator: expected a torch.Generator, got {generator!r:.60}")
+    if generator is not None and rounding == "nearest":
+        expected = 'expected None, as nothing is drawn unless rounding is "stochastic"'
+        raise ValueError(f"generator: {expected}, got {generator!r:.60}")
+    if target.top == "number":
+        if saturate is False:
+            expected = f"expected True or None, as {target.name} has neither infinity nor NaN"
+            raise ValueError(f"saturate: {expected}, got False")
+        if x.isnan().any():  # type: ignore[attr-defined]
+            raise ValueError(f"x: expected numbers, as {target.name} has no NaN, got nan")
+    return target
+
+
+# %% [markdown]
+# ### What happens to a number
+#
+# Everything that can happen happens to one of these:
+
+# %%
+examples = torch.tensor([1 / 3, 1.0625, 1.1875, 0.001, 1e-5, 500.0, 1e5])
+print("number         ", *(f"{x:9.4g}" for x in examples.tolist()))
+for name in ("tfloat32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"):
+    print(f"{name:15}", *(f"{x:9.4g}" for x in round_to(examples, name).tolist()))
+
+# %% [markdown]
+# Read the row of `float8_e4m3fn`, which has steps of 1/8 above 1. 1.0625 and 1.1875 are ties, and
+# go down to 1 and up to 1.25, both with an even last digit. 0.001 is its smallest subnormal number
+# 0.00195 after rounding up, and 0.00001 has vanished. 500 saturates at 448, as it does in PyTorch.
+# `float8_e5m2`, with one digit fewer, gets 512.
+#
+# What does the GPU do for `tfloat32`? It keeps 10 fraction bits of a `float32` and sums in
+# `float32`. Its instruction for this conversion, `cvt.rna.tf32`, rounds ties away from zero, and
+# a product that gets unconverted numbers ignores their last 13 bits. Here ties go to even, as
+# everywhere else in the chapter. The difference is at most in ties, one number in 8,192.
+
+# %% [markdown]
+# ### A number taken apart
+#
+# {py:func}`~llmbook.precision.float_fields` goes the other way: it rounds a number and returns the
+# fields that stand in memory. With $k = |x| / \sigma$, the number of spacings, the exponent and
+# fraction together are simply $k + (e - 1) \cdot 2^m$: all numbers of a format, in order, have
+# consecutive codes.
+
+
+# %%
+#| export
+class FloatFields(NamedTuple):
+    """The fields of a number: its sign, the stored exponent and fraction, its value, its bits."""
+
+    sign: int
+    exponent: int
+    fraction: int
+    value: float
+    bits: str
+
+
+def float_fields(number: float, format: str | torch.dtype | FloatFormat = "float32") -> FloatFields:
+    """Round ``number`` to ``format`` and take it apart; ``bits`` shows sign, exponent, fraction.
+
+    >>> float_fields(-0.75, "e4m3")
+    FloatFields(sign=1, exponent=6, fraction=4, value=-0.75, bits='1 0110 100')
+    """
+    target = float_format(format)
+    _check_number("number", number)
+    x = round_to(torch.tensor(float(number), dtype=torch.float64), target)
+    value, m = x.item(), target.fraction_bits
+    if math.isfinite(value):
+        spacing = _spacing(x, target).item()
+        exponent = math.frexp(spacing)[1] - 1 + m
+        code = int(abs(value) / spacing) + ((exponent + target.bias - 1) << m)
+    else:  # infinity, or the NaN whose first fraction bit is set
+        quiet = 2**m >> 1 if target.top == "infinity" else 2**m - 1
+        code = ((2**target.exponent_bits - 1) << m) + (quiet if math.isnan(value) else 0)
+    exponent, fraction = code >> m, code % 2**m
+    sign = int(target.signed and math.copysign(1, value) < 0)
+    fields = [f"{sign}"] * target.signed + [f"{exponent:0{target.exponent_bits}b}"]
+    bits = " ".join(fields + [f"{fraction:0{m}b}"] * (m > 0))
+    return FloatFields(sign, exponent, fraction, value, bits)
+
+
+# %% tags=["engine"]
+#| export
+# What is no number
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name}: expected a number, got {value!r:.60}")
+
+
+# %% [markdown]
+# Three numbers in three formats. The last line of each group shows what became of 1,000:
+
+# %%
+for name in ("float16", "bfloat16", "float8_e4m3fn"):
+    for number in (0.1, 0.001, 1000.0):
+        _, exponent, fraction, value, bits = float_fields(number, name)
+        format = FORMATS[name]
+        power = max(exponent, 1) - format.bias
+        lead = int(exponent > 0)
+        print(
+            f"{name:14} {number:6g}  {bits:19} ({lead} + {fraction}/{2**format.fraction_bits})",
+            end="",
+        )
+        print(f" x 2^{power} = {value:.6g}")
+
+# %% [markdown]
+# Look at 0.001 in `float8_e4m3fn`: its exponent field is 0, so there is no leading one, and it is a
+# subnormal number with a single digit.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the figure below, which works without a kernel or a network (`show_bits`)
+
+# %% [markdown] tags=["engine"]
+# The function writes HTML with the formats and the number's codes inside, a script that turns bits
+# into values by the rules of `FloatFormat.decode`, and a table for readers without scripts.
+
+# %% tags=["engine"]
+#| export
+# The figure's look; its script is llmbook/precision.js
+_STYLE = """<style>
+.llmbook-bits { max-width: 46rem; font-family: system-ui, sans-serif; font-size: 0.95rem; }
+.llmbook-bits button { font: inherit; color: inherit; cursor: pointer; background: none; }
+.llmbook-bits .formats { display: flex; flex-wrap: wrap; gap: 0.4rem; margin-bottom: 0.7rem; }
+.llmbook-bits .formats button { padding: 0.2em 0.6em; border: 2px solid #8888;
+  border-radius: 5px; }
+.llmbook-bits .formats button[aria-pressed="true"] { border-color: #3a8fd0; }
+.llmbook-bits .bits { display: flex; flex-wrap: wrap; gap: 3px; align-items: center; }
+.llmbook-bits .bits button { width: 1.75em; height: 2.1em; padding: 0; border: 1px solid #8888;
+  border-radius: 3px; font-family: monospace; }
+.llmbook-bits .bits .sign { background: rgba(170, 68, 153, 0.3); }
+.llmbook-bits .bits .exponent { background: rgba(58, 143, 208, 0.3); }
+.llmbook-bits .bits .fraction { background: rgba(0, 158, 115, 0.25); }
+.llmbook-bits .bits .step { width: auto; padding: 0 0.5em; margin-left: 0.4em; }
+.llmbook-bits button:focus-visible { outline: 3px solid #d55e00; outline-offset: 1px; }
+.llmbook-bits .report { min-height: 4.2em; margin: 0.6rem 0; }
+.llmbook-bits .report strong { font-size: 1.15em; }
+.llmbook-bits details div { overflow-x: auto; }
+.text_html:has(> .llmbook-bits) { background: none !important; color: inherit !important; }
+.llmbook-bits td, .llmbook-bits th { padding: 0.1em 0.8em; text-align: left; white-space: pre; }
+</style>"""
+
+
+# %% tags=["engine"]
+#| export
+# The figure itself: a table of the number in each format, and a script that makes it answer
+@dataclass(frozen=True)
+class BitsFigure:
+    """An interactive figure; notebooks and the site show its ``html``."""
+
+    html: str
+
+    def __repr__(self) -> str:
+        return "BitsFigure(html=...)"
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+def show_bits(number: float = math.pi, format: str | torch.dtype = "float16") -> BitsFigure:
+    """Return a figure in which one flips the bits of ``number`` and sees what it becomes.
+
+    It works by mouse, touch and keyboard, begins with ``format``, and offers all formats of at most
+    16 bits. Without a script it is a table of the number in these formats.
+    """
+    chosen = float_format(format).name
+    _check_number("number", number)
+    if math.isnan(number):
+        raise ValueError(f"number: expected a number that all formats have, got {number}")
+    offered = [f for f in FORMATS.values() if f.bits <= 16 and f.signed]
+    if chosen not in (names := [f.name for f in offered]):
+        raise ValueError(f"format: expected one of {', '.join(names)}, got {format!r}")
+    apart = [float_fields(number, f) for f in offered]
+    data = [
+        {
+            "name": f.name,
+            "exponent": f.exponent_bits,
+            "fraction": f.fraction_bits,
+            "top": f.top,
+            "code": int(fields.bits.replace(" ", ""), 2),
+        }
+        for f, fields in zip(offered, apart, strict=True)
+    ]
+    rows = [("format", "sign exponent fraction", "value")]
+    rows += [(name, a.bits, f"{a.value:.6g}") for name, a in zip(names, apart, strict=True)]
+    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    lines[0] = lines[0].replace("td>", "th>")
+    table = "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    inert = json.dumps({"formats": data, "chosen": names.index(chosen)}, separators=(",", ":"))
+    script = files("llmbook").joinpath("precision.js").read_text(encoding="utf-8")
+    label = f"The number {number:.6g}, bit by bit"
+    return BitsFigure(
+        f'<div class="llmbook-bits" role="group" aria-label="{label}">{_STYLE}'
+        f"<details open><summary>{label}, as a table</summary><div>{table}</div></details>"
+        f'<script type="application/json">{inert}</script></div><script>{script}</script>'
+    )
+
+
+# %% [markdown]
+# ### A number to play with
+#
+# Here you can set the bits yourself. Click a bit to flip it, or walk with the arrow keys and press
+# the space bar. The two buttons at the end go to the next number down or up. Which bits make
+# the largest number of each format, and what does the next code mean?
+
+# %% tags=["nbval-ignore-output"]
+show_bits(math.pi, "float16")
+
+# %% [markdown]
+# ## Rounding by chance
+#
+# Return to the frozen weight. It stands at 1 in `bfloat16`, the next number is $\sigma = 1/128$
+# away, and each step wants to add a ten-thousandth of that. To nearest, nothing ever happens: it
+# isn't that the error is large, it's the *same* error every time, and a thousand steps lose a
+# thousand updates.
+#
+# {term}`Stochastic rounding <stochastic rounding>` draws lots. Let $x$ lie between the neighbors
+# $a$ and $a + \sigma$, at a share $t = (x - a) / \sigma$ of the way. Go up with probability $t$,
+# else down. Then
+#
+# $$
+# \mathbb{E}[\operatorname{round}(x)] = (1 - t)\, a + t\, (a + \sigma) = a + t \sigma = x , \qquad
+# \operatorname{Var} = t (1 - t)\, \sigma^2 \le \frac{\sigma^2}{4} .
+# $$ (precision-stochastic)
+#
+# A single rounding is worse than to nearest: the error may be a whole spacing instead of half of
+# one. But its mean is zero, and independent errors average out. After $n$ updates of $t \sigma$,
+# the weight has moved by $n t \sigma$ on average, with a standard deviation of about $\sqrt{n t}\,
+# \sigma$. Here are ten thousand weights, each with a thousand updates of a ten-thousandth of the
+# spacing:
+
+# %%
+spacing = 1 / 128
+kept = {"nearest": torch.ones(10_000), "stochastic": torch.ones(10_000)}
+generator = torch.Generator().manual_seed(0)
+for _ in range(1000):
+    kept["nearest"] = round_to(kept["nearest"] + 1e-4 * spacing, "bfloat16")
+    kept["stochastic"] = round_to(
+        kept["stochastic"] + 1e-4 * spacing,
+        "bfloat16",
+        rounding="stochastic",
+        generator=generator,
+    )
+print("mean movement after updates that add up to 0.1 spacings:")
+for name, weights in kept.items():
+    print(f"{name:10} {(weights - 1).mean() / spacing:.2f} spacings")
+
+# %% [markdown]
+# No single weight has moved by a tenth of a spacing, since there is no such number. About one in
+# ten has moved by a whole one. In {numref}`fig-precision-walk`, updates are larger, and single
+# weights can be followed.
+
+# %% mystnb={"figure": {"caption": "A weight that should rise by one hundredth of its spacing in each step. Rounded to nearest it stays. Rounded stochastically, twelve of them wander around the line.", "name": "fig-precision-walk"}, "image": {"alt": "Position of a weight in spacings over 1000 steps. The wanted line rises from 0 to 10. To nearest, a flat line at 0. Twelve stochastic staircases rise along the wanted line and end between about 4 and 16."}}
+paths = torch.ones(1001, 12)
+for step in range(1000):
+    wanted = paths[step] + 0.01 * spacing
+    paths[step + 1] = round_to(wanted, "bfloat16", rounding="stochastic", generator=generator)
+figure, ax = plt.subplots()
+ax.plot((paths - 1) / spacing, color="C0", alpha=0.4, linewidth=1)
+ax.plot([0, 1000], [0, 10], color="C1", label="wanted")
+ax.plot([0, 1000], [0, 0], color="C3", label="to nearest")
+ax.plot([], [], color="C0", alpha=0.5, label="stochastic, 12 weights")
+ax.set(xlabel="step", ylabel="movement (spacings)")
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# Does it repair the run at the beginning of the chapter? The same three seeds, with weights in 16
+# bits between steps, only rounded by chance:
+
+# %%
+generator = torch.Generator().manual_seed(0)
+
+
+def by_chance(weight: Tensor) -> Tensor:
+    return round_to(weight, "bfloat16", rounding="stochastic", generator=generator)
+
+
+runs = [train(new_model(seed), by_chance, rate=5e-4, n_steps=80)[0] for seed in range(3)]
+behind = torch.tensor(runs)[:, -10:].mean(dim=1) - last["float32"]
+assert behind.abs().max() < 0.1, behind
+print("loss above that of 32-bit weights: 0.15 to 0.6 nats to nearest, below 0.1 by chance")
+
+# %% [markdown]
+# The noise of the weights averages out over steps, and the loss hardly notices. This was found
+# for whole-number weights {cite}`gupta2015deep`, and holds for `bfloat16`
+# {cite}`zamirai2021revisiting`, where the other cure is to keep what was lost in a second number:
+# Kahan's, in the next section. A word of caution: that updates vanish doesn't prove that they were
+# needed. In one ladder of models whose embeddings had frozen in the same way, thawing them changed
+# the loss by no more than noise {cite}`karpathy2026nanochat`. Measure, as we did here.
+
+# %% [markdown]
+# ## What a sum loses
+#
+# A loss, a norm, a gradient, and every entry of a matrix product are sums of many terms. Let $u$ be
+# the unit roundoff. Every addition gives the true result times $1 + \delta$ with $|\delta| \le u$.
+# Summed one after the other, the first number goes through $n - 1$ additions, the last through one.
+# So to first order
+#
+# $$
+# \Bigl| \hat s - \sum_i x_i \Bigr| \;\le\; k\, u \sum_i |x_i| , \qquad
+# k = n - 1 \text{ one after the other}, \quad k = \lceil \log_2 n \rceil \text{ in pairs},
+# $$ (precision-sum)
+#
+# since in pairs, of pairs, of pairs, every number goes through only $\lceil \log_2 n \rceil$
+# additions. **Kahan's summation** keeps a second number $c$ with what the last addition lost. The
+# low digits of $y$ that did not fit are the difference between what was added, $t - s$, and
+# what should have been:
+#
+# $$
+# y = x_i - c, \qquad t = s + y, \qquad c = (t - s) - y, \qquad s = t .
+# $$ (precision-kahan)
+#
+# Its bound is $k = 2 + O(n u)$ {cite}`higham2002accuracy`, which hardly depends on $n$ as long as
+# $n u$ is small. The fourth way is to sum in a wider format and round once at the end, $k \approx
+# 1$. In code, for many rows at once, noting the sum whenever the number of terms is a power of two:
+
+
+# %%
+def running_sums(x: Tensor, kahan: bool) -> dict[int, Tensor]:
+    total = lost = torch.zeros_like(x[:, 0])
+    sums = {}
+    for n, term in enumerate(x.T, start=1):
+        y = term - lost
+        new = total + y
+        if kahan:
+            lost = (new - total) - y
+        total = new
+        if n & (n - 1) == 0:
+            sums[n] = total
+    return sums
+
+
+def pairwise_sum(x: Tensor) -> Tensor:
+    while x.size(1) > 1:
+        x = x[:, ::2] + x[:, 1::2]
+    return x[:, 0]
+
+
+# %% [markdown]
+# PyTorch rounds after each of these operations, since the tensors have the short type. The terms
+# are uniform between 0 and 1, so that nothing cancels:
+
+# %%
+lengths = [2**k for k in range(4, 14)]
+uniform = torch.rand(32, lengths[-1], generator=torch.Generator().manual_seed(0))
+errors = {}
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    x = uniform.to(dtype)
+    one_by_one, kahan = running_sums(x, kahan=False), running_sums(x, kahan=True)
+    for n in lengths:
+        exact = x[:, :n].double().sum(dim=1)
+        wider = torch.float64 if dtype == torch.float32 else torch.float32
+        found = {
+            "one by one": one_by_one[n],
+            "in pairs": pairwise_sum(x[:, :n]),
+            "Kahan": kahan[n],
+            "wide": x[:, :n].to(wider).sum(dim=1).to(dtype),
+        }
+        for way, result in found.items():
+            errors[dtype, way, n] = ((result.double() - exact).abs() / exact).mean().item()
+stuck = running_sums(uniform.bfloat16(), kahan=False)[8192]
+print(f"8,192 terms with a mean of 0.5, one by one in bfloat16: {stuck.min():.0f} in each row")
+
+# %% [markdown]
+# The sum of about 4,096 has come to a standstill at 256, where the spacing of `bfloat16` is 2 and
+# no term reaches half of it. This is the frozen weight once more. {numref}`fig-precision-sums` has
+# the rest.
+
+# %% mystnb={"figure": {"caption": "Mean relative error of a sum by its number of terms. The gray line is the unit roundoff of the format. Kahan and wide coincide.", "name": "fig-precision-sums"}, "image": {"alt": "Three panels, bfloat16, float16 and float32, of relative error against the number of terms from 16 to 8192 on logarithmic axes. One by one rises in all panels; in bfloat16 and float16 it jumps toward 1. The other three stay flat below the unit roundoff, in pairs a little above the other two."}}
+figure, axes = plt.subplots(1, 3, figsize=(7, 3))
+for ax, dtype in zip(axes, (torch.bfloat16, torch.float16, torch.float32), strict=True):
+    for way, style in zip(("one by one", "in pairs", "Kahan", "wide"), "---:", strict=True):
+        ax.plot(lengths, [errors[dtype, way, n] for n in lengths], style, label=way)
+    ax.axhline(torch.finfo(dtype).eps / 2, color="gray", linewidth=1)
+    ax.set(xscale="log", yscale="log", xlabel="terms", title=str(dtype).removeprefix("torch."))
+axes[0].set_ylabel("relative error")
+axes[1].legend(fontsize=8)
+plt.show()
+
+# %% [markdown]
+# Kahan and the wide accumulator stay below the unit roundoff, which is the best that a result in
+# the format can have, and pairs aren't far from it: errors of either sign partly cancel, so they
+# stay well inside their bounds. So matrix units multiply short numbers and add in 32 bits. The
+# products don't lose anything: two numbers with $m + 1$ digits have a product with $2m + 2$, which
+# are 16 for `bfloat16` and 22 for `float16`, and `float32` has 24.
+
+# %%
+at = 8192
+print(f"{at:,} terms, error in units of the unit roundoff:")
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    u = torch.finfo(dtype).eps / 2
+    ways = {way: errors[dtype, way, at] / u for way in ("one by one", "in pairs", "Kahan", "wide")}
+    assert max(ways["Kahan"], ways["wide"]) < 2 and ways["in pairs"] < 13 < ways["one by one"]
+    print(f"{str(dtype)[6:]:9}", ", ".join(f"{way} {e:.2g}" for way, e in ways.items()))
+
+# %% [markdown]
+# ## A recipe in three parts
+#
+# Training in 16 bits fails in two ways, for two reasons. Weights stored in 16 bits stop moving,
+# because an update is small beside the weight that it is added to. Gradients in float16 vanish,
+# because they are small beside the smallest number that this format has. The remedy begins alike
+# for both: find out which numbers really need 32 bits, and leave the others in 16.
+#
+# Where is the work? {doc}`11_model` counted it: but for a percent, all operations of a step are
+# products of matrices. A product has three kinds of numbers. Its *factors* are read once and
+# multiplied; rounding them to $m$ bits after the leading one changes each by at most one part in
+# $2^{m+1}$, at random and in both directions. Its *partial sums* are read and written once for
+# every factor, and there the rounding errors of long sums pile up; hardware keeps them in 32 bits
+# inside of the unit that multiplies, where they cost no memory. Its *result* is rounded once.
+#
+# And the weights? They are sums as well, over all steps of the training run. So the recipe of
+# Micikevicius and colleagues {cite}`micikevicius2018mixed` has three parts
+# ({numref}`fig-precision-recipe`): **master weights** in 32 bits, to which every update is added;
+# **products** in 16 bits, from copies of the weights that are made anew in each step; and **sums**
+# in 32 bits: those inside of products, and those in softmax, normalization and loss. Float16 needs
+# one more part, a scale for the loss, which has a section of its own below.
+#
+# ```{figure} ../figures/precision-recipe.svg
+# :name: fig-precision-recipe
+# :alt: A training step from left to right. Master weights in 32 bits are cast to a copy in 16 bits. The copy and activations in 16 bits enter products whose partial sums have 32 bits; norms, softmax and loss stay in 32 bits. The loss is multiplied by a scale, the gradients come back through 16-bit products, arrive at the 32-bit weights as 32-bit gradients, are divided by the scale, checked and clipped, and the optimizer adds its update to the master weights.
+#
+# One step of mixed precision. Only the products, and what passes between them, are in 16 bits.
+# ```
+#
+# ## What goes down, and what stays up
+#
+# Nobody wants to write casts into every layer of a model. **Autocast** makes them: a context in
+# which each operation finds out by its name whether it gets its inputs in 16 bits. For that PyTorch
+# lets us step in before any of its functions is called. We need two lists. Down go the products.
+# Up, to 32 bits, go operations that sum many numbers or whose results have a large range: an
+# exponential of 12 is over 160,000, which float16 cannot hold. Everything else takes what it gets.
+
+# %%
+#| export
+#: What autocast computes in 16 bits: products of matrices.
+DOWN = frozenset(
+    {F.linear, F.bilinear, F.scaled_dot_product_attention, F.conv1d, F.conv2d}
+    | {torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.baddbmm, torch.einsum}
+    | {Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.mv}
+)
+#: What autocast computes in 32 bits: long sums, and what has a large range.
+UP = frozenset(
+    {F.rms_norm, F.layer_norm, F.group_norm, torch.rms_norm, torch.layer_norm, F.normalize}
+    | {F.softmax, F.log_softmax, F.cross_entropy, F.nll_loss, F.mse_loss, F.kl_div}
+    | {torch.softmax, torch.log_softmax, torch.logsumexp, torch.exp, torch.log, torch.pow}
+    | {Tensor.softmax, Tensor.log_softmax, Tensor.logsumexp, Tensor.exp, Tensor.log, Tensor.pow}
+    | {torch.sum, torch.cumsum, torch.prod, torch.rsqrt, torch.norm, torch.var}
+    | {Tensor.sum, Tensor.cumsum, Tensor.prod, Tensor.rsqrt, Tensor.norm, Tensor.var}
+)
+
+
+# %% [markdown]
+# The context that obeys them is short. An operation with an `out` argument is left alone, as by
+# PyTorch's own, since its result has a place and a type already.
+#
+# There is one option that PyTorch's autocast lacks. Processors without 16-bit arithmetic take many
+# times as long for 16-bit products as for 32-bit ones. But a product of 16-bit numbers with 32-bit
+# sums is the same as a 32-bit product of *rounded* numbers whose result is rounded, up to the order
+# of its sums. So with `emulate` tensors keep their 32 bits and are only rounded, and gradients are
+# rounded on their way back. It shows what 16 bits do to training, at the speed of 32 on any
+# machine, and saves nothing.
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the context itself (`CastProducts`)
+
+# %% tags=["engine"]
+#| export
+_SIXTEEN_BITS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_MAY_BE_CAST = {torch.float32, *_SIXTEEN_BITS.values()}
+
+
+def _widened(value: Any) -> Any:
+    is_narrow = isinstance(value, Tensor) and value.dtype in _SIXTEEN_BITS.values()
+    return value.float() if is_narrow else value
+
+
+# %% tags=["engine"]
+#| export
+class CastProducts(TorchFunctionMode):
+    """Within this context products run in ``dtype`` and sensitive functions in float32.
+
+    Autocast by hand, by the lists ``DOWN`` and ``UP``. With ``emulate`` numbers are rounded to
+    ``dtype`` and back before and after each product, so that any processor can be used. Float64
+    and whole numbers are left as they are. The backward pass belongs outside.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16, *, emulate: bool = False):
+        super().__init__()
+        if dtype not in _SIXTEEN_BITS.values():
+            raise ValueError(f"dtype: expected torch.float16 or torch.bfloat16, got {dtype!r}")
+        self.dtype, self.emulate = dtype, emulate
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call ``func`` with arguments of the type that its list says."""
+        kwargs = dict(kwargs or {})
+        lower = func in DOWN and "out" not in kwargs
+        if lower:
+            args, kwargs = tree_map(self.narrow, (args, kwargs))
+        elif func in UP and not self.emulate:
+            args, kwargs = tree_map(_widened, (args, kwargs))
+        result = func(*args, **kwargs)
+        return tree_map(self.narrow, result) if lower and self.emulate else result
+
+    def narrow(self, value: Any) -> Any:
+        """Return a float tensor in 16 bits, or rounded to them; anything else as it is."""
+        if not isinstance(value, Tensor) or value.dtype not in _MAY_BE_CAST:
+            return value
+        low = value.to(self.dtype)
+        return low.to(value.dtype) if self.emulate else low
+
+
+# %% [markdown]
+# ### What comes out
+#
+# We try it on a model that is small enough to be trained many times in this chapter, with a
+# tokenizer of 512 tokens. In which type is what comes out of each part?
+
+# %% tags=["engine"]
+# What the experiments of this chapter need besides
+import time
+from contextlib import nullcontext
+
+from llmbook.optimization import chunked_cross_entropy, cosine_schedule, cross_entropy
+from llmbook.optimization import parameter_groups
+from llmbook.tokenizer import train_bpe
+from llmbook.training import Trainer, TrainingConfig
+
+# %%
+stories = [story.text for story in TinyWorld().stories(1200, 0)]
+tokenizer = train_bpe(stories, 512)
+folder = Path(tempfile.mkdtemp())
+shards = write_shards(stories, folder / "stories", tokenizer)
+rows = pack_documents(shards, 128, "one_per_row")
+batches = BatchSampler(rows, batch_size=8)
+
+
+def tiny_model(seed: int = 0, backend: str = "torch", **changes: int) -> TransformerLM:
+    seed_everything(seed)
+    sizes = {"context_length": 128, "d_model": 32, "n_layers": 2, "n_heads": 2} | changes
+    return TransformerLM(ModelConfig(vocab_size=tokenizer.vocab_size, **sizes), backend)
+
+
+model, batch = tiny_model(), compact(batches[0])
+found = {}
+for name in ("blocks.0.attention_norm", "blocks.0.attention.q_proj", "blocks.0", "lm_head"):
+    model.get_submodule(name).register_forward_hook(
+        lambda module, inputs, output, name=name: found.update({name: output.dtype})
+    )
+with CastProducts(torch.bfloat16):
+    logits = model(batch.inputs)
+    loss = cross_entropy(logits, batch.targets)
+print("; ".join(f"{name} {dtype}" for name, dtype in found.items()).replace("torch.", ""))
+print(f"loss {loss.dtype}, weights {model.lm_head.weight.dtype}".replace("torch.", ""))
+
+# %% [markdown]
+# The residual stream, which is the output of a block, is a sum over all layers. It stays in 32
+# bits by itself: it begins as a row of the embedding, which is a master weight, and 32 bits plus 16
+# bits are 32. Is that autocast, as everybody uses it? The same logits, and the same gradients:
+
+
+# %%
+def gradients_under(context: Any, model: nn.Module) -> list[Tensor]:
+    model.zero_grad()
+    with context:
+        logits = model(batch.inputs)
+    cross_entropy(logits.float(), batch.targets).backward()
+    return [logits.detach(), *[p.grad for p in model.parameters()]]
+
+
+ours = gradients_under(CastProducts(torch.bfloat16), tiny_model())
+theirs = gradients_under(torch.autocast("cpu", torch.bfloat16), tiny_model())
+emulated = gradients_under(CastProducts(torch.bfloat16, emulate=True), tiny_model())
+exact = gradients_under(nullcontext(), tiny_model())
+
+
+def distance(some: list[Tensor], others: list[Tensor]) -> float:
+    pairs = zip(some, others, strict=True)
+    return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
+
+
+equal = sum(map(torch.equal, ours, theirs))
+real, rounded = distance(ours, exact), distance(emulated, exact)
+assert equal == len(ours) and 2e-3 < real < 0.04 and 0.5 < rounded / real < 2
+print(f"ours and PyTorch's: {equal} of {len(ours)} tensors are equal to the bit")
+print(f"from float32 they differ by at most {real:.0%}, with emulated casts by {rounded:.0%}")
+
+# %% [markdown]
+# ### The backward pass needs no context
+#
+# Notice where `backward` stands: outside. Each cast in the forward pass is an operation like any
+# other, and its derivative is the cast in the other direction. So gradients flow in 16 bits exactly
+# where values did, and arrive at the master weights in 32 bits. PyTorch's manual says that the
+# backward pass under autocast is not recommended, and a loss function with a derivative of its own
+# shows why: what it computes in `backward` with care in 32 bits is cast down by the context.
+
+
+# %%
+class SquaredNorm(torch.autograd.Function):
+    """The squared norm of x @ w; the gradient of w is a product of its own making."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            ctx.save_for_backward(x, w)
+            return (x @ w).square().sum()
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor) -> tuple[None, Tensor]:
+        x, w = ctx.saved_tensors
+        return None, 2 * d_total * (x.T @ (x @ w))
+
+
+x = torch.randn(64, 32)
+kinds = {}
+for where in ("outside", "inside"):
+    w = torch.ones(32, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = SquaredNorm.apply(x, w)
+        if where == "inside":
+            total.backward()
+    if where == "outside":
+        total.backward()
+    kinds[where] = w.grad
+error = distance([kinds["inside"]], [kinds["outside"]])
+assert 5e-4 < error < 5e-2
+print(f"backward inside of autocast: the gradient is off by about {error:.1%}, with no warning")
+
+# %% [markdown]
+# ## Gradients that vanish
+#
+# Which gradients are in 16 bits? Those that pass between products. We catch them where they enter
+# the backward pass of each linear map, in 32 bits, and look at their exponents: the $e$ of $|g| \in
+# [2^e, 2^{e+1})$. Float16 holds normal numbers from $2^{-14}$ on, below them a fixed grid of step
+# $2^{-24}$, and nothing at or below $2^{-25}$, which rounds to zero. The loss is the mean over all
+# targets of a batch, as usual, here of 64 stories, and the model has learned for 40 steps.
+
+
+# %%
+def gradient_values(model: nn.Module, batch: Any) -> Tensor:
+    caught = []
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    hooks = [
+        module.register_full_backward_hook(lambda m, into, out: caught.append(out[0].flatten()))
+        for module in linears
+    ]
+    cross_entropy(model(batch.inputs), batch.targets).backward()
+    for hook in hooks:
+        hook.remove()
+    values = torch.cat(caught).abs()
+    return values[values > 0]
+
+
+model = tiny_model()
+optimizer = AdamW(model.parameters(), lr=3e-3)
+for step in range(40):
+    batch = compact(batches[step])
+    optimizer.zero_grad()
+    cross_entropy(model(batch.inputs), batch.targets).backward()
+    optimizer.step()
+values = gradient_values(model, compact(rows.batch(range(64))))
+for scale in (1, 2**10, 2**16):
+    scaled = values * scale
+    lost = float((scaled <= 2.0**-25).float().mean())
+    coarse = float(((scaled > 2.0**-25) & (scaled < 2.0**-14)).float().mean())
+    over = int((scaled >= 65520).sum())
+    shares = f"{round(lost, 1):.0%} become zero, {round(coarse, 1):.0%} lose digits"
+    print(f"times 2^{int(math.log2(scale)):2}: {shares}, {over} are too large")
+
+
+# %% [markdown]
+# Without a scale most of them have lost digits or are gone, and the upper half of float16's range
+# is empty. {numref}`fig-precision-gradients` shows why a shift helps: range is not missing, it is
+# in the wrong place.
+
+# %% mystnb={"figure": {"caption": "Exponents of the gradients that enter linear maps, without a scale and with one of 2^16. Float16 holds what lies in the light band with all its digits, what lies in the dark band with fewer; left of it everything is zero.", "name": "fig-precision-gradients"}, "image": {"alt": "Two histograms of the same shape over exponents from -36 to 18. Without a scale the values lie mostly between -28 and -14: nine tenths in the dark band of float16's subnormal numbers, from -24 to -14, the rest left of it. With the scale the histogram has moved right by 16 and lies within the light band, mostly between -12 and 2; the band goes on to 16."}}
+figure, axes = plt.subplots(figsize=(7, 2.8))
+bins = np.arange(-36, 19)
+for scale, color in ((1.0, "C1"), (2.0**16, "C0")):
+    exponents = torch.log2(values * scale).floor().numpy()
+    label = "no scale" if scale == 1 else "scale $2^{16}$"
+    weights = np.full(len(exponents), 100 / len(exponents))
+    axes.hist(exponents, bins, weights=weights, alpha=0.6, color=color, label=label)
+axes.axvspan(-24, -14, color="gray", alpha=0.35, linewidth=0)
+axes.axvspan(-14, 16, color="gray", alpha=0.12, linewidth=0)
+axes.set_xlabel("exponent of the gradient")
+axes.set_ylabel("share of values (%)")
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# To move all gradients there is no need to touch any of them. Differentiation is linear: if $S$ is
+# a constant, then $\nabla (S L) = S\, \nabla L$, at every weight and at every place in between. So
+# the loss is multiplied once, before the backward pass, and the gradients of the weights, which
+# are in 32 bits, are divided once, after it. Why are scales powers of two? Such a factor changes
+# the exponent of a number and none of its digits, so as long as nothing leaves the range, scaling
+# and dividing are exact. With any other factor both round:
+
+
+# %%
+def gradient_with(scale: float) -> Tensor:
+    model.zero_grad()
+    (cross_entropy(model(batch.inputs), batch.targets) * scale).backward()
+    return torch.cat([p.grad.flatten() / scale for p in model.parameters()])
+
+
+plain = gradient_with(1.0)
+for scale in (2.0**16, 1e5):
+    changed = float((gradient_with(scale) != plain).float().mean())
+    share = "none" if changed == 0 else "more than half"
+    print(f"scale {scale:7,.0f}: {share} of the gradients have changed in float32")
+assert changed > 0.5
+
+# %% [markdown]
+# ## A scale that finds itself
+#
+# How large may $S$ be? Too large, and the largest gradients overflow: they become infinite, and
+# infinity divided by $S$ is still infinite. That looks like a disaster, but it is a message that
+# cannot be missed, and it comes *before* the optimizer has acted. A scale that is too small gives
+# no sign at all. So a **dynamic** scale tries the limit from below: if a gradient is infinite or
+# NaN, the step is skipped and the scale halved; after 2,000 good steps in a row it is doubled. In
+# equilibrium one step in some 2,000 is lost, and the scale follows the gradients when they shrink
+# in the course of training.
+#
+# The order of things in a step leaves no choice:
+#
+# 1. `scale(loss).backward()`, once for each micro-batch. They are added with the *same* scale,
+#    which does not change before the step is over.
+# 2. `unscale_(optimizer)` divides `.grad`, once, and notes whether all of it is finite.
+# 3. Clipping and whatever else looks at gradients comes after that. Before, one would clip
+#    gradients that are 65,536 times too long, and then divide what is left.
+# 4. `step(optimizer)` takes the step, or not.
+# 5. `update()` changes the scale, after all optimizers have been asked.
+#
+# The class keeps the scale, the number of good steps since the last change, and for each optimizer
+# what was found since the last update.
+
+
+# %%
+#| export
+class GradScaler:
+    """Scales losses so that gradients fit into float16, and skips steps that overflow.
+
+    Decides as ``torch.amp.GradScaler`` does, and takes and gives its state dicts. Use it as
+    ``scale(loss).backward()``, ``unscale_(optimizer)``, clipping, ``step(optimizer)``,
+    ``update()``. Source: Micikevicius et al. (2018), section 3.2. Settings out of range raise a
+    ``ValueError``; calls in the wrong order, such as a second ``step`` before ``update``, raise a
+    ``RuntimeError`` as in torch.
+    """
+
+    def __init__(
+        self,
+        *,
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        enabled: bool = True,
+    ):
+        self._scale = _as_scale("init_scale", init_scale)
+        self.set_growth_factor(growth_factor)
+        self.set_backoff_factor(backoff_factor)
+        self.set_growth_interval(growth_interval)
+        self._enabled, self._growth_tracker = _as_switch("enabled", enabled), 0
+        self._found: dict[int, Tensor] = {}  # by optimizer: whether a gradient was not finite
+        self._stepped: set[int] = set()
+
+    def scale(self, outputs: Any) -> Any:
+        """Return a loss, or a list, tuple or iterable of losses, times the scale.
+
+        >>> GradScaler().scale(torch.ones(())).item()
+        65536.0
+        """
+        if not self._enabled:
+            return outputs
+        if isinstance(outputs, Tensor):  # as a tensor, because float16 cannot hold 65,536
+            return outputs * torch.tensor(self._scale, device=outputs.device)
+        if not isinstance(outputs, Iterable) or isinstance(outputs, str | bytes):
+            raise ValueError(f"outputs: expected a tensor or several, got {outputs!r:.60}")
+        scaled = map(self.scale, outputs)
+        return type(outputs)(scaled) if isinstance(outputs, list | tuple) else scaled
+
+
+# %% [markdown]
+# Whether all numbers of a tensor are finite, its smallest and its largest say: both are NaN if
+# anything is. The answer stays on the device, and is read in `step`.
+
+
+# %%
+#| export
+class GradScaler(GradScaler):  # continued
+    @torch.no_grad()
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients of ``optimizer`` by the scale, and note if any is not finite."""
+        if not self._enabled:
+            return
+        self._check_fresh(optimizer, "unscale_")
+        gradients = _gradients_of(optimizer)
+        extremes = [end for gradient in gradients for end in torch.aminmax(gradient)]
+        first = extremes[0].device
+        self._found[id(optimizer)] = ~torch.stack([x.to(first) for x in extremes]).isfinite().all()
+        torch._foreach_mul_(gradients, _float32(1 / self._scale))
+
+    def found_inf(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the gradients of ``optimizer`` were not all finite when they were unscaled."""
+        _check_optimizer(optimizer)
+        if id(optimizer) not in self._found:
+            name = type(optimizer).__name__
+            raise RuntimeError(f"optimizer: expected unscale_() first, got {name} without it")
+        return bool(self._found[id(optimizer)])
+
+    def step(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> Any:
+        """Let ``optimizer`` take its step, unless a gradient was not finite; unscale if needed."""
+        if not self._enabled:
+            return optimizer.step(*arguments)
+        if arguments:  # a closure would make gradients of its own
+            raise ValueError(f"arguments: expected none, got {arguments!r:.60}")
+        if id(optimizer) in self._stepped or id(optimizer) not in self._found:
+            self._check_fresh(optimizer, "step")
+            self.unscale_(optimizer)
+        self._stepped.add(id(optimizer))
+        return None if self.found_inf(optimizer) else optimizer.step()
+
+    def update(self, new_scale: float | None = None) -> None:
+        """Change the scale after a step: down if any gradient overflowed, else at times up."""
+        if not self._enabled:
+            return
+        if new_scale is not None:
+            self._scale = _as_scale("new_scale", new_scale)
+        elif not self._found:
+            raise RuntimeError("update: expected unscale_() or step() before it, got neither")
+        elif any(map(bool, self._found.values())):
+            self._scale, self._growth_tracker = _float32(self._scale * self._backoff_factor), 0
+        else:
+            self._growth_tracker += 1
+            if self._growth_tracker == self._growth_interval:
+                grown = _float32(self._scale * self._growth_factor)
+                self._scale = grown if math.isfinite(grown) else self._scale
+                self._growth_tracker = 0
+        self._found, self._stepped = {}, set()
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: settings, states that torch's scaler takes, and calls in the wrong order
+
+# %% [markdown] tags=["engine"]
+# PyTorch keeps the scale as a number in 32 bits, so each new one is rounded to that. Gradients in
+# float16 are refused: they are those of weights in float16, which have no room for small updates,
+# and dividing them would let them vanish after all.
+
+
+# %% tags=["engine"]
+#| export
+def _float32(value: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def _as_scale(name: str, value: Any) -> float:
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    if not known or not 0 < value <= _LARGEST or _float32(value) == 0:
+        expected = "a positive number that float32 holds"
+        raise ValueError(f"{name}: expected {expected}, got {value!r:.60}")
+    return _float32(value)
+
+
+# %% [markdown] tags=["engine"]
+# Gradients are collected once for each optimizer.
+
+
+# %% tags=["engine"]
+#| export
+def _as_switch(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r:.60}")
+    return value
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"optimizer: expected one of torch.optim, got {optimizer!r:.60}")
+
+
+def _gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The gradients of all parameters of an optimizer, the values of sparse ones."""
+    gradients = []
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if (gradient := parameter.grad) is None:
+            continue
+        if gradient.dtype == torch.float16:
+            got = f"a gradient in float16, of a weight of shape {tuple(parameter.shape)}"
+            raise ValueError(f"optimizer: expected weights and gradients in float32, got {got}")
+        values = gradient._values() if gradient.is_sparse else gradient
+        gradients += [values] if values.numel() else []
+    if not gradients:
+        name = type(optimizer).__name__
+        raise RuntimeError(f"optimizer: expected gradients, got {name} without any")
+    return gradients
+
+
+# %% tags=["engine"]
+#| export
+class GradScaler(GradScaler):  # continued
+    def _check_fresh(self, optimizer: Any, method: str) -> None:
+        """Refuse what was unscaled or stepped since the last update."""
+        _check_optimizer(optimizer)
+        done = "step" if id(optimizer) in self._stepped else "unscale_"
+        if id(optimizer) in self._found:
+            got = f"{type(optimizer).__name__} after {done}()"
+            raise RuntimeError(f"optimizer: expected update() before {method}(), got {got}")
+
+    def is_enabled(self) -> bool:
+        """Whether anything is scaled."""
+        return self._enabled
+
+    def get_scale(self) -> float:
+        """Return the scale, 1 if scaling is not enabled."""
+        return self._scale if self._enabled else 1.0
+
+    def get_growth_factor(self) -> float:
+        """Return what the scale is multiplied by after ``growth_interval`` good steps."""
+        return self._growth_factor
+
+    def set_growth_factor(self, growth_factor: float) -> None:
+        """Set what the scale is multiplied by to grow, more than 1."""
+        if _as_scale("growth_factor", growth_factor) <= 1:
+            raise ValueError(f"growth_factor: expected more than 1, got {growth_factor!r}")
+        self._growth_factor = growth_factor
+
+    def get_backoff_factor(self) -> float:
+        """Return what the scale is multiplied by after a gradient that was not finite."""
+        return self._backoff_factor
+
+    def set_backoff_factor(self, backoff_factor: float) -> None:
+        """Set what the scale is multiplied by to shrink, more than 0 and less than 1."""
+        check_fraction("backoff_factor", backoff_factor)
+        if backoff_factor == 0:
+            raise ValueError(f"backoff_factor: expected more than 0, got {backoff_factor!r}")
+        self._backoff_factor = backoff_factor
+
+    def get_growth_interval(self) -> int:
+        """Return how many good steps in a row let the scale grow."""
+        return self._growth_interval
+
+    def set_growth_interval(self, growth_interval: int) -> None:
+        """Set how many good steps in a row let the scale grow."""
+        check_whole("growth_interval", growth_interval, 1)
+        self._growth_interval = growth_interval
+
+
+# %% [markdown] tags=["engine"]
+# The names in a state dict are those of PyTorch, so a run may go over from one to the other.
+
+
+# %% tags=["engine"]
+#| export
+class GradScaler(GradScaler):  # continued
+    def state_dict(self) -> dict[str, Any]:
+        """Return scale, settings and the count of good steps, empty if not enabled."""
+        if not self._enabled:
+            return {}
+        return {
+            "scale": self._scale,
+            "growth_factor": self._growth_factor,
+            "backoff_factor": self._backoff_factor,
+            "growth_interval": self._growth_interval,
+            "_growth_tracker": self._growth_tracker,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state, of this class or of ``torch.amp.GradScaler``."""
+        if not self._enabled:
+            return
+        if missing := sorted(GradScaler().state_dict().keys() - state_dict.keys()):
+            expected = "the state of a scaler that was enabled"
+            raise ValueError(f"state_dict: expected {expected}, got one without {missing[0]!r}")
+        check_at_least(_growth_tracker=(0, state_dict["_growth_tracker"]))
+        self._scale = _as_scale("scale", state_dict["scale"])
+        self.set_growth_factor(state_dict["growth_factor"])
+        self.set_backoff_factor(state_dict["backoff_factor"])
+        self.set_growth_interval(state_dict["growth_interval"])
+        self._growth_tracker = state_dict["_growth_tracker"]
+
+
+# %% [markdown]
+# ### The order, by experiment
+#
+# The most common mistake is to clip too early. The gradient below has a length of 2, and shall have
+# one of 1 after clipping:
+
+# %%
+for order in ("unscale, clip", "clip, unscale"):
+    weight = nn.Parameter(torch.zeros(4))
+    sgd, scaler = torch.optim.SGD([weight], lr=1.0), GradScaler()
+    scaler.scale(weight.sum()).backward()  # a gradient of four ones
+    for part in order.split(", "):
+        if part == "unscale":
+            scaler.unscale_(sgd)
+        else:
+            clip_gradients([weight], 1.0)
+    scaler.step(sgd)
+    scaler.update()
+    print(f"{order}: the weights have moved by {weight.detach().norm():.2g}")
+
+# %% [markdown]
+# The second run is not wrong in a way that anybody sees. It learns with a rate that is 65,536 times
+# too small, and Adam, which divides by the size of its gradients, hides even that.
+#
+# A skipped step is skipped for the schedule, too: the rate must not move on if the weights did not.
+# And here is what a scale does that begins far too high, with one infinite gradient later on:
+
+# %%
+weight = nn.Parameter(torch.zeros(4))
+sgd, scaler = torch.optim.SGD([weight], lr=1.0), GradScaler(init_scale=2.0**20, growth_interval=4)
+taken, history = 0, []
+for step in range(16):
+    sgd.zero_grad()
+    loss = (weight.half() * (math.inf if step == 11 else 1.0)).sum()  # a product in float16
+    scaler.scale(loss).backward()
+    scaler.unscale_(sgd)
+    taken += not scaler.found_inf(sgd)
+    history.append(("x" if scaler.found_inf(sgd) else "") + f"{math.log2(scaler.get_scale()):.0f}")
+    scaler.step(sgd)
+    scaler.update()
+print("exponent of the scale, x where the step was skipped:", *history)
+print(f"{taken} of {len(history)} steps were taken")
+
+# %% [markdown]
+# ## Each part taken away once
+#
+# Is every part of the recipe needed? We train the small model for 60 steps, from three seeds, each
+# with its own weights and batches, and take away one part at a time. Casts are emulated, so that
+# this runs on any processor. The control is float32. What is compared is the validation loss with
+# the *same* seed, since seeds differ by more than what we look for; with three of them, the
+# 95 % interval of a mean difference is $\pm 4.30\, s/\sqrt 3$ for a standard deviation $s$ (the
+# factor is Student's, for two degrees of freedom).
+#
+# Three variants need a word. *In a large batch*: our batches have some 400 targets, those of large
+# runs half a million, and the mean over all of them makes each gradient a thousand times smaller.
+# So the loss is divided by $2^{10}$, as that of one micro-batch among as many, and the gradient
+# that they would add up to is made from it. *Weights in 16 bits*: after each step, weights and the
+# two means of AdamW are rounded to bfloat16; nothing is kept in 32 bits from one step to the next.
+# *Everything rounded*: the master weights have 32 bits, but the result of every single operation is
+# rounded, within norms, softmax and residual stream, too. The reference backend spells them all
+# out.
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: a run from which parts can be taken away
+
+
+# %% tags=["engine"]
+class RoundEverything(CastProducts):
+    """Round what any operation returns, in the dtype of the products."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return tree_map(self.narrow, func(*args, **(kwargs or {})))
+
+
+# %% [markdown] tags=["engine"]
+# One run: scale, backward, unscale, clip, step, update, and a schedule that counts the steps that
+# were taken.
+
+
+# %% tags=["engine"]
+def run_once(seed: int, options: dict[str, Any], n_steps: int = 60, rate: float = 3e-3) -> float:
+    model = tiny_model(seed, options.get("backend", "torch"), **options.get("sizes", {}))
+    groups = parameter_groups(model, 0.1)
+    optimizer = options.get("optimizer", AdamW)(groups, lr=rate, betas=(0.9, 0.95))
+    scaler = GradScaler(enabled=options.get("scaled", False))
+    schedule, taken = cosine_schedule(n_steps, warmup=10), 0
+    for step in range(n_steps):
+        batch = compact(batches[1000 * seed + step])
+        with options.get("context", nullcontext)():
+            loss = cross_entropy(model(batch.inputs), batch.targets)
+        optimizer.zero_grad()
+        scaler.scale(loss / options.get("parts", 1)).backward()
+        scaler.unscale_(optimizer)
+        torch._foreach_mul_([p.grad for p in model.parameters()], options.get("parts", 1))
+        clip_gradients(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * schedule(taken)
+        taken += not (scaler.is_enabled() and scaler.found_inf(optimizer))
+        scaler.step(optimizer)
+        scaler.update()
+        if options.get("pure"):
+            round_in_place([model.state_dict(), *optimizer.state.values()])
+    with torch.no_grad():
+        return float(cross_entropy(model(held_out.inputs), held_out.targets))
+
+
+# %% [markdown] tags=["engine"]
+# The variants, and the rounding of what is stored:
+
+
+# %% tags=["engine"]
+def round_in_place(stored: list[dict[str, Tensor]]) -> None:
+    for entries in stored:
+        for name, tensor in entries.items():
+            if name != "step":
+                tensor.data.copy_(tensor.bfloat16())
+
+
+def rounded_to(dtype: torch.dtype, kind: Any = CastProducts) -> Callable[[], Any]:
+    return partial(kind, dtype, emulate=True)
+
+
+BF16, FP16 = torch.bfloat16, torch.float16
+held_out = compact(rows.batch(range(1100, 1164)))
+variants: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16 products": {"context": rounded_to(BF16)},
+    "float16 products, scaled": {"context": rounded_to(FP16), "scaled": True, "parts": 2**10},
+    "float16 products, no scale": {"context": rounded_to(FP16)},
+    "the same, in a large batch": {"context": rounded_to(FP16), "parts": 2**10},
+    "bfloat16, weights in 16 bits": {"context": rounded_to(BF16), "pure": True},
+    "bfloat16, everything rounded": {
+        "context": rounded_to(BF16, RoundEverything),
+        "backend": "reference",
+    },
+}
+
+
+# %% [markdown]
+# ### The result
+
+
+# %%
+losses = {name: [run_once(s, options) for s in range(3)] for name, options in variants.items()}
+
+
+def against(control: str, name: str, losses: dict[str, list[float]]) -> tuple[float, float]:
+    """The mean difference to the control, and half the width of its interval."""
+    difference = np.subtract(losses[name], losses[control])
+    return float(difference.mean()), float(4.30 * difference.std(ddof=1) / math.sqrt(3))
+
+
+print(f"float32: {np.mean(losses['float32']):.0f} nats; differences to it, and their intervals:")
+for name in list(variants)[1:]:
+    mean, half = against("float32", name, losses)
+    harmful = name in ("the same, in a large batch", "bfloat16, weights in 16 bits")
+    assert mean - half > 0.05 if harmful else abs(mean) < 0.04
+    print(f"{name:30} {round(mean, 1) + 0.0:+.1f}, ± less than {math.ceil(10 * half) / 10:.1f}")
+
+# %% [markdown]
+# Two decimals more, as we found them: +0.29 ± 0.06 for the large batch, +0.16 ± 0.01 for weights in
+# 16 bits, +0.01 ± 0.01 for everything rounded, and 0.00 ± 0.00 for all else.
+#
+# Sixteen bits for products cost nothing that three seeds could show, in either format. Take away
+# the master weights, or in a large batch the scale, and the run is worse by far more than its
+# interval. Two results are less simple. Float16 without a scale did no harm in our *small* batch:
+# the histogram was of a larger one, and with 400 targets gradients are just large enough to lose
+# digits and not their lives, which AdamW forgives, as it divides by their size. It is scale that
+# makes float16 fail. And rounding everything costs next to nothing in so short a run. It is not
+# free (with 120 steps in place of 60 we found 0.05 nats), but at our size sums are short; the sums
+# of norms and softmax grow with width and length, and that they stay in 32 bits costs little.
+
+# %% [markdown]
+# ## In the trainer
+#
+# A plain loop skips the batch whose gradients overflow. Our trainer has a budget in steps, a
+# schedule that ends with the budget, and a sampler of which each batch should count. So it does not
+# skip the batch but *repeats* it: the scale is halved, the same batch is computed again, and one
+# step is counted when it is taken. Neither schedule nor optimizer has moved in between, no batch is
+# lost, and a run in float16 has as many steps as one in float32.
+#
+# Nor is an overflow a failure. The guard of {doc}`13_training` counts steps that do harm, and ends
+# a run after twenty of them in a row; a scale that looks for its place is none of its business. But
+# how do we tell the two apart? If the *loss* is not finite, no scale will mend it, and the guard
+# must decide. If the loss is finite and a gradient is not, it is the scale, unless that has become
+# so small already that it cannot be the reason.
+#
+# A run from a file of settings gets it as
+# `trainer=partial(Trainer, precision=MixedPrecision("float16"))`.
+
+
+# %%
+#| export
+class MixedPrecision(Precision):
+    """Train in ``float32``, ``bfloat16`` or ``float16`` by name, with weights in float32.
+
+    For the ``precision`` of a ``Trainer``, on any device. Float16 scales its losses with
+    ``scaler``. A batch whose gradients overflow is repeated with a smaller scale, until that is
+    below ``lowest_scale``. With ``emulate`` products are only rounded, as by ``CastProducts``.
+    """
+
+    NAMES: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
+
+    def __init__(
+        self,
+        name: str = "bfloat16",
+        *,
+        scaler: GradScaler | None = None,
+        emulate: bool = False,
+        lowest_scale: float = 2.0**-14,
+    ):
+        super().__init__(name)
+        if scaler is not None and not isinstance(scaler, GradScaler):
+            raise ValueError(f"scaler: expected a GradScaler, got {scaler!r:.60}")
+        self.scaler = scaler or GradScaler(enabled=name == "float16")
+        self.emulate = _as_switch("emulate", emulate)
+        self.lowest_scale = _as_scale("lowest_scale", lowest_scale)
+        self.overflows = 0
+
+    def computing(self, device: torch.device) -> Any:
+        """Return the context of a forward pass on ``device``."""
+        dtype = _SIXTEEN_BITS.get(self.name, torch.bfloat16)
+        if self.emulate and self.name != "float32":
+            return CastProducts(dtype, emulate=True)
+        return torch.autocast(device.type, dtype, enabled=self.name != "float32")
+
+    def scaled(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """Return the loss times the scale."""
+        _check_loss(loss)
+        return self.scaler.scale(loss)
+
+    def settle(self, optimizer: torch.optim.Optimizer, loss: Float[Tensor, ""]) -> bool:
+        """Unscale gradients; return False if they have overflowed and a smaller scale may help."""
+        _check_loss(loss)
+        if not self.scaler.is_enabled():
+            return True
+        scale = self.scaler.get_scale()
+        self.scaler.unscale_(optimizer)
+        overflown = self.scaler.found_inf(optimizer)
+        self.scaler.update()
+        if not overflown or scale < self.lowest_scale or not loss.isfinite():
+            return True
+        self.overflows += 1
+        return False
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: weights that cannot be trained so, and what a checkpoint holds
+
+# %% [markdown] tags=["engine"]
+# A model that was cast as a whole has lost its master weights already. The message names the first
+# of them. Scale, settings and counts go into checkpoints, and the scale into the log.
+
+
+# %% tags=["engine"]
+#| export
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
+        raise ValueError(f"loss: expected a tensor of one number, got {loss!r:.60}")
+
+
+class MixedPrecision(MixedPrecision):  # continued
+    def check(self, model: nn.Module) -> None:
+        """Refuse a ``model`` whose trained weights have 16 bits."""
+        for name, weight in model.named_parameters():
+            if weight.requires_grad and weight.dtype in _SIXTEEN_BITS.values():
+                got = f"{name} in {weight.dtype}"
+                raise ValueError(f"model: expected master weights in float32, got {got}")
+
+    def numbers(self) -> dict[str, float]:
+        """Return the scale and how many batches were repeated, if losses are scaled."""
+        if not self.scaler.is_enabled():
+            return {}
+        return {"loss_scale": self.scaler.get_scale(), "overflows": float(self.overflows)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the scaler and the count, empty if losses are not scaled."""
+        state = self.scaler.state_dict()
+        return {"scaler": state, "overflows": self.overflows} if state else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        if not self.scaler.is_enabled():
+            return
+        if missing := sorted({"scaler", "overflows"} - state.keys()):
+            raise ValueError(f"state: expected scaler and overflows, got none of {missing[0]!r}")
+        self.scaler.load_state_dict(state["scaler"])
+        self.overflows = state["overflows"]
+
+
+# %% [markdown]
+# ### Stopped, and gone on
+#
+# A run in float16, with a scale that begins far too high. It is stopped after 15 of 30 steps, and
+# another trainer, made anew, goes on from the checkpoint. A third one is never stopped:
+
+
+# %%
+def half_trainer(name: str) -> Trainer:
+    config = TrainingConfig(
+        n_steps=30, batch_size=8, learning_rate=3e-3, log_every=1, checkpoint_every=15
+    )
+    scaler = GradScaler(init_scale=2.0**24, growth_interval=10)
+    precision = MixedPrecision("float16", scaler=scaler, emulate=True)
+    sampler = BatchSampler(rows, batch_size=8)
+    return Trainer(tiny_model(), sampler, config, folder=folder / name, precision=precision)
+
+
+stopped, whole = half_trainer("stopped"), half_trainer("whole")
+for _ in range(15):
+    stopped.train_step(next(iter(stopped.batches)))
+stopped.save()
+resumed = half_trainer("stopped")
+resumed.train()
+log = whole.train()
+pairs = list(zip(resumed.parameters, whole.parameters, strict=True))
+equal = sum(torch.equal(a, b) for a, b in pairs)
+exponents = [int(math.log2(scale)) for scale in log.column("loss_scale")[1]]
+overflows = [int(count) for count in log.column("overflows")[1]]
+assert equal == len(pairs) and whole.guard.skipped == 0 and overflows[0] > 3
+assert resumed.precision.state_dict() == whole.precision.state_dict()
+print(f"{whole.step} steps, {whole.guard.skipped} skipped by the guard; resumed: ", end="")
+print(f"{equal} of {len(pairs)} tensors are equal to the bit")
+
+# %% [markdown]
+# The scale fell from $2^{24}$ in the first step, by repeating it, and later tried twice what it had
+# settled on. {numref}`fig-precision-scale` shows it.
+
+# %% mystnb={"figure": {"caption": "The scale of the loss in a run of 30 steps that may grow after every 10 good ones, and how often a batch was repeated so far.", "name": "fig-precision-scale"}, "image": {"alt": "Two step curves over 30 training steps. The exponent of the scale falls from 24 to 10 in the first step, and then goes between 10 and 11: up after ten good steps, down where that was too much. The count of repeated batches jumps to 14 in the first step, and later rises by one wherever the scale falls."}}
+figure, axes = plt.subplots(figsize=(7, 2.6))
+steps = log.column("loss_scale")[0]
+axes.step([0, *steps], [24, *exponents], where="post", label="exponent of the scale")
+axes.step([0, *steps], [0, *overflows], where="post", label="batches repeated so far")
+axes.set_xlabel("step")
+axes.set_yticks(range(0, 25, 4))
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# Our trainer has a scale of its own, by the way. It takes the gradient of the *sum* of all losses
+# and divides by the count in 32 bits, after the backward pass. With some 400 targets in a batch
+# that is a factor of $2^{8}$ to $2^{9}$ that the usual mean would have lost, and the reason why the
+# scaler settles lower here than elsewhere.
+#
+# May the optimizer's two running means have 16 bits, too? Not if they are rounded to the nearest: a
+# mean that changes by one part in a thousand stands still. With stochastic rounding they may. The
+# room has an AdamW of that kind, half the memory of its state, and measures both.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: sixteen bits for the optimizer, and what that does
+
+# %% [markdown] tags=["engine"]
+# A running mean is a sum that stops: with $\beta_2 = 0.999$ the mean of squares changes by at most
+# one part in a thousand when gradients get smaller, and bfloat16 has steps of one part in 128 to
+# 256. Rounded to the nearest, it never comes down again. Stochastic rounding moves it with the
+# right probability, so that it is right on average. The optimizer below keeps both means in
+# bfloat16, and has 32 bits only for the parameter that it is working on.
+
+
+# %% tags=["engine"]
+#| export
+# Two ways to get from 32 to 16 bits
+def _by_chance(x: Tensor) -> Tensor:
+    return round_to(x, "bfloat16", rounding="stochastic").bfloat16()
+
+
+_TO_BFLOAT16 = {"nearest": torch.Tensor.bfloat16, "stochastic": _by_chance}
+
+
+# %% [markdown] tags=["engine"]
+# The optimizer works on one parameter at a time:
+
+
+# %% tags=["engine"]
+#| export
+class CompactAdamW(AdamW):
+    """``AdamW`` that keeps its two means in bfloat16: half the memory of its state.
+
+    ``rounding`` is "stochastic", drawn from torch's global generator, or "nearest", which lets the
+    mean of squares get stuck if ``betas[1]`` is above 0.996. Arithmetic is in float32.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        rounding: str = "stochastic",
+    ):
+        check_choice("rounding", rounding, ("nearest", "stochastic"))
+        super().__init__(params, lr, betas, eps, weight_decay)
+        for group in self.param_groups:
+            group["rounding"] = rounding
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Change all parameters that have a gradient; return what ``closure`` gave, if given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        try:
+            for group in groups:
+                for parameter in (p for p in group["params"] if p.grad is not None):
+                    self.param_groups = [{**group, "params": [parameter]}]
+                    self._convert(parameter, torch.Tensor.float)
+                    super().step()
+                    self._convert(parameter, _TO_BFLOAT16[group["rounding"]])
+        finally:
+            self.param_groups = groups
+        return loss
+
+    def _convert(self, parameter: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+        state = self.state[parameter]
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in state:
+                state[name] = change(state[name])
+
+
+# %% [markdown] tags=["engine"]
+# First the mean of squares by itself. A weight gets gradients of 1 for 50 steps and then of 0.01,
+# and its mean of squares should fall by a factor $0.999^{1000} = 0.37$ in the next thousand steps:
+
+# %% tags=["engine"]
+for rounding in ("float32", "nearest", "stochastic"):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(1000))
+    options = {} if rounding == "float32" else {"rounding": rounding}
+    kind = AdamW if rounding == "float32" else CompactAdamW
+    optimizer = kind([weight], lr=1e-3, weight_decay=0.0, **options)
+    means = []
+    for step in range(1050):
+        weight.grad = torch.full((1000,), 1.0 if step < 50 else 0.01)
+        optimizer.step()
+        if step in (49, 1049):
+            means.append(float(optimizer.state[weight]["exp_avg_sq"].float().mean()))
+    print(f"{rounding:10} the mean of squares falls by a factor {means[1] / means[0]:.2f}")
+
+# %% [markdown] tags=["engine"]
+# And in training, with $\beta_2 = 0.999$ and a model of one layer:
+
+
+# %% tags=["engine"]
+def with_state(rounding: str | None) -> dict[str, Any]:
+    def make(groups: Any, **options: Any) -> torch.optim.Optimizer:
+        options["betas"] = (0.9, 0.999)
+        kind = AdamW if rounding is None else partial(CompactAdamW, rounding=rounding)
+        return kind(groups, **options)
+
+    return {"optimizer": make, "sizes": {"d_model": 16, "n_layers": 1}}
+
+
+kinds = {"float32": None, "nearest": "nearest", "stochastic": "stochastic"}
+states = {name: [run_once(s, with_state(r)) for s in range(3)] for name, r in kinds.items()}
+print(f"float32 state: {np.mean(states['float32']):.0f} nats; differences to it:")
+for name in ("nearest", "stochastic"):
+    mean, half = against("float32", name, states)
+    assert abs(mean) < 0.02
+    print(f"{name:10} {round(mean, 1) + 0.0:+.1f}, ± less than {math.ceil(10 * half) / 10:.1f}")
+
+# %% [markdown] tags=["engine"]
+# In 60 steps no difference can be seen: the mean of squares has hardly begun to fall by then. In
+# 600 steps of this model we measured +0.004 ± 0.001 nats for rounding to the nearest, and 0.000 ±
+# 0.002 for stochastic rounding: small, but with a sign, and growing with the length of the run.
+
+# %% [markdown]
+# ## Half the memory?
+#
+# "Mixed precision halves the memory" is said everywhere. Let us count. A parameter in float32
+# takes 16 bytes in training: itself, its gradient, and two means. In mixed precision the master
+# weight, its gradient and the means have 32 bits as before, and a copy in 16 bits is *added* for
+# each product, kept until the backward pass has used it. That makes 18. Weights and optimizer
+# become larger, not smaller.
+#
+# What shrinks are the activations. {eq}`model-activations` lists what the backward pass needs: for
+# each token and layer $4 d + 2 (h + k) d_h + c\, d_f$ numbers. Of these $2d$ are what the two norms
+# have read from the residual stream. They stay in 32 bits. The inputs of products have 16 bits; but
+# the maps to q, k and v, which share one input, have it cast once *each*, and so do gate and up.
+# The $2d$ inputs become $3 + n_g$ vectors of $d$, where $n_g$ is 2 with a gate and 1 without. In
+# bytes:
+#
+# $$
+# A_{\text{mixed}} = 4 \cdot 2d + 2\, \bigl( (3 + n_g)\, d + 2 (h + k)\, d_h + c\, d_f \bigr)
+# \quad \text{per token and layer.}
+# $$ (precision-activations)
+#
+# With $h d_h = k d_h = d$ and a SwiGLU of the usual width, $c\, d_f = \tfrac{32}{3} d$, this is
+# $47 d$ bytes in place of $75 d$ in float32: 63 %, not half. The logits of the loss, $V$ for each
+# token, are in 32 bits for the softmax in any case.
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the formula as a function (`memory_breakdown`), and living tensors counted (`LiveMemory`)
+
+# %% tags=["engine"]
+#| export
+#: Bytes of state for each parameter, of optimizers: of matrices in blocks, and of all else.
+STATE_BYTES = {"sgd": (0, 0), "adamw": (8, 8), "compact_adamw": (4, 4), "muon": (4, 8)}
+
+
+# %% [markdown] tags=["engine"]
+# All parts together:
+
+
+# %% tags=["engine"]
+#| export
+def memory_breakdown(
+    config: ModelConfig,
+    batch_size: int,
+    sequence: int,
+    *,
+    precision: str = "float32",
+    optimizer: str = "adamw",
+    checkpointing: bool = False,
+    chunk_size: int | None = None,
+) -> dict[str, int]:
+    """Return the bytes that a training step keeps, by what they are for.
+
+    ``precision`` is "float32", "bfloat16" or "float16" for mixed precision as by autocast, or
+    "pure" for 16 bits everywhere. ``optimizer`` is one of ``STATE_BYTES``. With ``checkpointing``
+    each block keeps its input only, and one block at a time is computed again. ``chunk_size`` is
+    that of ``chunked_cross_entropy``, None for all logits at once. Left out is what lives only
+    while one operation runs. A ``ValueError`` for experts.
+
+    >>> parts = memory_breakdown(ModelConfig.preset("gpt2"), 8, 1024, precision="bfloat16")
+    >>> round(parts["optimizer"] / 1e9, 1), round(parts["activations"] / 1e9, 1)  # in GB
+    (1.0, 3.1)
+    """
+    check_at_least(batch_size=(1, batch_size), sequence=(1, sequence), chunk_size=(1, chunk_size))
+    check_choice("precision", precision, ("float32", "bfloat16", "float16", "pure"))
+    check_choice("optimizer", optimizer, tuple(STATE_BYTES))
+    tokens, counts = batch_size * sequence, parameter_counts(config)
+    n, in_blocks = count_parameters(config), counts["attention"] + counts["feed_forward"]
+    size = 2 if precision == "pure" else 4
+    products = in_blocks + config.vocab_size * config.d_model
+    matrices, others = STATE_BYTES[optimizer]
+    state = matrices * in_blocks + others * (n - in_blocks)
+    logits = config.vocab_size * (tokens if chunk_size is None else min(chunk_size, tokens))
+    return {
+        "weights": size * n,
+        "16-bit copies": 2 * products if precision in _SIXTEEN_BITS else 0,
+        "gradients": size * n,
+        "optimizer": state * size // 4,
+        "activations": _activations(config, batch_size, sequence, precision, checkpointing),
+        "logits": size * logits,
+    }
+
+
+# %% [markdown] tags=["engine"]
+# The activations are {eq}`precision-activations`, or with checkpointing, which comes below, the
+# inputs of all blocks and one block in full:
+
+
+# %% tags=["engine"]
+#| export
+def _activations(config: ModelConfig, rows: int, length: int, precision: str, again: bool) -> int:
+    """What the forward pass keeps up to the head, in bytes; all blocks, or their inputs and one."""
+    d, tokens = config.d_model, rows * length
+    whole = activation_bytes(config, rows, length, torch.float16) // 2  # in numbers
+    ends = 2 * d * tokens
+    layer = (whole - ends) // config.n_layers
+    if precision in _SIXTEEN_BITS:
+        gates = 2 if config.activation in GATES else 1  # products that share an input
+        layer = 8 * d * tokens + 2 * (layer + (gates - 1) * d * tokens)
+        ends = (4 + 2) * d * tokens
+    else:
+        size = 2 if precision == "pure" else 4
+        layer, ends = layer * size, ends * size
+    stream = d * tokens * (2 if precision == "pure" else 4)
+    kept = config.n_layers * stream + layer if again else config.n_layers * layer
+    return kept + ends
+
+
+# %% tags=["engine"]
+#| export
+class LiveMemory(TorchDispatchMode):
+    """Within this context, counts the bytes of tensors that were made in it and are still alive.
+
+    ``live`` is how many they are now, ``peak`` the most there were at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call ``func``, and count the storages of what it returns, once each."""
+        kwargs = kwargs or {}
+        self._known.update(_storages((args, kwargs)))  # was there before, or is counted
+        result = func(*args, **kwargs)
+        for storage in _storages(result):
+            if storage not in self._known:
+                self._known.add(storage)
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return result
+
+    def _add(self, n_bytes: int) -> None:
+        self.live += n_bytes
+        self.peak = max(self.peak, self.live)
+
+
+# %% tags=["engine"]
+#| export
+# The memory behind all tensors in nested lists, tuples and dicts
+def _storages(tree: Any) -> list[Any]:
+    return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+# %% [markdown]
+# ### Is the formula right?
+#
+# We count the bytes of all living tensors, as {doc}`12_optimization` did for
+# the loss: a mode in which PyTorch tells of every tensor that any operation makes. What matters is
+# the storage, which views share; it is subtracted when it is gone. Unlike the size of the process,
+# this is the same on every machine.
+
+
+# %% [markdown]
+# What is alive after a forward pass is what it keeps: activations and copies. We compare them with
+# the formula for a model of four blocks and 1,024 tokens.
+
+
+# %%
+medium = ModelConfig(vocab_size=512, context_length=128, d_model=128, n_layers=4, n_heads=4)
+tokens = torch.arange(8 * 128).reshape(8, 128) % 512
+
+
+def kept_by(model: TransformerLM, precision: str) -> int:
+    with LiveMemory() as memory, MixedPrecision(precision).computing(tokens.device):
+        total = model(tokens).sum()
+    assert total.requires_grad  # the graph is alive, and all that it holds
+    return memory.live
+
+
+kept, expected = {}, {}
+for precision in ("float32", "bfloat16"):
+    kept[precision] = kept_by(TransformerLM(medium), precision)
+    parts = memory_breakdown(medium, 8, 128, precision=precision)
+    expected[precision] = parts["activations"] + parts["16-bit copies"]
+    ratio = kept[precision] / expected[precision]
+    assert 0.97 < ratio < 1.03
+    print(f"{precision:8} {kept[precision] / 1e6:.1f} MB are kept, {ratio:.2f} times the formula")
+share = kept["bfloat16"] / kept["float32"]
+print(f"mixed precision keeps {share:.0%} of what float32 keeps, its copies of weights included")
+
+# %% [markdown]
+# So the claim depends on what there is more of, parameters or tokens. Three models, from the size
+# of ours to one of 7 billion parameters, with AdamW and all logits at once:
+
+# %%
+small = ModelConfig(
+    vocab_size=512, context_length=128, d_model=64, n_layers=4, n_heads=4, n_kv_heads=4
+)
+models = {
+    "0.3M, 8 x 128": (small, 8, 128),
+    "124M, 8 x 1,024": (ModelConfig.preset("gpt2"), 8, 1024),
+    "6.7B, 1 x 4,096": (ModelConfig.preset("llama2-7b"), 1, 4096),
+}
+totals = {}
+for name, (config, n_rows, length) in models.items():
+    for precision in ("float32", "bfloat16", "pure"):
+        totals[name, precision] = memory_breakdown(config, n_rows, length, precision=precision)
+    full = sum(totals[name, "float32"].values())
+    mixed, pure = (sum(totals[name, kind].values()) / full for kind in ("bfloat16", "pure"))
+    print(f"{name:16} {full / 1e9:7.3f} GB in float32; mixed {mixed:.0%}, pure 16 bits {pure:.0%}")
+
+# %% [markdown]
+# {numref}`fig-precision-memory` shows where it goes. Where activations are most of it, mixed
+# precision saves a fifth to a quarter. Where weights are, it saves next to nothing. Half is what
+# pure 16 bits need, and we saw what that does. What mixed precision is for is speed, where hardware
+# multiplies 16-bit numbers faster. Large runs do get near half, by other means on top: gradients
+# and the state of the optimizer in 16 bits, or spread over many devices.
+
+# %% mystnb={"figure": {"caption": "Bytes of a training step with AdamW in float32, in mixed precision and in pure 16 bits, relative to float32.", "name": "fig-precision-memory"}, "image": {"alt": "Three groups of three stacked bars, for float32, mixed and pure 16 bits, in percent of float32. With 0.3 million parameters they are 100, 74 and 50 high, and three quarters of each is activations. With 124 million they are 100, 81 and 50; activations are more than half, logits a fifth. With 6.7 billion they are 100, 99 and 50; the optimizer is more than a third, activations a quarter, and in mixed precision the copies of weights take what activations save."}}
+figure, axes = plt.subplots(figsize=(7.5, 3.4))
+places = np.array([0, 1, 2, 4, 5, 6, 8, 9, 10])
+below = np.zeros(9)
+full = np.repeat([sum(totals[name, "float32"].values()) for name in models], 3)
+for part in totals[name, "pure"]:
+    height = 100 * np.array([entries[part] for entries in totals.values()]) / full
+    axes.bar(places, height, bottom=below, width=0.85, label=part)
+    below += height
+axes.set_xticks(places, ["fp32", "mixed", "pure"] * 3)
+for place, name in zip((1, 5, 9), models, strict=True):
+    axes.annotate(name, (place, 106), ha="center")
+axes.set_ylim(0, 118)
+axes.set_ylabel("% of float32")
+axes.legend(ncols=6, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+plt.show()
+
+# %% [markdown]
+# ## What else buys memory
+#
+# If it is activations that fill the memory, why keep them? **Activation checkpointing**
+# {cite}`chen2016sublinear` keeps the input of each block only, and computes the block a second time
+# when the backward pass arrives there. The price is one more forward pass. A backward pass costs
+# about two forward passes, so a step takes at most $4/3$ of the time. As a function with a
+# derivative of its own it takes a dozen lines:
+
+
+# %%
+class Recomputed(torch.autograd.Function):
+    """A block that keeps its input and is computed again for its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.block = block
+        ctx.save_for_backward(x)
+        return block(x)  # a Function's forward pass is not recorded
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.block(x)
+        torch.autograd.backward(y, gradient)  # adds to .grad of the weights, and of x
+        return x.grad, None
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: checkpointing as PyTorch does it (`checkpoint_blocks`), and the steps that are measured
+
+# %% [markdown] tags=["engine"]
+# PyTorch's version also sets back the random generators, so that dropout is the same the second
+# time, and autocast. We use that, and let the other be its check.
+
+
+# %% tags=["engine"]
+#| export
+def checkpoint_blocks(model: TransformerLM) -> TransformerLM:
+    """Let each block of ``model`` keep its input only in training; return ``model``.
+
+    Gradients are the same. Memory: the stream before each block, and one block at a time.
+    Source: Chen et al. (2016).
+    """
+    if not isinstance(model, TransformerLM):
+        raise ValueError(f"model: expected a TransformerLM, got {model!r:.60}")
+    for block in model.blocks:
+        if not isinstance(block.forward, partial):  # not twice
+            block.forward = partial(_checkpointed, block.forward)
+    return model
+
+
+def _checkpointed(forward: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **options)
+    again: Tensor = checkpoint(forward, *arguments, use_reentrant=False, **options)
+    return again
+
+
+# %% [markdown] tags=["engine"]
+# All three, and what they keep:
+
+
+# %% tags=["engine"]
+class OurBlock(nn.Module):
+    """A block that is computed again by the function above."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        return Recomputed.apply(x, partial(self.block, **options))
+
+
+def plain_medium() -> TransformerLM:
+    seed_everything(0)
+    return TransformerLM(medium)
+
+
+ours = plain_medium()
+ours.blocks = nn.ModuleList(map(OurBlock, ours.blocks))
+three = {"plain": plain_medium(), "ours": ours, "torch's": checkpoint_blocks(plain_medium())}
+gradients = {}
+for name, model in three.items():
+    kept[name] = kept_by(model, "float32")
+    model(tokens).square().mean().backward()
+    gradients[name] = [p.grad for p in model.parameters()]
+    same = sum(map(torch.equal, gradients[name], gradients["plain"]))
+    equal = f"{same} of {len(gradients[name])} gradients equal"
+    print(f"{name:8} keeps {kept[name] / 1e6:5.1f} MB; {equal}")
+assert kept["ours"] < kept["plain"] / 5 and same == len(gradients["plain"])
+
+
+# %% tags=["engine"]
+def step_of(model: TransformerLM, optimizer: torch.optim.Optimizer, **how: Any) -> None:
+    parts = tokens.split(how.get("rows", 8))
+    for part in parts:
+        with MixedPrecision(how.get("precision", "float32")).computing(part.device):
+            hidden, head = model.hidden_states(part[:, :-1]), model.lm_head.weight
+            if "chunk_size" in how:
+                loss = chunked_cross_entropy(
+                    hidden, head, part[:, 1:], chunk_size=how["chunk_size"]
+                )
+            else:
+                loss = cross_entropy(model.lm_head(hidden), part[:, 1:])
+        (loss / len(parts)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# %% [markdown] tags=["engine"]
+# The ways, by name:
+
+
+# %% tags=["engine"]
+ways: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "mixed precision": {"precision": "bfloat16"},
+    "checkpointing": {"checkpointing": True},
+    "accumulation, 4 x 2 rows": {"rows": 2},
+    "loss in chunks of 128": {"chunk_size": 128},
+    "foreach optimizer": {"kernel": {"foreach": True}},
+    "all but mixed precision": {"checkpointing": True, "rows": 2, "chunk_size": 128},
+}
+
+
+def prepared(how: Mapping[str, Any]) -> Callable[[], None]:
+    model = plain_medium()
+    if how.get("checkpointing"):
+        checkpoint_blocks(model)
+    optimizer = torch.optim.AdamW(model.parameters(), **how.get("kernel", {"fused": True}))
+    step = partial(step_of, model, optimizer, **how)
+    step()  # makes the state of the optimizer
+    return step
+
+
+# %% [markdown]
+# ### One at a time, and all together
+#
+# Now everything that saves memory, one at a time, on the same model: the most bytes that are alive
+# at once in a whole step, weights and optimizer included. Accumulation cuts a batch of 8 rows into
+# four; the chunked loss is that of {doc}`12_optimization`. The optimizer of PyTorch that works on
+# all tensors at once (`foreach`) makes temporary copies of all of them, the fused one none.
+
+
+# %% [markdown]
+# What was there before the step, weights and the optimizer's state, is 12 bytes a parameter.
+
+# %%
+steps = {name: prepared(how) for name, how in ways.items()}
+fixed, peaks = 12 * count_parameters(medium), {}
+for name, step in steps.items():
+    with LiveMemory() as memory:
+        step()
+    peaks[name] = fixed + memory.peak
+    print(f"{name:26} {peaks[name] / 1e6:5.1f} MB, {peaks[name] / peaks['plain']:4.0%}")
+parts = memory_breakdown(medium, 8, 127)
+at_most = sum(parts.values())
+print(f"{'the formula':26} {at_most / 1e6:5.1f} MB, {at_most / peaks['plain']:4.0%}")
+
+# %% [markdown]
+# And what it costs, as time relative to the plain step, best of three. Mixed precision is left out:
+# on this processor or that, it is twice as fast or forty times slower.
+
+# %% tags=["nbval-ignore-output"]
+best = dict.fromkeys(steps, math.inf)
+for name in list(steps) * 3:
+    start = time.perf_counter()
+    steps[name]()
+    best[name] = min(best[name], time.perf_counter() - start)
+for name, seconds in best.items():
+    if name != "mixed precision":
+        print(f"{name:26} {seconds / best['plain']:.2f}")
+
+# %% [markdown]
+# The formula counts gradients beside activations, as if both were there in full at once; the true
+# peak is a little lower or higher, as temporary tensors come and go. Accumulation is the cheapest
+# remedy, checkpointing the strongest for long rows, and the two add up. The chunked loss saves
+# little here, with 512 tokens in the vocabulary, and most where the vocabulary is large. How the
+# optimizer works makes no difference to the *peak*, which is reached before its turn.
+
+# %% [markdown]
+# ## A compiler in between
+#
+# Sixteen bits make products cheaper, and then what is left takes most of the time: norms, casts,
+# activations, additions. Each is a call from Python into a kernel that reads its inputs from memory
+# and writes its output back. `torch.compile` {cite}`ansel2024pytorch` attacks both costs. It runs
+# the function once with symbols in place of tensors and notes the operations in a **graph**. A
+# compiler then **fuses** neighbors: a chain of elementwise operations becomes one loop, which reads
+# and writes once, and one call.
+#
+# The graph is true only for what it was made from, so the compiled code is kept together with
+# **guards**: this argument is a tensor of that dtype and that shape, that flag is True. If a guard
+# fails, the function is compiled **anew**. What cannot be noted, such as a decision that depends on
+# the numbers in a tensor, **breaks** the graph in two, with Python in between. To see this needs no
+# compiler: a backend is a function that gets a graph and returns something to call. Ours only
+# counts.
+
+
+# %%
+def graphs_of(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[int]:
+    """How many graphs there are after each call."""
+    graphs, counts = [], []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=backend)
+    for arguments in calls:
+        assert torch.equal(compiled(*arguments), function(*arguments))
+        counts.append(len(graphs))
+    return counts
+
+
+# %% [markdown]
+# Two functions, and some calls of each:
+
+
+# %%
+def scaled_up(x: Tensor, factor: int) -> Tensor:
+    return (x * factor).relu() + 1
+
+
+def with_a_decision(x: Tensor) -> Tensor:
+    y = x * 2
+    return y + 1 if y.sum() > 0 else y - 1
+
+
+short, longer, longest = (torch.arange(n, dtype=torch.float32) for n in (4, 5, 6))
+cases: dict[str, tuple[Callable[..., Any], list[tuple[Any, ...]]]] = {
+    "the same call twice": (scaled_up, [(short, 2), (short, 2)]),
+    "lengths 4, 5, 6": (scaled_up, [(short, 2), (longer, 2), (longest, 2)]),
+    "other dtypes": (scaled_up, [(short, 2), (short.double(), 2), (short.half(), 2)]),
+    "a decision on numbers": (with_a_decision, [(short,), (short,), (-short,)]),
+}
+for name, (function, calls) in cases.items():
+    print(f"{name:22} graphs after each call: {graphs_of(function, calls)}")
+
+# %% [markdown]
+# The same call is compiled once. A second length is compiled once more, now for *any* length, and
+# the third costs nothing. Each dtype has a graph of its own. A decision on numbers needs one graph
+# before it and one for each branch that is taken. So compiled code likes fixed shapes, few kinds of
+# arguments and no decisions, which is what training is and what generation has to be made into
+# ({doc}`14_generation`, which measures that).
+#
+# When does it pay? Compiling takes seconds to minutes, so it is not done in this chapter's cells.
+# The command `python benchmarks/precision.py` measured this with one thread, on a machine with
+# other work to do, so that the second digit of a ratio says little:
+#
+# | model | to eager | to transformers, eager | compiling | pays after |
+# |---|---:|---:|---:|---:|
+# | 0.3M, llmbook | 1.22 | 1.18 | 29 s | 1,148 steps |
+# | 0.3M, transformers | 1.08 | 1.08 | 10 s | 1,034 steps |
+# | 1M, llmbook | 1.21 | 1.16 | 16 s | 253 steps |
+# | 1M, transformers | 1.24 | 1.24 | 13 s | 192 steps |
+# | 3M, llmbook | 1.10 | 1.15 | 23 s | 303 steps |
+# | 3M, transformers | 1.11 | 1.11 | 11 s | 122 steps |
+#
+# *(training step in float32, speed relative to eager; the whole table is in
+# `benchmarks/results/precision.md`)*
+#
+# Ten to twenty percent, at any size, and what is compiled has to run for some hundred steps before
+# it has paid for itself. More is not to be had on a processor: most of a step are products, which
+# are the same kernels compiled or not, and a compiler can only fuse the rest. On a GPU that rest is
+# a larger share, because products are so fast there. `TrainingConfig(compile=True)` compiles the
+# blocks one by one. All of them are alike, so one compilation serves all.
+
+# %% [markdown]
+# ## A scale for each block
+#
+# With 8 bits, and certainly with 4, a tensor doesn't fit into the range as it is. It is divided by
+# a **scale** first, so that its largest absolute value, its *amax*, becomes the largest number of
+# the format. One scale for the whole tensor has a weakness we know from {doc}`14_generation`: a
+# single outlier makes it coarse for all others. There each row got a step of its own. The formats
+# of recent GPUs go further and give a scale to each short block of neighbors in a row
+# {cite}`rouhani2023ocp`:
+#
+# - **MXFP8** has blocks of 32 numbers in e4m3 (or e5m2), and their scale is a power of two in e8m0.
+#   That makes $8 + 8/32 = 8.25$ bits per value. **MXFP4** does the same with e2m1, in 4.25 bits.
+# - **NVFP4** has blocks of 16 numbers in e2m1, whose scale is itself a number in e4m3, with three
+#   fraction bits. Since these scales reach no farther than 448, the tensor has another scale in
+#   `float32`. That makes $4 + 8/16 = 4.5$ bits per value {cite}`nvidia2025nvfp4`.
+
+
+# %% [markdown]
+# The rule for a power of two is that of the specification: take the largest power of two in the
+# block and in the element's format, $2^{\lfloor \log_2 \mathrm{amax} \rfloor}$ over $2^8$ for e4m3
+# or $2^2$ for e2m1. The largest value then lies between 256 and 512, and what exceeds 448
+# saturates. NVFP4 can do better, as its scale has digits: amax over 6, the largest number of e2m1,
+# rounded to e4m3.
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: block formats by name (`quantize_blocks`), and blocks that are refused
+
+
+# %% tags=["engine"]
+#| export
+@dataclass(frozen=True)
+class BlockFormat:
+    """A format in which ``size`` neighbors share a scale, and with ``tensor_scale`` all another."""
+
+    name: str
+    element: str
+    size: int
+    scale: str
+    tensor_scale: bool = False
+
+    def __post_init__(self) -> None:
+        check_text(self.name, "name")
+        check_choice("element", self.element, FORMATS)
+        check_whole("size", self.size, 1)
+        check_choice("scale", self.scale, FORMATS)
+        if not isinstance(self.tensor_scale, bool):
+            raise ValueError(f"tensor_scale: expected True or False, got {self.tensor_scale!r:.60}")
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits of a value and its share of the block's scale; the tensor's scale is not counted."""
+        return FORMATS[self.element].bits + FORMATS[self.scale].bits / self.size
+
+
+#: The block formats by name.
+BLOCK_FORMATS = {
+    block.name: block
+    for block in (
+        BlockFormat("mxfp8", "float8_e4m3fn", 32, "float8_e8m0fnu"),
+        BlockFormat("mxfp8_e5m2", "float8_e5m2", 32, "float8_e8m0fnu"),
+        BlockFormat("mxfp4", "float4_e2m1fn", 32, "float8_e8m0fnu"),
+        BlockFormat("nvfp4", "float4_e2m1fn", 16, "float8_e4m3fn", tensor_scale=True),
+    )
+}
+
+
+class QuantizedBlocks(NamedTuple):
+    """The numbers of a tensor, the scale of each block, and the scale of all, 1 if there is none.
+
+    Each is a number of its format, kept in float32.
+    """
+
+    values: Tensor
+    scales: Tensor
+    tensor_scale: Tensor
+
+    def dequantize(self) -> Tensor:
+        """Return the tensor that they stand for, in float32."""
+        size = self.values.size(-1) // self.scales.size(-1)
+        return self.values * (self.scales * self.tensor_scale).repeat_interleave(size, dim=-1)
+
+
+# %% tags=["engine"]
+#| export
+def quantize_blocks(
+    x: Float[Tensor, "*batch n"],
+    format: str | BlockFormat,
+    *,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    generator: torch.Generator | None = None,
+) -> QuantizedBlocks:
+    """Round ``x`` to a block format, in blocks of neighbors along the last dimension.
+
+    ``rounding`` is that of the values; scales are never drawn. What exceeds the largest number
+    saturates. NaN, infinities, and a last dimension that is no multiple of the block raise a
+    ``ValueError``. Sources: OCP Microscaling Formats 1.0 (2023); NVIDIA (2025), "Pretraining Large
+    Language Models with NVFP4".
+    """
+    block = _check_blocks(x, format)
+    element = FORMATS[block.element]
+    x = x.detach().float()
+    amax = x.abs().unflatten(-1, (-1, block.size)).amax(dim=-1)
+    tensor_scale = torch.ones((), device=x.device)
+    if block.tensor_scale:
+        largest = element.largest * FORMATS[block.scale].largest
+        tensor_scale = (amax.amax() / largest).clamp(min=torch.finfo(torch.float32).tiny)
+        scales = round_to(amax / element.largest / tensor_scale, block.scale)
+    else:
+        scales = _power_of_two_below(amax.double()) / _power_of_two_below(element.largest)
+        scales = round_to(scales.float(), block.scale)
+    whole = (scales * tensor_scale).repeat_interleave(block.size, dim=-1)
+    scaled = torch.where(whole > 0, x / whole, 0.0)  # a scale so small that it became zero
+    values = round_to(scaled, element, rounding=rounding, saturate=True, generator=generator)
+    return QuantizedBlocks(values, scales, tensor_scale)
+
+
+# %% [markdown] tags=["engine"]
+# The power of two at or below a number stands in its exponent, as before; for zero it is the
+# smallest that e8m0 has.
+
+
+# %% tags=["engine"]
+#| export
+def _power_of_two_below(x: Tensor | float) -> Tensor:
+    wide = torch.as_tensor(x, dtype=torch.float64).contiguous()
+    exponent = (wide.view(torch.int64) >> 52).clamp(min=1023 - 127)
+    return (exponent << 52).view(torch.float64)
+
+
+def _check_blocks(x: object, format: object) -> BlockFormat:
+    check_tensor("x", x, "...", "n")
+    if not isinstance(format, BlockFormat):
+        check_choice("format", format, BLOCK_FORMATS)
+        format = BLOCK_FORMATS[format]  # type: ignore[index]
+    n: int = x.size(-1)  # type: ignore[attr-defined]
+    if n % format.size or not x.numel():  # type: ignore[attr-defined]
+        expected = f"whole blocks of {format.size} along the last dimension, and at least one"
+        shape = tuple(x.shape)  # type: ignore[attr-defined]
+        raise ValueError(f"x: expected {expected}, got shape {shape}")
+    if not x.isfinite().all():  # type: ignore[attr-defined]
+        wrong = x[~x.isfinite()][0].item()  # type: ignore[index, attr-defined]
+        raise ValueError(f"x: expected finite numbers, got {wrong}")
+    return format
+
+
+# %% [markdown]
+# ### What the scales buy
+#
+# We take the weights of a layer of our trained model, and what flows into
+# it. In large models, a few channels of the latter are many times larger than all others
+# {cite}`dettmers2022int8`. Ours is too small to have them, so we make one channel in 64 a hundred
+# times larger, and then measure the error of the *other* 63:
+
+
+# %%
+def one_scale(x: Tensor, name: str) -> Tensor:
+    scale = x.abs().max() / FORMATS[name].largest
+    return round_to(x / scale, name, saturate=True) * scale
+
+
+seen = {}
+layer = trained.model.blocks[1].feed_forward.up_proj
+hook = layer.register_forward_hook(lambda module, inputs, output: seen.update(x=inputs[0]))
+with torch.no_grad():
+    trained.model(compact(sampler[0]).inputs)
+hook.remove()
+usual = seen["x"].flatten(0, 1)
+loud = usual.clone()
+loud[:, 17] *= 100
+tensors = {"weights": layer.weight.detach(), "activations": usual, "with outliers": loud}
+print("root mean square of errors, relative to the values, is at most")
+print("format                 bits ", *(f"{name:>14}" for name in tensors))
+for name in ("float8_e4m3fn", "mxfp8", "float4_e2m1fn", "mxfp4", "nvfp4"):
+    row = []
+    for kind, x in tensors.items():
+        blocks = name in BLOCK_FORMATS
+        found = quantize_blocks(x, name).dequantize() if blocks else one_scale(x, name)
+        quiet = torch.arange(64) != 17 if kind == "with outliers" else slice(None)
+        error = (found - x)[:, quiet].square().mean() / x[:, quiet].square().mean()
+        row.append(error.sqrt().item())
+    bits = BLOCK_FORMATS[name].bits_per_value if blocks else FORMATS[name].bits
+    label = name if blocks else f"{name}, one scale"
+    print(f"{label:24} {bits:4.2f}", *(f"{min(100, 5 * math.ceil(20 * e)):13}%" for e in row))
+
+# %% [markdown]
+# With 8 bits, the scales hardly matter: e4m3 has exponents of its own, and its relative error is
+# the same for all but the smallest numbers. With 4 bits they decide. With an outlier and one scale,
+# all quiet channels become zero. In blocks, only the outlier's neighbors suffer. Our rows are so
+# short that these are half of all channels for MXFP4, and a quarter for NVFP4; in a row of 4,096 it
+# would be 32 or 16. The table prices the formats for storage. What they do to *training* is
+# measured at the end of the chapter.
+
+# %% [markdown]
+# ## Training in 8 and 4 bits
+#
+# The recipe of this chapter computes products in 16 bits. Recent GPUs multiply 8-bit numbers twice
+# as fast again, and 4-bit numbers faster still. We have no such unit, but we don't need one to know
+# what the rounding does to the loss. A product of rounded numbers, summed in 32 bits, is the same
+# whether the numbers are stored in 8 bits or in 32. So we **emulate**: round the operands to the
+# short format, and multiply in `float32`. This shows the *accuracy* of such training, digit by
+# digit apart from the order of sums. It says nothing about *speed*; in fact, all the rounding makes
+# it slower.
+#
+# A linear layer does three products, one forward and two backward, with $X$ the inputs (one row
+# for each token), $W$ the weights, and $G$ the gradient of the outputs:
+#
+# $$
+# Y = X W^\top, \qquad dX = G W, \qquad dW = G^\top X .
+# $$ (precision-products)
+#
+# All operands are rounded: $X$ and $W$ to e4m3, which has more digits, and $G$ to e5m2, which has
+# more range, since gradients vary more {cite}`micikevicius2022fp8`. Each needs a scale before it is
+# rounded, and this is where recipes differ:
+#
+# - **Current** scaling takes the amax of the tensor at hand. That means reading the tensor twice,
+#   once for the amax and once to round it.
+# - **Delayed** scaling takes the largest amax of the last steps, 16 here, which is known
+#   beforehand. If a tensor grows suddenly, its largest values saturate until the history has caught
+#   up.
+# - **Block** scaling uses the formats above. The blocks have to lie along the direction that the
+#   product sums over, so that a scale can be taken out of each partial sum. The three products sum
+#   over features, outputs, and tokens. So each operand is rounded twice, in two directions.
+#
+# With 4 bits, rounding gradients to nearest has the bias we know, so they are rounded by chance, as
+# in NVIDIA's recipe {cite}`nvidia2025nvfp4`.
+
+
+# %% [markdown]
+# `emulate(model, recipe)` returns a copy of a model whose linear layers do this. The layers
+# differ from `nn.Linear` only in the three products.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: recipes by name, a layer with rounded products (`EmulatedLinear`), and a model of them (`emulate`)
+
+
+# %% tags=["engine"]
+#| export
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How operands of products are rounded: formats forward and backward, and their scales.
+
+    ``scaling`` is "none", "current" (the amax of the tensor), "delayed" (the largest amax of the
+    last ``history`` steps) or "block", with names of block formats. With ``stochastic`` gradients
+    are rounded by chance, from torch's global generator.
+    """
+
+    forward: str = "float8_e4m3fn"
+    backward: str = "float8_e5m2"
+    scaling: Literal["none", "current", "delayed", "block"] = "current"
+    history: int = 16
+    stochastic: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("scaling", self.scaling, ("none", "current", "delayed", "block"))
+        known: Collection[str] = BLOCK_FORMATS if self.scaling == "block" else FORMATS
+        check_choice("forward", self.forward, known)
+        check_choice("backward", self.backward, known)
+        check_whole("history", self.history, 1)
+        if not isinstance(self.stochastic, bool):
+            raise ValueError(f"stochastic: expected True or False, got {self.stochastic!r:.60}")
+
+
+#: Recipes by name.
+RECIPES = {
+    "bfloat16": Recipe(forward="bfloat16", backward="bfloat16", scaling="none"),
+    "fp8_unscaled": Recipe(scaling="none"),
+    "fp8_current": Recipe(),
+    "fp8_delayed": Recipe(scaling="delayed"),
+    "mxfp8": Recipe(forward="mxfp8", backward="mxfp8", scaling="block"),
+    "mxfp4": Recipe(forward="mxfp4", backward="mxfp4", scaling="block", stochastic=True),
+    "nvfp4": Recipe(forward="nvfp4", backward="nvfp4", scaling="block", stochastic=True),
+}
+
+# %% [markdown] tags=["engine"]
+# The layer rounds an operand along one of its two dimensions. With one scale for the whole tensor
+# the dimension doesn't matter. A tensor of zeros has an amax of zero, and gets a scale of 1:
+
+
+# %% tags=["engine"]
+#| export
+class EmulatedLinear(nn.Linear):
+    """A linear layer whose three products have rounded operands, and sums in float32.
+
+    The weights stay as they are; biases are added in float32. With delayed scales, the amax of the
+    last steps is a buffer, which only training changes.
+    """
+
+    history: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, recipe: str | Recipe
+    ):
+        check_whole("in_features", in_features, 1)
+        check_whole("out_features", out_features, 1)
+        super().__init__(in_features, out_features, bias)
+        self.recipe = _find_recipe(recipe)
+        if self.recipe.scaling == "delayed":
+            self.register_buffer("history", torch.zeros(3, self.recipe.history))
+
+    def _rounded(self, x: Tensor, role: int, dim: int) -> Tensor:
+        """Round the inputs (role 0), the weights (1) or the gradients (2), a matrix."""
+        recipe, gradient = self.recipe, role == 2
+        name = recipe.backward if gradient else recipe.forward
+        rounding: Any = "stochastic" if gradient and recipe.stochastic else "nearest"
+        if recipe.scaling == "block":
+            return _round_blocks(x, name, dim, rounding)
+        if recipe.scaling == "none":
+            return round_to(x, name, rounding=rounding)
+        scale = self._amax(x.abs().amax(), role) / FORMATS[name].largest
+        scale = torch.where(scale > 0, scale, 1.0)
+        return round_to(x / scale, name, rounding=rounding, saturate=True) * scale
+
+    def _amax(self, amax: Tensor, role: int) -> Tensor:
+        """The amax that the scale is made of: this one, or if delayed, the largest of the last."""
+        if self.recipe.scaling == "current":
+            return amax
+        past = self.history[role].amax()
+        if self.training:
+            self.history[role] = self.history[role].roll(1)
+            self.history[role, 0] = amax
+        return torch.where(past > 0, past, amax)  # the first step has no past
+
+    def forward(
+        self, x: Float[Tensor, "*batch in_features"]
+    ) -> Float[Tensor, "*batch out_features"]:
+        """Return the linear map of ``x``, in float32."""
+        check_tensor("x", x, "...", self.in_features)
+        rows = x.reshape(-1, self.in_features).float()
+        out = _RoundedProducts.apply(rows, self.weight, self)
+        out = out.view(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias
+
+
+# %% [markdown] tags=["engine"]
+# The three products are written out by hand. What the backward pass needs is rounded in the forward
+# pass already, as a real implementation would, which thereby keeps activations in 8 bits:
+
+
+# %% tags=["engine"]
+#| export
+class _RoundedProducts(torch.autograd.Function):
+    """The three products of a linear layer, each with rounded operands."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: EmulatedLinear) -> Tensor:
+        rounded_x, rounded_weight = layer._rounded(x, 0, dim=1), layer._rounded(weight, 1, dim=1)
+        ctx.layer = layer
+        if layer.recipe.scaling == "block":  # other sums, other blocks
+            ctx.save_for_backward(layer._rounded(x, 0, dim=0), layer._rounded(weight, 1, dim=0))
+        else:
+            ctx.save_for_backward(rounded_x, rounded_weight)
+        return rounded_x @ rounded_weight.T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (gradient,), layer = gradients, ctx.layer
+        x, weight = ctx.saved_tensors
+        by_output = by_token = layer._rounded(gradient, 2, dim=1)
+        if layer.recipe.scaling == "block":
+            by_token = layer._rounded(gradient, 2, dim=0)
+        return by_output @ weight, by_token.T @ x, None
+
+
+def emulate(
+    model: nn.Module, recipe: str | Recipe, *, keep: Collection[str] = ("lm_head",)
+) -> nn.Module:
+    """Return a copy of ``model`` whose linear layers round the operands of their products.
+
+    Layers whose own name is in ``keep`` stay as they are. ``recipe`` is one of ``RECIPES`` or made
+    anew. Train the copy as any model: its weights are float32.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a module of PyTorch, got {model!r:.60}")
+    recipe = _find_recipe(recipe)
+    if isinstance(keep, str) or not all(isinstance(name, str) for name in keep):
+        raise ValueError(f"keep: expected a collection of names, got {keep!r:.60}")
+    model = deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear and name not in keep:
+                biased = child.bias is not None
+                layer = EmulatedLinear(
+                    child.in_features, child.out_features, biased, recipe=recipe
+                ).to(child.weight.device)
+                layer.weight, layer.bias = child.weight, child.bias
+                setattr(parent, name, layer.train(child.training))
+    return model
+
+
+# %% [markdown] tags=["engine"]
+# Along tokens, the number of rows need not be a multiple of the block. Zeros fill the last block,
+# where they change neither its amax nor a sum.
+
+
+# %% tags=["engine"]
+#| export
+def _round_blocks(
+    x: Tensor, name: str, dim: int, rounding: Literal["nearest", "stochastic"]
+) -> Tensor:
+    """Round a matrix in blocks along ``dim``, of which the last may be short."""
+    along = x if dim == 1 else x.T
+    n = along.size(1)
+    padded = F.pad(along, (0, -n % BLOCK_FORMATS[name].size))
+    rounded = quantize_blocks(padded, name, rounding=rounding).dequantize()[:, :n]
+    return rounded if dim == 1 else rounded.T
+
+
+def _find_recipe(recipe: object) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    check_choice("recipe", recipe, RECIPES)
+    return RECIPES[recipe]  # type: ignore[index]
+
+
+# %% [markdown]
+# ### What it does to the loss
+#
+# Embeddings, norms, attention scores, and the output layer stay in `float32`, as is usual. Each
+# recipe trains from the same start on the same batches as `float32`, with three seeds. It is judged
+# by the mean loss of its last ten steps, where the noise of the batches is the same for both. The
+# interval is Student's for three differences, at 95%. It is wide; three runs support no more.
+
+
+# %%
+def final_loss(seed: int, recipe: str | None) -> float:
+    model = new_model(seed)
+    model = model if recipe is None else emulate(model, recipe)
+    losses, _ = train(model, stores["float32"], rate=3e-3, n_steps=40)
+    return sum(losses[-10:]) / 10
+
+
+control = torch.tensor([final_loss(seed, None) for seed in range(3)])
+bounds = {"fp8_current": (-0.01, 0.02), "nvfp4": (0.02, 0.2)}
+for recipe, (low, high) in bounds.items():
+    worse = torch.tensor([final_loss(seed, recipe) for seed in range(3)]) - control
+    half = 4.303 * worse.std() / math.sqrt(3)
+    assert low < worse.mean() - half and worse.mean() + half < high, (recipe, worse)
+    print(f"{recipe:11} nats above float32, 95% interval: within {low} to {high}")
+
+# %% [markdown]
+# With 8 bits, the difference is a few thousandths of a nat, hardly more than three runs can
+# resolve. With 4 bits, it can be seen. A longer comparison of all recipes, with 200 steps and twice
+# the width, was made by `benchmarks/rounding.py`. Losses are in nats per token:
+#
+# | products in | loss | above `float32` | 95% interval |
+# |:---|---:|---:|---:|
+# | `float32` | 1.304 | | |
+# | `bfloat16` | 1.304 | 0.0000 | ± 0.0003 |
+# | e4m3 and e5m2, no scales | 1.313 | 0.0097 | ± 0.0039 |
+# | the same, current scales | 1.309 | 0.0054 | ± 0.0057 |
+# | the same, delayed scales | 1.306 | 0.0025 | ± 0.0076 |
+# | MXFP8 | 1.310 | 0.0065 | ± 0.0127 |
+# | MXFP4 | 1.387 | 0.0837 | ± 0.0391 |
+# | NVFP4 | 1.363 | 0.0597 | ± 0.0070 |
+#
+# What can be read from it, and what can't? Products in `bfloat16` cost nothing here: the difference
+# is less than a thousandth of a nat, with an interval to match. Products in 8 bits without scales
+# cost about a hundredth, and that interval excludes zero. The three ways to scale can't be told
+# apart from each other, nor from no cost at all; three seeds of a model this small don't tell which
+# is better. Four bits cost 5% of the loss, which is a lot. The recipe of a 12-billion-parameter
+# model that came within about 1.5% of its 8-bit loss {cite}`nvidia2025nvfp4` has more parts: some
+# layers stay in 16 bits, tensors are rotated at random so that outliers spread over their block,
+# and the weights get the same blocks in both directions.
+#
+# ### A faster product is not a faster run
+#
+# How much of this is worth it? Say that products take a share $p$ of a training step and become $k$
+# times as fast, while everything else stays as it is. The step then takes $1 - p + p / k$ of its
+# time (Amdahl's law), so it is
+#
+# $$
+# S = \frac{1}{1 - p + p / k}
+# $$ (precision-amdahl)
+#
+# times as fast, which is less than $k$ unless $p = 1$. nanochat's log {cite}`karpathy2026nanochat`
+# has a complete set of numbers for `fp8_current` on H100 GPUs, a model of 26 layers, and compiled
+# kernels. On paper, 8-bit products are twice as fast as in `bfloat16`. The feed-forward layer
+# measured alone, with its roundings, was 1.38 times as fast. Training as a whole processed 1.17
+# times as many tokens per second. What share does that imply, and what's left at equal quality, for
+# which the log gives a speedup of about 1.05?
+
+# %%
+product, run, equal_quality = 1.38, 1.17, 1.05
+share = (1 - 1 / run) / (1 - 1 / product)
+print(f"a run {run} times as fast: products took {share:.0%} of the time")
+print(f"even products that take no time would give {1 / (1 - share):.1f} times")
+print(f"{run / equal_quality - 1:.0%} more tokens were needed for the same quality")
+
+# %% [markdown]
+# Half of the step wasn't products, so half of the gain was gone. Most of what remained was paid
+# back in extra steps, since each one is a little less accurate. Per-row scales were more accurate,
+# and their overhead made the run *slower* than in 16 bits, 0.90 times. None of this speaks against
+# 8 bits: larger matrices have a larger share, and the log finds that larger models gain more. It
+# speaks for asking of any faster kernel: what share of the step is it, and is a step still worth as
+# much? Only a whole run to the same loss answers.
+# %% [markdown]
+# ## On a GPU
+#
+# What mixed precision is for can be seen only where 16-bit products are faster, on a GPU. The
+# script `benchmarks/gpu.py` trains GPT-2's shape of 124 million parameters in float32, tf32,
+# bfloat16 and float16, eager and compiled, and reports tokens per second, the memory that CUDA's
+# allocator gave out, what our formula says, and the MFU. No GPU was at hand when this was written,
+# so its table is empty, and we do not fill it with numbers of others. Run it if you have one.
+
+# %% [markdown]
+# ## Is it the real thing?
+#
+# First the rounding. A cast of PyTorch and back is a rounding to nearest, so the two must agree bit for bit. The test
+# numbers are all 65,536 values of `bfloat16` and of `float16`, every midpoint between neighbors of
+# a short format, and random bit patterns, which are numbers of any size, infinities and NaN.
+
+# %%
+every = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+codes = [
+    torch.tensor([f.decode(c) for c in range(2**f.bits)]) for f in FORMATS.values() if f.bits == 8
+]
+middles = [(v := c[c.isfinite()].sort().values)[1:] / 2 + v[:-1] / 2 for c in codes]
+generator = torch.Generator().manual_seed(0)
+noise = torch.randint(-(2**31), 2**31, (200_000,), dtype=torch.int32, generator=generator)
+numbers = torch.cat(
+    [
+        every.view(torch.bfloat16).float(),
+        every.view(torch.float16).float(),
+        noise.view(torch.float32),
+        *middles,
+    ]
+)
+for format in FORMATS.values():
+    if format.dtype is None:
+        continue
+    ours, theirs = round_to(numbers, format), numbers.to(format.dtype).float()
+    same = (ours == theirs) & (ours.signbit() == theirs.signbit()) | ours.isnan() & theirs.isnan()
+    assert (same | ((format.name == "float8_e8m0fnu") & (numbers.abs() < 2.0**-126))).all()
+    print(f"{format.name:15} equal: {same.sum():,} of {len(numbers):,}")
+
+# %% [markdown]
+# The numbers of `float8_e8m0fnu` that differ are all subnormal in `float32`. Of what lies between
+# $2^{-127}$ and $2^{-126}$, PyTorch takes the larger power even where the smaller one is nearer. No
+# scale is ever that small. For `float4_e2m1fn` there is no cast, but its numbers are few enough to
+# check every midpoint by hand, as the tests of the package do.
+
+# %% [markdown]
+# Our scaler and PyTorch's, side by side: 300 steps in which a random third of all gradients is
+# infinite or NaN, in either of two micro-batches, for two optimizers, with clipping. After each
+# step scales, counters and weights must be the same; and halfway the two exchange their states.
+
+
+# %%
+class Twin:
+    """Two weights with an optimizer each, under one scaler."""
+
+    def __init__(self, scaler: Any):
+        self.scaler = scaler
+        self.weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+        self.optimizers = [torch.optim.SGD([self.weights[0]], lr=0.1), AdamW([self.weights[1]])]
+
+    def step(self, factors: list[float]) -> dict[str, Any]:
+        """Two micro-batches whose losses are multiplied by ``factors``, then a step."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        for factor in factors:
+            losses = [(weight * factor).sum() for weight in self.weights]
+            for loss in self.scaler.scale(losses):
+                loss.backward()
+        for weight, optimizer in zip(self.weights, self.optimizers, strict=True):
+            self.scaler.unscale_(optimizer)
+            clip_gradients([weight], 1.0)
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        return self.scaler.state_dict()
+
+
+# %% [markdown]
+# A gradient of $10^{38}$ is finite, and infinite once it is scaled:
+
+# %%
+settings = {"init_scale": 2.0**10, "growth_interval": 3, "growth_factor": 1.7}
+twins = [Twin(GradScaler(**settings)), Twin(torch.amp.GradScaler("cpu", **settings))]
+draws = np.random.default_rng(0)
+skipped, scales = 0, set()
+for step in range(300):
+    bad = draws.choice([math.inf, math.nan, 1e38]) if draws.random() < 1 / 3 else 1.0
+    first, second = (twin.step(list(draws.permutation([0.5, bad]))) for twin in twins)
+    assert first == second, "the same scale, settings and count of good steps"
+    assert all(map(torch.equal, twins[0].weights, twins[1].weights))
+    skipped += first["_growth_tracker"] == 0 and bad != 1.0
+    scales.add(first["scale"])
+    if step == 150:
+        for twin, state in zip(twins, (second, first), strict=True):
+            twin.scaler.load_state_dict(state)
+print(f"{step + 1} steps, {skipped} skipped, {len(scales)} different scales: ours are PyTorch's")
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the trainer, held against a loop of PyTorch's parts
+
+# %% [markdown] tags=["engine"]
+# And our `MixedPrecision` within the trainer, with products that really are in float16, against a
+# loop of PyTorch's parts: its autocast, its scaler, its clipping, its AdamW. The loop repeats a
+# batch that overflows, as the trainer does.
+
+# %% tags=["engine"]
+config = TrainingConfig(
+    n_steps=6, batch_size=8, learning_rate=3e-3, betas=(0.9, 0.999), weight_decay=0.0
+)
+sampler = BatchSampler(rows, batch_size=8)
+ours = Trainer(tiny_model(), sampler, config, precision=MixedPrecision("float16"))
+ours.train()
+theirs, scaler = tiny_model(), torch.amp.GradScaler("cpu")
+optimizer = torch.optim.AdamW(theirs.parameters(), lr=3e-3, weight_decay=0.0)
+rate, taken = torch.optim.lr_scheduler.LambdaLR(optimizer, ours.schedule), 0
+while taken < 6:
+    part, before = compact(BatchSampler(rows, batch_size=8)[taken]), scaler.get_scale()
+    optimizer.zero_grad()
+    with torch.autocast("cpu", torch.float16):
+        hidden = theirs.hidden_states(part.inputs)
+        total = chunked_cross_entropy(hidden, theirs.lm_head.weight, part.targets, reduction="sum")
+    scaler.scale(total).backward()
+    scaler.unscale_(optimizer)
+    for weight in theirs.parameters():
+        weight.grad /= int((part.targets != -100).sum())
+    nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    if scaler.get_scale() >= before:
+        taken += 1
+        rate.step()
+pairs = zip(ours.parameters, theirs.parameters(), strict=True)
+difference = max((a - b).abs().max().item() for a, b in pairs)
+assert difference < 1e-4 and ours.precision.scaler.state_dict() == scaler.state_dict()
+print(f"the same scale, 2^{math.log2(scaler.get_scale()):.0f}; weights differ by less than 0.0001")
+
+# %% [markdown]
+# ## How fast is it?
+#
+# How much slower is our rounding than a cast, which the processor does in one instruction?
+
+
+# %% tags=["nbval-ignore-output"]
+def seconds(function: Callable[[], Any], repeats: int = 7) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+million = torch.randn(1_000_000)
+for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
+    cast = seconds(lambda dtype=dtype: million.to(dtype).float())
+    ratio = seconds(lambda name=name: round_to(million, name)) / cast
+    print(f"{name}: round_to takes {ratio:.0f} times as long as a cast and back")
+
+# %% [markdown]
+# So where PyTorch has the type, use the cast. The scaler's own work, against PyTorch's: unscaling and checking a million gradients in 48
+# tensors, and the decision. And our context against PyTorch's autocast, forward passes in bfloat16,
+# where Python steps in at each operation:
+
+
+# %% tags=["nbval-ignore-output"]
+def decide(scaler: Any) -> None:
+    scaler.scale(torch.ones(()))
+    scaler.unscale_(sgd)
+    scaler.step(sgd)
+    scaler.update()
+
+
+many = [nn.Parameter(torch.zeros(20_000)) for _ in range(48)]
+for weight in many:
+    weight.grad = torch.ones(20_000)
+sgd = torch.optim.SGD(many, lr=0.0)
+ratio = seconds(lambda: decide(GradScaler())) / seconds(lambda: decide(torch.amp.GradScaler("cpu")))
+print(f"scaler: ours takes {ratio:.1f} times as long")
+model, ids = tiny_model(), batch.inputs
+with torch.no_grad():
+    with CastProducts(torch.bfloat16):
+        ours = seconds(lambda: model(ids))
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = seconds(lambda: model(ids))
+print(f"autocast: ours takes {ours / theirs:.1f} times as long")
+
+# %% [markdown]
+# PyTorch's kernel checks and divides in one pass over memory, ours reads everything twice. Both are
+# a small part of a step. A context that is called from Python for each operation is slower the
+# smaller the model; it is there to be read, and `MixedPrecision` uses PyTorch's own, unless it has
+# to emulate.
+
+# %% [markdown]
+# ## Exercises
+#
+# ````{exercise} Counting in short formats
+# :label: ex-precision-count
+# *Ten minutes.* A counter of tokens is kept as a float and grows by 1. Write
+# `largest_count(fraction_bits)`, the number at which it stops growing, if the format has that many
+# fraction bits and rounds to nearest, ties to even.
+# ````
+
+
+# %% tags=["solution"]
+def largest_count(fraction_bits: int) -> int:
+    """The whole number to which adding 1 changes nothing."""
+    return 2 ** (fraction_bits + 1)
+
+
+# %% tags=["check"]
+for name in ("float8_e4m3fn", "bfloat16", "float16"):
+    counter = torch.tensor(0.0)
+    while (grown := round_to(counter + 1, name)) > counter:
+        counter = grown
+    answer, m = largest_count(FORMATS[name].fraction_bits), FORMATS[name].fraction_bits
+    assert answer >= counter, f"with {m} fraction bits it still grows at {answer}"
+    assert answer <= counter, f"with {m} fraction bits it never gets to {answer}"
+
+# %% [markdown]
+# ````{exercise} Stochastic rounding with bits
+# :label: ex-precision-bits
+# *Twenty minutes.* A `bfloat16` is the upper half of a `float32`. So stochastic rounding needs no
+# division: add a random whole number to the bits of the `float32`, read as an `int32`, and set
+# the lower half to zero. Write `round_by_bits(x, generator)` that does so for finite numbers.
+# ````
+
+
+# %% tags=["solution"]
+def round_by_bits(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Round float32 to bfloat16 by chance, with whole numbers only; the result is float32."""
+    bits = x.view(torch.int32)
+    noise = torch.randint(0, 2**16, x.shape, generator=generator, dtype=torch.int32)
+    return ((bits + noise) & -(2**16)).view(torch.float32)
+
+
+# %% tags=["check"]
+generator = torch.Generator().manual_seed(1)
+exact = torch.tensor([1.0, -2.5, 0.0, 2.0**-100])
+assert torch.equal(round_by_bits(exact, generator), exact), "a number of bfloat16 has to stay"
+for share in (0.01, 0.25, 0.5, 0.9):
+    for sign in (1, -1):
+        x = torch.full((40_000,), sign * (1 + share / 128))
+        rounded = round_by_bits(x, generator)
+        values = sorted(set(rounded.abs().tolist()))
+        assert values == [1.0, 1.0078125], f"neighbors of {x[0]:.5f} only, got {values[:3]}"
+        up = (rounded.abs() > 1).float().mean().item()
+        message = f"{share:.0%} of the way to the next number: up in {up:.1%} of all cases"
+        assert abs(up - share) < 0.015, message
+
+# %% [markdown]
+# ````{exercise} A weight that remembers
+# :label: ex-precision-kahan
+# *Half an hour.* Kahan's trick works for weights, too: keep what the last update lost in a second
+# `bfloat16` number. Write `kahan_update(weight, lost, update)`. All three are `bfloat16`, and
+# it returns the new weight and the new lost part, with no operation in a wider type. How many bits
+# does a weight take now, compared with one in 32 bits?
+# ````
+
+
+# %% tags=["solution"]
+def kahan_update(weight: Tensor, lost: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    """Add update to weight, and return what did not fit for the next time; 32 bits in all."""
+    y = update - lost
+    new = weight + y
+    return new, (new - weight) - y
+
+
+# %% tags=["check"]
+weight = torch.tensor([1.0, -3.0, 0.01]).bfloat16()
+start, lost = weight.clone(), torch.zeros(3).bfloat16()
+update = torch.tensor([1e-4, -2e-4, 1e-6]).bfloat16()
+for _ in range(500):
+    weight, lost = kahan_update(weight, lost, update)
+assert weight.dtype == lost.dtype == torch.bfloat16, "weight and lost part have to stay bfloat16"
+progress = (weight.double() - start.double()) / (500 * update.double())
+assert (progress > 0.5).all(), f"the weight has moved by {progress.tolist()} of what was added"
+assert (progress - 1).abs().max() < 0.15, f"moved by {progress.tolist()} of what was added"
+
+# %% [markdown]
+# ````{exercise} In the right order
+# :label: ex-precision-order
+# *Fifteen minutes.* Write `scaled_step(model, optimizer, scaler, losses, max_norm)`: one step of
+# float16 training. `losses` are those of the micro-batches, already divided by their number.
+# Gradients add up over all of them, are clipped to `max_norm`, and the step is taken or not. Return
+# whether it was taken. `scaler` is a `GradScaler`; its `found_inf(optimizer)` says, after
+# `unscale_`, whether a gradient was infinite or NaN. `clip_gradients(parameters, max_norm)` clips.
+# ````
+
+
+# %% tags=["solution"]
+def scaled_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: GradScaler,
+    losses: list[Tensor],
+    max_norm: float,
+) -> bool:
+    """Take one step from the losses of all micro-batches; return whether it was taken."""
+    optimizer.zero_grad()
+    for loss in losses:
+        scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    taken = not scaler.found_inf(optimizer)
+    clip_gradients(model.parameters(), max_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    return taken
+
+
+# %% tags=["check"]
+def after_steps(factors: list[list[float]], max_norm: float) -> tuple[Tensor, list[bool], float]:
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    sgd, scaler = torch.optim.SGD(model.parameters(), lr=1.0), GradScaler(init_scale=2.0**8)
+    taken = []
+    for step in factors:
+        losses = [(model(torch.ones(1, 2)) * factor).sum() for factor in step]
+        taken.append(scaled_step(model, sgd, scaler, losses, max_norm))
+    return model.weight.detach().flatten(), taken, scaler.get_scale()
+
+
+moved = after_steps([[3.0]], 1.0)[0]
+assert moved.norm() > 0.5, "clip after unscaling: the step is far too short"
+assert moved.norm() < 1.01, "clip the gradient to max_norm before the step"
+assert torch.allclose(after_steps([[0.1, 0.2]], 9.0)[0], torch.tensor([-0.3, -0.3])), (
+    "the gradients of all micro-batches add up, each scaled once and all unscaled once"
+)
+assert torch.allclose(after_steps([[0.1], [0.1]], 9.0)[0], torch.tensor([-0.2, -0.2])), (
+    "gradients of the step before must be gone"
+)
+weights, taken, scale = after_steps([[0.1], [math.inf], [0.1]], 9.0)
+assert weights.isfinite().all(), "a step with an infinite gradient must not be taken"
+assert scale == 2.0**7, "update the scale once in each step"
+assert taken == [True, False, True], "say whether the step was taken"
+
+# %% [markdown]
+# ````{exercise} The schedule waits
+# :label: ex-precision-schedule
+# *Ten minutes.* A loop in float16 has a schedule that is a function of the step. Write
+# `rates(schedule, skipped)`: `skipped` holds a Boolean for each step that was tried, in order, and
+# you return the list of the rates that the steps which were *taken* had. `schedule(0)` is the rate
+# of the first step that is taken.
+# ````
+
+
+# %% tags=["solution"]
+def rates(schedule: Callable[[int], float], skipped: list[bool]) -> list[float]:
+    """Return the rate of each step that was taken."""
+    return [schedule(step) for step in range(skipped.count(False))]
+
+
+# %% tags=["check"]
+ramp = [False, True, True, False, False]
+found = rates(lambda step: step / 10, ramp)
+assert len(found) == 3, "one rate for each step that was taken, none for those skipped"
+assert found[0] == 0.0, "the first step taken has schedule(0)"
+assert found[1] < 0.15, "the schedule must wait while steps are skipped"
+assert found == [0.0, 0.1, 0.2], "each step that is taken moves the schedule on by one"
+assert rates(lambda step: step / 10, [True, True, False]) == [0.0], (
+    "steps skipped at the very beginning must not move the schedule either"
+)
+
+# %% [markdown]
+# ````{exercise} What fits?
+# :label: ex-precision-fit
+# *Twenty minutes.* Write `largest_batch(config, sequence, memory, **options)`: the largest number
+# of rows of `sequence` tokens whose training step fits into `memory` bytes, by `memory_breakdown`,
+# which takes the same `options`; 0 if not even one row does. Careful: do not try all numbers from 1
+# on, there may be millions.
+# ````
+
+
+# %% tags=["solution"]
+def largest_batch(config: ModelConfig, sequence: int, memory: float, **options: Any) -> int:
+    """Return how many rows fit into ``memory`` bytes, 0 if none does."""
+
+    def fits(n_rows: int) -> bool:
+        return sum(memory_breakdown(config, n_rows, sequence, **options).values()) <= memory
+
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+# %% tags=["check"]
+def bytes_of(n_rows: int, **options: Any) -> int:
+    return sum(memory_breakdown(medium, n_rows, 128, **options).values())
+
+
+for options in ({}, {"precision": "bfloat16"}, {"checkpointing": True, "chunk_size": 300}):
+    for n_rows in (1, 7, 50):
+        found = largest_batch(medium, 128, bytes_of(n_rows, **options), **options)
+        assert found >= n_rows, f"{n_rows} rows fit exactly, so they fit"
+        assert found <= n_rows, f"{n_rows} rows fill the memory, {found} do not fit"
+assert largest_batch(medium, 128, bytes_of(1) - 1) == 0, "not even one row fits"
+far = largest_batch(medium, 1, 1e12)
+assert bytes_of(1) < 1e9 and far > 100_000, "millions of short rows fit, so do not stop early"
+
+# %% [markdown]
+# ## Summary
+#
+# - A sum needs bits, a factor does not. So weights, which are sums over all steps, and the sums
+#   within products, softmax, norms and losses have 32 bits, and factors have 16.
+# - Autocast is two lists of functions and a cast before each. The backward pass runs outside.
+# - Float16 has digits enough but too small a range below. A scale moves all gradients at once, is
+#   exact if it is a power of two, and finds itself: halved at each infinity, doubled after many
+#   good steps.
+# - A step that overflows is not a failure. It moves neither weights nor optimizer nor schedule, and
+#   our trainer repeats its batch.
+# - Mixed precision saves a third of the activations and nothing of weights and optimizer. For
+#   memory, checkpointing, accumulation and the loss in chunks do more, with equal gradients.
+#
+# **Checklist.** Use bfloat16 where the hardware has it, and no scaler. Keep master weights in
+# float32, and look at their dtype after every `.to()`. In float16: unscale, then clip, then step,
+# then update; log the scale, and worry if it falls below 1 or keeps falling. Leave `backward`
+# outside of autocast. Count bytes before buying hardware. Compile when the shapes have settled,
+# and compare the losses before and after.
+#
+# **Further reading.** The recipe and the scale are due to Micikevicius and colleagues
+# {cite}`micikevicius2018mixed`. Kalamkar and colleagues {cite}`kalamkar2019bfloat16` train a wide
+# range of models in bfloat16 with the settings of float32. Zamirai and colleagues
+# {cite}`zamirai2021revisiting` show that it is the updates of weights that pure bfloat16 cannot
+# represent, and that stochastic rounding or Kahan's sum mend it.
