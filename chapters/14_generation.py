@@ -38,6 +38,7 @@ from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from functools import cache as remember
 from functools import cached_property
+from inspect import unwrap
 from itertools import takewhile
 from numbers import Real
 from operator import index
@@ -132,6 +133,10 @@ def draw(
     """
     _check_shares(probabilities, to_one=False)
     _check_uniforms(uniforms, len(probabilities))
+    return _drawn(probabilities, uniforms)
+
+
+def _drawn(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     device = probabilities.device
     if device.type == "mps":  # has no float64
         probabilities = probabilities.cpu()
@@ -222,7 +227,7 @@ def _check_rows(argument: str, rows: object) -> None:
 def _flaw(logits: Tensor) -> str | None:
     """Say what is wrong with logits from which no token can be drawn."""
     best = logits.amax(dim=-1)  # NaN if there is any in the row
-    if best.isfinite().all():
+    if all(map(math.isfinite, best.tolist())):
         return None
     return (
         "NaN" if best.isnan().any() else "infinity" if (best == math.inf).any() else "-inf for all"
@@ -389,9 +394,14 @@ def keep_top_p(
     """
     _check_shares(probabilities)
     _check_share("mass", mass)
+    return _nucleus(probabilities, mass)
+
+
+def _nucleus(probabilities: Tensor, mass: int | float) -> Tensor:
     wide = _wide(probabilities.detach())
     ascending, last = _ascending(wide), wide.size(-1) - 1
-    outside = (ascending.cumsum(dim=-1) <= 1 - mass).sum(dim=-1, keepdim=True).clamp(max=last)
+    sums, most = ascending.cumsum(dim=-1), wide.new_full((len(wide), 1), 1 - mass)
+    outside = torch.searchsorted(sums, most, right=True).clamp_(max=last)
     border = ascending.gather(1, outside)
     keep = wide >= border
     too_many = keep.sum(dim=-1, keepdim=True) + outside - wide.size(-1)
@@ -556,7 +566,7 @@ def _distribution(logits: Tensor, sampling: Sampling, counts: Tensor | None) -> 
     if sampling.top_k is not None:
         probabilities = keep_top_k(probabilities, sampling.top_k)
     if sampling.top_p is not None:
-        probabilities = keep_top_p(probabilities, sampling.top_p)
+        probabilities = _nucleus(probabilities, sampling.top_p)
     if sampling.min_p is not None:
         probabilities = keep_min_p(probabilities, sampling.min_p)
     if sampling.typical_p is not None:
@@ -765,7 +775,7 @@ def _choose(
 ) -> Tensor:
     if sampling.temperature == 0 or uniforms is None:
         return _penalized(logits, sampling, counts).argmax(dim=-1)
-    return draw(_distribution(logits, sampling, counts), uniforms)
+    return _drawn(_distribution(logits, sampling, counts), uniforms)
 
 
 def sample(
@@ -1472,12 +1482,11 @@ print(f"{fused_calls} calls in place of {plain_calls}")
 
 # %% tags=["engine"]
 #| export
-class _WholeLayer(NamedTuple):
+class _WholeLayer:
     """A layer's cache in compiled code: all of its slots, and where the new token goes."""
 
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor):
+        self.keys, self.values, self.positions = keys, values, positions
 
     def update_one(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store a token of each row, and return all slots."""
@@ -1488,12 +1497,11 @@ class _WholeLayer(NamedTuple):
 
 
 def _whole_step(
-    step: _FusedStep, tokens: Tensor, positions: Tensor, memory: list[tuple[Tensor, Tensor]]
+    step: _FusedStep, tokens: Tensor, positions: Tensor, layers: list[_WholeLayer]
 ) -> Tensor:
     """The fused step in shapes that do not depend on how much has been read."""
-    slots = torch.arange(memory[0][0].size(2), device=tokens.device)
+    slots = torch.arange(layers[0].keys.size(2), device=tokens.device)
     mask = (slots <= positions)[:, None, None]
-    layers = [_WholeLayer(*one, positions) for one in memory]
     return step.logits(tokens, positions, mask, layers)
 
 
@@ -1506,7 +1514,9 @@ def _whole_step(
 # Compiling takes ten to thirty seconds, so what was compiled is kept, under what its shapes depend
 # on. Weights are an input: they may change, and another model of the same kind needs no compiling.
 # (PyTorch counts how often a function was compiled, and refuses the ninth time. So each program
-# has a copy of the function.)
+# has a copy of the function. And before each call PyTorch would compare some hundred attributes
+# with those that it saw while compiling, its *guards*, which takes longer than the arithmetic. All
+# that the program depends on is in the key by which we find it, so we switch them off.)
 
 
 # %% tags=["engine"]
@@ -1514,20 +1524,29 @@ def _whole_step(
 @remember
 def _compiled_step(*shapes: object) -> Callable[..., Tensor]:
     """Return ``_whole_step``, to be compiled once for these shapes."""
-    own = FunctionType(_whole_step.__code__.replace(), _whole_step.__globals__)
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    step = unwrap(_whole_step)  # out of what checks shapes, if anything does
+    own = FunctionType(step.__code__.replace(), step.__globals__)
+    unguarded = getattr(torch.compiler, "skip_all_guards_unsafe", None)  # since PyTorch 2.8
+    options: dict[str, Any] = {"size_asserts": False}
+    if unguarded is not None:
+        options["guard_filter_fn"] = unguarded
+    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
 class _CompiledStep(_FusedStep):
     """The fused step as a program of a few kernels."""
 
+    def __init__(self, model: TransformerLM):
+        super().__init__(model)
+        self.kind = repr(model.config)
+
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         positions = cache.next_positions(1).expand(len(tokens), 1).contiguous()
         cache.extend(1)  # counts the token, and sees to it that there is room
-        layers = [cache[layer] for layer in range(len(self.blocks))]
-        shapes = str(self.model.config), len(tokens), cache.slots, layers[0].keys.dtype
-        memory = [(layer.keys, layer.values) for layer in layers]
-        return _compiled_step(*shapes, tokens.device)(self, tokens, positions, memory)
+        parts = [cache[layer] for layer in range(len(self.blocks))]
+        layers = [_WholeLayer(part.keys, part.values, positions) for part in parts]
+        shapes = self.kind, layers[0].keys.shape, layers[0].keys.dtype, tokens.device
+        return _compiled_step(*shapes)(self, tokens, positions, layers)
 
 
 # %% [markdown] tags=["engine"]

@@ -9,7 +9,7 @@ __all__ = ['FinishReason', 'Step', 'draw', 'keep_top_k', 'keep_top_p', 'keep_min
            'GenerationOptions', 'generate', 'TextCache', 'Piece', 'stream', 'beam_search', 'verify', 'expected_tokens',
            'SpeculativeStats', 'speculative_generate', 'quantize_rows', 'QuantizedLinear', 'quantize', 'stored_bytes']
 
-# %% ../chapters/14_generation.ipynb #6d1b0eb7
+# %% ../chapters/14_generation.ipynb #fcf0b1b9
 # The imports that only the module needs
 import codecs
 import os
@@ -21,6 +21,7 @@ from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from functools import cache as remember
 from functools import cached_property
+from inspect import unwrap
 from itertools import takewhile
 from numbers import Real
 from operator import index
@@ -44,7 +45,7 @@ from .environment import check_at_least, check_choice, check_text
 from .model import TransformerLM, count_parameters
 from .tokenizer import BPETokenizer
 
-# %% ../chapters/14_generation.ipynb #4cf474ed
+# %% ../chapters/14_generation.ipynb #b2c4d4d6
 def draw(
     probabilities: Float[Tensor, "batch vocab_size"], uniforms: Float[Tensor, " batch"]
 ) -> Int64[Tensor, " batch"]:
@@ -58,6 +59,10 @@ def draw(
     """
     _check_shares(probabilities, to_one=False)
     _check_uniforms(uniforms, len(probabilities))
+    return _drawn(probabilities, uniforms)
+
+
+def _drawn(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     device = probabilities.device
     if device.type == "mps":  # has no float64
         probabilities = probabilities.cpu()
@@ -108,7 +113,7 @@ def _check_vocabulary(argument: str, ids: Iterable[int], vocab_size: int) -> Non
         expected = f"ids from 0 to {vocab_size - 1}"
         raise ValueError(f"{argument}: expected {expected}, got {wrong[0]}")
 
-# %% ../chapters/14_generation.ipynb #acbb4ef0
+# %% ../chapters/14_generation.ipynb #49536020
 def _check_rows(argument: str, rows: object) -> None:
     """Demand a tensor of floats, (batch, vocab_size), with at least one column."""
     if not isinstance(rows, Tensor):
@@ -123,7 +128,7 @@ def _check_rows(argument: str, rows: object) -> None:
 def _flaw(logits: Tensor) -> str | None:
     """Say what is wrong with logits from which no token can be drawn."""
     best = logits.amax(dim=-1)  # NaN if there is any in the row
-    if best.isfinite().all():
+    if all(map(math.isfinite, best.tolist())):
         return None
     return (
         "NaN" if best.isnan().any() else "infinity" if (best == math.inf).any() else "-inf for all"
@@ -188,7 +193,7 @@ def keep_top_k(
     least = probabilities.topk(min(k, probabilities.size(-1)), dim=-1).values[:, -1:]
     return _kept(probabilities, probabilities >= least)
 
-# %% ../chapters/14_generation.ipynb #7d696db1
+# %% ../chapters/14_generation.ipynb #b4b153cb
 def _ascending(values: Tensor) -> Tensor:
     """Sort each row."""
     if values.device.type != "cpu":
@@ -206,9 +211,14 @@ def keep_top_p(
     """
     _check_shares(probabilities)
     _check_share("mass", mass)
+    return _nucleus(probabilities, mass)
+
+
+def _nucleus(probabilities: Tensor, mass: int | float) -> Tensor:
     wide = _wide(probabilities.detach())
     ascending, last = _ascending(wide), wide.size(-1) - 1
-    outside = (ascending.cumsum(dim=-1) <= 1 - mass).sum(dim=-1, keepdim=True).clamp(max=last)
+    sums, most = ascending.cumsum(dim=-1), wide.new_full((len(wide), 1), 1 - mass)
+    outside = torch.searchsorted(sums, most, right=True).clamp_(max=last)
     border = ascending.gather(1, outside)
     keep = wide >= border
     too_many = keep.sum(dim=-1, keepdim=True) + outside - wide.size(-1)
@@ -332,7 +342,7 @@ class Sampling:
         """Whether there must be the text so far: for penalties, or for what may not return."""
         return self.has_penalties or self.no_repeat_ngram_size is not None
 
-# %% ../chapters/14_generation.ipynb #212b457c
+# %% ../chapters/14_generation.ipynb #7c8556ab
 def _distribution(logits: Tensor, sampling: Sampling, counts: Tensor | None) -> Tensor:
     logits = _penalized(logits, sampling, counts)
     if sampling.temperature == 0:
@@ -344,7 +354,7 @@ def _distribution(logits: Tensor, sampling: Sampling, counts: Tensor | None) -> 
     if sampling.top_k is not None:
         probabilities = keep_top_k(probabilities, sampling.top_k)
     if sampling.top_p is not None:
-        probabilities = keep_top_p(probabilities, sampling.top_p)
+        probabilities = _nucleus(probabilities, sampling.top_p)
     if sampling.min_p is not None:
         probabilities = keep_min_p(probabilities, sampling.min_p)
     if sampling.typical_p is not None:
@@ -467,13 +477,13 @@ def _check_sampling(sampling: object) -> None:
         expected = "a Sampling, such as Sampling(temperature=0.5)"
         raise ValueError(f"sampling: expected {expected}, got {sampling!r:.60}")
 
-# %% ../chapters/14_generation.ipynb #37f114e4
+# %% ../chapters/14_generation.ipynb #fb6000e3
 def _choose(
     logits: Tensor, sampling: Sampling, counts: Tensor | None, uniforms: Tensor | None
 ) -> Tensor:
     if sampling.temperature == 0 or uniforms is None:
         return _penalized(logits, sampling, counts).argmax(dim=-1)
-    return draw(_distribution(logits, sampling, counts), uniforms)
+    return _drawn(_distribution(logits, sampling, counts), uniforms)
 
 
 def sample(
@@ -923,13 +933,12 @@ def _is_compiled(model: nn.Module) -> bool:
     """Whether ``torch.compile`` or ``model.compile`` was called with the model, or a part of it."""
     return any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules())
 
-# %% ../chapters/14_generation.ipynb #39996b70
-class _WholeLayer(NamedTuple):
+# %% ../chapters/14_generation.ipynb #a6123205
+class _WholeLayer:
     """A layer's cache in compiled code: all of its slots, and where the new token goes."""
 
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor):
+        self.keys, self.values, self.positions = keys, values, positions
 
     def update_one(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store a token of each row, and return all slots."""
@@ -940,32 +949,40 @@ class _WholeLayer(NamedTuple):
 
 
 def _whole_step(
-    step: _FusedStep, tokens: Tensor, positions: Tensor, memory: list[tuple[Tensor, Tensor]]
+    step: _FusedStep, tokens: Tensor, positions: Tensor, layers: list[_WholeLayer]
 ) -> Tensor:
     """The fused step in shapes that do not depend on how much has been read."""
-    slots = torch.arange(memory[0][0].size(2), device=tokens.device)
+    slots = torch.arange(layers[0].keys.size(2), device=tokens.device)
     mask = (slots <= positions)[:, None, None]
-    layers = [_WholeLayer(*one, positions) for one in memory]
     return step.logits(tokens, positions, mask, layers)
 
-# %% ../chapters/14_generation.ipynb #e700c50b
+# %% ../chapters/14_generation.ipynb #7cb4e019
 @remember
 def _compiled_step(*shapes: object) -> Callable[..., Tensor]:
     """Return ``_whole_step``, to be compiled once for these shapes."""
-    own = FunctionType(_whole_step.__code__.replace(), _whole_step.__globals__)
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    step = unwrap(_whole_step)  # out of what checks shapes, if anything does
+    own = FunctionType(step.__code__.replace(), step.__globals__)
+    unguarded = getattr(torch.compiler, "skip_all_guards_unsafe", None)  # since PyTorch 2.8
+    options: dict[str, Any] = {"size_asserts": False}
+    if unguarded is not None:
+        options["guard_filter_fn"] = unguarded
+    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
 class _CompiledStep(_FusedStep):
     """The fused step as a program of a few kernels."""
 
+    def __init__(self, model: TransformerLM):
+        super().__init__(model)
+        self.kind = repr(model.config)
+
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         positions = cache.next_positions(1).expand(len(tokens), 1).contiguous()
         cache.extend(1)  # counts the token, and sees to it that there is room
-        layers = [cache[layer] for layer in range(len(self.blocks))]
-        shapes = str(self.model.config), len(tokens), cache.slots, layers[0].keys.dtype
-        memory = [(layer.keys, layer.values) for layer in layers]
-        return _compiled_step(*shapes, tokens.device)(self, tokens, positions, memory)
+        parts = [cache[layer] for layer in range(len(self.blocks))]
+        layers = [_WholeLayer(part.keys, part.values, positions) for part in parts]
+        shapes = self.kind, layers[0].keys.shape, layers[0].keys.dtype, tokens.device
+        return _compiled_step(*shapes)(self, tokens, positions, layers)
 
 # %% ../chapters/14_generation.ipynb #20cc42cf
 def _no_compiling(model: TransformerLM) -> str | None:
