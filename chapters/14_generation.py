@@ -1511,8 +1511,8 @@ def _whole_step(
 # The same goes for a matrix times a single vector. With more rows it is worth a call, because
 # libraries know how to keep pieces of a matrix in the processor's registers.
 #
-# Compiling takes ten to thirty seconds, so what was compiled is kept, under what its shapes depend
-# on. Weights are an input: they may change, and another model of the same kind needs no compiling.
+# A cache is prepared once; afterwards only the position moves on. Compiling takes ten to thirty
+# seconds, so what was compiled is kept, under what its shapes depend on. Weights are an input: they may change, and another model of the same kind needs no compiling.
 # (PyTorch counts how often a function was compiled, and refuses the ninth time. So each program
 # has a copy of the function. And before each call PyTorch would compare some hundred attributes
 # with those that it saw while compiling, its *guards*, which takes longer than the arithmetic. All
@@ -1534,19 +1534,26 @@ def _compiled_step(*shapes: object) -> Callable[..., Tensor]:
 
 
 class _CompiledStep(_FusedStep):
-    """The fused step as a program of a few kernels."""
+    """The fused step as a program of a few kernels, for one cache at a time."""
 
-    def __init__(self, model: TransformerLM):
-        super().__init__(model)
-        self.kind = repr(model.config)
+    cache: KVCache | None = None
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        positions = cache.next_positions(1).expand(len(tokens), 1).contiguous()
+        if cache is self.cache:
+            self.positions += 1
+        else:
+            self._prepare(cache, len(tokens))
         cache.extend(1)  # counts the token, and sees to it that there is room
+        return self.program(self, tokens, self.positions, self.layers)
+
+    def _prepare(self, cache: KVCache, batch: int) -> None:
+        self.cache = cache
+        self.positions = cache.next_positions(1).expand(batch, 1).contiguous()
         parts = [cache[layer] for layer in range(len(self.blocks))]
-        layers = [_WholeLayer(part.keys, part.values, positions) for part in parts]
-        shapes = self.kind, layers[0].keys.shape, layers[0].keys.dtype, tokens.device
-        return _compiled_step(*shapes)(self, tokens, positions, layers)
+        self.layers = [_WholeLayer(part.keys, part.values, self.positions) for part in parts]
+        keys = parts[0].keys
+        kind = repr(self.model.config)
+        self.program = _compiled_step(kind, keys.shape, keys.dtype, keys.device)
 
 
 # %% [markdown] tags=["engine"]
@@ -1576,6 +1583,7 @@ def _may_compile(model: TransformerLM, compile: object, use_cache: bool) -> bool
     if compile is True and wanting is not None:
         raise ValueError(f"compile: expected {wanting}, got True")
     return compile is not False and wanting is None
+
 
 # %% [markdown]
 # ### The loop
@@ -2984,6 +2992,12 @@ print(f"sorting 32 rows of 2048 numbers: NumPy {faster:.0f} times PyTorch's spee
 print(*(f"\n{what}: {value}" for what, value in noted.items()), sep="")
 
 # %% [markdown]
+# With a compiler there is one more step to go: `generate(..., compile=True)` makes a program of the
+# step. Compiling takes too long for this chapter, so it was measured apart, by
+# `python benchmarks/generation.py`, whose table is `benchmarks/results/generation.md`. What is left
+# of a token's time is then shared by the program, by Python around it, and by the choice: for top-p
+# sorting, two cumulative sums and a search cost nearly as much as the whole model.
+#
 # The draft and the 8 bits are *slower* here. Both save fetching weights from
 # memory, and ours all lie in the processor's cache; a draft of one layer costs half of a target of
 # two, and our integers are turned into floats before each product. With billions of weights, in

@@ -956,7 +956,7 @@ def _whole_step(
     mask = (slots <= positions)[:, None, None]
     return step.logits(tokens, positions, mask, layers)
 
-# %% ../chapters/14_generation.ipynb #7cb4e019
+# %% ../chapters/14_generation.ipynb #93d7c381
 @remember
 def _compiled_step(*shapes: object) -> Callable[..., Tensor]:
     """Return ``_whole_step``, to be compiled once for these shapes."""
@@ -970,19 +970,26 @@ def _compiled_step(*shapes: object) -> Callable[..., Tensor]:
 
 
 class _CompiledStep(_FusedStep):
-    """The fused step as a program of a few kernels."""
+    """The fused step as a program of a few kernels, for one cache at a time."""
 
-    def __init__(self, model: TransformerLM):
-        super().__init__(model)
-        self.kind = repr(model.config)
+    cache: KVCache | None = None
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        positions = cache.next_positions(1).expand(len(tokens), 1).contiguous()
+        if cache is self.cache:
+            self.positions += 1
+        else:
+            self._prepare(cache, len(tokens))
         cache.extend(1)  # counts the token, and sees to it that there is room
+        return self.program(self, tokens, self.positions, self.layers)
+
+    def _prepare(self, cache: KVCache, batch: int) -> None:
+        self.cache = cache
+        self.positions = cache.next_positions(1).expand(batch, 1).contiguous()
         parts = [cache[layer] for layer in range(len(self.blocks))]
-        layers = [_WholeLayer(part.keys, part.values, positions) for part in parts]
-        shapes = self.kind, layers[0].keys.shape, layers[0].keys.dtype, tokens.device
-        return _compiled_step(*shapes)(self, tokens, positions, layers)
+        self.layers = [_WholeLayer(part.keys, part.values, self.positions) for part in parts]
+        keys = parts[0].keys
+        kind = repr(self.model.config)
+        self.program = _compiled_step(kind, keys.shape, keys.dtype, keys.device)
 
 # %% ../chapters/14_generation.ipynb #20cc42cf
 def _no_compiling(model: TransformerLM) -> str | None:
