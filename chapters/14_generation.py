@@ -29,14 +29,20 @@
 #| export
 # The imports that only the module needs
 import codecs
+import os
+import shutil
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
+from functools import cache as remember
 from functools import cached_property
+from inspect import unwrap
 from itertools import takewhile
 from numbers import Real
 from operator import index
+from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Bool, Float, Int8, Int64
@@ -127,6 +133,10 @@ def draw(
     """
     _check_shares(probabilities, to_one=False)
     _check_uniforms(uniforms, len(probabilities))
+    return _drawn(probabilities, uniforms)
+
+
+def _drawn(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     device = probabilities.device
     if device.type == "mps":  # has no float64
         probabilities = probabilities.cpu()
@@ -217,7 +227,7 @@ def _check_rows(argument: str, rows: object) -> None:
 def _flaw(logits: Tensor) -> str | None:
     """Say what is wrong with logits from which no token can be drawn."""
     best = logits.amax(dim=-1)  # NaN if there is any in the row
-    if best.isfinite().all():
+    if all(map(math.isfinite, best.tolist())):
         return None
     return (
         "NaN" if best.isnan().any() else "infinity" if (best == math.inf).any() else "-inf for all"
@@ -384,9 +394,14 @@ def keep_top_p(
     """
     _check_shares(probabilities)
     _check_share("mass", mass)
+    return _nucleus(probabilities, mass)
+
+
+def _nucleus(probabilities: Tensor, mass: int | float) -> Tensor:
     wide = _wide(probabilities.detach())
     ascending, last = _ascending(wide), wide.size(-1) - 1
-    outside = (ascending.cumsum(dim=-1) <= 1 - mass).sum(dim=-1, keepdim=True).clamp(max=last)
+    sums, most = ascending.cumsum(dim=-1), wide.new_full((len(wide), 1), 1 - mass)
+    outside = torch.searchsorted(sums, most, right=True).clamp_(max=last)
     border = ascending.gather(1, outside)
     keep = wide >= border
     too_many = keep.sum(dim=-1, keepdim=True) + outside - wide.size(-1)
@@ -551,7 +566,7 @@ def _distribution(logits: Tensor, sampling: Sampling, counts: Tensor | None) -> 
     if sampling.top_k is not None:
         probabilities = keep_top_k(probabilities, sampling.top_k)
     if sampling.top_p is not None:
-        probabilities = keep_top_p(probabilities, sampling.top_p)
+        probabilities = _nucleus(probabilities, sampling.top_p)
     if sampling.min_p is not None:
         probabilities = keep_min_p(probabilities, sampling.min_p)
     if sampling.typical_p is not None:
@@ -760,7 +775,7 @@ def _choose(
 ) -> Tensor:
     if sampling.temperature == 0 or uniforms is None:
         return _penalized(logits, sampling, counts).argmax(dim=-1)
-    return draw(_distribution(logits, sampling, counts), uniforms)
+    return _drawn(_distribution(logits, sampling, counts), uniforms)
 
 
 def sample(
@@ -1294,16 +1309,20 @@ class _Linear:
         weight = torch.cat(weights)
         if isinstance(norm, RMSNorm):
             weight = weight * (norm.weight * math.sqrt(len(norm.weight)))
-        self.weight = weight.t().contiguous()
-        self.bias = torch.cat(biases) if biases else None
+        self.weight, self.bias = weight, torch.cat(biases) if biases else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
+        if torch.compiler.is_compiling() and len(x) == 1:  # see "a step in a few kernels"
+            out = (x[:, None] * self.weight).sum(dim=-1)
+            return out if self.bias is None else out + self.bias
+        return F.linear(x, self.weight, self.bias)
 
     def onto(self, stream: Tensor, x: Tensor) -> Tensor:
         """Add what the map makes of ``x`` to ``stream``."""
+        if torch.compiler.is_compiling():
+            return stream + self(x)
         stream = stream if self.bias is None else stream + self.bias
-        return torch.addmm(stream, x, self.weight)
+        return torch.addmm(stream, x, self.weight.t())
 
 
 def _normalizer(norm: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -1313,6 +1332,8 @@ def _normalizer(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     least = norm.weight.new_tensor(math.sqrt(len(norm.weight) * norm.eps))
 
     def normalized(x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # the compiler has no vectors of hypotenuses
+            return x * (x.square().sum(dim=-1, keepdim=True) + least.square()).rsqrt()
         return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), least)
 
     return normalized
@@ -1366,7 +1387,11 @@ class _FusedBlock:
         qk = qk if rope is None else _rotated(qk, *rope)
         k, v = cache.update_one(qk.narrow(1, heads, kv_heads), v)
         q = qk.narrow(1, 0, heads).unflatten(1, (kv_heads, -1))  # those that share keys together
-        return F.scaled_dot_product_attention(q, k, v, mask).reshape(len(x), -1)
+        if not torch.compiler.is_compiling():
+            return F.scaled_dot_product_attention(q, k, v, mask).reshape(len(x), -1)
+        scores = (q.unsqueeze(3) * k.unsqueeze(2)).sum(dim=-1) / math.sqrt(self.d_head)
+        shares = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)  # type: ignore[operator]
+        return (shares.unsqueeze(4) * v.unsqueeze(2)).sum(dim=3).reshape(len(x), -1)
 
 
 # %% [markdown] tags=["engine"]
@@ -1375,44 +1400,57 @@ class _FusedBlock:
 
 # %% tags=["engine"]
 #| export
-def _fused_step(model: TransformerLM) -> Step:
+class _FusedStep:
     """The next step of a small model, where calling functions is most of the work."""
-    blocks = [_FusedBlock(block) for block in model.blocks]
 
-    def step(tokens: Tensor, cache: KVCache) -> Tensor:
+    def __init__(self, model: TransformerLM):
+        self.model = model
+        self.blocks = [_FusedBlock(block) for block in model.blocks]
+        self.head = _Linear(model.lm_head, norm=model.norm)
+        self.norm = _normalizer(model.norm)
+
+    def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         positions, mask = cache.next_positions(1), cache.extend(1)
+        return self.logits(tokens, positions, mask, cache)
+
+    def logits(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+        """Return logits, (batch, vocab_size), and store keys and values in the layers' caches."""
+        model = self.model
         x, rope = model.embedding(tokens), None
         if model.positions is not None:
             x = x + model.positions(positions)[:, 0]
         if model.rope is not None:
             cos, sin = model.rope(positions)  # (batch or 1, 1, half): the 1 is for all heads
             rope = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-        for layer, block in enumerate(blocks):
+        for layer, block in enumerate(self.blocks):
             x = block(x, rope, mask, cache[layer])
-        return model.lm_head(model.norm(x))
-
-    return step
+        return self.head(self.norm(x))
 
 
 # %% [markdown] tags=["engine"]
 # What cannot be fused takes the plain step: experts, post-norm, other layers than linear ones,
 # types of 16 bits, and large models, for which the copies would cost more than the calls.
-# A model that was compiled has made its own choice: its step is the compiled forward pass, and
-# because the cache then works with fixed shapes, it is compiled once and not for each token.
+# A model that its owner has compiled has made its own choice: its step is the compiled forward
+# pass, and because the cache then works with fixed shapes, it is compiled once and not for each
+# token.
 
 # %% tags=["engine"]
 #| export
 _SMALL = 20_000_000  # parameters
 
 
-def _next_step(model: TransformerLM) -> Step:
-    """Return the fastest step that there is for a model."""
+def _is_fusable(model: TransformerLM) -> bool:
     config, kinds = model.config, {type(m) for m in model.modules() if hasattr(m, "in_features")}
     plain = config.norm_position == "post" or config.n_experts or kinds != {nn.Linear}
     plain |= config.layout != "half" or config.d_rope != config.d_head
     floats = {parameter.dtype for parameter in model.parameters()}
-    plain |= floats not in ({torch.float32}, {torch.float64}) or count_parameters(model) > _SMALL
-    return _plain_step(model) if plain or _is_compiled(model) else _fused_step(model)
+    return not plain and floats in ({torch.float32}, {torch.float64}) and not _is_compiled(model)
+
+
+def _next_step(model: TransformerLM) -> Step:
+    """Return the fastest step that there is for a model, without a compiler."""
+    fused = _is_fusable(model) and count_parameters(model) <= _SMALL
+    return _FusedStep(model) if fused else _plain_step(model)
 
 
 def _is_compiled(model: nn.Module) -> bool:
@@ -1424,9 +1462,128 @@ def _is_compiled(model: nn.Module) -> bool:
 # Did it help?
 
 # %% tags=["engine"]
-fused_calls = calls_of(_fused_step(model))
+fused_calls = calls_of(_FusedStep(model))
 assert 2 * fused_calls < plain_calls
 print(f"{fused_calls} calls in place of {plain_calls}")
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: a compiler makes a few kernels of the step
+
+# %% [markdown] tags=["engine"]
+# What is left is still calls: each writes its few numbers to memory, and the next fetches them
+# again. `torch.compile` reads the step once, draws the graph of its operations, and writes a C++
+# program in which neighbors share a loop: a norm, the gain behind it and the sum before it become
+# one **kernel**, and nothing between them is stored. It does so only for a graph that stays. Three
+# things in a step change with each token: how many keys there are, where the new one goes, and what
+# the mask hides. So the compiled step always looks at all slots of the cache, and learns the
+# position from a tensor, a number in memory that any program can read, and not from Python, whose
+# numbers would be built into it. Then one graph does for every token.
+
+
+# %% tags=["engine"]
+#| export
+class _WholeLayer:
+    """A layer's cache in compiled code: all of its slots, and where the new token goes."""
+
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor):
+        self.keys, self.values, self.positions = keys, values, positions
+
+    def update_one(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a token of each row, and return all slots."""
+        rows = torch.arange(len(k), device=k.device)
+        self.keys[rows, :, self.positions[:, 0]] = k
+        self.values[rows, :, self.positions[:, 0]] = v
+        return self.keys, self.values
+
+
+def _whole_step(
+    step: _FusedStep, tokens: Tensor, positions: Tensor, layers: list[_WholeLayer]
+) -> Tensor:
+    """The fused step in shapes that do not depend on how much has been read."""
+    slots = torch.arange(layers[0].keys.size(2), device=tokens.device)
+    mask = (slots <= positions)[:, None, None]
+    return step.logits(tokens, positions, mask, layers)
+
+
+# %% [markdown] tags=["engine"]
+# Inside, the step is the fused one, but for what a compiler does better. Attention is written out,
+# as products and sums that melt into the loops around them, where PyTorch's kernel would be a call.
+# The same goes for a matrix times a single vector. With more rows it is worth a call, because
+# libraries know how to keep pieces of a matrix in the processor's registers.
+#
+# A cache is prepared once; afterwards only the position moves on. Compiling takes ten to thirty
+# seconds, so what was compiled is kept, under what its shapes depend on. Weights are an input: they may change, and another model of the same kind needs no compiling.
+# (PyTorch counts how often a function was compiled, and refuses the ninth time. So each program
+# has a copy of the function. And before each call PyTorch would compare some hundred attributes
+# with those that it saw while compiling, its *guards*, which takes longer than the arithmetic. All
+# that the program depends on is in the key by which we find it, so we switch them off.)
+
+
+# %% tags=["engine"]
+#| export
+@remember
+def _compiled_step(*shapes: object) -> Callable[..., Tensor]:
+    """Return ``_whole_step``, to be compiled once for these shapes."""
+    step = unwrap(_whole_step)  # out of what checks shapes, if anything does
+    own = FunctionType(step.__code__.replace(), step.__globals__)
+    unguarded = getattr(torch.compiler, "skip_all_guards_unsafe", None)  # since PyTorch 2.8
+    options: dict[str, Any] = {"size_asserts": False}
+    if unguarded is not None:
+        options["guard_filter_fn"] = unguarded
+    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+
+
+class _CompiledStep(_FusedStep):
+    """The fused step as a program of a few kernels, for one cache at a time."""
+
+    cache: KVCache | None = None
+
+    def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        if cache is self.cache:
+            self.positions += 1
+        else:
+            self._prepare(cache, len(tokens))
+        cache.extend(1)  # counts the token, and sees to it that there is room
+        return self.program(self, tokens, self.positions, self.layers)
+
+    def _prepare(self, cache: KVCache, batch: int) -> None:
+        self.cache = cache
+        self.positions = cache.next_positions(1).expand(batch, 1).contiguous()
+        parts = [cache[layer] for layer in range(len(self.blocks))]
+        self.layers = [_WholeLayer(part.keys, part.values, self.positions) for part in parts]
+        keys = parts[0].keys
+        kind = repr(self.model.config)
+        self.program = _compiled_step(kind, keys.shape, keys.dtype, keys.device)
+
+
+# %% [markdown] tags=["engine"]
+# Some steps cannot be compiled like this, and some machines have no compiler.
+
+
+# %% tags=["engine"]
+#| export
+def _no_compiling(model: TransformerLM) -> str | None:
+    """Say what is needed to compile the step of a model, if it is not there."""
+    if not _is_fusable(model):
+        return "False for a model with experts, post-norm, 16 bits, or compiled or quantized parts"
+    if model.config.sliding_window is not None:
+        return "False for a model with a sliding window"
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    compiler = os.environ.get("CXX") or usual
+    if model.embedding.weight.device.type != "cuda" and shutil.which(compiler) is None:
+        return f"False without a C++ compiler, {compiler}"
+    return None
+
+
+def _may_compile(model: TransformerLM, compile: object, use_cache: bool) -> bool:
+    """Return whether to compile the step; a ValueError says why it cannot be, if it must."""
+    if not isinstance(compile, bool) and compile != "auto":
+        raise ValueError(f"compile: expected True, False or 'auto', got {compile!r:.60}")
+    wanting = _no_compiling(model) if use_cache else "False with use_cache=False"
+    if compile is True and wanting is not None:
+        raise ValueError(f"compile: expected {wanting}, got True")
+    return compile is not False and wanting is None
+
 
 # %% [markdown]
 # ### The loop
@@ -1438,17 +1595,23 @@ print(f"{fused_calls} calls in place of {plain_calls}")
 # ask for it. With them the loop is short: read, then choose, and go on until all rows have ended.
 #
 # Rows that have ended leave the batch. Each departure costs a copy of the cache, so they leave
-# when half have ended, or when one can be read no further.
+# when half have ended, or when one can be read no further. (A step compiled for so many rows keeps
+# them all until one is full.)
 
 
 # %%
 #| export
 def _decode(
-    model: TransformerLM, rows: list[_Row], options: GenerationOptions, kept: "TextCache | None"
+    model: TransformerLM,
+    rows: list[_Row],
+    options: GenerationOptions,
+    kept: "TextCache | None",
+    compiled: bool,
 ) -> Iterator[list[tuple[_Row, str]]]:
     """Add tokens to the rows until all have finished; yield each step's rows and new text."""
     most = max(len(row.seen) for row in rows) + options.max_new_tokens - 1
-    reader, chooser = _Reader(model, most, options.use_cache, kept), _Chooser(model, rows, options)
+    reader = _Reader(model, most, options.use_cache, kept, compiled)
+    chooser = _Chooser(model, rows, options)
     logits = reader.read([row.seen for row in rows])
     for step in range(options.max_new_tokens):
         tokens, log_probs = chooser.choose(logits, step)
@@ -1457,12 +1620,12 @@ def _decode(
         going = [number for number, row in enumerate(rows) if row.reason is None]
         if not going:
             return
-        if len(going) < len(rows) and (reader.is_full() or 2 * len(going) <= len(rows)):
+        few = 2 * len(going) <= len(rows) and not reader.compiled
+        if len(going) < len(rows) and (few or reader.is_full()):
             left = torch.tensor(going, device=tokens.device)
             rows, tokens = [rows[number] for number in going], tokens[left]
             chooser.keep(going)
-            if reader.cache is not None:
-                reader.cache.reorder(left)
+            reader.keep(left)
         logits = reader.go_on(rows, tokens)
 
 
@@ -1482,6 +1645,7 @@ def generate(
     batch_size: int = 64,
     first_row: int = 0,
     cache: "TextCache | None" = None,
+    compile: bool | Literal["auto"] = False,
     **options: Any,
 ) -> list[Completion]:
     """Return a completion of each prompt, at most ``batch_size`` at a time.
@@ -1490,18 +1654,23 @@ def generate(
     ``min_new_tokens``, ``sampling``, ``tokenizer``, ``stop_tokens``, ``stop_strings``, ``seed``,
     ``use_cache`` and ``on_full``. A row depends on its prompt, the seed and its number only, up to
     the rounding of logits; rows are numbered from ``first_row``. A ``cache`` is for a single prompt
-    and saves reading again what it has read. Bad prompts and options raise a ``ValueError``.
+    and saves reading again what it has read. ``compile``: True makes a program of the step for one
+    token, which takes up to half a minute for each number of rows and each power of two of tokens,
+    and serves all later calls; "auto" does so where it can, which needs a C++ compiler. Bad prompts
+    and options raise a ``ValueError``.
     """
     _check_count("batch_size", batch_size, 1)
     _check_count("first_row", first_row, 0)
     checked = _options(options)
     rows = _rows(model, prompts, checked, first_row=first_row)
     _check_cache(cache, model, rows, checked)
+    compiled = _may_compile(model, compile, checked.use_cache)
     shown: dict[int, list[str]] = {row.number: [] for row in rows}
     by_length = sorted(rows, key=lambda row: len(row.prompt))
     with _evaluating(model):
         for at in range(0, len(rows), batch_size):
-            for step in _decode(model, by_length[at : at + batch_size], checked, cache):
+            batch = by_length[at : at + batch_size]
+            for step in _decode(model, batch, checked, cache, compiled):
                 for row, piece in step:
                     shown[row.number].append(piece)
     return [row.completion("".join(shown[row.number])) for row in rows]
@@ -1520,17 +1689,22 @@ class _Reader:
     """Gives the logits after each of several texts: from a cache, or read from the start."""
 
     def __init__(
-        self, model: TransformerLM, capacity: int, use_cache: bool, kept: "TextCache | None" = None
+        self,
+        model: TransformerLM,
+        capacity: int,
+        use_cache: bool,
+        kept: "TextCache | None" = None,
+        compiled: bool = False,
     ):
-        self.model, self.use_cache, self.kept = model, use_cache, kept
-        if _is_compiled(model):  # few shapes, since each of them is compiled
+        self.model, self.use_cache, self.kept, self.compiled = model, use_cache, kept, compiled
+        if compiled or _is_compiled(model):  # few shapes, since each of them is compiled
             capacity = max(128, 1 << (capacity - 1).bit_length())
         self.capacity = min(capacity, model.config.context_length)
         self.cache: KVCache | None = None
 
     @cached_property
     def step(self) -> Step:  # made when it is needed: fusing copies the weights
-        return _next_step(self.model)
+        return _CompiledStep(self.model) if self.compiled else _next_step(self.model)
 
     def read(self, texts: Sequence[Sequence[int]]) -> Float[Tensor, "batch vocab_size"]:
         """Read the texts, whatever was read before; into the cache that is kept, what is new."""
@@ -1554,6 +1728,13 @@ class _Reader:
         for row in rows:
             row.moved = False
         return self.read([row.seen for row in rows])
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these; the fewer that are left are not worth compiling anew."""
+        if self.cache is not None:
+            self.cache.reorder(rows)
+        if self.compiled:
+            self.compiled, self.step = False, _next_step(self.model)
 
     def is_full(self) -> bool:
         """Whether a row cannot be read on as it is; without a cache none ever is."""
@@ -1749,23 +1930,25 @@ def stream(
     prompt: str | Sequence[int],
     *,
     cache: TextCache | None = None,
+    compile: bool | Literal["auto"] = False,
     **options: Any,
 ) -> Iterator[Piece]:
     """Yield the tokens of ``generate(model, [prompt], **options)`` as they are chosen.
 
     Their texts are whole characters, and joined are the completion's text: what may become a stop
-    string is held back. A bad argument raises its ValueError here, not at the first token.
+    string is held back. ``cache`` and ``compile`` are as there. A bad argument raises its
+    ValueError here, not at the first token.
     """
     checked = _options(options)
     (row,) = _rows(model, [prompt], checked, "prompt")
     _check_cache(cache, model, [row], checked)
-    return _pieces(model, row, checked, cache)
+    compiled = _may_compile(model, compile, checked.use_cache)
+    return _pieces(model, row, _decode(model, [row], checked, cache, compiled))
 
 
 def _pieces(
-    model: TransformerLM, row: _Row, options: GenerationOptions, cache: TextCache | None
+    model: TransformerLM, row: _Row, steps: Iterator[list[tuple[_Row, str]]]
 ) -> Iterator[Piece]:
-    steps = _decode(model, [row], options, cache)
     while row.reason is None:
         with _evaluating(model):  # not while the caller has the piece
             ((_, text),) = next(steps)
@@ -2797,7 +2980,7 @@ def theirs_of(n: int) -> float:
 for n in (1, 32):
     print(f"{n:2} rows: {theirs_of(n) / ours_of(model, n):.1f} times transformers' speed", end=", ")
     print(f"{n * 64 / ours_of(model, n):.0f} tokens a second")
-plain, fused = microseconds_of(_plain_step(model)), microseconds_of(_fused_step(model))
+plain, fused = microseconds_of(_plain_step(model)), microseconds_of(_FusedStep(model))
 print(f"a step with fewer calls: {fused:.0f} microseconds, in place of {plain:.0f}")
 cached = ours_of(model, 1)
 print(f"cache against none, 64 tokens: {ours_of(model, 1, use_cache=False) / cached:.1f} times")
@@ -2811,6 +2994,12 @@ print(f"sorting 32 rows of 2048 numbers: NumPy {faster:.0f} times PyTorch's spee
 print(*(f"\n{what}: {value}" for what, value in noted.items()), sep="")
 
 # %% [markdown]
+# With a compiler there is one more step to go: `generate(..., compile=True)` makes a program of the
+# step. Compiling takes too long for this chapter, so it was measured apart, by
+# `python benchmarks/generation.py`, whose table is `benchmarks/results/generation.md`. What is left
+# of a token's time is then shared by the program, by Python around it, and by the choice: for top-p
+# sorting, two cumulative sums and a search cost nearly as much as the whole model.
+#
 # The draft and the 8 bits are *slower* here. Both save fetching weights from
 # memory, and ours all lie in the processor's cache; a draft of one layer costs half of a target of
 # two, and our integers are turned into floats before each product. With billions of weights, in

@@ -690,7 +690,6 @@ _STYLE = """<style>
 
 # %% tags=["engine"]
 #| export
-# The figure itself: a table of the number in each format, and a script that makes it answer
 @dataclass(frozen=True)
 class BitsFigure:
     """An interactive figure; notebooks and the site show its ``html``."""
@@ -704,6 +703,8 @@ class BitsFigure:
         return self.html
 
 
+# %% tags=["engine"]
+#| export
 def show_bits(number: float = math.pi, format: str | torch.dtype = "float16") -> BitsFigure:
     """Return a figure in which one flips the bits of ``number`` and sees what it becomes.
 
@@ -750,7 +751,7 @@ def show_bits(number: float = math.pi, format: str | torch.dtype = "float16") ->
 # the space bar. The two buttons at the end go to the next number down or up. Which bits make
 # the largest number of each format, and what does the next code mean?
 
-# %% tags=["nbval-ignore-output"]
+# %%
 show_bits(math.pi, "float16")
 
 # %% [markdown]
@@ -2560,6 +2561,12 @@ class BlockFormat:
         return FORMATS[self.element].bits + FORMATS[self.scale].bits / self.size
 
 
+# %% [markdown] tags=["engine"]
+# The formats by name, and what a tensor in one of them consists of:
+
+
+# %% tags=["engine"]
+#| export
 #: The block formats by name.
 BLOCK_FORMATS = {
     block.name: block
@@ -2768,6 +2775,12 @@ class Recipe:
             raise ValueError(f"stochastic: expected True or False, got {self.stochastic!r:.60}")
 
 
+# %% [markdown] tags=["engine"]
+# Some common ones have names. Forward and backward formats are the same where blocks are scaled,
+# since a scale for each block leaves little need for a wider range:
+
+# %% tags=["engine"]
+#| export
 #: Recipes by name.
 RECIPES = {
     "bfloat16": Recipe(forward="bfloat16", backward="bfloat16", scaling="none"),
@@ -2869,6 +2882,12 @@ class _RoundedProducts(torch.autograd.Function):
         return by_output @ weight, by_token.T @ x, None
 
 
+# %% [markdown] tags=["engine"]
+# A model is emulated by exchanging its linear layers, in a copy.
+
+
+# %% tags=["engine"]
+#| export
 def emulate(
     model: nn.Module, recipe: str | Recipe, *, keep: Collection[str] = ("lm_head",)
 ) -> nn.Module:
@@ -3245,7 +3264,7 @@ for share in (0.01, 0.25, 0.5, 0.9):
         x = torch.full((40_000,), sign * (1 + share / 128))
         rounded = round_by_bits(x, generator)
         values = sorted(set(rounded.abs().tolist()))
-        assert values == [1.0, 1.0078125], f"neighbors of {x[0]:.5f} only, got {values[:3]}"
+        assert set(values) <= {1.0, 1.0078125}, f"neighbors of {x[0]:.5f} only, got {values[:3]}"
         up = (rounded.abs() > 1).float().mean().item()
         message = f"{share:.0%} of the way to the next number: up in {up:.1%} of all cases"
         assert abs(up - share) < 0.015, message

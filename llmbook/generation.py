@@ -9,17 +9,23 @@ __all__ = ['FinishReason', 'Step', 'draw', 'keep_top_k', 'keep_top_p', 'keep_min
            'GenerationOptions', 'generate', 'TextCache', 'Piece', 'stream', 'beam_search', 'verify', 'expected_tokens',
            'SpeculativeStats', 'speculative_generate', 'quantize_rows', 'QuantizedLinear', 'quantize', 'stored_bytes']
 
-# %% ../chapters/14_generation.ipynb #3589a796
+# %% ../chapters/14_generation.ipynb #fcf0b1b9
 # The imports that only the module needs
 import codecs
+import os
+import shutil
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
+from functools import cache as remember
 from functools import cached_property
+from inspect import unwrap
 from itertools import takewhile
 from numbers import Real
 from operator import index
+from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Bool, Float, Int8, Int64
@@ -39,7 +45,7 @@ from .environment import check_at_least, check_choice, check_text
 from .model import TransformerLM, count_parameters
 from .tokenizer import BPETokenizer
 
-# %% ../chapters/14_generation.ipynb #4cf474ed
+# %% ../chapters/14_generation.ipynb #b2c4d4d6
 def draw(
     probabilities: Float[Tensor, "batch vocab_size"], uniforms: Float[Tensor, " batch"]
 ) -> Int64[Tensor, " batch"]:
@@ -53,6 +59,10 @@ def draw(
     """
     _check_shares(probabilities, to_one=False)
     _check_uniforms(uniforms, len(probabilities))
+    return _drawn(probabilities, uniforms)
+
+
+def _drawn(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     device = probabilities.device
     if device.type == "mps":  # has no float64
         probabilities = probabilities.cpu()
@@ -103,7 +113,7 @@ def _check_vocabulary(argument: str, ids: Iterable[int], vocab_size: int) -> Non
         expected = f"ids from 0 to {vocab_size - 1}"
         raise ValueError(f"{argument}: expected {expected}, got {wrong[0]}")
 
-# %% ../chapters/14_generation.ipynb #acbb4ef0
+# %% ../chapters/14_generation.ipynb #49536020
 def _check_rows(argument: str, rows: object) -> None:
     """Demand a tensor of floats, (batch, vocab_size), with at least one column."""
     if not isinstance(rows, Tensor):
@@ -118,7 +128,7 @@ def _check_rows(argument: str, rows: object) -> None:
 def _flaw(logits: Tensor) -> str | None:
     """Say what is wrong with logits from which no token can be drawn."""
     best = logits.amax(dim=-1)  # NaN if there is any in the row
-    if best.isfinite().all():
+    if all(map(math.isfinite, best.tolist())):
         return None
     return (
         "NaN" if best.isnan().any() else "infinity" if (best == math.inf).any() else "-inf for all"
@@ -183,7 +193,7 @@ def keep_top_k(
     least = probabilities.topk(min(k, probabilities.size(-1)), dim=-1).values[:, -1:]
     return _kept(probabilities, probabilities >= least)
 
-# %% ../chapters/14_generation.ipynb #7d696db1
+# %% ../chapters/14_generation.ipynb #b4b153cb
 def _ascending(values: Tensor) -> Tensor:
     """Sort each row."""
     if values.device.type != "cpu":
@@ -201,9 +211,14 @@ def keep_top_p(
     """
     _check_shares(probabilities)
     _check_share("mass", mass)
+    return _nucleus(probabilities, mass)
+
+
+def _nucleus(probabilities: Tensor, mass: int | float) -> Tensor:
     wide = _wide(probabilities.detach())
     ascending, last = _ascending(wide), wide.size(-1) - 1
-    outside = (ascending.cumsum(dim=-1) <= 1 - mass).sum(dim=-1, keepdim=True).clamp(max=last)
+    sums, most = ascending.cumsum(dim=-1), wide.new_full((len(wide), 1), 1 - mass)
+    outside = torch.searchsorted(sums, most, right=True).clamp_(max=last)
     border = ascending.gather(1, outside)
     keep = wide >= border
     too_many = keep.sum(dim=-1, keepdim=True) + outside - wide.size(-1)
@@ -327,7 +342,7 @@ class Sampling:
         """Whether there must be the text so far: for penalties, or for what may not return."""
         return self.has_penalties or self.no_repeat_ngram_size is not None
 
-# %% ../chapters/14_generation.ipynb #212b457c
+# %% ../chapters/14_generation.ipynb #7c8556ab
 def _distribution(logits: Tensor, sampling: Sampling, counts: Tensor | None) -> Tensor:
     logits = _penalized(logits, sampling, counts)
     if sampling.temperature == 0:
@@ -339,7 +354,7 @@ def _distribution(logits: Tensor, sampling: Sampling, counts: Tensor | None) -> 
     if sampling.top_k is not None:
         probabilities = keep_top_k(probabilities, sampling.top_k)
     if sampling.top_p is not None:
-        probabilities = keep_top_p(probabilities, sampling.top_p)
+        probabilities = _nucleus(probabilities, sampling.top_p)
     if sampling.min_p is not None:
         probabilities = keep_min_p(probabilities, sampling.min_p)
     if sampling.typical_p is not None:
@@ -462,13 +477,13 @@ def _check_sampling(sampling: object) -> None:
         expected = "a Sampling, such as Sampling(temperature=0.5)"
         raise ValueError(f"sampling: expected {expected}, got {sampling!r:.60}")
 
-# %% ../chapters/14_generation.ipynb #37f114e4
+# %% ../chapters/14_generation.ipynb #fb6000e3
 def _choose(
     logits: Tensor, sampling: Sampling, counts: Tensor | None, uniforms: Tensor | None
 ) -> Tensor:
     if sampling.temperature == 0 or uniforms is None:
         return _penalized(logits, sampling, counts).argmax(dim=-1)
-    return draw(_distribution(logits, sampling, counts), uniforms)
+    return _drawn(_distribution(logits, sampling, counts), uniforms)
 
 
 def sample(
@@ -788,7 +803,7 @@ def _plain_step(model: TransformerLM) -> Step:
     """The next step by the model's own forward pass, with one new token in each row."""
     return lambda tokens, cache: model(tokens[:, None], cache=cache)[:, -1]
 
-# %% ../chapters/14_generation.ipynb #f56ffde7
+# %% ../chapters/14_generation.ipynb #e8ded62b
 class _Linear:
     """Linear maps of the same vector, put side by side, behind the gain of a norm."""
 
@@ -798,16 +813,20 @@ class _Linear:
         weight = torch.cat(weights)
         if isinstance(norm, RMSNorm):
             weight = weight * (norm.weight * math.sqrt(len(norm.weight)))
-        self.weight = weight.t().contiguous()
-        self.bias = torch.cat(biases) if biases else None
+        self.weight, self.bias = weight, torch.cat(biases) if biases else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
+        if torch.compiler.is_compiling() and len(x) == 1:  # see "a step in a few kernels"
+            out = (x[:, None] * self.weight).sum(dim=-1)
+            return out if self.bias is None else out + self.bias
+        return F.linear(x, self.weight, self.bias)
 
     def onto(self, stream: Tensor, x: Tensor) -> Tensor:
         """Add what the map makes of ``x`` to ``stream``."""
+        if torch.compiler.is_compiling():
+            return stream + self(x)
         stream = stream if self.bias is None else stream + self.bias
-        return torch.addmm(stream, x, self.weight)
+        return torch.addmm(stream, x, self.weight.t())
 
 
 def _normalizer(norm: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -817,6 +836,8 @@ def _normalizer(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     least = norm.weight.new_tensor(math.sqrt(len(norm.weight) * norm.eps))
 
     def normalized(x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # the compiler has no vectors of hypotenuses
+            return x * (x.square().sum(dim=-1, keepdim=True) + least.square()).rsqrt()
         return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), least)
 
     return normalized
@@ -826,7 +847,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``apply_rope`` in three calls: both are doubled, the first half of ``sin`` has a minus."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
-# %% ../chapters/14_generation.ipynb #66a93b68
+# %% ../chapters/14_generation.ipynb #ed4b7317
 class _FusedBlock:
     """A block for one new token in each row, (batch, d_model), in few calls."""
 
@@ -857,52 +878,154 @@ class _FusedBlock:
         qk = qk if rope is None else _rotated(qk, *rope)
         k, v = cache.update_one(qk.narrow(1, heads, kv_heads), v)
         q = qk.narrow(1, 0, heads).unflatten(1, (kv_heads, -1))  # those that share keys together
-        return F.scaled_dot_product_attention(q, k, v, mask).reshape(len(x), -1)
+        if not torch.compiler.is_compiling():
+            return F.scaled_dot_product_attention(q, k, v, mask).reshape(len(x), -1)
+        scores = (q.unsqueeze(3) * k.unsqueeze(2)).sum(dim=-1) / math.sqrt(self.d_head)
+        shares = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)  # type: ignore[operator]
+        return (shares.unsqueeze(4) * v.unsqueeze(2)).sum(dim=3).reshape(len(x), -1)
 
-# %% ../chapters/14_generation.ipynb #77b63a8c
-def _fused_step(model: TransformerLM) -> Step:
+# %% ../chapters/14_generation.ipynb #b4acf8b2
+class _FusedStep:
     """The next step of a small model, where calling functions is most of the work."""
-    blocks = [_FusedBlock(block) for block in model.blocks]
 
-    def step(tokens: Tensor, cache: KVCache) -> Tensor:
+    def __init__(self, model: TransformerLM):
+        self.model = model
+        self.blocks = [_FusedBlock(block) for block in model.blocks]
+        self.head = _Linear(model.lm_head, norm=model.norm)
+        self.norm = _normalizer(model.norm)
+
+    def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         positions, mask = cache.next_positions(1), cache.extend(1)
+        return self.logits(tokens, positions, mask, cache)
+
+    def logits(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+        """Return logits, (batch, vocab_size), and store keys and values in the layers' caches."""
+        model = self.model
         x, rope = model.embedding(tokens), None
         if model.positions is not None:
             x = x + model.positions(positions)[:, 0]
         if model.rope is not None:
             cos, sin = model.rope(positions)  # (batch or 1, 1, half): the 1 is for all heads
             rope = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-        for layer, block in enumerate(blocks):
+        for layer, block in enumerate(self.blocks):
             x = block(x, rope, mask, cache[layer])
-        return model.lm_head(model.norm(x))
+        return self.head(self.norm(x))
 
-    return step
-
-# %% ../chapters/14_generation.ipynb #03ae9eb0
+# %% ../chapters/14_generation.ipynb #0a27432b
 _SMALL = 20_000_000  # parameters
 
 
-def _next_step(model: TransformerLM) -> Step:
-    """Return the fastest step that there is for a model."""
+def _is_fusable(model: TransformerLM) -> bool:
     config, kinds = model.config, {type(m) for m in model.modules() if hasattr(m, "in_features")}
     plain = config.norm_position == "post" or config.n_experts or kinds != {nn.Linear}
     plain |= config.layout != "half" or config.d_rope != config.d_head
     floats = {parameter.dtype for parameter in model.parameters()}
-    plain |= floats not in ({torch.float32}, {torch.float64}) or count_parameters(model) > _SMALL
-    return _plain_step(model) if plain or _is_compiled(model) else _fused_step(model)
+    return not plain and floats in ({torch.float32}, {torch.float64}) and not _is_compiled(model)
+
+
+def _next_step(model: TransformerLM) -> Step:
+    """Return the fastest step that there is for a model, without a compiler."""
+    fused = _is_fusable(model) and count_parameters(model) <= _SMALL
+    return _FusedStep(model) if fused else _plain_step(model)
 
 
 def _is_compiled(model: nn.Module) -> bool:
     """Whether ``torch.compile`` or ``model.compile`` was called with the model, or a part of it."""
     return any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules())
 
-# %% ../chapters/14_generation.ipynb #1ac858c2
+# %% ../chapters/14_generation.ipynb #a6123205
+class _WholeLayer:
+    """A layer's cache in compiled code: all of its slots, and where the new token goes."""
+
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor):
+        self.keys, self.values, self.positions = keys, values, positions
+
+    def update_one(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a token of each row, and return all slots."""
+        rows = torch.arange(len(k), device=k.device)
+        self.keys[rows, :, self.positions[:, 0]] = k
+        self.values[rows, :, self.positions[:, 0]] = v
+        return self.keys, self.values
+
+
+def _whole_step(
+    step: _FusedStep, tokens: Tensor, positions: Tensor, layers: list[_WholeLayer]
+) -> Tensor:
+    """The fused step in shapes that do not depend on how much has been read."""
+    slots = torch.arange(layers[0].keys.size(2), device=tokens.device)
+    mask = (slots <= positions)[:, None, None]
+    return step.logits(tokens, positions, mask, layers)
+
+# %% ../chapters/14_generation.ipynb #93d7c381
+@remember
+def _compiled_step(*shapes: object) -> Callable[..., Tensor]:
+    """Return ``_whole_step``, to be compiled once for these shapes."""
+    step = unwrap(_whole_step)  # out of what checks shapes, if anything does
+    own = FunctionType(step.__code__.replace(), step.__globals__)
+    unguarded = getattr(torch.compiler, "skip_all_guards_unsafe", None)  # since PyTorch 2.8
+    options: dict[str, Any] = {"size_asserts": False}
+    if unguarded is not None:
+        options["guard_filter_fn"] = unguarded
+    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+
+
+class _CompiledStep(_FusedStep):
+    """The fused step as a program of a few kernels, for one cache at a time."""
+
+    cache: KVCache | None = None
+
+    def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        if cache is self.cache:
+            self.positions += 1
+        else:
+            self._prepare(cache, len(tokens))
+        cache.extend(1)  # counts the token, and sees to it that there is room
+        return self.program(self, tokens, self.positions, self.layers)
+
+    def _prepare(self, cache: KVCache, batch: int) -> None:
+        self.cache = cache
+        self.positions = cache.next_positions(1).expand(batch, 1).contiguous()
+        parts = [cache[layer] for layer in range(len(self.blocks))]
+        self.layers = [_WholeLayer(part.keys, part.values, self.positions) for part in parts]
+        keys = parts[0].keys
+        kind = repr(self.model.config)
+        self.program = _compiled_step(kind, keys.shape, keys.dtype, keys.device)
+
+# %% ../chapters/14_generation.ipynb #20cc42cf
+def _no_compiling(model: TransformerLM) -> str | None:
+    """Say what is needed to compile the step of a model, if it is not there."""
+    if not _is_fusable(model):
+        return "False for a model with experts, post-norm, 16 bits, or compiled or quantized parts"
+    if model.config.sliding_window is not None:
+        return "False for a model with a sliding window"
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    compiler = os.environ.get("CXX") or usual
+    if model.embedding.weight.device.type != "cuda" and shutil.which(compiler) is None:
+        return f"False without a C++ compiler, {compiler}"
+    return None
+
+
+def _may_compile(model: TransformerLM, compile: object, use_cache: bool) -> bool:
+    """Return whether to compile the step; a ValueError says why it cannot be, if it must."""
+    if not isinstance(compile, bool) and compile != "auto":
+        raise ValueError(f"compile: expected True, False or 'auto', got {compile!r:.60}")
+    wanting = _no_compiling(model) if use_cache else "False with use_cache=False"
+    if compile is True and wanting is not None:
+        raise ValueError(f"compile: expected {wanting}, got True")
+    return compile is not False and wanting is None
+
+# %% ../chapters/14_generation.ipynb #597a9075
 def _decode(
-    model: TransformerLM, rows: list[_Row], options: GenerationOptions, kept: "TextCache | None"
+    model: TransformerLM,
+    rows: list[_Row],
+    options: GenerationOptions,
+    kept: "TextCache | None",
+    compiled: bool,
 ) -> Iterator[list[tuple[_Row, str]]]:
     """Add tokens to the rows until all have finished; yield each step's rows and new text."""
     most = max(len(row.seen) for row in rows) + options.max_new_tokens - 1
-    reader, chooser = _Reader(model, most, options.use_cache, kept), _Chooser(model, rows, options)
+    reader = _Reader(model, most, options.use_cache, kept, compiled)
+    chooser = _Chooser(model, rows, options)
     logits = reader.read([row.seen for row in rows])
     for step in range(options.max_new_tokens):
         tokens, log_probs = chooser.choose(logits, step)
@@ -911,15 +1034,15 @@ def _decode(
         going = [number for number, row in enumerate(rows) if row.reason is None]
         if not going:
             return
-        if len(going) < len(rows) and (reader.is_full() or 2 * len(going) <= len(rows)):
+        few = 2 * len(going) <= len(rows) and not reader.compiled
+        if len(going) < len(rows) and (few or reader.is_full()):
             left = torch.tensor(going, device=tokens.device)
             rows, tokens = [rows[number] for number in going], tokens[left]
             chooser.keep(going)
-            if reader.cache is not None:
-                reader.cache.reorder(left)
+            reader.keep(left)
         logits = reader.go_on(rows, tokens)
 
-# %% ../chapters/14_generation.ipynb #c7f69b66
+# %% ../chapters/14_generation.ipynb #31b67676
 def generate(
     model: TransformerLM,
     prompts: Sequence[Sequence[int]] | Sequence[str],
@@ -927,6 +1050,7 @@ def generate(
     batch_size: int = 64,
     first_row: int = 0,
     cache: "TextCache | None" = None,
+    compile: bool | Literal["auto"] = False,
     **options: Any,
 ) -> list[Completion]:
     """Return a completion of each prompt, at most ``batch_size`` at a time.
@@ -935,38 +1059,48 @@ def generate(
     ``min_new_tokens``, ``sampling``, ``tokenizer``, ``stop_tokens``, ``stop_strings``, ``seed``,
     ``use_cache`` and ``on_full``. A row depends on its prompt, the seed and its number only, up to
     the rounding of logits; rows are numbered from ``first_row``. A ``cache`` is for a single prompt
-    and saves reading again what it has read. Bad prompts and options raise a ``ValueError``.
+    and saves reading again what it has read. ``compile``: True makes a program of the step for one
+    token, which takes up to half a minute for each number of rows and each power of two of tokens,
+    and serves all later calls; "auto" does so where it can, which needs a C++ compiler. Bad prompts
+    and options raise a ``ValueError``.
     """
     _check_count("batch_size", batch_size, 1)
     _check_count("first_row", first_row, 0)
     checked = _options(options)
     rows = _rows(model, prompts, checked, first_row=first_row)
     _check_cache(cache, model, rows, checked)
+    compiled = _may_compile(model, compile, checked.use_cache)
     shown: dict[int, list[str]] = {row.number: [] for row in rows}
     by_length = sorted(rows, key=lambda row: len(row.prompt))
     with _evaluating(model):
         for at in range(0, len(rows), batch_size):
-            for step in _decode(model, by_length[at : at + batch_size], checked, cache):
+            batch = by_length[at : at + batch_size]
+            for step in _decode(model, batch, checked, cache, compiled):
                 for row, piece in step:
                     shown[row.number].append(piece)
     return [row.completion("".join(shown[row.number])) for row in rows]
 
-# %% ../chapters/14_generation.ipynb #676d71aa
+# %% ../chapters/14_generation.ipynb #73a91de5
 class _Reader:
     """Gives the logits after each of several texts: from a cache, or read from the start."""
 
     def __init__(
-        self, model: TransformerLM, capacity: int, use_cache: bool, kept: "TextCache | None" = None
+        self,
+        model: TransformerLM,
+        capacity: int,
+        use_cache: bool,
+        kept: "TextCache | None" = None,
+        compiled: bool = False,
     ):
-        self.model, self.use_cache, self.kept = model, use_cache, kept
-        if _is_compiled(model):  # few shapes, since each of them is compiled
+        self.model, self.use_cache, self.kept, self.compiled = model, use_cache, kept, compiled
+        if compiled or _is_compiled(model):  # few shapes, since each of them is compiled
             capacity = max(128, 1 << (capacity - 1).bit_length())
         self.capacity = min(capacity, model.config.context_length)
         self.cache: KVCache | None = None
 
     @cached_property
     def step(self) -> Step:  # made when it is needed: fusing copies the weights
-        return _next_step(self.model)
+        return _CompiledStep(self.model) if self.compiled else _next_step(self.model)
 
     def read(self, texts: Sequence[Sequence[int]]) -> Float[Tensor, "batch vocab_size"]:
         """Read the texts, whatever was read before; into the cache that is kept, what is new."""
@@ -990,6 +1124,13 @@ class _Reader:
         for row in rows:
             row.moved = False
         return self.read([row.seen for row in rows])
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these; the fewer that are left are not worth compiling anew."""
+        if self.cache is not None:
+            self.cache.reorder(rows)
+        if self.compiled:
+            self.compiled, self.step = False, _next_step(self.model)
 
     def is_full(self) -> bool:
         """Whether a row cannot be read on as it is; without a cache none ever is."""
@@ -1124,7 +1265,7 @@ def _check_cache(
         got = cache.cache.capacity
         raise ValueError(f"cache: expected a capacity of at least {needed} tokens, got {got}")
 
-# %% ../chapters/14_generation.ipynb #1236ee60
+# %% ../chapters/14_generation.ipynb #01d34158
 class Piece(NamedTuple):
     """One token of a stream: the text that can be shown with it, and at the end why it ended."""
 
@@ -1139,23 +1280,25 @@ def stream(
     prompt: str | Sequence[int],
     *,
     cache: TextCache | None = None,
+    compile: bool | Literal["auto"] = False,
     **options: Any,
 ) -> Iterator[Piece]:
     """Yield the tokens of ``generate(model, [prompt], **options)`` as they are chosen.
 
     Their texts are whole characters, and joined are the completion's text: what may become a stop
-    string is held back. A bad argument raises its ValueError here, not at the first token.
+    string is held back. ``cache`` and ``compile`` are as there. A bad argument raises its
+    ValueError here, not at the first token.
     """
     checked = _options(options)
     (row,) = _rows(model, [prompt], checked, "prompt")
     _check_cache(cache, model, [row], checked)
-    return _pieces(model, row, checked, cache)
+    compiled = _may_compile(model, compile, checked.use_cache)
+    return _pieces(model, row, _decode(model, [row], checked, cache, compiled))
 
 
 def _pieces(
-    model: TransformerLM, row: _Row, options: GenerationOptions, cache: TextCache | None
+    model: TransformerLM, row: _Row, steps: Iterator[list[tuple[_Row, str]]]
 ) -> Iterator[Piece]:
-    steps = _decode(model, [row], options, cache)
     while row.reason is None:
         with _evaluating(model):  # not while the caller has the piece
             ((_, text),) = next(steps)

@@ -1368,8 +1368,8 @@ def test_a_quantized_state_dict_loads(tmp_path):
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "qwen3", "mistral"])
 def test_the_fused_step_is_the_models(models, kind):
     model, generator = models[kind], torch.Generator().manual_seed(0)
-    assert module._next_step(model).__qualname__.startswith("_fused_step")
-    fused, plain = module._fused_step(model), module._plain_step(model)
+    assert isinstance(module._next_step(model), module._FusedStep)
+    fused, plain = module._FusedStep(model), module._plain_step(model)
     caches = [model.new_cache(3) for _ in range(2)]
     positions = torch.tensor([[-1, -1, 0], [-1, 0, 1], [0, 1, 2]])
     with torch.inference_mode():
@@ -1386,11 +1386,11 @@ def test_the_fused_step_is_the_models(models, kind):
 
 def test_what_cannot_be_fused_is_not(models):
     for model in (models["mixtral"], models["post"], quantize(models["llama"])):
-        assert module._next_step(model).__qualname__.startswith("_plain_step")
+        assert not isinstance(module._next_step(model), module._FusedStep)
     half = made(n_kv_heads=2).to(torch.bfloat16)
-    assert module._next_step(half).__qualname__.startswith("_plain_step")
+    assert not isinstance(module._next_step(half), module._FusedStep)
     assert len(generate(half, [[1]], max_new_tokens=5)[0].ids) == 5
-    assert module._next_step(made()).__qualname__.startswith("_fused_step")  # in float32
+    assert isinstance(module._next_step(made()), module._FusedStep)  # in float32
 
 
 # --- compiled models ----------------------------------------------------------------------------
@@ -1462,3 +1462,124 @@ def test_greedy_text_is_that_of_the_whole_model_for_each_rotation(changes):
     greedy = Sampling(temperature=0)
     (completion,) = generate(model, [ids[:4]], max_new_tokens=8, sampling=greedy)
     assert completion.ids == ids[4:]
+
+
+# --- the compiled step --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def programs(monkeypatch, graphs, untyped):
+    """Trace a compiled step as in earnest, but write no C++; say how many graphs there are."""
+    real = torch.compile
+
+    def traced(function, options, **more):
+        chosen = {"guard_filter_fn": options["guard_filter_fn"]} if len(options) > 1 else None
+        return real(function, backend="eager", options=chosen, **more)
+
+    module._compiled_step.cache_clear()
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(module.shutil, "which", lambda name: name)
+    yield graphs
+    module._compiled_step.cache_clear()
+
+
+SAMPLED = Sampling(temperature=0.8, top_p=0.9)
+WAYS = [GREEDY, SAMPLED, Sampling(repetition_penalty=1.3, banned_tokens=[3], min_p=0.01)]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "qwen3"])
+def test_the_compiled_step_gives_the_tokens_of_the_fused_one(programs, kind):
+    model = made(**KINDS[kind])
+    for rows in ([[5, 6, 7]], [[5], [1, 2, 3], [9, 8]], [[4, 4]] * 3):
+        for sampling in WAYS:
+            stops = [7, 11] if len(rows) > 1 else []
+            options = {"max_new_tokens": 20, "sampling": sampling, "stop_tokens": stops}
+            one, other = (generate(model, rows, compile=c, **options) for c in (False, True))
+            assert ids_of(one) == ids_of(other)
+            for a, b in zip(one, other, strict=True):
+                assert a.finish_reason == b.finish_reason
+                assert a.log_probs == pytest.approx(b.log_probs, abs=1e-4)
+    assert programs() == 2  # of one row and of three
+
+
+def test_what_was_compiled_serves_other_weights_models_and_lengths(programs):
+    model, prompt, options = made(), [[5, 6]], {"max_new_tokens": 9, "sampling": GREEDY}
+    generate(model, prompt, compile=True, **options)
+    before = ids_of(generate(model, prompt, **options))
+    with torch.no_grad():
+        for parameter in model.parameters():  # in place, as an optimizer does, and unseen by it
+            parameter.data.mul_(-1.5)
+    after = ids_of(generate(model, prompt, **options))
+    assert before != after == ids_of(generate(model, prompt, compile=True, **options))
+    twin = made(seed=5)
+    expected = ids_of(generate(twin, [[1, 2, 3, 4]], max_new_tokens=17, sampling=GREEDY))
+    arguments = {"max_new_tokens": 17, "sampling": GREEDY, "compile": True}
+    assert ids_of(generate(twin, [[1, 2, 3, 4]], **arguments)) == expected
+    assert programs() == 1
+    wide = made().double()  # another type of numbers is another program
+    expected = ids_of(generate(wide, prompt, **options))
+    assert ids_of(generate(wide, prompt, compile=True, **options)) == expected
+    assert programs() == 2
+
+
+def test_a_compiled_step_serves_streams_caches_and_contexts_that_end(programs):
+    model, options = made(), {"max_new_tokens": 60, "sampling": SAMPLED}
+    for on_full in ("stop", "slide"):
+        rows = [[1] * 30, [2, 3]]  # the first is full long before the second
+        one, other = (
+            generate(model, rows, on_full=on_full, compile=c, **options) for c in (False, True)
+        )
+        assert ids_of(one) == ids_of(other)
+    pieces = stream(model, [5, 6], compile=True, max_new_tokens=20, sampling=SAMPLED)
+    whole = generate(model, [[5, 6]], max_new_tokens=20, sampling=SAMPLED)[0]
+    assert [piece.id for piece in pieces] == whole.ids
+    kept, text = TextCache(model), [5, 6]
+    for _ in range(3):
+        arguments = {"max_new_tokens": 5, "sampling": SAMPLED}
+        done = generate(model, [text], cache=kept, compile=True, **arguments)[0]
+        assert done.ids == generate(model, [text], **arguments)[0].ids
+        text = [*text, *done.ids, 7]
+
+
+def test_where_there_is_no_compiled_step_an_error_says_why_and_auto_does_without(
+    programs, models, monkeypatch
+):
+    options = {"max_new_tokens": 3, "sampling": GREEDY}
+
+    def refused(model, why, **more):
+        for run in (lambda **c: generate(model, [[5]], **c), lambda **c: stream(model, [5], **c)):
+            with pytest.raises(ValueError, match=f"^compile: expected {why}.*, got True"):
+                run(compile=True, **options, **more)
+        auto = generate(model, [[5]], compile="auto", **options, **more)
+        assert ids_of(auto) == ids_of(generate(model, [[5]], **options, **more))
+
+    for kind in ("mixtral", "post"):
+        refused(models[kind], "False for a model with experts")
+    refused(quantize(models["llama"]), "False for a model with experts.* quantized")
+    refused(models["mistral"], "False for a model with a sliding window")
+    refused(models["llama"], "False with use_cache=False", use_cache=False)
+    assert programs() == 0
+    generate(models["llama"], [[5]], compile="auto", **options)
+    assert programs() == 1
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refused(models["llama"], r"False without a C\+\+ compiler, no-such-compiler")
+    for wrong in (None, "yes", 1):
+        with pytest.raises(ValueError, match=r"^compile: expected True, False or 'auto', got"):
+            generate(models["llama"], [[5]], compile=wrong, **options)
+
+
+COMPILER = module._no_compiling(TransformerLM(ModelConfig(**SMALL))) is None
+
+
+@pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of PyTorch's compiler about itself
+@pytest.mark.usefixtures("untyped", "graphs")
+def test_the_program_that_a_compiler_makes_gives_the_same_tokens():
+    model = made(n_layers=1, n_kv_heads=2)
+    for sampling in (GREEDY, SAMPLED):
+        options = {"max_new_tokens": 30, "sampling": sampling}
+        expected = ids_of(generate(model, [[5], [1, 2, 3]], **options))
+        assert ids_of(generate(model, [[5], [1, 2, 3]], compile=True, **options)) == expected
+        expected = ids_of(generate(model, [[5]], **options))
+        assert ids_of(generate(model, [[5]], compile=True, **options)) == expected
