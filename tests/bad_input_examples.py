@@ -526,11 +526,7 @@ EXAMPLES: dict[str, Arguments] = {
     "evaluation.check_causal": {"length": 8},
     "evaluation.encode_pairs": {"context": "a", "continuations": [" b", " c"]},
     "evaluation.score_continuations": {"pairs": [([1, 2], [3]), ([1], [2, 3])]},
-    "evaluation.score_choices": lambda: {
-        "model": reader(),
-        "context": "a",
-        "choices": [" b", " c"],
-    },
+    "evaluation.score_choices": {"context": "a", "choices": [" b", " c"]},
     "evaluation.centered_accuracy": {"accuracy": 0.5, "chance": 0.25},
     "evaluation.parse_answer": {"text": "so it is 7", "kind": "number"},
     "evaluation.exact_match": {"text": "so it is 7", "answer": "7", "kind": "number"},
