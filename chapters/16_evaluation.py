@@ -13,8 +13,8 @@
 # Most numbers that are said of language models have such a trap in them. The score changes with the
 # tokenizer, with a space at the end of the question, with where a long text was cut. An answer is
 # marked wrong because it was written as 1,234. A model wins by two points on two hundred questions,
-# and would have lost on two hundred others. This chapter builds the measurements that later chapters
-# rely on, and for each it looks for the trap.
+# and would have lost on two hundred others. This chapter builds the measurements that later
+# chapters rely on, and for each it looks for the trap.
 #
 # | | |
 # |---|---|
@@ -54,7 +54,8 @@ from llmbook.training import unnoticed
 
 # %% [markdown]
 # Here are the two models. They have the same layers and train for the same 40 steps on the same
-# stories of the tiny world. One reads bytes, the other tokens of a {term}`BPE <byte-pair encoding>`:
+# stories of the tiny world. One reads bytes, the other tokens of a {term}`BPE <byte-pair
+# encoding>`:
 
 # %%
 import random
@@ -109,33 +110,33 @@ assert found["bytes"][0] < found["BPE"][0] / 1.5 and found["bytes"][1] > 2 * fou
 # %% [markdown]
 # ## Per what?
 #
-# A model with tokenizer $\tau$ cuts a text $x$ into $n_\tau$ tokens, and the {term}`chain rule`
-# gives $\log q(x) = \sum_t \log q(x_t \mid x_{<t})$. The left side does not know about tokens. (To
-# be exact, it is the probability of this one way to cut $x$. Others spell the same text, so
-# $q(x)$ is a little more; chapter 06 adds them all up.) The right side has a number of terms that the
-# tokenizer decides. So
+# A model with tokenizer $\tau$ cuts a text $x$ into $n_\tau$ tokens, and the chain rule gives $\log
+# q(x) = \sum_t \log q(x_t \mid x_{<t})$. The left side does not know about tokens. (To be exact, it
+# is the probability of this one way to cut $x$. Others spell the same text, so $q(x)$ is a little
+# more; chapter 06 adds them all up.) The right side has a number of terms that the tokenizer
+# decides. So
 #
 # $$
 # \text{perplexity} = \exp\Bigl(-\frac{\log q(x)}{n_\tau}\Bigr) , \qquad
 # \text{bits per byte} = \frac{-\log_2 q(x)}{b} .
 # $$ (evaluation-units)
 #
-# Only $n_\tau$ depends on the tokenizer; the number of bytes $b$ belongs to the text. For two models
-# $q$ and $r$ and the same $x$, the ratio of their bits per byte is $\log q(x) / \log r(x)$: it asks
-# which one finds the text more probable, and nothing else. The ratio of the logarithms of their
-# perplexities is that same number times $n_\rho / n_\tau$. Here the byte model has about four times as many
-# terms, so each of them is smaller. From {eq}`evaluation-units` also
-# follows how to go from one to the other,
+# Only $n_\tau$ depends on the tokenizer; the number of bytes $b$ belongs to the text. For two
+# models $q$ and $r$ and the same $x$, the ratio of their bits per byte is $\log q(x) / \log r(x)$:
+# it asks which one finds the text more probable, and nothing else. The ratio of the logarithms of
+# their perplexities is that same number times $n_\rho / n_\tau$. Here the byte model has about four
+# times as many terms, so each of them is smaller. From {eq}`evaluation-units` also follows how to
+# go from one to the other,
 #
 # $$
 # \text{bits per byte} = \frac{n_\tau}{b} \log_2 (\text{perplexity}) .
 # $$ (evaluation-conversion)
 #
-# Two more traps are in the units. Losses are in nats and compressors count bits, and to forget
-# the $\ln 2 \approx 0.693$ makes a model look 31 % better. And the bytes must be those of the *text*.
-# Programs that have only token ids at hand decode each one and add up the lengths. But a
-# token may hold a part of a character. Alone it is no valid UTF-8, decodes to the replacement
-# character U+FFFD, and that takes three bytes:
+# Two more traps are in the units. Losses are in nats and compressors count bits, and to forget the
+# $\ln 2 \approx 0.693$ makes a model look 31 % better. And the bytes must be those of the *text*.
+# Programs that have only token ids at hand decode each one and add up the lengths. But a token may
+# hold a part of a character. Alone it is no valid UTF-8, decodes to the replacement character
+# U+FFFD, and that takes three bytes:
 
 # %%
 text = "Zoë naïvely ordered 抹茶 and crème brûlée for 12 €."
@@ -151,9 +152,9 @@ print(f"the text itself {len(text.encode()):25}")
 #
 # ## The log-probability of each token
 #
-# All scores of this chapter come from one place. At position $t$ the model has read $x_1$ to $x_t$ and
-# its logits are about $x_{t+1}$. So the logits of all positions but the last are held
-# against the ids of all positions but the first:
+# All scores of this chapter come from one place. At position $t$ the model has read $x_1$ to $x_t$
+# and its logits are about $x_{t+1}$. So the logits of all positions but the last are held against
+# the ids of all positions but the first:
 
 
 # %%
@@ -161,7 +162,7 @@ print(f"the text itself {len(text.encode()):25}")
 def model_logits(
     model: nn.Module, ids: Int64[Tensor, "batch sequence"]
 ) -> Float[Tensor, "batch sequence vocab_size"]:
-    """Return a model's logits, whether it returns them or, as transformers, has them in a record."""
+    """Return the logits of a model that returns them, or as transformers a record with them."""
     found = model(ids)
     return found if isinstance(found, Tensor) else found.logits
 
@@ -177,8 +178,8 @@ def next_log_probs(
 # %% [markdown]
 # What did the first token get? Nothing: there is no position before it. So a text is put after a
 # special token, and in this book that is `<|endoftext|>`, which ended the previous document in
-# training. (Many models have one of their own for this, called BOS, beginning of sequence.) It must be
-# there *once*. We take the model that chapter 13 has trained, and compare:
+# training. (Many models have one of their own for this, called BOS, beginning of sequence.) It must
+# be there *once*. We take the model that chapter 13 has trained, and compare:
 
 # %%
 run = pretrained("tinyworld")
@@ -200,19 +201,19 @@ assert means["missing"] > 1.1 * means["once"]
 
 # %% [markdown]
 # Without the start token this model is about a fifth worse at all the *other* tokens, with a
-# perplexity of 1.85: it has never seen a row that begins with anything else. Large models, whose attention leans on the first
-# position, can break altogether. Doubled, it does little harm here, as documents may be empty; but
-# a model that never saw it twice is outside of what it knows. It comes about when a
-# tokenizer adds it and the program does, too, so ours adds it only if it is not there.
+# perplexity of 1.85: it has never seen a row that begins with anything else. Large models, whose
+# attention leans on the first position, can break altogether. Doubled, it does little harm here, as
+# documents may be empty; but a model that never saw it twice is outside of what it knows. It comes
+# about when a tokenizer adds it and the program does, too, so ours adds it only if it is not there.
 
 # %% [markdown]
 # ## A model must not see the future
 #
-# All of this rests on one assumption: that logits at position $t$ depend on tokens up to $t$ only. A mask
-# that is off by one, a normalization over the whole row, or an expert layer that sorts all tokens of a row by
-# their score breaks it. Then the loss is wonderful, in training and in evaluation, and the model cannot
-# generate. No score shows the fault, but a direct test does. Change the tokens from some place on, and
-# the logits before it must stay what they were:
+# All of this rests on one assumption: that logits at position $t$ depend on tokens up to $t$ only.
+# A mask that is off by one, a normalization over the whole row, or an expert layer that sorts all
+# tokens of a row by their score breaks it. Then the loss is wonderful, in training and in
+# evaluation, and the model cannot generate. No score shows the fault, but a direct test does.
+# Change the tokens from some place on, and the logits before it must stay what they were:
 
 
 # %%
@@ -273,8 +274,8 @@ def _check_positive(name: str, value: Any) -> None:
 
 
 # %% [markdown]
-# Our model passes. One whose logits are averaged with those of the next position, as an
-# off-by-one in a convolution would do it, is refused:
+# Our model passes. One whose logits are averaged with those of the next position, as an off-by-one
+# in a convolution would do it, is refused:
 
 
 # %%
@@ -297,11 +298,11 @@ except ValueError as error:
 # %% [markdown]
 # ## Texts longer than the context
 #
-# A model with a {term}`context length` of $T$ reads at most $T$ tokens at once. A longer text is cut
-# into windows, and it matters how. If windows follow each other, the first tokens of each have
+# A model with a {term}`context length` of $T$ reads at most $T$ tokens at once. A longer text is
+# cut into windows, and it matters how. If windows follow each other, the first tokens of each have
 # hardly any context, and are scored as if the text began there. If each window moves on by a
-# **stride** $s < T$, only its last $s$ tokens count, and the others are what they are
-# predicted from:
+# {term}`stride` $s < T$, only its last $s$ tokens count, and the others are what they are predicted
+# from:
 
 
 # %%
@@ -340,12 +341,12 @@ def plan_windows(n_ids: int, context_length: int, stride: int) -> list[Window]:
 
 
 # %% [markdown]
-# Every token but the first is scored once, and after the first window has at least $T + 1 - s$ tokens of
-# context. The price is $T / s$ times the work. {numref}`fig-evaluation-windows` shows
+# Every token but the first is scored once, and after the first window has at least $T + 1 - s$
+# tokens of context. The price is $T / s$ times the work. {numref}`fig-evaluation-windows` shows
 # both, with stories in windows of 16 tokens:
 
 
-# %% mystnb={"figure": {"caption": "Windows of 16 tokens. Left, how many tokens before it each token gets to see, with two strides. Right, the perplexity of the same model on the same stories, over the stride.", "name": "fig-evaluation-windows"}, "image": {"alt": "Left, two sawtooth lines over 48 tokens: with a stride of 16 the context falls to 1 at each window and rises to 16, with a stride of 4 it stays between 13 and 16. Right, perplexity rises with the stride, from 2.1 at 1 to 5.3 at 16."}}
+# %% mystnb={"figure": {"caption": "Windows of 16 tokens. Left, how many tokens before it each token gets to see, with two strides. Right, the perplexity of the same model on the same stories, over the stride.", "name": "fig-evaluation-windows"}, "image": {"alt": "Left, two sawtooth lines over 48 tokens: with a stride of 16 the context falls to 1 at each window and rises to 16, with a stride of 4 it stays between 13 and 16. Right, perplexity rises with the stride, from 2.2 at 1 to 5.2 at 16."}}
 def windowed(ids: list[int], stride: int, size: int = 16) -> Tensor:
     parts = []
     for window in plan_windows(len(ids), size, stride):
@@ -372,14 +373,15 @@ axes[1].set(title="Perplexity", xlabel="stride", xticks=strides, ylim=(1, None))
 plt.show()
 
 # %% [markdown]
-# The same weights and the same text have perplexities from 2.1 to 5.3. Whoever reports one
-# has to say which windows it is from; {py:func}`~llmbook.evaluation.perplexity` takes a stride
-# of half the context length unless told otherwise. For texts that fit, as our stories do into 128 tokens,
-# there is one window and nothing to choose.
+# The same weights and the same text have perplexities from 2.2 to 5.2. Whoever reports one has to
+# say which windows it is from; {py:func}`~llmbook.evaluation.perplexity` takes a stride of half the
+# context length unless told otherwise. For texts that fit, as our stories do into 128 tokens, there
+# is one window and nothing to choose.
 #
 # Put together, this is a function: {py:func}`~llmbook.evaluation.score_texts`, in the room below,
 # returns the nats, tokens and bytes of each text, and the two measures of {eq}`evaluation-units`
-# follow from their sums. (The numbers of each text are kept, because the intervals below need them.)
+# follow from their sums. (The numbers of each text are kept, because the intervals below need
+# them.)
 
 
 # %%
@@ -408,8 +410,8 @@ class TextScores(NamedTuple):
 # ### Engine room: rows of unequal length, models of others, and texts of any length
 
 # %% [markdown] tags=["engine"]
-# A model is anything that maps ids to logits, one of `transformers` as well as ours. How many ids it reads
-# at once stands in its configuration, under one of several names.
+# A model is anything that maps ids to logits, one of `transformers` as well as ours. How many ids
+# it reads at once stands in its configuration, under one of several names.
 
 # %% tags=["engine"]
 #| export
@@ -450,9 +452,9 @@ def _begun(ids: Sequence[int], start: int) -> list[int]:
 
 
 # %% [markdown] tags=["engine"]
-# Rows of unequal length go through the model in batches, padded on the right. What a causal model says of
-# a row does not depend on what comes after it, so padding needs no mask; it only costs time. Rows are therefore
-# sorted by length.
+# Rows of unequal length go through the model in batches, padded on the right. What a causal model
+# says of a row does not depend on what comes after it, so padding needs no mask; it only costs
+# time. Rows are therefore sorted by length.
 
 
 # %% tags=["engine"]
@@ -525,8 +527,8 @@ def window_log_probs(
 
 
 # %% [markdown] tags=["engine"]
-# A text without a token, and without an end to predict, has no windows: it counts with 0 nats. That is
-# allowed for one of many texts, but a test set without any byte has no bits per byte, and an
+# A text without a token, and without an end to predict, has no windows: it counts with 0 nats. That
+# is allowed for one of many texts, but a test set without any byte has no bits per byte, and an
 # empty one no score at all. Each model is first asked whether it sees the future.
 
 
@@ -596,8 +598,9 @@ def bits_per_byte(
 
 
 # %% [markdown] tags=["engine"]
-# With windows that do not overlap, the result is that of chapter 13, which has no strides. The opening's two
-# numbers differ in the tokenizer alone, and {eq}`evaluation-conversion` turns one into the other.
+# With windows that do not overlap, the result is that of chapter 13, which has no strides. The
+# opening's two numbers differ in the tokenizer alone, and {eq}`evaluation-conversion` turns one
+# into the other.
 
 # %% tags=["engine"]
 scores = score_texts(model, tokenizer, held_out, stride=128)
@@ -611,15 +614,17 @@ print(f"{scores.bits_per_byte:.1f} bits per byte, here and in chapter 13")
 # %% [markdown]
 # ## Multiple choice by likelihood
 #
-# A model that has only been pretrained does not answer questions; it continues texts. It can still take an
-# exam. We put each answer after the question, let the model say how probable it is there, and take the
-# likeliest {cite}`brown2020gpt3`. With context $h$ and an answer $a$ of $m$ tokens that is
+# A model that has only been pretrained does not answer questions; it continues texts. It can still
+# take an exam. We put each answer after the question, let the model say how probable it is there,
+# and take the likeliest {cite}`brown2020gpt3`. With context $h$ and an answer $a$ of $m$ tokens
+# that is
 #
 # $$
 # s(a) = \log q(a \mid h) = \sum_{t=1}^{m} \log q(a_t \mid h, a_{<t}) .
 # $$ (evaluation-choice)
 #
-# The facts of the tiny world make such an exam, with four answers to each question, the first one right:
+# The facts of the tiny world make such an exam, with four answers to each question, the first one
+# right:
 
 # %%
 draws, facts = random.Random(0), []
@@ -656,8 +661,8 @@ print("more than 95 of 100 questions right")
 # %% [markdown]
 # ### The seam
 #
-# Now write the same questions with the space at the end of the context and not at the beginning of the
-# answer, which looks harmless:
+# Now write the same questions with the space at the end of the context and not at the beginning of
+# the answer, which looks harmless:
 
 # %%
 right = sum(
@@ -669,27 +674,27 @@ print("fewer than 60 of 100 questions right, where guessing has 25")
 
 # %% [markdown]
 # In our run it was 31. The model knows every one of these facts, and is hardly better than a guess.
-# {numref}`fig-evaluation-seam` shows why: text in training has never been cut like this. A space and the
-# word after it are one token, so after the single token "space" no word ever came.
+# {numref}`fig-evaluation-seam` shows why: text in training has never been cut like this. A space
+# and the word after it are one token, so after the single token "space" no word ever came.
 #
 # ```{figure} ../figures/evaluation-seam.svg
 # :name: fig-evaluation-seam
-# :alt: Three ways to cut the same characters. Encoded as one text, the answer is one token that begins with a space. With the space in the context, encoded separately, the context ends in a token for a lone space and the answer is the token barn without one. Encoded jointly, the space goes over to the answer, and the tokens are those of the text.
+# :alt: As one text, the answer is a token with a space; separately, a lone space ends the context.
 #
 # The same characters in three ways. What the model has learned is in the first row.
 # ```
 #
-# The cure is to encode context and answer **jointly**, as the text that they are together, and
-# to look for the seam afterwards. White space at the end of the context goes over to the answer. If a token
-# stretches across the seam, as where "un" is continued by "happy", it belongs to the answer, together with the end of the
-# context that is in it. All answers to a question then share what comes before, so
-# their probabilities are still those of alternatives after the same beginning.
+# The cure is to encode context and answer **jointly**, as the text that they are together, and to
+# look for the seam afterwards. White space at the end of the context goes over to the answer. If a
+# token stretches across the seam, as where "un" is continued by "happy", it belongs to the answer,
+# together with the end of the context that is in it. All answers to a question then share what
+# comes before, so their probabilities are still those of alternatives after the same beginning.
 #
 # ### Longer answers lose
 #
-# Each token multiplies the probability by a number below 1. Between answers of unequal length, the sum of
-# {eq}`evaluation-choice` therefore prefers short ones. What it should be divided by is a matter of choice, and
-# evaluation programs differ:
+# Each token multiplies the probability by a number below 1. Between answers of unequal length, the
+# sum of {eq}`evaluation-choice` therefore prefers short ones. What it should be divided by is a
+# matter of choice, and evaluation programs differ:
 #
 # | `normalization` | score | remark |
 # |---|---|---|
@@ -699,9 +704,10 @@ print("fewer than 60 of 100 questions right, where guessing has 25")
 # | "byte" | $s(a) / \text{bytes}$ | the same for English; our default |
 # | "unconditional" | $s(a) - \log q(a \mid \text{neutral})$ | how much more likely the context makes it {cite}`brown2020gpt3,holtzman2021surface` |
 #
-# All of this, and the batch that makes it fast, is in {py:func}`~llmbook.evaluation.score_choices`. We use
-# it to measure the bias, with a model that hardly knows the facts: the second one of the opening, after 120
-# steps. Each answer is now a sentence in one of three wordings, which are of unequal length.
+# All of this, and the batch that makes it fast, is in {py:func}`~llmbook.evaluation.score_choices`.
+# We use it to measure the bias, with a model that hardly knows the facts: the second one of the
+# opening, after 120 steps. Each answer is now a sentence in one of three wordings, which are of
+# unequal length.
 
 
 # %% [markdown] tags=["engine"]
@@ -781,7 +787,8 @@ def _checked_choices(choices: Any, name: str, least: int = 1) -> list[str]:
 
 # %% [markdown] tags=["engine"]
 # What is too long is refused, unless the caller asks for a cut. Then the oldest tokens go, the
-# start token first, and all choices lose the same ones: cut by its own length, each would be judged after another context.
+# start token first, and all choices lose the same ones: cut by its own length, each would be judged
+# after another context.
 
 
 # %% tags=["engine"]
@@ -851,9 +858,10 @@ def _check_pairs(pairs: Any) -> None:
 
 
 # %% [markdown] tags=["engine"]
-# One choice may begin another, as "10" begins "100" where each digit is a token. The longer one is then a
-# part of the event that is the shorter one, and never more likely. Such choices are refused, token by token;
-# an `ending` that is scored with each of them, such as a full stop, tells them apart.
+# One choice may begin another, as "10" begins "100" where each digit is a token. The longer one is
+# then a part of the event that is the shorter one, and never more likely. Such choices are refused,
+# token by token; an `ending` that is scored with each of them, such as a full stop, tells them
+# apart.
 
 
 # %% tags=["engine"]
@@ -890,8 +898,8 @@ def score_choices(
     A score is log q of a choice and the ``ending`` after it, in nats, divided by its tokens,
     characters or UTF-8 bytes (white space around it and the ending not counted), or less its log q
     after ``neutral`` ("unconditional"). Choices of which one begins another are refused, as the
-    shorter could only win: an ``ending`` that all of them get sets them apart. A context that is too
-    long is an error or cut on the left, for all choices at the same place. ``options`` are
+    shorter could only win: an ``ending`` that all of them get sets them apart. A context that is
+    too long is an error or cut on the left, for all choices at the same place. ``options`` are
     ``context_length`` and ``batch_tokens`` of ``score_continuations``.
     """
     check_choice("normalization", normalization, get_args(Normalization))
@@ -986,16 +994,16 @@ axes[0].invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# Without normalization, two thirds of all picks are the shortest answer and hardly any the longest. Division by
-# the length turns the bias around rather than remove it: the end of a long answer is easy to guess, so its
-# mean looks good. The share of right answers lies between a fifth and two fifths, and nothing
-# but the normalization has changed. What a weak model "prefers" among answers of unequal length is for the greater part their
-# length. Report which normalization it was, and when you write an exam yourself, make the answers equally
-# long.
+# Without normalization, two thirds of all picks are the shortest answer and hardly any the longest.
+# Division by the length turns the bias around rather than remove it: the end of a long answer is
+# easy to guess, so its mean looks good. The share of right answers lies between a fifth and two
+# fifths, and nothing but the normalization has changed. What a weak model "prefers" among answers
+# of unequal length is for the greater part their length. Report which normalization it was, and
+# when you write an exam yourself, make the answers equally long.
 #
-# One more convention helps to compare exams with two answers and with ten. The **centered accuracy** is 0
-# for guessing and 1 for perfection {cite}`li2024dclm`: with $c$ the accuracy of guessing, it is
-# $(\text{accuracy} - c) / (1 - c)$.
+# One more convention helps to compare exams with two answers and with ten. The **centered
+# accuracy** is 0 for guessing and 1 for perfection {cite}`li2024dclm`: with $c$ the accuracy of
+# guessing, it is $(\text{accuracy} - c) / (1 - c)$.
 
 
 # %%
@@ -1025,20 +1033,22 @@ def _check_share(name: str, value: Any) -> None:
 # %% [markdown]
 # ## Answers in free text
 #
-# Models that were tuned to answer write what they like: "The answer is (B).", "so she has $1,234.50", or
-# "\boxed{\frac{1}{2}}". The exact match of strings calls all of them wrong. So an answer is first
-# found and brought into one form, and then compared. {py:func}`~llmbook.evaluation.parse_answer` knows three kinds,
-# and {py:func}`~llmbook.evaluation.exact_match` compares numbers by their value:
+# Models that were tuned to answer write what they like: "The answer is (B).", "so she has
+# $1,234.50", or "\boxed{\frac{1}{2}}". The exact match of strings calls all of them wrong. So an
+# answer is first found and brought into one form, and then compared.
+# {py:func}`~llmbook.evaluation.parse_answer` knows three kinds, and
+# {py:func}`~llmbook.evaluation.exact_match` compares numbers by their value:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: how a letter, a number and a box are found
 
 # %% [markdown] tags=["engine"]
-# The rules are few, because each further one finds answers where there are none. A letter counts after "answer
-# is" and the like, in brackets, or where it stands alone; a sentence that begins with "A" chooses nothing.
-# A number may have a sign, which is not the minus of a subtraction, commas between thousands,
-# a currency sign, decimals, an exponent of two digits at most (a model may write 1e999999999, and
-# nobody should compute that), or a denominator. Braces in a box are counted until the first is closed.
+# The rules are few, because each further one finds answers where there are none. A letter counts
+# after "answer is" and the like, in brackets, or where it stands alone; a sentence that begins with
+# "A" chooses nothing. A number may have a sign, which is not the minus of a subtraction, commas
+# between thousands, a currency sign, decimals, an exponent of two digits at most (a model may write
+# 1e999999999, and nobody should compute that), or a denominator. Braces in a box are counted until
+# the first is closed.
 
 
 # %% tags=["engine"]
@@ -1049,10 +1059,10 @@ AnswerKind = Literal["letter", "number", "boxed"]
 def parse_answer(text: str, kind: AnswerKind, *, letters: str = "ABCD") -> str | None:
     r"""Return the answer that a text gives, in one form, or None if it gives none.
 
-    "letter": of ``letters``, the last after "answer is" or the like, else the last in brackets, else
-    one that stands alone or opens the text before a point, bracket or colon. "number": the last
-    number, without thousands commas, currency sign, plus sign and idle zeros. "boxed": what the last
-    \boxed{...} holds, inner braces included.
+    "letter": of ``letters``, the last after "answer is" or the like, else the last in brackets,
+    else one that stands alone or opens the text before a point, bracket or colon. "number": the
+    last number, without thousands commas, currency sign, plus sign and idle zeros. "boxed": what
+    the last \boxed{...} holds, inner braces included.
 
     >>> parse_answer("2 + 2 = 4, so she has $1,234.50.", "number")
     '1234.5'
@@ -1169,19 +1179,21 @@ assert exact_match("That makes 0.50 euros.", "1/2", "number")
 
 # %% [markdown]
 # What finds no answer returns None, and None is wrong. Count the Nones apart: a model of which a
-# third of all answers cannot be read has another problem than one that is wrong a third of the time, and
-# a parser that works for one model's style may fail for another's.
+# third of all answers cannot be read has another problem than one that is wrong a third of the
+# time, and a parser that works for one model's style may fail for another's.
 #
 # ## Several attempts: pass@k
 #
-# A model that samples answers is asked the same question $k$ times. How probable is it that at least one answer is right? With
-# probability $p$ of a right answer it is $1 - (1 - p)^k$. But $p$ is not known: what we have are $n$
-# samples, $c$ of them right. To put $\hat p = c / n$ into the formula is biased, because the function
-# is curved: on average it gives too little. Here is how to be right on average {cite}`chen2021codex`.
-# Imagine the first $k$ of the $n$ samples to be the attempts. Whether one of them is right has
-# exactly the expectation that we want. But it is wasteful and noisy, as the order of samples means nothing. So average over
-# all $\binom{n}{k}$ ways to choose the attempts. The average of estimates that are all right on average is so, too. A
-# choice fails if all its $k$ members are among the $n - c$ wrong ones, and that happens in $\binom{n - c}{k}$ choices:
+# A model that samples answers is asked the same question $k$ times. How probable is it that at
+# least one answer is right? With probability $p$ of a right answer it is $1 - (1 - p)^k$. But $p$
+# is not known: what we have are $n$ samples, $c$ of them right. To put $\hat p = c / n$ into the
+# formula is biased, because the function is curved: on average it gives too little. Here is how to
+# be right on average {cite}`chen2021codex`. Imagine the first $k$ of the $n$ samples to be the
+# attempts. Whether one of them is right has exactly the expectation that we want. But it is
+# wasteful and noisy, as the order of samples means nothing. So average over all $\binom{n}{k}$ ways
+# to choose the attempts. The average of estimates that are all right on average is so, too. A
+# choice fails if all its $k$ members are among the $n - c$ wrong ones, and that happens in
+# $\binom{n - c}{k}$ choices:
 #
 # $$
 # \text{pass@}k = 1 - \binom{n - c}{k} \Big/ \binom{n}{k} .
@@ -1224,18 +1236,19 @@ assert math.isclose(unbiased, 1 - (1 - p) ** k)
 print(f"truth {1 - (1 - p) ** k:.3f}, pass@k {unbiased:.3f}, with c / n put in {plugged:.3f}")
 
 # %% [markdown]
-# pass@k is the right score where somebody can check the answers, as tests check a program. Where nobody can,
-# one answer must be chosen, and the natural choice is the most frequent one {cite}`wang2023consistency`. Its score,
-# majority@k, is again an average over all choices of $k$ samples; {py:func}`~llmbook.evaluation.majority_at_k`
-# counts them exactly, in the room below. {numref}`fig-evaluation-attempts` has both for the little model of the last section:
+# pass@k is the right score where somebody can check the answers, as tests check a program. Where
+# nobody can, one answer must be chosen, and the natural choice is the most frequent one
+# {cite}`wang2023consistency`. Its score, majority@k, is again an average over all choices of $k$
+# samples; {py:func}`~llmbook.evaluation.majority_at_k` counts them exactly, in the room below.
+# {numref}`fig-evaluation-attempts` has both for the little model of the last section:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: all majorities, counted
 
 # %% [markdown] tags=["engine"]
-# For each number of votes that the truth may get, a table counts the ways to draw the other answers such that none
-# has more votes: one answer after the other, by how many votes are drawn in all and how many answers are
-# tied with the truth. A tie of $t$ others is won once in $t + 1$ times.
+# For each number of votes that the truth may get, a table counts the ways to draw the other answers
+# such that none has more votes: one answer after the other, by how many votes are drawn in all and
+# how many answers are tied with the truth. A tie of $t$ others is won once in $t + 1$ times.
 
 
 # %% tags=["engine"]
@@ -1278,19 +1291,17 @@ def _with_answer(
     return wider
 
 
-# %% mystnb={"figure": {"caption": "Twenty samples for each of 240 questions. The chance that one of k is right rises and rises; the chance that the most frequent of them is right does not.", "name": "fig-evaluation-attempts"}, "image": {"alt": "Two lines over k from 1 to 20, both from about 0.1. pass at k rises to more than 0.5, majority at k rises only a little."}}
+# %% mystnb={"figure": {"caption": "Twenty samples for each of 240 questions, drawn among four answers as the model finds them likely. The chance that one of k is right rises and rises; the chance that the most frequent of them is right does not.", "name": "fig-evaluation-attempts"}, "image": {"alt": "Two lines over k from 1 to 20 that begin at the same height, a little above guessing. pass at k rises steeply; majority at k stays nearly flat."}}
 bpe, generator = tokenizers["BPE"], torch.Generator().manual_seed(0)
 passed, majority = np.zeros(20), np.zeros(20)
 for stem, answers in facts:
-    begun = torch.tensor([[bpe.special_tokens["<|endoftext|>"], *bpe.encode(stem)]])
-    with torch.no_grad():
-        q = small(begun)[0, -1].softmax(dim=-1)
+    log_probs = score_choices(small, bpe, stem, answers, normalization="none").log_probs
+    q = torch.tensor(log_probs).softmax(dim=-1)
     drawn = torch.multinomial(q, 20, replacement=True, generator=generator).tolist()
-    truth = bpe.encode(answers[0])[0]  # an answer is told by its first token
     for k in range(1, 21):
-        passed[k - 1] += pass_at_k(20, drawn.count(truth), k) / len(facts)
-        majority[k - 1] += majority_at_k(drawn, truth, k) / len(facts)
-assert math.isclose(passed[0], majority[0]) and passed[-1] > 2 * majority[-1]
+        passed[k - 1] += pass_at_k(20, drawn.count(0), k) / len(facts)
+        majority[k - 1] += majority_at_k(drawn, 0, k) / len(facts)
+assert math.isclose(passed[0], majority[0]) and passed[-1] > majority[-1] + 0.1
 plt.plot(range(1, 21), passed, label="pass@k")
 plt.plot(range(1, 21), majority, "--", label="majority@k")
 plt.xlabel("k")
@@ -1300,27 +1311,29 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# The two answer different questions. A model that guesses among ten values passes pass@20 with
-# ease, and its majority stays as poor as a guess. Whoever reports pass@k has to say who does
-# the checking.
+# The two answer different questions. A model that guesses among four answers has the right one
+# among twenty samples nearly always, and its majority stays as poor as a guess. Whoever reports
+# pass@k has to say who does the checking.
 
 # %% [markdown]
 # ## How sure are we?
 #
-# A model is right in 84 of 100 questions. Had we written another hundred, the result would have been another.
-# What we want to know is the probability $p$ of a right answer to *such* questions, and the hundred are
-# a sample {cite}`miller2024error`. Each answer is 1 with probability $p$ and else 0, with variance $p (1 - p)$; the mean
-# $\hat p$ of $n$ independent ones has a variance $n$ times smaller, and its root is the {term}`standard error`,
+# A model is right in 84 of 100 questions. Had we written another hundred, the result would have
+# been another. What we want to know is the probability $p$ of a right answer to *such* questions,
+# and the hundred are a sample {cite}`miller2024error`. Each answer is 1 with probability $p$ and
+# else 0, with variance $p (1 - p)$; the mean $\hat p$ of $n$ independent ones has a variance $n$
+# times smaller, and its root is the {term}`standard error`,
 #
 # $$
 # \mathrm{SE} = \sqrt{\frac{p (1 - p)}{n}} .
 # $$ (evaluation-error)
 #
-# For large $n$ the mean is normally distributed, and lies within $z = 1.96$ standard errors of $p$ in 95 % of
-# all samples. The textbook's interval, which is Wald's, now puts $\hat p$ in the place of the unknown $p$:
-# $\hat p \pm z \sqrt{\hat p (1 - \hat p) / n}$. Look what becomes of it for a model that is right in
-# 20 of 20: the estimated error is zero, and so we would be certain. Wilson {cite}`wilson1927` did not
-# put anything in. Which $p$ are compatible with what we saw? Those from which $\hat p$ is at most $z$ of *their* standard errors away:
+# For large $n$ the mean is normally distributed, and lies within $z = 1.96$ standard errors of $p$
+# in 95 % of all samples. The textbook's interval, which is Wald's, now puts $\hat p$ in the place
+# of the unknown $p$: $\hat p \pm z \sqrt{\hat p (1 - \hat p) / n}$. Look what becomes of it for a
+# model that is right in 20 of 20: the estimated error is zero, and so we would be certain. Wilson
+# {cite}`wilson1927` did not put anything in. Which $p$ are compatible with what we saw? Those from
+# which $\hat p$ is at most $z$ of *their* standard errors away:
 #
 # $$
 # (\hat p - p)^2 \le z^2 \, \frac{p (1 - p)}{n} .
@@ -1332,15 +1345,16 @@ plt.show()
 # \Bigl(1 + \frac{z^2}{n}\Bigr) p^2 - \Bigl(2 \hat p + \frac{z^2}{n}\Bigr) p + \hat p^2 \le 0 .
 # $$
 #
-# Between the two roots of this parabola it holds, and the formula for quadratic equations gives them as
+# Between the two roots of this parabola it holds, and the formula for quadratic equations gives
+# them as
 #
 # $$
 # \frac{1}{1 + z^2 / n} \left( \hat p + \frac{z^2}{2 n}
 # \pm z \sqrt{\frac{\hat p (1 - \hat p)}{n} + \frac{z^2}{4 n^2}} \right) .
 # $$ (evaluation-wilson)
 #
-# The middle is no longer $\hat p$ but is drawn toward one half, as if $z^2/2 \approx 2$ right and 2 wrong
-# answers had been added, and the interval never leaves 0 to 1.
+# The middle is no longer $\hat p$ but is drawn toward one half, as if $z^2/2 \approx 2$ right and 2
+# wrong answers had been added, and the interval never leaves 0 to 1.
 
 
 # %%
@@ -1369,7 +1383,8 @@ class Interval:
 
 
 # %% [markdown]
-# All estimates of the book come as such an `Interval`. The quantile $z$ is that of the normal distribution:
+# All estimates of the book come as such an `Interval`. The quantile $z$ is that of the normal
+# distribution:
 
 
 # %%
@@ -1427,9 +1442,9 @@ for right, n in ((20, 20), (19, 20), (84, 100), (840, 1000)):
     print(f"{right:4} of {n:4}  {wald!s:24} {wilson}")
 
 # %% [markdown]
-# Does an interval of 95 % cover the truth in 95 % of all samples? This need not be simulated: for each $p$, add up
-# the probabilities of those outcomes whose interval contains $p$. {numref}`fig-evaluation-coverage` does it
-# for 50 questions:
+# Does an interval of 95 % cover the truth in 95 % of all samples? This need not be simulated: for
+# each $p$, add up the probabilities of those outcomes whose interval contains $p$.
+# {numref}`fig-evaluation-coverage` does it for 50 questions:
 
 
 # %% mystnb={"figure": {"caption": "How often intervals of 95 % contain the truth, for 50 questions, computed exactly. The lines jump because there are only 51 outcomes.", "name": "fig-evaluation-coverage"}, "image": {"alt": "Coverage over the true accuracy from 0.5 to 1. Wilson stays near the dotted line at 0.95 throughout. Wald is at 0.90 to 0.95 at first and falls toward zero as the accuracy nears 1."}}
@@ -1451,14 +1466,15 @@ plt.legend(loc="lower left")
 plt.show()
 
 # %% [markdown]
-# Where a good model is tested, near 1, Wald's interval fails, as is well known {cite}`brown2001interval`, and
-# Wilson's does not.
+# Where a good model is tested, near 1, Wald's interval fails, as is well known
+# {cite}`brown2001interval`, and Wilson's does not.
 #
 # ### What never happened
 #
-# A model was asked 100 times for a secret and never told it. Is the rate of leaks 0? If it were $p$, there would be no leak with probability
-# $(1 - p)^n$. The largest $p$ under which this is still at least 5 % solves $(1 - p)^n = 0.05$. With $\log (1 - p)
-# \approx -p$ it is $p \approx -\ln 0.05 / n \approx 3 / n$, the **rule of three**:
+# A model was asked 100 times for a secret and never told it. Is the rate of leaks 0? If it were
+# $p$, there would be no leak with probability $(1 - p)^n$. The largest $p$ under which this is
+# still at least 5 % solves $(1 - p)^n = 0.05$. With $\log (1 - p) \approx -p$ it is $p \approx -\ln
+# 0.05 / n \approx 3 / n$, the **rule of three**:
 
 
 # %%
@@ -1477,8 +1493,8 @@ def rule_of_three(n: int, level: float = 0.95) -> float:
 
 
 # %% [markdown]
-# Zero of a hundred is compatible with three leaks in a hundred, and to claim less than one in a thousand takes
-# three thousand attempts:
+# Zero of a hundred is compatible with three leaks in a hundred, and to claim less than one in a
+# thousand takes three thousand attempts:
 
 # %%
 for n in (100, 1000, 3000):
@@ -1487,18 +1503,19 @@ for n in (100, 1000, 3000):
 # %% [markdown]
 # ## Which of two is better?
 #
-# One model is right in 150 of 200 questions, another one in 160. Their intervals overlap, so perhaps nothing can be said?
-# But both have answered the *same* questions, and most of these are easy for both or hard for both. Take the difference item by item, $d_i = a_i - b_i$. Its
-# variance is
+# One model is right in 150 of 200 questions, another one in 160. Their intervals overlap, so
+# perhaps nothing can be said? But both have answered the *same* questions, and most of these are
+# easy for both or hard for both. Take the difference item by item, $d_i = a_i - b_i$. Its variance
+# is
 #
 # $$
 # \mathrm{Var}(a - b) = \mathrm{Var}(a) + \mathrm{Var}(b) - 2 \, \mathrm{Cov}(a, b) ,
 # $$ (evaluation-paired)
 #
-# and the covariance is what an unpaired comparison throws away. For right and wrong there is an exact test,
-# McNemar's {cite}`mcnemar1947`. Items on which both agree say nothing about which one is better. On the others,
-# $w$ wins and $l$ losses, and if the models are equally good then each was decided by a fair coin. How
-# probable is a split at least so uneven, on either side?
+# and the covariance is what an unpaired comparison throws away. For right and wrong there is an
+# exact test, McNemar's {cite}`mcnemar1947`. Items on which both agree say nothing about which one
+# is better. On the others, $w$ wins and $l$ losses, and if the models are equally good then each
+# was decided by a fair coin. How probable is a split at least so uneven, on either side?
 #
 # $$
 # p = 2 \sum_{i=0}^{\min(w, l)} \binom{w + l}{i} 2^{-(w + l)} .
@@ -1527,27 +1544,29 @@ print(f"18 wins, 8 losses:  p = {sign_test(18, 8):.3f}")
 print(f"11 wins, 1 loss:    p = {sign_test(11, 1):.3f}")
 
 # %% [markdown]
-# The function {py:func}`~llmbook.evaluation.paired_test` does this for arrays of scores. Where scores are not 0 and 1, such as
-# bits per byte of texts, it flips the signs of the differences $d_i$ instead, as the coin would, and counts how often their sum
-# is as far from zero as the one observed (a permutation test). Here are our two little models on the same questions, one trained twice as long:
+# The function {py:func}`~llmbook.evaluation.paired_test` does this for arrays of scores. Where
+# scores are not 0 and 1, such as bits per byte of texts, it flips the signs of the differences
+# $d_i$ instead, as the coin would, and counts how often their sum is as far from zero as the one
+# observed (a permutation test). Here are our two little models on the same questions, one trained
+# twice as long:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: means, clusters, paired tests and the bootstrap
 
 # %% [markdown] tags=["engine"]
-# Not all scores are 0 or 1. For the mean of any values, the variance is estimated from the sample as well, with $n - 1$ for
-# the one degree of freedom that the mean has used, and the normal quantile becomes Student's. That matters for few
-# values: with the three seeds of a training run it is 4.30, not 1.96. For whole degrees of freedom
-# Student's distribution is a finite sum.
+# Not all scores are 0 or 1. For the mean of any values, the variance is estimated from the sample
+# as well, with $n - 1$ for the one degree of freedom that the mean has used, and the normal
+# quantile becomes Student's. That matters for few values: with the three seeds of a training run it
+# is 4.30, not 1.96. For whole degrees of freedom Student's distribution is a finite sum.
 
 
 # %% tags=["engine"]
 #| export
 def t_quantile(level: float, degrees: int) -> float:
-    """Return what ``normal_quantile`` is for Student's distribution with so many degrees of freedom.
+    """Return the ``normal_quantile`` of Student's distribution with so many degrees of freedom.
 
-    Up to 400 by the finite sums for whole degrees (Abramowitz and Stegun, 26.7.3 and 26.7.4), beyond
-    by an expansion around the normal quantile (26.7.5).
+    Up to 400 by the finite sums for whole degrees (Abramowitz and Stegun, 26.7.3 and 26.7.4),
+    beyond by an expansion around the normal quantile (26.7.5).
 
     >>> round(t_quantile(0.95, 2), 3)
     4.303
@@ -1577,13 +1596,15 @@ def _within_angle(angle: float, degrees: int) -> float:
 
 
 # %% [markdown] tags=["engine"]
-# Questions often come in **clusters**: ten about one text, or one in ten wordings. Then they are not
-# independent. In the extreme, ten copies of each question, the error of {eq}`evaluation-error` would be
-# too small by $\sqrt{10}$, as the sample has no more information than a tenth of it. The remedy is to
-# add up the deviations in each cluster *before* squaring, so that what goes together is counted together {cite}`miller2024error`:
+# Questions often come in **clusters**: ten about one text, or one in ten wordings. Then they are
+# not independent. In the extreme, ten copies of each question, the error of {eq}`evaluation-error`
+# would be too small by $\sqrt{10}$, as the sample has no more information than a tenth of it. The
+# remedy is to add up the deviations in each cluster *before* squaring, so that what goes together
+# is counted together {cite}`miller2024error`:
 #
 # $$
-# \mathrm{SE}^2 = \frac{G}{G - 1} \, \frac{1}{n^2} \sum_{g=1}^{G} \Bigl( \sum_{i \in g} (x_i - \bar x) \Bigr)^2 .
+# \mathrm{SE}^2 = \frac{G}{G - 1} \, \frac{1}{n^2}
+# \sum_{g=1}^{G} \Bigl( \sum_{i \in g} (x_i - \bar x) \Bigr)^2 .
 # $$ (evaluation-clusters)
 #
 # For clusters of one item, $G = n$ gives the usual formula back.
@@ -1674,7 +1695,7 @@ def mean_interval(
 #| export
 @dataclass(frozen=True)
 class PairedTest:
-    """The outcome of ``paired_test``: by how much a is above b, and how likely that is by chance."""
+    """The outcome of ``paired_test``: how much a is above b, and how likely that is by chance."""
 
     difference: Interval
     p_value: float  # of a difference at least as large, on either side, if there were none
@@ -1706,9 +1727,10 @@ def paired_test(
     """Compare two systems by their scores on the same items, in the same order.
 
     "mcnemar", for scores of 0 and 1, asks how probable it is that a fair coin splits the items on
-    which they differ as unevenly; it is exact. "permutation" flips the signs of differences, of whole
-    clusters if given, all ways up to 14 of them, else ``n_resamples`` drawn ones. "auto" is the first
-    where it applies and there are no clusters. The interval is that of ``mean_interval``.
+    which they differ as unevenly; it is exact. "permutation" flips the signs of differences, of
+    whole clusters if given, all ways up to 14 of them, else ``n_resamples`` drawn ones. "auto" is
+    the first where it applies and there are no clusters. The interval is that of
+    ``mean_interval``.
     """
     first, second = as_numbers(a, "a", 2), as_numbers(b, "b", 2)
     if len(first) != len(second):
@@ -1759,9 +1781,9 @@ def _check_draws(least: int, n_resamples: Any, seed: Any) -> None:
 
 
 # %% [markdown] tags=["engine"]
-# For a statistic that is no mean, such as bits per byte, which is a ratio of two sums, or a median, there is the
-# **bootstrap** {cite}`efron1979bootstrap`. The sample stands for the population; draw from it as many items as it has, with replacement, and look how
-# the statistic varies.
+# For a statistic that is no mean, such as bits per byte, which is a ratio of two sums, or a median,
+# there is the {term}`bootstrap` {cite}`efron1979bootstrap`. The sample stands for the population;
+# draw from it as many items as it has, with replacement, and look how the statistic varies.
 
 
 # %% tags=["engine"]
@@ -1824,7 +1846,8 @@ assert abs(ours.low - low) < 0.05 and abs(ours.high - high) < 0.05
 print("Wilson, Student, McNemar and the bootstrap agree with SciPy")
 
 # %% [markdown] tags=["engine"]
-# And clusters: 40 questions, each in 10 wordings that are answered alike. How often does the interval cover the truth?
+# And clusters: 40 questions, each in 10 wordings that are answered alike. How often does the
+# interval cover the truth?
 
 # %% tags=["engine"]
 random_numbers, hits = np.random.default_rng(0), {"each its own": 0, "clustered": 0}
@@ -1854,17 +1877,20 @@ assert test.wins > 95 and test.difference.margin < 0.02 < test.difference.low
 print(f"bits per byte: {test.difference.estimate:.1f} less, known to about 0.01")
 
 # %% [markdown]
-# On 240 questions, the difference of the accuracies is not to be told from zero (in our run $+0.008$,
-# with an interval from $-0.050$ to $+0.066$). Bits per byte show it on every single text: 0.18 less, from 0.17 to 0.19. A
-# question says only right or wrong, and a text has dozens of log-probabilities. While a model is trained, the likelihood of held-out text is
-# the sharper tool, and the exam tells whether what it measures is what you wanted.
+# On 240 questions, the difference of the accuracies is not to be told from zero (in our run
+# $+0.008$, with an interval from $-0.050$ to $+0.066$). Bits per byte show it on every single text:
+# 0.18 less, from 0.17 to 0.19. A question says only right or wrong, and a text has dozens of
+# log-probabilities. While a model is trained, the likelihood of held-out text is the sharper tool,
+# and the exam tells whether what it measures is what you wanted.
 #
 # ### How many questions?
 #
-# Before an experiment, ask what it could show. Suppose that the true difference is $\delta$, and the standard deviation of one item's difference $\sigma$, so
-# that the mean of $n$ has the standard error $\sigma / \sqrt n$. We will call it significant if it is more than $z_{\alpha}$
-# standard errors from zero. It is normally distributed around $\delta$, so it
-# passes that mark with a probability of $1 - \beta$, the {term}`power`, if the mark lies $z_{\beta}$ standard errors below $\delta$:
+# Before an experiment, ask what it could show. Suppose that the true difference is $\delta$, and
+# the standard deviation of one item's difference $\sigma$, so that the mean of $n$ has the standard
+# error $\sigma / \sqrt n$. We will call it significant if it is more than $z_{\alpha}$ standard
+# errors from zero. It is normally distributed around $\delta$, so it passes that mark with a
+# probability of $1 - \beta$, the {term}`power`, if the mark lies $z_{\beta}$ standard errors below
+# $\delta$:
 #
 # $$
 # \delta = (z_\alpha + z_\beta) \frac{\sigma}{\sqrt n}
@@ -1872,8 +1898,9 @@ print(f"bits per byte: {test.difference.estimate:.1f} less, known to about 0.01"
 # n = \Bigl( \frac{(z_\alpha + z_\beta) \, \sigma}{\delta} \Bigr)^2 .
 # $$ (evaluation-power)
 #
-# With the usual 95 % and a power of 80 %, $z_\alpha + z_\beta = 1.96 + 0.84$. Unpaired, $\sigma^2$ is $2 p (1 - p)$ for items of two systems. Paired, where the
-# two differ on a share $u$ of the items, $d_i$ is $\pm 1$ there and 0 elsewhere, so $\sigma^2 = u - \delta^2$.
+# With the usual 95 % and a power of 80 %, $z_\alpha + z_\beta = 1.96 + 0.84$. Unpaired, $\sigma^2$
+# is $2 p (1 - p)$ for items of two systems. Paired, where the two differ on a share $u$ of the
+# items, $d_i$ is $\pm 1$ there and 0 elsewhere, so $\sigma^2 = u - \delta^2$.
 
 
 # %%
@@ -1889,7 +1916,8 @@ def items_needed(
     """Return on how many items a difference of two accuracies is found with probability ``power``.
 
     Without ``disagreement``, the two systems have items of their own, so many each, and both are
-    right about ``accuracy`` of the time. With it, they have the same items, and differ on that share.
+    right about ``accuracy`` of the time. With it, they have the same items, and differ on that
+    share.
 
     >>> items_needed(0.02), items_needed(0.02, disagreement=0.1)
     (9812, 1955)
@@ -1920,13 +1948,14 @@ for share in (0.2, 0.1, 0.05):
     print(f"the same, and they differ on {share:.0%}: {items_needed(0.02, disagreement=share):6}")
 
 # %% [markdown]
-# Many well-known test sets have some hundred questions. They cannot show two points, whatever the table of results says.
+# Many well-known test sets have some hundred questions. They cannot show two points, whatever the
+# table of results says.
 #
 # ### The same run again
 #
-# All intervals so far answer what would happen with other *questions*. A claim about a method, such as "this
-# optimizer is better", is also about other *runs*. Here is the same model with five seeds, which change
-# the first weights and the order of the stories:
+# All intervals so far answer what would happen with other *questions*. A claim about a method, such
+# as "this optimizer is better", is also about other *runs*. Here is the same model with five seeds,
+# which change the first weights and the order of the stories:
 
 # %%
 runs = [small, *(trained(bpe, 128, 120, seed) for seed in range(1, 5))]
@@ -1955,24 +1984,27 @@ axes[1].set(title="Bits per byte")
 plt.show()
 
 # %% [markdown]
-# In our run, the standard deviation over seeds is 2 points of accuracy and 0.003 bits per byte. The standard error over 240
-# questions is 3 points, and that of a paired difference over 100 texts 0.003 bits per byte. So here the two
-# kinds of noise are about equally large, and the paired test does not tell the best of these runs from the worst ($p = 0.07$). But
-# more items make only one kind smaller. With 1,000 texts, such a difference would be significant, the test would be right that
-# the two *models* differ, and it would be wrong to say that a method is better.
+# In our run, the standard deviation over seeds is 2 points of accuracy and 0.003 bits per byte. The
+# standard error over 240 questions is 3 points, and that of a paired difference over 100 texts
+# 0.003 bits per byte. So here the two kinds of noise are about equally large, and the paired test
+# does not tell the best of these runs from the worst ($p = 0.07$). But more items make only one
+# kind smaller. With 1,000 texts, such a difference would be significant, the test would be right
+# that the two *models* differ, and it would be wrong to say that a method is better.
 #
 # So a comparison of two methods needs several runs of each, and then the runs are what is counted:
-# {py:func}`~llmbook.evaluation.mean_interval` of three or five numbers, with Student's wide quantile. An
-# interval over the questions of a single run does not see what another run would have given.
+# {py:func}`~llmbook.evaluation.mean_interval` of three or five numbers, with Student's wide
+# quantile. An interval over the questions of a single run does not see what another run would have
+# given.
 #
 # ## Exercises
 #
 # ````{exercise} The shift by one
 # :label: ex-evaluation-shift
-# *Ten minutes.* A colleague's evaluation says that a model has a perplexity of 400, and in training it was 5. Write
-# `mean_surprise(logits, ids)`, the mean of $-\log q(x_t \mid x_{<t})$ in nats over all tokens but the first of one row, from
-# `logits` of shape `(n, vocab_size)` and `ids` of shape `(n,)`. `logits[t]` is what the model said after it had read
-# `ids[t]`. Then think of what the colleague has done.
+# *Ten minutes.* A colleague's evaluation says that a model has a perplexity of 400, and in training
+# it was 5. Write `mean_surprise(logits, ids)`, the mean of $-\log q(x_t \mid x_{<t})$ in nats over
+# all tokens but the first of one row, from `logits` of shape `(n, vocab_size)` and `ids` of shape
+# `(n,)`. `logits[t]` is what the model said after it had read `ids[t]`. Then think of what the
+# colleague has done.
 # ````
 
 
@@ -2003,9 +2035,10 @@ assert abs(mean_surprise(logits + 3, ids) - mean_surprise(logits, ids)) < 1e-5, 
 # %% [markdown]
 # ````{exercise} The best of k
 # :label: ex-evaluation-best
-# *Twenty minutes.* Answers get rewards, not only right and wrong. Write `best_of_k(rewards, k)`, the unbiased estimate from $n$ rewards
-# of how large the largest reward of $k$ answers is on average. Sort them. In how many of the choices of $k$ is the
-# $i$-th smallest one the largest? With rewards of 0 and 1 you must get pass@k.
+# *Twenty minutes.* Answers get rewards, not only right and wrong. Write `best_of_k(rewards, k)`,
+# the unbiased estimate from $n$ rewards of how large the largest reward of $k$ answers is on
+# average. Sort them. In how many of the choices of $k$ is the $i$-th smallest one the largest? With
+# rewards of 0 and 1 you must get pass@k.
 # ````
 
 
@@ -2029,8 +2062,9 @@ assert math.isclose(found, pass_at_k(5, 2, 2)), f"two of five right, k = 2: {fou
 # %% [markdown]
 # ````{exercise} How often must you ask?
 # :label: ex-evaluation-attempts
-# *Ten minutes.* You want to publish: "our assistant tells a secret in less than `rate` of all attempts, at a confidence of
-# `level`". Write `attempts_needed(rate, level)`, the least number of attempts, none of which may succeed, after which you can.
+# *Ten minutes.* You want to publish: "our assistant tells a secret in less than `rate` of all
+# attempts, at a confidence of `level`". Write `attempts_needed(rate, level)`, the least number of
+# attempts, none of which may succeed, after which you can.
 # ````
 
 

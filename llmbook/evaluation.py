@@ -37,11 +37,11 @@ from .optimization import cross_entropy
 from .tokenizer import valid_text
 from .training import unnoticed
 
-# %% ../chapters/16_evaluation.ipynb #d0162b96
+# %% ../chapters/16_evaluation.ipynb #a00a5f5b
 def model_logits(
     model: nn.Module, ids: Int64[Tensor, "batch sequence"]
 ) -> Float[Tensor, "batch sequence vocab_size"]:
-    """Return a model's logits, whether it returns them or, as transformers, has them in a record."""
+    """Return the logits of a model that returns them, or as transformers a record with them."""
     found = model(ids)
     return found if isinstance(found, Tensor) else found.logits
 
@@ -447,7 +447,7 @@ def _check_pairs(pairs: Any) -> None:
             expected = "pairs of ids, neither part empty"
             raise ValueError(f"pairs: expected {expected}, got {pair!r:.60} at {place}")
 
-# %% ../chapters/16_evaluation.ipynb #bf18521c
+# %% ../chapters/16_evaluation.ipynb #986d4b22
 class ChoiceScores(NamedTuple):
     """Scores of some choices, the best with the highest, and what they are made of."""
 
@@ -480,8 +480,8 @@ def score_choices(
     A score is log q of a choice and the ``ending`` after it, in nats, divided by its tokens,
     characters or UTF-8 bytes (white space around it and the ending not counted), or less its log q
     after ``neutral`` ("unconditional"). Choices of which one begins another are refused, as the
-    shorter could only win: an ``ending`` that all of them get sets them apart. A context that is too
-    long is an error or cut on the left, for all choices at the same place. ``options`` are
+    shorter could only win: an ``ending`` that all of them get sets them apart. A context that is
+    too long is an error or cut on the left, for all choices at the same place. ``options`` are
     ``context_length`` and ``batch_tokens`` of ``score_continuations``.
     """
     check_choice("normalization", normalization, get_args(Normalization))
@@ -544,17 +544,17 @@ def _check_share(name: str, value: Any) -> None:
     if not known or not 0 <= value <= 1:
         raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r:.60}")
 
-# %% ../chapters/16_evaluation.ipynb #fb660b94
+# %% ../chapters/16_evaluation.ipynb #17f0c894
 AnswerKind = Literal["letter", "number", "boxed"]
 
 
 def parse_answer(text: str, kind: AnswerKind, *, letters: str = "ABCD") -> str | None:
     r"""Return the answer that a text gives, in one form, or None if it gives none.
 
-    "letter": of ``letters``, the last after "answer is" or the like, else the last in brackets, else
-    one that stands alone or opens the text before a point, bracket or colon. "number": the last
-    number, without thousands commas, currency sign, plus sign and idle zeros. "boxed": what the last
-    \boxed{...} holds, inner braces included.
+    "letter": of ``letters``, the last after "answer is" or the like, else the last in brackets,
+    else one that stands alone or opens the text before a point, bracket or colon. "number": the
+    last number, without thousands commas, currency sign, plus sign and idle zeros. "boxed": what
+    the last \boxed{...} holds, inner braces included.
 
     >>> parse_answer("2 + 2 = 4, so she has $1,234.50.", "number")
     '1234.5'
@@ -792,12 +792,12 @@ def sign_test(wins: int, losses: int) -> float:
     tail = sum(math.comb(n, i) for i in range(min(wins, losses) + 1))
     return min(1.0, 2 * tail / 2**n)
 
-# %% ../chapters/16_evaluation.ipynb #092f8f8f
+# %% ../chapters/16_evaluation.ipynb #16244a02
 def t_quantile(level: float, degrees: int) -> float:
-    """Return what ``normal_quantile`` is for Student's distribution with so many degrees of freedom.
+    """Return the ``normal_quantile`` of Student's distribution with so many degrees of freedom.
 
-    Up to 400 by the finite sums for whole degrees (Abramowitz and Stegun, 26.7.3 and 26.7.4), beyond
-    by an expansion around the normal quantile (26.7.5).
+    Up to 400 by the finite sums for whole degrees (Abramowitz and Stegun, 26.7.3 and 26.7.4),
+    beyond by an expansion around the normal quantile (26.7.5).
 
     >>> round(t_quantile(0.95, 2), 3)
     4.303
@@ -896,10 +896,10 @@ def mean_interval(
     mean = float(numbers.mean())
     return Interval(mean, mean - half, mean + half, level)
 
-# %% ../chapters/16_evaluation.ipynb #20f425e1
+# %% ../chapters/16_evaluation.ipynb #63001296
 @dataclass(frozen=True)
 class PairedTest:
-    """The outcome of ``paired_test``: by how much a is above b, and how likely that is by chance."""
+    """The outcome of ``paired_test``: how much a is above b, and how likely that is by chance."""
 
     difference: Interval
     p_value: float  # of a difference at least as large, on either side, if there were none
@@ -915,7 +915,7 @@ class PairedTest:
         shown = f"{self.difference.estimate:+.3f} [{low:+.3f}, {high:+.3f}]"
         return f"{shown}, p = {self.p_value:.2g}, {counts} ({self.method})"
 
-# %% ../chapters/16_evaluation.ipynb #b7cf11b0
+# %% ../chapters/16_evaluation.ipynb #58311de5
 def paired_test(
     a: Numbers,
     b: Numbers,
@@ -929,9 +929,10 @@ def paired_test(
     """Compare two systems by their scores on the same items, in the same order.
 
     "mcnemar", for scores of 0 and 1, asks how probable it is that a fair coin splits the items on
-    which they differ as unevenly; it is exact. "permutation" flips the signs of differences, of whole
-    clusters if given, all ways up to 14 of them, else ``n_resamples`` drawn ones. "auto" is the first
-    where it applies and there are no clusters. The interval is that of ``mean_interval``.
+    which they differ as unevenly; it is exact. "permutation" flips the signs of differences, of
+    whole clusters if given, all ways up to 14 of them, else ``n_resamples`` drawn ones. "auto" is
+    the first where it applies and there are no clusters. The interval is that of
+    ``mean_interval``.
     """
     first, second = as_numbers(a, "a", 2), as_numbers(b, "b", 2)
     if len(first) != len(second):
@@ -1016,7 +1017,7 @@ def bootstrap(
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(statistic(rows)), float(low), float(high), level)
 
-# %% ../chapters/16_evaluation.ipynb #12f4225c
+# %% ../chapters/16_evaluation.ipynb #9679f1c4
 def items_needed(
     difference: float,
     *,
@@ -1028,7 +1029,8 @@ def items_needed(
     """Return on how many items a difference of two accuracies is found with probability ``power``.
 
     Without ``disagreement``, the two systems have items of their own, so many each, and both are
-    right about ``accuracy`` of the time. With it, they have the same items, and differ on that share.
+    right about ``accuracy`` of the time. With it, they have the same items, and differ on that
+    share.
 
     >>> items_needed(0.02), items_needed(0.02, disagreement=0.1)
     (9812, 1955)
