@@ -598,7 +598,8 @@ def bits_per_byte(
 
 
 # %% [markdown] tags=["engine"]
-# With windows that do not overlap, the result is that of chapter 13, which has no strides. The
+# For texts that fit into one window, the result is that of chapter 13, which has no strides. (For
+# longer ones, its last window begins where the one before ended, and ours reaches back.) The
 # opening's two numbers differ in the tokenizer alone, and {eq}`evaluation-conversion` turns one
 # into the other.
 

@@ -127,11 +127,14 @@ class TestTexts:
         )
         assert pairs[0] == pairs[1]
 
-    @pytest.mark.parametrize("size", [4, 16])
+    @pytest.mark.parametrize("size", [4, 64])
     def test_without_overlap_it_is_documents_score(self, size):
         model = make_model(context_length=size)
-        scores = score_texts(model, BPE, TEXTS, stride=size)
-        bits, n_bytes = documents_score(model, BPE, TEXTS)
+        texts = [TEXTS[0][:n] for n in range(1, 20)] if size == 4 else TEXTS
+        # The last window is filled up with context here, and is short there: let there be none.
+        texts = [text for text in texts if size > 4 or (len(BPE.encode(text)) + 1) % size == 0]
+        scores = score_texts(model, BPE, texts, stride=size)
+        bits, n_bytes = documents_score(model, BPE, texts)
         assert scores.nats.sum() / math.log(2) == pytest.approx(bits, rel=1e-6)
         assert scores.n_bytes.sum() == n_bytes
 
@@ -349,8 +352,8 @@ class TestChoices:
         for place, one in enumerate(ids):
             expected = sum(by_hand(kept + one)[-len(one) :])
             assert cut.log_probs[place] == pytest.approx(expected, abs=1e-9)
-        with pytest.raises(ValueError, match=r"choices: expected at most 2 tokens .* got"):
-            score_choices(MODEL, BPE, context, choices, context_length=2, too_long="truncate")
+        with pytest.raises(ValueError, match=r"choices: expected at most 1 tokens .* got"):
+            score_choices(MODEL, BPE, context, choices, context_length=1, too_long="truncate")
 
     def test_greedy_tells_whether_the_model_would_have_said_it(self):
         ids = [END]
