@@ -319,6 +319,8 @@ class Window(NamedTuple):
     end: int
 
 
+# %%
+#| export
 def plan_windows(n_ids: int, context_length: int, stride: int) -> list[Window]:
     """Return windows of at most ``context_length + 1`` ids that score each id but the first once.
 
@@ -446,6 +448,8 @@ def _start_id(tokenizer: Tokenizer, start: str) -> int:
     return tokenizer.special_tokens[start]
 
 
+# %% tags=["engine"]
+#| export
 def _begun(ids: Sequence[int], start: int) -> list[int]:
     """The ids after exactly one ``start``, whether or not the tokenizer has put one there."""
     return [int(id) for id in ids] if len(ids) and ids[0] == start else [start, *map(int, ids)]
@@ -472,6 +476,8 @@ def _padded_batches(rows: Rows, batch_tokens: int) -> Iterator[tuple[list[int], 
         yield numbers, ids
 
 
+# %% tags=["engine"]
+#| export
 def rows_log_probs(
     model: nn.Module, rows: Rows, *, batch_tokens: int = 4096
 ) -> list[Float[Tensor, " targets"]]:
@@ -704,12 +710,6 @@ print("fewer than 60 of 100 questions right, where guessing has 25")
 # | "character" | $s(a) / \text{characters}$ | `acc_norm` of EleutherAI's harness {cite}`gao2024harness` |
 # | "byte" | $s(a) / \text{bytes}$ | the same for English; our default |
 # | "unconditional" | $s(a) - \log q(a \mid \text{neutral})$ | how much more likely the context makes it {cite}`brown2020gpt3,holtzman2021surface` |
-#
-# All of this, and the batch that makes it fast, is in {py:func}`~llmbook.evaluation.score_choices`.
-# We use it to measure the bias, with a model that hardly knows the facts: the second one of the
-# opening, after 120 steps. Each answer is now a sentence in one of three wordings, which are of
-# unequal length.
-
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the seam, all choices in one batch, and choices that cannot be compared
@@ -847,6 +847,8 @@ def score_continuations(
     return [found[row] for row in range(len(rows))]
 
 
+# %% tags=["engine"]
+#| export
 def _check_pairs(pairs: Any) -> None:
     """Demand pairs of ids, none empty, and at least one pair."""
     if isinstance(pairs, str | bytes) or not isinstance(pairs, Sequence) or not len(pairs):
@@ -880,6 +882,8 @@ class ChoiceScores(NamedTuple):
         return int(self.scores.argmax())
 
 
+# %% tags=["engine"]
+#| export
 def score_choices(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -957,7 +961,12 @@ for stem, answers in facts[:20]:
 print("20 questions: the same one by one and in a batch")
 
 # %% [markdown]
-# Here is the exam with sentences for answers:
+# ### What length does to a score
+#
+# All of this, and the batch that makes it fast, is now in
+# {py:func}`~llmbook.evaluation.score_choices`. We measure the bias with a model that hardly knows
+# the facts: the second one of the opening, after 120 steps. Each answer is a sentence in one of
+# three wordings, which are of unequal length.
 
 # %%
 small = trained(tokenizers["BPE"], 128, 120)
@@ -1162,7 +1171,9 @@ def _boxed(text: str) -> str | None:
 
 
 # %% [markdown]
-# The kinds at work, on answers as models write them:
+# ### The kinds at work
+#
+# Here are answers as models write them:
 
 # %%
 written = [
@@ -1281,6 +1292,8 @@ def majority_at_k(answers: Sequence[Hashable | None], truth: Hashable, k: int) -
     return float(ways / math.comb(len(answers), k))
 
 
+# %% tags=["engine"]
+#| export
 def _with_answer(
     table: dict[tuple[int, int], int], count: int, won: int, most: int
 ) -> dict[tuple[int, int], int]:
@@ -1291,6 +1304,11 @@ def _with_answer(
             wider[drawn + votes, ties + (votes == won)] += number * math.comb(count, votes)
     return wider
 
+
+# %% [markdown]
+# ### Passed or voted
+#
+# Twenty samples for each question about the facts, scored both ways:
 
 # %% mystnb={"figure": {"caption": "Twenty samples for each of 240 questions, drawn among four answers as the model finds them likely. The chance that one of k is right rises and rises; the chance that the most frequent of them is right does not.", "name": "fig-evaluation-attempts"}, "image": {"alt": "Two lines over k from 1 to 20 that begin at the same height, a little above guessing. pass at k rises steeply; majority at k stays nearly flat."}}
 bpe, generator = tokenizers["BPE"], torch.Generator().manual_seed(0)
@@ -1313,7 +1331,7 @@ plt.show()
 
 # %% [markdown]
 # The two answer different questions. A model that guesses among four answers has the right one
-# among twenty samples nearly always, and its majority stays as poor as a guess. Whoever reports
+# among twenty samples nearly always, and its majority stays near 40 %. Whoever reports
 # pass@k has to say who does the checking.
 
 # %% [markdown]
@@ -1584,6 +1602,8 @@ def t_quantile(level: float, degrees: int) -> float:
     return math.sqrt(degrees) * math.tan(low)
 
 
+# %% tags=["engine"]
+#| export
 def _within_angle(angle: float, degrees: int) -> float:
     """The probability that |t| is at most sqrt(degrees) times the tangent of ``angle``."""
     sine, cosine = math.sin(angle), math.cos(angle)
@@ -1650,6 +1670,8 @@ def as_numbers(values: Any, name: str = "values", least: int = 1) -> Float[np.nd
     return numbers
 
 
+# %% tags=["engine"]
+#| export
 def _cluster_sums(numbers: np.ndarray, clusters: Any) -> np.ndarray:
     """Add up the numbers of each cluster, in the order in which clusters appear."""
     if isinstance(clusters, str | bytes) or not isinstance(clusters, Sequence | np.ndarray | range):
@@ -1860,6 +1882,11 @@ for _ in range(300):
 for name, count in hits.items():
     print(f"{name:13} {count / 300:4.0%} of intervals cover the truth")
 assert hits["each its own"] < 200 < 270 < hits["clustered"]
+
+# %% [markdown]
+# ### The same models, two measures
+#
+# The exam is compared question by question, and bits per byte text by text:
 
 # %%
 longer = trained(bpe, 128, 240)

@@ -106,7 +106,7 @@ def _check_positive(name: str, value: Any) -> None:
     if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
 
-# %% ../chapters/16_evaluation.ipynb #7568cec2
+# %% ../chapters/16_evaluation.ipynb #73b6b6f1
 class Window(NamedTuple):
     """A piece of a text: the model reads ids ``start`` to ``end``, and those from ``first`` count.
 
@@ -118,7 +118,7 @@ class Window(NamedTuple):
     first: int
     end: int
 
-
+# %% ../chapters/16_evaluation.ipynb #bf737788
 def plan_windows(n_ids: int, context_length: int, stride: int) -> list[Window]:
     """Return windows of at most ``context_length + 1`` ids that score each id but the first once.
 
@@ -159,7 +159,7 @@ class TextScores(NamedTuple):
             raise ValueError("texts: expected at least one byte, got none")
         return float(self.nats.sum() / math.log(2) / self.n_bytes.sum())
 
-# %% ../chapters/16_evaluation.ipynb #1663197b
+# %% ../chapters/16_evaluation.ipynb #8284d37f
 Numbers = Sequence[float | int | np.number | np.bool_] | np.ndarray | Tensor
 Clusters = Sequence[Hashable] | np.ndarray
 Rows = Sequence[Sequence[int]]
@@ -190,12 +190,12 @@ def _start_id(tokenizer: Tokenizer, start: str) -> int:
     check_choice("start", start, tuple(tokenizer.special_tokens))
     return tokenizer.special_tokens[start]
 
-
+# %% ../chapters/16_evaluation.ipynb #57f0f81f
 def _begun(ids: Sequence[int], start: int) -> list[int]:
     """The ids after exactly one ``start``, whether or not the tokenizer has put one there."""
     return [int(id) for id in ids] if len(ids) and ids[0] == start else [start, *map(int, ids)]
 
-# %% ../chapters/16_evaluation.ipynb #fdf7011d
+# %% ../chapters/16_evaluation.ipynb #9efa0dcb
 def _padded_batches(rows: Rows, batch_tokens: int) -> Iterator[tuple[list[int], Tensor]]:
     """Yield numbers of rows of about one length, and their ids, padded on the right."""
     check_at_least(batch_tokens=(1, batch_tokens))
@@ -208,7 +208,7 @@ def _padded_batches(rows: Rows, batch_tokens: int) -> Iterator[tuple[list[int], 
             ids[place, : len(rows[row])] = torch.as_tensor(rows[row])
         yield numbers, ids
 
-
+# %% ../chapters/16_evaluation.ipynb #dec8eede
 def rows_log_probs(
     model: nn.Module, rows: Rows, *, batch_tokens: int = 4096
 ) -> list[Float[Tensor, " targets"]]:
@@ -406,7 +406,7 @@ class Continuation(NamedTuple):
     n_tokens: int
     is_greedy: bool
 
-# %% ../chapters/16_evaluation.ipynb #ef7f3f27
+# %% ../chapters/16_evaluation.ipynb #fc1f9831
 def score_continuations(
     model: nn.Module,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
@@ -436,7 +436,7 @@ def score_continuations(
                 found[row] = Continuation(log_prob, n, bool(likeliest[answer].all()))
     return [found[row] for row in range(len(rows))]
 
-
+# %% ../chapters/16_evaluation.ipynb #71568822
 def _check_pairs(pairs: Any) -> None:
     """Demand pairs of ids, none empty, and at least one pair."""
     if isinstance(pairs, str | bytes) or not isinstance(pairs, Sequence) or not len(pairs):
@@ -447,7 +447,7 @@ def _check_pairs(pairs: Any) -> None:
             expected = "pairs of ids, neither part empty"
             raise ValueError(f"pairs: expected {expected}, got {pair!r:.60} at {place}")
 
-# %% ../chapters/16_evaluation.ipynb #986d4b22
+# %% ../chapters/16_evaluation.ipynb #50210c11
 class ChoiceScores(NamedTuple):
     """Scores of some choices, the best with the highest, and what they are made of."""
 
@@ -460,7 +460,7 @@ class ChoiceScores(NamedTuple):
         """The number of the choice with the highest score, of equal ones the first."""
         return int(self.scores.argmax())
 
-
+# %% ../chapters/16_evaluation.ipynb #ef365284
 def score_choices(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -665,7 +665,7 @@ def _check_at_most(name: str, value: int, other: str, most: int) -> None:
     if value > most:
         raise ValueError(f"{name}: expected at most {other} = {most}, got {value}")
 
-# %% ../chapters/16_evaluation.ipynb #0dbe14bd
+# %% ../chapters/16_evaluation.ipynb #99106c6a
 def majority_at_k(answers: Sequence[Hashable | None], truth: Hashable, k: int) -> float:
     """Return the chance that the most frequent of ``k`` of the ``answers`` is ``truth``.
 
@@ -692,7 +692,7 @@ def majority_at_k(answers: Sequence[Hashable | None], truth: Hashable, k: int) -
             ways += Fraction(math.comb(votes, won) * number * rest, ties + 1)
     return float(ways / math.comb(len(answers), k))
 
-
+# %% ../chapters/16_evaluation.ipynb #3ba57dcf
 def _with_answer(
     table: dict[tuple[int, int], int], count: int, won: int, most: int
 ) -> dict[tuple[int, int], int]:
@@ -792,7 +792,7 @@ def sign_test(wins: int, losses: int) -> float:
     tail = sum(math.comb(n, i) for i in range(min(wins, losses) + 1))
     return min(1.0, 2 * tail / 2**n)
 
-# %% ../chapters/16_evaluation.ipynb #16244a02
+# %% ../chapters/16_evaluation.ipynb #da5d1296
 def t_quantile(level: float, degrees: int) -> float:
     """Return the ``normal_quantile`` of Student's distribution with so many degrees of freedom.
 
@@ -813,7 +813,7 @@ def t_quantile(level: float, degrees: int) -> float:
         low, high = (middle, high) if inside else (low, middle)
     return math.sqrt(degrees) * math.tan(low)
 
-
+# %% ../chapters/16_evaluation.ipynb #52f471e8
 def _within_angle(angle: float, degrees: int) -> float:
     """The probability that |t| is at most sqrt(degrees) times the tangent of ``angle``."""
     sine, cosine = math.sin(angle), math.cos(angle)
@@ -842,7 +842,7 @@ def clustered_standard_error(values: Numbers, clusters: Clusters) -> float:
     sums = _cluster_sums(numbers - numbers.mean(), clusters)
     return float(math.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(numbers))
 
-# %% ../chapters/16_evaluation.ipynb #c0f307b6
+# %% ../chapters/16_evaluation.ipynb #ede7249c
 def as_numbers(values: Any, name: str = "values", least: int = 1) -> Float[np.ndarray, " n"]:
     """Return a list, array or tensor of finite numbers or truths as an array of float64."""
     array = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
@@ -860,7 +860,7 @@ def as_numbers(values: Any, name: str = "values", least: int = 1) -> Float[np.nd
         raise ValueError(f"{name}: expected finite numbers, got {wrong}")
     return numbers
 
-
+# %% ../chapters/16_evaluation.ipynb #702c7d00
 def _cluster_sums(numbers: np.ndarray, clusters: Any) -> np.ndarray:
     """Add up the numbers of each cluster, in the order in which clusters appear."""
     if isinstance(clusters, str | bytes) or not isinstance(clusters, Sequence | np.ndarray | range):
