@@ -30,7 +30,7 @@ from llmbook import (
 
 MODULES = (
     "environment tinyworld corpus cleaning deduplication tokenizer subwords batches positions "
-    "attention blocks model optimization training generation precision"
+    "attention blocks model optimization training generation precision evaluation"
 ).split()
 
 # What is left out, and why.
@@ -74,6 +74,13 @@ NOT_TRIED = {
     "generation.SpeculativeStats",
     "attention.AttentionFigure",
     "precision.BitsFigure",
+    "evaluation.Window",
+    "evaluation.TextScores",
+    "evaluation.Continuation",
+    "evaluation.ChoiceScores",
+    "evaluation.Interval",
+    "evaluation.PairedTest",
+    "evaluation.as_numbers",  # it names what the caller calls the argument
     "attention.LayerCache",
     "blocks.Routing",
     "generation.GenerationOptions",  # the options of generate, which are tried there
@@ -610,6 +617,34 @@ EXAMPLES: dict[str, Arguments] = {
     "precision.EmulatedLinear": {"in_features": 16, "out_features": 8, "recipe": "fp8_current"},
     "precision.EmulatedLinear.forward": lambda: {"x": torch.ones(2, 16)},
     "precision.emulate": lambda: {"model": torch.nn.Linear(16, 8), "recipe": "mxfp8"},
+    "evaluation.model_logits": lambda: {"ids": ids(1, 4)},
+    "evaluation.next_log_probs": lambda: {"ids": ids(1, 4)},
+    "evaluation.rows_log_probs": {"rows": [[1, 2, 3], [4, 5]]},
+    "evaluation.plan_windows": {"n_ids": 10, "context_length": 4, "stride": 2},
+    "evaluation.window_log_probs": {"ids": [1, 2, 3, 4]},
+    "evaluation.score_texts": {"texts": ["a b"]},
+    "evaluation.perplexity": {"texts": ["a b"]},
+    "evaluation.bits_per_byte": {"texts": ["a b"]},
+    "evaluation.check_causal": {"length": 8},
+    "evaluation.encode_pairs": {"context": "a", "continuations": [" b", " c"]},
+    "evaluation.score_continuations": {"pairs": [([1, 2], [3]), ([1], [2, 3])]},
+    "evaluation.score_choices": {"context": "a", "choices": [" b", " c"]},
+    "evaluation.centered_accuracy": {"accuracy": 0.5, "chance": 0.25},
+    "evaluation.parse_answer": {"text": "so it is 7", "kind": "number"},
+    "evaluation.exact_match": {"text": "so it is 7", "answer": "7", "kind": "number"},
+    "evaluation.pass_at_k": {"n": 5, "c": 2, "k": 2},
+    "evaluation.majority_at_k": {"answers": ["7", "8", "7"], "truth": "7", "k": 2},
+    "evaluation.confidence_interval": {"successes": 3, "n": 10},
+    "evaluation.normal_quantile": {"level": 0.95},
+    "evaluation.t_quantile": {"level": 0.95, "degrees": 3},
+    "evaluation.mean_interval": {"values": [0.5, 0.75, 1.0]},
+    "evaluation.standard_error": {"values": [0.5, 0.75, 1.0]},
+    "evaluation.clustered_standard_error": {"values": [0.5, 0.75, 1.0], "clusters": [0, 0, 1]},
+    "evaluation.rule_of_three": {"n": 100},
+    "evaluation.sign_test": {"wins": 5, "losses": 2},
+    "evaluation.paired_test": {"a": [0.5, 1.0, 0.2], "b": [0.25, 0.5, 0.4]},
+    "evaluation.bootstrap": {"values": [0.5, 0.75, 1.0], "n_resamples": 10},
+    "evaluation.items_needed": {"difference": 0.02},
 }
 
 # Objects whose methods are tried as well.
