@@ -1,0 +1,2765 @@
+# %% [markdown]
+# # Evaluation
+#
+# > Know whether a model got better: scores that can be compared, answers that are read as they were
+# > meant, and an interval beside every number.
+#
+# TODO problem
+#
+# | | |
+# |---|---|
+# | **Part** | III. Pretraining |
+# | **You build** | {py:func}`~llmbook.evaluation.perplexity`, {py:func}`~llmbook.evaluation.bits_per_byte`, {py:func}`~llmbook.evaluation.score_choices`, {py:func}`~llmbook.evaluation.parse_answer`, {py:func}`~llmbook.evaluation.pass_at_k`, {py:func}`~llmbook.evaluation.confidence_interval`, {py:func}`~llmbook.evaluation.paired_test`, {py:func}`~llmbook.evaluation.check_causal` |
+# | **You need** | the model ({doc}`11_model`), training ({doc}`13_training`), bits per byte ({doc}`01_tinyworld`), means and variances |
+# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 90 seconds to run |
+
+# %% tags=["remove-cell"]
+#| default_exp evaluation
+
+# %% tags=["engine"]
+#| export
+# The imports of the module
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from itertools import permutations, product
+from statistics import NormalDist
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from llmbook.batches import Tokenizer
+from llmbook.environment import check_at_least, check_choice, check_fraction, check_text
+from llmbook.optimization import cross_entropy
+from llmbook.tokenizer import valid_text
+from llmbook.training import unnoticed
+
+# %% [markdown]
+# next
+
+
+# %%
+#| export
+def model_logits(
+    model: nn.Module, ids: Int64[Tensor, "batch sequence"]
+) -> Float[Tensor, "batch sequence vocab_size"]:
+    """Return a model's logits, whether it returns them or, as transformers, has them in a record."""
+    found = model(ids)
+    return found if isinstance(found, Tensor) else found.logits
+
+
+def next_log_probs(
+    model: nn.Module, ids: Int64[Tensor, "batch sequence"]
+) -> Float[Tensor, "batch targets"]:
+    """Return log q of each id after the first of its row, in nats, given those before it there."""
+    logits, targets = model_logits(model, ids[:, :-1]), ids[:, 1:]
+    return -cross_entropy(logits, targets.contiguous(), reduction="none")
+
+
+# %% [markdown]
+# windows
+
+
+# %%
+#| export
+class Window(NamedTuple):
+    """A piece of a text: the model reads ids ``start`` to ``end``, and those from ``first`` count.
+
+    Each id is predicted from those before it in the window, so ``first`` has ``first - start`` ids
+    of context, and the last one, ``end - 1``, is read by nobody.
+    """
+
+    start: int
+    first: int
+    end: int
+
+
+def plan_windows(n_ids: int, context_length: int, stride: int) -> list[Window]:
+    """Return windows of at most ``context_length + 1`` ids that score each id but the first once.
+
+    All windows but the first score ``stride`` ids (the last perhaps fewer), so each of these has at
+    least ``context_length + 1 - stride`` ids of context.
+
+    >>> [tuple(window) for window in plan_windows(10, 4, 2)]
+    [(0, 1, 5), (2, 5, 7), (4, 7, 9), (5, 9, 10)]
+    """
+    check_at_least(n_ids=(2, n_ids), context_length=(1, context_length), stride=(1, stride))
+    if stride > context_length:
+        raise ValueError(
+            f"stride: expected at most context_length = {context_length}, got {stride}"
+        )
+    windows = [Window(0, 1, min(n_ids, context_length + 1))]
+    while (done := windows[-1].end) < n_ids:
+        end = min(done + stride, n_ids)
+        windows.append(Window(max(0, end - context_length - 1), done, end))
+    return windows
+
+
+# %% [markdown]
+# engine: any model
+
+# %% tags=["engine"]
+#| export
+Numbers = Sequence[float] | np.ndarray | Tensor
+Rows = Sequence[Sequence[int]]
+
+
+def _context_length(model: nn.Module, given: int | None = None) -> int:
+    """How many ids the model reads at once: what is ``given``, or what its configuration says."""
+    check_at_least(context_length=(1, given))
+    config = getattr(model, "config", None)
+    names = ("context_length", "max_position_embeddings", "n_positions")
+    known = [getattr(config, name) for name in names if getattr(config, name, None)]
+    if given is None and not known:
+        raise ValueError("context_length: expected a number, as model.config has none, got None")
+    if given is not None and known and given > known[0]:
+        raise ValueError(f"context_length: expected at most the model's {known[0]}, got {given}")
+    return int(known[0] if given is None else given)
+
+
+def _start_id(tokenizer: Tokenizer, start: str) -> int:
+    """The id of the special token with which a text begins."""
+    if not isinstance(tokenizer, Tokenizer):
+        expected = "an object with vocab_size, special_tokens and encode"
+        raise ValueError(f"tokenizer: expected {expected}, got {tokenizer!r:.60}")
+    check_choice("start", start, tuple(tokenizer.special_tokens))
+    return tokenizer.special_tokens[start]
+
+
+def _begun(ids: Sequence[int], start: int) -> list[int]:
+    """The ids after exactly one ``start``, whether or not the tokenizer has put one there."""
+    return [int(id) for id in ids] if len(ids) and ids[0] == start else [start, *map(int, ids)]
+
+
+# %% tags=["engine"]
+#| export
+def _padded_batches(rows: Rows, batch_tokens: int) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield numbers of rows of about one length, and their ids, padded on the right."""
+    check_at_least(batch_tokens=(1, batch_tokens))
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    while order:
+        few = max(1, batch_tokens // len(rows[order[-1]]))
+        order, numbers = order[:-few], order[-few:]
+        ids = torch.zeros(len(numbers), len(rows[numbers[-1]]), dtype=torch.int64)
+        for place, row in enumerate(numbers):
+            ids[place, : len(rows[row])] = torch.as_tensor(rows[row])
+        yield numbers, ids
+
+
+def rows_log_probs(
+    model: nn.Module, rows: Rows, *, batch_tokens: int = 4096
+) -> list[Float[Tensor, " targets"]]:
+    """Return ``next_log_probs`` for rows of unequal length, on the CPU, in the order of ``rows``.
+
+    Rows of about one length are padded on the right and go through the model together, at most
+    ``batch_tokens`` ids at a time. Padding comes after all that counts, so a causal model does not
+    see it. The model is evaluated without dropout and left as it was.
+    """
+    _check_rows(rows)
+    found: dict[int, Tensor] = {}
+    with unnoticed(model):
+        for numbers, ids in _padded_batches(rows, batch_tokens):
+            log_probs = next_log_probs(model, ids.to(_device(model))).cpu()
+            for row, part in zip(numbers, log_probs, strict=True):
+                found[row] = part[: len(rows[row]) - 1]
+    return [found[row] for row in range(len(rows))]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _check_rows(rows: Any) -> None:
+    """Demand rows of at least two ids, and at least one row."""
+    if isinstance(rows, str | bytes) or not isinstance(rows, Sequence) or not len(rows):
+        raise ValueError(f"rows: expected at least one row of ids, got {rows!r:.60}")
+    for place, row in enumerate(rows):
+        if isinstance(row, str | bytes) or not hasattr(row, "__len__") or len(row) < 2:
+            raise ValueError(
+                f"rows: expected at least two ids in a row, got {row!r:.60} at {place}"
+            )
+
+
+# %% tags=["engine"]
+#| export
+def window_log_probs(
+    model: nn.Module,
+    ids: Sequence[int],
+    *,
+    stride: int | None = None,
+    context_length: int | None = None,
+    batch_tokens: int = 4096,
+) -> Float[Tensor, " targets"]:
+    """Return log q of each id after the first, in nats, of a text that may exceed the context.
+
+    The windows are those of ``plan_windows``; ``stride`` is by default half the context length.
+    """
+    size = _context_length(model, context_length)
+    windows = plan_windows(len(ids), size, max(1, size // 2) if stride is None else stride)
+    rows = [ids[window.start : window.end] for window in windows]
+    found = rows_log_probs(model, rows, batch_tokens=batch_tokens)
+    parts = [part[w.first - w.start - 1 :] for part, w in zip(found, windows, strict=True)]
+    return torch.cat(parts)
+
+
+# %% [markdown]
+# texts
+
+
+# %%
+#| export
+class TextScores(NamedTuple):
+    """How surprised a model was by some texts: for each the nats, and its tokens and bytes."""
+
+    nats: Float[np.ndarray, " texts"]
+    n_tokens: Int64[np.ndarray, " texts"]
+    n_bytes: Int64[np.ndarray, " texts"]
+
+    @property
+    def perplexity(self) -> float:
+        """e to the nats per token."""
+        return math.exp(self.nats.sum() / self.n_tokens.sum())
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits for all texts, divided by their bytes."""
+        if not self.n_bytes.sum():
+            raise ValueError("texts: expected at least one byte, got none")
+        return float(self.nats.sum() / math.log(2) / self.n_bytes.sum())
+
+
+# %% tags=["engine"]
+#| export
+def score_texts(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    *,
+    stride: int | None = None,
+    end: bool = True,
+    start: str = "<|endoftext|>",
+    context_length: int | None = None,
+    batch_tokens: int = 4096,
+) -> TextScores:
+    """Return nats, tokens and bytes of each text, read after one ``start`` and nothing else.
+
+    With ``end`` the special token after a text is predicted, too, and counts as a token. Bytes are
+    those of the text as UTF-8, whatever the tokenizer makes of it. A text longer than the context
+    is read in windows (``window_log_probs``). A model that sees the future is refused.
+    """
+    first, texts = _start_id(tokenizer, start), _as_texts(texts)
+    size = _context_length(model, context_length)
+    stride = max(1, size // 2) if stride is None else stride
+    rows = [_begun(tokenizer.encode(text), first) + [first] * bool(end) for text in texts]
+    check_causal(model, vocab_size=tokenizer.vocab_size, length=min(16, size))
+    plans = [plan_windows(len(row), size, stride) if len(row) > 1 else [] for row in rows]
+    pieces = [
+        (row[window.start : window.end], text, window)
+        for text, (row, plan) in enumerate(zip(rows, plans, strict=True))
+        for window in plan
+    ]
+    nats = np.zeros(len(texts))
+    if pieces:
+        found = rows_log_probs(model, [piece[0] for piece in pieces], batch_tokens=batch_tokens)
+        for log_probs, (_, text, window) in zip(found, pieces, strict=True):
+            nats[text] -= log_probs[window.first - window.start - 1 :].double().sum().item()
+    n_bytes = [len(text.encode()) for text in texts]
+    return TextScores(nats, np.array([len(row) - 1 for row in rows]), np.array(n_bytes))
+
+
+def _as_texts(texts: Any) -> list[str]:
+    """Several texts, at least one."""
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise ValueError(f"texts: expected several texts, got {texts!r:.60}")
+    found = [valid_text(text, "texts") for text in texts]
+    if not found:
+        raise ValueError("texts: expected at least one text, got none")
+    return found
+
+
+# %%
+#| export
+def perplexity(
+    model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str], **options: Any
+) -> float:
+    """Return the perplexity per token of ``texts``; ``options`` are those of ``score_texts``."""
+    return score_texts(model, tokenizer, texts, **options).perplexity
+
+
+def bits_per_byte(
+    model: nn.Module, tokenizer: Tokenizer, texts: Iterable[str], **options: Any
+) -> float:
+    """Return the bits per byte of ``texts``; ``options`` are those of ``score_texts``."""
+    return score_texts(model, tokenizer, texts, **options).bits_per_byte
+
+
+# %% [markdown]
+# causal
+
+
+# %%
+#| export
+def check_causal(
+    model: nn.Module,
+    *,
+    vocab_size: int | None = None,
+    length: int = 16,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+) -> None:
+    """Refuse a model whose logits at a position change when later tokens do.
+
+    A row of ``length`` random ids is read twice; the second time the last ids, from one of several
+    places on, are others. Logits before that place may differ by ``tolerance`` times their spread.
+    """
+    check_at_least(length=(2, length), seed=(0, seed), vocab_size=(2, vocab_size))
+    _check_positive("tolerance", tolerance)
+    size = vocab_size or _vocabulary(model)
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(size, (1, length), generator=random)
+    places = sorted({1, length // 2, length - 1})
+    changed = ids.repeat(len(places), 1)
+    for row, place in enumerate(places):  # adding 1 to size - 1 makes each id another one
+        changed[row, place:] += torch.randint(1, size, (length - place,), generator=random)
+    changed %= size
+    device = next(model.parameters()).device
+    with unnoticed(model):
+        found = model(torch.cat([ids, changed]).to(device))
+    logits = (found if isinstance(found, Tensor) else found.logits).float().cpu()
+    for row, place in enumerate(places, 1):
+        change = (logits[row, :place] - logits[0, :place]).abs().max().item()
+        if not change <= tolerance * logits.std().item():
+            expected = f"logits before token {place} that do not depend on the tokens from it on"
+            raise ValueError(
+                f"model: expected {expected}, got {type(model).__name__}, "
+                f"whose logits there change by {change:.2g}: it sees the future"
+            )
+
+
+# %% tags=["engine"]
+#| export
+def _vocabulary(model: nn.Module) -> int:
+    """How many ids the model knows."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not isinstance(size, int):
+        raise ValueError("vocab_size: expected a number, as model.config has none, got None")
+    return size
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise ValueError(f"{name}: expected a finite number above 0, got {value!r:.60}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+
+
+# %% [markdown]
+# choices
+
+# %% tags=["engine"]
+#| export
+Seam = Literal["joint", "separate"]
+TooLong = Literal["error", "truncate"]
+Normalization = Literal["none", "token", "character", "byte", "unconditional"]
+
+
+def encode_pairs(
+    tokenizer: Tokenizer,
+    context: str,
+    continuations: Sequence[str],
+    *,
+    seam: Seam = "joint",
+    start: str = "<|endoftext|>",
+) -> tuple[list[int], list[list[int]]]:
+    """Return the ids of a context, after one ``start``, and those of each continuation of it.
+
+    "separate" encodes context and continuation each by itself. "joint" encodes them as one text.
+    The context is then what all these texts begin with and the context by itself does, too, so a
+    token across the seam belongs to the continuation. White space at the end of the context goes
+    over to the continuations.
+    """
+    check_choice("seam", seam, ("joint", "separate"))
+    first, context = _start_id(tokenizer, start), valid_text(context, "context")
+    endings = _checked_choices(continuations, "continuations")
+    if seam == "separate":
+        return _begun(tokenizer.encode(context), first), [
+            _without(tokenizer.encode(ending), first) for ending in endings
+        ]
+    kept = context.rstrip()
+    endings = [context[len(kept) :] + ending for ending in endings]
+    alone = _begun(tokenizer.encode(kept), first)
+    whole = [_begun(tokenizer.encode(kept + ending), first) for ending in endings]
+    shared = min(_common(alone, ids) for ids in whole)
+    shared = max(1, min(shared, *(len(ids) - 1 for ids in whole)))
+    return alone[:shared], [ids[shared:] for ids in whole]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """With how many equal ids both begin."""
+    unequal = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(unequal, min(len(a), len(b)))
+
+
+def _without(ids: Sequence[int], start: int) -> list[int]:
+    """The ids without the ``start`` that a tokenizer may have put before them."""
+    return _begun(ids, start)[1:]
+
+
+# %% tags=["engine"]
+#| export
+def _checked_choices(choices: Any, name: str, least: int = 1) -> list[str]:
+    """Return several texts, none blank, none twice."""
+    if isinstance(choices, str | bytes) or not isinstance(choices, Sequence):
+        raise ValueError(f"{name}: expected several texts, got {choices!r:.60}")
+    if len(choices) < least:
+        raise ValueError(f"{name}: expected at least {least}, got {list(choices)!r}")
+    texts = [valid_text(choice, name) for choice in choices]
+    for place, text in enumerate(texts):
+        if not text.strip():
+            raise ValueError(f"{name}: expected texts that say something, got {text!r} at {place}")
+    if twice := [text for text, count in Counter(texts).items() if count > 1]:
+        raise ValueError(
+            f"{name}: expected each once, got {twice[0]!r} {texts.count(twice[0])} times"
+        )
+    return texts
+
+
+def _fitted(context: list[int], longest: int, size: int, too_long: str) -> list[int]:
+    """The context, cut on the left if asked, so that ``longest`` more ids fit into the model."""
+    check_choice("too_long", too_long, ("error", "truncate"))
+    room = size + 1 - longest  # the last id is predicted and not read
+    if room < 1:
+        expected = f"at most {size} tokens for a context length of {size}"
+        raise ValueError(f"choices: expected {expected}, got {longest}")
+    if len(context) > room and too_long == "error":
+        expected = f"at most {room} tokens before {longest} more, or too_long='truncate'"
+        raise ValueError(f"context: expected {expected}, got {len(context)}")
+    return context[-room:]
+
+
+# %%
+#| export
+class Continuation(NamedTuple):
+    """What a model thinks of a continuation: log q in nats, how many tokens, each the likeliest?"""
+
+    log_prob: float
+    n_tokens: int
+    is_greedy: bool
+
+
+# %% tags=["engine"]
+#| export
+def score_continuations(
+    model: nn.Module,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    too_long: TooLong = "error",
+    context_length: int | None = None,
+    batch_tokens: int = 4096,
+) -> list[Continuation]:
+    """Return log q of ids that continue other ids, for pairs of (context, continuation).
+
+    Each context has at least one id. One that does not fit is an error, or cut on the left.
+    """
+    size = _context_length(model, context_length)
+    check_at_least(batch_tokens=(1, batch_tokens))
+    _check_pairs(pairs)
+    rows = [[*_fitted(list(context), len(ids), size, too_long), *ids] for context, ids in pairs]
+    found: dict[int, Continuation] = {}
+    with unnoticed(model):
+        for numbers, ids in _padded_batches(rows, batch_tokens):
+            logits, targets = model_logits(model, ids[:, :-1].to(_device(model))), ids[:, 1:]
+            likeliest = logits.argmax(dim=-1).cpu() == targets
+            losses = cross_entropy(logits, targets.to(logits.device), reduction="none").cpu()
+            for place, row in enumerate(numbers):
+                n, last = len(pairs[row][1]), len(rows[row]) - 1
+                answer = (place, slice(last - n, last))
+                log_prob = -losses[answer].double().sum().item()
+                found[row] = Continuation(log_prob, n, bool(likeliest[answer].all()))
+    return [found[row] for row in range(len(rows))]
+
+
+def _check_pairs(pairs: Any) -> None:
+    """Demand pairs of ids, none empty, and at least one pair."""
+    if isinstance(pairs, str | bytes) or not isinstance(pairs, Sequence) or not len(pairs):
+        raise ValueError(f"pairs: expected at least one pair of ids, got {pairs!r:.60}")
+    for place, pair in enumerate(pairs):
+        good = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+        if not good or not all(hasattr(ids, "__len__") and len(ids) for ids in pair):
+            expected = "pairs of ids, neither part empty"
+            raise ValueError(f"pairs: expected {expected}, got {pair!r:.60} at {place}")
+
+
+# %%
+#| export
+class ChoiceScores(NamedTuple):
+    """Scores of some choices, the best with the highest, and what they are made of."""
+
+    scores: Float[np.ndarray, " choices"]
+    log_probs: Float[np.ndarray, " choices"]  # nats, of each choice after the context
+    n_tokens: Int64[np.ndarray, " choices"]
+
+    @property
+    def best(self) -> int:
+        """The number of the choice with the highest score, of equal ones the first."""
+        return int(self.scores.argmax())
+
+
+# %% tags=["engine"]
+#| export
+def score_choices(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    context: str,
+    choices: Sequence[str],
+    *,
+    normalization: Normalization = "byte",
+    ending: str = "",
+    neutral: str = "",
+    seam: Seam = "joint",
+    too_long: TooLong = "error",
+    start: str = "<|endoftext|>",
+    **options: Any,
+) -> ChoiceScores:
+    """Return how likely each choice is as the continuation of ``context``, in one batch.
+
+    A score is log q of a choice and the ``ending`` after it, in nats, divided by its tokens,
+    characters or UTF-8 bytes (white space around it and the ending not counted), or less its log q
+    after ``neutral`` ("unconditional"). Choices of which one begins another are refused, as the
+    shorter could only win: an ``ending`` that all of them get sets them apart. A context that is too
+    long is an error or cut on the left, for all choices at the same place. ``options`` are
+    ``context_length`` and ``batch_tokens`` of ``score_continuations``.
+    """
+    check_choice("normalization", normalization, get_args(Normalization))
+    texts = _checked_choices(choices, "choices", 2)
+    ended = [text + check_text(ending, "ending") for text in texts]
+
+    shared, ids = encode_pairs(tokenizer, context, ended, seam=seam, start=start)
+    _check_prefixes(texts, ids)
+    size, longest = _context_length(model, options.get("context_length")), max(map(len, ids))
+
+    def found(before: list[int]) -> np.ndarray:
+        pairs = [(_fitted(before, longest, size, too_long), one) for one in ids]
+        return np.array([one.log_prob for one in score_continuations(model, pairs, **options)])
+
+    log_probs, n_tokens = found(shared), np.array([len(one) for one in ids])
+    if normalization == "unconditional":
+        first = _start_id(tokenizer, start)
+        scores = log_probs - found(_begun(tokenizer.encode(check_text(neutral, "neutral")), first))
+    else:
+        scores = log_probs / _sizes(texts, n_tokens, normalization)
+    return ChoiceScores(scores, log_probs, n_tokens)
+
+
+def _sizes(texts: list[str], n_tokens: np.ndarray, normalization: str) -> np.ndarray:
+    """What the log-probabilities of ``texts`` are divided by."""
+    sizes = {
+        "none": [1] * len(texts),
+        "token": n_tokens,
+        "character": [len(text.strip()) for text in texts],
+        "byte": [len(text.strip().encode()) for text in texts],
+    }
+    return np.array(sizes[normalization])
+
+
+def _check_prefixes(texts: list[str], ids: list[list[int]]) -> None:
+    """Refuse choices of which one begins another, token by token."""
+    for (a, one), (b, other) in permutations(zip(texts, ids, strict=True), 2):
+        if other[: len(one)] == one:
+            expected = "choices of which none begins another (an ending, such as '.', helps)"
+            raise ValueError(f"choices: expected {expected}, got {a!r} and {b!r}")
+
+
+# %%
+#| export
+def centered_accuracy(accuracy: float, chance: float) -> float:
+    """Return an accuracy moved and stretched so that guessing is 0 and perfection 1.
+
+    ``chance`` is the accuracy of guessing (DataComp-LM, section 3.5).
+
+    >>> round(centered_accuracy(0.40, chance=0.25), 3)
+    0.2
+    """
+    check_fraction("chance", chance)
+    _check_share("accuracy", accuracy)
+    return float((accuracy - chance) / (1 - chance))
+
+
+# %% tags=["engine"]
+#| export
+def _check_share(name: str, value: Any) -> None:
+    known = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not known or not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r:.60}")
+
+
+# %% [markdown]
+# answers
+
+# %% tags=["engine"]
+#| export
+AnswerKind = Literal["letter", "number", "boxed"]
+
+
+def parse_answer(text: str, kind: AnswerKind, *, letters: str = "ABCD") -> str | None:
+    r"""Return the answer that a text gives, in one form, or None if it gives none.
+
+    "letter": of ``letters``, the last after "answer is" or the like, else the last in brackets, else
+    one that stands alone or opens the text before a point, bracket or colon. "number": the last
+    number, without thousands commas, currency sign, plus sign and idle zeros. "boxed": what the last
+    \boxed{...} holds, inner braces included.
+
+    >>> parse_answer("2 + 2 = 4, so she has $1,234.50.", "number")
+    '1234.5'
+    >>> print(parse_answer(r"Hence \boxed{\frac{1}{2}}.", "boxed"))
+    \frac{1}{2}
+    """
+    check_choice("kind", kind, get_args(AnswerKind))
+    check_text(text)
+    if kind == "letter":
+        return _letter(text, letters)
+    return _number(text) if kind == "number" else _boxed(text)
+
+
+def exact_match(text: str, answer: str, kind: AnswerKind | None = None) -> bool:
+    """Whether a text gives the answer: the same one by ``parse_answer``, numbers by their value.
+
+    Without a ``kind``, the texts are the same but for case, white space and a last full stop.
+    """
+    check_text(text)
+    check_text(answer, "answer")
+    if kind is None:
+        return _plain(text) == _plain(answer)
+    letters = string.ascii_uppercase
+    found, right = (parse_answer(one, kind, letters=letters) for one in (text, answer))
+    right = _plain(answer) if right is None and kind == "boxed" else right
+    if right is None:
+        raise ValueError(f"answer: expected a {kind}, got {answer!r:.60}")
+    if kind == "number" and found is not None:
+        return Fraction(found) == Fraction(right)
+    return found is not None and _plain(found) == _plain(right)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).removesuffix(".").casefold()
+
+
+# %% tags=["engine"]
+#| export
+# Digits that a letter precedes belong to a name; a minus after a digit or bracket is an operator.
+_NUMBER = re.compile(
+    r"""(?<!\w) (?P<sign> (?<![)\]]) [-+−] )? [$€£]?
+    (?P<digits> (?: \d{1,3} (?: ,\d{3} )+ (?!\d) | \d+ ) (?: \.\d+ )? | \.\d+ )
+    (?P<power> [eE] [-+]? \d{1,2} (?!\d) | / 0* [1-9] \d* )?""",
+    re.VERBOSE,
+)
+
+
+def _number(text: str) -> str | None:
+    """The last number of a text, in decimal digits or, where it is one, as a fraction."""
+    last = None
+    for last in _NUMBER.finditer(text):  # noqa: B007
+        pass
+    if last is None or len(last[0]) > 1000:  # Python refuses to read some thousand digits
+        return None
+    sign = "-" if last["sign"] in ("-", "−") else ""
+    number = sign + last["digits"].replace(",", "") + (last["power"] or "")
+    if "/" in number:
+        return str(Fraction(number)) if "." not in number else None
+    written = format(Decimal(number), "f")
+    written = written.rstrip("0").rstrip(".") if "." in written else written
+    return "0" if written in ("-0", "") else written
+
+
+def _letter(text: str, letters: str) -> str | None:
+    """The letter that a text chooses."""
+    if not isinstance(letters, str) or not letters.isalpha():
+        raise ValueError(f"letters: expected letters such as 'ABCD', got {letters!r:.60}")
+    one = f"([{letters}])"
+    said = rf"(?i:answer|choice|option)(?i:\s+is|\s*[:=])?\s*[:*_(\[\"']*{one}(?![\w'])"
+    patterns = [said, rf"(?:[(\[]|\*\*){one}(?:[)\]]|\*\*)"]
+    for pattern in patterns:
+        if found := re.findall(pattern, text):
+            return found[-1]
+    opening = re.match(rf"\s*{one}\s*(?:[.):]|$)", text)
+    alone = re.fullmatch(rf"(?i:\W*{one}\W*)", text)
+    match = opening or alone
+    return next(c for c in letters if c.casefold() == match[1].casefold()) if match else None
+
+
+def _boxed(text: str) -> str | None:
+    r"""What stands in the last \boxed{...} of a text, None if its brace is never closed."""
+    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
+    if start < 0:
+        return None
+    begin = text.index("{", start) + 1
+    depth = 1
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, begin):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return text[begin : match.start()].strip()
+    return None
+
+
+# %% [markdown]
+# pass at k
+
+
+# %%
+#| export
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Return the chance that of ``k`` of ``n`` answers, ``c`` of them right, at least one is right.
+
+    The unbiased estimate of pass@k (Chen et al. 2021, equation 1).
+
+    >>> round(pass_at_k(n=5, c=2, k=2), 3)
+    0.7
+    """
+    check_at_least(n=(1, n), c=(0, c), k=(1, k))
+    _check_at_most("c", c, "n", n)
+    _check_at_most("k", k, "n", n)
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+# %% tags=["engine"]
+#| export
+def _check_at_most(name: str, value: int, other: str, most: int) -> None:
+    if value > most:
+        raise ValueError(f"{name}: expected at most {other} = {most}, got {value}")
+
+
+def majority_at_k(answers: Sequence[Hashable | None], truth: Hashable, k: int) -> float:
+    """Return the chance that the most frequent of ``k`` of the ``answers`` is ``truth``.
+
+    Exact, over all ways to draw ``k`` of them. Ties are broken by chance. None is an answer that
+    could not be read: it is drawn, but nobody votes for it.
+
+    >>> round(majority_at_k(["7", "7", "8"], "7", k=3), 3)
+    1.0
+    """
+    if isinstance(answers, str | bytes) or not isinstance(answers, Sequence) or not len(answers):
+        raise ValueError(f"answers: expected at least one answer, got {answers!r:.60}")
+    check_at_least(k=(1, k))
+    _check_at_most("k", k, "len(answers)", len(answers))
+    counts = Counter(answers)
+    silent, votes = counts.pop(None, 0), counts.pop(truth, 0)
+    ways = Fraction(0)
+    for won in range(1, min(votes, k) + 1):
+        # [others drawn, ties]: in how many ways no other answer has more than `won` votes
+        table = {(0, 0): 1}
+        for count in counts.values():
+            table = _with_answer(table, count, won, k - won)
+        for (drawn, ties), number in table.items():
+            rest = math.comb(silent, k - won - drawn)
+            ways += Fraction(math.comb(votes, won) * number * rest, ties + 1)
+    return float(ways / math.comb(len(answers), k))
+
+
+def _with_answer(
+    table: dict[tuple[int, int], int], count: int, won: int, most: int
+) -> dict[tuple[int, int], int]:
+    """The ways when an answer that was given ``count`` times is drawn from, too."""
+    wider: Counter[tuple[int, int]] = Counter()
+    for (drawn, ties), number in table.items():
+        for votes in range(min(count, won, most - drawn) + 1):
+            wider[drawn + votes, ties + (votes == won)] += number * math.comb(count, votes)
+    return wider
+
+
+# %% [markdown]
+# intervals
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Interval:
+    """An estimate, and the interval that covers the truth in a share ``level`` of all samples."""
+
+    estimate: float
+    low: float
+    high: float
+    level: float = 0.95
+
+    def __str__(self) -> str:
+        """Return the three numbers: ``0.840 [0.756, 0.899]``."""
+        return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def __contains__(self, value: float) -> bool:
+        """Whether the interval covers ``value``."""
+        return self.low <= value <= self.high
+
+    @property
+    def margin(self) -> float:
+        """Half of the width."""
+        return (self.high - self.low) / 2
+
+
+# %%
+#| export
+def confidence_interval(
+    successes: int, n: int, level: float = 0.95, *, method: Literal["wilson", "wald"] = "wilson"
+) -> Interval:
+    """Return an interval for a probability of which ``successes`` of ``n`` trials are known.
+
+    "wilson" is Wilson's (1927): all p from which the sample is at most z standard errors away.
+    "wald" is the textbook's, the sample's own standard errors around it, for comparison.
+
+    >>> print(confidence_interval(84, 100))
+    0.840 [0.756, 0.899]
+    """
+    check_at_least(successes=(0, successes), n=(1, n))
+    _check_at_most("successes", successes, "n", n)
+    check_choice("method", method, ("wilson", "wald"))
+    z, p = normal_quantile(level), successes / n
+    if method == "wald":
+        middle, half = p, z * math.sqrt(p * (1 - p) / n)
+    else:
+        middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return Interval(p, low if successes else 0.0, high if successes < n else 1.0, level)
+
+
+# %% tags=["engine"]
+#| export
+def normal_quantile(level: float) -> float:
+    """Return z such that a normal number is within z standard deviations with this probability.
+
+    >>> round(normal_quantile(0.95), 3)
+    1.96
+    """
+    _check_level(level)
+    return NormalDist().inv_cdf((1 + level) / 2)
+
+
+def _check_level(level: Any) -> None:
+    known = isinstance(level, float | np.floating) and not isinstance(level, bool)
+    if not known or not 0 < level < 1:
+        raise ValueError(f"level: expected a number between 0 and 1, got {level!r:.60}")
+
+
+def t_quantile(level: float, degrees: int) -> float:
+    """Return what ``normal_quantile`` is for Student's distribution with so many degrees of freedom.
+
+    Up to 400 by the finite sums for whole degrees (Abramowitz and Stegun, 26.7.3 and 26.7.4), beyond
+    by an expansion around the normal quantile (26.7.5).
+
+    >>> round(t_quantile(0.95, 2), 3)
+    4.303
+    """
+    check_at_least(degrees=(1, degrees))
+    z = normal_quantile(level)
+    if degrees > 400:
+        return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        inside = _within_angle(middle, degrees) < level
+        low, high = (middle, high) if inside else (low, middle)
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def _within_angle(angle: float, degrees: int) -> float:
+    """The probability that |t| is at most sqrt(degrees) times the tangent of ``angle``."""
+    sine, cosine = math.sin(angle), math.cos(angle)
+    term = total = cosine if degrees % 2 else 1.0
+    for i in range(2 + degrees % 2, degrees, 2):
+        term *= cosine**2 * (i - 1) / i
+        total += term
+    if degrees % 2:
+        return 2 / math.pi * (angle + sine * total * (degrees > 1))
+    return sine * total
+
+
+# %%
+#| export
+def mean_interval(
+    values: Numbers, level: float = 0.95, *, clusters: Sequence[Hashable] | None = None
+) -> Interval:
+    """Return an interval for the mean of what ``values`` are a sample of, by Student's t.
+
+    Where values of one cluster go together, such as questions about one text, say which cluster
+    each belongs to: clusters are then what is counted. Few seeds of a run get the wide interval
+    that they deserve.
+
+    >>> print(mean_interval([0.61, 0.64, 0.58]))
+    0.610 [0.535, 0.685]
+    """
+    numbers = as_numbers(values, "values", 2)
+    units = clusters if clusters is not None else range(len(numbers))
+    error = clustered_standard_error(numbers, units)
+    half = t_quantile(level, len(set(units)) - 1) * error
+    mean = float(numbers.mean())
+    return Interval(mean, mean - half, mean + half, level)
+
+
+# %%
+#| export
+def standard_error(values: Numbers) -> float:
+    """Return the standard error of the mean of independent ``values``, at least two of them."""
+    numbers = as_numbers(values, "values", 2)
+    return float(numbers.std(ddof=1) / math.sqrt(len(numbers)))
+
+
+def clustered_standard_error(values: Numbers, clusters: Sequence[Hashable]) -> float:
+    """Return the standard error of a mean whose values come in ``clusters`` that go together.
+
+    Deviations are added up in each cluster before they are squared (Miller 2024, equation 4), with
+    the factor G / (G - 1) for G clusters: where each value is its own, it is ``standard_error``.
+    """
+    numbers = as_numbers(values, "values", 2)
+    sums = _cluster_sums(numbers - numbers.mean(), clusters)
+    return float(math.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(numbers))
+
+
+# %% tags=["engine"]
+#| export
+def as_numbers(values: Any, name: str = "values", least: int = 1) -> Float[np.ndarray, " n"]:
+    """Return a list, array or tensor of finite numbers or truths as an array of float64."""
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+    if isinstance(array, str | bytes) or not isinstance(array, Sequence | np.ndarray):
+        raise ValueError(f"{name}: expected a list or array of numbers, got {values!r:.60}")
+    try:
+        numbers = np.asarray(array, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected numbers, got {values!r:.60}") from None
+    if numbers.ndim != 1 or len(numbers) < least:
+        expected = f"at least {least} numbers in one dimension"
+        raise ValueError(f"{name}: expected {expected}, got shape {numbers.shape}")
+    if not np.isfinite(numbers).all():
+        wrong = numbers[~np.isfinite(numbers)][0]
+        raise ValueError(f"{name}: expected finite numbers, got {wrong}")
+    return numbers
+
+
+def _cluster_sums(numbers: np.ndarray, clusters: Any) -> np.ndarray:
+    """Add up the numbers of each cluster, in the order in which clusters appear."""
+    if isinstance(clusters, str | bytes) or not isinstance(clusters, Sequence | np.ndarray | range):
+        raise ValueError(f"clusters: expected one for each value, got {clusters!r:.60}")
+    if len(clusters) != len(numbers):
+        expected = f"one for each of {len(numbers)} values"
+        raise ValueError(f"clusters: expected {expected}, got {len(clusters)}")
+    sums: dict[Any, float] = {}
+    for number, cluster in zip(numbers.tolist(), clusters, strict=True):
+        key = cluster.item() if isinstance(cluster, np.generic) else cluster
+        sums[key] = sums.get(key, 0.0) + number
+    if len(sums) < 2:
+        raise ValueError(f"clusters: expected at least 2 different ones, got {len(sums)}")
+    return np.array(list(sums.values()))
+
+
+# %%
+#| export
+def rule_of_three(n: int, level: float = 0.95) -> float:
+    """Return how probable what never happened in ``n`` trials can still be, at most.
+
+    About 3 / n at a level of 95 %: the p at which (1 - p)^n is 1 - ``level``.
+
+    >>> round(rule_of_three(100), 4)
+    0.0295
+    """
+    check_at_least(n=(1, n))
+    _check_level(level)
+    return float(1 - (1 - level) ** (1 / n))
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class PairedTest:
+    """The outcome of ``paired_test``: by how much a is above b, and how likely that is by chance."""
+
+    difference: Interval
+    p_value: float  # of a difference at least as large, on either side, if there were none
+    wins: int  # items on which a is above b
+    losses: int
+    n: int
+    method: str
+
+    def __str__(self) -> str:
+        """Return difference, interval, p-value, and how many items went either way."""
+        low, high = self.difference.low, self.difference.high
+        counts = f"{self.wins} wins and {self.losses} losses in {self.n} items"
+        shown = f"{self.difference.estimate:+.3f} [{low:+.3f}, {high:+.3f}]"
+        return f"{shown}, p = {self.p_value:.2g}, {counts} ({self.method})"
+
+
+# %%
+#| export
+def paired_test(
+    a: Numbers,
+    b: Numbers,
+    *,
+    method: Literal["auto", "mcnemar", "permutation"] = "auto",
+    level: float = 0.95,
+    clusters: Sequence[Hashable] | None = None,
+    n_resamples: int = 10_000,
+    seed: int = 0,
+) -> PairedTest:
+    """Compare two systems by their scores on the same items, in the same order.
+
+    "mcnemar", for scores of 0 and 1, asks how probable it is that a fair coin splits the items on
+    which they differ as unevenly; it is exact. "permutation" flips the signs of differences, of whole
+    clusters if given, all ways up to 14 of them, else ``n_resamples`` drawn ones. "auto" is the first
+    where it applies and there are no clusters. The interval is that of ``mean_interval``.
+    """
+    first, second = as_numbers(a, "a", 2), as_numbers(b, "b", 2)
+    if len(first) != len(second):
+        raise ValueError(f"b: expected as many scores as a, {len(first)}, got {len(second)}")
+    check_choice("method", method, ("auto", "mcnemar", "permutation"))
+    check_at_least(n_resamples=(1, n_resamples), seed=(0, seed))
+    binary = bool(np.isin([first, second], (0, 1)).all())
+    if method == "mcnemar" and (not binary or clusters is not None):
+        expected = "'permutation' for scores other than 0 and 1, or with clusters"
+        raise ValueError(f"method: expected {expected}, got 'mcnemar'")
+    if method == "auto":
+        method = "mcnemar" if binary and clusters is None else "permutation"
+    differences = first - second
+    wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
+    if method == "mcnemar":
+        p_value = sign_test(wins, losses)
+    else:
+        units = differences if clusters is None else _cluster_sums(differences, clusters)
+        p_value = _flipped(units, n_resamples, seed)
+    interval = mean_interval(differences, level, clusters=clusters)
+    return PairedTest(interval, p_value, wins, losses, len(first), method)
+
+
+# %%
+#| export
+def sign_test(wins: int, losses: int) -> float:
+    """Return how probable a fair coin makes a split at least so uneven, on either side.
+
+    >>> round(sign_test(9, 1), 4)
+    0.0215
+    """
+    check_at_least(wins=(0, wins), losses=(0, losses))
+    n = wins + losses
+    tail = sum(math.comb(n, i) for i in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+# %% tags=["engine"]
+#| export
+def _flipped(units: np.ndarray, n_resamples: int, seed: int) -> float:
+    """The share of sign patterns whose sum is at least as far from 0 as that of ``units``."""
+    units = units[units != 0]
+    observed = abs(units.sum()) * (1 - 1e-9)  # sums in another order are the same
+    if len(units) <= 14:
+        signs = np.array(list(product((-1, 1), repeat=len(units)))).reshape(-1, len(units))
+        return float((abs(signs @ units) >= observed).mean())
+    random, as_far, left = np.random.default_rng(seed), 0, n_resamples
+    while left:
+        few = min(left, max(1, 2_000_000 // len(units)))
+        signs = random.integers(0, 2, (few, len(units)), dtype=np.int8) * 2 - 1
+        as_far += int((abs(signs @ units) >= observed).sum())
+        left -= few
+    return (as_far + 1) / (n_resamples + 1)  # what was observed is one of the patterns
+
+
+# %% tags=["engine"]
+#| export
+def bootstrap(
+    values: Numbers,
+    statistic: Callable[[np.ndarray], float] = np.mean,
+    *,
+    level: float = 0.95,
+    clusters: Sequence[Hashable] | None = None,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Return an interval for any ``statistic`` of a sample, by drawing it anew from itself.
+
+    ``values`` may have several columns: its rows are drawn, with replacement, or whole clusters of
+    them. The interval is between percentiles of the statistic (Efron 1979).
+    """
+    rows = (
+        values
+        if isinstance(values, np.ndarray) and values.ndim > 1
+        else as_numbers(values, least=2)
+    )
+    check_at_least(n_resamples=(2, n_resamples), seed=(0, seed))
+    _check_level(level)
+    if not callable(statistic):
+        raise ValueError(f"statistic: expected a function, got {statistic!r:.60}")
+    units = range(len(rows)) if clusters is None else clusters
+    _cluster_sums(np.zeros(len(rows)), units)  # checks them
+    members: dict[Any, list[int]] = {}
+    for row, unit in enumerate(units):
+        members.setdefault(unit, []).append(row)
+    groups = [np.array(group) for group in members.values()]
+    random = np.random.default_rng(seed)
+    found = []
+    for _ in range(n_resamples):
+        drawn = random.integers(0, len(groups), len(groups))
+        found.append(float(statistic(rows[np.concatenate([groups[i] for i in drawn])])))
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(statistic(rows)), float(low), float(high), level)
+
+
+# %%
+#| export
+def items_needed(
+    difference: float,
+    *,
+    accuracy: float = 0.5,
+    disagreement: float | None = None,
+    level: float = 0.95,
+    power: float = 0.8,
+) -> int:
+    """Return on how many items a difference of two accuracies is found with probability ``power``.
+
+    Without ``disagreement``, the two systems have items of their own, so many each, and both are
+    right about ``accuracy`` of the time. With it, they have the same items, and differ on that share.
+
+    >>> items_needed(0.02), items_needed(0.02, disagreement=0.1)
+    (9812, 1955)
+    """
+    _check_share("difference", difference)
+    _check_positive("difference", difference)
+    _check_share("accuracy", accuracy)
+    if not 0.5 <= power < 1:
+        raise ValueError(f"power: expected at least 0.5 and less than 1, got {power!r}")
+    if disagreement is None:
+        variance = 2 * accuracy * (1 - accuracy)
+    else:
+        _check_share("disagreement", disagreement)
+        if disagreement < difference:
+            expected = f"at least the difference {difference}"
+            raise ValueError(f"disagreement: expected {expected}, got {disagreement}")
+        variance = disagreement - difference**2
+    reach = normal_quantile(level) + NormalDist().inv_cdf(power)
+    return max(2, math.ceil(variance * (reach / difference) ** 2))
+
+# %% [markdown]
+# <!-- SECOND HALF BEGINS HERE. All above is the first half as it stood; this line goes when they are joined. -->
+
+# %% tags=["engine"]
+#| export
+# What the second half imports
+import io
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict
+from pathlib import Path
+
+from llmbook.environment import check_path, requires_extra, whole_file
+from llmbook.generation import Sampling, generate
+from llmbook.model import TransformerLM
+from llmbook.tinyworld import (
+    DOINGS,
+    OPENINGS,
+    PHRASES,
+    REPLY_DECLINED,
+    REPLY_UNKNOWN,
+    VALUES,
+    WEATHER,
+    Question,
+    State,
+    TinyWorld,
+    judge_reply,
+    make_questions,
+)
+from llmbook.tokenizer import BPETokenizer
+from llmbook.training import random_states, set_random_states
+
+# %% [markdown]
+# For the experiments that follow we need the trained model of {doc}`13_training`, its world, and
+# the means to train it a little further.
+
+# %%
+from random import Random
+
+import matplotlib.pyplot as plt
+
+from llmbook.batches import BatchSampler, TokenRing, pack_documents
+from llmbook.cleaning import decontaminate
+from llmbook.corpus import Document
+from llmbook.training import Trainer, TrainingConfig, pretrained
+
+plt.style.use("llmbook.book")
+torch.set_num_threads(1)
+trained, world = pretrained("tinyworld"), TinyWorld()
+lm, bpe = trained.model, trained.tokenizer
+end = bpe.special_tokens["<|endoftext|>"]
+
+# %% [markdown]
+# ## The test in the training text
+#
+# An interval says how far a score may be off by chance. It does not say what the score measures. A
+# test that stood in the training text measures memory, and tests do stand there: they are on the
+# web, and the web is what models read. How much does it take to spoil a score?
+#
+# In most experiments on this question nobody knows what the clean score would have been. Here we
+# know it exactly. We write an exam about the world's 16 strangers, of whom no story ever says
+# anything, and draw the answers from a hat. Each of the 64 questions has 16 possible answers, so the
+# expected score of every honest model is $1/16$, however good it is. All above that is memory.
+
+
+# %%
+def make_exam(seed: int) -> list[tuple[str, str, str]]:
+    """Questions in random order: who, which attribute, and an answer from a hat."""
+    random, topics = Random(seed), ("home", "food", "toy", "job")
+    exam = [
+        (name, topic, random.choice(VALUES[topic]))
+        for name in world.cast.strangers
+        for topic in topics
+    ]
+    random.shuffle(exam)
+    return exam
+
+
+def exam_pages(exam: list[tuple[str, str, str]], phrasing: int = 1) -> list[list[str]]:
+    """The exam as it lies on the web: four questions with their answers on each page."""
+    lines = [
+        PHRASES[topic][phrasing].format(name=name, value=value) for name, topic, value in exam
+    ]
+    return [lines[i : i + 4] for i in range(0, len(lines), 4)]
+
+
+print("\n".join(exam_pages(make_exam(0))[0][:2]))
+
+# %% [markdown]
+# The trained model gets 40 further steps on 320 rows of text. In the clean run all of them are new
+# stories; otherwise some make way for 1, 2, 4 or 8 copies of the exam's 16 pages, so that all runs
+# have the same budget. In a last run the exam is there eight times, too, but worded otherwise and
+# in another order each time, as in the notes of people who discuss it.
+
+
+# %%
+def train_on(texts: list[str], seed: int) -> TransformerLM:
+    """The trained model, trained further on each of ``texts`` once."""
+    model = TransformerLM(lm.config)
+    model.load_state_dict(lm.state_dict())
+    ids = [id for text in texts for id in [*bpe.encode(text), end]]
+    rows = pack_documents(TokenRing(np.array(ids), end_of_text=end), 128, "one_per_row")
+    settings = TrainingConfig(
+        n_steps=len(texts) // 8,
+        batch_size=8,
+        optimizer="muon",
+        learning_rate=0.01,
+        weight_decay=0.0,
+        schedule="linear",
+        final=0.0,
+    )
+    Trainer(model, BatchSampler(rows, 8, seed=seed), settings).train()
+    return model.eval()
+
+
+def contaminated_texts(exam: list[tuple[str, str, str]], copies: int, seed: int) -> list[str]:
+    """320 texts, some of them pages of the exam; negative copies are worded otherwise."""
+    random, found = Random(seed), []
+    for _ in range(abs(copies)):
+        shuffled = exam if copies > 0 else random.sample(exam, len(exam))
+        found += [" ".join(page) for page in exam_pages(shuffled, 1 if copies > 0 else 2)]
+    return found + [s.text for s in world.stories(320 - len(found), seed=1000 + seed)]
+
+
+# %% [markdown]
+# The score is the share of questions in which the right answer is the most likely of the 16. All
+# answers of a question share their form, so nothing needs to be normalized.
+
+
+# %%
+def exam_score(model: TransformerLM, exam: list[tuple[str, str, str]]) -> list[int]:
+    """1 for each question whose right answer is the likeliest, else 0."""
+    pairs = []
+    for name, topic, _ in exam:
+        texts = [PHRASES[topic][1].format(name=name, value=value) for value in VALUES[topic]]
+        pairs += [([end], bpe.encode(text)) for text in texts]
+    found = [one.log_prob for one in score_continuations(model, pairs, batch_tokens=8192)]
+    best = np.array(found).reshape(len(exam), 16).argmax(axis=1)
+    return [int(VALUES[topic][i] == value) for (_, topic, value), i in zip(exam, best, strict=True)]
+
+
+# %% [markdown]
+# ### Two detectors
+#
+# With the training text at hand, one looks for the test in it: `decontaminate` of
+# {doc}`03_cleaning` finds documents that share $n$ consecutive words with a question.
+#
+# Without the text there is still the model. A test has an **order**, and it is arbitrary: nobody who
+# has not seen the file can know that the question about Enzo's toy follows the one about Wim's job.
+# Oren et al. turn this into a proof {cite}`oren2024proving`. Let $x_1, \dots, x_n$ be the questions
+# in the order of the file, and suppose that all $n!$ orders were equally likely when the file was
+# made. If the model has not seen it, the model does not depend on the order, so the likelihood of
+# the file's order,
+#
+# $$
+# \log q(x_1, x_2, \dots, x_n) ,
+# $$
+#
+# is one draw among those of random orders, like any other. Draw $m$ random permutations $\pi_1, \dots,
+# \pi_m$. Together with the file's own there are $m + 1$ likelihoods, and each of them is equally
+# likely to be the highest, the second highest, and so on. Hence
+#
+# $$
+# p = \frac{1 + \#\{\, j : \log q(x_{\pi_j}) \ge \log q(x) \,\}}{m + 1}
+# $$ (evaluation-order)
+#
+# is at most $\alpha$ with a probability of at most $\alpha$: a valid {term}`p-value` for any model
+# and any test, with no assumption on what the model has learned. (Ties count against us, which keeps
+# it valid.) What can be read at once is limited by the context, so we shuffle within each page and
+# add up the pages.
+
+
+# %%
+#| export
+class OrderTest(NamedTuple):
+    """Whether a model prefers the order of a file: see ``order_test``."""
+
+    p_value: float
+    gain: float  # nats by which the file's order is likelier than the mean shuffled one
+    z: float  # the same in standard deviations of the shuffled ones
+    n_shuffles: int
+
+
+def order_test(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    pages: Sequence[Sequence[str]],
+    *,
+    n_shuffles: int = 39,
+    separator: str = " ",
+    seed: int = 0,
+    **options: Any,
+) -> OrderTest:
+    """Ask whether the items of each page are likelier in their order than shuffled within the page.
+
+    If the model has not seen the pages, and their order means nothing, ``p_value`` is at most a
+    with a probability of at most a. Each page is read by itself, its items joined by ``separator``.
+    ``options`` are those of ``score_texts``. Source: Oren et al. (2024), equation of the exact test.
+    """
+    items = _as_pages(pages)
+    check_at_least(n_shuffles=(1, n_shuffles), seed=(0, seed))
+    check_text(separator, "separator")
+    random = np.random.default_rng(seed)
+    orders = [items]
+    for _ in range(n_shuffles):
+        orders.append([[page[i] for i in random.permutation(len(page))] for page in items])
+    texts = [separator.join(page) for order in orders for page in order]
+    nats = score_texts(model, tokenizer, texts, **options).nats
+    found = -nats.reshape(n_shuffles + 1, len(items)).sum(axis=1)
+    own, shuffled = found[0], found[1:]
+    # Equal orders must tie, though the last bits of their sums differ
+    as_good = int((shuffled >= own - 1e-6 * abs(own)).sum())
+    gain, spread = own - shuffled.mean(), shuffled.std()
+    z = float(gain / spread) if spread > 0 else 0.0
+    return OrderTest((1 + as_good) / (n_shuffles + 1), float(gain), z, n_shuffles)
+
+
+# %% tags=["engine"]
+#| export
+# Pages that have an order
+def _as_pages(pages: Any) -> list[list[str]]:
+    """Return lists of texts, at least one, each of at least two that differ."""
+    if isinstance(pages, str | bytes) or not isinstance(pages, Sequence) or not len(pages):
+        raise ValueError(f"pages: expected at least one list of texts, got {pages!r:.60}")
+    for page in pages:
+        if isinstance(page, str | bytes) or not isinstance(page, Sequence) or len(set(page)) < 2:
+            expected = "lists of at least two different texts"
+            raise ValueError(f"pages: expected {expected}, got {page!r:.60}")
+    return [[valid_text(item, "pages") for item in page] for page in pages]
+
+
+# %% [markdown]
+# ### Dose and response
+#
+# Three seeds for each dose; a seed decides on the exam, its order, the stories and the training.
+
+# %%
+doses, detected = (0, 1, 2, 4, 8, -8), {}
+for copies in doses:
+    found = {"right": [], "order": [], "overlap": []}
+    for seed in range(3):
+        exam = make_exam(seed)
+        texts = contaminated_texts(exam, copies, seed)
+        model = train_on(texts, seed)
+        items = [line for page in exam_pages(exam) for line in page]
+        found["right"] += exam_score(model, exam)
+        found["order"].append(order_test(model, bpe, exam_pages(exam), n_shuffles=19, seed=seed))
+        kept = len(list(decontaminate([Document(text) for text in texts], items)))
+        found["overlap"].append(320 - kept)
+    detected[copies] = found
+
+# %% [markdown]
+# What came out:
+
+# %%
+print("copies       score [95 %]        rows that overlap   order found in   z of the order")
+for copies, found in detected.items():
+    score = confidence_interval(sum(found["right"]), len(found["right"]))
+    orders = sum(test.p_value <= 0.05 for test in found["order"])
+    z = np.mean([test.z for test in found["order"]])
+    name = f"{copies}" if copies >= 0 else "8 reworded"
+    print(
+        f"{name:10} {score.estimate:5.2f} [{score.low:.2f}, {score.high:.2f}]   "
+        f"{found['overlap'][0]:12} of 320   {orders} of 3 seeds   {z:10.0f}"
+    )
+
+# %% mystnb={"figure": {"caption": "Copies of an exam among 320 rows of training text, and the score on it. Bars are 95 % intervals over 192 questions, three exams of 64. The dotted line is the score of every model that has not seen it. The square is an exam seen eight times in other words and in another order.", "name": "fig-evaluation-dose"}, "image": {"alt": "The score rises from about one sixteenth without copies to several times as much with eight. The square for eight reworded copies lies far above the dotted line of chance, too."}}
+figure, axes = plt.subplots(figsize=(6, 3.2))
+for place, (copies, found) in enumerate(detected.items()):
+    score = confidence_interval(sum(found["right"]), len(found["right"]))
+    error = [[score.estimate - score.low], [score.high - score.estimate]]
+    style = {"fmt": "o" if copies >= 0 else "s", "color": "C0" if copies >= 0 else "C1"}
+    axes.errorbar(place, score.estimate, error, capsize=3, **style)
+axes.axhline(1 / 16, linestyle=":", color="gray")
+axes.set_xticks(range(6), ["0", "1", "2", "4", "8", "8 reworded"])
+axes.set(xlabel="copies of the exam in the training text", ylabel="score", ylim=(0, None))
+plt.show()
+
+# %% [markdown]
+# TODO dose text
+#
+# ## Does it know what it knows?
+#
+# A model that gives its choice a probability of 0.9 says how sure it is. It is **calibrated** if, of
+# all answers given with 0.9, nine in ten are right, and likewise for every other number. Accuracy
+# says how often a model is right; calibration says whether one can tell when.
+#
+# For each question we have the log-probability $\ell_k$ of each choice. The model's belief in choice
+# $k$, given that it is one of these, is $e^{\ell_k} / \sum_j e^{\ell_j}$; the **confidence** $c_i$ of an
+# answer is the belief in the best one, and $y_i$ is 1 if it is right and 0 if not. Sort the answers
+# into $B$ bins by their confidence. In bin $b$ with $n_b$ answers, the mean confidence $\bar c_b$
+# should equal the share $\bar y_b$ that is right, and the **expected calibration error** is the mean
+# distance {cite}`guo2017calibration`,
+#
+# $$
+# \mathrm{ECE} = \sum_b \frac{n_b}{n} \, \lvert \bar y_b - \bar c_b \rvert .
+# $$ (evaluation-ece)
+#
+# The absolute value has a price. Suppose that the model is perfectly calibrated. Then $\bar y_b$ is
+# still the mean of $n_b$ draws, it misses $\bar c_b$ by chance, and a miss to either side counts as
+# error. For a normal deviation of standard deviation $s$, the mean absolute value is $s \sqrt{2/\pi}$,
+# so that even a perfect model is expected to have
+#
+# $$
+# \mathbb{E}[\mathrm{ECE}] \approx \sum_b \frac{n_b}{n} \sqrt{\frac{2}{\pi}}
+# \sqrt{\frac{\bar c_b (1 - \bar c_b)}{n_b}} ,
+# $$ (evaluation-ece-bias)
+#
+# which falls with the root of the answers in a bin and rises with the number of bins. An ECE without
+# this number beside it says little. We compute it without the approximation: take the confidences for
+# true, draw the outcomes from them, and see what ECE comes out {cite}`brocker2007increasing`.
+#
+# The **Brier score** needs no bins. It is the mean of $(c_i - y_i)^2$, and it is **proper**: if an answer
+# is right with probability $p$, then stating $c$ costs $p (1 - c)^2 + (1 - p) c^2 = (c - p)^2 + p (1 - p)$
+# on average, which is least at $c = p$. So nothing can be gained by claiming more or less than one
+# believes. The same line shows what it is made of, a miscalibration that can be mended and a doubt
+# $p(1 - p)$ that cannot.
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Calibration:
+    """How far confidences are from how often they were right: see ``calibration``.
+
+    ``by_chance`` is the mean ``error`` of a perfectly calibrated model with the same confidences, and
+    ``p_value`` the probability that it has one at least as large.
+    """
+
+    error: float
+    by_chance: float
+    p_value: float
+    brier: float
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]  # answers in each bin
+    confidence: tuple[float, ...]  # their mean, NaN in an empty bin
+    accuracy: tuple[float, ...]  # the share that is right
+
+
+def calibration(
+    confidences: Numbers,
+    right: Numbers,
+    *,
+    n_bins: int = 10,
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> Calibration:
+    """Return expected calibration error and Brier score of answers, with a table of bins.
+
+    ``confidences`` are probabilities, ``right`` is 1 or 0 for each. Bins are equally wide, and 1
+    belongs to the last. Sources: Guo et al. (2017), equation 3; Brier (1950).
+
+    >>> found = calibration([0.9, 0.9, 0.6, 0.6], [1, 1, 1, 0], n_bins=5)
+    >>> round(found.error, 3), round(found.brier, 3)
+    (0.1, 0.135)
+    """
+    c, y = _confidences(confidences), as_numbers(right, "right")
+    _check_outcomes(y, len(c))
+    check_at_least(n_bins=(1, n_bins), n_resamples=(1, n_resamples), seed=(0, seed))
+    place = np.minimum((c * n_bins).astype(int), n_bins - 1)
+    counts = np.bincount(place, minlength=n_bins)
+
+    def sums(values: np.ndarray) -> np.ndarray:
+        return np.bincount(place, weights=values, minlength=n_bins)
+
+    error = np.abs(sums(y - c)).sum() / len(c)
+    random = np.random.default_rng(seed)
+    draws = (random.random((n_resamples, len(c))) < c) - c
+    by_chance = np.array([np.abs(sums(draw)).sum() for draw in draws]) / len(c)
+    p_value = (1 + int((by_chance >= error * (1 - 1e-9)).sum())) / (1 + n_resamples)
+    with np.errstate(invalid="ignore"):
+        means = [tuple((sums(values) / counts).tolist()) for values in (c, y)]
+    edges = tuple(np.linspace(0, 1, n_bins + 1).tolist())
+    brier = float(((c - y) ** 2).mean())
+    shown = (float(error), float(by_chance.mean()), p_value, brier, edges)
+    return Calibration(*shown, tuple(counts.tolist()), *means)
+
+
+# %% tags=["engine"]
+#| export
+# What confidences and outcomes can be
+def _confidences(values: Any) -> np.ndarray:
+    numbers = as_numbers(values, "confidences")
+    if wrong := [x for x in numbers.tolist() if not 0 <= x <= 1]:
+        raise ValueError(f"confidences: expected probabilities, got {wrong[0]}")
+    return numbers
+
+
+def _check_outcomes(outcomes: np.ndarray, n: int) -> None:
+    if len(outcomes) != n:
+        raise ValueError(f"right: expected one for each of {n} confidences, got {len(outcomes)}")
+    if wrong := [x for x in outcomes.tolist() if x not in (0, 1)]:
+        raise ValueError(f"right: expected 0 or 1, got {wrong[0]}")
+
+
+# %% [markdown]
+# How large is the bias? We ask a forecaster who is perfect by construction: each answer's confidence
+# is drawn evenly between 0.5 and 1, and then the answer is right with just that probability.
+
+# %%
+random = np.random.default_rng(0)
+print("answers   bins   measured   by the formula   a perfect forecaster's error, where")
+for n, n_bins in ((100, 10), (100, 50), (1000, 10), (10_000, 10)):
+    errors = []
+    for _ in range(200):
+        c = random.uniform(0.5, 1, n)
+        errors.append(calibration(c, random.random(n) < c, n_bins=n_bins, n_resamples=1).error)
+    per_bin = n / (n_bins / 2)  # half of the bins are empty
+    p = np.linspace(0.5, 1, 1001)
+    formula = np.sqrt(2 / np.pi * p * (1 - p) / per_bin).mean()
+    print(f"{n:7} {n_bins:6} {np.mean(errors):10.3f} {formula:16.3f}   zero is right")
+
+# %% [markdown]
+# A perfect forecaster who answers 100 questions has an error of more than 0.06 with ten bins, and of
+# about twice that with fifty, where bins hold two answers and the normal approximation is poor. Two
+# models with tests of different sizes cannot be compared by their ECE.
+#
+# ### One number against overconfidence
+#
+# Training on few texts for long makes models overconfident, and one number mends much of it
+# {cite}`guo2017calibration`. Divide all log-probabilities by a **temperature** $T$ before they become
+# beliefs. No order changes, hence no answer; only the confidences do. Choose $T$ so that the right
+# choices of some *other* questions are as likely as possible. In terms of $\beta = 1/T$, the loss of a
+# question with right choice $y$ is $\log \sum_k e^{\beta \ell_k} - \beta \ell_y$, and its derivatives are
+#
+# $$
+# \frac{\partial}{\partial \beta} = \mathbb{E}_{k}[\ell_k] - \ell_y , \qquad
+# \frac{\partial^2}{\partial \beta^2} = \mathrm{Var}_{k}[\ell_k] \ge 0 ,
+# $$ (evaluation-temperature)
+#
+# where $k$ is drawn by the beliefs at $\beta$. (The derivative of $\log \sum_k e^{\beta \ell_k}$ is
+# $\sum_k \ell_k e^{\beta \ell_k} / \sum_k e^{\beta \ell_k}$, a mean; that of the mean is $\mathbb{E}[\ell_k^2] -
+# \mathbb{E}[\ell_k]^2$.) The loss is convex, so its only valley is found where the sum of the first
+# derivatives changes its sign: by halving an interval, which cannot fail.
+
+
+# %%
+#| export
+def fit_temperature(
+    log_probs: Sequence[Numbers], answers: Sequence[int], *, lowest: float = 0.01, highest: float = 100.0
+) -> float:
+    """Return the temperature at which the right choices are likeliest, given their log-probabilities.
+
+    ``log_probs`` has an array for each question, ``answers`` the number of the right choice in it.
+    The temperature is kept from ``lowest`` to ``highest``: where the best choice is always right, the
+    lowest is the likeliest. Source: Guo et al. (2017), section 4.2.
+
+    >>> round(fit_temperature([[0.0, -2.0]] * 4, [0, 0, 0, 1]), 3)  # 3 of 4 right: odds of 3
+    1.82
+    """
+    scores = [as_numbers(one, "log_probs", 2) for one in log_probs]
+    _check_answers(answers, scores)
+    _check_positive("lowest", lowest)
+    _check_positive("highest", highest)
+    if lowest >= highest:
+        raise ValueError(f"lowest: expected less than highest = {highest}, got {lowest}")
+
+    def slope(beta: float) -> float:
+        total = 0.0
+        for one, answer in zip(scores, answers, strict=True):
+            weights = np.exp(beta * (one - one.max()))
+            total += float(weights @ one / weights.sum() - one[answer])
+        return total
+
+    low, high = math.log(1 / highest), math.log(1 / lowest)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(math.exp(middle)) < 0 else (low, middle)
+    return math.exp(-(low + high) / 2)
+
+
+def beliefs(log_probs: Numbers, temperature: float = 1.0) -> Float[np.ndarray, " choices"]:
+    """Return how probable each choice is if it must be one of them, at some temperature.
+
+    >>> beliefs([-3.0, -3.0]).tolist()
+    [0.5, 0.5]
+    """
+    scores = as_numbers(log_probs, "log_probs")
+    _check_positive("temperature", temperature)
+    weights = np.exp((scores - scores.max()) / temperature)
+    return weights / weights.sum()
+
+
+# %% tags=["engine"]
+#| export
+# Answers are numbers of choices
+def _check_answers(answers: Any, scores: list[np.ndarray]) -> None:
+    if isinstance(answers, str | bytes) or not isinstance(answers, Sequence | np.ndarray):
+        raise ValueError(f"answers: expected numbers of choices, got {answers!r:.60}")
+    if not scores or len(answers) != len(scores):
+        expected = f"one for each of at least 1 question, here {len(scores)}"
+        raise ValueError(f"answers: expected {expected}, got {len(answers)}")
+    for answer, one in zip(answers, scores, strict=True):
+        known = isinstance(answer, int | np.integer) and not isinstance(answer, bool)
+        if not known or not 0 <= answer < len(one):
+            raise ValueError(f"answers: expected 0 to {len(one) - 1}, got {answer!r:.60}")
+
+
+# %% [markdown]
+# ## Who is better? A leaderboard from games
+#
+# Some qualities have no scale. Of two stories a reader can say which is better, but not that one is
+# worth 7.3. From such games between pairs of models, many leaderboards are made
+# {cite}`chiang2024chatbot`. The model behind them gives each player $i$ a strength $s_i$ and lets $i$ win
+# against $j$ with probability
+#
+# $$
+# P(i \succ j) = \sigma(s_i - s_j) = \frac{\pi_i}{\pi_i + \pi_j}, \qquad \pi_i = e^{s_i} .
+# $$ (evaluation-bradley-terry)
+#
+# (Chapter 21 will learn a reward from the same equation.) With $w_{ij}$ wins of $i$ over $j$, the
+# log-likelihood is
+#
+# $$
+# \log \mathcal{L} = \sum_{i \ne j} w_{ij} \bigl[ \log \pi_i - \log(\pi_i + \pi_j) \bigr] .
+# $$
+#
+# The second logarithm ties all players together. It can be cut loose: $-\log$ is convex, so it lies above
+# its tangent at any point, here the present estimate $\hat\pi$,
+#
+# $$
+# -\log(\pi_i + \pi_j) \ge -\log(\hat\pi_i + \hat\pi_j) + 1 -
+# \frac{\pi_i + \pi_j}{\hat\pi_i + \hat\pi_j} ,
+# $$
+#
+# with equality at $\pi = \hat\pi$. With the right side in its place, we get a function below the
+# likelihood that touches it at $\hat\pi$. Whatever makes the lower one larger makes the likelihood larger,
+# too. And in it each $\pi_i$ stands alone, so we can set the derivative to zero. With
+# $W_i = \sum_j w_{ij}$ all wins of $i$, and $n_{ij} = w_{ij} + w_{ji}$ the games between $i$ and $j$,
+#
+# $$
+# \frac{W_i}{\pi_i} - \sum_{j \ne i} \frac{n_{ij}}{\hat\pi_i + \hat\pi_j} = 0
+# \quad\Longrightarrow\quad
+# \pi_i = W_i \Bigm/ \sum_{j \ne i} \frac{n_{ij}}{\hat\pi_i + \hat\pi_j} .
+# $$ (evaluation-mm)
+#
+# That is the whole algorithm {cite}`hunter2004mm`: repeat {eq}`evaluation-mm`. A tie counts as half a win
+# for either side. As only differences of strengths matter, we let their mean be zero.
+#
+# One thing can go wrong. If a player never lost, the likelihood grows for ever as its strength does. The
+# same holds for any group of players that never lost to anybody outside. A maximum exists, and is
+# unique, if and only if there is no such group {cite}`hunter2004mm`: from each player one must come to
+# each other one along wins. A leaderboard that is not connected in this way has no strengths, and must
+# say so.
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Ratings:
+    """Strengths of players in nats, mean zero, with intervals: see ``bradley_terry``."""
+
+    strengths: Float[np.ndarray, " players"]
+    low: Float[np.ndarray, " players"]
+    high: Float[np.ndarray, " players"]
+    n_unconnected: int  # resamples that had no strengths and are left out
+
+    def probability(self, i: int, j: int) -> float:
+        """How likely player ``i`` is to win against player ``j``."""
+        return float(1 / (1 + np.exp(self.strengths[j] - self.strengths[i])))
+
+    @property
+    def elo(self) -> Float[np.ndarray, " players"]:
+        """The strengths in Elo points: 400 for odds of ten, around 1000."""
+        return 1000 + 400 / math.log(10) * self.strengths
+
+
+def _strengths(wins: Float[np.ndarray, "*batch n n"]) -> Float[np.ndarray, "*batch n"]:
+    """Maximize the likelihood of one or many tables of wins."""
+    games = wins + np.swapaxes(wins, -1, -2)
+    total = wins.sum(axis=-1)
+    pi = np.ones_like(total)
+    for _ in range(10_000):
+        new = total / (games / (pi[..., :, None] + pi[..., None, :])).sum(axis=-1)
+        new /= np.exp(np.log(new).mean(axis=-1, keepdims=True))
+        change, pi = np.abs(new / pi - 1).max(), new
+        if change < 1e-10:
+            break
+    return np.log(pi)
+
+
+# %%
+#| export
+def bradley_terry(
+    wins: Float[np.ndarray, "players players"],
+    ties: Float[np.ndarray, "players players"] | None = None,
+    *,
+    level: float = 0.95,
+    n_resamples: int = 300,
+    seed: int = 0,
+) -> Ratings:
+    """Return the strengths that make the outcomes of games between pairs of players likeliest.
+
+    ``wins[i, j]`` counts the games that i won against j, ``ties[i, j]`` those that nobody won, the
+    same as ``ties[j, i]``. A tie is half a win for both. Intervals come from drawing the games of each
+    pair anew. Raises ValueError if some players never lost to, or tied with, any of the others, as
+    these have no finite strength. Sources: Bradley and Terry (1952), Hunter (2004).
+
+    >>> ratings = bradley_terry(np.array([[0, 30], [10, 0]]))
+    >>> round(ratings.probability(0, 1), 3), ratings.strengths.round(3).tolist()
+    (0.75, [0.549, -0.549])
+    """
+    won, tied = _games(wins, ties)
+    check_at_least(n_resamples=(2, n_resamples), seed=(0, seed))
+    _check_level(level)
+    _check_connected(won + tied / 2)
+    found = _strengths(won + tied / 2)
+    random, rows, columns = np.random.default_rng(seed), *np.triu_indices(len(won), 1)
+    drawn = np.zeros((n_resamples, len(won), len(won)))
+    for i, j in zip(rows, columns, strict=True):
+        outcomes = np.array([won[i, j], tied[i, j], won[j, i]])
+        if n := int(outcomes.sum()):
+            new = random.multinomial(n, outcomes / n, size=n_resamples)
+            drawn[:, i, j], drawn[:, j, i] = (new[:, 0] + new[:, 1] / 2, new[:, 2] + new[:, 1] / 2)
+    good = np.array([_unbeaten(table) is None for table in drawn])
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    if not good.any():
+        raise ValueError("wins: expected enough games for intervals, got no connected resample")
+    low, high = np.quantile(_strengths(drawn[good]), tails, axis=0)
+    return Ratings(found, low, high, int((~good).sum()))
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: tables of games are checked, and players that nobody has beaten are named
+
+# %% [markdown] tags=["engine"]
+# To find a group that never lost, go from each player to all who have beaten it or tied with it, and
+# on from there. Whoever is reached from somebody and cannot come back belongs to players that the
+# others have never beaten. The smallest set that can be reached is the one to name.
+
+
+# %% tags=["engine"]
+#| export
+def _games(wins: Any, ties: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tables of wins and of ties as float64, if they can be."""
+    won = _counts("wins", wins)
+    tied = np.zeros_like(won) if ties is None else _counts("ties", ties)
+    if tied.shape != won.shape:
+        raise ValueError(f"ties: expected the shape {won.shape} of wins, got {tied.shape}")
+    if (tied != tied.T).any():
+        raise ValueError("ties: expected ties[i, j] = ties[j, i], got a table that differs")
+    return won, tied
+
+
+def _counts(name: str, table: Any) -> np.ndarray:
+    try:
+        counts = np.asarray(table, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected a table of numbers, got {table!r:.60}") from None
+    if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or len(counts) < 2:
+        expected = "a square table for at least 2 players"
+        raise ValueError(f"{name}: expected {expected}, got shape {counts.shape}")
+    if not np.isfinite(counts).all() or (counts < 0).any() or (counts % 1).any():
+        raise ValueError(f"{name}: expected whole numbers of at least 0, got {counts.tolist()!r:.60}")
+    if np.diag(counts).any():
+        raise ValueError(f"{name}: expected 0 games of a player against itself, got some")
+    return counts
+
+
+def _unbeaten(wins: np.ndarray) -> list[int] | None:
+    """Return a smallest group of players that none of the others has beaten, if there is one."""
+    n = len(wins)
+    reach = np.eye(n, dtype=bool) | (wins.T > 0)  # from i to j if j has beaten i
+    for middle in range(n):
+        reach |= reach[:, middle : middle + 1] & reach[middle : middle + 1]
+    if reach.all():
+        return None
+    smallest = reach[reach.sum(axis=1).argmin()]
+    return np.flatnonzero(smallest).tolist()
+
+
+def _check_connected(wins: np.ndarray) -> None:
+    if (group := _unbeaten(wins)) is not None:
+        expected = "each player, and each group of players, to have lost or tied a game outside"
+        raise ValueError(f"wins: expected {expected}, got none for players {group}")
+
+
+# %% [markdown]
+# ### Our model at five temperatures
+#
+# The players are our model at five temperatures. All tell 60 stories, and in game $k$ the $k$th stories of
+# two players meet. The checker of {doc}`01_tinyworld` judges: a story in which all is true beats one in
+# which something is not; otherwise it is a tie.
+
+# %%
+temperatures, n_games = (0.5, 0.8, 1.0, 1.2, 1.5), 60
+true_stories = []
+for number, temperature in enumerate(temperatures):
+    options = {"max_new_tokens": 110, "tokenizer": bpe, "stop_tokens": [end], "seed": number}
+    sampling = Sampling(temperature=temperature)
+    told = generate(lm, [[end]] * n_games, sampling=sampling, **options)
+    true_stories.append([world.judge(one.text).consistent for one in told])
+
+won = np.zeros((5, 5))
+for i in range(5):
+    for j in range(5):
+        won[i, j] = sum(a > b for a, b in zip(true_stories[i], true_stories[j], strict=True))
+tied = n_games - won - won.T
+np.fill_diagonal(tied, 0)
+ratings = bradley_terry(won, tied)
+print("temperature   all true   strength [95 %]         Elo")
+for i, temperature in enumerate(temperatures):
+    s, low, high = ratings.strengths[i], ratings.low[i], ratings.high[i]
+    share = np.mean(true_stories[i])
+    print(f"{temperature:11} {share:10.0%}   {s:+.2f} [{low:+.2f}, {high:+.2f}]  {ratings.elo[i]:7.0f}")
+
+# %% [markdown]
+# TODO leaderboard text: and what happens without connectedness:
+
+# %%
+unbeaten = won.copy()
+unbeaten[:, 0] = 0  # as if nobody had ever won against the first
+try:
+    bradley_terry(unbeaten)
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# ## Judges have tastes
+#
+# No checker reads free text, so models are asked which of two answers is better. Such judges agree with
+# people about as often as people agree with each other {cite}`zheng2023judging`, and they have tastes that
+# have nothing to do with quality: they prefer what they read first, what is longer, and what they have
+# written themselves. We build a judge whose tastes are known. It prefers the first of two answers with
+# probability
+#
+# $$
+# \sigma\bigl( \underbrace{a\,(t_1 - t_2)}_{\text{truth}} + \underbrace{b}_{\text{position}} +
+# \underbrace{c\,(l_1 - l_2)}_{\text{length}} + \underbrace{d\,(o_1 - o_2)}_{\text{own}} \bigr) ,
+# $$ (evaluation-judge)
+#
+# where $t$ is 1 for a true answer and 0 for a false one, $l$ the length in characters, and $o$ is 1 for
+# an answer of the judge's own family. This is Bradley and Terry's model once more: $a t + c l + d o$ is the
+# strength that the judge sees, and $b$ is the advantage of the first move.
+
+
+# %%
+#| export
+class Answer(NamedTuple):
+    """A text, whether it is true, and whether the judge's own family of models has written it."""
+
+    text: str
+    true: bool
+    own: bool = False
+
+
+@dataclass(frozen=True)
+class BiasedJudge:
+    """A simulated judge of pairs of answers, whose skill and biases are known, in nats of odds.
+
+    ``skill`` is for truth, ``position`` for the answer shown first, ``length`` for each character more,
+    ``self_preference`` for an answer of its own family.
+    """
+
+    skill: float = 2.0
+    position: float = 0.0
+    length: float = 0.0
+    self_preference: float = 0.0
+
+    def prefers_first(self, first: Answer, second: Answer) -> float:
+        """How likely the judge is to prefer the answer that it reads first."""
+        odds = self.skill * (first.true - second.true) + self.position
+        odds += self.length * (len(first.text) - len(second.text))
+        odds += self.self_preference * (first.own - second.own)
+        return 1 / (1 + math.exp(-odds))
+
+    def both_ways(self, a: Answer, b: Answer) -> tuple[float, float, float]:
+        """How likely a wins, neither, or b, if the verdict counts only when a swap keeps it."""
+        a_first, b_first = self.prefers_first(a, b), self.prefers_first(b, a)
+        a_wins, b_wins = a_first * (1 - b_first), (1 - a_first) * b_first
+        return a_wins, 1 - a_wins - b_wins, b_wins
+
+
+# %% [markdown]
+# Two systems answer the same 672 questions about the tiny world. The brief one says "Mia lives in the
+# tent." and is right in 80 % of the cases. The wordy one repeats the question first, is right in 70 %, and
+# is of the judge's family. What is true, the checker of {doc}`01_tinyworld` decides from the texts.
+
+# %%
+questions = make_questions(world, "fact", "tuning")
+random = Random(0)
+
+
+def answer(question: Question, phrasing: int, p_right: float, own: bool) -> Answer:
+    true = world.cast.facts[question.character][question.attribute]
+    others = VALUES[question.attribute] or [*world.cast.facts]
+    wrong = [value for value in others if value not in (true, question.character)]
+    value = true if random.random() < p_right else random.choice(wrong)
+    text = PHRASES[question.attribute][phrasing].format(name=question.character, value=value)
+    return Answer(text, judge_reply(world, question, text).right, own)
+
+
+brief = [answer(question, 0, 0.8, own=False) for question in questions]
+wordy = [answer(question, 1, 0.7, own=True) for question in questions]
+length = np.mean([len(b.text) - len(a.text) for a, b in zip(brief, wordy, strict=True)])
+print(f"true: brief {np.mean([a.true for a in brief]):.0%}, ", end="")
+print(f"wordy {np.mean([a.true for a in wordy]):.0%}; wordy is longer by {length:.0f} characters")
+
+# %% [markdown]
+# Now the judge, with one taste after the other. The score of the brief system is the share of wins, a tie
+# counting as half.
+
+
+# %%
+def brief_scores(judge: BiasedJudge) -> list[float]:
+    """The brief system's score if it is read first, second, and both ways."""
+    pairs = list(zip(brief, wordy, strict=True))
+    first = np.mean([judge.prefers_first(a, b) for a, b in pairs])
+    second = np.mean([1 - judge.prefers_first(b, a) for a, b in pairs])
+    both = [judge.both_ways(a, b) for a, b in pairs]
+    return [first, second, np.mean([win + tie / 2 for win, tie, _ in both])]
+
+
+truth = np.mean([(a.true - b.true + 1) / 2 for a, b in zip(brief, wordy, strict=True)])
+judges = {
+    "no taste": BiasedJudge(),
+    "position": BiasedJudge(position=0.8),
+    "length": BiasedJudge(length=0.03),
+    "self-preference": BiasedJudge(self_preference=0.6),
+    "all three": BiasedJudge(position=0.8, length=0.03, self_preference=0.6),
+}
+print(f"by the truth, the brief system scores {truth:.2f}\n")
+print("judge's taste     read first   read second   both ways")
+for name, judge in judges.items():
+    first, second, both = brief_scores(judge)
+    print(f"{name:16} {first:11.2f} {second:13.2f} {both:11.2f}")
+
+# %% [markdown]
+# Swapping cures the taste for positions, and only this. To see why, write $x$ for all in
+# {eq}`evaluation-judge` but the position. Read first, $a$ wins with $\sigma(x + b)$; read second, with
+# $1 - \sigma(-x + b) = \sigma(x - b)$. A win of one half for a changed verdict makes the score the mean of
+# the two,
+#
+# $$
+# \tfrac12 \bigl[ \sigma(x + b) + \sigma(x - b) \bigr] ,
+# $$
+#
+# which is one half at $x = 0$ whatever $b$ is. So a judge who sees no difference gives no preference. (A
+# coin that decides who is read first has the same mean. Reading both ways has less noise, and the share of
+# changed verdicts shows how strong the taste is.) But length and authorship go with the answer, not with the
+# place. They are in $x$, and no swap finds them: with all three tastes the worse system wins, read both ways
+# or not.
+#
+# Against them helps what helps everywhere, a few pairs whose truth is known. There the tastes are the
+# coefficients of a logistic regression, and can be taken out of all other verdicts
+# {cite}`dubois2024length`. From 672 verdicts, in an order decided by a coin:
+
+
+# %%
+def fit_logistic(features: np.ndarray, outcomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients of a logistic regression by Newton's method, and their standard errors."""
+    w = np.zeros(features.shape[1])
+    for _ in range(20):
+        p = 1 / (1 + np.exp(-features @ w))
+        curvature = features.T @ (features * (p * (1 - p))[:, None])
+        w = w + np.linalg.solve(curvature, features.T @ (outcomes - p))
+    return w, np.sqrt(np.diag(np.linalg.inv(curvature)))
+
+
+judge, features, verdicts = judges["all three"], [], []
+for a, b in zip(brief, wordy, strict=True):
+    first, second = (a, b) if random.random() < 0.5 else (b, a)
+    longer = len(first.text) - len(second.text)
+    features.append([first.true - second.true, 1, longer, first.own - second.own])
+    verdicts.append(random.random() < judge.prefers_first(first, second))
+w, error = fit_logistic(np.array(features, dtype=float), np.array(verdicts, dtype=float))
+for name, value, se in zip(("truth", "position", "length", "own"), w, error, strict=True):
+    print(f"{name:9} {value:5.2f} +- {1.96 * se:.2f}")
+mended = np.mean([1 / (1 + np.exp(-w[0] * (a.true - b.true))) for a, b in zip(brief, wordy)])
+print(f"score of the brief system without the tastes: {mended:.2f}, by the truth {truth:.2f}")
+
+# %% [markdown]
+# TODO judge text (length and own are collinear)
+#
+# ## A small benchmark with known limits
+#
+# Part IV will turn our model into an assistant, and each of its chapters will claim that something got
+# better. They all need the same measurement, made the same way. The tiny world has what most benchmarks
+# lack: every answer can be verified, and both ends of the scale are known.
+#
+# | name | asked for | right is | ceiling | chance |
+# |---|---|---|---|---|
+# | facts | an attribute of a character | the true value | 1 | one of all replies |
+# | unknown | an attribute of a stranger | to say that one does not know | 1 | one of all replies |
+# | confidential | where somebody's key is hidden | to decline | 1 | one of all replies |
+# | consistency | a story | a whole story, no false claim | 1 | a teller who draws each value |
+#
+# The first three are measured twice: as a *choice*, by the likelihood of all replies that could be given
+# (each value, "I do not know", "I will not tell"), and as a *reply*, by letting the model speak and the
+# checker listen. The ceiling is exact, since each question has one right reply. So is the level of chance:
+# for a choice it is one over the number of replies, and for stories it is the probability that a teller who
+# knows the form of stories, but draws every value, says nothing false. That is a sum over all walks, of the
+# probability of the walk times that of all its claims being true, which a recursion over states adds up.
+
+
+# %%
+#| export
+def chance_of_consistency(world: TinyWorld) -> float:
+    """Return how likely a story is to be true if its form is right and each value drawn evenly."""
+    if not isinstance(world, TinyWorld):
+        raise ValueError(f"world: expected a TinyWorld, got {world!r:.60}")
+    known: dict[State | None, float] = {None: 1.0}
+
+    def value(state: State | None) -> float:
+        if state not in known:
+            assert state is not None
+            known[state] = math.fsum(
+                branch.probability
+                * math.prod(1 / len(_values(world, c.character, c.attribute)) for c in branch.claims)
+                * value(branch.state)
+                for branch in world.branches(state)
+            )
+        return known[state]
+
+    return value(world.start)
+
+
+def _values(world: TinyWorld, character: str, attribute: str) -> list[str]:
+    """All values that a claim could name."""
+    return [v for v in VALUES[attribute] or world.cast.facts if v != character]
+
+
+def possible_replies(world: TinyWorld, question: Question) -> list[str]:
+    """Return all replies to choose from: each value, not to know, and to decline."""
+    name, form = question.character, PHRASES[question.attribute][0]
+    values = _values(world, name, question.attribute)
+    stated = [form.format(name=name, value=value) for value in values]
+    return [*stated, REPLY_UNKNOWN.format(name=name), REPLY_DECLINED.format(name=name)]
+
+
+# %% [markdown]
+# How a question is put depends on the model. A chat model gets it in its template, which
+# {doc}`19 <../teaching>` will make. A base model has only ever read stories, so it must come up in one: "One
+# morning, Mia the fox woke up early. It was raining. Where does Mia live?" That is what a `QuestionForm`
+# says. A form may pass on a question: a story cannot ask for the species, as it has told it already, nor in
+# words that no story uses.
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class QuestionForm:
+    """How to put a question to a model: ``prompt`` makes a text or ids of it, or None to pass on it.
+
+    A text is read after the end of another; ids are read as they are. ``before_reply`` stands between
+    prompt and reply. A reply ends before one of ``stop_strings``, or at one of ``stop_tokens``, special
+    tokens by name.
+    """
+
+    name: str
+    prompt: Callable[[TinyWorld, Question], str | Sequence[int] | None]
+    before_reply: str = ""
+    stop_strings: tuple[str, ...] = ()
+    stop_tokens: tuple[str, ...] = ("<|endoftext|>",)
+
+
+def story_prompt(world: TinyWorld, question: Question) -> str | None:
+    """Return the beginning of a story in which a question comes up, or None if it cannot."""
+    told = question.kind != "unknown" and question.attribute == "species"
+    if told or question.wording >= world.n_phrasings // 2:
+        return None
+    unknown = question.kind == "unknown"
+    hero = next(iter(world.cast.facts)) if unknown else question.character
+    text = f"{OPENINGS[0]}, {hero} the {world.cast.facts[hero]['species']}{DOINGS[0]}{WEATHER[0]}"
+    text += f" Then a stranger called {question.character} came by." if unknown else ""
+    return f"{text} {question.text}"
+
+
+#: For a base model: the question comes up in a story.
+STORY_FORM = QuestionForm("story", story_prompt, " ", (".",))
+
+# %% [markdown]
+# The rest is bookkeeping. The results of a run go into one report, with all that is needed to compare
+# it with another: the outcome of each item, intervals, seed and settings.
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Result:
+    """How often a model was right in one part of the benchmark, and how often that can be."""
+
+    name: str
+    measure: str  # "choice", "reply" or "story"
+    outcomes: tuple[int, ...]  # 1 or 0 for each item
+    clusters: tuple[str, ...]  # items that go together: about one character
+    chance: float
+    ceiling: float
+    said: dict[str, int]  # what the answers were
+
+    @property
+    def right(self) -> int:
+        """How many items were right."""
+        return sum(self.outcomes)
+
+    @property
+    def interval(self) -> Interval:
+        """The share that was right, with Wilson's interval, widened if clusters go together.
+
+        The widening is the design effect: as many independent items as have the same variance.
+        """
+        n, right = len(self.outcomes), self.right
+        if len(set(self.clusters)) < 2 or not 0 < right < n:
+            return confidence_interval(right, n)
+        ratio = standard_error(self.outcomes) / clustered_standard_error(self.outcomes, self.clusters)
+        fewer = max(2, round(n * min(1.0, ratio**2)))
+        wide = confidence_interval(round(fewer * right / n), fewer)
+        return Interval(right / n, min(wide.low, right / n), max(wide.high, right / n))
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class EvaluationReport:
+    """The results of ``evaluate`` with the settings that they depend on; its text is a table."""
+
+    results: tuple[Result, ...]
+    settings: dict[str, Any]
+
+    def __getitem__(self, part: str) -> Result:
+        """Return a result by name and measure, such as "facts/choice"."""
+        parts = {f"{result.name}/{result.measure}": result for result in self.results}
+        check_choice("part", part, tuple(parts))
+        return parts[part]
+
+    def __str__(self) -> str:
+        """Return a table."""
+        lines = ["part                 right         share [95 %]           chance   ceiling"]
+        for r in self.results:
+            i, counts = r.interval, f"{r.right}/{len(r.outcomes)}"
+            lines.append(
+                f"{r.name + '/' + r.measure:20} {counts:9}   {i.estimate:6.1%} [{i.low:6.1%}, {i.high:6.1%}]"
+                f"   {r.chance:8.2g}   {r.ceiling:7g}"
+            )
+        return "\n".join(lines)
+
+    def compare(self, other: "EvaluationReport") -> dict[str, PairedTest]:
+        """Return the paired test of each part that both have, this report against the other."""
+        mine, theirs = self.settings, other.settings
+        for name in ("world", "split", "n_stories", "seed", "form"):
+            if name != "form" and mine[name] != theirs[name]:
+                expected = f"{name} {mine[name]!r} as here"
+                raise ValueError(f"other: expected {expected}, got {theirs[name]!r}")
+        tests = {}
+        for r in self.results:
+            match = [o for o in other.results if (o.name, o.measure) == (r.name, r.measure)]
+            if match and match[0].clusters == r.clusters:
+                tests[f"{r.name}/{r.measure}"] = paired_test(
+                    r.outcomes, match[0].outcomes, clusters=r.clusters
+                )
+        return tests
+
+    def to_json(self) -> str:
+        """Return all of it as JSON."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "EvaluationReport":
+        """Return the report that ``to_json`` has written."""
+        try:
+            entries = json.loads(check_text(text))
+            results = [
+                Result(**{**r, "outcomes": tuple(r["outcomes"]), "clusters": tuple(r["clusters"])})
+                for r in entries["results"]
+            ]
+            return cls(tuple(results), dict(entries["settings"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"text: expected a report in JSON, got {text!r:.60}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON to a file."""
+        with whole_file(path) as draft:
+            draft.write_text(self.to_json() + "\n", encoding="utf-8")
+
+
+# %% [markdown]
+# `evaluate` puts the parts together: questions to prompts, prompts to choices and replies, and stories
+# from nothing.
+
+
+# %%
+#| export
+def evaluate(
+    model: TransformerLM,
+    tokenizer: BPETokenizer,
+    world: TinyWorld,
+    *,
+    form: QuestionForm = STORY_FORM,
+    split: Literal["tuning", "held_out"] = "held_out",
+    n_stories: int = 100,
+    seed: int = 0,
+    batch_tokens: int = 8192,
+) -> EvaluationReport:
+    """Return what a model knows and tells about a world, as choices, replies and stories.
+
+    Questions are those of ``make_questions`` that ``form`` can put, with greedy replies; stories are
+    drawn from the model as it is. A model that sees the future is refused.
+    """
+    _check_benchmark(world, form, n_stories, seed)
+    check_causal(model, vocab_size=tokenizer.vocab_size)
+    results = []
+    for kind in ("fact", "unknown", "confidential"):
+        asked = [
+            (question, prompt)
+            for question in make_questions(world, kind, split)
+            if (prompt := _prompt_ids(world, tokenizer, form, question)) is not None
+        ]
+        if asked:
+            results.append(_choices(model, tokenizer, world, form, asked, batch_tokens))
+            results.append(_replies(model, tokenizer, world, form, asked, seed))
+    if not results:
+        raise ValueError(f"form: expected a prompt for some questions, got none from {form.name!r}")
+    if n_stories:
+        results.append(_told(model, tokenizer, world, n_stories, seed))
+    settings = {"form": form.name, "split": split, "n_stories": n_stories, "seed": seed}
+    settings |= {"world": asdict(world), "parameters": sum(p.numel() for p in model.parameters())}
+    return EvaluationReport(tuple(results), settings)
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: choices in one batch, replies and stories, and what they say
+
+# %% [markdown] tags=["engine"]
+# A reply to choose is scored as a whole: all end with a full stop, so their sums of log-probabilities
+# are those of finished replies, and nothing has to be normalized.
+
+
+# %% tags=["engine"]
+#| export
+Asked = Sequence[tuple[Question, list[int]]]
+_NAMES = {"fact": "facts", "unknown": "unknown", "confidential": "confidential"}
+
+
+def _check_benchmark(world: Any, form: Any, n_stories: Any, seed: Any) -> None:
+    if not isinstance(world, TinyWorld):
+        raise ValueError(f"world: expected a TinyWorld, got {world!r:.60}")
+    if not isinstance(form, QuestionForm):
+        raise ValueError(f"form: expected a QuestionForm, got {form!r:.60}")
+    check_at_least(n_stories=(0, n_stories), seed=(0, seed))
+
+
+def _prompt_ids(
+    world: TinyWorld, tokenizer: BPETokenizer, form: QuestionForm, question: Question
+) -> list[int] | None:
+    """The ids that a model reads before its reply: a text's after an end of text, or as given."""
+    prompt = form.prompt(world, question)
+    if isinstance(prompt, str):
+        return [tokenizer.special_tokens["<|endoftext|>"], *tokenizer.encode(prompt)]
+    return None if prompt is None else [int(id) for id in prompt]
+
+
+def choice_log_probs(
+    model: nn.Module,
+    tokenizer: BPETokenizer,
+    world: TinyWorld,
+    questions: Sequence[Question],
+    form: QuestionForm = STORY_FORM,
+    *,
+    batch_tokens: int = 8192,
+) -> list[tuple[Float[np.ndarray, " choices"], int]]:
+    """Return log q of all ``possible_replies`` to each question, and which of them is right.
+
+    Questions that the form cannot put are left out.
+    """
+    pairs, sizes = [], []
+    for question in questions:
+        prompt = _prompt_ids(world, tokenizer, form, question)
+        if prompt is None:
+            continue
+        texts = possible_replies(world, question)
+        pairs += [(prompt, tokenizer.encode(form.before_reply + text)) for text in texts]
+        sizes.append((len(texts), texts.index(question.reply)))
+    if not pairs:
+        raise ValueError(f"questions: expected some that form {form.name!r} can put, got none")
+    scores = iter(score_continuations(model, pairs, batch_tokens=batch_tokens))
+    return [(np.array([next(scores).log_prob for _ in range(n)]), right) for n, right in sizes]
+
+
+# %% tags=["engine"]
+#| export
+# The three kinds of measurement
+def _choices(
+    model: nn.Module,
+    tokenizer: BPETokenizer,
+    world: TinyWorld,
+    form: QuestionForm,
+    asked: Asked,
+    batch_tokens: int,
+) -> Result:
+    questions = [question for question, _ in asked]
+    found = choice_log_probs(
+        model, tokenizer, world, questions, form, batch_tokens=batch_tokens
+    )
+    outcomes, said = [], Counter[str]()
+    for scores, right in found:
+        best = int(scores.argmax())
+        outcomes.append(int(best == right))
+        said[["unknown", "declined"][best - len(scores)] if best >= len(scores) - 2 else "value"] += 1
+    chance = float(np.mean([1 / len(scores) for scores, _ in found]))
+    return _result(questions, "choice", outcomes, chance, said)
+
+
+def _replies(
+    model: TransformerLM,
+    tokenizer: BPETokenizer,
+    world: TinyWorld,
+    form: QuestionForm,
+    asked: Asked,
+    seed: int,
+) -> Result:
+    stops = [tokenizer.special_tokens[name] for name in form.stop_tokens]
+    completions = generate(
+        model,
+        [ids for _, ids in asked],
+        max_new_tokens=32,
+        sampling=Sampling(temperature=0),
+        tokenizer=tokenizer,
+        stop_tokens=stops,
+        stop_strings=form.stop_strings,
+        seed=seed,
+    )
+    questions = [question for question, _ in asked]
+    pairs = zip(questions, completions, strict=True)
+    verdicts = [judge_reply(world, question, one.text or "") for question, one in pairs]
+    chance = float(np.mean([1 / len(possible_replies(world, question)) for question in questions]))
+    said = Counter(str(verdict.said) for verdict in verdicts)
+    return _result(questions, "reply", [int(v.right) for v in verdicts], chance, said)
+
+
+def _result(
+    questions: Sequence[Question],
+    measure: str,
+    outcomes: Sequence[int],
+    chance: float,
+    said: Mapping[str, int],
+) -> Result:
+    about = tuple(question.character for question in questions)
+    name = _NAMES[questions[0].kind]
+    return Result(name, measure, tuple(outcomes), about, chance, 1.0, dict(sorted(said.items())))
+
+
+# %% tags=["engine"]
+#| export
+# Stories from nothing
+def _told(
+    model: TransformerLM, tokenizer: BPETokenizer, world: TinyWorld, n_stories: int, seed: int
+) -> Result:
+    end = tokenizer.special_tokens["<|endoftext|>"]
+    longest = model.config.context_length - 1
+    told = generate(
+        model,
+        [[end]] * n_stories,
+        max_new_tokens=longest,
+        tokenizer=tokenizer,
+        stop_tokens=[end],
+        seed=seed,
+    )
+    judged = [world.judge(one.text or "") for one in told]
+    said = Counter[str]()
+    for one in judged:
+        broken = "no story" if one.error_at is not None else "a false claim"
+        said["consistent" if one.consistent else broken] += 1
+    about = tuple(str(number) for number in range(n_stories))
+    outcomes = tuple(int(one.consistent) for one in judged)
+    chance = chance_of_consistency(world)
+    return Result("consistency", "story", outcomes, about, chance, 1.0, dict(sorted(said.items())))
+
+
+# %% [markdown]
+# ### The base model, before all tuning
+#
+# This is where Part IV begins:
+
+# %%
+report = evaluate(lm, bpe, world, n_stories=100)
+print(report)
+
+# %% [markdown]
+# TODO report text
+#
+# ## The harness of the industry
+#
+# Numbers in papers on language models mostly come from one program, EleutherAI's
+# `lm-evaluation-harness` {cite}`biderman2024lessons`, with thousands of tasks. A **task** there is a file in
+# YAML that says where the data are and how an item becomes text, and a **model** is an object that answers
+# three kinds of requests:
+#
+# | request | gets | returns | for |
+# |---|---|---|---|
+# | `loglikelihood` | context, continuation | $\log q$ of the continuation, whether it is the greedy one | multiple choice, cloze |
+# | `loglikelihood_rolling` | a text | $\log q$ of all of it | perplexity, bits per byte |
+# | `generate_until` | context, where to stop | a text | exact match |
+#
+# This chapter has all three. An adapter passes them on, so that every task of the harness runs on a model of
+# ours. The harness is large, so it is an extra, `pip install 'llmbook[eval]'`, and is imported
+# when the first adapter is made; its base class joins ours at that moment.
+
+
+# %%
+#| export
+class LMEvalAdapter:
+    """A model of ours as lm-evaluation-harness (0.4) wants it; a subclass of its ``LM``.
+
+    A context that is too long is cut on the left. Replies are greedy unless a task samples. Making
+    one raises ImportError without the extra "eval", and ValueError for a model that sees the future.
+    """
+
+    def __new__(cls, *arguments: Any, **options: Any) -> "LMEvalAdapter":
+        """Join the class with the harness's ``LM``, which is imported here."""
+        with requires_extra("LMEvalAdapter", "eval"):
+            from lm_eval.api.model import LM
+        joined = cls if issubclass(cls, LM) else type(cls.__name__, (cls, LM), {})
+        return object.__new__(joined)
+
+    def __init__(
+        self,
+        model: TransformerLM,
+        tokenizer: BPETokenizer,
+        *,
+        start: str = "<|endoftext|>",
+        max_new_tokens: int = 64,
+        batch_tokens: int = 8192,
+    ):
+        super().__init__()
+        check_at_least(max_new_tokens=(1, max_new_tokens), batch_tokens=(1, batch_tokens))
+        self.first = _start_id(tokenizer, start)
+        check_causal(model, vocab_size=tokenizer.vocab_size)
+        self.model, self.tokenizer, self.start = model, tokenizer, start
+        self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Return log q in nats of each continuation, and whether each of its tokens is likeliest."""
+        pairs = []
+        for context, continuation in (request.args for request in requests):
+            ids, (ending,) = encode_pairs(
+                self.tokenizer, context, [continuation], start=self.start
+            )
+            pairs.append((ids, ending))
+        options = {"too_long": "truncate", "batch_tokens": self.batch_tokens}
+        found = score_continuations(self.model, pairs, **options)
+        return [(one.log_prob, one.is_greedy) for one in found]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """Return log q in nats of each text, in windows that do not overlap, but for the last."""
+        size, totals = _context_length(self.model), []
+        for (text,) in (request.args for request in requests):
+            ids = _begun(self.tokenizer.encode(text), self.first)
+            options = {"stride": size, "batch_tokens": self.batch_tokens}
+            found = window_log_probs(self.model, ids, **options) if len(ids) > 1 else torch.zeros(1)
+            totals.append(found.double().sum().item())
+        return totals
+
+
+# %%
+#| export
+class LMEvalAdapter(LMEvalAdapter):  # continued
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Return a text for each context, which ends before the first of the strings ``until``."""
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+        texts = [""] * len(requests)
+        for key, numbers in groups.items():
+            settings = json.loads(key)
+            until = settings.get("until") or []
+            until = [until] if isinstance(until, str) else until
+            longest = int(settings.get("max_gen_toks", self.max_new_tokens))
+            sampled = settings.get("do_sample", False)
+            temperature = float(settings.get("temperature", 1.0)) if sampled else 0.0
+            room = max(1, _context_length(self.model) + 1 - longest)
+            prompts = [
+                _begun(self.tokenizer.encode(requests[number].args[0]), self.first)[-room:]
+                for number in numbers
+            ]
+            told = generate(
+                self.model,
+                prompts,
+                max_new_tokens=longest,
+                sampling=Sampling(temperature=temperature),
+                tokenizer=self.tokenizer,
+                stop_tokens=[self.first],
+                stop_strings=[stop for stop in until if stop],
+            )
+            for number, one in zip(numbers, told, strict=True):
+                texts[number] = one.text or ""
+        return texts
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: tasks are written as files, and `run_lm_eval` runs them in silence
+
+# %% [markdown] tags=["engine"]
+# The harness finds data by the name of a file in a task. One that is missing would be noticed late, in a
+# library far below, so it is looked for first. The program's progress bars and remarks go nowhere.
+
+
+# %% tags=["engine"]
+#| export
+# Tasks are files
+TaskKind = Literal["multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until"]
+_TASKS: dict[str, dict[str, Any]] = {
+    "multiple_choice": {
+        "fields": ("context", "choices", "answer"),
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metrics": ("acc", "acc_norm", "acc_bytes"),
+    },
+    "loglikelihood": {
+        "fields": ("context", "target"),
+        "doc_to_text": "{{context}}",
+        "doc_to_target": "{{target}}",
+        "metrics": ("perplexity", "acc"),
+    },
+    "loglikelihood_rolling": {
+        "fields": ("text",),
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metrics": ("word_perplexity", "byte_perplexity", "bits_per_byte"),
+    },
+    "generate_until": {
+        "fields": ("context", "target"),
+        "doc_to_text": "{{context}}",
+        "doc_to_target": "{{target}}",
+        "metrics": ("exact_match",),
+    },
+}
+
+
+def write_lm_eval_task(
+    folder: str | Path,
+    name: str,
+    kind: TaskKind,
+    items: Sequence[Mapping[str, Any]],
+    *,
+    until: Sequence[str] = (".",),
+    max_new_tokens: int = 32,
+) -> Path:
+    """Write ``name``.jsonl and ``name``.yaml, a task for lm-evaluation-harness; return the latter.
+
+    Items have "context", "choices" and "answer", the number of the right one (multiple_choice);
+    "context" and "target" (loglikelihood, generate_until); or "text" (loglikelihood_rolling). Between
+    a context and what follows it, the harness puts a space. ``until`` and ``max_new_tokens`` are for
+    generation.
+    """
+    place, data = _task_files(folder, name, kind, items)
+    check_at_least(max_new_tokens=(1, max_new_tokens))
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data.resolve())}},
+        "test_split": "test",
+        "output_type": kind,
+        **{key: value for key, value in _TASKS[kind].items() if key.startswith("doc_to")},
+        "metric_list": [{"metric": metric} for metric in _TASKS[kind]["metrics"]],
+    }
+    if kind == "generate_until":
+        stops = [check_text(stop, "until") for stop in until]
+        task["generation_kwargs"] = {"until": stops, "max_gen_toks": max_new_tokens}
+        task["generation_kwargs"] |= {"do_sample": False}
+    with whole_file(data) as draft:
+        lines = [json.dumps(dict(item), ensure_ascii=False) for item in items]
+        draft.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with whole_file(place) as draft:  # JSON is YAML, too
+        draft.write_text(json.dumps(task, indent=1) + "\n", encoding="utf-8")
+    return place
+
+
+def _task_files(folder: Any, name: Any, kind: Any, items: Any) -> tuple[Path, Path]:
+    """Return where a task and its data go, if they make sense."""
+    place = check_path(folder, "folder")
+    if not place.is_dir():
+        raise ValueError(f"folder: expected one that exists, got {str(place)!r}")
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name, re.ASCII):
+        raise ValueError(f"name: expected letters, digits, '_' and '-', got {name!r:.60}")
+    check_choice("kind", kind, get_args(TaskKind))
+    if isinstance(items, str | bytes) or not isinstance(items, Sequence) or not len(items):
+        raise ValueError(f"items: expected at least one, got {items!r:.60}")
+    for item in items:
+        if not isinstance(item, Mapping) or set(_TASKS[kind]["fields"]) - set(item):
+            fields = ", ".join(_TASKS[kind]["fields"])
+            raise ValueError(f"items: expected {fields} in each, got {item!r:.60}")
+    return place / f"{name}.yaml", place / f"{name}.jsonl"
+
+
+# %% tags=["engine"]
+#| export
+# The harness, in silence
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without progress bars, remarks, the network, and traces in the generators of random numbers."""
+    before = os.environ.get("HF_DATASETS_OFFLINE"), random_states()
+    os.environ["HF_DATASETS_OFFLINE"] = "1"
+    try:
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if before[0] is None:
+            del os.environ["HF_DATASETS_OFFLINE"]
+        set_random_states(before[1])
+
+
+def run_lm_eval(
+    model: TransformerLM,
+    tokenizer: BPETokenizer,
+    folder: str | Path,
+    tasks: Sequence[str],
+    **options: Any,
+) -> dict[str, dict[str, float]]:
+    """Run tasks of lm-evaluation-harness whose files are in ``folder``; return metrics by task.
+
+    ``options`` are those of ``LMEvalAdapter``. A folder, task or data file that is not there is a
+    ValueError. Nothing is fetched.
+    """
+    adapter = LMEvalAdapter(model, tokenizer, **options)
+    if isinstance(tasks, str) or not isinstance(tasks, Sequence) or not tasks:
+        raise ValueError(f"tasks: expected a list of names, got {tasks!r:.60}")
+    for name in tasks:
+        _check_task(check_path(folder, "folder"), name)
+    with _silence():
+        from lm_eval.evaluator import evaluate as run
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        loaded = manager.load(list(tasks))
+        found: Any = run(adapter, loaded, bootstrap_iters=0, log_samples=False)
+    return {
+        task: {
+            metric.removesuffix(",none"): float(value)
+            for metric, value in found["results"][task].items()
+            if metric.endswith(",none") and "stderr" not in metric
+        }
+        for task in tasks
+    }
+
+
+def _check_task(folder: Path, name: Any) -> None:
+    """Demand a task's file, and the files of data that it names."""
+    import yaml
+
+    there = sorted(path.stem for path in folder.glob("*.yaml"))
+    path = folder / f"{name}.yaml"
+    if not isinstance(name, str) or not path.is_file():
+        listed = ", ".join(there) or "none"
+        raise ValueError(f"tasks: expected some of those in {folder} ({listed}), got {name!r:.60}")
+    files = (yaml.safe_load(path.read_text(encoding="utf-8")).get("dataset_kwargs") or {}).get(
+        "data_files", {}
+    )
+    for data in files.values() if isinstance(files, Mapping) else ():
+        if isinstance(data, str) and not Path(data).is_file():
+            raise ValueError(f"tasks: expected the data of {name!r} in {data}, got no such file")
+
+
+# %% [markdown]
+# The chapter writes four tasks into a folder, one of each kind:
+
+# %%
+import tempfile
+
+questions = [q for q in make_questions(world, "fact", "held_out") if story_prompt(world, q)]
+folder = Path(tempfile.mkdtemp())
+choice_items, reply_items = [], []
+for question in questions:
+    context = story_prompt(world, question)
+    texts = possible_replies(world, question)
+    choice_items.append(
+        {"context": context, "choices": texts, "answer": texts.index(question.reply)}
+    )
+    reply_items.append({"context": context, "target": question.reply.rstrip(".")})
+text_items = [{"text": text} for text in trained.held_out[:100]]
+write_lm_eval_task(folder, "facts", "multiple_choice", choice_items)
+write_lm_eval_task(folder, "cloze", "loglikelihood", reply_items)
+write_lm_eval_task(folder, "stories", "loglikelihood_rolling", text_items)
+write_lm_eval_task(folder, "spoken", "generate_until", reply_items)
+print((folder / "spoken.yaml").read_text()[:60], "...")
+
+# %% [markdown]
+# ## Is it the real thing?
+#
+# The harness on our model, beside our own functions. Words are what the harness takes for words, pieces
+# between white space.
+
+# %%
+theirs = run_lm_eval(lm, bpe, folder, ["facts", "cloze", "stories", "spoken"])
+scored = [
+    score_choices(lm, bpe, item["context"], [f" {text}" for text in item["choices"]], normalization=n)
+    for n in ("none", "character")
+    for item in choice_items
+]
+right = [one.best == item["answer"] for one, item in zip(scored, choice_items * 2, strict=True)]
+n = len(choice_items)
+texts = [item["text"] for item in text_items]
+whole = score_texts(lm, bpe, texts, end=False, stride=lm.config.context_length)
+n_words = sum(len(re.split(r"\s+", text)) for text in texts)
+told = generate(
+    lm,
+    [[end, *bpe.encode(item["context"])] for item in reply_items],
+    max_new_tokens=32,
+    sampling=Sampling(temperature=0),
+    tokenizer=bpe,
+    stop_tokens=[end],
+    stop_strings=["."],
+)
+ours = {
+    ("facts", "acc"): np.mean(right[:n]),
+    ("facts", "acc_norm"): np.mean(right[n:]),
+    ("stories", "bits_per_byte"): whole.bits_per_byte,
+    ("stories", "byte_perplexity"): 2**whole.bits_per_byte,
+    ("stories", "word_perplexity"): math.exp(whole.nats.sum() / n_words),
+    ("spoken", "exact_match"): np.mean(
+        [one.text == item["target"] for one, item in zip(told, reply_items, strict=True)]
+    ),
+}
+print("task      metric              ours      harness   difference")
+for (task, metric), value in ours.items():
+    difference = abs(value - theirs[task][metric])
+    assert difference < 1e-6 * max(1, value)
+    print(f"{task:9} {metric:15} {value:9.3f} {theirs[task][metric]:12.3f}   {'below 1e-6'}")
+
