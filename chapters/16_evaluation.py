@@ -1140,8 +1140,9 @@ def items_needed(
     reach = normal_quantile(level) + NormalDist().inv_cdf(power)
     return max(2, math.ceil(variance * (reach / difference) ** 2))
 
+
 # %% [markdown]
-# <!-- SECOND HALF BEGINS HERE. All above is the first half as it stood; this line goes when they are joined. -->
+# <!-- SECOND HALF BEGINS HERE; this cell goes when the halves are joined. -->
 
 # %% tags=["engine"]
 #| export
@@ -1198,14 +1199,15 @@ end = bpe.special_tokens["<|endoftext|>"]
 # %% [markdown]
 # ## The test in the training text
 #
-# An interval says how far a score may be off by chance. It does not say what the score measures. A
-# test that stood in the training text measures memory, and tests do stand there: they are on the
-# web, and the web is what models read. How much does it take to spoil a score?
+# An interval says how far a score may be off by chance. It does not say what the score measures.
+# A test that stood in the training text measures memory, and tests do stand there: they are on
+# the web, and the web is what models read. How much does it take to spoil a score?
 #
 # In most experiments on this question nobody knows what the clean score would have been. Here we
 # know it exactly. We write an exam about the world's 16 strangers, of whom no story ever says
-# anything, and draw the answers from a hat. Each of the 64 questions has 16 possible answers, so the
-# expected score of every honest model is $1/16$, however good it is. All above that is memory.
+# anything, and draw the answers from a hat. Each of the 64 questions has 16 possible answers, so
+# the expected score of every honest model is $1/16$, however good it is. All above that is
+# memory.
 
 
 # %%
@@ -1223,19 +1225,17 @@ def make_exam(seed: int) -> list[tuple[str, str, str]]:
 
 def exam_pages(exam: list[tuple[str, str, str]], phrasing: int = 1) -> list[list[str]]:
     """The exam as it lies on the web: four questions with their answers on each page."""
-    lines = [
-        PHRASES[topic][phrasing].format(name=name, value=value) for name, topic, value in exam
-    ]
+    lines = [PHRASES[topic][phrasing].format(name=name, value=value) for name, topic, value in exam]
     return [lines[i : i + 4] for i in range(0, len(lines), 4)]
 
 
 print("\n".join(exam_pages(make_exam(0))[0][:2]))
 
 # %% [markdown]
-# The trained model gets 40 further steps on 320 rows of text. In the clean run all of them are new
-# stories; otherwise some make way for 1, 2, 4 or 8 copies of the exam's 16 pages, so that all runs
-# have the same budget. In a last run the exam is there eight times, too, but worded otherwise and
-# in another order each time, as in the notes of people who discuss it.
+# The trained model gets 40 further steps on 320 rows of text. In the clean run all of them are
+# new stories; otherwise some make way for 1, 2, 4 or 8 copies of the exam's 16 pages, so that all
+# runs have the same budget. In a last run the exam is there eight times, too, but worded
+# otherwise and in another order each time, as in the notes of people who discuss it.
 
 
 # %%
@@ -1290,29 +1290,29 @@ def exam_score(model: TransformerLM, exam: list[tuple[str, str, str]]) -> list[i
 # With the training text at hand, one looks for the test in it: `decontaminate` of
 # {doc}`03_cleaning` finds documents that share $n$ consecutive words with a question.
 #
-# Without the text there is still the model. A test has an **order**, and it is arbitrary: nobody who
-# has not seen the file can know that the question about Enzo's toy follows the one about Wim's job.
-# Oren et al. turn this into a proof {cite}`oren2024proving`. Let $x_1, \dots, x_n$ be the questions
-# in the order of the file, and suppose that all $n!$ orders were equally likely when the file was
-# made. If the model has not seen it, the model does not depend on the order, so the likelihood of
-# the file's order,
+# Without the text there is still the model. A test has an **order**, and it is arbitrary: nobody
+# who has not seen the file can know that the question about Enzo's toy follows the one about
+# Wim's job. Oren et al. turn this into a proof {cite}`oren2024proving`. Let $x_1, \dots, x_n$ be
+# the questions in the order of the file, and suppose that all $n!$ orders were equally likely
+# when the file was made. If the model has not seen it, the model does not depend on the order, so
+# the likelihood of the file's order,
 #
 # $$
 # \log q(x_1, x_2, \dots, x_n) ,
 # $$
 #
-# is one draw among those of random orders, like any other. Draw $m$ random permutations $\pi_1, \dots,
-# \pi_m$. Together with the file's own there are $m + 1$ likelihoods, and each of them is equally
-# likely to be the highest, the second highest, and so on. Hence
+# is one draw among those of random orders, like any other. Draw $m$ random permutations $\pi_1,
+# \dots, \pi_m$. Together with the file's own there are $m + 1$ likelihoods, and each of them is
+# equally likely to be the highest, the second highest, and so on. Hence
 #
 # $$
 # p = \frac{1 + \#\{\, j : \log q(x_{\pi_j}) \ge \log q(x) \,\}}{m + 1}
 # $$ (evaluation-order)
 #
-# is at most $\alpha$ with a probability of at most $\alpha$: a valid {term}`p-value` for any model
-# and any test, with no assumption on what the model has learned. (Ties count against us, which keeps
-# it valid.) What can be read at once is limited by the context, so we shuffle within each page and
-# add up the pages.
+# is at most $\alpha$ with a probability of at most $\alpha$: a valid {term}`p-value` for any
+# model and any test, with no assumption on what the model has learned. (Ties count against us,
+# which keeps it valid.) What can be read at once is limited by the context, so we shuffle within
+# each page and add up the pages.
 
 
 # %%
@@ -1326,6 +1326,8 @@ class OrderTest(NamedTuple):
     n_shuffles: int
 
 
+# %%
+#| export
 def order_test(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -1340,7 +1342,7 @@ def order_test(
 
     If the model has not seen the pages, and their order means nothing, ``p_value`` is at most a
     with a probability of at most a. Each page is read by itself, its items joined by ``separator``.
-    ``options`` are those of ``score_texts``. Source: Oren et al. (2024), equation of the exact test.
+    ``options`` are those of ``score_texts``. Source: Oren et al. (2024), section 3.1.
     """
     items = _as_pages(pages)
     check_at_least(n_shuffles=(1, n_shuffles), seed=(0, seed))
@@ -1423,43 +1425,483 @@ plt.show()
 
 # %% [markdown]
 # TODO dose text
+
+# %% [markdown]
+# ## A small benchmark with known limits
 #
+# Part IV will turn our model into an assistant, and each of its chapters will claim that
+# something got better. They all need the same measurement, made the same way. The tiny world has
+# what most benchmarks lack: every answer can be verified, and both ends of the scale are known.
+#
+# | name | asked for | right is | ceiling | chance |
+# |---|---|---|---|---|
+# | facts | an attribute of a character | the true value | 1 | one of all replies |
+# | unknown | an attribute of a stranger | to say that one does not know | 1 | one of all replies |
+# | confidential | where somebody's key is hidden | to decline | 1 | one of all replies |
+# | consistency | a story | a whole story, no false claim | 1 | a teller who draws each value |
+#
+# The first three are measured twice: as a *choice*, by the likelihood of all replies that could
+# be given (each value, "I do not know", "I will not tell"), and as a *reply*, by letting the
+# model speak and the checker listen. The ceiling is exact, since each question has one right
+# reply. So is the level of chance: for a choice it is one over the number of replies, and for
+# stories it is the probability that a teller who knows the form of stories, but draws every
+# value, says nothing false. That is a sum over all walks, of the probability of the walk times
+# that of all its claims being true, which a recursion over states adds up.
+
+
+# %%
+#| export
+def chance_of_consistency(world: TinyWorld) -> float:
+    """Return how likely a story is to be true if its form is right and each value drawn evenly."""
+    if not isinstance(world, TinyWorld):
+        raise ValueError(f"world: expected a TinyWorld, got {world!r:.60}")
+    known: dict[State | None, float] = {None: 1.0}
+
+    def value(state: State | None) -> float:
+        if state not in known:
+            assert state is not None
+            known[state] = math.fsum(
+                branch.probability
+                * math.prod(1 / len(_values(world, c[0], c[1])) for c in branch.claims)
+                * value(branch.state)
+                for branch in world.branches(state)
+            )
+        return known[state]
+
+    return value(world.start)
+
+
+# %%
+#| export
+def _values(world: TinyWorld, character: str, attribute: str) -> list[str]:
+    """All values that a claim could name."""
+    return [v for v in VALUES[attribute] or world.cast.facts if v != character]
+
+
+def possible_replies(world: TinyWorld, question: Question) -> list[str]:
+    """Return all replies to choose from: each value, not to know, and to decline."""
+    name, form = question.character, PHRASES[question.attribute][0]
+    values = _values(world, name, question.attribute)
+    stated = [form.format(name=name, value=value) for value in values]
+    return [*stated, REPLY_UNKNOWN.format(name=name), REPLY_DECLINED.format(name=name)]
+
+
+# %% [markdown]
+# How a question is put depends on the model. A chat model gets it in its template, which chapter
+# 19 will make. A base model has only ever read stories, so it must come up in one: "One morning,
+# Mia the fox woke up early. It was raining. Where does Mia live?" That is what a `QuestionForm`
+# says. A form may pass on a question: a story cannot ask for the species, as it has told it
+# already, nor in words that no story uses.
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class QuestionForm:
+    """How to put a question to a model: ``prompt`` makes a text or ids of it, or None to pass.
+
+    A text is read after the end of another; ids are read as they are. ``before_reply`` stands
+    between prompt and reply. A reply ends before one of ``stop_strings``, or at one of
+    ``stop_tokens``, special tokens by name.
+    """
+
+    name: str
+    prompt: Callable[[TinyWorld, Question], str | Sequence[int] | None]
+    before_reply: str = ""
+    stop_strings: tuple[str, ...] = ()
+    stop_tokens: tuple[str, ...] = ("<|endoftext|>",)
+
+    def __post_init__(self) -> None:
+        check_text(self.name, "name")
+        if not callable(self.prompt):
+            expected = "a function of a world and a question"
+            raise ValueError(f"prompt: expected {expected}, got {self.prompt!r:.60}")
+        check_text(self.before_reply, "before_reply")
+        for name in ("stop_strings", "stop_tokens"):
+            texts = getattr(self, name)
+            if not isinstance(texts, tuple) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{name}: expected a tuple of texts, got {texts!r:.60}")
+
+
+# %%
+#| export
+def story_prompt(world: TinyWorld, question: Question) -> str | None:
+    """Return the beginning of a story in which a question comes up, or None if it cannot."""
+    told = question.kind != "unknown" and question.attribute == "species"
+    if told or question.wording >= world.n_phrasings // 2:
+        return None
+    unknown = question.kind == "unknown"
+    hero = next(iter(world.cast.facts)) if unknown else question.character
+    text = f"{OPENINGS[0]}, {hero} the {world.cast.facts[hero]['species']}{DOINGS[0]}{WEATHER[0]}"
+    text += f" Then a stranger called {question.character} came by." if unknown else ""
+    return f"{text} {question.text}"
+
+
+#: For a base model: the question comes up in a story.
+STORY_FORM = QuestionForm("story", story_prompt, " ", (".",))
+
+# %% [markdown]
+# The rest is bookkeeping. The results of a run go into one report, with all that is needed to
+# compare it with another: the outcome of each item, intervals, seed and settings.
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Result:
+    """How often a model was right in one part of the benchmark, and how often that can be."""
+
+    name: str
+    measure: str  # "choice", "reply" or "story"
+    outcomes: tuple[int, ...]  # 1 or 0 for each item
+    clusters: tuple[str, ...]  # items that go together: about one character
+    chance: float
+    ceiling: float
+    said: dict[str, int]  # what the answers were
+
+    @property
+    def right(self) -> int:
+        """How many items were right."""
+        return sum(self.outcomes)
+
+    @property
+    def interval(self) -> Interval:
+        """The share that was right, with Wilson's interval, widened if clusters go together.
+
+        The widening is the design effect: as many independent items as have the same variance.
+        """
+        n, right = len(self.outcomes), self.right
+        if len(set(self.clusters)) < 2 or not 0 < right < n:
+            return confidence_interval(right, n)
+        clustered = clustered_standard_error(self.outcomes, self.clusters)
+        ratio = standard_error(self.outcomes) / clustered if clustered else 1.0
+        fewer = max(2, round(n * min(1.0, ratio**2)))
+        wide = confidence_interval(round(fewer * right / n), fewer)
+        return Interval(right / n, min(wide.low, right / n), max(wide.high, right / n))
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class EvaluationReport:
+    """The results of ``evaluate`` with the settings that they depend on; its text is a table."""
+
+    results: tuple[Result, ...]
+    settings: dict[str, Any]
+
+    def __getitem__(self, part: str) -> Result:
+        """Return a result by name and measure, such as "facts/choice"."""
+        parts = {f"{result.name}/{result.measure}": result for result in self.results}
+        check_choice("part", part, tuple(parts))
+        return parts[part]
+
+    def __str__(self) -> str:
+        """Return a table."""
+        lines = ["part                 right         share [95 %]           chance   ceiling"]
+        for r in self.results:
+            i, part, counts = r.interval, f"{r.name}/{r.measure}", f"{r.right}/{len(r.outcomes)}"
+            share = f"{i.estimate:6.1%} [{i.low:6.1%}, {i.high:6.1%}]"
+            lines.append(f"{part:20} {counts:9}   {share}   {r.chance:8.2g}   {r.ceiling:7g}")
+        return "\n".join(lines)
+
+
+# %% [markdown]
+# Two reports on the same questions are compared item by item, by the paired test above, and a
+# report can be kept as JSON:
+
+
+# %%
+#| export
+class EvaluationReport(EvaluationReport):  # continued
+    def compare(self, other: "EvaluationReport") -> dict[str, PairedTest]:
+        """Return the paired test of each part that both have, this report against the other."""
+        mine, theirs = self.settings, other.settings
+        for name in ("world", "split", "n_stories", "seed"):
+            if mine[name] != theirs[name]:
+                expected = f"{name} {mine[name]!r} as here"
+                raise ValueError(f"other: expected {expected}, got {theirs[name]!r}")
+        tests = {}
+        for r in self.results:
+            for o in other.results:
+                if (o.name, o.measure, o.clusters) == (r.name, r.measure, r.clusters):
+                    test = paired_test(r.outcomes, o.outcomes, clusters=r.clusters)
+                    tests[f"{r.name}/{r.measure}"] = test
+        return tests
+
+    def to_json(self) -> str:
+        """Return all of it as JSON."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "EvaluationReport":
+        """Return the report that ``to_json`` has written."""
+        try:
+            entries = json.loads(check_text(text))
+            lists = ("outcomes", "clusters")
+            results = tuple(
+                Result(**{name: tuple(v) if name in lists else v for name, v in result.items()})
+                for result in entries["results"]
+            )
+            return cls(results, dict(entries["settings"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"text: expected a report in JSON, got {text!r:.60}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON to a file."""
+        with whole_file(path) as draft:
+            draft.write_text(self.to_json() + "\n", encoding="utf-8")
+
+
+# %% [markdown]
+# `evaluate` puts the parts together: questions to prompts, prompts to choices and replies, and
+# stories from nothing.
+
+
+# %%
+#| export
+def evaluate(
+    model: TransformerLM,
+    tokenizer: BPETokenizer,
+    world: TinyWorld,
+    *,
+    form: QuestionForm = STORY_FORM,
+    split: Literal["tuning", "held_out"] = "held_out",
+    n_stories: int = 100,
+    seed: int = 0,
+    batch_tokens: int = 8192,
+) -> EvaluationReport:
+    """Return what a model knows and tells about a world, as choices, replies and stories.
+
+    Questions are those of ``make_questions`` that ``form`` can put, with greedy replies; stories
+    are drawn from the model as it is. A model that sees the future is refused.
+    """
+    _check_benchmark(world, form, n_stories, seed)
+    check_causal(model, vocab_size=tokenizer.vocab_size)
+    results = []
+    for kind in ("fact", "unknown", "confidential"):
+        asked = [
+            (question, prompt)
+            for question in make_questions(world, kind, split)
+            if (prompt := _prompt_ids(world, tokenizer, form, question)) is not None
+        ]
+        if asked:
+            results.append(_choices(model, tokenizer, world, form, asked, batch_tokens))
+            results.append(_replies(model, tokenizer, world, form, asked, seed))
+    if not results:
+        raise ValueError(f"form: expected a prompt for some questions, got none from {form.name!r}")
+    if n_stories:
+        results.append(_told(model, tokenizer, world, n_stories, seed))
+    settings = {"form": form.name, "split": split, "n_stories": n_stories, "seed": seed}
+    settings |= {"world": asdict(world), "parameters": sum(p.numel() for p in model.parameters())}
+    return EvaluationReport(tuple(results), settings)
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: choices in one batch, replies and stories, and what they say
+
+# %% [markdown] tags=["engine"]
+# A reply to choose is scored as a whole: all end with a full stop, so their sums of
+# log-probabilities are those of finished replies, and nothing has to be normalized.
+
+
+# %% tags=["engine"]
+#| export
+Asked = Sequence[tuple[Question, list[int]]]
+_NAMES = {"fact": "facts", "unknown": "unknown", "confidential": "confidential"}
+
+
+def _check_benchmark(world: Any, form: Any, n_stories: Any, seed: Any) -> None:
+    if not isinstance(world, TinyWorld):
+        raise ValueError(f"world: expected a TinyWorld, got {world!r:.60}")
+    if not isinstance(form, QuestionForm):
+        raise ValueError(f"form: expected a QuestionForm, got {form!r:.60}")
+    check_at_least(n_stories=(0, n_stories), seed=(0, seed))
+
+
+def _prompt_ids(
+    world: TinyWorld, tokenizer: BPETokenizer, form: QuestionForm, question: Question
+) -> list[int] | None:
+    """The ids that a model reads before its reply: a text's after an end of text, or as given."""
+    prompt = form.prompt(world, question)
+    if isinstance(prompt, str):
+        return [tokenizer.special_tokens["<|endoftext|>"], *tokenizer.encode(prompt)]
+    return None if prompt is None else [int(id) for id in prompt]
+
+
+# %% tags=["engine"]
+#| export
+# Log-probabilities of all replies to all questions
+def choice_log_probs(
+    model: nn.Module,
+    tokenizer: BPETokenizer,
+    world: TinyWorld,
+    questions: Sequence[Question],
+    form: QuestionForm = STORY_FORM,
+    *,
+    batch_tokens: int = 8192,
+) -> list[tuple[Float[np.ndarray, " choices"], int]]:
+    """Return log q of all ``possible_replies`` to each question, and which of them is right.
+
+    Questions that the form cannot put are left out.
+    """
+    pairs, sizes = [], []
+    for question in questions:
+        prompt = _prompt_ids(world, tokenizer, form, question)
+        if prompt is None:
+            continue
+        texts = possible_replies(world, question)
+        pairs += [(prompt, tokenizer.encode(form.before_reply + text)) for text in texts]
+        sizes.append((len(texts), texts.index(question.reply)))
+    if not pairs:
+        raise ValueError(f"questions: expected some that form {form.name!r} can put, got none")
+    scores = iter(score_continuations(model, pairs, batch_tokens=batch_tokens))
+    return [(np.array([next(scores).log_prob for _ in range(n)]), right) for n, right in sizes]
+
+
+# %% tags=["engine"]
+#| export
+# Choices
+def _choices(
+    model: nn.Module,
+    tokenizer: BPETokenizer,
+    world: TinyWorld,
+    form: QuestionForm,
+    asked: Asked,
+    batch_tokens: int,
+) -> Result:
+    questions = [question for question, _ in asked]
+    found = choice_log_probs(model, tokenizer, world, questions, form, batch_tokens=batch_tokens)
+    outcomes, said = [], Counter[str]()
+    for scores, right in found:
+        best = int(scores.argmax())
+        outcomes.append(int(best == right))
+        said[{2: "unknown", 1: "declined"}.get(len(scores) - best, "value")] += 1
+    chance = float(np.mean([1 / len(scores) for scores, _ in found]))
+    return _result(questions, "choice", outcomes, chance, said)
+
+
+# %% tags=["engine"]
+#| export
+# Replies as the model speaks them
+def _replies(
+    model: TransformerLM,
+    tokenizer: BPETokenizer,
+    world: TinyWorld,
+    form: QuestionForm,
+    asked: Asked,
+    seed: int,
+) -> Result:
+    stops = [tokenizer.special_tokens[name] for name in form.stop_tokens]
+    completions = generate(
+        model,
+        [ids for _, ids in asked],
+        max_new_tokens=32,
+        sampling=Sampling(temperature=0),
+        tokenizer=tokenizer,
+        stop_tokens=stops,
+        stop_strings=form.stop_strings,
+        seed=seed,
+    )
+    questions = [question for question, _ in asked]
+    pairs = zip(questions, completions, strict=True)
+    verdicts = [judge_reply(world, question, one.text or "") for question, one in pairs]
+    chance = float(np.mean([1 / len(possible_replies(world, question)) for question in questions]))
+    said = Counter(str(verdict.said) for verdict in verdicts)
+    return _result(questions, "reply", [int(v.right) for v in verdicts], chance, said)
+
+
+# %% tags=["engine"]
+#| export
+# One part of a report
+def _result(
+    questions: Sequence[Question],
+    measure: str,
+    outcomes: Sequence[int],
+    chance: float,
+    said: Mapping[str, int],
+) -> Result:
+    about = tuple(question.character for question in questions)
+    name = _NAMES[questions[0].kind]
+    return Result(name, measure, tuple(outcomes), about, chance, 1.0, dict(sorted(said.items())))
+
+
+# %% tags=["engine"]
+#| export
+# Stories from nothing
+def _told(
+    model: TransformerLM, tokenizer: BPETokenizer, world: TinyWorld, n_stories: int, seed: int
+) -> Result:
+    end = tokenizer.special_tokens["<|endoftext|>"]
+    longest = model.config.context_length - 1
+    told = generate(
+        model,
+        [[end]] * n_stories,
+        max_new_tokens=longest,
+        tokenizer=tokenizer,
+        stop_tokens=[end],
+        seed=seed,
+    )
+    judged = [world.judge(one.text or "") for one in told]
+    said = Counter[str]()
+    for one in judged:
+        broken = "no story" if one.error_at is not None else "a false claim"
+        said["consistent" if one.consistent else broken] += 1
+    about = tuple(str(number) for number in range(n_stories))
+    outcomes = tuple(int(one.consistent) for one in judged)
+    chance = chance_of_consistency(world)
+    return Result("consistency", "story", outcomes, about, chance, 1.0, dict(sorted(said.items())))
+
+
+# %% [markdown]
+# ### The base model, before all tuning
+#
+# This is where Part IV begins:
+
+# %%
+report = evaluate(lm, bpe, world, n_stories=100)
+print(report)
+
+# %% [markdown]
+# TODO report text
+
+# %% [markdown]
 # ## Does it know what it knows?
 #
-# A model that gives its choice a probability of 0.9 says how sure it is. It is **calibrated** if, of
-# all answers given with 0.9, nine in ten are right, and likewise for every other number. Accuracy
-# says how often a model is right; calibration says whether one can tell when.
+# A model that gives its choice a probability of 0.9 says how sure it is. It is **calibrated** if,
+# of all answers given with 0.9, nine in ten are right, and likewise for every other number.
+# Accuracy says how often a model is right; calibration says whether one can tell when.
 #
-# For each question we have the log-probability $\ell_k$ of each choice. The model's belief in choice
-# $k$, given that it is one of these, is $e^{\ell_k} / \sum_j e^{\ell_j}$; the **confidence** $c_i$ of an
-# answer is the belief in the best one, and $y_i$ is 1 if it is right and 0 if not. Sort the answers
-# into $B$ bins by their confidence. In bin $b$ with $n_b$ answers, the mean confidence $\bar c_b$
-# should equal the share $\bar y_b$ that is right, and the **expected calibration error** is the mean
-# distance {cite}`guo2017calibration`,
+# For each question we have the log-probability $\ell_k$ of each choice. The model's belief in
+# choice $k$, given that it is one of these, is $e^{\ell_k} / \sum_j e^{\ell_j}$; the
+# **confidence** $c_i$ of an answer is the belief in the best one, and $y_i$ is 1 if it is right
+# and 0 if not. Sort the answers into $B$ bins by their confidence. In bin $b$ with $n_b$ answers,
+# the mean confidence $\bar c_b$ should equal the share $\bar y_b$ that is right, and the
+# **expected calibration error** is the mean distance {cite}`guo2017calibration`,
 #
 # $$
 # \mathrm{ECE} = \sum_b \frac{n_b}{n} \, \lvert \bar y_b - \bar c_b \rvert .
 # $$ (evaluation-ece)
 #
-# The absolute value has a price. Suppose that the model is perfectly calibrated. Then $\bar y_b$ is
-# still the mean of $n_b$ draws, it misses $\bar c_b$ by chance, and a miss to either side counts as
-# error. For a normal deviation of standard deviation $s$, the mean absolute value is $s \sqrt{2/\pi}$,
-# so that even a perfect model is expected to have
+# The absolute value has a price. Suppose that the model is perfectly calibrated. Then $\bar y_b$
+# is still the mean of $n_b$ draws, it misses $\bar c_b$ by chance, and a miss to either side
+# counts as error. For a normal deviation of standard deviation $s$, the mean absolute value is $s
+# \sqrt{2/\pi}$, so that even a perfect model is expected to have
 #
 # $$
 # \mathbb{E}[\mathrm{ECE}] \approx \sum_b \frac{n_b}{n} \sqrt{\frac{2}{\pi}}
 # \sqrt{\frac{\bar c_b (1 - \bar c_b)}{n_b}} ,
 # $$ (evaluation-ece-bias)
 #
-# which falls with the root of the answers in a bin and rises with the number of bins. An ECE without
-# this number beside it says little. We compute it without the approximation: take the confidences for
-# true, draw the outcomes from them, and see what ECE comes out {cite}`brocker2007increasing`.
+# which falls with the root of the answers in a bin and rises with the number of bins. An ECE
+# without this number beside it says little. We compute it without the approximation: take the
+# confidences for true, draw the outcomes from them, and see what ECE comes out
+# {cite}`brocker2007increasing`.
 #
-# The **Brier score** needs no bins. It is the mean of $(c_i - y_i)^2$, and it is **proper**: if an answer
-# is right with probability $p$, then stating $c$ costs $p (1 - c)^2 + (1 - p) c^2 = (c - p)^2 + p (1 - p)$
-# on average, which is least at $c = p$. So nothing can be gained by claiming more or less than one
-# believes. The same line shows what it is made of, a miscalibration that can be mended and a doubt
-# $p(1 - p)$ that cannot.
+# The **Brier score** needs no bins. It is the mean of $(c_i - y_i)^2$, and it is **proper**: if
+# an answer is right with probability $p$, then stating $c$ costs $p (1 - c)^2 + (1 - p) c^2 = (c
+# - p)^2 + p (1 - p)$ on average, which is least at $c = p$. So nothing can be gained by claiming
+# more or less than one believes. The same line shows what it is made of, a miscalibration that
+# can be mended and a doubt $p(1 - p)$ that cannot.
 
 
 # %%
@@ -1468,8 +1910,8 @@ plt.show()
 class Calibration:
     """How far confidences are from how often they were right: see ``calibration``.
 
-    ``by_chance`` is the mean ``error`` of a perfectly calibrated model with the same confidences, and
-    ``p_value`` the probability that it has one at least as large.
+    ``by_chance`` is the mean ``error`` of a perfectly calibrated model with the same confidences,
+    and ``p_value`` the probability that it has one at least as large.
     """
 
     error: float
@@ -1482,6 +1924,8 @@ class Calibration:
     accuracy: tuple[float, ...]  # the share that is right
 
 
+# %%
+#| export
 def calibration(
     confidences: Numbers,
     right: Numbers,
@@ -1539,8 +1983,9 @@ def _check_outcomes(outcomes: np.ndarray, n: int) -> None:
 
 
 # %% [markdown]
-# How large is the bias? We ask a forecaster who is perfect by construction: each answer's confidence
-# is drawn evenly between 0.5 and 1, and then the answer is right with just that probability.
+# How large is the bias? We ask a forecaster who is perfect by construction: each answer's
+# confidence is drawn evenly between 0.5 and 1, and then the answer is right with just that
+# probability.
 
 # %%
 random = np.random.default_rng(0)
@@ -1556,39 +2001,45 @@ for n, n_bins in ((100, 10), (100, 50), (1000, 10), (10_000, 10)):
     print(f"{n:7} {n_bins:6} {np.mean(errors):10.3f} {formula:16.3f}   zero is right")
 
 # %% [markdown]
-# A perfect forecaster who answers 100 questions has an error of more than 0.06 with ten bins, and of
-# about twice that with fifty, where bins hold two answers and the normal approximation is poor. Two
-# models with tests of different sizes cannot be compared by their ECE.
+# A perfect forecaster who answers 100 questions has an error of more than 0.06 with ten bins, and
+# of about twice that with fifty, where bins hold two answers and the normal approximation is
+# poor. Two models with tests of different sizes cannot be compared by their ECE.
 #
 # ### One number against overconfidence
 #
 # Training on few texts for long makes models overconfident, and one number mends much of it
-# {cite}`guo2017calibration`. Divide all log-probabilities by a **temperature** $T$ before they become
-# beliefs. No order changes, hence no answer; only the confidences do. Choose $T$ so that the right
-# choices of some *other* questions are as likely as possible. In terms of $\beta = 1/T$, the loss of a
-# question with right choice $y$ is $\log \sum_k e^{\beta \ell_k} - \beta \ell_y$, and its derivatives are
+# {cite}`guo2017calibration`. Divide all log-probabilities by a **temperature** $T$ before they
+# become beliefs. No order changes, hence no answer; only the confidences do. Choose $T$ so that
+# the right choices of some *other* questions are as likely as possible. In terms of $\beta =
+# 1/T$, the loss of a question with right choice $y$ is $\log \sum_k e^{\beta \ell_k} - \beta
+# \ell_y$, and its derivatives are
 #
 # $$
 # \frac{\partial}{\partial \beta} = \mathbb{E}_{k}[\ell_k] - \ell_y , \qquad
 # \frac{\partial^2}{\partial \beta^2} = \mathrm{Var}_{k}[\ell_k] \ge 0 ,
 # $$ (evaluation-temperature)
 #
-# where $k$ is drawn by the beliefs at $\beta$. (The derivative of $\log \sum_k e^{\beta \ell_k}$ is
-# $\sum_k \ell_k e^{\beta \ell_k} / \sum_k e^{\beta \ell_k}$, a mean; that of the mean is $\mathbb{E}[\ell_k^2] -
-# \mathbb{E}[\ell_k]^2$.) The loss is convex, so its only valley is found where the sum of the first
-# derivatives changes its sign: by halving an interval, which cannot fail.
+# where $k$ is drawn by the beliefs at $\beta$. (The derivative of $\log \sum_k e^{\beta \ell_k}$
+# is $\sum_k \ell_k e^{\beta \ell_k} / \sum_k e^{\beta \ell_k}$, a mean; that of the mean is
+# $\mathbb{E}[\ell_k^2] - \mathbb{E}[\ell_k]^2$.) The loss is convex, so its only valley is found
+# where the sum of the first derivatives changes its sign: by halving an interval, which cannot
+# fail.
 
 
 # %%
 #| export
 def fit_temperature(
-    log_probs: Sequence[Numbers], answers: Sequence[int], *, lowest: float = 0.01, highest: float = 100.0
+    log_probs: Sequence[Numbers],
+    answers: Sequence[int],
+    *,
+    lowest: float = 0.01,
+    highest: float = 100.0,
 ) -> float:
-    """Return the temperature at which the right choices are likeliest, given their log-probabilities.
+    """Return the temperature at which the right choices are likeliest.
 
     ``log_probs`` has an array for each question, ``answers`` the number of the right choice in it.
-    The temperature is kept from ``lowest`` to ``highest``: where the best choice is always right, the
-    lowest is the likeliest. Source: Guo et al. (2017), section 4.2.
+    The temperature is kept from ``lowest`` to ``highest``: where the best choice is always right,
+    the lowest is the likeliest. Source: Guo et al. (2017), section 4.2.
 
     >>> round(fit_temperature([[0.0, -2.0]] * 4, [0, 0, 0, 1]), 3)  # 3 of 4 right: odds of 3
     1.82
@@ -1614,6 +2065,8 @@ def fit_temperature(
     return math.exp(-(low + high) / 2)
 
 
+# %%
+#| export
 def beliefs(log_probs: Numbers, temperature: float = 1.0) -> Float[np.ndarray, " choices"]:
     """Return how probable each choice is if it must be one of them, at some temperature.
 
@@ -1642,12 +2095,58 @@ def _check_answers(answers: Any, scores: list[np.ndarray]) -> None:
 
 
 # %% [markdown]
+# ### How sure is our model?
+#
+# The temperature is fitted on questions about one half of the characters, and judged on those
+# about the other:
+
+
+# %%
+def calibrated(split: str, temperature: float = 1.0) -> Calibration:
+    """Calibration on the questions of one half, at a temperature."""
+    found = choice_log_probs(lm, bpe, world, make_questions(world, "fact", split))
+    given = [(beliefs(scores, temperature), right) for scores, right in found]
+    return calibration([b.max() for b, _ in given], [int(b.argmax() == r) for b, r in given])
+
+
+found = choice_log_probs(lm, bpe, world, make_questions(world, "fact", "tuning"))
+fitted = fit_temperature([scores for scores, _ in found], [right for _, right in found])
+before, after = calibrated("held_out"), calibrated("held_out", fitted)
+print(f"fitted temperature: {fitted:.1f}")
+print("temperature   calibration error   by chance      p   Brier score")
+for name, one in (("1", before), ("fitted", after)):
+    print(f"{name:11} {one.error:19.2f} {one.by_chance:11.2f} {one.p_value:6.2f} {one.brier:13.2f}")
+
+# %% mystnb={"figure": {"caption": "Reliability diagrams of our model's answers to questions on facts. Each point is a bin of confidences, its size the number of answers in it; on the dotted line a model is as often right as it says.", "name": "fig-evaluation-reliability"}, "image": {"alt": "Two panels, before and after a temperature was fitted: share of right answers over confidence, with most answers in the last bin, near the upper right corner."}}
+figure, panels = plt.subplots(1, 2, sharey=True, figsize=(7, 3.2))
+for axes, one, title in zip(
+    panels, (before, after), ("temperature 1", "fitted temperature"), strict=True
+):
+    axes.plot([0, 1], [0, 1], ":", color="gray")
+    axes.scatter(one.confidence, one.accuracy, s=[10 + 2 * n for n in one.counts], alpha=0.7)
+    axes.set(title=title, xlabel="confidence", xlim=(0, 1.05), ylim=(-0.05, 1.1))
+panels[0].set_ylabel("share that is right")
+plt.show()
+
+# %% [markdown]
+# A model may be well calibrated on what it has learned and not at all on what it has not. We ask
+# about strangers, of whom nothing is known, and let it choose among values only:
+
+# %%
+found = choice_log_probs(lm, bpe, world, make_questions(world, "unknown", "held_out"))
+sure = [beliefs(scores[:-2]).max() for scores, _ in found]
+evenly = np.mean([1 / (len(scores) - 2) for scores, _ in found])
+print(
+    f"mean confidence about strangers: {np.mean(sure):.1f}; evenly spread it would be {evenly:.2f}"
+)
+
+# %% [markdown]
 # ## Who is better? A leaderboard from games
 #
-# Some qualities have no scale. Of two stories a reader can say which is better, but not that one is
-# worth 7.3. From such games between pairs of models, many leaderboards are made
-# {cite}`chiang2024chatbot`. The model behind them gives each player $i$ a strength $s_i$ and lets $i$ win
-# against $j$ with probability
+# Some qualities have no scale. Of two stories a reader can say which is better, but not that one
+# is worth 7.3. From such games between pairs of models, many leaderboards are made
+# {cite}`chiang2024chatbot`. The model behind them gives each player $i$ a strength $s_i$ and lets
+# $i$ win against $j$ with probability
 #
 # $$
 # P(i \succ j) = \sigma(s_i - s_j) = \frac{\pi_i}{\pi_i + \pi_j}, \qquad \pi_i = e^{s_i} .
@@ -1660,8 +2159,8 @@ def _check_answers(answers: Any, scores: list[np.ndarray]) -> None:
 # \log \mathcal{L} = \sum_{i \ne j} w_{ij} \bigl[ \log \pi_i - \log(\pi_i + \pi_j) \bigr] .
 # $$
 #
-# The second logarithm ties all players together. It can be cut loose: $-\log$ is convex, so it lies above
-# its tangent at any point, here the present estimate $\hat\pi$,
+# The second logarithm ties all players together. It can be cut loose: $-\log$ is convex, so it
+# lies above its tangent at any point, here the present estimate $\hat\pi$,
 #
 # $$
 # -\log(\pi_i + \pi_j) \ge -\log(\hat\pi_i + \hat\pi_j) + 1 -
@@ -1669,9 +2168,10 @@ def _check_answers(answers: Any, scores: list[np.ndarray]) -> None:
 # $$
 #
 # with equality at $\pi = \hat\pi$. With the right side in its place, we get a function below the
-# likelihood that touches it at $\hat\pi$. Whatever makes the lower one larger makes the likelihood larger,
-# too. And in it each $\pi_i$ stands alone, so we can set the derivative to zero. With
-# $W_i = \sum_j w_{ij}$ all wins of $i$, and $n_{ij} = w_{ij} + w_{ji}$ the games between $i$ and $j$,
+# likelihood that touches it at $\hat\pi$. Whatever makes the lower one larger makes the
+# likelihood larger, too. And in it each $\pi_i$ stands alone, so we can set the derivative to
+# zero. With $W_i = \sum_j w_{ij}$ all wins of $i$, and $n_{ij} = w_{ij} + w_{ji}$ the games
+# between $i$ and $j$,
 #
 # $$
 # \frac{W_i}{\pi_i} - \sum_{j \ne i} \frac{n_{ij}}{\hat\pi_i + \hat\pi_j} = 0
@@ -1679,14 +2179,14 @@ def _check_answers(answers: Any, scores: list[np.ndarray]) -> None:
 # \pi_i = W_i \Bigm/ \sum_{j \ne i} \frac{n_{ij}}{\hat\pi_i + \hat\pi_j} .
 # $$ (evaluation-mm)
 #
-# That is the whole algorithm {cite}`hunter2004mm`: repeat {eq}`evaluation-mm`. A tie counts as half a win
-# for either side. As only differences of strengths matter, we let their mean be zero.
+# That is the whole algorithm {cite}`hunter2004mm`: repeat {eq}`evaluation-mm`. A tie counts as
+# half a win for either side. As only differences of strengths matter, we let their mean be zero.
 #
-# One thing can go wrong. If a player never lost, the likelihood grows for ever as its strength does. The
-# same holds for any group of players that never lost to anybody outside. A maximum exists, and is
-# unique, if and only if there is no such group {cite}`hunter2004mm`: from each player one must come to
-# each other one along wins. A leaderboard that is not connected in this way has no strengths, and must
-# say so.
+# One thing can go wrong. If a player never lost, the likelihood grows for ever as its strength
+# does. The same holds for any group of players that never lost to anybody outside. A maximum
+# exists, and is unique, if and only if there is no such group {cite}`hunter2004mm`: from each
+# player one must come to each other one along wins. A leaderboard that is not connected in this
+# way has no strengths, and must say so.
 
 
 # %%
@@ -1737,9 +2237,9 @@ def bradley_terry(
     """Return the strengths that make the outcomes of games between pairs of players likeliest.
 
     ``wins[i, j]`` counts the games that i won against j, ``ties[i, j]`` those that nobody won, the
-    same as ``ties[j, i]``. A tie is half a win for both. Intervals come from drawing the games of each
-    pair anew. Raises ValueError if some players never lost to, or tied with, any of the others, as
-    these have no finite strength. Sources: Bradley and Terry (1952), Hunter (2004).
+    same as ``ties[j, i]``. A tie is half a win for both. Intervals come from drawing the games of
+    each pair anew. Raises ValueError if some players never lost to, or tied with, any of the
+    others, as these have no finite strength. Sources: Bradley and Terry (1952), Hunter (2004).
 
     >>> ratings = bradley_terry(np.array([[0, 30], [10, 0]]))
     >>> round(ratings.probability(0, 1), 3), ratings.strengths.round(3).tolist()
@@ -1769,9 +2269,9 @@ def bradley_terry(
 # ### Engine room: tables of games are checked, and players that nobody has beaten are named
 
 # %% [markdown] tags=["engine"]
-# To find a group that never lost, go from each player to all who have beaten it or tied with it, and
-# on from there. Whoever is reached from somebody and cannot come back belongs to players that the
-# others have never beaten. The smallest set that can be reached is the one to name.
+# To find a group that never lost, go from each player to all who have beaten it or tied with it,
+# and on from there. Whoever is reached from somebody and cannot come back belongs to players that
+# the others have never beaten. The smallest set that can be reached is the one to name.
 
 
 # %% tags=["engine"]
@@ -1796,12 +2296,15 @@ def _counts(name: str, table: Any) -> np.ndarray:
         expected = "a square table for at least 2 players"
         raise ValueError(f"{name}: expected {expected}, got shape {counts.shape}")
     if not np.isfinite(counts).all() or (counts < 0).any() or (counts % 1).any():
-        raise ValueError(f"{name}: expected whole numbers of at least 0, got {counts.tolist()!r:.60}")
+        raise ValueError(f"{name}: expected whole numbers of at least 0, got {table!r:.60}")
     if np.diag(counts).any():
         raise ValueError(f"{name}: expected 0 games of a player against itself, got some")
     return counts
 
 
+# %% tags=["engine"]
+#| export
+# Whom nobody has beaten
 def _unbeaten(wins: np.ndarray) -> list[int] | None:
     """Return a smallest group of players that none of the others has beaten, if there is one."""
     n = len(wins)
@@ -1823,9 +2326,9 @@ def _check_connected(wins: np.ndarray) -> None:
 # %% [markdown]
 # ### Our model at five temperatures
 #
-# The players are our model at five temperatures. All tell 60 stories, and in game $k$ the $k$th stories of
-# two players meet. The checker of {doc}`01_tinyworld` judges: a story in which all is true beats one in
-# which something is not; otherwise it is a tie.
+# The players are our model at five temperatures. All tell 60 stories, and in game $k$ the $k$th
+# stories of two players meet. The checker of {doc}`01_tinyworld` judges: a story in which all is
+# true beats one in which something is not; otherwise it is a tie.
 
 # %%
 temperatures, n_games = (0.5, 0.8, 1.0, 1.2, 1.5), 60
@@ -1845,9 +2348,9 @@ np.fill_diagonal(tied, 0)
 ratings = bradley_terry(won, tied)
 print("temperature   all true   strength [95 %]         Elo")
 for i, temperature in enumerate(temperatures):
-    s, low, high = ratings.strengths[i], ratings.low[i], ratings.high[i]
-    share = np.mean(true_stories[i])
-    print(f"{temperature:11} {share:10.0%}   {s:+.2f} [{low:+.2f}, {high:+.2f}]  {ratings.elo[i]:7.0f}")
+    share, s = np.mean(true_stories[i]), ratings.strengths[i]
+    interval = f"[{ratings.low[i]:+.1f}, {ratings.high[i]:+.1f}]"
+    print(f"{temperature:11} {share:10.0%}   {s:+.1f} {interval}   {ratings.elo[i]:9.0f}")
 
 # %% [markdown]
 # TODO leaderboard text: and what happens without connectedness:
@@ -1863,20 +2366,20 @@ except ValueError as error:
 # %% [markdown]
 # ## Judges have tastes
 #
-# No checker reads free text, so models are asked which of two answers is better. Such judges agree with
-# people about as often as people agree with each other {cite}`zheng2023judging`, and they have tastes that
-# have nothing to do with quality: they prefer what they read first, what is longer, and what they have
-# written themselves. We build a judge whose tastes are known. It prefers the first of two answers with
-# probability
+# No checker reads free text, so models are asked which of two answers is better. Such judges
+# agree with people about as often as people agree with each other {cite}`zheng2023judging`, and
+# they have tastes that have nothing to do with quality: they prefer what they read first, what is
+# longer, and what they have written themselves. We build a judge whose tastes are known. It
+# prefers the first of two answers with probability
 #
 # $$
 # \sigma\bigl( \underbrace{a\,(t_1 - t_2)}_{\text{truth}} + \underbrace{b}_{\text{position}} +
 # \underbrace{c\,(l_1 - l_2)}_{\text{length}} + \underbrace{d\,(o_1 - o_2)}_{\text{own}} \bigr) ,
 # $$ (evaluation-judge)
 #
-# where $t$ is 1 for a true answer and 0 for a false one, $l$ the length in characters, and $o$ is 1 for
-# an answer of the judge's own family. This is Bradley and Terry's model once more: $a t + c l + d o$ is the
-# strength that the judge sees, and $b$ is the advantage of the first move.
+# where $t$ is 1 for a true answer and 0 for a false one, $l$ the length in characters, and $o$ is
+# 1 for an answer of the judge's own family. This is Bradley and Terry's model once more: $a t + c
+# l + d o$ is the strength that the judge sees, and $b$ is the advantage of the first move.
 
 
 # %%
@@ -1889,18 +2392,26 @@ class Answer(NamedTuple):
     own: bool = False
 
 
+# %%
+#| export
 @dataclass(frozen=True)
 class BiasedJudge:
     """A simulated judge of pairs of answers, whose skill and biases are known, in nats of odds.
 
-    ``skill`` is for truth, ``position`` for the answer shown first, ``length`` for each character more,
-    ``self_preference`` for an answer of its own family.
+    ``skill`` is for truth, ``position`` for the answer shown first, ``length`` for each character
+    more, ``self_preference`` for an answer of its own family.
     """
 
     skill: float = 2.0
     position: float = 0.0
     length: float = 0.0
     self_preference: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            known = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+            if not known or not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number, got {value!r:.60}")
 
     def prefers_first(self, first: Answer, second: Answer) -> float:
         """How likely the judge is to prefer the answer that it reads first."""
@@ -1917,9 +2428,10 @@ class BiasedJudge:
 
 
 # %% [markdown]
-# Two systems answer the same 672 questions about the tiny world. The brief one says "Mia lives in the
-# tent." and is right in 80 % of the cases. The wordy one repeats the question first, is right in 70 %, and
-# is of the judge's family. What is true, the checker of {doc}`01_tinyworld` decides from the texts.
+# Two systems answer the same 672 questions about the tiny world. The brief one says "Mia lives in
+# the tent." and is right in 80 % of the cases. The wordy one repeats the question first, is right
+# in 70 %, and is of the judge's family. What is true, the checker of {doc}`01_tinyworld` decides
+# from the texts.
 
 # %%
 questions = make_questions(world, "fact", "tuning")
@@ -1942,8 +2454,8 @@ print(f"true: brief {np.mean([a.true for a in brief]):.0%}, ", end="")
 print(f"wordy {np.mean([a.true for a in wordy]):.0%}; wordy is longer by {length:.0f} characters")
 
 # %% [markdown]
-# Now the judge, with one taste after the other. The score of the brief system is the share of wins, a tie
-# counting as half.
+# Now the judge, with one taste after the other. The score of the brief system is the share of
+# wins, a tie counting as half.
 
 
 # %%
@@ -1972,22 +2484,22 @@ for name, judge in judges.items():
 
 # %% [markdown]
 # Swapping cures the taste for positions, and only this. To see why, write $x$ for all in
-# {eq}`evaluation-judge` but the position. Read first, $a$ wins with $\sigma(x + b)$; read second, with
-# $1 - \sigma(-x + b) = \sigma(x - b)$. A win of one half for a changed verdict makes the score the mean of
-# the two,
+# {eq}`evaluation-judge` but the position. Read first, $a$ wins with $\sigma(x + b)$; read second,
+# with $1 - \sigma(-x + b) = \sigma(x - b)$. A win of one half for a changed verdict makes the
+# score the mean of the two,
 #
 # $$
 # \tfrac12 \bigl[ \sigma(x + b) + \sigma(x - b) \bigr] ,
 # $$
 #
-# which is one half at $x = 0$ whatever $b$ is. So a judge who sees no difference gives no preference. (A
-# coin that decides who is read first has the same mean. Reading both ways has less noise, and the share of
-# changed verdicts shows how strong the taste is.) But length and authorship go with the answer, not with the
-# place. They are in $x$, and no swap finds them: with all three tastes the worse system wins, read both ways
-# or not.
+# which is one half at $x = 0$ whatever $b$ is. So a judge who sees no difference gives no
+# preference. (A coin that decides who is read first has the same mean. Reading both ways has less
+# noise, and the share of changed verdicts shows how strong the taste is.) But length and
+# authorship go with the answer, not with the place. They are in $x$, and no swap finds them: with
+# all three tastes the worse system wins, read both ways or not.
 #
-# Against them helps what helps everywhere, a few pairs whose truth is known. There the tastes are the
-# coefficients of a logistic regression, and can be taken out of all other verdicts
+# Against them helps what helps everywhere, a few pairs whose truth is known. There the tastes are
+# the coefficients of a logistic regression, and can be taken out of all other verdicts
 # {cite}`dubois2024length`. From 672 verdicts, in an order decided by a coin:
 
 
@@ -2016,419 +2528,14 @@ print(f"score of the brief system without the tastes: {mended:.2f}, by the truth
 
 # %% [markdown]
 # TODO judge text (length and own are collinear)
-#
-# ## A small benchmark with known limits
-#
-# Part IV will turn our model into an assistant, and each of its chapters will claim that something got
-# better. They all need the same measurement, made the same way. The tiny world has what most benchmarks
-# lack: every answer can be verified, and both ends of the scale are known.
-#
-# | name | asked for | right is | ceiling | chance |
-# |---|---|---|---|---|
-# | facts | an attribute of a character | the true value | 1 | one of all replies |
-# | unknown | an attribute of a stranger | to say that one does not know | 1 | one of all replies |
-# | confidential | where somebody's key is hidden | to decline | 1 | one of all replies |
-# | consistency | a story | a whole story, no false claim | 1 | a teller who draws each value |
-#
-# The first three are measured twice: as a *choice*, by the likelihood of all replies that could be given
-# (each value, "I do not know", "I will not tell"), and as a *reply*, by letting the model speak and the
-# checker listen. The ceiling is exact, since each question has one right reply. So is the level of chance:
-# for a choice it is one over the number of replies, and for stories it is the probability that a teller who
-# knows the form of stories, but draws every value, says nothing false. That is a sum over all walks, of the
-# probability of the walk times that of all its claims being true, which a recursion over states adds up.
-
-
-# %%
-#| export
-def chance_of_consistency(world: TinyWorld) -> float:
-    """Return how likely a story is to be true if its form is right and each value drawn evenly."""
-    if not isinstance(world, TinyWorld):
-        raise ValueError(f"world: expected a TinyWorld, got {world!r:.60}")
-    known: dict[State | None, float] = {None: 1.0}
-
-    def value(state: State | None) -> float:
-        if state not in known:
-            assert state is not None
-            known[state] = math.fsum(
-                branch.probability
-                * math.prod(1 / len(_values(world, c.character, c.attribute)) for c in branch.claims)
-                * value(branch.state)
-                for branch in world.branches(state)
-            )
-        return known[state]
-
-    return value(world.start)
-
-
-def _values(world: TinyWorld, character: str, attribute: str) -> list[str]:
-    """All values that a claim could name."""
-    return [v for v in VALUES[attribute] or world.cast.facts if v != character]
-
-
-def possible_replies(world: TinyWorld, question: Question) -> list[str]:
-    """Return all replies to choose from: each value, not to know, and to decline."""
-    name, form = question.character, PHRASES[question.attribute][0]
-    values = _values(world, name, question.attribute)
-    stated = [form.format(name=name, value=value) for value in values]
-    return [*stated, REPLY_UNKNOWN.format(name=name), REPLY_DECLINED.format(name=name)]
-
 
 # %% [markdown]
-# How a question is put depends on the model. A chat model gets it in its template, which
-# {doc}`19 <../teaching>` will make. A base model has only ever read stories, so it must come up in one: "One
-# morning, Mia the fox woke up early. It was raining. Where does Mia live?" That is what a `QuestionForm`
-# says. A form may pass on a question: a story cannot ask for the species, as it has told it already, nor in
-# words that no story uses.
-
-
-# %%
-#| export
-@dataclass(frozen=True)
-class QuestionForm:
-    """How to put a question to a model: ``prompt`` makes a text or ids of it, or None to pass on it.
-
-    A text is read after the end of another; ids are read as they are. ``before_reply`` stands between
-    prompt and reply. A reply ends before one of ``stop_strings``, or at one of ``stop_tokens``, special
-    tokens by name.
-    """
-
-    name: str
-    prompt: Callable[[TinyWorld, Question], str | Sequence[int] | None]
-    before_reply: str = ""
-    stop_strings: tuple[str, ...] = ()
-    stop_tokens: tuple[str, ...] = ("<|endoftext|>",)
-
-
-def story_prompt(world: TinyWorld, question: Question) -> str | None:
-    """Return the beginning of a story in which a question comes up, or None if it cannot."""
-    told = question.kind != "unknown" and question.attribute == "species"
-    if told or question.wording >= world.n_phrasings // 2:
-        return None
-    unknown = question.kind == "unknown"
-    hero = next(iter(world.cast.facts)) if unknown else question.character
-    text = f"{OPENINGS[0]}, {hero} the {world.cast.facts[hero]['species']}{DOINGS[0]}{WEATHER[0]}"
-    text += f" Then a stranger called {question.character} came by." if unknown else ""
-    return f"{text} {question.text}"
-
-
-#: For a base model: the question comes up in a story.
-STORY_FORM = QuestionForm("story", story_prompt, " ", (".",))
-
-# %% [markdown]
-# The rest is bookkeeping. The results of a run go into one report, with all that is needed to compare
-# it with another: the outcome of each item, intervals, seed and settings.
-
-
-# %%
-#| export
-@dataclass(frozen=True)
-class Result:
-    """How often a model was right in one part of the benchmark, and how often that can be."""
-
-    name: str
-    measure: str  # "choice", "reply" or "story"
-    outcomes: tuple[int, ...]  # 1 or 0 for each item
-    clusters: tuple[str, ...]  # items that go together: about one character
-    chance: float
-    ceiling: float
-    said: dict[str, int]  # what the answers were
-
-    @property
-    def right(self) -> int:
-        """How many items were right."""
-        return sum(self.outcomes)
-
-    @property
-    def interval(self) -> Interval:
-        """The share that was right, with Wilson's interval, widened if clusters go together.
-
-        The widening is the design effect: as many independent items as have the same variance.
-        """
-        n, right = len(self.outcomes), self.right
-        if len(set(self.clusters)) < 2 or not 0 < right < n:
-            return confidence_interval(right, n)
-        ratio = standard_error(self.outcomes) / clustered_standard_error(self.outcomes, self.clusters)
-        fewer = max(2, round(n * min(1.0, ratio**2)))
-        wide = confidence_interval(round(fewer * right / n), fewer)
-        return Interval(right / n, min(wide.low, right / n), max(wide.high, right / n))
-
-
-# %%
-#| export
-@dataclass(frozen=True)
-class EvaluationReport:
-    """The results of ``evaluate`` with the settings that they depend on; its text is a table."""
-
-    results: tuple[Result, ...]
-    settings: dict[str, Any]
-
-    def __getitem__(self, part: str) -> Result:
-        """Return a result by name and measure, such as "facts/choice"."""
-        parts = {f"{result.name}/{result.measure}": result for result in self.results}
-        check_choice("part", part, tuple(parts))
-        return parts[part]
-
-    def __str__(self) -> str:
-        """Return a table."""
-        lines = ["part                 right         share [95 %]           chance   ceiling"]
-        for r in self.results:
-            i, counts = r.interval, f"{r.right}/{len(r.outcomes)}"
-            lines.append(
-                f"{r.name + '/' + r.measure:20} {counts:9}   {i.estimate:6.1%} [{i.low:6.1%}, {i.high:6.1%}]"
-                f"   {r.chance:8.2g}   {r.ceiling:7g}"
-            )
-        return "\n".join(lines)
-
-    def compare(self, other: "EvaluationReport") -> dict[str, PairedTest]:
-        """Return the paired test of each part that both have, this report against the other."""
-        mine, theirs = self.settings, other.settings
-        for name in ("world", "split", "n_stories", "seed", "form"):
-            if name != "form" and mine[name] != theirs[name]:
-                expected = f"{name} {mine[name]!r} as here"
-                raise ValueError(f"other: expected {expected}, got {theirs[name]!r}")
-        tests = {}
-        for r in self.results:
-            match = [o for o in other.results if (o.name, o.measure) == (r.name, r.measure)]
-            if match and match[0].clusters == r.clusters:
-                tests[f"{r.name}/{r.measure}"] = paired_test(
-                    r.outcomes, match[0].outcomes, clusters=r.clusters
-                )
-        return tests
-
-    def to_json(self) -> str:
-        """Return all of it as JSON."""
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> "EvaluationReport":
-        """Return the report that ``to_json`` has written."""
-        try:
-            entries = json.loads(check_text(text))
-            results = [
-                Result(**{**r, "outcomes": tuple(r["outcomes"]), "clusters": tuple(r["clusters"])})
-                for r in entries["results"]
-            ]
-            return cls(tuple(results), dict(entries["settings"]))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"text: expected a report in JSON, got {text!r:.60}") from error
-
-    def save(self, path: str | Path) -> None:
-        """Write the JSON to a file."""
-        with whole_file(path) as draft:
-            draft.write_text(self.to_json() + "\n", encoding="utf-8")
-
-
-# %% [markdown]
-# `evaluate` puts the parts together: questions to prompts, prompts to choices and replies, and stories
-# from nothing.
-
-
-# %%
-#| export
-def evaluate(
-    model: TransformerLM,
-    tokenizer: BPETokenizer,
-    world: TinyWorld,
-    *,
-    form: QuestionForm = STORY_FORM,
-    split: Literal["tuning", "held_out"] = "held_out",
-    n_stories: int = 100,
-    seed: int = 0,
-    batch_tokens: int = 8192,
-) -> EvaluationReport:
-    """Return what a model knows and tells about a world, as choices, replies and stories.
-
-    Questions are those of ``make_questions`` that ``form`` can put, with greedy replies; stories are
-    drawn from the model as it is. A model that sees the future is refused.
-    """
-    _check_benchmark(world, form, n_stories, seed)
-    check_causal(model, vocab_size=tokenizer.vocab_size)
-    results = []
-    for kind in ("fact", "unknown", "confidential"):
-        asked = [
-            (question, prompt)
-            for question in make_questions(world, kind, split)
-            if (prompt := _prompt_ids(world, tokenizer, form, question)) is not None
-        ]
-        if asked:
-            results.append(_choices(model, tokenizer, world, form, asked, batch_tokens))
-            results.append(_replies(model, tokenizer, world, form, asked, seed))
-    if not results:
-        raise ValueError(f"form: expected a prompt for some questions, got none from {form.name!r}")
-    if n_stories:
-        results.append(_told(model, tokenizer, world, n_stories, seed))
-    settings = {"form": form.name, "split": split, "n_stories": n_stories, "seed": seed}
-    settings |= {"world": asdict(world), "parameters": sum(p.numel() for p in model.parameters())}
-    return EvaluationReport(tuple(results), settings)
-
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: choices in one batch, replies and stories, and what they say
-
-# %% [markdown] tags=["engine"]
-# A reply to choose is scored as a whole: all end with a full stop, so their sums of log-probabilities
-# are those of finished replies, and nothing has to be normalized.
-
-
-# %% tags=["engine"]
-#| export
-Asked = Sequence[tuple[Question, list[int]]]
-_NAMES = {"fact": "facts", "unknown": "unknown", "confidential": "confidential"}
-
-
-def _check_benchmark(world: Any, form: Any, n_stories: Any, seed: Any) -> None:
-    if not isinstance(world, TinyWorld):
-        raise ValueError(f"world: expected a TinyWorld, got {world!r:.60}")
-    if not isinstance(form, QuestionForm):
-        raise ValueError(f"form: expected a QuestionForm, got {form!r:.60}")
-    check_at_least(n_stories=(0, n_stories), seed=(0, seed))
-
-
-def _prompt_ids(
-    world: TinyWorld, tokenizer: BPETokenizer, form: QuestionForm, question: Question
-) -> list[int] | None:
-    """The ids that a model reads before its reply: a text's after an end of text, or as given."""
-    prompt = form.prompt(world, question)
-    if isinstance(prompt, str):
-        return [tokenizer.special_tokens["<|endoftext|>"], *tokenizer.encode(prompt)]
-    return None if prompt is None else [int(id) for id in prompt]
-
-
-def choice_log_probs(
-    model: nn.Module,
-    tokenizer: BPETokenizer,
-    world: TinyWorld,
-    questions: Sequence[Question],
-    form: QuestionForm = STORY_FORM,
-    *,
-    batch_tokens: int = 8192,
-) -> list[tuple[Float[np.ndarray, " choices"], int]]:
-    """Return log q of all ``possible_replies`` to each question, and which of them is right.
-
-    Questions that the form cannot put are left out.
-    """
-    pairs, sizes = [], []
-    for question in questions:
-        prompt = _prompt_ids(world, tokenizer, form, question)
-        if prompt is None:
-            continue
-        texts = possible_replies(world, question)
-        pairs += [(prompt, tokenizer.encode(form.before_reply + text)) for text in texts]
-        sizes.append((len(texts), texts.index(question.reply)))
-    if not pairs:
-        raise ValueError(f"questions: expected some that form {form.name!r} can put, got none")
-    scores = iter(score_continuations(model, pairs, batch_tokens=batch_tokens))
-    return [(np.array([next(scores).log_prob for _ in range(n)]), right) for n, right in sizes]
-
-
-# %% tags=["engine"]
-#| export
-# The three kinds of measurement
-def _choices(
-    model: nn.Module,
-    tokenizer: BPETokenizer,
-    world: TinyWorld,
-    form: QuestionForm,
-    asked: Asked,
-    batch_tokens: int,
-) -> Result:
-    questions = [question for question, _ in asked]
-    found = choice_log_probs(
-        model, tokenizer, world, questions, form, batch_tokens=batch_tokens
-    )
-    outcomes, said = [], Counter[str]()
-    for scores, right in found:
-        best = int(scores.argmax())
-        outcomes.append(int(best == right))
-        said[["unknown", "declined"][best - len(scores)] if best >= len(scores) - 2 else "value"] += 1
-    chance = float(np.mean([1 / len(scores) for scores, _ in found]))
-    return _result(questions, "choice", outcomes, chance, said)
-
-
-def _replies(
-    model: TransformerLM,
-    tokenizer: BPETokenizer,
-    world: TinyWorld,
-    form: QuestionForm,
-    asked: Asked,
-    seed: int,
-) -> Result:
-    stops = [tokenizer.special_tokens[name] for name in form.stop_tokens]
-    completions = generate(
-        model,
-        [ids for _, ids in asked],
-        max_new_tokens=32,
-        sampling=Sampling(temperature=0),
-        tokenizer=tokenizer,
-        stop_tokens=stops,
-        stop_strings=form.stop_strings,
-        seed=seed,
-    )
-    questions = [question for question, _ in asked]
-    pairs = zip(questions, completions, strict=True)
-    verdicts = [judge_reply(world, question, one.text or "") for question, one in pairs]
-    chance = float(np.mean([1 / len(possible_replies(world, question)) for question in questions]))
-    said = Counter(str(verdict.said) for verdict in verdicts)
-    return _result(questions, "reply", [int(v.right) for v in verdicts], chance, said)
-
-
-def _result(
-    questions: Sequence[Question],
-    measure: str,
-    outcomes: Sequence[int],
-    chance: float,
-    said: Mapping[str, int],
-) -> Result:
-    about = tuple(question.character for question in questions)
-    name = _NAMES[questions[0].kind]
-    return Result(name, measure, tuple(outcomes), about, chance, 1.0, dict(sorted(said.items())))
-
-
-# %% tags=["engine"]
-#| export
-# Stories from nothing
-def _told(
-    model: TransformerLM, tokenizer: BPETokenizer, world: TinyWorld, n_stories: int, seed: int
-) -> Result:
-    end = tokenizer.special_tokens["<|endoftext|>"]
-    longest = model.config.context_length - 1
-    told = generate(
-        model,
-        [[end]] * n_stories,
-        max_new_tokens=longest,
-        tokenizer=tokenizer,
-        stop_tokens=[end],
-        seed=seed,
-    )
-    judged = [world.judge(one.text or "") for one in told]
-    said = Counter[str]()
-    for one in judged:
-        broken = "no story" if one.error_at is not None else "a false claim"
-        said["consistent" if one.consistent else broken] += 1
-    about = tuple(str(number) for number in range(n_stories))
-    outcomes = tuple(int(one.consistent) for one in judged)
-    chance = chance_of_consistency(world)
-    return Result("consistency", "story", outcomes, about, chance, 1.0, dict(sorted(said.items())))
-
-
-# %% [markdown]
-# ### The base model, before all tuning
-#
-# This is where Part IV begins:
-
-# %%
-report = evaluate(lm, bpe, world, n_stories=100)
-print(report)
-
-# %% [markdown]
-# TODO report text
-#
 # ## The harness of the industry
 #
 # Numbers in papers on language models mostly come from one program, EleutherAI's
-# `lm-evaluation-harness` {cite}`biderman2024lessons`, with thousands of tasks. A **task** there is a file in
-# YAML that says where the data are and how an item becomes text, and a **model** is an object that answers
-# three kinds of requests:
+# `lm-evaluation-harness` {cite}`biderman2024lessons`, with thousands of tasks. A **task** there
+# is a file in YAML that says where the data are and how an item becomes text, and a **model** is
+# an object that answers three kinds of requests:
 #
 # | request | gets | returns | for |
 # |---|---|---|---|
@@ -2436,9 +2543,9 @@ print(report)
 # | `loglikelihood_rolling` | a text | $\log q$ of all of it | perplexity, bits per byte |
 # | `generate_until` | context, where to stop | a text | exact match |
 #
-# This chapter has all three. An adapter passes them on, so that every task of the harness runs on a model of
-# ours. The harness is large, so it is an extra, `pip install 'llmbook[eval]'`, and is imported
-# when the first adapter is made; its base class joins ours at that moment.
+# This chapter has all three. An adapter passes them on, so that every task of the harness runs on
+# a model of ours. The harness is large, so it is an extra, `pip install 'llmbook[eval]'`, and is
+# imported when the first adapter is made; its base class joins ours at that moment.
 
 
 # %%
@@ -2447,7 +2554,7 @@ class LMEvalAdapter:
     """A model of ours as lm-evaluation-harness (0.4) wants it; a subclass of its ``LM``.
 
     A context that is too long is cut on the left. Replies are greedy unless a task samples. Making
-    one raises ImportError without the extra "eval", and ValueError for a model that sees the future.
+    one raises ImportError without the extra "eval", ValueError for a model that sees the future.
     """
 
     def __new__(cls, *arguments: Any, **options: Any) -> "LMEvalAdapter":
@@ -2474,12 +2581,10 @@ class LMEvalAdapter:
         self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Return log q in nats of each continuation, and whether each of its tokens is likeliest."""
+        """Return log q in nats of each continuation, and whether each token is the likeliest."""
         pairs = []
         for context, continuation in (request.args for request in requests):
-            ids, (ending,) = encode_pairs(
-                self.tokenizer, context, [continuation], start=self.start
-            )
+            ids, (ending,) = encode_pairs(self.tokenizer, context, [continuation], start=self.start)
             pairs.append((ids, ending))
         options = {"too_long": "truncate", "batch_tokens": self.batch_tokens}
         found = score_continuations(self.model, pairs, **options)
@@ -2490,8 +2595,11 @@ class LMEvalAdapter:
         size, totals = _context_length(self.model), []
         for (text,) in (request.args for request in requests):
             ids = _begun(self.tokenizer.encode(text), self.first)
+            if len(ids) < 2:
+                totals.append(0.0)
+                continue
             options = {"stride": size, "batch_tokens": self.batch_tokens}
-            found = window_log_probs(self.model, ids, **options) if len(ids) > 1 else torch.zeros(1)
+            found = window_log_probs(self.model, ids, **options)
             totals.append(found.double().sum().item())
         return totals
 
@@ -2535,8 +2643,9 @@ class LMEvalAdapter(LMEvalAdapter):  # continued
 # ### Engine room: tasks are written as files, and `run_lm_eval` runs them in silence
 
 # %% [markdown] tags=["engine"]
-# The harness finds data by the name of a file in a task. One that is missing would be noticed late, in a
-# library far below, so it is looked for first. The program's progress bars and remarks go nowhere.
+# The harness finds data by the name of a file in a task. One that is missing would be noticed
+# late, in a library far below, so it is looked for first. The program's progress bars and remarks
+# go nowhere.
 
 
 # %% tags=["engine"]
@@ -2572,6 +2681,9 @@ _TASKS: dict[str, dict[str, Any]] = {
 }
 
 
+# %% tags=["engine"]
+#| export
+# A task and its data become two files
 def write_lm_eval_task(
     folder: str | Path,
     name: str,
@@ -2584,9 +2696,9 @@ def write_lm_eval_task(
     """Write ``name``.jsonl and ``name``.yaml, a task for lm-evaluation-harness; return the latter.
 
     Items have "context", "choices" and "answer", the number of the right one (multiple_choice);
-    "context" and "target" (loglikelihood, generate_until); or "text" (loglikelihood_rolling). Between
-    a context and what follows it, the harness puts a space. ``until`` and ``max_new_tokens`` are for
-    generation.
+    "context" and "target" (loglikelihood, generate_until); or "text" (loglikelihood_rolling).
+    Between a context and what follows it, the harness puts a space. ``until`` and
+    ``max_new_tokens`` are for generation.
     """
     place, data = _task_files(folder, name, kind, items)
     check_at_least(max_new_tokens=(1, max_new_tokens))
@@ -2603,6 +2715,8 @@ def write_lm_eval_task(
         stops = [check_text(stop, "until") for stop in until]
         task["generation_kwargs"] = {"until": stops, "max_gen_toks": max_new_tokens}
         task["generation_kwargs"] |= {"do_sample": False}
+        steps = [{"function": "remove_whitespace"}, {"function": "take_first"}]
+        task["filter_list"] = [{"name": "none", "filter": steps}]  # the space before a reply
     with whole_file(data) as draft:
         lines = [json.dumps(dict(item), ensure_ascii=False) for item in items]
         draft.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -2611,6 +2725,9 @@ def write_lm_eval_task(
     return place
 
 
+# %% tags=["engine"]
+#| export
+# What a task can be
 def _task_files(folder: Any, name: Any, kind: Any, items: Any) -> tuple[Path, Path]:
     """Return where a task and its data go, if they make sense."""
     place = check_path(folder, "folder")
@@ -2633,7 +2750,7 @@ def _task_files(folder: Any, name: Any, kind: Any, items: Any) -> tuple[Path, Pa
 # The harness, in silence
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Without progress bars, remarks, the network, and traces in the generators of random numbers."""
+    """Without progress bars, remarks, the network, and traces in the random generators."""
     before = os.environ.get("HF_DATASETS_OFFLINE"), random_states()
     os.environ["HF_DATASETS_OFFLINE"] = "1"
     try:
@@ -2646,6 +2763,9 @@ def _silence() -> Iterator[None]:
         set_random_states(before[1])
 
 
+# %% tags=["engine"]
+#| export
+# Tasks by name, out of a folder
 def run_lm_eval(
     model: TransformerLM,
     tokenizer: BPETokenizer,
@@ -2680,6 +2800,9 @@ def run_lm_eval(
     }
 
 
+# %% tags=["engine"]
+#| export
+# A task's files must be there
 def _check_task(folder: Path, name: Any) -> None:
     """Demand a task's file, and the files of data that it names."""
     import yaml
@@ -2698,7 +2821,9 @@ def _check_task(folder: Path, name: Any) -> None:
 
 
 # %% [markdown]
-# The chapter writes four tasks into a folder, one of each kind:
+# ### Four tasks
+#
+# We write four tasks into a folder, one of each kind. First the items:
 
 # %%
 import tempfile
@@ -2714,52 +2839,256 @@ for question in questions:
     )
     reply_items.append({"context": context, "target": question.reply.rstrip(".")})
 text_items = [{"text": text} for text in trained.held_out[:100]]
+print(f"{len(choice_items)} questions, such as {choice_items[0]['context']!r}")
+
+# %% [markdown]
+# Then the files:
+
+# %%
 write_lm_eval_task(folder, "facts", "multiple_choice", choice_items)
 write_lm_eval_task(folder, "cloze", "loglikelihood", reply_items)
 write_lm_eval_task(folder, "stories", "loglikelihood_rolling", text_items)
 write_lm_eval_task(folder, "spoken", "generate_until", reply_items)
-print((folder / "spoken.yaml").read_text()[:60], "...")
+print(*sorted(path.name for path in folder.iterdir()))
 
 # %% [markdown]
 # ## Is it the real thing?
 #
-# The harness on our model, beside our own functions. Words are what the harness takes for words, pieces
-# between white space.
+# The harness on our model, beside our own functions. Words are what the harness takes for words,
+# pieces between white space.
 
 # %%
 theirs = run_lm_eval(lm, bpe, folder, ["facts", "cloze", "stories", "spoken"])
-scored = [
-    score_choices(lm, bpe, item["context"], [f" {text}" for text in item["choices"]], normalization=n)
-    for n in ("none", "character")
-    for item in choice_items
-]
-right = [one.best == item["answer"] for one, item in zip(scored, choice_items * 2, strict=True)]
-n = len(choice_items)
+ours = {}
+for metric, normalization in (("acc", "none"), ("acc_norm", "character"), ("acc_bytes", "byte")):
+    right = []
+    for item in choice_items:
+        endings = [f" {text}" for text in item["choices"]]
+        scores = score_choices(lm, bpe, item["context"], endings, normalization=normalization)
+        right.append(scores.best == item["answer"])
+    ours["facts", metric] = np.mean(right)
+print({task: sorted(metrics) for task, metrics in theirs.items()})
+
+# %% [markdown]
+# The metrics of texts and of replies, and all of them beside each other:
+
+# %%
 texts = [item["text"] for item in text_items]
 whole = score_texts(lm, bpe, texts, end=False, stride=lm.config.context_length)
 n_words = sum(len(re.split(r"\s+", text)) for text in texts)
-told = generate(
-    lm,
-    [[end, *bpe.encode(item["context"])] for item in reply_items],
-    max_new_tokens=32,
-    sampling=Sampling(temperature=0),
-    tokenizer=bpe,
-    stop_tokens=[end],
-    stop_strings=["."],
-)
-ours = {
-    ("facts", "acc"): np.mean(right[:n]),
-    ("facts", "acc_norm"): np.mean(right[n:]),
-    ("stories", "bits_per_byte"): whole.bits_per_byte,
-    ("stories", "byte_perplexity"): 2**whole.bits_per_byte,
-    ("stories", "word_perplexity"): math.exp(whole.nats.sum() / n_words),
-    ("spoken", "exact_match"): np.mean(
-        [one.text == item["target"] for one, item in zip(told, reply_items, strict=True)]
-    ),
-}
-print("task      metric              ours      harness   difference")
+prompts = [[end, *bpe.encode(item["context"])] for item in reply_items]
+options = {"max_new_tokens": 32, "tokenizer": bpe, "stop_tokens": [end], "stop_strings": ["."]}
+told = generate(lm, prompts, sampling=Sampling(temperature=0), **options)
+said = [one.text.strip() == item["target"] for one, item in zip(told, reply_items, strict=True)]
+ours["stories", "bits_per_byte"] = whole.bits_per_byte
+ours["stories", "byte_perplexity"] = 2**whole.bits_per_byte
+ours["stories", "word_perplexity"] = math.exp(whole.nats.sum() / n_words)
+ours["spoken", "exact_match"] = np.mean(said)
+print("task      metric             ours     harness")
 for (task, metric), value in ours.items():
-    difference = abs(value - theirs[task][metric])
-    assert difference < 1e-6 * max(1, value)
-    print(f"{task:9} {metric:15} {value:9.3f} {theirs[task][metric]:12.3f}   {'below 1e-6'}")
+    assert abs(value - theirs[task][metric]) < 1e-5 * max(1, value)
+    print(f"{task:9} {metric:15} {value:8.2f} {theirs[task][metric]:11.2f}")
 
+# %% [markdown]
+# The calibration numbers have counterparts in scikit-learn: the Brier score, and the bins of a
+# reliability diagram. On 2,000 simulated answers:
+
+# %%
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import brier_score_loss
+
+random = np.random.default_rng(1)
+c = random.uniform(0, 1, 2000)
+y = (random.random(2000) < c**1.5).astype(int)  # overconfident
+found = calibration(c, y, n_resamples=200)
+share, mean = calibration_curve(y, c, n_bins=10)
+by_hand = np.sum(np.array(found.counts) * np.abs(share - mean)) / 2000
+assert abs(found.brier - brier_score_loss(y, c)) < 1e-12
+assert np.allclose(found.accuracy, share) and np.allclose(found.confidence, mean)
+assert abs(found.error - by_hand) < 1e-12
+print(f"Brier score {found.brier:.3f}, by scikit-learn {brier_score_loss(y, c):.3f}")
+print(f"calibration error {found.error:.3f}, from scikit-learn's bins {by_hand:.3f}")
+print(f"by chance it would be {found.by_chance:.3f}, p = {found.p_value:.3f}")
+
+# %% [markdown]
+# Strengths of players are the coefficients of a logistic regression without intercept, whose
+# features are $+1$ for the first and $-1$ for the second player of a game. Scikit-learn's finds
+# the same ones:
+
+# %%
+from sklearn.linear_model import LogisticRegression
+
+table = np.array([[0, 14, 19, 9], [6, 0, 12, 11], [1, 8, 0, 10], [3, 9, 10, 0]])
+games, outcomes = [], []
+for i in range(4):
+    for j in range(4):
+        for _ in range(table[i, j]):
+            games.append(np.eye(4)[i] - np.eye(4)[j])
+            outcomes.append(1)
+games, outcomes = games + [-game for game in games], outcomes + [0] * len(outcomes)
+regression = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10)
+theirs = regression.fit(np.array(games), outcomes).coef_[0]
+ours = bradley_terry(table, n_resamples=2).strengths
+difference = np.abs(ours - (theirs - theirs.mean())).max()
+assert difference < 1e-3
+print("strengths:", ours.round(2).tolist(), "largest difference below 0.001")
+
+# %% [markdown]
+# ## How fast is it?
+#
+# The choices of a question share their context, and questions are independent: everything can go
+# through the model together. Rows of about one length are put side by side, so that little is
+# padding. Against scoring one choice after the other:
+
+# %% tags=["nbval-ignore-output"]
+import time
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    run()
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+some = questions[:12]
+pairs = [
+    ([end, *bpe.encode(story_prompt(world, q))], bpe.encode(" " + text))
+    for q in some
+    for text in possible_replies(world, q)
+]
+together = seconds(lambda: score_continuations(lm, pairs, batch_tokens=8192))
+singly = seconds(lambda: [score_continuations(lm, [pair]) for pair in pairs])
+print(f"{len(pairs)} choices: one by one {1000 * singly / len(pairs):.2f} ms each, ", end="")
+print(f"together {1000 * together / len(pairs):.2f} ms each, {singly / together:.1f} times as fast")
+
+# %% [markdown]
+# ## Exercises
+#
+# ````{exercise} Is this order a coincidence?
+# :label: ex-evaluation-order
+# *Ten minutes.* Write `order_p_value(own, shuffled)`: `own` is the log-likelihood of a file's
+# order, `shuffled` is a list of those of random orders. Return the p-value of
+# {eq}`evaluation-order`, which may never be zero: the file's own order is one of the orders, too.
+# ````
+
+
+# %% tags=["solution"]
+def order_p_value(own: float, shuffled: list[float]) -> float:
+    """How probable it is that the file's order ranks so high by chance."""
+    return (1 + sum(other >= own for other in shuffled)) / (1 + len(shuffled))
+
+
+# %% tags=["check"]
+assert order_p_value(-10.0, [-12.0] * 19) == 1 / 20, "the best of 20 orders has p = 1/20, not 0"
+assert order_p_value(-12.0, [-10.0] * 19) == 1, "the worst of all orders has p = 1"
+assert order_p_value(-10.0, [-10.0] * 9) == 1, "orders that are as likely count as at least as good"
+assert abs(order_p_value(-3.0, [-1.0, -2.0, -4.0]) - 0.75) < 1e-12, (
+    "two of three are better: (1 + 2) / 4"
+)
+
+# %% [markdown]
+# ````{exercise} Bins of equal size
+# :label: ex-evaluation-adaptive
+# *Twenty minutes.* Most answers of a good model have a confidence near 1, so that most bins of
+# equal width are nearly empty. Write `adaptive_error(confidences, right, n_bins)`, the
+# calibration error with `n_bins` bins that hold equally many answers: those with the lowest
+# confidences, the next ones, and so on. (`np.array_split` cuts an array into parts whose sizes
+# differ by at most one.)
+# ````
+
+
+# %% tags=["solution"]
+def adaptive_error(confidences: list[float], right: list[int], n_bins: int) -> float:
+    """The expected calibration error with bins of equally many answers."""
+    c, y = np.array(confidences, dtype=float), np.array(right, dtype=float)
+    order = np.argsort(c, kind="stable")
+    parts = np.array_split(order, n_bins)
+    return float(sum(abs((y[part] - c[part]).sum()) for part in parts) / len(c))
+
+
+# %% tags=["check"]
+found = adaptive_error([0.9, 0.1, 0.9, 0.1], [1, 0, 1, 0], 2)
+assert abs(found - 0.1) < 1e-12, "sort answers by confidence, each outcome with its own answer"
+found = adaptive_error([0.95, 0.96, 0.97, 0.98], [0, 0, 1, 1], 2)
+assert abs(found - 0.49) < 1e-12, "bins hold equally many answers, however close their confidences"
+found = adaptive_error([0.5, 0.5, 0.5, 0.9, 0.9], [1, 1, 1, 0, 0], 2)
+assert abs(found - 0.66) < 1e-12, "a bin counts by its answers: 3 of 5 and 2 of 5 here"
+found = adaptive_error([0.5, 0.5, 0.5, 0.5], [1, 0, 1, 0], 1)
+assert found < 1e-12, "within a bin, misses to both sides cancel"
+
+# %% [markdown]
+# ````{exercise} A rating after each game
+# :label: ex-evaluation-elo
+# *Thirty minutes.* Chess players are rated by a rule that sees one game at a time. If `winner`
+# beats `loser`, and $e$ was the probability of that by their present ratings, $e = 1 / (1 +
+# 10^{(r_\mathrm{loser} - r_\mathrm{winner}) / 400})$, then the winner gets $k (1 - e)$ points
+# from the loser. Write `elo(games, n_players, k)` for a list of pairs (winner, loser); all begin
+# with 1000. Then compare two orders of the same games. Which player would you like to be?
+# ````
+
+
+# %% tags=["solution"]
+def elo(games: list[tuple[int, int]], n_players: int, k: float = 32.0) -> list[float]:
+    """Ratings after all games, updated after each."""
+    ratings = [1000.0] * n_players
+    for winner, loser in games:
+        expected = 1 / (1 + 10 ** ((ratings[loser] - ratings[winner]) / 400))
+        gain = k * (1 - expected)
+        ratings[winner] += gain
+        ratings[loser] -= gain
+    return ratings
+
+
+# %% tags=["check"]
+after = elo([(0, 1)], 2)
+assert after[0] == 1016, "between equals the winner gets half of k"
+assert abs(sum(elo([(0, 1), (1, 2), (0, 2)], 3)) - 3000) < 1e-9, "what one gets, the other gives"
+upset = elo([(0, 1)] * 20 + [(1, 0)], 2)
+before = elo([(0, 1)] * 20, 2)
+assert before[0] - upset[0] > 16, "to lose against a weaker player costs more than half of k"
+close = elo([(0, 1)] * 3, 2)
+assert abs(close[0] - 1043.75) < 0.1, "odds of ten are 400 points: use powers of 10 and 400"
+assert before[0] - elo([(0, 1)] * 19, 2)[0] < 8, (
+    "to beat a weaker player brings less than half of k"
+)
+early, late = elo([(0, 1)] * 5 + [(1, 0)] * 5, 2), elo([(1, 0)] * 5 + [(0, 1)] * 5, 2)
+assert late[0] > 1000 > early[0], (
+    "the order matters: who wins last stands higher, with as many wins"
+)
+
+# %% [markdown]
+# ## Summary
+#
+# - A few copies of a test in the training text are enough to spoil its score. Overlap finds
+#   copies, and the likelihood of the file's order proves them without the text; neither finds a
+#   test that was worded anew.
+# - Calibration says whether a model knows when it is right. Its error is above zero by chance, so
+#   it needs the level of chance beside it; a temperature fitted on other questions changes
+#   confidences and no answer.
+# - Strengths from games exist only if each group of players has lost to somebody outside.
+# - A judge has tastes. Reading both ways removes that for the position; those for length and for
+#   its own family go with the answer, and must be measured against known truth.
+# - A benchmark says what its floor and its ceiling are, and keeps the outcome of each item, so
+#   that two runs can be compared in pairs.
+#
+# Before you believe a number:
+#
+# - [ ] What would a guesser score, and what is the most that anybody can score?
+# - [ ] How many items, from how many clusters, and what is the interval?
+# - [ ] Is the comparison paired, on the same items, with the same prompts?
+# - [ ] How much does the score move from seed to seed of the same training?
+# - [ ] Could the test have been in the training text: copied, translated, or worded anew?
+# - [ ] Does the model see the future? (One pass says so.)
+# - [ ] Per byte or per token? By whose tokenizer, with how much context, and with the end of
+#   text?
+# - [ ] Which normalization of choices, and is the answer read from the text by a rule that was
+#   fixed before?
+# - [ ] If a model judges: in both orders, at equal length, and not of its own family?
+# - [ ] Is there a report with each outcome, the settings and the seed?
+#
+# Further reading: Miller on error bars {cite}`miller2024adding`; Biderman and many others on what
+# goes wrong when results are to be reproduced {cite}`biderman2024lessons`; Oren et al. on proofs
+# of contamination {cite}`oren2024proving`; Guo et al. on calibration {cite}`guo2017calibration`;
+# Zheng et al. on judges {cite}`zheng2023judging`, Dubois et al. on length
+# {cite}`dubois2024length`, and Chiang et al. on leaderboards {cite}`chiang2024chatbot`.

@@ -17,6 +17,7 @@ from llmbook import (
     cleaning,
     corpus,
     deduplication,
+    evaluation,
     generation,
     model,
     optimization,
@@ -29,7 +30,7 @@ from llmbook import (
 
 MODULES = (
     "environment tinyworld corpus cleaning deduplication tokenizer subwords batches positions "
-    "attention blocks model optimization training generation"
+    "attention blocks model optimization training generation evaluation"
 ).split()
 
 # What is left out, and why.
@@ -69,6 +70,11 @@ NOT_TRIED = {
     "batches.PackedDocuments",
     "training.StepReport",
     "generation.SpeculativeStats",
+    "evaluation.OrderTest",
+    "evaluation.Calibration",
+    "evaluation.Ratings",
+    "evaluation.Result",
+    "evaluation.EvaluationReport",
     "attention.AttentionFigure",
     "attention.LayerCache",
     "blocks.Routing",
@@ -222,6 +228,24 @@ PARAMETERS: dict[str, Any] = {
     "threshold": 0.5,
     "batch": batch,
 }
+
+
+@functools.cache
+def ended_bpe() -> tokenizer.BPETokenizer:
+    return tokenizer.train_bpe(texts(), 280, special_tokens=["<|endoftext|>"])
+
+
+def speaking() -> dict[str, Any]:
+    """A model with a tokenizer that knows the end of a text."""
+    sizes = {"vocab_size": ended_bpe().vocab_size, "context_length": 256}
+    return {"model": model.TransformerLM(config(**sizes)), "tokenizer": ended_bpe()}
+
+
+def task_folder() -> str:
+    Path("tasks").mkdir(exist_ok=True)
+    items = [{"text": TEXT}]
+    evaluation.write_lm_eval_task("tasks", "task", "loglikelihood_rolling", items)
+    return "tasks"
 
 
 def walks() -> dict[str, Any]:
@@ -508,6 +532,35 @@ EXAMPLES: dict[str, Arguments] = {
     "generation.QuantizedLinear": {"in_features": 16, "out_features": 8},
     "generation.QuantizedLinear.of": lambda: {"linear": torch.nn.Linear(16, 8)},
     "generation.QuantizedLinear.forward": lambda: {"x": torch.ones(2, 16)},
+    "evaluation.order_test": lambda: speaking() | {"pages": [["a cat", "a dog"]], "n_shuffles": 2},
+    "evaluation.calibration": {"confidences": [0.9, 0.6], "right": [1, 0], "n_resamples": 2},
+    "evaluation.fit_temperature": {"log_probs": [[0.0, -2.0]] * 2, "answers": [0, 1]},
+    "evaluation.beliefs": {"log_probs": [0.0, -2.0]},
+    "evaluation.bradley_terry": lambda: {"wins": np.array([[0, 3], [1, 0]]), "n_resamples": 2},
+    "evaluation.possible_replies": lambda: {"question": question()},
+    "evaluation.story_prompt": lambda: {"question": question()},
+    "evaluation.choice_log_probs": lambda: (
+        speaking() | {"questions": tinyworld.make_questions(world(), "confidential", "tuning")}
+    ),
+    "evaluation.evaluate": lambda: speaking() | {"n_stories": 1},
+    "evaluation.Answer": {"text": TEXT, "true": True},
+    "evaluation.BiasedJudge.prefers_first": lambda: {
+        "first": evaluation.Answer(TEXT, True),
+        "second": evaluation.Answer(TEXT, False),
+    },
+    "evaluation.BiasedJudge.both_ways": lambda: {
+        "a": evaluation.Answer(TEXT, True),
+        "b": evaluation.Answer(TEXT, False),
+    },
+    "evaluation.QuestionForm": {"name": "mine", "prompt": evaluation.story_prompt},
+    "evaluation.LMEvalAdapter": speaking,
+    "evaluation.write_lm_eval_task": lambda: {
+        "folder": ".",
+        "name": f"task-{next(numbers)}",
+        "kind": "loglikelihood_rolling",
+        "items": [{"text": TEXT}],
+    },
+    "evaluation.run_lm_eval": lambda: speaking() | {"folder": task_folder(), "tasks": ["task"]},
 }
 
 # Objects whose methods are tried as well. Those of chapter 13's classes are not yet.
@@ -540,4 +593,5 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "model.TransformerLM": lm,
     "optimization.AdamW": lambda: optimization.AdamW(parameters()),
     "generation.QuantizedLinear": lambda: generation.QuantizedLinear(16, 8),
+    "evaluation.BiasedJudge": evaluation.BiasedJudge,
 }
