@@ -1156,6 +1156,8 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict
 from pathlib import Path
 
+from jaxtyping import Num
+
 from llmbook.environment import check_path, requires_extra, whole_file
 from llmbook.generation import Sampling, generate
 from llmbook.model import TransformerLM
@@ -1260,7 +1262,7 @@ def train_on(texts: list[str], seed: int) -> TransformerLM:
 
 def contaminated_texts(exam: list[tuple[str, str, str]], copies: int, seed: int) -> list[str]:
     """320 texts, some of them pages of the exam; negative copies are worded otherwise."""
-    random, found = Random(seed), []
+    random, found = Random(2000 + seed), []
     for _ in range(abs(copies)):
         shuffled = exam if copies > 0 else random.sample(exam, len(exam))
         found += [" ".join(page) for page in exam_pages(shuffled, 1 if copies > 0 else 2)]
@@ -1273,15 +1275,19 @@ def contaminated_texts(exam: list[tuple[str, str, str]], copies: int, seed: int)
 
 
 # %%
-def exam_score(model: TransformerLM, exam: list[tuple[str, str, str]]) -> list[int]:
-    """1 for each question whose right answer is the likeliest, else 0."""
+def exam_log_probs(model: TransformerLM, exam: list[tuple[str, str, str]]) -> np.ndarray:
+    """Log q of each of the 16 answers to each question, in nats."""
     pairs = []
     for name, topic, _ in exam:
         texts = [PHRASES[topic][1].format(name=name, value=value) for value in VALUES[topic]]
         pairs += [([end], bpe.encode(text)) for text in texts]
-    found = [one.log_prob for one in score_continuations(model, pairs, batch_tokens=8192)]
-    best = np.array(found).reshape(len(exam), 16).argmax(axis=1)
-    return [int(VALUES[topic][i] == value) for (_, topic, value), i in zip(exam, best, strict=True)]
+    found = score_continuations(model, pairs, batch_tokens=8192)
+    return np.array([one.log_prob for one in found]).reshape(len(exam), 16)
+
+
+def exam_key(exam: list[tuple[str, str, str]]) -> list[int]:
+    """The number of the right answer to each question."""
+    return [VALUES[topic].index(value) for _, topic, value in exam]
 
 
 # %% [markdown]
@@ -1381,51 +1387,121 @@ def _as_pages(pages: Any) -> list[list[str]]:
 #
 # Three seeds for each dose; a seed decides on the exam, its order, the stories and the training.
 
+
 # %%
-doses, detected = (0, 1, 2, 4, 8, -8), {}
-for copies in doses:
-    found = {"right": [], "order": [], "overlap": []}
+@dataclass
+class Dose:
+    """What came out for one number of copies, over seeds."""
+
+    log_probs: list[np.ndarray]
+    keys: list[list[int]]
+    orders: list[OrderTest]
+    overlap: int  # rows that share a question's words, of 320
+
+    @property
+    def score(self) -> Interval:
+        right = sum(
+            (a.argmax(1) == b).sum() for a, b in zip(self.log_probs, self.keys, strict=True)
+        )
+        return confidence_interval(int(right), sum(map(len, self.keys)))
+
+
+doses = {copies: Dose([], [], [], 0) for copies in (0, 1, 2, 4, 8, -8)}
+for copies, dose in doses.items():
     for seed in range(3):
         exam = make_exam(seed)
         texts = contaminated_texts(exam, copies, seed)
         model = train_on(texts, seed)
-        items = [line for page in exam_pages(exam) for line in page]
-        found["right"] += exam_score(model, exam)
-        found["order"].append(order_test(model, bpe, exam_pages(exam), n_shuffles=19, seed=seed))
-        kept = len(list(decontaminate([Document(text) for text in texts], items)))
-        found["overlap"].append(320 - kept)
-    detected[copies] = found
+        dose.log_probs.append(exam_log_probs(model, exam))
+        dose.keys.append(exam_key(exam))
+        dose.orders.append(order_test(model, bpe, exam_pages(exam), n_shuffles=19, seed=seed))
+        if copies == 4 and seed == 0:
+            spoiled, spoiled_exam = model, exam  # to be looked at below
+    items = [line for page in exam_pages(exam) for line in page]
+    dose.overlap = 320 - len(list(decontaminate([Document(text) for text in texts], items)))
 
 # %% [markdown]
-# What came out:
+# A trained model is not quite the same on every processor, so we print the range in which each
+# result must lie, and keep what it was here for a list in the last section.
 
 # %%
-print("copies       score [95 %]        rows that overlap   order found in   z of the order")
-for copies, found in detected.items():
-    score = confidence_interval(sum(found["right"]), len(found["right"]))
-    orders = sum(test.p_value <= 0.05 for test in found["order"])
-    z = np.mean([test.z for test in found["order"]])
-    name = f"{copies}" if copies >= 0 else "8 reworded"
-    print(
-        f"{name:10} {score.estimate:5.2f} [{score.low:.2f}, {score.high:.2f}]   "
-        f"{found['overlap'][0]:12} of 320   {orders} of 3 seeds   {z:10.0f}"
-    )
+noted = {}
 
-# %% mystnb={"figure": {"caption": "Copies of an exam among 320 rows of training text, and the score on it. Bars are 95 % intervals over 192 questions, three exams of 64. The dotted line is the score of every model that has not seen it. The square is an exam seen eight times in other words and in another order.", "name": "fig-evaluation-dose"}, "image": {"alt": "The score rises from about one sixteenth without copies to several times as much with eight. The square for eight reworded copies lies far above the dotted line of chance, too."}}
+
+def within(what: str, value: float, low: float, high: float, form: str = ".0%") -> None:
+    assert low <= value <= high, f"{what}: {value}"
+    noted[what] = f"{value:{form}}"
+    print(f"{what}: between {low:{form}} and {high:{form}}")
+
+
+names = {copies: f"{copies} copies" if copies >= 0 else "8 reworded" for copies in doses}
+limits = {0: (0.02, 0.13), 1: (0.1, 0.35), 2: (0.14, 0.45), 4: (0.2, 0.6), 8: (0.3, 0.8)}
+for copies, (low, high) in {**limits, -8: (0.1, 0.5)}.items():
+    within(f"score with {names[copies]}", doses[copies].score.estimate, low, high)
+assert doses[8].score.low > doses[1].score.estimate > doses[0].score.high
+
+# %% mystnb={"figure": {"caption": "Copies of an exam among 320 rows of training text, and the score on it. Bars are 95 % intervals over 192 questions, three exams of 64. The dotted line is the score of every model that has not seen it. The square is an exam seen eight times in other words and in another order.", "name": "fig-evaluation-dose"}, "image": {"alt": "The score is at the dotted line of one sixteenth without copies, near 0.2 with one, and rises to above 0.4 with eight. The square for eight reworded copies lies near 0.2."}}
 figure, axes = plt.subplots(figsize=(6, 3.2))
-for place, (copies, found) in enumerate(detected.items()):
-    score = confidence_interval(sum(found["right"]), len(found["right"]))
-    error = [[score.estimate - score.low], [score.high - score.estimate]]
-    style = {"fmt": "o" if copies >= 0 else "s", "color": "C0" if copies >= 0 else "C1"}
-    axes.errorbar(place, score.estimate, error, capsize=3, **style)
+for place, (copies, dose) in enumerate(doses.items()):
+    error = [[dose.score.estimate - dose.score.low], [dose.score.high - dose.score.estimate]]
+    style = {"fmt": "o", "color": "C0"} if copies >= 0 else {"fmt": "s", "color": "C1"}
+    axes.errorbar(place, dose.score.estimate, error, capsize=3, **style)
 axes.axhline(1 / 16, linestyle=":", color="gray")
-axes.set_xticks(range(6), ["0", "1", "2", "4", "8", "8 reworded"])
+axes.set_xticks(range(6), [names[copies].removesuffix(" copies") for copies in doses])
 axes.set(xlabel="copies of the exam in the training text", ylabel="score", ylim=(0, None))
+axes.set_title("A single copy makes a guesser three times as good")
 plt.show()
 
 # %% [markdown]
-# TODO dose text
+# One copy, read once among twenty times as many stories, and the score is about three times that
+# of a guesser ({numref}`fig-evaluation-dose`). Eight copies bring nearly half of the answers.
+# Nothing about the model is better: it knows no more of its world than before. The reworded exam
+# does nearly as much harm as one or two copies, and there is nothing to be found that looks like
+# the test.
+#
+# ### Who finds it?
+#
+# The overlap is counted exactly, and the order is compared with 19 others, so that its p-value
+# cannot be below 1/20:
 
+# %%
+print("copies        rows with 13 words or a whole question   p of the order, three seeds")
+for copies, dose in doses.items():
+    ps = [one.p_value for one in dose.orders]
+    shown = "0.05 each" if max(ps) <= 0.05 else "not all at 0.05"
+    print(f"{names[copies]:12} {dose.overlap:32} of 320   {shown:>27}")
+for copies in (1, 2, 4, 8):
+    assert all(one.p_value <= 0.05 and one.z > 2 for one in doses[copies].orders)
+    assert doses[copies].overlap == 16 * copies
+assert doses[0].overlap == doses[-8].overlap == 0
+
+# %% [markdown]
+# With the text at hand, the overlap finds each page of each copy and nothing else, at every dose.
+# The order needs no text, and from a single copy on, the file's own order was the likeliest of 20
+# for each seed. So both have a power of 3 out of 3 at each dose from one copy on, and the order
+# shows it before the score does: it sums what was learned over all pages, where the score counts
+# only answers that have come out on top.
+#
+# Now the limits. Words that were changed leave no run of 13, and an order that was changed is no
+# longer the file's. Both detectors are made for copies. One could look for shorter runs of words,
+# but then the form of all sentences is found, whoever they are about:
+
+# %%
+texts = contaminated_texts(make_exam(0), -8, 0)
+items = [line for page in exam_pages(make_exam(0)) for line in page]
+print("words in a row   reworded pages found   clean stories suspected")
+for n in (8, 5, 4, 3):
+    flagged = []
+    for group in (texts[:128], texts[128:]):
+        kept = list(decontaminate([Document(text) for text in group], items, n))
+        flagged.append(1 - len(kept) / len(group))
+    print(f"{n:14} {flagged[0]:22.0%} {flagged[1]:25.0%}")
+
+# %% [markdown]
+# Where runs are short enough to find any reworded page, they accuse nearly every innocent story.
+# That is a negative result, and a common one: an exam that was discussed on the web, translated,
+# or solved in other words is found by neither detector. What helps is a test that was written, or
+# drawn anew, after the model.
 # %% [markdown]
 # ## A small benchmark with known limits
 #
@@ -1573,8 +1649,9 @@ class Result:
         n, right = len(self.outcomes), self.right
         if len(set(self.clusters)) < 2 or not 0 < right < n:
             return confidence_interval(right, n)
-        clustered = clustered_standard_error(self.outcomes, self.clusters)
-        ratio = standard_error(self.outcomes) / clustered if clustered else 1.0
+        values = np.array(self.outcomes, dtype=np.float64)
+        clustered = clustered_standard_error(values, self.clusters)
+        ratio = standard_error(values) / clustered if clustered else 1.0
         fewer = max(2, round(n * min(1.0, ratio**2)))
         wide = confidence_interval(round(fewer * right / n), fewer)
         return Interval(right / n, min(wide.low, right / n), max(wide.high, right / n))
@@ -1624,8 +1701,8 @@ class EvaluationReport(EvaluationReport):  # continued
         for r in self.results:
             for o in other.results:
                 if (o.name, o.measure, o.clusters) == (r.name, r.measure, r.clusters):
-                    test = paired_test(r.outcomes, o.outcomes, clusters=r.clusters)
-                    tests[f"{r.name}/{r.measure}"] = test
+                    a, b = (np.array(x.outcomes, dtype=np.float64) for x in (r, o))
+                    tests[f"{r.name}/{r.measure}"] = paired_test(a, b, clusters=r.clusters)
         return tests
 
     def to_json(self) -> str:
@@ -1857,12 +1934,32 @@ def _told(
 #
 # This is where Part IV begins:
 
-# %%
+# %% tags=["nbval-ignore-output"]
 report = evaluate(lm, bpe, world, n_stories=100)
 print(report)
 
 # %% [markdown]
-# TODO report text
+# It knows its facts and tells two stories out of three without a mistake, which nobody could do
+# by chance. It has never read that one may not know something, or may keep it to oneself. So it
+# invents a home for each stranger and gives away all keys: below the level of chance, as it never
+# even tries the right reply. What it says instead:
+
+# %%
+for part in ("facts/reply", "unknown/reply", "confidential/reply"):
+    said = report[part].said
+    print(f"{part:20} mostly {max(said, key=said.get)}")
+within("facts, as a choice", report["facts/choice"].interval.estimate, 0.9, 1)
+within("facts, as a reply", report["facts/reply"].interval.estimate, 0.9, 1)
+within("unknown, as a reply", report["unknown/reply"].interval.estimate, 0, 0.05)
+within("confidential, as a reply", report["confidential/reply"].interval.estimate, 0, 0.05)
+within("stories that are true", report["consistency/story"].interval.estimate, 0.35, 0.85)
+print(f"stories that are true, by chance: {report['consistency/story'].chance:.1e}")
+
+# %% [markdown]
+# Intervals are Wilson's. Where questions go together, here those about one character, they are
+# those of as many independent questions as have the same clustered standard error. With each
+# report the chapters that follow will make, `report.compare(earlier)` says whether the difference
+# is more than chance, question by question.
 
 # %% [markdown]
 # ## Does it know what it knows?
@@ -1900,8 +1997,14 @@ print(report)
 # The **Brier score** needs no bins. It is the mean of $(c_i - y_i)^2$, and it is **proper**: if
 # an answer is right with probability $p$, then stating $c$ costs $p (1 - c)^2 + (1 - p) c^2 = (c
 # - p)^2 + p (1 - p)$ on average, which is least at $c = p$. So nothing can be gained by claiming
-# more or less than one believes. The same line shows what it is made of, a miscalibration that
-# can be mended and a doubt $p(1 - p)$ that cannot.
+#   more or less than one believes. The same line shows what it is made of, a miscalibration that
+#   can be mended and a doubt $p(1 - p)$ that cannot.
+
+
+# %% tags=["engine"]
+#| export
+# 1 or 0 for each answer
+Outcomes = Sequence[int] | Sequence[float] | np.ndarray | Tensor
 
 
 # %%
@@ -1928,7 +2031,7 @@ class Calibration:
 #| export
 def calibration(
     confidences: Numbers,
-    right: Numbers,
+    right: Outcomes,
     *,
     n_bins: int = 10,
     n_resamples: int = 1000,
@@ -1989,7 +2092,7 @@ def _check_outcomes(outcomes: np.ndarray, n: int) -> None:
 
 # %%
 random = np.random.default_rng(0)
-print("answers   bins   measured   by the formula   a perfect forecaster's error, where")
+print("answers   bins   error of a perfect forecaster   by the formula")
 for n, n_bins in ((100, 10), (100, 50), (1000, 10), (10_000, 10)):
     errors = []
     for _ in range(200):
@@ -1998,7 +2101,7 @@ for n, n_bins in ((100, 10), (100, 50), (1000, 10), (10_000, 10)):
     per_bin = n / (n_bins / 2)  # half of the bins are empty
     p = np.linspace(0.5, 1, 1001)
     formula = np.sqrt(2 / np.pi * p * (1 - p) / per_bin).mean()
-    print(f"{n:7} {n_bins:6} {np.mean(errors):10.3f} {formula:16.3f}   zero is right")
+    print(f"{n:7} {n_bins:6} {np.mean(errors):29.3f} {formula:16.3f}")
 
 # %% [markdown]
 # A perfect forecaster who answers 100 questions has an error of more than 0.06 with ten bins, and
@@ -2095,33 +2198,41 @@ def _check_answers(answers: Any, scores: list[np.ndarray]) -> None:
 
 
 # %% [markdown]
-# ### How sure is our model?
+# ### How sure are those who memorized?
 #
-# The temperature is fitted on questions about one half of the characters, and judged on those
-# about the other:
+# Our trained model has nothing to calibrate on facts: it is right on all of them, and nearly
+# sure. The models that saw the exam are better subjects, as they know some of its answers. We
+# have their beliefs already. The temperature is fitted on the exams of two seeds, and judged on
+# the third.
 
 
 # %%
-def calibrated(split: str, temperature: float = 1.0) -> Calibration:
-    """Calibration on the questions of one half, at a temperature."""
-    found = choice_log_probs(lm, bpe, world, make_questions(world, "fact", split))
-    given = [(beliefs(scores, temperature), right) for scores, right in found]
-    return calibration([b.max() for b, _ in given], [int(b.argmax() == r) for b, r in given])
+def exam_beliefs(copies: tuple[int, ...], seeds: tuple[int, ...]) -> tuple[list, list[int]]:
+    """Log-probabilities of the answers, and the number of the right one, for some models."""
+    chosen = [(doses[c], seed) for c in copies for seed in seeds]
+    rows = [row for dose, seed in chosen for row in dose.log_probs[seed]]
+    return rows, [key for dose, seed in chosen for key in dose.keys[seed]]
 
 
-found = choice_log_probs(lm, bpe, world, make_questions(world, "fact", "tuning"))
-fitted = fit_temperature([scores for scores, _ in found], [right for _, right in found])
-before, after = calibrated("held_out"), calibrated("held_out", fitted)
-print(f"fitted temperature: {fitted:.1f}")
-print("temperature   calibration error   by chance      p   Brier score")
-for name, one in (("1", before), ("fitted", after)):
-    print(f"{name:11} {one.error:19.2f} {one.by_chance:11.2f} {one.p_value:6.2f} {one.brier:13.2f}")
+def calibrated(rows: list, keys: list[int], temperature: float = 1.0) -> Calibration:
+    """How well beliefs at a temperature are calibrated."""
+    given = [beliefs(row, temperature) for row in rows]
+    right = [int(b.argmax() == key) for b, key in zip(given, keys, strict=True)]
+    return calibration([float(b.max()) for b in given], right)
 
-# %% mystnb={"figure": {"caption": "Reliability diagrams of our model's answers to questions on facts. Each point is a bin of confidences, its size the number of answers in it; on the dotted line a model is as often right as it says.", "name": "fig-evaluation-reliability"}, "image": {"alt": "Two panels, before and after a temperature was fitted: share of right answers over confidence, with most answers in the last bin, near the upper right corner."}}
+
+fitted = fit_temperature(*exam_beliefs((1, 2, 4, 8), (0, 1)))
+third = exam_beliefs((1, 2, 4, 8), (2,))
+before, after = calibrated(*third), calibrated(*third, fitted)
+within("fitted temperature", fitted, 1.0, 8.0, ".1f")
+within("calibration error at temperature 1", before.error, 0.1, 0.7, ".2f")
+within("the same at the fitted temperature", after.error, 0.0, 0.15, ".2f")
+within("what it would be by chance there", after.by_chance, 0.01, 0.1, ".2f")
+assert after.error < before.error / 2 and after.brier < before.brier
+
+# %% mystnb={"figure": {"caption": "Reliability diagrams of models that saw the exam, on the exam of the third seed: 256 answers. Each point is a bin of confidences, its size the number of answers in it. On the dotted line a model is right as often as it says.", "name": "fig-evaluation-reliability"}, "image": {"alt": "Left, at temperature 1, points lie below the dotted diagonal, most of them at high confidence. Right, at the fitted temperature, points lie near the diagonal and most answers have a low confidence."}}
 figure, panels = plt.subplots(1, 2, sharey=True, figsize=(7, 3.2))
-for axes, one, title in zip(
-    panels, (before, after), ("temperature 1", "fitted temperature"), strict=True
-):
+for axes, one, title in zip(panels, (before, after), ("temperature 1", "fitted"), strict=True):
     axes.plot([0, 1], [0, 1], ":", color="gray")
     axes.scatter(one.confidence, one.accuracy, s=[10 + 2 * n for n in one.counts], alpha=0.7)
     axes.set(title=title, xlabel="confidence", xlim=(0, 1.05), ylim=(-0.05, 1.1))
@@ -2129,16 +2240,22 @@ panels[0].set_ylabel("share that is right")
 plt.show()
 
 # %% [markdown]
-# A model may be well calibrated on what it has learned and not at all on what it has not. We ask
-# about strangers, of whom nothing is known, and let it choose among values only:
+# At temperature 1 these models are far too sure ({numref}`fig-evaluation-reliability`), and the
+# temperature mends most of it. It does not touch the score: dividing all log-probabilities by one
+# number keeps their order. What is worse, a model need not have seen anything to be sure. These
+# are the clean ones, of whom an honest answer would be one sixteenth:
 
 # %%
-found = choice_log_probs(lm, bpe, world, make_questions(world, "unknown", "held_out"))
-sure = [beliefs(scores[:-2]).max() for scores, _ in found]
-evenly = np.mean([1 / (len(scores) - 2) for scores, _ in found])
-print(
-    f"mean confidence about strangers: {np.mean(sure):.1f}; evenly spread it would be {evenly:.2f}"
-)
+clean = calibrated(*exam_beliefs((0,), (0, 1, 2)))
+rows, _ = exam_beliefs((0,), (0, 1, 2))
+within("mean confidence without any copy", float(np.mean([beliefs(r).max() for r in rows])), 0.2, 1)
+within("how often that is right", doses[0].score.estimate, 0.02, 0.13)
+assert clean.p_value < 0.01
+
+# %% [markdown]
+# It is a common picture, that a model which is well calibrated on what it was trained on is
+# confident nonsense on what it was not. Softmax has no way to say "none of these". Chapter 19
+# will teach the words for it.
 
 # %% [markdown]
 # ## Who is better? A leaderboard from games
@@ -2227,8 +2344,8 @@ def _strengths(wins: Float[np.ndarray, "*batch n n"]) -> Float[np.ndarray, "*bat
 # %%
 #| export
 def bradley_terry(
-    wins: Float[np.ndarray, "players players"],
-    ties: Float[np.ndarray, "players players"] | None = None,
+    wins: Num[np.ndarray, "players opponents"],
+    ties: Num[np.ndarray, "players opponents"] | None = None,
     *,
     level: float = 0.95,
     n_resamples: int = 300,
@@ -2346,18 +2463,33 @@ for i in range(5):
 tied = n_games - won - won.T
 np.fill_diagonal(tied, 0)
 ratings = bradley_terry(won, tied)
-print("temperature   all true   strength [95 %]         Elo")
-for i, temperature in enumerate(temperatures):
-    share, s = np.mean(true_stories[i]), ratings.strengths[i]
-    interval = f"[{ratings.low[i]:+.1f}, {ratings.high[i]:+.1f}]"
-    print(f"{temperature:11} {share:10.0%}   {s:+.1f} {interval}   {ratings.elo[i]:9.0f}")
+within("true at temperature 0.5", np.mean(true_stories[0]), 0.45, 0.95)
+within("true at temperature 1.5", np.mean(true_stories[-1]), 0, 0.3)
+best, worst = ratings.elo[0], ratings.elo[-1]
+within("Elo points between the coldest and the hottest", best - worst, 100, 500, ".0f")
+assert ratings.low[0] > ratings.high[-1]
+
+# %% mystnb={"figure": {"caption": "Strengths of our model at five temperatures, with 95 % intervals, from 60 games for each pair. The colder, the better, though neighbors can hardly be told apart.", "name": "fig-evaluation-board"}, "image": {"alt": "Five points with bars. Strength falls slowly from temperature 0.5 to 1.2, with bars that overlap, and drops by about one nat at 1.5."}}
+figure, axes = plt.subplots(figsize=(6, 3))
+error = [ratings.strengths - ratings.low, ratings.high - ratings.strengths]
+axes.errorbar(temperatures, ratings.strengths, error, fmt="o", capsize=3)
+axes.set(xlabel="temperature", ylabel="strength, in nats")
+axes.set_title("Only the hottest is clearly behind")
+plt.show()
 
 # %% [markdown]
-# TODO leaderboard text: and what happens without connectedness:
+# The board says what the shares of true stories say ({numref}`fig-evaluation-board`), and
+# neighbors overlap: 60 games tell a great difference and no small one. The intervals are even a
+# little too narrow, since they take games for independent, while here each story plays against
+# four others. Most games are ties, and a tie is half a win, so strengths lie closer together than
+# they would if ties were left out. A leaderboard has to say which it does.
+#
+# Without a connection there are no strengths at all. We let the coldest win each game that it has
+# not tied, and do not count ties:
 
 # %%
 unbeaten = won.copy()
-unbeaten[:, 0] = 0  # as if nobody had ever won against the first
+unbeaten[:, 0] = 0
 try:
     bradley_terry(unbeaten)
 except ValueError as error:
@@ -2523,11 +2655,19 @@ for a, b in zip(brief, wordy, strict=True):
 w, error = fit_logistic(np.array(features, dtype=float), np.array(verdicts, dtype=float))
 for name, value, se in zip(("truth", "position", "length", "own"), w, error, strict=True):
     print(f"{name:9} {value:5.2f} +- {1.96 * se:.2f}")
-mended = np.mean([1 / (1 + np.exp(-w[0] * (a.true - b.true))) for a, b in zip(brief, wordy)])
+mended = np.mean(
+    [1 / (1 + np.exp(-w[0] * (a.true - b.true))) for a, b in zip(brief, wordy, strict=True)]
+)
 print(f"score of the brief system without the tastes: {mended:.2f}, by the truth {truth:.2f}")
 
 # %% [markdown]
-# TODO judge text (length and own are collinear)
+# The score comes back to where a judge without tastes puts it. (That is a little closer to one
+# half than the truth, because this judge sometimes errs even on a true answer against a false
+# one.) Look at the intervals of the coefficients, though. Skill and position are found well.
+# Length and authorship are not: in these pairs the longer answer is always of the judge's own
+# family, so that only the sum of the two tastes is known. That was enough here. To know which of
+# them it is, one needs pairs that differ in one and not in the other, such as two answers of
+# different length by the same system.
 
 # %% [markdown]
 # ## The harness of the industry
@@ -2559,7 +2699,7 @@ class LMEvalAdapter:
 
     def __new__(cls, *arguments: Any, **options: Any) -> "LMEvalAdapter":
         """Join the class with the harness's ``LM``, which is imported here."""
-        with requires_extra("LMEvalAdapter", "eval"):
+        with requires_extra("LMEvalAdapter", "eval"), _silence():
             from lm_eval.api.model import LM
         joined = cls if issubclass(cls, LM) else type(cls.__name__, (cls, LM), {})
         return object.__new__(joined)
@@ -2663,7 +2803,7 @@ _TASKS: dict[str, dict[str, Any]] = {
     "loglikelihood": {
         "fields": ("context", "target"),
         "doc_to_text": "{{context}}",
-        "doc_to_target": "{{target}}",
+        "doc_to_target": " {{target}}",
         "metrics": ("perplexity", "acc"),
     },
     "loglikelihood_rolling": {
@@ -2823,29 +2963,28 @@ def _check_task(folder: Path, name: Any) -> None:
 # %% [markdown]
 # ### Four tasks
 #
-# We write four tasks into a folder, one of each kind. First the items:
+# We write four tasks into a folder, one of each kind. A model that is always right would make a
+# poor example, so we take the one that saw four copies of the exam. First the items:
 
 # %%
 import tempfile
 
-questions = [q for q in make_questions(world, "fact", "held_out") if story_prompt(world, q)]
-folder = Path(tempfile.mkdtemp())
 choice_items, reply_items = [], []
-for question in questions:
-    context = story_prompt(world, question)
-    texts = possible_replies(world, question)
-    choice_items.append(
-        {"context": context, "choices": texts, "answer": texts.index(question.reply)}
-    )
-    reply_items.append({"context": context, "target": question.reply.rstrip(".")})
-text_items = [{"text": text} for text in trained.held_out[:100]]
-print(f"{len(choice_items)} questions, such as {choice_items[0]['context']!r}")
+for name, topic, value in spoiled_exam:
+    context = PHRASES[topic][1].partition("? ")[0].format(name=name) + "?"
+    texts = [PHRASES[topic][0].format(name=name, value=one) for one in VALUES[topic]]
+    right = VALUES[topic].index(value)
+    choice_items.append({"context": context, "choices": texts, "answer": right})
+    reply_items.append({"context": context, "target": texts[right].rstrip(".")})
+text_items = [{"text": text} for text in trained.held_out[:50]]
+print(choice_items[0]["context"], choice_items[0]["choices"][:2])
 
 # %% [markdown]
 # Then the files:
 
 # %%
-write_lm_eval_task(folder, "facts", "multiple_choice", choice_items)
+folder = Path(tempfile.mkdtemp())
+write_lm_eval_task(folder, "exam", "multiple_choice", choice_items)
 write_lm_eval_task(folder, "cloze", "loglikelihood", reply_items)
 write_lm_eval_task(folder, "stories", "loglikelihood_rolling", text_items)
 write_lm_eval_task(folder, "spoken", "generate_until", reply_items)
@@ -2854,40 +2993,45 @@ print(*sorted(path.name for path in folder.iterdir()))
 # %% [markdown]
 # ## Is it the real thing?
 #
-# The harness on our model, beside our own functions. Words are what the harness takes for words,
-# pieces between white space.
+# The harness on our model, beside our own functions:
 
 # %%
-theirs = run_lm_eval(lm, bpe, folder, ["facts", "cloze", "stories", "spoken"])
+theirs = run_lm_eval(spoiled, bpe, folder, ["exam", "cloze", "stories", "spoken"])
 ours = {}
 for metric, normalization in (("acc", "none"), ("acc_norm", "character"), ("acc_bytes", "byte")):
     right = []
     for item in choice_items:
         endings = [f" {text}" for text in item["choices"]]
-        scores = score_choices(lm, bpe, item["context"], endings, normalization=normalization)
+        scores = score_choices(spoiled, bpe, item["context"], endings, normalization=normalization)
         right.append(scores.best == item["answer"])
-    ours["facts", metric] = np.mean(right)
+    ours["exam", metric] = np.mean(right)
 print({task: sorted(metrics) for task, metrics in theirs.items()})
 
 # %% [markdown]
-# The metrics of texts and of replies, and all of them beside each other:
+# The metrics of whole texts, of continuations and of replies, and all of them beside each other.
+# Words are what the harness takes for words, the pieces between white space.
 
 # %%
 texts = [item["text"] for item in text_items]
-whole = score_texts(lm, bpe, texts, end=False, stride=lm.config.context_length)
+whole = score_texts(spoiled, bpe, texts, end=False, stride=lm.config.context_length)
 n_words = sum(len(re.split(r"\s+", text)) for text in texts)
 prompts = [[end, *bpe.encode(item["context"])] for item in reply_items]
+endings = [bpe.encode(f" {item['target']}") for item in reply_items]
+given = score_continuations(spoiled, list(zip(prompts, endings, strict=True)))
 options = {"max_new_tokens": 32, "tokenizer": bpe, "stop_tokens": [end], "stop_strings": ["."]}
-told = generate(lm, prompts, sampling=Sampling(temperature=0), **options)
+told = generate(spoiled, prompts, sampling=Sampling(temperature=0), **options)
 said = [one.text.strip() == item["target"] for one, item in zip(told, reply_items, strict=True)]
+ours["cloze", "perplexity"] = math.exp(-np.mean([one.log_prob for one in given]))
+ours["cloze", "acc"] = np.mean([one.is_greedy for one in given])
 ours["stories", "bits_per_byte"] = whole.bits_per_byte
 ours["stories", "byte_perplexity"] = 2**whole.bits_per_byte
 ours["stories", "word_perplexity"] = math.exp(whole.nats.sum() / n_words)
 ours["spoken", "exact_match"] = np.mean(said)
-print("task      metric             ours     harness")
 for (task, metric), value in ours.items():
-    assert abs(value - theirs[task][metric]) < 1e-5 * max(1, value)
-    print(f"{task:9} {metric:15} {value:8.2f} {theirs[task][metric]:11.2f}")
+    assert abs(value / theirs[task][metric] - 1) < 1e-5, (task, metric)
+    noted[f"{task}, {metric}"] = f"{value:.4f}, by the harness {theirs[task][metric]:.4f}"
+    print(f"{task:8} {metric:16} ours and the harness's agree to 5 digits")
+within("score on the exam, by the harness", theirs["exam"]["acc"], 0.1, 0.7)
 
 # %% [markdown]
 # The calibration numbers have counterparts in scikit-learn: the Brier score, and the bins of a
@@ -2951,16 +3095,24 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-some = questions[:12]
 pairs = [
-    ([end, *bpe.encode(story_prompt(world, q))], bpe.encode(" " + text))
-    for q in some
-    for text in possible_replies(world, q)
+    ([end, *bpe.encode(item["context"])], bpe.encode(f" {text}"))
+    for item in choice_items[:16]
+    for text in item["choices"]
 ]
 together = seconds(lambda: score_continuations(lm, pairs, batch_tokens=8192))
 singly = seconds(lambda: [score_continuations(lm, [pair]) for pair in pairs])
 print(f"{len(pairs)} choices: one by one {1000 * singly / len(pairs):.2f} ms each, ", end="")
 print(f"together {1000 * together / len(pairs):.2f} ms each, {singly / together:.1f} times as fast")
+
+# %% [markdown]
+# ### What it was here
+#
+# The results of which this chapter has printed a range, as they were on the machine that made
+# this page:
+
+# %% tags=["nbval-ignore-output"]
+print(*(f"{what}: {value}" for what, value in noted.items()), sep="\n")
 
 # %% [markdown]
 # ## Exercises

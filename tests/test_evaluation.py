@@ -1,4 +1,4 @@
-"""Evaluation, its second half: contamination, calibration, games, judges, the benchmark, the harness."""
+"""Evaluation, second half: contamination, benchmark, calibration, games, judges, harness."""
 
 import json
 import math
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,15 +60,11 @@ def lm(bpe: BPETokenizer) -> TransformerLM:
     return TransformerLM(ModelConfig(**sizes, n_heads=2)).eval()
 
 
-class Seer(torch.nn.Module):
+class Seer(TransformerLM):
     """A model that looks at what comes next."""
 
-    def __init__(self, model: TransformerLM) -> None:
-        super().__init__()
-        self.model, self.config = model, model.config
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        logits = self.model(ids)
+    def forward(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        logits = super().forward(ids, **options)
         return logits + logits.mean(dim=1, keepdim=True)
 
 
@@ -411,7 +408,7 @@ def test_a_form_may_give_ids_and_other_ends(lm: TransformerLM, bpe: BPETokenizer
 
 def test_a_model_that_sees_the_future_is_refused(lm: TransformerLM, bpe: BPETokenizer) -> None:
     with pytest.raises(ValueError, match="it sees the future"):
-        evaluate(Seer(lm), bpe, WORLD)  # type: ignore[arg-type]
+        evaluate(Seer(lm.config), bpe, WORLD)
 
 
 def test_a_report_survives_json_and_a_file(lm: TransformerLM, bpe: BPETokenizer, tmp_path) -> None:
@@ -475,7 +472,6 @@ def tasks(tmp_path_factory, bpe: BPETokenizer):
     return folder, choices, replies, texts
 
 
-@pytest.mark.filterwarnings("default")
 def test_the_harness_has_our_numbers(lm: TransformerLM, bpe: BPETokenizer, tasks) -> None:
     folder, choices, replies, texts = tasks
     found = run_lm_eval(lm, bpe, folder, ["facts", "cloze", "spoken", "texts"])
@@ -507,7 +503,6 @@ def test_the_harness_has_our_numbers(lm: TransformerLM, bpe: BPETokenizer, tasks
     assert 0 <= found["spoken"]["exact_match"] <= 1
 
 
-@pytest.mark.filterwarnings("default")
 def test_requests_are_answered_by_what_earlier_chapters_do(
     lm: TransformerLM, bpe: BPETokenizer
 ) -> None:
@@ -549,7 +544,6 @@ def test_without_the_extra_one_is_told_which(
         LMEvalAdapter(lm, bpe)
 
 
-@pytest.mark.filterwarnings("default")
 def test_tasks_that_are_not_there(lm: TransformerLM, bpe: BPETokenizer, tasks, tmp_path) -> None:
     folder, *_ = tasks
     with pytest.raises(ValueError, match=r"tasks: expected some of those in .*facts.*, got 'none'"):
@@ -562,10 +556,9 @@ def test_tasks_that_are_not_there(lm: TransformerLM, bpe: BPETokenizer, tasks, t
         run_lm_eval(lm, bpe, tmp_path, ["gone"])
     assert json.loads(task.read_text())["output_type"] == "loglikelihood_rolling"
     with pytest.raises(ValueError, match="it sees the future"):
-        run_lm_eval(Seer(lm), bpe, folder, ["facts"])  # type: ignore[arg-type]
+        run_lm_eval(Seer(lm.config), bpe, folder, ["facts"])
 
 
-@pytest.mark.filterwarnings("default")
 def test_running_the_harness_leaves_no_trace(
     lm: TransformerLM, bpe: BPETokenizer, tasks, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -582,7 +575,7 @@ def test_running_the_harness_leaves_no_trace(
     [
         ({"folder": "nowhere"}, "folder: expected one that exists"),
         ({"name": "a b"}, "name: expected letters"),
-        ({"kind": "essay"}, "kind: expected one of multiple_choice"),
+        ({"kind": "essay"}, "kind: expected .*multiple_choice"),
         ({"items": []}, "items: expected at least one"),
         ({"items": [{"text": "x"}, {}]}, "items: expected text in each"),
     ],
