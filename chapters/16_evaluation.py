@@ -1162,6 +1162,7 @@ from llmbook.environment import check_path, requires_extra, whole_file
 from llmbook.generation import Sampling, generate
 from llmbook.model import TransformerLM
 from llmbook.tinyworld import (
+    ATTRIBUTES,
     DOINGS,
     OPENINGS,
     PHRASES,
@@ -1351,7 +1352,7 @@ def order_test(
     ``options`` are those of ``score_texts``. Source: Oren et al. (2024), section 3.1.
     """
     items = _as_pages(pages)
-    check_at_least(n_shuffles=(1, n_shuffles), seed=(0, seed))
+    _check_whole(n_shuffles=(1, n_shuffles), seed=(0, seed))
     check_text(separator, "separator")
     random = np.random.default_rng(seed)
     orders = [items]
@@ -1366,6 +1367,16 @@ def order_test(
     gain, spread = own - shuffled.mean(), shuffled.std()
     z = float(gain / spread) if spread > 0 else 0.0
     return OrderTest((1 + as_good) / (n_shuffles + 1), float(gain), z, n_shuffles)
+
+
+# %% tags=["engine"]
+#| export
+# Whole numbers, where None stands for nothing
+def _check_whole(**bounds: tuple[int, Any]) -> None:
+    for name, (least, value) in bounds.items():
+        if value is None:
+            raise ValueError(f"{name}: expected a whole number of at least {least}, got None")
+        check_at_least(**{name: (least, value)})
 
 
 # %% tags=["engine"]
@@ -1449,15 +1460,14 @@ for place, (copies, dose) in enumerate(doses.items()):
 axes.axhline(1 / 16, linestyle=":", color="gray")
 axes.set_xticks(range(6), [names[copies].removesuffix(" copies") for copies in doses])
 axes.set(xlabel="copies of the exam in the training text", ylabel="score", ylim=(0, None))
-axes.set_title("A single copy makes a guesser three times as good")
+axes.set_title("A single copy lifts the score of a guesser")
 plt.show()
 
 # %% [markdown]
-# One copy, read once among twenty times as many stories, and the score is about three times that
-# of a guesser ({numref}`fig-evaluation-dose`). Eight copies bring nearly half of the answers.
-# Nothing about the model is better: it knows no more of its world than before. The reworded exam
-# does nearly as much harm as one or two copies, and there is nothing to be found that looks like
-# the test.
+# One copy is one row in twenty, read once, and the score is well above that of a guesser
+# ({numref}`fig-evaluation-dose`). With eight copies it is several times as high. Nothing about
+# the model is better: it knows no more of its world than before. The reworded exam did as much
+# harm here as a copy or two, though nothing in the training text looks like the test.
 #
 # ### Who finds it?
 #
@@ -1474,6 +1484,18 @@ for copies in (1, 2, 4, 8):
     assert all(one.p_value <= 0.05 and one.z > 2 for one in doses[copies].orders)
     assert doses[copies].overlap == 16 * copies
 assert doses[0].overlap == doses[-8].overlap == 0
+
+# %% [markdown]
+# A detector that cries at everything has that power, too. So we try the innocent: the trained
+# model on ten more exams, each against nine other orders. Its p-values should be spread evenly,
+# with a mean of 0.55 (that of 0.1, 0.2 and so on up to 1).
+
+# %%
+innocent = [
+    order_test(lm, bpe, exam_pages(make_exam(100 + seed)), n_shuffles=9, seed=seed).p_value
+    for seed in range(10)
+]
+within("mean p-value of ten orders that nobody has seen", float(np.mean(innocent)), 0.3, 0.8, ".2f")
 
 # %% [markdown]
 # With the text at hand, the overlap finds each page of each copy and nothing else, at every dose.
@@ -1498,10 +1520,11 @@ for n in (8, 5, 4, 3):
     print(f"{n:14} {flagged[0]:22.0%} {flagged[1]:25.0%}")
 
 # %% [markdown]
-# Where runs are short enough to find any reworded page, they accuse nearly every innocent story.
-# That is a negative result, and a common one: an exam that was discussed on the web, translated,
-# or solved in other words is found by neither detector. What helps is a test that was written, or
-# drawn anew, after the model.
+# Shorter runs find not one reworded page, and from five words down they accuse the innocent:
+# nearly all clean stories say "lives in the" somewhere. That is a negative result, and a common
+# one: an exam that was discussed on the web, translated, or solved in other words is found by
+# neither detector. What helps is a test that was written, or drawn anew, after the model.
+
 # %% [markdown]
 # ## A small benchmark with known limits
 #
@@ -1529,8 +1552,7 @@ for n in (8, 5, 4, 3):
 #| export
 def chance_of_consistency(world: TinyWorld) -> float:
     """Return how likely a story is to be true if its form is right and each value drawn evenly."""
-    if not isinstance(world, TinyWorld):
-        raise ValueError(f"world: expected a TinyWorld, got {world!r:.60}")
+    _check_world(world)
     known: dict[State | None, float] = {None: 1.0}
 
     def value(state: State | None) -> float:
@@ -1547,6 +1569,14 @@ def chance_of_consistency(world: TinyWorld) -> float:
     return value(world.start)
 
 
+# %% tags=["engine"]
+#| export
+# It takes a tiny world
+def _check_world(world: Any) -> None:
+    if not isinstance(world, TinyWorld):
+        raise ValueError(f"world: expected a TinyWorld, got {world!r:.60}")
+
+
 # %%
 #| export
 def _values(world: TinyWorld, character: str, attribute: str) -> list[str]:
@@ -1556,6 +1586,7 @@ def _values(world: TinyWorld, character: str, attribute: str) -> list[str]:
 
 def possible_replies(world: TinyWorld, question: Question) -> list[str]:
     """Return all replies to choose from: each value, not to know, and to decline."""
+    _check_world(world)
     name, form = question.character, PHRASES[question.attribute][0]
     values = _values(world, name, question.attribute)
     stated = [form.format(name=name, value=value) for value in values]
@@ -1603,13 +1634,17 @@ class QuestionForm:
 #| export
 def story_prompt(world: TinyWorld, question: Question) -> str | None:
     """Return the beginning of a story in which a question comes up, or None if it cannot."""
+    _check_world(world)
     told = question.kind != "unknown" and question.attribute == "species"
     if told or question.wording >= world.n_phrasings // 2:
         return None
-    unknown = question.kind == "unknown"
-    hero = next(iter(world.cast.facts)) if unknown else question.character
-    text = f"{OPENINGS[0]}, {hero} the {world.cast.facts[hero]['species']}{DOINGS[0]}{WEATHER[0]}"
-    text += f" Then a stranger called {question.character} came by." if unknown else ""
+    unknown, facts = question.kind == "unknown", world.cast.facts
+    hero = next(iter(facts)) if unknown else question.character
+    text = f"{OPENINGS[0]}, {hero} the {facts[hero]['species']}{DOINGS[0]}{WEATHER[0]}"
+    if unknown:  # strangers come after some facts
+        for attribute in ATTRIBUTES[: world.facts_per_story]:
+            text += " " + PHRASES[attribute][0].format(name=hero, value=facts[hero][attribute])
+        text += f" Then a stranger called {question.character} came by."
     return f"{text} {question.text}"
 
 
@@ -1715,11 +1750,11 @@ class EvaluationReport(EvaluationReport):  # continued
         try:
             entries = json.loads(check_text(text))
             lists = ("outcomes", "clusters")
-            results = tuple(
-                Result(**{name: tuple(v) if name in lists else v for name, v in result.items()})
-                for result in entries["results"]
-            )
-            return cls(results, dict(entries["settings"]))
+            results = []
+            for entry in entries["results"]:
+                fields: dict[str, Any] = {**entry, **{name: tuple(entry[name]) for name in lists}}
+                results.append(Result(**fields))
+            return cls(tuple(results), dict(entries["settings"]))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"text: expected a report in JSON, got {text!r:.60}") from error
 
@@ -1788,11 +1823,10 @@ _NAMES = {"fact": "facts", "unknown": "unknown", "confidential": "confidential"}
 
 
 def _check_benchmark(world: Any, form: Any, n_stories: Any, seed: Any) -> None:
-    if not isinstance(world, TinyWorld):
-        raise ValueError(f"world: expected a TinyWorld, got {world!r:.60}")
+    _check_world(world)
     if not isinstance(form, QuestionForm):
         raise ValueError(f"form: expected a QuestionForm, got {form!r:.60}")
-    check_at_least(n_stories=(0, n_stories), seed=(0, seed))
+    _check_whole(n_stories=(0, n_stories), seed=(0, seed))
 
 
 def _prompt_ids(
@@ -2048,7 +2082,7 @@ def calibration(
     """
     c, y = _confidences(confidences), as_numbers(right, "right")
     _check_outcomes(y, len(c))
-    check_at_least(n_bins=(1, n_bins), n_resamples=(1, n_resamples), seed=(0, seed))
+    _check_whole(n_bins=(1, n_bins), n_resamples=(1, n_resamples), seed=(0, seed))
     place = np.minimum((c * n_bins).astype(int), n_bins - 1)
     counts = np.bincount(place, minlength=n_bins)
 
@@ -2132,7 +2166,7 @@ for n, n_bins in ((100, 10), (100, 50), (1000, 10), (10_000, 10)):
 # %%
 #| export
 def fit_temperature(
-    log_probs: Sequence[Numbers],
+    log_probs: Sequence[Numbers] | np.ndarray | Tensor,
     answers: Sequence[int],
     *,
     lowest: float = 0.01,
@@ -2224,7 +2258,7 @@ def calibrated(rows: list, keys: list[int], temperature: float = 1.0) -> Calibra
 fitted = fit_temperature(*exam_beliefs((1, 2, 4, 8), (0, 1)))
 third = exam_beliefs((1, 2, 4, 8), (2,))
 before, after = calibrated(*third), calibrated(*third, fitted)
-within("fitted temperature", fitted, 1.0, 8.0, ".1f")
+within("fitted temperature", fitted, 2.0, 30.0, ".0f")
 within("calibration error at temperature 1", before.error, 0.1, 0.7, ".2f")
 within("the same at the fitted temperature", after.error, 0.0, 0.15, ".2f")
 within("what it would be by chance there", after.by_chance, 0.01, 0.1, ".2f")
@@ -2363,7 +2397,7 @@ def bradley_terry(
     (0.75, [0.549, -0.549])
     """
     won, tied = _games(wins, ties)
-    check_at_least(n_resamples=(2, n_resamples), seed=(0, seed))
+    _check_whole(n_resamples=(2, n_resamples), seed=(0, seed))
     _check_level(level)
     _check_connected(won + tied / 2)
     found = _strengths(won + tied / 2)
@@ -2714,7 +2748,7 @@ class LMEvalAdapter:
         batch_tokens: int = 8192,
     ):
         super().__init__()
-        check_at_least(max_new_tokens=(1, max_new_tokens), batch_tokens=(1, batch_tokens))
+        _check_whole(max_new_tokens=(1, max_new_tokens), batch_tokens=(1, batch_tokens))
         self.first = _start_id(tokenizer, start)
         check_causal(model, vocab_size=tokenizer.vocab_size)
         self.model, self.tokenizer, self.start = model, tokenizer, start
@@ -2726,7 +2760,7 @@ class LMEvalAdapter:
         for context, continuation in (request.args for request in requests):
             ids, (ending,) = encode_pairs(self.tokenizer, context, [continuation], start=self.start)
             pairs.append((ids, ending))
-        options = {"too_long": "truncate", "batch_tokens": self.batch_tokens}
+        options: dict[str, Any] = {"too_long": "truncate", "batch_tokens": self.batch_tokens}
         found = score_continuations(self.model, pairs, **options)
         return [(one.log_prob, one.is_greedy) for one in found]
 
@@ -2841,8 +2875,11 @@ def write_lm_eval_task(
     ``max_new_tokens`` are for generation.
     """
     place, data = _task_files(folder, name, kind, items)
-    check_at_least(max_new_tokens=(1, max_new_tokens))
-    task = {
+    _check_whole(max_new_tokens=(1, max_new_tokens))
+    if isinstance(until, str | bytes) or not isinstance(until, Sequence):
+        raise ValueError(f"until: expected a list of texts, got {until!r:.60}")
+    stops = [check_text(stop, "until") for stop in until]
+    task: dict[str, Any] = {
         "task": name,
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(data.resolve())}},
@@ -2852,7 +2889,6 @@ def write_lm_eval_task(
         "metric_list": [{"metric": metric} for metric in _TASKS[kind]["metrics"]],
     }
     if kind == "generate_until":
-        stops = [check_text(stop, "until") for stop in until]
         task["generation_kwargs"] = {"until": stops, "max_gen_toks": max_new_tokens}
         task["generation_kwargs"] |= {"do_sample": False}
         steps = [{"function": "remove_whitespace"}, {"function": "take_first"}]
@@ -3239,7 +3275,7 @@ assert late[0] > 1000 > early[0], (
 # - [ ] If a model judges: in both orders, at equal length, and not of its own family?
 # - [ ] Is there a report with each outcome, the settings and the seed?
 #
-# Further reading: Miller on error bars {cite}`miller2024adding`; Biderman and many others on what
+# Further reading: Miller on error bars {cite}`miller2024error`; Biderman and many others on what
 # goes wrong when results are to be reproduced {cite}`biderman2024lessons`; Oren et al. on proofs
 # of contamination {cite}`oren2024proving`; Guo et al. on calibration {cite}`guo2017calibration`;
 # Zheng et al. on judges {cite}`zheng2023judging`, Dubois et al. on length

@@ -1382,7 +1382,7 @@ def choice_log_probs(
     scores = iter(score_continuations(model, pairs, batch_tokens=batch_tokens))
     return [(np.array([next(scores).log_prob for _ in range(n)]), right) for n, right in sizes]
 
-# %% ../chapters/16_evaluation.ipynb #d35a846d
+# %% ../chapters/16_evaluation.ipynb #142ec687
 # Choices
 def _choices(
     model: nn.Module,
@@ -1393,9 +1393,7 @@ def _choices(
     batch_tokens: int,
 ) -> Result:
     questions = [question for question, _ in asked]
-    found = choice_log_probs(
-        model, tokenizer, world, questions, form, batch_tokens=batch_tokens
-    )
+    found = choice_log_probs(model, tokenizer, world, questions, form, batch_tokens=batch_tokens)
     outcomes, said = [], Counter[str]()
     for scores, right in found:
         best = int(scores.argmax())
@@ -1766,7 +1764,7 @@ class BiasedJudge:
         a_wins, b_wins = a_first * (1 - b_first), (1 - a_first) * b_first
         return a_wins, 1 - a_wins - b_wins, b_wins
 
-# %% ../chapters/16_evaluation.ipynb #8231a67b
+# %% ../chapters/16_evaluation.ipynb #1bea3325
 class LMEvalAdapter:
     """A model of ours as lm-evaluation-harness (0.4) wants it; a subclass of its ``LM``.
 
@@ -1801,9 +1799,7 @@ class LMEvalAdapter:
         """Return log q in nats of each continuation, and whether each token is the likeliest."""
         pairs = []
         for context, continuation in (request.args for request in requests):
-            ids, (ending,) = encode_pairs(
-                self.tokenizer, context, [continuation], start=self.start
-            )
+            ids, (ending,) = encode_pairs(self.tokenizer, context, [continuation], start=self.start)
             pairs.append((ids, ending))
         options = {"too_long": "truncate", "batch_tokens": self.batch_tokens}
         found = score_continuations(self.model, pairs, **options)

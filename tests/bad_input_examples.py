@@ -70,7 +70,6 @@ NOT_TRIED = {
     "batches.PackedDocuments",
     "training.StepReport",
     "generation.SpeculativeStats",
-    "evaluation.OrderTest",
     "evaluation.Calibration",
     "evaluation.Ratings",
     "evaluation.Result",
@@ -543,7 +542,6 @@ EXAMPLES: dict[str, Arguments] = {
         speaking() | {"questions": tinyworld.make_questions(world(), "confidential", "tuning")}
     ),
     "evaluation.evaluate": lambda: speaking() | {"n_stories": 1},
-    "evaluation.Answer": {"text": TEXT, "true": True},
     "evaluation.BiasedJudge.prefers_first": lambda: {
         "first": evaluation.Answer(TEXT, True),
         "second": evaluation.Answer(TEXT, False),

@@ -97,4 +97,3 @@ def elo(games, n_players, k=32.0):
         ratings[winner] += gain
         ratings[loser] -= gain
     return ratings
-
