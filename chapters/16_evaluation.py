@@ -1161,6 +1161,12 @@ from jaxtyping import Num
 from llmbook.environment import check_path, requires_extra, whole_file
 from llmbook.generation import Sampling, generate
 from llmbook.model import TransformerLM
+from llmbook.tokenizer import BPETokenizer
+from llmbook.training import random_states, set_random_states
+
+# %% tags=["engine"]
+#| export
+# What the benchmark takes from the tiny world
 from llmbook.tinyworld import (
     ATTRIBUTES,
     DOINGS,
@@ -1176,8 +1182,6 @@ from llmbook.tinyworld import (
     judge_reply,
     make_questions,
 )
-from llmbook.tokenizer import BPETokenizer
-from llmbook.training import random_states, set_random_states
 
 # %% [markdown]
 # For the experiments that follow we need the trained model of {doc}`13_training`, its world, and
@@ -1316,10 +1320,10 @@ def exam_key(exam: list[tuple[str, str, str]]) -> list[int]:
 # p = \frac{1 + \#\{\, j : \log q(x_{\pi_j}) \ge \log q(x) \,\}}{m + 1}
 # $$ (evaluation-order)
 #
-# is at most $\alpha$ with a probability of at most $\alpha$: a valid {term}`p-value` for any
-# model and any test, with no assumption on what the model has learned. (Ties count against us,
-# which keeps it valid.) What can be read at once is limited by the context, so we shuffle within
-# each page and add up the pages.
+# is at most $\alpha$ with a probability of at most $\alpha$: a valid p-value for any model and
+# any test, with no assumption on what the model has learned. (Ties count against us, which keeps
+# it valid.) What can be read at once is limited by the context, so we shuffle within each page
+# and add up the pages.
 
 
 # %%
@@ -1445,7 +1449,7 @@ def within(what: str, value: float, low: float, high: float, form: str = ".0%") 
     print(f"{what}: between {low:{form}} and {high:{form}}")
 
 
-names = {copies: f"{copies} copies" if copies >= 0 else "8 reworded" for copies in doses}
+names = {0: "no copy", 1: "1 copy", 2: "2 copies", 4: "4 copies", 8: "8 copies", -8: "8 reworded"}
 limits = {0: (0.02, 0.13), 1: (0.1, 0.35), 2: (0.14, 0.45), 4: (0.2, 0.6), 8: (0.3, 0.8)}
 for copies, (low, high) in {**limits, -8: (0.1, 0.5)}.items():
     within(f"score with {names[copies]}", doses[copies].score.estimate, low, high)
@@ -1458,7 +1462,7 @@ for place, (copies, dose) in enumerate(doses.items()):
     style = {"fmt": "o", "color": "C0"} if copies >= 0 else {"fmt": "s", "color": "C1"}
     axes.errorbar(place, dose.score.estimate, error, capsize=3, **style)
 axes.axhline(1 / 16, linestyle=":", color="gray")
-axes.set_xticks(range(6), [names[copies].removesuffix(" copies") for copies in doses])
+axes.set_xticks(range(6), ["0", "1", "2", "4", "8", "8 reworded"])
 axes.set(xlabel="copies of the exam in the training text", ylabel="score", ylim=(0, None))
 axes.set_title("A single copy lifts the score of a guesser")
 plt.show()
@@ -2259,12 +2263,14 @@ fitted = fit_temperature(*exam_beliefs((1, 2, 4, 8), (0, 1)))
 third = exam_beliefs((1, 2, 4, 8), (2,))
 before, after = calibrated(*third), calibrated(*third, fitted)
 within("fitted temperature", fitted, 2.0, 30.0, ".0f")
-within("calibration error at temperature 1", before.error, 0.1, 0.7, ".2f")
-within("the same at the fitted temperature", after.error, 0.0, 0.15, ".2f")
+within("calibration error at temperature 1", before.error, 0.15, 0.7, ".2f")
+within("the same at the fitted temperature", after.error, 0.03, 0.35, ".2f")
 within("what it would be by chance there", after.by_chance, 0.01, 0.1, ".2f")
-assert after.error < before.error / 2 and after.brier < before.brier
+within("Brier score at temperature 1", before.brier, 0.1, 0.6, ".2f")
+within("the same at the fitted temperature, once more", after.brier, 0.1, 0.35, ".2f")
+assert after.error < before.error and after.brier < before.brier
 
-# %% mystnb={"figure": {"caption": "Reliability diagrams of models that saw the exam, on the exam of the third seed: 256 answers. Each point is a bin of confidences, its size the number of answers in it. On the dotted line a model is right as often as it says.", "name": "fig-evaluation-reliability"}, "image": {"alt": "Left, at temperature 1, points lie below the dotted diagonal, most of them at high confidence. Right, at the fitted temperature, points lie near the diagonal and most answers have a low confidence."}}
+# %% mystnb={"figure": {"caption": "Reliability diagrams of models that saw the exam, on the exam of the third seed: 256 answers. Each point is a bin of confidences, its size the number of answers in it. On the dotted line a model is right as often as it says.", "name": "fig-evaluation-reliability"}, "image": {"alt": "Left, at temperature 1, points lie below the dotted diagonal, most of them at high confidence. Right, at the fitted temperature, the few bins that are left have confidences below one half and lie above the diagonal."}}
 figure, panels = plt.subplots(1, 2, sharey=True, figsize=(7, 3.2))
 for axes, one, title in zip(panels, (before, after), ("temperature 1", "fitted"), strict=True):
     axes.plot([0, 1], [0, 1], ":", color="gray")
@@ -2274,10 +2280,17 @@ panels[0].set_ylabel("share that is right")
 plt.show()
 
 # %% [markdown]
-# At temperature 1 these models are far too sure ({numref}`fig-evaluation-reliability`), and the
-# temperature mends most of it. It does not touch the score: dividing all log-probabilities by one
-# number keeps their order. What is worse, a model need not have seen anything to be sure. These
-# are the clean ones, of whom an honest answer would be one sixteenth:
+# At temperature 1 these models are far too sure ({numref}`fig-evaluation-reliability`). The
+# temperature helps by both measures, and it does not touch the score, as dividing all
+# log-probabilities by one number keeps their order. But it does not make them calibrated: the
+# error stays above what chance explains. One number flattens all beliefs alike, those about
+# answers that were memorized and those that were guessed. As the loss punishes a wrong answer
+# that was sure more than anything else, it is made large, and now the answers that are right look
+# too unsure. A temperature mends a model that is too sure by the same factor everywhere, as the
+# classifiers of Guo et al. were, and no other.
+#
+# What is worse, a model need not have seen anything to be sure. These are the clean ones, of whom
+# an honest answer would be one sixteenth:
 
 # %%
 clean = calibrated(*exam_beliefs((0,), (0, 1, 2)))
@@ -2717,9 +2730,17 @@ print(f"score of the brief system without the tastes: {mended:.2f}, by the truth
 # | `loglikelihood_rolling` | a text | $\log q$ of all of it | perplexity, bits per byte |
 # | `generate_until` | context, where to stop | a text | exact match |
 #
-# This chapter has all three. An adapter passes them on, so that every task of the harness runs on
-# a model of ours. The harness is large, so it is an extra, `pip install 'llmbook[eval]'`, and is
-# imported when the first adapter is made; its base class joins ours at that moment.
+# This chapter has all three. An adapter passes them on ({numref}`fig-evaluation-harness`), so
+# that every task of the harness runs on a model of ours. The harness is large, so it is an extra,
+# `pip install 'llmbook[eval]'`, and is imported when the first adapter is made; its base class
+# joins ours at that moment.
+#
+# ```{figure} ../figures/evaluation-harness.svg
+# :name: fig-evaluation-harness
+# :alt: A task, YAML and jsonl, makes requests of three kinds: loglikelihood, loglikelihood_rolling and generate_until. The adapter passes them on to score_continuations, window_log_probs and generate. From what comes back the harness makes accuracy and perplexity, bits per byte, and exact match.
+#
+# The harness decides what is asked and what is made of it; the adapter only passes on.
+# ```
 
 
 # %%

@@ -1036,7 +1036,7 @@ def items_needed(
     reach = normal_quantile(level) + NormalDist().inv_cdf(power)
     return max(2, math.ceil(variance * (reach / difference) ** 2))
 
-# %% ../chapters/16_evaluation.ipynb #c5a595ad
+# %% ../chapters/16_evaluation.ipynb #92d97581
 # What the second half imports
 import io
 import json
@@ -1053,6 +1053,7 @@ from .environment import check_path, requires_extra, whole_file
 from .generation import Sampling, generate
 from .model import TransformerLM
 from llmbook.tinyworld import (
+    ATTRIBUTES,
     DOINGS,
     OPENINGS,
     PHRASES,
@@ -1078,7 +1079,7 @@ class OrderTest(NamedTuple):
     z: float  # the same in standard deviations of the shuffled ones
     n_shuffles: int
 
-# %% ../chapters/16_evaluation.ipynb #7e346870
+# %% ../chapters/16_evaluation.ipynb #09eb1fa3
 def order_test(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -1096,7 +1097,7 @@ def order_test(
     ``options`` are those of ``score_texts``. Source: Oren et al. (2024), section 3.1.
     """
     items = _as_pages(pages)
-    check_at_least(n_shuffles=(1, n_shuffles), seed=(0, seed))
+    _check_whole(n_shuffles=(1, n_shuffles), seed=(0, seed))
     check_text(separator, "separator")
     random = np.random.default_rng(seed)
     orders = [items]
@@ -1112,6 +1113,14 @@ def order_test(
     z = float(gain / spread) if spread > 0 else 0.0
     return OrderTest((1 + as_good) / (n_shuffles + 1), float(gain), z, n_shuffles)
 
+# %% ../chapters/16_evaluation.ipynb #4b68c104
+# Whole numbers, where None stands for nothing
+def _check_whole(**bounds: tuple[int, Any]) -> None:
+    for name, (least, value) in bounds.items():
+        if value is None:
+            raise ValueError(f"{name}: expected a whole number of at least {least}, got None")
+        check_at_least(**{name: (least, value)})
+
 # %% ../chapters/16_evaluation.ipynb #aecbc699
 # Pages that have an order
 def _as_pages(pages: Any) -> list[list[str]]:
@@ -1124,11 +1133,10 @@ def _as_pages(pages: Any) -> list[list[str]]:
             raise ValueError(f"pages: expected {expected}, got {page!r:.60}")
     return [[valid_text(item, "pages") for item in page] for page in pages]
 
-# %% ../chapters/16_evaluation.ipynb #31deea26
+# %% ../chapters/16_evaluation.ipynb #28596919
 def chance_of_consistency(world: TinyWorld) -> float:
     """Return how likely a story is to be true if its form is right and each value drawn evenly."""
-    if not isinstance(world, TinyWorld):
-        raise ValueError(f"world: expected a TinyWorld, got {world!r:.60}")
+    _check_world(world)
     known: dict[State | None, float] = {None: 1.0}
 
     def value(state: State | None) -> float:
@@ -1144,7 +1152,13 @@ def chance_of_consistency(world: TinyWorld) -> float:
 
     return value(world.start)
 
-# %% ../chapters/16_evaluation.ipynb #940f1e3f
+# %% ../chapters/16_evaluation.ipynb #ada13bb1
+# It takes a tiny world
+def _check_world(world: Any) -> None:
+    if not isinstance(world, TinyWorld):
+        raise ValueError(f"world: expected a TinyWorld, got {world!r:.60}")
+
+# %% ../chapters/16_evaluation.ipynb #3980d460
 def _values(world: TinyWorld, character: str, attribute: str) -> list[str]:
     """All values that a claim could name."""
     return [v for v in VALUES[attribute] or world.cast.facts if v != character]
@@ -1152,6 +1166,7 @@ def _values(world: TinyWorld, character: str, attribute: str) -> list[str]:
 
 def possible_replies(world: TinyWorld, question: Question) -> list[str]:
     """Return all replies to choose from: each value, not to know, and to decline."""
+    _check_world(world)
     name, form = question.character, PHRASES[question.attribute][0]
     values = _values(world, name, question.attribute)
     stated = [form.format(name=name, value=value) for value in values]
@@ -1184,16 +1199,20 @@ class QuestionForm:
             if not isinstance(texts, tuple) or not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"{name}: expected a tuple of texts, got {texts!r:.60}")
 
-# %% ../chapters/16_evaluation.ipynb #5f6f3c09
+# %% ../chapters/16_evaluation.ipynb #c6fa175f
 def story_prompt(world: TinyWorld, question: Question) -> str | None:
     """Return the beginning of a story in which a question comes up, or None if it cannot."""
+    _check_world(world)
     told = question.kind != "unknown" and question.attribute == "species"
     if told or question.wording >= world.n_phrasings // 2:
         return None
-    unknown = question.kind == "unknown"
-    hero = next(iter(world.cast.facts)) if unknown else question.character
-    text = f"{OPENINGS[0]}, {hero} the {world.cast.facts[hero]['species']}{DOINGS[0]}{WEATHER[0]}"
-    text += f" Then a stranger called {question.character} came by." if unknown else ""
+    unknown, facts = question.kind == "unknown", world.cast.facts
+    hero = next(iter(facts)) if unknown else question.character
+    text = f"{OPENINGS[0]}, {hero} the {facts[hero]['species']}{DOINGS[0]}{WEATHER[0]}"
+    if unknown:  # strangers come after some facts
+        for attribute in ATTRIBUTES[: world.facts_per_story]:
+            text += " " + PHRASES[attribute][0].format(name=hero, value=facts[hero][attribute])
+        text += f" Then a stranger called {question.character} came by."
     return f"{text} {question.text}"
 
 
@@ -1282,11 +1301,11 @@ class EvaluationReport:
         try:
             entries = json.loads(check_text(text))
             lists = ("outcomes", "clusters")
-            results = tuple(
-                Result(**{name: tuple(v) if name in lists else v for name, v in result.items()})
-                for result in entries["results"]
-            )
-            return cls(results, dict(entries["settings"]))
+            results = []
+            for entry in entries["results"]:
+                fields: dict[str, Any] = {**entry, **{name: tuple(entry[name]) for name in lists}}
+                results.append(Result(**fields))
+            return cls(tuple(results), dict(entries["settings"]))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"text: expected a report in JSON, got {text!r:.60}") from error
 
@@ -1332,17 +1351,16 @@ def evaluate(
     settings |= {"world": asdict(world), "parameters": sum(p.numel() for p in model.parameters())}
     return EvaluationReport(tuple(results), settings)
 
-# %% ../chapters/16_evaluation.ipynb #f8b01f17
+# %% ../chapters/16_evaluation.ipynb #484599ce
 Asked = Sequence[tuple[Question, list[int]]]
 _NAMES = {"fact": "facts", "unknown": "unknown", "confidential": "confidential"}
 
 
 def _check_benchmark(world: Any, form: Any, n_stories: Any, seed: Any) -> None:
-    if not isinstance(world, TinyWorld):
-        raise ValueError(f"world: expected a TinyWorld, got {world!r:.60}")
+    _check_world(world)
     if not isinstance(form, QuestionForm):
         raise ValueError(f"form: expected a QuestionForm, got {form!r:.60}")
-    check_at_least(n_stories=(0, n_stories), seed=(0, seed))
+    _check_whole(n_stories=(0, n_stories), seed=(0, seed))
 
 
 def _prompt_ids(
@@ -1490,7 +1508,7 @@ class Calibration:
     confidence: tuple[float, ...]  # their mean, NaN in an empty bin
     accuracy: tuple[float, ...]  # the share that is right
 
-# %% ../chapters/16_evaluation.ipynb #414faf42
+# %% ../chapters/16_evaluation.ipynb #ea9c97f9
 def calibration(
     confidences: Numbers,
     right: Outcomes,
@@ -1510,7 +1528,7 @@ def calibration(
     """
     c, y = _confidences(confidences), as_numbers(right, "right")
     _check_outcomes(y, len(c))
-    check_at_least(n_bins=(1, n_bins), n_resamples=(1, n_resamples), seed=(0, seed))
+    _check_whole(n_bins=(1, n_bins), n_resamples=(1, n_resamples), seed=(0, seed))
     place = np.minimum((c * n_bins).astype(int), n_bins - 1)
     counts = np.bincount(place, minlength=n_bins)
 
@@ -1544,9 +1562,9 @@ def _check_outcomes(outcomes: np.ndarray, n: int) -> None:
     if wrong := [x for x in outcomes.tolist() if x not in (0, 1)]:
         raise ValueError(f"right: expected 0 or 1, got {wrong[0]}")
 
-# %% ../chapters/16_evaluation.ipynb #14f86698
+# %% ../chapters/16_evaluation.ipynb #f3484915
 def fit_temperature(
-    log_probs: Sequence[Numbers],
+    log_probs: Sequence[Numbers] | np.ndarray | Tensor,
     answers: Sequence[int],
     *,
     lowest: float = 0.01,
@@ -1639,7 +1657,7 @@ def _strengths(wins: Float[np.ndarray, "*batch n n"]) -> Float[np.ndarray, "*bat
             break
     return np.log(pi)
 
-# %% ../chapters/16_evaluation.ipynb #91bf41a1
+# %% ../chapters/16_evaluation.ipynb #f4765254
 def bradley_terry(
     wins: Num[np.ndarray, "players opponents"],
     ties: Num[np.ndarray, "players opponents"] | None = None,
@@ -1660,7 +1678,7 @@ def bradley_terry(
     (0.75, [0.549, -0.549])
     """
     won, tied = _games(wins, ties)
-    check_at_least(n_resamples=(2, n_resamples), seed=(0, seed))
+    _check_whole(n_resamples=(2, n_resamples), seed=(0, seed))
     _check_level(level)
     _check_connected(won + tied / 2)
     found = _strengths(won + tied / 2)
@@ -1764,7 +1782,7 @@ class BiasedJudge:
         a_wins, b_wins = a_first * (1 - b_first), (1 - a_first) * b_first
         return a_wins, 1 - a_wins - b_wins, b_wins
 
-# %% ../chapters/16_evaluation.ipynb #1bea3325
+# %% ../chapters/16_evaluation.ipynb #ee05d599
 class LMEvalAdapter:
     """A model of ours as lm-evaluation-harness (0.4) wants it; a subclass of its ``LM``.
 
@@ -1789,7 +1807,7 @@ class LMEvalAdapter:
         batch_tokens: int = 8192,
     ):
         super().__init__()
-        check_at_least(max_new_tokens=(1, max_new_tokens), batch_tokens=(1, batch_tokens))
+        _check_whole(max_new_tokens=(1, max_new_tokens), batch_tokens=(1, batch_tokens))
         self.first = _start_id(tokenizer, start)
         check_causal(model, vocab_size=tokenizer.vocab_size)
         self.model, self.tokenizer, self.start = model, tokenizer, start
@@ -1801,7 +1819,7 @@ class LMEvalAdapter:
         for context, continuation in (request.args for request in requests):
             ids, (ending,) = encode_pairs(self.tokenizer, context, [continuation], start=self.start)
             pairs.append((ids, ending))
-        options = {"too_long": "truncate", "batch_tokens": self.batch_tokens}
+        options: dict[str, Any] = {"too_long": "truncate", "batch_tokens": self.batch_tokens}
         found = score_continuations(self.model, pairs, **options)
         return [(one.log_prob, one.is_greedy) for one in found]
 
@@ -1880,7 +1898,7 @@ _TASKS: dict[str, dict[str, Any]] = {
     },
 }
 
-# %% ../chapters/16_evaluation.ipynb #3549ca13
+# %% ../chapters/16_evaluation.ipynb #45672bc4
 # A task and its data become two files
 def write_lm_eval_task(
     folder: str | Path,
@@ -1899,8 +1917,11 @@ def write_lm_eval_task(
     ``max_new_tokens`` are for generation.
     """
     place, data = _task_files(folder, name, kind, items)
-    check_at_least(max_new_tokens=(1, max_new_tokens))
-    task = {
+    _check_whole(max_new_tokens=(1, max_new_tokens))
+    if isinstance(until, str | bytes) or not isinstance(until, Sequence):
+        raise ValueError(f"until: expected a list of texts, got {until!r:.60}")
+    stops = [check_text(stop, "until") for stop in until]
+    task: dict[str, Any] = {
         "task": name,
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(data.resolve())}},
@@ -1910,7 +1931,6 @@ def write_lm_eval_task(
         "metric_list": [{"metric": metric} for metric in _TASKS[kind]["metrics"]],
     }
     if kind == "generate_until":
-        stops = [check_text(stop, "until") for stop in until]
         task["generation_kwargs"] = {"until": stops, "max_gen_toks": max_new_tokens}
         task["generation_kwargs"] |= {"do_sample": False}
         steps = [{"function": "remove_whitespace"}, {"function": "take_first"}]

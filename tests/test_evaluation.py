@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import permutations
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,6 +116,18 @@ def test_what_has_no_order(wrong: object, lm: TransformerLM, bpe: BPETokenizer) 
         order_test(lm, bpe, wrong)  # type: ignore[arg-type]
 
 
+def test_the_order_test_reads_pages_joined_by_spaces(lm: TransformerLM, bpe: BPETokenizer) -> None:
+    items = [["Mia sat.", "Leo ran.", "Ada fell."]]
+    default = order_test(lm, bpe, items, seed=1)
+    assert default.n_shuffles == 39 and default == order_test(lm, bpe, items, separator=" ", seed=1)
+    assert default.gain != order_test(lm, bpe, items, separator="\n", seed=1).gain
+    assert default.gain != order_test(lm, bpe, items, seed=2).gain
+    own = -score_texts(lm, bpe, ["Mia sat. Leo ran. Ada fell."]).nats[0]
+    one = order_test(lm, bpe, items, n_shuffles=1, seed=3)
+    others = [-score_texts(lm, bpe, [" ".join(order)]).nats[0] for order in permutations(items[0])]
+    assert any(one.gain == pytest.approx(own - other, abs=1e-4) for other in others)
+
+
 # Calibration
 
 
@@ -140,6 +153,15 @@ def test_a_perfect_forecaster_has_the_error_that_chance_makes() -> None:
     found = [calibration(c, random.random(200) < c, n_resamples=200) for _ in range(60)]
     assert np.mean([one.error for one in found]) == pytest.approx(found[0].by_chance, rel=0.15)
     assert np.mean([one.p_value <= 0.2 for one in found]) < 0.4
+
+
+def test_calibration_has_ten_bins_and_its_own_random_numbers() -> None:
+    c, y = np.linspace(0.05, 0.95, 50), [0, 1] * 25
+    default = calibration(c, y)
+    assert len(default.counts) == 10 and default == calibration(c, y, n_bins=10, seed=0)
+    assert default.p_value * 1001 == pytest.approx(round(default.p_value * 1001))
+    assert default.by_chance != calibration(c, y, seed=1).by_chance
+    assert calibration(c, y, n_resamples=3).p_value in (0.25, 0.5, 0.75, 1.0)
 
 
 def test_bins_hold_their_edges_and_may_be_empty() -> None:
@@ -272,8 +294,24 @@ def test_players_whom_nobody_has_beaten_have_no_strength(
 def test_tables_that_cannot_be(wins: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bradley_terry(wins)
-    with pytest.raises(ValueError, match="ties: expected ties"):
-        bradley_terry(np.array([[0, 1], [1, 0]]), np.array([[0, 1], [2, 0]]))
+
+
+@pytest.mark.parametrize(
+    ("ties", "message"),
+    [
+        (np.array([[0, 1], [2, 0]]), "ties: expected ties"),
+        (np.zeros((3, 3)), "ties: expected the shape"),
+    ],
+)
+def test_tables_of_ties_that_cannot_be(ties: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bradley_terry(np.array([[0, 1], [1, 0]]), ties)
+
+
+def test_resamples_without_strengths_are_counted() -> None:
+    found = bradley_terry(np.array([[0, 4], [1, 0]]), level=0.9)
+    assert 0 < found.n_unconnected < 300 and np.isfinite([found.low, found.high]).all()
+    assert bradley_terry(np.array([[0, 400], [100, 0]])).n_unconnected == 0
 
 
 # Judges
