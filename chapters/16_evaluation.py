@@ -1312,9 +1312,9 @@ def exam_key(exam: list[tuple[str, str, str]]) -> list[int]:
 # \log q(x_1, x_2, \dots, x_n) ,
 # $$
 #
-# is one draw among those of random orders, like any other. Draw $m$ random permutations $\pi_1,
-# \dots, \pi_m$. Together with the file's own there are $m + 1$ likelihoods, and each of them is
-# equally likely to be the highest, the second highest, and so on. Hence
+# is one draw among those of random orders, like any other. Draw $m$ random permutations
+# $\pi_1, \dots, \pi_m$. Together with the file's own there are $m + 1$ likelihoods, and each of
+# them is equally likely to be the highest, the second highest, and so on. Hence
 #
 # $$
 # p = \frac{1 + \#\{\, j : \log q(x_{\pi_j}) \ge \log q(x) \,\}}{m + 1}
@@ -2019,8 +2019,8 @@ print(f"stories that are true, by chance: {report['consistency/story'].chance:.1
 #
 # The absolute value has a price. Suppose that the model is perfectly calibrated. Then $\bar y_b$
 # is still the mean of $n_b$ draws, it misses $\bar c_b$ by chance, and a miss to either side
-# counts as error. For a normal deviation of standard deviation $s$, the mean absolute value is $s
-# \sqrt{2/\pi}$, so that even a perfect model is expected to have
+# counts as error. For a normal deviation of standard deviation $s$, the mean absolute value is
+# $s \sqrt{2/\pi}$, so that even a perfect model is expected to have
 #
 # $$
 # \mathbb{E}[\mathrm{ECE}] \approx \sum_b \frac{n_b}{n} \sqrt{\frac{2}{\pi}}
@@ -2033,10 +2033,10 @@ print(f"stories that are true, by chance: {report['consistency/story'].chance:.1
 # {cite}`brocker2007increasing`.
 #
 # The **Brier score** needs no bins. It is the mean of $(c_i - y_i)^2$, and it is **proper**: if
-# an answer is right with probability $p$, then stating $c$ costs $p (1 - c)^2 + (1 - p) c^2 = (c
-# - p)^2 + p (1 - p)$ on average, which is least at $c = p$. So nothing can be gained by claiming
-#   more or less than one believes. The same line shows what it is made of, a miscalibration that
-#   can be mended and a doubt $p(1 - p)$ that cannot.
+# an answer is right with probability $p$, then stating $c$ costs
+# $p (1 - c)^2 + (1 - p) c^2 = (c - p)^2 + p (1 - p)$ on average, which is least at $c = p$. So
+# nothing can be gained by claiming more or less than one believes. The same line shows what it is
+# made of, a miscalibration that can be mended and a doubt $p(1 - p)$ that cannot.
 
 
 # %% tags=["engine"]
@@ -2151,9 +2151,9 @@ for n, n_bins in ((100, 10), (100, 50), (1000, 10), (10_000, 10)):
 # Training on few texts for long makes models overconfident, and one number mends much of it
 # {cite}`guo2017calibration`. Divide all log-probabilities by a **temperature** $T$ before they
 # become beliefs. No order changes, hence no answer; only the confidences do. Choose $T$ so that
-# the right choices of some *other* questions are as likely as possible. In terms of $\beta =
-# 1/T$, the loss of a question with right choice $y$ is $\log \sum_k e^{\beta \ell_k} - \beta
-# \ell_y$, and its derivatives are
+# the right choices of some *other* questions are as likely as possible. In terms of
+# $\beta = 1/T$, the loss of a question with right choice $y$ is
+# $\log \sum_k e^{\beta \ell_k} - \beta \ell_y$, and its derivatives are
 #
 # $$
 # \frac{\partial}{\partial \beta} = \mathbb{E}_{k}[\ell_k] - \ell_y , \qquad
@@ -2557,8 +2557,9 @@ except ValueError as error:
 # $$ (evaluation-judge)
 #
 # where $t$ is 1 for a true answer and 0 for a false one, $l$ the length in characters, and $o$ is
-# 1 for an answer of the judge's own family. This is Bradley and Terry's model once more: $a t + c
-# l + d o$ is the strength that the judge sees, and $b$ is the advantage of the first move.
+# 1 for an answer of the judge's own family. This is Bradley and Terry's model once more:
+# $a t + c l + d o$ is the strength that the judge sees, and $b$ is the advantage of the first
+# move.
 
 
 # %%
@@ -3230,10 +3231,11 @@ assert found < 1e-12, "within a bin, misses to both sides cancel"
 # ````{exercise} A rating after each game
 # :label: ex-evaluation-elo
 # *Thirty minutes.* Chess players are rated by a rule that sees one game at a time. If `winner`
-# beats `loser`, and $e$ was the probability of that by their present ratings, $e = 1 / (1 +
-# 10^{(r_\mathrm{loser} - r_\mathrm{winner}) / 400})$, then the winner gets $k (1 - e)$ points
-# from the loser. Write `elo(games, n_players, k)` for a list of pairs (winner, loser); all begin
-# with 1000. Then compare two orders of the same games. Which player would you like to be?
+# beats `loser`, and $e$ was the probability of that by their present ratings,
+# $e = 1 / (1 + 10^{(r_\mathrm{loser} - r_\mathrm{winner}) / 400})$, then the winner gets
+# $k (1 - e)$ points from the loser. Write `elo(games, n_players, k)` for a list of pairs (winner,
+# loser); all begin with 1000. Then compare two orders of the same games. Which player would you
+# like to be?
 # ````
 
 
@@ -3274,7 +3276,7 @@ assert late[0] > 1000 > early[0], (
 #   test that was worded anew.
 # - Calibration says whether a model knows when it is right. Its error is above zero by chance, so
 #   it needs the level of chance beside it; a temperature fitted on other questions changes
-#   confidences and no answer.
+#   confidences and no answer, and mends only what is wrong everywhere alike.
 # - Strengths from games exist only if each group of players has lost to somebody outside.
 # - A judge has tastes. Reading both ways removes that for the position; those for length and for
 #   its own family go with the answer, and must be measured against known truth.
