@@ -1970,17 +1970,17 @@ def _told(
 # %% [markdown]
 # ### The base model, before all tuning
 #
-# This is where Part IV begins:
+# This is where Part IV begins. What is asked, and the two ends of each scale:
 
-# %% tags=["nbval-ignore-output"]
+# %%
 report = evaluate(lm, bpe, world, n_stories=100)
-print(report)
+print("part                  items   chance   ceiling")
+for result in report.results:
+    part = f"{result.name}/{result.measure}"
+    print(f"{part:20} {len(result.outcomes):6} {result.chance:8.2g} {result.ceiling:9g}")
 
 # %% [markdown]
-# It knows its facts and tells two stories out of three without a mistake, which nobody could do
-# by chance. It has never read that one may not know something, or may keep it to oneself. So it
-# invents a home for each stranger and gives away all keys: below the level of chance, as it never
-# even tries the right reply. What it says instead:
+# How the model does (the report's own table is at the end of the chapter):
 
 # %%
 for part in ("facts/reply", "unknown/reply", "confidential/reply"):
@@ -1991,9 +1991,13 @@ within("facts, as a reply", report["facts/reply"].interval.estimate, 0.9, 1)
 within("unknown, as a reply", report["unknown/reply"].interval.estimate, 0, 0.05)
 within("confidential, as a reply", report["confidential/reply"].interval.estimate, 0, 0.05)
 within("stories that are true", report["consistency/story"].interval.estimate, 0.35, 0.85)
-print(f"stories that are true, by chance: {report['consistency/story'].chance:.1e}")
 
 # %% [markdown]
+# It knows its facts and tells most of its stories without a mistake, which nobody could do by
+# chance. It has never read that one may not know something, or may keep it to oneself. So it
+# invents a home for each stranger and gives away all keys, and stays even below the level of
+# chance, as it never tries the right reply.
+#
 # Intervals are Wilson's. Where questions go together, here those about one character, they are
 # those of as many independent questions as have the same clustered standard error. With each
 # report the chapters that follow will make, `report.compare(earlier)` says whether the difference
@@ -3271,35 +3275,34 @@ assert late[0] > 1000 > early[0], (
 # %% [markdown]
 # ## Summary
 #
-# - A few copies of a test in the training text are enough to spoil its score. Overlap finds
-#   copies, and the likelihood of the file's order proves them without the text; neither finds a
-#   test that was worded anew.
-# - Calibration says whether a model knows when it is right. Its error is above zero by chance, so
-#   it needs the level of chance beside it; a temperature fitted on other questions changes
-#   confidences and no answer, and mends only what is wrong everywhere alike.
-# - Strengths from games exist only if each group of players has lost to somebody outside.
-# - A judge has tastes. Reading both ways removes that for the position; those for length and for
-#   its own family go with the answer, and must be measured against known truth.
-# - A benchmark says what its floor and its ceiling are, and keeps the outcome of each item, so
-#   that two runs can be compared in pairs.
+# A few copies of a test in the training text are enough to spoil its score. Overlap finds copies,
+# and the likelihood of the file's order proves them without the text; neither finds a test that
+# was worded anew. Calibration says whether a model knows when it is right. Its error is above
+# zero by chance, so it needs the level of chance beside it; a temperature fitted on other
+# questions changes confidences and no answer, and mends only what is wrong everywhere alike.
+# Strengths from games exist only if each group of players has lost to somebody outside. A judge
+# has tastes: reading both ways removes the one for positions, while those for length and for its
+# own family go with the answer, and must be measured against known truth. A benchmark says what
+# its floor and its ceiling are, and keeps the outcome of each item, so that two runs can be
+# compared in pairs.
 #
-# Before you believe a number:
+# **Checklist: before you believe a number.**
 #
-# - [ ] What would a guesser score, and what is the most that anybody can score?
-# - [ ] How many items, from how many clusters, and what is the interval?
-# - [ ] Is the comparison paired, on the same items, with the same prompts?
-# - [ ] How much does the score move from seed to seed of the same training?
-# - [ ] Could the test have been in the training text: copied, translated, or worded anew?
-# - [ ] Does the model see the future? (One pass says so.)
-# - [ ] Per byte or per token? By whose tokenizer, with how much context, and with the end of
-#   text?
-# - [ ] Which normalization of choices, and is the answer read from the text by a rule that was
-#   fixed before?
-# - [ ] If a model judges: in both orders, at equal length, and not of its own family?
-# - [ ] Is there a report with each outcome, the settings and the seed?
+# - What would a guesser score, and what is the most that anybody can score?
+# - How many items are there, from how many clusters, and what is the interval?
+# - Is the comparison paired, on the same items, with the same prompts?
+# - How much does the score move from seed to seed of the same training?
+# - Could the test have been in the training text: copied, translated, or worded anew?
+# - Does the model see the future? One pass says so.
+# - Is it per byte or per token, with how much context, and with the end of text?
+# - Which normalization of choices, and by which rule is the answer read, fixed before anybody
+#   looked?
+# - If a model judges: in both orders, at equal length, and not of its own family?
+# - Is there a report with each outcome, the settings and the seed?
 #
-# Further reading: Miller on error bars {cite}`miller2024error`; Biderman and many others on what
-# goes wrong when results are to be reproduced {cite}`biderman2024lessons`; Oren et al. on proofs
-# of contamination {cite}`oren2024proving`; Guo et al. on calibration {cite}`guo2017calibration`;
-# Zheng et al. on judges {cite}`zheng2023judging`, Dubois et al. on length
-# {cite}`dubois2024length`, and Chiang et al. on leaderboards {cite}`chiang2024chatbot`.
+# **Further reading.** Miller on error bars {cite}`miller2024error`, Biderman and colleagues on
+# what goes wrong when results are to be reproduced {cite}`biderman2024lessons`, Oren and
+# colleagues on proofs of contamination {cite}`oren2024proving`, Guo and colleagues on calibration
+# {cite}`guo2017calibration`, Zheng and colleagues on judges {cite}`zheng2023judging`, Dubois and
+# colleagues on length {cite}`dubois2024length`, and Chiang and colleagues on leaderboards
+# {cite}`chiang2024chatbot`.
