@@ -1993,7 +1993,7 @@ within("confidential, as a reply", report["confidential/reply"].interval.estimat
 within("stories that are true", report["consistency/story"].interval.estimate, 0.35, 0.85)
 
 # %% [markdown]
-# It knows its facts and tells most of its stories without a mistake, which nobody could do by
+# It knows its facts and tells many of its stories without a mistake, which nobody could do by
 # chance. It has never read that one may not know something, or may keep it to oneself. So it
 # invents a home for each stranger and gives away all keys, and stays even below the level of
 # chance, as it never tries the right reply.
@@ -3170,11 +3170,11 @@ print(f"together {1000 * together / len(pairs):.2f} ms each, {singly / together:
 # %% [markdown]
 # ### What it was here
 #
-# The results of which this chapter has printed a range, as they were on the machine that made
-# this page:
+# The report on the base model, and the results of which this chapter has printed a range, as they
+# were on the machine that made this page:
 
 # %% tags=["nbval-ignore-output"]
-print(*(f"{what}: {value}" for what, value in noted.items()), sep="\n")
+print(report, *(f"{what}: {value}" for what, value in noted.items()), sep="\n")
 
 # %% [markdown]
 # ## Exercises
