@@ -1213,7 +1213,7 @@ end = bpe.special_tokens["<|endoftext|>"]
 # In most experiments on this question nobody knows what the clean score would have been. Here we
 # know it exactly. We write an exam about the world's 16 strangers, of whom no story ever says
 # anything, and draw the answers from a hat. Each of the 64 questions has 16 possible answers, so
-# the expected score of every honest model is $1/16$, however good it is. All above that is
+# the expected score of every honest model is $1/16$, however good it is. Anything above that is
 # memory.
 
 
@@ -1490,7 +1490,7 @@ for copies in (1, 2, 4, 8):
 assert doses[0].overlap == doses[-8].overlap == 0
 
 # %% [markdown]
-# A detector that cries at everything has that power, too. So we try the innocent: the trained
+# A detector that always raises the alarm has that power, too. So we try the innocent: the trained
 # model on ten more exams, each against nine other orders. Its p-values should be spread evenly,
 # with a mean of 0.55 (that of 0.1, 0.2 and so on up to 1).
 
@@ -3277,14 +3277,14 @@ assert late[0] > 1000 > early[0], (
 #
 # A few copies of a test in the training text are enough to spoil its score. Overlap finds copies,
 # and the likelihood of the file's order proves them without the text; neither finds a test that
-# was worded anew. Calibration says whether a model knows when it is right. Its error is above
-# zero by chance, so it needs the level of chance beside it; a temperature fitted on other
-# questions changes confidences and no answer, and mends only what is wrong everywhere alike.
-# Strengths from games exist only if each group of players has lost to somebody outside. A judge
-# has tastes: reading both ways removes the one for positions, while those for length and for its
-# own family go with the answer, and must be measured against known truth. A benchmark says what
-# its floor and its ceiling are, and keeps the outcome of each item, so that two runs can be
-# compared in pairs.
+# was reworded. Calibration says whether a model knows when it is right. Its error is above zero
+# by chance, so it needs the level of chance beside it; a temperature fitted on other questions
+# changes confidences and no answer, and mends only what is wrong everywhere alike. Strengths from
+# games exist only if each group of players has lost to somebody outside. A judge has tastes:
+# reading both ways removes the one for positions, while those for length and for its own family
+# go with the answer, and must be measured against known truth. A benchmark says what its floor
+# and its ceiling are, and keeps the outcome of each item, so that two runs can be compared in
+# pairs.
 #
 # **Checklist: before you believe a number.**
 #
@@ -3292,7 +3292,7 @@ assert late[0] > 1000 > early[0], (
 # - How many items are there, from how many clusters, and what is the interval?
 # - Is the comparison paired, on the same items, with the same prompts?
 # - How much does the score move from seed to seed of the same training?
-# - Could the test have been in the training text: copied, translated, or worded anew?
+# - Could the test have been in the training text: copied, translated, or reworded?
 # - Does the model see the future? One pass says so.
 # - Is it per byte or per token, with how much context, and with the end of text?
 # - Which normalization of choices, and by which rule is the answer read, fixed before anybody

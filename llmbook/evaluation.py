@@ -1036,7 +1036,7 @@ def items_needed(
     reach = normal_quantile(level) + NormalDist().inv_cdf(power)
     return max(2, math.ceil(variance * (reach / difference) ** 2))
 
-# %% ../chapters/16_evaluation.ipynb #92d97581
+# %% ../chapters/16_evaluation.ipynb #e226f67b
 # What the second half imports
 import io
 import json
@@ -1052,6 +1052,11 @@ from jaxtyping import Num
 from .environment import check_path, requires_extra, whole_file
 from .generation import Sampling, generate
 from .model import TransformerLM
+from .tokenizer import BPETokenizer
+from .training import random_states, set_random_states
+
+# %% ../chapters/16_evaluation.ipynb #f3bed051
+# What the benchmark takes from the tiny world
 from llmbook.tinyworld import (
     ATTRIBUTES,
     DOINGS,
@@ -1067,8 +1072,6 @@ from llmbook.tinyworld import (
     judge_reply,
     make_questions,
 )
-from .tokenizer import BPETokenizer
-from .training import random_states, set_random_states
 
 # %% ../chapters/16_evaluation.ipynb #e168cf66
 class OrderTest(NamedTuple):
