@@ -1164,6 +1164,9 @@ from llmbook.model import TransformerLM
 from llmbook.tokenizer import BPETokenizer
 from llmbook.training import random_states, set_random_states
 
+# %% [markdown]
+# The benchmark of this chapter is made from the tiny world:
+
 # %% tags=["engine"]
 #| export
 # What the benchmark takes from the tiny world
@@ -1375,7 +1378,7 @@ def order_test(
 
 # %% tags=["engine"]
 #| export
-# Whole numbers, where None stands for nothing
+# Whole numbers, where None stands for nothing; and pages that have an order
 def _check_whole(**bounds: tuple[int, Any]) -> None:
     for name, (least, value) in bounds.items():
         if value is None:
@@ -1383,9 +1386,6 @@ def _check_whole(**bounds: tuple[int, Any]) -> None:
         check_at_least(**{name: (least, value)})
 
 
-# %% tags=["engine"]
-#| export
-# Pages that have an order
 def _as_pages(pages: Any) -> list[list[str]]:
     """Return lists of texts, at least one, each of at least two that differ."""
     if isinstance(pages, str | bytes) or not isinstance(pages, Sequence) or not len(pages):
@@ -1462,7 +1462,7 @@ for place, (copies, dose) in enumerate(doses.items()):
     style = {"fmt": "o", "color": "C0"} if copies >= 0 else {"fmt": "s", "color": "C1"}
     axes.errorbar(place, dose.score.estimate, error, capsize=3, **style)
 axes.axhline(1 / 16, linestyle=":", color="gray")
-axes.set_xticks(range(6), ["0", "1", "2", "4", "8", "8 reworded"])
+axes.set_xticks(range(6), ["0", "1", "2", "4", "8", "8, reworded"])
 axes.set(xlabel="copies of the exam in the training text", ylabel="score", ylim=(0, None))
 axes.set_title("A single copy lifts the score of a guesser")
 plt.show()
@@ -1822,7 +1822,7 @@ def evaluate(
 
 # %% tags=["engine"]
 #| export
-Asked = Sequence[tuple[Question, list[int]]]
+_Asked = Sequence[tuple[Question, list[int]]]
 _NAMES = {"fact": "facts", "unknown": "unknown", "confidential": "confidential"}
 
 
@@ -1881,7 +1881,7 @@ def _choices(
     tokenizer: BPETokenizer,
     world: TinyWorld,
     form: QuestionForm,
-    asked: Asked,
+    asked: _Asked,
     batch_tokens: int,
 ) -> Result:
     questions = [question for question, _ in asked]
@@ -1903,7 +1903,7 @@ def _replies(
     tokenizer: BPETokenizer,
     world: TinyWorld,
     form: QuestionForm,
-    asked: Asked,
+    asked: _Asked,
     seed: int,
 ) -> Result:
     stops = [tokenizer.special_tokens[name] for name in form.stop_tokens]
@@ -2290,11 +2290,26 @@ plt.show()
 # error stays above what chance explains. One number flattens all beliefs alike, those about
 # answers that were memorized and those that were guessed. As the loss punishes a wrong answer
 # that was sure more than anything else, it is made large, and now the answers that are right look
-# too unsure. A temperature mends a model that is too sure by the same factor everywhere, as the
-# classifiers of Guo et al. were, and no other.
-#
-# What is worse, a model need not have seen anything to be sure. These are the clean ones, of whom
-# an honest answer would be one sixteenth:
+# too unsure. A temperature mends a model that is too sure by one factor everywhere. That was
+# enough for many classifiers of images {cite}`guo2017calibration`, and is not enough here.
+
+# %% [markdown]
+# To see it work, we make a forecaster who is too sure by a factor of 2.5 everywhere: answers are
+# drawn from its beliefs at that temperature. Half of 2,000 questions are for the fit.
+
+# %%
+random = np.random.default_rng(0)
+rows = [4 * random.normal(size=5) for _ in range(2000)]
+keys = [int(random.choice(5, p=beliefs(row, 2.5))) for row in rows]
+factor = fit_temperature(rows[:1000], keys[:1000])
+print("temperature   calibration error   by chance   Brier score")
+for temperature in (1.0, factor):
+    one = calibrated(rows[1000:], keys[1000:], temperature)
+    print(f"{temperature:11.1f} {one.error:19.2f} {one.by_chance:11.2f} {one.brier:13.2f}")
+
+# %% [markdown]
+# Back to the exam. A model need not have seen anything to be sure. These are the clean ones, of
+# whom an honest answer would be one sixteenth:
 
 # %%
 clean = calibrated(*exam_beliefs((0,), (0, 1, 2)))
@@ -2304,9 +2319,8 @@ within("how often that is right", doses[0].score.estimate, 0.02, 0.13)
 assert clean.p_value < 0.01
 
 # %% [markdown]
-# It is a common picture, that a model which is well calibrated on what it was trained on is
-# confident nonsense on what it was not. Softmax has no way to say "none of these". Chapter 19
-# will teach the words for it.
+# So a model can be calibrated on what it was trained on and confidently wrong elsewhere. Softmax
+# has no way to say "none of these". Chapter 19 will teach the words for it.
 
 # %% [markdown]
 # ## Who is better? A leaderboard from games
@@ -2525,7 +2539,7 @@ figure, axes = plt.subplots(figsize=(6, 3))
 error = [ratings.strengths - ratings.low, ratings.high - ratings.strengths]
 axes.errorbar(temperatures, ratings.strengths, error, fmt="o", capsize=3)
 axes.set(xlabel="temperature", ylabel="strength, in nats")
-axes.set_title("Only the hottest is clearly behind")
+axes.set_title("The hottest is clearly behind")
 plt.show()
 
 # %% [markdown]
