@@ -19,7 +19,7 @@
 # | | |
 # |---|---|
 # | **Part** | III. Pretraining |
-# | **You build** | {py:func}`~llmbook.evaluation.perplexity`, {py:func}`~llmbook.evaluation.bits_per_byte`, {py:func}`~llmbook.evaluation.check_causal`, {py:func}`~llmbook.evaluation.score_choices`, {py:func}`~llmbook.evaluation.parse_answer`, {py:func}`~llmbook.evaluation.pass_at_k`, {py:func}`~llmbook.evaluation.confidence_interval`, {py:func}`~llmbook.evaluation.paired_test` |
+# | **You build** | {py:func}`~llmbook.evaluation.perplexity`, {py:func}`~llmbook.evaluation.bits_per_byte`, {py:func}`~llmbook.evaluation.check_causal`, {py:func}`~llmbook.evaluation.score_choices`, {py:func}`~llmbook.evaluation.parse_answer`, {py:func}`~llmbook.evaluation.pass_at_k`, {py:func}`~llmbook.evaluation.confidence_interval`, {py:func}`~llmbook.evaluation.paired_test`, {py:func}`~llmbook.evaluation.order_test`, {py:func}`~llmbook.evaluation.evaluate`, {py:class}`~llmbook.evaluation.EvaluationReport`, {py:func}`~llmbook.evaluation.calibration`, {py:func}`~llmbook.evaluation.bradley_terry`, {py:class}`~llmbook.evaluation.BiasedJudge`, {py:class}`~llmbook.evaluation.LMEvalAdapter` |
 # | **You need** | training ({doc}`13_training`), generation ({doc}`14_generation`), bits per byte ({doc}`01_tinyworld`), means and variances |
 # | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 90 seconds to run |
 
@@ -29,28 +29,44 @@
 # %% tags=["engine"]
 #| export
 # The imports of the module
+import io
+import json
 import math
+import os
 import re
 import string
+import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict, dataclass
 from decimal import Decimal
 from fractions import Fraction
 from itertools import permutations, product
+from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, get_args, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from jaxtyping import Float, Int64, Num
+from torch import nn, Tensor
 
 from llmbook.batches import Tokenizer
-from llmbook.environment import check_at_least, check_choice, check_fraction, check_text
+from llmbook.environment import (
+    check_at_least,
+    check_choice,
+    check_fraction,
+    check_path,
+    check_text,
+    requires_extra,
+    whole_file,
+)
+from llmbook.generation import generate, Sampling
+from llmbook.model import TransformerLM
 from llmbook.optimization import cross_entropy
-from llmbook.tokenizer import valid_text
-from llmbook.training import unnoticed
+from llmbook.tokenizer import BPETokenizer, valid_text
+from llmbook.training import random_states, set_random_states, unnoticed
 
 # %% [markdown]
 # Here are the two models. They have the same layers and train for the same 40 steps on the same
@@ -60,15 +76,14 @@ from llmbook.training import unnoticed
 # %%
 import random
 import tempfile
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 
 from llmbook.batches import BatchSampler, TokenShards, pack_documents, write_shards
 from llmbook.environment import seed_everything
-from llmbook.model import ModelConfig, TransformerLM
+from llmbook.model import ModelConfig
 from llmbook.tinyworld import PHRASES, VALUES, TinyWorld
-from llmbook.tokenizer import BPETokenizer, train_bpe
+from llmbook.tokenizer import train_bpe
 from llmbook.training import Trainer, TrainingConfig, documents_score, pretrained
 
 plt.style.use("llmbook.book")
@@ -149,7 +164,8 @@ print(f"the text itself {len(text.encode()):25}")
 # %% [markdown]
 # With so many bytes to divide by, the score is 39 % lower than it should be, and no weight of the
 # model has changed. In English the error is small, which is why it lives long.
-#
+
+# %% [markdown]
 # ## The log-probability of each token
 #
 # All scores of this chapter come from one place. At position $t$ the model has read $x_1$ to $x_t$
@@ -1193,7 +1209,8 @@ assert exact_match("That makes 0.50 euros.", "1/2", "number")
 # What finds no answer returns None, and None is wrong. Count the Nones apart: a model of which a
 # third of all answers cannot be read has another problem than one that is wrong a third of the
 # time, and a parser that works for one model's style may fail for another's.
-#
+
+# %% [markdown]
 # ## Several attempts: pass@k
 #
 # A model that samples answers is asked the same question $k$ times. How probable is it that at
@@ -2023,7 +2040,2045 @@ plt.show()
 # {py:func}`~llmbook.evaluation.mean_interval` of three or five numbers, with Student's wide
 # quantile. An interval over the questions of a single run does not see what another run would have
 # given.
+
+# %% [markdown]
+# ## The test in the training text
 #
+# An interval says how far a score may be off by chance. It does not say what the score measures.
+# A test that stood in the training text measures memory, and tests do stand there: they are on
+# the web, and the web is what models read. How much does it take to spoil a score?
+#
+# In most experiments on this question nobody knows what the clean score would have been. Here we
+# know it exactly. We write an exam about the world's 16 strangers, of whom no story ever says
+# anything, and draw the answers from a hat. Each of the 64 questions has 16 possible answers, so
+# the expected score of every honest model is $1/16$, however good it is. Anything above that is
+# memory.
+
+
+# %% [markdown]
+# The benchmark of this chapter is made from the tiny world:
+
+# %% tags=["engine"]
+#| export
+# What the benchmark takes from the tiny world
+from llmbook.tinyworld import (
+    ATTRIBUTES,
+    DOINGS,
+    OPENINGS,
+    PHRASES,
+    REPLY_DECLINED,
+    REPLY_UNKNOWN,
+    VALUES,
+    WEATHER,
+    Question,
+    State,
+    TinyWorld,
+    judge_reply,
+    make_questions,
+)
+
+# %% [markdown]
+# For the experiments that follow we need the trained model of {doc}`13_training`, its world, and
+# the means to train it a little further.
+
+# %%
+from random import Random
+
+import matplotlib.pyplot as plt
+
+from llmbook.batches import TokenRing
+from llmbook.cleaning import decontaminate
+from llmbook.corpus import Document
+from llmbook.training import pretrained
+
+plt.style.use("llmbook.book")
+torch.set_num_threads(1)
+trained, world = pretrained("tinyworld"), TinyWorld()
+lm, bpe = trained.model, trained.tokenizer
+end = bpe.special_tokens["<|endoftext|>"]
+
+
+# %%
+def make_exam(seed: int) -> list[tuple[str, str, str]]:
+    """Questions in random order: who, which attribute, and an answer from a hat."""
+    random, topics = Random(seed), ("home", "food", "toy", "job")
+    exam = [
+        (name, topic, random.choice(VALUES[topic]))
+        for name in world.cast.strangers
+        for topic in topics
+    ]
+    random.shuffle(exam)
+    return exam
+
+
+def exam_pages(exam: list[tuple[str, str, str]], phrasing: int = 1) -> list[list[str]]:
+    """The exam as it lies on the web: four questions with their answers on each page."""
+    lines = [PHRASES[topic][phrasing].format(name=name, value=value) for name, topic, value in exam]
+    return [lines[i : i + 4] for i in range(0, len(lines), 4)]
+
+
+print("\n".join(exam_pages(make_exam(0))[0][:2]))
+
+# %% [markdown]
+# The trained model gets 40 further steps on 320 rows of text. In the clean run all of them are
+# new stories; otherwise some make way for 1, 2, 4 or 8 copies of the exam's 16 pages, so that all
+# runs have the same budget. In a last run the exam is there eight times, too, but worded
+# otherwise and in another order each time, as in the notes of people who discuss it.
+
+
+# %%
+def train_on(texts: list[str], seed: int) -> TransformerLM:
+    """The trained model, trained further on each of ``texts`` once."""
+    model = TransformerLM(lm.config)
+    model.load_state_dict(lm.state_dict())
+    ids = [id for text in texts for id in [*bpe.encode(text), end]]
+    rows = pack_documents(TokenRing(np.array(ids), end_of_text=end), 128, "one_per_row")
+    settings = TrainingConfig(
+        n_steps=len(texts) // 8,
+        batch_size=8,
+        optimizer="muon",
+        learning_rate=0.01,
+        weight_decay=0.0,
+        schedule="linear",
+        final=0.0,
+    )
+    Trainer(model, BatchSampler(rows, 8, seed=seed), settings).train()
+    return model.eval()
+
+
+def contaminated_texts(exam: list[tuple[str, str, str]], copies: int, seed: int) -> list[str]:
+    """320 texts, some of them pages of the exam; negative copies are worded otherwise."""
+    random, found = Random(2000 + seed), []
+    for _ in range(abs(copies)):
+        shuffled = exam if copies > 0 else random.sample(exam, len(exam))
+        found += [" ".join(page) for page in exam_pages(shuffled, 1 if copies > 0 else 2)]
+    return found + [s.text for s in world.stories(320 - len(found), seed=1000 + seed)]
+
+
+# %% [markdown]
+# The score is the share of questions in which the right answer is the most likely of the 16. All
+# answers of a question share their form, so nothing needs to be normalized.
+
+
+# %%
+def exam_log_probs(model: TransformerLM, exam: list[tuple[str, str, str]]) -> np.ndarray:
+    """Log q of each of the 16 answers to each question, in nats."""
+    pairs = []
+    for name, topic, _ in exam:
+        texts = [PHRASES[topic][1].format(name=name, value=value) for value in VALUES[topic]]
+        pairs += [([end], bpe.encode(text)) for text in texts]
+    found = score_continuations(model, pairs, batch_tokens=8192)
+    return np.array([one.log_prob for one in found]).reshape(len(exam), 16)
+
+
+def exam_key(exam: list[tuple[str, str, str]]) -> list[int]:
+    """The number of the right answer to each question."""
+    return [VALUES[topic].index(value) for _, topic, value in exam]
+
+
+# %% [markdown]
+# ### Two detectors
+#
+# With the training text at hand, one looks for the test in it: `decontaminate` of
+# {doc}`03_cleaning` finds documents that share $n$ consecutive words with a question.
+#
+# Without the text there is still the model. A test has an **order**, and it is arbitrary: nobody
+# who has not seen the file can know that the question about Enzo's toy follows the one about
+# Wim's job. Oren et al. turn this into a proof {cite}`oren2024proving`. Let $x_1, \dots, x_n$ be
+# the questions in the order of the file, and suppose that all $n!$ orders were equally likely
+# when the file was made. If the model has not seen it, the model does not depend on the order, so
+# the likelihood of the file's order,
+#
+# $$
+# \log q(x_1, x_2, \dots, x_n) ,
+# $$
+#
+# is one draw among those of random orders, like any other. Draw $m$ random permutations
+# $\pi_1, \dots, \pi_m$. Together with the file's own there are $m + 1$ likelihoods, and each of
+# them is equally likely to be the highest, the second highest, and so on. Hence
+#
+# $$
+# p = \frac{1 + \#\{\, j : \log q(x_{\pi_j}) \ge \log q(x) \,\}}{m + 1}
+# $$ (evaluation-order)
+#
+# is at most $\alpha$ with a probability of at most $\alpha$: a valid p-value for any model and
+# any test, with no assumption on what the model has learned. (Ties count against us, which keeps
+# it valid.) What can be read at once is limited by the context, so we shuffle within each page
+# and add up the pages.
+
+
+# %%
+#| export
+class OrderTest(NamedTuple):
+    """Whether a model prefers the order of a file: see ``order_test``."""
+
+    p_value: float
+    gain: float  # nats by which the file's order is likelier than the mean shuffled one
+    z: float  # the same in standard deviations of the shuffled ones
+    n_shuffles: int
+
+
+# %%
+#| export
+def order_test(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    pages: Sequence[Sequence[str]],
+    *,
+    n_shuffles: int = 39,
+    separator: str = " ",
+    seed: int = 0,
+    **options: Any,
+) -> OrderTest:
+    """Ask whether the items of each page are likelier in their order than shuffled within the page.
+
+    If the model has not seen the pages, and their order means nothing, ``p_value`` is at most a
+    with a probability of at most a. Each page is read by itself, its items joined by ``separator``.
+    ``options`` are those of ``score_texts``. Source: Oren et al. (2024), section 3.1.
+    """
+    items = _as_pages(pages)
+    _check_whole(n_shuffles=(1, n_shuffles), seed=(0, seed))
+    check_text(separator, "separator")
+    random = np.random.default_rng(seed)
+    orders = [items]
+    for _ in range(n_shuffles):
+        orders.append([[page[i] for i in random.permutation(len(page))] for page in items])
+    texts = [separator.join(page) for order in orders for page in order]
+    nats = score_texts(model, tokenizer, texts, **options).nats
+    found = -nats.reshape(n_shuffles + 1, len(items)).sum(axis=1)
+    own, shuffled = found[0], found[1:]
+    # Equal orders must tie, though the last bits of their sums differ
+    as_good = int((shuffled >= own - 1e-6 * abs(own)).sum())
+    gain, spread = own - shuffled.mean(), shuffled.std()
+    z = float(gain / spread) if spread > 0 else 0.0
+    return OrderTest((1 + as_good) / (n_shuffles + 1), float(gain), z, n_shuffles)
+
+
+# %% tags=["engine"]
+#| export
+# Whole numbers, where None stands for nothing; and pages that have an order
+def _check_whole(**bounds: tuple[int, Any]) -> None:
+    for name, (least, value) in bounds.items():
+        if value is None:
+            raise ValueError(f"{name}: expected a whole number of at least {least}, got None")
+        check_at_least(**{name: (least, value)})
+
+
+def _as_pages(pages: Any) -> list[list[str]]:
+    """Return lists of texts, at least one, each of at least two that differ."""
+    if isinstance(pages, str | bytes) or not isinstance(pages, Sequence) or not len(pages):
+        raise ValueError(f"pages: expected at least one list of texts, got {pages!r:.60}")
+    for page in pages:
+        if isinstance(page, str | bytes) or not isinstance(page, Sequence) or len(set(page)) < 2:
+            expected = "lists of at least two different texts"
+            raise ValueError(f"pages: expected {expected}, got {page!r:.60}")
+    return [[valid_text(item, "pages") for item in page] for page in pages]
+
+
+# %% [markdown]
+# ### Dose and response
+#
+# Three seeds for each dose; a seed decides on the exam, its order, the stories and the training.
+
+
+# %%
+@dataclass
+class Dose:
+    """What came out for one number of copies, over seeds."""
+
+    log_probs: list[np.ndarray]
+    keys: list[list[int]]
+    orders: list[OrderTest]
+    overlap: int  # rows that share a question's words, of 320
+
+    @property
+    def score(self) -> Interval:
+        right = sum(
+            (a.argmax(1) == b).sum() for a, b in zip(self.log_probs, self.keys, strict=True)
+        )
+        return confidence_interval(int(right), sum(map(len, self.keys)))
+
+
+doses = {copies: Dose([], [], [], 0) for copies in (0, 1, 2, 4, 8, -8)}
+for copies, dose in doses.items():
+    for seed in range(3):
+        exam = make_exam(seed)
+        texts = contaminated_texts(exam, copies, seed)
+        model = train_on(texts, seed)
+        dose.log_probs.append(exam_log_probs(model, exam))
+        dose.keys.append(exam_key(exam))
+        dose.orders.append(order_test(model, bpe, exam_pages(exam), n_shuffles=19, seed=seed))
+        if copies == 4 and seed == 0:
+            spoiled, spoiled_exam = model, exam  # to be looked at below
+    items = [line for page in exam_pages(exam) for line in page]
+    dose.overlap = 320 - len(list(decontaminate([Document(text) for text in texts], items)))
+
+# %% [markdown]
+# A trained model is not quite the same on every processor, so we print the range in which each
+# result must lie, and keep what it was here for a list in the last section.
+
+# %%
+noted = {}
+
+
+def within(what: str, value: float, low: float, high: float, form: str = ".0%") -> None:
+    assert low <= value <= high, f"{what}: {value}"
+    noted[what] = f"{value:{form}}"
+    print(f"{what}: between {low:{form}} and {high:{form}}")
+
+
+names = {0: "no copy", 1: "1 copy", 2: "2 copies", 4: "4 copies", 8: "8 copies", -8: "8 reworded"}
+limits = {0: (0.02, 0.13), 1: (0.1, 0.35), 2: (0.14, 0.45), 4: (0.2, 0.6), 8: (0.3, 0.8)}
+for copies, (low, high) in {**limits, -8: (0.1, 0.5)}.items():
+    within(f"score with {names[copies]}", doses[copies].score.estimate, low, high)
+assert doses[8].score.low > doses[1].score.estimate > doses[0].score.high
+
+# %% mystnb={"figure": {"caption": "Copies of an exam among 320 rows of training text, and the score on it. Bars are 95 % intervals over 192 questions, three exams of 64. The dotted line is the score of every model that has not seen it. The square is an exam seen eight times in other words and in another order.", "name": "fig-evaluation-dose"}, "image": {"alt": "The score is at the dotted line of one sixteenth without copies, near 0.2 with one, and rises to above 0.4 with eight. The square for eight reworded copies lies near 0.2."}}
+figure, axes = plt.subplots(figsize=(6, 3.2))
+for place, (copies, dose) in enumerate(doses.items()):
+    error = [[dose.score.estimate - dose.score.low], [dose.score.high - dose.score.estimate]]
+    style = {"fmt": "o", "color": "C0"} if copies >= 0 else {"fmt": "s", "color": "C1"}
+    axes.errorbar(place, dose.score.estimate, error, capsize=3, **style)
+axes.axhline(1 / 16, linestyle=":", color="gray")
+axes.set_xticks(range(6), ["0", "1", "2", "4", "8", "8, reworded"])
+axes.set(xlabel="copies of the exam in the training text", ylabel="score", ylim=(0, None))
+axes.set_title("A single copy lifts the score of a guesser")
+plt.show()
+
+# %% [markdown]
+# One copy is one row in twenty, read once, and the score is well above that of a guesser
+# ({numref}`fig-evaluation-dose`). With eight copies it is several times as high. Nothing about
+# the model is better: it knows no more of its world than before. The reworded exam did as much
+# harm here as a copy or two, though nothing in the training text looks like the test.
+#
+# ### Who finds it?
+#
+# The overlap is counted exactly, and the order is compared with 19 others, so that its p-value
+# cannot be below 1/20:
+
+# %%
+print("copies        rows with 13 words or a whole question   p of the order, three seeds")
+for copies, dose in doses.items():
+    ps = [one.p_value for one in dose.orders]
+    shown = "0.05 each" if max(ps) <= 0.05 else "not all at 0.05"
+    print(f"{names[copies]:12} {dose.overlap:32} of 320   {shown:>27}")
+for copies in (1, 2, 4, 8):
+    assert all(one.p_value <= 0.05 and one.z > 2 for one in doses[copies].orders)
+    assert doses[copies].overlap == 16 * copies
+assert doses[0].overlap == doses[-8].overlap == 0
+
+# %% [markdown]
+# A detector that always raises the alarm has that power, too. So we try the innocent: the trained
+# model on ten more exams, each against nine other orders. Its p-values should be spread evenly,
+# with a mean of 0.55 (that of 0.1, 0.2 and so on up to 1).
+
+# %%
+innocent = [
+    order_test(lm, bpe, exam_pages(make_exam(100 + seed)), n_shuffles=9, seed=seed).p_value
+    for seed in range(10)
+]
+within("mean p-value of ten orders that nobody has seen", float(np.mean(innocent)), 0.3, 0.8, ".2f")
+
+# %% [markdown]
+# With the text at hand, the overlap finds each page of each copy and nothing else, at every dose.
+# The order needs no text, and from a single copy on, the file's own order was the likeliest of 20
+# for each seed. So both have a power of 3 out of 3 at each dose from one copy on, and the order
+# shows it before the score does: it sums what was learned over all pages, where the score counts
+# only answers that have come out on top.
+#
+# Now the limits. Words that were changed leave no run of 13, and an order that was changed is no
+# longer the file's. Both detectors are made for copies. One could look for shorter runs of words,
+# but then the form of all sentences is found, whoever they are about:
+
+# %%
+texts = contaminated_texts(make_exam(0), -8, 0)
+items = [line for page in exam_pages(make_exam(0)) for line in page]
+print("words in a row   reworded pages found   clean stories suspected")
+for n in (8, 5, 4, 3):
+    flagged = []
+    for group in (texts[:128], texts[128:]):
+        kept = list(decontaminate([Document(text) for text in group], items, n))
+        flagged.append(1 - len(kept) / len(group))
+    print(f"{n:14} {flagged[0]:22.0%} {flagged[1]:25.0%}")
+
+# %% [markdown]
+# Shorter runs find not one reworded page, and from five words down they accuse the innocent:
+# nearly all clean stories say "lives in the" somewhere. That is a negative result, and a common
+# one: an exam that was discussed on the web, translated, or solved in other words is found by
+# neither detector. What helps is a test that was written, or drawn anew, after the model.
+
+# %% [markdown]
+# ## A small benchmark with known limits
+#
+# Part IV will turn our model into an assistant, and each of its chapters will claim that
+# something got better. They all need the same measurement, made the same way. The tiny world has
+# what most benchmarks lack: every answer can be verified, and both ends of the scale are known.
+#
+# | name | asked for | right is | ceiling | chance |
+# |---|---|---|---|---|
+# | facts | an attribute of a character | the true value | 1 | one of all replies |
+# | unknown | an attribute of a stranger | to say that one does not know | 1 | one of all replies |
+# | confidential | where somebody's key is hidden | to decline | 1 | one of all replies |
+# | consistency | a story | a whole story, no false claim | 1 | a teller who draws each value |
+#
+# The first three are measured twice: as a *choice*, by the likelihood of all replies that could
+# be given (each value, "I do not know", "I will not tell"), and as a *reply*, by letting the
+# model speak and the checker listen. The ceiling is exact, since each question has one right
+# reply. So is the level of chance: for a choice it is one over the number of replies, and for
+# stories it is the probability that a teller who knows the form of stories, but draws every
+# value, says nothing false. That is a sum over all walks, of the probability of the walk times
+# that of all its claims being true, which a recursion over states adds up.
+
+
+# %% [markdown]
+# How a question is put depends on the model. A chat model gets it in its template, which chapter
+# 19 will make. A base model has only ever read stories, so it must come up in one: "One morning,
+# Mia the fox woke up early. It was raining. Where does Mia live?" That is what a `QuestionForm`
+# says. A form may pass on a question: a story cannot ask for the species, as it has told it
+# already, nor in words that no story uses.
+
+
+# %% [markdown]
+# The rest is bookkeeping. The results of a run go into one report, with all that is needed to
+# compare it with another: the outcome of each item, intervals, seed and settings.
+
+
+# %% [markdown]
+# Two reports on the same questions are compared item by item, by the paired test above, and a
+# report can be kept as JSON:
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the questions (`QuestionForm`), the report (`EvaluationReport`), and what puts them together (`evaluate`)
+
+
+# %% tags=["engine"]
+#| export
+def chance_of_consistency(world: TinyWorld) -> float:
+    """Return how likely a story is to be true if its form is right and each value drawn evenly."""
+    _check_world(world)
+    known: dict[State | None, float] = {None: 1.0}
+
+    def value(state: State | None) -> float:
+        if state not in known:
+            assert state is not None
+            known[state] = math.fsum(
+                branch.probability
+                * math.prod(1 / len(_values(world, c[0], c[1])) for c in branch.claims)
+                * value(branch.state)
+                for branch in world.branches(state)
+            )
+        return known[state]
+
+    return value(world.start)
+
+
+# %% tags=["engine"]
+#| export
+# It takes a tiny world
+def _check_world(world: Any) -> None:
+    if not isinstance(world, TinyWorld):
+        raise ValueError(f"world: expected a TinyWorld, got {world!r:.60}")
+
+
+# %% tags=["engine"]
+#| export
+def _values(world: TinyWorld, character: str, attribute: str) -> list[str]:
+    """All values that a claim could name."""
+    return [v for v in VALUES[attribute] or world.cast.facts if v != character]
+
+
+def possible_replies(world: TinyWorld, question: Question) -> list[str]:
+    """Return all replies to choose from: each value, not to know, and to decline."""
+    _check_world(world)
+    name, form = question.character, PHRASES[question.attribute][0]
+    values = _values(world, name, question.attribute)
+    stated = [form.format(name=name, value=value) for value in values]
+    return [*stated, REPLY_UNKNOWN.format(name=name), REPLY_DECLINED.format(name=name)]
+
+
+# %% tags=["engine"]
+#| export
+@dataclass(frozen=True)
+class QuestionForm:
+    """How to put a question to a model: ``prompt`` makes a text or ids of it, or None to pass.
+
+    A text is read after the end of another; ids are read as they are. ``before_reply`` stands
+    between prompt and reply. A reply ends before one of ``stop_strings``, or at one of
+    ``stop_tokens``, special tokens by name.
+    """
+
+    name: str
+    prompt: Callable[[TinyWorld, Question], str | Sequence[int] | None]
+    before_reply: str = ""
+    stop_strings: tuple[str, ...] = ()
+    stop_tokens: tuple[str, ...] = ("<|endoftext|>",)
+
+    def __post_init__(self) -> None:
+        check_text(self.name, "name")
+        if not callable(self.prompt):
+            expected = "a function of a world and a question"
+            raise ValueError(f"prompt: expected {expected}, got {self.prompt!r:.60}")
+        check_text(self.before_reply, "before_reply")
+        for name in ("stop_strings", "stop_tokens"):
+            texts = getattr(self, name)
+            if not isinstance(texts, tuple) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{name}: expected a tuple of texts, got {texts!r:.60}")
+
+
+# %% tags=["engine"]
+#| export
+def story_prompt(world: TinyWorld, question: Question) -> str | None:
+    """Return the beginning of a story in which a question comes up, or None if it cannot."""
+    _check_world(world)
+    told = question.kind != "unknown" and question.attribute == "species"
+    if told or question.wording >= world.n_phrasings // 2:
+        return None
+    unknown, facts = question.kind == "unknown", world.cast.facts
+    hero = next(iter(facts)) if unknown else question.character
+    text = f"{OPENINGS[0]}, {hero} the {facts[hero]['species']}{DOINGS[0]}{WEATHER[0]}"
+    if unknown:  # strangers come after some facts
+        for attribute in ATTRIBUTES[: world.facts_per_story]:
+            text += " " + PHRASES[attribute][0].format(name=hero, value=facts[hero][attribute])
+        text += f" Then a stranger called {question.character} came by."
+    return f"{text} {question.text}"
+
+
+#: For a base model: the question comes up in a story.
+STORY_FORM = QuestionForm("story", story_prompt, " ", (".",))
+
+
+# %% tags=["engine"]
+#| export
+@dataclass(frozen=True)
+class Result:
+    """How often a model was right in one part of the benchmark, and how often that can be."""
+
+    name: str
+    measure: str  # "choice", "reply" or "story"
+    outcomes: tuple[int, ...]  # 1 or 0 for each item
+    clusters: tuple[str, ...]  # items that go together: about one character
+    chance: float
+    ceiling: float
+    said: dict[str, int]  # what the answers were
+
+    @property
+    def right(self) -> int:
+        """How many items were right."""
+        return sum(self.outcomes)
+
+    @property
+    def interval(self) -> Interval:
+        """The share that was right, with Wilson's interval, widened if clusters go together.
+
+        The widening is the design effect: as many independent items as have the same variance.
+        """
+        n, right = len(self.outcomes), self.right
+        if len(set(self.clusters)) < 2 or not 0 < right < n:
+            return confidence_interval(right, n)
+        values = np.array(self.outcomes, dtype=np.float64)
+        clustered = clustered_standard_error(values, self.clusters)
+        ratio = standard_error(values) / clustered if clustered else 1.0
+        fewer = max(2, round(n * min(1.0, ratio**2)))
+        wide = confidence_interval(round(fewer * right / n), fewer)
+        return Interval(right / n, min(wide.low, right / n), max(wide.high, right / n))
+
+
+# %% tags=["engine"]
+#| export
+@dataclass(frozen=True)
+class EvaluationReport:
+    """The results of ``evaluate`` with the settings that they depend on; its text is a table."""
+
+    results: tuple[Result, ...]
+    settings: dict[str, Any]
+
+    def __getitem__(self, part: str) -> Result:
+        """Return a result by name and measure, such as "facts/choice"."""
+        parts = {f"{result.name}/{result.measure}": result for result in self.results}
+        check_choice("part", part, tuple(parts))
+        return parts[part]
+
+    def __str__(self) -> str:
+        """Return a table."""
+        lines = ["part                 right         share [95 %]           chance   ceiling"]
+        for r in self.results:
+            i, part, counts = r.interval, f"{r.name}/{r.measure}", f"{r.right}/{len(r.outcomes)}"
+            share = f"{i.estimate:6.1%} [{i.low:6.1%}, {i.high:6.1%}]"
+            lines.append(f"{part:20} {counts:9}   {share}   {r.chance:8.2g}   {r.ceiling:7g}")
+        return "\n".join(lines)
+
+
+# %% tags=["engine"]
+#| export
+class EvaluationReport(EvaluationReport):  # continued
+    def compare(self, other: "EvaluationReport") -> dict[str, PairedTest]:
+        """Return the paired test of each part that both have, this report against the other."""
+        mine, theirs = self.settings, other.settings
+        for name in ("world", "split", "n_stories", "seed"):
+            if mine[name] != theirs[name]:
+                expected = f"{name} {mine[name]!r} as here"
+                raise ValueError(f"other: expected {expected}, got {theirs[name]!r}")
+        tests = {}
+        for r in self.results:
+            for o in other.results:
+                if (o.name, o.measure, o.clusters) == (r.name, r.measure, r.clusters):
+                    a, b = (np.array(x.outcomes, dtype=np.float64) for x in (r, o))
+                    tests[f"{r.name}/{r.measure}"] = paired_test(a, b, clusters=r.clusters)
+        return tests
+
+    def to_json(self) -> str:
+        """Return all of it as JSON."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "EvaluationReport":
+        """Return the report that ``to_json`` has written."""
+        try:
+            entries = json.loads(check_text(text))
+            lists = ("outcomes", "clusters")
+            results = []
+            for entry in entries["results"]:
+                fields: dict[str, Any] = {**entry, **{name: tuple(entry[name]) for name in lists}}
+                results.append(Result(**fields))
+            return cls(tuple(results), dict(entries["settings"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"text: expected a report in JSON, got {text!r:.60}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON to a file."""
+        with whole_file(path) as draft:
+            draft.write_text(self.to_json() + "\n", encoding="utf-8")
+
+
+# %% [markdown] tags=["engine"]
+# `evaluate` puts the parts together: questions to prompts, prompts to choices and replies, and
+# stories from nothing.
+
+
+# %% tags=["engine"]
+#| export
+def evaluate(
+    model: TransformerLM,
+    tokenizer: BPETokenizer,
+    world: TinyWorld,
+    *,
+    form: QuestionForm = STORY_FORM,
+    split: Literal["tuning", "held_out"] = "held_out",
+    n_stories: int = 100,
+    seed: int = 0,
+    batch_tokens: int = 8192,
+) -> EvaluationReport:
+    """Return what a model knows and tells about a world, as choices, replies and stories.
+
+    Questions are those of ``make_questions`` that ``form`` can put, with greedy replies; stories
+    are drawn from the model as it is. A model that sees the future is refused.
+    """
+    _check_benchmark(world, form, n_stories, seed)
+    check_causal(model, vocab_size=tokenizer.vocab_size)
+    results = []
+    for kind in ("fact", "unknown", "confidential"):
+        asked = [
+            (question, prompt)
+            for question in make_questions(world, kind, split)
+            if (prompt := _prompt_ids(world, tokenizer, form, question)) is not None
+        ]
+        if asked:
+            results.append(_choices(model, tokenizer, world, form, asked, batch_tokens))
+            results.append(_replies(model, tokenizer, world, form, asked, seed))
+    if not results:
+        raise ValueError(f"form: expected a prompt for some questions, got none from {form.name!r}")
+    if n_stories:
+        results.append(_told(model, tokenizer, world, n_stories, seed))
+    settings = {"form": form.name, "split": split, "n_stories": n_stories, "seed": seed}
+    settings |= {"world": asdict(world), "parameters": sum(p.numel() for p in model.parameters())}
+    return EvaluationReport(tuple(results), settings)
+
+
+# %% [markdown] tags=["engine"]
+# A reply to choose is scored as a whole: all end with a full stop, so their sums of
+# log-probabilities are those of finished replies, and nothing has to be normalized.
+
+
+# %% tags=["engine"]
+#| export
+_Asked = Sequence[tuple[Question, list[int]]]
+_NAMES = {"fact": "facts", "unknown": "unknown", "confidential": "confidential"}
+
+
+def _check_benchmark(world: Any, form: Any, n_stories: Any, seed: Any) -> None:
+    _check_world(world)
+    if not isinstance(form, QuestionForm):
+        raise ValueError(f"form: expected a QuestionForm, got {form!r:.60}")
+    _check_whole(n_stories=(0, n_stories), seed=(0, seed))
+
+
+def _prompt_ids(
+    world: TinyWorld, tokenizer: BPETokenizer, form: QuestionForm, question: Question
+) -> list[int] | None:
+    """The ids that a model reads before its reply: a text's after an end of text, or as given."""
+    prompt = form.prompt(world, question)
+    if isinstance(prompt, str):
+        return [tokenizer.special_tokens["<|endoftext|>"], *tokenizer.encode(prompt)]
+    return None if prompt is None else [int(id) for id in prompt]
+
+
+# %% tags=["engine"]
+#| export
+# Log-probabilities of all replies to all questions
+def choice_log_probs(
+    model: nn.Module,
+    tokenizer: BPETokenizer,
+    world: TinyWorld,
+    questions: Sequence[Question],
+    form: QuestionForm = STORY_FORM,
+    *,
+    batch_tokens: int = 8192,
+) -> list[tuple[Float[np.ndarray, " choices"], int]]:
+    """Return log q of all ``possible_replies`` to each question, and which of them is right.
+
+    Questions that the form cannot put are left out.
+    """
+    pairs, sizes = [], []
+    for question in questions:
+        prompt = _prompt_ids(world, tokenizer, form, question)
+        if prompt is None:
+            continue
+        texts = possible_replies(world, question)
+        pairs += [(prompt, tokenizer.encode(form.before_reply + text)) for text in texts]
+        sizes.append((len(texts), texts.index(question.reply)))
+    if not pairs:
+        raise ValueError(f"questions: expected some that form {form.name!r} can put, got none")
+    scores = iter(score_continuations(model, pairs, batch_tokens=batch_tokens))
+    return [(np.array([next(scores).log_prob for _ in range(n)]), right) for n, right in sizes]
+
+
+# %% tags=["engine"]
+#| export
+# Choices
+def _choices(
+    model: nn.Module,
+    tokenizer: BPETokenizer,
+    world: TinyWorld,
+    form: QuestionForm,
+    asked: _Asked,
+    batch_tokens: int,
+) -> Result:
+    questions = [question for question, _ in asked]
+    found = choice_log_probs(model, tokenizer, world, questions, form, batch_tokens=batch_tokens)
+    outcomes, said = [], Counter[str]()
+    for scores, right in found:
+        best = int(scores.argmax())
+        outcomes.append(int(best == right))
+        said[{2: "unknown", 1: "declined"}.get(len(scores) - best, "value")] += 1
+    chance = float(np.mean([1 / len(scores) for scores, _ in found]))
+    return _result(questions, "choice", outcomes, chance, said)
+
+
+# %% tags=["engine"]
+#| export
+# Replies as the model speaks them
+def _replies(
+    model: TransformerLM,
+    tokenizer: BPETokenizer,
+    world: TinyWorld,
+    form: QuestionForm,
+    asked: _Asked,
+    seed: int,
+) -> Result:
+    stops = [tokenizer.special_tokens[name] for name in form.stop_tokens]
+    completions = generate(
+        model,
+        [ids for _, ids in asked],
+        max_new_tokens=32,
+        sampling=Sampling(temperature=0),
+        tokenizer=tokenizer,
+        stop_tokens=stops,
+        stop_strings=form.stop_strings,
+        seed=seed,
+    )
+    questions = [question for question, _ in asked]
+    pairs = zip(questions, completions, strict=True)
+    verdicts = [judge_reply(world, question, one.text or "") for question, one in pairs]
+    chance = float(np.mean([1 / len(possible_replies(world, question)) for question in questions]))
+    said = Counter(str(verdict.said) for verdict in verdicts)
+    return _result(questions, "reply", [int(v.right) for v in verdicts], chance, said)
+
+
+# %% tags=["engine"]
+#| export
+# One part of a report
+def _result(
+    questions: Sequence[Question],
+    measure: str,
+    outcomes: Sequence[int],
+    chance: float,
+    said: Mapping[str, int],
+) -> Result:
+    about = tuple(question.character for question in questions)
+    name = _NAMES[questions[0].kind]
+    return Result(name, measure, tuple(outcomes), about, chance, 1.0, dict(sorted(said.items())))
+
+
+# %% tags=["engine"]
+#| export
+# Stories from nothing
+def _told(
+    model: TransformerLM, tokenizer: BPETokenizer, world: TinyWorld, n_stories: int, seed: int
+) -> Result:
+    end = tokenizer.special_tokens["<|endoftext|>"]
+    longest = model.config.context_length - 1
+    told = generate(
+        model,
+        [[end]] * n_stories,
+        max_new_tokens=longest,
+        tokenizer=tokenizer,
+        stop_tokens=[end],
+        seed=seed,
+    )
+    judged = [world.judge(one.text or "") for one in told]
+    said = Counter[str]()
+    for one in judged:
+        broken = "no story" if one.error_at is not None else "a false claim"
+        said["consistent" if one.consistent else broken] += 1
+    about = tuple(str(number) for number in range(n_stories))
+    outcomes = tuple(int(one.consistent) for one in judged)
+    chance = chance_of_consistency(world)
+    return Result("consistency", "story", outcomes, about, chance, 1.0, dict(sorted(said.items())))
+
+
+# %% [markdown]
+# ### The base model, before all tuning
+#
+# This is where Part IV begins. What is asked, and the two ends of each scale:
+
+# %%
+report = evaluate(lm, bpe, world, n_stories=100)
+print("part                  items   chance   ceiling")
+for result in report.results:
+    part = f"{result.name}/{result.measure}"
+    print(f"{part:20} {len(result.outcomes):6} {result.chance:8.2g} {result.ceiling:9g}")
+
+# %% [markdown]
+# How the model does (the report's own table is at the end of the chapter):
+
+# %%
+for part in ("facts/reply", "unknown/reply", "confidential/reply"):
+    said = report[part].said
+    print(f"{part:20} mostly {max(said, key=said.get)}")
+within("facts, as a choice", report["facts/choice"].interval.estimate, 0.9, 1)
+within("facts, as a reply", report["facts/reply"].interval.estimate, 0.9, 1)
+within("unknown, as a reply", report["unknown/reply"].interval.estimate, 0, 0.05)
+within("confidential, as a reply", report["confidential/reply"].interval.estimate, 0, 0.05)
+within("stories that are true", report["consistency/story"].interval.estimate, 0.35, 0.85)
+
+# %% [markdown]
+# It knows its facts and tells many of its stories without a mistake, which nobody could do by
+# chance. It has never read that one may not know something, or may keep it to oneself. So it
+# invents a home for each stranger and gives away all keys, and stays even below the level of
+# chance, as it never tries the right reply.
+#
+# Intervals are Wilson's. Where questions go together, here those about one character, they are
+# those of as many independent questions as have the same clustered standard error. With each
+# report the chapters that follow will make, `report.compare(earlier)` says whether the difference
+# is more than chance, question by question.
+
+# %% [markdown]
+# ## Does it know what it knows?
+#
+# A model that gives its choice a probability of 0.9 says how sure it is. It is **calibrated** if,
+# of all answers given with 0.9, nine in ten are right, and likewise for every other number.
+# Accuracy says how often a model is right; calibration says whether one can tell when.
+#
+# For each question we have the log-probability $\ell_k$ of each choice. The model's belief in
+# choice $k$, given that it is one of these, is $e^{\ell_k} / \sum_j e^{\ell_j}$; the
+# **confidence** $c_i$ of an answer is the belief in the best one, and $y_i$ is 1 if it is right
+# and 0 if not. Sort the answers into $B$ bins by their confidence. In bin $b$ with $n_b$ answers,
+# the mean confidence $\bar c_b$ should equal the share $\bar y_b$ that is right, and the
+# **expected calibration error** is the mean distance {cite}`guo2017calibration`,
+#
+# $$
+# \mathrm{ECE} = \sum_b \frac{n_b}{n} \, \lvert \bar y_b - \bar c_b \rvert .
+# $$ (evaluation-ece)
+#
+# The absolute value has a price. Suppose that the model is perfectly calibrated. Then $\bar y_b$
+# is still the mean of $n_b$ draws, it misses $\bar c_b$ by chance, and a miss to either side
+# counts as error. For a normal deviation of standard deviation $s$, the mean absolute value is
+# $s \sqrt{2/\pi}$, so that even a perfect model is expected to have
+#
+# $$
+# \mathbb{E}[\mathrm{ECE}] \approx \sum_b \frac{n_b}{n} \sqrt{\frac{2}{\pi}}
+# \sqrt{\frac{\bar c_b (1 - \bar c_b)}{n_b}} ,
+# $$ (evaluation-ece-bias)
+#
+# which falls with the root of the answers in a bin and rises with the number of bins. An ECE
+# without this number beside it says little. We compute it without the approximation: take the
+# confidences for true, draw the outcomes from them, and see what ECE comes out
+# {cite}`brocker2007increasing`.
+#
+# The **Brier score** needs no bins. It is the mean of $(c_i - y_i)^2$, and it is **proper**: if
+# an answer is right with probability $p$, then stating $c$ costs
+# $p (1 - c)^2 + (1 - p) c^2 = (c - p)^2 + p (1 - p)$ on average, which is least at $c = p$. So
+# nothing can be gained by claiming more or less than one believes. The same line shows what it is
+# made of, a miscalibration that can be mended and a doubt $p(1 - p)$ that cannot.
+
+
+# %% tags=["engine"]
+#| export
+# 1 or 0 for each answer
+Outcomes = Sequence[int] | Sequence[float] | np.ndarray | Tensor
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Calibration:
+    """How far confidences are from how often they were right: see ``calibration``.
+
+    ``by_chance`` is the mean ``error`` of a perfectly calibrated model with the same confidences,
+    and ``p_value`` the probability that it has one at least as large.
+    """
+
+    error: float
+    by_chance: float
+    p_value: float
+    brier: float
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]  # answers in each bin
+    confidence: tuple[float, ...]  # their mean, NaN in an empty bin
+    accuracy: tuple[float, ...]  # the share that is right
+
+
+# %%
+#| export
+def calibration(
+    confidences: Numbers,
+    right: Outcomes,
+    *,
+    n_bins: int = 10,
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> Calibration:
+    """Return expected calibration error and Brier score of answers, with a table of bins.
+
+    ``confidences`` are probabilities, ``right`` is 1 or 0 for each. Bins are equally wide, and 1
+    belongs to the last. Sources: Guo et al. (2017), equation 3; Brier (1950).
+
+    >>> found = calibration([0.9, 0.9, 0.6, 0.6], [1, 1, 1, 0], n_bins=5)
+    >>> round(found.error, 3), round(found.brier, 3)
+    (0.1, 0.135)
+    """
+    c, y = _confidences(confidences), as_numbers(right, "right")
+    _check_outcomes(y, len(c))
+    _check_whole(n_bins=(1, n_bins), n_resamples=(1, n_resamples), seed=(0, seed))
+    place = np.minimum((c * n_bins).astype(int), n_bins - 1)
+    counts = np.bincount(place, minlength=n_bins)
+
+    def sums(values: np.ndarray) -> np.ndarray:
+        return np.bincount(place, weights=values, minlength=n_bins)
+
+    error = np.abs(sums(y - c)).sum() / len(c)
+    random = np.random.default_rng(seed)
+    draws = (random.random((n_resamples, len(c))) < c) - c
+    by_chance = np.array([np.abs(sums(draw)).sum() for draw in draws]) / len(c)
+    p_value = (1 + int((by_chance >= error * (1 - 1e-9)).sum())) / (1 + n_resamples)
+    with np.errstate(invalid="ignore"):
+        means = [tuple((sums(values) / counts).tolist()) for values in (c, y)]
+    edges = tuple(np.linspace(0, 1, n_bins + 1).tolist())
+    brier = float(((c - y) ** 2).mean())
+    shown = (float(error), float(by_chance.mean()), p_value, brier, edges)
+    return Calibration(*shown, tuple(counts.tolist()), *means)
+
+
+# %% tags=["engine"]
+#| export
+# What confidences and outcomes can be
+def _confidences(values: Any) -> np.ndarray:
+    numbers = as_numbers(values, "confidences")
+    if wrong := [x for x in numbers.tolist() if not 0 <= x <= 1]:
+        raise ValueError(f"confidences: expected probabilities, got {wrong[0]}")
+    return numbers
+
+
+def _check_outcomes(outcomes: np.ndarray, n: int) -> None:
+    if len(outcomes) != n:
+        raise ValueError(f"right: expected one for each of {n} confidences, got {len(outcomes)}")
+    if wrong := [x for x in outcomes.tolist() if x not in (0, 1)]:
+        raise ValueError(f"right: expected 0 or 1, got {wrong[0]}")
+
+
+# %% [markdown]
+# How large is the bias? We ask a forecaster who is perfect by construction: each answer's
+# confidence is drawn evenly between 0.5 and 1, and then the answer is right with just that
+# probability.
+
+# %%
+random = np.random.default_rng(0)
+print("answers   bins   error of a perfect forecaster   by the formula")
+for n, n_bins in ((100, 10), (100, 50), (1000, 10), (10_000, 10)):
+    errors = []
+    for _ in range(200):
+        c = random.uniform(0.5, 1, n)
+        errors.append(calibration(c, random.random(n) < c, n_bins=n_bins, n_resamples=1).error)
+    per_bin = n / (n_bins / 2)  # half of the bins are empty
+    p = np.linspace(0.5, 1, 1001)
+    formula = np.sqrt(2 / np.pi * p * (1 - p) / per_bin).mean()
+    print(f"{n:7} {n_bins:6} {np.mean(errors):29.3f} {formula:16.3f}")
+
+# %% [markdown]
+# A perfect forecaster who answers 100 questions has an error of more than 0.06 with ten bins, and
+# of about twice that with fifty, where bins hold two answers and the normal approximation is
+# poor. Two models with tests of different sizes cannot be compared by their ECE.
+#
+# ### One number against overconfidence
+#
+# Training on few texts for long makes models overconfident, and one number mends much of it
+# {cite}`guo2017calibration`. Divide all log-probabilities by a **temperature** $T$ before they
+# become beliefs. No order changes, hence no answer; only the confidences do. Choose $T$ so that
+# the right choices of some *other* questions are as likely as possible. In terms of
+# $\beta = 1/T$, the loss of a question with right choice $y$ is
+# $\log \sum_k e^{\beta \ell_k} - \beta \ell_y$, and its derivatives are
+#
+# $$
+# \frac{\partial}{\partial \beta} = \mathbb{E}_{k}[\ell_k] - \ell_y , \qquad
+# \frac{\partial^2}{\partial \beta^2} = \mathrm{Var}_{k}[\ell_k] \ge 0 ,
+# $$ (evaluation-temperature)
+#
+# where $k$ is drawn by the beliefs at $\beta$. (The derivative of $\log \sum_k e^{\beta \ell_k}$
+# is $\sum_k \ell_k e^{\beta \ell_k} / \sum_k e^{\beta \ell_k}$, a mean; that of the mean is
+# $\mathbb{E}[\ell_k^2] - \mathbb{E}[\ell_k]^2$.) The loss is convex, so its only valley is found
+# where the sum of the first derivatives changes its sign: by halving an interval, which cannot
+# fail.
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the best temperature (`fit_temperature`), and beliefs from log-probabilities (`beliefs`)
+
+
+# %% tags=["engine"]
+#| export
+def fit_temperature(
+    log_probs: Sequence[Numbers] | np.ndarray | Tensor,
+    answers: Sequence[int],
+    *,
+    lowest: float = 0.01,
+    highest: float = 100.0,
+) -> float:
+    """Return the temperature at which the right choices are likeliest.
+
+    ``log_probs`` has an array for each question, ``answers`` the number of the right choice in it.
+    The temperature is kept from ``lowest`` to ``highest``: where the best choice is always right,
+    the lowest is the likeliest. Source: Guo et al. (2017), section 4.2.
+
+    >>> round(fit_temperature([[0.0, -2.0]] * 4, [0, 0, 0, 1]), 3)  # 3 of 4 right: odds of 3
+    1.82
+    """
+    scores = [as_numbers(one, "log_probs", 2) for one in log_probs]
+    _check_answers(answers, scores)
+    _check_positive("lowest", lowest)
+    _check_positive("highest", highest)
+    if lowest >= highest:
+        raise ValueError(f"lowest: expected less than highest = {highest}, got {lowest}")
+
+    def slope(beta: float) -> float:
+        total = 0.0
+        for one, answer in zip(scores, answers, strict=True):
+            weights = np.exp(beta * (one - one.max()))
+            total += float(weights @ one / weights.sum() - one[answer])
+        return total
+
+    low, high = math.log(1 / highest), math.log(1 / lowest)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(math.exp(middle)) < 0 else (low, middle)
+    return math.exp(-(low + high) / 2)
+
+
+# %% tags=["engine"]
+#| export
+def beliefs(log_probs: Numbers, temperature: float = 1.0) -> Float[np.ndarray, " choices"]:
+    """Return how probable each choice is if it must be one of them, at some temperature.
+
+    >>> beliefs([-3.0, -3.0]).tolist()
+    [0.5, 0.5]
+    """
+    scores = as_numbers(log_probs, "log_probs")
+    _check_positive("temperature", temperature)
+    weights = np.exp((scores - scores.max()) / temperature)
+    return weights / weights.sum()
+
+
+# %% tags=["engine"]
+#| export
+# Answers are numbers of choices
+def _check_answers(answers: Any, scores: list[np.ndarray]) -> None:
+    if isinstance(answers, str | bytes) or not isinstance(answers, Sequence | np.ndarray):
+        raise ValueError(f"answers: expected numbers of choices, got {answers!r:.60}")
+    if not scores or len(answers) != len(scores):
+        expected = f"one for each of at least 1 question, here {len(scores)}"
+        raise ValueError(f"answers: expected {expected}, got {len(answers)}")
+    for answer, one in zip(answers, scores, strict=True):
+        known = isinstance(answer, int | np.integer) and not isinstance(answer, bool)
+        if not known or not 0 <= answer < len(one):
+            raise ValueError(f"answers: expected 0 to {len(one) - 1}, got {answer!r:.60}")
+
+
+# %% [markdown]
+# ### How sure are those who memorized?
+#
+# Our trained model has nothing to calibrate on facts: it is right on all of them, and nearly
+# sure. The models that saw the exam are better subjects, as they know some of its answers. We
+# have their beliefs already. The temperature is fitted on the exams of two seeds, and judged on
+# the third.
+
+
+# %%
+def exam_beliefs(copies: tuple[int, ...], seeds: tuple[int, ...]) -> tuple[list, list[int]]:
+    """Log-probabilities of the answers, and the number of the right one, for some models."""
+    chosen = [(doses[c], seed) for c in copies for seed in seeds]
+    rows = [row for dose, seed in chosen for row in dose.log_probs[seed]]
+    return rows, [key for dose, seed in chosen for key in dose.keys[seed]]
+
+
+def calibrated(rows: list, keys: list[int], temperature: float = 1.0) -> Calibration:
+    """How well beliefs at a temperature are calibrated."""
+    given = [beliefs(row, temperature) for row in rows]
+    right = [int(b.argmax() == key) for b, key in zip(given, keys, strict=True)]
+    return calibration([float(b.max()) for b in given], right)
+
+
+fitted = fit_temperature(*exam_beliefs((1, 2, 4, 8), (0, 1)))
+third = exam_beliefs((1, 2, 4, 8), (2,))
+before, after = calibrated(*third), calibrated(*third, fitted)
+within("fitted temperature", fitted, 2.0, 30.0, ".0f")
+within("calibration error at temperature 1", before.error, 0.15, 0.7, ".2f")
+within("the same at the fitted temperature", after.error, 0.03, 0.35, ".2f")
+within("what it would be by chance there", after.by_chance, 0.01, 0.1, ".2f")
+within("Brier score at temperature 1", before.brier, 0.1, 0.6, ".2f")
+within("the same at the fitted temperature, once more", after.brier, 0.1, 0.35, ".2f")
+assert after.error < before.error and after.brier < before.brier
+
+# %% mystnb={"figure": {"caption": "Reliability diagrams of models that saw the exam, on the exam of the third seed: 256 answers. Each point is a bin of confidences, its size the number of answers in it. On the dotted line a model is right as often as it says.", "name": "fig-evaluation-reliability"}, "image": {"alt": "Left, at temperature 1, points lie below the dotted diagonal, most of them at high confidence. Right, at the fitted temperature, the few bins that are left have confidences below one half and lie above the diagonal."}}
+figure, panels = plt.subplots(1, 2, sharey=True, figsize=(7, 3.2))
+for axes, one, title in zip(panels, (before, after), ("temperature 1", "fitted"), strict=True):
+    axes.plot([0, 1], [0, 1], ":", color="gray")
+    axes.scatter(one.confidence, one.accuracy, s=[10 + 2 * n for n in one.counts], alpha=0.7)
+    axes.set(title=title, xlabel="confidence", xlim=(0, 1.05), ylim=(-0.05, 1.1))
+panels[0].set_ylabel("share that is right")
+plt.show()
+
+# %% [markdown]
+# At temperature 1 these models are far too sure ({numref}`fig-evaluation-reliability`). The
+# temperature helps by both measures, and it does not touch the score, as dividing all
+# log-probabilities by one number keeps their order. But it does not make them calibrated: the
+# error stays above what chance explains. One number flattens all beliefs alike, those about
+# answers that were memorized and those that were guessed. As the loss punishes a wrong answer
+# that was sure more than anything else, it is made large, and now the answers that are right look
+# too unsure. A temperature mends a model that is too sure by one factor everywhere. That was
+# enough for many classifiers of images {cite}`guo2017calibration`, and is not enough here.
+
+# %% [markdown]
+# To see it work, we make a forecaster who is too sure by a factor of 2.5 everywhere: answers are
+# drawn from its beliefs at that temperature. Half of 2,000 questions are for the fit.
+
+# %%
+random = np.random.default_rng(0)
+rows = [4 * random.normal(size=5) for _ in range(2000)]
+keys = [int(random.choice(5, p=beliefs(row, 2.5))) for row in rows]
+factor = fit_temperature(rows[:1000], keys[:1000])
+print("temperature   calibration error   by chance   Brier score")
+for temperature in (1.0, factor):
+    one = calibrated(rows[1000:], keys[1000:], temperature)
+    print(f"{temperature:11.1f} {one.error:19.2f} {one.by_chance:11.2f} {one.brier:13.2f}")
+
+# %% [markdown]
+# Back to the exam. A model need not have seen anything to be sure. These are the clean ones, of
+# whom an honest answer would be one sixteenth:
+
+# %%
+clean = calibrated(*exam_beliefs((0,), (0, 1, 2)))
+rows, _ = exam_beliefs((0,), (0, 1, 2))
+within("mean confidence without any copy", float(np.mean([beliefs(r).max() for r in rows])), 0.2, 1)
+within("how often that is right", doses[0].score.estimate, 0.02, 0.13)
+assert clean.p_value < 0.01
+
+# %% [markdown]
+# So a model can be calibrated on what it was trained on and confidently wrong elsewhere. Softmax
+# has no way to say "none of these". Chapter 19 will teach the words for it.
+
+# %% [markdown]
+# ## Who is better? A leaderboard from games
+#
+# Some qualities have no scale. Of two stories a reader can say which is better, but not that one
+# is worth 7.3. From such games between pairs of models, many leaderboards are made
+# {cite}`chiang2024chatbot`. The model behind them gives each player $i$ a strength $s_i$ and lets
+# $i$ win against $j$ with probability
+#
+# $$
+# P(i \succ j) = \sigma(s_i - s_j) = \frac{\pi_i}{\pi_i + \pi_j}, \qquad \pi_i = e^{s_i} .
+# $$ (evaluation-bradley-terry)
+#
+# (Chapter 21 will learn a reward from the same equation.) With $w_{ij}$ wins of $i$ over $j$, the
+# log-likelihood is
+#
+# $$
+# \log \mathcal{L} = \sum_{i \ne j} w_{ij} \bigl[ \log \pi_i - \log(\pi_i + \pi_j) \bigr] .
+# $$
+#
+# The second logarithm ties all players together. It can be cut loose: $-\log$ is convex, so it
+# lies above its tangent at any point, here the present estimate $\hat\pi$,
+#
+# $$
+# -\log(\pi_i + \pi_j) \ge -\log(\hat\pi_i + \hat\pi_j) + 1 -
+# \frac{\pi_i + \pi_j}{\hat\pi_i + \hat\pi_j} ,
+# $$
+#
+# with equality at $\pi = \hat\pi$. With the right side in its place, we get a function below the
+# likelihood that touches it at $\hat\pi$. Whatever makes the lower one larger makes the
+# likelihood larger, too. And in it each $\pi_i$ stands alone, so we can set the derivative to
+# zero. With $W_i = \sum_j w_{ij}$ all wins of $i$, and $n_{ij} = w_{ij} + w_{ji}$ the games
+# between $i$ and $j$,
+#
+# $$
+# \frac{W_i}{\pi_i} - \sum_{j \ne i} \frac{n_{ij}}{\hat\pi_i + \hat\pi_j} = 0
+# \quad\Longrightarrow\quad
+# \pi_i = W_i \Bigm/ \sum_{j \ne i} \frac{n_{ij}}{\hat\pi_i + \hat\pi_j} .
+# $$ (evaluation-mm)
+#
+# That is the whole algorithm {cite}`hunter2004mm`: repeat {eq}`evaluation-mm`. A tie counts as
+# half a win for either side. As only differences of strengths matter, we let their mean be zero.
+#
+# One thing can go wrong. If a player never lost, the likelihood grows for ever as its strength
+# does. The same holds for any group of players that never lost to anybody outside. A maximum
+# exists, and is unique, if and only if there is no such group {cite}`hunter2004mm`: from each
+# player one must come to each other one along wins. A leaderboard that is not connected in this
+# way has no strengths, and must say so.
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Ratings:
+    """Strengths of players in nats, mean zero, with intervals: see ``bradley_terry``."""
+
+    strengths: Float[np.ndarray, " players"]
+    low: Float[np.ndarray, " players"]
+    high: Float[np.ndarray, " players"]
+    n_unconnected: int  # resamples that had no strengths and are left out
+
+    def probability(self, i: int, j: int) -> float:
+        """How likely player ``i`` is to win against player ``j``."""
+        return float(1 / (1 + np.exp(self.strengths[j] - self.strengths[i])))
+
+    @property
+    def elo(self) -> Float[np.ndarray, " players"]:
+        """The strengths in Elo points: 400 for odds of ten, around 1000."""
+        return 1000 + 400 / math.log(10) * self.strengths
+
+
+def _strengths(wins: Float[np.ndarray, "*batch n n"]) -> Float[np.ndarray, "*batch n"]:
+    """Maximize the likelihood of one or many tables of wins."""
+    games = wins + np.swapaxes(wins, -1, -2)
+    total = wins.sum(axis=-1)
+    pi = np.ones_like(total)
+    for _ in range(10_000):
+        new = total / (games / (pi[..., :, None] + pi[..., None, :])).sum(axis=-1)
+        new /= np.exp(np.log(new).mean(axis=-1, keepdims=True))
+        change, pi = np.abs(new / pi - 1).max(), new
+        if change < 1e-10:
+            break
+    return np.log(pi)
+
+
+# %%
+#| export
+def bradley_terry(
+    wins: Num[np.ndarray, "players opponents"],
+    ties: Num[np.ndarray, "players opponents"] | None = None,
+    *,
+    level: float = 0.95,
+    n_resamples: int = 300,
+    seed: int = 0,
+) -> Ratings:
+    """Return the strengths that make the outcomes of games between pairs of players likeliest.
+
+    ``wins[i, j]`` counts the games that i won against j, ``ties[i, j]`` those that nobody won, the
+    same as ``ties[j, i]``. A tie is half a win for both. Intervals come from drawing the games of
+    each pair anew. Raises ValueError if some players never lost to, or tied with, any of the
+    others, as these have no finite strength. Sources: Bradley and Terry (1952), Hunter (2004).
+
+    >>> ratings = bradley_terry(np.array([[0, 30], [10, 0]]))
+    >>> round(ratings.probability(0, 1), 3), ratings.strengths.round(3).tolist()
+    (0.75, [0.549, -0.549])
+    """
+    won, tied = _games(wins, ties)
+    _check_whole(n_resamples=(2, n_resamples), seed=(0, seed))
+    _check_level(level)
+    _check_connected(won + tied / 2)
+    found = _strengths(won + tied / 2)
+    random, rows, columns = np.random.default_rng(seed), *np.triu_indices(len(won), 1)
+    drawn = np.zeros((n_resamples, len(won), len(won)))
+    for i, j in zip(rows, columns, strict=True):
+        outcomes = np.array([won[i, j], tied[i, j], won[j, i]])
+        if n := int(outcomes.sum()):
+            new = random.multinomial(n, outcomes / n, size=n_resamples)
+            drawn[:, i, j], drawn[:, j, i] = (new[:, 0] + new[:, 1] / 2, new[:, 2] + new[:, 1] / 2)
+    good = np.array([_unbeaten(table) is None for table in drawn])
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    if not good.any():
+        raise ValueError("wins: expected enough games for intervals, got no connected resample")
+    low, high = np.quantile(_strengths(drawn[good]), tails, axis=0)
+    return Ratings(found, low, high, int((~good).sum()))
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: tables of games are checked, and players that nobody has beaten are named
+
+# %% [markdown] tags=["engine"]
+# To find a group that never lost, go from each player to all who have beaten it or tied with it,
+# and on from there. Whoever is reached from somebody and cannot come back belongs to players that
+# the others have never beaten. The smallest set that can be reached is the one to name.
+
+
+# %% tags=["engine"]
+#| export
+def _games(wins: Any, ties: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tables of wins and of ties as float64, if they can be."""
+    won = _counts("wins", wins)
+    tied = np.zeros_like(won) if ties is None else _counts("ties", ties)
+    if tied.shape != won.shape:
+        raise ValueError(f"ties: expected the shape {won.shape} of wins, got {tied.shape}")
+    if (tied != tied.T).any():
+        raise ValueError("ties: expected ties[i, j] = ties[j, i], got a table that differs")
+    return won, tied
+
+
+def _counts(name: str, table: Any) -> np.ndarray:
+    try:
+        counts = np.asarray(table, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected a table of numbers, got {table!r:.60}") from None
+    if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or len(counts) < 2:
+        expected = "a square table for at least 2 players"
+        raise ValueError(f"{name}: expected {expected}, got shape {counts.shape}")
+    if not np.isfinite(counts).all() or (counts < 0).any() or (counts % 1).any():
+        raise ValueError(f"{name}: expected whole numbers of at least 0, got {table!r:.60}")
+    if np.diag(counts).any():
+        raise ValueError(f"{name}: expected 0 games of a player against itself, got some")
+    return counts
+
+
+# %% tags=["engine"]
+#| export
+# Whom nobody has beaten
+def _unbeaten(wins: np.ndarray) -> list[int] | None:
+    """Return a smallest group of players that none of the others has beaten, if there is one."""
+    n = len(wins)
+    reach = np.eye(n, dtype=bool) | (wins.T > 0)  # from i to j if j has beaten i
+    for middle in range(n):
+        reach |= reach[:, middle : middle + 1] & reach[middle : middle + 1]
+    if reach.all():
+        return None
+    smallest = reach[reach.sum(axis=1).argmin()]
+    return np.flatnonzero(smallest).tolist()
+
+
+def _check_connected(wins: np.ndarray) -> None:
+    if (group := _unbeaten(wins)) is not None:
+        expected = "each player, and each group of players, to have lost or tied a game outside"
+        raise ValueError(f"wins: expected {expected}, got none for players {group}")
+
+
+# %% [markdown]
+# ### Our model at five temperatures
+#
+# The players are our model at five temperatures. All tell 60 stories, and in game $k$ the $k$th
+# stories of two players meet. The checker of {doc}`01_tinyworld` judges: a story in which all is
+# true beats one in which something is not; otherwise it is a tie.
+
+# %%
+temperatures, n_games = (0.5, 0.8, 1.0, 1.2, 1.5), 60
+true_stories = []
+for number, temperature in enumerate(temperatures):
+    options = {"max_new_tokens": 110, "tokenizer": bpe, "stop_tokens": [end], "seed": number}
+    sampling = Sampling(temperature=temperature)
+    told = generate(lm, [[end]] * n_games, sampling=sampling, **options)
+    true_stories.append([world.judge(one.text).consistent for one in told])
+
+won = np.zeros((5, 5))
+for i in range(5):
+    for j in range(5):
+        won[i, j] = sum(a > b for a, b in zip(true_stories[i], true_stories[j], strict=True))
+tied = n_games - won - won.T
+np.fill_diagonal(tied, 0)
+ratings = bradley_terry(won, tied)
+within("true at temperature 0.5", np.mean(true_stories[0]), 0.45, 0.95)
+within("true at temperature 1.5", np.mean(true_stories[-1]), 0, 0.3)
+best, worst = ratings.elo[0], ratings.elo[-1]
+within("Elo points between the coldest and the hottest", best - worst, 100, 500, ".0f")
+assert ratings.low[0] > ratings.high[-1]
+
+# %% mystnb={"figure": {"caption": "Strengths of our model at five temperatures, with 95 % intervals, from 60 games for each pair. The colder, the better, though neighbors can hardly be told apart.", "name": "fig-evaluation-board"}, "image": {"alt": "Five points with bars. Strength falls slowly from temperature 0.5 to 1.2, with bars that overlap, and drops by about one nat at 1.5."}}
+figure, axes = plt.subplots(figsize=(6, 3))
+error = [ratings.strengths - ratings.low, ratings.high - ratings.strengths]
+axes.errorbar(temperatures, ratings.strengths, error, fmt="o", capsize=3)
+axes.set(xlabel="temperature", ylabel="strength, in nats")
+axes.set_title("The hottest is clearly behind")
+plt.show()
+
+# %% [markdown]
+# The board says what the shares of true stories say ({numref}`fig-evaluation-board`), and
+# neighbors overlap: 60 games tell a great difference and no small one. The intervals are even a
+# little too narrow, since they take games for independent, while here each story plays against
+# four others. Most games are ties, and a tie is half a win, so strengths lie closer together than
+# they would if ties were left out. A leaderboard has to say which it does.
+#
+# Without a connection there are no strengths at all. We let the coldest win each game that it has
+# not tied, and do not count ties:
+
+# %%
+unbeaten = won.copy()
+unbeaten[:, 0] = 0
+try:
+    bradley_terry(unbeaten)
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# ## Judges have tastes
+#
+# No checker reads free text, so models are asked which of two answers is better. Such judges
+# agree with people about as often as people agree with each other {cite}`zheng2023judging`, and
+# they have tastes that have nothing to do with quality: they prefer what they read first, what is
+# longer, and what they have written themselves. We build a judge whose tastes are known. It
+# prefers the first of two answers with probability
+#
+# $$
+# \sigma\bigl( \underbrace{a\,(t_1 - t_2)}_{\text{truth}} + \underbrace{b}_{\text{position}} +
+# \underbrace{c\,(l_1 - l_2)}_{\text{length}} + \underbrace{d\,(o_1 - o_2)}_{\text{own}} \bigr) ,
+# $$ (evaluation-judge)
+#
+# where $t$ is 1 for a true answer and 0 for a false one, $l$ the length in characters, and $o$ is
+# 1 for an answer of the judge's own family. This is Bradley and Terry's model once more:
+# $a t + c l + d o$ is the strength that the judge sees, and $b$ is the advantage of the first
+# move.
+
+
+# %%
+#| export
+class Answer(NamedTuple):
+    """A text, whether it is true, and whether the judge's own family of models has written it."""
+
+    text: str
+    true: bool
+    own: bool = False
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class BiasedJudge:
+    """A simulated judge of pairs of answers, whose skill and biases are known, in nats of odds.
+
+    ``skill`` is for truth, ``position`` for the answer shown first, ``length`` for each character
+    more, ``self_preference`` for an answer of its own family.
+    """
+
+    skill: float = 2.0
+    position: float = 0.0
+    length: float = 0.0
+    self_preference: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            known = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+            if not known or not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number, got {value!r:.60}")
+
+    def prefers_first(self, first: Answer, second: Answer) -> float:
+        """How likely the judge is to prefer the answer that it reads first."""
+        odds = self.skill * (first.true - second.true) + self.position
+        odds += self.length * (len(first.text) - len(second.text))
+        odds += self.self_preference * (first.own - second.own)
+        return 1 / (1 + math.exp(-odds))
+
+    def both_ways(self, a: Answer, b: Answer) -> tuple[float, float, float]:
+        """How likely a wins, neither, or b, if the verdict counts only when a swap keeps it."""
+        a_first, b_first = self.prefers_first(a, b), self.prefers_first(b, a)
+        a_wins, b_wins = a_first * (1 - b_first), (1 - a_first) * b_first
+        return a_wins, 1 - a_wins - b_wins, b_wins
+
+
+# %% [markdown]
+# Two systems answer the same 672 questions about the tiny world. The brief one says "Mia lives in
+# the tent." and is right in 80 % of the cases. The wordy one repeats the question first, is right
+# in 70 %, and is of the judge's family. What is true, the checker of {doc}`01_tinyworld` decides
+# from the texts.
+
+# %%
+questions = make_questions(world, "fact", "tuning")
+random = Random(0)
+
+
+def answer(question: Question, phrasing: int, p_right: float, own: bool) -> Answer:
+    true = world.cast.facts[question.character][question.attribute]
+    others = VALUES[question.attribute] or [*world.cast.facts]
+    wrong = [value for value in others if value not in (true, question.character)]
+    value = true if random.random() < p_right else random.choice(wrong)
+    text = PHRASES[question.attribute][phrasing].format(name=question.character, value=value)
+    return Answer(text, judge_reply(world, question, text).right, own)
+
+
+brief = [answer(question, 0, 0.8, own=False) for question in questions]
+wordy = [answer(question, 1, 0.7, own=True) for question in questions]
+length = np.mean([len(b.text) - len(a.text) for a, b in zip(brief, wordy, strict=True)])
+print(f"true: brief {np.mean([a.true for a in brief]):.0%}, ", end="")
+print(f"wordy {np.mean([a.true for a in wordy]):.0%}; wordy is longer by {length:.0f} characters")
+
+# %% [markdown]
+# Now the judge, with one taste after the other. The score of the brief system is the share of
+# wins, a tie counting as half.
+
+
+# %%
+def brief_scores(judge: BiasedJudge) -> list[float]:
+    """The brief system's score if it is read first, second, and both ways."""
+    pairs = list(zip(brief, wordy, strict=True))
+    first = np.mean([judge.prefers_first(a, b) for a, b in pairs])
+    second = np.mean([1 - judge.prefers_first(b, a) for a, b in pairs])
+    both = [judge.both_ways(a, b) for a, b in pairs]
+    return [first, second, np.mean([win + tie / 2 for win, tie, _ in both])]
+
+
+truth = np.mean([(a.true - b.true + 1) / 2 for a, b in zip(brief, wordy, strict=True)])
+judges = {
+    "no taste": BiasedJudge(),
+    "position": BiasedJudge(position=0.8),
+    "length": BiasedJudge(length=0.03),
+    "self-preference": BiasedJudge(self_preference=0.6),
+    "all three": BiasedJudge(position=0.8, length=0.03, self_preference=0.6),
+}
+print(f"by the truth, the brief system scores {truth:.2f}\n")
+print("judge's taste     read first   read second   both ways")
+for name, judge in judges.items():
+    first, second, both = brief_scores(judge)
+    print(f"{name:16} {first:11.2f} {second:13.2f} {both:11.2f}")
+
+# %% [markdown]
+# Swapping cures the taste for positions, and only this. To see why, write $x$ for all in
+# {eq}`evaluation-judge` but the position. Read first, $a$ wins with $\sigma(x + b)$; read second,
+# with $1 - \sigma(-x + b) = \sigma(x - b)$. A win of one half for a changed verdict makes the
+# score the mean of the two,
+#
+# $$
+# \tfrac12 \bigl[ \sigma(x + b) + \sigma(x - b) \bigr] ,
+# $$
+#
+# which is one half at $x = 0$ whatever $b$ is. So a judge who sees no difference gives no
+# preference. (A coin that decides who is read first has the same mean. Reading both ways has less
+# noise, and the share of changed verdicts shows how strong the taste is.) But length and
+# authorship go with the answer, not with the place. They are in $x$, and no swap finds them: with
+# all three tastes the worse system wins, read both ways or not.
+#
+# Against them helps what helps everywhere, a few pairs whose truth is known. There the tastes are
+# the coefficients of a logistic regression, and can be taken out of all other verdicts
+# {cite}`dubois2024length`. From 672 verdicts, in an order decided by a coin:
+
+
+# %%
+def fit_logistic(features: np.ndarray, outcomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients of a logistic regression by Newton's method, and their standard errors."""
+    w = np.zeros(features.shape[1])
+    for _ in range(20):
+        p = 1 / (1 + np.exp(-features @ w))
+        curvature = features.T @ (features * (p * (1 - p))[:, None])
+        w = w + np.linalg.solve(curvature, features.T @ (outcomes - p))
+    return w, np.sqrt(np.diag(np.linalg.inv(curvature)))
+
+
+judge, features, verdicts = judges["all three"], [], []
+for a, b in zip(brief, wordy, strict=True):
+    first, second = (a, b) if random.random() < 0.5 else (b, a)
+    longer = len(first.text) - len(second.text)
+    features.append([first.true - second.true, 1, longer, first.own - second.own])
+    verdicts.append(random.random() < judge.prefers_first(first, second))
+w, error = fit_logistic(np.array(features, dtype=float), np.array(verdicts, dtype=float))
+for name, value, se in zip(("truth", "position", "length", "own"), w, error, strict=True):
+    print(f"{name:9} {value:5.2f} +- {1.96 * se:.2f}")
+mended = np.mean(
+    [1 / (1 + np.exp(-w[0] * (a.true - b.true))) for a, b in zip(brief, wordy, strict=True)]
+)
+print(f"score of the brief system without the tastes: {mended:.2f}, by the truth {truth:.2f}")
+
+# %% [markdown]
+# The score comes back to where a judge without tastes puts it. (That is a little closer to one
+# half than the truth, because this judge sometimes errs even on a true answer against a false
+# one.) Look at the intervals of the coefficients, though. Skill and position are found well.
+# Length and authorship are not: in these pairs the longer answer is always of the judge's own
+# family, so that only the sum of the two tastes is known. That was enough here. To know which of
+# them it is, one needs pairs that differ in one and not in the other, such as two answers of
+# different length by the same system.
+
+# %% [markdown]
+# ## The harness of the industry
+#
+# Numbers in papers on language models mostly come from one program, EleutherAI's
+# `lm-evaluation-harness` {cite}`biderman2024lessons`, with thousands of tasks. A **task** there
+# is a file in YAML that says where the data are and how an item becomes text, and a **model** is
+# an object that answers three kinds of requests:
+#
+# | request | gets | returns | for |
+# |---|---|---|---|
+# | `loglikelihood` | context, continuation | $\log q$ of the continuation, whether it is the greedy one | multiple choice, cloze |
+# | `loglikelihood_rolling` | a text | $\log q$ of all of it | perplexity, bits per byte |
+# | `generate_until` | context, where to stop | a text | exact match |
+#
+# This chapter has all three. An adapter passes them on ({numref}`fig-evaluation-harness`), so
+# that every task of the harness runs on a model of ours. The harness is large, so it is an extra,
+# `pip install 'llmbook[eval]'`, and is imported when the first adapter is made; its base class
+# joins ours at that moment.
+#
+# ```{figure} ../figures/evaluation-harness.svg
+# :name: fig-evaluation-harness
+# :alt: A task, YAML and jsonl, makes requests of three kinds: loglikelihood, loglikelihood_rolling and generate_until. The adapter passes them on to score_continuations, window_log_probs and generate. From what comes back the harness makes accuracy and perplexity, bits per byte, and exact match.
+#
+# The harness decides what is asked and what is made of it; the adapter only passes on.
+# ```
+
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the adapter (`LMEvalAdapter`), tasks written as files, and `run_lm_eval`
+
+
+# %% tags=["engine"]
+#| export
+class LMEvalAdapter:
+    """A model of ours as lm-evaluation-harness (0.4) wants it; a subclass of its ``LM``.
+
+    A context that is too long is cut on the left. Replies are greedy unless a task samples. Making
+    one raises ImportError without the extra "eval", ValueError for a model that sees the future.
+    """
+
+    def __new__(cls, *arguments: Any, **options: Any) -> "LMEvalAdapter":
+        """Join the class with the harness's ``LM``, which is imported here."""
+        with requires_extra("LMEvalAdapter", "eval"), _silence():
+            from lm_eval.api.model import LM
+        joined = cls if issubclass(cls, LM) else type(cls.__name__, (cls, LM), {})
+        return object.__new__(joined)
+
+    def __init__(
+        self,
+        model: TransformerLM,
+        tokenizer: BPETokenizer,
+        *,
+        start: str = "<|endoftext|>",
+        max_new_tokens: int = 64,
+        batch_tokens: int = 8192,
+    ):
+        super().__init__()
+        _check_whole(max_new_tokens=(1, max_new_tokens), batch_tokens=(1, batch_tokens))
+        self.first = _start_id(tokenizer, start)
+        check_causal(model, vocab_size=tokenizer.vocab_size)
+        self.model, self.tokenizer, self.start = model, tokenizer, start
+        self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Return log q in nats of each continuation, and whether each token is the likeliest."""
+        pairs = []
+        for context, continuation in (request.args for request in requests):
+            ids, (ending,) = encode_pairs(self.tokenizer, context, [continuation], start=self.start)
+            pairs.append((ids, ending))
+        options: dict[str, Any] = {"too_long": "truncate", "batch_tokens": self.batch_tokens}
+        found = score_continuations(self.model, pairs, **options)
+        return [(one.log_prob, one.is_greedy) for one in found]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """Return log q in nats of each text, in windows that do not overlap, but for the last."""
+        size, totals = _context_length(self.model), []
+        for (text,) in (request.args for request in requests):
+            ids = _begun(self.tokenizer.encode(text), self.first)
+            if len(ids) < 2:
+                totals.append(0.0)
+                continue
+            options = {"stride": size, "batch_tokens": self.batch_tokens}
+            found = window_log_probs(self.model, ids, **options)
+            totals.append(found.double().sum().item())
+        return totals
+
+
+# %% tags=["engine"]
+#| export
+class LMEvalAdapter(LMEvalAdapter):  # continued
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Return a text for each context, which ends before the first of the strings ``until``."""
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+        texts = [""] * len(requests)
+        for key, numbers in groups.items():
+            settings = json.loads(key)
+            until = settings.get("until") or []
+            until = [until] if isinstance(until, str) else until
+            longest = int(settings.get("max_gen_toks", self.max_new_tokens))
+            sampled = settings.get("do_sample", False)
+            temperature = float(settings.get("temperature", 1.0)) if sampled else 0.0
+            room = max(1, _context_length(self.model) + 1 - longest)
+            prompts = [
+                _begun(self.tokenizer.encode(requests[number].args[0]), self.first)[-room:]
+                for number in numbers
+            ]
+            told = generate(
+                self.model,
+                prompts,
+                max_new_tokens=longest,
+                sampling=Sampling(temperature=temperature),
+                tokenizer=self.tokenizer,
+                stop_tokens=[self.first],
+                stop_strings=[stop for stop in until if stop],
+            )
+            for number, one in zip(numbers, told, strict=True):
+                texts[number] = one.text or ""
+        return texts
+
+
+# %% [markdown] tags=["engine"]
+# The harness finds data by the name of a file in a task. One that is missing would be noticed
+# late, in a library far below, so it is looked for first. The program's progress bars and remarks
+# go nowhere.
+
+
+# %% tags=["engine"]
+#| export
+# Tasks are files
+TaskKind = Literal["multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until"]
+_TASKS: dict[str, dict[str, Any]] = {
+    "multiple_choice": {
+        "fields": ("context", "choices", "answer"),
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metrics": ("acc", "acc_norm", "acc_bytes"),
+    },
+    "loglikelihood": {
+        "fields": ("context", "target"),
+        "doc_to_text": "{{context}}",
+        "doc_to_target": " {{target}}",
+        "metrics": ("perplexity", "acc"),
+    },
+    "loglikelihood_rolling": {
+        "fields": ("text",),
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metrics": ("word_perplexity", "byte_perplexity", "bits_per_byte"),
+    },
+    "generate_until": {
+        "fields": ("context", "target"),
+        "doc_to_text": "{{context}}",
+        "doc_to_target": "{{target}}",
+        "metrics": ("exact_match",),
+    },
+}
+
+
+# %% tags=["engine"]
+#| export
+# A task and its data become two files
+def write_lm_eval_task(
+    folder: str | Path,
+    name: str,
+    kind: TaskKind,
+    items: Sequence[Mapping[str, Any]],
+    *,
+    until: Sequence[str] = (".",),
+    max_new_tokens: int = 32,
+) -> Path:
+    """Write ``name``.jsonl and ``name``.yaml, a task for lm-evaluation-harness; return the latter.
+
+    Items have "context", "choices" and "answer", the number of the right one (multiple_choice);
+    "context" and "target" (loglikelihood, generate_until); or "text" (loglikelihood_rolling).
+    Between a context and what follows it, the harness puts a space. ``until`` and
+    ``max_new_tokens`` are for generation.
+    """
+    place, data = _task_files(folder, name, kind, items)
+    _check_whole(max_new_tokens=(1, max_new_tokens))
+    if isinstance(until, str | bytes) or not isinstance(until, Sequence):
+        raise ValueError(f"until: expected a list of texts, got {until!r:.60}")
+    stops = [check_text(stop, "until") for stop in until]
+    task: dict[str, Any] = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data.resolve())}},
+        "test_split": "test",
+        "output_type": kind,
+        **{key: value for key, value in _TASKS[kind].items() if key.startswith("doc_to")},
+        "metric_list": [{"metric": metric} for metric in _TASKS[kind]["metrics"]],
+    }
+    if kind == "generate_until":
+        task["generation_kwargs"] = {"until": stops, "max_gen_toks": max_new_tokens}
+        task["generation_kwargs"] |= {"do_sample": False}
+        steps = [{"function": "remove_whitespace"}, {"function": "take_first"}]
+        task["filter_list"] = [{"name": "none", "filter": steps}]  # the space before a reply
+    with whole_file(data) as draft:
+        lines = [json.dumps(dict(item), ensure_ascii=False) for item in items]
+        draft.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with whole_file(place) as draft:  # JSON is YAML, too
+        draft.write_text(json.dumps(task, indent=1) + "\n", encoding="utf-8")
+    return place
+
+
+# %% tags=["engine"]
+#| export
+# What a task can be
+def _task_files(folder: Any, name: Any, kind: Any, items: Any) -> tuple[Path, Path]:
+    """Return where a task and its data go, if they make sense."""
+    place = check_path(folder, "folder")
+    if not place.is_dir():
+        raise ValueError(f"folder: expected one that exists, got {str(place)!r}")
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name, re.ASCII):
+        raise ValueError(f"name: expected letters, digits, '_' and '-', got {name!r:.60}")
+    check_choice("kind", kind, get_args(TaskKind))
+    if isinstance(items, str | bytes) or not isinstance(items, Sequence) or not len(items):
+        raise ValueError(f"items: expected at least one, got {items!r:.60}")
+    for item in items:
+        if not isinstance(item, Mapping) or set(_TASKS[kind]["fields"]) - set(item):
+            fields = ", ".join(_TASKS[kind]["fields"])
+            raise ValueError(f"items: expected {fields} in each, got {item!r:.60}")
+    return place / f"{name}.yaml", place / f"{name}.jsonl"
+
+
+# %% tags=["engine"]
+#| export
+# The harness, in silence
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without progress bars, remarks, the network, and traces in the random generators."""
+    before = os.environ.get("HF_DATASETS_OFFLINE"), random_states()
+    os.environ["HF_DATASETS_OFFLINE"] = "1"
+    try:
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if before[0] is None:
+            del os.environ["HF_DATASETS_OFFLINE"]
+        set_random_states(before[1])
+
+
+# %% tags=["engine"]
+#| export
+# Tasks by name, out of a folder
+def run_lm_eval(
+    model: TransformerLM,
+    tokenizer: BPETokenizer,
+    folder: str | Path,
+    tasks: Sequence[str],
+    **options: Any,
+) -> dict[str, dict[str, float]]:
+    """Run tasks of lm-evaluation-harness whose files are in ``folder``; return metrics by task.
+
+    ``options`` are those of ``LMEvalAdapter``. A folder, task or data file that is not there is a
+    ValueError. Nothing is fetched.
+    """
+    adapter = LMEvalAdapter(model, tokenizer, **options)
+    if isinstance(tasks, str) or not isinstance(tasks, Sequence) or not tasks:
+        raise ValueError(f"tasks: expected a list of names, got {tasks!r:.60}")
+    for name in tasks:
+        _check_task(check_path(folder, "folder"), name)
+    with _silence():
+        from lm_eval.evaluator import evaluate as run
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        loaded = manager.load(list(tasks))
+        found: Any = run(adapter, loaded, bootstrap_iters=0, log_samples=False)
+    return {
+        task: {
+            metric.removesuffix(",none"): float(value)
+            for metric, value in found["results"][task].items()
+            if metric.endswith(",none") and "stderr" not in metric
+        }
+        for task in tasks
+    }
+
+
+# %% tags=["engine"]
+#| export
+# A task's files must be there
+def _check_task(folder: Path, name: Any) -> None:
+    """Demand a task's file, and the files of data that it names."""
+    import yaml
+
+    there = sorted(path.stem for path in folder.glob("*.yaml"))
+    path = folder / f"{name}.yaml"
+    if not isinstance(name, str) or not path.is_file():
+        listed = ", ".join(there) or "none"
+        raise ValueError(f"tasks: expected some of those in {folder} ({listed}), got {name!r:.60}")
+    files = (yaml.safe_load(path.read_text(encoding="utf-8")).get("dataset_kwargs") or {}).get(
+        "data_files", {}
+    )
+    for data in files.values() if isinstance(files, Mapping) else ():
+        if isinstance(data, str) and not Path(data).is_file():
+            raise ValueError(f"tasks: expected the data of {name!r} in {data}, got no such file")
+
+
+# %% [markdown]
+# ### Four tasks
+#
+# We write four tasks into a folder, one of each kind. A model that is always right would make a
+# poor example, so we take the one that saw four copies of the exam. First the items:
+
+# %%
+import tempfile
+
+choice_items, reply_items = [], []
+for name, topic, value in spoiled_exam:
+    context = PHRASES[topic][1].partition("? ")[0].format(name=name) + "?"
+    texts = [PHRASES[topic][0].format(name=name, value=one) for one in VALUES[topic]]
+    right = VALUES[topic].index(value)
+    choice_items.append({"context": context, "choices": texts, "answer": right})
+    reply_items.append({"context": context, "target": texts[right].rstrip(".")})
+text_items = [{"text": text} for text in trained.held_out[:50]]
+print(choice_items[0]["context"], choice_items[0]["choices"][:2])
+
+# %% [markdown]
+# Then the files:
+
+# %%
+folder = Path(tempfile.mkdtemp())
+write_lm_eval_task(folder, "exam", "multiple_choice", choice_items)
+write_lm_eval_task(folder, "cloze", "loglikelihood", reply_items)
+write_lm_eval_task(folder, "stories", "loglikelihood_rolling", text_items)
+write_lm_eval_task(folder, "spoken", "generate_until", reply_items)
+print(*sorted(path.name for path in folder.iterdir()))
+
+# %% [markdown]
+# ## Is it the real thing?
+#
+# The harness on our model, beside our own functions:
+
+# %%
+theirs = run_lm_eval(spoiled, bpe, folder, ["exam", "cloze", "stories", "spoken"])
+ours = {}
+for metric, normalization in (("acc", "none"), ("acc_norm", "character"), ("acc_bytes", "byte")):
+    right = []
+    for item in choice_items:
+        endings = [f" {text}" for text in item["choices"]]
+        scores = score_choices(spoiled, bpe, item["context"], endings, normalization=normalization)
+        right.append(scores.best == item["answer"])
+    ours["exam", metric] = np.mean(right)
+print({task: sorted(metrics) for task, metrics in theirs.items()})
+
+# %% [markdown]
+# The metrics of whole texts, of continuations and of replies, and all of them beside each other.
+# Words are what the harness takes for words, the pieces between white space.
+
+# %%
+texts = [item["text"] for item in text_items]
+whole = score_texts(spoiled, bpe, texts, end=False, stride=lm.config.context_length)
+n_words = sum(len(re.split(r"\s+", text)) for text in texts)
+prompts = [[end, *bpe.encode(item["context"])] for item in reply_items]
+endings = [bpe.encode(f" {item['target']}") for item in reply_items]
+given = score_continuations(spoiled, list(zip(prompts, endings, strict=True)))
+options = {"max_new_tokens": 32, "tokenizer": bpe, "stop_tokens": [end], "stop_strings": ["."]}
+told = generate(spoiled, prompts, sampling=Sampling(temperature=0), **options)
+said = [one.text.strip() == item["target"] for one, item in zip(told, reply_items, strict=True)]
+ours["cloze", "perplexity"] = math.exp(-np.mean([one.log_prob for one in given]))
+ours["cloze", "acc"] = np.mean([one.is_greedy for one in given])
+ours["stories", "bits_per_byte"] = whole.bits_per_byte
+ours["stories", "byte_perplexity"] = 2**whole.bits_per_byte
+ours["stories", "word_perplexity"] = math.exp(whole.nats.sum() / n_words)
+ours["spoken", "exact_match"] = np.mean(said)
+for (task, metric), value in ours.items():
+    assert abs(value / theirs[task][metric] - 1) < 1e-5, (task, metric)
+    noted[f"{task}, {metric}"] = f"{value:.4f}, by the harness {theirs[task][metric]:.4f}"
+    print(f"{task:8} {metric:16} ours and the harness's agree to 5 digits")
+within("score on the exam, by the harness", theirs["exam"]["acc"], 0.1, 0.7)
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: calibration and strengths beside scikit-learn
+
+# %% [markdown] tags=["engine"]
+# The calibration numbers have counterparts in scikit-learn: the Brier score, and the bins of a
+# reliability diagram. On 2,000 simulated answers:
+
+# %% tags=["engine"]
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import brier_score_loss
+
+random = np.random.default_rng(1)
+c = random.uniform(0, 1, 2000)
+y = (random.random(2000) < c**1.5).astype(int)  # overconfident
+found = calibration(c, y, n_resamples=200)
+share, mean = calibration_curve(y, c, n_bins=10)
+by_hand = np.sum(np.array(found.counts) * np.abs(share - mean)) / 2000
+assert abs(found.brier - brier_score_loss(y, c)) < 1e-12
+assert np.allclose(found.accuracy, share) and np.allclose(found.confidence, mean)
+assert abs(found.error - by_hand) < 1e-12
+print(f"Brier score {found.brier:.3f}, by scikit-learn {brier_score_loss(y, c):.3f}")
+print(f"calibration error {found.error:.3f}, from scikit-learn's bins {by_hand:.3f}")
+print(f"by chance it would be {found.by_chance:.3f}, p = {found.p_value:.3f}")
+
+# %% [markdown] tags=["engine"]
+# Strengths of players are the coefficients of a logistic regression without intercept, whose
+# features are $+1$ for the first and $-1$ for the second player of a game. Scikit-learn's finds
+# the same ones:
+
+# %% tags=["engine"]
+from sklearn.linear_model import LogisticRegression
+
+table = np.array([[0, 14, 19, 9], [6, 0, 12, 11], [1, 8, 0, 10], [3, 9, 10, 0]])
+games, outcomes = [], []
+for i in range(4):
+    for j in range(4):
+        for _ in range(table[i, j]):
+            games.append(np.eye(4)[i] - np.eye(4)[j])
+            outcomes.append(1)
+games, outcomes = games + [-game for game in games], outcomes + [0] * len(outcomes)
+regression = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10)
+theirs = regression.fit(np.array(games), outcomes).coef_[0]
+ours = bradley_terry(table, n_resamples=2).strengths
+difference = np.abs(ours - (theirs - theirs.mean())).max()
+assert difference < 1e-3
+print("strengths:", ours.round(2).tolist(), "largest difference below 0.001")
+
+# %% [markdown]
+# ## How fast is it?
+#
+# The choices of a question share their context, and questions are independent: everything can go
+# through the model together. Rows of about one length are put side by side, so that little is
+# padding. Against scoring one choice after the other:
+
+# %% tags=["nbval-ignore-output"]
+import time
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    run()
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+pairs = [
+    ([end, *bpe.encode(item["context"])], bpe.encode(f" {text}"))
+    for item in choice_items[:16]
+    for text in item["choices"]
+]
+together = seconds(lambda: score_continuations(lm, pairs, batch_tokens=8192))
+singly = seconds(lambda: [score_continuations(lm, [pair]) for pair in pairs])
+print(f"{len(pairs)} choices: one by one {1000 * singly / len(pairs):.2f} ms each, ", end="")
+print(f"together {1000 * together / len(pairs):.2f} ms each, {singly / together:.1f} times as fast")
+
+# %% [markdown]
+# ### What it was here
+#
+# The report on the base model, and the results of which this chapter has printed a range, as they
+# were on the machine that made this page:
+
+# %% tags=["nbval-ignore-output"]
+print(report, *(f"{what}: {value}" for what, value in noted.items()), sep="\n")
+
+# %% [markdown]
 # ## Exercises
 #
 # ````{exercise} The shift by one
@@ -2111,3 +4166,131 @@ for rate, level in ((0.01, 0.99), (0.01, 0.95), (0.3, 0.9), (0.002, 0.5)):
         f"{(1 - rate) ** n:.4f}, more than 1 - {level}"
     )
     assert (1 - rate) ** (n - 1) > 1 - level, f"rate {rate}, level {level}: {n - 1} are enough"
+# %% [markdown]
+# ````{exercise} Is this order a coincidence?
+# :label: ex-evaluation-order
+# *Ten minutes.* Write `order_p_value(own, shuffled)`: `own` is the log-likelihood of a file's
+# order, `shuffled` is a list of those of random orders. Return the p-value of
+# {eq}`evaluation-order`, which may never be zero: the file's own order is one of the orders, too.
+# ````
+
+
+# %% tags=["solution"]
+def order_p_value(own: float, shuffled: list[float]) -> float:
+    """How probable it is that the file's order ranks so high by chance."""
+    return (1 + sum(other >= own for other in shuffled)) / (1 + len(shuffled))
+
+
+# %% tags=["check"]
+assert order_p_value(-10.0, [-12.0] * 19) == 1 / 20, "the best of 20 orders has p = 1/20, not 0"
+assert order_p_value(-12.0, [-10.0] * 19) == 1, "the worst of all orders has p = 1"
+assert order_p_value(-10.0, [-10.0] * 9) == 1, "orders that are as likely count as at least as good"
+assert abs(order_p_value(-3.0, [-1.0, -2.0, -4.0]) - 0.75) < 1e-12, (
+    "two of three are better: (1 + 2) / 4"
+)
+
+# %% [markdown]
+# ````{exercise} Bins of equal size
+# :label: ex-evaluation-adaptive
+# *Twenty minutes.* Most answers of a good model have a confidence near 1, so that most bins of
+# equal width are nearly empty. Write `adaptive_error(confidences, right, n_bins)`, the
+# calibration error with `n_bins` bins that hold equally many answers: those with the lowest
+# confidences, the next ones, and so on. (`np.array_split` cuts an array into parts whose sizes
+# differ by at most one.)
+# ````
+
+
+# %% tags=["solution"]
+def adaptive_error(confidences: list[float], right: list[int], n_bins: int) -> float:
+    """The expected calibration error with bins of equally many answers."""
+    c, y = np.array(confidences, dtype=float), np.array(right, dtype=float)
+    order = np.argsort(c, kind="stable")
+    parts = np.array_split(order, n_bins)
+    return float(sum(abs((y[part] - c[part]).sum()) for part in parts) / len(c))
+
+
+# %% tags=["check"]
+found = adaptive_error([0.9, 0.1, 0.9, 0.1], [1, 0, 1, 0], 2)
+assert abs(found - 0.1) < 1e-12, "sort answers by confidence, each outcome with its own answer"
+found = adaptive_error([0.95, 0.96, 0.97, 0.98], [0, 0, 1, 1], 2)
+assert abs(found - 0.49) < 1e-12, "bins hold equally many answers, however close their confidences"
+found = adaptive_error([0.5, 0.5, 0.5, 0.9, 0.9], [1, 1, 1, 0, 0], 2)
+assert abs(found - 0.66) < 1e-12, "a bin counts by its answers: 3 of 5 and 2 of 5 here"
+found = adaptive_error([0.5, 0.5, 0.5, 0.5], [1, 0, 1, 0], 1)
+assert found < 1e-12, "within a bin, misses to both sides cancel"
+
+# %% [markdown]
+# ````{exercise} A rating after each game
+# :label: ex-evaluation-elo
+# *Thirty minutes.* Chess players are rated by a rule that sees one game at a time. If `winner`
+# beats `loser`, and $e$ was the probability of that by their present ratings,
+# $e = 1 / (1 + 10^{(r_\mathrm{loser} - r_\mathrm{winner}) / 400})$, then the winner gets
+# $k (1 - e)$ points from the loser. Write `elo(games, n_players, k)` for a list of pairs (winner,
+# loser); all begin with 1000. Then compare two orders of the same games. Which player would you
+# like to be?
+# ````
+
+
+# %% tags=["solution"]
+def elo(games: list[tuple[int, int]], n_players: int, k: float = 32.0) -> list[float]:
+    """Ratings after all games, updated after each."""
+    ratings = [1000.0] * n_players
+    for winner, loser in games:
+        expected = 1 / (1 + 10 ** ((ratings[loser] - ratings[winner]) / 400))
+        gain = k * (1 - expected)
+        ratings[winner] += gain
+        ratings[loser] -= gain
+    return ratings
+
+
+# %% tags=["check"]
+after = elo([(0, 1)], 2)
+assert after[0] == 1016, "between equals the winner gets half of k"
+assert abs(sum(elo([(0, 1), (1, 2), (0, 2)], 3)) - 3000) < 1e-9, "what one gets, the other gives"
+upset = elo([(0, 1)] * 20 + [(1, 0)], 2)
+before = elo([(0, 1)] * 20, 2)
+assert before[0] - upset[0] > 16, "to lose against a weaker player costs more than half of k"
+close = elo([(0, 1)] * 3, 2)
+assert abs(close[0] - 1043.75) < 0.1, "odds of ten are 400 points: use powers of 10 and 400"
+assert before[0] - elo([(0, 1)] * 19, 2)[0] < 8, (
+    "to beat a weaker player brings less than half of k"
+)
+early, late = elo([(0, 1)] * 5 + [(1, 0)] * 5, 2), elo([(1, 0)] * 5 + [(0, 1)] * 5, 2)
+assert late[0] > 1000 > early[0], (
+    "the order matters: who wins last stands higher, with as many wins"
+)
+
+# %% [markdown]
+# ## Summary
+#
+# A few copies of a test in the training text are enough to spoil its score. Overlap finds copies,
+# and the likelihood of the file's order proves them without the text; neither finds a test that
+# was reworded. Calibration says whether a model knows when it is right. Its error is above zero
+# by chance, so it needs the level of chance beside it; a temperature fitted on other questions
+# changes confidences and no answer, and mends only what is wrong everywhere alike. Strengths from
+# games exist only if each group of players has lost to somebody outside. A judge has tastes:
+# reading both ways removes the one for positions, while those for length and for its own family
+# go with the answer, and must be measured against known truth. A benchmark says what its floor
+# and its ceiling are, and keeps the outcome of each item, so that two runs can be compared in
+# pairs.
+#
+# **Checklist: before you believe a number.**
+#
+# - What would a guesser score, and what is the most that anybody can score?
+# - How many items are there, from how many clusters, and what is the interval?
+# - Is the comparison paired, on the same items, with the same prompts?
+# - How much does the score move from seed to seed of the same training?
+# - Could the test have been in the training text: copied, translated, or reworded?
+# - Does the model see the future? One pass says so.
+# - Is it per byte or per token, with how much context, and with the end of text?
+# - Which normalization of choices, and by which rule is the answer read, fixed before anybody
+#   looked?
+# - If a model judges: in both orders, at equal length, and not of its own family?
+# - Is there a report with each outcome, the settings and the seed?
+#
+# **Further reading.** Miller on error bars {cite}`miller2024error`, Biderman and colleagues on
+# what goes wrong when results are to be reproduced {cite}`biderman2024lessons`, Oren and
+# colleagues on proofs of contamination {cite}`oren2024proving`, Guo and colleagues on calibration
+# {cite}`guo2017calibration`, Zheng and colleagues on judges {cite}`zheng2023judging`, Dubois and
+# colleagues on length {cite}`dubois2024length`, and Chiang and colleagues on leaderboards
+# {cite}`chiang2024chatbot`.

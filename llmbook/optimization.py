@@ -228,7 +228,7 @@ def _add_gradients(
     else:  # a sum over many chunks, so it is kept in 32 bits
         d_weight.add_(narrow.T @ hidden[rows])
 
-# %% ../chapters/12_optimization.ipynb #0c1c4d79
+# %% ../chapters/12_optimization.ipynb #a3723ea8
 class _ChunkedLoss(torch.autograd.Function):
     """The summed loss; both gradients are made on the way, while a chunk's logits are there."""
 
@@ -259,7 +259,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_total: Float[Tensor, ""]) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
-        scaled = [None if d is None else d * d_total.to(d.dtype) for d in (d_hidden, d_weight)]
+        scaled = [None if d is None else d * d_total for d in (d_hidden, d_weight)]
         return (*scaled, None, None, None)
 
 # %% ../chapters/12_optimization.ipynb #a68bc61c

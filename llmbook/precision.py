@@ -337,8 +337,7 @@ _STYLE = """<style>
 .llmbook-bits td, .llmbook-bits th { padding: 0.1em 0.8em; text-align: left; white-space: pre; }
 </style>"""
 
-# %% ../chapters/15_precision.ipynb #fd0eb2d5
-# The figure itself: a table of the number in each format, and a script that makes it answer
+# %% ../chapters/15_precision.ipynb #b6c940d0
 @dataclass(frozen=True)
 class BitsFigure:
     """An interactive figure; notebooks and the site show its ``html``."""
@@ -351,7 +350,7 @@ class BitsFigure:
     def _repr_html_(self) -> str:
         return self.html
 
-
+# %% ../chapters/15_precision.ipynb #694a0f2e
 def show_bits(number: float = math.pi, format: str | torch.dtype = "float16") -> BitsFigure:
     """Return a figure in which one flips the bits of ``number`` and sees what it becomes.
 
@@ -921,7 +920,7 @@ def _checkpointed(forward: Callable[..., Tensor], *arguments: Any, **options: An
     again: Tensor = checkpoint(forward, *arguments, use_reentrant=False, **options)
     return again
 
-# %% ../chapters/15_precision.ipynb #3f903c59
+# %% ../chapters/15_precision.ipynb #3f340ca7
 @dataclass(frozen=True)
 class BlockFormat:
     """A format in which ``size`` neighbors share a scale, and with ``tensor_scale`` all another."""
@@ -945,7 +944,7 @@ class BlockFormat:
         """Bits of a value and its share of the block's scale; the tensor's scale is not counted."""
         return FORMATS[self.element].bits + FORMATS[self.scale].bits / self.size
 
-
+# %% ../chapters/15_precision.ipynb #962e7abd
 #: The block formats by name.
 BLOCK_FORMATS = {
     block.name: block
@@ -1027,7 +1026,7 @@ def _check_blocks(x: object, format: object) -> BlockFormat:
         raise ValueError(f"x: expected finite numbers, got {wrong}")
     return format
 
-# %% ../chapters/15_precision.ipynb #7ca0b5a4
+# %% ../chapters/15_precision.ipynb #adf2fa4e
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How operands of products are rounded: formats forward and backward, and their scales.
@@ -1052,7 +1051,7 @@ class Recipe:
         if not isinstance(self.stochastic, bool):
             raise ValueError(f"stochastic: expected True or False, got {self.stochastic!r:.60}")
 
-
+# %% ../chapters/15_precision.ipynb #58dc1f3b
 #: Recipes by name.
 RECIPES = {
     "bfloat16": Recipe(forward="bfloat16", backward="bfloat16", scaling="none"),
@@ -1117,7 +1116,7 @@ class EmulatedLinear(nn.Linear):
         out = out.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
 
-# %% ../chapters/15_precision.ipynb #71dd052d
+# %% ../chapters/15_precision.ipynb #db39233b
 class _RoundedProducts(torch.autograd.Function):
     """The three products of a linear layer, each with rounded operands."""
 
@@ -1140,7 +1139,7 @@ class _RoundedProducts(torch.autograd.Function):
             by_token = layer._rounded(gradient, 2, dim=0)
         return by_output @ weight, by_token.T @ x, None
 
-
+# %% ../chapters/15_precision.ipynb #28d9a5ae
 def emulate(
     model: nn.Module, recipe: str | Recipe, *, keep: Collection[str] = ("lm_head",)
 ) -> nn.Module:

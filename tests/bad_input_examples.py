@@ -17,6 +17,7 @@ from llmbook import (
     cleaning,
     corpus,
     deduplication,
+    evaluation,
     generation,
     model,
     optimization,
@@ -72,6 +73,10 @@ NOT_TRIED = {
     "batches.PackedDocuments",
     "training.StepReport",
     "generation.SpeculativeStats",
+    "evaluation.Calibration",
+    "evaluation.Ratings",
+    "evaluation.Result",
+    "evaluation.EvaluationReport",
     "attention.AttentionFigure",
     "precision.BitsFigure",
     "evaluation.Window",
@@ -244,6 +249,24 @@ PARAMETERS: dict[str, Any] = {
     "threshold": 0.5,
     "batch": batch,
 }
+
+
+@functools.cache
+def ended_bpe() -> tokenizer.BPETokenizer:
+    return tokenizer.train_bpe(texts(), 280, special_tokens=["<|endoftext|>"])
+
+
+def speaking() -> dict[str, Any]:
+    """A model with a tokenizer that knows the end of a text."""
+    sizes = {"vocab_size": ended_bpe().vocab_size, "context_length": 256}
+    return {"model": model.TransformerLM(config(**sizes)), "tokenizer": ended_bpe()}
+
+
+def task_folder() -> str:
+    Path("tasks").mkdir(exist_ok=True)
+    items = [{"text": TEXT}]
+    evaluation.write_lm_eval_task("tasks", "task", "loglikelihood_rolling", items)
+    return "tasks"
 
 
 def walks() -> dict[str, Any]:
@@ -645,6 +668,34 @@ EXAMPLES: dict[str, Arguments] = {
     "evaluation.paired_test": {"a": [0.5, 1.0, 0.2], "b": [0.25, 0.5, 0.4]},
     "evaluation.bootstrap": {"values": [0.5, 0.75, 1.0], "n_resamples": 10},
     "evaluation.items_needed": {"difference": 0.02},
+    "evaluation.order_test": lambda: speaking() | {"pages": [["a cat", "a dog"]], "n_shuffles": 2},
+    "evaluation.calibration": {"confidences": [0.9, 0.6], "right": [1, 0], "n_resamples": 2},
+    "evaluation.fit_temperature": {"log_probs": [[0.0, -2.0]] * 2, "answers": [0, 1]},
+    "evaluation.beliefs": {"log_probs": [0.0, -2.0]},
+    "evaluation.bradley_terry": lambda: {"wins": np.array([[0, 3], [1, 0]]), "n_resamples": 2},
+    "evaluation.possible_replies": lambda: {"question": question()},
+    "evaluation.story_prompt": lambda: {"question": question()},
+    "evaluation.choice_log_probs": lambda: (
+        speaking() | {"questions": tinyworld.make_questions(world(), "confidential", "tuning")}
+    ),
+    "evaluation.evaluate": lambda: speaking() | {"n_stories": 1},
+    "evaluation.BiasedJudge.prefers_first": lambda: {
+        "first": evaluation.Answer(TEXT, True),
+        "second": evaluation.Answer(TEXT, False),
+    },
+    "evaluation.BiasedJudge.both_ways": lambda: {
+        "a": evaluation.Answer(TEXT, True),
+        "b": evaluation.Answer(TEXT, False),
+    },
+    "evaluation.QuestionForm": {"name": "mine", "prompt": evaluation.story_prompt},
+    "evaluation.LMEvalAdapter": speaking,
+    "evaluation.write_lm_eval_task": lambda: {
+        "folder": ".",
+        "name": f"task-{next(numbers)}",
+        "kind": "loglikelihood_rolling",
+        "items": [{"text": TEXT}],
+    },
+    "evaluation.run_lm_eval": lambda: speaking() | {"folder": task_folder(), "tasks": ["task"]},
 }
 
 # Objects whose methods are tried as well.
@@ -685,4 +736,5 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "precision.EmulatedLinear": lambda: precision.EmulatedLinear(16, 8, recipe="fp8_current"),
     "precision.GradScaler": used_scaler,
     "precision.MixedPrecision": lambda: precision.MixedPrecision("float16"),
+    "evaluation.BiasedJudge": evaluation.BiasedJudge,
 }

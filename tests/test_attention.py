@@ -308,13 +308,13 @@ def test_unknown_backend(untyped):
             layer(24, 4, layout="meta")
         with pytest.raises(ValueError, match="scale: expected None or a finite number, got inf"):
             layer(24, 4, scale=math.inf)
-    with pytest.raises(ValueError, match="block_size: expected a whole number .* got None"):
+    with pytest.raises(ValueError, match=r"block_size: expected a whole number .* got None"):
         flash_attention(*qkv(), block_size=None)
     for wrong in (1.0, -0.1, "0"):
         with pytest.raises(ValueError, match="dropout: expected at least 0 and less than 1, got"):
             scaled_dot_product_attention(*qkv(), dropout=wrong)
     with pytest.raises(
-        ValueError, match="block_size: expected a whole number of at least 1, got 0"
+        ValueError, match=r"block_size: expected a whole number of at least 1, got 0"
     ):
         flash_attention(*qkv(), block_size=0)
 

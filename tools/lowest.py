@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("scale", "hub", "train")
+EXTRAS = ("scale", "hub", "train", "eval")
 # What our code is compared with; the rest of the extra "book" builds the site.
 COMPARED = {"datasketch", "ftfy", "matplotlib", "scikit-learn", "tiktoken", "tokenizers"}
 COMPARED |= {"transformers"}
