@@ -1312,7 +1312,7 @@ class _Linear:
         self.weight, self.bias = weight, torch.cat(biases) if biases else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and len(x) == 1:  # see "a step in a few kernels"
+        if torch.compiler.is_compiling() and len(x) == 1:  # see the next room
             out = (x[:, None] * self.weight).sum(dim=-1)
             return out if self.bias is None else out + self.bias
         return F.linear(x, self.weight, self.bias)

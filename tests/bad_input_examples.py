@@ -57,7 +57,6 @@ NOT_TRIED = {
     "training.run",
     "training.main",  # the command line, which answers with an exit code
     "training.pretrained",
-    "training.Trainer.is_due",  # called with settings that TrainingConfig has checked
     "training.Trainer.load_best",  # takes nothing, and needs a folder with a finished run
     "environment.whole_file",
     "environment.whole_directory",
@@ -113,10 +112,6 @@ TAKES_ANYTHING = {
     "training.MetricsLog.start(step)",  # compared with those of the rows
     "training.Trainer.set_up(sinks)",  # called by the constructor, which has looked at them
     # What is false stands for None: the trainer's own model or objective.
-    "training.Trainer.compute(model)",
-    "training.Trainer.scores(model)",
-    "training.Trainer.accumulate(objective)",
-    "training.Trainer.learn(objective)",
     "generation.generate(prompts)",  # rows of a tensor are prompts, too
     # Lists that get something: what they hold already is the caller's.
     "cleaning.decontaminate(found)",
