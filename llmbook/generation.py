@@ -803,7 +803,7 @@ def _plain_step(model: TransformerLM) -> Step:
     """The next step by the model's own forward pass, with one new token in each row."""
     return lambda tokens, cache: model(tokens[:, None], cache=cache)[:, -1]
 
-# %% ../chapters/14_generation.ipynb #e8ded62b
+# %% ../chapters/14_generation.ipynb #8d3f55d6
 class _Linear:
     """Linear maps of the same vector, put side by side, behind the gain of a norm."""
 
@@ -816,7 +816,7 @@ class _Linear:
         self.weight, self.bias = weight, torch.cat(biases) if biases else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and len(x) == 1:  # see "a step in a few kernels"
+        if torch.compiler.is_compiling() and len(x) == 1:  # see the next room
             out = (x[:, None] * self.weight).sum(dim=-1)
             return out if self.bias is None else out + self.bias
         return F.linear(x, self.weight, self.bias)

@@ -1286,14 +1286,14 @@ class Trainer:
         batch = compact(batch) if isinstance(batch, Batch) else batch
         batch = batch.to(self.device) if hasattr(batch, "to") else batch
         with self.precision.computing(self.device):
-            return _checked_sums(objective(model or self.model, batch))
+            return _checked_sums(objective(self.model if model is None else model, batch))
 
     def accumulate(self, batch: Any, objective: Objective | None = None) -> "Sums":
         """Add up the gradients of all micro-batches, and what the objective counts in them."""
         loss, count = torch.zeros((2,), device=self.device).unbind()
         sums = Sums(loss, count, {})
         for part in split_rows(batch, self.config.micro_batch_size):
-            found = self.compute(objective or self.objective, part)
+            found = self.compute(self.objective if objective is None else objective, part)
             _check_gradient(found.loss)
             self.precision.scaled(found.loss).backward()
             found = found.detached()
@@ -1372,6 +1372,7 @@ class Trainer:
 
     def is_due(self, every: int | None, step: int | None = None) -> bool:
         """Whether what is done ``every`` so many steps, and at the end, is done after ``step``."""
+        check_at_least(every=(1, every))
         step = self.step if step is None else step
         return step == self.config.n_steps or (every is not None and step % every == 0)
 
@@ -1393,7 +1394,7 @@ class Trainer:
         if not self.validation:
             return {}
         sums = Sums(0.0, 0.0, {})
-        with unnoticed(model or self.model):
+        with unnoticed(self.model if model is None else model):
             for batch in self.validation:
                 sums = sums + self.compute(self.score, batch, model).numbers()
         totals, count = {"loss": sums.loss, **sums.others}, sums.targets
