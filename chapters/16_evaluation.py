@@ -977,6 +977,11 @@ for name, known in list(world.cast.facts.items())[:40]:
         said = [(draws.choice((0, 2, 4)), v) for v in (known[attribute], *draws.sample(others, 3))]
         sentences = [f" {PHRASES[attribute][i].format(name=name, value=v)}" for i, v in said]
         statements.append((f"One morning, {name} sat by the window. It was cold.", sentences))
+
+# %% [markdown]
+# Which sentence wins under each normalization, and how long is it?
+
+# %%
 shares = {}
 for normalization in get_args(Normalization):
     best = [
