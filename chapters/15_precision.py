@@ -4,14 +4,16 @@
 # > Train with fewer bits: what rounding to 16, 8, or 4 bits costs, where it fails, and the recipe
 # > that makes it safe.
 #
-# Every number in our models so far has taken 32 bits. Half as many bits would take half the
+# Almost every number in our models so far has taken 32 bits. Half as many bits would take half the
 # memory, and processors built for short numbers multiply them several times as fast. So it's
 # tempting to convert the whole model to 16 bits and train as before. Nothing crashes. The loss
 # falls, too, just not as far as it should, and no message says why.
 #
-# To see what went wrong, we take numbers apart bit by bit and round them ourselves, to every format
+# To see what went wrong, we take numbers apart bit by bit and round them ourselves, to the formats
 # that models are trained in. Then we can say which parts of a training step may be short, which may
-# not, and what to do about the rest.
+# not, and how the rest is protected: by weights that stay in 32 bits, and by a scale for the loss.
+# After that we count how much memory this really saves, look at what a compiler adds, and go down
+# to 8 and 4 bits.
 #
 # | | |
 # |---|---|
@@ -69,8 +71,9 @@ from llmbook.training import Precision
 # %% [markdown]
 # ## Two runs that go wrong
 #
-# Our data are stories of the tiny world, one to a row, cut into tokens by the tokenizer of
-# chapter 13's model.
+# To watch it happen, we need data and a model. The data are stories of the tiny world, one to a
+# row. `pretrained("tinyworld")` is the model that {doc}`13_training` trained, and its tokenizer
+# cuts the stories into tokens.
 
 # %%
 import tempfile
@@ -91,8 +94,10 @@ shards = write_shards(stories, Path(tempfile.mkdtemp()) / "stories", trained.tok
 sampler = BatchSampler(pack_documents(shards, 128, "one_per_row"), batch_size=8)
 
 # %% [markdown]
-# The function below trains with AdamW. After each step it stores the weights as the function
-# `store` says, in 16 bits for example, and it counts how many weights the last step has changed.
+# The function below trains with AdamW. After each step it passes every weight through `store`,
+# which rounds it to 16 bits, for example. It returns the losses and the share of the weights that
+# the last step changed. (`next_token_objective` returns the summed loss of a batch and the number
+# of its targets.)
 
 
 # %%
@@ -115,9 +120,9 @@ def train(model: nn.Module, store: Callable, rate: float, n_steps: int) -> tuple
 
 
 # %% [markdown]
-# The first run trains a small model from the beginning, three times, with the same seeds and
-# batches in both types. The only difference is the type in which the weights are stored between
-# steps. `bfloat16` has 16 bits and the range of `float32`.
+# The first experiment trains a small model from scratch, with three seeds. Each seed is run twice,
+# with the same initial weights and the same batches. The only difference is the type in which the
+# weights are stored between steps: `float32`, or `bfloat16`, which has 16 bits and the same range.
 
 
 # %%
@@ -138,8 +143,10 @@ assert (stalled > 0.15).all() and (stalled < 0.6).all(), stalled
 print("last ten steps: 16-bit weights cost 0.15 to 0.6 nats a token with each of 3 seeds")
 
 # %% [markdown]
-# Where does the difference come from? Late in training, when steps are small, it is plain to see.
-# Continue the trained model for a few steps at a rate of 0.0001, and count:
+# With each seed, storing the weights in 16 bits has cost at least 0.15 nats, after no more than 80
+# steps. Where does the difference come from? It is easiest to see late in training, when steps are
+# small. We continue the trained model for five steps at a rate of 0.0001, and count the weights
+# that the last step moved:
 
 # %%
 moved = {}
@@ -149,9 +156,10 @@ assert moved["float32"] > 0.7 and moved["bfloat16"] < 0.04, moved
 print("weights that a step moved: over 70% of those in 32 bits, under 4% of those in 16 bits")
 
 # %% [markdown]
-# (In 32 bits the rest are embeddings of tokens that haven't come up.) In 16 bits the weights have
-# frozen. The gradient is there, the optimizer divides and averages as it should, and then the
-# update disappears when the weight is stored. {numref}`fig-precision-stall` shows the first run.
+# (In 32 bits, weights that don't move are mostly embeddings of tokens that haven't come up.) In 16
+# bits the weights have frozen. The gradient is there, the optimizer averages and divides as it
+# should, and then the update disappears when the weight is stored. {numref}`fig-precision-stall`
+# shows the losses of the first experiment.
 
 # %% mystnb={"figure": {"caption": "The same training with weights stored in 32 and in 16 bits, with three seeds each.", "name": "fig-precision-stall"}, "image": {"alt": "Loss over 80 steps. Both groups of three curves begin at 7.4 nats per token. The 32-bit curves fall to about 5.3, the bfloat16 curves fall more slowly from the start and end about 0.3 higher."}}
 figure, ax = plt.subplots()
@@ -164,8 +172,12 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# The second run uses the other 16-bit type, `float16`, for everything, and looks at the gradients
-# of the trained model:
+# With weights in `bfloat16`, the loss falls more slowly from the start, and it ends about 0.3 nats
+# higher.
+#
+# The second experiment uses the other 16-bit type, `float16`, for everything: weights, activations,
+# and gradients. It makes one backward pass of the trained model and counts the gradients that are
+# zero:
 
 # %%
 batch = compact(sampler[0])
@@ -180,16 +192,17 @@ print("gradients of the output layer that are exactly zero:")
 print("in float32 under 1%, in float16 between 40% and 95%")
 
 # %% [markdown]
-# This time it is the gradients that are gone, for most of the weights of the output layer.
-# Two formats of the same size, two different failures. To understand them, we need to know which
-# numbers a format has.
+# This time the updates aren't even computed: the gradients are gone, and for a large share of the
+# weights of the output layer. Two formats of the same size fail in two different ways. To
+# understand them, we need to know which numbers a format has.
 
 # %% [markdown]
 # ## Floats, bit by bit
 #
 # A floating-point number is scientific notation in base two. It has a sign, an exponent, and the
-# digits after the leading one, the **fraction** (also called mantissa). With $E$ bits that hold a
-# whole number $e$ and $m$ bits that hold a whole number $f$, the value is
+# digits after the leading one, which are called the **fraction** (or mantissa). The sign is one bit
+# $s$. With $E$ bits that hold a whole number $e$ and $m$ bits that hold a whole number $f$, the
+# value is
 #
 # $$
 # x = (-1)^s \cdot 2^{\,e - b} \cdot \Bigl(1 + \frac{f}{2^m}\Bigr), \qquad b = 2^{E-1} - 1 .
@@ -199,7 +212,8 @@ print("in float32 under 1%, in float16 between 40% and 95%")
 # sign. The leading one isn't stored, because it's always there, except when $e = 0$. Then the value
 # is $(-1)^s \cdot 2^{1-b} \cdot f / 2^m$, without the one. These are the {term}`subnormal numbers`.
 # They fill the gap between zero and the smallest normal number $2^{1-b}$ with even steps, and one
-# of them ($f = 0$) is zero itself.
+# of them ($f = 0$) is zero itself. {numref}`fig-precision-layouts` shows how the formats of this
+# chapter divide their bits; `e4m3` is short for four bits of exponent and three of fraction.
 #
 # ```{figure} ../figures/precision-layouts.svg
 # :name: fig-precision-layouts
@@ -208,11 +222,15 @@ print("in float32 under 1%, in float16 between 40% and 95%")
 # Where the bits go. Exponent bits buy range, fraction bits buy digits.
 # ```
 #
-# What the largest exponent means depends on the format. In most, it is reserved: $f = 0$ is
-# infinity, any other $f$ is NaN. `float8_e4m3fn` is too short to give away a whole exponent, so
-# only its very last code is NaN, and it has no infinity, which is what the `fn` stands for (finite,
-# with NaN) {cite}`micikevicius2022fp8`. `float4_e2m1fn` has only numbers. Last, `float8_e8m0fnu`
-# has neither sign nor fraction (`u` for unsigned): it is a power of two, used only as a scale.
+# What the largest exponent means depends on the format. In most formats it is reserved: with $f =
+# 0$ it stands for infinity, and with any other $f$ for NaN. `float8_e4m3fn` is too short to give
+# away a whole exponent. Only its very last code is NaN, and it has no infinity, which is what the
+# `fn` stands for (finite, with NaN) {cite}`micikevicius2022fp8`. In `float4_e2m1fn` every code is a
+# number. Last, `float8_e8m0fnu` has neither a sign nor a fraction (`u` stands for unsigned). It
+# holds powers of two and is used only for scales.
+#
+# The class below keeps the fields of a format and derives everything else from them: the bias, the
+# spacing above 1 (`epsilon`), and the smallest and largest numbers.
 
 
 # %%
@@ -300,8 +318,8 @@ class FloatFormat(FloatFormat):  # continued
 
 
 # %% [markdown]
-# Equation {eq}`precision-value` as code turns a code, the bits read as a whole number, into its
-# value:
+# Next comes equation {eq}`precision-value` in code. A number's **code** is its bits, read as a
+# whole number; `decode` turns it into the value:
 
 
 # %%
@@ -323,9 +341,9 @@ class FloatFormat(FloatFormat):  # continued
 
 
 # %% [markdown]
-# The formats have the names that PyTorch gives them. `tfloat32` and `float4_e2m1fn` have no type of
-# their own there: the first exists only inside GPUs, which round `float32` to it on the way into a
-# product, and of the second, PyTorch only knows pairs packed into a byte.
+# The formats have the names that PyTorch gives them. Two have no type of their own there:
+# `tfloat32` exists only inside GPUs, which round `float32` to it on the way into a product, and
+# `float4_e2m1fn` is known to PyTorch only as pairs packed into a byte.
 
 # %%
 #| export
@@ -345,9 +363,10 @@ FORMATS = {
 }
 
 # %% [markdown]
-# Everything else follows from these few numbers. Half of the spacing, relative to the number, is
-# the largest error of rounding, $2^{-(m+1)}$, called the {term}`unit roundoff` $u$. In digits,
-# $-\log_{10} u$ of them can be trusted. All of this table is computed:
+# Everything else follows from these few numbers. The largest error of rounding a normal number,
+# relative to the number, is half of the spacing above 1, $2^{-(m+1)}$. It is called the
+# {term}`unit roundoff` $u$, and $-\log_{10} u$ is the number of decimal digits that can be trusted.
+# All of the following table is computed from the fields:
 
 # %%
 print("format           bits  digits    largest   normal from   subnormal from  infinity")
@@ -361,17 +380,18 @@ for format in FORMATS.values():
 
 # %% [markdown]
 # Now the two failures have numbers. `bfloat16` keeps the range of `float32` and pays with digits:
-# just above 1, the next number is 0.8% away, so an update of less than 0.4% of the weight is
-# rounded away. AdamW's updates are about as large as the rate, 0.0001, and most of our weights are
-# larger than 0.05, so most updates are too small.
+# just above 1, the next number is 0.8% away. An update of less than half of the spacing is rounded
+# away, and that is between 0.2% and 0.4% of the weight, depending on where the weight lies between
+# two powers of two. AdamW's updates are about as large as the rate, 0.0001, which is 0.2% of 0.05.
+# About nine in ten of our weights are larger than that, so most updates are too small.
 #
 # `float16` has three digits, but nothing between 0 and 0.00000006. Recall from
 # {doc}`12_optimization` that the gradient of a logit is $p - y$, divided here by the number of
 # targets, about 500. If the model gives a wrong token a probability of one in a million, its
-# gradient is 0.000000002, far below half of the smallest number, and rounds to zero. A trained
-# model is that sure about most tokens in most places. `bfloat16` would keep these gradients, and
-# `float16`, whose spacing is an eighth, would keep more of the updates. Neither has both the range
-# and the digits.
+# gradient is 0.000000002. That is far below half of the smallest number, so it rounds to zero. A
+# trained model is that sure about most tokens in most places. `bfloat16` would keep these
+# gradients, and `float16`, whose spacing is an eighth of that of `bfloat16`, would keep more of the
+# updates. Neither has both the range and the digits.
 #
 # A normal number keeps all its digits wherever it stands, because the spacing grows with it.
 # {numref}`fig-precision-line` shows this for the short formats.
@@ -397,24 +417,29 @@ axes[1].legend(ncols=2, loc="upper right")
 plt.show()
 
 # %% [markdown]
+# The left panel shows how e5m2 spends the bit that e4m3 gives to digits: its numbers are sparser,
+# and they reach much farther. On the right, every format has a flat stretch, in which the relative
+# error stays below its unit roundoff. To the left of that stretch, among the subnormal numbers,
+# digits are lost one by one.
+#
 # ## Rounding
 #
 # Since $m$ digits follow the leading one, the numbers between $2^k$ and $2^{k+1}$ are the whole
 # multiples of $2^{k-m}$. That's their spacing. Below the smallest normal number, the spacing stops
-# shrinking. So rounding is a division by the spacing, which is a power of two and loses nothing, a
-# rounding to a whole number, and a multiplication:
+# shrinking. So rounding takes three steps: divide by the spacing, which is a power of two and loses
+# nothing; round to a whole number; multiply by the spacing:
 #
 # $$
 # \operatorname{round}(x) = \sigma \cdot \Bigl\lfloor \frac{x}{\sigma} \Bigr\rceil , \qquad
 # \sigma = 2^{\max(\lfloor \log_2 |x| \rfloor,\; 1-b) \,-\, m} .
 # $$ (precision-round)
 #
-# A tie, where $x / \sigma$ ends in exactly one half, goes to the even neighbor. Always rounding it
-# up would push sums up; half of the even neighbors are below and half above.
+# A tie, where $x / \sigma$ ends in exactly one half, goes to the even neighbor. If ties were always
+# rounded up, sums would drift upward; the even neighbor is above as often as below.
 #
-# No logarithm is needed for $\lfloor \log_2 |x| \rfloor$: it stands in the bits of $x$. We read the
-# same memory as whole numbers, shift out the fraction, and mask the sign. Written back with a
-# fraction of zero, the exponent is the power of two that we want.
+# No logarithm is needed for $\lfloor \log_2 |x| \rfloor$: it stands in the bits of $x$. The
+# function below reads the same memory as whole numbers, shifts out the fraction, and masks the
+# sign. Written back with a fraction of zero, the exponent is the power of two that we want.
 
 
 # %%
@@ -429,8 +454,9 @@ def _spacing(x: Float[Tensor, "*shape"], target: FloatFormat) -> Float[Tensor, "
 
 
 # %% [markdown]
-# Two decisions are left. What is too large becomes infinite, or the largest number if it is to
-# *saturate*. And the rounding may be *stochastic*, which the next section is about.
+# Two choices are left to the caller. A number that is too large becomes infinite, or the largest
+# number of the format if it is to *saturate*. And rounding goes to the nearest number unless it is
+# *stochastic*; a later section of this chapter says why one might want that.
 
 
 # %%
@@ -476,7 +502,7 @@ def round_to(
 
 # %% [markdown] tags=["engine"]
 # A format may be given by its name, by the short name that papers use, or as a type of PyTorch.
-# float64 is none of them: nothing here is as precise, and the rounding is done in it.
+# float64 is none of them: no format here is as precise, and the rounding itself is done in it.
 
 
 # %% tags=["engine"]
@@ -515,8 +541,8 @@ def float_format(format: str | torch.dtype | FloatFormat) -> FloatFormat:
 
 
 # %% [markdown] tags=["engine"]
-# A rounded number that is larger than the largest is too large. So the limit is half a step above
-# the largest number, as in IEEE 754.
+# A number is too large if it is still larger than the largest number after rounding. So the limit
+# is half a step above the largest number, as in IEEE 754.
 
 
 # %% tags=["engine"]
@@ -563,7 +589,8 @@ def _check_rounding(
 # %% [markdown]
 # ### What happens to a number
 #
-# Everything that can happen happens to one of these:
+# The seven numbers in the first row show everything that can happen. Each row below it has the same
+# numbers, rounded to one format:
 
 # %%
 examples = torch.tensor([1 / 3, 1.0625, 1.1875, 0.001, 1e-5, 500.0, 1e5])
@@ -572,23 +599,26 @@ for name in ("tfloat32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", 
     print(f"{name:15}", *(f"{x:9.4g}" for x in round_to(examples, name).tolist()))
 
 # %% [markdown]
-# Read the row of `float8_e4m3fn`, which has steps of 1/8 above 1. 1.0625 and 1.1875 are ties, and
-# go down to 1 and up to 1.25, both with an even last digit. 0.001 is its smallest subnormal number
-# 0.00195 after rounding up, and 0.00001 has vanished. 500 saturates at 448, as it does in PyTorch.
-# `float8_e5m2`, with one digit fewer, gets 512.
+# Read the row of `float8_e4m3fn`, which has steps of 1/8 above 1. The numbers 1.0625 and 1.1875
+# (printed with four digits) are ties. They go down to 1 and up to 1.25, both of which have an even
+# last digit. 0.001 is rounded up to the smallest subnormal number, 0.00195, and 0.00001 has
+# vanished. 500 saturates at 448, as it does in PyTorch. `float8_e5m2`, with one fraction bit fewer,
+# rounds it to 512, and makes 100,000 infinite.
 #
-# What does the GPU do for `tfloat32`? It keeps 10 fraction bits of a `float32` and sums in
-# `float32`. Its instruction for this conversion, `cvt.rna.tf32`, rounds ties away from zero, and
-# a product that gets unconverted numbers ignores their last 13 bits. Here ties go to even, as
-# everywhere else in the chapter. The difference is at most in ties, one number in 8,192.
+# What does a GPU do for `tfloat32`? It keeps 10 fraction bits of each `float32` factor and sums in
+# `float32`. According to the manual of NVIDIA's instruction set, the instruction for this
+# conversion, `cvt.rna.tf32`, rounds ties away from zero. Here ties go to even, as everywhere else
+# in the chapter. The two roundings can differ only at ties, which are one number in 8,192 if the 13
+# bits that are dropped are random.
 
 # %% [markdown]
 # ### A number taken apart
 #
-# {py:func}`~llmbook.precision.float_fields` goes the other way: it rounds a number and returns the
-# fields that stand in memory. With $k = |x| / \sigma$, the number of spacings, the exponent and
-# fraction together are simply $k + (e - 1) \cdot 2^m$: all numbers of a format, in order, have
-# consecutive codes.
+# {py:func}`~llmbook.precision.float_fields` is the reverse of `decode`: it rounds a number and
+# returns the fields that stand in memory. Let $k = |x| / \sigma$ be the number of spacings in $x$.
+# Then the exponent and fraction, read together as one whole number, are simply $k + (e - 1) \cdot
+# 2^m$, with $e = 1$ for subnormal numbers. So all numbers of a format, in order, have consecutive
+# codes.
 
 
 # %%
@@ -636,7 +666,7 @@ def _check_number(name: str, value: object) -> None:
 
 
 # %% [markdown]
-# Three numbers in three formats. The last line of each group shows what became of 1,000:
+# Here are three numbers in three formats. The last line of each group shows what becomes of 1,000:
 
 # %%
 for name in ("float16", "bfloat16", "float8_e4m3fn"):
@@ -652,15 +682,16 @@ for name in ("float16", "bfloat16", "float8_e4m3fn"):
         print(f" x 2^{power} = {value:.6g}")
 
 # %% [markdown]
-# Look at 0.001 in `float8_e4m3fn`: its exponent field is 0, so there is no leading one, and it is a
-# subnormal number with a single digit.
+# Look at 0.001 in `float8_e4m3fn`. Its exponent field is 0, so there is no leading one: it is a
+# subnormal number with a single binary digit. And 1,000, which is too large for this format, has
+# become 448.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the figure below, which works without a kernel or a network (`show_bits`)
 
 # %% [markdown] tags=["engine"]
-# The function writes HTML with the formats and the number's codes inside, a script that turns bits
-# into values by the rules of `FloatFormat.decode`, and a table for readers without scripts.
+# The function writes HTML that contains the formats and the number's codes, a script that turns
+# bits into values by the rules of `FloatFormat.decode`, and a table for readers without scripts.
 
 # %% tags=["engine"]
 #| export
@@ -747,9 +778,9 @@ def show_bits(number: float = math.pi, format: str | torch.dtype = "float16") ->
 # %% [markdown]
 # ### A number to play with
 #
-# Here you can set the bits yourself. Click a bit to flip it, or walk with the arrow keys and press
-# the space bar. The two buttons at the end go to the next number down or up. Which bits make
-# the largest number of each format, and what does the next code mean?
+# Here you can set the bits yourself. Click a bit to flip it, or move with the arrow keys and press
+# the space bar. The two buttons at the end go to the next number down or up. Which bits make the
+# largest number of each format, and what does the next code mean?
 
 # %%
 show_bits(math.pi, "float16")
@@ -757,25 +788,25 @@ show_bits(math.pi, "float16")
 # %% [markdown]
 # ## Rounding by chance
 #
-# Return to the frozen weight. It stands at 1 in `bfloat16`, the next number is $\sigma = 1/128$
-# away, and each step wants to add a ten-thousandth of that. To nearest, nothing ever happens: it
-# isn't that the error is large, it's the *same* error every time, and a thousand steps lose a
-# thousand updates.
+# Return to the frozen weights. Suppose that a weight stands at 1 in `bfloat16`. The next number is
+# $\sigma = 1/128$ away, and each step wants to add a ten-thousandth of that. If we round to
+# nearest, nothing ever happens. The trouble isn't that the error is large. It is the *same* error
+# every time, so a thousand steps lose a thousand updates.
 #
 # {term}`Stochastic rounding <stochastic rounding>` draws lots. Let $x$ lie between the neighbors
-# $a$ and $a + \sigma$, at a share $t = (x - a) / \sigma$ of the way. Go up with probability $t$,
-# else down. Then
+# $a$ and $a + \sigma$, a share $t = (x - a) / \sigma$ of the way up. Go up with probability $t$,
+# and down otherwise. Then
 #
 # $$
 # \mathbb{E}[\operatorname{round}(x)] = (1 - t)\, a + t\, (a + \sigma) = a + t \sigma = x , \qquad
 # \operatorname{Var} = t (1 - t)\, \sigma^2 \le \frac{\sigma^2}{4} .
 # $$ (precision-stochastic)
 #
-# A single rounding is worse than to nearest: the error may be a whole spacing instead of half of
-# one. But its mean is zero, and independent errors average out. After $n$ updates of $t \sigma$,
-# the weight has moved by $n t \sigma$ on average, with a standard deviation of about $\sqrt{n t}\,
-# \sigma$. Here are ten thousand weights, each with a thousand updates of a ten-thousandth of the
-# spacing:
+# A single rounding is worse than rounding to nearest: the error may be a whole spacing instead of
+# half of one. But its mean is zero, and independent errors average out. After $n$ updates of $t
+# \sigma$ with a small $t$, the weight has moved by $n t \sigma$ on average, with a standard
+# deviation of about $\sqrt{n t}\, \sigma$. Here are ten thousand weights, each with a thousand
+# updates of a ten-thousandth of the spacing:
 
 # %%
 spacing = 1 / 128
@@ -794,9 +825,9 @@ for name, weights in kept.items():
     print(f"{name:10} {(weights - 1).mean() / spacing:.2f} spacings")
 
 # %% [markdown]
-# No single weight has moved by a tenth of a spacing, since there is no such number. About one in
-# ten has moved by a whole one. In {numref}`fig-precision-walk`, updates are larger, and single
-# weights can be followed.
+# On average, the weights have moved as far as they should. No single weight has moved by a tenth of
+# a spacing, since there is no such number; about one in ten has moved by a whole one. In
+# {numref}`fig-precision-walk` the updates are larger, and single weights can be followed.
 
 # %% mystnb={"figure": {"caption": "A weight that should rise by one hundredth of its spacing in each step. Rounded to nearest it stays. Rounded stochastically, twelve of them wander around the line.", "name": "fig-precision-walk"}, "image": {"alt": "Position of a weight in spacings over 1000 steps. The wanted line rises from 0 to 10. To nearest, a flat line at 0. Twelve stochastic staircases rise along the wanted line and end between about 4 and 16."}}
 paths = torch.ones(1001, 12)
@@ -813,8 +844,9 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# Does it repair the run at the beginning of the chapter? The same three seeds, with weights in 16
-# bits between steps, only rounded by chance:
+# The twelve weights wander, but around the right line, while the weight that is rounded to nearest
+# never leaves zero. Does stochastic rounding repair the first experiment of the chapter? We train
+# with the same three seeds, and with weights in 16 bits between steps, but rounded by chance:
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -830,38 +862,43 @@ assert behind.abs().max() < 0.1, behind
 print("loss above that of 32-bit weights: 0.15 to 0.6 nats to nearest, below 0.1 by chance")
 
 # %% [markdown]
-# The noise of the weights averages out over steps, and the loss hardly notices. This was found
-# for whole-number weights {cite}`gupta2015deep`, and holds for `bfloat16`
-# {cite}`zamirai2021revisiting`, where the other cure is to keep what was lost in a second number:
-# Kahan's, in the next section. A word of caution: that updates vanish doesn't prove that they were
-# needed. In one ladder of models whose embeddings had frozen in the same way, thawing them changed
-# the loss by no more than noise {cite}`karpathy2026nanochat`. Measure, as we did here.
+# The noise of the weights averages out over steps, and the loss hardly notices. This was found for
+# fixed-point weights {cite}`gupta2015deep`, and it holds for `bfloat16`
+# {cite}`zamirai2021revisiting`. The authors of the latter offer another cure as well: keep what was
+# lost in a second number, by Kahan's method, which the next section explains. A word of caution:
+# that updates vanish doesn't prove that they were needed. In one series of models whose embeddings
+# had frozen in the same way, thawing them changed the loss by no more than noise
+# {cite}`karpathy2026nanochat`. Measure, as we did here.
 
 # %% [markdown]
 # ## What a sum loses
 #
-# A loss, a norm, a gradient, and every entry of a matrix product are sums of many terms. Let $u$ be
-# the unit roundoff. Every addition gives the true result times $1 + \delta$ with $|\delta| \le u$.
-# Summed one after the other, the first number goes through $n - 1$ additions, the last through one.
-# So to first order
+# A weight is a sum of updates, and it is not the only long sum. A loss, a norm, a gradient, and
+# every entry of a matrix product are sums of many terms. Every addition gives the true result times
+# $1 + \delta$ with $|\delta| \le u$, where $u$ is the unit roundoff. If the terms $x_1, \dots, x_n$
+# are added one after the other, the first goes through $n - 1$ additions, the last through one. If
+# they are added in pairs, then pairs of pairs, and so on, every term goes through only $\lceil
+# \log_2 n \rceil$ additions. So to first order, the computed sum $\hat s$ is off by
 #
 # $$
 # \Bigl| \hat s - \sum_i x_i \Bigr| \;\le\; k\, u \sum_i |x_i| , \qquad
 # k = n - 1 \text{ one after the other}, \quad k = \lceil \log_2 n \rceil \text{ in pairs},
 # $$ (precision-sum)
 #
-# since in pairs, of pairs, of pairs, every number goes through only $\lceil \log_2 n \rceil$
-# additions. **Kahan's summation** keeps a second number $c$ with what the last addition lost. The
-# low digits of $y$ that did not fit are the difference between what was added, $t - s$, and
-# what should have been:
+# **Kahan's summation** keeps a second number $c$, which holds what the last addition lost. In this
+# section, $s$ is the sum so far and $t$ the next one. When $y$ is added to $s$, its low digits may
+# not fit. They are the difference between what was added, $t - s$, and what should have been added,
+# $y$:
 #
 # $$
 # y = x_i - c, \qquad t = s + y, \qquad c = (t - s) - y, \qquad s = t .
 # $$ (precision-kahan)
 #
-# Its bound is $k = 2 + O(n u)$ {cite}`higham2002accuracy`, which hardly depends on $n$ as long as
-# $n u$ is small. The fourth way is to sum in a wider format and round once at the end, $k \approx
-# 1$. In code, for many rows at once, noting the sum whenever the number of terms is a power of two:
+# Its bound has $k = 2 + O(n u)$ {cite}`higham2002accuracy`, which hardly depends on $n$ as long as
+# $n u$ is small. The fourth way is to sum in a wider format and round once at the end, which gives
+# $k \approx 1$. The first function below adds one by one, with or without Kahan's correction, for
+# many rows at once, and notes the sum whenever the number of terms is a power of two. The second
+# adds in pairs.
 
 
 # %%
@@ -886,8 +923,8 @@ def pairwise_sum(x: Tensor) -> Tensor:
 
 
 # %% [markdown]
-# PyTorch rounds after each of these operations, since the tensors have the short type. The terms
-# are uniform between 0 and 1, so that nothing cancels:
+# The tensors have the short type, so PyTorch rounds after each of these operations. The terms are
+# uniform between 0 and 1, so that nothing cancels:
 
 # %%
 lengths = [2**k for k in range(4, 14)]
@@ -911,9 +948,9 @@ stuck = running_sums(uniform.bfloat16(), kahan=False)[8192]
 print(f"8,192 terms with a mean of 0.5, one by one in bfloat16: {stuck.min():.0f} in each row")
 
 # %% [markdown]
-# The sum of about 4,096 has come to a standstill at 256, where the spacing of `bfloat16` is 2 and
-# no term reaches half of it. This is the frozen weight once more. {numref}`fig-precision-sums` has
-# the rest.
+# The sum, which should be about 4,096, has come to a standstill at 256, where the spacing of
+# `bfloat16` is 2 and no term is larger than half of it. This is the frozen weight once more.
+# {numref}`fig-precision-sums` compares the four ways in three formats.
 
 # %% mystnb={"figure": {"caption": "Mean relative error of a sum by its number of terms. The gray line is the unit roundoff of the format. Kahan and wide coincide.", "name": "fig-precision-sums"}, "image": {"alt": "Three panels, bfloat16, float16 and float32, of relative error against the number of terms from 16 to 8192 on logarithmic axes. One by one rises in all panels; in bfloat16 and float16 it jumps toward 1. The other three stay flat below the unit roundoff, in pairs a little above the other two."}}
 figure, axes = plt.subplots(1, 3, figsize=(7, 3))
@@ -927,11 +964,10 @@ axes[1].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# Kahan and the wide accumulator stay below the unit roundoff, which is the best that a result in
-# the format can have, and pairs aren't far from it: errors of either sign partly cancel, so they
-# stay well inside their bounds. So matrix units multiply short numbers and add in 32 bits. The
-# products don't lose anything: two numbers with $m + 1$ digits have a product with $2m + 2$, which
-# are 16 for `bfloat16` and 22 for `float16`, and `float32` has 24.
+# One by one, the error grows with the number of terms. The other three ways stay below the unit
+# roundoff, and they are far inside their bounds, because errors of either sign partly cancel.
+# Kahan's sum and the wide one do as well as any result in the format can, and pairs come close.
+# These are the errors of the longest sums:
 
 # %%
 at = 8192
@@ -943,26 +979,32 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
     print(f"{str(dtype)[6:]:9}", ", ".join(f"{way} {e:.2g}" for way, e in ways.items()))
 
 # %% [markdown]
+# A sum of 8,192 terms that are added one by one is off by hundreds of unit roundoffs in 16 bits,
+# and by 18 in 32 bits. With any of the other ways it is off by less than one. That is why matrix
+# units multiply short numbers and add in 32 bits. The multiplications themselves lose nothing: two
+# numbers of $m + 1$ digits have a product of at most $2m + 2$. That is 16 digits for `bfloat16` and
+# 22 for `float16`, and `float32` has 24.
+#
 # ## A recipe in three parts
 #
-# Training in 16 bits fails in two ways, for two reasons. Weights stored in 16 bits stop moving,
-# because an update is small beside the weight that it is added to. Gradients in float16 vanish,
-# because they are small beside the smallest number that this format has. The remedy begins alike
-# for both: find out which numbers really need 32 bits, and leave the others in 16.
+# We know the two failures now, and the reasons for both. Weights stored in 16 bits stop moving,
+# because an update is small beside the weight that it is added to. Gradients in `float16` vanish,
+# because they are small beside the smallest number that this format has. Either way, the remedy
+# begins with a question: which numbers really need 32 bits? The others may have 16.
 #
-# Where is the work? {doc}`11_model` counted it: but for a percent, all operations of a step are
-# products of matrices. A product has three kinds of numbers. Its *factors* are read once and
-# multiplied; rounding them to $m$ bits after the leading one changes each by at most one part in
-# $2^{m+1}$, at random and in both directions. Its *partial sums* are read and written once for
-# every factor, and there the rounding errors of long sums pile up; hardware keeps them in 32 bits
-# inside of the unit that multiplies, where they cost no memory. Its *result* is rounded once.
+# Where is the work? Nearly all of it is in products of matrices, which {doc}`11_model` counted. A
+# product has three kinds of numbers. Its *factors* are read once and multiplied; rounding them to
+# $m$ bits after the leading one changes each by at most one part in $2^{m+1}$, in either direction.
+# Its *partial sums* are updated once for every pair of factors, and there the errors of long sums
+# pile up. They stay in 32 bits inside the unit that multiplies, where they cost no memory. Its
+# *result* is rounded once.
 #
 # And the weights? They are sums as well, over all steps of the training run. So the recipe of
 # Micikevicius and colleagues {cite}`micikevicius2018mixed` has three parts
 # ({numref}`fig-precision-recipe`): **master weights** in 32 bits, to which every update is added;
 # **products** in 16 bits, from copies of the weights that are made anew in each step; and **sums**
-# in 32 bits: those inside of products, and those in softmax, normalization and loss. Float16 needs
-# one more part, a scale for the loss, which has a section of its own below.
+# in 32 bits, both those inside products and those in softmax, normalization, and the loss.
+# `float16` needs one more part, a scale for the loss, which has sections of its own below.
 #
 # ```{figure} ../figures/precision-recipe.svg
 # :name: fig-precision-recipe
@@ -973,11 +1015,12 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
 #
 # ## What goes down, and what stays up
 #
-# Nobody wants to write casts into every layer of a model. **Autocast** makes them: a context in
-# which each operation finds out by its name whether it gets its inputs in 16 bits. For that PyTorch
-# lets us step in before any of its functions is called. We need two lists. Down go the products.
-# Up, to 32 bits, go operations that sum many numbers or whose results have a large range: an
-# exponential of 12 is over 160,000, which float16 cannot hold. Everything else takes what it gets.
+# Nobody wants to write casts into every layer of a model. **Autocast** makes them: it is a context
+# in which each operation is looked up in a list, to find out whether it gets its inputs in 16 bits.
+# PyTorch makes this possible by letting us step in before any of its functions is called. We need
+# two lists. Products go down to 16 bits. Operations that sum many numbers, or whose results have a
+# large range, go up to 32 bits: the exponential of 12 is over 160,000, which `float16` cannot hold.
+# Everything else takes what it gets.
 
 # %%
 #| export
