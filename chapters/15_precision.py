@@ -1042,15 +1042,16 @@ UP = frozenset(
 
 
 # %% [markdown]
-# The context that obeys them is short. An operation with an `out` argument is left alone, as by
-# PyTorch's own, since its result has a place and a type already.
+# `CastProducts` is the context that obeys these lists. It is short, and it stands in the engine
+# room below. An operation with an `out` argument is left alone, as in PyTorch's autocast, since its
+# result has a place and a type already.
 #
-# There is one option that PyTorch's autocast lacks. Processors without 16-bit arithmetic take many
-# times as long for 16-bit products as for 32-bit ones. But a product of 16-bit numbers with 32-bit
-# sums is the same as a 32-bit product of *rounded* numbers whose result is rounded, up to the order
-# of its sums. So with `emulate` tensors keep their 32 bits and are only rounded, and gradients are
-# rounded on their way back. It shows what 16 bits do to training, at the speed of 32 on any
-# machine, and saves nothing.
+# There is one option that PyTorch's autocast lacks. Processors without 16-bit arithmetic can take
+# many times as long for 16-bit products as for 32-bit ones. But a product of 16-bit numbers with
+# 32-bit sums is the same as a 32-bit product of *rounded* numbers whose result is rounded, except
+# for the order of its sums. So with `emulate=True`, tensors keep their 32 bits and are only
+# rounded, and gradients are rounded on their way back. This shows on any machine what 16 bits do to
+# training, at about the speed of 32 bits. It saves neither time nor memory.
 
 
 # %% [markdown] tags=["engine"]
@@ -1107,8 +1108,10 @@ class CastProducts(TorchFunctionMode):
 # %% [markdown]
 # ### What comes out
 #
-# We try it on a model that is small enough to be trained many times in this chapter, with a
-# tokenizer of 512 tokens. In which type is what comes out of each part?
+# The experiments from here on use another model, small enough to be trained many times in this
+# chapter, with a tokenizer of its own that has 512 tokens. (The folded cell imports what they need,
+# from PyTorch and from earlier chapters.) In which type does each part of the model return its
+# result?
 
 # %% tags=["engine"]
 # What the experiments of this chapter need besides
@@ -1148,9 +1151,11 @@ print("; ".join(f"{name} {dtype}" for name, dtype in found.items()).replace("tor
 print(f"loss {loss.dtype}, weights {model.lm_head.weight.dtype}".replace("torch.", ""))
 
 # %% [markdown]
-# The residual stream, which is the output of a block, is a sum over all layers. It stays in 32
-# bits by itself: it begins as a row of the embedding, which is a master weight, and 32 bits plus 16
-# bits are 32. Is that autocast, as everybody uses it? The same logits, and the same gradients:
+# The normalization returns 32 bits, and the two products, a projection and the head, return 16. The
+# residual stream, which is the output of a block, is a sum over all layers. It stays in 32 bits
+# without being on a list: it begins as a row of the embedding, which is a master weight, and the
+# sum of a 32-bit and a 16-bit number has 32 bits. Is this the autocast that everybody uses? We
+# compare its logits and gradients with those of PyTorch's autocast, and both with `float32`:
 
 
 # %%
@@ -1180,13 +1185,16 @@ print(f"ours and PyTorch's: {equal} of {len(ours)} tensors are equal to the bit"
 print(f"from float32 they differ by at most {real:.0%}, with emulated casts by {rounded:.0%}")
 
 # %% [markdown]
+# All tensors agree with PyTorch's to the last bit. The emulated casts differ from them, in the
+# order of sums, but they are off from `float32` by just as much.
+#
 # ### The backward pass needs no context
 #
-# Notice where `backward` stands: outside. Each cast in the forward pass is an operation like any
-# other, and its derivative is the cast in the other direction. So gradients flow in 16 bits exactly
-# where values did, and arrive at the master weights in 32 bits. PyTorch's manual says that the
-# backward pass under autocast is not recommended, and a loss function with a derivative of its own
-# shows why: what it computes in `backward` with care in 32 bits is cast down by the context.
+# Notice where `backward` stands: outside the context. Each cast in the forward pass is an operation
+# like any other, and its derivative is the cast in the other direction. So gradients flow in 16
+# bits exactly where values did, and they arrive at the master weights in 32 bits. PyTorch's manual
+# advises against running the backward pass under autocast. A function with a derivative of its own
+# shows why. What its `backward` computes with care in 32 bits is cast down by the context:
 
 
 # %%
@@ -1221,13 +1229,19 @@ assert 5e-4 < error < 5e-2
 print(f"backward inside of autocast: the gradient is off by about {error:.1%}, with no warning")
 
 # %% [markdown]
+# With `backward` inside, the gradient has the precision of `bfloat16`, although the function asked
+# for 32 bits, and nothing says so.
+#
 # ## Gradients that vanish
 #
-# Which gradients are in 16 bits? Those that pass between products. We catch them where they enter
-# the backward pass of each linear map, in 32 bits, and look at their exponents: the $e$ of $|g| \in
-# [2^e, 2^{e+1})$. Float16 holds normal numbers from $2^{-14}$ on, below them a fixed grid of step
-# $2^{-24}$, and nothing at or below $2^{-25}$, which rounds to zero. The loss is the mean over all
-# targets of a batch, as usual, here of 64 stories, and the model has learned for 40 steps.
+# Casts settle the first two parts of the recipe and the third. What remains is the range of
+# `float16`, where gradients vanished at the beginning of the chapter. Which gradients are in 16
+# bits? Those that pass between products. We catch them in 32 bits, where they enter the backward
+# pass of each linear map, and look at their exponents. In this section, $e$ is the exponent without
+# a bias: $|g| \in [2^e, 2^{e+1})$ for a gradient $g$. `float16` holds normal numbers from $2^{-14}$
+# on. Below that it has a fixed grid with a step of $2^{-24}$, and whatever is at or below $2^{-25}$
+# rounds to zero. The loss is the mean over all targets of a batch, as usual. The batch has 64
+# stories, and the model has been trained for 40 steps.
 
 
 # %%
@@ -1263,9 +1277,10 @@ for scale in (1, 2**10, 2**16):
 
 
 # %% [markdown]
-# Without a scale most of them have lost digits or are gone, and the upper half of float16's range
-# is empty. {numref}`fig-precision-gradients` shows why a shift helps: range is not missing, it is
-# in the wrong place.
+# Without a scale, about one gradient in ten becomes zero, and nearly all the others lose digits;
+# the larger part of `float16`'s range, above $2^{-14}$, is hardly used. With a factor of $2^{10}$
+# most of them are safe, and with $2^{16}$ almost all. {numref}`fig-precision-gradients` shows why
+# such a shift helps: the range is wide enough, but it is in the wrong place.
 
 # %% mystnb={"figure": {"caption": "Exponents of the gradients that enter linear maps, without a scale and with one of 2^16. Float16 holds what lies in the light band with all its digits, what lies in the dark band with fewer; left of it everything is zero.", "name": "fig-precision-gradients"}, "image": {"alt": "Two histograms of the same shape over exponents from -36 to 18. Without a scale the values lie mostly between -28 and -14: nine tenths in the dark band of float16's subnormal numbers, from -24 to -14, the rest left of it. With the scale the histogram has moved right by 16 and lies within the light band, mostly between -12 and 2; the band goes on to 16."}}
 figure, axes = plt.subplots(figsize=(7, 2.8))
@@ -1283,12 +1298,13 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# To move all gradients there is no need to touch any of them. Differentiation is linear: if $S$ is
-# a constant, then $\nabla (S L) = S\, \nabla L$, at every weight and at every place in between. So
-# the loss is multiplied once, before the backward pass, and the gradients of the weights, which
-# are in 32 bits, are divided once, after it. Why are scales powers of two? Such a factor changes
-# the exponent of a number and none of its digits, so as long as nothing leaves the range, scaling
-# and dividing are exact. With any other factor both round:
+# We can move all gradients without touching any of them. Differentiation is linear: if $S$ is a
+# constant, then $\nabla (S L) = S\, \nabla L$, at every weight and at every place in between. So
+# the loss is multiplied by the **loss scale** $S$ once, before the backward pass, and the gradients
+# of the weights, which are in 32 bits, are divided by it once, after the backward pass. Why are
+# loss scales powers of two? Such a factor changes the exponent of a number and none of its digits.
+# As long as nothing leaves the range, multiplying and dividing by it are exact. With any other
+# factor, both round:
 
 
 # %%
@@ -1306,25 +1322,28 @@ for scale in (2.0**16, 1e5):
 assert changed > 0.5
 
 # %% [markdown]
+# With a power of two, every gradient comes back bit for bit. With 100,000, most come back with a
+# different last digit.
+#
 # ## A scale that finds itself
 #
-# How large may $S$ be? Too large, and the largest gradients overflow: they become infinite, and
-# infinity divided by $S$ is still infinite. That looks like a disaster, but it is a message that
-# cannot be missed, and it comes *before* the optimizer has acted. A scale that is too small gives
-# no sign at all. So a **dynamic** scale tries the limit from below: if a gradient is infinite or
-# NaN, the step is skipped and the scale halved; after 2,000 good steps in a row it is doubled. In
-# equilibrium one step in some 2,000 is lost, and the scale follows the gradients when they shrink
-# in the course of training.
+# How large may $S$ be? If it is too large, the largest gradients overflow: they become infinite,
+# and infinity divided by $S$ is still infinite. That looks like a disaster, but it is a message
+# that cannot be missed, and it comes *before* the optimizer has acted. A scale that is too small
+# gives no sign at all. So a **dynamic** scale keeps testing the limit. If a gradient is infinite or
+# NaN, the step is skipped and the scale is halved; after 2,000 good steps in a row it is doubled.
+# In equilibrium, about one step in 2,000 is lost, and the scale follows the gradients when they
+# shrink in the course of training.
 #
-# The order of things in a step leaves no choice:
+# The order of the operations within a step is forced:
 #
-# 1. `scale(loss).backward()`, once for each micro-batch. They are added with the *same* scale,
-#    which does not change before the step is over.
+# 1. `scale(loss).backward()` runs once for each micro-batch. Their gradients are added, so they
+#    need the *same* scale, which does not change before the step is over.
 # 2. `unscale_(optimizer)` divides `.grad`, once, and notes whether all of it is finite.
-# 3. Clipping and whatever else looks at gradients comes after that. Before, one would clip
+# 3. Clipping, and whatever else looks at gradients, comes after that. Before it, we would clip
 #    gradients that are 65,536 times too long, and then divide what is left.
-# 4. `step(optimizer)` takes the step, or not.
-# 5. `update()` changes the scale, after all optimizers have been asked.
+# 4. `step(optimizer)` takes the step, or skips it.
+# 5. `update()` changes the scale, after `step` has been called for every optimizer.
 #
 # The class keeps the scale, the number of good steps since the last change, and for each optimizer
 # what was found since the last update.
@@ -1376,8 +1395,9 @@ class GradScaler:
 
 
 # %% [markdown]
-# Whether all numbers of a tensor are finite, its smallest and its largest say: both are NaN if
-# anything is. The answer stays on the device, and is read in `step`.
+# To learn whether all numbers of a tensor are finite, it is enough to look at its smallest and its
+# largest: an infinity would be one of them, and if anything is NaN, both are. The answer stays on
+# the device until `step` reads it.
 
 
 # %%
@@ -1438,9 +1458,9 @@ class GradScaler(GradScaler):  # continued
 # ### Engine room: settings, states that torch's scaler takes, and calls in the wrong order
 
 # %% [markdown] tags=["engine"]
-# PyTorch keeps the scale as a number in 32 bits, so each new one is rounded to that. Gradients in
-# float16 are refused: they are those of weights in float16, which have no room for small updates,
-# and dividing them would let them vanish after all.
+# PyTorch keeps the scale as a number in 32 bits, so each new scale is rounded to that. Gradients in
+# float16 are refused. They belong to weights in float16, which have no room for small updates, and
+# dividing them would let them vanish after all.
 
 
 # %% tags=["engine"]
@@ -1546,7 +1566,7 @@ class GradScaler(GradScaler):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# The names in a state dict are those of PyTorch, so a run may go over from one to the other.
+# The names in a state dict are those of PyTorch, so a run may switch from one scaler to the other.
 
 
 # %% tags=["engine"]
@@ -1582,8 +1602,8 @@ class GradScaler(GradScaler):  # continued
 # %% [markdown]
 # ### The order, by experiment
 #
-# The most common mistake is to clip too early. The gradient below has a length of 2, and shall have
-# one of 1 after clipping:
+# It is an easy mistake to clip too early. The gradient below has a length of 2, and clipping should
+# cut it to 1:
 
 # %%
 for order in ("unscale, clip", "clip, unscale"):
@@ -1600,11 +1620,13 @@ for order in ("unscale, clip", "clip, unscale"):
     print(f"{order}: the weights have moved by {weight.detach().norm():.2g}")
 
 # %% [markdown]
-# The second run is not wrong in a way that anybody sees. It learns with a rate that is 65,536 times
-# too small, and Adam, which divides by the size of its gradients, hides even that.
+# In the second run, clipping saw a gradient 65,536 times too long and cut it to 1; then it was
+# divided by 65,536. Nothing fails visibly. With plain gradient descent the model learns at a rate
+# that is 65,536 times too small, and Adam, which divides by the size of its gradients, hides even
+# that.
 #
-# A skipped step is skipped for the schedule, too: the rate must not move on if the weights did not.
-# And here is what a scale does that begins far too high, with one infinite gradient later on:
+# If a step is skipped, the schedule has to wait, too: the rate must not move on if the weights did
+# not. Next we watch a scale that begins far too high, and meets one infinite gradient later on:
 
 # %%
 weight = nn.Parameter(torch.zeros(4))
@@ -1623,23 +1645,32 @@ print("exponent of the scale, x where the step was skipped:", *history)
 print(f"{taken} of {len(history)} steps were taken")
 
 # %% [markdown]
+# The scale begins at $2^{20}$ and is halved five times before a step can be taken, at $2^{15}$.
+# After four good steps, which is all that this scaler waits for, it tries $2^{16}$, and takes that
+# back at once. The infinite gradient then costs it another factor of two: the scaler cannot know
+# that no scale would have helped.
+#
 # ## Each part taken away once
 #
 # Is every part of the recipe needed? We train the small model for 60 steps, from three seeds, each
 # with its own weights and batches, and take away one part at a time. Casts are emulated, so that
-# this runs on any processor. The control is float32. What is compared is the validation loss with
-# the *same* seed, since seeds differ by more than what we look for; with three of them, the
-# 95 % interval of a mean difference is $\pm 4.30\, s/\sqrt 3$ for a standard deviation $s$ (the
-# factor is Student's, for two degrees of freedom).
+# this runs on any processor. The control is `float32`. We compare validation losses with the *same*
+# seed, since seeds differ by more than what we look for. With three of them, the 95% interval of a
+# mean difference is $\pm 4.30\, s/\sqrt 3$, where $s$ is the standard deviation of the three
+# differences. (The factor is Student's, for two degrees of freedom.)
 #
-# Three variants need a word. *In a large batch*: our batches have some 400 targets, those of large
-# runs half a million, and the mean over all of them makes each gradient a thousand times smaller.
-# So the loss is divided by $2^{10}$, as that of one micro-batch among as many, and the gradient
-# that they would add up to is made from it. *Weights in 16 bits*: after each step, weights and the
-# two means of AdamW are rounded to bfloat16; nothing is kept in 32 bits from one step to the next.
-# *Everything rounded*: the master weights have 32 bits, but the result of every single operation is
-# rounded, within norms, softmax and residual stream, too. The reference backend spells them all
-# out.
+# Three variants need explaining.
+#
+# - *In a large batch*: our batches have some 400 targets, those of large runs have half a million
+#   or more, and the mean over all of them makes each gradient a thousand times smaller. To imitate
+#   this, the loss is divided by $2^{10}$, as if it belonged to one micro-batch among that many, and
+#   the gradients are multiplied by $2^{10}$ after the backward pass, as if all the micro-batches
+#   had been the same.
+# - *Weights in 16 bits*: after each step, the weights and the two means of AdamW are rounded to
+#   `bfloat16`. Nothing is kept in 32 bits from one step to the next.
+# - *Everything rounded*: the master weights have 32 bits, but the result of every single operation
+#   is rounded, in norms, softmax, and the residual stream as well. For this the model runs on its
+#   reference backend, which spells all operations out.
 
 
 # %% [markdown] tags=["engine"]
@@ -1655,8 +1686,8 @@ class RoundEverything(CastProducts):
 
 
 # %% [markdown] tags=["engine"]
-# One run: scale, backward, unscale, clip, step, update, and a schedule that counts the steps that
-# were taken.
+# One run does the following in each step: scale, backward, unscale, clip, step, update. Its
+# schedule counts only the steps that were taken.
 
 
 # %% tags=["engine"]
@@ -1687,7 +1718,7 @@ def run_once(seed: int, options: dict[str, Any], n_steps: int = 60, rate: float 
 
 
 # %% [markdown] tags=["engine"]
-# The variants, and the rounding of what is stored:
+# These are the variants, and the function that rounds what is stored:
 
 
 # %% tags=["engine"]
@@ -1720,6 +1751,8 @@ variants: dict[str, dict[str, Any]] = {
 
 # %% [markdown]
 # ### The result
+#
+# Each variant is trained with three seeds and compared with `float32`:
 
 
 # %%
@@ -1740,34 +1773,37 @@ for name in list(variants)[1:]:
     print(f"{name:30} {round(mean, 1) + 0.0:+.1f}, ± less than {math.ceil(10 * half) / 10:.1f}")
 
 # %% [markdown]
-# Two decimals more, as we found them: +0.29 ± 0.06 for the large batch, +0.16 ± 0.01 for weights in
-# 16 bits, +0.01 ± 0.01 for everything rounded, and 0.00 ± 0.00 for all else.
+# The cell rounds, so that it prints the same on every processor. With two decimals, we found +0.29
+# ± 0.06 nats for the large batch, +0.16 ± 0.01 for weights in 16 bits, +0.01 ± 0.01 for everything
+# rounded, and 0.00 ± 0.00 for all others.
 #
-# Sixteen bits for products cost nothing that three seeds could show, in either format. Take away
-# the master weights, or in a large batch the scale, and the run is worse by far more than its
-# interval. Two results are less simple. Float16 without a scale did no harm in our *small* batch:
-# the histogram was of a larger one, and with 400 targets gradients are just large enough to lose
-# digits and not their lives, which AdamW forgives, as it divides by their size. It is scale that
-# makes float16 fail. And rounding everything costs next to nothing in so short a run. It is not
-# free (with 120 steps in place of 60 we found 0.05 nats), but at our size sums are short; the sums
-# of norms and softmax grow with width and length, and that they stay in 32 bits costs little.
+# Products in 16 bits cost nothing that three seeds could show, in either format. Take away the
+# master weights, or the loss scale in a large batch, and the run is worse by far more than its
+# interval. Two results are less simple. `float16` without a loss scale did no harm in our *small*
+# batch. The histogram was made with a batch eight times as large; with 400 targets, gradients are
+# eight times larger, and most of them lose digits without vanishing. That seems to be what AdamW
+# forgives. It is in large batches that unscaled `float16` fails. And rounding everything costs next
+# to nothing in so short a run. It is not free (with 120 steps in place of 60, we found 0.05 nats),
+# but our sums are short. The sums in norms and softmax grow with width and length, and keeping them
+# in 32 bits costs little.
 
 # %% [markdown]
 # ## In the trainer
 #
-# A plain loop skips the batch whose gradients overflow. Our trainer has a budget in steps, a
-# schedule that ends with the budget, and a sampler of which each batch should count. So it does not
-# skip the batch but *repeats* it: the scale is halved, the same batch is computed again, and one
-# step is counted when it is taken. Neither schedule nor optimizer has moved in between, no batch is
-# lost, and a run in float16 has as many steps as one in float32.
+# A plain loop skips a batch whose gradients overflow. Our trainer has a budget in steps, a schedule
+# that ends with the budget, and a sampler each of whose batches should count. So it doesn't skip
+# the batch but *repeats* it: the scale is halved, the same batch is computed again, and one step is
+# counted when it is taken. Neither schedule nor optimizer has moved in between, no batch is lost,
+# and a run in `float16` has as many steps as one in `float32`.
 #
-# Nor is an overflow a failure. The guard of {doc}`13_training` counts steps that do harm, and ends
-# a run after twenty of them in a row; a scale that looks for its place is none of its business. But
-# how do we tell the two apart? If the *loss* is not finite, no scale will mend it, and the guard
-# must decide. If the loss is finite and a gradient is not, it is the scale, unless that has become
-# so small already that it cannot be the reason.
+# Nor is an overflow a failure. The guard of {doc}`13_training` counts steps that would do harm, and
+# it ends a run after too many of them in a row. A scale that is looking for its place is not its
+# business. But how do we tell the two apart? If the *loss* is not finite, no scale will mend it,
+# and the guard must decide. If the loss is finite and a gradient is not, the scale is to blame,
+# unless it has become so small already that it cannot be the reason.
 #
-# A run from a file of settings gets it as
+# {py:class}`~llmbook.precision.MixedPrecision` puts this into the form that the trainer expects. A
+# run that is started from a file of settings gets it as
 # `trainer=partial(Trainer, precision=MixedPrecision("float16"))`.
 
 
@@ -1831,7 +1867,8 @@ class MixedPrecision(Precision):
 
 # %% [markdown] tags=["engine"]
 # A model that was cast as a whole has lost its master weights already. The message names the first
-# of them. Scale, settings and counts go into checkpoints, and the scale into the log.
+# of them. The scale, its settings, and the counts go into checkpoints, and the scale also goes into
+# the log.
 
 
 # %% tags=["engine"]
@@ -1871,10 +1908,10 @@ class MixedPrecision(MixedPrecision):  # continued
 
 
 # %% [markdown]
-# ### Stopped, and gone on
+# ### Stopped and resumed
 #
-# A run in float16, with a scale that begins far too high. It is stopped after 15 of 30 steps, and
-# another trainer, made anew, goes on from the checkpoint. A third one is never stopped:
+# We train in `float16`, with a scale that begins far too high. One trainer is stopped after 15 of
+# 30 steps, and another one, made anew, goes on from its checkpoint. A third is never stopped:
 
 
 # %%
@@ -1905,8 +1942,9 @@ print(f"{whole.step} steps, {whole.guard.skipped} skipped by the guard; resumed:
 print(f"{equal} of {len(pairs)} tensors are equal to the bit")
 
 # %% [markdown]
-# The scale fell from $2^{24}$ in the first step, by repeating it, and later tried twice what it had
-# settled on. {numref}`fig-precision-scale` shows it.
+# All 30 steps were taken, the guard had nothing to skip, and the resumed run ended with exactly the
+# weights of the one that was never stopped. {numref}`fig-precision-scale` shows the scale of that
+# run.
 
 # %% mystnb={"figure": {"caption": "The scale of the loss in a run of 30 steps that may grow after every 10 good ones, and how often a batch was repeated so far.", "name": "fig-precision-scale"}, "image": {"alt": "Two step curves over 30 training steps. The exponent of the scale falls from 24 to 10 in the first step, and then goes between 10 and 11: up after ten good steps, down where that was too much. The count of repeated batches jumps to 14 in the first step, and later rises by one wherever the scale falls."}}
 figure, axes = plt.subplots(figsize=(7, 2.6))
@@ -1919,24 +1957,28 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# Our trainer has a scale of its own, by the way. It takes the gradient of the *sum* of all losses
-# and divides by the count in 32 bits, after the backward pass. With some 400 targets in a batch
-# that is a factor of $2^{8}$ to $2^{9}$ that the usual mean would have lost, and the reason why the
-# scaler settles lower here than elsewhere.
+# In the first step the scale fell from $2^{24}$ until the gradients fit, as the batch was repeated
+# again and again. Later it tried, now and then, twice what it had settled on.
 #
-# May the optimizer's two running means have 16 bits, too? Not if they are rounded to the nearest: a
-# mean that changes by one part in a thousand stands still. With stochastic rounding they may. The
-# room has an AdamW of that kind, half the memory of its state, and measures both.
+# It settled lower here than it would in a plain loop, because our trainer has a scale of its own.
+# It takes the gradient of the *sum* of all losses, and divides by the count in 32 bits, after the
+# backward pass. With some 400 targets in a batch, that keeps a factor of $2^{8}$ to $2^{9}$ that
+# the usual mean would have lost.
+#
+# Could the optimizer's two running means have 16 bits, too? Not if they are rounded to nearest: a
+# mean that changes by one part in a thousand stands still. With stochastic rounding they can. The
+# engine room below builds an AdamW of that kind, whose state takes half the memory, and measures
+# both ways of rounding.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: sixteen bits for the optimizer, and what that does
 
 # %% [markdown] tags=["engine"]
-# A running mean is a sum that stops: with $\beta_2 = 0.999$ the mean of squares changes by at most
-# one part in a thousand when gradients get smaller, and bfloat16 has steps of one part in 128 to
-# 256. Rounded to the nearest, it never comes down again. Stochastic rounding moves it with the
-# right probability, so that it is right on average. The optimizer below keeps both means in
-# bfloat16, and has 32 bits only for the parameter that it is working on.
+# A running mean is a sum that can get stuck. With $\beta_2 = 0.999$ the mean of squares changes by
+# at most one part in a thousand when gradients get smaller, and bfloat16 has steps of one part in
+# 128 to 256. Rounded to nearest, it never comes down again. Stochastic rounding moves it with a
+# probability that makes it right on average. The optimizer below keeps both means in bfloat16, and
+# has 32 bits only for the parameter that it is working on.
 
 
 # %% tags=["engine"]
@@ -2004,8 +2046,9 @@ class CompactAdamW(AdamW):
 
 
 # %% [markdown] tags=["engine"]
-# First the mean of squares by itself. A weight gets gradients of 1 for 50 steps and then of 0.01,
-# and its mean of squares should fall by a factor $0.999^{1000} = 0.37$ in the next thousand steps:
+# First we look at the mean of squares by itself. A weight gets gradients of 1 for 50 steps and then
+# of 0.01, and its mean of squares should fall by a factor $0.999^{1000} = 0.37$ in the next
+# thousand steps:
 
 # %% tags=["engine"]
 for rounding in ("float32", "nearest", "stochastic"):
@@ -2023,7 +2066,7 @@ for rounding in ("float32", "nearest", "stochastic"):
     print(f"{rounding:10} the mean of squares falls by a factor {means[1] / means[0]:.2f}")
 
 # %% [markdown] tags=["engine"]
-# And in training, with $\beta_2 = 0.999$ and a model of one layer:
+# Next we train a model of one layer with $\beta_2 = 0.999$:
 
 
 # %% tags=["engine"]
@@ -2046,33 +2089,34 @@ for name in ("nearest", "stochastic"):
 
 # %% [markdown] tags=["engine"]
 # In 60 steps no difference can be seen: the mean of squares has hardly begun to fall by then. In
-# 600 steps of this model we measured +0.004 ± 0.001 nats for rounding to the nearest, and 0.000 ±
-# 0.002 for stochastic rounding: small, but with a sign, and growing with the length of the run.
+# 600 steps of this model we measured +0.004 ± 0.001 nats for rounding to nearest, and 0.000 ± 0.002
+# for stochastic rounding. The first is small, but its interval excludes zero.
 
 # %% [markdown]
 # ## Half the memory?
 #
-# "Mixed precision halves the memory" is said everywhere. Let us count. A parameter in float32
-# takes 16 bytes in training: itself, its gradient, and two means. In mixed precision the master
-# weight, its gradient and the means have 32 bits as before, and a copy in 16 bits is *added* for
-# each product, kept until the backward pass has used it. That makes 18. Weights and optimizer
-# become larger, not smaller.
+# It is often said that mixed precision halves the memory. Let us count. In `float32`, training
+# takes 16 bytes for each parameter: itself, its gradient, and two means. In mixed precision the
+# master weight, its gradient, and the means have 32 bits as before, and a copy in 16 bits is
+# *added* for each product and kept until the backward pass has used it. That makes 18 bytes.
+# Weights and optimizer take more memory, not less.
 #
-# What shrinks are the activations. {eq}`model-activations` lists what the backward pass needs: for
-# each token and layer $4 d + 2 (h + k) d_h + c\, d_f$ numbers. Of these $2d$ are what the two norms
-# have read from the residual stream. They stay in 32 bits. The inputs of products have 16 bits; but
-# the maps to q, k and v, which share one input, have it cast once *each*, and so do gate and up.
-# The $2d$ inputs become $3 + n_g$ vectors of $d$, where $n_g$ is 2 with a gate and 1 without. In
-# bytes:
+# What shrinks are the activations. Equation {eq}`model-activations` counts what the backward pass
+# needs: $4 d + 2 (h + k) d_h + c\, d_f$ numbers for each token and layer. As in {doc}`11_model`,
+# $h$ and $k$ are the numbers of query heads and key-value heads, and $c$ depends on the activation
+# function. Of these numbers, $2d$ are what the two norms have read from the residual stream; they
+# stay in 32 bits. The inputs of products have 16 bits. But the maps to q, k, and v, which share one
+# input, have it cast once *each*, and so do gate and up. So their two inputs, $2d$ numbers, become
+# $3 + n_g$ vectors of $d$ numbers, where $n_g$ is 2 with a gate and 1 without. In bytes:
 #
 # $$
 # A_{\text{mixed}} = 4 \cdot 2d + 2\, \bigl( (3 + n_g)\, d + 2 (h + k)\, d_h + c\, d_f \bigr)
 # \quad \text{per token and layer.}
 # $$ (precision-activations)
 #
-# With $h d_h = k d_h = d$ and a SwiGLU of the usual width, $c\, d_f = \tfrac{32}{3} d$, this is
-# $47 d$ bytes in place of $75 d$ in float32: 63 %, not half. The logits of the loss, $V$ for each
-# token, are in 32 bits for the softmax in any case.
+# With $h d_h = k d_h = d$ and a SwiGLU of the usual width, $c\, d_f = \tfrac{32}{3} d$, this is $47
+# d$ bytes in place of $75 d$ in `float32`: 63%, not half. The logits, $V$ for each token, are in 32
+# bits for the softmax in any case.
 
 
 # %% [markdown] tags=["engine"]
@@ -2085,7 +2129,7 @@ STATE_BYTES = {"sgd": (0, 0), "adamw": (8, 8), "compact_adamw": (4, 4), "muon": 
 
 
 # %% [markdown] tags=["engine"]
-# All parts together:
+# `memory_breakdown` adds up all parts:
 
 
 # %% tags=["engine"]
@@ -2133,8 +2177,8 @@ def memory_breakdown(
 
 
 # %% [markdown] tags=["engine"]
-# The activations are {eq}`precision-activations`, or with checkpointing, which comes below, the
-# inputs of all blocks and one block in full:
+# The activations are {eq}`precision-activations`. With checkpointing, which comes below, they are
+# the inputs of all blocks and one block in full:
 
 
 # %% tags=["engine"]
@@ -2199,15 +2243,16 @@ def _storages(tree: Any) -> list[Any]:
 # %% [markdown]
 # ### Is the formula right?
 #
-# We count the bytes of all living tensors, as {doc}`12_optimization` did for
-# the loss: a mode in which PyTorch tells of every tensor that any operation makes. What matters is
-# the storage, which views share; it is subtracted when it is gone. Unlike the size of the process,
-# this is the same on every machine.
+# We count the bytes of all living tensors, as {doc}`12_optimization` did for the loss.
+# `LiveMemory`, from the folded cells, is a mode in which PyTorch reports every tensor that any
+# operation makes. It counts storages, since several views can share one, and subtracts each when it
+# is freed. Unlike the size of the process, this count is the same on every machine.
 
 
 # %% [markdown]
-# What is alive after a forward pass is what it keeps: activations and copies. We compare them with
-# the formula for a model of four blocks and 1,024 tokens.
+# What is alive after a forward pass is what it keeps: activations and copies of weights. We compare
+# this with `memory_breakdown`, which is the formula as a function, for a model of four blocks and
+# 1,024 tokens.
 
 
 # %%
@@ -2234,8 +2279,10 @@ share = kept["bfloat16"] / kept["float32"]
 print(f"mixed precision keeps {share:.0%} of what float32 keeps, its copies of weights included")
 
 # %% [markdown]
-# So the claim depends on what there is more of, parameters or tokens. Three models, from the size
-# of ours to one of 7 billion parameters, with AdamW and all logits at once:
+# The formula is right to within about a percent, and mixed precision keeps two thirds of what
+# `float32` keeps. What that means for a whole training step depends on whether parameters or tokens
+# take more of the memory. Here are three models, from the size of ours to one of 7 billion
+# parameters, with AdamW and all logits at once:
 
 # %%
 small = ModelConfig(
@@ -2255,11 +2302,11 @@ for name, (config, n_rows, length) in models.items():
     print(f"{name:16} {full / 1e9:7.3f} GB in float32; mixed {mixed:.0%}, pure 16 bits {pure:.0%}")
 
 # %% [markdown]
-# {numref}`fig-precision-memory` shows where it goes. Where activations are most of it, mixed
-# precision saves a fifth to a quarter. Where weights are, it saves next to nothing. Half is what
-# pure 16 bits need, and we saw what that does. What mixed precision is for is speed, where hardware
-# multiplies 16-bit numbers faster. Large runs do get near half, by other means on top: gradients
-# and the state of the optimizer in 16 bits, or spread over many devices.
+# {numref}`fig-precision-memory` shows where it goes. Where activations take most of the memory, as
+# in the two smaller models, mixed precision saves a fifth to a quarter. Where weights and optimizer
+# do, it saves next to nothing. Pure 16 bits need half, and we have seen what they do to the loss.
+# The point of mixed precision is speed, on hardware that multiplies 16-bit numbers faster. To save
+# more memory, something else has to be done.
 
 # %% mystnb={"figure": {"caption": "Bytes of a training step with AdamW in float32, in mixed precision and in pure 16 bits, relative to float32.", "name": "fig-precision-memory"}, "image": {"alt": "Three groups of three stacked bars, for float32, mixed and pure 16 bits, in percent of float32. With 0.3 million parameters they are 100, 74 and 50 high, and three quarters of each is activations. With 124 million they are 100, 81 and 50; activations are more than half, logits a fifth. With 6.7 billion they are 100, 99 and 50; the optimizer is more than a third, activations a quarter, and in mixed precision the copies of weights take what activations save."}}
 figure, axes = plt.subplots(figsize=(7.5, 3.4))
@@ -2279,13 +2326,13 @@ axes.legend(ncols=6, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.1))
 plt.show()
 
 # %% [markdown]
-# ## What else buys memory
+# ## What else saves memory
 #
-# If it is activations that fill the memory, why keep them? **Activation checkpointing**
-# {cite}`chen2016sublinear` keeps the input of each block only, and computes the block a second time
-# when the backward pass arrives there. The price is one more forward pass. A backward pass costs
-# about two forward passes, so a step takes at most $4/3$ of the time. As a function with a
-# derivative of its own it takes a dozen lines:
+# If activations fill the memory, why keep them? **Activation checkpointing**
+# {cite}`chen2016sublinear` keeps only the input of each block, and computes the block a second time
+# when the backward pass arrives there. The price is one more forward pass. A backward pass takes
+# about twice the operations of a forward pass, so a step takes at most $4/3$ of the operations. As
+# a function with a derivative of its own, checkpointing takes a dozen lines:
 
 
 # %%
@@ -2311,8 +2358,8 @@ class Recomputed(torch.autograd.Function):
 # ### Engine room: checkpointing as PyTorch does it (`checkpoint_blocks`), and the steps that are measured
 
 # %% [markdown] tags=["engine"]
-# PyTorch's version also sets back the random generators, so that dropout is the same the second
-# time, and autocast. We use that, and let the other be its check.
+# PyTorch's version also restores the state of the random generators, so that dropout is the same
+# the second time, and that of autocast. We use that version, and check it against ours.
 
 
 # %% tags=["engine"]
@@ -2339,7 +2386,7 @@ def _checkpointed(forward: Callable[..., Tensor], *arguments: Any, **options: An
 
 
 # %% [markdown] tags=["engine"]
-# All three, and what they keep:
+# Here are all three, with what they keep:
 
 
 # %% tags=["engine"]
@@ -2391,7 +2438,7 @@ def step_of(model: TransformerLM, optimizer: torch.optim.Optimizer, **how: Any) 
 
 
 # %% [markdown] tags=["engine"]
-# The ways, by name:
+# The ways to save memory, by name:
 
 
 # %% tags=["engine"]
@@ -2419,14 +2466,17 @@ def prepared(how: Mapping[str, Any]) -> Callable[[], None]:
 # %% [markdown]
 # ### One at a time, and all together
 #
-# Now everything that saves memory, one at a time, on the same model: the most bytes that are alive
-# at once in a whole step, weights and optimizer included. Accumulation cuts a batch of 8 rows into
-# four; the chunked loss is that of {doc}`12_optimization`. The optimizer of PyTorch that works on
-# all tensors at once (`foreach`) makes temporary copies of all of them, the fused one none.
+# Now we try everything that saves memory on the same model, first one way at a time and then
+# together. We measure the most bytes that are alive at once in a whole step, weights and optimizer
+# included. Mixed precision and checkpointing we know. Accumulation cuts a batch of 8 rows into four
+# parts. The chunked loss is that of {doc}`12_optimization`. PyTorch's `foreach` optimizer, which
+# works on all tensors at once, makes temporary copies of all of them; the fused optimizer, which
+# all other rows use, makes none.
 
 
 # %% [markdown]
-# What was there before the step, weights and the optimizer's state, is 12 bytes a parameter.
+# What was there before the step, weights and the optimizer's state, takes 12 bytes a parameter and
+# is added to the count.
 
 # %%
 steps = {name: prepared(how) for name, how in ways.items()}
@@ -2441,8 +2491,16 @@ at_most = sum(parts.values())
 print(f"{'the formula':26} {at_most / 1e6:5.1f} MB, {at_most / peaks['plain']:4.0%}")
 
 # %% [markdown]
-# And what it costs, as time relative to the plain step, best of three. Mixed precision is left out:
-# on this processor or that, it is twice as fast or forty times slower.
+# Checkpointing and accumulation each save more than half of the memory, and together they save two
+# thirds. The formula comes close to the plain step. It counts gradients and activations as if both
+# were there in full at once, while the true peak is a little lower or higher, as temporary tensors
+# come and go. The chunked loss saves little here, with 512 tokens in the vocabulary, and more where
+# the vocabulary is large. How the optimizer works makes no difference to the *peak*, which is
+# reached before its turn.
+#
+# And what does this cost? We measure the time relative to the plain step, best of three. Mixed
+# precision is left out, because its time depends entirely on whether the processor has 16-bit
+# arithmetic.
 
 # %% tags=["nbval-ignore-output"]
 best = dict.fromkeys(steps, math.inf)
@@ -2455,28 +2513,28 @@ for name, seconds in best.items():
         print(f"{name:26} {seconds / best['plain']:.2f}")
 
 # %% [markdown]
-# The formula counts gradients beside activations, as if both were there in full at once; the true
-# peak is a little lower or higher, as temporary tensors come and go. Accumulation is the cheapest
-# remedy, checkpointing the strongest for long rows, and the two add up. The chunked loss saves
-# little here, with 512 tokens in the vocabulary, and most where the vocabulary is large. How the
-# optimizer works makes no difference to the *peak*, which is reached before its turn.
+# In our run, checkpointing took more than the $4/3$ that its operations account for, and
+# accumulation nearly twice the time of the plain step, although it needs no more operations. A
+# model this small spends much of its time on calls from Python, and accumulation makes four times
+# as many. In large models the products dominate, and the ratios come closer to the counts of
+# operations.
 
 # %% [markdown]
 # ## A compiler in between
 #
-# Sixteen bits make products cheaper, and then what is left takes most of the time: norms, casts,
-# activations, additions. Each is a call from Python into a kernel that reads its inputs from memory
-# and writes its output back. `torch.compile` {cite}`ansel2024pytorch` attacks both costs. It runs
-# the function once with symbols in place of tensors and notes the operations in a **graph**. A
-# compiler then **fuses** neighbors: a chain of elementwise operations becomes one loop, which reads
-# and writes once, and one call.
+# When 16 bits make products cheaper, everything else takes a larger share of the time: norms,
+# casts, activations, additions. Each of them is a call from Python into a kernel that reads its
+# inputs from memory and writes its output back. `torch.compile` {cite}`ansel2024pytorch` attacks
+# both costs. It runs the function once with symbols in place of tensors, and notes the operations
+# in a **graph**. A compiler then **fuses** neighbors: a chain of elementwise operations becomes one
+# loop, with one call, that reads and writes once.
 #
-# The graph is true only for what it was made from, so the compiled code is kept together with
+# The graph is valid only for what it was made from, so the compiled code is kept together with
 # **guards**: this argument is a tensor of that dtype and that shape, that flag is True. If a guard
 # fails, the function is compiled **anew**. What cannot be noted, such as a decision that depends on
-# the numbers in a tensor, **breaks** the graph in two, with Python in between. To see this needs no
-# compiler: a backend is a function that gets a graph and returns something to call. Ours only
-# counts.
+# the numbers in a tensor, **breaks** the graph in two, with Python in between. We can watch all
+# this without a compiler: a backend is a function that gets a graph and returns something to call,
+# and ours only counts.
 
 
 # %%
@@ -2497,7 +2555,7 @@ def graphs_of(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> lis
 
 
 # %% [markdown]
-# Two functions, and some calls of each:
+# Here are two functions, and some calls of each:
 
 
 # %%
@@ -2523,13 +2581,14 @@ for name, (function, calls) in cases.items():
 # %% [markdown]
 # The same call is compiled once. A second length is compiled once more, now for *any* length, and
 # the third costs nothing. Each dtype has a graph of its own. A decision on numbers needs one graph
-# before it and one for each branch that is taken. So compiled code likes fixed shapes, few kinds of
-# arguments and no decisions, which is what training is and what generation has to be made into
-# ({doc}`14_generation`, which measures that).
+# before it and one for each branch that is taken. So compiled code prefers fixed shapes, few kinds
+# of arguments, and no decisions. Training with batches of one shape is like that, and generation
+# has to be made so ({doc}`14_generation`, which measures it).
 #
 # When does it pay? Compiling takes seconds to minutes, so it is not done in this chapter's cells.
-# The command `python benchmarks/precision.py` measured this with one thread, on a machine with
-# other work to do, so that the second digit of a ratio says little:
+# The command `python benchmarks/precision.py` measured it with one thread, on a machine with other
+# work to do, so the second digit of a ratio says little. The last column says after how many steps
+# the time for compiling has been saved again:
 #
 # | model | to eager | to transformers, eager | compiling | pays after |
 # |---|---:|---:|---:|---:|
@@ -2543,35 +2602,39 @@ for name, (function, calls) in cases.items():
 # *(training step in float32, speed relative to eager; the whole table is in
 # `benchmarks/results/precision.md`)*
 #
-# Ten to twenty percent, at any size, and what is compiled has to run for some hundred steps before
-# it has paid for itself. More is not to be had on a processor: most of a step are products, which
-# are the same kernels compiled or not, and a compiler can only fuse the rest. On a GPU that rest is
-# a larger share, because products are so fast there. `TrainingConfig(compile=True)` compiles the
-# blocks one by one. All of them are alike, so one compilation serves all.
+# Compiled code was about 10 to 20 percent faster at each of these sizes, and it had to run for one
+# hundred to a thousand steps before it had paid for itself. Don't expect much more on a processor:
+# most of a step is products, whose kernels are the same whether compiled or not, and a compiler can
+# only fuse the rest. On a GPU the rest can be a larger share, because products are so fast there.
+# `TrainingConfig(compile=True)` compiles the blocks one by one. All of them are alike, so one
+# compilation serves all.
 
 # %% [markdown]
 # ## A scale for each block
 #
-# With 8 bits, and certainly with 4, a tensor doesn't fit into the range as it is. It is divided by
-# a **scale** first, so that its largest absolute value, its *amax*, becomes the largest number of
-# the format. One scale for the whole tensor has a weakness we know from {doc}`14_generation`: a
-# single outlier makes it coarse for all others. There each row got a step of its own. The formats
-# of recent GPUs go further and give a scale to each short block of neighbors in a row
+# So far 16 bits have been the fewest. With 8 bits, and certainly with 4, a tensor doesn't fit into
+# the range as it is. It is divided by a **scale** first, so that its largest absolute value, its
+# *amax*, becomes the largest number of the format. (The loss scale multiplied all gradients at
+# once. The scales of this section belong to single tensors, or parts of them, and divide.) One
+# scale for the whole tensor has a weakness that we know from {doc}`14_generation`: a single outlier
+# makes it coarse for all other numbers. There the remedy was a step for each row. The formats of
+# recent GPUs go further, and give a scale to each short block of neighbors in a row
 # {cite}`rouhani2023ocp`:
 #
 # - **MXFP8** has blocks of 32 numbers in e4m3 (or e5m2), and their scale is a power of two in e8m0.
 #   That makes $8 + 8/32 = 8.25$ bits per value. **MXFP4** does the same with e2m1, in 4.25 bits.
 # - **NVFP4** has blocks of 16 numbers in e2m1, whose scale is itself a number in e4m3, with three
-#   fraction bits. Since these scales reach no farther than 448, the tensor has another scale in
-#   `float32`. That makes $4 + 8/16 = 4.5$ bits per value {cite}`nvidia2025nvfp4`.
+#   fraction bits. Since these scales reach no farther than 448, the tensor as a whole has another
+#   scale in `float32`. That makes $4 + 8/16 = 4.5$ bits per value {cite}`nvidia2025nvfp4`.
 
 
 # %% [markdown]
-# The rule for a power of two is that of the specification: take the largest power of two in the
-# block and in the element's format, $2^{\lfloor \log_2 \mathrm{amax} \rfloor}$ over $2^8$ for e4m3
-# or $2^2$ for e2m1. The largest value then lies between 256 and 512, and what exceeds 448
-# saturates. NVFP4 can do better, as its scale has digits: amax over 6, the largest number of e2m1,
-# rounded to e4m3.
+# For a scale that is a power of two, we follow the specification: find the largest power of two
+# that is no larger than the block's amax, $2^{\lfloor \log_2 \mathrm{amax} \rfloor}$, and divide it
+# by the largest power of two in the element's format, which is $2^8$ for e4m3 and $2^2$ for e2m1.
+# For e4m3, the largest value of the block then lies between 256 and 512, and what exceeds 448
+# saturates. NVFP4 can do better, since its scale has digits: the scale is amax over 6, the largest
+# number of e2m1, rounded to e4m3. {py:func}`~llmbook.precision.quantize_blocks` does both.
 
 
 # %% [markdown] tags=["engine"]
@@ -2605,7 +2668,7 @@ class BlockFormat:
 
 
 # %% [markdown] tags=["engine"]
-# The formats by name, and what a tensor in one of them consists of:
+# Here are the formats by name, and what a tensor in one of them consists of:
 
 
 # %% tags=["engine"]
@@ -2673,7 +2736,7 @@ def quantize_blocks(
 
 
 # %% [markdown] tags=["engine"]
-# The power of two at or below a number stands in its exponent, as before; for zero it is the
+# The power of two at or below a number stands in its exponent, as before. For zero we take the
 # smallest that e8m0 has.
 
 
@@ -2702,12 +2765,12 @@ def _check_blocks(x: object, format: object) -> BlockFormat:
 
 
 # %% [markdown]
-# ### What the scales buy
+# ### What block scales gain
 #
-# We take the weights of a layer of our trained model, and what flows into
-# it. In large models, a few channels of the latter are many times larger than all others
-# {cite}`dettmers2022int8`. Ours is too small to have them, so we make one channel in 64 a hundred
-# times larger, and then measure the error of the *other* 63:
+# We take the weights of one layer of our trained model, and the activations that flow into it. In
+# large models, a few channels of the activations are many times larger than all others
+# {cite}`dettmers2022int8`. Ours is too small to have such channels, so we make one channel in 64 a
+# hundred times larger, and then measure the error of the *other* 63:
 
 
 # %%
@@ -2741,51 +2804,51 @@ for name in ("float8_e4m3fn", "mxfp8", "float4_e2m1fn", "mxfp4", "nvfp4"):
     print(f"{label:24} {bits:4.2f}", *(f"{min(100, 5 * math.ceil(20 * e)):13}%" for e in row))
 
 # %% [markdown]
-# With 8 bits, the scales hardly matter: e4m3 has exponents of its own, and its relative error is
+# With 8 bits, block scales hardly matter: e4m3 has exponents of its own, and its relative error is
 # the same for all but the smallest numbers. With 4 bits they decide. With an outlier and one scale,
-# all quiet channels become zero. In blocks, only the outlier's neighbors suffer. Our rows are so
-# short that these are half of all channels for MXFP4, and a quarter for NVFP4; in a row of 4,096 it
-# would be 32 or 16. The table prices the formats for storage. What they do to *training* is
-# measured at the end of the chapter.
+# all quiet channels become zero, an error of 100%. In blocks, only the outlier's neighbors suffer.
+# Our rows are so short that these are half of all channels for MXFP4, and a quarter for NVFP4; in a
+# row of 4,096 they would be 32 or 16. The table measures what the formats do to stored numbers.
+# What they do to *training* comes next.
 
 # %% [markdown]
 # ## Training in 8 and 4 bits
 #
-# The recipe of this chapter computes products in 16 bits. Recent GPUs multiply 8-bit numbers twice
-# as fast again, and 4-bit numbers faster still. We have no such unit, but we don't need one to know
-# what the rounding does to the loss. A product of rounded numbers, summed in 32 bits, is the same
-# whether the numbers are stored in 8 bits or in 32. So we **emulate**: round the operands to the
-# short format, and multiply in `float32`. This shows the *accuracy* of such training, digit by
-# digit apart from the order of sums. It says nothing about *speed*; in fact, all the rounding makes
-# it slower.
+# Recent GPUs multiply 8-bit numbers twice as fast again as 16-bit ones, on paper, and 4-bit numbers
+# faster still. We have no such unit, but to learn what the rounding does to the loss, we can
+# emulate it, as we did with 16 bits: round the factors to the short format, and multiply in
+# `float32`. Apart from the order of the sums, the results are those of a product in 8 bits. Again
+# this shows the *accuracy* of such training and says nothing about its *speed*. In fact, all the
+# rounding makes it slower.
 #
-# A linear layer does three products, one forward and two backward, with $X$ the inputs (one row
-# for each token), $W$ the weights, and $G$ the gradient of the outputs:
+# A linear layer takes part in three products, one forward and two backward. Let $X$ be its inputs
+# (one row for each token), $W$ its weights, and $G$ the gradient of its outputs:
 #
 # $$
 # Y = X W^\top, \qquad dX = G W, \qquad dW = G^\top X .
 # $$ (precision-products)
 #
-# All operands are rounded: $X$ and $W$ to e4m3, which has more digits, and $G$ to e5m2, which has
+# All factors are rounded: $X$ and $W$ to e4m3, which has more digits, and $G$ to e5m2, which has
 # more range, since gradients vary more {cite}`micikevicius2022fp8`. Each needs a scale before it is
 # rounded, and this is where recipes differ:
 #
-# - **Current** scaling takes the amax of the tensor at hand. That means reading the tensor twice,
-#   once for the amax and once to round it.
+# - **Current** scaling takes the amax of the tensor that is to be rounded. That means reading the
+#   tensor twice, once for the amax and once to round it.
 # - **Delayed** scaling takes the largest amax of the last steps, 16 here, which is known
 #   beforehand. If a tensor grows suddenly, its largest values saturate until the history has caught
 #   up.
 # - **Block** scaling uses the formats above. The blocks have to lie along the direction that the
-#   product sums over, so that a scale can be taken out of each partial sum. The three products sum
-#   over features, outputs, and tokens. So each operand is rounded twice, in two directions.
+#   product sums over, so that a scale can be factored out of each partial sum. The three products
+#   sum over features, outputs, and tokens. So each factor is rounded twice, in two directions.
 #
-# With 4 bits, rounding gradients to nearest has the bias we know, so they are rounded by chance, as
-# in NVIDIA's recipe {cite}`nvidia2025nvfp4`.
+# With 4 bits, small gradients that are rounded to nearest vanish again and again, like the updates
+# of our frozen weights. So they are rounded by chance, as in NVIDIA's recipe
+# {cite}`nvidia2025nvfp4`.
 
 
 # %% [markdown]
-# `emulate(model, recipe)` returns a copy of a model whose linear layers do this. The layers
-# differ from `nn.Linear` only in the three products.
+# `emulate(model, recipe)` returns a copy of a model whose linear layers do this. They differ from
+# `nn.Linear` only in the three products.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: recipes by name, a layer with rounded products (`EmulatedLinear`), and a model of them (`emulate`)
@@ -2819,7 +2882,7 @@ class Recipe:
 
 
 # %% [markdown] tags=["engine"]
-# Some common ones have names. Forward and backward formats are the same where blocks are scaled,
+# Some common recipes have names. Forward and backward formats are the same where blocks are scaled,
 # since a scale for each block leaves little need for a wider range:
 
 # %% tags=["engine"]
@@ -2836,7 +2899,7 @@ RECIPES = {
 }
 
 # %% [markdown] tags=["engine"]
-# The layer rounds an operand along one of its two dimensions. With one scale for the whole tensor
+# The layer rounds a factor along one of its two dimensions. With one scale for the whole tensor,
 # the dimension doesn't matter. A tensor of zeros has an amax of zero, and gets a scale of 1:
 
 
@@ -2897,7 +2960,7 @@ class EmulatedLinear(nn.Linear):
 
 # %% [markdown] tags=["engine"]
 # The three products are written out by hand. What the backward pass needs is rounded in the forward
-# pass already, as a real implementation would, which thereby keeps activations in 8 bits:
+# pass already. A real implementation would do the same, and so keep activations in 8 bits:
 
 
 # %% tags=["engine"]
@@ -2926,7 +2989,7 @@ class _RoundedProducts(torch.autograd.Function):
 
 
 # %% [markdown] tags=["engine"]
-# A model is emulated by exchanging its linear layers, in a copy.
+# To emulate a model, exchange its linear layers, in a copy:
 
 
 # %% tags=["engine"]
@@ -2986,9 +3049,10 @@ def _find_recipe(recipe: object) -> Recipe:
 # ### What it does to the loss
 #
 # Embeddings, norms, attention scores, and the output layer stay in `float32`, as is usual. Each
-# recipe trains from the same start on the same batches as `float32`, with three seeds. It is judged
-# by the mean loss of its last ten steps, where the noise of the batches is the same for both. The
-# interval is Student's for three differences, at 95%. It is wide; three runs support no more.
+# recipe trains the model of the first experiment, from the same start and on the same batches as
+# `float32`, with three seeds. It is judged by the mean loss of its last ten steps, where the noise
+# of the batches is the same for both. The interval is Student's again. It is wide, and three runs
+# support no more.
 
 
 # %%
@@ -3008,9 +3072,9 @@ for recipe, (low, high) in bounds.items():
     print(f"{recipe:11} nats above float32, 95% interval: within {low} to {high}")
 
 # %% [markdown]
-# With 8 bits, the difference is a few thousandths of a nat, hardly more than three runs can
-# resolve. With 4 bits, it can be seen. A longer comparison of all recipes, with 200 steps and twice
-# the width, was made by `benchmarks/rounding.py`. Losses are in nats per token:
+# With 8 bits, the whole interval lies below 0.02 nats; with 4 bits, it lies above that. For a
+# longer comparison of all recipes, with 200 steps and twice the width, there is
+# `benchmarks/rounding.py`. Losses are in nats per token:
 #
 # | products in | loss | above `float32` | 95% interval |
 # |:---|---:|---:|---:|
@@ -3023,31 +3087,33 @@ for recipe, (low, high) in bounds.items():
 # | MXFP4 | 1.387 | 0.0837 | ± 0.0391 |
 # | NVFP4 | 1.363 | 0.0597 | ± 0.0070 |
 #
-# What can be read from it, and what can't? Products in `bfloat16` cost nothing here: the difference
-# is less than a thousandth of a nat, with an interval to match. Products in 8 bits without scales
-# cost about a hundredth, and that interval excludes zero. The three ways to scale can't be told
-# apart from each other, nor from no cost at all; three seeds of a model this small don't tell which
-# is better. Four bits cost 5% of the loss, which is a lot. The recipe of a 12-billion-parameter
-# model that came within about 1.5% of its 8-bit loss {cite}`nvidia2025nvfp4` has more parts: some
-# layers stay in 16 bits, tensors are rotated at random so that outliers spread over their block,
-# and the weights get the same blocks in both directions.
+# What can be read from this table, and what can't? Products in `bfloat16` cost nothing here: the
+# difference is less than a thousandth of a nat, with an interval to match. Products in 8 bits
+# without scales cost about a hundredth of a nat, and that interval excludes zero. The three ways to
+# scale can't be told apart from each other, nor from no cost at all; three seeds of a model this
+# small don't show which is better. Four bits cost about 5% of the loss, which is a lot. NVIDIA's
+# recipe, with which a model of 12 billion parameters came within about 1.5% of its 8-bit loss
+# {cite}`nvidia2025nvfp4`, has more parts: some layers stay in 16 bits, tensors are rotated at
+# random so that outliers spread over their block, and the weights get the same blocks in both
+# directions.
 #
 # ### A faster product is not a faster run
 #
-# How much of this is worth it? Say that products take a share $p$ of a training step and become $k$
-# times as fast, while everything else stays as it is. The step then takes $1 - p + p / k$ of its
-# time (Amdahl's law), so it is
+# How much faster does all this make a training run? Say that products take a share $p$ of a
+# training step and become $k$ times as fast, while everything else stays as it is. (In this section
+# $p$ is not a probability, and the speedup $S$ below is not a loss scale.) The step then takes $1 -
+# p + p / k$ of its time (Amdahl's law), so it is
 #
 # $$
 # S = \frac{1}{1 - p + p / k}
 # $$ (precision-amdahl)
 #
 # times as fast, which is less than $k$ unless $p = 1$. nanochat's log {cite}`karpathy2026nanochat`
-# has a complete set of numbers for `fp8_current` on H100 GPUs, a model of 26 layers, and compiled
-# kernels. On paper, 8-bit products are twice as fast as in `bfloat16`. The feed-forward layer
-# measured alone, with its roundings, was 1.38 times as fast. Training as a whole processed 1.17
-# times as many tokens per second. What share does that imply, and what's left at equal quality, for
-# which the log gives a speedup of about 1.05?
+# has a complete set of numbers for what we call `fp8_current`, on H100 GPUs, with a model of 26
+# layers and compiled kernels. On paper, 8-bit products are twice as fast as products in `bfloat16`.
+# The feed-forward layer measured alone, with its roundings, was 1.38 times as fast. Training as a
+# whole processed 1.17 times as many tokens per second. At equal quality, the log gives a speedup of
+# about 1.05. What share do these numbers imply, and how many more tokens did the quality take?
 
 # %%
 product, run, equal_quality = 1.38, 1.17, 1.05
@@ -3057,27 +3123,30 @@ print(f"even products that take no time would give {1 / (1 - share):.1f} times")
 print(f"{run / equal_quality - 1:.0%} more tokens were needed for the same quality")
 
 # %% [markdown]
-# Half of the step wasn't products, so half of the gain was gone. Most of what remained was paid
-# back in extra steps, since each one is a little less accurate. Per-row scales were more accurate,
-# and their overhead made the run *slower* than in 16 bits, 0.90 times. None of this speaks against
-# 8 bits: larger matrices have a larger share, and the log finds that larger models gain more. It
-# speaks for asking of any faster kernel: what share of the step is it, and is a step still worth as
-# much? Only a whole run to the same loss answers.
+# About half of the step wasn't products, so half of the gain was gone. Most of what remained was
+# paid back in extra steps, since each step is a little less accurate. Scales for each row were more
+# accurate, and their overhead made the run *slower* than in 16 bits, 0.90 times as fast. None of
+# this speaks against 8 bits: in larger models, products have a larger share, and the log finds that
+# larger models gain more. But it suggests two questions about any faster kernel. What share of the
+# step does it speed up? And is a step still worth as much? Only a whole run to the same loss
+# answers both.
 # %% [markdown]
 # ## On a GPU
 #
-# What mixed precision is for can be seen only where 16-bit products are faster, on a GPU. The
-# script `benchmarks/gpu.py` trains GPT-2's shape of 124 million parameters in float32, tf32,
-# bfloat16 and float16, eager and compiled, and reports tokens per second, the memory that CUDA's
-# allocator gave out, what our formula says, and the MFU. No GPU was at hand when this was written,
-# so its table is empty, and we do not fill it with numbers of others. Run it if you have one.
+# The speed of mixed precision can be seen only where 16-bit products are faster, on a GPU. The
+# script `benchmarks/gpu.py` trains a model of GPT-2's shape, with 124 million parameters, in
+# float32, tf32, bfloat16, and float16, eager and compiled. It reports tokens per second, the memory
+# that CUDA's allocator gave out, what our formula says, and the MFU. We had no GPU when this was
+# written, so its table is empty, and we won't fill it with other people's numbers. If you have one,
+# run it.
 
 # %% [markdown]
 # ## Is it the real thing?
 #
-# First the rounding. A cast of PyTorch and back is a rounding to nearest, so the two must agree bit for bit. The test
-# numbers are all 65,536 values of `bfloat16` and of `float16`, every midpoint between neighbors of
-# a short format, and random bit patterns, which are numbers of any size, infinities and NaN.
+# First we check the rounding. A cast in PyTorch to a short type and back is a rounding to nearest,
+# so the two must agree bit for bit. The test numbers are all 65,536 values of `bfloat16` and of
+# `float16`, every midpoint between neighbors of an 8-bit format, and random bit patterns, which are
+# numbers of any size, infinities, and NaN.
 
 # %%
 every = torch.arange(-(2**15), 2**15, dtype=torch.int16)
@@ -3104,15 +3173,17 @@ for format in FORMATS.values():
     print(f"{format.name:15} equal: {same.sum():,} of {len(numbers):,}")
 
 # %% [markdown]
-# The numbers of `float8_e8m0fnu` that differ are all subnormal in `float32`. Of what lies between
-# $2^{-127}$ and $2^{-126}$, PyTorch takes the larger power even where the smaller one is nearer. No
-# scale is ever that small. For `float4_e2m1fn` there is no cast, but its numbers are few enough to
-# check every midpoint by hand, as the tests of the package do.
+# The two agree on every number in five formats. In `float8_e8m0fnu`, the numbers on which they
+# differ are all subnormal in `float32`: between $2^{-127}$ and $2^{-126}$, PyTorch takes the larger
+# power even where the smaller one is nearer. Scales that small don't occur in practice. For
+# `float4_e2m1fn` there is no cast, but its numbers are few enough to check every midpoint by hand,
+# as the tests of the package do.
 
 # %% [markdown]
-# Our scaler and PyTorch's, side by side: 300 steps in which a random third of all gradients is
-# infinite or NaN, in either of two micro-batches, for two optimizers, with clipping. After each
-# step scales, counters and weights must be the same; and halfway the two exchange their states.
+# Next we run our scaler and PyTorch's side by side, for 300 steps. In a third of them, at random,
+# one of the two micro-batches has gradients that are infinite, NaN, or too large to be scaled.
+# There are two optimizers, and gradients are clipped. After each step, scales, counters, and
+# weights must be the same, and halfway through the two scalers exchange their states.
 
 
 # %%
@@ -3141,7 +3212,8 @@ class Twin:
 
 
 # %% [markdown]
-# A gradient of $10^{38}$ is finite, and infinite once it is scaled:
+# The factor $10^{38}$ is finite, but the gradient that is made with it becomes infinite once it is
+# scaled:
 
 # %%
 settings = {"init_scale": 2.0**10, "growth_interval": 3, "growth_factor": 1.7}
@@ -3164,9 +3236,9 @@ print(f"{step + 1} steps, {skipped} skipped, {len(scales)} different scales: our
 # ### Engine room: the trainer, held against a loop of PyTorch's parts
 
 # %% [markdown] tags=["engine"]
-# And our `MixedPrecision` within the trainer, with products that really are in float16, against a
-# loop of PyTorch's parts: its autocast, its scaler, its clipping, its AdamW. The loop repeats a
-# batch that overflows, as the trainer does.
+# Last, our `MixedPrecision` within the trainer, with products that really are in float16, is
+# compared with a loop of PyTorch's parts: its autocast, its scaler, its clipping, its AdamW. The
+# loop repeats a batch that overflows, as the trainer does.
 
 # %% tags=["engine"]
 config = TrainingConfig(
@@ -3202,7 +3274,7 @@ print(f"the same scale, 2^{math.log2(scaler.get_scale()):.0f}; weights differ by
 # %% [markdown]
 # ## How fast is it?
 #
-# How much slower is our rounding than a cast, which the processor does in one instruction?
+# How much slower is our rounding than a cast, which is a single operation of PyTorch?
 
 
 # %% tags=["nbval-ignore-output"]
@@ -3222,9 +3294,10 @@ for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
     print(f"{name}: round_to takes {ratio:.0f} times as long as a cast and back")
 
 # %% [markdown]
-# So where PyTorch has the type, use the cast. The scaler's own work, against PyTorch's: unscaling and checking a million gradients in 48
-# tensors, and the decision. And our context against PyTorch's autocast, forward passes in bfloat16,
-# where Python steps in at each operation:
+# Emulation is slow, so where PyTorch has the type, use the cast. What about the scaler and
+# autocast? The next cell compares our scaler's own work with PyTorch's: it unscales and checks a
+# million gradients in 48 tensors, and makes the decision. Then it compares `CastProducts` with
+# PyTorch's autocast, in forward passes in `bfloat16`:
 
 
 # %% tags=["nbval-ignore-output"]
@@ -3250,10 +3323,10 @@ with torch.no_grad():
 print(f"autocast: ours takes {ours / theirs:.1f} times as long")
 
 # %% [markdown]
-# PyTorch's kernel checks and divides in one pass over memory, ours reads everything twice. Both are
-# a small part of a step. A context that is called from Python for each operation is slower the
-# smaller the model; it is there to be read, and `MixedPrecision` uses PyTorch's own, unless it has
-# to emulate.
+# PyTorch's kernel checks and divides in one pass over memory, while ours reads everything twice.
+# Either is a small part of a step. A context that is called from Python for each operation costs
+# more, the smaller the model is. Ours is there to be read; `MixedPrecision` uses PyTorch's own,
+# unless it has to emulate.
 
 # %% [markdown]
 # ## Exercises
@@ -3285,8 +3358,8 @@ for name in ("float8_e4m3fn", "bfloat16", "float16"):
 # ````{exercise} Stochastic rounding with bits
 # :label: ex-precision-bits
 # *Twenty minutes.* A `bfloat16` is the upper half of a `float32`. So stochastic rounding needs no
-# division: add a random whole number to the bits of the `float32`, read as an `int32`, and set
-# the lower half to zero. Write `round_by_bits(x, generator)` that does so for finite numbers.
+# division: add a random whole number to the bits of the `float32`, read as an `int32`, and set the
+# lower half to zero. Write `round_by_bits(x, generator)`, which does this for finite numbers.
 # ````
 
 
@@ -3315,10 +3388,10 @@ for share in (0.01, 0.25, 0.5, 0.9):
 # %% [markdown]
 # ````{exercise} A weight that remembers
 # :label: ex-precision-kahan
-# *Half an hour.* Kahan's trick works for weights, too: keep what the last update lost in a second
-# `bfloat16` number. Write `kahan_update(weight, lost, update)`. All three are `bfloat16`, and
-# it returns the new weight and the new lost part, with no operation in a wider type. How many bits
-# does a weight take now, compared with one in 32 bits?
+# *Half an hour.* Kahan's summation works for weights, too: keep what the last update lost in a
+# second `bfloat16` number. Write `kahan_update(weight, lost, update)`. All three are `bfloat16`,
+# and it returns the new weight and the new lost part, with no operation in a wider type. How many
+# bits does a weight take now, compared with one in 32 bits?
 # ````
 
 
@@ -3344,11 +3417,12 @@ assert (progress - 1).abs().max() < 0.15, f"moved by {progress.tolist()} of what
 # %% [markdown]
 # ````{exercise} In the right order
 # :label: ex-precision-order
-# *Fifteen minutes.* Write `scaled_step(model, optimizer, scaler, losses, max_norm)`: one step of
-# float16 training. `losses` are those of the micro-batches, already divided by their number.
-# Gradients add up over all of them, are clipped to `max_norm`, and the step is taken or not. Return
-# whether it was taken. `scaler` is a `GradScaler`; its `found_inf(optimizer)` says, after
-# `unscale_`, whether a gradient was infinite or NaN. `clip_gradients(parameters, max_norm)` clips.
+# *Fifteen minutes.* Write `scaled_step(model, optimizer, scaler, losses, max_norm)`, which does one
+# step of float16 training. `losses` are those of the micro-batches, already divided by their
+# number. Gradients are added over all of them and clipped to `max_norm`, and then the step is taken
+# or skipped. Return whether it was taken. `scaler` is a `GradScaler`; its `found_inf(optimizer)`
+# says, after `unscale_`, whether a gradient was infinite or NaN.
+# `clip_gradients(parameters, max_norm)` clips.
 # ````
 
 
@@ -3402,9 +3476,9 @@ assert taken == [True, False, True], "say whether the step was taken"
 # ````{exercise} The schedule waits
 # :label: ex-precision-schedule
 # *Ten minutes.* A loop in float16 has a schedule that is a function of the step. Write
-# `rates(schedule, skipped)`: `skipped` holds a Boolean for each step that was tried, in order, and
-# you return the list of the rates that the steps which were *taken* had. `schedule(0)` is the rate
-# of the first step that is taken.
+# `rates(schedule, skipped)`. The list `skipped` holds a Boolean for each step that was tried, in
+# order. Return the list of the rates that the steps had which were *taken*. `schedule(0)` is the
+# rate of the first step that is taken.
 # ````
 
 
@@ -3429,9 +3503,10 @@ assert rates(lambda step: step / 10, [True, True, False]) == [0.0], (
 # ````{exercise} What fits?
 # :label: ex-precision-fit
 # *Twenty minutes.* Write `largest_batch(config, sequence, memory, **options)`: the largest number
-# of rows of `sequence` tokens whose training step fits into `memory` bytes, by `memory_breakdown`,
-# which takes the same `options`; 0 if not even one row does. Careful: do not try all numbers from 1
-# on, there may be millions.
+# of rows of `sequence` tokens whose training step fits into `memory` bytes. Use
+# `memory_breakdown(config, batch_size, sequence, **options)`, which returns a dictionary of bytes,
+# by what they are for. Return 0 if not even one row fits. Be careful: do not try all numbers from 1
+# on, for there may be millions.
 # ````
 
 
@@ -3470,25 +3545,41 @@ assert bytes_of(1) < 1e9 and far > 100_000, "millions of short rows fit, so do n
 # %% [markdown]
 # ## Summary
 #
-# - A sum needs bits, a factor does not. So weights, which are sums over all steps, and the sums
-#   within products, softmax, norms and losses have 32 bits, and factors have 16.
+# - A format divides its bits between range (the exponent) and digits (the fraction). `bfloat16` has
+#   the range of `float32` and two or three digits; `float16` has three digits and a small range.
+# - Rounding to nearest changes a normal number by at most one part in $2^{m+1}$. An update smaller
+#   than that is lost every time. Stochastic rounding is right on average, and weights that are
+#   stored so keep learning.
+# - A long sum loses digits with every term. Adding in pairs, Kahan's correction, and a wider
+#   accumulator each prevent that.
+# - So sums need bits, and factors do not. Weights, which are sums over all steps, and the sums
+#   within products, softmax, norms, and losses have 32 bits; factors have 16.
 # - Autocast is two lists of functions and a cast before each. The backward pass runs outside.
-# - Float16 has digits enough but too small a range below. A scale moves all gradients at once, is
-#   exact if it is a power of two, and finds itself: halved at each infinity, doubled after many
-#   good steps.
+# - `float16` has enough digits, but its range ends too early for small gradients. A loss scale
+#   moves all gradients at once, is exact if it is a power of two, and finds itself: halved at each
+#   infinity, doubled after many good steps.
 # - A step that overflows is not a failure. It moves neither weights nor optimizer nor schedule, and
 #   our trainer repeats its batch.
-# - Mixed precision saves a third of the activations and nothing of weights and optimizer. For
-#   memory, checkpointing, accumulation and the loss in chunks do more, with equal gradients.
+# - Mixed precision saves a third of the activations, and nothing of weights and optimizer. For
+#   memory, checkpointing and accumulation do more, and so does the loss in chunks where the
+#   vocabulary is large.
+# - A compiler fuses what lies between products. It pays for itself after some hundreds of steps of
+#   one shape.
+# - With 8 or 4 bits, numbers need scales, and with 4 bits a scale for each short block. In our
+#   small model 8 bits cost at most a hundredth of a nat or so, and 4 bits cost about 5% of the
+#   loss. How much faster a run becomes depends on the share of products in a step.
 #
 # **Checklist.** Use bfloat16 where the hardware has it, and no scaler. Keep master weights in
 # float32, and look at their dtype after every `.to()`. In float16: unscale, then clip, then step,
 # then update; log the scale, and worry if it falls below 1 or keeps falling. Leave `backward`
-# outside of autocast. Count bytes before buying hardware. Compile when the shapes have settled,
-# and compare the losses before and after.
+# outside of autocast. Count bytes before buying hardware. Compile when the shapes have settled, and
+# compare the losses before and after. Judge a shorter format by a whole run to the same loss, with
+# more than one seed.
 #
-# **Further reading.** The recipe and the scale are due to Micikevicius and colleagues
+# **Further reading.** The recipe and the loss scale are due to Micikevicius and colleagues
 # {cite}`micikevicius2018mixed`. Kalamkar and colleagues {cite}`kalamkar2019bfloat16` train a wide
 # range of models in bfloat16 with the settings of float32. Zamirai and colleagues
 # {cite}`zamirai2021revisiting` show that it is the updates of weights that pure bfloat16 cannot
-# represent, and that stochastic rounding or Kahan's sum mend it.
+# represent, and that stochastic rounding or Kahan's sum mends this. For shorter formats,
+# Micikevicius and colleagues {cite}`micikevicius2022fp8` describe the two with 8 bits, and NVIDIA
+# {cite}`nvidia2025nvfp4` reports on training in 4.
