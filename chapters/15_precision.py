@@ -1229,19 +1229,19 @@ assert 5e-4 < error < 5e-2
 print(f"backward inside of autocast: the gradient is off by about {error:.1%}, with no warning")
 
 # %% [markdown]
-# With `backward` inside, the gradient has the precision of `bfloat16`, although the function asked
-# for 32 bits, and nothing says so.
+# With `backward` inside, the gradient is only as accurate as `bfloat16` allows, although the
+# function asked for 32 bits, and nothing says so.
 #
 # ## Gradients that vanish
 #
-# Casts settle the first two parts of the recipe and the third. What remains is the range of
-# `float16`, where gradients vanished at the beginning of the chapter. Which gradients are in 16
-# bits? Those that pass between products. We catch them in 32 bits, where they enter the backward
-# pass of each linear map, and look at their exponents. In this section, $e$ is the exponent without
-# a bias: $|g| \in [2^e, 2^{e+1})$ for a gradient $g$. `float16` holds normal numbers from $2^{-14}$
-# on. Below that it has a fixed grid with a step of $2^{-24}$, and whatever is at or below $2^{-25}$
-# rounds to zero. The loss is the mean over all targets of a batch, as usual. The batch has 64
-# stories, and the model has been trained for 40 steps.
+# With autocast and master weights, the three parts of the recipe are in place. What remains is the
+# range of `float16`, below which gradients vanished at the beginning of the chapter. Which
+# gradients are in 16 bits? Those that pass between products. We catch them in 32 bits, where they
+# enter the backward pass of each linear map, and look at their exponents. In this section, $e$ is
+# the exponent without a bias: $|g| \in [2^e, 2^{e+1})$ for a gradient $g$. `float16` holds normal
+# numbers from $2^{-14}$ on. Below that it has a fixed grid with a step of $2^{-24}$, and whatever
+# is at or below $2^{-25}$ rounds to zero. The loss is the mean over all targets of a batch, as
+# usual. The batch has 64 stories, and the model has been trained for 40 steps.
 
 
 # %%
@@ -1322,8 +1322,8 @@ for scale in (2.0**16, 1e5):
 assert changed > 0.5
 
 # %% [markdown]
-# With a power of two, every gradient comes back bit for bit. With 100,000, most come back with a
-# different last digit.
+# With a power of two, every gradient comes back bit for bit. With 100,000, more than half have been
+# changed by rounding.
 #
 # ## A scale that finds itself
 #
@@ -1665,7 +1665,7 @@ print(f"{taken} of {len(history)} steps were taken")
 #   or more, and the mean over all of them makes each gradient a thousand times smaller. To imitate
 #   this, the loss is divided by $2^{10}$, as if it belonged to one micro-batch among that many, and
 #   the gradients are multiplied by $2^{10}$ after the backward pass, as if all the micro-batches
-#   had been the same.
+#   had been the same. The run with a loss scale imitates such a batch, too.
 # - *Weights in 16 bits*: after each step, the weights and the two means of AdamW are rounded to
 #   `bfloat16`. Nothing is kept in 32 bits from one step to the next.
 # - *Everything rounded*: the master weights have 32 bits, but the result of every single operation
@@ -2468,7 +2468,8 @@ def prepared(how: Mapping[str, Any]) -> Callable[[], None]:
 #
 # Now we try everything that saves memory on the same model, first one way at a time and then
 # together. We measure the most bytes that are alive at once in a whole step, weights and optimizer
-# included. Mixed precision and checkpointing we know. Accumulation cuts a batch of 8 rows into four
+# included. Mixed precision and checkpointing we know; the gradients of checkpointing are exactly
+# those of the plain model, as the engine room shows. Accumulation cuts a batch of 8 rows into four
 # parts. The chunked loss is that of {doc}`12_optimization`. PyTorch's `foreach` optimizer, which
 # works on all tensors at once, makes temporary copies of all of them; the fused optimizer, which
 # all other rows use, makes none.
@@ -2516,7 +2517,7 @@ for name, seconds in best.items():
 # In our run, checkpointing took more than the $4/3$ that its operations account for, and
 # accumulation nearly twice the time of the plain step, although it needs no more operations. A
 # model this small spends much of its time on calls from Python, and accumulation makes four times
-# as many. In large models the products dominate, and the ratios come closer to the counts of
+# as many. In large models, where products dominate, the ratios should come closer to the counts of
 # operations.
 
 # %% [markdown]
@@ -3130,6 +3131,7 @@ print(f"{run / equal_quality - 1:.0%} more tokens were needed for the same quali
 # larger models gain more. But it suggests two questions about any faster kernel. What share of the
 # step does it speed up? And is a step still worth as much? Only a whole run to the same loss
 # answers both.
+
 # %% [markdown]
 # ## On a GPU
 #
@@ -3231,6 +3233,10 @@ for step in range(300):
         for twin, state in zip(twins, (second, first), strict=True):
             twin.scaler.load_state_dict(state)
 print(f"{step + 1} steps, {skipped} skipped, {len(scales)} different scales: ours are PyTorch's")
+
+# %% [markdown]
+# The two agreed at every step: they skipped the same steps, went through the same scales, and each
+# went on from the state of the other.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the trainer, held against a loop of PyTorch's parts
