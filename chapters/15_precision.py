@@ -419,8 +419,8 @@ plt.show()
 # %% [markdown]
 # The left panel shows how e5m2 spends the bit that e4m3 gives to digits: its numbers are sparser,
 # and they reach much farther. On the right, every format has a flat stretch, in which the relative
-# error stays below its unit roundoff. To the left of that stretch, among the subnormal numbers,
-# digits are lost one by one.
+# error is never above its unit roundoff. That of `bfloat16` is wider than the panel. To the left of
+# that stretch, among the subnormal numbers, digits are lost one by one.
 #
 # ## Rounding
 #
@@ -878,7 +878,8 @@ print("loss above that of 32-bit weights: 0.15 to 0.6 nats to nearest, below 0.1
 # $1 + \delta$ with $|\delta| \le u$, where $u$ is the unit roundoff. If the terms $x_1, \dots, x_n$
 # are added one after the other, the first goes through $n - 1$ additions, the last through one. If
 # they are added in pairs, then pairs of pairs, and so on, every term goes through only $\lceil
-# \log_2 n \rceil$ additions. So to first order, the computed sum $\hat s$ is off by
+# \log_2 n \rceil$ additions. So if $k$ counts the additions that a term goes through, the computed
+# sum $\hat s$ is, to first order, off by
 #
 # $$
 # \Bigl| \hat s - \sum_i x_i \Bigr| \;\le\; k\, u \sum_i |x_i| , \qquad
@@ -1185,8 +1186,8 @@ print(f"ours and PyTorch's: {equal} of {len(ours)} tensors are equal to the bit"
 print(f"from float32 they differ by at most {real:.0%}, with emulated casts by {rounded:.0%}")
 
 # %% [markdown]
-# All tensors agree with PyTorch's to the last bit. The emulated casts differ from them, in the
-# order of sums, but they are off from `float32` by just as much.
+# All tensors agree with PyTorch's to the last bit. With emulated casts, the sums run in another
+# order, but the results are off from `float32` by about as much.
 #
 # ### The backward pass needs no context
 #
@@ -1958,12 +1959,13 @@ plt.show()
 
 # %% [markdown]
 # In the first step the scale fell from $2^{24}$ until the gradients fit, as the batch was repeated
-# again and again. Later it tried, now and then, twice what it had settled on.
+# again and again. Later, after every ten good steps, it tried double that, and came back where
+# double was too much.
 #
-# It settled lower here than it would in a plain loop, because our trainer has a scale of its own.
-# It takes the gradient of the *sum* of all losses, and divides by the count in 32 bits, after the
-# backward pass. With some 400 targets in a batch, that keeps a factor of $2^{8}$ to $2^{9}$ that
-# the usual mean would have lost.
+# The scale settled lower here than it would in a plain loop, because our trainer in effect scales
+# the loss already. It takes the gradient of the *sum* of all losses, and divides by the count in 32
+# bits, after the backward pass. With some 400 targets in a batch, that keeps a factor of $2^{8}$ to
+# $2^{9}$ that the usual mean would have lost.
 #
 # Could the optimizer's two running means have 16 bits, too? Not if they are rounded to nearest: a
 # mean that changes by one part in a thousand stands still. With stochastic rounding they can. The
@@ -2098,12 +2100,13 @@ for name in ("nearest", "stochastic"):
 # It is often said that mixed precision halves the memory. Let us count. In `float32`, training
 # takes 16 bytes for each parameter: itself, its gradient, and two means. In mixed precision the
 # master weight, its gradient, and the means have 32 bits as before, and a copy in 16 bits is
-# *added* for each product and kept until the backward pass has used it. That makes 18 bytes.
-# Weights and optimizer take more memory, not less.
+# *added* for each product and kept until the backward pass has used it. That makes 18 bytes for
+# each weight of a product. Weights and optimizer take more memory, not less.
 #
 # What shrinks are the activations. Equation {eq}`model-activations` counts what the backward pass
 # needs: $4 d + 2 (h + k) d_h + c\, d_f$ numbers for each token and layer. As in {doc}`11_model`,
-# $h$ and $k$ are the numbers of query heads and key-value heads, and $c$ depends on the activation
+# $d$, $d_h$, and $d_f$ are the widths of the model, of a head, and of the feed-forward network, $h$
+# and $k$ are the numbers of query heads and key-value heads, and $c$ depends on the activation
 # function. Of these numbers, $2d$ are what the two norms have read from the residual stream; they
 # stay in 32 bits. The inputs of products have 16 bits. But the maps to q, k, and v, which share one
 # input, have it cast once *each*, and so do gate and up. So their two inputs, $2d$ numbers, become
@@ -2514,11 +2517,11 @@ for name, seconds in best.items():
         print(f"{name:26} {seconds / best['plain']:.2f}")
 
 # %% [markdown]
-# In our run, checkpointing took more than the $4/3$ that its operations account for, and
-# accumulation nearly twice the time of the plain step, although it needs no more operations. A
-# model this small spends much of its time on calls from Python, and accumulation makes four times
-# as many. In large models, where products dominate, the ratios should come closer to the counts of
-# operations.
+# When we ran this, checkpointing took about 1.6 times as long as the plain step, more than its
+# operations account for, and accumulation nearly twice as long, although it needs no more
+# operations. Besides operations, a step pays for calls from Python, and accumulation makes four
+# times as many calls, with smaller matrices in each. In large models, where products dominate, the
+# ratios should come closer to the counts of operations.
 
 # %% [markdown]
 # ## A compiler in between
@@ -2589,7 +2592,7 @@ for name, (function, calls) in cases.items():
 # When does it pay? Compiling takes seconds to minutes, so it is not done in this chapter's cells.
 # The command `python benchmarks/precision.py` measured it with one thread, on a machine with other
 # work to do, so the second digit of a ratio says little. The last column says after how many steps
-# the time for compiling has been saved again:
+# the time for compiling has been recovered:
 #
 # | model | to eager | to transformers, eager | compiling | pays after |
 # |---|---:|---:|---:|---:|
@@ -3092,7 +3095,7 @@ for recipe, (low, high) in bounds.items():
 # difference is less than a thousandth of a nat, with an interval to match. Products in 8 bits
 # without scales cost about a hundredth of a nat, and that interval excludes zero. The three ways to
 # scale can't be told apart from each other, nor from no cost at all; three seeds of a model this
-# small don't show which is better. Four bits cost about 5% of the loss, which is a lot. NVIDIA's
+# small don't show which is better. Four bits cost 5 to 6% of the loss, which is a lot. NVIDIA's
 # recipe, with which a model of 12 billion parameters came within about 1.5% of its 8-bit loss
 # {cite}`nvidia2025nvfp4`, has more parts: some layers stay in 16 bits, tensors are rotated at
 # random so that outliers spread over their block, and the weights get the same blocks in both
@@ -3127,9 +3130,9 @@ print(f"{run / equal_quality - 1:.0%} more tokens were needed for the same quali
 # About half of the step wasn't products, so half of the gain was gone. Most of what remained was
 # paid back in extra steps, since each step is a little less accurate. Scales for each row were more
 # accurate, and their overhead made the run *slower* than in 16 bits, 0.90 times as fast. None of
-# this speaks against 8 bits: in larger models, products have a larger share, and the log finds that
-# larger models gain more. But it suggests two questions about any faster kernel. What share of the
-# step does it speed up? And is a step still worth as much? Only a whole run to the same loss
+# this speaks against 8 bits: larger matrices take a larger share of the time, and the log finds
+# that larger models gain more. But it suggests two questions about any faster kernel. What share of
+# the step does it speed up? And is a step still worth as much? Only a whole run to the same loss
 # answers both.
 
 # %% [markdown]
@@ -3176,10 +3179,10 @@ for format in FORMATS.values():
 
 # %% [markdown]
 # The two agree on every number in five formats. In `float8_e8m0fnu`, the numbers on which they
-# differ are all subnormal in `float32`: between $2^{-127}$ and $2^{-126}$, PyTorch takes the larger
-# power even where the smaller one is nearer. Scales that small don't occur in practice. For
-# `float4_e2m1fn` there is no cast, but its numbers are few enough to check every midpoint by hand,
-# as the tests of the package do.
+# differ are all subnormal in `float32`. For those between $2^{-127}$ and $2^{-126}$, PyTorch takes
+# the larger power even where the smaller one is nearer. The scales of ordinary tensors are never
+# that small. For `float4_e2m1fn` there is no cast, but its numbers are few enough to check every
+# midpoint by hand, as the tests of the package do.
 
 # %% [markdown]
 # Next we run our scaler and PyTorch's side by side, for 300 steps. In a third of them, at random,
@@ -3280,7 +3283,8 @@ print(f"the same scale, 2^{math.log2(scaler.get_scale()):.0f}; weights differ by
 # %% [markdown]
 # ## How fast is it?
 #
-# How much slower is our rounding than a cast, which is a single operation of PyTorch?
+# How much slower is our rounding, which takes a dozen operations of PyTorch, than a cast there and
+# back, which takes two?
 
 
 # %% tags=["nbval-ignore-output"]
@@ -3300,10 +3304,10 @@ for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
     print(f"{name}: round_to takes {ratio:.0f} times as long as a cast and back")
 
 # %% [markdown]
-# Emulation is slow, so where PyTorch has the type, use the cast. What about the scaler and
-# autocast? The next cell compares our scaler's own work with PyTorch's: it unscales and checks a
-# million gradients in 48 tensors, and makes the decision. Then it compares `CastProducts` with
-# PyTorch's autocast, in forward passes in `bfloat16`:
+# Our rounding takes dozens of times as long, or more, so where PyTorch has the type, use the cast.
+# What about the scaler and autocast? The next cell compares our scaler's own work with PyTorch's:
+# it unscales and checks a million gradients in 48 tensors, and decides whether to step. Then it
+# compares `CastProducts` with PyTorch's autocast, in forward passes in `bfloat16`:
 
 
 # %% tags=["nbval-ignore-output"]
@@ -3329,10 +3333,10 @@ with torch.no_grad():
 print(f"autocast: ours takes {ours / theirs:.1f} times as long")
 
 # %% [markdown]
-# PyTorch's kernel checks and divides in one pass over memory, while ours reads everything twice.
-# Either is a small part of a step. A context that is called from Python for each operation costs
-# more, the smaller the model is. Ours is there to be read; `MixedPrecision` uses PyTorch's own,
-# unless it has to emulate.
+# Our scaler takes about twice as long as PyTorch's, whose kernel checks and divides in one pass
+# over memory, while ours reads everything twice. Either is a small part of a step. A context that
+# is called from Python for each operation costs more, the smaller the model is. Ours is there to be
+# read; `MixedPrecision` uses PyTorch's own, unless it has to emulate.
 
 # %% [markdown]
 # ## Exercises
@@ -3555,7 +3559,7 @@ assert bytes_of(1) < 1e9 and far > 100_000, "millions of short rows fit, so do n
 #   the range of `float32` and two or three digits; `float16` has three digits and a small range.
 # - Rounding to nearest changes a normal number by at most one part in $2^{m+1}$. An update smaller
 #   than that is lost every time. Stochastic rounding is right on average, and weights that are
-#   stored so keep learning.
+#   stored that way keep learning.
 # - A long sum loses digits with every term. Adding in pairs, Kahan's correction, and a wider
 #   accumulator each prevent that.
 # - So sums need bits, and factors do not. Weights, which are sums over all steps, and the sums
@@ -3572,8 +3576,8 @@ assert bytes_of(1) < 1e9 and far > 100_000, "millions of short rows fit, so do n
 # - A compiler fuses what lies between products. It pays for itself after some hundreds of steps of
 #   one shape.
 # - With 8 or 4 bits, numbers need scales, and with 4 bits a scale for each short block. In our
-#   small model 8 bits cost at most a hundredth of a nat or so, and 4 bits cost about 5% of the
-#   loss. How much faster a run becomes depends on the share of products in a step.
+#   small model 8 bits cost about a hundredth of a nat or less, and 4 bits cost 5 to 6% of the loss.
+#   How much faster a run becomes depends on the share of products in a step.
 #
 # **Checklist.** Use bfloat16 where the hardware has it, and no scaler. Keep master weights in
 # float32, and look at their dtype after every `.to()`. In float16: unscale, then clip, then step,
