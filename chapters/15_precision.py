@@ -49,6 +49,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
+# %% tags=["engine"]
+#| export
+# What it takes from earlier chapters
 from llmbook.blocks import GATES
 from llmbook.environment import (
     check_at_least,
@@ -2123,7 +2126,7 @@ for name in ("nearest", "stochastic"):
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: the formula as a function (`memory_breakdown`), and living tensors counted (`LiveMemory`)
+# ### Engine room: the formula (`memory_breakdown`), and tensors counted (`LiveMemory`)
 
 # %% tags=["engine"]
 #| export
@@ -2358,7 +2361,7 @@ class Recomputed(torch.autograd.Function):
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: checkpointing as PyTorch does it (`checkpoint_blocks`), and the steps that are measured
+# ### Engine room: checkpointing as PyTorch does it, and the steps that are measured
 
 # %% [markdown] tags=["engine"]
 # PyTorch's version also restores the state of the random generators, so that dropout is the same
@@ -2855,7 +2858,7 @@ for name in ("float8_e4m3fn", "mxfp8", "float4_e2m1fn", "mxfp4", "nvfp4"):
 # `nn.Linear` only in the three products.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: recipes by name, a layer with rounded products (`EmulatedLinear`), and a model of them (`emulate`)
+# ### Engine room: recipes, a layer with rounded products, and a model of them (`emulate`)
 
 
 # %% tags=["engine"]
