@@ -1832,9 +1832,9 @@ for name in list(variants)[1:]:
 #
 # Nor is an overflow a failure. The guard of {doc}`13_training` counts steps that would do harm, and
 # it ends a run after too many of them in a row. A scale that is looking for its place is not its
-# business. But how do we tell the two apart? If the *loss* is not finite, no scale will mend it,
-# and the guard must decide. If the loss is finite and a gradient is not, the scale is to blame,
-# unless it has become so small already that it cannot be the reason.
+# business. But how do we tell the two apart? If the *loss* is not finite, no scale will mend it:
+# the scale stays as it is, and the guard must decide. If the loss is finite and a gradient is not,
+# the scale is to blame, unless it has become so small already that it cannot be the reason.
 #
 # {py:class}`~llmbook.precision.MixedPrecision` puts this into the form that the trainer expects. A
 # run that is started from a file of settings gets it as
@@ -2558,11 +2558,11 @@ for name, seconds in best.items():
         print(f"{name:26} {seconds / best['plain']:.2f}")
 
 # %% [markdown]
-# When we ran this, checkpointing took about 1.6 times as long as the plain step, more than its
-# operations account for, and accumulation nearly twice as long, although it needs no more
-# operations. Besides operations, a step pays for calls from Python, and accumulation makes four
-# times as many calls, with smaller matrices in each. In large models, where products dominate, the
-# ratios should come closer to the counts of operations.
+# When nothing else kept the machine busy, checkpointing took about the $4/3$ that its operations
+# predict. Accumulation took longer than the plain step, too, although it needs no more operations.
+# Besides operations, a step pays for calls from Python, and accumulation makes four times as many
+# calls, with smaller matrices in each. In large models, where products dominate, this should matter
+# less.
 
 # %% [markdown]
 # ## A compiler in between
