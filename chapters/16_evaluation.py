@@ -4,17 +4,24 @@
 # > Know whether a model got better: scores that can be compared, answers read as they were meant,
 # > and an interval beside every number.
 #
-# Two models of one architecture read the same hundred stories. The first has a {term}`perplexity`
-# of 11, the second one of 23, and lower is better. Yet the second predicts the stories far better:
-# to write them down with its help takes 1.1 bits per byte, and with the first 3.5. Both pairs of
-# numbers are right, and we will compute them in a moment. The two perplexities only look alike; one
-# is per byte, the other per token.
+# Two models of the same architecture read the same hundred stories. The first has a
+# {term}`perplexity` of 11, the second a perplexity of 23, and lower is better. Yet the second
+# predicts the stories far better: with its help they can be written down in 1.1 bits per byte, and
+# with the help of the first in 3.5. All four numbers are right, and we will compute them in a
+# moment. The two perplexities only look comparable: one is per byte, the other per token.
 #
-# Most numbers that are said of language models have such a trap in them. The score changes with the
-# tokenizer, with a space at the end of the question, with where a long text was cut. An answer is
-# marked wrong because it was written as 1,234. A model wins by two points on two hundred questions,
-# and would have lost on two hundred others. This chapter builds the measurements that later
-# chapters rely on, and for each it looks for the trap.
+# Many numbers that are reported about language models have such a trap in them. The score changes
+# with the tokenizer, with a space at the end of the question, and with the place where a long text
+# was cut. An answer is marked wrong because it was written as 1,234. A model wins by two points on
+# two hundred questions, and would have lost on two hundred others.
+#
+# This chapter builds the measurements that later chapters rely on, and for each of them it looks
+# for the trap. The first half turns log-probabilities into scores: of texts, of multiple-choice
+# questions, and of answers in free text. Then it asks how far chance can move a score, and when one
+# model is really better than another. The second half asks what a score is worth. We put a test
+# into the training text and see who notices. We build the benchmark that the rest of the book uses,
+# check whether a model knows what it knows, and rank models from games and by judges. At the end,
+# our functions run inside the program that much of the industry uses, and agree with it.
 #
 # | | |
 # |---|---|
@@ -69,9 +76,9 @@ from llmbook.tokenizer import BPETokenizer, valid_text
 from llmbook.training import random_states, set_random_states, unnoticed
 
 # %% [markdown]
-# Here are the two models. They have the same layers and train for the same 40 steps on the same
-# stories of the tiny world. One reads bytes, the other tokens of a {term}`BPE <byte-pair
-# encoding>`:
+# First, the two models. They have the same layers and train for the same 40 steps on the same
+# stories of the tiny world. One reads bytes, the other reads the tokens of a
+# {term}`BPE <byte-pair encoding>`:
 
 # %%
 import random
@@ -109,7 +116,9 @@ def trained(tokenizer: BPETokenizer, length: int, n_steps: int, seed: int = 0) -
 
 
 # %% [markdown]
-# Chapter 13's {py:func}`~llmbook.training.documents_score` tells the bits and the bytes of texts:
+# Chapter 13's {py:func}`~llmbook.training.documents_score` returns how many bits a model needs for
+# some texts, and how many bytes the texts have. The perplexity divides the bits by the number of
+# tokens instead:
 
 # %%
 tokenizers = {"bytes": BPETokenizer.from_merges([]), "BPE": train_bpe(stories, 1024)}
@@ -123,35 +132,37 @@ for name, length in (("bytes", 384), ("BPE", 128)):
 assert found["bytes"][0] < found["BPE"][0] / 1.5 and found["bytes"][1] > 2 * found["BPE"][1]
 
 # %% [markdown]
+# The byte model is ahead in perplexity, and the BPE model in bits per byte.
+#
 # ## Per what?
 #
-# A model with tokenizer $\tau$ cuts a text $x$ into $n_\tau$ tokens, and the chain rule gives $\log
-# q(x) = \sum_t \log q(x_t \mid x_{<t})$. The left side does not know about tokens. (To be exact, it
-# is the probability of this one way to cut $x$. Others spell the same text, so $q(x)$ is a little
-# more; chapter 06 adds them all up.) The right side has a number of terms that the tokenizer
-# decides. So
+# A model $q$ with tokenizer $\tau$ cuts a text $x$ into $n_\tau$ tokens, and the chain rule gives
+# $\log q(x) = \sum_t \log q(x_t \mid x_{<t})$. The left side does not know about tokens. (To be
+# exact, it is the probability of this one way to cut $x$. Other cuts spell the same text, so the
+# probability of the text itself is a little higher; chapter 06 adds them all up.) On the right
+# side, the tokenizer decides how many terms there are. So
 #
 # $$
 # \text{perplexity} = \exp\Bigl(-\frac{\log q(x)}{n_\tau}\Bigr) , \qquad
 # \text{bits per byte} = \frac{-\log_2 q(x)}{b} .
 # $$ (evaluation-units)
 #
-# Only $n_\tau$ depends on the tokenizer; the number of bytes $b$ belongs to the text. For two
-# models $q$ and $r$ and the same $x$, the ratio of their bits per byte is $\log q(x) / \log r(x)$:
-# it asks which one finds the text more probable, and nothing else. The ratio of the logarithms of
-# their perplexities is that same number times $n_\rho / n_\tau$. Here the byte model has about four
-# times as many terms, so each of them is smaller. From {eq}`evaluation-units` also follows how to
-# go from one to the other,
+# The first divides by a number that belongs to the tokenizer, the second by the number of bytes
+# $b$, which belongs to the text. Let $r$ be another model, with tokenizer $\rho$. The ratio of the
+# bits per byte of $q$ and $r$ is $\log q(x) / \log r(x)$: it says which model finds the text more
+# probable, and nothing else. The ratio of the logarithms of their perplexities is that same number
+# times $n_\rho / n_\tau$. Here the byte model has about four times as many terms, so each of them
+# is smaller. {eq}`evaluation-units` also says how to get from one measure to the other:
 #
 # $$
 # \text{bits per byte} = \frac{n_\tau}{b} \log_2 (\text{perplexity}) .
 # $$ (evaluation-conversion)
 #
-# Two more traps are in the units. Losses are in nats and compressors count bits, and to forget the
-# $\ln 2 \approx 0.693$ makes a model look 31 % better. And the bytes must be those of the *text*.
-# Programs that have only token ids at hand decode each one and add up the lengths. But a token may
-# hold a part of a character. Alone it is no valid UTF-8, decodes to the replacement character
-# U+FFFD, and that takes three bytes:
+# Two more traps are in the units. Losses are in nats and compressors count bits, and whoever
+# forgets the factor $\ln 2 \approx 0.693$ makes a model look 31 % better. And the bytes must be
+# those of the *text*. A program that has only the token ids may decode each of them and add up the
+# lengths. But a token may hold a part of a character. Alone it is not valid UTF-8, so it decodes to
+# the replacement character U+FFFD, which takes three bytes:
 
 # %%
 text = "Zoë naïvely ordered 抹茶 and crème brûlée for 12 €."
@@ -162,14 +173,15 @@ for name, tokenizer in tokenizers.items():
 print(f"the text itself {len(text.encode()):25}")
 
 # %% [markdown]
-# With so many bytes to divide by, the score is 39 % lower than it should be, and no weight of the
-# model has changed. In English the error is small, which is why it lives long.
+# With so many bytes to divide by, the score is 39 % lower than it should be, although no weight of
+# the model has changed. In plain English text nearly every character is a single byte, so the error
+# is small, and it can go unnoticed for a long time.
 
 # %% [markdown]
 # ## The log-probability of each token
 #
-# All scores of this chapter come from one place. At position $t$ the model has read $x_1$ to $x_t$
-# and its logits are about $x_{t+1}$. So the logits of all positions but the last are held against
+# All scores of this chapter come from one place. At position $t$ the model has read $x_1$ to $x_t$,
+# and its logits are about $x_{t+1}$. So the logits of all positions but the last are compared with
 # the ids of all positions but the first:
 
 
@@ -192,10 +204,11 @@ def next_log_probs(
 
 
 # %% [markdown]
-# What did the first token get? Nothing: there is no position before it. So a text is put after a
-# special token, and in this book that is `<|endoftext|>`, which ended the previous document in
-# training. (Many models have one of their own for this, called BOS, beginning of sequence.) It must
-# be there *once*. We take the model that chapter 13 has trained, and compare:
+# What probability did the first token get? None, since there is no position before it. So a special
+# token is put in front of each text; in this book it is `<|endoftext|>`, which ended the previous
+# document in training. (Many models have a separate token for this, called BOS, for beginning of
+# sequence.) It must be there exactly *once*. To see what happens otherwise, we take the model that
+# chapter 13 trained, and leave the token out or repeat it:
 
 # %%
 run = pretrained("tinyworld")
@@ -216,20 +229,22 @@ assert 1.45 < means["once"] < 1.55 and 1.45 < means["three times"] < 1.65
 assert means["missing"] > 1.1 * means["once"]
 
 # %% [markdown]
-# Without the start token this model is about a fifth worse at all the *other* tokens, with a
-# perplexity of 1.85: it has never seen a row that begins with anything else. Large models, whose
-# attention leans on the first position, can break altogether. Doubled, it does little harm here, as
-# documents may be empty; but a model that never saw it twice is outside of what it knows. It comes
-# about when a tokenizer adds it and the program does, too, so ours adds it only if it is not there.
+# Without the start token, this model is worse at all the *other* tokens; its perplexity rises to
+# 1.85 in our run. It has never seen a row that begins with anything else. Many large models put
+# much of their attention on the first position {cite}`sun2024massive`, so they may suffer more.
+# Repeating the token does little harm here, but a model that never saw it twice in training is in
+# unknown territory. A doubled token is an easy mistake to make: the tokenizer adds it and the
+# program does, too. Our functions add it only if it is not there yet.
 
 # %% [markdown]
 # ## A model must not see the future
 #
-# All of this rests on one assumption: that logits at position $t$ depend on tokens up to $t$ only.
-# A mask that is off by one, a normalization over the whole row, or an expert layer that sorts all
-# tokens of a row by their score breaks it. Then the loss is wonderful, in training and in
-# evaluation, and the model cannot generate. No score shows the fault, but a direct test does.
-# Change the tokens from some place on, and the logits before it must stay what they were:
+# All of this rests on one assumption: the logits at position $t$ depend on the tokens up to $t$
+# only. A mask that is off by one breaks it; so does a normalization over the whole row, or a layer
+# in which experts choose among all tokens of a row {cite}`zhou2022mixture`. Then the loss is
+# wonderful, in training and in evaluation, and the model cannot generate. No score reveals the
+# fault, but a direct test does. Change the tokens from some place on; the logits before that place
+# must stay what they were:
 
 
 # %%
@@ -290,8 +305,8 @@ def _check_positive(name: str, value: Any) -> None:
 
 
 # %% [markdown]
-# Our model passes. One whose logits are averaged with those of the next position, as an off-by-one
-# in a convolution would do it, is refused:
+# Our model passes. A second one averages its logits with those of the next position, as a
+# convolution that is off by one would, and is refused:
 
 
 # %%
@@ -312,13 +327,15 @@ except ValueError as error:
     print(str(error).partition(", whose")[0])
 
 # %% [markdown]
+# The message names the first place whose logits changed.
+#
 # ## Texts longer than the context
 #
 # A model with a {term}`context length` of $T$ reads at most $T$ tokens at once. A longer text is
-# cut into windows, and it matters how. If windows follow each other, the first tokens of each have
-# hardly any context, and are scored as if the text began there. If each window moves on by a
-# {term}`stride` $s < T$, only its last $s$ tokens count, and the others are what they are predicted
-# from:
+# cut into windows, and the cut matters. If each window begins where the last one ended, its first
+# tokens have hardly any context and are scored as if the text began there. The remedy is to let
+# windows overlap. Each window moves on by a {term}`stride` $s < T$, and only its last $s$ tokens
+# count; the others are there to predict them from. Three numbers describe a window:
 
 
 # %%
@@ -333,6 +350,11 @@ class Window(NamedTuple):
     start: int
     first: int
     end: int
+
+
+# %% [markdown]
+# The plan for a text is a list of windows. The first window scores everything it can. Each later
+# one scores the next $s$ tokens, and reaches back as far as the model can read:
 
 
 # %%
@@ -359,9 +381,9 @@ def plan_windows(n_ids: int, context_length: int, stride: int) -> list[Window]:
 
 
 # %% [markdown]
-# Every token but the first is scored once, and after the first window has at least $T + 1 - s$
-# tokens of context. The price is $T / s$ times the work. {numref}`fig-evaluation-windows` shows
-# both, with stories in windows of 16 tokens:
+# Every token but the first is scored once, and after the first window each has at least $T + 1 - s$
+# tokens of context. The price is $T / s$ times the work. {numref}`fig-evaluation-windows` shows the
+# context and its effect, for stories in windows of 16 tokens:
 
 
 # %% mystnb={"figure": {"caption": "Windows of 16 tokens. Left, how many tokens before it each token gets to see, with two strides. Right, the perplexity of the same model on the same stories, over the stride.", "name": "fig-evaluation-windows"}, "image": {"alt": "Left, two sawtooth lines over 48 tokens: with a stride of 16 the context falls to 1 at each window and rises to 16, with a stride of 4 it stays between 13 and 16. Right, perplexity rises with the stride, from 2.2 at 1 to 5.2 at 16."}}
@@ -391,15 +413,15 @@ axes[1].set(title="Perplexity", xlabel="stride", xticks=strides, ylim=(1, None))
 plt.show()
 
 # %% [markdown]
-# The same weights and the same text have perplexities from 2.2 to 5.2. Whoever reports one has to
-# say which windows it is from; {py:func}`~llmbook.evaluation.perplexity` takes a stride of half the
-# context length unless told otherwise. For texts that fit, as our stories do into 128 tokens, there
-# is one window and nothing to choose.
+# The same weights have perplexities from 2.2 to 5.2 on the same text. Whoever reports a perplexity
+# has to say how the windows were laid; {py:func}`~llmbook.evaluation.perplexity` takes a stride of
+# half the context length unless told otherwise. If all texts fit into the context, as our stories
+# fit into 128 tokens, there is one window and nothing to choose.
 #
-# Put together, this is a function: {py:func}`~llmbook.evaluation.score_texts`, in the room below,
-# returns the nats, tokens and bytes of each text, and the two measures of {eq}`evaluation-units`
-# follow from their sums. (The numbers of each text are kept, because the intervals below need
-# them.)
+# The function that puts these steps together is {py:func}`~llmbook.evaluation.score_texts`, in the
+# engine room below. It returns the nats, tokens, and bytes of each text, and the two measures of
+# {eq}`evaluation-units` follow from their sums. (The numbers of each single text are kept because
+# intervals, later in this chapter, need them.)
 
 
 # %%
@@ -428,8 +450,8 @@ class TextScores(NamedTuple):
 # ### Engine room: rows of unequal length, models of others, and texts of any length
 
 # %% [markdown] tags=["engine"]
-# A model is anything that maps ids to logits, one of `transformers` as well as ours. How many ids
-# it reads at once stands in its configuration, under one of several names.
+# A model is anything that maps ids to logits; a model of `transformers` will do as well as ours.
+# How many ids it reads at once is stated in its configuration, under one of several names.
 
 # %% tags=["engine"]
 #| export
@@ -473,8 +495,8 @@ def _begun(ids: Sequence[int], start: int) -> list[int]:
 
 # %% [markdown] tags=["engine"]
 # Rows of unequal length go through the model in batches, padded on the right. What a causal model
-# says of a row does not depend on what comes after it, so padding needs no mask; it only costs
-# time. Rows are therefore sorted by length.
+# says at a position does not depend on what comes after it, so padding needs no mask; it only costs
+# time. To keep that cost low, rows are sorted by length.
 
 
 # %% tags=["engine"]
@@ -549,9 +571,9 @@ def window_log_probs(
 
 
 # %% [markdown] tags=["engine"]
-# A text without a token, and without an end to predict, has no windows: it counts with 0 nats. That
-# is allowed for one of many texts, but a test set without any byte has no bits per byte, and an
-# empty one no score at all. Each model is first asked whether it sees the future.
+# A text without any token to predict has no windows, and counts with 0 nats. That is allowed for
+# one of many texts. But a test set without any byte has no bits per byte, and an empty one has no
+# score at all. Before any text is scored, the model is tested for seeing the future.
 
 
 # %% tags=["engine"]
@@ -621,9 +643,9 @@ def bits_per_byte(
 
 # %% [markdown] tags=["engine"]
 # For texts that fit into one window, the result is that of chapter 13, which has no strides. (For
-# longer ones, its last window begins where the one before ended, and ours reaches back.) The
-# opening's two numbers differ in the tokenizer alone, and {eq}`evaluation-conversion` turns one
-# into the other.
+# longer ones, chapter 13's last window begins where the one before it ended, and ours reaches
+# back.) We compare the two on the model of chapter 13, and check {eq}`evaluation-conversion` as
+# well:
 
 # %% tags=["engine"]
 scores = score_texts(model, tokenizer, held_out, stride=128)
@@ -639,15 +661,15 @@ print(f"{scores.bits_per_byte:.1f} bits per byte, here and in chapter 13")
 #
 # A model that has only been pretrained does not answer questions; it continues texts. It can still
 # take an exam. We put each answer after the question, let the model say how probable it is there,
-# and take the likeliest {cite}`brown2020gpt3`. With context $h$ and an answer $a$ of $m$ tokens
-# that is
+# and take the likeliest {cite}`brown2020gpt3`. The score of an answer $a$ of $m$ tokens after the
+# context $h$ is
 #
 # $$
 # s(a) = \log q(a \mid h) = \sum_{t=1}^{m} \log q(a_t \mid h, a_{<t}) .
 # $$ (evaluation-choice)
 #
-# The facts of the tiny world make such an exam, with four answers to each question, the first one
-# right:
+# (This $s$ is a score; the stride above has done its work.) The facts of the tiny world make such
+# an exam, with four answers to each question. In our list the first answer is always the right one:
 
 # %%
 draws, facts = random.Random(0), []
@@ -661,7 +683,8 @@ print(*facts[1], sep="\n")
 
 
 # %% [markdown]
-# Equation {eq}`evaluation-choice` as code, one answer after the other:
+# Tess lives in the greenhouse. Here is equation {eq}`evaluation-choice` as code, one answer after
+# the other:
 
 
 # %%
@@ -682,10 +705,12 @@ assert right > 95
 print("more than 95 of 100 questions right")
 
 # %% [markdown]
+# The true answer is the only likely one, and hardly any question is answered wrong.
+#
 # ### The seam
 #
-# Now write the same questions with the space at the end of the context and not at the beginning of
-# the answer, which looks harmless:
+# Now move the space from the beginning of the answer to the end of the context. That looks
+# harmless:
 
 # %%
 right = sum(
@@ -696,9 +721,10 @@ assert right < 60
 print("fewer than 60 of 100 questions right, where guessing has 25")
 
 # %% [markdown]
-# In our run it was 31. The model knows every one of these facts, and is hardly better than a guess.
-# {numref}`fig-evaluation-seam` shows why: text in training has never been cut like this. A space
-# and the word after it are one token, so after the single token "space" no word ever came.
+# In our run, the model got 31 of the 100 right. It knows nearly all of these facts, yet here it
+# does little better than a guesser. {numref}`fig-evaluation-seam` shows why: no text in training
+# was ever cut like this. A space and the word after it are one token, so the single token "space"
+# was never followed by a word.
 #
 # ```{figure} ../figures/evaluation-seam.svg
 # :name: fig-evaluation-seam
@@ -707,17 +733,18 @@ print("fewer than 60 of 100 questions right, where guessing has 25")
 # The same characters in three ways. What the model has learned is in the first row.
 # ```
 #
-# The cure is to encode context and answer **jointly**, as the text that they are together, and to
-# look for the seam afterwards. White space at the end of the context goes over to the answer. If a
-# token stretches across the seam, as where "un" is continued by "happy", it belongs to the answer,
-# together with the end of the context that is in it. All answers to a question then share what
-# comes before, so their probabilities are still those of alternatives after the same beginning.
+# The cure is to encode context and answer **jointly**, as the one text that they form, and to look
+# for the seam afterward. White space at the end of the context moves over to the answer. A token
+# may also stretch across the seam, as when "un" is continued by "happy". Such a token belongs to
+# the answer, together with the end of the context that it contains. All answers to a question then
+# share what comes before them, so their probabilities are still those of alternatives after the
+# same beginning.
 #
 # ### Longer answers lose
 #
-# Each token multiplies the probability by a number below 1. Between answers of unequal length, the
-# sum of {eq}`evaluation-choice` therefore prefers short ones. What it should be divided by is a
-# matter of choice, and evaluation programs differ:
+# Each token multiplies the probability by a number below 1. Among answers of unequal length, the
+# sum in {eq}`evaluation-choice` therefore prefers short ones. There is no single right number to
+# divide it by, and evaluation programs differ:
 #
 # | `normalization` | score | remark |
 # |---|---|---|
@@ -731,8 +758,8 @@ print("fewer than 60 of 100 questions right, where guessing has 25")
 # ### Engine room: the seam, all choices in one batch, and choices that cannot be compared
 
 # %% [markdown] tags=["engine"]
-# `encode_pairs` finds the seam. It compares the ids of the context with those of context and answer
-# together, and the shared part ends at the first difference.
+# `encode_pairs` finds the seam. It compares the ids of the context with the ids of context and
+# answer together. The part that they share ends at the first difference.
 
 # %% tags=["engine"]
 #| export
@@ -803,9 +830,9 @@ def _checked_choices(choices: Any, name: str, least: int = 1) -> list[str]:
 
 
 # %% [markdown] tags=["engine"]
-# What is too long is refused, unless the caller asks for a cut. Then the oldest tokens go, the
-# start token first, and all choices lose the same ones: cut by its own length, each would be judged
-# after another context.
+# A context that is too long is refused, unless the caller asks for it to be cut. Then the oldest
+# tokens are dropped, starting with the start token, and all choices lose the same ones. If each
+# were cut according to its own length, the choices would be judged after different contexts.
 
 
 # %% tags=["engine"]
@@ -877,10 +904,10 @@ def _check_pairs(pairs: Any) -> None:
 
 
 # %% [markdown] tags=["engine"]
-# One choice may begin another, as "10" begins "100" where each digit is a token. The longer one is
-# then a part of the event that is the shorter one, and never more likely. Such choices are refused,
-# token by token; an `ending` that is scored with each of them, such as a full stop, tells them
-# apart.
+# One choice may begin another, as "10" begins "100" where each digit is a token. Whenever the
+# longer one occurs, so does the shorter one, which is therefore never less likely. Such choices are
+# refused; whether one begins the other is decided token by token. An `ending` that is scored with
+# each of them, such as a full stop, tells them apart.
 
 
 # %% tags=["engine"]
@@ -967,7 +994,7 @@ def _check_prefixes(texts: list[str], ids: list[list[int]]) -> None:
 
 
 # %% [markdown] tags=["engine"]
-# All choices of a question are one batch. The result is that of one by one:
+# All choices of a question go through the model in one batch. The result is the same as one by one:
 
 # %% tags=["engine"]
 for stem, answers in facts[:20]:
@@ -979,10 +1006,10 @@ print("20 questions: the same one by one and in a batch")
 # %% [markdown]
 # ### What length does to a score
 #
-# All of this, and the batch that makes it fast, is now in
-# {py:func}`~llmbook.evaluation.score_choices`. We measure the bias with a model that hardly knows
-# the facts: the second one of the opening, after 120 steps. Each answer is a sentence in one of
-# three wordings, which are of unequal length.
+# Joint encoding, the normalizations, and a batch that makes scoring fast are now in
+# {py:func}`~llmbook.evaluation.score_choices`. To measure the bias toward short answers, we need a
+# model that hardly knows the facts. We train the BPE model of the opening again, for 120 steps.
+# Each answer is a sentence in one of three wordings, which differ in length:
 
 # %%
 small = trained(tokenizers["BPE"], 128, 120)
@@ -1007,7 +1034,7 @@ guess = [np.mean([size.count(pick(size)) / 4 for size in sizes]) for pick in (mi
 assert shares["none"][1] > 1.3 * guess[0] and shares["byte"][1] < guess[0]
 
 # %% [markdown]
-# {numref}`fig-evaluation-normalization` shows what it took:
+# {numref}`fig-evaluation-normalization` shows which answers the model picked:
 
 # %% mystnb={"figure": {"caption": "What one model picks among four sentences of unequal length, by the normalization. Dotted, what a blind guess would pick.", "name": "fig-evaluation-normalization"}, "image": {"alt": "Bars for five normalizations. Right answers are between 20 and 40 percent for all. The shortest is picked in two thirds of all cases without normalization, in a quarter of them per byte; the longest in 5 percent without, in nearly half per byte and in more than half with unconditional."}}
 figure, axes = plt.subplots(1, 3, sharey=True)
@@ -1020,16 +1047,17 @@ axes[0].invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# Without normalization, two thirds of all picks are the shortest answer and hardly any the longest.
-# Division by the length turns the bias around rather than remove it: the end of a long answer is
-# easy to guess, so its mean looks good. The share of right answers lies between a fifth and two
-# fifths, and nothing but the normalization has changed. What a weak model "prefers" among answers
-# of unequal length is for the greater part their length. Report which normalization it was, and
-# when you write an exam yourself, make the answers equally long.
+# Without normalization, two thirds of all picks are the shortest answer, and hardly any are the
+# longest. Division by characters or bytes reverses the bias rather than removing it: the end of a
+# long answer is easy to guess, so its mean looks good. The share of right answers lies between a
+# fifth and two fifths, and nothing but the normalization has changed. What a weak model "prefers"
+# among answers of unequal length is mostly a matter of their length. Report the normalization with
+# the score, and when you write an exam yourself, make the answers equally long.
 #
-# One more convention helps to compare exams with two answers and with ten. The **centered
-# accuracy** is 0 for guessing and 1 for perfection {cite}`li2024dclm`: with $c$ the accuracy of
-# guessing, it is $(\text{accuracy} - c) / (1 - c)$.
+# One more convention helps to compare exams that have different numbers of answers. The **centered
+# accuracy** is 0 for guessing and 1 for perfection {cite}`li2024dclm`. Let chance be the accuracy
+# of guessing; then the centered accuracy is
+# $(\text{accuracy} - \text{chance}) / (1 - \text{chance})$.
 
 
 # %%
@@ -1060,21 +1088,21 @@ def _check_share(name: str, value: Any) -> None:
 # ## Answers in free text
 #
 # Models that were tuned to answer write what they like: "The answer is (B).", "so she has
-# $1,234.50", or "\boxed{\frac{1}{2}}". The exact match of strings calls all of them wrong. So an
-# answer is first found and brought into one form, and then compared.
-# {py:func}`~llmbook.evaluation.parse_answer` knows three kinds, and
+# $1,234.50", or "\boxed{\frac{1}{2}}". An exact comparison of strings calls all of them wrong. So a
+# program first finds the answer, then brings it into a standard form, and only then compares.
+# {py:func}`~llmbook.evaluation.parse_answer` knows three kinds of answers, and
 # {py:func}`~llmbook.evaluation.exact_match` compares numbers by their value:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: how a letter, a number and a box are found
 
 # %% [markdown] tags=["engine"]
-# The rules are few, because each further one finds answers where there are none. A letter counts
-# after "answer is" and the like, in brackets, or where it stands alone; a sentence that begins with
-# "A" chooses nothing. A number may have a sign, which is not the minus of a subtraction, commas
-# between thousands, a currency sign, decimals, an exponent of two digits at most (a model may write
-# 1e999999999, and nobody should compute that), or a denominator. Braces in a box are counted until
-# the first is closed.
+# The rules are few, because each further rule finds answers where there are none. A letter counts
+# after "answer is" and the like, in brackets, or where it stands alone; in a sentence that begins
+# with "A", the A chooses nothing. A number may have a sign, which is not the minus of a
+# subtraction. It may also have commas between thousands, a currency sign, decimals, a denominator,
+# or an exponent of at most two digits (a model may write 1e999999999, and nobody should compute
+# that). Braces in a box are counted until the first one is closed.
 
 
 # %% tags=["engine"]
@@ -1189,7 +1217,7 @@ def _boxed(text: str) -> str | None:
 # %% [markdown]
 # ### The kinds at work
 #
-# Here are answers as models write them:
+# Here are answers as models write them, each followed by what the parser makes of it:
 
 # %%
 written = [
@@ -1206,23 +1234,28 @@ for kind, text, expected in written:
 assert exact_match("That makes 0.50 euros.", "1/2", "number")
 
 # %% [markdown]
-# What finds no answer returns None, and None is wrong. Count the Nones apart: a model of which a
-# third of all answers cannot be read has another problem than one that is wrong a third of the
-# time, and a parser that works for one model's style may fail for another's.
+# The parser finds the B that follows "the answer is" and passes over the A in brackets. It removes
+# the comma and the idle zero of the last number, and keeps the braces inside the box. In the other
+# three texts it finds no answer and returns None, which counts as wrong. Count the Nones
+# separately: a model whose answers cannot be read a third of the time has a different problem from
+# one that is wrong a third of the time. And a parser that works for one model's style may fail for
+# another's.
 
 # %% [markdown]
 # ## Several attempts: pass@k
 #
-# A model that samples answers is asked the same question $k$ times. How probable is it that at
-# least one answer is right? With probability $p$ of a right answer it is $1 - (1 - p)^k$. But $p$
-# is not known: what we have are $n$ samples, $c$ of them right. To put $\hat p = c / n$ into the
-# formula is biased, because the function is curved: on average it gives too little. Here is how to
-# be right on average {cite}`chen2021codex`. Imagine the first $k$ of the $n$ samples to be the
-# attempts. Whether one of them is right has exactly the expectation that we want. But it is
-# wasteful and noisy, as the order of samples means nothing. So average over all $\binom{n}{k}$ ways
-# to choose the attempts. The average of estimates that are all right on average is so, too. A
-# choice fails if all its $k$ members are among the $n - c$ wrong ones, and that happens in
-# $\binom{n - c}{k}$ choices:
+# A model that samples its answers is asked the same question $k$ times. How probable is it that at
+# least one answer is right? If a single answer is right with probability $p$, then this probability
+# is $1 - (1 - p)^k$. But $p$ is not known; what we have are $n$ samples, $c$ of them right. If we
+# put $\hat p = c / n$ into the formula, the result is biased: the function is curved, so on average
+# the result is too small.
+#
+# Here is how to be right on average {cite}`chen2021codex`. Take the first $k$ of the $n$ samples as
+# the attempts. Whether one of them is right has exactly the expectation that we want. But this
+# estimate is noisy and wastes the other samples, and the order of samples means nothing. So we
+# average over all $\binom{n}{k}$ ways to choose the attempts. An average of estimates that are all
+# right on average is right on average, too. A choice fails if all its $k$ members are among the
+# $n - c$ wrong samples, and that happens in $\binom{n - c}{k}$ of the choices:
 #
 # $$
 # \text{pass@}k = 1 - \binom{n - c}{k} \Big/ \binom{n}{k} .
@@ -1254,7 +1287,8 @@ def _check_at_most(name: str, value: int, other: str, most: int) -> None:
 
 
 # %% [markdown]
-# Both formulas, averaged over all that can happen in $n = 5$ samples of a model with $p = 0.3$:
+# To compare the two formulas, we average each over everything that can happen in $n = 5$ samples of
+# a model with $p = 0.3$:
 
 # %%
 p, n, k = 0.3, 5, 3
@@ -1265,19 +1299,23 @@ assert math.isclose(unbiased, 1 - (1 - p) ** k)
 print(f"truth {1 - (1 - p) ** k:.3f}, pass@k {unbiased:.3f}, with c / n put in {plugged:.3f}")
 
 # %% [markdown]
+# The average of pass@k is exactly the truth; the other formula is too low by 0.085.
+#
 # pass@k is the right score where somebody can check the answers, as tests check a program. Where
-# nobody can, one answer must be chosen, and the natural choice is the most frequent one
+# nobody can, one answer must be chosen, and a natural choice is the most frequent one
 # {cite}`wang2023consistency`. Its score, majority@k, is again an average over all choices of $k$
-# samples; {py:func}`~llmbook.evaluation.majority_at_k` counts them exactly, in the room below.
-# {numref}`fig-evaluation-attempts` has both for the little model of the last section:
+# samples; {py:func}`~llmbook.evaluation.majority_at_k`, in the engine room below, counts them
+# exactly. {numref}`fig-evaluation-attempts` shows both scores for the model that trained for 120
+# steps:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: all majorities, counted
 
 # %% [markdown] tags=["engine"]
-# For each number of votes that the truth may get, a table counts the ways to draw the other answers
-# such that none has more votes: one answer after the other, by how many votes are drawn in all and
-# how many answers are tied with the truth. A tie of $t$ others is won once in $t + 1$ times.
+# The right answer may get any number of votes. For each such number, a table counts the ways to
+# draw the other answers so that none of them has more votes. The table grows by one answer at a
+# time; its entries are indexed by how many votes have been drawn in all and by how many answers are
+# tied with the right one. A tie with $t$ others is won once in $t + 1$ times.
 
 
 # %% tags=["engine"]
@@ -1325,7 +1363,7 @@ def _with_answer(
 # %% [markdown]
 # ### Passed or voted
 #
-# Twenty samples for each question about the facts, scored both ways:
+# We draw twenty samples for each question about the facts, and score them both ways:
 
 # %% mystnb={"figure": {"caption": "Twenty samples for each of 240 questions, drawn among four answers as the model finds them likely. The chance that one of k is right rises and rises; the chance that the most frequent of them is right does not.", "name": "fig-evaluation-attempts"}, "image": {"alt": "Two lines over k from 1 to 20 that begin at the same height, a little above guessing. pass at k rises steeply; majority at k stays nearly flat."}}
 bpe, generator = tokenizers["BPE"], torch.Generator().manual_seed(0)
@@ -1347,29 +1385,30 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# The two answer different questions. A model that guesses among four answers has the right one
-# among twenty samples nearly always, and its majority stays near 40 %. Whoever reports
-# pass@k has to say who does the checking.
+# The two scores answer different questions. By chance alone, a model that draws evenly from four
+# answers has the right one among twenty samples nearly always, with probability
+# $1 - (3/4)^{20} = 0.997$. So our model's pass@k climbs almost to 1, and its majority@k stays near
+# 40 %. Whoever reports pass@k has to say who does the checking.
 
 # %% [markdown]
 # ## How sure are we?
 #
-# A model is right in 84 of 100 questions. Had we written another hundred, the result would have
-# been another. What we want to know is the probability $p$ of a right answer to *such* questions,
-# and the hundred are a sample {cite}`miller2024error`. Each answer is 1 with probability $p$ and
-# else 0, with variance $p (1 - p)$; the mean $\hat p$ of $n$ independent ones has a variance $n$
-# times smaller, and its root is the {term}`standard error`,
+# A model is right on 84 of 100 questions. On another hundred questions, the result would have been
+# different. What we want to know is the probability $p$ of a right answer to *such* questions, of
+# which our hundred are a sample {cite}`miller2024error`. Each answer scores 1 with probability $p$
+# and 0 otherwise, with variance $p (1 - p)$. The mean $\hat p$ of $n$ independent scores has a
+# variance $n$ times smaller, and the root of that is the {term}`standard error`,
 #
 # $$
 # \mathrm{SE} = \sqrt{\frac{p (1 - p)}{n}} .
 # $$ (evaluation-error)
 #
-# For large $n$ the mean is normally distributed, and lies within $z = 1.96$ standard errors of $p$
-# in 95 % of all samples. The textbook's interval, which is Wald's, now puts $\hat p$ in the place
-# of the unknown $p$: $\hat p \pm z \sqrt{\hat p (1 - \hat p) / n}$. Look what becomes of it for a
-# model that is right in 20 of 20: the estimated error is zero, and so we would be certain. Wilson
-# {cite}`wilson1927` did not put anything in. Which $p$ are compatible with what we saw? Those from
-# which $\hat p$ is at most $z$ of *their* standard errors away:
+# For large $n$ the mean is nearly normally distributed, and lies within $z = 1.96$ standard errors
+# of $p$ in 95 % of all samples. The textbook interval, named after Wald, now puts $\hat p$ in the
+# place of the unknown $p$: $\hat p \pm z \sqrt{\hat p (1 - \hat p) / n}$. Look what happens for a
+# model that is right on 20 of 20 questions: the estimated error is zero, so we would be certain.
+# Wilson {cite}`wilson1927` avoided this substitution. Which $p$, he asked, are compatible with what
+# we saw? They are those from which $\hat p$ is at most $z$ of *their* standard errors away:
 #
 # $$
 # (\hat p - p)^2 \le z^2 \, \frac{p (1 - p)}{n} .
@@ -1381,16 +1420,16 @@ plt.show()
 # \Bigl(1 + \frac{z^2}{n}\Bigr) p^2 - \Bigl(2 \hat p + \frac{z^2}{n}\Bigr) p + \hat p^2 \le 0 .
 # $$
 #
-# Between the two roots of this parabola it holds, and the formula for quadratic equations gives
-# them as
+# The inequality holds between the two roots of this parabola, and the quadratic formula gives them
+# as
 #
 # $$
 # \frac{1}{1 + z^2 / n} \left( \hat p + \frac{z^2}{2 n}
 # \pm z \sqrt{\frac{\hat p (1 - \hat p)}{n} + \frac{z^2}{4 n^2}} \right) .
 # $$ (evaluation-wilson)
 #
-# The middle is no longer $\hat p$ but is drawn toward one half, as if $z^2/2 \approx 2$ right and 2
-# wrong answers had been added, and the interval never leaves 0 to 1.
+# The middle is no longer $\hat p$. It is drawn toward one half, as if $z^2/2 \approx 2$ right and 2
+# wrong answers had been added, and the interval never leaves the range from 0 to 1.
 
 
 # %%
@@ -1419,8 +1458,8 @@ class Interval:
 
 
 # %% [markdown]
-# All estimates of the book come as such an `Interval`. The quantile $z$ is that of the normal
-# distribution:
+# All estimates of the book come as such an `Interval`. Both formulas fit into one function; $z$ is
+# a quantile of the normal distribution:
 
 
 # %%
@@ -1469,7 +1508,7 @@ def _check_level(level: Any) -> None:
 
 
 # %% [markdown]
-# The textbook's interval and Wilson's, for few questions:
+# Here are Wald's interval and Wilson's, from few questions to many:
 
 # %%
 print("right    Wald                     Wilson")
@@ -1478,9 +1517,12 @@ for right, n in ((20, 20), (19, 20), (84, 100), (840, 1000)):
     print(f"{right:4} of {n:4}  {wald!s:24} {wilson}")
 
 # %% [markdown]
-# Does an interval of 95 % cover the truth in 95 % of all samples? This need not be simulated: for
-# each $p$, add up the probabilities of those outcomes whose interval contains $p$.
-# {numref}`fig-evaluation-coverage` does it for 50 questions:
+# After 20 right answers of 20, Wald's interval has no width, while Wilson's reaches down to 0.839.
+# With a thousand questions the two hardly differ.
+#
+# Does an interval of 95 % cover the truth in 95 % of all samples? We need not simulate anything to
+# find out: for each $p$, add up the probabilities of those outcomes whose interval contains $p$.
+# {numref}`fig-evaluation-coverage` does this for 50 questions:
 
 
 # %% mystnb={"figure": {"caption": "How often intervals of 95 % contain the truth, for 50 questions, computed exactly. The lines jump because there are only 51 outcomes.", "name": "fig-evaluation-coverage"}, "image": {"alt": "Coverage over the true accuracy from 0.5 to 1. Wilson stays near the dotted line at 0.95 throughout. Wald is at 0.90 to 0.95 at first and falls toward zero as the accuracy nears 1."}}
@@ -1502,15 +1544,15 @@ plt.legend(loc="lower left")
 plt.show()
 
 # %% [markdown]
-# Where a good model is tested, near 1, Wald's interval fails, as is well known
+# Near 1, where good models are tested, Wald's interval fails, as is well known
 # {cite}`brown2001interval`, and Wilson's does not.
 #
 # ### What never happened
 #
 # A model was asked 100 times for a secret and never told it. Is the rate of leaks 0? If it were
-# $p$, there would be no leak with probability $(1 - p)^n$. The largest $p$ under which this is
-# still at least 5 % solves $(1 - p)^n = 0.05$. With $\log (1 - p) \approx -p$ it is $p \approx -\ln
-# 0.05 / n \approx 3 / n$, the **rule of three**:
+# $p$, there would be no leak with probability $(1 - p)^n$. The largest $p$ for which this is still
+# at least 5 % solves $(1 - p)^n = 0.05$. With $\log (1 - p) \approx -p$, the solution is
+# $p \approx -\ln 0.05 / n \approx 3 / n$. This is the **rule of three**:
 
 
 # %%
@@ -1529,8 +1571,8 @@ def rule_of_three(n: int, level: float = 0.95) -> float:
 
 
 # %% [markdown]
-# Zero of a hundred is compatible with three leaks in a hundred, and to claim less than one in a
-# thousand takes three thousand attempts:
+# Zero leaks in a hundred attempts are compatible with a rate of three in a hundred, and it takes
+# three thousand attempts to claim a rate below one in a thousand:
 
 # %%
 for n in (100, 1000, 3000):
@@ -1539,23 +1581,28 @@ for n in (100, 1000, 3000):
 # %% [markdown]
 # ## Which of two is better?
 #
-# One model is right in 150 of 200 questions, another one in 160. Their intervals overlap, so
-# perhaps nothing can be said? But both have answered the *same* questions, and most of these are
-# easy for both or hard for both. Take the difference item by item, $d_i = a_i - b_i$. Its variance
-# is
+# One model is right on 150 of 200 questions, another on 160. Their intervals overlap, so perhaps
+# nothing can be said? But both have answered the *same* questions, and most of these are easy for
+# both or hard for both. Let $a_i$ and $b_i$ be the scores of the two models on item $i$, and take
+# the difference item by item, $d_i = a_i - b_i$. Its variance is
 #
 # $$
 # \mathrm{Var}(a - b) = \mathrm{Var}(a) + \mathrm{Var}(b) - 2 \, \mathrm{Cov}(a, b) ,
 # $$ (evaluation-paired)
 #
-# and the covariance is what an unpaired comparison throws away. For right and wrong there is an
-# exact test, McNemar's {cite}`mcnemar1947`. Items on which both agree say nothing about which one
-# is better. On the others, $w$ wins and $l$ losses, and if the models are equally good then each
-# was decided by a fair coin. How probable is a split at least so uneven, on either side?
+# and the covariance is what an unpaired comparison throws away.
+#
+# For right and wrong answers there is an exact test, McNemar's {cite}`mcnemar1947`. Items on which
+# both models agree say nothing about which one is better. On the others, one model has $w$ wins and
+# $l$ losses. If the models are equally good, each of these items was decided by a fair coin. How
+# probable is a split at least as uneven, in either direction? That probability is the **p-value**
+# of the test. It is written $p$, too, but is not the probability of a right answer:
 #
 # $$
 # p = 2 \sum_{i=0}^{\min(w, l)} \binom{w + l}{i} 2^{-(w + l)} .
 # $$ (evaluation-mcnemar)
+#
+# If $w = l$, the sum counts the even split twice; the code therefore returns at most 1.
 
 
 # %%
@@ -1573,27 +1620,32 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 # %% [markdown]
-# The same two accuracies, 80 and 75 % of 200, with two histories:
+# The same two accuracies, 80 % and 75 % of 200 questions, can come about in different ways. Here
+# are two of them:
 
 # %%
 print(f"18 wins, 8 losses:  p = {sign_test(18, 8):.3f}")
 print(f"11 wins, 1 loss:    p = {sign_test(11, 1):.3f}")
 
 # %% [markdown]
+# The lead is ten questions in both cases. If 26 questions are decided by a fair coin, one side
+# leads by ten or more in 7.6 % of all cases; if only 12 are, in 0.6 %.
+#
 # The function {py:func}`~llmbook.evaluation.paired_test` does this for arrays of scores. Where
-# scores are not 0 and 1, such as bits per byte of texts, it flips the signs of the differences
-# $d_i$ instead, as the coin would, and counts how often their sum is as far from zero as the one
-# observed (a permutation test). Here are our two little models on the same questions, one trained
-# twice as long:
+# scores are not just 0 or 1, as with the bits per byte of texts, it flips the signs of the
+# differences $d_i$ at random instead, as the coin would, and counts how often their sum is at least
+# as far from zero as the one observed. (This is a permutation test.) Next we use it to compare our
+# two little models, one trained twice as long as the other.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: means, clusters, paired tests and the bootstrap
 
 # %% [markdown] tags=["engine"]
-# Not all scores are 0 or 1. For the mean of any values, the variance is estimated from the sample
-# as well, with $n - 1$ for the one degree of freedom that the mean has used, and the normal
-# quantile becomes Student's. That matters for few values: with the three seeds of a training run it
-# is 4.30, not 1.96. For whole degrees of freedom Student's distribution is a finite sum.
+# Not all scores are 0 or 1. For the mean of arbitrary values, the variance is estimated from the
+# sample as well, with $n - 1$ in the denominator because the mean has used up one degree of
+# freedom. The normal quantile then becomes Student's. The difference matters for few values: with
+# the three seeds of a training run the quantile is 4.30, not 1.96. For a whole number of degrees of
+# freedom, Student's distribution is a finite sum.
 
 
 # %% tags=["engine"]
@@ -1634,18 +1686,19 @@ def _within_angle(angle: float, degrees: int) -> float:
 
 
 # %% [markdown] tags=["engine"]
-# Questions often come in **clusters**: ten about one text, or one in ten wordings. Then they are
-# not independent. In the extreme, ten copies of each question, the error of {eq}`evaluation-error`
-# would be too small by $\sqrt{10}$, as the sample has no more information than a tenth of it. The
-# remedy is to add up the deviations in each cluster *before* squaring, so that what goes together
-# is counted together {cite}`miller2024error`:
+# Questions often come in **clusters**: ten about one text, or one question in ten wordings. Then
+# they are not independent. In the extreme case of ten copies of each question, the error of
+# {eq}`evaluation-error` would be too small by a factor of $\sqrt{10}$, since the sample holds no
+# more information than a tenth of it. The remedy is to add up the deviations in each of the $G$
+# clusters *before* squaring, so that what goes together is counted together
+# {cite}`miller2024error`:
 #
 # $$
 # \mathrm{SE}^2 = \frac{G}{G - 1} \, \frac{1}{n^2}
 # \sum_{g=1}^{G} \Bigl( \sum_{i \in g} (x_i - \bar x) \Bigr)^2 .
 # $$ (evaluation-clusters)
 #
-# For clusters of one item, $G = n$ gives the usual formula back.
+# For clusters of one item each, $G = n$ gives back the usual formula.
 
 
 # %% tags=["engine"]
@@ -1728,7 +1781,7 @@ def mean_interval(
 
 
 # %% [markdown] tags=["engine"]
-# The paired test and its outcome. With clusters, a coin decides about a whole cluster:
+# Next come the paired test and its outcome. With clusters, one coin decides about a whole cluster:
 
 
 # %% tags=["engine"]
@@ -1821,9 +1874,10 @@ def _check_draws(least: int, n_resamples: Any, seed: Any) -> None:
 
 
 # %% [markdown] tags=["engine"]
-# For a statistic that is no mean, such as bits per byte, which is a ratio of two sums, or a median,
-# there is the {term}`bootstrap` {cite}`efron1979bootstrap`. The sample stands for the population;
-# draw from it as many items as it has, with replacement, and look how the statistic varies.
+# Some statistics are not means: a median, for example, or bits per byte, which is a ratio of two
+# sums. For these there is the {term}`bootstrap` {cite}`efron1979bootstrap`. Let the sample stand
+# for the population, draw from it as many items as it has, with replacement, and see how the
+# statistic varies.
 
 
 # %% tags=["engine"]
@@ -1867,7 +1921,7 @@ def bootstrap(
 
 
 # %% [markdown] tags=["engine"]
-# SciPy {cite}`virtanen2020scipy` has the same quantiles, intervals and tests:
+# SciPy {cite}`virtanen2020scipy` has the same quantiles, intervals, and tests, so we compare:
 
 # %% tags=["engine"]
 from scipy import stats
@@ -1886,7 +1940,7 @@ assert abs(ours.low - low) < 0.05 and abs(ours.high - high) < 0.05
 print("Wilson, Student, McNemar and the bootstrap agree with SciPy")
 
 # %% [markdown] tags=["engine"]
-# And clusters: 40 questions, each in 10 wordings that are answered alike. How often does the
+# Last, the clusters: 40 questions, each in 10 wordings that are answered alike. How often does the
 # interval cover the truth?
 
 # %% tags=["engine"]
@@ -1903,7 +1957,8 @@ assert hits["each its own"] < 200 < 270 < hits["clustered"]
 # %% [markdown]
 # ### The same models, two measures
 #
-# The exam is compared question by question, and bits per byte text by text:
+# One model trained for 120 steps, the other for 240. We compare them on the exam question by
+# question, and in bits per byte text by text:
 
 # %%
 longer = trained(bpe, 128, 240)
@@ -1922,20 +1977,23 @@ assert test.wins > 95 and test.difference.margin < 0.02 < test.difference.low
 print(f"bits per byte: {test.difference.estimate:.1f} less, known to about 0.01")
 
 # %% [markdown]
-# On 240 questions, the difference of the accuracies is not to be told from zero (in our run
-# $+0.008$, with an interval from $-0.050$ to $+0.066$). Bits per byte show it on every single text:
-# 0.18 less, from 0.17 to 0.19. A question says only right or wrong, and a text has dozens of
-# log-probabilities. While a model is trained, the likelihood of held-out text is the sharper tool,
-# and the exam tells whether what it measures is what you wanted.
+# On 240 questions, the difference between the accuracies cannot be told from zero (in our run it is
+# $+0.008$, with an interval from $-0.050$ to $+0.066$). In bits per byte, the longer training helps
+# on every single text: 0.18 less on average, with an interval from 0.17 to 0.19. A question says
+# only right or wrong, while a text has dozens of log-probabilities. During training, the likelihood
+# of held-out text is the sharper tool; the exam tells you whether the model can do what you wanted
+# it to do.
 #
 # ### How many questions?
 #
-# Before an experiment, ask what it could show. Suppose that the true difference is $\delta$, and
-# the standard deviation of one item's difference $\sigma$, so that the mean of $n$ has the standard
-# error $\sigma / \sqrt n$. We will call it significant if it is more than $z_{\alpha}$ standard
-# errors from zero. It is normally distributed around $\delta$, so it passes that mark with a
-# probability of $1 - \beta$, the {term}`power`, if the mark lies $z_{\beta}$ standard errors below
-# $\delta$:
+# Before an experiment, ask what it could show. Suppose that the true difference is $\delta$ and
+# that the standard deviation of one item's difference is $\sigma$, so that the mean of $n$
+# differences has the standard error $\sigma / \sqrt n$. We will call the observed mean significant
+# if it is more than $z_{\alpha}$ standard errors from zero, where $\alpha$ is the probability that
+# this happens by chance if there is no difference. The observed mean is nearly normally distributed
+# around $\delta$. Let $z_{\beta}$ be the quantile that a normal variable exceeds with probability
+# $\beta$. Then the mean passes the mark with probability $1 - \beta$, the {term}`power`, if the
+# mark lies $z_{\beta}$ standard errors below $\delta$:
 #
 # $$
 # \delta = (z_\alpha + z_\beta) \frac{\sigma}{\sqrt n}
@@ -1943,9 +2001,10 @@ print(f"bits per byte: {test.difference.estimate:.1f} less, known to about 0.01"
 # n = \Bigl( \frac{(z_\alpha + z_\beta) \, \sigma}{\delta} \Bigr)^2 .
 # $$ (evaluation-power)
 #
-# With the usual 95 % and a power of 80 %, $z_\alpha + z_\beta = 1.96 + 0.84$. Unpaired, $\sigma^2$
-# is $2 p (1 - p)$ for items of two systems. Paired, where the two differ on a share $u$ of the
-# items, $d_i$ is $\pm 1$ there and 0 elsewhere, so $\sigma^2 = u - \delta^2$.
+# With the usual $\alpha = 5\,\%$ and a power of 80 %, $z_\alpha + z_\beta = 1.96 + 0.84$. If the
+# two models get different questions, $\sigma^2$ is $2 p (1 - p)$. If they get the same questions
+# and differ on a share $u$ of them, $d_i$ is $\pm 1$ there and 0 elsewhere, so
+# $\sigma^2 = u - \delta^2$.
 
 
 # %%
@@ -1985,7 +2044,8 @@ def items_needed(
 
 
 # %% [markdown]
-# How many questions does it take to see a difference of two points, at an accuracy of 80 %?
+# How many questions does it take to see a difference of two points, if one of the models has an
+# accuracy of about 80 %?
 
 # %%
 print(f"each model has its own questions: {items_needed(0.02, accuracy=0.8):6}")
@@ -1993,14 +2053,17 @@ for share in (0.2, 0.1, 0.05):
     print(f"the same, and they differ on {share:.0%}: {items_needed(0.02, disagreement=share):6}")
 
 # %% [markdown]
-# Many well-known test sets have some hundred questions. They cannot show two points, whatever the
-# table of results says.
+# With separate questions it takes more than six thousand for each model. With the same questions it
+# takes fewer, and the fewer the less the models disagree; even at a disagreement of 5 %, though, it
+# takes almost a thousand. Some well-known test sets are smaller: HumanEval has 164 problems
+# {cite}`chen2021codex`. Such a test will seldom show two points, whatever the table of results
+# says.
 #
 # ### The same run again
 #
-# All intervals so far answer what would happen with other *questions*. A claim about a method, such
-# as "this optimizer is better", is also about other *runs*. Here is the same model with five seeds,
-# which change the first weights and the order of the stories:
+# All intervals so far say what would happen with other *questions*. A claim about a method, such as
+# "this optimizer is better", is also about other *runs*. Here is the same model trained with five
+# seeds, which change the initial weights and the order of the stories:
 
 # %%
 runs = [small, *(trained(bpe, 128, 120, seed) for seed in range(1, 5))]
@@ -2014,7 +2077,8 @@ assert np.ptp(accuracies) < 0.15 and 0 < np.ptp(losses) < 0.03
 print("five accuracies within 15 points, five losses within 0.03 bits per byte")
 
 # %% [markdown]
-# They come from one method, so what differs is luck. {numref}`fig-evaluation-seeds` has all five:
+# All five come from one method, so the differences between them are luck.
+# {numref}`fig-evaluation-seeds` shows them with their intervals:
 
 # %% mystnb={"figure": {"caption": "Five runs that differ in the seed alone, each with its interval of 95 % over the questions and over the texts.", "name": "fig-evaluation-seeds"}, "image": {"alt": "Left, five accuracies around 0.4 with intervals of about 6 points to either side that all overlap. Right, five values of bits per byte around 0.6, with intervals that all overlap."}}
 figure, axes = plt.subplots(1, 2)
@@ -2030,16 +2094,16 @@ plt.show()
 
 # %% [markdown]
 # In our run, the standard deviation over seeds is 2 points of accuracy and 0.003 bits per byte. The
-# standard error over 240 questions is 3 points, and that of a paired difference over 100 texts
+# standard error over 240 questions is 3 points, and that of a paired difference over 100 texts is
 # 0.003 bits per byte. So here the two kinds of noise are about equally large, and the paired test
-# does not tell the best of these runs from the worst ($p = 0.07$). But more items make only one
-# kind smaller. With 1,000 texts, such a difference would be significant, the test would be right
-# that the two *models* differ, and it would be wrong to say that a method is better.
+# does not tell the best of these runs from the worst ($p = 0.07$). But more items reduce only one
+# of them. With 1,000 texts, such a difference would be significant. The test would be right that
+# the two *models* differ, but it would be wrong to conclude that one *method* is better.
 #
-# So a comparison of two methods needs several runs of each, and then the runs are what is counted:
-# {py:func}`~llmbook.evaluation.mean_interval` of three or five numbers, with Student's wide
-# quantile. An interval over the questions of a single run does not see what another run would have
-# given.
+# So a comparison of two methods needs several runs of each, and the runs are then the sample: the
+# interval is {py:func}`~llmbook.evaluation.mean_interval` of three or five numbers, with Student's
+# quantile, which is wide for so few. An interval over the questions of a single run does not know
+# what another run would have given.
 
 # %% [markdown]
 # ## The test in the training text
