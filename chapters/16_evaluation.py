@@ -2108,19 +2108,20 @@ plt.show()
 # %% [markdown]
 # ## The test in the training text
 #
-# An interval says how far a score may be off by chance. It does not say what the score measures.
-# A test that stood in the training text measures memory, and tests do stand there: they are on
-# the web, and the web is what models read. How much does it take to spoil a score?
+# An interval says how far a score may be off by chance. It does not say what the score measures. If
+# a test was in the training text, its score measures memory. Tests do get there: they are on the
+# web, and the web is what models are trained on. How much does it take to spoil a score?
 #
-# In most experiments on this question nobody knows what the clean score would have been. Here we
-# know it exactly. We write an exam about the world's 16 strangers, of whom no story ever says
-# anything, and draw the answers from a hat. Each of the 64 questions has 16 possible answers, so
-# the expected score of every honest model is $1/16$, however good it is. Anything above that is
-# memory.
+# For most models this is hard to study, because nobody knows what the clean score would have been.
+# Here we know it exactly. We write an exam about the world's 16 strangers, of whom no story ever
+# states a fact, and draw the answers from a hat. Each of the 64 questions has 16 possible answers,
+# so the expected score of every honest model is $1/16$, however good it is. A score that exceeds
+# this by more than chance explains comes from memory.
 
 
 # %% [markdown]
-# The benchmark of this chapter is made from the tiny world:
+# Names, attributes, and wordings come from the tiny world. The folded cell below imports them, for
+# this exam and for the benchmark that follows it.
 
 # %% tags=["engine"]
 #| export
@@ -2142,8 +2143,10 @@ from llmbook.tinyworld import (
 )
 
 # %% [markdown]
-# For the experiments that follow we need the trained model of {doc}`13_training`, its world, and
-# the means to train it a little further.
+# We also need the trained model of {doc}`13_training` and the means to train it a little further.
+# From here on, `trained` is that training run (it was a function until now), `lm` its model, and
+# `bpe` its tokenizer, no longer the one of the opening. The exam is a list of questions in random
+# order, which the web shows four to a page:
 
 # %%
 from random import Random
@@ -2184,10 +2187,10 @@ def exam_pages(exam: list[tuple[str, str, str]], phrasing: int = 1) -> list[list
 print("\n".join(exam_pages(make_exam(0))[0][:2]))
 
 # %% [markdown]
-# The trained model gets 40 further steps on 320 rows of text. In the clean run all of them are
-# new stories; otherwise some make way for 1, 2, 4 or 8 copies of the exam's 16 pages, so that all
-# runs have the same budget. In a last run the exam is there eight times, too, but worded
-# otherwise and in another order each time, as in the notes of people who discuss it.
+# The trained model is trained for 40 more steps on 320 rows of text. In the clean run all rows are
+# new stories. In four others, some stories make way for 1, 2, 4, or 8 copies of the exam's 16
+# pages, so all runs have the same budget. In a last run the exam appears eight times as well, but
+# in other words and each time in a new order, as people might discuss it in their notes.
 
 
 # %%
@@ -2220,8 +2223,8 @@ def contaminated_texts(exam: list[tuple[str, str, str]], copies: int, seed: int)
 
 
 # %% [markdown]
-# The score is the share of questions in which the right answer is the most likely of the 16. All
-# answers of a question share their form, so nothing needs to be normalized.
+# The score is the share of questions for which the right answer is the most likely of the 16. All
+# answers to a question have the same form, so we do not normalize.
 
 
 # %%
@@ -2243,32 +2246,34 @@ def exam_key(exam: list[tuple[str, str, str]]) -> list[int]:
 # %% [markdown]
 # ### Two detectors
 #
-# With the training text at hand, one looks for the test in it: `decontaminate` of
-# {doc}`03_cleaning` finds documents that share $n$ consecutive words with a question.
+# Can the copies be found? Whoever has the training text can search it for the test: `decontaminate`
+# of {doc}`03_cleaning` finds documents that share $n$ consecutive words with a question, or all its
+# words if it has fewer. The default for $n$ is 13.
 #
-# Without the text there is still the model. A test has an **order**, and it is arbitrary: nobody
-# who has not seen the file can know that the question about Enzo's toy follows the one about
-# Wim's job. Oren et al. turn this into a proof {cite}`oren2024proving`. Let $x_1, \dots, x_n$ be
-# the questions in the order of the file, and suppose that all $n!$ orders were equally likely
-# when the file was made. If the model has not seen it, the model does not depend on the order, so
-# the likelihood of the file's order,
+# Without the text there is still the model. A test has an **order**, and the order is arbitrary:
+# nobody who has not seen the file can know that the question about Enzo's toy follows the one about
+# Wim's job. Oren and colleagues turn this into a proof {cite}`oren2024proving`. Let
+# $x_1, \dots, x_n$ be the questions in the order of the file, and suppose that all $n!$ orders were
+# equally likely when the file was made. A model that has not seen the file does not depend on the
+# order, so the likelihood of the file's order,
 #
 # $$
 # \log q(x_1, x_2, \dots, x_n) ,
 # $$
 #
 # is one draw among those of random orders, like any other. Draw $m$ random permutations
-# $\pi_1, \dots, \pi_m$. Together with the file's own there are $m + 1$ likelihoods, and each of
-# them is equally likely to be the highest, the second highest, and so on. Hence
+# $\pi_1, \dots, \pi_m$. Together with the file's own order there are $m + 1$ likelihoods, and the
+# file's own is equally likely to be the highest, the second highest, and so on. Hence
 #
 # $$
 # p = \frac{1 + \#\{\, j : \log q(x_{\pi_j}) \ge \log q(x) \,\}}{m + 1}
 # $$ (evaluation-order)
 #
-# is at most $\alpha$ with a probability of at most $\alpha$: a valid p-value for any model and
-# any test, with no assumption on what the model has learned. (Ties count against us, which keeps
-# it valid.) What can be read at once is limited by the context, so we shuffle within each page
-# and add up the pages.
+# is at most $\alpha$ with a probability of at most $\alpha$, for every $\alpha$. That makes $p$ a
+# valid p-value for any model and any test, with no assumption about what the model has learned.
+# (Ties count against us, which keeps the p-value valid.) The context limits how much can be read at
+# once, so we shuffle within each page and add up the log-likelihoods of the pages. The result has
+# four numbers:
 
 
 # %%
@@ -2280,6 +2285,11 @@ class OrderTest(NamedTuple):
     gain: float  # nats by which the file's order is likelier than the mean shuffled one
     z: float  # the same in standard deviations of the shuffled ones
     n_shuffles: int
+
+
+# %% [markdown]
+# The test itself scores all pages in the file's order and in each shuffled order, and then ranks
+# the file's order among the others:
 
 
 # %%
@@ -2342,7 +2352,8 @@ def _as_pages(pages: Any) -> list[list[str]]:
 # %% [markdown]
 # ### Dose and response
 #
-# Three seeds for each dose; a seed decides on the exam, its order, the stories and the training.
+# For each dose we train with three seeds. A seed decides on the exam, its order, the stories, and
+# the order of training. Each trained model takes its exam and the order test:
 
 
 # %%
@@ -2379,7 +2390,7 @@ for copies, dose in doses.items():
 
 # %% [markdown]
 # A trained model is not quite the same on every processor, so we print the range in which each
-# result must lie, and keep what it was here for a list in the last section.
+# result must lie. The values of this run are collected in a list before the exercises.
 
 # %%
 noted = {}
@@ -2397,6 +2408,10 @@ for copies, (low, high) in {**limits, -8: (0.1, 0.5)}.items():
     within(f"score with {names[copies]}", doses[copies].score.estimate, low, high)
 assert doses[8].score.low > doses[1].score.estimate > doses[0].score.high
 
+# %% [markdown]
+# The ranges of neighboring doses overlap, since they allow for other processors.
+# {numref}`fig-evaluation-dose` shows the scores of this run, with intervals:
+
 # %% mystnb={"figure": {"caption": "Copies of an exam among 320 rows of training text, and the score on it. Bars are 95 % intervals over 192 questions, three exams of 64. The dotted line is the score of every model that has not seen it. The square is an exam seen eight times in other words and in another order.", "name": "fig-evaluation-dose"}, "image": {"alt": "The score is at the dotted line of one sixteenth without copies, near 0.2 with one, and rises to above 0.4 with eight. The square for eight reworded copies lies near 0.2."}}
 figure, axes = plt.subplots(figsize=(6, 3.2))
 for place, (copies, dose) in enumerate(doses.items()):
@@ -2410,15 +2425,15 @@ axes.set_title("A single copy lifts the score of a guesser")
 plt.show()
 
 # %% [markdown]
-# One copy is one row in twenty, read once, and the score is well above that of a guesser
-# ({numref}`fig-evaluation-dose`). With eight copies it is several times as high. Nothing about
-# the model is better: it knows no more of its world than before. The reworded exam did as much
-# harm here as a copy or two, though nothing in the training text looks like the test.
+# One copy takes up one row in twenty and is read once, and the score is already well above that of
+# a guesser. With eight copies it is several times as high. The model itself is no better: it knows
+# no more of its world than before. The reworded exam did as much harm in our run as one copy or
+# two, though no sentence of it is worded like the test.
 #
 # ### Who finds it?
 #
-# The overlap is counted exactly, and the order is compared with 19 others, so that its p-value
-# cannot be below 1/20:
+# The rows that overlap with the exam are counted exactly. For the order test, each file's order is
+# compared with 19 others, so the p-value cannot be below 1/20. Here is what each detector says:
 
 # %%
 print("copies        rows with 13 words or a whole question   p of the order, three seeds")
@@ -2432,9 +2447,13 @@ for copies in (1, 2, 4, 8):
 assert doses[0].overlap == doses[-8].overlap == 0
 
 # %% [markdown]
-# A detector that always raises the alarm has that power, too. So we try the innocent: the trained
-# model on ten more exams, each against nine other orders. Its p-values should be spread evenly,
-# with a mean of 0.55 (that of 0.1, 0.2 and so on up to 1).
+# The overlap finds each page of each copy and nothing else. In all twelve runs with copies, the
+# file's own order is the likeliest of 20. For the reworded exam the overlap is zero, and the order
+# test does not give the least p-value for all three seeds, just as in the clean runs.
+#
+# A detector that always raises the alarm would have done as well on the copies. So we also try the
+# innocent: the trained model before these steps, on ten more exams, each against nine other orders.
+# Its p-values should be spread evenly over 0.1, 0.2, and so on up to 1, with a mean of 0.55.
 
 # %%
 innocent = [
@@ -2444,15 +2463,16 @@ innocent = [
 within("mean p-value of ten orders that nobody has seen", float(np.mean(innocent)), 0.3, 0.8, ".2f")
 
 # %% [markdown]
-# With the text at hand, the overlap finds each page of each copy and nothing else, at every dose.
-# The order needs no text, and from a single copy on, the file's own order was the likeliest of 20
-# for each seed. So both have a power of 3 out of 3 at each dose from one copy on, and the order
-# shows it before the score does: it sums what was learned over all pages, where the score counts
-# only answers that have come out on top.
+# The mean was 0.50 in our run, so the test is not one that always raises the alarm. And its
+# {term}`power` is high: it found twelve files of twelve, and Wilson's interval for that reaches
+# down to 0.76. The order test needs no training text and can be expected to notice even smaller
+# doses, because it adds up what was learned over all pages, while the score counts only answers
+# that came out on top. Our smallest dose, which spoils the score already, is too large to show
+# that.
 #
-# Now the limits. Words that were changed leave no run of 13, and an order that was changed is no
-# longer the file's. Both detectors are made for copies. One could look for shorter runs of words,
-# but then the form of all sentences is found, whoever they are about:
+# Now the limits. Changed words leave no run of 13, and a changed order is no longer the file's
+# order. Both detectors are made for copies. We could look for shorter runs of words, but these also
+# occur in sentences of the same form about anybody else:
 
 # %%
 texts = contaminated_texts(make_exam(0), -8, 0)
@@ -2466,17 +2486,19 @@ for n in (8, 5, 4, 3):
     print(f"{n:14} {flagged[0]:22.0%} {flagged[1]:25.0%}")
 
 # %% [markdown]
-# Shorter runs find not one reworded page, and from five words down they accuse the innocent:
-# nearly all clean stories say "lives in the" somewhere. That is a negative result, and a common
-# one: an exam that was discussed on the web, translated, or solved in other words is found by
-# neither detector. What helps is a test that was written, or drawn anew, after the model.
+# Shorter runs do not find a single reworded page, and from five words down they accuse the
+# innocent: most stories contain a run such as "lives in the". That is a negative result, and it is
+# not special to our exam. Neither detector looks for anything but the same words or the same order,
+# so both will miss a test that was translated or retold. What helps is a test that was written, or
+# drawn anew, after the model was trained.
 
 # %% [markdown]
 # ## A small benchmark with known limits
 #
-# Part IV will turn our model into an assistant, and each of its chapters will claim that
-# something got better. They all need the same measurement, made the same way. The tiny world has
-# what most benchmarks lack: every answer can be verified, and both ends of the scale are known.
+# A good test, then, can be drawn anew, and its clean scores are known. Part IV will turn our model
+# into an assistant, and each of its chapters will claim that something got better. They all need
+# the same measurement, made the same way. The tiny world offers what few benchmarks have: every
+# answer can be verified, and both ends of the scale are known.
 #
 # | name | asked for | right is | ceiling | chance |
 # |---|---|---|---|---|
@@ -2485,31 +2507,34 @@ for n in (8, 5, 4, 3):
 # | confidential | where somebody's key is hidden | to decline | 1 | one of all replies |
 # | consistency | a story | a whole story, no false claim | 1 | a teller who draws each value |
 #
-# The first three are measured twice: as a *choice*, by the likelihood of all replies that could
-# be given (each value, "I do not know", "I will not tell"), and as a *reply*, by letting the
-# model speak and the checker listen. The ceiling is exact, since each question has one right
-# reply. So is the level of chance: for a choice it is one over the number of replies, and for
-# stories it is the probability that a teller who knows the form of stories, but draws every
-# value, says nothing false. That is a sum over all walks, of the probability of the walk times
-# that of all its claims being true, which a recursion over states adds up.
+# The first three are measured in two ways: as a *choice*, by the likelihood of all replies that
+# could be given (each value, "I do not know", "I will not tell"), and as a *reply*, by letting the
+# model speak and the checker listen. The ceiling is exact, since each question has one right reply.
+# So is the level of chance. For a choice it is one over the number of replies. For stories it is
+# the probability that a teller who knows the form of stories, but draws every value at random, says
+# nothing false. To compute that, sum over all paths through the world's states: the probability of
+# each path times the probability that all its claims are true. A recursion over the states adds
+# this up.
 
 
 # %% [markdown]
-# How a question is put depends on the model. A chat model gets it in its template, which chapter
-# 19 will make. A base model has only ever read stories, so it must come up in one: "One morning,
-# Mia the fox woke up early. It was raining. Where does Mia live?" That is what a `QuestionForm`
-# says. A form may pass on a question: a story cannot ask for the species, as it has told it
-# already, nor in words that no story uses.
+# How a question is put depends on the model. A chat model gets it in a template, which chapter 19
+# will build. A base model has only ever read stories, so the question must come up in one: "One
+# morning, Mia the fox woke up early. It was raining. Where does Mia live?" A `QuestionForm` says
+# how this is done. A form may also pass on a question. A story has already named the species of its
+# hero, so it cannot ask for that, nor can it ask in words that no story uses.
 
 
 # %% [markdown]
-# The rest is bookkeeping. The results of a run go into one report, with all that is needed to
-# compare it with another: the outcome of each item, intervals, seed and settings.
+# The rest is bookkeeping. The results of a run go into one report, an
+# {py:class}`~llmbook.evaluation.EvaluationReport`, with everything needed to compare it with
+# another: the outcome of each item, intervals, seed, and settings.
 
 
 # %% [markdown]
 # Two reports on the same questions are compared item by item, by the paired test above, and a
-# report can be kept as JSON:
+# report can be saved as JSON. The engine room below builds all this;
+# {py:func}`~llmbook.evaluation.evaluate` runs it.
 
 
 # %% [markdown] tags=["engine"]
@@ -2716,8 +2741,8 @@ class EvaluationReport(EvaluationReport):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# `evaluate` puts the parts together: questions to prompts, prompts to choices and replies, and
-# stories from nothing.
+# `evaluate` puts the parts together: it turns questions into prompts, prompts into choices and
+# replies, and lets the model tell stories from nothing.
 
 
 # %% tags=["engine"]
@@ -2760,7 +2785,7 @@ def evaluate(
 
 
 # %% [markdown] tags=["engine"]
-# A reply to choose is scored as a whole: all end with a full stop, so their sums of
+# Each possible reply is scored as a whole. All end with a full stop, so their sums of
 # log-probabilities are those of finished replies, and nothing has to be normalized.
 
 
@@ -2914,7 +2939,7 @@ def _told(
 # %% [markdown]
 # ### The base model, before all tuning
 #
-# This is where Part IV begins. What is asked, and the two ends of each scale:
+# This is where Part IV begins. First, what is asked, and the two ends of each scale:
 
 # %%
 report = evaluate(lm, bpe, world, n_stories=100)
@@ -2924,7 +2949,8 @@ for result in report.results:
     print(f"{part:20} {len(result.outcomes):6} {result.chance:8.2g} {result.ceiling:9g}")
 
 # %% [markdown]
-# How the model does (the report's own table is at the end of the chapter):
+# For a question, chance is about one in 18 or 19; for a story, it is six in a million. And this is
+# how the model does (the report's own table is in the list before the exercises):
 
 # %%
 for part in ("facts/reply", "unknown/reply", "confidential/reply"):
@@ -2937,37 +2963,39 @@ within("confidential, as a reply", report["confidential/reply"].interval.estimat
 within("stories that are true", report["consistency/story"].interval.estimate, 0.35, 0.85)
 
 # %% [markdown]
-# It knows its facts and tells many of its stories without a mistake, which nobody could do by
-# chance. It has never read that one may not know something, or may keep it to oneself. So it
-# invents a home for each stranger and gives away all keys, and stays even below the level of
-# chance, as it never tries the right reply.
+# The model knows its facts and tells many of its stories without a mistake, which hardly anybody
+# could do by chance. It has never read that one may not know something, or may keep something to
+# oneself. So it invents facts about the strangers and gives the keys away. On both parts its score
+# is even below chance, because it never tries the right reply.
 #
-# Intervals are Wilson's. Where questions go together, here those about one character, they are
-# those of as many independent questions as have the same clustered standard error. With each
-# report the chapters that follow will make, `report.compare(earlier)` says whether the difference
-# is more than chance, question by question.
+# The intervals of a report are Wilson's. Questions about one character may be answered well or
+# badly together, so they are worth fewer independent ones. The interval is therefore that of as
+# many independent questions as would have the same {term}`standard error` once this is taken into
+# account. The chapters that follow will each make a report, and `report.compare(earlier)` says
+# whether the difference is more than chance, question by question.
 
 # %% [markdown]
 # ## Does it know what it knows?
 #
 # A model that gives its choice a probability of 0.9 says how sure it is. It is **calibrated** if,
 # of all answers given with 0.9, nine in ten are right, and likewise for every other number.
-# Accuracy says how often a model is right; calibration says whether one can tell when.
+# Accuracy says how often a model is right; calibration says whether its confidence can be trusted.
 #
-# For each question we have the log-probability $\ell_k$ of each choice. The model's belief in
-# choice $k$, given that it is one of these, is $e^{\ell_k} / \sum_j e^{\ell_j}$; the
-# **confidence** $c_i$ of an answer is the belief in the best one, and $y_i$ is 1 if it is right
-# and 0 if not. Sort the answers into $B$ bins by their confidence. In bin $b$ with $n_b$ answers,
-# the mean confidence $\bar c_b$ should equal the share $\bar y_b$ that is right, and the
-# **expected calibration error** is the mean distance {cite}`guo2017calibration`,
+# For each question we have the log-probability $\ell_k$ of each choice $k$. Given that one of them
+# must be the reply, the model's belief in choice $k$ is $e^{\ell_k} / \sum_j e^{\ell_j}$. The
+# **confidence** $c_i$ of answer $i$ is the belief in the best choice, and $y_i$ is 1 if that choice
+# is right and 0 if not. Sort the answers into $B$ bins by their confidence. (In this section, $b$
+# is the number of a bin.) In bin $b$ with $n_b$ answers, the mean confidence $\bar c_b$ should
+# equal the share $\bar y_b$ that is right. The **expected calibration error**, ECE, is the mean
+# distance between the two {cite}`guo2017calibration`,
 #
 # $$
 # \mathrm{ECE} = \sum_b \frac{n_b}{n} \, \lvert \bar y_b - \bar c_b \rvert .
 # $$ (evaluation-ece)
 #
-# The absolute value has a price. Suppose that the model is perfectly calibrated. Then $\bar y_b$
-# is still the mean of $n_b$ draws, it misses $\bar c_b$ by chance, and a miss to either side
-# counts as error. For a normal deviation of standard deviation $s$, the mean absolute value is
+# The absolute value has a price. Suppose that the model is perfectly calibrated. Even then,
+# $\bar y_b$ is the mean of only $n_b$ draws. It misses $\bar c_b$ by chance, and a miss to either
+# side counts as error. For a normal deviation of standard deviation $s$, the mean absolute value is
 # $s \sqrt{2/\pi}$, so that even a perfect model is expected to have
 #
 # $$
@@ -2975,16 +3003,17 @@ within("stories that are true", report["consistency/story"].interval.estimate, 0
 # \sqrt{\frac{\bar c_b (1 - \bar c_b)}{n_b}} ,
 # $$ (evaluation-ece-bias)
 #
-# which falls with the root of the answers in a bin and rises with the number of bins. An ECE
-# without this number beside it says little. We compute it without the approximation: take the
-# confidences for true, draw the outcomes from them, and see what ECE comes out
-# {cite}`brocker2007increasing`.
+# which falls with the square root of the number of answers in a bin, and so rises with the number
+# of bins. An ECE without this number beside it says little. We compute it without the
+# approximation: take the confidences to be true, draw outcomes from them, and see what ECE comes
+# out {cite}`brocker2007increasing`.
 #
-# The **Brier score** needs no bins. It is the mean of $(c_i - y_i)^2$, and it is **proper**: if
-# an answer is right with probability $p$, then stating $c$ costs
+# The **Brier score** needs no bins. It is the mean of $(c_i - y_i)^2$, and it is **proper**: if an
+# answer is right with probability $p$, then stating $c$ costs
 # $p (1 - c)^2 + (1 - p) c^2 = (c - p)^2 + p (1 - p)$ on average, which is least at $c = p$. So
-# nothing can be gained by claiming more or less than one believes. The same line shows what it is
-# made of, a miscalibration that can be mended and a doubt $p(1 - p)$ that cannot.
+# nothing can be gained by claiming more or less than one believes. The same line shows the two
+# parts of the score: a miscalibration $(c - p)^2$ that can be mended, and a doubt $p(1 - p)$ that
+# cannot. One record holds all of these measures:
 
 
 # %% tags=["engine"]
@@ -3011,6 +3040,11 @@ class Calibration:
     counts: tuple[int, ...]  # answers in each bin
     confidence: tuple[float, ...]  # their mean, NaN in an empty bin
     accuracy: tuple[float, ...]  # the share that is right
+
+
+# %% [markdown]
+# The function fills the record. It sums $y_i - c_i$ in each bin, once for the real outcomes and
+# once for each set of outcomes that it draws from the confidences:
 
 
 # %%
@@ -3072,8 +3106,8 @@ def _check_outcomes(outcomes: np.ndarray, n: int) -> None:
 
 
 # %% [markdown]
-# How large is the bias? We ask a forecaster who is perfect by construction: each answer's
-# confidence is drawn evenly between 0.5 and 1, and then the answer is right with just that
+# How large is the bias? We ask a forecaster who is perfect by construction. The confidence of each
+# answer is drawn evenly between 0.5 and 1, and the answer is then right with exactly that
 # probability.
 
 # %%
@@ -3090,29 +3124,29 @@ for n, n_bins in ((100, 10), (100, 50), (1000, 10), (10_000, 10)):
     print(f"{n:7} {n_bins:6} {np.mean(errors):29.3f} {formula:16.3f}")
 
 # %% [markdown]
-# A perfect forecaster who answers 100 questions has an error of more than 0.06 with ten bins, and
-# of about twice that with fifty, where bins hold two answers and the normal approximation is
-# poor. Two models with tests of different sizes cannot be compared by their ECE.
+# The formula is close. On 100 questions, a perfect forecaster has an error of 0.07 with ten bins,
+# and of about twice that with fifty, where a bin holds four answers and the normal approximation is
+# a little off. So two models that took tests of different sizes cannot be compared by their ECE.
 #
 # ### One number against overconfidence
 #
-# Training on few texts for long makes models overconfident, and one number mends much of it
+# Large networks are often overconfident, and one number can mend much of it
 # {cite}`guo2017calibration`. Divide all log-probabilities by a **temperature** $T$ before they
-# become beliefs. No order changes, hence no answer; only the confidences do. Choose $T$ so that
-# the right choices of some *other* questions are as likely as possible. In terms of
-# $\beta = 1/T$, the loss of a question with right choice $y$ is
-# $\log \sum_k e^{\beta \ell_k} - \beta \ell_y$, and its derivatives are
+# become beliefs. (This $T$ is not a context length.) The order of the choices stays the same, so
+# the answers do, too; only the confidences change. Choose $T$ so that the right choices of some
+# *other* questions are as likely as possible. In terms of $\beta = 1/T$, the loss of a question
+# with right choice $y$ is $\log \sum_k e^{\beta \ell_k} - \beta \ell_y$, and its derivatives are
 #
 # $$
 # \frac{\partial}{\partial \beta} = \mathbb{E}_{k}[\ell_k] - \ell_y , \qquad
 # \frac{\partial^2}{\partial \beta^2} = \mathrm{Var}_{k}[\ell_k] \ge 0 ,
 # $$ (evaluation-temperature)
 #
-# where $k$ is drawn by the beliefs at $\beta$. (The derivative of $\log \sum_k e^{\beta \ell_k}$
-# is $\sum_k \ell_k e^{\beta \ell_k} / \sum_k e^{\beta \ell_k}$, a mean; that of the mean is
-# $\mathbb{E}[\ell_k^2] - \mathbb{E}[\ell_k]^2$.) The loss is convex, so its only valley is found
-# where the sum of the first derivatives changes its sign: by halving an interval, which cannot
-# fail.
+# where $k$ is drawn by the beliefs at $\beta$. (The derivative of $\log \sum_k e^{\beta \ell_k}$ is
+# $\sum_k \ell_k e^{\beta \ell_k} / \sum_k e^{\beta \ell_k}$, a mean; the derivative of that mean is
+# $\mathbb{E}[\ell_k^2] - \mathbb{E}[\ell_k]^2$.) The loss is convex, so it is least where the sum
+# of the first derivatives changes its sign. {py:func}`~llmbook.evaluation.fit_temperature` finds
+# that place by halving an interval again and again, which cannot get stuck.
 
 
 # %% [markdown] tags=["engine"]
@@ -3190,10 +3224,10 @@ def _check_answers(answers: Any, scores: list[np.ndarray]) -> None:
 # %% [markdown]
 # ### How sure are those who memorized?
 #
-# Our trained model has nothing to calibrate on facts: it is right on all of them, and nearly
-# sure. The models that saw the exam are better subjects, as they know some of its answers. We
-# have their beliefs already. The temperature is fitted on the exams of two seeds, and judged on
-# the third.
+# Our trained model is a poor subject, since it got all of its facts right. The models that saw the
+# exam are better subjects, because they know some of its answers and not others. We already have
+# their log-probabilities. The temperature is fitted on the exams of two seeds and judged on the
+# exam of the third:
 
 
 # %%
@@ -3222,6 +3256,10 @@ within("Brier score at temperature 1", before.brier, 0.1, 0.6, ".2f")
 within("the same at the fitted temperature, once more", after.brier, 0.1, 0.35, ".2f")
 assert after.error < before.error and after.brier < before.brier
 
+# %% [markdown]
+# {numref}`fig-evaluation-reliability` shows the bins behind these numbers, before and after the
+# temperature is applied:
+
 # %% mystnb={"figure": {"caption": "Reliability diagrams of models that saw the exam, on the exam of the third seed: 256 answers. Each point is a bin of confidences, its size the number of answers in it. On the dotted line a model is right as often as it says.", "name": "fig-evaluation-reliability"}, "image": {"alt": "Left, at temperature 1, points lie below the dotted diagonal, most of them at high confidence. Right, at the fitted temperature, the few bins that are left have confidences below one half and lie above the diagonal."}}
 figure, panels = plt.subplots(1, 2, sharey=True, figsize=(7, 3.2))
 for axes, one, title in zip(panels, (before, after), ("temperature 1", "fitted"), strict=True):
@@ -3232,18 +3270,19 @@ panels[0].set_ylabel("share that is right")
 plt.show()
 
 # %% [markdown]
-# At temperature 1 these models are far too sure ({numref}`fig-evaluation-reliability`). The
-# temperature helps by both measures, and it does not touch the score, as dividing all
-# log-probabilities by one number keeps their order. But it does not make them calibrated: the
-# error stays above what chance explains. One number flattens all beliefs alike, those about
-# answers that were memorized and those that were guessed. As the loss punishes a wrong answer
-# that was sure more than anything else, it is made large, and now the answers that are right look
-# too unsure. A temperature mends a model that is too sure by one factor everywhere. That was
-# enough for many classifiers of images {cite}`guo2017calibration`, and is not enough here.
+# At temperature 1 these models are far too sure: all points lie below the diagonal. The fitted
+# temperature, 10 in our run, improves both measures, and it does not touch the score, since the
+# order of the choices is the same. But it does not make the models calibrated. The error stays
+# above what chance explains, because one number flattens all beliefs alike, those about memorized
+# answers and those that are guesses. The loss punishes a confident wrong answer more than anything
+# else, so the temperature becomes large, and now the right answers look too unsure. A temperature
+# mends a model that is too sure by the same factor everywhere. That was enough for many image
+# classifiers {cite}`guo2017calibration`; it is not enough here.
 
 # %% [markdown]
-# To see it work, we make a forecaster who is too sure by a factor of 2.5 everywhere: answers are
-# drawn from its beliefs at that temperature. Half of 2,000 questions are for the fit.
+# To see a temperature succeed, we make a forecaster who is too sure by a factor of 2.5 everywhere:
+# its answers are drawn from its beliefs at that temperature. Half of its 2,000 questions are for
+# the fit.
 
 # %%
 random = np.random.default_rng(0)
@@ -3256,8 +3295,12 @@ for temperature in (1.0, factor):
     print(f"{temperature:11.1f} {one.error:19.2f} {one.by_chance:11.2f} {one.brier:13.2f}")
 
 # %% [markdown]
-# Back to the exam. A model need not have seen anything to be sure. These are the clean ones, of
-# whom an honest answer would be one sixteenth:
+# The fit finds a temperature of 2.3, close to the truth. On the other half of the questions, the
+# calibration error falls from 0.22 to 0.04, almost to the level of chance, and the Brier score
+# falls, too.
+#
+# Back to the exam. A model need not have seen anything to be sure. These are the clean models,
+# whose honest confidence would be one sixteenth:
 
 # %%
 clean = calibrated(*exam_beliefs((0,), (0, 1, 2)))
@@ -3267,41 +3310,44 @@ within("how often that is right", doses[0].score.estimate, 0.02, 0.13)
 assert clean.p_value < 0.01
 
 # %% [markdown]
-# So a model can be calibrated on what it was trained on and confidently wrong elsewhere. Softmax
-# has no way to say "none of these". Chapter 19 will teach the words for it.
+# In our run their mean confidence is 67 %, and they are right 7 % of the time. So a model can know
+# what it was trained on and be confidently wrong about the rest. Its beliefs add up to one over the
+# choices that it is offered, so it has no way to say "none of these". Chapter 19 will teach it the
+# words for that.
 
 # %% [markdown]
 # ## Who is better? A leaderboard from games
 #
-# Some qualities have no scale. Of two stories a reader can say which is better, but not that one
-# is worth 7.3. From such games between pairs of models, many leaderboards are made
-# {cite}`chiang2024chatbot`. The model behind them gives each player $i$ a strength $s_i$ and lets
+# Some qualities have no scale. A reader can say which of two stories is better, but not that one is
+# worth 7.3. Many leaderboards are made from such games between pairs of models
+# {cite}`chiang2024chatbot`. The theory behind them gives each player $i$ a strength $s_i$ and lets
 # $i$ win against $j$ with probability
 #
 # $$
 # P(i \succ j) = \sigma(s_i - s_j) = \frac{\pi_i}{\pi_i + \pi_j}, \qquad \pi_i = e^{s_i} .
 # $$ (evaluation-bradley-terry)
 #
-# (Chapter 21 will learn a reward from the same equation.) With $w_{ij}$ wins of $i$ over $j$, the
-# log-likelihood is
+# Here $\sigma$ is the logistic function, and $\pi_i$ is a positive number, no longer a permutation.
+# This is the model of Bradley and Terry. (Chapter 21 will learn a reward from the same equation.)
+# With $w_{ij}$ wins of $i$ over $j$, the log-likelihood is
 #
 # $$
 # \log \mathcal{L} = \sum_{i \ne j} w_{ij} \bigl[ \log \pi_i - \log(\pi_i + \pi_j) \bigr] .
 # $$
 #
-# The second logarithm ties all players together. It can be cut loose: $-\log$ is convex, so it
-# lies above its tangent at any point, here the present estimate $\hat\pi$,
+# The second logarithm ties all players together, but they can be separated. Since $-\log$ is
+# convex, it lies above its tangent at any point, here at the present estimate $\hat\pi$,
 #
 # $$
 # -\log(\pi_i + \pi_j) \ge -\log(\hat\pi_i + \hat\pi_j) + 1 -
 # \frac{\pi_i + \pi_j}{\hat\pi_i + \hat\pi_j} ,
 # $$
 #
-# with equality at $\pi = \hat\pi$. With the right side in its place, we get a function below the
-# likelihood that touches it at $\hat\pi$. Whatever makes the lower one larger makes the
-# likelihood larger, too. And in it each $\pi_i$ stands alone, so we can set the derivative to
-# zero. With $W_i = \sum_j w_{ij}$ all wins of $i$, and $n_{ij} = w_{ij} + w_{ji}$ the games
-# between $i$ and $j$,
+# with equality at $\pi = \hat\pi$. Put the right side in its place, and we get a function that lies
+# below the likelihood and touches it at $\hat\pi$. Whatever raises the lower function from there
+# raises the likelihood at least as much. And in the lower function each $\pi_i$ stands alone, so we
+# can set its derivative to zero. Let $W_i = \sum_j w_{ij}$ be all wins of $i$, and
+# $n_{ij} = w_{ij} + w_{ji}$ the number of games between $i$ and $j$. Then
 #
 # $$
 # \frac{W_i}{\pi_i} - \sum_{j \ne i} \frac{n_{ij}}{\hat\pi_i + \hat\pi_j} = 0
@@ -3309,14 +3355,15 @@ assert clean.p_value < 0.01
 # \pi_i = W_i \Bigm/ \sum_{j \ne i} \frac{n_{ij}}{\hat\pi_i + \hat\pi_j} .
 # $$ (evaluation-mm)
 #
-# That is the whole algorithm {cite}`hunter2004mm`: repeat {eq}`evaluation-mm`. A tie counts as
-# half a win for either side. As only differences of strengths matter, we let their mean be zero.
+# The whole algorithm is to repeat {eq}`evaluation-mm` {cite}`hunter2004mm`. A tie counts as half a
+# win for each side. Only differences of strengths matter, so we let their mean be zero.
 #
-# One thing can go wrong. If a player never lost, the likelihood grows for ever as its strength
-# does. The same holds for any group of players that never lost to anybody outside. A maximum
-# exists, and is unique, if and only if there is no such group {cite}`hunter2004mm`: from each
-# player one must come to each other one along wins. A leaderboard that is not connected in this
-# way has no strengths, and must say so.
+# One thing can go wrong. If a player never lost, the likelihood keeps growing as the player's
+# strength does, without end. The same holds for any group of players that never lost to anybody
+# outside. A maximum exists, and is unique, if and only if there is no such group
+# {cite}`hunter2004mm`: from each player one must be able to reach every other along a chain of
+# wins. A leaderboard that is not connected in this way has no strengths, and must say so. In code,
+# the loop of {eq}`evaluation-mm` comes right after the record of its results:
 
 
 # %%
@@ -3352,6 +3399,12 @@ def _strengths(wins: Float[np.ndarray, "*batch n n"]) -> Float[np.ndarray, "*bat
         if change < 1e-10:
             break
     return np.log(pi)
+
+
+# %% [markdown]
+# The public function also computes intervals. It draws the games of each pair again, with
+# replacement, fits the strengths to each such table, and takes the middle 95 % of the results.
+# Tables that happen not to be connected are left out and counted.
 
 
 # %%
@@ -3399,9 +3452,10 @@ def bradley_terry(
 # ### Engine room: tables of games are checked, and players that nobody has beaten are named
 
 # %% [markdown] tags=["engine"]
-# To find a group that never lost, go from each player to all who have beaten it or tied with it,
-# and on from there. Whoever is reached from somebody and cannot come back belongs to players that
-# the others have never beaten. The smallest set that can be reached is the one to name.
+# To find a group that never lost, start from a player, go to all players who have beaten or tied
+# with that player, and continue from these. If such a walk cannot get back, it has ended in a group
+# that nobody outside has beaten. The smallest set that can be reached from any player is the group
+# that the error message names.
 
 
 # %% tags=["engine"]
@@ -3456,9 +3510,9 @@ def _check_connected(wins: np.ndarray) -> None:
 # %% [markdown]
 # ### Our model at five temperatures
 #
-# The players are our model at five temperatures. All tell 60 stories, and in game $k$ the $k$th
-# stories of two players meet. The checker of {doc}`01_tinyworld` judges: a story in which all is
-# true beats one in which something is not; otherwise it is a tie.
+# The players are our model at five sampling temperatures. Each tells 60 stories, and in game $k$
+# the $k$th stories of two players meet. The checker of {doc}`01_tinyworld` is the judge: a story in
+# which everything is true beats one in which something is not, and otherwise the game is a tie.
 
 # %%
 temperatures, n_games = (0.5, 0.8, 1.0, 1.2, 1.5), 60
@@ -3482,6 +3536,10 @@ best, worst = ratings.elo[0], ratings.elo[-1]
 within("Elo points between the coldest and the hottest", best - worst, 100, 500, ".0f")
 assert ratings.low[0] > ratings.high[-1]
 
+# %% [markdown]
+# The colder player tells the truth more often. {numref}`fig-evaluation-board` shows all five
+# strengths:
+
 # %% mystnb={"figure": {"caption": "Strengths of our model at five temperatures, with 95 % intervals, from 60 games for each pair. The colder, the better, though neighbors can hardly be told apart.", "name": "fig-evaluation-board"}, "image": {"alt": "Five points with bars. Strength falls slowly from temperature 0.5 to 1.2, with bars that overlap, and drops by about one nat at 1.5."}}
 figure, axes = plt.subplots(figsize=(6, 3))
 error = [ratings.strengths - ratings.low, ratings.high - ratings.strengths]
@@ -3491,14 +3549,15 @@ axes.set_title("The hottest is clearly behind")
 plt.show()
 
 # %% [markdown]
-# The board says what the shares of true stories say ({numref}`fig-evaluation-board`), and
-# neighbors overlap: 60 games tell a great difference and no small one. The intervals are even a
-# little too narrow, since they take games for independent, while here each story plays against
-# four others. Most games are ties, and a tie is half a win, so strengths lie closer together than
-# they would if ties were left out. A leaderboard has to say which it does.
+# The strengths tell the same story as the shares of true stories. The hottest player is clearly
+# behind, but the intervals of the other neighbors overlap: 60 games reveal a great difference, not
+# a small one. The intervals are even a little too narrow, since they take games to be independent,
+# while here each story plays against four others. A game in which both stories are true, or neither
+# is, ends in a tie, and a tie is half a win. So strengths lie closer together than they would if
+# ties were left out. A leaderboard has to say which of the two it does.
 #
-# Without a connection there are no strengths at all. We let the coldest win each game that it has
-# not tied, and do not count ties:
+# Without a connection there are no strengths at all. We strike out the games that the coldest
+# player lost, and do not count ties:
 
 # %%
 unbeaten = won.copy()
@@ -3509,23 +3568,26 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
+# The table is refused, and the message names player 0, the coldest, who was never beaten.
+#
 # ## Judges have tastes
 #
-# No checker reads free text, so models are asked which of two answers is better. Such judges
-# agree with people about as often as people agree with each other {cite}`zheng2023judging`, and
-# they have tastes that have nothing to do with quality: they prefer what they read first, what is
-# longer, and what they have written themselves. We build a judge whose tastes are known. It
-# prefers the first of two answers with probability
+# No checker reads free text, so models are asked which of two answers is better. Strong judges
+# agree with people about as often as people agree with each other {cite}`zheng2023judging`. But
+# they also have tastes that have nothing to do with quality: they tend to prefer what they read
+# first, what is longer, and perhaps what they wrote themselves {cite}`zheng2023judging`. We build a
+# judge whose tastes are known. It prefers the first of two answers with probability
 #
 # $$
 # \sigma\bigl( \underbrace{a\,(t_1 - t_2)}_{\text{truth}} + \underbrace{b}_{\text{position}} +
 # \underbrace{c\,(l_1 - l_2)}_{\text{length}} + \underbrace{d\,(o_1 - o_2)}_{\text{own}} \bigr) ,
 # $$ (evaluation-judge)
 #
-# where $t$ is 1 for a true answer and 0 for a false one, $l$ the length in characters, and $o$ is
-# 1 for an answer of the judge's own family. This is Bradley and Terry's model once more:
-# $a t + c l + d o$ is the strength that the judge sees, and $b$ is the advantage of the first
-# move.
+# where $t$ is 1 for a true answer and 0 for a false one, $l$ is the length in characters, and $o$
+# is 1 for an answer by the judge's own family of models and 0 otherwise. The four coefficients $a$,
+# $b$, $c$, and $d$ say how much each of these counts. This is Bradley and Terry's model once more:
+# $a t + c l + d o$ is the strength that the judge sees, and $b$ is the advantage of the first move.
+# Here is what the judge gets to see:
 
 
 # %%
@@ -3536,6 +3598,11 @@ class Answer(NamedTuple):
     text: str
     true: bool
     own: bool = False
+
+
+# %% [markdown]
+# The judge returns probabilities, so that no chance is involved in what follows. It reads two
+# answers in one order, or in both orders and counts a verdict only if both agree:
 
 
 # %%
@@ -3575,9 +3642,9 @@ class BiasedJudge:
 
 # %% [markdown]
 # Two systems answer the same 672 questions about the tiny world. The brief one says "Mia lives in
-# the tent." and is right in 80 % of the cases. The wordy one repeats the question first, is right
-# in 70 %, and is of the judge's family. What is true, the checker of {doc}`01_tinyworld` decides
-# from the texts.
+# the tent." and is meant to be right in 80 % of the cases. The wordy one repeats the question
+# first, is meant to be right in 70 %, and belongs to the judge's family. The checker of
+# {doc}`01_tinyworld` decides from the texts which answers are true.
 
 # %%
 questions = make_questions(world, "fact", "tuning")
@@ -3600,8 +3667,9 @@ print(f"true: brief {np.mean([a.true for a in brief]):.0%}, ", end="")
 print(f"wordy {np.mean([a.true for a in wordy]):.0%}; wordy is longer by {length:.0f} characters")
 
 # %% [markdown]
-# Now the judge, with one taste after the other. The score of the brief system is the share of
-# wins, a tie counting as half.
+# The brief system is better, and its answers are shorter. Now the judge compares the two, with one
+# taste after the other. The score of the brief system is its share of wins, with a tie counting as
+# half.
 
 
 # %%
@@ -3629,24 +3697,25 @@ for name, judge in judges.items():
     print(f"{name:16} {first:11.2f} {second:13.2f} {both:11.2f}")
 
 # %% [markdown]
-# Swapping cures the taste for positions, and only this. To see why, write $x$ for all in
-# {eq}`evaluation-judge` but the position. Read first, $a$ wins with $\sigma(x + b)$; read second,
-# with $1 - \sigma(-x + b) = \sigma(x - b)$. A win of one half for a changed verdict makes the
-# score the mean of the two,
+# Swapping cures the taste for positions, and only that one. To see why, write $x$ for everything in
+# {eq}`evaluation-judge` but the position. Read first, an answer wins with probability
+# $\sigma(x + b)$; read second, with probability $1 - \sigma(-x + b) = \sigma(x - b)$. A changed
+# verdict counts as half a win, so the score is the mean of the two,
 #
 # $$
 # \tfrac12 \bigl[ \sigma(x + b) + \sigma(x - b) \bigr] ,
 # $$
 #
 # which is one half at $x = 0$ whatever $b$ is. So a judge who sees no difference gives no
-# preference. (A coin that decides who is read first has the same mean. Reading both ways has less
-# noise, and the share of changed verdicts shows how strong the taste is.) But length and
-# authorship go with the answer, not with the place. They are in $x$, and no swap finds them: with
-# all three tastes the worse system wins, read both ways or not.
+# preference. (Tossing a coin to decide who is read first has the same mean. Reading both ways has
+# less noise, and the share of changed verdicts shows how strong the taste is.) But length and
+# authorship go with the answer, not with the place. They are in $x$, and no swap removes them: with
+# all three tastes the worse system wins in every column.
 #
-# Against them helps what helps everywhere, a few pairs whose truth is known. There the tastes are
-# the coefficients of a logistic regression, and can be taken out of all other verdicts
-# {cite}`dubois2024length`. From 672 verdicts, in an order decided by a coin:
+# What helps against these is a set of pairs for which the truth is known. There the tastes are
+# coefficients of a logistic regression, and can be taken out of all other verdicts, as has been
+# done for length {cite}`dubois2024length`. We fit the four coefficients to 672 verdicts, with a
+# coin deciding who is read first:
 
 
 # %%
@@ -3675,21 +3744,21 @@ mended = np.mean(
 print(f"score of the brief system without the tastes: {mended:.2f}, by the truth {truth:.2f}")
 
 # %% [markdown]
-# The score comes back to where a judge without tastes puts it. (That is a little closer to one
-# half than the truth, because this judge sometimes errs even on a true answer against a false
-# one.) Look at the intervals of the coefficients, though. Skill and position are found well.
-# Length and authorship are not: in these pairs the longer answer is always of the judge's own
-# family, so that only the sum of the two tastes is known. That was enough here. To know which of
-# them it is, one needs pairs that differ in one and not in the other, such as two answers of
-# different length by the same system.
+# The score comes back to 0.54, where a judge without tastes puts it. (That is a little closer to
+# one half than the truth, because even this judge sometimes errs between a true answer and a false
+# one.) Look at the intervals of the coefficients, though. Truth and position, 2.0 and 0.8 by
+# construction, are found well. Length and authorship are not: in these pairs the longer answer is
+# always by the judge's own family, so the verdicts tell us little more than the sum of the two
+# tastes. That was enough here. To tell the two apart, we would need pairs that differ in one and
+# not in the other, such as two answers of different length by the same system.
 
 # %% [markdown]
-# ## The harness of the industry
+# ## The industry's harness
 #
-# Numbers in papers on language models mostly come from one program, EleutherAI's
-# `lm-evaluation-harness` {cite}`biderman2024lessons`, with thousands of tasks. A **task** there
-# is a file in YAML that says where the data are and how an item becomes text, and a **model** is
-# an object that answers three kinds of requests:
+# Many numbers in papers on language models come from one program, EleutherAI's
+# `lm-evaluation-harness` {cite}`biderman2024lessons`, which comes with hundreds of tasks. A
+# **task** there is a file in YAML that says where the data are and how an item becomes text, and a
+# **model** is an object that answers three kinds of requests:
 #
 # | request | gets | returns | for |
 # |---|---|---|---|
@@ -3697,10 +3766,11 @@ print(f"score of the brief system without the tastes: {mended:.2f}, by the truth
 # | `loglikelihood_rolling` | a text | $\log q$ of all of it | perplexity, bits per byte |
 # | `generate_until` | context, where to stop | a text | exact match |
 #
-# This chapter has all three. An adapter passes them on ({numref}`fig-evaluation-harness`), so
-# that every task of the harness runs on a model of ours. The harness is large, so it is an extra,
-# `pip install 'llmbook[eval]'`, and is imported when the first adapter is made; its base class
-# joins ours at that moment.
+# This chapter and chapter 14 have functions for all three. An adapter passes the requests on to
+# them ({numref}`fig-evaluation-harness`), so that every task made of these requests can run on a
+# model of ours. The harness is large. It is therefore an extra, `pip install 'llmbook[eval]'`, and
+# is imported only when the first adapter is made; our class takes on the harness's base class at
+# that moment.
 #
 # ```{figure} ../figures/evaluation-harness.svg
 # :name: fig-evaluation-harness
@@ -3806,9 +3876,9 @@ class LMEvalAdapter(LMEvalAdapter):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# The harness finds data by the name of a file in a task. One that is missing would be noticed
-# late, in a library far below, so it is looked for first. The program's progress bars and remarks
-# go nowhere.
+# The harness finds data by the name of a file in the task. A missing file would be noticed late,
+# deep inside a library, so we look for it first. The program's progress bars and remarks are
+# discarded.
 
 
 # %% tags=["engine"]
@@ -3988,8 +4058,9 @@ def _check_task(folder: Path, name: Any) -> None:
 # %% [markdown]
 # ### Four tasks
 #
-# We write four tasks into a folder, one of each kind. A model that is always right would make a
-# poor example, so we take the one that saw four copies of the exam. First the items:
+# We write four tasks into a folder: multiple choice, and one for each of the three requests. A
+# model that is always right would make a poor example, so we take one that saw four copies of the
+# exam. First the items:
 
 # %%
 import tempfile
@@ -4005,7 +4076,8 @@ text_items = [{"text": text} for text in trained.held_out[:50]]
 print(choice_items[0]["context"], choice_items[0]["choices"][:2])
 
 # %% [markdown]
-# Then the files:
+# Then the files. {py:func}`~llmbook.evaluation.write_lm_eval_task`, from the engine room above,
+# writes two for each task, the data and the description:
 
 # %%
 folder = Path(tempfile.mkdtemp())
@@ -4018,7 +4090,8 @@ print(*sorted(path.name for path in folder.iterdir()))
 # %% [markdown]
 # ## Is it the real thing?
 #
-# The harness on our model, beside our own functions:
+# The harness runs the four tasks on the model that saw the exam. For the multiple-choice exam we
+# compute the same scores ourselves, under the three normalizations that the harness reports:
 
 # %%
 theirs = run_lm_eval(spoiled, bpe, folder, ["exam", "cloze", "stories", "spoken"])
@@ -4033,8 +4106,9 @@ for metric, normalization in (("acc", "none"), ("acc_norm", "character"), ("acc_
 print({task: sorted(metrics) for task, metrics in theirs.items()})
 
 # %% [markdown]
-# The metrics of whole texts, of continuations and of replies, and all of them beside each other.
-# Words are what the harness takes for words, the pieces between white space.
+# The other tasks have six more metrics, of whole texts, of continuations, and of replies. We
+# compute these as well and compare all nine with the harness. A word here is what the harness takes
+# for a word, a piece between white space.
 
 # %%
 texts = [item["text"] for item in text_items]
@@ -4058,12 +4132,15 @@ for (task, metric), value in ours.items():
     print(f"{task:8} {metric:16} ours and the harness's agree to 5 digits")
 within("score on the exam, by the harness", theirs["exam"]["acc"], 0.1, 0.7)
 
+# %% [markdown]
+# All nine metrics agree with the harness's to a relative error below $10^{-5}$.
+
 # %% [markdown] tags=["engine"]
 # ### Engine room: calibration and strengths beside scikit-learn
 
 # %% [markdown] tags=["engine"]
 # The calibration numbers have counterparts in scikit-learn: the Brier score, and the bins of a
-# reliability diagram. On 2,000 simulated answers:
+# reliability diagram. We compare them on 2,000 simulated answers:
 
 # %% tags=["engine"]
 from sklearn.calibration import calibration_curve
@@ -4083,9 +4160,9 @@ print(f"calibration error {found.error:.3f}, from scikit-learn's bins {by_hand:.
 print(f"by chance it would be {found.by_chance:.3f}, p = {found.p_value:.3f}")
 
 # %% [markdown] tags=["engine"]
-# Strengths of players are the coefficients of a logistic regression without intercept, whose
-# features are $+1$ for the first and $-1$ for the second player of a game. Scikit-learn's finds
-# the same ones:
+# Strengths of players are the coefficients of a logistic regression without an intercept, whose
+# features are $+1$ for the first and $-1$ for the second player of a game. Scikit-learn's
+# regression finds the same strengths:
 
 # %% tags=["engine"]
 from sklearn.linear_model import LogisticRegression
@@ -4108,9 +4185,9 @@ print("strengths:", ours.round(2).tolist(), "largest difference below 0.001")
 # %% [markdown]
 # ## How fast is it?
 #
-# The choices of a question share their context, and questions are independent: everything can go
-# through the model together. Rows of about one length are put side by side, so that little is
-# padding. Against scoring one choice after the other:
+# The choices of a question are independent of each other, and so are the questions; everything can
+# go through the model together. Rows of similar length are put side by side, so that little is
+# padding. How much time does that save, compared with scoring one choice after the other?
 
 # %% tags=["nbval-ignore-output"]
 import time
@@ -4134,10 +4211,12 @@ print(f"{len(pairs)} choices: one by one {1000 * singly / len(pairs):.2f} ms eac
 print(f"together {1000 * together / len(pairs):.2f} ms each, {singly / together:.1f} times as fast")
 
 # %% [markdown]
-# ### What it was here
+# Scoring everything together is several times as fast.
 #
-# The report on the base model, and the results of which this chapter has printed a range, as they
-# were on the machine that made this page:
+# ### The values of this run
+#
+# The list below has the report on the base model, followed by every result of which this chapter
+# has printed only a range, with its value on the machine that made this page:
 
 # %% tags=["nbval-ignore-output"]
 print(report, *(f"{what}: {value}" for what, value in noted.items()), sep="\n")
@@ -4147,11 +4226,11 @@ print(report, *(f"{what}: {value}" for what, value in noted.items()), sep="\n")
 #
 # ````{exercise} The shift by one
 # :label: ex-evaluation-shift
-# *Ten minutes.* A colleague's evaluation says that a model has a perplexity of 400, and in training
-# it was 5. Write `mean_surprise(logits, ids)`, the mean of $-\log q(x_t \mid x_{<t})$ in nats over
-# all tokens but the first of one row, from `logits` of shape `(n, vocab_size)` and `ids` of shape
-# `(n,)`. `logits[t]` is what the model said after it had read `ids[t]`. Then think of what the
-# colleague has done.
+# *Ten minutes.* A colleague's evaluation says that a model has a perplexity of 400, though in
+# training it had a perplexity of 5. Write `mean_surprise(logits, ids)`, the mean of
+# $-\log q(x_t \mid x_{<t})$ in nats over all tokens but the first of one row, from `logits` of
+# shape `(n, vocab_size)` and `ids` of shape `(n,)`. `logits[t]` is what the model said after it had
+# read `ids[t]`. Then work out what the colleague may have done.
 # ````
 
 
@@ -4182,10 +4261,10 @@ assert abs(mean_surprise(logits + 3, ids) - mean_surprise(logits, ids)) < 1e-5, 
 # %% [markdown]
 # ````{exercise} The best of k
 # :label: ex-evaluation-best
-# *Twenty minutes.* Answers get rewards, not only right and wrong. Write `best_of_k(rewards, k)`,
-# the unbiased estimate from $n$ rewards of how large the largest reward of $k$ answers is on
-# average. Sort them. In how many of the choices of $k$ is the $i$-th smallest one the largest? With
-# rewards of 0 and 1 you must get pass@k.
+# *Twenty minutes.* Suppose that answers get rewards instead of being just right or wrong. Write
+# `best_of_k(rewards, k)`, the unbiased estimate, from $n$ rewards, of how large the largest reward
+# among $k$ answers is on average. Sort the rewards. In how many of the choices of $k$ is the $i$-th
+# smallest one the largest? With rewards of 0 and 1 you must get pass@k.
 # ````
 
 
@@ -4209,9 +4288,9 @@ assert math.isclose(found, pass_at_k(5, 2, 2)), f"two of five right, k = 2: {fou
 # %% [markdown]
 # ````{exercise} How often must you ask?
 # :label: ex-evaluation-attempts
-# *Ten minutes.* You want to publish: "our assistant tells a secret in less than `rate` of all
-# attempts, at a confidence of `level`". Write `attempts_needed(rate, level)`, the least number of
-# attempts, none of which may succeed, after which you can.
+# *Ten minutes.* You want to publish this sentence: "our assistant tells a secret in less than
+# `rate` of all attempts, at a confidence of `level`". Write `attempts_needed(rate, level)`, the
+# least number of attempts, none of which may succeed, after which you can say so.
 # ````
 
 
@@ -4233,9 +4312,10 @@ for rate, level in ((0.01, 0.99), (0.01, 0.95), (0.3, 0.9), (0.002, 0.5)):
 # %% [markdown]
 # ````{exercise} Is this order a coincidence?
 # :label: ex-evaluation-order
-# *Ten minutes.* Write `order_p_value(own, shuffled)`: `own` is the log-likelihood of a file's
-# order, `shuffled` is a list of those of random orders. Return the p-value of
-# {eq}`evaluation-order`, which may never be zero: the file's own order is one of the orders, too.
+# *Ten minutes.* Write `order_p_value(own, shuffled)`, where `own` is the log-likelihood of a file's
+# order and `shuffled` is a list of the log-likelihoods of random orders. Return the p-value of
+# {eq}`evaluation-order`, which can never be zero, because the file's own order is one of the
+# orders, too.
 # ````
 
 
@@ -4256,11 +4336,10 @@ assert abs(order_p_value(-3.0, [-1.0, -2.0, -4.0]) - 0.75) < 1e-12, (
 # %% [markdown]
 # ````{exercise} Bins of equal size
 # :label: ex-evaluation-adaptive
-# *Twenty minutes.* Most answers of a good model have a confidence near 1, so that most bins of
-# equal width are nearly empty. Write `adaptive_error(confidences, right, n_bins)`, the
-# calibration error with `n_bins` bins that hold equally many answers: those with the lowest
-# confidences, the next ones, and so on. (`np.array_split` cuts an array into parts whose sizes
-# differ by at most one.)
+# *Twenty minutes.* If most answers of a model have a confidence near 1, most bins of equal width
+# are nearly empty. Write `adaptive_error(confidences, right, n_bins)`, the calibration error with
+# `n_bins` bins that hold equally many answers: those with the lowest confidences, the next ones,
+# and so on. (`np.array_split` cuts an array into parts whose sizes differ by at most one.)
 # ````
 
 
@@ -4287,11 +4366,11 @@ assert found < 1e-12, "within a bin, misses to both sides cancel"
 # ````{exercise} A rating after each game
 # :label: ex-evaluation-elo
 # *Thirty minutes.* Chess players are rated by a rule that sees one game at a time. If `winner`
-# beats `loser`, and $e$ was the probability of that by their present ratings,
+# beats `loser`, and $e$ was the probability of that according to their present ratings,
 # $e = 1 / (1 + 10^{(r_\mathrm{loser} - r_\mathrm{winner}) / 400})$, then the winner gets
 # $k (1 - e)$ points from the loser. Write `elo(games, n_players, k)` for a list of pairs (winner,
-# loser); all begin with 1000. Then compare two orders of the same games. Which player would you
-# like to be?
+# loser); all players begin with 1000 points. Then compare two orders of the same games. Which
+# player would you like to be?
 # ````
 
 
@@ -4327,16 +4406,30 @@ assert late[0] > 1000 > early[0], (
 # %% [markdown]
 # ## Summary
 #
+# Perplexity is per token and depends on the tokenizer; bits per byte is not and does not. Both rest
+# on the log-probability of each token, which is right only if the text begins with one start token,
+# the windows of a long text are stated, and the model does not see the future. Multiple choice
+# compares the likelihoods of answers. It needs context and answer encoded together, and a
+# normalization that is named, since the length of an answer can decide the result. Answers in free
+# text are parsed before they are compared. Several attempts can be scored by pass@k, which needs a
+# checker, or by majority.
+#
+# A score without an interval says little. Wilson's interval holds where the textbook's fails, and
+# what never happened may still have a probability of $3/n$. Two models are compared in pairs, on
+# the same items. The likelihood of text shows a difference sooner than right and wrong do.
+# Intervals over questions do not cover what another training run would give.
+#
 # A few copies of a test in the training text are enough to spoil its score. Overlap finds copies,
-# and the likelihood of the file's order proves them without the text; neither finds a test that
-# was reworded. Calibration says whether a model knows when it is right. Its error is above zero
-# by chance, so it needs the level of chance beside it; a temperature fitted on other questions
-# changes confidences and no answer, and mends only what is wrong everywhere alike. Strengths from
-# games exist only if each group of players has lost to somebody outside. A judge has tastes:
-# reading both ways removes the one for positions, while those for length and for its own family
-# go with the answer, and must be measured against known truth. A benchmark says what its floor
-# and its ceiling are, and keeps the outcome of each item, so that two runs can be compared in
-# pairs.
+# and the likelihood of the file's order proves them without the text; neither finds a test that was
+# reworded. A benchmark states its floor and its ceiling and keeps the outcome of each item, so that
+# two runs can be compared in pairs. Calibration says whether a model knows when it is right. The
+# calibration error of even a perfect model is above zero by chance, so the level of chance must be
+# stated with it. A temperature fitted on other questions changes confidences and no answer, and
+# mends only what is wrong by the same factor everywhere. Strengths from games exist only if each
+# group of players has lost to somebody outside. A judge has tastes: reading both ways removes the
+# one for positions, while those for length and for its own family go with the answer, and must be
+# measured against known truth. The industry's harness, run on our models, agrees with our own
+# functions.
 #
 # **Checklist: before you believe a number.**
 #
@@ -4345,16 +4438,17 @@ assert late[0] > 1000 > early[0], (
 # - Is the comparison paired, on the same items, with the same prompts?
 # - How much does the score move from seed to seed of the same training?
 # - Could the test have been in the training text: copied, translated, or reworded?
-# - Does the model see the future? One pass says so.
-# - Is it per byte or per token, with how much context, and with the end of text?
-# - Which normalization of choices, and by which rule is the answer read, fixed before anybody
-#   looked?
-# - If a model judges: in both orders, at equal length, and not of its own family?
-# - Is there a report with each outcome, the settings and the seed?
+# - Does the model see the future? One pass tells you.
+# - Is the score per byte or per token, with how much context, and with the end of the text?
+# - Which normalization of choices was used, and by which rule were answers read? Were both fixed
+#   before anybody looked?
+# - If a model judges, does it read in both orders, at equal length, and no answers of its own
+#   family?
+# - Is there a report with each outcome, the settings, and the seed?
 #
-# **Further reading.** Miller on error bars {cite}`miller2024error`, Biderman and colleagues on
-# what goes wrong when results are to be reproduced {cite}`biderman2024lessons`, Oren and
-# colleagues on proofs of contamination {cite}`oren2024proving`, Guo and colleagues on calibration
-# {cite}`guo2017calibration`, Zheng and colleagues on judges {cite}`zheng2023judging`, Dubois and
-# colleagues on length {cite}`dubois2024length`, and Chiang and colleagues on leaderboards
-# {cite}`chiang2024chatbot`.
+# **Further reading.** Miller {cite}`miller2024error` writes on error bars, and Biderman and
+# colleagues {cite}`biderman2024lessons` on what goes wrong when results are to be reproduced. Oren
+# and colleagues {cite}`oren2024proving` prove contamination, and Guo and colleagues
+# {cite}`guo2017calibration` measure calibration. On comparisons by games and judges, read Chiang
+# and colleagues on leaderboards {cite}`chiang2024chatbot`, Zheng and colleagues on judges
+# {cite}`zheng2023judging`, and Dubois and colleagues on length {cite}`dubois2024length`.
