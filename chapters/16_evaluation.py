@@ -1049,10 +1049,11 @@ plt.show()
 # %% [markdown]
 # Without normalization, two thirds of all picks are the shortest answer, and hardly any are the
 # longest. Division by characters or bytes reverses the bias rather than removing it: the end of a
-# long answer is easy to guess, so its mean looks good. The share of right answers lies between a
-# fifth and two fifths, and nothing but the normalization has changed. What a weak model "prefers"
-# among answers of unequal length is mostly a matter of their length. Report the normalization with
-# the score, and when you write an exam yourself, make the answers equally long.
+# long answer is easy to guess, so its mean looks good. The unconditional score favors the longest
+# answers most of all. The share of right answers lies between a fifth and two fifths, and nothing
+# but the normalization has changed. What a weak model "prefers" among answers of unequal length is
+# mostly a matter of their length. Report the normalization with the score, and when you write an
+# exam yourself, make the answers equally long.
 #
 # One more convention helps to compare exams that have different numbers of answers. The **centered
 # accuracy** is 0 for guessing and 1 for perfection {cite}`li2024dclm`. Let chance be the accuracy
@@ -2510,11 +2511,11 @@ for n in (8, 5, 4, 3):
 # The first three are measured in two ways: as a *choice*, by the likelihood of all replies that
 # could be given (each value, "I do not know", "I will not tell"), and as a *reply*, by letting the
 # model speak and the checker listen. The ceiling is exact, since each question has one right reply.
-# So is the level of chance. For a choice it is one over the number of replies. For stories it is
-# the probability that a teller who knows the form of stories, but draws every value at random, says
-# nothing false. To compute that, sum over all paths through the world's states: the probability of
-# each path times the probability that all its claims are true. A recursion over the states adds
-# this up.
+# So is the level of chance for choices and stories. For a choice it is one over the number of
+# replies, and we take the same number for a spoken reply. For stories it is the probability that a
+# teller who knows the form of stories, but draws every value at random, says nothing false. To
+# compute that, sum over all paths through the world's states: the probability of each path times
+# the probability that all its claims are true. A recursion over the states adds this up.
 
 
 # %% [markdown]
@@ -2968,11 +2969,14 @@ within("stories that are true", report["consistency/story"].interval.estimate, 0
 # oneself. So it invents facts about the strangers and gives the keys away. On both parts its score
 # is even below chance, because it never tries the right reply.
 #
-# The intervals of a report are Wilson's. Questions about one character may be answered well or
-# badly together, so they are worth fewer independent ones. The interval is therefore that of as
-# many independent questions as would have the same {term}`standard error` once this is taken into
-# account. The chapters that follow will each make a report, and `report.compare(earlier)` says
-# whether the difference is more than chance, question by question.
+# The intervals of a report are Wilson's. Questions about one character form a **cluster**: they may
+# be answered well or badly together, so they are worth fewer independent ones. The interval is
+# therefore that of as many independent questions as would have the same {term}`standard error` once
+# clusters are taken into account. (Where all answers or none are right, the outcomes show no
+# scatter to estimate this from, and the interval is the plain one. If clusters matter there, it is
+# too narrow.) The chapters that follow will each make a report, and `report.compare(earlier)` says
+# whether the difference between two reports is more than chance, by the paired test with the same
+# clusters.
 
 # %% [markdown]
 # ## Does it know what it knows?
@@ -3328,8 +3332,8 @@ assert clean.p_value < 0.01
 # $$ (evaluation-bradley-terry)
 #
 # Here $\sigma$ is the logistic function, and $\pi_i$ is a positive number, no longer a permutation.
-# This is the model of Bradley and Terry. (Chapter 21 will learn a reward from the same equation.)
-# With $w_{ij}$ wins of $i$ over $j$, the log-likelihood is
+# This is the model of Bradley and Terry {cite}`hunter2004mm`. (Chapter 21 will learn a reward from
+# the same equation.) With $w_{ij}$ wins of $i$ over $j$, the log-likelihood is
 #
 # $$
 # \log \mathcal{L} = \sum_{i \ne j} w_{ij} \bigl[ \log \pi_i - \log(\pi_i + \pi_j) \bigr] .
