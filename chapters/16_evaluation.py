@@ -15,13 +15,13 @@
 # was cut. An answer is marked wrong because it was written as 1,234. A model wins by two points on
 # two hundred questions, and would have lost on two hundred others.
 #
-# This chapter builds the measurements that later chapters rely on, and for each of them it looks
-# for the trap. The first half turns log-probabilities into scores: of texts, of multiple-choice
-# questions, and of answers in free text. Then it asks how far chance can move a score, and when one
-# model is really better than another. The second half asks what a score is worth. We put a test
-# into the training text and see who notices. We build the benchmark that the rest of the book uses,
-# check whether a model knows what it knows, and rank models from games and by judges. At the end,
-# our functions run inside the program that much of the industry uses, and agree with it.
+# This chapter builds the measurements that later chapters rely on, and for each it looks for the
+# trap. The first half turns log-probabilities into scores: of texts, of multiple-choice questions,
+# and of answers in free text. Then it asks how far chance can move a score, and when one model is
+# really better than another. The second half asks what a score is worth. We put a test into the
+# training text and see who notices, build the benchmark for the rest of the book, check whether a
+# model knows what it knows, and rank models by games and by judges. At the end, our functions run
+# inside a program of the industry and agree with it.
 #
 # | | |
 # |---|---|
@@ -2466,10 +2466,9 @@ within("mean p-value of ten orders that nobody has seen", float(np.mean(innocent
 # %% [markdown]
 # The mean was 0.50 in our run, so the test is not one that always raises the alarm. And its
 # {term}`power` is high: it found twelve files of twelve, and Wilson's interval for that reaches
-# down to 0.76. The order test needs no training text and can be expected to notice even smaller
-# doses, because it adds up what was learned over all pages, while the score counts only answers
-# that came out on top. Our smallest dose, which spoils the score already, is too large to show
-# that.
+# down to 0.76. It adds up what was learned over all pages, while the score counts only answers that
+# came out on top. So it may notice even smaller doses than ours, the smallest of which already
+# spoils the score.
 #
 # Now the limits. Changed words leave no run of 13, and a changed order is no longer the file's
 # order. Both detectors are made for copies. We could look for shorter runs of words, but these also
@@ -2972,11 +2971,10 @@ within("stories that are true", report["consistency/story"].interval.estimate, 0
 # The intervals of a report are Wilson's. Questions about one character form a **cluster**: they may
 # be answered well or badly together, so they are worth fewer independent ones. The interval is
 # therefore that of as many independent questions as would have the same {term}`standard error` once
-# clusters are taken into account. (Where all answers or none are right, the outcomes show no
-# scatter to estimate this from, and the interval is the plain one. If clusters matter there, it is
-# too narrow.) The chapters that follow will each make a report, and `report.compare(earlier)` says
-# whether the difference between two reports is more than chance, by the paired test with the same
-# clusters.
+# clusters are taken into account. (Where all answers or none are right, there is no scatter to
+# estimate this from, and the interval is the plain one.) Later chapters will each make a report,
+# and `report.compare(earlier)` says whether the difference is more than chance, by the paired test
+# with the same clusters.
 
 # %% [markdown]
 # ## Does it know what it knows?
@@ -4410,30 +4408,26 @@ assert late[0] > 1000 > early[0], (
 # %% [markdown]
 # ## Summary
 #
-# Perplexity is per token and depends on the tokenizer; bits per byte is not and does not. Both rest
-# on the log-probability of each token, which is right only if the text begins with one start token,
-# the windows of a long text are stated, and the model does not see the future. Multiple choice
-# compares the likelihoods of answers. It needs context and answer encoded together, and a
-# normalization that is named, since the length of an answer can decide the result. Answers in free
-# text are parsed before they are compared. Several attempts can be scored by pass@k, which needs a
-# checker, or by majority.
+# Perplexity depends on the tokenizer; bits per byte does not. Both rest on the log-probability of
+# each token, which is right only if the text begins with one start token and the model does not see
+# the future. A score of long texts depends on the windows, and a multiple-choice score on the
+# normalization; question and answer are encoded together. Answers in free text are parsed before
+# they are compared. Several attempts are scored by pass@k if somebody can check them, and otherwise
+# by majority.
 #
-# A score without an interval says little. Wilson's interval holds where the textbook's fails, and
-# what never happened may still have a probability of $3/n$. Two models are compared in pairs, on
-# the same items. The likelihood of text shows a difference sooner than right and wrong do.
-# Intervals over questions do not cover what another training run would give.
+# A score needs an interval: Wilson's, and up to about $3/n$ for what never happened in $n$ trials.
+# Two models are compared in pairs, on the same items, and the likelihood of text shows a difference
+# sooner than right and wrong do. A claim about a method needs several training runs.
 #
 # A few copies of a test in the training text are enough to spoil its score. Overlap finds copies,
-# and the likelihood of the file's order proves them without the text; neither finds a test that was
-# reworded. A benchmark states its floor and its ceiling and keeps the outcome of each item, so that
-# two runs can be compared in pairs. Calibration says whether a model knows when it is right. The
-# calibration error of even a perfect model is above zero by chance, so the level of chance must be
-# stated with it. A temperature fitted on other questions changes confidences and no answer, and
-# mends only what is wrong by the same factor everywhere. Strengths from games exist only if each
-# group of players has lost to somebody outside. A judge has tastes: reading both ways removes the
-# one for positions, while those for length and for its own family go with the answer, and must be
-# measured against known truth. The industry's harness, run on our models, agrees with our own
-# functions.
+# and the likelihood of the file's order proves them without the text; neither found a test that was
+# reworded. A benchmark states its floor and its ceiling and keeps the outcome of each item.
+# Calibration says whether a model knows when it is right; its error is above zero by chance even
+# for a perfect model. A temperature fitted on other questions changes confidences and no answer,
+# and mends only what is wrong by the same factor everywhere. Strengths from games exist only if
+# each group of players has lost to somebody outside. Reading both ways removes a judge's taste for
+# positions. Tastes for length and for its own family go with the answer, and must be measured
+# against known truth.
 #
 # **Checklist: before you believe a number.**
 #
