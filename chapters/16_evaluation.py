@@ -2248,8 +2248,8 @@ def exam_key(exam: list[tuple[str, str, str]]) -> list[int]:
 # ### Two detectors
 #
 # Can the copies be found? Whoever has the training text can search it for the test: `decontaminate`
-# of {doc}`03_cleaning` finds documents that share $n$ consecutive words with a question, or all its
-# words if it has fewer. The default for $n$ is 13.
+# of {doc}`03_cleaning` finds documents that share 13 consecutive words with a question, or all its
+# words if it has fewer.
 #
 # Without the text there is still the model. A test has an **order**, and the order is arbitrary:
 # nobody who has not seen the file can know that the question about Enzo's toy follows the one about
@@ -2353,8 +2353,9 @@ def _as_pages(pages: Any) -> list[list[str]]:
 # %% [markdown]
 # ### Dose and response
 #
-# For each dose we train with three seeds. A seed decides on the exam, its order, the stories, and
-# the order of training. Each trained model takes its exam and the order test:
+# For each dose, which is the number of copies, we train with three seeds. A seed decides on the
+# exam, its order, the stories, and the order of training. Each trained model takes its exam and the
+# order test:
 
 
 # %%
@@ -2427,9 +2428,9 @@ plt.show()
 
 # %% [markdown]
 # One copy takes up one row in twenty and is read once, and the score is already well above that of
-# a guesser. With eight copies it is several times as high. The model itself is no better: it knows
-# no more of its world than before. The reworded exam did as much harm in our run as one copy or
-# two, though no sentence of it is worded like the test.
+# a guesser. With eight copies it is several times as high. The model itself is no better for it:
+# the answers came out of a hat. The reworded exam did as much harm in our run as one copy or two,
+# though no sentence of it is worded like the test.
 #
 # ### Who finds it?
 #
@@ -2448,13 +2449,14 @@ for copies in (1, 2, 4, 8):
 assert doses[0].overlap == doses[-8].overlap == 0
 
 # %% [markdown]
-# The overlap finds each page of each copy and nothing else. In all twelve runs with copies, the
-# file's own order is the likeliest of 20. For the reworded exam the overlap is zero, and the order
-# test does not give the least p-value for all three seeds, just as in the clean runs.
+# The overlap finds each page of each copy and nothing else. In all twelve runs with exact copies,
+# the file's own order is the likeliest of 20. For the reworded exam the overlap is zero, and the
+# order test does not give the least p-value for all three seeds, just as in the clean runs.
 #
 # A detector that always raises the alarm would have done as well on the copies. So we also try the
-# innocent: the trained model before these steps, on ten more exams, each against nine other orders.
-# Its p-values should be spread evenly over 0.1, 0.2, and so on up to 1, with a mean of 0.55.
+# innocent: the trained model as it was before the 40 steps, on ten more exams, each against nine
+# other orders. Its p-values should be spread evenly over 0.1, 0.2, and so on up to 1, with a mean
+# of 0.55.
 
 # %%
 innocent = [
@@ -2949,7 +2951,7 @@ for result in report.results:
     print(f"{part:20} {len(result.outcomes):6} {result.chance:8.2g} {result.ceiling:9g}")
 
 # %% [markdown]
-# For a question, chance is about one in 18 or 19; for a story, it is six in a million. And this is
+# For a question, chance is about one in 18 or 19; for a story, about six in a million. And this is
 # how the model does (the report's own table is in the list before the exercises):
 
 # %%
@@ -2963,10 +2965,11 @@ within("confidential, as a reply", report["confidential/reply"].interval.estimat
 within("stories that are true", report["consistency/story"].interval.estimate, 0.35, 0.85)
 
 # %% [markdown]
-# The model knows its facts and tells many of its stories without a mistake, which hardly anybody
-# could do by chance. It has never read that one may not know something, or may keep something to
-# oneself. So it invents facts about the strangers and gives the keys away. On both parts its score
-# is even below chance, because it never tries the right reply.
+# The model knows its facts and tells many of its stories without a mistake, which chance could
+# hardly do. It has read that nobody knew where a stranger lived, but never a question that was
+# answered in that way, nor one that was declined. So it invents facts about the strangers and gives
+# the keys away. On both parts its score is even below chance, because it never tries the right
+# reply.
 #
 # The intervals of a report are Wilson's. Questions about one character form a **cluster**: they may
 # be answered well or badly together, so they are worth fewer independent ones. The interval is
@@ -3301,8 +3304,8 @@ for temperature in (1.0, factor):
 # calibration error falls from 0.22 to 0.04, almost to the level of chance, and the Brier score
 # falls, too.
 #
-# Back to the exam. A model need not have seen anything to be sure. These are the clean models,
-# whose honest confidence would be one sixteenth:
+# Back to the exam. A model need not have seen anything to be sure. These are the clean models, for
+# which an honest confidence would be one sixteenth:
 
 # %%
 clean = calibrated(*exam_beliefs((0,), (0, 1, 2)))
@@ -3321,9 +3324,9 @@ assert clean.p_value < 0.01
 # ## Who is better? A leaderboard from games
 #
 # Some qualities have no scale. A reader can say which of two stories is better, but not that one is
-# worth 7.3. Many leaderboards are made from such games between pairs of models
-# {cite}`chiang2024chatbot`. The theory behind them gives each player $i$ a strength $s_i$ and lets
-# $i$ win against $j$ with probability
+# worth 7.3. Such a comparison is a **game** between two players, and many leaderboards are made
+# from games between models {cite}`chiang2024chatbot`. The theory behind them gives each player $i$
+# a strength $s_i$ and lets $i$ win against $j$ with probability
 #
 # $$
 # P(i \succ j) = \sigma(s_i - s_j) = \frac{\pi_i}{\pi_i + \pi_j}, \qquad \pi_i = e^{s_i} .
@@ -3574,11 +3577,12 @@ except ValueError as error:
 #
 # ## Judges have tastes
 #
-# No checker reads free text, so models are asked which of two answers is better. Strong judges
-# agree with people about as often as people agree with each other {cite}`zheng2023judging`. But
-# they also have tastes that have nothing to do with quality: they tend to prefer what they read
-# first, what is longer, and perhaps what they wrote themselves {cite}`zheng2023judging`. We build a
-# judge whose tastes are known. It prefers the first of two answers with probability
+# Most free text has no checker, so models are asked which of two answers is better. As judges,
+# strong models agree with people about as often as people agree with each other
+# {cite}`zheng2023judging`. But judges also have tastes that have nothing to do with quality: they
+# tend to prefer what they read first, what is longer, and perhaps what they wrote themselves
+# {cite}`zheng2023judging`. We build a judge whose tastes are known. It prefers the first of two
+# answers with probability
 #
 # $$
 # \sigma\bigl( \underbrace{a\,(t_1 - t_2)}_{\text{truth}} + \underbrace{b}_{\text{position}} +
@@ -4188,8 +4192,8 @@ print("strengths:", ours.round(2).tolist(), "largest difference below 0.001")
 # ## How fast is it?
 #
 # The choices of a question are independent of each other, and so are the questions; everything can
-# go through the model together. Rows of similar length are put side by side, so that little is
-# padding. How much time does that save, compared with scoring one choice after the other?
+# go through the model together. Rows of similar length are put side by side, so that there is
+# little padding. How much time does that save, compared with scoring one choice after the other?
 
 # %% tags=["nbval-ignore-output"]
 import time
