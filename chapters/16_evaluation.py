@@ -1088,10 +1088,10 @@ def _check_share(name: str, value: Any) -> None:
 # %% [markdown]
 # ## Answers in free text
 #
-# Models that were tuned to answer write what they like: "The answer is (B).", "so she has
-# $1,234.50", or "\boxed{\frac{1}{2}}". An exact comparison of strings calls all of them wrong. So a
-# program first finds the answer, then brings it into a standard form, and only then compares.
-# {py:func}`~llmbook.evaluation.parse_answer` knows three kinds of answers, and
+# Models that were tuned to answer write what they like: `The answer is (B).`,
+# `so she has $1,234.50`, or `\boxed{\frac{1}{2}}`. An exact comparison of strings calls all of them
+# wrong. So a program first finds the answer, then brings it into a standard form, and only then
+# compares. {py:func}`~llmbook.evaluation.parse_answer` knows three kinds of answers, and
 # {py:func}`~llmbook.evaluation.exact_match` compares numbers by their value:
 
 # %% [markdown] tags=["engine"]
@@ -1248,8 +1248,8 @@ assert exact_match("That makes 0.50 euros.", "1/2", "number")
 # A model that samples its answers is asked the same question $k$ times. How probable is it that at
 # least one answer is right? If a single answer is right with probability $p$, then this probability
 # is $1 - (1 - p)^k$. But $p$ is not known; what we have are $n$ samples, $c$ of them right. If we
-# put $\hat p = c / n$ into the formula, the result is biased: the function is curved, so on average
-# the result is too small.
+# put $\hat p = c / n$ into the formula, the result is biased: the function is concave, so on
+# average the result is too small.
 #
 # Here is how to be right on average {cite}`chen2021codex`. Take the first $k$ of the $n$ samples as
 # the attempts. Whether one of them is right has exactly the expectation that we want. But this
@@ -1289,7 +1289,7 @@ def _check_at_most(name: str, value: int, other: str, most: int) -> None:
 
 # %% [markdown]
 # To compare the two formulas, we average each over everything that can happen in $n = 5$ samples of
-# a model with $p = 0.3$:
+# a model with $p = 0.3$, for $k = 3$:
 
 # %%
 p, n, k = 0.3, 5, 3
@@ -1583,9 +1583,9 @@ for n in (100, 1000, 3000):
 # ## Which of two is better?
 #
 # One model is right on 150 of 200 questions, another on 160. Their intervals overlap, so perhaps
-# nothing can be said? But both have answered the *same* questions, and most of these are easy for
-# both or hard for both. Let $a_i$ and $b_i$ be the scores of the two models on item $i$, and take
-# the difference item by item, $d_i = a_i - b_i$. Its variance is
+# nothing can be said? But both have answered the *same* questions, and a question that is easy for
+# one is often easy for the other. Let $a_i$ and $b_i$ be the scores of the two models on item $i$,
+# and take the difference item by item, $d_i = a_i - b_i$. Its variance is
 #
 # $$
 # \mathrm{Var}(a - b) = \mathrm{Var}(a) + \mathrm{Var}(b) - 2 \, \mathrm{Cov}(a, b) ,
