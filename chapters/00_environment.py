@@ -491,8 +491,15 @@ def check_at_least(**bounds: tuple[int, object]) -> None:
             raise ValueError(f"{argument}: expected at least {least}, got {value}")
 
 
+# %% [markdown] tags=["engine"]
+# That check lets `None` pass. One number that must be given, with an upper bound if it has one, and
+# sizes that must be even are checked by these:
+
+
+# %% tags=["engine"]
+#| export
 def check_whole(argument: str, value: object, least: int, most: int | None = None) -> None:
-    """Demand a whole number from ``least`` to ``most``; unlike above, ``None`` is refused.
+    """Demand a whole number from ``least`` to ``most``; ``None`` is refused.
 
     >>> check_whole("size", None, 1)
     Traceback (most recent call last):

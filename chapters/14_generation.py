@@ -1325,6 +1325,12 @@ class _Linear:
         return torch.addmm(stream, x, self.weight.t())
 
 
+# %% [markdown] tags=["engine"]
+# What is left of the norm divides by the length of its input:
+
+
+# %% tags=["engine"]
+#| export
 def _normalizer(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return ``norm``; if it is RMSNorm, without the gain and the root of d: a map follows."""
     if not isinstance(norm, RMSNorm):
@@ -1466,6 +1472,16 @@ fused_calls = calls_of(_FusedStep(model))
 assert 2 * fused_calls < plain_calls
 print(f"{fused_calls} calls in place of {plain_calls}")
 
+# %% [markdown]
+# ### Fewer calls still
+#
+# The fused step is as far as one gets by hand. A compiler goes further: it sees the operations of a
+# whole step, and makes single loops of those that only pass a vector on. The shapes must not change
+# from token to token, so the compiled step computes with the whole cache and masks what is not
+# there yet. `generate(..., compile=True)` uses it and gives the same tokens. The first call takes
+# ten to thirty seconds, and a C++ compiler must be there, so it is for long texts and many calls;
+# `compile="auto"` uses it where it can, and the fused step elsewhere.
+
 # %% [markdown] tags=["engine"]
 # ### Engine room: a compiler makes a few kernels of the step
 
@@ -1512,7 +1528,8 @@ def _whole_step(
 # libraries know how to keep pieces of a matrix in the processor's registers.
 #
 # A cache is prepared once; afterwards only the position moves on. Compiling takes ten to thirty
-# seconds, so what was compiled is kept, under what its shapes depend on. Weights are an input: they may change, and another model of the same kind needs no compiling.
+# seconds, so what was compiled is kept, under what its shapes depend on. Weights are an input: they
+# may change, and another model of the same kind needs no compiling.
 # (PyTorch counts how often a function was compiled, and refuses the ninth time. So each program
 # has a copy of the function. And before each call PyTorch would compare some hundred attributes
 # with those that it saw while compiling, its *guards*, which takes longer than the arithmetic. All
@@ -1946,6 +1963,9 @@ def stream(
     return _pieces(model, row, _decode(model, [row], checked, cache, compiled))
 
 
+# %% tags=["engine"]
+#| export
+# The pieces of a text, while it grows
 def _pieces(
     model: TransformerLM, row: _Row, steps: Iterator[list[tuple[_Row, str]]]
 ) -> Iterator[Piece]:

@@ -47,6 +47,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
+# %% tags=["engine"]
+#| export
+# What it takes from earlier chapters
 from llmbook.blocks import GATES
 from llmbook.environment import (
     check_at_least,
@@ -2033,7 +2036,7 @@ for name in ("nearest", "stochastic"):
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: the formula as a function (`memory_breakdown`), and living tensors counted (`LiveMemory`)
+# ### Engine room: the formula (`memory_breakdown`), and tensors counted (`LiveMemory`)
 
 # %% tags=["engine"]
 #| export
@@ -2265,7 +2268,7 @@ class Recomputed(torch.autograd.Function):
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: checkpointing as PyTorch does it (`checkpoint_blocks`), and the steps that are measured
+# ### Engine room: checkpointing as PyTorch does it, and the steps that are measured
 
 # %% [markdown] tags=["engine"]
 # PyTorch's version also sets back the random generators, so that dropout is the same the second
@@ -2745,7 +2748,7 @@ for name in ("float8_e4m3fn", "mxfp8", "float4_e2m1fn", "mxfp4", "nvfp4"):
 # differ from `nn.Linear` only in the three products.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: recipes by name, a layer with rounded products (`EmulatedLinear`), and a model of them (`emulate`)
+# ### Engine room: recipes, a layer with rounded products, and a model of them (`emulate`)
 
 
 # %% tags=["engine"]
@@ -3032,9 +3035,10 @@ print(f"{run / equal_quality - 1:.0%} more tokens were needed for the same quali
 # %% [markdown]
 # ## Is it the real thing?
 #
-# First the rounding. A cast of PyTorch and back is a rounding to nearest, so the two must agree bit for bit. The test
-# numbers are all 65,536 values of `bfloat16` and of `float16`, every midpoint between neighbors of
-# a short format, and random bit patterns, which are numbers of any size, infinities and NaN.
+# First the rounding. A cast of PyTorch and back is a rounding to nearest, so the two must agree bit
+# for bit. The test numbers are all 65,536 values of `bfloat16` and of `float16`, every midpoint
+# between neighbors of a short format, and random bit patterns, which are numbers of any size,
+# infinities and NaN.
 
 # %%
 every = torch.arange(-(2**15), 2**15, dtype=torch.int16)
@@ -3179,9 +3183,9 @@ for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
     print(f"{name}: round_to takes {ratio:.0f} times as long as a cast and back")
 
 # %% [markdown]
-# So where PyTorch has the type, use the cast. The scaler's own work, against PyTorch's: unscaling and checking a million gradients in 48
-# tensors, and the decision. And our context against PyTorch's autocast, forward passes in bfloat16,
-# where Python steps in at each operation:
+# So where PyTorch has the type, use the cast. The scaler's own work, against PyTorch's: unscaling
+# and checking a million gradients in 48 tensors, and the decision. And our context against
+# PyTorch's autocast, forward passes in bfloat16, where Python steps in at each operation:
 
 
 # %% tags=["nbval-ignore-output"]

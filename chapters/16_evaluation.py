@@ -59,6 +59,9 @@ import torch
 from jaxtyping import Float, Int64, Num
 from torch import nn, Tensor
 
+# %% tags=["engine"]
+#| export
+# What it takes from earlier chapters
 from llmbook.batches import Tokenizer
 from llmbook.environment import (
     check_at_least,
@@ -768,6 +771,9 @@ TooLong = Literal["error", "truncate"]
 Normalization = Literal["none", "token", "character", "byte", "unconditional"]
 
 
+# %% tags=["engine"]
+#| export
+# Context and continuations in ids
 def encode_pairs(
     tokenizer: Tokenizer,
     context: str,
@@ -1020,6 +1026,11 @@ for name, known in list(world.cast.facts.items())[:40]:
         said = [(draws.choice((0, 2, 4)), v) for v in (known[attribute], *draws.sample(others, 3))]
         sentences = [f" {PHRASES[attribute][i].format(name=name, value=v)}" for i, v in said]
         statements.append((f"One morning, {name} sat by the window. It was cold.", sentences))
+
+# %% [markdown]
+# Which sentence wins under each normalization, and how long is it?
+
+# %%
 shares = {}
 for normalization in get_args(Normalization):
     best = [
@@ -2540,7 +2551,7 @@ for n in (8, 5, 4, 3):
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: the questions (`QuestionForm`), the report (`EvaluationReport`), and what puts them together (`evaluate`)
+# ### Engine room: questions (`QuestionForm`), reports (`EvaluationReport`), and `evaluate`
 
 
 # %% tags=["engine"]
@@ -3155,7 +3166,7 @@ for n, n_bins in ((100, 10), (100, 50), (1000, 10), (10_000, 10)):
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: the best temperature (`fit_temperature`), and beliefs from log-probabilities (`beliefs`)
+# ### Engine room: the best temperature (`fit_temperature`), and `beliefs` at it
 
 
 # %% tags=["engine"]

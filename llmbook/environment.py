@@ -91,7 +91,7 @@ def describe_environment() -> dict[str, str]:
             continue
     return description
 
-# %% ../chapters/00_environment.ipynb #2ec069d7
+# %% ../chapters/00_environment.ipynb #496d2ad0
 def check_at_least(**bounds: tuple[int, object]) -> None:
     """Demand whole numbers of at least so much: ``check_at_least(size=(1, size))``.
 
@@ -110,9 +110,9 @@ def check_at_least(**bounds: tuple[int, object]) -> None:
         if value < least:
             raise ValueError(f"{argument}: expected at least {least}, got {value}")
 
-
+# %% ../chapters/00_environment.ipynb #48410f34
 def check_whole(argument: str, value: object, least: int, most: int | None = None) -> None:
-    """Demand a whole number from ``least`` to ``most``; unlike above, ``None`` is refused.
+    """Demand a whole number from ``least`` to ``most``; ``None`` is refused.
 
     >>> check_whole("size", None, 1)
     Traceback (most recent call last):

@@ -15,7 +15,7 @@ __all__ = ['Numbers', 'Clusters', 'Rows', 'Seam', 'TooLong', 'Normalization', 'A
            'choice_log_probs', 'Calibration', 'calibration', 'fit_temperature', 'beliefs', 'Ratings', 'bradley_terry',
            'Answer', 'BiasedJudge', 'LMEvalAdapter', 'write_lm_eval_task', 'run_lm_eval']
 
-# %% ../chapters/16_evaluation.ipynb #e62d3b6f
+# %% ../chapters/16_evaluation.ipynb #71e5eedf
 # The imports of the module
 import io
 import json
@@ -40,6 +40,8 @@ import torch
 from jaxtyping import Float, Int64, Num
 from torch import nn, Tensor
 
+# %% ../chapters/16_evaluation.ipynb #3efc2b4f
+# What it takes from earlier chapters
 from .batches import Tokenizer
 from llmbook.environment import (
     check_at_least,
@@ -340,12 +342,13 @@ def bits_per_byte(
     """Return the bits per byte of ``texts``; ``options`` are those of ``score_texts``."""
     return score_texts(model, tokenizer, texts, **options).bits_per_byte
 
-# %% ../chapters/16_evaluation.ipynb #4b38ce8f
+# %% ../chapters/16_evaluation.ipynb #436333dc
 Seam = Literal["joint", "separate"]
 TooLong = Literal["error", "truncate"]
 Normalization = Literal["none", "token", "character", "byte", "unconditional"]
 
-
+# %% ../chapters/16_evaluation.ipynb #7c610f5d
+# Context and continuations in ids
 def encode_pairs(
     tokenizer: Tokenizer,
     context: str,

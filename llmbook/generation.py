@@ -803,7 +803,7 @@ def _plain_step(model: TransformerLM) -> Step:
     """The next step by the model's own forward pass, with one new token in each row."""
     return lambda tokens, cache: model(tokens[:, None], cache=cache)[:, -1]
 
-# %% ../chapters/14_generation.ipynb #8d3f55d6
+# %% ../chapters/14_generation.ipynb #0a781e05
 class _Linear:
     """Linear maps of the same vector, put side by side, behind the gain of a norm."""
 
@@ -828,7 +828,7 @@ class _Linear:
         stream = stream if self.bias is None else stream + self.bias
         return torch.addmm(stream, x, self.weight.t())
 
-
+# %% ../chapters/14_generation.ipynb #a8cf3fd2
 def _normalizer(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return ``norm``; if it is RMSNorm, without the gain and the root of d: a map follows."""
     if not isinstance(norm, RMSNorm):
@@ -1265,7 +1265,7 @@ def _check_cache(
         got = cache.cache.capacity
         raise ValueError(f"cache: expected a capacity of at least {needed} tokens, got {got}")
 
-# %% ../chapters/14_generation.ipynb #01d34158
+# %% ../chapters/14_generation.ipynb #8fdcc204
 class Piece(NamedTuple):
     """One token of a stream: the text that can be shown with it, and at the end why it ended."""
 
@@ -1295,7 +1295,8 @@ def stream(
     compiled = _may_compile(model, compile, checked.use_cache)
     return _pieces(model, row, _decode(model, [row], checked, cache, compiled))
 
-
+# %% ../chapters/14_generation.ipynb #76dd12c1
+# The pieces of a text, while it grows
 def _pieces(
     model: TransformerLM, row: _Row, steps: Iterator[list[tuple[_Row, str]]]
 ) -> Iterator[Piece]:

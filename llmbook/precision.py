@@ -9,7 +9,7 @@ __all__ = ['FORMATS', 'DOWN', 'UP', 'STATE_BYTES', 'BLOCK_FORMATS', 'RECIPES', '
            'CompactAdamW', 'memory_breakdown', 'LiveMemory', 'checkpoint_blocks', 'BlockFormat', 'QuantizedBlocks',
            'quantize_blocks', 'Recipe', 'EmulatedLinear', 'emulate']
 
-# %% ../chapters/15_precision.ipynb #6d6fdca1
+# %% ../chapters/15_precision.ipynb #c2af7eb1
 # The imports of the module
 import json
 import math
@@ -32,6 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
+# %% ../chapters/15_precision.ipynb #57e57bf3
+# What it takes from earlier chapters
 from .blocks import GATES
 from llmbook.environment import (
     check_at_least,

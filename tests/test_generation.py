@@ -353,8 +353,8 @@ def test_what_is_not_given_has_its_documented_default():
         "stop_tokens": (), "stop_strings": (), "seed": 0, "use_cache": True, "on_full": "stop",
     }  # fmt: skip
     expected = {
-        generate: {"batch_size": 64, "first_row": 0, "cache": None},
-        stream: {"cache": None},
+        generate: {"batch_size": 64, "first_row": 0, "cache": None, "compile": False},
+        stream: {"cache": None, "compile": False},
         beam_search: {"n_beams": 4, "length_penalty": 1},
         speculative_generate: {"n_draft": 4},
         penalize_frequency: {"presence": 0},

@@ -607,7 +607,7 @@ def test_defaults_of_recipes():
         (lambda: Recipe(forward="float9"), "forward: expected one of float32, .*'float9'"),
         (lambda: Recipe(backward="nvfp4"), "backward: expected one of float32, .*'nvfp4'"),
         (lambda: Recipe(scaling="block"), "forward: expected one of mxfp8, .*'float8_e4m3fn'"),
-        (lambda: Recipe(history=0), "history: expected at least 1, got 0"),
+        (lambda: Recipe(history=0), "history: expected a whole number of at least 1, got 0"),
         (lambda: emulate(nn.Linear(2, 2), "fp7"), "recipe: expected one of bfloat16, .*'fp7'"),
         (lambda: inspect.unwrap(emulate)(5, "mxfp8"), "model: expected a module of PyTorch, got 5"),
         (
@@ -904,7 +904,7 @@ def test_weights_in_float16_are_refused():
         ("growth_factor", 1.0, "more than 1"),
         ("backoff_factor", 1.0, "at least 0 and less than 1"),
         ("backoff_factor", 0.0, "more than 0"),
-        ("growth_interval", 0, "at least 1"),
+        ("growth_interval", 0, "a whole number of at least 1"),
     ],
 )
 def test_settings_of_the_scaler_out_of_range(name, value, expected):
