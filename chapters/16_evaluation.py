@@ -1028,7 +1028,8 @@ for name, known in list(world.cast.facts.items())[:40]:
         statements.append((f"One morning, {name} sat by the window. It was cold.", sentences))
 
 # %% [markdown]
-# Which sentence wins under each normalization, and how long is it?
+# For each normalization we count how often the model picks the right sentence, the shortest, and
+# the longest:
 
 # %%
 shares = {}
