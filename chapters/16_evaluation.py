@@ -2546,8 +2546,8 @@ for n in (8, 5, 4, 3):
 
 
 # %% [markdown]
-# Two reports on the same questions are compared item by item, by the paired test above, and a
-# report can be saved as JSON. The engine room below builds all this;
+# Two reports are compared item by item, on the questions that both of them have, by the paired test
+# above. A report can be saved as JSON. The engine room below builds all this;
 # {py:func}`~llmbook.evaluation.evaluate` runs it.
 
 
@@ -4151,7 +4151,7 @@ for (task, metric), value in ours.items():
 within("score on the exam, by the harness", theirs["exam"]["acc"], 0.1, 0.7)
 
 # %% [markdown]
-# All nine metrics agree with the harness's to a relative error below $10^{-5}$.
+# So a score from the harness and a score from our functions mean the same thing.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: calibration and strengths beside scikit-learn
