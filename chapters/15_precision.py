@@ -23,6 +23,9 @@
 # %% tags=["remove-cell"]
 #| default_exp precision
 
+# %% [markdown] tags=["engine"]
+# ### Engine room: what the module imports
+
 # %% tags=["engine"]
 #| export
 # The imports of the module
@@ -30,6 +33,7 @@ import json
 import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -606,7 +610,15 @@ class FloatFields(NamedTuple):
     bits: str
 
 
-def float_fields(number: float, format: str | torch.dtype | FloatFormat = "float32") -> FloatFields:
+# %% [markdown]
+# Rounding comes first; the rest is arithmetic on whole numbers.
+
+
+# %%
+#| export
+def float_fields(
+    number: float | np.number, format: str | torch.dtype | FloatFormat = "float32"
+) -> FloatFields:
     """Round ``number`` to ``format`` and take it apart; ``bits`` shows sign, exponent, fraction.
 
     >>> float_fields(-0.75, "e4m3")
@@ -634,7 +646,8 @@ def float_fields(number: float, format: str | torch.dtype | FloatFormat = "float
 #| export
 # What is no number
 def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    known = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not known:
         raise ValueError(f"{name}: expected a number, got {value!r:.60}")
 
 
@@ -782,7 +795,8 @@ show_bits(math.pi, "float16")
 
 # %%
 spacing = 1 / 128
-kept = {"nearest": torch.ones(10_000), "stochastic": torch.ones(10_000)}
+ones = torch.ones(10_000, dtype=torch.float64)  # in which the sums before rounding are exact
+kept = {"nearest": ones, "stochastic": ones}
 generator = torch.Generator().manual_seed(0)
 for _ in range(1000):
     kept["nearest"] = round_to(kept["nearest"] + 1e-4 * spacing, "bfloat16")
@@ -911,6 +925,7 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for way, result in found.items():
             errors[dtype, way, n] = ((result.double() - exact).abs() / exact).mean().item()
 stuck = running_sums(uniform.bfloat16(), kahan=False)[8192]
+assert (stuck == stuck[0]).all()
 print(f"8,192 terms with a mean of 0.5, one by one in bfloat16: {stuck.min():.0f} in each row")
 
 # %% [markdown]
@@ -989,6 +1004,7 @@ DOWN = frozenset(
     {F.linear, F.bilinear, F.scaled_dot_product_attention, F.conv1d, F.conv2d}
     | {torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.baddbmm, torch.einsum}
     | {Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.mv}
+    | {Tensor.addmm, Tensor.baddbmm}
 )
 #: What autocast computes in 32 bits: long sums, and what has a large range.
 UP = frozenset(
@@ -998,6 +1014,7 @@ UP = frozenset(
     | {Tensor.softmax, Tensor.log_softmax, Tensor.logsumexp, Tensor.exp, Tensor.log, Tensor.pow}
     | {torch.sum, torch.cumsum, torch.prod, torch.rsqrt, torch.norm, torch.var}
     | {Tensor.sum, Tensor.cumsum, Tensor.prod, Tensor.rsqrt, Tensor.norm, Tensor.var}
+    | {torch.cumprod, Tensor.cumprod, Tensor.__pow__, Tensor.__rpow__}
 )
 
 
@@ -1019,6 +1036,7 @@ UP = frozenset(
 # %% tags=["engine"]
 #| export
 _SIXTEEN_BITS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_ACTIVE: list["CastProducts"] = []  # the contexts that we are in, the innermost last
 _MAY_BE_CAST = {torch.float32, *_SIXTEEN_BITS.values()}
 
 
@@ -1042,6 +1060,17 @@ class CastProducts(TorchFunctionMode):
         if dtype not in _SIXTEEN_BITS.values():
             raise ValueError(f"dtype: expected torch.float16 or torch.bfloat16, got {dtype!r}")
         self.dtype, self.emulate = dtype, emulate
+
+    def __enter__(self) -> "CastProducts":
+        """Begin to cast; blocks that are computed again find out what was active."""
+        _ACTIVE.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Cast no more."""
+        _ACTIVE.pop()
+        super().__exit__(*error)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -1073,7 +1102,6 @@ class CastProducts(TorchFunctionMode):
 # %% tags=["engine"]
 # What the experiments of this chapter need besides
 import time
-from contextlib import nullcontext
 
 from llmbook.optimization import chunked_cross_entropy, cosine_schedule, cross_entropy
 from llmbook.optimization import parameter_groups
@@ -1358,6 +1386,8 @@ class GradScaler(GradScaler):  # continued
     def found_inf(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the gradients of ``optimizer`` were not all finite when they were unscaled."""
         _check_optimizer(optimizer)
+        if not self._enabled:
+            return False
         if id(optimizer) not in self._found:
             name = type(optimizer).__name__
             raise RuntimeError(f"optimizer: expected unscale_() first, got {name} without it")
@@ -1779,11 +1809,10 @@ class MixedPrecision(Precision):
         scale = self.scaler.get_scale()
         self.scaler.unscale_(optimizer)
         overflown = self.scaler.found_inf(optimizer)
-        self.scaler.update()
-        if not overflown or scale < self.lowest_scale or not loss.isfinite():
-            return True
-        self.overflows += 1
-        return False
+        smaller = overflown and scale >= self.lowest_scale and bool(loss.isfinite())
+        self.scaler.update(scale if overflown and not smaller else None)  # not its fault: it stays
+        self.overflows += smaller
+        return not smaller
 
 
 # %% [markdown] tags=["engine"]
@@ -2065,8 +2094,9 @@ def memory_breakdown(
     ``precision`` is "float32", "bfloat16" or "float16" for mixed precision as by autocast, or
     "pure" for 16 bits everywhere. ``optimizer`` is one of ``STATE_BYTES``. With ``checkpointing``
     each block keeps its input only, and one block at a time is computed again. ``chunk_size`` is
-    that of ``chunked_cross_entropy``, None for all logits at once. Left out is what lives only
-    while one operation runs. A ``ValueError`` for experts.
+    that of ``chunked_cross_entropy``, None for all logits at once. Left out are what lives only
+    while one operation runs, dropout's masks, and what norms of q and k keep in mixed precision.
+    A ``ValueError`` for experts.
 
     >>> parts = memory_breakdown(ModelConfig.preset("gpt2"), 8, 1024, precision="bfloat16")
     >>> round(parts["optimizer"] / 1e9, 1), round(parts["activations"] / 1e9, 1)  # in GB
@@ -2294,8 +2324,16 @@ def checkpoint_blocks(model: TransformerLM) -> TransformerLM:
 def _checkpointed(forward: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(*arguments, **options)
-    again: Tensor = checkpoint(forward, *arguments, use_reentrant=False, **options)
-    return again
+    active = _ACTIVE[-1] if _ACTIVE else None
+
+    def contexts() -> tuple[Any, Any]:
+        again = type(active)(active.dtype, emulate=active.emulate) if active else nullcontext()
+        return nullcontext(), again
+
+    result: Tensor = checkpoint(
+        forward, *arguments, use_reentrant=False, context_fn=contexts, **options
+    )
+    return result
 
 
 # %% [markdown] tags=["engine"]
@@ -2850,7 +2888,8 @@ class EmulatedLinear(nn.Linear):
         """Return the linear map of ``x``, in float32."""
         check_tensor("x", x, "...", self.in_features)
         rows = x.reshape(-1, self.in_features).float()
-        out = _RoundedProducts.apply(rows, self.weight, self)
+        with torch.autocast(x.device.type, enabled=False):
+            out = _RoundedProducts.apply(rows, self.weight, self)
         out = out.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
 
@@ -2897,24 +2936,36 @@ def emulate(
     """Return a copy of ``model`` whose linear layers round the operands of their products.
 
     Layers whose own name is in ``keep`` stay as they are. ``recipe`` is one of ``RECIPES`` or made
-    anew. Train the copy as any model: its weights are float32.
+    anew. Train the copy as any model: its weights are float32. A model without a linear layer to
+    exchange raises a ``ValueError``.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a module of PyTorch, got {model!r:.60}")
     recipe = _find_recipe(recipe)
     if isinstance(keep, str) or not all(isinstance(name, str) for name in keep):
         raise ValueError(f"keep: expected a collection of names, got {keep!r:.60}")
-    model = deepcopy(model)
-    for parent in list(model.modules()):
+    root = nn.ModuleDict({"model": deepcopy(model)})  # the model itself may be a linear layer
+    exchanged = 0
+    for parent in list(root.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear and name not in keep:
-                biased = child.bias is not None
-                layer = EmulatedLinear(
-                    child.in_features, child.out_features, biased, recipe=recipe
-                ).to(child.weight.device)
-                layer.weight, layer.bias = child.weight, child.bias
-                setattr(parent, name, layer.train(child.training))
-    return model
+                setattr(parent, name, _emulated(child, recipe))
+                exchanged += 1
+    if not exchanged:
+        raise ValueError(f"model: expected linear layers besides {tuple(keep)}, got none")
+    return root["model"]
+
+
+# %% tags=["engine"]
+#| export
+# A layer with the weights of another
+def _emulated(linear: nn.Linear, recipe: Recipe) -> EmulatedLinear:
+    """A layer with the same weights."""
+    biased = linear.bias is not None
+    layer = EmulatedLinear(linear.in_features, linear.out_features, biased, recipe=recipe)
+    layer = layer.to(linear.weight.device)
+    layer.weight, layer.bias = linear.weight, linear.bias
+    return layer.train(linear.training)
 
 
 # %% [markdown] tags=["engine"]
@@ -3262,6 +3313,8 @@ def round_by_bits(x: Tensor, generator: torch.Generator) -> Tensor:
 # %% tags=["check"]
 generator = torch.Generator().manual_seed(1)
 exact = torch.tensor([1.0, -2.5, 0.0, 2.0**-100])
+shape = tuple(round_by_bits(exact, generator).shape)
+assert shape == (4,), f"4 numbers became {shape}: the noise has to be int32, as the bits are"
 assert torch.equal(round_by_bits(exact, generator), exact), "a number of bfloat16 has to stay"
 for share in (0.01, 0.25, 0.5, 0.9):
     for sign in (1, -1):
@@ -3381,8 +3434,10 @@ found = rates(lambda step: step / 10, ramp)
 assert len(found) == 3, "one rate for each step that was taken, none for those skipped"
 assert found[0] == 0.0, "the first step taken has schedule(0)"
 assert found[1] < 0.15, "the schedule must wait while steps are skipped"
-assert found == [0.0, 0.1, 0.2], "each step that is taken moves the schedule on by one"
-assert rates(lambda step: step / 10, [True, True, False]) == [0.0], (
+assert list(map(float, found)) == [0.0, 0.1, 0.2], (
+    "each step that is taken moves the schedule on by one"
+)
+assert list(rates(lambda step: step / 10, [True, True, False])) == [0.0], (
     "steps skipped at the very beginning must not move the schedule either"
 )
 
@@ -3426,6 +3481,10 @@ for options in ({}, {"precision": "bfloat16"}, {"checkpointing": True, "chunk_si
         assert found <= n_rows, f"{n_rows} rows fill the memory, {found} do not fit"
 assert largest_batch(medium, 128, bytes_of(1) - 1) == 0, "not even one row fits"
 far = largest_batch(medium, 1, 1e12)
+one = {"config": medium, "sequence": 1}
+fits = sum(memory_breakdown(batch_size=far, **one).values()) <= 1e12
+more = sum(memory_breakdown(batch_size=far + 1, **one).values()) <= 1e12
+assert fits and not more, f"of the shortest rows, {far:,} are not the most that fit"
 assert bytes_of(1) < 1e9 and far > 100_000, "millions of short rows fit, so do not stop early"
 
 # %% [markdown]

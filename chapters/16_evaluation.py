@@ -33,6 +33,9 @@
 # %% tags=["remove-cell"]
 #| default_exp evaluation
 
+# %% [markdown] tags=["engine"]
+# ### Engine room: what the module imports
+
 # %% tags=["engine"]
 #| export
 # The imports of the module
@@ -41,7 +44,6 @@ import json
 import math
 import os
 import re
-import string
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -69,6 +71,7 @@ from llmbook.environment import (
     check_fraction,
     check_path,
     check_text,
+    check_whole,
     requires_extra,
     whole_file,
 )
@@ -78,8 +81,29 @@ from llmbook.optimization import cross_entropy
 from llmbook.tokenizer import BPETokenizer, valid_text
 from llmbook.training import random_states, set_random_states, unnoticed
 
+# %% tags=["engine"]
+#| export
+# What it takes from the tiny world
+from llmbook.tinyworld import (
+    ATTRIBUTES,
+    DOINGS,
+    OPENINGS,
+    PHRASES,
+    REPLY_DECLINED,
+    REPLY_UNKNOWN,
+    VALUES,
+    WEATHER,
+    Question,
+    State,
+    TinyWorld,
+    judge_reply,
+    make_questions,
+)
+
 # %% [markdown]
-# First, the two models. They have the same layers and train for the same 40 steps on the same
+# ## Two models
+#
+# The two models of the opening have the same layers and train for the same 40 steps on the same
 # stories of the tiny world. One reads bytes, the other reads the tokens of a
 # {term}`BPE <byte-pair encoding>`:
 
@@ -92,7 +116,6 @@ import matplotlib.pyplot as plt
 from llmbook.batches import BatchSampler, TokenShards, pack_documents, write_shards
 from llmbook.environment import seed_everything
 from llmbook.model import ModelConfig
-from llmbook.tinyworld import PHRASES, VALUES, TinyWorld
 from llmbook.tokenizer import train_bpe
 from llmbook.training import Trainer, TrainingConfig, documents_score, pretrained
 
@@ -262,12 +285,15 @@ def check_causal(
 ) -> None:
     """Refuse a model whose logits at a position change when later tokens do.
 
-    A row of ``length`` random ids is read twice; the second time the last ids, from one of several
-    places on, are others. Logits before that place may differ by ``tolerance`` times their spread.
+    A row of ``length`` random ids, or as many as the model reads at once, is read twice; the second
+    time the last ids, from one of several places on, are others. Logits before that place may
+    differ by ``tolerance`` times their spread.
     """
     check_at_least(length=(2, length), seed=(0, seed), vocab_size=(2, vocab_size))
     _check_positive("tolerance", tolerance)
     size = vocab_size or _vocabulary(model)
+    if (length := min(length, _longest(model) or length)) < 2:
+        return  # nothing comes after the only token
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(size, (1, length), generator=random)
     places = sorted({1, length // 2, length - 1})
@@ -275,9 +301,8 @@ def check_causal(
     for row, place in enumerate(places):  # adding 1 to size - 1 makes each id another one
         changed[row, place:] += torch.randint(1, size, (length - place,), generator=random)
     changed %= size
-    device = next(model.parameters()).device
     with unnoticed(model):
-        found = model(torch.cat([ids, changed]).to(device))
+        found = model(torch.cat([ids, changed]).to(_device(model)))
     logits = (found if isinstance(found, Tensor) else found.logits).float().cpu()
     for row, place in enumerate(places, 1):
         change = (logits[row, :place] - logits[0, :place]).abs().max().item()
@@ -298,6 +323,17 @@ def _vocabulary(model: nn.Module) -> int:
     if not isinstance(size, int):
         raise ValueError("vocab_size: expected a number, as model.config has none, got None")
     return size
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((weight.device for weight in model.parameters()), torch.device("cpu"))
+
+
+def _longest(model: nn.Module) -> int | None:
+    """How many ids the model reads at once, if its configuration says."""
+    config = getattr(model, "config", None)
+    names = ("context_length", "max_position_embeddings", "n_positions")
+    return next((int(n) for name in names if (n := getattr(config, name, None))), None)
 
 
 def _check_positive(name: str, value: Any) -> None:
@@ -439,6 +475,8 @@ class TextScores(NamedTuple):
     @property
     def perplexity(self) -> float:
         """e to the nats per token."""
+        if not self.n_tokens.sum():
+            raise ValueError("texts: expected at least one token, got none")
         return math.exp(self.nats.sum() / self.n_tokens.sum())
 
     @property
@@ -466,18 +504,12 @@ Rows = Sequence[Sequence[int]]
 def _context_length(model: nn.Module, given: int | None = None) -> int:
     """How many ids the model reads at once: what is ``given``, or what its configuration says."""
     check_at_least(context_length=(1, given))
-    config = getattr(model, "config", None)
-    names = ("context_length", "max_position_embeddings", "n_positions")
-    known = [getattr(config, name) for name in names if getattr(config, name, None)]
-    if given is None and not known:
+    known = _longest(model)
+    if given is None and known is None:
         raise ValueError("context_length: expected a number, as model.config has none, got None")
-    if given is not None and known and given > known[0]:
-        raise ValueError(f"context_length: expected at most the model's {known[0]}, got {given}")
-    return int(known[0] if given is None else given)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    if given is not None and known is not None and given > known:
+        raise ValueError(f"context_length: expected at most the model's {known}, got {given}")
+    return known if given is None else given  # type: ignore[return-value]
 
 
 def _start_id(tokenizer: Tokenizer, start: str) -> int:
@@ -602,7 +634,7 @@ def score_texts(
     size = _context_length(model, context_length)
     stride = max(1, size // 2) if stride is None else stride
     rows = [_begun(tokenizer.encode(text), first) + [first] * bool(end) for text in texts]
-    check_causal(model, vocab_size=tokenizer.vocab_size, length=min(16, size))
+    check_causal(model, vocab_size=tokenizer.vocab_size, length=min(16, max(size, 2)))
     plans = [plan_windows(len(row), size, stride) if len(row) > 1 else [] for row in rows]
     pieces = [
         (row[window.start : window.end], text, window)
@@ -1147,16 +1179,18 @@ def parse_answer(text: str, kind: AnswerKind, *, letters: str = "ABCD") -> str |
 
 # %% tags=["engine"]
 #| export
-def exact_match(text: str, answer: str, kind: AnswerKind | None = None) -> bool:
+def exact_match(
+    text: str, answer: str, kind: AnswerKind | None = None, *, letters: str = "ABCD"
+) -> bool:
     """Whether a text gives the answer: the same one by ``parse_answer``, numbers by their value.
 
     Without a ``kind``, the texts are the same but for case, white space and a last full stop.
+    ``letters`` are those that an answer of this kind may be.
     """
     check_text(text)
     check_text(answer, "answer")
     if kind is None:
         return _plain(text) == _plain(answer)
-    letters = string.ascii_uppercase
     found, right = (parse_answer(one, kind, letters=letters) for one in (text, answer))
     right = _plain(answer) if right is None and kind == "boxed" else right
     if right is None:
@@ -1865,6 +1899,8 @@ def paired_test(
 def _flipped(units: np.ndarray, n_resamples: int, seed: int) -> float:
     """The share of sign patterns whose sum is at least as far from 0 as that of ``units``."""
     units = units[units != 0]
+    if not len(units):
+        return 1.0  # no difference is as far from 0 as any that can be
     observed = abs(units.sum()) * (1 - 1e-9)  # sums in another order are the same
     if len(units) <= 14:
         signs = np.array(list(product((-1, 1), repeat=len(units)))).reshape(-1, len(units))
@@ -1880,10 +1916,8 @@ def _flipped(units: np.ndarray, n_resamples: int, seed: int) -> float:
 
 def _check_draws(least: int, n_resamples: Any, seed: Any) -> None:
     """How often something is drawn, and with which seed; neither may be None."""
-    for name, value in (("n_resamples", n_resamples), ("seed", seed)):
-        if value is None:
-            raise ValueError(f"{name}: expected a whole number, got None")
-    check_at_least(n_resamples=(least, n_resamples), seed=(0, seed))
+    check_whole("n_resamples", n_resamples, least)
+    check_whole("seed", seed, 0)
 
 
 # %% [markdown] tags=["engine"]
@@ -2133,48 +2167,18 @@ plt.show()
 
 
 # %% [markdown]
-# Names, attributes, and wordings come from the tiny world. The folded cell below imports them, for
-# this exam and for the benchmark that follows it.
-
-# %% tags=["engine"]
-#| export
-# What the benchmark takes from the tiny world
-from llmbook.tinyworld import (
-    ATTRIBUTES,
-    DOINGS,
-    OPENINGS,
-    PHRASES,
-    REPLY_DECLINED,
-    REPLY_UNKNOWN,
-    VALUES,
-    WEATHER,
-    Question,
-    State,
-    TinyWorld,
-    judge_reply,
-    make_questions,
-)
-
-# %% [markdown]
-# We also need the trained model of {doc}`13_training` and the means to train it a little further.
-# From here on, `trained` is that training run (it was a function until now), `lm` its model, and
-# `bpe` its tokenizer, no longer the one of the opening. The exam is a list of questions in random
-# order, which the web shows four to a page:
+# We continue with the trained model of {doc}`13_training`, from now on called `lm`, and train it a
+# little further. Its tokenizer is now `bpe`, in place of the tokenizer of the opening. The exam is
+# a list of questions in random order, which the web shows four to a page:
 
 # %%
 from random import Random
 
-import matplotlib.pyplot as plt
-
 from llmbook.batches import TokenRing
 from llmbook.cleaning import decontaminate
 from llmbook.corpus import Document
-from llmbook.training import pretrained
 
-plt.style.use("llmbook.book")
-torch.set_num_threads(1)
-trained, world = pretrained("tinyworld"), TinyWorld()
-lm, bpe = trained.model, trained.tokenizer
+lm, bpe = run.model, run.tokenizer
 end = bpe.special_tokens["<|endoftext|>"]
 
 
@@ -2324,7 +2328,8 @@ def order_test(
     ``options`` are those of ``score_texts``. Source: Oren et al. (2024), section 3.1.
     """
     items = _as_pages(pages)
-    _check_whole(n_shuffles=(1, n_shuffles), seed=(0, seed))
+    check_whole("n_shuffles", n_shuffles, 1)
+    check_whole("seed", seed, 0)
     check_text(separator, "separator")
     random = np.random.default_rng(seed)
     orders = [items]
@@ -2344,13 +2349,6 @@ def order_test(
 # %% tags=["engine"]
 #| export
 # Whole numbers, where None stands for nothing; and pages that have an order
-def _check_whole(**bounds: tuple[int, Any]) -> None:
-    for name, (least, value) in bounds.items():
-        if value is None:
-            raise ValueError(f"{name}: expected a whole number of at least {least}, got None")
-        check_at_least(**{name: (least, value)})
-
-
 def _as_pages(pages: Any) -> list[list[str]]:
     """Return lists of texts, at least one, each of at least two that differ."""
     if isinstance(pages, str | bytes) or not isinstance(pages, Sequence) or not len(pages):
@@ -2661,6 +2659,7 @@ class Result:
     measure: str  # "choice", "reply" or "story"
     outcomes: tuple[int, ...]  # 1 or 0 for each item
     clusters: tuple[str, ...]  # items that go together: about one character
+    items: tuple[str, ...]  # what tells an item from others: the text of a question
     chance: float
     ceiling: float
     said: dict[str, int]  # what the answers were
@@ -2716,18 +2715,27 @@ class EvaluationReport:
 #| export
 class EvaluationReport(EvaluationReport):  # continued
     def compare(self, other: "EvaluationReport") -> dict[str, PairedTest]:
-        """Return the paired test of each part that both have, this report against the other."""
-        mine, theirs = self.settings, other.settings
+        """Return the paired test of each part that both have, this report against the other.
+
+        Items that only one of them has, such as questions that its form cannot put, are left out.
+        Reports on other worlds, splits, stories or seeds, or without a common item, raise a
+        ``ValueError``.
+        """
         for name in ("world", "split", "n_stories", "seed"):
-            if mine[name] != theirs[name]:
-                expected = f"{name} {mine[name]!r} as here"
-                raise ValueError(f"other: expected {expected}, got {theirs[name]!r}")
+            mine, given = self.settings[name], other.settings[name]
+            if mine != given:
+                raise ValueError(f"other: expected {name} {mine!r} as here, got {given!r}")
+        found = {(o.name, o.measure): o for o in other.results}
         tests = {}
         for r in self.results:
-            for o in other.results:
-                if (o.name, o.measure, o.clusters) == (r.name, r.measure, r.clusters):
-                    a, b = (np.array(x.outcomes, dtype=np.float64) for x in (r, o))
-                    tests[f"{r.name}/{r.measure}"] = paired_test(a, b, clusters=r.clusters)
+            o = found.get((r.name, r.measure))
+            theirs = dict(zip(o.items, o.outcomes, strict=True)) if o else {}
+            rows = list(zip(r.items, r.outcomes, r.clusters, strict=True))
+            if both := [(a, theirs[item], about) for item, a, about in rows if item in theirs]:
+                a, b, clusters = zip(*both, strict=True)
+                tests[f"{r.name}/{r.measure}"] = paired_test(a, b, clusters=clusters)
+        if not tests:
+            raise ValueError("other: expected a report with some of the same items, got none")
         return tests
 
     def to_json(self) -> str:
@@ -2739,7 +2747,7 @@ class EvaluationReport(EvaluationReport):  # continued
         """Return the report that ``to_json`` has written."""
         try:
             entries = json.loads(check_text(text))
-            lists = ("outcomes", "clusters")
+            lists = ("outcomes", "clusters", "items")
             results = []
             for entry in entries["results"]:
                 fields: dict[str, Any] = {**entry, **{name: tuple(entry[name]) for name in lists}}
@@ -2813,7 +2821,8 @@ def _check_benchmark(world: Any, form: Any, n_stories: Any, seed: Any) -> None:
     _check_world(world)
     if not isinstance(form, QuestionForm):
         raise ValueError(f"form: expected a QuestionForm, got {form!r:.60}")
-    _check_whole(n_stories=(0, n_stories), seed=(0, seed))
+    check_whole("n_stories", n_stories, 0)
+    check_whole("seed", seed, 0)
 
 
 def _prompt_ids(
@@ -2919,8 +2928,9 @@ def _result(
     said: Mapping[str, int],
 ) -> Result:
     about = tuple(question.character for question in questions)
-    name = _NAMES[questions[0].kind]
-    return Result(name, measure, tuple(outcomes), about, chance, 1.0, dict(sorted(said.items())))
+    items = tuple(question.text for question in questions)
+    name, counts = _NAMES[questions[0].kind], dict(sorted(said.items()))
+    return Result(name, measure, tuple(outcomes), about, items, chance, 1.0, counts)
 
 
 # %% tags=["engine"]
@@ -2944,10 +2954,10 @@ def _told(
     for one in judged:
         broken = "no story" if one.error_at is not None else "a false claim"
         said["consistent" if one.consistent else broken] += 1
-    about = tuple(str(number) for number in range(n_stories))
+    numbers = tuple(str(number) for number in range(n_stories))
     outcomes = tuple(int(one.consistent) for one in judged)
-    chance = chance_of_consistency(world)
-    return Result("consistency", "story", outcomes, about, chance, 1.0, dict(sorted(said.items())))
+    chance, counts = chance_of_consistency(world), dict(sorted(said.items()))
+    return Result("consistency", "story", outcomes, numbers, numbers, chance, 1.0, counts)
 
 
 # %% [markdown]
@@ -3085,7 +3095,9 @@ def calibration(
     """
     c, y = _confidences(confidences), as_numbers(right, "right")
     _check_outcomes(y, len(c))
-    _check_whole(n_bins=(1, n_bins), n_resamples=(1, n_resamples), seed=(0, seed))
+    check_whole("n_bins", n_bins, 1)
+    check_whole("n_resamples", n_resamples, 1)
+    check_whole("seed", seed, 0)
     place = np.minimum((c * n_bins).astype(int), n_bins - 1)
     counts = np.bincount(place, minlength=n_bins)
 
@@ -3446,7 +3458,8 @@ def bradley_terry(
     (0.75, [0.549, -0.549])
     """
     won, tied = _games(wins, ties)
-    _check_whole(n_resamples=(2, n_resamples), seed=(0, seed))
+    check_whole("n_resamples", n_resamples, 2)
+    check_whole("seed", seed, 0)
     _check_level(level)
     _check_connected(won + tied / 2)
     found = _strengths(won + tied / 2)
@@ -3649,7 +3662,7 @@ class BiasedJudge:
         odds = self.skill * (first.true - second.true) + self.position
         odds += self.length * (len(first.text) - len(second.text))
         odds += self.self_preference * (first.own - second.own)
-        return 1 / (1 + math.exp(-odds))
+        return 0.5 + 0.5 * math.tanh(odds / 2)  # 1 / (1 + exp(-odds)), without overflow
 
     def both_ways(self, a: Answer, b: Answer) -> tuple[float, float, float]:
         """How likely a wins, neither, or b, if the verdict counts only when a swap keeps it."""
@@ -3754,8 +3767,10 @@ for a, b in zip(brief, wordy, strict=True):
     features.append([first.true - second.true, 1, longer, first.own - second.own])
     verdicts.append(random.random() < judge.prefers_first(first, second))
 w, error = fit_logistic(np.array(features, dtype=float), np.array(verdicts, dtype=float))
-for name, value, se in zip(("truth", "position", "length", "own"), w, error, strict=True):
-    print(f"{name:9} {value:5.2f} +- {1.96 * se:.2f}")
+names, built_in = ("truth", "position", "length", "own"), (2.0, 0.8, 0.03, 0.6)
+print("          built in   found")
+for name, true_value, value, se in zip(names, built_in, w, error, strict=True):
+    print(f"{name:9} {true_value:8.2f} {value:7.2f} ± {1.96 * se:.2f}")
 mended = np.mean(
     [1 / (1 + np.exp(-w[0] * (a.true - b.true))) for a, b in zip(brief, wordy, strict=True)]
 )
@@ -3828,7 +3843,8 @@ class LMEvalAdapter:
         batch_tokens: int = 8192,
     ):
         super().__init__()
-        _check_whole(max_new_tokens=(1, max_new_tokens), batch_tokens=(1, batch_tokens))
+        check_whole("max_new_tokens", max_new_tokens, 1)
+        check_whole("batch_tokens", batch_tokens, 1)
         self.first = _start_id(tokenizer, start)
         check_causal(model, vocab_size=tokenizer.vocab_size)
         self.model, self.tokenizer, self.start = model, tokenizer, start
@@ -3874,7 +3890,11 @@ class LMEvalAdapter(LMEvalAdapter):  # continued
             longest = int(settings.get("max_gen_toks", self.max_new_tokens))
             sampled = settings.get("do_sample", False)
             temperature = float(settings.get("temperature", 1.0)) if sampled else 0.0
-            room = max(1, _context_length(self.model) + 1 - longest)
+            room = _context_length(self.model) + 1 - longest
+            if room < 1:
+                size = _context_length(self.model)
+                expected = f"at most the context length of {size}"
+                raise ValueError(f"max_gen_toks: expected {expected}, got {longest}")
             prompts = [
                 _begun(self.tokenizer.encode(requests[number].args[0]), self.first)[-room:]
                 for number in numbers
@@ -3952,7 +3972,7 @@ def write_lm_eval_task(
     ``max_new_tokens`` are for generation.
     """
     place, data = _task_files(folder, name, kind, items)
-    _check_whole(max_new_tokens=(1, max_new_tokens))
+    check_whole("max_new_tokens", max_new_tokens, 1)
     if isinstance(until, str | bytes) or not isinstance(until, Sequence):
         raise ValueError(f"until: expected a list of texts, got {until!r:.60}")
     stops = [check_text(stop, "until") for stop in until]
@@ -4090,7 +4110,7 @@ for name, topic, value in spoiled_exam:
     right = VALUES[topic].index(value)
     choice_items.append({"context": context, "choices": texts, "answer": right})
     reply_items.append({"context": context, "target": texts[right].rstrip(".")})
-text_items = [{"text": text} for text in trained.held_out[:50]]
+text_items = [{"text": text} for text in run.held_out[:50]]
 print(choice_items[0]["context"], choice_items[0]["choices"][:2])
 
 # %% [markdown]
@@ -4145,9 +4165,9 @@ ours["stories", "byte_perplexity"] = 2**whole.bits_per_byte
 ours["stories", "word_perplexity"] = math.exp(whole.nats.sum() / n_words)
 ours["spoken", "exact_match"] = np.mean(said)
 for (task, metric), value in ours.items():
-    assert abs(value / theirs[task][metric] - 1) < 1e-5, (task, metric)
+    assert math.isclose(value, theirs[task][metric], rel_tol=1e-5, abs_tol=1e-9), (task, metric)
     noted[f"{task}, {metric}"] = f"{value:.4f}, by the harness {theirs[task][metric]:.4f}"
-    print(f"{task:8} {metric:16} ours and the harness's agree to 5 digits")
+print(f"{len(ours)} numbers of {len(theirs)} tasks: ours and the harness's agree to 5 digits")
 within("score on the exam, by the harness", theirs["exam"]["acc"], 0.1, 0.7)
 
 # %% [markdown]
@@ -4297,8 +4317,9 @@ def best_of_k(rewards: list[float], k: int) -> float:
 # %% tags=["check"]
 rewards = [0.3, -1.0, 2.0, 0.3, 1.2]
 assert math.isclose(best_of_k(rewards, 1), np.mean(rewards)), "the best of 1 is not the mean"
-assert best_of_k(rewards, 5) == 2.0, "the best of all is not the largest"
-assert best_of_k(rewards, 2) == best_of_k(rewards[::-1], 2), "the order of rewards matters"
+assert math.isclose(best_of_k(rewards, 5), 2.0), "the best of all is not the largest"
+other_way = best_of_k(rewards[::-1], 2)
+assert math.isclose(best_of_k(rewards, 2), other_way), "the order of rewards matters"
 found = best_of_k([1.0, 1.0, 0.0, 0.0, 0.0], 2)
 assert not math.isclose(found, 1 - 0.6**2), "an answer is drawn twice: that is not unbiased"
 assert math.isclose(found, pass_at_k(5, 2, 2)), f"two of five right, k = 2: {found:.3f}, not 0.7"
@@ -4322,6 +4343,7 @@ def attempts_needed(rate: float, level: float) -> int:
 # %% tags=["check"]
 for rate, level in ((0.01, 0.99), (0.01, 0.95), (0.3, 0.9), (0.002, 0.5)):
     n = attempts_needed(rate, level)
+    assert n == int(n), f"attempts are whole: {n:.2f} has to be rounded up"
     assert (1 - rate) ** n <= 1 - level, (
         f"with a rate of {rate}, {n} attempts without success happen with probability "
         f"{(1 - rate) ** n:.4f}, more than 1 - {level}"
@@ -4386,9 +4408,9 @@ assert found < 1e-12, "within a bin, misses to both sides cancel"
 # *Thirty minutes.* Chess players are rated by a rule that sees one game at a time. If `winner`
 # beats `loser`, and $e$ was the probability of that according to their present ratings,
 # $e = 1 / (1 + 10^{(r_\mathrm{loser} - r_\mathrm{winner}) / 400})$, then the winner gets
-# $k (1 - e)$ points from the loser. Write `elo(games, n_players, k)` for a list of pairs (winner,
-# loser); all players begin with 1000 points. Then compare two orders of the same games. Which
-# player would you like to be?
+# $k (1 - e)$ points from the loser. Write `elo(games, n_players, k=32.0)` for a list of pairs
+# (winner, loser); all players begin with 1000 points. Then compare two orders of the same games.
+# Which player would you like to be?
 # ````
 
 
@@ -4407,6 +4429,7 @@ def elo(games: list[tuple[int, int]], n_players: int, k: float = 32.0) -> list[f
 # %% tags=["check"]
 after = elo([(0, 1)], 2)
 assert after[0] == 1016, "between equals the winner gets half of k"
+assert elo([(0, 1)], 2, k=10.0)[0] == 1005, "the gain is k (1 - e), for any k"
 assert abs(sum(elo([(0, 1), (1, 2), (0, 2)], 3)) - 3000) < 1e-9, "what one gets, the other gives"
 upset = elo([(0, 1)] * 20 + [(1, 0)], 2)
 before = elo([(0, 1)] * 20, 2)

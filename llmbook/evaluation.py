@@ -15,14 +15,13 @@ __all__ = ['Numbers', 'Clusters', 'Rows', 'Seam', 'TooLong', 'Normalization', 'A
            'choice_log_probs', 'Calibration', 'calibration', 'fit_temperature', 'beliefs', 'Ratings', 'bradley_terry',
            'Answer', 'BiasedJudge', 'LMEvalAdapter', 'write_lm_eval_task', 'run_lm_eval']
 
-# %% ../chapters/16_evaluation.ipynb #71e5eedf
+# %% ../chapters/16_evaluation.ipynb #34713653
 # The imports of the module
 import io
 import json
 import math
 import os
 import re
-import string
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -40,7 +39,7 @@ import torch
 from jaxtyping import Float, Int64, Num
 from torch import nn, Tensor
 
-# %% ../chapters/16_evaluation.ipynb #3efc2b4f
+# %% ../chapters/16_evaluation.ipynb #746605d5
 # What it takes from earlier chapters
 from .batches import Tokenizer
 from llmbook.environment import (
@@ -49,6 +48,7 @@ from llmbook.environment import (
     check_fraction,
     check_path,
     check_text,
+    check_whole,
     requires_extra,
     whole_file,
 )
@@ -57,6 +57,24 @@ from .model import TransformerLM
 from .optimization import cross_entropy
 from .tokenizer import BPETokenizer, valid_text
 from .training import random_states, set_random_states, unnoticed
+
+# %% ../chapters/16_evaluation.ipynb #86a938b0
+# What it takes from the tiny world
+from llmbook.tinyworld import (
+    ATTRIBUTES,
+    DOINGS,
+    OPENINGS,
+    PHRASES,
+    REPLY_DECLINED,
+    REPLY_UNKNOWN,
+    VALUES,
+    WEATHER,
+    Question,
+    State,
+    TinyWorld,
+    judge_reply,
+    make_questions,
+)
 
 # %% ../chapters/16_evaluation.ipynb #a00a5f5b
 def model_logits(
@@ -74,7 +92,7 @@ def next_log_probs(
     logits, targets = model_logits(model, ids[:, :-1]), ids[:, 1:]
     return -cross_entropy(logits, targets.contiguous(), reduction="none")
 
-# %% ../chapters/16_evaluation.ipynb #c7279505
+# %% ../chapters/16_evaluation.ipynb #8cb849ca
 def check_causal(
     model: nn.Module,
     *,
@@ -85,12 +103,15 @@ def check_causal(
 ) -> None:
     """Refuse a model whose logits at a position change when later tokens do.
 
-    A row of ``length`` random ids is read twice; the second time the last ids, from one of several
-    places on, are others. Logits before that place may differ by ``tolerance`` times their spread.
+    A row of ``length`` random ids, or as many as the model reads at once, is read twice; the second
+    time the last ids, from one of several places on, are others. Logits before that place may
+    differ by ``tolerance`` times their spread.
     """
     check_at_least(length=(2, length), seed=(0, seed), vocab_size=(2, vocab_size))
     _check_positive("tolerance", tolerance)
     size = vocab_size or _vocabulary(model)
+    if (length := min(length, _longest(model) or length)) < 2:
+        return  # nothing comes after the only token
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(size, (1, length), generator=random)
     places = sorted({1, length // 2, length - 1})
@@ -98,9 +119,8 @@ def check_causal(
     for row, place in enumerate(places):  # adding 1 to size - 1 makes each id another one
         changed[row, place:] += torch.randint(1, size, (length - place,), generator=random)
     changed %= size
-    device = next(model.parameters()).device
     with unnoticed(model):
-        found = model(torch.cat([ids, changed]).to(device))
+        found = model(torch.cat([ids, changed]).to(_device(model)))
     logits = (found if isinstance(found, Tensor) else found.logits).float().cpu()
     for row, place in enumerate(places, 1):
         change = (logits[row, :place] - logits[0, :place]).abs().max().item()
@@ -111,7 +131,7 @@ def check_causal(
                 f"whose logits there change by {change:.2g}: it sees the future"
             )
 
-# %% ../chapters/16_evaluation.ipynb #233280ba
+# %% ../chapters/16_evaluation.ipynb #b9e851b9
 # What the check asks of its arguments
 def _vocabulary(model: nn.Module) -> int:
     """How many ids the model knows."""
@@ -119,6 +139,17 @@ def _vocabulary(model: nn.Module) -> int:
     if not isinstance(size, int):
         raise ValueError("vocab_size: expected a number, as model.config has none, got None")
     return size
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((weight.device for weight in model.parameters()), torch.device("cpu"))
+
+
+def _longest(model: nn.Module) -> int | None:
+    """How many ids the model reads at once, if its configuration says."""
+    config = getattr(model, "config", None)
+    names = ("context_length", "max_position_embeddings", "n_positions")
+    return next((int(n) for name in names if (n := getattr(config, name, None))), None)
 
 
 def _check_positive(name: str, value: Any) -> None:
@@ -160,7 +191,7 @@ def plan_windows(n_ids: int, context_length: int, stride: int) -> list[Window]:
         windows.append(Window(max(0, end - context_length - 1), done, end))
     return windows
 
-# %% ../chapters/16_evaluation.ipynb #f6c1c110
+# %% ../chapters/16_evaluation.ipynb #8951b45e
 class TextScores(NamedTuple):
     """How surprised a model was by some texts: for each the nats, and its tokens and bytes."""
 
@@ -171,6 +202,8 @@ class TextScores(NamedTuple):
     @property
     def perplexity(self) -> float:
         """e to the nats per token."""
+        if not self.n_tokens.sum():
+            raise ValueError("texts: expected at least one token, got none")
         return math.exp(self.nats.sum() / self.n_tokens.sum())
 
     @property
@@ -180,7 +213,7 @@ class TextScores(NamedTuple):
             raise ValueError("texts: expected at least one byte, got none")
         return float(self.nats.sum() / math.log(2) / self.n_bytes.sum())
 
-# %% ../chapters/16_evaluation.ipynb #8284d37f
+# %% ../chapters/16_evaluation.ipynb #f9b00ec8
 Numbers = Sequence[float | int | np.number | np.bool_] | np.ndarray | Tensor
 Clusters = Sequence[Hashable] | np.ndarray
 Rows = Sequence[Sequence[int]]
@@ -189,18 +222,12 @@ Rows = Sequence[Sequence[int]]
 def _context_length(model: nn.Module, given: int | None = None) -> int:
     """How many ids the model reads at once: what is ``given``, or what its configuration says."""
     check_at_least(context_length=(1, given))
-    config = getattr(model, "config", None)
-    names = ("context_length", "max_position_embeddings", "n_positions")
-    known = [getattr(config, name) for name in names if getattr(config, name, None)]
-    if given is None and not known:
+    known = _longest(model)
+    if given is None and known is None:
         raise ValueError("context_length: expected a number, as model.config has none, got None")
-    if given is not None and known and given > known[0]:
-        raise ValueError(f"context_length: expected at most the model's {known[0]}, got {given}")
-    return int(known[0] if given is None else given)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    if given is not None and known is not None and given > known:
+        raise ValueError(f"context_length: expected at most the model's {known}, got {given}")
+    return known if given is None else given  # type: ignore[return-value]
 
 
 def _start_id(tokenizer: Tokenizer, start: str) -> int:
@@ -281,7 +308,7 @@ def window_log_probs(
     parts = [part[w.first - w.start - 1 :] for part, w in zip(found, windows, strict=True)]
     return torch.cat(parts)
 
-# %% ../chapters/16_evaluation.ipynb #5094c1c7
+# %% ../chapters/16_evaluation.ipynb #dce969af
 def score_texts(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -303,7 +330,7 @@ def score_texts(
     size = _context_length(model, context_length)
     stride = max(1, size // 2) if stride is None else stride
     rows = [_begun(tokenizer.encode(text), first) + [first] * bool(end) for text in texts]
-    check_causal(model, vocab_size=tokenizer.vocab_size, length=min(16, size))
+    check_causal(model, vocab_size=tokenizer.vocab_size, length=min(16, max(size, 2)))
     plans = [plan_windows(len(row), size, stride) if len(row) > 1 else [] for row in rows]
     pieces = [
         (row[window.start : window.end], text, window)
@@ -591,17 +618,19 @@ def parse_answer(text: str, kind: AnswerKind, *, letters: str = "ABCD") -> str |
         return _letter(text, letters)
     return _number(text) if kind == "number" else _boxed(text)
 
-# %% ../chapters/16_evaluation.ipynb #41b0ff2d
-def exact_match(text: str, answer: str, kind: AnswerKind | None = None) -> bool:
+# %% ../chapters/16_evaluation.ipynb #0ce9f6e9
+def exact_match(
+    text: str, answer: str, kind: AnswerKind | None = None, *, letters: str = "ABCD"
+) -> bool:
     """Whether a text gives the answer: the same one by ``parse_answer``, numbers by their value.
 
     Without a ``kind``, the texts are the same but for case, white space and a last full stop.
+    ``letters`` are those that an answer of this kind may be.
     """
     check_text(text)
     check_text(answer, "answer")
     if kind is None:
         return _plain(text) == _plain(answer)
-    letters = string.ascii_uppercase
     found, right = (parse_answer(one, kind, letters=letters) for one in (text, answer))
     right = _plain(answer) if right is None and kind == "boxed" else right
     if right is None:
@@ -977,10 +1006,12 @@ def paired_test(
     interval = mean_interval(differences, level, clusters=clusters)
     return PairedTest(interval, p_value, wins, losses, len(first), method)
 
-# %% ../chapters/16_evaluation.ipynb #68ba2131
+# %% ../chapters/16_evaluation.ipynb #fb783611
 def _flipped(units: np.ndarray, n_resamples: int, seed: int) -> float:
     """The share of sign patterns whose sum is at least as far from 0 as that of ``units``."""
     units = units[units != 0]
+    if not len(units):
+        return 1.0  # no difference is as far from 0 as any that can be
     observed = abs(units.sum()) * (1 - 1e-9)  # sums in another order are the same
     if len(units) <= 14:
         signs = np.array(list(product((-1, 1), repeat=len(units)))).reshape(-1, len(units))
@@ -996,10 +1027,8 @@ def _flipped(units: np.ndarray, n_resamples: int, seed: int) -> float:
 
 def _check_draws(least: int, n_resamples: Any, seed: Any) -> None:
     """How often something is drawn, and with which seed; neither may be None."""
-    for name, value in (("n_resamples", n_resamples), ("seed", seed)):
-        if value is None:
-            raise ValueError(f"{name}: expected a whole number, got None")
-    check_at_least(n_resamples=(least, n_resamples), seed=(0, seed))
+    check_whole("n_resamples", n_resamples, least)
+    check_whole("seed", seed, 0)
 
 # %% ../chapters/16_evaluation.ipynb #7321de81
 def bootstrap(
@@ -1073,24 +1102,6 @@ def items_needed(
     reach = normal_quantile(level) + NormalDist().inv_cdf(power)
     return max(2, math.ceil(variance * (reach / difference) ** 2))
 
-# %% ../chapters/16_evaluation.ipynb #f3bed051
-# What the benchmark takes from the tiny world
-from llmbook.tinyworld import (
-    ATTRIBUTES,
-    DOINGS,
-    OPENINGS,
-    PHRASES,
-    REPLY_DECLINED,
-    REPLY_UNKNOWN,
-    VALUES,
-    WEATHER,
-    Question,
-    State,
-    TinyWorld,
-    judge_reply,
-    make_questions,
-)
-
 # %% ../chapters/16_evaluation.ipynb #e168cf66
 class OrderTest(NamedTuple):
     """Whether a model prefers the order of a file: see ``order_test``."""
@@ -1100,7 +1111,7 @@ class OrderTest(NamedTuple):
     z: float  # the same in standard deviations of the shuffled ones
     n_shuffles: int
 
-# %% ../chapters/16_evaluation.ipynb #09eb1fa3
+# %% ../chapters/16_evaluation.ipynb #7cff42e0
 def order_test(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -1118,7 +1129,8 @@ def order_test(
     ``options`` are those of ``score_texts``. Source: Oren et al. (2024), section 3.1.
     """
     items = _as_pages(pages)
-    _check_whole(n_shuffles=(1, n_shuffles), seed=(0, seed))
+    check_whole("n_shuffles", n_shuffles, 1)
+    check_whole("seed", seed, 0)
     check_text(separator, "separator")
     random = np.random.default_rng(seed)
     orders = [items]
@@ -1134,15 +1146,8 @@ def order_test(
     z = float(gain / spread) if spread > 0 else 0.0
     return OrderTest((1 + as_good) / (n_shuffles + 1), float(gain), z, n_shuffles)
 
-# %% ../chapters/16_evaluation.ipynb #303775d1
+# %% ../chapters/16_evaluation.ipynb #7e19ed0a
 # Whole numbers, where None stands for nothing; and pages that have an order
-def _check_whole(**bounds: tuple[int, Any]) -> None:
-    for name, (least, value) in bounds.items():
-        if value is None:
-            raise ValueError(f"{name}: expected a whole number of at least {least}, got None")
-        check_at_least(**{name: (least, value)})
-
-
 def _as_pages(pages: Any) -> list[list[str]]:
     """Return lists of texts, at least one, each of at least two that differ."""
     if isinstance(pages, str | bytes) or not isinstance(pages, Sequence) or not len(pages):
@@ -1239,7 +1244,7 @@ def story_prompt(world: TinyWorld, question: Question) -> str | None:
 #: For a base model: the question comes up in a story.
 STORY_FORM = QuestionForm("story", story_prompt, " ", (".",))
 
-# %% ../chapters/16_evaluation.ipynb #7c8bd0a5
+# %% ../chapters/16_evaluation.ipynb #5203c23f
 @dataclass(frozen=True)
 class Result:
     """How often a model was right in one part of the benchmark, and how often that can be."""
@@ -1248,6 +1253,7 @@ class Result:
     measure: str  # "choice", "reply" or "story"
     outcomes: tuple[int, ...]  # 1 or 0 for each item
     clusters: tuple[str, ...]  # items that go together: about one character
+    items: tuple[str, ...]  # what tells an item from others: the text of a question
     chance: float
     ceiling: float
     said: dict[str, int]  # what the answers were
@@ -1297,18 +1303,27 @@ class EvaluationReport:
         return "\n".join(lines)
 
     def compare(self, other: "EvaluationReport") -> dict[str, PairedTest]:
-        """Return the paired test of each part that both have, this report against the other."""
-        mine, theirs = self.settings, other.settings
+        """Return the paired test of each part that both have, this report against the other.
+
+        Items that only one of them has, such as questions that its form cannot put, are left out.
+        Reports on other worlds, splits, stories or seeds, or without a common item, raise a
+        ``ValueError``.
+        """
         for name in ("world", "split", "n_stories", "seed"):
-            if mine[name] != theirs[name]:
-                expected = f"{name} {mine[name]!r} as here"
-                raise ValueError(f"other: expected {expected}, got {theirs[name]!r}")
+            mine, given = self.settings[name], other.settings[name]
+            if mine != given:
+                raise ValueError(f"other: expected {name} {mine!r} as here, got {given!r}")
+        found = {(o.name, o.measure): o for o in other.results}
         tests = {}
         for r in self.results:
-            for o in other.results:
-                if (o.name, o.measure, o.clusters) == (r.name, r.measure, r.clusters):
-                    a, b = (np.array(x.outcomes, dtype=np.float64) for x in (r, o))
-                    tests[f"{r.name}/{r.measure}"] = paired_test(a, b, clusters=r.clusters)
+            o = found.get((r.name, r.measure))
+            theirs = dict(zip(o.items, o.outcomes, strict=True)) if o else {}
+            rows = list(zip(r.items, r.outcomes, r.clusters, strict=True))
+            if both := [(a, theirs[item], about) for item, a, about in rows if item in theirs]:
+                a, b, clusters = zip(*both, strict=True)
+                tests[f"{r.name}/{r.measure}"] = paired_test(a, b, clusters=clusters)
+        if not tests:
+            raise ValueError("other: expected a report with some of the same items, got none")
         return tests
 
     def to_json(self) -> str:
@@ -1320,7 +1335,7 @@ class EvaluationReport:
         """Return the report that ``to_json`` has written."""
         try:
             entries = json.loads(check_text(text))
-            lists = ("outcomes", "clusters")
+            lists = ("outcomes", "clusters", "items")
             results = []
             for entry in entries["results"]:
                 fields: dict[str, Any] = {**entry, **{name: tuple(entry[name]) for name in lists}}
@@ -1371,7 +1386,7 @@ def evaluate(
     settings |= {"world": asdict(world), "parameters": sum(p.numel() for p in model.parameters())}
     return EvaluationReport(tuple(results), settings)
 
-# %% ../chapters/16_evaluation.ipynb #e3ba6821
+# %% ../chapters/16_evaluation.ipynb #8f2b0b83
 _Asked = Sequence[tuple[Question, list[int]]]
 _NAMES = {"fact": "facts", "unknown": "unknown", "confidential": "confidential"}
 
@@ -1380,7 +1395,8 @@ def _check_benchmark(world: Any, form: Any, n_stories: Any, seed: Any) -> None:
     _check_world(world)
     if not isinstance(form, QuestionForm):
         raise ValueError(f"form: expected a QuestionForm, got {form!r:.60}")
-    _check_whole(n_stories=(0, n_stories), seed=(0, seed))
+    check_whole("n_stories", n_stories, 0)
+    check_whole("seed", seed, 0)
 
 
 def _prompt_ids(
@@ -1468,7 +1484,7 @@ def _replies(
     said = Counter(str(verdict.said) for verdict in verdicts)
     return _result(questions, "reply", [int(v.right) for v in verdicts], chance, said)
 
-# %% ../chapters/16_evaluation.ipynb #1ac43ba5
+# %% ../chapters/16_evaluation.ipynb #a23475f6
 # One part of a report
 def _result(
     questions: Sequence[Question],
@@ -1478,10 +1494,11 @@ def _result(
     said: Mapping[str, int],
 ) -> Result:
     about = tuple(question.character for question in questions)
-    name = _NAMES[questions[0].kind]
-    return Result(name, measure, tuple(outcomes), about, chance, 1.0, dict(sorted(said.items())))
+    items = tuple(question.text for question in questions)
+    name, counts = _NAMES[questions[0].kind], dict(sorted(said.items()))
+    return Result(name, measure, tuple(outcomes), about, items, chance, 1.0, counts)
 
-# %% ../chapters/16_evaluation.ipynb #f7473efb
+# %% ../chapters/16_evaluation.ipynb #9182d33e
 # Stories from nothing
 def _told(
     model: TransformerLM, tokenizer: BPETokenizer, world: TinyWorld, n_stories: int, seed: int
@@ -1501,10 +1518,10 @@ def _told(
     for one in judged:
         broken = "no story" if one.error_at is not None else "a false claim"
         said["consistent" if one.consistent else broken] += 1
-    about = tuple(str(number) for number in range(n_stories))
+    numbers = tuple(str(number) for number in range(n_stories))
     outcomes = tuple(int(one.consistent) for one in judged)
-    chance = chance_of_consistency(world)
-    return Result("consistency", "story", outcomes, about, chance, 1.0, dict(sorted(said.items())))
+    chance, counts = chance_of_consistency(world), dict(sorted(said.items()))
+    return Result("consistency", "story", outcomes, numbers, numbers, chance, 1.0, counts)
 
 # %% ../chapters/16_evaluation.ipynb #dab928ac
 # 1 or 0 for each answer
@@ -1528,7 +1545,7 @@ class Calibration:
     confidence: tuple[float, ...]  # their mean, NaN in an empty bin
     accuracy: tuple[float, ...]  # the share that is right
 
-# %% ../chapters/16_evaluation.ipynb #ea9c97f9
+# %% ../chapters/16_evaluation.ipynb #c1512bb0
 def calibration(
     confidences: Numbers,
     right: Outcomes,
@@ -1548,7 +1565,9 @@ def calibration(
     """
     c, y = _confidences(confidences), as_numbers(right, "right")
     _check_outcomes(y, len(c))
-    _check_whole(n_bins=(1, n_bins), n_resamples=(1, n_resamples), seed=(0, seed))
+    check_whole("n_bins", n_bins, 1)
+    check_whole("n_resamples", n_resamples, 1)
+    check_whole("seed", seed, 0)
     place = np.minimum((c * n_bins).astype(int), n_bins - 1)
     counts = np.bincount(place, minlength=n_bins)
 
@@ -1677,7 +1696,7 @@ def _strengths(wins: Float[np.ndarray, "*batch n n"]) -> Float[np.ndarray, "*bat
             break
     return np.log(pi)
 
-# %% ../chapters/16_evaluation.ipynb #f4765254
+# %% ../chapters/16_evaluation.ipynb #7c5c23ba
 def bradley_terry(
     wins: Num[np.ndarray, "players opponents"],
     ties: Num[np.ndarray, "players opponents"] | None = None,
@@ -1698,7 +1717,8 @@ def bradley_terry(
     (0.75, [0.549, -0.549])
     """
     won, tied = _games(wins, ties)
-    _check_whole(n_resamples=(2, n_resamples), seed=(0, seed))
+    check_whole("n_resamples", n_resamples, 2)
+    check_whole("seed", seed, 0)
     _check_level(level)
     _check_connected(won + tied / 2)
     found = _strengths(won + tied / 2)
@@ -1769,7 +1789,7 @@ class Answer(NamedTuple):
     true: bool
     own: bool = False
 
-# %% ../chapters/16_evaluation.ipynb #71eda31c
+# %% ../chapters/16_evaluation.ipynb #3910bbcb
 @dataclass(frozen=True)
 class BiasedJudge:
     """A simulated judge of pairs of answers, whose skill and biases are known, in nats of odds.
@@ -1794,7 +1814,7 @@ class BiasedJudge:
         odds = self.skill * (first.true - second.true) + self.position
         odds += self.length * (len(first.text) - len(second.text))
         odds += self.self_preference * (first.own - second.own)
-        return 1 / (1 + math.exp(-odds))
+        return 0.5 + 0.5 * math.tanh(odds / 2)  # 1 / (1 + exp(-odds)), without overflow
 
     def both_ways(self, a: Answer, b: Answer) -> tuple[float, float, float]:
         """How likely a wins, neither, or b, if the verdict counts only when a swap keeps it."""
@@ -1802,7 +1822,7 @@ class BiasedJudge:
         a_wins, b_wins = a_first * (1 - b_first), (1 - a_first) * b_first
         return a_wins, 1 - a_wins - b_wins, b_wins
 
-# %% ../chapters/16_evaluation.ipynb #ee05d599
+# %% ../chapters/16_evaluation.ipynb #a07fd5ed
 class LMEvalAdapter:
     """A model of ours as lm-evaluation-harness (0.4) wants it; a subclass of its ``LM``.
 
@@ -1827,7 +1847,8 @@ class LMEvalAdapter:
         batch_tokens: int = 8192,
     ):
         super().__init__()
-        _check_whole(max_new_tokens=(1, max_new_tokens), batch_tokens=(1, batch_tokens))
+        check_whole("max_new_tokens", max_new_tokens, 1)
+        check_whole("batch_tokens", batch_tokens, 1)
         self.first = _start_id(tokenizer, start)
         check_causal(model, vocab_size=tokenizer.vocab_size)
         self.model, self.tokenizer, self.start = model, tokenizer, start
@@ -1869,7 +1890,11 @@ class LMEvalAdapter:
             longest = int(settings.get("max_gen_toks", self.max_new_tokens))
             sampled = settings.get("do_sample", False)
             temperature = float(settings.get("temperature", 1.0)) if sampled else 0.0
-            room = max(1, _context_length(self.model) + 1 - longest)
+            room = _context_length(self.model) + 1 - longest
+            if room < 1:
+                size = _context_length(self.model)
+                expected = f"at most the context length of {size}"
+                raise ValueError(f"max_gen_toks: expected {expected}, got {longest}")
             prompts = [
                 _begun(self.tokenizer.encode(requests[number].args[0]), self.first)[-room:]
                 for number in numbers
@@ -1918,7 +1943,7 @@ _TASKS: dict[str, dict[str, Any]] = {
     },
 }
 
-# %% ../chapters/16_evaluation.ipynb #45672bc4
+# %% ../chapters/16_evaluation.ipynb #f6749b87
 # A task and its data become two files
 def write_lm_eval_task(
     folder: str | Path,
@@ -1937,7 +1962,7 @@ def write_lm_eval_task(
     ``max_new_tokens`` are for generation.
     """
     place, data = _task_files(folder, name, kind, items)
-    _check_whole(max_new_tokens=(1, max_new_tokens))
+    check_whole("max_new_tokens", max_new_tokens, 1)
     if isinstance(until, str | bytes) or not isinstance(until, Sequence):
         raise ValueError(f"until: expected a list of texts, got {until!r:.60}")
     stops = [check_text(stop, "until") for stop in until]

@@ -9,12 +9,13 @@ __all__ = ['FORMATS', 'DOWN', 'UP', 'STATE_BYTES', 'BLOCK_FORMATS', 'RECIPES', '
            'CompactAdamW', 'memory_breakdown', 'LiveMemory', 'checkpoint_blocks', 'BlockFormat', 'QuantizedBlocks',
            'quantize_blocks', 'Recipe', 'EmulatedLinear', 'emulate']
 
-# %% ../chapters/15_precision.ipynb #c2af7eb1
+# %% ../chapters/15_precision.ipynb #7fd00db1
 # The imports of the module
 import json
 import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -275,7 +276,7 @@ def _check_rounding(
             raise ValueError(f"x: expected numbers, as {target.name} has no NaN, got nan")
     return target
 
-# %% ../chapters/15_precision.ipynb #c1a3e48f
+# %% ../chapters/15_precision.ipynb #cc6277d1
 class FloatFields(NamedTuple):
     """The fields of a number: its sign, the stored exponent and fraction, its value, its bits."""
 
@@ -285,8 +286,10 @@ class FloatFields(NamedTuple):
     value: float
     bits: str
 
-
-def float_fields(number: float, format: str | torch.dtype | FloatFormat = "float32") -> FloatFields:
+# %% ../chapters/15_precision.ipynb #0bed9fe2
+def float_fields(
+    number: float | np.number, format: str | torch.dtype | FloatFormat = "float32"
+) -> FloatFields:
     """Round ``number`` to ``format`` and take it apart; ``bits`` shows sign, exponent, fraction.
 
     >>> float_fields(-0.75, "e4m3")
@@ -309,10 +312,11 @@ def float_fields(number: float, format: str | torch.dtype | FloatFormat = "float
     bits = " ".join(fields + [f"{fraction:0{m}b}"] * (m > 0))
     return FloatFields(sign, exponent, fraction, value, bits)
 
-# %% ../chapters/15_precision.ipynb #a71dde89
+# %% ../chapters/15_precision.ipynb #46c4ecb2
 # What is no number
 def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    known = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not known:
         raise ValueError(f"{name}: expected a number, got {value!r:.60}")
 
 # %% ../chapters/15_precision.ipynb #5526e571
@@ -391,12 +395,13 @@ def show_bits(number: float = math.pi, format: str | torch.dtype = "float16") ->
         f'<script type="application/json">{inert}</script></div><script>{script}</script>'
     )
 
-# %% ../chapters/15_precision.ipynb #f0e7b230
+# %% ../chapters/15_precision.ipynb #33b4a475
 #: What autocast computes in 16 bits: products of matrices.
 DOWN = frozenset(
     {F.linear, F.bilinear, F.scaled_dot_product_attention, F.conv1d, F.conv2d}
     | {torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.baddbmm, torch.einsum}
     | {Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.mv}
+    | {Tensor.addmm, Tensor.baddbmm}
 )
 #: What autocast computes in 32 bits: long sums, and what has a large range.
 UP = frozenset(
@@ -406,10 +411,12 @@ UP = frozenset(
     | {Tensor.softmax, Tensor.log_softmax, Tensor.logsumexp, Tensor.exp, Tensor.log, Tensor.pow}
     | {torch.sum, torch.cumsum, torch.prod, torch.rsqrt, torch.norm, torch.var}
     | {Tensor.sum, Tensor.cumsum, Tensor.prod, Tensor.rsqrt, Tensor.norm, Tensor.var}
+    | {torch.cumprod, Tensor.cumprod, Tensor.__pow__, Tensor.__rpow__}
 )
 
-# %% ../chapters/15_precision.ipynb #c8dff49e
+# %% ../chapters/15_precision.ipynb #21fb41e3
 _SIXTEEN_BITS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_ACTIVE: list["CastProducts"] = []  # the contexts that we are in, the innermost last
 _MAY_BE_CAST = {torch.float32, *_SIXTEEN_BITS.values()}
 
 
@@ -417,7 +424,7 @@ def _widened(value: Any) -> Any:
     is_narrow = isinstance(value, Tensor) and value.dtype in _SIXTEEN_BITS.values()
     return value.float() if is_narrow else value
 
-# %% ../chapters/15_precision.ipynb #1e68957c
+# %% ../chapters/15_precision.ipynb #c30456e5
 class CastProducts(TorchFunctionMode):
     """Within this context products run in ``dtype`` and sensitive functions in float32.
 
@@ -431,6 +438,17 @@ class CastProducts(TorchFunctionMode):
         if dtype not in _SIXTEEN_BITS.values():
             raise ValueError(f"dtype: expected torch.float16 or torch.bfloat16, got {dtype!r}")
         self.dtype, self.emulate = dtype, emulate
+
+    def __enter__(self) -> "CastProducts":
+        """Begin to cast; blocks that are computed again find out what was active."""
+        _ACTIVE.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Cast no more."""
+        _ACTIVE.pop()
+        super().__exit__(*error)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -510,6 +528,8 @@ class GradScaler:
     def found_inf(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the gradients of ``optimizer`` were not all finite when they were unscaled."""
         _check_optimizer(optimizer)
+        if not self._enabled:
+            return False
         if id(optimizer) not in self._found:
             name = type(optimizer).__name__
             raise RuntimeError(f"optimizer: expected unscale_() first, got {name} without it")
@@ -661,7 +681,7 @@ def _gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
         raise RuntimeError(f"optimizer: expected gradients, got {name} without any")
     return gradients
 
-# %% ../chapters/15_precision.ipynb #ccdd3a7f
+# %% ../chapters/15_precision.ipynb #8c2abf60
 class MixedPrecision(Precision):
     """Train in ``float32``, ``bfloat16`` or ``float16`` by name, with weights in float32.
 
@@ -708,11 +728,10 @@ class MixedPrecision(Precision):
         scale = self.scaler.get_scale()
         self.scaler.unscale_(optimizer)
         overflown = self.scaler.found_inf(optimizer)
-        self.scaler.update()
-        if not overflown or scale < self.lowest_scale or not loss.isfinite():
-            return True
-        self.overflows += 1
-        return False
+        smaller = overflown and scale >= self.lowest_scale and bool(loss.isfinite())
+        self.scaler.update(scale if overflown and not smaller else None)  # not its fault: it stays
+        self.overflows += smaller
+        return not smaller
 
     def check(self, model: nn.Module) -> None:
         """Refuse a ``model`` whose trained weights have 16 bits."""
@@ -806,7 +825,7 @@ class CompactAdamW(AdamW):
 #: Bytes of state for each parameter, of optimizers: of matrices in blocks, and of all else.
 STATE_BYTES = {"sgd": (0, 0), "adamw": (8, 8), "compact_adamw": (4, 4), "muon": (4, 8)}
 
-# %% ../chapters/15_precision.ipynb #154b6da3
+# %% ../chapters/15_precision.ipynb #0167171e
 def memory_breakdown(
     config: ModelConfig,
     batch_size: int,
@@ -822,8 +841,9 @@ def memory_breakdown(
     ``precision`` is "float32", "bfloat16" or "float16" for mixed precision as by autocast, or
     "pure" for 16 bits everywhere. ``optimizer`` is one of ``STATE_BYTES``. With ``checkpointing``
     each block keeps its input only, and one block at a time is computed again. ``chunk_size`` is
-    that of ``chunked_cross_entropy``, None for all logits at once. Left out is what lives only
-    while one operation runs. A ``ValueError`` for experts.
+    that of ``chunked_cross_entropy``, None for all logits at once. Left out are what lives only
+    while one operation runs, dropout's masks, and what norms of q and k keep in mixed precision.
+    A ``ValueError`` for experts.
 
     >>> parts = memory_breakdown(ModelConfig.preset("gpt2"), 8, 1024, precision="bfloat16")
     >>> round(parts["optimizer"] / 1e9, 1), round(parts["activations"] / 1e9, 1)  # in GB
@@ -901,7 +921,7 @@ class LiveMemory(TorchDispatchMode):
 def _storages(tree: Any) -> list[Any]:
     return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
-# %% ../chapters/15_precision.ipynb #7ec46732
+# %% ../chapters/15_precision.ipynb #0f62bfd5
 def checkpoint_blocks(model: TransformerLM) -> TransformerLM:
     """Let each block of ``model`` keep its input only in training; return ``model``.
 
@@ -919,8 +939,16 @@ def checkpoint_blocks(model: TransformerLM) -> TransformerLM:
 def _checkpointed(forward: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(*arguments, **options)
-    again: Tensor = checkpoint(forward, *arguments, use_reentrant=False, **options)
-    return again
+    active = _ACTIVE[-1] if _ACTIVE else None
+
+    def contexts() -> tuple[Any, Any]:
+        again = type(active)(active.dtype, emulate=active.emulate) if active else nullcontext()
+        return nullcontext(), again
+
+    result: Tensor = checkpoint(
+        forward, *arguments, use_reentrant=False, context_fn=contexts, **options
+    )
+    return result
 
 # %% ../chapters/15_precision.ipynb #3f340ca7
 @dataclass(frozen=True)
@@ -1065,7 +1093,7 @@ RECIPES = {
     "nvfp4": Recipe(forward="nvfp4", backward="nvfp4", scaling="block", stochastic=True),
 }
 
-# %% ../chapters/15_precision.ipynb #3416898e
+# %% ../chapters/15_precision.ipynb #37d14e8f
 class EmulatedLinear(nn.Linear):
     """A linear layer whose three products have rounded operands, and sums in float32.
 
@@ -1114,7 +1142,8 @@ class EmulatedLinear(nn.Linear):
         """Return the linear map of ``x``, in float32."""
         check_tensor("x", x, "...", self.in_features)
         rows = x.reshape(-1, self.in_features).float()
-        out = _RoundedProducts.apply(rows, self.weight, self)
+        with torch.autocast(x.device.type, enabled=False):
+            out = _RoundedProducts.apply(rows, self.weight, self)
         out = out.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
 
@@ -1141,31 +1170,41 @@ class _RoundedProducts(torch.autograd.Function):
             by_token = layer._rounded(gradient, 2, dim=0)
         return by_output @ weight, by_token.T @ x, None
 
-# %% ../chapters/15_precision.ipynb #28d9a5ae
+# %% ../chapters/15_precision.ipynb #4c912de4
 def emulate(
     model: nn.Module, recipe: str | Recipe, *, keep: Collection[str] = ("lm_head",)
 ) -> nn.Module:
     """Return a copy of ``model`` whose linear layers round the operands of their products.
 
     Layers whose own name is in ``keep`` stay as they are. ``recipe`` is one of ``RECIPES`` or made
-    anew. Train the copy as any model: its weights are float32.
+    anew. Train the copy as any model: its weights are float32. A model without a linear layer to
+    exchange raises a ``ValueError``.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a module of PyTorch, got {model!r:.60}")
     recipe = _find_recipe(recipe)
     if isinstance(keep, str) or not all(isinstance(name, str) for name in keep):
         raise ValueError(f"keep: expected a collection of names, got {keep!r:.60}")
-    model = deepcopy(model)
-    for parent in list(model.modules()):
+    root = nn.ModuleDict({"model": deepcopy(model)})  # the model itself may be a linear layer
+    exchanged = 0
+    for parent in list(root.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear and name not in keep:
-                biased = child.bias is not None
-                layer = EmulatedLinear(
-                    child.in_features, child.out_features, biased, recipe=recipe
-                ).to(child.weight.device)
-                layer.weight, layer.bias = child.weight, child.bias
-                setattr(parent, name, layer.train(child.training))
-    return model
+                setattr(parent, name, _emulated(child, recipe))
+                exchanged += 1
+    if not exchanged:
+        raise ValueError(f"model: expected linear layers besides {tuple(keep)}, got none")
+    return root["model"]
+
+# %% ../chapters/15_precision.ipynb #422eb7ca
+# A layer with the weights of another
+def _emulated(linear: nn.Linear, recipe: Recipe) -> EmulatedLinear:
+    """A layer with the same weights."""
+    biased = linear.bias is not None
+    layer = EmulatedLinear(linear.in_features, linear.out_features, biased, recipe=recipe)
+    layer = layer.to(linear.weight.device)
+    layer.weight, layer.bias = linear.weight, linear.bias
+    return layer.train(linear.training)
 
 # %% ../chapters/15_precision.ipynb #596e1a76
 def _round_blocks(

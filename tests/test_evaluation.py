@@ -28,6 +28,7 @@ from llmbook.evaluation import (
     LMEvalAdapter,
     QuestionForm,
     Result,
+    TextScores,
     as_numbers,
     beliefs,
     bits_per_byte,
@@ -1128,7 +1129,8 @@ def test_a_report_survives_json_and_a_file(lm: TransformerLM, bpe: BPETokenizer,
 
 
 def result(outcomes: list[int], clusters: str) -> Result:
-    return Result("facts", "choice", tuple(outcomes), tuple(clusters), 0.1, 1.0, {})
+    items = tuple(f"{name} {place}" for place, name in enumerate(clusters))
+    return Result("facts", "choice", tuple(outcomes), tuple(clusters), items, 0.1, 1.0, {})
 
 
 def test_intervals_are_wider_where_clusters_go_together() -> None:
@@ -1151,6 +1153,41 @@ def test_reports_are_compared_item_by_item(lm: TransformerLM, bpe: BPETokenizer)
     with pytest.raises(ValueError, match="other: expected seed 0 as here, got 1"):
         better.compare(other)
     assert better.compare(EvaluationReport(worse.results, settings | {"form": "chat"}))
+    same = better.compare(better)["facts/choice"]
+    assert (same.p_value, same.wins, same.losses) == (1.0, 0, 0)
+    fewer = EvaluationReport(
+        (result([0] * 5 + [1], names[:6]),), settings
+    )  # what another form puts
+    assert better.compare(fewer)["facts/choice"].wins == 5
+    strange = EvaluationReport((result([0] * 3, "xyz"),), settings)
+    with pytest.raises(ValueError, match="other: expected a report with some of the same items"):
+        better.compare(strange)
+
+
+def test_equal_scores_are_no_evidence() -> None:
+    assert paired_test([0.5, 0.5, 1.2], [0.5, 0.5, 1.2]).p_value == 1.0
+
+
+def test_answers_are_letters_of_the_question() -> None:
+    assert exact_match("Answer: I think it is (C).", "C", "letter")
+    assert not exact_match("Answer: (E).", "D", "letter", letters="ABCDE")
+
+
+def test_what_a_model_reads_at_once_bounds_the_test_of_causality() -> None:
+    sizes = {"vocab_size": 11, "context_length": 8, "d_model": 8, "n_layers": 1, "n_heads": 1}
+    check_causal(TransformerLM(ModelConfig(**sizes)))
+
+
+def test_no_token_has_no_perplexity() -> None:
+    nothing = TextScores(np.zeros(1), np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
+    with pytest.raises(ValueError, match="texts: expected at least one token, got none"):
+        _ = nothing.perplexity
+
+
+def test_a_judge_of_very_long_answers() -> None:
+    judge = BiasedJudge(length=0.03)
+    brief, wordy = Answer("a", True, False), Answer("a" * 24_000, True, False)
+    assert judge.prefers_first(brief, wordy) == 0.0 and judge.prefers_first(wordy, brief) == 1.0
 
 
 # The harness

@@ -1391,3 +1391,56 @@ def test_scales_are_numbers_that_float32_holds():
         scaler.step(torch.optim.SGD([weight], lr=1.0))
         scaler.update()
     assert scaler.get_scale() == float(np.float32(3e38))
+
+
+@pytest.mark.parametrize("emulate", [False, True])
+def test_blocks_that_are_computed_again_are_cast_again(emulate):
+    ids = torch.arange(12).view(1, 12)
+    found = []
+    for change in (lambda model: model, checkpoint_blocks):
+        model = change(model_of())
+        with CastProducts(torch.bfloat16, emulate=emulate):
+            logits = model(ids)
+        logits.float().square().mean().backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *found))
+
+
+def test_a_scaler_that_is_not_enabled_has_found_nothing():
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.full((2,), math.inf)
+    assert GradScaler(enabled=False).found_inf(torch.optim.SGD([weight], lr=0.1)) is False
+
+
+@pytest.mark.parametrize(
+    "loss, lowest, ready, scale",
+    [
+        (1.0, 2.0**-14, False, 512.0),
+        (math.nan, 2.0**-14, True, 1024.0),
+        (1.0, 2048.0, True, 1024.0),
+    ],
+)
+def test_the_scale_falls_only_where_that_may_help(loss, lowest, ready, scale):
+    precision = MixedPrecision("float16", scaler=GradScaler(init_scale=1024.0), lowest_scale=lowest)
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.full((2,), math.inf)
+    assert precision.settle(torch.optim.SGD([weight], lr=0.1), torch.tensor(loss)) is ready
+    assert precision.scaler.get_scale() == scale
+
+
+def test_a_layer_alone_is_emulated_and_nothing_is_refused():
+    assert isinstance(emulate(nn.Linear(32, 32), "mxfp8"), EmulatedLinear)
+    with pytest.raises(ValueError, match=r"model: expected linear layers besides \('lm_head',\)"):
+        emulate(nn.LayerNorm(4), "mxfp8")
+
+
+def test_emulated_products_are_not_cast_by_autocast():
+    layer = emulate(nn.Linear(32, 32, bias=False), "fp8_current")
+    x = torch.randn(4, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = layer(x)
+    assert inside.dtype == torch.float32 and torch.equal(inside, layer(x))
+
+
+def test_numbers_of_numpy_have_fields():
+    assert float_fields(np.float32(0.75), "e4m3") == float_fields(0.75, "e4m3")
