@@ -3779,11 +3779,11 @@ print(f"score of the brief system without the tastes: {mended:.2f}, by the truth
 # %% [markdown]
 # The score comes back to 0.54, where a judge without tastes puts it. (That is a little closer to
 # one half than the truth, because even this judge sometimes errs between a true answer and a false
-# one.) Look at the intervals of the coefficients, though. Truth and position, 2.0 and 0.8 by
-# construction, are found well. Length and authorship are not: in these pairs the longer answer is
-# always by the judge's own family, so the verdicts tell us little more than the sum of the two
-# tastes. That was enough here. To tell the two apart, we would need pairs that differ in one and
-# not in the other, such as two answers of different length by the same system.
+# one.) Look at the intervals of the coefficients, though. Truth and position are found well. Length
+# and authorship are not: in these pairs the longer answer is always by the judge's own family, so
+# the verdicts tell us little more than the sum of the two tastes. That was enough here. To tell the
+# two apart, we would need pairs that differ in one and not in the other, such as two answers of
+# different length by the same system.
 
 # %% [markdown]
 # ## The industry's harness
