@@ -4,14 +4,16 @@
 # > Train with fewer bits: what rounding to 16, 8, or 4 bits costs, where it fails, and the recipe
 # > that makes it safe.
 #
-# Every number in our models so far has taken 32 bits. Half as many bits would take half the
+# Almost every number in our models so far has taken 32 bits. Half as many bits would take half the
 # memory, and processors built for short numbers multiply them several times as fast. So it's
 # tempting to convert the whole model to 16 bits and train as before. Nothing crashes. The loss
 # falls, too, just not as far as it should, and no message says why.
 #
-# To see what went wrong, we take numbers apart bit by bit and round them ourselves, to every format
+# To see what went wrong, we take numbers apart bit by bit and round them ourselves, to the formats
 # that models are trained in. Then we can say which parts of a training step may be short, which may
-# not, and what to do about the rest.
+# not, and how the rest is protected: by weights that stay in 32 bits, and by a scale for the loss.
+# After that we count how much memory this really saves, look at what a compiler adds, and go down
+# to 8 and 4 bits.
 #
 # | | |
 # |---|---|
@@ -76,8 +78,9 @@ from llmbook.training import Precision
 # %% [markdown]
 # ## Two runs that go wrong
 #
-# Our data are stories of the tiny world, one to a row, cut into tokens by the tokenizer of
-# chapter 13's model.
+# To watch it happen, we need data and a model. The data are stories of the tiny world, one to a
+# row. `pretrained("tinyworld")` is the model that {doc}`13_training` trained, and its tokenizer
+# cuts the stories into tokens.
 
 # %%
 import tempfile
@@ -98,8 +101,10 @@ shards = write_shards(stories, Path(tempfile.mkdtemp()) / "stories", trained.tok
 sampler = BatchSampler(pack_documents(shards, 128, "one_per_row"), batch_size=8)
 
 # %% [markdown]
-# The function below trains with AdamW. After each step it stores the weights as the function
-# `store` says, in 16 bits for example, and it counts how many weights the last step has changed.
+# The function below trains with AdamW. After each step it passes every weight through `store`,
+# which rounds it to 16 bits, for example. It returns the losses and the share of the weights that
+# the last step changed. (`next_token_objective` returns the summed loss of a batch and the number
+# of its targets.)
 
 
 # %%
@@ -122,9 +127,9 @@ def train(model: nn.Module, store: Callable, rate: float, n_steps: int) -> tuple
 
 
 # %% [markdown]
-# The first run trains a small model from the beginning, three times, with the same seeds and
-# batches in both types. The only difference is the type in which the weights are stored between
-# steps. `bfloat16` has 16 bits and the range of `float32`.
+# The first experiment trains a small model from scratch, with three seeds. Each seed is run twice,
+# with the same initial weights and the same batches. The only difference is the type in which the
+# weights are stored between steps: `float32`, or `bfloat16`, which has 16 bits and the same range.
 
 
 # %%
@@ -145,8 +150,10 @@ assert (stalled > 0.15).all() and (stalled < 0.6).all(), stalled
 print("last ten steps: 16-bit weights cost 0.15 to 0.6 nats a token with each of 3 seeds")
 
 # %% [markdown]
-# Where does the difference come from? Late in training, when steps are small, it is plain to see.
-# Continue the trained model for a few steps at a rate of 0.0001, and count:
+# With each seed, storing the weights in 16 bits has cost at least 0.15 nats, after no more than 80
+# steps. Where does the difference come from? It is easiest to see late in training, when steps are
+# small. We continue the trained model for five steps at a rate of 0.0001, and count the weights
+# that the last step moved:
 
 # %%
 moved = {}
@@ -156,9 +163,10 @@ assert moved["float32"] > 0.7 and moved["bfloat16"] < 0.04, moved
 print("weights that a step moved: over 70% of those in 32 bits, under 4% of those in 16 bits")
 
 # %% [markdown]
-# (In 32 bits the rest are embeddings of tokens that haven't come up.) In 16 bits the weights have
-# frozen. The gradient is there, the optimizer divides and averages as it should, and then the
-# update disappears when the weight is stored. {numref}`fig-precision-stall` shows the first run.
+# (In 32 bits, weights that don't move are mostly embeddings of tokens that haven't come up.) In 16
+# bits the weights have frozen. The gradient is there, the optimizer averages and divides as it
+# should, and then the update disappears when the weight is stored. {numref}`fig-precision-stall`
+# shows the losses of the first experiment.
 
 # %% mystnb={"figure": {"caption": "The same training with weights stored in 32 and in 16 bits, with three seeds each.", "name": "fig-precision-stall"}, "image": {"alt": "Loss over 80 steps. Both groups of three curves begin at 7.4 nats per token. The 32-bit curves fall to about 5.3, the bfloat16 curves fall more slowly from the start and end about 0.3 higher."}}
 figure, ax = plt.subplots()
@@ -171,8 +179,12 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# The second run uses the other 16-bit type, `float16`, for everything, and looks at the gradients
-# of the trained model:
+# With weights in `bfloat16`, the loss falls more slowly from the start, and it ends about 0.3 nats
+# higher.
+#
+# The second experiment uses the other 16-bit type, `float16`, for everything: weights, activations,
+# and gradients. It makes one backward pass of the trained model and counts the gradients that are
+# zero:
 
 # %%
 batch = compact(sampler[0])
@@ -187,16 +199,17 @@ print("gradients of the output layer that are exactly zero:")
 print("in float32 under 1%, in float16 between 40% and 95%")
 
 # %% [markdown]
-# This time it is the gradients that are gone, for most of the weights of the output layer.
-# Two formats of the same size, two different failures. To understand them, we need to know which
-# numbers a format has.
+# This time the updates aren't even computed: the gradients are gone, and for a large share of the
+# weights of the output layer. Two formats of the same size fail in two different ways. To
+# understand them, we need to know which numbers a format has.
 
 # %% [markdown]
 # ## Floats, bit by bit
 #
 # A floating-point number is scientific notation in base two. It has a sign, an exponent, and the
-# digits after the leading one, the **fraction** (also called mantissa). With $E$ bits that hold a
-# whole number $e$ and $m$ bits that hold a whole number $f$, the value is
+# digits after the leading one, which are called the **fraction** (or mantissa). The sign is one bit
+# $s$. With $E$ bits that hold a whole number $e$ and $m$ bits that hold a whole number $f$, the
+# value is
 #
 # $$
 # x = (-1)^s \cdot 2^{\,e - b} \cdot \Bigl(1 + \frac{f}{2^m}\Bigr), \qquad b = 2^{E-1} - 1 .
@@ -206,7 +219,8 @@ print("in float32 under 1%, in float16 between 40% and 95%")
 # sign. The leading one isn't stored, because it's always there, except when $e = 0$. Then the value
 # is $(-1)^s \cdot 2^{1-b} \cdot f / 2^m$, without the one. These are the {term}`subnormal numbers`.
 # They fill the gap between zero and the smallest normal number $2^{1-b}$ with even steps, and one
-# of them ($f = 0$) is zero itself.
+# of them ($f = 0$) is zero itself. {numref}`fig-precision-layouts` shows how the formats of this
+# chapter divide their bits; `e4m3` is short for four bits of exponent and three of fraction.
 #
 # ```{figure} ../figures/precision-layouts.svg
 # :name: fig-precision-layouts
@@ -215,11 +229,15 @@ print("in float32 under 1%, in float16 between 40% and 95%")
 # Where the bits go. Exponent bits buy range, fraction bits buy digits.
 # ```
 #
-# What the largest exponent means depends on the format. In most, it is reserved: $f = 0$ is
-# infinity, any other $f$ is NaN. `float8_e4m3fn` is too short to give away a whole exponent, so
-# only its very last code is NaN, and it has no infinity, which is what the `fn` stands for (finite,
-# with NaN) {cite}`micikevicius2022fp8`. `float4_e2m1fn` has only numbers. Last, `float8_e8m0fnu`
-# has neither sign nor fraction (`u` for unsigned): it is a power of two, used only as a scale.
+# What the largest exponent means depends on the format. In most formats it is reserved: with $f =
+# 0$ it stands for infinity, and with any other $f$ for NaN. `float8_e4m3fn` is too short to give
+# away a whole exponent. Only its very last code is NaN, and it has no infinity, which is what the
+# `fn` stands for (finite, with NaN) {cite}`micikevicius2022fp8`. In `float4_e2m1fn` every code is a
+# number. Last, `float8_e8m0fnu` has neither a sign nor a fraction (`u` stands for unsigned). It
+# holds powers of two and is used only for scales.
+#
+# The class below keeps the fields of a format and derives everything else from them: the bias, the
+# spacing above 1 (`epsilon`), and the smallest and largest numbers.
 
 
 # %%
@@ -307,8 +325,8 @@ class FloatFormat(FloatFormat):  # continued
 
 
 # %% [markdown]
-# Equation {eq}`precision-value` as code turns a code, the bits read as a whole number, into its
-# value:
+# Next comes equation {eq}`precision-value` in code. A number's **code** is its bits, read as a
+# whole number; `decode` turns it into the value:
 
 
 # %%
@@ -330,9 +348,9 @@ class FloatFormat(FloatFormat):  # continued
 
 
 # %% [markdown]
-# The formats have the names that PyTorch gives them. `tfloat32` and `float4_e2m1fn` have no type of
-# their own there: the first exists only inside GPUs, which round `float32` to it on the way into a
-# product, and of the second, PyTorch only knows pairs packed into a byte.
+# The formats have the names that PyTorch gives them. Two have no type of their own there:
+# `tfloat32` exists only inside GPUs, which round `float32` to it on the way into a product, and
+# `float4_e2m1fn` is known to PyTorch only as pairs packed into a byte.
 
 # %%
 #| export
@@ -352,9 +370,10 @@ FORMATS = {
 }
 
 # %% [markdown]
-# Everything else follows from these few numbers. Half of the spacing, relative to the number, is
-# the largest error of rounding, $2^{-(m+1)}$, called the {term}`unit roundoff` $u$. In digits,
-# $-\log_{10} u$ of them can be trusted. All of this table is computed:
+# Everything else follows from these few numbers. The largest error of rounding a normal number,
+# relative to the number, is half of the spacing above 1, $2^{-(m+1)}$. It is called the
+# {term}`unit roundoff` $u$, and $-\log_{10} u$ is the number of decimal digits that can be trusted.
+# All of the following table is computed from the fields:
 
 # %%
 print("format           bits  digits    largest   normal from   subnormal from  infinity")
@@ -368,17 +387,18 @@ for format in FORMATS.values():
 
 # %% [markdown]
 # Now the two failures have numbers. `bfloat16` keeps the range of `float32` and pays with digits:
-# just above 1, the next number is 0.8% away, so an update of less than 0.4% of the weight is
-# rounded away. AdamW's updates are about as large as the rate, 0.0001, and most of our weights are
-# larger than 0.05, so most updates are too small.
+# just above 1, the next number is 0.8% away. An update of less than half of the spacing is rounded
+# away, and that is between 0.2% and 0.4% of the weight, depending on where the weight lies between
+# two powers of two. AdamW's updates are about as large as the rate, 0.0001, which is 0.2% of 0.05.
+# About nine in ten of our weights are larger than that, so most updates are too small.
 #
 # `float16` has three digits, but nothing between 0 and 0.00000006. Recall from
 # {doc}`12_optimization` that the gradient of a logit is $p - y$, divided here by the number of
 # targets, about 500. If the model gives a wrong token a probability of one in a million, its
-# gradient is 0.000000002, far below half of the smallest number, and rounds to zero. A trained
-# model is that sure about most tokens in most places. `bfloat16` would keep these gradients, and
-# `float16`, whose spacing is an eighth, would keep more of the updates. Neither has both the range
-# and the digits.
+# gradient is 0.000000002. That is far below half of the smallest number, so it rounds to zero. A
+# trained model is that sure about most tokens in most places. `bfloat16` would keep these
+# gradients, and `float16`, whose spacing is an eighth of that of `bfloat16`, would keep more of the
+# updates. Neither has both the range and the digits.
 #
 # A normal number keeps all its digits wherever it stands, because the spacing grows with it.
 # {numref}`fig-precision-line` shows this for the short formats.
@@ -404,24 +424,29 @@ axes[1].legend(ncols=2, loc="upper right")
 plt.show()
 
 # %% [markdown]
+# The left panel shows how e5m2 spends the bit that e4m3 gives to digits: its numbers are sparser,
+# and they reach much farther. On the right, every format has a flat stretch, in which the relative
+# error is never above its unit roundoff. That of `bfloat16` is wider than the panel. To the left of
+# that stretch, among the subnormal numbers, digits are lost one by one.
+#
 # ## Rounding
 #
 # Since $m$ digits follow the leading one, the numbers between $2^k$ and $2^{k+1}$ are the whole
 # multiples of $2^{k-m}$. That's their spacing. Below the smallest normal number, the spacing stops
-# shrinking. So rounding is a division by the spacing, which is a power of two and loses nothing, a
-# rounding to a whole number, and a multiplication:
+# shrinking. So rounding takes three steps: divide by the spacing, which is a power of two and loses
+# nothing; round to a whole number; multiply by the spacing:
 #
 # $$
 # \operatorname{round}(x) = \sigma \cdot \Bigl\lfloor \frac{x}{\sigma} \Bigr\rceil , \qquad
 # \sigma = 2^{\max(\lfloor \log_2 |x| \rfloor,\; 1-b) \,-\, m} .
 # $$ (precision-round)
 #
-# A tie, where $x / \sigma$ ends in exactly one half, goes to the even neighbor. Always rounding it
-# up would push sums up; half of the even neighbors are below and half above.
+# A tie, where $x / \sigma$ ends in exactly one half, goes to the even neighbor. If ties were always
+# rounded up, sums would drift upward; the even neighbor is above as often as below.
 #
-# No logarithm is needed for $\lfloor \log_2 |x| \rfloor$: it stands in the bits of $x$. We read the
-# same memory as whole numbers, shift out the fraction, and mask the sign. Written back with a
-# fraction of zero, the exponent is the power of two that we want.
+# No logarithm is needed for $\lfloor \log_2 |x| \rfloor$: it stands in the bits of $x$. The
+# function below reads the same memory as whole numbers, shifts out the fraction, and masks the
+# sign. Written back with a fraction of zero, the exponent is the power of two that we want.
 
 
 # %%
@@ -436,8 +461,9 @@ def _spacing(x: Float[Tensor, "*shape"], target: FloatFormat) -> Float[Tensor, "
 
 
 # %% [markdown]
-# Two decisions are left. What is too large becomes infinite, or the largest number if it is to
-# *saturate*. And the rounding may be *stochastic*, which the next section is about.
+# Two choices are left to the caller. A number that is too large becomes infinite, or the largest
+# number of the format if it is to *saturate*. And rounding goes to the nearest number unless it is
+# *stochastic*; a later section of this chapter says why one might want that.
 
 
 # %%
@@ -483,7 +509,7 @@ def round_to(
 
 # %% [markdown] tags=["engine"]
 # A format may be given by its name, by the short name that papers use, or as a type of PyTorch.
-# float64 is none of them: nothing here is as precise, and the rounding is done in it.
+# float64 is none of them: no format here is as precise, and the rounding itself is done in it.
 
 
 # %% tags=["engine"]
@@ -522,8 +548,8 @@ def float_format(format: str | torch.dtype | FloatFormat) -> FloatFormat:
 
 
 # %% [markdown] tags=["engine"]
-# A rounded number that is larger than the largest is too large. So the limit is half a step above
-# the largest number, as in IEEE 754.
+# A number is too large if it is still larger than the largest number after rounding. So the limit
+# is half a step above the largest number, as in IEEE 754.
 
 
 # %% tags=["engine"]
@@ -570,7 +596,8 @@ def _check_rounding(
 # %% [markdown]
 # ### What happens to a number
 #
-# Everything that can happen happens to one of these:
+# The seven numbers in the first row show everything that can happen. Each row below it has the same
+# numbers, rounded to one format:
 
 # %%
 examples = torch.tensor([1 / 3, 1.0625, 1.1875, 0.001, 1e-5, 500.0, 1e5])
@@ -579,23 +606,26 @@ for name in ("tfloat32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", 
     print(f"{name:15}", *(f"{x:9.4g}" for x in round_to(examples, name).tolist()))
 
 # %% [markdown]
-# Read the row of `float8_e4m3fn`, which has steps of 1/8 above 1. 1.0625 and 1.1875 are ties, and
-# go down to 1 and up to 1.25, both with an even last digit. 0.001 is its smallest subnormal number
-# 0.00195 after rounding up, and 0.00001 has vanished. 500 saturates at 448, as it does in PyTorch.
-# `float8_e5m2`, with one digit fewer, gets 512.
+# Read the row of `float8_e4m3fn`, which has steps of 1/8 above 1. The numbers 1.0625 and 1.1875
+# (printed with four digits) are ties. They go down to 1 and up to 1.25, both of which have an even
+# last digit. 0.001 is rounded up to the smallest subnormal number, 0.00195, and 0.00001 has
+# vanished. 500 saturates at 448, as it does in PyTorch. `float8_e5m2`, with one fraction bit fewer,
+# rounds it to 512, and makes 100,000 infinite.
 #
-# What does the GPU do for `tfloat32`? It keeps 10 fraction bits of a `float32` and sums in
-# `float32`. Its instruction for this conversion, `cvt.rna.tf32`, rounds ties away from zero, and
-# a product that gets unconverted numbers ignores their last 13 bits. Here ties go to even, as
-# everywhere else in the chapter. The difference is at most in ties, one number in 8,192.
+# What does a GPU do for `tfloat32`? It keeps 10 fraction bits of each `float32` factor and sums in
+# `float32`. According to the manual of NVIDIA's instruction set, the instruction for this
+# conversion, `cvt.rna.tf32`, rounds ties away from zero. Here ties go to even, as everywhere else
+# in the chapter. The two roundings can differ only at ties, which are one number in 8,192 if the 13
+# bits that are dropped are random.
 
 # %% [markdown]
 # ### A number taken apart
 #
-# {py:func}`~llmbook.precision.float_fields` goes the other way: it rounds a number and returns the
-# fields that stand in memory. With $k = |x| / \sigma$, the number of spacings, the exponent and
-# fraction together are simply $k + (e - 1) \cdot 2^m$: all numbers of a format, in order, have
-# consecutive codes.
+# {py:func}`~llmbook.precision.float_fields` is the reverse of `decode`: it rounds a number and
+# returns the fields that stand in memory. Let $k = |x| / \sigma$ be the number of spacings in $x$.
+# Then the exponent and fraction, read together as one whole number, are simply $k + (e - 1) \cdot
+# 2^m$, with $e = 1$ for subnormal numbers. So all numbers of a format, in order, have consecutive
+# codes.
 
 
 # %%
@@ -652,7 +682,7 @@ def _check_number(name: str, value: object) -> None:
 
 
 # %% [markdown]
-# Three numbers in three formats. The last line of each group shows what became of 1,000:
+# Here are three numbers in three formats. The last line of each group shows what becomes of 1,000:
 
 # %%
 for name in ("float16", "bfloat16", "float8_e4m3fn"):
@@ -668,15 +698,16 @@ for name in ("float16", "bfloat16", "float8_e4m3fn"):
         print(f" x 2^{power} = {value:.6g}")
 
 # %% [markdown]
-# Look at 0.001 in `float8_e4m3fn`: its exponent field is 0, so there is no leading one, and it is a
-# subnormal number with a single digit.
+# Look at 0.001 in `float8_e4m3fn`. Its exponent field is 0, so there is no leading one: it is a
+# subnormal number with a single binary digit. And 1,000, which is too large for this format, has
+# become 448.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the figure below, which works without a kernel or a network (`show_bits`)
 
 # %% [markdown] tags=["engine"]
-# The function writes HTML with the formats and the number's codes inside, a script that turns bits
-# into values by the rules of `FloatFormat.decode`, and a table for readers without scripts.
+# The function writes HTML that contains the formats and the number's codes, a script that turns
+# bits into values by the rules of `FloatFormat.decode`, and a table for readers without scripts.
 
 # %% tags=["engine"]
 #| export
@@ -763,9 +794,9 @@ def show_bits(number: float = math.pi, format: str | torch.dtype = "float16") ->
 # %% [markdown]
 # ### A number to play with
 #
-# Here you can set the bits yourself. Click a bit to flip it, or walk with the arrow keys and press
-# the space bar. The two buttons at the end go to the next number down or up. Which bits make
-# the largest number of each format, and what does the next code mean?
+# Here you can set the bits yourself. Click a bit to flip it, or move with the arrow keys and press
+# the space bar. The two buttons at the end go to the next number down or up. Which bits make the
+# largest number of each format, and what does the next code mean?
 
 # %%
 show_bits(math.pi, "float16")
@@ -773,25 +804,25 @@ show_bits(math.pi, "float16")
 # %% [markdown]
 # ## Rounding by chance
 #
-# Return to the frozen weight. It stands at 1 in `bfloat16`, the next number is $\sigma = 1/128$
-# away, and each step wants to add a ten-thousandth of that. To nearest, nothing ever happens: it
-# isn't that the error is large, it's the *same* error every time, and a thousand steps lose a
-# thousand updates.
+# Return to the frozen weights. Suppose that a weight stands at 1 in `bfloat16`. The next number is
+# $\sigma = 1/128$ away, and each step wants to add a ten-thousandth of that. If we round to
+# nearest, nothing ever happens. The trouble isn't that the error is large. It is the *same* error
+# every time, so a thousand steps lose a thousand updates.
 #
 # {term}`Stochastic rounding <stochastic rounding>` draws lots. Let $x$ lie between the neighbors
-# $a$ and $a + \sigma$, at a share $t = (x - a) / \sigma$ of the way. Go up with probability $t$,
-# else down. Then
+# $a$ and $a + \sigma$, a share $t = (x - a) / \sigma$ of the way up. Go up with probability $t$,
+# and down otherwise. Then
 #
 # $$
 # \mathbb{E}[\operatorname{round}(x)] = (1 - t)\, a + t\, (a + \sigma) = a + t \sigma = x , \qquad
 # \operatorname{Var} = t (1 - t)\, \sigma^2 \le \frac{\sigma^2}{4} .
 # $$ (precision-stochastic)
 #
-# A single rounding is worse than to nearest: the error may be a whole spacing instead of half of
-# one. But its mean is zero, and independent errors average out. After $n$ updates of $t \sigma$,
-# the weight has moved by $n t \sigma$ on average, with a standard deviation of about $\sqrt{n t}\,
-# \sigma$. Here are ten thousand weights, each with a thousand updates of a ten-thousandth of the
-# spacing:
+# A single rounding is worse than rounding to nearest: the error may be a whole spacing instead of
+# half of one. But its mean is zero, and independent errors average out. After $n$ updates of $t
+# \sigma$ with a small $t$, the weight has moved by $n t \sigma$ on average, with a standard
+# deviation of about $\sqrt{n t}\, \sigma$. Here are ten thousand weights, each with a thousand
+# updates of a ten-thousandth of the spacing:
 
 # %%
 spacing = 1 / 128
@@ -811,9 +842,9 @@ for name, weights in kept.items():
     print(f"{name:10} {(weights - 1).mean() / spacing:.2f} spacings")
 
 # %% [markdown]
-# No single weight has moved by a tenth of a spacing, since there is no such number. About one in
-# ten has moved by a whole one. In {numref}`fig-precision-walk`, updates are larger, and single
-# weights can be followed.
+# On average, the weights have moved as far as they should. No single weight has moved by a tenth of
+# a spacing, since there is no such number; about one in ten has moved by a whole one. In
+# {numref}`fig-precision-walk` the updates are larger, and single weights can be followed.
 
 # %% mystnb={"figure": {"caption": "A weight that should rise by one hundredth of its spacing in each step. Rounded to nearest it stays. Rounded stochastically, twelve of them wander around the line.", "name": "fig-precision-walk"}, "image": {"alt": "Position of a weight in spacings over 1000 steps. The wanted line rises from 0 to 10. To nearest, a flat line at 0. Twelve stochastic staircases rise along the wanted line and end between about 4 and 16."}}
 paths = torch.ones(1001, 12)
@@ -830,8 +861,9 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# Does it repair the run at the beginning of the chapter? The same three seeds, with weights in 16
-# bits between steps, only rounded by chance:
+# The twelve weights wander, but around the right line, while the weight that is rounded to nearest
+# never leaves zero. Does stochastic rounding repair the first experiment of the chapter? We train
+# with the same three seeds, and with weights in 16 bits between steps, but rounded by chance:
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -847,38 +879,44 @@ assert behind.abs().max() < 0.1, behind
 print("loss above that of 32-bit weights: 0.15 to 0.6 nats to nearest, below 0.1 by chance")
 
 # %% [markdown]
-# The noise of the weights averages out over steps, and the loss hardly notices. This was found
-# for whole-number weights {cite}`gupta2015deep`, and holds for `bfloat16`
-# {cite}`zamirai2021revisiting`, where the other cure is to keep what was lost in a second number:
-# Kahan's, in the next section. A word of caution: that updates vanish doesn't prove that they were
-# needed. In one ladder of models whose embeddings had frozen in the same way, thawing them changed
-# the loss by no more than noise {cite}`karpathy2026nanochat`. Measure, as we did here.
+# The noise of the weights averages out over steps, and the loss hardly notices. This was found for
+# fixed-point weights {cite}`gupta2015deep`, and it holds for `bfloat16`
+# {cite}`zamirai2021revisiting`. The authors of the latter offer another cure as well: keep what was
+# lost in a second number, by Kahan's method, which the next section explains. A word of caution:
+# that updates vanish doesn't prove that they were needed. In one series of models whose embeddings
+# had frozen in the same way, thawing them changed the loss by no more than noise
+# {cite}`karpathy2026nanochat`. Measure, as we did here.
 
 # %% [markdown]
 # ## What a sum loses
 #
-# A loss, a norm, a gradient, and every entry of a matrix product are sums of many terms. Let $u$ be
-# the unit roundoff. Every addition gives the true result times $1 + \delta$ with $|\delta| \le u$.
-# Summed one after the other, the first number goes through $n - 1$ additions, the last through one.
-# So to first order
+# A weight is a sum of updates, and it is not the only long sum. A loss, a norm, a gradient, and
+# every entry of a matrix product are sums of many terms. Every addition gives the true result times
+# $1 + \delta$ with $|\delta| \le u$, where $u$ is the unit roundoff. If the terms $x_1, \dots, x_n$
+# are added one after the other, the first goes through $n - 1$ additions, the last through one. If
+# they are added in pairs, then pairs of pairs, and so on, every term goes through only $\lceil
+# \log_2 n \rceil$ additions. So if $k$ counts the additions that a term goes through, the computed
+# sum $\hat s$ is, to first order, off by
 #
 # $$
 # \Bigl| \hat s - \sum_i x_i \Bigr| \;\le\; k\, u \sum_i |x_i| , \qquad
 # k = n - 1 \text{ one after the other}, \quad k = \lceil \log_2 n \rceil \text{ in pairs},
 # $$ (precision-sum)
 #
-# since in pairs, of pairs, of pairs, every number goes through only $\lceil \log_2 n \rceil$
-# additions. **Kahan's summation** keeps a second number $c$ with what the last addition lost. The
-# low digits of $y$ that did not fit are the difference between what was added, $t - s$, and
-# what should have been:
+# **Kahan's summation** keeps a second number $c$, which holds what the last addition lost. In this
+# section, $s$ is the sum so far and $t$ the next one. When $y$ is added to $s$, its low digits may
+# not fit. They are the difference between what was added, $t - s$, and what should have been added,
+# $y$:
 #
 # $$
 # y = x_i - c, \qquad t = s + y, \qquad c = (t - s) - y, \qquad s = t .
 # $$ (precision-kahan)
 #
-# Its bound is $k = 2 + O(n u)$ {cite}`higham2002accuracy`, which hardly depends on $n$ as long as
-# $n u$ is small. The fourth way is to sum in a wider format and round once at the end, $k \approx
-# 1$. In code, for many rows at once, noting the sum whenever the number of terms is a power of two:
+# Its bound has $k = 2 + O(n u)$ {cite}`higham2002accuracy`, which hardly depends on $n$ as long as
+# $n u$ is small. The fourth way is to sum in a wider format and round once at the end, which gives
+# $k \approx 1$. The first function below adds one by one, with or without Kahan's correction, for
+# many rows at once, and notes the sum whenever the number of terms is a power of two. The second
+# adds in pairs.
 
 
 # %%
@@ -903,8 +941,8 @@ def pairwise_sum(x: Tensor) -> Tensor:
 
 
 # %% [markdown]
-# PyTorch rounds after each of these operations, since the tensors have the short type. The terms
-# are uniform between 0 and 1, so that nothing cancels:
+# The tensors have the short type, so PyTorch rounds after each of these operations. The terms are
+# uniform between 0 and 1, so that nothing cancels:
 
 # %%
 lengths = [2**k for k in range(4, 14)]
@@ -929,9 +967,9 @@ assert (stuck == stuck[0]).all()
 print(f"8,192 terms with a mean of 0.5, one by one in bfloat16: {stuck.min():.0f} in each row")
 
 # %% [markdown]
-# The sum of about 4,096 has come to a standstill at 256, where the spacing of `bfloat16` is 2 and
-# no term reaches half of it. This is the frozen weight once more. {numref}`fig-precision-sums` has
-# the rest.
+# The sum, which should be about 4,096, has come to a standstill at 256, where the spacing of
+# `bfloat16` is 2 and no term is larger than half of it. This is the frozen weight once more.
+# {numref}`fig-precision-sums` compares the four ways in three formats.
 
 # %% mystnb={"figure": {"caption": "Mean relative error of a sum by its number of terms. The gray line is the unit roundoff of the format. Kahan and wide coincide.", "name": "fig-precision-sums"}, "image": {"alt": "Three panels, bfloat16, float16 and float32, of relative error against the number of terms from 16 to 8192 on logarithmic axes. One by one rises in all panels; in bfloat16 and float16 it jumps toward 1. The other three stay flat below the unit roundoff, in pairs a little above the other two."}}
 figure, axes = plt.subplots(1, 3, figsize=(7, 3))
@@ -945,11 +983,10 @@ axes[1].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# Kahan and the wide accumulator stay below the unit roundoff, which is the best that a result in
-# the format can have, and pairs aren't far from it: errors of either sign partly cancel, so they
-# stay well inside their bounds. So matrix units multiply short numbers and add in 32 bits. The
-# products don't lose anything: two numbers with $m + 1$ digits have a product with $2m + 2$, which
-# are 16 for `bfloat16` and 22 for `float16`, and `float32` has 24.
+# One by one, the error grows with the number of terms. The other three ways stay below the unit
+# roundoff, and they are far inside their bounds, because errors of either sign partly cancel.
+# Kahan's sum and the wide one do as well as any result in the format can, and pairs come close.
+# These are the errors of the longest sums:
 
 # %%
 at = 8192
@@ -961,26 +998,32 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
     print(f"{str(dtype)[6:]:9}", ", ".join(f"{way} {e:.2g}" for way, e in ways.items()))
 
 # %% [markdown]
+# A sum of 8,192 terms that are added one by one is off by hundreds of unit roundoffs in 16 bits,
+# and by 18 in 32 bits. With any of the other ways it is off by less than one. That is why matrix
+# units multiply short numbers and add in 32 bits. The multiplications themselves lose nothing: two
+# numbers of $m + 1$ digits have a product of at most $2m + 2$. That is 16 digits for `bfloat16` and
+# 22 for `float16`, and `float32` has 24.
+#
 # ## A recipe in three parts
 #
-# Training in 16 bits fails in two ways, for two reasons. Weights stored in 16 bits stop moving,
-# because an update is small beside the weight that it is added to. Gradients in float16 vanish,
-# because they are small beside the smallest number that this format has. The remedy begins alike
-# for both: find out which numbers really need 32 bits, and leave the others in 16.
+# We know the two failures now, and the reasons for both. Weights stored in 16 bits stop moving,
+# because an update is small beside the weight that it is added to. Gradients in `float16` vanish,
+# because they are small beside the smallest number that this format has. Either way, the remedy
+# begins with a question: which numbers really need 32 bits? The others may have 16.
 #
-# Where is the work? {doc}`11_model` counted it: but for a percent, all operations of a step are
-# products of matrices. A product has three kinds of numbers. Its *factors* are read once and
-# multiplied; rounding them to $m$ bits after the leading one changes each by at most one part in
-# $2^{m+1}$, at random and in both directions. Its *partial sums* are read and written once for
-# every factor, and there the rounding errors of long sums pile up; hardware keeps them in 32 bits
-# inside of the unit that multiplies, where they cost no memory. Its *result* is rounded once.
+# Where is the work? Nearly all of it is in products of matrices, which {doc}`11_model` counted. A
+# product has three kinds of numbers. Its *factors* are read once and multiplied; rounding them to
+# $m$ bits after the leading one changes each by at most one part in $2^{m+1}$, in either direction.
+# Its *partial sums* are updated once for every pair of factors, and there the errors of long sums
+# pile up. They stay in 32 bits inside the unit that multiplies, where they cost no memory. Its
+# *result* is rounded once.
 #
 # And the weights? They are sums as well, over all steps of the training run. So the recipe of
 # Micikevicius and colleagues {cite}`micikevicius2018mixed` has three parts
 # ({numref}`fig-precision-recipe`): **master weights** in 32 bits, to which every update is added;
 # **products** in 16 bits, from copies of the weights that are made anew in each step; and **sums**
-# in 32 bits: those inside of products, and those in softmax, normalization and loss. Float16 needs
-# one more part, a scale for the loss, which has a section of its own below.
+# in 32 bits, both those inside products and those in softmax, normalization, and the loss.
+# `float16` needs one more part, a scale for the loss, which has sections of its own below.
 #
 # ```{figure} ../figures/precision-recipe.svg
 # :name: fig-precision-recipe
@@ -991,11 +1034,12 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
 #
 # ## What goes down, and what stays up
 #
-# Nobody wants to write casts into every layer of a model. **Autocast** makes them: a context in
-# which each operation finds out by its name whether it gets its inputs in 16 bits. For that PyTorch
-# lets us step in before any of its functions is called. We need two lists. Down go the products.
-# Up, to 32 bits, go operations that sum many numbers or whose results have a large range: an
-# exponential of 12 is over 160,000, which float16 cannot hold. Everything else takes what it gets.
+# Nobody wants to write casts into every layer of a model. **Autocast** makes them: it is a context
+# in which each operation is looked up in a list, to find out whether it gets its inputs in 16 bits.
+# PyTorch makes this possible by letting us step in before any of its functions is called. We need
+# two lists. Products go down to 16 bits. Operations that sum many numbers, or whose results have a
+# large range, go up to 32 bits: the exponential of 12 is over 160,000, which `float16` cannot hold.
+# Everything else takes what it gets.
 
 # %%
 #| export
@@ -1019,15 +1063,16 @@ UP = frozenset(
 
 
 # %% [markdown]
-# The context that obeys them is short. An operation with an `out` argument is left alone, as by
-# PyTorch's own, since its result has a place and a type already.
+# `CastProducts` is the context that obeys these lists. It is short, and it stands in the engine
+# room below. An operation with an `out` argument is left alone, as in PyTorch's autocast, since its
+# result has a place and a type already.
 #
-# There is one option that PyTorch's autocast lacks. Processors without 16-bit arithmetic take many
-# times as long for 16-bit products as for 32-bit ones. But a product of 16-bit numbers with 32-bit
-# sums is the same as a 32-bit product of *rounded* numbers whose result is rounded, up to the order
-# of its sums. So with `emulate` tensors keep their 32 bits and are only rounded, and gradients are
-# rounded on their way back. It shows what 16 bits do to training, at the speed of 32 on any
-# machine, and saves nothing.
+# There is one option that PyTorch's autocast lacks. Processors without 16-bit arithmetic can take
+# many times as long for 16-bit products as for 32-bit ones. But a product of 16-bit numbers with
+# 32-bit sums is the same as a 32-bit product of *rounded* numbers whose result is rounded, except
+# for the order of its sums. So with `emulate=True`, tensors keep their 32 bits and are only
+# rounded, and gradients are rounded on their way back. This shows on any machine what 16 bits do to
+# training, at about the speed of 32 bits. It saves neither time nor memory.
 
 
 # %% [markdown] tags=["engine"]
@@ -1096,8 +1141,10 @@ class CastProducts(TorchFunctionMode):
 # %% [markdown]
 # ### What comes out
 #
-# We try it on a model that is small enough to be trained many times in this chapter, with a
-# tokenizer of 512 tokens. In which type is what comes out of each part?
+# The experiments from here on use another model, small enough to be trained many times in this
+# chapter, with a tokenizer of its own that has 512 tokens. (The folded cell imports what they need,
+# from PyTorch and from earlier chapters.) In which type does each part of the model return its
+# result?
 
 # %% tags=["engine"]
 # What the experiments of this chapter need besides
@@ -1136,9 +1183,11 @@ print("; ".join(f"{name} {dtype}" for name, dtype in found.items()).replace("tor
 print(f"loss {loss.dtype}, weights {model.lm_head.weight.dtype}".replace("torch.", ""))
 
 # %% [markdown]
-# The residual stream, which is the output of a block, is a sum over all layers. It stays in 32
-# bits by itself: it begins as a row of the embedding, which is a master weight, and 32 bits plus 16
-# bits are 32. Is that autocast, as everybody uses it? The same logits, and the same gradients:
+# The normalization returns 32 bits, and the two products, a projection and the head, return 16. The
+# residual stream, which is the output of a block, is a sum over all layers. It stays in 32 bits
+# without being on a list: it begins as a row of the embedding, which is a master weight, and the
+# sum of a 32-bit and a 16-bit number has 32 bits. Is this the autocast that everybody uses? We
+# compare its logits and gradients with those of PyTorch's autocast, and both with `float32`:
 
 
 # %%
@@ -1168,13 +1217,16 @@ print(f"ours and PyTorch's: {equal} of {len(ours)} tensors are equal to the bit"
 print(f"from float32 they differ by at most {real:.0%}, with emulated casts by {rounded:.0%}")
 
 # %% [markdown]
+# All tensors agree with PyTorch's to the last bit. With emulated casts, the sums run in another
+# order, but the results are off from `float32` by about as much.
+#
 # ### The backward pass needs no context
 #
-# Notice where `backward` stands: outside. Each cast in the forward pass is an operation like any
-# other, and its derivative is the cast in the other direction. So gradients flow in 16 bits exactly
-# where values did, and arrive at the master weights in 32 bits. PyTorch's manual says that the
-# backward pass under autocast is not recommended, and a loss function with a derivative of its own
-# shows why: what it computes in `backward` with care in 32 bits is cast down by the context.
+# Notice where `backward` stands: outside the context. Each cast in the forward pass is an operation
+# like any other, and its derivative is the cast in the other direction. So gradients flow in 16
+# bits exactly where values did, and they arrive at the master weights in 32 bits. PyTorch's manual
+# advises against running the backward pass under autocast. A function with a derivative of its own
+# shows why. What its `backward` computes with care in 32 bits is cast down by the context:
 
 
 # %%
@@ -1209,13 +1261,19 @@ assert 5e-4 < error < 5e-2
 print(f"backward inside of autocast: the gradient is off by about {error:.1%}, with no warning")
 
 # %% [markdown]
+# With `backward` inside, the gradient is only as accurate as `bfloat16` allows, although the
+# function asked for 32 bits, and nothing says so.
+#
 # ## Gradients that vanish
 #
-# Which gradients are in 16 bits? Those that pass between products. We catch them where they enter
-# the backward pass of each linear map, in 32 bits, and look at their exponents: the $e$ of $|g| \in
-# [2^e, 2^{e+1})$. Float16 holds normal numbers from $2^{-14}$ on, below them a fixed grid of step
-# $2^{-24}$, and nothing at or below $2^{-25}$, which rounds to zero. The loss is the mean over all
-# targets of a batch, as usual, here of 64 stories, and the model has learned for 40 steps.
+# With autocast and master weights, the three parts of the recipe are in place. What remains is the
+# range of `float16`, below which gradients vanished at the beginning of the chapter. Which
+# gradients are in 16 bits? Those that pass between products. We catch them in 32 bits, where they
+# enter the backward pass of each linear map, and look at their exponents. In this section, $e$ is
+# the exponent without a bias: $|g| \in [2^e, 2^{e+1})$ for a gradient $g$. `float16` holds normal
+# numbers from $2^{-14}$ on. Below that it has a fixed grid with a step of $2^{-24}$, and whatever
+# is at or below $2^{-25}$ rounds to zero. The loss is the mean over all targets of a batch, as
+# usual. The batch has 64 stories, and the model has been trained for 40 steps.
 
 
 # %%
@@ -1251,9 +1309,10 @@ for scale in (1, 2**10, 2**16):
 
 
 # %% [markdown]
-# Without a scale most of them have lost digits or are gone, and the upper half of float16's range
-# is empty. {numref}`fig-precision-gradients` shows why a shift helps: range is not missing, it is
-# in the wrong place.
+# Without a scale, about one gradient in ten becomes zero, and nearly all the others lose digits;
+# the larger part of `float16`'s range, above $2^{-14}$, is hardly used. With a factor of $2^{10}$
+# most of them are safe, and with $2^{16}$ almost all. {numref}`fig-precision-gradients` shows why
+# such a shift helps: the range is wide enough, but it is in the wrong place.
 
 # %% mystnb={"figure": {"caption": "Exponents of the gradients that enter linear maps, without a scale and with one of 2^16. Float16 holds what lies in the light band with all its digits, what lies in the dark band with fewer; left of it everything is zero.", "name": "fig-precision-gradients"}, "image": {"alt": "Two histograms of the same shape over exponents from -36 to 18. Without a scale the values lie mostly between -28 and -14: nine tenths in the dark band of float16's subnormal numbers, from -24 to -14, the rest left of it. With the scale the histogram has moved right by 16 and lies within the light band, mostly between -12 and 2; the band goes on to 16."}}
 figure, axes = plt.subplots(figsize=(7, 2.8))
@@ -1271,12 +1330,13 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# To move all gradients there is no need to touch any of them. Differentiation is linear: if $S$ is
-# a constant, then $\nabla (S L) = S\, \nabla L$, at every weight and at every place in between. So
-# the loss is multiplied once, before the backward pass, and the gradients of the weights, which
-# are in 32 bits, are divided once, after it. Why are scales powers of two? Such a factor changes
-# the exponent of a number and none of its digits, so as long as nothing leaves the range, scaling
-# and dividing are exact. With any other factor both round:
+# We can move all gradients without touching any of them. Differentiation is linear: if $S$ is a
+# constant, then $\nabla (S L) = S\, \nabla L$, at every weight and at every place in between. So
+# the loss is multiplied by the **loss scale** $S$ once, before the backward pass, and the gradients
+# of the weights, which are in 32 bits, are divided by it once, after the backward pass. Why are
+# loss scales powers of two? Such a factor changes the exponent of a number and none of its digits.
+# As long as nothing leaves the range, multiplying and dividing by it are exact. With any other
+# factor, both round:
 
 
 # %%
@@ -1294,25 +1354,28 @@ for scale in (2.0**16, 1e5):
 assert changed > 0.5
 
 # %% [markdown]
+# With a power of two, every gradient comes back bit for bit. With 100,000, more than half have been
+# changed by rounding.
+#
 # ## A scale that finds itself
 #
-# How large may $S$ be? Too large, and the largest gradients overflow: they become infinite, and
-# infinity divided by $S$ is still infinite. That looks like a disaster, but it is a message that
-# cannot be missed, and it comes *before* the optimizer has acted. A scale that is too small gives
-# no sign at all. So a **dynamic** scale tries the limit from below: if a gradient is infinite or
-# NaN, the step is skipped and the scale halved; after 2,000 good steps in a row it is doubled. In
-# equilibrium one step in some 2,000 is lost, and the scale follows the gradients when they shrink
-# in the course of training.
+# How large may $S$ be? If it is too large, the largest gradients overflow: they become infinite,
+# and infinity divided by $S$ is still infinite. That looks like a disaster, but it is a message
+# that cannot be missed, and it comes *before* the optimizer has acted. A scale that is too small
+# gives no sign at all. So a **dynamic** scale keeps testing the limit. If a gradient is infinite or
+# NaN, the step is skipped and the scale is halved; after 2,000 good steps in a row it is doubled.
+# In equilibrium, about one step in 2,000 is lost, and the scale follows the gradients when they
+# shrink in the course of training.
 #
-# The order of things in a step leaves no choice:
+# The order of the operations within a step is forced:
 #
-# 1. `scale(loss).backward()`, once for each micro-batch. They are added with the *same* scale,
-#    which does not change before the step is over.
+# 1. `scale(loss).backward()` runs once for each micro-batch. Their gradients are added, so they
+#    need the *same* scale, which does not change before the step is over.
 # 2. `unscale_(optimizer)` divides `.grad`, once, and notes whether all of it is finite.
-# 3. Clipping and whatever else looks at gradients comes after that. Before, one would clip
+# 3. Clipping, and whatever else looks at gradients, comes after that. Before it, we would clip
 #    gradients that are 65,536 times too long, and then divide what is left.
-# 4. `step(optimizer)` takes the step, or not.
-# 5. `update()` changes the scale, after all optimizers have been asked.
+# 4. `step(optimizer)` takes the step, or skips it.
+# 5. `update()` changes the scale, after `step` has been called for every optimizer.
 #
 # The class keeps the scale, the number of good steps since the last change, and for each optimizer
 # what was found since the last update.
@@ -1364,8 +1427,9 @@ class GradScaler:
 
 
 # %% [markdown]
-# Whether all numbers of a tensor are finite, its smallest and its largest say: both are NaN if
-# anything is. The answer stays on the device, and is read in `step`.
+# To learn whether all numbers of a tensor are finite, it is enough to look at its smallest and its
+# largest: an infinity would be one of them, and if anything is NaN, both are. The answer stays on
+# the device until `step` reads it.
 
 
 # %%
@@ -1428,9 +1492,9 @@ class GradScaler(GradScaler):  # continued
 # ### Engine room: settings, states that torch's scaler takes, and calls in the wrong order
 
 # %% [markdown] tags=["engine"]
-# PyTorch keeps the scale as a number in 32 bits, so each new one is rounded to that. Gradients in
-# float16 are refused: they are those of weights in float16, which have no room for small updates,
-# and dividing them would let them vanish after all.
+# PyTorch keeps the scale as a number in 32 bits, so each new scale is rounded to that. Gradients in
+# float16 are refused. They belong to weights in float16, which have no room for small updates, and
+# dividing them would let them vanish after all.
 
 
 # %% tags=["engine"]
@@ -1536,7 +1600,7 @@ class GradScaler(GradScaler):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# The names in a state dict are those of PyTorch, so a run may go over from one to the other.
+# The names in a state dict are those of PyTorch, so a run may switch from one scaler to the other.
 
 
 # %% tags=["engine"]
@@ -1572,8 +1636,8 @@ class GradScaler(GradScaler):  # continued
 # %% [markdown]
 # ### The order, by experiment
 #
-# The most common mistake is to clip too early. The gradient below has a length of 2, and shall have
-# one of 1 after clipping:
+# It is an easy mistake to clip too early. The gradient below has a length of 2, and clipping should
+# cut it to 1:
 
 # %%
 for order in ("unscale, clip", "clip, unscale"):
@@ -1590,11 +1654,13 @@ for order in ("unscale, clip", "clip, unscale"):
     print(f"{order}: the weights have moved by {weight.detach().norm():.2g}")
 
 # %% [markdown]
-# The second run is not wrong in a way that anybody sees. It learns with a rate that is 65,536 times
-# too small, and Adam, which divides by the size of its gradients, hides even that.
+# In the second run, clipping saw a gradient 65,536 times too long and cut it to 1; then it was
+# divided by 65,536. Nothing fails visibly. With plain gradient descent the model learns at a rate
+# that is 65,536 times too small, and Adam, which divides by the size of its gradients, hides even
+# that.
 #
-# A skipped step is skipped for the schedule, too: the rate must not move on if the weights did not.
-# And here is what a scale does that begins far too high, with one infinite gradient later on:
+# If a step is skipped, the schedule has to wait, too: the rate must not move on if the weights did
+# not. Next we watch a scale that begins far too high, and meets one infinite gradient later on:
 
 # %%
 weight = nn.Parameter(torch.zeros(4))
@@ -1613,23 +1679,32 @@ print("exponent of the scale, x where the step was skipped:", *history)
 print(f"{taken} of {len(history)} steps were taken")
 
 # %% [markdown]
+# The scale begins at $2^{20}$ and is halved five times before a step can be taken, at $2^{15}$.
+# After four good steps, which is all that this scaler waits for, it tries $2^{16}$, and takes that
+# back at once. The infinite gradient then costs it another factor of two: the scaler cannot know
+# that no scale would have helped.
+#
 # ## Each part taken away once
 #
 # Is every part of the recipe needed? We train the small model for 60 steps, from three seeds, each
 # with its own weights and batches, and take away one part at a time. Casts are emulated, so that
-# this runs on any processor. The control is float32. What is compared is the validation loss with
-# the *same* seed, since seeds differ by more than what we look for; with three of them, the
-# 95 % interval of a mean difference is $\pm 4.30\, s/\sqrt 3$ for a standard deviation $s$ (the
-# factor is Student's, for two degrees of freedom).
+# this runs on any processor. The control is `float32`. We compare validation losses with the *same*
+# seed, since seeds differ by more than what we look for. With three of them, the 95% interval of a
+# mean difference is $\pm 4.30\, s/\sqrt 3$, where $s$ is the standard deviation of the three
+# differences. (The factor is Student's, for two degrees of freedom.)
 #
-# Three variants need a word. *In a large batch*: our batches have some 400 targets, those of large
-# runs half a million, and the mean over all of them makes each gradient a thousand times smaller.
-# So the loss is divided by $2^{10}$, as that of one micro-batch among as many, and the gradient
-# that they would add up to is made from it. *Weights in 16 bits*: after each step, weights and the
-# two means of AdamW are rounded to bfloat16; nothing is kept in 32 bits from one step to the next.
-# *Everything rounded*: the master weights have 32 bits, but the result of every single operation is
-# rounded, within norms, softmax and residual stream, too. The reference backend spells them all
-# out.
+# Three variants need explaining.
+#
+# - *In a large batch*: our batches have some 400 targets, those of large runs have half a million
+#   or more, and the mean over all of them makes each gradient a thousand times smaller. To imitate
+#   this, the loss is divided by $2^{10}$, as if it belonged to one micro-batch among that many, and
+#   the gradients are multiplied by $2^{10}$ after the backward pass, as if all the micro-batches
+#   had been the same. The run with a loss scale imitates such a batch, too.
+# - *Weights in 16 bits*: after each step, the weights and the two means of AdamW are rounded to
+#   `bfloat16`. Nothing is kept in 32 bits from one step to the next.
+# - *Everything rounded*: the master weights have 32 bits, but the result of every single operation
+#   is rounded, in norms, softmax, and the residual stream as well. For this the model runs on its
+#   reference backend, which spells all operations out.
 
 
 # %% [markdown] tags=["engine"]
@@ -1645,8 +1720,8 @@ class RoundEverything(CastProducts):
 
 
 # %% [markdown] tags=["engine"]
-# One run: scale, backward, unscale, clip, step, update, and a schedule that counts the steps that
-# were taken.
+# One run does the following in each step: scale, backward, unscale, clip, step, update. Its
+# schedule counts only the steps that were taken.
 
 
 # %% tags=["engine"]
@@ -1677,7 +1752,7 @@ def run_once(seed: int, options: dict[str, Any], n_steps: int = 60, rate: float 
 
 
 # %% [markdown] tags=["engine"]
-# The variants, and the rounding of what is stored:
+# These are the variants, and the function that rounds what is stored:
 
 
 # %% tags=["engine"]
@@ -1710,6 +1785,8 @@ variants: dict[str, dict[str, Any]] = {
 
 # %% [markdown]
 # ### The result
+#
+# Each variant is trained with three seeds and compared with `float32`:
 
 
 # %%
@@ -1730,34 +1807,37 @@ for name in list(variants)[1:]:
     print(f"{name:30} {round(mean, 1) + 0.0:+.1f}, ± less than {math.ceil(10 * half) / 10:.1f}")
 
 # %% [markdown]
-# Two decimals more, as we found them: +0.29 ± 0.06 for the large batch, +0.16 ± 0.01 for weights in
-# 16 bits, +0.01 ± 0.01 for everything rounded, and 0.00 ± 0.00 for all else.
+# The cell rounds, so that it prints the same on every processor. With two decimals, we found +0.29
+# ± 0.06 nats for the large batch, +0.16 ± 0.01 for weights in 16 bits, +0.01 ± 0.01 for everything
+# rounded, and 0.00 ± 0.00 for all others.
 #
-# Sixteen bits for products cost nothing that three seeds could show, in either format. Take away
-# the master weights, or in a large batch the scale, and the run is worse by far more than its
-# interval. Two results are less simple. Float16 without a scale did no harm in our *small* batch:
-# the histogram was of a larger one, and with 400 targets gradients are just large enough to lose
-# digits and not their lives, which AdamW forgives, as it divides by their size. It is scale that
-# makes float16 fail. And rounding everything costs next to nothing in so short a run. It is not
-# free (with 120 steps in place of 60 we found 0.05 nats), but at our size sums are short; the sums
-# of norms and softmax grow with width and length, and that they stay in 32 bits costs little.
+# Products in 16 bits cost nothing that three seeds could show, in either format. Take away the
+# master weights, or the loss scale in a large batch, and the run is worse by far more than its
+# interval. Two results are less simple. `float16` without a loss scale did no harm in our *small*
+# batch. The histogram was made with a batch eight times as large; with 400 targets, gradients are
+# eight times larger, and most of them lose digits without vanishing. That seems to be what AdamW
+# forgives. It is in large batches that unscaled `float16` fails. And rounding everything costs next
+# to nothing in so short a run. It is not free (with 120 steps in place of 60, we found 0.05 nats),
+# but our sums are short. The sums in norms and softmax grow with width and length, and keeping them
+# in 32 bits costs little.
 
 # %% [markdown]
 # ## In the trainer
 #
-# A plain loop skips the batch whose gradients overflow. Our trainer has a budget in steps, a
-# schedule that ends with the budget, and a sampler of which each batch should count. So it does not
-# skip the batch but *repeats* it: the scale is halved, the same batch is computed again, and one
-# step is counted when it is taken. Neither schedule nor optimizer has moved in between, no batch is
-# lost, and a run in float16 has as many steps as one in float32.
+# A plain loop skips a batch whose gradients overflow. Our trainer has a budget in steps, a schedule
+# that ends with the budget, and a sampler each of whose batches should count. So it doesn't skip
+# the batch but *repeats* it: the scale is halved, the same batch is computed again, and one step is
+# counted when it is taken. Neither schedule nor optimizer has moved in between, no batch is lost,
+# and a run in `float16` has as many steps as one in `float32`.
 #
-# Nor is an overflow a failure. The guard of {doc}`13_training` counts steps that do harm, and ends
-# a run after twenty of them in a row; a scale that looks for its place is none of its business. But
-# how do we tell the two apart? If the *loss* is not finite, no scale will mend it, and the guard
-# must decide. If the loss is finite and a gradient is not, it is the scale, unless that has become
-# so small already that it cannot be the reason.
+# Nor is an overflow a failure. The guard of {doc}`13_training` counts steps that would do harm, and
+# it ends a run after too many of them in a row. A scale that is looking for its place is not its
+# business. But how do we tell the two apart? If the *loss* is not finite, no scale will mend it:
+# the scale stays as it is, and the guard must decide. If the loss is finite and a gradient is not,
+# the scale is to blame, unless it has become so small already that it cannot be the reason.
 #
-# A run from a file of settings gets it as
+# {py:class}`~llmbook.precision.MixedPrecision` puts this into the form that the trainer expects. A
+# run that is started from a file of settings gets it as
 # `trainer=partial(Trainer, precision=MixedPrecision("float16"))`.
 
 
@@ -1820,7 +1900,8 @@ class MixedPrecision(Precision):
 
 # %% [markdown] tags=["engine"]
 # A model that was cast as a whole has lost its master weights already. The message names the first
-# of them. Scale, settings and counts go into checkpoints, and the scale into the log.
+# of them. The scale, its settings, and the counts go into checkpoints, and the scale also goes into
+# the log.
 
 
 # %% tags=["engine"]
@@ -1860,10 +1941,10 @@ class MixedPrecision(MixedPrecision):  # continued
 
 
 # %% [markdown]
-# ### Stopped, and gone on
+# ### Stopped and resumed
 #
-# A run in float16, with a scale that begins far too high. It is stopped after 15 of 30 steps, and
-# another trainer, made anew, goes on from the checkpoint. A third one is never stopped:
+# We train in `float16`, with a scale that begins far too high. One trainer is stopped after 15 of
+# 30 steps, and another one, made anew, goes on from its checkpoint. A third is never stopped:
 
 
 # %%
@@ -1894,8 +1975,9 @@ print(f"{whole.step} steps, {whole.guard.skipped} skipped by the guard; resumed:
 print(f"{equal} of {len(pairs)} tensors are equal to the bit")
 
 # %% [markdown]
-# The scale fell from $2^{24}$ in the first step, by repeating it, and later tried twice what it had
-# settled on. {numref}`fig-precision-scale` shows it.
+# All 30 steps were taken, the guard had nothing to skip, and the resumed run ended with exactly the
+# weights of the one that was never stopped. {numref}`fig-precision-scale` shows the scale of that
+# run.
 
 # %% mystnb={"figure": {"caption": "The scale of the loss in a run of 30 steps that may grow after every 10 good ones, and how often a batch was repeated so far.", "name": "fig-precision-scale"}, "image": {"alt": "Two step curves over 30 training steps. The exponent of the scale falls from 24 to 10 in the first step, and then goes between 10 and 11: up after ten good steps, down where that was too much. The count of repeated batches jumps to 14 in the first step, and later rises by one wherever the scale falls."}}
 figure, axes = plt.subplots(figsize=(7, 2.6))
@@ -1908,24 +1990,29 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# Our trainer has a scale of its own, by the way. It takes the gradient of the *sum* of all losses
-# and divides by the count in 32 bits, after the backward pass. With some 400 targets in a batch
-# that is a factor of $2^{8}$ to $2^{9}$ that the usual mean would have lost, and the reason why the
-# scaler settles lower here than elsewhere.
+# In the first step the scale fell from $2^{24}$ until the gradients fit, as the batch was repeated
+# again and again. Later, after every ten good steps, it tried double that, and came back where
+# double was too much.
 #
-# May the optimizer's two running means have 16 bits, too? Not if they are rounded to the nearest: a
-# mean that changes by one part in a thousand stands still. With stochastic rounding they may. The
-# room has an AdamW of that kind, half the memory of its state, and measures both.
+# The scale settled lower here than it would in a plain loop, because our trainer in effect scales
+# the loss already. It takes the gradient of the *sum* of all losses, and divides by the count in 32
+# bits, after the backward pass. With some 400 targets in a batch, that keeps a factor of $2^{8}$ to
+# $2^{9}$ that the usual mean would have lost.
+#
+# Could the optimizer's two running means have 16 bits, too? Not if they are rounded to nearest: a
+# mean that changes by one part in a thousand stands still. With stochastic rounding they can. The
+# engine room below builds an AdamW of that kind, whose state takes half the memory, and measures
+# both ways of rounding.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: sixteen bits for the optimizer, and what that does
 
 # %% [markdown] tags=["engine"]
-# A running mean is a sum that stops: with $\beta_2 = 0.999$ the mean of squares changes by at most
-# one part in a thousand when gradients get smaller, and bfloat16 has steps of one part in 128 to
-# 256. Rounded to the nearest, it never comes down again. Stochastic rounding moves it with the
-# right probability, so that it is right on average. The optimizer below keeps both means in
-# bfloat16, and has 32 bits only for the parameter that it is working on.
+# A running mean is a sum that can get stuck. With $\beta_2 = 0.999$ the mean of squares changes by
+# at most one part in a thousand when gradients get smaller, and bfloat16 has steps of one part in
+# 128 to 256. Rounded to nearest, it never comes down again. Stochastic rounding moves it with a
+# probability that makes it right on average. The optimizer below keeps both means in bfloat16, and
+# has 32 bits only for the parameter that it is working on.
 
 
 # %% tags=["engine"]
@@ -1993,8 +2080,9 @@ class CompactAdamW(AdamW):
 
 
 # %% [markdown] tags=["engine"]
-# First the mean of squares by itself. A weight gets gradients of 1 for 50 steps and then of 0.01,
-# and its mean of squares should fall by a factor $0.999^{1000} = 0.37$ in the next thousand steps:
+# First we look at the mean of squares by itself. A weight gets gradients of 1 for 50 steps and then
+# of 0.01, and its mean of squares should fall by a factor $0.999^{1000} = 0.37$ in the next
+# thousand steps:
 
 # %% tags=["engine"]
 for rounding in ("float32", "nearest", "stochastic"):
@@ -2012,7 +2100,7 @@ for rounding in ("float32", "nearest", "stochastic"):
     print(f"{rounding:10} the mean of squares falls by a factor {means[1] / means[0]:.2f}")
 
 # %% [markdown] tags=["engine"]
-# And in training, with $\beta_2 = 0.999$ and a model of one layer:
+# Next we train a model of one layer with $\beta_2 = 0.999$:
 
 
 # %% tags=["engine"]
@@ -2035,33 +2123,35 @@ for name in ("nearest", "stochastic"):
 
 # %% [markdown] tags=["engine"]
 # In 60 steps no difference can be seen: the mean of squares has hardly begun to fall by then. In
-# 600 steps of this model we measured +0.004 ± 0.001 nats for rounding to the nearest, and 0.000 ±
-# 0.002 for stochastic rounding: small, but with a sign, and growing with the length of the run.
+# 600 steps of this model we measured +0.004 ± 0.001 nats for rounding to nearest, and 0.000 ± 0.002
+# for stochastic rounding. The first is small, but its interval excludes zero.
 
 # %% [markdown]
 # ## Half the memory?
 #
-# "Mixed precision halves the memory" is said everywhere. Let us count. A parameter in float32
-# takes 16 bytes in training: itself, its gradient, and two means. In mixed precision the master
-# weight, its gradient and the means have 32 bits as before, and a copy in 16 bits is *added* for
-# each product, kept until the backward pass has used it. That makes 18. Weights and optimizer
-# become larger, not smaller.
+# It is often said that mixed precision halves the memory. Let us count. In `float32`, training
+# takes 16 bytes for each parameter: itself, its gradient, and two means. In mixed precision the
+# master weight, its gradient, and the means have 32 bits as before, and a copy in 16 bits is
+# *added* for each product and kept until the backward pass has used it. That makes 18 bytes for
+# each weight of a product. Weights and optimizer take more memory, not less.
 #
-# What shrinks are the activations. {eq}`model-activations` lists what the backward pass needs: for
-# each token and layer $4 d + 2 (h + k) d_h + c\, d_f$ numbers. Of these $2d$ are what the two norms
-# have read from the residual stream. They stay in 32 bits. The inputs of products have 16 bits; but
-# the maps to q, k and v, which share one input, have it cast once *each*, and so do gate and up.
-# The $2d$ inputs become $3 + n_g$ vectors of $d$, where $n_g$ is 2 with a gate and 1 without. In
-# bytes:
+# What shrinks are the activations. Equation {eq}`model-activations` counts what the backward pass
+# needs: $4 d + 2 (h + k) d_h + c\, d_f$ numbers for each token and layer. As in {doc}`11_model`,
+# $d$, $d_h$, and $d_f$ are the widths of the model, of a head, and of the feed-forward network, $h$
+# and $k$ are the numbers of query heads and key-value heads, and $c$ depends on the activation
+# function. Of these numbers, $2d$ are what the two norms have read from the residual stream; they
+# stay in 32 bits. The inputs of products have 16 bits. But the maps to q, k, and v, which share one
+# input, have it cast once *each*, and so do gate and up. So their two inputs, $2d$ numbers, become
+# $3 + n_g$ vectors of $d$ numbers, where $n_g$ is 2 with a gate and 1 without. In bytes:
 #
 # $$
 # A_{\text{mixed}} = 4 \cdot 2d + 2\, \bigl( (3 + n_g)\, d + 2 (h + k)\, d_h + c\, d_f \bigr)
 # \quad \text{per token and layer.}
 # $$ (precision-activations)
 #
-# With $h d_h = k d_h = d$ and a SwiGLU of the usual width, $c\, d_f = \tfrac{32}{3} d$, this is
-# $47 d$ bytes in place of $75 d$ in float32: 63 %, not half. The logits of the loss, $V$ for each
-# token, are in 32 bits for the softmax in any case.
+# With $h d_h = k d_h = d$ and a SwiGLU of the usual width, $c\, d_f = \tfrac{32}{3} d$, this is $47
+# d$ bytes in place of $75 d$ in `float32`: 63%, not half. The logits, $V$ for each token, are in 32
+# bits for the softmax in any case.
 
 
 # %% [markdown] tags=["engine"]
@@ -2074,7 +2164,7 @@ STATE_BYTES = {"sgd": (0, 0), "adamw": (8, 8), "compact_adamw": (4, 4), "muon": 
 
 
 # %% [markdown] tags=["engine"]
-# All parts together:
+# `memory_breakdown` adds up all parts:
 
 
 # %% tags=["engine"]
@@ -2123,8 +2213,8 @@ def memory_breakdown(
 
 
 # %% [markdown] tags=["engine"]
-# The activations are {eq}`precision-activations`, or with checkpointing, which comes below, the
-# inputs of all blocks and one block in full:
+# The activations are {eq}`precision-activations`. With checkpointing, which comes below, they are
+# the inputs of all blocks and one block in full:
 
 
 # %% tags=["engine"]
@@ -2189,15 +2279,16 @@ def _storages(tree: Any) -> list[Any]:
 # %% [markdown]
 # ### Is the formula right?
 #
-# We count the bytes of all living tensors, as {doc}`12_optimization` did for
-# the loss: a mode in which PyTorch tells of every tensor that any operation makes. What matters is
-# the storage, which views share; it is subtracted when it is gone. Unlike the size of the process,
-# this is the same on every machine.
+# We count the bytes of all living tensors, as {doc}`12_optimization` did for the loss.
+# `LiveMemory`, from the folded cells, is a mode in which PyTorch reports every tensor that any
+# operation makes. It counts storages, since several views can share one, and subtracts each when it
+# is freed. Unlike the size of the process, this count is the same on every machine.
 
 
 # %% [markdown]
-# What is alive after a forward pass is what it keeps: activations and copies. We compare them with
-# the formula for a model of four blocks and 1,024 tokens.
+# What is alive after a forward pass is what it keeps: activations and copies of weights. We compare
+# this with `memory_breakdown`, which is the formula as a function, for a model of four blocks and
+# 1,024 tokens.
 
 
 # %%
@@ -2224,8 +2315,10 @@ share = kept["bfloat16"] / kept["float32"]
 print(f"mixed precision keeps {share:.0%} of what float32 keeps, its copies of weights included")
 
 # %% [markdown]
-# So the claim depends on what there is more of, parameters or tokens. Three models, from the size
-# of ours to one of 7 billion parameters, with AdamW and all logits at once:
+# The formula is right to within about a percent, and mixed precision keeps two thirds of what
+# `float32` keeps. What that means for a whole training step depends on whether parameters or tokens
+# take more of the memory. Here are three models, from the size of ours to one of 7 billion
+# parameters, with AdamW and all logits at once:
 
 # %%
 small = ModelConfig(
@@ -2245,11 +2338,11 @@ for name, (config, n_rows, length) in models.items():
     print(f"{name:16} {full / 1e9:7.3f} GB in float32; mixed {mixed:.0%}, pure 16 bits {pure:.0%}")
 
 # %% [markdown]
-# {numref}`fig-precision-memory` shows where it goes. Where activations are most of it, mixed
-# precision saves a fifth to a quarter. Where weights are, it saves next to nothing. Half is what
-# pure 16 bits need, and we saw what that does. What mixed precision is for is speed, where hardware
-# multiplies 16-bit numbers faster. Large runs do get near half, by other means on top: gradients
-# and the state of the optimizer in 16 bits, or spread over many devices.
+# {numref}`fig-precision-memory` shows where it goes. Where activations take most of the memory, as
+# in the two smaller models, mixed precision saves a fifth to a quarter. Where weights and optimizer
+# do, it saves next to nothing. Pure 16 bits need half, and we have seen what they do to the loss.
+# The point of mixed precision is speed, on hardware that multiplies 16-bit numbers faster. To save
+# more memory, something else has to be done.
 
 # %% mystnb={"figure": {"caption": "Bytes of a training step with AdamW in float32, in mixed precision and in pure 16 bits, relative to float32.", "name": "fig-precision-memory"}, "image": {"alt": "Three groups of three stacked bars, for float32, mixed and pure 16 bits, in percent of float32. With 0.3 million parameters they are 100, 74 and 50 high, and three quarters of each is activations. With 124 million they are 100, 81 and 50; activations are more than half, logits a fifth. With 6.7 billion they are 100, 99 and 50; the optimizer is more than a third, activations a quarter, and in mixed precision the copies of weights take what activations save."}}
 figure, axes = plt.subplots(figsize=(7.5, 3.4))
@@ -2269,13 +2362,13 @@ axes.legend(ncols=6, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.1))
 plt.show()
 
 # %% [markdown]
-# ## What else buys memory
+# ## What else saves memory
 #
-# If it is activations that fill the memory, why keep them? **Activation checkpointing**
-# {cite}`chen2016sublinear` keeps the input of each block only, and computes the block a second time
-# when the backward pass arrives there. The price is one more forward pass. A backward pass costs
-# about two forward passes, so a step takes at most $4/3$ of the time. As a function with a
-# derivative of its own it takes a dozen lines:
+# If activations fill the memory, why keep them? **Activation checkpointing**
+# {cite}`chen2016sublinear` keeps only the input of each block, and computes the block a second time
+# when the backward pass arrives there. The price is one more forward pass. A backward pass takes
+# about twice the operations of a forward pass, so a step takes at most $4/3$ of the operations. As
+# a function with a derivative of its own, checkpointing takes a dozen lines:
 
 
 # %%
@@ -2301,8 +2394,8 @@ class Recomputed(torch.autograd.Function):
 # ### Engine room: checkpointing as PyTorch does it, and the steps that are measured
 
 # %% [markdown] tags=["engine"]
-# PyTorch's version also sets back the random generators, so that dropout is the same the second
-# time, and autocast. We use that, and let the other be its check.
+# PyTorch's version also restores the state of the random generators, so that dropout is the same
+# the second time, and that of autocast. We use that version, and check it against ours.
 
 
 # %% tags=["engine"]
@@ -2337,7 +2430,7 @@ def _checkpointed(forward: Callable[..., Tensor], *arguments: Any, **options: An
 
 
 # %% [markdown] tags=["engine"]
-# All three, and what they keep:
+# Here are all three, with what they keep:
 
 
 # %% tags=["engine"]
@@ -2389,7 +2482,7 @@ def step_of(model: TransformerLM, optimizer: torch.optim.Optimizer, **how: Any) 
 
 
 # %% [markdown] tags=["engine"]
-# The ways, by name:
+# The ways to save memory, by name:
 
 
 # %% tags=["engine"]
@@ -2417,14 +2510,18 @@ def prepared(how: Mapping[str, Any]) -> Callable[[], None]:
 # %% [markdown]
 # ### One at a time, and all together
 #
-# Now everything that saves memory, one at a time, on the same model: the most bytes that are alive
-# at once in a whole step, weights and optimizer included. Accumulation cuts a batch of 8 rows into
-# four; the chunked loss is that of {doc}`12_optimization`. The optimizer of PyTorch that works on
-# all tensors at once (`foreach`) makes temporary copies of all of them, the fused one none.
+# Now we try everything that saves memory on the same model, first one way at a time and then
+# together. We measure the most bytes that are alive at once in a whole step, weights and optimizer
+# included. Mixed precision and checkpointing we know; the gradients of checkpointing are exactly
+# those of the plain model, as the engine room shows. Accumulation cuts a batch of 8 rows into four
+# parts. The chunked loss is that of {doc}`12_optimization`. PyTorch's `foreach` optimizer, which
+# works on all tensors at once, makes temporary copies of all of them; the fused optimizer, which
+# all other rows use, makes none.
 
 
 # %% [markdown]
-# What was there before the step, weights and the optimizer's state, is 12 bytes a parameter.
+# What was there before the step, weights and the optimizer's state, takes 12 bytes a parameter and
+# is added to the count.
 
 # %%
 steps = {name: prepared(how) for name, how in ways.items()}
@@ -2439,8 +2536,16 @@ at_most = sum(parts.values())
 print(f"{'the formula':26} {at_most / 1e6:5.1f} MB, {at_most / peaks['plain']:4.0%}")
 
 # %% [markdown]
-# And what it costs, as time relative to the plain step, best of three. Mixed precision is left out:
-# on this processor or that, it is twice as fast or forty times slower.
+# Checkpointing and accumulation each save more than half of the memory, and together they save two
+# thirds. The formula comes close to the plain step. It counts gradients and activations as if both
+# were there in full at once, while the true peak is a little lower or higher, as temporary tensors
+# come and go. The chunked loss saves little here, with 512 tokens in the vocabulary, and more where
+# the vocabulary is large. How the optimizer works makes no difference to the *peak*, which is
+# reached before its turn.
+#
+# And what does this cost? We measure the time relative to the plain step, best of three. Mixed
+# precision is left out, because its time depends entirely on whether the processor has 16-bit
+# arithmetic.
 
 # %% tags=["nbval-ignore-output"]
 best = dict.fromkeys(steps, math.inf)
@@ -2453,28 +2558,28 @@ for name, seconds in best.items():
         print(f"{name:26} {seconds / best['plain']:.2f}")
 
 # %% [markdown]
-# The formula counts gradients beside activations, as if both were there in full at once; the true
-# peak is a little lower or higher, as temporary tensors come and go. Accumulation is the cheapest
-# remedy, checkpointing the strongest for long rows, and the two add up. The chunked loss saves
-# little here, with 512 tokens in the vocabulary, and most where the vocabulary is large. How the
-# optimizer works makes no difference to the *peak*, which is reached before its turn.
+# When nothing else kept the machine busy, checkpointing took about the $4/3$ that its operations
+# predict. Accumulation took longer than the plain step, too, although it needs no more operations.
+# Besides operations, a step pays for calls from Python, and accumulation makes four times as many
+# calls, with smaller matrices in each. In large models, where products dominate, this should matter
+# less.
 
 # %% [markdown]
 # ## A compiler in between
 #
-# Sixteen bits make products cheaper, and then what is left takes most of the time: norms, casts,
-# activations, additions. Each is a call from Python into a kernel that reads its inputs from memory
-# and writes its output back. `torch.compile` {cite}`ansel2024pytorch` attacks both costs. It runs
-# the function once with symbols in place of tensors and notes the operations in a **graph**. A
-# compiler then **fuses** neighbors: a chain of elementwise operations becomes one loop, which reads
-# and writes once, and one call.
+# When 16 bits make products cheaper, everything else takes a larger share of the time: norms,
+# casts, activations, additions. Each of them is a call from Python into a kernel that reads its
+# inputs from memory and writes its output back. `torch.compile` {cite}`ansel2024pytorch` attacks
+# both costs. It runs the function once with symbols in place of tensors, and notes the operations
+# in a **graph**. A compiler then **fuses** neighbors: a chain of elementwise operations becomes one
+# loop, with one call, that reads and writes once.
 #
-# The graph is true only for what it was made from, so the compiled code is kept together with
+# The graph is valid only for what it was made from, so the compiled code is kept together with
 # **guards**: this argument is a tensor of that dtype and that shape, that flag is True. If a guard
 # fails, the function is compiled **anew**. What cannot be noted, such as a decision that depends on
-# the numbers in a tensor, **breaks** the graph in two, with Python in between. To see this needs no
-# compiler: a backend is a function that gets a graph and returns something to call. Ours only
-# counts.
+# the numbers in a tensor, **breaks** the graph in two, with Python in between. We can watch all
+# this without a compiler: a backend is a function that gets a graph and returns something to call,
+# and ours only counts.
 
 
 # %%
@@ -2495,7 +2600,7 @@ def graphs_of(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> lis
 
 
 # %% [markdown]
-# Two functions, and some calls of each:
+# Here are two functions, and some calls of each:
 
 
 # %%
@@ -2521,13 +2626,14 @@ for name, (function, calls) in cases.items():
 # %% [markdown]
 # The same call is compiled once. A second length is compiled once more, now for *any* length, and
 # the third costs nothing. Each dtype has a graph of its own. A decision on numbers needs one graph
-# before it and one for each branch that is taken. So compiled code likes fixed shapes, few kinds of
-# arguments and no decisions, which is what training is and what generation has to be made into
-# ({doc}`14_generation`, which measures that).
+# before it and one for each branch that is taken. So compiled code prefers fixed shapes, few kinds
+# of arguments, and no decisions. Training with batches of one shape is like that, and generation
+# has to be made so ({doc}`14_generation`, which measures it).
 #
 # When does it pay? Compiling takes seconds to minutes, so it is not done in this chapter's cells.
-# The command `python benchmarks/precision.py` measured this with one thread, on a machine with
-# other work to do, so that the second digit of a ratio says little:
+# The command `python benchmarks/precision.py` measured it with one thread, on a machine with other
+# work to do, so the second digit of a ratio says little. The last column says after how many steps
+# the time for compiling has been recovered:
 #
 # | model | to eager | to transformers, eager | compiling | pays after |
 # |---|---:|---:|---:|---:|
@@ -2541,35 +2647,39 @@ for name, (function, calls) in cases.items():
 # *(training step in float32, speed relative to eager; the whole table is in
 # `benchmarks/results/precision.md`)*
 #
-# Ten to twenty percent, at any size, and what is compiled has to run for some hundred steps before
-# it has paid for itself. More is not to be had on a processor: most of a step are products, which
-# are the same kernels compiled or not, and a compiler can only fuse the rest. On a GPU that rest is
-# a larger share, because products are so fast there. `TrainingConfig(compile=True)` compiles the
-# blocks one by one. All of them are alike, so one compilation serves all.
+# Compiled code was about 10 to 20 percent faster at each of these sizes, and it had to run for one
+# hundred to a thousand steps before it had paid for itself. Don't expect much more on a processor:
+# most of a step is products, whose kernels are the same whether compiled or not, and a compiler can
+# only fuse the rest. On a GPU the rest can be a larger share, because products are so fast there.
+# `TrainingConfig(compile=True)` compiles the blocks one by one. All of them are alike, so one
+# compilation serves all.
 
 # %% [markdown]
 # ## A scale for each block
 #
-# With 8 bits, and certainly with 4, a tensor doesn't fit into the range as it is. It is divided by
-# a **scale** first, so that its largest absolute value, its *amax*, becomes the largest number of
-# the format. One scale for the whole tensor has a weakness we know from {doc}`14_generation`: a
-# single outlier makes it coarse for all others. There each row got a step of its own. The formats
-# of recent GPUs go further and give a scale to each short block of neighbors in a row
+# So far 16 bits have been the fewest. With 8 bits, and certainly with 4, a tensor doesn't fit into
+# the range as it is. It is divided by a **scale** first, so that its largest absolute value, its
+# *amax*, becomes the largest number of the format. (The loss scale multiplied all gradients at
+# once. The scales of this section belong to single tensors, or parts of them, and divide.) One
+# scale for the whole tensor has a weakness that we know from {doc}`14_generation`: a single outlier
+# makes it coarse for all other numbers. There the remedy was a step for each row. The formats of
+# recent GPUs go further, and give a scale to each short block of neighbors in a row
 # {cite}`rouhani2023ocp`:
 #
 # - **MXFP8** has blocks of 32 numbers in e4m3 (or e5m2), and their scale is a power of two in e8m0.
 #   That makes $8 + 8/32 = 8.25$ bits per value. **MXFP4** does the same with e2m1, in 4.25 bits.
 # - **NVFP4** has blocks of 16 numbers in e2m1, whose scale is itself a number in e4m3, with three
-#   fraction bits. Since these scales reach no farther than 448, the tensor has another scale in
-#   `float32`. That makes $4 + 8/16 = 4.5$ bits per value {cite}`nvidia2025nvfp4`.
+#   fraction bits. Since these scales reach no farther than 448, the tensor as a whole has another
+#   scale in `float32`. That makes $4 + 8/16 = 4.5$ bits per value {cite}`nvidia2025nvfp4`.
 
 
 # %% [markdown]
-# The rule for a power of two is that of the specification: take the largest power of two in the
-# block and in the element's format, $2^{\lfloor \log_2 \mathrm{amax} \rfloor}$ over $2^8$ for e4m3
-# or $2^2$ for e2m1. The largest value then lies between 256 and 512, and what exceeds 448
-# saturates. NVFP4 can do better, as its scale has digits: amax over 6, the largest number of e2m1,
-# rounded to e4m3.
+# For a scale that is a power of two, we follow the specification: find the largest power of two
+# that is no larger than the block's amax, $2^{\lfloor \log_2 \mathrm{amax} \rfloor}$, and divide it
+# by the largest power of two in the element's format, which is $2^8$ for e4m3 and $2^2$ for e2m1.
+# For e4m3, the largest value of the block then lies between 256 and 512, and what exceeds 448
+# saturates. NVFP4 can do better, since its scale has digits: the scale is amax over 6, the largest
+# number of e2m1, rounded to e4m3. {py:func}`~llmbook.precision.quantize_blocks` does both.
 
 
 # %% [markdown] tags=["engine"]
@@ -2603,7 +2713,7 @@ class BlockFormat:
 
 
 # %% [markdown] tags=["engine"]
-# The formats by name, and what a tensor in one of them consists of:
+# Here are the formats by name, and what a tensor in one of them consists of:
 
 
 # %% tags=["engine"]
@@ -2671,7 +2781,7 @@ def quantize_blocks(
 
 
 # %% [markdown] tags=["engine"]
-# The power of two at or below a number stands in its exponent, as before; for zero it is the
+# The power of two at or below a number stands in its exponent, as before. For zero we take the
 # smallest that e8m0 has.
 
 
@@ -2700,12 +2810,12 @@ def _check_blocks(x: object, format: object) -> BlockFormat:
 
 
 # %% [markdown]
-# ### What the scales buy
+# ### What block scales gain
 #
-# We take the weights of a layer of our trained model, and what flows into
-# it. In large models, a few channels of the latter are many times larger than all others
-# {cite}`dettmers2022int8`. Ours is too small to have them, so we make one channel in 64 a hundred
-# times larger, and then measure the error of the *other* 63:
+# We take the weights of one layer of our trained model, and the activations that flow into it. In
+# large models, a few channels of the activations are many times larger than all others
+# {cite}`dettmers2022int8`. Ours is too small to have such channels, so we make one channel in 64 a
+# hundred times larger, and then measure the error of the *other* 63:
 
 
 # %%
@@ -2739,51 +2849,51 @@ for name in ("float8_e4m3fn", "mxfp8", "float4_e2m1fn", "mxfp4", "nvfp4"):
     print(f"{label:24} {bits:4.2f}", *(f"{min(100, 5 * math.ceil(20 * e)):13}%" for e in row))
 
 # %% [markdown]
-# With 8 bits, the scales hardly matter: e4m3 has exponents of its own, and its relative error is
+# With 8 bits, block scales hardly matter: e4m3 has exponents of its own, and its relative error is
 # the same for all but the smallest numbers. With 4 bits they decide. With an outlier and one scale,
-# all quiet channels become zero. In blocks, only the outlier's neighbors suffer. Our rows are so
-# short that these are half of all channels for MXFP4, and a quarter for NVFP4; in a row of 4,096 it
-# would be 32 or 16. The table prices the formats for storage. What they do to *training* is
-# measured at the end of the chapter.
+# all quiet channels become zero, an error of 100%. In blocks, only the outlier's neighbors suffer.
+# Our rows are so short that these are half of all channels for MXFP4, and a quarter for NVFP4; in a
+# row of 4,096 they would be 32 or 16. The table measures what the formats do to stored numbers.
+# What they do to *training* comes next.
 
 # %% [markdown]
 # ## Training in 8 and 4 bits
 #
-# The recipe of this chapter computes products in 16 bits. Recent GPUs multiply 8-bit numbers twice
-# as fast again, and 4-bit numbers faster still. We have no such unit, but we don't need one to know
-# what the rounding does to the loss. A product of rounded numbers, summed in 32 bits, is the same
-# whether the numbers are stored in 8 bits or in 32. So we **emulate**: round the operands to the
-# short format, and multiply in `float32`. This shows the *accuracy* of such training, digit by
-# digit apart from the order of sums. It says nothing about *speed*; in fact, all the rounding makes
-# it slower.
+# Recent GPUs multiply 8-bit numbers twice as fast again as 16-bit ones, on paper, and 4-bit numbers
+# faster still. We have no such unit, but to learn what the rounding does to the loss, we can
+# emulate it, as we did with 16 bits: round the factors to the short format, and multiply in
+# `float32`. Apart from the order of the sums, the results are those of a product in 8 bits. Again
+# this shows the *accuracy* of such training and says nothing about its *speed*. In fact, all the
+# rounding makes it slower.
 #
-# A linear layer does three products, one forward and two backward, with $X$ the inputs (one row
-# for each token), $W$ the weights, and $G$ the gradient of the outputs:
+# A linear layer takes part in three products, one forward and two backward. Let $X$ be its inputs
+# (one row for each token), $W$ its weights, and $G$ the gradient of its outputs:
 #
 # $$
 # Y = X W^\top, \qquad dX = G W, \qquad dW = G^\top X .
 # $$ (precision-products)
 #
-# All operands are rounded: $X$ and $W$ to e4m3, which has more digits, and $G$ to e5m2, which has
+# All factors are rounded: $X$ and $W$ to e4m3, which has more digits, and $G$ to e5m2, which has
 # more range, since gradients vary more {cite}`micikevicius2022fp8`. Each needs a scale before it is
 # rounded, and this is where recipes differ:
 #
-# - **Current** scaling takes the amax of the tensor at hand. That means reading the tensor twice,
-#   once for the amax and once to round it.
+# - **Current** scaling takes the amax of the tensor that is to be rounded. That means reading the
+#   tensor twice, once for the amax and once to round it.
 # - **Delayed** scaling takes the largest amax of the last steps, 16 here, which is known
 #   beforehand. If a tensor grows suddenly, its largest values saturate until the history has caught
 #   up.
 # - **Block** scaling uses the formats above. The blocks have to lie along the direction that the
-#   product sums over, so that a scale can be taken out of each partial sum. The three products sum
-#   over features, outputs, and tokens. So each operand is rounded twice, in two directions.
+#   product sums over, so that a scale can be factored out of each partial sum. The three products
+#   sum over features, outputs, and tokens. So each factor is rounded twice, in two directions.
 #
-# With 4 bits, rounding gradients to nearest has the bias we know, so they are rounded by chance, as
-# in NVIDIA's recipe {cite}`nvidia2025nvfp4`.
+# With 4 bits, small gradients that are rounded to nearest vanish again and again, like the updates
+# of our frozen weights. So they are rounded by chance, as in NVIDIA's recipe
+# {cite}`nvidia2025nvfp4`.
 
 
 # %% [markdown]
-# `emulate(model, recipe)` returns a copy of a model whose linear layers do this. The layers
-# differ from `nn.Linear` only in the three products.
+# `emulate(model, recipe)` returns a copy of a model whose linear layers do this. They differ from
+# `nn.Linear` only in the three products.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: recipes, a layer with rounded products, and a model of them (`emulate`)
@@ -2817,7 +2927,7 @@ class Recipe:
 
 
 # %% [markdown] tags=["engine"]
-# Some common ones have names. Forward and backward formats are the same where blocks are scaled,
+# Some common recipes have names. Forward and backward formats are the same where blocks are scaled,
 # since a scale for each block leaves little need for a wider range:
 
 # %% tags=["engine"]
@@ -2834,7 +2944,7 @@ RECIPES = {
 }
 
 # %% [markdown] tags=["engine"]
-# The layer rounds an operand along one of its two dimensions. With one scale for the whole tensor
+# The layer rounds a factor along one of its two dimensions. With one scale for the whole tensor,
 # the dimension doesn't matter. A tensor of zeros has an amax of zero, and gets a scale of 1:
 
 
@@ -2896,7 +3006,7 @@ class EmulatedLinear(nn.Linear):
 
 # %% [markdown] tags=["engine"]
 # The three products are written out by hand. What the backward pass needs is rounded in the forward
-# pass already, as a real implementation would, which thereby keeps activations in 8 bits:
+# pass already. A real implementation would do the same, and so keep activations in 8 bits:
 
 
 # %% tags=["engine"]
@@ -2925,7 +3035,7 @@ class _RoundedProducts(torch.autograd.Function):
 
 
 # %% [markdown] tags=["engine"]
-# A model is emulated by exchanging its linear layers, in a copy.
+# To emulate a model, exchange its linear layers, in a copy:
 
 
 # %% tags=["engine"]
@@ -2997,9 +3107,10 @@ def _find_recipe(recipe: object) -> Recipe:
 # ### What it does to the loss
 #
 # Embeddings, norms, attention scores, and the output layer stay in `float32`, as is usual. Each
-# recipe trains from the same start on the same batches as `float32`, with three seeds. It is judged
-# by the mean loss of its last ten steps, where the noise of the batches is the same for both. The
-# interval is Student's for three differences, at 95%. It is wide; three runs support no more.
+# recipe trains the model of the first experiment, from the same start and on the same batches as
+# `float32`, with three seeds. It is judged by the mean loss of its last ten steps, where the noise
+# of the batches is the same for both. The interval is Student's again. It is wide, and three runs
+# support no more.
 
 
 # %%
@@ -3019,9 +3130,9 @@ for recipe, (low, high) in bounds.items():
     print(f"{recipe:11} nats above float32, 95% interval: within {low} to {high}")
 
 # %% [markdown]
-# With 8 bits, the difference is a few thousandths of a nat, hardly more than three runs can
-# resolve. With 4 bits, it can be seen. A longer comparison of all recipes, with 200 steps and twice
-# the width, was made by `benchmarks/rounding.py`. Losses are in nats per token:
+# With 8 bits, the whole interval lies below 0.02 nats; with 4 bits, it lies above that. For a
+# longer comparison of all recipes, with 200 steps and twice the width, there is
+# `benchmarks/rounding.py`. Losses are in nats per token:
 #
 # | products in | loss | above `float32` | 95% interval |
 # |:---|---:|---:|---:|
@@ -3034,31 +3145,33 @@ for recipe, (low, high) in bounds.items():
 # | MXFP4 | 1.387 | 0.0837 | ± 0.0391 |
 # | NVFP4 | 1.363 | 0.0597 | ± 0.0070 |
 #
-# What can be read from it, and what can't? Products in `bfloat16` cost nothing here: the difference
-# is less than a thousandth of a nat, with an interval to match. Products in 8 bits without scales
-# cost about a hundredth, and that interval excludes zero. The three ways to scale can't be told
-# apart from each other, nor from no cost at all; three seeds of a model this small don't tell which
-# is better. Four bits cost 5% of the loss, which is a lot. The recipe of a 12-billion-parameter
-# model that came within about 1.5% of its 8-bit loss {cite}`nvidia2025nvfp4` has more parts: some
-# layers stay in 16 bits, tensors are rotated at random so that outliers spread over their block,
-# and the weights get the same blocks in both directions.
+# What can be read from this table, and what can't? Products in `bfloat16` cost nothing here: the
+# difference is less than a thousandth of a nat, with an interval to match. Products in 8 bits
+# without scales cost about a hundredth of a nat, and that interval excludes zero. The three ways to
+# scale can't be told apart from each other, nor from no cost at all; three seeds of a model this
+# small don't show which is better. Four bits cost 5 to 6% of the loss, which is a lot. NVIDIA's
+# recipe, with which a model of 12 billion parameters came within about 1.5% of its 8-bit loss
+# {cite}`nvidia2025nvfp4`, has more parts: some layers stay in 16 bits, tensors are rotated at
+# random so that outliers spread over their block, and the weights get the same blocks in both
+# directions.
 #
 # ### A faster product is not a faster run
 #
-# How much of this is worth it? Say that products take a share $p$ of a training step and become $k$
-# times as fast, while everything else stays as it is. The step then takes $1 - p + p / k$ of its
-# time (Amdahl's law), so it is
+# How much faster does all this make a training run? Say that products take a share $p$ of a
+# training step and become $k$ times as fast, while everything else stays as it is. (In this section
+# $p$ is not a probability, and the speedup $S$ below is not a loss scale.) The step then takes $1 -
+# p + p / k$ of its time (Amdahl's law), so it is
 #
 # $$
 # S = \frac{1}{1 - p + p / k}
 # $$ (precision-amdahl)
 #
 # times as fast, which is less than $k$ unless $p = 1$. nanochat's log {cite}`karpathy2026nanochat`
-# has a complete set of numbers for `fp8_current` on H100 GPUs, a model of 26 layers, and compiled
-# kernels. On paper, 8-bit products are twice as fast as in `bfloat16`. The feed-forward layer
-# measured alone, with its roundings, was 1.38 times as fast. Training as a whole processed 1.17
-# times as many tokens per second. What share does that imply, and what's left at equal quality, for
-# which the log gives a speedup of about 1.05?
+# has a complete set of numbers for what we call `fp8_current`, on H100 GPUs, with a model of 26
+# layers and compiled kernels. On paper, 8-bit products are twice as fast as products in `bfloat16`.
+# The feed-forward layer measured alone, with its roundings, was 1.38 times as fast. Training as a
+# whole processed 1.17 times as many tokens per second. At equal quality, the log gives a speedup of
+# about 1.05. What share do these numbers imply, and how many more tokens did the quality take?
 
 # %%
 product, run, equal_quality = 1.38, 1.17, 1.05
@@ -3068,28 +3181,31 @@ print(f"even products that take no time would give {1 / (1 - share):.1f} times")
 print(f"{run / equal_quality - 1:.0%} more tokens were needed for the same quality")
 
 # %% [markdown]
-# Half of the step wasn't products, so half of the gain was gone. Most of what remained was paid
-# back in extra steps, since each one is a little less accurate. Per-row scales were more accurate,
-# and their overhead made the run *slower* than in 16 bits, 0.90 times. None of this speaks against
-# 8 bits: larger matrices have a larger share, and the log finds that larger models gain more. It
-# speaks for asking of any faster kernel: what share of the step is it, and is a step still worth as
-# much? Only a whole run to the same loss answers.
+# About half of the step wasn't products, so half of the gain was gone. Most of what remained was
+# paid back in extra steps, since each step is a little less accurate. Scales for each row were more
+# accurate, and their overhead made the run *slower* than in 16 bits, 0.90 times as fast. None of
+# this speaks against 8 bits: larger matrices take a larger share of the time, and the log finds
+# that larger models gain more. But it suggests two questions about any faster kernel. What share of
+# the step does it speed up? And is a step still worth as much? Only a whole run to the same loss
+# answers both.
+
 # %% [markdown]
 # ## On a GPU
 #
-# What mixed precision is for can be seen only where 16-bit products are faster, on a GPU. The
-# script `benchmarks/gpu.py` trains GPT-2's shape of 124 million parameters in float32, tf32,
-# bfloat16 and float16, eager and compiled, and reports tokens per second, the memory that CUDA's
-# allocator gave out, what our formula says, and the MFU. No GPU was at hand when this was written,
-# so its table is empty, and we do not fill it with numbers of others. Run it if you have one.
+# The speed of mixed precision can be seen only where 16-bit products are faster, on a GPU. The
+# script `benchmarks/gpu.py` trains a model of GPT-2's shape, with 124 million parameters, in
+# float32, tf32, bfloat16, and float16, eager and compiled. It reports tokens per second, the memory
+# that CUDA's allocator gave out, what our formula says, and the MFU. We had no GPU when this was
+# written, so its table is empty, and we won't fill it with other people's numbers. If you have one,
+# run it.
 
 # %% [markdown]
 # ## Is it the real thing?
 #
-# First the rounding. A cast of PyTorch and back is a rounding to nearest, so the two must agree bit
-# for bit. The test numbers are all 65,536 values of `bfloat16` and of `float16`, every midpoint
-# between neighbors of a short format, and random bit patterns, which are numbers of any size,
-# infinities and NaN.
+# First we check the rounding. A cast in PyTorch to a short type and back is a rounding to nearest,
+# so the two must agree bit for bit. The test numbers are all 65,536 values of `bfloat16` and of
+# `float16`, every midpoint between neighbors of an 8-bit format, and random bit patterns, which are
+# numbers of any size, infinities, and NaN.
 
 # %%
 every = torch.arange(-(2**15), 2**15, dtype=torch.int16)
@@ -3116,15 +3232,17 @@ for format in FORMATS.values():
     print(f"{format.name:15} equal: {same.sum():,} of {len(numbers):,}")
 
 # %% [markdown]
-# The numbers of `float8_e8m0fnu` that differ are all subnormal in `float32`. Of what lies between
-# $2^{-127}$ and $2^{-126}$, PyTorch takes the larger power even where the smaller one is nearer. No
-# scale is ever that small. For `float4_e2m1fn` there is no cast, but its numbers are few enough to
-# check every midpoint by hand, as the tests of the package do.
+# The two agree on every number in five formats. In `float8_e8m0fnu`, the numbers on which they
+# differ are all subnormal in `float32`. For those between $2^{-127}$ and $2^{-126}$, PyTorch takes
+# the larger power even where the smaller one is nearer. The scales of ordinary tensors are never
+# that small. For `float4_e2m1fn` there is no cast, but its numbers are few enough to check every
+# midpoint by hand, as the tests of the package do.
 
 # %% [markdown]
-# Our scaler and PyTorch's, side by side: 300 steps in which a random third of all gradients is
-# infinite or NaN, in either of two micro-batches, for two optimizers, with clipping. After each
-# step scales, counters and weights must be the same; and halfway the two exchange their states.
+# Next we run our scaler and PyTorch's side by side, for 300 steps. In a third of them, at random,
+# one of the two micro-batches has gradients that are infinite, NaN, or too large to be scaled.
+# There are two optimizers, and gradients are clipped. After each step, scales, counters, and
+# weights must be the same, and halfway through the two scalers exchange their states.
 
 
 # %%
@@ -3153,7 +3271,8 @@ class Twin:
 
 
 # %% [markdown]
-# A gradient of $10^{38}$ is finite, and infinite once it is scaled:
+# The factor $10^{38}$ is finite, but the gradient that is made with it becomes infinite once it is
+# scaled:
 
 # %%
 settings = {"init_scale": 2.0**10, "growth_interval": 3, "growth_factor": 1.7}
@@ -3172,13 +3291,17 @@ for step in range(300):
             twin.scaler.load_state_dict(state)
 print(f"{step + 1} steps, {skipped} skipped, {len(scales)} different scales: ours are PyTorch's")
 
+# %% [markdown]
+# The two agreed at every step: they skipped the same steps, went through the same scales, and each
+# went on from the state of the other.
+
 # %% [markdown] tags=["engine"]
 # ### Engine room: the trainer, held against a loop of PyTorch's parts
 
 # %% [markdown] tags=["engine"]
-# And our `MixedPrecision` within the trainer, with products that really are in float16, against a
-# loop of PyTorch's parts: its autocast, its scaler, its clipping, its AdamW. The loop repeats a
-# batch that overflows, as the trainer does.
+# Last, our `MixedPrecision` within the trainer, with products that really are in float16, is
+# compared with a loop of PyTorch's parts: its autocast, its scaler, its clipping, its AdamW. The
+# loop repeats a batch that overflows, as the trainer does.
 
 # %% tags=["engine"]
 config = TrainingConfig(
@@ -3214,7 +3337,8 @@ print(f"the same scale, 2^{math.log2(scaler.get_scale()):.0f}; weights differ by
 # %% [markdown]
 # ## How fast is it?
 #
-# How much slower is our rounding than a cast, which the processor does in one instruction?
+# How much slower is our rounding, which takes a dozen operations of PyTorch, than a cast there and
+# back, which takes two?
 
 
 # %% tags=["nbval-ignore-output"]
@@ -3234,9 +3358,10 @@ for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
     print(f"{name}: round_to takes {ratio:.0f} times as long as a cast and back")
 
 # %% [markdown]
-# So where PyTorch has the type, use the cast. The scaler's own work, against PyTorch's: unscaling
-# and checking a million gradients in 48 tensors, and the decision. And our context against
-# PyTorch's autocast, forward passes in bfloat16, where Python steps in at each operation:
+# Our rounding takes dozens of times as long, or more, so where PyTorch has the type, use the cast.
+# What about the scaler and autocast? The next cell compares our scaler's own work with PyTorch's:
+# it unscales and checks a million gradients in 48 tensors, and decides whether to step. Then it
+# compares `CastProducts` with PyTorch's autocast, in forward passes in `bfloat16`:
 
 
 # %% tags=["nbval-ignore-output"]
@@ -3262,10 +3387,10 @@ with torch.no_grad():
 print(f"autocast: ours takes {ours / theirs:.1f} times as long")
 
 # %% [markdown]
-# PyTorch's kernel checks and divides in one pass over memory, ours reads everything twice. Both are
-# a small part of a step. A context that is called from Python for each operation is slower the
-# smaller the model; it is there to be read, and `MixedPrecision` uses PyTorch's own, unless it has
-# to emulate.
+# Our scaler takes about twice as long as PyTorch's, whose kernel checks and divides in one pass
+# over memory, while ours reads everything twice. Either is a small part of a step. A context that
+# is called from Python for each operation costs more, the smaller the model is. Ours is there to be
+# read; `MixedPrecision` uses PyTorch's own, unless it has to emulate.
 
 # %% [markdown]
 # ## Exercises
@@ -3297,8 +3422,8 @@ for name in ("float8_e4m3fn", "bfloat16", "float16"):
 # ````{exercise} Stochastic rounding with bits
 # :label: ex-precision-bits
 # *Twenty minutes.* A `bfloat16` is the upper half of a `float32`. So stochastic rounding needs no
-# division: add a random whole number to the bits of the `float32`, read as an `int32`, and set
-# the lower half to zero. Write `round_by_bits(x, generator)` that does so for finite numbers.
+# division: add a random whole number to the bits of the `float32`, read as an `int32`, and set the
+# lower half to zero. Write `round_by_bits(x, generator)`, which does this for finite numbers.
 # ````
 
 
@@ -3329,10 +3454,10 @@ for share in (0.01, 0.25, 0.5, 0.9):
 # %% [markdown]
 # ````{exercise} A weight that remembers
 # :label: ex-precision-kahan
-# *Half an hour.* Kahan's trick works for weights, too: keep what the last update lost in a second
-# `bfloat16` number. Write `kahan_update(weight, lost, update)`. All three are `bfloat16`, and
-# it returns the new weight and the new lost part, with no operation in a wider type. How many bits
-# does a weight take now, compared with one in 32 bits?
+# *Half an hour.* Kahan's summation works for weights, too: keep what the last update lost in a
+# second `bfloat16` number. Write `kahan_update(weight, lost, update)`. All three are `bfloat16`,
+# and it returns the new weight and the new lost part, with no operation in a wider type. How many
+# bits does a weight take now, compared with one in 32 bits?
 # ````
 
 
@@ -3358,11 +3483,12 @@ assert (progress - 1).abs().max() < 0.15, f"moved by {progress.tolist()} of what
 # %% [markdown]
 # ````{exercise} In the right order
 # :label: ex-precision-order
-# *Fifteen minutes.* Write `scaled_step(model, optimizer, scaler, losses, max_norm)`: one step of
-# float16 training. `losses` are those of the micro-batches, already divided by their number.
-# Gradients add up over all of them, are clipped to `max_norm`, and the step is taken or not. Return
-# whether it was taken. `scaler` is a `GradScaler`; its `found_inf(optimizer)` says, after
-# `unscale_`, whether a gradient was infinite or NaN. `clip_gradients(parameters, max_norm)` clips.
+# *Fifteen minutes.* Write `scaled_step(model, optimizer, scaler, losses, max_norm)`, which does one
+# step of float16 training. `losses` are those of the micro-batches, already divided by their
+# number. Gradients are added over all of them and clipped to `max_norm`, and then the step is taken
+# or skipped. Return whether it was taken. `scaler` is a `GradScaler`; its `found_inf(optimizer)`
+# says, after `unscale_`, whether a gradient was infinite or NaN.
+# `clip_gradients(parameters, max_norm)` clips.
 # ````
 
 
@@ -3416,9 +3542,9 @@ assert taken == [True, False, True], "say whether the step was taken"
 # ````{exercise} The schedule waits
 # :label: ex-precision-schedule
 # *Ten minutes.* A loop in float16 has a schedule that is a function of the step. Write
-# `rates(schedule, skipped)`: `skipped` holds a Boolean for each step that was tried, in order, and
-# you return the list of the rates that the steps which were *taken* had. `schedule(0)` is the rate
-# of the first step that is taken.
+# `rates(schedule, skipped)`. The list `skipped` holds a Boolean for each step that was tried, in
+# order. Return the list of the rates that the steps had which were *taken*. `schedule(0)` is the
+# rate of the first step that is taken.
 # ````
 
 
@@ -3445,9 +3571,10 @@ assert list(rates(lambda step: step / 10, [True, True, False])) == [0.0], (
 # ````{exercise} What fits?
 # :label: ex-precision-fit
 # *Twenty minutes.* Write `largest_batch(config, sequence, memory, **options)`: the largest number
-# of rows of `sequence` tokens whose training step fits into `memory` bytes, by `memory_breakdown`,
-# which takes the same `options`; 0 if not even one row does. Careful: do not try all numbers from 1
-# on, there may be millions.
+# of rows of `sequence` tokens whose training step fits into `memory` bytes. Use
+# `memory_breakdown(config, batch_size, sequence, **options)`, which returns a dictionary of bytes,
+# by what they are for. Return 0 if not even one row fits. Be careful: do not try all numbers from 1
+# on, for there may be millions.
 # ````
 
 
@@ -3490,25 +3617,41 @@ assert bytes_of(1) < 1e9 and far > 100_000, "millions of short rows fit, so do n
 # %% [markdown]
 # ## Summary
 #
-# - A sum needs bits, a factor does not. So weights, which are sums over all steps, and the sums
-#   within products, softmax, norms and losses have 32 bits, and factors have 16.
+# - A format divides its bits between range (the exponent) and digits (the fraction). `bfloat16` has
+#   the range of `float32` and two or three digits; `float16` has three digits and a small range.
+# - Rounding to nearest changes a normal number by at most one part in $2^{m+1}$. An update smaller
+#   than that is lost every time. Stochastic rounding is right on average, and weights that are
+#   stored that way keep learning.
+# - A long sum loses digits with every term. Adding in pairs, Kahan's correction, and a wider
+#   accumulator each prevent that.
+# - So sums need bits, and factors do not. Weights, which are sums over all steps, and the sums
+#   within products, softmax, norms, and losses have 32 bits; factors have 16.
 # - Autocast is two lists of functions and a cast before each. The backward pass runs outside.
-# - Float16 has digits enough but too small a range below. A scale moves all gradients at once, is
-#   exact if it is a power of two, and finds itself: halved at each infinity, doubled after many
-#   good steps.
+# - `float16` has enough digits, but its range ends too early for small gradients. A loss scale
+#   moves all gradients at once, is exact if it is a power of two, and finds itself: halved at each
+#   infinity, doubled after many good steps.
 # - A step that overflows is not a failure. It moves neither weights nor optimizer nor schedule, and
 #   our trainer repeats its batch.
-# - Mixed precision saves a third of the activations and nothing of weights and optimizer. For
-#   memory, checkpointing, accumulation and the loss in chunks do more, with equal gradients.
+# - Mixed precision saves a third of the activations, and nothing of weights and optimizer. For
+#   memory, checkpointing and accumulation do more, and so does the loss in chunks where the
+#   vocabulary is large.
+# - A compiler fuses what lies between products. It pays for itself after some hundreds of steps of
+#   one shape.
+# - With 8 or 4 bits, numbers need scales, and with 4 bits a scale for each short block. In our
+#   small model 8 bits cost about a hundredth of a nat or less, and 4 bits cost 5 to 6% of the loss.
+#   How much faster a run becomes depends on the share of products in a step.
 #
 # **Checklist.** Use bfloat16 where the hardware has it, and no scaler. Keep master weights in
 # float32, and look at their dtype after every `.to()`. In float16: unscale, then clip, then step,
 # then update; log the scale, and worry if it falls below 1 or keeps falling. Leave `backward`
-# outside of autocast. Count bytes before buying hardware. Compile when the shapes have settled,
-# and compare the losses before and after.
+# outside of autocast. Count bytes before buying hardware. Compile when the shapes have settled, and
+# compare the losses before and after. Judge a shorter format by a whole run to the same loss, with
+# more than one seed.
 #
-# **Further reading.** The recipe and the scale are due to Micikevicius and colleagues
+# **Further reading.** The recipe and the loss scale are due to Micikevicius and colleagues
 # {cite}`micikevicius2018mixed`. Kalamkar and colleagues {cite}`kalamkar2019bfloat16` train a wide
 # range of models in bfloat16 with the settings of float32. Zamirai and colleagues
 # {cite}`zamirai2021revisiting` show that it is the updates of weights that pure bfloat16 cannot
-# represent, and that stochastic rounding or Kahan's sum mend it.
+# represent, and that stochastic rounding or Kahan's sum mends this. For shorter formats,
+# Micikevicius and colleagues {cite}`micikevicius2022fp8` describe the two with 8 bits, and NVIDIA
+# {cite}`nvidia2025nvfp4` reports on training in 4.

@@ -110,8 +110,8 @@ TAKES_ANYTHING = {
     "training.Guard.judge(targets)",  # asked only whether there are any
     "training.Guard.reason_to_skip(targets)",
     "training.MetricsLog.start(step)",  # compared with those of the rows
+    "training.Trainer.is_due(step)",  # compared with the budget
     "training.Trainer.set_up(sinks)",  # called by the constructor, which has looked at them
-    # What is false stands for None: the trainer's own model or objective.
     "generation.generate(prompts)",  # rows of a tensor are prompts, too
     # Lists that get something: what they hold already is the caller's.
     "cleaning.decontaminate(found)",
