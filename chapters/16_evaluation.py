@@ -4,17 +4,24 @@
 # > Know whether a model got better: scores that can be compared, answers read as they were meant,
 # > and an interval beside every number.
 #
-# Two models of one architecture read the same hundred stories. The first has a {term}`perplexity`
-# of 11, the second one of 23, and lower is better. Yet the second predicts the stories far better:
-# to write them down with its help takes 1.1 bits per byte, and with the first 3.5. Both pairs of
-# numbers are right, and we will compute them in a moment. The two perplexities only look alike; one
-# is per byte, the other per token.
+# Two models of the same architecture read the same hundred stories. The first has a
+# {term}`perplexity` of 11, the second a perplexity of 23, and lower is better. Yet the second
+# predicts the stories far better: with its help they can be written down in 1.1 bits per byte, and
+# with the help of the first in 3.5. All four numbers are right, and we will compute them in a
+# moment. The two perplexities only look comparable: one is per byte, the other per token.
 #
-# Most numbers that are said of language models have such a trap in them. The score changes with the
-# tokenizer, with a space at the end of the question, with where a long text was cut. An answer is
-# marked wrong because it was written as 1,234. A model wins by two points on two hundred questions,
-# and would have lost on two hundred others. This chapter builds the measurements that later
-# chapters rely on, and for each it looks for the trap.
+# Many numbers that are reported about language models have such a trap in them. The score changes
+# with the tokenizer, with a space at the end of the question, and with the place where a long text
+# was cut. An answer is marked wrong because it was written as 1,234. A model wins by two points on
+# two hundred questions, and would have lost on two hundred others.
+#
+# This chapter builds the measurements that later chapters rely on, and for each it looks for the
+# trap. The first half turns log-probabilities into scores: of texts, of multiple-choice questions,
+# and of answers in free text. Then it asks how far chance can move a score, and when one model is
+# really better than another. The second half asks what a score is worth. We put a test into the
+# training text and see who notices, build the benchmark for the rest of the book, check whether a
+# model knows what it knows, and rank models by games and by judges. At the end, our functions run
+# inside a program of the industry and agree with it.
 #
 # | | |
 # |---|---|
@@ -96,9 +103,9 @@ from llmbook.tinyworld import (
 # %% [markdown]
 # ## Two models
 #
-# Here are the two models. They have the same layers and train for the same 40 steps on the same
-# stories of the tiny world. One reads bytes, the other tokens of a {term}`BPE <byte-pair
-# encoding>`:
+# The two models of the opening have the same layers and train for the same 40 steps on the same
+# stories of the tiny world. One reads bytes, the other reads the tokens of a
+# {term}`BPE <byte-pair encoding>`:
 
 # %%
 import random
@@ -135,7 +142,9 @@ def trained(tokenizer: BPETokenizer, length: int, n_steps: int, seed: int = 0) -
 
 
 # %% [markdown]
-# Chapter 13's {py:func}`~llmbook.training.documents_score` tells the bits and the bytes of texts:
+# Chapter 13's {py:func}`~llmbook.training.documents_score` returns how many bits a model needs for
+# some texts, and how many bytes the texts have. The perplexity divides the bits by the number of
+# tokens instead:
 
 # %%
 tokenizers = {"bytes": BPETokenizer.from_merges([]), "BPE": train_bpe(stories, 1024)}
@@ -149,35 +158,37 @@ for name, length in (("bytes", 384), ("BPE", 128)):
 assert found["bytes"][0] < found["BPE"][0] / 1.5 and found["bytes"][1] > 2 * found["BPE"][1]
 
 # %% [markdown]
+# The byte model is ahead in perplexity, and the BPE model in bits per byte.
+#
 # ## Per what?
 #
-# A model with tokenizer $\tau$ cuts a text $x$ into $n_\tau$ tokens, and the chain rule gives $\log
-# q(x) = \sum_t \log q(x_t \mid x_{<t})$. The left side does not know about tokens. (To be exact, it
-# is the probability of this one way to cut $x$. Others spell the same text, so $q(x)$ is a little
-# more; chapter 06 adds them all up.) The right side has a number of terms that the tokenizer
-# decides. So
+# A model $q$ with tokenizer $\tau$ cuts a text $x$ into $n_\tau$ tokens, and the chain rule gives
+# $\log q(x) = \sum_t \log q(x_t \mid x_{<t})$. The left side does not know about tokens. (To be
+# exact, it is the probability of this one way to cut $x$. Other cuts spell the same text, so the
+# probability of the text itself is a little higher; chapter 06 adds them all up.) On the right
+# side, the tokenizer decides how many terms there are. So
 #
 # $$
 # \text{perplexity} = \exp\Bigl(-\frac{\log q(x)}{n_\tau}\Bigr) , \qquad
 # \text{bits per byte} = \frac{-\log_2 q(x)}{b} .
 # $$ (evaluation-units)
 #
-# Only $n_\tau$ depends on the tokenizer; the number of bytes $b$ belongs to the text. For two
-# models $q$ and $r$ and the same $x$, the ratio of their bits per byte is $\log q(x) / \log r(x)$:
-# it asks which one finds the text more probable, and nothing else. The ratio of the logarithms of
-# their perplexities is that same number times $n_\rho / n_\tau$. Here the byte model has about four
-# times as many terms, so each of them is smaller. From {eq}`evaluation-units` also follows how to
-# go from one to the other,
+# The first divides by a number that belongs to the tokenizer, the second by the number of bytes
+# $b$, which belongs to the text. Let $r$ be another model, with tokenizer $\rho$. The ratio of the
+# bits per byte of $q$ and $r$ is $\log q(x) / \log r(x)$: it says which model finds the text more
+# probable, and nothing else. The ratio of the logarithms of their perplexities is that same number
+# times $n_\rho / n_\tau$. Here the byte model has about four times as many terms, so each of them
+# is smaller. {eq}`evaluation-units` also says how to get from one measure to the other:
 #
 # $$
 # \text{bits per byte} = \frac{n_\tau}{b} \log_2 (\text{perplexity}) .
 # $$ (evaluation-conversion)
 #
-# Two more traps are in the units. Losses are in nats and compressors count bits, and to forget the
-# $\ln 2 \approx 0.693$ makes a model look 31 % better. And the bytes must be those of the *text*.
-# Programs that have only token ids at hand decode each one and add up the lengths. But a token may
-# hold a part of a character. Alone it is no valid UTF-8, decodes to the replacement character
-# U+FFFD, and that takes three bytes:
+# Two more traps are in the units. Losses are in nats and compressors count bits, and whoever
+# forgets the factor $\ln 2 \approx 0.693$ makes a model look 31 % better. And the bytes must be
+# those of the *text*. A program that has only the token ids may decode each of them and add up the
+# lengths. But a token may hold a part of a character. Alone it is not valid UTF-8, so it decodes to
+# the replacement character U+FFFD, which takes three bytes:
 
 # %%
 text = "Zoë naïvely ordered 抹茶 and crème brûlée for 12 €."
@@ -188,14 +199,15 @@ for name, tokenizer in tokenizers.items():
 print(f"the text itself {len(text.encode()):25}")
 
 # %% [markdown]
-# With so many bytes to divide by, the score is 39 % lower than it should be, and no weight of the
-# model has changed. In English the error is small, which is why it lives long.
+# With so many bytes to divide by, the score is 39 % lower than it should be, although no weight of
+# the model has changed. In plain English text nearly every character is a single byte, so the error
+# is small, and it can go unnoticed for a long time.
 
 # %% [markdown]
 # ## The log-probability of each token
 #
-# All scores of this chapter come from one place. At position $t$ the model has read $x_1$ to $x_t$
-# and its logits are about $x_{t+1}$. So the logits of all positions but the last are held against
+# All scores of this chapter come from one place. At position $t$ the model has read $x_1$ to $x_t$,
+# and its logits are about $x_{t+1}$. So the logits of all positions but the last are compared with
 # the ids of all positions but the first:
 
 
@@ -218,10 +230,11 @@ def next_log_probs(
 
 
 # %% [markdown]
-# What did the first token get? Nothing: there is no position before it. So a text is put after a
-# special token, and in this book that is `<|endoftext|>`, which ended the previous document in
-# training. (Many models have one of their own for this, called BOS, beginning of sequence.) It must
-# be there *once*. We take the model that chapter 13 has trained, and compare:
+# What probability did the first token get? None, since there is no position before it. So a special
+# token is put in front of each text; in this book it is `<|endoftext|>`, which ended the previous
+# document in training. (Many models have a separate token for this, called BOS, for beginning of
+# sequence.) It must be there exactly *once*. To see what happens otherwise, we take the model that
+# chapter 13 trained, and leave the token out or repeat it:
 
 # %%
 run = pretrained("tinyworld")
@@ -242,20 +255,22 @@ assert 1.45 < means["once"] < 1.55 and 1.45 < means["three times"] < 1.65
 assert means["missing"] > 1.1 * means["once"]
 
 # %% [markdown]
-# Without the start token this model is about a fifth worse at all the *other* tokens, with a
-# perplexity of 1.85: it has never seen a row that begins with anything else. Large models, whose
-# attention leans on the first position, can break altogether. Doubled, it does little harm here, as
-# documents may be empty; but a model that never saw it twice is outside of what it knows. It comes
-# about when a tokenizer adds it and the program does, too, so ours adds it only if it is not there.
+# Without the start token, this model is worse at all the *other* tokens; its perplexity rises to
+# 1.85 in our run. It has never seen a row that begins with anything else. Many large models put
+# much of their attention on the first position {cite}`sun2024massive`, so they may suffer more.
+# Repeating the token does little harm here, but a model that never saw it twice in training is in
+# unknown territory. A doubled token is an easy mistake to make: the tokenizer adds it and the
+# program does, too. Our functions add it only if it is not there yet.
 
 # %% [markdown]
 # ## A model must not see the future
 #
-# All of this rests on one assumption: that logits at position $t$ depend on tokens up to $t$ only.
-# A mask that is off by one, a normalization over the whole row, or an expert layer that sorts all
-# tokens of a row by their score breaks it. Then the loss is wonderful, in training and in
-# evaluation, and the model cannot generate. No score shows the fault, but a direct test does.
-# Change the tokens from some place on, and the logits before it must stay what they were:
+# All of this rests on one assumption: the logits at position $t$ depend on the tokens up to $t$
+# only. A mask that is off by one breaks it; so does a normalization over the whole row, or a layer
+# in which experts choose among all tokens of a row {cite}`zhou2022mixture`. Then the loss is
+# wonderful, in training and in evaluation, and the model cannot generate. No score reveals the
+# fault, but a direct test does. Change the tokens from some place on; the logits before that place
+# must stay what they were:
 
 
 # %%
@@ -329,8 +344,8 @@ def _check_positive(name: str, value: Any) -> None:
 
 
 # %% [markdown]
-# Our model passes. One whose logits are averaged with those of the next position, as an off-by-one
-# in a convolution would do it, is refused:
+# Our model passes. A second one averages its logits with those of the next position, as a
+# convolution that is off by one would, and is refused:
 
 
 # %%
@@ -351,13 +366,15 @@ except ValueError as error:
     print(str(error).partition(", whose")[0])
 
 # %% [markdown]
+# The message names the first place whose logits changed.
+#
 # ## Texts longer than the context
 #
 # A model with a {term}`context length` of $T$ reads at most $T$ tokens at once. A longer text is
-# cut into windows, and it matters how. If windows follow each other, the first tokens of each have
-# hardly any context, and are scored as if the text began there. If each window moves on by a
-# {term}`stride` $s < T$, only its last $s$ tokens count, and the others are what they are predicted
-# from:
+# cut into windows, and the cut matters. If each window begins where the last one ended, its first
+# tokens have hardly any context and are scored as if the text began there. The remedy is to let
+# windows overlap. Each window moves on by a {term}`stride` $s < T$, and only its last $s$ tokens
+# count; the others are there to predict them from. Three numbers describe a window:
 
 
 # %%
@@ -372,6 +389,11 @@ class Window(NamedTuple):
     start: int
     first: int
     end: int
+
+
+# %% [markdown]
+# The plan for a text is a list of windows. The first window scores everything it can. Each later
+# one scores the next $s$ tokens, and reaches back as far as the model can read:
 
 
 # %%
@@ -398,9 +420,9 @@ def plan_windows(n_ids: int, context_length: int, stride: int) -> list[Window]:
 
 
 # %% [markdown]
-# Every token but the first is scored once, and after the first window has at least $T + 1 - s$
-# tokens of context. The price is $T / s$ times the work. {numref}`fig-evaluation-windows` shows
-# both, with stories in windows of 16 tokens:
+# Every token but the first is scored once, and after the first window each has at least $T + 1 - s$
+# tokens of context. The price is $T / s$ times the work. {numref}`fig-evaluation-windows` shows the
+# context and its effect, for stories in windows of 16 tokens:
 
 
 # %% mystnb={"figure": {"caption": "Windows of 16 tokens. Left, how many tokens before it each token gets to see, with two strides. Right, the perplexity of the same model on the same stories, over the stride.", "name": "fig-evaluation-windows"}, "image": {"alt": "Left, two sawtooth lines over 48 tokens: with a stride of 16 the context falls to 1 at each window and rises to 16, with a stride of 4 it stays between 13 and 16. Right, perplexity rises with the stride, from 2.2 at 1 to 5.2 at 16."}}
@@ -430,15 +452,15 @@ axes[1].set(title="Perplexity", xlabel="stride", xticks=strides, ylim=(1, None))
 plt.show()
 
 # %% [markdown]
-# The same weights and the same text have perplexities from 2.2 to 5.2. Whoever reports one has to
-# say which windows it is from; {py:func}`~llmbook.evaluation.perplexity` takes a stride of half the
-# context length unless told otherwise. For texts that fit, as our stories do into 128 tokens, there
-# is one window and nothing to choose.
+# The same weights have perplexities from 2.2 to 5.2 on the same text. Whoever reports a perplexity
+# has to say how the windows were laid; {py:func}`~llmbook.evaluation.perplexity` takes a stride of
+# half the context length unless told otherwise. If all texts fit into the context, as our stories
+# fit into 128 tokens, there is one window and nothing to choose.
 #
-# Put together, this is a function: {py:func}`~llmbook.evaluation.score_texts`, in the room below,
-# returns the nats, tokens and bytes of each text, and the two measures of {eq}`evaluation-units`
-# follow from their sums. (The numbers of each text are kept, because the intervals below need
-# them.)
+# The function that puts these steps together is {py:func}`~llmbook.evaluation.score_texts`, in the
+# engine room below. It returns the nats, tokens, and bytes of each text, and the two measures of
+# {eq}`evaluation-units` follow from their sums. (The numbers of each single text are kept because
+# intervals, later in this chapter, need them.)
 
 
 # %%
@@ -469,8 +491,8 @@ class TextScores(NamedTuple):
 # ### Engine room: rows of unequal length, models of others, and texts of any length
 
 # %% [markdown] tags=["engine"]
-# A model is anything that maps ids to logits, one of `transformers` as well as ours. How many ids
-# it reads at once stands in its configuration, under one of several names.
+# A model is anything that maps ids to logits; a model of `transformers` will do as well as ours.
+# How many ids it reads at once is stated in its configuration, under one of several names.
 
 # %% tags=["engine"]
 #| export
@@ -508,8 +530,8 @@ def _begun(ids: Sequence[int], start: int) -> list[int]:
 
 # %% [markdown] tags=["engine"]
 # Rows of unequal length go through the model in batches, padded on the right. What a causal model
-# says of a row does not depend on what comes after it, so padding needs no mask; it only costs
-# time. Rows are therefore sorted by length.
+# says at a position does not depend on what comes after it, so padding needs no mask; it only costs
+# time. To keep that cost low, rows are sorted by length.
 
 
 # %% tags=["engine"]
@@ -584,9 +606,9 @@ def window_log_probs(
 
 
 # %% [markdown] tags=["engine"]
-# A text without a token, and without an end to predict, has no windows: it counts with 0 nats. That
-# is allowed for one of many texts, but a test set without any byte has no bits per byte, and an
-# empty one no score at all. Each model is first asked whether it sees the future.
+# A text without any token to predict has no windows, and counts with 0 nats. That is allowed for
+# one of many texts. But a test set without any byte has no bits per byte, and an empty one has no
+# score at all. Before any text is scored, the model is tested for seeing the future.
 
 
 # %% tags=["engine"]
@@ -656,9 +678,9 @@ def bits_per_byte(
 
 # %% [markdown] tags=["engine"]
 # For texts that fit into one window, the result is that of chapter 13, which has no strides. (For
-# longer ones, its last window begins where the one before ended, and ours reaches back.) The
-# opening's two numbers differ in the tokenizer alone, and {eq}`evaluation-conversion` turns one
-# into the other.
+# longer ones, chapter 13's last window begins where the one before it ended, and ours reaches
+# back.) We compare the two on the model of chapter 13, and check {eq}`evaluation-conversion` as
+# well:
 
 # %% tags=["engine"]
 scores = score_texts(model, tokenizer, held_out, stride=128)
@@ -674,15 +696,15 @@ print(f"{scores.bits_per_byte:.1f} bits per byte, here and in chapter 13")
 #
 # A model that has only been pretrained does not answer questions; it continues texts. It can still
 # take an exam. We put each answer after the question, let the model say how probable it is there,
-# and take the likeliest {cite}`brown2020gpt3`. With context $h$ and an answer $a$ of $m$ tokens
-# that is
+# and take the likeliest {cite}`brown2020gpt3`. The score of an answer $a$ of $m$ tokens after the
+# context $h$ is
 #
 # $$
 # s(a) = \log q(a \mid h) = \sum_{t=1}^{m} \log q(a_t \mid h, a_{<t}) .
 # $$ (evaluation-choice)
 #
-# The facts of the tiny world make such an exam, with four answers to each question, the first one
-# right:
+# (This $s$ is a score; the stride above has done its work.) The facts of the tiny world make such
+# an exam, with four answers to each question. In our list the first answer is always the right one:
 
 # %%
 draws, facts = random.Random(0), []
@@ -696,7 +718,8 @@ print(*facts[1], sep="\n")
 
 
 # %% [markdown]
-# Equation {eq}`evaluation-choice` as code, one answer after the other:
+# Tess lives in the greenhouse. Here is equation {eq}`evaluation-choice` as code, one answer after
+# the other:
 
 
 # %%
@@ -717,10 +740,12 @@ assert right > 95
 print("more than 95 of 100 questions right")
 
 # %% [markdown]
+# The true answer is the only likely one, and hardly any question is answered wrong.
+#
 # ### The seam
 #
-# Now write the same questions with the space at the end of the context and not at the beginning of
-# the answer, which looks harmless:
+# Now move the space from the beginning of the answer to the end of the context. That looks
+# harmless:
 
 # %%
 right = sum(
@@ -731,9 +756,10 @@ assert right < 60
 print("fewer than 60 of 100 questions right, where guessing has 25")
 
 # %% [markdown]
-# In our run it was 31. The model knows every one of these facts, and is hardly better than a guess.
-# {numref}`fig-evaluation-seam` shows why: text in training has never been cut like this. A space
-# and the word after it are one token, so after the single token "space" no word ever came.
+# In our run, the model got 31 of the 100 right. It knows nearly all of these facts, yet here it
+# does little better than a guesser. {numref}`fig-evaluation-seam` shows why: no text in training
+# was ever cut like this. A space and the word after it are one token, so the single token "space"
+# was never followed by a word.
 #
 # ```{figure} ../figures/evaluation-seam.svg
 # :name: fig-evaluation-seam
@@ -742,17 +768,18 @@ print("fewer than 60 of 100 questions right, where guessing has 25")
 # The same characters in three ways. What the model has learned is in the first row.
 # ```
 #
-# The cure is to encode context and answer **jointly**, as the text that they are together, and to
-# look for the seam afterwards. White space at the end of the context goes over to the answer. If a
-# token stretches across the seam, as where "un" is continued by "happy", it belongs to the answer,
-# together with the end of the context that is in it. All answers to a question then share what
-# comes before, so their probabilities are still those of alternatives after the same beginning.
+# The cure is to encode context and answer **jointly**, as the one text that they form, and to look
+# for the seam afterward. White space at the end of the context moves over to the answer. A token
+# may also stretch across the seam, as when "un" is continued by "happy". Such a token belongs to
+# the answer, together with the end of the context that it contains. All answers to a question then
+# share what comes before them, so their probabilities are still those of alternatives after the
+# same beginning.
 #
 # ### Longer answers lose
 #
-# Each token multiplies the probability by a number below 1. Between answers of unequal length, the
-# sum of {eq}`evaluation-choice` therefore prefers short ones. What it should be divided by is a
-# matter of choice, and evaluation programs differ:
+# Each token multiplies the probability by a number below 1. Among answers of unequal length, the
+# sum in {eq}`evaluation-choice` therefore prefers short ones. There is no single right number to
+# divide it by, and evaluation programs differ:
 #
 # | `normalization` | score | remark |
 # |---|---|---|
@@ -766,8 +793,8 @@ print("fewer than 60 of 100 questions right, where guessing has 25")
 # ### Engine room: the seam, all choices in one batch, and choices that cannot be compared
 
 # %% [markdown] tags=["engine"]
-# `encode_pairs` finds the seam. It compares the ids of the context with those of context and answer
-# together, and the shared part ends at the first difference.
+# `encode_pairs` finds the seam. It compares the ids of the context with the ids of context and
+# answer together. The part that they share ends at the first difference.
 
 # %% tags=["engine"]
 #| export
@@ -841,9 +868,9 @@ def _checked_choices(choices: Any, name: str, least: int = 1) -> list[str]:
 
 
 # %% [markdown] tags=["engine"]
-# What is too long is refused, unless the caller asks for a cut. Then the oldest tokens go, the
-# start token first, and all choices lose the same ones: cut by its own length, each would be judged
-# after another context.
+# A context that is too long is refused, unless the caller asks for it to be cut. Then the oldest
+# tokens are dropped, starting with the start token, and all choices lose the same ones. If each
+# were cut according to its own length, the choices would be judged after different contexts.
 
 
 # %% tags=["engine"]
@@ -915,10 +942,10 @@ def _check_pairs(pairs: Any) -> None:
 
 
 # %% [markdown] tags=["engine"]
-# One choice may begin another, as "10" begins "100" where each digit is a token. The longer one is
-# then a part of the event that is the shorter one, and never more likely. Such choices are refused,
-# token by token; an `ending` that is scored with each of them, such as a full stop, tells them
-# apart.
+# One choice may begin another, as "10" begins "100" where each digit is a token. Whenever the
+# longer one occurs, so does the shorter one, which is therefore never less likely. Such choices are
+# refused; whether one begins the other is decided token by token. An `ending` that is scored with
+# each of them, such as a full stop, tells them apart.
 
 
 # %% tags=["engine"]
@@ -1005,7 +1032,7 @@ def _check_prefixes(texts: list[str], ids: list[list[int]]) -> None:
 
 
 # %% [markdown] tags=["engine"]
-# All choices of a question are one batch. The result is that of one by one:
+# All choices of a question go through the model in one batch. The result is the same as one by one:
 
 # %% tags=["engine"]
 for stem, answers in facts[:20]:
@@ -1017,10 +1044,10 @@ print("20 questions: the same one by one and in a batch")
 # %% [markdown]
 # ### What length does to a score
 #
-# All of this, and the batch that makes it fast, is now in
-# {py:func}`~llmbook.evaluation.score_choices`. We measure the bias with a model that hardly knows
-# the facts: the second one of the opening, after 120 steps. Each answer is a sentence in one of
-# three wordings, which are of unequal length.
+# Joint encoding, the normalizations, and a batch that makes scoring fast are now in
+# {py:func}`~llmbook.evaluation.score_choices`. To measure the bias toward short answers, we need a
+# model that hardly knows the facts. We train the BPE model of the opening again, for 120 steps.
+# Each answer is a sentence in one of three wordings, which differ in length:
 
 # %%
 small = trained(tokenizers["BPE"], 128, 120)
@@ -1033,7 +1060,8 @@ for name, known in list(world.cast.facts.items())[:40]:
         statements.append((f"One morning, {name} sat by the window. It was cold.", sentences))
 
 # %% [markdown]
-# Which sentence wins under each normalization, and how long is it?
+# For each normalization we count how often the model picks the right sentence, the shortest, and
+# the longest:
 
 # %%
 shares = {}
@@ -1050,7 +1078,7 @@ guess = [np.mean([size.count(pick(size)) / 4 for size in sizes]) for pick in (mi
 assert shares["none"][1] > 1.3 * guess[0] and shares["byte"][1] < guess[0]
 
 # %% [markdown]
-# {numref}`fig-evaluation-normalization` shows what it took:
+# {numref}`fig-evaluation-normalization` shows which answers the model picked:
 
 # %% mystnb={"figure": {"caption": "What one model picks among four sentences of unequal length, by the normalization. Dotted, what a blind guess would pick.", "name": "fig-evaluation-normalization"}, "image": {"alt": "Bars for five normalizations. Right answers are between 20 and 40 percent for all. The shortest is picked in two thirds of all cases without normalization, in a quarter of them per byte; the longest in 5 percent without, in nearly half per byte and in more than half with unconditional."}}
 figure, axes = plt.subplots(1, 3, sharey=True)
@@ -1063,16 +1091,18 @@ axes[0].invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# Without normalization, two thirds of all picks are the shortest answer and hardly any the longest.
-# Division by the length turns the bias around rather than remove it: the end of a long answer is
-# easy to guess, so its mean looks good. The share of right answers lies between a fifth and two
-# fifths, and nothing but the normalization has changed. What a weak model "prefers" among answers
-# of unequal length is for the greater part their length. Report which normalization it was, and
-# when you write an exam yourself, make the answers equally long.
+# Without normalization, two thirds of all picks are the shortest answer, and hardly any are the
+# longest. Division by characters or bytes reverses the bias rather than removing it: the end of a
+# long answer is easy to guess, so its mean looks good. The unconditional score favors the longest
+# answers most of all. The share of right answers lies between a fifth and two fifths, and nothing
+# but the normalization has changed. What a weak model "prefers" among answers of unequal length is
+# mostly a matter of their length. Report the normalization with the score, and when you write an
+# exam yourself, make the answers equally long.
 #
-# One more convention helps to compare exams with two answers and with ten. The **centered
-# accuracy** is 0 for guessing and 1 for perfection {cite}`li2024dclm`: with $c$ the accuracy of
-# guessing, it is $(\text{accuracy} - c) / (1 - c)$.
+# One more convention helps to compare exams that have different numbers of answers. The **centered
+# accuracy** is 0 for guessing and 1 for perfection {cite}`li2024dclm`. Let chance be the accuracy
+# of guessing; then the centered accuracy is
+# $(\text{accuracy} - \text{chance}) / (1 - \text{chance})$.
 
 
 # %%
@@ -1102,22 +1132,22 @@ def _check_share(name: str, value: Any) -> None:
 # %% [markdown]
 # ## Answers in free text
 #
-# Models that were tuned to answer write what they like: "The answer is (B).", "so she has
-# $1,234.50", or "\boxed{\frac{1}{2}}". The exact match of strings calls all of them wrong. So an
-# answer is first found and brought into one form, and then compared.
-# {py:func}`~llmbook.evaluation.parse_answer` knows three kinds, and
+# Models that were tuned to answer write what they like: `The answer is (B).`,
+# `so she has $1,234.50`, or `\boxed{\frac{1}{2}}`. An exact comparison of strings calls all of them
+# wrong. So a program first finds the answer, then brings it into a standard form, and only then
+# compares. {py:func}`~llmbook.evaluation.parse_answer` knows three kinds of answers, and
 # {py:func}`~llmbook.evaluation.exact_match` compares numbers by their value:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: how a letter, a number and a box are found
 
 # %% [markdown] tags=["engine"]
-# The rules are few, because each further one finds answers where there are none. A letter counts
-# after "answer is" and the like, in brackets, or where it stands alone; a sentence that begins with
-# "A" chooses nothing. A number may have a sign, which is not the minus of a subtraction, commas
-# between thousands, a currency sign, decimals, an exponent of two digits at most (a model may write
-# 1e999999999, and nobody should compute that), or a denominator. Braces in a box are counted until
-# the first is closed.
+# The rules are few, because each further rule finds answers where there are none. A letter counts
+# after "answer is" and the like, in brackets, or where it stands alone; in a sentence that begins
+# with "A", the A chooses nothing. A number may have a sign, which is not the minus of a
+# subtraction. It may also have commas between thousands, a currency sign, decimals, a denominator,
+# or an exponent of at most two digits (a model may write 1e999999999, and nobody should compute
+# that). Braces in a box are counted until the first one is closed.
 
 
 # %% tags=["engine"]
@@ -1234,7 +1264,7 @@ def _boxed(text: str) -> str | None:
 # %% [markdown]
 # ### The kinds at work
 #
-# Here are answers as models write them:
+# Here are answers as models write them, each followed by what the parser makes of it:
 
 # %%
 written = [
@@ -1251,23 +1281,28 @@ for kind, text, expected in written:
 assert exact_match("That makes 0.50 euros.", "1/2", "number")
 
 # %% [markdown]
-# What finds no answer returns None, and None is wrong. Count the Nones apart: a model of which a
-# third of all answers cannot be read has another problem than one that is wrong a third of the
-# time, and a parser that works for one model's style may fail for another's.
+# The parser finds the B that follows "the answer is" and passes over the A in brackets. It removes
+# the comma and the idle zero of the last number, and keeps the braces inside the box. In the other
+# three texts it finds no answer and returns None, which counts as wrong. Count the Nones
+# separately: a model whose answers cannot be read a third of the time has a different problem from
+# one that is wrong a third of the time. And a parser that works for one model's style may fail for
+# another's.
 
 # %% [markdown]
 # ## Several attempts: pass@k
 #
-# A model that samples answers is asked the same question $k$ times. How probable is it that at
-# least one answer is right? With probability $p$ of a right answer it is $1 - (1 - p)^k$. But $p$
-# is not known: what we have are $n$ samples, $c$ of them right. To put $\hat p = c / n$ into the
-# formula is biased, because the function is curved: on average it gives too little. Here is how to
-# be right on average {cite}`chen2021codex`. Imagine the first $k$ of the $n$ samples to be the
-# attempts. Whether one of them is right has exactly the expectation that we want. But it is
-# wasteful and noisy, as the order of samples means nothing. So average over all $\binom{n}{k}$ ways
-# to choose the attempts. The average of estimates that are all right on average is so, too. A
-# choice fails if all its $k$ members are among the $n - c$ wrong ones, and that happens in
-# $\binom{n - c}{k}$ choices:
+# A model that samples its answers is asked the same question $k$ times. How probable is it that at
+# least one answer is right? If a single answer is right with probability $p$, then this probability
+# is $1 - (1 - p)^k$. But $p$ is not known; what we have are $n$ samples, $c$ of them right. If we
+# put $\hat p = c / n$ into the formula, the result is biased: the function is concave, so on
+# average the result is too small.
+#
+# Here is how to be right on average {cite}`chen2021codex`. Take the first $k$ of the $n$ samples as
+# the attempts. Whether one of them is right has exactly the expectation that we want. But this
+# estimate is noisy and wastes the other samples, and the order of samples means nothing. So we
+# average over all $\binom{n}{k}$ ways to choose the attempts. An average of estimates that are all
+# right on average is right on average, too. A choice fails if all its $k$ members are among the
+# $n - c$ wrong samples, and that happens in $\binom{n - c}{k}$ of the choices:
 #
 # $$
 # \text{pass@}k = 1 - \binom{n - c}{k} \Big/ \binom{n}{k} .
@@ -1299,7 +1334,8 @@ def _check_at_most(name: str, value: int, other: str, most: int) -> None:
 
 
 # %% [markdown]
-# Both formulas, averaged over all that can happen in $n = 5$ samples of a model with $p = 0.3$:
+# To compare the two formulas, we average each over everything that can happen in $n = 5$ samples of
+# a model with $p = 0.3$, for $k = 3$:
 
 # %%
 p, n, k = 0.3, 5, 3
@@ -1310,19 +1346,23 @@ assert math.isclose(unbiased, 1 - (1 - p) ** k)
 print(f"truth {1 - (1 - p) ** k:.3f}, pass@k {unbiased:.3f}, with c / n put in {plugged:.3f}")
 
 # %% [markdown]
+# The average of pass@k is exactly the truth; the other formula is too low by 0.085.
+#
 # pass@k is the right score where somebody can check the answers, as tests check a program. Where
-# nobody can, one answer must be chosen, and the natural choice is the most frequent one
+# nobody can, one answer must be chosen, and a natural choice is the most frequent one
 # {cite}`wang2023consistency`. Its score, majority@k, is again an average over all choices of $k$
-# samples; {py:func}`~llmbook.evaluation.majority_at_k` counts them exactly, in the room below.
-# {numref}`fig-evaluation-attempts` has both for the little model of the last section:
+# samples; {py:func}`~llmbook.evaluation.majority_at_k`, in the engine room below, counts them
+# exactly. {numref}`fig-evaluation-attempts` shows both scores for the model that trained for 120
+# steps:
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: all majorities, counted
 
 # %% [markdown] tags=["engine"]
-# For each number of votes that the truth may get, a table counts the ways to draw the other answers
-# such that none has more votes: one answer after the other, by how many votes are drawn in all and
-# how many answers are tied with the truth. A tie of $t$ others is won once in $t + 1$ times.
+# The right answer may get any number of votes. For each such number, a table counts the ways to
+# draw the other answers so that none of them has more votes. The table grows by one answer at a
+# time; its entries are indexed by how many votes have been drawn in all and by how many answers are
+# tied with the right one. A tie with $t$ others is won once in $t + 1$ times.
 
 
 # %% tags=["engine"]
@@ -1370,7 +1410,7 @@ def _with_answer(
 # %% [markdown]
 # ### Passed or voted
 #
-# Twenty samples for each question about the facts, scored both ways:
+# We draw twenty samples for each question about the facts, and score them both ways:
 
 # %% mystnb={"figure": {"caption": "Twenty samples for each of 240 questions, drawn among four answers as the model finds them likely. The chance that one of k is right rises and rises; the chance that the most frequent of them is right does not.", "name": "fig-evaluation-attempts"}, "image": {"alt": "Two lines over k from 1 to 20 that begin at the same height, a little above guessing. pass at k rises steeply; majority at k stays nearly flat."}}
 bpe, generator = tokenizers["BPE"], torch.Generator().manual_seed(0)
@@ -1392,29 +1432,30 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# The two answer different questions. A model that guesses among four answers has the right one
-# among twenty samples nearly always, and its majority stays near 40 %. Whoever reports
-# pass@k has to say who does the checking.
+# The two scores answer different questions. By chance alone, a model that draws evenly from four
+# answers has the right one among twenty samples nearly always, with probability
+# $1 - (3/4)^{20} = 0.997$. So our model's pass@k climbs almost to 1, and its majority@k stays near
+# 40 %. Whoever reports pass@k has to say who does the checking.
 
 # %% [markdown]
 # ## How sure are we?
 #
-# A model is right in 84 of 100 questions. Had we written another hundred, the result would have
-# been another. What we want to know is the probability $p$ of a right answer to *such* questions,
-# and the hundred are a sample {cite}`miller2024error`. Each answer is 1 with probability $p$ and
-# else 0, with variance $p (1 - p)$; the mean $\hat p$ of $n$ independent ones has a variance $n$
-# times smaller, and its root is the {term}`standard error`,
+# A model is right on 84 of 100 questions. On another hundred questions, the result would have been
+# different. What we want to know is the probability $p$ of a right answer to *such* questions, of
+# which our hundred are a sample {cite}`miller2024error`. Each answer scores 1 with probability $p$
+# and 0 otherwise, with variance $p (1 - p)$. The mean $\hat p$ of $n$ independent scores has a
+# variance $n$ times smaller, and the root of that is the {term}`standard error`,
 #
 # $$
 # \mathrm{SE} = \sqrt{\frac{p (1 - p)}{n}} .
 # $$ (evaluation-error)
 #
-# For large $n$ the mean is normally distributed, and lies within $z = 1.96$ standard errors of $p$
-# in 95 % of all samples. The textbook's interval, which is Wald's, now puts $\hat p$ in the place
-# of the unknown $p$: $\hat p \pm z \sqrt{\hat p (1 - \hat p) / n}$. Look what becomes of it for a
-# model that is right in 20 of 20: the estimated error is zero, and so we would be certain. Wilson
-# {cite}`wilson1927` did not put anything in. Which $p$ are compatible with what we saw? Those from
-# which $\hat p$ is at most $z$ of *their* standard errors away:
+# For large $n$ the mean is nearly normally distributed, and lies within $z = 1.96$ standard errors
+# of $p$ in 95 % of all samples. The textbook interval, named after Wald, now puts $\hat p$ in the
+# place of the unknown $p$: $\hat p \pm z \sqrt{\hat p (1 - \hat p) / n}$. Look what happens for a
+# model that is right on 20 of 20 questions: the estimated error is zero, so we would be certain.
+# Wilson {cite}`wilson1927` avoided this substitution. Which $p$, he asked, are compatible with what
+# we saw? They are those from which $\hat p$ is at most $z$ of *their* standard errors away:
 #
 # $$
 # (\hat p - p)^2 \le z^2 \, \frac{p (1 - p)}{n} .
@@ -1426,16 +1467,16 @@ plt.show()
 # \Bigl(1 + \frac{z^2}{n}\Bigr) p^2 - \Bigl(2 \hat p + \frac{z^2}{n}\Bigr) p + \hat p^2 \le 0 .
 # $$
 #
-# Between the two roots of this parabola it holds, and the formula for quadratic equations gives
-# them as
+# The inequality holds between the two roots of this parabola, and the quadratic formula gives them
+# as
 #
 # $$
 # \frac{1}{1 + z^2 / n} \left( \hat p + \frac{z^2}{2 n}
 # \pm z \sqrt{\frac{\hat p (1 - \hat p)}{n} + \frac{z^2}{4 n^2}} \right) .
 # $$ (evaluation-wilson)
 #
-# The middle is no longer $\hat p$ but is drawn toward one half, as if $z^2/2 \approx 2$ right and 2
-# wrong answers had been added, and the interval never leaves 0 to 1.
+# The middle is no longer $\hat p$. It is drawn toward one half, as if $z^2/2 \approx 2$ right and 2
+# wrong answers had been added, and the interval never leaves the range from 0 to 1.
 
 
 # %%
@@ -1464,8 +1505,8 @@ class Interval:
 
 
 # %% [markdown]
-# All estimates of the book come as such an `Interval`. The quantile $z$ is that of the normal
-# distribution:
+# All estimates of the book come as such an `Interval`. Both formulas fit into one function; $z$ is
+# a quantile of the normal distribution:
 
 
 # %%
@@ -1514,7 +1555,7 @@ def _check_level(level: Any) -> None:
 
 
 # %% [markdown]
-# The textbook's interval and Wilson's, for few questions:
+# Here are Wald's interval and Wilson's, from few questions to many:
 
 # %%
 print("right    Wald                     Wilson")
@@ -1523,9 +1564,12 @@ for right, n in ((20, 20), (19, 20), (84, 100), (840, 1000)):
     print(f"{right:4} of {n:4}  {wald!s:24} {wilson}")
 
 # %% [markdown]
-# Does an interval of 95 % cover the truth in 95 % of all samples? This need not be simulated: for
-# each $p$, add up the probabilities of those outcomes whose interval contains $p$.
-# {numref}`fig-evaluation-coverage` does it for 50 questions:
+# After 20 right answers of 20, Wald's interval has no width, while Wilson's reaches down to 0.839.
+# With a thousand questions the two hardly differ.
+#
+# Does an interval of 95 % cover the truth in 95 % of all samples? We need not simulate anything to
+# find out: for each $p$, add up the probabilities of those outcomes whose interval contains $p$.
+# {numref}`fig-evaluation-coverage` does this for 50 questions:
 
 
 # %% mystnb={"figure": {"caption": "How often intervals of 95 % contain the truth, for 50 questions, computed exactly. The lines jump because there are only 51 outcomes.", "name": "fig-evaluation-coverage"}, "image": {"alt": "Coverage over the true accuracy from 0.5 to 1. Wilson stays near the dotted line at 0.95 throughout. Wald is at 0.90 to 0.95 at first and falls toward zero as the accuracy nears 1."}}
@@ -1547,15 +1591,15 @@ plt.legend(loc="lower left")
 plt.show()
 
 # %% [markdown]
-# Where a good model is tested, near 1, Wald's interval fails, as is well known
+# Near 1, where good models are tested, Wald's interval fails, as is well known
 # {cite}`brown2001interval`, and Wilson's does not.
 #
 # ### What never happened
 #
 # A model was asked 100 times for a secret and never told it. Is the rate of leaks 0? If it were
-# $p$, there would be no leak with probability $(1 - p)^n$. The largest $p$ under which this is
-# still at least 5 % solves $(1 - p)^n = 0.05$. With $\log (1 - p) \approx -p$ it is $p \approx -\ln
-# 0.05 / n \approx 3 / n$, the **rule of three**:
+# $p$, there would be no leak with probability $(1 - p)^n$. The largest $p$ for which this is still
+# at least 5 % solves $(1 - p)^n = 0.05$. With $\log (1 - p) \approx -p$, the solution is
+# $p \approx -\ln 0.05 / n \approx 3 / n$. This is the **rule of three**:
 
 
 # %%
@@ -1574,8 +1618,8 @@ def rule_of_three(n: int, level: float = 0.95) -> float:
 
 
 # %% [markdown]
-# Zero of a hundred is compatible with three leaks in a hundred, and to claim less than one in a
-# thousand takes three thousand attempts:
+# Zero leaks in a hundred attempts are compatible with a rate of three in a hundred, and it takes
+# three thousand attempts to claim a rate below one in a thousand:
 
 # %%
 for n in (100, 1000, 3000):
@@ -1584,23 +1628,28 @@ for n in (100, 1000, 3000):
 # %% [markdown]
 # ## Which of two is better?
 #
-# One model is right in 150 of 200 questions, another one in 160. Their intervals overlap, so
-# perhaps nothing can be said? But both have answered the *same* questions, and most of these are
-# easy for both or hard for both. Take the difference item by item, $d_i = a_i - b_i$. Its variance
-# is
+# One model is right on 150 of 200 questions, another on 160. Their intervals overlap, so perhaps
+# nothing can be said? But both have answered the *same* questions, and a question that is easy for
+# one is often easy for the other. Let $a_i$ and $b_i$ be the scores of the two models on item $i$,
+# and take the difference item by item, $d_i = a_i - b_i$. Its variance is
 #
 # $$
 # \mathrm{Var}(a - b) = \mathrm{Var}(a) + \mathrm{Var}(b) - 2 \, \mathrm{Cov}(a, b) ,
 # $$ (evaluation-paired)
 #
-# and the covariance is what an unpaired comparison throws away. For right and wrong there is an
-# exact test, McNemar's {cite}`mcnemar1947`. Items on which both agree say nothing about which one
-# is better. On the others, $w$ wins and $l$ losses, and if the models are equally good then each
-# was decided by a fair coin. How probable is a split at least so uneven, on either side?
+# and the covariance is what an unpaired comparison throws away.
+#
+# For right and wrong answers there is an exact test, McNemar's {cite}`mcnemar1947`. Items on which
+# both models agree say nothing about which one is better. On the others, one model has $w$ wins and
+# $l$ losses. If the models are equally good, each of these items was decided by a fair coin. How
+# probable is a split at least as uneven, in either direction? That probability is the **p-value**
+# of the test. It is written $p$, too, but is not the probability of a right answer:
 #
 # $$
 # p = 2 \sum_{i=0}^{\min(w, l)} \binom{w + l}{i} 2^{-(w + l)} .
 # $$ (evaluation-mcnemar)
+#
+# If $w = l$, the sum counts the even split twice; the code therefore returns at most 1.
 
 
 # %%
@@ -1618,27 +1667,32 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 # %% [markdown]
-# The same two accuracies, 80 and 75 % of 200, with two histories:
+# The same two accuracies, 80 % and 75 % of 200 questions, can come about in different ways. Here
+# are two of them:
 
 # %%
 print(f"18 wins, 8 losses:  p = {sign_test(18, 8):.3f}")
 print(f"11 wins, 1 loss:    p = {sign_test(11, 1):.3f}")
 
 # %% [markdown]
+# The lead is ten questions in both cases. If 26 questions are decided by a fair coin, one side
+# leads by ten or more in 7.6 % of all cases; if only 12 are, in 0.6 %.
+#
 # The function {py:func}`~llmbook.evaluation.paired_test` does this for arrays of scores. Where
-# scores are not 0 and 1, such as bits per byte of texts, it flips the signs of the differences
-# $d_i$ instead, as the coin would, and counts how often their sum is as far from zero as the one
-# observed (a permutation test). Here are our two little models on the same questions, one trained
-# twice as long:
+# scores are not just 0 or 1, as with the bits per byte of texts, it flips the signs of the
+# differences $d_i$ at random instead, as the coin would, and counts how often their sum is at least
+# as far from zero as the one observed. (This is a permutation test.) Next we use it to compare our
+# two little models, one trained twice as long as the other.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: means, clusters, paired tests and the bootstrap
 
 # %% [markdown] tags=["engine"]
-# Not all scores are 0 or 1. For the mean of any values, the variance is estimated from the sample
-# as well, with $n - 1$ for the one degree of freedom that the mean has used, and the normal
-# quantile becomes Student's. That matters for few values: with the three seeds of a training run it
-# is 4.30, not 1.96. For whole degrees of freedom Student's distribution is a finite sum.
+# Not all scores are 0 or 1. For the mean of arbitrary values, the variance is estimated from the
+# sample as well, with $n - 1$ in the denominator because the mean has used up one degree of
+# freedom. The normal quantile then becomes Student's. The difference matters for few values: with
+# the three seeds of a training run the quantile is 4.30, not 1.96. For a whole number of degrees of
+# freedom, Student's distribution is a finite sum.
 
 
 # %% tags=["engine"]
@@ -1679,18 +1733,19 @@ def _within_angle(angle: float, degrees: int) -> float:
 
 
 # %% [markdown] tags=["engine"]
-# Questions often come in **clusters**: ten about one text, or one in ten wordings. Then they are
-# not independent. In the extreme, ten copies of each question, the error of {eq}`evaluation-error`
-# would be too small by $\sqrt{10}$, as the sample has no more information than a tenth of it. The
-# remedy is to add up the deviations in each cluster *before* squaring, so that what goes together
-# is counted together {cite}`miller2024error`:
+# Questions often come in **clusters**: ten about one text, or one question in ten wordings. Then
+# they are not independent. In the extreme case of ten copies of each question, the error of
+# {eq}`evaluation-error` would be too small by a factor of $\sqrt{10}$, since the sample holds no
+# more information than a tenth of it. The remedy is to add up the deviations in each of the $G$
+# clusters *before* squaring, so that what goes together is counted together
+# {cite}`miller2024error`:
 #
 # $$
 # \mathrm{SE}^2 = \frac{G}{G - 1} \, \frac{1}{n^2}
 # \sum_{g=1}^{G} \Bigl( \sum_{i \in g} (x_i - \bar x) \Bigr)^2 .
 # $$ (evaluation-clusters)
 #
-# For clusters of one item, $G = n$ gives the usual formula back.
+# For clusters of one item each, $G = n$ gives back the usual formula.
 
 
 # %% tags=["engine"]
@@ -1773,7 +1828,7 @@ def mean_interval(
 
 
 # %% [markdown] tags=["engine"]
-# The paired test and its outcome. With clusters, a coin decides about a whole cluster:
+# Next come the paired test and its outcome. With clusters, one coin decides about a whole cluster:
 
 
 # %% tags=["engine"]
@@ -1866,9 +1921,10 @@ def _check_draws(least: int, n_resamples: Any, seed: Any) -> None:
 
 
 # %% [markdown] tags=["engine"]
-# For a statistic that is no mean, such as bits per byte, which is a ratio of two sums, or a median,
-# there is the {term}`bootstrap` {cite}`efron1979bootstrap`. The sample stands for the population;
-# draw from it as many items as it has, with replacement, and look how the statistic varies.
+# Some statistics are not means: a median, for example, or bits per byte, which is a ratio of two
+# sums. For these there is the {term}`bootstrap` {cite}`efron1979bootstrap`. Let the sample stand
+# for the population, draw from it as many items as it has, with replacement, and see how the
+# statistic varies.
 
 
 # %% tags=["engine"]
@@ -1912,7 +1968,7 @@ def bootstrap(
 
 
 # %% [markdown] tags=["engine"]
-# SciPy {cite}`virtanen2020scipy` has the same quantiles, intervals and tests:
+# SciPy {cite}`virtanen2020scipy` has the same quantiles, intervals, and tests, so we compare:
 
 # %% tags=["engine"]
 from scipy import stats
@@ -1931,7 +1987,7 @@ assert abs(ours.low - low) < 0.05 and abs(ours.high - high) < 0.05
 print("Wilson, Student, McNemar and the bootstrap agree with SciPy")
 
 # %% [markdown] tags=["engine"]
-# And clusters: 40 questions, each in 10 wordings that are answered alike. How often does the
+# Last, the clusters: 40 questions, each in 10 wordings that are answered alike. How often does the
 # interval cover the truth?
 
 # %% tags=["engine"]
@@ -1948,7 +2004,8 @@ assert hits["each its own"] < 200 < 270 < hits["clustered"]
 # %% [markdown]
 # ### The same models, two measures
 #
-# The exam is compared question by question, and bits per byte text by text:
+# One model trained for 120 steps, the other for 240. We compare them on the exam question by
+# question, and in bits per byte text by text:
 
 # %%
 longer = trained(bpe, 128, 240)
@@ -1967,20 +2024,23 @@ assert test.wins > 95 and test.difference.margin < 0.02 < test.difference.low
 print(f"bits per byte: {test.difference.estimate:.1f} less, known to about 0.01")
 
 # %% [markdown]
-# On 240 questions, the difference of the accuracies is not to be told from zero (in our run
-# $+0.008$, with an interval from $-0.050$ to $+0.066$). Bits per byte show it on every single text:
-# 0.18 less, from 0.17 to 0.19. A question says only right or wrong, and a text has dozens of
-# log-probabilities. While a model is trained, the likelihood of held-out text is the sharper tool,
-# and the exam tells whether what it measures is what you wanted.
+# On 240 questions, the difference between the accuracies cannot be told from zero (in our run it is
+# $+0.008$, with an interval from $-0.050$ to $+0.066$). In bits per byte, the longer training helps
+# on every single text: 0.18 less on average, with an interval from 0.17 to 0.19. A question says
+# only right or wrong, while a text has dozens of log-probabilities. During training, the likelihood
+# of held-out text is the sharper tool; the exam tells you whether the model can do what you wanted
+# it to do.
 #
 # ### How many questions?
 #
-# Before an experiment, ask what it could show. Suppose that the true difference is $\delta$, and
-# the standard deviation of one item's difference $\sigma$, so that the mean of $n$ has the standard
-# error $\sigma / \sqrt n$. We will call it significant if it is more than $z_{\alpha}$ standard
-# errors from zero. It is normally distributed around $\delta$, so it passes that mark with a
-# probability of $1 - \beta$, the {term}`power`, if the mark lies $z_{\beta}$ standard errors below
-# $\delta$:
+# Before an experiment, ask what it could show. Suppose that the true difference is $\delta$ and
+# that the standard deviation of one item's difference is $\sigma$, so that the mean of $n$
+# differences has the standard error $\sigma / \sqrt n$. We will call the observed mean significant
+# if it is more than $z_{\alpha}$ standard errors from zero, where $\alpha$ is the probability that
+# this happens by chance if there is no difference. The observed mean is nearly normally distributed
+# around $\delta$. Let $z_{\beta}$ be the quantile that a normal variable exceeds with probability
+# $\beta$. Then the mean passes the mark with probability $1 - \beta$, the {term}`power`, if the
+# mark lies $z_{\beta}$ standard errors below $\delta$:
 #
 # $$
 # \delta = (z_\alpha + z_\beta) \frac{\sigma}{\sqrt n}
@@ -1988,9 +2048,10 @@ print(f"bits per byte: {test.difference.estimate:.1f} less, known to about 0.01"
 # n = \Bigl( \frac{(z_\alpha + z_\beta) \, \sigma}{\delta} \Bigr)^2 .
 # $$ (evaluation-power)
 #
-# With the usual 95 % and a power of 80 %, $z_\alpha + z_\beta = 1.96 + 0.84$. Unpaired, $\sigma^2$
-# is $2 p (1 - p)$ for items of two systems. Paired, where the two differ on a share $u$ of the
-# items, $d_i$ is $\pm 1$ there and 0 elsewhere, so $\sigma^2 = u - \delta^2$.
+# With the usual $\alpha = 5\,\%$ and a power of 80 %, $z_\alpha + z_\beta = 1.96 + 0.84$. If the
+# two models get different questions, $\sigma^2$ is $2 p (1 - p)$. If they get the same questions
+# and differ on a share $u$ of them, $d_i$ is $\pm 1$ there and 0 elsewhere, so
+# $\sigma^2 = u - \delta^2$.
 
 
 # %%
@@ -2030,7 +2091,8 @@ def items_needed(
 
 
 # %% [markdown]
-# How many questions does it take to see a difference of two points, at an accuracy of 80 %?
+# How many questions does it take to see a difference of two points, if one of the models has an
+# accuracy of about 80 %?
 
 # %%
 print(f"each model has its own questions: {items_needed(0.02, accuracy=0.8):6}")
@@ -2038,14 +2100,17 @@ for share in (0.2, 0.1, 0.05):
     print(f"the same, and they differ on {share:.0%}: {items_needed(0.02, disagreement=share):6}")
 
 # %% [markdown]
-# Many well-known test sets have some hundred questions. They cannot show two points, whatever the
-# table of results says.
+# With separate questions it takes more than six thousand for each model. With the same questions it
+# takes fewer, and the fewer the less the models disagree; even at a disagreement of 5 %, though, it
+# takes almost a thousand. Some well-known test sets are smaller: HumanEval has 164 problems
+# {cite}`chen2021codex`. Such a test will seldom show two points, whatever the table of results
+# says.
 #
 # ### The same run again
 #
-# All intervals so far answer what would happen with other *questions*. A claim about a method, such
-# as "this optimizer is better", is also about other *runs*. Here is the same model with five seeds,
-# which change the first weights and the order of the stories:
+# All intervals so far say what would happen with other *questions*. A claim about a method, such as
+# "this optimizer is better", is also about other *runs*. Here is the same model trained with five
+# seeds, which change the initial weights and the order of the stories:
 
 # %%
 runs = [small, *(trained(bpe, 128, 120, seed) for seed in range(1, 5))]
@@ -2059,7 +2124,8 @@ assert np.ptp(accuracies) < 0.15 and 0 < np.ptp(losses) < 0.03
 print("five accuracies within 15 points, five losses within 0.03 bits per byte")
 
 # %% [markdown]
-# They come from one method, so what differs is luck. {numref}`fig-evaluation-seeds` has all five:
+# All five come from one method, so the differences between them are luck.
+# {numref}`fig-evaluation-seeds` shows them with their intervals:
 
 # %% mystnb={"figure": {"caption": "Five runs that differ in the seed alone, each with its interval of 95 % over the questions and over the texts.", "name": "fig-evaluation-seeds"}, "image": {"alt": "Left, five accuracies around 0.4 with intervals of about 6 points to either side that all overlap. Right, five values of bits per byte around 0.6, with intervals that all overlap."}}
 figure, axes = plt.subplots(1, 2)
@@ -2075,34 +2141,35 @@ plt.show()
 
 # %% [markdown]
 # In our run, the standard deviation over seeds is 2 points of accuracy and 0.003 bits per byte. The
-# standard error over 240 questions is 3 points, and that of a paired difference over 100 texts
+# standard error over 240 questions is 3 points, and that of a paired difference over 100 texts is
 # 0.003 bits per byte. So here the two kinds of noise are about equally large, and the paired test
-# does not tell the best of these runs from the worst ($p = 0.07$). But more items make only one
-# kind smaller. With 1,000 texts, such a difference would be significant, the test would be right
-# that the two *models* differ, and it would be wrong to say that a method is better.
+# does not tell the best of these runs from the worst ($p = 0.07$). But more items reduce only one
+# of them. With 1,000 texts, such a difference would be significant. The test would be right that
+# the two *models* differ, but it would be wrong to conclude that one *method* is better.
 #
-# So a comparison of two methods needs several runs of each, and then the runs are what is counted:
-# {py:func}`~llmbook.evaluation.mean_interval` of three or five numbers, with Student's wide
-# quantile. An interval over the questions of a single run does not see what another run would have
-# given.
+# So a comparison of two methods needs several runs of each, and the runs are then the sample: the
+# interval is {py:func}`~llmbook.evaluation.mean_interval` of three or five numbers, with Student's
+# quantile, which is wide for so few. An interval over the questions of a single run does not know
+# what another run would have given.
 
 # %% [markdown]
 # ## The test in the training text
 #
-# An interval says how far a score may be off by chance. It does not say what the score measures.
-# A test that stood in the training text measures memory, and tests do stand there: they are on
-# the web, and the web is what models read. How much does it take to spoil a score?
+# An interval says how far a score may be off by chance. It does not say what the score measures. If
+# a test was in the training text, its score measures memory. Tests do get there: they are on the
+# web, and the web is what models are trained on. How much does it take to spoil a score?
 #
-# In most experiments on this question nobody knows what the clean score would have been. Here we
-# know it exactly. We write an exam about the world's 16 strangers, of whom no story ever says
-# anything, and draw the answers from a hat. Each of the 64 questions has 16 possible answers, so
-# the expected score of every honest model is $1/16$, however good it is. Anything above that is
-# memory.
+# For most models this is hard to study, because nobody knows what the clean score would have been.
+# Here we know it exactly. We write an exam about the world's 16 strangers, of whom no story ever
+# states a fact, and draw the answers from a hat. Each of the 64 questions has 16 possible answers,
+# so the expected score of every honest model is $1/16$, however good it is. A score that exceeds
+# this by more than chance explains comes from memory.
 
 
 # %% [markdown]
-# For the experiments that follow we go on with the trained model of {doc}`13_training`, and need
-# the means to train it a little further.
+# We continue with the trained model of {doc}`13_training`, from now on called `lm`, and train it a
+# little further. Its tokenizer is now `bpe`, in place of the tokenizer of the opening. The exam is
+# a list of questions in random order, which the web shows four to a page:
 
 # %%
 from random import Random
@@ -2137,10 +2204,10 @@ def exam_pages(exam: list[tuple[str, str, str]], phrasing: int = 1) -> list[list
 print("\n".join(exam_pages(make_exam(0))[0][:2]))
 
 # %% [markdown]
-# The trained model gets 40 further steps on 320 rows of text. In the clean run all of them are
-# new stories; otherwise some make way for 1, 2, 4 or 8 copies of the exam's 16 pages, so that all
-# runs have the same budget. In a last run the exam is there eight times, too, but worded
-# otherwise and in another order each time, as in the notes of people who discuss it.
+# The trained model is trained for 40 more steps on 320 rows of text. In the clean run all rows are
+# new stories. In four others, some stories make way for 1, 2, 4, or 8 copies of the exam's 16
+# pages, so all runs have the same budget. In a last run the exam appears eight times as well, but
+# in other words and each time in a new order, as people might discuss it in their notes.
 
 
 # %%
@@ -2173,8 +2240,8 @@ def contaminated_texts(exam: list[tuple[str, str, str]], copies: int, seed: int)
 
 
 # %% [markdown]
-# The score is the share of questions in which the right answer is the most likely of the 16. All
-# answers of a question share their form, so nothing needs to be normalized.
+# The score is the share of questions for which the right answer is the most likely of the 16. All
+# answers to a question have the same form, so we do not normalize.
 
 
 # %%
@@ -2196,32 +2263,34 @@ def exam_key(exam: list[tuple[str, str, str]]) -> list[int]:
 # %% [markdown]
 # ### Two detectors
 #
-# With the training text at hand, one looks for the test in it: `decontaminate` of
-# {doc}`03_cleaning` finds documents that share $n$ consecutive words with a question.
+# Can the copies be found? Whoever has the training text can search it for the test: `decontaminate`
+# of {doc}`03_cleaning` finds documents that share 13 consecutive words with a question, or all its
+# words if it has fewer.
 #
-# Without the text there is still the model. A test has an **order**, and it is arbitrary: nobody
-# who has not seen the file can know that the question about Enzo's toy follows the one about
-# Wim's job. Oren et al. turn this into a proof {cite}`oren2024proving`. Let $x_1, \dots, x_n$ be
-# the questions in the order of the file, and suppose that all $n!$ orders were equally likely
-# when the file was made. If the model has not seen it, the model does not depend on the order, so
-# the likelihood of the file's order,
+# Without the text there is still the model. A test has an **order**, and the order is arbitrary:
+# nobody who has not seen the file can know that the question about Enzo's toy follows the one about
+# Wim's job. Oren and colleagues turn this into a proof {cite}`oren2024proving`. Let
+# $x_1, \dots, x_n$ be the questions in the order of the file, and suppose that all $n!$ orders were
+# equally likely when the file was made. A model that has not seen the file does not depend on the
+# order, so the likelihood of the file's order,
 #
 # $$
 # \log q(x_1, x_2, \dots, x_n) ,
 # $$
 #
 # is one draw among those of random orders, like any other. Draw $m$ random permutations
-# $\pi_1, \dots, \pi_m$. Together with the file's own there are $m + 1$ likelihoods, and each of
-# them is equally likely to be the highest, the second highest, and so on. Hence
+# $\pi_1, \dots, \pi_m$. Together with the file's own order there are $m + 1$ likelihoods, and the
+# file's own is equally likely to be the highest, the second highest, and so on. Hence
 #
 # $$
 # p = \frac{1 + \#\{\, j : \log q(x_{\pi_j}) \ge \log q(x) \,\}}{m + 1}
 # $$ (evaluation-order)
 #
-# is at most $\alpha$ with a probability of at most $\alpha$: a valid p-value for any model and
-# any test, with no assumption on what the model has learned. (Ties count against us, which keeps
-# it valid.) What can be read at once is limited by the context, so we shuffle within each page
-# and add up the pages.
+# is at most $\alpha$ with a probability of at most $\alpha$, for every $\alpha$. That makes $p$ a
+# valid p-value for any model and any test, with no assumption about what the model has learned.
+# (Ties count against us, which keeps the p-value valid.) The context limits how much can be read at
+# once, so we shuffle within each page and add up the log-likelihoods of the pages. The result has
+# four numbers:
 
 
 # %%
@@ -2233,6 +2302,11 @@ class OrderTest(NamedTuple):
     gain: float  # nats by which the file's order is likelier than the mean shuffled one
     z: float  # the same in standard deviations of the shuffled ones
     n_shuffles: int
+
+
+# %% [markdown]
+# The test itself scores all pages in the file's order and in each shuffled order, and then ranks
+# the file's order among the others:
 
 
 # %%
@@ -2289,7 +2363,9 @@ def _as_pages(pages: Any) -> list[list[str]]:
 # %% [markdown]
 # ### Dose and response
 #
-# Three seeds for each dose; a seed decides on the exam, its order, the stories and the training.
+# For each dose, which is the number of copies, we train with three seeds. A seed decides on the
+# exam, its order, the stories, and the order of training. Each trained model takes its exam and the
+# order test:
 
 
 # %%
@@ -2326,7 +2402,7 @@ for copies, dose in doses.items():
 
 # %% [markdown]
 # A trained model is not quite the same on every processor, so we print the range in which each
-# result must lie, and keep what it was here for a list in the last section.
+# result must lie. The values of this run are collected in a list before the exercises.
 
 # %%
 noted = {}
@@ -2344,6 +2420,10 @@ for copies, (low, high) in {**limits, -8: (0.1, 0.5)}.items():
     within(f"score with {names[copies]}", doses[copies].score.estimate, low, high)
 assert doses[8].score.low > doses[1].score.estimate > doses[0].score.high
 
+# %% [markdown]
+# The ranges of neighboring doses overlap, since they allow for other processors.
+# {numref}`fig-evaluation-dose` shows the scores of this run, with intervals:
+
 # %% mystnb={"figure": {"caption": "Copies of an exam among 320 rows of training text, and the score on it. Bars are 95 % intervals over 192 questions, three exams of 64. The dotted line is the score of every model that has not seen it. The square is an exam seen eight times in other words and in another order.", "name": "fig-evaluation-dose"}, "image": {"alt": "The score is at the dotted line of one sixteenth without copies, near 0.2 with one, and rises to above 0.4 with eight. The square for eight reworded copies lies near 0.2."}}
 figure, axes = plt.subplots(figsize=(6, 3.2))
 for place, (copies, dose) in enumerate(doses.items()):
@@ -2357,15 +2437,15 @@ axes.set_title("A single copy lifts the score of a guesser")
 plt.show()
 
 # %% [markdown]
-# One copy is one row in twenty, read once, and the score is well above that of a guesser
-# ({numref}`fig-evaluation-dose`). With eight copies it is several times as high. Nothing about
-# the model is better: it knows no more of its world than before. The reworded exam did as much
-# harm here as a copy or two, though nothing in the training text looks like the test.
+# One copy takes up one row in twenty and is read once, and the score is already well above that of
+# a guesser. With eight copies it is several times as high. The model itself is no better for it:
+# the answers came out of a hat. The reworded exam did as much harm in our run as one copy or two,
+# though no sentence of it is worded like the test.
 #
 # ### Who finds it?
 #
-# The overlap is counted exactly, and the order is compared with 19 others, so that its p-value
-# cannot be below 1/20:
+# The rows that overlap with the exam are counted exactly. For the order test, each file's order is
+# compared with 19 others, so the p-value cannot be below 1/20. Here is what each detector says:
 
 # %%
 print("copies        rows with 13 words or a whole question   p of the order, three seeds")
@@ -2379,9 +2459,14 @@ for copies in (1, 2, 4, 8):
 assert doses[0].overlap == doses[-8].overlap == 0
 
 # %% [markdown]
-# A detector that always raises the alarm has that power, too. So we try the innocent: the trained
-# model on ten more exams, each against nine other orders. Its p-values should be spread evenly,
-# with a mean of 0.55 (that of 0.1, 0.2 and so on up to 1).
+# The overlap finds each page of each copy and nothing else. In all twelve runs with exact copies,
+# the file's own order is the likeliest of 20. For the reworded exam the overlap is zero, and the
+# order test does not give the least p-value for all three seeds, just as in the clean runs.
+#
+# A detector that always raises the alarm would have done as well on the copies. So we also try the
+# innocent: the trained model as it was before the 40 steps, on ten more exams, each against nine
+# other orders. Its p-values should be spread evenly over 0.1, 0.2, and so on up to 1, with a mean
+# of 0.55.
 
 # %%
 innocent = [
@@ -2391,15 +2476,15 @@ innocent = [
 within("mean p-value of ten orders that nobody has seen", float(np.mean(innocent)), 0.3, 0.8, ".2f")
 
 # %% [markdown]
-# With the text at hand, the overlap finds each page of each copy and nothing else, at every dose.
-# The order needs no text, and from a single copy on, the file's own order was the likeliest of 20
-# for each seed. So both have a power of 3 out of 3 at each dose from one copy on, and the order
-# shows it before the score does: it sums what was learned over all pages, where the score counts
-# only answers that have come out on top.
+# The mean was 0.50 in our run, so the test is not one that always raises the alarm. And its
+# {term}`power` is high: it found twelve files of twelve, and Wilson's interval for that reaches
+# down to 0.76. It adds up what was learned over all pages, while the score counts only answers that
+# came out on top. So it may notice even smaller doses than ours, the smallest of which already
+# spoils the score.
 #
-# Now the limits. Words that were changed leave no run of 13, and an order that was changed is no
-# longer the file's. Both detectors are made for copies. One could look for shorter runs of words,
-# but then the form of all sentences is found, whoever they are about:
+# Now the limits. Changed words leave no run of 13, and a changed order is no longer the file's
+# order. Both detectors are made for copies. We could look for shorter runs of words, but these also
+# occur in sentences of the same form about anybody else:
 
 # %%
 texts = contaminated_texts(make_exam(0), -8, 0)
@@ -2413,17 +2498,19 @@ for n in (8, 5, 4, 3):
     print(f"{n:14} {flagged[0]:22.0%} {flagged[1]:25.0%}")
 
 # %% [markdown]
-# Shorter runs find not one reworded page, and from five words down they accuse the innocent:
-# nearly all clean stories say "lives in the" somewhere. That is a negative result, and a common
-# one: an exam that was discussed on the web, translated, or solved in other words is found by
-# neither detector. What helps is a test that was written, or drawn anew, after the model.
+# Shorter runs do not find a single reworded page, and from five words down they accuse the
+# innocent: most stories contain a run such as "lives in the". That is a negative result, and it is
+# not special to our exam. Neither detector looks for anything but the same words or the same order,
+# so both will miss a test that was translated or retold. What helps is a test that was written, or
+# drawn anew, after the model was trained.
 
 # %% [markdown]
 # ## A small benchmark with known limits
 #
-# Part IV will turn our model into an assistant, and each of its chapters will claim that
-# something got better. They all need the same measurement, made the same way. The tiny world has
-# what most benchmarks lack: every answer can be verified, and both ends of the scale are known.
+# A good test, then, can be drawn anew, and its clean scores are known. Part IV will turn our model
+# into an assistant, and each of its chapters will claim that something got better. They all need
+# the same measurement, made the same way. The tiny world offers what few benchmarks have: every
+# answer can be verified, and both ends of the scale are known.
 #
 # | name | asked for | right is | ceiling | chance |
 # |---|---|---|---|---|
@@ -2432,31 +2519,34 @@ for n in (8, 5, 4, 3):
 # | confidential | where somebody's key is hidden | to decline | 1 | one of all replies |
 # | consistency | a story | a whole story, no false claim | 1 | a teller who draws each value |
 #
-# The first three are measured twice: as a *choice*, by the likelihood of all replies that could
-# be given (each value, "I do not know", "I will not tell"), and as a *reply*, by letting the
-# model speak and the checker listen. The ceiling is exact, since each question has one right
-# reply. So is the level of chance: for a choice it is one over the number of replies, and for
-# stories it is the probability that a teller who knows the form of stories, but draws every
-# value, says nothing false. That is a sum over all walks, of the probability of the walk times
-# that of all its claims being true, which a recursion over states adds up.
+# The first three are measured in two ways: as a *choice*, by the likelihood of all replies that
+# could be given (each value, "I do not know", "I will not tell"), and as a *reply*, by letting the
+# model speak and the checker listen. The ceiling is exact, since each question has one right reply.
+# So is the level of chance for choices and stories. For a choice it is one over the number of
+# replies, and we take the same number for a spoken reply. For stories it is the probability that a
+# teller who knows the form of stories, but draws every value at random, says nothing false. To
+# compute that, sum over all paths through the world's states: the probability of each path times
+# the probability that all its claims are true. A recursion over the states adds this up.
 
 
 # %% [markdown]
-# How a question is put depends on the model. A chat model gets it in its template, which chapter
-# 19 will make. A base model has only ever read stories, so it must come up in one: "One morning,
-# Mia the fox woke up early. It was raining. Where does Mia live?" That is what a `QuestionForm`
-# says. A form may pass on a question: a story cannot ask for the species, as it has told it
-# already, nor in words that no story uses.
+# How a question is put depends on the model. A chat model gets it in a template, which chapter 19
+# will build. A base model has only ever read stories, so the question must come up in one: "One
+# morning, Mia the fox woke up early. It was raining. Where does Mia live?" A `QuestionForm` says
+# how this is done. A form may also pass on a question. A story has already named the species of its
+# hero, so it cannot ask for that, nor can it ask in words that no story uses.
 
 
 # %% [markdown]
-# The rest is bookkeeping. The results of a run go into one report, with all that is needed to
-# compare it with another: the outcome of each item, intervals, seed and settings.
+# The rest is bookkeeping. The results of a run go into one report, an
+# {py:class}`~llmbook.evaluation.EvaluationReport`, with everything needed to compare it with
+# another: the outcome of each item, intervals, seed, and settings.
 
 
 # %% [markdown]
-# Two reports on the same questions are compared item by item, by the paired test above, and a
-# report can be kept as JSON:
+# Two reports are compared item by item, on the questions that both of them have, by the paired test
+# above. A report can be saved as JSON. The engine room below builds all this;
+# {py:func}`~llmbook.evaluation.evaluate` runs it.
 
 
 # %% [markdown] tags=["engine"]
@@ -2673,8 +2763,8 @@ class EvaluationReport(EvaluationReport):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# `evaluate` puts the parts together: questions to prompts, prompts to choices and replies, and
-# stories from nothing.
+# `evaluate` puts the parts together: it turns questions into prompts, prompts into choices and
+# replies, and lets the model tell stories from nothing.
 
 
 # %% tags=["engine"]
@@ -2717,7 +2807,7 @@ def evaluate(
 
 
 # %% [markdown] tags=["engine"]
-# A reply to choose is scored as a whole: all end with a full stop, so their sums of
+# Each possible reply is scored as a whole. All end with a full stop, so their sums of
 # log-probabilities are those of finished replies, and nothing has to be normalized.
 
 
@@ -2873,7 +2963,7 @@ def _told(
 # %% [markdown]
 # ### The base model, before all tuning
 #
-# This is where Part IV begins. What is asked, and the two ends of each scale:
+# This is where Part IV begins. First, what is asked, and the two ends of each scale:
 
 # %%
 report = evaluate(lm, bpe, world, n_stories=100)
@@ -2883,7 +2973,8 @@ for result in report.results:
     print(f"{part:20} {len(result.outcomes):6} {result.chance:8.2g} {result.ceiling:9g}")
 
 # %% [markdown]
-# How the model does (the report's own table is at the end of the chapter):
+# For a question, chance is about one in 18 or 19; for a story, about six in a million. And this is
+# how the model does (the report's own table is in the list before the exercises):
 
 # %%
 for part in ("facts/reply", "unknown/reply", "confidential/reply"):
@@ -2896,37 +2987,42 @@ within("confidential, as a reply", report["confidential/reply"].interval.estimat
 within("stories that are true", report["consistency/story"].interval.estimate, 0.35, 0.85)
 
 # %% [markdown]
-# It knows its facts and tells many of its stories without a mistake, which nobody could do by
-# chance. It has never read that one may not know something, or may keep it to oneself. So it
-# invents a home for each stranger and gives away all keys, and stays even below the level of
-# chance, as it never tries the right reply.
+# The model knows its facts and tells many of its stories without a mistake, which chance could
+# hardly do. It has read that nobody knew where a stranger lived, but never a question that was
+# answered in that way, nor one that was declined. So it invents facts about the strangers and gives
+# the keys away. On both parts its score is even below chance, because it never tries the right
+# reply.
 #
-# Intervals are Wilson's. Where questions go together, here those about one character, they are
-# those of as many independent questions as have the same clustered standard error. With each
-# report the chapters that follow will make, `report.compare(earlier)` says whether the difference
-# is more than chance, question by question.
+# The intervals of a report are Wilson's. Questions about one character form a **cluster**: they may
+# be answered well or badly together, so they are worth fewer independent ones. The interval is
+# therefore that of as many independent questions as would have the same {term}`standard error` once
+# clusters are taken into account. (Where all answers or none are right, there is no scatter to
+# estimate this from, and the interval is the plain one.) Later chapters will each make a report,
+# and `report.compare(earlier)` says whether the difference is more than chance, by the paired test
+# with the same clusters.
 
 # %% [markdown]
 # ## Does it know what it knows?
 #
 # A model that gives its choice a probability of 0.9 says how sure it is. It is **calibrated** if,
 # of all answers given with 0.9, nine in ten are right, and likewise for every other number.
-# Accuracy says how often a model is right; calibration says whether one can tell when.
+# Accuracy says how often a model is right; calibration says whether its confidence can be trusted.
 #
-# For each question we have the log-probability $\ell_k$ of each choice. The model's belief in
-# choice $k$, given that it is one of these, is $e^{\ell_k} / \sum_j e^{\ell_j}$; the
-# **confidence** $c_i$ of an answer is the belief in the best one, and $y_i$ is 1 if it is right
-# and 0 if not. Sort the answers into $B$ bins by their confidence. In bin $b$ with $n_b$ answers,
-# the mean confidence $\bar c_b$ should equal the share $\bar y_b$ that is right, and the
-# **expected calibration error** is the mean distance {cite}`guo2017calibration`,
+# For each question we have the log-probability $\ell_k$ of each choice $k$. Given that one of them
+# must be the reply, the model's belief in choice $k$ is $e^{\ell_k} / \sum_j e^{\ell_j}$. The
+# **confidence** $c_i$ of answer $i$ is the belief in the best choice, and $y_i$ is 1 if that choice
+# is right and 0 if not. Sort the answers into $B$ bins by their confidence. (In this section, $b$
+# is the number of a bin.) In bin $b$ with $n_b$ answers, the mean confidence $\bar c_b$ should
+# equal the share $\bar y_b$ that is right. The **expected calibration error**, ECE, is the mean
+# distance between the two {cite}`guo2017calibration`,
 #
 # $$
 # \mathrm{ECE} = \sum_b \frac{n_b}{n} \, \lvert \bar y_b - \bar c_b \rvert .
 # $$ (evaluation-ece)
 #
-# The absolute value has a price. Suppose that the model is perfectly calibrated. Then $\bar y_b$
-# is still the mean of $n_b$ draws, it misses $\bar c_b$ by chance, and a miss to either side
-# counts as error. For a normal deviation of standard deviation $s$, the mean absolute value is
+# The absolute value has a price. Suppose that the model is perfectly calibrated. Even then,
+# $\bar y_b$ is the mean of only $n_b$ draws. It misses $\bar c_b$ by chance, and a miss to either
+# side counts as error. For a normal deviation of standard deviation $s$, the mean absolute value is
 # $s \sqrt{2/\pi}$, so that even a perfect model is expected to have
 #
 # $$
@@ -2934,16 +3030,17 @@ within("stories that are true", report["consistency/story"].interval.estimate, 0
 # \sqrt{\frac{\bar c_b (1 - \bar c_b)}{n_b}} ,
 # $$ (evaluation-ece-bias)
 #
-# which falls with the root of the answers in a bin and rises with the number of bins. An ECE
-# without this number beside it says little. We compute it without the approximation: take the
-# confidences for true, draw the outcomes from them, and see what ECE comes out
-# {cite}`brocker2007increasing`.
+# which falls with the square root of the number of answers in a bin, and so rises with the number
+# of bins. An ECE without this number beside it says little. We compute it without the
+# approximation: take the confidences to be true, draw outcomes from them, and see what ECE comes
+# out {cite}`brocker2007increasing`.
 #
-# The **Brier score** needs no bins. It is the mean of $(c_i - y_i)^2$, and it is **proper**: if
-# an answer is right with probability $p$, then stating $c$ costs
+# The **Brier score** needs no bins. It is the mean of $(c_i - y_i)^2$, and it is **proper**: if an
+# answer is right with probability $p$, then stating $c$ costs
 # $p (1 - c)^2 + (1 - p) c^2 = (c - p)^2 + p (1 - p)$ on average, which is least at $c = p$. So
-# nothing can be gained by claiming more or less than one believes. The same line shows what it is
-# made of, a miscalibration that can be mended and a doubt $p(1 - p)$ that cannot.
+# nothing can be gained by claiming more or less than one believes. The same line shows the two
+# parts of the score: a miscalibration $(c - p)^2$ that can be mended, and a doubt $p(1 - p)$ that
+# cannot. One record holds all of these measures:
 
 
 # %% tags=["engine"]
@@ -2970,6 +3067,11 @@ class Calibration:
     counts: tuple[int, ...]  # answers in each bin
     confidence: tuple[float, ...]  # their mean, NaN in an empty bin
     accuracy: tuple[float, ...]  # the share that is right
+
+
+# %% [markdown]
+# The function fills the record. It sums $y_i - c_i$ in each bin, once for the real outcomes and
+# once for each set of outcomes that it draws from the confidences:
 
 
 # %%
@@ -3033,8 +3135,8 @@ def _check_outcomes(outcomes: np.ndarray, n: int) -> None:
 
 
 # %% [markdown]
-# How large is the bias? We ask a forecaster who is perfect by construction: each answer's
-# confidence is drawn evenly between 0.5 and 1, and then the answer is right with just that
+# How large is the bias? We ask a forecaster who is perfect by construction. The confidence of each
+# answer is drawn evenly between 0.5 and 1, and the answer is then right with exactly that
 # probability.
 
 # %%
@@ -3051,29 +3153,29 @@ for n, n_bins in ((100, 10), (100, 50), (1000, 10), (10_000, 10)):
     print(f"{n:7} {n_bins:6} {np.mean(errors):29.3f} {formula:16.3f}")
 
 # %% [markdown]
-# A perfect forecaster who answers 100 questions has an error of more than 0.06 with ten bins, and
-# of about twice that with fifty, where bins hold two answers and the normal approximation is
-# poor. Two models with tests of different sizes cannot be compared by their ECE.
+# The formula is close. On 100 questions, a perfect forecaster has an error of 0.07 with ten bins,
+# and of about twice that with fifty, where a bin holds four answers and the normal approximation is
+# a little off. So two models that took tests of different sizes cannot be compared by their ECE.
 #
 # ### One number against overconfidence
 #
-# Training on few texts for long makes models overconfident, and one number mends much of it
+# Large networks are often overconfident, and one number can mend much of it
 # {cite}`guo2017calibration`. Divide all log-probabilities by a **temperature** $T$ before they
-# become beliefs. No order changes, hence no answer; only the confidences do. Choose $T$ so that
-# the right choices of some *other* questions are as likely as possible. In terms of
-# $\beta = 1/T$, the loss of a question with right choice $y$ is
-# $\log \sum_k e^{\beta \ell_k} - \beta \ell_y$, and its derivatives are
+# become beliefs. (This $T$ is not a context length.) The order of the choices stays the same, so
+# the answers do, too; only the confidences change. Choose $T$ so that the right choices of some
+# *other* questions are as likely as possible. In terms of $\beta = 1/T$, the loss of a question
+# with right choice $y$ is $\log \sum_k e^{\beta \ell_k} - \beta \ell_y$, and its derivatives are
 #
 # $$
 # \frac{\partial}{\partial \beta} = \mathbb{E}_{k}[\ell_k] - \ell_y , \qquad
 # \frac{\partial^2}{\partial \beta^2} = \mathrm{Var}_{k}[\ell_k] \ge 0 ,
 # $$ (evaluation-temperature)
 #
-# where $k$ is drawn by the beliefs at $\beta$. (The derivative of $\log \sum_k e^{\beta \ell_k}$
-# is $\sum_k \ell_k e^{\beta \ell_k} / \sum_k e^{\beta \ell_k}$, a mean; that of the mean is
-# $\mathbb{E}[\ell_k^2] - \mathbb{E}[\ell_k]^2$.) The loss is convex, so its only valley is found
-# where the sum of the first derivatives changes its sign: by halving an interval, which cannot
-# fail.
+# where $k$ is drawn by the beliefs at $\beta$. (The derivative of $\log \sum_k e^{\beta \ell_k}$ is
+# $\sum_k \ell_k e^{\beta \ell_k} / \sum_k e^{\beta \ell_k}$, a mean; the derivative of that mean is
+# $\mathbb{E}[\ell_k^2] - \mathbb{E}[\ell_k]^2$.) The loss is convex, so it is least where the sum
+# of the first derivatives changes its sign. {py:func}`~llmbook.evaluation.fit_temperature` finds
+# that place by halving an interval again and again, which cannot get stuck.
 
 
 # %% [markdown] tags=["engine"]
@@ -3151,10 +3253,10 @@ def _check_answers(answers: Any, scores: list[np.ndarray]) -> None:
 # %% [markdown]
 # ### How sure are those who memorized?
 #
-# Our trained model has nothing to calibrate on facts: it is right on all of them, and nearly
-# sure. The models that saw the exam are better subjects, as they know some of its answers. We
-# have their beliefs already. The temperature is fitted on the exams of two seeds, and judged on
-# the third.
+# Our trained model is a poor subject, since it got all of its facts right. The models that saw the
+# exam are better subjects, because they know some of its answers and not others. We already have
+# their log-probabilities. The temperature is fitted on the exams of two seeds and judged on the
+# exam of the third:
 
 
 # %%
@@ -3183,6 +3285,10 @@ within("Brier score at temperature 1", before.brier, 0.1, 0.6, ".2f")
 within("the same at the fitted temperature, once more", after.brier, 0.1, 0.35, ".2f")
 assert after.error < before.error and after.brier < before.brier
 
+# %% [markdown]
+# {numref}`fig-evaluation-reliability` shows the bins behind these numbers, before and after the
+# temperature is applied:
+
 # %% mystnb={"figure": {"caption": "Reliability diagrams of models that saw the exam, on the exam of the third seed: 256 answers. Each point is a bin of confidences, its size the number of answers in it. On the dotted line a model is right as often as it says.", "name": "fig-evaluation-reliability"}, "image": {"alt": "Left, at temperature 1, points lie below the dotted diagonal, most of them at high confidence. Right, at the fitted temperature, the few bins that are left have confidences below one half and lie above the diagonal."}}
 figure, panels = plt.subplots(1, 2, sharey=True, figsize=(7, 3.2))
 for axes, one, title in zip(panels, (before, after), ("temperature 1", "fitted"), strict=True):
@@ -3193,18 +3299,19 @@ panels[0].set_ylabel("share that is right")
 plt.show()
 
 # %% [markdown]
-# At temperature 1 these models are far too sure ({numref}`fig-evaluation-reliability`). The
-# temperature helps by both measures, and it does not touch the score, as dividing all
-# log-probabilities by one number keeps their order. But it does not make them calibrated: the
-# error stays above what chance explains. One number flattens all beliefs alike, those about
-# answers that were memorized and those that were guessed. As the loss punishes a wrong answer
-# that was sure more than anything else, it is made large, and now the answers that are right look
-# too unsure. A temperature mends a model that is too sure by one factor everywhere. That was
-# enough for many classifiers of images {cite}`guo2017calibration`, and is not enough here.
+# At temperature 1 these models are far too sure: all points lie below the diagonal. The fitted
+# temperature, 10 in our run, improves both measures, and it does not touch the score, since the
+# order of the choices is the same. But it does not make the models calibrated. The error stays
+# above what chance explains, because one number flattens all beliefs alike, those about memorized
+# answers and those that are guesses. The loss punishes a confident wrong answer more than anything
+# else, so the temperature becomes large, and now the right answers look too unsure. A temperature
+# mends a model that is too sure by the same factor everywhere. That was enough for many image
+# classifiers {cite}`guo2017calibration`; it is not enough here.
 
 # %% [markdown]
-# To see it work, we make a forecaster who is too sure by a factor of 2.5 everywhere: answers are
-# drawn from its beliefs at that temperature. Half of 2,000 questions are for the fit.
+# To see a temperature succeed, we make a forecaster who is too sure by a factor of 2.5 everywhere:
+# its answers are drawn from its beliefs at that temperature. Half of its 2,000 questions are for
+# the fit.
 
 # %%
 random = np.random.default_rng(0)
@@ -3217,8 +3324,12 @@ for temperature in (1.0, factor):
     print(f"{temperature:11.1f} {one.error:19.2f} {one.by_chance:11.2f} {one.brier:13.2f}")
 
 # %% [markdown]
-# Back to the exam. A model need not have seen anything to be sure. These are the clean ones, of
-# whom an honest answer would be one sixteenth:
+# The fit finds a temperature of 2.3, close to the truth. On the other half of the questions, the
+# calibration error falls from 0.22 to 0.04, almost to the level of chance, and the Brier score
+# falls, too.
+#
+# Back to the exam. A model need not have seen anything to be sure. These are the clean models, for
+# which an honest confidence would be one sixteenth:
 
 # %%
 clean = calibrated(*exam_beliefs((0,), (0, 1, 2)))
@@ -3228,41 +3339,44 @@ within("how often that is right", doses[0].score.estimate, 0.02, 0.13)
 assert clean.p_value < 0.01
 
 # %% [markdown]
-# So a model can be calibrated on what it was trained on and confidently wrong elsewhere. Softmax
-# has no way to say "none of these". Chapter 19 will teach the words for it.
+# In our run their mean confidence is 67 %, and they are right 7 % of the time. So a model can know
+# what it was trained on and be confidently wrong about the rest. Its beliefs add up to one over the
+# choices that it is offered, so it has no way to say "none of these". Chapter 19 will teach it the
+# words for that.
 
 # %% [markdown]
 # ## Who is better? A leaderboard from games
 #
-# Some qualities have no scale. Of two stories a reader can say which is better, but not that one
-# is worth 7.3. From such games between pairs of models, many leaderboards are made
-# {cite}`chiang2024chatbot`. The model behind them gives each player $i$ a strength $s_i$ and lets
-# $i$ win against $j$ with probability
+# Some qualities have no scale. A reader can say which of two stories is better, but not that one is
+# worth 7.3. Such a comparison is a **game** between two players, and many leaderboards are made
+# from games between models {cite}`chiang2024chatbot`. The theory behind them gives each player $i$
+# a strength $s_i$ and lets $i$ win against $j$ with probability
 #
 # $$
 # P(i \succ j) = \sigma(s_i - s_j) = \frac{\pi_i}{\pi_i + \pi_j}, \qquad \pi_i = e^{s_i} .
 # $$ (evaluation-bradley-terry)
 #
-# (Chapter 21 will learn a reward from the same equation.) With $w_{ij}$ wins of $i$ over $j$, the
-# log-likelihood is
+# Here $\sigma$ is the logistic function, and $\pi_i$ is a positive number, no longer a permutation.
+# This is the model of Bradley and Terry {cite}`hunter2004mm`. (Chapter 21 will learn a reward from
+# the same equation.) With $w_{ij}$ wins of $i$ over $j$, the log-likelihood is
 #
 # $$
 # \log \mathcal{L} = \sum_{i \ne j} w_{ij} \bigl[ \log \pi_i - \log(\pi_i + \pi_j) \bigr] .
 # $$
 #
-# The second logarithm ties all players together. It can be cut loose: $-\log$ is convex, so it
-# lies above its tangent at any point, here the present estimate $\hat\pi$,
+# The second logarithm ties all players together, but they can be separated. Since $-\log$ is
+# convex, it lies above its tangent at any point, here at the present estimate $\hat\pi$,
 #
 # $$
 # -\log(\pi_i + \pi_j) \ge -\log(\hat\pi_i + \hat\pi_j) + 1 -
 # \frac{\pi_i + \pi_j}{\hat\pi_i + \hat\pi_j} ,
 # $$
 #
-# with equality at $\pi = \hat\pi$. With the right side in its place, we get a function below the
-# likelihood that touches it at $\hat\pi$. Whatever makes the lower one larger makes the
-# likelihood larger, too. And in it each $\pi_i$ stands alone, so we can set the derivative to
-# zero. With $W_i = \sum_j w_{ij}$ all wins of $i$, and $n_{ij} = w_{ij} + w_{ji}$ the games
-# between $i$ and $j$,
+# with equality at $\pi = \hat\pi$. Put the right side in its place, and we get a function that lies
+# below the likelihood and touches it at $\hat\pi$. Whatever raises the lower function from there
+# raises the likelihood at least as much. And in the lower function each $\pi_i$ stands alone, so we
+# can set its derivative to zero. Let $W_i = \sum_j w_{ij}$ be all wins of $i$, and
+# $n_{ij} = w_{ij} + w_{ji}$ the number of games between $i$ and $j$. Then
 #
 # $$
 # \frac{W_i}{\pi_i} - \sum_{j \ne i} \frac{n_{ij}}{\hat\pi_i + \hat\pi_j} = 0
@@ -3270,14 +3384,15 @@ assert clean.p_value < 0.01
 # \pi_i = W_i \Bigm/ \sum_{j \ne i} \frac{n_{ij}}{\hat\pi_i + \hat\pi_j} .
 # $$ (evaluation-mm)
 #
-# That is the whole algorithm {cite}`hunter2004mm`: repeat {eq}`evaluation-mm`. A tie counts as
-# half a win for either side. As only differences of strengths matter, we let their mean be zero.
+# The whole algorithm is to repeat {eq}`evaluation-mm` {cite}`hunter2004mm`. A tie counts as half a
+# win for each side. Only differences of strengths matter, so we let their mean be zero.
 #
-# One thing can go wrong. If a player never lost, the likelihood grows for ever as its strength
-# does. The same holds for any group of players that never lost to anybody outside. A maximum
-# exists, and is unique, if and only if there is no such group {cite}`hunter2004mm`: from each
-# player one must come to each other one along wins. A leaderboard that is not connected in this
-# way has no strengths, and must say so.
+# One thing can go wrong. If a player never lost, the likelihood keeps growing as the player's
+# strength does, without end. The same holds for any group of players that never lost to anybody
+# outside. A maximum exists, and is unique, if and only if there is no such group
+# {cite}`hunter2004mm`: from each player one must be able to reach every other along a chain of
+# wins. A leaderboard that is not connected in this way has no strengths, and must say so. In code,
+# the loop of {eq}`evaluation-mm` comes right after the record of its results:
 
 
 # %%
@@ -3313,6 +3428,12 @@ def _strengths(wins: Float[np.ndarray, "*batch n n"]) -> Float[np.ndarray, "*bat
         if change < 1e-10:
             break
     return np.log(pi)
+
+
+# %% [markdown]
+# The public function also computes intervals. It draws the games of each pair again, with
+# replacement, fits the strengths to each such table, and takes the middle 95 % of the results.
+# Tables that happen not to be connected are left out and counted.
 
 
 # %%
@@ -3361,9 +3482,10 @@ def bradley_terry(
 # ### Engine room: tables of games are checked, and players that nobody has beaten are named
 
 # %% [markdown] tags=["engine"]
-# To find a group that never lost, go from each player to all who have beaten it or tied with it,
-# and on from there. Whoever is reached from somebody and cannot come back belongs to players that
-# the others have never beaten. The smallest set that can be reached is the one to name.
+# To find a group that never lost, start from a player, go to all players who have beaten or tied
+# with that player, and continue from these. If such a walk cannot get back, it has ended in a group
+# that nobody outside has beaten. The smallest set that can be reached from any player is the group
+# that the error message names.
 
 
 # %% tags=["engine"]
@@ -3418,9 +3540,9 @@ def _check_connected(wins: np.ndarray) -> None:
 # %% [markdown]
 # ### Our model at five temperatures
 #
-# The players are our model at five temperatures. All tell 60 stories, and in game $k$ the $k$th
-# stories of two players meet. The checker of {doc}`01_tinyworld` judges: a story in which all is
-# true beats one in which something is not; otherwise it is a tie.
+# The players are our model at five sampling temperatures. Each tells 60 stories, and in game $k$
+# the $k$th stories of two players meet. The checker of {doc}`01_tinyworld` is the judge: a story in
+# which everything is true beats one in which something is not, and otherwise the game is a tie.
 
 # %%
 temperatures, n_games = (0.5, 0.8, 1.0, 1.2, 1.5), 60
@@ -3444,6 +3566,10 @@ best, worst = ratings.elo[0], ratings.elo[-1]
 within("Elo points between the coldest and the hottest", best - worst, 100, 500, ".0f")
 assert ratings.low[0] > ratings.high[-1]
 
+# %% [markdown]
+# The colder player tells the truth more often. {numref}`fig-evaluation-board` shows all five
+# strengths:
+
 # %% mystnb={"figure": {"caption": "Strengths of our model at five temperatures, with 95 % intervals, from 60 games for each pair. The colder, the better, though neighbors can hardly be told apart.", "name": "fig-evaluation-board"}, "image": {"alt": "Five points with bars. Strength falls slowly from temperature 0.5 to 1.2, with bars that overlap, and drops by about one nat at 1.5."}}
 figure, axes = plt.subplots(figsize=(6, 3))
 error = [ratings.strengths - ratings.low, ratings.high - ratings.strengths]
@@ -3453,14 +3579,15 @@ axes.set_title("The hottest is clearly behind")
 plt.show()
 
 # %% [markdown]
-# The board says what the shares of true stories say ({numref}`fig-evaluation-board`), and
-# neighbors overlap: 60 games tell a great difference and no small one. The intervals are even a
-# little too narrow, since they take games for independent, while here each story plays against
-# four others. Most games are ties, and a tie is half a win, so strengths lie closer together than
-# they would if ties were left out. A leaderboard has to say which it does.
+# The strengths tell the same story as the shares of true stories. The hottest player is clearly
+# behind, but the intervals of the other neighbors overlap: 60 games reveal a great difference, not
+# a small one. The intervals are even a little too narrow, since they take games to be independent,
+# while here each story plays against four others. A game in which both stories are true, or neither
+# is, ends in a tie, and a tie is half a win. So strengths lie closer together than they would if
+# ties were left out. A leaderboard has to say which of the two it does.
 #
-# Without a connection there are no strengths at all. We let the coldest win each game that it has
-# not tied, and do not count ties:
+# Without a connection there are no strengths at all. We strike out the games that the coldest
+# player lost, and do not count ties:
 
 # %%
 unbeaten = won.copy()
@@ -3471,23 +3598,27 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
+# The table is refused, and the message names player 0, the coldest, who was never beaten.
+#
 # ## Judges have tastes
 #
-# No checker reads free text, so models are asked which of two answers is better. Such judges
-# agree with people about as often as people agree with each other {cite}`zheng2023judging`, and
-# they have tastes that have nothing to do with quality: they prefer what they read first, what is
-# longer, and what they have written themselves. We build a judge whose tastes are known. It
-# prefers the first of two answers with probability
+# Most free text has no checker, so models are asked which of two answers is better. As judges,
+# strong models agree with people about as often as people agree with each other
+# {cite}`zheng2023judging`. But judges also have tastes that have nothing to do with quality: they
+# tend to prefer what they read first, what is longer, and perhaps what they wrote themselves
+# {cite}`zheng2023judging`. We build a judge whose tastes are known. It prefers the first of two
+# answers with probability
 #
 # $$
 # \sigma\bigl( \underbrace{a\,(t_1 - t_2)}_{\text{truth}} + \underbrace{b}_{\text{position}} +
 # \underbrace{c\,(l_1 - l_2)}_{\text{length}} + \underbrace{d\,(o_1 - o_2)}_{\text{own}} \bigr) ,
 # $$ (evaluation-judge)
 #
-# where $t$ is 1 for a true answer and 0 for a false one, $l$ the length in characters, and $o$ is
-# 1 for an answer of the judge's own family. This is Bradley and Terry's model once more:
-# $a t + c l + d o$ is the strength that the judge sees, and $b$ is the advantage of the first
-# move.
+# where $t$ is 1 for a true answer and 0 for a false one, $l$ is the length in characters, and $o$
+# is 1 for an answer by the judge's own family of models and 0 otherwise. The four coefficients $a$,
+# $b$, $c$, and $d$ say how much each of these counts. This is Bradley and Terry's model once more:
+# $a t + c l + d o$ is the strength that the judge sees, and $b$ is the advantage of the first move.
+# Here is what the judge gets to see:
 
 
 # %%
@@ -3498,6 +3629,11 @@ class Answer(NamedTuple):
     text: str
     true: bool
     own: bool = False
+
+
+# %% [markdown]
+# The judge returns probabilities, so that no chance is involved in what follows. It reads two
+# answers in one order, or in both orders and counts a verdict only if both agree:
 
 
 # %%
@@ -3537,9 +3673,9 @@ class BiasedJudge:
 
 # %% [markdown]
 # Two systems answer the same 672 questions about the tiny world. The brief one says "Mia lives in
-# the tent." and is right in 80 % of the cases. The wordy one repeats the question first, is right
-# in 70 %, and is of the judge's family. What is true, the checker of {doc}`01_tinyworld` decides
-# from the texts.
+# the tent." and is meant to be right in 80 % of the cases. The wordy one repeats the question
+# first, is meant to be right in 70 %, and belongs to the judge's family. The checker of
+# {doc}`01_tinyworld` decides from the texts which answers are true.
 
 # %%
 questions = make_questions(world, "fact", "tuning")
@@ -3562,8 +3698,9 @@ print(f"true: brief {np.mean([a.true for a in brief]):.0%}, ", end="")
 print(f"wordy {np.mean([a.true for a in wordy]):.0%}; wordy is longer by {length:.0f} characters")
 
 # %% [markdown]
-# Now the judge, with one taste after the other. The score of the brief system is the share of
-# wins, a tie counting as half.
+# The brief system is better, and its answers are shorter. Now the judge compares the two, with one
+# taste after the other. The score of the brief system is its share of wins, with a tie counting as
+# half.
 
 
 # %%
@@ -3591,24 +3728,25 @@ for name, judge in judges.items():
     print(f"{name:16} {first:11.2f} {second:13.2f} {both:11.2f}")
 
 # %% [markdown]
-# Swapping cures the taste for positions, and only this. To see why, write $x$ for all in
-# {eq}`evaluation-judge` but the position. Read first, $a$ wins with $\sigma(x + b)$; read second,
-# with $1 - \sigma(-x + b) = \sigma(x - b)$. A win of one half for a changed verdict makes the
-# score the mean of the two,
+# Swapping cures the taste for positions, and only that one. To see why, write $x$ for everything in
+# {eq}`evaluation-judge` but the position. Read first, an answer wins with probability
+# $\sigma(x + b)$; read second, with probability $1 - \sigma(-x + b) = \sigma(x - b)$. A changed
+# verdict counts as half a win, so the score is the mean of the two,
 #
 # $$
 # \tfrac12 \bigl[ \sigma(x + b) + \sigma(x - b) \bigr] ,
 # $$
 #
 # which is one half at $x = 0$ whatever $b$ is. So a judge who sees no difference gives no
-# preference. (A coin that decides who is read first has the same mean. Reading both ways has less
-# noise, and the share of changed verdicts shows how strong the taste is.) But length and
-# authorship go with the answer, not with the place. They are in $x$, and no swap finds them: with
-# all three tastes the worse system wins, read both ways or not.
+# preference. (Tossing a coin to decide who is read first has the same mean. Reading both ways has
+# less noise, and the share of changed verdicts shows how strong the taste is.) But length and
+# authorship go with the answer, not with the place. They are in $x$, and no swap removes them: with
+# all three tastes the worse system wins in every column.
 #
-# Against them helps what helps everywhere, a few pairs whose truth is known. There the tastes are
-# the coefficients of a logistic regression, and can be taken out of all other verdicts
-# {cite}`dubois2024length`. From 672 verdicts, in an order decided by a coin:
+# What helps against these is a set of pairs for which the truth is known. There the tastes are
+# coefficients of a logistic regression, and can be taken out of all other verdicts, as has been
+# done for length {cite}`dubois2024length`. We fit the four coefficients to 672 verdicts, with a
+# coin deciding who is read first:
 
 
 # %%
@@ -3639,21 +3777,21 @@ mended = np.mean(
 print(f"score of the brief system without the tastes: {mended:.2f}, by the truth {truth:.2f}")
 
 # %% [markdown]
-# The score comes back to where a judge without tastes puts it. (That is a little closer to one
-# half than the truth, because this judge sometimes errs even on a true answer against a false
-# one.) Look at the intervals of the coefficients, though. Skill and position are found well.
-# Length and authorship are not: in these pairs the longer answer is always of the judge's own
-# family, so that only the sum of the two tastes is known. That was enough here. To know which of
-# them it is, one needs pairs that differ in one and not in the other, such as two answers of
+# The score comes back to 0.54, where a judge without tastes puts it. (That is a little closer to
+# one half than the truth, because even this judge sometimes errs between a true answer and a false
+# one.) Look at the intervals of the coefficients, though. Truth and position are found well. Length
+# and authorship are not: in these pairs the longer answer is always by the judge's own family, so
+# the verdicts tell us little more than the sum of the two tastes. That was enough here. To tell the
+# two apart, we would need pairs that differ in one and not in the other, such as two answers of
 # different length by the same system.
 
 # %% [markdown]
-# ## The harness of the industry
+# ## The industry's harness
 #
-# Numbers in papers on language models mostly come from one program, EleutherAI's
-# `lm-evaluation-harness` {cite}`biderman2024lessons`, with thousands of tasks. A **task** there
-# is a file in YAML that says where the data are and how an item becomes text, and a **model** is
-# an object that answers three kinds of requests:
+# Many numbers in papers on language models come from one program, EleutherAI's
+# `lm-evaluation-harness` {cite}`biderman2024lessons`, which comes with hundreds of tasks. A
+# **task** there is a file in YAML that says where the data are and how an item becomes text, and a
+# **model** is an object that answers three kinds of requests:
 #
 # | request | gets | returns | for |
 # |---|---|---|---|
@@ -3661,10 +3799,11 @@ print(f"score of the brief system without the tastes: {mended:.2f}, by the truth
 # | `loglikelihood_rolling` | a text | $\log q$ of all of it | perplexity, bits per byte |
 # | `generate_until` | context, where to stop | a text | exact match |
 #
-# This chapter has all three. An adapter passes them on ({numref}`fig-evaluation-harness`), so
-# that every task of the harness runs on a model of ours. The harness is large, so it is an extra,
-# `pip install 'llmbook[eval]'`, and is imported when the first adapter is made; its base class
-# joins ours at that moment.
+# This chapter and chapter 14 have functions for all three. An adapter passes the requests on to
+# them ({numref}`fig-evaluation-harness`), so that every task made of these requests can run on a
+# model of ours. The harness is large. It is therefore an extra, `pip install 'llmbook[eval]'`, and
+# is imported only when the first adapter is made; our class takes on the harness's base class at
+# that moment.
 #
 # ```{figure} ../figures/evaluation-harness.svg
 # :name: fig-evaluation-harness
@@ -3775,9 +3914,9 @@ class LMEvalAdapter(LMEvalAdapter):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# The harness finds data by the name of a file in a task. One that is missing would be noticed
-# late, in a library far below, so it is looked for first. The program's progress bars and remarks
-# go nowhere.
+# The harness finds data by the name of a file in the task. A missing file would be noticed late,
+# deep inside a library, so we look for it first. The program's progress bars and remarks are
+# discarded.
 
 
 # %% tags=["engine"]
@@ -3957,8 +4096,9 @@ def _check_task(folder: Path, name: Any) -> None:
 # %% [markdown]
 # ### Four tasks
 #
-# We write four tasks into a folder, one of each kind. A model that is always right would make a
-# poor example, so we take the one that saw four copies of the exam. First the items:
+# We write four tasks into a folder: multiple choice, and one for each of the three requests. A
+# model that is always right would make a poor example, so we take one that saw four copies of the
+# exam. First the items:
 
 # %%
 import tempfile
@@ -3974,7 +4114,8 @@ text_items = [{"text": text} for text in run.held_out[:50]]
 print(choice_items[0]["context"], choice_items[0]["choices"][:2])
 
 # %% [markdown]
-# Then the files:
+# Then the files. {py:func}`~llmbook.evaluation.write_lm_eval_task`, from the engine room above,
+# writes two for each task, the data and the description:
 
 # %%
 folder = Path(tempfile.mkdtemp())
@@ -3987,7 +4128,8 @@ print(*sorted(path.name for path in folder.iterdir()))
 # %% [markdown]
 # ## Is it the real thing?
 #
-# The harness on our model, beside our own functions:
+# The harness runs the four tasks on the model that saw the exam. For the multiple-choice exam we
+# compute the same scores ourselves, under the three normalizations that the harness reports:
 
 # %%
 theirs = run_lm_eval(spoiled, bpe, folder, ["exam", "cloze", "stories", "spoken"])
@@ -4002,8 +4144,9 @@ for metric, normalization in (("acc", "none"), ("acc_norm", "character"), ("acc_
 print({task: sorted(metrics) for task, metrics in theirs.items()})
 
 # %% [markdown]
-# The metrics of whole texts, of continuations and of replies, and all of them beside each other.
-# Words are what the harness takes for words, the pieces between white space.
+# The other tasks have six more metrics, of whole texts, of continuations, and of replies. We
+# compute these as well and compare all nine with the harness. A word here is what the harness takes
+# for a word, a piece between white space.
 
 # %%
 texts = [item["text"] for item in text_items]
@@ -4027,12 +4170,15 @@ for (task, metric), value in ours.items():
 print(f"{len(ours)} numbers of {len(theirs)} tasks: ours and the harness's agree to 5 digits")
 within("score on the exam, by the harness", theirs["exam"]["acc"], 0.1, 0.7)
 
+# %% [markdown]
+# So a score from the harness and a score from our functions mean the same thing.
+
 # %% [markdown] tags=["engine"]
 # ### Engine room: calibration and strengths beside scikit-learn
 
 # %% [markdown] tags=["engine"]
 # The calibration numbers have counterparts in scikit-learn: the Brier score, and the bins of a
-# reliability diagram. On 2,000 simulated answers:
+# reliability diagram. We compare them on 2,000 simulated answers:
 
 # %% tags=["engine"]
 from sklearn.calibration import calibration_curve
@@ -4052,9 +4198,9 @@ print(f"calibration error {found.error:.3f}, from scikit-learn's bins {by_hand:.
 print(f"by chance it would be {found.by_chance:.3f}, p = {found.p_value:.3f}")
 
 # %% [markdown] tags=["engine"]
-# Strengths of players are the coefficients of a logistic regression without intercept, whose
-# features are $+1$ for the first and $-1$ for the second player of a game. Scikit-learn's finds
-# the same ones:
+# Strengths of players are the coefficients of a logistic regression without an intercept, whose
+# features are $+1$ for the first and $-1$ for the second player of a game. Scikit-learn's
+# regression finds the same strengths:
 
 # %% tags=["engine"]
 from sklearn.linear_model import LogisticRegression
@@ -4077,9 +4223,9 @@ print("strengths:", ours.round(2).tolist(), "largest difference below 0.001")
 # %% [markdown]
 # ## How fast is it?
 #
-# The choices of a question share their context, and questions are independent: everything can go
-# through the model together. Rows of about one length are put side by side, so that little is
-# padding. Against scoring one choice after the other:
+# The choices of a question are independent of each other, and so are the questions; everything can
+# go through the model together. Rows of similar length are put side by side, so that there is
+# little padding. How much time does that save, compared with scoring one choice after the other?
 
 # %% tags=["nbval-ignore-output"]
 import time
@@ -4103,10 +4249,12 @@ print(f"{len(pairs)} choices: one by one {1000 * singly / len(pairs):.2f} ms eac
 print(f"together {1000 * together / len(pairs):.2f} ms each, {singly / together:.1f} times as fast")
 
 # %% [markdown]
-# ### What it was here
+# Scoring everything together is several times as fast.
 #
-# The report on the base model, and the results of which this chapter has printed a range, as they
-# were on the machine that made this page:
+# ### The values of this run
+#
+# The list below has the report on the base model, followed by every result of which this chapter
+# has printed only a range, with its value on the machine that made this page:
 
 # %% tags=["nbval-ignore-output"]
 print(report, *(f"{what}: {value}" for what, value in noted.items()), sep="\n")
@@ -4116,11 +4264,11 @@ print(report, *(f"{what}: {value}" for what, value in noted.items()), sep="\n")
 #
 # ````{exercise} The shift by one
 # :label: ex-evaluation-shift
-# *Ten minutes.* A colleague's evaluation says that a model has a perplexity of 400, and in training
-# it was 5. Write `mean_surprise(logits, ids)`, the mean of $-\log q(x_t \mid x_{<t})$ in nats over
-# all tokens but the first of one row, from `logits` of shape `(n, vocab_size)` and `ids` of shape
-# `(n,)`. `logits[t]` is what the model said after it had read `ids[t]`. Then think of what the
-# colleague has done.
+# *Ten minutes.* A colleague's evaluation says that a model has a perplexity of 400, though in
+# training it had a perplexity of 5. Write `mean_surprise(logits, ids)`, the mean of
+# $-\log q(x_t \mid x_{<t})$ in nats over all tokens but the first of one row, from `logits` of
+# shape `(n, vocab_size)` and `ids` of shape `(n,)`. `logits[t]` is what the model said after it had
+# read `ids[t]`. Then work out what the colleague may have done.
 # ````
 
 
@@ -4151,10 +4299,10 @@ assert abs(mean_surprise(logits + 3, ids) - mean_surprise(logits, ids)) < 1e-5, 
 # %% [markdown]
 # ````{exercise} The best of k
 # :label: ex-evaluation-best
-# *Twenty minutes.* Answers get rewards, not only right and wrong. Write `best_of_k(rewards, k)`,
-# the unbiased estimate from $n$ rewards of how large the largest reward of $k$ answers is on
-# average. Sort them. In how many of the choices of $k$ is the $i$-th smallest one the largest? With
-# rewards of 0 and 1 you must get pass@k.
+# *Twenty minutes.* Suppose that answers get rewards instead of being just right or wrong. Write
+# `best_of_k(rewards, k)`, the unbiased estimate, from $n$ rewards, of how large the largest reward
+# among $k$ answers is on average. Sort the rewards. In how many of the choices of $k$ is the $i$-th
+# smallest one the largest? With rewards of 0 and 1 you must get pass@k.
 # ````
 
 
@@ -4179,9 +4327,9 @@ assert math.isclose(found, pass_at_k(5, 2, 2)), f"two of five right, k = 2: {fou
 # %% [markdown]
 # ````{exercise} How often must you ask?
 # :label: ex-evaluation-attempts
-# *Ten minutes.* You want to publish: "our assistant tells a secret in less than `rate` of all
-# attempts, at a confidence of `level`". Write `attempts_needed(rate, level)`, the least number of
-# attempts, none of which may succeed, after which you can.
+# *Ten minutes.* You want to publish this sentence: "our assistant tells a secret in less than
+# `rate` of all attempts, at a confidence of `level`". Write `attempts_needed(rate, level)`, the
+# least number of attempts, none of which may succeed, after which you can say so.
 # ````
 
 
@@ -4204,9 +4352,10 @@ for rate, level in ((0.01, 0.99), (0.01, 0.95), (0.3, 0.9), (0.002, 0.5)):
 # %% [markdown]
 # ````{exercise} Is this order a coincidence?
 # :label: ex-evaluation-order
-# *Ten minutes.* Write `order_p_value(own, shuffled)`: `own` is the log-likelihood of a file's
-# order, `shuffled` is a list of those of random orders. Return the p-value of
-# {eq}`evaluation-order`, which may never be zero: the file's own order is one of the orders, too.
+# *Ten minutes.* Write `order_p_value(own, shuffled)`, where `own` is the log-likelihood of a file's
+# order and `shuffled` is a list of the log-likelihoods of random orders. Return the p-value of
+# {eq}`evaluation-order`, which can never be zero, because the file's own order is one of the
+# orders, too.
 # ````
 
 
@@ -4227,11 +4376,10 @@ assert abs(order_p_value(-3.0, [-1.0, -2.0, -4.0]) - 0.75) < 1e-12, (
 # %% [markdown]
 # ````{exercise} Bins of equal size
 # :label: ex-evaluation-adaptive
-# *Twenty minutes.* Most answers of a good model have a confidence near 1, so that most bins of
-# equal width are nearly empty. Write `adaptive_error(confidences, right, n_bins)`, the
-# calibration error with `n_bins` bins that hold equally many answers: those with the lowest
-# confidences, the next ones, and so on. (`np.array_split` cuts an array into parts whose sizes
-# differ by at most one.)
+# *Twenty minutes.* If most answers of a model have a confidence near 1, most bins of equal width
+# are nearly empty. Write `adaptive_error(confidences, right, n_bins)`, the calibration error with
+# `n_bins` bins that hold equally many answers: those with the lowest confidences, the next ones,
+# and so on. (`np.array_split` cuts an array into parts whose sizes differ by at most one.)
 # ````
 
 
@@ -4258,11 +4406,11 @@ assert found < 1e-12, "within a bin, misses to both sides cancel"
 # ````{exercise} A rating after each game
 # :label: ex-evaluation-elo
 # *Thirty minutes.* Chess players are rated by a rule that sees one game at a time. If `winner`
-# beats `loser`, and $e$ was the probability of that by their present ratings,
+# beats `loser`, and $e$ was the probability of that according to their present ratings,
 # $e = 1 / (1 + 10^{(r_\mathrm{loser} - r_\mathrm{winner}) / 400})$, then the winner gets
-# $k (1 - e)$ points from the loser. Write `elo(games, n_players, k=32.0)` for pairs (winner,
-# loser); all begin with 1000. Then compare two orders of the same games. Which player would you
-# like to be?
+# $k (1 - e)$ points from the loser. Write `elo(games, n_players, k=32.0)` for a list of pairs
+# (winner, loser); all players begin with 1000 points. Then compare two orders of the same games.
+# Which player would you like to be?
 # ````
 
 
@@ -4299,16 +4447,26 @@ assert late[0] > 1000 > early[0], (
 # %% [markdown]
 # ## Summary
 #
+# Perplexity depends on the tokenizer; bits per byte does not. Both rest on the log-probability of
+# each token, which is right only if the text begins with one start token and the model does not see
+# the future. A score of long texts depends on the windows, and a multiple-choice score on the
+# normalization; question and answer are encoded together. Answers in free text are parsed before
+# they are compared. Several attempts are scored by pass@k if somebody can check them, and otherwise
+# by majority.
+#
+# A score needs an interval: Wilson's, and up to about $3/n$ for what never happened in $n$ trials.
+# Two models are compared in pairs, on the same items, and the likelihood of text shows a difference
+# sooner than right and wrong do. A claim about a method needs several training runs.
+#
 # A few copies of a test in the training text are enough to spoil its score. Overlap finds copies,
-# and the likelihood of the file's order proves them without the text; neither finds a test that
-# was reworded. Calibration says whether a model knows when it is right. Its error is above zero
-# by chance, so it needs the level of chance beside it; a temperature fitted on other questions
-# changes confidences and no answer, and mends only what is wrong everywhere alike. Strengths from
-# games exist only if each group of players has lost to somebody outside. A judge has tastes:
-# reading both ways removes the one for positions, while those for length and for its own family
-# go with the answer, and must be measured against known truth. A benchmark says what its floor
-# and its ceiling are, and keeps the outcome of each item, so that two runs can be compared in
-# pairs.
+# and the likelihood of the file's order proves them without the text; neither found a test that was
+# reworded. A benchmark states its floor and its ceiling and keeps the outcome of each item.
+# Calibration says whether a model knows when it is right; its error is above zero by chance even
+# for a perfect model. A temperature fitted on other questions changes confidences and no answer,
+# and mends only what is wrong by the same factor everywhere. Strengths from games exist only if
+# each group of players has lost to somebody outside. Reading both ways removes a judge's taste for
+# positions. Tastes for length and for its own family go with the answer, and must be measured
+# against known truth.
 #
 # **Checklist: before you believe a number.**
 #
@@ -4317,16 +4475,17 @@ assert late[0] > 1000 > early[0], (
 # - Is the comparison paired, on the same items, with the same prompts?
 # - How much does the score move from seed to seed of the same training?
 # - Could the test have been in the training text: copied, translated, or reworded?
-# - Does the model see the future? One pass says so.
-# - Is it per byte or per token, with how much context, and with the end of text?
-# - Which normalization of choices, and by which rule is the answer read, fixed before anybody
-#   looked?
-# - If a model judges: in both orders, at equal length, and not of its own family?
-# - Is there a report with each outcome, the settings and the seed?
+# - Does the model see the future? One pass tells you.
+# - Is the score per byte or per token, with how much context, and with the end of the text?
+# - Which normalization of choices was used, and by which rule were answers read? Were both fixed
+#   before anybody looked?
+# - If a model judges, does it read in both orders, at equal length, and no answers of its own
+#   family?
+# - Is there a report with each outcome, the settings, and the seed?
 #
-# **Further reading.** Miller on error bars {cite}`miller2024error`, Biderman and colleagues on
-# what goes wrong when results are to be reproduced {cite}`biderman2024lessons`, Oren and
-# colleagues on proofs of contamination {cite}`oren2024proving`, Guo and colleagues on calibration
-# {cite}`guo2017calibration`, Zheng and colleagues on judges {cite}`zheng2023judging`, Dubois and
-# colleagues on length {cite}`dubois2024length`, and Chiang and colleagues on leaderboards
-# {cite}`chiang2024chatbot`.
+# **Further reading.** Miller {cite}`miller2024error` writes on error bars, and Biderman and
+# colleagues {cite}`biderman2024lessons` on what goes wrong when results are to be reproduced. Oren
+# and colleagues {cite}`oren2024proving` prove contamination, and Guo and colleagues
+# {cite}`guo2017calibration` measure calibration. On comparisons by games and judges, read Chiang
+# and colleagues on leaderboards {cite}`chiang2024chatbot`, Zheng and colleagues on judges
+# {cite}`zheng2023judging`, and Dubois and colleagues on length {cite}`dubois2024length`.
