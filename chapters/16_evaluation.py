@@ -783,7 +783,7 @@ print("fewer than 60 of 100 questions right, where guessing has 25")
 #
 # | `normalization` | score | remark |
 # |---|---|---|
-# | "none" | $s(a)$ | the probability itself; right where an answer ends in the same sign as the others |
+# | "none" | $s(a)$ | the probability itself; right if all answers end in the same punctuation mark |
 # | "token" | $s(a) / m$ | depends on the tokenizer |
 # | "character" | $s(a) / \text{characters}$ | `acc_norm` of EleutherAI's harness {cite}`gao2024harness` |
 # | "byte" | $s(a) / \text{bytes}$ | the same for English; our default |
@@ -2674,9 +2674,12 @@ class Result:
         """The share that was right, with Wilson's interval, widened if clusters go together.
 
         The widening is the design effect: as many independent items as have the same variance.
+        Where all or none are right, that cannot be seen, and each cluster counts as one item.
         """
-        n, right = len(self.outcomes), self.right
-        if len(set(self.clusters)) < 2 or not 0 < right < n:
+        n, right, clusters = len(self.outcomes), self.right, len(set(self.clusters))
+        if right in (0, n):
+            return confidence_interval(clusters if right else 0, clusters)
+        if clusters < 2:
             return confidence_interval(right, n)
         values = np.array(self.outcomes, dtype=np.float64)
         clustered = clustered_standard_error(values, self.clusters)
@@ -2997,9 +3000,9 @@ within("stories that are true", report["consistency/story"].interval.estimate, 0
 # be answered well or badly together, so they are worth fewer independent ones. The interval is
 # therefore that of as many independent questions as would have the same {term}`standard error` once
 # clusters are taken into account. (Where all answers or none are right, there is no scatter to
-# estimate this from, and the interval is the plain one.) Later chapters will each make a report,
-# and `report.compare(earlier)` says whether the difference is more than chance, by the paired test
-# with the same clusters.
+# estimate this from, and each character counts as one question.) Later chapters will each make a
+# report, and `report.compare(earlier)` says whether the difference is more than chance, by the
+# paired test with the same clusters.
 
 # %% [markdown]
 # ## Does it know what it knows?
@@ -3570,7 +3573,7 @@ assert ratings.low[0] > ratings.high[-1]
 # The colder player tells the truth more often. {numref}`fig-evaluation-board` shows all five
 # strengths:
 
-# %% mystnb={"figure": {"caption": "Strengths of our model at five temperatures, with 95 % intervals, from 60 games for each pair. The colder, the better, though neighbors can hardly be told apart.", "name": "fig-evaluation-board"}, "image": {"alt": "Five points with bars. Strength falls slowly from temperature 0.5 to 1.2, with bars that overlap, and drops by about one nat at 1.5."}}
+# %% mystnb={"figure": {"caption": "Strengths of our model at five temperatures, with 95 % intervals, from 60 games for each pair. The colder, the better, though all but the hottest can hardly be told apart.", "name": "fig-evaluation-board"}, "image": {"alt": "Five points with bars. Strength falls slowly from temperature 0.5 to 1.2, with bars that overlap, and drops by about one nat at 1.5."}}
 figure, axes = plt.subplots(figsize=(6, 3))
 error = [ratings.strengths - ratings.low, ratings.high - ratings.strengths]
 axes.errorbar(temperatures, ratings.strengths, error, fmt="o", capsize=3)

@@ -1244,7 +1244,7 @@ def story_prompt(world: TinyWorld, question: Question) -> str | None:
 #: For a base model: the question comes up in a story.
 STORY_FORM = QuestionForm("story", story_prompt, " ", (".",))
 
-# %% ../chapters/16_evaluation.ipynb #5203c23f
+# %% ../chapters/16_evaluation.ipynb #2afad159
 @dataclass(frozen=True)
 class Result:
     """How often a model was right in one part of the benchmark, and how often that can be."""
@@ -1268,9 +1268,12 @@ class Result:
         """The share that was right, with Wilson's interval, widened if clusters go together.
 
         The widening is the design effect: as many independent items as have the same variance.
+        Where all or none are right, that cannot be seen, and each cluster counts as one item.
         """
-        n, right = len(self.outcomes), self.right
-        if len(set(self.clusters)) < 2 or not 0 < right < n:
+        n, right, clusters = len(self.outcomes), self.right, len(set(self.clusters))
+        if right in (0, n):
+            return confidence_interval(clusters if right else 0, clusters)
+        if clusters < 2:
             return confidence_interval(right, n)
         values = np.array(self.outcomes, dtype=np.float64)
         clustered = clustered_standard_error(values, self.clusters)

@@ -312,8 +312,8 @@ def float_fields(
     bits = " ".join(fields + [f"{fraction:0{m}b}"] * (m > 0))
     return FloatFields(sign, exponent, fraction, value, bits)
 
-# %% ../chapters/15_precision.ipynb #46c4ecb2
-# What is no number
+# %% ../chapters/15_precision.ipynb #cfecb537
+# Refuse what is not a number
 def _check_number(name: str, value: object) -> None:
     known = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not known:

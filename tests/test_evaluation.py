@@ -1139,7 +1139,8 @@ def test_intervals_are_wider_where_clusters_go_together() -> None:
     assert apart.estimate == together.estimate == 0.5
     assert together.margin > 1.5 * apart.margin
     all_right = result([1] * 10, "ab" * 5).interval
-    assert all_right.high == 1 and 0.6 < all_right.low < 0.8
+    assert all_right == confidence_interval(2, 2)  # two clusters, which may be of one kind each
+    assert result([0] * 10, "abcde" * 2).interval == confidence_interval(0, 5)
 
 
 def test_reports_are_compared_item_by_item(lm: TransformerLM, bpe: BPETokenizer) -> None:
