@@ -1092,8 +1092,9 @@ plt.show()
 
 # %% [markdown]
 # Without normalization, two thirds of all picks are the shortest answer, and hardly any are the
-# longest. Division by characters or bytes reverses the bias rather than removing it: the end of a
-# long answer is easy to guess, so its mean looks good. The unconditional score favors the longest
+# longest. Division by tokens nearly removes the bias here, which need not be so elsewhere. Division
+# by characters or bytes reverses it: the end of a long answer is easy to guess, so its mean looks
+# good. The unconditional score favors the longest
 # answers most of all. The share of right answers lies between a fifth and two fifths, and nothing
 # but the normalization has changed. What a weak model "prefers" among answers of unequal length is
 # mostly a matter of their length. Report the normalization with the score, and when you write an
@@ -1592,7 +1593,8 @@ plt.show()
 
 # %% [markdown]
 # Near 1, where good models are tested, Wald's interval fails, as is well known
-# {cite}`brown2001interval`, and Wilson's does not.
+# {cite}`brown2001interval`. Wilson's stays near 95 % up to the right end of the plot, an accuracy
+# of 0.995. Still closer to 1 it dips, too, to 84 % at an accuracy of 0.9965, and recovers.
 #
 # ### What never happened
 #
@@ -1619,7 +1621,8 @@ def rule_of_three(n: int, level: float = 0.95) -> float:
 
 # %% [markdown]
 # Zero leaks in a hundred attempts are compatible with a rate of three in a hundred, and it takes
-# three thousand attempts to claim a rate below one in a thousand:
+# three thousand attempts to claim a rate below one in a thousand. (This bound has all 5 % on one
+# side. Wilson's interval leaves 2.5 % on each side, so its upper end is a little higher.)
 
 # %%
 for n in (100, 1000, 3000):
@@ -2498,11 +2501,11 @@ for n in (8, 5, 4, 3):
     print(f"{n:14} {flagged[0]:22.0%} {flagged[1]:25.0%}")
 
 # %% [markdown]
-# Shorter runs do not find a single reworded page, and from five words down they accuse the
-# innocent: most stories contain a run such as "lives in the". That is a negative result, and it is
-# not special to our exam. Neither detector looks for anything but the same words or the same order,
-# so both will miss a test that was translated or retold. What helps is a test that was written, or
-# drawn anew, after the model was trained.
+# Shorter runs do not find a single reworded page, and they accuse the innocent: at five words a few
+# of the clean stories, at three or four most of them, as most contain a run such as "lives in the".
+# That is a negative result, and it is not special to our exam. Neither detector looks for anything
+# but the same words or the same order, so both will miss a test that was translated or retold. What
+# helps is a test that was written, or drawn anew, after the model was trained.
 
 # %% [markdown]
 # ## A small benchmark with known limits
