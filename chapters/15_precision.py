@@ -25,9 +25,6 @@
 # %% tags=["remove-cell"]
 #| default_exp precision
 
-# %% [markdown] tags=["engine"]
-# ### Engine room: what the module imports
-
 # %% tags=["engine"]
 #| export
 # The imports of the module
@@ -53,34 +50,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
-# %% tags=["engine"]
-#| export
-# What it takes from earlier chapters
-from llmbook.blocks import GATES
-from llmbook.environment import (
-    check_at_least,
-    check_choice,
-    check_fraction,
-    check_text,
-    check_whole,
-)
-from llmbook.model import (
-    activation_bytes,
-    count_parameters,
-    ModelConfig,
-    parameter_counts,
-    TransformerLM,
-)
-from llmbook.optimization import AdamW, clip_gradients
-from llmbook.positions import check_tensor
-from llmbook.training import Precision
-
 # %% [markdown]
 # ## Two runs that go wrong
 #
 # To watch it happen, we need data and a model. The data are stories of the tiny world, one to a
 # row. `pretrained("tinyworld")` is the model that {doc}`13_training` trained, and its tokenizer
 # cuts the stories into tokens.
+
+# %% tags=["engine"]
+#| export
+# What it takes from earlier chapters
+from llmbook.blocks import GATES
+from llmbook.environment import check_at_least, check_choice, check_fraction, check_text
+from llmbook.environment import check_whole
+from llmbook.model import ModelConfig, TransformerLM, activation_bytes, count_parameters
+from llmbook.model import parameter_counts
+from llmbook.optimization import AdamW, clip_gradients
+from llmbook.positions import check_tensor
+from llmbook.training import Precision
 
 # %%
 import tempfile

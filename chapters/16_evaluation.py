@@ -33,9 +33,6 @@
 # %% tags=["remove-cell"]
 #| default_exp evaluation
 
-# %% [markdown] tags=["engine"]
-# ### Engine room: what the module imports
-
 # %% tags=["engine"]
 #| export
 # The imports of the module
@@ -61,51 +58,27 @@ import torch
 from jaxtyping import Float, Int64, Num
 from torch import nn, Tensor
 
-# %% tags=["engine"]
-#| export
-# What it takes from earlier chapters
-from llmbook.batches import Tokenizer
-from llmbook.environment import (
-    check_at_least,
-    check_choice,
-    check_fraction,
-    check_path,
-    check_text,
-    check_whole,
-    requires_extra,
-    whole_file,
-)
-from llmbook.generation import generate, Sampling
-from llmbook.model import TransformerLM
-from llmbook.optimization import cross_entropy
-from llmbook.tokenizer import BPETokenizer, valid_text
-from llmbook.training import random_states, set_random_states, unnoticed
-
-# %% tags=["engine"]
-#| export
-# What it takes from the tiny world
-from llmbook.tinyworld import (
-    ATTRIBUTES,
-    DOINGS,
-    OPENINGS,
-    PHRASES,
-    REPLY_DECLINED,
-    REPLY_UNKNOWN,
-    VALUES,
-    WEATHER,
-    Question,
-    State,
-    TinyWorld,
-    judge_reply,
-    make_questions,
-)
-
 # %% [markdown]
 # ## Two models
 #
 # The two models of the opening have the same layers and train for the same 40 steps on the same
 # stories of the tiny world. One reads bytes, the other reads the tokens of a
 # {term}`BPE <byte-pair encoding>`:
+
+# %% tags=["engine"]
+#| export
+# What it takes from earlier chapters
+from llmbook.batches import Tokenizer
+from llmbook.environment import check_at_least, check_choice, check_fraction, check_path, check_text
+from llmbook.environment import check_whole, requires_extra, whole_file
+from llmbook.generation import Sampling, generate
+from llmbook.model import TransformerLM
+from llmbook.optimization import cross_entropy
+from llmbook.tinyworld import ATTRIBUTES, DOINGS, OPENINGS, PHRASES, REPLY_DECLINED, REPLY_UNKNOWN
+from llmbook.tinyworld import VALUES, WEATHER, Question, State, TinyWorld, judge_reply
+from llmbook.tinyworld import make_questions
+from llmbook.tokenizer import BPETokenizer, valid_text
+from llmbook.training import random_states, set_random_states, unnoticed
 
 # %%
 import random

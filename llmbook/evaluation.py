@@ -39,42 +39,19 @@ import torch
 from jaxtyping import Float, Int64, Num
 from torch import nn, Tensor
 
-# %% ../chapters/16_evaluation.ipynb #746605d5
+# %% ../chapters/16_evaluation.ipynb #c64dac7f
 # What it takes from earlier chapters
 from .batches import Tokenizer
-from llmbook.environment import (
-    check_at_least,
-    check_choice,
-    check_fraction,
-    check_path,
-    check_text,
-    check_whole,
-    requires_extra,
-    whole_file,
-)
-from .generation import generate, Sampling
+from .environment import check_at_least, check_choice, check_fraction, check_path, check_text
+from .environment import check_whole, requires_extra, whole_file
+from .generation import Sampling, generate
 from .model import TransformerLM
 from .optimization import cross_entropy
+from .tinyworld import ATTRIBUTES, DOINGS, OPENINGS, PHRASES, REPLY_DECLINED, REPLY_UNKNOWN
+from .tinyworld import VALUES, WEATHER, Question, State, TinyWorld, judge_reply
+from .tinyworld import make_questions
 from .tokenizer import BPETokenizer, valid_text
 from .training import random_states, set_random_states, unnoticed
-
-# %% ../chapters/16_evaluation.ipynb #86a938b0
-# What it takes from the tiny world
-from llmbook.tinyworld import (
-    ATTRIBUTES,
-    DOINGS,
-    OPENINGS,
-    PHRASES,
-    REPLY_DECLINED,
-    REPLY_UNKNOWN,
-    VALUES,
-    WEATHER,
-    Question,
-    State,
-    TinyWorld,
-    judge_reply,
-    make_questions,
-)
 
 # %% ../chapters/16_evaluation.ipynb #a00a5f5b
 def model_logits(

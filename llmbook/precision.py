@@ -33,23 +33,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
-# %% ../chapters/15_precision.ipynb #57e57bf3
+# %% ../chapters/15_precision.ipynb #03723389
 # What it takes from earlier chapters
 from .blocks import GATES
-from llmbook.environment import (
-    check_at_least,
-    check_choice,
-    check_fraction,
-    check_text,
-    check_whole,
-)
-from llmbook.model import (
-    activation_bytes,
-    count_parameters,
-    ModelConfig,
-    parameter_counts,
-    TransformerLM,
-)
+from .environment import check_at_least, check_choice, check_fraction, check_text
+from .environment import check_whole
+from .model import ModelConfig, TransformerLM, activation_bytes, count_parameters
+from .model import parameter_counts
 from .optimization import AdamW, clip_gradients
 from .positions import check_tensor
 from .training import Precision
