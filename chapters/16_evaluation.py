@@ -116,8 +116,8 @@ def trained(tokenizer: BPETokenizer, length: int, n_steps: int, seed: int = 0) -
 
 # %% [markdown]
 # Chapter 13's {py:func}`~llmbook.training.documents_score` returns how many bits a model needs for
-# some texts, and how many bytes the texts have. The perplexity divides the bits by the number of
-# tokens instead:
+# some texts, and how many bytes the texts have. The perplexity is 2 to the power of the bits per
+# *token*, so it divides by the number of tokens instead:
 
 # %%
 tokenizers = {"bytes": BPETokenizer.from_merges([]), "BPE": train_bpe(stories, 1024)}
@@ -223,17 +223,18 @@ for name, before in {"once": [end], "missing": [], "three times": [end] * 3}.ite
         n_tokens += len(ids) - 1
     means[name] = math.exp(nats / n_tokens)
     worse = means[name] > 1.1 * means["once"]
-    print(f"start token {name:12} {'more than 10 % worse' if worse else 'perplexity of 1.5'}")
+    told = "more than 10 % higher" if worse else "about 1.5"
+    print(f"start token {name:12} perplexity {told}")
 assert 1.45 < means["once"] < 1.55 and 1.45 < means["three times"] < 1.65
 assert means["missing"] > 1.1 * means["once"]
 
 # %% [markdown]
-# Without the start token, this model is worse at all the *other* tokens; its perplexity rises to
-# 1.85 in our run. It has never seen a row that begins with anything else. Many large models put
-# much of their attention on the first position {cite}`sun2024massive`, so they may suffer more.
-# Repeating the token does little harm here, but a model that never saw it twice in training is in
-# unknown territory. A doubled token is an easy mistake to make: the tokenizer adds it and the
-# program does, too. Our functions add it only if it is not there yet.
+# Without the start token, this model is worse at predicting the *other* tokens; its perplexity on
+# them rises from 1.5 to 1.85 in our run. It has never seen a row that begins with anything else.
+# Many large models put much of their attention on the first position {cite}`sun2024massive`, so
+# they may suffer more. Repeating the token does little harm here, but a model that never saw it
+# twice in training is in unknown territory. A doubled token is an easy mistake to make: the
+# tokenizer adds it and the program does, too. Our functions add it only if it is not there yet.
 
 # %% [markdown]
 # ## A model must not see the future
@@ -339,15 +340,17 @@ except ValueError as error:
     print(str(error).partition(", whose")[0])
 
 # %% [markdown]
-# The message names the first place whose logits changed.
+# The message names the place from which on we changed the tokens: the logits before it changed,
+# too.
 #
 # ## Texts longer than the context
 #
 # A model with a {term}`context length` of $T$ reads at most $T$ tokens at once. A longer text is
 # cut into windows, and the cut matters. If each window begins where the last one ended, its first
 # tokens have hardly any context and are scored as if the text began there. The remedy is to let
-# windows overlap. Each window moves on by a {term}`stride` $s < T$, and only its last $s$ tokens
-# count; the others are there to predict them from. Three numbers describe a window:
+# windows overlap. Each window moves on by a {term}`stride` $s \le T$, and only its last $s$ tokens
+# count; the others are there to predict them from. (With $s = T$, nothing overlaps.) Three numbers
+# describe a window:
 
 
 # %%
@@ -692,7 +695,8 @@ print(*facts[1], sep="\n")
 
 # %% [markdown]
 # Tess lives in the greenhouse. Here is equation {eq}`evaluation-choice` as code, one answer after
-# the other:
+# the other. We call an answer likely if its log-probability is above $-1$, that is, its probability
+# above 37 %:
 
 
 # %%
@@ -756,11 +760,11 @@ print("fewer than 60 of 100 questions right, where guessing has 25")
 #
 # | `normalization` | score | remark |
 # |---|---|---|
-# | "none" | $s(a)$ | the probability itself; right if all answers end in the same punctuation mark |
+# | "none" | $s(a)$ | the probability itself; right if all answers have the same form and end in the same punctuation mark |
 # | "token" | $s(a) / m$ | depends on the tokenizer |
 # | "character" | $s(a) / \text{characters}$ | `acc_norm` of EleutherAI's harness {cite}`gao2024harness` |
 # | "byte" | $s(a) / \text{bytes}$ | the same for English; our default |
-# | "unconditional" | $s(a) - \log q(a \mid \text{neutral})$ | how much more likely the context makes it {cite}`brown2020gpt3,holtzman2021surface` |
+# | "unconditional" | $s(a) - \log q(a \mid \text{neutral})$ | how much more likely the context makes it than a neutral one, by default the start token alone {cite}`brown2020gpt3,holtzman2021surface` |
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the seam, all choices in one batch, and choices that cannot be compared
@@ -1384,9 +1388,10 @@ def _with_answer(
 # %% [markdown]
 # ### Passed or voted
 #
-# We draw twenty samples for each question about the facts, and score them both ways:
+# For each question about the facts we draw twenty samples among its four answers, with the
+# probabilities that the model gives them, and score them both ways:
 
-# %% mystnb={"figure": {"caption": "Twenty samples for each of 240 questions, drawn among four answers as the model finds them likely. The chance that one of k is right rises and rises; the chance that the most frequent of them is right does not.", "name": "fig-evaluation-attempts"}, "image": {"alt": "Two lines over k from 1 to 20 that begin at the same height, a little above guessing. pass at k rises steeply; majority at k stays nearly flat."}}
+# %% mystnb={"figure": {"caption": "Twenty samples for each of 240 questions, drawn among four answers as the model finds them likely. The chance that one of k is right rises and rises; the chance that the most frequent of them is right rises by a few points only.", "name": "fig-evaluation-attempts"}, "image": {"alt": "Two lines over k from 1 to 20 that begin at the same height, a little above guessing. pass at k rises steeply; majority at k stays nearly flat."}}
 bpe, generator = tokenizers["BPE"], torch.Generator().manual_seed(0)
 passed, majority = np.zeros(20), np.zeros(20)
 for stem, answers in facts:
@@ -1657,8 +1662,8 @@ print(f"11 wins, 1 loss:    p = {sign_test(11, 1):.3f}")
 # The function {py:func}`~llmbook.evaluation.paired_test` does this for arrays of scores. Where
 # scores are not just 0 or 1, as with the bits per byte of texts, it flips the signs of the
 # differences $d_i$ at random instead, as the coin would, and counts how often their sum is at least
-# as far from zero as the one observed. (This is a permutation test.) Next we use it to compare our
-# two little models, one trained twice as long as the other.
+# as far from zero as the one observed. (This is a permutation test.) Next we use it to compare the
+# model of 120 steps with one that trains twice as long.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: means, clusters, paired tests and the bootstrap
@@ -1993,7 +1998,7 @@ for name, answers in right.items():
     print(f"{name}: {np.mean(answers):.1f} of the questions right")
 test = paired_test(right["240 steps"], right["120 steps"])
 assert 0.03 < test.difference.margin < 0.1
-print(f"difference: known to about {round(100 * test.difference.margin, -1):.0f} points")
+print("difference: known to within 10 points, but not to within 3")
 texts = [score_texts(m, bpe, held_out) for m in (small, longer)]
 test = paired_test(*(scores.nats / scores.n_bytes / math.log(2) for scores in texts))
 assert test.wins > 95 and test.difference.margin < 0.02 < test.difference.low
@@ -2217,7 +2222,9 @@ def contaminated_texts(exam: list[tuple[str, str, str]], copies: int, seed: int)
 
 # %% [markdown]
 # The score is the share of questions for which the right answer is the most likely of the 16. All
-# answers to a question have the same form, so we do not normalize.
+# answers to a question have the same form, so we do not normalize. The function
+# {py:func}`~llmbook.evaluation.score_continuations`, from the engine room on choices, returns the
+# log-probability of ids that continue other ids, for many pairs at once.
 
 
 # %%
@@ -2240,8 +2247,8 @@ def exam_key(exam: list[tuple[str, str, str]]) -> list[int]:
 # ### Two detectors
 #
 # Can the copies be found? Whoever has the training text can search it for the test: `decontaminate`
-# of {doc}`03_cleaning` finds documents that share 13 consecutive words with a question, or all its
-# words if it has fewer.
+# of {doc}`03_cleaning` finds documents that share 13 words in a row with a question, or contain the
+# whole question if it is shorter.
 #
 # Without the text there is still the model. A test has an **order**, and the order is arbitrary:
 # nobody who has not seen the file can know that the question about Enzo's toy follows the one about
@@ -2400,7 +2407,7 @@ assert doses[8].score.low > doses[1].score.estimate > doses[0].score.high
 # The ranges of neighboring doses overlap, since they allow for other processors.
 # {numref}`fig-evaluation-dose` shows the scores of this run, with intervals:
 
-# %% mystnb={"figure": {"caption": "Copies of an exam among 320 rows of training text, and the score on it. Bars are 95 % intervals over 192 questions, three exams of 64. The dotted line is the score of every model that has not seen it. The square is an exam seen eight times in other words and in another order.", "name": "fig-evaluation-dose"}, "image": {"alt": "The score is at the dotted line of one sixteenth without copies, near 0.2 with one, and rises to above 0.4 with eight. The square for eight reworded copies lies near 0.2."}}
+# %% mystnb={"figure": {"caption": "Copies of an exam among 320 rows of training text, and the score on it. Bars are 95 % intervals over 192 questions, three exams of 64. The dotted line is the expected score of every model that has not seen it. The square is an exam seen eight times in other words and in another order.", "name": "fig-evaluation-dose"}, "image": {"alt": "The score is at the dotted line of one sixteenth without copies, near 0.2 with one, and rises to above 0.4 with eight. The square for eight reworded copies lies near 0.2."}}
 figure, axes = plt.subplots(figsize=(6, 3.2))
 for place, (copies, dose) in enumerate(doses.items()):
     error = [[dose.score.estimate - dose.score.low], [dose.score.high - dose.score.estimate]]
@@ -2414,9 +2421,9 @@ plt.show()
 
 # %% [markdown]
 # One copy takes up one row in twenty and is read once, and the score is already well above that of
-# a guesser. With eight copies it is several times as high. The model itself is no better for it:
-# the answers came out of a hat. The reworded exam did as much harm in our run as one copy or two,
-# though no sentence of it is worded like the test.
+# a guesser. With eight copies it is 44 % in our run, seven times the score of a guesser. The model
+# itself is no better for it: the answers came out of a hat. The reworded exam did as much harm in
+# our run as one copy or two, though no sentence of it is worded like the test.
 #
 # ### Who finds it?
 #
@@ -2437,7 +2444,8 @@ assert doses[0].overlap == doses[-8].overlap == 0
 # %% [markdown]
 # The overlap finds each page of each copy and nothing else. In all twelve runs with exact copies,
 # the file's own order is the likeliest of 20. For the reworded exam the overlap is zero, and the
-# order test does not give the least p-value for all three seeds, just as in the clean runs.
+# p-values of the order test are not all at 0.05, as they are not in the clean runs, either. (A
+# single 0.05 can be luck: it is what one clean run in twenty gets.)
 #
 # A detector that always raises the alarm would have done as well on the copies. So we also try the
 # innocent: the trained model as it was before the 40 steps, on ten more exams, each against nine
@@ -2453,10 +2461,11 @@ within("mean p-value of ten orders that nobody has seen", float(np.mean(innocent
 
 # %% [markdown]
 # The mean was 0.50 in our run, so the test is not one that always raises the alarm. And its
-# {term}`power` is high: it found twelve files of twelve, and Wilson's interval for that reaches
-# down to 0.76. It adds up what was learned over all pages, while the score counts only answers that
-# came out on top. So it may notice even smaller doses than ours, the smallest of which already
-# spoils the score.
+# {term}`power` seems high: it raised the alarm in twelve runs of twelve. (These are three exams at
+# four doses each, so they are not twelve independent trials. For three of three, Wilson's interval
+# reaches down to 0.44.) It adds up what was learned over all pages, while the score counts only
+# answers that came out on top. So it may notice even smaller doses than ours, the smallest of which
+# already spoils the score.
 #
 # Now the limits. Changed words leave no run of 13, and a changed order is no longer the file's
 # order. Both detectors are made for copies. We could look for shorter runs of words, but these also
@@ -2509,8 +2518,9 @@ for n in (8, 5, 4, 3):
 # How a question is put depends on the model. A chat model gets it in a template, which chapter 19
 # will build. A base model has only ever read stories, so the question must come up in one: "One
 # morning, Mia the fox woke up early. It was raining. Where does Mia live?" A `QuestionForm` says
-# how this is done. A form may also pass on a question. A story has already named the species of its
-# hero, so it cannot ask for that, nor can it ask in words that no story uses.
+# how this is done. A form may also leave out a question that it cannot put. A story has already
+# named the species of its hero, so it cannot ask for that, nor can it ask in words that no story
+# uses.
 
 
 # %% [markdown]
@@ -2942,7 +2952,8 @@ def _told(
 # %% [markdown]
 # ### The base model, before all tuning
 #
-# This is where Part IV begins. First, what is asked, and the two ends of each scale:
+# The scores of the base model are the starting point of Part IV. First, what is asked, and the two
+# ends of each scale:
 
 # %%
 report = evaluate(lm, bpe, world, n_stories=100)
@@ -3140,8 +3151,9 @@ for n, n_bins in ((100, 10), (100, 50), (1000, 10), (10_000, 10)):
 #
 # Large networks are often overconfident, and one number can mend much of it
 # {cite}`guo2017calibration`. Divide all log-probabilities by a **temperature** $T$ before they
-# become beliefs. (This $T$ is not a context length.) The order of the choices stays the same, so
-# the answers do, too; only the confidences change. Choose $T$ so that the right choices of some
+# become beliefs. (This $T$ is not a context length. Below, $\beta$ is not that of the power, and
+# $y$ is the number of the right choice, no longer 1 or 0.) The order of the choices stays the same,
+# so the answers do, too; only the confidences change. Choose $T$ so that the right choices of some
 # *other* questions are as likely as possible. In terms of $\beta = 1/T$, the loss of a question
 # with right choice $y$ is $\log \sum_k e^{\beta \ell_k} - \beta \ell_y$, and its derivatives are
 #
@@ -3279,13 +3291,15 @@ plt.show()
 
 # %% [markdown]
 # At temperature 1 these models are far too sure: all points lie below the diagonal. The fitted
-# temperature, 10 in our run, improves both measures, and it does not touch the score, since the
-# order of the choices is the same. But it does not make the models calibrated. The error stays
-# above what chance explains, because one number flattens all beliefs alike, those about memorized
-# answers and those that are guesses. The loss punishes a confident wrong answer more than anything
-# else, so the temperature becomes large, and now the right answers look too unsure. A temperature
-# mends a model that is too sure by the same factor everywhere. That was enough for many image
-# classifiers {cite}`guo2017calibration`; it is not enough here.
+# temperature, 10 in our run, lowers the calibration error from 0.34 to 0.20 and the Brier score
+# from 0.31 to 0.25, and it does not touch the score, since the order of the choices is the same.
+# But it does not make the models calibrated. The error stays above the 0.02 that chance explains,
+# because one number flattens all beliefs alike, those about memorized answers and those that are
+# guesses. The loss punishes a confident wrong answer more than anything else, so the temperature
+# becomes large, and now the model is too unsure everywhere: all its confidences are near 0.1, while
+# a third of its answers are right. A temperature mends a model that is too sure by the same factor
+# everywhere. That was enough for many image classifiers {cite}`guo2017calibration`; it is not
+# enough here.
 
 # %% [markdown]
 # To see a temperature succeed, we make a forecaster who is too sure by a factor of 2.5 everywhere:
@@ -3410,9 +3424,10 @@ def _strengths(wins: Float[np.ndarray, "*batch n n"]) -> Float[np.ndarray, "*bat
 
 
 # %% [markdown]
-# The public function also computes intervals. It draws the games of each pair again, with
-# replacement, fits the strengths to each such table, and takes the middle 95 % of the results.
-# Tables that happen not to be connected are left out and counted.
+# Many leaderboards state strengths in **Elo points**, of which 400 stand for odds of ten to one;
+# `Ratings.elo` converts to them. The public function also computes intervals. It draws the games of
+# each pair again, with replacement, fits the strengths to each such table, and takes the middle 95
+# % of the results. Tables that happen not to be connected are left out and counted.
 
 
 # %%
@@ -3549,7 +3564,7 @@ assert ratings.low[0] > ratings.high[-1]
 # The colder player tells the truth more often. {numref}`fig-evaluation-board` shows all five
 # strengths:
 
-# %% mystnb={"figure": {"caption": "Strengths of our model at five temperatures, with 95 % intervals, from 60 games for each pair. The colder, the better, though all but the hottest can hardly be told apart.", "name": "fig-evaluation-board"}, "image": {"alt": "Five points with bars. Strength falls slowly from temperature 0.5 to 1.2, with bars that overlap, and drops by about one nat at 1.5."}}
+# %% mystnb={"figure": {"caption": "Strengths of our model at five temperatures, with 95 % intervals, from 60 games for each pair. The colder, the better, though neighbors can hardly be told apart, except for the hottest.", "name": "fig-evaluation-board"}, "image": {"alt": "Five points with bars. Strength falls slowly from temperature 0.5 to 1.2, with bars that overlap, and drops by about one nat at 1.5."}}
 figure, axes = plt.subplots(figsize=(6, 3))
 error = [ratings.strengths - ratings.low, ratings.high - ratings.strengths]
 axes.errorbar(temperatures, ratings.strengths, error, fmt="o", capsize=3)
@@ -4232,8 +4247,9 @@ print(f"together {1000 * together / len(pairs):.2f} ms each, {singly / together:
 #
 # ### The values of this run
 #
-# The list below has the report on the base model, followed by every result of which this chapter
-# has printed only a range, with its value on the machine that made this page:
+# The list below has the report on the base model, followed by the results that were printed only as
+# ranges since the exam on the strangers, each with its value on the machine that made this page,
+# and the scores that the harness computed as well:
 
 # %% tags=["nbval-ignore-output"]
 print(report, *(f"{what}: {value}" for what, value in noted.items()), sep="\n")
