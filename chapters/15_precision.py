@@ -19,7 +19,7 @@
 # |---|---|
 # | **Part** | III. Pretraining |
 # | **You build** | {py:func}`~llmbook.precision.float_fields`, {py:func}`~llmbook.precision.round_to`, {py:func}`~llmbook.precision.quantize_blocks`, {py:func}`~llmbook.precision.emulate`, {py:class}`~llmbook.precision.CastProducts`, {py:class}`~llmbook.precision.GradScaler`, {py:class}`~llmbook.precision.MixedPrecision`, {py:func}`~llmbook.precision.memory_breakdown` |
-# | **You need** | optimizers ({doc}`12_optimization`), the training loop ({doc}`13_training`), logarithms |
+# | **You need** | the count of activations in {doc}`11_model`, optimizers ({doc}`12_optimization`), the training loop ({doc}`13_training`), quantization in {doc}`14_generation`, logarithms |
 # | **It takes** | 60 minutes for the main line, 3 hours for everything, 90 seconds to run |
 
 # %% tags=["remove-cell"]
@@ -138,9 +138,10 @@ print("last ten steps: 16-bit weights cost 0.15 to 0.6 nats a token with each of
 
 # %% [markdown]
 # With each seed, storing the weights in 16 bits has cost at least 0.15 nats, after no more than 80
-# steps. Where does the difference come from? It is easiest to see late in training, when steps are
-# small. We continue the trained model for five steps at a rate of 0.0001, and count the weights
-# that the last step moved:
+# steps. (Where results differ a little between processors, the cells of this chapter print bounds
+# that hold on all of them.) Where does the difference come from? It is easiest to see late in
+# training, when steps are small. We continue the trained model for five steps at a rate of 0.0001,
+# and count the weights that the last step moved:
 
 # %%
 moved = {}
@@ -205,9 +206,9 @@ print("in float32 under 1%, in float16 between 40% and 95%")
 # The {term}`bias <bias of an exponent>` $b$ makes negative exponents possible without a second
 # sign. The leading one isn't stored, because it's always there, except when $e = 0$. Then the value
 # is $(-1)^s \cdot 2^{1-b} \cdot f / 2^m$, without the one. These are the {term}`subnormal numbers`.
-# They fill the gap between zero and the smallest normal number $2^{1-b}$ with even steps, and one
-# of them ($f = 0$) is zero itself. {numref}`fig-precision-layouts` shows how the formats of this
-# chapter divide their bits; `e4m3` is short for four bits of exponent and three of fraction.
+# They fill the gap between zero and the smallest normal number $2^{1-b}$ with even steps. With $f =
+# 0$ the same rule gives zero. {numref}`fig-precision-layouts` shows how the formats of this chapter
+# divide their bits; `e4m3` is short for four bits of exponent and three of fraction.
 #
 # ```{figure} ../figures/precision-layouts.svg
 # :name: fig-precision-layouts
@@ -218,10 +219,12 @@ print("in float32 under 1%, in float16 between 40% and 95%")
 #
 # What the largest exponent means depends on the format. In most formats it is reserved: with $f =
 # 0$ it stands for infinity, and with any other $f$ for NaN. `float8_e4m3fn` is too short to give
-# away a whole exponent. Only its very last code is NaN, and it has no infinity, which is what the
-# `fn` stands for (finite, with NaN) {cite}`micikevicius2022fp8`. In `float4_e2m1fn` every code is a
-# number. Last, `float8_e8m0fnu` has neither a sign nor a fraction (`u` stands for unsigned). It
-# holds powers of two and is used only for scales.
+# away a whole exponent. Only the last code of either sign is NaN, and it has no infinity, which is
+# what the `fn` stands for (finite, with NaN) {cite}`micikevicius2022fp8`. In `float4_e2m1fn` every
+# code is a number. Last, `float8_e8m0fnu` has neither a sign nor a fraction (`u` stands for
+# unsigned). It holds powers of two and is used only for scales. Its codes with $e = 0$ are no
+# exception: without a fraction there is neither zero nor a subnormal number, and the smallest
+# number is $2^{-127}$.
 #
 # The class below keeps the fields of a format and derives everything else from them: the bias, the
 # spacing above 1 (`epsilon`), and the smallest and largest numbers.
@@ -358,9 +361,10 @@ FORMATS = {
 
 # %% [markdown]
 # Everything else follows from these few numbers. The largest error of rounding a normal number,
-# relative to the number, is half of the spacing above 1, $2^{-(m+1)}$. It is called the
-# {term}`unit roundoff` $u$, and $-\log_{10} u$ is the number of decimal digits that can be trusted.
-# All of the following table is computed from the fields:
+# relative to the number, is half of the spacing above 1, $2^{-(m+1)}$. It is called the {term}`unit
+# roundoff` $u$, and $-\log_{10} u$ is the number of decimal digits that can be trusted. All of the
+# following table is computed from the fields (e8m0 has no subnormal numbers, so its last two
+# columns of numbers agree):
 
 # %%
 print("format           bits  digits    largest   normal from   subnormal from  infinity")
@@ -383,9 +387,11 @@ for format in FORMATS.values():
 # {doc}`12_optimization` that the gradient of a logit is $p - y$, divided here by the number of
 # targets, about 500. If the model gives a wrong token a probability of one in a million, its
 # gradient is 0.000000002. That is far below half of the smallest number, so it rounds to zero. A
-# trained model is that sure about most tokens in most places. `bfloat16` would keep these
-# gradients, and `float16`, whose spacing is an eighth of that of `bfloat16`, would keep more of the
-# updates. Neither has both the range and the digits.
+# trained model is that sure about most tokens in most places. The gradient of a token's row in the
+# output layer is a sum over all places, of the gradient of its logit times the hidden vector. For
+# most tokens every term of that sum is zero, and then so is the whole row. `bfloat16` would keep
+# these gradients, and `float16`, whose spacing is an eighth of that of `bfloat16`, would keep more
+# of the updates. Neither has both the range and the digits.
 #
 # A normal number keeps all its digits wherever it stands, because the spacing grows with it.
 # {numref}`fig-precision-line` shows this for the short formats.
@@ -611,8 +617,8 @@ for name in ("tfloat32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", 
 # {py:func}`~llmbook.precision.float_fields` is the reverse of `decode`: it rounds a number and
 # returns the fields that stand in memory. Let $k = |x| / \sigma$ be the number of spacings in $x$.
 # Then the exponent and fraction, read together as one whole number, are simply $k + (e - 1) \cdot
-# 2^m$, with $e = 1$ for subnormal numbers. So all numbers of a format, in order, have consecutive
-# codes.
+# 2^m$. For subnormal numbers, which have the spacing of $e = 1$, put 1 in the place of $e$. So all
+# positive numbers of a format, in order, have consecutive codes.
 
 
 # %%
@@ -882,28 +888,29 @@ print("loss above that of 32-bit weights: 0.15 to 0.6 nats to nearest, below 0.1
 # $1 + \delta$ with $|\delta| \le u$, where $u$ is the unit roundoff. If the terms $x_1, \dots, x_n$
 # are added one after the other, the first goes through $n - 1$ additions, the last through one. If
 # they are added in pairs, then pairs of pairs, and so on, every term goes through only $\lceil
-# \log_2 n \rceil$ additions. So if $k$ counts the additions that a term goes through, the computed
-# sum $\hat s$ is, to first order, off by
+# \log_2 n \rceil$ additions. So if no term goes through more than $k$ additions, the computed sum
+# $\hat s$ is, to first order, off by
 #
 # $$
 # \Bigl| \hat s - \sum_i x_i \Bigr| \;\le\; k\, u \sum_i |x_i| , \qquad
-# k = n - 1 \text{ one after the other}, \quad k = \lceil \log_2 n \rceil \text{ in pairs},
+# k = n - 1 \text{ one after the other}, \quad k = \lceil \log_2 n \rceil \text{ in pairs} .
 # $$ (precision-sum)
 #
-# **Kahan's summation** keeps a second number $c$, which holds what the last addition lost. In this
-# section, $s$ is the sum so far and $t$ the next one. When $y$ is added to $s$, its low digits may
-# not fit. They are the difference between what was added, $t - s$, and what should have been added,
-# $y$:
+# **Kahan's summation** keeps a second number $c$, which holds what the last addition lost, with the
+# sign reversed. In this section, $s$ is the sum so far and $t$ the next one. When $y$ is added to
+# $s$, its low digits may not fit. They are the difference between what was added, $t - s$, and what
+# should have been added, $y$:
 #
 # $$
 # y = x_i - c, \qquad t = s + y, \qquad c = (t - s) - y, \qquad s = t .
 # $$ (precision-kahan)
 #
 # Its bound has $k = 2 + O(n u)$ {cite}`higham2002accuracy`, which hardly depends on $n$ as long as
-# $n u$ is small. The fourth way is to sum in a wider format and round once at the end, which gives
-# $k \approx 1$. The first function below adds one by one, with or without Kahan's correction, for
-# many rows at once, and notes the sum whenever the number of terms is a power of two. The second
-# adds in pairs.
+# $n u$ is small. (For 8,192 terms in `bfloat16` $n u$ is 32, and the bound promises nothing. We
+# shall see what happens.) The fourth way is to sum in a wider format and round once at the end,
+# which gives $k \approx 1$. The first function below adds one by one, with or without Kahan's
+# correction, for many rows at once, and notes the sum whenever the number of terms is a power of
+# two. The second adds in pairs.
 
 
 # %%
@@ -972,8 +979,9 @@ plt.show()
 # %% [markdown]
 # One by one, the error grows with the number of terms. The other three ways stay below the unit
 # roundoff, and they are far inside their bounds, because errors of either sign partly cancel.
-# Kahan's sum and the wide one do as well as any result in the format can, and pairs come close.
-# These are the errors of the longest sums:
+# Kahan's sum is as good even where $n u$ is not small and its bound promises nothing. Kahan's sum
+# and the wide one do as well as any result in the format can, and pairs come close. These are the
+# errors of the longest sums:
 
 # %%
 at = 8192
@@ -985,11 +993,11 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
     print(f"{str(dtype)[6:]:9}", ", ".join(f"{way} {e:.2g}" for way, e in ways.items()))
 
 # %% [markdown]
-# A sum of 8,192 terms that are added one by one is off by hundreds of unit roundoffs in 16 bits,
-# and by 18 in 32 bits. With any of the other ways it is off by less than one. That is why matrix
-# units multiply short numbers and add in 32 bits. The multiplications themselves lose nothing: two
-# numbers of $m + 1$ digits have a product of at most $2m + 2$. That is 16 digits for `bfloat16` and
-# 22 for `float16`, and `float32` has 24.
+# Added one by one, 8,192 terms are off by 240 unit roundoffs in `bfloat16` and by a thousand in
+# `float16`, which is 94 % and half of the sum, and by 18 in `float32`. With any of the other ways
+# it is off by less than one. That is why matrix units multiply short numbers and add in 32 bits.
+# The multiplications themselves lose nothing: two numbers of $m + 1$ digits have a product of at
+# most $2m + 2$. That is 16 digits for `bfloat16` and 22 for `float16`, and `float32` has 24.
 #
 # ## A recipe in three parts
 #
@@ -1005,12 +1013,13 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
 # pile up. They stay in 32 bits inside the unit that multiplies, where they cost no memory. Its
 # *result* is rounded once.
 #
-# And the weights? They are sums as well, over all steps of the training run. So the recipe of
-# Micikevicius and colleagues {cite}`micikevicius2018mixed` has three parts
-# ({numref}`fig-precision-recipe`): **master weights** in 32 bits, to which every update is added;
-# **products** in 16 bits, from copies of the weights that are made anew in each step; and **sums**
-# in 32 bits, both those inside products and those in softmax, normalization, and the loss.
-# `float16` needs one more part, a scale for the loss, which has sections of its own below.
+# And the weights? They are sums as well, over all steps of the training run. So the recipe, which
+# follows Micikevicius and colleagues {cite}`micikevicius2018mixed`, has three parts for any 16-bit
+# format ({numref}`fig-precision-recipe`): **master weights** in 32 bits, to which every update is
+# added; **products** in 16 bits, from copies of the weights that are made anew in each step; and
+# **sums** in 32 bits, both those inside products and those in softmax, normalization, and the loss.
+# `float16` needs a fourth part, which their paper counts among its three techniques: a scale for
+# the loss. It has sections of its own below.
 #
 # ```{figure} ../figures/precision-recipe.svg
 # :name: fig-precision-recipe
@@ -1128,10 +1137,9 @@ class CastProducts(TorchFunctionMode):
 # %% [markdown]
 # ### What comes out
 #
-# The experiments from here on use another model, small enough to be trained many times in this
-# chapter, with a tokenizer of its own that has 512 tokens. (The folded cell imports what they need,
-# from PyTorch and from earlier chapters.) In which type does each part of the model return its
-# result?
+# The next experiments, up to those in the trainer, use another small model, with a tokenizer of its
+# own that has 512 tokens. (The folded cell imports what they need from earlier chapters.) In which
+# type does each part of the model return its result?
 
 # %% tags=["engine"]
 # Imports for the experiments
@@ -1257,10 +1265,11 @@ print(f"backward inside of autocast: the gradient is off by about {error:.1%}, w
 # range of `float16`, below which gradients vanished at the beginning of the chapter. Which
 # gradients are in 16 bits? Those that pass between products. We catch them in 32 bits, where they
 # enter the backward pass of each linear map, and look at their exponents. In this section, $e$ is
-# the exponent without a bias: $|g| \in [2^e, 2^{e+1})$ for a gradient $g$. `float16` holds normal
-# numbers from $2^{-14}$ on. Below that it has a fixed grid with a step of $2^{-24}$, and whatever
-# is at or below $2^{-25}$ rounds to zero. The loss is the mean over all targets of a batch, as
-# usual. The batch has 64 stories, and the model has been trained for 40 steps.
+# the exponent itself, after the bias has been subtracted: $|g| \in [2^e, 2^{e+1})$ for a gradient
+# $g$. `float16` holds normal numbers from $2^{-14}$ on. Below that it has a fixed grid with a step
+# of $2^{-24}$, and whatever is at or below $2^{-25}$ rounds to zero. The loss is the mean over all
+# targets of a batch, as usual. The batch has 64 stories, and the model has been trained for 40
+# steps. Gradients that are exactly zero in 32 bits, too, such as those at padding, are left out.
 
 
 # %%
@@ -1667,6 +1676,7 @@ print(f"{taken} of {len(history)} steps were taken")
 
 # %% [markdown]
 # The scale begins at $2^{20}$ and is halved five times before a step can be taken, at $2^{15}$.
+# (The gradients are ones, and $2^{16}$ is just too large for `float16`, which ends at 65,504.)
 # After four good steps, which is all that this scaler waits for, it tries $2^{16}$, and takes that
 # back at once. The infinite gradient then costs it another factor of two: the scaler cannot know
 # that no scale would have helped.
@@ -1682,13 +1692,15 @@ print(f"{taken} of {len(history)} steps were taken")
 #
 # Three variants need explaining.
 #
-# - *In a large batch*: our batches have some 400 targets, those of large runs have half a million
-#   or more, and the mean over all of them makes each gradient a thousand times smaller. To imitate
-#   this, the loss is divided by $2^{10}$, as if it belonged to one micro-batch among that many, and
-#   the gradients are multiplied by $2^{10}$ after the backward pass, as if all the micro-batches
-#   had been the same. The run with a loss scale imitates such a batch, too.
+# - *In a large batch*: our batches have some 800 targets, those of large runs have about a million,
+#   and the mean over all of them makes each gradient a thousand times smaller. To imitate this, the
+#   loss is divided by $2^{10}$, as if it belonged to one micro-batch among that many, and the
+#   gradients are multiplied by $2^{10}$ after the backward pass, as if all the micro-batches had
+#   been the same. The run with a loss scale imitates such a batch, too.
 # - *Weights in 16 bits*: after each step, the weights and the two means of AdamW are rounded to
-#   `bfloat16`. Nothing is kept in 32 bits from one step to the next.
+#   `bfloat16`. Nothing is kept in 32 bits from one step to the next. This takes away two things at
+#   once. But rounding the two means alone showed no effect in 60 steps of a smaller model, as the
+#   engine room on the optimizer's sixteen bits finds, so the weights are the likely cause.
 # - *Everything rounded*: the master weights have 32 bits, but the result of every single operation
 #   is rounded, in norms, softmax, and the residual stream as well. For this the model runs on its
 #   reference backend, which spells all operations out.
@@ -1801,7 +1813,7 @@ for name in list(variants)[1:]:
 # Products in 16 bits cost nothing that three seeds could show, in either format. Take away the
 # master weights, or the loss scale in a large batch, and the run is worse by far more than its
 # interval. Two results are less simple. `float16` without a loss scale did no harm in our *small*
-# batch. The histogram was made with a batch eight times as large; with 400 targets, gradients are
+# batch. The histogram was made with a batch eight times as large; with 800 targets, gradients are
 # eight times larger, and most of them lose digits without vanishing. That seems to be what AdamW
 # forgives. It is in large batches that unscaled `float16` fails. And rounding everything costs next
 # to nothing in so short a run. It is not free (with 120 steps in place of 60, we found 0.05 nats),
@@ -1824,7 +1836,7 @@ for name in list(variants)[1:]:
 # the scale is to blame, unless it has become so small already that it cannot be the reason.
 #
 # {py:class}`~llmbook.precision.MixedPrecision` puts this into the form that the trainer expects. A
-# run that is started from a file of settings gets it as
+# run that {py:func}`~llmbook.training.run` starts from a file of settings gets it by the argument
 # `trainer=partial(Trainer, precision=MixedPrecision("float16"))`.
 
 
@@ -1983,8 +1995,8 @@ plt.show()
 #
 # The scale settled lower here than it would in a plain loop, because our trainer in effect scales
 # the loss already. It takes the gradient of the *sum* of all losses, and divides by the count in 32
-# bits, after the backward pass. With some 400 targets in a batch, that keeps a factor of $2^{8}$ to
-# $2^{9}$ that the usual mean would have lost.
+# bits, after the backward pass. With some 800 targets in a batch, that keeps a factor of $2^{9}$ to
+# $2^{10}$ that the usual mean would have lost.
 #
 # Could the optimizer's two running means have 16 bits, too? Not if they are rounded to nearest: a
 # mean that changes by one part in a thousand stands still. With stochastic rounding they can. The
@@ -2138,7 +2150,7 @@ for name in ("nearest", "stochastic"):
 #
 # With $h d_h = k d_h = d$ and a SwiGLU of the usual width, $c\, d_f = \tfrac{32}{3} d$, this is $47
 # d$ bytes in place of $75 d$ in `float32`: 63%, not half. The logits, $V$ for each token, are in 32
-# bits for the softmax in any case.
+# bits for the softmax, here as in `float32`.
 
 
 # %% [markdown] tags=["engine"]
@@ -2305,7 +2317,8 @@ print(f"mixed precision keeps {share:.0%} of what float32 keeps, its copies of w
 # The formula is right to within about a percent, and mixed precision keeps two thirds of what
 # `float32` keeps. What that means for a whole training step depends on whether parameters or tokens
 # take more of the memory. Here are three models, from the size of ours to one of 7 billion
-# parameters, with AdamW and all logits at once:
+# parameters, with AdamW and all logits at once. The last column is for *pure* 16 bits: everything
+# has 16 bits, the optimizer's state and the logits included.
 
 # %%
 small = ModelConfig(
@@ -2523,12 +2536,12 @@ at_most = sum(parts.values())
 print(f"{'the formula':26} {at_most / 1e6:5.1f} MB, {at_most / peaks['plain']:4.0%}")
 
 # %% [markdown]
-# Checkpointing and accumulation each save more than half of the memory, and together they save two
-# thirds. The formula comes close to the plain step. It counts gradients and activations as if both
-# were there in full at once, while the true peak is a little lower or higher, as temporary tensors
-# come and go. The chunked loss saves little here, with 512 tokens in the vocabulary, and more where
-# the vocabulary is large. How the optimizer works makes no difference to the *peak*, which is
-# reached before its turn.
+# Checkpointing and accumulation each save more than half of the memory, and together with the loss
+# in chunks they save two thirds. The formula comes close to the plain step. It counts gradients and
+# activations as if both were there in full at once, while the true peak is a little lower or
+# higher, as temporary tensors come and go. The chunked loss saves little here, with 512 tokens in
+# the vocabulary, and more where the vocabulary is large. How the optimizer works makes no
+# difference to the *peak*, which is reached before its turn.
 #
 # And what does this cost? We measure the time relative to the plain step, best of three. Mixed
 # precision is left out, because its time depends entirely on whether the processor has 16-bit
@@ -2634,10 +2647,10 @@ for name, (function, calls) in cases.items():
 # *(training step in float32, speed relative to eager; the whole table is in
 # `benchmarks/results/precision.md`)*
 #
-# Compiled code was about 10 to 20 percent faster at each of these sizes, and it had to run for one
-# hundred to a thousand steps before it had paid for itself. Don't expect much more on a processor:
-# most of a step is products, whose kernels are the same whether compiled or not, and a compiler can
-# only fuse the rest. On a GPU the rest can be a larger share, because products are so fast there.
+# Compiled code was 8 to 24 percent faster at these sizes, and it had to run for one hundred to a
+# thousand steps before it had paid for itself. Don't expect much more on a processor: most of a
+# step is products, whose kernels are the same whether compiled or not, and a compiler can only fuse
+# the rest. On a GPU the rest can be a larger share, because products are so fast there.
 # `TrainingConfig(compile=True)` compiles the blocks one by one. All of them are alike, so one
 # compilation serves all.
 
@@ -3093,11 +3106,11 @@ def _find_recipe(recipe: object) -> Recipe:
 # %% [markdown]
 # ### What it does to the loss
 #
-# Embeddings, norms, attention scores, and the output layer stay in `float32`, as is usual. Each
-# recipe trains the model of the first experiment, from the same start and on the same batches as
-# `float32`, with three seeds. It is judged by the mean loss of its last ten steps, where the noise
-# of the batches is the same for both. The interval is Student's again. It is wide, and three runs
-# support no more.
+# Embeddings, norms, attention scores, and the output layer stay in `float32`, as is usual. We try
+# two recipes, current scaling in 8 bits and NVFP4. Each trains the model of the first experiment,
+# from the same start and on the same batches as `float32`, with three seeds. A run is judged by the
+# mean loss of its last ten steps, where the noise of the batches is the same for both. The interval
+# is Student's again. It is wide, and three runs support no more.
 
 
 # %%
@@ -3606,9 +3619,9 @@ assert bytes_of(1) < 1e9 and far > 100_000, "millions of short rows fit, so do n
 #
 # - A format divides its bits between range (the exponent) and digits (the fraction). `bfloat16` has
 #   the range of `float32` and two or three digits; `float16` has three digits and a small range.
-# - Rounding to nearest changes a normal number by at most one part in $2^{m+1}$. An update smaller
-#   than that is lost every time. Stochastic rounding is right on average, and weights that are
-#   stored that way keep learning.
+# - Rounding to nearest changes a normal number by at most one part in $2^{m+1}$. An update of less
+#   than half the spacing is lost every time. Stochastic rounding is right on average, and weights
+#   that are stored that way keep learning.
 # - A long sum loses digits with every term. Adding in pairs, Kahan's correction, and a wider
 #   accumulator each prevent that.
 # - So sums need bits, and factors do not. Weights, which are sums over all steps, and the sums
