@@ -3426,8 +3426,8 @@ def _strengths(wins: Float[np.ndarray, "*batch n n"]) -> Float[np.ndarray, "*bat
 # %% [markdown]
 # Many leaderboards state strengths in **Elo points**, of which 400 stand for odds of ten to one;
 # `Ratings.elo` converts to them. The public function also computes intervals. It draws the games of
-# each pair again, with replacement, fits the strengths to each such table, and takes the middle 95 %
-# of the results. Tables that happen not to be connected are left out and counted.
+# each pair again, with replacement, fits the strengths to each such table, and takes the middle
+# 95 % of the results. Tables that happen not to be connected are left out and counted.
 
 
 # %%
