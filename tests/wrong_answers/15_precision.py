@@ -194,7 +194,7 @@ def largest_batch(config, sequence, memory, **options) -> int:
     return int(memory // (parts["activations"] + parts["logits"]))
 
 
-# %% exercise="ex-precision-fit" says="millions of short rows fit"
+# %% exercise="ex-precision-fit" says="are not the most that fit"
 # A table of batch sizes that ends
 def largest_batch(config, sequence, memory, **options) -> int:
     fitting = [
