@@ -1216,7 +1216,9 @@ def tasks(tmp_path_factory, bpe: BPETokenizer):
 
 def test_the_harness_has_our_numbers(lm: TransformerLM, bpe: BPETokenizer, tasks) -> None:
     folder, choices, replies, texts = tasks
+    before = os.environ.get("HF_DATASETS_OFFLINE")
     found = run_lm_eval(lm, bpe, folder, ["facts", "cloze", "spoken", "texts"])
+    assert os.environ.get("HF_DATASETS_OFFLINE") == before
     for metric, normalization in (
         ("acc", "none"),
         ("acc_norm", "character"),

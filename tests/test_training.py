@@ -2676,3 +2676,9 @@ def test_progress_in_a_notebook(monkeypatch):
 def test_help(capsys):
     assert commanded("--help") == 0
     assert "a run that was stopped goes on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["<|endoftext|>", (1, "<|endoftext|>"), None])
+def test_special_tokens_of_a_run_are_texts(wrong):
+    with pytest.raises(ValueError, match=r"^special_tokens: "):
+        training.TokenizerConfig(special_tokens=wrong)
