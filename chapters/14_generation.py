@@ -1550,10 +1550,12 @@ def _compiled_step(*shapes: object) -> Callable[..., Tensor]:
     return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
-class _CompiledStep(_FusedStep):
+class _CompiledStep:
     """The fused step as a program of a few kernels, for one cache at a time."""
 
-    cache: KVCache | None = None
+    def __init__(self, model: TransformerLM):
+        self.fused, self.kind = _FusedStep(model), repr(model.config)
+        self.cache: KVCache | None = None
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         if cache is self.cache:
@@ -1561,16 +1563,15 @@ class _CompiledStep(_FusedStep):
         else:
             self._prepare(cache, len(tokens))
         cache.extend(1)  # counts the token, and sees to it that there is room
-        return self.program(self, tokens, self.positions, self.layers)
+        return self.program(self.fused, tokens, self.positions, self.layers)
 
     def _prepare(self, cache: KVCache, batch: int) -> None:
         self.cache = cache
         self.positions = cache.next_positions(1).expand(batch, 1).contiguous()
-        parts = [cache[layer] for layer in range(len(self.blocks))]
+        parts = [cache[layer] for layer in range(len(self.fused.blocks))]
         self.layers = [_WholeLayer(part.keys, part.values, self.positions) for part in parts]
         keys = parts[0].keys
-        kind = repr(self.model.config)
-        self.program = _compiled_step(kind, keys.shape, keys.dtype, keys.device)
+        self.program = _compiled_step(self.kind, keys.shape, keys.dtype, keys.device)
 
 
 # %% [markdown] tags=["engine"]

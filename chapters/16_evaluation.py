@@ -2149,8 +2149,7 @@ plt.show()
 
 # %% [markdown]
 # We continue with the trained model of {doc}`13_training`, from now on called `lm`, and train it a
-# little further. Its tokenizer is now `bpe`, in place of the tokenizer of the opening. The exam is
-# a list of questions in random order, which the web shows four to a page:
+# little further. Its tokenizer is now `bpe`, in place of the tokenizer of the opening:
 
 # %%
 from random import Random
@@ -2161,6 +2160,9 @@ from llmbook.corpus import Document
 
 lm, bpe = run.model, run.tokenizer
 end = bpe.special_tokens["<|endoftext|>"]
+
+# %% [markdown]
+# The exam is a list of questions in random order, which the web shows four to a page:
 
 
 # %%
@@ -4025,8 +4027,9 @@ def _silence() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        if before[0] is None:
-            del os.environ["HF_DATASETS_OFFLINE"]
+        del os.environ["HF_DATASETS_OFFLINE"]
+        if before[0] is not None:
+            os.environ["HF_DATASETS_OFFLINE"] = before[0]
         set_random_states(before[1])
 
 

@@ -1985,7 +1985,7 @@ def _task_files(folder: Any, name: Any, kind: Any, items: Any) -> tuple[Path, Pa
             raise ValueError(f"items: expected {fields} in each, got {item!r:.60}")
     return place / f"{name}.yaml", place / f"{name}.jsonl"
 
-# %% ../chapters/16_evaluation.ipynb #50b162c6
+# %% ../chapters/16_evaluation.ipynb #81f47e64
 # The harness, in silence
 @contextmanager
 def _silence() -> Iterator[None]:
@@ -1997,8 +1997,9 @@ def _silence() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        if before[0] is None:
-            del os.environ["HF_DATASETS_OFFLINE"]
+        del os.environ["HF_DATASETS_OFFLINE"]
+        if before[0] is not None:
+            os.environ["HF_DATASETS_OFFLINE"] = before[0]
         set_random_states(before[1])
 
 # %% ../chapters/16_evaluation.ipynb #373d1e0e
