@@ -7,7 +7,7 @@
 # Almost every number in our models so far has taken 32 bits. Half as many bits would take half the
 # memory, and processors built for short numbers multiply them several times as fast. So it's
 # tempting to convert the whole model to 16 bits and train as before. Nothing crashes. The loss
-# falls, too, just not as far as it should, and no message says why.
+# falls, too, just not as far as it should.
 #
 # To see what went wrong, we take numbers apart bit by bit and round them ourselves. Then we can say
 # which parts of a training step may be short, and how the rest is protected. After that we count
@@ -51,9 +51,8 @@ from torch.utils.checkpoint import checkpoint
 # %% [markdown]
 # ## Two runs that go wrong
 #
-# To watch it happen, we need data and a model. The data are stories of the tiny world, one to a
-# row; `sampler` deals them out in batches of eight. The model is `trained`, the one that
-# {doc}`13_training` made.
+# The data are stories of the tiny world, one to a row; `sampler` deals them out in batches of
+# eight. The model is `trained`, the one that {doc}`13_training` made.
 
 # %% tags=["engine"]
 #| export
@@ -79,6 +78,7 @@ from llmbook.training import Precision
 # %% tags=["engine"]
 # What the experiments need, and their data
 import tempfile
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -155,6 +155,7 @@ def draw_losses(curves: dict[str, Tensor]) -> None:
     plt.show()
 
 
+# %% tags=["engine"]
 def draw_formats() -> None:
     _, axes = plt.subplots(1, 2, width_ratios=[3, 4])
     short = ["float4_e2m1fn", "float8_e4m3fn", "float8_e5m2"]
@@ -263,9 +264,9 @@ def draw_memory(totals: dict, models: dict) -> None:
 # %% [markdown]
 # ### Weights that stop moving
 #
-# The first experiment trains a small model from scratch, with three seeds. Each seed is run twice,
-# with the same initial weights and the same batches. The only difference is the type in which the
-# weights are stored between steps: `float32`, or `bfloat16`, which has 16 bits and the same range.
+# The first experiment trains a small model from scratch, with three seeds, twice each. The only
+# difference is the type in which the weights are stored between steps: `float32`, or `bfloat16`,
+# which has 16 bits and the same range.
 
 # %%
 stores = {"float32": nn.Identity(), "bfloat16": lambda weight: weight.to(torch.bfloat16)}
@@ -298,9 +299,9 @@ assert moved["float32"] > 0.7 and moved["bfloat16"] < 0.04, moved
 print("weights that a step moved: over 70% of those in 32 bits, under 4% of those in 16 bits")
 
 # %% [markdown]
-# In 16 bits the weights have frozen. The gradient is there, the optimizer does its work, and then
-# the update disappears when the weight is stored. (In 32 bits, the weights that don't move are
-# mostly embeddings of tokens that haven't come up.)
+# In 16 bits the weights have frozen. The gradient is there, but the update disappears when the
+# weight is stored. (In 32 bits, the weights that don't move are mostly embeddings of tokens that
+# haven't come up.)
 #
 # ### Gradients that are zero
 #
@@ -540,26 +541,23 @@ for format in FORMATS.values():
 
 # %% [markdown]
 # Now the two failures have numbers. `bfloat16` keeps the range of `float32` and pays with digits:
-# just above 1, the next number is 0.8% away. An update of less than half of the spacing is rounded
-# away, which is between 0.2% and 0.4% of the weight. AdamW's updates are about as large as the
-# rate, 0.0001, which is 0.2% of 0.05. About nine in ten of our weights are larger than that, so
-# most updates are too small.
+# just above 1, the next number is 0.8% away. An update of less than half of the spacing, 0.2% to
+# 0.4% of the weight, is rounded away. AdamW's updates are about as large as the rate, 0.0001, which
+# is 0.2% of 0.05. About nine in ten of our weights are larger than that.
 #
 # `float16` has three digits, but nothing between 0 and 0.00000006. Recall from
 # {doc}`12_optimization` that the gradient of a logit is $p - y$, divided here by the number of
 # targets, about 500. If a wrong token has a probability of one in a million, its gradient is
-# 0.000000002, which rounds to zero. A trained model is that sure about most tokens in most places.
-# Neither format has both the range and the digits, as {numref}`fig-precision-line` shows.
+# 0.000000002, which rounds to zero, and a trained model is that sure about most tokens in most
+# places. Neither format has both the range and the digits, as {numref}`fig-precision-line` shows.
 
 # %% mystnb={"figure": {"caption": "Left, all positive numbers of three short formats, on a logarithmic scale. Right, the largest error of rounding relative to the number, by the number's size. Each format has a floor of its own, climbs where subnormal numbers begin, and stops where numbers overflow.", "name": "fig-precision-line"}, "image": {"alt": "Left, three rows of ticks. e2m1 has seven from 0.5 to 6, e4m3 about a hundred from 0.002 to 448, e5m2 about a hundred from 0.00002 to 57344, thinner and spread over a longer range. Right, error against size on logarithmic axes: float16, bfloat16, e4m3, e5m2 and e2m1 each as a flat jagged line between their bounds that rises toward the left end."}}
 draw_formats()
 
 
 # %% [markdown]
-# On the left, e5m2 spends the bit that e4m3 gives to digits: its numbers are sparser, and they
-# reach much farther. On the right, every format has a flat stretch, in which the relative error is
-# never above its unit roundoff. To the left of it, among the subnormal numbers, digits are lost one
-# by one.
+# On the right, every format has a flat stretch, in which the relative error is never above its unit
+# roundoff. To the left of it, among the subnormal numbers, digits are lost one by one.
 #
 # ## Rounding
 #
@@ -596,7 +594,7 @@ print(f"{equal:,} of {len(x):,} numbers are rounded as by a cast to float16")
 # want that.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: rounding to any format (`round_to`), names, and arguments that are refused
+# ### Engine room: rounding to any format (`round_to`), a number taken apart (`float_fields`)
 
 # %% [markdown] tags=["engine"]
 # No logarithm is needed for $\lfloor \log_2 |x| \rfloor$. The function below reads the same memory
@@ -751,36 +749,28 @@ def _check_rounding(
 # everywhere else in the chapter. The two roundings can differ only at ties, which are one number in
 # 8,192 if the 13 bits that are dropped are random.
 
-# %% [markdown]
-# ### What happens to a number
-#
+# %% [markdown] tags=["engine"]
 # The seven numbers in the first row show everything that can happen. Each row below it has the same
 # numbers, rounded to one format:
 
-# %%
+# %% tags=["engine"]
 examples = torch.tensor([1 / 3, 1.0625, 1.1875, 0.001, 1e-5, 500.0, 1e5])
 print("number         ", *(f"{x:9.4g}" for x in examples.tolist()))
 for name in ("tfloat32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"):
     print(f"{name:15}", *(f"{x:9.4g}" for x in round_to(examples, name).tolist()))
 
 
-# %% [markdown]
-# In `float8_e4m3fn`, which has steps of 1/8 above 1, the numbers 1.0625 and 1.1875 (printed with
-# four digits) are ties. They go down to 1 and up to 1.25, both of which have an even last digit.
-# 0.001 is rounded up to the smallest subnormal number, 0.00001 has vanished, and 500 saturates
-# at 448. `float8_e5m2`, with one fraction bit fewer, makes 100,000 infinite.
+# %% [markdown] tags=["engine"]
+# Read the row of `float8_e4m3fn`, which has steps of 1/8 above 1. The numbers 1.0625 and 1.1875
+# (printed with four digits) are ties. They go down to 1 and up to 1.25, both of which have an even
+# last digit. 0.001 is rounded up to the smallest subnormal number, 0.00195, and 0.00001 has
+# vanished. 500 saturates at 448. `float8_e5m2`, with one fraction bit fewer, rounds it to 512, and
+# makes 100,000 infinite.
 #
-# {py:func}`~llmbook.precision.float_fields` is the reverse of our function `value`: it rounds a
-# number and returns the fields that stand in memory.
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: a number taken apart (`float_fields`), and an interactive figure (`show_bits`)
-
-# %% [markdown] tags=["engine"]
-# Let $k = |x| / \sigma$ be the number of spacings in $x$. Then the exponent and fraction, read
-# together as one whole number, are simply $k + (e - 1) \cdot 2^m$. For subnormal numbers, which
-# have the spacing of $e = 1$, put 1 in the place of $e$. So all positive numbers of a format, in
-# order, have consecutive codes.
+# `float_fields` is the reverse of `decode`. Let $k = |x| / \sigma$ be the number of spacings in
+# $x$. Then the exponent and fraction, read together as one whole number, are simply $k + (e - 1)
+# \cdot 2^m$. For subnormal numbers, which have the spacing of $e = 1$, put 1 in the place of $e$.
+# So all positive numbers of a format, in order, have consecutive codes.
 
 
 # %% tags=["engine"]
@@ -925,7 +915,9 @@ def show_bits(number: float = math.pi, format: str | torch.dtype = "float16") ->
 # %% [markdown]
 # ### A number to play with
 #
-# Here is one number in three formats, with its bits in the order sign, exponent, fraction:
+# {py:func}`~llmbook.precision.float_fields` is the reverse of our function `value`: it rounds a
+# number and returns the fields that stand in memory, with the bits in the order sign, exponent,
+# fraction:
 
 # %%
 for name in ("float16", "bfloat16", "float8_e4m3fn"):
@@ -936,9 +928,8 @@ for name in ("float16", "bfloat16", "float8_e4m3fn"):
 # In `float8_e4m3fn` the exponent field of 0.001 is 0, so there is no leading one: it is a subnormal
 # number with a single binary digit.
 #
-# Now set the bits yourself, with the mouse, or with the arrow keys and the space bar. The two
-# buttons at the end go to the next number down or up. Which bits make the largest number of each
-# format, and what does the next code mean?
+# Now set the bits yourself, with the mouse, or with the arrow keys and the space bar. Which bits
+# make the largest number of each format, and what does the next code mean?
 
 # %%
 show_bits(math.pi, "float16")
@@ -979,7 +970,7 @@ for name, weights in (("nearest", by_nearest), ("stochastic", chance)):
 # %% [markdown]
 # On average, the weights have moved as far as they should. No single weight has moved by a tenth of
 # a spacing, since there is no such number; about one in ten has moved by a whole one. In
-# {numref}`fig-precision-walk` the updates are larger, and single weights can be followed.
+# {numref}`fig-precision-walk` the updates are larger.
 
 # %% mystnb={"figure": {"caption": "A weight that should rise by one hundredth of its spacing in each step. Rounded to nearest it stays. Rounded stochastically, twelve of them wander around the line.", "name": "fig-precision-walk"}, "image": {"alt": "Position of a weight in spacings over 1000 steps. The wanted line rises from 0 to 10. To nearest, a flat line at 0. Twelve stochastic staircases rise along the wanted line and end between about 4 and 16."}}
 draw_walk(spacing, generator)
@@ -1005,12 +996,12 @@ print("loss above that of 32-bit weights: 0.15 to 0.6 nats to nearest, below 0.1
 #
 # ## What a sum loses
 #
-# A weight is a sum of updates, and it is not the only long sum. A loss, a norm, a gradient, and
-# every entry of a matrix product are sums of many terms. Every addition gives the true result times
-# $1 + \delta$ with $|\delta| \le u$, where $u$ is the unit roundoff. If the terms $x_1, \dots, x_n$
-# are added one after the other, the first goes through $n - 1$ additions. If they are added in
-# pairs, then pairs of pairs, and so on, every term goes through only $\lceil \log_2 n \rceil$. If
-# no term goes through more than $k$ additions, the computed sum $\hat s$ is, to first order, off by
+# A weight is a sum of updates. A loss, a norm, a gradient, and every entry of a matrix product are
+# long sums, too. Every addition gives the true result times $1 + \delta$ with $|\delta| \le u$,
+# where $u$ is the unit roundoff. If the terms $x_1, \dots, x_n$ are added one after the other, the
+# first goes through $n - 1$ additions. If they are added in pairs, then pairs of pairs, and so on,
+# every term goes through only $\lceil \log_2 n \rceil$. If no term goes through more than $k$
+# additions, the computed sum $\hat s$ is, to first order, off by
 #
 # $$
 # \Bigl| \hat s - \sum_i x_i \Bigr| \;\le\; k\, u \sum_i |x_i| , \qquad
@@ -1124,24 +1115,20 @@ draw_sums(errors, lengths)
 
 # %% [markdown]
 # One by one, the error grows with the number of terms. At 8,192 terms it is 94% of the sum in
-# `bfloat16` and half of it in `float16`. The other three ways stay below the unit roundoff. That is
-# why matrix units multiply short numbers and add in 32 bits. The multiplications themselves lose
-# nothing: two numbers of $m + 1$ digits have a product of at most $2m + 2$. That is 16 digits for
+# `bfloat16` and half of it in `float16`. The other ways stay below the unit roundoff. That is why
+# matrix units multiply short numbers and add in 32 bits. The multiplications themselves lose
+# nothing: two numbers of $m + 1$ digits have a product of at most $2m + 2$, which is 16 digits for
 # `bfloat16` and 22 for `float16`, and `float32` has 24.
 
 # %% [markdown]
 # ## A recipe in three parts
 #
-# Weights stored in 16 bits stop moving, because an update is small beside the weight that it is
-# added to. Gradients in `float16` vanish, because they are small beside the smallest number of the
-# format. Either way, the remedy begins with a question: which numbers really need 32 bits?
-#
-# Nearly all of the work is in products of matrices, which {doc}`11_model` counted. A product has
-# three kinds of numbers. Its *factors* are read once and multiplied; rounding them changes each by
-# at most one part in $2^{m+1}$, in either direction. Its *partial sums* are updated once for every
-# pair of factors, and there errors pile up. They stay in 32 bits inside the unit that multiplies,
-# where they cost no memory. Its *result* is rounded once. And the weights? They are sums as well,
-# over all steps of the training run.
+# Which numbers really need 32 bits? Nearly all of the work is in products of matrices. A product
+# has three kinds of numbers. Its *factors* are read once and multiplied; rounding them changes each
+# by at most one part in $2^{m+1}$, in either direction. Its *partial sums* are updated once for
+# every pair of factors, and there errors pile up. They stay in 32 bits inside the unit that
+# multiplies, where they cost no memory. Its *result* is rounded once. And the weights? They are
+# sums as well, over all steps of the training run.
 #
 # So the recipe, which follows Micikevicius and colleagues {cite}`micikevicius2018mixed`, has three
 # parts for any 16-bit format ({numref}`fig-precision-recipe`): **master weights** in 32 bits, to
@@ -1152,7 +1139,7 @@ draw_sums(errors, lengths)
 #
 # ```{figure} ../figures/precision-recipe.svg
 # :name: fig-precision-recipe
-# :alt: A training step from left to right. Master weights in 32 bits are cast to a copy in 16 bits. The copy and activations in 16 bits enter products whose partial sums have 32 bits; norms, softmax and loss stay in 32 bits. The loss is multiplied by a scale, the gradients come back through 16-bit products, arrive at the 32-bit weights as 32-bit gradients, are divided by the scale, checked and clipped, and the optimizer adds its update to the master weights.
+# :alt: A training step from left to right. Master weights in 32 bits are cast to a 16-bit copy for the products; norms, softmax and loss stay in 32 bits. The loss is scaled, gradients return through 16-bit products, arrive in 32 bits, are unscaled, checked and clipped, and update the master weights.
 #
 # One step of mixed precision. Only the products, and what passes between them, are in 16 bits.
 # ```
@@ -1349,22 +1336,22 @@ for context in (Autocast(), CastProducts(torch.bfloat16), CastProducts(emulate=T
 # %% [markdown]
 # Logits and gradients agree with PyTorch's to the last bit, for our six lines and for
 # `CastProducts`, the class in the package. The last row has an option for processors without 16-bit
-# arithmetic, where 16-bit products can take many times as long. A product of 16-bit numbers with
-# 32-bit sums is the same as a 32-bit product of *rounded* numbers whose result is rounded, except
-# for the order of its sums. So with `emulate=True`, tensors keep their 32 bits and are only
-# rounded. This shows on any machine what 16 bits do to training. It saves neither time nor memory.
+# arithmetic. A product of 16-bit numbers with 32-bit sums is the same as a 32-bit product of
+# *rounded* numbers whose result is rounded, except for the order of its sums. So with
+# `emulate=True`, tensors keep their 32 bits and are only rounded. This shows on any machine what 16
+# bits do to training, and saves neither time nor memory.
 #
 # The `backward` of a training step stands outside the context. Each cast is an operation like any
 # other, and its derivative is the cast in the other direction. So gradients flow in 16 bits exactly
-# where values did, and they arrive at the master weights in 32 bits. PyTorch's manual advises
-# against running the backward pass under autocast, and the engine room shows what can go wrong.
+# where values did, and they arrive at the master weights in 32 bits.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a backward pass inside of autocast
 
 # %% [markdown] tags=["engine"]
-# A function with a derivative of its own shows why the backward pass needs no context, and should
-# have none. What its `backward` computes with care in 32 bits is cast down by the context:
+# PyTorch's manual advises against running the backward pass under autocast. A function with a
+# derivative of its own shows why. What its `backward` computes with care in 32 bits is cast down by
+# the context:
 
 
 # %% tags=["engine"]
@@ -1406,12 +1393,11 @@ print(f"backward inside of autocast: the gradient is off by about {error:.1%}, w
 # %% [markdown]
 # ## Gradients that vanish
 #
-# With autocast and master weights, the three parts of the recipe are in place. What remains is the
-# range of `float16`. It holds normal numbers from $2^{-14}$ on. Below that it has a fixed grid with
-# a step of $2^{-24}$, and whatever is at or below $2^{-25}$ rounds to zero. We catch the gradients
-# that pass between products, where they enter the backward pass of each linear map, in a model that
-# has been trained for 40 steps, with a batch of 64 stories. What would become of them in `float16`,
-# and if all are multiplied by a factor first?
+# The three parts of the recipe are in place. What remains is the range of `float16`. It holds
+# normal numbers from $2^{-14}$ on. Below that it has a fixed grid with a step of $2^{-24}$, and
+# whatever is at or below $2^{-25}$ rounds to zero. We catch the gradients that enter the backward
+# pass of each linear map, in a model that has been trained for 40 steps, with a batch of 64
+# stories. What would become of them in `float16`, if all are multiplied by a factor first?
 
 
 # %% tags=["engine"]
@@ -1441,7 +1427,7 @@ values = gradient_values(model, compact(rows.batch(range(64))))
 
 
 # %% [markdown]
-# What becomes of them in `float16` is counted by a small function:
+# Their absolute values are in `values`, and a small function counts what `float16` does to them:
 
 
 # %% tags=["engine"]
@@ -1455,7 +1441,7 @@ def in_float16(scaled: Tensor) -> str:
 
 
 # %% [markdown]
-# The values are in `values`, and their absolute values are what counts:
+# Three factors:
 
 # %%
 for exponent in (0, 10, 16):
@@ -1474,23 +1460,17 @@ draw_gradients(values)
 # (S L) = S\, \nabla L$, at every weight and at every place in between. So the loss is multiplied by
 # the **loss scale** $S$ once, before the backward pass, and the gradients of the weights, which are
 # in 32 bits, are divided by it once, afterward. Loss scales are powers of two, because such a
-# factor changes the exponent of a number and none of its digits. With any other factor, multiplying
-# and dividing both round:
-
-# %%
-for scale in (2.0**16, 1e5):
-    changed = (values * scale / scale != values).float().mean()
-    print(f"scale {scale:7,.0f}: {'none' if changed == 0 else 'some'} of the gradients change")
+# factor changes the exponent of a number and none of its digits, so that both operations are exact.
 
 # %% [markdown]
 # ## A scale that finds itself
 #
 # How large may $S$ be? If it is too large, the largest gradients become infinite, and infinity
-# divided by $S$ is still infinite. That looks like a disaster, but it is a message that cannot be
-# missed, and it comes *before* the optimizer has acted. A scale that is too small gives no sign at
-# all. So a **dynamic** scale keeps testing the limit. If a gradient is infinite or NaN, the step is
-# skipped and the scale is halved; after 2,000 good steps in a row it is doubled. In equilibrium,
-# about one step in 2,000 is lost, and the scale follows the gradients when they shrink.
+# divided by $S$ is still infinite. That is a message that cannot be missed, and it comes *before*
+# the optimizer has acted. A scale that is too small gives no sign at all. So a **dynamic** scale
+# keeps testing the limit. If a gradient is infinite or NaN, the step is skipped and the scale is
+# halved; after 2,000 good steps in a row it is doubled. In equilibrium, about one step in 2,000 is
+# lost, and the scale follows the gradients when they shrink.
 #
 # Here is all of it, in a loop whose scale begins far too high and may grow after four good steps.
 # The gradients are ones, and step 11 has an infinite one:
@@ -1508,7 +1488,6 @@ for step in range(16):
     if not finite or good == 4:
         scale, good = scale * (2 if finite else 0.5), 0
 print("exponent of the scale, x where the step was skipped:", *history)
-
 
 # %% [markdown]
 # The scale is halved five times before a step can be taken, at $2^{15}$. ($2^{16}$ is just too
@@ -1529,6 +1508,15 @@ print("exponent of the scale, x where the step was skipped:", *history)
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the scaler (`GradScaler`), states that torch's takes, and a wrong order
+
+# %% [markdown] tags=["engine"]
+# A power of two changes no digit of a gradient; any other factor rounds twice:
+
+# %% tags=["engine"]
+for scale in (2.0**16, 1e5):
+    changed = (values * scale / scale != values).float().mean()
+    print(f"scale {scale:7,.0f}: {'none' if changed == 0 else 'some'} of the gradients change")
+
 
 # %% [markdown] tags=["engine"]
 # The class keeps the scale, the number of good steps since the last change, and for each optimizer
@@ -1836,34 +1824,30 @@ for order in ("unscale_, then clip", "clip, then unscale_"):
 
 # %% [markdown]
 # In the second run, clipping saw a gradient 65,536 times too long and cut it to 1; then it was
-# divided by 65,536. Nothing fails visibly. With plain gradient descent the model learns at a rate
-# that is 65,536 times too small, and Adam, which divides by the size of its gradients, hides even
-# that.
+# divided by 65,536. Nothing fails visibly. With plain gradient descent the model learns far too
+# slowly, and Adam, which divides by the size of its gradients, hides even that.
 #
 # ## Each part taken away once
 #
 # Is every part of the recipe needed? We train the small model for 60 steps, from three seeds, and
-# take away one part at a time, with emulated casts. We compare validation losses with the run in
-# `float32` that has the *same* seed, since seeds differ by more than what we look for. With three
-# of them, the 95% interval of a mean difference is $\pm 4.30\, s/\sqrt 3$, where $s$ is the
-# standard deviation of the three differences. (The factor is Student's, for two degrees of
-# freedom.) Three variants need explaining.
+# take away one part at a time, with emulated casts. In one variant every result is rounded, also
+# those of norms and softmax. We compare validation losses with the run in `float32` that has the
+# *same* seed. With three of them, the 95% interval of a mean difference is $\pm 4.30\, s/\sqrt 3$,
+# where $s$ is the standard deviation of the three differences, and 4.30 is Student's factor.
 #
-# - *In a large batch*: our batches have some 800 targets, those of large runs have about a million,
-#   and the mean over all of them makes each gradient a thousand times smaller. To imitate this, the
-#   loss is divided by $2^{10}$, and the gradients are multiplied by $2^{10}$ after the backward
-#   pass. The run with a loss scale imitates such a batch, too.
-# - *Weights in 16 bits*: after each step, the weights and the two means of AdamW are rounded to
-#   `bfloat16`. (Rounding the means alone shows no effect in so few steps, as a later engine room
-#   finds.)
-# - *Everything rounded*: the master weights have 32 bits, but the result of every single operation
-#   is rounded, in norms, softmax, and the residual stream as well.
+# A *large batch* has about a million targets, ours some 800, and the mean over a thousand times as
+# many makes each gradient a thousand times smaller. To imitate this, the loss is divided by
+# $2^{10}$, and the gradients are multiplied by $2^{10}$ after the backward pass.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a run from which parts can be taken away
 
 # %% [markdown] tags=["engine"]
-# To round what any operation returns, the model runs on its reference backend, which spells all
+# The run with a loss scale imitates a large batch, too. *Weights in 16 bits* means that after each
+# step, the weights and the two means of AdamW are rounded to `bfloat16`. This takes away two things
+# at once, but rounding the means alone shows no effect in so few steps, as a later engine room
+# finds. With *everything rounded*, the master weights have 32 bits, but the result of every single
+# operation is rounded. For this the model runs on its reference backend, which spells all
 # operations out.
 
 
@@ -1973,10 +1957,10 @@ for name in list(variants)[1:]:
 
 
 # %% [markdown]
-# Products in 16 bits cost nothing that three seeds could show, in either format. Take away the
-# master weights, or the loss scale in a large batch, and the run is worse by far more than its
-# interval. `python benchmarks/recipe.py` has made the same runs with more digits, and twice as
-# long, in nats (`benchmarks/results/recipe.md`):
+# Products in 16 bits cost nothing that three seeds could show. Take away the master weights, or the
+# loss scale in a large batch, and the run is worse by far more than its interval.
+# `benchmarks/results/recipe.md` has the same runs with more digits, and runs twice as long, in
+# nats:
 #
 # | | above `float32`, 60 steps | 120 steps |
 # |:---|---:|---:|
@@ -1985,27 +1969,31 @@ for name in list(variants)[1:]:
 # | `bfloat16`, weights in 16 bits | 0.162 ± 0.006 | 0.285 ± 0.025 |
 # | `bfloat16`, everything rounded | 0.015 ± 0.011 | 0.048 ± 0.002 |
 #
-# Two results are less simple. `float16` without a loss scale did no harm in our *small* batch:
-# gradients there are larger, most of them lose digits without vanishing, and that seems to be what
-# AdamW forgives. And rounding everything costs next to nothing in 60 steps, but more in 120. Our
-# sums are short, too. Those in norms and softmax grow with width and length, and keeping them in 32
-# bits costs little.
+# In our *small* batch `float16` did no harm without a loss scale: most gradients lose digits
+# without vanishing, and that seems to be what AdamW forgives. And rounding everything costs next to
+# nothing in 60 steps, but more in 120, and our sums are short.
 #
 # ## In the trainer
 #
-# A plain loop skips a batch whose gradients overflow. Our trainer has a budget in steps, a schedule
-# that ends with the budget, and a sampler each of whose batches should count. So it *repeats* the
-# batch with half the scale, and counts one step when it is taken. Neither schedule nor optimizer
-# has moved in between, and a run in `float16` has as many steps as one in `float32`. If the *loss*
-# is not finite, no scale will mend it: the scale stays as it is, and the guard of
-# {doc}`13_training` must decide.
+# A plain loop skips a batch whose gradients overflow. Our trainer has a budget in steps, and each
+# of its batches should count. So it *repeats* the batch with half the scale, and counts one step
+# when it is taken. Neither schedule nor optimizer has moved in between, and a run in `float16` has
+# as many steps as one in `float32`. If the *loss* is not finite, no scale will mend it: the scale
+# stays as it is, and the guard of {doc}`13_training` must decide.
 #
 # {py:class}`~llmbook.precision.MixedPrecision` puts this into the form that the trainer expects.
 # Its argument is `"float32"`, `"bfloat16"`, or `"float16"`, on any device, and all that one writes
-# is `Trainer(model, sampler, config, precision=MixedPrecision("float16"))`.
+# is `Trainer(model, sampler, config, precision=MixedPrecision("float16"))`. A run that is stopped
+# and resumed ends with the same bits as one that is not, because the scale is in its checkpoints;
+# the engine room shows it, and how the scale behaves on the way.
+#
+# Could the optimizer's two running means have 16 bits, too? Not if they are rounded to nearest: a
+# mean that changes by one part in a thousand stands still. With stochastic rounding they can.
+# `CompactAdamW` in the engine room takes half the memory for its state, and both ways of rounding
+# are measured there.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: precision by name (`MixedPrecision`), and what a checkpoint holds
+# ### Engine room: `MixedPrecision`, a run that is resumed, and an optimizer in 16 bits (`CompactAdamW`)
 
 
 # %% tags=["engine"]
@@ -2139,37 +2127,26 @@ def stopped_and_resumed() -> tuple[Trainer, Trainer, Any]:
     return resumed, whole, log
 
 
-# %% [markdown]
-# ### Stopped and resumed
-#
+# %% [markdown] tags=["engine"]
 # A run in `float16` begins with a scale that is far too high. One trainer is stopped after 15 of 30
 # steps, and another one, made anew, goes on from its checkpoint. A third is never stopped:
 
-# %%
+# %% tags=["engine"]
 resumed, whole, log = stopped_and_resumed()
 equal = sum(map(torch.equal, resumed.parameters, whole.parameters))
 print(f"{whole.step} steps, {whole.guard.skipped} skipped by the guard; resumed: ", end="")
 print(f"{equal} of {len(whole.parameters)} tensors are equal to the bit")
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # The resumed run ended with exactly the weights, and the scale, of the one that was never stopped.
 # {numref}`fig-precision-scale` shows that scale.
 
-# %% mystnb={"figure": {"caption": "The scale of the loss in a run of 30 steps that may grow after every 10 good ones, and how often a batch was repeated so far.", "name": "fig-precision-scale"}, "image": {"alt": "Two step curves over 30 training steps. The exponent of the scale falls from 24 to 10 in the first step, and then goes between 10 and 11: up after ten good steps, down where that was too much. The count of repeated batches jumps to 14 in the first step, and later rises by one wherever the scale falls."}}
+# %% mystnb={"figure": {"caption": "The scale of the loss in a run of 30 steps that may grow after every 10 good ones, and how often a batch was repeated so far.", "name": "fig-precision-scale"}, "image": {"alt": "Two step curves over 30 training steps. The exponent of the scale falls from 24 to 10 in the first step, and then goes between 10 and 11: up after ten good steps, down where that was too much. The count of repeated batches jumps to 14 in the first step, and later rises by one wherever the scale falls."}} tags=["engine"]
 draw_scale(log)
 
-# %% [markdown]
-# In the first step the scale fell until the gradients fit, as the batch was repeated again and
-# again. Later, after every ten good steps, it tried double that, and came back where double was too
-# much.
-#
-# Could the optimizer's two running means have 16 bits, too? Not if they are rounded to nearest: a
-# mean that changes by one part in a thousand stands still. With stochastic rounding they can. The
-# engine room builds an AdamW of that kind, `CompactAdamW`, whose state takes half the memory, and
-# measures both ways of rounding.
-
 # %% [markdown] tags=["engine"]
-# ### Engine room: sixteen bits for the optimizer, and what that does
+# In the first step the batch was repeated until the gradients fit. Later, after every ten good
+# steps, the scale tried double, and came back where double was too much.
 
 # %% [markdown] tags=["engine"]
 # A running mean is a sum that can get stuck. With $\beta_2 = 0.999$ the mean of squares changes by
@@ -2299,6 +2276,20 @@ for name in ("nearest", "stochastic"):
 # these have 32 bits as before, and a copy in 16 bits is *added* for each product and kept until the
 # backward pass has used it. That makes 18 bytes for each weight of a product.
 #
+# What shrinks are the activations, which {doc}`11_model` counted, and not all of them. What the
+# norms have read from the residual stream stays in 32 bits. The inputs of products have 16, but q,
+# k, and v, which share one input, have it cast once *each*, and so do gate and up. For a model with
+# SwiGLU, this makes $47 d$ bytes for each token and layer in place of $75 d$ in `float32`: 63%, not
+# half. The engine room derives it. The logits are in 32 bits for the softmax, here as in `float32`.
+#
+# {py:func}`~llmbook.precision.memory_breakdown` adds up all parts. To check it, `LiveMemory` counts
+# the bytes of all tensors that are alive, in a mode in which PyTorch reports every tensor that is
+# made. This count is the same on every machine.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the formula (`memory_breakdown`), and tensors counted (`LiveMemory`)
+
+# %% [markdown] tags=["engine"]
 # What shrinks are the activations. Equation {eq}`model-activations` counts what the backward pass
 # needs: $4 d + 2 (h + k) d_h + c\, d_f$ numbers for each token and layer, with the widths $d$,
 # $d_h$, and $d_f$ of the model, of a head, and of the feed-forward network, $h$ query heads, $k$
@@ -2314,15 +2305,7 @@ for name in ("nearest", "stochastic"):
 # $$ (precision-activations)
 #
 # With $h d_h = k d_h = d$ and a SwiGLU of the usual width, $c\, d_f = \tfrac{32}{3} d$, this is $47
-# d$ bytes in place of $75 d$ in `float32`: 63%, not half. The logits, $V$ for each token, are in 32
-# bits for the softmax, here as in `float32`.
-#
-# {py:func}`~llmbook.precision.memory_breakdown` adds up all parts. To check it, `LiveMemory` counts
-# the bytes of all tensors that are alive, in a mode in which PyTorch reports every tensor that is
-# made. Unlike the size of the process, this count is the same on every machine.
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: the formula (`memory_breakdown`), and tensors counted (`LiveMemory`)
+# d$ bytes in place of $75 d$ in `float32`: 63%, not half.
 
 # %% tags=["engine"]
 #| export
@@ -2483,7 +2466,8 @@ def formula(config: ModelConfig, precision: str) -> int:
 for name, changes in {"dropout of 0.1": {"dropout": 0.1}, "qk-norm": {"qk_norm": True}}.items():
     config = ModelConfig(**vars(medium) | changes)
     models = {precision: TransformerLM(config) for precision in ("float32", "bfloat16")}
-    ratios = [kept_by(model, kind) / formula(config, kind) for kind, model in models.items()]
+    with warnings.catch_warnings(action="ignore"):  # that two types rule out a fused kernel
+        ratios = [kept_by(model, kind) / formula(config, kind) for kind, model in models.items()]
     print(f"{name:16} float32 {ratios[0]:.1f} times the formula, mixed {ratios[1]:.1f} times")
 
 # %% [markdown] tags=["engine"]
@@ -2536,9 +2520,9 @@ for name in models:
     print(f"{name:16} {full / 1e9:7.3f} GB in float32; {shares}")
 
 # %% [markdown]
-# {numref}`fig-precision-memory` shows where it goes. Where activations take most of the memory,
-# mixed precision saves a fifth to a quarter. Where weights and optimizer do, it saves next to
-# nothing. The point of mixed precision is speed, on hardware that multiplies 16-bit numbers faster.
+# Where activations take most of the memory ({numref}`fig-precision-memory`), mixed precision saves
+# a fifth to a quarter. Where weights and optimizer do, it saves next to nothing. Its point is
+# speed, on hardware that multiplies 16-bit numbers faster.
 
 # %% mystnb={"figure": {"caption": "Bytes of a training step with AdamW in float32, in mixed precision and in pure 16 bits, relative to float32.", "name": "fig-precision-memory"}, "image": {"alt": "Three groups of three stacked bars, for float32, mixed and pure 16 bits, in percent of float32. With 0.3 million parameters they are 100, 74 and 50 high, and three quarters of each is activations. With 124 million they are 100, 81 and 50; activations are more than half, logits a fifth. With 6.7 billion they are 100, 99 and 50; the optimizer is more than a third, activations a quarter, and in mixed precision the copies of weights take what activations save."}}
 draw_memory(totals, models)
@@ -2549,10 +2533,9 @@ draw_memory(totals, models)
 #
 # If activations fill the memory, why keep them? **Activation checkpointing**
 # {cite}`chen2016sublinear` keeps only the input of each block, and computes the block a second time
-# when the backward pass arrives there. The price is one more forward pass. A backward pass takes
-# about twice the operations of a forward pass, so a step takes at most $4/3$ of the operations. The
-# engine room writes it as a function with a derivative of its own, whose gradients are equal to the
-# bit.
+# when the backward pass arrives there. The price is one more forward pass. Since a backward pass
+# takes about twice the operations of a forward pass, a step takes at most $4/3$ of the operations.
+# The gradients are equal to the bit, as the engine room shows.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: checkpointing as PyTorch does it, and the steps that are measured
@@ -2731,8 +2714,7 @@ for name, peak in peaks.items():
 # Checkpointing and accumulation each save more than half of the memory, and together with the loss
 # in chunks they save two thirds. The chunked loss saves more where the vocabulary is larger than
 # our 512 tokens. How the optimizer works makes no difference to the *peak*, which is reached before
-# its turn. And what does this cost in time? (Mixed precision is left out, because its time depends
-# on whether the processor has 16-bit arithmetic.)
+# its turn. And what does this cost in time? (That of mixed precision depends on the processor.)
 
 
 # %% tags=["engine"]
@@ -2757,17 +2739,16 @@ for name, step in steps.items():
 
 # %% [markdown]
 # When nothing else kept the machine busy, checkpointing took about the $4/3$ that its operations
-# predict. Accumulation took longer than the plain step, too: it makes four times as many calls from
-# Python, with smaller matrices in each.
+# predict. Accumulation took longer, too: it makes four times as many calls from Python, with
+# smaller matrices in each.
 #
 # ## A compiler in between
 #
-# When 16 bits make products cheaper, everything else takes a larger share of the time: norms,
-# casts, activations, additions. Each of them is a call from Python into a kernel that reads its
-# inputs from memory and writes its output back. `torch.compile` {cite}`ansel2024pytorch` attacks
-# both costs. It runs the function once with symbols in place of tensors, and notes the operations
-# in a **graph**. A compiler then **fuses** neighbors: a chain of elementwise operations becomes one
-# loop that reads and writes once.
+# Besides products, a step has norms, casts, activations, and additions. Each of them is a call from
+# Python into a kernel that reads its inputs from memory and writes its output back. `torch.compile`
+# {cite}`ansel2024pytorch` attacks both costs. It runs the function once with symbols in place of
+# tensors, and notes the operations in a **graph**. A compiler then **fuses** neighbors: a chain of
+# elementwise operations becomes one loop that reads and writes once.
 #
 # The graph is valid only for what it was made from, so the code is kept together with **guards**:
 # this argument is a tensor of that dtype and that shape, that flag is True. If a guard fails, the
@@ -2777,7 +2758,7 @@ for name, step in steps.items():
 
 
 # %% tags=["engine"]
-# A backend of torch.compile that counts graphs
+# A backend of torch.compile that counts graphs, and two functions to compile
 def graphs_of(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[int]:
     """How many graphs there are after each call."""
     graphs, counts = [], []
@@ -2794,11 +2775,6 @@ def graphs_of(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> lis
     return counts
 
 
-# %% [markdown]
-# The two functions differ in that the second has to look at its numbers:
-
-
-# %%
 def scaled_up(x: Tensor, factor: int) -> Tensor:
     return (x * factor).relu() + 1
 
@@ -2807,6 +2783,11 @@ def with_a_decision(x: Tensor) -> Tensor:
     return x * 2 + 1 if x.sum() > 0 else x * 2 - 1
 
 
+# %% [markdown]
+# `scaled_up(x, factor)` is `(x * factor).relu() + 1`, and `with_a_decision(x)` is `x * 2 + 1` or
+# `x * 2 - 1`, by the sign of the sum of `x`:
+
+# %%
 short, longer, longest = (torch.arange(n, dtype=torch.float32) for n in (4, 5, 6))
 print("the same call twice  ", graphs_of(scaled_up, [(short, 2), (short, 2)]))
 print("lengths 4, 5, 6      ", graphs_of(scaled_up, [(short, 2), (longer, 2), (longest, 2)]))
@@ -2820,9 +2801,8 @@ print("a decision on numbers", graphs_of(with_a_decision, [(short,), (short,), (
 # of arguments, and no decisions. Training is like that, and generation has to be made so
 # ({doc}`14_generation`, which measures it).
 #
-# When does it pay? Compiling takes seconds to minutes, so it is not done in this chapter's cells.
-# `python benchmarks/precision.py` measured training steps in `float32` with one thread, on a
-# machine with other work to do, so the second digit of a ratio says little:
+# When does it pay? `python benchmarks/precision.py` measured training steps in `float32` with one
+# thread, on a machine with other work to do, so the second digit of a ratio says little:
 #
 # | parameters | llmbook | compiling | pays after | transformers | compiling | pays after |
 # |---|---:|---:|---:|---:|---:|---:|
@@ -2830,12 +2810,12 @@ print("a decision on numbers", graphs_of(with_a_decision, [(short,), (short,), (
 # | 1M | 1.21 | 16 s | 253 steps | 1.24 | 13 s | 192 steps |
 # | 3M | 1.10 | 23 s | 303 steps | 1.11 | 11 s | 122 steps |
 #
-# *(speed of compiled code relative to the same code run eagerly; more in `benchmarks/results/precision.md`)*
+# *(speeds relative to the same code run eagerly; more in `benchmarks/results/precision.md`)*
 #
 # Compiled code was 8 to 24 percent faster, and had paid for itself after one hundred to a thousand
-# steps. Don't expect much more on a processor: most of a step is products, whose kernels are the
-# same whether compiled or not. On a GPU the rest can be a larger share.
-# `TrainingConfig(compile=True)` compiles the blocks one by one. All of them are alike, so one
+# steps. Our compiled code was 1.15 to 1.18 times as fast as transformers' eager code. Don't expect
+# much more on a processor: most of a step is products, whose kernels are the same.
+# `TrainingConfig(compile=True)` compiles the blocks one by one; all of them are alike, so one
 # compilation serves all.
 #
 # ## A scale for each block
@@ -2855,20 +2835,21 @@ print("a decision on numbers", graphs_of(with_a_decision, [(short,), (short,), (
 # A scale that is a power of two follows from the exponents: the largest power of two in the block,
 # divided by the largest in the format, which is $2^8$ for e4m3 and $2^2$ for e2m1. What still
 # exceeds the format's largest number saturates. NVFP4 can do better, since its scale has digits:
-# amax over 6, the largest number of e2m1, rounded to e4m3. Here are four numbers as a block of
-# MXFP4:
-
-# %%
-block = torch.tensor([0.1, 0.7, 2.5, 24.0])
-scale = 2.0 ** (block.abs().max().log2().floor() - 2)
-print(f"scale {scale:.0f}:", (round_to(block / scale, "e2m1") * scale).tolist())
-
-# %% [markdown]
-# The largest number takes the scale to 4, and the two small ones vanish.
+# amax over 6, the largest number of e2m1, rounded to e4m3.
 # {py:func}`~llmbook.precision.quantize_blocks` does this with any of the formats.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: block formats by name (`quantize_blocks`), and blocks that are refused
+
+
+# %% [markdown] tags=["engine"]
+# Here are four numbers as a block of MXFP4. The largest one takes the scale to 4, and the two small
+# ones vanish:
+
+# %% tags=["engine"]
+block = torch.tensor([0.1, 0.7, 2.5, 24.0])
+scale = 2.0 ** (block.abs().max().log2().floor() - 2)
+print(f"scale {scale:.0f}:", (round_to(block / scale, "e2m1") * scale).tolist())
 
 
 # %% [markdown] tags=["engine"]
@@ -3042,7 +3023,7 @@ def errors_of(name: str) -> list[float]:
 #
 # Here are the errors for weights of our trained model, and for activations that flow into them. In
 # large models, a few channels of the activations are many times larger than all others
-# {cite}`dettmers2022int8`. To imitate this, the last column has one channel in 64 made a hundred
+# {cite}`dettmers2022int8`. To imitate this, the last column has one of 64 channels made a hundred
 # times larger, and the error is that of the *other* 63:
 
 # %%
@@ -3054,15 +3035,15 @@ for name in ("float8_e4m3fn", "mxfp8", "float4_e2m1fn", "mxfp4", "nvfp4"):
 # %% [markdown]
 # With 8 bits, block scales hardly matter: e4m3 has exponents of its own. With 4 bits they decide.
 # With an outlier and one scale, all quiet channels become zero, an error of 100%. In blocks, only
-# the outlier's neighbors suffer. Our rows are so short that these are half of all channels for
-# MXFP4, and a quarter for NVFP4; in a row of 4,096 they would be 32 or 16.
+# the outlier's neighbors suffer, which are half of all channels in our short rows for MXFP4, and a
+# quarter for NVFP4.
 #
 # ## Training in 8 and 4 bits
 #
 # Recent GPUs multiply 8-bit numbers twice as fast again as 16-bit ones, on paper, and 4-bit numbers
-# faster still. We have no such unit, but we can emulate what the rounding does to the loss: round
-# the factors to the short format, and multiply in `float32`. This shows the *accuracy* of such
-# training and says nothing about its *speed*; all the rounding makes it slower.
+# faster still. We have no such unit, but we can round the factors to the short format, and multiply
+# in `float32`. This shows the *accuracy* of such training and says nothing about its *speed*; all
+# the rounding makes it slower.
 #
 # A linear layer takes part in three products, one forward and two backward. Let $X$ be its inputs
 # (one row for each token), $W$ its weights, and $G$ the gradient of its outputs:
@@ -3073,7 +3054,20 @@ for name in ("float8_e4m3fn", "mxfp8", "float4_e2m1fn", "mxfp4", "nvfp4"):
 #
 # All factors are rounded: $X$ and $W$ to e4m3, which has more digits, and $G$ to e5m2, which has
 # more range, since gradients vary more {cite}`micikevicius2022fp8`. Each needs a scale before it is
-# rounded, and this is where recipes differ:
+# rounded: from its own amax (**current** scaling), from the largest amax of the last 16 steps,
+# which is known beforehand (**delayed**), or one for each **block** along the direction that the
+# product sums over.
+#
+# With 4 bits, gradients are rounded by chance, as in NVIDIA's recipe {cite}`nvidia2025nvfp4`,
+# because small ones would vanish again and again. `emulate(model, recipe)` returns a copy of a
+# model whose linear layers do all this, by a recipe's name.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: recipes, a layer with rounded products, and a model of them (`emulate`)
+
+
+# %% [markdown] tags=["engine"]
+# Recipes differ in their scales:
 #
 # - **Current** scaling takes the amax of the tensor that is to be rounded, which means reading the
 #   tensor twice.
@@ -3082,13 +3076,6 @@ for name in ("float8_e4m3fn", "mxfp8", "float4_e2m1fn", "mxfp4", "nvfp4"):
 # - **Block** scaling uses the formats above. The blocks have to lie along the direction that the
 #   product sums over, so that a scale can be factored out of each partial sum. The three products
 #   sum over features, outputs, and tokens, so each factor is rounded twice, in two directions.
-#
-# With 4 bits, gradients are rounded by chance, as in NVIDIA's recipe {cite}`nvidia2025nvfp4`,
-# because small ones would vanish again and again. `emulate(model, recipe)` returns a copy of a
-# model whose linear layers do all this, by a recipe's name.
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: recipes, a layer with rounded products, and a model of them (`emulate`)
 
 
 # %% tags=["engine"]
@@ -3348,8 +3335,8 @@ for recipe, (low, high) in {"fp8_current": (-0.01, 0.02), "nvfp4": (0.02, 0.2)}.
 # Products in `bfloat16` cost nothing here. Products in 8 bits without scales cost about a hundredth
 # of a nat, and that interval excludes zero. The three ways to scale can't be told apart from each
 # other, nor from no cost at all. Four bits cost 5 to 6% of the loss, which is a lot. NVIDIA's
-# recipe, with which a model of 12 billion parameters came within about 1.5% of its 8-bit loss
-# {cite}`nvidia2025nvfp4`, has more parts: some layers stay in 16 bits, tensors are rotated at
+# recipe came within about 1.5% of the 8-bit loss with a model of 12 billion parameters
+# {cite}`nvidia2025nvfp4`. It has more parts: some layers stay in 16 bits, tensors are rotated at
 # random so that outliers spread, and the weights get the same blocks in both directions.
 #
 # ### A faster product is not a faster run
@@ -3376,19 +3363,17 @@ print(f"{run / equal_quality - 1:.0%} more tokens were needed for the same quali
 
 # %% [markdown]
 # About half of the step wasn't products, so half of the gain was gone. Most of what remained was
-# paid back in extra steps, since each step is a little less accurate. Scales for each row were more
-# accurate, and their overhead made the run *slower* than in 16 bits, 0.90 times as fast. Larger
-# matrices take a larger share of the time, and the log finds that larger models gain more. But ask
-# two questions about any faster kernel. What share of the step does it speed up? And is a step
-# still worth as much? Only a whole run to the same loss answers both.
+# paid back in extra steps, since each step is a little less accurate. Scales for each row, which
+# are more accurate, made the run *slower* than in 16 bits, 0.90 times as fast. The log finds that
+# larger models gain more. But ask of any faster kernel what share of the step it speeds up, and
+# whether a step is still worth as much. Only a whole run to the same loss answers both.
 #
 # ## On a GPU
 #
 # The speed of mixed precision can be seen only on a GPU. The script `benchmarks/gpu.py` trains a
 # model of GPT-2's shape, with 124 million parameters, in float32, tf32, bfloat16, and float16,
-# eager and compiled. It reports tokens per second, the memory that CUDA's allocator gave out, what
-# our formula says, and the MFU. We had no GPU when this was written, so its table is empty. If you
-# have one, run it.
+# eager and compiled. It reports tokens per second, memory, our formula's memory, and MFU. We had no
+# GPU when this was written, so its table is empty. If you have one, run it.
 #
 # ## Is it the real thing?
 #
@@ -3469,7 +3454,7 @@ class Twin:
 
 
 # %% [markdown]
-# Every difference would end the cell that runs them:
+# A difference would end the cell:
 
 # %% tags=["engine"]
 # 300 steps; the factor 1e38 is finite, but its gradient becomes infinite once it is scaled
@@ -3578,8 +3563,8 @@ for name, (ours, theirs) in timed.items():
 
 # %% [markdown]
 # Where PyTorch has the type, use the cast. Our scaler reads everything twice, and PyTorch's kernel
-# checks and divides in one pass over memory. Our context is called from Python for each operation;
-# `MixedPrecision` uses PyTorch's own, unless it has to emulate.
+# once. Our context is called from Python for each operation; `MixedPrecision` uses PyTorch's own,
+# unless it has to emulate.
 
 # %% [markdown]
 # ## Exercises
@@ -3674,7 +3659,7 @@ assert (progress - 1).abs().max() < 0.15, f"moved by {progress.tolist()} of what
 # :label: ex-precision-order
 # *Fifteen minutes.* Write `scaled_step(model, optimizer, scaler, losses, max_norm)`, which does one
 # step of float16 training. `losses` are those of the micro-batches, already divided by their
-# number. Gradients are added over all of them and clipped to `max_norm`, and then the step is taken
+# number. Gradients are added over all of them by `backward()`, and clipped to `max_norm`, and then the step is taken
 # or skipped. Return whether it was taken. `scaler` is a `GradScaler` with the
 # methods `scale`, `unscale_`, `step`, and `update`; its `get_scale()` is the scale, and its
 # `found_inf(optimizer)` says, after `unscale_`, whether a gradient was infinite or NaN.
@@ -3810,11 +3795,10 @@ assert bytes_of(1) < 1e9 and far > 100_000, "millions of short rows fit, so do n
 #
 # - A format divides its bits between range (the exponent) and digits (the fraction). `bfloat16` has
 #   the range of `float32` and two or three digits; `float16` has three digits and a small range.
-# - An update of less than half the spacing is lost every time that it is rounded to nearest.
-#   Stochastic rounding is right on average.
-# - A long sum loses digits with every term, unless it is added in pairs, with Kahan's correction,
-#   or in a wider accumulator. So sums have 32 bits: weights, and the sums within products, softmax,
-#   norms, and losses. Factors have 16.
+# - An update of less than half the spacing is lost when it is rounded to nearest. Stochastic
+#   rounding is right on average.
+# - Sums have 32 bits: weights, and the sums within products, softmax, norms, and losses. Factors
+#   have 16.
 # - Autocast is two lists of functions and a cast before each. The backward pass runs outside.
 # - A loss scale moves all gradients into `float16`'s range at once, and finds itself: halved at
 #   each infinity, doubled after many good steps. A step that overflows moves neither weights nor
@@ -3835,7 +3819,6 @@ assert bytes_of(1) < 1e9 and far > 100_000, "millions of short rows fit, so do n
 # **Further reading.** The recipe and the loss scale are due to Micikevicius and colleagues
 # {cite}`micikevicius2018mixed`. Kalamkar and colleagues {cite}`kalamkar2019bfloat16` train a wide
 # range of models in bfloat16 with the settings of float32. Zamirai and colleagues
-# {cite}`zamirai2021revisiting` show that it is the updates of weights that pure bfloat16 cannot
-# represent, and that stochastic rounding or Kahan's sum mends this. For shorter formats,
-# Micikevicius and colleagues {cite}`micikevicius2022fp8` describe the two with 8 bits, and NVIDIA
-# {cite}`nvidia2025nvfp4` reports on training in 4.
+# {cite}`zamirai2021revisiting` show that pure bfloat16 fails in the updates of weights, and that
+# stochastic rounding or Kahan's sum mends this. On 8 and 4 bits, see {cite}`micikevicius2022fp8`
+# and {cite}`nvidia2025nvfp4`.

@@ -93,8 +93,7 @@ def kahan_update(weight, lost, update):
 # Clips the scaled gradients
 def scaled_step(model, optimizer, scaler, losses, max_norm) -> bool:
     optimizer.zero_grad()
-    for loss in losses:
-        scaler.scale(loss).backward()
+    sum(scaler.scale(losses)).backward()
     clip_gradients(model.parameters(), max_norm)
     scaler.unscale_(optimizer)
     taken = not scaler.found_inf(optimizer)
@@ -107,8 +106,7 @@ def scaled_step(model, optimizer, scaler, losses, max_norm) -> bool:
 # Forgets to clip
 def scaled_step(model, optimizer, scaler, losses, max_norm) -> bool:
     optimizer.zero_grad()
-    for loss in losses:
-        scaler.scale(loss).backward()
+    sum(scaler.scale(losses)).backward()
     scaler.unscale_(optimizer)
     taken = not scaler.found_inf(optimizer)
     scaler.step(optimizer)
@@ -134,8 +132,7 @@ def scaled_step(model, optimizer, scaler, losses, max_norm) -> bool:
 # Asks the optimizer itself
 def scaled_step(model, optimizer, scaler, losses, max_norm) -> bool:
     optimizer.zero_grad()
-    for loss in losses:
-        scaler.scale(loss).backward()
+    sum(scaler.scale(losses)).backward()
     scaler.unscale_(optimizer)
     taken = not scaler.found_inf(optimizer)
     clip_gradients(model.parameters(), max_norm)
@@ -148,8 +145,7 @@ def scaled_step(model, optimizer, scaler, losses, max_norm) -> bool:
 # Says whether it was skipped
 def scaled_step(model, optimizer, scaler, losses, max_norm) -> bool:
     optimizer.zero_grad()
-    for loss in losses:
-        scaler.scale(loss).backward()
+    sum(scaler.scale(losses)).backward()
     scaler.unscale_(optimizer)
     skipped = scaler.found_inf(optimizer)
     clip_gradients(model.parameters(), max_norm)
