@@ -23,8 +23,13 @@ from torch.utils._pytree import tree_map
 from llmbook.batches import BatchSampler, PackedDocuments, pack_documents, write_shards
 from llmbook.environment import seed_everything
 from llmbook.model import ModelConfig, TransformerLM
-from llmbook.optimization import AdamW, clip_gradients, cosine_schedule, cross_entropy
-from llmbook.optimization import parameter_groups
+from llmbook.optimization import (
+    AdamW,
+    clip_gradients,
+    cosine_schedule,
+    cross_entropy,
+    parameter_groups,
+)
 from llmbook.precision import CastProducts, CompactAdamW, GradScaler
 from llmbook.tinyworld import TinyWorld
 from llmbook.tokenizer import train_bpe
@@ -39,6 +44,7 @@ class RoundEverything(CastProducts):
     """Round what any operation returns."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call ``func``, and round."""
         return tree_map(self.narrow, func(*args, **(kwargs or {})))
 
 

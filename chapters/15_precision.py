@@ -1993,7 +1993,7 @@ for name in list(variants)[1:]:
 # are measured there.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: `MixedPrecision`, a run that is resumed, and an optimizer in 16 bits (`CompactAdamW`)
+# ### Engine room: `MixedPrecision`, a resumed run, and an optimizer in 16 bits (`CompactAdamW`)
 
 
 # %% tags=["engine"]
@@ -3659,8 +3659,8 @@ assert (progress - 1).abs().max() < 0.15, f"moved by {progress.tolist()} of what
 # :label: ex-precision-order
 # *Fifteen minutes.* Write `scaled_step(model, optimizer, scaler, losses, max_norm)`, which does one
 # step of float16 training. `losses` are those of the micro-batches, already divided by their
-# number. Gradients are added over all of them by `backward()`, and clipped to `max_norm`, and then the step is taken
-# or skipped. Return whether it was taken. `scaler` is a `GradScaler` with the
+# number. Gradients are added over all of them by `backward()`, and clipped to `max_norm`, and then
+# the step is taken or skipped. Return whether it was taken. `scaler` is a `GradScaler` with the
 # methods `scale`, `unscale_`, `step`, and `update`; its `get_scale()` is the scale, and its
 # `found_inf(optimizer)` says, after `unscale_`, whether a gradient was infinite or NaN.
 # `clip_gradients(parameters, max_norm)` clips.
