@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Mixed precision
 #
-# > Train with fewer bits: what rounding to 16, 8, or 4 bits costs, where it fails, and the recipe >
-# that makes it safe.
+# > Train with fewer bits: what rounding to 16, 8, or 4 bits costs, where it fails, and the recipe
+# > that makes it safe.
 #
 # Almost every number in our models so far has taken 32 bits. Half as many bits would take half the
 # memory, and processors built for short numbers multiply them several times as fast. So it's
