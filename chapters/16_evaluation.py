@@ -323,8 +323,8 @@ def model_logits(
 
 
 # %% [markdown]
-# The start token must be there exactly *once*. We take the model that chapter 13 trained, and leave
-# the token out or repeat it:
+# The start token must be there exactly *once*. We leave it out or repeat it, with the model of
+# chapter 13:
 
 # %%
 run = pretrained("tinyworld")
@@ -553,6 +553,11 @@ class TextScores(NamedTuple):
             raise ValueError("texts: expected at least one byte, got none")
         return float(self.nats.sum() / math.log(2) / self.n_bytes.sum())
 
+
+# %% [markdown] tags=["engine"]
+# A score is, to be exact, the probability of one way to cut a text into tokens. Other cuts spell
+# the same text, so the probability of the text itself is a little higher; chapter 06 adds them all
+# up.
 
 # %% [markdown] tags=["engine"]
 # A model is anything that maps ids to logits; a model of `transformers` will do as well as ours.
@@ -1179,10 +1184,11 @@ assert shares["none"][1] > 1.3 * guess[0] and shares["byte"][1] < guess[0]
 draw_normalization(shares, guess)
 
 # %% [markdown]
-# Without normalization, two thirds of all picks are the shortest answer. Division by characters or
-# bytes reverses the bias: the end of a long answer is easy to guess, so its mean looks good. Report
-# the normalization with the score, and when you write an exam yourself, make the answers equally
-# long.
+# Without normalization, two thirds of all picks are the shortest answer. The share of right answers
+# lies between a fifth and two fifths, and nothing but the normalization has changed. Division by
+# characters or bytes reverses the bias: the end of a long answer is easy to guess, so its mean
+# looks good. Report the normalization with the score, and when you write an exam yourself, make the
+# answers equally long.
 #
 # To compare exams with different numbers of answers, the
 # {py:func}`~llmbook.evaluation.centered_accuracy` is 0 for guessing and 1 for perfection
@@ -1347,6 +1353,7 @@ for kind, text, _ in written:
 # %% [markdown]
 # In three of the texts it finds no answer and returns None, which counts as wrong. Count the Nones
 # separately: a model whose answers cannot be read has a different problem from one that is wrong.
+# And a parser that works for one model's style may fail for another's.
 
 # %% [markdown]
 # ## Several attempts: pass@k
@@ -2411,13 +2418,12 @@ for copies, dose in doses.items():
 # ### Dose and response
 #
 # Each dose was trained with three seeds. The score is the share of questions whose right answer is
-# the likeliest of the 16:
+# the likeliest of the 16. (The reworded copies are listed as -8.)
 
 # %%
 scores = {copies: dose.score for copies, dose in doses.items()}
 for copies, expected in {0: 0.07, 1: 0.2, 2: 0.25, 4: 0.3, 8: 0.45, -8: 0.25}.items():
-    name = f"{abs(copies)} copies{' in other words' if copies < 0 else ''}"
-    about(f"score with {name}", scores[copies].estimate, expected, 0.5 * expected)
+    about(f"copies: {copies:2}, score", scores[copies].estimate, expected, 0.5 * expected)
 
 # %% [markdown]
 # {numref}`fig-evaluation-dose` shows the scores of this run:
@@ -2447,12 +2453,12 @@ print(f"likelier than the file's order: {sum(other >= own for other in others)} 
 # %%
 for copies, dose in doses.items():
     alarm = all(one.p_value <= 0.05 for one in dose.orders)
-    print(f"{copies:2} copies: overlap {dose.overlap:3} of 320 rows, each p at 0.05: {alarm}")
+    print(f"copies: {copies:2}, overlap: {dose.overlap:3} of 320 rows, each p 0.05: {alarm}")
 
 # %% [markdown]
 # The overlap finds each page of each copy and nothing else, and in all twelve runs with exact
-# copies the file's own order is the likeliest of 20. Neither detector finds the reworded exam (-8),
-# as both look for the same words or the same order. Runs of four words do not find it, either, and
+# copies the file's own order is the likeliest of 20. Neither detector finds the reworded exam, as
+# both look for the same words or the same order. Runs of four words do not find it, either, and
 # they suspect most clean stories, as the engine room shows. What helps is a test that was drawn
 # anew after the model was trained.
 
@@ -3024,7 +3030,8 @@ for n, n_bins in ((100, 10), (100, 50), (1000, 10)):
 # ### Engine room: bins and chance (`calibration`), and the best temperature (`fit_temperature`)
 
 # %% [markdown] tags=["engine"]
-# One record holds all measures of calibration:
+# One record holds all measures of calibration. The Brier score has two parts: a miscalibration
+# $(c - p)^2$ that can be mended, and a doubt $p (1 - p)$ that cannot.
 
 # %% tags=["engine"]
 #| export
@@ -3677,7 +3684,9 @@ print(f"true: brief {np.mean([a.true for a in brief]):.0%}, ", end="")
 print(f"wordy {np.mean([a.true for a in wordy]):.0%}; wordy is longer by {length:.0f} characters")
 
 # %% [markdown] tags=["engine"]
-# The score of the brief system is its share of wins, with a tie counting as half.
+# The score of the brief system is its share of wins, with a tie counting as half. (A coin that
+# decides who is read first would give the same mean as reading both ways, but with more noise, and
+# without the share of changed verdicts, which shows how strong the taste is.)
 
 
 # %% tags=["engine"]
@@ -3797,8 +3806,10 @@ print(f"score of the brief system without the tastes: {mended:.2f}, by the truth
 # ### Engine room: the adapter (`LMEvalAdapter`), tasks written as files, and `run_lm_eval`
 
 # %% [markdown] tags=["engine"]
-# The harness is large, so it is imported only when the first adapter is made. Our class takes on
-# the harness's base class at that moment.
+# Requests of the kind `loglikelihood` serve multiple choice and cloze tasks,
+# `loglikelihood_rolling` serves perplexity and bits per byte, and `generate_until` exact match. The
+# harness is large, so it is imported only when the first adapter is made. Our class takes on the
+# harness's base class at that moment.
 
 
 # %% tags=["engine"]
