@@ -7,28 +7,21 @@
 # Two models of the same architecture read the same hundred stories. The first has a
 # {term}`perplexity` of 11, the second a perplexity of 23, and lower is better. Yet the second
 # predicts the stories far better: with its help they can be written down in 1.1 bits per byte, and
-# with the help of the first in 3.5. All four numbers are right, and we will compute them in a
-# moment. The two perplexities only look comparable: one is per byte, the other per token.
+# with the help of the first in 3.5. The two perplexities only look comparable: one is per byte, the
+# other per token.
 #
-# Many numbers that are reported about language models have such a trap in them. The score changes
-# with the tokenizer, with a space at the end of the question, and with the place where a long text
-# was cut. An answer is marked wrong because it was written as 1,234. A model wins by two points on
-# two hundred questions, and would have lost on two hundred others.
-#
-# This chapter builds the measurements that later chapters rely on, and for each it looks for the
-# trap. The first half turns log-probabilities into scores: of texts, of multiple-choice questions,
-# and of answers in free text. Then it asks how far chance can move a score, and when one model is
-# really better than another. The second half asks what a score is worth. We put a test into the
-# training text and see who notices, build the benchmark for the rest of the book, check whether a
-# model knows what it knows, and rank models by games and by judges. At the end, our functions run
-# inside a program of the industry and agree with it.
+# Many reported numbers have such a trap in them. A score changes with the tokenizer, with a space
+# at the end of the question, and with the place where a long text was cut. This chapter builds the
+# measurements that later chapters rely on, and for each it looks for the trap. The first half turns
+# log-probabilities into scores and asks how far chance can move them. The second half asks what a
+# score is worth.
 #
 # | | |
 # |---|---|
 # | **Part** | III. Pretraining |
 # | **You build** | {py:func}`~llmbook.evaluation.perplexity`, {py:func}`~llmbook.evaluation.bits_per_byte`, {py:func}`~llmbook.evaluation.check_causal`, {py:func}`~llmbook.evaluation.score_choices`, {py:func}`~llmbook.evaluation.parse_answer`, {py:func}`~llmbook.evaluation.pass_at_k`, {py:func}`~llmbook.evaluation.confidence_interval`, {py:func}`~llmbook.evaluation.paired_test`, {py:func}`~llmbook.evaluation.order_test`, {py:func}`~llmbook.evaluation.evaluate`, {py:class}`~llmbook.evaluation.EvaluationReport`, {py:func}`~llmbook.evaluation.calibration`, {py:func}`~llmbook.evaluation.bradley_terry`, {py:class}`~llmbook.evaluation.BiasedJudge`, {py:class}`~llmbook.evaluation.LMEvalAdapter` |
 # | **You need** | training ({doc}`13_training`), generation ({doc}`14_generation`), bits per byte ({doc}`01_tinyworld`), means and variances |
-# | **It takes** | 60 minutes for the main line, 2.5 hours for everything, 90 seconds to run |
+# | **It takes** | 60 minutes for the main line, 4 hours for everything, 90 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp evaluation
@@ -62,8 +55,7 @@ from torch import nn, Tensor
 # ## Two models
 #
 # The two models of the opening have the same layers and train for the same 40 steps on the same
-# stories of the tiny world. One reads bytes, the other reads the tokens of a
-# {term}`BPE <byte-pair encoding>`:
+# stories of the tiny world:
 
 # %% tags=["engine"]
 #| export
@@ -80,7 +72,12 @@ from llmbook.tinyworld import make_questions
 from llmbook.tokenizer import BPETokenizer, valid_text
 from llmbook.training import random_states, set_random_states, unnoticed
 
-# %%
+# %% [markdown]
+# One model reads bytes, the other the tokens of a BPE. All small models of this chapter come from
+# the function `trained`:
+
+# %% tags=["engine"]
+# The stories, and how a small model is trained on them
 import random
 import tempfile
 
@@ -117,29 +114,147 @@ def trained(tokenizer: BPETokenizer, length: int, n_steps: int, seed: int = 0) -
 # %% [markdown]
 # Chapter 13's {py:func}`~llmbook.training.documents_score` returns how many bits a model needs for
 # some texts, and how many bytes the texts have. The perplexity is 2 to the power of the bits per
-# *token*, so it divides by the number of tokens instead:
+# *token*:
 
 # %%
 tokenizers = {"bytes": BPETokenizer.from_merges([]), "BPE": train_bpe(stories, 1024)}
-found = {}
 for name, length in (("bytes", 384), ("BPE", 128)):
     tokenizer = tokenizers[name]
     bits, n_bytes = documents_score(trained(tokenizer, length, 40), tokenizer, held_out)
     n_tokens = sum(len(tokenizer.encode(text)) + 1 for text in held_out)
-    found[name] = 2 ** (bits / n_tokens), bits / n_bytes
-    print(f"{name:5}: perplexity {found[name][0]:3.0f}, {found[name][1]:.1f} bits per byte")
-assert found["bytes"][0] < found["BPE"][0] / 1.5 and found["bytes"][1] > 2 * found["BPE"][1]
+    values = f"perplexity {2 ** (bits / n_tokens):3.0f}, {bits / n_bytes:.1f} bits per byte"
+    print(f"{name:5}: {values}")
 
 # %% [markdown]
-# The byte model is ahead in perplexity, and the BPE model in bits per byte.
-#
+# The byte model is ahead in perplexity, and the BPE model in bits per byte. (Trained models differ
+# a little from processor to processor. From now on, a value that depends on training is printed
+# with a range, such as 0.4 ± 0.1, and the cell fails if it lies outside.)
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: how values are compared (`about`), and how the figures are drawn
+
+# %% [markdown] tags=["engine"]
+# `about` prints a value in a form that another processor can reproduce. The other functions draw
+# the figures from numbers that are computed in the main text.
+
+
+# %% tags=["engine"]
+# A value that depends on training
+def about(what: str, value: float, expected: float, off: float, form: str = ".2f") -> None:
+    """Print what a value should be, after checking that it is no further off than it may be."""
+    assert abs(value - expected) <= off, f"{what}: {value}"
+    print(f"{what}: {expected:{form}} ± {off:{form}}")
+
+
+def draw_windows(strides: Sequence[int], by_stride: Sequence[float]) -> None:
+    assert list(by_stride) == sorted(by_stride) and by_stride[-1] > 1.5 * by_stride[0]
+    _, axes = plt.subplots(1, 2)
+    for stride in (16, 4):
+        plan = plan_windows(49, 16, stride)
+        seen = [place - w.start for w in plan for place in range(w.first, w.end)]
+        axes[0].plot(range(1, 49), seen, label=f"stride {stride}")
+    axes[0].set(title="Context of each token", xlabel="token", ylabel="tokens seen", ylim=(0, 20))
+    axes[0].legend(loc="lower right")
+    axes[1].plot(strides, by_stride, "o-")
+    axes[1].set(title="Perplexity", xlabel="stride", xticks=strides, ylim=(1, None))
+    plt.show()
+
+
+# %% tags=["engine"]
+# Figures about choices and attempts
+def draw_normalization(shares: dict[str, tuple[float, ...]], guess: Sequence[float]) -> None:
+    _, axes = plt.subplots(1, 3, sharey=True)
+    guesses = (0.25, *guess)
+    for panel, title in enumerate(("The right one", "The shortest one", "The longest one")):
+        axes[panel].barh(list(shares), [share[panel] for share in shares.values()])
+        axes[panel].axvline(guesses[panel], color="gray", linestyle=":")
+        axes[panel].set(title=title, xlim=(0, 0.8), xlabel="share of picks")
+    axes[0].invert_yaxis()
+    plt.show()
+
+
+def draw_attempts(passed: np.ndarray, majority: np.ndarray) -> None:
+    plt.plot(range(1, 21), passed, label="pass@k")
+    plt.plot(range(1, 21), majority, "--", label="majority@k")
+    plt.xlabel("k")
+    plt.xticks((1, 5, 10, 15, 20))
+    plt.ylim(0, 1)
+    plt.legend()
+    plt.show()
+
+
+# %% tags=["engine"]
+# Figures about intervals
+def draw_coverage(truths: np.ndarray, covered: dict[str, list[float]]) -> None:
+    for method, style in (("wilson", "-"), ("wald", "--")):
+        plt.plot(truths, covered[method], style, label=method.title())
+    plt.axhline(0.95, color="gray", linestyle=":")
+    plt.xlabel("true accuracy")
+    plt.ylabel("coverage")
+    plt.ylim(0, 1.02)
+    plt.legend(loc="lower left")
+    plt.show()
+
+
+def draw_seeds(by_run: list[list[bool]], by_text: np.ndarray) -> None:
+    _, axes = plt.subplots(1, 2)
+    exams = [confidence_interval(sum(answers), len(answers)) for answers in by_run]
+    for axis, found in zip(axes, (exams, [mean_interval(row) for row in by_text]), strict=True):
+        middles = [one.estimate for one in found]
+        below = [one.estimate - one.low for one in found]
+        above = [one.high - one.estimate for one in found]
+        axis.errorbar(range(5), middles, yerr=[below, above], fmt="o", capsize=4)
+        axis.set(xlabel="seed", xticks=range(5))
+    axes[0].set(title="Accuracy", ylim=(0, 1))
+    axes[1].set(title="Bits per byte")
+    plt.show()
+
+
+# %% tags=["engine"]
+# The figure of doses
+def draw_doses(scores: dict[int, "Interval"]) -> None:
+    assert scores[8].low > scores[1].estimate > scores[0].high
+    _, axes = plt.subplots(figsize=(6, 3.2))
+    for place, (copies, one) in enumerate(scores.items()):
+        error = [[one.estimate - one.low], [one.high - one.estimate]]
+        style = {"fmt": "o", "color": "C0"} if copies >= 0 else {"fmt": "s", "color": "C1"}
+        axes.errorbar(place, one.estimate, error, capsize=3, **style)
+    axes.axhline(1 / 16, linestyle=":", color="gray")
+    axes.set_xticks(range(6), ["0", "1", "2", "4", "8", "8, reworded"])
+    axes.set(xlabel="copies of the exam in the training text", ylabel="score", ylim=(0, None))
+    axes.set_title("A single copy lifts the score of a guesser")
+    plt.show()
+
+
+# %% tags=["engine"]
+# Figures about confidence and strength
+def draw_reliability(*found: "Calibration") -> None:
+    assert found[1].error < found[0].error and found[1].brier < found[0].brier
+    _, panels = plt.subplots(1, 2, sharey=True, figsize=(7, 3.2))
+    for axes, one, title in zip(panels, found, ("temperature 1", "fitted"), strict=True):
+        axes.plot([0, 1], [0, 1], ":", color="gray")
+        axes.scatter(one.confidence, one.accuracy, s=[10 + 2 * n for n in one.counts], alpha=0.7)
+        axes.set(title=title, xlabel="confidence", xlim=(0, 1.05), ylim=(-0.05, 1.1))
+    panels[0].set_ylabel("share that is right")
+    plt.show()
+
+
+def draw_board(temperatures: Sequence[float], ratings: "Ratings") -> None:
+    assert ratings.low[0] > ratings.high[-1]
+    _, axes = plt.subplots(figsize=(6, 3))
+    error = [ratings.strengths - ratings.low, ratings.high - ratings.strengths]
+    axes.errorbar(temperatures, ratings.strengths, error, fmt="o", capsize=3)
+    axes.set(xlabel="temperature", ylabel="strength, in nats")
+    axes.set_title("The hottest is clearly behind")
+    plt.show()
+
+
+# %% [markdown]
 # ## Per what?
 #
 # A model $q$ with tokenizer $\tau$ cuts a text $x$ into $n_\tau$ tokens, and the chain rule gives
-# $\log q(x) = \sum_t \log q(x_t \mid x_{<t})$. The left side does not know about tokens. (To be
-# exact, it is the probability of this one way to cut $x$. Other cuts spell the same text, so the
-# probability of the text itself is a little higher; chapter 06 adds them all up.) On the right
-# side, the tokenizer decides how many terms there are. So
+# $\log q(x) = \sum_t \log q(x_t \mid x_{<t})$. The left side does not know about tokens. On the
+# right side, the tokenizer decides how many terms there are. So
 #
 # $$
 # \text{perplexity} = \exp\Bigl(-\frac{\log q(x)}{n_\tau}\Bigr) , \qquad
@@ -147,34 +262,29 @@ assert found["bytes"][0] < found["BPE"][0] / 1.5 and found["bytes"][1] > 2 * fou
 # $$ (evaluation-units)
 #
 # The first divides by a number that belongs to the tokenizer, the second by the number of bytes
-# $b$, which belongs to the text. Let $r$ be another model, with tokenizer $\rho$. The ratio of the
-# bits per byte of $q$ and $r$ is $\log q(x) / \log r(x)$: it says which model finds the text more
-# probable, and nothing else. The ratio of the logarithms of their perplexities is that same number
-# times $n_\rho / n_\tau$. Here the byte model has about four times as many terms, so each of them
-# is smaller. {eq}`evaluation-units` also says how to get from one measure to the other:
+# $b$, which belongs to the text. So bits per byte say which model finds the text more probable, and
+# nothing else. The byte model has about four times as many terms, so each of them is smaller. One
+# measure follows from the other:
 #
 # $$
 # \text{bits per byte} = \frac{n_\tau}{b} \log_2 (\text{perplexity}) .
 # $$ (evaluation-conversion)
 #
-# Two more traps are in the units. Losses are in nats and compressors count bits, and whoever
-# forgets the factor $\ln 2 \approx 0.693$ makes a model look 31 % better. And the bytes must be
-# those of the *text*. A program that has only the token ids may decode each of them and add up the
-# lengths. But a token may hold a part of a character. Alone it is not valid UTF-8, so it decodes to
-# the replacement character U+FFFD, which takes three bytes:
+# Two more traps are in the units. Losses are in nats, and whoever forgets the factor
+# $\ln 2 \approx 0.693$ makes a model look 31 % better. And the bytes must be those of the *text*.
+# If each token is decoded by itself, a token that holds a part of a character becomes the
+# replacement character U+FFFD, which takes three bytes:
 
 # %%
 text = "Zoë naïvely ordered 抹茶 and crème brûlée for 12 €."
-print("counted in                          bytes")
 for name, tokenizer in tokenizers.items():
     pieces = [tokenizer.decode([token]) for token in tokenizer.encode(text)]
-    print(f"pieces decoded one by one, {name:5} {sum(len(piece.encode()) for piece in pieces):8}")
-print(f"the text itself {len(text.encode()):25}")
+    print(f"{name:5}: {sum(len(piece.encode()) for piece in pieces)} bytes, one by one")
+print(f"text : {len(text.encode())} bytes")
 
 # %% [markdown]
-# With so many bytes to divide by, the score is 39 % lower than it should be, although no weight of
-# the model has changed. In plain English text nearly every character is a single byte, so the error
-# is small, and it can go unnoticed for a long time.
+# With so many bytes to divide by, the score is 39 % lower than it should be. In plain English text
+# the error is small, and can go unnoticed for a long time.
 
 # %% [markdown]
 # ## The log-probability of each token
@@ -186,14 +296,6 @@ print(f"the text itself {len(text.encode()):25}")
 
 # %%
 #| export
-def model_logits(
-    model: nn.Module, ids: Int64[Tensor, "batch sequence"]
-) -> Float[Tensor, "batch sequence vocab_size"]:
-    """Return the logits of a model that returns them, or as transformers a record with them."""
-    found = model(ids)
-    return found if isinstance(found, Tensor) else found.logits
-
-
 def next_log_probs(
     model: nn.Module, ids: Int64[Tensor, "batch sequence"]
 ) -> Float[Tensor, "batch targets"]:
@@ -205,36 +307,42 @@ def next_log_probs(
 # %% [markdown]
 # What probability did the first token get? None, since there is no position before it. So a special
 # token is put in front of each text; in this book it is `<|endoftext|>`, which ended the previous
-# document in training. (Many models have a separate token for this, called BOS, for beginning of
-# sequence.) It must be there exactly *once*. To see what happens otherwise, we take the model that
-# chapter 13 trained, and leave the token out or repeat it:
+# document in training. (Many models have a separate token for this, BOS, for beginning of
+# sequence.)
+
+
+# %% tags=["engine"]
+#| export
+# Logits of our models, and of those of transformers
+def model_logits(
+    model: nn.Module, ids: Int64[Tensor, "batch sequence"]
+) -> Float[Tensor, "batch sequence vocab_size"]:
+    """Return the logits of a model that returns them, or as transformers a record with them."""
+    found = model(ids)
+    return found if isinstance(found, Tensor) else found.logits
+
+
+# %% [markdown]
+# The start token must be there exactly *once*. We leave it out or repeat it, with the model of
+# chapter 13:
 
 # %%
 run = pretrained("tinyworld")
 model, tokenizer = run.model, run.tokenizer
 end = tokenizer.special_tokens["<|endoftext|>"]
-means = {}
-for name, before in {"once": [end], "missing": [], "three times": [end] * 3}.items():
-    nats, n_tokens = 0.0, 0
-    for story in held_out[:50]:
-        ids = tokenizer.encode(story)
-        log_probs = next_log_probs(model, torch.tensor([before + ids]))[0]
-        nats -= log_probs[1 - len(ids) :].sum().item()  # in each case all tokens but the first
-        n_tokens += len(ids) - 1
-    means[name] = math.exp(nats / n_tokens)
-    worse = means[name] > 1.1 * means["once"]
-    told = "more than 10 % higher" if worse else "about 1.5"
-    print(f"start token {name:12} perplexity {told}")
-assert 1.45 < means["once"] < 1.55 and 1.45 < means["three times"] < 1.65
-assert means["missing"] > 1.1 * means["once"]
+rows = [tokenizer.encode(story) for story in held_out[:50]]
+starts = {"once": ([end], 1.5), "missing": ([], 1.8), "three times": ([end] * 3, 1.5)}
+for name, (before, expected) in starts.items():
+    found = [next_log_probs(model, torch.tensor([before + ids]))[0, 1 - len(ids) :] for ids in rows]
+    value = torch.cat(found).mean().neg().exp().item()
+    about(f"perplexity, start token {name}", value, expected, 0.2, ".1f")
 
 # %% [markdown]
-# Without the start token, this model is worse at predicting the *other* tokens; its perplexity on
-# them rises from 1.5 to 1.85 in our run. It has never seen a row that begins with anything else.
-# Many large models put much of their attention on the first position {cite}`sun2024massive`, so
-# they may suffer more. Repeating the token does little harm here, but a model that never saw it
-# twice in training is in unknown territory. A doubled token is an easy mistake to make: the
-# tokenizer adds it and the program does, too. Our functions add it only if it is not there yet.
+# Without the start token, the model is worse at predicting all *other* tokens, since it has never
+# seen a row that begins with anything else. (Large models put much of their attention on the first
+# position {cite}`sun2024massive`, so they may suffer more.) Repeating it does little harm here, but
+# it is an easy mistake to make: the tokenizer adds the token, and the program does, too. Our
+# functions add it only if it is not there yet.
 
 # %% [markdown]
 # ## A model must not see the future
@@ -242,12 +350,28 @@ assert means["missing"] > 1.1 * means["once"]
 # All of this rests on one assumption: the logits at position $t$ depend on the tokens up to $t$
 # only. A mask that is off by one breaks it; so does a normalization over the whole row, or a layer
 # in which experts choose among all tokens of a row {cite}`zhou2022mixture`. Then the loss is
-# wonderful, in training and in evaluation, and the model cannot generate. No score reveals the
-# fault, but a direct test does. Change the tokens from some place on; the logits before that place
-# must stay what they were:
-
+# wonderful, and the model cannot generate. No score reveals the fault, but a direct test does.
+# Change the tokens from some place on; the logits before that place must stay what they were. We
+# try it on our model, and on another that adds the logits of the next position:
 
 # %%
+ids = torch.tensor([[end, *rows[0][:15]]])
+changed = ids.clone()
+changed[0, 8:] = (ids[0, 8:] + 1) % tokenizer.vocab_size
+difference = model(ids) - model(changed)
+for name, change in {"ours": difference, "other": difference + difference.roll(-1, 1)}.items():
+    moved = change[0, :8].abs().max() > 1e-3
+    print(f"{name:5}: the logits before the change {'move' if moved else 'stay'}")
+
+# %% [markdown]
+# {py:func}`~llmbook.evaluation.check_causal` does this at several places of a random row. The
+# functions that score texts call it first.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: a model that sees the future is refused (`check_causal`)
+
+
+# %% tags=["engine"]
 #| export
 def check_causal(
     model: nn.Module,
@@ -317,12 +441,12 @@ def _check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
 
 
-# %% [markdown]
-# Our model passes. A second one averages its logits with those of the next position, as a
-# convolution that is off by one would, and is refused:
+# %% [markdown] tags=["engine"]
+# The model below peeks as the one above does. The message names the place from which on the tokens
+# were changed: the logits before it changed, too.
 
 
-# %%
+# %% tags=["engine"]
 class Peeking(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -340,20 +464,26 @@ except ValueError as error:
     print(str(error).partition(", whose")[0])
 
 # %% [markdown]
-# The message names the place from which on we changed the tokens: the logits before it changed,
-# too.
-#
 # ## Texts longer than the context
 #
 # A model with a {term}`context length` of $T$ reads at most $T$ tokens at once. A longer text is
 # cut into windows, and the cut matters. If each window begins where the last one ended, its first
 # tokens have hardly any context and are scored as if the text began there. The remedy is to let
 # windows overlap. Each window moves on by a {term}`stride` $s \le T$, and only its last $s$ tokens
-# count; the others are there to predict them from. (With $s = T$, nothing overlaps.) Three numbers
-# describe a window:
+# count; the others are there to predict them from. So every token but the first is scored once, and
+# after the first window each has at least $T + 1 - s$ tokens of context. The price is $T / s$ times
+# the work. In the engine room, {py:func}`~llmbook.evaluation.score_texts` reads such windows and
+# adds up nats, tokens, and bytes for {py:func}`~llmbook.evaluation.perplexity` and
+# {py:func}`~llmbook.evaluation.bits_per_byte`.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: windows (`plan_windows`), unequal rows, and long texts (`score_texts`)
+
+# %% [markdown] tags=["engine"]
+# Three numbers describe a window:
 
 
-# %%
+# %% tags=["engine"]
 #| export
 class Window(NamedTuple):
     """A piece of a text: the model reads ids ``start`` to ``end``, and those from ``first`` count.
@@ -367,12 +497,12 @@ class Window(NamedTuple):
     end: int
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # The plan for a text is a list of windows. The first window scores everything it can. Each later
 # one scores the next $s$ tokens, and reaches back as far as the model can read:
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def plan_windows(n_ids: int, context_length: int, stride: int) -> list[Window]:
     """Return windows of at most ``context_length + 1`` ids that score each id but the first once.
@@ -395,51 +525,12 @@ def plan_windows(n_ids: int, context_length: int, stride: int) -> list[Window]:
     return windows
 
 
-# %% [markdown]
-# Every token but the first is scored once, and after the first window each has at least $T + 1 - s$
-# tokens of context. The price is $T / s$ times the work. {numref}`fig-evaluation-windows` shows the
-# context and its effect, for stories in windows of 16 tokens:
+# %% [markdown] tags=["engine"]
+# A text's scores are kept as sums of nats, tokens, and bytes. The numbers of each single text are
+# needed for intervals, later in this chapter.
 
 
-# %% mystnb={"figure": {"caption": "Windows of 16 tokens. Left, how many tokens before it each token gets to see, with two strides. Right, the perplexity of the same model on the same stories, over the stride.", "name": "fig-evaluation-windows"}, "image": {"alt": "Left, two sawtooth lines over 48 tokens: with a stride of 16 the context falls to 1 at each window and rises to 16, with a stride of 4 it stays between 13 and 16. Right, perplexity rises with the stride, from 2.2 at 1 to 5.2 at 16."}}
-def windowed(ids: list[int], stride: int, size: int = 16) -> Tensor:
-    parts = []
-    for window in plan_windows(len(ids), size, stride):
-        log_probs = next_log_probs(model, torch.tensor([ids[window.start : window.end]]))[0]
-        parts.append(log_probs[window.first - window.start - 1 :])
-    return torch.cat(parts)
-
-
-rows = [[end, *tokenizer.encode(story), end] for story in held_out[:15]]
-strides, by_stride = (1, 2, 4, 8, 16), []
-for stride in strides:
-    with torch.no_grad():
-        by_stride.append(torch.cat([windowed(row, stride) for row in rows]).mean().neg().exp())
-assert sorted(by_stride) == by_stride and by_stride[-1] > 1.5 * by_stride[0]
-figure, axes = plt.subplots(1, 2)
-for stride in (16, 4):
-    plan = plan_windows(49, 16, stride)
-    seen = [place - w.start for w in plan for place in range(w.first, w.end)]
-    axes[0].plot(range(1, 49), seen, label=f"stride {stride}")
-axes[0].set(title="Context of each token", xlabel="token", ylabel="tokens seen", ylim=(0, 20))
-axes[0].legend(loc="lower right")
-axes[1].plot(strides, by_stride, "o-")
-axes[1].set(title="Perplexity", xlabel="stride", xticks=strides, ylim=(1, None))
-plt.show()
-
-# %% [markdown]
-# The same weights have perplexities from 2.2 to 5.2 on the same text. Whoever reports a perplexity
-# has to say how the windows were laid; {py:func}`~llmbook.evaluation.perplexity` takes a stride of
-# half the context length unless told otherwise. If all texts fit into the context, as our stories
-# fit into 128 tokens, there is one window and nothing to choose.
-#
-# The function that puts these steps together is {py:func}`~llmbook.evaluation.score_texts`, in the
-# engine room below. It returns the nats, tokens, and bytes of each text, and the two measures of
-# {eq}`evaluation-units` follow from their sums. (The numbers of each single text are kept because
-# intervals, later in this chapter, need them.)
-
-
-# %%
+# %% tags=["engine"]
 #| export
 class TextScores(NamedTuple):
     """How surprised a model was by some texts: for each the nats, and its tokens and bytes."""
@@ -464,7 +555,9 @@ class TextScores(NamedTuple):
 
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: rows of unequal length, models of others, and texts of any length
+# A score is, to be exact, the probability of one way to cut a text into tokens. Other cuts spell
+# the same text, so the probability of the text itself is a little higher; chapter 06 adds them all
+# up.
 
 # %% [markdown] tags=["engine"]
 # A model is anything that maps ids to logits; a model of `transformers` will do as well as ours.
@@ -666,23 +759,40 @@ ratio = scores.n_tokens.sum() / scores.n_bytes.sum()
 assert math.isclose(scores.bits_per_byte, ratio * math.log2(scores.perplexity), rel_tol=1e-9)
 print(f"{scores.bits_per_byte:.1f} bits per byte, here and in chapter 13")
 
+# %% [markdown]
+# ### The same text in other windows
+#
+# {numref}`fig-evaluation-windows` shows the context and its effect, for stories in windows of 16
+# tokens:
+
+# %% mystnb={"figure": {"caption": "Windows of 16 tokens. Left, how many tokens before it each token gets to see, with two strides. Right, the perplexity of the same model on the same stories, over the stride.", "name": "fig-evaluation-windows"}, "image": {"alt": "Left, two sawtooth lines over 48 tokens: with a stride of 16 the context falls to 1 at each window and rises to 16, with a stride of 4 it stays between 13 and 16. Right, perplexity rises with the stride, from 2.2 at 1 to 5.2 at 16."}}
+rows = [[end, *tokenizer.encode(story), end] for story in held_out[:15]]
+strides, by_stride = (1, 2, 4, 8, 16), []
+for stride in strides:
+    found = [window_log_probs(model, row, stride=stride, context_length=16) for row in rows]
+    by_stride.append(torch.cat(found).mean().neg().exp().item())
+draw_windows(strides, by_stride)
+
+# %% [markdown]
+# The same weights have perplexities from 2.2 to 5.2 on the same text. Whoever reports a perplexity
+# has to say how the windows were laid. Our stride is half the context length by default.
 
 # %% [markdown]
 # ## Multiple choice by likelihood
 #
-# A model that has only been pretrained does not answer questions; it continues texts. It can still
-# take an exam. We put each answer after the question, let the model say how probable it is there,
-# and take the likeliest {cite}`brown2020gpt3`. The score of an answer $a$ of $m$ tokens after the
-# context $h$ is
+# A model that has only been pretrained continues texts. It can still take an exam: we put each
+# answer after the question, and take the one that is likeliest there {cite}`brown2020gpt3`. The
+# score of an answer $a$ of $m$ tokens after the context $h$ is
 #
 # $$
 # s(a) = \log q(a \mid h) = \sum_{t=1}^{m} \log q(a_t \mid h, a_{<t}) .
 # $$ (evaluation-choice)
 #
-# (This $s$ is a score; the stride above has done its work.) The facts of the tiny world make such
-# an exam, with four answers to each question. In our list the first answer is always the right one:
+# The facts of the tiny world make such an exam, with four answers to each question, the right one
+# first:
 
-# %%
+# %% tags=["engine"]
+# An exam about the facts of the world
 draws, facts = random.Random(0), []
 for name, known in world.cast.facts.items():
     for attribute in ("species", "home", "food", "toy", "job"):
@@ -690,13 +800,10 @@ for name, known in world.cast.facts.items():
         others = [value for value in VALUES[attribute] if value != known[attribute]]
         answers = [known[attribute], *draws.sample(others, 3)]
         facts.append((stem, [" " + answer for answer in answers]))
-print(*facts[1], sep="\n")
-
 
 # %% [markdown]
-# Tess lives in the greenhouse. Here is equation {eq}`evaluation-choice` as code, one answer after
-# the other. We call an answer likely if its log-probability is above $-1$, that is, its probability
-# above 37 %:
+# Here is {eq}`evaluation-choice` as code. We call an answer likely if its probability is above one
+# half:
 
 
 # %%
@@ -707,36 +814,29 @@ def log_prob_of(context: str, answer: str) -> float:
     return log_probs[-len(ids) :].sum().item()
 
 
-for answer in facts[1][1]:
-    print(f"{answer:12} {'likely' if log_prob_of(facts[1][0], answer) > -1 else 'unlikely'}")
-right = sum(
-    max(answers, key=lambda answer: log_prob_of(stem, answer)) == answers[0]
-    for stem, answers in facts[:100]
-)
-assert right > 95
-print("more than 95 of 100 questions right")
+stem, answers = facts[1]
+for answer in answers:
+    print(f"{stem}{answer:12} likely: {log_prob_of(stem, answer) > math.log(0.5)}")
 
 # %% [markdown]
-# The true answer is the only likely one, and hardly any question is answered wrong.
-#
 # ### The seam
 #
-# Now move the space from the beginning of the answer to the end of the context. That looks
-# harmless:
+# Now move the space from the answer to the end of the context. That looks harmless:
+
 
 # %%
-right = sum(
-    max(answers, key=lambda answer: log_prob_of(stem + " ", answer.strip())) == answers[0]
-    for stem, answers in facts[:100]
-)
-assert right < 60
-print("fewer than 60 of 100 questions right, where guessing has 25")
+def n_right(cut: str) -> int:
+    scores = [[log_prob_of(q + cut, a[len(cut) :]) for a in answers] for q, answers in facts[:100]]
+    return sum(max(row) == row[0] for row in scores)
+
+
+about("right of 100, with the space in the answer", n_right(""), 98, 2, ".0f")
+about("right of 100, with the space in the context", n_right(" "), 31, 20, ".0f")
 
 # %% [markdown]
-# In our run, the model got 31 of the 100 right. It knows nearly all of these facts, yet here it
-# does little better than a guesser. {numref}`fig-evaluation-seam` shows why: no text in training
-# was ever cut like this. A space and the word after it are one token, so the single token "space"
-# was never followed by a word.
+# The second time the model does little better than a guesser, who gets 25.
+# {numref}`fig-evaluation-seam` shows why: a space and the word after it are one token, so in
+# training the single token "space" was never followed by a word.
 #
 # ```{figure} ../figures/evaluation-seam.svg
 # :name: fig-evaluation-seam
@@ -746,25 +846,25 @@ print("fewer than 60 of 100 questions right, where guessing has 25")
 # ```
 #
 # The cure is to encode context and answer **jointly**, as the one text that they form, and to look
-# for the seam afterward. White space at the end of the context moves over to the answer. A token
-# may also stretch across the seam, as when "un" is continued by "happy". Such a token belongs to
-# the answer, together with the end of the context that it contains. All answers to a question then
-# share what comes before them, so their probabilities are still those of alternatives after the
-# same beginning.
-#
+# for the seam afterward. White space at the end of the context moves over to the answer, as does a
+# token that stretches across the seam.
+
+# %% [markdown]
 # ### Longer answers lose
 #
-# Each token multiplies the probability by a number below 1. Among answers of unequal length, the
-# sum in {eq}`evaluation-choice` therefore prefers short ones. There is no single right number to
-# divide it by, and evaluation programs differ:
+# Each token multiplies the probability by a number below 1, so the sum in {eq}`evaluation-choice`
+# prefers short answers. There is no single right number to divide it by:
 #
 # | `normalization` | score | remark |
 # |---|---|---|
-# | "none" | $s(a)$ | the probability itself; right if all answers have the same form and end in the same punctuation mark |
+# | "none" | $s(a)$ | right if all answers have the same form |
 # | "token" | $s(a) / m$ | depends on the tokenizer |
 # | "character" | $s(a) / \text{characters}$ | `acc_norm` of EleutherAI's harness {cite}`gao2024harness` |
 # | "byte" | $s(a) / \text{bytes}$ | the same for English; our default |
-# | "unconditional" | $s(a) - \log q(a \mid \text{neutral})$ | how much more likely the context makes it than a neutral one, by default the start token alone {cite}`brown2020gpt3,holtzman2021surface` |
+# | "unconditional" | $s(a) - \log q(a \mid \text{neutral})$ | how much likelier the context makes it than a neutral one {cite}`brown2020gpt3,holtzman2021surface` |
+#
+# {py:func}`~llmbook.evaluation.score_choices` encodes jointly, knows these five normalizations, and
+# scores all answers to a question in one batch.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the seam, all choices in one batch, and choices that cannot be compared
@@ -1018,72 +1118,11 @@ for stem, answers in facts[:20]:
     assert np.allclose(together, alone, atol=1e-3)
 print("20 questions: the same one by one and in a batch")
 
-# %% [markdown]
-# ### What length does to a score
-#
-# Joint encoding, the normalizations, and a batch that makes scoring fast are now in
-# {py:func}`~llmbook.evaluation.score_choices`. To measure the bias toward short answers, we need a
-# model that hardly knows the facts. We train the BPE model of the opening again, for 120 steps.
-# Each answer is a sentence in one of three wordings, which differ in length:
-
-# %%
-small = trained(tokenizers["BPE"], 128, 120)
-draws, statements = random.Random(1), []
-for name, known in list(world.cast.facts.items())[:40]:
-    for attribute in ("home", "food", "job"):
-        others = [value for value in VALUES[attribute] if value != known[attribute]]
-        said = [(draws.choice((0, 2, 4)), v) for v in (known[attribute], *draws.sample(others, 3))]
-        sentences = [f" {PHRASES[attribute][i].format(name=name, value=v)}" for i, v in said]
-        statements.append((f"One morning, {name} sat by the window. It was cold.", sentences))
-
-# %% [markdown]
-# For each normalization we count how often the model picks the right sentence, the shortest, and
-# the longest:
-
-# %%
-shares = {}
-for normalization in get_args(Normalization):
-    best = [
-        score_choices(small, tokenizers["BPE"], *item, normalization=normalization).best
-        for item in statements
-    ]
-    sizes = [[len(sentence) for sentence in sentences] for _, sentences in statements]
-    least = np.mean([size[b] == min(size) for size, b in zip(sizes, best, strict=True)])
-    most = np.mean([size[b] == max(size) for size, b in zip(sizes, best, strict=True)])
-    shares[normalization] = np.mean(np.array(best) == 0), least, most
-guess = [np.mean([size.count(pick(size)) / 4 for size in sizes]) for pick in (min, max)]
-assert shares["none"][1] > 1.3 * guess[0] and shares["byte"][1] < guess[0]
-
-# %% [markdown]
-# {numref}`fig-evaluation-normalization` shows which answers the model picked:
-
-# %% mystnb={"figure": {"caption": "What one model picks among four sentences of unequal length, by the normalization. Dotted, what a blind guess would pick.", "name": "fig-evaluation-normalization"}, "image": {"alt": "Bars for five normalizations. Right answers are between 20 and 40 percent for all. The shortest is picked in two thirds of all cases without normalization, in a quarter of them per byte; the longest in 5 percent without, in nearly half per byte and in more than half with unconditional."}}
-figure, axes = plt.subplots(1, 3, sharey=True)
-guesses = (0.25, *guess)
-for panel, title in enumerate(("The right one", "The shortest one", "The longest one")):
-    axes[panel].barh(list(shares), [share[panel] for share in shares.values()])
-    axes[panel].axvline(guesses[panel], color="gray", linestyle=":")
-    axes[panel].set(title=title, xlim=(0, 0.8), xlabel="share of picks")
-axes[0].invert_yaxis()
-plt.show()
-
-# %% [markdown]
-# Without normalization, two thirds of all picks are the shortest answer, and hardly any are the
-# longest. Division by tokens nearly removes the bias here, which need not be so elsewhere. Division
-# by characters or bytes reverses it: the end of a long answer is easy to guess, so its mean looks
-# good. The unconditional score favors the longest
-# answers most of all. The share of right answers lies between a fifth and two fifths, and nothing
-# but the normalization has changed. What a weak model "prefers" among answers of unequal length is
-# mostly a matter of their length. Report the normalization with the score, and when you write an
-# exam yourself, make the answers equally long.
-#
-# One more convention helps to compare exams that have different numbers of answers. The **centered
-# accuracy** is 0 for guessing and 1 for perfection {cite}`li2024dclm`. Let chance be the accuracy
-# of guessing; then the centered accuracy is
-# $(\text{accuracy} - \text{chance}) / (1 - \text{chance})$.
+# %% [markdown] tags=["engine"]
+# Exams that have different numbers of answers can be compared by the centered accuracy.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def centered_accuracy(accuracy: float, chance: float) -> float:
     """Return an accuracy moved and stretched so that guessing is 0 and perfection 1.
@@ -1108,13 +1147,61 @@ def _check_share(name: str, value: Any) -> None:
 
 
 # %% [markdown]
+# ### What length does to a score
+#
+# To measure the bias, we need a model that hardly knows the facts: the BPE model of the opening,
+# trained again for 120 steps, from now on called `small`. Each answer is a sentence in one of three
+# wordings, which differ in length:
+
+# %% tags=["engine"]
+# Sentences of unequal length, and what a model picks among them
+small = trained(tokenizers["BPE"], 128, 120)
+draws, statements = random.Random(1), []
+for name, known in list(world.cast.facts.items())[:40]:
+    for attribute in ("home", "food", "job"):
+        others = [value for value in VALUES[attribute] if value != known[attribute]]
+        said = [(draws.choice((0, 2, 4)), v) for v in (known[attribute], *draws.sample(others, 3))]
+        sentences = [f" {PHRASES[attribute][i].format(name=name, value=v)}" for i, v in said]
+        statements.append((f"One morning, {name} sat by the window. It was cold.", sentences))
+shares = {}
+for normalization in get_args(Normalization):
+    best = [
+        score_choices(small, tokenizers["BPE"], *item, normalization=normalization).best
+        for item in statements
+    ]
+    sizes = [[len(sentence) for sentence in sentences] for _, sentences in statements]
+    least = np.mean([size[b] == min(size) for size, b in zip(sizes, best, strict=True)])
+    most = np.mean([size[b] == max(size) for size, b in zip(sizes, best, strict=True)])
+    shares[normalization] = np.mean(np.array(best) == 0), least, most
+guess = [np.mean([size.count(pick(size)) / 4 for size in sizes]) for pick in (min, max)]
+assert shares["none"][1] > 1.3 * guess[0] and shares["byte"][1] < guess[0]
+
+# %% [markdown]
+# {numref}`fig-evaluation-normalization` shows how often it picks the right sentence, the shortest,
+# and the longest:
+
+# %% mystnb={"figure": {"caption": "What one model picks among four sentences of unequal length, by the normalization. Dotted, what a blind guess would pick.", "name": "fig-evaluation-normalization"}, "image": {"alt": "Bars for five normalizations. Right answers are between 20 and 40 percent for all. The shortest is picked in two thirds of all cases without normalization, in a quarter of them per byte; the longest in 5 percent without, in nearly half per byte and in more than half with unconditional."}}
+draw_normalization(shares, guess)
+
+# %% [markdown]
+# Without normalization, two thirds of all picks are the shortest answer. The share of right answers
+# lies between a fifth and two fifths, and nothing but the normalization has changed. Division by
+# characters or bytes reverses the bias: the end of a long answer is easy to guess, so its mean
+# looks good. Report the normalization with the score, and when you write an exam yourself, make the
+# answers equally long.
+#
+# To compare exams with different numbers of answers, the
+# {py:func}`~llmbook.evaluation.centered_accuracy` is 0 for guessing and 1 for perfection
+# {cite}`li2024dclm`: $(\text{accuracy} - \text{chance}) / (1 - \text{chance})$.
+
+# %% [markdown]
 # ## Answers in free text
 #
 # Models that were tuned to answer write what they like: `The answer is (B).`,
-# `so she has $1,234.50`, or `\boxed{\frac{1}{2}}`. An exact comparison of strings calls all of them
-# wrong. So a program first finds the answer, then brings it into a standard form, and only then
-# compares. {py:func}`~llmbook.evaluation.parse_answer` knows three kinds of answers, and
-# {py:func}`~llmbook.evaluation.exact_match` compares numbers by their value:
+# `so she has $1,234.50`, or `\boxed{\frac{1}{2}}`. A comparison of strings calls all of them wrong.
+# So a program first finds the answer and brings it into a standard form.
+# {py:func}`~llmbook.evaluation.parse_answer` knows three kinds of answers, and
+# {py:func}`~llmbook.evaluation.exact_match` compares numbers by their value.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: how a letter, a number and a box are found
@@ -1126,7 +1213,6 @@ def _check_share(name: str, value: Any) -> None:
 # subtraction. It may also have commas between thousands, a currency sign, decimals, a denominator,
 # or an exponent of at most two digits (a model may write 1e999999999, and nobody should compute
 # that). Braces in a box are counted until the first one is closed.
-
 
 # %% tags=["engine"]
 #| export
@@ -1239,12 +1325,10 @@ def _boxed(text: str) -> str | None:
     return None
 
 
-# %% [markdown]
-# ### The kinds at work
-#
-# Here are answers as models write them, each followed by what the parser makes of it:
+# %% [markdown] tags=["engine"]
+# Here are answers as models write them, each with what the parser should make of it:
 
-# %%
+# %% tags=["engine"]
 written = [
     ("letter", "Let me think. (A) is too small, so the answer is B.", "B"),
     ("letter", "A dog is an animal.", None),
@@ -1255,32 +1339,35 @@ written = [
 ]
 for kind, text, expected in written:
     assert parse_answer(text, kind) == expected
-    print(f"{kind:7} {text:52} {parse_answer(text, kind)}")
 assert exact_match("That makes 0.50 euros.", "1/2", "number")
 
 # %% [markdown]
-# The parser finds the B that follows "the answer is" and passes over the A in brackets. It removes
-# the comma and the idle zero of the last number, and keeps the braces inside the box. In the other
-# three texts it finds no answer and returns None, which counts as wrong. Count the Nones
-# separately: a model whose answers cannot be read a third of the time has a different problem from
-# one that is wrong a third of the time. And a parser that works for one model's style may fail for
-# another's.
+# ### The kinds at work
+#
+# Each of these texts is followed by what the parser makes of it:
+
+# %%
+for kind, text, _ in written:
+    print(f"{kind:7} {text:52} {parse_answer(text, kind)}")
+
+# %% [markdown]
+# In three of the texts it finds no answer and returns None, which counts as wrong. Count the Nones
+# separately: a model whose answers cannot be read has a different problem from one that is wrong.
+# And a parser that works for one model's style may fail for another's.
 
 # %% [markdown]
 # ## Several attempts: pass@k
 #
 # A model that samples its answers is asked the same question $k$ times. How probable is it that at
-# least one answer is right? If a single answer is right with probability $p$, then this probability
-# is $1 - (1 - p)^k$. But $p$ is not known; what we have are $n$ samples, $c$ of them right. If we
-# put $\hat p = c / n$ into the formula, the result is biased: the function is concave, so on
-# average the result is too small.
+# least one answer is right? If each is right with probability $p$, it is $1 - (1 - p)^k$. What we
+# have are $n$ samples, $c$ of them right. If we put $\hat p = c / n$ into the formula, which is
+# concave, the result is too small on average.
 #
 # Here is how to be right on average {cite}`chen2021codex`. Take the first $k$ of the $n$ samples as
-# the attempts. Whether one of them is right has exactly the expectation that we want. But this
-# estimate is noisy and wastes the other samples, and the order of samples means nothing. So we
-# average over all $\binom{n}{k}$ ways to choose the attempts. An average of estimates that are all
-# right on average is right on average, too. A choice fails if all its $k$ members are among the
-# $n - c$ wrong samples, and that happens in $\binom{n - c}{k}$ of the choices:
+# the attempts. Whether one of them is right has exactly the expectation that we want, but the
+# estimate is noisy. So we average over all $\binom{n}{k}$ ways to choose the attempts, which
+# changes no expectation. A choice fails if all its $k$ members are among the $n - c$ wrong samples,
+# and that happens in $\binom{n - c}{k}$ of the choices:
 #
 # $$
 # \text{pass@}k = 1 - \binom{n - c}{k} \Big/ \binom{n}{k} .
@@ -1312,29 +1399,26 @@ def _check_at_most(name: str, value: int, other: str, most: int) -> None:
 
 
 # %% [markdown]
-# To compare the two formulas, we average each over everything that can happen in $n = 5$ samples of
-# a model with $p = 0.3$, for $k = 3$:
+# For $n = 5$, $p = 0.3$, and $k = 3$, the average of pass@k over everything that can happen is
+# exactly the truth, 0.657, while the other formula averages 0.572. pass@k is the right score where
+# somebody can check the answers, as tests check a program. Where nobody can, a natural choice is
+# the most frequent answer {cite}`wang2023consistency`. Its score, majority@k, is again an average
+# over all choices of $k$ samples; {py:func}`~llmbook.evaluation.majority_at_k` counts them exactly.
 
-# %%
+# %% [markdown] tags=["engine"]
+# ### Engine room: both formulas averaged, and all majorities counted (`majority_at_k`)
+
+# %% [markdown] tags=["engine"]
+# To compare the two formulas for pass@k, we average each over everything that can happen in $n = 5$
+# samples of a model with $p = 0.3$, for $k = 3$:
+
+# %% tags=["engine"]
 p, n, k = 0.3, 5, 3
 chances = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
 unbiased = sum(chance * pass_at_k(n, c, k) for c, chance in enumerate(chances))
 plugged = sum(chance * (1 - (1 - c / n) ** k) for c, chance in enumerate(chances))
 assert math.isclose(unbiased, 1 - (1 - p) ** k)
 print(f"truth {1 - (1 - p) ** k:.3f}, pass@k {unbiased:.3f}, with c / n put in {plugged:.3f}")
-
-# %% [markdown]
-# The average of pass@k is exactly the truth; the other formula is too low by 0.085.
-#
-# pass@k is the right score where somebody can check the answers, as tests check a program. Where
-# nobody can, one answer must be chosen, and a natural choice is the most frequent one
-# {cite}`wang2023consistency`. Its score, majority@k, is again an average over all choices of $k$
-# samples; {py:func}`~llmbook.evaluation.majority_at_k`, in the engine room below, counts them
-# exactly. {numref}`fig-evaluation-attempts` shows both scores for the model that trained for 120
-# steps:
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: all majorities, counted
 
 # %% [markdown] tags=["engine"]
 # The right answer may get any number of votes. For each such number, a table counts the ways to
@@ -1389,9 +1473,11 @@ def _with_answer(
 # ### Passed or voted
 #
 # For each question about the facts we draw twenty samples among its four answers, with the
-# probabilities that the model gives them, and score them both ways:
+# probabilities that `small` gives them, and score them both ways
+# ({numref}`fig-evaluation-attempts`):
 
-# %% mystnb={"figure": {"caption": "Twenty samples for each of 240 questions, drawn among four answers as the model finds them likely. The chance that one of k is right rises and rises; the chance that the most frequent of them is right rises by a few points only.", "name": "fig-evaluation-attempts"}, "image": {"alt": "Two lines over k from 1 to 20 that begin at the same height, a little above guessing. pass at k rises steeply; majority at k stays nearly flat."}}
+# %% tags=["engine"]
+# Twenty samples for each question
 bpe, generator = tokenizers["BPE"], torch.Generator().manual_seed(0)
 passed, majority = np.zeros(20), np.zeros(20)
 for stem, answers in facts:
@@ -1402,63 +1488,58 @@ for stem, answers in facts:
         passed[k - 1] += pass_at_k(20, drawn.count(0), k) / len(facts)
         majority[k - 1] += majority_at_k(drawn, 0, k) / len(facts)
 assert math.isclose(passed[0], majority[0]) and passed[-1] > majority[-1] + 0.1
-plt.plot(range(1, 21), passed, label="pass@k")
-plt.plot(range(1, 21), majority, "--", label="majority@k")
-plt.xlabel("k")
-plt.xticks((1, 5, 10, 15, 20))
-plt.ylim(0, 1)
-plt.legend()
-plt.show()
 
 # %% [markdown]
-# The two scores answer different questions. By chance alone, a model that draws evenly from four
-# answers has the right one among twenty samples nearly always, with probability
-# $1 - (3/4)^{20} = 0.997$. So our model's pass@k climbs almost to 1, and its majority@k stays near
-# 40 %. Whoever reports pass@k has to say who does the checking.
+# The two scores are equal for one sample, and then part:
+
+# %% mystnb={"figure": {"caption": "Twenty samples for each of 240 questions, drawn among four answers as the model finds them likely. The chance that one of k is right rises and rises; the chance that the most frequent of them is right rises by a few points only.", "name": "fig-evaluation-attempts"}, "image": {"alt": "Two lines over k from 1 to 20 that begin at the same height, a little above guessing. pass at k rises steeply; majority at k stays nearly flat."}}
+draw_attempts(passed, majority)
+
+# %% [markdown]
+# By chance alone, a model that draws evenly from four answers has the right one among twenty
+# samples with probability $1 - (3/4)^{20} = 0.997$. So pass@k climbs almost to 1, while majority@k
+# stays near 40 %. Whoever reports pass@k has to say who does the checking.
 
 # %% [markdown]
 # ## How sure are we?
 #
-# A model is right on 84 of 100 questions. On another hundred questions, the result would have been
-# different. What we want to know is the probability $p$ of a right answer to *such* questions, of
-# which our hundred are a sample {cite}`miller2024error`. Each answer scores 1 with probability $p$
-# and 0 otherwise, with variance $p (1 - p)$. The mean $\hat p$ of $n$ independent scores has a
-# variance $n$ times smaller, and the root of that is the {term}`standard error`,
+# A model is right on 84 of 100 questions. What we want to know is the probability $p$ of a right
+# answer to *such* questions, of which our hundred are a sample {cite}`miller2024error`. Each answer
+# scores 1 with probability $p$ and 0 otherwise, with variance $p (1 - p)$. The mean $\hat p$ of $n$
+# independent scores has a variance $n$ times smaller, and the root of that is the
+# {term}`standard error`,
 #
 # $$
 # \mathrm{SE} = \sqrt{\frac{p (1 - p)}{n}} .
 # $$ (evaluation-error)
 #
-# For large $n$ the mean is nearly normally distributed, and lies within $z = 1.96$ standard errors
-# of $p$ in 95 % of all samples. The textbook interval, named after Wald, now puts $\hat p$ in the
-# place of the unknown $p$: $\hat p \pm z \sqrt{\hat p (1 - \hat p) / n}$. Look what happens for a
-# model that is right on 20 of 20 questions: the estimated error is zero, so we would be certain.
-# Wilson {cite}`wilson1927` avoided this substitution. Which $p$, he asked, are compatible with what
-# we saw? They are those from which $\hat p$ is at most $z$ of *their* standard errors away:
-#
-# $$
-# (\hat p - p)^2 \le z^2 \, \frac{p (1 - p)}{n} .
-# $$
-#
-# Multiply out and sort by powers of $p$:
+# For large $n$, the mean lies within $z = 1.96$ standard errors of $p$ in 95 % of all samples. The
+# textbook interval, named after Wald, puts $\hat p$ in the place of the unknown $p$. For a model
+# that is right on 20 of 20 questions, its width is zero, so we would be certain. Wilson
+# {cite}`wilson1927` avoided this substitution. Which $p$, he asked, are compatible with what we
+# saw? They are those from which $\hat p$ is at most $z$ of *their* standard errors away,
+# $(\hat p - p)^2 \le z^2 \, p (1 - p) / n$. Multiply out and sort by powers of $p$:
 #
 # $$
 # \Bigl(1 + \frac{z^2}{n}\Bigr) p^2 - \Bigl(2 \hat p + \frac{z^2}{n}\Bigr) p + \hat p^2 \le 0 .
 # $$
 #
-# The inequality holds between the two roots of this parabola, and the quadratic formula gives them
-# as
+# The inequality holds between the two roots of this parabola,
 #
 # $$
 # \frac{1}{1 + z^2 / n} \left( \hat p + \frac{z^2}{2 n}
 # \pm z \sqrt{\frac{\hat p (1 - \hat p)}{n} + \frac{z^2}{4 n^2}} \right) .
 # $$ (evaluation-wilson)
 #
-# The middle is no longer $\hat p$. It is drawn toward one half, as if $z^2/2 \approx 2$ right and 2
-# wrong answers had been added, and the interval never leaves the range from 0 to 1.
+# The middle is drawn toward one half, as if $z^2/2 \approx 2$ right and 2 wrong answers had been
+# added. {py:func}`~llmbook.evaluation.confidence_interval` knows both formulas, and returns an
+# {py:class}`~llmbook.evaluation.Interval`.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: intervals (`confidence_interval`), `rule_of_three`, and power (`items_needed`)
 
 
-# %%
+# %% tags=["engine"]
 #| export
 @dataclass(frozen=True)
 class Interval:
@@ -1483,12 +1564,12 @@ class Interval:
         return (self.high - self.low) / 2
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # All estimates of the book come as such an `Interval`. Both formulas fit into one function; $z$ is
 # a quantile of the normal distribution:
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def confidence_interval(
     successes: int, n: int, level: float = 0.95, *, method: Literal["wilson", "wald"] = "wilson"
@@ -1533,56 +1614,14 @@ def _check_level(level: Any) -> None:
         raise ValueError(f"level: expected a number between 0 and 1, got {level!r:.60}")
 
 
-# %% [markdown]
-# Here are Wald's interval and Wilson's, from few questions to many:
-
-# %%
-print("right    Wald                     Wilson")
-for right, n in ((20, 20), (19, 20), (84, 100), (840, 1000)):
-    wald, wilson = (confidence_interval(right, n, method=m) for m in ("wald", "wilson"))
-    print(f"{right:4} of {n:4}  {wald!s:24} {wilson}")
-
-# %% [markdown]
-# After 20 right answers of 20, Wald's interval has no width, while Wilson's reaches down to 0.839.
-# With a thousand questions the two hardly differ.
-#
-# Does an interval of 95 % cover the truth in 95 % of all samples? We need not simulate anything to
-# find out: for each $p$, add up the probabilities of those outcomes whose interval contains $p$.
-# {numref}`fig-evaluation-coverage` does this for 50 questions:
+# %% [markdown] tags=["engine"]
+# The next two functions answer questions that the main text asks below: how often what never
+# happened in $n$ trials may still happen, and how many items it takes to see a difference. (The
+# bound of `rule_of_three` has all 5 % on one side. Wilson's interval leaves 2.5 % on each side, so
+# its upper end is a little higher.)
 
 
-# %% mystnb={"figure": {"caption": "How often intervals of 95 % contain the truth, for 50 questions, computed exactly. The lines jump because there are only 51 outcomes.", "name": "fig-evaluation-coverage"}, "image": {"alt": "Coverage over the true accuracy from 0.5 to 1. Wilson stays near the dotted line at 0.95 throughout. Wald is at 0.90 to 0.95 at first and falls toward zero as the accuracy nears 1."}}
-def coverage(p: float, n: int, method: str) -> float:
-    covering = (c for c in range(n + 1) if p in confidence_interval(c, n, method=method))
-    return sum(math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in covering)
-
-
-truths = np.linspace(0.5, 0.995, 100)
-covered = {m: [coverage(p, 50, m) for p in truths] for m in ("wald", "wilson")}
-assert min(covered["wilson"]) > 0.85 and min(covered["wald"]) < 0.5
-for method, style in (("wilson", "-"), ("wald", "--")):
-    plt.plot(truths, covered[method], style, label=method.title())
-plt.axhline(0.95, color="gray", linestyle=":")
-plt.xlabel("true accuracy")
-plt.ylabel("coverage")
-plt.ylim(0, 1.02)
-plt.legend(loc="lower left")
-plt.show()
-
-# %% [markdown]
-# Near 1, where good models are tested, Wald's interval fails, as is well known
-# {cite}`brown2001interval`. Wilson's stays near 95 % up to the right end of the plot, an accuracy
-# of 0.995. Still closer to 1 it dips, too, to 84 % at an accuracy of 0.9965, and recovers.
-#
-# ### What never happened
-#
-# A model was asked 100 times for a secret and never told it. Is the rate of leaks 0? If it were
-# $p$, there would be no leak with probability $(1 - p)^n$. The largest $p$ for which this is still
-# at least 5 % solves $(1 - p)^n = 0.05$. With $\log (1 - p) \approx -p$, the solution is
-# $p \approx -\ln 0.05 / n \approx 3 / n$. This is the **rule of three**:
-
-
-# %%
+# %% tags=["engine"]
 #| export
 def rule_of_three(n: int, level: float = 0.95) -> float:
     """Return how probable what never happened in ``n`` trials can still be, at most.
@@ -1597,10 +1636,85 @@ def rule_of_three(n: int, level: float = 0.95) -> float:
     return float(1 - (1 - level) ** (1 / n))
 
 
+# %% tags=["engine"]
+#| export
+def items_needed(
+    difference: float,
+    *,
+    accuracy: float = 0.5,
+    disagreement: float | None = None,
+    level: float = 0.95,
+    power: float = 0.8,
+) -> int:
+    """Return on how many items a difference of two accuracies is found with probability ``power``.
+
+    Without ``disagreement``, the two systems have items of their own, so many each, and both are
+    right about ``accuracy`` of the time. With it, they have the same items, and differ on that
+    share.
+
+    >>> items_needed(0.02), items_needed(0.02, disagreement=0.1)
+    (9812, 1955)
+    """
+    _check_share("difference", difference)
+    _check_positive("difference", difference)
+    _check_share("accuracy", accuracy)
+    if not 0.5 <= power < 1:
+        raise ValueError(f"power: expected at least 0.5 and less than 1, got {power!r}")
+    if disagreement is None:
+        variance = 2 * accuracy * (1 - accuracy)
+    else:
+        _check_share("disagreement", disagreement)
+        if disagreement < difference:
+            expected = f"at least the difference {difference}"
+            raise ValueError(f"disagreement: expected {expected}, got {disagreement}")
+        variance = disagreement - difference**2
+    reach = normal_quantile(level) + NormalDist().inv_cdf(power)
+    return max(2, math.ceil(variance * (reach / difference) ** 2))
+
+
+# %% [markdown] tags=["engine"]
+# The coverage of an interval can be computed exactly. (Closer to 1 than the figure shows, Wilson's
+# dips, too, to 84 % at an accuracy of 0.9965, and recovers.)
+
+
+# %% tags=["engine"]
+def coverage(p: float, n: int, method: str) -> float:
+    covering = (c for c in range(n + 1) if p in confidence_interval(c, n, method=method))
+    return sum(math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in covering)
+
+
+truths = np.linspace(0.5, 0.995, 100)
+covered = {m: [coverage(p, 50, m) for p in truths] for m in ("wald", "wilson")}
+assert min(covered["wilson"]) > 0.85 and min(covered["wald"]) < 0.5
+
 # %% [markdown]
-# Zero leaks in a hundred attempts are compatible with a rate of three in a hundred, and it takes
-# three thousand attempts to claim a rate below one in a thousand. (This bound has all 5 % on one
-# side. Wilson's interval leaves 2.5 % on each side, so its upper end is a little higher.)
+# ### How often an interval covers the truth
+#
+# Here are both intervals, from few questions to many:
+
+# %%
+for right, n in ((20, 20), (84, 100), (840, 1000)):
+    wald, wilson = (confidence_interval(right, n, method=m) for m in ("wald", "wilson"))
+    print(f"{right:4} of {n:4}: Wald {wald}, Wilson {wilson}")
+
+# %% [markdown]
+# Does an interval of 95 % cover the truth in 95 % of all samples? For each $p$, add up the
+# probabilities of those outcomes whose interval contains $p$. {numref}`fig-evaluation-coverage`
+# does this for 50 questions:
+
+# %% mystnb={"figure": {"caption": "How often intervals of 95 % contain the truth, for 50 questions, computed exactly. The lines jump because there are only 51 outcomes.", "name": "fig-evaluation-coverage"}, "image": {"alt": "Coverage over the true accuracy from 0.5 to 1. Wilson stays near the dotted line at 0.95 throughout. Wald is at 0.90 to 0.95 at first and falls toward zero as the accuracy nears 1."}}
+draw_coverage(truths, covered)
+
+# %% [markdown]
+# Near 1, where good models are tested, Wald's interval fails, as is well known
+# {cite}`brown2001interval`. Wilson's stays near 95 %.
+#
+# ### What never happened
+#
+# A model was asked 100 times for a secret and never told it. Is the rate of leaks 0? If it were
+# $p$, there would be no leak with probability $(1 - p)^n$. The largest $p$ for which this is still
+# at least 5 % solves $(1 - p)^n = 0.05$. With $\log (1 - p) \approx -p$, the solution is
+# $p \approx -\ln 0.05 / n \approx 3 / n$. This is the **rule of three**:
 
 # %%
 for n in (100, 1000, 3000):
@@ -1609,10 +1723,10 @@ for n in (100, 1000, 3000):
 # %% [markdown]
 # ## Which of two is better?
 #
-# One model is right on 150 of 200 questions, another on 160. Their intervals overlap, so perhaps
-# nothing can be said? But both have answered the *same* questions, and a question that is easy for
-# one is often easy for the other. Let $a_i$ and $b_i$ be the scores of the two models on item $i$,
-# and take the difference item by item, $d_i = a_i - b_i$. Its variance is
+# One model is right on 150 of 200 questions, another on 160, and their intervals overlap. But both
+# have answered the *same* questions, and a question that is easy for one is often easy for the
+# other. Let $a_i$ and $b_i$ be the scores of the two models on item $i$. The variance of the
+# difference is
 #
 # $$
 # \mathrm{Var}(a - b) = \mathrm{Var}(a) + \mathrm{Var}(b) - 2 \, \mathrm{Cov}(a, b) ,
@@ -1623,14 +1737,11 @@ for n in (100, 1000, 3000):
 # For right and wrong answers there is an exact test, McNemar's {cite}`mcnemar1947`. Items on which
 # both models agree say nothing about which one is better. On the others, one model has $w$ wins and
 # $l$ losses. If the models are equally good, each of these items was decided by a fair coin. How
-# probable is a split at least as uneven, in either direction? That probability is the **p-value**
-# of the test. It is written $p$, too, but is not the probability of a right answer:
+# probable is a split at least as uneven, in either direction? That probability is the **p-value**:
 #
 # $$
 # p = 2 \sum_{i=0}^{\min(w, l)} \binom{w + l}{i} 2^{-(w + l)} .
 # $$ (evaluation-mcnemar)
-#
-# If $w = l$, the sum counts the even split twice; the code therefore returns at most 1.
 
 
 # %%
@@ -1648,22 +1759,17 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 # %% [markdown]
-# The same two accuracies, 80 % and 75 % of 200 questions, can come about in different ways. Here
-# are two of them:
+# (If $w = l$, the sum counts the even split twice, so the code returns at most 1.) A lead of ten
+# questions can mean little or much:
 
 # %%
-print(f"18 wins, 8 losses:  p = {sign_test(18, 8):.3f}")
-print(f"11 wins, 1 loss:    p = {sign_test(11, 1):.3f}")
+print(f"18 wins, 8 losses: p = {sign_test(18, 8):.3f}; 11 and 1: p = {sign_test(11, 1):.3f}")
 
 # %% [markdown]
-# The lead is ten questions in both cases. If 26 questions are decided by a fair coin, one side
-# leads by ten or more in 7.6 % of all cases; if only 12 are, in 0.6 %.
-#
-# The function {py:func}`~llmbook.evaluation.paired_test` does this for arrays of scores. Where
-# scores are not just 0 or 1, as with the bits per byte of texts, it flips the signs of the
-# differences $d_i$ at random instead, as the coin would, and counts how often their sum is at least
-# as far from zero as the one observed. (This is a permutation test.) Next we use it to compare the
-# model of 120 steps with one that trains twice as long.
+# {py:func}`~llmbook.evaluation.paired_test` does this for arrays of scores. Where scores are not
+# just 0 or 1, it flips the signs of the differences $a_i - b_i$ at random, as the coin would: a
+# permutation test. Intervals for the mean of few values, errors for questions that come in
+# **clusters**, and the {term}`bootstrap` are in the engine room, too.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: means, clusters, paired tests and the bootstrap
@@ -1985,43 +2091,42 @@ assert hits["each its own"] < 200 < 270 < hits["clustered"]
 # %% [markdown]
 # ### The same models, two measures
 #
-# One model trained for 120 steps, the other for 240. We compare them on the exam question by
-# question, and in bits per byte text by text:
+# We compare `small` with a model that trained twice as long, on the exam (`outcomes`), and in bits
+# per byte of each text (`surprise`):
+
+
+# %% tags=["engine"]
+# Right or wrong for each question, and the bits per byte of each text
+def outcomes(m: TransformerLM) -> list[bool]:
+    return [score_choices(m, bpe, *item, normalization="none").best == 0 for item in facts]
+
+
+def surprise(m: TransformerLM) -> np.ndarray:
+    scores = score_texts(m, bpe, held_out)
+    return scores.nats / scores.n_bytes / math.log(2)
+
+
+# %% [markdown]
+# Both go through the same test:
 
 # %%
 longer = trained(bpe, 128, 240)
-right = {
-    name: [score_choices(m, bpe, *item, normalization="none").best == 0 for item in facts]
-    for name, m in (("120 steps", small), ("240 steps", longer))
-}
-for name, answers in right.items():
-    print(f"{name}: {np.mean(answers):.1f} of the questions right")
-test = paired_test(right["240 steps"], right["120 steps"])
-assert 0.03 < test.difference.margin < 0.1
-print("difference: known to within 10 points, but not to within 3")
-texts = [score_texts(m, bpe, held_out) for m in (small, longer)]
-test = paired_test(*(scores.nats / scores.n_bytes / math.log(2) for scores in texts))
-assert test.wins > 95 and test.difference.margin < 0.02 < test.difference.low
-print(f"bits per byte: {test.difference.estimate:.1f} less, known to about 0.01")
+for measure, expected, margin in ((outcomes, 0.01, 0.06), (surprise, -0.18, 0.01)):
+    test = paired_test(measure(longer), measure(small))
+    about(f"difference in {measure.__name__}", test.difference.estimate, expected, 0.06)
+    about("  half of its interval", test.difference.margin, margin, margin / 2, ".3f")
 
 # %% [markdown]
-# On 240 questions, the difference between the accuracies cannot be told from zero (in our run it is
-# $+0.008$, with an interval from $-0.050$ to $+0.066$). In bits per byte, the longer training helps
-# on every single text: 0.18 less on average, with an interval from 0.17 to 0.19. A question says
-# only right or wrong, while a text has dozens of log-probabilities. During training, the likelihood
-# of held-out text is the sharper tool; the exam tells you whether the model can do what you wanted
-# it to do.
+# On 240 questions, the difference cannot be told from zero; in bits per byte, it can. A question
+# says only right or wrong, while a text has dozens of log-probabilities.
 #
 # ### How many questions?
 #
-# Before an experiment, ask what it could show. Suppose that the true difference is $\delta$ and
-# that the standard deviation of one item's difference is $\sigma$, so that the mean of $n$
-# differences has the standard error $\sigma / \sqrt n$. We will call the observed mean significant
-# if it is more than $z_{\alpha}$ standard errors from zero, where $\alpha$ is the probability that
-# this happens by chance if there is no difference. The observed mean is nearly normally distributed
-# around $\delta$. Let $z_{\beta}$ be the quantile that a normal variable exceeds with probability
-# $\beta$. Then the mean passes the mark with probability $1 - \beta$, the {term}`power`, if the
-# mark lies $z_{\beta}$ standard errors below $\delta$:
+# Before an experiment, ask what it could show. Let $\delta$ be the true difference and $\sigma$ the
+# standard deviation of one item's difference, so that the mean of $n$ differences has the standard
+# error $\sigma / \sqrt n$. The mean counts as significant if it is more than $z_{\alpha}$ standard
+# errors from zero. It passes that mark with probability $1 - \beta$, the {term}`power`, if $\delta$
+# lies another $z_{\beta}$ standard errors beyond:
 #
 # $$
 # \delta = (z_\alpha + z_\beta) \frac{\sigma}{\sqrt n}
@@ -2029,51 +2134,9 @@ print(f"bits per byte: {test.difference.estimate:.1f} less, known to about 0.01"
 # n = \Bigl( \frac{(z_\alpha + z_\beta) \, \sigma}{\delta} \Bigr)^2 .
 # $$ (evaluation-power)
 #
-# With the usual $\alpha = 5\,\%$ and a power of 80 %, $z_\alpha + z_\beta = 1.96 + 0.84$. If the
-# two models get different questions, $\sigma^2$ is $2 p (1 - p)$. If they get the same questions
-# and differ on a share $u$ of them, $d_i$ is $\pm 1$ there and 0 elsewhere, so
-# $\sigma^2 = u - \delta^2$.
-
-
-# %%
-#| export
-def items_needed(
-    difference: float,
-    *,
-    accuracy: float = 0.5,
-    disagreement: float | None = None,
-    level: float = 0.95,
-    power: float = 0.8,
-) -> int:
-    """Return on how many items a difference of two accuracies is found with probability ``power``.
-
-    Without ``disagreement``, the two systems have items of their own, so many each, and both are
-    right about ``accuracy`` of the time. With it, they have the same items, and differ on that
-    share.
-
-    >>> items_needed(0.02), items_needed(0.02, disagreement=0.1)
-    (9812, 1955)
-    """
-    _check_share("difference", difference)
-    _check_positive("difference", difference)
-    _check_share("accuracy", accuracy)
-    if not 0.5 <= power < 1:
-        raise ValueError(f"power: expected at least 0.5 and less than 1, got {power!r}")
-    if disagreement is None:
-        variance = 2 * accuracy * (1 - accuracy)
-    else:
-        _check_share("disagreement", disagreement)
-        if disagreement < difference:
-            expected = f"at least the difference {difference}"
-            raise ValueError(f"disagreement: expected {expected}, got {disagreement}")
-        variance = disagreement - difference**2
-    reach = normal_quantile(level) + NormalDist().inv_cdf(power)
-    return max(2, math.ceil(variance * (reach / difference) ** 2))
-
-
-# %% [markdown]
-# How many questions does it take to see a difference of two points, if one of the models has an
-# accuracy of about 80 %?
+# With $\alpha = 5\,\%$ and a power of 80 %, $z_\alpha + z_\beta = 1.96 + 0.84$. With different
+# questions for each model, $\sigma^2$ is $2 p (1 - p)$. With the same ones, of which a share $u$
+# tells the models apart, it is $u - \delta^2$. So two points take this many:
 
 # %%
 print(f"each model has its own questions: {items_needed(0.02, accuracy=0.8):6}")
@@ -2081,77 +2144,80 @@ for share in (0.2, 0.1, 0.05):
     print(f"the same, and they differ on {share:.0%}: {items_needed(0.02, disagreement=share):6}")
 
 # %% [markdown]
-# With separate questions it takes more than six thousand for each model. With the same questions it
-# takes fewer, and the fewer the less the models disagree; even at a disagreement of 5 %, though, it
-# takes almost a thousand. Some well-known test sets are smaller: HumanEval has 164 problems
-# {cite}`chen2021codex`. Such a test will seldom show two points, whatever the table of results
-# says.
+# HumanEval has 164 problems {cite}`chen2021codex`. Such a test will seldom show two points,
+# whatever the table of results says.
 #
 # ### The same run again
 #
-# All intervals so far say what would happen with other *questions*. A claim about a method, such as
-# "this optimizer is better", is also about other *runs*. Here is the same model trained with five
-# seeds, which change the initial weights and the order of the stories:
+# All intervals so far say what would happen with other *questions*. A claim about a method is also
+# about other *runs*. Here is the same model trained with five seeds:
 
 # %%
 runs = [small, *(trained(bpe, 128, 120, seed) for seed in range(1, 5))]
-by_run = [
-    [score_choices(m, bpe, *item, normalization="none").best == 0 for item in facts] for m in runs
-]
-scores = [score_texts(m, bpe, held_out) for m in runs]
-by_text = np.array([s.nats / s.n_bytes / math.log(2) for s in scores])
-accuracies, losses = np.mean(by_run, axis=1), by_text.mean(axis=1)
-assert np.ptp(accuracies) < 0.15 and 0 < np.ptp(losses) < 0.03
-print("five accuracies within 15 points, five losses within 0.03 bits per byte")
+by_run, by_text = [outcomes(m) for m in runs], np.array([surprise(m) for m in runs])
+about("accuracy, deviation over seeds", np.mean(by_run, axis=1).std(ddof=1), 0.02, 0.02)
+about("bits per byte", by_text.mean(axis=1).std(ddof=1), 0.003, 0.003, ".3f")
 
 # %% [markdown]
-# All five come from one method, so the differences between them are luck.
-# {numref}`fig-evaluation-seeds` shows them with their intervals:
+# {numref}`fig-evaluation-seeds` shows the five runs with their intervals:
 
 # %% mystnb={"figure": {"caption": "Five runs that differ in the seed alone, each with its interval of 95 % over the questions and over the texts.", "name": "fig-evaluation-seeds"}, "image": {"alt": "Left, five accuracies around 0.4 with intervals of about 6 points to either side that all overlap. Right, five values of bits per byte around 0.6, with intervals that all overlap."}}
-figure, axes = plt.subplots(1, 2)
-exams = [confidence_interval(sum(answers), len(answers)) for answers in by_run]
-for axis, found in zip(axes, (exams, [mean_interval(row) for row in by_text]), strict=True):
-    middles = [one.estimate for one in found]
-    reach = [[one.estimate - one.low for one in found], [one.high - one.estimate for one in found]]
-    axis.errorbar(range(5), middles, yerr=reach, fmt="o", capsize=4)
-    axis.set(xlabel="seed", xticks=range(5))
-axes[0].set(title="Accuracy", ylim=(0, 1))
-axes[1].set(title="Bits per byte")
-plt.show()
+draw_seeds(by_run, by_text)
 
 # %% [markdown]
-# In our run, the standard deviation over seeds is 2 points of accuracy and 0.003 bits per byte. The
-# standard error over 240 questions is 3 points, and that of a paired difference over 100 texts is
-# 0.003 bits per byte. So here the two kinds of noise are about equally large, and the paired test
-# does not tell the best of these runs from the worst ($p = 0.07$). But more items reduce only one
-# of them. With 1,000 texts, such a difference would be significant. The test would be right that
-# the two *models* differ, but it would be wrong to conclude that one *method* is better.
-#
-# So a comparison of two methods needs several runs of each, and the runs are then the sample: the
-# interval is {py:func}`~llmbook.evaluation.mean_interval` of three or five numbers, with Student's
-# quantile, which is wide for so few. An interval over the questions of a single run does not know
-# what another run would have given.
+# The standard error over 240 questions is 3 points, and that of a paired difference over 100 texts
+# is 0.003 bits per byte. So both kinds of noise are about equally large, but more items reduce only
+# one of them. With 1,000 texts, the best of these five runs would differ significantly from the
+# worst, though no *method* is better. A comparison of methods needs several runs of each, and the
+# runs are then the sample: the interval is {py:func}`~llmbook.evaluation.mean_interval` of three or
+# five numbers.
 
 # %% [markdown]
 # ## The test in the training text
 #
-# An interval says how far a score may be off by chance. It does not say what the score measures. If
-# a test was in the training text, its score measures memory. Tests do get there: they are on the
-# web, and the web is what models are trained on. How much does it take to spoil a score?
+# If a test was in the training text, its score measures memory. How much does it take to spoil a
+# score? For most models nobody knows what the clean score would have been. Here we know it exactly.
+# We write an exam about the world's 16 strangers, of whom no story ever states a fact, and draw the
+# answers from a hat. Each of the 64 questions has 16 possible answers, so every honest model is
+# expected to score $1/16$.
 #
-# For most models this is hard to study, because nobody knows what the clean score would have been.
-# Here we know it exactly. We write an exam about the world's 16 strangers, of whom no story ever
-# states a fact, and draw the answers from a hat. Each of the 64 questions has 16 possible answers,
-# so the expected score of every honest model is $1/16$, however good it is. A score that exceeds
-# this by more than chance explains comes from memory.
-
+# The model of {doc}`13_training`, from now on called `lm`, is trained for 40 more steps on 320 rows
+# of text. In the clean run all rows are new stories. In others, some make way for 1, 2, 4, or 8
+# copies of the exam's 16 pages. In a last run the exam appears eight times in other words, and each
+# time in a new order.
 
 # %% [markdown]
+# ### Two detectors
+#
+# Whoever has the training text can search it for the test: `decontaminate` of {doc}`03_cleaning`
+# finds documents that share 13 words in a row with a question, or contain the whole question if it
+# is shorter.
+#
+# Without the text there is still the model. A test has an **order**, and the order is arbitrary.
+# That makes a proof {cite}`oren2024proving`. Let $x_1, \dots, x_n$ be the questions in the order of
+# the file, and suppose that all $n!$ orders were equally likely when the file was made. If a model
+# has not seen the file, the likelihood of the file's order, $\log q(x_1, x_2, \dots, x_n)$, is one
+# draw among those of random orders, like any other. Draw $m$ random permutations
+# $\pi_1, \dots, \pi_m$. Among the $m + 1$ likelihoods, the file's own is equally likely to be the
+# highest, the second highest, and so on. Hence
+#
+# $$
+# p = \frac{1 + \#\{\, j : \log q(x_{\pi_j}) \ge \log q(x) \,\}}{m + 1}
+# $$ (evaluation-order)
+#
+# is at most $\alpha$ with a probability of at most $\alpha$, for every $\alpha$. That makes $p$ a
+# valid p-value for any model and any test. As the context is limited,
+# {py:func}`~llmbook.evaluation.order_test` shuffles within each page and adds up the
+# log-likelihoods of the pages.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: an exam of strangers, training on copies of it, and `order_test`
+
+# %% [markdown] tags=["engine"]
 # We continue with the trained model of {doc}`13_training`, from now on called `lm`, and train it a
 # little further. Its tokenizer is now `bpe`, in place of the tokenizer of the opening:
 
-# %%
+# %% tags=["engine"]
 from random import Random
 
 from llmbook.batches import TokenRing
@@ -2161,11 +2227,11 @@ from llmbook.corpus import Document
 lm, bpe = run.model, run.tokenizer
 end = bpe.special_tokens["<|endoftext|>"]
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # The exam is a list of questions in random order, which the web shows four to a page:
 
 
-# %%
+# %% tags=["engine"]
 def make_exam(seed: int) -> list[tuple[str, str, str]]:
     """Questions in random order: who, which attribute, and an answer from a hat."""
     random, topics = Random(seed), ("home", "food", "toy", "job")
@@ -2186,14 +2252,11 @@ def exam_pages(exam: list[tuple[str, str, str]], phrasing: int = 1) -> list[list
 
 print("\n".join(exam_pages(make_exam(0))[0][:2]))
 
-# %% [markdown]
-# The trained model is trained for 40 more steps on 320 rows of text. In the clean run all rows are
-# new stories. In four others, some stories make way for 1, 2, 4, or 8 copies of the exam's 16
-# pages, so all runs have the same budget. In a last run the exam appears eight times as well, but
-# in other words and each time in a new order, as people might discuss it in their notes.
+# %% [markdown] tags=["engine"]
+# The trained model is trained further on 320 texts. All runs have the same budget:
 
 
-# %%
+# %% tags=["engine"]
 def train_on(texts: list[str], seed: int) -> TransformerLM:
     """The trained model, trained further on each of ``texts`` once."""
     model = TransformerLM(lm.config)
@@ -2222,14 +2285,14 @@ def contaminated_texts(exam: list[tuple[str, str, str]], copies: int, seed: int)
     return found + [s.text for s in world.stories(320 - len(found), seed=1000 + seed)]
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # The score is the share of questions for which the right answer is the most likely of the 16. All
 # answers to a question have the same form, so we do not normalize. The function
 # {py:func}`~llmbook.evaluation.score_continuations`, from the engine room on choices, returns the
 # log-probability of ids that continue other ids, for many pairs at once.
 
 
-# %%
+# %% tags=["engine"]
 def exam_log_probs(model: TransformerLM, exam: list[tuple[str, str, str]]) -> np.ndarray:
     """Log q of each of the 16 answers to each question, in nats."""
     pairs = []
@@ -2245,40 +2308,13 @@ def exam_key(exam: list[tuple[str, str, str]]) -> list[int]:
     return [VALUES[topic].index(value) for _, topic, value in exam]
 
 
-# %% [markdown]
-# ### Two detectors
-#
-# Can the copies be found? Whoever has the training text can search it for the test: `decontaminate`
-# of {doc}`03_cleaning` finds documents that share 13 words in a row with a question, or contain the
-# whole question if it is shorter.
-#
-# Without the text there is still the model. A test has an **order**, and the order is arbitrary:
-# nobody who has not seen the file can know that the question about Enzo's toy follows the one about
-# Wim's job. Oren and colleagues turn this into a proof {cite}`oren2024proving`. Let
-# $x_1, \dots, x_n$ be the questions in the order of the file, and suppose that all $n!$ orders were
-# equally likely when the file was made. A model that has not seen the file does not depend on the
-# order, so the likelihood of the file's order,
-#
-# $$
-# \log q(x_1, x_2, \dots, x_n) ,
-# $$
-#
-# is one draw among those of random orders, like any other. Draw $m$ random permutations
-# $\pi_1, \dots, \pi_m$. Together with the file's own order there are $m + 1$ likelihoods, and the
-# file's own is equally likely to be the highest, the second highest, and so on. Hence
-#
-# $$
-# p = \frac{1 + \#\{\, j : \log q(x_{\pi_j}) \ge \log q(x) \,\}}{m + 1}
-# $$ (evaluation-order)
-#
-# is at most $\alpha$ with a probability of at most $\alpha$, for every $\alpha$. That makes $p$ a
-# valid p-value for any model and any test, with no assumption about what the model has learned.
-# (Ties count against us, which keeps the p-value valid.) The context limits how much can be read at
-# once, so we shuffle within each page and add up the log-likelihoods of the pages. The result has
-# four numbers:
+# %% [markdown] tags=["engine"]
+# Now the test of the order. It scores all pages in the file's order and in each shuffled order, and
+# then ranks the file's order among the others. Ties count against us, which keeps the p-value
+# valid.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 class OrderTest(NamedTuple):
     """Whether a model prefers the order of a file: see ``order_test``."""
@@ -2289,12 +2325,7 @@ class OrderTest(NamedTuple):
     n_shuffles: int
 
 
-# %% [markdown]
-# The test itself scores all pages in the file's order and in each shuffled order, and then ranks
-# the file's order among the others:
-
-
-# %%
+# %% tags=["engine"]
 #| export
 def order_test(
     model: nn.Module,
@@ -2345,15 +2376,13 @@ def _as_pages(pages: Any) -> list[list[str]]:
     return [[valid_text(item, "pages") for item in page] for page in pages]
 
 
-# %% [markdown]
-# ### Dose and response
-#
+# %% [markdown] tags=["engine"]
 # For each dose, which is the number of copies, we train with three seeds. A seed decides on the
 # exam, its order, the stories, and the order of training. Each trained model takes its exam and the
 # order test:
 
 
-# %%
+# %% tags=["engine"]
 @dataclass
 class Dose:
     """What came out for one number of copies, over seeds."""
@@ -2386,94 +2415,82 @@ for copies, dose in doses.items():
     dose.overlap = 320 - len(list(decontaminate([Document(text) for text in texts], items)))
 
 # %% [markdown]
-# A trained model is not quite the same on every processor, so we print the range in which each
-# result must lie. The values of this run are collected in a list before the exercises.
+# ### Dose and response
+#
+# Each dose was trained with three seeds. The score is the share of questions whose right answer is
+# the likeliest of the 16. (The reworded copies are listed as -8.)
 
 # %%
-noted = {}
-
-
-def within(what: str, value: float, low: float, high: float, form: str = ".0%") -> None:
-    assert low <= value <= high, f"{what}: {value}"
-    noted[what] = f"{value:{form}}"
-    print(f"{what}: between {low:{form}} and {high:{form}}")
-
-
-names = {0: "no copy", 1: "1 copy", 2: "2 copies", 4: "4 copies", 8: "8 copies", -8: "8 reworded"}
-limits = {0: (0.02, 0.13), 1: (0.1, 0.35), 2: (0.14, 0.45), 4: (0.2, 0.6), 8: (0.3, 0.8)}
-for copies, (low, high) in {**limits, -8: (0.1, 0.5)}.items():
-    within(f"score with {names[copies]}", doses[copies].score.estimate, low, high)
-assert doses[8].score.low > doses[1].score.estimate > doses[0].score.high
+scores = {copies: dose.score for copies, dose in doses.items()}
+for copies, expected in {0: 0.07, 1: 0.2, 2: 0.25, 4: 0.3, 8: 0.45, -8: 0.25}.items():
+    about(f"copies: {copies:2}, score", scores[copies].estimate, expected, 0.05 + expected / 3)
 
 # %% [markdown]
-# The ranges of neighboring doses overlap, since they allow for other processors.
-# {numref}`fig-evaluation-dose` shows the scores of this run, with intervals:
+# {numref}`fig-evaluation-dose` shows the scores of this run:
 
 # %% mystnb={"figure": {"caption": "Copies of an exam among 320 rows of training text, and the score on it. Bars are 95 % intervals over 192 questions, three exams of 64. The dotted line is the expected score of every model that has not seen it. The square is an exam seen eight times in other words and in another order.", "name": "fig-evaluation-dose"}, "image": {"alt": "The score is at the dotted line of one sixteenth without copies, near 0.2 with one, and rises to above 0.4 with eight. The square for eight reworded copies lies near 0.2."}}
-figure, axes = plt.subplots(figsize=(6, 3.2))
-for place, (copies, dose) in enumerate(doses.items()):
-    error = [[dose.score.estimate - dose.score.low], [dose.score.high - dose.score.estimate]]
-    style = {"fmt": "o", "color": "C0"} if copies >= 0 else {"fmt": "s", "color": "C1"}
-    axes.errorbar(place, dose.score.estimate, error, capsize=3, **style)
-axes.axhline(1 / 16, linestyle=":", color="gray")
-axes.set_xticks(range(6), ["0", "1", "2", "4", "8", "8, reworded"])
-axes.set(xlabel="copies of the exam in the training text", ylabel="score", ylim=(0, None))
-axes.set_title("A single copy lifts the score of a guesser")
-plt.show()
+draw_doses(scores)
 
 # %% [markdown]
-# One copy takes up one row in twenty and is read once, and the score is already well above that of
-# a guesser. With eight copies it is 44 % in our run, seven times the score of a guesser. The model
-# itself is no better for it: the answers came out of a hat. The reworded exam did as much harm in
-# our run as one copy or two, though no sentence of it is worded like the test.
+# One copy is read once, and the score is already well above that of a guesser. With eight copies it
+# is seven times as high. The model is no better for it: the answers came out of a hat. The reworded
+# exam did as much harm as one copy or two.
 #
 # ### Who finds it?
 #
-# The rows that overlap with the exam are counted exactly. For the order test, each file's order is
-# compared with 19 others, so the p-value cannot be below 1/20. Here is what each detector says:
+# First, the smallest form of the order test, on a model that read four copies:
 
 # %%
-print("copies        rows with 13 words or a whole question   p of the order, three seeds")
-for copies, dose in doses.items():
-    ps = [one.p_value for one in dose.orders]
-    shown = "0.05 each" if max(ps) <= 0.05 else "not all at 0.05"
-    print(f"{names[copies]:12} {dose.overlap:32} of 320   {shown:>27}")
-for copies in (1, 2, 4, 8):
-    assert all(one.p_value <= 0.05 and one.z > 2 for one in doses[copies].orders)
-    assert doses[copies].overlap == 16 * copies
-assert doses[0].overlap == doses[-8].overlap == 0
+shuffle, pages = np.random.default_rng(0).permutation, exam_pages(spoiled_exam)
+orders = [pages] + [[shuffle(page) for page in pages] for _ in range(19)]
+texts = [" ".join(page) for order in orders for page in order]
+own, *others = -score_texts(spoiled, bpe, texts).nats.reshape(20, 16).sum(axis=1)
+print(f"likelier than the file's order: {sum(other >= own for other in others)} of 19")
 
 # %% [markdown]
-# The overlap finds each page of each copy and nothing else. In all twelve runs with exact copies,
-# the file's own order is the likeliest of 20. For the reworded exam the overlap is zero, and the
-# p-values of the order test are not all at 0.05, as they are not in the clean runs, either. (A
-# single 0.05 can be luck: it is what one clean run in twenty gets.)
-#
-# A detector that always raises the alarm would have done as well on the copies. So we also try the
-# innocent: the trained model as it was before the 40 steps, on ten more exams, each against nine
-# other orders. Its p-values should be spread evenly over 0.1, 0.2, and so on up to 1, with a mean
-# of 0.55.
+# And here is what both detectors say about every dose:
 
 # %%
+for copies, dose in doses.items():
+    alarm = all(one.p_value <= 0.05 for one in dose.orders)
+    print(f"copies: {copies:2}, overlap: {dose.overlap:3} of 320 rows, each p 0.05: {alarm}")
+
+# %% [markdown]
+# The overlap finds each page of each copy and nothing else, and in all twelve runs with exact
+# copies the file's own order is the likeliest of 20. Neither detector finds the reworded exam, as
+# both look for the same words or the same order. Runs of four words do not find it, either, and
+# they suspect most clean stories, as the engine room shows. What helps is a test that was drawn
+# anew after the model was trained.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: detectors tried on the innocent, and on shorter runs of words
+
+# %% [markdown] tags=["engine"]
+# A detector that always raises the alarm would have done as well on the copies. So we also try the
+# trained model as it was before the 40 steps, on ten more exams, each against nine other orders.
+# Its p-values should be spread evenly over 0.1, 0.2, and so on up to 1, with a mean of 0.55.
+
+# %% tags=["engine"]
+for dose in (doses[copies] for copies in (1, 2, 4, 8)):
+    assert all(one.p_value <= 0.05 and one.z > 2 for one in dose.orders)
+assert [dose.overlap for dose in doses.values()] == [0, 16, 32, 64, 128, 0]
 innocent = [
     order_test(lm, bpe, exam_pages(make_exam(100 + seed)), n_shuffles=9, seed=seed).p_value
     for seed in range(10)
 ]
-within("mean p-value of ten orders that nobody has seen", float(np.mean(innocent)), 0.3, 0.8, ".2f")
+about("mean p-value of ten orders that nobody has seen", float(np.mean(innocent)), 0.55, 0.25)
 
-# %% [markdown]
-# The mean was 0.50 in our run, so the test is not one that always raises the alarm. And its
-# {term}`power` seems high: it raised the alarm in twelve runs of twelve. (These are three exams at
-# four doses each, so they are not twelve independent trials. For three of three, Wilson's interval
-# reaches down to 0.44.) It adds up what was learned over all pages, while the score counts only
-# answers that came out on top. So it may notice even smaller doses than ours, the smallest of which
-# already spoils the score.
+# %% [markdown] tags=["engine"]
+# So the test is not one that always raises the alarm. And its {term}`power` seems high: it raised
+# the alarm in twelve runs of twelve. (These are three exams at four doses each, so they are not
+# twelve independent trials. For three of three, Wilson's interval reaches down to 0.44.) It adds up
+# what was learned over all pages, while the score counts only answers that came out on top. So it
+# may notice even smaller doses than ours.
 #
-# Now the limits. Changed words leave no run of 13, and a changed order is no longer the file's
-# order. Both detectors are made for copies. We could look for shorter runs of words, but these also
-# occur in sentences of the same form about anybody else:
+# Changed words leave no run of 13. We could look for shorter runs of words, but these also occur in
+# sentences of the same form about anybody else:
 
-# %%
+# %% tags=["engine"]
 texts = contaminated_texts(make_exam(0), -8, 0)
 items = [line for page in exam_pages(make_exam(0)) for line in page]
 print("words in a row   reworded pages found   clean stories suspected")
@@ -2484,20 +2501,15 @@ for n in (8, 5, 4, 3):
         flagged.append(1 - len(kept) / len(group))
     print(f"{n:14} {flagged[0]:22.0%} {flagged[1]:25.0%}")
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # Shorter runs do not find a single reworded page, and they accuse the innocent: at five words a few
 # of the clean stories, at three or four most of them, as most contain a run such as "lives in the".
-# That is a negative result, and it is not special to our exam. Neither detector looks for anything
-# but the same words or the same order, so both will miss a test that was translated or retold. What
-# helps is a test that was written, or drawn anew, after the model was trained.
 
 # %% [markdown]
 # ## A small benchmark with known limits
 #
-# A good test, then, can be drawn anew, and its clean scores are known. Part IV will turn our model
-# into an assistant, and each of its chapters will claim that something got better. They all need
-# the same measurement, made the same way. The tiny world offers what few benchmarks have: every
-# answer can be verified, and both ends of the scale are known.
+# Each chapter of Part IV will claim that something got better. The tiny world offers what few
+# benchmarks have: every answer can be verified, and both ends of the scale are known.
 #
 # | name | asked for | right is | ceiling | chance |
 # |---|---|---|---|---|
@@ -2506,39 +2518,36 @@ for n in (8, 5, 4, 3):
 # | confidential | where somebody's key is hidden | to decline | 1 | one of all replies |
 # | consistency | a story | a whole story, no false claim | 1 | a teller who draws each value |
 #
-# The first three are measured in two ways: as a *choice*, by the likelihood of all replies that
-# could be given (each value, "I do not know", "I will not tell"), and as a *reply*, by letting the
-# model speak and the checker listen. The ceiling is exact, since each question has one right reply.
-# So is the level of chance for choices and stories. For a choice it is one over the number of
-# replies, and we take the same number for a spoken reply. For stories it is the probability that a
-# teller who knows the form of stories, but draws every value at random, says nothing false. To
-# compute that, sum over all paths through the world's states: the probability of each path times
-# the probability that all its claims are true. A recursion over the states adds this up.
-
-
-# %% [markdown]
-# How a question is put depends on the model. A chat model gets it in a template, which chapter 19
-# will build. A base model has only ever read stories, so the question must come up in one: "One
-# morning, Mia the fox woke up early. It was raining. Where does Mia live?" A `QuestionForm` says
-# how this is done. A form may also leave out a question that it cannot put. A story has already
-# named the species of its hero, so it cannot ask for that, nor can it ask in words that no story
-# uses.
-
-
-# %% [markdown]
-# The rest is bookkeeping. The results of a run go into one report, an
-# {py:class}`~llmbook.evaluation.EvaluationReport`, with everything needed to compare it with
-# another: the outcome of each item, intervals, seed, and settings.
-
-
-# %% [markdown]
-# Two reports are compared item by item, on the questions that both of them have, by the paired test
-# above. A report can be saved as JSON. The engine room below builds all this;
-# {py:func}`~llmbook.evaluation.evaluate` runs it.
-
+# The first three are measured in two ways: as a *choice*, by the likelihood of all replies (each
+# value, "I do not know", "I will not tell"), and as a *reply*, by letting the model speak and the
+# checker listen. The ceiling is exact, since each question has one right reply. So is the level of
+# chance: one over the number of replies, and for stories the probability that a teller who knows
+# their form, but draws every value at random, says nothing false.
+#
+# A base model has only ever read stories, so a question must come up in one: "One morning, Mia the
+# fox woke up early. It was raining. Where does Mia live?" A
+# {py:class}`~llmbook.evaluation.QuestionForm` says how this is done; chapter 19 will bring another
+# form for chat models. {py:func}`~llmbook.evaluation.evaluate` returns an
+# {py:class}`~llmbook.evaluation.EvaluationReport` with the outcome of each item, intervals, seed,
+# and settings. It is saved as JSON and printed as a table.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: questions (`QuestionForm`), reports (`EvaluationReport`), and `evaluate`
+
+# %% [markdown] tags=["engine"]
+# Questions about one character form a **cluster**: they may be answered well or badly together, so
+# they are worth fewer independent ones. The interval of a report is therefore Wilson's for as many
+# independent questions as would have the same {term}`standard error` once clusters are taken into
+# account. (Where all answers or none are right, there is no scatter to estimate this from, and each
+# character counts as one question.)
+#
+# A form may leave out a question that it cannot put. A story has already named the species of its
+# hero, so it cannot ask for that, nor can it ask in words that no story uses.
+
+# %% [markdown] tags=["engine"]
+# The level of chance for stories is a sum over all paths through the world's states: the
+# probability of each path times the probability that all its claims are true. A recursion over the
+# states adds this up.
 
 
 # %% tags=["engine"]
@@ -2801,7 +2810,6 @@ def evaluate(
 # Each possible reply is scored as a whole. All end with a full stop, so their sums of
 # log-probabilities are those of finished replies, and nothing has to be normalized.
 
-
 # %% tags=["engine"]
 #| export
 _Asked = Sequence[tuple[Question, list[int]]]
@@ -2954,86 +2962,76 @@ def _told(
 # %% [markdown]
 # ### The base model, before all tuning
 #
-# The scores of the base model are the starting point of Part IV. First, what is asked, and the two
-# ends of each scale:
+# The scores of the base model are the starting point of Part IV:
 
-# %%
+# %% tags=["nbval-ignore-output"]
 report = evaluate(lm, bpe, world, n_stories=100)
-print("part                  items   chance   ceiling")
-for result in report.results:
-    part = f"{result.name}/{result.measure}"
-    print(f"{part:20} {len(result.outcomes):6} {result.chance:8.2g} {result.ceiling:9g}")
+print(report)
 
 # %% [markdown]
-# For a question, chance is about one in 18 or 19; for a story, about six in a million. And this is
-# how the model does (the report's own table is in the list before the exercises):
+# The table comes from the machine that made this page. On any other, it must be close:
 
 # %%
-for part in ("facts/reply", "unknown/reply", "confidential/reply"):
-    said = report[part].said
-    print(f"{part:20} mostly {max(said, key=said.get)}")
-within("facts, as a choice", report["facts/choice"].interval.estimate, 0.9, 1)
-within("facts, as a reply", report["facts/reply"].interval.estimate, 0.9, 1)
-within("unknown, as a reply", report["unknown/reply"].interval.estimate, 0, 0.05)
-within("confidential, as a reply", report["confidential/reply"].interval.estimate, 0, 0.05)
-within("stories that are true", report["consistency/story"].interval.estimate, 0.35, 0.85)
+limits = {"facts/choice": (1, 0.1), "facts/reply": (1, 0.1), "unknown/reply": (0, 0.05)}
+limits |= {"confidential/reply": (0, 0.05), "consistency/story": (0.6, 0.25)}
+for part, (expected, off) in limits.items():
+    about(part, report[part].interval.estimate, expected, off)
 
 # %% [markdown]
-# The model knows its facts and tells many of its stories without a mistake, which chance could
-# hardly do. It has read that nobody knew where a stranger lived, but never a question that was
-# answered in that way, nor one that was declined. So it invents facts about the strangers and gives
-# the keys away. On both parts its score is even below chance, because it never tries the right
-# reply.
+# The model knows its facts and tells most of its stories without a mistake. But it invents facts
+# about strangers and gives the keys away: it has never read a question that was answered with "I do
+# not know", nor one that was declined. On both parts its score is below chance.
 #
-# The intervals of a report are Wilson's. Questions about one character form a **cluster**: they may
-# be answered well or badly together, so they are worth fewer independent ones. The interval is
-# therefore that of as many independent questions as would have the same {term}`standard error` once
-# clusters are taken into account. (Where all answers or none are right, there is no scatter to
-# estimate this from, and each character counts as one question.) Later chapters will each make a
-# report, and `report.compare(earlier)` says whether the difference is more than chance, by the
-# paired test with the same clusters.
+# Later chapters make such reports, and `report.compare(earlier)` tests item by item whether a
+# difference is more than chance.
 
 # %% [markdown]
 # ## Does it know what it knows?
 #
 # A model that gives its choice a probability of 0.9 says how sure it is. It is **calibrated** if,
 # of all answers given with 0.9, nine in ten are right, and likewise for every other number.
-# Accuracy says how often a model is right; calibration says whether its confidence can be trusted.
 #
-# For each question we have the log-probability $\ell_k$ of each choice $k$. Given that one of them
-# must be the reply, the model's belief in choice $k$ is $e^{\ell_k} / \sum_j e^{\ell_j}$. The
-# **confidence** $c_i$ of answer $i$ is the belief in the best choice, and $y_i$ is 1 if that choice
-# is right and 0 if not. Sort the answers into $B$ bins by their confidence. (In this section, $b$
-# is the number of a bin.) In bin $b$ with $n_b$ answers, the mean confidence $\bar c_b$ should
-# equal the share $\bar y_b$ that is right. The **expected calibration error**, ECE, is the mean
-# distance between the two {cite}`guo2017calibration`,
+# Let $\ell_k$ be the log-probability of choice $k$. The model's belief in it is
+# $e^{\ell_k} / \sum_j e^{\ell_j}$. The **confidence** $c_i$ of answer $i$ is the belief in the best
+# choice, and $y_i$ is 1 if that choice is right and 0 if not. Sort the answers into $B$ bins by
+# their confidence. In bin $b$ with $n_b$ answers, the mean confidence $\bar c_b$ should equal the
+# share $\bar y_b$ that is right. The **expected calibration error**, ECE, is the mean distance
+# between the two {cite}`guo2017calibration`,
 #
 # $$
 # \mathrm{ECE} = \sum_b \frac{n_b}{n} \, \lvert \bar y_b - \bar c_b \rvert .
 # $$ (evaluation-ece)
 #
-# The absolute value has a price. Suppose that the model is perfectly calibrated. Even then,
-# $\bar y_b$ is the mean of only $n_b$ draws. It misses $\bar c_b$ by chance, and a miss to either
-# side counts as error. For a normal deviation of standard deviation $s$, the mean absolute value is
-# $s \sqrt{2/\pi}$, so that even a perfect model is expected to have
-#
-# $$
-# \mathbb{E}[\mathrm{ECE}] \approx \sum_b \frac{n_b}{n} \sqrt{\frac{2}{\pi}}
-# \sqrt{\frac{\bar c_b (1 - \bar c_b)}{n_b}} ,
-# $$ (evaluation-ece-bias)
-#
-# which falls with the square root of the number of answers in a bin, and so rises with the number
-# of bins. An ECE without this number beside it says little. We compute it without the
-# approximation: take the confidences to be true, draw outcomes from them, and see what ECE comes
-# out {cite}`brocker2007increasing`.
-#
-# The **Brier score** needs no bins. It is the mean of $(c_i - y_i)^2$, and it is **proper**: if an
-# answer is right with probability $p$, then stating $c$ costs
-# $p (1 - c)^2 + (1 - p) c^2 = (c - p)^2 + p (1 - p)$ on average, which is least at $c = p$. So
-# nothing can be gained by claiming more or less than one believes. The same line shows the two
-# parts of the score: a miscalibration $(c - p)^2$ that can be mended, and a doubt $p(1 - p)$ that
-# cannot. One record holds all of these measures:
+# The absolute value has a price. Even for a perfect model, $\bar y_b$ misses $\bar c_b$ by chance,
+# and a miss to either side counts as error. We ask a forecaster who is perfect by construction:
 
+
+# %%
+def ece(c: np.ndarray, y: np.ndarray, n_bins: int) -> float:
+    place = np.minimum((c * n_bins).astype(int), n_bins - 1)
+    return np.abs(np.bincount(place, weights=y - c)).sum() / len(c)
+
+
+draws = np.random.default_rng(0)
+for n, n_bins in ((100, 10), (100, 50), (1000, 10)):
+    perfect = [draws.uniform(0.5, 1, n) for _ in range(200)]
+    errors = [ece(c, draws.random(n) < c, n_bins) for c in perfect]
+    print(f"{n:4} answers in {n_bins} bins: error {np.mean(errors):.2f}")
+
+# %% [markdown]
+# So an ECE says little without its level of chance. {py:func}`~llmbook.evaluation.calibration`
+# computes both: it takes the confidences to be true, draws outcomes from them, and sees what ECE
+# comes out {cite}`brocker2007increasing`. It also returns the **Brier score** {cite}`brier1950`,
+# which needs no bins. It is the mean of $(c_i - y_i)^2$, and it is **proper**: if an answer is
+# right with probability $p$, then stating $c$ costs
+# $p (1 - c)^2 + (1 - p) c^2 = (c - p)^2 + p (1 - p)$ on average, which is least at $c = p$.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: bins and chance (`calibration`), and the best temperature (`fit_temperature`)
+
+# %% [markdown] tags=["engine"]
+# One record holds all measures of calibration. The Brier score has two parts: a miscalibration
+# $(c - p)^2$ that can be mended, and a doubt $p (1 - p)$ that cannot.
 
 # %% tags=["engine"]
 #| export
@@ -3041,7 +3039,7 @@ within("stories that are true", report["consistency/story"].interval.estimate, 0
 Outcomes = Sequence[int] | Sequence[float] | np.ndarray | Tensor
 
 
-# %%
+# %% tags=["engine"]
 #| export
 @dataclass(frozen=True)
 class Calibration:
@@ -3061,12 +3059,12 @@ class Calibration:
     accuracy: tuple[float, ...]  # the share that is right
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # The function fills the record. It sums $y_i - c_i$ in each bin, once for the real outcomes and
 # once for each set of outcomes that it draws from the confidences:
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def calibration(
     confidences: Numbers,
@@ -3126,12 +3124,20 @@ def _check_outcomes(outcomes: np.ndarray, n: int) -> None:
         raise ValueError(f"right: expected 0 or 1, got {wrong[0]}")
 
 
-# %% [markdown]
-# How large is the bias? We ask a forecaster who is perfect by construction. The confidence of each
-# answer is drawn evenly between 0.5 and 1, and the answer is then right with exactly that
-# probability.
+# %% [markdown] tags=["engine"]
+# For a normal deviation of standard deviation $s$, the mean absolute value is $s \sqrt{2/\pi}$, so
+# that even a perfect model is expected to have
+#
+# $$
+# \mathbb{E}[\mathrm{ECE}] \approx \sum_b \frac{n_b}{n} \sqrt{\frac{2}{\pi}}
+# \sqrt{\frac{\bar c_b (1 - \bar c_b)}{n_b}} ,
+# $$ (evaluation-ece-bias)
+#
+# which falls with the square root of the number of answers in a bin, and so rises with the number
+# of bins. Here is the perfect forecaster of the main text, beside the formula. With four answers in
+# a bin, the normal approximation is a little off:
 
-# %%
+# %% tags=["engine"]
 random = np.random.default_rng(0)
 print("answers   bins   error of a perfect forecaster   by the formula")
 for n, n_bins in ((100, 10), (100, 50), (1000, 10), (10_000, 10)):
@@ -3144,19 +3150,12 @@ for n, n_bins in ((100, 10), (100, 50), (1000, 10), (10_000, 10)):
     formula = np.sqrt(2 / np.pi * p * (1 - p) / per_bin).mean()
     print(f"{n:7} {n_bins:6} {np.mean(errors):29.3f} {formula:16.3f}")
 
-# %% [markdown]
-# The formula is close. On 100 questions, a perfect forecaster has an error of 0.07 with ten bins,
-# and of about twice that with fifty, where a bin holds four answers and the normal approximation is
-# a little off. So two models that took tests of different sizes cannot be compared by their ECE.
-#
-# ### One number against overconfidence
-#
+# %% [markdown] tags=["engine"]
 # Large networks are often overconfident, and one number can mend much of it
-# {cite}`guo2017calibration`. Divide all log-probabilities by a **temperature** $T$ before they
-# become beliefs. (This $T$ is not a context length. Below, $\beta$ is not that of the power, and
-# $y$ is the number of the right choice, no longer 1 or 0.) The order of the choices stays the same,
-# so the answers do, too; only the confidences change. Choose $T$ so that the right choices of some
-# *other* questions are as likely as possible. In terms of $\beta = 1/T$, the loss of a question
+# {cite}`guo2017calibration`. Divide all log-probabilities by a **temperature** before they become
+# beliefs. The order of the choices stays the same, so the answers do, too; only the confidences
+# change. The best temperature is the one at which the right choices of some *other* questions are
+# as likely as possible. In terms of $\beta = 1/T$ for a temperature $T$, the loss of a question
 # with right choice $y$ is $\log \sum_k e^{\beta \ell_k} - \beta \ell_y$, and its derivatives are
 #
 # $$
@@ -3167,12 +3166,8 @@ for n, n_bins in ((100, 10), (100, 50), (1000, 10), (10_000, 10)):
 # where $k$ is drawn by the beliefs at $\beta$. (The derivative of $\log \sum_k e^{\beta \ell_k}$ is
 # $\sum_k \ell_k e^{\beta \ell_k} / \sum_k e^{\beta \ell_k}$, a mean; the derivative of that mean is
 # $\mathbb{E}[\ell_k^2] - \mathbb{E}[\ell_k]^2$.) The loss is convex, so it is least where the sum
-# of the first derivatives changes its sign. {py:func}`~llmbook.evaluation.fit_temperature` finds
-# that place by halving an interval again and again, which cannot get stuck.
-
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: the best temperature (`fit_temperature`), and `beliefs` at it
+# of the first derivatives changes its sign. Halving an interval again and again finds that place,
+# and cannot get stuck.
 
 
 # %% tags=["engine"]
@@ -3246,13 +3241,15 @@ def _check_answers(answers: Any, scores: list[np.ndarray]) -> None:
 # %% [markdown]
 # ### How sure are those who memorized?
 #
-# Our trained model is a poor subject, since it got all of its facts right. The models that saw the
-# exam are better subjects, because they know some of its answers and not others. We already have
-# their log-probabilities. The temperature is fitted on the exams of two seeds and judged on the
-# exam of the third:
+# The models that saw the exam know some of its answers and not others. Large networks are often too
+# sure, and it can help to divide all log-probabilities by one number, a **temperature**, before
+# they become beliefs {cite}`guo2017calibration`. Only the confidences change, not the answers.
+# {py:func}`~llmbook.evaluation.fit_temperature` finds the temperature at which right choices are
+# likeliest, here on the exams of two seeds:
 
 
-# %%
+# %% tags=["engine"]
+# Beliefs about the exam, and how well they are calibrated
 def exam_beliefs(copies: tuple[int, ...], seeds: tuple[int, ...]) -> tuple[list, list[int]]:
     """Log-probabilities of the answers, and the number of the right one, for some models."""
     chosen = [(doses[c], seed) for c in copies for seed in seeds]
@@ -3267,48 +3264,49 @@ def calibrated(rows: list, keys: list[int], temperature: float = 1.0) -> Calibra
     return calibration([float(b.max()) for b in given], right)
 
 
+# %% [markdown]
+# It is judged on the exam of the third seed:
+
+# %%
 fitted = fit_temperature(*exam_beliefs((1, 2, 4, 8), (0, 1)))
 third = exam_beliefs((1, 2, 4, 8), (2,))
 before, after = calibrated(*third), calibrated(*third, fitted)
-within("fitted temperature", fitted, 2.0, 30.0, ".0f")
-within("calibration error at temperature 1", before.error, 0.15, 0.7, ".2f")
-within("the same at the fitted temperature", after.error, 0.03, 0.35, ".2f")
-within("what it would be by chance there", after.by_chance, 0.01, 0.1, ".2f")
-within("Brier score at temperature 1", before.brier, 0.1, 0.6, ".2f")
-within("the same at the fitted temperature, once more", after.brier, 0.1, 0.35, ".2f")
-assert after.error < before.error and after.brier < before.brier
+about("fitted temperature", fitted, 10, 8, ".0f")
+about("calibration error before", before.error, 0.35, 0.15)
+about("calibration error after", after.error, 0.2, 0.15)
 
 # %% [markdown]
-# {numref}`fig-evaluation-reliability` shows the bins behind these numbers, before and after the
-# temperature is applied:
+# {numref}`fig-evaluation-reliability` shows the bins behind these numbers:
 
 # %% mystnb={"figure": {"caption": "Reliability diagrams of models that saw the exam, on the exam of the third seed: 256 answers. Each point is a bin of confidences, its size the number of answers in it. On the dotted line a model is right as often as it says.", "name": "fig-evaluation-reliability"}, "image": {"alt": "Left, at temperature 1, points lie below the dotted diagonal, most of them at high confidence. Right, at the fitted temperature, the few bins that are left have confidences below one half and lie above the diagonal."}}
-figure, panels = plt.subplots(1, 2, sharey=True, figsize=(7, 3.2))
-for axes, one, title in zip(panels, (before, after), ("temperature 1", "fitted"), strict=True):
-    axes.plot([0, 1], [0, 1], ":", color="gray")
-    axes.scatter(one.confidence, one.accuracy, s=[10 + 2 * n for n in one.counts], alpha=0.7)
-    axes.set(title=title, xlabel="confidence", xlim=(0, 1.05), ylim=(-0.05, 1.1))
-panels[0].set_ylabel("share that is right")
-plt.show()
+draw_reliability(before, after)
 
 # %% [markdown]
 # At temperature 1 these models are far too sure: all points lie below the diagonal. The fitted
-# temperature, 10 in our run, lowers the calibration error from 0.34 to 0.20 and the Brier score
-# from 0.31 to 0.25, and it does not touch the score, since the order of the choices is the same.
-# But it does not make the models calibrated. The error stays above the 0.02 that chance explains,
-# because one number flattens all beliefs alike, those about memorized answers and those that are
-# guesses. The loss punishes a confident wrong answer more than anything else, so the temperature
-# becomes large, and now the model is too unsure everywhere: all its confidences are near 0.1, while
-# a third of its answers are right. A temperature mends a model that is too sure by the same factor
-# everywhere. That was enough for many image classifiers {cite}`guo2017calibration`; it is not
-# enough here.
-
-# %% [markdown]
-# To see a temperature succeed, we make a forecaster who is too sure by a factor of 2.5 everywhere:
-# its answers are drawn from its beliefs at that temperature. Half of its 2,000 questions are for
-# the fit.
+# temperature lowers the error, but now they are too unsure: one number flattens all beliefs alike,
+# those about memorized answers and those that are guesses. It mends only a model that is too sure
+# by the same factor everywhere, as the engine room shows.
+#
+# A model need not have seen anything to be sure. For the clean models, an honest confidence would
+# be one sixteenth:
 
 # %%
+rows, keys = exam_beliefs((0,), (0, 1, 2))
+about("mean confidence", float(np.mean([beliefs(row).max() for row in rows])), 0.65, 0.3)
+about("how often that is right", doses[0].score.estimate, 0.07, 0.07)
+
+# %% [markdown]
+# So a model can be confidently wrong. Its beliefs add up to one over the choices that it is
+# offered, so it has no way to say "none of these". Chapter 19 will teach it the words for that.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: a forecaster whom a temperature mends
+
+# %% [markdown] tags=["engine"]
+# This forecaster is too sure by a factor of 2.5 everywhere: its answers are drawn from its beliefs
+# at that temperature. Half of its 2,000 questions are for the fit.
+
+# %% tags=["engine"]
 random = np.random.default_rng(0)
 rows = [4 * random.normal(size=5) for _ in range(2000)]
 keys = [int(random.choice(5, p=beliefs(row, 2.5))) for row in rows]
@@ -3318,49 +3316,62 @@ for temperature in (1.0, factor):
     one = calibrated(rows[1000:], keys[1000:], temperature)
     print(f"{temperature:11.1f} {one.error:19.2f} {one.by_chance:11.2f} {one.brier:13.2f}")
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # The fit finds a temperature of 2.3, close to the truth. On the other half of the questions, the
 # calibration error falls from 0.22 to 0.04, almost to the level of chance, and the Brier score
 # falls, too.
-#
-# Back to the exam. A model need not have seen anything to be sure. These are the clean models, for
-# which an honest confidence would be one sixteenth:
-
-# %%
-clean = calibrated(*exam_beliefs((0,), (0, 1, 2)))
-rows, _ = exam_beliefs((0,), (0, 1, 2))
-within("mean confidence without any copy", float(np.mean([beliefs(r).max() for r in rows])), 0.2, 1)
-within("how often that is right", doses[0].score.estimate, 0.02, 0.13)
-assert clean.p_value < 0.01
-
-# %% [markdown]
-# In our run their mean confidence is 67 %, and they are right 7 % of the time. So a model can know
-# what it was trained on and be confidently wrong about the rest. Its beliefs add up to one over the
-# choices that it is offered, so it has no way to say "none of these". Chapter 19 will teach it the
-# words for that.
 
 # %% [markdown]
 # ## Who is better? A leaderboard from games
 #
-# Some qualities have no scale. A reader can say which of two stories is better, but not that one is
-# worth 7.3. Such a comparison is a **game** between two players, and many leaderboards are made
-# from games between models {cite}`chiang2024chatbot`. The theory behind them gives each player $i$
-# a strength $s_i$ and lets $i$ win against $j$ with probability
+# A reader can say which of two stories is better, but not that one is worth 7.3. Such a comparison
+# is a **game**, and many leaderboards are made from games between models {cite}`chiang2024chatbot`.
+# Bradley and Terry {cite}`bradley1952` give each player $i$ a strength $s_i$ and let $i$ win
+# against $j$ with probability
 #
 # $$
-# P(i \succ j) = \sigma(s_i - s_j) = \frac{\pi_i}{\pi_i + \pi_j}, \qquad \pi_i = e^{s_i} .
+# P(i \succ j) = \sigma(s_i - s_j) = \frac{\pi_i}{\pi_i + \pi_j}, \qquad \pi_i = e^{s_i} ,
 # $$ (evaluation-bradley-terry)
 #
-# Here $\sigma$ is the logistic function, and $\pi_i$ is a positive number, no longer a permutation.
-# This is the model of Bradley and Terry {cite}`hunter2004mm`. (Chapter 21 will learn a reward from
-# the same equation.) With $w_{ij}$ wins of $i$ over $j$, the log-likelihood is
+# where $\sigma$ is the logistic function. (Chapter 21 will learn a reward from the same equation.)
+# With $w_{ij}$ wins of $i$ over $j$, the log-likelihood is the sum of all
+# $w_{ij} [\log \pi_i - \log(\pi_i + \pi_j)]$. Its derivative must be zero. Let
+# $W_i = \sum_j w_{ij}$ be all wins of $i$, and $n_{ij} = w_{ij} + w_{ji}$ the number of games
+# between $i$ and $j$. Then
 #
 # $$
-# \log \mathcal{L} = \sum_{i \ne j} w_{ij} \bigl[ \log \pi_i - \log(\pi_i + \pi_j) \bigr] .
-# $$
+# \frac{W_i}{\pi_i} - \sum_{j \ne i} \frac{n_{ij}}{\pi_i + \pi_j} = 0
+# \quad\Longrightarrow\quad
+# \pi_i = W_i \Bigm/ \sum_{j \ne i} \frac{n_{ij}}{\pi_i + \pi_j} .
+# $$ (evaluation-mm)
 #
-# The second logarithm ties all players together, but they can be separated. Since $-\log$ is
-# convex, it lies above its tangent at any point, here at the present estimate $\hat\pi$,
+# We put the present strengths into the right side, again and again. Each step raises the
+# likelihood, as the engine room proves. Only differences of strengths matter, so we let their mean
+# be zero:
+
+# %%
+wins = np.array([[0, 14, 19], [6, 0, 12], [1, 8, 0]])
+games, pi = wins + wins.T, np.ones(3)
+for _ in range(100):
+    pi = wins.sum(axis=1) / (games / (pi[:, None] + pi)).sum(axis=1)
+    pi /= np.exp(np.log(pi).mean())
+print("strengths:", np.log(pi).round(2), " first beats second:", round(pi[0] / (pi[0] + pi[1]), 2))
+
+# %% [markdown]
+# If a player never lost, the likelihood keeps growing as the player's strength does, without end.
+# The same holds for any group that never lost to anybody outside. A maximum exists, and is unique,
+# if and only if there is no such group {cite}`hunter2004mm`.
+# {py:func}`~llmbook.evaluation.bradley_terry` refuses such a table and names the group. It counts a
+# tie as half a win for each side, and computes intervals by drawing the games of each pair again.
+# `Ratings.elo` converts strengths to **Elo points**, of which 400 stand for odds of ten to one.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: why the loop climbs, intervals (`bradley_terry`), and unbeaten players
+
+# %% [markdown] tags=["engine"]
+# The second logarithm of the likelihood ties all players together, but they can be separated
+# {cite}`hunter2004mm`. Since $-\log$ is convex, it lies above its tangent at the present estimate
+# $\hat\pi$,
 #
 # $$
 # -\log(\pi_i + \pi_j) \ge -\log(\hat\pi_i + \hat\pi_j) + 1 -
@@ -3370,27 +3381,11 @@ assert clean.p_value < 0.01
 # with equality at $\pi = \hat\pi$. Put the right side in its place, and we get a function that lies
 # below the likelihood and touches it at $\hat\pi$. Whatever raises the lower function from there
 # raises the likelihood at least as much. And in the lower function each $\pi_i$ stands alone, so we
-# can set its derivative to zero. Let $W_i = \sum_j w_{ij}$ be all wins of $i$, and
-# $n_{ij} = w_{ij} + w_{ji}$ the number of games between $i$ and $j$. Then
-#
-# $$
-# \frac{W_i}{\pi_i} - \sum_{j \ne i} \frac{n_{ij}}{\hat\pi_i + \hat\pi_j} = 0
-# \quad\Longrightarrow\quad
-# \pi_i = W_i \Bigm/ \sum_{j \ne i} \frac{n_{ij}}{\hat\pi_i + \hat\pi_j} .
-# $$ (evaluation-mm)
-#
-# The whole algorithm is to repeat {eq}`evaluation-mm` {cite}`hunter2004mm`. A tie counts as half a
-# win for each side. Only differences of strengths matter, so we let their mean be zero.
-#
-# One thing can go wrong. If a player never lost, the likelihood keeps growing as the player's
-# strength does, without end. The same holds for any group of players that never lost to anybody
-# outside. A maximum exists, and is unique, if and only if there is no such group
-# {cite}`hunter2004mm`: from each player one must be able to reach every other along a chain of
-# wins. A leaderboard that is not connected in this way has no strengths, and must say so. In code,
-# the loop of {eq}`evaluation-mm` comes right after the record of its results:
+# can set its derivative to zero, $W_i / \pi_i = \sum_{j \ne i} n_{ij} / (\hat\pi_i + \hat\pi_j)$,
+# which is the step of {eq}`evaluation-mm`. The loop below repeats it:
 
 
-# %%
+# %% tags=["engine"]
 #| export
 @dataclass(frozen=True)
 class Ratings:
@@ -3425,14 +3420,14 @@ def _strengths(wins: Float[np.ndarray, "*batch n n"]) -> Float[np.ndarray, "*bat
     return np.log(pi)
 
 
-# %% [markdown]
-# Many leaderboards state strengths in **Elo points**, of which 400 stand for odds of ten to one;
-# `Ratings.elo` converts to them. The public function also computes intervals. It draws the games of
-# each pair again, with replacement, fits the strengths to each such table, and takes the middle
-# 95 % of the results. Tables that happen not to be connected are left out and counted.
+# %% [markdown] tags=["engine"]
+# To get intervals, the games of each pair are drawn again, with replacement; the strengths are
+# fitted to each such table, and the middle 95 % of the results are the interval. Tables that happen
+# not to be connected are left out and counted. (Intervals take games to be independent. Below, each
+# story plays against four others, so they are a little too narrow.)
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def bradley_terry(
     wins: Num[np.ndarray, "players opponents"],
@@ -3473,9 +3468,6 @@ def bradley_terry(
     low, high = np.quantile(_strengths(drawn[good]), tails, axis=0)
     return Ratings(found, low, high, int((~good).sum()))
 
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: tables of games are checked, and players that nobody has beaten are named
 
 # %% [markdown] tags=["engine"]
 # To find a group that never lost, start from a player, go to all players who have beaten or tied
@@ -3533,6 +3525,17 @@ def _check_connected(wins: np.ndarray) -> None:
         raise ValueError(f"wins: expected {expected}, got none for players {group}")
 
 
+# %% [markdown] tags=["engine"]
+# In the table of the main text we strike out the games that the first player lost:
+
+# %% tags=["engine"]
+unbeaten = wins.copy()
+unbeaten[:, 0] = 0
+try:
+    bradley_terry(unbeaten)
+except ValueError as error:
+    print(error)
+
 # %% [markdown]
 # ### Our model at five temperatures
 #
@@ -3540,7 +3543,8 @@ def _check_connected(wins: np.ndarray) -> None:
 # the $k$th stories of two players meet. The checker of {doc}`01_tinyworld` is the judge: a story in
 # which everything is true beats one in which something is not, and otherwise the game is a tie.
 
-# %%
+# %% tags=["engine"]
+# Sixty stories from each player, and who wins against whom
 temperatures, n_games = (0.5, 0.8, 1.0, 1.2, 1.5), 60
 true_stories = []
 for number, temperature in enumerate(temperatures):
@@ -3555,53 +3559,32 @@ for i in range(5):
         won[i, j] = sum(a > b for a, b in zip(true_stories[i], true_stories[j], strict=True))
 tied = n_games - won - won.T
 np.fill_diagonal(tied, 0)
-ratings = bradley_terry(won, tied)
-within("true at temperature 0.5", np.mean(true_stories[0]), 0.45, 0.95)
-within("true at temperature 1.5", np.mean(true_stories[-1]), 0, 0.3)
-best, worst = ratings.elo[0], ratings.elo[-1]
-within("Elo points between the coldest and the hottest", best - worst, 100, 500, ".0f")
-assert ratings.low[0] > ratings.high[-1]
 
 # %% [markdown]
-# The colder player tells the truth more often. {numref}`fig-evaluation-board` shows all five
-# strengths:
-
-# %% mystnb={"figure": {"caption": "Strengths of our model at five temperatures, with 95 % intervals, from 60 games for each pair. The colder, the better, though neighbors can hardly be told apart, except for the hottest.", "name": "fig-evaluation-board"}, "image": {"alt": "Five points with bars. Strength falls slowly from temperature 0.5 to 1.2, with bars that overlap, and drops by about one nat at 1.5."}}
-figure, axes = plt.subplots(figsize=(6, 3))
-error = [ratings.strengths - ratings.low, ratings.high - ratings.strengths]
-axes.errorbar(temperatures, ratings.strengths, error, fmt="o", capsize=3)
-axes.set(xlabel="temperature", ylabel="strength, in nats")
-axes.set_title("The hottest is clearly behind")
-plt.show()
-
-# %% [markdown]
-# The strengths tell the same story as the shares of true stories. The hottest player is clearly
-# behind, but the intervals of the other neighbors overlap: 60 games reveal a great difference, not
-# a small one. The intervals are even a little too narrow, since they take games to be independent,
-# while here each story plays against four others. A game in which both stories are true, or neither
-# is, ends in a tie, and a tie is half a win. So strengths lie closer together than they would if
-# ties were left out. A leaderboard has to say which of the two it does.
-#
-# Without a connection there are no strengths at all. We strike out the games that the coldest
-# player lost, and do not count ties:
+# Here are the strengths:
 
 # %%
-unbeaten = won.copy()
-unbeaten[:, 0] = 0
-try:
-    bradley_terry(unbeaten)
-except ValueError as error:
-    print(error)
+ratings = bradley_terry(won, tied)
+gap = ratings.elo[0] - ratings.elo[-1]
+about("Elo points from the hottest to the coldest", gap, 260, 150, ".0f")
 
 # %% [markdown]
-# The table is refused, and the message names player 0, the coldest, who was never beaten.
-#
+# {numref}`fig-evaluation-board` shows all five strengths:
+
+# %% mystnb={"figure": {"caption": "Strengths of our model at five temperatures, with 95 % intervals, from 60 games for each pair. The colder, the better, though neighbors can hardly be told apart, except for the hottest.", "name": "fig-evaluation-board"}, "image": {"alt": "Five points with bars. Strength falls slowly from temperature 0.5 to 1.2, with bars that overlap, and drops by about one nat at 1.5."}}
+draw_board(temperatures, ratings)
+
+# %% [markdown]
+# The hottest player is clearly behind, but the intervals of the other neighbors overlap: 60 games
+# reveal a great difference, not a small one. Because a tie is half a win, strengths lie closer
+# together than they would without ties. A leaderboard has to say how it counts them.
+
+# %% [markdown]
 # ## Judges have tastes
 #
-# Most free text has no checker, so models are asked which of two answers is better. As judges,
-# strong models agree with people about as often as people agree with each other
-# {cite}`zheng2023judging`. But judges also have tastes that have nothing to do with quality: they
-# tend to prefer what they read first, what is longer, and perhaps what they wrote themselves
+# Most free text has no checker, so models are asked which of two answers is better. Strong models
+# agree with people about as often as people agree with each other, but they also tend to prefer
+# what they read first, what is longer, and perhaps what they wrote themselves
 # {cite}`zheng2023judging`. We build a judge whose tastes are known. It prefers the first of two
 # answers with probability
 #
@@ -3611,13 +3594,22 @@ except ValueError as error:
 # $$ (evaluation-judge)
 #
 # where $t$ is 1 for a true answer and 0 for a false one, $l$ is the length in characters, and $o$
-# is 1 for an answer by the judge's own family of models and 0 otherwise. The four coefficients $a$,
-# $b$, $c$, and $d$ say how much each of these counts. This is Bradley and Terry's model once more:
-# $a t + c l + d o$ is the strength that the judge sees, and $b$ is the advantage of the first move.
+# is 1 for an answer by the judge's own family of models and 0 otherwise. This is Bradley and
+# Terry's model once more, with $b$ as the advantage of the first move; in code, a
+# {py:class}`~llmbook.evaluation.BiasedJudge`.
+#
+# Two systems answer the same 672 questions about the tiny world. The brief one says "Mia lives in
+# the tent." and is right in 80 % of the cases. The wordy one repeats the question first, which
+# takes 26 characters more, is right in 68 %, and belongs to the judge's family.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: a judge with known tastes (`BiasedJudge`), and two systems to compare
+
+# %% [markdown] tags=["engine"]
 # Here is what the judge gets to see:
 
 
-# %%
+# %% tags=["engine"]
 #| export
 class Answer(NamedTuple):
     """A text, whether it is true, and whether the judge's own family of models has written it."""
@@ -3627,12 +3619,12 @@ class Answer(NamedTuple):
     own: bool = False
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # The judge returns probabilities, so that no chance is involved in what follows. It reads two
 # answers in one order, or in both orders and counts a verdict only if both agree:
 
 
-# %%
+# %% tags=["engine"]
 #| export
 @dataclass(frozen=True)
 class BiasedJudge:
@@ -3667,13 +3659,11 @@ class BiasedJudge:
         return a_wins, 1 - a_wins - b_wins, b_wins
 
 
-# %% [markdown]
-# Two systems answer the same 672 questions about the tiny world. The brief one says "Mia lives in
-# the tent." and is meant to be right in 80 % of the cases. The wordy one repeats the question
-# first, is meant to be right in 70 %, and belongs to the judge's family. The checker of
-# {doc}`01_tinyworld` decides from the texts which answers are true.
+# %% [markdown] tags=["engine"]
+# The brief system is meant to be right in 80 % of the cases and the wordy one in 70 %. The checker
+# of {doc}`01_tinyworld` decides from the texts which answers are true.
 
-# %%
+# %% tags=["engine"]
 questions = make_questions(world, "fact", "tuning")
 random = Random(0)
 
@@ -3693,13 +3683,13 @@ length = np.mean([len(b.text) - len(a.text) for a, b in zip(brief, wordy, strict
 print(f"true: brief {np.mean([a.true for a in brief]):.0%}, ", end="")
 print(f"wordy {np.mean([a.true for a in wordy]):.0%}; wordy is longer by {length:.0f} characters")
 
-# %% [markdown]
-# The brief system is better, and its answers are shorter. Now the judge compares the two, with one
-# taste after the other. The score of the brief system is its share of wins, with a tie counting as
-# half.
+# %% [markdown] tags=["engine"]
+# The score of the brief system is its share of wins, with a tie counting as half. (A coin that
+# decides who is read first would give the same mean as reading both ways, but with more noise, and
+# without the share of changed verdicts, which shows how strong the taste is.)
 
 
-# %%
+# %% tags=["engine"]
 def brief_scores(judge: BiasedJudge) -> list[float]:
     """The brief system's score if it is read first, second, and both ways."""
     pairs = list(zip(brief, wordy, strict=True))
@@ -3717,35 +3707,42 @@ judges = {
     "self-preference": BiasedJudge(self_preference=0.6),
     "all three": BiasedJudge(position=0.8, length=0.03, self_preference=0.6),
 }
-print(f"by the truth, the brief system scores {truth:.2f}\n")
-print("judge's taste     read first   read second   both ways")
-for name, judge in judges.items():
-    first, second, both = brief_scores(judge)
-    print(f"{name:16} {first:11.2f} {second:13.2f} {both:11.2f}")
 
 # %% [markdown]
-# Swapping cures the taste for positions, and only that one. To see why, write $x$ for everything in
-# {eq}`evaluation-judge` but the position. Read first, an answer wins with probability
-# $\sigma(x + b)$; read second, with probability $1 - \sigma(-x + b) = \sigma(x - b)$. A changed
-# verdict counts as half a win, so the score is the mean of the two,
+# ### Reading both ways
 #
-# $$
-# \tfrac12 \bigl[ \sigma(x + b) + \sigma(x - b) \bigr] ,
-# $$
-#
-# which is one half at $x = 0$ whatever $b$ is. So a judge who sees no difference gives no
-# preference. (Tossing a coin to decide who is read first has the same mean. Reading both ways has
-# less noise, and the share of changed verdicts shows how strong the taste is.) But length and
-# authorship go with the answer, not with the place. They are in $x$, and no swap removes them: with
-# all three tastes the worse system wins in every column.
-#
-# What helps against these is a set of pairs for which the truth is known. There the tastes are
-# coefficients of a logistic regression, and can be taken out of all other verdicts, as has been
-# done for length {cite}`dubois2024length`. We fit the four coefficients to 672 verdicts, with a
-# coin deciding who is read first:
-
+# The judge reads the brief system first, second, or both ways, where a verdict counts only if both
+# readings agree, and otherwise the game is a tie:
 
 # %%
+print(f"by the truth, the brief system scores {truth:.2f}")
+for name, judge in judges.items():
+    first, second, both = brief_scores(judge)
+    print(f"{name:16} first {first:.2f}, second {second:.2f}, both ways {both:.2f}")
+
+# %% [markdown]
+# Swapping cures the taste for positions, and only that one. Write $x$ for everything in
+# {eq}`evaluation-judge` but the position. Read first, an answer wins with probability
+# $\sigma(x + b)$; read second, with $1 - \sigma(-x + b) = \sigma(x - b)$. The score is the mean of
+# the two, which is one half at $x = 0$ whatever $b$ is. But length and authorship are in $x$, and
+# no swap removes them: with all three tastes the worse system wins in every column.
+#
+# What helps is a set of pairs for which the truth is known. There the tastes are coefficients of a
+# logistic regression, and can be taken out of all other verdicts, as has been done for length
+# {cite}`dubois2024length`. The engine room fits the four coefficients to 672 verdicts of the judge
+# with all three tastes. Without them, the score of the brief system comes back from 0.31 to 0.54,
+# where a judge without tastes puts it.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: tastes as coefficients of a regression
+
+# %% [markdown] tags=["engine"]
+# We fit the four coefficients to 672 verdicts, with a coin deciding who is read first. The
+# regression is solved by Newton's method:
+
+
+# %% tags=["engine"]
+# Coefficients beside those that were built into the judge
 def fit_logistic(features: np.ndarray, outcomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Coefficients of a logistic regression by Newton's method, and their standard errors."""
     w = np.zeros(features.shape[1])
@@ -3772,45 +3769,47 @@ mended = np.mean(
 )
 print(f"score of the brief system without the tastes: {mended:.2f}, by the truth {truth:.2f}")
 
-# %% [markdown]
-# The score comes back to 0.54, where a judge without tastes puts it. (That is a little closer to
-# one half than the truth, because even this judge sometimes errs between a true answer and a false
-# one.) Look at the intervals of the coefficients, though. Truth and position are found well. Length
-# and authorship are not: in these pairs the longer answer is always by the judge's own family, so
-# the verdicts tell us little more than the sum of the two tastes. That was enough here. To tell the
-# two apart, we would need pairs that differ in one and not in the other, such as two answers of
-# different length by the same system.
+# %% [markdown] tags=["engine"]
+# The truth is 0.56, a little further from one half, because even the judge without tastes sometimes
+# errs between a true answer and a false one. Look at the intervals of the coefficients, though.
+# Truth and position are found well. Length and authorship are not: in these pairs the longer answer
+# is always by the judge's own family, so the verdicts tell us little more than the sum of the two
+# tastes. That was enough here. To tell the two apart, we would need pairs that differ in one and
+# not in the other, such as two answers of different length by the same system.
 
 # %% [markdown]
 # ## The industry's harness
 #
-# Many numbers in papers on language models come from one program, EleutherAI's
-# `lm-evaluation-harness` {cite}`biderman2024lessons`, which comes with hundreds of tasks. A
-# **task** there is a file in YAML that says where the data are and how an item becomes text, and a
-# **model** is an object that answers three kinds of requests:
+# Many numbers in papers come from one program, EleutherAI's `lm-evaluation-harness`
+# {cite}`biderman2024lessons`, which has hundreds of tasks. A **task** there is a file in YAML that
+# says where the data are and how an item becomes text, and a **model** is an object that answers
+# three kinds of requests:
 #
-# | request | gets | returns | for |
-# |---|---|---|---|
-# | `loglikelihood` | context, continuation | $\log q$ of the continuation, whether it is the greedy one | multiple choice, cloze |
-# | `loglikelihood_rolling` | a text | $\log q$ of all of it | perplexity, bits per byte |
-# | `generate_until` | context, where to stop | a text | exact match |
+# | request | gets | returns |
+# |---|---|---|
+# | `loglikelihood` | context, continuation | $\log q$ of the continuation, whether it is the greedy one |
+# | `loglikelihood_rolling` | a text | $\log q$ of all of it |
+# | `generate_until` | context, where to stop | a text |
 #
-# This chapter and chapter 14 have functions for all three. An adapter passes the requests on to
-# them ({numref}`fig-evaluation-harness`), so that every task made of these requests can run on a
-# model of ours. The harness is large. It is therefore an extra, `pip install 'llmbook[eval]'`, and
-# is imported only when the first adapter is made; our class takes on the harness's base class at
-# that moment.
+# {py:class}`~llmbook.evaluation.LMEvalAdapter` passes them on to our functions
+# ({numref}`fig-evaluation-harness`), so every task made of such requests can run on our model. The
+# harness is an extra, `pip install 'llmbook[eval]'`.
 #
 # ```{figure} ../figures/evaluation-harness.svg
 # :name: fig-evaluation-harness
-# :alt: A task, YAML and jsonl, makes requests of three kinds: loglikelihood, loglikelihood_rolling and generate_until. The adapter passes them on to score_continuations, window_log_probs and generate. From what comes back the harness makes accuracy and perplexity, bits per byte, and exact match.
+# :alt: A task makes requests of three kinds. The adapter passes them on to score_continuations, window_log_probs and generate. From what comes back the harness makes accuracy and perplexity, bits per byte, and exact match.
 #
 # The harness decides what is asked and what is made of it; the adapter only passes on.
 # ```
 
-
 # %% [markdown] tags=["engine"]
 # ### Engine room: the adapter (`LMEvalAdapter`), tasks written as files, and `run_lm_eval`
+
+# %% [markdown] tags=["engine"]
+# Requests of the kind `loglikelihood` serve multiple choice and cloze tasks,
+# `loglikelihood_rolling` serves perplexity and bits per byte, and `generate_until` exact match. The
+# harness is large, so it is imported only when the first adapter is made. Our class takes on the
+# harness's base class at that moment.
 
 
 # %% tags=["engine"]
@@ -3913,7 +3912,6 @@ class LMEvalAdapter(LMEvalAdapter):  # continued
 # The harness finds data by the name of a file in the task. A missing file would be noticed late,
 # deep inside a library, so we look for it first. The program's progress bars and remarks are
 # discarded.
-
 
 # %% tags=["engine"]
 #| export
@@ -4090,14 +4088,12 @@ def _check_task(folder: Path, name: Any) -> None:
             raise ValueError(f"tasks: expected the data of {name!r} in {data}, got no such file")
 
 
-# %% [markdown]
-# ### Four tasks
-#
+# %% [markdown] tags=["engine"]
 # We write four tasks into a folder: multiple choice, and one for each of the three requests. A
 # model that is always right would make a poor example, so we take one that saw four copies of the
-# exam. First the items:
+# exam.
 
-# %%
+# %% tags=["engine"]
 import tempfile
 
 choice_items, reply_items = [], []
@@ -4110,11 +4106,11 @@ for name, topic, value in spoiled_exam:
 text_items = [{"text": text} for text in run.held_out[:50]]
 print(choice_items[0]["context"], choice_items[0]["choices"][:2])
 
-# %% [markdown]
-# Then the files. {py:func}`~llmbook.evaluation.write_lm_eval_task`, from the engine room above,
-# writes two for each task, the data and the description:
+# %% [markdown] tags=["engine"]
+# {py:func}`~llmbook.evaluation.write_lm_eval_task` writes two files for each task, the data and the
+# description:
 
-# %%
+# %% tags=["engine"]
 folder = Path(tempfile.mkdtemp())
 write_lm_eval_task(folder, "exam", "multiple_choice", choice_items)
 write_lm_eval_task(folder, "cloze", "loglikelihood", reply_items)
@@ -4122,14 +4118,12 @@ write_lm_eval_task(folder, "stories", "loglikelihood_rolling", text_items)
 write_lm_eval_task(folder, "spoken", "generate_until", reply_items)
 print(*sorted(path.name for path in folder.iterdir()))
 
-# %% [markdown]
-# ## Is it the real thing?
-#
-# The harness runs the four tasks on the model that saw the exam. For the multiple-choice exam we
-# compute the same scores ourselves, under the three normalizations that the harness reports:
+# %% [markdown] tags=["engine"]
+# Our own functions compute nine metrics of the four tasks: the accuracy under three normalizations,
+# and six metrics of whole texts, of continuations, and of replies. A word here is what the harness
+# takes for a word, a piece between white space.
 
-# %%
-theirs = run_lm_eval(spoiled, bpe, folder, ["exam", "cloze", "stories", "spoken"])
+# %% tags=["engine"]
 ours = {}
 for metric, normalization in (("acc", "none"), ("acc_norm", "character"), ("acc_bytes", "byte")):
     right = []
@@ -4138,14 +4132,9 @@ for metric, normalization in (("acc", "none"), ("acc_norm", "character"), ("acc_
         scores = score_choices(spoiled, bpe, item["context"], endings, normalization=normalization)
         right.append(scores.best == item["answer"])
     ours["exam", metric] = np.mean(right)
-print({task: sorted(metrics) for task, metrics in theirs.items()})
 
-# %% [markdown]
-# The other tasks have six more metrics, of whole texts, of continuations, and of replies. We
-# compute these as well and compare all nine with the harness. A word here is what the harness takes
-# for a word, a piece between white space.
-
-# %%
+# %% tags=["engine"]
+# Texts, continuations and replies
 texts = [item["text"] for item in text_items]
 whole = score_texts(spoiled, bpe, texts, end=False, stride=lm.config.context_length)
 n_words = sum(len(re.split(r"\s+", text)) for text in texts)
@@ -4161,17 +4150,25 @@ ours["stories", "bits_per_byte"] = whole.bits_per_byte
 ours["stories", "byte_perplexity"] = 2**whole.bits_per_byte
 ours["stories", "word_perplexity"] = math.exp(whole.nats.sum() / n_words)
 ours["spoken", "exact_match"] = np.mean(said)
+
+# %% [markdown]
+# ## Is it the real thing?
+#
+# The engine room writes four tasks, one for multiple choice and one for each request, and computes
+# their nine metrics with our functions: `ours`. The harness runs the same tasks, offline, on the
+# model that read four copies of the exam:
+
+# %%
+theirs = run_lm_eval(spoiled, bpe, folder, ["exam", "cloze", "stories", "spoken"])
 for (task, metric), value in ours.items():
     assert math.isclose(value, theirs[task][metric], rel_tol=1e-5, abs_tol=1e-9), (task, metric)
-    noted[f"{task}, {metric}"] = f"{value:.4f}, by the harness {theirs[task][metric]:.4f}"
-print(f"{len(ours)} numbers of {len(theirs)} tasks: ours and the harness's agree to 5 digits")
-within("score on the exam, by the harness", theirs["exam"]["acc"], 0.1, 0.7)
+    print(f"{task}, {metric}: the same to 5 digits")
 
 # %% [markdown]
 # So a score from the harness and a score from our functions mean the same thing.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: calibration and strengths beside scikit-learn
+# ### Engine room: numbers beside scikit-learn, and the time that a batch saves
 
 # %% [markdown] tags=["engine"]
 # The calibration numbers have counterparts in scikit-learn: the Brier score, and the bins of a
@@ -4217,14 +4214,12 @@ difference = np.abs(ours - (theirs - theirs.mean())).max()
 assert difference < 1e-3
 print("strengths:", ours.round(2).tolist(), "largest difference below 0.001")
 
-# %% [markdown]
-# ## How fast is it?
-#
+# %% [markdown] tags=["engine"]
 # The choices of a question are independent of each other, and so are the questions; everything can
 # go through the model together. Rows of similar length are put side by side, so that there is
 # little padding. How much time does that save, compared with scoring one choice after the other?
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["engine", "nbval-ignore-output"]
 import time
 
 
@@ -4246,18 +4241,6 @@ print(f"{len(pairs)} choices: one by one {1000 * singly / len(pairs):.2f} ms eac
 print(f"together {1000 * together / len(pairs):.2f} ms each, {singly / together:.1f} times as fast")
 
 # %% [markdown]
-# Scoring everything together is several times as fast.
-#
-# ### The values of this run
-#
-# The list below has the report on the base model, followed by the results that were printed only as
-# ranges since the exam on the strangers, each with its value on the machine that made this page,
-# and the scores that the harness computed as well:
-
-# %% tags=["nbval-ignore-output"]
-print(report, *(f"{what}: {value}" for what, value in noted.items()), sep="\n")
-
-# %% [markdown]
 # ## Exercises
 #
 # ````{exercise} The shift by one
@@ -4266,7 +4249,7 @@ print(report, *(f"{what}: {value}" for what, value in noted.items()), sep="\n")
 # training it had a perplexity of 5. Write `mean_surprise(logits, ids)`, the mean of
 # $-\log q(x_t \mid x_{<t})$ in nats over all tokens but the first of one row, from `logits` of
 # shape `(n, vocab_size)` and `ids` of shape `(n,)`. `logits[t]` is what the model said after it had
-# read `ids[t]`. Then work out what the colleague may have done.
+# read `ids[t]`.
 # ````
 
 
@@ -4347,6 +4330,7 @@ for rate, level in ((0.01, 0.99), (0.01, 0.95), (0.3, 0.9), (0.002, 0.5)):
         f"{(1 - rate) ** n:.4f}, more than 1 - {level}"
     )
     assert (1 - rate) ** (n - 1) > 1 - level, f"rate {rate}, level {level}: {n - 1} are enough"
+
 # %% [markdown]
 # ````{exercise} Is this order a coincidence?
 # :label: ex-evaluation-order
@@ -4408,7 +4392,6 @@ assert found < 1e-12, "within a bin, misses to both sides cancel"
 # $e = 1 / (1 + 10^{(r_\mathrm{loser} - r_\mathrm{winner}) / 400})$, then the winner gets
 # $k (1 - e)$ points from the loser. Write `elo(games, n_players, k=32.0)` for a list of pairs
 # (winner, loser); all players begin with 1000 points. Then compare two orders of the same games.
-# Which player would you like to be?
 # ````
 
 
@@ -4445,26 +4428,16 @@ assert late[0] > 1000 > early[0], (
 # %% [markdown]
 # ## Summary
 #
-# Perplexity depends on the tokenizer; bits per byte does not. Both rest on the log-probability of
-# each token, which is right only if the text begins with one start token and the model does not see
-# the future. A score of long texts depends on the windows, and a multiple-choice score on the
-# normalization; question and answer are encoded together. Answers in free text are parsed before
-# they are compared. Several attempts are scored by pass@k if somebody can check them, and otherwise
-# by majority.
+# Perplexity depends on the tokenizer; bits per byte does not. Both are right only if the text
+# begins with one start token and the model does not see the future. A score of long texts depends
+# on the windows, and a multiple-choice score on the normalization. Several attempts are scored by
+# pass@k if somebody can check them, and otherwise by majority.
 #
-# A score needs an interval: Wilson's, and up to about $3/n$ for what never happened in $n$ trials.
-# Two models are compared in pairs, on the same items, and the likelihood of text shows a difference
-# sooner than right and wrong do. A claim about a method needs several training runs.
-#
-# A few copies of a test in the training text are enough to spoil its score. Overlap finds copies,
-# and the likelihood of the file's order proves them without the text; neither found a test that was
-# reworded. A benchmark states its floor and its ceiling and keeps the outcome of each item.
-# Calibration says whether a model knows when it is right; its error is above zero by chance even
-# for a perfect model. A temperature fitted on other questions changes confidences and no answer,
-# and mends only what is wrong by the same factor everywhere. Strengths from games exist only if
-# each group of players has lost to somebody outside. Reading both ways removes a judge's taste for
-# positions. Tastes for length and for its own family go with the answer, and must be measured
-# against known truth.
+# A score needs an interval. Two models are compared on the same items, and a claim about a method
+# needs several training runs. A few copies of a test in the training text spoil its score; overlap
+# and order find copies, but not a test that was reworded. Calibration says whether a model knows
+# when it is right. Reading both ways removes a judge's taste for positions; other tastes must be
+# measured against known truth.
 #
 # **Checklist: before you believe a number.**
 #
@@ -4475,15 +4448,13 @@ assert late[0] > 1000 > early[0], (
 # - Could the test have been in the training text: copied, translated, or reworded?
 # - Does the model see the future? One pass tells you.
 # - Is the score per byte or per token, with how much context, and with the end of the text?
-# - Which normalization of choices was used, and by which rule were answers read? Were both fixed
-#   before anybody looked?
+# - Which normalization of choices was used, and by which rule were answers read?
 # - If a model judges, does it read in both orders, at equal length, and no answers of its own
 #   family?
 # - Is there a report with each outcome, the settings, and the seed?
 #
-# **Further reading.** Miller {cite}`miller2024error` writes on error bars, and Biderman and
-# colleagues {cite}`biderman2024lessons` on what goes wrong when results are to be reproduced. Oren
-# and colleagues {cite}`oren2024proving` prove contamination, and Guo and colleagues
-# {cite}`guo2017calibration` measure calibration. On comparisons by games and judges, read Chiang
-# and colleagues on leaderboards {cite}`chiang2024chatbot`, Zheng and colleagues on judges
-# {cite}`zheng2023judging`, and Dubois and colleagues on length {cite}`dubois2024length`.
+# **Further reading.** Miller {cite}`miller2024error` writes on error bars, Biderman and colleagues
+# {cite}`biderman2024lessons` on reproducible results, Oren and colleagues {cite}`oren2024proving`
+# on contamination, Guo and colleagues {cite}`guo2017calibration` on calibration, Chiang and
+# colleagues {cite}`chiang2024chatbot` on leaderboards, Zheng and colleagues
+# {cite}`zheng2023judging` on judges, and Dubois and colleagues {cite}`dubois2024length` on length.

@@ -5,15 +5,15 @@ and an interval beside every number."""
 
 # %% auto #0
 __all__ = ['Numbers', 'Clusters', 'Rows', 'Seam', 'TooLong', 'Normalization', 'AnswerKind', 'STORY_FORM', 'Outcomes', 'TaskKind',
-           'model_logits', 'next_log_probs', 'check_causal', 'Window', 'plan_windows', 'TextScores', 'rows_log_probs',
+           'next_log_probs', 'model_logits', 'check_causal', 'Window', 'plan_windows', 'TextScores', 'rows_log_probs',
            'window_log_probs', 'score_texts', 'perplexity', 'bits_per_byte', 'encode_pairs', 'Continuation',
            'score_continuations', 'ChoiceScores', 'score_choices', 'centered_accuracy', 'parse_answer', 'exact_match',
            'pass_at_k', 'majority_at_k', 'Interval', 'confidence_interval', 'normal_quantile', 'rule_of_three',
-           'sign_test', 't_quantile', 'standard_error', 'clustered_standard_error', 'as_numbers', 'mean_interval',
-           'PairedTest', 'paired_test', 'bootstrap', 'items_needed', 'OrderTest', 'order_test', 'chance_of_consistency',
-           'possible_replies', 'QuestionForm', 'story_prompt', 'Result', 'EvaluationReport', 'evaluate',
-           'choice_log_probs', 'Calibration', 'calibration', 'fit_temperature', 'beliefs', 'Ratings', 'bradley_terry',
-           'Answer', 'BiasedJudge', 'LMEvalAdapter', 'write_lm_eval_task', 'run_lm_eval']
+           'items_needed', 'sign_test', 't_quantile', 'standard_error', 'clustered_standard_error', 'as_numbers',
+           'mean_interval', 'PairedTest', 'paired_test', 'bootstrap', 'OrderTest', 'order_test',
+           'chance_of_consistency', 'possible_replies', 'QuestionForm', 'story_prompt', 'Result', 'EvaluationReport',
+           'evaluate', 'choice_log_probs', 'Calibration', 'calibration', 'fit_temperature', 'beliefs', 'Ratings',
+           'bradley_terry', 'Answer', 'BiasedJudge', 'LMEvalAdapter', 'write_lm_eval_task', 'run_lm_eval']
 
 # %% ../chapters/16_evaluation.ipynb #34713653
 # The imports of the module
@@ -53,21 +53,22 @@ from .tinyworld import make_questions
 from .tokenizer import BPETokenizer, valid_text
 from .training import random_states, set_random_states, unnoticed
 
-# %% ../chapters/16_evaluation.ipynb #a00a5f5b
-def model_logits(
-    model: nn.Module, ids: Int64[Tensor, "batch sequence"]
-) -> Float[Tensor, "batch sequence vocab_size"]:
-    """Return the logits of a model that returns them, or as transformers a record with them."""
-    found = model(ids)
-    return found if isinstance(found, Tensor) else found.logits
-
-
+# %% ../chapters/16_evaluation.ipynb #034f1ca3
 def next_log_probs(
     model: nn.Module, ids: Int64[Tensor, "batch sequence"]
 ) -> Float[Tensor, "batch targets"]:
     """Return log q of each id after the first of its row, in nats, given those before it there."""
     logits, targets = model_logits(model, ids[:, :-1]), ids[:, 1:]
     return -cross_entropy(logits, targets.contiguous(), reduction="none")
+
+# %% ../chapters/16_evaluation.ipynb #fc0e4347
+# Logits of our models, and of those of transformers
+def model_logits(
+    model: nn.Module, ids: Int64[Tensor, "batch sequence"]
+) -> Float[Tensor, "batch sequence vocab_size"]:
+    """Return the logits of a model that returns them, or as transformers a record with them."""
+    found = model(ids)
+    return found if isinstance(found, Tensor) else found.logits
 
 # %% ../chapters/16_evaluation.ipynb #8cb849ca
 def check_causal(
@@ -808,6 +809,40 @@ def rule_of_three(n: int, level: float = 0.95) -> float:
     _check_level(level)
     return float(1 - (1 - level) ** (1 / n))
 
+# %% ../chapters/16_evaluation.ipynb #9679f1c4
+def items_needed(
+    difference: float,
+    *,
+    accuracy: float = 0.5,
+    disagreement: float | None = None,
+    level: float = 0.95,
+    power: float = 0.8,
+) -> int:
+    """Return on how many items a difference of two accuracies is found with probability ``power``.
+
+    Without ``disagreement``, the two systems have items of their own, so many each, and both are
+    right about ``accuracy`` of the time. With it, they have the same items, and differ on that
+    share.
+
+    >>> items_needed(0.02), items_needed(0.02, disagreement=0.1)
+    (9812, 1955)
+    """
+    _check_share("difference", difference)
+    _check_positive("difference", difference)
+    _check_share("accuracy", accuracy)
+    if not 0.5 <= power < 1:
+        raise ValueError(f"power: expected at least 0.5 and less than 1, got {power!r}")
+    if disagreement is None:
+        variance = 2 * accuracy * (1 - accuracy)
+    else:
+        _check_share("disagreement", disagreement)
+        if disagreement < difference:
+            expected = f"at least the difference {difference}"
+            raise ValueError(f"disagreement: expected {expected}, got {disagreement}")
+        variance = disagreement - difference**2
+    reach = normal_quantile(level) + NormalDist().inv_cdf(power)
+    return max(2, math.ceil(variance * (reach / difference) ** 2))
+
 # %% ../chapters/16_evaluation.ipynb #f2f7f56f
 def sign_test(wins: int, losses: int) -> float:
     """Return how probable a fair coin makes a split at least so uneven, on either side.
@@ -1044,40 +1079,6 @@ def bootstrap(
         found.append(float(statistic(rows[np.concatenate([groups[i] for i in drawn])])))
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(statistic(rows)), float(low), float(high), level)
-
-# %% ../chapters/16_evaluation.ipynb #9679f1c4
-def items_needed(
-    difference: float,
-    *,
-    accuracy: float = 0.5,
-    disagreement: float | None = None,
-    level: float = 0.95,
-    power: float = 0.8,
-) -> int:
-    """Return on how many items a difference of two accuracies is found with probability ``power``.
-
-    Without ``disagreement``, the two systems have items of their own, so many each, and both are
-    right about ``accuracy`` of the time. With it, they have the same items, and differ on that
-    share.
-
-    >>> items_needed(0.02), items_needed(0.02, disagreement=0.1)
-    (9812, 1955)
-    """
-    _check_share("difference", difference)
-    _check_positive("difference", difference)
-    _check_share("accuracy", accuracy)
-    if not 0.5 <= power < 1:
-        raise ValueError(f"power: expected at least 0.5 and less than 1, got {power!r}")
-    if disagreement is None:
-        variance = 2 * accuracy * (1 - accuracy)
-    else:
-        _check_share("disagreement", disagreement)
-        if disagreement < difference:
-            expected = f"at least the difference {difference}"
-            raise ValueError(f"disagreement: expected {expected}, got {disagreement}")
-        variance = disagreement - difference**2
-    reach = normal_quantile(level) + NormalDist().inv_cdf(power)
-    return max(2, math.ceil(variance * (reach / difference) ** 2))
 
 # %% ../chapters/16_evaluation.ipynb #e168cf66
 class OrderTest(NamedTuple):
