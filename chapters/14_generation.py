@@ -39,7 +39,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cache as remember
 from functools import cached_property
 from inspect import unwrap
-from itertools import takewhile
+from itertools import count, takewhile
 from numbers import Real
 from operator import index
 from types import FunctionType
@@ -1512,13 +1512,81 @@ class _WholeLayer:
         return self.keys, self.values
 
 
+# %% [markdown] tags=["engine"]
+# The choice is a good part of a small model's step: a nucleus by the library takes as long as the
+# model. Where only the logits, a temperature and a nucleus decide, it goes into the program, too.
+# The most likely token is the first that equals the maximum, which is faster than to carry an index
+# through the loop. The nucleus needs its border, the largest $b$ for which the tokens with
+# $p \ge b$ have the mass that is wanted. To sort for it takes a call. But positive floats have the
+# order of their bits read as whole numbers ({doc}`15_precision` shows why), and those up to 1 are
+# fewer than $2^{30}$: three marks cut what is left of them into quarters, and after 15 rounds of
+# sums, each a loop of the program, one number is left.
+
+
+# %% tags=["engine"]
+#| export
+def _best_token(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the most likely tokens, their log-probabilities, and their logits."""
+    best, n = logits.amax(dim=-1, keepdim=True), logits.size(-1)
+    numbers = torch.arange(n, dtype=torch.int32, device=logits.device)
+    tokens = torch.where(logits == best, numbers, n).amin(dim=-1)
+    return tokens.long(), -(logits - best).exp().sum(dim=-1).log(), best[:, 0]
+
+
+def _border(shares: Tensor, mass: Tensor) -> Tensor:
+    """Return the largest share such that all from it on have the ``mass``, (batch, 1)."""
+    low = torch.zeros_like(shares[:, :1], dtype=torch.int32)
+    marks = torch.arange(1, 4, dtype=torch.int32, device=shares.device)
+    for size in (4**n for n in reversed(range(15))):
+        candidates = (low + size * marks).view(torch.float32)[:, :, None]
+        sums = torch.where(shares[:, None] >= candidates, shares[:, None], 0.0).sum(dim=-1)
+        low = low + size * (sums >= mass).sum(dim=-1, keepdim=True, dtype=torch.int32)
+    return low.view(torch.float32)
+
+
+# %% [markdown] tags=["engine"]
+# Of tokens that are tied at the border, so many leave, the first ones, as the mass can spare. Then
+# a token is drawn as everywhere: the place of a random number among the running sums.
+
+
+# %% tags=["engine"]
+#| export
+def _token_of_nucleus(
+    logits: Tensor, uniforms: Tensor, temperature: Tensor, mass: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw from the nucleus, with ``uniforms``; return as ``_best_token``, with the best logits."""
+    best = logits.amax(dim=-1, keepdim=True)
+    shares = ((logits - best) / temperature).softmax(dim=-1)
+    border = _border(shares, mass)
+    shares = torch.where(shares >= border, shares, 0.0)
+    tied = shares == border
+    spare = (shares.sum(dim=-1, keepdim=True) - mass) / border
+    shares = torch.where(tied & (tied.cumsum(dim=-1) <= spare), 0.0, shares)
+    ends = shares.cumsum(dim=-1, dtype=torch.float64)
+    tokens = (ends <= uniforms[:, None] * ends[:, -1:]).sum(dim=-1, keepdim=True)
+    return tokens[:, 0], logits.log_softmax(dim=-1).gather(1, tokens)[:, 0], best[:, 0]
+
+
+# %% [markdown] tags=["engine"]
+# So there are three programs: one returns logits, two return tokens.
+
+
+# %% tags=["engine"]
+#| export
 def _whole_step(
-    step: _FusedStep, tokens: Tensor, positions: Tensor, layers: list[_WholeLayer]
-) -> Tensor:
-    """The fused step in shapes that do not depend on how much has been read."""
+    step: _FusedStep,
+    tokens: Tensor,
+    positions: Tensor,
+    layers: list[_WholeLayer],
+    choice: tuple[Tensor, ...] | None,
+) -> Any:
+    """The fused step in shapes that do not depend on how much has been read, and the choice."""
     slots = torch.arange(layers[0].keys.size(2), device=tokens.device)
     mask = (slots <= positions)[:, None, None]
-    return step.logits(tokens, positions, mask, layers)
+    logits = step.logits(tokens, positions, mask, layers)
+    if choice is None:
+        return logits
+    return _token_of_nucleus(logits, *choice) if choice else _best_token(logits)
 
 
 # %% [markdown] tags=["engine"]
@@ -1539,7 +1607,7 @@ def _whole_step(
 # %% tags=["engine"]
 #| export
 @remember
-def _compiled_step(*shapes: object) -> Callable[..., Tensor]:
+def _compiled_step(*shapes: object) -> Callable[..., Any]:
     """Return ``_whole_step``, to be compiled once for these shapes."""
     step = unwrap(_whole_step)  # out of what checks shapes, if anything does
     own = FunctionType(step.__code__.replace(), step.__globals__)
@@ -1557,13 +1625,17 @@ class _CompiledStep:
         self.fused, self.kind = _FusedStep(model), repr(model.config)
         self.cache: KVCache | None = None
 
-    def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
+    def __call__(
+        self, tokens: Tensor, cache: KVCache, choice: tuple[Tensor, ...] | None = None
+    ) -> Any:
+        """Return logits; or, with what a ``choice`` needs, what ``_best_token`` returns."""
         if cache is self.cache:
             self.positions += 1
         else:
             self._prepare(cache, len(tokens))
         cache.extend(1)  # counts the token, and sees to it that there is room
-        return self.program(self.fused, tokens, self.positions, self.layers)
+        program = _compiled_step(None if choice is None else len(choice), *self.shapes)
+        return program(self.fused, tokens, self.positions, self.layers, choice)
 
     def _prepare(self, cache: KVCache, batch: int) -> None:
         self.cache = cache
@@ -1571,7 +1643,7 @@ class _CompiledStep:
         parts = [cache[layer] for layer in range(len(self.fused.blocks))]
         self.layers = [_WholeLayer(part.keys, part.values, self.positions) for part in parts]
         keys = parts[0].keys
-        self.program = _compiled_step(self.kind, keys.shape, keys.dtype, keys.device)
+        self.shapes = self.kind, keys.shape, keys.dtype, keys.device
 
 
 # %% [markdown] tags=["engine"]
@@ -1630,9 +1702,8 @@ def _decode(
     most = max(len(row.seen) for row in rows) + options.max_new_tokens - 1
     reader = _Reader(model, most, options.use_cache, kept, compiled)
     chooser = _Chooser(model, rows, options)
-    logits = reader.read([row.seen for row in rows])
-    for step in range(options.max_new_tokens):
-        tokens, log_probs = chooser.choose(logits, step)
+    tokens, log_probs = chooser.choose(reader.read([row.seen for row in rows]), 0)
+    for step in count(1):
         chosen = zip(rows, tokens.tolist(), log_probs.tolist(), strict=True)
         yield [(row, row.take(token, p)) for row, token, p in chosen if row.reason is None]
         going = [number for number, row in enumerate(rows) if row.reason is None]
@@ -1644,7 +1715,7 @@ def _decode(
             rows, tokens = [rows[number] for number in going], tokens[left]
             chooser.keep(going)
             reader.keep(left)
-        logits = reader.go_on(rows, tokens)
+        tokens, log_probs = reader.next_tokens(rows, tokens, chooser, step)
 
 
 # %% [markdown]
@@ -1738,14 +1809,32 @@ class _Reader:
 
     def go_on(self, rows: Sequence[_Row], tokens: Tensor) -> Float[Tensor, "batch vocab_size"]:
         """Read the token that each row has got."""
-        if self.cache is not None and not any(row.moved for row in rows):
-            logits = self.step(tokens, self.cache)
-            if self.kept is not None:
-                self.kept.ids.extend(tokens.tolist())
-            return logits
+        if self._can_step(rows):
+            return self._step(tokens)
         for row in rows:
             row.moved = False
         return self.read([row.seen for row in rows])
+
+    def next_tokens(
+        self, rows: Sequence[_Row], tokens: Tensor, chooser: "_Chooser", step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Read the token that each row has got; return the next ones and log-probabilities."""
+        choice = chooser.for_program(step) if self.compiled and self._can_step(rows) else None
+        if choice is None:
+            return chooser.choose(self.go_on(rows, tokens), step)
+        tokens, log_probs, best = self._step(tokens, choice)
+        _check_answer(best[:, None], step)
+        return tokens, log_probs
+
+    def _can_step(self, rows: Sequence[_Row]) -> bool:
+        return self.cache is not None and not any(row.moved for row in rows)
+
+    def _step(self, tokens: Tensor, *choice: Any) -> Any:
+        assert self.cache is not None  # _can_step sees to it
+        answer = self.step(tokens, self.cache, *choice)
+        if self.kept is not None:
+            self.kept.ids.extend(tokens.tolist())
+        return answer
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these; the fewer that are left are not worth compiling anew."""
@@ -1777,6 +1866,11 @@ class _Chooser:
         if self.sampling.has_penalties:
             prompts = (torch.tensor([row.prompt], device=device) for row in rows)
             self.counts = torch.cat([_token_counts(prompt, vocab_size) for prompt in prompts])
+        rest = replace(self.sampling, temperature=1.0, top_p=None)
+        self.is_simple = rest == _PLAIN and model.embedding.weight.dtype == torch.float32
+        temperature = max(self.sampling.temperature, torch.finfo(torch.float32).tiny)
+        mass = 2.0 if self.sampling.top_p is None else self.sampling.top_p  # 2: keep all
+        self.numbers = torch.tensor([temperature, mass], device=device).unbind()
 
     def choose(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Return the tokens of this step, and their log-probabilities in the model."""
@@ -1788,6 +1882,15 @@ class _Chooser:
             self.counts.scatter_add_(1, tokens, torch.ones_like(tokens))
         log_probs = _wide(logits).log_softmax(dim=-1).gather(1, tokens)
         return tokens[:, 0], log_probs[:, 0]
+
+    def for_program(self, step: int) -> tuple[Tensor, ...] | None:
+        """Return what a compiled step chooses with, if only the temperature and top-p matter."""
+        stops = self.options.stop_tokens if step < self.options.min_new_tokens else ()
+        if stops or not self.is_simple:
+            return None
+        if self.sampling.temperature == 0:
+            return ()
+        return self._uniforms(step).to(self.numbers[0].device), *self.numbers
 
     def keep(self, rows: list[int]) -> None:
         """Forget all rows but these."""
@@ -1807,7 +1910,7 @@ class _Chooser:
         if place == 0:  # a table of so many steps, however many may follow
             tables = [uniforms_of(seed, row.number, 256, step) for row in self.rows]
             self.uniforms = np.stack(tables)
-        return torch.from_numpy(self.uniforms[:, place])
+        return torch.from_numpy(np.ascontiguousarray(self.uniforms[:, place]))
 
 
 # %% [markdown] tags=["engine"]

@@ -9,7 +9,7 @@ __all__ = ['FinishReason', 'Step', 'draw', 'keep_top_k', 'keep_top_p', 'keep_min
            'GenerationOptions', 'generate', 'TextCache', 'Piece', 'stream', 'beam_search', 'verify', 'expected_tokens',
            'SpeculativeStats', 'speculative_generate', 'quantize_rows', 'QuantizedLinear', 'quantize', 'stored_bytes']
 
-# %% ../chapters/14_generation.ipynb #fcf0b1b9
+# %% ../chapters/14_generation.ipynb #c52d22a5
 # The imports that only the module needs
 import codecs
 import os
@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cache as remember
 from functools import cached_property
 from inspect import unwrap
-from itertools import takewhile
+from itertools import count, takewhile
 from numbers import Real
 from operator import index
 from types import FunctionType
@@ -933,7 +933,7 @@ def _is_compiled(model: nn.Module) -> bool:
     """Whether ``torch.compile`` or ``model.compile`` was called with the model, or a part of it."""
     return any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules())
 
-# %% ../chapters/14_generation.ipynb #a6123205
+# %% ../chapters/14_generation.ipynb #97d215ef
 class _WholeLayer:
     """A layer's cache in compiled code: all of its slots, and where the new token goes."""
 
@@ -947,18 +947,60 @@ class _WholeLayer:
         self.values[rows, :, self.positions[:, 0]] = v
         return self.keys, self.values
 
+# %% ../chapters/14_generation.ipynb #dbc4ad3e
+def _best_token(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the most likely tokens, their log-probabilities, and their logits."""
+    best, n = logits.amax(dim=-1, keepdim=True), logits.size(-1)
+    numbers = torch.arange(n, dtype=torch.int32, device=logits.device)
+    tokens = torch.where(logits == best, numbers, n).amin(dim=-1)
+    return tokens.long(), -(logits - best).exp().sum(dim=-1).log(), best[:, 0]
 
+
+def _border(shares: Tensor, mass: Tensor) -> Tensor:
+    """Return the largest share such that all from it on have the ``mass``, (batch, 1)."""
+    low = torch.zeros_like(shares[:, :1], dtype=torch.int32)
+    marks = torch.arange(1, 4, dtype=torch.int32, device=shares.device)
+    for size in (4**n for n in reversed(range(15))):
+        candidates = (low + size * marks).view(torch.float32)[:, :, None]
+        sums = torch.where(shares[:, None] >= candidates, shares[:, None], 0.0).sum(dim=-1)
+        low = low + size * (sums >= mass).sum(dim=-1, keepdim=True, dtype=torch.int32)
+    return low.view(torch.float32)
+
+# %% ../chapters/14_generation.ipynb #4974e164
+def _token_of_nucleus(
+    logits: Tensor, uniforms: Tensor, temperature: Tensor, mass: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw from the nucleus, with ``uniforms``; return as ``_best_token``, with the best logits."""
+    best = logits.amax(dim=-1, keepdim=True)
+    shares = ((logits - best) / temperature).softmax(dim=-1)
+    border = _border(shares, mass)
+    shares = torch.where(shares >= border, shares, 0.0)
+    tied = shares == border
+    spare = (shares.sum(dim=-1, keepdim=True) - mass) / border
+    shares = torch.where(tied & (tied.cumsum(dim=-1) <= spare), 0.0, shares)
+    ends = shares.cumsum(dim=-1, dtype=torch.float64)
+    tokens = (ends <= uniforms[:, None] * ends[:, -1:]).sum(dim=-1, keepdim=True)
+    return tokens[:, 0], logits.log_softmax(dim=-1).gather(1, tokens)[:, 0], best[:, 0]
+
+# %% ../chapters/14_generation.ipynb #911d454e
 def _whole_step(
-    step: _FusedStep, tokens: Tensor, positions: Tensor, layers: list[_WholeLayer]
-) -> Tensor:
-    """The fused step in shapes that do not depend on how much has been read."""
+    step: _FusedStep,
+    tokens: Tensor,
+    positions: Tensor,
+    layers: list[_WholeLayer],
+    choice: tuple[Tensor, ...] | None,
+) -> Any:
+    """The fused step in shapes that do not depend on how much has been read, and the choice."""
     slots = torch.arange(layers[0].keys.size(2), device=tokens.device)
     mask = (slots <= positions)[:, None, None]
-    return step.logits(tokens, positions, mask, layers)
+    logits = step.logits(tokens, positions, mask, layers)
+    if choice is None:
+        return logits
+    return _token_of_nucleus(logits, *choice) if choice else _best_token(logits)
 
-# %% ../chapters/14_generation.ipynb #2d121faa
+# %% ../chapters/14_generation.ipynb #37ca441d
 @remember
-def _compiled_step(*shapes: object) -> Callable[..., Tensor]:
+def _compiled_step(*shapes: object) -> Callable[..., Any]:
     """Return ``_whole_step``, to be compiled once for these shapes."""
     step = unwrap(_whole_step)  # out of what checks shapes, if anything does
     own = FunctionType(step.__code__.replace(), step.__globals__)
@@ -976,13 +1018,17 @@ class _CompiledStep:
         self.fused, self.kind = _FusedStep(model), repr(model.config)
         self.cache: KVCache | None = None
 
-    def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
+    def __call__(
+        self, tokens: Tensor, cache: KVCache, choice: tuple[Tensor, ...] | None = None
+    ) -> Any:
+        """Return logits; or, with what a ``choice`` needs, what ``_best_token`` returns."""
         if cache is self.cache:
             self.positions += 1
         else:
             self._prepare(cache, len(tokens))
         cache.extend(1)  # counts the token, and sees to it that there is room
-        return self.program(self.fused, tokens, self.positions, self.layers)
+        program = _compiled_step(None if choice is None else len(choice), *self.shapes)
+        return program(self.fused, tokens, self.positions, self.layers, choice)
 
     def _prepare(self, cache: KVCache, batch: int) -> None:
         self.cache = cache
@@ -990,7 +1036,7 @@ class _CompiledStep:
         parts = [cache[layer] for layer in range(len(self.fused.blocks))]
         self.layers = [_WholeLayer(part.keys, part.values, self.positions) for part in parts]
         keys = parts[0].keys
-        self.program = _compiled_step(self.kind, keys.shape, keys.dtype, keys.device)
+        self.shapes = self.kind, keys.shape, keys.dtype, keys.device
 
 # %% ../chapters/14_generation.ipynb #20cc42cf
 def _no_compiling(model: TransformerLM) -> str | None:
@@ -1015,7 +1061,7 @@ def _may_compile(model: TransformerLM, compile: object, use_cache: bool) -> bool
         raise ValueError(f"compile: expected {wanting}, got True")
     return compile is not False and wanting is None
 
-# %% ../chapters/14_generation.ipynb #597a9075
+# %% ../chapters/14_generation.ipynb #22c57010
 def _decode(
     model: TransformerLM,
     rows: list[_Row],
@@ -1027,9 +1073,8 @@ def _decode(
     most = max(len(row.seen) for row in rows) + options.max_new_tokens - 1
     reader = _Reader(model, most, options.use_cache, kept, compiled)
     chooser = _Chooser(model, rows, options)
-    logits = reader.read([row.seen for row in rows])
-    for step in range(options.max_new_tokens):
-        tokens, log_probs = chooser.choose(logits, step)
+    tokens, log_probs = chooser.choose(reader.read([row.seen for row in rows]), 0)
+    for step in count(1):
         chosen = zip(rows, tokens.tolist(), log_probs.tolist(), strict=True)
         yield [(row, row.take(token, p)) for row, token, p in chosen if row.reason is None]
         going = [number for number, row in enumerate(rows) if row.reason is None]
@@ -1041,7 +1086,7 @@ def _decode(
             rows, tokens = [rows[number] for number in going], tokens[left]
             chooser.keep(going)
             reader.keep(left)
-        logits = reader.go_on(rows, tokens)
+        tokens, log_probs = reader.next_tokens(rows, tokens, chooser, step)
 
 # %% ../chapters/14_generation.ipynb #31b67676
 def generate(
@@ -1081,7 +1126,7 @@ def generate(
                     shown[row.number].append(piece)
     return [row.completion("".join(shown[row.number])) for row in rows]
 
-# %% ../chapters/14_generation.ipynb #73a91de5
+# %% ../chapters/14_generation.ipynb #39ed8788
 class _Reader:
     """Gives the logits after each of several texts: from a cache, or read from the start."""
 
@@ -1117,14 +1162,32 @@ class _Reader:
 
     def go_on(self, rows: Sequence[_Row], tokens: Tensor) -> Float[Tensor, "batch vocab_size"]:
         """Read the token that each row has got."""
-        if self.cache is not None and not any(row.moved for row in rows):
-            logits = self.step(tokens, self.cache)
-            if self.kept is not None:
-                self.kept.ids.extend(tokens.tolist())
-            return logits
+        if self._can_step(rows):
+            return self._step(tokens)
         for row in rows:
             row.moved = False
         return self.read([row.seen for row in rows])
+
+    def next_tokens(
+        self, rows: Sequence[_Row], tokens: Tensor, chooser: "_Chooser", step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Read the token that each row has got; return the next ones and log-probabilities."""
+        choice = chooser.for_program(step) if self.compiled and self._can_step(rows) else None
+        if choice is None:
+            return chooser.choose(self.go_on(rows, tokens), step)
+        tokens, log_probs, best = self._step(tokens, choice)
+        _check_answer(best[:, None], step)
+        return tokens, log_probs
+
+    def _can_step(self, rows: Sequence[_Row]) -> bool:
+        return self.cache is not None and not any(row.moved for row in rows)
+
+    def _step(self, tokens: Tensor, *choice: Any) -> Any:
+        assert self.cache is not None  # _can_step sees to it
+        answer = self.step(tokens, self.cache, *choice)
+        if self.kept is not None:
+            self.kept.ids.extend(tokens.tolist())
+        return answer
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these; the fewer that are left are not worth compiling anew."""
@@ -1137,7 +1200,7 @@ class _Reader:
         """Whether a row cannot be read on as it is; without a cache none ever is."""
         return self.cache is None or int(self.cache.lengths.max()) >= self.capacity
 
-# %% ../chapters/14_generation.ipynb #29f73a6a
+# %% ../chapters/14_generation.ipynb #e5862a9f
 class _Chooser:
     """Chooses the tokens of a batch of rows, each with its own history and random numbers."""
 
@@ -1149,6 +1212,11 @@ class _Chooser:
         if self.sampling.has_penalties:
             prompts = (torch.tensor([row.prompt], device=device) for row in rows)
             self.counts = torch.cat([_token_counts(prompt, vocab_size) for prompt in prompts])
+        rest = replace(self.sampling, temperature=1.0, top_p=None)
+        self.is_simple = rest == _PLAIN and model.embedding.weight.dtype == torch.float32
+        temperature = max(self.sampling.temperature, torch.finfo(torch.float32).tiny)
+        mass = 2.0 if self.sampling.top_p is None else self.sampling.top_p  # 2: keep all
+        self.numbers = torch.tensor([temperature, mass], device=device).unbind()
 
     def choose(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Return the tokens of this step, and their log-probabilities in the model."""
@@ -1160,6 +1228,15 @@ class _Chooser:
             self.counts.scatter_add_(1, tokens, torch.ones_like(tokens))
         log_probs = _wide(logits).log_softmax(dim=-1).gather(1, tokens)
         return tokens[:, 0], log_probs[:, 0]
+
+    def for_program(self, step: int) -> tuple[Tensor, ...] | None:
+        """Return what a compiled step chooses with, if only the temperature and top-p matter."""
+        stops = self.options.stop_tokens if step < self.options.min_new_tokens else ()
+        if stops or not self.is_simple:
+            return None
+        if self.sampling.temperature == 0:
+            return ()
+        return self._uniforms(step).to(self.numbers[0].device), *self.numbers
 
     def keep(self, rows: list[int]) -> None:
         """Forget all rows but these."""
@@ -1179,7 +1256,7 @@ class _Chooser:
         if place == 0:  # a table of so many steps, however many may follow
             tables = [uniforms_of(seed, row.number, 256, step) for row in self.rows]
             self.uniforms = np.stack(tables)
-        return torch.from_numpy(self.uniforms[:, place])
+        return torch.from_numpy(np.ascontiguousarray(self.uniforms[:, place]))
 
 # %% ../chapters/14_generation.ipynb #d79275c0
 @contextmanager

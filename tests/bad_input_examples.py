@@ -581,7 +581,7 @@ EXAMPLES: dict[str, Arguments] = {
     "generation.penalize_frequency": {"frequency": 0.5},
     "generation.next_token_distribution": {"sampling": generation.Sampling(temperature=0.5)},
     "generation.uniforms_of": {"row": 0, "n": 3},
-    "generation.generate": {"prompts": [[1, 2]], "max_new_tokens": 2},
+    "generation.generate": {"prompts": [[1, 2]], "max_new_tokens": 2, "compile": False},
     "generation.stream": {"prompt": [1, 2], "max_new_tokens": 2},
     "generation.beam_search": {"prompt": [1, 2], "max_new_tokens": 2},
     "generation.verify": lambda: {

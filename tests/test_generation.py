@@ -1499,7 +1499,43 @@ def test_the_compiled_step_gives_the_tokens_of_the_fused_one(programs, kind):
             for a, b in zip(one, other, strict=True):
                 assert a.finish_reason == b.finish_reason
                 assert a.log_probs == pytest.approx(b.log_probs, abs=1e-4)
-    assert programs() == 2  # of one row and of three
+    assert programs() == 6  # of one row and of three: the best, of a nucleus, and logits
+
+
+@pytest.mark.parametrize("mass", [0.3, 0.75, 0.9, 1.0, None])
+def test_a_nucleus_without_sorting_gives_the_tokens_of_the_sorted_one(mass):
+    generator = torch.Generator().manual_seed(3)
+    logits = 3 * torch.randn(200, 50, generator=generator)
+    logits[::2] = logits[::2].round()  # many ties, also at the border
+    uniforms = torch.rand(200, dtype=torch.float64, generator=generator)
+    expected = sample(logits, Sampling(temperature=0.7, top_p=mass), uniforms=uniforms)
+    numbers = torch.tensor([0.7, 2.0 if mass is None else mass]).unbind()
+    tokens, log_probs, best = module._token_of_nucleus(logits, uniforms, *numbers)
+    assert tokens.tolist() == expected.tolist()
+    own = logits.log_softmax(dim=-1).gather(1, expected[:, None])[:, 0]
+    torch.testing.assert_close(log_probs, own)
+    assert best.tolist() == logits.amax(dim=-1).tolist()
+
+
+def test_the_border_of_a_nucleus_is_exact():
+    shares = torch.tensor([[0.5, 0.25, 0.125, 0.125], [1.0, 0.0, 0.0, 0.0], [2.0**-140, 1, 0, 0]])
+    found = [module._border(shares, torch.tensor(mass))[:, 0].tolist() for mass in (0.5, 0.75, 2)]
+    assert found == [[0.5, 1.0, 1.0], [0.25, 1.0, 1.0], [0.0, 0.0, 0.0]]
+
+
+def test_the_best_token_is_the_first_of_equals():
+    tokens, log_probs, best = module._best_token(torch.tensor([[1.0, 2.0, 2.0], [0.0, -1e9, -9]]))
+    assert tokens.tolist() == [1, 0] and best.tolist() == [2.0, 0.0]
+    assert log_probs.tolist() == pytest.approx([-0.8620, -0.0001234], abs=1e-4)
+
+
+def test_a_program_that_chooses_tells_of_a_broken_model(programs):
+    model = made()
+    generate(model, [[5]], max_new_tokens=3, sampling=GREEDY, compile=True)
+    model.lm_head.weight.data[3] = math.nan
+    for sampling in (GREEDY, SAMPLED):
+        with pytest.raises(ValueError, match=r"^model: expected logits, got NaN after 0 new"):
+            generate(model, [[5]], max_new_tokens=3, sampling=sampling, compile=True)
 
 
 def test_what_was_compiled_serves_other_weights_models_and_lengths(programs):
