@@ -1479,7 +1479,7 @@ print(f"{fused_calls} calls in place of {plain_calls}")
 # whole step, and makes single loops of those that only pass a vector on. The shapes must not change
 # from token to token, so the compiled step computes with the whole cache and masks what is not
 # there yet. `generate(..., compile=True)` uses it and gives the same tokens. The first call takes
-# ten to thirty seconds, and a C++ compiler must be there, so it is for long texts and many calls;
+# ten to forty seconds, and a C++ compiler must be there, so it is for long texts and many calls;
 # `compile="auto"` uses it where it can, and the fused step elsewhere.
 
 # %% [markdown] tags=["engine"]
@@ -1595,7 +1595,7 @@ def _whole_step(
 # The same goes for a matrix times a single vector. With more rows it is worth a call, because
 # libraries know how to keep pieces of a matrix in the processor's registers.
 #
-# A cache is prepared once; afterwards only the position moves on. Compiling takes ten to thirty
+# A cache is prepared once; afterwards only the position moves on. Compiling takes ten to forty
 # seconds, so what was compiled is kept, under what its shapes depend on. Weights are an input: they
 # may change, and another model of the same kind needs no compiling.
 # (PyTorch counts how often a function was compiled, and refuses the ninth time. So each program
@@ -1744,7 +1744,7 @@ def generate(
     ``use_cache`` and ``on_full``. A row depends on its prompt, the seed and its number only, up to
     the rounding of logits; rows are numbered from ``first_row``. A ``cache`` is for a single prompt
     and saves reading again what it has read. ``compile``: True makes a program of the step for one
-    token, which takes up to half a minute for each number of rows and each power of two of tokens,
+    token, which takes up to 40 seconds for each number of rows and each power of two of tokens,
     and serves all later calls; "auto" does so where it can, which needs a C++ compiler. Bad prompts
     and options raise a ``ValueError``.
     """
@@ -3119,10 +3119,11 @@ print(*(f"\n{what}: {value}" for what, value in noted.items()), sep="")
 
 # %% [markdown]
 # With a compiler there is one more step to go: `generate(..., compile=True)` makes a program of the
-# step. Compiling takes too long for this chapter, so it was measured apart, by
-# `python benchmarks/generation.py`, whose table is `benchmarks/results/generation.md`. What is left
-# of a token's time is then shared by the program, by Python around it, and by the choice: for top-p
-# sorting, two cumulative sums and a search cost nearly as much as the whole model.
+# step and of the choice. Compiling takes too long for this chapter, so it was measured apart, by
+# `python benchmarks/generation.py`, whose table is `benchmarks/results/generation.md`. Without the
+# choice in the program, top-p took nearly as long as the whole model: it sorts, sums twice, and
+# searches. What is left of a token's time is the program's, Python's around it, and a share of
+# reading the prompt. With eight rows most of it is matrix products.
 #
 # The draft and the 8 bits are *slower* here. Both save fetching weights from
 # memory, and ours all lie in the processor's cache; a draft of one layer costs half of a target of
