@@ -404,7 +404,7 @@ def _both(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     states = get_state_dict(model, optimizer)
     return dict(zip(("model", "optimizer"), states, strict=True))
 
-# %% ../chapters/18_distributed.ipynb #599ea1d2
+# %% ../chapters/18_distributed.ipynb #77284a3c
 class Ranks(Parallel):
     """How the ranks of a group train one model: by ``ddp``, ``fsdp`` or ``tp`` of torch.
 
@@ -419,7 +419,7 @@ class Ranks(Parallel):
         check_choice("parallel", name, ("ddp", "fsdp", "tp"))
         if isinstance(timeout, bool) or not 0 < timeout < math.inf:
             raise ValueError(f"timeout: expected a finite number above 0, got {timeout!r}")
-        self.name, self.timeout = name, timeout
+        self.name = name
         self.has_joined = not dist.is_initialized()
         if self.has_joined:
             _join_torchrun(timeout)
@@ -460,7 +460,7 @@ class Ranks(Parallel):
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, TrainingError) or (why := _others(error, self.timeout)) is None:
+            if isinstance(error, TrainingError) or (why := _others(error)) is None:
                 raise
             again = "the same command goes on from the newest checkpoint"
             raise TrainingError(f"rank {self.rank} of {self.world_size} {why}; {again}") from error
@@ -644,7 +644,7 @@ class Ranks(Parallel):
             torch.manual_seed(int(torch.randint(2**62, ())) + self.rank)
         return None
 
-# %% ../chapters/18_distributed.ipynb #747ba7ad
+# %% ../chapters/18_distributed.ipynb #da09ef2c
 def _join_torchrun(timeout: float) -> None:
     if "RANK" not in os.environ:
         command = "torchrun --nproc_per_node=2 -m llmbook.training config.yaml"
@@ -657,14 +657,14 @@ def _join_torchrun(timeout: float) -> None:
     dist.init_process_group(timeout=timedelta(seconds=timeout))
 
 
-def _others(error: BaseException, timeout: float) -> str | None:
+def _others(error: BaseException) -> str | None:
     """Say what an error tells of the other ranks, if anything."""
     frames = traceback.extract_tb(error.__traceback__)
     inside = [f.name for f in frames if f.filename.endswith("distributed_c10d.py")]
     names = [name for name in inside if name.lstrip("_") == name != "wrapper"]
     where = names[0] if names else "the exchange of gradients"
     if "imed out" in str(error):
-        return f"waited {timeout:g} s in {where} for the others"
+        return f"waited too long for the others in {where}"
     return f"lost another rank in {where}" if any(text in str(error) for text in _LOST) else None
 
 # %% ../chapters/18_distributed.ipynb #f67e8043
