@@ -336,14 +336,33 @@ def launch(
 
 # %% [markdown]
 # ## The same by torch's own
+#
+# PyTorch has all of this ready made, tuned for clusters. One who has built it knows what to ask of it:
+# which gradients come out, are they sums or means, when are they exchanged, and what is in a
+# checkpoint? `torchrun` starts one process per device and tells each its rank and the number of ranks
+# by environment variables. It watches them, too: when one dies, it ends the others.
+# `DistributedDataParallel` (DDP) exchanges gradients in buckets during the backward pass.
+# `fully_shard` (FSDP2) gives each rank a piece of every parameter, gathers a block before it computes
+# and frees it afterwards. `parallelize_module` splits single layers.
+#
+# All three hook into the **forward pass** of a module, and here lies a trap for our own code.
+# `next_token_objective` calls `hidden_states`, and multiplies by the head in chunks; it never calls
+# `forward`. A DDP wrapper has no `hidden_states`, so the first attempt fails. The obvious second one
+# is `next_token_objective(ddp.module, batch)`, and that runs. The losses fall. But `forward` of the
+# wrapper was never called, so it does not know that there will be a backward pass, and exchanges
+# nothing. Each rank trains a model of its own on its own part of the data, in silence.
+#
+# The cure is to make the objective the forward pass of a small module and wrap *that*. For FSDP2 there
+# is a function that registers other methods beside `forward`, and we register `hidden_states`.
 
 # %% tags=["engine"]
 #| export
-# What this part takes from elsewhere
+# What this part takes from elsewhere, and from earlier chapters
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -351,13 +370,25 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from llmbook.batches import Batch, BatchSampler
 from llmbook.environment import check_choice, check_path
-from llmbook.model import TransformerLM
+from llmbook.model import ModelConfig, TransformerLM
+from llmbook.optimization import build_optimizer
 from llmbook.training import Objective, Parallel, Precision, Sums, TrainingConfig, TrainingError
-from llmbook.training import load_model_state, model_state, random_states, set_random_states
+from llmbook.training import Trainer, load_model_state, model_state, next_token_objective
+from llmbook.training import random_states, set_random_states
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# ### Engine room: the three wrappers around our model, and checkpoints in pieces
+
+# %% [markdown] tags=["engine"]
+# The module whose forward pass is an objective is all that DDP needs. `shard_by_torch` makes each
+# block a unit of its own, and the rest another one: the embedding and a head that is tied to it are
+# then in the same unit, and stay tied.
+
+
+# %% tags=["engine"]
 #| export
 class ObjectiveModule(nn.Module):
     """A module whose forward pass is ``objective(model, batch)``, for wrappers of forward passes.
@@ -375,7 +406,7 @@ class ObjectiveModule(nn.Module):
         return objective(self.model, batch)
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def shard_by_torch(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
     """Shard ``model`` in place by FSDP2, each of its ``blocks`` a unit of its own; return it.
@@ -401,7 +432,16 @@ def _all_ranks() -> DeviceMesh:
     return init_device_mesh(device, (dist.get_world_size(),))
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# Tensor parallelism splits the matrices of a block by heads and by inner vectors: q, k, v, gate and up
+# by their outputs, the two that follow by their inputs, so that a block exchanges two sums in the
+# forward and two in the backward pass {cite}`shoeybi2019megatron`. Our attention asks for heads by
+# `view(..., -1, d_head)`, so it does not notice that it has a part of them. One thing torch cannot
+# know: the gain that normalizes queries or keys is used for different heads on each rank, so its
+# gradient must be summed.
+
+
+# %% tags=["engine"]
 #| export
 def split_by_torch(model: TransformerLM, mesh: DeviceMesh | None = None) -> TransformerLM:
     """Split the heads and inner vectors of ``model`` over ranks, in place; return it.
@@ -444,7 +484,13 @@ def _check_split(model: Any, n: int) -> None:
             raise ValueError(f"{name}: expected a multiple of {n} ranks, got {size}")
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# A sharded checkpoint is written by all ranks at once, each what it has, with a table of what is
+# where. So it can be read at another number of ranks, or by a model that is sharded in another way,
+# and no rank ever holds the whole.
+
+
+# %% tags=["engine"]
 #| export
 def save_sharded(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write model and optimizer to ``folder``, each rank what it has; all ranks call this."""
@@ -476,12 +522,146 @@ def _both(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return dict(zip(("model", "optimizer"), states, strict=True))
 
 
+# %% [markdown] tags=["engine"]
+# For the check below, a tiny model with tied weights, and the rows of a rank:
+
+
+# %% tags=["engine"]
+def tiny_model() -> TransformerLM:
+    """A model of which all ranks have the same."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "context_length": 32, "d_model": 32, "n_layers": 2, "n_heads": 4}
+    return TransformerLM(ModelConfig(**sizes, tie_embeddings=True))
+
+
+def rows(of_all: bool = False) -> Batch:
+    """Every second row of a batch of 8, or all."""
+    ids = torch.randint(64, (8, 33), generator=torch.Generator().manual_seed(1))
+    ids = ids if of_all else ids[dist.get_rank() :: dist.get_world_size()]
+    return Batch(ids[:, :-1], ids[:, 1:])
+
+
+def as_one(tensors: Iterable[Tensor | None]) -> Tensor:
+    """Whole tensors, one after the other, as one vector."""
+    given = [t.detach() for t in tensors if t is not None]
+    return torch.cat([(t.full_tensor() if isinstance(t, DTensor) else t).flatten() for t in given])
+
+
+# %% tags=["engine"]
+def save_half(folder: str) -> Tensor:
+    """Take a step on two ranks, save the pieces, and return the weights."""
+    model = shard_by_torch(tiny_model())
+    optimizer = build_optimizer(model, "adamw", lr=0.1)
+    next_token_objective(model, rows())[0].backward()
+    optimizer.step()
+    save_sharded(folder, model, optimizer)
+    return as_one(model.parameters())
+
+
+def load_part(folder: str) -> Tensor:
+    """Read them at any number of ranks, and return the weights."""
+    model = shard_by_torch(tiny_model())
+    optimizer = build_optimizer(model, "adamw", lr=0.1)
+    load_sharded(folder, model, optimizer)
+    return as_one(model.parameters())
+
+
+# %% [markdown]
+# ### Equal to one process, or not
+#
+# On two ranks, each with half of the rows, the gradient of the mean loss should be the one that a
+# single process finds on all of them.
+
+
+# %%
+def gradient(way: str) -> Tensor:
+    model = tiny_model()
+    if way == "FSDP2":
+        loss, count = next_token_objective(shard_by_torch(model), rows())
+    elif way == "DDP of an ObjectiveModule":
+        wrapped: nn.Module = DistributedDataParallel(ObjectiveModule(model))
+        loss, count = wrapped(next_token_objective, rows())
+    else:
+        wrapped = DistributedDataParallel(model)
+        loss, count = next_token_objective(wrapped.module, rows())
+    (loss / count).backward()
+    return as_one(p.grad for p in model.parameters())
+
+
+# %% tags=["engine"]
+model = tiny_model()
+total, count = next_token_objective(model, rows(of_all=True))
+(total / count).backward()
+expected = as_one(p.grad for p in model.parameters())
+errors = {}
+for way in ("DDP, objective of its .module", "DDP of an ObjectiveModule", "FSDP2"):
+    first, second = launch(gradient, 2, way)
+    errors[way] = float((first - expected).norm() / expected.norm())
+    alike = "the same on both ranks" if torch.equal(first, second) else "another on each rank"
+    size = "below 0.00001" if errors[way] < 1e-5 else f"about {errors[way]:.1f}"
+    print(f"{way:30} error {size:13} of the norm, {alike}")
+assert errors.pop("DDP, objective of its .module") > 0.1 and max(errors.values()) < 1e-5
+
+
+# %% [markdown]
+# The first line is the silent failure: the gradient is off by a large part of its norm, and the ranks
+# drift apart. It shows in no loss curve. What finds it is this comparison, or the simpler question
+# whether two ranks have the same gradients. The other two agree with one process to float tolerance,
+# tied weights included.
+#
+# A checkpoint of FSDP2 is written in pieces. It must not matter how many ranks read it:
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    weights = launch(save_half, 2, folder)[0]
+    loaded = {n: launch(load_part, n, folder)[0] for n in (1, 3)}
+print(", ".join(f"{n} rank(s): {int((w != weights).sum())} differ" for n, w in loaded.items()))
+
+
 # %% [markdown]
 # ## The Trainer on several ranks
-
+#
+# The trainer of {doc}`13_training` knows nothing of ranks. It has a place for an object that does, as
+# it has one for precision: at each point where several processes have something to say to each other
+# it calls a method of `parallel`, which does nothing in one process. {py:class}`~llmbook.distributed.Ranks`
+# fills these methods in. There are few such points, and each is a pitfall that has cost somebody a
+# run:
+#
+# | where | what one process does | what ranks must do |
+# |---|---|---|
+# | data | take the next batch | take every n-th row of the same batch, so that the order of the data does not depend on the number of ranks |
+# | micro-batches | add gradients up | exchange them in the last one only, with the forward pass inside `no_sync` |
+# | mean | divide by the targets | divide by the targets of all ranks *and* all micro-batches |
+# | clipping | take the norm | take it over all pieces, after the exchange |
+# | decisions | skip a step, shrink the scale, stop | decide on the same numbers, or one rank waits for ever |
+# | evaluation | score all batches | score some each, and add sums and counts |
+# | logs and files | write | only rank 0 writes; what it reads, or fails to read, it tells the others |
+# | checkpoints | save the state | gather it first, with the random states of all ranks |
+#
+# The third line is the opening of this chapter again: torch's wrappers take the mean over ranks, and
+# rows have unequal numbers of targets. So the trainer turns means into sums, and divides once by the
+# count of everything. The last line decides what a checkpoint *is*: here it is the file that one
+# process would have written. So it can be continued by one process, by three, or by another scheme.
+# Gathering everything on one rank stops working when a model does not fit there; then the pieces of
+# `save_sharded` are the way.
+#
+# A run asks for it by one setting, `parallel: ddp`, `fsdp` or `tp`, and is started by `torchrun`:
+#
+# ```
+# torchrun --nproc_per_node=2 -m llmbook.training config.yaml --folder runs/two
+# ```
+#
+# Several processes can also fail in new ways. If one dies, `torchrun` ends the others and says which
+# it was, and the same command goes on from the newest checkpoint. If one stands still, the others wait
+# in a collective until its time is up, and say in which. A setting that does not fit, such as heads
+# that two ranks cannot share, is refused by every rank before the first step.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: what the ranks of a trainer say to each other
+
+# %% [markdown] tags=["engine"]
+# Joining, and dividing model and data. The seeds of ranks differ from here on, because each draws the
+# dropout of its own rows; with tp all have the same rows, and the same seed.
 
 
 # %% tags=["engine"]
@@ -577,6 +757,12 @@ def _others(error: BaseException) -> str | None:
     return f"lost another rank in {where}" if any(text in str(error) for text in _LOST) else None
 
 
+# %% [markdown] tags=["engine"]
+# A step. `parts` looks one micro-batch ahead, to know which is the last. An evaluation deals out whole
+# batches; if their number is uneven, a rank goes through its last one twice and counts it once,
+# because a sharded model needs all ranks for every pass.
+
+
 # %% tags=["engine"]
 #| export
 class Ranks(Ranks):  # continued
@@ -633,6 +819,12 @@ class Ranks(Ranks):  # continued
                 found = Sums(0.0, 0.0, dict.fromkeys(found.others, 0.0))
             total = total + found
         return self.total(total)
+
+
+# %% [markdown] tags=["engine"]
+# Tensors in pieces. The norm is that of all of them: squares of pieces are summed over ranks, those of
+# whole tensors, which every rank has, are not. An optimizer gets the two kinds one after the other. In
+# float16 an overflow on one rank must be one on all, or their scales would part.
 
 
 # %% tags=["engine"]
@@ -694,6 +886,10 @@ def _is_piece(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) and any(p.is_shard() for p in tensor.placements)
 
 
+# %% [markdown] tags=["engine"]
+# Checkpoints. Whole tensors go in and out, so the file does not know of ranks.
+
+
 # %% tags=["engine"]
 #| export
 class Ranks(Ranks):  # continued
@@ -737,6 +933,12 @@ def _divided(value: Any, pattern: Any) -> Any:
     return distribute_tensor(value.to(pattern.device), *where, src_data_rank=None)
 
 
+# %% [markdown] tags=["engine"]
+# Agreement. Rank 0 does what only one may do, and tells the others what came of it, be it an error.
+# Random states are kept for each rank; at another number of ranks there is no such thing as the same
+# dropout, and new states are drawn from the first one.
+
+
 # %% tags=["engine"]
 #| export
 class Ranks(Ranks):  # continued
@@ -777,3 +979,36 @@ class Ranks(Ranks):  # continued
         if self.shares > 1 and self.rank:
             torch.manual_seed(int(torch.randint(2**62, ())) + self.rank)
         return None
+
+
+# %% tags=["engine"]
+def losses(way: str | None) -> list[float]:
+    """Train the tiny model for 20 steps, and return the loss of each."""
+    ids = np.random.default_rng(0).integers(64, size=4000) // 2 * 2  # even ones, which is learned
+    settings: dict[str, Any] = {"n_steps": 20, "batch_size": 8, "micro_batch_size": 2}
+    settings |= {"learning_rate": 0.01, "log_every": 1, "parallel": way}
+    batches = BatchSampler(ids, settings["batch_size"], 32)
+    trainer = Trainer(tiny_model(), batches, TrainingConfig(**settings))
+    return [float(loss) for loss in trainer.train().column("loss")[1]]
+
+
+# %% [markdown]
+# ### The same curve
+#
+# Twenty steps of a tiny model, with four micro-batches in a step on one process and two on each of two
+# ranks: how far are the curves apart?
+
+# %%
+alone = losses(None)
+print(f"one process: loss from {alone[0]:.1f} to {alone[-1]:.1f} nats")
+for way in ("ddp", "fsdp", "tp"):
+    curve = launch(losses, 2, way)[0]
+    apart = max(abs(a - b) for a, b in zip(alone, curve, strict=True))
+    print(f"{way:4}: apart by less than {0.0001 if apart < 1e-4 else apart:.4f} nats in every step")
+
+
+# %% [markdown]
+# One curve is a weak test. The strong one is a kill. `benchmarks/killing_ranks.py` trains with dropout
+# on two ranks, kills one of them by SIGKILL at a random moment twenty times, and starts again each
+# time; weights, optimizer, random states of both ranks, best model and log must then be those of a run
+# that nobody touched. KILLRESULT

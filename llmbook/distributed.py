@@ -281,12 +281,13 @@ def launch(
             pipe.close()
         shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../chapters/18_distributed.ipynb #d27e1f7a
-# What this part takes from elsewhere
+# %% ../chapters/18_distributed.ipynb #be04346f
+# What this part takes from elsewhere, and from earlier chapters
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -294,10 +295,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from .batches import Batch, BatchSampler
 from .environment import check_choice, check_path
-from .model import TransformerLM
+from .model import ModelConfig, TransformerLM
+from .optimization import build_optimizer
 from .training import Objective, Parallel, Precision, Sums, TrainingConfig, TrainingError
-from .training import load_model_state, model_state, random_states, set_random_states
+from .training import Trainer, load_model_state, model_state, next_token_objective
+from .training import random_states, set_random_states
 
 # %% ../chapters/18_distributed.ipynb #e9dec748
 class ObjectiveModule(nn.Module):

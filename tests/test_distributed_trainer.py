@@ -252,7 +252,7 @@ def test_ranks_need_other_processes_and_a_known_way(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="parallel: expected one of ddp, fsdp, tp, got 'zero'"):
         TrainingConfig(n_steps=1, batch_size=1, parallel="zero")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="training.parallel: expected ddp, fsdp or tp, as 2 pro"):
+    with pytest.raises(ValueError, match=r"training\.parallel: expected ddp, fsdp or tp, as 2"):
         training.run(small_run(None), "nowhere")
 
 
