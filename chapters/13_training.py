@@ -4793,7 +4793,7 @@ def _exit_code(command: Callable[[], Any]) -> int:
 
 
 if __name__ == "__main__" and "__file__" in globals():  # a notebook has no file
-    main()
+    importlib.import_module("llmbook.training").main()  # not a second module beside that one
 
 
 # %% [markdown] tags=["engine"]

@@ -399,6 +399,8 @@ class ObjectiveModule(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: expected a module of PyTorch, got {model!r:.60}")
         self.model = model
 
     def forward(self, objective: Objective, batch: Any) -> Any:

@@ -3091,7 +3091,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     sys.exit(_exit_code(partial(_command, arguments)))
 
-# %% ../chapters/13_training.ipynb #6e37d795
+# %% ../chapters/13_training.ipynb #9aa309e3
 def _exit_code(command: Callable[[], Any]) -> int:
     """Do ``command``; say in one line what went wrong, if something did."""
     try:
@@ -3105,7 +3105,7 @@ def _exit_code(command: Callable[[], Any]) -> int:
 
 
 if __name__ == "__main__" and "__file__" in globals():  # a notebook has no file
-    main()
+    importlib.import_module("llmbook.training").main()  # not a second module beside that one
 
 # %% failed calls are explained, see chapter 00
 from llmbook.environment import explain_calls

@@ -107,5 +107,7 @@ if __name__ == "__main__":
     from killing_ranks import kill_and_resume as by_name  # ranks import it: a script has no name
 
     torch.set_num_threads(1)
-    n_kills, place, chosen, by = [*sys.argv[1:], "0", "ddp"][:4]
-    print(json.dumps(by_name(int(n_kills), place, int(chosen), by)))
+    n_kills, place, *others = sys.argv[1:]
+    options: dict[str, Any] = dict(zip(("seed", "way"), others, strict=False))
+    options["seed"] = int(options.get("seed", 0))
+    print(json.dumps(by_name(int(n_kills), place, **options)))
