@@ -337,23 +337,25 @@ def launch(
 # %% [markdown]
 # ## The same by torch's own
 #
-# PyTorch has all of this ready made, tuned for clusters. One who has built it knows what to ask of it:
-# which gradients come out, are they sums or means, when are they exchanged, and what is in a
-# checkpoint? `torchrun` starts one process per device and tells each its rank and the number of ranks
+# PyTorch has all of this ready made, tuned for clusters. Having built it, we know what to ask of
+# it: does it return sums or means of gradients, when does it exchange them, and what does it
+# save? `torchrun` starts one process per device and tells each its rank and the number of ranks
 # by environment variables. It watches them, too: when one dies, it ends the others.
 # `DistributedDataParallel` (DDP) exchanges gradients in buckets during the backward pass.
-# `fully_shard` (FSDP2) gives each rank a piece of every parameter, gathers a block before it computes
-# and frees it afterwards. `parallelize_module` splits single layers.
+# `fully_shard` (FSDP2) gives each rank a piece of every parameter, gathers a block before it
+# computes and frees it afterwards. `parallelize_module` splits single layers.
 #
 # All three hook into the **forward pass** of a module, and here lies a trap for our own code.
-# `next_token_objective` calls `hidden_states`, and multiplies by the head in chunks; it never calls
-# `forward`. A DDP wrapper has no `hidden_states`, so the first attempt fails. The obvious second one
-# is `next_token_objective(ddp.module, batch)`, and that runs. The losses fall. But `forward` of the
-# wrapper was never called, so it does not know that there will be a backward pass, and exchanges
-# nothing. Each rank trains a model of its own on its own part of the data, in silence.
+# `next_token_objective` calls `hidden_states`, and multiplies by the head in chunks; it never
+# calls `forward`. A DDP wrapper has no `hidden_states`, so the first attempt fails. The obvious
+# second one is `next_token_objective(ddp.module, batch)`, and that runs. The losses fall. But
+# `forward` of the wrapper was never called, so it does not know that there will be a backward
+# pass, and exchanges nothing. Each rank trains a model of its own on its own part of the data, in
+# silence.
 #
-# The cure is to make the objective the forward pass of a small module and wrap *that*. For FSDP2 there
-# is a function that registers other methods beside `forward`, and we register `hidden_states`.
+# The cure is to make the objective the forward pass of a small module and wrap *that*. For FSDP2
+# there is a function that registers other methods beside `forward`, and we register
+# `hidden_states`.
 
 # %% tags=["engine"]
 #| export
@@ -435,12 +437,12 @@ def _all_ranks() -> DeviceMesh:
 
 
 # %% [markdown] tags=["engine"]
-# Tensor parallelism splits the matrices of a block by heads and by inner vectors: q, k, v, gate and up
-# by their outputs, the two that follow by their inputs, so that a block exchanges two sums in the
-# forward and two in the backward pass {cite}`shoeybi2019megatron`. Our attention asks for heads by
-# `view(..., -1, d_head)`, so it does not notice that it has a part of them. One thing torch cannot
-# know: the gain that normalizes queries or keys is used for different heads on each rank, so its
-# gradient must be summed.
+# Tensor parallelism splits the matrices of a block by heads and by inner vectors: q, k, v, gate
+# and up by their outputs, the two that follow by their inputs, so that a block exchanges two sums
+# in the forward and two in the backward pass {cite}`shoeybi2019megatron`. Our attention asks for
+# heads by `view(..., -1, d_head)`, so it does not notice that it has a part of them. One thing
+# torch cannot know: the gain that normalizes queries or keys is used for different heads on each
+# rank, so its gradient must be summed.
 
 
 # %% tags=["engine"]
@@ -581,11 +583,11 @@ def gradient(way: str) -> Tensor:
     if way == "FSDP2":
         loss, count = next_token_objective(shard_by_torch(model), rows())
     elif way == "DDP of an ObjectiveModule":
-        wrapped: nn.Module = DistributedDataParallel(ObjectiveModule(model))
-        loss, count = wrapped(next_token_objective, rows())
+        ddp = DistributedDataParallel(ObjectiveModule(model))
+        loss, count = ddp(next_token_objective, rows())
     else:
-        wrapped = DistributedDataParallel(model)
-        loss, count = next_token_objective(wrapped.module, rows())
+        ddp = DistributedDataParallel(model)
+        loss, count = next_token_objective(ddp.module, rows())
     (loss / count).backward()
     return as_one(p.grad for p in model.parameters())
 
@@ -606,10 +608,10 @@ assert errors.pop("DDP, objective of its .module") > 0.1 and max(errors.values()
 
 
 # %% [markdown]
-# The first line is the silent failure: the gradient is off by a large part of its norm, and the ranks
-# drift apart. It shows in no loss curve. What finds it is this comparison, or the simpler question
-# whether two ranks have the same gradients. The other two agree with one process to float tolerance,
-# tied weights included.
+# The first line is the silent failure: the gradient is off by a large part of its norm, and the
+# ranks drift apart. It shows in no loss curve. What finds it is this comparison, or the simpler
+# question whether two ranks have the same gradients. The other two agree with one process to
+# float tolerance, tied weights included.
 #
 # A checkpoint of FSDP2 is written in pieces. It must not matter how many ranks read it:
 
@@ -623,11 +625,11 @@ print(", ".join(f"{n} rank(s): {int((w != weights).sum())} differ" for n, w in l
 # %% [markdown]
 # ## The Trainer on several ranks
 #
-# The trainer of {doc}`13_training` knows nothing of ranks. It has a place for an object that does, as
-# it has one for precision: at each point where several processes have something to say to each other
-# it calls a method of `parallel`, which does nothing in one process. {py:class}`~llmbook.distributed.Ranks`
-# fills these methods in. There are few such points, and each is a pitfall that has cost somebody a
-# run:
+# The trainer of {doc}`13_training` knows nothing of ranks. It has a place for an object that
+# does, as it has one for precision: at each point where several processes have something to say
+# to each other it calls a method of `parallel`, which does nothing in one process.
+# {py:class}`~llmbook.distributed.Ranks` fills these methods in. There are few such points, and
+# each is a pitfall that has cost somebody a run:
 #
 # | where | what one process does | what ranks must do |
 # |---|---|---|
@@ -640,12 +642,12 @@ print(", ".join(f"{n} rank(s): {int((w != weights).sum())} differ" for n, w in l
 # | logs and files | write | only rank 0 writes; what it reads, or fails to read, it tells the others |
 # | checkpoints | save the state | gather it first, with the random states of all ranks |
 #
-# The third line is the opening of this chapter again: torch's wrappers take the mean over ranks, and
-# rows have unequal numbers of targets. So the trainer turns means into sums, and divides once by the
-# count of everything. The last line decides what a checkpoint *is*: here it is the file that one
-# process would have written. So it can be continued by one process, by three, or by another scheme.
-# Gathering everything on one rank stops working when a model does not fit there; then the pieces of
-# `save_sharded` are the way.
+# The third line is the opening of this chapter again: torch's wrappers take the mean over ranks,
+# and rows have unequal numbers of targets. So the trainer turns means into sums, and divides once
+# by the count of everything. The last line decides what a checkpoint *is*: here it is the file
+# that one process would have written. So it can be continued by one process, by three, or by
+# another scheme. Gathering everything on one rank stops working when a model does not fit there;
+# then the pieces of `save_sharded` are the way.
 #
 # A run asks for it by one setting, `parallel: ddp`, `fsdp` or `tp`, and is started by `torchrun`:
 #
@@ -653,17 +655,17 @@ print(", ".join(f"{n} rank(s): {int((w != weights).sum())} differ" for n, w in l
 # torchrun --nproc_per_node=2 -m llmbook.training config.yaml --folder runs/two
 # ```
 #
-# Several processes can also fail in new ways. If one dies, `torchrun` ends the others and says which
-# it was, and the same command goes on from the newest checkpoint. If one stands still, the others wait
-# in a collective until its time is up, and say in which. A setting that does not fit, such as heads
-# that two ranks cannot share, is refused by every rank before the first step.
+# Several processes can also fail in new ways. If one dies, `torchrun` ends the others and says
+# which it was, and the same command goes on from the newest checkpoint. If one stands still, the
+# others wait in a collective until its time is up, and say in which. A setting that does not fit,
+# such as heads that two ranks cannot share, is refused by every rank before the first step.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: what the ranks of a trainer say to each other
 
 # %% [markdown] tags=["engine"]
-# Joining, and dividing model and data. The seeds of ranks differ from here on, because each draws the
-# dropout of its own rows; with tp all have the same rows, and the same seed.
+# Joining, and dividing model and data. The seeds of ranks differ from here on, because each draws
+# the dropout of its own rows; with tp all have the same rows, and the same seed.
 
 
 # %% tags=["engine"]
@@ -760,9 +762,9 @@ def _others(error: BaseException) -> str | None:
 
 
 # %% [markdown] tags=["engine"]
-# A step. `parts` looks one micro-batch ahead, to know which is the last. An evaluation deals out whole
-# batches; if their number is uneven, a rank goes through its last one twice and counts it once,
-# because a sharded model needs all ranks for every pass.
+# A step. `parts` looks one micro-batch ahead, to know which is the last. An evaluation deals out
+# whole batches; if their number is uneven, a rank goes through its last one twice and counts it
+# once, because a sharded model needs all ranks for every pass.
 
 
 # %% tags=["engine"]
@@ -824,9 +826,9 @@ class Ranks(Ranks):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# Tensors in pieces. The norm is that of all of them: squares of pieces are summed over ranks, those of
-# whole tensors, which every rank has, are not. An optimizer gets the two kinds one after the other. In
-# float16 an overflow on one rank must be one on all, or their scales would part.
+# Tensors in pieces. The norm is that of all of them: squares of pieces are summed over ranks,
+# those of whole tensors, which every rank has, are not. An optimizer gets the two kinds one after
+# the other. In float16 an overflow on one rank must be one on all, or their scales would part.
 
 
 # %% tags=["engine"]
@@ -936,9 +938,9 @@ def _divided(value: Any, pattern: Any) -> Any:
 
 
 # %% [markdown] tags=["engine"]
-# Agreement. Rank 0 does what only one may do, and tells the others what came of it, be it an error.
-# Random states are kept for each rank; at another number of ranks there is no such thing as the same
-# dropout, and new states are drawn from the first one.
+# Agreement. Rank 0 does what only one may do, and tells the others what came of it, be it an
+# error. Random states are kept for each rank; at another number of ranks there is no such thing
+# as the same dropout, and new states are drawn from the first one.
 
 
 # %% tags=["engine"]
@@ -997,20 +999,18 @@ def losses(way: str | None) -> list[float]:
 # %% [markdown]
 # ### The same curve
 #
-# Twenty steps of a tiny model, with four micro-batches in a step on one process and two on each of two
-# ranks: how far are the curves apart?
+# Twenty steps of a tiny model, with four micro-batches in a step on one process and two on each
+# of two ranks: how far are the curves apart?
 
 # %%
 alone = losses(None)
-print(f"one process: loss from {alone[0]:.1f} to {alone[-1]:.1f} nats")
 for way in ("ddp", "fsdp", "tp"):
-    curve = launch(losses, 2, way)[0]
-    apart = max(abs(a - b) for a, b in zip(alone, curve, strict=True))
-    print(f"{way:4}: apart by less than {0.0001 if apart < 1e-4 else apart:.4f} nats in every step")
-
+    apart = max(abs(a - b) for a, b in zip(alone, launch(losses, 2, way)[0], strict=True))
+    size = "less than 0.0001" if apart < 1e-4 else f"{apart:.4f}"
+    print(f"{way:4}: {alone[0]:.1f} to {alone[-1]:.1f} nats, apart from one process by {size}")
 
 # %% [markdown]
-# One curve is a weak test. The strong one is a kill. `benchmarks/killing_ranks.py` trains with dropout
-# on two ranks, kills one of them by SIGKILL at a random moment twenty times, and starts again each
-# time; weights, optimizer, random states of both ranks, best model and log must then be those of a run
-# that nobody touched. KILLRESULT
+# One curve is a weak test. The strong one is a kill. `benchmarks/killing_ranks.py` trains with
+# dropout on two ranks, kills one of them by SIGKILL at a random moment twenty times, and starts
+# again each time; weights, optimizer, random states of both ranks, best model and log must then
+# be those of a run that nobody touched.

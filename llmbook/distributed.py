@@ -303,7 +303,7 @@ from .training import Objective, Parallel, Precision, Sums, TrainingConfig, Trai
 from .training import Trainer, load_model_state, model_state, next_token_objective
 from .training import random_states, set_random_states
 
-# %% ../chapters/18_distributed.ipynb #e9dec748
+# %% ../chapters/18_distributed.ipynb #cf6db628
 class ObjectiveModule(nn.Module):
     """A module whose forward pass is ``objective(model, batch)``, for wrappers of forward passes.
 
@@ -313,6 +313,8 @@ class ObjectiveModule(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: expected a module of PyTorch, got {model!r:.60}")
         self.model = model
 
     def forward(self, objective: Objective, batch: Any) -> Any:
