@@ -375,7 +375,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llmbook.batches import Batch, BatchSampler
 from llmbook.environment import check_choice, check_path
 from llmbook.model import ModelConfig, TransformerLM
-from llmbook.optimization import build_optimizer
+from llmbook.optimization import SGD, build_optimizer
 from llmbook.training import Objective, Parallel, Precision, Sums, TrainingConfig, TrainingError
 from llmbook.training import Trainer, load_model_state, model_state, next_token_objective
 from llmbook.training import random_states, set_random_states
@@ -870,6 +870,8 @@ class Ranks(Ranks):  # continued
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimizer take its step: torch's functions on lists want tensors of one kind."""
+        if isinstance(optimizer, SGD) and self.name != "ddp":
+            optimizer.backend = "reference"  # torch's fused kernel takes no pieces
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for kind in (True, False):
             others = [(p, p.grad) for p in parameters if isinstance(p, DTensor) is not kind]

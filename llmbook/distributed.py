@@ -281,7 +281,7 @@ def launch(
             pipe.close()
         shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../chapters/18_distributed.ipynb #be04346f
+# %% ../chapters/18_distributed.ipynb #aa7cf337
 # What this part takes from elsewhere, and from earlier chapters
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -298,7 +298,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .batches import Batch, BatchSampler
 from .environment import check_choice, check_path
 from .model import ModelConfig, TransformerLM
-from .optimization import build_optimizer
+from .optimization import SGD, build_optimizer
 from .training import Objective, Parallel, Precision, Sums, TrainingConfig, TrainingError
 from .training import Trainer, load_model_state, model_state, next_token_objective
 from .training import random_states, set_random_states
@@ -566,6 +566,8 @@ class Ranks(Parallel):
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimizer take its step: torch's functions on lists want tensors of one kind."""
+        if isinstance(optimizer, SGD) and self.name != "ddp":
+            optimizer.backend = "reference"  # torch's fused kernel takes no pieces
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for kind in (True, False):
             others = [(p, p.grad) for p in parameters if isinstance(p, DTensor) is not kind]
@@ -673,7 +675,7 @@ def _others(error: BaseException) -> str | None:
         return f"waited too long for the others in {where}"
     return f"lost another rank in {where}" if any(text in str(error) for text in _LOST) else None
 
-# %% ../chapters/18_distributed.ipynb #f67e8043
+# %% ../chapters/18_distributed.ipynb #08ad02b8
 def _is_piece(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) and any(p.is_shard() for p in tensor.placements)
 
