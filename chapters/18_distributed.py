@@ -455,7 +455,7 @@ def split_by_torch(model: TransformerLM, mesh: DeviceMesh | None = None) -> Tran
     """
     mesh = _all_ranks() if mesh is None else mesh
     _check_split(model, mesh.size())
-    for block in model.blocks:
+    for block in cast(Any, model).blocks:
         plan: dict[str, Any] = {f"attention.{x}_proj": ColwiseParallel() for x in "qkv"}
         plan |= {f"feed_forward.{x}_proj": ColwiseParallel() for x in ("gate", "up")}
         plan |= {"attention.o_proj": RowwiseParallel(), "feed_forward.down_proj": RowwiseParallel()}
@@ -836,7 +836,8 @@ class Ranks(Ranks):  # continued
 class Ranks(Ranks):  # continued
     def local(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Return what this rank has of some tensors."""
-        return [t.detach().to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
+        given = (tensor.detach() for tensor in tensors)
+        return [t.to_local() if isinstance(t, DTensor) else t for t in given]
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the norm of all tensors together, those in pieces and those that are whole."""
