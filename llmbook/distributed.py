@@ -343,7 +343,7 @@ def _all_ranks() -> DeviceMesh:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return init_device_mesh(device, (dist.get_world_size(),))
 
-# %% ../chapters/18_distributed.ipynb #e4490c0e
+# %% ../chapters/18_distributed.ipynb #8bf7f1ff
 def split_by_torch(model: TransformerLM, mesh: DeviceMesh | None = None) -> TransformerLM:
     """Split the heads and inner vectors of ``model`` over ranks, in place; return it.
 
@@ -352,7 +352,7 @@ def split_by_torch(model: TransformerLM, mesh: DeviceMesh | None = None) -> Tran
     """
     mesh = _all_ranks() if mesh is None else mesh
     _check_split(model, mesh.size())
-    for block in model.blocks:
+    for block in cast(Any, model).blocks:
         plan: dict[str, Any] = {f"attention.{x}_proj": ColwiseParallel() for x in "qkv"}
         plan |= {f"feed_forward.{x}_proj": ColwiseParallel() for x in ("gate", "up")}
         plan |= {"attention.o_proj": RowwiseParallel(), "feed_forward.down_proj": RowwiseParallel()}
@@ -532,7 +532,8 @@ class Ranks(Parallel):
 
     def local(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Return what this rank has of some tensors."""
-        return [t.detach().to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
+        given = (tensor.detach() for tensor in tensors)
+        return [t.to_local() if isinstance(t, DTensor) else t for t in given]
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the norm of all tensors together, those in pieces and those that are whole."""
@@ -675,7 +676,7 @@ def _others(error: BaseException) -> str | None:
         return f"waited too long for the others in {where}"
     return f"lost another rank in {where}" if any(text in str(error) for text in _LOST) else None
 
-# %% ../chapters/18_distributed.ipynb #08ad02b8
+# %% ../chapters/18_distributed.ipynb #91d6752e
 def _is_piece(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) and any(p.is_shard() for p in tensor.placements)
 
