@@ -31,6 +31,7 @@
 import base64
 import difflib
 import gzip
+import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -48,7 +49,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache, lru_cache, partial
 from hashlib import blake2b
@@ -438,6 +439,7 @@ class TrainingConfig:
     precision: Annotated[str, "float32, or bfloat16 by autocast"] = "float32"
     compile: Annotated[bool, "compile the blocks"] = False
     threads: Annotated[int | None, "of the processor in a run; null for as it is"] = None
+    parallel: Annotated[str | None, "ddp, fsdp or tp on several processes; null for one"] = None
     prefetch: Annotated[bool, "prepare the next batch in a thread"] = False
     spike_factor: Annotated[float | None, "skip a gradient more than so many times the usual"] = (
         None
@@ -476,7 +478,8 @@ class TrainingConfig(TrainingConfig):  # continued
             expected = "float32 or bfloat16, or a Trainer with precision=MixedPrecision('float16')"
             raise ValueError(f"precision: expected {expected}, got 'float16'")
         for name, choices in _CHOICES.items():
-            check_choice(name, getattr(self, name), choices)
+            if getattr(self, name) is not None:  # which was refused above where it cannot be
+                check_choice(name, getattr(self, name), choices)
         _check_optimizer(self.optimizer, self.optimizer_options)
         for name in ("learning_rate", "adamw_rate", "clip_norm"):
             _check_amount(name, getattr(self, name), above=0.0)
@@ -543,10 +546,10 @@ TrainingConfig.__signature__ = Signature(  # type: ignore[attr-defined]
 # %% tags=["engine"]
 #| export
 _CHOICES = {"schedule": ("cosine", "wsd", "linear", "constant"), "best_is": ("lowest", "highest")}
-_CHOICES |= {"precision": ("float32", "bfloat16")}
+_CHOICES |= {"precision": ("float32", "bfloat16"), "parallel": ("ddp", "fsdp", "tp")}
 _OPTIMIZERS = ("adamw", "muon", "sgd")
 _MAY_BE_NONE = {"micro_batch_size", "adamw_rate", "clip_norm", "evaluate_every"}
-_MAY_BE_NONE |= {"checkpoint_every", "threads", "spike_factor"}
+_MAY_BE_NONE |= {"checkpoint_every", "threads", "spike_factor", "parallel"}
 
 
 def _torch_optimizer(name: str) -> Any:
@@ -1846,9 +1849,9 @@ class Trainer:
     default ``next_token_objective``. ``optimizer``, a function of the model that returns one,
     takes the place of the one that ``config`` names; its rates are then the peaks, and
     ``learning_rate``, ``weight_decay`` and ``betas`` of ``config`` are not used. ``precision``
-    takes the place of the one that ``config`` names. ``probes`` look on: each is a ``Probe``, or a
-    function of the model whose numbers are logged with each evaluation. ``sinks`` get what is
-    logged; "mfu" there is a share of ``peak``, in operations a second.
+    and ``parallel`` take the place of those that ``config`` names. ``probes`` look on: each is a
+    ``Probe``, or a function of the model whose numbers are logged with each evaluation. ``sinks``
+    get what is logged; "mfu" there is a share of ``peak``, in operations a second.
     """
 
     def __init__(
@@ -1862,6 +1865,7 @@ class Trainer:
         objective: Objective | None = None,
         optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
         precision: "Precision | None" = None,
+        parallel: "Parallel | None" = None,
         probes: "Sequence[Probe | Callable[[nn.Module], Row]]" = (),
         sinks: Sequence[Sink] = (),
         peak: float | None = None,
@@ -1870,9 +1874,11 @@ class Trainer:
         _check_amount("peak", peak, above=0.0)
         for sink in sinks:
             _check_kind("sinks", sink, Sink, "things that start, write and close")
+        self.parallel = _checked_parallel(parallel, config)
+        self.parallel.prepare(model, batches, config)
         self.model, self.batches, self.config = model, batches, config
         self.validation, self.peak = validation, peak
-        self.folder = None if folder is None else Path(folder)
+        self.folder = Path(folder) if folder is not None and self.parallel.is_main else None
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         _check_given(self, probes)
         self.device = self.parameters[0].device
@@ -1899,7 +1905,7 @@ class Trainer(Trainer):  # continued
         self.guard = Guard(config.spike_factor, config.max_skipped)
         self.monitor, self.checkpoints = Monitor(), Checkpointer(self.folder, config.keep_last)
         self.log = MetricsLog(self.folder / "metrics.jsonl" if self.folder else None)
-        self.sinks: list[Sink] = [self.log, *sinks]
+        self.sinks: list[Sink] = [self.log, *(sinks if self.parallel.is_main else ())]
         self.step, self.interrupted = 0, False  # how many steps were taken
         self.evaluation_failed = False  # that of this step
         self.best = _worst(config)
@@ -1963,7 +1969,8 @@ class Trainer(Trainer):  # continued
         batch = compact(batch) if isinstance(batch, Batch) else batch
         batch = batch.to(self.device) if hasattr(batch, "to") else batch
         with self.precision.computing(self.device):
-            return _checked_sums(objective(self.model if model is None else model, batch))
+            model = self.model if model is None else model
+            return _checked_sums(self.parallel.call(objective, model, batch))
 
 
 # %% [markdown]
@@ -1978,7 +1985,7 @@ class Trainer(Trainer):  # continued
         """Add up the gradients of all micro-batches, and what the objective counts in them."""
         loss, count = torch.zeros((2,), device=self.device).unbind()
         sums = Sums(loss, count, {})
-        for part in split_rows(batch, self.config.micro_batch_size):
+        for part in self.parallel.parts(split_rows(batch, self.config.micro_batch_size)):
             found = self.compute(self.objective if objective is None else objective, part)
             _check_gradient(found.loss)
             self.precision.scaled(found.loss).backward()
@@ -1986,7 +1993,7 @@ class Trainer(Trainer):  # continued
             sums = sums + found
             for probe in self.probes:
                 probe.after_micro_batch(self, part, found)
-        return sums
+        return self.parallel.total(sums)
 
 
 # %% [markdown]
@@ -2008,10 +2015,10 @@ class Trainer(Trainer):  # continued
             for probe in self.probes:
                 probe.before_update(self)
             sums = self.accumulate(batch, objective)
-            settled = self.precision.settle(self.optimizer, sums.loss)
-        if gradients := [p.grad for p in self.parameters if p.grad is not None]:
+            settled = self.parallel.settle(self.precision, self.optimizer, sums.loss)
+        if gradients := self.parallel.local(p.grad for p in self.parameters if p.grad is not None):
             torch._foreach_div_(gradients, sums.targets)  # from the sum over targets to the mean
-        norm = clip_gradients(self.parameters, self.config.clip_norm or math.inf)
+        norm = self.parallel.clip(self.parameters, self.config.clip_norm or math.inf)
         report = sums.report(norm)
         numbers = report.loss, report.gradient_norm, report.targets
         skipped = self.guard.judge(self.step + 1, *numbers)
@@ -2031,11 +2038,11 @@ class Trainer(Trainer):  # continued
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.schedule(self.step)
         if not self.is_due(self.config.log_every, self.step + 1):
-            self.optimizer.step()
+            self.parallel.step(self.optimizer)
             return {}
         before = [parameter.detach().clone() for parameter in self.parameters]
-        self.optimizer.step()
-        return {"update_ratio": update_ratio(before, self.parameters)}
+        self.parallel.step(self.optimizer)
+        return {"update_ratio": self.parallel.update_ratio(before, self.parameters)}
 
 
 # %% [markdown]
@@ -2055,7 +2062,7 @@ class Trainer(Trainer):  # continued
         """
         with self.session() as (batches, is_interrupted):
             while self.step < self.config.n_steps and not is_interrupted():
-                batch = _checked_batch(next(batches), self.config.batch_size)
+                batch = _checked_batch(next(batches), self.config.batch_size, self.parallel.shares)
                 report = self.train_step(batch)
                 self.attend(batch, report)
         return self.log
@@ -2127,10 +2134,9 @@ class Trainer(Trainer):  # continued
         """
         if not self.validation:
             return {}
-        sums = Sums(0.0, 0.0, {})
         with unnoticed(self.model if model is None else model):
-            for batch in self.validation:
-                sums = sums + self.compute(self.score, batch, model).numbers()
+            each = partial(self.compute, self.score, model=model)
+            sums = self.parallel.added(each, self.validation)
         totals, count = {"loss": sums.loss, **sums.others}, sums.targets
         means = {name: total / count if count else math.nan for name, total in totals.items()}
         return {f"validation_{name}": mean for name, mean in means.items()}
@@ -2150,7 +2156,7 @@ class Trainer(Trainer):  # continued
         with unnoticed(self.model):
             for probe in self.probes:
                 row |= _numbers(probe, probe.evaluate(self), row)
-        return row
+        return self.parallel.agreed(lambda: row)
 
     def record(self, row: Row, evaluation: Row) -> None:
         """Send a row and an evaluation to all sinks; keep the model if it is the best so far.
@@ -2165,8 +2171,9 @@ class Trainer(Trainer):  # continued
         value = _told(evaluation, self.config.best)
         if value < self.best if self.config.best_is == "lowest" else value > self.best:
             self.best = value
-            state = {"step": self.step, "metric": self.config.best, "value": value}
-            self.checkpoints.save_best({**state, "model": model_state(self.model)})
+            state: Any = {"step": self.step, "metric": self.config.best, "value": value}
+            state["model"] = self.parallel.gathered(model_state(self.model))
+            self.checkpoints.save_best(state)
 
 
 # %% [markdown]
@@ -2186,11 +2193,11 @@ class Trainer(Trainer):  # continued
             "config": self.identity(),
             "counters": _counters(self),
             "norms": list(self.guard.spikes.recent),
-            "model": model_state(self.model),
-            "optimizer": self.optimizer.state_dict(),
+            "model": self.parallel.gathered(model_state(self.model)),
+            "optimizer": self.parallel.gathered(self.optimizer.state_dict()),
             "precision": self.precision.state_dict(),
             "batches": self.batches.state_dict(),
-            "random": random_states(),
+            "random": self.parallel.random_states(),
             "registered": {name: thing.state_dict() for name, thing in self.registered.items()},
         }
 
@@ -2198,10 +2205,10 @@ class Trainer(Trainer):  # continued
         """Go on where ``state`` was taken; a ``ValueError`` says what is not as it was then."""
         _check_identity(self.identity(), state["config"])
         self.batches.load_state_dict(state["batches"])
-        load_model_state(self.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.parallel.load_model(self.model, state["model"])
+        self.parallel.load_optimizer(self.optimizer, state["optimizer"])
         self.precision.load_state_dict(state.get("precision", {}))  # which the first ones lack
-        set_random_states(state["random"])
+        self.parallel.set_random_states(state["random"])
         _set_counters(self, state["counters"])
         if _changed_best(self.config, state["config"]):
             self.best = _worst(self.config)  # of another number, and anew
@@ -2233,14 +2240,14 @@ class Trainer(Trainer):  # continued
 
     def resume(self) -> int:
         """Go on from the newest whole checkpoint in the folder, if any; return the step."""
-        if (state := self.checkpoints.newest()) is not None:
+        if (state := self.parallel.agreed(self.checkpoints.newest)) is not None:
             self.load_state_dict(state)
         return self.step
 
     def load_best(self) -> int:
         """Give the model the weights of the best evaluation; return the step they are from."""
-        state = self.checkpoints.best()
-        load_model_state(self.model, state["model"])
+        state = self.parallel.agreed(self.checkpoints.best)
+        self.parallel.load_model(self.model, state["model"])
         return state["step"]
 
 
@@ -2266,7 +2273,8 @@ class Trainer(Trainer):  # continued
             yield
         except Exception:
             self.evaluation_failed = True
-            self.save()
+            if self.parallel.world_size == 1:  # else the others may not be here to take part
+                self.save()
             raise
 
     @property
@@ -2283,7 +2291,7 @@ class Trainer(Trainer):  # continued
         model = uncompiled(self.model)
         if self.peak is not None and isinstance(getattr(model, "config", None), ModelConfig):
             flops = flops_per_token(cast(Any, model).config)
-            row["mfu"] = flops * row["tokens_per_second"] / self.peak
+            row["mfu"] = flops * row["tokens_per_second"] / self.peak / self.parallel.world_size
         if isinstance(model, TransformerLM) and isinstance(batch, Batch):
             ids = compact(next(split_rows(batch, 1))).inputs.to(self.device)
             with unnoticed(model):
@@ -2376,6 +2384,143 @@ class Precision:
 
 # %% [markdown] tags=["engine"]
 # One that is given takes the place of the setting, and is asked about the model first.
+
+
+# %% [markdown] tags=["engine"]
+# So is what several processes have to say to each other while they train one model. Here there is
+# one, which has nothing to say: each method does what the trainer would do without it.
+# {doc}`18_distributed` has the other kind, and `config.parallel` asks for it by name.
+
+
+# %% tags=["engine"]
+#| export
+class Parallel:
+    """How many processes train one model, and what they exchange: here one, and nothing.
+
+    A subclass overrides all of it; then every process, or rank, makes the same calls in the same
+    order. ``shares`` is into how many parts the rows of a batch are divided.
+    """
+
+    rank, world_size, shares = 0, 1, 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that logs and saves."""
+        return self.rank == 0
+
+    def prepare(self, model: nn.Module, batches: Any, config: TrainingConfig) -> None:
+        """Divide the model and the rows of batches, in place; refuse what cannot be divided."""
+
+    def watching(self) -> Any:
+        """Return a context in which the loss of another process is a ``TrainingError``."""
+        return nullcontext()
+
+    def call(self, objective: Objective, model: nn.Module, batch: Any) -> Any:
+        """Return what ``objective`` finds, so that gradients will be exchanged."""
+        return objective(model, batch)
+
+    def parts(self, parts: Iterator[Any]) -> Iterator[Any]:
+        """Yield the micro-batches of a step; after the last one gradients are sums over all."""
+        return parts
+
+    def total(self, sums: "Sums") -> "Sums":
+        """Return sums over all processes."""
+        return sums
+
+    def added(self, compute: Callable[[Any], "Sums"], batches: Sequence[Any]) -> "Sums":
+        """Return the sum, as numbers, of what ``compute`` finds in ``batches``."""
+        return sum((compute(batch).numbers() for batch in batches), Sums(0.0, 0.0, {}))
+
+    def settle(self, precision: "Precision", optimizer: Any, loss: Tensor) -> bool:
+        """Let ``precision`` settle gradients, with the same outcome in all processes."""
+        return precision.settle(optimizer, loss)
+
+
+# %% [markdown] tags=["engine"]
+# If each process has a piece of each tensor, then norms, updates and checkpoints need the whole.
+
+
+# %% tags=["engine"]
+#| export
+class Parallel(Parallel):  # continued
+    def local(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Return what this process has of some tensors."""
+        return list(tensors)
+
+    def clip(self, parameters: Sequence[Tensor], max_norm: float) -> Float[Tensor, ""]:
+        """Clip gradients by the norm of all of them, and return it."""
+        return clip_gradients(parameters, max_norm)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer take its step."""
+        optimizer.step()
+
+    def update_ratio(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+        """Return the ``update_ratio`` of all weights."""
+        return update_ratio(before, after)
+
+    def gathered(self, state: Any) -> Any:
+        """Return nested states with whole tensors, as one process would have them."""
+        return state
+
+    def whole(self, model: nn.Module) -> nn.Module:
+        """Return a model with whole weights, on which nothing is exchanged any more."""
+        return model
+
+    def load_model(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Give the model what it needs of a state of whole tensors."""
+        load_model_state(model, state)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Give the optimizer what it needs of a state of whole tensors."""
+        optimizer.load_state_dict(state)
+
+
+# %% [markdown] tags=["engine"]
+# Decisions are made once. What only one process can know, such as what is in a file, it tells the
+# others, and if it fails, all fail with the same message.
+
+
+# %% tags=["engine"]
+#| export
+class Parallel(Parallel):  # continued
+    def agreed(self, job: Callable[[], _T]) -> _T:
+        """Return what ``job`` returns, or raise what it raises, in the main process."""
+        return job()
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any process."""
+        return flag
+
+    def random_states(self) -> dict[str, Any]:
+        """Return the random states of all processes, fit for ``set_random_states``."""
+        return random_states()
+
+    def set_random_states(self, states: Mapping[str, Any]) -> None:
+        """Go on drawing random numbers where ``random_states`` was called."""
+        set_random_states(states)
+
+    def leave(self) -> None:
+        """End what the processes have in common."""
+
+
+# %% [markdown] tags=["engine"]
+# Chapter 18's module is imported by its name, when it is asked for: modules import earlier ones.
+
+
+# %% tags=["engine"]
+#| export
+def _checked_parallel(parallel: Any, config: TrainingConfig) -> Parallel:
+    made = _join(config.parallel) if parallel is None else parallel
+    _check_kind("parallel", made, Parallel, "a Parallel, such as Ranks('ddp')")
+    return made
+
+
+def _join(name: str | None) -> Parallel:
+    """Return how ``name`` trains on several processes; join the others that torchrun started."""
+    if name is None:
+        return Parallel()
+    return importlib.import_module("llmbook.distributed").Ranks(name)
 
 
 # %% tags=["engine"]
@@ -2523,10 +2668,10 @@ def _for_learn(trainer: "Trainer", batch: Any) -> Any:
 
 # %% tags=["engine"]
 #| export
-def _checked_batch(batch: Any, batch_size: int) -> Any:
+def _checked_batch(batch: Any, batch_size: int, shares: int = 1) -> Any:
     """Return ``batch`` if it has the rows that the configuration says, else raise."""
-    if isinstance(batch, tuple) and len(batch[0]) != batch_size:
-        expected = f"batches of {batch_size} rows"
+    if isinstance(batch, tuple) and len(batch[0]) != batch_size // shares:
+        expected = f"batches of {batch_size // shares} rows"
         raise ValueError(f"batch_size: expected {expected}, got one of {len(batch[0])}")
     return batch
 
@@ -2626,7 +2771,7 @@ def _callable_name(function: Any) -> str:
 # %% tags=["engine"]
 #| export
 _MAY_CHANGE = {"evaluate_every", "log_every", "checkpoint_every", "keep_last", "max_skipped"}
-_MAY_CHANGE |= {"prefetch", "compile", "best", "best_is"}
+_MAY_CHANGE |= {"prefetch", "compile", "best", "best_is", "parallel"}
 
 
 def _check_identity(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
@@ -2787,7 +2932,9 @@ class Trainer(Trainer):  # continued
     @contextmanager
     def session(self) -> Iterator[tuple[Iterator[Any], Callable[[], bool]]]:
         """Prepare for steps; give the batches to come, and whether Ctrl-C was pressed."""
-        with _alone_in(self.folder), _patient() as is_interrupted, ExitStack() as stack:
+        with _patient() as is_interrupted, ExitStack() as stack:
+            stack.enter_context(self.parallel.watching())
+            stack.enter_context(_alone_in(self.folder))
             self.resume()
             for sink in self.sinks:
                 stack.callback(sink.close)
@@ -2798,9 +2945,10 @@ class Trainer(Trainer):  # continued
             batches = iter(self.batches)
             if self.config.prefetch:
                 batches = stack.enter_context(closing(cast(Any, _ahead(self.batches))))
-            yield batches, is_interrupted
+            yield batches, lambda: self.parallel.any(is_interrupted())
             self.interrupted = self.step < self.config.n_steps
-            if self.interrupted and self.step not in self.checkpoints.steps():
+            saved = self.parallel.agreed(self.checkpoints.steps)
+            if self.interrupted and self.step not in saved:
                 self.save()
 
     def first_look(self) -> None:
@@ -3432,10 +3580,10 @@ class Pretrained(NamedTuple):
 
 
 # %% [markdown]
-# `run` is then short. `_claim` makes sure that the folder belongs to this configuration,
-# `_private_state` sets threads and random generators back at the end, `_write_data` prepares text
-# and tokenizer, `_make_trainer` builds model and trainer, `_finish` saves the model, and
-# `load_run` reads all of it.
+# `run` is then short. `_begin` makes sure that the folder belongs to this configuration, and
+# prepares text and tokenizer, once for all processes. `_private_state` sets threads and random
+# generators back at the end, `_make_trainer` builds model and trainer, `_finish` saves the model,
+# and `load_run` reads all of it.
 
 
 # %%
@@ -3459,20 +3607,16 @@ def run(
     """
     _check_kind("config", config, RunConfig, "a RunConfig")
     folder, say = _as_path("folder", folder), say or (lambda line: None)
-    _check_start(config)
-    _claim(folder, config)
-    if not (folder / "model").exists():
-        with _private_state(config.training.threads):
-            if not (folder / "data").exists():
-                _write_data(config, folder / "data", say)
-            with _settings_named():
-                made = _make_trainer(config, folder, trainer, sinks, probes)
-                say(f"training {count_parameters(made.model):,} parameters")
+    with _processes(config.training) as parallel:
+        parallel.agreed(partial(_begin, config, folder, say))
+        if not (folder / "model").exists():
+            with _private_state(config.training.threads), _settings_named():
+                made = _make_trainer(config, folder, trainer, sinks, probes, say)
                 made.train()
-        if made.interrupted:
-            raise KeyboardInterrupt
-        _finish(made.model, folder)
-    return load_run(folder)
+            if made.interrupted:
+                raise KeyboardInterrupt
+            parallel.agreed(partial(_finish, made.parallel.whole(made.model), folder))
+        return load_run(folder)
 
 
 # %% [markdown] tags=["engine"]
@@ -3618,6 +3762,29 @@ def _tokenizer(config: RunConfig, texts: list[str], say: Callable[[str], None]) 
 
 # %% tags=["engine"]
 #| export
+def _begin(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
+    """Claim a folder for a run, and prepare its data, if that is not done."""
+    _check_start(config)
+    _claim(folder, config)
+    if not (folder / "model").exists() and not (folder / "data").exists():
+        with _private_state(config.training.threads):
+            _write_data(config, folder / "data", say)
+
+
+@contextmanager
+def _processes(config: TrainingConfig) -> Iterator[Parallel]:
+    """Join the processes that torchrun started, if it did, and leave them at the end."""
+    n = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.parallel is None and n > 1:
+        expected = f"ddp, fsdp or tp, as {n} processes were started"
+        raise ValueError(f"training.parallel: expected {expected}, got None")
+    parallel = _within("training", _join, config.parallel)
+    try:
+        yield parallel
+    finally:
+        parallel.leave()
+
+
 def _check_there(name: str, paths: Sequence[str]) -> None:
     for path in paths:
         if not Path(path).exists():
@@ -3697,10 +3864,12 @@ def _make_trainer(
     trainer: Callable[..., Trainer],
     sinks: Sequence[Sink],
     probes: Sequence[Any],
+    say: Callable[[str], None],
 ) -> Trainer:
     tokenizer, train, validation = _open_data(config, folder / "data")
     training, data = config.training, config.data
     model = _first_model(config, tokenizer.vocab_size).to(best_device())
+    size = f"{count_parameters(model):,} parameters"
     length = model.config.context_length
     source = train if data.layout == "windows" else pack_documents(train, length, data.layout)
     packed = pack_documents(validation, length)
@@ -3721,6 +3890,9 @@ def _make_trainer(
     if not isinstance(made, Trainer):
         got = type(made).__qualname__
         raise ValueError(f"trainer: expected a function that returns a Trainer, got {got}")
+    if made.parallel.is_main:
+        n = made.parallel.world_size
+        say(f"training {size}" + (f" on {n} ranks ({training.parallel})" if n > 1 else ""))
     return made
 
 
@@ -4537,7 +4709,10 @@ def _execute(config: RunConfig, folder: Path, tensorboard: bool) -> None:
     sinks: list[Sink] = [ProgressBar(config.training.n_steps)]
     if tensorboard:
         sinks.append(TensorBoard(folder / "tensorboard"))
-    for name, value in report(run(config, folder, sinks, say=print)).items():
+    result = run(config, folder, sinks, say=print)
+    if os.environ.get("RANK", "0") != "0":  # one process speaks for all
+        return
+    for name, value in report(result).items():
         print(f"{name}: {value:,.4g}")
     print(_farewell(folder))
 
@@ -4618,7 +4793,7 @@ def _exit_code(command: Callable[[], Any]) -> int:
 
 
 if __name__ == "__main__" and "__file__" in globals():  # a notebook has no file
-    main()
+    importlib.import_module("llmbook.training").main()  # not a second module beside that one
 
 
 # %% [markdown] tags=["engine"]

@@ -9,16 +9,17 @@ __all__ = ['Row', 'Objective', 'WORD_KINDS', 'RUNS', 'next_token_objective', 'co
            'set_random_states', 'update_ratio', 'activation_scales', 'StepReport', 'Monitor', 'MetricsLog', 'Sink',
            'LogWarning', 'TensorBoard', 'ProgressBar', 'LivePlot', 'plot_columns', 'peak_flops', 'peak_memory',
            'CheckpointError', 'CheckpointWarning', 'save_checkpoint', 'load_checkpoint', 'Checkpointer',
-           'list_checkpoints', 'newest_checkpoint', 'Probe', 'Sums', 'Trainer', 'Precision', 'uncompiled',
+           'list_checkpoints', 'newest_checkpoint', 'Probe', 'Sums', 'Trainer', 'Precision', 'Parallel', 'uncompiled',
            'model_state', 'load_model_state', 'DataConfig', 'RunConfig', 'TokenizerConfig', 'Pretrained', 'run',
            'load_run', 'documents_score', 'compressors', 'word_kinds', 'GapToFloor', 'artifacts_folder',
            'load_or_train', 'NotebookBar', 'pretrained', 'report', 'main']
 
-# %% ../chapters/13_training.ipynb #f00bfc00
+# %% ../chapters/13_training.ipynb #b4e2dd77
 # The imports of the module, from Python itself
 import base64
 import difflib
 import gzip
+import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -36,7 +37,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache, lru_cache, partial
 from hashlib import blake2b
@@ -206,7 +207,7 @@ def split_rows(batch: Any, rows: int | None) -> Iterator[Any]:
         parts = [None if field is None else field[start : start + rows] for field in batch]
         yield tuple(parts) if kind is tuple else kind(*parts)
 
-# %% ../chapters/13_training.ipynb #ae8316bd
+# %% ../chapters/13_training.ipynb #fcfb4464
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Everything that decides how a model is trained, checked, but for the model and the data.
@@ -244,6 +245,7 @@ class TrainingConfig:
     precision: Annotated[str, "float32, or bfloat16 by autocast"] = "float32"
     compile: Annotated[bool, "compile the blocks"] = False
     threads: Annotated[int | None, "of the processor in a run; null for as it is"] = None
+    parallel: Annotated[str | None, "ddp, fsdp or tp on several processes; null for one"] = None
     prefetch: Annotated[bool, "prepare the next batch in a thread"] = False
     spike_factor: Annotated[float | None, "skip a gradient more than so many times the usual"] = (
         None
@@ -269,7 +271,8 @@ class TrainingConfig:
             expected = "float32 or bfloat16, or a Trainer with precision=MixedPrecision('float16')"
             raise ValueError(f"precision: expected {expected}, got 'float16'")
         for name, choices in _CHOICES.items():
-            check_choice(name, getattr(self, name), choices)
+            if getattr(self, name) is not None:  # which was refused above where it cannot be
+                check_choice(name, getattr(self, name), choices)
         _check_optimizer(self.optimizer, self.optimizer_options)
         for name in ("learning_rate", "adamw_rate", "clip_norm"):
             _check_amount(name, getattr(self, name), above=0.0)
@@ -327,12 +330,12 @@ TrainingConfig.__signature__ = Signature(  # type: ignore[attr-defined]
     list(signature(TrainingConfig.__init__).parameters.values())[1:]
 )
 
-# %% ../chapters/13_training.ipynb #20f8eeb5
+# %% ../chapters/13_training.ipynb #3aa2b78c
 _CHOICES = {"schedule": ("cosine", "wsd", "linear", "constant"), "best_is": ("lowest", "highest")}
-_CHOICES |= {"precision": ("float32", "bfloat16")}
+_CHOICES |= {"precision": ("float32", "bfloat16"), "parallel": ("ddp", "fsdp", "tp")}
 _OPTIMIZERS = ("adamw", "muon", "sgd")
 _MAY_BE_NONE = {"micro_batch_size", "adamw_rate", "clip_norm", "evaluate_every"}
-_MAY_BE_NONE |= {"checkpoint_every", "threads", "spike_factor"}
+_MAY_BE_NONE |= {"checkpoint_every", "threads", "spike_factor", "parallel"}
 
 
 def _torch_optimizer(name: str) -> Any:
@@ -1225,9 +1228,9 @@ class Trainer:
     default ``next_token_objective``. ``optimizer``, a function of the model that returns one,
     takes the place of the one that ``config`` names; its rates are then the peaks, and
     ``learning_rate``, ``weight_decay`` and ``betas`` of ``config`` are not used. ``precision``
-    takes the place of the one that ``config`` names. ``probes`` look on: each is a ``Probe``, or a
-    function of the model whose numbers are logged with each evaluation. ``sinks`` get what is
-    logged; "mfu" there is a share of ``peak``, in operations a second.
+    and ``parallel`` take the place of those that ``config`` names. ``probes`` look on: each is a
+    ``Probe``, or a function of the model whose numbers are logged with each evaluation. ``sinks``
+    get what is logged; "mfu" there is a share of ``peak``, in operations a second.
     """
 
     def __init__(
@@ -1241,6 +1244,7 @@ class Trainer:
         objective: Objective | None = None,
         optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
         precision: "Precision | None" = None,
+        parallel: "Parallel | None" = None,
         probes: "Sequence[Probe | Callable[[nn.Module], Row]]" = (),
         sinks: Sequence[Sink] = (),
         peak: float | None = None,
@@ -1249,9 +1253,11 @@ class Trainer:
         _check_amount("peak", peak, above=0.0)
         for sink in sinks:
             _check_kind("sinks", sink, Sink, "things that start, write and close")
+        self.parallel = _checked_parallel(parallel, config)
+        self.parallel.prepare(model, batches, config)
         self.model, self.batches, self.config = model, batches, config
         self.validation, self.peak = validation, peak
-        self.folder = None if folder is None else Path(folder)
+        self.folder = Path(folder) if folder is not None and self.parallel.is_main else None
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         _check_given(self, probes)
         self.device = self.parameters[0].device
@@ -1270,7 +1276,7 @@ class Trainer:
         self.guard = Guard(config.spike_factor, config.max_skipped)
         self.monitor, self.checkpoints = Monitor(), Checkpointer(self.folder, config.keep_last)
         self.log = MetricsLog(self.folder / "metrics.jsonl" if self.folder else None)
-        self.sinks: list[Sink] = [self.log, *sinks]
+        self.sinks: list[Sink] = [self.log, *(sinks if self.parallel.is_main else ())]
         self.step, self.interrupted = 0, False  # how many steps were taken
         self.evaluation_failed = False  # that of this step
         self.best = _worst(config)
@@ -1286,13 +1292,14 @@ class Trainer:
         batch = compact(batch) if isinstance(batch, Batch) else batch
         batch = batch.to(self.device) if hasattr(batch, "to") else batch
         with self.precision.computing(self.device):
-            return _checked_sums(objective(self.model if model is None else model, batch))
+            model = self.model if model is None else model
+            return _checked_sums(self.parallel.call(objective, model, batch))
 
     def accumulate(self, batch: Any, objective: Objective | None = None) -> "Sums":
         """Add up the gradients of all micro-batches, and what the objective counts in them."""
         loss, count = torch.zeros((2,), device=self.device).unbind()
         sums = Sums(loss, count, {})
-        for part in split_rows(batch, self.config.micro_batch_size):
+        for part in self.parallel.parts(split_rows(batch, self.config.micro_batch_size)):
             found = self.compute(self.objective if objective is None else objective, part)
             _check_gradient(found.loss)
             self.precision.scaled(found.loss).backward()
@@ -1300,7 +1307,7 @@ class Trainer:
             sums = sums + found
             for probe in self.probes:
                 probe.after_micro_batch(self, part, found)
-        return sums
+        return self.parallel.total(sums)
 
     def learn(self, batch: Any, objective: Objective | None = None) -> StepReport:
         """Learn from a batch by one update; override this for a step of your own."""
@@ -1310,10 +1317,10 @@ class Trainer:
             for probe in self.probes:
                 probe.before_update(self)
             sums = self.accumulate(batch, objective)
-            settled = self.precision.settle(self.optimizer, sums.loss)
-        if gradients := [p.grad for p in self.parameters if p.grad is not None]:
+            settled = self.parallel.settle(self.precision, self.optimizer, sums.loss)
+        if gradients := self.parallel.local(p.grad for p in self.parameters if p.grad is not None):
             torch._foreach_div_(gradients, sums.targets)  # from the sum over targets to the mean
-        norm = clip_gradients(self.parameters, self.config.clip_norm or math.inf)
+        norm = self.parallel.clip(self.parameters, self.config.clip_norm or math.inf)
         report = sums.report(norm)
         numbers = report.loss, report.gradient_norm, report.targets
         skipped = self.guard.judge(self.step + 1, *numbers)
@@ -1325,11 +1332,11 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.schedule(self.step)
         if not self.is_due(self.config.log_every, self.step + 1):
-            self.optimizer.step()
+            self.parallel.step(self.optimizer)
             return {}
         before = [parameter.detach().clone() for parameter in self.parameters]
-        self.optimizer.step()
-        return {"update_ratio": update_ratio(before, self.parameters)}
+        self.parallel.step(self.optimizer)
+        return {"update_ratio": self.parallel.update_ratio(before, self.parameters)}
 
     def train(self) -> MetricsLog:
         """Take the steps that are missing, and return the log.
@@ -1339,7 +1346,7 @@ class Trainer:
         """
         with self.session() as (batches, is_interrupted):
             while self.step < self.config.n_steps and not is_interrupted():
-                batch = _checked_batch(next(batches), self.config.batch_size)
+                batch = _checked_batch(next(batches), self.config.batch_size, self.parallel.shares)
                 report = self.train_step(batch)
                 self.attend(batch, report)
         return self.log
@@ -1393,10 +1400,9 @@ class Trainer:
         """
         if not self.validation:
             return {}
-        sums = Sums(0.0, 0.0, {})
         with unnoticed(self.model if model is None else model):
-            for batch in self.validation:
-                sums = sums + self.compute(self.score, batch, model).numbers()
+            each = partial(self.compute, self.score, model=model)
+            sums = self.parallel.added(each, self.validation)
         totals, count = {"loss": sums.loss, **sums.others}, sums.targets
         means = {name: total / count if count else math.nan for name, total in totals.items()}
         return {f"validation_{name}": mean for name, mean in means.items()}
@@ -1407,7 +1413,7 @@ class Trainer:
         with unnoticed(self.model):
             for probe in self.probes:
                 row |= _numbers(probe, probe.evaluate(self), row)
-        return row
+        return self.parallel.agreed(lambda: row)
 
     def record(self, row: Row, evaluation: Row) -> None:
         """Send a row and an evaluation to all sinks; keep the model if it is the best so far.
@@ -1422,8 +1428,9 @@ class Trainer:
         value = _told(evaluation, self.config.best)
         if value < self.best if self.config.best_is == "lowest" else value > self.best:
             self.best = value
-            state = {"step": self.step, "metric": self.config.best, "value": value}
-            self.checkpoints.save_best({**state, "model": model_state(self.model)})
+            state: Any = {"step": self.step, "metric": self.config.best, "value": value}
+            state["model"] = self.parallel.gathered(model_state(self.model))
+            self.checkpoints.save_best(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the steps to come depend on, fit for ``save_checkpoint``."""
@@ -1431,11 +1438,11 @@ class Trainer:
             "config": self.identity(),
             "counters": _counters(self),
             "norms": list(self.guard.spikes.recent),
-            "model": model_state(self.model),
-            "optimizer": self.optimizer.state_dict(),
+            "model": self.parallel.gathered(model_state(self.model)),
+            "optimizer": self.parallel.gathered(self.optimizer.state_dict()),
             "precision": self.precision.state_dict(),
             "batches": self.batches.state_dict(),
-            "random": random_states(),
+            "random": self.parallel.random_states(),
             "registered": {name: thing.state_dict() for name, thing in self.registered.items()},
         }
 
@@ -1443,10 +1450,10 @@ class Trainer:
         """Go on where ``state`` was taken; a ``ValueError`` says what is not as it was then."""
         _check_identity(self.identity(), state["config"])
         self.batches.load_state_dict(state["batches"])
-        load_model_state(self.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.parallel.load_model(self.model, state["model"])
+        self.parallel.load_optimizer(self.optimizer, state["optimizer"])
         self.precision.load_state_dict(state.get("precision", {}))  # which the first ones lack
-        set_random_states(state["random"])
+        self.parallel.set_random_states(state["random"])
         _set_counters(self, state["counters"])
         if _changed_best(self.config, state["config"]):
             self.best = _worst(self.config)  # of another number, and anew
@@ -1469,14 +1476,14 @@ class Trainer:
 
     def resume(self) -> int:
         """Go on from the newest whole checkpoint in the folder, if any; return the step."""
-        if (state := self.checkpoints.newest()) is not None:
+        if (state := self.parallel.agreed(self.checkpoints.newest)) is not None:
             self.load_state_dict(state)
         return self.step
 
     def load_best(self) -> int:
         """Give the model the weights of the best evaluation; return the step they are from."""
-        state = self.checkpoints.best()
-        load_model_state(self.model, state["model"])
+        state = self.parallel.agreed(self.checkpoints.best)
+        self.parallel.load_model(self.model, state["model"])
         return state["step"]
 
     @property
@@ -1491,7 +1498,8 @@ class Trainer:
             yield
         except Exception:
             self.evaluation_failed = True
-            self.save()
+            if self.parallel.world_size == 1:  # else the others may not be here to take part
+                self.save()
             raise
 
     @property
@@ -1508,7 +1516,7 @@ class Trainer:
         model = uncompiled(self.model)
         if self.peak is not None and isinstance(getattr(model, "config", None), ModelConfig):
             flops = flops_per_token(cast(Any, model).config)
-            row["mfu"] = flops * row["tokens_per_second"] / self.peak
+            row["mfu"] = flops * row["tokens_per_second"] / self.peak / self.parallel.world_size
         if isinstance(model, TransformerLM) and isinstance(batch, Batch):
             ids = compact(next(split_rows(batch, 1))).inputs.to(self.device)
             with unnoticed(model):
@@ -1532,7 +1540,9 @@ class Trainer:
     @contextmanager
     def session(self) -> Iterator[tuple[Iterator[Any], Callable[[], bool]]]:
         """Prepare for steps; give the batches to come, and whether Ctrl-C was pressed."""
-        with _alone_in(self.folder), _patient() as is_interrupted, ExitStack() as stack:
+        with _patient() as is_interrupted, ExitStack() as stack:
+            stack.enter_context(self.parallel.watching())
+            stack.enter_context(_alone_in(self.folder))
             self.resume()
             for sink in self.sinks:
                 stack.callback(sink.close)
@@ -1543,9 +1553,10 @@ class Trainer:
             batches = iter(self.batches)
             if self.config.prefetch:
                 batches = stack.enter_context(closing(cast(Any, _ahead(self.batches))))
-            yield batches, is_interrupted
+            yield batches, lambda: self.parallel.any(is_interrupted())
             self.interrupted = self.step < self.config.n_steps
-            if self.interrupted and self.step not in self.checkpoints.steps():
+            saved = self.parallel.agreed(self.checkpoints.steps)
+            if self.interrupted and self.step not in saved:
                 self.save()
 
     def first_look(self) -> None:
@@ -1626,6 +1637,112 @@ class Precision:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` returned."""
+
+# %% ../chapters/13_training.ipynb #1b1c2d63
+class Parallel:
+    """How many processes train one model, and what they exchange: here one, and nothing.
+
+    A subclass overrides all of it; then every process, or rank, makes the same calls in the same
+    order. ``shares`` is into how many parts the rows of a batch are divided.
+    """
+
+    rank, world_size, shares = 0, 1, 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that logs and saves."""
+        return self.rank == 0
+
+    def prepare(self, model: nn.Module, batches: Any, config: TrainingConfig) -> None:
+        """Divide the model and the rows of batches, in place; refuse what cannot be divided."""
+
+    def watching(self) -> Any:
+        """Return a context in which the loss of another process is a ``TrainingError``."""
+        return nullcontext()
+
+    def call(self, objective: Objective, model: nn.Module, batch: Any) -> Any:
+        """Return what ``objective`` finds, so that gradients will be exchanged."""
+        return objective(model, batch)
+
+    def parts(self, parts: Iterator[Any]) -> Iterator[Any]:
+        """Yield the micro-batches of a step; after the last one gradients are sums over all."""
+        return parts
+
+    def total(self, sums: "Sums") -> "Sums":
+        """Return sums over all processes."""
+        return sums
+
+    def added(self, compute: Callable[[Any], "Sums"], batches: Sequence[Any]) -> "Sums":
+        """Return the sum, as numbers, of what ``compute`` finds in ``batches``."""
+        return sum((compute(batch).numbers() for batch in batches), Sums(0.0, 0.0, {}))
+
+    def settle(self, precision: "Precision", optimizer: Any, loss: Tensor) -> bool:
+        """Let ``precision`` settle gradients, with the same outcome in all processes."""
+        return precision.settle(optimizer, loss)
+
+    def local(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Return what this process has of some tensors."""
+        return list(tensors)
+
+    def clip(self, parameters: Sequence[Tensor], max_norm: float) -> Float[Tensor, ""]:
+        """Clip gradients by the norm of all of them, and return it."""
+        return clip_gradients(parameters, max_norm)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer take its step."""
+        optimizer.step()
+
+    def update_ratio(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+        """Return the ``update_ratio`` of all weights."""
+        return update_ratio(before, after)
+
+    def gathered(self, state: Any) -> Any:
+        """Return nested states with whole tensors, as one process would have them."""
+        return state
+
+    def whole(self, model: nn.Module) -> nn.Module:
+        """Return a model with whole weights, on which nothing is exchanged any more."""
+        return model
+
+    def load_model(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Give the model what it needs of a state of whole tensors."""
+        load_model_state(model, state)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Give the optimizer what it needs of a state of whole tensors."""
+        optimizer.load_state_dict(state)
+
+    def agreed(self, job: Callable[[], _T]) -> _T:
+        """Return what ``job`` returns, or raise what it raises, in the main process."""
+        return job()
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any process."""
+        return flag
+
+    def random_states(self) -> dict[str, Any]:
+        """Return the random states of all processes, fit for ``set_random_states``."""
+        return random_states()
+
+    def set_random_states(self, states: Mapping[str, Any]) -> None:
+        """Go on drawing random numbers where ``random_states`` was called."""
+        set_random_states(states)
+
+    def leave(self) -> None:
+        """End what the processes have in common."""
+
+# %% ../chapters/13_training.ipynb #a4ed1ea4
+def _checked_parallel(parallel: Any, config: TrainingConfig) -> Parallel:
+    made = _join(config.parallel) if parallel is None else parallel
+    _check_kind("parallel", made, Parallel, "a Parallel, such as Ranks('ddp')")
+    return made
+
+
+def _join(name: str | None) -> Parallel:
+    """Return how ``name`` trains on several processes; join the others that torchrun started."""
+    if name is None:
+        return Parallel()
+    return importlib.import_module("llmbook.distributed").Ranks(name)
 
 # %% ../chapters/13_training.ipynb #6799395d
 def _checked_precision(precision: Any, config: TrainingConfig, model: nn.Module) -> Precision:
@@ -1744,11 +1861,11 @@ def _for_learn(trainer: "Trainer", batch: Any) -> Any:
     is_ours = getattr(trainer.learn, "__func__", None) is Trainer.learn
     return batch if is_ours or not hasattr(batch, "to") else batch.to(trainer.device)
 
-# %% ../chapters/13_training.ipynb #bc95644c
-def _checked_batch(batch: Any, batch_size: int) -> Any:
+# %% ../chapters/13_training.ipynb #f8a760f3
+def _checked_batch(batch: Any, batch_size: int, shares: int = 1) -> Any:
     """Return ``batch`` if it has the rows that the configuration says, else raise."""
-    if isinstance(batch, tuple) and len(batch[0]) != batch_size:
-        expected = f"batches of {batch_size} rows"
+    if isinstance(batch, tuple) and len(batch[0]) != batch_size // shares:
+        expected = f"batches of {batch_size // shares} rows"
         raise ValueError(f"batch_size: expected {expected}, got one of {len(batch[0])}")
     return batch
 
@@ -1806,9 +1923,9 @@ def _callable_name(function: Any) -> str:
         return f"{_callable_name(function.func)}({arguments})"
     return getattr(function, "__qualname__", type(function).__qualname__)
 
-# %% ../chapters/13_training.ipynb #b4bf175b
+# %% ../chapters/13_training.ipynb #f127d9c1
 _MAY_CHANGE = {"evaluate_every", "log_every", "checkpoint_every", "keep_last", "max_skipped"}
-_MAY_CHANGE |= {"prefetch", "compile", "best", "best_is"}
+_MAY_CHANGE |= {"prefetch", "compile", "best", "best_is", "parallel"}
 
 
 def _check_identity(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
@@ -2151,7 +2268,7 @@ class Pretrained(NamedTuple):
     held_out: list[str]
     folder: Path
 
-# %% ../chapters/13_training.ipynb #1e837e6d
+# %% ../chapters/13_training.ipynb #69132a7e
 def run(
     config: RunConfig,
     folder: str | Path,
@@ -2171,20 +2288,16 @@ def run(
     """
     _check_kind("config", config, RunConfig, "a RunConfig")
     folder, say = _as_path("folder", folder), say or (lambda line: None)
-    _check_start(config)
-    _claim(folder, config)
-    if not (folder / "model").exists():
-        with _private_state(config.training.threads):
-            if not (folder / "data").exists():
-                _write_data(config, folder / "data", say)
-            with _settings_named():
-                made = _make_trainer(config, folder, trainer, sinks, probes)
-                say(f"training {count_parameters(made.model):,} parameters")
+    with _processes(config.training) as parallel:
+        parallel.agreed(partial(_begin, config, folder, say))
+        if not (folder / "model").exists():
+            with _private_state(config.training.threads), _settings_named():
+                made = _make_trainer(config, folder, trainer, sinks, probes, say)
                 made.train()
-        if made.interrupted:
-            raise KeyboardInterrupt
-        _finish(made.model, folder)
-    return load_run(folder)
+            if made.interrupted:
+                raise KeyboardInterrupt
+            parallel.agreed(partial(_finish, made.parallel.whole(made.model), folder))
+        return load_run(folder)
 
 # %% ../chapters/13_training.ipynb #21b22a0d
 def _read(data: DataConfig, say: Callable[[str], None]) -> list[Document]:
@@ -2290,7 +2403,30 @@ def _tokenizer(config: RunConfig, texts: list[str], say: Callable[[str], None]) 
     pattern = _PATTERNS[settings.pattern]
     return train_bpe(texts, settings.vocab_size, pattern=pattern, **cast(Any, special))
 
-# %% ../chapters/13_training.ipynb #a94976f0
+# %% ../chapters/13_training.ipynb #f3ee6b16
+def _begin(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
+    """Claim a folder for a run, and prepare its data, if that is not done."""
+    _check_start(config)
+    _claim(folder, config)
+    if not (folder / "model").exists() and not (folder / "data").exists():
+        with _private_state(config.training.threads):
+            _write_data(config, folder / "data", say)
+
+
+@contextmanager
+def _processes(config: TrainingConfig) -> Iterator[Parallel]:
+    """Join the processes that torchrun started, if it did, and leave them at the end."""
+    n = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.parallel is None and n > 1:
+        expected = f"ddp, fsdp or tp, as {n} processes were started"
+        raise ValueError(f"training.parallel: expected {expected}, got None")
+    parallel = _within("training", _join, config.parallel)
+    try:
+        yield parallel
+    finally:
+        parallel.leave()
+
+
 def _check_there(name: str, paths: Sequence[str]) -> None:
     for path in paths:
         if not Path(path).exists():
@@ -2351,17 +2487,19 @@ def _first_model(config: RunConfig, vocab_size: int) -> TransformerLM:
         raise ValueError(f"model.start_from: expected {expected}, got {model.config.vocab_size}")
     return model.float()
 
-# %% ../chapters/13_training.ipynb #b18d6f86
+# %% ../chapters/13_training.ipynb #10a3c2b6
 def _make_trainer(
     config: RunConfig,
     folder: Path,
     trainer: Callable[..., Trainer],
     sinks: Sequence[Sink],
     probes: Sequence[Any],
+    say: Callable[[str], None],
 ) -> Trainer:
     tokenizer, train, validation = _open_data(config, folder / "data")
     training, data = config.training, config.data
     model = _first_model(config, tokenizer.vocab_size).to(best_device())
+    size = f"{count_parameters(model):,} parameters"
     length = model.config.context_length
     source = train if data.layout == "windows" else pack_documents(train, length, data.layout)
     packed = pack_documents(validation, length)
@@ -2382,6 +2520,9 @@ def _make_trainer(
     if not isinstance(made, Trainer):
         got = type(made).__qualname__
         raise ValueError(f"trainer: expected a function that returns a Trainer, got {got}")
+    if made.parallel.is_main:
+        n = made.parallel.world_size
+        say(f"training {size}" + (f" on {n} ranks ({training.parallel})" if n > 1 else ""))
     return made
 
 # %% ../chapters/13_training.ipynb #76cdeb3e
@@ -2887,12 +3028,15 @@ def _overridden(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
         entries[section] |= given.get(section, {})
     return RunConfig.from_dict(entries)
 
-# %% ../chapters/13_training.ipynb #2ac4a46a
+# %% ../chapters/13_training.ipynb #b0208462
 def _execute(config: RunConfig, folder: Path, tensorboard: bool) -> None:
     sinks: list[Sink] = [ProgressBar(config.training.n_steps)]
     if tensorboard:
         sinks.append(TensorBoard(folder / "tensorboard"))
-    for name, value in report(run(config, folder, sinks, say=print)).items():
+    result = run(config, folder, sinks, say=print)
+    if os.environ.get("RANK", "0") != "0":  # one process speaks for all
+        return
+    for name, value in report(result).items():
         print(f"{name}: {value:,.4g}")
     print(_farewell(folder))
 
@@ -2947,7 +3091,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     sys.exit(_exit_code(partial(_command, arguments)))
 
-# %% ../chapters/13_training.ipynb #6e37d795
+# %% ../chapters/13_training.ipynb #9aa309e3
 def _exit_code(command: Callable[[], Any]) -> int:
     """Do ``command``; say in one line what went wrong, if something did."""
     try:
@@ -2961,7 +3105,7 @@ def _exit_code(command: Callable[[], Any]) -> int:
 
 
 if __name__ == "__main__" and "__file__" in globals():  # a notebook has no file
-    main()
+    importlib.import_module("llmbook.training").main()  # not a second module beside that one
 
 # %% failed calls are explained, see chapter 00
 from llmbook.environment import explain_calls

@@ -2003,7 +2003,7 @@ def test_the_names_that_other_libraries_use(name, hint):
 @pytest.mark.usefixtures("untyped")
 def test_settings_of_a_wrong_kind(name):
     may_be_none = {"micro_batch_size", "adamw_rate", "clip_norm", "evaluate_every"}
-    may_be_none |= {"checkpoint_every", "threads", "spike_factor"}
+    may_be_none |= {"checkpoint_every", "threads", "spike_factor", "parallel"}
     for value in [object(), *([] if name in may_be_none else [None])]:
         with pytest.raises(ValueError, match=rf"^{name}: expected "):
             configured(**{name: value})
@@ -2018,8 +2018,8 @@ def test_settings_that_are_not_given_have_their_documented_defaults():
         "clip_norm": 1.0, "schedule": "cosine", "warmup": 0, "final": 0.1, "z_loss": 0.0,
         "balance_loss": 0.01, "evaluate_every": None, "best": "validation_loss",
         "best_is": "lowest", "log_every": 10, "checkpoint_every": None, "keep_last": 2, "seed": 0,
-        "precision": "float32", "compile": False, "threads": None, "prefetch": False,
-        "spike_factor": None, "max_skipped": 20,
+        "precision": "float32", "compile": False, "threads": None,
+        "parallel": None, "prefetch": False, "spike_factor": None, "max_skipped": 20,
     }  # fmt: skip
     assert vars(TrainingConfig(n_steps=1, batch_size=2)) == expected | {
         "n_steps": 1, "batch_size": 2,
