@@ -3,14 +3,18 @@
 #
 # > Train on many devices as on one: the same gradients, with the bytes and the memory counted.
 #
-# To be written.
+# A model that is trained on sixteen thousand processors is the same model as on one, and so is its
+# gradient, or should be. When it is not, nothing crashes. The loss falls, samples look plausible, and
+# the run is a little worse than it could have been, for months. So this chapter asks one question
+# of everything it builds: is it equal to one process? The second question is what that costs, in
+# bytes that are sent and bytes that are kept, because these two decide what can be trained where.
 #
 # | | |
 # |---|---|
 # | **Part** | III. Pretraining |
-# | **You build** | {py:func}`~llmbook.distributed.launch` |
-# | **You need** | training ({doc}`13_training`), memory ({doc}`15_precision`) |
-# | **It takes** | 60 minutes for the main line, 3 hours for everything, 90 seconds to run |
+# | **You build** | {py:func}`~llmbook.distributed.launch`, {py:func}`~llmbook.distributed.all_reduce_ring`, {py:class}`~llmbook.distributed.ByteCounter`, {py:class}`~llmbook.distributed.DataParallel`, {py:class}`~llmbook.distributed.ShardedOptimizer`, {py:func}`~llmbook.distributed.shard_model`, {py:func}`~llmbook.distributed.run_scheme`, {py:func}`~llmbook.distributed.predict_scheme` |
+# | **You need** | training ({doc}`13_training`), memory and 16-bit formats ({doc}`15_precision`) |
+# | **It takes** | 30 minutes for the main line, 2 hours for everything, 40 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp distributed
@@ -23,6 +27,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -31,24 +36,79 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection
-from contextlib import redirect_stdout, suppress
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float, Int64, Num
+from torch import nn, Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # %% [markdown]
 # ## A gradient wrong by a factor of two
+#
+# Two processes train one model. Each has a copy of it, reads its own half of every batch, and
+# computes the gradient of its mean loss. Then they average their gradients, so that both take the
+# same step and the copies stay equal. This is {term}`data parallelism`, and in code it is one line
+# more than before:
 
 # %% tags=["engine"]
 #| export
 # What it takes from earlier chapters
 from llmbook.corpus import without_main_script
-from llmbook.environment import check_whole
+from llmbook.environment import check_at_least, check_choice, check_whole, seed_everything
+from llmbook.model import ModelConfig, TransformerLM
+from llmbook.optimization import AdamW, clip_gradients, cross_entropy, parameter_groups
+
+# %%
+import matplotlib.pyplot as plt
+
+from llmbook.tinyworld import TinyWorld
+
+plt.style.use("llmbook.book")
+text = " ".join(story.text for story in TinyWorld().stories(300, 0)).encode()
+rows = torch.tensor(list(text))[: 1280 * 33].view(1280, 33)
+config = ModelConfig(vocab_size=256, d_model=32, n_layers=2, n_heads=2, context_length=32)
+
+
+def my_rows(step: int) -> tuple[Tensor, Tensor]:
+    rank = dist.get_rank()
+    mine = rows[16 * step : 16 * step + 16][rank::2]
+    targets = mine[:, 1:].clone()
+    if rank == 1:
+        targets[:, :-8] = -100  # questions: only the last 8 bytes, the answer, are targets
+    return mine[:, :-1], targets
+
+
+def train(n_steps: int) -> list[float]:
+    seed_everything(0)
+    model, losses = TransformerLM(config), []
+    optimizer = AdamW(model.parameters(), lr=0.005)
+    for step in range(n_steps):
+        inputs, targets = my_rows(step)
+        loss = cross_entropy(model(inputs), targets)  # the mean over the targets of this rank
+        loss.backward()
+        for weight in model.parameters():
+            dist.all_reduce(weight.grad)  # the sum over ranks
+            weight.grad /= dist.get_world_size()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+# %% [markdown]
+# {py:func}`~llmbook.distributed.launch`, which is written below, starts two processes that run this
+# function and returns what it returned in each:
 
 # %% [markdown]
 # ### Engine room: how processes start, fail and end together
@@ -135,6 +195,7 @@ def _describe(error: BaseException, timeout: float) -> _Failure:
     inside = [f.name for f in frames if f.filename.endswith("distributed_c10d.py")]
     named = next((name for name in inside if name.lstrip("_") == name != "wrapper"), None)
     where = named or ("a collective" if frames and "wait" in (frames[-1].line or "") else None)
+    where = "; ".join([*filter(None, [where]), *getattr(error, "__notes__", ())]) or None
     message, order = f"raised {type(error).__name__}: {error}", 0
     if where and isinstance(error, RuntimeError) and "imed out" in str(error):
         message, order = f"waited {timeout:g} s in {where} for the others", 1
@@ -180,8 +241,10 @@ def _run_rank(
     try:
         function, arguments = pickle.loads(call)
         store = dist.FileStore(f"{folder}/store", world_size)
-        group = {"store": store, "rank": rank, "world_size": world_size}
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout), **group)
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=limit
+        )
         with redirect_stdout(_Lines(pipe)) as lines:
             result = function(*arguments)
             lines.write("\n" if lines.rest else "")
@@ -301,7 +364,9 @@ def launch(
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
-        context.set_forkserver_preload(["torch.distributed", "llmbook.distributed"])
+        # The third is what the first optimizer of a process imports, for seconds.
+        preload = ["torch.distributed", "llmbook.distributed", "torch._dynamo"]
+        context.set_forkserver_preload(preload)
     environment = {**_loopback(), **os.environ}
     options = {"timeout": timeout, "threads": threads, "environment": environment}
     folder = tempfile.mkdtemp(prefix="llmbook-ranks-")
@@ -318,7 +383,7 @@ def launch(
                 processes.append(process)
                 pipes.append(ours)
         results = _listen(processes, pipes)
-        for pipe, process in zip(pipes, processes, strict=True):
+        for pipe in pipes:
             pipe.close()
         for process in processes:
             process.join(10)
@@ -331,3 +396,1032 @@ def launch(
             process.close()
             pipe.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+# %% [markdown]
+# ### It trains
+
+# %%
+losses = launch(train, 2, 80)
+for rank, found in enumerate(losses):
+    start, last = found[0], sum(found[-8:]) / 8
+    print(f"rank {rank}: loss {start:.1f} at first, below {math.ceil(2 * last) / 2:.1f} at the end")
+    assert last < 0.6 * start
+
+# %% [markdown]
+# ### Engine room: counting what is sent, and agreeing before work begins
+
+# %% [markdown] tags=["engine"]
+# Each collective of torch, those inside DDP and FSDP too, is an operation that a dispatch mode sees,
+# like the mode that measures memory in chapter 15. Which argument holds the data, and how often a
+# rank sends it, is the table below. A rooted collective is counted with its average over ranks.
+# gloo's own `reduce_scatter` sends twice what is counted here: it reduces all, then drops a part.
+
+
+# %% tags=["engine"]
+#| export
+def _everything(n: int) -> float:
+    return n - 1.0
+
+
+def _most(n: int) -> float:
+    return (n - 1) / n
+
+
+# Of each operation: which argument holds what is sent, and how many times of its bytes leave a rank
+# of n. Without suffixes: _ for in place, _base for one tensor, _coalesced for several.
+_SENT_BY: dict[str, tuple[int, Callable[[int], float]]] = {
+    "send": (0, lambda n: 1.0),
+    "allreduce": (0, lambda n: 2 * _most(n)),
+    "all_reduce": (0, lambda n: 2 * _most(n)),
+    "allgather": (1, _everything),
+    "allgather_into_tensor": (1, _everything),
+    "all_gather_into_tensor": (0, _everything),
+    "reduce_scatter": (1, _most),
+    "reduce_scatter_tensor": (1, _most),
+    "broadcast": (0, _most),
+    "reduce": (0, _most),
+    "gather": (1, _most),
+    "scatter": (0, _most),
+    "alltoall": (1, _most),
+    "all_to_all_single": (0, _most),
+}
+_SUFFIXES = re.compile(r"^_|(_coalesced|_base|_out|_)+$")
+
+
+class ByteCounter(TorchDispatchMode):
+    """Counts, inside a ``with``, the bytes that this rank sends, and the calls of collectives.
+
+    ``sent`` is in bytes, as if each collective went around a ring: twice (n - 1)/n of its data for
+    an all-reduce, (n - 1)/n for a reduce-scatter or all-gather of the whole; what ``send`` sends
+    counts as it is. ``by_name`` has the bytes of each collective, ``calls`` how often it was called.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    @property
+    def sent(self) -> int:
+        """All bytes that this rank has sent."""
+        return sum(self.by_name.values())
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Count the operation, and run it."""
+        if any(kind.__name__ == "DTensor" for kind in types):
+            return NotImplemented  # it will call the collectives itself
+        if operation.namespace in ("c10d", "_c10d_functional"):
+            name = _SUFFIXES.sub("", operation._schema.name.partition("::")[2])
+            if name in _SENT_BY:
+                place, share = _SENT_BY[name]
+                size = sum(t.nbytes for t in tree_leaves(args[place]) if isinstance(t, Tensor))
+                self.calls[name] += 1
+                self.by_name[name] += round(size * share(_size_of_group(args)))
+        return operation(*args, **(kwargs or {}))
+
+
+def _size_of_group(arguments: Any) -> int:
+    """How many ranks take part in the collective that was called with ``arguments``."""
+    for argument in reversed(arguments):
+        if isinstance(argument, torch.ScriptObject):
+            with suppress(RuntimeError, TypeError):  # another object, such as the operation
+                return dist.ProcessGroup.unbox(argument).size()
+        elif isinstance(argument, str) and argument != "sum":
+            return dist.distributed_c10d._resolve_process_group(argument).size()
+    return dist.get_world_size()
+
+
+# %% [markdown] tags=["engine"]
+# A collective hangs if one rank does not call it, or calls another. So whatever decides about calls
+# (how many micro-batches there are, which parameters) is compared first. All ranks see all values,
+# so all raise the same error.
+
+
+# %% tags=["engine"]
+#| export
+def place_in_group(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
+    """Return the rank of this process in ``group`` (None for all), and the number of ranks."""
+    if not dist.is_available() or not dist.is_initialized():
+        expected = "a process group, as in a function that launch or torchrun started"
+        raise ValueError(f"group: expected {expected}, got none")
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(f"group: expected one that has rank {dist.get_rank()}, got one without it")
+    return rank, dist.get_world_size(group)
+
+
+def check_agreed(group: dist.ProcessGroup | None = None, **numbers: int) -> None:
+    """Refuse whole numbers that differ between ranks, on each rank with the same ``ValueError``.
+
+    For example ``check_agreed(micro_batches=len(batches))`` before a loop of collectives. All ranks
+    must call it, with the same names.
+    """
+    _, size = place_in_group(group)
+    for name, number in numbers.items():
+        check_whole(name, number, -(2**63), 2**63 - 1)
+    mine = torch.tensor(list(numbers.values()), dtype=torch.int64)
+    found = [torch.empty_like(mine) for _ in range(size)]
+    dist.all_gather(found, mine, group=group)
+    for name, column in zip(numbers, torch.stack(found, dim=1).tolist(), strict=True):
+        if len(set(column)) > 1:
+            got = ", ".join(f"{number} on rank {rank}" for rank, number in enumerate(column))
+            raise ValueError(f"{name}: expected the same on each rank, got {got}")
+
+
+# %% [markdown]
+# ## A ring
+#
+# RINGPROSE
+
+
+# %%
+#| export
+def pass_on(
+    x: Num[Tensor, "*shape"], group: dist.ProcessGroup | None = None
+) -> Num[Tensor, "*shape"]:
+    """Send ``x`` to the next rank of the ring, and return what the previous one sends."""
+    rank, size = place_in_group(group)
+    received = torch.empty_like(x, memory_format=torch.contiguous_format)
+    sending = dist.isend(x.contiguous(), group=group, group_dst=(rank + 1) % size)
+    dist.irecv(received, group=group, group_src=(rank - 1) % size).wait()
+    sending.wait()
+    return received
+
+
+# %% [markdown]
+# RS
+
+
+# %%
+#| export
+def reduce_scatter_ring(
+    parts: Num[Tensor, "n_ranks ..."], group: dist.ProcessGroup | None = None
+) -> Num[Tensor, "..."]:
+    """Return, of the sum of ``parts`` over ranks, the part of this rank."""
+    rank, size = place_in_group(group)
+    _check_parts(parts, size)
+    parts = parts.clone()
+    for step in range(size - 1):
+        arrived = pass_on(parts[(rank - step - 1) % size], group)
+        parts[(rank - step - 2) % size] += arrived
+    return parts[rank]
+
+
+def all_gather_ring(
+    part: Num[Tensor, "..."], group: dist.ProcessGroup | None = None
+) -> Num[Tensor, "n_ranks ..."]:
+    """Return the parts of all ranks, in order."""
+    rank, size = place_in_group(group)
+    parts = part.new_empty(size, *part.shape)
+    parts[rank] = part
+    for step in range(size - 1):
+        parts[(rank - step - 1) % size] = pass_on(parts[(rank - step) % size], group)
+    return parts
+
+
+# %% [markdown]
+# AR
+
+
+# %%
+#| export
+def all_reduce_ring(x: Num[Tensor, "*shape"], group: dist.ProcessGroup | None = None) -> None:
+    """Replace ``x`` on each rank by its sum over ranks, with the same bits on all of them.
+
+    A rank sends 2 (n - 1)/n of the bytes, padded to a multiple of n numbers (Patarasuk and Yuan
+    2009).
+    """
+    _, size = place_in_group(group)
+    padded = nn.functional.pad(x.flatten(), (0, -x.numel() % size)).view(size, -1)
+    total = all_gather_ring(reduce_scatter_ring(padded, group), group)
+    x.copy_(total.flatten()[: x.numel()].view_as(x))
+
+
+# %% tags=["engine"]
+#| export
+# What the ring refuses
+def _check_parts(parts: Tensor, size: int) -> None:
+    if len(parts) != size:
+        raise ValueError(f"parts: expected one part for each of {size} ranks, got {len(parts)}")
+
+
+# %% tags=["engine"]
+#| export
+class _Bucket:
+    """Some parameters whose gradients travel together, and how many are still missing."""
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.parameters = parameters
+        self.missing = set(parameters)
+        self.flat = torch.empty(0)
+        self.work: Any = None
+
+    def send(self, group: dist.ProcessGroup | None) -> None:
+        """Start the sum of the gradients, and of a mark for each that there is."""
+        given = [p.grad for p in self.parameters]
+        pairs = zip(self.parameters, given, strict=True)
+        parts = [(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs]
+        marks = parts[0].new_tensor([g is not None for g in given])
+        self.flat = torch.cat([*parts, marks])
+        self.work = dist.all_reduce(self.flat, group=group, async_op=True)
+
+    def receive(self, name: str, scale: float) -> None:
+        """Wait for the sum, and put it in the place of the gradients."""
+        try:
+            self.work.wait()
+        except RuntimeError as error:
+            error.add_note(name)
+            raise
+        *parts, marks = self.flat.split(
+            [*(p.numel() for p in self.parameters), len(self.parameters)]
+        )
+        for p, part, mark in zip(self.parameters, parts, marks.tolist(), strict=True):
+            # No rank has a gradient: as in one process, the optimizer must leave it alone.
+            p.grad = part.view_as(p).mul(scale) if mark else None
+        self.missing, self.flat, self.work = set(self.parameters), torch.empty(0), None
+
+
+# %% tags=["engine"]
+#| export
+class DataParallel(nn.Module):
+    """A model of which each rank has a copy; after ``backward``, all have the same gradients.
+
+    They are the sums over ranks, so that a loss divided by the number of targets of all ranks has
+    the gradient of one process; "mean" divides by the number of ranks, as torch's DDP does. The
+    gradients travel in buckets of at most ``bucket_bytes`` (a larger one has a bucket alone), the
+    last layers first, while ``backward`` goes on. Call this module and not the one inside. Frozen
+    parameters are left out; one that has a gradient on no rank has none afterwards. Weights and
+    buffers begin as those of rank 0, and buffers are its at each forward pass that exchanges.
+    A parameter may change whether it is frozen only before. (Li et al. 2020.)
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        bucket_bytes: int = 25 * 2**20,
+        reduction: Literal["sum", "mean"] = "sum",
+        group: dist.ProcessGroup | None = None,
+    ):
+        super().__init__()
+        check_whole("bucket_bytes", bucket_bytes, 1)
+        check_choice("reduction", reduction, ("sum", "mean"))
+        _, size = place_in_group(group)
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"module: expected a module, got {module!r:.60}")
+        check_agreed_parameters(module, group)
+        self.module, self.group = module, group
+        self.scale = 1 / size if reduction == "mean" else 1.0
+        self.buckets = [_Bucket(some) for some in _in_buckets(module, bucket_bytes)]
+        #: How many buckets were under way before the last backward pass had ended.
+        self.sent_early = 0
+        self._exchanges, self._armed, self._ending, self._next = True, False, False, 0
+        self._summed: dict[nn.Parameter, Tensor] = {}
+        self._bucket_of = {p: b for b in self.buckets for p in b.parameters}
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.detach(), group=group, group_src=0)
+        for p in self._bucket_of:
+            p.register_post_accumulate_grad_hook(self._arrived)
+
+
+# %% tags=["engine"]
+#| export
+class DataParallel(DataParallel):  # continued
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """Call the module; what it returns leads to gradients that are exchanged."""
+        self._armed = self._exchanges and torch.is_grad_enabled()
+        if self._armed:
+            self._check_not_summed()
+            for buffer in self.module.buffers():
+                dist.broadcast(buffer, group=self.group, group_src=0)
+        return self.module(*arguments, **options)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Keep gradients on this rank, to accumulate: for the forward pass, too, and not the last.
+
+        As in torch, the *forward* pass decides: a backward pass alone inside of this exchanges.
+        """
+        before, self._exchanges = self._exchanges, False
+        try:
+            yield
+        finally:
+            self._exchanges = before
+
+    def _arrived(self, parameter: nn.Parameter) -> None:
+        """Note that the gradient is there, and send what is complete, in the same order on all."""
+        if not self._armed:
+            return
+        if not self._ending:
+            self._ending = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
+        self._bucket_of[parameter].missing.discard(parameter)
+        while self._next < len(self.buckets) and not self.buckets[self._next].missing:
+            self.buckets[self._next].send(self.group)
+            self._next += 1
+
+    def _end(self) -> None:
+        """When the backward pass has ended: send what was not complete, and wait for all."""
+        self.sent_early = self._next
+        for bucket in self.buckets[self._next :]:
+            bucket.send(self.group)
+        for number, bucket in enumerate(self.buckets, 1):
+            bucket.receive(f"bucket {number} of {len(self.buckets)} of DataParallel", self.scale)
+        self._armed, self._ending, self._next = False, False, 0
+        self._summed = {p: p.grad for p in self._bucket_of if p.grad is not None}
+
+
+# %% tags=["engine"]
+#| export
+class DataParallel(DataParallel):  # continued
+    def _check_not_summed(self) -> None:
+        """Refuse to add to gradients that are sums over ranks, which would be summed once more."""
+        for p, grad in self._summed.items():
+            if p.grad is grad and grad.any():
+                expected = "none from before (zero_grad), or no_sync for all but the last backward"
+                raise ValueError(f"gradients: expected {expected}, got some that were exchanged")
+
+
+def _in_buckets(module: nn.Module, most: int) -> list[list[nn.Parameter]]:
+    """The parameters to train, last first, in groups of one dtype and at most ``most`` bytes."""
+    buckets: list[list[nn.Parameter]] = []
+    room = 0
+    for p in reversed([p for p in module.parameters() if p.requires_grad]):
+        if not buckets or p.nbytes > room or p.dtype != buckets[-1][-1].dtype:
+            buckets.append([])
+            room = most
+        buckets[-1].append(p)
+        room -= p.nbytes
+    if not buckets:
+        raise ValueError(f"module: expected parameters to train, got none in {module!r:.60}")
+    return buckets
+
+
+def check_agreed_parameters(module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Refuse models that differ between ranks in the shapes, dtypes or names of what they train."""
+    told = [
+        (n, tuple(p.shape), str(p.dtype)) for n, p in module.named_parameters() if p.requires_grad
+    ]
+    check_agreed(group, parameters_to_train=len(told), shapes=zlib.crc32(repr(told).encode()))
+
+
+# %% tags=["engine"]
+#| export
+class ShardedOptimizer:
+    """An optimizer whose state and work is divided over ranks (ZeRO-1, Rajbhandari et al. 2020).
+
+    ``parameters`` are a model's, or groups of them, and ``build`` makes the optimizer, which must
+    treat each number by itself (AdamW or SGD, not Muon): each rank gives it the numbers of its
+    share only, as vectors. ``step`` sums the gradients over ranks, so a loss is to be divided by the
+    number of targets of all ranks; no ``DataParallel`` is needed. Weights begin as those of rank 0.
+    ``state_dict`` is that of this rank's share. The parameters become views of one vector, so move
+    or convert the model before.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Any],
+        build: Callable[..., torch.optim.Optimizer],
+        *,
+        group: dist.ProcessGroup | None = None,
+        **options: Any,
+    ):
+        self.group = group
+        self.rank, self.size = place_in_group(group)
+        groups = _as_groups(parameters)
+        self.parameters = [p for given in groups for p in given["params"]]
+        n = sum(p.numel() for p in self.parameters)
+        self.share = -(-n // self.size)
+        if self.share * (self.size - 1) >= n:
+            raise ValueError(f"parameters: expected numbers for all {self.size} ranks, got {n}")
+        check_agreed(group, tensors=len(self.parameters), numbers=n)
+        self.flat = torch.zeros(self.share * self.size, dtype=self.parameters[0].dtype)
+        self.pieces: dict[nn.Parameter, nn.Parameter] = {}
+        start = 0
+        for p in self.parameters:
+            end, own = start + p.numel(), self.rank * self.share
+            self.flat[start:end] = p.detach().flatten()
+            p.data = self.flat[start:end].view_as(p)
+            first, last = max(start, own), min(end, own + self.share)
+            if first < last:
+                self.pieces[p] = nn.Parameter(self.flat[first:last])
+            start = end
+        dist.broadcast(self.flat, group=group, group_src=0)
+        mine = [[self.pieces[p] for p in g["params"] if p in self.pieces] for g in groups]
+        pairs = zip(groups, mine, strict=True)
+        self.optimizer = build([{**g, "params": some} for g, some in pairs], **options)
+        self._reduced = False
+
+
+# %% tags=["engine"]
+#| export
+class ShardedOptimizer(ShardedOptimizer):  # continued
+    @torch.no_grad()
+    def reduce_gradients(self) -> None:
+        """Sum the gradients over ranks; each keeps its share, and the others are freed.
+
+        ``step`` does it if it was not done; to clip or to look at gradients, do it before.
+        """
+        if self._reduced:
+            return
+        marks = torch.tensor([p.grad is not None for p in self.parameters], dtype=self.flat.dtype)
+        dist.all_reduce(marks, group=self.group)
+        grads = torch.zeros_like(self.flat)
+        for p, place in zip(self.parameters, self._views(grads), strict=True):
+            if p.grad is not None:
+                place.copy_(p.grad.flatten())
+                p.grad = None
+        mine = reduce_scatter_ring(grads.view(self.size, -1), self.group)
+        start = 0
+        for p, mark in zip(self.parameters, marks.tolist(), strict=True):
+            if p in self.pieces:
+                piece = self.pieces[p]
+                piece.grad = mine[start : start + piece.numel()] if mark else None
+                start += piece.numel()
+        self._reduced = True
+
+    def clip_gradients(self, max_norm: float) -> Float[Tensor, ""]:
+        """Clip by the norm over all ranks, as ``clip_sharded_gradients``; return the norm."""
+        self.reduce_gradients()
+        return clip_sharded_gradients(self.pieces.values(), max_norm, self.group)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the own share, and gather those of the others."""
+        self.reduce_gradients()
+        self.optimizer.step()
+        mine = self.flat.view(self.size, -1)[self.rank]
+        self.flat.copy_(all_gather_ring(mine, self.group).flatten())
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for p in (*self.parameters, *self.pieces.values()):
+            p.grad = None
+        self._reduced = False
+
+    def _views(self, flat: Tensor) -> tuple[Tensor, ...]:
+        sizes = [p.numel() for p in self.parameters]
+        return flat[: sum(sizes)].split(sizes)
+
+
+# %% tags=["engine"]
+#| export
+class ShardedOptimizer(ShardedOptimizer):  # continued
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of the optimizer, with the rates that a schedule sets."""
+        return self.optimizer.param_groups
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of this rank's share, for as many ranks as there are now."""
+        return {"ranks": self.size, "rank": self.rank, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from the state of the same share; a ``ValueError`` for one of another."""
+        for name, here in (("ranks", self.size), ("rank", self.rank)):
+            if not isinstance(state_dict, Mapping) or state_dict.get(name) != here:
+                got = state_dict.get(name) if isinstance(state_dict, Mapping) else state_dict
+                raise ValueError(f"state_dict: expected {name} {here}, got {got!r:.60}")
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+
+
+def _as_groups(parameters: Iterable[Any]) -> list[dict[str, Any]]:
+    """Groups of the parameters to train, each parameter once; refuse what has no gradient."""
+    given = list(parameters)
+    groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    flat = [p for group in groups for p in group["params"]]
+    if not all(isinstance(p, Tensor) and p.is_floating_point() for p in flat) or not flat:
+        raise ValueError(f"parameters: expected parameters or groups of them, got {given!r:.60}")
+    if len({(p.dtype, p.device) for p in flat}) > 1:
+        kinds = ", ".join(sorted({f"{p.dtype} on {p.device}" for p in flat}))
+        raise ValueError(f"parameters: expected one dtype and device, got {kinds}")
+    if len(set(flat)) < len(flat):
+        raise ValueError("parameters: expected each parameter once, got some twice")
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+    return groups
+
+
+@torch.no_grad()
+def clip_sharded_gradients(
+    parameters: Iterable[Tensor], max_norm: float, group: dist.ProcessGroup | None = None
+) -> Float[Tensor, ""]:
+    """Like ``clip_gradients``, where each rank has a share of the gradients; return their norm."""
+    if isinstance(max_norm, bool) or not isinstance(max_norm, int | float) or not max_norm > 0:
+        raise ValueError(f"max_norm: expected a number above 0, got {max_norm!r}")
+    place_in_group(group)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    square = sum((g.float().square().sum() for g in grads), torch.zeros(()))
+    dist.all_reduce(square, group=group)
+    norm = square.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).masked_fill(~norm.isfinite(), 1.0)
+    for grad in grads:
+        grad.mul_(scale.to(grad.dtype))
+    return norm
+
+
+# %% tags=["engine"]
+#| export
+@dataclass(eq=False)
+class _Sharded:
+    """A parameter of which each rank has some rows: where it stands, its shape, the own rows."""
+
+    places: list[tuple[nn.Module, str]]
+    shape: torch.Size
+    piece: nn.Parameter
+    rows: int
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers each rank has, with rows of zeros to fill up."""
+        return self.rows * self.shape[1:].numel()
+
+
+class _Unit:
+    """A part of a model whose parameters are gathered, used and freed together."""
+
+    def __init__(self, items: list[_Sharded], group: Any, compute: Any, reduce: torch.dtype):
+        self.items, self.group, self.compute, self.reduce = items, group, compute, reduce
+        self.rank, self.size = place_in_group(group)
+        self.full: tuple[Tensor, ...] | None = None
+        self.again: tuple[Tensor, ...] | None = None
+
+    def gather(self, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+        """Return the whole parameters, in ``dtype``."""
+        parts = []
+        for item in self.items:
+            rows = item.piece.detach().to(dtype or item.piece.dtype)
+            fill = (0, item.numbers - rows.numel())
+            parts.append(nn.functional.pad(rows.flatten(), fill))
+        gathered = all_gather_ring(torch.cat(parts), self.group)
+        columns = gathered.split([item.numbers for item in self.items], dim=1)
+        return tuple(
+            column.reshape(-1)[: item.shape.numel()].view(item.shape).clone()
+            for item, column in zip(self.items, columns, strict=True)
+        )
+
+    def scatter(self, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Sum whole gradients over ranks, and return the rows of this rank."""
+        pairs = list(zip(self.items, grads, strict=True))
+        fills = [(0, item.numbers * self.size - item.shape.numel()) for item in self.items]
+        flat = [
+            nn.functional.pad(grad.to(self.reduce).flatten(), fill).view(self.size, -1)
+            for (_, grad), fill in zip(pairs, fills, strict=True)
+        ]
+        mine = reduce_scatter_ring(torch.cat(flat, dim=1), self.group)
+        rows = mine.split([item.numbers for item in self.items])
+        return tuple(
+            part[: item.piece.numel()].view_as(item.piece).to(item.piece.dtype)
+            if item.piece.requires_grad
+            else None
+            for item, part in zip(self.items, rows, strict=True)
+        )
+
+
+# %% tags=["engine"]
+#| export
+class _Gather(torch.autograd.Function):
+    """From the own rows to the whole parameters; backward, from whole gradients to own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, unit: _Unit, *pieces: Tensor) -> tuple[Tensor, ...]:
+        ctx.unit = unit
+        return unit.gather(unit.compute)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        ctx.unit.again = None  # all that needed the weights has been computed: free them
+        return None, *ctx.unit.scatter(grads)
+
+
+# %% tags=["engine"]
+#| export
+class _Unit(_Unit):  # continued
+    def pack(self, tensor: Tensor) -> Any:
+        """What autograd keeps of a weight for the backward pass: its number and its view only."""
+        where = tensor.untyped_storage().data_ptr()
+        for number, whole in enumerate(self.full or ()):
+            if whole.untyped_storage().data_ptr() == where and tensor.dtype == whole.dtype:
+                return number, tensor.shape, tensor.stride(), tensor.storage_offset()
+        return tensor
+
+    def unpack(self, kept: Any) -> Tensor:
+        """The weight when the backward pass asks for it: gathered once more."""
+        if isinstance(kept, Tensor):
+            return kept
+        if self.again is None:
+            with torch.no_grad():
+                self.again = self.gather(self.compute)
+        number, *view = kept
+        return self.again[number].as_strided(*view)
+
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        """Put the whole parameters where the modules look for them, and take them away again."""
+        self.full = _Gather.apply(self, *(item.piece for item in self.items))
+        try:
+            for item, whole in zip(self.items, self.full, strict=True):
+                for module, name in item.places:
+                    module.__dict__[name] = whole  # found before the parameter of that name
+            with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
+                yield
+        finally:
+            for item in self.items:
+                for module, name in item.places:
+                    module.__dict__.pop(name, None)
+            self.full = None
+
+
+# %% tags=["engine"]
+#| export
+def shard_model(
+    model: nn.Module,
+    units: Sequence[nn.Module] | None = None,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype = torch.float32,
+    group: dist.ProcessGroup | None = None,
+) -> nn.Module:
+    """Divide the parameters of ``model`` over ranks, in place: fully sharded data parallelism.
+
+    Each rank keeps some rows of each parameter (none perhaps, where there are fewer rows than
+    ranks), under its name, so any optimizer that treats each number by itself can be built on it
+    afterwards. ``units``, by default ``model.blocks``, and the model itself for all the rest,
+    gather their parameters when ``forward`` begins and free them when it ends, and once more in the
+    backward pass, which sums the gradients over ranks in ``reduce_dtype``. Divide a loss by the
+    targets of all ranks; clip by ``clip_sharded_gradients``. With ``compute_dtype``, parameters
+    travel and compute in it, and the rows that the optimizer sees keep theirs. A tied parameter
+    stays tied; weights begin as those of rank 0; one that is not used has a gradient of zeros.
+    Source: Rajbhandari et al. (2020), stage 3; Zhao et al. (2023).
+    """
+    rank, size = place_in_group(group)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a module, got {model!r:.60}")
+    for name, dtype in (("compute_dtype", compute_dtype), ("reduce_dtype", reduce_dtype)):
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"{name}: expected a floating dtype, got {dtype!r}")
+    parts = list(getattr(model, "blocks", ()) if units is None else units)
+    check_agreed_parameters(model, group)
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor.detach(), group=group, group_src=0)
+    made = []
+    for part, places in _places_by_unit(model, parts):
+        items = [_divided(at, rank, size) for at in places.values()]
+        if items:
+            made.append(_Unit(items, group, compute_dtype, reduce_dtype))
+            part.forward = _present(made[-1], part.forward)  # type: ignore[method-assign]
+    if not made:
+        raise ValueError(f"model: expected parameters, got none in {model!r:.60}")
+    model.__dict__["sharding"] = made
+    return model
+
+
+# %% tags=["engine"]
+#| export
+Places = dict[nn.Parameter, list[tuple[nn.Module, str]]]
+
+
+def _places_by_unit(model: nn.Module, parts: list[nn.Module]) -> list[tuple[nn.Module, Places]]:
+    """For each unit, and last the model: its parameters, and where each stands."""
+    inside = set(model.modules())
+    owner: dict[nn.Module, nn.Module] = {}
+    for part in parts:
+        if not isinstance(part, nn.Module) or part not in inside or part is model:
+            raise ValueError(f"units: expected modules inside of the model, got {part!r:.60}")
+        for module in part.modules():
+            if owner.setdefault(module, part) is not part:
+                raise ValueError("units: expected modules that share none, got one in two")
+    places: Places = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                places.setdefault(p, []).append((module, name))
+    by_unit: dict[nn.Module, Places] = {part: {} for part in (*parts, model)}
+    for p, at in places.items():
+        owners = {owner.get(module, model) for module, _ in at}
+        # One that several units use has to be there for all of them.
+        by_unit[owners.pop() if len(owners) == 1 else model][p] = at
+    return list(by_unit.items())
+
+
+def _divided(at: list[tuple[nn.Module, str]], rank: int, size: int) -> _Sharded:
+    """Replace a parameter, in all its places, by the rows of this rank."""
+    whole = at[0][0]._parameters[at[0][1]]
+    assert whole is not None
+    if not whole.ndim:
+        raise ValueError(f"model: expected parameters with rows, got the number {at[0][1]}")
+    rows = -(-len(whole) // size)
+    mine = whole.detach()[rank * rows : (rank + 1) * rows].clone()
+    piece = nn.Parameter(mine, requires_grad=whole.requires_grad)
+    for module, name in at:
+        module._parameters[name] = piece
+    return _Sharded(at, whole.shape, piece, rows)
+
+
+def _present(unit: _Unit, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def with_parameters(*arguments: Any, **options: Any) -> Any:
+        with unit.present():
+            return forward(*arguments, **options)
+
+    return with_parameters
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the whole tensors of a model that ``shard_model`` divided, on each rank."""
+    units = model.__dict__.get("sharding")
+    if units is None:
+        raise ValueError("model: expected one that shard_model divided, got another")
+    whole = {}
+    for unit in units:
+        gathered = unit.gather(None)
+        whole |= {item.piece: tensor for item, tensor in zip(unit.items, gathered, strict=True)}
+    found = model.state_dict(keep_vars=True)
+    return {name: whole.get(t, t).detach() for name, t in found.items()}
+
+
+# %% [markdown]
+# ### Engine room: one run by any scheme
+
+# %% [markdown] tags=["engine"]
+# The table needs the same training by each scheme: a few steps of AdamW with decay and clipping,
+# each batch divided over ranks and then into micro-batches. Each rank begins with weights of its
+# own, so that a run in which rank 0's are not handed out cannot end equal. In the reference, one
+# process takes all micro-batches of all ranks in turn. Bytes are counted from the first forward
+# pass of a step to its end, and what is kept at the end of the backward pass, before any exchange
+# that waits for it.
+
+
+# %% tags=["engine"]
+#| export
+SCHEMES = ("all_reduce", "data_parallel", "zero1", "full", "full_bf16")
+Scheme = Literal[
+    "one_process", "one_process_bf16", "all_reduce", "data_parallel", "zero1", "full", "full_bf16"
+]
+
+
+class SchemeRun(NamedTuple):
+    """What a run gave: of each step the loss over all ranks and the norm before clipping.
+
+    ``weights`` are whole. ``sent`` is how many bytes this rank sent in the last step, and ``kept``
+    how many it held in weights, gradients and the optimizer's averages when its backward pass ended.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Tensor]
+    sent: int
+    kept: int
+
+
+def rows_of_rank(
+    batch: Num[Tensor, "n_rows ..."], group: dist.ProcessGroup | None = None
+) -> Num[Tensor, "n_own ..."]:
+    """Return the rows of this rank: every n-th, for n ranks. Others than n equal shares are refused."""
+    rank, size = place_in_group(group)
+    if not len(batch) or len(batch) % size:
+        expected = f"a multiple of {size} rows, so that each of {size} ranks has as many"
+        raise ValueError(f"batch: expected {expected}, got {len(batch)}")
+    return batch[rank::size]
+
+
+def sum_over_ranks(number: int, group: dist.ProcessGroup | None = None) -> int:
+    """Return the sum of whole numbers, one of each rank, such as its number of targets."""
+    place_in_group(group)
+    check_whole("number", number, -(2**63), 2**63 - 1)
+    total = torch.tensor(number)
+    dist.all_reduce(total, group=group)
+    return int(total)
+
+
+# %% tags=["engine"]
+#| export
+class _SchemeModel:
+    """A model and an optimizer under one scheme, behind the same few calls for all of them."""
+
+    def __init__(self, scheme: str, config: ModelConfig, rate: float, reduction: Any, seed: int):
+        rank, self.size = place_in_group()
+        seed_everything(seed if scheme == "all_reduce" else seed + rank)
+        self.scheme, self.model = scheme, TransformerLM(config)
+        self.forward: Callable[..., Any] = self.model
+        if scheme == "data_parallel":
+            self.forward = DataParallel(self.model, 2**18, reduction)
+        elif scheme == "one_process_bf16":
+            self.forward = self._rounded
+        elif scheme.startswith("full"):
+            dtype = torch.bfloat16 if scheme == "full_bf16" else None
+            shard_model(self.model, compute_dtype=dtype)
+        groups = parameter_groups(self.model, 0.1)
+        build: Any = ShardedOptimizer if scheme == "zero1" else _without_ranks
+        self.optimizer = build(groups, AdamW, lr=rate)
+
+    def _rounded(self, ids: Tensor) -> Tensor:
+        weights = {name: p.bfloat16() for name, p in self.model.named_parameters()}
+        return torch.func.functional_call(self.model, weights, (ids,))
+
+    def accumulating(self, more: bool) -> Any:
+        """What a backward pass runs in, if ``more`` of them follow before the step."""
+        wrapped = more and isinstance(self.forward, DataParallel)
+        return self.forward.no_sync() if wrapped else nullcontext()  # type: ignore[attr-defined]
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Exchange what was not, clip, and return the norm before."""
+        if self.scheme == "all_reduce":
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            flat = torch.cat([grad.flatten() for grad in grads])
+            all_reduce_ring(flat)
+            for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                grad.copy_(total.view_as(grad))
+        if self.scheme == "zero1":
+            return self.optimizer.clip_gradients(max_norm)
+        if self.scheme.startswith("full"):
+            return clip_sharded_gradients(self.model.parameters(), max_norm)
+        return clip_gradients(self.model.parameters(), max_norm)
+
+
+def _without_ranks(groups: Any, build: Any, **options: Any) -> Any:
+    return build(groups, **options)
+
+
+# %% tags=["engine"]
+#| export
+class _SchemeModel(_SchemeModel):  # continued
+    def kept(self) -> int:
+        """Bytes of weights, gradients and averages that this rank holds now."""
+        weights = list(self.model.parameters())
+        held = [p.nbytes for p in weights] + [p.grad.nbytes for p in weights if p.grad is not None]
+        optimizer = self.optimizer.optimizer if self.scheme == "zero1" else self.optimizer
+        averages = (t for state in optimizer.state.values() for t in state.values() if t.ndim)
+        return sum(held) + sum(t.nbytes for t in averages)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Whole copies of the weights."""
+        sharded = self.scheme.startswith("full")
+        found = full_state_dict(self.model) if sharded else self.model.state_dict()
+        return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+# %% tags=["engine"]
+#| export
+def run_scheme(
+    scheme: Scheme,
+    config: ModelConfig,
+    batches: Sequence[tuple[Int64[Tensor, "rows length"], Int64[Tensor, "rows length"]]],
+    *,
+    micro_batches: int = 2,
+    shares: int | None = None,
+    learning_rate: float = 1e-3,
+    max_norm: float = 1.0,
+    reduction: Literal["sum", "mean"] = "sum",
+    seed: int = 0,
+) -> SchemeRun:
+    """Train a new model on ``batches`` of all ranks, inputs and targets; call it in each rank.
+
+    Rank r of n takes every n-th row, in ``micro_batches`` parts; the loss is the mean over all
+    targets. "one_process" is for one rank, which takes the parts of ``shares`` ranks one after
+    the other; with "_bf16", products are of weights rounded to 16 bits. ``reduction`` is that of
+    ``DataParallel``: "mean" is wrong here, to see what finds it.
+    """
+    check_choice("scheme", scheme, ("one_process", "one_process_bf16", *SCHEMES))
+    check_at_least(micro_batches=(1, micro_batches), shares=(1, shares), seed=(0, seed))
+    _, size = place_in_group()
+    if scheme.startswith("one_process") and size > 1:
+        raise ValueError(f"scheme: expected one for {size} ranks, got {scheme!r}")
+    check_agreed(batches=len(batches), rows=sum(len(x) for x, _ in batches))
+    run = _SchemeModel(scheme, config, learning_rate, reduction, seed)
+    losses, norms, sent, kept = [], [], 0, 0
+    for inputs, targets in batches:
+        rows = zip(
+            *(_parts(rows_of_rank(t), shares or 1, micro_batches) for t in (inputs, targets))
+        )
+        parts = list(rows)
+        count = sum_over_ranks(sum(int((t != -100).sum()) for _, t in parts))
+        loss = torch.zeros(())
+        with ByteCounter() as traffic:
+            for number, (x, t) in enumerate(parts, 1):
+                with run.accumulating(number < len(parts)):
+                    part = cross_entropy(run.forward(x), t, reduction="sum") / count
+                    part.backward()
+                loss += part.detach()
+            kept = run.kept()
+            norms.append(run.clip(max_norm).item())
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        sent = traffic.sent
+        dist.all_reduce(loss)
+        losses.append(loss.item())
+    return SchemeRun(losses, norms, run.weights(), sent, kept)
+
+
+def _parts(rows: Tensor, shares: int, micro_batches: int) -> list[Tensor]:
+    """The micro-batches of each share in turn."""
+    if len(rows) % (shares * micro_batches):
+        expected = f"a multiple of {shares * micro_batches} rows for each rank"
+        raise ValueError(f"micro_batches: expected {expected}, got {len(rows)} rows")
+    return [part for share in range(shares) for part in rows[share::shares].chunk(micro_batches)]
+
+
+# %% tags=["engine"]
+#| export
+def scheme_bytes(scheme: Scheme, model: nn.Module, world_size: int, micro_batches: int = 1) -> int:
+    """Return what a rank sends in a step of ``run_scheme``, in bytes, by the formulas.
+
+    Weights are of 4 bytes; ``model`` is whole. Beside them travel, where a scheme needs it, a mark
+    for each tensor, the norm, and buffers.
+    """
+    check_choice("scheme", scheme, SCHEMES)
+    check_at_least(world_size=(1, world_size), micro_batches=(1, micro_batches))
+    n, shapes = world_size, [p.shape for p in model.parameters()]
+    total, tensors = sum(shape.numel() for shape in shapes), len(shapes)
+    share = -(-total // n)
+    padded = sum(-(-shape[0] // n) * n * shape[1:].numel() for shape in shapes)
+    if scheme == "all_reduce":
+        return 2 * (n - 1) * 4 * share
+    if scheme == "data_parallel":
+        buffers = sum(buffer.nbytes for buffer in model.buffers())
+        return round(2 * (n - 1) / n * 4 * (total + tensors) + (n - 1) / n * buffers)
+    if scheme == "zero1":
+        return 2 * (n - 1) * 4 * share + round(2 * (n - 1) / n * 4 * (tensors + 1))
+    gathered = 2 if scheme == "full_bf16" else 4
+    each = (n - 1) * padded // n * (2 * gathered + 4)
+    return micro_batches * each + round(2 * (n - 1) / n * 4)
+
+
+def worst_difference(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> tuple[str, float]:
+    """Return the tensor that differs most, and by how much of its largest number.
+
+    The same names and shapes are expected, and anything but a finite number is a difference of
+    infinity.
+    """
+    if not found or found.keys() != expected.keys():
+        odd = sorted(found.keys() ^ expected.keys())
+        raise ValueError(f"found: expected the names of expected, got other ones: {odd}")
+    differences = {}
+    for name, right in expected.items():
+        if found[name].shape != right.shape:
+            got = f"{tuple(found[name].shape)} for {name}"
+            raise ValueError(f"found: expected shape {tuple(right.shape)}, got {got}")
+        scale = right.abs().max().double().clamp(min=torch.finfo(torch.float32).tiny)
+        by = ((found[name].double() - right.double()).abs().max() / scale).item()
+        differences[name] = by if math.isfinite(by) else math.inf
+    name = max(differences, key=lambda name: differences[name])
+    return name, differences[name]
+
+
+# %% tags=["engine"]
+#| export
+class PredictedScheme(NamedTuple):
+    """Bytes on each GPU for a model's state, and bytes that each sends in a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    sent: float
+
+    @property
+    def kept(self) -> float:
+        """All of the state: weights, gradients, and what the optimizer keeps."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def predict_scheme(
+    scheme: Literal["data_parallel", "zero1", "zero2", "full"],
+    n_parameters: int,
+    world_size: int,
+    *,
+    precision: Literal["float32", "mixed"] = "mixed",
+    reduce_bytes: int | None = None,
+    micro_batches: int = 1,
+) -> PredictedScheme:
+    """Return memory and traffic of a model of ``n_parameters`` on ``world_size`` GPUs, by formula.
+
+    "mixed" is that of ZeRO: weights and gradients of 2 bytes, and 12 for the optimizer (weights and
+    two averages in float32). ``reduce_bytes`` is the size of a gradient on its way, if another.
+    "full" gathers and reduces for each of ``micro_batches``, the others reduce once. Left out are
+    activations, and the unit that "full" has gathered. (Rajbhandari et al. 2020, sections 5, 7.)
+
+    >>> predicted = predict_scheme("zero1", 7_500_000_000, 64)
+    >>> round(predicted.kept / 1e9, 1), round(predicted.sent / 1e9, 1)  # in GB
+    (31.4, 29.5)
+    """
+    stages = ("data_parallel", "zero1", "zero2", "full")
+    check_choice("scheme", scheme, stages)
+    check_choice("precision", precision, ("float32", "mixed"))
+    check_whole("n_parameters", n_parameters, 1)
+    check_whole("world_size", world_size, 1)
+    check_at_least(reduce_bytes=(1, reduce_bytes), micro_batches=(1, micro_batches))
+    weight, gradient, state = (4, 4, 8) if precision == "float32" else (2, 2, 12)
+    stage, share = stages.index(scheme), n_parameters / world_size
+    sent = gradient if reduce_bytes is None else reduce_bytes
+    moved = {0: 2 * sent, 3: micro_batches * (2 * weight + sent)}.get(stage, sent + weight)
+    return PredictedScheme(
+        weights=weight * (share if stage >= 3 else n_parameters),
+        gradients=gradient * (share if stage >= 2 else n_parameters),
+        optimizer=state * (share if stage >= 1 else n_parameters),
+        sent=moved * share * (world_size - 1),
+    )
