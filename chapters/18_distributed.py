@@ -58,8 +58,9 @@ from torch.utils._pytree import tree_leaves
 #
 # Two processes train one model. Each has a copy of it, reads its own half of every batch, and
 # computes the gradient of its mean loss. Then they average their gradients, so that both take the
-# same step and the copies stay equal. This is {term}`data parallelism`, and in code it is one line
-# more than before:
+# same step and the copies stay equal. This is *data parallelism*. In code it is two lines more than
+# training in one process: `all_reduce` adds up a tensor over all processes, and a division makes
+# that a mean. Each process has a number, its *rank*, by which it chooses its rows:
 
 # %% tags=["engine"]
 #| export
@@ -70,22 +71,25 @@ from llmbook.model import ModelConfig, TransformerLM
 from llmbook.optimization import AdamW, clip_gradients, cross_entropy, parameter_groups
 
 # %%
-import matplotlib.pyplot as plt
+from functools import partial
 
+import matplotlib.pyplot as plt
+import numpy as np
+
+from llmbook.model import count_parameters
 from llmbook.tinyworld import TinyWorld
 
 plt.style.use("llmbook.book")
 text = " ".join(story.text for story in TinyWorld().stories(300, 0)).encode()
-rows = torch.tensor(list(text))[: 1280 * 33].view(1280, 33)
-config = ModelConfig(vocab_size=256, d_model=32, n_layers=2, n_heads=2, context_length=32)
+rows = torch.tensor(list(text))[: 1280 * 25].view(1280, 25)
+config = ModelConfig(vocab_size=256, d_model=32, n_layers=2, n_heads=2, context_length=24)
 
 
-def my_rows(step: int) -> tuple[Tensor, Tensor]:
-    rank = dist.get_rank()
+def rows_at(step: int, rank: int) -> tuple[Tensor, Tensor]:
     mine = rows[16 * step : 16 * step + 16][rank::2]
     targets = mine[:, 1:].clone()
     if rank == 1:
-        targets[:, :-8] = -100  # questions: only the last 8 bytes, the answer, are targets
+        targets[:, :-8] = -100  # a prompt: only the last 8 bytes, the answer, are targets
     return mine[:, :-1], targets
 
 
@@ -94,7 +98,7 @@ def train(n_steps: int) -> list[float]:
     model, losses = TransformerLM(config), []
     optimizer = AdamW(model.parameters(), lr=0.005)
     for step in range(n_steps):
-        inputs, targets = my_rows(step)
+        inputs, targets = rows_at(step, dist.get_rank())
         loss = cross_entropy(model(inputs), targets)  # the mean over the targets of this rank
         loss.backward()
         for weight in model.parameters():
@@ -107,8 +111,10 @@ def train(n_steps: int) -> list[float]:
 
 
 # %% [markdown]
-# {py:func}`~llmbook.distributed.launch`, which is written below, starts two processes that run this
-# function and returns what it returned in each:
+# The batches are not alike. Rank 0 has plain text, with 24 targets in each row; rank 1 has prompts
+# with answers, and only the 8 bytes of an answer are targets. Our function
+# {py:func}`~llmbook.distributed.launch` runs `train` in two processes and returns what it returned
+# in each.
 
 # %% [markdown]
 # ### Engine room: how processes start, fail and end together
@@ -402,11 +408,99 @@ def launch(
 # ### It trains
 
 # %%
-losses = launch(train, 2, 80)
-for rank, found in enumerate(losses):
-    start, last = found[0], sum(found[-8:]) / 8
-    print(f"rank {rank}: loss {start:.1f} at first, below {math.ceil(2 * last) / 2:.1f} at the end")
-    assert last < 0.6 * start
+for rank, found in enumerate(launch(train, 2, 80)):
+    last = sum(found[-8:]) / 8
+    print(f"rank {rank}: loss {found[0]:.1f} at first, below {math.ceil(2 * last) / 2} at the end")
+    assert last < 0.6 * found[0]
+
+# %% [markdown]
+# The curve looks right, so who would look further? Let $s_r$ be the gradient of the loss *summed*
+# over the targets of rank $r$, and $n_r$ their number. The gradient of the mean loss over all
+# targets is $(s_0 + s_1) / (n_0 + n_1)$. What the two processes used is the mean of two means,
+#
+# $$
+# \frac{1}{2} \Bigl( \frac{s_0}{n_0} + \frac{s_1}{n_1} \Bigr) ,
+# $$ (distributed-mean-of-means)
+#
+# in which a target of rank $r$ has the weight $1 / (2 n_r)$. To see it in the run itself, we take the
+# gradient that it used, and ask how much of $s_0$ and of $s_1$ is in it:
+
+
+# %%
+def gradient(reduction: str) -> Tensor:
+    seed_everything(0)
+    model = TransformerLM(config)
+    inputs, targets = rows_at(0, dist.get_rank())
+    cross_entropy(model(inputs), targets, reduction=reduction).backward()
+    return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+
+used = sum(launch(gradient, 2, "mean")) / 2
+sums = torch.stack(launch(gradient, 2, "sum"), dim=1)
+counts = [int((rows_at(0, rank)[1] != -100).sum()) for rank in (0, 1)]
+shares = torch.linalg.lstsq(sums, used[:, None]).solution.flatten() * sum(counts)
+for rank in (0, 1):
+    print(f"rank {rank}: {counts[rank]:3} targets, each counts {shares[rank]:.2f} times")
+
+# %% [markdown]
+# Every target of the short batch pulls twice as hard as it should. Nothing fails, because a wrong
+# weighting is still a weighting, and the loss of either rank can fall. Widely used trainers had this
+# error for years, over ranks and over accumulated micro-batches
+# ([transformers#34191](https://github.com/huggingface/transformers/pull/34191),
+# [#34242](https://github.com/huggingface/transformers/issues/34242)). So we do not trust a curve. We
+# compare with one process, number by number, after we know what moves between processes and at
+# what cost.
+#
+# ## Processes, ranks, collectives
+#
+# A *collective* is an operation that all ranks of a group call together, each with a tensor of its
+# own. Five of them, on two ranks that hold the numbers 1 and 2:
+
+
+# %%
+def collectives() -> list[tuple[str, list[float]]]:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    mine, results = torch.tensor([rank + 1.0]), []
+    for name in ("broadcast", "all_reduce", "all_gather", "gather", "scatter"):
+        x, parts = mine.clone(), [torch.zeros(1) for _ in range(size)]
+        if name == "all_gather":
+            dist.all_gather(parts, x)
+        elif name == "gather":
+            dist.gather(x, parts if rank == 0 else None)
+        elif name == "scatter":
+            dist.scatter(x, [10 * mine, 20 * mine] if rank == 0 else None)
+        else:
+            getattr(dist, name)(x, **({"src": 0} if name == "broadcast" else {}))
+        results.append((name, (torch.cat(parts) if "gather" in name else x).tolist()))
+    return results
+
+
+for (name, first), (_, second) in zip(*launch(collectives, 2), strict=True):
+    print(f"{name:12} rank 0 has {first!s:12} rank 1 has {second}")
+
+# %% [markdown]
+# Rank 0 is the root of the rooted ones: what it has is broadcast or scattered, and what the others
+# have is gathered there. A sixth, *reduce-scatter*, sums like `all_reduce` but leaves each rank
+# with one part of the sum. There is one rule that no compiler checks: all ranks must call the same
+# collectives in the same order. A rank that leaves one out leaves the others waiting. Our `launch`
+# ends such a run after its timeout, and says who waited in which collective:
+
+
+# %%
+def unequal() -> None:
+    for _ in range(3 - dist.get_rank()):  # rank 1 has one batch less
+        dist.all_reduce(torch.ones(1))
+
+
+try:
+    launch(unequal, 2, timeout=1)
+except RankError as error:
+    print("\n".join(str(error).splitlines()[:2]))
+
+# %% [markdown]
+# The sum is the safe reduction. An average, `ReduceOp.AVG`, is not known to all backends, and some
+# versions of gloo, the one for processors without a GPU, computed it wrongly without a word
+# ([pytorch#162338](https://github.com/pytorch/pytorch/issues/162338)). This book sums and divides.
 
 # %% [markdown]
 # ### Engine room: counting what is sent, and agreeing before work begins
@@ -534,7 +628,10 @@ def check_agreed(group: dist.ProcessGroup | None = None, **numbers: int) -> None
 # %% [markdown]
 # ## A ring
 #
-# RINGPROSE
+# How does a sum of $b$ bytes reach all of $n$ ranks? If all send their tensor to rank 0, it receives
+# $(n - 1) b$ bytes, adds, and sends as many: with a thousand ranks, a thousand times the time. A ring
+# keeps all lines busy at once, and no rank sends more than $2b$ {cite}`patarasuk2009bandwidth`. Each rank
+# sends only to the next one, and receives only from the one before:
 
 
 # %%
@@ -552,7 +649,11 @@ def pass_on(
 
 
 # %% [markdown]
-# RS
+# Cut the tensor into $n$ parts. In each step, a rank passes on one part, and adds what arrives to its
+# own copy of the part that arrives. A part travels once around the ring and gathers the
+# contributions; after $n - 1$ steps each rank holds one part of the sum, complete. That is the
+# reduce-scatter. Then the complete parts travel around once more, and each rank copies them, which
+# is an all-gather:
 
 
 # %%
@@ -583,7 +684,23 @@ def all_gather_ring(
 
 
 # %% [markdown]
-# AR
+# ```{figure} ../figures/distributed-ring.svg
+# :name: fig-distributed-ring
+# :alt: Three rows, one for each rank, and five columns, one for each state. At first each rank has three parts of its own. After two steps of reduce-scatter each rank has one part to which all three have contributed, after two more steps of all-gather each rank has all three.
+#
+# A ring of three ranks. Each cell is a part of the tensor, and names the ranks whose numbers are in
+# it. Arrows lead to the next rank; from the last, back to the first.
+# ```
+#
+# Each of the two takes $n - 1$ steps, and a rank sends $b / n$ bytes in each. An all-reduce is one
+# after the other, so a rank sends
+#
+# $$
+# 2 (n - 1) \cdot \frac{b}{n} = \frac{2 (n - 1)}{n} \, b
+# $$ (distributed-ring)
+#
+# bytes, and less than $2b$ for any number of ranks. What grows with $n$ is the number of steps, and
+# with it the waiting for the first byte of each message; for small tensors, other ways are faster.
 
 
 # %%
@@ -606,6 +723,121 @@ def all_reduce_ring(x: Num[Tensor, "*shape"], group: dist.ProcessGroup | None = 
 def _check_parts(parts: Tensor, size: int) -> None:
     if len(parts) != size:
         raise ValueError(f"parts: expected one part for each of {size} ranks, got {len(parts)}")
+
+
+# %% [markdown]
+# All ranks end with the *same bits*, since each part was added up once and then copied. The order of
+# the additions differs from one part to the next, so the bits differ from those of a sum in order.
+# {py:class}`~llmbook.distributed.ByteCounter` counts what a rank hands to the network:
+
+
+# %%
+def ring(n_numbers: int) -> tuple[int, bool]:
+    x = torch.randn(n_numbers, generator=torch.Generator().manual_seed(dist.get_rank()))
+    right = x.clone()
+    dist.all_reduce(right)
+    with ByteCounter() as traffic:
+        all_reduce_ring(x)
+    return traffic.sent, torch.allclose(x, right, atol=1e-5)
+
+
+for n in (2, 3, 4):
+    found = launch(ring, n, 120_000)
+    assert all(same for _, same in found) and len(set(found)) == 1
+    print(f"{n} ranks: {found[0][0]:,} of {480_000:,} bytes, formula {960_000 * (n - 1) // n:,}")
+
+# %% [markdown]
+# ## The mean over tokens, done right
+#
+# Now the gradient of the opening can be mended. The sum of the losses over all targets is a plain
+# sum, over ranks and over the micro-batches that each rank accumulates, and so is its gradient. The
+# only number that every rank needs of the others is the denominator: how many targets there are in
+# all. One `all_reduce` of one number finds it *before* the first backward pass. We compare three
+# recipes, each with four micro-batches on each of two ranks, with one process that reads all rows at
+# once:
+
+
+# %%
+def gradient_by(recipe: str) -> Tensor:
+    seed_everything(0)
+    model = TransformerLM(config)
+    inputs, targets = rows_at(0, dist.get_rank())
+    n_all = sum_over_ranks(int((targets != -100).sum()))
+    for x, t in zip(inputs.chunk(4), targets.chunk(4), strict=True):
+        if recipe == "mean of means":
+            loss = cross_entropy(model(x), t) / 4
+        else:
+            loss = cross_entropy(model(x), t, reduction="sum") / n_all
+        loss.backward()
+    total = torch.cat([weight.grad.flatten() for weight in model.parameters()])
+    all_reduce_ring(total)
+    return total if recipe == "sum over all" else total / dist.get_world_size()
+
+
+right = sums.sum(dim=1) / sum(counts)
+for recipe in ("mean of means", "sum over all, then averaged", "sum over all"):
+    found = launch(gradient_by, 2, recipe)[0]
+    error = ((found - right).norm() / right.norm()).item()
+    print(f"{recipe:28} {f'off by {error:.0%}' if error > 1e-3 else 'equal to one process'}")
+
+# %% [markdown]
+# The last equals one process up to rounding (we demand a millionth, relative to the norm). The one
+# before is the second famous factor of two: a loss that was already divided by the targets of all
+# ranks, in a wrapper that *averages* gradients, as torch's does. Multiplied by the number of ranks
+# it is right again. With AdamW, nobody would see it in the curve, because Adam divides each gradient
+# by its own size. It shows in the gradient norm, and so in how often clipping strikes.
+#
+# A rank without targets is no problem for this mean; it contributes zero. A rank without a *batch*
+# is: the others wait for it. So our functions compare over ranks what decides about collectives, the
+# number of micro-batches for example, and all ranks raise the same error
+# ({py:func}`~llmbook.distributed.check_agreed`).
+#
+# ## While the backward pass still runs
+#
+# The gradient of the last layer is ready long before that of the first. Why wait? A hook that
+# runs when a gradient is complete can start its sum over ranks, and the network works while the
+# processor goes on:
+
+
+# %%
+def exchange_early(model: nn.Module) -> list[tuple[nn.Parameter, Any]]:
+    under_way = []
+
+    def send(weight: nn.Parameter) -> None:
+        under_way.append((weight, dist.all_reduce(weight.grad, async_op=True)))
+
+    for weight in model.parameters():
+        weight.register_post_accumulate_grad_hook(send)
+    return under_way  # to be waited for before the step
+
+
+# %% [markdown]
+# An asynchronous collective returns a handle at once; its tensor may be used only after `wait`.
+# This is the whole idea of {py:class}`~llmbook.distributed.DataParallel`, and five things are
+# missing {cite}`li2020pytorch`:
+#
+# - Hundreds of small messages are slow, so gradients share *buckets*. One is sent when it is full,
+#   the last layers first.
+# - The order in which gradients become ready may differ between ranks, while the order of
+#   collectives must not. So a bucket waits until those before it have been sent.
+# - A weight that is used twice, as a tied embedding is, has one gradient, complete after both uses.
+#   A frozen weight has none. A weight that was not used on this rank, such as an expert without
+#   tokens, may have been used on another. So at the end of the backward pass the buckets that are
+#   not full are sent with zeros. A mark for each weight, summed like the gradients, says whether any
+#   rank had a gradient: if none had, the optimizer must leave the weight alone, as it does in one
+#   process.
+# - Copies that do not begin equal never become equal. Rank 0 broadcasts its weights at the start,
+#   and its buffers before each forward pass.
+# - Accumulating needs no exchange before the last micro-batch. `no_sync` switches it off, and it
+#   has to enclose the *forward* pass, too, because that is where torch's wrapper and ours decide. A
+#   backward pass alone inside of it is exchanged in full, which costs nothing but time, so nobody
+#   notices.
+#
+# Gradients are clipped after the exchange, by the norm of the sum; the norm of one rank's part is
+# another number.
+
+# %% [markdown]
+# ### Engine room: buckets, marks, and gradients that were summed already
 
 
 # %% tags=["engine"]
@@ -677,7 +909,8 @@ class DataParallel(nn.Module):
         self.buckets = [_Bucket(some) for some in _in_buckets(module, bucket_bytes)]
         #: How many buckets were under way before the last backward pass had ended.
         self.sent_early = 0
-        self._exchanges, self._armed, self._ending, self._next = True, False, False, 0
+        self._exchanges, self._local, self._armed = True, False, False
+        self._ending, self._next = False, 0
         self._summed: dict[nn.Parameter, Tensor] = {}
         self._bucket_of = {p: b for b in self.buckets for p in b.parameters}
         for tensor in (*module.parameters(), *module.buffers()):
@@ -691,8 +924,9 @@ class DataParallel(nn.Module):
 class DataParallel(DataParallel):  # continued
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """Call the module; what it returns leads to gradients that are exchanged."""
-        self._armed = self._exchanges and torch.is_grad_enabled()
-        if self._armed:
+        if torch.is_grad_enabled():
+            self._armed, self._local = self._exchanges, not self._exchanges
+        if self._armed and torch.is_grad_enabled():
             self._check_not_summed()
             for buffer in self.module.buffers():
                 dist.broadcast(buffer, group=self.group, group_src=0)
@@ -713,6 +947,11 @@ class DataParallel(DataParallel):  # continued
     def _arrived(self, parameter: nn.Parameter) -> None:
         """Note that the gradient is there, and send what is complete, in the same order on all."""
         if not self._armed:
+            if not self._local:
+                expected = "a forward pass through DataParallel before each backward pass"
+                raise RuntimeError(
+                    f"module: expected {expected}, got one through the module inside"
+                )
             return
         if not self._ending:
             self._ending = True
@@ -729,7 +968,7 @@ class DataParallel(DataParallel):  # continued
             bucket.send(self.group)
         for number, bucket in enumerate(self.buckets, 1):
             bucket.receive(f"bucket {number} of {len(self.buckets)} of DataParallel", self.scale)
-        self._armed, self._ending, self._next = False, False, 0
+        self._armed, self._local, self._ending, self._next = False, False, False, 0
         self._summed = {p: p.grad for p in self._bucket_of if p.grad is not None}
 
 
@@ -765,6 +1004,98 @@ def check_agreed_parameters(module: nn.Module, group: dist.ProcessGroup | None =
         (n, tuple(p.shape), str(p.dtype)) for n, p in module.named_parameters() if p.requires_grad
     ]
     check_agreed(group, parameters_to_train=len(told), shapes=zlib.crc32(repr(told).encode()))
+
+
+# %% [markdown]
+# ### How much goes out early
+#
+# How many buckets are under way when the last gradient has been computed?
+
+
+# %%
+def early(bucket_bytes: int) -> tuple[int, int, int]:
+    model = DataParallel(TransformerLM(config), bucket_bytes)
+    inputs, targets = rows_at(0, dist.get_rank())
+    with ByteCounter() as traffic:
+        cross_entropy(model(inputs), targets, reduction="sum").backward()
+    return len(model.buckets), model.sent_early, traffic.sent
+
+
+for kib in (8, 32, 1024):
+    n, sent_early, sent = launch(early, 2, kib * 1024)[0]
+    print(f"at most {kib:4} KiB: {sent_early:2} of {n:2} buckets out early, {sent:,} bytes sent")
+
+# %% [markdown]
+# Only one bucket at a time is left to wait for at the end, so small buckets hide more of the
+# exchange, and large ones have less overhead. Torch's default of 25 MiB is a compromise for models
+# a thousand times as large as this one.
+#
+# ## Less memory: shard the optimizer, then everything
+#
+# All copies are equal, and that is a waste. Of the 16 bytes that AdamW keeps for each weight in
+# float32, the weight itself has 4, its gradient 4, and the two averages 8. ZeRO removes the copies
+# in stages {cite}`rajbhandari2020zero`.
+#
+# **Stage 1** divides the optimizer. Rank $r$ updates only its $n$-th of the weights, so it needs
+# only that part of the summed gradient: a reduce-scatter instead of an all-reduce. Afterwards all
+# ranks need all new weights: an all-gather. These are the two halves of {eq}`distributed-ring`, with
+# the step in between, so the traffic is that of plain data parallelism, for a fraction of the
+# memory. It works for optimizers that treat each number by itself. Muon, which needs whole matrices,
+# would have to gather them.
+#
+# **Stage 3**, full sharding, divides the weights as well. Before a block computes, its weights are
+# gathered; afterwards they are freed; the backward pass gathers them again. What is the gradient
+# of a gather? Every rank computes with all of $w = (w_0, \dots, w_{n-1})$, so the total loss is a
+# sum over ranks $q$ of losses $\ell_q(w)$, and
+#
+# $$
+# \frac{\partial}{\partial w_r} \sum_q \ell_q(w) = \sum_q \Bigl( \frac{\partial \ell_q}{\partial w} \Bigr)_r .
+# $$ (distributed-gather)
+#
+# Sum over ranks, and keep part $r$. That is a reduce-scatter, and so full sharding is hardly more
+# than one function with its derivative:
+
+
+# %%
+class Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        return all_gather_ring(part).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return reduce_scatter_ring(gradient.unflatten(0, (dist.get_world_size(), -1)))
+
+
+def sharded_layer() -> float:
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    whole, x = torch.randn(6, 4, requires_grad=True), torch.randn(2, 5, 4)
+    (x.reshape(10, 4) @ whole.T).square().sum().backward()  # one process, both batches
+    part = whole.detach().chunk(2)[rank].requires_grad_()
+    (x[rank] @ Gather.apply(part).T).square().sum().backward()
+    return (part.grad - whole.grad.chunk(2)[rank]).abs().max().item()
+
+
+assert max(launch(sharded_layer, 2)) < 1e-4
+print("each rank holds the gradient of its own rows, summed over both")
+
+# %% [markdown]
+# Autograd would keep the gathered weight until the backward pass, and with it all memory that was
+# to be saved. {py:func}`~llmbook.distributed.shard_model` hands autograd a note in its place, which
+# weight of which block, and gathers again when the note is read. Each weight is gathered twice and
+# reduced once: $3 (n - 1) / n$ times its bytes, half as much again as before, and in *every*
+# micro-batch. 16-bit weights halve the two gathers. The rows that the optimizer sees stay in
+# float32, and gradients are summed in float32, so rounding does not pile up over ranks.
+
+# %% [markdown]
+# ### Engine room: an optimizer in shares, and a model in rows
+
+# %% [markdown] tags=["engine"]
+# The optimizer lays all parameters end to end in one vector and cuts it in n equal shares. A cut may
+# go through a tensor, so what AdamW gets are *pieces*: vectors that are views of the share, in the
+# groups of the tensors they come from. A tensor that has a gradient on no rank has none in its
+# pieces, and its decay and its count of steps stay as in one process.
 
 
 # %% tags=["engine"]
@@ -922,6 +1253,12 @@ def clip_sharded_gradients(
     for grad in grads:
         grad.mul_(scale.to(grad.dtype))
     return norm
+
+
+# %% [markdown] tags=["engine"]
+# The model is cut by rows instead, as FSDP2 does, and each row part stays under its name with its
+# number of dimensions. So what is built on the model afterwards, decay by shape for example, works
+# as before. A number of rows that n does not divide is filled up with zeros for the journey.
 
 
 # %% tags=["engine"]
@@ -1294,10 +1631,8 @@ def run_scheme(
     run = _SchemeModel(scheme, config, learning_rate, reduction, seed)
     losses, norms, sent, kept = [], [], 0, 0
     for inputs, targets in batches:
-        rows = zip(
-            *(_parts(rows_of_rank(t), shares or 1, micro_batches) for t in (inputs, targets))
-        )
-        parts = list(rows)
+        both = [_parts(rows_of_rank(t), shares or 1, micro_batches) for t in (inputs, targets)]
+        parts = list(zip(*both, strict=True))
         count = sum_over_ranks(sum(int((t != -100).sum()) for _, t in parts))
         loss = torch.zeros(())
         with ByteCounter() as traffic:
@@ -1373,6 +1708,69 @@ def worst_difference(
     return name, differences[name]
 
 
+# %% [markdown]
+# ## One table
+#
+# Now everything is held against one process. A small model trains for four steps by each scheme, on
+# two and on four ranks, in the setting of the opening: half of the ranks have three times as many
+# targets as the others. Each rank has two micro-batches, there is weight decay, and gradients are
+# clipped. The function `scheme_bytes` has the formulas to the byte. For $P$ weights they come to $2 (n - 1)/n
+# \cdot 4P$ bytes for the first three schemes. With $m$ micro-batches, full sharding sends $m (n -
+# 1)/n \cdot 12 P$, or $8P$ in place of $12P$ with 16-bit weights. A few bytes come on top, for marks,
+# buffers, and the norm.
+
+# %%
+batches = []
+for step in range(4):
+    pairs = zip(rows_at(step, 0), rows_at(step, 1), strict=True)
+    batches.append(tuple(torch.stack(pair, dim=1).flatten(0, 1) for pair in pairs))
+control = launch(run_scheme, 1, "one_process", config, batches)[0]
+table = {}
+for n in (2, 4):
+    rounded = launch(partial(run_scheme, shares=n), 1, "one_process_bf16", config, batches)[0]
+    for scheme in SCHEMES:
+        found = launch(run_scheme, n, scheme, config, batches)
+        expected = rounded if scheme == "full_bf16" else control
+        assert worst_difference(found[0].weights, expected.weights)[1] < 1e-3
+        assert np.allclose(found[-1].norms, expected.norms, rtol=1e-5)
+        assert all(
+            torch.equal(found[0].weights[k], run.weights[k]) for run in found for k in run.weights
+        )
+        table[scheme, n] = [run.sent for run in found], found[0].kept
+
+whole, n_weights = TransformerLM(config), count_parameters(config)
+print("scheme         ranks   bytes sent     formula   bytes kept per weight")
+for (scheme, n), (sent, kept) in table.items():
+    formula = scheme_bytes(scheme, whole, n, micro_batches=2)
+    assert set(sent) == {formula}
+    print(f"{scheme:14}{n:6}{sent[0]:13,}{formula:12,}{kept / n_weights:24.1f}")
+
+# %% [markdown]
+# What a rank sent is the formula, to the byte, in all ten runs. All ranks end with the same bits. The
+# gradient norms of all steps equal those of one process to five digits, and the weights differ by
+# less than a thousandth of the largest in their tensor. (Why not by a millionth? Adam divides
+# each gradient by its own size, so where it is nearly zero, rounding decides the direction of a
+# whole step.) Full sharding in 16 bits is held against one process whose products round the weights to 16
+# bits; against float32, it differs by what chapter 15 found for that format.
+#
+# What is kept falls as it should. Plain data parallelism has 16 bytes for each weight on any number
+# of ranks. With stage 1, the 8 bytes of the averages become $8/n$, and with full sharding all 16
+# become $16/n$. On gloo, torch's own reduce-scatter sends twice our count, because it
+# reduces everything and drops a part; the ring sends what the formula says.
+
+# %% [markdown]
+# ## Eight, 64, 1,024 GPUs
+#
+# The formulas do not end at four ranks. {py:func}`~llmbook.distributed.predict_scheme` takes them to
+# any number, with ZeRO's bytes for a weight in mixed precision: 2 for the weight, 2 for its
+# gradient, and 12 for the optimizer, which keeps a float32 copy. Here is a model of 8 billion
+# weights. Activations come on top, and so do the blocks that full sharding has gathered at the
+# moment:
+
+# %% [markdown]
+# ### Engine room: the formulas for any number of GPUs
+
+
 # %% tags=["engine"]
 #| export
 class PredictedScheme(NamedTuple):
@@ -1425,3 +1823,230 @@ def predict_scheme(
         optimizer=state * (share if stage >= 1 else n_parameters),
         sent=moved * share * (world_size - 1),
     )
+
+
+# %% [markdown]
+# ### The table
+
+# %%
+n_weights = count_parameters(ModelConfig.preset("llama3-8b"))
+print("                 GB kept on each GPU      GB sent by each in a step")
+print("GPUs                8      64   1,024         8      64   1,024")
+for scheme in ("data_parallel", "zero1", "zero2", "full"):
+    predicted = [predict_scheme(scheme, n_weights, n) for n in (8, 64, 1024)]
+    kept = "".join(f"{p.kept / 1e9:8.1f}" for p in predicted)
+    print(f"{scheme:13}{kept}  {''.join(f'{p.sent / 1e9:8.1f}' for p in predicted)}")
+
+# %% [markdown]
+# Plain data parallelism needs 128 GB on every GPU, however many there are, and no GPU of 80 GB can
+# join. Stage 1 brings that to 34 GB at 64 GPUs, for the same traffic. Full sharding goes on falling,
+# for half as much traffic again. The traffic hardly depends on the number of GPUs, but the time to
+# hide it in does: with a fixed batch, each GPU of 1,024 has a 128th of the work it would have among
+# eight. That is where the other ways to divide a model begin.
+# {numref}`fig-distributed-memory` shows a model of 70 billion weights.
+
+# %% mystnb={"figure": {"caption": "What each GPU keeps of a model of 70 billion weights, without activations. Below the dashed line it fits into 80 GB.", "name": "fig-distributed-memory"}, "image": {"alt": "Four curves of gigabytes over the number of GPUs from 1 to 1,024, both axes logarithmic. Data parallelism stays at 1,129. ZeRO-1 falls toward 282 and ZeRO-2 toward 141, above the line of 80 GB. Full sharding falls in a straight line, crosses 80 GB between 8 and 16 GPUs and reaches 1 at 1,024."}}
+n_weights = count_parameters(ModelConfig.preset("llama3-70b"))
+worlds = [2**k for k in range(11)]
+names = {"data_parallel": "data parallel", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "full": "full"}
+for scheme, name in names.items():
+    kept = [predict_scheme(scheme, n_weights, n).kept / 1e9 for n in worlds]
+    plt.loglog(worlds, kept, marker="o", markersize=3, label=name)
+plt.axhline(80, linestyle="--", color="gray")
+plt.xlabel("GPUs")
+plt.ylabel("GB on each")
+plt.legend()
+plt.show()
+
+# %% [markdown]
+# Can such numbers be trusted? Three published sources allow a check. The ZeRO paper gives the state
+# of a model of 7.5 billion weights on 64 GPUs, stage by stage {cite}`rajbhandari2020zero`. The
+# makers of BLOOM state the sizes of a checkpoint with float32 weights, both averages and 16-bit weights, and
+# of the 16-bit weights alone {cite}`bekman2022bloom`. And torchtitan publishes
+# the speed of full sharding on 64 A100 GPUs of 80 GB, each with one row of 8,192 tokens in a step,
+# weights gathered in 16 bits and gradients reduced in float32 {cite}`liang2024torchtitan`:
+
+# %%
+kept = [predict_scheme(s, 7_500_000_000, 64).kept / 1e9 for s in names]
+print("ZeRO, 7.5B:   ", ", ".join(f"{x:.1f}" for x in kept), "GB; published 120, 31.4, 16.6, 1.9")
+sizes = 14 * 176_247e6 / 2**40, 2 * 176_247e6 / 2**30
+print(f"BLOOM:         {sizes[0]:.1f} TiB and {sizes[1]:.0f} GiB; published 2.3 TB and 329 GB")
+for preset, speed, mfu in (("llama3-8b", 2904, 57), ("llama3-70b", 331, 52)):
+    n_weights = count_parameters(ModelConfig.preset(preset))
+    p = predict_scheme("full", n_weights, 64, reduce_bytes=4)
+    rate = p.sent / 1e9 / (8192 / speed)
+    print(f"{preset + ':':14} {p.kept / 1e9:.0f} GB kept, {rate:.0f} GB/s sent at {mfu} % MFU")
+
+# %% [markdown]
+# ZeRO's numbers are ours, as they must be, since the formula is theirs. BLOOM's fit if its gigabytes
+# are of $2^{30}$ bytes. The third row says something new. At the published speeds, each GPU must
+# have sent 22 GB in every second of the run, for both sizes. (The 70B model has nine times the
+# traffic, and nine times the work to hide it behind.) That is near the 25 GB/s of a network card of 200 Gbit/s. More
+# than half of the GPU's arithmetic was used all the same, so most of the traffic must have been
+# hidden behind it. And of these schemes, 70B fits on these GPUs by full sharding only, as the figure
+# says.
+#
+# Beyond this, runs combine schemes. Llama 3 405B, on 16,384 GPUs, divides each layer over 8 GPUs and
+# the layers over 16 stages, and the 128 GPUs that have the same part shard it among themselves
+# {cite}`grattafiori2024llama3`. The state of 16 bytes for each weight comes to 0.4 GB on each
+# GPU, so its checkpoints of 1 MB to 4 GB for each GPU are of the predicted size.
+
+# %% [markdown]
+# ## How to prove a new scheme right
+#
+# A new way to parallelize is believed when it has been *held against an old one that is believed*,
+# from the same start and on the same data. Torchtitan's developers do so with loss curves of 3,000
+# steps, against plain full sharding, which was itself compared with DDP
+# ([their protocol](https://github.com/pytorch/torchtitan/blob/main/docs/converging.md)). Curves come
+# last here, because they are the weakest witness. We take the wrapper that averages, the second
+# factor of two from above, and look at the same run with two eyes:
+
+# %%
+averaging = partial(run_scheme, reduction="mean")
+wrong = launch(averaging, 2, "data_parallel", config, batches)[0]
+apart = max(abs(a - b) for a, b in zip(wrong.losses, control.losses, strict=True))
+ratio = wrong.norms[0] / control.norms[0]
+print(f"largest difference of the losses: {'below 0.02' if apart < 0.02 else 'large'}")
+print(f"first gradient norm: {ratio:.3f} of the control's")
+
+# %% [markdown]
+# The losses of four steps agree to two hundredths; the first gradient norm tells. So the protocol goes from the sharpest and
+# cheapest check to the dullest and dearest, and each step assumes the ones before.
+#
+# 1. **One operation.** Each collective, and the backward pass of each, equals its formula on small
+#    tensors, in float64, with sizes that the ranks do not divide.
+# 2. **One gradient.** From a common start, every weight's gradient, not the norm alone, equals one
+#    process in float32, with unequal targets on the ranks, several micro-batches, a tied weight, a
+#    frozen one, and one that only one rank uses. Tolerance: rounding, a millionth of the norm.
+# 3. **A few steps.** With clipping that strikes and decay, weights and norms stay equal, and all ranks
+#    have the same bits. Ranks start from *different* seeds, so that a missing broadcast shows.
+# 4. **Cost.** Bytes sent equal the formula, to the byte, and memory equals the prediction.
+# 5. **Failure.** A rank that dies, is late, or has other data ends all ranks with a message. A run
+#    killed and resumed, also on another number of ranks, goes on as if it had not been.
+# 6. **Faults put in.** Average in place of a sum, leave out the broadcast, drop a bucket: a check
+#    above must notice. A check that has never failed proves little.
+# 7. **Curves.** Only now a real run: the same data in the same order, the old scheme as control, and
+#    at least two seeds of the control, because a difference means something only if it is larger than that between
+#    seeds. In lower precision, this is the only comparison that remains.
+#
+# {py:func}`~llmbook.distributed.run_scheme` and {py:func}`~llmbook.distributed.worst_difference` are
+# steps 2 to 4 in this chapter, its tests are 1, 5 and 6. Everything up to 6 runs on a laptop, before the first GPU is paid for.
+
+# %% [markdown]
+# ## Exercises
+#
+# ````{exercise} Halving the number of steps
+# :label: ex-distributed-doubling
+# *Twenty minutes.* The ring takes $2 (n - 1)$ steps. For small tensors, where each step costs its
+# waiting time, *recursive doubling* is better: in step $k$, rank $r$ exchanges all it has with rank
+# $r \oplus 2^k$ (the bit $k$ of its rank flipped), and both add. Simulate it: given the vectors of all
+# ranks, return their vectors afterwards, and how many numbers each rank has sent. The number of
+# ranks must be a power of two; refuse others with a `ValueError`. Leave the given vectors alone.
+# ````
+
+
+# %% tags=["solution"]
+def recursive_doubling(vectors: list[np.ndarray]) -> tuple[list[np.ndarray], int]:
+    """Return the sum of all vectors, for each rank, and how many numbers a rank has sent."""
+    n = len(vectors)
+    if n == 0 or n & (n - 1):
+        raise ValueError(f"vectors: expected a power of two of them, got {n}")
+    held, sent, distance = [vector.copy() for vector in vectors], 0, 1
+    while distance < n:
+        held = [held[rank] + held[rank ^ distance] for rank in range(n)]
+        sent += held[0].size
+        distance *= 2
+    return held, sent
+
+
+# %% tags=["check"]
+given = [np.arange(6.0) + 100 * rank for rank in range(8)]
+kept = [vector.copy() for vector in given]
+after, sent = recursive_doubling(given)
+assert all(np.array_equal(a, b) for a, b in zip(given, kept, strict=True)), (
+    "the given vectors must not change"
+)
+assert len(after) == 8, "one vector for each rank"
+for rank, vector in enumerate(after):
+    assert np.array_equal(vector, sum(kept)), f"rank {rank} has not the sum over all ranks"
+assert sent == 18, "three exchanges of six numbers each, for eight ranks"
+assert recursive_doubling(given[:1])[1] == 0, "one rank has nothing to send"
+try:
+    recursive_doubling(given[:6])
+    raise AssertionError("six ranks are no power of two and must be refused")
+except ValueError:
+    pass
+
+# %% [markdown]
+# ````{exercise} A wrapper that averages
+# :label: ex-distributed-factors
+# *Fifteen minutes.* Your model is wrapped by something that *averages* gradients over ranks, and
+# calls you with the numbers of targets: `counts[r][k]` is that of micro-batch $k$ on rank $r$. Each
+# micro-batch's loss is the *mean* over its own targets (zero where there are none). Return the factors by which
+# these losses have to be multiplied, in the same form, so that the gradient is that of the mean over
+# all targets. Refuse with a `ValueError` if there are no targets at all.
+# ````
+
+
+# %% tags=["solution"]
+def loss_factors(counts: list[list[int]]) -> list[list[float]]:
+    """Return the factor of each micro-batch's mean loss, for a wrapper that averages over ranks."""
+    total = sum(map(sum, counts))
+    if total == 0:
+        raise ValueError("counts: expected at least one target, got none")
+    return [[len(counts) * n / total for n in of_rank] for of_rank in counts]
+
+
+# %% tags=["check"]
+counts = [[6, 2], [4, 0], [1, 3]]
+numbers = np.random.default_rng(0)
+terms = [[numbers.normal(size=n) for n in of_rank] for of_rank in counts]
+everything = np.concatenate([term for of_rank in terms for term in of_rank]).mean()
+factors = loss_factors(counts)
+assert [len(f) for f in factors] == [2, 2, 2], "one factor for each micro-batch of each rank"
+means = [[term.mean() if term.size else 0.0 for term in of_rank] for of_rank in terms]
+of_ranks = [
+    sum(f * m for f, m in zip(*both, strict=True)) for both in zip(factors, means, strict=True)
+]
+averaged = sum(of_ranks) / 3
+assert not np.isclose(averaged, everything / 3), "the wrapper divides by the ranks: make up for it"
+assert np.isclose(averaged, everything), "every target must count the same in the average"
+assert loss_factors([[5, 0]]) == [[1.0, 0.0]], "one rank: the share of the targets is the factor"
+try:
+    loss_factors([[0], [0]])
+    raise AssertionError("no targets at all must be refused")
+except ValueError:
+    pass
+
+# %% [markdown]
+# ````{exercise} Where does it fit?
+# :label: ex-distributed-fit
+# *Ten minutes.* With {py:func}`~llmbook.distributed.predict_scheme`, find the smallest number of GPUs, a
+# multiple of 8 up to 16,384, on which the state of a model fits into `memory` bytes each. Full sharding
+# also needs room for `gathered` weights of 2 bytes; the other schemes have theirs whole anyway.
+# Return `None` if no number is enough.
+# ````
+
+
+# %% tags=["solution"]
+def fewest_gpus(scheme: str, n_weights: int, memory: float, gathered: int = 0) -> int | None:
+    """Return the smallest multiple of 8 GPUs on which the state fits, or None."""
+    room = memory - (2 * gathered if scheme == "full" else 0)
+    for n in range(8, 16_384 + 1, 8):
+        if predict_scheme(scheme, n_weights, n).kept <= room:
+            return n
+    return None
+
+
+# %% tags=["check"]
+assert fewest_gpus("full", 70_000_000_000, 80e9) == 16, "14 GPUs are enough: the next multiple of 8"
+assert fewest_gpus("full", 40_000_000_000, 80e9) == 8, "8 GPUs of exactly enough memory do fit"
+assert fewest_gpus("zero1", 70_000_000_000, 80e9) is None, (
+    "4 bytes of each weight are never divided"
+)
+more = fewest_gpus("full", 70_000_000_000, 80e9, gathered=4_000_000_000)
+assert more == 16, "8 GB are gathered, so 72 GB are left, which 16 GPUs still have"
+more = fewest_gpus("full", 70_000_000_000, 80e9, gathered=10_000_000_000)
+assert more == 24, "20 GB are gathered, so only 60 GB are left for the state"
+alone = fewest_gpus("zero2", 10_000_000_000, 40e9, gathered=9_000_000_000)
+assert alone == 8, "only full sharding gathers: the others have all weights"

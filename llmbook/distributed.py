@@ -413,10 +413,10 @@ def pass_on(
     sending.wait()
     return received
 
-# %% ../chapters/18_distributed.ipynb #e5142f23
+# %% ../chapters/18_distributed.ipynb #56b98900
 def reduce_scatter_ring(
-    parts: Num[Tensor, "n_ranks *shape"], group: dist.ProcessGroup | None = None
-) -> Num[Tensor, "*shape"]:
+    parts: Num[Tensor, "n_ranks ..."], group: dist.ProcessGroup | None = None
+) -> Num[Tensor, "..."]:
     """Return, of the sum of ``parts`` over ranks, the part of this rank."""
     rank, size = place_in_group(group)
     _check_parts(parts, size)
@@ -428,8 +428,8 @@ def reduce_scatter_ring(
 
 
 def all_gather_ring(
-    part: Num[Tensor, "*shape"], group: dist.ProcessGroup | None = None
-) -> Num[Tensor, "n_ranks *shape"]:
+    part: Num[Tensor, "..."], group: dist.ProcessGroup | None = None
+) -> Num[Tensor, "n_ranks ..."]:
     """Return the parts of all ranks, in order."""
     rank, size = place_in_group(group)
     parts = part.new_empty(size, *part.shape)
@@ -490,7 +490,7 @@ class _Bucket:
             p.grad = part.view_as(p).mul(scale) if mark else None
         self.missing, self.flat, self.work = set(self.parameters), torch.empty(0), None
 
-# %% ../chapters/18_distributed.ipynb #39be6ae8
+# %% ../chapters/18_distributed.ipynb #84afeb49
 class DataParallel(nn.Module):
     """A model of which each rank has a copy; after ``backward``, all have the same gradients.
 
@@ -522,7 +522,8 @@ class DataParallel(nn.Module):
         self.buckets = [_Bucket(some) for some in _in_buckets(module, bucket_bytes)]
         #: How many buckets were under way before the last backward pass had ended.
         self.sent_early = 0
-        self._exchanges, self._armed, self._ending, self._next = True, False, False, 0
+        self._exchanges, self._local, self._armed = True, False, False
+        self._ending, self._next = False, 0
         self._summed: dict[nn.Parameter, Tensor] = {}
         self._bucket_of = {p: b for b in self.buckets for p in b.parameters}
         for tensor in (*module.parameters(), *module.buffers()):
@@ -532,8 +533,9 @@ class DataParallel(nn.Module):
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """Call the module; what it returns leads to gradients that are exchanged."""
-        self._armed = self._exchanges and torch.is_grad_enabled()
-        if self._armed:
+        if torch.is_grad_enabled():
+            self._armed, self._local = self._exchanges, not self._exchanges
+        if self._armed and torch.is_grad_enabled():
             self._check_not_summed()
             for buffer in self.module.buffers():
                 dist.broadcast(buffer, group=self.group, group_src=0)
@@ -554,6 +556,11 @@ class DataParallel(nn.Module):
     def _arrived(self, parameter: nn.Parameter) -> None:
         """Note that the gradient is there, and send what is complete, in the same order on all."""
         if not self._armed:
+            if not self._local:
+                expected = "a forward pass through DataParallel before each backward pass"
+                raise RuntimeError(
+                    f"module: expected {expected}, got one through the module inside"
+                )
             return
         if not self._ending:
             self._ending = True
@@ -570,7 +577,7 @@ class DataParallel(nn.Module):
             bucket.send(self.group)
         for number, bucket in enumerate(self.buckets, 1):
             bucket.receive(f"bucket {number} of {len(self.buckets)} of DataParallel", self.scale)
-        self._armed, self._ending, self._next = False, False, 0
+        self._armed, self._local, self._ending, self._next = False, False, False, 0
         self._summed = {p: p.grad for p in self._bucket_of if p.grad is not None}
 
     def _check_not_summed(self) -> None:
@@ -957,7 +964,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     found = model.state_dict(keep_vars=True)
     return {name: whole.get(t, t).detach() for name, t in found.items()}
 
-# %% ../chapters/18_distributed.ipynb #b971e76c
+# %% ../chapters/18_distributed.ipynb #d8164588
 SCHEMES = ("all_reduce", "data_parallel", "zero1", "full", "full_bf16")
 Scheme = Literal[
     "one_process", "one_process_bf16", "all_reduce", "data_parallel", "zero1", "full", "full_bf16"
@@ -979,8 +986,8 @@ class SchemeRun(NamedTuple):
 
 
 def rows_of_rank(
-    batch: Num[Tensor, "n_rows *shape"], group: dist.ProcessGroup | None = None
-) -> Num[Tensor, "n_own *shape"]:
+    batch: Num[Tensor, "n_rows ..."], group: dist.ProcessGroup | None = None
+) -> Num[Tensor, "n_own ..."]:
     """Return the rows of this rank: every n-th, for n ranks. Others than n equal shares are refused."""
     rank, size = place_in_group(group)
     if not len(batch) or len(batch) % size:
@@ -1058,7 +1065,7 @@ class _SchemeModel:
 def _without_ranks(groups: Any, build: Any, **options: Any) -> Any:
     return build(groups, **options)
 
-# %% ../chapters/18_distributed.ipynb #e2b3930b
+# %% ../chapters/18_distributed.ipynb #a1357bca
 def run_scheme(
     scheme: Scheme,
     config: ModelConfig,
@@ -1087,10 +1094,8 @@ def run_scheme(
     run = _SchemeModel(scheme, config, learning_rate, reduction, seed)
     losses, norms, sent, kept = [], [], 0, 0
     for inputs, targets in batches:
-        rows = zip(
-            *(_parts(rows_of_rank(t), shares or 1, micro_batches) for t in (inputs, targets))
-        )
-        parts = list(rows)
+        both = [_parts(rows_of_rank(t), shares or 1, micro_batches) for t in (inputs, targets)]
+        parts = list(zip(*both, strict=True))
         count = sum_over_ranks(sum(int((t != -100).sum()) for _, t in parts))
         loss = torch.zeros(())
         with ByteCounter() as traffic:
