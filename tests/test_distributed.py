@@ -60,13 +60,16 @@ def refused(call, *arguments, **options):
 # Processes
 
 
+config = {"a": "name that torch.distributed has for a module that cannot be pickled"}
+
+
 def answer(factor, *, offset=0):
     x = torch.tensor([dist.get_rank() + 1.0])
     dist.all_reduce(x)
     print("part of a line, ", end="")
     print("and its end")
     print("no newline", end="")
-    return factor * x.item() + offset, torch.get_num_threads()
+    return factor * x.item() + offset * len(config), torch.get_num_threads()
 
 
 def test_results_come_by_rank_and_lines_with_their_rank(capfd):
@@ -164,7 +167,8 @@ def test_the_server_that_is_forked_has_one_thread():
 def listening():
     """The addresses on which this process listens, as Linux writes them."""
     dist.barrier()
-    own = {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+    links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    own = {str(link.readlink()) for link in links}
     found = []
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
@@ -605,7 +609,7 @@ def late_bucket():
 
 
 def test_a_bucket_that_waits_too_long_is_named():
-    with pytest.raises(RankError, match="waited 1 s in .*bucket 1 of 1 of DataParallel"):
+    with pytest.raises(RankError, match=r"waited 1 s in .*bucket 1 of 1 of DataParallel"):
         launch(late_bucket, 2, timeout=1)
 
 
