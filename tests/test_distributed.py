@@ -120,7 +120,7 @@ def fail(how):
 def test_a_rank_that_fails_ends_all_and_is_named(how, rank, says, other):
     begin = time.monotonic()
     with pytest.raises(RankError) as caught:
-        launch(fail, 2, how, timeout=1)
+        launch(fail, 2, how, timeout=1.0)
     assert time.monotonic() - begin < 45  # and not the minute that rank 1 sleeps
     message = str(caught.value)
     assert says in message.splitlines()[0] and caught.value.rank == rank
@@ -145,10 +145,7 @@ def test_after_the_parent_used_many_threads_ranks_start_and_compute():
         x = torch.randn(400, 400)
         (x @ x).sum().item()
         for _ in range(5):
-            assert (
-                launch(multiply, 2, x, timeout=60)
-                == [pytest.approx((x @ x).sum().item(), 1e-3)] * 2
-            )
+            assert launch(multiply, 2, x) == [pytest.approx((x @ x).sum().item(), 1e-3)] * 2
     finally:
         torch.set_num_threads(before)
 
@@ -226,7 +223,6 @@ def wait_for(condition, seconds=90):
         ({"timeout": 0.0}, "timeout: expected a finite number above 0"),
         ({"timeout": float("inf")}, "timeout"),
         ({"threads": 0}, "threads"),
-        ({"function": 5}, "function: expected a function"),
     ],
 )
 def test_what_cannot_be_launched_is_refused(change, says):
@@ -610,7 +606,7 @@ def late_bucket():
 
 def test_a_bucket_that_waits_too_long_is_named():
     with pytest.raises(RankError, match=r"waited 1 s in .*bucket 1 of 1 of DataParallel"):
-        launch(late_bucket, 2, timeout=1)
+        launch(late_bucket, 2, timeout=1.0)
 
 
 # Shares
