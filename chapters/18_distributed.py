@@ -213,8 +213,9 @@ def _describe(error: BaseException, timeout: float) -> _Failure:
     inside = [f.name for f in frames if f.filename.endswith("distributed_c10d.py")]
     named = next((name for name in inside if name.lstrip("_") == name != "wrapper"), None)
     where = named or ("a collective" if frames and "wait" in (frames[-1].line or "") else None)
-    if where and getattr(error, "__notes__", ()):
-        where += f" ({'; '.join(error.__notes__)})"
+    notes: list[str] = getattr(error, "__notes__", [])
+    if notes:
+        where = f"{where or 'a collective'} ({'; '.join(notes)})"
     message, order = f"raised {type(error).__name__}: {error}", 0
     if where and isinstance(error, RuntimeError) and "imed out" in str(error):
         message, order = f"waited {timeout:g} s in {where} for the others", 1
@@ -592,7 +593,8 @@ def _size_of_group(arguments: Any) -> int:
             with suppress(RuntimeError, TypeError):  # another object, such as the operation
                 return dist.ProcessGroup.unbox(argument).size()
         elif isinstance(argument, str) and argument != "sum":
-            return dist.distributed_c10d._resolve_process_group(argument).size()
+            named: Any = argument
+            return dist.distributed_c10d._resolve_process_group(named).size()
     return dist.get_world_size()
 
 
@@ -674,8 +676,9 @@ def pass_on(
     if size == 1:
         return x.clone()
     received = torch.empty_like(x, memory_format=torch.contiguous_format)
-    sending = dist.isend(x.contiguous(), group=group, group_dst=(rank + 1) % size)
-    dist.irecv(received, group=group, group_src=(rank - 1) % size).wait()
+    sending: Any = dist.isend(x.contiguous(), group=group, group_dst=(rank + 1) % size)
+    receiving: Any = dist.irecv(received, group=group, group_src=(rank - 1) % size)
+    receiving.wait()
     sending.wait()
     return received
 
@@ -1283,7 +1286,10 @@ def clip_sharded_gradients(
         raise ValueError(f"max_norm: expected a number above 0, got {max_norm!r}")
     place_in_group(group)
     grads = [p.grad for p in parameters if p.grad is not None]
-    square = sum((g.float().square().sum() for g in grads), torch.zeros(()))
+    square = torch.zeros((), dtype=torch.float64)  # the same on all ranks, whatever they have
+    for grad in grads:
+        wide = grad if grad.dtype == torch.float64 else grad.float()
+        square += wide.square().sum().cpu()
     dist.all_reduce(square, group=group)
     norm = square.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).masked_fill(~norm.isfinite(), 1.0)
@@ -1447,7 +1453,7 @@ def shard_model(
         items = [_divided(at, rank, size) for at in places.values()]
         if items:
             made.append(_Unit(items, group, compute_dtype, reduce_dtype))
-            part.forward = _present(made[-1], part.forward)  # type: ignore[method-assign]
+            part.forward = _present(made[-1], part.forward)
     if not made:
         raise ValueError(f"model: expected parameters, got none in {model!r:.60}")
     model.__dict__["sharding"] = made
@@ -1509,7 +1515,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     units = model.__dict__.get("sharding")
     if units is None:
         raise ValueError("model: expected one that shard_model divided, got another")
-    whole = {}
+    whole: dict[nn.Parameter, Tensor] = {}
     for unit in units:
         gathered = unit.gather(None)
         whole |= {item.piece: tensor for item, tensor in zip(unit.items, gathered, strict=True)}
@@ -1696,10 +1702,10 @@ def scheme_bytes(scheme: Scheme, model: nn.Module, world_size: int, micro_batche
         buffers = sum(buffer.nbytes for buffer in model.buffers())
         return round(2 * (n - 1) / n * 4 * (total + tensors) + (n - 1) / n * buffers)
     if scheme == "zero1":
-        return 2 * (n - 1) * 4 * share + round(2 * (n - 1) / n * 4 * (tensors + 1))
+        return 2 * (n - 1) * 4 * share + round(2 * (n - 1) / n * (4 * tensors + 8))
     gathered = 2 if scheme == "full_bf16" else 4
     each = (n - 1) * padded // n * (2 * gathered + 4)
-    return micro_batches * each + round(2 * (n - 1) / n * 4)
+    return micro_batches * each + round(2 * (n - 1) / n * 8)
 
 
 def worst_difference(
@@ -1802,7 +1808,7 @@ class PredictedScheme(NamedTuple):
     @property
     def kept(self) -> float:
         """All of the state: weights, gradients, and what the optimizer keeps."""
-        return self.weights + self.gradients + self.optimizer
+        return float(self.weights + self.gradients + self.optimizer)
 
 
 def predict_scheme(

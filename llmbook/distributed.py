@@ -92,7 +92,7 @@ def _packed_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> by
             raise ValueError(f"{name}: {expected}, got {value!r:.60}: install cloudpickle for it")
     return _packed((function, arguments))
 
-# %% ../chapters/18_distributed.ipynb #ac85639e
+# %% ../chapters/18_distributed.ipynb #4a80c40e
 class _Lines(io.TextIOBase):
     """What a rank prints goes to its parent, in whole lines."""
 
@@ -124,8 +124,9 @@ def _describe(error: BaseException, timeout: float) -> _Failure:
     inside = [f.name for f in frames if f.filename.endswith("distributed_c10d.py")]
     named = next((name for name in inside if name.lstrip("_") == name != "wrapper"), None)
     where = named or ("a collective" if frames and "wait" in (frames[-1].line or "") else None)
-    if where and getattr(error, "__notes__", ()):
-        where += f" ({'; '.join(error.__notes__)})"
+    notes: list[str] = getattr(error, "__notes__", [])
+    if notes:
+        where = f"{where or 'a collective'} ({'; '.join(notes)})"
     message, order = f"raised {type(error).__name__}: {error}", 0
     if where and isinstance(error, RuntimeError) and "imed out" in str(error):
         message, order = f"waited {timeout:g} s in {where} for the others", 1
@@ -309,7 +310,7 @@ def launch(
             pipe.close()
         shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../chapters/18_distributed.ipynb #144e12c1
+# %% ../chapters/18_distributed.ipynb #2ba7aa95
 def _everything(n: int) -> float:
     return n - 1.0
 
@@ -380,7 +381,8 @@ def _size_of_group(arguments: Any) -> int:
             with suppress(RuntimeError, TypeError):  # another object, such as the operation
                 return dist.ProcessGroup.unbox(argument).size()
         elif isinstance(argument, str) and argument != "sum":
-            return dist.distributed_c10d._resolve_process_group(argument).size()
+            named: Any = argument
+            return dist.distributed_c10d._resolve_process_group(named).size()
     return dist.get_world_size()
 
 # %% ../chapters/18_distributed.ipynb #f9463315
@@ -432,7 +434,7 @@ def sum_over_ranks(number: int, group: dist.ProcessGroup | None = None) -> int:
     dist.all_reduce(total, group=group)
     return int(total)
 
-# %% ../chapters/18_distributed.ipynb #9e2518f3
+# %% ../chapters/18_distributed.ipynb #146c0e6c
 def pass_on(
     x: Num[Tensor, "*shape"], group: dist.ProcessGroup | None = None
 ) -> Num[Tensor, "*shape"]:
@@ -441,8 +443,9 @@ def pass_on(
     if size == 1:
         return x.clone()
     received = torch.empty_like(x, memory_format=torch.contiguous_format)
-    sending = dist.isend(x.contiguous(), group=group, group_dst=(rank + 1) % size)
-    dist.irecv(received, group=group, group_src=(rank - 1) % size).wait()
+    sending: Any = dist.isend(x.contiguous(), group=group, group_dst=(rank + 1) % size)
+    receiving: Any = dist.irecv(received, group=group, group_src=(rank - 1) % size)
+    receiving.wait()
     sending.wait()
     return received
 
@@ -754,7 +757,7 @@ class ShardedOptimizer:
                 raise ValueError(f"state_dict: expected {name} {here}, got {got!r:.60}")
         self.optimizer.load_state_dict(state_dict["optimizer"])
 
-# %% ../chapters/18_distributed.ipynb #7db37b5b
+# %% ../chapters/18_distributed.ipynb #92ac798e
 def _as_groups(parameters: Iterable[Any]) -> list[dict[str, Any]]:
     """Groups of the parameters to train, each parameter once; refuse what has no gradient."""
     given = list(parameters)
@@ -782,7 +785,10 @@ def clip_sharded_gradients(
         raise ValueError(f"max_norm: expected a number above 0, got {max_norm!r}")
     place_in_group(group)
     grads = [p.grad for p in parameters if p.grad is not None]
-    square = sum((g.float().square().sum() for g in grads), torch.zeros(()))
+    square = torch.zeros((), dtype=torch.float64)  # the same on all ranks, whatever they have
+    for grad in grads:
+        wide = grad if grad.dtype == torch.float64 else grad.float()
+        square += wide.square().sum().cpu()
     dist.all_reduce(square, group=group)
     norm = square.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).masked_fill(~norm.isfinite(), 1.0)
@@ -894,7 +900,7 @@ class _Gather(torch.autograd.Function):
         ctx.unit.again = None  # all that needed the weights has been computed: free them
         return None, *ctx.unit.scatter(grads)
 
-# %% ../chapters/18_distributed.ipynb #e6b79090
+# %% ../chapters/18_distributed.ipynb #18e77836
 def shard_model(
     model: nn.Module,
     units: Sequence[nn.Module] | None = None,
@@ -930,13 +936,13 @@ def shard_model(
         items = [_divided(at, rank, size) for at in places.values()]
         if items:
             made.append(_Unit(items, group, compute_dtype, reduce_dtype))
-            part.forward = _present(made[-1], part.forward)  # type: ignore[method-assign]
+            part.forward = _present(made[-1], part.forward)
     if not made:
         raise ValueError(f"model: expected parameters, got none in {model!r:.60}")
     model.__dict__["sharding"] = made
     return model
 
-# %% ../chapters/18_distributed.ipynb #0f5d817e
+# %% ../chapters/18_distributed.ipynb #255bcd9e
 _Places = dict[nn.Parameter, list[tuple[nn.Module, str]]]
 
 
@@ -990,7 +996,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     units = model.__dict__.get("sharding")
     if units is None:
         raise ValueError("model: expected one that shard_model divided, got another")
-    whole = {}
+    whole: dict[nn.Parameter, Tensor] = {}
     for unit in units:
         gathered = unit.gather(None)
         whole |= {item.piece: tensor for item, tensor in zip(unit.items, gathered, strict=True)}
@@ -1134,7 +1140,7 @@ def _parts(rows: Tensor, shares: int, micro_batches: int) -> list[Tensor]:
         raise ValueError(f"micro_batches: expected {expected}, got {len(rows)} rows")
     return [part for share in range(shares) for part in rows[share::shares].chunk(micro_batches)]
 
-# %% ../chapters/18_distributed.ipynb #727251dc
+# %% ../chapters/18_distributed.ipynb #1186619d
 def scheme_bytes(scheme: Scheme, model: nn.Module, world_size: int, micro_batches: int = 1) -> int:
     """Return what a rank sends in a step of ``run_scheme``, in bytes, by the formulas.
 
@@ -1153,10 +1159,10 @@ def scheme_bytes(scheme: Scheme, model: nn.Module, world_size: int, micro_batche
         buffers = sum(buffer.nbytes for buffer in model.buffers())
         return round(2 * (n - 1) / n * 4 * (total + tensors) + (n - 1) / n * buffers)
     if scheme == "zero1":
-        return 2 * (n - 1) * 4 * share + round(2 * (n - 1) / n * 4 * (tensors + 1))
+        return 2 * (n - 1) * 4 * share + round(2 * (n - 1) / n * (4 * tensors + 8))
     gathered = 2 if scheme == "full_bf16" else 4
     each = (n - 1) * padded // n * (2 * gathered + 4)
-    return micro_batches * each + round(2 * (n - 1) / n * 4)
+    return micro_batches * each + round(2 * (n - 1) / n * 8)
 
 
 def worst_difference(
@@ -1181,7 +1187,7 @@ def worst_difference(
     name = max(differences, key=lambda name: differences[name])
     return name, differences[name]
 
-# %% ../chapters/18_distributed.ipynb #06694fe7
+# %% ../chapters/18_distributed.ipynb #9c37e885
 class PredictedScheme(NamedTuple):
     """Bytes on each GPU for a model's state, and bytes that each sends in a step."""
 
@@ -1193,7 +1199,7 @@ class PredictedScheme(NamedTuple):
     @property
     def kept(self) -> float:
         """All of the state: weights, gradients, and what the optimizer keeps."""
-        return self.weights + self.gradients + self.optimizer
+        return float(self.weights + self.gradients + self.optimizer)
 
 
 def predict_scheme(
