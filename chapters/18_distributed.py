@@ -4,10 +4,11 @@
 # > Train on many devices as on one: the same gradients, with the bytes and the memory counted.
 #
 # A model that is trained on sixteen thousand processors is the same model as on one, and so is its
-# gradient, or should be. When it is not, nothing crashes. The loss falls, samples look plausible, and
-# the run is a little worse than it could have been, for months. So this chapter asks one question
-# of everything it builds: is it equal to one process? The second question is what that costs, in
-# bytes that are sent and bytes that are kept, because these two decide what can be trained where.
+# gradient, or should be. When it is not, nothing crashes. The loss falls, samples look plausible,
+# and the run is a little worse than it could have been, for months. So this chapter asks one
+# question of everything it builds: is it equal to one process? The second question is what that
+# costs, in bytes that are sent and bytes that are kept, because these two decide what can be
+# trained where.
 #
 # | | |
 # |---|---|
@@ -47,13 +48,6 @@ from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-import torch
-import torch.distributed as dist
-from jaxtyping import Float, Int64, Num
-from torch import nn, Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
 # %% [markdown]
 # ## A gradient wrong by a factor of two
 #
@@ -65,11 +59,21 @@ from torch.utils._pytree import tree_leaves
 
 # %% tags=["engine"]
 #| export
-# What it takes from earlier chapters
+# PyTorch, and what it takes from earlier chapters
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int64, Num
+from torch import nn, Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 from llmbook.corpus import without_main_script
 from llmbook.environment import check_at_least, check_choice, check_whole, seed_everything
 from llmbook.model import ModelConfig, TransformerLM
 from llmbook.optimization import AdamW, clip_gradients, cross_entropy, parameter_groups
+
+# %% [markdown]
+# Every batch has 16 rows of stories, and a rank reads every second one.
 
 # %% tags=["engine"]
 # The data of this chapter's runs: 16 rows of stories in each batch, 8 for each of two ranks
@@ -119,7 +123,7 @@ def train(n_steps: int) -> list[float]:
 # {py:func}`~llmbook.distributed.launch` runs `train` in two processes and returns what it returned
 # in each.
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: how processes start, fail and end together
 
 # %% [markdown] tags=["engine"]
@@ -158,6 +162,8 @@ class _Sent:
         return pickle.loads, (self.payload,)
 
 
+# %% tags=["engine"]
+#| export
 def _packed_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
     if not callable(function):
         raise ValueError(f"function: expected a function, got {function!r:.60}")
@@ -207,6 +213,8 @@ class _Failure(NamedTuple):
 _LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused")
 
 
+# %% tags=["engine"]
+#| export
 def _describe(error: BaseException, timeout: float) -> _Failure:
     """Put the error of a rank into words; in a collective, say which and for how long."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -249,6 +257,8 @@ def _loopback() -> dict[str, str]:
     return {}
 
 
+# %% tags=["engine"]
+#| export
 def _run_rank(
     call: bytes, pipe: Connection, rank: int, world_size: int, folder: str, options: dict[str, Any]
 ) -> None:
@@ -291,6 +301,8 @@ class RankError(RuntimeError):
         self.rank = rank
 
 
+# %% tags=["engine"]
+#| export
 def _listen(processes: list[Any], pipes: list[Connection]) -> list[Any]:
     """Return what each rank returned, or raise for the one that failed first."""
     results: dict[int, Any] = {}
@@ -324,6 +336,8 @@ def _listen(processes: list[Any], pipes: list[Connection]) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
+# %% tags=["engine"]
+#| export
 def _death(code: int | None) -> str:
     if code is not None and code < 0:
         return f"died of {signal.Signals(-code).name}"
@@ -436,8 +450,8 @@ for rank, found in enumerate(launch(train, 2, 80)):
 # \frac{1}{2} \Bigl( \frac{s_0}{n_0} + \frac{s_1}{n_1} \Bigr) ,
 # $$ (distributed-mean-of-means)
 #
-# in which a target of rank $r$ has the weight $1 / (2 n_r)$. To see it in the run itself, we take the
-# gradient that it used, and ask how much of $s_0$ and of $s_1$ is in it:
+# in which a target of rank $r$ has the weight $1 / (2 n_r)$. To see it in the run itself, we take
+# the gradient that it used, and ask how much of $s_0$ and of $s_1$ is in it:
 
 
 # %%
@@ -456,8 +470,8 @@ for rank, n in enumerate((192, 64)):
 
 # %% [markdown]
 # Every target of the short batch pulls twice as hard as it should. Nothing fails, because a wrong
-# weighting is still a weighting, and the loss of either rank can fall. Widely used trainers had this
-# error for years, over ranks and over accumulated micro-batches
+# weighting is still a weighting, and the loss of either rank can fall. Widely used trainers had
+# this error for years, over ranks and over accumulated micro-batches
 # ([transformers#34191](https://github.com/huggingface/transformers/pull/34191),
 # [#34242](https://github.com/huggingface/transformers/issues/34242)). So we trust no curve, and
 # compare with one process, number by number.
@@ -511,14 +525,15 @@ except RankError as error:
 # versions of gloo, the one for processors without a GPU, computed it wrongly without a word
 # ([pytorch#162338](https://github.com/pytorch/pytorch/issues/162338)). This book sums and divides.
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: counting what is sent, and agreeing before work begins
 
 # %% [markdown] tags=["engine"]
-# Each collective of torch, those inside DDP and FSDP too, is an operation that a dispatch mode sees,
-# like the mode that measures memory in chapter 15. Which argument holds the data, and how often a
-# rank sends it, is the table below. A rooted collective is counted with its average over ranks.
-# gloo's own `reduce_scatter` sends twice what is counted here: it reduces all, then drops a part.
+# Each collective of torch, those inside DDP and FSDP too, is an operation that a dispatch mode
+# sees, like the mode that measures memory in chapter 15. Which argument holds the data, and how
+# often a rank sends it, is the table below. A rooted collective is counted with its average over
+# ranks. gloo's own `reduce_scatter` sends twice what is counted here: it reduces all, then drops a
+# part.
 
 
 # %% tags=["engine"]
@@ -552,12 +567,14 @@ _SENT_BY: dict[str, tuple[int, Callable[[int], float]]] = {
 _SUFFIXES = re.compile(r"^_|(_coalesced|_base|_out|_)+$")
 
 
+# %% tags=["engine"]
+#| export
 class ByteCounter(TorchDispatchMode):
     """Counts, inside a ``with``, the bytes that this rank sends, and the calls of collectives.
 
     ``sent`` is in bytes, as if each collective went around a ring: twice (n - 1)/n of its data for
     an all-reduce, (n - 1)/n for a reduce-scatter or all-gather of the whole; what ``send`` sends
-    counts as it is. ``by_name`` has the bytes of each collective, ``calls`` how often it was called.
+    counts as it is. ``by_name`` has the bytes of each collective, ``calls`` the number of calls.
     """
 
     def __init__(self) -> None:
@@ -586,6 +603,8 @@ class ByteCounter(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
+# %% tags=["engine"]
+#| export
 def _size_of_group(arguments: Any) -> int:
     """How many ranks take part in the collective that was called with ``arguments``."""
     for argument in reversed(arguments):
@@ -644,7 +663,7 @@ def check_agreed(group: dist.ProcessGroup | None = None, **numbers: int) -> None
 def rows_of_rank(
     batch: Num[Tensor, "n_rows ..."], group: dist.ProcessGroup | None = None
 ) -> Num[Tensor, "n_own ..."]:
-    """Return the rows of this rank: every n-th, for n ranks. Others than n equal shares are refused."""
+    """Return the rows of this rank: every n-th, for n ranks, which must divide their number."""
     rank, size = place_in_group(group)
     if not len(batch) or len(batch) % size:
         expected = f"a multiple of {size} rows, so that each of {size} ranks has as many"
@@ -686,13 +705,14 @@ def pass_on(
 # %% [markdown]
 # ## A ring
 #
-# How does a sum of $b$ bytes reach all of $n$ ranks? If all send their tensor to rank 0, it receives
-# $(n - 1) b$ bytes, adds, and sends as many: with a thousand ranks, a thousand times the time. A ring
-# keeps all lines busy at once, and no rank sends more than $2b$ {cite}`patarasuk2009bandwidth`. Each rank
-# sends only to the next one, and receives only from the one before.
+# How does a sum of $b$ bytes reach all of $n$ ranks? If all send their tensor to rank 0, it
+# receives $(n - 1) b$ bytes, adds, and sends as many: with a thousand ranks, a thousand times the
+# time. A ring keeps all lines busy at once, and no rank sends more than $2b$
+# {cite}`patarasuk2009bandwidth`. Each rank sends only to the next one, and receives only from the
+# one before.
 #
-# Cut the tensor into $n$ parts. In each step, a rank passes on one part, and adds what arrives to its
-# own copy of the part that arrives. A part travels once around the ring and gathers the
+# Cut the tensor into $n$ parts. In each step, a rank passes on one part, and adds what arrives to
+# its own copy of the part that arrives. A part travels once around the ring and gathers the
 # contributions; after $n - 1$ steps each rank holds one part of the sum, complete. That is the
 # reduce-scatter. Then the complete parts travel around once more, and each rank copies them, which
 # is an all-gather. With `pass_on(x)`, which sends x to the next rank and returns what the previous
@@ -728,7 +748,7 @@ def ring(parts: list[Tensor]) -> None:
 # with it the waiting for the first byte of each message; for small tensors, other ways are faster.
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: the two halves, for tensors of any shape
 
 # %% [markdown] tags=["engine"]
@@ -789,9 +809,9 @@ def _check_parts(parts: Tensor, size: int) -> None:
 # ### The same bits, and the bytes of the formula
 
 # %% [markdown]
-# All ranks end with the *same bits*, since each part was added up once and then copied. The order of
-# the additions differs from one part to the next, so the bits differ from those of a sum in order.
-# {py:class}`~llmbook.distributed.ByteCounter` counts what a rank hands to the network:
+# All ranks end with the *same bits*, since each part was added up once and then copied. The order
+# of the additions differs from one part to the next, so the bits differ from those of a sum in
+# order. {py:class}`~llmbook.distributed.ByteCounter` counts what a rank hands to the network:
 
 
 # %%
@@ -812,8 +832,8 @@ for n in (2, 3, 4):
 # sum, over ranks and over the micro-batches that each rank accumulates, and so is its gradient. The
 # only number that every rank needs of the others is the denominator: how many targets there are in
 # all. One `all_reduce` of one number finds it *before* the first backward pass. We compare three
-# recipes, each with four micro-batches on each of two ranks, with one process that reads all rows at
-# once:
+# recipes, each with four micro-batches on each of two ranks, with one process that reads all rows
+# at once:
 
 
 # %%
@@ -841,14 +861,14 @@ for recipe in ("mean of means", "sum over all, then averaged", "sum over all"):
 
 # %% [markdown]
 # The last equals one process up to rounding (a thousandth is the bound here, a millionth in the
-# tests). The one before is the second famous factor of two: a loss already divided by the targets of
-# all ranks, in a wrapper that *averages* gradients, as torch's does. Multiplied by the number of
+# tests). The one before is the second famous factor of two: a loss already divided by the targets
+# of all ranks, in a wrapper that *averages* gradients, as torch's does. Multiplied by the number of
 # ranks it is right again. AdamW hides it from the curve, because Adam divides each gradient by its
 # own size; it shows in the gradient norm, and so in how often clipping strikes.
 #
 # A rank without targets contributes zero, and is no problem. A rank without a *batch* is, because
-# the others wait for it. So our functions compare over ranks what decides about collectives, and all
-# ranks raise the same error ({py:func}`~llmbook.distributed.check_agreed`).
+# the others wait for it. So our functions compare over ranks what decides about collectives, and
+# all ranks raise the same error ({py:func}`~llmbook.distributed.check_agreed`).
 #
 # ## While the backward pass still runs
 #
@@ -876,23 +896,23 @@ def exchange_early(model: nn.Module) -> list[tuple[nn.Parameter, Any]]:
 #
 # - Hundreds of small messages are slow, so gradients share *buckets*, the last layers first. A
 #   bucket is sent when it is full.
-# - Gradients may become ready in another order on another rank, but the order of collectives must be
-#   the same. So a bucket waits until those before it have been sent.
-# - A weight that is used twice, as a tied embedding is, has one gradient, complete after both uses. A
-#   frozen weight has none. And one that was not used here, such as an expert without tokens, may
+# - Gradients may become ready in another order on another rank, but the order of collectives must
+#   be the same. So a bucket waits until those before it have been sent.
+# - A weight that is used twice, as a tied embedding is, has one gradient, complete after both uses.
+#   A frozen weight has none. And one that was not used here, such as an expert without tokens, may
 #   have been used on another rank. So when the backward pass ends, buckets that are not full are
 #   sent with zeros, and with a mark for each weight that says whether there was a gradient. If no
 #   rank had one, the optimizer must leave the weight alone, as in one process.
-# - Copies that do not begin equal never become equal: rank 0 broadcasts its weights at the start, and
-#   its buffers before each forward pass.
-# - Accumulation needs no exchange before the last micro-batch. `no_sync` switches it off, and has to
-#   enclose the *forward* pass, too, because there torch's wrapper and ours decide. A backward pass
-#   alone inside of it is exchanged in full, which nobody notices, as it only costs time.
+# - Copies that do not begin equal never become equal: rank 0 broadcasts its weights at the start,
+#   and its buffers before each forward pass.
+# - Accumulation needs no exchange before the last micro-batch. `no_sync` switches it off, and has
+#   to enclose the *forward* pass, too, because there torch's wrapper and ours decide. A backward
+#   pass alone inside of it is exchanged in full, which nobody notices, as it only costs time.
 #
 # Gradients are clipped after the exchange, by the norm of the sum; the norm of one rank's part is
 # another number.
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: buckets, marks, and gradients that were summed already
 
 
@@ -1054,6 +1074,8 @@ def _in_buckets(module: nn.Module, most: int) -> list[list[nn.Parameter]]:
     return buckets
 
 
+# %% tags=["engine"]
+#| export
 def check_agreed_parameters(module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Refuse models that differ between ranks in the shapes, dtypes or names of what they train."""
     told = [
@@ -1092,9 +1114,9 @@ for kib in (8, 32, 1024):
 #
 # **Stage 1** divides the optimizer. Rank $r$ updates only its $n$-th of the weights, so it needs
 # only that part of the summed gradient: a reduce-scatter instead of an all-reduce. Afterwards all
-# ranks need all new weights: an all-gather. These are the two halves of {eq}`distributed-ring`, with
-# the step in between, so the traffic is the same as before. It works for optimizers that treat each
-# number by itself, so not for Muon, which needs whole matrices.
+# ranks need all new weights: an all-gather. These are the two halves of {eq}`distributed-ring`,
+# with the step in between, so the traffic is the same as before. It works for optimizers that treat
+# each number by itself, so not for Muon, which needs whole matrices.
 #
 # **Stage 3**, full sharding, divides the weights as well. Before a block computes, its weights are
 # gathered; afterwards they are freed; the backward pass gathers them again. What is the gradient
@@ -1102,7 +1124,8 @@ for kib in (8, 32, 1024):
 # sum over ranks $q$ of losses $\ell_q(w)$, and
 #
 # $$
-# \frac{\partial}{\partial w_r} \sum_q \ell_q(w) = \sum_q \Bigl( \frac{\partial \ell_q}{\partial w} \Bigr)_r .
+# \frac{\partial}{\partial w_r} \sum_q \ell_q(w)
+# = \sum_q \Bigl( \frac{\partial \ell_q}{\partial w} \Bigr)_r .
 # $$ (distributed-gather)
 #
 # Sum over ranks, and keep part $r$. That is a reduce-scatter, and so full sharding is hardly more
@@ -1128,13 +1151,13 @@ class Gather(torch.autograd.Function):
 # micro-batch. 16-bit weights halve the two gathers. The rows that the optimizer sees stay in
 # float32, and gradients are summed in float32, so rounding does not pile up over ranks.
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: an optimizer in shares, and a model in rows
 
 # %% [markdown] tags=["engine"]
-# The optimizer lays all parameters end to end in one vector and cuts it in n equal shares. A cut may
-# go through a tensor, so what AdamW gets are *pieces*: vectors that are views of the share, in the
-# groups of the tensors they come from. A tensor that has a gradient on no rank has none in its
+# The optimizer lays all parameters end to end in one vector and cuts it in n equal shares. A cut
+# may go through a tensor, so what AdamW gets are *pieces*: vectors that are views of the share, in
+# the groups of the tensors they come from. A tensor that has a gradient on no rank has none in its
 # pieces, and its decay and its count of steps stay as in one process.
 
 
@@ -1145,8 +1168,8 @@ class ShardedOptimizer:
 
     ``parameters`` are a model's, or groups of them, and ``build`` makes the optimizer, which must
     treat each number by itself (AdamW or SGD, not Muon): each rank gives it the numbers of its
-    share only, as vectors. ``step`` sums the gradients over ranks, so a loss is to be divided by the
-    number of targets of all ranks; no ``DataParallel`` is needed. Weights begin as those of rank 0.
+    share only, as vectors. ``step`` sums the gradients over ranks, so divide a loss by the number
+    of targets of all ranks; no ``DataParallel`` is needed. Weights begin as those of rank 0.
     ``state_dict`` is that of this rank's share. The parameters become views of one vector, so move
     or convert the model before.
     """
@@ -1259,6 +1282,8 @@ class ShardedOptimizer(ShardedOptimizer):  # continued
         self.optimizer.load_state_dict(state_dict["optimizer"])
 
 
+# %% tags=["engine"]
+#| export
 def _as_groups(parameters: Iterable[Any]) -> list[dict[str, Any]]:
     """Groups of the parameters to train, each parameter once; refuse what has no gradient."""
     given = list(parameters)
@@ -1277,6 +1302,8 @@ def _as_groups(parameters: Iterable[Any]) -> list[dict[str, Any]]:
     return groups
 
 
+# %% tags=["engine"]
+#| export
 @torch.no_grad()
 def clip_sharded_gradients(
     parameters: Iterable[Tensor], max_norm: float, group: dist.ProcessGroup | None = None
@@ -1321,6 +1348,8 @@ class _Sharded:
         return self.rows * self.shape[1:].numel()
 
 
+# %% tags=["engine"]
+#| export
 class _Unit:
     """A part of a model whose parameters are gathered, used and freed together."""
 
@@ -1488,6 +1517,8 @@ def _places_by_unit(model: nn.Module, parts: list[nn.Module]) -> list[tuple[nn.M
     return list(by_unit.items())
 
 
+# %% tags=["engine"]
+#| export
 def _divided(at: list[tuple[nn.Module, str]], rank: int, size: int) -> _Sharded:
     """Replace a parameter, in all its places, by the rows of this rank."""
     whole = at[0][0]._parameters[at[0][1]]
@@ -1510,6 +1541,8 @@ def _present(unit: _Unit, forward: Callable[..., Any]) -> Callable[..., Any]:
     return with_parameters
 
 
+# %% tags=["engine"]
+#| export
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the whole tensors of a model that ``shard_model`` divided, on each rank."""
     units = model.__dict__.get("sharding")
@@ -1524,6 +1557,17 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 # %% [markdown]
+# ## One table
+#
+# Now everything is held against one process. A small model trains for four steps by each scheme, on
+# two and on four ranks, in the setting of the opening: half of the ranks have three times as many
+# targets as the others. Each rank has two micro-batches, there is weight decay, and gradients are
+# clipped. The function `scheme_bytes` has the formulas to the byte. For $P$ weights they come to $2
+# (n - 1)/n \cdot 4P$ bytes for the first three schemes. With $m$ micro-batches, full sharding sends
+# $m (n - 1)/n \cdot 12 P$, or $8P$ in place of $12P$ with 16-bit weights. A few bytes come on top,
+# for marks, buffers, and the norm.
+
+# %% [markdown] tags=["engine"]
 # ### Engine room: one run by any scheme
 
 # %% [markdown] tags=["engine"]
@@ -1547,7 +1591,7 @@ class SchemeRun(NamedTuple):
     """What a run gave: of each step the loss over all ranks and the norm before clipping.
 
     ``weights`` are whole. ``sent`` is how many bytes this rank sent in the last step, and ``kept``
-    how many it held in weights, gradients and the optimizer's averages when its backward pass ended.
+    how many it held in weights, gradients and averages when its last backward pass had ended.
     """
 
     losses: list[float]
@@ -1602,6 +1646,8 @@ class _SchemeModel:
         return clip_gradients(self.model.parameters(), max_norm)
 
 
+# %% tags=["engine"]
+#| export
 def _without_ranks(groups: Any, build: Any, **options: Any) -> Any:
     return build(groups, **options)
 
@@ -1674,6 +1720,8 @@ def run_scheme(
     return SchemeRun(losses, norms, run.weights(), sent, kept)
 
 
+# %% tags=["engine"]
+#| export
 def _parts(rows: Tensor, shares: int, micro_batches: int) -> list[Tensor]:
     """The micro-batches of each share in turn."""
     if len(rows) % (shares * micro_batches):
@@ -1708,6 +1756,8 @@ def scheme_bytes(scheme: Scheme, model: nn.Module, world_size: int, micro_batche
     return micro_batches * each + round(2 * (n - 1) / n * 8)
 
 
+# %% tags=["engine"]
+#| export
 def worst_difference(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> tuple[str, float]:
@@ -1752,15 +1802,7 @@ for n in (2, 4):
         table[scheme, n] = [run.sent for run in found], found[0].kept
 
 # %% [markdown]
-# ## One table
-#
-# Now everything is held against one process. A small model trains for four steps by each scheme, on
-# two and on four ranks, in the setting of the opening: half of the ranks have three times as many
-# targets as the others. Each rank has two micro-batches, there is weight decay, and gradients are
-# clipped. The function `scheme_bytes` has the formulas to the byte. For $P$ weights they come to $2 (n - 1)/n
-# \cdot 4P$ bytes for the first three schemes. With $m$ micro-batches, full sharding sends $m (n -
-# 1)/n \cdot 12 P$, or $8P$ in place of $12P$ with 16-bit weights. A few bytes come on top, for marks,
-# buffers, and the norm.
+# ### The ten runs
 
 # %%
 whole, n_weights = TransformerLM(config), count_parameters(config)
@@ -1771,13 +1813,14 @@ for (scheme, n), (sent, kept) in table.items():
     print(f"{scheme:14}{n:6}{sent[0]:13,}{formula:12,}{kept / n_weights:24.1f}")
 
 # %% [markdown]
-# What a rank sent is the formula, to the byte, in all ten runs, and all ranks end with the same bits.
-# The first gradient norm equals that of one process to five digits, those of all four steps to four,
-# and the weights differ by less than a thousandth of the largest in their tensor. (Why not by a
-# millionth? Adam divides each gradient by its own size, so where it is nearly zero, rounding decides
-# the direction of a whole step.) Full sharding in 16 bits is held against one process whose products
-# round the weights to 16 bits. It starts with the same norm; later, a weight that lies between two
-# 16-bit numbers may be rounded the other way, so there the bounds are a hundred times wider.
+# What a rank sent is the formula, to the byte, in all ten runs, and all ranks end with the same
+# bits. The first gradient norm equals that of one process to five digits, those of all four steps
+# to four, and the weights differ by less than a thousandth of the largest in their tensor. (Why not
+# by a millionth? Adam divides each gradient by its own size, so where it is nearly zero, rounding
+# decides the direction of a whole step.) Full sharding in 16 bits is held against one process whose
+# products round the weights to 16 bits. It starts with the same norm; later, a weight that lies
+# between two 16-bit numbers may be rounded the other way, so there the bounds are a hundred times
+# wider.
 #
 # What is kept falls as predicted: 16 bytes for each weight without sharding, of which stage 1
 # divides 8 by $n$, and full sharding all.
@@ -1785,13 +1828,13 @@ for (scheme, n), (sent, kept) in table.items():
 # %% [markdown]
 # ## Eight, 64, 1,024 GPUs
 #
-# The formulas do not end at four ranks. {py:func}`~llmbook.distributed.predict_scheme` takes them to
-# any number, with ZeRO's bytes for a weight in mixed precision: 2 for the weight, 2 for its
+# The formulas do not end at four ranks. {py:func}`~llmbook.distributed.predict_scheme` takes them
+# to any number, with ZeRO's bytes for a weight in mixed precision: 2 for the weight, 2 for its
 # gradient, and 12 for the optimizer, which keeps a float32 copy. Here is a model of 8 billion
 # weights. Activations come on top, and so do the blocks that full sharding has gathered at the
 # moment:
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: the formulas for any number of GPUs
 
 
@@ -1811,6 +1854,8 @@ class PredictedScheme(NamedTuple):
         return float(self.weights + self.gradients + self.optimizer)
 
 
+# %% tags=["engine"]
+#| export
 def predict_scheme(
     scheme: Literal["data_parallel", "zero1", "zero2", "full"],
     n_parameters: int,
@@ -1850,8 +1895,8 @@ def predict_scheme(
 
 
 # %% [markdown] tags=["engine"]
-# The published numbers of the section's end, computed. A step of torchtitan's takes as long as a GPU
-# needs for its 8,192 tokens.
+# The published numbers of the section's end, computed. A step of torchtitan's takes as long as a
+# GPU needs for its 8,192 tokens.
 
 # %% tags=["engine"]
 stages: tuple[Any, ...] = ("data_parallel", "zero1", "zero2", "full")
@@ -1878,11 +1923,12 @@ for scheme in ("data_parallel", "zero1", "zero2", "full"):
     print(f"{scheme:13}{kept}  {''.join(f'{p.sent / 1e9:8.1f}' for p in predicted)}")
 
 # %% [markdown]
-# Plain data parallelism needs 128 GB on every GPU, however many there are. Stage 1 brings that to 34
-# GB at 64 GPUs for the same traffic, and full sharding goes on falling for half as much traffic
+# Plain data parallelism needs 128 GB on every GPU, however many there are. Stage 1 brings that to
+# 34 GB at 64 GPUs for the same traffic, and full sharding goes on falling for half as much traffic
 # again. The traffic hardly depends on the number of GPUs, but the time to hide it in does: with a
-# fixed batch, each of 1,024 GPUs has a 128th of the work that each of eight has. That is where other
-# ways to divide a model begin. {numref}`fig-distributed-memory` shows a model of 70 billion weights.
+# fixed batch, each of 1,024 GPUs has a 128th of the work that each of eight has. That is where
+# other ways to divide a model begin. {numref}`fig-distributed-memory` shows a model of 70 billion
+# weights.
 
 # %% mystnb={"figure": {"caption": "What each GPU keeps of a model of 70 billion weights, without activations. Below the dashed line it fits into 80 GB.", "name": "fig-distributed-memory"}, "image": {"alt": "Four curves of gigabytes over the number of GPUs from 1 to 1,024, both axes logarithmic. Data parallelism stays at 1,129. ZeRO-1 falls toward 282 and ZeRO-2 toward 141, above the line of 80 GB. Full sharding falls in a straight line, crosses 80 GB between 8 and 16 GPUs and reaches 1 at 1,024."}}
 n_weights = count_parameters(ModelConfig.preset("llama3-70b"))
@@ -1898,18 +1944,19 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# Can such numbers be trusted? The engine room above holds them against three published sources. ZeRO's
-# paper gives 120, 31.4, 16.6 and 1.9 GB for 7.5 billion weights on 64 GPUs
-# {cite}`rajbhandari2020zero`, as our formulas do. BLOOM's checkpoint, with float32 weights, averages
-# and 16-bit weights, is said to have 2.3 TB, and 329 GB of it in 16 bits {cite}`bekman2022bloom`: we
-# get 2.2 and 328, counted in powers of 1,024. The third source says something new. Torchtitan
-# publishes the speed of full sharding on 64 A100 GPUs of 80 GB {cite}`liang2024torchtitan`. At
-# these speeds each GPU must have sent 22 GB in every second, near the 25 of a network card of 200
-# Gbit/s, and for 8B and 70B alike, since the traffic and the work to hide it behind grow together.
-# More than half of the GPU's arithmetic was used all the same, so most of the traffic was hidden.
+# Can such numbers be trusted? The engine room above holds them against three published sources.
+# ZeRO's paper gives 120, 31.4, 16.6 and 1.9 GB for 7.5 billion weights on 64 GPUs
+# {cite}`rajbhandari2020zero`, as our formulas do. BLOOM's checkpoint, with float32 weights,
+# averages and 16-bit weights, is said to have 2.3 TB, and 329 GB of it in 16 bits
+# {cite}`bekman2022bloom`: we get 2.2 and 328, counted in powers of 1,024. The third source says
+# something new. Torchtitan publishes the speed of full sharding on 64 A100 GPUs of 80 GB
+# {cite}`liang2024torchtitan`. At these speeds each GPU must have sent 22 GB in every second, near
+# the 25 of a network card of 200 Gbit/s, and for 8B and 70B alike, since the traffic and the work
+# to hide it behind grow together. More than half of the GPU's arithmetic was used all the same, so
+# most of the traffic was hidden.
 #
-# Larger runs combine schemes. Llama 3 405B, on 16,384 GPUs, divides each layer over 8 of them and the
-# layers over 16 stages, and the 128 GPUs that have the same part shard it among themselves
+# Larger runs combine schemes. Llama 3 405B, on 16,384 GPUs, divides each layer over 8 of them and
+# the layers over 16 stages, and the 128 GPUs that have the same part shard it among themselves
 # {cite}`grattafiori2024llama3`. All of the state comes to 0.4 GB on each GPU.
 
 # %% [markdown]
@@ -1917,10 +1964,10 @@ plt.show()
 #
 # A new scheme is believed when it has been *held against one that is believed*, from the same start
 # and on the same data. Torchtitan's developers compare loss curves of 3,000 steps with those of
-# plain full sharding, which was itself compared with DDP
-# ([their protocol](https://github.com/pytorch/torchtitan/blob/main/docs/converging.md)). Here, curves
-# come last, because they are the weakest witness. We take the wrapper that averages, the second
-# factor of two from above, and look at its run with two eyes:
+# plain full sharding, which was itself compared with DDP ([their
+# protocol](https://github.com/pytorch/torchtitan/blob/main/docs/converging.md)). Here, curves come
+# last, because they are the weakest witness. We take the wrapper that averages, the second factor
+# of two from above, and look at its run with two eyes:
 
 # %%
 averaging = partial(run_scheme, reduction="mean")
@@ -1936,22 +1983,22 @@ print(f"first gradient norm: {ratio:.3f} of the control's")
 # 1. **One operation.** Each collective and its backward pass equal the formula on small tensors, in
 #    float64, with sizes that the ranks do not divide.
 # 2. **One gradient.** From a common start, every weight's gradient equals that of one process up to
-#    rounding, with unequal targets, several micro-batches, a tied weight, a frozen one, and one that
-#    only one rank uses.
-# 3. **A few steps.** With clipping and decay, weights and norms stay equal, and all ranks have the same
-#    bits. Ranks start from *different* seeds, so that a missing broadcast shows.
+#    rounding, with unequal targets, several micro-batches, a tied weight, a frozen one, and one
+#    that only one rank uses.
+# 3. **A few steps.** With clipping and decay, weights and norms stay equal, and all ranks have the
+#    same bits. Ranks start from *different* seeds, so that a missing broadcast shows.
 # 4. **Cost.** Bytes sent and bytes kept equal the formula.
-# 5. **Failure.** A rank that dies, is late, or has other data ends all ranks with a message. A run that
-#    was killed resumes as if it had not been.
-# 6. **Faults put in.** Average in place of a sum, leave out the broadcast: a check above must notice.
-#    One that has never failed proves little.
-# 7. **Curves.** Only now a real run: the same data in the same order, the old scheme as control, and at
-#    least two seeds of it, because a difference means something only if it is larger than between
-#    seeds. In lower precision this is the only comparison that remains.
+# 5. **Failure.** A rank that dies, is late, or has other data ends all ranks with a message. A run
+#    that was killed resumes as if it had not been.
+# 6. **Faults put in.** Average in place of a sum, leave out the broadcast: a check above must
+#    notice. One that has never failed proves little.
+# 7. **Curves.** Only now a real run: the same data in the same order, the old scheme as control,
+#    and at least two seeds of it, because a difference means something only if it is larger than
+#    between seeds. In lower precision this is the only comparison that remains.
 #
 # {py:func}`~llmbook.distributed.run_scheme` and {py:func}`~llmbook.distributed.worst_difference` do
-# steps 2 to 4, and this chapter's tests the others up to 6. All of that runs on a laptop, before the
-# first GPU is paid for.
+# steps 2 to 4, and this chapter's tests the others up to 6. All of that runs on a laptop, before
+# the first GPU is paid for.
 
 # %% [markdown]
 # ## Exercises
@@ -1960,8 +2007,8 @@ print(f"first gradient norm: {ratio:.3f} of the control's")
 # :label: ex-distributed-doubling
 # *Twenty minutes.* The ring takes $2 (n - 1)$ steps. For small tensors, where each step costs its
 # waiting time, *recursive doubling* is better: in step $k$, rank $r$ exchanges all it has with rank
-# $r \oplus 2^k$ (the bit $k$ of its rank flipped), and both add. Simulate it: given the vectors of all
-# ranks, return their vectors afterwards, and how many numbers each rank has sent. The number of
+# $r \oplus 2^k$ (the bit $k$ of its rank flipped), and both add. Simulate it: given the vectors of
+# all ranks, return their vectors afterwards, and how many numbers each rank has sent. The number of
 # ranks must be a power of two; refuse others with a `ValueError`. Leave the given vectors alone.
 # ````
 
@@ -2003,9 +2050,9 @@ except ValueError:
 # :label: ex-distributed-factors
 # *Fifteen minutes.* Your model is wrapped by something that *averages* gradients over ranks, and
 # calls you with the numbers of targets: `counts[r][k]` is that of micro-batch $k$ on rank $r$. Each
-# micro-batch's loss is the *mean* over its own targets (zero where there are none). Return the factors by which
-# these losses have to be multiplied, in the same form, so that the gradient is that of the mean over
-# all targets. Refuse with a `ValueError` if there are no targets at all.
+# micro-batch's loss is the *mean* over its own targets (zero where there are none). Return the
+# factors by which these losses have to be multiplied, in the same form, so that the gradient is
+# that of the mean over all targets. Refuse with a `ValueError` if there are no targets at all.
 # ````
 
 
@@ -2042,10 +2089,10 @@ except ValueError:
 # %% [markdown]
 # ````{exercise} Where does it fit?
 # :label: ex-distributed-fit
-# *Ten minutes.* With {py:func}`~llmbook.distributed.predict_scheme`, find the smallest number of GPUs, a
-# multiple of 8 up to 16,384, on which the state of a model fits into `memory` bytes each. Full sharding
-# also needs room for `gathered` weights of 2 bytes; the other schemes have theirs whole anyway.
-# Return `None` if no number is enough.
+# *Ten minutes.* With {py:func}`~llmbook.distributed.predict_scheme`, find the smallest number of
+# GPUs, a multiple of 8 up to 16,384, on which the state of a model fits into `memory` bytes each.
+# Full sharding also needs room for `gathered` weights of 2 bytes; the other schemes have theirs
+# whole anyway. Return `None` if no number is enough.
 # ````
 
 

@@ -8,7 +8,7 @@ __all__ = ['SCHEMES', 'Scheme', 'RankError', 'launch', 'ByteCounter', 'place_in_
            'check_agreed_parameters', 'ShardedOptimizer', 'clip_sharded_gradients', 'shard_model', 'full_state_dict',
            'SchemeRun', 'run_scheme', 'scheme_bytes', 'worst_difference', 'PredictedScheme', 'predict_scheme']
 
-# %% ../chapters/18_distributed.ipynb #d36d43a1
+# %% ../chapters/18_distributed.ipynb #d7e20b8a
 # The imports of the module
 import io
 import math
@@ -35,6 +35,8 @@ from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
+# %% ../chapters/18_distributed.ipynb #edaa2f24
+# PyTorch, and what it takes from earlier chapters
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int64, Num
@@ -42,14 +44,12 @@ from torch import nn, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# %% ../chapters/18_distributed.ipynb #862339dd
-# What it takes from earlier chapters
 from .corpus import without_main_script
 from .environment import check_at_least, check_choice, check_whole, seed_everything
 from .model import ModelConfig, TransformerLM
 from .optimization import AdamW, clip_gradients, cross_entropy, parameter_groups
 
-# %% ../chapters/18_distributed.ipynb #df56cd81
+# %% ../chapters/18_distributed.ipynb #d7fea4d1
 def _packed(what: Any) -> bytes:
     """Bytes that become ``what`` in another process, by ``pickle.loads``."""
     try:
@@ -77,7 +77,7 @@ class _Sent:
     def __reduce__(self) -> tuple[Any, ...]:
         return pickle.loads, (self.payload,)
 
-
+# %% ../chapters/18_distributed.ipynb #fb7abb2e
 def _packed_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
     if not callable(function):
         raise ValueError(f"function: expected a function, got {function!r:.60}")
@@ -92,7 +92,7 @@ def _packed_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> by
             raise ValueError(f"{name}: {expected}, got {value!r:.60}: install cloudpickle for it")
     return _packed((function, arguments))
 
-# %% ../chapters/18_distributed.ipynb #4a80c40e
+# %% ../chapters/18_distributed.ipynb #3c528cbe
 class _Lines(io.TextIOBase):
     """What a rank prints goes to its parent, in whole lines."""
 
@@ -117,7 +117,7 @@ class _Failure(NamedTuple):
 
 _LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused")
 
-
+# %% ../chapters/18_distributed.ipynb #9a7a2766
 def _describe(error: BaseException, timeout: float) -> _Failure:
     """Put the error of a rank into words; in a collective, say which and for how long."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -139,7 +139,7 @@ def _describe(error: BaseException, timeout: float) -> _Failure:
     text = "".join(traceback.format_exception(error))
     return _Failure(message, text, order, sent)
 
-# %% ../chapters/18_distributed.ipynb #826651eb
+# %% ../chapters/18_distributed.ipynb #a2eb0f11
 def _leave_with_parent(folder: str) -> None:
     """End this process, and remove what the run wrote, when the parent is gone."""
     parent = multiprocessing.parent_process()
@@ -157,7 +157,7 @@ def _loopback() -> dict[str, str]:
                 return {"GLOO_SOCKET_IFNAME": name}
     return {}
 
-
+# %% ../chapters/18_distributed.ipynb #2c1f0158
 def _run_rank(
     call: bytes, pipe: Connection, rank: int, world_size: int, folder: str, options: dict[str, Any]
 ) -> None:
@@ -184,7 +184,7 @@ def _run_rank(
     except BaseException as error:
         pipe.send_bytes(_packed(("raised", _describe(error, timeout))))
 
-# %% ../chapters/18_distributed.ipynb #cf25e079
+# %% ../chapters/18_distributed.ipynb #8551aaff
 class RankError(RuntimeError):
     """A rank raised an exception, died, or waited too long; the others were ended."""
 
@@ -192,7 +192,7 @@ class RankError(RuntimeError):
         super().__init__(message)
         self.rank = rank
 
-
+# %% ../chapters/18_distributed.ipynb #f70eb86a
 def _listen(processes: list[Any], pipes: list[Connection]) -> list[Any]:
     """Return what each rank returned, or raise for the one that failed first."""
     results: dict[int, Any] = {}
@@ -225,7 +225,7 @@ def _listen(processes: list[Any], pipes: list[Connection]) -> list[Any]:
         raise _rank_error(failures, results.keys(), len(pipes))
     return [results[rank] for rank in range(len(pipes))]
 
-
+# %% ../chapters/18_distributed.ipynb #c82e4338
 def _death(code: int | None) -> str:
     if code is not None and code < 0:
         return f"died of {signal.Signals(-code).name}"
@@ -310,7 +310,7 @@ def launch(
             pipe.close()
         shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../chapters/18_distributed.ipynb #2ba7aa95
+# %% ../chapters/18_distributed.ipynb #26aac15e
 def _everything(n: int) -> float:
     return n - 1.0
 
@@ -339,13 +339,13 @@ _SENT_BY: dict[str, tuple[int, Callable[[int], float]]] = {
 }
 _SUFFIXES = re.compile(r"^_|(_coalesced|_base|_out|_)+$")
 
-
+# %% ../chapters/18_distributed.ipynb #931548cd
 class ByteCounter(TorchDispatchMode):
     """Counts, inside a ``with``, the bytes that this rank sends, and the calls of collectives.
 
     ``sent`` is in bytes, as if each collective went around a ring: twice (n - 1)/n of its data for
     an all-reduce, (n - 1)/n for a reduce-scatter or all-gather of the whole; what ``send`` sends
-    counts as it is. ``by_name`` has the bytes of each collective, ``calls`` how often it was called.
+    counts as it is. ``by_name`` has the bytes of each collective, ``calls`` the number of calls.
     """
 
     def __init__(self) -> None:
@@ -373,7 +373,7 @@ class ByteCounter(TorchDispatchMode):
                 self.by_name[name] += round(size * share(_size_of_group(args)))
         return operation(*args, **(kwargs or {}))
 
-
+# %% ../chapters/18_distributed.ipynb #e0622c71
 def _size_of_group(arguments: Any) -> int:
     """How many ranks take part in the collective that was called with ``arguments``."""
     for argument in reversed(arguments):
@@ -414,11 +414,11 @@ def check_agreed(group: dist.ProcessGroup | None = None, **numbers: int) -> None
             got = ", ".join(f"{number} on rank {rank}" for rank, number in enumerate(column))
             raise ValueError(f"{name}: expected the same on each rank, got {got}")
 
-# %% ../chapters/18_distributed.ipynb #c341118b
+# %% ../chapters/18_distributed.ipynb #090aa456
 def rows_of_rank(
     batch: Num[Tensor, "n_rows ..."], group: dist.ProcessGroup | None = None
 ) -> Num[Tensor, "n_own ..."]:
-    """Return the rows of this rank: every n-th, for n ranks. Others than n equal shares are refused."""
+    """Return the rows of this rank: every n-th, for n ranks, which must divide their number."""
     rank, size = place_in_group(group)
     if not len(batch) or len(batch) % size:
         expected = f"a multiple of {size} rows, so that each of {size} ranks has as many"
@@ -623,7 +623,7 @@ class DataParallel(nn.Module):
                 expected = "none from before (zero_grad), or no_sync for all but the last backward"
                 raise ValueError(f"gradients: expected {expected}, got some that were exchanged")
 
-# %% ../chapters/18_distributed.ipynb #3dce5f80
+# %% ../chapters/18_distributed.ipynb #00ed97fe
 def _in_buckets(module: nn.Module, most: int) -> list[list[nn.Parameter]]:
     """The parameters to train, last first, in groups of one dtype and at most ``most`` bytes."""
     buckets: list[list[nn.Parameter]] = []
@@ -638,7 +638,7 @@ def _in_buckets(module: nn.Module, most: int) -> list[list[nn.Parameter]]:
         raise ValueError(f"module: expected parameters to train, got none in {module!r:.60}")
     return buckets
 
-
+# %% ../chapters/18_distributed.ipynb #f13abb3c
 def check_agreed_parameters(module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Refuse models that differ between ranks in the shapes, dtypes or names of what they train."""
     told = [
@@ -646,14 +646,14 @@ def check_agreed_parameters(module: nn.Module, group: dist.ProcessGroup | None =
     ]
     check_agreed(group, parameters_to_train=len(told), shapes=zlib.crc32(repr(told).encode()))
 
-# %% ../chapters/18_distributed.ipynb #d6719738
+# %% ../chapters/18_distributed.ipynb #a21990d2
 class ShardedOptimizer:
     """An optimizer whose state and work is divided over ranks (ZeRO-1, Rajbhandari et al. 2020).
 
     ``parameters`` are a model's, or groups of them, and ``build`` makes the optimizer, which must
     treat each number by itself (AdamW or SGD, not Muon): each rank gives it the numbers of its
-    share only, as vectors. ``step`` sums the gradients over ranks, so a loss is to be divided by the
-    number of targets of all ranks; no ``DataParallel`` is needed. Weights begin as those of rank 0.
+    share only, as vectors. ``step`` sums the gradients over ranks, so divide a loss by the number
+    of targets of all ranks; no ``DataParallel`` is needed. Weights begin as those of rank 0.
     ``state_dict`` is that of this rank's share. The parameters become views of one vector, so move
     or convert the model before.
     """
@@ -757,7 +757,7 @@ class ShardedOptimizer:
                 raise ValueError(f"state_dict: expected {name} {here}, got {got!r:.60}")
         self.optimizer.load_state_dict(state_dict["optimizer"])
 
-# %% ../chapters/18_distributed.ipynb #92ac798e
+# %% ../chapters/18_distributed.ipynb #c5a236f6
 def _as_groups(parameters: Iterable[Any]) -> list[dict[str, Any]]:
     """Groups of the parameters to train, each parameter once; refuse what has no gradient."""
     given = list(parameters)
@@ -775,7 +775,7 @@ def _as_groups(parameters: Iterable[Any]) -> list[dict[str, Any]]:
         group["params"] = [p for p in group["params"] if p.requires_grad]
     return groups
 
-
+# %% ../chapters/18_distributed.ipynb #ddc28d6d
 @torch.no_grad()
 def clip_sharded_gradients(
     parameters: Iterable[Tensor], max_norm: float, group: dist.ProcessGroup | None = None
@@ -796,7 +796,7 @@ def clip_sharded_gradients(
         grad.mul_(scale.to(grad.dtype))
     return norm
 
-# %% ../chapters/18_distributed.ipynb #cbb37106
+# %% ../chapters/18_distributed.ipynb #186b4783
 @dataclass(eq=False)
 class _Sharded:
     """A parameter of which each rank has some rows: where it stands, its shape, the own rows."""
@@ -811,7 +811,7 @@ class _Sharded:
         """How many numbers each rank has, with rows of zeros to fill up."""
         return self.rows * self.shape[1:].numel()
 
-
+# %% ../chapters/18_distributed.ipynb #5a19c3ca
 class _Unit:
     """A part of a model whose parameters are gathered, used and freed together."""
 
@@ -942,7 +942,7 @@ def shard_model(
     model.__dict__["sharding"] = made
     return model
 
-# %% ../chapters/18_distributed.ipynb #255bcd9e
+# %% ../chapters/18_distributed.ipynb #9372370f
 _Places = dict[nn.Parameter, list[tuple[nn.Module, str]]]
 
 
@@ -968,7 +968,7 @@ def _places_by_unit(model: nn.Module, parts: list[nn.Module]) -> list[tuple[nn.M
         by_unit[owners.pop() if len(owners) == 1 else model][p] = at
     return list(by_unit.items())
 
-
+# %% ../chapters/18_distributed.ipynb #ebc0230e
 def _divided(at: list[tuple[nn.Module, str]], rank: int, size: int) -> _Sharded:
     """Replace a parameter, in all its places, by the rows of this rank."""
     whole = at[0][0]._parameters[at[0][1]]
@@ -990,7 +990,7 @@ def _present(unit: _Unit, forward: Callable[..., Any]) -> Callable[..., Any]:
 
     return with_parameters
 
-
+# %% ../chapters/18_distributed.ipynb #3f89a44b
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the whole tensors of a model that ``shard_model`` divided, on each rank."""
     units = model.__dict__.get("sharding")
@@ -1003,7 +1003,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     found = model.state_dict(keep_vars=True)
     return {name: whole.get(t, t).detach() for name, t in found.items()}
 
-# %% ../chapters/18_distributed.ipynb #19d7bcad
+# %% ../chapters/18_distributed.ipynb #b68688f0
 SCHEMES = ("all_reduce", "data_parallel", "zero1", "full", "full_bf16")
 Scheme = Literal[
     "one_process", "one_process_bf16", "all_reduce", "data_parallel", "zero1", "full", "full_bf16"
@@ -1014,7 +1014,7 @@ class SchemeRun(NamedTuple):
     """What a run gave: of each step the loss over all ranks and the norm before clipping.
 
     ``weights`` are whole. ``sent`` is how many bytes this rank sent in the last step, and ``kept``
-    how many it held in weights, gradients and the optimizer's averages when its backward pass ended.
+    how many it held in weights, gradients and averages when its last backward pass had ended.
     """
 
     losses: list[float]
@@ -1023,7 +1023,7 @@ class SchemeRun(NamedTuple):
     sent: int
     kept: int
 
-# %% ../chapters/18_distributed.ipynb #6bb4768c
+# %% ../chapters/18_distributed.ipynb #70af05f7
 class _SchemeModel:
     """A model and an optimizer under one scheme, behind the same few calls for all of them."""
 
@@ -1080,11 +1080,11 @@ class _SchemeModel:
         found = full_state_dict(self.model) if sharded else self.model.state_dict()
         return {name: tensor.detach().clone() for name, tensor in found.items()}
 
-
+# %% ../chapters/18_distributed.ipynb #f6e86cd6
 def _without_ranks(groups: Any, build: Any, **options: Any) -> Any:
     return build(groups, **options)
 
-# %% ../chapters/18_distributed.ipynb #a1357bca
+# %% ../chapters/18_distributed.ipynb #a8f2f77f
 def run_scheme(
     scheme: Scheme,
     config: ModelConfig,
@@ -1132,7 +1132,7 @@ def run_scheme(
         losses.append(loss.item())
     return SchemeRun(losses, norms, run.weights(), sent, kept)
 
-
+# %% ../chapters/18_distributed.ipynb #ac6df695
 def _parts(rows: Tensor, shares: int, micro_batches: int) -> list[Tensor]:
     """The micro-batches of each share in turn."""
     if len(rows) % (shares * micro_batches):
@@ -1140,7 +1140,7 @@ def _parts(rows: Tensor, shares: int, micro_batches: int) -> list[Tensor]:
         raise ValueError(f"micro_batches: expected {expected}, got {len(rows)} rows")
     return [part for share in range(shares) for part in rows[share::shares].chunk(micro_batches)]
 
-# %% ../chapters/18_distributed.ipynb #1186619d
+# %% ../chapters/18_distributed.ipynb #70ba6b5d
 def scheme_bytes(scheme: Scheme, model: nn.Module, world_size: int, micro_batches: int = 1) -> int:
     """Return what a rank sends in a step of ``run_scheme``, in bytes, by the formulas.
 
@@ -1164,7 +1164,7 @@ def scheme_bytes(scheme: Scheme, model: nn.Module, world_size: int, micro_batche
     each = (n - 1) * padded // n * (2 * gathered + 4)
     return micro_batches * each + round(2 * (n - 1) / n * 8)
 
-
+# %% ../chapters/18_distributed.ipynb #f48a523c
 def worst_difference(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> tuple[str, float]:
@@ -1187,7 +1187,7 @@ def worst_difference(
     name = max(differences, key=lambda name: differences[name])
     return name, differences[name]
 
-# %% ../chapters/18_distributed.ipynb #9c37e885
+# %% ../chapters/18_distributed.ipynb #05f5219f
 class PredictedScheme(NamedTuple):
     """Bytes on each GPU for a model's state, and bytes that each sends in a step."""
 
@@ -1201,7 +1201,7 @@ class PredictedScheme(NamedTuple):
         """All of the state: weights, gradients, and what the optimizer keeps."""
         return float(self.weights + self.gradients + self.optimizer)
 
-
+# %% ../chapters/18_distributed.ipynb #3e821dd0
 def predict_scheme(
     scheme: Literal["data_parallel", "zero1", "zero2", "full"],
     n_parameters: int,
