@@ -665,6 +665,8 @@ def rows_of_rank(
 ) -> Num[Tensor, "n_own ..."]:
     """Return the rows of this rank: every n-th, for n ranks, which must divide their number."""
     rank, size = place_in_group(group)
+    if not isinstance(batch, Tensor):
+        raise ValueError(f"batch: expected a tensor with rows, got {batch!r:.60}")
     if not len(batch) or len(batch) % size:
         expected = f"a multiple of {size} rows, so that each of {size} ranks has as many"
         raise ValueError(f"batch: expected {expected}, got {len(batch)}")
@@ -1471,7 +1473,9 @@ def shard_model(
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a module, got {model!r:.60}")
     for name, dtype in (("compute_dtype", compute_dtype), ("reduce_dtype", reduce_dtype)):
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        if dtype is None and name == "compute_dtype":
+            continue
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"{name}: expected a floating dtype, got {dtype!r}")
     parts = list(getattr(model, "blocks", ()) if units is None else units)
     check_agreed_parameters(model, group)
@@ -1692,7 +1696,12 @@ def run_scheme(
     ``DataParallel``: "mean" is wrong here, to see what finds it.
     """
     check_choice("scheme", scheme, ("one_process", "one_process_bf16", *SCHEMES))
-    check_at_least(micro_batches=(1, micro_batches), shares=(1, shares), seed=(0, seed))
+    check_choice("reduction", reduction, ("sum", "mean"))
+    check_whole("micro_batches", micro_batches, 1)
+    check_at_least(shares=(1, shares), seed=(0, seed))
+    if not 0 <= learning_rate < math.inf:
+        expected = "a finite number of at least 0"
+        raise ValueError(f"learning_rate: expected {expected}, got {learning_rate!r}")
     _, size = place_in_group()
     if scheme.startswith("one_process") and size > 1:
         raise ValueError(f"scheme: expected one for {size} ranks, got {scheme!r}")
@@ -1739,7 +1748,8 @@ def scheme_bytes(scheme: Scheme, model: nn.Module, world_size: int, micro_batche
     for each tensor, the norm, and buffers.
     """
     check_choice("scheme", scheme, SCHEMES)
-    check_at_least(world_size=(1, world_size), micro_batches=(1, micro_batches))
+    check_whole("world_size", world_size, 1)
+    check_whole("micro_batches", micro_batches, 1)
     n, shapes = world_size, [p.shape for p in model.parameters()]
     total, tensors = sum(shape.numel() for shape in shapes), len(shapes)
     share = -(-total // n)

@@ -881,7 +881,10 @@ def test_runs_that_do_not_divide_are_refused_on_all_ranks():
     assert first == second
     starts = ("scheme: expected one for 2 ranks", "scheme: expected one of")
     starts += ("batch: expected a multiple of 2 rows", "micro_batches: expected a multiple of 2")
-    starts += ("batches: expected the same on each rank", "micro_batches: expected at least 1")
+    starts += (
+        "batches: expected the same on each rank",
+        "micro_batches: expected a whole number of at least 1",
+    )
     for message, start in zip(first, starts, strict=True):
         assert message.startswith(start)
 
