@@ -17,6 +17,7 @@ from llmbook import (
     cleaning,
     corpus,
     deduplication,
+    distributed,
     evaluation,
     generation,
     model,
@@ -31,7 +32,8 @@ from llmbook import (
 
 MODULES = (
     "environment tinyworld corpus cleaning deduplication tokenizer subwords batches positions "
-    "attention blocks model optimization training generation precision evaluation"
+    "attention blocks model optimization training generation precision evaluation "
+    "distributed"
 ).split()
 
 # What is left out, and why.
@@ -53,6 +55,7 @@ NOT_TRIED = {
     "corpus.iter_documents",
     "corpus.iter_texts",
     "training.unnoticed",
+    "distributed.launch",  # starts processes at each attempt: tests/test_distributed.py has some
     # They take seconds for each attempt: tests/test_training.py has some.
     "training.run",
     "training.main",  # the command line, which answers with an exit code
@@ -391,6 +394,19 @@ def question() -> tinyworld.Question:
 
 
 Arguments = dict[str, Any] | Callable[[], dict[str, Any]]
+
+
+def alone() -> dict[str, Any]:
+    """The group of this process alone, which is made at the first call."""
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    return {"group": None}
+
+
+# Two rows for each of two micro-batches
+IDS = torch.zeros(4, 8, dtype=torch.int64)
+
 EXAMPLES: dict[str, Arguments] = {
     "environment.check_choice": {"argument": "x", "value": "a", "choices": ("a", "b")},
     "environment.check_fraction": {"argument": "x", "value": 0.5},
@@ -698,6 +714,40 @@ EXAMPLES: dict[str, Arguments] = {
         "items": [{"text": TEXT}],
     },
     "evaluation.run_lm_eval": lambda: speaking() | {"folder": task_folder(), "tasks": ["task"]},
+    # Of a group of one process, which is this one.
+    "distributed.place_in_group": lambda: alone(),
+    "distributed.check_agreed": lambda: alone(),
+    "distributed.check_agreed_parameters": lambda: alone() | {"module": torch.nn.Linear(2, 2)},
+    "distributed.sum_over_ranks": lambda: alone() | {"number": 3},
+    "distributed.rows_of_rank": lambda: alone() | {"batch": torch.zeros(2, 3)},
+    "distributed.pass_on": lambda: alone() | {"x": torch.zeros(3)},
+    "distributed.reduce_scatter_ring": lambda: alone() | {"parts": torch.zeros(1, 3)},
+    "distributed.all_gather_ring": lambda: alone() | {"part": torch.zeros(3)},
+    "distributed.all_reduce_ring": lambda: alone() | {"x": torch.zeros(3)},
+    "distributed.DataParallel": lambda: alone() | {"module": torch.nn.Linear(2, 2)},
+    "distributed.ShardedOptimizer": lambda: (
+        alone() | {"parameters": parameters(), "build": optimization.AdamW}
+    ),
+    "distributed.clip_sharded_gradients": lambda: (
+        alone() | {"parameters": parameters(), "max_norm": 1.0}
+    ),
+    "distributed.shard_model": lambda: alone() | {"model": torch.nn.Linear(2, 2)},
+    "distributed.full_state_dict": lambda: (
+        alone() and {"model": distributed.shard_model(torch.nn.Linear(2, 2))}
+    ),
+    "distributed.run_scheme": lambda: (
+        alone() and {"scheme": "one_process", "config": config(), "batches": [(IDS, IDS)]}
+    ),
+    "distributed.scheme_bytes": {
+        "scheme": "zero1",
+        "model": torch.nn.Linear(2, 2),
+        "world_size": 2,
+    },
+    "distributed.worst_difference": lambda: {
+        "found": {"a": torch.ones(2)},
+        "expected": {"a": torch.ones(2)},
+    },
+    "distributed.predict_scheme": {"scheme": "zero1", "n_parameters": 100, "world_size": 2},
 }
 
 # Objects whose methods are tried as well.
