@@ -3,12 +3,12 @@
 #
 # > Train on many devices as on one: the same gradients, with the bytes and the memory counted.
 #
-# To be written.
+# The model is cut here, by layers, by the sequence and by depth.
 #
 # | | |
 # |---|---|
 # | **Part** | III. Pretraining |
-# | **You build** | {py:func}`~llmbook.distributed.launch` |
+# | **You build** | {py:func}`~llmbook.distributed.launch`, {py:func}`~llmbook.distributed.tensor_parallel`, {py:func}`~llmbook.distributed.ring_attention`, {py:func}`~llmbook.distributed.pipeline_step` |
 # | **You need** | training ({doc}`13_training`), memory ({doc}`15_precision`) |
 # | **It takes** | 60 minutes for the main line, 3 hours for everything, 90 seconds to run |
 
@@ -23,6 +23,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -31,6 +32,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from datetime import timedelta
@@ -40,12 +42,16 @@ from itertools import accumulate
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
+# %% tags=["engine"]
+#| export
+# Torch and shapes
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int64, Num
 from torch import nn, Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # %% [markdown]
 # ## A gradient wrong by a factor of two
@@ -63,12 +69,7 @@ from llmbook.optimization import cross_entropy
 from llmbook.positions import check_tensor
 
 # %% [markdown]
-# ### Engine room: how processes start, fail and end together
-
-# %% [markdown] tags=["engine"]
-# A function reaches a process that has not defined it in one of two ways. One that an installed
-# module exports travels as its name, and the process imports it. One of a notebook or a script has
-# no such name; it travels as code, which the package `cloudpickle` can send.
+# ### Engine room: copied for the time being
 
 
 # %% tags=["engine"]
@@ -107,13 +108,6 @@ def _packed_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> by
     return _packed((function, arguments))
 
 
-# %% [markdown] tags=["engine"]
-# What happens in a rank: it joins the group, calls the function, and tells its parent what came
-# back. A thread ends the process when the parent is gone, whatever the function is doing then. An
-# error is told by its text, with the collective that was called last: gloo says that it waited, but
-# not for what.
-
-
 # %% tags=["engine"]
 #| export
 class _Lines(io.TextIOBase):
@@ -147,6 +141,7 @@ def _describe(error: BaseException, timeout: float) -> _Failure:
     inside = [f.name for f in frames if f.filename.endswith("distributed_c10d.py")]
     named = next((name for name in inside if name.lstrip("_") == name != "wrapper"), None)
     where = named or ("a collective" if frames and "wait" in (frames[-1].line or "") else None)
+    where = "; ".join([*filter(None, [where]), *getattr(error, "__notes__", ())]) or None
     message, order = f"raised {type(error).__name__}: {error}", 0
     if where and isinstance(error, RuntimeError) and "imed out" in str(error):
         message, order = f"waited {timeout:g} s in {where} for the others", 1
@@ -192,8 +187,10 @@ def _run_rank(
     try:
         function, arguments = pickle.loads(call)
         store = dist.FileStore(f"{folder}/store", world_size)
-        group = {"store": store, "rank": rank, "world_size": world_size}
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout), **group)
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=limit
+        )
         with redirect_stdout(_Lines(pipe)) as lines:
             result = function(*arguments)
             lines.write("\n" if lines.rest else "")
@@ -203,11 +200,6 @@ def _run_rank(
         dist.destroy_process_group()
     except BaseException as error:
         pipe.send_bytes(_packed(("raised", _describe(error, timeout))))
-
-
-# %% [markdown] tags=["engine"]
-# The parent listens to all ranks at once. The first failure ends the run; for a moment it waits for
-# others, because a rank that lost its neighbor may be heard before the neighbor's end is noticed.
 
 
 # %% tags=["engine"]
@@ -274,13 +266,6 @@ def _rank_error(failures: dict[int, _Failure], done: Collection[int], size: int)
     return error
 
 
-# %% [markdown] tags=["engine"]
-# Starting a process by a fork of this one is quick, but a fork copies one thread only: a lock that
-# another thread held stays locked for ever, and torch's threads hold some. Starting afresh is safe,
-# and imports torch in every process. A *fork server* is both: one fresh process imports torch, does
-# nothing with it, and is forked whenever a rank is needed.
-
-
 # %% tags=["engine"]
 #| export
 def launch(
@@ -313,7 +298,9 @@ def launch(
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
-        context.set_forkserver_preload(["torch.distributed", "llmbook.distributed"])
+        # The third is what the first optimizer of a process imports, for seconds.
+        preload = ["torch.distributed", "llmbook.distributed", "torch._dynamo"]
+        context.set_forkserver_preload(preload)
     environment = {**_loopback(), **os.environ}
     options = {"timeout": timeout, "threads": threads, "environment": environment}
     folder = tempfile.mkdtemp(prefix="llmbook-ranks-")
@@ -346,27 +333,110 @@ def launch(
 
 
 # %% tags=["engine"]
-# Counts what a rank sends in collectives and messages
-class CountedBytes:
-    """The bytes that this process sends while the block runs."""
+#| export
+def _everything(n: int) -> float:
+    return n - 1.0
 
-    def __enter__(self):
-        self.total, self.before = 0, (dist.all_reduce, dist.isend)
-        n = dist.get_world_size()
 
-        def all_reduce(x, *arguments, **options):
-            self.total += 2 * (n - 1) * x.numel() * x.element_size() // n
-            return self.before[0](x, *arguments, **options)
+def _most(n: int) -> float:
+    return (n - 1) / n
 
-        def isend(x, *arguments, **options):
-            self.total += x.numel() * x.element_size()
-            return self.before[1](x, *arguments, **options)
 
-        dist.all_reduce, dist.isend = all_reduce, isend
-        return self
+# Of each operation: which argument holds what is sent, and how many times of its bytes leave a rank
+# of n. Without suffixes: _ for in place, _base for one tensor, _coalesced for several.
+_SENT_BY: dict[str, tuple[int, Callable[[int], float]]] = {
+    "send": (0, lambda n: 1.0),
+    "allreduce": (0, lambda n: 2 * _most(n)),
+    "all_reduce": (0, lambda n: 2 * _most(n)),
+    "allgather": (1, _everything),
+    "allgather_into_tensor": (1, _everything),
+    "all_gather_into_tensor": (0, _everything),
+    "reduce_scatter": (1, _most),
+    "reduce_scatter_tensor": (1, _most),
+    "broadcast": (0, _most),
+    "reduce": (0, _most),
+    "gather": (1, _most),
+    "scatter": (0, _most),
+    "alltoall": (1, _most),
+    "all_to_all_single": (0, _most),
+}
+_SUFFIXES = re.compile(r"^_|(_coalesced|_base|_out|_)+$")
 
-    def __exit__(self, *error):
-        dist.all_reduce, dist.isend = self.before
+
+class ByteCounter(TorchDispatchMode):
+    """Counts, inside a ``with``, the bytes that this rank sends, and the calls of collectives.
+
+    ``sent`` is in bytes, as if each collective went around a ring: twice (n - 1)/n of its data for
+    an all-reduce, (n - 1)/n for a reduce-scatter or all-gather of the whole; what ``send`` sends
+    counts as it is. ``by_name`` has the bytes of each collective, ``calls`` how often it was called.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    @property
+    def sent(self) -> int:
+        """All bytes that this rank has sent."""
+        return sum(self.by_name.values())
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Count the operation, and run it."""
+        if any(kind.__name__ == "DTensor" for kind in types):
+            return NotImplemented  # it will call the collectives itself
+        if operation.namespace in ("c10d", "_c10d_functional"):
+            name = _SUFFIXES.sub("", operation._schema.name.partition("::")[2])
+            if name in _SENT_BY:
+                place, share = _SENT_BY[name]
+                size = sum(t.nbytes for t in tree_leaves(args[place]) if isinstance(t, Tensor))
+                self.calls[name] += 1
+                self.by_name[name] += round(size * share(_size_of_group(args)))
+        return operation(*args, **(kwargs or {}))
+
+
+def _size_of_group(arguments: Any) -> int:
+    """How many ranks take part in the collective that was called with ``arguments``."""
+    for argument in reversed(arguments):
+        if isinstance(argument, torch.ScriptObject):
+            with suppress(RuntimeError, TypeError):  # another object, such as the operation
+                return dist.ProcessGroup.unbox(argument).size()
+        elif isinstance(argument, str) and argument != "sum":
+            return dist.distributed_c10d._resolve_process_group(argument).size()
+    return dist.get_world_size()
+
+
+# %% tags=["engine"]
+#| export
+def place_in_group(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
+    """Return the rank of this process in ``group`` (None for all), and the number of ranks."""
+    if not dist.is_available() or not dist.is_initialized():
+        expected = "a process group, as in a function that launch or torchrun started"
+        raise ValueError(f"group: expected {expected}, got none")
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(f"group: expected one that has rank {dist.get_rank()}, got one without it")
+    return rank, dist.get_world_size(group)
+
+
+def check_agreed(group: dist.ProcessGroup | None = None, **numbers: int) -> None:
+    """Refuse whole numbers that differ between ranks, on each rank with the same ``ValueError``.
+
+    For example ``check_agreed(micro_batches=len(batches))`` before a loop of collectives. All ranks
+    must call it, with the same names.
+    """
+    _, size = place_in_group(group)
+    for name, number in numbers.items():
+        check_whole(name, number, -(2**63), 2**63 - 1)
+    mine = torch.tensor(list(numbers.values()), dtype=torch.int64)
+    found = [torch.empty_like(mine) for _ in range(size)]
+    dist.all_gather(found, mine, group=group)
+    for name, column in zip(numbers, torch.stack(found, dim=1).tolist(), strict=True):
+        if len(set(column)) > 1:
+            got = ", ".join(f"{number} on rank {rank}" for rank, number in enumerate(column))
+            raise ValueError(f"{name}: expected the same on each rank, got {got}")
 
 
 # %% tags=["engine"]
@@ -688,10 +758,10 @@ def next_loss(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def cut_step(model: nn.Module, ids: Tensor):
-    with CountedBytes() as sent:
+    with ByteCounter() as sent:
         loss = next_loss(tensor_parallel(model), ids)
         loss.backward()
-    return loss.item(), gradients(model), sent.total
+    return loss.item(), gradients(model), sent.sent
 
 
 sizes = {"d_model": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2}
@@ -939,18 +1009,6 @@ def _passed_on(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return received
 
 
-def _check_alike(what: tuple[Any, ...], group: dist.ProcessGroup | None) -> None:
-    """Demand that all ranks are about to send the same; else they would wait for ever."""
-    n = _place(group)[1]
-    if n == 1:
-        return
-    all_of_them: list[Any] = [None] * n
-    dist.all_gather_object(all_of_them, what, group=group)
-    if len(set(all_of_them)) > 1:
-        given = ", ".join(str(shapes) for shapes in all_of_them)
-        raise ValueError(f"q, k, v: expected the same shapes on all ranks, got {given}")
-
-
 # %% [markdown] tags=["engine"]
 # The forward and the backward pass walk the same way round. Keys and values are joined in one
 # tensor, so that each step sends one message.
@@ -1003,8 +1061,9 @@ class _RingAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> Any:
+    def backward(ctx: Any, d_out: Tensor) -> Any:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError("create_graph: ring attention has first derivatives only")
         q, kv, out, log_sum = ctx.saved_tensors
         ring, n = ctx.ring, _place(ctx.ring.group)[1]
         d_q, d_kv = torch.zeros_like(q), torch.zeros_like(kv)
@@ -1059,7 +1118,10 @@ def ring_attention(
         raise ValueError(f"k: expected vectors of {q.size(-1)}, as q has, got {k.size(-1)}")
     if zigzag and length % 2:
         raise ValueError(f"q: expected an even number of tokens for zigzag, got {length}")
-    _check_alike((*(tuple(x.shape) for x in (q, k, v)), is_causal, zigzag), group)
+    if _place(group)[1] > 1:
+        sizes = {"chunk": length, "d_head": q.size(-1), "d_value": v.size(-1)}
+        heads = {"n_heads": q.size(-3), "n_kv_heads": k.size(-3), "rows": q[..., 0, 0, 0].numel()}
+        check_agreed(group, **sizes, **heads, is_causal=int(is_causal), zigzag=int(zigzag))
     return _RingAttention.apply(q, torch.cat([k, v], dim=-1), _Ring(is_causal, zigzag, group))
 
 
@@ -1070,10 +1132,10 @@ def ring_attention(
 # %% tags=["engine"]
 def ring_step(inputs: list[Tensor], d_out: Tensor, zigzag: bool):
     chunks = [cut_sequence(x.detach(), -2, zigzag=zigzag).requires_grad_() for x in inputs]
-    with CountedBytes() as sent:
+    with ByteCounter() as sent:
         ring_attention(*chunks, zigzag=zigzag).backward(cut_sequence(d_out, -2, zigzag=zigzag))
     places = cut_sequence(torch.arange(d_out.size(-2)), 0, zigzag=zigzag)
-    return places, [x.grad for x in chunks], sent.total
+    return places, [x.grad for x in chunks], sent.by_name["send"]
 
 
 def ring_compared(ranks) -> str:
