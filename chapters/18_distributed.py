@@ -459,72 +459,64 @@ torch.set_num_threads(1)
 # %% [markdown]
 # ## Cutting a layer: tensor parallelism
 #
-# So far, ranks divided the batch and the storage, but each multiplied with whole matrices. A layer
-# may be too large for that, or a batch may have too few rows for all the devices. Then the
-# product itself is divided.
+# So far, ranks divided the batch and the storage, but each multiplied whole matrices. If a layer is
+# too large for that, the product itself has to be divided.
 #
-# Take a feed-forward network $Y = \phi(XA)\,B$ with an activation $\phi$ and two matrices. Cut $A$
-# by columns, $A = [A_1 \dots A_n]$, and give rank $r$ the part $A_r$. Each column of $XA$ needs one
-# column of $A$ only, and $\phi$ acts on each number by itself, so
-# $\phi(XA) = [\phi(XA_1) \dots \phi(XA_n)]$: rank $r$ computes its part without asking anyone. Now
-# cut $B$ by *rows*, at the same places. A product of matrices is a sum over columns of the left
-# and rows of the right one, and that sum may be taken in groups:
+# Take a feed-forward network $Y = \phi(XA)\,B$ with an activation $\phi$. Cut $A$ by columns,
+# $A = [A_1 \dots A_n]$, and give $A_r$ to rank $r$. A column of $XA$ needs one column of $A$ only,
+# and $\phi$ acts on each number by itself, so $\phi(XA) = [\phi(XA_1) \dots \phi(XA_n)]$: each rank
+# computes its part alone. Now cut $B$ by *rows*, at the same places. A product of matrices is a sum
+# over the columns of the left and the rows of the right one, and that sum can be taken in groups:
 #
 # $$
 # Y = \phi(XA)\,B = \sum_{r=1}^{n} \phi(XA_r)\, B_r .
 # $$ (distributed-columns-rows)
 #
-# Each rank computes one term, and one all-reduce adds the terms up. Had we cut $A$ by rows, then
-# $XA$ would be a sum over ranks, and $\phi$ of a sum is not the sum of the $\phi$. The ranks would
-# have to meet before the activation as well. So the rule is column first, then row
-# {cite}`shoeybi2019megatron`. A gate changes nothing: its matrix is cut by columns as $A$ is.
+# Each rank has one term, and one all-reduce adds them up. Had we cut $A$ by rows, $XA$ would be a
+# sum over ranks. Since $\phi$ of a sum is not the sum of the $\phi$, the ranks would have to meet
+# before the activation as well. Hence the rule: first columns, then rows
+# {cite}`shoeybi2019megatron`. The matrix of a gate is cut as $A$ is.
 #
 # ```{figure} ../figures/distributed-columns-rows.svg
 # :name: fig-distributed-columns-rows
-# :alt: The input X is copied to two ranks. Rank 0 multiplies it by the left half of A, applies the activation and multiplies by the upper half of B. Rank 1 does the same with the right half of A and the lower half of B. The two products, each of the full size of Y, are added by an all-reduce.
+# :alt: The input X is copied to two ranks. Each multiplies it by half of the columns of A, applies the activation, and multiplies by the matching half of the rows of B. The two products, each of the full size of Y, are added by an all-reduce.
 #
 # Two ranks compute one feed-forward network. Nothing is sent between the two products.
 # ```
 #
-# Attention has the same form. A head uses its own columns of $W_Q$, $W_K$ and $W_V$, its output
-# meets its own rows of $W_O$, and between the two no head looks at another. So heads take the place
-# of the columns of $A$, and attention that of $\phi$. With grouped queries, a group must stay
-# together with its key head: the number of ranks must divide `n_kv_heads`.
+# Attention has the same form. A head uses its own columns of $W_Q$, $W_K$ and $W_V$, its output meets
+# its own rows of $W_O$, and in between heads ignore each other. Queries that share a key head must
+# stay with it, so the number of ranks has to divide `n_kv_heads`.
 #
 # ### What goes backward
 #
-# In the forward pass, $X$ is copied to all ranks, and at the end the terms $Y_r$ are summed. Let
-# $dY$ be the gradient of the loss with respect to $Y$. From $Y = \sum_r Y_r$ follows $dY_r = dY$ for
-# all $r$: behind the sum, the gradient passes as it is. At the other end, rank $r$ has used the
-# copy $X_r = X$, and finds $dX_r$, which knows only of its own part of the layer. Since $X$ acts on
-# the loss through all copies, the chain rule adds them: $dX = \sum_r dX_r$. That is an all-reduce.
-# So there are two operators, and each is the other one turned around:
+# Let $dY$ be the gradient of the loss with respect to $Y$. From $Y = \sum_r Y_r$ follows
+# $dY_r = dY$: the gradient passes the sum unchanged. At the other end, rank $r$ used a copy of $X$
+# and finds $dX_r$, which knows of its own part of the layer only. $X$ acts on the loss through all
+# copies, so $dX = \sum_r dX_r$, which is another all-reduce. Each of these two operators is the other
+# one turned around:
 #
 # | operator | where | forward | backward |
 # |---|---|---|---|
 # | $f$, {py:func}`~llmbook.distributed.enter_parallel` | before the columns | identity | all-reduce |
 # | $g$, {py:func}`~llmbook.distributed.leave_parallel` | after the rows | all-reduce | identity |
 #
-# Without $f$, the program runs and the loss falls, but all layers below get gradients from a part
-# of this one, different on every rank. A block has two branches, attention and feed-forward network,
-# and each needs one all-reduce on the way forward and one on the way back: four, of $BTd$ numbers
-# each. A ring sends $2\frac{n-1}{n}$ times what it reduces, so with $b$ bytes a number, each rank
-# sends for each block
+# Without $f$ the program runs and the loss falls, but everything below gets a partial gradient,
+# a different one on each rank. A block has two branches, each with one all-reduce forward and one
+# backward, of $BTd$ numbers. A ring sends $2\frac{n-1}{n}$ times what it reduces. With $b$ bytes a
+# number, each rank sends for each block
 #
 # $$
 # 4 \cdot 2\,\tfrac{n-1}{n} \cdot b\,B\,T\,d \quad \text{bytes.}
 # $$ (distributed-tensor-bytes)
 #
-# With the two operators, what a rank computes fits into one line of code:
+# With the two operators, what a rank computes fits into one line:
 
 
 # %%
 def column_then_row(x, own_columns, own_rows):
     return leave_parallel(F.silu(enter_parallel(x) @ own_columns) @ own_rows)
 
-
-# %% [markdown]
-# The exported layers take their share out of the linear layers of chapter 10.
 
 # %% [markdown]
 # ### Engine room: the two operators and the two layers, and how a model is cut
@@ -777,10 +769,9 @@ model.zero_grad()
 # %% [markdown]
 # ### Equal to one process
 #
-# {py:func}`~llmbook.distributed.tensor_parallel` replaces the linear layers in all attention and
-# feed-forward networks of a model by their shares, and puts $f$ and $g$ around them. Two ranks go
-# one step forward and backward with a model of four layers, in double precision. One process
-# has done the same with the whole model:
+# {py:func}`~llmbook.distributed.tensor_parallel` cuts the linear layers of all attention and
+# feed-forward networks of a model and puts $f$ and $g$ around them. Two ranks take a step with a
+# model of four layers, in double precision, and are compared with one process:
 
 # %%
 losses, found, sent = zip(*launch(cut_step, 2, model, ids), strict=True)
@@ -790,10 +781,9 @@ print(f"each rank sent {sent[0]:,} bytes; the formula says {formula:,.0f}")
 assert set(sent) == {formula}
 
 # %% [markdown]
-# The bytes are those of {eq}`distributed-tensor-bytes`. They grow with the tokens of a batch, while those of data
-# parallelism grow with the parameters. And the ranks *wait* for each of them, four times in every
-# block. Therefore tensor parallelism stays inside a server, whose devices are joined by the fastest
-# links {cite}`narayanan2021efficient`.
+# These bytes grow with the tokens of a batch, and not with the parameters as those of data
+# parallelism do. And all ranks *wait* for them, four times in every block. So tensor parallelism
+# stays inside a server, whose devices are joined by the fastest links {cite}`narayanan2021efficient`.
 
 # %% [markdown]
 # ### Engine room: the plan for torch
@@ -829,9 +819,9 @@ def tensor_parallel_plan(module: nn.Module, n_ranks: int) -> dict[str, Any]:
 # %% [markdown]
 # ### The same by torch: DTensor
 #
-# PyTorch's DTensor is a tensor that knows how it is cut. `parallelize_module` takes a plan, which
-# says for each linear layer whether it is the column or the row kind, and inserts the all-reduces.
-# {py:func}`~llmbook.distributed.tensor_parallel_plan` names our layers. The model stays as it is:
+# PyTorch's DTensor is a tensor that knows how it is cut. `parallelize_module` takes a plan that says
+# which linear layers are columns and which are rows, and inserts the all-reduces. With the plan
+# from {py:func}`~llmbook.distributed.tensor_parallel_plan`, our model can be cut as it is:
 
 
 # %%
@@ -849,25 +839,22 @@ print(compared(*zip(*launch(dtensor_step, 2, model, ids), strict=True)))
 # %% [markdown]
 # ## Cutting the sequence: ring attention
 #
-# A text of a million tokens fits on no device, not even as a single row of a batch. So we cut the
-# row: rank $r$ gets the $r$-th of $n$ chunks of $T/n$ tokens. Norms, feed-forward networks and the
-# loss treat each token by itself and do not notice. Only attention looks across the cut: a query
-# needs the keys and values of *all* chunks before its own.
+# A text of a million tokens fits on no device, even as the only row of a batch. So the row is cut:
+# each of $n$ ranks gets a chunk of $T/n$ tokens. Norms, feed-forward networks and the loss treat each
+# token by itself and do not notice. Only attention looks across the cut.
 #
-# Chapter 09 met the same difficulty inside one device. {py:func}`~llmbook.attention.flash_attention`
-# reads keys in tiles, keeps the largest score $m$ so far and the sum $s$ of $e^{\text{score} - m}$,
-# and rescales when $m$ grows. Here a tile comes from another rank. Let tile $j$ have the
-# {term}`log-sum-exp` $\ell_j = m_j + \ln s_j$ and the output $o_j$, its own weighted mean of values.
-# The sum of $e^{\text{score}} v$ over the keys of the tile is then $e^{\ell_j} o_j$, and that of
-# $e^{\text{score}}$ is $e^{\ell_j}$. Sums over tiles just add:
+# Chapter 09 had the same difficulty inside one device. {py:func}`~llmbook.attention.flash_attention`
+# reads keys in tiles, and keeps the largest score $m$ and the sum $s$ of $e^{\text{score} - m}$. Now
+# a tile comes from another rank. Let tile $j$ have the {term}`log-sum-exp` $\ell_j = m_j + \ln s_j$
+# and the output $o_j$, its own weighted mean of values. Then $e^{\ell_j}$ is its sum of
+# $e^{\text{score}}$, and $e^{\ell_j} o_j$ its sum of $e^{\text{score}} v$. Both just add up:
 #
 # $$
 # o = \frac{\sum_j e^{\ell_j} o_j}{\sum_j e^{\ell_j}} = \sum_j w_j\, o_j , \qquad
 # w_j = e^{\ell_j - \ell} , \quad \ell = \ln \sum_j e^{\ell_j} .
 # $$ (distributed-merge)
 #
-# In other words, merging is attention over tiles: $\ell_j$ is the score of a tile, $o_j$ its value.
-# Two parts are merged at a time:
+# Merging is attention over tiles: $\ell_j$ is the score of a tile, $o_j$ its value. With two at a time:
 
 
 # %% tags=["engine"]
@@ -891,21 +878,19 @@ def merge_attention(a: AttentionPart, b: AttentionPart) -> AttentionPart:
 
 
 # %% [markdown]
-# The ranks form a ring. Each attends to its own keys, then passes keys and values on to the next
-# rank and receives those of the rank before; after $n - 1$ steps everyone has seen everything, and
-# no one ever held more than two chunks {cite}`liu2023ring`.
-#
-# On the way back, {eq}`distributed-merge` is differentiated like any softmax:
+# The ranks form a ring. Each attends to its own keys, then sends keys and values to the next rank and
+# receives those of the one before. After $n - 1$ such steps everyone has seen everything
+# {cite}`liu2023ring`. For the way back, {eq}`distributed-merge` is differentiated like any softmax:
 #
 # $$
 # do_j = w_j\, do , \qquad d\ell_j = w_j\; do \cdot (o_j - o) .
 # $$ (distributed-merge-backward)
 #
-# The weight $w_j$ needs the final $\ell$ of the query, and $o$ is its final output. Both are at home
-# when the forward pass ends. So keys and values go round a second time. Each rank computes a tile
-# again, applies chapter 09's backward pass to it, and adds what belongs to the keys and values to
-# gradients that *travel along with them*. After $n$ steps these are home. With $c$ bytes for the
-# keys and values of a chunk, a rank sends
+# Here $\ell$, which gives $w_j$, and $o$ are those of the whole row, and a rank has both for its
+# queries when the forward pass ends. So keys and values go around once more. Each rank computes a
+# tile again, applies chapter 09's backward pass, and adds its share to the gradients of these keys
+# and values, which *travel with them* and are home after $n$ steps. With $c$ bytes for the keys and
+# values of a chunk, a rank sends
 #
 # $$
 # \underbrace{(n-1)\,c}_{\text{forward}} + \underbrace{(n-1)\,c}_{\text{again}} +
@@ -1155,11 +1140,10 @@ scaled_dot_product_attention(*inputs, is_causal=True).backward(d_out)
 # %% [markdown]
 # ### Who has work, and when?
 #
-# A causal mask hides chunks that come later in the text. Rank 0 has no work after its own chunk,
-# and the last rank has work at every step. Since all pass on their chunks together, each step takes
-# as long as its busiest rank. {py:func}`~llmbook.distributed.ring_work` counts, in pairs of a query
-# and a key. The remedy is to cut the row into $2n$ pieces and give rank $r$ the pieces $r$ and
-# $2n - 1 - r$, an early and a late one:
+# A causal mask hides later chunks. Rank 0 is finished after its own chunk, while the last rank works
+# at every step, and each step takes as long as its busiest rank. The remedy is to cut the row into
+# $2n$ pieces and to give rank $r$ an early and a late one, $r$ and $2n - 1 - r$.
+# {py:func}`~llmbook.distributed.ring_work` counts pairs of a query and a key that it sees:
 
 # %%
 print("ranks  cut         least work  most work  time / even shares")
@@ -1170,18 +1154,16 @@ for n, cut in itertools.product((2, 4, 8), ("contiguous", "zigzag")):
     print(f"{n:5}  {cut:10} {each.min() / total:11.0%} {each.max() / total:10.0%} {lockstep:19.2f}")
 
 # %% [markdown]
-# With contiguous chunks, the time in lockstep approaches twice what an even division would need.
-# With the *zigzag* cut all ranks have the same work at every step: of the four pairs of pieces of
-# two different ranks, two are always visible. (Striped attention balances by dealing out single
-# tokens {cite}`brandon2023striped`.) A token's place in the text no longer follows from its place
-# on the rank, so rotary positions and targets must be cut in the same way as the tokens. That is
-# what {py:func}`~llmbook.distributed.cut_sequence` is for.
+# With contiguous chunks, the time approaches twice that of an even division. With the *zigzag* cut,
+# all ranks have the same work at every step: of the four pairs of pieces that two different ranks
+# form, two are visible. (Another way is to deal out single tokens {cite}`brandon2023striped`.) A
+# token's place in the text no longer follows from its place on the rank, so positions and targets
+# must be cut like the tokens, by {py:func}`~llmbook.distributed.cut_sequence`.
 
 # %% [markdown]
 # ### Equal to one process, and to the formula
 #
-# Two ranks attend to rows of 64 tokens, with 4 heads of queries and 2 of keys and values, and go
-# backward:
+# Two ranks attend to rows of 64 tokens and go backward:
 
 # %%
 for zigzag in (False, True):
@@ -1193,28 +1175,25 @@ print(f"each rank sent {ranks[0][2]:,} bytes; the formula says {formula:,}")
 # %% [markdown]
 # ## Cutting the depth: pipelines
 #
-# The last cut is the plainest: the first layers go to rank 0, the next to rank 1, and so on. A
-# *stage* sends its output to the next one, and only neighbors talk: $BTd$ numbers for a batch, at
-# each cut rather than in every layer. But a stage that waits for its input does nothing. With a
-# whole batch at a time, one stage works and all others wait.
+# The last cut is the plainest: the first layers go to rank 0, the next to rank 1, and so on. Only
+# neighboring *stages* talk, $BTd$ numbers at each cut. But while one stage works on the batch, all
+# others wait.
 #
-# So the batch is cut into $m$ micro-batches. While stage 1 works on the first, stage 0 has the
-# second. Let there be $p$ stages, and let a micro-batch take $f$ forward and $b$ backward in each.
-# The simplest schedule, GPipe {cite}`huang2019gpipe`, sends all micro-batches forward, then all
-# backward. The last stage begins when the first micro-batch has passed the $p - 1$ others, after
-# $(p-1)f$, and ends its forward passes at $(p-1+m)f$. The backward passes run through the stages in
-# the other direction, and take $(p-1+m)b$. Each stage works for $m(f+b)$ of the time
-# $(m+p-1)(f+b)$. What is left is the *bubble*:
+# So the batch is cut into $m$ micro-batches, and stage 0 takes the second while stage 1 has the
+# first. Let there be $p$ stages, and let a micro-batch take $f$ forward and $b$ backward in each. The
+# simplest schedule, GPipe {cite}`huang2019gpipe`, sends all micro-batches forward, then all
+# backward. The last stage starts when the first micro-batch has passed the $p - 1$ others, and has
+# done its forward passes after $(p-1+m)f$. The backward passes run the other way, in $(p-1+m)b$. Each
+# stage works for $m(f+b)$ of that time. The rest is the *bubble*:
 #
 # $$
 # \text{bubble} = 1 - \frac{m(f+b)}{(m+p-1)(f+b)} = \frac{p-1}{m+p-1} .
 # $$ (distributed-bubble)
 #
-# More micro-batches make it smaller. With GPipe they cost memory: until its first backward pass,
-# each stage keeps the activations of all $m$. But a backward pass need not wait for the last
-# forward one. In *one forward, one backward* (1F1B), stage $s$ starts with as many micro-batches as
-# there are stages behind it, $p - 1 - s$. Then it alternates: one forward, one backward, which frees
-# what it kept {cite}`narayanan2021efficient`.
+# More micro-batches make it smaller. But with GPipe each stage keeps the activations of all $m$. They
+# are freed by backward passes, which need not wait that long. In *one forward, one backward* (1F1B),
+# stage $s$ begins with as many micro-batches as there are stages behind it, $p - 1 - s$, and then
+# alternates {cite}`narayanan2021efficient`:
 
 
 # %% tags=["engine"]
@@ -1247,10 +1226,9 @@ def one_forward_one_backward(n_stages: int, n_microbatches: int) -> list[list[Pi
 
 
 # %% [markdown]
-# A schedule is data. {py:func}`~llmbook.distributed.pipeline_timing` lets it run without any model:
-# an action begins when its stage is free and what it needs has arrived. It counts the time, the
-# share of it that is idle, and the micro-batches that each stage keeps at most. The backward pass
-# takes twice as long as the forward one, as it does in a transformer.
+# A schedule is data. {py:func}`~llmbook.distributed.pipeline_timing` runs it without a model: an action
+# begins when its stage is free and what it needs has arrived. A backward pass takes twice as long as
+# a forward one, since it multiplies twice, for inputs and for weights.
 
 # %% [markdown]
 # ### Engine room: running a schedule on paper
@@ -1396,11 +1374,10 @@ for p, m in ((2, 4), (4, 4), (4, 16), (8, 32), (8, 128)):
     print("".join(row))
 
 # %% [markdown]
-# The bubbles, counted, are those of {eq}`distributed-bubble`, for both schedules. 1F1B is not
-# faster; but stage 0 keeps $p$ micro-batches where GPipe keeps $m$, and so $m$ can be made large. The
-# bubble itself shrinks if a rank holds several shorter stages in turn, at the price of more messages
-# {cite}`narayanan2021efficient`, or if the backward pass is divided: the gradient of the inputs, for
-# which others wait, comes first, and the gradient of the weights fills the gaps {cite}`qi2023zero`.
+# Both have the bubble of {eq}`distributed-bubble`. 1F1B is not faster. But stage 0 keeps $p$
+# micro-batches and not $m$, so $m$ can be made large. The bubble itself shrinks if each rank has
+# several short stages, at the price of more messages {cite}`narayanan2021efficient`, or if gradients
+# of weights, for which nobody waits, are put off to fill the gaps {cite}`qi2024zero`.
 
 # %% [markdown]
 # ### Engine room: stages, messages, and a matrix at both ends
@@ -1572,18 +1549,11 @@ def pipeline_step(
     return total if rank == last else None
 
 
-# %% [markdown]
-# ### A pipeline that runs
-#
-# {py:class}`~llmbook.distributed.PipelineStage` is a share of a model's blocks, with the embedding in
-# the first and the head in the last. {py:func}`~llmbook.distributed.pipeline_step` follows a schedule:
-# receive, compute, send. Autograd does not reach across processes. So a stage keeps its input $x$ and
-# output $y$ for each micro-batch. When $dy$ arrives, `y.backward(dy)` fills the gradients of its
-# weights and of $x$, and that of $x$ is sent back. Each loss is a sum, divided by the number of
-# targets of the *whole* batch, since micro-batches may have unequal numbers of targets:
+# %% [markdown] tags=["engine"]
+# What each rank runs in the comparison that follows:
 
 
-# %%
+# %% tags=["engine"]
 def pipeline_worker(model, ids, make):
     rank, size = dist.get_rank(), dist.get_world_size()
     stage = PipelineStage(model, rank, size)
@@ -1591,6 +1561,17 @@ def pipeline_worker(model, ids, make):
     return found, gradients(model)  # of those parameters that this stage has
 
 
+# %% [markdown]
+# ### A pipeline that runs
+#
+# A {py:class}`~llmbook.distributed.PipelineStage` has a share of a model's blocks, the first one the
+# embedding as well, and the last one the head. {py:func}`~llmbook.distributed.pipeline_step` follows a
+# schedule. Autograd does not reach across processes, so a stage keeps its input $x$ and output $y$ of
+# each micro-batch. When $dy$ arrives, `y.backward(dy)` fills the gradients of its weights and of $x$,
+# and the latter is sent back. Losses are summed and divided by the targets of the *whole* batch.
+# Two ranks with two blocks each, and four micro-batches:
+
+# %%
 for name, make in kinds.items():
     (_, first), (found, last) = launch(pipeline_worker, 2, model, ids, make)
     print(f"{name:5}: {compared([found], [first, last])}")
@@ -1602,23 +1583,20 @@ for name, make in kinds.items():
 # %% [markdown]
 # ## Experts on several devices
 #
-# The experts of a mixture (chapter 10) are cut in a way of their own: each rank has some of the
-# experts, whole, and its own share of the tokens. A token must travel to its experts and its result
-# must travel back. Every rank sends something different to every other one, which is an
-# *all-to-all*. Let a rank have $N$ tokens with $k$ active experts each, and let routing be even.
-# Then $\frac{n-1}{n}$ of its $Nk$ vectors leave. There are two exchanges in the forward pass, and
-# their mirror images in the backward pass, so each rank sends
+# The experts of a mixture (chapter 10) are cut in their own way: each rank has some experts, whole,
+# and its own share of the tokens. Tokens travel to their experts, and the results back. Every rank
+# sends something different to every other one, an *all-to-all*. If a rank has $N$ tokens with $k$
+# active experts each, and routing is even, $\frac{n-1}{n}$ of its $Nk$ vectors leave. There are two
+# exchanges forward and their mirror images backward, so for each layer a rank sends
 #
 # $$
-# 4\,\tfrac{n-1}{n}\, b\, N k d \quad \text{bytes}
+# 4\,\tfrac{n-1}{n}\, b\, N k d \quad \text{bytes.}
 # $$ (distributed-expert-bytes)
 #
-# per layer. Compared with the four all-reduces of tensor parallelism for the same $N$ tokens, that
-# is $k/2$ times as much. But routing is not even, and then the busiest rank decides how long all
-# wait. A *capacity* bounds this: an expert takes at most $C = \lceil \gamma N' k / E \rceil$ of all
-# $N'$ tokens on all ranks, and the rest of its tokens skip it {cite}`lepikhin2021gshard`. Here are 4
-# ranks with 2 experts each, 4,096 tokens, 2 active experts for each token, and a router that has
-# learned nothing but a taste for some experts:
+# But routing is not even, and all wait for the busiest rank. A *capacity* bounds the waiting: of all
+# $M$ tokens, each of $E$ experts takes at most $\gamma M k / E$, and the rest skip it
+# {cite}`lepikhin2021gshard`. Here are 4 ranks with 2 experts each, 4,096 tokens, $k = 2$, and a router
+# with random preferences:
 
 # %%
 torch.manual_seed(0)
@@ -1631,7 +1609,7 @@ for factor in (None, 2.0, 1.25, 1.0):
     print(f"{factor or 'none':>15} {1 - sum(loads) / (4096 * 2):8.0%} {busiest:18.2f}")
 
 # %% [markdown]
-# A capacity trades dropped tokens for waiting. Balance losses, and a bias on the router
+# A capacity buys shorter waits with dropped tokens. Balance losses, and a bias on the router
 # {cite}`deepseek2024v3`, attack the cause.
 #
 # ## Which cut, and when?
@@ -1644,13 +1622,11 @@ for factor in (None, 2.0, 1.25, 1.0):
 # | pipeline | some of the layers | $2BTd$ numbers at each cut | the model is too deep; between servers, with many micro-batches |
 # | expert | some of the experts | $4\frac{n-1}{n}Nkd$ numbers a layer | there are many experts |
 #
-# They combine, because each cuts along an axis of its own. Number the devices by coordinates in a
-# *mesh*. With 16 devices as $2 \times 4 \times 2$ for data, pipeline and tensor, each device belongs
-# to a data group of 2, a pipeline of 4 and a tensor group of 2. Each collective runs within one
-# group, which is why every function above takes a `group`. The axis that talks most gets the
-# shortest links: Megatron keeps tensor groups within a server and puts pipelines across servers
-# {cite}`narayanan2021efficient`, and Llama 3 orders its four axes, from the innermost, tensor,
-# context, pipeline, data {cite}`grattafiori2024llama3`.
+# They combine, since each cuts along an axis of its own. Devices are numbered by coordinates in a
+# *mesh*: among 16 as $2 \times 4 \times 2$ for data, pipeline and tensor, each belongs to a data
+# group of 2, a pipeline of 4 and a tensor group of 2. Each collective stays within one group, which is
+# why our functions take a `group`. The axis that talks most gets the shortest links. Llama 3 orders
+# its axes, from the innermost: tensor, context, pipeline, data {cite}`grattafiori2024llama3`.
 
 # %% [markdown]
 # ## Exercises
