@@ -590,6 +590,7 @@ def enter_parallel(
     Source: Shoeybi et al. (2019), section 3, the operator f.
     """
     check_tensor("x", x, "...")
+    _place(group)  # what is no group is named here, and not in the backward pass
     return _Enter.apply(x, group)
 
 
@@ -681,7 +682,7 @@ def _branches(module: nn.Module, n_ranks: int) -> list[tuple[str, nn.Module]]:
         if isinstance(branch.get_submodule(_ROWS[not attends]), RowParallelLinear):
             raise ValueError(f"module: expected whole layers, got one in {name!r} that is cut")
         if size % n_ranks:
-            raise ValueError(f"{key}: expected a number that {n_ranks} ranks divide, got {size}")
+            raise ValueError(f"n_ranks: expected a divisor of {key} = {size}, got {n_ranks}")
     if not branches:
         expected = "attention or feed-forward networks inside"
         raise ValueError(f"module: expected {expected}, got {type(module).__name__}")
@@ -1595,10 +1596,17 @@ for name, make in kinds.items():
 #
 # But routing is not even, and all wait for the busiest rank. A *capacity* bounds the waiting: of all
 # $M$ tokens, each of $E$ experts takes at most $\gamma M k / E$, and the rest skip it
-# {cite}`lepikhin2021gshard`. Here are 4 ranks with 2 experts each, 4,096 tokens, $k = 2$, and a router
-# with random preferences:
+# {cite}`lepikhin2021gshard`. A bias on the router that evens out the loads attacks the cause
+# {cite}`deepseek2024v3`.
 
-# %%
+# %% [markdown]
+# ### Engine room: what a capacity drops
+
+# %% [markdown] tags=["engine"]
+# Here are 4 ranks with 2 experts each, 4,096 tokens, $k = 2$, and a router with random preferences.
+# A capacity buys shorter waits with dropped tokens:
+
+# %% tags=["engine"]
 torch.manual_seed(0)
 logits = torch.randn(4096, 8) + 0.5 * torch.randn(8)
 print("capacity factor  dropped  busiest rank / even share")
@@ -1609,18 +1617,15 @@ for factor in (None, 2.0, 1.25, 1.0):
     print(f"{factor or 'none':>15} {1 - sum(loads) / (4096 * 2):8.0%} {busiest:18.2f}")
 
 # %% [markdown]
-# A capacity buys shorter waits with dropped tokens. Balance losses, and a bias on the router
-# {cite}`deepseek2024v3`, attack the cause.
-#
 # ## Which cut, and when?
 #
-# | cut | each rank holds | sends, per rank | choose it when |
+# | cut | a rank holds | and sends | when |
 # |---|---|---|---|
-# | data (and ZeRO, FSDP) | rows of the batch | parameters, once or a few times a step | always first: it fills the devices that are left |
-# | tensor | columns and rows of each matrix | $8\frac{n-1}{n} BTd$ numbers a block, all wait | a layer or its activations are too large; inside a server |
-# | sequence | a chunk of each row | $(3n-2)$ chunks of keys and values a block | rows are too long for one device |
-# | pipeline | some of the layers | $2BTd$ numbers at each cut | the model is too deep; between servers, with many micro-batches |
-# | expert | some of the experts | $4\frac{n-1}{n}Nkd$ numbers a layer | there are many experts |
+# | data (and ZeRO, FSDP) | rows of the batch | gradients or parameters, each step | always, over all devices that are left |
+# | tensor | columns and rows of matrices | $8\frac{n-1}{n} BTd$ a block | a layer is too large; inside a server |
+# | sequence | a chunk of each row | $3n-2$ chunks of keys and values a block | rows are too long |
+# | pipeline | some of the layers | $2BTd$ at each cut | the model is too deep; between servers |
+# | expert | some of the experts | $4\frac{n-1}{n}Nkd$ a layer | there are many experts |
 #
 # They combine, since each cuts along an axis of its own. Devices are numbered by coordinates in a
 # *mesh*: among 16 as $2 \times 4 \times 2$ for data, pipeline and tensor, each belongs to a data

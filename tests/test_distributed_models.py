@@ -150,9 +150,9 @@ def cut(model):
     [
         (
             {"n_heads": 3, "n_kv_heads": 1, "d_head": 8},
-            "n_kv_heads: expected a number that 2 ranks",
+            "n_ranks: expected a divisor of n_kv_heads = 1, got 2",
         ),
-        ({"d_ff": 33}, "d_ff: expected a number that 2 ranks divide, got 33"),
+        ({"d_ff": 33}, "n_ranks: expected a divisor of d_ff = 33, got 2"),
         ({"n_experts": 4, "n_active_experts": 2}, "got MixtureOfExperts in"),
     ],
 )
@@ -197,9 +197,7 @@ def test_the_plan_names_every_linear_layer_and_refuses_what_would_cut_a_head():
     linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
     assert set(plan) == linear
     assert set(tensor_parallel_plan(FeedForward(8, 16), 2)) == {"gate_proj", "up_proj", "down_proj"}
-    with pytest.raises(
-        ValueError, match="n_kv_heads: expected a number that 4 ranks divide, got 2"
-    ):
+    with pytest.raises(ValueError, match="n_ranks: expected a divisor of n_kv_heads = 2, got 4"):
         tensor_parallel_plan(model, 4)
 
 
