@@ -472,14 +472,13 @@ torch.set_num_threads(1)
 # Y = \phi(XA)\,B = \sum_{r=1}^{n} \phi(XA_r)\, B_r .
 # $$ (distributed-columns-rows)
 #
-# Each rank has one term, and one all-reduce adds them up. Had we cut $A$ by rows, $XA$ would be a
-# sum over ranks. Since $\phi$ of a sum is not the sum of the $\phi$, the ranks would have to meet
-# before the activation as well. Hence the rule: first columns, then rows
-# {cite}`shoeybi2019megatron`. The matrix of a gate is cut as $A$ is.
+# Each rank has one term, and one all-reduce adds them up. With $A$ cut by rows, $XA$ itself would be
+# a sum over ranks, and since $\phi$ of a sum is not the sum of the $\phi$, they would have to meet
+# before the activation as well. So columns come first, then rows {cite}`shoeybi2019megatron`.
 #
 # ```{figure} ../figures/distributed-columns-rows.svg
 # :name: fig-distributed-columns-rows
-# :alt: The input X is copied to two ranks. Each multiplies it by half of the columns of A, applies the activation, and multiplies by the matching half of the rows of B. The two products, each of the full size of Y, are added by an all-reduce.
+# :alt: X is copied to two ranks. Each multiplies it by half of the columns of A, applies the activation, and multiplies by half of the rows of B. An all-reduce adds the two products.
 #
 # Two ranks compute one feed-forward network. Nothing is sent between the two products.
 # ```
@@ -501,8 +500,8 @@ torch.set_num_threads(1)
 # | $f$, {py:func}`~llmbook.distributed.enter_parallel` | before the columns | identity | all-reduce |
 # | $g$, {py:func}`~llmbook.distributed.leave_parallel` | after the rows | all-reduce | identity |
 #
-# Without $f$ the program runs and the loss falls, but everything below gets a partial gradient,
-# a different one on each rank. A block has two branches, each with one all-reduce forward and one
+# Without $f$ everything below would get a partial gradient, a different one on each rank, and the
+# loss might fall all the same. A block has two branches, each with one all-reduce forward and one
 # backward, of $BTd$ numbers. A ring sends $2\frac{n-1}{n}$ times what it reduces. With $b$ bytes a
 # number, each rank sends for each block
 #
