@@ -883,7 +883,8 @@ def merge_attention(a: AttentionPart, b: AttentionPart) -> AttentionPart:
 # {cite}`liu2023ring`. For the way back, {eq}`distributed-merge` is differentiated like any softmax:
 #
 # $$
-# do_j = w_j\, do , \qquad d\ell_j = w_j\; do \cdot (o_j - o) .
+# do_j = w_j\, do , \quad dw_j = do \cdot o_j , \quad
+# d\ell_j = w_j \Bigl( dw_j - \sum_i w_i\, dw_i \Bigr) = w_j\; do \cdot (o_j - o) .
 # $$ (distributed-merge-backward)
 #
 # Here $\ell$, which gives $w_j$, and $o$ are those of the whole row, and a rank has both for its
@@ -971,10 +972,10 @@ def ring_work(
 
 
 # %% [markdown] tags=["engine"]
-# Passing on is two operations between two ranks, and both are waited for. An `isend` that nobody
-# waits for is never finished: it stays in the queue of its pair of processes, and the *next*
-# operation between them, a barrier for example, hangs. If ranks send before they receive, and
-# wait in between, all wait for each other. So both are started, then both are awaited.
+# Passing on is a message to one rank and another from a second one, and both are waited for. With
+# gloo, an `isend` that nobody waits for hangs the *next* operation of that process, a barrier for
+# example, which is not where one looks for the fault. And if all ranks of a ring wait for their
+# sending to end before they receive, they may wait for ever. So both are started, then both awaited.
 
 
 # %% tags=["engine"]
@@ -1575,10 +1576,6 @@ def pipeline_worker(model, ids, make):
 for name, make in kinds.items():
     (_, first), (found, last) = launch(pipeline_worker, 2, model, ids, make)
     print(f"{name:5}: {compared([found], [first, last])}")
-
-# %% [markdown]
-# ## Experts on several devices
-#
 
 # %% [markdown]
 # ## Experts on several devices

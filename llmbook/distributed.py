@@ -454,7 +454,7 @@ class _Leave(torch.autograd.Function):
     def backward(ctx: Any, d_x: Tensor) -> Any:  # type: ignore[override]
         return d_x, None
 
-# %% ../chapters/18_distributed.ipynb #d3f89354
+# %% ../chapters/18_distributed.ipynb #d5934906
 def enter_parallel(
     x: Float[Tensor, "*shape"], group: dist.ProcessGroup | None = None
 ) -> Float[Tensor, "*shape"]:
@@ -463,6 +463,7 @@ def enter_parallel(
     Source: Shoeybi et al. (2019), section 3, the operator f.
     """
     check_tensor("x", x, "...")
+    _place(group)  # what is no group is named here, and not in the backward pass
     return _Enter.apply(x, group)
 
 
@@ -518,7 +519,7 @@ class RowParallelLinear(nn.Module):
         y = leave_parallel(F.linear(x, self.weight), self.group)
         return y if self.bias is None else y + self.bias
 
-# %% ../chapters/18_distributed.ipynb #3a77a5f8
+# %% ../chapters/18_distributed.ipynb #596cf0ab
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _ROWS = ("o_proj", "down_proj")
 
@@ -539,7 +540,7 @@ def _branches(module: nn.Module, n_ranks: int) -> list[tuple[str, nn.Module]]:
         if isinstance(branch.get_submodule(_ROWS[not attends]), RowParallelLinear):
             raise ValueError(f"module: expected whole layers, got one in {name!r} that is cut")
         if size % n_ranks:
-            raise ValueError(f"{key}: expected a number that {n_ranks} ranks divide, got {size}")
+            raise ValueError(f"n_ranks: expected a divisor of {key} = {size}, got {n_ranks}")
     if not branches:
         expected = "attention or feed-forward networks inside"
         raise ValueError(f"module: expected {expected}, got {type(module).__name__}")
