@@ -472,9 +472,9 @@ torch.set_num_threads(1)
 # Y = \phi(XA)\,B = \sum_{r=1}^{n} \phi(XA_r)\, B_r .
 # $$ (distributed-columns-rows)
 #
-# Each rank has one term, and one all-reduce adds them up. With $A$ cut by rows, $XA$ itself would be
-# a sum over ranks, and since $\phi$ of a sum is not the sum of the $\phi$, they would have to meet
-# before the activation as well. So columns come first, then rows {cite}`shoeybi2019megatron`.
+# Each rank has one term, and one all-reduce adds them up. With $A$ cut by rows, $XA$ itself would
+# be a sum over ranks, and since $\phi$ of a sum is not the sum of the $\phi$, they would have to
+# meet before the activation as well. So columns come first, then rows {cite}`shoeybi2019megatron`.
 #
 # ```{figure} ../figures/distributed-columns-rows.svg
 # :name: fig-distributed-columns-rows
@@ -483,17 +483,17 @@ torch.set_num_threads(1)
 # Two ranks compute one feed-forward network. Nothing is sent between the two products.
 # ```
 #
-# Attention has the same form. A head uses its own columns of $W_Q$, $W_K$ and $W_V$, its output meets
-# its own rows of $W_O$, and in between heads ignore each other. Queries that share a key head must
-# stay with it, so the number of ranks has to divide `n_kv_heads`.
+# Attention has the same form. A head uses its own columns of $W_Q$, $W_K$ and $W_V$, its output
+# meets its own rows of $W_O$, and in between heads ignore each other. Queries that share a key head
+# must stay with it, so the number of ranks has to divide `n_kv_heads`.
 #
 # ### What goes backward
 #
 # Let $dY$ be the gradient of the loss with respect to $Y$. From $Y = \sum_r Y_r$ follows
 # $dY_r = dY$: the gradient passes the sum unchanged. At the other end, rank $r$ used a copy of $X$
 # and finds $dX_r$, which knows of its own part of the layer only. $X$ acts on the loss through all
-# copies, so $dX = \sum_r dX_r$, which is another all-reduce. Each of these two operators is the other
-# one turned around:
+# copies, so $dX = \sum_r dX_r$, which is another all-reduce. Each of these two operators is the
+# other one turned around:
 #
 # | operator | where | forward | backward |
 # |---|---|---|---|
@@ -783,13 +783,16 @@ assert set(sent) == {formula}
 # %% [markdown]
 # These bytes grow with the tokens of a batch, and not with the parameters as those of data
 # parallelism do. And all ranks *wait* for them, four times in every block. So tensor parallelism
-# stays inside a server, whose devices are joined by the fastest links {cite}`narayanan2021efficient`.
+# stays inside a server, whose devices have the fastest links {cite}`narayanan2021efficient`. In the
+# room below, torch's DTensor cuts the same model by a plan of names, with the same gradients.
 
 # %% [markdown]
-# ### Engine room: the plan for torch
+# ### Engine room: the same by torch, with DTensor
 
 # %% [markdown] tags=["engine"]
-# Torch cuts a matrix wherever the number of ranks puts the edge. If that is inside a head, the model
+# PyTorch's DTensor is a tensor that knows how it is cut. `parallelize_module` takes a plan that
+# says which linear layers are columns and which are rows, and inserts the all-reduces. But torch
+# cuts a matrix wherever the number of ranks puts the edge. If that is inside a head, the model
 # fails later, or half a head is taken for one. So the plan is refused where the cut would be wrong.
 
 
@@ -816,15 +819,11 @@ def tensor_parallel_plan(module: nn.Module, n_ranks: int) -> dict[str, Any]:
     return plan
 
 
-# %% [markdown]
-# ### The same by torch: DTensor
-#
-# PyTorch's DTensor is a tensor that knows how it is cut. `parallelize_module` takes a plan that says
-# which linear layers are columns and which are rows, and inserts the all-reduces. With the plan
-# from {py:func}`~llmbook.distributed.tensor_parallel_plan`, our model can be cut as it is:
+# %% [markdown] tags=["engine"]
+# With the plan, our model can be cut as it is:
 
 
-# %%
+# %% tags=["engine"]
 def dtensor_step(model, ids):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     parallelize_module(model, mesh, tensor_parallel_plan(model, mesh.size()))
@@ -840,21 +839,23 @@ print(compared(*zip(*launch(dtensor_step, 2, model, ids), strict=True)))
 # ## Cutting the sequence: ring attention
 #
 # A text of a million tokens fits on no device, even as the only row of a batch. So the row is cut:
-# each of $n$ ranks gets a chunk of $T/n$ tokens. Norms, feed-forward networks and the loss treat each
-# token by itself and do not notice. Only attention looks across the cut.
+# each of $n$ ranks gets a chunk of $T/n$ tokens. Norms, feed-forward networks and the loss treat
+# each token by itself and do not notice. Only attention looks across the cut.
 #
-# Chapter 09 had the same difficulty inside one device. {py:func}`~llmbook.attention.flash_attention`
-# reads keys in tiles, and keeps the largest score $m$ and the sum $s$ of $e^{\text{score} - m}$. Now
-# a tile comes from another rank. Let tile $j$ have the {term}`log-sum-exp` $\ell_j = m_j + \ln s_j$
-# and the output $o_j$, its own weighted mean of values. Then $e^{\ell_j}$ is its sum of
-# $e^{\text{score}}$, and $e^{\ell_j} o_j$ its sum of $e^{\text{score}} v$. Both just add up:
+# Chapter 09 had the same difficulty inside one device.
+# {py:func}`~llmbook.attention.flash_attention` reads keys in tiles, and keeps the largest score $m$
+# and the sum $s$ of $e^{\text{score} - m}$. Now a tile comes from another rank. Let tile $j$ have
+# the {term}`log-sum-exp` $\ell_j = m_j + \ln s_j$ and the output $o_j$, its own weighted mean of
+# values. Then $e^{\ell_j}$ is its sum of $e^{\text{score}}$, and $e^{\ell_j} o_j$ its sum of
+# $e^{\text{score}} v$. Both just add up:
 #
 # $$
 # o = \frac{\sum_j e^{\ell_j} o_j}{\sum_j e^{\ell_j}} = \sum_j w_j\, o_j , \qquad
 # w_j = e^{\ell_j - \ell} , \quad \ell = \ln \sum_j e^{\ell_j} .
 # $$ (distributed-merge)
 #
-# Merging is attention over tiles: $\ell_j$ is the score of a tile, $o_j$ its value. With two at a time:
+# Merging is attention over tiles: $\ell_j$ is the score of a tile, $o_j$ its value. With two at a
+# time:
 
 
 # %% tags=["engine"]
@@ -878,8 +879,8 @@ def merge_attention(a: AttentionPart, b: AttentionPart) -> AttentionPart:
 
 
 # %% [markdown]
-# The ranks form a ring. Each attends to its own keys, then sends keys and values to the next rank and
-# receives those of the one before. After $n - 1$ such steps everyone has seen everything
+# The ranks form a ring. Each attends to its own keys, then sends keys and values to the next rank
+# and receives those of the one before. After $n - 1$ such steps everyone has seen everything
 # {cite}`liu2023ring`. For the way back, {eq}`distributed-merge` is differentiated like any softmax:
 #
 # $$
@@ -975,7 +976,8 @@ def ring_work(
 # Passing on is a message to one rank and another from a second one, and both are waited for. With
 # gloo, an `isend` that nobody waits for hangs the *next* operation of that process, a barrier for
 # example, which is not where one looks for the fault. And if all ranks of a ring wait for their
-# sending to end before they receive, they may wait for ever. So both are started, then both awaited.
+# sending to end before they receive, they may wait for ever. So both are started, then both
+# awaited.
 
 
 # %% tags=["engine"]
@@ -1141,9 +1143,9 @@ scaled_dot_product_attention(*inputs, is_causal=True).backward(d_out)
 # %% [markdown]
 # ### Who has work, and when?
 #
-# A causal mask hides later chunks. Rank 0 is finished after its own chunk, while the last rank works
-# at every step, and each step takes as long as its busiest rank. The remedy is to cut the row into
-# $2n$ pieces and to give rank $r$ an early and a late one, $r$ and $2n - 1 - r$.
+# A causal mask hides later chunks. Rank 0 is finished after its own chunk, while the last rank
+# works at every step, and each step takes as long as its busiest rank. The remedy is to cut the row
+# into $2n$ pieces and to give rank $r$ an early and a late one, $r$ and $2n - 1 - r$.
 # {py:func}`~llmbook.distributed.ring_work` counts pairs of a query and a key that it sees:
 
 # %%
@@ -1181,20 +1183,20 @@ print(f"each rank sent {ranks[0][2]:,} bytes; the formula says {formula:,}")
 # others wait.
 #
 # So the batch is cut into $m$ micro-batches, and stage 0 takes the second while stage 1 has the
-# first. Let there be $p$ stages, and let a micro-batch take $f$ forward and $b$ backward in each. The
-# simplest schedule, GPipe {cite}`huang2019gpipe`, sends all micro-batches forward, then all
+# first. Let there be $p$ stages, and let a micro-batch take $f$ forward and $b$ backward in each.
+# The simplest schedule, GPipe {cite}`huang2019gpipe`, sends all micro-batches forward, then all
 # backward. The last stage starts when the first micro-batch has passed the $p - 1$ others, and has
-# done its forward passes after $(p-1+m)f$. The backward passes run the other way, in $(p-1+m)b$. Each
-# stage works for $m(f+b)$ of that time. The rest is the *bubble*:
+# done its forward passes after $(p-1+m)f$. The backward passes run the other way, in $(p-1+m)b$.
+# Each stage works for $m(f+b)$ of that time. The rest is the *bubble*:
 #
 # $$
 # \text{bubble} = 1 - \frac{m(f+b)}{(m+p-1)(f+b)} = \frac{p-1}{m+p-1} .
 # $$ (distributed-bubble)
 #
-# More micro-batches make it smaller. But with GPipe each stage keeps the activations of all $m$. They
-# are freed by backward passes, which need not wait that long. In *one forward, one backward* (1F1B),
-# stage $s$ begins with as many micro-batches as there are stages behind it, $p - 1 - s$, and then
-# alternates {cite}`narayanan2021efficient`:
+# More micro-batches make it smaller. But with GPipe each stage keeps the activations of all $m$.
+# They are freed by backward passes, which need not wait that long. In *one forward, one backward*
+# (1F1B), stage $s$ begins with as many micro-batches as there are stages behind it, $p - 1 - s$,
+# and then alternates {cite}`narayanan2021efficient`:
 
 
 # %% tags=["engine"]
@@ -1227,9 +1229,9 @@ def one_forward_one_backward(n_stages: int, n_microbatches: int) -> list[list[Pi
 
 
 # %% [markdown]
-# A schedule is data. {py:func}`~llmbook.distributed.pipeline_timing` runs it without a model: an action
-# begins when its stage is free and what it needs has arrived. A backward pass takes twice as long as
-# a forward one, since it multiplies twice, for inputs and for weights.
+# A schedule is data. {py:func}`~llmbook.distributed.pipeline_timing` runs it without a model: an
+# action begins when its stage is free and what it needs has arrived. A backward pass takes twice as
+# long as a forward one, since it multiplies twice, for inputs and for weights.
 
 # %% [markdown]
 # ### Engine room: running a schedule on paper
@@ -1377,8 +1379,8 @@ for p, m in ((2, 4), (4, 4), (4, 16), (8, 32), (8, 128)):
 # %% [markdown]
 # Both have the bubble of {eq}`distributed-bubble`. 1F1B is not faster. But stage 0 keeps $p$
 # micro-batches and not $m$, so $m$ can be made large. The bubble itself shrinks if each rank has
-# several short stages, at the price of more messages {cite}`narayanan2021efficient`, or if gradients
-# of weights, for which nobody waits, are put off to fill the gaps {cite}`qi2024zero`.
+# several short stages, at the price of more messages {cite}`narayanan2021efficient`, or if
+# gradients of weights, for which nobody waits, are put off to fill the gaps {cite}`qi2024zero`.
 
 # %% [markdown]
 # ### Engine room: stages, messages, and a matrix at both ends
@@ -1565,12 +1567,12 @@ def pipeline_worker(model, ids, make):
 # %% [markdown]
 # ### A pipeline that runs
 #
-# A {py:class}`~llmbook.distributed.PipelineStage` has a share of a model's blocks, the first one the
-# embedding as well, and the last one the head. {py:func}`~llmbook.distributed.pipeline_step` follows a
-# schedule. Autograd does not reach across processes, so a stage keeps its input $x$ and output $y$ of
-# each micro-batch. When $dy$ arrives, `y.backward(dy)` fills the gradients of its weights and of $x$,
-# and the latter is sent back. Losses are summed and divided by the targets of the *whole* batch.
-# Two ranks with two blocks each, and four micro-batches:
+# A {py:class}`~llmbook.distributed.PipelineStage` has a share of a model's blocks, the first one
+# the embedding as well, and the last one the head. {py:func}`~llmbook.distributed.pipeline_step`
+# follows a schedule. Autograd does not reach across processes, so a stage keeps its input $x$ and
+# output $y$ of each micro-batch. When $dy$ arrives, `y.backward(dy)` fills the gradients of its
+# weights and of $x$, and the latter is sent back. Losses are summed and divided by the targets of
+# the *whole* batch. Two ranks with two blocks each, and four micro-batches:
 
 # %%
 for name, make in kinds.items():
@@ -1590,8 +1592,8 @@ for name, make in kinds.items():
 # 4\,\tfrac{n-1}{n}\, b\, N k d \quad \text{bytes.}
 # $$ (distributed-expert-bytes)
 #
-# But routing is not even, and all wait for the busiest rank. A *capacity* bounds the waiting: of all
-# $M$ tokens, each of $E$ experts takes at most $\gamma M k / E$, and the rest skip it
+# But routing is not even, and all wait for the busiest rank. A *capacity* bounds the waiting: of
+# all $M$ tokens, each of $E$ experts takes at most $\gamma M k / E$, and the rest skip it
 # {cite}`lepikhin2021gshard`. A bias on the router that evens out the loads attacks the cause
 # {cite}`deepseek2024v3`.
 
@@ -1625,9 +1627,9 @@ for factor in (None, 2.0, 1.25, 1.0):
 #
 # They combine, since each cuts along an axis of its own. Devices are numbered by coordinates in a
 # *mesh*: among 16 as $2 \times 4 \times 2$ for data, pipeline and tensor, each belongs to a data
-# group of 2, a pipeline of 4 and a tensor group of 2. Each collective stays within one group, which is
-# why our functions take a `group`. The axis that talks most gets the shortest links. Llama 3 orders
-# its axes, from the innermost: tensor, context, pipeline, data {cite}`grattafiori2024llama3`.
+# group of 2, a pipeline of 4 and a tensor group of 2. Each collective stays within one group, so
+# our functions take a `group`. The axis that talks most gets the shortest links. Llama 3 orders its
+# axes, from the innermost: tensor, context, pipeline, data {cite}`grattafiori2024llama3`.
 
 # %% [markdown]
 # ## Exercises
@@ -1687,9 +1689,9 @@ assert not any(x.isnan().any() for x in merge_states(nothing, nothing)), "two bl
 # :label: ex-distributed-limit
 # *Thirty minutes.* Under 1F1B, stage 0 keeps `n_stages` micro-batches. Suppose that there is memory
 # for `limit` of them only. Write `limited_schedule(n_stages, n_microbatches, limit)`, which returns
-# for each stage its list of pairs such as `("forward", 0)`. No stage may ever keep more than `limit`
-# micro-batches, none may keep more than under 1F1B, and nothing else may be slower than it must be.
-# Before you run the check: what will the bubble be with a limit of 1?
+# for each stage its list of pairs such as `("forward", 0)`. No stage may ever keep more than
+# `limit` micro-batches, none may keep more than under 1F1B, and nothing else may be slower than it
+# must be. Before you run the check: what will the bubble be with a limit of 1?
 # ````
 
 
@@ -1698,7 +1700,7 @@ def limited_schedule(n_stages: int, n_microbatches: int, limit: int) -> list[lis
     """Return, for each stage, what it does in order, keeping at most ``limit`` micro-batches."""
     schedule = []
     for stage in range(n_stages):
-        # 1F1B keeps one more than it starts with: the forward pass that comes before a backward one.
+        # 1F1B keeps one more than it starts with: the forward pass before each backward one.
         # With a limit of 1 a micro-batch is alone in the pipeline: the bubble is 1 - 1/n_stages.
         ahead = min(n_stages - 1 - stage, limit - 1, n_microbatches - 1)
         order = [("forward", i) for i in range(ahead)]
