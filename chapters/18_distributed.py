@@ -68,7 +68,7 @@ from llmbook.model import TransformerLM
 from llmbook.optimization import cross_entropy
 from llmbook.positions import check_tensor
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: copied for the time being
 
 
@@ -517,7 +517,7 @@ def column_then_row(x, own_columns, own_rows):
     return leave_parallel(F.silu(enter_parallel(x) @ own_columns) @ own_rows)
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: the two operators and the two layers, and how a model is cut
 
 # %% [markdown] tags=["engine"]
@@ -749,6 +749,7 @@ def next_loss(model: nn.Module, ids: Tensor) -> Tensor:
     return cross_entropy(model(ids[:, :-1]), ids[:, 1:].contiguous())
 
 
+# %% tags=["engine"]
 def cut_step(model: nn.Module, ids: Tensor):
     with ByteCounter() as sent:
         loss = next_loss(tensor_parallel(model), ids)
@@ -786,7 +787,7 @@ assert set(sent) == {formula}
 # stays inside a server, whose devices have the fastest links {cite}`narayanan2021efficient`. In the
 # room below, torch's DTensor cuts the same model by a plan of names, with the same gradients.
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: the same by torch, with DTensor
 
 # %% [markdown] tags=["engine"]
@@ -899,7 +900,7 @@ def merge_attention(a: AttentionPart, b: AttentionPart) -> AttentionPart:
 # \underbrace{n\,c}_{\text{gradients}} = (3n-2)\,c \quad \text{bytes.}
 # $$ (distributed-ring-bytes)
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: the ring, its tiles, and its way back
 
 # %% [markdown] tags=["engine"]
@@ -1233,7 +1234,7 @@ def one_forward_one_backward(n_stages: int, n_microbatches: int) -> list[list[Pi
 # action begins when its stage is free and what it needs has arrived. A backward pass takes twice as
 # long as a forward one, since it multiplies twice, for inputs and for weights.
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: running a schedule on paper
 
 
@@ -1382,7 +1383,7 @@ for p, m in ((2, 4), (4, 4), (4, 16), (8, 32), (8, 128)):
 # several short stages, at the price of more messages {cite}`narayanan2021efficient`, or if
 # gradients of weights, for which nobody waits, are put off to fill the gaps {cite}`qi2024zero`.
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: stages, messages, and a matrix at both ends
 
 # %% [markdown] tags=["engine"]
@@ -1597,7 +1598,7 @@ for name, make in kinds.items():
 # {cite}`lepikhin2021gshard`. A bias on the router that evens out the loads attacks the cause
 # {cite}`deepseek2024v3`.
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: what a capacity drops
 
 # %% [markdown] tags=["engine"]
