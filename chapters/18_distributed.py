@@ -928,6 +928,8 @@ def _visible(
                 yield rows, columns, is_causal and key == query
 
 
+# %% tags=["engine"]
+#| export
 def cut_sequence(
     x: Num[Tensor, "*shape"],
     dim: int = 1,

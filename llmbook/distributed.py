@@ -611,7 +611,7 @@ def merge_attention(a: AttentionPart, b: AttentionPart) -> AttentionPart:
     in_a, in_b = ((part.log_sum - finite).exp().unsqueeze(-1) for part in (a, b))
     return AttentionPart((in_a * a.out + in_b * b.out).to(a.out.dtype), log_sum)
 
-# %% ../chapters/18_distributed.ipynb #f7f27c2f
+# %% ../chapters/18_distributed.ipynb #918ca3e4
 def _pieces(rank: int, n_ranks: int, zigzag: bool) -> list[int]:
     """Return which pieces of the row a rank has, in its order."""
     return [rank, 2 * n_ranks - 1 - rank] if zigzag else [rank]
@@ -628,7 +628,7 @@ def _visible(
                 rows, columns = (slice(at * size, (at + 1) * size) for at in (i, j))
                 yield rows, columns, is_causal and key == query
 
-
+# %% ../chapters/18_distributed.ipynb #e922ce4e
 def cut_sequence(
     x: Num[Tensor, "*shape"],
     dim: int = 1,
