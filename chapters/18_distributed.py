@@ -565,7 +565,7 @@ class _Enter(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, d_x: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, d_x: Tensor) -> Any:
         return _summed(d_x, ctx.group), None
 
 
@@ -575,7 +575,7 @@ class _Leave(torch.autograd.Function):
         return _summed(x, group)
 
     @staticmethod
-    def backward(ctx: Any, d_x: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, d_x: Tensor) -> Any:
         return d_x, None
 
 
@@ -662,10 +662,11 @@ class RowParallelLinear(nn.Module):
 # %% tags=["engine"]
 #| export
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-_ROWS = ("o_proj", "down_proj")
 
 
-def _branches(module: nn.Module, n_ranks: int) -> list[tuple[str, nn.Module]]:
+def _branches(
+    module: nn.Module, n_ranks: int
+) -> list[tuple[str, MultiHeadAttention | FeedForward]]:
     """Return the layers that are cut, with their names; a ``ValueError`` if they cannot be."""
     found = list(module.named_modules())
     for name, layer in found:
@@ -674,11 +675,11 @@ def _branches(module: nn.Module, n_ranks: int) -> list[tuple[str, nn.Module]]:
             raise ValueError(f"module: expected {expected}, got {type(layer).__name__} in {name!r}")
     branches = [(n, m) for n, m in found if isinstance(m, MultiHeadAttention | FeedForward)]
     for name, branch in branches:
-        attends = isinstance(branch, MultiHeadAttention)
-        key, size = (
-            ("n_kv_heads", branch.n_kv_heads) if attends else ("d_ff", branch.up_proj.out_features)
-        )
-        if isinstance(branch.get_submodule(_ROWS[not attends]), RowParallelLinear):
+        if isinstance(branch, MultiHeadAttention):
+            key, size = "n_kv_heads", branch.n_kv_heads
+        else:
+            key, size = "d_ff", branch.up_proj.out_features
+        if any(isinstance(layer, RowParallelLinear) for layer in branch.children()):
             raise ValueError(f"module: expected whole layers, got one in {name!r} that is cut")
         if size % n_ranks:
             raise ValueError(f"n_ranks: expected a divisor of {key} = {size}, got {n_ranks}")
@@ -705,10 +706,9 @@ def tensor_parallel(module: nn.Module, group: dist.ProcessGroup | None = None) -
     n = _place(group)[1]
     for _, branch in _branches(module, n):
         for name, layer in list(branch.named_children()):
-            if name in _COLUMNS:
-                setattr(branch, name, ColumnParallelLinear(layer, group))
-            elif name in _ROWS:
-                setattr(branch, name, RowParallelLinear(layer, group))
+            if isinstance(layer, nn.Linear):
+                cut = ColumnParallelLinear if name in _COLUMNS else RowParallelLinear
+                setattr(branch, name, cut(layer, group))
             else:  # gains for queries or keys of all heads
                 for gain in layer.parameters():
                     gain.register_hook(partial(_summed, group=group))
@@ -996,7 +996,8 @@ def _passed_on(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         dist.irecv(received, group=group, group_src=(rank - 1) % n),
     ]
     for work in works:
-        work.wait()
+        if work is not None:
+            work.wait()
     return received
 
 
@@ -1052,7 +1053,7 @@ class _RingAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, d_out: Tensor) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError("create_graph: ring attention has first derivatives only")
         q, kv, out, log_sum = ctx.saved_tensors
@@ -1064,7 +1065,7 @@ class _RingAttention(torch.autograd.Function):
                     x.detach().requires_grad_() for x in (q[..., rows, :], kv[..., columns, :])
                 ]
                 with torch.enable_grad():
-                    part = _tile_attention(*inputs, triangle)
+                    part = _tile_attention(inputs[0], inputs[1], triangle)
                 share = (part.log_sum.detach() - log_sum[..., rows]).exp().unsqueeze(-1)
                 d_part = share * d_out[..., rows, :]
                 d_log_sum = (d_part * (part.out.detach() - out[..., rows, :])).sum(dim=-1)
@@ -1443,7 +1444,8 @@ class PipelineStage(nn.Module):
     def tied_weight(self) -> nn.Parameter | None:
         """The matrix whose other copy is at the other end of the pipeline, if there is one."""
         ends = [layer.weight for layer in (self.embedding, self.lm_head) if layer is not None]
-        return ends[0] if self.config.tie_embeddings and len(ends) == 1 else None
+        is_torn = self.config.tie_embeddings and len(ends) == 1
+        return ends[0] if is_torn and isinstance(ends[0], nn.Parameter) else None
 
 
 # %% tags=["engine"]
