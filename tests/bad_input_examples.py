@@ -34,6 +34,7 @@ MODULES = (
     "environment tinyworld corpus cleaning deduplication tokenizer subwords batches positions "
     "attention blocks model optimization training generation precision evaluation "
     "distributed"
+    "attention blocks model optimization training generation precision evaluation distributed"
 ).split()
 
 # What is left out, and why.
@@ -97,6 +98,9 @@ NOT_TRIED = {
     "distributed.split_by_torch",
     "distributed.save_sharded",
     "distributed.load_sharded",
+    "distributed.AttentionPart",
+    "distributed.PipelineAction",
+    "distributed.PipelineTiming",
     # Protocols and bases to be implemented.
     "tinyworld.Source",
     "training.Sink",
@@ -748,6 +752,41 @@ EXAMPLES: dict[str, Arguments] = {
         "expected": {"a": torch.ones(2)},
     },
     "distributed.predict_scheme": {"scheme": "zero1", "n_parameters": 100, "world_size": 2},
+}
+
+
+def attention_part() -> distributed.AttentionPart:
+    return distributed.AttentionPart(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4))
+
+
+def pipeline() -> dict[str, Any]:
+    given = lm()
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    schedule = distributed.gpipe_schedule(1, 2)
+    stage = distributed.PipelineStage(given, 0, 1)
+    return {"stage": stage, "ids": ids, "targets": ids, "schedule": schedule}
+
+
+# The model cut over ranks; a process that no launch has started is the only rank.
+EXAMPLES |= {
+    "distributed.merge_attention": lambda: {"a": attention_part(), "b": attention_part()},
+    "distributed.cut_sequence": {"x": torch.zeros(2, 8)},
+    "distributed.ring_work": {"n_ranks": 2, "length": 8},
+    "distributed.ring_attention": {name: torch.zeros(1, 2, 4, 8) for name in "qkv"},
+    "distributed.enter_parallel": {"x": torch.zeros(2, 8)},
+    "distributed.leave_parallel": {"x": torch.zeros(2, 8)},
+    "distributed.ColumnParallelLinear": lambda: {"linear": torch.nn.Linear(8, 8)},
+    "distributed.RowParallelLinear": lambda: {"linear": torch.nn.Linear(8, 8)},
+    "distributed.tensor_parallel": lambda: {"module": blocks.FeedForward(8, 16)},
+    "distributed.tensor_parallel_plan": lambda: {
+        "module": blocks.FeedForward(8, 16),
+        "n_ranks": 2,
+    },
+    "distributed.gpipe_schedule": {"n_stages": 2, "n_microbatches": 2},
+    "distributed.one_forward_one_backward": {"n_stages": 2, "n_microbatches": 2},
+    "distributed.pipeline_timing": {"schedule": distributed.gpipe_schedule(2, 2)},
+    "distributed.PipelineStage": lambda: {"model": lm(), "stage": 0, "n_stages": 1},
+    "distributed.pipeline_step": pipeline,
 }
 
 # Objects whose methods are tried as well.
