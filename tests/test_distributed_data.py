@@ -95,7 +95,7 @@ def survivors(folder):
 def test_the_steps_do_what_the_chapters_do(text, alone, tmp_path):
     documents = sorted(read_files(text), key=lambda d: (stable_hash(d.id), d.id))
     cleaned = list(clean_documents(documents))
-    assert len(find_near_duplicates(cleaned).clusters) > 5, "nothing to be found in this corpus"
+    assert len(find_near_duplicates(cleaned).clusters) > 3, "nothing to be found in this corpus"
     kept = deduplicate(cleaned, linkage="single")
     assert survivors(alone.folder) == kept
     assert alone.counts["read"] == len(documents) > alone.counts["clean"] == len(cleaned)
@@ -154,13 +154,15 @@ def test_a_preparation_that_was_stopped_goes_on(text, alone, tmp_path, step):
     calls, said = [], []
 
     def stopping(items, emit, reduce):
-        if len(calls) == step:
-            emit_first = list(items)[:1]
-            map_reduce(emit_first, emit, reduce)  # part of the work is done
-            (tmp_path / "a" / "read").mkdir(exist_ok=True)
-            (
-                tmp_path / "a" / "read" / ".box-00000.jsonl.9.part"
-            ).touch()  # a draft of a dead worker
+        if len(calls) == step:  # all values are sent, and one box is done
+            boxes = {}
+            for item in items:
+                for box, value in emit(item):
+                    boxes.setdefault(box, []).append(value)
+            list(reduce(1, boxes[1]))
+            draft = tmp_path / "a" / "read" / ".box-00000.jsonl.9.part"  # of a dead worker
+            draft.parent.mkdir(exist_ok=True)
+            draft.touch()
             raise KeyboardInterrupt
         calls.append(step)
         return map_reduce(items, emit, reduce)
@@ -169,10 +171,9 @@ def test_a_preparation_that_was_stopped_goes_on(text, alone, tmp_path, step):
     with pytest.raises(KeyboardInterrupt):
         prepare([text], tmp_path / "a", config, engine=stopping)
     result = prepare([text], tmp_path / "a", config, say=said.append)
-    assert len(said) <= 6 - step + 1
-    if step:  # reading sends from all sources to all boxes: what was read in part is read again
-        assert contents(result.folder) == contents(alone.folder)
-        assert result[1:] == alone[1:]
+    assert len(said) <= 7 - step
+    assert contents(result.folder) == contents(alone.folder)
+    assert result[1:] == alone[1:]
 
 
 def test_what_is_done_is_not_done_again(text, alone):
@@ -185,9 +186,9 @@ def test_what_is_done_is_not_done_again(text, alone):
 
 
 def test_another_preparation_is_refused(text, alone, tmp_path):
-    with pytest.raises(ValueError, match="folder: .* prepared with other settings"):
+    with pytest.raises(ValueError, match=r"folder: .* prepared with other settings"):
         prepare([text], alone.folder, PrepareConfig(**CONFIG | {"min_words": 7}))
-    with pytest.raises(ValueError, match="folder: .* other sources"):
+    with pytest.raises(ValueError, match=r"folder: .* other sources"):
         prepare([text / "0.jsonl"], alone.folder, PrepareConfig(**CONFIG))
     (tmp_path / "mine.txt").touch()
     with pytest.raises(ValueError, match="folder: expected a new or an empty one"):
@@ -197,7 +198,7 @@ def test_another_preparation_is_refused(text, alone, tmp_path):
 def test_sources_that_are_none(text, tmp_path):
     with pytest.raises(FileNotFoundError, match="no-such"):
         prepare([tmp_path / "no-such.txt"], tmp_path / "a")
-    with pytest.raises(ValueError, match="'package:' *|no-such-package"):
+    with pytest.raises(ValueError, match=r"packages: .*no-such-package"):
         prepare(["package:no-such-package"], tmp_path / "a")
     with pytest.raises(ValueError, match="suffix"):
         prepare([text / "image.png"], tmp_path / "a")
@@ -262,8 +263,16 @@ def test_hashes_do_not_depend_on_the_process():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("vocab_size", 256), ("pattern", "x"), ("min_words", -1), ("held_out", 1.0), ("n_boxes", 0)]
-    + [("threshold", 1.0), ("shard_tokens", 0), ("min_line_length", 2.5)],
+    [
+        ("vocab_size", 256),
+        ("pattern", "x"),
+        ("min_words", -1),
+        ("min_line_length", 2.5),
+        ("threshold", 1.0),
+        ("held_out", 1.0),
+        ("shard_tokens", 0),
+        ("n_boxes", 0),
+    ],
 )
 def test_settings_out_of_range(field, value):
     with pytest.raises(ValueError, match=field):
