@@ -47,18 +47,17 @@ from jaxtyping import UInt32, UInt64
 # %% [markdown]
 # ## The data pipeline on an engine
 #
-# Chapters 02 to 05 read, clean, and deduplicate text, count its words for the tokenizer, and
-# chapter 07 writes its tokens to shards. On the 33,000 documents of three packages this takes
-# half a minute in one process. On a crawl of the web it would take years, so the work must be
-# divided among processes on many machines, which are slow or fast as they please and now and then
-# die. The result should not show any of this: **the same bytes as from one process.**
+# Chapters 02 to 05 read, clean, and deduplicate text and count its words for a tokenizer;
+# chapter 07 writes its tokens to shards. For the 33,000 documents of three packages, one process
+# needs a minute. For a crawl of the web it would need years, so the work is divided among processes
+# that are fast or slow as they please and now and then die. The result should show none of this:
+# **the same bytes as from one process.**
 #
-# Most steps are easy to divide, because they look at one document at a time. Normalizing,
-# filtering, and encoding need no more than a list of documents in any order. Three steps look at
-# pairs of documents that may lie anywhere: a line that was seen before in another document, a near
-# copy of another document, and a word that occurs in both. For each of them there is a **key** that
-# the two have in common: the line, a band of the MinHash signature, the word. If everything with
-# the same key is sent to the same process, this process sees all that it needs.
+# Most steps are easy to divide, because they look at one document at a time. Three look at
+# documents that may lie anywhere: at a line that another document has, at a near copy, and at a
+# word that occurs in both. What these documents have in common is a **key**: the line, a band of
+# the MinHash signature, the word. If everything with the same key goes to one process, this process
+# sees all that it needs.
 
 # %% tags=["engine"]
 #| export
@@ -77,9 +76,9 @@ from llmbook.training import settings_parser
 
 # %% [markdown]
 # So two functions describe a step. `emit` looks at one part of the data and yields values, each
-# with the number of the box that it is meant for; `reduce` looks at all values of one box. Sending
-# the values to their boxes is the only communication, and it is called the *shuffle*. This division
-# is MapReduce {cite}`dean2008mapreduce`, and in one process it takes five lines:
+# with the number of the box that it is meant for; `reduce` looks at all values of one box. Moving
+# them there, the *shuffle*, is the only communication. This is MapReduce
+# {cite}`dean2008mapreduce`, and in one process it takes five lines:
 
 
 # %%
@@ -89,10 +88,7 @@ def map_reduce(
     emit: Callable[[Any], Iterable[tuple[int, Any]]],
     reduce: Callable[[int, list[Any]], Iterable[Any]],
 ) -> list[Any]:
-    """Call ``emit`` on each item, then ``reduce`` on each box of values; return what that yields.
-
-    ``emit`` yields pairs of a box's number and a value. Source: Dean and Ghemawat (2008).
-    """
+    """Call ``emit`` on each item, ``reduce`` on each box of values. Dean and Ghemawat (2008)."""
     boxes: dict[int, list[Any]] = defaultdict(list)
     for item in items:
         for box, value in emit(item):
@@ -101,11 +97,10 @@ def map_reduce(
 
 
 # %% [markdown]
-# Which box a key belongs to must be the same in every process. Python's `hash` of a text is not:
-# it starts from a random number in each process ({doc}`00_environment`). A pipeline that uses it
-# runs without an error and finds hardly any copies. We hash by BLAKE2 instead, and call the
-# result, a whole number $h$ below $2^{64}$, the *place* of a text. With $n$ boxes, its box is
-# $\lfloor hn / 2^{64} \rfloor$.
+# A key must belong to the same box in every process. Python's `hash` of a text starts from a random
+# number in each process ({doc}`00_environment`), so a pipeline that uses it runs without an error
+# and finds hardly any copies. We hash by BLAKE2 instead and call the result, a whole number $h$ below
+# $2^{64}$, the *place* of a text. Of $n$ boxes, its box is $\lfloor hn / 2^{64} \rfloor$.
 
 
 # %% tags=["engine"]
@@ -132,9 +127,9 @@ def box_of(place: int, n_boxes: int) -> int:
 
 
 # %% [markdown]
-# Now near-duplicates. {doc}`04_deduplication` cuts the signature of a document into bands and
-# calls two documents candidates if they agree in all rows of one band. The hash of a band's number
-# and rows is a key: documents that share it meet in one box, whichever parts they came from.
+# For near-duplicates, the hash of a band's number and its rows is the key
+# ({doc}`04_deduplication`). Two documents that agree in a band meet in its box, whichever parts they
+# came from:
 
 
 # %% tags=["engine"]
@@ -170,60 +165,55 @@ def emit(part):
         yield from ((box_of(key, 8), (key, name)) for key in keys)
 
 
-def candidates(box, values):
+def meet(box, values):
     for key in {key for key, _ in values}:
         yield from combinations(sorted(name for k, name in values if k == key), 2)
 
 
-print(set(map_reduce(parts, emit, candidates)))
+print(set(map_reduce(parts, emit, meet)))
 
 # %% [markdown]
-# The two recipes lie in different parts, and neither part has seen the other. What follows is as in
-# chapter 04: the candidates' texts are sent to a box once more, their true similarity is computed,
-# similar ones are joined by union-find, and the longest of each cluster stays.
+# The two recipes lie in different parts, and neither part has seen the other. The rest is as in
+# chapter 04: the candidates' texts go to a box once more, which computes their similarity;
+# union-find joins the similar ones, and the longest of each cluster stays. All steps have this form:
 #
-# Repeated lines meet by the hash of the line, and the earliest document keeps it. Words meet by the
-# hash of the word, and their counts are added; the merges are then learned in one process, from
-# counts that fit into its memory. So all of it is one list of steps, each an `emit` and a `reduce`:
-#
-# | step | looks at | key of the shuffle | leaves behind |
+# | step | looks at | key | leaves behind |
 # |---|---|---|---|
-# | read | a file or a package | place of the document's id | documents in boxes |
-# | normalize | a box | hash of each line | first owner of each repeated line |
+# | read | a file or a package | the document's id | documents in boxes |
+# | normalize | a box | each line | the first owner of each repeated line |
 # | clean | a box | band keys | candidate pairs |
-# | compare | candidates | place of the pair's first id | similar pairs, hence survivors |
-# | count | a box of survivors | hash of the word | word counts, hence merges |
+# | compare | candidates | the pair's first id | similar pairs, hence survivors |
+# | unique | a box of survivors | the word | word counts, hence merges |
 # | encode | a box of survivors | none | token ids, hence shards |
 #
 # ### Order, and a worker that dies
 #
-# An engine promises less than a loop does. Ray Data, which we will use, keeps neither the order of
-# rows nor the sizes of batches, and this is documented, because waiting for the slowest worker
-# would cost speed. Tasks whose process died are run again, and a task that had almost finished
-# then runs twice. A step gives the same bytes under these conditions if it obeys three rules:
+# An engine promises less than a loop does. Ray Data keeps neither the order of rows nor the sizes of
+# batches, unless one pays for it in speed. A task whose process died is run again, so its first half
+# may run twice. Under these conditions, a step gives the same bytes if it obeys three rules:
 #
-# 1. **Nothing depends on the order of arrival.** `reduce` sorts what it gets. *First* means first
-#    by place, and the corpus is ordered by place. This shuffles the documents, which training wants
-#    anyway, and since boxes are ranges of places, it does not depend on the number of boxes.
-# 2. **A file has one name and appears whole.** A task writes a draft and renames it to the name of
-#    its box. If it dies before, nothing is there; if it runs twice, the second file replaces an equal
-#    one. The same rule lets a preparation that was stopped go on: what is there is not done again.
-# 3. **Emitting changes nothing.** Values go to the boxes and nowhere else, so that those of a failed
-#    attempt can be thrown away.
+# 1. **Nothing depends on the order of arrival.** `reduce` sorts. *First* means first by place, and
+#    the corpus is ordered by place: a shuffle of the documents that training wants anyway, and that
+#    does not depend on the number of boxes.
+# 2. **A file has one name and appears whole.** A task renames its draft to the name of its box. If
+#    it dies before, nothing is there; if it runs twice, the second file is equal to the first. So a
+#    preparation that was stopped also goes on where it was.
+# 3. **Emitting changes nothing else.** The values of a failed attempt can then be thrown away.
 #
-# To see that the rules suffice, we write the worst engine that is still allowed: it runs the items
-# in random order, abandons every third after some of its values, runs each of those again, and
-# delivers the values of each box in random order.
+# To see that the rules suffice, we run the steps in order on one engine, and on another that is as
+# bad as it may be: `chaos` takes items and values in random order, and lets every third item die
+# after its first value and start again.
 
-# %%
+# %% tags=["engine"]
+# The worst engine that is still allowed
 import random
 
 dice = random.Random(0)
 
 
 def chaos(items, emit, reduce):
-    boxes, items = defaultdict(list), dice.sample(list(items), len(items))
-    for number, item in enumerate(items):
+    boxes, items = defaultdict(list), list(items)
+    for number, item in enumerate(dice.sample(items, len(items))):
         if number % 3 == 0:
             next(iter(emit(item)), None)  # dies after its first value
         for box, value in emit(item):
@@ -231,51 +221,47 @@ def chaos(items, emit, reduce):
     return [r for box in boxes for r in reduce(box, dice.sample(boxes[box], len(boxes[box])))]
 
 
-# %% [markdown]
-# {py:func}`~llmbook.distributed.prepare` runs the steps of the table on any such engine. On two
-# packages of the standard library, once in order and once in chaos with another number of boxes:
-
 # %%
 from llmbook.distributed import PrepareConfig, prepare
 
 folder = Path(tempfile.mkdtemp())
 sources = ["package:asyncio", "package:email"]
 tidy = prepare(sources, folder / "tidy", PrepareConfig(vocab_size=600, n_boxes=4))
-messy = prepare(sources, folder / "messy", PrepareConfig(vocab_size=600, n_boxes=7), engine=chaos)
-files = [p.relative_to(folder / "tidy") for p in (folder / "tidy").glob("*/shard-*.bin")]
-same = [(folder / "tidy" / p).read_bytes() == (folder / "messy" / p).read_bytes() for p in files]
-print(f"{sum(same)} of {len(same)} shards are equal to the byte")
-assert len(same) == 2 and all(same), files
-assert tidy.counts["unique"] == messy.counts["unique"]
+prepare(sources, folder / "messy", PrepareConfig(vocab_size=600, n_boxes=7), engine=chaos)
+files = [path.relative_to(tidy.folder) for path in tidy.folder.glob("*/shard-*.bin")]
+same = [(tidy.folder / p).read_bytes() == (folder / "messy" / p).read_bytes() for p in files]
+print(f"{sum(same)} of {len(same)} files of tokens are equal to the byte")
+assert len(same) == 2 and all(same)
 
 # %% [markdown]
 # ### The same steps on Ray
 #
 # Ray {cite}`moritz2018ray` starts worker processes on one machine or on many, moves data between
-# them, and runs again what failed. Its library Ray Data has our engine in three calls, `flat_map`,
-# `groupby`, and `map_groups`; the class {py:class}`~llmbook.distributed.RayEngine` adds little more:
+# them, and runs again what died. Its library Ray Data has our engine in three calls:
 #
 # ```python
 # data = ray.data.from_items(items).flat_map(emit)
 # data.groupby("box").map_groups(reduce).take_all()
 # ```
 #
-# It is an extra of the package, `pip install 'llmbook[cluster]'`, and one command runs everything:
+# {py:class}`~llmbook.distributed.RayEngine` adds a quiet start and errors that name step, item, and
+# machine. With the extra `cluster`, one command runs everything:
 #
 # ```
-# python -m llmbook.distributed prepare --packages stdlib numpy matplotlib --folder corpus --workers 2
+# python -m llmbook.distributed prepare --packages stdlib numpy matplotlib --workers 2
 # ```
 #
-# Ray takes 18 to 40 seconds to start on two cores that are busy with other things, too long for a
-# chapter that you run often. We measured it apart from the chapter, by `benchmarks/prepare.py`:
+# Ray takes 18 to 40 seconds to start on our two busy cores, so the chapter shows a table that was
+# measured apart, by `benchmarks/prepare.py`:
 #
 # TABLE
 #
-# TEXT AFTER TABLE
+# TEXT
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: files that appear once, and errors that name step, item and machine
-#
+
+# %% [markdown] tags=["engine"]
 # A box of documents is a file of JSON Lines, sorted by place. What is there is read and not made
 # again; this is all that resuming takes. An empty box is an empty file, so that a missing one
 # always means work to be done.
@@ -313,7 +299,7 @@ def _size(documents: Collection[Document]) -> dict[str, int]:
     return {"documents": len(documents), "characters": sum(len(d.text) for d in documents)}
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # An error in a worker has to say where it happened: a file that lies on one machine and not on
 # another is found there only.
 
@@ -346,12 +332,12 @@ def _failure(step: str, where: str, error: Exception) -> StepError:
 
 
 # %% [markdown]
-# ### The steps
-#
-# Each is two functions without state, which a worker gets with their settings.
-#
+# ### Steps of one document
+
+# %% [markdown] tags=["engine"]
 # ### Engine room: reading files and packages into boxes
-#
+
+# %% [markdown] tags=["engine"]
 # A source is a package, a file, or a folder, whose files are found before the work is divided. The
 # id of a file's document is its path from the folder, as `read_files` has it. The same file named
 # twice is read once; two texts with one id are refused. What cannot be read is counted and told.
@@ -443,12 +429,14 @@ def _write_read(box: int, values: list[Any], folder: str) -> Iterator[Any]:
 
 # %% [markdown]
 # ### Lines, and the rules of chapter 03
-#
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: normalizing, and cleaning with the lines of others
+
+# %% [markdown] tags=["engine"]
 # The order of steps is that of `clean_documents`. Its one step that looks beyond a document is
 # `remove_repeated_lines`. To apply it to one document, we call it with two: a text made of the
 # lines that belong to others, and the document.
-#
-# ### Engine room: normalizing, and cleaning with the lines of others
 
 
 # %% tags=["engine"]
@@ -527,14 +515,16 @@ def _clean(
 
 # %% [markdown]
 # ### Copies that never met
-#
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: pairs, their true similarity, and who stays
+
+# %% [markdown] tags=["engine"]
 # Exact copies agree in all bands. In each bucket the first of them stands for all, so that a text
 # with a thousand copies makes a thousand links instead of half a million pairs. In a bucket with
 # more than a thousand different texts, each is compared with the first one only. The pairs go
 # to the driver, the process that runs the steps. At the size of a crawl, union-find would need an
 # engine of its own.
-#
-# ### Engine room: pairs, their true similarity, and who stays
 
 # %% tags=["engine"]
 #| export
@@ -603,13 +593,15 @@ def _not_kept(links: Iterable[Sequence[str]], lengths: Mapping[str, int]) -> lis
 
 
 # %% [markdown]
-# ### Words, and tokens
-#
+# ### Words and tokens
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: counting, encoding, and writing in order
+
+# %% [markdown] tags=["engine"]
 # Documents with the smallest places are held out: no tokenizer learns from them, and their tokens
 # become shards of their own. Shards have an order, so one process writes them, from ids that the
 # workers have encoded.
-#
-# ### Engine room: counting, encoding, and writing in order
 
 # %% tags=["engine"]
 #| export
@@ -671,9 +663,11 @@ def _encoded(folder: Path, n_boxes: int, held_out: bool) -> Iterator[np.ndarray]
 
 # %% [markdown]
 # ### All steps
-#
+
+# %% [markdown] tags=["engine"]
 # ### Engine room: settings, the manifest, and a preparation that goes on
-#
+
+# %% [markdown] tags=["engine"]
 # The manifest has the settings, the sources with their sizes and times of change, and the counts
 # of each step. It is written first, so that a folder knows what it is for: the same command goes
 # on, and another one is refused.
@@ -893,9 +887,11 @@ def prepare(
 
 # %% [markdown]
 # ### A cluster of one machine
-#
+
+# %% [markdown] tags=["engine"]
 # ### Engine room: starting Ray quietly, and what goes over the wire
-#
+
+# %% [markdown] tags=["engine"]
 # Ray's own defaults are meant for a cluster: a dashboard, statistics of use, an address that others
 # can reach, a third of the memory, logs that stay. We start it on the loopback, small, and remove
 # its logs. Its start gives up after 30 seconds; on a busy machine the second attempt succeeds.
@@ -949,7 +945,7 @@ def _start_ray(ray: Any, workers: int, logs: str) -> None:
                 raise OSError(f"{message} {error}") from error
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # Values travel as JSON, all of one item for one box in one row. An exception in a task would come
 # back as a page of another program's stack, and so a failed task sends its message as a value.
 
@@ -1038,7 +1034,8 @@ class RayEngine:
 
 # %% [markdown]
 # ### The command
-#
+
+# %% [markdown] tags=["engine"]
 # ### Engine room: `python -m llmbook.distributed prepare`
 
 

@@ -46,16 +46,13 @@ from .environment import check_whole, requires_extra, whole_file
 from .tokenizer import GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, count_words, learn_merges
 from .training import settings_parser
 
-# %% ../chapters/18_distributed.ipynb #4722a8df
+# %% ../chapters/18_distributed.ipynb #42bfc24e
 def map_reduce(
     items: Iterable[Any],
     emit: Callable[[Any], Iterable[tuple[int, Any]]],
     reduce: Callable[[int, list[Any]], Iterable[Any]],
 ) -> list[Any]:
-    """Call ``emit`` on each item, then ``reduce`` on each box of values; return what that yields.
-
-    ``emit`` yields pairs of a box's number and a value. Source: Dean and Ghemawat (2008).
-    """
+    """Call ``emit`` on each item, ``reduce`` on each box of values. Dean and Ghemawat (2008)."""
     boxes: dict[int, list[Any]] = defaultdict(list)
     for item in items:
         for box, value in emit(item):
