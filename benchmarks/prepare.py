@@ -31,7 +31,7 @@ def killing(item: Any, emit: Callable[[Any], Iterable[Any]], flag: str) -> Itera
 
 
 class Killing:
-    """An engine whose every step loses a worker."""
+    """An engine whose first and third steps lose a worker: reading, and cleaning."""
 
     def __init__(self, engine: Any, folder: Path) -> None:
         """Keep the notes of who was killed in ``folder``."""
@@ -40,6 +40,8 @@ class Killing:
     def __call__(self, items: Any, emit: Any, reduce: Any) -> list[Any]:
         """Run a step with a killer inside."""
         self.calls += 1
+        if self.calls not in (1, 3):
+            return self.engine(items, emit, reduce)
         flag = str(self.folder / f"killed-{self.calls}")
         return self.engine(items, partial(killing, emit=emit, flag=flag), reduce)
 
@@ -72,7 +74,7 @@ def main() -> None:
         with RayEngine(2) as engine:
             started = time.perf_counter() - start
             runs["Ray, 2 workers"] = timed(folder / "ray", engine)
-            runs["Ray, 6 killed"] = timed(folder / "killed", Killing(engine, folder))
+            runs["Ray, 2 killed"] = timed(folder / "killed", Killing(engine, folder))
         killed = len(list(folder.glob("killed-*")))
         one, *others = (files(result.folder) for result, _ in runs.values())
     equal = [sum(one[name] == other.get(name) for name in one) for other in others]
@@ -87,8 +89,8 @@ def main() -> None:
         environment("llmbook", "numpy", "ray"),
         f"The documentation of {', '.join(s.partition(':')[2] for s in SOURCES)}, of "
         f"{alone.characters['read']:,} characters, was prepared in one process, on Ray with two "
-        f"workers, and on Ray with a worker killed by SIGKILL in each step ({killed} in all). Ray "
-        f"had started in {started:.0f} seconds, which are not counted. Of {len(one)} files of "
+        f"workers, and on Ray with {killed} workers killed by SIGKILL, at reading and at cleaning. "
+        f"Ray had started in {started:.0f} seconds, which are not counted. Of {len(one)} files of "
         f"documents, tokenizer and tokens, {equal[0]} and {equal[1]} are equal to the byte to "
         "those of one process. Columns are seconds.",
         table(["step", "documents", *runs], rows),

@@ -1110,3 +1110,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__" and "__file__" in globals():  # a notebook has no file
     main()
+
+
+# %% [markdown]
+# ## Exercises
+#
+# ````{exercise} Lines that meet
+# :label: ex-distributed-lines
+# *Fifteen minutes.* Write `shared_lines(parts, n_boxes)`, the list of lines that at least two
+# documents have, each line once, by `map_reduce`. Each part is a dictionary of texts by the names of
+# their documents. `stable_hash(line)` is the place of a line, and `box_of(place, n_boxes)` its box.
+# A line that one document repeats is not shared.
+# ````
+
+
+# %% tags=["solution"]
+def shared_lines(parts: list[dict[str, str]], n_boxes: int) -> list[str]:
+    """The lines that at least two documents have, each once."""
+
+    def emit(part):
+        for name, text in part.items():
+            for line in text.splitlines():
+                yield box_of(stable_hash(line), n_boxes), (line, name)
+
+    def reduce(box, values):
+        names = defaultdict(set)
+        for line, name in values:
+            names[line].add(name)
+        return [line for line, found in names.items() if len(found) > 1]
+
+    return map_reduce(parts, emit, reduce)
+
+
+# %% tags=["check"]
+pages = [{"a": "echo\nnotice\necho", "b": "one"}, {"c": "notice\ntwo"}, {"d": "notice"}]
+for n_boxes in (1, 3, 64):
+    shared = shared_lines(pages, n_boxes)
+    assert "notice" in shared, "equal lines of different parts must meet in one box"
+    assert "echo" not in shared, "a line that one document repeats is not shared"
+    assert shared == ["notice"], "each shared line once, however many documents have it"

@@ -17,6 +17,7 @@ from llmbook import (
     cleaning,
     corpus,
     deduplication,
+    distributed,
     evaluation,
     generation,
     model,
@@ -31,7 +32,8 @@ from llmbook import (
 
 MODULES = (
     "environment tinyworld corpus cleaning deduplication tokenizer subwords batches positions "
-    "attention blocks model optimization training generation precision evaluation"
+    "attention blocks model optimization training generation precision evaluation "
+    "distributed"
 ).split()
 
 # What is left out, and why.
@@ -55,6 +57,7 @@ NOT_TRIED = {
     "training.unnoticed",
     # They take seconds for each attempt: tests/test_training.py has some.
     "training.run",
+    "distributed.main",  # another
     "training.main",  # the command line, which answers with an exit code
     "training.pretrained",
     "training.Trainer.load_best",  # takes nothing, and needs a folder with a finished run
@@ -690,6 +693,24 @@ EXAMPLES: dict[str, Arguments] = {
         "kind": "loglikelihood_rolling",
         "items": [{"text": TEXT}],
     },
+    "distributed.map_reduce": {
+        "items": [1, 2],
+        "emit": lambda item: [(0, item)],
+        "reduce": lambda box, values: values,
+    },
+    "distributed.stable_hash": {"text": TEXT},
+    "distributed.box_of": {"place": 3, "n_boxes": 2},
+    "distributed.band_keys": lambda: {
+        "signatures": deduplication.MinHasher(8).signatures(texts()),
+        "bands": 2,
+        "rows": 4,
+    },
+    "distributed.PrepareConfig": {},
+    "distributed.prepare": lambda: {
+        "sources": ["package:this"],
+        "folder": f"prepared-{next(numbers)}",
+        "config": distributed.PrepareConfig(vocab_size=260, held_out=0.0),
+    },
     "evaluation.run_lm_eval": lambda: speaking() | {"folder": task_folder(), "tasks": ["task"]},
 }
 
@@ -732,4 +753,5 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "precision.GradScaler": used_scaler,
     "precision.MixedPrecision": lambda: precision.MixedPrecision("float16"),
     "evaluation.BiasedJudge": evaluation.BiasedJudge,
+    "distributed.PrepareConfig": distributed.PrepareConfig,
 }

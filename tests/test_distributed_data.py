@@ -328,13 +328,15 @@ def killing(item, emit, flag):
 
 
 class Killing:
-    """An engine whose every step loses a worker."""
+    """An engine whose first and third steps lose a worker: reading, and cleaning."""
 
     def __init__(self, engine, folder):
         self.engine, self.folder, self.calls = engine, folder, 0
 
     def __call__(self, items, emit, reduce):
         self.calls += 1
+        if self.calls not in (1, 3):
+            return self.engine(items, emit, reduce)
         flag = str(self.folder / f"killed-{self.calls}")
         return self.engine(items, partial(killing, emit=emit, flag=flag), reduce)
 
@@ -399,7 +401,7 @@ def test_ray_makes_what_one_process_makes(ray_run, text, alone):
 
 
 def test_killed_workers_lose_nothing_and_double_nothing(ray_run, text, alone):
-    assert ray_run["killed"] == ray_run["steps"] == 6
+    assert (ray_run["killed"], ray_run["steps"]) == (2, 6)
     assert contents(text.parent / "killed") == contents(alone.folder)
 
 
