@@ -706,8 +706,9 @@ EXAMPLES: dict[str, Arguments] = {
         "rows": 4,
     },
     "distributed.PrepareConfig": {},
+    "distributed.PrepareConfig.holds_out": {"id": "a"},
     "distributed.prepare": lambda: {
-        "sources": ["package:this"],
+        "sources": ["package:colorsys"],
         "folder": f"prepared-{next(numbers)}",
         "config": distributed.PrepareConfig(vocab_size=260, held_out=0.0),
     },
