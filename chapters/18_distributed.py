@@ -863,7 +863,16 @@ def prepare(
     what and where, a ``ValueError`` that the folder was made for something else. Workers on other
     machines must see sources and ``folder`` under the same paths. ``say`` is told of each step.
     """
-    config, say = config or PrepareConfig(), say or (lambda line: None)
+    config = PrepareConfig() if config is None else config
+    say = (lambda line: None) if say is None else say
+    for name, value, fits in (
+        ("config", config, isinstance(config, PrepareConfig)),
+        ("engine", engine, callable(engine)),
+        ("say", say, callable(say)),
+    ):
+        if not fits:
+            kind = "a PrepareConfig" if name == "config" else "a function"
+            raise ValueError(f"{name}: expected {kind}, got {value!r:.60}")
     wanted = {"config": asdict(config), "sources": [list(s) for s in _listed(sources)]}
     folder = check_path(folder, "folder").resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -894,7 +903,7 @@ def prepare(
 # %% [markdown] tags=["engine"]
 # Ray's own defaults are meant for a cluster: a dashboard, statistics of use, an address that others
 # can reach, a third of the memory, logs that stay. We start it on the loopback, small, and remove
-# its logs. Its start gives up after 30 seconds; on a busy machine the second attempt succeeds.
+# its logs. Its start gives up after 30 seconds, which a busy machine may need, so we try three times.
 # Ray's default shuffle starts a process for each of its receivers, which took 25 seconds for a
 # handful of rows; sorting needs none, and took half a second.
 
@@ -934,14 +943,14 @@ def _start_ray(ray: Any, workers: int, logs: str) -> None:
         "log_to_driver": False,
         "logging_level": logging.ERROR,
     }
-    for attempt in (1, 2):
+    for attempt in (1, 2, 3):
         try:
             ray.init(**options)
             return
         except Exception as error:  # Ray has no class of its own for this
             ray.shutdown()
-            if attempt == 2:
-                message = "Ray did not start, twice; is the machine busy, or out of memory?"
+            if attempt == 3:
+                message = "Ray did not start, three times; is the machine busy, or out of memory?"
                 raise OSError(f"{message} {error}") from error
 
 
@@ -961,7 +970,7 @@ def _emit_rows(row: dict[str, str], emit: Callable[[Any], Iterable[Any]]) -> lis
         for box, value in emit(json.loads(row["item"])):
             boxes[box].append(value)
     except Exception as error:
-        boxes = {_FAILED: [f"{error}"]}  # type: ignore[assignment]
+        boxes = defaultdict(list, {_FAILED: [f"{error}"]})
     return [{"box": b, "data": json.dumps(v)} for b, v in (boxes or {_NOTHING: []}).items()]
 
 
@@ -991,7 +1000,8 @@ class RayEngine:
         if address is not None:
             check_text(address, "address")
         self.workers, self.address = workers, address
-        self._ray, self._logs = None, ""
+        self._ray: Any = None
+        self._logs = ""
 
     def __enter__(self) -> "RayEngine":
         self._ray = _import_ray()
@@ -1069,7 +1079,7 @@ def _prepare_command(arguments: Sequence[str]) -> None:
             bar.write(line)
             bar.update()
 
-        options = {"config": config, "say": say}
+        options: dict[str, Any] = {"config": config, "say": say}
         if given["workers"] is None and given["address"] is None:
             result = prepare(sources, given["folder"], **options)
         else:

@@ -567,7 +567,7 @@ def _tokens(run: _Run, dropped: list[str]) -> dict[str, int]:
             tokens[name] = len(TokenShards(run.folder / name, tokenizer))
     return tokens
 
-# %% ../chapters/18_distributed.ipynb #bc2058f3
+# %% ../chapters/18_distributed.ipynb #241028c4
 # Everything
 def _claim(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest of a folder, which is new or was made for the same."""
@@ -605,7 +605,16 @@ def prepare(
     what and where, a ``ValueError`` that the folder was made for something else. Workers on other
     machines must see sources and ``folder`` under the same paths. ``say`` is told of each step.
     """
-    config, say = config or PrepareConfig(), say or (lambda line: None)
+    config = PrepareConfig() if config is None else config
+    say = (lambda line: None) if say is None else say
+    for name, value, fits in (
+        ("config", config, isinstance(config, PrepareConfig)),
+        ("engine", engine, callable(engine)),
+        ("say", say, callable(say)),
+    ):
+        if not fits:
+            kind = "a PrepareConfig" if name == "config" else "a function"
+            raise ValueError(f"{name}: expected {kind}, got {value!r:.60}")
     wanted = {"config": asdict(config), "sources": [list(s) for s in _listed(sources)]}
     folder = check_path(folder, "folder").resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -626,7 +635,7 @@ def prepare(
     counts, characters = ({n: s[k] for n, s in steps.items()} for k in ("documents", "characters"))
     return Prepared(folder, counts, characters, run.manifest["problems"], run.manifest["tokens"])
 
-# %% ../chapters/18_distributed.ipynb #80406dbf
+# %% ../chapters/18_distributed.ipynb #f89e9a05
 # Ray's start
 _QUIET = {
     "RAY_AUTH_MODE": "disabled",
@@ -661,17 +670,17 @@ def _start_ray(ray: Any, workers: int, logs: str) -> None:
         "log_to_driver": False,
         "logging_level": logging.ERROR,
     }
-    for attempt in (1, 2):
+    for attempt in (1, 2, 3):
         try:
             ray.init(**options)
             return
         except Exception as error:  # Ray has no class of its own for this
             ray.shutdown()
-            if attempt == 2:
-                message = "Ray did not start, twice; is the machine busy, or out of memory?"
+            if attempt == 3:
+                message = "Ray did not start, three times; is the machine busy, or out of memory?"
                 raise OSError(f"{message} {error}") from error
 
-# %% ../chapters/18_distributed.ipynb #41105fee
+# %% ../chapters/18_distributed.ipynb #a7e1f890
 # What a worker does
 _FAILED, _NOTHING = -1, -2  # no boxes: a message, and a row where there is nothing to send
 
@@ -682,7 +691,7 @@ def _emit_rows(row: dict[str, str], emit: Callable[[Any], Iterable[Any]]) -> lis
         for box, value in emit(json.loads(row["item"])):
             boxes[box].append(value)
     except Exception as error:
-        boxes = {_FAILED: [f"{error}"]}  # type: ignore[assignment]
+        boxes = defaultdict(list, {_FAILED: [f"{error}"]})
     return [{"box": b, "data": json.dumps(v)} for b, v in (boxes or {_NOTHING: []}).items()]
 
 
@@ -696,7 +705,7 @@ def _reduce_rows(rows: dict[str, Any], reduce: Callable[..., Iterable[Any]]) -> 
             box, values = _FAILED, [f"{error}"]
     return {"box": [box], "data": [json.dumps(values)]}
 
-# %% ../chapters/18_distributed.ipynb #41558cfd
+# %% ../chapters/18_distributed.ipynb #18041ff3
 # The engine
 class RayEngine:
     """``map_reduce`` on Ray Data: in a ``with`` block, starts a local cluster of ``workers``.
@@ -710,7 +719,8 @@ class RayEngine:
         if address is not None:
             check_text(address, "address")
         self.workers, self.address = workers, address
-        self._ray, self._logs = None, ""
+        self._ray: Any = None
+        self._logs = ""
 
     def __enter__(self) -> "RayEngine":
         self._ray = _import_ray()
@@ -750,7 +760,7 @@ class RayEngine:
             results += json.loads(row["data"])
         return results
 
-# %% ../chapters/18_distributed.ipynb #ad876e72
+# %% ../chapters/18_distributed.ipynb #39795618
 # The command line
 def _prepare_command(arguments: Sequence[str]) -> None:
     prog = "python -m llmbook.distributed prepare"
@@ -779,7 +789,7 @@ def _prepare_command(arguments: Sequence[str]) -> None:
             bar.write(line)
             bar.update()
 
-        options = {"config": config, "say": say}
+        options: dict[str, Any] = {"config": config, "say": say}
         if given["workers"] is None and given["address"] is None:
             result = prepare(sources, given["folder"], **options)
         else:
