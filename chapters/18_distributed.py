@@ -903,9 +903,9 @@ def prepare(
 # %% [markdown] tags=["engine"]
 # Ray's own defaults are meant for a cluster: a dashboard, statistics of use, an address that others
 # can reach, a third of the memory, logs that stay. We start it on the loopback, small, and remove
-# its logs. Its start gives up after 30 seconds, which a busy machine may need, so we try three times.
-# Ray's default shuffle starts a process for each of its receivers, which took 25 seconds for a
-# handful of rows; sorting needs none, and took half a second.
+# its logs. Its start gives up after 30 seconds, which a busy machine may need, so we try three
+# times. Ray's default shuffle starts a process for each of its receivers, which took 25 seconds for
+# a handful of rows on our busy machine. A shuffle by sorting needs none, and took half a second.
 
 # %% tags=["engine"]
 #| export
