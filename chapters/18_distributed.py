@@ -99,8 +99,8 @@ def map_reduce(
 # %% [markdown]
 # A key must belong to the same box in every process. Python's `hash` of a text starts from a random
 # number in each process ({doc}`00_environment`), so a pipeline that uses it runs without an error
-# and finds hardly any copies. We hash by BLAKE2 instead and call the result, a whole number $h$ below
-# $2^{64}$, the *place* of a text. Of $n$ boxes, its box is $\lfloor hn / 2^{64} \rfloor$.
+# and finds hardly any copies. We hash by BLAKE2 instead and call the result, a whole number $h$
+# below $2^{64}$, the *place* of a text. Of $n$ boxes, its box is $\lfloor hn / 2^{64} \rfloor$.
 
 
 # %% tags=["engine"]
@@ -128,8 +128,8 @@ def box_of(place: int, n_boxes: int) -> int:
 
 # %% [markdown]
 # For near-duplicates, the hash of a band's number and its rows is the key
-# ({doc}`04_deduplication`). Two documents that agree in a band meet in its box, whichever parts they
-# came from:
+# ({doc}`04_deduplication`). Two documents that agree in a band meet in its box, whichever parts
+# they came from:
 
 
 # %% tags=["engine"]
@@ -175,7 +175,8 @@ print(set(map_reduce(parts, emit, meet)))
 # %% [markdown]
 # The two recipes lie in different parts, and neither part has seen the other. The rest is as in
 # chapter 04: the candidates' texts go to a box once more, which computes their similarity;
-# union-find joins the similar ones, and the longest of each cluster stays. All steps have this form:
+# union-find joins the similar ones, and the longest of each cluster stays. All steps have this
+# form:
 #
 # | step | looks at | key | leaves behind |
 # |---|---|---|---|
@@ -188,9 +189,9 @@ print(set(map_reduce(parts, emit, meet)))
 #
 # ### Order, and a worker that dies
 #
-# An engine promises less than a loop does. Ray Data keeps neither the order of rows nor the sizes of
-# batches, unless one pays for it in speed. A task whose process died is run again, so its first half
-# may run twice. Under these conditions, a step gives the same bytes if it obeys three rules:
+# An engine promises less than a loop does. Ray Data keeps neither the order of rows nor the sizes
+# of batches, unless one pays for it in speed. A task whose process died is run again, so its first
+# half may run twice. Under these conditions, a step gives the same bytes if it obeys three rules:
 #
 # 1. **Nothing depends on the order of arrival.** `reduce` sorts. *First* means first by place, and
 #    the corpus is ordered by place: a shuffle of the documents that training wants anyway, and that
@@ -368,6 +369,8 @@ def _listed(sources: Iterable[str | Path]) -> list[tuple[str, str, str]]:
     return [(source, *found[source]) for source in sorted(found)]
 
 
+# %% tags=["engine"]
+#| export
 def _files(path: Path) -> Iterator[tuple[Path, str]]:
     """Yield the files that can be read at or under ``path``, and the folders between."""
     if not path.is_dir():
@@ -413,6 +416,8 @@ def _read(source: str, prefixes: Mapping[str, str], n_boxes: int) -> Iterator[tu
         yield 0, {"problem": f"{prefix}{problem}"}
 
 
+# %% tags=["engine"]
+#| export
 def _write_read(box: int, values: list[Any], folder: str) -> Iterator[Any]:
     found: dict[str, Document] = {}
     for value in values:
@@ -466,6 +471,8 @@ def _normalize(box: int, folder: str, config: "PrepareConfig") -> Iterator[tuple
             yield box_of(key, config.n_boxes), [key, document.id]
 
 
+# %% tags=["engine"]
+#| export
 def _first_owners(box: int, values: list[Any]) -> Iterator[Any]:
     """Yield [key, id] of the first document with a line that several have."""
     owners: dict[int, list[str]] = defaultdict(list)
@@ -582,6 +589,8 @@ def _similar(
             yield [a, b]
 
 
+# %% tags=["engine"]
+#| export
 def _not_kept(links: Iterable[Sequence[str]], lengths: Mapping[str, int]) -> list[str]:
     """Return the ids of all but the best of each cluster: the longest, and the first of equals."""
     ids = sorted(lengths, key=_by_place)
@@ -633,6 +642,8 @@ def _summed(box: int, values: list[Any]) -> Iterator[Any]:
     yield from map(list, counts.items())
 
 
+# %% tags=["engine"]
+#| export
 def _encode(
     box: int, folder: str, config: "PrepareConfig", tokenizer: BPETokenizer
 ) -> Iterator[tuple[int, Any]]:
@@ -721,6 +732,8 @@ class Prepared(NamedTuple):
     tokens: dict[str, int]
 
 
+# %% tags=["engine"]
+#| export
 @dataclass
 class _Run:
     folder: Path
@@ -796,6 +809,8 @@ def _survivors(run: _Run) -> list[str]:
     return run.kept("copies", copies)
 
 
+# %% tags=["engine"]
+#| export
 def _tokens(run: _Run, dropped: list[str]) -> dict[str, int]:
     """Count, learn, encode and write shards; return the number of tokens of each kind."""
     folder, config, boxes = str(run.folder), run.config, range(run.config.n_boxes)
@@ -847,6 +862,8 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
         draft.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
+# %% tags=["engine"]
+#| export
 def prepare(
     sources: Iterable[str | Path],
     folder: str | Path,
@@ -933,6 +950,8 @@ def _import_ray() -> Any:
     return ray
 
 
+# %% tags=["engine"]
+#| export
 def _start_ray(ray: Any, workers: int, logs: str) -> None:
     options = {
         "num_cpus": workers,
@@ -1125,13 +1144,11 @@ if __name__ == "__main__" and "__file__" in globals():  # a notebook has no file
 # %% [markdown]
 # ## Exercises
 #
-# ````{exercise} Lines that meet
-# :label: ex-distributed-lines
-# *Fifteen minutes.* Write `shared_lines(parts, n_boxes)`, the list of lines that at least two
-# documents have, each line once, by `map_reduce`. Each part is a dictionary of texts by the names of
-# their documents. `stable_hash(line)` is the place of a line, and `box_of(place, n_boxes)` its box.
-# A line that one document repeats is not shared.
-# ````
+# ````{exercise} Lines that meet :label: ex-distributed-lines *Fifteen minutes.* Write
+# `shared_lines(parts, n_boxes)`, the list of lines that at least two documents have, each line
+# once, by `map_reduce`. Each part is a dictionary of texts by the names of their documents.
+# `stable_hash(line)` is the place of a line, and `box_of(place, n_boxes)` its box. A line that one
+# document repeats is not shared. ````
 
 
 # %% tags=["solution"]

@@ -153,7 +153,7 @@ def _reducing(
 def _failure(step: str, where: str, error: Exception) -> StepError:
     return StepError(f"{step}: {where}: {error} (on the machine {platform.node()})")
 
-# %% ../chapters/18_distributed.ipynb #3ffafb25
+# %% ../chapters/18_distributed.ipynb #fa983df7
 # Which sources there are
 _PACKAGE = "package:"
 
@@ -177,7 +177,7 @@ def _listed(sources: Iterable[str | Path]) -> list[tuple[str, str, str]]:
         raise ValueError(f"sources: expected files of text, got {[str(s) for s in asked]}")
     return [(source, *found[source]) for source in sorted(found)]
 
-
+# %% ../chapters/18_distributed.ipynb #938b614b
 def _files(path: Path) -> Iterator[tuple[Path, str]]:
     """Yield the files that can be read at or under ``path``, and the folders between."""
     if not path.is_dir():
@@ -198,7 +198,7 @@ def _version(name: str) -> str:
     except PackageNotFoundError:  # the standard library, or a module of another name
         return platform.python_version()
 
-# %% ../chapters/18_distributed.ipynb #748e3a7d
+# %% ../chapters/18_distributed.ipynb #bd36b004
 # Read
 def _read(source: str, prefixes: Mapping[str, str], n_boxes: int) -> Iterator[tuple[int, Any]]:
     """Yield the documents of a source, and what could not be read, as problems."""
@@ -220,7 +220,7 @@ def _read(source: str, prefixes: Mapping[str, str], n_boxes: int) -> Iterator[tu
     for problem in report.problems:
         yield 0, {"problem": f"{prefix}{problem}"}
 
-
+# %% ../chapters/18_distributed.ipynb #ac63b59c
 def _write_read(box: int, values: list[Any], folder: str) -> Iterator[Any]:
     found: dict[str, Document] = {}
     for value in values:
@@ -234,7 +234,7 @@ def _write_read(box: int, values: list[Any], folder: str) -> Iterator[Any]:
         found[document.id] = min(both, key=lambda d: json.dumps(vars(d), sort_keys=True))
     yield _size(_once(_path(folder, "read", box), found.values))
 
-# %% ../chapters/18_distributed.ipynb #7deb8da5
+# %% ../chapters/18_distributed.ipynb #40c896c9
 # Normalize, and find who owns a line
 def _edited(documents: Iterable[Document], edit: Callable[[str], str]) -> Iterator[Document]:
     for document in documents:
@@ -259,7 +259,7 @@ def _normalize(box: int, folder: str, config: "PrepareConfig") -> Iterator[tuple
         for key in _line_keys(document.text, config.min_line_length):
             yield box_of(key, config.n_boxes), [key, document.id]
 
-
+# %% ../chapters/18_distributed.ipynb #604df64f
 def _first_owners(box: int, values: list[Any]) -> Iterator[Any]:
     """Yield [key, id] of the first document with a line that several have."""
     owners: dict[int, list[str]] = defaultdict(list)
@@ -331,7 +331,7 @@ def _pairs(box: int, values: list[Any]) -> Iterator[Any]:
         found |= {(False, a[0], b[0], a[2], b[2]) for a, b in several}
     yield from map(list, sorted(found))
 
-# %% ../chapters/18_distributed.ipynb #74f1de3e
+# %% ../chapters/18_distributed.ipynb #2eccf667
 # Compare them, and choose
 _Pairs = Sequence[tuple[str, str]]
 
@@ -356,7 +356,7 @@ def _similar(
         if box_of(stable_hash(a), n_boxes) == box and jaccard(cut(a), cut(b)) >= threshold:
             yield [a, b]
 
-
+# %% ../chapters/18_distributed.ipynb #6dba7c61
 def _not_kept(links: Iterable[Sequence[str]], lengths: Mapping[str, int]) -> list[str]:
     """Return the ids of all but the best of each cluster: the longest, and the first of equals."""
     ids = sorted(lengths, key=_by_place)
@@ -366,7 +366,7 @@ def _not_kept(links: Iterable[Sequence[str]], lengths: Mapping[str, int]) -> lis
     best = {max(c, key=lambda i: (lengths[ids[i]], -i)): c for c in forest.clusters()}
     return sorted(ids[i] for kept, cluster in best.items() for i in cluster if i != kept)
 
-# %% ../chapters/18_distributed.ipynb #2c774e06
+# %% ../chapters/18_distributed.ipynb #cd62881e
 # Count words, encode
 _SPECIAL = ("<|endoftext|>",)
 _PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN}
@@ -394,7 +394,7 @@ def _summed(box: int, values: list[Any]) -> Iterator[Any]:
             counts[value[0]] += value[1]
     yield from map(list, counts.items())
 
-
+# %% ../chapters/18_distributed.ipynb #d04a0f6f
 def _encode(
     box: int, folder: str, config: "PrepareConfig", tokenizer: BPETokenizer
 ) -> Iterator[tuple[int, Any]]:
@@ -451,7 +451,7 @@ class PrepareConfig:
         """Say whether the document with this ``id`` is held out: by its place alone."""
         return stable_hash(id) < self.held_out * 2**64
 
-# %% ../chapters/18_distributed.ipynb #103f8712
+# %% ../chapters/18_distributed.ipynb #f78e9654
 # The result, and what a run of the steps knows
 class Prepared(NamedTuple):
     """What ``prepare`` left in ``folder``: documents by step, problems, and tokens of the shards.
@@ -466,7 +466,7 @@ class Prepared(NamedTuple):
     problems: list[str]
     tokens: dict[str, int]
 
-
+# %% ../chapters/18_distributed.ipynb #c6cf22ab
 @dataclass
 class _Run:
     folder: Path
@@ -507,7 +507,7 @@ class _Run:
         self.manifest["steps"] |= found["steps"]
         return found["found"]
 
-# %% ../chapters/18_distributed.ipynb #f6d8bb64
+# %% ../chapters/18_distributed.ipynb #4af02b75
 # Steps one after the other
 def _survivors(run: _Run) -> list[str]:
     """Read, normalize and clean; return the ids of documents that are copies of better ones."""
@@ -539,7 +539,7 @@ def _survivors(run: _Run) -> list[str]:
     owners = run.kept("lines", lines)
     return run.kept("copies", copies)
 
-
+# %% ../chapters/18_distributed.ipynb #72b47013
 def _tokens(run: _Run, dropped: list[str]) -> dict[str, int]:
     """Count, learn, encode and write shards; return the number of tokens of each kind."""
     folder, config, boxes = str(run.folder), run.config, range(run.config.n_boxes)
@@ -567,7 +567,7 @@ def _tokens(run: _Run, dropped: list[str]) -> dict[str, int]:
             tokens[name] = len(TokenShards(run.folder / name, tokenizer))
     return tokens
 
-# %% ../chapters/18_distributed.ipynb #241028c4
+# %% ../chapters/18_distributed.ipynb #f5d9ace7
 # Everything
 def _claim(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest of a folder, which is new or was made for the same."""
@@ -588,7 +588,7 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     with whole_file(folder / "manifest.json") as draft:
         draft.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
-
+# %% ../chapters/18_distributed.ipynb #7bed7968
 def prepare(
     sources: Iterable[str | Path],
     folder: str | Path,
@@ -635,7 +635,7 @@ def prepare(
     counts, characters = ({n: s[k] for n, s in steps.items()} for k in ("documents", "characters"))
     return Prepared(folder, counts, characters, run.manifest["problems"], run.manifest["tokens"])
 
-# %% ../chapters/18_distributed.ipynb #f89e9a05
+# %% ../chapters/18_distributed.ipynb #a8dbeab3
 # Ray's start
 _QUIET = {
     "RAY_AUTH_MODE": "disabled",
@@ -659,7 +659,7 @@ def _import_ray() -> Any:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray
 
-
+# %% ../chapters/18_distributed.ipynb #7881cacc
 def _start_ray(ray: Any, workers: int, logs: str) -> None:
     options = {
         "num_cpus": workers,
