@@ -59,6 +59,7 @@ NOT_TRIED = {
     "distributed.launch",  # starts processes at each attempt: tests/test_distributed.py has some
     # They take seconds for each attempt: tests/test_training.py has some.
     "training.run",
+    "distributed.main",  # another
     "training.main",  # the command line, which answers with an exit code
     "training.pretrained",
     "training.Trainer.load_best",  # takes nothing, and needs a folder with a finished run
@@ -717,6 +718,25 @@ EXAMPLES: dict[str, Arguments] = {
         "kind": "loglikelihood_rolling",
         "items": [{"text": TEXT}],
     },
+    "distributed.map_reduce": {
+        "items": [1, 2],
+        "emit": lambda item: [(0, item)],
+        "reduce": lambda box, values: values,
+    },
+    "distributed.stable_hash": {"text": TEXT},
+    "distributed.box_of": {"place": 3, "n_boxes": 2},
+    "distributed.band_keys": lambda: {
+        "signatures": deduplication.MinHasher(8).signatures(texts()),
+        "bands": 2,
+        "rows": 4,
+    },
+    "distributed.PrepareConfig": {},
+    "distributed.PrepareConfig.holds_out": {"id": "a"},
+    "distributed.prepare": lambda: {
+        "sources": ["package:colorsys"],
+        "folder": f"prepared-{next(numbers)}",
+        "config": distributed.PrepareConfig(vocab_size=260, held_out=0.0),
+    },
     "evaluation.run_lm_eval": lambda: speaking() | {"folder": task_folder(), "tasks": ["task"]},
     # Of a group of one process, which is this one.
     "distributed.place_in_group": lambda: alone(),
@@ -828,4 +848,5 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "precision.GradScaler": used_scaler,
     "precision.MixedPrecision": lambda: precision.MixedPrecision("float16"),
     "evaluation.BiasedJudge": evaluation.BiasedJudge,
+    "distributed.PrepareConfig": distributed.PrepareConfig,
 }
