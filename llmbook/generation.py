@@ -1088,7 +1088,7 @@ def _decode(
             reader.keep(left)
         tokens, log_probs = reader.next_tokens(rows, tokens, chooser, step)
 
-# %% ../chapters/14_generation.ipynb #31b67676
+# %% ../chapters/14_generation.ipynb #2ad62874
 def generate(
     model: TransformerLM,
     prompts: Sequence[Sequence[int]] | Sequence[str],
@@ -1106,7 +1106,7 @@ def generate(
     ``use_cache`` and ``on_full``. A row depends on its prompt, the seed and its number only, up to
     the rounding of logits; rows are numbered from ``first_row``. A ``cache`` is for a single prompt
     and saves reading again what it has read. ``compile``: True makes a program of the step for one
-    token, which takes up to half a minute for each number of rows and each power of two of tokens,
+    token, which takes up to 40 seconds for each number of rows and each power of two of tokens,
     and serves all later calls; "auto" does so where it can, which needs a C++ compiler. Bad prompts
     and options raise a ``ValueError``.
     """
