@@ -298,9 +298,10 @@ for d_model in (8, 12, 16, 24, 32):
     print(f"{row[0].parameters:10,}     " + "".join(f"{run.learning_rate:7.2f}" for run in row))
 
 # %% [markdown]
-# Large models want smaller rates, and long runs do as well. Someone who fixes one rate for all runs
-# tunes one corner of the table and handicaps the others. Only runs at their best rate enter our
-# fits; we will see what happens otherwise. {numref}`fig-scaling-grid` shows them.
+# On the whole, large models want smaller rates, and so do long runs of small ones. Someone who
+# fixes one rate for all runs tunes one corner of the table and handicaps the others. Only runs at
+# their best rate enter our fits; we will see what happens otherwise. {numref}`fig-scaling-grid`
+# shows them.
 
 # %% mystnb={"figure": {"caption": "Our grid. Left, the loss above the entropy of the world over the number of tokens, one line for each size. Right, the same runs over their operations, with the best of them.", "name": "fig-scaling-grid"}, "image": {"alt": "Two panels with doubly logarithmic axes. Left, five lines fall with the number of tokens. Right, the same five lines are shifted by their size; the smaller models lead at few operations and the larger ones at many."}}
 grid = [best[d, steps] for d in (8, 12, 16, 24, 32) for steps in (100, 200, 400, 800)]
@@ -308,12 +309,15 @@ figure, axes = plt.subplots(1, 2, sharey=True)
 for d_model in (8, 12, 16, 24, 32):
     line = [run for run in grid if run.d_model == d_model]
     above = [run.loss - world.entropy() for run in line]
-    label = f"{line[0].parameters // 1000}k parameters"
+    label = f"{line[0].parameters / 1000:.0f}k"
     axes[0].loglog([run.tokens for run in line], above, "o-", label=label)
-    axes[1].loglog([run.flops for run in line], above, "o-")
+    axes[1].loglog([run.flops / 1e9 for run in line], above, "o-")
+axes[0].set_xticks([32e3, 65e3, 130e3, 260e3], ["32k", "65k", "130k", "260k"], minor=False)
+axes[0].set_yticks([5, 10, 20, 40], ["5", "10", "20", "40"])
+axes[0].minorticks_off()
 axes[0].set(xlabel="tokens", ylabel="loss above the entropy (nats)", title="Over data")
-axes[1].set(xlabel="operations", title="Over compute")
-axes[0].legend()
+axes[1].set(xlabel="operations (10$^9$)", title="Over compute")
+axes[0].legend(title="parameters", fontsize=7)
 plt.show()
 
 # %% [markdown]
@@ -626,8 +630,8 @@ def fit_scaling_law(
     """Fit L = E + A / N**alpha + B / D**beta to runs, by the Huber loss of log residuals.
 
     The best of a hundred starts. ``delta`` is where the Huber loss turns from a square to a line;
-    ``n_bootstrap`` samples of the runs, from ``seed``, are fitted as well, from the three best ends.
-    Source: Hoffmann et al. (2022), section 3.3 and appendix D.2. A ``ValueError`` if there are fewer
+    ``n_bootstrap`` samples of the runs, from ``seed``, are fitted, too, from the three best ends.
+    Source: Hoffmann et al. (2022), section 3.3, appendix D.2. A ``ValueError`` if there are fewer
     than six runs or three sizes, or if the losses do not fall with the size or with the data.
     """
     logs = _checked_runs(parameters, tokens, losses)
@@ -694,10 +698,21 @@ assert abs(fit.objective / min(end.fun for end in ends) - 1) < 0.05
 assert floor.low < 2 and world.entropy() in floor and fit.law.E < 14
 
 # %% [markdown]
-# The formula describes the twenty losses with an error of 5 percent, and on a plot it looks
-# convincing. Anyone would report it. Yet its $E$ is 7 nats, where the truth is 18.2. The interval
-# of the bootstrap is more honest than the number. It reaches from nothing to a little above the
-# truth, so these runs hardly say where the floor is. The reason can be seen in
+# The formula describes the twenty losses with an error of 5 percent. How much of that is luck? The
+# table has three seeds of fifteen cells of the grid:
+
+# %%
+seeds = defaultdict(list)
+for run in read_runs(table):
+    seeds[run[:3]].append(math.log(run.loss))
+spread = np.sqrt(np.mean([np.var(x, ddof=1) for x in seeds.values() if len(x) == 3]))
+print(f"standard deviation over seeds: {100 * spread:.0f} percent of the loss")
+
+# %% [markdown]
+# So most of the error is the luck of a seed, and some of it is the formula. On a plot, the fit
+# looks convincing. Anyone would report it. Yet its $E$ is 7 nats, where the truth is 18.2. The
+# interval of the bootstrap is more honest than the number. It reaches from nothing to a little
+# above the truth, so these runs hardly say where the floor is. The reason can be seen in
 # {numref}`fig-scaling-grid`: our lowest losses are still several nats above the floor, and $E$ is
 # an extrapolation from there to infinity. A somewhat smaller exponent with a lower floor fits the
 # same points nearly as well. On real text nobody can tell that a fitted $E$ is wrong; a published
@@ -715,13 +730,13 @@ print(f"measured  {largest.loss:.0f} nats")
 assert predicted.estimate < world.entropy() < largest.loss
 
 # %% [markdown]
-# The prediction is 4 nats too low, and more than that: it is *below the entropy*, where no
-# model can ever be. The measured loss is at the upper end of the interval. So a fit with an error
-# of 5 percent missed by 19 percent at 3.6 times the compute of its largest run. This is an
-# honest result at our size, and it has a reason. The formula says that a lack of parameters and
-# a lack of data simply add up. In our grid they do not quite: the residuals are largest at the
-# smallest model with the fewest stories, which is much better in the formula than in fact. The fit
-# bends its other terms to make up for it.
+# The prediction is 2 nats too low, and more than that: it is *below the entropy*, where no model
+# can ever be. (The measured loss lies in the interval, which is wide.) So a fit with an error of 5
+# percent missed by more than 10 percent, at 3.6 times the compute of its largest run. This is an
+# honest result at our size, and it has reasons. Seeds are one. Another is the formula, which says
+# that the price of few parameters and the price of few tokens simply add up. In our grid they do
+# not quite. The residuals are largest for the smallest model with the fewest tokens, which is worse
+# in fact than in the formula, and the fit bends its other terms to make up for it.
 #
 # ### The choices behind a fit
 #
@@ -755,13 +770,13 @@ for name, some in choices.items():
 # inner size spans a range of 15 where the whole spans one of 6. All five numbers change, and the
 # exponent rises. Neither count is wrong, but a law holds only together with its count.
 #
-# The last two rows leave runs out. With only the **three largest sizes**, $E$ is 17, and the
-# largest run is predicted within half a nat. It is tempting to find a reason why this is the right
-# choice: the small models are not yet "in the scaling regime". But we chose this cutoff because we
-# knew the answer. Another cutoff, just as easy to defend, gives 12. Also look at $\alpha$ in that
-# row: no power law has an exponent of 4; three sizes simply do not determine it. A choice made with
-# hindsight is not a prediction. Whoever reports a law should say how the runs were chosen, and
-# choose before looking.
+# The last two rows leave runs out. With only the **three largest sizes**, $E$ is 17, close to the
+# truth. It is tempting to find a reason why this is the right choice: the small models are not yet
+# "in the scaling regime". But we picked this row because we know the answer, which is hindsight.
+# The cutoff in the row above is as easy to defend; it puts $E$ at 12, and predicts the largest run
+# better. Also look at $\alpha$ in the last row: a power of 4.5 is no law of nature, three sizes
+# simply do not determine it. Whoever reports a law should say how the runs were chosen, and choose
+# before looking.
 #
 # ## The best size for a budget
 #
@@ -830,7 +845,7 @@ def compute_optimal(
     """Return the best model for a budget of ``flops``, or the cheapest one that has a ``loss``.
 
     Training costs 6 operations for each parameter and token, and each of ``inference_tokens`` costs
-    2 for each parameter; ``flops`` is for both. Sources: Hoffmann et al. (2022), equation 4; Sardana
+    2 for each parameter; ``flops`` is for both. Sources: Hoffmann et al. (2022), eq. 4; Sardana
     et al. (2024). A ``ValueError`` for a loss that is not above E.
 
     >>> round(compute_optimal(PUBLISHED_LAWS["besiroglu2024"], 5.76e23).parameters / 1e9)
@@ -933,12 +948,16 @@ minima = []
 for budget in budgets:
     equal = [run for run in best.values() if abs(run.flops / budget - 1) < 0.03]
     sizes = [run.parameters for run in equal]
-    minima.append(isoflop_minimum(sizes, [run.loss for run in equal]))
-    plt.semilogx(sizes, [run.loss for run in equal], "o", label=f"{budget / 1e9:.0f} GFLOP")
+    losses = [run.loss for run in equal]
+    minima.append(isoflop_minimum(sizes, losses))
+    valley, x = np.polyfit(np.log(sizes), losses, 2), np.geomspace(min(sizes), max(sizes))
+    plt.semilogx(x, np.polyval(valley, np.log(x)), color="gray", linewidth=0.8)
+    plt.semilogx(sizes, losses, "o", label=f"{budget / 1e9:.0f} GFLOP")
 plt.semilogx(*zip(*minima, strict=True), "k*")
 curve = [compute_optimal(fit.law, budget) for budget in np.geomspace(budgets[0], budgets[-1])]
 plt.semilogx([one.parameters for one in curve], [one.loss for one in curve], "k--")
 plt.xlabel("parameters")
+plt.ylabel("loss (nats per story)")
 plt.legend()
 plt.show()
 
@@ -956,15 +975,16 @@ ways = {
 }
 for name, exponent in ways.items():
     print(f"{name:18} N* grows with C to the power {exponent:.1f}")
-print("fitted law, 95 %:", fit.interval(lambda law: law.exponent))
+share = fit.interval(lambda law: law.exponent)
+print(f"95 % interval of the fitted law: {share.low:.1f} to {share.high:.1f}")
 
 # %% [markdown]
-# All three agree that size and data should both grow, and they do not agree on much more. The
-# parabolas are the steadiest of them. They need no formula for the whole plane, and each uses runs
-# near the optimum only. The interval of the third way is wide, because $E$, $\alpha$, and $\beta$
-# can be traded for one another. At this scale, plan with the valley, and take the law with a grain
-# of salt. The valleys also say how much a wrong size costs: they are flat near the bottom, and a
-# model that is half or twice as large as the best one loses only about a nat.
+# The first two ways agree that about the power 0.4 of the budget should go into size, the fit says
+# 0.6, and its interval reaches from 0.2 to 0.6. The fit is so uncertain because $E$, $\alpha$, and
+# $\beta$ can be traded for one another. The parabolas need no formula for the whole plane, and use
+# runs near the optimum only. At a scale like ours, plan with the valleys. They also say how much a
+# wrong size costs: near the bottom they are flat, and a model half or twice as large as the best
+# one loses only a nat or two.
 #
 # ### What was published
 #
