@@ -23,6 +23,7 @@ from llmbook import (
     optimization,
     positions,
     precision,
+    scaling,
     subwords,
     tinyworld,
     tokenizer,
@@ -31,7 +32,7 @@ from llmbook import (
 
 MODULES = (
     "environment tinyworld corpus cleaning deduplication tokenizer subwords batches positions "
-    "attention blocks model optimization training generation precision evaluation"
+    "attention blocks model optimization training generation precision evaluation scaling"
 ).split()
 
 # What is left out, and why.
@@ -383,6 +384,30 @@ def question() -> tinyworld.Question:
     return tinyworld.make_questions(world(), "fact", "tuning")[0]
 
 
+def scaling_law() -> Any:
+    return scaling.PUBLISHED_LAWS["besiroglu2024"]
+
+
+def scaling_run() -> Any:
+    return scaling.Run(8, 10, 0.01, 0, 100, 10, 1000, 20.0)
+
+
+def scaling_table() -> str:
+    path = f"runs-{next(numbers)}.csv"
+    with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
+        file.write(",".join(scaling.Run._fields) + "\n" + ",".join(map(str, scaling_run())))
+    return path
+
+
+def scaling_design() -> dict[str, Any]:
+    n, d = np.repeat([1e6, 1e7, 1e8], 3), np.tile([1e8, 1e9, 1e10], 3)
+    return {"parameters": n, "tokens": d, "losses": scaling_law().predict(n, d)}
+
+
+def scaling_fit() -> Any:
+    return scaling.fit_scaling_law(**scaling_design(), n_bootstrap=2)
+
+
 Arguments = dict[str, Any] | Callable[[], dict[str, Any]]
 EXAMPLES: dict[str, Arguments] = {
     "environment.check_choice": {"argument": "x", "value": "a", "choices": ("a", "b")},
@@ -691,6 +716,23 @@ EXAMPLES: dict[str, Arguments] = {
         "items": [{"text": TEXT}],
     },
     "evaluation.run_lm_eval": lambda: speaking() | {"folder": task_folder(), "tasks": ["task"]},
+    "scaling.Run": lambda: scaling_run()._asdict(),
+    "scaling.read_runs": lambda: {"path": scaling_table()},
+    "scaling.run_config": {"d_model": 8},
+    "scaling.train_run": {"d_model": 8, "n_steps": 1, "learning_rate": 0.01},
+    "scaling.best_runs": lambda: {"runs": [scaling_run()]},
+    "scaling.ScalingLaw": {"E": 1.7, "A": 400.0, "B": 400.0, "alpha": 0.3, "beta": 0.3},
+    "scaling.ScalingLaw.predict": {"parameters": 1e6, "tokens": 1e7},
+    "scaling.ScalingLaw.tokens_for": {"loss": 12.0, "parameters": 1e6},
+    "scaling.ScalingFit": lambda: vars(scaling_fit()),
+    "scaling.ScalingFit.interval": lambda: {"quantity": lambda law: law.E},
+    "scaling.ScalingFit.from_dict": lambda: {"entries": scaling_fit().to_dict()},
+    "scaling.fit_scaling_law": lambda: scaling_design() | {"n_bootstrap": 2},
+    "scaling.compute_optimal": lambda: {"law": scaling_law(), "flops": 1e15},
+    "scaling.isoflop_minimum": {"parameters": [1.0, 2.0, 4.0], "losses": [2.0, 1.0, 2.0]},
+    "scaling.BudgetGame": lambda: {"law": scaling_law(), "budget": 1e15},
+    "scaling.BudgetGame.train": {"parameters": 1e5, "tokens": 1e6},
+    "scaling.BudgetGame.regret": {"parameters": 1e6},
 }
 
 # Objects whose methods are tried as well.
@@ -732,4 +774,7 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "precision.GradScaler": used_scaler,
     "precision.MixedPrecision": lambda: precision.MixedPrecision("float16"),
     "evaluation.BiasedJudge": evaluation.BiasedJudge,
+    "scaling.ScalingLaw": lambda: scaling_law(),
+    "scaling.ScalingFit": lambda: scaling_fit(),
+    "scaling.BudgetGame": lambda: scaling.BudgetGame(scaling_law(), 1e15),
 }
