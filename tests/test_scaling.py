@@ -215,6 +215,7 @@ def test_runs_that_determine_no_law_are_refused_by_name(changes, message):
 # --- the best size ------------------------------------------------------------------------------
 
 
+@settings(deadline=None, max_examples=15)
 @given(LAWS, st.floats(1e9, 1e26))
 def test_the_optimum_is_that_of_the_closed_form(law, flops):
     found = compute_optimal(law, flops)
@@ -228,7 +229,7 @@ def test_the_optimum_is_that_of_the_closed_form(law, flops):
         assert near >= found.loss * (1 - 1e-12)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=8)
 @given(LAWS, st.floats(1e3, 1e12), st.floats(1e6, 1e15))
 def test_with_use_no_neighbor_of_equal_loss_is_cheaper(law, size, used):
     loss = law.E + 2 * law.A / size**law.alpha
