@@ -39,7 +39,7 @@ from jaxtyping import Float
 # %% [markdown]
 # ## Three runs at one price
 #
-# The runs of this chapter are rows of a table, each a {py:class}`~llmbook.scaling.Run`.
+# All runs of this chapter were made by one function, which the next section calls.
 
 # %% tags=["engine"]
 #| export
@@ -51,6 +51,9 @@ from llmbook.model import ModelConfig, TransformerLM, count_parameters
 from llmbook.tinyworld import TinyWorld
 from llmbook.tokenizer import BPETokenizer, train_bpe
 from llmbook.training import Trainer, TrainingConfig, documents_score
+
+# %% [markdown]
+# Each run is a row of a table, a {py:class}`~llmbook.scaling.Run`.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the table of runs
@@ -207,6 +210,8 @@ def run_config(d_model: int) -> ModelConfig:
     return ModelConfig(vocab_size=size, context_length=64, d_model=d_model, **shape)
 
 
+# %% tags=["engine"]
+#| export
 def train_run(d_model: int, n_steps: int, learning_rate: float, seed: int = 0) -> Run:
     """Train a model of this width on ``8 * n_steps`` new stories, and measure its loss.
 
@@ -482,6 +487,8 @@ def _shares(x: np.ndarray, n: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np
     return total, np.exp(terms - total)
 
 
+# %% tags=["engine"]
+#| export
 def _huber(r: np.ndarray, delta: float) -> np.ndarray:
     size = np.abs(r)
     return np.where(size <= delta, r * r / 2, delta * (size - delta / 2)).sum(-1)
@@ -523,6 +530,8 @@ def _minimized(
     return x, value
 
 
+# %% tags=["engine"]
+#| export
 def _starts(n: np.ndarray, d: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Return a hundred starts: exponents and a floor, with the A and B that suit them best."""
     losses, found = np.exp(y), []
@@ -566,6 +575,8 @@ def _checked_runs(parameters: Any, tokens: Any, losses: Any) -> list[np.ndarray]
     return [n, d, y]
 
 
+# %% tags=["engine"]
+#| export
 def _law(x: np.ndarray, n: np.ndarray, d: np.ndarray) -> ScalingLaw:
     """Return the law of a row of numbers that belong to centered logarithms."""
     a, b, e, alpha, beta = (float(number) for number in x)
@@ -835,6 +846,8 @@ class Allocation(NamedTuple):
         return self.tokens / self.parameters
 
 
+# %% tags=["engine"]
+#| export
 def compute_optimal(
     law: ScalingLaw,
     flops: float | None = None,
@@ -904,6 +917,8 @@ def _gain(law: ScalingLaw, size: float, tokens: float, inference: float) -> floa
     return gain - lost - math.log1p(inference / (3 * tokens))
 
 
+# %% tags=["engine"]
+#| export
 def isoflop_minimum(parameters: Numbers, losses: Numbers) -> tuple[float, float]:
     """Return size and loss at the bottom of the parabola through losses over log N.
 
@@ -924,6 +939,8 @@ def isoflop_minimum(parameters: Numbers, losses: Numbers) -> tuple[float, float]
     return math.exp(middle - slope / (2 * bend)), float(height - slope**2 / (4 * bend))
 
 
+# %% tags=["engine"]
+#| export
 #: Published coefficients. Hoffmann et al. (2022), unrounded as in the source of their paper;
 #: Besiroglu et al. (2024), a new fit to data read off a figure of that paper. N counts all
 #: parameters, and losses are in nats per token of their data.

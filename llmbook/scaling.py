@@ -92,14 +92,14 @@ def scaling_corpus(n_stories: int = 25_600) -> Corpus:
     surprise = -sum(story.log_prob for story in held_out) / len(held_out)
     return Corpus(world, tokenizer, rows, [story.text for story in held_out], surprise)
 
-# %% ../chapters/17_scaling.ipynb #01eb08b6
+# %% ../chapters/17_scaling.ipynb #8fe633bc
 def run_config(d_model: int) -> ModelConfig:
     """Return the model of a run: two layers, two heads, the table of tokens tied to the head."""
     size = scaling_corpus().tokenizer.vocab_size
     shape: dict[str, Any] = {"n_layers": 2, "n_heads": 2, "tie_embeddings": True}
     return ModelConfig(vocab_size=size, context_length=64, d_model=d_model, **shape)
 
-
+# %% ../chapters/17_scaling.ipynb #eb110dca
 def train_run(d_model: int, n_steps: int, learning_rate: float, seed: int = 0) -> Run:
     """Train a model of this width on ``8 * n_steps`` new stories, and measure its loss.
 
@@ -215,7 +215,7 @@ class ScalingLaw:
         """Return the five numbers by name, fit for JSON; ``ScalingLaw(**d)`` is the inverse."""
         return asdict(self)
 
-# %% ../chapters/17_scaling.ipynb #835f3dac
+# %% ../chapters/17_scaling.ipynb #0ce33a6f
 def _shares(x: np.ndarray, n: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the log of the predicted losses (fits, runs), and the share of each term in them."""
     floor = np.broadcast_to(x[:, 2:3], (len(x), n.shape[-1]))
@@ -224,7 +224,7 @@ def _shares(x: np.ndarray, n: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np
     total = top + np.log(np.exp(terms - top).sum(0))
     return total, np.exp(terms - total)
 
-
+# %% ../chapters/17_scaling.ipynb #4ae59352
 def _huber(r: np.ndarray, delta: float) -> np.ndarray:
     size = np.abs(r)
     return np.where(size <= delta, r * r / 2, delta * (size - delta / 2)).sum(-1)
@@ -242,7 +242,7 @@ def _step(
     step = np.linalg.solve(normal + ridge[:, :, None] * np.eye(5), -slope[..., None])[..., 0]
     return step * np.minimum(1, 2 / np.maximum(np.abs(step).max(-1, keepdims=True), 1e-300))
 
-# %% ../chapters/17_scaling.ipynb #0c08e158
+# %% ../chapters/17_scaling.ipynb #027f8410
 def _minimized(
     x: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray, delta: float, n_steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -263,7 +263,7 @@ def _minimized(
             break
     return x, value
 
-
+# %% ../chapters/17_scaling.ipynb #2e37e922
 def _starts(n: np.ndarray, d: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Return a hundred starts: exponents and a floor, with the A and B that suit them best."""
     losses, found = np.exp(y), []
@@ -276,7 +276,7 @@ def _starts(n: np.ndarray, d: np.ndarray, y: np.ndarray) -> np.ndarray:
         found.append((a, b, math.log(floor), alpha, beta))
     return np.array(found)
 
-# %% ../chapters/17_scaling.ipynb #cfa0828f
+# %% ../chapters/17_scaling.ipynb #d3340797
 def _checked_runs(parameters: Any, tokens: Any, losses: Any) -> list[np.ndarray]:
     """Return the logarithms of all three, or say why they do not determine a law."""
     named = {"parameters": parameters, "tokens": tokens, "losses": losses}
@@ -296,7 +296,7 @@ def _checked_runs(parameters: Any, tokens: Any, losses: Any) -> list[np.ndarray]
         raise ValueError(f"tokens: expected {expected}, got {tokens!r:.60}")
     return [n, d, y]
 
-
+# %% ../chapters/17_scaling.ipynb #9bed9775
 def _law(x: np.ndarray, n: np.ndarray, d: np.ndarray) -> ScalingLaw:
     """Return the law of a row of numbers that belong to centered logarithms."""
     a, b, e, alpha, beta = (float(number) for number in x)
@@ -404,7 +404,7 @@ def _bootstrap(
     found[:, 3:] = np.maximum(found[:, 3:], 1e-6)
     return found
 
-# %% ../chapters/17_scaling.ipynb #ebf9ac24
+# %% ../chapters/17_scaling.ipynb #c0d45d76
 class Allocation(NamedTuple):
     """A size, an amount of data, and the loss that a law predicts for them."""
 
@@ -419,7 +419,7 @@ class Allocation(NamedTuple):
         """How many tokens each parameter is trained on."""
         return self.tokens / self.parameters
 
-
+# %% ../chapters/17_scaling.ipynb #cd74532b
 def compute_optimal(
     law: ScalingLaw,
     flops: float | None = None,
@@ -458,7 +458,7 @@ def compute_optimal(
     costs = 6 * size * tokens, 2 * size * inference_tokens
     return Allocation(size, tokens, float(law.predict(size, tokens)), *costs)
 
-# %% ../chapters/17_scaling.ipynb #edbdc3ed
+# %% ../chapters/17_scaling.ipynb #c582b6d6
 def _least_log_size(law: ScalingLaw, loss: Any) -> float:
     """Return log N of the model that would reach the loss with infinite data."""
     _check_positive(loss=loss)
@@ -486,7 +486,7 @@ def _gain(law: ScalingLaw, size: float, tokens: float, inference: float) -> floa
     lost = math.log(law.beta * law.B) - law.beta * math.log(tokens)
     return gain - lost - math.log1p(inference / (3 * tokens))
 
-
+# %% ../chapters/17_scaling.ipynb #b9016637
 def isoflop_minimum(parameters: Numbers, losses: Numbers) -> tuple[float, float]:
     """Return size and loss at the bottom of the parabola through losses over log N.
 
@@ -506,7 +506,7 @@ def isoflop_minimum(parameters: Numbers, losses: Numbers) -> tuple[float, float]
         raise ValueError(f"losses: expected a valley over log N, got a curvature of {bend:.3g}")
     return math.exp(middle - slope / (2 * bend)), float(height - slope**2 / (4 * bend))
 
-
+# %% ../chapters/17_scaling.ipynb #5bbe859b
 #: Published coefficients. Hoffmann et al. (2022), unrounded as in the source of their paper;
 #: Besiroglu et al. (2024), a new fit to data read off a figure of that paper. N counts all
 #: parameters, and losses are in nats per token of their data.
