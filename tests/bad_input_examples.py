@@ -24,6 +24,7 @@ from llmbook import (
     optimization,
     positions,
     precision,
+    scaling,
     subwords,
     tinyworld,
     tokenizer,
@@ -35,6 +36,7 @@ MODULES = (
     "attention blocks model optimization training generation precision evaluation "
     "distributed"
     "attention blocks model optimization training generation precision evaluation distributed"
+    "attention blocks model optimization training generation precision evaluation scaling"
 ).split()
 
 # What is left out, and why.
@@ -396,6 +398,30 @@ def signature() -> np.ndarray:
 
 def question() -> tinyworld.Question:
     return tinyworld.make_questions(world(), "fact", "tuning")[0]
+
+
+def scaling_law() -> Any:
+    return scaling.PUBLISHED_LAWS["besiroglu2024"]
+
+
+def scaling_run() -> Any:
+    return scaling.Run(8, 10, 0.01, 0, 100, 10, 1000, 20.0)
+
+
+def scaling_table() -> str:
+    path = f"runs-{next(numbers)}.csv"
+    with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
+        file.write(",".join(scaling.Run._fields) + "\n" + ",".join(map(str, scaling_run())))
+    return path
+
+
+def scaling_design() -> dict[str, Any]:
+    n, d = np.repeat([1e6, 1e7, 1e8], 3), np.tile([1e8, 1e9, 1e10], 3)
+    return {"parameters": n, "tokens": d, "losses": scaling_law().predict(n, d)}
+
+
+def scaling_fit() -> Any:
+    return scaling.fit_scaling_law(**scaling_design(), n_bootstrap=2)
 
 
 Arguments = dict[str, Any] | Callable[[], dict[str, Any]]
@@ -807,6 +833,23 @@ EXAMPLES |= {
     "distributed.pipeline_timing": {"schedule": distributed.gpipe_schedule(2, 2)},
     "distributed.PipelineStage": lambda: {"model": lm(), "stage": 0, "n_stages": 1},
     "distributed.pipeline_step": pipeline,
+    "scaling.Run": lambda: scaling_run()._asdict(),
+    "scaling.read_runs": lambda: {"path": scaling_table()},
+    "scaling.run_config": {"d_model": 8},
+    "scaling.train_run": {"d_model": 8, "n_steps": 1, "learning_rate": 0.01},
+    "scaling.best_runs": lambda: {"runs": [scaling_run()]},
+    "scaling.ScalingLaw": {"E": 1.7, "A": 400.0, "B": 400.0, "alpha": 0.3, "beta": 0.3},
+    "scaling.ScalingLaw.predict": {"parameters": 1e6, "tokens": 1e7},
+    "scaling.ScalingLaw.tokens_for": {"loss": 12.0, "parameters": 1e6},
+    "scaling.ScalingFit": lambda: vars(scaling_fit()),
+    "scaling.ScalingFit.interval": lambda: {"quantity": lambda law: law.E},
+    "scaling.ScalingFit.from_dict": lambda: {"entries": scaling_fit().to_dict()},
+    "scaling.fit_scaling_law": lambda: scaling_design() | {"n_bootstrap": 2},
+    "scaling.compute_optimal": lambda: {"law": scaling_law(), "flops": 1e15},
+    "scaling.isoflop_minimum": {"parameters": [1.0, 2.0, 4.0], "losses": [2.0, 1.0, 2.0]},
+    "scaling.BudgetGame": lambda: {"law": scaling_law(), "budget": 1e15},
+    "scaling.BudgetGame.train": {"parameters": 1e5, "tokens": 1e6},
+    "scaling.BudgetGame.regret": {"parameters": 1e6},
 }
 
 # Objects whose methods are tried as well.
@@ -849,4 +892,7 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "precision.MixedPrecision": lambda: precision.MixedPrecision("float16"),
     "evaluation.BiasedJudge": evaluation.BiasedJudge,
     "distributed.PrepareConfig": distributed.PrepareConfig,
+    "scaling.ScalingLaw": lambda: scaling_law(),
+    "scaling.ScalingFit": lambda: scaling_fit(),
+    "scaling.BudgetGame": lambda: scaling.BudgetGame(scaling_law(), 1e15),
 }
