@@ -492,8 +492,8 @@ class NoiseScale(NamedTuple):
 
 
 # %% [markdown]
-# We measure it on a model of width 64 at four moments of its training. Small batches have 2 rows, large
-# ones consist of 16 small ones, so one pass over 128 small batches gives both lengths:
+# We measure it on a model of width 64 at three moments of its training. Small batches have 2 rows, large
+# ones consist of 16 small ones, so one pass over 80 small batches gives both lengths:
 
 # %% [markdown]
 # ### Engine room: an estimate from sums, so that rows of unequal length count right
@@ -573,19 +573,19 @@ def gradient_noise(
 # %%
 model, optimizer = model_of(64, False, 2.0**-6)
 scales = []
-for step in range(161):
-    if step in (0, 10, 40, 160):
-        pairs = (some_rows(data, row, 2) for row in range(0, 256, 2))
+for step in range(81):
+    if step in (0, 10, 80):
+        pairs = (some_rows(data, row, 2) for row in range(0, 160, 2))
         scales.append(gradient_noise(model, pairs, group=16).batch_size)
-        print(f"after {step:3} steps the noise scale is about {scales[-1]:.1g} rows")
+        print(f"after {step:2} steps: about {2 ** round(math.log2(scales[-1]))} rows")
     take_step(model, optimizer, some_rows(data, 8 * step, 8))
-assert scales[0] < scales[1] < scales[3]
+assert 2 < scales[0] < scales[2] < 100
 
 # %% [markdown]
-# At the start a handful of rows agree on where to go: make nouns frequent, and everything else rare.
-# The noise scale grows by two orders of magnitude as the easy part of the gradient is used up. Hence
-# the large runs that begin with small batches and enlarge them, such as Llama 3, which went from 4
-# to 16 million tokens {cite}`grattafiori2024llama3`. It also grows with better models, as the loss
+# At the start a handful of rows agree on where to go: make frequent tokens likely, all others unlikely.
+# The noise scale grows as the easy part of the gradient is used up. (A row has about 60 tokens.) Hence
+# the large runs that begin with small batches and enlarge them, such as Llama 3 405B, which went from
+# 4 to 16 million tokens {cite}`grattafiori2024llama3`. It also grows with better models, as the loss
 # falls: {cite:t}`kaplan2020scaling` fitted $B_{\text{crit}} = 2 \cdot 10^8 / L^{4.8}$ tokens at a loss
 # of $L$ nats, which is 0.3 million at $L = 4$ and 3 million at 2.5. These are the batches of the
 # checklists below.
@@ -650,3 +650,634 @@ for order in ("last", "first"):
 # caution as a learning rate: {cite:t}`ye2024mixing` predict the mixture for a run of a billion
 # parameters from fits at a tenth of that, and Llama 3 chose its mixture in the same way
 # {cite}`grattafiori2024llama3`.
+#
+# ## The cost of a run
+#
+# A training run is a number of operations. If $N$ parameters meet each of $D$ tokens, it is about
+# $6ND$, and attention adds a little ({doc}`11_model`). A device has a peak of $P$ operations a second,
+# of which a run reaches a share, the {term}`MFU` $u$. From that follow the hours of all devices
+# together, and from the hours energy and price:
+#
+# $$h = \frac{C}{3600\, P u}, \qquad
+# \text{energy} = h \cdot \text{power} \cdot \text{PUE}, \qquad \text{price} = h \cdot \text{price of an hour}.$$
+#
+# PUE, the power usage effectiveness, is what the building takes for each watt of a device: 1.1 in
+# good data centers {cite}`patterson2021carbon`. That is all of
+# {py:func}`~llmbook.scaling.estimate_run`. The only guess in it is $u$.
+#
+# ### Engine room: devices as data, published runs as data, and what a guess leaves out
+#
+# Peaks are those of dense products in 16 bits. Data sheets print twice as much, "with sparsity", which
+# training does not use. Power is the limit of the device alone. Processors, network and disks of a
+# server are not in it, nor are experiments and failed runs: for the OLMo models, development took half
+# as much again as the runs that were released {cite}`morrison2025holistically`. The price of an hour is
+# the two dollars that {cite:t}`deepseek2024v3` assume, and emissions are 0.42 kg a kWh, which is what
+# Meta's reports come to.
+
+
+# %% tags=["engine"]
+#| export
+@dataclass(frozen=True)
+class Hardware:
+    """A device to train on."""
+
+    peak_flops: float  # operations a second in dense 16-bit products
+    memory: float  # bytes
+    power: float  # watts, at most
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        _check_positive(peak_flops=self.peak_flops, memory=self.memory, power=self.power)
+
+
+#: Devices by name, as their makers describe them.
+HARDWARE = {
+    "v100": Hardware(125e12, 32e9, 300, "NVIDIA V100 SXM2 data sheet (2020)"),
+    "a100": Hardware(312e12, 80e9, 400, "NVIDIA A100 80GB SXM data sheet (2021)"),
+    "h100": Hardware(989e12, 80e9, 700, "NVIDIA H100 SXM data sheet (2023), without sparsity"),
+    "h800": Hardware(989e12, 80e9, 700, "as the H100, with slower links"),
+    "h200": Hardware(989e12, 141e9, 700, "NVIDIA H200 SXM data sheet (2024), without sparsity"),
+    "b200": Hardware(2250e12, 180e9, 1000, "NVIDIA HGX B200 data sheet (2025), without sparsity"),
+    "rtx4090": Hardware(165e12, 24e9, 450, "NVIDIA Ada architecture whitepaper (2023)"),
+}
+
+
+@dataclass(frozen=True)
+class RunEstimate:
+    """What a run takes. Hours are of all devices together, days of the calendar."""
+
+    flops: float
+    gpu_hours: float
+    days: float
+    state_bytes: float  # weights, gradients, Adam's two means and 16-bit copies
+    least_devices: int  # whose memory holds the state
+    energy_mwh: float
+    dollars: float
+    co2_tonnes: float
+
+
+# %% tags=["engine"]
+#| export
+def estimate_run(
+    model: ModelConfig | float,
+    tokens: float,
+    *,
+    hardware: str | Hardware = "h100",
+    n_devices: int = 8,
+    mfu: float = 0.4,
+    total_parameters: float | None = None,
+    sequence: int | None = None,
+    price: float = 2.0,
+    pue: float = 1.1,
+    carbon: float = 0.42,
+) -> RunEstimate:
+    """Return what training ``model`` on so many ``tokens`` takes, on any number of devices.
+
+    ``model`` is a configuration, or a number of parameters that each token meets; then operations
+    are 6 for each of them and each token, and ``total_parameters`` may be more, for experts.
+    ``mfu`` is the share of the peak that is reached, ``price`` dollars for an hour of a device,
+    ``pue`` what the building takes for each watt, ``carbon`` kilograms of CO2 for a kWh. Not
+    counted are activations (see ``memory_breakdown``), the rest of a server, failures, and all runs
+    before this one. Sources: Kaplan et al. (2020), section 2.1; Patterson et al. (2021).
+
+    >>> run = estimate_run(7e9, 2e12, hardware="a100", n_devices=1024)
+    >>> round(run.gpu_hours), round(run.days, 1), run.least_devices
+    (186966, 7.6, 2)
+    """
+    if isinstance(hardware, str):
+        check_choice("hardware", hardware, tuple(HARDWARE))
+        hardware = HARDWARE[hardware]
+    check_whole("n_devices", n_devices, 1)
+    _check_positive(tokens=tokens, mfu=mfu, price=price, pue=pue, carbon=carbon)
+    if mfu > 1:
+        raise ValueError(f"mfu: expected a share of the peak, at most 1, got {mfu}")
+    if isinstance(model, ModelConfig):
+        per_token, n_parameters = flops_per_token(model, sequence), float(count_parameters(model))
+    else:
+        _check_positive(model=model)
+        per_token, n_parameters = 6.0 * model, float(model)
+    if total_parameters is not None:
+        _check_positive(total_parameters=total_parameters)
+        n_parameters = float(total_parameters)
+    hours = per_token * tokens / (hardware.peak_flops * mfu) / 3600
+    state, energy = 18 * n_parameters, hours * hardware.power * pue / 1e6
+    needed = math.ceil(state / hardware.memory)
+    costs = energy, hours * price, energy * carbon
+    return RunEstimate(per_token * tokens, hours, hours / n_devices / 24, state, needed, *costs)
+
+
+# %% tags=["engine"]
+#| export
+class PublishedRun(NamedTuple):
+    """A run, and what its authors report."""
+
+    model: ModelConfig | float  # or parameters that a token meets
+    tokens: float
+    hardware: str
+    gpu_hours: float | None
+    energy_mwh: float | None  # of devices and building
+    source: str
+
+
+def _llama(vocabulary: int, *sizes: int, length: int = 8192) -> ModelConfig:
+    width, layers, heads, kv_heads, d_ff = sizes
+    return ModelConfig(
+        vocab_size=vocabulary,
+        context_length=length,
+        d_model=width,
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        d_ff=d_ff,
+    )
+
+
+_GPT3 = ModelConfig.preset("gpt2", d_model=12_288, n_layers=96, n_heads=96, context_length=2048)
+_LLAMA2_70B = _llama(32_000, 8192, 80, 64, 8, 28_672, length=4096)
+_LLAMA3_405B = _llama(128_256, 16_384, 126, 128, 8, 53_248)
+_OLMO2_7B = _llama(100_352, 4096, 32, 32, 32, 11_008, length=4096)
+_CARD = "the model card"
+
+# %% tags=["engine"]
+#| export
+#: Runs whose authors report hours or energy. GPT-3: Patterson et al., table 4: 14.8 days on 10,000.
+PUBLISHED = {
+    "GPT-3 175B": PublishedRun(_GPT3, 300e9, "v100", 3.55e6, 1287, "patterson2021carbon"),
+    "Llama 2 7B": PublishedRun(
+        ModelConfig.preset("llama2-7b"), 2e12, "a100", 184_320, None, "touvron2023llama2"
+    ),
+    "Llama 2 70B": PublishedRun(_LLAMA2_70B, 2e12, "a100", 1.72e6, None, "touvron2023llama2"),
+    "Llama 3 8B": PublishedRun(
+        ModelConfig.preset("llama3-8b"), 15e12, "h100", 1.3e6, None, "meta2024llamamodels"
+    ),
+    "Llama 3 70B": PublishedRun(
+        ModelConfig.preset("llama3-70b"), 15e12, "h100", 6.4e6, None, "meta2024llamamodels"
+    ),
+    "Llama 3.1 405B": PublishedRun(
+        _LLAMA3_405B, 15.6e12, "h100", 30.84e6, None, "meta2024llamamodels"
+    ),
+    "DeepSeek-V3": PublishedRun(37e9, 14.8e12, "h800", 2.664e6, None, "deepseek2024v3"),
+    "OLMo 2 7B": PublishedRun(_OLMO2_7B, 4.05e12, "h100", None, 157, "olmo2024olmo2"),
+}
+
+
+# %% [markdown]
+# ### Estimated and reported
+#
+# With the same guess of 40 % for all:
+
+# %%
+print("run             FLOPs     hours   estimated  ratio  MFU that would fit")
+ratios = {}
+for name, run in PUBLISHED.items():
+    guess = estimate_run(run.model, run.tokens, hardware=run.hardware)
+    if run.gpu_hours:
+        ratio = ratios[name] = guess.gpu_hours / run.gpu_hours
+        hours = f"{run.gpu_hours / 1e3:7,.0f}k  {guess.gpu_hours / 1e3:8,.0f}k"
+        print(f"{name:14}  {guess.flops:.1e} {hours}   {ratio:.2f}   {0.4 * ratio:.2f}")
+assert all(0.3 < ratio < 1.2 for ratio in ratios.values())
+
+# %% [markdown]
+# Llama 2 reached what we guessed. All others took longer, Llama 3 8B by a factor of more than two, and
+# each for a reason of its own. GPT-3 ran on older devices, where a fifth of the peak was good. The 8B
+# model is the same story at the other end: a device so fast, on a model so small, waits for memory and
+# network, and its {term}`MFU` cannot be guessed from one that is ten times as large. DeepSeek-V3
+# computes in 8 bits, twice as fast at its peak, but on thin experts. The hours of model cards also
+# contain restarts, evaluations and long contexts. (The sources are
+# {cite:t}`patterson2021carbon`, {cite:t}`touvron2023llama2`, {cite:t}`meta2024llamamodels`,
+# {cite:t}`deepseek2024v3` and {cite:t}`olmo2024olmo2`.)
+#
+# So the rule is: 40 % is what a good team reaches on a dense model that is large enough, and a first
+# estimate is better made with 25 %. It will be right to a factor of two, which is enough to
+# choose between runs. The energy, where it was reported:
+
+# %%
+for name, run in PUBLISHED.items():
+    if run.energy_mwh:
+        hours = run.gpu_hours or math.nan
+        guess = estimate_run(run.model, run.tokens, hardware=run.hardware).energy_mwh
+        text = f"{name:10} reported {run.energy_mwh:5,.0f} MWh, estimated {guess:4,.0f}"
+        print(text, f"(ratio {guess / run.energy_mwh:.1f})")
+
+# %% [markdown]
+# The same functions answer for any configuration, before there is a model.
+# {py:func}`~llmbook.scaling.info` collects what {doc}`11_model` and {doc}`15_precision` count:
+
+
+# %% tags=["engine"]
+#| export
+def info(config: ModelConfig, sequence: int | None = None) -> dict[str, int | float]:
+    """Return the sizes of a model of this configuration by name; nothing is allocated.
+
+    Bytes of weights and cache are for 16 bits, those of the training state for AdamW in mixed
+    precision; the cache is that of one row of ``sequence`` tokens, by default ``context_length``.
+    """
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"config: expected a ModelConfig, got {config!r:.60}")
+    check_at_least(sequence=(1, sequence))
+    sequence = config.context_length if sequence is None else sequence
+    total, inner = count_parameters(config), count_parameters(config, embeddings=False)
+    return {
+        "parameters": total,
+        "active parameters": count_parameters(config, active=True),
+        "without embeddings": inner,
+        "flops per token, forward": flops_per_token(config, sequence, training=False),
+        "flops per token, training": flops_per_token(config, sequence),
+        "bytes of weights": 2 * total,
+        "bytes of training state": 18 * total,
+        "bytes of cache": cache_bytes(config, 1, sequence),
+        "tokens at 20 per parameter": 20 * total,
+    }
+
+
+# %%
+for name, value in info(ModelConfig.preset("llama3-8b")).items():
+    print(f"{name:27} {value:.3g}")
+
+# %% [markdown]
+# ## Hyperparameter checklists
+#
+# What nobody can tune at full size is copied, and should be copied from somewhere.
+# {py:func}`~llmbook.scaling.hyperparameter_checklist` has a list for pretraining at five sizes, for tuning
+# (all weights, or LoRA), for preference optimization, and for reinforcement learning. Every row has a
+# value with its source, and a range. The range is *safe* in one sense: published runs
+# that worked lie at both of its ends, and their sources stand in the row. Outside, you are on your own,
+# which may be right; but it should be on purpose.
+
+# %% tags=["engine"]
+#| export
+class Setting(NamedTuple):
+    """One row of a checklist; sources are keys of the bibliography, or chapters of this book."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    sources: tuple[str, ...]  # the first has the value, all together the range
+
+
+CHECKLISTS: dict[str, list[Setting]] = {}
+#: The parameters of the sizes that checklists of pretraining are for.
+SIZES = {"10M": 10e6, "124M": 124e6, "1B": 1e9, "7B": 7e9, "70B": 70e9}
+
+
+def _row(scale: str, name: str, value: float, low: float, high: float, sources: str) -> None:
+    CHECKLISTS.setdefault(scale, []).append(Setting(name, value, low, high, tuple(sources.split())))
+
+
+def _rows(scale: str, rows: str) -> None:
+    """Add rows from a text: name, value, low, high and sources on each line."""
+    for line in filter(None, map(str.split, rows.splitlines())):
+        value, low, high = map(float, line[1:4])
+        CHECKLISTS.setdefault(scale, []).append(Setting(line[0], value, low, high, tuple(line[4:])))
+
+
+for _scale in SIZES:
+    _rows(
+        _scale,
+        """
+        weight_decay  0.1   0.01 0.1   brown2020gpt3 biderman2023pythia
+        beta1         0.9   0.9  0.9   brown2020gpt3
+        beta2         0.95  0.95 0.999 brown2020gpt3 kingma2015adam
+        clip_norm     1.0   1.0  1.0   brown2020gpt3
+        final         0.1   0    0.1   touvron2023llama2 bergsma2025straight
+        z_loss        1e-5  0    1e-4  olmo2024olmo2 brown2020gpt3 chowdhery2023palm
+        """,
+    )
+
+# %% tags=["engine"]
+#| export
+_rows(
+    "10M",
+    """
+    learning_rate        1e-3   6e-4 6e-3   biderman2023pythia brown2020gpt3 dey2023cerebras
+    batch_tokens         131072 2048 524288 kaplan2020scaling 13_training brown2020gpt3
+    warmup_share         0.01   0.00125 0.17 biderman2023pythia brown2020gpt3 dey2023cerebras
+    tokens_per_parameter 20     20   4286   hoffmann2022training biderman2023pythia
+    """,
+)
+_rows(
+    "124M",
+    """
+    learning_rate        6e-4   3e-4 6e-3    brown2020gpt3 biderman2023pythia dey2023cerebras
+    batch_tokens         524288 245760 2097152 brown2020gpt3 dey2023cerebras biderman2023pythia
+    warmup_share         0.01   0.00125 0.17 biderman2023pythia brown2020gpt3 dey2023cerebras
+    tokens_per_parameter 20     20   2400    hoffmann2022training brown2020gpt3
+    """,
+)
+_rows(
+    "1B",
+    """
+    learning_rate        3e-4    2e-4 4e-4   biderman2023pythia brown2020gpt3 zhang2024tinyllama
+    batch_tokens         2097152 1048576 4194304 zhang2024tinyllama brown2020gpt3 groeneveld2024olmo
+    warmup_share         0.01    0.00125 0.0144 biderman2023pythia brown2020gpt3 dey2023cerebras
+    tokens_per_parameter 20      20   2727   hoffmann2022training zhang2024tinyllama
+    """,
+)
+
+# %% tags=["engine"]
+#| export
+_rows(
+    "7B",
+    """
+    learning_rate        3e-4    1.2e-4 4.2e-4 touvron2023llama2 brown2020gpt3 bi2024deepseek
+    batch_tokens         4194304 2097152 9437184 touvron2023llama2 brown2020gpt3 bi2024deepseek
+    warmup_share         0.004   0.00125 0.01  touvron2023llama2 brown2020gpt3 biderman2023pythia
+    tokens_per_parameter 20      20   1875     hoffmann2022training meta2024llamamodels
+    """,
+)
+_rows(
+    "70B",
+    """
+    learning_rate        1.5e-4  6e-5 3.2e-4  touvron2023llama2 brown2020gpt3 bi2024deepseek
+    batch_tokens         4194304 3145728 18874368 touvron2023llama2 brown2020gpt3 bi2024deepseek
+    warmup_share         0.004   0.00125 0.01 touvron2023llama2 brown2020gpt3 biderman2023pythia
+    tokens_per_parameter 20      1.7  214     hoffmann2022training brown2020gpt3 meta2024llamamodels
+    """,
+)
+_rows(
+    "sft",
+    """
+    learning_rate 5e-6 2e-6 2e-5 lambert2024tulu3 touvron2023llama2
+    batch_rows    128  64   128  lambert2024tulu3 touvron2023llama2
+    epochs        2    2    3    lambert2024tulu3 taori2023alpaca
+    warmup_share  0.03 0    0.03 lambert2024tulu3 touvron2023llama2
+    weight_decay  0    0    0.1  lambert2024tulu3 touvron2023llama2
+    """,
+)
+
+# %% tags=["engine"]
+#| export
+_rows(
+    "lora",
+    """
+    learning_rate 2e-4 1e-4 5e-4 dettmers2023qlora schulman2025lora
+    rank          64   1    512  dettmers2023qlora schulman2025lora
+    alpha         16   16   32   dettmers2023qlora schulman2025lora
+    dropout       0.1  0    0.1  dettmers2023qlora schulman2025lora
+    batch_rows    16   16   64   dettmers2023qlora
+    """,
+)
+_rows(
+    "dpo",
+    """
+    learning_rate 5e-7 2e-7 1e-6 lambert2024tulu3 rafailov2023direct
+    beta          0.1  0.1  0.5  rafailov2023direct
+    batch_rows    64   64   128  rafailov2023direct lambert2024tulu3
+    epochs        1    1    1    lambert2024tulu3
+    warmup_share  0.1  0.1  0.1  lambert2024tulu3
+    """,
+)
+_rows(
+    "ppo",
+    """
+    learning_rate 3e-7 1e-7 1e-5 lambert2024tulu3 ouyang2022training
+    clip_range    0.2  0.1  0.3  schulman2017proximal ouyang2022training
+    kl_weight     0.05 0.01 0.1  lambert2024tulu3
+    gae_lambda    0.95 0.95 0.95 schulman2017proximal lambert2024tulu3
+    batch_rows    512  224  640  ouyang2022training lambert2024tulu3
+    """,
+)
+_rows(
+    "grpo",
+    """
+    learning_rate 1e-6  1e-6 3e-6 shao2024deepseekmath yu2025dapo deepseek2025r1
+    group_size    16    16   64   deepseek2025r1 yu2025dapo shao2024deepseekmath
+    clip_range    0.2   0.2  0.28 yu2025dapo
+    kl_weight     0.001 0    0.04 deepseek2025r1 yu2025dapo shao2024deepseekmath
+    temperature   1.0   1.0  1.0  deepseek2025r1 yu2025dapo
+    """,
+)
+
+
+# %% tags=["engine"]
+#| export
+def hyperparameter_checklist(scale: str | float) -> dict[str, Setting]:
+    """Return the settings for a ``scale`` by name: the value, its safe range, and their sources.
+
+    ``scale`` is one of ``SIZES``, or a number of parameters, which means the size that is nearest
+    in the logarithm; or "sft", "lora", "dpo", "ppo" or "grpo", for models of about 7 billion. A range ends
+    at values of published runs that worked, not where training begins to fail.
+
+    >>> setting = hyperparameter_checklist("7B")["learning_rate"]
+    >>> setting.low, setting.value, setting.high
+    (0.00012, 0.0003, 0.00042)
+    """
+    if isinstance(scale, int | float) and not isinstance(scale, bool):
+        _check_positive(scale=scale)
+        scale = min(SIZES, key=lambda name: abs(math.log(SIZES[name] / scale)))
+    check_choice("scale", scale, tuple(CHECKLISTS))
+    return {setting.name: setting for setting in CHECKLISTS[scale]}
+
+
+def checklist_table(scale: str | float) -> str:
+    """Return a checklist as a table in Markdown, with citations in MyST's syntax."""
+    lines = ["| setting | value | safe range | sources |", "|---|---|---|---|"]
+    for s in hyperparameter_checklist(scale).values():
+        chapters = [f"{{doc}}`{key}`" for key in s.sources if key[0].isdigit()]
+        papers = ",".join(key for key in s.sources if not key[0].isdigit())
+        cited = ", ".join([f"{{cite:t}}`{papers}`" * bool(papers), *chapters])
+        name, span = s.name.replace("_", " "), f"{s.low:,.6g} to {s.high:,.6g}"
+        lines.append(f"| {name} | {s.value:,.6g} | {span} | {cited} |")
+    return "\n".join(lines) + "\n"
+
+
+# %% tags=["engine"]
+#| export
+_WHERE = {"lora": "LoRA", "sft": "Tuning of all weights", "dpo": "Preferences: DPO"}
+_WHERE |= {"ppo": "Reinforcement learning: PPO", "grpo": "Reinforcement learning: GRPO"}
+
+
+def checklist_page() -> str:
+    """Return the page of all checklists, in MyST's Markdown, as it stands in the book."""
+    parts = [
+        "# Checklists\n",
+        "Settings to begin with, from {doc}`17_scaling`. The first source of a row has its value; "
+        "all of them together have the ends of its range, so that a published run lies at each. "
+        "Beyond is not wrong, but it should be on purpose. This page is made by "
+        "{py:func}`~llmbook.scaling.checklist_page`; "
+        "{py:func}`~llmbook.scaling.check_config` compares a configuration with it.\n",
+        "Batches of pretraining are in tokens, those of tuning in rows. Warmup is a share of all "
+        "steps, and final a share of the peak rate. Rates are those of AdamW.\n",
+    ]
+    for scale in CHECKLISTS:
+        title = _WHERE.get(scale, f"Pretraining at {scale} parameters")
+        parts.append(f"## {title}\n\n{checklist_table(scale)}")
+    return "\n".join(parts)
+
+
+# %% tags=["engine"]
+#| export
+def check_config(
+    model: ModelConfig, training: TrainingConfig, *, scale: str | float | None = None
+) -> list[str]:
+    """Return a warning for each setting of a pretraining run that departs from its checklist.
+
+    ``scale`` is that of ``hyperparameter_checklist``, by default the size of the model. Rates are
+    compared for AdamW only, as those of other optimizers mean something else.
+
+    >>> tiny = ModelConfig.preset("gpt2")
+    >>> run = TrainingConfig(n_steps=20_000, batch_size=512, learning_rate=0.1, warmup=200)
+    >>> check_config(tiny, run)[0]
+    'learning_rate: 0.1 is outside 0.0003 to 0.006 (of published runs at 124M); begin with 0.0006'
+    """
+    for name, value, kind in (("model", model, ModelConfig), ("training", training, TrainingConfig)):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name}: expected a {kind.__name__}, got {value!r:.60}")
+    n_parameters = count_parameters(model, active=True)
+    checklist = hyperparameter_checklist(n_parameters if scale is None else scale)
+    tokens = training.batch_size * model.context_length
+    values = {
+        "learning_rate": training.learning_rate if training.optimizer == "adamw" else None,
+        "batch_tokens": tokens,
+        "batch_rows": training.batch_size,
+        "warmup_share": training.warmup / training.n_steps,
+        "tokens_per_parameter": training.n_steps * tokens / n_parameters,
+        "weight_decay": training.weight_decay,
+        "beta1": training.betas[0],
+        "beta2": training.betas[1],
+        "clip_norm": training.clip_norm or math.inf,
+        "final": training.final if training.schedule != "constant" else 1.0,
+        "z_loss": training.z_loss,
+    }
+    found = [(setting, values.get(name)) for name, setting in checklist.items()]
+    size = scale if isinstance(scale, str) else None
+    where = size or min(SIZES, key=lambda s: abs(math.log(SIZES[s] / (scale or n_parameters))))
+    return [
+        f"{s.name}: {value:,.4g} is outside {s.low:,.6g} to {s.high:,.6g} "
+        f"(of published runs at {where}); begin with {s.value:,.6g}"
+        for s, value in found
+        if value is not None and not s.low * (1 - 1e-9) <= value <= s.high * (1 + 1e-9)
+    ]
+
+
+# %% [markdown]
+# ### The list for 7 billion
+
+# %%
+for setting in hyperparameter_checklist("7B").values():
+    name, value, low, high, sources = setting
+    print(f"{name:21} {value:<10,.6g} from {low:,.6g} to {high:,.6g}")
+
+# %% [markdown]
+# All lists, with their sources, are on one page of the book: {doc}`checklists`. It is made from the
+# same table, so the two cannot drift apart. Notice how little changes from size to size. Rates fall and
+# batches grow; decay, momentum, clipping and the end of the schedule are the same everywhere, which
+# says that they matter little, or that nobody dares to change them.
+#
+# {py:func}`~llmbook.scaling.check_config` reads the list for you. Here it looks at a run whose author
+# copied the settings of the tiny model of {doc}`13_training` to one of GPT-2's size:
+
+# %%
+gpt2 = ModelConfig.preset("gpt2")
+copied = TrainingConfig(n_steps=2200, batch_size=8, learning_rate=0.01, weight_decay=0.0, warmup=50)
+for warning in check_config(gpt2, copied):
+    print(warning.split(" (of")[0])
+
+# %% [markdown]
+# ## A log of negative results
+#
+# What did not work is seldom printed, so it is tried again. These are the book's own, each with the
+# place where its numbers stand. They hold for small models and short runs, like everything here.
+#
+# | we expected | we found | where |
+# |---|---|---|
+# | learned positions to be as good as rotary ones | a table of vectors is behind even after 300 steps | {numref}`fig-positions-training` |
+# | gated feed-forward layers to win | ahead after 80 steps with every seed, within the noise after 120 | {numref}`fig-blocks-kinds` |
+# | RMSNorm to differ from LayerNorm | no difference in the loss | {doc}`10_blocks` |
+# | a likelier story to be a better one | beam search finds stories likelier than real ones, and all alike | {doc}`14_generation` |
+# | speculative decoding and 8-bit weights to be faster | both are slower for a small model on a processor | {doc}`14_generation` |
+# | stochastic rounding to save Adam's second mean | no difference in 60 steps, a small one in 600 | {doc}`15_precision` |
+# | a compiler to make training much faster | 8 to 24 % on a processor, and hundreds of steps to pay for itself | {doc}`15_precision` |
+# | a way to scale 8-bit numbers to stand out | three seeds cannot tell the ways apart | {doc}`15_precision` |
+# | the majority of many answers to help | a few points, while pass@k rises to nearly 1 | {numref}`fig-evaluation-attempts` |
+# | a reworded exam in the training text to be harmless | it did as much harm as one or two copies | {doc}`16_evaluation` |
+# | muP to improve the loss | at each width's best rate it is behind by up to 0.08 nats | {numref}`fig-scaling-transfer` |
+# | annealing on good data to be free | a small gain on it, and a larger loss on the rest | above |
+#
+# ## Exercises
+#
+# ````{exercise} Half the steps?
+# :label: ex-scaling-batch
+# *Ten minutes.* A run with batches of `batch` rows has a noise scale of `noise` rows. With batches so
+# large that noise does not matter it would need `least_steps`. Write
+# `steps_and_rows(batch, noise, least_steps)`, which returns how many steps it needs, and how many rows it
+# reads, from the gain of a step in the section on batch size.
+# ````
+
+
+# %% tags=["solution"]
+def steps_and_rows(batch: float, noise: float, least_steps: float) -> tuple[float, float]:
+    """The steps of a run, and the rows that it reads."""
+    steps = least_steps * (1 + noise / batch)
+    return steps, steps * batch
+
+
+# %% tags=["check"]
+steps, rows = steps_and_rows(32, 32, 1000)
+assert steps == 2000, "at the critical batch size a run needs twice the fewest steps"
+assert rows == 64_000, "it reads its batch at each of its steps"
+few, most = steps_and_rows(1e9, 32, 1000)
+assert abs(few - 1000) < 1, "with an enormous batch, noise does not matter"
+assert abs(steps_and_rows(1, 320, 1000)[1] - 321_000) < 1, "small batches use rows best"
+
+# %% [markdown]
+# ````{exercise} A rate for a wider model
+# :label: ex-scaling-rate
+# *Fifteen minutes.* Write `rate_for(name, shape, base_shape, rate)`: Adam's learning rate for one
+# parameter of a wider model under muP, from its name, its shape, and its shape in the base model, where
+# `rate` was tuned. All heads have the same width in both models. Names are those of
+# `model.named_parameters()`; heads are not tied.
+# ````
+
+
+# %% tags=["solution"]
+def rate_for(name: str, shape: tuple[int, ...], base_shape: tuple[int, ...], rate: float) -> float:
+    """Adam's rate for a parameter, by the ratio of fan-ins."""
+    if len(shape) == 1 or name == "embedding.weight":
+        return rate
+    return rate * base_shape[-1] / shape[-1]
+
+
+# %% tags=["check"]
+wide, narrow = (ModelConfig.preset("tiny", d_model=d, n_heads=d // 32) for d in (256, 64))
+with torch.device("meta"):
+    shapes = {n: p.shape for n, p in TransformerLM(narrow).named_parameters()}
+    big = TransformerLM(wide)
+answers = {n: rate_for(n, tuple(p.shape), tuple(shapes[n]), 0.01) for n, p in big.named_parameters()}
+assert answers["embedding.weight"] == 0.01, "looking up a row is a sum with one term"
+assert answers["norm.weight"] == 0.01, "a gain multiplies entry by entry: its rate stays"
+assert answers["lm_head.weight"] == 0.0025, "the head sums over the width, like any matrix"
+down = "blocks.0.feed_forward.down_proj.weight"
+wanted = 0.01 * shapes[down][1] / big.state_dict()[down].shape[1]
+assert math.isclose(answers[down], wanted), "what counts is the number of terms: the columns"
+for name, scale in mup_scales(big, narrow).items():
+    assert math.isclose(answers[name], 0.01 * scale.rate), f"{name}: {answers[name]}"
+
+# %% [markdown]
+# ````{exercise} What a grant buys
+# :label: ex-scaling-grant
+# *Ten minutes.* You have so many dollars. Write `affordable_tokens(dollars, parameters)`, the number of
+# tokens that a dense model can be trained on with H100s at 40 % of their peak and two dollars an hour.
+# It is the inverse of {py:func}`~llmbook.scaling.estimate_run` with its defaults. `HARDWARE["h100"]`
+# has the peak, as `peak_flops`, in operations a second.
+# ````
+
+
+# %% tags=["solution"]
+def affordable_tokens(dollars: float, parameters: float) -> float:
+    """The tokens that a budget pays for."""
+    flops = dollars / 2.0 * 3600 * HARDWARE["h100"].peak_flops * 0.4
+    return flops / (6 * parameters)
+
+
+# %% tags=["check"]
+assert affordable_tokens(1e4, 1e9) > 1e11, "an hour has 3600 seconds"
+assert math.isclose(affordable_tokens(2e4, 1e9), 2 * affordable_tokens(1e4, 1e9)), "in proportion"
+spent = estimate_run(1e9, affordable_tokens(1e4, 1e9)).dollars
+assert math.isclose(spent, 1e4), f"that many tokens cost {spent:,.0f} dollars, not 10,000"
+
+# %% [markdown]
+# ## Summary
+#
+# - (From the first half.)
