@@ -159,6 +159,7 @@ draw_curves(titles, (32, 64, 128, 256))
 # times as large and has $c$ times the rate. We change the numbers and leave the code of attention
 # alone. The smallest form of it needs a dozen lines:
 
+
 # %%
 def width_scales(model: TransformerLM, base: ModelConfig) -> dict[str, tuple[float, float]]:
     m, scales = model.config.d_model / base.d_model, {}
@@ -904,6 +905,7 @@ for name, value in info(ModelConfig.preset("llama3-8b")).items():
 # that worked lie at both of its ends, and their sources stand in the row. Outside, you are on your own,
 # which may be right; but it should be on purpose.
 
+
 # %% tags=["engine"]
 #| export
 class Setting(NamedTuple):
@@ -1121,7 +1123,10 @@ def check_config(
     >>> check_config(tiny, run)[0]
     'learning_rate: 0.1 is outside 0.0003 to 0.006 (of published runs at 124M); begin with 0.0006'
     """
-    for name, value, kind in (("model", model, ModelConfig), ("training", training, TrainingConfig)):
+    for name, value, kind in (
+        ("model", model, ModelConfig),
+        ("training", training, TrainingConfig),
+    ):
         if not isinstance(value, kind):
             raise ValueError(f"{name}: expected a {kind.__name__}, got {value!r:.60}")
     n_parameters = count_parameters(model, active=True)
@@ -1244,7 +1249,9 @@ wide, narrow = (ModelConfig.preset("tiny", d_model=d, n_heads=d // 32) for d in 
 with torch.device("meta"):
     shapes = {n: p.shape for n, p in TransformerLM(narrow).named_parameters()}
     big = TransformerLM(wide)
-answers = {n: rate_for(n, tuple(p.shape), tuple(shapes[n]), 0.01) for n, p in big.named_parameters()}
+answers = {
+    n: rate_for(n, tuple(p.shape), tuple(shapes[n]), 0.01) for n, p in big.named_parameters()
+}
 assert answers["embedding.weight"] == 0.01, "looking up a row is a sum with one term"
 assert answers["norm.weight"] == 0.01, "a gain multiplies entry by entry: its rate stays"
 assert answers["lm_head.weight"] == 0.0025, "the head sums over the width, like any matrix"

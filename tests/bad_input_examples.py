@@ -23,6 +23,7 @@ from llmbook import (
     optimization,
     positions,
     precision,
+    scaling,
     subwords,
     tinyworld,
     tokenizer,
@@ -31,7 +32,7 @@ from llmbook import (
 
 MODULES = (
     "environment tinyworld corpus cleaning deduplication tokenizer subwords batches positions "
-    "attention blocks model optimization training generation precision evaluation"
+    "attention blocks model optimization training generation precision evaluation scaling"
 ).split()
 
 # What is left out, and why.
@@ -82,6 +83,11 @@ NOT_TRIED = {
     "evaluation.TextScores",
     "evaluation.Continuation",
     "evaluation.ChoiceScores",
+    "scaling.WidthScale",
+    "scaling.NoiseScale",
+    "scaling.RunEstimate",
+    "scaling.PublishedRun",
+    "scaling.Setting",
     "evaluation.Interval",
     "evaluation.PairedTest",
     "evaluation.as_numbers",  # it names what the caller calls the argument
@@ -691,6 +697,21 @@ EXAMPLES: dict[str, Arguments] = {
         "items": [{"text": TEXT}],
     },
     "evaluation.run_lm_eval": lambda: speaking() | {"folder": task_folder(), "tasks": ["task"]},
+    "scaling.mup_scales": lambda: {"model": lm(), "base": config(d_model=8)},
+    "scaling.initialize_mup": lambda: {"model": lm(), "base": config(d_model=8)},
+    "scaling.mup_groups": lambda: {
+        "model": lm(),
+        "base": config(d_model=8),
+        "learning_rate": 0.01,
+    },
+    "scaling.noise_scale": {"small_square": 5.0, "big_square": 2.0, "small": 1, "big": 4},
+    "scaling.gradient_noise": lambda: {"model": lm(), "batches": [batch(), batch()], "group": 2},
+    "scaling.Hardware": {"peak_flops": 1e15, "memory": 8e10, "power": 700.0},
+    "scaling.estimate_run": {"model": 1e9, "tokens": 2e10},
+    "scaling.info": lambda: {"config": config()},
+    "scaling.hyperparameter_checklist": {"scale": "7B"},
+    "scaling.checklist_table": {"scale": "7B"},
+    "scaling.check_config": lambda: {"model": config(), "training": training_config()},
 }
 
 # Objects whose methods are tried as well.
