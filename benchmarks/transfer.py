@@ -15,7 +15,6 @@ import csv
 import math
 import time
 from itertools import product
-from pathlib import Path
 
 import torch
 from measure import RESULTS

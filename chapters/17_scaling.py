@@ -31,11 +31,11 @@ from torch import nn
 # %% [markdown]
 # ## Transfer over width
 #
-# A large run is paid for once, so nobody tunes it. The learning rate comes from a smaller model. How
-# bad can that be? The next figure shows 48 small models that differ in their width and their rate
-# only. All have two layers and trained for 150 steps of AdamW on the stories of the tiny world
-# ({doc}`01_tinyworld`). The command `python benchmarks/transfer.py` trains them, each with two
-# seeds, and keeps their losses in `benchmarks/results/transfer.csv`.
+# A large run is paid for once, so nobody tunes it. The learning rate comes from a smaller model.
+# How bad can that be? {numref}`fig-scaling-transfer` shows 48 small models that differ in their
+# width and their rate only. All have two layers and trained for 150 steps of AdamW on the stories
+# of the tiny world ({doc}`01_tinyworld`). The command `python benchmarks/transfer.py` trains them,
+# each with two seeds, and keeps their losses in `benchmarks/results/transfer.csv`.
 
 # %% tags=["engine"]
 #| export
@@ -48,8 +48,7 @@ from llmbook.model import flops_per_token
 from llmbook.optimization import parameter_groups
 from llmbook.training import Objective, TrainingConfig, next_token_objective
 
-# %% tags=["engine"]
-# The imports and the data of the experiments
+# %%
 import csv
 from pathlib import Path
 
@@ -59,14 +58,20 @@ import numpy as np
 import llmbook
 from llmbook.environment import seed_everything
 from llmbook.evaluation import mean_interval
-from llmbook.model import parameter_counts
 from llmbook.optimization import AdamW, clip_gradients, wsd_schedule
 from llmbook.tinyworld import TinyWorld
 from llmbook.tokenizer import train_bpe
 
 plt.style.use("llmbook.book")
 torch.set_num_threads(1)
-with open(Path(llmbook.__file__).parents[1] / "benchmarks/results/transfer.csv") as file:
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the file of the sweep, and how its curves are drawn
+
+# %% tags=["engine"]
+# The rows of the file, their means over the seeds, and a panel for each method
+kept = Path(llmbook.__file__).parents[1] / "benchmarks/results/transfer.csv"
+with kept.open(encoding="utf-8") as file:
     sweep = list(csv.DictReader(file))
 
 
@@ -80,7 +85,7 @@ def mean_losses(method: str, width: int) -> dict[int, float]:
 
 def draw_curves(titles: Mapping[str, str], widths: Sequence[int]) -> None:
     """Loss over rate, a curve for each width with its minimum marked, a panel for each method."""
-    figure, axes = plt.subplots(1, len(titles), figsize=(7.5, 3.1), sharey=True)
+    _, axes = plt.subplots(1, len(titles), figsize=(7.5, 3.1), sharey=True)
     for axis, (method, title) in zip(axes, titles.items(), strict=True):
         for number, width in enumerate(widths):
             losses = mean_losses(method, width)
@@ -93,30 +98,32 @@ def draw_curves(titles: Mapping[str, str], widths: Sequence[int]) -> None:
     plt.show()
 
 
+# %% [markdown]
+# ### Two panels
+
 # %% mystnb={"figure": {"caption": "Loss over the learning rate for four widths, the minima marked. Left, with one rate for all parameters, the best rate falls as the width grows. Right, with the scales derived below, it stays.", "name": "fig-scaling-transfer"}, "image": {"alt": "Two panels with four U-shaped curves each. Left, the minima move from an exponent of minus 5 at width 32 to minus 8 at width 256. Right, all four minima are at minus 5, one above the other."}}
 titles = {"standard": "standard", "mup": "maximal-update parametrization"}
 draw_curves(titles, (32, 64, 128, 256))
 
 # %% [markdown]
-# On the left, everything that is written to the right of each minimum is lost money. The rate that is
-# best for width 32 makes width 256 *worse than width 32*: the larger model costs thirty times as
-# much to train and ends at more than twice the loss. With every doubling of the width, the best rate
-# has to be halved. On the right, one rate is best for all widths. What is different there is not the
-# model but a handful of constants, and they can be derived.
+# On the left, the rate that is best for width 32 makes the model of width 256 *worse than that of
+# width 32*: it costs thirty times as much to train and ends at twice the loss. With every doubling
+# of the width, the best rate has to be halved. On the right, one rate is best for all widths. What
+# is different there is not the model but a handful of constants, and they can be derived.
 #
 # ### The scales
 #
-# Let a matrix $W$ with $n$ columns ({term}`fan-in`) act on a vector $x$ whose entries are of size 1.
-# How large should the entries of $W$ be at the start, and how large may a step be?
+# Let a matrix $W$ with $n$ columns ({term}`fan-in`) act on a vector $x$ whose entries are of size
+# 1. How large should the entries of $W$ be at the start, and how large may a step be?
 #
-# **Initialization.** Entry $i$ of $Wx$ is $\sum_j W_{ij} x_j$, a sum of $n$ independent terms. Signs
-# are random, so variances add up: entries of standard deviation $\sigma$ give a sum of size
+# **Initialization.** Entry $i$ of $Wx$ is $\sum_j W_{ij} x_j$, a sum of $n$ independent terms.
+# Signs are random, so variances add up: entries of standard deviation $\sigma$ give a sum of size
 # $\sigma \sqrt n$. For this to be 1 at any width, $\sigma = 1/\sqrt n$. That is what
 # {doc}`10_blocks` draws, and it is the same in both panels.
 #
 # **The step.** Adam's step is close to the sign of the gradient, so each entry moves by about the
-# rate $\eta$ ({doc}`12_optimization`). The gradient of one token is the outer product
-# $\delta\, x^\top$ of what comes back and what came in, so the entries of the step have the signs of
+# rate $\eta$ ({doc}`12_optimization`). The gradient of one token is the outer product $\delta\,
+# x^\top$ of what comes back and what came in, so the entries of the step have the signs of
 # $\delta_i x_j$. Multiplied by an $x$ of the same kind, the sum is
 #
 # $$(\Delta W\, x)_i \approx -\eta \sum_{j=1}^{n} \operatorname{sign}(\delta_i)\, |x_j|
@@ -134,14 +141,14 @@ draw_curves(titles, (32, 64, 128, 256))
 #
 # **The head** is a matrix with $n$ columns too, so its rate falls with $1/n$. But its output is the
 # end: logits are compared with each other, and nothing behind them corrects their size. After
-# training has begun, head and hidden vector are aligned, and an entry of size $1/\sqrt n$ would give
-# logits of size $\sqrt n$. Hence $\sigma \propto 1/n$: at the start the logits of wide models
+# training has begun, head and hidden vector are aligned, and an entry of size $1/\sqrt n$ would
+# give logits of size $\sqrt n$. Hence $\sigma \propto 1/n$: at the start the logits of wide models
 # are small, and what training adds is of size 1.
 #
-# **Attention.** A score $q^\top k / \sqrt{d}$ has size 1 if $q$ and $k$ are independent, as they are
-# at the start ({doc}`09_attention`). Training aligns them: then the sum is of size $d$, and the
-# factor has to be $1/d$ if heads become wider. (If there are *more* heads of the same width, nothing
-# changes.)
+# **Attention.** A score $q^\top k / \sqrt{d}$ has size 1 if $q$ and $k$ are independent, as they
+# are at the start ({doc}`09_attention`). Training aligns them: then the sum is of size $d$, and the
+# factor has to be $1/d$ if heads become wider. (If there are *more* heads of the same width,
+# nothing changes.)
 #
 # Together this is the **maximal-update parametrization**, or muP: every matrix learns as fast as it
 # can without blowing up, at every width {cite}`yang2022tensor`. With $m$ the width divided by that
@@ -177,13 +184,15 @@ def width_scales(model: TransformerLM, base: ModelConfig) -> dict[str, tuple[flo
 
 
 # %% [markdown]
-# The exported {py:func}`~llmbook.scaling.mup_scales` also handles what a table with four rows leaves
-# out: {term}`fan-in`s that grow differently, tied heads, experts, and the norms of queries and keys.
-# Two functions apply it, {py:func}`~llmbook.scaling.initialize_mup` to the weights and
+# The exported {py:func}`~llmbook.scaling.mup_scales` also handles what a table with four rows
+# leaves out: {term}`fan-in`s that grow differently, tied heads, experts, and the norms of queries
+# and keys. Two functions apply it, {py:func}`~llmbook.scaling.initialize_mup` to the weights and
 # {py:func}`~llmbook.scaling.mup_groups` to the groups of an optimizer.
-#
+
+# %% [markdown] tags=["engine"]
 # ### Engine room: any model of ours, tied or with experts, and weight decay that stays the same
-#
+
+# %% [markdown] tags=["engine"]
 # A tied head cannot have an initialization of its own. But the last norm has a gain in front of the
 # head, and dividing the gain by $m$ divides the logits. Where queries are normalized, their
 # projection has no say about their size, and the gain of that norm takes its place. A router has as
@@ -264,7 +273,7 @@ def mup_scales(model: TransformerLM, base: ModelConfig) -> dict[str, WidthScale]
 #| export
 @torch.no_grad()
 def initialize_mup(model: TransformerLM, base: ModelConfig) -> None:
-    """Draw all weights of ``model`` anew, as ``initialize_weights`` does, and scale them for muP."""
+    """Draw all weights anew, as ``initialize_weights`` does, and scale them for muP."""
     scales = mup_scales(model, base)
     initialize_weights(model, model.config.n_layers)
     for name, parameter in model.named_parameters():
@@ -272,7 +281,10 @@ def initialize_mup(model: TransformerLM, base: ModelConfig) -> None:
 
 
 def mup_groups(
-    model: TransformerLM, base: ModelConfig, learning_rate: float, weight_decay: float = 0.1
+    model: TransformerLM,
+    base: ModelConfig,
+    learning_rate: int | float,
+    weight_decay: int | float = 0.1,
 ) -> list[dict[str, Any]]:
     """Return the groups of an AdamW for ``model``, with the ``learning_rate`` tuned on ``base``.
 
@@ -303,13 +315,6 @@ def _check_positive(**values: Any) -> None:
         if not known or not 0 < value < math.inf:
             raise ValueError(f"{name}: expected a finite number above 0, got {value!r:.60}")
 
-
-# %% [markdown]
-# ### Coordinate check
-#
-# A slip in one of the scales is easily made and hard to see, because the model still trains. The
-# **coordinate check** finds it in seconds: train models of several widths for a few steps and see how
-# far the outputs have moved. Under muP the distance must not depend on the width.
 
 # %% tags=["engine"]
 # The stories, and how a model of the sweep is made
@@ -368,6 +373,14 @@ def take_step(model: TransformerLM, optimizer: AdamW, batch: Batch) -> float:
     return loss.item()
 
 
+# %% [markdown]
+# ### Coordinate check
+#
+# A slip in one of the scales is easily made and hard to see, because the model still trains. The
+# **coordinate check** finds it in seconds: train models of several widths for a few steps and see
+# how far the outputs have moved. Under muP the distance must not depend on the width.
+
+
 # %%
 def movement(width: int, mup: bool, n_steps: int = 4, rate: float = 2.0**-5) -> float:
     """How far logits move in a few steps: the root of the mean square."""
@@ -389,9 +402,10 @@ for width in (32, 64, 128, 256):
 assert moved[256][0] > 2 * moved[32][0] and moved[256][1] < 1.5 * moved[32][1]
 
 # %% [markdown]
-# The check is necessary, and not sufficient: the users of the reference implementation report models
-# that pass it and whose best rate still moves (microsoft/mup, issues 22, 71 and 73). What counts is
-# the right half of {numref}`fig-scaling-transfer`, so draw the curves before you trust a transfer.
+# The check is necessary, and not sufficient: the users of the reference implementation report
+# models that pass it and whose best rate still moves (microsoft/mup, issues 22, 71 and 73). What
+# counts is the right half of {numref}`fig-scaling-transfer`, so draw the curves before you trust a
+# transfer.
 #
 # And look at the heights of the minima, which few reports show:
 
@@ -403,25 +417,25 @@ for method in ("standard", "mup"):
 # %% [markdown]
 # At every width but the smallest, the standard parametrization *at its own best rate* reaches the
 # lower loss. muP does not make a model better in our runs, it makes the rate predictable; here the
-# price is up to 0.08 nats. With six rates to try at every width it would not be worth it. At the size
-# where one can try a single rate, it is.
+# price is up to 0.08 nats. With six rates to try at every width it would not be worth it. At the
+# size where one can try a single rate, it is.
 #
 # ### Weight decay and depth
 #
 # **Weight decay** goes with the product of rate and decay, as each step shrinks a weight by that
 # factor. If the rate is divided by $m$, so is the decay, unless one multiplies it back; the
-# {term}`engine room` above does. **Depth** adds a second factor. With $L$ layers, each writes to the
-# {term}`residual stream` $2L$ times, and {doc}`10_blocks` divides what is written by $\sqrt{2L}$ at the
-# start. But the steps of all layers are aligned, like the terms of a product, and add up with $L$
-# instead of $\sqrt L$. Dividing the branches by $L$ keeps the best rate over depth
-# {cite}`dey2025completep`. We have measured the width only.
+# {term}`engine room` above does. **Depth** adds a second factor. With $L$ layers, each writes to
+# the {term}`residual stream` $2L$ times, and {doc}`10_blocks` divides what is written by
+# $\sqrt{2L}$ at the start. But the steps of all layers are aligned, like the terms of a product,
+# and add up with $L$ instead of $\sqrt L$. Dividing the branches by $L$ keeps the best rate over
+# depth {cite}`dey2025completep`. We have measured the width only.
 #
 # ### What Muon changes
 #
 # Muon's step is a matrix whose singular values are all 1 ({doc}`12_optimization`). It moves an
-# output by the same amount whatever the width, without any factor, as a unit vector comes out with
-# length 1. So the width should drop out. Whether it does depends on a convention that hides in
-# an option. Torch's `"original"` multiplies the step by $\sqrt{\max(1, \text{rows}/\text{columns})}$,
+# output by the same amount whatever the width, without any factor: a unit vector comes out with
+# length 1. So the width should drop out. Whether it does depends on a convention that hides in an
+# option. Torch's `"original"` multiplies the step by $\sqrt{\max(1, \text{rows}/\text{columns})}$,
 # a constant for matrices that keep their shape. Its `"match_rms_adamw"` multiplies it by
 # $0.2\sqrt{\max(\text{rows}, \text{columns})}$, so that entries move as far as with Adam; that is
 # convenient, because AdamW's rate and decay can be kept {cite}`liu2025muon`, and it brings the
@@ -432,24 +446,26 @@ titles = {"muon_original": "original", "muon_match_rms": "match_rms_adamw"}
 draw_curves(titles, (32, 64, 128))
 
 # %% [markdown]
-# With the original rule the best rate stays (between 1/16 and 1/32 at all three widths). With the other
-# it falls by half as the width grows by four, which is the $\sqrt n$ of its formula. So a rate of Muon
-# means nothing without its convention: the same exponent is off by a factor of $0.2 \sqrt n$, about 13
-# for a width of 4,096 (pytorch/pytorch, issue 160213). The chapter on optimizers uses the second.
+# With the original rule the best rate stays (between 1/16 and 1/32 at all three widths). With the
+# other it falls by half as the width grows by four, which is the $\sqrt n$ of its formula. So a
+# rate of Muon means nothing without its convention: the same exponent is off by a factor of $0.2
+# \sqrt n$, about 13 for a width of 4,096 (pytorch/pytorch, issue 160213). The chapter on optimizers
+# uses the second.
 #
 # Muon is for matrices between hidden vectors only. Tables have rows that belong to tokens, and rare
 # rows should not move as far as frequent ones; the head's output is not a hidden vector. Both go to
 # AdamW, with the scales of the table above, and a library that orthogonalizes everything with two
-# dimensions gets it wrong in silence (DeepSpeed, issue 7641). In the figure, that is all of muP that is
-# left for us to do, and nanochat reports the same for its models (karpathy/nanochat, issue 644).
+# dimensions gets it wrong in silence (DeepSpeed, issue 7641). In the figure, that is all of muP
+# that is left for us to do, and nanochat reports the same for its models (karpathy/nanochat, issue
+# 644).
 #
 # ## Batch size
 #
-# Twice the batch costs twice the examples per step. At first it saves half of the steps, and at some
-# size it saves nothing. Where is the turn? Let $g_i$ be the gradient of the loss of row $i$, with mean
-# $G$ and covariance $\Sigma$. The gradient $G_B$ of a batch of $B$ rows has mean $G$ and covariance
-# $\Sigma / B$. A step of length $\epsilon$ along it changes the loss, to second order with curvature
-# $H$, by
+# Twice the batch costs twice the examples per step. At first it saves half of the steps, and at
+# some size it saves nothing. Where is the turn? Let $g_i$ be the gradient of the loss of row $i$,
+# with mean $G$ and covariance $\Sigma$. The gradient $G_B$ of a batch of $B$ rows has mean $G$ and
+# covariance $\Sigma / B$. A step of length $\epsilon$ along it changes the loss, to second order
+# with curvature $H$, by
 #
 # $$\mathbb{E}[\Delta L] = -\epsilon\, |G|^2 + \tfrac12 \epsilon^2
 # \left( G^\top H G + \frac{\operatorname{tr}(H \Sigma)}{B} \right),$$
@@ -460,22 +476,22 @@ draw_curves(titles, (32, 64, 128))
 # $$\Delta L_B = \frac{\Delta L_\infty}{1 + B_{\text{noise}} / B},
 # \qquad B_{\text{noise}} = \frac{\operatorname{tr}(H \Sigma)}{G^\top H G}.$$
 #
-# For $B \ll B_{\text{noise}}$ the gain of a step is proportional to $B$, so examples are used as well as
-# they can be. For $B \gg B_{\text{noise}}$ a larger batch gains nothing. At
-# $B = B_{\text{noise}}$ a run takes twice the fewest steps and twice the fewest examples: this is the
-# **critical batch size**. $H$ is not at hand, but if it is about the same in all directions it cancels,
-# and what is left is the **simple noise scale** $\operatorname{tr}\Sigma / |G|^2$
+# For $B \ll B_{\text{noise}}$ the gain of a step is proportional to $B$, so examples are used as
+# well as they can be. For $B \gg B_{\text{noise}}$ a larger batch gains nothing. At $B =
+# B_{\text{noise}}$ a run takes twice the fewest steps and twice the fewest examples: this is the
+# **critical batch size**. $H$ is not at hand, but if it is about the same in all directions it
+# cancels, and what is left is the **simple noise scale** $\operatorname{tr}\Sigma / |G|^2$
 # {cite}`mccandlish2018empirical`.
 #
-# Its two parts follow from squared lengths at two batch sizes, $b < B$. Since
-# $\mathbb{E}|G_b|^2 = |G|^2 + \operatorname{tr}\Sigma / b$, and the same for $B$, we have two linear
-# equations with two unknowns:
+# Its two parts follow from squared lengths at two batch sizes, $b < B$. Since $\mathbb{E}|G_b|^2 =
+# |G|^2 + \operatorname{tr}\Sigma / b$, and the same for $B$, we have two linear equations with two
+# unknowns:
 #
 # $$\widehat{|G|^2} = \frac{B |G_B|^2 - b |G_b|^2}{B - b}, \qquad
 # \widehat{\operatorname{tr}\Sigma} = \frac{|G_b|^2 - |G_B|^2}{1/b - 1/B}.$$
 #
-# Both are unbiased, because they are linear in the two squares. Their ratio is not, so average each of
-# them before you divide.
+# Both are unbiased, because they are linear in the two squares. Their ratio is not, so average each
+# of them before you divide.
 
 
 # %%
@@ -493,21 +509,22 @@ class NoiseScale(NamedTuple):
 
 
 # %% [markdown]
-# We measure it on a model of width 64 at three moments of its training. Small batches have 2 rows, large
-# ones consist of 16 small ones, so one pass over 80 small batches gives both lengths:
+# We measure it on a model of width 64 at three moments of its training. Small batches have 2 rows,
+# large ones consist of 16 small ones, so one pass over 80 small batches gives both lengths:
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: an estimate from sums, so that rows of unequal length count right
-#
-# A batch with more tokens should not weigh more than its number of rows. So we take gradients of the
-# *sum* over tokens, which is a sum over rows, and divide by the mean number of tokens of a row at the
-# end. The large batch is the sum of its small ones, and costs nothing.
+
+# %% [markdown] tags=["engine"]
+# A batch with more tokens should not weigh more than its number of rows. So we take gradients of
+# the *sum* over tokens, which is a sum over rows, and divide by the mean number of tokens of a row
+# at the end. The large batch is the sum of its small ones, and costs nothing.
 
 
 # %% tags=["engine"]
 #| export
 def noise_scale(
-    small_square: float, big_square: float, small: int | float, big: int | float
+    small_square: int | float, big_square: int | float, small: int | float, big: int | float
 ) -> NoiseScale:
     """Return signal and noise from the mean squared lengths of gradients at two batch sizes.
 
@@ -518,7 +535,7 @@ def noise_scale(
     """
     _check_positive(small=small, big=big)
     for name, value in (("small_square", small_square), ("big_square", big_square)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
             raise ValueError(f"{name}: expected a number of at least 0, got {value!r:.60}")
     if not small < big:
         raise ValueError(f"big: expected more than small = {small}, got {big}")
@@ -557,7 +574,8 @@ def gradient_noise(
             total, count = objective(model, batch)[:2]
             targets += float(count)
             grads = torch.autograd.grad(total, parameters, allow_unused=True)
-            found = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads)]
+            pairs = zip(parameters, grads, strict=True)
+            found = [torch.zeros_like(p) if g is None else g for p, g in pairs]
             small.append(sum(float(g.double().square().sum()) for g in found))
             torch._foreach_add_(sums, found)
         big.append(sum(float(s.double().square().sum()) for s in sums))
@@ -583,26 +601,27 @@ for step in range(81):
 assert 2 < scales[0] < scales[2] < 100
 
 # %% [markdown]
-# At the start a handful of rows agree on where to go: make frequent tokens likely, all others unlikely.
-# The noise scale grows as the easy part of the gradient is used up. (A row has about 60 tokens.) Hence
-# the large runs that begin with small batches and enlarge them, such as Llama 3 405B, which went from
-# 4 to 16 million tokens {cite}`grattafiori2024llama3`. It also grows with better models, as the loss
-# falls: {cite:t}`kaplan2020scaling` fitted $B_{\text{crit}} = 2 \cdot 10^8 / L^{4.8}$ tokens at a loss
-# of $L$ nats, which is 0.3 million at $L = 4$ and 3 million at 2.5. These are the batches of the
-# checklists below.
+# At the start a handful of rows agree on where to go: make frequent tokens likely, all others
+# unlikely. The noise scale grows as the easy part of the gradient is used up. (A row has about 60
+# tokens.) Hence the large runs that begin with small batches and enlarge them, such as Llama 3
+# 405B, which went from 4 to 16 million tokens {cite}`grattafiori2024llama3`. It also grows with
+# better models, as the loss falls: {cite:t}`kaplan2020scaling` fitted $B_{\text{crit}} = 2 \cdot
+# 10^8 / L^{4.8}$ tokens at a loss of $L$ nats, which is 0.3 million at $L = 4$ and 3 million at
+# 2.5. These are the batches of the checklists below.
 #
-# Take the number for what it is. The derivation is for a plain gradient step at its best length; Adam
-# divides by the noise, and its rate should grow with $\sqrt B$ rather than $B$ while $B$ is
+# Take the number for what it is. The derivation is for a plain gradient step at its best length;
+# Adam divides by the noise, and its rate should grow with $\sqrt B$ rather than $B$ while $B$ is
 # small. The scale tells the order of magnitude of a batch, at the cost of a few gradients.
 #
 # ## Annealing and data mixtures
 #
-# A tenth or a quarter of the data is often better than the rest: proofread, on the subject, in the right
-# language. Where should it go? Reports put it at the end, where the rate decays, and call it annealing
-# or mid-training {cite}`hu2024minicpm,grattafiori2024llama3,olmo2024olmo2`. Our test has two worlds.
-# Three quarters of all steps show stories of *another* tiny world, with other characters and facts; one
-# quarter shows the world that we will be tested on. Each arm sees the same number of rows of each, for the
-# same number of steps, with the same schedule. Only the order differs:
+# A tenth or a quarter of the data is often better than the rest: proofread, on the subject, in the
+# right language. Where should it go? Reports put it at the end, where the rate decays, and call it
+# annealing or mid-training {cite}`hu2024minicpm,grattafiori2024llama3,olmo2024olmo2`. Our test has
+# two worlds. Three quarters of all steps show stories of *another* tiny world, with other
+# characters and facts; one quarter shows the world that we will be tested on. Each arm sees the
+# same number of rows of each, for the same number of steps, with the same schedule. Only the order
+# differs:
 
 # %% tags=["engine"]
 # One arm of the experiment, and the loss on both worlds
@@ -639,12 +658,13 @@ for order in ("last", "first"):
         print(f"ours {order:5}: gain on {name:5} {np.mean(gains):+.1f} ({low:+.1f} to {high:+.1f})")
 
 # %% [markdown]
-# The order matters. With our world *first*, a model has half forgotten it at the end. With our world
-# *last* it does better on our world than with a mixture, but the gain is small beside what is lost
-# on the other world, and with three seeds it is not certain. The reason to anneal here is that the
-# target is known: of two losses that move against each other, the order chooses one. A team that is
-# judged on the good data will anneal on it; its report should show the loss on the rest, too. Where the
-# two kinds of data do not contradict each other as our worlds do, the price is lower.
+# The order matters. With our world *first*, a model has half forgotten it at the end. With our
+# world *last* it does better on our world than with a mixture, but the gain is small beside what is
+# lost on the other world, and with three seeds it is not certain. The reason to anneal here is that
+# the target is known: of two losses that move against each other, the order chooses one. A team
+# that is judged on the good data will anneal on it; its report should show the loss on the rest,
+# too. Where the two kinds of data do not contradict each other as our worlds do, the price is
+# lower.
 #
 # **Mixtures** are the same choice without an order. The share of a source has a loss of its own for
 # every share, and an optimum can be fitted on small models and used on large ones, with the same
@@ -655,9 +675,9 @@ for order in ("last", "first"):
 # ## The cost of a run
 #
 # A training run is a number of operations. If $N$ parameters meet each of $D$ tokens, it is about
-# $6ND$, and attention adds a little ({doc}`11_model`). A device has a peak of $P$ operations a second,
-# of which a run reaches a share, the {term}`MFU` $u$. From that follow the hours of all devices
-# together, and from the hours energy and price:
+# $6ND$, and attention adds a little ({doc}`11_model`). A device has a peak of $P$ operations a
+# second, of which a run reaches a share, the {term}`MFU` $u$. From that follow the hours of all
+# devices together, and from the hours energy and price:
 #
 # $$h = \frac{C}{3600\, P u}, \qquad
 # \text{energy} = h \cdot \text{power} \cdot \text{PUE}, \qquad \text{price} = h \cdot \text{price of an hour}.$$
@@ -665,15 +685,17 @@ for order in ("last", "first"):
 # PUE, the power usage effectiveness, is what the building takes for each watt of a device: 1.1 in
 # good data centers {cite}`patterson2021carbon`. That is all of
 # {py:func}`~llmbook.scaling.estimate_run`. The only guess in it is $u$.
-#
+
+# %% [markdown] tags=["engine"]
 # ### Engine room: devices as data, published runs as data, and what a guess leaves out
-#
-# Peaks are those of dense products in 16 bits. Data sheets print twice as much, "with sparsity", which
-# training does not use. Power is the limit of the device alone. Processors, network and disks of a
-# server are not in it, nor are experiments and failed runs: for the OLMo models, development took half
-# as much again as the runs that were released {cite}`morrison2025holistically`. The price of an hour is
-# the two dollars that {cite:t}`deepseek2024v3` assume, and emissions are 0.42 kg a kWh, which is what
-# Meta's reports come to.
+
+# %% [markdown] tags=["engine"]
+# Peaks are those of dense products in 16 bits. Data sheets print twice as much, "with sparsity",
+# which training does not use. Power is the limit of the device alone. Processors, network and disks
+# of a server are not in it, nor are experiments and failed runs: for the OLMo models, development
+# took half as much again as the runs that were released {cite}`morrison2025holistically`. The price
+# of an hour is the two dollars that {cite:t}`deepseek2024v3` assume, and emissions are 0.42 kg a
+# kWh, which is what Meta's reports come to.
 
 
 # %% tags=["engine"]
@@ -682,9 +704,9 @@ for order in ("last", "first"):
 class Hardware:
     """A device to train on."""
 
-    peak_flops: float  # operations a second in dense 16-bit products
-    memory: float  # bytes
-    power: float  # watts, at most
+    peak_flops: int | float  # operations a second in dense 16-bit products
+    memory: int | float  # bytes
+    power: int | float  # watts, at most
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -720,17 +742,17 @@ class RunEstimate:
 # %% tags=["engine"]
 #| export
 def estimate_run(
-    model: ModelConfig | float,
-    tokens: float,
+    model: ModelConfig | int | float,
+    tokens: int | float,
     *,
     hardware: str | Hardware = "h100",
     n_devices: int = 8,
-    mfu: float = 0.4,
-    total_parameters: float | None = None,
+    mfu: int | float = 0.4,
+    total_parameters: int | float | None = None,
     sequence: int | None = None,
-    price: float = 2.0,
-    pue: float = 1.1,
-    carbon: float = 0.42,
+    price: int | float = 2.0,
+    pue: int | float = 1.1,
+    carbon: int | float = 0.42,
 ) -> RunEstimate:
     """Return what training ``model`` on so many ``tokens`` takes, on any number of devices.
 
@@ -772,11 +794,11 @@ def estimate_run(
 class PublishedRun(NamedTuple):
     """A run, and what its authors report."""
 
-    model: ModelConfig | float  # or parameters that a token meets
-    tokens: float
+    model: ModelConfig | int | float  # or parameters that a token meets
+    tokens: int | float
     hardware: str
-    gpu_hours: float | None
-    energy_mwh: float | None  # of devices and building
+    gpu_hours: int | float | None
+    energy_mwh: int | float | None  # of devices and building
     source: str
 
 
@@ -839,18 +861,18 @@ for name, run in PUBLISHED.items():
 assert all(0.3 < ratio < 1.2 for ratio in ratios.values())
 
 # %% [markdown]
-# Llama 2 reached what we guessed. All others took longer, Llama 3 8B by a factor of more than two, and
-# each for a reason of its own. GPT-3 ran on older devices, where a fifth of the peak was good. The 8B
-# model is the same story at the other end: a device so fast, on a model so small, waits for memory and
-# network, and its {term}`MFU` cannot be guessed from one that is ten times as large. DeepSeek-V3
-# computes in 8 bits, twice as fast at its peak, but on thin experts. The hours of model cards also
-# contain restarts, evaluations and long contexts. (The sources are
+# Llama 2 did a little better than we guessed. All others took longer, Llama 3 8B by a factor of more than two,
+# and each for a reason of its own. GPT-3 ran on older devices, where a fifth of the peak was good.
+# The 8B model is the same story at the other end: a device so fast, on a model so small, waits for
+# memory and network, and its {term}`MFU` cannot be guessed from one that is ten times as large.
+# DeepSeek-V3 computes in 8 bits, twice as fast at its peak, but on thin experts. The hours of model
+# cards also contain restarts, evaluations and long contexts. (The sources are
 # {cite:t}`patterson2021carbon`, {cite:t}`touvron2023llama2`, {cite:t}`meta2024llamamodels`,
 # {cite:t}`deepseek2024v3` and {cite:t}`olmo2024olmo2`.)
 #
-# So the rule is: 40 % is what a good team reaches on a dense model that is large enough, and a first
-# estimate is better made with 25 %. It will be right to a factor of two, which is enough to
-# choose between runs. The energy, where it was reported:
+# So 40 % is what a good team reaches on a dense model that is large enough, and a first estimate is
+# better made with 25 %. In our table it would have been right to a factor of two, which is enough
+# to choose between runs. The energy, where it was reported:
 
 # %%
 for name, run in PUBLISHED.items():
@@ -867,6 +889,7 @@ for name, run in PUBLISHED.items():
 
 # %% tags=["engine"]
 #| export
+# What a configuration comes to
 def info(config: ModelConfig, sequence: int | None = None) -> dict[str, int | float]:
     """Return the sizes of a model of this configuration by name; nothing is allocated.
 
@@ -899,11 +922,18 @@ for name, value in info(ModelConfig.preset("llama3-8b")).items():
 # ## Hyperparameter checklists
 #
 # What nobody can tune at full size is copied, and should be copied from somewhere.
-# {py:func}`~llmbook.scaling.hyperparameter_checklist` has a list for pretraining at five sizes, for tuning
-# (all weights, or LoRA), for preference optimization, and for reinforcement learning. Every row has a
-# value with its source, and a range. The range is *safe* in one sense: published runs
-# that worked lie at both of its ends, and their sources stand in the row. Outside, you are on your own,
-# which may be right; but it should be on purpose.
+# {py:func}`~llmbook.scaling.hyperparameter_checklist` has a list for pretraining at five sizes, for
+# tuning (all weights, or LoRA), for preference optimization, and for reinforcement learning. Every
+# row has a value with its source, and a range. The range is *safe* in one sense: published runs
+# that worked lie at both of its ends, and their sources stand in the row. Outside, you are on your
+# own, which may be right; but it should be on purpose.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the lists as data, a page made from them, and a comparison with a configuration
+
+# %% [markdown] tags=["engine"]
+# A row is a name, a value, the two ends of the range and the sources, as keys of the bibliography.
+# Batches of pretraining count tokens, those of tuning rows; warmup is a share of the steps.
 
 
 # %% tags=["engine"]
@@ -1054,12 +1084,12 @@ _rows(
 
 # %% tags=["engine"]
 #| export
-def hyperparameter_checklist(scale: str | float) -> dict[str, Setting]:
+def hyperparameter_checklist(scale: str | int | float) -> dict[str, Setting]:
     """Return the settings for a ``scale`` by name: the value, its safe range, and their sources.
 
     ``scale`` is one of ``SIZES``, or a number of parameters, which means the size that is nearest
-    in the logarithm; or "sft", "lora", "dpo", "ppo" or "grpo", for models of about 7 billion. A range ends
-    at values of published runs that worked, not where training begins to fail.
+    in the logarithm; or "sft", "lora", "dpo", "ppo" or "grpo", for models of about 7 billion. A
+    range ends at values of published runs that worked, not where training begins to fail.
 
     >>> setting = hyperparameter_checklist("7B")["learning_rate"]
     >>> setting.low, setting.value, setting.high
@@ -1072,15 +1102,19 @@ def hyperparameter_checklist(scale: str | float) -> dict[str, Setting]:
     return {setting.name: setting for setting in CHECKLISTS[scale]}
 
 
-def checklist_table(scale: str | float) -> str:
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if 1000 <= value < math.inf else f"{value:.4g}"
+
+
+def checklist_table(scale: str | int | float) -> str:
     """Return a checklist as a table in Markdown, with citations in MyST's syntax."""
     lines = ["| setting | value | safe range | sources |", "|---|---|---|---|"]
     for s in hyperparameter_checklist(scale).values():
         chapters = [f"{{doc}}`{key}`" for key in s.sources if key[0].isdigit()]
         papers = ",".join(key for key in s.sources if not key[0].isdigit())
         cited = ", ".join([f"{{cite:t}}`{papers}`" * bool(papers), *chapters])
-        name, span = s.name.replace("_", " "), f"{s.low:,.6g} to {s.high:,.6g}"
-        lines.append(f"| {name} | {s.value:,.6g} | {span} | {cited} |")
+        name, span = s.name.replace("_", " "), f"{_shown(s.low)} to {_shown(s.high)}"
+        lines.append(f"| {name} | {_shown(s.value)} | {span} | {cited} |")
     return "\n".join(lines) + "\n"
 
 
@@ -1111,7 +1145,7 @@ def checklist_page() -> str:
 # %% tags=["engine"]
 #| export
 def check_config(
-    model: ModelConfig, training: TrainingConfig, *, scale: str | float | None = None
+    model: ModelConfig, training: TrainingConfig, *, scale: str | int | float | None = None
 ) -> list[str]:
     """Return a warning for each setting of a pretraining run that departs from its checklist.
 
@@ -1149,8 +1183,8 @@ def check_config(
     size = scale if isinstance(scale, str) else None
     where = size or min(SIZES, key=lambda s: abs(math.log(SIZES[s] / (scale or n_parameters))))
     return [
-        f"{s.name}: {value:,.4g} is outside {s.low:,.6g} to {s.high:,.6g} "
-        f"(of published runs at {where}); begin with {s.value:,.6g}"
+        f"{s.name}: {_shown(value)} is outside {_shown(s.low)} to {_shown(s.high)} "
+        f"(of published runs at {where}); begin with {_shown(s.value)}"
         for s, value in found
         if value is not None and not s.low * (1 - 1e-9) <= value <= s.high * (1 + 1e-9)
     ]
@@ -1161,17 +1195,18 @@ def check_config(
 
 # %%
 for setting in hyperparameter_checklist("7B").values():
-    name, value, low, high, sources = setting
-    print(f"{name:21} {value:<10,.6g} from {low:,.6g} to {high:,.6g}")
+    numbers = setting.value, setting.low, setting.high
+    shown = [f"{x:,.0f}" if x >= 1000 else f"{x:g}" for x in numbers]
+    print(f"{setting.name:21} {shown[0]:>9}   safe from {shown[1]} to {shown[2]}")
 
 # %% [markdown]
 # All lists, with their sources, are on one page of the book: {doc}`checklists`. It is made from the
-# same table, so the two cannot drift apart. Notice how little changes from size to size. Rates fall and
-# batches grow; decay, momentum, clipping and the end of the schedule are the same everywhere, which
-# says that they matter little, or that nobody dares to change them.
+# same table, so the two cannot drift apart. Notice how little changes from size to size. Rates fall
+# and batches grow; decay, momentum, clipping and the end of the schedule are the same everywhere,
+# which says that they matter little, or that nobody dares to change them.
 #
-# {py:func}`~llmbook.scaling.check_config` reads the list for you. Here it looks at a run whose author
-# copied the settings of the tiny model of {doc}`13_training` to one of GPT-2's size:
+# {py:func}`~llmbook.scaling.check_config` reads the list for you. Here it looks at a run whose
+# author copied the settings of the tiny model of {doc}`13_training` to one of GPT-2's size:
 
 # %%
 gpt2 = ModelConfig.preset("gpt2")
@@ -1204,10 +1239,10 @@ for warning in check_config(gpt2, copied):
 #
 # ````{exercise} Half the steps?
 # :label: ex-scaling-batch
-# *Ten minutes.* A run with batches of `batch` rows has a noise scale of `noise` rows. With batches so
-# large that noise does not matter it would need `least_steps`. Write
-# `steps_and_rows(batch, noise, least_steps)`, which returns how many steps it needs, and how many rows it
-# reads, from the gain of a step in the section on batch size.
+# *Ten minutes.* A run with batches of `batch` rows has a noise scale of `noise` rows. With batches
+# so large that noise does not matter it would need `least_steps`. Write `steps_and_rows(batch,
+# noise, least_steps)`, which returns how many steps it needs, and how many rows it reads, from the
+# gain of a step in the section on batch size.
 # ````
 
 
@@ -1230,8 +1265,8 @@ assert abs(steps_and_rows(1, 320, 1000)[1] - 321_000) < 1, "small batches use ro
 # ````{exercise} A rate for a wider model
 # :label: ex-scaling-rate
 # *Fifteen minutes.* Write `rate_for(name, shape, base_shape, rate)`: Adam's learning rate for one
-# parameter of a wider model under muP, from its name, its shape, and its shape in the base model, where
-# `rate` was tuned. All heads have the same width in both models. Names are those of
+# parameter of a wider model under muP, from its name, its shape, and its shape in the base model,
+# where `rate` was tuned. All heads have the same width in both models. Names are those of
 # `model.named_parameters()`; heads are not tied.
 # ````
 
@@ -1264,10 +1299,10 @@ for name, scale in mup_scales(big, narrow).items():
 # %% [markdown]
 # ````{exercise} What a grant buys
 # :label: ex-scaling-grant
-# *Ten minutes.* You have so many dollars. Write `affordable_tokens(dollars, parameters)`, the number of
-# tokens that a dense model can be trained on with H100s at 40 % of their peak and two dollars an hour.
-# It is the inverse of {py:func}`~llmbook.scaling.estimate_run` with its defaults. `HARDWARE["h100"]`
-# has the peak, as `peak_flops`, in operations a second.
+# *Ten minutes.* You have so many dollars. Write `affordable_tokens(dollars, parameters)`, the
+# number of tokens that a dense model can be trained on with H100s at 40 % of their peak and two
+# dollars an hour. It is the inverse of {py:func}`~llmbook.scaling.estimate_run` with its defaults.
+# `HARDWARE["h100"]` has the peak, as `peak_flops`, in operations a second.
 # ````
 
 

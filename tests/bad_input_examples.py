@@ -23,7 +23,6 @@ from llmbook import (
     optimization,
     positions,
     precision,
-    scaling,
     subwords,
     tinyworld,
     tokenizer,

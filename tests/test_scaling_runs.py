@@ -107,9 +107,7 @@ def test_groups_hold_each_parameter_once_and_decay_times_rate_stays():
     held = [id(p) for group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     for group in groups:
-        assert group["weight_decay"] == 0 or math.isclose(
-            group["lr"] * group["weight_decay"], 0.02
-        )
+        assert group["weight_decay"] == 0 or math.isclose(group["lr"] * group["weight_decay"], 0.02)
     by_id = {id(p): group["lr"] for group in groups for p in group["params"]}
     assert by_id[id(model.lm_head.weight)] == pytest.approx(0.025)
     assert by_id[id(model.embedding.weight)] == pytest.approx(0.1)
