@@ -492,9 +492,20 @@ draw_curves(titles, (32, 64, 128))
 #
 # Both are unbiased, because they are linear in the two squares. Their ratio is not, so average each
 # of them before you divide.
+#
+# We measure it on a model of width 64 at three moments of its training. Small batches have 2 rows,
+# large ones consist of 16 small ones, so one pass over 80 small batches gives both lengths.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: an estimate from sums, so that rows of unequal length count right
+
+# %% [markdown] tags=["engine"]
+# A batch with more tokens should not weigh more than its number of rows. So we take gradients of
+# the *sum* over tokens, which is a sum over rows, and divide by the mean number of tokens of a row
+# at the end. The large batch is the sum of its small ones, and costs nothing.
 
 
-# %%
+# %% tags=["engine"]
 #| export
 class NoiseScale(NamedTuple):
     """The parts of a gradient's squared length, and the batch size at which they are equal."""
@@ -506,19 +517,6 @@ class NoiseScale(NamedTuple):
     def batch_size(self) -> float:
         """The simple noise scale, in examples; infinite where the noise drowns the signal."""
         return self.noise / self.signal if self.signal > 0 else math.inf
-
-
-# %% [markdown]
-# We measure it on a model of width 64 at three moments of its training. Small batches have 2 rows,
-# large ones consist of 16 small ones, so one pass over 80 small batches gives both lengths:
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: an estimate from sums, so that rows of unequal length count right
-
-# %% [markdown] tags=["engine"]
-# A batch with more tokens should not weigh more than its number of rows. So we take gradients of
-# the *sum* over tokens, which is a sum over rows, and divide by the mean number of tokens of a row
-# at the end. The large batch is the sum of its small ones, and costs nothing.
 
 
 # %% tags=["engine"]
@@ -953,10 +951,6 @@ CHECKLISTS: dict[str, list[Setting]] = {}
 SIZES = {"10M": 10e6, "124M": 124e6, "1B": 1e9, "7B": 7e9, "70B": 70e9}
 
 
-def _row(scale: str, name: str, value: float, low: float, high: float, sources: str) -> None:
-    CHECKLISTS.setdefault(scale, []).append(Setting(name, value, low, high, tuple(sources.split())))
-
-
 def _rows(scale: str, rows: str) -> None:
     """Add rows from a text: name, value, low, high and sources on each line."""
     for line in filter(None, map(str.split, rows.splitlines())):
@@ -1102,7 +1096,7 @@ def hyperparameter_checklist(scale: str | int | float) -> dict[str, Setting]:
     return {setting.name: setting for setting in CHECKLISTS[scale]}
 
 
-def _shown(value: float) -> str:
+def _shown(value: int | float) -> str:
     return f"{value:,.0f}" if 1000 <= value < math.inf else f"{value:.4g}"
 
 

@@ -83,13 +83,12 @@ def test_a_router_is_a_head():
     assert found["blocks.0.feed_forward.router.weight"] == (1 / 2, 1 / 4)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_first_logits_shrink_with_the_root_of_the_width(tied):
+def test_the_first_logits_shrink_with_the_root_of_the_width():
     sizes = []
     for width in (32, 512):
         torch.manual_seed(0)
-        model = TransformerLM(config(width, tie_embeddings=tied))
-        scaling.initialize_mup(model, config(32, tie_embeddings=tied))
+        model = TransformerLM(config(width))
+        scaling.initialize_mup(model, config(32))
         sizes.append(model(torch.arange(16)[None]).std().item())
     assert sizes[0] / sizes[1] == pytest.approx(4, rel=0.3)
 
@@ -313,7 +312,7 @@ def test_info_agrees_with_what_earlier_chapters_count():
     assert found["flops per token, training"] == 3 * found["flops per token, forward"]
     gpt2 = ModelConfig.preset("gpt2")
     assert scaling.info(gpt2, 512)["bytes of cache"] * 2 == scaling.info(gpt2)["bytes of cache"]
-    with pytest.raises(ValueError, match="config: expected a ModelConfig"):
+    with pytest.raises(ValueError, match="config: expected"):
         scaling.info("gpt2")
     with pytest.raises(ValueError, match="sequence: expected at least 1"):
         scaling.info(gpt2, 0)
@@ -386,9 +385,9 @@ def test_the_scale_may_be_given_and_other_optimizers_have_other_rates():
     muon = TrainingConfig(**GOOD | {"learning_rate": 0.02, "optimizer": "muon"})
     assert scaling.check_config(gpt2, muon) == []
     assert scaling.check_config(gpt2, run, scale=70e9) == found
-    with pytest.raises(ValueError, match="model: expected a ModelConfig"):
+    with pytest.raises(ValueError, match="model: expected"):
         scaling.check_config(None, run)
-    with pytest.raises(ValueError, match="training: expected a TrainingConfig"):
+    with pytest.raises(ValueError, match="training: expected"):
         scaling.check_config(gpt2, None)
     with pytest.raises(ValueError, match="scale: expected"):
         scaling.check_config(gpt2, run, scale="huge")
