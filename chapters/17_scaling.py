@@ -32,10 +32,7 @@ from torch import nn
 # ## Transfer over width
 #
 # A large run is paid for once, so nobody tunes it. The learning rate comes from a smaller model.
-# How bad can that be? {numref}`fig-scaling-transfer` shows 48 small models that differ in their
-# width and their rate only. All have two layers and trained for 150 steps of AdamW on the stories
-# of the tiny world ({doc}`01_tinyworld`). The command `python benchmarks/transfer.py` trains them,
-# each with two seeds, and keeps their losses in `benchmarks/results/transfer.csv`.
+# How bad can that be?
 
 # %% tags=["engine"]
 #| export
@@ -48,12 +45,20 @@ from llmbook.model import flops_per_token
 from llmbook.optimization import parameter_groups
 from llmbook.training import Objective, TrainingConfig, next_token_objective
 
-# %%
+# %% [markdown]
+# {numref}`fig-scaling-transfer` shows 48 small models that differ in their width and their rate
+# only. All have two layers and trained for 150 steps of AdamW on the stories of the tiny world
+# ({doc}`01_tinyworld`). The command `python benchmarks/transfer.py` trains them, each with two
+# seeds, and keeps their losses in `benchmarks/results/transfer.csv`.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the file of the sweep, and how its curves are drawn
+
+# %% tags=["engine"]
 import csv
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 
 import llmbook
 from llmbook.environment import seed_everything
@@ -64,9 +69,6 @@ from llmbook.tokenizer import train_bpe
 
 plt.style.use("llmbook.book")
 torch.set_num_threads(1)
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: the file of the sweep, and how its curves are drawn
 
 # %% tags=["engine"]
 # The rows of the file, their means over the seeds, and a panel for each method
@@ -185,7 +187,7 @@ def width_scales(model: TransformerLM, base: ModelConfig) -> dict[str, tuple[flo
 
 # %% [markdown]
 # The exported {py:func}`~llmbook.scaling.mup_scales` also handles what a table with four rows
-# leaves out: {term}`fan-in`s that grow differently, tied heads, experts, and the norms of queries
+# leaves out: fan-ins that grow differently, tied heads, experts, and the norms of queries
 # and keys. Two functions apply it, {py:func}`~llmbook.scaling.initialize_mup` to the weights and
 # {py:func}`~llmbook.scaling.mup_groups` to the groups of an optimizer.
 
@@ -203,6 +205,12 @@ def width_scales(model: TransformerLM, base: ModelConfig) -> dict[str, tuple[flo
 # {py:func}`~llmbook.scaling.mup_groups` multiplies $\lambda$ by $m$: what stays the same over the
 # widths is the product. {cite:t}`wortsman2024proxies` call this independent weight decay, and find
 # that the best rate depends less on the size with it.
+#
+# **Depth** adds a factor of its own. $L$ layers write to the {term}`residual stream` $2L$ times, and
+# {doc}`10_blocks` divides what is written by $\sqrt{2L}$ at the start. But the steps of all layers
+# are aligned, like the terms of a product, and add up with $L$ instead of $\sqrt L$. Dividing the
+# branches by $L$ keeps the best rate over depth {cite}`dey2025completep`. We have measured the width
+# only.
 
 
 # %% tags=["engine"]
@@ -415,20 +423,10 @@ for method in ("standard", "mup"):
     print(f"{method:8}  best loss by width: ", "  ".join(f"{loss:.2f}" for loss in best))
 
 # %% [markdown]
-# At every width but the smallest, the standard parametrization *at its own best rate* reaches the
-# lower loss. muP does not make a model better in our runs, it makes the rate predictable; here the
-# price is up to 0.08 nats. With six rates to try at every width it would not be worth it. At the
-# size where one can try a single rate, it is.
-#
-# ### Weight decay and depth
-#
-# **Weight decay** goes with the product of rate and decay, as each step shrinks a weight by that
-# factor. If the rate is divided by $m$, so is the decay, unless one multiplies it back; the
-# {term}`engine room` above does. **Depth** adds a second factor. With $L$ layers, each writes to
-# the {term}`residual stream` $2L$ times, and {doc}`10_blocks` divides what is written by
-# $\sqrt{2L}$ at the start. But the steps of all layers are aligned, like the terms of a product,
-# and add up with $L$ instead of $\sqrt L$. Dividing the branches by $L$ keeps the best rate over
-# depth {cite}`dey2025completep`. We have measured the width only.
+# At the two larger widths the standard parametrization *at its own best rate* reaches the lower loss,
+# by about 0.07 nats; at the smaller ones seeds differ by as much as the methods. muP does not make
+# a model better here, it makes its rate predictable. Where one can try six rates at the full width,
+# that is not worth its price. Where one can try a single rate, it is.
 #
 # ### What Muon changes
 #
@@ -652,8 +650,8 @@ for order in ("last", "first"):
     for name in WORLDS:
         gains = [a[name] - b[name] for a, b in zip(arms["mixed"], arms[order], strict=True)]
         found = mean_interval(gains)
-        low, high = found.low, found.high
-        print(f"ours {order:5}: gain on {name:5} {np.mean(gains):+.1f} ({low:+.1f} to {high:+.1f})")
+        shown = [round(x, 1) + 0.0 for x in (found.estimate, found.low, found.high)]
+        print("ours {:5}: gain on {:5} {:+} ({:+} to {:+})".format(order, name, *shown))
 
 # %% [markdown]
 # The order matters. With our world *first*, a model has half forgotten it at the end. With our
@@ -666,16 +664,16 @@ for order in ("last", "first"):
 #
 # **Mixtures** are the same choice without an order. The share of a source has a loss of its own for
 # every share, and an optimum can be fitted on small models and used on large ones, with the same
-# caution as a learning rate: {cite:t}`ye2024mixing` predict the mixture for a run of a billion
-# parameters from fits at a tenth of that, and Llama 3 chose its mixture in the same way
+# caution as a learning rate. {cite:t}`ye2024mixing` choose the mixture for a model of a billion
+# parameters by fits to smaller runs, and Llama 3 was made in the same way
 # {cite}`grattafiori2024llama3`.
 #
 # ## The cost of a run
 #
 # A training run is a number of operations. If $N$ parameters meet each of $D$ tokens, it is about
 # $6ND$, and attention adds a little ({doc}`11_model`). A device has a peak of $P$ operations a
-# second, of which a run reaches a share, the {term}`MFU` $u$. From that follow the hours of all
-# devices together, and from the hours energy and price:
+# second, of which a run reaches a share $u$, the model FLOPs utilization (MFU). From that follow the
+# hours of all devices together, and from the hours energy and price:
 #
 # $$h = \frac{C}{3600\, P u}, \qquad
 # \text{energy} = h \cdot \text{power} \cdot \text{PUE}, \qquad \text{price} = h \cdot \text{price of an hour}.$$
@@ -862,7 +860,7 @@ assert all(0.3 < ratio < 1.2 for ratio in ratios.values())
 # Llama 2 did a little better than we guessed. All others took longer, Llama 3 8B by a factor of more than two,
 # and each for a reason of its own. GPT-3 ran on older devices, where a fifth of the peak was good.
 # The 8B model is the same story at the other end: a device so fast, on a model so small, waits for
-# memory and network, and its {term}`MFU` cannot be guessed from one that is ten times as large.
+# memory and network, and its MFU cannot be guessed from one that is ten times as large.
 # DeepSeek-V3 computes in 8 bits, twice as fast at its peak, but on thin experts. The hours of model
 # cards also contain restarts, evaluations and long contexts. (The sources are
 # {cite:t}`patterson2021carbon`, {cite:t}`touvron2023llama2`, {cite:t}`meta2024llamamodels`,
@@ -1226,7 +1224,7 @@ for warning in check_config(gpt2, copied):
 # | a way to scale 8-bit numbers to stand out | three seeds cannot tell the ways apart | {doc}`15_precision` |
 # | the majority of many answers to help | a few points, while pass@k rises to nearly 1 | {numref}`fig-evaluation-attempts` |
 # | a reworded exam in the training text to be harmless | it did as much harm as one or two copies | {doc}`16_evaluation` |
-# | muP to improve the loss | at each width's best rate it is behind by up to 0.08 nats | {numref}`fig-scaling-transfer` |
+# | muP to improve the loss | at the best rate of widths 128 and 256 it is behind by 0.07 nats | {numref}`fig-scaling-transfer` |
 # | annealing on good data to be free | a small gain on it, and a larger loss on the rest | above |
 #
 # ## Exercises
