@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Scaling laws
 #
-# > Choose a run before you pay for it: how the loss falls with size, data and compute, which settings
-# > survive a change of size, and what a run costs.
+# > Choose a run before you pay for it: how the loss falls with size, data and compute, which
+# > settings survive a change of size, and what a run costs.
 #
 # (The opening belongs to the first half of the chapter.)
 #
@@ -85,6 +85,14 @@ def mean_losses(method: str, width: int) -> dict[int, float]:
     return {rate: sum(losses) / len(losses) for rate, losses in same.items()}
 
 
+def minimum(method: str, width: int) -> tuple[float, float]:
+    """The exponent of the best rate, by a parabola through three points, and the least loss."""
+    losses = mean_losses(method, width)
+    best = min(losses, key=losses.__getitem__)
+    left, middle, right = (losses[best + shift] for shift in (-1, 0, 1))
+    return best + (left - right) / (left - 2 * middle + right) / 2, middle
+
+
 def draw_curves(titles: Mapping[str, str], widths: Sequence[int]) -> None:
     """Loss over rate, a curve for each width with its minimum marked, a panel for each method."""
     _, axes = plt.subplots(1, len(titles), figsize=(7.5, 3.1), sharey=True)
@@ -109,9 +117,10 @@ draw_curves(titles, (32, 64, 128, 256))
 
 # %% [markdown]
 # On the left, the rate that is best for width 32 makes the model of width 256 *worse than that of
-# width 32*: it costs thirty times as much to train and ends at twice the loss. With every doubling
-# of the width, the best rate has to be halved. On the right, one rate is best for all widths. What
-# is different there is not the model but a handful of constants, and they can be derived.
+# width 32*: it costs thirty times as much to train and ends at twice the loss. With every
+# doubling of the width, the best rate has to be more than halved. On the right, one rate is best
+# for all widths. What is different there is not the model but a handful of constants, and they
+# can be derived.
 #
 # ### The scales
 #
@@ -406,7 +415,7 @@ print("width   standard   muP")
 moved = {}
 for width in (32, 64, 128, 256):
     moved[width] = movement(width, False), movement(width, True)
-    print(f"{width:5}   {moved[width][0]:8.1f}   {moved[width][1]:3.1f}")
+    print(f"{width:5}   {moved[width][0]:8.0f}   {moved[width][1]:3.0f}")
 assert moved[256][0] > 2 * moved[32][0] and moved[256][1] < 1.5 * moved[32][1]
 
 # %% [markdown]
@@ -419,14 +428,18 @@ assert moved[256][0] > 2 * moved[32][0] and moved[256][1] < 1.5 * moved[32][1]
 
 # %%
 for method in ("standard", "mup"):
-    best = [min(mean_losses(method, width).values()) for width in (32, 64, 128, 256)]
-    print(f"{method:8}  best loss by width: ", "  ".join(f"{loss:.2f}" for loss in best))
+    found = [minimum(method, width) for width in (32, 64, 128, 256)]
+    print(f"{method:8}  best exponent:", "  ".join(f"{rate:.1f}" for rate, _ in found))
+    print("              its loss:", "  ".join(f"{loss:4.2f}" for _, loss in found))
 
 # %% [markdown]
-# At the two larger widths the standard parametrization *at its own best rate* reaches the lower loss,
-# by about 0.07 nats; at the smaller ones seeds differ by as much as the methods. muP does not make
-# a model better here, it makes its rate predictable. Where one can try six rates at the full width,
-# that is not worth its price. Where one can try a single rate, it is.
+# (Exponents are those of 2, from a parabola through the three lowest points of each curve.) The
+# best rate of the standard parametrization falls by a factor of 14 as the width grows by 8; that
+# of muP by 1.2. At the two larger widths the standard parametrization *at its own best rate*
+# reaches the lower loss, by about 0.07 nats; at the smaller ones seeds differ by as much as the
+# methods. muP does not make a model better here, it makes its rate predictable. Where one can try
+# six rates at the full width, that is not worth its price. Where one can try a single rate, it
+# is.
 #
 # ### What Muon changes
 #
@@ -442,13 +455,17 @@ for method in ("standard", "mup"):
 # %% mystnb={"figure": {"caption": "Muon for the matrices of the blocks, AdamW with fixed, width-scaled rates for the rest. Loss over Muon's rate, in the two conventions.", "name": "fig-scaling-muon"}, "image": {"alt": "Two panels with three U-shaped curves each, for widths 32, 64 and 128, with their minima marked."}}
 titles = {"muon_original": "original", "muon_match_rms": "match_rms_adamw"}
 draw_curves(titles, (32, 64, 128))
+for method in titles:
+    found = [minimum(method, width)[0] for width in (32, 64, 128)]
+    print(f"{method:14}  best exponent:", "  ".join(f"{rate:.1f}" for rate in found))
 
 # %% [markdown]
-# With the original rule the best rate stays (between 1/16 and 1/32 at all three widths). With the
-# other it falls by half as the width grows by four, which is the $\sqrt n$ of its formula. So a
-# rate of Muon means nothing without its convention: the same exponent is off by a factor of $0.2
-# \sqrt n$, about 13 for a width of 4,096 (pytorch/pytorch, issue 160213). The chapter on optimizers
-# uses the second.
+# From width 32 to 128, the best exponent falls by 0.6 under the original rule, and by 1.5 under
+# the other. The difference is a factor of two as the width grows by four, which is the $\sqrt n$
+# of the second formula. Neither stands quite still, so these are hints and no law. But a rate of
+# Muon means nothing without its convention: the same number is off by a factor of $0.2 \sqrt n$,
+# about 13 for a width of 4,096 (pytorch/pytorch, issue 160213). {doc}`12_optimization` uses the
+# second.
 #
 # Muon is for matrices between hidden vectors only. Tables have rows that belong to tokens, and rare
 # rows should not move as far as frequent ones; the head's output is not a hidden vector. Both go to
@@ -676,7 +693,8 @@ for order in ("last", "first"):
 # hours of all devices together, and from the hours energy and price:
 #
 # $$h = \frac{C}{3600\, P u}, \qquad
-# \text{energy} = h \cdot \text{power} \cdot \text{PUE}, \qquad \text{price} = h \cdot \text{price of an hour}.$$
+# \text{energy} = h \cdot \text{power} \cdot \text{PUE}, \qquad
+# \text{price} = h \cdot \text{price of an hour}.$$
 #
 # PUE, the power usage effectiveness, is what the building takes for each watt of a device: 1.1 in
 # good data centers {cite}`patterson2021carbon`. That is all of
@@ -857,7 +875,7 @@ for name, run in PUBLISHED.items():
 assert all(0.3 < ratio < 1.2 for ratio in ratios.values())
 
 # %% [markdown]
-# Llama 2 did a little better than we guessed. All others took longer, Llama 3 8B by a factor of more than two,
+# Llama 2 did a little better than we guessed. All others took longer, Llama 3 8B by more than twice,
 # and each for a reason of its own. GPT-3 ran on older devices, where a fifth of the peak was good.
 # The 8B model is the same story at the other end: a device so fast, on a model so small, waits for
 # memory and network, and its MFU cannot be guessed from one that is ten times as large.
@@ -1225,6 +1243,7 @@ for warning in check_config(gpt2, copied):
 # | the majority of many answers to help | a few points, while pass@k rises to nearly 1 | {numref}`fig-evaluation-attempts` |
 # | a reworded exam in the training text to be harmless | it did as much harm as one or two copies | {doc}`16_evaluation` |
 # | muP to improve the loss | at the best rate of widths 128 and 256 it is behind by 0.07 nats | {numref}`fig-scaling-transfer` |
+# | Muon's rate to stay, by its original rule | it falls a little with the width | {numref}`fig-scaling-muon` |
 # | annealing on good data to be free | a small gain on it, and a larger loss on the rest | above |
 #
 # ## Exercises
