@@ -558,6 +558,12 @@ def noise_scale(
 
 # %% tags=["engine"]
 #| export
+def _square(tensors: Iterable[torch.Tensor]) -> float:
+    return math.fsum(float(t.double().square().sum()) for t in tensors)
+
+
+# %% tags=["engine"]
+#| export
 def gradient_noise(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -589,9 +595,9 @@ def gradient_noise(
             grads = torch.autograd.grad(total, parameters, allow_unused=True)
             pairs = zip(parameters, grads, strict=True)
             found = [torch.zeros_like(p) if g is None else g for p, g in pairs]
-            small.append(sum(float(g.double().square().sum()) for g in found))
+            small.append(_square(found))
             torch._foreach_add_(sums, found)
-        big.append(sum(float(s.double().square().sum()) for s in sums))
+        big.append(_square(sums))
     if n_rows is None or not targets:
         raise ValueError(f"batches: expected at least group = {group} of them, got fewer")
     unit = (n_rows * targets / (len(small) * n_rows)) ** 2  # of a batch of n_rows, as a mean
@@ -1105,11 +1111,17 @@ def hyperparameter_checklist(scale: str | int | float) -> dict[str, Setting]:
     >>> setting.low, setting.value, setting.high
     (0.00012, 0.0003, 0.00042)
     """
-    if isinstance(scale, int | float) and not isinstance(scale, bool):
-        _check_positive(scale=scale)
-        scale = min(SIZES, key=lambda name: abs(math.log(SIZES[name] / scale)))
-    check_choice("scale", scale, tuple(CHECKLISTS))
-    return {setting.name: setting for setting in CHECKLISTS[scale]}
+    return {setting.name: setting for setting in CHECKLISTS[_name_of(scale)]}
+
+
+def _name_of(scale: str | int | float) -> str:
+    """Return the name of a list; that of the nearest size, for a number of parameters."""
+    if isinstance(scale, str | bool):
+        check_choice("scale", scale, tuple(CHECKLISTS))
+        return str(scale)
+    _check_positive(scale=scale)
+    number = float(scale)
+    return min(SIZES, key=lambda name: abs(math.log(SIZES[name] / number)))
 
 
 def _shown(value: int | float) -> str:
@@ -1174,7 +1186,8 @@ def check_config(
         if not isinstance(value, kind):
             raise ValueError(f"{name}: expected a {kind.__name__}, got {value!r:.60}")
     n_parameters = count_parameters(model, active=True)
-    checklist = hyperparameter_checklist(n_parameters if scale is None else scale)
+    where = _name_of(n_parameters if scale is None else scale)
+    checklist = hyperparameter_checklist(where)
     tokens = training.batch_size * model.context_length
     values = {
         "learning_rate": training.learning_rate if training.optimizer == "adamw" else None,
@@ -1190,8 +1203,6 @@ def check_config(
         "z_loss": training.z_loss,
     }
     found = [(setting, values.get(name)) for name, setting in checklist.items()]
-    size = scale if isinstance(scale, str) else None
-    where = size or min(SIZES, key=lambda s: abs(math.log(SIZES[s] / (scale or n_parameters))))
     return [
         f"{s.name}: {_shown(value)} is outside {_shown(s.low)} to {_shown(s.high)} "
         f"(of published runs at {where}); begin with {_shown(s.value)}"
