@@ -39,7 +39,7 @@ from torch import nn
 # What it takes from earlier chapters
 from llmbook.batches import Batch
 from llmbook.blocks import initialize_weights, lookup_tables
-from llmbook.environment import check_at_least, check_choice, check_whole
+from llmbook.environment import check_at_least, check_choice, check_text, check_whole
 from llmbook.model import ModelConfig, TransformerLM, cache_bytes, count_parameters
 from llmbook.model import flops_per_token
 from llmbook.optimization import parameter_groups
@@ -731,6 +731,7 @@ class Hardware:
 
     def __post_init__(self) -> None:
         _check_positive(peak_flops=self.peak_flops, memory=self.memory, power=self.power)
+        check_text(self.source, "source")
 
 
 #: Devices by name, as their makers describe them.
@@ -791,6 +792,7 @@ def estimate_run(
         check_choice("hardware", hardware, tuple(HARDWARE))
         hardware = HARDWARE[hardware]
     check_whole("n_devices", n_devices, 1)
+    check_at_least(sequence=(1, sequence))
     _check_positive(tokens=tokens, mfu=mfu, price=price, pue=pue, carbon=carbon)
     if mfu > 1:
         raise ValueError(f"mfu: expected a share of the peak, at most 1, got {mfu}")

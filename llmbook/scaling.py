@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-# %% ../chapters/17_scaling.ipynb #dd0212b0
+# %% ../chapters/17_scaling.ipynb #b5f36cfe
 # What it takes from earlier chapters
 from .batches import Batch
 from .blocks import initialize_weights, lookup_tables
-from .environment import check_at_least, check_choice, check_whole
+from .environment import check_at_least, check_choice, check_text, check_whole
 from .model import ModelConfig, TransformerLM, cache_bytes, count_parameters
 from .model import flops_per_token
 from .optimization import parameter_groups
@@ -209,7 +209,7 @@ def gradient_noise(
     squares = sum(small) / len(small) / unit, sum(big) / len(big) / (unit * group**2)
     return noise_scale(*squares, n_rows, n_rows * group)
 
-# %% ../chapters/17_scaling.ipynb #899d9523
+# %% ../chapters/17_scaling.ipynb #f0b91de3
 @dataclass(frozen=True)
 class Hardware:
     """A device to train on."""
@@ -221,6 +221,7 @@ class Hardware:
 
     def __post_init__(self) -> None:
         _check_positive(peak_flops=self.peak_flops, memory=self.memory, power=self.power)
+        check_text(self.source, "source")
 
 
 #: Devices by name, as their makers describe them.
@@ -248,7 +249,7 @@ class RunEstimate:
     dollars: float
     co2_tonnes: float
 
-# %% ../chapters/17_scaling.ipynb #1aca13b8
+# %% ../chapters/17_scaling.ipynb #fdaa9e2d
 def estimate_run(
     model: ModelConfig | int | float,
     tokens: int | float,
@@ -279,6 +280,7 @@ def estimate_run(
         check_choice("hardware", hardware, tuple(HARDWARE))
         hardware = HARDWARE[hardware]
     check_whole("n_devices", n_devices, 1)
+    check_at_least(sequence=(1, sequence))
     _check_positive(tokens=tokens, mfu=mfu, price=price, pue=pue, carbon=carbon)
     if mfu > 1:
         raise ValueError(f"mfu: expected a share of the peak, at most 1, got {mfu}")
