@@ -93,6 +93,7 @@ def minimum(method: str, width: int) -> tuple[float, float]:
     return best + (left - right) / (left - 2 * middle + right) / 2, middle
 
 
+# %% tags=["engine"]
 def draw_curves(titles: Mapping[str, str], widths: Sequence[int]) -> None:
     """Loss over rate, a curve for each width with its minimum marked, a panel for each method."""
     _, axes = plt.subplots(1, len(titles), figsize=(7.5, 3.1), sharey=True)
@@ -215,11 +216,11 @@ def width_scales(model: TransformerLM, base: ModelConfig) -> dict[str, tuple[flo
 # widths is the product. {cite:t}`wortsman2024proxies` call this independent weight decay, and find
 # that the best rate depends less on the size with it.
 #
-# **Depth** adds a factor of its own. $L$ layers write to the {term}`residual stream` $2L$ times, and
-# {doc}`10_blocks` divides what is written by $\sqrt{2L}$ at the start. But the steps of all layers
-# are aligned, like the terms of a product, and add up with $L$ instead of $\sqrt L$. Dividing the
-# branches by $L$ keeps the best rate over depth {cite}`dey2025completep`. We have measured the width
-# only.
+# **Depth** adds a factor of its own. $L$ layers write to the {term}`residual stream` $2L$ times,
+# and {doc}`10_blocks` divides what is written by $\sqrt{2L}$ at the start. But the steps of all
+# layers are aligned, like the terms of a product, and add up with $L$ instead of $\sqrt L$.
+# Dividing the branches by $L$ keeps the best rate over depth {cite}`dey2025completep`. We have
+# measured the width only.
 
 
 # %% tags=["engine"]
@@ -236,9 +237,8 @@ def _check_widths(model: Any, base: Any) -> None:
         raise ValueError(f"model: expected a TransformerLM, got {type(model).__name__}")
     if not isinstance(base, ModelConfig):
         raise ValueError(f"base: expected a ModelConfig, got {base!r:.60}")
-    kept = ("n_layers", "n_experts", "qk_norm", "tie_embeddings", "norm_position", "activation")
-    kept += ("vocab_size", "positions", "norm", "bias", "qkv_bias", "d_shared")
-    for name in kept:
+    kept = "n_layers n_experts qk_norm tie_embeddings norm_position activation vocab_size positions"
+    for name in (*kept.split(), "norm", "bias", "qkv_bias", "d_shared"):
         wanted, got = getattr(model.config, name), getattr(base, name)
         if wanted != got and (name != "d_shared" or not (wanted and got)):
             raise ValueError(f"base: expected {name} = {wanted!r} as of the model, got {got!r}")
@@ -297,6 +297,8 @@ def initialize_mup(model: TransformerLM, base: ModelConfig) -> None:
         parameter.mul_(scales[name].init)
 
 
+# %% tags=["engine"]
+#| export
 def mup_groups(
     model: TransformerLM,
     base: ModelConfig,
@@ -695,8 +697,8 @@ for order in ("last", "first"):
 #
 # A training run is a number of operations. If $N$ parameters meet each of $D$ tokens, it is about
 # $6ND$, and attention adds a little ({doc}`11_model`). A device has a peak of $P$ operations a
-# second, of which a run reaches a share $u$, the model FLOPs utilization (MFU). From that follow the
-# hours of all devices together, and from the hours energy and price:
+# second, of which a run reaches a share $u$, the model FLOPs utilization (MFU). From that follow
+# the hours of all devices together, and from the hours energy and price:
 #
 # $$h = \frac{C}{3600\, P u}, \qquad
 # \text{energy} = h \cdot \text{power} \cdot \text{PUE}, \qquad
@@ -734,6 +736,8 @@ class Hardware:
         check_text(self.source, "source")
 
 
+# %% tags=["engine"]
+#| export
 #: Devices by name, as their makers describe them.
 HARDWARE = {
     "v100": Hardware(125e12, 32e9, 300, "NVIDIA V100 SXM2 data sheet (2020)"),
@@ -746,6 +750,8 @@ HARDWARE = {
 }
 
 
+# %% tags=["engine"]
+#| export
 @dataclass(frozen=True)
 class RunEstimate:
     """What a run takes. Hours are of all devices together, days of the calendar."""
@@ -883,7 +889,7 @@ for name, run in PUBLISHED.items():
 assert all(0.3 < ratio < 1.2 for ratio in ratios.values())
 
 # %% [markdown]
-# Llama 2 did a little better than we guessed. All others took longer, Llama 3 8B by more than twice,
+# Llama 2 did a little better than we guessed. All others took longer, Llama 3 8B twice as long,
 # and each for a reason of its own. GPT-3 ran on older devices, where a fifth of the peak was good.
 # The 8B model is the same story at the other end: a device so fast, on a model so small, waits for
 # memory and network, and its MFU cannot be guessed from one that is ten times as large.
@@ -1045,6 +1051,8 @@ _rows(
     tokens_per_parameter 20      1.7  214     hoffmann2022training brown2020gpt3 meta2024llamamodels
     """,
 )
+# %% tags=["engine"]
+#| export
 _rows(
     "sft",
     """
@@ -1116,6 +1124,8 @@ def hyperparameter_checklist(scale: str | int | float) -> dict[str, Setting]:
     return {setting.name: setting for setting in CHECKLISTS[_name_of(scale)]}
 
 
+# %% tags=["engine"]
+#| export
 def _name_of(scale: str | int | float) -> str:
     """Return the name of a list; that of the nearest size, for a number of parameters."""
     if isinstance(scale, str | bool):
@@ -1126,10 +1136,14 @@ def _name_of(scale: str | int | float) -> str:
     return min(SIZES, key=lambda name: abs(math.log(SIZES[name] / number)))
 
 
+# %% tags=["engine"]
+#| export
 def _shown(value: int | float) -> str:
     return f"{value:,.0f}" if 1000 <= value < math.inf else f"{value:.4g}"
 
 
+# %% tags=["engine"]
+#| export
 def checklist_table(scale: str | int | float) -> str:
     """Return a checklist as a table in Markdown, with citations in MyST's syntax."""
     lines = ["| setting | value | safe range | sources |", "|---|---|---|---|"]
@@ -1291,7 +1305,8 @@ assert abs(steps_and_rows(1, 320, 1000)[1] - 321_000) < 1, "small batches use ro
 # *Fifteen minutes.* Write `rate_for(name, shape, base_shape, rate)`: Adam's learning rate for one
 # parameter of a wider model under muP, from its name, its shape, and its shape in the base model,
 # where `rate` was tuned. All heads have the same width in both models. Names are those of
-# `model.named_parameters()`; heads are not tied.
+# `model.named_parameters()`; heads are not tied. The check compares with
+# {py:func}`~llmbook.scaling.mup_scales`.
 # ````
 
 

@@ -29,7 +29,7 @@ from .model import flops_per_token
 from .optimization import parameter_groups
 from .training import Objective, TrainingConfig, next_token_objective
 
-# %% ../chapters/17_scaling.ipynb #1a9b0044
+# %% ../chapters/17_scaling.ipynb #a37e3cb0
 class WidthScale(NamedTuple):
     """What is multiplied, for one parameter, as a model becomes wider than its base."""
 
@@ -42,9 +42,8 @@ def _check_widths(model: Any, base: Any) -> None:
         raise ValueError(f"model: expected a TransformerLM, got {type(model).__name__}")
     if not isinstance(base, ModelConfig):
         raise ValueError(f"base: expected a ModelConfig, got {base!r:.60}")
-    kept = ("n_layers", "n_experts", "qk_norm", "tie_embeddings", "norm_position", "activation")
-    kept += ("vocab_size", "positions", "norm", "bias", "qkv_bias", "d_shared")
-    for name in kept:
+    kept = "n_layers n_experts qk_norm tie_embeddings norm_position activation vocab_size positions"
+    for name in (*kept.split(), "norm", "bias", "qkv_bias", "d_shared"):
         wanted, got = getattr(model.config, name), getattr(base, name)
         if wanted != got and (name != "d_shared" or not (wanted and got)):
             raise ValueError(f"base: expected {name} = {wanted!r} as of the model, got {got!r}")
@@ -89,7 +88,7 @@ def mup_scales(model: TransformerLM, base: ModelConfig) -> dict[str, WidthScale]
         scales[name] = WidthScale(init, rate)
     return scales
 
-# %% ../chapters/17_scaling.ipynb #dbaa57ac
+# %% ../chapters/17_scaling.ipynb #db9b6185
 @torch.no_grad()
 def initialize_mup(model: TransformerLM, base: ModelConfig) -> None:
     """Draw all weights anew, as ``initialize_weights`` does, and scale them for muP."""
@@ -98,7 +97,7 @@ def initialize_mup(model: TransformerLM, base: ModelConfig) -> None:
     for name, parameter in model.named_parameters():
         parameter.mul_(scales[name].init)
 
-
+# %% ../chapters/17_scaling.ipynb #9fd5d556
 def mup_groups(
     model: TransformerLM,
     base: ModelConfig,
@@ -209,7 +208,7 @@ def gradient_noise(
     squares = sum(small) / len(small) / unit, sum(big) / len(big) / (unit * group**2)
     return noise_scale(*squares, n_rows, n_rows * group)
 
-# %% ../chapters/17_scaling.ipynb #f0b91de3
+# %% ../chapters/17_scaling.ipynb #ffd39769
 @dataclass(frozen=True)
 class Hardware:
     """A device to train on."""
@@ -223,7 +222,7 @@ class Hardware:
         _check_positive(peak_flops=self.peak_flops, memory=self.memory, power=self.power)
         check_text(self.source, "source")
 
-
+# %% ../chapters/17_scaling.ipynb #ecb1b34d
 #: Devices by name, as their makers describe them.
 HARDWARE = {
     "v100": Hardware(125e12, 32e9, 300, "NVIDIA V100 SXM2 data sheet (2020)"),
@@ -235,7 +234,7 @@ HARDWARE = {
     "rtx4090": Hardware(165e12, 24e9, 450, "NVIDIA Ada architecture whitepaper (2023)"),
 }
 
-
+# %% ../chapters/17_scaling.ipynb #4760bca6
 @dataclass(frozen=True)
 class RunEstimate:
     """What a run takes. Hours are of all devices together, days of the calendar."""
@@ -440,7 +439,7 @@ _rows(
     """,
 )
 
-# %% ../chapters/17_scaling.ipynb #f8edbe9e
+# %% ../chapters/17_scaling.ipynb #484caed0
 _rows(
     "7B",
     """
@@ -459,6 +458,8 @@ _rows(
     tokens_per_parameter 20      1.7  214     hoffmann2022training brown2020gpt3 meta2024llamamodels
     """,
 )
+
+# %% ../chapters/17_scaling.ipynb #511b4a3b
 _rows(
     "sft",
     """
@@ -512,7 +513,7 @@ _rows(
     """,
 )
 
-# %% ../chapters/17_scaling.ipynb #243ac31b
+# %% ../chapters/17_scaling.ipynb #1690d5d9
 def hyperparameter_checklist(scale: str | int | float) -> dict[str, Setting]:
     """Return the settings for a ``scale`` by name: the value, its safe range, and their sources.
 
@@ -526,7 +527,7 @@ def hyperparameter_checklist(scale: str | int | float) -> dict[str, Setting]:
     """
     return {setting.name: setting for setting in CHECKLISTS[_name_of(scale)]}
 
-
+# %% ../chapters/17_scaling.ipynb #096a475b
 def _name_of(scale: str | int | float) -> str:
     """Return the name of a list; that of the nearest size, for a number of parameters."""
     if isinstance(scale, str | bool):
@@ -536,11 +537,11 @@ def _name_of(scale: str | int | float) -> str:
     number = float(scale)
     return min(SIZES, key=lambda name: abs(math.log(SIZES[name] / number)))
 
-
+# %% ../chapters/17_scaling.ipynb #b1aa9e1c
 def _shown(value: int | float) -> str:
     return f"{value:,.0f}" if 1000 <= value < math.inf else f"{value:.4g}"
 
-
+# %% ../chapters/17_scaling.ipynb #522997f3
 def checklist_table(scale: str | int | float) -> str:
     """Return a checklist as a table in Markdown, with citations in MyST's syntax."""
     lines = ["| setting | value | safe range | sources |", "|---|---|---|---|"]
