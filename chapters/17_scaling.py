@@ -1086,6 +1086,8 @@ _rows(
     warmup_share  0.1  0.1  0.1  lambert2024tulu3
     """,
 )
+# %% tags=["engine"]
+#| export
 _rows(
     "ppo",
     """

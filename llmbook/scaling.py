@@ -471,7 +471,7 @@ _rows(
     """,
 )
 
-# %% ../chapters/17_scaling.ipynb #367ca194
+# %% ../chapters/17_scaling.ipynb #53325e8a
 _rows(
     "lora",
     """
@@ -492,6 +492,8 @@ _rows(
     warmup_share  0.1  0.1  0.1  lambert2024tulu3
     """,
 )
+
+# %% ../chapters/17_scaling.ipynb #744241ee
 _rows(
     "ppo",
     """
