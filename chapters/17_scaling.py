@@ -1,20 +1,17 @@
 # %% [markdown]
 # # Scaling laws
 #
-# > Choose a run before paying for it: fit the loss to the size of a model and its data, and find
-# > the best use of a budget.
+# > Choose a run before you pay for it: how the loss falls with size, data and compute, which
+# > settings survive a change of size, and what a run costs.
 #
-# A small budget of computation can train a model in many ways. A large model needs more operations
-# for each {term}`token`, so it sees fewer tokens; a small one sees more. Here are three runs that
-# we really made. They all did the same number of operations, on the same kind of stories, and each
-# of them used the learning rate that was best for it. Which one would you pay for?
+# (The opening belongs to the first half of the chapter.)
 #
 # | | |
 # |---|---|
 # | **Part** | III. Pretraining |
-# | **You build** | {py:func}`~llmbook.scaling.fit_scaling_law`, {py:func}`~llmbook.scaling.compute_optimal` |
-# | **You need** | training ({doc}`13_training`), operations per token ({doc}`11_model`), intervals ({doc}`16_evaluation`), partial derivatives |
-# | **It takes** | 60 minutes for the main line, 2 hours for everything, 60 seconds to run |
+# | **You build** | {py:func}`~llmbook.scaling.mup_scales`, {py:func}`~llmbook.scaling.initialize_mup`, {py:func}`~llmbook.scaling.mup_groups`, {py:func}`~llmbook.scaling.noise_scale`, {py:func}`~llmbook.scaling.gradient_noise`, {py:func}`~llmbook.scaling.estimate_run`, {py:func}`~llmbook.scaling.info`, {py:func}`~llmbook.scaling.hyperparameter_checklist`, {py:func}`~llmbook.scaling.check_config` |
+# | **You need** | training ({doc}`13_training`), intervals ({doc}`16_evaluation`) |
+# | **It takes** | 30 minutes for the main line, 1.5 hours for everything, 45 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp scaling
@@ -22,1252 +19,1348 @@
 # %% tags=["engine"]
 #| export
 # The imports of the module
-import csv
 import math
-import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
-from itertools import product
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
 
-import numpy as np
-from jaxtyping import Float
+import torch
+from torch import nn
 
 # %% [markdown]
-# ## Three runs at one price
+# ## Transfer over width
 #
-# All runs of this chapter were made by one function, which the next section calls.
+# A large run is paid for once, so nobody tunes it. The learning rate comes from a smaller model.
+# How bad can that be?
 
 # %% tags=["engine"]
 #| export
 # What it takes from earlier chapters
-from llmbook.batches import BatchSampler, PackedDocuments, TokenShards, pack_documents, write_shards
-from llmbook.environment import check_at_least, check_fraction, check_path, seed_everything
-from llmbook.evaluation import Interval, Numbers, as_numbers
-from llmbook.model import ModelConfig, TransformerLM, count_parameters
-from llmbook.tinyworld import TinyWorld
-from llmbook.tokenizer import BPETokenizer, train_bpe
-from llmbook.training import Trainer, TrainingConfig, documents_score
+from llmbook.batches import Batch
+from llmbook.blocks import initialize_weights, lookup_tables
+from llmbook.environment import check_at_least, check_choice, check_text, check_whole
+from llmbook.model import ModelConfig, TransformerLM, cache_bytes, count_parameters
+from llmbook.model import flops_per_token
+from llmbook.optimization import parameter_groups
+from llmbook.training import Objective, TrainingConfig, next_token_objective
 
 # %% [markdown]
-# Each run is a row of a table, a {py:class}`~llmbook.scaling.Run`.
+# {numref}`fig-scaling-transfer` shows 48 small models that differ in their width and their rate
+# only. All have two layers and trained for 150 steps of AdamW on the stories of the tiny world
+# ({doc}`01_tinyworld`). The command `python benchmarks/transfer.py` trains them, each with two
+# seeds, and keeps their losses in `benchmarks/results/transfer.csv`.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: the table of runs
-
-# %% [markdown] tags=["engine"]
-# The table is a CSV file with one row for each run.
-
+# ### Engine room: the file of the sweep, and how its curves are drawn
 
 # %% tags=["engine"]
-#| export
-class Run(NamedTuple):
-    """A trained model: what decided the run, its sizes, and its loss in nats per story."""
+import csv
+from pathlib import Path
 
-    d_model: int
-    n_steps: int
-    learning_rate: float
-    seed: int
-    parameters: int
-    embedding: int  # of these parameters, those of the table of tokens
-    tokens: int  # that it was trained on
-    loss: float  # on new stories
-
-    @property
-    def flops(self) -> float:
-        """Operations of training by the rule of thumb 6 N D."""
-        return 6.0 * self.parameters * self.tokens
-
-
-def read_runs(path: str | Path) -> list[Run]:
-    """Return the runs of a CSV file whose columns are the fields of ``Run``."""
-    path, kinds = check_path(path), (int, int, float, int, int, int, int, float)
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
-        if tuple(header := next(reader, [])) != Run._fields:
-            expected = f"columns {', '.join(Run._fields)}"
-            raise ValueError(f"path: expected {expected}, got {', '.join(header) or 'none'}")
-        rows = [[kind(text) for kind, text in zip(kinds, row, strict=True)] for row in reader]
-    return [Run(*row) for row in rows]
-
-
-# %% [markdown]
-# ### Place your bet
-#
-# Before you read on, choose A, B, or C:
-
-# %%
 import matplotlib.pyplot as plt
-import torch
 
 import llmbook
+from llmbook.environment import seed_everything
+from llmbook.evaluation import mean_interval
+from llmbook.optimization import AdamW, clip_gradients, wsd_schedule
+from llmbook.tinyworld import TinyWorld
+from llmbook.tokenizer import train_bpe
 
 plt.style.use("llmbook.book")
 torch.set_num_threads(1)
-table = Path(llmbook.__file__).parents[1] / "benchmarks" / "results" / "scaling.csv"
-runs = [run for run in read_runs(table) if run.seed == 0]
-bets = {}
-for name, (d_model, n_steps) in {"A": (8, 1600), "B": (24, 408), "C": (48, 149)}.items():
-    same = [run for run in runs if run[:2] == (d_model, n_steps)]
-    bets[name] = min(same, key=lambda run: run.loss)
-    print(f"{name}: {bets[name].parameters:7,} parameters, {bets[name].tokens:7,} tokens")
+
+# %% tags=["engine"]
+# The rows of the file, their means over the seeds, and a panel for each method
+kept = Path(llmbook.__file__).parents[1] / "benchmarks/results/transfer.csv"
+with kept.open(encoding="utf-8") as file:
+    sweep = list(csv.DictReader(file))
+
+
+def mean_losses(method: str, width: int) -> dict[int, float]:
+    """The mean loss over the seeds, by the exponent of the rate."""
+    rows = [r for r in sweep if r["method"] == method and int(r["width"]) == width]
+    rates = sorted({int(r["log2_rate"]) for r in rows})
+    same = {rate: [float(r["loss"]) for r in rows if int(r["log2_rate"]) == rate] for rate in rates}
+    return {rate: sum(losses) / len(losses) for rate, losses in same.items()}
+
+
+def minimum(method: str, width: int) -> tuple[float, float]:
+    """The exponent of the best rate, by a parabola through three points, and the least loss."""
+    losses = mean_losses(method, width)
+    best = min(losses, key=losses.__getitem__)
+    left, middle, right = (losses[best + shift] for shift in (-1, 0, 1))
+    return best + (left - right) / (left - 2 * middle + right) / 2, middle
+
+
+# %% tags=["engine"]
+def draw_curves(titles: Mapping[str, str], widths: Sequence[int]) -> None:
+    """Loss over rate, a curve for each width with its minimum marked, a panel for each method."""
+    _, axes = plt.subplots(1, len(titles), figsize=(7.5, 3.1), sharey=True)
+    for axis, (method, title) in zip(axes, titles.items(), strict=True):
+        for number, width in enumerate(widths):
+            losses = mean_losses(method, width)
+            best = min(losses, key=losses.__getitem__)
+            axis.plot(losses.keys(), losses.values(), color=f"C{number}", label=f"width {width}")
+            axis.plot(best, losses[best], "o", color=f"C{number}")
+        axis.set(title=title, xlabel="base-2 logarithm of the learning rate", ylim=(0.55, 2.1))
+    axes[0].set_ylabel("held-out loss (nats per token)")
+    axes[0].legend()
+    plt.show()
+
 
 # %% [markdown]
-# The number of operations is about $C = 6ND$, where $N$ is the number of parameters and $D$ the
-# number of tokens: chapter 11 counted two operations for each parameter and token in the forward
-# pass, and twice as many in the backward pass. All three runs have $C \approx$ 30 GFLOP, and these
-# are their losses on stories that they had not seen:
+# ### Two panels
+
+# %% mystnb={"figure": {"caption": "Loss over the learning rate for four widths, the minima marked. Left, with one rate for all parameters, the best rate falls as the width grows. Right, with the scales derived below, it stays.", "name": "fig-scaling-transfer"}, "image": {"alt": "Two panels with four U-shaped curves each. Left, the minima move from an exponent of minus 5 at width 32 to minus 8 at width 256. Right, all four minima are at minus 5, one above the other."}}
+titles = {"standard": "standard", "mup": "maximal-update parametrization"}
+draw_curves(titles, (32, 64, 128, 256))
+
+# %% [markdown]
+# On the left, the rate that is best for width 32 makes the model of width 256 *worse than that of
+# width 32*: it costs thirty times as much to train and ends at twice the loss. With every
+# doubling of the width, the best rate has to be more than halved. On the right, one rate is best
+# for all widths. What is different there is not the model but a handful of constants, and they
+# can be derived.
+#
+# ### The scales
+#
+# Let a matrix $W$ with $n$ columns ({term}`fan-in`) act on a vector $x$ whose entries are of size
+# 1. How large should the entries of $W$ be at the start, and how large may a step be?
+#
+# **Initialization.** Entry $i$ of $Wx$ is $\sum_j W_{ij} x_j$, a sum of $n$ independent terms.
+# Signs are random, so variances add up: entries of standard deviation $\sigma$ give a sum of size
+# $\sigma \sqrt n$. For this to be 1 at any width, $\sigma = 1/\sqrt n$. That is what
+# {doc}`10_blocks` draws, and it is the same in both panels.
+#
+# **The step.** Adam's step is close to the sign of the gradient, so each entry moves by about the
+# rate $\eta$ ({doc}`12_optimization`). The gradient of one token is the outer product $\delta\,
+# x^\top$ of what comes back and what came in, so the entries of the step have the signs of
+# $\delta_i x_j$. Multiplied by an $x$ of the same kind, the sum is
+#
+# $$(\Delta W\, x)_i \approx -\eta \sum_{j=1}^{n} \operatorname{sign}(\delta_i)\, |x_j|
+# \;=\; -\eta\, n \cdot O(1).$$
+#
+# Now the terms are *aligned*: they have the same sign, and it is sizes that add up, not variances.
+# The step changes the output by $\eta\, n$, not by $\eta \sqrt n$. For the change to be of the same
+# size at any width, $\eta \propto 1/n$. This is the shift on the left of
+# {numref}`fig-scaling-transfer`.
+#
+# **Tables and gains.** Looking up a row of the embedding is a product with a one-hot vector, a sum
+# with one term. Nothing grows with the width, and the rate stays as it is. The same holds for gains
+# and biases, which multiply or add entry by entry. So no single rate is right for tables *and*
+# matrices: as the model grows, a rate that suits the matrices leaves the table untrained.
+#
+# **The head** is a matrix with $n$ columns too, so its rate falls with $1/n$. But its output is the
+# end: logits are compared with each other, and nothing behind them corrects their size. After
+# training has begun, head and hidden vector are aligned, and an entry of size $1/\sqrt n$ would
+# give logits of size $\sqrt n$. Hence $\sigma \propto 1/n$: at the start the logits of wide models
+# are small, and what training adds is of size 1.
+#
+# **Attention.** A score $q^\top k / \sqrt{d}$ has size 1 if $q$ and $k$ are independent, as they
+# are at the start ({doc}`09_attention`). Training aligns them: then the sum is of size $d$, and the
+# factor has to be $1/d$ if heads become wider. (If there are *more* heads of the same width,
+# nothing changes.)
+#
+# Together this is the **maximal-update parametrization**, or muP: every matrix learns as fast as it
+# can without blowing up, at every width {cite}`yang2022tensor`. With $m$ the width divided by that
+# of a base model, whose rate was tuned, and $m_h$ the same for the width of a head:
+#
+# | parameter | initialization relative to {doc}`10_blocks` | Adam's rate |
+# |---|---|---|
+# | tables, gains, biases | 1 | $\eta$ |
+# | matrices in blocks | 1 | $\eta / m$ |
+# | query projection | $1/\sqrt{m_h}$ | $\eta / (m \sqrt{m_h})$ |
+# | head | $1/\sqrt m$ | $\eta / m$ |
+#
+# The third row is the factor of attention in disguise. Adam does not see the size of a gradient, so
+# a matrix that is multiplied by a constant $c$ after each step is the same as one that starts $c$
+# times as large and has $c$ times the rate. We change the numbers and leave the code of attention
+# alone. The smallest form of it needs a dozen lines:
+
 
 # %%
-world = TinyWorld(n_characters=104, facts_per_story=1, n_phrasings=1, zipf_exponent=1.0)
-for name, run in bets.items():
-    print(f"{name}: {run.flops / 1e9:.1f} GFLOP, loss {run.loss:.1f} nats per story")
-print(f"the best possible loss: {world.entropy():.1f} nats per story")
-assert bets["B"].loss < min(bets["A"].loss, bets["C"].loss) - 3
+def width_scales(model: TransformerLM, base: ModelConfig) -> dict[str, tuple[float, float]]:
+    m, scales = model.config.d_model / base.d_model, {}
+    m_head = model.config.d_head / base.d_head
+    for name, parameter in model.named_parameters():
+        init, rate = 1.0, 1.0
+        if parameter.ndim == 2 and name != "embedding.weight":
+            rate = 1 / m
+        if name == "lm_head.weight":
+            init = 1 / math.sqrt(m)
+        if "q_proj" in name:
+            init, rate = 1 / math.sqrt(m_head), rate / math.sqrt(m_head)
+        scales[name] = (init, rate)
+    return scales
+
 
 # %% [markdown]
-# The run in the middle wins by a wide margin. A was too small to use all its stories, and C was
-# stopped before it had learned what it could have learned. Both lost money in a way that a formula
-# can predict. This is the formula, with $L$ for the loss:
-#
-# $$
-# L(N, D) = E + \frac{A}{N^\alpha} + \frac{B}{D^\beta}
-# $$ (scaling-law)
-#
-# It is a **{term}`scaling law`** in the form of {cite:t}`hoffmann2022training`. The constant $E$ is
-# what remains for an infinitely large model with infinite data. The second term is the price of
-# being finite in size, the third the price of having seen a finite number of tokens. Both fall as a
-# power of their argument, so each doubling of $N$ divides the second term by the same number,
-# $2^\alpha$. If we knew the five numbers $E, A, B, \alpha, \beta$, we could predict the loss of a
-# run before we pay for it, and choose $N$ and $D$. The way to know them is to train many small
-# models and to fit the law to their losses. This chapter does that, and asks after each step how
-# far the answer can be trusted. One thing is known here that nobody knows for real text: the true
-# $E$, because no model can be better than the entropy of our world.
-#
-# ## Loss against size, data, and compute
-#
-# The stories come from a world with 104 characters, in which some characters appear much more often
-# than others: the one of rank $r$ in proportion to $1/r$ (Zipf's law, chapter 02). This matters. If
-# all characters were equally frequent, a model would learn all of them at about the same time, and
-# the loss would stay on a plateau and then drop. With Zipf's law there is always a rarer character
-# to learn, as there is always a rarer fact in real text {cite}`hutter2021learning`.
-#
-# A run trains a model of two layers and width `d_model`, on fresh stories only: no story is seen
-# twice, so $D$ is a number of different tokens. Its learning rate falls linearly to zero at the
-# last step. That is why each $D$ needs a run of its own: the loss in the middle of a longer run is
-# worse, because its learning rate has not fallen yet {cite}`hoffmann2022training`. The function
-# `train_run` in the engine room below does all this. Here are six runs, trained as you read:
+# The exported {py:func}`~llmbook.scaling.mup_scales` also handles what a table with four rows
+# leaves out: fan-ins that grow differently, tied heads, experts, and the norms of queries
+# and keys. Two functions apply it, {py:func}`~llmbook.scaling.initialize_mup` to the weights and
+# {py:func}`~llmbook.scaling.mup_groups` to the groups of an optimizer.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: one run, and its loss above the floor
+# ### Engine room: any model of ours, tied or with experts, and weight decay that stays the same
 
 # %% [markdown] tags=["engine"]
-# The loss is measured on 1,000 stories. They are a sample, and their true mean surprise is not
-# exactly the entropy. So what we record is the entropy plus the mean *difference* between the
-# model's surprise and the true one, story by story. The luck of the sample is in both, and cancels.
+# A tied head cannot have an initialization of its own. But the last norm has a gain in front of the
+# head, and dividing the gain by $m$ divides the logits. Where queries are normalized, their
+# projection has no say about their size, and the gain of that norm takes its place. A router has as
+# many outputs as there are experts, whatever the width: it is a head.
+#
+# AdamW multiplies the weights by $1 - \eta\lambda$ at each step. If $\eta$ is divided by $m$, decay
+# slows down with it, and with the decay changes the size at which weights settle. So
+# {py:func}`~llmbook.scaling.mup_groups` multiplies $\lambda$ by $m$: what stays the same over the
+# widths is the product. {cite:t}`wortsman2024proxies` call this independent weight decay, and find
+# that the best rate depends less on the size with it.
+#
+# **Depth** adds a factor of its own. $L$ layers write to the {term}`residual stream` $2L$ times,
+# and {doc}`10_blocks` divides what is written by $\sqrt{2L}$ at the start. But the steps of all
+# layers are aligned, like the terms of a product, and add up with $L$ instead of $\sqrt L$.
+# Dividing the branches by $L$ keeps the best rate over depth {cite}`dey2025completep`. We have
+# measured the width only.
 
 
 # %% tags=["engine"]
 #| export
-class Corpus(NamedTuple):
-    """Stories of a world, ready for training, and others with what they truly cost."""
+class WidthScale(NamedTuple):
+    """What is multiplied, for one parameter, as a model becomes wider than its base."""
 
-    world: TinyWorld
-    tokenizer: BPETokenizer
-    rows: PackedDocuments
-    held_out: list[str]
-    surprise: float  # the true mean surprise of a text of ``held_out``, in nats
+    init: float  # the weights that initialize_weights draws
+    rate: float  # the learning rate of Adam
 
 
-@cache
-def scaling_corpus(n_stories: int = 25_600) -> Corpus:
-    """Return the corpus of this chapter's runs: characters drawn by Zipf's law, one fact a story.
+def _check_widths(model: Any, base: Any) -> None:
+    if not isinstance(model, TransformerLM):
+        raise ValueError(f"model: expected a TransformerLM, got {type(model).__name__}")
+    if not isinstance(base, ModelConfig):
+        raise ValueError(f"base: expected a ModelConfig, got {base!r:.60}")
+    kept = "n_layers n_experts qk_norm tie_embeddings norm_position activation vocab_size positions"
+    for name in (*kept.split(), "norm", "bias", "qkv_bias", "d_shared"):
+        wanted, got = getattr(model.config, name), getattr(base, name)
+        if wanted != got and (name != "d_shared" or not (wanted and got)):
+            raise ValueError(f"base: expected {name} = {wanted!r} as of the model, got {got!r}")
+    if base.tie_embeddings and base.norm_position != "pre":
+        raise ValueError("model: expected a norm before its tied head, got norm_position 'post'")
 
-    One row for each story. A run takes 8 stories a step, so this is enough for 3,200 steps.
+
+# %% tags=["engine"]
+#| export
+def mup_scales(model: TransformerLM, base: ModelConfig) -> dict[str, WidthScale]:
+    """Return the scales of each parameter under the maximal-update parametrization, by its name.
+
+    ``base`` is the configuration for which the rate was tuned; it differs from the model's in its
+    widths only, else a ``ValueError`` says in what. Scales of ``init`` are relative to
+    ``initialize_weights``; all are 1 where the widths are equal. Attention by 1 / d_head is a scale
+    of what makes the queries, and a tied head one of the last norm, which comes to the same for
+    Adam. Source: Yang et al. (2022), table 8; their lemma J.1 for the equivalence.
+
+    >>> sizes = {"vocab_size": 64, "context_length": 8, "n_layers": 1, "n_heads": 2}
+    >>> model = TransformerLM(ModelConfig(d_model=64, **sizes))
+    >>> mup_scales(model, ModelConfig(d_model=16, **sizes))["lm_head.weight"]
+    WidthScale(init=0.5, rate=0.25)
     """
-    check_at_least(n_stories=(8, n_stories))
-    world = TinyWorld(n_characters=104, facts_per_story=1, n_phrasings=1, zipf_exponent=1.0)
-    stories = [story.text for story in world.stories(n_stories, 0)]
-    tokenizer = train_bpe(stories[:2000], 1024)
-    with tempfile.TemporaryDirectory() as folder:
-        write_shards(stories, Path(folder) / "shards", tokenizer)
-        shards = TokenShards(Path(folder) / "shards", tokenizer)
-        rows = pack_documents(shards, 64, "one_per_row")
-    held_out = list(world.stories(1000, 1))
-    surprise = -sum(story.log_prob for story in held_out) / len(held_out)
-    return Corpus(world, tokenizer, rows, [story.text for story in held_out], surprise)
+    _check_widths(model, base)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in TransformerLM(base).named_parameters()}
+    config, tables = model.config, lookup_tables(model)
+    width, tied = base.d_model / config.d_model, config.tie_embeddings
+    heads = math.sqrt(base.d_head / config.d_head)
+    scales = {}
+    for name, parameter in model.named_parameters():
+        init = rate = 1.0
+        parts = name.split(".")
+        if parameter.ndim >= 2 and id(parameter) not in tables:
+            rate = shapes[name][-1] / parameter.shape[-1]  # of fan-ins
+        if name == "lm_head.weight" or "router" in parts:
+            init = math.sqrt(rate)
+        if ("q_norm" if config.qk_norm else "q_proj") in parts:
+            init, rate = init * heads, rate * heads
+        if tied and (id(parameter) in tables or {"o_proj", "down_proj"} & set(parts)):
+            init /= math.sqrt(width)  # drawn with 1 / sqrt(d_model), or times it
+        if tied and parts[0] == "norm":
+            init = rate = width
+        scales[name] = WidthScale(init, rate)
+    return scales
 
 
 # %% tags=["engine"]
 #| export
-def run_config(d_model: int) -> ModelConfig:
-    """Return the model of a run: two layers, two heads, the table of tokens tied to the head."""
-    size = scaling_corpus().tokenizer.vocab_size
-    shape: dict[str, Any] = {"n_layers": 2, "n_heads": 2, "tie_embeddings": True}
-    return ModelConfig(vocab_size=size, context_length=64, d_model=d_model, **shape)
+@torch.no_grad()
+def initialize_mup(model: TransformerLM, base: ModelConfig) -> None:
+    """Draw all weights anew, as ``initialize_weights`` does, and scale them for muP."""
+    scales = mup_scales(model, base)
+    initialize_weights(model, model.config.n_layers)
+    for name, parameter in model.named_parameters():
+        parameter.mul_(scales[name].init)
 
 
 # %% tags=["engine"]
 #| export
-def train_run(d_model: int, n_steps: int, learning_rate: float, seed: int = 0) -> Run:
-    """Train a model of this width on ``8 * n_steps`` new stories, and measure its loss.
+def mup_groups(
+    model: TransformerLM,
+    base: ModelConfig,
+    learning_rate: int | float,
+    weight_decay: int | float = 0.1,
+) -> list[dict[str, Any]]:
+    """Return the groups of an AdamW for ``model``, with the ``learning_rate`` tuned on ``base``.
 
-    AdamW; the rate rises for a tenth of the steps, then falls linearly to zero. A ``ValueError``
-    where the stories do not suffice.
+    What decays is what ``parameter_groups`` says, and each step shrinks it by ``learning_rate *
+    weight_decay`` at any width. Source: Yang et al. (2022), table 8; for the decay, Wortsman et
+    al. (2024).
     """
-    corpus = scaling_corpus()
-    check_at_least(n_steps=(1, n_steps), d_model=(4, d_model))
-    if 8 * n_steps > len(corpus.rows):
-        most = len(corpus.rows) // 8
-        raise ValueError(f"n_steps: expected at most {most}, got {n_steps}: no story twice")
-    config = run_config(d_model)
-    settings = TrainingConfig(
-        n_steps=n_steps,
-        batch_size=8,
-        learning_rate=learning_rate,
-        weight_decay=0.0,
-        schedule="linear",
-        warmup=n_steps // 10,
-        final=0.0,
-        log_every=n_steps,
-    )
-    seed_everything(seed)
-    model = TransformerLM(config)
-    log = Trainer(model, BatchSampler(corpus.rows, batch_size=8, seed=seed), settings).train()
-    bits, _ = documents_score(model, corpus.tokenizer, corpus.held_out)
-    excess = bits * math.log(2) / len(corpus.held_out) - corpus.surprise
-    size = count_parameters(config)
-    embedding = size - count_parameters(config, embeddings=False)
-    tokens = int(log.column("targets")[1][-1])
-    loss = round(corpus.world.entropy() + excess, 4)
-    return Run(d_model, n_steps, learning_rate, seed, size, embedding, tokens, loss)
-
-
-# %% tags=["engine"]
-#| export
-def best_runs(runs: Sequence[Run]) -> list[Run]:
-    """Return, for each width and number of steps, the run at its best learning rate.
-
-    Where the best rate was run with several seeds, its first seed stands for them, with their mean
-    loss. Rates are compared by their first seed, which all of them have.
-    """
-    if not runs:
-        raise ValueError("runs: expected at least one, got none")
-    groups: dict[tuple[int, int], list[Run]] = defaultdict(list)
-    for run in runs:
-        groups[run.d_model, run.n_steps].append(run)
-    found = []
-    for group in groups.values():
-        first = min(run.seed for run in group)
-        best = min((run for run in group if run.seed == first), key=lambda run: run.loss)
-        losses = [run.loss for run in group if run.learning_rate == best.learning_rate]
-        found.append(best._replace(loss=sum(losses) / len(losses)))
-    return sorted(found)
-
-
-# %% [markdown]
-# ### A live grid and a larger one
-#
-# Six runs of 100 and 200 steps, each at the rate that the larger grid found to be the best:
-
-# %%
-best = {run[:2]: run for run in best_runs(runs)}
-print("d_model  parameters   32,000 tokens   65,000 tokens")
-for d_model in (8, 16, 32):
-    live = []
-    for n_steps in (100, 200):
-        known = best[d_model, n_steps]
-        live.append(train_run(d_model, n_steps, known.learning_rate))
-        assert abs(live[-1].loss / known.loss - 1) < 0.1, "the committed table says otherwise"
-    print(f"{d_model:7} {live[0].parameters:11,} {live[0].loss:15.0f} {live[1].loss:15.0f}")
-
-# %% [markdown]
-# The losses are in nats per story. They fall along each row and along each column, and the cell has
-# compared them with the rows of a larger table, `benchmarks/results/scaling.csv`, which `python
-# benchmarks/scaling.py` made by calls of the same function: five widths, four amounts of data, a
-# larger run that we put aside until the fit is done, and a few runs between them whose number of
-# operations is equal.
-#
-# Each run of the table was repeated with half and with twice its learning rate until both were
-# worse. This is most of the work, and it cannot be skipped: the best rate depends on the size and
-# on the length of the run.
-
-# %%
-print("best learning rate      by number of steps")
-print("parameters     " + "".join(f"{steps:7}" for steps in (100, 200, 400, 800)))
-for d_model in (8, 12, 16, 24, 32):
-    row = [best[d_model, steps] for steps in (100, 200, 400, 800)]
-    print(f"{row[0].parameters:10,}     " + "".join(f"{run.learning_rate:7.2f}" for run in row))
-
-# %% [markdown]
-# On the whole, large models want smaller rates, and so do long runs of small ones. Someone who
-# fixes one rate for all runs tunes one corner of the table and handicaps the others. Only runs at
-# their best rate enter our fits; we will see what happens otherwise. {numref}`fig-scaling-grid`
-# shows them.
-
-# %% mystnb={"figure": {"caption": "Our grid. Left, the loss above the entropy of the world over the number of tokens, one line for each size. Right, the same runs over their operations, with the best of them.", "name": "fig-scaling-grid"}, "image": {"alt": "Two panels with doubly logarithmic axes. Left, five lines fall with the number of tokens. Right, the same five lines are shifted by their size; the smaller models lead at few operations and the larger ones at many."}}
-grid = [best[d, steps] for d in (8, 12, 16, 24, 32) for steps in (100, 200, 400, 800)]
-figure, axes = plt.subplots(1, 2, sharey=True)
-for d_model in (8, 12, 16, 24, 32):
-    line = [run for run in grid if run.d_model == d_model]
-    above = [run.loss - world.entropy() for run in line]
-    label = f"{line[0].parameters / 1000:.0f}k"
-    axes[0].loglog([run.tokens for run in line], above, "o-", label=label)
-    axes[1].loglog([run.flops / 1e9 for run in line], above, "o-")
-axes[0].set_xticks([32e3, 65e3, 130e3, 260e3], ["32k", "65k", "130k", "260k"], minor=False)
-axes[0].set_yticks([5, 10, 20, 40], ["5", "10", "20", "40"])
-axes[0].minorticks_off()
-axes[0].set(xlabel="tokens", ylabel="loss above the entropy (nats)", title="Over data")
-axes[1].set(xlabel="operations (10$^9$)", title="Over compute")
-axes[0].legend(title="parameters", fontsize=7)
-plt.show()
-
-# %% [markdown]
-# On doubly logarithmic axes a power of $D$ is a straight line. The lines of the larger models are
-# nearly straight at first; those of the small models bend to the right, toward a floor of their
-# own, $A/N^\alpha$. On the right we see why the bet was hard. For each budget a different size is
-# the best, and the lines cross.
-#
-# ## Fitting the law
-#
-# Take logarithms of both sides of {eq}`scaling-law`, so that an error of one percent counts the
-# same for small and for large losses, and write $A = e^a$, $B = e^b$, $E = e^e$, so that the three
-# stay positive. The residual of run $i$ is
-#
-# $$
-# \begin{aligned}
-# r_i = \log\bigl(& e^{a - \alpha \log N_i} + e^{b - \beta \log D_i} + e^{e} \bigr) \\
-# & - \log L_i .
-# \end{aligned}
-# $$ (scaling-residual)
-#
-# Least squares would give a run that went wrong a weight that grows with the square of its error.
-# Hoffmann and others use the **Huber loss**, which is a square near zero and goes on as a straight
-# line:
-#
-# $$
-# h_\delta(r) = \begin{cases} \frac12 r^2 & |r| \le \delta \\
-# \delta \left( |r| - \frac12 \delta \right) & \text{otherwise} \end{cases}
-# $$ (huber)
-#
-# With their $\delta = 10^{-3}$, errors of more than a tenth of a percent count by their size, so
-# the fit is close to one of least absolute errors. The sum over all runs has several minima, and a
-# search that starts at one point may end in a poor one. The remedy is to start from many points and
-# to keep the best end. In code, with an optimizer from a library:
-
-
-# %%
-from scipy.optimize import minimize
-
-
-def objective(x, log_n, log_d, log_l, delta=1e-3):
-    a, b, e, alpha, beta = x
-    terms = [a - alpha * log_n, b - beta * log_d, e + 0 * log_n]
-    r = np.abs(np.logaddexp.reduce(terms) - log_l)
-    return np.where(r <= delta, r * r / 2, delta * (r - delta / 2)).sum()
-
-
-N, D, L = (np.array([getattr(run, f) for run in grid]) for f in ("parameters", "tokens", "loss"))
-logs = np.log(N), np.log(D), np.log(L)
-ends = [
-    minimize(objective, (*start, alpha, alpha), logs, "L-BFGS-B")
-    for start in ((5, 5, 2), (10, 10, 2), (10, 15, 1))
-    for alpha in (0.3, 0.7, 1.2)
-]
-close = sum(end.fun < 1.05 * min(e.fun for e in ends) for end in ends)
-print(f"of {len(ends)} starts, {close} end within 5 % of the best")
-
-# %% [markdown]
-# Our own {py:func}`~llmbook.scaling.fit_scaling_law` starts from a hundred points at once, needs no
-# library but NumPy, and draws the runs anew from themselves (the bootstrap of chapter 16) to say
-# how certain the five numbers are:
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: a hundred starts at once, and runs that cannot tell the terms apart
-
-# %% [markdown] tags=["engine"]
-# A law is five numbers, with a few questions that one asks of it. `tokens_for` turns the law
-# around: with how much data does a model of this size reach this loss? For a loss below $E +
-# A/N^\alpha$ the answer is: never.
+    _check_positive(learning_rate=learning_rate)
+    scales = mup_scales(model, base)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for group in parameter_groups(model, weight_decay):
+        for parameter in group["params"]:
+            key = scales[names[id(parameter)]].rate, group["weight_decay"]
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": some, "lr": learning_rate * rate, "weight_decay": decay / rate}
+        for (rate, decay), some in groups.items()
+    ]
 
 
 # %% tags=["engine"]
 #| export
 def _check_positive(**values: Any) -> None:
-    """Demand finite numbers above zero, by name."""
+    """Demand finite numbers above 0."""
     for name, value in values.items():
-        known = () if isinstance(value, bool) else (int, float, np.number)
-        if not isinstance(value, known) or not 0 < value < math.inf:
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        if not known or not 0 < value < math.inf:
             raise ValueError(f"{name}: expected a finite number above 0, got {value!r:.60}")
 
 
-@dataclass(frozen=True)
-class ScalingLaw:
-    """The law L(N, D) = E + A / N**alpha + B / D**beta (Hoffmann et al. 2022, equation 2).
+# %% tags=["engine"]
+# The stories, and how a model of the sweep is made
+world = TinyWorld()
+stories = [story.text for story in world.stories(1600, 0)]
+tokenizer = train_bpe(stories, 512)
+END, LENGTH = tokenizer.special_tokens["<|endoftext|>"], 64
 
-    ``E`` may be zero, the others are above it. The loss has the unit of ``E``, here nats.
 
-    >>> print(ScalingLaw(E=1.82, A=482.0, B=2085.0, alpha=0.348, beta=0.366))
-    L = 1.82 + 482 / N^0.348 + 2.08e+03 / D^0.366
+def rows_of(texts: Sequence[str]) -> Batch:
+    """One story in each row, cut after 64 tokens; what is behind its end is no target."""
+    ids = torch.full((len(texts), LENGTH + 1), END)
+    targets = torch.full((len(texts), LENGTH), -100)
+    for row, text in enumerate(texts):
+        found = [END, *tokenizer.encode(text), END][: LENGTH + 1]
+        ids[row, : len(found)] = torch.tensor(found)
+        targets[row, : len(found) - 1] = torch.tensor(found[1:])
+    return Batch(ids[:, :-1].contiguous(), targets)
+
+
+def some_rows(data: Batch, first: int, number: int) -> Batch:
+    """Rows from ``first`` on."""
+    rows = torch.arange(first, first + number) % len(data.inputs)
+    return Batch(data.inputs[rows], data.targets[rows])
+
+
+def config_of(width: int) -> ModelConfig:
+    """The configuration of the sweep: two heads, whose width grows."""
+    sizes = {"vocab_size": 512, "context_length": LENGTH, "n_layers": 2, "n_heads": 2}
+    return ModelConfig(d_model=width, d_ff=2 * width, **sizes)
+
+
+data = rows_of(stories)
+
+
+# %% tags=["engine"]
+# One model of the sweep, and a step
+def model_of(width: int, mup: bool, rate: float, seed: int = 0) -> tuple[TransformerLM, AdamW]:
+    """A new model with its optimizer."""
+    seed_everything(seed)
+    model, base = TransformerLM(config_of(width)), config_of(32)
+    if not mup:
+        return model, AdamW(model.parameters(), rate, (0.9, 0.95), weight_decay=0.0)
+    initialize_mup(model, base)
+    return model, AdamW(mup_groups(model, base, rate, 0.0), rate, (0.9, 0.95), weight_decay=0.0)
+
+
+def take_step(model: TransformerLM, optimizer: AdamW, batch: Batch) -> float:
+    """One step; the loss before it, per token."""
+    total, count = next_token_objective(model, batch)
+    loss = total / count
+    optimizer.zero_grad()
+    loss.backward()
+    clip_gradients(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+# %% [markdown]
+# ### Coordinate check
+#
+# A slip in one of the scales is easily made and hard to see, because the model still trains. The
+# **coordinate check** finds it in seconds: train models of several widths for a few steps and see
+# how far the outputs have moved. Under muP the distance must not depend on the width.
+
+
+# %%
+def movement(width: int, mup: bool, n_steps: int = 4, rate: float = 2.0**-5) -> float:
+    """How far logits move in a few steps: the root of the mean square."""
+    model, optimizer = model_of(width, mup, rate)
+    batch = some_rows(data, 0, 8)
+    with torch.no_grad():
+        before = model(batch.inputs)
+    for _ in range(n_steps):
+        take_step(model, optimizer, batch)
+    with torch.no_grad():
+        return float((model(batch.inputs) - before).square().mean().sqrt())
+
+
+print("width   standard   muP")
+moved = {}
+for width in (32, 64, 128, 256):
+    moved[width] = movement(width, False), movement(width, True)
+    print(f"{width:5}   {moved[width][0]:8.0f}   {moved[width][1]:3.0f}")
+assert moved[256][0] > 2 * moved[32][0] and moved[256][1] < 1.5 * moved[32][1]
+
+# %% [markdown]
+# The check is necessary, and not sufficient: the users of the reference implementation report
+# models that pass it and whose best rate still moves (microsoft/mup, issues 22, 71 and 73). What
+# counts is the right half of {numref}`fig-scaling-transfer`, so draw the curves before you trust a
+# transfer.
+#
+# And look at the heights of the minima, which few reports show:
+
+# %%
+for method in ("standard", "mup"):
+    found = [minimum(method, width) for width in (32, 64, 128, 256)]
+    print(f"{method:8}  best exponent:", "  ".join(f"{rate:.1f}" for rate, _ in found))
+    print("              its loss:", "  ".join(f"{loss:4.2f}" for _, loss in found))
+
+# %% [markdown]
+# (Exponents are those of 2, from a parabola through the three lowest points of each curve.) The
+# best rate of the standard parametrization falls by a factor of 14 as the width grows by 8; that
+# of muP by 1.2. At the two larger widths the standard parametrization *at its own best rate*
+# reaches the lower loss, by about 0.07 nats; at the smaller ones seeds differ by as much as the
+# methods. muP does not make a model better here, it makes its rate predictable. Where one can try
+# six rates at the full width, that is not worth its price. Where one can try a single rate, it
+# is.
+#
+# ### What Muon changes
+#
+# Muon's step is a matrix whose singular values are all 1 ({doc}`12_optimization`). It moves an
+# output by the same amount whatever the width, without any factor: a unit vector comes out with
+# length 1. So the width should drop out. Whether it does depends on a convention that hides in an
+# option. Torch's `"original"` multiplies the step by $\sqrt{\max(1, \text{rows}/\text{columns})}$,
+# a constant for matrices that keep their shape. Its `"match_rms_adamw"` multiplies it by
+# $0.2\sqrt{\max(\text{rows}, \text{columns})}$, so that entries move as far as with Adam; that is
+# convenient, because AdamW's rate and decay can be kept {cite}`liu2025muon`, and it brings the
+# $\sqrt n$ back.
+
+# %% mystnb={"figure": {"caption": "Muon for the matrices of the blocks, AdamW with fixed, width-scaled rates for the rest. Loss over Muon's rate, in the two conventions.", "name": "fig-scaling-muon"}, "image": {"alt": "Two panels with three U-shaped curves each, for widths 32, 64 and 128, with their minima marked."}}
+titles = {"muon_original": "original", "muon_match_rms": "match_rms_adamw"}
+draw_curves(titles, (32, 64, 128))
+for method in titles:
+    found = [minimum(method, width)[0] for width in (32, 64, 128)]
+    print(f"{method:14}  best exponent:", "  ".join(f"{rate:.1f}" for rate in found))
+
+# %% [markdown]
+# From width 32 to 128, the best exponent falls by 0.6 under the original rule, and by 1.5 under
+# the other. The difference is a factor of two as the width grows by four, which is the $\sqrt n$
+# of the second formula. Neither stands quite still, so these are hints and no law. But a rate of
+# Muon means nothing without its convention: the same number is off by a factor of $0.2 \sqrt n$,
+# about 13 for a width of 4,096 (pytorch/pytorch, issue 160213). {doc}`12_optimization` uses the
+# second.
+#
+# Muon is for matrices between hidden vectors only. Tables have rows that belong to tokens, and rare
+# rows should not move as far as frequent ones; the head's output is not a hidden vector. Both go to
+# AdamW, with the scales of the table above, and a library that orthogonalizes everything with two
+# dimensions gets it wrong in silence (DeepSpeed, issue 7641). In the figure, that is all of muP
+# that is left for us to do, and nanochat reports the same for its models (karpathy/nanochat, issue
+# 644).
+#
+# ## Batch size
+#
+# Twice the batch costs twice the examples per step. At first it saves half of the steps, and at
+# some size it saves nothing. Where is the turn? Let $g_i$ be the gradient of the loss of row $i$,
+# with mean $G$ and covariance $\Sigma$. The gradient $G_B$ of a batch of $B$ rows has mean $G$ and
+# covariance $\Sigma / B$. A step of length $\epsilon$ along it changes the loss, to second order
+# with curvature $H$, by
+#
+# $$\mathbb{E}[\Delta L] = -\epsilon\, |G|^2 + \tfrac12 \epsilon^2
+# \left( G^\top H G + \frac{\operatorname{tr}(H \Sigma)}{B} \right),$$
+#
+# because $\mathbb{E}[G_B^\top H G_B] = G^\top H G + \operatorname{tr}(H\Sigma)/B$. The best step is
+# where the derivative vanishes, and there the gain is
+#
+# $$\Delta L_B = \frac{\Delta L_\infty}{1 + B_{\text{noise}} / B},
+# \qquad B_{\text{noise}} = \frac{\operatorname{tr}(H \Sigma)}{G^\top H G}.$$
+#
+# For $B \ll B_{\text{noise}}$ the gain of a step is proportional to $B$, so examples are used as
+# well as they can be. For $B \gg B_{\text{noise}}$ a larger batch gains nothing. At $B =
+# B_{\text{noise}}$ a run takes twice the fewest steps and twice the fewest examples: this is the
+# **critical batch size**. $H$ is not at hand, but if it is about the same in all directions it
+# cancels, and what is left is the **simple noise scale** $\operatorname{tr}\Sigma / |G|^2$
+# {cite}`mccandlish2018empirical`.
+#
+# Its two parts follow from squared lengths at two batch sizes, $b < B$. Since $\mathbb{E}|G_b|^2 =
+# |G|^2 + \operatorname{tr}\Sigma / b$, and the same for $B$, we have two linear equations with two
+# unknowns:
+#
+# $$\widehat{|G|^2} = \frac{B |G_B|^2 - b |G_b|^2}{B - b}, \qquad
+# \widehat{\operatorname{tr}\Sigma} = \frac{|G_b|^2 - |G_B|^2}{1/b - 1/B}.$$
+#
+# Both are unbiased, because they are linear in the two squares. Their ratio is not, so average each
+# of them before you divide.
+#
+# We measure it on a model of width 64 at three moments of its training. Small batches have 2 rows,
+# large ones consist of 16 small ones, so one pass over 80 small batches gives both lengths.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: an estimate from sums, so that rows of unequal length count right
+
+# %% [markdown] tags=["engine"]
+# A batch with more tokens should not weigh more than its number of rows. So we take gradients of
+# the *sum* over tokens, which is a sum over rows, and divide by the mean number of tokens of a row
+# at the end. The large batch is the sum of its small ones, and costs nothing.
+
+
+# %% tags=["engine"]
+#| export
+class NoiseScale(NamedTuple):
+    """The parts of a gradient's squared length, and the batch size at which they are equal."""
+
+    signal: float  # of the mean gradient G: its squared length
+    noise: float  # of one example: the trace of the covariance
+
+    @property
+    def batch_size(self) -> float:
+        """The simple noise scale, in examples; infinite where the noise drowns the signal."""
+        return self.noise / self.signal if self.signal > 0 else math.inf
+
+
+# %% tags=["engine"]
+#| export
+def noise_scale(
+    small_square: int | float, big_square: int | float, small: int | float, big: int | float
+) -> NoiseScale:
+    """Return signal and noise from the mean squared lengths of gradients at two batch sizes.
+
+    Source: McCandlish et al. (2018), appendix A.1.
+
+    >>> noise_scale(5.0, 2.0, 1, 4)  # 1 + 4 / 1 and 1 + 4 / 4
+    NoiseScale(signal=1.0, noise=4.0)
     """
+    _check_positive(small=small, big=big)
+    for name, value in (("small_square", small_square), ("big_square", big_square)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise ValueError(f"{name}: expected a number of at least 0, got {value!r:.60}")
+    if not small < big:
+        raise ValueError(f"big: expected more than small = {small}, got {big}")
+    signal = (big * big_square - small * small_square) / (big - small)
+    return NoiseScale(signal, (small_square - big_square) / (1 / small - 1 / big))
 
-    E: float
-    A: float
-    B: float
-    alpha: float
-    beta: float
+
+# %% tags=["engine"]
+#| export
+def _square(tensors: Iterable[torch.Tensor]) -> float:
+    return math.fsum(float(t.double().square().sum()) for t in tensors)
+
+
+# %% tags=["engine"]
+#| export
+def gradient_noise(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    group: int = 8,
+    objective: Objective = next_token_objective,
+) -> NoiseScale:
+    """Return the noise scale of the gradient in rows, from small batches of equally many rows.
+
+    Every ``group`` of them make a large batch; what is left over is not used. Weights and their
+    gradients stay as they are. A ``ValueError`` if there is not one group.
+    """
+    check_whole("group", group, 2)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("model: expected a parameter that requires a gradient, got none")
+    small: list[float] = []
+    big: list[float] = []
+    n_rows, targets, waiting = None, 0.0, iter(batches)
+    while len(some := list(islice(waiting, group))) == group:
+        sums = [torch.zeros_like(p) for p in parameters]
+        for batch in some:
+            rows = len(batch.inputs)
+            n_rows = rows if n_rows is None else n_rows
+            if rows != n_rows:
+                raise ValueError(f"batches: expected {n_rows} rows in each, got {rows}")
+            total, count = objective(model, batch)[:2]
+            targets += float(count)
+            grads = torch.autograd.grad(total, parameters, allow_unused=True)
+            pairs = zip(parameters, grads, strict=True)
+            found = [torch.zeros_like(p) if g is None else g for p, g in pairs]
+            small.append(_square(found))
+            torch._foreach_add_(sums, found)
+        big.append(_square(sums))
+    if n_rows is None or not targets:
+        raise ValueError(f"batches: expected at least group = {group} of them, got fewer")
+    unit = (n_rows * targets / (len(small) * n_rows)) ** 2  # of a batch of n_rows, as a mean
+    squares = sum(small) / len(small) / unit, sum(big) / len(big) / (unit * group**2)
+    return noise_scale(*squares, n_rows, n_rows * group)
+
+
+# %% [markdown]
+# ### Measured on our model
+
+# %%
+model, optimizer = model_of(64, False, 2.0**-6)
+scales = []
+for step in range(81):
+    if step in (0, 10, 80):
+        pairs = (some_rows(data, row, 2) for row in range(0, 160, 2))
+        scales.append(gradient_noise(model, pairs, group=16).batch_size)
+        print(f"after {step:2} steps: about {2 ** round(math.log2(scales[-1]))} rows")
+    take_step(model, optimizer, some_rows(data, 8 * step, 8))
+assert 2 < scales[0] < scales[2] < 100
+
+# %% [markdown]
+# At the start a handful of rows agree on where to go: make frequent tokens likely, all others
+# unlikely. The noise scale grows as the easy part of the gradient is used up. (A row has about 60
+# tokens.) Hence the large runs that begin with small batches and enlarge them, such as Llama 3
+# 405B, which went from 4 to 16 million tokens {cite}`grattafiori2024llama3`. It also grows with
+# better models, as the loss falls: {cite:t}`kaplan2020scaling` fitted $B_{\text{crit}} = 2 \cdot
+# 10^8 / L^{4.8}$ tokens at a loss of $L$ nats, which is 0.3 million at $L = 4$ and 3 million at
+# 2.5. These are the batches of the checklists below.
+#
+# Take the number for what it is. The derivation is for a plain gradient step at its best length;
+# Adam divides by the noise, and its rate should grow with $\sqrt B$ rather than $B$ while $B$ is
+# small. The scale tells the order of magnitude of a batch, at the cost of a few gradients.
+#
+# ## Annealing and data mixtures
+#
+# A tenth or a quarter of the data is often better than the rest: proofread, on the subject, in the
+# right language. Where should it go? Reports put it at the end, where the rate decays, and call it
+# annealing or mid-training {cite}`hu2024minicpm,grattafiori2024llama3,olmo2024olmo2`. Our test has
+# two worlds. Three quarters of all steps show stories of *another* tiny world, with other
+# characters and facts; one quarter shows the world that we will be tested on. Each arm sees the
+# same number of rows of each, for the same number of steps, with the same schedule. Only the order
+# differs:
+
+# %% tags=["engine"]
+# One arm of the experiment, and the loss on both worlds
+WORLDS = {"other": TinyWorld(seed=1), "ours": world}
+train = {name: rows_of([s.text for s in w.stories(600, 0)]) for name, w in WORLDS.items()}
+tests = {name: rows_of([s.text for s in w.stories(96, 1)]) for name, w in WORLDS.items()}
+
+
+def losses_after(order: str, seed: int, n_steps: int = 100) -> dict[str, float]:
+    """Train a model of width 32 on both worlds; return its loss on the test stories of each."""
+    model, optimizer = model_of(32, False, 2.0**-5, seed)
+    factor, generator = wsd_schedule(n_steps, warmup=10), torch.Generator().manual_seed(seed)
+    ours = torch.arange(n_steps) >= n_steps - n_steps // 4  # last
+    if order != "last":
+        ours = ours.flip(0) if order == "first" else ours[torch.randperm(n_steps)]
+    for step in range(n_steps):
+        source = train["ours" if ours[step] else "other"]
+        first = int(torch.randint(600, (1,), generator=generator))
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = 2.0**-5 * factor(step)
+        take_step(model, optimizer, some_rows(source, first, 8))
+    with torch.no_grad():
+        sums = {name: next_token_objective(model, batch) for name, batch in tests.items()}
+    return {name: float(total / count) for name, (total, count) in sums.items()}
+
+
+# %%
+arms = {order: [losses_after(order, s) for s in range(3)] for order in ("mixed", "last", "first")}
+for order in ("last", "first"):
+    for name in WORLDS:
+        gains = [a[name] - b[name] for a, b in zip(arms["mixed"], arms[order], strict=True)]
+        found = mean_interval(gains)
+        shown = [round(x, 1) + 0.0 for x in (found.estimate, found.low, found.high)]
+        print("ours {:5}: gain on {:5} {:+} ({:+} to {:+})".format(order, name, *shown))
+
+# %% [markdown]
+# The order matters. With our world *first*, a model has half forgotten it at the end. With our
+# world *last* it does better on our world than with a mixture, but the gain is small beside what is
+# lost on the other world, and with three seeds it is not certain. The reason to anneal here is that
+# the target is known: of two losses that move against each other, the order chooses one. A team
+# that is judged on the good data will anneal on it; its report should show the loss on the rest,
+# too. Where the two kinds of data do not contradict each other as our worlds do, the price is
+# lower.
+#
+# **Mixtures** are the same choice without an order. The share of a source has a loss of its own for
+# every share, and an optimum can be fitted on small models and used on large ones, with the same
+# caution as a learning rate. {cite:t}`ye2024mixing` choose the mixture for a model of a billion
+# parameters by fits to smaller runs, and Llama 3 was made in the same way
+# {cite}`grattafiori2024llama3`.
+#
+# ## The cost of a run
+#
+# A training run is a number of operations. If $N$ parameters meet each of $D$ tokens, it is about
+# $6ND$, and attention adds a little ({doc}`11_model`). A device has a peak of $P$ operations a
+# second, of which a run reaches a share $u$, the model FLOPs utilization (MFU). From that follow
+# the hours of all devices together, and from the hours energy and price:
+#
+# $$h = \frac{C}{3600\, P u}, \qquad
+# \text{energy} = h \cdot \text{power} \cdot \text{PUE}, \qquad
+# \text{price} = h \cdot \text{price of an hour}.$$
+#
+# PUE, the power usage effectiveness, is what the building takes for each watt of a device: 1.1 in
+# good data centers {cite}`patterson2021carbon`. That is all of
+# {py:func}`~llmbook.scaling.estimate_run`. The only guess in it is $u$.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: devices as data, published runs as data, and what a guess leaves out
+
+# %% [markdown] tags=["engine"]
+# Peaks are those of dense products in 16 bits. Data sheets print twice as much, "with sparsity",
+# which training does not use. Power is the limit of the device alone. Processors, network and disks
+# of a server are not in it, nor are experiments and failed runs: for the OLMo models, development
+# took half as much again as the runs that were released {cite}`morrison2025holistically`. The price
+# of an hour is the two dollars that {cite:t}`deepseek2024v3` assume, and emissions are 0.42 kg a
+# kWh, which is what Meta's reports come to.
+
+
+# %% tags=["engine"]
+#| export
+@dataclass(frozen=True)
+class Hardware:
+    """A device to train on."""
+
+    peak_flops: int | float  # operations a second in dense 16-bit products
+    memory: int | float  # bytes
+    power: int | float  # watts, at most
+    source: str = ""
 
     def __post_init__(self) -> None:
-        _check_positive(A=self.A, B=self.B, alpha=self.alpha, beta=self.beta)
-        if self.E != 0:
-            _check_positive(E=self.E)
-
-    def __str__(self) -> str:
-        """Return the formula with three digits of each number."""
-        by_size = f"{self.A:.3g} / N^{self.alpha:.3g}"
-        return f"L = {self.E:.3g} + {by_size} + {self.B:.3g} / D^{self.beta:.3g}"
-
-    @property
-    def exponent(self) -> float:
-        """The power of compute with which the best size grows, beta / (alpha + beta)."""
-        return self.beta / (self.alpha + self.beta)
+        _check_positive(peak_flops=self.peak_flops, memory=self.memory, power=self.power)
+        check_text(self.source, "source")
 
 
 # %% tags=["engine"]
 #| export
-class ScalingLaw(ScalingLaw):  # continued
-    def predict(
-        self, parameters: Numbers | float, tokens: Numbers | float
-    ) -> Float[np.ndarray, "*runs"] | float:
-        """Return the loss of models of these sizes after so many tokens; arrays are welcome."""
-        n, d = (np.asarray(x, dtype=np.float64) for x in (parameters, tokens))
-        for name, values in (("parameters", n), ("tokens", d)):
-            if not (np.isfinite(values) & (values > 0)).all():
-                got = values[~(np.isfinite(values) & (values > 0))][0]
-                raise ValueError(f"{name}: expected finite numbers above 0, got {got}")
-        loss = self.E + self.A / n**self.alpha + self.B / d**self.beta
-        return loss if loss.ndim else float(loss)
-
-    def tokens_for(self, loss: float, parameters: float) -> float:
-        """Return the tokens after which a model of this size has this loss, or infinity."""
-        _check_positive(loss=loss, parameters=parameters)
-        left = loss - self.E - self.A / parameters**self.alpha
-        return (self.B / left) ** (1 / self.beta) if left > 0 else math.inf
-
-    def to_dict(self) -> dict[str, float]:
-        """Return the five numbers by name, fit for JSON; ``ScalingLaw(**d)`` is the inverse."""
-        return asdict(self)
-
-
-# %% [markdown] tags=["engine"]
-# The optimizer is that of Levenberg and Marquardt {cite}`marquardt1963algorithm` for nonlinear
-# least squares, with one change for the Huber loss. The derivative of $h_\delta(r)$ is $r \cdot
-# \min(1, \delta/|r|)$: that of a square with the weight $\min(1, \delta/|r|)$. So each step is a
-# weighted least-squares problem in five unknowns. If it lowers the objective, it is taken and the
-# damping falls; otherwise the damping rises, and the next step is shorter. All starts make their
-# steps in one batch of NumPy arrays, and so do all samples of the bootstrap.
-#
-# The Jacobian has a simple form. Let $p_1, p_2, p_3$ be the shares of the three terms in the
-# predicted loss. Then $\partial r / \partial a = p_1$, $\partial r / \partial \alpha = -p_1 \log
-# N$, and likewise for the second term; $\partial r / \partial e = p_3$. Logarithms of $N$ and $D$
-# are centered first, so that $a$ and $\alpha$ do not move together.
-
-
-# %% tags=["engine"]
-#| export
-def _shares(x: np.ndarray, n: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the log of the predicted losses (fits, runs), and the share of each term in them."""
-    floor = np.broadcast_to(x[:, 2:3], (len(x), n.shape[-1]))
-    terms = np.stack([x[:, :1] - x[:, 3:4] * n, x[:, 1:2] - x[:, 4:5] * d, floor])
-    top = terms.max(0)
-    total = top + np.log(np.exp(terms - top).sum(0))
-    return total, np.exp(terms - total)
-
-
-# %% tags=["engine"]
-#| export
-def _huber(r: np.ndarray, delta: float) -> np.ndarray:
-    size = np.abs(r)
-    return np.where(size <= delta, r * r / 2, delta * (size - delta / 2)).sum(-1)
-
-
-def _step(
-    r: np.ndarray, p: np.ndarray, n: np.ndarray, d: np.ndarray, delta: float, damping: Any
-) -> np.ndarray:
-    """Return the damped Gauss-Newton step of each fit, no number by more than 2."""
-    jacobian = np.stack([p[0], p[1], p[2], -p[0] * n, -p[1] * d], -1)
-    weighted = jacobian * np.minimum(1, delta / np.maximum(np.abs(r), 1e-300))[..., None]
-    normal = np.einsum("kri,krj->kij", weighted, jacobian)
-    slope = np.einsum("kri,kr->ki", weighted, r)
-    ridge = damping[:, None] * np.einsum("kii->ki", normal) + 1e-12
-    step = np.linalg.solve(normal + ridge[:, :, None] * np.eye(5), -slope[..., None])[..., 0]
-    return step * np.minimum(1, 2 / np.maximum(np.abs(step).max(-1, keepdims=True), 1e-300))
-
-
-# %% tags=["engine"]
-#| export
-def _minimized(
-    x: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray, delta: float, n_steps: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Improve each row of ``x`` (fits, 5) by itself; return rows and objectives."""
-    damping = np.full(len(x), 1e-2)
-    total, p = _shares(x, n, d)
-    r = total - y
-    value = _huber(r, delta)
-    for _ in range(n_steps):
-        tried = x + _step(r, p, n, d, delta, damping)
-        total, new_p = _shares(tried, n, d)
-        new = _huber(total - y, delta)
-        better = new < value
-        x, r = np.where(better[:, None], tried, x), np.where(better[:, None], total - y, r)
-        p, value = np.where(better[:, None], new_p, p), np.where(better, new, value)
-        damping = np.clip(np.where(better, damping / 3, damping * 4), 1e-12, 1e12)
-        if damping.min() > 1e8:  # no direction helps any of them
-            break
-    return x, value
-
-
-# %% tags=["engine"]
-#| export
-def _starts(n: np.ndarray, d: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return a hundred starts: exponents and a floor, with the A and B that suit them best."""
-    losses, found = np.exp(y), []
-    powers = (0.1, 0.2, 0.4, 0.8, 1.6)
-    for alpha, beta, share in product(powers, powers, (0.01, 0.5, 0.8, 0.95)):
-        floor = share * losses.min()
-        terms = np.stack([np.exp(-alpha * n), np.exp(-beta * d)], -1) / losses[:, None]
-        best = np.linalg.lstsq(terms, 1 - floor / losses, rcond=None)[0]
-        a, b = np.log(np.maximum(best, 1e-3 * losses.min()))
-        found.append((a, b, math.log(floor), alpha, beta))
-    return np.array(found)
-
-
-# %% [markdown] tags=["engine"]
-# Five numbers need at least six runs, and not just any. With two sizes, $E + A/N^\alpha$ is known
-# at two points, and infinitely many triples $E, A, \alpha$ go through them. So at least three sizes
-# and three amounts of data are needed. If $D$ is always the same power of $N$, as in a series of
-# runs with 20 tokens for each parameter, both terms are powers of $N$, and nothing tells them
-# apart.
-
-
-# %% tags=["engine"]
-#| export
-def _checked_runs(parameters: Any, tokens: Any, losses: Any) -> list[np.ndarray]:
-    """Return the logarithms of all three, or say why they do not determine a law."""
-    named = {"parameters": parameters, "tokens": tokens, "losses": losses}
-    arrays = {name: as_numbers(values, name, least=6) for name, values in named.items()}
-    n_runs = len(arrays["parameters"])
-    for name, array in arrays.items():
-        if len(array) != n_runs:
-            raise ValueError(f"{name}: expected one for each of {n_runs} runs, got {len(array)}")
-        if array.min() <= 0:
-            raise ValueError(f"{name}: expected numbers above 0, got {array.min()}")
-        if name != "losses" and (different := len(np.unique(array))) < 3:
-            expected = "at least 3 different values, to tell its term from E"
-            raise ValueError(f"{name}: expected {expected}, got {different} in {n_runs} runs")
-    n, d, y = (np.log(array) for array in arrays.values())
-    if abs(np.corrcoef(n, d)[0, 1]) > 1 - 1e-9:
-        expected = "amounts that are not the same power of the parameters in all runs"
-        raise ValueError(f"tokens: expected {expected}, got {tokens!r:.60}")
-    return [n, d, y]
-
-
-# %% tags=["engine"]
-#| export
-def _law(x: np.ndarray, n: np.ndarray, d: np.ndarray) -> ScalingLaw:
-    """Return the law of a row of numbers that belong to centered logarithms."""
-    a, b, e, alpha, beta = (float(number) for number in x)
-    shifted = math.exp(a + alpha * n.mean()), math.exp(b + beta * d.mean())
-    return ScalingLaw(math.exp(e), *shifted, alpha, beta)
+#: Devices by name, as their makers describe them.
+HARDWARE = {
+    "v100": Hardware(125e12, 32e9, 300, "NVIDIA V100 SXM2 data sheet (2020)"),
+    "a100": Hardware(312e12, 80e9, 400, "NVIDIA A100 80GB SXM data sheet (2021)"),
+    "h100": Hardware(989e12, 80e9, 700, "NVIDIA H100 SXM data sheet (2023), without sparsity"),
+    "h800": Hardware(989e12, 80e9, 700, "as the H100, with slower links"),
+    "h200": Hardware(989e12, 141e9, 700, "NVIDIA H200 SXM data sheet (2024), without sparsity"),
+    "b200": Hardware(2250e12, 180e9, 1000, "NVIDIA HGX B200 data sheet (2025), without sparsity"),
+    "rtx4090": Hardware(165e12, 24e9, 450, "NVIDIA Ada architecture whitepaper (2023)"),
+}
 
 
 # %% tags=["engine"]
 #| export
 @dataclass(frozen=True)
-class ScalingFit:
-    """What a fit found: the law, how far off it is, and the laws of runs drawn anew.
+class RunEstimate:
+    """What a run takes. Hours are of all devices together, days of the calendar."""
 
-    ``error`` is the root mean square of the residuals of the log loss: 0.02 stands for 2 percent.
-    ``resampled`` has one law for each sample of the bootstrap.
-    """
-
-    law: ScalingLaw
-    n_runs: int
-    objective: float
-    error: float
-    resampled: tuple[ScalingLaw, ...] = ()
-
-    def __str__(self) -> str:
-        """Return the law, the number of runs, and the error."""
-        return f"{self.law} ({self.n_runs} runs, error {100 * self.error:.1f} %)"
-
-    def interval(self, quantity: Callable[[ScalingLaw], float], level: float = 0.95) -> Interval:
-        """Return what ``quantity`` is for the law, and the percentiles over the bootstrap.
-
-        ``fit.interval(lambda law: law.E)``. A ``ValueError`` if nothing was drawn anew.
-        """
-        check_fraction("level", level)
-        if not self.resampled:
-            raise ValueError("resampled: expected laws of a bootstrap, got none: n_bootstrap=200")
-        values = [quantity(law) for law in self.resampled]
-        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-        return Interval(float(quantity(self.law)), float(low), float(high), level)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as numbers, lists and dictionaries, fit for JSON."""
-        return asdict(self) | {"resampled": [law.to_dict() for law in self.resampled]}
-
-    @classmethod
-    def from_dict(cls, entries: Mapping[str, Any]) -> "ScalingFit":
-        """Return the fit with these entries; the inverse of ``to_dict``."""
-        laws = tuple(ScalingLaw(**law) for law in entries["resampled"])
-        return cls(**{**entries, "law": ScalingLaw(**entries["law"]), "resampled": laws})
+    flops: float
+    gpu_hours: float
+    days: float
+    state_bytes: float  # weights, gradients, Adam's two means and 16-bit copies
+    least_devices: int  # whose memory holds the state
+    energy_mwh: float
+    dollars: float
+    co2_tonnes: float
 
 
 # %% tags=["engine"]
 #| export
-def fit_scaling_law(
-    parameters: Numbers,
-    tokens: Numbers,
-    losses: Numbers,
+def estimate_run(
+    model: ModelConfig | int | float,
+    tokens: int | float,
     *,
-    delta: float = 1e-3,
-    n_bootstrap: int = 0,
-    seed: int = 0,
-) -> ScalingFit:
-    """Fit L = E + A / N**alpha + B / D**beta to runs, by the Huber loss of log residuals.
+    hardware: str | Hardware = "h100",
+    n_devices: int = 8,
+    mfu: int | float = 0.4,
+    total_parameters: int | float | None = None,
+    sequence: int | None = None,
+    price: int | float = 2.0,
+    pue: int | float = 1.1,
+    carbon: int | float = 0.42,
+) -> RunEstimate:
+    """Return what training ``model`` on so many ``tokens`` takes, on any number of devices.
 
-    The best of a hundred starts. ``delta`` is where the Huber loss turns from a square to a line;
-    ``n_bootstrap`` samples of the runs, from ``seed``, are fitted, too, from the three best ends.
-    Source: Hoffmann et al. (2022), section 3.3, appendix D.2. A ``ValueError`` if there are fewer
-    than six runs or three sizes, or if the losses do not fall with the size or with the data.
+    ``model`` is a configuration, or a number of parameters that each token meets; then operations
+    are 6 for each of them and each token, and ``total_parameters`` may be more, for experts.
+    ``mfu`` is the share of the peak that is reached, ``price`` dollars for an hour of a device,
+    ``pue`` what the building takes for each watt, ``carbon`` kilograms of CO2 for a kWh. Not
+    counted are activations (see ``memory_breakdown``), the rest of a server, failures, and all runs
+    before this one. Sources: Kaplan et al. (2020), section 2.1; Patterson et al. (2021).
+
+    >>> run = estimate_run(7e9, 2e12, hardware="a100", n_devices=1024)
+    >>> round(run.gpu_hours), round(run.days, 1), run.least_devices
+    (186966, 7.6, 2)
     """
-    logs = _checked_runs(parameters, tokens, losses)
-    _check_positive(delta=delta)
-    check_at_least(n_bootstrap=(0, n_bootstrap), seed=(0, seed))
-    n, d, y = logs[0] - logs[0].mean(), logs[1] - logs[1].mean(), logs[2]
-    ends, values = _minimized(_starts(n, d, y), n, d, y, delta, 500)
-    order = np.argsort(values)
-    best = ends[order[0]]
-    for name, power in (("parameters", best[3]), ("tokens", best[4])):
-        if power <= 1e-3:
-            expected = "losses that fall as they grow, with an exponent above 0"
-            raise ValueError(f"{name}: expected {expected}, got {power:.2g}")
-    r = _shares(best[None], n, d)[0][0] - y
-    resampled = _bootstrap(ends[order[[0, 1, 2]]], n, d, y, delta, n_bootstrap, seed)
-    laws = tuple(_law(x, logs[0], logs[1]) for x in resampled)
-    error = float(np.sqrt(np.mean(r * r)))
-    return ScalingFit(_law(best, logs[0], logs[1]), len(y), float(values[order[0]]), error, laws)
-
-
-# %% [markdown] tags=["engine"]
-# A sample of the bootstrap may miss so many runs that it does not determine a law; it is drawn
-# again. One whose exponent comes out negative is kept at a tiny positive exponent, since it speaks
-# of a wide interval.
-
-
-# %% tags=["engine"]
-#| export
-def _bootstrap(
-    ends: np.ndarray,
-    n: np.ndarray,
-    d: np.ndarray,
-    y: np.ndarray,
-    delta: float,
-    n_samples: int,
-    seed: int,
-) -> np.ndarray:
-    """Return the best fit to each sample of the runs, drawn with replacement: (samples, 5)."""
-    if not n_samples:
-        return np.empty((0, 5))
-    random, samples = np.random.default_rng(seed), list[np.ndarray]()
-    for _ in range(100 * n_samples):
-        rows = random.integers(0, len(y), len(y))
-        if len(samples) < n_samples and min(len(set(n[rows])), len(set(d[rows]))) >= 3:
-            samples.append(rows)
-    drawn = np.repeat(np.array(samples), len(ends), axis=0)
-    starts = np.tile(ends, (n_samples, 1))
-    x, values = _minimized(starts, n[drawn], d[drawn], y[drawn], delta, 200)
-    best = values.reshape(n_samples, len(ends)).argmin(1) + len(ends) * np.arange(n_samples)
-    found = x[best]
-    found[:, 3:] = np.maximum(found[:, 3:], 1e-6)
-    return found
-
-
-# %% [markdown]
-# ### What the fit says, and what it does not
-
-# %%
-fit = fit_scaling_law(N, D, L, n_bootstrap=200)
-floor = fit.interval(lambda law: law.E)
-print(fit)
-print(f"E from {floor.low:.0f} to {floor.high:.0f} nats; the entropy is {world.entropy():.1f}")
-assert abs(fit.objective / min(end.fun for end in ends) - 1) < 0.05
-assert floor.low < 2 and world.entropy() in floor and fit.law.E < 14
-
-# %% [markdown]
-# The formula describes the twenty losses with an error of 5 percent. How much of that is luck? The
-# table has three seeds of fifteen cells of the grid:
-
-# %%
-seeds = defaultdict(list)
-for run in read_runs(table):
-    seeds[run[:3]].append(math.log(run.loss))
-spread = np.sqrt(np.mean([np.var(x, ddof=1) for x in seeds.values() if len(x) == 3]))
-print(f"standard deviation over seeds: {100 * spread:.0f} percent of the loss")
-
-# %% [markdown]
-# So most of the error is the luck of a seed, and some of it is the formula. On a plot, the fit
-# looks convincing. Anyone would report it. Yet its $E$ is 7 nats, where the truth is 18.2. The
-# interval of the bootstrap is more honest than the number. It reaches from nothing to a little
-# above the truth, so these runs hardly say where the floor is. The reason can be seen in
-# {numref}`fig-scaling-grid`: our lowest losses are still several nats above the floor, and $E$ is
-# an extrapolation from there to infinity. A somewhat smaller exponent with a lower floor fits the
-# same points nearly as well. On real text nobody can tell that a fitted $E$ is wrong; a published
-# $E$ is a parameter of a curve, and it should not be called the entropy of language.
-#
-# A law earns trust by predictions. The largest run of our table has a model nearly twice as large
-# as any in the fit, and twice as many tokens. The prediction comes first:
-
-# %%
-largest = best[48, 1600]
-predicted = fit.interval(lambda law: float(law.predict(largest.parameters, largest.tokens)))
-print(f"{largest.parameters:,} parameters, {largest.tokens:,} tokens")
-print(f"predicted {predicted.estimate:.0f} nats (from {predicted.low:.0f} to {predicted.high:.0f})")
-print(f"measured  {largest.loss:.0f} nats")
-assert predicted.estimate < world.entropy() < largest.loss
-
-# %% [markdown]
-# The prediction is 2 nats too low, and more than that: it is *below the entropy*, where no model
-# can ever be. (The measured loss lies in the interval, which is wide.) So a fit with an error of 5
-# percent missed by more than 10 percent, at 3.6 times the compute of its largest run. This is an
-# honest result at our size, and it has reasons. Seeds are one. Another is the formula, which says
-# that the price of few parameters and the price of few tokens simply add up. In our grid they do
-# not quite. The residuals are largest for the smallest model with the fewest tokens, which is worse
-# in fact than in the formula, and the fit bends its other terms to make up for it.
-#
-# ### The choices behind a fit
-#
-# Many fits of the same grid would have looked as plausible. Here are some of them:
-
-# %%
-fixed = {run[:2]: run for run in runs if run.learning_rate == 0.04}
-choices = {
-    "best learning rates": grid,
-    "one rate for all, 0.04": [fixed[run[:2]] for run in grid],
-    "without embeddings": [r._replace(parameters=r.parameters - r.embedding) for r in grid],
-    "losses below 45": [run for run in grid if run.loss < 45],
-    "the three largest sizes": [run for run in grid if run.d_model >= 16],
-}
-print("runs of the fit            E  alpha   beta  exponent  error  largest run")
-for name, some in choices.items():
-    one = fit_scaling_law(*zip(*[(r.parameters, r.tokens, r.loss) for r in some], strict=True))
-    size = largest.parameters - largest.embedding * (name == "without embeddings")
-    numbers = one.law.E, one.law.alpha, one.law.beta, one.law.exponent, 100 * one.error
-    row = "{:6.0f}{:7.1f}{:7.1f}{:10.1f}{:6.0f} %".format(*numbers)
-    print(f"{name:23}{row}{one.law.predict(size, largest.tokens):8.0f} nats")
-
-# %% [markdown]
-# With **one learning rate for all**, the error nearly doubles, and the best share of size (the
-# column *exponent*, explained below) falls from 0.6 to 0.4. Nothing in the fit itself warns of
-# this. In published work, small runs that were tuned worse than large ones have bent laws in the
-# same way.
-#
-# **Without embeddings**, $N$ counts the inner parameters only. In our smallest model four
-# parameters of five are embeddings, in the largest of the grid it is a bit more than half. So the
-# inner size spans a range of 15 where the whole spans one of 6. All five numbers change, and the
-# exponent rises. Neither count is wrong, but a law holds only together with its count.
-#
-# The last two rows leave runs out. With only the **three largest sizes**, $E$ is 17, close to the
-# truth. It is tempting to find a reason why this is the right choice: the small models are not yet
-# "in the scaling regime". But we picked this row because we know the answer, which is hindsight.
-# The cutoff in the row above is as easy to defend; it puts $E$ at 12, and predicts the largest run
-# better. Also look at $\alpha$ in the last row: a power of 4.5 is no law of nature, three sizes
-# simply do not determine it. Whoever reports a law should say how the runs were chosen, and choose
-# before looking.
-#
-# ## The best size for a budget
-#
-# Given a budget of $C$ operations, which $N$ and $D$ have the lowest loss? Put $D = C / (6N)$ into
-# {eq}`scaling-law`. The derivative with respect to $\log N$ must be zero. The first term gives
-# $-\alpha A N^{-\alpha}$. The second is $B \, (6N/C)^{\beta}$, whose derivative is
-# $\beta B \, (6N/C)^\beta = \beta B D^{-\beta}$. So at the best size
-#
-# $$
-# \alpha \frac{A}{N^\alpha} = \beta \frac{B}{D^\beta} .
-# $$ (scaling-balance)
-#
-# In words: one percent more parameters must gain as much as one percent more tokens. Put in
-# $D = C/(6N)$ once more and solve for $N$:
-#
-# $$
-# \begin{aligned}
-# N^* &= G \left( \frac{C}{6} \right)^{\frac{\beta}{\alpha + \beta}} , \quad
-# D^* = \frac1G \left( \frac{C}{6} \right)^{\frac{\alpha}{\alpha + \beta}} , \\
-# G &= \left( \frac{\alpha A}{\beta B} \right)^{\frac{1}{\alpha + \beta}} .
-# \end{aligned}
-# $$ (scaling-optimum)
-#
-# Note that $E$ has vanished. A fit can be wrong about the floor and right about the best size. The
-# exponent $a = \beta / (\alpha + \beta)$ says how much of a larger budget goes into size: if
-# $\alpha = \beta$, it is one half, and size and data grow together. In code, this is
-# {py:func}`~llmbook.scaling.compute_optimal`.
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: the optimum by bisection, with the cost of use
-
-# %% [markdown] tags=["engine"]
-# The formula above has no room for inference. With $I$ tokens read or written in use, at $2N$
-# operations each, the budget is $6ND + 2NI = C$, so $D = C/(6N) - I/3$, and the derivative of $D$
-# with respect to $\log N$ is $-C/(6N) = -(D + I/3)$ instead of $-D$. The balance becomes $\alpha A
-# N^{-\alpha} = \beta B D^{-\beta} (1 + I/(3D))$. Along a line of equal *loss* instead of equal
-# cost, Lagrange's multiplier leads to the same balance: both ask for the point where a line of
-# equal loss touches a line of equal cost. The left side falls with $N$; the right side rises,
-# because $D$ falls. So there is one solution, and bisection finds it.
-
-
-# %% tags=["engine"]
-#| export
-class Allocation(NamedTuple):
-    """A size, an amount of data, and the loss that a law predicts for them."""
-
-    parameters: float
-    tokens: float
-    loss: float
-    training_flops: float
-    inference_flops: float = 0.0
-
-    @property
-    def tokens_per_parameter(self) -> float:
-        """How many tokens each parameter is trained on."""
-        return self.tokens / self.parameters
-
-
-# %% tags=["engine"]
-#| export
-def compute_optimal(
-    law: ScalingLaw,
-    flops: float | None = None,
-    *,
-    loss: float | None = None,
-    inference_tokens: float = 0.0,
-) -> Allocation:
-    """Return the best model for a budget of ``flops``, or the cheapest one that has a ``loss``.
-
-    Training costs 6 operations for each parameter and token, and each of ``inference_tokens`` costs
-    2 for each parameter; ``flops`` is for both. Sources: Hoffmann et al. (2022), eq. 4; Sardana
-    et al. (2024). A ``ValueError`` for a loss that is not above E.
-
-    >>> round(compute_optimal(PUBLISHED_LAWS["besiroglu2024"], 5.76e23).parameters / 1e9)
-    69
-    """
-    if (flops is None) == (loss is None):
-        raise ValueError(f"flops: expected either flops or a loss, got {flops!r} and {loss!r}")
-    if inference_tokens != 0:
-        _check_positive(inference_tokens=inference_tokens)
-    if flops is not None:
-        _check_positive(flops=flops)
-        low, high = math.log(flops) - 150, math.log(flops) + 150
-        if inference_tokens:
-            high = math.log(flops / (2 * inference_tokens))
+    if isinstance(hardware, str):
+        check_choice("hardware", hardware, tuple(HARDWARE))
+        hardware = HARDWARE[hardware]
+    check_whole("n_devices", n_devices, 1)
+    check_at_least(sequence=(1, sequence))
+    _check_positive(tokens=tokens, mfu=mfu, price=price, pue=pue, carbon=carbon)
+    if mfu > 1:
+        raise ValueError(f"mfu: expected a share of the peak, at most 1, got {mfu}")
+    if isinstance(model, ModelConfig):
+        per_token, n_parameters = flops_per_token(model, sequence), float(count_parameters(model))
     else:
-        low = _least_log_size(law, loss)
-        high = low + 150
-    for _ in range(200):
-        middle = (low + high) / 2
-        tokens = _tokens_left(law, math.exp(middle), flops, loss, inference_tokens)
-        more = _gain(law, math.exp(middle), tokens, inference_tokens) > 0
-        low, high = (middle, high) if more else (low, middle)
-    size = math.exp(low)
-    tokens = _tokens_left(law, size, flops, loss, inference_tokens)
-    costs = 6 * size * tokens, 2 * size * inference_tokens
-    return Allocation(size, tokens, float(law.predict(size, tokens)), *costs)
+        _check_positive(model=model)
+        per_token, n_parameters = 6.0 * model, float(model)
+    if total_parameters is not None:
+        _check_positive(total_parameters=total_parameters)
+        n_parameters = float(total_parameters)
+    hours = per_token * tokens / (hardware.peak_flops * mfu) / 3600
+    state, energy = 18 * n_parameters, hours * hardware.power * pue / 1e6
+    needed = math.ceil(state / hardware.memory)
+    costs = energy, hours * price, energy * carbon
+    return RunEstimate(per_token * tokens, hours, hours / n_devices / 24, state, needed, *costs)
 
 
 # %% tags=["engine"]
 #| export
-def _least_log_size(law: ScalingLaw, loss: Any) -> float:
-    """Return log N of the model that would reach the loss with infinite data."""
-    _check_positive(loss=loss)
-    if loss <= law.E:
-        raise ValueError(f"loss: expected more than E = {law.E:.4g}, got {loss}")
-    return math.log(law.A / (loss - law.E)) / law.alpha
+class PublishedRun(NamedTuple):
+    """A run, and what its authors report."""
+
+    model: ModelConfig | int | float  # or parameters that a token meets
+    tokens: int | float
+    hardware: str
+    gpu_hours: int | float | None
+    energy_mwh: int | float | None  # of devices and building
+    source: str
 
 
-def _tokens_left(
-    law: ScalingLaw, size: float, flops: float | None, loss: float | None, inference: float
-) -> float:
-    """Return D for this size, by what is left of the budget or by what the loss demands."""
-    if flops is not None:
-        return max(flops / (6 * size) - inference / 3, 0.0)
-    return law.tokens_for(cast(float, loss), size)
-
-
-def _gain(law: ScalingLaw, size: float, tokens: float, inference: float) -> float:
-    """Return what a larger model gains, less what fewer tokens lose, as a difference of logs."""
-    if tokens <= 0:
-        return -math.inf
-    if math.isinf(tokens):
-        return math.inf
-    gain = math.log(law.alpha * law.A) - law.alpha * math.log(size)
-    lost = math.log(law.beta * law.B) - law.beta * math.log(tokens)
-    return gain - lost - math.log1p(inference / (3 * tokens))
-
-
-# %% tags=["engine"]
-#| export
-def isoflop_minimum(parameters: Numbers, losses: Numbers) -> tuple[float, float]:
-    """Return size and loss at the bottom of the parabola through losses over log N.
-
-    For runs of equal compute. Source: Hoffmann et al. (2022), section 3.2. A ``ValueError`` for
-    fewer than three runs, or for a parabola that has no bottom.
-    """
-    n, y = as_numbers(parameters, "parameters", least=3), as_numbers(losses, "losses", least=3)
-    if n.min() <= 0:
-        raise ValueError(f"parameters: expected numbers above 0, got {n.min()}")
-    if len(n) != len(y):
-        raise ValueError(f"losses: expected one for each of {len(n)} sizes, got {len(y)}")
-    if (sizes := len(np.unique(n))) < 3:
-        raise ValueError(f"parameters: expected at least 3 sizes, got {sizes}")
-    middle = np.log(n).mean()
-    bend, slope, height = np.polyfit(np.log(n) - middle, y, 2)
-    if bend <= 0:
-        raise ValueError(f"losses: expected a valley over log N, got a curvature of {bend:.3g}")
-    return math.exp(middle - slope / (2 * bend)), float(height - slope**2 / (4 * bend))
-
-
-# %% tags=["engine"]
-#| export
-#: Published coefficients. Hoffmann et al. (2022), unrounded as in the source of their paper;
-#: Besiroglu et al. (2024), a new fit to data read off a figure of that paper. N counts all
-#: parameters, and losses are in nats per token of their data.
-PUBLISHED_LAWS: Mapping[str, ScalingLaw] = {
-    "hoffmann2022": ScalingLaw(1.6934, 406.4, 410.7, 0.3392, 0.2849),
-    "besiroglu2024": ScalingLaw(1.8172, 482.01, 2085.43, 0.3478, 0.3658),
-}
-
-# %% [markdown]
-# ### Three ways to the exponent
-#
-# Hoffmann and others looked for the best size in three ways, and so can we. The **first** takes the
-# minimum over all curves: of the runs that cost at most $C$, which is the best? Those runs lie on
-# the lower envelope of {numref}`fig-scaling-grid`. The **second** trains several sizes with exactly
-# the same $C$. The loss over $\log N$ is a valley, and a parabola through its points has a minimum
-# between them. These are the runs with equal operations in our table, and three of them were the
-# bet. The **third** is the fit with {eq}`scaling-optimum`.
-
-# %% mystnb={"figure": {"caption": "Runs of equal compute, the parabolas through them, and their minima. The dashed line is the best size by the fitted law.", "name": "fig-scaling-isoflop"}, "image": {"alt": "Three valleys of loss over the number of parameters, one for each budget. The bottoms move down and to the right as the budget grows, near a dashed line."}}
-budgets = [6 * run.parameters * run.tokens for run in (best[8, 400], best[8, 800], best[8, 1600])]
-minima = []
-for budget in budgets:
-    equal = [run for run in best.values() if abs(run.flops / budget - 1) < 0.03]
-    sizes = [run.parameters for run in equal]
-    losses = [run.loss for run in equal]
-    minima.append(isoflop_minimum(sizes, losses))
-    valley, x = np.polyfit(np.log(sizes), losses, 2), np.geomspace(min(sizes), max(sizes))
-    plt.semilogx(x, np.polyval(valley, np.log(x)), color="gray", linewidth=0.8)
-    plt.semilogx(sizes, losses, "o", label=f"{budget / 1e9:.0f} GFLOP")
-plt.semilogx(*zip(*minima, strict=True), "k*")
-curve = [compute_optimal(fit.law, budget) for budget in np.geomspace(budgets[0], budgets[-1])]
-plt.semilogx([one.parameters for one in curve], [one.loss for one in curve], "k--")
-plt.xlabel("parameters")
-plt.ylabel("loss (nats per story)")
-plt.legend()
-plt.show()
-
-
-# %%
-def slope(sizes, budgets):
-    return np.polyfit(np.log(budgets), np.log(sizes), 1)[0]
-
-
-front = [r for r in grid if all(r.loss <= s.loss for s in grid if s.flops <= r.flops)]
-ways = {
-    "minimum over runs": slope([r.parameters for r in front], [r.flops for r in front]),
-    "parabolas": slope([size for size, _ in minima], budgets),
-    "fitted law": fit.law.exponent,
-}
-for name, exponent in ways.items():
-    print(f"{name:18} N* grows with C to the power {exponent:.1f}")
-share = fit.interval(lambda law: law.exponent)
-print(f"95 % interval of the fitted law: {share.low:.1f} to {share.high:.1f}")
-
-# %% [markdown]
-# The first two ways agree that about the power 0.4 of the budget should go into size, the fit says
-# 0.6, and its interval reaches from 0.2 to 0.6. The fit is so uncertain because $E$, $\alpha$, and
-# $\beta$ can be traded for one another. The parabolas need no formula for the whole plane, and use
-# runs near the optimum only. At a scale like ours, plan with the valleys. They also say how much a
-# wrong size costs: near the bottom they are flat, and a model half or twice as large as the best
-# one loses only a nat or two.
-#
-# ### What was published
-#
-# {cite:t}`kaplan2020scaling` found that the best size grows as $C^{0.73}$: most of a larger budget
-# should go into the model. {cite:t}`hoffmann2022training` found about $C^{0.5}$ in three ways
-# (0.50, 0.49, and 0.46), trained Chinchilla with 70 billion parameters on 1.4 trillion tokens, and
-# beat a model four times as large that had cost as much. Why the difference?
-# {cite:t}`pearce2024reconciling` trace most of it to Kaplan's count, which left out embeddings, in
-# models so small that it mattered. (An exercise derives this.) {cite:t}`porian2024resolving`
-# reproduce both results, and find three causes: the operations of the last layer, which were not
-# counted, a warmup too long for small models, and learning rates and other settings that were not
-# tuned for each size.
-#
-# Hoffmann's third way, the fitted formula, was itself in error. {cite:t}`besiroglu2024chinchilla`
-# read the runs off a figure of the paper and fitted them again. The published optimizer had stopped
-# too early, the printed numbers were rounded too far, and the intervals were far too narrow. Both
-# sets of coefficients are in `PUBLISHED_LAWS`, and {eq}`scaling-optimum` says what they would
-# recommend, up to Gopher's budget of $5.76 \times 10^{23}$ operations and beyond:
-
-# %%
-rounded = ScalingLaw(1.69, 406.4, 410.7, 0.34, 0.28)
-laws = {"hoffmann2022, as printed": rounded, **PUBLISHED_LAWS}
-print("tokens per parameter at             1e21  5.76e23     1e26 operations")
-for name, law in laws.items():
-    ratios = [compute_optimal(law, c).tokens_per_parameter for c in (1e21, 5.76e23, 1e26)]
-    print(f"{name:30}" + "".join(f"{ratio:9.0f}" for ratio in ratios))
-
-# %% [markdown]
-# The corrected law gives the famous 20 tokens per parameter. The original coefficients give 59, and
-# as printed, with two digits, even 93. So a rounding in the second digit of an exponent changes a
-# recommendation by half, because it is raised to the power of large numbers. And "20" is no law of
-# nature: it belongs to one data set, one architecture, and one way of counting. In our world, the
-# best of the runs at 30 GFLOP had about 4.
-#
-# ### A model that will be used
-#
-# Training ends, and use goes on. Each token that a model reads or writes in use costs about $2N$
-# operations, and $I$ such tokens cost $2NI$. Among all models with the same loss, we want the one
-# whose whole life is cheapest:
-#
-# $$
-# \begin{aligned}
-# \text{minimize} \quad & 6ND + 2NI \\
-# \text{subject to} \quad & L(N, D) = \ell .
-# \end{aligned}
-# $$ (scaling-inference)
-#
-# At the cheapest point, no exchange of size for data along the line of equal loss saves anything.
-# Let $\log N$ fall a little, by $\varepsilon$. The loss rises by $\varepsilon \alpha A
-# N^{-\alpha}$, so $\log D$ has to rise by $\varepsilon \, \alpha A N^{-\alpha} / (\beta B
-# D^{-\beta})$ to repair it. The cost falls by $\varepsilon (6ND + 2NI)$ through the smaller size,
-# and rises by $6ND$ times the change of $\log D$. The two are equal if
-#
-# $$
-# \alpha \frac{A}{N^\alpha} = \beta \frac{B}{D^\beta} \left( 1 + \frac{I}{3D} \right) .
-# $$ (scaling-inference-balance)
-#
-# With $I = 0$ this is {eq}`scaling-balance`. The larger $I$, the smaller the model, and the longer
-# its training: it is *over*trained, seen from training alone {cite}`sardana2024beyond`. Here is
-# what the loss of Chinchilla (70 billion parameters, 1.4 trillion tokens) would have cost:
-
-# %%
-law = PUBLISHED_LAWS["besiroglu2024"]
-goal = law.predict(70e9, 1.4e12)
-print("tokens in use   parameters   tokens/parameter   training   use  (10^24 operations)")
-for used in (0, 1e12, 1e13, 1e14):
-    one = compute_optimal(law, loss=goal, inference_tokens=used)
-    costs = f"{one.training_flops / 1e24:10.2f} {one.inference_flops / 1e24:7.2f}"
-    print(
-        f"{used:13.0e} {one.parameters / 1e9:10.0f}e9 {one.tokens_per_parameter:13.0f} {costs:>23}"
+def _llama(vocabulary: int, *sizes: int, length: int = 8192) -> ModelConfig:
+    width, layers, heads, kv_heads, d_ff = sizes
+    return ModelConfig(
+        vocab_size=vocabulary,
+        context_length=length,
+        d_model=width,
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        d_ff=d_ff,
     )
 
+
+_GPT3 = ModelConfig.preset("gpt2", d_model=12_288, n_layers=96, n_heads=96, context_length=2048)
+_LLAMA2_70B = _llama(32_000, 8192, 80, 64, 8, 28_672, length=4096)
+_LLAMA3_405B = _llama(128_256, 16_384, 126, 128, 8, 53_248)
+_OLMO2_7B = _llama(100_352, 4096, 32, 32, 32, 11_008, length=4096)
+_CARD = "the model card"
+
+# %% tags=["engine"]
+#| export
+#: Runs whose authors report hours or energy. GPT-3: Patterson et al., table 4: 14.8 days on 10,000.
+PUBLISHED = {
+    "GPT-3 175B": PublishedRun(_GPT3, 300e9, "v100", 3.55e6, 1287, "patterson2021carbon"),
+    "Llama 2 7B": PublishedRun(
+        ModelConfig.preset("llama2-7b"), 2e12, "a100", 184_320, None, "touvron2023llama2"
+    ),
+    "Llama 2 70B": PublishedRun(_LLAMA2_70B, 2e12, "a100", 1.72e6, None, "touvron2023llama2"),
+    "Llama 3 8B": PublishedRun(
+        ModelConfig.preset("llama3-8b"), 15e12, "h100", 1.3e6, None, "meta2024llamamodels"
+    ),
+    "Llama 3 70B": PublishedRun(
+        ModelConfig.preset("llama3-70b"), 15e12, "h100", 6.4e6, None, "meta2024llamamodels"
+    ),
+    "Llama 3.1 405B": PublishedRun(
+        _LLAMA3_405B, 15.6e12, "h100", 30.84e6, None, "meta2024llamamodels"
+    ),
+    "DeepSeek-V3": PublishedRun(37e9, 14.8e12, "h800", 2.664e6, None, "deepseek2024v3"),
+    "OLMo 2 7B": PublishedRun(_OLMO2_7B, 4.05e12, "h100", None, 157, "olmo2024olmo2"),
+}
+
+
 # %% [markdown]
-# With ten trillion tokens in use, the cheapest model is half as large as Chinchilla and trained on
-# six times as many tokens per parameter, and its training costs a third more. Llama 3 with 8
-# billion parameters was trained on 15 trillion tokens {cite}`grattafiori2024llama3`, nearly 1,900
-# for each parameter. That is far outside the range in which these coefficients were fitted, so read
-# the last row as a direction rather than as a number {cite}`sardana2024beyond`.
+# ### Estimated and reported
+#
+# With the same guess of 40 % for all:
+
+# %%
+print("run             FLOPs     hours   estimated  ratio  MFU that would fit")
+ratios = {}
+for name, run in PUBLISHED.items():
+    guess = estimate_run(run.model, run.tokens, hardware=run.hardware)
+    if run.gpu_hours:
+        ratio = ratios[name] = guess.gpu_hours / run.gpu_hours
+        hours = f"{run.gpu_hours / 1e3:7,.0f}k  {guess.gpu_hours / 1e3:8,.0f}k"
+        print(f"{name:14}  {guess.flops:.1e} {hours}   {ratio:.2f}   {0.4 * ratio:.2f}")
+assert all(0.3 < ratio < 1.2 for ratio in ratios.values())
+
+# %% [markdown]
+# Llama 2 did a little better than we guessed. All others took longer, Llama 3 8B twice as long,
+# and each for a reason of its own. GPT-3 ran on older devices, where a fifth of the peak was good.
+# The 8B model is the same story at the other end: a device so fast, on a model so small, waits for
+# memory and network, and its MFU cannot be guessed from one that is ten times as large.
+# DeepSeek-V3 computes in 8 bits, twice as fast at its peak, but on thin experts. The hours of model
+# cards also contain restarts, evaluations and long contexts. (The sources are
+# {cite:t}`patterson2021carbon`, {cite:t}`touvron2023llama2`, {cite:t}`meta2024llamamodels`,
+# {cite:t}`deepseek2024v3` and {cite:t}`olmo2024olmo2`.)
+#
+# So 40 % is what a good team reaches on a dense model that is large enough, and a first estimate is
+# better made with 25 %. In our table it would have been right to a factor of two, which is enough
+# to choose between runs. The energy, where it was reported:
+
+# %%
+for name, run in PUBLISHED.items():
+    if run.energy_mwh:
+        hours = run.gpu_hours or math.nan
+        guess = estimate_run(run.model, run.tokens, hardware=run.hardware).energy_mwh
+        text = f"{name:10} reported {run.energy_mwh:5,.0f} MWh, estimated {guess:4,.0f}"
+        print(text, f"(ratio {guess / run.energy_mwh:.1f})")
+
+# %% [markdown]
+# The same functions answer for any configuration, before there is a model.
+# {py:func}`~llmbook.scaling.info` collects what {doc}`11_model` and {doc}`15_precision` count:
+
+
+# %% tags=["engine"]
+#| export
+# What a configuration comes to
+def info(config: ModelConfig, sequence: int | None = None) -> dict[str, int | float]:
+    """Return the sizes of a model of this configuration by name; nothing is allocated.
+
+    Bytes of weights and cache are for 16 bits, those of the training state for AdamW in mixed
+    precision; the cache is that of one row of ``sequence`` tokens, by default ``context_length``.
+    """
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"config: expected a ModelConfig, got {config!r:.60}")
+    check_at_least(sequence=(1, sequence))
+    sequence = config.context_length if sequence is None else sequence
+    total, inner = count_parameters(config), count_parameters(config, embeddings=False)
+    return {
+        "parameters": total,
+        "active parameters": count_parameters(config, active=True),
+        "without embeddings": inner,
+        "flops per token, forward": flops_per_token(config, sequence, training=False),
+        "flops per token, training": flops_per_token(config, sequence),
+        "bytes of weights": 2 * total,
+        "bytes of training state": 18 * total,
+        "bytes of cache": cache_bytes(config, 1, sequence),
+        "tokens at 20 per parameter": 20 * total,
+    }
+
+
+# %%
+for name, value in info(ModelConfig.preset("llama3-8b")).items():
+    print(f"{name:27} {value:.3g}")
+
+# %% [markdown]
+# ## Hyperparameter checklists
+#
+# What nobody can tune at full size is copied, and should be copied from somewhere.
+# {py:func}`~llmbook.scaling.hyperparameter_checklist` has a list for pretraining at five sizes, for
+# tuning (all weights, or LoRA), for preference optimization, and for reinforcement learning. Every
+# row has a value with its source, and a range. The range is *safe* in one sense: published runs
+# that worked lie at both of its ends, and their sources stand in the row. Outside, you are on your
+# own, which may be right; but it should be on purpose.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the lists as data, a page made from them, and a comparison with a configuration
+
+# %% [markdown] tags=["engine"]
+# A row is a name, a value, the two ends of the range and the sources, as keys of the bibliography.
+# Batches of pretraining count tokens, those of tuning rows; warmup is a share of the steps.
+
+
+# %% tags=["engine"]
+#| export
+class Setting(NamedTuple):
+    """One row of a checklist; sources are keys of the bibliography, or chapters of this book."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    sources: tuple[str, ...]  # the first has the value, all together the range
+
+
+CHECKLISTS: dict[str, list[Setting]] = {}
+#: The parameters of the sizes that checklists of pretraining are for.
+SIZES = {"10M": 10e6, "124M": 124e6, "1B": 1e9, "7B": 7e9, "70B": 70e9}
+
+
+def _rows(scale: str, rows: str) -> None:
+    """Add rows from a text: name, value, low, high and sources on each line."""
+    for line in filter(None, map(str.split, rows.splitlines())):
+        value, low, high = map(float, line[1:4])
+        CHECKLISTS.setdefault(scale, []).append(Setting(line[0], value, low, high, tuple(line[4:])))
+
+
+for _scale in SIZES:
+    _rows(
+        _scale,
+        """
+        weight_decay  0.1   0.01 0.1   brown2020gpt3 biderman2023pythia
+        beta1         0.9   0.9  0.9   brown2020gpt3
+        beta2         0.95  0.95 0.999 brown2020gpt3 kingma2015adam
+        clip_norm     1.0   1.0  1.0   brown2020gpt3
+        final         0.1   0    0.1   touvron2023llama2 bergsma2025straight
+        z_loss        1e-5  0    1e-4  olmo2024olmo2 brown2020gpt3 chowdhery2023palm
+        """,
+    )
+
+# %% tags=["engine"]
+#| export
+_rows(
+    "10M",
+    """
+    learning_rate        1e-3   6e-4 6e-3   biderman2023pythia brown2020gpt3 dey2023cerebras
+    batch_tokens         131072 2048 524288 kaplan2020scaling 13_training brown2020gpt3
+    warmup_share         0.01   0.00125 0.17 biderman2023pythia brown2020gpt3 dey2023cerebras
+    tokens_per_parameter 20     20   4286   hoffmann2022training biderman2023pythia
+    """,
+)
+_rows(
+    "124M",
+    """
+    learning_rate        6e-4   3e-4 6e-3    brown2020gpt3 biderman2023pythia dey2023cerebras
+    batch_tokens         524288 245760 2097152 brown2020gpt3 dey2023cerebras biderman2023pythia
+    warmup_share         0.01   0.00125 0.17 biderman2023pythia brown2020gpt3 dey2023cerebras
+    tokens_per_parameter 20     20   2400    hoffmann2022training brown2020gpt3
+    """,
+)
+_rows(
+    "1B",
+    """
+    learning_rate        3e-4    2e-4 4e-4   biderman2023pythia brown2020gpt3 zhang2024tinyllama
+    batch_tokens         2097152 1048576 4194304 zhang2024tinyllama brown2020gpt3 groeneveld2024olmo
+    warmup_share         0.01    0.00125 0.0144 biderman2023pythia brown2020gpt3 dey2023cerebras
+    tokens_per_parameter 20      20   2727   hoffmann2022training zhang2024tinyllama
+    """,
+)
+
+# %% tags=["engine"]
+#| export
+_rows(
+    "7B",
+    """
+    learning_rate        3e-4    1.2e-4 4.2e-4 touvron2023llama2 brown2020gpt3 bi2024deepseek
+    batch_tokens         4194304 2097152 9437184 touvron2023llama2 brown2020gpt3 bi2024deepseek
+    warmup_share         0.004   0.00125 0.01  touvron2023llama2 brown2020gpt3 biderman2023pythia
+    tokens_per_parameter 20      20   1875     hoffmann2022training meta2024llamamodels
+    """,
+)
+_rows(
+    "70B",
+    """
+    learning_rate        1.5e-4  6e-5 3.2e-4  touvron2023llama2 brown2020gpt3 bi2024deepseek
+    batch_tokens         4194304 3145728 18874368 touvron2023llama2 brown2020gpt3 bi2024deepseek
+    warmup_share         0.004   0.00125 0.01 touvron2023llama2 brown2020gpt3 biderman2023pythia
+    tokens_per_parameter 20      1.7  214     hoffmann2022training brown2020gpt3 meta2024llamamodels
+    """,
+)
+# %% tags=["engine"]
+#| export
+_rows(
+    "sft",
+    """
+    learning_rate 5e-6 2e-6 2e-5 lambert2024tulu3 touvron2023llama2
+    batch_rows    128  64   128  lambert2024tulu3 touvron2023llama2
+    epochs        2    2    3    lambert2024tulu3 taori2023alpaca
+    warmup_share  0.03 0    0.03 lambert2024tulu3 touvron2023llama2
+    weight_decay  0    0    0.1  lambert2024tulu3 touvron2023llama2
+    """,
+)
+
+# %% tags=["engine"]
+#| export
+_rows(
+    "lora",
+    """
+    learning_rate 2e-4 1e-4 5e-4 dettmers2023qlora schulman2025lora
+    rank          64   1    512  dettmers2023qlora schulman2025lora
+    alpha         16   16   32   dettmers2023qlora schulman2025lora
+    dropout       0.1  0    0.1  dettmers2023qlora schulman2025lora
+    batch_rows    16   16   64   dettmers2023qlora
+    """,
+)
+_rows(
+    "dpo",
+    """
+    learning_rate 5e-7 2e-7 1e-6 lambert2024tulu3 rafailov2023direct
+    beta          0.1  0.1  0.5  rafailov2023direct
+    batch_rows    64   64   128  rafailov2023direct lambert2024tulu3
+    epochs        1    1    1    lambert2024tulu3
+    warmup_share  0.1  0.1  0.1  lambert2024tulu3
+    """,
+)
+# %% tags=["engine"]
+#| export
+_rows(
+    "ppo",
+    """
+    learning_rate 3e-7 1e-7 1e-5 lambert2024tulu3 ouyang2022training
+    clip_range    0.2  0.1  0.3  schulman2017proximal ouyang2022training
+    kl_weight     0.05 0.01 0.1  lambert2024tulu3
+    gae_lambda    0.95 0.95 0.95 schulman2017proximal lambert2024tulu3
+    batch_rows    512  224  640  ouyang2022training lambert2024tulu3
+    """,
+)
+_rows(
+    "grpo",
+    """
+    learning_rate 1e-6  1e-6 3e-6 shao2024deepseekmath yu2025dapo deepseek2025r1
+    group_size    16    16   64   deepseek2025r1 yu2025dapo shao2024deepseekmath
+    clip_range    0.2   0.2  0.28 yu2025dapo
+    kl_weight     0.001 0    0.04 deepseek2025r1 yu2025dapo shao2024deepseekmath
+    temperature   1.0   1.0  1.0  deepseek2025r1 yu2025dapo
+    """,
+)
+
+
+# %% tags=["engine"]
+#| export
+def hyperparameter_checklist(scale: str | int | float) -> dict[str, Setting]:
+    """Return the settings for a ``scale`` by name: the value, its safe range, and their sources.
+
+    ``scale`` is one of ``SIZES``, or a number of parameters, which means the size that is nearest
+    in the logarithm; or "sft", "lora", "dpo", "ppo" or "grpo", for models of about 7 billion. A
+    range ends at values of published runs that worked, not where training begins to fail.
+
+    >>> setting = hyperparameter_checklist("7B")["learning_rate"]
+    >>> setting.low, setting.value, setting.high
+    (0.00012, 0.0003, 0.00042)
+    """
+    return {setting.name: setting for setting in CHECKLISTS[_name_of(scale)]}
+
+
+# %% tags=["engine"]
+#| export
+def _name_of(scale: str | int | float) -> str:
+    """Return the name of a list; that of the nearest size, for a number of parameters."""
+    if isinstance(scale, str | bool):
+        check_choice("scale", scale, tuple(CHECKLISTS))
+        return str(scale)
+    _check_positive(scale=scale)
+    number = float(scale)
+    return min(SIZES, key=lambda name: abs(math.log(SIZES[name] / number)))
+
+
+# %% tags=["engine"]
+#| export
+def _shown(value: int | float) -> str:
+    return f"{value:,.0f}" if 1000 <= value < math.inf else f"{value:.4g}"
+
+
+# %% tags=["engine"]
+#| export
+def checklist_table(scale: str | int | float) -> str:
+    """Return a checklist as a table in Markdown, with citations in MyST's syntax."""
+    lines = ["| setting | value | safe range | sources |", "|---|---|---|---|"]
+    for s in hyperparameter_checklist(scale).values():
+        chapters = [f"{{doc}}`{key}`" for key in s.sources if key[0].isdigit()]
+        papers = ",".join(key for key in s.sources if not key[0].isdigit())
+        cited = ", ".join([f"{{cite:t}}`{papers}`" * bool(papers), *chapters])
+        name, span = s.name.replace("_", " "), f"{_shown(s.low)} to {_shown(s.high)}"
+        lines.append(f"| {name} | {_shown(s.value)} | {span} | {cited} |")
+    return "\n".join(lines) + "\n"
+
+
+# %% tags=["engine"]
+#| export
+_WHERE = {"lora": "LoRA", "sft": "Tuning of all weights", "dpo": "Preferences: DPO"}
+_WHERE |= {"ppo": "Reinforcement learning: PPO", "grpo": "Reinforcement learning: GRPO"}
+
+
+def checklist_page() -> str:
+    """Return the page of all checklists, in MyST's Markdown, as it stands in the book."""
+    parts = [
+        "# Checklists\n",
+        "Settings to begin with, from {doc}`17_scaling`. The first source of a row has its value; "
+        "all of them together have the ends of its range, so that a published run lies at each. "
+        "Beyond is not wrong, but it should be on purpose. This page is made by "
+        "{py:func}`~llmbook.scaling.checklist_page`; "
+        "{py:func}`~llmbook.scaling.check_config` compares a configuration with it.\n",
+        "Batches of pretraining are in tokens, those of tuning in rows. Warmup is a share of all "
+        "steps, and final a share of the peak rate. Rates are those of AdamW.\n",
+    ]
+    for scale in CHECKLISTS:
+        title = _WHERE.get(scale, f"Pretraining at {scale} parameters")
+        parts.append(f"## {title}\n\n{checklist_table(scale)}")
+    return "\n".join(parts)
+
+
+# %% tags=["engine"]
+#| export
+def check_config(
+    model: ModelConfig, training: TrainingConfig, *, scale: str | int | float | None = None
+) -> list[str]:
+    """Return a warning for each setting of a pretraining run that departs from its checklist.
+
+    ``scale`` is that of ``hyperparameter_checklist``, by default the size of the model. Rates are
+    compared for AdamW only, as those of other optimizers mean something else.
+
+    >>> tiny = ModelConfig.preset("gpt2")
+    >>> run = TrainingConfig(n_steps=20_000, batch_size=512, learning_rate=0.1, warmup=200)
+    >>> check_config(tiny, run)[0]
+    'learning_rate: 0.1 is outside 0.0003 to 0.006 (of published runs at 124M); begin with 0.0006'
+    """
+    for name, value, kind in (
+        ("model", model, ModelConfig),
+        ("training", training, TrainingConfig),
+    ):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name}: expected a {kind.__name__}, got {value!r:.60}")
+    n_parameters = count_parameters(model, active=True)
+    where = _name_of(n_parameters if scale is None else scale)
+    checklist = hyperparameter_checklist(where)
+    tokens = training.batch_size * model.context_length
+    values = {
+        "learning_rate": training.learning_rate if training.optimizer == "adamw" else None,
+        "batch_tokens": tokens,
+        "batch_rows": training.batch_size,
+        "warmup_share": training.warmup / training.n_steps,
+        "tokens_per_parameter": training.n_steps * tokens / n_parameters,
+        "weight_decay": training.weight_decay,
+        "beta1": training.betas[0],
+        "beta2": training.betas[1],
+        "clip_norm": training.clip_norm or math.inf,
+        "final": training.final if training.schedule != "constant" else 1.0,
+        "z_loss": training.z_loss,
+    }
+    found = [(setting, values.get(name)) for name, setting in checklist.items()]
+    return [
+        f"{s.name}: {_shown(value)} is outside {_shown(s.low)} to {_shown(s.high)} "
+        f"(of published runs at {where}); begin with {_shown(s.value)}"
+        for s, value in found
+        if value is not None and not s.low * (1 - 1e-9) <= value <= s.high * (1 + 1e-9)
+    ]
+
+
+# %% [markdown]
+# ### The list for 7 billion
+
+# %%
+for setting in hyperparameter_checklist("7B").values():
+    numbers = setting.value, setting.low, setting.high
+    shown = [f"{x:,.0f}" if x >= 1000 else f"{x:g}" for x in numbers]
+    print(f"{setting.name:21} {shown[0]:>9}   safe from {shown[1]} to {shown[2]}")
+
+# %% [markdown]
+# All lists, with their sources, are on one page of the book: {doc}`checklists`. It is made from the
+# same table, so the two cannot drift apart. Notice how little changes from size to size. Rates fall
+# and batches grow; decay, momentum, clipping and the end of the schedule are the same everywhere,
+# which says that they matter little, or that nobody dares to change them.
+#
+# {py:func}`~llmbook.scaling.check_config` reads the list for you. Here it looks at a run whose
+# author copied the settings of the tiny model of {doc}`13_training` to one of GPT-2's size:
+
+# %%
+gpt2 = ModelConfig.preset("gpt2")
+copied = TrainingConfig(n_steps=2200, batch_size=8, learning_rate=0.01, weight_decay=0.0, warmup=50)
+for warning in check_config(gpt2, copied):
+    print(warning.split(" (of")[0])
+
+# %% [markdown]
+# ## A log of negative results
+#
+# What did not work is seldom printed, so it is tried again. These are the book's own, each with the
+# place where its numbers stand. They hold for small models and short runs, like everything here.
+#
+# | we expected | we found | where |
+# |---|---|---|
+# | learned positions to be as good as rotary ones | a table of vectors is behind even after 300 steps | {numref}`fig-positions-training` |
+# | gated feed-forward layers to win | ahead after 80 steps with every seed, within the noise after 120 | {numref}`fig-blocks-kinds` |
+# | RMSNorm to differ from LayerNorm | no difference in the loss | {doc}`10_blocks` |
+# | a likelier story to be a better one | beam search finds stories likelier than real ones, and all alike | {doc}`14_generation` |
+# | speculative decoding and 8-bit weights to be faster | both are slower for a small model on a processor | {doc}`14_generation` |
+# | stochastic rounding to save Adam's second mean | no difference in 60 steps, a small one in 600 | {doc}`15_precision` |
+# | a compiler to make training much faster | 8 to 24 % on a processor, and hundreds of steps to pay for itself | {doc}`15_precision` |
+# | a way to scale 8-bit numbers to stand out | three seeds cannot tell the ways apart | {doc}`15_precision` |
+# | the majority of many answers to help | a few points, while pass@k rises to nearly 1 | {numref}`fig-evaluation-attempts` |
+# | a reworded exam in the training text to be harmless | it did as much harm as one or two copies | {doc}`16_evaluation` |
+# | muP to improve the loss | at the best rate of widths 128 and 256 it is behind by 0.07 nats | {numref}`fig-scaling-transfer` |
+# | Muon's rate to stay, by its original rule | it falls a little with the width | {numref}`fig-scaling-muon` |
+# | annealing on good data to be free | a small gain on it, and a larger loss on the rest | above |
 #
 # ## Exercises
 #
-# A game comes first. {py:class}`~llmbook.scaling.BudgetGame` plays the part of a cluster with a
-# limited budget.
+# ````{exercise} Half the steps?
+# :label: ex-scaling-batch
+# *Ten minutes.* A run with batches of `batch` rows has a noise scale of `noise` rows. With batches
+# so large that noise does not matter it would need `least_steps`. Write `steps_and_rows(batch,
+# noise, least_steps)`, which returns how many steps it needs, and how many rows it reads, from the
+# gain of a step in the section on batch size.
+# ````
 
-# %% [markdown] tags=["engine"]
-# ### Engine room: a cluster that answers by a law
+
+# %% tags=["solution"]
+def steps_and_rows(batch: float, noise: float, least_steps: float) -> tuple[float, float]:
+    """The steps of a run, and the rows that it reads."""
+    steps = least_steps * (1 + noise / batch)
+    return steps, steps * batch
 
 
-# %% tags=["engine"]
-#| export
-class BudgetGame:
-    """A cluster with a budget: pretended runs whose losses follow a law, with noise.
-
-    ``train`` answers with a loss and takes the operations of the run off ``left``. The ``target``
-    is the budget of one large run to come, by default ten times as many operations; ``regret``
-    says how much worse than the best possible allocation an answer for it would be.
-    """
-
-    def __init__(
-        self,
-        law: ScalingLaw,
-        budget: float,
-        *,
-        factor: float = 10.0,
-        noise: float = 0.005,
-        seed: int = 0,
-    ):
-        _check_positive(budget=budget, factor=factor)
-        check_fraction("noise", noise)
-        check_at_least(seed=(0, seed))
-        self.left, self.target = budget, factor * budget
-        self._law, self._noise, self._random = law, noise, np.random.default_rng(seed)
-        self.runs: list[tuple[float, float, float]] = []  # parameters, tokens, loss
-
-    def train(self, parameters: float, tokens: float) -> float:
-        """Return the loss of a run; a ``ValueError`` if 6 N D is more than what is left."""
-        _check_positive(parameters=parameters, tokens=tokens)
-        cost = 6 * parameters * tokens
-        if cost > self.left * (1 + 1e-9):
-            expected = f"a run of at most {self.left:.3g} operations, which are left"
-            raise ValueError(f"parameters: expected {expected}, got {cost:.3g}")
-        self.left -= cost
-        error = self._noise * self._random.standard_normal()
-        loss = float(self._law.predict(parameters, tokens) * math.exp(error))
-        self.runs.append((parameters, tokens, loss))
-        return loss
-
-    def regret(self, parameters: float) -> float:
-        """Return the nats by which a model of this size misses the best one for the target."""
-        _check_positive(parameters=parameters)
-        loss = self._law.predict(parameters, self.target / (6 * parameters))
-        return float(loss - compute_optimal(self._law, self.target).loss)
-
+# %% tags=["check"]
+steps, rows = steps_and_rows(32, 32, 1000)
+assert steps == 2000, "at the critical batch size a run needs twice the fewest steps"
+assert rows == 64_000, "it reads its batch at each of its steps"
+few, most = steps_and_rows(1e9, 32, 1000)
+assert abs(few - 1000) < 1, "with an enormous batch, noise does not matter"
+assert abs(steps_and_rows(1, 320, 1000)[1] - 321_000) < 1, "small batches use rows best"
 
 # %% [markdown]
-# ### A budget to spend
+# ````{exercise} A rate for a wider model
+# :label: ex-scaling-rate
+# *Fifteen minutes.* Write `rate_for(name, shape, base_shape, rate)`: Adam's learning rate for one
+# parameter of a wider model under muP, from its name, its shape, and its shape in the base model,
+# where `rate` was tuned. All heads have the same width in both models. Names are those of
+# `model.named_parameters()`; heads are not tied. The check compares with
+# {py:func}`~llmbook.scaling.mup_scales`.
+# ````
+
+
+# %% tags=["solution"]
+def rate_for(name: str, shape: tuple[int, ...], base_shape: tuple[int, ...], rate: float) -> float:
+    """Adam's rate for a parameter, by the ratio of fan-ins."""
+    if len(shape) == 1 or name == "embedding.weight":
+        return rate
+    return rate * base_shape[-1] / shape[-1]
+
+
+# %% tags=["check"]
+wide, narrow = (ModelConfig.preset("tiny", d_model=d, n_heads=d // 32) for d in (256, 64))
+with torch.device("meta"):
+    shapes = {n: p.shape for n, p in TransformerLM(narrow).named_parameters()}
+    big = TransformerLM(wide)
+answers = {
+    n: rate_for(n, tuple(p.shape), tuple(shapes[n]), 0.01) for n, p in big.named_parameters()
+}
+assert answers["embedding.weight"] == 0.01, "looking up a row is a sum with one term"
+assert answers["norm.weight"] == 0.01, "a gain multiplies entry by entry: its rate stays"
+assert answers["lm_head.weight"] == 0.0025, "the head sums over the width, like any matrix"
+down = "blocks.0.feed_forward.down_proj.weight"
+wanted = 0.01 * shapes[down][1] / big.state_dict()[down].shape[1]
+assert math.isclose(answers[down], wanted), "what counts is the number of terms: the columns"
+for name, scale in mup_scales(big, narrow).items():
+    assert math.isclose(answers[name], 0.01 * scale.rate), f"{name}: {answers[name]}"
+
+# %% [markdown]
+# ````{exercise} What a grant buys
+# :label: ex-scaling-grant
+# *Ten minutes.* You have so many dollars. Write `affordable_tokens(dollars, parameters)`, the
+# number of tokens that a dense model can be trained on with H100s at 40 % of their peak and two
+# dollars an hour. It is the inverse of {py:func}`~llmbook.scaling.estimate_run` with its defaults.
+# `HARDWARE["h100"]` has the peak, as `peak_flops`, in operations a second.
+# ````
+
+
+# %% tags=["solution"]
+def affordable_tokens(dollars: float, parameters: float) -> float:
+    """The tokens that a budget pays for."""
+    flops = dollars / 2.0 * 3600 * HARDWARE["h100"].peak_flops * 0.4
+    return flops / (6 * parameters)
+
+
+# %% tags=["check"]
+assert affordable_tokens(1e4, 1e9) > 1e11, "an hour has 3600 seconds"
+assert math.isclose(affordable_tokens(2e4, 1e9), 2 * affordable_tokens(1e4, 1e9)), "in proportion"
+spent = estimate_run(1e9, affordable_tokens(1e4, 1e9)).dollars
+assert math.isclose(spent, 1e4), f"that many tokens cost {spent:,.0f} dollars, not 10,000"
+
+# %% [markdown]
+# ## Summary
 #
-# ````{exercise} The budget game
-# :label: ex-scaling-game
-# *One hour.* Write `spend(game)`. It may call `game.train(parameters, tokens)`, which returns a
-# loss and costs `6 * parameters * tokens` operations, until `game.left` is used up; a run that
-# costs more than what is left raises a `ValueError`. Then it returns the number of parameters that
-# a single run of `game.target` operations should have, ten times the budget of the game. The losses
-# follow a law that is like the one of our grid, with half a percent of noise. The check plays games
-# with several laws, and asks for a small *regret*: the nats by which your model is worse than the
-# best model for the target. The `parameters` of a game lie between 5,000 and a million.
-# ````
-
-
-# %% tags=["solution"]
-def spend(game: "BudgetGame") -> float:
-    """Return the size of the best model for ``game.target``, after runs for ``game.left``."""
-    # Four budgets, each with five sizes; most of the money goes to the largest budget, which is
-    # nearest to the target. Then a law is fitted, and extrapolated by a factor of ten and more.
-    shares, money = np.array([0.03, 0.07, 0.2, 0.7]), game.left
-    for share in shares:
-        for size in np.geomspace(8e3, 130e3, 5):
-            game.train(size, share * money / 5 / (6 * size))
-    law = fit_scaling_law(*zip(*game.runs, strict=True), delta=0.01).law
-    return compute_optimal(law, game.target).parameters
-
-
-# %% tags=["check"]
-def play(law: ScalingLaw, seed: int) -> float:
-    game = BudgetGame(law, 2e12, seed=seed)
-    answer = spend(game)
-    assert game.runs, "nothing was trained: an answer without a look at the data is a guess"
-    assert isinstance(answer, (int, float)) and answer > 0, "return a number of parameters"
-    return game.regret(answer)
-
-
-games = [
-    (ScalingLaw(18.0, 6e3, 1.1e4, 0.6, 0.55), 0),
-    (ScalingLaw(18.0, 1.5e3, 7e4, 0.45, 0.72), 1),
-    (ScalingLaw(18.0, 4e4, 5e3, 0.8, 0.5), 2),
-]
-regrets = [play(law, seed) for law, seed in games]
-for seed, regret in enumerate(regrets):
-    assert regret > -1e-6, "no model is better than the best"
-    assert regret < 0.1, (
-        f"in game {seed}, your model misses the best one by {regret:.2f} nats; a good strategy "
-        "misses it by less than 0.1. Was the law extrapolated to game.target? Did the runs differ "
-        "in size and in tokens, and did they come near the whole budget?"
-    )
-print("regrets below 0.1 nats in all games")
-
-# %% [markdown]
-# ````{exercise} When the small model pays
-# :label: ex-scaling-even
-# *Fifteen minutes.* A model with `large` parameters and one with `small` parameters are both
-# trained until they have the loss `loss`. How many tokens must be used before the small one has
-# been cheaper over its whole life? Write `break_even(law, small, large, loss)`. The law has a
-# method `law.tokens_for(loss, parameters)`, the tokens of training after which a model of that size
-# has that loss, infinity if it never has. Training takes 6 and use 2 operations for each parameter
-# and token. Return 0 if the small one is cheaper from the start, and infinity if it never is.
-# ````
-
-
-# %% tags=["solution"]
-def break_even(law: "ScalingLaw", small: float, large: float, loss: float) -> float:
-    """Tokens in use from which the small model is the cheaper one of two with equal loss."""
-    # 6 n d + 2 n i is equal for both models: i = 3 (n d of the small - n d of the large) / gap
-    extra = small * law.tokens_for(loss, small) - large * law.tokens_for(loss, large)
-    return max(0.0, 3 * extra / (large - small))
-
-
-# %% tags=["check"]
-law = PUBLISHED_LAWS["besiroglu2024"]
-goal = law.predict(70e9, 1.4e12)
-used = break_even(law, 20e9, 70e9, goal)
-lives = [6 * n * law.tokens_for(goal, n) + 2 * n * used for n in (20e9, 70e9)]
-assert math.isfinite(used) and used > 0, "20 billion parameters suffice, after more training"
-assert math.isclose(*lives, rel_tol=1e-6), (
-    f"at {used:.3g} tokens one life costs {lives[0] / lives[1]:.2f} times as much as the other: "
-    "6 operations for each parameter and token in training, 2 in use"
-)
-assert break_even(law, 70e9, 300e9, goal) == 0, "here the small one is cheaper in training, too"
-assert break_even(law, 1e9, 70e9, goal) == math.inf, "a billion parameters never have that loss"
-
-# %% [markdown]
-# ````{exercise} Kaplan's exponent from Chinchilla's law
-# :label: ex-scaling-inner
-# *Thirty minutes.* Suppose that losses follow a law in *all* parameters, and that somebody counts
-# only the inner ones, $n$, and only $c = 6nD$ operations. A function `total(n)` gives all
-# parameters of a model with $n$ inner ones. For a budget $c$, the best $n$ minimizes
-# $L(\texttt{total}(n), c/(6n))$. Write `inner_exponent(law, total, flops)`, the power with which
-# the best $n$ grows around $c =$ `flops`: the slope of $\log n$ over $\log c$, between `flops` and
-# twice as much. Find the minimum on a fine grid or by bisection; two digits are enough.
-# (`law.predict(parameters, tokens)` takes arrays.)
-# ````
-
-
-# %% tags=["solution"]
-def inner_exponent(law: "ScalingLaw", total: Callable, flops: float) -> float:
-    """Slope of log n over log c at the best n, if embeddings are not counted."""
-
-    # A small model is mostly embedding: to double all of it takes much more than twice the inner
-    # part. So the inner part has to grow faster than the whole.
-    def best(c: float) -> float:
-        n = np.geomspace(1, c / 6, 2_000_001)
-        return n[np.argmin(law.predict(total(n), c / (6 * n)))]
-
-    return float(np.log(best(2 * flops) / best(flops)) / np.log(2))
-
-
-# %% tags=["check"]
-def as_counted(n):
-    return n
-
-
-def with_embedding(n):
-    return n + 50_000 * n ** (1 / 3)
-
-
-law = PUBLISHED_LAWS["besiroglu2024"]
-found = inner_exponent(law, as_counted, 1e20)
-assert abs(found - law.exponent) < 0.02, (
-    f"where nothing is left out, the slope is beta / (alpha + beta) = {law.exponent:.2f}, "
-    f"not {found:.2f}"
-)
-small, large = (inner_exponent(law, with_embedding, c) for c in (1e17, 1e26))
-assert abs(large - law.exponent) < 0.02, (
-    f"in a huge model the embedding does not matter, but the slope is {large:.2f}"
-)
-assert 0.6 < small < 0.85, (
-    f"at 1e17 operations the slope is {small:.2f}; it should be far above that of the law, since "
-    "the loss depends on total(n), but the tokens on n alone"
-)
-print(f"without embeddings, around 10^17 operations: C^{small:.2f}")
+# - (From the first half.)

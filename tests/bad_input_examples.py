@@ -89,6 +89,11 @@ NOT_TRIED = {
     "evaluation.TextScores",
     "evaluation.Continuation",
     "evaluation.ChoiceScores",
+    "scaling.WidthScale",
+    "scaling.NoiseScale",
+    "scaling.RunEstimate",
+    "scaling.PublishedRun",
+    "scaling.Setting",
     "evaluation.Interval",
     "evaluation.PairedTest",
     "evaluation.as_numbers",  # it names what the caller calls the argument
@@ -850,6 +855,21 @@ EXAMPLES |= {
     "scaling.BudgetGame": lambda: {"law": scaling_law(), "budget": 1e15},
     "scaling.BudgetGame.train": {"parameters": 1e5, "tokens": 1e6},
     "scaling.BudgetGame.regret": {"parameters": 1e6},
+    "scaling.mup_scales": lambda: {"model": lm(), "base": config(d_model=8)},
+    "scaling.initialize_mup": lambda: {"model": lm(), "base": config(d_model=8)},
+    "scaling.mup_groups": lambda: {
+        "model": lm(),
+        "base": config(d_model=8),
+        "learning_rate": 0.01,
+    },
+    "scaling.noise_scale": {"small_square": 5.0, "big_square": 2.0, "small": 1, "big": 4},
+    "scaling.gradient_noise": lambda: {"model": lm(), "batches": [batch(), batch()], "group": 2},
+    "scaling.Hardware": {"peak_flops": 1e15, "memory": 8e10, "power": 700.0},
+    "scaling.estimate_run": {"model": 1e9, "tokens": 2e10},
+    "scaling.info": lambda: {"config": config()},
+    "scaling.hyperparameter_checklist": {"scale": "7B"},
+    "scaling.checklist_table": {"scale": "7B"},
+    "scaling.check_config": lambda: {"model": config(), "training": training_config()},
 }
 
 # Objects whose methods are tried as well.
