@@ -2184,9 +2184,9 @@ def cut_step(model: nn.Module, ids: Tensor):
 
 
 sizes = {"d_model": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2}
-config = ModelConfig(vocab_size=64, context_length=64, **sizes)
+narrow = ModelConfig(vocab_size=64, context_length=64, **sizes)
 seed_everything(0)
-model, ids = TransformerLM(config).double(), torch.randint(64, (4, 33))
+model, ids = TransformerLM(narrow).double(), torch.randint(64, (4, 33))
 loss = next_loss(model, ids)
 loss.backward()
 loss, whole = loss.item(), gradients(model)
@@ -2203,7 +2203,7 @@ model.zero_grad()
 # %%
 losses, found, sent = zip(*launch(cut_step, 2, model, ids), strict=True)
 print(compared(losses, found))
-formula = config.n_layers * 4 * (2 * 1 / 2) * 8 * 4 * 32 * config.d_model
+formula = narrow.n_layers * 4 * (2 * 1 / 2) * 8 * 4 * 32 * narrow.d_model
 print(f"each rank sent {sent[0]:,} bytes; the formula says {formula:,.0f}")
 assert set(sent) == {formula}
 

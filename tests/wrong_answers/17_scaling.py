@@ -1,3 +1,73 @@
+# %% [markdown]
+# Wrong answers to the exercises of chapter 17, and what the checks must say of them.
+
+
+# %% exercise="ex-scaling-game" says="your model misses the best one by"
+# All the money on one small run, and its size for the target
+def spend(game: "BudgetGame") -> float:
+    game.train(1e4, game.left / 6e4)
+    return 1e4
+
+
+# %% exercise="ex-scaling-game" says="your model misses the best one by"
+# The best size for the budget of the game, not for the target
+def spend(game: "BudgetGame") -> float:
+    budget = game.left
+    for size in np.geomspace(8e3, 130e3, 5):
+        for share in (0.05, 0.15):
+            game.train(size, share * budget / (6 * size))
+    law = fit_scaling_law(*zip(*game.runs, strict=True), delta=0.01).law
+    return compute_optimal(law, budget).parameters
+
+
+# %% exercise="ex-scaling-game" says="nothing was trained"
+# Twenty tokens per parameter, because everybody says so
+def spend(game: "BudgetGame") -> float:
+    return math.sqrt(game.target / 120)
+
+
+# %% exercise="ex-scaling-even" says="6 operations for each parameter and token in training"
+# Use as expensive as training
+def break_even(law: "ScalingLaw", small: float, large: float, loss: float) -> float:
+    extra = small * law.tokens_for(loss, small) - large * law.tokens_for(loss, large)
+    return max(0.0, extra / (large - small))
+
+
+# %% exercise="ex-scaling-even" says="here the small one is cheaper in training, too"
+# A negative number of tokens
+def break_even(law: "ScalingLaw", small: float, large: float, loss: float) -> float:
+    extra = small * law.tokens_for(loss, small) - large * law.tokens_for(loss, large)
+    return 3 * extra / (large - small)
+
+
+# %% exercise="ex-scaling-even" says="6 operations for each parameter and token in training"
+# Tokens compared instead of operations
+def break_even(law: "ScalingLaw", small: float, large: float, loss: float) -> float:
+    return max(0.0, 3 * (law.tokens_for(loss, small) - law.tokens_for(loss, large)))
+
+
+# %% exercise="ex-scaling-inner" says="it should be far above that of the law"
+# The exponent of the law itself
+def inner_exponent(law: "ScalingLaw", total: Callable, flops: float) -> float:
+    return law.exponent
+
+
+# %% exercise="ex-scaling-inner" says="it should be far above that of the law"
+# The loss of the inner parameters alone
+def inner_exponent(law: "ScalingLaw", total: Callable, flops: float) -> float:
+    def best(c: float) -> float:
+        n = np.geomspace(1, c / 6, 2_000_001)
+        return n[np.argmin(law.predict(n, c / (6 * n)))]
+
+    return float(np.log(best(2 * flops) / best(flops)) / np.log(2))
+
+
+# %% exercise="ex-scaling-inner" says="where nothing is left out"
+# The share of the data
+def inner_exponent(law: "ScalingLaw", total: Callable, flops: float) -> float:
+    return 1 - law.exponent / 2
+
+
 # %% exercise="ex-scaling-batch" says="at the critical batch size"
 # The gain instead of its inverse
 def steps_and_rows(batch, noise, least_steps):
