@@ -3,21 +3,32 @@
 #
 # > Train on many devices as on one: the same gradients, with the bytes and the memory counted.
 #
-# A model that is trained on sixteen thousand processors is the same model as on one, and so is its
-# gradient, or should be. When it isn't, nothing crashes. The loss falls, samples look plausible, and
-# the run is a little worse than it could have been, for months. So this chapter asks one question
-# of everything it builds: is it equal to one process? The second question is what that costs, in
-# bytes that are sent and bytes that are kept, because these two decide what can be trained where.
+# A model trained on sixteen thousand processors is the same model as on one, and its gradient is
+# the same gradient, or should be. When it isn't, nothing crashes. The loss falls, the samples look
+# plausible, and for months the run is a little worse than it could have been. So this chapter asks
+# one question of everything it builds: does it equal one process? The second question is what that
+# costs, in bytes sent and in bytes kept, because these two decide what can be trained where.
 #
 # | | |
 # |---|---|
 # | **Part** | III. Pretraining |
-# | **You build** | {py:func}`~llmbook.distributed.launch`, {py:func}`~llmbook.distributed.all_reduce_ring`, {py:class}`~llmbook.distributed.DataParallel`, {py:class}`~llmbook.distributed.ShardedOptimizer`, {py:func}`~llmbook.distributed.shard_model`, {py:func}`~llmbook.distributed.predict_scheme`, {py:func}`~llmbook.distributed.tensor_parallel`, {py:func}`~llmbook.distributed.ring_attention`, {py:func}`~llmbook.distributed.pipeline_step`, {py:class}`~llmbook.distributed.Ranks`, {py:func}`~llmbook.distributed.prepare` |
-# | **You need** | attention in tiles ({doc}`09_attention`), training ({doc}`13_training`), memory and 16-bit formats ({doc}`15_precision`); for the last section, {doc}`03_cleaning` to {doc}`07_batches` |
+# | **You build** | {py:func}`~llmbook.distributed.launch`, {py:func}`~llmbook.distributed.all_reduce_ring`, {py:class}`~llmbook.distributed.DataParallel`, {py:class}`~llmbook.distributed.ShardedOptimizer`, {py:func}`~llmbook.distributed.shard_model`, {py:func}`~llmbook.distributed.tensor_parallel`, {py:func}`~llmbook.distributed.ring_attention`, {py:func}`~llmbook.distributed.pipeline_step`, {py:func}`~llmbook.distributed.predict_scheme`, {py:class}`~llmbook.distributed.Ranks`, {py:func}`~llmbook.distributed.prepare` |
+# | **You need** | attention in tiles ({doc}`09_attention`), training ({doc}`13_training`), memory and 16-bit formats ({doc}`15_precision`); for the last section, {doc}`02_corpus` to {doc}`05_tokenizer`, and {doc}`07_batches` |
 # | **It takes** | 60 minutes for the main line, 5 hours for everything, 90 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp distributed
+
+# %% [markdown]
+# ## A gradient wrong by a factor of two
+#
+# Two processes train one model. Each has its own copy, reads its own half of every batch, and
+# computes the gradient of its mean loss. Then they average their gradients, so that both take the
+# same step and the copies stay equal. This is *data parallelism*. It has to give the gradient that
+# one process would find on the whole batch. Does it?
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: what the code imports, and sixteen rows of stories
 
 # %% tags=["engine"]
 #| export
@@ -76,15 +87,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# %% [markdown]
-# ## A gradient wrong by a factor of two
-#
-# Two processes train one model. Each has a copy of it, reads its own half of every batch, and
-# computes the gradient of its mean loss. Then they average their gradients, so that both take the
-# same step and the copies stay equal. This is *data parallelism*. In code it is two lines more than
-# training in one process: `all_reduce` adds up a tensor over all processes, and a division makes
-# that a mean. Each process has a number, its *rank*, by which it chooses its rows:
-
 # %% tags=["engine"]
 #| export
 # What it takes from earlier chapters
@@ -111,9 +113,6 @@ from llmbook.training import load_model_state, model_state, next_token_objective
 from llmbook.training import Parallel, Precision, random_states, set_random_states
 from llmbook.training import settings_parser, Sums, Trainer, TrainingConfig, TrainingError
 
-# %% [markdown]
-# Every batch has 16 rows of stories, and a rank reads every second one.
-
 # %% tags=["engine"]
 # The data of this chapter's runs: 16 rows of stories in each batch, 8 for each of two ranks
 import matplotlib.pyplot as plt
@@ -135,6 +134,13 @@ def rows_at(step: int, rank: int) -> tuple[Tensor, Tensor]:
     return mine[:, :-1], targets
 
 
+# %% [markdown]
+# ### Two lines more
+#
+# In code, data parallelism takes two lines more than training in one process: `all_reduce` adds up
+# a tensor over all processes, and a division turns the sum into a mean. Each process has a number,
+# its *rank*. Every batch has 16 rows of stories, and `rows_at` gives each rank every second one:
+
 # %%
 def train(n_steps: int) -> list[float]:
     seed_everything(0)  # both ranks begin with the same weights
@@ -154,10 +160,10 @@ def train(n_steps: int) -> list[float]:
 
 
 # %% [markdown]
-# The batches are not alike. Rank 0 has plain text, with 24 targets in each row; rank 1 has prompts
-# with answers, and only the 8 bytes of an answer are targets. Our function
-# {py:func}`~llmbook.distributed.launch` runs `train` in two processes and returns what it returned
-# in each.
+# The two halves are not alike. Rank 0 gets plain text, with 24 targets in each row; rank 1 gets
+# prompts with answers, and only the 8 bytes of each answer are targets. Our function
+# {py:func}`~llmbook.distributed.launch` runs `train` in two processes and returns what each of them
+# returned.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: how processes start, fail and end together
@@ -470,6 +476,8 @@ def launch(
 
 # %% [markdown]
 # ### It trains
+#
+# We let both ranks train for eighty steps:
 
 # %%
 for rank, found in enumerate(launch(train, 2, 80)):
@@ -479,16 +487,16 @@ for rank, found in enumerate(launch(train, 2, 80)):
 
 # %% [markdown]
 # The curve looks right, so who would look further? Let $s_r$ be the gradient of the loss *summed*
-# over the targets of rank $r$, and $n_r$ their number. The gradient of the mean loss over all
-# targets is $(s_0 + s_1) / (n_0 + n_1)$. What the two processes used is the mean of two means,
+# over the targets of rank $r$, and let $n_r$ be the number of these targets. The gradient of the
+# mean loss over all targets is $(s_0 + s_1) / (n_0 + n_1)$. What the two processes used is the mean
+# of two means,
 #
 # $$
 # \frac{1}{2} \Bigl( \frac{s_0}{n_0} + \frac{s_1}{n_1} \Bigr) ,
 # $$ (distributed-mean-of-means)
 #
-# in which a target of rank $r$ has the weight $1 / (2 n_r)$. To see it in the run itself, we take
-# the gradient that it used, and ask how much of $s_0$ and of $s_1$ is in it:
-
+# in which a target of rank $r$ has the weight $1 / (2 n_r)$. To see this in the run itself, we take
+# the gradient that it used and solve for the shares of $s_0$ and $s_1$ in it:
 
 # %%
 def gradient(reduction: str) -> Tensor:
@@ -506,20 +514,34 @@ for rank, n in enumerate((192, 64)):
 
 # %% [markdown]
 # Every target of the short batch pulls twice as hard as it should. Nothing fails, because a wrong
-# weighting is still a weighting, and the loss of either rank can fall. Widely used trainers had
-# this error for years, over ranks and over accumulated micro-batches
-# ([transformers#34191](https://github.com/huggingface/transformers/pull/34191),
-# [#34242](https://github.com/huggingface/transformers/issues/34242)). So we trust no curve, and
-# compare with one process, number by number.
+# weighting is still a weighting, and the loss of each rank can still fall. A widely used trainer
+# had this error in gradients accumulated over micro-batches
+# ([transformers#34191](https://github.com/huggingface/transformers/pull/34191)) and over ranks
+# ([#34242](https://github.com/huggingface/transformers/issues/34242)). So we won't trust a curve.
+# We will compare with one process, number by number.
 
 # %% [markdown]
 # ## Processes, ranks, collectives
 #
 # A *collective* is an operation that all ranks of a group call together, each with a tensor of its
-# own. Five of them, on two ranks that hold the numbers 1 and 2:
+# own. Suppose that rank 0 holds the number 1 and rank 1 holds the number 2. Here is what five
+# collectives leave them with:
+#
+# | collective | on rank 0 | on rank 1 |
+# |---|---|---|
+# | broadcast from rank 0 | 1 | 1 |
+# | all-reduce by a sum | 3 | 3 |
+# | scatter of 10 and 20 from rank 0 | 10 | 20 |
+# | gather on rank 0 | 1, 2 | nothing |
+# | all-gather | 1, 2 | 1, 2 |
+#
+# A sixth, *reduce-scatter*, sums like an all-reduce but leaves each rank with only one part of the
+# sum.
 
+# %% [markdown] tags=["engine"]
+# ### Engine room: the five collectives, called by their names
 
-# %%
+# %% tags=["engine"]
 def collective(name: str) -> list[float]:
     x, both = torch.tensor([dist.get_rank() + 1.0]), [torch.zeros(1), torch.zeros(1)]
     root = dist.get_rank() == 0
@@ -538,13 +560,17 @@ for name in ("broadcast", "all_reduce", "scatter", "gather", "all_gather"):
     first, second = launch(collective, 2, name)
     print(f"{name:11} rank 0 has {first!s:11} rank 1 has {second}")
 
-# %% [markdown]
-# Rank 0 is the root of the rooted ones: what it has is broadcast or scattered, and what the others
-# have is gathered there. A sixth, *reduce-scatter*, sums like `all_reduce` but leaves each rank
-# with one part of the sum. There is one rule that no compiler checks: all ranks must call the same
-# collectives in the same order. A rank that leaves one out leaves the others waiting. Our `launch`
-# ends such a run after its timeout, and says who waited in which collective:
+# %% [markdown] tags=["engine"]
+# The sum is the safe reduction. Not every backend knows the average, `ReduceOp.AVG`, and some
+# versions of gloo, the backend for processors without a GPU, silently computed it wrong
+# ([pytorch#162338](https://github.com/pytorch/pytorch/issues/162338)). This book sums and divides.
 
+# %% [markdown]
+# ### A rank that leaves one out
+#
+# There is one rule that no compiler checks: all ranks must call the same collectives in the same
+# order. If one rank leaves out a call, the others wait for it. Our `launch` ends such a run after a
+# timeout and says who waited in which collective:
 
 # %%
 def unequal() -> None:
@@ -558,20 +584,18 @@ except RankError as error:
     print("\n".join(str(error).splitlines()[:2]))
 
 # %% [markdown]
-# The sum is the safe reduction. An average, `ReduceOp.AVG`, is not known to all backends, and some
-# versions of gloo, the one for processors without a GPU, computed it wrongly without a word
-# ([pytorch#162338](https://github.com/pytorch/pytorch/issues/162338)). This book sums and divides.
+# The message names both sides: rank 0 is waiting in `all_reduce`, and rank 1, whose data ended one
+# batch earlier, has left.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: counting what is sent, and agreeing before work begins
 
 # %% [markdown] tags=["engine"]
-# Each collective of torch, those inside DDP and FSDP too, is an operation that a dispatch mode
-# sees, like the mode that measures memory in chapter 15. Which argument holds the data, and how
-# often a rank sends it, is the table below. A rooted collective is counted with its average over
-# ranks. gloo's own `reduce_scatter` sends twice what is counted here: it reduces all, then drops a
-# part.
-
+# Every collective of torch, including those inside DDP and FSDP, is an operation that a dispatch
+# mode sees, like the mode that measures memory in chapter 15. The table below says which argument
+# holds the data and how many times a rank sends it. A rooted collective is counted with its average
+# over ranks. gloo's own `reduce_scatter` sends twice what is counted here: it reduces everything,
+# then drops a part.
 
 # %% tags=["engine"]
 #| export
@@ -655,10 +679,9 @@ def _size_of_group(arguments: Any) -> int:
 
 
 # %% [markdown] tags=["engine"]
-# A collective hangs if one rank does not call it, or calls another. So whatever decides about calls
-# (how many micro-batches there are, which parameters) is compared first. All ranks see all values,
-# so all raise the same error.
-
+# A collective hangs if one rank does not call it, or calls another one. So whatever decides about
+# calls (how many micro-batches there are, which parameters) is compared first. All ranks see all
+# values, so all raise the same error.
 
 # %% tags=["engine"]
 #| export
@@ -692,8 +715,7 @@ def check_agreed(group: dist.ProcessGroup | None = None, **numbers: int) -> None
 
 
 # %% [markdown] tags=["engine"]
-# Two more that all ranks call together: one divides a batch, the other adds up numbers.
-
+# Two more functions that all ranks call together: one divides a batch, the other adds up numbers.
 
 # %% tags=["engine"]
 #| export
@@ -720,9 +742,8 @@ def sum_over_ranks(number: int, group: dist.ProcessGroup | None = None) -> int:
 
 
 # %% [markdown] tags=["engine"]
-# Both directions at once: a rank that sent first and received afterwards could wait for a neighbor
-# that does the same.
-
+# A rank sends and receives at the same time. If it sent first and received afterwards, it could
+# wait for a neighbor that does the same.
 
 # %% tags=["engine"]
 #| export
@@ -744,19 +765,18 @@ def pass_on(
 # %% [markdown]
 # ## A ring
 #
-# How does a sum of $b$ bytes reach all of $n$ ranks? If all send their tensor to rank 0, it
-# receives $(n - 1) b$ bytes, adds, and sends as many: with a thousand ranks, a thousand times the
-# time. A ring keeps all lines busy at once, and no rank sends more than $2b$
-# {cite}`patarasuk2009bandwidth`. Each rank sends only to the next one, and receives only from the
-# one before.
+# How does a sum of $b$ bytes reach all of $n$ ranks? If all of them send their tensors to rank 0,
+# it receives $(n - 1) b$ bytes, adds them up, and sends as many back: with a thousand ranks, that
+# takes a thousand times as long. In a ring, each rank sends only to the next one and receives only
+# from the one before. All lines are busy at once, and no rank sends more than $2b$ bytes
+# {cite}`patarasuk2009bandwidth`.
 #
-# Cut the tensor into $n$ parts. In each step, a rank passes on one part, and adds what arrives to
-# its own copy of the part that arrives. A part travels once around the ring and gathers the
-# contributions; after $n - 1$ steps each rank holds one part of the sum, complete. That is the
-# reduce-scatter. Then the complete parts travel around once more, and each rank copies them, which
-# is an all-gather. With `pass_on(x)`, which sends x to the next rank and returns what the previous
-# one sends:
-
+# Cut the tensor into $n$ parts. In each step, a rank passes on one part, and adds the part that
+# arrives to its own copy of that part. A part travels once around the ring and gathers the
+# contributions; after $n - 1$ steps, each rank holds one complete part of the sum. That is the
+# reduce-scatter. Then the complete parts travel around once more, and each rank keeps a copy, which
+# is an all-gather. With `pass_on(x)`, which sends `x` to the next rank and returns what the previous
+# one sent, this becomes:
 
 # %%
 def ring(parts: list[Tensor]) -> None:
@@ -776,24 +796,29 @@ def ring(parts: list[Tensor]) -> None:
 # it. Arrows lead to the next rank; from the last, back to the first.
 # ```
 #
-# Each of the two takes $n - 1$ steps, and a rank sends $b / n$ bytes in each. An all-reduce is one
-# after the other, so a rank sends
+# Each of the two halves takes $n - 1$ steps, and a rank sends $b / n$ bytes in each step. So the
+# whole all-reduce sends
 #
 # $$
 # 2 (n - 1) \cdot \frac{b}{n} = \frac{2 (n - 1)}{n} \, b
 # $$ (distributed-ring)
 #
-# bytes, and less than $2b$ for any number of ranks. What grows with $n$ is the number of steps, and
-# with it the waiting for the first byte of each message; for small tensors, other ways are faster.
-
+# bytes from each rank, less than $2b$ for any number of ranks. What does grow with $n$ is the number
+# of steps, and with it the time spent waiting for the first byte of each message; for small tensors,
+# other ways are faster.
+#
+# All ranks end up with the *same bits*, because each part was added up once and then copied. The
+# order of the additions differs from part to part, though, so these bits can differ from those of a
+# sum taken in the order of ranks. {py:class}`~llmbook.distributed.ByteCounter` counts what a rank
+# hands to the network. For 120,000 float32 numbers, it finds 480,000 bytes on two ranks, 640,000 on
+# three, and 720,000 on four, exactly as the formula says.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: the two halves, for tensors of any shape
+# ### Engine room: the two halves, for tensors of any shape, and the bytes counted
 
 # %% [markdown] tags=["engine"]
-# What the package offers are the two halves and the whole, within any group of ranks. A number of
-# numbers that the ranks do not divide is filled up with zeros.
-
+# The package offers the two halves and the whole, within any group of ranks. If the number of ranks
+# does not divide the number of elements, zeros fill up the rest.
 
 # %% tags=["engine"]
 #| export
@@ -844,16 +869,10 @@ def _check_parts(parts: Tensor, size: int) -> None:
         raise ValueError(f"parts: expected one part for each of {size} ranks, got {len(parts)}")
 
 
-# %% [markdown]
-# ### The same bits, and the bytes of the formula
+# %% [markdown] tags=["engine"]
+# `ByteCounter` against the formula:
 
-# %% [markdown]
-# All ranks end with the *same bits*, since each part was added up once and then copied. The order
-# of the additions differs from one part to the next, so the bits differ from those of a sum in
-# order. {py:class}`~llmbook.distributed.ByteCounter` counts what a rank hands to the network:
-
-
-# %%
+# %% tags=["engine"]
 def counted(n_numbers: int) -> int:
     with ByteCounter() as traffic:
         all_reduce_ring(torch.ones(n_numbers))
@@ -867,13 +886,11 @@ for n in (2, 3, 4):
 # %% [markdown]
 # ## The mean over tokens, done right
 #
-# Now the gradient of the opening can be mended. The sum of the losses over all targets is a plain
-# sum, over ranks and over the micro-batches that each rank accumulates, and so is its gradient. The
-# only number that every rank needs of the others is the denominator: how many targets there are in
-# all. One `all_reduce` of one number finds it *before* the first backward pass. We compare three
-# recipes, each with four micro-batches on each of two ranks, with one process that reads all rows
-# at once:
-
+# Now we can mend the gradient of the opening. The sum of the losses over all targets is a plain sum,
+# over ranks and over the micro-batches that each rank accumulates, and so is its gradient. The only
+# number that a rank needs from the others is the denominator: how many targets there are in all. One
+# `all_reduce` of one number finds it *before* the first backward pass. We compare three recipes,
+# each with four micro-batches on each of two ranks, with one process that reads all rows at once:
 
 # %%
 def gradient_by(recipe: str) -> Tensor:
@@ -899,23 +916,23 @@ for recipe in ("mean of means", "sum over all, then averaged", "sum over all"):
     print(f"{recipe:28} {f'off by {error:.0%}' if error > 1e-3 else 'equal to one process'}")
 
 # %% [markdown]
-# The last equals one process up to rounding (a thousandth is the bound here, a millionth in the
-# tests). The one before is the second famous factor of two: a loss already divided by the targets
-# of all ranks, in a wrapper that *averages* gradients, as torch's does. Multiplied by the number of
-# ranks it is right again. AdamW hides it from the curve, because Adam divides each gradient by its
-# own size; it shows in the gradient norm, and so in how often clipping strikes.
+# Only the last recipe equals one process up to rounding (the bound is a thousandth here and a
+# millionth in the tests). The second is the other famous factor of two: a loss already divided by
+# the targets of all ranks, inside a wrapper that *averages* gradients, as torch's does. Multiply it
+# by the number of ranks, and it is right again. AdamW hides this error from the curve, because Adam
+# divides each gradient by its own size. The error does show in the gradient norm, and so in how
+# often clipping strikes.
 #
-# A rank without targets contributes zero, and is no problem. A rank without a *batch* is, because
-# the others wait for it. So our functions compare over ranks what decides about collectives, and
-# all ranks raise the same error ({py:func}`~llmbook.distributed.check_agreed`).
+# A rank without targets contributes zero, which is fine. A rank without a *batch* is not, because
+# the others wait for it. So our functions compare between ranks whatever decides about collectives,
+# and all ranks raise the same error ({py:func}`~llmbook.distributed.check_agreed`).
 
 # %% [markdown]
 # ## While the backward pass still runs
 #
-# The gradient of the last layer is ready long before that of the first. Why wait? A hook that
-# runs when a gradient is complete can start its sum over ranks, and the network works while the
-# processor goes on:
-
+# The gradient of the last layer is ready long before that of the first. Why wait? A hook that runs
+# when a gradient is complete can start its sum over ranks, and the network works while the processor
+# goes on:
 
 # %%
 def exchange_early(model: nn.Module) -> list[tuple[nn.Parameter, Any]]:
@@ -930,31 +947,34 @@ def exchange_early(model: nn.Module) -> list[tuple[nn.Parameter, Any]]:
 
 
 # %% [markdown]
-# An asynchronous collective returns a handle at once; its tensor may be used only after `wait`.
-# This is the whole idea of {py:class}`~llmbook.distributed.DataParallel`, and five things are
-# missing {cite}`li2020pytorch`:
+# An asynchronous collective returns a handle at once; its tensor may be used only after `wait`. This
+# is the idea of {py:class}`~llmbook.distributed.DataParallel`. Four rules make it fit for use
+# {cite}`li2020pytorch`. Hundreds of small messages are slow, so gradients share *buckets*, the last
+# layers first, and a bucket is sent when it is full. Gradients may become ready in a different order
+# on another rank, but collectives must not, so a bucket waits until those before it have been sent.
+# Copies that start out unequal stay unequal, so rank 0 broadcasts its weights at the beginning.
+# Finally, accumulation needs no exchange before the last micro-batch: `no_sync` switches it off. It
+# has to enclose the *forward* pass, too, because that is where torch's wrapper and ours decide.
 #
-# - Hundreds of small messages are slow, so gradients share *buckets*, the last layers first. A
-#   bucket is sent when it is full.
-# - Gradients may become ready in another order on another rank, but the order of collectives must
-#   be the same. So a bucket waits until those before it have been sent.
-# - A weight that is used twice, as a tied embedding is, has one gradient, complete after both uses.
-#   A frozen weight has none. And one that was not used here, such as an expert without tokens, may
-#   have been used on another rank. So when the backward pass ends, buckets that are not full are
-#   sent with zeros, and with a mark for each weight that says whether there was a gradient. If no
-#   rank had one, the optimizer must leave the weight alone, as in one process.
-# - Copies that do not begin equal never become equal: rank 0 broadcasts its weights at the start,
-#   and its buffers before each forward pass.
-# - Accumulation needs no exchange before the last micro-batch. `no_sync` switches it off, and has
-#   to enclose the *forward* pass, too, because there torch's wrapper and ours decide. A backward
-#   pass alone inside of it is exchanged in full, which nobody notices, as it only costs time.
+# With buckets of at most 8 KiB, 14 of our small model's 15 buckets were on their way before the
+# backward pass ended; with 32 KiB, 5 of 6; with 1,024 KiB there was only one, and nothing left to
+# hide it behind. Small buckets hide more of the exchange, and large ones have less overhead; torch's
+# default of 25 MiB is meant for far larger models.
 #
 # Gradients are clipped after the exchange, by the norm of the sum; the norm of one rank's part is
-# another number.
+# a different number.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: buckets, marks, and gradients that were summed already
 
+# %% [markdown] tags=["engine"]
+# A weight that is used twice, as a tied embedding is, has one gradient, which is complete after both
+# uses. A frozen weight has none. And a weight that was not used here, such as an expert without
+# tokens, may have been used on another rank. So when the backward pass ends, buckets that are not
+# full are sent with zeros, and with a mark for each weight that says whether it had a gradient. If no
+# rank had one, the optimizer must leave the weight alone, as it would in one process. Buffers are
+# broadcast before each forward pass. If `no_sync` encloses only the backward pass, everything is
+# exchanged in full, which nobody notices, because it costs nothing but time.
 
 # %% tags=["engine"]
 #| export
@@ -1124,13 +1144,10 @@ def check_agreed_parameters(module: nn.Module, group: dist.ProcessGroup | None =
     check_agreed(group, parameters_to_train=len(told), shapes=zlib.crc32(repr(told).encode()))
 
 
-# %% [markdown]
-# ### How much goes out early
-#
+# %% [markdown] tags=["engine"]
 # How many buckets are under way when the last gradient has been computed?
 
-
-# %%
+# %% tags=["engine"]
 def early(bucket_bytes: int) -> str:
     model = DataParallel(TransformerLM(config), bucket_bytes)
     inputs, targets = rows_at(0, dist.get_rank())
@@ -1142,36 +1159,30 @@ for kib in (8, 32, 1024):
     print(f"at most {kib:4} KiB: {launch(early, 2, kib * 1024)[0]}")
 
 # %% [markdown]
-# Only the last bucket is left to wait for at the end. Small buckets hide more of the exchange, and
-# large ones have less overhead; torch's default of 25 MiB is meant for models a thousand times as
-# large as this one.
-
-# %% [markdown]
 # ## Less memory: shard the optimizer, then everything
 #
-# All copies are equal, and that is a waste. Of the 16 bytes that AdamW keeps for each weight in
-# float32, the weight itself has 4, its gradient 4, and the two averages 8. ZeRO removes the copies
-# in stages {cite}`rajbhandari2020zero`.
+# All copies are equal, which is a waste. AdamW in float32 keeps 16 bytes for each weight: 4 for the
+# weight itself, 4 for its gradient, and 8 for the two averages. ZeRO removes the copies in stages
+# {cite}`rajbhandari2020zero`.
 #
 # **Stage 1** divides the optimizer. Rank $r$ updates only its $n$-th of the weights, so it needs
 # only that part of the summed gradient: a reduce-scatter instead of an all-reduce. Afterwards all
-# ranks need all new weights: an all-gather. These are the two halves of {eq}`distributed-ring`,
-# with the step in between, so the traffic is the same as before. It works for optimizers that treat
-# each number by itself, so not for Muon, which needs whole matrices.
+# ranks need all new weights: an all-gather. These are the two halves of {eq}`distributed-ring` with
+# the optimizer's step in between, so the traffic is the same as before. This works for optimizers
+# that treat each number by itself. It does not work for Muon, which needs whole matrices.
 #
-# **Stage 3**, full sharding, divides the weights as well. Before a block computes, its weights are
-# gathered; afterwards they are freed; the backward pass gathers them again. What is the gradient
-# of a gather? Every rank computes with all of $w = (w_0, \dots, w_{n-1})$, so the total loss is a
-# sum over ranks $q$ of losses $\ell_q(w)$, and
+# **Stage 3**, full sharding, divides the weights and the gradients as well. (Stage 2 stops short of
+# the weights.) Before a block computes, its weights are gathered; afterwards they are freed; the
+# backward pass gathers them again. What is the gradient of a gather? Every rank computes with all of
+# $w = (w_0, \dots, w_{n-1})$, so the total loss is a sum over ranks $q$ of losses $\ell_q(w)$, and
 #
 # $$
 # \frac{\partial}{\partial w_r} \sum_q \ell_q(w)
 # = \sum_q \Bigl( \frac{\partial \ell_q}{\partial w} \Bigr)_r .
 # $$ (distributed-gather)
 #
-# Sum over ranks, and keep part $r$. That is a reduce-scatter, and so full sharding is hardly more
-# than one function with its derivative:
-
+# Sum over ranks, and keep part $r$. That is a reduce-scatter, so full sharding is hardly more than
+# one function with its derivative:
 
 # %%
 class Gather(torch.autograd.Function):
@@ -1185,22 +1196,22 @@ class Gather(torch.autograd.Function):
 
 
 # %% [markdown]
-# Autograd would keep the gathered weight until the backward pass, and with it all memory that was
-# to be saved. {py:func}`~llmbook.distributed.shard_model` hands autograd a note in its place, which
-# weight of which block, and gathers again when the note is read. Each weight is gathered twice and
-# reduced once: $3 (n - 1) / n$ times its bytes, half as much again as before, and in *every*
-# micro-batch. 16-bit weights halve the two gathers. The rows that the optimizer sees stay in
-# float32, and gradients are summed in float32, so rounding does not pile up over ranks.
+# Left alone, autograd would keep each gathered weight until the backward pass, and with it all the
+# memory that we meant to save. {py:func}`~llmbook.distributed.shard_model` hands autograd a note
+# instead, saying which weight of which block it was, and gathers again when the note is read. Each
+# weight is gathered twice and reduced once, so a rank sends $3 (n - 1) / n$ times its bytes: half as
+# much again as before, and in *every* micro-batch. With 16-bit weights, the two gathers cost half.
+# The rows that the optimizer sees stay in float32, and gradients are summed in float32, so rounding
+# does not pile up over ranks.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: an optimizer in shares, and a model in rows
 
 # %% [markdown] tags=["engine"]
-# The optimizer lays all parameters end to end in one vector and cuts it in n equal shares. A cut
-# may go through a tensor, so what AdamW gets are *pieces*: vectors that are views of the share, in
-# the groups of the tensors they come from. A tensor that has a gradient on no rank has none in its
-# pieces, and its decay and its count of steps stay as in one process.
-
+# The optimizer lays all parameters end to end in one vector and cuts it into n equal shares. A cut
+# may go through a tensor, so AdamW gets *pieces*: vectors that are views of the share, in the groups
+# of the tensors they come from. If a tensor has a gradient on no rank, its pieces have none either,
+# and its decay and its count of steps stay as in one process.
 
 # %% tags=["engine"]
 #| export
@@ -1367,10 +1378,9 @@ def clip_sharded_gradients(
 
 
 # %% [markdown] tags=["engine"]
-# The model is cut by rows instead, as FSDP2 does, and each row part stays under its name with its
-# number of dimensions. So what is built on the model afterwards, decay by shape for example, works
-# as before. A number of rows that n does not divide is filled up with zeros for the journey.
-
+# The model, in contrast, is cut by rows, as FSDP2 does it, and each part stays under its name with
+# its number of dimensions. So what is built on the model afterwards, such as decay by shape, works
+# as before. If n does not divide the number of rows, zeros fill it up for the journey.
 
 # %% tags=["engine"]
 #| export
@@ -1602,25 +1612,24 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 # %% [markdown]
 # ## One table
 #
-# Now everything is held against one process. A small model trains for four steps by each scheme, on
+# Now we hold everything against one process. A small model trains for four steps by each scheme, on
 # two and on four ranks, in the setting of the opening: half of the ranks have three times as many
 # targets as the others. Each rank has two micro-batches, there is weight decay, and gradients are
-# clipped. The function `scheme_bytes` has the formulas to the byte. For $P$ weights they come to $2
-# (n - 1)/n \cdot 4P$ bytes for the first three schemes. With $m$ micro-batches, full sharding sends
-# $m (n - 1)/n \cdot 12 P$, or $8P$ in place of $12P$ with 16-bit weights. A few bytes come on top,
-# for marks, buffers, and the norm.
+# clipped. The function `scheme_bytes` has the formulas to the byte. For $P$ weights they come to
+# $2 (n - 1)/n \cdot 4P$ bytes for the first three schemes. With $m$ micro-batches, full sharding
+# sends $m (n - 1)/n \cdot 12 P$ bytes, or $8P$ in place of $12P$ with 16-bit weights. Marks, buffers,
+# and the norm add a few more.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: one run by any scheme
 
 # %% [markdown] tags=["engine"]
-# The table needs the same training by each scheme: a few steps of AdamW with decay and clipping,
-# each batch divided over ranks and then into micro-batches. Each rank begins with weights of its
-# own, so that a run in which rank 0's are not handed out cannot end equal. In the reference, one
-# process takes all micro-batches of all ranks in turn. Bytes are counted from the first forward
-# pass of a step to its end, and what is kept at the end of the backward pass, before any exchange
-# that waits for it.
-
+# The table needs the same training by each scheme: a few steps of AdamW with decay and clipping, with
+# each batch divided over ranks and then into micro-batches. Each rank begins with weights of its own,
+# so that a run in which rank 0's weights are not handed out cannot end up equal. In the reference,
+# one process takes all micro-batches of all ranks in turn. Bytes sent are counted from the first
+# forward pass of a step to its end. Bytes kept are counted at the end of the backward pass, before
+# any exchange that waits for it.
 
 # %% tags=["engine"]
 #| export
@@ -1852,6 +1861,8 @@ for n in (2, 4):
 
 # %% [markdown]
 # ### The ten runs
+#
+# Every row is a run that was compared with one process before it was printed:
 
 # %%
 whole, n_weights = TransformerLM(config), count_parameters(config)
@@ -1862,17 +1873,14 @@ for (scheme, n), (sent, kept) in table.items():
     print(f"{scheme:14}{n:6}{sent[0]:13,}{formula:12,}{kept / n_weights:24.1f}")
 
 # %% [markdown]
-# What a rank sent is the formula, to the byte, in all ten runs, and all ranks end with the same
-# bits. The first gradient norm equals that of one process to five digits, those of all four steps
-# to four, and the weights differ by less than a thousandth of the largest in their tensor. (Why not
-# by a millionth? Adam divides each gradient by its own size, so where it is nearly zero, rounding
-# decides the direction of a whole step.) Full sharding in 16 bits is held against one process whose
-# products round the weights to 16 bits. It starts with the same norm; later, a weight that lies
-# between two 16-bit numbers may be rounded the other way, so there the bounds are a hundred times
-# wider.
-#
-# What is kept falls as predicted: 16 bytes for each weight without sharding, of which stage 1
-# divides 8 by $n$, and full sharding all.
+# In all ten runs, what a rank sent is the formula to the byte, and all ranks ended with the same
+# bits. The first gradient norm equals that of one process to five digits, the norms of all four steps
+# agree to four, and the weights differ by less than a thousandth of the largest in their tensor. (Why
+# not by a millionth? Adam divides each gradient by its own size, so where a gradient is nearly zero,
+# rounding decides the direction of a whole step.) Full sharding in 16 bits is compared with one
+# process that rounds the weights to 16 bits in its products, and has bounds a hundred times wider
+# after the first norm. What is kept falls as predicted: of 16 bytes for each weight, stage 1 divides
+# 8 by $n$, and full sharding divides them all.
 
 # %% [markdown]
 # ## Cutting a layer: tensor parallelism
