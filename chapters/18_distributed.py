@@ -2217,10 +2217,9 @@ print(f"each rank sent {sent[0]:,} bytes; the formula says {formula:,.0f}")
 assert set(sent) == {formula}
 
 # %% [markdown]
-# The factor 2 in the formula is 8 bytes of double precision times $2\frac{n-1}{n} = 1$. These bytes
-# grow with the tokens of a batch, and not with the parameters as those of data parallelism do. And
-# all ranks *wait* for them, four times in every block. So tensor parallelism stays inside a server,
-# whose devices have the fastest links {cite}`narayanan2021efficient`.
+# These bytes grow with the tokens of a batch, and not with the parameters as those of data
+# parallelism do. And all ranks *wait* for them, four times in every block. So tensor parallelism
+# stays inside a server, whose devices have the fastest links {cite}`narayanan2021efficient`.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the same by torch, with DTensor
@@ -2650,7 +2649,7 @@ class PipelineAction(NamedTuple):
     microbatch: int
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def one_forward_one_backward(n_stages: int, n_microbatches: int) -> list[list[PipelineAction]]:
     """Return the 1F1B schedule: for each stage, what it does, in order.
@@ -2800,10 +2799,16 @@ axes[1].set_xlabel("time, in forward passes of one micro-batch through one stage
 plt.show()
 
 # %% [markdown]
-# The white space is the same in both. The numbers at the right say how many micro-batches each
-# stage keeps, and these are not. For other sizes:
+# Both schedules have the bubble of {eq}`distributed-bubble`: a third of the time here, and 17.9
+# percent for 8 stages and 32 micro-batches. 1F1B is not faster. But its stage 0 keeps $p$
+# micro-batches instead of $m$, so we can afford a large $m$. The bubble itself shrinks if each rank
+# has several short stages, at the price of more messages {cite}`narayanan2021efficient`, or if the
+# gradients of weights, for which nobody waits, are put off to fill the gaps {cite}`qi2024zero`.
 
-# %%
+# %% [markdown] tags=["engine"]
+# ### Engine room: bubbles of other sizes, stages, messages, and a matrix at both ends
+
+# %% tags=["engine"]
 print("stages  micro-batches  formula   GPipe: bubble, kept      1F1B: bubble, kept")
 for p, m in ((2, 4), (4, 4), (4, 16), (8, 32), (8, 128)):
     row = [f"{p:6} {m:14} {(p - 1) / (m + p - 1):8.1%}"]
@@ -2812,15 +2817,6 @@ for p, m in ((2, 4), (4, 4), (4, 16), (8, 32), (8, 128)):
         row.append(f"{timing.bubble:14.1%} {max(timing.kept):7}")
         assert abs(timing.bubble - (p - 1) / (m + p - 1)) < 1e-9
     print("".join(row))
-
-# %% [markdown]
-# Both schedules have the bubble of {eq}`distributed-bubble`; 1F1B is not faster. But stage 0 keeps
-# $p$ micro-batches instead of $m$, so we can afford a large $m$. The bubble itself shrinks if each
-# rank has several short stages, at the price of more messages {cite}`narayanan2021efficient`, or if
-# the gradients of weights, for which nobody waits, are put off to fill the gaps {cite}`qi2024zero`.
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: stages, messages, and a matrix at both ends
 
 # %% [markdown] tags=["engine"]
 # A stage shares its parameters with the model that it was cut from. (A model too large for that is
@@ -3467,48 +3463,45 @@ print(", ".join(f"{n} rank(s): {int((w != weights).sum())} differ" for n, w in l
 # %% [markdown]
 # ## The Trainer on several ranks
 #
-# The trainer of {doc}`13_training` knows nothing of ranks. It has a place for an object that
-# does, as it has one for precision: at each point where several processes have something to say
-# to each other it calls a method of `parallel`, which does nothing in one process.
-# {py:class}`~llmbook.distributed.Ranks` fills these methods in. There are few such points, and
-# each is a pitfall that has cost somebody a run:
+# The trainer of {doc}`13_training` knows nothing of ranks. It has a place for an object that does:
+# wherever several processes would have something to say to each other, it calls a method of
+# `parallel`, which does nothing in one process. {py:class}`~llmbook.distributed.Ranks` fills these
+# methods in. There are few such places, and each is a known pitfall:
 #
 # | where | what one process does | what ranks must do |
 # |---|---|---|
-# | data | take the next batch | take every n-th row of the same batch, so that the order of the data does not depend on the number of ranks |
+# | data | take the next batch | take every n-th row of the same batch, so that the order of the data does not depend on n |
 # | micro-batches | add gradients up | exchange them in the last one only, with the forward pass inside `no_sync` |
 # | mean | divide by the targets | divide by the targets of all ranks *and* all micro-batches |
 # | clipping | take the norm | take it over all pieces, after the exchange |
-# | decisions | skip a step, shrink the scale, stop | decide on the same numbers, or one rank waits for ever |
+# | decisions | skip a step, shrink the scale, stop | decide on the same numbers, or one rank waits forever |
 # | evaluation | score all batches | score some each, and add sums and counts |
-# | logs and files | write | only rank 0 writes; what it reads, or fails to read, it tells the others |
+# | logs and files | write | let only rank 0 write, and tell the others what it read |
 # | checkpoints | save the state | gather it first, with the random states of all ranks |
 #
 # The third line is the opening of this chapter again: torch's wrappers take the mean over ranks,
-# and rows have unequal numbers of targets. So the trainer turns means into sums, and divides once
-# by the count of everything. The last line decides what a checkpoint *is*: here it is the file
-# that one process would have written. So it can be continued by one process, by three, or by
-# another scheme. Gathering everything on one rank stops working when a model does not fit there;
-# then the pieces of `save_sharded` are the way.
+# and ranks have unequal numbers of targets. So the trainer turns means into sums, and divides once
+# by the count of everything. The last line decides what a checkpoint *is*: the file that one
+# process would have written, so that one process, three, or another scheme can continue from it. A
+# model too large to be gathered on one rank is written in pieces, by `save_sharded`.
 #
-# A run asks for it by one setting, `parallel: ddp`, `fsdp` or `tp`, and is started by `torchrun`:
+# One setting, `parallel: ddp`, `fsdp` or `tp`, asks for all this, and `torchrun` starts the run:
 #
 # ```
 # torchrun --nproc_per_node=2 -m llmbook.training config.yaml --folder runs/two
 # ```
 #
-# Several processes can also fail in new ways. If one dies, `torchrun` ends the others and says
-# which it was, and the same command goes on from the newest checkpoint. If one stands still, the
-# others wait in a collective until its time is up, and say in which. A setting that does not fit,
-# such as heads that two ranks cannot share, is refused by every rank before the first step.
+# If a process dies, the same command goes on from the newest checkpoint. If one stands still, the
+# others wait in a collective until its time is up, and say in which.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: what the ranks of a trainer say to each other
 
 # %% [markdown] tags=["engine"]
-# Joining, and dividing model and data. The seeds of ranks differ from here on, because each draws
-# the dropout of its own rows; with tp all have the same rows, and the same seed.
-
+# Joining, and dividing model and data. From here on the ranks have different seeds, because each
+# draws the dropout of its own rows; with tp they all have the same rows, and the same seed. A
+# setting that does not fit, such as heads that two ranks cannot share, is refused by every rank
+# before the first step.
 
 # %% tags=["engine"]
 #| export
@@ -3608,7 +3601,6 @@ def _others(error: BaseException) -> str | None:
 # whole batches; if their number is uneven, a rank goes through its last one twice and counts it
 # once, because a sharded model needs all ranks for every pass.
 
-
 # %% tags=["engine"]
 #| export
 class Ranks(Ranks):  # continued
@@ -3668,10 +3660,10 @@ class Ranks(Ranks):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# Tensors in pieces. The norm is that of all of them: squares of pieces are summed over ranks,
-# those of whole tensors, which every rank has, are not. An optimizer gets the two kinds one after
-# the other. In float16 an overflow on one rank must be one on all, or their scales would part.
-
+# Tensors in pieces. The norm is that of all of them: squares of pieces are summed over ranks; those
+# of whole tensors, which every rank has, are not. An optimizer gets the two kinds one after the
+# other. In float16, an overflow on one rank must be an overflow on all, or their scales would
+# differ.
 
 # %% tags=["engine"]
 #| export
@@ -3736,8 +3728,7 @@ def _is_piece(tensor: Tensor) -> bool:
 
 
 # %% [markdown] tags=["engine"]
-# Checkpoints. Whole tensors go in and out, so the file does not know of ranks.
-
+# Checkpoints. Whole tensors go in and come out, so the file does not know about ranks.
 
 # %% tags=["engine"]
 #| export
@@ -3783,10 +3774,9 @@ def _divided_alike(value: Any, pattern: Any) -> Any:
 
 
 # %% [markdown] tags=["engine"]
-# Agreement. Rank 0 does what only one may do, and tells the others what came of it, be it an
-# error. Random states are kept for each rank; at another number of ranks there is no such thing
-# as the same dropout, and new states are drawn from the first one.
-
+# Agreement. Rank 0 does what only one rank may do, and tells the others what came of it, even if it
+# is an error. Random states are kept for each rank; another number of ranks cannot draw the same
+# dropout, and gets new states drawn from the first one.
 
 # %% tags=["engine"]
 #| export
@@ -3844,8 +3834,8 @@ def losses(way: str | None) -> list[float]:
 # %% [markdown]
 # ### The same curve
 #
-# Twenty steps of a tiny model, with four micro-batches in a step on one process and two on each
-# of two ranks: how far are the curves apart?
+# Twenty steps of a tiny model, with four micro-batches in a step on one process and two on each of
+# two ranks: how far apart are the curves?
 
 # %%
 alone = losses(None)
@@ -3855,20 +3845,22 @@ for way in ("ddp", "fsdp", "tp"):
     print(f"{way:4}: {alone[0]:.1f} to {alone[-1]:.1f} nats, apart from one process by {size}")
 
 # %% [markdown]
-# One curve is a weak test. The strong one is a kill. `benchmarks/killing_ranks.py` trains with
-# dropout on two ranks, kills one of them by SIGKILL at a random moment twenty times, and starts
-# again each time; weights, optimizer, random states of both ranks, best model and log must then
-# be those of a run that nobody touched. Twenty kills, eight of them in the middle of a save, left
-# no differing bit, and every attempt had ended within 8 seconds.
+# They agree. But one curve is a weak test, and a kill is a strong one.
+# `benchmarks/killing_ranks.py` trains with dropout on two ranks, kills one of them by SIGKILL at a
+# random moment, twenty times over, and starts again each time. Weights, optimizer, random states of
+# both ranks, best model, and log must then be those of an undisturbed run. After twenty kills,
+# eight of them in the middle of a save, not a bit differed, and every attempt had ended within 8
+# seconds.
+
 # %% [markdown]
 # ## How to prove a new scheme right
 #
-# A new scheme is believed when it has been *held against one that is believed*, from the same start
-# and on the same data. Torchtitan's developers compare loss curves of 3,000 steps with those of
-# plain full sharding, which was itself compared with DDP ([their
+# We believe a new scheme once it has been *compared with one that we already believe*, from the
+# same start and on the same data. Torchtitan's developers compare loss curves of 3,000 steps with
+# those of plain full sharding, which was itself compared with DDP ([their
 # protocol](https://github.com/pytorch/torchtitan/blob/main/docs/converging.md)). Here, curves come
-# last, because they are the weakest witness. We take the wrapper that averages, the second factor
-# of two from above, and look at its run with two eyes:
+# last, because they are the weakest witness. Take the wrapper that averages, the other factor of
+# two from above, and look at its run twice, by its losses and by its gradient norm:
 
 # %%
 averaging = partial(run_scheme, reduction="mean")
@@ -3879,7 +3871,8 @@ print(f"largest difference of the losses: {'below 0.02' if apart < 0.02 else 'la
 print(f"first gradient norm: {ratio:.3f} of the control's")
 
 # %% [markdown]
-# So the protocol goes from the sharpest and cheapest check to the dullest and dearest.
+# The losses look right, and the norm is exactly half of what it should be. So the protocol goes
+# from the sharpest and cheapest check to the dullest and most expensive:
 #
 # 1. **One operation.** Each collective and its backward pass equal the formula on small tensors, in
 #    float64, with sizes that the ranks do not divide.
@@ -3891,37 +3884,36 @@ print(f"first gradient norm: {ratio:.3f} of the control's")
 # 4. **Cost.** Bytes sent and bytes kept equal the formula.
 # 5. **Failure.** A rank that dies, is late, or has other data ends all ranks with a message. A run
 #    that was killed resumes as if it had not been.
-# 6. **Faults put in.** Average in place of a sum, leave out the broadcast: a check above must
-#    notice. One that has never failed proves little.
-# 7. **Curves.** Only now a real run: the same data in the same order, the old scheme as control,
-#    and at least two seeds of it, because a difference means something only if it is larger than
-#    between seeds. In lower precision this is the only comparison that remains.
+# 6. **Faults put in.** Average instead of summing, or leave out the broadcast: a check above must
+#    notice. A check that has never failed proves little.
+# 7. **Curves.** Only now comes a real run: the same data in the same order, with the old scheme as
+#    control and at least two seeds of it, because a difference means something only if it is larger
+#    than between seeds. In lower precision, only this comparison remains.
 #
 # {py:func}`~llmbook.distributed.run_scheme` and {py:func}`~llmbook.distributed.worst_difference` do
-# steps 2 to 4, and this chapter's tests the others up to 6. All of that runs on a laptop, before
-# the first GPU is paid for.
+# steps 2 to 4, and this chapter's tests do the others up to 6. All of that runs on a laptop, before
+# anybody pays for a GPU.
 
 # %% [markdown]
 # ## The data pipeline on an engine
 #
-# Chapters 02 to 05 read, clean, and deduplicate text and count its words for a tokenizer;
-# chapter 07 writes its tokens to shards. For the 33,000 documents of three packages, one process
-# needs a minute. For a crawl of the web it would need years, so the work is divided among processes
-# that are fast or slow as they please and now and then die. The result should show none of this:
-# **the same bytes as from one process.**
+# The data can be divided, too. Chapters 02 to 05 read, clean, and deduplicate text and count its
+# words for a tokenizer; {doc}`07_batches` writes its tokens to shards. For the 33,000 documents of
+# three packages, one process needs two and a half minutes. A crawl of the web needs many processes,
+# some fast, some slow, and some that die. The result should show none of this: **the same bytes as
+# from one process.**
 #
 # Most steps are easy to divide, because they look at one document at a time. Three look at
 # documents that may lie anywhere: at a line that another document has, at a near copy, and at a
 # word that occurs in both. What these documents have in common is a **key**: the line, a band of
-# the MinHash signature, the word. If everything with the same key goes to one process, this process
-# sees all that it needs.
+# the MinHash signature ({doc}`04_deduplication`), the word. If everything with the same key goes to
+# one process, this process sees all that it needs.
 
 # %% [markdown]
 # So two functions describe a step. `emit` looks at one part of the data and yields values, each
 # with the number of the box that it is meant for; `reduce` looks at all values of one box. Moving
-# them there, the *shuffle*, is the only communication. This is MapReduce
-# {cite}`dean2008mapreduce`, and in one process it takes five lines:
-
+# them there, the *shuffle*, is the only communication. This is MapReduce {cite}`dean2008mapreduce`,
+# and in one process it takes five lines:
 
 # %%
 #| export
@@ -3940,10 +3932,44 @@ def map_reduce(
 
 # %% [markdown]
 # A key must belong to the same box in every process. Python's `hash` of a text starts from a random
-# number in each process ({doc}`00_environment`), so a pipeline that uses it runs without an error
-# and finds hardly any copies. We hash by BLAKE2 instead and call the result, a whole number $h$
-# below $2^{64}$, the *place* of a text. Of $n$ boxes, its box is $\lfloor hn / 2^{64} \rfloor$.
+# number in each process ({doc}`00_environment`), so a pipeline that used it would run without an
+# error and find hardly any copies. We hash by BLAKE2 instead and call the result, a whole number
+# $h$ below $2^{64}$, the *place* of a text. Of $n$ boxes, its box is number
+# $\lfloor hn / 2^{64} \rfloor$.
+#
+# All steps have this form:
+#
+# | step | looks at | key | leaves behind |
+# |---|---|---|---|
+# | read | a file or a package | the document's id | documents in boxes |
+# | normalize | a box | each line | the first owner of each repeated line |
+# | clean | a box | band keys | candidate pairs |
+# | compare | candidates | the pair's first id | similar pairs, hence survivors |
+# | unique | a box of survivors | the word | word counts, hence merges |
+# | encode | a box of survivors | none | token ids, hence shards |
+#
+# ### Order, and a worker that dies
+#
+# An engine promises less than a loop does. Ray Data, for one, keeps neither the order of rows nor
+# the sizes of batches unless one pays for it in speed. A task whose process died is run again, so
+# its first half may run twice. Under these conditions, a step gives the same bytes if it obeys
+# three rules:
+#
+# 1. **Nothing depends on the order of arrival.** `reduce` sorts. *First* means first by place, and
+#    the corpus is ordered by place, a shuffle that does not depend on the number of boxes and that
+#    training wants anyway.
+# 2. **A file has one name and appears whole.** A task renames its draft to the name of its box. If
+#    it dies before that, nothing is there; if it runs twice, the second file equals the first. So a
+#    preparation that was stopped can also go on where it was.
+# 3. **Emitting changes nothing else.** The values of a failed attempt can then be thrown away.
+#
+# To see that the rules suffice, the room below runs {py:func}`~llmbook.distributed.prepare` in
+# order on one engine, and on another that is as bad as it may be: it takes items and values in
+# random order, and lets every third item die after its first value and start again. All files of
+# tokens were equal to the byte.
 
+# %% [markdown] tags=["engine"]
+# ### Engine room: places and boxes, two copies that meet, and the worst engine allowed
 
 # %% tags=["engine"]
 #| export
@@ -3968,11 +3994,10 @@ def box_of(place: int, n_boxes: int) -> int:
     return int(place) * n_boxes >> 64
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # For near-duplicates, the hash of a band's number and its rows is the key
 # ({doc}`04_deduplication`). Two documents that agree in a band meet in its box, whichever parts
 # they came from:
-
 
 # %% tags=["engine"]
 #| export
@@ -3994,7 +4019,7 @@ def band_keys(
     return np.array(keys, np.uint64).reshape(len(signatures), bands)
 
 
-# %%
+# %% tags=["engine"]
 parts = [
     {"a1": "Mix the flour with water and salt, wait for an hour, then bake it.", "a2": "Yeast."},
     {"b1": "Let it rest.", "b2": "Mix the flour with water and salt, wait for an hour, then bake."},
@@ -4014,38 +4039,11 @@ def meet(box, values):
 
 print(set(map_reduce(parts, emit, meet)))
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # The two recipes lie in different parts, and neither part has seen the other. The rest is as in
 # chapter 04: the candidates' texts go to a box once more, which computes their similarity;
-# union-find joins the similar ones, and the longest of each cluster stays. All steps have this
-# form:
-#
-# | step | looks at | key | leaves behind |
-# |---|---|---|---|
-# | read | a file or a package | the document's id | documents in boxes |
-# | normalize | a box | each line | the first owner of each repeated line |
-# | clean | a box | band keys | candidate pairs |
-# | compare | candidates | the pair's first id | similar pairs, hence survivors |
-# | unique | a box of survivors | the word | word counts, hence merges |
-# | encode | a box of survivors | none | token ids, hence shards |
-#
-# ### Order, and a worker that dies
-#
-# An engine promises less than a loop does. Ray Data keeps neither the order of rows nor the sizes
-# of batches, unless one pays for it in speed. A task whose process died is run again, so its first
-# half may run twice. Under these conditions, a step gives the same bytes if it obeys three rules:
-#
-# 1. **Nothing depends on the order of arrival.** `reduce` sorts. *First* means first by place, and
-#    the corpus is ordered by place: a shuffle of the documents that training wants anyway, and that
-#    does not depend on the number of boxes.
-# 2. **A file has one name and appears whole.** A task renames its draft to the name of its box. If
-#    it dies before, nothing is there; if it runs twice, the second file is equal to the first. So a
-#    preparation that was stopped also goes on where it was.
-# 3. **Emitting changes nothing else.** The values of a failed attempt can then be thrown away.
-#
-# To see that the rules suffice, we run the steps in order on one engine, and on another that is as
-# bad as it may be: `chaos` takes items and values in random order, and lets every third item die
-# after its first value and start again.
+# union-find joins the similar ones, and the longest of each cluster stays. Now the worst engine
+# that the rules allow:
 
 # %% tags=["engine"]
 # The worst engine that is still allowed
@@ -4064,7 +4062,7 @@ def chaos(items, emit, reduce):
     return [r for box in boxes for r in reduce(box, dice.sample(boxes[box], len(boxes[box])))]
 
 
-# %%
+# %% tags=["engine"]
 from llmbook.distributed import PrepareConfig, prepare
 
 folder = Path(tempfile.mkdtemp())
@@ -4088,18 +4086,10 @@ assert len(same) == 2 and all(same)
 # ```
 #
 # {py:class}`~llmbook.distributed.RayEngine` adds a quiet start and errors that name step, item, and
-# machine. With the extra `cluster`, one command runs everything:
-#
-# ```
-# python -m llmbook.distributed prepare --packages stdlib numpy matplotlib --workers 2
-# ```
-#
-# Ray took 18 to 200 seconds to start on our two busy cores, so the chapter does not start it; the
-# tests do. They prepare a small corpus on two workers, and again while one worker is killed as it
-# reads and another as it cleans. Ray ran the tasks of the dead once more, and all files were equal
-# to the byte to those of one process: nothing was lost and nothing doubled. For
-# the documentation of three packages, `python benchmarks/prepare.py` found 19 of 19 files equal, and
-# took so many seconds:
+# machine. The tests prepare a small corpus on two workers, and again while one worker is killed as
+# it reads and another as it cleans: nothing was lost, nothing was doubled, and all files were equal
+# to the byte to those of one process. For the documentation of three packages, `python
+# benchmarks/prepare.py` found 19 of 19 files equal, and measured these seconds:
 #
 # | step | documents | one process | Ray, 2 workers |
 # |---|--:|--:|--:|
@@ -4110,16 +4100,15 @@ assert len(same) == 2 and all(same)
 # | encode | 24,821 | 10 | 4 |
 # | all | | 147 | 98 |
 #
-# Reading gained nothing, because a package is not divided and one is larger than the others.
+# Reading gained nothing, because a package is not divided, and one is larger than the others.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: files that appear once, and errors that name step, item and machine
+# ### Engine room: files that appear once, errors that say where, and reading into boxes
 
 # %% [markdown] tags=["engine"]
 # A box of documents is a file of JSON Lines, sorted by place. What is there is read and not made
-# again; this is all that resuming takes. An empty box is an empty file, so that a missing one
-# always means work to be done.
-
+# again; resuming takes nothing more. An empty box is an empty file, so a missing one always means
+# work to be done.
 
 # %% tags=["engine"]
 #| export
@@ -4155,8 +4144,7 @@ def _size(documents: Collection[Document]) -> dict[str, int]:
 
 # %% [markdown] tags=["engine"]
 # An error in a worker has to say where it happened: a file that lies on one machine and not on
-# another is found there only.
-
+# another can be found only there.
 
 # %% tags=["engine"]
 #| export
@@ -4185,16 +4173,10 @@ def _failure(step: str, where: str, error: Exception) -> StepError:
     return StepError(f"{step}: {where}: {error} (on the machine {platform.node()})")
 
 
-# %% [markdown]
-# ### Steps of one document
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: reading files and packages into boxes
-
 # %% [markdown] tags=["engine"]
 # A source is a package, a file, or a folder, whose files are found before the work is divided. The
-# id of a file's document is its path from the folder, as `read_files` has it. The same file named
-# twice is read once; two texts with one id are refused. What cannot be read is counted and told.
+# id of a file's document is its path from the folder, as in `read_files`. The same file named twice
+# is read once; two texts with one id are refused. What cannot be read is counted and reported.
 
 # %% tags=["engine"]
 #| export
@@ -4286,16 +4268,18 @@ def _write_read(box: int, values: list[Any], folder: str) -> Iterator[Any]:
 
 
 # %% [markdown]
-# ### Lines, and the rules of chapter 03
+# ### Lines and copies
+#
+# Two steps apply the rules of {doc}`03_cleaning` and {doc}`04_deduplication` to documents that
+# never meet.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: normalizing, and cleaning with the lines of others
+# ### Engine room: cleaning with the lines of others, pairs, and who stays
 
 # %% [markdown] tags=["engine"]
 # The order of steps is that of `clean_documents`. Its one step that looks beyond a document is
 # `remove_repeated_lines`. To apply it to one document, we call it with two: a text made of the
 # lines that belong to others, and the document.
-
 
 # %% tags=["engine"]
 #| export
@@ -4373,18 +4357,12 @@ def _clean(
             yield box_of(key, config.n_boxes), [key, document.id, stable_hash(plain), len(plain)]
 
 
-# %% [markdown]
-# ### Copies that never met
-
 # %% [markdown] tags=["engine"]
-# ### Engine room: pairs, their true similarity, and who stays
-
-# %% [markdown] tags=["engine"]
-# Exact copies agree in all bands. In each bucket the first of them stands for all, so that a text
-# with a thousand copies makes a thousand links instead of half a million pairs. In a bucket with
-# more than a thousand different texts, each is compared with the first one only. The pairs go
-# to the driver, the process that runs the steps. At the size of a crawl, union-find would need an
-# engine of its own.
+# Exact copies agree in all bands. In each bucket, the first of them stands for all, so a text with
+# a thousand copies makes a thousand links instead of half a million pairs. In a bucket with more
+# than a thousand different texts, each is compared only with the first. The pairs go to the driver,
+# the process that runs the steps. At the size of a crawl, union-find would need an engine of its
+# own.
 
 # %% tags=["engine"]
 #| export
@@ -4455,10 +4433,12 @@ def _not_kept(links: Iterable[Sequence[str]], lengths: Mapping[str, int]) -> lis
 
 
 # %% [markdown]
-# ### Words and tokens
+# ### Words, tokens, and all steps in order
+#
+# What survives is counted, encoded, and written; `prepare` runs the six steps one after the other.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: counting, encoding, and writing in order
+# ### Engine room: counting and encoding, the manifest, and a preparation that goes on
 
 # %% [markdown] tags=["engine"]
 # Documents with the smallest places are held out: no tokenizer learns from them, and their tokens
@@ -4525,17 +4505,10 @@ def _encoded(folder: Path, n_boxes: int, held_out: bool) -> Iterator[np.ndarray]
             )
 
 
-# %% [markdown]
-# ### All steps
-
 # %% [markdown] tags=["engine"]
-# ### Engine room: settings, the manifest, and a preparation that goes on
-
-# %% [markdown] tags=["engine"]
-# The manifest has the settings, the sources with their sizes and times of change, and the counts
-# of each step. It is written first, so that a folder knows what it is for: the same command goes
-# on, and another one is refused.
-
+# The manifest has the settings, the sources with their sizes and times of change, and the counts of
+# each step. It is written first, so that a folder knows what it is for: the same command goes on,
+# and a different one is refused.
 
 # %% tags=["engine"]
 #| export
@@ -4765,17 +4738,25 @@ def prepare(
 
 
 # %% [markdown]
-# ### A cluster of one machine
+# ### One command
+#
+# With the extra `cluster`, one command runs everything:
+#
+# ```
+# python -m llmbook.distributed prepare --packages stdlib numpy matplotlib --workers 2
+# ```
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: starting Ray quietly, and what goes over the wire
+# ### Engine room: starting Ray quietly, what goes over the wire, and the command
 
 # %% [markdown] tags=["engine"]
-# Ray's own defaults are meant for a cluster: a dashboard, statistics of use, an address that others
+# Ray's own defaults are meant for a cluster: a dashboard, usage statistics, an address that others
 # can reach, a third of the memory, logs that stay. We start it on the loopback, small, and remove
-# its logs. Its start gives up after 30 seconds, which a busy machine may need, so we try three
-# times. Ray's default shuffle starts a process for each of its receivers, which took 25 seconds for
-# a handful of rows on our busy machine. A shuffle by sorting needs none, and took half a second.
+# its logs. Ray took 18 to 200 seconds to start on our two busy cores, so this chapter does not
+# start it; the tests do. A start gives up after 30 seconds, which a busy machine may need, so we
+# try three times. Ray's default shuffle starts a process for each of its receivers, which took 25
+# seconds for a handful of rows on our busy machine. A shuffle by sorting needs none, and took half
+# a second.
 
 # %% tags=["engine"]
 #| export
@@ -4827,8 +4808,9 @@ def _start_ray(ray: Any, workers: int, logs: str) -> None:
 
 
 # %% [markdown] tags=["engine"]
-# Values travel as JSON, all of one item for one box in one row. An exception in a task would come
-# back as a page of another program's stack, and so a failed task sends its message as a value.
+# Values travel as JSON, all values of one item for one box in one row. An exception in a task would
+# come back as a page of another program's stack trace, so a failed task sends its message as a
+# value.
 
 # %% tags=["engine"]
 #| export
@@ -4914,12 +4896,8 @@ class RayEngine:
         return results
 
 
-# %% [markdown]
-# ### The command
-
 # %% [markdown] tags=["engine"]
-# ### Engine room: `python -m llmbook.distributed prepare`
-
+# The command is `python -m llmbook.distributed prepare`:
 
 # %% tags=["engine"]
 #| export
@@ -5006,7 +4984,6 @@ if __name__ == "__main__" and "__file__" in globals():  # a notebook has no file
 # ranks must be a power of two; refuse others with a `ValueError`. Leave the given vectors alone.
 # ````
 
-
 # %% tags=["solution"]
 def recursive_doubling(vectors: list[np.ndarray]) -> tuple[list[np.ndarray], int]:
     """Return the sum of all vectors, for each rank, and how many numbers a rank has sent."""
@@ -5042,13 +5019,12 @@ except ValueError:
 # %% [markdown]
 # ````{exercise} A wrapper that averages
 # :label: ex-distributed-factors
-# *Fifteen minutes.* Your model is wrapped by something that *averages* gradients over ranks, and
-# calls you with the numbers of targets: `counts[r][k]` is that of micro-batch $k$ on rank $r$. Each
-# micro-batch's loss is the *mean* over its own targets (zero where there are none). Return the
-# factors by which these losses have to be multiplied, in the same form, so that the gradient is
-# that of the mean over all targets. Refuse with a `ValueError` if there are no targets at all.
+# *Fifteen minutes.* A wrapper around your model *averages* gradients over ranks and tells you the
+# numbers of targets: `counts[r][k]` is that of micro-batch $k$ on rank $r$. Each micro-batch's loss
+# is the *mean* over its own targets (zero where there are none). Return the factors by which these
+# losses have to be multiplied, in the same form, so that the gradient is that of the mean over all
+# targets. Refuse with a `ValueError` if there are no targets at all.
 # ````
-
 
 # %% tags=["solution"]
 def loss_factors(counts: list[list[int]]) -> list[list[float]]:
@@ -5083,12 +5059,12 @@ except ValueError:
 # %% [markdown]
 # ````{exercise} Where does it fit?
 # :label: ex-distributed-fit
-# *Ten minutes.* With {py:func}`~llmbook.distributed.predict_scheme`, find the smallest number of
-# GPUs, a multiple of 8 up to 16,384, on which the state of a model fits into `memory` bytes each.
-# Full sharding also needs room for `gathered` weights of 2 bytes; the other schemes have theirs
-# whole anyway. Return `None` if no number is enough.
+# *Ten minutes.* Use {py:func}`~llmbook.distributed.predict_scheme`: for a scheme, a number of weights,
+# and a number of GPUs, its result's `kept` is the bytes on each. Find the smallest number of GPUs, a
+# multiple of 8 up to 16,384, on which the state of a model fits into `memory` bytes each. Full
+# sharding also needs room for `gathered` weights of 2 bytes; the other schemes have theirs whole
+# anyway. Return `None` if no number is enough.
 # ````
-
 
 # %% tags=["solution"]
 def fewest_gpus(scheme: str, n_weights: int, memory: float, gathered: int = 0) -> int | None:
@@ -5117,11 +5093,10 @@ assert alone == 8, "only full sharding gathers: the others have all weights"
 # :label: ex-distributed-merge
 # *Ten minutes.* A rank that has attended to some keys holds, for each query, the largest score `m`,
 # the sum `s` of $e^{\text{score} - m}$, and the sum `o` of $e^{\text{score} - m}$ times the values,
-# not yet divided. Write `merge_states(a, b)`, which makes one such triple `(m, s, o)` of two. `m`
-# and `s` have the shape `(queries,)`, `o` has `(queries, d_value)`. Scores of 1,000 must not
-# overflow, and a tile of which a query sees nothing has `m` = -inf there, with `s` and `o` zero.
+# not yet divided. Write `merge_states(a, b)`, which makes one such triple `(m, s, o)` of two. `m` and
+# `s` have the shape `(queries,)`, and `o` has `(queries, d_value)`. Scores of 1,000 must not
+# overflow. If a query sees nothing of a tile, `m` is -inf there, and `s` and `o` are zero.
 # ````
-
 
 # %% tags=["solution"]
 def merge_states(
@@ -5167,12 +5142,11 @@ assert not any(x.isnan().any() for x in merge_states(nothing, nothing)), "two bl
 # ````{exercise} Less memory than 1F1B
 # :label: ex-distributed-limit
 # *Thirty minutes.* Under 1F1B, stage 0 keeps `n_stages` micro-batches. Suppose that there is memory
-# for `limit` of them only. Write `limited_schedule(n_stages, n_microbatches, limit)`, which returns
-# for each stage its list of pairs such as `("forward", 0)`. No stage may ever keep more than
-# `limit` micro-batches, none may keep more than under 1F1B, and nothing else may be slower than it
-# must be. Before you run the check: what will the bubble be with a limit of 1?
+# for only `limit` of them. Write `limited_schedule(n_stages, n_microbatches, limit)`, which returns
+# for each stage its list of pairs such as `("forward", 0)`. No stage may ever keep more than `limit`
+# micro-batches, none may keep more than under 1F1B, and no stage may be slower than it must be.
+# Before you run the check: what will the bubble be with a limit of 1?
 # ````
-
 
 # %% tags=["solution"]
 def limited_schedule(n_stages: int, n_microbatches: int, limit: int) -> list[list[tuple[str, int]]]:
@@ -5221,12 +5195,13 @@ durations = [timing.duration for timing in times]
 assert durations == sorted(durations, reverse=True), "more memory must not make it slower"
 assert durations[1] < durations[0], "a limit of 2 must be faster than a limit of 1"
 # %% [markdown]
-# ````{exercise} Lines that meet :label: ex-distributed-lines *Fifteen minutes.* Write
-# `shared_lines(parts, n_boxes)`, the list of lines that at least two documents have, each line
-# once, by `map_reduce`. Each part is a dictionary of texts by the names of their documents.
-# `stable_hash(line)` is the place of a line, and `box_of(place, n_boxes)` its box. A line that one
-# document repeats is not shared. ````
-
+# ````{exercise} Lines that meet
+# :label: ex-distributed-lines
+# *Fifteen minutes.* Write `shared_lines(parts, n_boxes)`, the list of lines that at least two
+# documents have, each line once, by `map_reduce`. Each part is a dictionary of texts by the names of
+# their documents. `stable_hash(line)` is the place of a line, and `box_of(place, n_boxes)` its box. A
+# line that one document repeats is not shared.
+# ````
 
 # %% tags=["solution"]
 def shared_lines(parts: list[dict[str, str]], n_boxes: int) -> list[str]:
@@ -5258,18 +5233,18 @@ for n_boxes in (1, 3, 64):
 #
 # Every scheme of this chapter does what one process does, and proves it: with the same gradients,
 # and with the bytes that its formula predicts. A mean of means over ranks weighs targets wrongly
-# and still trains, so losses are summed and divided once, by the targets of all ranks and
-# micro-batches. A ring needs $2(n-1)/n$ of the bytes for its sum. Data parallelism exchanges buckets
-# of gradients while the backward pass still runs; the sharded optimizer puts its step between the
-# two halves of that exchange, at no extra cost; full sharding gathers weights twice to keep only
-# its share of everything.
+# and still trains, so losses are summed, and divided once by the targets of all ranks and
+# micro-batches. To sum $b$ bytes, a ring sends $2(n-1)/n \cdot b$ from each rank. Data parallelism
+# exchanges buckets of gradients while the backward pass still runs; the sharded optimizer takes its
+# step between the two halves of that exchange, at no extra cost; full sharding gathers weights
+# twice to keep only its share of everything.
 #
-# Where the model itself is cut, a layer that is cut by columns and then by rows needs one
-# all-reduce in each direction, attention travels around a ring and is merged by log-sum-exps, and
-# a pipeline of $p$ stages and $m$ micro-batches idles for $(p-1)/(m+p-1)$ of the time. PyTorch's
-# own wrappers do the same at scale, and the trainer of {doc}`13_training` runs under them by asking
-# one object wherever ranks have something to say to each other. Its checkpoints are those of one
-# process, so they continue at any number of ranks.
+# The model itself can be cut, too. A layer cut by columns and then by rows needs one all-reduce in
+# each direction, attention travels around a ring and is merged by log-sum-exps, and a pipeline of
+# $p$ stages and $m$ micro-batches idles for $(p-1)/(m+p-1)$ of the time. The cuts combine, and the
+# one that talks most gets the shortest links. PyTorch's own wrappers do the same at scale. The
+# trainer of {doc}`13_training` runs under them by asking one object wherever ranks have something
+# to say to each other, and its checkpoints continue at any number of ranks.
 #
 # The data pipeline follows the same rule. Steps that look at one document are divided by cutting
 # the corpus; steps that look at several meet at a key. On an engine that promises no order, and
@@ -5277,14 +5252,14 @@ for n_boxes in (1, 3, 64):
 #
 # ### Checklist
 #
-# - Count targets over ranks *and* micro-batches before the first backward pass, divide once, and sum
-#   (or multiply by the number of ranks, if the wrapper averages).
+# - Count targets over ranks *and* micro-batches before the first backward pass, divide once, and
+#   sum (or multiply by the number of ranks, if the wrapper averages).
 # - Wrap the objective, not the model: what is called around `forward` isn't exchanged.
-# - `no_sync` goes around the forward and the backward pass of all micro-batches but the last.
+# - Put `no_sync` around the forward and backward passes of all micro-batches but the last.
 # - Clip after the exchange, by the norm over all ranks.
 # - Start the ranks from different seeds in tests, so that a missing broadcast shows.
 # - Shard the optimizer first; shard everything when weights and gradients don't fit either.
-# - Tensor ranks divide `n_kv_heads` and `d_ff`, and stay inside one server.
+# - Let the number of tensor ranks divide `n_kv_heads` and `d_ff`, and keep them inside one server.
 # - Use at least four times as many micro-batches as stages, and run the schedule on paper first.
 # - Wait for every `isend` and `irecv`, and compare shapes between ranks before sending.
 # - Let every rank decide on the same numbers: skipped steps, scales, the end of the run.
@@ -5300,6 +5275,6 @@ for n_boxes in (1, 3, 64):
 # {cite:t}`shoeybi2019megatron` cut layers, {cite:t}`narayanan2021efficient` combine three cuts and
 # measure which goes where, {cite:t}`liu2023ring` send keys and values around a ring, and
 # {cite:t}`huang2019gpipe` introduced micro-batches. {cite:t}`liang2024torchtitan` combine all
-# schemes, with a protocol of how they were checked, and {cite:t}`grattafiori2024llama3` describe
-# four axes on 16,384 devices. {cite:t}`dean2008mapreduce` divide work so that it survives machines,
-# and {cite:t}`moritz2018ray` built the engine that we used.
+# schemes, and {cite:t}`grattafiori2024llama3` describe four axes on 16,384 devices.
+# {cite:t}`dean2008mapreduce` divide work so that it survives the failure of machines, and
+# {cite:t}`moritz2018ray` built the engine that we used.
