@@ -24,8 +24,8 @@
 #
 # Two processes train one model. Each has its own copy, reads its own half of every batch, and
 # computes the gradient of its mean loss. Then they average their gradients, so that both take the
-# same step and the copies stay equal. This is *data parallelism*. It has to give the gradient that
-# one process would find on the whole batch. Does it?
+# same step and the copies stay equal. This is *data parallelism*. Does this give the gradient that
+# one process would find on the whole batch?
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: what the code imports, and sixteen rows of stories
@@ -169,10 +169,9 @@ def train(n_steps: int) -> list[float]:
 # ### Engine room: how processes start, fail and end together
 
 # %% [markdown] tags=["engine"]
-# A function reaches a process that has not defined it in one of two ways. One that an installed
-# module exports travels as its name, and the process imports it. One of a notebook or a script has
-# no such name; it travels as code, which the package `cloudpickle` can send.
-
+# A function can reach a process that has not defined it in one of two ways. If an installed module
+# exports it, it travels as its name, and the process imports it. A function of a notebook or a
+# script has no such name; it travels as code, which the package `cloudpickle` can send.
 
 # %% tags=["engine"]
 #| export
@@ -222,11 +221,10 @@ def _packed_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> by
 
 
 # %% [markdown] tags=["engine"]
-# What happens in a rank: it joins the group, calls the function, and tells its parent what came
-# back. A thread ends the process when the parent is gone, whatever the function is doing then. An
-# error is told by its text, with the collective that was called last: gloo says that it waited, but
-# not for what.
-
+# This is what happens in a rank: it joins the group, calls the function, and tells its parent what
+# came back. A thread ends the process when the parent is gone, whatever the function is doing at
+# that moment. An error is reported by its text, together with the collective that was called last:
+# gloo says that it waited, but not for what.
 
 # %% tags=["engine"]
 #| export
@@ -329,9 +327,9 @@ def _run_rank(
 
 
 # %% [markdown] tags=["engine"]
-# The parent listens to all ranks at once. The first failure ends the run; for a moment it waits for
-# others, because a rank that lost its neighbor may be heard before the neighbor's end is noticed.
-
+# The parent listens to all ranks at once. The first failure ends the run; but the parent waits a
+# moment for others, because a rank that lost its neighbor may be heard before the neighbor's end is
+# noticed.
 
 # %% tags=["engine"]
 #| export
@@ -402,11 +400,10 @@ def _rank_error(failures: dict[int, _Failure], done: Collection[int], size: int)
 
 
 # %% [markdown] tags=["engine"]
-# Starting a process by a fork of this one is quick, but a fork copies one thread only: a lock that
-# another thread held stays locked for ever, and torch's threads hold some. Starting afresh is safe,
-# and imports torch in every process. A *fork server* is both: one fresh process imports torch, does
-# nothing with it, and is forked whenever a rank is needed.
-
+# Starting a process by forking this one is quick, but a fork copies only one thread: a lock that
+# another thread held stays locked forever, and torch's threads hold some. Starting afresh is safe,
+# but imports torch in every process. A *fork server* is both quick and safe: one fresh process
+# imports torch, does nothing with it, and is forked whenever a rank is needed.
 
 # %% tags=["engine"]
 #| export
@@ -584,8 +581,7 @@ except RankError as error:
     print("\n".join(str(error).splitlines()[:2]))
 
 # %% [markdown]
-# The message names both sides: rank 0 is waiting in `all_reduce`, and rank 1, whose data ended one
-# batch earlier, has left.
+# Rank 1 had one batch less, and has left; rank 0 is still waiting in `all_reduce`.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: counting what is sent, and agreeing before work begins
@@ -679,9 +675,10 @@ def _size_of_group(arguments: Any) -> int:
 
 
 # %% [markdown] tags=["engine"]
-# A collective hangs if one rank does not call it, or calls another one. So whatever decides about
-# calls (how many micro-batches there are, which parameters) is compared first. All ranks see all
-# values, so all raise the same error.
+# A collective hangs if one rank does not call it, or calls another one. A rank without targets
+# contributes zero, which is fine; a rank without a *batch* is not, because the others wait for it.
+# So whatever decides about calls (how many micro-batches there are, which parameters) is compared
+# first. All ranks see all values, so all raise the same error.
 
 # %% tags=["engine"]
 #| export
@@ -767,9 +764,8 @@ def pass_on(
 #
 # How does a sum of $b$ bytes reach all of $n$ ranks? If all of them send their tensors to rank 0,
 # it receives $(n - 1) b$ bytes, adds them up, and sends as many back: with a thousand ranks, that
-# takes a thousand times as long. In a ring, each rank sends only to the next one and receives only
-# from the one before. All lines are busy at once, and no rank sends more than $2b$ bytes
-# {cite}`patarasuk2009bandwidth`.
+# takes a thousand times as long. In a ring, each rank sends only to the next one, and no rank sends
+# more than $2b$ bytes {cite}`patarasuk2009bandwidth`.
 #
 # Cut the tensor into $n$ parts. In each step, a rank passes on one part, and adds the part that
 # arrives to its own copy of that part. A part travels once around the ring and gathers the
@@ -804,8 +800,7 @@ def ring(parts: list[Tensor]) -> None:
 # $$ (distributed-ring)
 #
 # bytes from each rank, less than $2b$ for any number of ranks. What does grow with $n$ is the
-# number of steps, and with it the time spent waiting for the first byte of each message; for small
-# tensors, other ways are faster.
+# number of steps, each with a wait for its first byte.
 #
 # All ranks end up with the *same bits*, because each part was added up once and then copied. The
 # order of the additions differs from part to part, though, so these bits can differ from those of a
@@ -923,10 +918,6 @@ for recipe in ("mean of means", "sum over all, then averaged", "sum over all"):
 # by the number of ranks, and it is right again. AdamW hides this error from the curve, because Adam
 # divides each gradient by its own size. The error does show in the gradient norm, and so in how
 # often clipping strikes.
-#
-# A rank without targets contributes zero, which is fine. A rank without a *batch* is not, because
-# the others wait for it. So our functions compare between ranks whatever decides about collectives,
-# and all ranks raise the same error ({py:func}`~llmbook.distributed.check_agreed`).
 
 # %% [markdown]
 # ## While the backward pass still runs
@@ -958,13 +949,9 @@ def exchange_early(model: nn.Module) -> list[tuple[nn.Parameter, Any]]:
 # it off. It has to enclose the *forward* pass, too, because that is where torch's wrapper and ours
 # decide.
 #
-# With buckets of at most 8 KiB, 14 of our small model's 15 buckets were on their way before the
-# backward pass ended; with 32 KiB, 5 of 6; with 1,024 KiB there was only one, and nothing left to
-# hide it behind. Small buckets hide more of the exchange, and large ones have less overhead;
-# torch's default of 25 MiB is meant for far larger models.
-#
-# Gradients are clipped after the exchange, by the norm of the sum; the norm of one rank's part is
-# a different number.
+# With buckets of at most 8 KiB, 14 of our small model's 15 were on their way before the backward
+# pass ended; with 1,024 KiB there was only one, and nothing to hide it behind. Large buckets have
+# less overhead, and torch's default of 25 MiB is meant for far larger models.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: buckets, marks, and gradients that were summed already
@@ -1171,7 +1158,7 @@ for kib in (8, 32, 1024):
 # only that part of the summed gradient: a reduce-scatter instead of an all-reduce. Afterwards all
 # ranks need all new weights: an all-gather. These are the two halves of {eq}`distributed-ring` with
 # the optimizer's step in between, so the traffic is the same as before. This works for optimizers
-# that treat each number by itself. It does not work for Muon, which needs whole matrices.
+# that treat each number by itself, so not for Muon, which needs whole matrices.
 #
 # **Stage 3**, full sharding, divides the weights and the gradients as well. (Stage 2 stops short of
 # the weights.) Before a block computes, its weights are gathered; afterwards they are freed; the
@@ -1199,13 +1186,12 @@ class Gather(torch.autograd.Function):
 
 
 # %% [markdown]
-# Left alone, autograd would keep each gathered weight until the backward pass, and with it all the
-# memory that we meant to save. {py:func}`~llmbook.distributed.shard_model` hands autograd a note
-# instead, saying which weight of which block it was, and gathers again when the note is read. Each
-# weight is gathered twice and reduced once, so a rank sends $3 (n - 1) / n$ times its bytes: half
-# as much again as before, and in *every* micro-batch. With 16-bit weights, the two gathers cost
-# half. The rows that the optimizer sees stay in float32, and gradients are summed in float32, so
-# rounding does not pile up over ranks.
+# Left alone, autograd would keep each gathered weight until the backward pass, and nothing would be
+# saved. {py:func}`~llmbook.distributed.shard_model` hands autograd a note instead, saying which
+# weight of which block it was, and gathers again when the note is read. Each weight is gathered
+# twice and reduced once, so a rank sends $3 (n - 1) / n$ times its bytes: half as much again as
+# before, and in *every* micro-batch. With 16-bit weights, the two gathers cost half. The rows that
+# the optimizer sees stay in float32, and gradients are summed in float32.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: an optimizer in shares, and a model in rows
@@ -1615,13 +1601,13 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 # %% [markdown]
 # ## One table
 #
-# Now we hold everything against one process. A small model trains for four steps by each scheme, on
+# Now we compare everything with one process. A small model trains for four steps by each scheme, on
 # two and on four ranks, in the setting of the opening: half of the ranks have three times as many
 # targets as the others. Each rank has two micro-batches, there is weight decay, and gradients are
 # clipped. The function `scheme_bytes` has the formulas to the byte. For $P$ weights they come to
 # $2 (n - 1)/n \cdot 4P$ bytes for the first three schemes. With $m$ micro-batches, full sharding
 # sends $m (n - 1)/n \cdot 12 P$ bytes, or $8P$ in place of $12P$ with 16-bit weights. Marks,
-# buffers, and the norm add a few more.
+# buffers, and the norm add a few more bytes.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: one run by any scheme
@@ -1632,7 +1618,9 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 # its own, so that a run in which rank 0's weights are not handed out cannot end up equal. In the
 # reference, one process takes all micro-batches of all ranks in turn. Bytes sent are counted from
 # the first forward pass of a step to its end. Bytes kept are counted at the end of the backward
-# pass, before any exchange that waits for it.
+# pass, before any exchange that waits for it. The weights can differ by more than rounding: Adam
+# divides each gradient by its own size, so where a gradient is nearly zero, rounding decides the
+# direction of a whole step.
 
 # %% tags=["engine"]
 #| export
@@ -1879,17 +1867,15 @@ for (scheme, n), (sent, kept) in table.items():
 # In all ten runs, what a rank sent is the formula to the byte, and all ranks ended with the same
 # bits. The first gradient norm equals that of one process to five digits, the norms of all four
 # steps agree to four, and the weights differ by less than a thousandth of the largest in their
-# tensor. (Why not by a millionth? Adam divides each gradient by its own size, so where a gradient
-# is nearly zero, rounding decides the direction of a whole step.) Full sharding in 16 bits is
-# compared with one process that rounds the weights to 16 bits in its products, and has bounds a
-# hundred times wider after the first norm. What is kept falls as predicted: of 16 bytes for each
-# weight, stage 1 divides 8 by $n$, and full sharding divides them all.
+# tensor. (Full sharding in 16 bits is compared with one process that rounds its weights as well,
+# within wider bounds.) What is kept falls as predicted: of 16 bytes for each weight, stage 1
+# divides 8 by $n$, and full sharding divides them all.
 
 # %% [markdown]
 # ## Cutting a layer: tensor parallelism
 #
 # So far, ranks divided the batch and the storage, but each of them multiplied whole matrices. If a
-# layer is too large for that, the product itself has to be divided.
+# layer is too large for that, we have to divide the product itself.
 #
 # Take a feed-forward network $Y = \phi(XA)\,B$ with an activation $\phi$. Cut $A$ by columns,
 # $A = [A_1 \dots A_n]$, and give $A_r$ to rank $r$. A column of $XA$ needs only one column of $A$,
@@ -2322,11 +2308,11 @@ def merge_attention(a: AttentionPart, b: AttentionPart) -> AttentionPart:
 # d\ell_j = w_j \Bigl( dw_j - \sum_i w_i\, dw_i \Bigr) = w_j\; do \cdot (o_j - o) .
 # $$ (distributed-merge-backward)
 #
-# Here $\ell$ (which gives $w_j$) and $o$ are those of the whole row, and a rank has both for its
-# queries when the forward pass ends. So keys and values go around once more. Each rank computes a
-# tile again, applies the backward pass of {doc}`09_attention`, and adds its share to the gradients
-# of these keys and values. The gradients *travel with them* and are home after $n$ steps. With $c$
-# bytes for the keys and values of a chunk, a rank sends
+# A rank has $\ell$ and $o$ of the whole row for its queries when the forward pass ends. So keys and
+# values go around once more. Each rank computes a tile again, applies the backward pass of
+# {doc}`09_attention`, and adds its share to the gradients of these keys and values. The gradients
+# *travel with them* and are home after $n$ steps. With $c$ bytes for the keys and values of a
+# chunk, a rank sends
 #
 # $$
 # \underbrace{(n-1)\,c}_{\text{forward}} + \underbrace{(n-1)\,c}_{\text{again}} +
@@ -2341,9 +2327,9 @@ def merge_attention(a: AttentionPart, b: AttentionPart) -> AttentionPart:
 # $2n - 1 - r$. Of the four pairs of pieces that two different ranks form, exactly two are visible,
 # so all ranks have the same work at every step. {py:func}`~llmbook.distributed.ring_work` counts
 # it: on eight ranks, contiguous chunks take 1.87 times as long as even shares would, and the zigzag
-# cut takes 1.00. (Another way is to deal out single tokens {cite}`brandon2023striped`.) A token's
-# place in the text no longer follows from its place on the rank, so positions and targets must be
-# cut like the tokens, by {py:func}`~llmbook.distributed.cut_sequence`.
+# cut takes 1.00. (Dealing out single tokens works, too {cite}`brandon2023striped`.) A token's place
+# in the text no longer follows from its place on the rank, so positions and targets must be cut
+# like the tokens, by {py:func}`~llmbook.distributed.cut_sequence`.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the ring, its tiles, and its way back
@@ -2610,9 +2596,9 @@ print(f"each rank sent {ranks[0][2]:,} bytes; the formula says {formula:,}")
 # %% [markdown]
 # ## Cutting the depth: pipelines
 #
-# The last cut of the model is the plainest: the first layers go to rank 0, the next to rank 1, and
-# so on. Only neighboring *stages* talk, and send $BTd$ numbers at each cut. But while one stage
-# works on the batch, all others wait.
+# The plainest cut gives the first layers to rank 0, the next to rank 1, and so on. Only neighboring
+# *stages* talk, and send $BTd$ numbers at each cut. But while one stage works on the batch, all
+# others wait.
 #
 # So the batch is cut into $m$ micro-batches, and stage 0 starts on the second while stage 1 has the
 # first. Let there be $p$ stages, and let a micro-batch take time $f$ forward and $b$ backward in
@@ -2632,9 +2618,8 @@ print(f"each rank sent {ranks[0][2]:,} bytes; the formula says {formula:,}")
 # {cite}`narayanan2021efficient`.
 #
 # A schedule is data: for each stage, a list of passes in order.
-# {py:func}`~llmbook.distributed.pipeline_timing` runs it without a model. A pass begins when its
-# stage is free and what it needs has arrived, and a backward pass takes twice as long as a forward
-# one, since it multiplies twice, for inputs and for weights.
+# {py:func}`~llmbook.distributed.pipeline_timing` runs it without a model, with backward passes
+# twice as long as forward ones, since they multiply twice, for inputs and for weights.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: schedules, and how to run them on paper
@@ -3014,28 +2999,26 @@ for name, make in kinds.items():
 # %% [markdown]
 # ## Experts on several devices
 #
-# The experts of a mixture ({doc}`10_blocks`) are cut in their own way: each rank has some experts,
-# whole, and its own share of the tokens. Tokens travel to their experts, and the results travel
-# back. Every rank sends something different to every other one, an *all-to-all*. If a rank has $N$
-# tokens with $k$ active experts each, and routing is even, $\frac{n-1}{n}$ of its $Nk$ vectors
-# leave. There are two exchanges forward and their mirror images backward, so for each layer a rank
-# sends
+# Of the experts of a mixture ({doc}`10_blocks`), each rank has some, whole, and its own share of
+# the tokens. Tokens travel to their experts, and the results travel back. Every rank sends
+# something different to every other one, an *all-to-all*. If a rank has $N$ tokens with $k$ active
+# experts each, and routing is even, $\frac{n-1}{n}$ of its $Nk$ vectors leave. There are two
+# exchanges forward and their mirror images backward, so for each layer a rank sends
 #
 # $$
 # 4\,\tfrac{n-1}{n}\, b\, N k d \quad \text{bytes.}
 # $$ (distributed-expert-bytes)
 #
-# But routing is not even, and all ranks wait for the busiest one. A *capacity* bounds the wait: of
-# all $M$ tokens, each of $E$ experts takes at most $\gamma M k / E$, and the rest skip it
-# {cite}`lepikhin2021gshard`. A bias on the router that evens out the loads attacks the cause
-# instead {cite}`deepseek2024v3`.
+# But routing is not even, and all ranks wait for the busiest one. A *capacity* bounds the wait
+# {cite}`lepikhin2021gshard`; a bias on the router evens out the loads {cite}`deepseek2024v3`.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: what a capacity drops
 
 # %% [markdown] tags=["engine"]
-# Here are 4 ranks with 2 experts each, 4,096 tokens, $k = 2$, and a router with random preferences.
-# A capacity shortens the wait, and the price is dropped tokens:
+# With a capacity, each of $E$ experts takes at most $\gamma M k / E$ of all $M$ tokens, and the
+# rest skip it. Here are 4 ranks with 2 experts each, 4,096 tokens, $k = 2$, and a router with
+# random preferences. A capacity shortens the wait, and the price is dropped tokens:
 
 # %% tags=["engine"]
 torch.manual_seed(0)
@@ -3059,20 +3042,20 @@ for factor in (None, 2.0, 1.25, 1.0):
 # | expert | some of the experts | $4\frac{n-1}{n}Nkd$ a layer | there are many experts |
 #
 # The cuts combine, since each goes along an axis of its own. Devices are numbered by coordinates in
-# a *mesh*: if 16 of them are arranged as $2 \times 4 \times 2$ for data, pipeline, and tensor, each
-# belongs to a data group of 2, a pipeline of 4, and a tensor group of 2. Each collective stays
-# within one group, so our functions take a `group`. The axis that talks most gets the shortest
-# links. From the innermost outward, Llama 3 orders its axes as tensor, context (its name for the
-# sequence), pipeline, data {cite}`grattafiori2024llama3`.
+# a *mesh*: in one of $2 \times 4 \times 2$ for data, pipeline, and tensor, each of the 16 belongs
+# to a data group of 2, a pipeline of 4, and a tensor group of 2. Each collective stays within one
+# group, so our functions take a `group`. The axis that talks most gets the shortest links. From the
+# innermost outward, Llama 3 orders its axes as tensor, context (its name for the sequence),
+# pipeline, data {cite}`grattafiori2024llama3`.
 
 # %% [markdown]
 # ## Eight, 64, 1,024 GPUs
 #
-# How far does data parallelism alone go? The formulas do not end at four ranks.
-# {py:func}`~llmbook.distributed.predict_scheme` takes them to any number, with ZeRO's count of
-# bytes for each weight in mixed precision: 2 for the weight, 2 for its gradient, and 12 for the
-# optimizer, which keeps a float32 copy. For a model of 8 billion weights, each GPU keeps so many
-# gigabytes, without activations and the blocks that full sharding has gathered at the moment:
+# How far does the first cut alone go? {py:func}`~llmbook.distributed.predict_scheme` takes the
+# formulas to any number of GPUs, with ZeRO's count of bytes for each weight in mixed precision: 2
+# for the weight, 2 for its gradient, and 12 for the optimizer, which keeps a float32 copy. For a
+# model of 8 billion weights, each GPU keeps so many gigabytes, without activations and the blocks
+# that full sharding has gathered at the moment:
 #
 # | | 8 GPUs | 64 GPUs | 1,024 GPUs |
 # |---|--:|--:|--:|
@@ -3084,7 +3067,7 @@ for factor in (None, 2.0, 1.25, 1.0):
 # In a step, the first three send 28 GB from each of eight GPUs and 32 GB from each of 1,024; full
 # sharding sends half as much again. So the traffic hardly depends on the number of GPUs, but the
 # time to hide it in does: with a fixed batch, each of 1,024 GPUs has a 128th of the work that each
-# of eight has. That is where the other cuts come in.
+# of eight has. There the other cuts come in.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the formulas for any number of GPUs, and published numbers
@@ -3146,8 +3129,9 @@ def predict_scheme(
 
 
 # %% [markdown] tags=["engine"]
-# Three published sources, computed by the formulas. A step of torchtitan's takes as long as a GPU
-# needs for its 8,192 tokens.
+# Three published sources, computed by the formulas. BLOOM's checkpoint is said to have 2.3 TB, 329
+# GB of it 16-bit weights {cite}`bekman2022bloom`; our numbers count in powers of 1,024. A step of
+# torchtitan's takes as long as a GPU needs for its 8,192 tokens.
 
 # %% tags=["engine"]
 stages: tuple[Any, ...] = ("data_parallel", "zero1", "zero2", "full")
@@ -3192,13 +3176,10 @@ plt.show()
 # %% [markdown]
 # ### Can such numbers be trusted?
 #
-# The engine room above compares them with three published sources. For 7.5 billion weights on 64
-# GPUs, ZeRO's paper gives 120, 31.4, 16.6 and 1.9 GB {cite}`rajbhandari2020zero`, and so do our
-# formulas. BLOOM's checkpoint is said to have 2.3 TB, 329 GB of it 16-bit weights
-# {cite}`bekman2022bloom`; we get 2.2 and 328, counted in powers of 1,024. Torchtitan publishes the
-# speed of full sharding on 64 A100 GPUs {cite}`liang2024torchtitan`. At these speeds, each GPU must
-# have sent 22 GB in every second, near the 25 of a network card of 200 Gbit/s. More than half of
-# the GPU's arithmetic was used all the same, so most of the traffic was hidden.
+# For 7.5 billion weights on 64 GPUs, ZeRO's paper gives 120, 31.4, 16.6 and 1.9 GB
+# {cite}`rajbhandari2020zero`, and so do our formulas. At the speed that torchtitan publishes for
+# full sharding on 64 A100 GPUs {cite}`liang2024torchtitan`, each must have sent 22 GB per second,
+# yet used more than half of its arithmetic: most of the traffic was hidden.
 #
 # Larger runs combine the cuts. On 16,384 GPUs, Llama 3 405B divides each layer over 8 of them and
 # the layers over 16 stages, and the 128 GPUs that have the same part shard it among themselves
@@ -3207,20 +3188,19 @@ plt.show()
 # %% [markdown]
 # ## The same by torch's own
 #
-# PyTorch has all of this ready-made and tuned for clusters. Having built it, we know what to ask of
-# it: does it return sums or means of gradients, when does it exchange them, and what does it save?
-# `torchrun` starts one process per device, tells each its rank and the number of ranks through
-# environment variables, and ends all of them when one dies. `DistributedDataParallel` (DDP)
-# exchanges gradients in buckets during the backward pass. `fully_shard` (FSDP2) gives each rank a
-# piece of every parameter, gathers a block before it computes, and frees it afterwards.
-# `parallelize_module` splits single layers.
+# PyTorch has all of this ready-made. Having built it, we know what to ask: does it return sums or
+# means of gradients, and when does it exchange them? `torchrun` starts one process per device,
+# tells each its rank and the number of ranks through environment variables, and ends all of them
+# when one dies. `DistributedDataParallel` (DDP) exchanges gradients in buckets during the backward
+# pass. `fully_shard` (FSDP2) gives each rank a piece of every parameter, gathers a block before it
+# computes, and frees it afterwards. `parallelize_module` splits single layers.
 #
 # All three hook into the **forward pass** of a module, and here lies a trap for our own code.
 # `next_token_objective` calls `hidden_states` and multiplies by the head in chunks; it never calls
-# `forward`. A DDP wrapper has no `hidden_states`, so the first attempt fails. The obvious second
-# one is `next_token_objective(ddp.module, batch)`, and that runs. The losses fall. But the
-# wrapper's `forward` was never called, so it does not know that a backward pass will come, and
-# exchanges nothing. Silently, each rank trains a model of its own on its own part of the data.
+# `forward`. A DDP wrapper has no `hidden_states`, so one calls
+# `next_token_objective(ddp.module, batch)`, and that runs. The losses fall. But the wrapper's
+# `forward` was never called, so it does not know that a backward pass will come, and exchanges
+# nothing. Silently, each rank trains a model of its own on its own part of the data.
 #
 # The cure is to make the objective the forward pass of a small module,
 # {py:class}`~llmbook.distributed.ObjectiveModule`, and to wrap *that*. FSDP2 has a function that
@@ -3442,11 +3422,10 @@ assert errors.pop("DDP, objective of its .module") > 0.1 and max(errors.values()
 # %% [markdown]
 # ### Equal to one process, or not
 #
-# Two ranks with half of the rows each should find the gradient that one process finds on all of
-# them. In the room above they do, to five digits, both with DDP around an `ObjectiveModule` and
-# with FSDP2. With `ddp.module`, the gradient is off by 80 percent of its norm, and differs between
-# the ranks. No loss curve shows that. What finds it is this comparison, or the simpler question
-# whether two ranks have the same gradients.
+# Do two ranks find the gradient that one process finds on all rows? In the room above they do, to
+# five digits, both with DDP around an `ObjectiveModule` and with FSDP2. With `ddp.module`, the
+# gradient is off by 80 percent of its norm, and differs between the ranks. No loss curve shows
+# that; this comparison does, or the simpler question whether two ranks have the same gradients.
 #
 # A checkpoint of FSDP2 is written in pieces. It must not matter how many ranks read it:
 
@@ -3463,14 +3442,14 @@ print(", ".join(f"{n} rank(s): {int((w != weights).sum())} differ" for n, w in l
 # %% [markdown]
 # ## The Trainer on several ranks
 #
-# The trainer of {doc}`13_training` knows nothing of ranks. It has a place for an object that does:
-# wherever several processes would have something to say to each other, it calls a method of
-# `parallel`, which does nothing in one process. {py:class}`~llmbook.distributed.Ranks` fills these
-# methods in. There are few such places, and each is a known pitfall:
+# The trainer of {doc}`13_training` knows nothing of ranks. But wherever several processes would
+# have something to say to each other, it calls a method of an object, `parallel`, which does
+# nothing in one process. {py:class}`~llmbook.distributed.Ranks` fills these methods in. There are
+# few such places, and each is a known pitfall:
 #
 # | where | what one process does | what ranks must do |
 # |---|---|---|
-# | data | take the next batch | take every n-th row of the same batch, so that the order of the data does not depend on n |
+# | data | take the next batch | take every n-th row of the same batch |
 # | micro-batches | add gradients up | exchange them in the last one only, with the forward pass inside `no_sync` |
 # | mean | divide by the targets | divide by the targets of all ranks *and* all micro-batches |
 # | clipping | take the norm | take it over all pieces, after the exchange |
@@ -3483,7 +3462,7 @@ print(", ".join(f"{n} rank(s): {int((w != weights).sum())} differ" for n, w in l
 # and ranks have unequal numbers of targets. So the trainer turns means into sums, and divides once
 # by the count of everything. The last line decides what a checkpoint *is*: the file that one
 # process would have written, so that one process, three, or another scheme can continue from it. A
-# model too large to be gathered on one rank is written in pieces, by `save_sharded`.
+# model too large for that is written in pieces, by `save_sharded`.
 #
 # One setting, `parallel: ddp`, `fsdp` or `tp`, asks for all this, and `torchrun` starts the run:
 #
@@ -3491,8 +3470,7 @@ print(", ".join(f"{n} rank(s): {int((w != weights).sum())} differ" for n, w in l
 # torchrun --nproc_per_node=2 -m llmbook.training config.yaml --folder runs/two
 # ```
 #
-# If a process dies, the same command goes on from the newest checkpoint. If one stands still, the
-# others wait in a collective until its time is up, and say in which.
+# If a process dies, the same command goes on from the newest checkpoint.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: what the ranks of a trainer say to each other
@@ -3501,7 +3479,8 @@ print(", ".join(f"{n} rank(s): {int((w != weights).sum())} differ" for n, w in l
 # Joining, and dividing model and data. From here on the ranks have different seeds, because each
 # draws the dropout of its own rows; with tp they all have the same rows, and the same seed. A
 # setting that does not fit, such as heads that two ranks cannot share, is refused by every rank
-# before the first step.
+# before the first step. If a rank stands still, the others wait in a collective until its time is
+# up, and say in which.
 
 # %% tags=["engine"]
 #| export
@@ -3845,22 +3824,21 @@ for way in ("ddp", "fsdp", "tp"):
     print(f"{way:4}: {alone[0]:.1f} to {alone[-1]:.1f} nats, apart from one process by {size}")
 
 # %% [markdown]
-# They agree. But one curve is a weak test, and a kill is a strong one.
-# `benchmarks/killing_ranks.py` trains with dropout on two ranks, kills one of them by SIGKILL at a
-# random moment, twenty times over, and starts again each time. Weights, optimizer, random states of
-# both ranks, best model, and log must then be those of an undisturbed run. After twenty kills,
-# eight of them in the middle of a save, not a bit differed, and every attempt had ended within 8
-# seconds.
+# They agree. But a curve is a weak test, and a kill is a strong one. `benchmarks/killing_ranks.py`
+# trains with dropout on two ranks, kills one of them by SIGKILL at a random moment, twenty times
+# over, and starts again each time. Weights, optimizer, random states of both ranks, best model, and
+# log must then be those of an undisturbed run. After twenty kills, eight of them in the middle of a
+# save, not a bit differed, and every attempt had ended within 8 seconds.
 
 # %% [markdown]
 # ## How to prove a new scheme right
 #
 # We believe a new scheme once it has been *compared with one that we already believe*, from the
 # same start and on the same data. Torchtitan's developers compare loss curves of 3,000 steps with
-# those of plain full sharding, which was itself compared with DDP ([their
+# those of plain full sharding ([their
 # protocol](https://github.com/pytorch/torchtitan/blob/main/docs/converging.md)). Here, curves come
-# last, because they are the weakest witness. Take the wrapper that averages, the other factor of
-# two from above, and look at its run twice, by its losses and by its gradient norm:
+# last, because they are the weakest witness. Take the wrapper that averages, and look at its losses
+# and at its gradient norm:
 
 # %%
 averaging = partial(run_scheme, reduction="mean")
@@ -3871,14 +3849,14 @@ print(f"largest difference of the losses: {'below 0.02' if apart < 0.02 else 'la
 print(f"first gradient norm: {ratio:.3f} of the control's")
 
 # %% [markdown]
-# The losses look right, and the norm is exactly half of what it should be. So the protocol goes
-# from the sharpest and cheapest check to the dullest and most expensive:
+# The losses look right, and the norm is half of what it should be. So the protocol goes from the
+# sharpest and cheapest check to the dullest and most expensive:
 #
 # 1. **One operation.** Each collective and its backward pass equal the formula on small tensors, in
 #    float64, with sizes that the ranks do not divide.
-# 2. **One gradient.** From a common start, every weight's gradient equals that of one process up to
-#    rounding, with unequal targets, several micro-batches, a tied weight, a frozen one, and one
-#    that only one rank uses.
+# 2. **One gradient.** From a common start, every gradient equals that of one process up to rounding,
+#    with unequal targets, micro-batches, and weights that are tied, frozen, or used by one rank
+#    only.
 # 3. **A few steps.** With clipping and decay, weights and norms stay equal, and all ranks have the
 #    same bits. Ranks start from *different* seeds, so that a missing broadcast shows.
 # 4. **Cost.** Bytes sent and bytes kept equal the formula.
@@ -3886,13 +3864,11 @@ print(f"first gradient norm: {ratio:.3f} of the control's")
 #    that was killed resumes as if it had not been.
 # 6. **Faults put in.** Average instead of summing, or leave out the broadcast: a check above must
 #    notice. A check that has never failed proves little.
-# 7. **Curves.** Only now comes a real run: the same data in the same order, with the old scheme as
-#    control and at least two seeds of it, because a difference means something only if it is larger
-#    than between seeds. In lower precision, only this comparison remains.
+# 7. **Curves.** Only now comes a real run on the same data, with the old scheme as control and at
+#    least two seeds of it, because only a difference larger than between seeds means something.
 #
-# {py:func}`~llmbook.distributed.run_scheme` and {py:func}`~llmbook.distributed.worst_difference` do
-# steps 2 to 4, and this chapter's tests do the others up to 6. All of that runs on a laptop, before
-# anybody pays for a GPU.
+# This chapter and its tests do steps 1 to 6. All of that runs on a laptop, before anybody pays for
+# a GPU.
 
 # %% [markdown]
 # ## The data pipeline on an engine
@@ -3900,8 +3876,8 @@ print(f"first gradient norm: {ratio:.3f} of the control's")
 # The data can be divided, too. Chapters 02 to 05 read, clean, and deduplicate text and count its
 # words for a tokenizer; {doc}`07_batches` writes its tokens to shards. For the 33,000 documents of
 # three packages, one process needs two and a half minutes. A crawl of the web needs many processes,
-# some fast, some slow, and some that die. The result should show none of this: **the same bytes as
-# from one process.**
+# some slow, some dying. The result should show none of this: **the same bytes as from one
+# process.**
 #
 # Most steps are easy to divide, because they look at one document at a time. Three look at
 # documents that may lie anywhere: at a line that another document has, at a near copy, and at a
@@ -3937,23 +3913,11 @@ def map_reduce(
 # $h$ below $2^{64}$, the *place* of a text. Of $n$ boxes, its box is number
 # $\lfloor hn / 2^{64} \rfloor$.
 #
-# All steps have this form:
-#
-# | step | looks at | key | leaves behind |
-# |---|---|---|---|
-# | read | a file or a package | the document's id | documents in boxes |
-# | normalize | a box | each line | the first owner of each repeated line |
-# | clean | a box | band keys | candidate pairs |
-# | compare | candidates | the pair's first id | similar pairs, hence survivors |
-# | unique | a box of survivors | the word | word counts, hence merges |
-# | encode | a box of survivors | none | token ids, hence shards |
-#
 # ### Order, and a worker that dies
 #
-# An engine promises less than a loop does. Ray Data, for one, keeps neither the order of rows nor
-# the sizes of batches unless one pays for it in speed. A task whose process died is run again, so
-# its first half may run twice. Under these conditions, a step gives the same bytes if it obeys
-# three rules:
+# An engine promises less than a loop does. Values may arrive in any order. A task whose process
+# died is run again, so its first half may run twice. Under these conditions, a step gives the same
+# bytes if it obeys three rules:
 #
 # 1. **Nothing depends on the order of arrival.** `reduce` sorts. *First* means first by place, and
 #    the corpus is ordered by place, a shuffle that does not depend on the number of boxes and that
@@ -3963,10 +3927,9 @@ def map_reduce(
 #    preparation that was stopped can also go on where it was.
 # 3. **Emitting changes nothing else.** The values of a failed attempt can then be thrown away.
 #
-# To see that the rules suffice, the room below runs {py:func}`~llmbook.distributed.prepare` in
-# order on one engine, and on another that is as bad as it may be: it takes items and values in
-# random order, and lets every third item die after its first value and start again. All files of
-# tokens were equal to the byte.
+# As a check, the room below runs {py:func}`~llmbook.distributed.prepare` in order and on the worst
+# engine allowed, which takes items and values in random order, and lets every third item die after
+# its first value and start again. All files of tokens were equal to the byte.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: places and boxes, two copies that meet, and the worst engine allowed
@@ -4042,8 +4005,20 @@ print(set(map_reduce(parts, emit, meet)))
 # %% [markdown] tags=["engine"]
 # The two recipes lie in different parts, and neither part has seen the other. The rest is as in
 # chapter 04: the candidates' texts go to a box once more, which computes their similarity;
-# union-find joins the similar ones, and the longest of each cluster stays. Now the worst engine
-# that the rules allow:
+# union-find joins the similar ones, and the longest of each cluster stays.
+#
+# All steps have this form:
+#
+# | step | looks at | key | leaves behind |
+# |---|---|---|---|
+# | read | a file or a package | the document's id | documents in boxes |
+# | normalize | a box | each line | the first owner of each repeated line |
+# | clean | a box | band keys | candidate pairs |
+# | compare | candidates | the pair's first id | similar pairs, hence survivors |
+# | unique | a box of survivors | the word | word counts, hence merges |
+# | encode | a box of survivors | none | token ids, hence shards |
+#
+# Now the worst engine that the rules allow:
 
 # %% tags=["engine"]
 # The worst engine that is still allowed
@@ -4077,8 +4052,8 @@ assert len(same) == 2 and all(same)
 # %% [markdown]
 # ### The same steps on Ray
 #
-# Ray {cite}`moritz2018ray` starts worker processes on one machine or on many, moves data between
-# them, and runs again what died. Its library Ray Data has our engine in three calls:
+# Ray {cite}`moritz2018ray` runs workers on one machine or many, moves data between them, and runs
+# again what died. Its library Ray Data has our engine in three calls:
 #
 # ```python
 # data = ray.data.from_items(items).flat_map(emit)
@@ -4088,19 +4063,9 @@ assert len(same) == 2 and all(same)
 # {py:class}`~llmbook.distributed.RayEngine` adds a quiet start and errors that name step, item, and
 # machine. The tests prepare a small corpus on two workers, and again while one worker is killed as
 # it reads and another as it cleans: nothing was lost, nothing was doubled, and all files were equal
-# to the byte to those of one process. For the documentation of three packages, `python
-# benchmarks/prepare.py` found 19 of 19 files equal, and measured these seconds:
-#
-# | step | documents | one process | Ray, 2 workers |
-# |---|--:|--:|--:|
-# | read | 33,301 | 53 | 57 |
-# | normalize | 33,215 | 8 | 5 |
-# | clean | 24,941 | 50 | 21 |
-# | unique | 24,821 | 8 | 5 |
-# | encode | 24,821 | 10 | 4 |
-# | all | | 147 | 98 |
-#
-# Reading gained nothing, because a package is not divided, and one is larger than the others.
+# to the byte to those of one process. For the documentation of three packages,
+# `python benchmarks/prepare.py` found 19 of 19 files equal. Two workers needed 98 seconds in place
+# of 147.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: files that appear once, errors that say where, and reading into boxes
@@ -4270,8 +4235,7 @@ def _write_read(box: int, values: list[Any], folder: str) -> Iterator[Any]:
 # %% [markdown]
 # ### Lines and copies
 #
-# Two steps apply the rules of {doc}`03_cleaning` and {doc}`04_deduplication` to documents that
-# never meet.
+# Next come the rules of {doc}`03_cleaning` and {doc}`04_deduplication`.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: cleaning with the lines of others, pairs, and who stays
@@ -4435,7 +4399,7 @@ def _not_kept(links: Iterable[Sequence[str]], lengths: Mapping[str, int]) -> lis
 # %% [markdown]
 # ### Words, tokens, and all steps in order
 #
-# What survives is counted, encoded, and written; `prepare` runs the six steps one after the other.
+# What survives is counted, encoded, and written.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: counting and encoding, the manifest, and a preparation that goes on
@@ -4757,6 +4721,19 @@ def prepare(
 # try three times. Ray's default shuffle starts a process for each of its receivers, which took 25
 # seconds for a handful of rows on our busy machine. A shuffle by sorting needs none, and took half
 # a second.
+#
+# These are the seconds that `benchmarks/prepare.py` measured:
+#
+# | step | documents | one process | Ray, 2 workers |
+# |---|--:|--:|--:|
+# | read | 33,301 | 53 | 57 |
+# | normalize | 33,215 | 8 | 5 |
+# | clean | 24,941 | 50 | 21 |
+# | unique | 24,821 | 8 | 5 |
+# | encode | 24,821 | 10 | 4 |
+# | all | | 147 | 98 |
+#
+# Reading gained nothing, because a package is not divided.
 
 # %% tags=["engine"]
 #| export
@@ -4977,11 +4954,11 @@ if __name__ == "__main__" and "__file__" in globals():  # a notebook has no file
 #
 # ````{exercise} Halving the number of steps
 # :label: ex-distributed-doubling
-# *Twenty minutes.* The ring takes $2 (n - 1)$ steps. For small tensors, where each step costs its
-# waiting time, *recursive doubling* is better: in step $k$, rank $r$ exchanges all it has with rank
-# $r \oplus 2^k$ (the bit $k$ of its rank flipped), and both add. Simulate it: given the vectors of
-# all ranks, return their vectors afterwards, and how many numbers each rank has sent. The number of
-# ranks must be a power of two; refuse others with a `ValueError`. Leave the given vectors alone.
+# *Twenty minutes.* The ring takes $2 (n - 1)$ steps. For small tensors, *recursive doubling* is
+# faster: in step $k$, rank $r$ exchanges all it has with rank $r \oplus 2^k$ (the bit $k$ of its
+# rank flipped), and both add. Simulate it: given the vectors of all ranks, return their vectors
+# afterwards, and how many numbers each rank has sent. The number of ranks must be a power of two;
+# refuse others with a `ValueError`. Leave the given vectors alone.
 # ````
 
 # %% tags=["solution"]
@@ -5059,11 +5036,11 @@ except ValueError:
 # %% [markdown]
 # ````{exercise} Where does it fit?
 # :label: ex-distributed-fit
-# *Ten minutes.* Use {py:func}`~llmbook.distributed.predict_scheme`: for a scheme, a number of weights,
-# and a number of GPUs, its result's `kept` is the bytes on each. Find the smallest number of GPUs, a
-# multiple of 8 up to 16,384, on which the state of a model fits into `memory` bytes each. Full
-# sharding also needs room for `gathered` weights of 2 bytes; the other schemes have theirs whole
-# anyway. Return `None` if no number is enough.
+# *Ten minutes.* Use {py:func}`~llmbook.distributed.predict_scheme`: for a scheme, a number of
+# weights, and a number of GPUs, its result's `kept` is the bytes on each. Find the smallest number
+# of GPUs, a multiple of 8 up to 16,384, on which the state of a model fits into `memory` bytes
+# each. Full sharding also needs room for `gathered` weights of 2 bytes. Return `None` if no number
+# is enough.
 # ````
 
 # %% tags=["solution"]
@@ -5088,13 +5065,14 @@ more = fewest_gpus("full", 70_000_000_000, 80e9, gathered=10_000_000_000)
 assert more == 24, "20 GB are gathered, so only 60 GB are left for the state"
 alone = fewest_gpus("zero2", 10_000_000_000, 40e9, gathered=9_000_000_000)
 assert alone == 8, "only full sharding gathers: the others have all weights"
+
 # %% [markdown]
 # ````{exercise} Two tiles from two ranks
 # :label: ex-distributed-merge
 # *Ten minutes.* A rank that has attended to some keys holds, for each query, the largest score `m`,
 # the sum `s` of $e^{\text{score} - m}$, and the sum `o` of $e^{\text{score} - m}$ times the values,
-# not yet divided. Write `merge_states(a, b)`, which makes one such triple `(m, s, o)` of two. `m` and
-# `s` have the shape `(queries,)`, and `o` has `(queries, d_value)`. Scores of 1,000 must not
+# not yet divided. Write `merge_states(a, b)`, which makes one such triple `(m, s, o)` of two. `m`
+# and `s` have the shape `(queries,)`, and `o` has `(queries, d_value)`. Scores of 1,000 must not
 # overflow. If a query sees nothing of a tile, `m` is -inf there, and `s` and `o` are zero.
 # ````
 
@@ -5143,9 +5121,9 @@ assert not any(x.isnan().any() for x in merge_states(nothing, nothing)), "two bl
 # :label: ex-distributed-limit
 # *Thirty minutes.* Under 1F1B, stage 0 keeps `n_stages` micro-batches. Suppose that there is memory
 # for only `limit` of them. Write `limited_schedule(n_stages, n_microbatches, limit)`, which returns
-# for each stage its list of pairs such as `("forward", 0)`. No stage may ever keep more than `limit`
-# micro-batches, none may keep more than under 1F1B, and no stage may be slower than it must be.
-# Before you run the check: what will the bubble be with a limit of 1?
+# for each stage its list of pairs such as `("forward", 0)`. No stage may ever keep more than
+# `limit` micro-batches, none may keep more than under 1F1B, and no stage may be slower than it must
+# be. Before you run the check: what will the bubble be with a limit of 1?
 # ````
 
 # %% tags=["solution"]
@@ -5194,13 +5172,14 @@ times = [
 durations = [timing.duration for timing in times]
 assert durations == sorted(durations, reverse=True), "more memory must not make it slower"
 assert durations[1] < durations[0], "a limit of 2 must be faster than a limit of 1"
+
 # %% [markdown]
 # ````{exercise} Lines that meet
 # :label: ex-distributed-lines
 # *Fifteen minutes.* Write `shared_lines(parts, n_boxes)`, the list of lines that at least two
-# documents have, each line once, by `map_reduce`. Each part is a dictionary of texts by the names of
-# their documents. `stable_hash(line)` is the place of a line, and `box_of(place, n_boxes)` its box. A
-# line that one document repeats is not shared.
+# documents have, each line once, by `map_reduce`. Each part is a dictionary of texts by the names
+# of their documents. `stable_hash(line)` is the place of a line, and `box_of(place, n_boxes)` its
+# box. A line that one document repeats is not shared.
 # ````
 
 # %% tags=["solution"]
@@ -5228,40 +5207,38 @@ for n_boxes in (1, 3, 64):
     assert "notice" in shared, "equal lines of different parts must meet in one box"
     assert "echo" not in shared, "a line that one document repeats is not shared"
     assert shared == ["notice"], "each shared line once, however many documents have it"
+
 # %% [markdown]
 # ## Summary
 #
-# Every scheme of this chapter does what one process does, and proves it: with the same gradients,
-# and with the bytes that its formula predicts. A mean of means over ranks weighs targets wrongly
-# and still trains, so losses are summed, and divided once by the targets of all ranks and
-# micro-batches. To sum $b$ bytes, a ring sends $2(n-1)/n \cdot b$ from each rank. Data parallelism
-# exchanges buckets of gradients while the backward pass still runs; the sharded optimizer takes its
-# step between the two halves of that exchange, at no extra cost; full sharding gathers weights
-# twice to keep only its share of everything.
+# Every scheme of this chapter finds the gradients of one process, and sends the bytes that its
+# formula predicts. A mean of means over ranks weighs targets wrongly and still trains, so losses
+# are summed, and divided once by the targets of all ranks and micro-batches. To sum $b$ bytes, a
+# ring sends $2(n-1)/n \cdot b$ from each rank. Data parallelism exchanges buckets of gradients
+# while the backward pass still runs; the sharded optimizer takes its step between the two halves of
+# that exchange, at no extra cost; full sharding gathers weights twice to keep only its share of
+# everything.
 #
 # The model itself can be cut, too. A layer cut by columns and then by rows needs one all-reduce in
 # each direction, attention travels around a ring and is merged by log-sum-exps, and a pipeline of
 # $p$ stages and $m$ micro-batches idles for $(p-1)/(m+p-1)$ of the time. The cuts combine, and the
-# one that talks most gets the shortest links. PyTorch's own wrappers do the same at scale. The
-# trainer of {doc}`13_training` runs under them by asking one object wherever ranks have something
-# to say to each other, and its checkpoints continue at any number of ranks.
+# one that talks most gets the shortest links. The trainer of {doc}`13_training` runs under
+# PyTorch's own wrappers by asking one object wherever ranks have something to say to each other,
+# and its checkpoints continue at any number of ranks.
 #
-# The data pipeline follows the same rule. Steps that look at one document are divided by cutting
-# the corpus; steps that look at several meet at a key. On an engine that promises no order, and
-# with workers killed on purpose, the files were those of one process, byte for byte.
+# The data pipeline follows the same rule. Steps that look at several documents meet at a key. On an
+# engine that promises no order, and with workers killed on purpose, the files were those of one
+# process, byte for byte.
 #
 # ### Checklist
 #
 # - Count targets over ranks *and* micro-batches before the first backward pass, divide once, and
 #   sum (or multiply by the number of ranks, if the wrapper averages).
 # - Wrap the objective, not the model: what is called around `forward` isn't exchanged.
-# - Put `no_sync` around the forward and backward passes of all micro-batches but the last.
 # - Clip after the exchange, by the norm over all ranks.
 # - Start the ranks from different seeds in tests, so that a missing broadcast shows.
-# - Shard the optimizer first; shard everything when weights and gradients don't fit either.
 # - Let the number of tensor ranks divide `n_kv_heads` and `d_ff`, and keep them inside one server.
 # - Use at least four times as many micro-batches as stages, and run the schedule on paper first.
-# - Wait for every `isend` and `irecv`, and compare shapes between ranks before sending.
 # - Let every rank decide on the same numbers: skipped steps, scales, the end of the run.
 # - Kill a rank at random moments, resume, and compare all bits.
 # - In a data pipeline: one hash in every process, no dependence on the order of arrival, files that
@@ -5274,7 +5251,6 @@ for n_boxes in (1, 3, 64):
 # three stages of sharding, and {cite:t}`zhao2023fsdp` how they were built into PyTorch.
 # {cite:t}`shoeybi2019megatron` cut layers, {cite:t}`narayanan2021efficient` combine three cuts and
 # measure which goes where, {cite:t}`liu2023ring` send keys and values around a ring, and
-# {cite:t}`huang2019gpipe` introduced micro-batches. {cite:t}`liang2024torchtitan` combine all
-# schemes, and {cite:t}`grattafiori2024llama3` describe four axes on 16,384 devices.
-# {cite:t}`dean2008mapreduce` divide work so that it survives the failure of machines, and
-# {cite:t}`moritz2018ray` built the engine that we used.
+# {cite:t}`huang2019gpipe` introduced micro-batches. {cite:t}`liang2024torchtitan` and
+# {cite:t}`grattafiori2024llama3` combine them all. {cite:t}`dean2008mapreduce` divide work so that
+# it survives the failure of machines, and {cite:t}`moritz2018ray` built the engine that we used.
