@@ -141,6 +141,7 @@ def rows_at(step: int, rank: int) -> tuple[Tensor, Tensor]:
 # a tensor over all processes, and a division turns the sum into a mean. Each process has a number,
 # its *rank*. Every batch has 16 rows of stories, and `rows_at` gives each rank every second one:
 
+
 # %%
 def train(n_steps: int) -> list[float]:
     seed_everything(0)  # both ranks begin with the same weights
@@ -172,6 +173,7 @@ def train(n_steps: int) -> list[float]:
 # A function can reach a process that has not defined it in one of two ways. If an installed module
 # exports it, it travels as its name, and the process imports it. A function of a notebook or a
 # script has no such name; it travels as code, which the package `cloudpickle` can send.
+
 
 # %% tags=["engine"]
 #| export
@@ -225,6 +227,7 @@ def _packed_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> by
 # came back. A thread ends the process when the parent is gone, whatever the function is doing at
 # that moment. An error is reported by its text, together with the collective that was called last:
 # gloo says that it waited, but not for what.
+
 
 # %% tags=["engine"]
 #| export
@@ -331,6 +334,7 @@ def _run_rank(
 # moment for others, because a rank that lost its neighbor may be heard before the neighbor's end is
 # noticed.
 
+
 # %% tags=["engine"]
 #| export
 class RankError(RuntimeError):
@@ -404,6 +408,7 @@ def _rank_error(failures: dict[int, _Failure], done: Collection[int], size: int)
 # another thread held stays locked forever, and torch's threads hold some. Starting afresh is safe,
 # but imports torch in every process. A *fork server* is both quick and safe: one fresh process
 # imports torch, does nothing with it, and is forked whenever a rank is needed.
+
 
 # %% tags=["engine"]
 #| export
@@ -495,6 +500,7 @@ for rank, found in enumerate(launch(train, 2, 80)):
 # in which a target of rank $r$ has the weight $1 / (2 n_r)$. To see this in the run itself, we take
 # the gradient that it used and solve for the shares of $s_0$ and $s_1$ in it:
 
+
 # %%
 def gradient(reduction: str) -> Tensor:
     seed_everything(0)
@@ -538,6 +544,7 @@ for rank, n in enumerate((192, 64)):
 # %% [markdown] tags=["engine"]
 # ### Engine room: the five collectives, called by their names
 
+
 # %% tags=["engine"]
 def collective(name: str) -> list[float]:
     x, both = torch.tensor([dist.get_rank() + 1.0]), [torch.zeros(1), torch.zeros(1)]
@@ -569,6 +576,7 @@ for name in ("broadcast", "all_reduce", "scatter", "gather", "all_gather"):
 # order. If one rank leaves out a call, the others wait for it. Our `launch` ends such a run after a
 # timeout and says who waited in which collective:
 
+
 # %%
 def unequal() -> None:
     for _ in range(3 - dist.get_rank()):  # rank 1 has one batch less
@@ -592,6 +600,7 @@ except RankError as error:
 # holds the data and how many times a rank sends it. A rooted collective is counted with its average
 # over ranks. gloo's own `reduce_scatter` sends twice what is counted here: it reduces everything,
 # then drops a part.
+
 
 # %% tags=["engine"]
 #| export
@@ -680,6 +689,7 @@ def _size_of_group(arguments: Any) -> int:
 # So whatever decides about calls (how many micro-batches there are, which parameters) is compared
 # first. All ranks see all values, so all raise the same error.
 
+
 # %% tags=["engine"]
 #| export
 def place_in_group(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
@@ -714,6 +724,7 @@ def check_agreed(group: dist.ProcessGroup | None = None, **numbers: int) -> None
 # %% [markdown] tags=["engine"]
 # Two more functions that all ranks call together: one divides a batch, the other adds up numbers.
 
+
 # %% tags=["engine"]
 #| export
 def rows_of_rank(
@@ -741,6 +752,7 @@ def sum_over_ranks(number: int, group: dist.ProcessGroup | None = None) -> int:
 # %% [markdown] tags=["engine"]
 # A rank sends and receives at the same time. If it sent first and received afterwards, it could
 # wait for a neighbor that does the same.
+
 
 # %% tags=["engine"]
 #| export
@@ -773,6 +785,7 @@ def pass_on(
 # reduce-scatter. Then the complete parts travel around once more, and each rank keeps a copy, which
 # is an all-gather. With `pass_on(x)`, which sends `x` to the next rank and returns what the
 # previous one sent, this becomes:
+
 
 # %%
 def ring(parts: list[Tensor]) -> None:
@@ -814,6 +827,7 @@ def ring(parts: list[Tensor]) -> None:
 # %% [markdown] tags=["engine"]
 # The package offers the two halves and the whole, within any group of ranks. If the number of ranks
 # does not divide the number of elements, zeros fill up the rest.
+
 
 # %% tags=["engine"]
 #| export
@@ -867,6 +881,7 @@ def _check_parts(parts: Tensor, size: int) -> None:
 # %% [markdown] tags=["engine"]
 # `ByteCounter` against the formula:
 
+
 # %% tags=["engine"]
 def counted(n_numbers: int) -> int:
     with ByteCounter() as traffic:
@@ -887,6 +902,7 @@ for n in (2, 3, 4):
 # all. One `all_reduce` of one number finds it *before* the first backward pass. We compare three
 # recipes, each with four micro-batches on each of two ranks, with one process that reads all rows
 # at once:
+
 
 # %%
 def gradient_by(recipe: str) -> Tensor:
@@ -926,6 +942,7 @@ for recipe in ("mean of means", "sum over all, then averaged", "sum over all"):
 # when a gradient is complete can start its sum over ranks, and the network works while the
 # processor goes on:
 
+
 # %%
 def exchange_early(model: nn.Module) -> list[tuple[nn.Parameter, Any]]:
     under_way = []
@@ -964,6 +981,7 @@ def exchange_early(model: nn.Module) -> list[tuple[nn.Parameter, Any]]:
 # gradient. If no rank had one, the optimizer must leave the weight alone, as it would in one
 # process. Buffers are broadcast before each forward pass. If `no_sync` encloses only the backward
 # pass, everything is exchanged in full, which nobody notices, because it costs nothing but time.
+
 
 # %% tags=["engine"]
 #| export
@@ -1136,6 +1154,7 @@ def check_agreed_parameters(module: nn.Module, group: dist.ProcessGroup | None =
 # %% [markdown] tags=["engine"]
 # How many buckets are under way when the last gradient has been computed?
 
+
 # %% tags=["engine"]
 def early(bucket_bytes: int) -> str:
     model = DataParallel(TransformerLM(config), bucket_bytes)
@@ -1174,6 +1193,7 @@ for kib in (8, 32, 1024):
 # Sum over ranks, and keep part $r$. That is a reduce-scatter, so full sharding is hardly more than
 # one function with its derivative:
 
+
 # %%
 class Gather(torch.autograd.Function):
     @staticmethod
@@ -1201,6 +1221,7 @@ class Gather(torch.autograd.Function):
 # may go through a tensor, so AdamW gets *pieces*: vectors that are views of the share, in the
 # groups of the tensors they come from. If a tensor has a gradient on no rank, its pieces have none
 # either, and its decay and its count of steps stay as in one process.
+
 
 # %% tags=["engine"]
 #| export
@@ -1370,6 +1391,7 @@ def clip_sharded_gradients(
 # The model, in contrast, is cut by rows, as FSDP2 does it, and each part stays under its name with
 # its number of dimensions. So what is built on the model afterwards, such as decay by shape, works
 # as before. If n does not divide the number of rows, zeros fill it up for the journey.
+
 
 # %% tags=["engine"]
 #| export
@@ -1950,6 +1972,7 @@ def column_then_row(x, own_columns, own_rows):
 # the only rank. If the number of ranks does not divide something, all ranks refuse it alike before
 # anything is sent, because all of them compute the same remainder.
 
+
 # %% tags=["engine"]
 #| export
 def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
@@ -1978,6 +2001,7 @@ def _summed(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 # %% [markdown] tags=["engine"]
 # The operators are functions that autograd does not look into:
+
 
 # %% tags=["engine"]
 #| export
@@ -2030,6 +2054,7 @@ def leave_parallel(
 # %% [markdown] tags=["engine"]
 # The layers take a rank's share out of a whole `nn.Linear`. The bias of the second one belongs to
 # the sum, not to its terms; otherwise it would be added once for each rank.
+
 
 # %% tags=["engine"]
 #| export
@@ -2144,6 +2169,7 @@ def tensor_parallel(module: nn.Module, group: dist.ProcessGroup | None = None) -
 # For the comparison, the gradients of all ranks are put together. A rank has the whole gradient of
 # a parameter, a share of it, or none. `cut_step` is what each rank runs:
 
+
 # %% tags=["engine"]
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -2217,6 +2243,7 @@ assert set(sent) == {formula}
 # inside a head, the model fails later, or half a head is taken for a whole one. So we refuse a plan
 # whose cuts would be wrong.
 
+
 # %% tags=["engine"]
 #| export
 def tensor_parallel_plan(module: nn.Module, n_ranks: int) -> dict[str, Any]:
@@ -2278,6 +2305,7 @@ print(compared(*zip(*launch(dtensor_step, 2, model, ids), strict=True)))
 # Merging is attention over tiles: $\ell_j$ is the score of a tile, and $o_j$ is its value. In code,
 # for two tiles at a time:
 
+
 # %% tags=["engine"]
 #| export
 # What flash_attention returns with return_lse
@@ -2338,6 +2366,7 @@ def merge_attention(a: AttentionPart, b: AttentionPart) -> AttentionPart:
 # A chunk consists of one piece of the row, or of two. Of two pieces, the later one sees all of the
 # earlier one, the earlier one sees nothing of the later one, and each sees itself through a
 # triangle. So no mask is ever made: tiles are whole, triangles, or left out.
+
 
 # %% tags=["engine"]
 #| export
@@ -2412,6 +2441,7 @@ def ring_work(
 # wait for their sending to end before they receive, they may wait forever. So both are started,
 # then both are awaited.
 
+
 # %% tags=["engine"]
 #| export
 def _passed_on(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -2433,6 +2463,7 @@ def _passed_on(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 # %% [markdown] tags=["engine"]
 # The forward and the backward pass walk the same way around. Keys and values are joined in one
 # tensor, so that each step sends one message.
+
 
 # %% tags=["engine"]
 #| export
@@ -2510,6 +2541,7 @@ class _RingAttention(torch.autograd.Function):
 # Ranks with chunks of different lengths would wait for bytes that never come. A small message
 # before the first step turns that into an error on every rank.
 
+
 # %% tags=["engine"]
 #| export
 def ring_attention(
@@ -2546,6 +2578,7 @@ def ring_attention(
 
 # %% [markdown] tags=["engine"]
 # This is what two ranks run below, and what is demanded of the result:
+
 
 # %% tags=["engine"]
 def ring_step(inputs: list[Tensor], d_out: Tensor, zigzag: bool):
@@ -2624,6 +2657,7 @@ print(f"each rank sent {ranks[0][2]:,} bytes; the formula says {formula:,}")
 # %% [markdown] tags=["engine"]
 # ### Engine room: schedules, and how to run them on paper
 
+
 # %% tags=["engine"]
 #| export
 # What a schedule consists of
@@ -2692,6 +2726,7 @@ class PipelineTiming(NamedTuple):
 # Each pass over the stages runs as many actions as have what they need. If no stage can go on and
 # something is left to do, the stages are waiting for each other. A program that followed such a
 # schedule would hang; here it is refused before anything is sent.
+
 
 # %% tags=["engine"]
 #| export
@@ -2807,6 +2842,7 @@ for p, m in ((2, 4), (4, 4), (4, 16), (8, 32), (8, 128)):
 # A stage shares its parameters with the model that it was cut from. (A model too large for that is
 # first built on the `meta` device.) Tied embeddings are the one thing that a cut by depth tears
 # apart: the first and the last stage each have the matrix, with a part of its gradient.
+
 
 # %% tags=["engine"]
 #| export
@@ -2973,6 +3009,7 @@ def pipeline_step(
 # %% [markdown] tags=["engine"]
 # What each rank runs in the comparison that follows:
 
+
 # %% tags=["engine"]
 def pipeline_worker(model, ids, make):
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -3071,6 +3108,7 @@ for factor in (None, 2.0, 1.25, 1.0):
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the formulas for any number of GPUs, and published numbers
+
 
 # %% tags=["engine"]
 #| export
@@ -3214,6 +3252,7 @@ plt.show()
 # unit of its own and the rest another one: the embedding and a head that is tied to it are then in
 # the same unit, and stay tied.
 
+
 # %% tags=["engine"]
 #| export
 class ObjectiveModule(nn.Module):
@@ -3268,6 +3307,7 @@ def _all_ranks() -> DeviceMesh:
 # thing torch cannot know: the gain that normalizes queries or keys is used for different heads on
 # each rank, so its gradient must be summed.
 
+
 # %% tags=["engine"]
 #| export
 def split_by_torch(model: TransformerLM, mesh: DeviceMesh | None = None) -> TransformerLM:
@@ -3310,6 +3350,7 @@ def _check_split(model: Any, n: int) -> None:
 # where. So it can be read at another number of ranks, or by a model that is sharded in another way,
 # and no rank ever holds the whole.
 
+
 # %% tags=["engine"]
 #| export
 def save_sharded(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -3344,6 +3385,7 @@ def _both(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 # %% [markdown] tags=["engine"]
 # For the comparison, we take a tiny model with tied weights, and the rows of a rank:
+
 
 # %% tags=["engine"]
 def tiny_model() -> TransformerLM:
@@ -3388,6 +3430,7 @@ def load_part(folder: str) -> Tensor:
 # %% [markdown] tags=["engine"]
 # On two ranks, each with half of the rows, the gradient of the mean loss should be the one that a
 # single process finds on all of them.
+
 
 # %% tags=["engine"]
 def gradient(way: str) -> Tensor:
@@ -3481,6 +3524,7 @@ print(", ".join(f"{n} rank(s): {int((w != weights).sum())} differ" for n, w in l
 # setting that does not fit, such as heads that two ranks cannot share, is refused by every rank
 # before the first step. If a rank stands still, the others wait in a collective until its time is
 # up, and say in which.
+
 
 # %% tags=["engine"]
 #| export
@@ -3580,6 +3624,7 @@ def _others(error: BaseException) -> str | None:
 # whole batches; if their number is uneven, a rank goes through its last one twice and counts it
 # once, because a sharded model needs all ranks for every pass.
 
+
 # %% tags=["engine"]
 #| export
 class Ranks(Ranks):  # continued
@@ -3643,6 +3688,7 @@ class Ranks(Ranks):  # continued
 # of whole tensors, which every rank has, are not. An optimizer gets the two kinds one after the
 # other. In float16, an overflow on one rank must be an overflow on all, or their scales would
 # differ.
+
 
 # %% tags=["engine"]
 #| export
@@ -3709,6 +3755,7 @@ def _is_piece(tensor: Tensor) -> bool:
 # %% [markdown] tags=["engine"]
 # Checkpoints. Whole tensors go in and come out, so the file does not know about ranks.
 
+
 # %% tags=["engine"]
 #| export
 class Ranks(Ranks):  # continued
@@ -3756,6 +3803,7 @@ def _divided_alike(value: Any, pattern: Any) -> Any:
 # Agreement. Rank 0 does what only one rank may do, and tells the others what came of it, even if it
 # is an error. Random states are kept for each rank; another number of ranks cannot draw the same
 # dropout, and gets new states drawn from the first one.
+
 
 # %% tags=["engine"]
 #| export
@@ -3854,9 +3902,9 @@ print(f"first gradient norm: {ratio:.3f} of the control's")
 #
 # 1. **One operation.** Each collective and its backward pass equal the formula on small tensors, in
 #    float64, with sizes that the ranks do not divide.
-# 2. **One gradient.** From a common start, every gradient equals that of one process up to rounding,
-#    with unequal targets, micro-batches, and weights that are tied, frozen, or used by one rank
-#    only.
+# 2. **One gradient.** From a common start, every gradient equals that of one process up to
+#    rounding, with unequal targets, micro-batches, and weights that are tied, frozen, or used by one
+#    rank only.
 # 3. **A few steps.** With clipping and decay, weights and norms stay equal, and all ranks have the
 #    same bits. Ranks start from *different* seeds, so that a missing broadcast shows.
 # 4. **Cost.** Bytes sent and bytes kept equal the formula.
@@ -3890,6 +3938,7 @@ print(f"first gradient norm: {ratio:.3f} of the control's")
 # with the number of the box that it is meant for; `reduce` looks at all values of one box. Moving
 # them there, the *shuffle*, is the only communication. This is MapReduce {cite}`dean2008mapreduce`,
 # and in one process it takes five lines:
+
 
 # %%
 #| export
@@ -3934,6 +3983,7 @@ def map_reduce(
 # %% [markdown] tags=["engine"]
 # ### Engine room: places and boxes, two copies that meet, and the worst engine allowed
 
+
 # %% tags=["engine"]
 #| export
 # The place of a text, and its box
@@ -3961,6 +4011,7 @@ def box_of(place: int, n_boxes: int) -> int:
 # For near-duplicates, the hash of a band's number and its rows is the key
 # ({doc}`04_deduplication`). Two documents that agree in a band meet in its box, whichever parts
 # they came from:
+
 
 # %% tags=["engine"]
 #| export
@@ -4075,6 +4126,7 @@ assert len(same) == 2 and all(same)
 # again; resuming takes nothing more. An empty box is an empty file, so a missing one always means
 # work to be done.
 
+
 # %% tags=["engine"]
 #| export
 # Boxes of documents as files
@@ -4110,6 +4162,7 @@ def _size(documents: Collection[Document]) -> dict[str, int]:
 # %% [markdown] tags=["engine"]
 # An error in a worker has to say where it happened: a file that lies on one machine and not on
 # another can be found only there.
+
 
 # %% tags=["engine"]
 #| export
@@ -4244,6 +4297,7 @@ def _write_read(box: int, values: list[Any], folder: str) -> Iterator[Any]:
 # The order of steps is that of `clean_documents`. Its one step that looks beyond a document is
 # `remove_repeated_lines`. To apply it to one document, we call it with two: a text made of the
 # lines that belong to others, and the document.
+
 
 # %% tags=["engine"]
 #| export
@@ -4473,6 +4527,7 @@ def _encoded(folder: Path, n_boxes: int, held_out: bool) -> Iterator[np.ndarray]
 # The manifest has the settings, the sources with their sizes and times of change, and the counts of
 # each step. It is written first, so that a folder knows what it is for: the same command goes on,
 # and a different one is refused.
+
 
 # %% tags=["engine"]
 #| export
@@ -4876,6 +4931,7 @@ class RayEngine:
 # %% [markdown] tags=["engine"]
 # The command is `python -m llmbook.distributed prepare`:
 
+
 # %% tags=["engine"]
 #| export
 # The command line
@@ -4961,6 +5017,7 @@ if __name__ == "__main__" and "__file__" in globals():  # a notebook has no file
 # refuse others with a `ValueError`. Leave the given vectors alone.
 # ````
 
+
 # %% tags=["solution"]
 def recursive_doubling(vectors: list[np.ndarray]) -> tuple[list[np.ndarray], int]:
     """Return the sum of all vectors, for each rank, and how many numbers a rank has sent."""
@@ -5003,6 +5060,7 @@ except ValueError:
 # targets. Refuse with a `ValueError` if there are no targets at all.
 # ````
 
+
 # %% tags=["solution"]
 def loss_factors(counts: list[list[int]]) -> list[list[float]]:
     """Return the factor of each micro-batch's mean loss, for a wrapper that averages over ranks."""
@@ -5043,6 +5101,7 @@ except ValueError:
 # is enough.
 # ````
 
+
 # %% tags=["solution"]
 def fewest_gpus(scheme: str, n_weights: int, memory: float, gathered: int = 0) -> int | None:
     """Return the smallest multiple of 8 GPUs on which the state fits, or None."""
@@ -5075,6 +5134,7 @@ assert alone == 8, "only full sharding gathers: the others have all weights"
 # and `s` have the shape `(queries,)`, and `o` has `(queries, d_value)`. Scores of 1,000 must not
 # overflow. If a query sees nothing of a tile, `m` is -inf there, and `s` and `o` are zero.
 # ````
+
 
 # %% tags=["solution"]
 def merge_states(
@@ -5125,6 +5185,7 @@ assert not any(x.isnan().any() for x in merge_states(nothing, nothing)), "two bl
 # `limit` micro-batches, none may keep more than under 1F1B, and no stage may be slower than it must
 # be. Before you run the check: what will the bubble be with a limit of 1?
 # ````
+
 
 # %% tags=["solution"]
 def limited_schedule(n_stages: int, n_microbatches: int, limit: int) -> list[list[tuple[str, int]]]:
@@ -5181,6 +5242,7 @@ assert durations[1] < durations[0], "a limit of 2 must be faster than a limit of
 # of their documents. `stable_hash(line)` is the place of a line, and `box_of(place, n_boxes)` its
 # box. A line that one document repeats is not shared.
 # ````
+
 
 # %% tags=["solution"]
 def shared_lines(parts: list[dict[str, str]], n_boxes: int) -> list[str]:
