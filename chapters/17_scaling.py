@@ -325,8 +325,15 @@ for d_model in (8, 16, 32):
 # size of the model and on the length of the run. Someone who fixes one rate for all runs tunes one
 # corner of the grid and handicaps the others. Only runs at their best rate enter our fits.
 
+# %% [markdown]
+# In {numref}`fig-scaling-grid`, in the engine room below, the whole grid is drawn on doubly
+# logarithmic axes, on which a power of $D$ is a straight line. The lines of the larger models are
+# nearly straight at first; those of the small models flatten toward a floor of their own, which
+# the law puts at $E + A/N^\alpha$. Drawn over the operations, the lines cross: each budget has its
+# own best size. That is why the bet was hard.
+
 # %% [markdown] tags=["engine"]
-# ### Engine room: the best learning rate of each run
+# ### Engine room: the best learning rate of each run, and the whole grid
 
 # %% [markdown] tags=["engine"]
 # The rows of this table are sizes, and its columns are numbers of steps:
@@ -339,15 +346,10 @@ for d_model in (8, 12, 16, 24, 32):
     print(f"{row[0].parameters:10,}     " + "".join(f"{run.learning_rate:7.2f}" for run in row))
 
 # %% [markdown] tags=["engine"]
-# On the whole, large models want smaller rates, and so do long runs of small ones. What one rate
-# for all would do to a fit is measured at the end of the next section.
+# On the whole, large models want smaller rates, and so do long runs of small ones. The figure
+# shows each run at its best rate:
 
-# %% [markdown]
-# ### The whole grid
-#
-# {numref}`fig-scaling-grid` shows all runs of the grid, each at its best rate:
-
-# %% mystnb={"figure": {"caption": "Our grid. Left, the loss above the entropy of the world over the number of tokens, one line for each size. Right, the same runs over their operations, with the best of them.", "name": "fig-scaling-grid"}, "image": {"alt": "Two panels with doubly logarithmic axes. Left, five lines fall with the number of tokens. Right, the same five lines are shifted by their size; the smaller models lead at few operations and the larger ones at many."}}
+# %% tags=["engine"] mystnb={"figure": {"caption": "Our grid. Left, the loss above the entropy of the world over the number of tokens, one line for each size. Right, the same runs over their operations, with the best of them.", "name": "fig-scaling-grid"}, "image": {"alt": "Two panels with doubly logarithmic axes. Left, five lines fall with the number of tokens. Right, the same five lines are shifted by their size; the smaller models lead at few operations and the larger ones at many."}}
 grid = [best[d, steps] for d in (8, 12, 16, 24, 32) for steps in (100, 200, 400, 800)]
 figure, axes = plt.subplots(1, 2, sharey=True)
 for d_model in (8, 12, 16, 24, 32):
@@ -363,12 +365,6 @@ axes[0].set(xlabel="tokens", ylabel="loss above the entropy (nats)", title="Over
 axes[1].set(xlabel="operations (10$^9$)", title="Over compute")
 axes[0].legend(title="parameters", fontsize=7)
 plt.show()
-
-# %% [markdown]
-# On doubly logarithmic axes a power of $D$ is a straight line. The lines of the larger models are
-# nearly straight at first. Those of the small models flatten toward a floor of their own, which
-# the law puts at $E + A/N^\alpha$. The right panel shows why the bet was hard: the lines cross,
-# and each budget has its own best size.
 
 # %% [markdown]
 # ## Fitting the law
@@ -753,10 +749,25 @@ assert abs(fit.objective / min(end.fun for end in ends) - 1) < 0.05
 assert floor.low < 2 and world.entropy() in floor and fit.law.E < 14
 
 # %% [markdown]
-# The formula describes the twenty losses with an error of 5 percent. How much of that is the luck
-# of a seed? For fifteen cells of the grid, the table has three seeds:
+# The formula describes the twenty losses with an error of 5 percent. How much of that is luck?
+# Runs that differ only in their seed have a standard deviation of 3 percent, so a good part of the
+# error is luck, and the rest is the formula.
+#
+# A fit like this looks convincing. Yet its $E$ is 7 nats, while the truth is 18.2. The interval of
+# the bootstrap is more honest than the number: it reaches from zero to a little above the truth,
+# so these runs hardly say where the floor is. The reason is visible in {numref}`fig-scaling-grid`:
+# our lowest losses are still several nats above the floor, and $E$ is an extrapolation from there
+# to infinity. A somewhat smaller exponent with a lower floor fits the same points nearly as well.
+# On real text nobody can tell whether a fitted $E$ is wrong. A published $E$ is a parameter of a
+# curve, and it should not be called the entropy of language.
 
-# %%
+# %% [markdown] tags=["engine"]
+# ### Engine room: how much luck is in a loss
+
+# %% [markdown] tags=["engine"]
+# For fifteen cells of the grid, the table has three seeds:
+
+# %% tags=["engine"]
 seeds = defaultdict(list)
 for run in read_runs(table):
     seeds[run[:3]].append(math.log(run.loss))
@@ -764,14 +775,7 @@ spread = np.sqrt(np.mean([np.var(x, ddof=1) for x in seeds.values() if len(x) ==
 print(f"standard deviation over seeds: {100 * spread:.0f} percent of the loss")
 
 # %% [markdown]
-# So a good part of the error is luck, and the rest is the formula. A fit like this looks
-# convincing. Yet its $E$ is 7 nats, while the truth is 18.2. The interval of the bootstrap is more
-# honest than the number: it reaches from zero to a little above the truth, so these runs hardly
-# say where the floor is. The reason is visible in {numref}`fig-scaling-grid`: our lowest losses
-# are still several nats above the floor, and $E$ is an extrapolation from there to infinity. A
-# somewhat smaller exponent with a lower floor fits the same points nearly as well. On real text
-# nobody can tell whether a fitted $E$ is wrong. A published $E$ is a parameter of a curve, and it
-# should not be called the entropy of language.
+# ### A prediction
 #
 # A law earns trust by predictions. The largest run of our table has a model nearly twice as large
 # as any in the fit, and twice as many tokens. The prediction comes first:
@@ -2026,10 +2030,12 @@ assert all(0.3 < ratio < 1.2 for ratio in ratios.values())
 #
 # So 40 % is a good result for a large dense model, and a first estimate is better made with 25 %.
 # In our table it would have been right to within a factor of two, which is enough to choose
-# between runs. Estimates of energy inherit the error of the hours.
+# between runs. Estimates of energy inherit the error of the hours. For the sizes and bytes of any
+# configuration, before there is a model, {py:func}`~llmbook.scaling.info` collects what
+# {doc}`11_model` and {doc}`15_precision` count.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: energy, and what a configuration comes to
+# ### Engine room: energy, and the sizes of any configuration
 
 # %% [markdown] tags=["engine"]
 # Two of the reports give the energy of devices and building:
@@ -2044,7 +2050,9 @@ for name, run in PUBLISHED.items():
 
 # %% [markdown] tags=["engine"]
 # Most of the gap for GPT-3 comes from its hours: with the 3.55 million hours that were reported,
-# the estimate would be 1,170 MWh. The function below needs no run at all.
+# the estimate would be 1,170 MWh.
+#
+# The same counts can be made for any configuration, before there is a model:
 
 
 # %% tags=["engine"]
@@ -2074,17 +2082,11 @@ def info(config: ModelConfig, sequence: int | None = None) -> dict[str, int | fl
     }
 
 
-# %% [markdown]
-# ### Any configuration
-#
-# The same counts can be made for any configuration, before there is a model.
-# {py:func}`~llmbook.scaling.info` collects what {doc}`11_model` and {doc}`15_precision` count:
-
-# %%
+# %% tags=["engine"]
 for name, value in info(ModelConfig.preset("llama3-8b")).items():
     print(f"{name:27} {value:.3g}")
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # Llama 3 with 8 billion parameters takes 16 GB for its weights, 145 GB while it is trained, and 1
 # GB for the cache of one row of 8,192 tokens.
 
@@ -2431,10 +2433,10 @@ for warning in check_config(gpt2, copied):
 #
 # ````{exercise} Half the steps?
 # :label: ex-scaling-batch
-# *Ten minutes.* A run with batches of `batch` rows has a noise scale of `noise` rows. With batches
-# so large that noise does not matter it would need `least_steps`. Write `steps_and_rows(batch,
-# noise, least_steps)`, which returns how many steps it needs, and how many rows it reads, from the
-# gain of a step in the section on batch size.
+# *Ten minutes.* A run with batches of `batch` rows has a noise scale of `noise` rows; without
+# noise it would need `least_steps`. Write `steps_and_rows(batch, noise, least_steps)`, which
+# returns how many steps it needs and how many rows it reads, by the gain of a step in the section
+# on batch size.
 # ````
 
 
@@ -2457,10 +2459,10 @@ assert abs(steps_and_rows(1, 320, 1000)[1] - 321_000) < 1, "small batches use ro
 # ````{exercise} A rate for a wider model
 # :label: ex-scaling-rate
 # *Fifteen minutes.* Write `rate_for(name, shape, base_shape, rate)`: Adam's learning rate for one
-# parameter of a wider model under muP, from its name, its shape, and its shape in the base model,
-# where `rate` was tuned. All heads have the same width in both models. Names are those of
-# `model.named_parameters()`; heads are not tied. The check compares with
-# {py:func}`~llmbook.scaling.mup_scales`.
+# parameter of a wider model under muP. It gets the name of the parameter, as in
+# `model.named_parameters()`, its shape, its shape in the base model, and the `rate` tuned there.
+# All heads have the same width in both models, and the head of the model is not tied. The check
+# compares with {py:func}`~llmbook.scaling.mup_scales`.
 # ````
 
 
@@ -2492,10 +2494,10 @@ for name, scale in mup_scales(big, narrow).items():
 # %% [markdown]
 # ````{exercise} What a grant buys
 # :label: ex-scaling-grant
-# *Ten minutes.* You have so many dollars. Write `affordable_tokens(dollars, parameters)`, the
-# number of tokens that a dense model can be trained on with H100s at 40 % of their peak and two
-# dollars an hour. It is the inverse of {py:func}`~llmbook.scaling.estimate_run` with its defaults.
-# `HARDWARE["h100"]` has the peak, as `peak_flops`, in operations a second.
+# *Ten minutes.* Write `affordable_tokens(dollars, parameters)`: the number of tokens on which a
+# grant of so many dollars can train a dense model, with H100s at 40 % of their peak and two
+# dollars an hour. It inverts {py:func}`~llmbook.scaling.estimate_run` with its defaults.
+# `HARDWARE["h100"].peak_flops` is the peak in operations a second.
 # ````
 
 
@@ -2571,13 +2573,13 @@ class BudgetGame:
 #
 # ````{exercise} The budget game
 # :label: ex-scaling-game
-# *One hour.* Write `spend(game)`. It may call `game.train(parameters, tokens)`, which returns a
-# loss and costs `6 * parameters * tokens` operations, until `game.left` is used up; a run that
-# costs more than what is left raises a `ValueError`. Then it returns the number of parameters that
-# a single run of `game.target` operations should have, ten times the budget of the game. The losses
-# follow a law that is like the one of our grid, with half a percent of noise. The check plays games
-# with several laws, and asks for a small *regret*: the nats by which your model is worse than the
-# best model for the target. The `parameters` of a game lie between 5,000 and a million.
+# *One hour.* Write `spend(game)`, which returns the number of parameters that a single run of
+# `game.target` operations should have, ten times the budget of the game. First it may call
+# `game.train(parameters, tokens)`, which returns a loss and takes `6 * parameters * tokens`
+# operations off `game.left`; a run that costs more than what is left raises a `ValueError`. The
+# losses follow a law like the one of our grid, with half a percent of noise. The check plays games
+# with several laws and asks for a small *regret*: the nats by which your model is worse than the
+# best one for the target. The `parameters` of a game lie between 5,000 and a million.
 # ````
 
 
@@ -2621,12 +2623,12 @@ print("regrets below 0.1 nats in all games")
 # %% [markdown]
 # ````{exercise} When the small model pays
 # :label: ex-scaling-even
-# *Fifteen minutes.* A model with `large` parameters and one with `small` parameters are both
-# trained until they have the loss `loss`. How many tokens must be used before the small one has
-# been cheaper over its whole life? Write `break_even(law, small, large, loss)`. The law has a
-# method `law.tokens_for(loss, parameters)`, the tokens of training after which a model of that size
-# has that loss, infinity if it never has. Training takes 6 and use 2 operations for each parameter
-# and token. Return 0 if the small one is cheaper from the start, and infinity if it never is.
+# *Fifteen minutes.* Two models, with `large` and with `small` parameters, are both trained until
+# they have the loss `loss`. Write `break_even(law, small, large, loss)`: how many tokens must be
+# used before the small one has been cheaper over its whole life? The method `law.tokens_for(loss,
+# parameters)` returns the tokens of training after which a model of that size has that loss, or
+# infinity if it never has. Each parameter costs 6 operations for a token in training and 2 in use.
+# Return 0 if the small model is cheaper from the start, and infinity if it never is.
 # ````
 
 
@@ -2654,13 +2656,12 @@ assert break_even(law, 1e9, 70e9, goal) == math.inf, "a billion parameters never
 # %% [markdown]
 # ````{exercise} Kaplan's exponent from Chinchilla's law
 # :label: ex-scaling-inner
-# *Thirty minutes.* Suppose that losses follow a law in *all* parameters, and that somebody counts
-# only the inner ones, $n$, and only $c = 6nD$ operations. A function `total(n)` gives all
-# parameters of a model with $n$ inner ones. For a budget $c$, the best $n$ minimizes
-# $L(\texttt{total}(n), c/(6n))$. Write `inner_exponent(law, total, flops)`, the power with which
-# the best $n$ grows around $c =$ `flops`: the slope of $\log n$ over $\log c$, between `flops` and
-# twice as much. Find the minimum on a fine grid or by bisection; two digits are enough.
-# (`law.predict(parameters, tokens)` takes arrays.)
+# *Thirty minutes.* Suppose that losses follow a law in *all* parameters, but that somebody counts
+# only the $n$ inner ones and $c = 6nD$ operations. A function `total(n)` returns all parameters of
+# a model with $n$ inner ones, so the best $n$ for a budget $c$ minimizes $L(\texttt{total}(n),
+# c/(6n))$. Write `inner_exponent(law, total, flops)`: the slope of $\log n$ over $\log c$ for the
+# best $n$, between `flops` and twice as much. Find the minimum on a fine grid or by bisection; two
+# digits are enough. (`law.predict(parameters, tokens)` takes arrays.)
 # ````
 
 
