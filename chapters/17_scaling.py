@@ -10,9 +10,9 @@
 # stories, and used the learning rate that was best for each. Which one would you pay for?
 #
 # The first half of this chapter turns the answer into a formula that is fitted to small runs, and
-# asks how far such a fit can be trusted. The second half settles what else must be known before a
-# large run is paid for: a learning rate that carries over from a small model, the size of a batch,
-# the order of the data, the hours and the dollars, and the settings that everybody copies.
+# asks how far such a fit can be trusted. The second half settles what else a large run needs: a
+# learning rate that carries over from a small model, the size of a batch, the order of the data,
+# the hours and the dollars, and the settings that everybody copies.
 #
 # | | |
 # |---|---|
@@ -23,6 +23,17 @@
 
 # %% tags=["remove-cell"]
 #| default_exp scaling
+
+# %% [markdown]
+# ## Three runs at one price
+#
+# The three runs are rows of a table of small models, all of them trained by one function,
+# {py:func}`~llmbook.scaling.train_run`, which the next section uses. Each row is a
+# {py:class}`~llmbook.scaling.Run`: the sizes of the model and of its data, its learning rate, its
+# seed, and its loss at the end.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the imports, and the table of runs
 
 # %% tags=["engine"]
 #| export
@@ -48,12 +59,6 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-# %% [markdown]
-# ## Three runs at one price
-#
-# The three runs are rows of a table of small models, all of them trained by one function,
-# {py:func}`~llmbook.scaling.train_run`, which the next section uses.
-
 # %% tags=["engine"]
 #| export
 # What it takes from earlier chapters
@@ -70,13 +75,6 @@ from llmbook.tinyworld import TinyWorld
 from llmbook.tokenizer import BPETokenizer, train_bpe
 from llmbook.training import documents_score, next_token_objective, Objective, Trainer
 from llmbook.training import TrainingConfig
-
-# %% [markdown]
-# Each row of the table is a {py:class}`~llmbook.scaling.Run`: the sizes of the model and of its
-# data, its learning rate, its seed, and its loss at the end.
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: the table of runs
 
 # %% [markdown] tags=["engine"]
 # The table is a CSV file with one row for each run.
@@ -161,20 +159,19 @@ assert bets["B"].loss < min(bets["A"].loss, bets["C"].loss) - 3
 # is what remains for an infinitely large model with infinite data. The second term is the price of
 # being finite in size, the third is the price of having seen a finite number of tokens. Both fall
 # as a power of their argument, so each doubling of $N$ divides the second term by the same number,
-# $2^\alpha$. If we knew the five numbers $E, A, B, \alpha, \beta$, we could predict the loss of a
-# run before we pay for it, and choose $N$ and $D$. To learn them, we train many small models and
-# fit the law to their losses, and after each step we ask how far the answer can be trusted. We
-# know one thing here that nobody knows for real text: the true $E$ is the entropy of our world,
-# which no model can beat.
+# $2^\alpha$. With the five numbers $E, A, B, \alpha, \beta$ we could predict the loss of a run
+# before we pay for it. To learn them, we train many small models and fit the law to their losses,
+# and after each step we ask how far the answer can be trusted. We know one thing here that nobody
+# knows for real text: the true $E$ is the entropy of our world, which no model can beat.
 
 # %% [markdown]
 # ## Loss against size, data, and compute
 #
 # The stories come from a world with 104 characters, in which some characters appear much more
-# often than others: the one of rank $r$ in proportion to $1/r$ ({term}`Zipf's law`). This matters.
-# If all characters were equally frequent, a model would learn all of them at about the same time,
-# and the loss would stay on a plateau and then drop. With Zipf's law there is always a rarer
-# character to learn, just as there is always a rarer fact in real text {cite}`hutter2021learning`.
+# often than others: the one of rank $r$ in proportion to $1/r$ ({term}`Zipf's law`). If all
+# characters were equally frequent, a model would learn all of them at about the same time, and the
+# loss would stay on a plateau and then drop. With Zipf's law there is always a rarer character to
+# learn, just as there is always a rarer fact in real text {cite}`hutter2021learning`.
 #
 # A run trains a model of two layers and width `d_model`, on fresh stories only: no story is seen
 # twice, so $D$ is a number of different tokens. Its learning rate falls linearly to zero at the
@@ -324,8 +321,7 @@ for d_model in (8, 16, 32):
 # worse. This is most of the work, and it cannot be skipped, because the best rate depends on the
 # size of the model and on the length of the run. Someone who fixes one rate for all runs tunes one
 # corner of the grid and handicaps the others. Only runs at their best rate enter our fits.
-
-# %% [markdown]
+#
 # In {numref}`fig-scaling-grid`, in the engine room below, the whole grid is drawn on doubly
 # logarithmic axes, on which a power of $D$ is a straight line. The lines of the larger models are
 # nearly straight at first; those of the small models flatten toward a floor of their own, which
@@ -834,9 +830,8 @@ for name, some in choices.items():
 
 # %% [markdown] tags=["engine"]
 # With **one learning rate for all**, the error nearly doubles, and the best share of size (the
-# column *exponent*) falls from 0.6 to 0.4. Nothing in the fit itself warns of this. In published
-# work, learning rates that were not tuned for each size have bent laws, too
-# {cite}`porian2024resolving`.
+# column *exponent*) falls from 0.6 to 0.4. In published work, learning rates that were not tuned
+# for each size have bent laws, too {cite}`porian2024resolving`.
 #
 # **Without embeddings**, $N$ counts the inner parameters only. In our smallest model four
 # parameters of five are embeddings, in the largest one of the grid, a bit more than half. So the
@@ -1242,8 +1237,7 @@ draw_curves(titles, (32, 64, 128, 256))
 # On the left, the rate that is best for width 32 makes the model of width 256 *worse than that of
 # width 32*: it costs thirty times as much to train and ends at nearly twice the loss. With every
 # doubling of the width, the best rate has to be more than halved. On the right, one rate is best
-# for all widths. What is different there is not the model but a handful of constants, and we can
-# derive them.
+# for all widths. The difference is a handful of constants, and we can derive them.
 #
 # ### The scales
 #
@@ -1588,9 +1582,9 @@ for method in titles:
 # %% [markdown] tags=["engine"]
 # From width 32 to 128, the best exponent falls by 0.6 under the original rule, and by 1.5 under
 # the other. The difference is a factor of two as the width grows by four, which is the $\sqrt n$
-# of the second formula. Neither stands quite still, so these are hints rather than a law. But the
-# same rate is off by a factor of $0.2 \sqrt n$, about 13 for a width of 4,096 (pytorch/pytorch,
-# issue 160213). {doc}`12_optimization` uses the second.
+# of the second formula. Neither stands quite still, so these are hints rather than a law. But
+# under the other convention the same rate is off by a factor of $0.2 \sqrt n$, about 13 for a
+# width of 4,096 (pytorch/pytorch, issue 160213). {doc}`12_optimization` uses the second.
 #
 # Muon is for matrices between hidden vectors only. Tables have rows that belong to tokens, and
 # rare rows should not move as far as frequent ones; the head's output is not a hidden vector. Both
@@ -1812,9 +1806,8 @@ for order in ("last", "first"):
 # world *last*, it does better on our world than with a mixture, but the gain is small beside what
 # is lost on the other world, and with three seeds it is not certain. Of two losses that move
 # against each other, the order chooses one, so annealing makes sense when one of them is the
-# target. A team that is judged on the good data will anneal on it; its report should show the loss
-# on the rest, too. Our two worlds contradict each other. Where the kinds of data do not, the price
-# may be lower.
+# target. Whoever anneals should report the loss on the rest, too. Our two worlds contradict each
+# other. Where the kinds of data do not, the price may be lower.
 #
 # **Mixtures** are the same choice without an order. Each mixture has its own loss, so the best
 # shares can be found by a fit to small models and used for large ones, with the same caution as a
@@ -2021,12 +2014,11 @@ assert all(0.3 < ratio < 1.2 for ratio in ratios.values())
 # %% [markdown]
 # The two Llama 2 models did a little better than we guessed. All others took longer, and GPT-3 and
 # Llama 3 8B took twice as long. GPT-3 ran on older devices and reached a fifth of their peak. The
-# 8B model reached no more of the peak of a much faster device; the larger models of its family did
-# better, so a utilization cannot be taken over from a model ten times as large. DeepSeek-V3
-# computes in 8 bits, twice as fast at its peak, but on thin experts. The hours of model cards may
-# also contain restarts, evaluations, and long contexts. (The sources are
-# {cite:t}`patterson2021carbon`, {cite:t}`touvron2023llama2`, {cite:t}`meta2024llamamodels`,
-# {cite:t}`deepseek2024v3`, and {cite:t}`olmo2024olmo2`.)
+# 8B model of Llama 3 reached no larger share on a much faster device, and the larger models of its
+# family did better, so a utilization cannot be taken over from a model ten times as large.
+# DeepSeek-V3 computes in 8 bits, twice as fast at its peak, but on thin experts. The hours of
+# model cards may also contain restarts, evaluations, and long contexts. (The sources are
+# {cite:t}`patterson2021carbon,touvron2023llama2,meta2024llamamodels,grattafiori2024llama3,deepseek2024v3`.)
 #
 # So 40 % is a good result for a large dense model, and a first estimate is better made with 25 %.
 # In our table it would have been right to within a factor of two, which is enough to choose
@@ -2038,7 +2030,8 @@ assert all(0.3 < ratio < 1.2 for ratio in ratios.values())
 # ### Engine room: energy, and the sizes of any configuration
 
 # %% [markdown] tags=["engine"]
-# Two of the reports give the energy of devices and building:
+# For two of the models, the energy of devices and building was reported
+# {cite}`patterson2021carbon,morrison2025holistically`:
 
 # %% tags=["engine"]
 for name, run in PUBLISHED.items():
@@ -2385,10 +2378,10 @@ for setting in hyperparameter_checklist("7B").values():
     print(f"{setting.name:21} {shown[0]:>9}   safe from {shown[1]} to {shown[2]}")
 
 # %% [markdown]
-# All lists, with their sources, are on one page of the book: {doc}`checklists`. It is made from
-# the same table, so the two cannot drift apart. Notice how little changes from size to size. Rates
-# fall and batches grow; decay, momentum, clipping and the end of the schedule are the same
-# everywhere, which suggests that they matter little, or that nobody dares to change them.
+# All lists, with their sources, are on the page {doc}`checklists`, which is made from the same
+# table. Notice how little changes from size to size. Rates fall and batches grow; decay, momentum,
+# clipping and the end of the schedule are the same everywhere, which suggests that they matter
+# little, or that nobody dares to change them.
 #
 # {py:func}`~llmbook.scaling.check_config` reads the list for you. Here it looks at a run whose
 # author copied the settings of the tiny model of {doc}`13_training` to one of GPT-2's size:
@@ -2571,16 +2564,7 @@ class BudgetGame:
 # %% [markdown]
 # ### A budget to spend
 #
-# ````{exercise} The budget game
-# :label: ex-scaling-game
-# *One hour.* Write `spend(game)`, which returns the number of parameters that a single run of
-# `game.target` operations should have, ten times the budget of the game. First it may call
-# `game.train(parameters, tokens)`, which returns a loss and takes `6 * parameters * tokens`
-# operations off `game.left`; a run that costs more than what is left raises a `ValueError`. The
-# losses follow a law like the one of our grid, with half a percent of noise. The check plays games
-# with several laws and asks for a small *regret*: the nats by which your model is worse than the
-# best one for the target. The `parameters` of a game lie between 5,000 and a million.
-# ````
+# ````{exercise} The budget game :label: ex-scaling-game *One hour.* A `BudgetGame` has a budget of operations for small runs. Write `spend(game)`, which returns the number of parameters that a single run of `game.target` operations should have, ten times that budget. First it may call `game.train(parameters, tokens)`, which returns a loss and takes `6 * parameters * tokens` operations off `game.left`; a run that costs more than what is left raises a `ValueError`. The losses follow a law like the one of our grid, with half a percent of noise. The check plays games with several laws and asks for a small *regret*: the nats by which your model is worse than the best one for the target. The `parameters` of a game lie between 5,000 and a million. ````
 
 
 # %% tags=["solution"]
@@ -2705,43 +2689,41 @@ print(f"without embeddings, around 10^17 operations: C^{small:.2f}")
 # %% [markdown]
 # ## Summary
 #
-# A scaling law predicts the loss of a run from the numbers of parameters and tokens:
-# $L = E + A/N^\alpha + B/D^\beta$. It is fitted to small runs, each at its best learning rate, by a
-# robust loss on log residuals, from many starting points, with a bootstrap for the uncertainty. Our
-# own fit describes its runs well, yet its $E$ lies far below the entropy of the world: $E$ is an
-# extrapolation, and a choice made with hindsight is no prediction. The best size for a budget
-# balances what parameters and what tokens gain, and heavy use calls for smaller models that are
-# trained longer.
+# A scaling law predicts the loss of a run from its numbers of parameters and tokens: $L = E +
+# A/N^\alpha + B/D^\beta$. It is fitted to small runs, each at its best learning rate, by a robust
+# loss on log residuals, from many starting points and with a bootstrap. Our fit describes its runs
+# well, yet its $E$ lies far below the entropy of the world, because $E$ is an extrapolation. The
+# best size for a budget balances what parameters and what tokens gain, and heavy use calls for
+# smaller models that are trained longer.
 #
-# A rate that is best for a narrow model can ruin a wide one. A matrix adds up as many aligned terms
-# as it has columns, so under maximal-update parametrization Adam's rate falls with the width and
-# the best rate stays where it is. Gradients at two batch sizes give signal and noise without bias,
-# and their ratio is the order of magnitude of the critical batch. Operations, a peak, and a share
-# of that peak give hours, energy, and price to a factor of two. Whatever departs from the
-# checklists should do so on purpose.
+# A rate that is best for a narrow model can ruin a wide one. A matrix adds up as many aligned
+# terms as it has columns, so in the maximal-update parametrization its rate falls with the width,
+# and the best base rate stays where it is. Gradients at two batch sizes estimate signal and noise,
+# whose ratio is the order of magnitude of the critical batch size. Annealing on chosen data helps
+# on it and costs on the rest. Operations, a peak, and the share of it that is reached give hours,
+# energy, and price to a factor of two. A departure from the checklists should be on purpose.
 #
 # ### Checklist
 #
 # - Every run that enters a fit is at its best learning rate, with both neighbors worse.
-# - It is stated what counts as a parameter, and as an operation.
-# - There are at least three sizes and three amounts of data, and not all at one ratio.
+# - The report says what counts as a parameter and as an operation.
+# - There are at least three sizes and three amounts of data, not all at one ratio.
 # - The fit starts from many points and comes with intervals.
-# - The largest run was predicted before anybody looked at it, and runs were left out by a rule that
-#   was fixed before.
-# - Loss was drawn against the rate at two or three widths; a coordinate check alone isn't enough.
+# - The largest run was predicted before anybody looked at it, and the rule for leaving runs out was
+#   fixed before.
+# - Loss was drawn against the rate at two or three widths; a coordinate check alone is not enough.
 # - Muon's convention is stated with its rate, and tables and head stay out of it.
-# - When the rate changes with the width, rate times weight decay is kept, not weight decay.
+# - When the rate changes with the width, rate times weight decay is kept.
 # - $|G|^2$ and $\operatorname{tr}(\Sigma)$ are averaged separately, then divided.
-# - The estimate of a run allows for failures and experiments, which took half as much again for one
-#   family of models.
+# - The estimate of a run allows for failures and experiments.
 # - `check_config` was asked before the run began.
 #
 # ### Further reading
 #
-# {cite:t}`hoffmann2022training` fit a law in three ways, {cite:t}`besiroglu2024chinchilla` show what
-# went wrong in the third, {cite:t}`porian2024resolving` what tuning does to a law, and
-# {cite:t}`sardana2024beyond` add the cost of use. {cite:t}`hutter2021learning` shows how Zipf's law
-# leads to power laws. {cite:t}`yang2022tensor` derive maximal-update parametrization, and
-# {cite:t}`dey2025completep` add depth. {cite:t}`mccandlish2018empirical` measure the noise scale from
-# digits to games with millions of rows in a batch. {cite:t}`patterson2021carbon` and
+# {cite:t}`hoffmann2022training` fit a law in three ways, and {cite:t}`besiroglu2024chinchilla`
+# show what went wrong in the third. {cite:t}`porian2024resolving` show what tuning does to a law,
+# and {cite:t}`sardana2024beyond` add the cost of use. {cite:t}`hutter2021learning` shows how
+# Zipf's law leads to power laws. {cite:t}`yang2022tensor` derive maximal-update parametrization,
+# and {cite:t}`dey2025completep` add depth. {cite:t}`mccandlish2018empirical` measure the noise
+# scale from digits to games with millions of rows in a batch. {cite:t}`patterson2021carbon` and
 # {cite:t}`morrison2025holistically` count energy, the second also what development and water cost.
