@@ -169,9 +169,9 @@ assert bets["B"].loss < min(bets["A"].loss, bets["C"].loss) - 3
 #
 # The stories come from a world with 104 characters, in which some characters appear much more
 # often than others: the one of rank $r$ in proportion to $1/r$ ({term}`Zipf's law`). If all
-# characters were equally frequent, a model would learn all of them at about the same time, and the
-# loss would stay on a plateau and then drop. With Zipf's law there is always a rarer character to
-# learn, just as there is always a rarer fact in real text {cite}`hutter2021learning`.
+# characters were equally frequent, a model would learn them at about the same time, and the loss
+# would drop from a plateau. With Zipf's law there is always a rarer character to learn, just as
+# there is always a rarer fact in real text {cite}`hutter2021learning`.
 #
 # A run trains a model of two layers and width `d_model`, on fresh stories only: no story is seen
 # twice, so $D$ is a number of different tokens. Its learning rate falls linearly to zero at the
@@ -416,8 +416,8 @@ print(f"of {len(ends)} starts, {close} end within 5 % of the best")
 # %% [markdown]
 # A third of the starts ended in a worse minimum. Our own
 # {py:func}`~llmbook.scaling.fit_scaling_law` starts from a hundred points at once and needs no
-# library but NumPy. It also fits resampled runs, by the {term}`bootstrap` of {doc}`16_evaluation`,
-# to say how certain the five numbers are.
+# library but NumPy. It also fits samples of the runs ({term}`bootstrap`, {doc}`16_evaluation`) to
+# say how certain the five numbers are.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a hundred starts at once, and runs that cannot tell the terms apart
@@ -796,13 +796,12 @@ assert predicted.estimate < world.entropy() < largest.loss
 # %% [markdown]
 # ### The choices behind a fit
 #
-# Many other fits of the same grid could be defended. The engine room below makes four of them:
-# with one learning rate for all runs, without embeddings in the count of parameters, and with two
-# different choices of runs. Their $E$ lies between 10 and 17 nats, and the power of the budget
-# with which the best size should grow, which the next section derives, between 0.1 and 0.7.
-# Nothing in any one fit warns of this. Whoever reports a law should therefore say what was
-# counted, how the rates were tuned, and how the runs were chosen, and should choose before
-# looking.
+# Many other fits of the same grid could be defended. The engine room below makes four: with one
+# learning rate for all runs, without embeddings in the count of parameters, and with two other
+# choices of runs. Their $E$ lies between 10 and 17 nats, and the power of the budget with which
+# the best size should grow, which the next section derives, between 0.1 and 0.7. Nothing in any
+# one fit warns of this. Whoever reports a law should therefore say what was counted, how the rates
+# were tuned, and how the runs were chosen, and should choose before looking.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: four other fits of the same grid
@@ -1040,11 +1039,11 @@ plt.show()
 
 # %% [markdown]
 # The minima of the valleys in {numref}`fig-scaling-isoflop` move to the right as the budget grows.
-# The first two ways agree that the best size grows about as $C^{0.4}$. The fit says $C^{0.6}$, and
-# its interval reaches from 0.2 to 0.6. It is so uncertain because $E$, $\alpha$, and $\beta$ can
-# be traded for one another. The parabolas need no formula for the whole plane, and they use only
-# runs near the optimum. At a scale like ours, plan with the valleys. They also say how much a
-# wrong size costs: a model half or twice as large as the best one loses one to three nats.
+# The first two ways agree that the best size grows about as $C^{0.4}$. The fit says $C^{0.6}$,
+# with an interval from 0.2 to 0.6, because $E$, $\alpha$, and $\beta$ can be traded for one
+# another. The parabolas use only runs near the optimum. At a scale like ours, plan with them. They
+# also say how much a wrong size costs: a model half or twice as large as the best one loses one to
+# three nats.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the exponents of the three ways
@@ -1152,8 +1151,8 @@ for used in (0, 1e12, 1e13, 1e14):
 # With ten trillion tokens in use, the cheapest model is half as large as Chinchilla and trained on
 # six times as many tokens per parameter, and its training costs a third more. Llama 3 with 8
 # billion parameters was trained on 15 trillion tokens {cite}`grattafiori2024llama3`, nearly 1,900
-# for each parameter. That is far outside the range in which these coefficients were fitted, so read
-# the last row as a direction rather than as a number {cite}`sardana2024beyond`.
+# for each parameter. This is far outside the range of the fit, so read the last row as a direction
+# rather than as a number {cite}`sardana2024beyond`.
 
 # %% [markdown]
 # ## Transfer over width
@@ -1291,10 +1290,8 @@ draw_curves(titles, (32, 64, 128, 256))
 # | query projection | $1/\sqrt{m_h}$ | $\eta / (m \sqrt{m_h})$ |
 # | head | $1/\sqrt m$ | $\eta / m$ |
 #
-# The third row is the factor of attention in disguise. Adam does not see the size of a gradient,
-# so a matrix that is multiplied by a constant $c$ after each step is the same as one that starts
-# $c$ times as large and has $c$ times the rate. We change the numbers and leave the code of
-# attention alone. In code, the table takes a dozen lines:
+# The third row is the factor of attention in disguise, for the reason given in the engine room
+# below. In code, the table takes a dozen lines:
 
 
 # %%
@@ -1314,19 +1311,23 @@ def width_scales(model: TransformerLM, base: ModelConfig) -> dict[str, tuple[flo
 
 
 # %% [markdown]
-# The exported {py:func}`~llmbook.scaling.mup_scales` also handles what the four rows leave out:
-# fan-ins that grow differently, tied heads, experts, and the norms of queries and keys. Two
-# functions apply it, {py:func}`~llmbook.scaling.initialize_mup` to the weights and
+# The exported {py:func}`~llmbook.scaling.mup_scales` also handles fan-ins that grow differently,
+# tied heads, experts, and the norms of queries and keys.
+# {py:func}`~llmbook.scaling.initialize_mup` applies the scales to the weights, and
 # {py:func}`~llmbook.scaling.mup_groups` to the groups of an optimizer.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: any model of ours, tied or with experts, and weight decay that stays the same
 
 # %% [markdown] tags=["engine"]
-# A tied head cannot have an initialization of its own. But the last norm has a gain in front of the
-# head, and dividing the gain by $m$ divides the logits. Where queries are normalized, their
-# projection has no say about their size, and the gain of that norm takes its place. A router has as
-# many outputs as there are experts, whatever the width: it is a head.
+# Attention by $1/d$ needs no change in its code. Adam does not see the size of a gradient, so a
+# matrix that is multiplied by a constant $c$ after each step is the same as one that starts $c$
+# times as large and has $c$ times the rate. That is what the table does to the query projection.
+#
+# A tied head cannot have an initialization of its own. But the last norm has a gain in front of
+# the head, and dividing the gain by $m$ divides the logits. Where queries are normalized, their
+# projection has no say about their size, and the gain of that norm takes its place. A router has
+# as many outputs as there are experts, whatever the width: it is a head.
 #
 # AdamW multiplies the weights by $1 - \eta\lambda$ at each step. If $\eta$ is divided by $m$, decay
 # slows down with it, and with the decay changes the size at which weights settle. So
@@ -1529,8 +1530,8 @@ for width in (32, 64, 128, 256):
 assert moved[256][0] > 2 * moved[32][0] and moved[256][1] < 1.5 * moved[32][1]
 
 # %% [markdown]
-# The logits of the standard models move several times as far at width 256 as at width 32, and
-# those of muP equally far. The check is necessary but not sufficient: users of the reference
+# The logits of wide standard models move several times as far as those of narrow ones; under muP
+# all move equally far. The check is necessary but not sufficient: users of the reference
 # implementation report models that pass it and whose best rate still moves (microsoft/mup, issues
 # 22, 71 and 73). What counts is the right panel of {numref}`fig-scaling-transfer`, so draw the
 # curves before you trust a transfer.
@@ -1553,11 +1554,10 @@ for method in ("standard", "mup"):
 # rates at the full width, you do not need it. If you can try only one, you do.
 
 # %% [markdown]
-# Another optimizer changes these rules. All singular values of a step of Muon are 1, so the width
-# should drop out without any scales. The engine room below measures it: from width 32 to 128 the
-# best exponent of Muon's rate falls by 0.6 under one convention and by 1.5 under another, while
-# that of AdamW with one rate for all falls by 2.6. So a rate of Muon means nothing without its
-# convention.
+# All singular values of a step of Muon are 1, so the width should drop out without any scales. In
+# the engine room below, the best exponent of Muon's rate falls by 0.6 from width 32 to 128 under
+# one convention and by 1.5 under another; that of AdamW with one rate for all falls by 2.6. So a
+# rate of Muon means nothing without its convention.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: what Muon changes, and a convention that hides in an option
@@ -1636,6 +1636,9 @@ for method in titles:
 # A batch with more tokens should not weigh more than its number of rows. So we take gradients of
 # the *sum* over tokens, which is a sum over rows, and divide by the mean number of tokens of a row
 # at the end. The large batch is the sum of its small ones, and costs nothing.
+#
+# The numbers of {cite:t}`kaplan2020scaling` below are values of their fit $B_{\text{crit}} = 2
+# \cdot 10^8 / L^{4.8}$ tokens at a loss of $L$ nats.
 
 
 # %% tags=["engine"]
@@ -1745,10 +1748,9 @@ assert 2 < scales[0] < scales[2] < 100
 # At the start a handful of rows agree on where to go: make frequent tokens likely and all others
 # unlikely. The noise scale grows as this easy part of the gradient is used up. (A row has about 60
 # tokens.) This is a reason to begin a run with small batches and to enlarge them later, as Llama 3
-# 405B did, which went from 4 to 16 million tokens {cite}`grattafiori2024llama3`. It also grows as
-# the loss falls: {cite:t}`kaplan2020scaling` fitted $B_{\text{crit}} = 2 \cdot 10^8 / L^{4.8}$
-# tokens at a loss of $L$ nats, which is 0.3 million at $L = 4$ and 2.5 million at $L = 2.5$. The
-# checklists below have batches of this order.
+# 405B did, which went from 4 to 16 million tokens {cite}`grattafiori2024llama3`. For real text,
+# {cite:t}`kaplan2020scaling` fitted about 0.3 million tokens at a loss of 4 nats and 2.5 million
+# at 2.5 nats. The checklists below have batches of this order.
 #
 # Take the number for what it is. The derivation is for a plain gradient step at its best length;
 # Adam divides by the typical size of a gradient, noise included, so it need not behave in the same
@@ -2393,8 +2395,8 @@ for warning in check_config(gpt2, copied):
     print(warning.split(" (of")[0])
 
 # %% [markdown]
-# All four would have been cheap to fix before the run. The last one is the gravest: the run would
-# have seen one token for every seven parameters.
+# All four are cheap to fix before the run. The last one is the gravest: one token for every seven
+# parameters.
 
 # %% [markdown]
 # ## A log of negative results
@@ -2454,8 +2456,7 @@ assert abs(steps_and_rows(1, 320, 1000)[1] - 321_000) < 1, "small batches use ro
 # *Fifteen minutes.* Write `rate_for(name, shape, base_shape, rate)`: Adam's learning rate for one
 # parameter of a wider model under muP. It gets the name of the parameter, as in
 # `model.named_parameters()`, its shape, its shape in the base model, and the `rate` tuned there.
-# All heads have the same width in both models, and the head of the model is not tied. The check
-# compares with {py:func}`~llmbook.scaling.mup_scales`.
+# All heads have the same width in both models, and the head of the model is not tied.
 # ````
 
 
