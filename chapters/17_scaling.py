@@ -438,6 +438,8 @@ def _check_positive(**values: Any) -> None:
             raise ValueError(f"{name}: expected a finite number above 0, got {value!r:.60}")
 
 
+# %% tags=["engine"]
+#| export
 @dataclass(frozen=True)
 class ScalingLaw:
     """The law L(N, D) = E + A / N**alpha + B / D**beta (Hoffmann et al. 2022, equation 2).
@@ -1989,10 +1991,10 @@ PUBLISHED = {
         ModelConfig.preset("llama3-70b"), 15e12, "h100", 6.4e6, None, "meta2024llamamodels"
     ),
     "Llama 3.1 405B": PublishedRun(
-        _LLAMA3_405B, 15.6e12, "h100", 30.84e6, None, "meta2024llamamodels"
+        _LLAMA3_405B, 15.6e12, "h100", 30.84e6, None, "grattafiori2024llama3"
     ),
     "DeepSeek-V3": PublishedRun(37e9, 14.8e12, "h800", 2.664e6, None, "deepseek2024v3"),
-    "OLMo 2 7B": PublishedRun(_OLMO2_7B, 4.05e12, "h100", None, 157, "olmo2024olmo2"),
+    "OLMo 2 7B": PublishedRun(_OLMO2_7B, 4.05e12, "h100", None, 157, "morrison2025holistically"),
 }
 
 
@@ -2131,7 +2133,7 @@ for _scale in SIZES:
     _rows(
         _scale,
         """
-        weight_decay  0.1   0.01 0.1   brown2020gpt3 biderman2023pythia
+        weight_decay  0.1   0.1  0.1   brown2020gpt3 biderman2023pythia
         beta1         0.9   0.9  0.9   brown2020gpt3
         beta2         0.95  0.95 0.999 brown2020gpt3 kingma2015adam
         clip_norm     1.0   1.0  1.0   brown2020gpt3
@@ -2145,8 +2147,8 @@ for _scale in SIZES:
 _rows(
     "10M",
     """
-    learning_rate        1e-3   6e-4 6e-3   biderman2023pythia brown2020gpt3 dey2023cerebras
-    batch_tokens         131072 2048 524288 kaplan2020scaling 13_training brown2020gpt3
+    learning_rate        1e-3   6e-4 1e-3   biderman2023pythia brown2020gpt3
+    batch_tokens         524288 2048 2097152 kaplan2020scaling 13_training biderman2023pythia
     warmup_share         0.01   0.00125 0.17 biderman2023pythia brown2020gpt3 dey2023cerebras
     tokens_per_parameter 20     20   4286   hoffmann2022training biderman2023pythia
     """,
@@ -2154,7 +2156,7 @@ _rows(
 _rows(
     "124M",
     """
-    learning_rate        6e-4   3e-4 6e-3    brown2020gpt3 biderman2023pythia dey2023cerebras
+    learning_rate        6e-4   3e-4 6e-4    brown2020gpt3 biderman2023pythia
     batch_tokens         524288 245760 2097152 brown2020gpt3 dey2023cerebras biderman2023pythia
     warmup_share         0.01   0.00125 0.17 biderman2023pythia brown2020gpt3 dey2023cerebras
     tokens_per_parameter 20     20   2400    hoffmann2022training brown2020gpt3
@@ -2165,7 +2167,7 @@ _rows(
     """
     learning_rate        3e-4    2e-4 4e-4   biderman2023pythia brown2020gpt3 zhang2024tinyllama
     batch_tokens         2097152 1048576 4194304 zhang2024tinyllama brown2020gpt3 groeneveld2024olmo
-    warmup_share         0.01    0.00125 0.0144 biderman2023pythia brown2020gpt3 dey2023cerebras
+    warmup_share         0.01    0.00125 0.0142 biderman2023pythia brown2020gpt3 dey2023cerebras
     tokens_per_parameter 20      20   2727   hoffmann2022training zhang2024tinyllama
     """,
 )
@@ -2208,11 +2210,11 @@ _rows(
 _rows(
     "lora",
     """
-    learning_rate 2e-4 1e-4 5e-4 dettmers2023qlora schulman2025lora
+    learning_rate 2e-4 1e-4 2e-4 dettmers2023qlora
     rank          64   1    512  dettmers2023qlora schulman2025lora
     alpha         16   16   32   dettmers2023qlora schulman2025lora
-    dropout       0.1  0    0.1  dettmers2023qlora schulman2025lora
-    batch_rows    16   16   64   dettmers2023qlora
+    dropout       0.1  0    0.1  dettmers2023qlora
+    batch_rows    16   16   16   dettmers2023qlora
     """,
 )
 _rows(
@@ -2230,7 +2232,7 @@ _rows(
 _rows(
     "ppo",
     """
-    learning_rate 3e-7 1e-7 1e-5 lambert2024tulu3 ouyang2022training
+    learning_rate 3e-7 1e-7 8e-6 lambert2024tulu3 ouyang2022training
     clip_range    0.2  0.1  0.3  schulman2017proximal ouyang2022training
     kl_weight     0.05 0.01 0.1  lambert2024tulu3
     gae_lambda    0.95 0.95 0.95 schulman2017proximal lambert2024tulu3
@@ -2292,7 +2294,8 @@ def checklist_table(scale: str | int | float) -> str:
         chapters = [f"{{doc}}`{key}`" for key in s.sources if key[0].isdigit()]
         papers = ",".join(key for key in s.sources if not key[0].isdigit())
         cited = ", ".join([f"{{cite:t}}`{papers}`" * bool(papers), *chapters])
-        name, span = s.name.replace("_", " "), f"{_shown(s.low)} to {_shown(s.high)}"
+        name, ends = s.name.replace("_", " "), dict.fromkeys(map(_shown, (s.low, s.high)))
+        span = " to ".join(ends)
         lines.append(f"| {name} | {_shown(s.value)} | {span} | {cited} |")
     return "\n".join(lines) + "\n"
 
@@ -2307,13 +2310,14 @@ def checklist_page() -> str:
     """Return the page of all checklists, in MyST's Markdown, as it stands in the book."""
     parts = [
         "# Checklists\n",
-        "Settings to begin with, from {doc}`17_scaling`. The first source of a row has its value; "
-        "all of them together have the ends of its range, so that a published run lies at each. "
-        "Beyond is not wrong, but it should be on purpose. This page is made by "
-        "{py:func}`~llmbook.scaling.checklist_page`; "
-        "{py:func}`~llmbook.scaling.check_config` compares a configuration with it.\n",
-        "Batches of pretraining are in tokens, those of tuning in rows. Warmup is a share of all "
-        "steps, and final a share of the peak rate. Rates are those of AdamW.\n",
+        "Settings to begin with, from {doc}`17_scaling`. The first source of a row has its value, "
+        "and a published run lies at each end of its range. A value outside the range isn't wrong, "
+        "but it should be chosen on purpose. {py:func}`~llmbook.scaling.checklist_page` makes this "
+        "page, and {py:func}`~llmbook.scaling.check_config` compares a configuration with it.\n",
+        "Batches are counted in tokens for pretraining and in rows for tuning. Warmup is a share of "
+        "all steps, and final a share of the peak rate. The rates are those of AdamW, except that "
+        "the highest one of DPO was used with RMSprop. The highest rate of PPO is the highest of "
+        "its source's scan that did not diverge.\n",
     ]
     for scale in CHECKLISTS:
         title = _WHERE.get(scale, f"Pretraining at {scale} parameters")
@@ -2334,7 +2338,7 @@ def check_config(
     >>> tiny = ModelConfig.preset("gpt2")
     >>> run = TrainingConfig(n_steps=20_000, batch_size=512, learning_rate=0.1, warmup=200)
     >>> check_config(tiny, run)[0]
-    'learning_rate: 0.1 is outside 0.0003 to 0.006 (of published runs at 124M); begin with 0.0006'
+    'learning_rate: 0.1 is outside 0.0003 to 0.0006 (of published runs at 124M); begin with 0.0006'
     """
     for name, value, kind in (
         ("model", model, ModelConfig),

@@ -161,7 +161,7 @@ class _Failure(NamedTuple):
 
 _LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused")
 
-# %% ../chapters/18_distributed.ipynb #9a7a2766
+# %% ../chapters/18_distributed.ipynb #ab6ede6c
 def _describe(error: BaseException, timeout: float) -> _Failure:
     """Put the error of a rank into words; in a collective, say which and for how long."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -176,6 +176,8 @@ def _describe(error: BaseException, timeout: float) -> _Failure:
         message, order = f"waited {timeout:g} s in {where} for the others", 1
     elif where and isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST):
         message, order = f"lost another rank in {where}", 2
+    elif any(text in str(error.__cause__) for text in _LOST):
+        order = 2  # the same in other words
     sent: BaseException | None = None
     with suppress(Exception):  # not every exception can travel
         if type(pickle.loads(_packed(error))) is type(error):
