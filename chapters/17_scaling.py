@@ -775,8 +775,8 @@ print(f"standard deviation over seeds: {100 * spread:.0f} percent of the loss")
 # %% [markdown]
 # ### A prediction
 #
-# A law earns trust by predictions. The largest run of our table has a model nearly twice as large
-# as any in the fit, and twice as many tokens. The prediction comes first:
+# A law earns trust by predictions. The largest run of our table has nearly twice as many
+# parameters as any in the fit, and twice as many tokens. The prediction comes first:
 
 # %%
 largest = best[48, 1600]
@@ -1012,13 +1012,12 @@ PUBLISHED_LAWS: Mapping[str, ScalingLaw] = {
 # %% [markdown]
 # ### Three ways to the exponent
 #
-# Hoffmann and others looked for the best size in three ways, and so can we. The **first** takes
-# the minimum over all curves: of the runs that cost at most $C$, which is the best? Those runs lie
-# on the lower envelope of {numref}`fig-scaling-grid`. The **second** trains several sizes with
-# exactly the same $C$. The loss over $\log N$ is a valley, and a parabola through its points has a
-# minimum between them; they call this an {term}`IsoFLOP profile`. These are the runs with equal
-# operations in our table, and three of them were the bet. The **third** is the fit with
-# {eq}`scaling-optimum`.
+# Hoffmann and others looked for the best size in three ways. The **first** takes the minimum over
+# all curves: of the runs that cost at most $C$, which is the best? Those runs lie on the lower
+# envelope of {numref}`fig-scaling-grid`. The **second** trains several sizes with exactly the same
+# $C$. The loss over $\log N$ is a valley, and a parabola through its points has a minimum between
+# them; they call this an {term}`IsoFLOP profile`. Three of our runs with equal operations were the
+# bet. The **third** is the fit with {eq}`scaling-optimum`.
 
 # %% mystnb={"figure": {"caption": "Runs of equal compute, the parabolas through them, and their minima. The dashed line is the best size by the fitted law.", "name": "fig-scaling-isoflop"}, "image": {"alt": "Three valleys of loss over the number of parameters, one for each budget. The bottoms move down and to the right as the budget grows, near a dashed line."}}
 budgets = [6 * run.parameters * run.tokens for run in (best[8, 400], best[8, 800], best[8, 1600])]
@@ -1044,7 +1043,7 @@ plt.show()
 # The first two ways agree that the best size grows about as $C^{0.4}$. The fit says $C^{0.6}$,
 # with an interval from 0.2 to 0.6, because $E$, $\alpha$, and $\beta$ can be traded for one
 # another. The parabolas use only runs near the optimum. At a scale like ours, plan with them. They
-# also say how much a wrong size costs: a model half or twice as large as the best one loses one to
+# also show what a wrong size costs: a model half or twice as large as the best one loses one to
 # three nats.
 
 # %% [markdown] tags=["engine"]
@@ -1077,7 +1076,7 @@ print(f"95 % interval of the fitted law: {share.low:.1f} to {share.high:.1f}")
 # {cite:t}`kaplan2020scaling` found that the best size grows as $C^{0.73}$: most of a larger budget
 # should go into the model. {cite:t}`hoffmann2022training` found about $C^{0.5}$ in three ways
 # (0.50, 0.49, and 0.46), trained Chinchilla with 70 billion parameters on 1.4 trillion tokens, and
-# beat Gopher, a model four times as large that had cost as much. Why the difference?
+# beat Gopher, a model four times as large that had cost as much. Why do they differ?
 # {cite:t}`pearce2024reconciling` trace most of it to Kaplan's count, which left out embeddings, in
 # models so small that it mattered. (An exercise derives this.) {cite:t}`porian2024resolving`
 # reproduce both results, and find three causes: the operations of the last layer, which were not
@@ -1112,9 +1111,9 @@ for name, law in laws.items():
 # %% [markdown]
 # ### A model that will be used
 #
-# A model is trained once, and then it is used. Each token that a model reads or writes in use
-# costs about $2N$ operations, and $I$ such tokens cost $2NI$. Among all models with the same loss,
-# we want the one whose whole life is cheapest:
+# A model is trained once, and then it is used. Each token that it reads or writes costs about $2N$
+# operations then, and $I$ such tokens cost $2NI$. Among all models with the same loss, we want the
+# one whose whole life is cheapest:
 #
 # $$
 # \begin{aligned}
@@ -1227,8 +1226,8 @@ def draw_curves(titles: Mapping[str, str], widths: Sequence[int]) -> None:
 # %% [markdown]
 # ### One rate, or one for each kind of parameter
 #
-# In the left panel all parameters of a model have the same rate. In the right panel it is scaled
-# for each kind of parameter, by rules that we derive next:
+# In the left panel all parameters of a model have the same rate. In the right panel, rules that we
+# derive next scale it for each kind of parameter:
 
 # %% mystnb={"figure": {"caption": "Loss over the learning rate for four widths, the minima marked. Left, with one rate for all parameters, the best rate falls as the width grows. Right, with the scales derived below, it stays.", "name": "fig-scaling-transfer"}, "image": {"alt": "Two panels with four U-shaped curves each. Left, the minima move from an exponent of minus 5 at width 32 to minus 8 at width 256. Right, all four minima are at minus 5, one above the other."}}
 titles = {"standard": "standard", "mup": "maximal-update parametrization"}
@@ -2385,9 +2384,9 @@ for setting in hyperparameter_checklist("7B").values():
 
 # %% [markdown]
 # All lists, with their sources, are on the page {doc}`checklists`, which is made from the same
-# table. Notice how little changes from size to size. Rates fall and batches grow; decay, momentum,
-# clipping and the end of the schedule are the same everywhere, which suggests that they matter
-# little, or that nobody dares to change them.
+# table. Little changes from size to size. Rates fall and batches grow; decay, momentum, clipping
+# and the end of the schedule are the same everywhere, which suggests that they matter little, or
+# that nobody dares to change them.
 #
 # {py:func}`~llmbook.scaling.check_config` reads the list for you. Here it looks at a run whose
 # author copied the settings of the tiny model of {doc}`13_training` to one of GPT-2's size:
@@ -2406,8 +2405,7 @@ for warning in check_config(gpt2, copied):
 # ## A log of negative results
 #
 # What did not work is seldom printed, so it is tried again. These are the book's own negative
-# results, each with the place where its numbers stand. Like everything here, they hold for small
-# models and short runs.
+# results, with the places of their numbers. They hold for small models and short runs.
 #
 # | we expected | we found | where |
 # |---|---|---|
@@ -2569,7 +2567,17 @@ class BudgetGame:
 # %% [markdown]
 # ### A budget to spend
 #
-# ````{exercise} The budget game :label: ex-scaling-game *One hour.* A `BudgetGame` has a budget of operations for small runs. Write `spend(game)`, which returns the number of parameters that a single run of `game.target` operations should have, ten times that budget. First it may call `game.train(parameters, tokens)`, which returns a loss and takes `6 * parameters * tokens` operations off `game.left`; a run that costs more than what is left raises a `ValueError`. The losses follow a law like the one of our grid, with half a percent of noise. The check plays games with several laws and asks for a small *regret*: the nats by which your model is worse than the best one for the target. The `parameters` of a game lie between 5,000 and a million. ````
+# ````{exercise} The budget game
+# :label: ex-scaling-game
+# *One hour.* A `BudgetGame` has a budget of operations for small runs. Write `spend(game)`, which
+# returns the number of parameters that one run of `game.target` operations should have, ten times
+# that budget. First it may call `game.train(parameters, tokens)`, which returns a loss and takes
+# `6 * parameters * tokens` operations off `game.left`; a run that costs more than what is left
+# raises a `ValueError`. The losses follow a law like the one of our grid, with half a percent of
+# noise. The check plays games with several laws and asks for a small *regret*: the nats by which
+# your model is worse than the best one for the target. The `parameters` of a game lie between 5,000
+# and a million.
+# ````
 
 
 # %% tags=["solution"]
