@@ -378,8 +378,8 @@ plt.show()
 # $$ (scaling-residual)
 #
 # Least squares would give a run that went wrong a weight that grows with the square of its error.
-# Hoffmann and others use the **Huber loss**, which is a square near zero and goes on as a straight
-# line:
+# Hoffmann and others use the **{term}`Huber loss`**, which is a square near zero and goes on as a
+# straight line:
 #
 # $$
 # h_\delta(r) = \begin{cases} \frac12 r^2 & |r| \le \delta \\
@@ -755,9 +755,8 @@ assert floor.low < 2 and world.entropy() in floor and fit.law.E < 14
 # the bootstrap is more honest than the number: it reaches from zero to a little above the truth,
 # so these runs hardly say where the floor is. The reason is visible in {numref}`fig-scaling-grid`:
 # our lowest losses are still several nats above the floor, and $E$ is an extrapolation from there
-# to infinity. A somewhat smaller exponent with a lower floor fits the same points nearly as well.
-# On real text nobody can tell whether a fitted $E$ is wrong. A published $E$ is a parameter of a
-# curve, and it should not be called the entropy of language.
+# to infinity. On real text nobody can tell whether a fitted $E$ is wrong. A published $E$ is a
+# parameter of a curve, and it should not be called the entropy of language.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: how much luck is in a loss
@@ -1506,8 +1505,8 @@ def take_step(model: TransformerLM, optimizer: AdamW, batch: Batch) -> float:
 # ### Coordinate check
 #
 # A slip in one of the scales is easily made and hard to see, because the model still trains. The
-# **coordinate check** finds it in seconds: train models of several widths for a few steps and see
-# how far their logits have moved. Under muP the distance must not depend on the width.
+# **{term}`coordinate check`** finds it in seconds: train models of several widths for a few steps
+# and see how far their logits have moved. Under muP the distance must not depend on the width.
 
 
 # %%
@@ -1555,10 +1554,10 @@ for method in ("standard", "mup"):
 # rates at the full width, you do not need it. If you can try only one, you do.
 
 # %% [markdown]
-# All singular values of a step of Muon are 1, so the width should drop out without any scales. In
-# the engine room below, the best exponent of Muon's rate falls by 0.6 from width 32 to 128 under
-# one convention and by 1.5 under another; that of AdamW with one rate for all falls by 2.6. So a
-# rate of Muon means nothing without its convention.
+# All singular values of a step of Muon are 1 ({doc}`12_optimization`), so the width should drop
+# out without any scales. In the engine room below, the best exponent of Muon's rate falls by 0.6
+# from width 32 to 128 under one convention and by 1.5 under another; that of AdamW with one rate
+# for all falls by 2.6. So a rate of Muon means nothing without its convention.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: what Muon changes, and a convention that hides in an option
@@ -1617,8 +1616,8 @@ for method in titles:
 # well as they can be. For $B \gg B_{\text{noise}}$ a larger batch gains nothing. At $B =
 # B_{\text{noise}}$ a run takes twice the fewest steps and twice the fewest examples: this is the
 # **{term}`critical batch size`**. We do not have $H$, but if it is about the same in all
-# directions, it cancels, and what remains is the **simple noise scale** $\operatorname{tr}\Sigma /
-# |G|^2$ {cite}`mccandlish2018empirical`.
+# directions, it cancels, and what remains is the **simple {term}`noise scale`**
+# $\operatorname{tr}\Sigma / |G|^2$ {cite}`mccandlish2018empirical`.
 #
 # Its two parts follow from squared lengths at two batch sizes, $b < B$. Since $\mathbb{E}|G_b|^2 =
 # |G|^2 + \operatorname{tr}\Sigma / b$, and the same for $B$, we have two linear equations with two
@@ -1753,16 +1752,16 @@ assert 2 < scales[0] < scales[2] < 100
 # {cite:t}`kaplan2020scaling` fitted about 0.3 million tokens at a loss of 4 nats and 2.5 million
 # at 2.5 nats. The checklists below have batches of this order.
 #
-# Take the number for what it is. The derivation is for a plain gradient step at its best length;
-# Adam divides by the typical size of a gradient, noise included, so it need not behave in the same
-# way. The scale gives the order of magnitude of a batch, at the cost of a few gradients.
+# The derivation is for a plain gradient step at its best length; Adam divides by the typical size
+# of a gradient, noise included, so it need not behave in the same way. The scale gives the order
+# of magnitude of a batch, at the cost of a few gradients.
 
 # %% [markdown]
 # ## Annealing and data mixtures
 #
 # A tenth or a quarter of the data is often better than the rest: proofread, on the subject, in the
 # right language. When should a model see it? Several reports put it at the end, where the learning
-# rate decays, and call this annealing or mid-training
+# rate decays, and call this {term}`annealing` or mid-training
 # {cite}`hu2024minicpm,grattafiori2024llama3,olmo2024olmo2`. Our test has two worlds. Three
 # quarters of all steps show stories of *another* tiny world, with other characters and facts; one
 # quarter shows our world, on which we will be tested. Each arm of the experiment sees the same
@@ -2021,7 +2020,8 @@ assert all(0.3 < ratio < 1.2 for ratio in ratios.values())
 # family did better, so a utilization cannot be taken over from a model ten times as large.
 # DeepSeek-V3 computes in 8 bits, twice as fast at its peak, but on thin experts. The hours of
 # model cards may also contain restarts, evaluations, and long contexts. (The sources are
-# {cite:t}`patterson2021carbon,touvron2023llama2,meta2024llamamodels,grattafiori2024llama3,deepseek2024v3`.)
+# {cite:t}`patterson2021carbon`, {cite:t}`touvron2023llama2`, {cite:t}`meta2024llamamodels`,
+# {cite:t}`grattafiori2024llama3`, and {cite:t}`deepseek2024v3`.)
 #
 # So 40 % is a good result for a large dense model, and a first estimate is better made with 25 %.
 # In our table it would have been right to within a factor of two, which is enough to choose
@@ -2092,9 +2092,9 @@ for name, value in info(ModelConfig.preset("llama3-8b")).items():
 # Settings that nobody can tune at full size are copied, and one should know where from.
 # {py:func}`~llmbook.scaling.hyperparameter_checklist` has a list for pretraining at five sizes,
 # for tuning (all weights, or LoRA), for preference optimization, and for reinforcement learning.
-# Every row has a value with its source, and a range. The range is *safe* in one sense: published
-# runs that worked lie at both of its ends, and their sources stand in the row. Outside of it you
-# are on your own. That may be right, but it should be on purpose.
+# Every row has a value and a range, with their sources. The range is *safe* in one sense:
+# published runs that worked lie at both of its ends. Outside of it you are on your own. That may
+# be right, but it should be on purpose.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the lists as data, a page made from them, and a comparison with a configuration
