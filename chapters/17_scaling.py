@@ -2458,7 +2458,8 @@ assert abs(steps_and_rows(1, 320, 1000)[1] - 321_000) < 1, "small batches use ro
 # *Fifteen minutes.* Write `rate_for(name, shape, base_shape, rate)`: Adam's learning rate for one
 # parameter of a wider model under muP. It gets the name of the parameter, as in
 # `model.named_parameters()`, its shape, its shape in the base model, and the `rate` tuned there.
-# All heads have the same width in both models, and the head of the model is not tied.
+# All heads have the same width in both models, and the head of the model is not tied. The check
+# asks `mup_scales(model, base)`.
 # ````
 
 
@@ -2573,8 +2574,8 @@ class BudgetGame:
 # returns the number of parameters that one run of `game.target` operations should have, ten times
 # that budget. First it may call `game.train(parameters, tokens)`, which returns a loss and takes
 # `6 * parameters * tokens` operations off `game.left`; a run that costs more than what is left
-# raises a `ValueError`. The losses follow a law like the one of our grid, with half a percent of
-# noise. The check plays games with several laws and asks for a small *regret*: the nats by which
+# raises a `ValueError`. The losses follow a `ScalingLaw` like that of our grid, with half a percent
+# of noise. The check plays games with several laws and asks for a small *regret*: the nats by which
 # your model is worse than the best one for the target. The `parameters` of a game lie between 5,000
 # and a million.
 # ````
