@@ -41,9 +41,6 @@
 import csv
 import math
 import tempfile
-
-# %% tags=["engine"]
-#| export
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -54,14 +51,12 @@ from typing import Any, cast, NamedTuple
 
 # %% tags=["engine"]
 #| export
+# NumPy, PyTorch, and what it takes from earlier chapters
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import nn
 
-# %% tags=["engine"]
-#| export
-# What it takes from earlier chapters
 from llmbook.batches import Batch, BatchSampler, pack_documents, PackedDocuments, TokenShards
 from llmbook.batches import write_shards
 from llmbook.blocks import initialize_weights, lookup_tables
@@ -2313,8 +2308,8 @@ def checklist_page() -> str:
         "and a published run lies at each end of its range. A value outside the range isn't wrong, "
         "but it should be chosen on purpose. {py:func}`~llmbook.scaling.checklist_page` makes this "
         "page, and {py:func}`~llmbook.scaling.check_config` compares a configuration with it.\n",
-        "Batches are counted in tokens for pretraining and in rows for tuning. Warmup is a share of "
-        "all steps, and final a share of the peak rate. The rates are those of AdamW, except that "
+        "Batches are counted in tokens for pretraining and in rows for tuning. Warmup is a share "
+        "of all steps, and final a share of the peak rate. The rates are those of AdamW, except that "
         "the highest one of DPO was used with RMSprop. The highest rate of PPO is the highest of "
         "its source's scan that did not diverge.\n",
     ]

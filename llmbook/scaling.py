@@ -11,13 +11,11 @@ __all__ = ['PUBLISHED_LAWS', 'HARDWARE', 'PUBLISHED', 'CHECKLISTS', 'SIZES', 'Ru
            'info', 'Setting', 'hyperparameter_checklist', 'checklist_table', 'checklist_page', 'check_config',
            'BudgetGame']
 
-# %% ../chapters/17_scaling.ipynb #1a2e409e
+# %% ../chapters/17_scaling.ipynb #6206b718
 # The imports of the module
 import csv
 import math
 import tempfile
-
-# %% ../chapters/17_scaling.ipynb #615d9564
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,14 +24,13 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any, cast, NamedTuple
 
-# %% ../chapters/17_scaling.ipynb #aba7e027
+# %% ../chapters/17_scaling.ipynb #ff5fe791
+# NumPy, PyTorch, and what it takes from earlier chapters
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import nn
 
-# %% ../chapters/17_scaling.ipynb #8a24e515
-# What it takes from earlier chapters
 from .batches import Batch, BatchSampler, pack_documents, PackedDocuments, TokenShards
 from .batches import write_shards
 from .blocks import initialize_weights, lookup_tables
@@ -1056,7 +1053,7 @@ def checklist_table(scale: str | int | float) -> str:
         lines.append(f"| {name} | {_shown(s.value)} | {span} | {cited} |")
     return "\n".join(lines) + "\n"
 
-# %% ../chapters/17_scaling.ipynb #3064d625
+# %% ../chapters/17_scaling.ipynb #6d80af73
 _WHERE = {"lora": "LoRA", "sft": "Tuning of all weights", "dpo": "Preferences: DPO"}
 _WHERE |= {"ppo": "Reinforcement learning: PPO", "grpo": "Reinforcement learning: GRPO"}
 
@@ -1069,8 +1066,8 @@ def checklist_page() -> str:
         "and a published run lies at each end of its range. A value outside the range isn't wrong, "
         "but it should be chosen on purpose. {py:func}`~llmbook.scaling.checklist_page` makes this "
         "page, and {py:func}`~llmbook.scaling.check_config` compares a configuration with it.\n",
-        "Batches are counted in tokens for pretraining and in rows for tuning. Warmup is a share of "
-        "all steps, and final a share of the peak rate. The rates are those of AdamW, except that "
+        "Batches are counted in tokens for pretraining and in rows for tuning. Warmup is a share "
+        "of all steps, and final a share of the peak rate. The rates are those of AdamW, except that "
         "the highest one of DPO was used with RMSprop. The highest rate of PPO is the highest of "
         "its source's scan that did not diverge.\n",
     ]
