@@ -3,21 +3,32 @@
 #
 # > Train on many devices as on one: the same gradients, with the bytes and the memory counted.
 #
-# A model that is trained on sixteen thousand processors is the same model as on one, and so is its
-# gradient, or should be. When it isn't, nothing crashes. The loss falls, samples look plausible, and
-# the run is a little worse than it could have been, for months. So this chapter asks one question
-# of everything it builds: is it equal to one process? The second question is what that costs, in
-# bytes that are sent and bytes that are kept, because these two decide what can be trained where.
+# A model trained on sixteen thousand processors is the same model as on one, and its gradient is
+# the same gradient, or should be. When it isn't, nothing crashes. The loss falls, the samples look
+# plausible, and for months the run is a little worse than it could have been. So this chapter asks
+# one question of everything it builds: does it equal one process? The second question is what that
+# costs, in bytes sent and in bytes kept, because these two decide what can be trained where.
 #
 # | | |
 # |---|---|
 # | **Part** | III. Pretraining |
-# | **You build** | {py:func}`~llmbook.distributed.launch`, {py:func}`~llmbook.distributed.all_reduce_ring`, {py:class}`~llmbook.distributed.DataParallel`, {py:class}`~llmbook.distributed.ShardedOptimizer`, {py:func}`~llmbook.distributed.shard_model`, {py:func}`~llmbook.distributed.predict_scheme`, {py:func}`~llmbook.distributed.tensor_parallel`, {py:func}`~llmbook.distributed.ring_attention`, {py:func}`~llmbook.distributed.pipeline_step`, {py:class}`~llmbook.distributed.Ranks`, {py:func}`~llmbook.distributed.prepare` |
-# | **You need** | attention in tiles ({doc}`09_attention`), training ({doc}`13_training`), memory and 16-bit formats ({doc}`15_precision`); for the last section, {doc}`03_cleaning` to {doc}`07_batches` |
+# | **You build** | {py:func}`~llmbook.distributed.launch`, {py:func}`~llmbook.distributed.all_reduce_ring`, {py:class}`~llmbook.distributed.DataParallel`, {py:class}`~llmbook.distributed.ShardedOptimizer`, {py:func}`~llmbook.distributed.shard_model`, {py:func}`~llmbook.distributed.tensor_parallel`, {py:func}`~llmbook.distributed.ring_attention`, {py:func}`~llmbook.distributed.pipeline_step`, {py:func}`~llmbook.distributed.predict_scheme`, {py:class}`~llmbook.distributed.Ranks`, {py:func}`~llmbook.distributed.prepare` |
+# | **You need** | attention in tiles ({doc}`09_attention`), training ({doc}`13_training`), memory and 16-bit formats ({doc}`15_precision`); for the last section, {doc}`02_corpus` to {doc}`05_tokenizer`, and {doc}`07_batches` |
 # | **It takes** | 60 minutes for the main line, 5 hours for everything, 90 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp distributed
+
+# %% [markdown]
+# ## A gradient wrong by a factor of two
+#
+# Two processes train one model. Each has its own copy, reads its own half of every batch, and
+# computes the gradient of its mean loss. Then they average their gradients, so that both take the
+# same step and the copies stay equal. This is *data parallelism*. Does this give the gradient that
+# one process would find on the whole batch?
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: what the code imports, and sixteen rows of stories
 
 # %% tags=["engine"]
 #| export
@@ -49,15 +60,6 @@ from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-# %% [markdown]
-# ## A gradient wrong by a factor of two
-#
-# Two processes train one model. Each has a copy of it, reads its own half of every batch, and
-# computes the gradient of its mean loss. Then they average their gradients, so that both take the
-# same step and the copies stay equal. This is *data parallelism*. In code it is two lines more than
-# training in one process: `all_reduce` adds up a tensor over all processes, and a division makes
-# that a mean. Each process has a number, its *rank*, by which it chooses its rows:
-
 # %% tags=["engine"]
 #| export
 # PyTorch, and what it takes from earlier chapters
@@ -77,9 +79,6 @@ from llmbook.environment import check_whole, seed_everything
 from llmbook.model import ModelConfig, TransformerLM
 from llmbook.optimization import SGD, AdamW, clip_gradients, cross_entropy
 from llmbook.optimization import parameter_groups
-
-# %% [markdown]
-# Every batch has 16 rows of stories, and a rank reads every second one.
 
 # %% tags=["engine"]
 # The data of this chapter's runs: 16 rows of stories in each batch, 8 for each of two ranks
@@ -102,6 +101,14 @@ def rows_at(step: int, rank: int) -> tuple[Tensor, Tensor]:
     return mine[:, :-1], targets
 
 
+# %% [markdown]
+# ### Two lines more
+#
+# In code, data parallelism takes two lines more than training in one process: `all_reduce` adds up
+# a tensor over all processes, and a division turns the sum into a mean. Each process has a number,
+# its *rank*. Every batch has 16 rows of stories, and `rows_at` gives each rank every second one:
+
+
 # %%
 def train(n_steps: int) -> list[float]:
     seed_everything(0)  # both ranks begin with the same weights
@@ -121,18 +128,18 @@ def train(n_steps: int) -> list[float]:
 
 
 # %% [markdown]
-# The batches are not alike. Rank 0 has plain text, with 24 targets in each row; rank 1 has prompts
-# with answers, and only the 8 bytes of an answer are targets. Our function
-# {py:func}`~llmbook.distributed.launch` runs `train` in two processes and returns what it returned
-# in each.
+# The two halves are not alike. Rank 0 gets plain text, with 24 targets in each row; rank 1 gets
+# prompts with answers, and only the 8 bytes of each answer are targets. Our function
+# {py:func}`~llmbook.distributed.launch` runs `train` in two processes and returns what each of them
+# returned.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: how processes start, fail and end together
 
 # %% [markdown] tags=["engine"]
-# A function reaches a process that has not defined it in one of two ways. One that an installed
-# module exports travels as its name, and the process imports it. One of a notebook or a script has
-# no such name; it travels as code, which the package `cloudpickle` can send.
+# A function can reach a process that has not defined it in one of two ways. If an installed module
+# exports it, it travels as its name, and the process imports it. A function of a notebook or a
+# script has no such name; it travels as code, which the package `cloudpickle` can send.
 
 
 # %% tags=["engine"]
@@ -183,10 +190,10 @@ def _packed_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> by
 
 
 # %% [markdown] tags=["engine"]
-# What happens in a rank: it joins the group, calls the function, and tells its parent what came
-# back. A thread ends the process when the parent is gone, whatever the function is doing then. An
-# error is told by its text, with the collective that was called last: gloo says that it waited, but
-# not for what.
+# This is what happens in a rank: it joins the group, calls the function, and tells its parent what
+# came back. A thread ends the process when the parent is gone, whatever the function is doing at
+# that moment. An error is reported by its text, together with the collective that was called last:
+# gloo says that it waited, but not for what.
 
 
 # %% tags=["engine"]
@@ -292,8 +299,9 @@ def _run_rank(
 
 
 # %% [markdown] tags=["engine"]
-# The parent listens to all ranks at once. The first failure ends the run; for a moment it waits for
-# others, because a rank that lost its neighbor may be heard before the neighbor's end is noticed.
+# The parent listens to all ranks at once. The first failure ends the run; but the parent waits a
+# moment for others, because a rank that lost its neighbor may be heard before the neighbor's end is
+# noticed.
 
 
 # %% tags=["engine"]
@@ -365,10 +373,10 @@ def _rank_error(failures: dict[int, _Failure], done: Collection[int], size: int)
 
 
 # %% [markdown] tags=["engine"]
-# Starting a process by a fork of this one is quick, but a fork copies one thread only: a lock that
-# another thread held stays locked for ever, and torch's threads hold some. Starting afresh is safe,
-# and imports torch in every process. A *fork server* is both: one fresh process imports torch, does
-# nothing with it, and is forked whenever a rank is needed.
+# Starting a process by forking this one is quick, but a fork copies only one thread: a lock that
+# another thread held stays locked forever, and torch's threads hold some. Starting afresh is safe,
+# but imports torch in every process. A *fork server* is both quick and safe: one fresh process
+# imports torch, does nothing with it, and is forked whenever a rank is needed.
 
 
 # %% tags=["engine"]
@@ -439,6 +447,8 @@ def launch(
 
 # %% [markdown]
 # ### It trains
+#
+# We let both ranks train for eighty steps:
 
 # %%
 for rank, found in enumerate(launch(train, 2, 80)):
@@ -448,15 +458,16 @@ for rank, found in enumerate(launch(train, 2, 80)):
 
 # %% [markdown]
 # The curve looks right, so who would look further? Let $s_r$ be the gradient of the loss *summed*
-# over the targets of rank $r$, and $n_r$ their number. The gradient of the mean loss over all
-# targets is $(s_0 + s_1) / (n_0 + n_1)$. What the two processes used is the mean of two means,
+# over the targets of rank $r$, and let $n_r$ be the number of these targets. The gradient of the
+# mean loss over all targets is $(s_0 + s_1) / (n_0 + n_1)$. What the two processes used is the mean
+# of two means,
 #
 # $$
 # \frac{1}{2} \Bigl( \frac{s_0}{n_0} + \frac{s_1}{n_1} \Bigr) ,
 # $$ (distributed-mean-of-means)
 #
-# in which a target of rank $r$ has the weight $1 / (2 n_r)$. To see it in the run itself, we take
-# the gradient that it used, and ask how much of $s_0$ and of $s_1$ is in it:
+# in which a target of rank $r$ has the weight $1 / (2 n_r)$. To see this in the run itself, we take
+# the gradient that it used and solve for the shares of $s_0$ and $s_1$ in it:
 
 
 # %%
@@ -475,20 +486,35 @@ for rank, n in enumerate((192, 64)):
 
 # %% [markdown]
 # Every target of the short batch pulls twice as hard as it should. Nothing fails, because a wrong
-# weighting is still a weighting, and the loss of either rank can fall. Widely used trainers had
-# this error for years, over ranks and over accumulated micro-batches
+# weighting is still a weighting, and the loss of each rank can still fall. A widely used trainer
+# had this error, over accumulated micro-batches and over ranks
 # ([transformers#34191](https://github.com/huggingface/transformers/pull/34191),
-# [#34242](https://github.com/huggingface/transformers/issues/34242)). So we trust no curve, and
-# compare with one process, number by number.
+# [#34242](https://github.com/huggingface/transformers/issues/34242)). So we won't trust a curve.
+# We will compare with one process, number by number.
 
 # %% [markdown]
 # ## Processes, ranks, collectives
 #
 # A *collective* is an operation that all ranks of a group call together, each with a tensor of its
-# own. Five of them, on two ranks that hold the numbers 1 and 2:
+# own. Suppose that rank 0 holds the number 1 and rank 1 holds the number 2. Here is what five
+# collectives leave them with:
+#
+# | collective | on rank 0 | on rank 1 |
+# |---|---|---|
+# | broadcast from rank 0 | 1 | 1 |
+# | all-reduce by a sum | 3 | 3 |
+# | scatter of 10 and 20 from rank 0 | 10 | 20 |
+# | gather on rank 0 | 1, 2 | nothing |
+# | all-gather | 1, 2 | 1, 2 |
+#
+# A sixth, *reduce-scatter*, sums like an all-reduce but leaves each rank with only one part of the
+# sum.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the five collectives, called by their names
 
 
-# %%
+# %% tags=["engine"]
 def collective(name: str) -> list[float]:
     x, both = torch.tensor([dist.get_rank() + 1.0]), [torch.zeros(1), torch.zeros(1)]
     root = dist.get_rank() == 0
@@ -507,12 +533,17 @@ for name in ("broadcast", "all_reduce", "scatter", "gather", "all_gather"):
     first, second = launch(collective, 2, name)
     print(f"{name:11} rank 0 has {first!s:11} rank 1 has {second}")
 
+# %% [markdown] tags=["engine"]
+# The sum is the safe reduction. Not every backend knows the average, `ReduceOp.AVG`, and some
+# versions of gloo, the backend for processors without a GPU, silently computed it wrong
+# ([pytorch#162338](https://github.com/pytorch/pytorch/issues/162338)). This book sums and divides.
+
 # %% [markdown]
-# Rank 0 is the root of the rooted ones: what it has is broadcast or scattered, and what the others
-# have is gathered there. A sixth, *reduce-scatter*, sums like `all_reduce` but leaves each rank
-# with one part of the sum. There is one rule that no compiler checks: all ranks must call the same
-# collectives in the same order. A rank that leaves one out leaves the others waiting. Our `launch`
-# ends such a run after its timeout, and says who waited in which collective:
+# ### A rank that leaves one out
+#
+# There is one rule that no compiler checks: all ranks must call the same collectives in the same
+# order. If one rank leaves out a call, the others wait for it. Our `launch` ends such a run after a
+# timeout and says who waited in which collective:
 
 
 # %%
@@ -527,19 +558,17 @@ except RankError as error:
     print("\n".join(str(error).splitlines()[:2]))
 
 # %% [markdown]
-# The sum is the safe reduction. An average, `ReduceOp.AVG`, is not known to all backends, and some
-# versions of gloo, the one for processors without a GPU, computed it wrongly without a word
-# ([pytorch#162338](https://github.com/pytorch/pytorch/issues/162338)). This book sums and divides.
+# Rank 1 had one batch less, and has left; rank 0 is still waiting in `all_reduce`.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: counting what is sent, and agreeing before work begins
 
 # %% [markdown] tags=["engine"]
-# Each collective of torch, those inside DDP and FSDP too, is an operation that a dispatch mode
-# sees, like the mode that measures memory in chapter 15. Which argument holds the data, and how
-# often a rank sends it, is the table below. A rooted collective is counted with its average over
-# ranks. gloo's own `reduce_scatter` sends twice what is counted here: it reduces all, then drops a
-# part.
+# Every collective of torch, including those inside DDP and FSDP, is an operation that a dispatch
+# mode sees, like the mode that measures memory in chapter 15. The table below says which argument
+# holds the data and how many times a rank sends it. A rooted collective is counted with its average
+# over ranks. gloo's own `reduce_scatter` sends twice what is counted here: it reduces everything,
+# then drops a part.
 
 
 # %% tags=["engine"]
@@ -624,9 +653,10 @@ def _size_of_group(arguments: Any) -> int:
 
 
 # %% [markdown] tags=["engine"]
-# A collective hangs if one rank does not call it, or calls another. So whatever decides about calls
-# (how many micro-batches there are, which parameters) is compared first. All ranks see all values,
-# so all raise the same error.
+# A collective hangs if one rank does not call it, or calls another one. A rank without targets
+# contributes zero, which is fine; a rank without a *batch* is not, because the others wait for it.
+# So whatever decides about calls (how many micro-batches there are, which parameters) is compared
+# first. All ranks see all values, so all raise the same error.
 
 
 # %% tags=["engine"]
@@ -661,7 +691,7 @@ def check_agreed(group: dist.ProcessGroup | None = None, **numbers: int) -> None
 
 
 # %% [markdown] tags=["engine"]
-# Two more that all ranks call together: one divides a batch, the other adds up numbers.
+# Two more functions that all ranks call together: one divides a batch, the other adds up numbers.
 
 
 # %% tags=["engine"]
@@ -689,8 +719,8 @@ def sum_over_ranks(number: int, group: dist.ProcessGroup | None = None) -> int:
 
 
 # %% [markdown] tags=["engine"]
-# Both directions at once: a rank that sent first and received afterwards could wait for a neighbor
-# that does the same.
+# A rank sends and receives at the same time. If it sent first and received afterwards, it could
+# wait for a neighbor that does the same.
 
 
 # %% tags=["engine"]
@@ -713,18 +743,17 @@ def pass_on(
 # %% [markdown]
 # ## A ring
 #
-# How does a sum of $b$ bytes reach all of $n$ ranks? If all send their tensor to rank 0, it
-# receives $(n - 1) b$ bytes, adds, and sends as many: with a thousand ranks, a thousand times the
-# time. A ring keeps all lines busy at once, and no rank sends more than $2b$
-# {cite}`patarasuk2009bandwidth`. Each rank sends only to the next one, and receives only from the
-# one before.
+# How does a sum of $b$ bytes reach all of $n$ ranks? If all of them send their tensors to rank 0,
+# it receives $(n - 1) b$ bytes, adds them up, and sends as many back: with a thousand ranks, that
+# takes a thousand times as long. In a ring, each rank sends only to the next one, and no rank sends
+# more than $2b$ bytes {cite}`patarasuk2009bandwidth`.
 #
-# Cut the tensor into $n$ parts. In each step, a rank passes on one part, and adds what arrives to
-# its own copy of the part that arrives. A part travels once around the ring and gathers the
-# contributions; after $n - 1$ steps each rank holds one part of the sum, complete. That is the
-# reduce-scatter. Then the complete parts travel around once more, and each rank copies them, which
-# is an all-gather. With `pass_on(x)`, which sends x to the next rank and returns what the previous
-# one sends:
+# Cut the tensor into $n$ parts. In each step, a rank passes on one part, and adds the part that
+# arrives to its own copy of that part. A part travels once around the ring and gathers the
+# contributions; after $n - 1$ steps, each rank holds one complete part of the sum. That is the
+# reduce-scatter. Then the complete parts travel around once more, and each rank keeps a copy, which
+# is an all-gather. With `pass_on(x)`, which sends `x` to the next rank and returns what the
+# previous one sent, this becomes:
 
 
 # %%
@@ -745,23 +774,28 @@ def ring(parts: list[Tensor]) -> None:
 # it. Arrows lead to the next rank; from the last, back to the first.
 # ```
 #
-# Each of the two takes $n - 1$ steps, and a rank sends $b / n$ bytes in each. An all-reduce is one
-# after the other, so a rank sends
+# Each of the two halves takes $n - 1$ steps, and a rank sends $b / n$ bytes in each step. So the
+# whole all-reduce sends
 #
 # $$
 # 2 (n - 1) \cdot \frac{b}{n} = \frac{2 (n - 1)}{n} \, b
 # $$ (distributed-ring)
 #
-# bytes, and less than $2b$ for any number of ranks. What grows with $n$ is the number of steps, and
-# with it the waiting for the first byte of each message; for small tensors, other ways are faster.
-
+# bytes from each rank, less than $2b$ for any number of ranks. What does grow with $n$ is the
+# number of steps, each with a wait for its first byte.
+#
+# All ranks end up with the *same bits*, because each part was added up once and then copied. The
+# order of the additions differs from part to part, though, so these bits can differ from those of a
+# sum taken in the order of ranks. {py:class}`~llmbook.distributed.ByteCounter` counts what a rank
+# hands to the network. For 120,000 float32 numbers, it finds 480,000 bytes on two ranks, 640,000 on
+# three, and 720,000 on four, exactly as the formula says.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: the two halves, for tensors of any shape
+# ### Engine room: the two halves, for tensors of any shape, and the bytes counted
 
 # %% [markdown] tags=["engine"]
-# What the package offers are the two halves and the whole, within any group of ranks. A number of
-# numbers that the ranks do not divide is filled up with zeros.
+# The package offers the two halves and the whole, within any group of ranks. If the number of ranks
+# does not divide the number of elements, zeros fill up the rest.
 
 
 # %% tags=["engine"]
@@ -813,16 +847,11 @@ def _check_parts(parts: Tensor, size: int) -> None:
         raise ValueError(f"parts: expected one part for each of {size} ranks, got {len(parts)}")
 
 
-# %% [markdown]
-# ### The same bits, and the bytes of the formula
-
-# %% [markdown]
-# All ranks end with the *same bits*, since each part was added up once and then copied. The order
-# of the additions differs from one part to the next, so the bits differ from those of a sum in
-# order. {py:class}`~llmbook.distributed.ByteCounter` counts what a rank hands to the network:
+# %% [markdown] tags=["engine"]
+# `ByteCounter` against the formula:
 
 
-# %%
+# %% tags=["engine"]
 def counted(n_numbers: int) -> int:
     with ByteCounter() as traffic:
         all_reduce_ring(torch.ones(n_numbers))
@@ -836,9 +865,9 @@ for n in (2, 3, 4):
 # %% [markdown]
 # ## The mean over tokens, done right
 #
-# Now the gradient of the opening can be mended. The sum of the losses over all targets is a plain
+# Now we can mend the gradient of the opening. The sum of the losses over all targets is a plain
 # sum, over ranks and over the micro-batches that each rank accumulates, and so is its gradient. The
-# only number that every rank needs of the others is the denominator: how many targets there are in
+# only number that a rank needs from the others is the denominator: how many targets there are in
 # all. One `all_reduce` of one number finds it *before* the first backward pass. We compare three
 # recipes, each with four micro-batches on each of two ranks, with one process that reads all rows
 # at once:
@@ -868,21 +897,18 @@ for recipe in ("mean of means", "sum over all, then averaged", "sum over all"):
     print(f"{recipe:28} {f'off by {error:.0%}' if error > 1e-3 else 'equal to one process'}")
 
 # %% [markdown]
-# The last equals one process up to rounding (a thousandth is the bound here, a millionth in the
-# tests). The one before is the second famous factor of two: a loss already divided by the targets
-# of all ranks, in a wrapper that *averages* gradients, as torch's does. Multiplied by the number of
-# ranks it is right again. AdamW hides it from the curve, because Adam divides each gradient by its
-# own size; it shows in the gradient norm, and so in how often clipping strikes.
-#
-# A rank without targets contributes zero, and is no problem. A rank without a *batch* is, because
-# the others wait for it. So our functions compare over ranks what decides about collectives, and
-# all ranks raise the same error ({py:func}`~llmbook.distributed.check_agreed`).
+# Only the last recipe equals one process up to rounding (the bound is a thousandth here and a
+# millionth in the tests). The second is the other famous factor of two: a loss already divided by
+# the targets of all ranks, inside a wrapper that *averages* gradients, as torch's does. Multiply it
+# by the number of ranks, and it is right again. AdamW hides this error from the curve, because Adam
+# divides each gradient by its own size. The error does show in the gradient norm, and so in how
+# often clipping strikes.
 
 # %% [markdown]
 # ## While the backward pass still runs
 #
-# The gradient of the last layer is ready long before that of the first. Why wait? A hook that
-# runs when a gradient is complete can start its sum over ranks, and the network works while the
+# The gradient of the last layer is ready long before that of the first. Why wait? A hook that runs
+# when a gradient is complete can start its sum over ranks, and the network works while the
 # processor goes on:
 
 
@@ -900,29 +926,30 @@ def exchange_early(model: nn.Module) -> list[tuple[nn.Parameter, Any]]:
 
 # %% [markdown]
 # An asynchronous collective returns a handle at once; its tensor may be used only after `wait`.
-# This is the whole idea of {py:class}`~llmbook.distributed.DataParallel`, and five things are
-# missing {cite}`li2020pytorch`:
+# This is the idea of {py:class}`~llmbook.distributed.DataParallel`. Four rules make it fit for use
+# {cite}`li2020pytorch`. Hundreds of small messages are slow, so gradients share *buckets*, the last
+# layers first, and a bucket is sent when it is full. Gradients may become ready in a different
+# order on another rank, but collectives must not, so a bucket waits until those before it have been
+# sent. Copies that start out unequal stay unequal, so rank 0 broadcasts its weights at the
+# beginning. Finally, accumulation needs no exchange before the last micro-batch: `no_sync` switches
+# it off. It has to enclose the *forward* pass, too, because that is where torch's wrapper and ours
+# decide.
 #
-# - Hundreds of small messages are slow, so gradients share *buckets*, the last layers first. A
-#   bucket is sent when it is full.
-# - Gradients may become ready in another order on another rank, but the order of collectives must
-#   be the same. So a bucket waits until those before it have been sent.
-# - A weight that is used twice, as a tied embedding is, has one gradient, complete after both uses.
-#   A frozen weight has none. And one that was not used here, such as an expert without tokens, may
-#   have been used on another rank. So when the backward pass ends, buckets that are not full are
-#   sent with zeros, and with a mark for each weight that says whether there was a gradient. If no
-#   rank had one, the optimizer must leave the weight alone, as in one process.
-# - Copies that do not begin equal never become equal: rank 0 broadcasts its weights at the start,
-#   and its buffers before each forward pass.
-# - Accumulation needs no exchange before the last micro-batch. `no_sync` switches it off, and has
-#   to enclose the *forward* pass, too, because there torch's wrapper and ours decide. A backward
-#   pass alone inside of it is exchanged in full, which nobody notices, as it only costs time.
-#
-# Gradients are clipped after the exchange, by the norm of the sum; the norm of one rank's part is
-# another number.
+# With buckets of at most 8 KiB, 14 of our small model's 15 were on their way before the backward
+# pass ended; with 1,024 KiB there was only one, and nothing to hide it behind. Large buckets have
+# less overhead, and torch's default of 25 MiB is meant for far larger models.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: buckets, marks, and gradients that were summed already
+
+# %% [markdown] tags=["engine"]
+# A weight that is used twice, as a tied embedding is, has one gradient, which is complete after
+# both uses. A frozen weight has none. And a weight that was not used here, such as an expert
+# without tokens, may have been used on another rank. So when the backward pass ends, buckets that
+# are not full are sent with zeros, and with a mark for each weight that says whether it had a
+# gradient. If no rank had one, the optimizer must leave the weight alone, as it would in one
+# process. Buffers are broadcast before each forward pass. If `no_sync` encloses only the backward
+# pass, everything is exchanged in full, which nobody notices, because it costs nothing but time.
 
 
 # %% tags=["engine"]
@@ -1093,13 +1120,11 @@ def check_agreed_parameters(module: nn.Module, group: dist.ProcessGroup | None =
     check_agreed(group, parameters_to_train=len(told), shapes=zlib.crc32(repr(told).encode()))
 
 
-# %% [markdown]
-# ### How much goes out early
-#
+# %% [markdown] tags=["engine"]
 # How many buckets are under way when the last gradient has been computed?
 
 
-# %%
+# %% tags=["engine"]
 def early(bucket_bytes: int) -> str:
     model = DataParallel(TransformerLM(config), bucket_bytes)
     inputs, targets = rows_at(0, dist.get_rank())
@@ -1111,35 +1136,31 @@ for kib in (8, 32, 1024):
     print(f"at most {kib:4} KiB: {launch(early, 2, kib * 1024)[0]}")
 
 # %% [markdown]
-# Only the last bucket is left to wait for at the end. Small buckets hide more of the exchange, and
-# large ones have less overhead; torch's default of 25 MiB is meant for models a thousand times as
-# large as this one.
-
-# %% [markdown]
 # ## Less memory: shard the optimizer, then everything
 #
-# All copies are equal, and that is a waste. Of the 16 bytes that AdamW keeps for each weight in
-# float32, the weight itself has 4, its gradient 4, and the two averages 8. ZeRO removes the copies
-# in stages {cite}`rajbhandari2020zero`.
+# All copies are equal, which is a waste. AdamW in float32 keeps 16 bytes for each weight: 4 for the
+# weight itself, 4 for its gradient, and 8 for the two averages. ZeRO removes the copies in stages
+# {cite}`rajbhandari2020zero`.
 #
 # **Stage 1** divides the optimizer. Rank $r$ updates only its $n$-th of the weights, so it needs
 # only that part of the summed gradient: a reduce-scatter instead of an all-reduce. Afterwards all
-# ranks need all new weights: an all-gather. These are the two halves of {eq}`distributed-ring`,
-# with the step in between, so the traffic is the same as before. It works for optimizers that treat
-# each number by itself, so not for Muon, which needs whole matrices.
+# ranks need all new weights: an all-gather. These are the two halves of {eq}`distributed-ring` with
+# the optimizer's step in between, so the traffic is the same as before. This works for optimizers
+# that treat each number by itself, so not for Muon, which needs whole matrices.
 #
-# **Stage 3**, full sharding, divides the weights as well. Before a block computes, its weights are
-# gathered; afterwards they are freed; the backward pass gathers them again. What is the gradient
-# of a gather? Every rank computes with all of $w = (w_0, \dots, w_{n-1})$, so the total loss is a
-# sum over ranks $q$ of losses $\ell_q(w)$, and
+# **Stage 3**, full sharding, divides the weights and the gradients as well. (Stage 2 stops short of
+# the weights.) Before a block computes, its weights are gathered; afterwards they are freed; the
+# backward pass gathers them again. What is the gradient of a gather? Every rank computes with all
+# of $w = (w_0, \dots, w_{n-1})$, so the total loss is a sum over ranks $q$ of losses $\ell_q(w)$,
+# and
 #
 # $$
 # \frac{\partial}{\partial w_r} \sum_q \ell_q(w)
 # = \sum_q \Bigl( \frac{\partial \ell_q}{\partial w} \Bigr)_r .
 # $$ (distributed-gather)
 #
-# Sum over ranks, and keep part $r$. That is a reduce-scatter, and so full sharding is hardly more
-# than one function with its derivative:
+# Sum over ranks, and keep part $r$. That is a reduce-scatter, so full sharding is hardly more than
+# one function with its derivative:
 
 
 # %%
@@ -1154,21 +1175,21 @@ class Gather(torch.autograd.Function):
 
 
 # %% [markdown]
-# Autograd would keep the gathered weight until the backward pass, and with it all memory that was
-# to be saved. {py:func}`~llmbook.distributed.shard_model` hands autograd a note in its place, which
-# weight of which block, and gathers again when the note is read. Each weight is gathered twice and
-# reduced once: $3 (n - 1) / n$ times its bytes, half as much again as before, and in *every*
-# micro-batch. 16-bit weights halve the two gathers. The rows that the optimizer sees stay in
-# float32, and gradients are summed in float32, so rounding does not pile up over ranks.
+# Left alone, autograd would keep each gathered weight until the backward pass, and nothing would be
+# saved. {py:func}`~llmbook.distributed.shard_model` hands autograd a note instead, saying which
+# weight of which block it was, and gathers again when the note is read. Each weight is gathered
+# twice and reduced once, so a rank sends $3 (n - 1) / n$ times its bytes: half as much again as
+# before, and in *every* micro-batch. With 16-bit weights, the two gathers cost half. The rows that
+# the optimizer sees stay in float32, and gradients are summed in float32.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: an optimizer in shares, and a model in rows
 
 # %% [markdown] tags=["engine"]
-# The optimizer lays all parameters end to end in one vector and cuts it in n equal shares. A cut
-# may go through a tensor, so what AdamW gets are *pieces*: vectors that are views of the share, in
-# the groups of the tensors they come from. A tensor that has a gradient on no rank has none in its
-# pieces, and its decay and its count of steps stay as in one process.
+# The optimizer lays all parameters end to end in one vector and cuts it into n equal shares. A cut
+# may go through a tensor, so AdamW gets *pieces*: vectors that are views of the share, in the
+# groups of the tensors they come from. If a tensor has a gradient on no rank, its pieces have none
+# either, and its decay and its count of steps stay as in one process.
 
 
 # %% tags=["engine"]
@@ -1336,9 +1357,9 @@ def clip_sharded_gradients(
 
 
 # %% [markdown] tags=["engine"]
-# The model is cut by rows instead, as FSDP2 does, and each row part stays under its name with its
-# number of dimensions. So what is built on the model afterwards, decay by shape for example, works
-# as before. A number of rows that n does not divide is filled up with zeros for the journey.
+# The model, in contrast, is cut by rows, as FSDP2 does it, and each part stays under its name with
+# its number of dimensions. So what is built on the model afterwards, such as decay by shape, works
+# as before. If n does not divide the number of rows, zeros fill it up for the journey.
 
 
 # %% tags=["engine"]
@@ -1571,25 +1592,26 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 # %% [markdown]
 # ## One table
 #
-# Now everything is held against one process. A small model trains for four steps by each scheme, on
+# Now we compare everything with one process. A small model trains for four steps by each scheme, on
 # two and on four ranks, in the setting of the opening: half of the ranks have three times as many
 # targets as the others. Each rank has two micro-batches, there is weight decay, and gradients are
-# clipped. The function `scheme_bytes` has the formulas to the byte. For $P$ weights they come to $2
-# (n - 1)/n \cdot 4P$ bytes for the first three schemes. With $m$ micro-batches, full sharding sends
-# $m (n - 1)/n \cdot 12 P$, or $8P$ in place of $12P$ with 16-bit weights. A few bytes come on top,
-# for marks, buffers, and the norm.
+# clipped. The function `scheme_bytes` has the formulas to the byte. For $P$ weights they come to
+# $2 (n - 1)/n \cdot 4P$ bytes for the first three schemes. With $m$ micro-batches, full sharding
+# sends $m (n - 1)/n \cdot 12 P$ bytes, or $8P$ in place of $12P$ with 16-bit weights. Marks,
+# buffers, and the norm add a few more bytes.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: one run by any scheme
 
 # %% [markdown] tags=["engine"]
 # The table needs the same training by each scheme: a few steps of AdamW with decay and clipping,
-# each batch divided over ranks and then into micro-batches. Each rank begins with weights of its
-# own, so that a run in which rank 0's are not handed out cannot end equal. In the reference, one
-# process takes all micro-batches of all ranks in turn. Bytes are counted from the first forward
-# pass of a step to its end, and what is kept at the end of the backward pass, before any exchange
-# that waits for it.
-
+# with each batch divided over ranks and then into micro-batches. Each rank begins with weights of
+# its own, so that a run in which rank 0's weights are not handed out cannot end up equal. In the
+# reference, one process takes all micro-batches of all ranks in turn. Bytes sent are counted from
+# the first forward pass of a step to its end. Bytes kept are counted at the end of the backward
+# pass, before any exchange that waits for it. The weights can differ by more than rounding: Adam
+# divides each gradient by its own size, so where a gradient is nearly zero, rounding decides the
+# direction of a whole step.
 
 # %% tags=["engine"]
 #| export
@@ -1821,6 +1843,8 @@ for n in (2, 4):
 
 # %% [markdown]
 # ### The ten runs
+#
+# Every row is a run that was compared with one process before it was printed:
 
 # %%
 whole, n_weights = TransformerLM(config), count_parameters(config)
@@ -1831,37 +1855,34 @@ for (scheme, n), (sent, kept) in table.items():
     print(f"{scheme:14}{n:6}{sent[0]:13,}{formula:12,}{kept / n_weights:24.1f}")
 
 # %% [markdown]
-# What a rank sent is the formula, to the byte, in all ten runs, and all ranks end with the same
-# bits. The first gradient norm equals that of one process to five digits, those of all four steps
-# to four, and the weights differ by less than a thousandth of the largest in their tensor. (Why not
-# by a millionth? Adam divides each gradient by its own size, so where it is nearly zero, rounding
-# decides the direction of a whole step.) Full sharding in 16 bits is held against one process whose
-# products round the weights to 16 bits. It starts with the same norm; later, a weight that lies
-# between two 16-bit numbers may be rounded the other way, so there the bounds are a hundred times
-# wider.
-#
-# What is kept falls as predicted: 16 bytes for each weight without sharding, of which stage 1
-# divides 8 by $n$, and full sharding all.
+# In all ten runs, what a rank sent is the formula to the byte, and all ranks ended with the same
+# bits. The first gradient norm equals that of one process to five digits, the norms of all four
+# steps agree to four, and the weights differ by less than a thousandth of the largest in their
+# tensor. (Full sharding in 16 bits is compared with one process that rounds its weights as well,
+# within wider bounds.) What is kept falls as predicted: of 16 bytes for each weight, stage 1
+# divides 8 by $n$, and full sharding divides them all.
 
 # %% [markdown]
 # ## Cutting a layer: tensor parallelism
 #
-# So far, ranks divided the batch and the storage, but each multiplied whole matrices. If a layer is
-# too large for that, the product itself has to be divided.
+# So far, ranks divided the batch and the storage, but each of them multiplied whole matrices. If a
+# layer is too large for that, we have to divide the product itself.
 #
 # Take a feed-forward network $Y = \phi(XA)\,B$ with an activation $\phi$. Cut $A$ by columns,
-# $A = [A_1 \dots A_n]$, and give $A_r$ to rank $r$. A column of $XA$ needs one column of $A$ only,
+# $A = [A_1 \dots A_n]$, and give $A_r$ to rank $r$. A column of $XA$ needs only one column of $A$,
 # and $\phi$ acts on each number by itself, so $\phi(XA) = [\phi(XA_1) \dots \phi(XA_n)]$: each rank
 # computes its part alone. Now cut $B$ by *rows*, at the same places. A product of matrices is a sum
-# over the columns of the left and the rows of the right one, and that sum can be taken in groups:
+# over the columns of the left one and the rows of the right one, and we can take that sum in
+# groups:
 #
 # $$
 # Y = \phi(XA)\,B = \sum_{r=1}^{n} \phi(XA_r)\, B_r .
 # $$ (distributed-columns-rows)
 #
-# Each rank has one term, and one all-reduce adds them up. With $A$ cut by rows, $XA$ itself would
-# be a sum over ranks, and since $\phi$ of a sum is not the sum of the $\phi$, they would have to
-# meet before the activation as well. So columns come first, then rows {cite}`shoeybi2019megatron`.
+# Each rank has one term, and one all-reduce adds them up. If $A$ were cut by rows, $XA$ itself
+# would be a sum over ranks, and since $\phi$ of a sum is not the sum of the $\phi$, the ranks would
+# have to meet before the activation as well. So columns come first, then rows
+# {cite}`shoeybi2019megatron`.
 #
 # ```{figure} ../figures/distributed-columns-rows.svg
 # :name: fig-distributed-columns-rows
@@ -1871,15 +1892,15 @@ for (scheme, n), (sent, kept) in table.items():
 # ```
 #
 # Attention has the same form. A head uses its own columns of $W_Q$, $W_K$ and $W_V$, its output
-# meets its own rows of $W_O$, and in between heads ignore each other. Queries that share a key head
-# must stay with it, so the number of ranks has to divide `n_kv_heads`.
+# meets its own rows of $W_O$, and in between, heads ignore each other. Queries that share a key
+# head must stay with it, so the number of ranks has to divide `n_kv_heads`.
 #
 # ### What goes backward
 #
-# Let $dY$ be the gradient of the loss with respect to $Y$. From $Y = \sum_r Y_r$ follows
+# Let $dY$ be the gradient of the loss with respect to $Y$. From $Y = \sum_r Y_r$ it follows that
 # $dY_r = dY$: the gradient passes the sum unchanged. At the other end, rank $r$ used a copy of $X$
-# and finds $dX_r$, which knows of its own part of the layer only. $X$ acts on the loss through all
-# copies, so $dX = \sum_r dX_r$, which is another all-reduce. Each of these two operators is the
+# and finds $dX_r$, which accounts only for its own part of the layer. $X$ acts on the loss through
+# all copies, so $dX = \sum_r dX_r$, which is another all-reduce. Each of these two operators is the
 # other one turned around:
 #
 # | operator | where | forward | backward |
@@ -1887,17 +1908,17 @@ for (scheme, n), (sent, kept) in table.items():
 # | $f$, {py:func}`~llmbook.distributed.enter_parallel` | before the columns | identity | all-reduce |
 # | $g$, {py:func}`~llmbook.distributed.leave_parallel` | after the rows | all-reduce | identity |
 #
-# Without $f$ everything below would get a partial gradient, a different one on each rank, and the
+# Without $f$, everything below would get a partial gradient, a different one on each rank, and the
 # loss might fall all the same. A block has two branches, each with one all-reduce forward and one
-# backward, of $BTd$ numbers. A ring sends $2\frac{n-1}{n}$ times what it reduces. With $b$ bytes a
-# number, each rank sends for each block
+# backward. Each of the four covers $B\,T\,d$ numbers, where $B$ now counts the rows of a batch, $T$
+# their tokens, and $d$ is the width. A ring sends $2\frac{n-1}{n}$ times what it reduces. With $b$
+# bytes per number, each rank sends for each block
 #
 # $$
 # 4 \cdot 2\,\tfrac{n-1}{n} \cdot b\,B\,T\,d \quad \text{bytes.}
 # $$ (distributed-tensor-bytes)
 #
-# With the two operators, what a rank computes fits into one line:
-
+# With the two operators, what a rank computes fits in one line:
 
 # %% tags=["engine"]
 # What the cells below use besides
@@ -1927,9 +1948,9 @@ from llmbook.blocks import FeedForward, MixtureOfExperts
 from llmbook.positions import check_tensor
 
 # %% [markdown] tags=["engine"]
-# A module that knows its place among the ranks can be used outside of a launch, too; there it is
-# the only rank. What a world size does not divide is refused by all ranks alike, for all of them
-# compute the same remainder, before anything is sent.
+# A module that knows its place among the ranks can also be used outside of a launch; there it is
+# the only rank. If the number of ranks does not divide something, all ranks refuse it alike before
+# anything is sent, because all of them compute the same remainder.
 
 
 # %% tags=["engine"]
@@ -2011,8 +2032,8 @@ def leave_parallel(
 
 
 # %% [markdown] tags=["engine"]
-# The layers take a rank's share out of a whole `nn.Linear`. A bias of the second one belongs to the
-# sum, not to its terms. Otherwise it would be added once for each rank.
+# The layers take a rank's share out of a whole `nn.Linear`. The bias of the second one belongs to
+# the sum, not to its terms; otherwise it would be added once for each rank.
 
 
 # %% tags=["engine"]
@@ -2062,8 +2083,8 @@ class RowParallelLinear(nn.Module):
 
 
 # %% [markdown] tags=["engine"]
-# One more gradient is a part only. Where queries and keys are normalized, all heads share the
-# gains, and each rank has seen its own heads only. Their gradients are summed as well.
+# One more gradient is only a part. Where queries and keys are normalized, all heads share the
+# gains, but each rank has seen only its own heads. Their gradients are summed as well.
 
 # %% tags=["engine"]
 #| export
@@ -2125,8 +2146,8 @@ def tensor_parallel(module: nn.Module, group: dist.ProcessGroup | None = None) -
 
 
 # %% [markdown] tags=["engine"]
-# To compare, the gradients of all ranks are put together. A rank has the whole gradient of a
-# parameter, a share of it, or none. `cut_step` is what each rank runs:
+# For the comparison, the gradients of all ranks are put together. A rank has the whole gradient of
+# a parameter, a share of it, or none. `cut_step` is what each rank runs:
 
 
 # %% tags=["engine"]
@@ -2190,17 +2211,17 @@ assert set(sent) == {formula}
 # %% [markdown]
 # These bytes grow with the tokens of a batch, and not with the parameters as those of data
 # parallelism do. And all ranks *wait* for them, four times in every block. So tensor parallelism
-# stays inside a server, whose devices have the fastest links {cite}`narayanan2021efficient`. In the
-# room below, torch's DTensor cuts the same model by a plan of names, with the same gradients.
+# stays inside a server, whose devices have the fastest links {cite}`narayanan2021efficient`.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the same by torch, with DTensor
 
 # %% [markdown] tags=["engine"]
 # PyTorch's DTensor is a tensor that knows how it is cut. `parallelize_module` takes a plan that
-# says which linear layers are columns and which are rows, and inserts the all-reduces. But torch
-# cuts a matrix wherever the number of ranks puts the edge. If that is inside a head, the model
-# fails later, or half a head is taken for one. So the plan is refused where the cut would be wrong.
+# says which linear layers are cut by columns and which by rows, inserts the all-reduces, and finds
+# the same gradients. But torch cuts a matrix wherever the number of ranks puts the edge. If that is
+# inside a head, the model fails later, or half a head is taken for a whole one. So we refuse a plan
+# whose cuts would be wrong.
 
 
 # %% tags=["engine"]
@@ -2246,23 +2267,23 @@ print(compared(*zip(*launch(dtensor_step, 2, model, ids), strict=True)))
 # ## Cutting the sequence: ring attention
 #
 # A text of a million tokens fits on no device, even as the only row of a batch. So the row is cut:
-# each of $n$ ranks gets a chunk of $T/n$ tokens. Norms, feed-forward networks and the loss treat
+# each of $n$ ranks gets a chunk of $T/n$ tokens. Norms, feed-forward networks, and the loss treat
 # each token by itself and do not notice. Only attention looks across the cut.
 #
-# Chapter 09 had the same difficulty inside one device.
+# {doc}`09_attention` had the same difficulty inside one device.
 # {py:func}`~llmbook.attention.flash_attention` reads keys in tiles, and keeps the largest score $m$
 # and the sum $s$ of $e^{\text{score} - m}$. Now a tile comes from another rank. Let tile $j$ have
 # the {term}`log-sum-exp` $\ell_j = m_j + \ln s_j$ and the output $o_j$, its own weighted mean of
 # values. Then $e^{\ell_j}$ is its sum of $e^{\text{score}}$, and $e^{\ell_j} o_j$ its sum of
-# $e^{\text{score}} v$. Both just add up:
+# $e^{\text{score}} v$. Both simply add up over the tiles:
 #
 # $$
 # o = \frac{\sum_j e^{\ell_j} o_j}{\sum_j e^{\ell_j}} = \sum_j w_j\, o_j , \qquad
 # w_j = e^{\ell_j - \ell} , \quad \ell = \ln \sum_j e^{\ell_j} .
 # $$ (distributed-merge)
 #
-# Merging is attention over tiles: $\ell_j$ is the score of a tile, $o_j$ its value. With two at a
-# time:
+# Merging is attention over tiles: $\ell_j$ is the score of a tile, and $o_j$ is its value. In code,
+# for two tiles at a time:
 
 
 # %% tags=["engine"]
@@ -2287,32 +2308,44 @@ def merge_attention(a: AttentionPart, b: AttentionPart) -> AttentionPart:
 
 # %% [markdown]
 # The ranks form a ring. Each attends to its own keys, then sends keys and values to the next rank
-# and receives those of the one before. After $n - 1$ such steps everyone has seen everything
-# {cite}`liu2023ring`. For the way back, {eq}`distributed-merge` is differentiated like any softmax:
+# and receives those of the one before. After $n - 1$ such steps, every rank has seen everything
+# {cite}`liu2023ring`. For the way back, we differentiate {eq}`distributed-merge` like any softmax:
 #
 # $$
 # do_j = w_j\, do , \quad dw_j = do \cdot o_j , \quad
 # d\ell_j = w_j \Bigl( dw_j - \sum_i w_i\, dw_i \Bigr) = w_j\; do \cdot (o_j - o) .
 # $$ (distributed-merge-backward)
 #
-# Here $\ell$, which gives $w_j$, and $o$ are those of the whole row, and a rank has both for its
-# queries when the forward pass ends. So keys and values go around once more. Each rank computes a
-# tile again, applies chapter 09's backward pass, and adds its share to the gradients of these keys
-# and values, which *travel with them* and are home after $n$ steps. With $c$ bytes for the keys and
-# values of a chunk, a rank sends
+# A rank has $\ell$ and $o$ of the whole row for its queries when the forward pass ends. So keys and
+# values go around once more. Each rank computes a tile again, applies the backward pass of
+# {doc}`09_attention`, and adds its share to the gradients of these keys and values. The gradients
+# *travel with them* and are home after $n$ steps. With $c$ bytes for the keys and values of a
+# chunk, a rank sends
 #
 # $$
 # \underbrace{(n-1)\,c}_{\text{forward}} + \underbrace{(n-1)\,c}_{\text{again}} +
 # \underbrace{n\,c}_{\text{gradients}} = (3n-2)\,c \quad \text{bytes.}
 # $$ (distributed-ring-bytes)
+#
+# ### Who has work, and when?
+#
+# A causal mask hides later chunks. Rank 0 is finished after its own chunk, while the last rank
+# works at every step, and each step takes as long as its busiest rank. The remedy is the *zigzag*
+# cut: cut the row into $2n$ pieces, and give rank $r$ an early one and a late one, $r$ and
+# $2n - 1 - r$. Of the four pairs of pieces that two different ranks form, exactly two are visible,
+# so all ranks have the same work at every step. {py:func}`~llmbook.distributed.ring_work` counts
+# it: on eight ranks, contiguous chunks take 1.87 times as long as even shares would, and the zigzag
+# cut takes 1.00. (Dealing out single tokens works, too {cite}`brandon2023striped`.) A token's place
+# in the text no longer follows from its place on the rank, so positions and targets must be cut
+# like the tokens, by {py:func}`~llmbook.distributed.cut_sequence`.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the ring, its tiles, and its way back
 
 # %% [markdown] tags=["engine"]
-# A chunk consists of one piece of the row, or of two. Of two pieces, the later one sees the whole
-# earlier one, the earlier one sees nothing, and a piece sees itself through a triangle. So no mask
-# is ever made: tiles are whole, triangles, or left out.
+# A chunk consists of one piece of the row, or of two. Of two pieces, the later one sees all of the
+# earlier one, the earlier one sees nothing of the later one, and each sees itself through a
+# triangle. So no mask is ever made: tiles are whole, triangles, or left out.
 
 
 # %% tags=["engine"]
@@ -2382,11 +2415,11 @@ def ring_work(
 
 
 # %% [markdown] tags=["engine"]
-# Passing on is a message to one rank and another from a second one, and both are waited for. With
-# gloo, an `isend` that nobody waits for hangs the *next* operation of that process, a barrier for
-# example, which is not where one looks for the fault. And if all ranks of a ring wait for their
-# sending to end before they receive, they may wait for ever. So both are started, then both
-# awaited.
+# To pass something on, a rank sends a message to one rank, receives another from a second one, and
+# waits for both. With gloo, an `isend` that nobody waits for hangs the *next* operation of that
+# process, such as a barrier, which is not where one looks for the fault. And if all ranks of a ring
+# wait for their sending to end before they receive, they may wait forever. So both are started,
+# then both are awaited.
 
 
 # %% tags=["engine"]
@@ -2408,7 +2441,7 @@ def _passed_on(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 # %% [markdown] tags=["engine"]
-# The forward and the backward pass walk the same way round. Keys and values are joined in one
+# The forward and the backward pass walk the same way around. Keys and values are joined in one
 # tensor, so that each step sends one message.
 
 
@@ -2524,7 +2557,7 @@ def ring_attention(
 
 
 # %% [markdown] tags=["engine"]
-# What two ranks run below, and what is demanded of the result:
+# This is what two ranks run below, and what is demanded of the result:
 
 
 # %% tags=["engine"]
@@ -2550,15 +2583,10 @@ d_out = torch.randn(2, 4, 64, 16, dtype=torch.float64)
 scaled_dot_product_attention(*inputs, is_causal=True).backward(d_out)
 
 
-# %% [markdown]
-# ### Who has work, and when?
-#
-# A causal mask hides later chunks. Rank 0 is finished after its own chunk, while the last rank
-# works at every step, and each step takes as long as its busiest rank. The remedy is to cut the row
-# into $2n$ pieces and to give rank $r$ an early and a late one, $r$ and $2n - 1 - r$.
-# {py:func}`~llmbook.distributed.ring_work` counts pairs of a query and a key that it sees:
+# %% [markdown] tags=["engine"]
+# The work of each rank, in pairs of a query and a key that it sees:
 
-# %%
+# %% tags=["engine"]
 print("ranks  cut         least work  most work  time / even shares")
 for n, cut in itertools.product((2, 4, 8), ("contiguous", "zigzag")):
     work = ring_work(n, 16 * n, zigzag=cut == "zigzag")
@@ -2567,16 +2595,9 @@ for n, cut in itertools.product((2, 4, 8), ("contiguous", "zigzag")):
     print(f"{n:5}  {cut:10} {each.min() / total:11.0%} {each.max() / total:10.0%} {lockstep:19.2f}")
 
 # %% [markdown]
-# With contiguous chunks, the time approaches twice that of an even division. With the *zigzag* cut,
-# all ranks have the same work at every step: of the four pairs of pieces that two different ranks
-# form, two are visible. (Another way is to deal out single tokens {cite}`brandon2023striped`.) A
-# token's place in the text no longer follows from its place on the rank, so positions and targets
-# must be cut like the tokens, by {py:func}`~llmbook.distributed.cut_sequence`.
-
-# %% [markdown]
 # ### Equal to one process, and to the formula
 #
-# Two ranks attend to rows of 64 tokens and go backward:
+# Two ranks attend to rows of 64 tokens and go backward, with either cut:
 
 # %%
 for zigzag in (False, True):
@@ -2588,25 +2609,33 @@ print(f"each rank sent {ranks[0][2]:,} bytes; the formula says {formula:,}")
 # %% [markdown]
 # ## Cutting the depth: pipelines
 #
-# The last cut is the plainest: the first layers go to rank 0, the next to rank 1, and so on. Only
-# neighboring *stages* talk, $BTd$ numbers at each cut. But while one stage works on the batch, all
+# The plainest cut gives the first layers to rank 0, the next to rank 1, and so on. Only neighboring
+# *stages* talk, and send $BTd$ numbers at each cut. But while one stage works on the batch, all
 # others wait.
 #
-# So the batch is cut into $m$ micro-batches, and stage 0 takes the second while stage 1 has the
-# first. Let there be $p$ stages, and let a micro-batch take $f$ forward and $b$ backward in each.
-# The simplest schedule, GPipe {cite}`huang2019gpipe`, sends all micro-batches forward, then all
-# backward. The last stage starts when the first micro-batch has passed the $p - 1$ others, and has
-# done its forward passes after $(p-1+m)f$. The backward passes run the other way, in $(p-1+m)b$.
-# Each stage works for $m(f+b)$ of that time. The rest is the *bubble*:
+# So the batch is cut into $m$ micro-batches, and stage 0 starts on the second while stage 1 has the
+# first. Let there be $p$ stages, and let a micro-batch take time $f$ forward and $b$ backward in
+# each of them. The simplest schedule, GPipe {cite}`huang2019gpipe`, sends all micro-batches
+# forward, then all backward. The last stage starts when the first micro-batch has passed the
+# $p - 1$ others, and has finished its forward passes after $(p-1+m)f$. The backward passes run the
+# other way, in $(p-1+m)b$. Each stage works for $m(f+b)$ of that time. The rest is the *bubble*:
 #
 # $$
 # \text{bubble} = 1 - \frac{m(f+b)}{(m+p-1)(f+b)} = \frac{p-1}{m+p-1} .
 # $$ (distributed-bubble)
 #
-# More micro-batches make it smaller. But with GPipe each stage keeps the activations of all $m$.
-# They are freed by backward passes, which need not wait that long. In *one forward, one backward*
-# (1F1B), stage $s$ begins with as many micro-batches as there are stages behind it, $p - 1 - s$,
-# and then alternates {cite}`narayanan2021efficient`:
+# More micro-batches make it smaller. But with GPipe, each stage keeps the activations of all $m$ of
+# them until the backward passes, which need not wait that long. In *one forward, one backward*
+# (1F1B), a stage sends forward as many micro-batches as there are stages behind it, then alternates
+# one forward pass with one backward pass, and at the end takes the backward passes that are left
+# {cite}`narayanan2021efficient`.
+#
+# A schedule is data: for each stage, a list of passes in order.
+# {py:func}`~llmbook.distributed.pipeline_timing` runs it without a model, with backward passes
+# twice as long as forward ones, since they multiply twice, for inputs and for weights.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: schedules, and how to run them on paper
 
 
 # %% tags=["engine"]
@@ -2619,7 +2648,7 @@ class PipelineAction(NamedTuple):
     microbatch: int
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def one_forward_one_backward(n_stages: int, n_microbatches: int) -> list[list[PipelineAction]]:
     """Return the 1F1B schedule: for each stage, what it does, in order.
@@ -2636,15 +2665,6 @@ def one_forward_one_backward(n_stages: int, n_microbatches: int) -> list[list[Pi
         order += [("backward", i) for i in range(n_microbatches - ahead, n_microbatches)]
         schedule.append([PipelineAction(*action) for action in order])
     return schedule
-
-
-# %% [markdown]
-# A schedule is data. {py:func}`~llmbook.distributed.pipeline_timing` runs it without a model: an
-# action begins when its stage is free and what it needs has arrived. A backward pass takes twice as
-# long as a forward one, since it multiplies twice, for inputs and for weights.
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: running a schedule on paper
 
 
 # %% tags=["engine"]
@@ -2683,9 +2703,9 @@ class PipelineTiming(NamedTuple):
 
 
 # %% [markdown] tags=["engine"]
-# Each pass over the stages runs as many actions as have what they need. If no stage can go on, and
-# something is left to do, the stages wait for each other. A program that followed such a schedule
-# would hang; here it is refused before anything is sent.
+# Each pass over the stages runs as many actions as have what they need. If no stage can go on and
+# something is left to do, the stages are waiting for each other. A program that followed such a
+# schedule would hang; here it is refused before anything is sent.
 
 
 # %% tags=["engine"]
@@ -2767,6 +2787,8 @@ def draw_schedule(ax, title: str, schedule) -> None:
 
 # %% [markdown]
 # ### Two schedules compared
+#
+# The timing draws itself, for four stages and six micro-batches:
 
 # %% mystnb={"figure": {"caption": "GPipe (above) and 1F1B (below) with 4 stages and 6 micro-batches, drawn from the schedules. Numbers are micro-batches; blue is forward, orange backward. White space is the bubble, and it is equally large in both.", "name": "fig-distributed-schedules"}, "image": {"alt": "Two charts with a row for each of four stages over time. Above, all six short forward passes of a stage come first and then six long backward passes. Below, stages alternate forward and backward after a start of three, two, one and no forward passes. Both end at time 27."}}
 kinds = {"GPipe": gpipe_schedule, "1F1B": one_forward_one_backward}
@@ -2776,7 +2798,17 @@ for ax, (name, make) in zip(axes, kinds.items(), strict=True):
 axes[1].set_xlabel("time, in forward passes of one micro-batch through one stage")
 plt.show()
 
-# %%
+# %% [markdown]
+# Both schedules have the bubble of {eq}`distributed-bubble`: a third of the time here, and 17.9
+# percent for 8 stages and 32 micro-batches. 1F1B is not faster. But its stage 0 keeps $p$
+# micro-batches instead of $m$, so we can afford a large $m$. The bubble itself shrinks if each rank
+# has several short stages, at the price of more messages {cite}`narayanan2021efficient`, or if the
+# gradients of weights, for which nobody waits, are put off to fill the gaps {cite}`qi2024zero`.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: bubbles of other sizes, stages, messages, and a matrix at both ends
+
+# %% tags=["engine"]
 print("stages  micro-batches  formula   GPipe: bubble, kept      1F1B: bubble, kept")
 for p, m in ((2, 4), (4, 4), (4, 16), (8, 32), (8, 128)):
     row = [f"{p:6} {m:14} {(p - 1) / (m + p - 1):8.1%}"]
@@ -2786,19 +2818,10 @@ for p, m in ((2, 4), (4, 4), (4, 16), (8, 32), (8, 128)):
         assert abs(timing.bubble - (p - 1) / (m + p - 1)) < 1e-9
     print("".join(row))
 
-# %% [markdown]
-# Both have the bubble of {eq}`distributed-bubble`. 1F1B is not faster. But stage 0 keeps $p$
-# micro-batches and not $m$, so $m$ can be made large. The bubble itself shrinks if each rank has
-# several short stages, at the price of more messages {cite}`narayanan2021efficient`, or if
-# gradients of weights, for which nobody waits, are put off to fill the gaps {cite}`qi2024zero`.
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: stages, messages, and a matrix at both ends
-
 # %% [markdown] tags=["engine"]
 # A stage shares its parameters with the model that it was cut from. (A model too large for that is
-# built on the `meta` device first.) Tied embeddings are the one thing that a cut by depth tears
-# apart: first and last stage have the matrix each, with a part of its gradient each.
+# first built on the `meta` device.) Tied embeddings are the one thing that a cut by depth tears
+# apart: the first and the last stage each have the matrix, with a part of its gradient.
 
 
 # %% tags=["engine"]
@@ -2978,12 +3001,12 @@ def pipeline_worker(model, ids, make):
 # %% [markdown]
 # ### A pipeline that runs
 #
-# A {py:class}`~llmbook.distributed.PipelineStage` has a share of a model's blocks, the first one
-# the embedding as well, and the last one the head. {py:func}`~llmbook.distributed.pipeline_step`
+# A {py:class}`~llmbook.distributed.PipelineStage` has a share of a model's blocks; the first one
+# also has the embedding, and the last one the head. {py:func}`~llmbook.distributed.pipeline_step`
 # follows a schedule. Autograd does not reach across processes, so a stage keeps its input $x$ and
-# output $y$ of each micro-batch. When $dy$ arrives, `y.backward(dy)` fills the gradients of its
-# weights and of $x$, and the latter is sent back. Losses are summed and divided by the targets of
-# the *whole* batch. Two ranks with two blocks each, and four micro-batches:
+# its output $y$ for each micro-batch. When $dy$ arrives, `y.backward(dy)` fills in the gradients of
+# its weights and of $x$, and the latter is sent back. Losses are summed and divided by the targets
+# of the *whole* batch. Two ranks with two blocks each take four micro-batches:
 
 # %%
 for name, make in kinds.items():
@@ -2993,27 +3016,26 @@ for name, make in kinds.items():
 # %% [markdown]
 # ## Experts on several devices
 #
-# The experts of a mixture (chapter 10) are cut in their own way: each rank has some experts, whole,
-# and its own share of the tokens. Tokens travel to their experts, and the results back. Every rank
-# sends something different to every other one, an *all-to-all*. If a rank has $N$ tokens with $k$
-# active experts each, and routing is even, $\frac{n-1}{n}$ of its $Nk$ vectors leave. There are two
+# Of the experts of a mixture ({doc}`10_blocks`), each rank has some, whole, and its own share of
+# the tokens. Tokens travel to their experts, and the results travel back. Every rank sends
+# something different to every other one, an *all-to-all*. If a rank has $N$ tokens with $k$ active
+# experts each, and routing is even, $\frac{n-1}{n}$ of its $Nk$ vectors leave. There are two
 # exchanges forward and their mirror images backward, so for each layer a rank sends
 #
 # $$
 # 4\,\tfrac{n-1}{n}\, b\, N k d \quad \text{bytes.}
 # $$ (distributed-expert-bytes)
 #
-# But routing is not even, and all wait for the busiest rank. A *capacity* bounds the waiting: of
-# all $M$ tokens, each of $E$ experts takes at most $\gamma M k / E$, and the rest skip it
-# {cite}`lepikhin2021gshard`. A bias on the router that evens out the loads attacks the cause
-# {cite}`deepseek2024v3`.
+# But routing is not even, and all ranks wait for the busiest one. A *capacity* bounds the wait
+# {cite}`lepikhin2021gshard`; a bias on the router evens out the loads {cite}`deepseek2024v3`.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: what a capacity drops
 
 # %% [markdown] tags=["engine"]
-# Here are 4 ranks with 2 experts each, 4,096 tokens, $k = 2$, and a router with random preferences.
-# A capacity buys shorter waits with dropped tokens:
+# With a capacity, each of $E$ experts takes at most $\gamma M k / E$ of all $M$ tokens, and the
+# rest skip it. Here are 4 ranks with 2 experts each, 4,096 tokens, $k = 2$, and a router with
+# random preferences. A capacity shortens the wait, and the price is dropped tokens:
 
 # %% tags=["engine"]
 torch.manual_seed(0)
@@ -3036,23 +3058,36 @@ for factor in (None, 2.0, 1.25, 1.0):
 # | pipeline | some of the layers | $2BTd$ at each cut | the model is too deep; between servers |
 # | expert | some of the experts | $4\frac{n-1}{n}Nkd$ a layer | there are many experts |
 #
-# They combine, since each cuts along an axis of its own. Devices are numbered by coordinates in a
-# *mesh*: among 16 as $2 \times 4 \times 2$ for data, pipeline and tensor, each belongs to a data
-# group of 2, a pipeline of 4 and a tensor group of 2. Each collective stays within one group, so
-# our functions take a `group`. The axis that talks most gets the shortest links. Llama 3 orders its
-# axes, from the innermost: tensor, context, pipeline, data {cite}`grattafiori2024llama3`.
+# The cuts combine, since each goes along an axis of its own. Devices are numbered by coordinates in
+# a *mesh*: in one of $2 \times 4 \times 2$ for data, pipeline, and tensor, each of the 16 belongs
+# to a data group of 2, a pipeline of 4, and a tensor group of 2. Each collective stays within one
+# group, so our functions take a `group`. The axis that talks most gets the shortest links. From the
+# innermost outward, Llama 3 orders its axes as tensor, context (its name for the sequence),
+# pipeline, data {cite}`grattafiori2024llama3`.
 
 # %% [markdown]
 # ## Eight, 64, 1,024 GPUs
 #
-# The formulas do not end at four ranks. {py:func}`~llmbook.distributed.predict_scheme` takes them
-# to any number, with ZeRO's bytes for a weight in mixed precision: 2 for the weight, 2 for its
-# gradient, and 12 for the optimizer, which keeps a float32 copy. Here is a model of 8 billion
-# weights. Activations come on top, and so do the blocks that full sharding has gathered at the
-# moment:
+# How far does the first cut alone go? {py:func}`~llmbook.distributed.predict_scheme` takes the
+# formulas to any number of GPUs, with ZeRO's count of bytes for each weight in mixed precision: 2
+# for the weight, 2 for its gradient, and 12 for the optimizer, which keeps a float32 copy. For a
+# model of 8 billion weights, each GPU keeps so many gigabytes, without activations and the blocks
+# that full sharding has gathered at the moment:
+#
+# | | 8 GPUs | 64 GPUs | 1,024 GPUs |
+# |---|--:|--:|--:|
+# | data parallelism | 128.5 | 128.5 | 128.5 |
+# | ZeRO stage 1 | 44.2 | 33.6 | 32.2 |
+# | ZeRO stage 2 | 30.1 | 17.8 | 16.2 |
+# | full sharding | 16.1 | 2.0 | 0.1 |
+#
+# In a step, the first three send 28 GB from each of eight GPUs and 32 GB from each of 1,024; full
+# sharding sends half as much again. So the traffic hardly depends on the number of GPUs, but the
+# time to hide it in does: with a fixed batch, each of 1,024 GPUs has a 128th of the work that each
+# of eight has. There the other cuts come in.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: the formulas for any number of GPUs
+# ### Engine room: the formulas for any number of GPUs, and published numbers
 
 
 # %% tags=["engine"]
@@ -3112,8 +3147,9 @@ def predict_scheme(
 
 
 # %% [markdown] tags=["engine"]
-# The published numbers of the section's end, computed. A step of torchtitan's takes as long as a
-# GPU needs for its 8,192 tokens.
+# Three published sources, computed by the formulas. BLOOM's checkpoint is said to have 2.3 TB, 329
+# GB of it 16-bit weights {cite}`bekman2022bloom`; our numbers count in powers of 1,024. A step of
+# torchtitan's takes as long as a GPU needs for its 8,192 tokens.
 
 # %% tags=["engine"]
 stages: tuple[Any, ...] = ("data_parallel", "zero1", "zero2", "full")
@@ -3127,10 +3163,10 @@ for preset, speed, mfu in (("llama3-8b", 2904, 57), ("llama3-70b", 331, 52)):
     rate = p.sent / 1e9 / (8192 / speed)
     print(f"{preset + ':':14} {p.kept / 1e9:.0f} GB kept, {rate:.0f} GB/s sent at {mfu} % MFU")
 
-# %% [markdown]
-# ### The table
+# %% [markdown] tags=["engine"]
+# The predictions for 8 billion weights:
 
-# %%
+# %% tags=["engine"]
 n_weights = count_parameters(ModelConfig.preset("llama3-8b"))
 print("                 GB kept on each GPU      GB sent by each in a step")
 print("GPUs                8      64   1,024         8      64   1,024")
@@ -3139,15 +3175,10 @@ for scheme in ("data_parallel", "zero1", "zero2", "full"):
     kept = "".join(f"{p.kept / 1e9:8.1f}" for p in predicted)
     print(f"{scheme:13}{kept}  {''.join(f'{p.sent / 1e9:8.1f}' for p in predicted)}")
 
-# %% [markdown]
-# Plain data parallelism needs 128 GB on every GPU, however many there are. Stage 1 brings that to
-# 34 GB at 64 GPUs for the same traffic, and full sharding goes on falling for half as much traffic
-# again. The traffic hardly depends on the number of GPUs, but the time to hide it in does: with a
-# fixed batch, each of 1,024 GPUs has a 128th of the work that each of eight has. That is where
-# other ways to divide a model begin. {numref}`fig-distributed-memory` shows a model of 70 billion
-# weights.
+# %% [markdown] tags=["engine"]
+# {numref}`fig-distributed-memory` shows a model of 70 billion weights.
 
-# %% mystnb={"figure": {"caption": "What each GPU keeps of a model of 70 billion weights, without activations. Below the dashed line it fits into 80 GB.", "name": "fig-distributed-memory"}, "image": {"alt": "Four curves of gigabytes over the number of GPUs from 1 to 1,024, both axes logarithmic. Data parallelism stays at 1,129. ZeRO-1 falls toward 282 and ZeRO-2 toward 141, above the line of 80 GB. Full sharding falls in a straight line, crosses 80 GB between 8 and 16 GPUs and reaches 1 at 1,024."}}
+# %% tags=["engine"] mystnb={"figure": {"caption": "What each GPU keeps of a model of 70 billion weights, without activations. Below the dashed line it fits into 80 GB.", "name": "fig-distributed-memory"}, "image": {"alt": "Four curves of gigabytes over the number of GPUs from 1 to 1,024, both axes logarithmic. Data parallelism stays at 1,129. ZeRO-1 falls toward 282 and ZeRO-2 toward 141, above the line of 80 GB. Full sharding falls in a straight line, crosses 80 GB between 8 and 16 GPUs and reaches 1 at 1,024."}}
 n_weights = count_parameters(ModelConfig.preset("llama3-70b"))
 worlds = [2**k for k in range(11)]
 names = {"data_parallel": "data parallel", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "full": "full"}
@@ -3161,43 +3192,37 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# Can such numbers be trusted? The engine room above holds them against three published sources.
-# ZeRO's paper gives 120, 31.4, 16.6 and 1.9 GB for 7.5 billion weights on 64 GPUs
-# {cite}`rajbhandari2020zero`, as our formulas do. BLOOM's checkpoint, with float32 weights,
-# averages and 16-bit weights, is said to have 2.3 TB, and 329 GB of it in 16 bits
-# {cite}`bekman2022bloom`: we get 2.2 and 328, counted in powers of 1,024. The third source says
-# something new. Torchtitan publishes the speed of full sharding on 64 A100 GPUs of 80 GB
-# {cite}`liang2024torchtitan`. At these speeds each GPU must have sent 22 GB in every second, near
-# the 25 of a network card of 200 Gbit/s, and for 8B and 70B alike, since the traffic and the work
-# to hide it behind grow together. More than half of the GPU's arithmetic was used all the same, so
-# most of the traffic was hidden.
+# ### Can such numbers be trusted?
 #
-# Larger runs combine schemes. Llama 3 405B, on 16,384 GPUs, divides each layer over 8 of them and
+# For 7.5 billion weights on 64 GPUs, ZeRO's paper gives 120, 31.4, 16.6 and 1.9 GB
+# {cite}`rajbhandari2020zero`, and so do our formulas. At the speed that torchtitan publishes for
+# full sharding on 64 A100 GPUs {cite}`liang2024torchtitan`, each must have sent 22 GB per second,
+# yet used more than half of its arithmetic: most of the traffic was hidden.
+#
+# Larger runs combine the cuts. On 16,384 GPUs, Llama 3 405B divides each layer over 8 of them and
 # the layers over 16 stages, and the 128 GPUs that have the same part shard it among themselves
-# {cite}`grattafiori2024llama3`. All of the state comes to 0.4 GB on each GPU.
+# {cite}`grattafiori2024llama3`. All of the state then comes to 0.4 GB on each GPU.
 
 # %% [markdown]
 # ## The same by torch's own
 #
-# PyTorch has all of this ready made, tuned for clusters. Having built it, we know what to ask of
-# it: does it return sums or means of gradients, when does it exchange them, and what does it
-# save? `torchrun` starts one process per device and tells each its rank and the number of ranks
-# by environment variables. It watches them, too: when one dies, it ends the others.
-# `DistributedDataParallel` (DDP) exchanges gradients in buckets during the backward pass.
-# `fully_shard` (FSDP2) gives each rank a piece of every parameter, gathers a block before it
-# computes and frees it afterwards. `parallelize_module` splits single layers.
+# PyTorch has all of this ready-made. Having built it, we know what to ask: does it return sums or
+# means of gradients, and when does it exchange them? `torchrun` starts one process per device,
+# tells each its rank and the number of ranks through environment variables, and ends all of them
+# when one dies. `DistributedDataParallel` (DDP) exchanges gradients in buckets during the backward
+# pass. `fully_shard` (FSDP2) gives each rank a piece of every parameter, gathers a block before it
+# computes, and frees it afterwards. `parallelize_module` splits single layers.
 #
 # All three hook into the **forward pass** of a module, and here lies a trap for our own code.
-# `next_token_objective` calls `hidden_states`, and multiplies by the head in chunks; it never
-# calls `forward`. A DDP wrapper has no `hidden_states`, so the first attempt fails. The obvious
-# second one is `next_token_objective(ddp.module, batch)`, and that runs. The losses fall. But
-# `forward` of the wrapper was never called, so it does not know that there will be a backward
-# pass, and exchanges nothing. Each rank trains a model of its own on its own part of the data, in
-# silence.
+# `next_token_objective` calls `hidden_states` and multiplies by the head in chunks; it never calls
+# `forward`. A DDP wrapper has no `hidden_states`, so one calls
+# `next_token_objective(ddp.module, batch)`, and that runs. The losses fall. But the wrapper's
+# `forward` was never called, so it does not know that a backward pass will come, and exchanges
+# nothing. Silently, each rank trains a model of its own on its own part of the data.
 #
-# The cure is to make the objective the forward pass of a small module and wrap *that*. For FSDP2
-# there is a function that registers other methods beside `forward`, and we register
-# `hidden_states`.
+# The cure is to make the objective the forward pass of a small module,
+# {py:class}`~llmbook.distributed.ObjectiveModule`, and to wrap *that*. FSDP2 has a function that
+# registers other methods beside `forward`, and we register `hidden_states`.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the three wrappers around our model, and checkpoints in pieces
@@ -3220,9 +3245,9 @@ from llmbook.training import Parallel, Precision, random_states, set_random_stat
 from llmbook.training import Sums, Trainer, TrainingConfig, TrainingError
 
 # %% [markdown] tags=["engine"]
-# The module whose forward pass is an objective is all that DDP needs. `shard_by_torch` makes each
-# block a unit of its own, and the rest another one: the embedding and a head that is tied to it are
-# then in the same unit, and stay tied.
+# DDP needs only the module whose forward pass is an objective. `shard_by_torch` makes each block a
+# unit of its own and the rest another one: the embedding and a head that is tied to it are then in
+# the same unit, and stay tied.
 
 
 # %% tags=["engine"]
@@ -3272,12 +3297,12 @@ def _all_ranks() -> DeviceMesh:
 
 
 # %% [markdown] tags=["engine"]
-# Tensor parallelism splits the matrices of a block by heads and by inner vectors: q, k, v, gate
-# and up by their outputs, the two that follow by their inputs, so that a block exchanges two sums
-# in the forward and two in the backward pass {cite}`shoeybi2019megatron`. Our attention asks for
-# heads by `view(..., -1, d_head)`, so it does not notice that it has a part of them. One thing
-# torch cannot know: the gain that normalizes queries or keys is used for different heads on each
-# rank, so its gradient must be summed.
+# Tensor parallelism splits the matrices of a block by heads and by inner vectors: q, k, v, gate,
+# and up by their outputs, and the two that follow by their inputs, so that a block exchanges two
+# sums in the forward and two in the backward pass {cite}`shoeybi2019megatron`. Our attention asks
+# for heads by `view(..., -1, d_head)`, so it does not notice that it has only a part of them. One
+# thing torch cannot know: the gain that normalizes queries or keys is used for different heads on
+# each rank, so its gradient must be summed.
 
 
 # %% tags=["engine"]
@@ -3318,7 +3343,7 @@ def _check_split(model: Any, n: int) -> None:
 
 
 # %% [markdown] tags=["engine"]
-# A sharded checkpoint is written by all ranks at once, each what it has, with a table of what is
+# All ranks write a sharded checkpoint at once, each what it has, together with a table of what is
 # where. So it can be read at another number of ranks, or by a model that is sharded in another way,
 # and no rank ever holds the whole.
 
@@ -3356,7 +3381,7 @@ def _both(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 # %% [markdown] tags=["engine"]
-# For the check below, a tiny model with tied weights, and the rows of a rank:
+# For the comparison, we take a tiny model with tied weights, and the rows of a rank:
 
 
 # %% tags=["engine"]
@@ -3399,14 +3424,12 @@ def load_part(folder: str) -> Tensor:
     return as_one(model.parameters())
 
 
-# %% [markdown]
-# ### Equal to one process, or not
-#
+# %% [markdown] tags=["engine"]
 # On two ranks, each with half of the rows, the gradient of the mean loss should be the one that a
 # single process finds on all of them.
 
 
-# %%
+# %% tags=["engine"]
 def gradient(way: str) -> Tensor:
     model = tiny_model()
     if way == "FSDP2":
@@ -3438,10 +3461,12 @@ assert errors.pop("DDP, objective of its .module") > 0.1 and max(errors.values()
 
 
 # %% [markdown]
-# The first line is the silent failure: the gradient is off by a large part of its norm, and the
-# ranks drift apart. It shows in no loss curve. What finds it is this comparison, or the simpler
-# question whether two ranks have the same gradients. The other two agree with one process to
-# float tolerance, tied weights included.
+# ### Equal to one process, or not
+#
+# Do two ranks find the gradient that one process finds on all rows? In the room above they do, to
+# five digits, both with DDP around an `ObjectiveModule` and with FSDP2. With `ddp.module`, the
+# gradient is off by 80 percent of its norm, and differs between the ranks. No loss curve shows
+# that; this comparison does, or the simpler question whether two ranks have the same gradients.
 #
 # A checkpoint of FSDP2 is written in pieces. It must not matter how many ranks read it:
 
@@ -3453,49 +3478,50 @@ print(", ".join(f"{n} rank(s): {int((w != weights).sum())} differ" for n, w in l
 
 
 # %% [markdown]
+# Not a single weight differs after two ranks wrote it and one or three read it.
+
+# %% [markdown]
 # ## The Trainer on several ranks
 #
-# The trainer of {doc}`13_training` knows nothing of ranks. It has a place for an object that
-# does, as it has one for precision: at each point where several processes have something to say
-# to each other it calls a method of `parallel`, which does nothing in one process.
-# {py:class}`~llmbook.distributed.Ranks` fills these methods in. There are few such points, and
-# each is a pitfall that has cost somebody a run:
+# The trainer of {doc}`13_training` knows nothing of ranks. But wherever several processes would
+# have something to say to each other, it calls a method of an object, `parallel`, which does
+# nothing in one process. {py:class}`~llmbook.distributed.Ranks` fills these methods in. There are
+# few such places, and each is a known pitfall:
 #
 # | where | what one process does | what ranks must do |
 # |---|---|---|
-# | data | take the next batch | take every n-th row of the same batch, so that the order of the data does not depend on the number of ranks |
+# | data | take the next batch | take every n-th row of the same batch |
 # | micro-batches | add gradients up | exchange them in the last one only, with the forward pass inside `no_sync` |
 # | mean | divide by the targets | divide by the targets of all ranks *and* all micro-batches |
 # | clipping | take the norm | take it over all pieces, after the exchange |
-# | decisions | skip a step, shrink the scale, stop | decide on the same numbers, or one rank waits for ever |
+# | decisions | skip a step, shrink the scale, stop | decide on the same numbers, or one rank waits forever |
 # | evaluation | score all batches | score some each, and add sums and counts |
-# | logs and files | write | only rank 0 writes; what it reads, or fails to read, it tells the others |
+# | logs and files | write | let only rank 0 write, and tell the others what it read |
 # | checkpoints | save the state | gather it first, with the random states of all ranks |
 #
 # The third line is the opening of this chapter again: torch's wrappers take the mean over ranks,
-# and rows have unequal numbers of targets. So the trainer turns means into sums, and divides once
-# by the count of everything. The last line decides what a checkpoint *is*: here it is the file
-# that one process would have written. So it can be continued by one process, by three, or by
-# another scheme. Gathering everything on one rank stops working when a model does not fit there;
-# then the pieces of `save_sharded` are the way.
+# and ranks have unequal numbers of targets. So the trainer turns means into sums, and divides once
+# by the count of everything. The last line decides what a checkpoint *is*: the file that one
+# process would have written, so that one process, three, or another scheme can continue from it. A
+# model too large for that is written in pieces, by `save_sharded`.
 #
-# A run asks for it by one setting, `parallel: ddp`, `fsdp` or `tp`, and is started by `torchrun`:
+# One setting, `parallel: ddp`, `fsdp` or `tp`, asks for all this, and `torchrun` starts the run:
 #
 # ```
 # torchrun --nproc_per_node=2 -m llmbook.training config.yaml --folder runs/two
 # ```
 #
-# Several processes can also fail in new ways. If one dies, `torchrun` ends the others and says
-# which it was, and the same command goes on from the newest checkpoint. If one stands still, the
-# others wait in a collective until its time is up, and say in which. A setting that does not fit,
-# such as heads that two ranks cannot share, is refused by every rank before the first step.
+# If a process dies, the same command goes on from the newest checkpoint.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: what the ranks of a trainer say to each other
 
 # %% [markdown] tags=["engine"]
-# Joining, and dividing model and data. The seeds of ranks differ from here on, because each draws
-# the dropout of its own rows; with tp all have the same rows, and the same seed.
+# Joining, and dividing model and data. From here on the ranks have different seeds, because each
+# draws the dropout of its own rows; with tp they all have the same rows, and the same seed. A
+# setting that does not fit, such as heads that two ranks cannot share, is refused by every rank
+# before the first step. If a rank stands still, the others wait in a collective until its time is
+# up, and say in which.
 
 
 # %% tags=["engine"]
@@ -3656,9 +3682,10 @@ class Ranks(Ranks):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# Tensors in pieces. The norm is that of all of them: squares of pieces are summed over ranks,
-# those of whole tensors, which every rank has, are not. An optimizer gets the two kinds one after
-# the other. In float16 an overflow on one rank must be one on all, or their scales would part.
+# Tensors in pieces. The norm is that of all of them: squares of pieces are summed over ranks; those
+# of whole tensors, which every rank has, are not. An optimizer gets the two kinds one after the
+# other. In float16, an overflow on one rank must be an overflow on all, or their scales would
+# differ.
 
 
 # %% tags=["engine"]
@@ -3726,7 +3753,7 @@ def _is_piece(tensor: Tensor) -> bool:
 
 
 # %% [markdown] tags=["engine"]
-# Checkpoints. Whole tensors go in and out, so the file does not know of ranks.
+# Checkpoints. Whole tensors go in and come out, so the file does not know about ranks.
 
 
 # %% tags=["engine"]
@@ -3775,9 +3802,9 @@ def _divided_alike(value: Any, pattern: Any) -> Any:
 
 
 # %% [markdown] tags=["engine"]
-# Agreement. Rank 0 does what only one may do, and tells the others what came of it, be it an
-# error. Random states are kept for each rank; at another number of ranks there is no such thing
-# as the same dropout, and new states are drawn from the first one.
+# Agreement. Rank 0 does what only one rank may do, and tells the others what came of it, even if it
+# is an error. Random states are kept for each rank; another number of ranks cannot draw the same
+# dropout, and gets new states drawn from the first one.
 
 
 # %% tags=["engine"]
@@ -3836,8 +3863,8 @@ def losses(way: str | None) -> list[float]:
 # %% [markdown]
 # ### The same curve
 #
-# Twenty steps of a tiny model, with four micro-batches in a step on one process and two on each
-# of two ranks: how far are the curves apart?
+# Twenty steps of a tiny model, with four micro-batches in a step on one process and two on each of
+# two ranks: how far apart are the curves?
 
 # %%
 alone = losses(None)
@@ -3847,20 +3874,21 @@ for way in ("ddp", "fsdp", "tp"):
     print(f"{way:4}: {alone[0]:.1f} to {alone[-1]:.1f} nats, apart from one process by {size}")
 
 # %% [markdown]
-# One curve is a weak test. The strong one is a kill. `benchmarks/killing_ranks.py` trains with
-# dropout on two ranks, kills one of them by SIGKILL at a random moment twenty times, and starts
-# again each time; weights, optimizer, random states of both ranks, best model and log must then
-# be those of a run that nobody touched. Twenty kills, eight of them in the middle of a save, left
-# no differing bit, and every attempt had ended within 8 seconds.
+# They agree. But a curve is a weak test, and a kill is a strong one. `benchmarks/killing_ranks.py`
+# trains with dropout on two ranks, kills one of them by SIGKILL at a random moment, twenty times
+# over, and starts again each time. Weights, optimizer, random states of both ranks, best model, and
+# log must then be those of an undisturbed run. After twenty kills, eight of them in the middle of a
+# save, not a bit differed, and every attempt had ended within 8 seconds.
+
 # %% [markdown]
 # ## How to prove a new scheme right
 #
-# A new scheme is believed when it has been *held against one that is believed*, from the same start
-# and on the same data. Torchtitan's developers compare loss curves of 3,000 steps with those of
-# plain full sharding, which was itself compared with DDP ([their
+# We believe a new scheme once it has been *compared with one that we already believe*, from the
+# same start and on the same data. Torchtitan's developers compare loss curves of 3,000 steps with
+# those of plain full sharding ([their
 # protocol](https://github.com/pytorch/torchtitan/blob/main/docs/converging.md)). Here, curves come
-# last, because they are the weakest witness. We take the wrapper that averages, the second factor
-# of two from above, and look at its run with two eyes:
+# last, because they are the weakest witness. Take the wrapper that averages, and look at its losses
+# and at its gradient norm:
 
 # %%
 averaging = partial(run_scheme, reduction="mean")
@@ -3871,42 +3899,41 @@ print(f"largest difference of the losses: {'below 0.02' if apart < 0.02 else 'la
 print(f"first gradient norm: {ratio:.3f} of the control's")
 
 # %% [markdown]
-# So the protocol goes from the sharpest and cheapest check to the dullest and dearest.
+# The losses look right, and the norm is half of what it should be. So the protocol goes from the
+# sharpest and cheapest check to the dullest and most expensive:
 #
 # 1. **One operation.** Each collective and its backward pass equal the formula on small tensors, in
 #    float64, with sizes that the ranks do not divide.
-# 2. **One gradient.** From a common start, every weight's gradient equals that of one process up to
-#    rounding, with unequal targets, several micro-batches, a tied weight, a frozen one, and one
-#    that only one rank uses.
+# 2. **One gradient.** From a common start, every gradient equals that of one process up to
+#    rounding, with unequal targets, micro-batches, and weights that are tied, frozen, or used by one
+#    rank only.
 # 3. **A few steps.** With clipping and decay, weights and norms stay equal, and all ranks have the
 #    same bits. Ranks start from *different* seeds, so that a missing broadcast shows.
 # 4. **Cost.** Bytes sent and bytes kept equal the formula.
 # 5. **Failure.** A rank that dies, is late, or has other data ends all ranks with a message. A run
 #    that was killed resumes as if it had not been.
-# 6. **Faults put in.** Average in place of a sum, leave out the broadcast: a check above must
-#    notice. One that has never failed proves little.
-# 7. **Curves.** Only now a real run: the same data in the same order, the old scheme as control,
-#    and at least two seeds of it, because a difference means something only if it is larger than
-#    between seeds. In lower precision this is the only comparison that remains.
+# 6. **Faults put in.** Average instead of summing, or leave out the broadcast: a check above must
+#    notice. A check that has never failed proves little.
+# 7. **Curves.** Only now comes a real run on the same data, with the old scheme as control and at
+#    least two seeds of it, because only a difference larger than between seeds means something.
 #
-# {py:func}`~llmbook.distributed.run_scheme` and {py:func}`~llmbook.distributed.worst_difference` do
-# steps 2 to 4, and this chapter's tests the others up to 6. All of that runs on a laptop, before
-# the first GPU is paid for.
+# This chapter and its tests do steps 1 to 6. All of that runs on a laptop, before anybody pays for
+# a GPU.
 
 # %% [markdown]
 # ## The data pipeline on an engine
 #
-# Chapters 02 to 05 read, clean, and deduplicate text and count its words for a tokenizer;
-# chapter 07 writes its tokens to shards. For the 33,000 documents of three packages, one process
-# needs a minute. For a crawl of the web it would need years, so the work is divided among processes
-# that are fast or slow as they please and now and then die. The result should show none of this:
-# **the same bytes as from one process.**
+# The data can be divided, too. Chapters 02 to 05 read, clean, and deduplicate text and count its
+# words for a tokenizer; {doc}`07_batches` writes its tokens to shards. For the 33,000 documents of
+# three packages, one process needs two and a half minutes. A crawl of the web needs many processes,
+# some slow, some dying. The result should show none of this: **the same bytes as from one
+# process.**
 #
 # Most steps are easy to divide, because they look at one document at a time. Three look at
 # documents that may lie anywhere: at a line that another document has, at a near copy, and at a
 # word that occurs in both. What these documents have in common is a **key**: the line, a band of
-# the MinHash signature, the word. If everything with the same key goes to one process, this process
-# sees all that it needs.
+# the MinHash signature ({doc}`04_deduplication`), the word. If everything with the same key goes to
+# one process, this process sees all that it needs.
 
 # %% tags=["engine"]
 #| export
@@ -3942,8 +3969,8 @@ from llmbook.training import settings_parser
 # %% [markdown]
 # So two functions describe a step. `emit` looks at one part of the data and yields values, each
 # with the number of the box that it is meant for; `reduce` looks at all values of one box. Moving
-# them there, the *shuffle*, is the only communication. This is MapReduce
-# {cite}`dean2008mapreduce`, and in one process it takes five lines:
+# them there, the *shuffle*, is the only communication. This is MapReduce {cite}`dean2008mapreduce`,
+# and in one process it takes five lines:
 
 
 # %%
@@ -3963,9 +3990,31 @@ def map_reduce(
 
 # %% [markdown]
 # A key must belong to the same box in every process. Python's `hash` of a text starts from a random
-# number in each process ({doc}`00_environment`), so a pipeline that uses it runs without an error
-# and finds hardly any copies. We hash by BLAKE2 instead and call the result, a whole number $h$
-# below $2^{64}$, the *place* of a text. Of $n$ boxes, its box is $\lfloor hn / 2^{64} \rfloor$.
+# number in each process ({doc}`00_environment`), so a pipeline that used it would run without an
+# error and find hardly any copies. We hash by BLAKE2 instead and call the result, a whole number
+# $h$ below $2^{64}$, the *place* of a text. Of $n$ boxes, its box is number
+# $\lfloor hn / 2^{64} \rfloor$.
+#
+# ### Order, and a worker that dies
+#
+# An engine promises less than a loop does. Values may arrive in any order. A task whose process
+# died is run again, so its first half may run twice. Under these conditions, a step gives the same
+# bytes if it obeys three rules:
+#
+# 1. **Nothing depends on the order of arrival.** `reduce` sorts. *First* means first by place, and
+#    the corpus is ordered by place, a shuffle that does not depend on the number of boxes and that
+#    training wants anyway.
+# 2. **A file has one name and appears whole.** A task renames its draft to the name of its box. If
+#    it dies before that, nothing is there; if it runs twice, the second file equals the first. So a
+#    preparation that was stopped can also go on where it was.
+# 3. **Emitting changes nothing else.** The values of a failed attempt can then be thrown away.
+#
+# As a check, the room below runs {py:func}`~llmbook.distributed.prepare` in order and on the worst
+# engine allowed, which takes items and values in random order, and lets every third item die after
+# its first value and start again. All files of tokens were equal to the byte.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: places and boxes, two copies that meet, and the worst engine allowed
 
 
 # %% tags=["engine"]
@@ -3991,7 +4040,7 @@ def box_of(place: int, n_boxes: int) -> int:
     return int(place) * n_boxes >> 64
 
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # For near-duplicates, the hash of a band's number and its rows is the key
 # ({doc}`04_deduplication`). Two documents that agree in a band meet in its box, whichever parts
 # they came from:
@@ -4017,7 +4066,7 @@ def band_keys(
     return np.array(keys, np.uint64).reshape(len(signatures), bands)
 
 
-# %%
+# %% tags=["engine"]
 parts = [
     {"a1": "Mix the flour with water and salt, wait for an hour, then bake it.", "a2": "Yeast."},
     {"b1": "Let it rest.", "b2": "Mix the flour with water and salt, wait for an hour, then bake."},
@@ -4037,11 +4086,12 @@ def meet(box, values):
 
 print(set(map_reduce(parts, emit, meet)))
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # The two recipes lie in different parts, and neither part has seen the other. The rest is as in
 # chapter 04: the candidates' texts go to a box once more, which computes their similarity;
-# union-find joins the similar ones, and the longest of each cluster stays. All steps have this
-# form:
+# union-find joins the similar ones, and the longest of each cluster stays.
+#
+# All steps have this form:
 #
 # | step | looks at | key | leaves behind |
 # |---|---|---|---|
@@ -4052,23 +4102,7 @@ print(set(map_reduce(parts, emit, meet)))
 # | unique | a box of survivors | the word | word counts, hence merges |
 # | encode | a box of survivors | none | token ids, hence shards |
 #
-# ### Order, and a worker that dies
-#
-# An engine promises less than a loop does. Ray Data keeps neither the order of rows nor the sizes
-# of batches, unless one pays for it in speed. A task whose process died is run again, so its first
-# half may run twice. Under these conditions, a step gives the same bytes if it obeys three rules:
-#
-# 1. **Nothing depends on the order of arrival.** `reduce` sorts. *First* means first by place, and
-#    the corpus is ordered by place: a shuffle of the documents that training wants anyway, and that
-#    does not depend on the number of boxes.
-# 2. **A file has one name and appears whole.** A task renames its draft to the name of its box. If
-#    it dies before, nothing is there; if it runs twice, the second file is equal to the first. So a
-#    preparation that was stopped also goes on where it was.
-# 3. **Emitting changes nothing else.** The values of a failed attempt can then be thrown away.
-#
-# To see that the rules suffice, we run the steps in order on one engine, and on another that is as
-# bad as it may be: `chaos` takes items and values in random order, and lets every third item die
-# after its first value and start again.
+# Now the worst engine that the rules allow:
 
 # %% tags=["engine"]
 # The worst engine that is still allowed
@@ -4087,7 +4121,7 @@ def chaos(items, emit, reduce):
     return [r for box in boxes for r in reduce(box, dice.sample(boxes[box], len(boxes[box])))]
 
 
-# %%
+# %% tags=["engine"]
 from llmbook.distributed import PrepareConfig, prepare
 
 folder = Path(tempfile.mkdtemp())
@@ -4102,8 +4136,8 @@ assert len(same) == 2 and all(same)
 # %% [markdown]
 # ### The same steps on Ray
 #
-# Ray {cite}`moritz2018ray` starts worker processes on one machine or on many, moves data between
-# them, and runs again what died. Its library Ray Data has our engine in three calls:
+# Ray {cite}`moritz2018ray` runs workers on one machine or many, moves data between them, and runs
+# again what died. Its library Ray Data has our engine in three calls:
 #
 # ```python
 # data = ray.data.from_items(items).flat_map(emit)
@@ -4111,37 +4145,19 @@ assert len(same) == 2 and all(same)
 # ```
 #
 # {py:class}`~llmbook.distributed.RayEngine` adds a quiet start and errors that name step, item, and
-# machine. With the extra `cluster`, one command runs everything:
-#
-# ```
-# python -m llmbook.distributed prepare --packages stdlib numpy matplotlib --workers 2
-# ```
-#
-# Ray took 18 to 200 seconds to start on our two busy cores, so the chapter does not start it; the
-# tests do. They prepare a small corpus on two workers, and again while one worker is killed as it
-# reads and another as it cleans. Ray ran the tasks of the dead once more, and all files were equal
-# to the byte to those of one process: nothing was lost and nothing doubled. For
-# the documentation of three packages, `python benchmarks/prepare.py` found 19 of 19 files equal, and
-# took so many seconds:
-#
-# | step | documents | one process | Ray, 2 workers |
-# |---|--:|--:|--:|
-# | read | 33,301 | 53 | 57 |
-# | normalize | 33,215 | 8 | 5 |
-# | clean | 24,941 | 50 | 21 |
-# | unique | 24,821 | 8 | 5 |
-# | encode | 24,821 | 10 | 4 |
-# | all | | 147 | 98 |
-#
-# Reading gained nothing, because a package is not divided and one is larger than the others.
+# machine. The tests prepare a small corpus on two workers, and again while one worker is killed as
+# it reads and another as it cleans: nothing was lost, nothing was doubled, and all files were equal
+# to the byte to those of one process. For the documentation of three packages,
+# `python benchmarks/prepare.py` found 19 of 19 files equal. Two workers needed 98 seconds in place
+# of 147.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: files that appear once, and errors that name step, item and machine
+# ### Engine room: files that appear once, errors that say where, and reading into boxes
 
 # %% [markdown] tags=["engine"]
 # A box of documents is a file of JSON Lines, sorted by place. What is there is read and not made
-# again; this is all that resuming takes. An empty box is an empty file, so that a missing one
-# always means work to be done.
+# again; resuming takes nothing more. An empty box is an empty file, so a missing one always means
+# work to be done.
 
 
 # %% tags=["engine"]
@@ -4178,7 +4194,7 @@ def _size(documents: Collection[Document]) -> dict[str, int]:
 
 # %% [markdown] tags=["engine"]
 # An error in a worker has to say where it happened: a file that lies on one machine and not on
-# another is found there only.
+# another can be found only there.
 
 
 # %% tags=["engine"]
@@ -4208,16 +4224,10 @@ def _failure(step: str, where: str, error: Exception) -> StepError:
     return StepError(f"{step}: {where}: {error} (on the machine {platform.node()})")
 
 
-# %% [markdown]
-# ### Steps of one document
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: reading files and packages into boxes
-
 # %% [markdown] tags=["engine"]
 # A source is a package, a file, or a folder, whose files are found before the work is divided. The
-# id of a file's document is its path from the folder, as `read_files` has it. The same file named
-# twice is read once; two texts with one id are refused. What cannot be read is counted and told.
+# id of a file's document is its path from the folder, as in `read_files`. The same file named twice
+# is read once; two texts with one id are refused. What cannot be read is counted and reported.
 
 # %% tags=["engine"]
 #| export
@@ -4309,10 +4319,12 @@ def _write_read(box: int, values: list[Any], folder: str) -> Iterator[Any]:
 
 
 # %% [markdown]
-# ### Lines, and the rules of chapter 03
+# ### Lines and copies
+#
+# Next come the rules of {doc}`03_cleaning` and {doc}`04_deduplication`.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: normalizing, and cleaning with the lines of others
+# ### Engine room: cleaning with the lines of others, pairs, and who stays
 
 # %% [markdown] tags=["engine"]
 # The order of steps is that of `clean_documents`. Its one step that looks beyond a document is
@@ -4396,18 +4408,12 @@ def _clean(
             yield box_of(key, config.n_boxes), [key, document.id, stable_hash(plain), len(plain)]
 
 
-# %% [markdown]
-# ### Copies that never met
-
 # %% [markdown] tags=["engine"]
-# ### Engine room: pairs, their true similarity, and who stays
-
-# %% [markdown] tags=["engine"]
-# Exact copies agree in all bands. In each bucket the first of them stands for all, so that a text
-# with a thousand copies makes a thousand links instead of half a million pairs. In a bucket with
-# more than a thousand different texts, each is compared with the first one only. The pairs go
-# to the driver, the process that runs the steps. At the size of a crawl, union-find would need an
-# engine of its own.
+# Exact copies agree in all bands. In each bucket, the first of them stands for all, so a text with
+# a thousand copies makes a thousand links instead of half a million pairs. In a bucket with more
+# than a thousand different texts, each is compared only with the first. The pairs go to the driver,
+# the process that runs the steps. At the size of a crawl, union-find would need an engine of its
+# own.
 
 # %% tags=["engine"]
 #| export
@@ -4478,10 +4484,12 @@ def _not_kept(links: Iterable[Sequence[str]], lengths: Mapping[str, int]) -> lis
 
 
 # %% [markdown]
-# ### Words and tokens
+# ### Words, tokens, and all steps in order
+#
+# What survives is counted, encoded, and written.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: counting, encoding, and writing in order
+# ### Engine room: counting and encoding, the manifest, and a preparation that goes on
 
 # %% [markdown] tags=["engine"]
 # Documents with the smallest places are held out: no tokenizer learns from them, and their tokens
@@ -4548,16 +4556,10 @@ def _encoded(folder: Path, n_boxes: int, held_out: bool) -> Iterator[np.ndarray]
             )
 
 
-# %% [markdown]
-# ### All steps
-
 # %% [markdown] tags=["engine"]
-# ### Engine room: settings, the manifest, and a preparation that goes on
-
-# %% [markdown] tags=["engine"]
-# The manifest has the settings, the sources with their sizes and times of change, and the counts
-# of each step. It is written first, so that a folder knows what it is for: the same command goes
-# on, and another one is refused.
+# The manifest has the settings, the sources with their sizes and times of change, and the counts of
+# each step. It is written first, so that a folder knows what it is for: the same command goes on,
+# and a different one is refused.
 
 
 # %% tags=["engine"]
@@ -4788,17 +4790,38 @@ def prepare(
 
 
 # %% [markdown]
-# ### A cluster of one machine
+# ### One command
+#
+# With the extra `cluster`, one command runs everything:
+#
+# ```
+# python -m llmbook.distributed prepare --packages stdlib numpy matplotlib --workers 2
+# ```
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: starting Ray quietly, and what goes over the wire
+# ### Engine room: starting Ray quietly, what goes over the wire, and the command
 
 # %% [markdown] tags=["engine"]
-# Ray's own defaults are meant for a cluster: a dashboard, statistics of use, an address that others
+# Ray's own defaults are meant for a cluster: a dashboard, usage statistics, an address that others
 # can reach, a third of the memory, logs that stay. We start it on the loopback, small, and remove
-# its logs. Its start gives up after 30 seconds, which a busy machine may need, so we try three
-# times. Ray's default shuffle starts a process for each of its receivers, which took 25 seconds for
-# a handful of rows on our busy machine. A shuffle by sorting needs none, and took half a second.
+# its logs. Ray took 18 to 200 seconds to start on our two busy cores, so this chapter does not
+# start it; the tests do. A start gives up after 30 seconds, which a busy machine may need, so we
+# try three times. Ray's default shuffle starts a process for each of its receivers, which took 25
+# seconds for a handful of rows on our busy machine. A shuffle by sorting needs none, and took half
+# a second.
+#
+# These are the seconds that `benchmarks/prepare.py` measured:
+#
+# | step | documents | one process | Ray, 2 workers |
+# |---|--:|--:|--:|
+# | read | 33,301 | 53 | 57 |
+# | normalize | 33,215 | 8 | 5 |
+# | clean | 24,941 | 50 | 21 |
+# | unique | 24,821 | 8 | 5 |
+# | encode | 24,821 | 10 | 4 |
+# | all | | 147 | 98 |
+#
+# Reading gained nothing, because a package is not divided.
 
 # %% tags=["engine"]
 #| export
@@ -4850,8 +4873,9 @@ def _start_ray(ray: Any, workers: int, logs: str) -> None:
 
 
 # %% [markdown] tags=["engine"]
-# Values travel as JSON, all of one item for one box in one row. An exception in a task would come
-# back as a page of another program's stack, and so a failed task sends its message as a value.
+# Values travel as JSON, all values of one item for one box in one row. An exception in a task would
+# come back as a page of another program's stack trace, so a failed task sends its message as a
+# value.
 
 # %% tags=["engine"]
 #| export
@@ -4937,11 +4961,8 @@ class RayEngine:
         return results
 
 
-# %% [markdown]
-# ### The command
-
 # %% [markdown] tags=["engine"]
-# ### Engine room: `python -m llmbook.distributed prepare`
+# The command is `python -m llmbook.distributed prepare`:
 
 
 # %% tags=["engine"]
@@ -5022,11 +5043,11 @@ if __name__ == "__main__" and "__file__" in globals():  # a notebook has no file
 #
 # ````{exercise} Halving the number of steps
 # :label: ex-distributed-doubling
-# *Twenty minutes.* The ring takes $2 (n - 1)$ steps. For small tensors, where each step costs its
-# waiting time, *recursive doubling* is better: in step $k$, rank $r$ exchanges all it has with rank
-# $r \oplus 2^k$ (the bit $k$ of its rank flipped), and both add. Simulate it: given the vectors of
-# all ranks, return their vectors afterwards, and how many numbers each rank has sent. The number of
-# ranks must be a power of two; refuse others with a `ValueError`. Leave the given vectors alone.
+# *Twenty minutes.* The ring takes $2 (n - 1)$ steps. For small tensors, *recursive doubling* is
+# faster: in step $k$, rank $r$ exchanges all it has with rank $r \oplus 2^k$ (the bit $k$ of its
+# rank flipped), and both add. Simulate it: given the vectors of all ranks, return their vectors
+# afterwards, and how many numbers each rank has sent. The number of ranks must be a power of two;
+# refuse others with a `ValueError`. Leave the given vectors alone.
 # ````
 
 
@@ -5065,11 +5086,11 @@ except ValueError:
 # %% [markdown]
 # ````{exercise} A wrapper that averages
 # :label: ex-distributed-factors
-# *Fifteen minutes.* Your model is wrapped by something that *averages* gradients over ranks, and
-# calls you with the numbers of targets: `counts[r][k]` is that of micro-batch $k$ on rank $r$. Each
-# micro-batch's loss is the *mean* over its own targets (zero where there are none). Return the
-# factors by which these losses have to be multiplied, in the same form, so that the gradient is
-# that of the mean over all targets. Refuse with a `ValueError` if there are no targets at all.
+# *Fifteen minutes.* A wrapper around your model *averages* gradients over ranks and tells you the
+# numbers of targets: `counts[r][k]` is that of micro-batch $k$ on rank $r$. Each micro-batch's loss
+# is the *mean* over its own targets (zero where there are none). Return the factors by which these
+# losses have to be multiplied, in the same form, so that the gradient is that of the mean over all
+# targets. Refuse with a `ValueError` if there are no targets at all.
 # ````
 
 
@@ -5106,10 +5127,11 @@ except ValueError:
 # %% [markdown]
 # ````{exercise} Where does it fit?
 # :label: ex-distributed-fit
-# *Ten minutes.* With {py:func}`~llmbook.distributed.predict_scheme`, find the smallest number of
-# GPUs, a multiple of 8 up to 16,384, on which the state of a model fits into `memory` bytes each.
-# Full sharding also needs room for `gathered` weights of 2 bytes; the other schemes have theirs
-# whole anyway. Return `None` if no number is enough.
+# *Ten minutes.* Use {py:func}`~llmbook.distributed.predict_scheme`: for a scheme, a number of
+# weights, and a number of GPUs, its result's `kept` is the bytes on each. Find the smallest number
+# of GPUs, a multiple of 8 up to 16,384, on which the state of a model fits into `memory` bytes
+# each. Full sharding also needs room for `gathered` weights of 2 bytes. Return `None` if no number
+# is enough.
 # ````
 
 
@@ -5135,14 +5157,15 @@ more = fewest_gpus("full", 70_000_000_000, 80e9, gathered=10_000_000_000)
 assert more == 24, "20 GB are gathered, so only 60 GB are left for the state"
 alone = fewest_gpus("zero2", 10_000_000_000, 40e9, gathered=9_000_000_000)
 assert alone == 8, "only full sharding gathers: the others have all weights"
+
 # %% [markdown]
 # ````{exercise} Two tiles from two ranks
 # :label: ex-distributed-merge
 # *Ten minutes.* A rank that has attended to some keys holds, for each query, the largest score `m`,
 # the sum `s` of $e^{\text{score} - m}$, and the sum `o` of $e^{\text{score} - m}$ times the values,
 # not yet divided. Write `merge_states(a, b)`, which makes one such triple `(m, s, o)` of two. `m`
-# and `s` have the shape `(queries,)`, `o` has `(queries, d_value)`. Scores of 1,000 must not
-# overflow, and a tile of which a query sees nothing has `m` = -inf there, with `s` and `o` zero.
+# and `s` have the shape `(queries,)`, and `o` has `(queries, d_value)`. Scores of 1,000 must not
+# overflow. If a query sees nothing of a tile, `m` is -inf there, and `s` and `o` are zero.
 # ````
 
 
@@ -5190,10 +5213,10 @@ assert not any(x.isnan().any() for x in merge_states(nothing, nothing)), "two bl
 # ````{exercise} Less memory than 1F1B
 # :label: ex-distributed-limit
 # *Thirty minutes.* Under 1F1B, stage 0 keeps `n_stages` micro-batches. Suppose that there is memory
-# for `limit` of them only. Write `limited_schedule(n_stages, n_microbatches, limit)`, which returns
+# for only `limit` of them. Write `limited_schedule(n_stages, n_microbatches, limit)`, which returns
 # for each stage its list of pairs such as `("forward", 0)`. No stage may ever keep more than
-# `limit` micro-batches, none may keep more than under 1F1B, and nothing else may be slower than it
-# must be. Before you run the check: what will the bubble be with a limit of 1?
+# `limit` micro-batches, none may keep more than under 1F1B, and no stage may be slower than it must
+# be. Before you run the check: what will the bubble be with a limit of 1?
 # ````
 
 
@@ -5243,12 +5266,15 @@ times = [
 durations = [timing.duration for timing in times]
 assert durations == sorted(durations, reverse=True), "more memory must not make it slower"
 assert durations[1] < durations[0], "a limit of 2 must be faster than a limit of 1"
+
 # %% [markdown]
-# ````{exercise} Lines that meet :label: ex-distributed-lines *Fifteen minutes.* Write
-# `shared_lines(parts, n_boxes)`, the list of lines that at least two documents have, each line
-# once, by `map_reduce`. Each part is a dictionary of texts by the names of their documents.
-# `stable_hash(line)` is the place of a line, and `box_of(place, n_boxes)` its box. A line that one
-# document repeats is not shared. ````
+# ````{exercise} Lines that meet
+# :label: ex-distributed-lines
+# *Fifteen minutes.* Write `shared_lines(parts, n_boxes)`, the list of lines that at least two
+# documents have, each line once, by `map_reduce`. Each part is a dictionary of texts by the names
+# of their documents. `stable_hash(line)` is the place of a line, and `box_of(place, n_boxes)` its
+# box. A line that one document repeats is not shared.
+# ````
 
 
 # %% tags=["solution"]
@@ -5276,40 +5302,38 @@ for n_boxes in (1, 3, 64):
     assert "notice" in shared, "equal lines of different parts must meet in one box"
     assert "echo" not in shared, "a line that one document repeats is not shared"
     assert shared == ["notice"], "each shared line once, however many documents have it"
+
 # %% [markdown]
 # ## Summary
 #
-# Every scheme of this chapter does what one process does, and proves it: with the same gradients,
-# and with the bytes that its formula predicts. A mean of means over ranks weighs targets wrongly
-# and still trains, so losses are summed and divided once, by the targets of all ranks and
-# micro-batches. A ring needs $2(n-1)/n$ of the bytes for its sum. Data parallelism exchanges buckets
-# of gradients while the backward pass still runs; the sharded optimizer puts its step between the
-# two halves of that exchange, at no extra cost; full sharding gathers weights twice to keep only
-# its share of everything.
+# Every scheme of this chapter finds the gradients of one process, and sends the bytes that its
+# formula predicts. A mean of means over ranks weighs targets wrongly and still trains, so losses
+# are summed, and divided once by the targets of all ranks and micro-batches. To sum $b$ bytes, a
+# ring sends $2(n-1)/n \cdot b$ from each rank. Data parallelism exchanges buckets of gradients
+# while the backward pass still runs; the sharded optimizer takes its step between the two halves of
+# that exchange, at no extra cost; full sharding gathers weights twice to keep only its share of
+# everything.
 #
-# Where the model itself is cut, a layer that is cut by columns and then by rows needs one
-# all-reduce in each direction, attention travels around a ring and is merged by log-sum-exps, and
-# a pipeline of $p$ stages and $m$ micro-batches idles for $(p-1)/(m+p-1)$ of the time. PyTorch's
-# own wrappers do the same at scale, and the trainer of {doc}`13_training` runs under them by asking
-# one object wherever ranks have something to say to each other. Its checkpoints are those of one
-# process, so they continue at any number of ranks.
+# The model itself can be cut, too. A layer cut by columns and then by rows needs one all-reduce in
+# each direction, attention travels around a ring and is merged by log-sum-exps, and a pipeline of
+# $p$ stages and $m$ micro-batches idles for $(p-1)/(m+p-1)$ of the time. The cuts combine, and the
+# one that talks most gets the shortest links. The trainer of {doc}`13_training` runs under
+# PyTorch's own wrappers by asking one object wherever ranks have something to say to each other,
+# and its checkpoints continue at any number of ranks.
 #
-# The data pipeline follows the same rule. Steps that look at one document are divided by cutting
-# the corpus; steps that look at several meet at a key. On an engine that promises no order, and
-# with workers killed on purpose, the files were those of one process, byte for byte.
+# The data pipeline follows the same rule. Steps that look at several documents meet at a key. On an
+# engine that promises no order, and with workers killed on purpose, the files were those of one
+# process, byte for byte.
 #
 # ### Checklist
 #
-# - Count targets over ranks *and* micro-batches before the first backward pass, divide once, and sum
-#   (or multiply by the number of ranks, if the wrapper averages).
+# - Count targets over ranks *and* micro-batches before the first backward pass, divide once, and
+#   sum (or multiply by the number of ranks, if the wrapper averages).
 # - Wrap the objective, not the model: what is called around `forward` isn't exchanged.
-# - `no_sync` goes around the forward and the backward pass of all micro-batches but the last.
 # - Clip after the exchange, by the norm over all ranks.
 # - Start the ranks from different seeds in tests, so that a missing broadcast shows.
-# - Shard the optimizer first; shard everything when weights and gradients don't fit either.
-# - Tensor ranks divide `n_kv_heads` and `d_ff`, and stay inside one server.
+# - Let the number of tensor ranks divide `n_kv_heads` and `d_ff`, and keep them inside one server.
 # - Use at least four times as many micro-batches as stages, and run the schedule on paper first.
-# - Wait for every `isend` and `irecv`, and compare shapes between ranks before sending.
 # - Let every rank decide on the same numbers: skipped steps, scales, the end of the run.
 # - Kill a rank at random moments, resume, and compare all bits.
 # - In a data pipeline: one hash in every process, no dependence on the order of arrival, files that
@@ -5322,7 +5346,6 @@ for n_boxes in (1, 3, 64):
 # three stages of sharding, and {cite:t}`zhao2023fsdp` how they were built into PyTorch.
 # {cite:t}`shoeybi2019megatron` cut layers, {cite:t}`narayanan2021efficient` combine three cuts and
 # measure which goes where, {cite:t}`liu2023ring` send keys and values around a ring, and
-# {cite:t}`huang2019gpipe` introduced micro-batches. {cite:t}`liang2024torchtitan` combine all
-# schemes, with a protocol of how they were checked, and {cite:t}`grattafiori2024llama3` describe
-# four axes on 16,384 devices. {cite:t}`dean2008mapreduce` divide work so that it survives machines,
-# and {cite:t}`moritz2018ray` built the engine that we used.
+# {cite:t}`huang2019gpipe` introduced micro-batches. {cite:t}`liang2024torchtitan` and
+# {cite:t}`grattafiori2024llama3` combine them all. {cite:t}`dean2008mapreduce` divide work so that
+# it survives the failure of machines, and {cite:t}`moritz2018ray` built the engine that we used.
