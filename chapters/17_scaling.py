@@ -110,8 +110,8 @@ def read_runs(path: str | Path) -> list[Run]:
 # %% [markdown]
 # ### Place your bet
 #
-# Here are the sizes of the three models, and the tokens that each of them saw. Before you read on,
-# choose A, B, or C:
+# Here are the three models and the tokens that each of them saw. Before you read on, choose A, B,
+# or C:
 
 # %%
 import matplotlib.pyplot as plt
@@ -865,7 +865,7 @@ for name, some in choices.items():
 # \end{aligned}
 # $$ (scaling-optimum)
 #
-# Note that $E$ has vanished. A fit can be wrong about the floor and right about the best size. The
+# The floor $E$ has vanished. A fit can be wrong about the floor and right about the best size. The
 # exponent $\beta / (\alpha + \beta)$ says how much of a larger budget goes into size: if $\alpha =
 # \beta$, it is one half, and size and data grow together. In code, this is
 # {py:func}`~llmbook.scaling.compute_optimal`.
@@ -1824,8 +1824,8 @@ for order in ("last", "first"):
 # \text{price} = h \cdot \text{price of an hour}.$$
 #
 # PUE, the power usage effectiveness, is what the building takes for each watt of a device: 1.1 in
-# good data centers {cite}`patterson2021carbon`. That is all that
-# {py:func}`~llmbook.scaling.estimate_run` computes. The hard guess in it is $u$.
+# good data centers {cite}`patterson2021carbon`. {py:func}`~llmbook.scaling.estimate_run` computes
+# just this. The hard guess in it is $u$.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: devices as data, published runs as data, and what a guess leaves out
@@ -1994,8 +1994,8 @@ PUBLISHED = {
 # %% [markdown]
 # ### Estimated and reported
 #
-# How good are such estimates? Here are runs whose hours were published, all of them estimated with
-# the same guess of 40 % for $u$:
+# How good are such estimates? Here are runs whose hours were published, with the same guess of 40
+# % for $u$:
 
 # %%
 print("run             FLOPs     hours   estimated  ratio  MFU that would fit")
