@@ -31,7 +31,6 @@
 import base64
 import difflib
 import gzip
-import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -3785,6 +3784,8 @@ def _processes(config: TrainingConfig) -> Iterator[Parallel]:
         parallel.leave()
 
 
+# %% tags=["engine"]
+#| export
 def _check_there(name: str, paths: Sequence[str]) -> None:
     for path in paths:
         if not Path(path).exists():

@@ -1618,6 +1618,8 @@ def _compiled_step(*shapes: object) -> Callable[..., Any]:
     return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
+# %% tags=["engine"]
+#| export
 class _CompiledStep:
     """The fused step as a program of a few kernels, for one cache at a time."""
 
@@ -1826,6 +1828,10 @@ class _Reader:
         _check_answer(best[:, None], step)
         return tokens, log_probs
 
+
+# %% tags=["engine"]
+#| export
+class _Reader(_Reader):  # continued
     def _can_step(self, rows: Sequence[_Row]) -> bool:
         return self.cache is not None and not any(row.moved for row in rows)
 

@@ -4,20 +4,36 @@
 # > Choose a run before paying for it: fit the loss to the size of a model and its data, and find
 # > the best use of a budget.
 #
-# A small budget of computation can train a model in many ways. A large model needs more operations
-# for each {term}`token`, so it sees fewer tokens; a small one sees more. Here are three runs that
-# we really made. They all did the same number of operations, on the same kind of stories, and each
-# of them used the learning rate that was best for it. Which one would you pay for?
+# A fixed budget of computation can be spent in many ways. A large model needs more operations for
+# each {term}`token`, so it sees fewer tokens; a small one sees more. Below are three runs that we
+# really made. They all cost the same number of operations, were trained on the same kind of
+# stories, and used the learning rate that was best for each. Which one would you pay for?
+#
+# The first half of this chapter turns the answer into a formula that is fitted to small runs, and
+# asks how far such a fit can be trusted. The second half settles what else a large run needs: a
+# learning rate that carries over from a small model, the size of a batch, the order of the data,
+# the hours and the dollars, and the settings that everybody copies.
 #
 # | | |
 # |---|---|
 # | **Part** | III. Pretraining |
 # | **You build** | {py:func}`~llmbook.scaling.fit_scaling_law`, {py:func}`~llmbook.scaling.compute_optimal`, {py:func}`~llmbook.scaling.mup_groups`, {py:func}`~llmbook.scaling.gradient_noise`, {py:func}`~llmbook.scaling.estimate_run`, {py:func}`~llmbook.scaling.info`, {py:func}`~llmbook.scaling.hyperparameter_checklist`, {py:func}`~llmbook.scaling.check_config` |
 # | **You need** | training ({doc}`13_training`), operations per token ({doc}`11_model`), intervals ({doc}`16_evaluation`), partial derivatives |
-# | **It takes** | 60 minutes for the main line, 4 hours for everything, 90 seconds to run |
+# | **It takes** | 60 minutes for the main line, 5 hours for everything, 90 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp scaling
+
+# %% [markdown]
+# ## Three runs at one price
+#
+# The three runs are rows of a table of small models, all of them trained by one function,
+# {py:func}`~llmbook.scaling.train_run`, which the next section uses. Each row is a
+# {py:class}`~llmbook.scaling.Run`: the sizes of the model and of its data, its learning rate, its
+# seed, and its loss at the end.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the imports, and the table of runs
 
 # %% tags=["engine"]
 #| export
@@ -25,9 +41,6 @@
 import csv
 import math
 import tempfile
-
-# %% tags=["engine"]
-#| export
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -38,19 +51,12 @@ from typing import Any, cast, NamedTuple
 
 # %% tags=["engine"]
 #| export
+# NumPy, PyTorch, and what it takes from earlier chapters
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import nn
 
-# %% [markdown]
-# ## Three runs at one price
-#
-# All runs of this chapter were made by one function, which the next section calls.
-
-# %% tags=["engine"]
-#| export
-# What it takes from earlier chapters
 from llmbook.batches import Batch, BatchSampler, pack_documents, PackedDocuments, TokenShards
 from llmbook.batches import write_shards
 from llmbook.blocks import initialize_weights, lookup_tables
@@ -64,12 +70,6 @@ from llmbook.tinyworld import TinyWorld
 from llmbook.tokenizer import BPETokenizer, train_bpe
 from llmbook.training import documents_score, next_token_objective, Objective, Trainer
 from llmbook.training import TrainingConfig
-
-# %% [markdown]
-# Each run is a row of a table, a {py:class}`~llmbook.scaling.Run`.
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: the table of runs
 
 # %% [markdown] tags=["engine"]
 # The table is a CSV file with one row for each run.
@@ -110,7 +110,8 @@ def read_runs(path: str | Path) -> list[Run]:
 # %% [markdown]
 # ### Place your bet
 #
-# Before you read on, choose A, B, or C:
+# Here are the sizes of the three models, and the tokens that each of them saw. Before you read on,
+# choose A, B, or C:
 
 # %%
 import matplotlib.pyplot as plt
@@ -129,9 +130,9 @@ for name, (d_model, n_steps) in {"A": (8, 1600), "B": (24, 408), "C": (48, 149)}
 
 # %% [markdown]
 # The number of operations is about $C = 6ND$, where $N$ is the number of parameters and $D$ the
-# number of tokens: chapter 11 counted two operations for each parameter and token in the forward
-# pass, and twice as many in the backward pass. All three runs have $C \approx$ 30 GFLOP, and these
-# are their losses on stories that they had not seen:
+# number of tokens: {doc}`11_model` counted two operations for each parameter and token in the
+# forward pass, and twice as many in the backward pass. All three runs have $C \approx$ 30 GFLOP,
+# and these are their losses on stories that they had not seen:
 
 # %%
 world = TinyWorld(n_characters=104, facts_per_story=1, n_phrasings=1, zipf_exponent=1.0)
@@ -149,30 +150,29 @@ assert bets["B"].loss < min(bets["A"].loss, bets["C"].loss) - 3
 # L(N, D) = E + \frac{A}{N^\alpha} + \frac{B}{D^\beta}
 # $$ (scaling-law)
 #
-# It is a **{term}`scaling law`** in the form of {cite:t}`hoffmann2022training`. The constant $E$ is
-# what remains for an infinitely large model with infinite data. The second term is the price of
-# being finite in size, the third the price of having seen a finite number of tokens. Both fall as a
-# power of their argument, so each doubling of $N$ divides the second term by the same number,
-# $2^\alpha$. If we knew the five numbers $E, A, B, \alpha, \beta$, we could predict the loss of a
-# run before we pay for it, and choose $N$ and $D$. The way to know them is to train many small
-# models and to fit the law to their losses. This chapter does that, and asks after each step how
-# far the answer can be trusted. One thing is known here that nobody knows for real text: the true
-# $E$, because no model can be better than the entropy of our world.
+# It is a **{term}`scaling law`** in the form of {cite:t}`hoffmann2022training`. The constant $E$
+# is what remains for an infinitely large model with infinite data. The second term is the price of
+# being finite in size, the third is the price of having seen a finite number of tokens. Both fall
+# as a power of their argument, so each doubling of $N$ divides the second term by the same number,
+# $2^\alpha$. With the five numbers $E, A, B, \alpha, \beta$ we could predict the loss of a run
+# before we pay for it. To learn them, we train many small models and fit the law to their losses,
+# and after each step we ask how far the answer can be trusted. We know one thing here that nobody
+# knows for real text: the true $E$ is the entropy of our world, which no model can beat.
 
 # %% [markdown]
 # ## Loss against size, data, and compute
 #
-# The stories come from a world with 104 characters, in which some characters appear much more often
-# than others: the one of rank $r$ in proportion to $1/r$ (Zipf's law, chapter 02). This matters. If
-# all characters were equally frequent, a model would learn all of them at about the same time, and
-# the loss would stay on a plateau and then drop. With Zipf's law there is always a rarer character
-# to learn, as there is always a rarer fact in real text {cite}`hutter2021learning`.
+# The stories come from a world with 104 characters, in which some characters appear much more
+# often than others: the one of rank $r$ in proportion to $1/r$ ({term}`Zipf's law`). If all
+# characters were equally frequent, a model would learn them at about the same time, and the loss
+# would drop from a plateau. With Zipf's law there is always a rarer character to learn, just as
+# there is always a rarer fact in real text {cite}`hutter2021learning`.
 #
 # A run trains a model of two layers and width `d_model`, on fresh stories only: no story is seen
 # twice, so $D$ is a number of different tokens. Its learning rate falls linearly to zero at the
 # last step. That is why each $D$ needs a run of its own: the loss in the middle of a longer run is
 # worse, because its learning rate has not fallen yet {cite}`hoffmann2022training`. The function
-# `train_run` in the engine room below does all this. Here are six runs, trained as you read:
+# {py:func}`~llmbook.scaling.train_run` in the engine room below does all of this.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: one run, and its loss above the floor
@@ -291,7 +291,8 @@ def best_runs(runs: Sequence[Run]) -> list[Run]:
 # %% [markdown]
 # ### A live grid and a larger one
 #
-# Six runs of 100 and 200 steps, each at the rate that the larger grid found to be the best:
+# Here are six runs of 100 and 200 steps, trained as you read. Each uses the learning rate that was
+# the best one in a larger grid:
 
 # %%
 best = {run[:2]: run for run in best_runs(runs)}
@@ -305,30 +306,41 @@ for d_model in (8, 16, 32):
     print(f"{d_model:7} {live[0].parameters:11,} {live[0].loss:15.0f} {live[1].loss:15.0f}")
 
 # %% [markdown]
-# The losses are in nats per story. They fall along each row and along each column, and the cell has
-# compared them with the rows of a larger table, `benchmarks/results/scaling.csv`, which `python
-# benchmarks/scaling.py` made by calls of the same function: five widths, four amounts of data, a
-# larger run that we put aside until the fit is done, and a few runs between them whose number of
-# operations is equal.
+# The losses are in nats per story. They fall along each row and down each column. The cell has
+# also checked them against a larger table, `benchmarks/results/scaling.csv`, which `python
+# benchmarks/scaling.py` made with the same function. It has a grid of five widths and four amounts
+# of data, a larger run that we put aside until the fit is done, and some runs in between that cost
+# equal numbers of operations. Three of those were the bet.
 #
 # Each run of the table was repeated with half and with twice its learning rate until both were
-# worse. This is most of the work, and it cannot be skipped: the best rate depends on the size and
-# on the length of the run.
+# worse. This is most of the work, and it cannot be skipped, because the best rate depends on the
+# size of the model and on the length of the run. Someone who fixes one rate for all runs tunes one
+# corner of the grid and handicaps the others. Only runs at their best rate enter our fits.
+#
+# In {numref}`fig-scaling-grid`, in the engine room below, the whole grid is drawn on doubly
+# logarithmic axes, on which a power of $D$ is a straight line. The lines of the larger models are
+# nearly straight at first; those of the small models flatten toward a floor of their own, which
+# the law puts at $E + A/N^\alpha$. Drawn over the operations, the lines cross: each budget has its
+# own best size. That is why the bet was hard.
 
-# %%
+# %% [markdown] tags=["engine"]
+# ### Engine room: the best learning rate of each run, and the whole grid
+
+# %% [markdown] tags=["engine"]
+# The rows of this table are sizes, and its columns are numbers of steps:
+
+# %% tags=["engine"]
 print("best learning rate      by number of steps")
 print("parameters     " + "".join(f"{steps:7}" for steps in (100, 200, 400, 800)))
 for d_model in (8, 12, 16, 24, 32):
     row = [best[d_model, steps] for steps in (100, 200, 400, 800)]
     print(f"{row[0].parameters:10,}     " + "".join(f"{run.learning_rate:7.2f}" for run in row))
 
-# %% [markdown]
-# On the whole, large models want smaller rates, and so do long runs of small ones. Someone who
-# fixes one rate for all runs tunes one corner of the table and handicaps the others. Only runs at
-# their best rate enter our fits; we will see what happens otherwise. {numref}`fig-scaling-grid`
-# shows them.
+# %% [markdown] tags=["engine"]
+# On the whole, large models want smaller rates, and so do long runs of small ones. The figure
+# shows each run at its best rate:
 
-# %% mystnb={"figure": {"caption": "Our grid. Left, the loss above the entropy of the world over the number of tokens, one line for each size. Right, the same runs over their operations, with the best of them.", "name": "fig-scaling-grid"}, "image": {"alt": "Two panels with doubly logarithmic axes. Left, five lines fall with the number of tokens. Right, the same five lines are shifted by their size; the smaller models lead at few operations and the larger ones at many."}}
+# %% tags=["engine"] mystnb={"figure": {"caption": "Our grid. Left, the loss above the entropy of the world over the number of tokens, one line for each size. Right, the same runs over their operations, with the best of them.", "name": "fig-scaling-grid"}, "image": {"alt": "Two panels with doubly logarithmic axes. Left, five lines fall with the number of tokens. Right, the same five lines are shifted by their size; the smaller models lead at few operations and the larger ones at many."}}
 grid = [best[d, steps] for d in (8, 12, 16, 24, 32) for steps in (100, 200, 400, 800)]
 figure, axes = plt.subplots(1, 2, sharey=True)
 for d_model in (8, 12, 16, 24, 32):
@@ -346,17 +358,12 @@ axes[0].legend(title="parameters", fontsize=7)
 plt.show()
 
 # %% [markdown]
-# On doubly logarithmic axes a power of $D$ is a straight line. The lines of the larger models are
-# nearly straight at first; those of the small models bend to the right, toward a floor of their
-# own, $A/N^\alpha$. On the right we see why the bet was hard. For each budget a different size is
-# the best, and the lines cross.
-
-# %% [markdown]
 # ## Fitting the law
 #
 # Take logarithms of both sides of {eq}`scaling-law`, so that an error of one percent counts the
 # same for small and for large losses, and write $A = e^a$, $B = e^b$, $E = e^e$, so that the three
-# stay positive. The residual of run $i$ is
+# stay positive. (In an exponent, the letter $e$ is our parameter; as a base it is Euler's number.)
+# The residual of run $i$ is
 #
 # $$
 # \begin{aligned}
@@ -366,18 +373,18 @@ plt.show()
 # $$ (scaling-residual)
 #
 # Least squares would give a run that went wrong a weight that grows with the square of its error.
-# Hoffmann and others use the **Huber loss**, which is a square near zero and goes on as a straight
-# line:
+# Hoffmann and others use the **{term}`Huber loss`**, which is a square near zero and goes on as a
+# straight line:
 #
 # $$
 # h_\delta(r) = \begin{cases} \frac12 r^2 & |r| \le \delta \\
 # \delta \left( |r| - \frac12 \delta \right) & \text{otherwise} \end{cases}
 # $$ (huber)
 #
-# With their $\delta = 10^{-3}$, errors of more than a tenth of a percent count by their size, so
-# the fit is close to one of least absolute errors. The sum over all runs has several minima, and a
-# search that starts at one point may end in a poor one. The remedy is to start from many points and
-# to keep the best end. In code, with an optimizer from a library:
+# With their $\delta = 10^{-3}$, errors of more than a tenth of a percent count in proportion to
+# their size, so the fit is close to one of least absolute errors. The sum over all runs has
+# several minima, and a search that starts at one point may end in a poor one. The remedy is to
+# start from many points and to keep the best end. In code, with an optimizer from a library:
 
 
 # %%
@@ -402,9 +409,10 @@ close = sum(end.fun < 1.05 * min(e.fun for e in ends) for end in ends)
 print(f"of {len(ends)} starts, {close} end within 5 % of the best")
 
 # %% [markdown]
-# Our own {py:func}`~llmbook.scaling.fit_scaling_law` starts from a hundred points at once, needs no
-# library but NumPy, and draws the runs anew from themselves (the bootstrap of chapter 16) to say
-# how certain the five numbers are:
+# A third of the starts ended in a worse minimum. Our own
+# {py:func}`~llmbook.scaling.fit_scaling_law` starts from a hundred points at once and needs no
+# library but NumPy. It also fits samples of the runs ({term}`bootstrap`, {doc}`16_evaluation`) to
+# say how certain the five numbers are.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a hundred starts at once, and runs that cannot tell the terms apart
@@ -425,6 +433,8 @@ def _check_positive(**values: Any) -> None:
             raise ValueError(f"{name}: expected a finite number above 0, got {value!r:.60}")
 
 
+# %% tags=["engine"]
+#| export
 @dataclass(frozen=True)
 class ScalingLaw:
     """The law L(N, D) = E + A / N**alpha + B / D**beta (Hoffmann et al. 2022, equation 2).
@@ -720,6 +730,8 @@ def _bootstrap(
 
 # %% [markdown]
 # ### What the fit says, and what it does not
+#
+# This is the fit of the grid, with the interval that 200 samples of the bootstrap give for $E$:
 
 # %%
 fit = fit_scaling_law(N, D, L, n_bootstrap=200)
@@ -730,10 +742,24 @@ assert abs(fit.objective / min(end.fun for end in ends) - 1) < 0.05
 assert floor.low < 2 and world.entropy() in floor and fit.law.E < 14
 
 # %% [markdown]
-# The formula describes the twenty losses with an error of 5 percent. How much of that is luck? The
-# table has three seeds of fifteen cells of the grid:
+# The formula describes the twenty losses with an error of 5 percent. How much of that is luck?
+# Runs that differ only in their seed have a standard deviation of 3 percent, so a good part of the
+# error is luck, and the rest is the formula.
+#
+# A fit like this looks convincing. Yet its $E$ is 7 nats, while the truth is 18.2. The interval of
+# the bootstrap is more honest than the number: it reaches from zero to a little above the truth,
+# so these runs hardly say where the floor is. The reason is visible in {numref}`fig-scaling-grid`:
+# our lowest losses are still several nats above the floor, and $E$ is an extrapolation from there
+# to infinity. On real text nobody can tell whether a fitted $E$ is wrong. A published $E$ is a
+# parameter of a curve, and it should not be called the entropy of language.
 
-# %%
+# %% [markdown] tags=["engine"]
+# ### Engine room: how much luck is in a loss
+
+# %% [markdown] tags=["engine"]
+# For fifteen cells of the grid, the table has three seeds:
+
+# %% tags=["engine"]
 seeds = defaultdict(list)
 for run in read_runs(table):
     seeds[run[:3]].append(math.log(run.loss))
@@ -741,17 +767,10 @@ spread = np.sqrt(np.mean([np.var(x, ddof=1) for x in seeds.values() if len(x) ==
 print(f"standard deviation over seeds: {100 * spread:.0f} percent of the loss")
 
 # %% [markdown]
-# So most of the error is the luck of a seed, and some of it is the formula. On a plot, the fit
-# looks convincing. Anyone would report it. Yet its $E$ is 7 nats, where the truth is 18.2. The
-# interval of the bootstrap is more honest than the number. It reaches from nothing to a little
-# above the truth, so these runs hardly say where the floor is. The reason can be seen in
-# {numref}`fig-scaling-grid`: our lowest losses are still several nats above the floor, and $E$ is
-# an extrapolation from there to infinity. A somewhat smaller exponent with a lower floor fits the
-# same points nearly as well. On real text nobody can tell that a fitted $E$ is wrong; a published
-# $E$ is a parameter of a curve, and it should not be called the entropy of language.
+# ### A prediction
 #
-# A law earns trust by predictions. The largest run of our table has a model nearly twice as large
-# as any in the fit, and twice as many tokens. The prediction comes first:
+# A law earns trust by predictions. The largest run of our table has nearly twice as many
+# parameters as any in the fit, and twice as many tokens. The prediction comes first:
 
 # %%
 largest = best[48, 1600]
@@ -762,19 +781,32 @@ print(f"measured  {largest.loss:.0f} nats")
 assert predicted.estimate < world.entropy() < largest.loss
 
 # %% [markdown]
-# The prediction is 2 nats too low, and more than that: it is *below the entropy*, where no model
-# can ever be. (The measured loss lies in the interval, which is wide.) So a fit with an error of 5
-# percent missed by more than 10 percent, at 3.6 times the compute of its largest run. This is an
-# honest result at our size, and it has reasons. Seeds are one. Another is the formula, which says
-# that the price of few parameters and the price of few tokens simply add up. In our grid they do
-# not quite. The residuals are largest for the smallest model with the fewest tokens, which is worse
-# in fact than in the formula, and the fit bends its other terms to make up for it.
-#
+# The prediction is about 2 nats too low. Worse, it is *below the entropy*, where no model can ever
+# be. (The measured loss lies in the interval, which is wide.) So a fit with an error of 5 percent
+# missed by 9 percent at 3.6 times the compute of its largest run. One cause is the luck of seeds.
+# Another is the formula, which says that the price of few parameters and the price of few tokens
+# simply add up. In our grid they do not quite: the residual is largest for the smallest model with
+# the fewest tokens, which is worse than the formula says, and the fit has to bend its other terms
+# to make up for it.
+
+# %% [markdown]
 # ### The choices behind a fit
 #
-# Many fits of the same grid would have looked as plausible. Here are some of them:
+# Many other fits of the same grid could be defended. The engine room below makes four: with one
+# learning rate for all runs, without embeddings in the count of parameters, and with two other
+# choices of runs. Their $E$ lies between 10 and 17 nats, and the power of the budget with which
+# the best size should grow, which the next section derives, between 0.1 and 0.7. Nothing in any
+# one fit warns of this. Whoever reports a law should therefore say what was counted, how the rates
+# were tuned, and how the runs were chosen, and should choose before looking.
 
-# %%
+# %% [markdown] tags=["engine"]
+# ### Engine room: four other fits of the same grid
+
+# %% [markdown] tags=["engine"]
+# The column *exponent* is $\beta / (\alpha + \beta)$, the power of the budget with which the best
+# size grows:
+
+# %% tags=["engine"]
 fixed = {run[:2]: run for run in runs if run.learning_rate == 0.04}
 choices = {
     "best learning rates": grid,
@@ -791,14 +823,13 @@ for name, some in choices.items():
     row = "{:6.0f}{:7.1f}{:7.1f}{:10.1f}{:6.0f} %".format(*numbers)
     print(f"{name:23}{row}{one.law.predict(size, largest.tokens):8.0f} nats")
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # With **one learning rate for all**, the error nearly doubles, and the best share of size (the
-# column *exponent*, explained below) falls from 0.6 to 0.4. Nothing in the fit itself warns of
-# this. In published work, small runs that were tuned worse than large ones have bent laws in the
-# same way.
+# column *exponent*) falls from 0.6 to 0.4. In published work, learning rates that were not tuned
+# for each size have bent laws, too {cite}`porian2024resolving`.
 #
 # **Without embeddings**, $N$ counts the inner parameters only. In our smallest model four
-# parameters of five are embeddings, in the largest of the grid it is a bit more than half. So the
+# parameters of five are embeddings, in the largest one of the grid, a bit more than half. So the
 # inner size spans a range of 15 where the whole spans one of 6. All five numbers change, and the
 # exponent rises. Neither count is wrong, but a law holds only together with its count.
 #
@@ -806,24 +837,25 @@ for name, some in choices.items():
 # truth. It is tempting to find a reason why this is the right choice: the small models are not yet
 # "in the scaling regime". But we picked this row because we know the answer, which is hindsight.
 # The cutoff in the row above is as easy to defend; it puts $E$ at 12, and predicts the largest run
-# better. Also look at $\alpha$ in the last row: a power of 4.5 is no law of nature, three sizes
-# simply do not determine it. Whoever reports a law should say how the runs were chosen, and choose
-# before looking.
+# better. Also look at $\alpha$ in the last row: a power of 4.5 is no law of nature; three sizes
+# simply do not determine it.
 
 # %% [markdown]
 # ## The best size for a budget
 #
-# Given a budget of $C$ operations, which $N$ and $D$ have the lowest loss? Put $D = C / (6N)$ into
-# {eq}`scaling-law`. The derivative with respect to $\log N$ must be zero. The first term gives
-# $-\alpha A N^{-\alpha}$. The second is $B \, (6N/C)^{\beta}$, whose derivative is
-# $\beta B \, (6N/C)^\beta = \beta B D^{-\beta}$. So at the best size
+# Given a budget of $C$ operations, which $N$ and $D$ have the lowest loss? Such a pair is called
+# {term}`compute-optimal`. Substitute $D = C / (6N)$ into {eq}`scaling-law`. The derivative with
+# respect to $\log N$ must be zero. The first term gives $-\alpha A N^{-\alpha}$. The second is $B
+# \, (6N/C)^{\beta}$, whose derivative is $\beta B \, (6N/C)^\beta = \beta B D^{-\beta}$. So at the
+# best size
 #
 # $$
 # \alpha \frac{A}{N^\alpha} = \beta \frac{B}{D^\beta} .
 # $$ (scaling-balance)
 #
-# In words: one percent more parameters must gain as much as one percent more tokens. Put in
-# $D = C/(6N)$ once more and solve for $N$:
+# In words: one percent more parameters must gain as much as one percent more tokens. Substitute $D
+# = C/(6N)$ once more. This gives $N^{\alpha + \beta} = \frac{\alpha A}{\beta B} (C/6)^\beta$, and
+# therefore
 #
 # $$
 # \begin{aligned}
@@ -834,21 +866,21 @@ for name, some in choices.items():
 # $$ (scaling-optimum)
 #
 # Note that $E$ has vanished. A fit can be wrong about the floor and right about the best size. The
-# exponent $a = \beta / (\alpha + \beta)$ says how much of a larger budget goes into size: if
-# $\alpha = \beta$, it is one half, and size and data grow together. In code, this is
+# exponent $\beta / (\alpha + \beta)$ says how much of a larger budget goes into size: if $\alpha =
+# \beta$, it is one half, and size and data grow together. In code, this is
 # {py:func}`~llmbook.scaling.compute_optimal`.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the optimum by bisection, with the cost of use
 
 # %% [markdown] tags=["engine"]
-# The formula above has no room for inference. With $I$ tokens read or written in use, at $2N$
-# operations each, the budget is $6ND + 2NI = C$, so $D = C/(6N) - I/3$, and the derivative of $D$
-# with respect to $\log N$ is $-C/(6N) = -(D + I/3)$ instead of $-D$. The balance becomes $\alpha A
-# N^{-\alpha} = \beta B D^{-\beta} (1 + I/(3D))$. Along a line of equal *loss* instead of equal
-# cost, Lagrange's multiplier leads to the same balance: both ask for the point where a line of
-# equal loss touches a line of equal cost. The left side falls with $N$; the right side rises,
-# because $D$ falls. So there is one solution, and bisection finds it.
+# The closed form has no room for the cost of use. With $I$ tokens in use, at $2N$ operations each,
+# the balance is {eq}`scaling-inference-balance`, which is derived below for a given *loss*. For a
+# given *budget* $6ND + 2NI = C$ we have $D = C/(6N) - I/3$, whose derivative with respect to $\log
+# N$ is $-C/(6N) = -(D + I/3)$ instead of $-D$, and the same balance follows. Both problems ask for
+# the point where a line of equal loss touches a line of equal cost. The left side of the balance
+# falls with $N$; the right side rises, because $D$ falls. So there is one solution, and bisection
+# finds it.
 
 
 # %% tags=["engine"]
@@ -974,11 +1006,11 @@ PUBLISHED_LAWS: Mapping[str, ScalingLaw] = {
 # %% [markdown]
 # ### Three ways to the exponent
 #
-# Hoffmann and others looked for the best size in three ways, and so can we. The **first** takes the
-# minimum over all curves: of the runs that cost at most $C$, which is the best? Those runs lie on
-# the lower envelope of {numref}`fig-scaling-grid`. The **second** trains several sizes with exactly
-# the same $C$. The loss over $\log N$ is a valley, and a parabola through its points has a minimum
-# between them. These are the runs with equal operations in our table, and three of them were the
+# Hoffmann and others looked for the best size in three ways. The **first** takes the minimum over
+# all curves: of the runs that cost at most $C$, which is the best? Those runs lie on the lower
+# envelope of {numref}`fig-scaling-grid`. The **second** trains several sizes with exactly the same
+# $C$. The loss over $\log N$ is a valley, and a parabola through its points has a minimum between
+# them; they call this an {term}`IsoFLOP profile`. Three of our runs with equal operations were the
 # bet. The **third** is the fit with {eq}`scaling-optimum`.
 
 # %% mystnb={"figure": {"caption": "Runs of equal compute, the parabolas through them, and their minima. The dashed line is the best size by the fitted law.", "name": "fig-scaling-isoflop"}, "image": {"alt": "Three valleys of loss over the number of parameters, one for each budget. The bottoms move down and to the right as the budget grows, near a dashed line."}}
@@ -1000,8 +1032,23 @@ plt.ylabel("loss (nats per story)")
 plt.legend()
 plt.show()
 
+# %% [markdown]
+# The minima of the valleys in {numref}`fig-scaling-isoflop` move to the right as the budget grows.
+# The first two ways agree that the best size grows about as $C^{0.4}$. The fit says $C^{0.6}$,
+# with an interval from 0.2 to 0.6, because $E$, $\alpha$, and $\beta$ can be traded for one
+# another. The parabolas use only runs near the optimum. At a scale like ours, plan with them. They
+# also show what a wrong size costs: a model half or twice as large as the best one loses one to
+# three nats.
 
-# %%
+# %% [markdown] tags=["engine"]
+# ### Engine room: the exponents of the three ways
+
+# %% [markdown] tags=["engine"]
+# The exponent is the slope of $\log N^*$ over $\log C$. The first way uses the runs of the grid
+# that no run of equal or lower cost beats:
+
+
+# %% tags=["engine"]
 def slope(sizes, budgets):
     return np.polyfit(np.log(budgets), np.log(sizes), 1)[0]
 
@@ -1018,19 +1065,12 @@ share = fit.interval(lambda law: law.exponent)
 print(f"95 % interval of the fitted law: {share.low:.1f} to {share.high:.1f}")
 
 # %% [markdown]
-# The first two ways agree that about the power 0.4 of the budget should go into size, the fit says
-# 0.6, and its interval reaches from 0.2 to 0.6. The fit is so uncertain because $E$, $\alpha$, and
-# $\beta$ can be traded for one another. The parabolas need no formula for the whole plane, and use
-# runs near the optimum only. At a scale like ours, plan with the valleys. They also say how much a
-# wrong size costs: near the bottom they are flat, and a model half or twice as large as the best
-# one loses only a nat or two.
-#
 # ### What was published
 #
 # {cite:t}`kaplan2020scaling` found that the best size grows as $C^{0.73}$: most of a larger budget
 # should go into the model. {cite:t}`hoffmann2022training` found about $C^{0.5}$ in three ways
 # (0.50, 0.49, and 0.46), trained Chinchilla with 70 billion parameters on 1.4 trillion tokens, and
-# beat a model four times as large that had cost as much. Why the difference?
+# beat Gopher, a model four times as large that had cost as much. Why do they differ?
 # {cite:t}`pearce2024reconciling` trace most of it to Kaplan's count, which left out embeddings, in
 # models so small that it mattered. (An exercise derives this.) {cite:t}`porian2024resolving`
 # reproduce both results, and find three causes: the operations of the last layer, which were not
@@ -1038,12 +1078,23 @@ print(f"95 % interval of the fitted law: {share.low:.1f} to {share.high:.1f}")
 # tuned for each size.
 #
 # Hoffmann's third way, the fitted formula, was itself in error. {cite:t}`besiroglu2024chinchilla`
-# read the runs off a figure of the paper and fitted them again. The published optimizer had stopped
-# too early, the printed numbers were rounded too far, and the intervals were far too narrow. Both
-# sets of coefficients are in `PUBLISHED_LAWS`, and {eq}`scaling-optimum` says what they would
-# recommend, up to Gopher's budget of $5.76 \times 10^{23}$ operations and beyond:
+# read the runs off a figure of the paper and fitted them again. The published optimizer had
+# stopped too early, the printed numbers were rounded too far, and the intervals were far too
+# narrow. For Gopher's budget of $5.76 \times 10^{23}$ operations, the corrected law recommends 18
+# tokens per parameter, close to the famous 20. The original coefficients give 59, and as printed,
+# with two digits, even 93. So a rounding in the second digit of an exponent changes a
+# recommendation by half, because it is an exponent of large numbers. And "20" is no law of nature:
+# it belongs to one data set, one architecture, and one way of counting. In our world, the best of
+# the runs at 30 GFLOP had 3.5.
 
-# %%
+# %% [markdown] tags=["engine"]
+# ### Engine room: what the published coefficients recommend
+
+# %% [markdown] tags=["engine"]
+# Both sets of coefficients are in `PUBLISHED_LAWS`, and {eq}`scaling-optimum` turns each into a
+# number of tokens per parameter, up to Gopher's budget and beyond:
+
+# %% tags=["engine"]
 rounded = ScalingLaw(1.69, 406.4, 410.7, 0.34, 0.28)
 laws = {"hoffmann2022, as printed": rounded, **PUBLISHED_LAWS}
 print("tokens per parameter at             1e21  5.76e23     1e26 operations")
@@ -1052,17 +1103,11 @@ for name, law in laws.items():
     print(f"{name:30}" + "".join(f"{ratio:9.0f}" for ratio in ratios))
 
 # %% [markdown]
-# The corrected law gives the famous 20 tokens per parameter. The original coefficients give 59, and
-# as printed, with two digits, even 93. So a rounding in the second digit of an exponent changes a
-# recommendation by half, because it is raised to the power of large numbers. And "20" is no law of
-# nature: it belongs to one data set, one architecture, and one way of counting. In our world, the
-# best of the runs at 30 GFLOP had about 4.
-#
 # ### A model that will be used
 #
-# Training ends, and use goes on. Each token that a model reads or writes in use costs about $2N$
-# operations, and $I$ such tokens cost $2NI$. Among all models with the same loss, we want the one
-# whose whole life is cheapest:
+# A model is trained once, and then it is used. Each token that it reads or writes costs about $2N$
+# operations then, and $I$ such tokens cost $2NI$. Among all models with the same loss, we want the
+# one whose whole life is cheapest:
 #
 # $$
 # \begin{aligned}
@@ -1082,8 +1127,9 @@ for name, law in laws.items():
 # $$ (scaling-inference-balance)
 #
 # With $I = 0$ this is {eq}`scaling-balance`. The larger $I$, the smaller the model, and the longer
-# its training: it is *over*trained, seen from training alone {cite}`sardana2024beyond`. Here is
-# what the loss of Chinchilla (70 billion parameters, 1.4 trillion tokens) would have cost:
+# its training: it is *over*trained, as far as training alone is concerned
+# {cite}`sardana2024beyond`. Here is the cheapest way to the loss of Chinchilla (70 billion
+# parameters, 1.4 trillion tokens) by the corrected law, for more and more use:
 
 # %%
 law = PUBLISHED_LAWS["besiroglu2024"]
@@ -1100,20 +1146,21 @@ for used in (0, 1e12, 1e13, 1e14):
 # With ten trillion tokens in use, the cheapest model is half as large as Chinchilla and trained on
 # six times as many tokens per parameter, and its training costs a third more. Llama 3 with 8
 # billion parameters was trained on 15 trillion tokens {cite}`grattafiori2024llama3`, nearly 1,900
-# for each parameter. That is far outside the range in which these coefficients were fitted, so read
-# the last row as a direction rather than as a number {cite}`sardana2024beyond`.
+# for each parameter. This is far outside the range of the fit, so read the last row as a direction
+# rather than as a number {cite}`sardana2024beyond`.
 
 # %% [markdown]
 # ## Transfer over width
 #
-# A large run is paid for once, so nobody tunes it. The learning rate comes from a smaller model.
-# How bad can that be?
-
-# %% [markdown]
-# {numref}`fig-scaling-transfer` shows 48 small models that differ in their width and their rate
-# only. All have two layers and trained for 150 steps of AdamW on the stories of the tiny world
-# ({doc}`01_tinyworld`). The command `python benchmarks/transfer.py` trains them, each with two
-# seeds, and keeps their losses in `benchmarks/results/transfer.csv`.
+# In the first half of the chapter, every run had its best learning rate. A large run is paid for
+# only once, so nobody can tune it: its rate has to come from a smaller model. How badly can that
+# go?
+#
+# {numref}`fig-scaling-transfer` shows 48 settings of small models that differ only in their width
+# and their rate. All models have two layers and were trained for 150 steps of AdamW on the stories
+# of the tiny world of {doc}`01_tinyworld`, for which `world` stands from here on. The command
+# `python benchmarks/transfer.py` trains them, each with two seeds, and keeps their losses in
+# `benchmarks/results/transfer.csv`.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the file of the sweep, and how its curves are drawn
@@ -1171,7 +1218,10 @@ def draw_curves(titles: Mapping[str, str], widths: Sequence[int]) -> None:
 
 
 # %% [markdown]
-# ### Two panels
+# ### One rate, or one for each kind of parameter
+#
+# In the left panel all parameters of a model have the same rate. In the right panel, rules that we
+# derive next scale it for each kind of parameter:
 
 # %% mystnb={"figure": {"caption": "Loss over the learning rate for four widths, the minima marked. Left, with one rate for all parameters, the best rate falls as the width grows. Right, with the scales derived below, it stays.", "name": "fig-scaling-transfer"}, "image": {"alt": "Two panels with four U-shaped curves each. Left, the minima move from an exponent of minus 5 at width 32 to minus 8 at width 256. Right, all four minima are at minus 5, one above the other."}}
 titles = {"standard": "standard", "mup": "maximal-update parametrization"}
@@ -1179,10 +1229,9 @@ draw_curves(titles, (32, 64, 128, 256))
 
 # %% [markdown]
 # On the left, the rate that is best for width 32 makes the model of width 256 *worse than that of
-# width 32*: it costs thirty times as much to train and ends at twice the loss. With every
+# width 32*: it costs thirty times as much to train and ends at nearly twice the loss. With every
 # doubling of the width, the best rate has to be more than halved. On the right, one rate is best
-# for all widths. What is different there is not the model but a handful of constants, and they
-# can be derived.
+# for all widths. The difference is a handful of constants, and we can derive them.
 #
 # ### The scales
 #
@@ -1196,15 +1245,16 @@ draw_curves(titles, (32, 64, 128, 256))
 #
 # **The step.** Adam's step is close to the sign of the gradient, so each entry moves by about the
 # rate $\eta$ ({doc}`12_optimization`). The gradient of one token is the outer product $\delta\,
-# x^\top$ of what comes back and what came in, so the entries of the step have the signs of
-# $\delta_i x_j$. Multiplied by an $x$ of the same kind, the sum is
+# x^\top$ of what comes back and what came in (here $\delta$ is the derivative of the loss with
+# respect to $Wx$), so the entries of the step have the signs of $\delta_i x_j$. Multiplied by an
+# $x$ of the same kind, the sum is
 #
 # $$(\Delta W\, x)_i \approx -\eta \sum_{j=1}^{n} \operatorname{sign}(\delta_i)\, |x_j|
 # \;=\; -\eta\, n \cdot O(1).$$
 #
-# Now the terms are *aligned*: they have the same sign, and it is sizes that add up, not variances.
-# The step changes the output by $\eta\, n$, not by $\eta \sqrt n$. For the change to be of the same
-# size at any width, $\eta \propto 1/n$. This is the shift on the left of
+# Now the terms are *aligned*: they have the same sign, so their sizes add up instead of their
+# variances. The step changes the output by $\eta\, n$, not by $\eta \sqrt n$. For the change to be
+# of the same size at any width, $\eta \propto 1/n$. This is the shift on the left of
 # {numref}`fig-scaling-transfer`.
 #
 # **Tables and gains.** Looking up a row of the embedding is a product with a one-hot vector, a sum
@@ -1212,8 +1262,8 @@ draw_curves(titles, (32, 64, 128, 256))
 # and biases, which multiply or add entry by entry. So no single rate is right for tables *and*
 # matrices: as the model grows, a rate that suits the matrices leaves the table untrained.
 #
-# **The head** is a matrix with $n$ columns too, so its rate falls with $1/n$. But its output is the
-# end: logits are compared with each other, and nothing behind them corrects their size. After
+# **The head** is a matrix with $n$ columns too, so its rate falls with $1/n$. But nothing comes
+# after it: logits are compared with each other, and no later layer corrects their size. After
 # training has begun, head and hidden vector are aligned, and an entry of size $1/\sqrt n$ would
 # give logits of size $\sqrt n$. Hence $\sigma \propto 1/n$: at the start the logits of wide models
 # are small, and what training adds is of size 1.
@@ -1223,9 +1273,10 @@ draw_curves(titles, (32, 64, 128, 256))
 # factor has to be $1/d$ if heads become wider. (If there are *more* heads of the same width,
 # nothing changes.)
 #
-# Together this is the **maximal-update parametrization**, or muP: every matrix learns as fast as it
-# can without blowing up, at every width {cite}`yang2022tensor`. With $m$ the width divided by that
-# of a base model, whose rate was tuned, and $m_h$ the same for the width of a head:
+# Together these rules are the **{term}`maximal-update parametrization`**, or muP: every matrix
+# learns as fast as it can without blowing up, at every width {cite}`yang2022tensor`. Let $m$ be
+# the width divided by that of a base model, whose rate was tuned, and $m_h$ the same ratio for the
+# width of a head. Then the scales are
 #
 # | parameter | initialization relative to {doc}`10_blocks` | Adam's rate |
 # |---|---|---|
@@ -1234,10 +1285,8 @@ draw_curves(titles, (32, 64, 128, 256))
 # | query projection | $1/\sqrt{m_h}$ | $\eta / (m \sqrt{m_h})$ |
 # | head | $1/\sqrt m$ | $\eta / m$ |
 #
-# The third row is the factor of attention in disguise. Adam does not see the size of a gradient, so
-# a matrix that is multiplied by a constant $c$ after each step is the same as one that starts $c$
-# times as large and has $c$ times the rate. We change the numbers and leave the code of attention
-# alone. The smallest form of it needs a dozen lines:
+# The third row is the factor of attention in disguise, for the reason given in the engine room
+# below. In code, the table takes a dozen lines:
 
 
 # %%
@@ -1257,19 +1306,23 @@ def width_scales(model: TransformerLM, base: ModelConfig) -> dict[str, tuple[flo
 
 
 # %% [markdown]
-# The exported {py:func}`~llmbook.scaling.mup_scales` also handles what a table with four rows
-# leaves out: fan-ins that grow differently, tied heads, experts, and the norms of queries
-# and keys. Two functions apply it, {py:func}`~llmbook.scaling.initialize_mup` to the weights and
+# The exported {py:func}`~llmbook.scaling.mup_scales` also handles fan-ins that grow differently,
+# tied heads, experts, and the norms of queries and keys.
+# {py:func}`~llmbook.scaling.initialize_mup` applies the scales to the weights, and
 # {py:func}`~llmbook.scaling.mup_groups` to the groups of an optimizer.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: any model of ours, tied or with experts, and weight decay that stays the same
 
 # %% [markdown] tags=["engine"]
-# A tied head cannot have an initialization of its own. But the last norm has a gain in front of the
-# head, and dividing the gain by $m$ divides the logits. Where queries are normalized, their
-# projection has no say about their size, and the gain of that norm takes its place. A router has as
-# many outputs as there are experts, whatever the width: it is a head.
+# Attention by $1/d$ needs no change in its code. Adam does not see the size of a gradient, so a
+# matrix that is multiplied by a constant $c$ after each step is the same as one that starts $c$
+# times as large and has $c$ times the rate. That is what the table does to the query projection.
+#
+# A tied head cannot have an initialization of its own. But the last norm has a gain in front of
+# the head, and dividing the gain by $m$ divides the logits. Where queries are normalized, their
+# projection has no say about their size, and the gain of that norm takes its place. A router has
+# as many outputs as there are experts, whatever the width: it is a head.
 #
 # AdamW multiplies the weights by $1 - \eta\lambda$ at each step. If $\eta$ is divided by $m$, decay
 # slows down with it, and with the decay changes the size at which weights settle. So
@@ -1447,8 +1500,8 @@ def take_step(model: TransformerLM, optimizer: AdamW, batch: Batch) -> float:
 # ### Coordinate check
 #
 # A slip in one of the scales is easily made and hard to see, because the model still trains. The
-# **coordinate check** finds it in seconds: train models of several widths for a few steps and see
-# how far the outputs have moved. Under muP the distance must not depend on the width.
+# **{term}`coordinate check`** finds it in seconds: train models of several widths for a few steps
+# and see how far their logits have moved. Under muP the distance must not depend on the width.
 
 
 # %%
@@ -1472,12 +1525,14 @@ for width in (32, 64, 128, 256):
 assert moved[256][0] > 2 * moved[32][0] and moved[256][1] < 1.5 * moved[32][1]
 
 # %% [markdown]
-# The check is necessary, and not sufficient: the users of the reference implementation report
-# models that pass it and whose best rate still moves (microsoft/mup, issues 22, 71 and 73). What
-# counts is the right half of {numref}`fig-scaling-transfer`, so draw the curves before you trust a
-# transfer.
+# The logits of wide standard models move several times as far as those of narrow ones; under muP
+# all move equally far. The check is necessary but not sufficient: users of the reference
+# implementation report models that pass it and whose best rate still moves (microsoft/mup, issues
+# 22, 71 and 73). What counts is the right panel of {numref}`fig-scaling-transfer`, so draw the
+# curves before you trust a transfer.
 #
-# And look at the heights of the minima, which few reports show:
+# Look at the heights of the minima, too, since a rate that stays where it is need not be a better
+# one:
 
 # %%
 for method in ("standard", "mup"):
@@ -1490,12 +1545,19 @@ for method in ("standard", "mup"):
 # best rate of the standard parametrization falls by a factor of 14 as the width grows by 8; that
 # of muP by 1.2. At the two larger widths the standard parametrization *at its own best rate*
 # reaches the lower loss, by about 0.07 nats; at the smaller ones seeds differ by as much as the
-# methods. muP does not make a model better here, it makes its rate predictable. Where one can try
-# six rates at the full width, that is not worth its price. Where one can try a single rate, it
-# is.
-#
-# ### What Muon changes
-#
+# methods. Here muP does not make a model better; it makes its rate predictable. If you can try six
+# rates at the full width, you do not need it. If you can try only one, you do.
+
+# %% [markdown]
+# All singular values of a step of Muon are 1 ({doc}`12_optimization`), so the width should drop
+# out without any scales. In the engine room below, the best exponent of Muon's rate falls by 0.6
+# from width 32 to 128 under one convention and by 1.5 under another; that of AdamW with one rate
+# for all falls by 2.6. So a rate of Muon means nothing without its convention.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: what Muon changes, and a convention that hides in an option
+
+# %% [markdown] tags=["engine"]
 # Muon's step is a matrix whose singular values are all 1 ({doc}`12_optimization`). It moves an
 # output by the same amount whatever the width, without any factor: a unit vector comes out with
 # length 1. So the width should drop out. Whether it does depends on a convention that hides in an
@@ -1505,42 +1567,42 @@ for method in ("standard", "mup"):
 # convenient, because AdamW's rate and decay can be kept {cite}`liu2025muon`, and it brings the
 # $\sqrt n$ back.
 
-# %% mystnb={"figure": {"caption": "Muon for the matrices of the blocks, AdamW with fixed, width-scaled rates for the rest. Loss over Muon's rate, in the two conventions.", "name": "fig-scaling-muon"}, "image": {"alt": "Two panels with three U-shaped curves each, for widths 32, 64 and 128, with their minima marked."}}
+# %% tags=["engine"] mystnb={"figure": {"caption": "Muon for the matrices of the blocks, AdamW with fixed, width-scaled rates for the rest. Loss over Muon's rate, in the two conventions.", "name": "fig-scaling-muon"}, "image": {"alt": "Two panels with three U-shaped curves each, for widths 32, 64 and 128, with their minima marked."}}
 titles = {"muon_original": "original", "muon_match_rms": "match_rms_adamw"}
 draw_curves(titles, (32, 64, 128))
 for method in titles:
     found = [minimum(method, width)[0] for width in (32, 64, 128)]
     print(f"{method:14}  best exponent:", "  ".join(f"{rate:.1f}" for rate in found))
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # From width 32 to 128, the best exponent falls by 0.6 under the original rule, and by 1.5 under
 # the other. The difference is a factor of two as the width grows by four, which is the $\sqrt n$
-# of the second formula. Neither stands quite still, so these are hints and no law. But a rate of
-# Muon means nothing without its convention: the same number is off by a factor of $0.2 \sqrt n$,
-# about 13 for a width of 4,096 (pytorch/pytorch, issue 160213). {doc}`12_optimization` uses the
-# second.
+# of the second formula. Neither stands quite still, so these are hints rather than a law. But
+# under the other convention the same rate is off by a factor of $0.2 \sqrt n$, about 13 for a
+# width of 4,096 (pytorch/pytorch, issue 160213). {doc}`12_optimization` uses the second.
 #
-# Muon is for matrices between hidden vectors only. Tables have rows that belong to tokens, and rare
-# rows should not move as far as frequent ones; the head's output is not a hidden vector. Both go to
-# AdamW, with the scales of the table above, and a library that orthogonalizes everything with two
-# dimensions gets it wrong in silence (DeepSpeed, issue 7641). In the figure, that is all of muP
-# that is left for us to do, and nanochat reports the same for its models (karpathy/nanochat, issue
-# 644).
+# Muon is for matrices between hidden vectors only. Tables have rows that belong to tokens, and
+# rare rows should not move as far as frequent ones; the head's output is not a hidden vector. Both
+# go to AdamW, with the scales of the table above, and a library that orthogonalizes everything
+# with two dimensions gets it wrong in silence (DeepSpeed, issue 7641). In the figure, this is all
+# that is left of muP, and nanochat reports the same for its models (karpathy/nanochat, issue 644).
 
 # %% [markdown]
 # ## Batch size
 #
-# Twice the batch costs twice the examples per step. At first it saves half of the steps, and at
-# some size it saves nothing. Where is the turn? Let $g_i$ be the gradient of the loss of row $i$,
-# with mean $G$ and covariance $\Sigma$. The gradient $G_B$ of a batch of $B$ rows has mean $G$ and
-# covariance $\Sigma / B$. A step of length $\epsilon$ along it changes the loss, to second order
-# with curvature $H$, by
+# Doubling the batch doubles the examples per step. At first it also halves the number of steps,
+# but beyond some size it saves almost nothing. Where is the turning point? In this section $B$ is
+# a number of rows and $G$ a gradient, not the numbers of the law. Let $g_i$ be the gradient of the
+# loss of row $i$, with mean $G$ and covariance $\Sigma$. The gradient $G_B$ of a batch of $B$ rows
+# has mean $G$ and covariance $\Sigma / B$. A step of length $\epsilon$ along it changes the loss,
+# to second order with curvature $H$, by
 #
 # $$\mathbb{E}[\Delta L] = -\epsilon\, |G|^2 + \tfrac12 \epsilon^2
 # \left( G^\top H G + \frac{\operatorname{tr}(H \Sigma)}{B} \right),$$
 #
-# because $\mathbb{E}[G_B^\top H G_B] = G^\top H G + \operatorname{tr}(H\Sigma)/B$. The best step is
-# where the derivative vanishes, and there the gain is
+# because $\mathbb{E}[G_B^\top H G_B] = G^\top H G + \operatorname{tr}(H\Sigma)/B$. The derivative
+# vanishes at $\epsilon = |G|^2 / (G^\top H G + \operatorname{tr}(H\Sigma)/B)$. There the loss
+# falls by $\frac12 \epsilon |G|^2$, which is
 #
 # $$\Delta L_B = \frac{\Delta L_\infty}{1 + B_{\text{noise}} / B},
 # \qquad B_{\text{noise}} = \frac{\operatorname{tr}(H \Sigma)}{G^\top H G}.$$
@@ -1548,9 +1610,9 @@ for method in titles:
 # For $B \ll B_{\text{noise}}$ the gain of a step is proportional to $B$, so examples are used as
 # well as they can be. For $B \gg B_{\text{noise}}$ a larger batch gains nothing. At $B =
 # B_{\text{noise}}$ a run takes twice the fewest steps and twice the fewest examples: this is the
-# **critical batch size**. $H$ is not at hand, but if it is about the same in all directions it
-# cancels, and what is left is the **simple noise scale** $\operatorname{tr}\Sigma / |G|^2$
-# {cite}`mccandlish2018empirical`.
+# **{term}`critical batch size`**. We do not have $H$, but if it is about the same in all
+# directions, it cancels, and what remains is the **simple {term}`noise scale`**
+# $\operatorname{tr}\Sigma / |G|^2$ {cite}`mccandlish2018empirical`.
 #
 # Its two parts follow from squared lengths at two batch sizes, $b < B$. Since $\mathbb{E}|G_b|^2 =
 # |G|^2 + \operatorname{tr}\Sigma / b$, and the same for $B$, we have two linear equations with two
@@ -1559,11 +1621,8 @@ for method in titles:
 # $$\widehat{|G|^2} = \frac{B |G_B|^2 - b |G_b|^2}{B - b}, \qquad
 # \widehat{\operatorname{tr}\Sigma} = \frac{|G_b|^2 - |G_B|^2}{1/b - 1/B}.$$
 #
-# Both are unbiased, because they are linear in the two squares. Their ratio is not, so average each
-# of them before you divide.
-#
-# We measure it on a model of width 64 at three moments of its training. Small batches have 2 rows,
-# large ones consist of 16 small ones, so one pass over 80 small batches gives both lengths.
+# Both are unbiased, because they are linear in the two squares. Their ratio is not, so average
+# each of them over many batches before you divide.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: an estimate from sums, so that rows of unequal length count right
@@ -1572,6 +1631,9 @@ for method in titles:
 # A batch with more tokens should not weigh more than its number of rows. So we take gradients of
 # the *sum* over tokens, which is a sum over rows, and divide by the mean number of tokens of a row
 # at the end. The large batch is the sum of its small ones, and costs nothing.
+#
+# The numbers of {cite:t}`kaplan2020scaling` below are values of their fit $B_{\text{crit}} = 2
+# \cdot 10^8 / L^{4.8}$ tokens at a loss of $L$ nats.
 
 
 # %% tags=["engine"]
@@ -1661,6 +1723,10 @@ def gradient_noise(
 
 # %% [markdown]
 # ### Measured on our model
+#
+# We measure the noise scale of a model of width 64 at three moments of its training. Small batches
+# have 2 rows and large ones consist of 16 small ones, so one pass over 80 small batches gives both
+# lengths:
 
 # %%
 model, optimizer = model_of(64, False, 2.0**-6)
@@ -1674,28 +1740,29 @@ for step in range(81):
 assert 2 < scales[0] < scales[2] < 100
 
 # %% [markdown]
-# At the start a handful of rows agree on where to go: make frequent tokens likely, all others
-# unlikely. The noise scale grows as the easy part of the gradient is used up. (A row has about 60
-# tokens.) Hence the large runs that begin with small batches and enlarge them, such as Llama 3
-# 405B, which went from 4 to 16 million tokens {cite}`grattafiori2024llama3`. It also grows with
-# better models, as the loss falls: {cite:t}`kaplan2020scaling` fitted $B_{\text{crit}} = 2 \cdot
-# 10^8 / L^{4.8}$ tokens at a loss of $L$ nats, which is 0.3 million at $L = 4$ and 3 million at
-# 2.5. These are the batches of the checklists below.
+# At the start a handful of rows agree on where to go: make frequent tokens likely and all others
+# unlikely. The noise scale grows as this easy part of the gradient is used up. (A row has about 60
+# tokens.) This is a reason to begin a run with small batches and to enlarge them later, as Llama 3
+# 405B did, which went from 4 to 16 million tokens {cite}`grattafiori2024llama3`. For real text,
+# {cite:t}`kaplan2020scaling` fitted about 0.3 million tokens at a loss of 4 nats and 2.5 million
+# at 2.5 nats. The checklists below have batches of this order.
 #
-# Take the number for what it is. The derivation is for a plain gradient step at its best length;
-# Adam divides by the noise, and its rate should grow with $\sqrt B$ rather than $B$ while $B$ is
-# small. The scale tells the order of magnitude of a batch, at the cost of a few gradients.
+# The derivation is for a plain gradient step at its best length; Adam divides by the typical size
+# of a gradient, noise included, so it need not behave in the same way. The scale gives the order
+# of magnitude of a batch, at the cost of a few gradients.
 
 # %% [markdown]
 # ## Annealing and data mixtures
 #
 # A tenth or a quarter of the data is often better than the rest: proofread, on the subject, in the
-# right language. Where should it go? Reports put it at the end, where the rate decays, and call it
-# annealing or mid-training {cite}`hu2024minicpm,grattafiori2024llama3,olmo2024olmo2`. Our test has
-# two worlds. Three quarters of all steps show stories of *another* tiny world, with other
-# characters and facts; one quarter shows the world that we will be tested on. Each arm sees the
-# same number of rows of each, for the same number of steps, with the same schedule. Only the order
-# differs:
+# right language. When should a model see it? Several reports put it at the end, where the learning
+# rate decays, and call this {term}`annealing` or mid-training
+# {cite}`hu2024minicpm,grattafiori2024llama3,olmo2024olmo2`. Our test has two worlds. Three
+# quarters of all steps show stories of *another* tiny world, with other characters and facts; one
+# quarter shows our world, on which we will be tested. Each arm of the experiment sees the same
+# number of rows of each, for the same number of steps, with the same schedule. Only the order
+# differs. The function `losses_after` trains one arm and returns its loss on new stories of both
+# worlds; a positive gain means a lower loss than that of the mixed order:
 
 # %% tags=["engine"]
 # One arm of the experiment, and the loss on both worlds
@@ -1732,35 +1799,33 @@ for order in ("last", "first"):
         print("ours {:5}: gain on {:5} {:+} ({:+} to {:+})".format(order, name, *shown))
 
 # %% [markdown]
-# The order matters. With our world *first*, a model has half forgotten it at the end. With our
-# world *last* it does better on our world than with a mixture, but the gain is small beside what is
-# lost on the other world, and with three seeds it is not certain. The reason to anneal here is that
-# the target is known: of two losses that move against each other, the order chooses one. A team
-# that is judged on the good data will anneal on it; its report should show the loss on the rest,
-# too. Where the two kinds of data do not contradict each other as our worlds do, the price is
-# lower.
+# The order matters. With our world *first*, a model has forgotten part of it at the end. With our
+# world *last*, it does better on our world than with a mixture, but the gain is small beside what
+# is lost on the other world, and with three seeds it is not certain. Of two losses that move
+# against each other, the order chooses one, so annealing makes sense when one of them is the
+# target. Whoever anneals should report the loss on the rest, too. Our two worlds contradict each
+# other. Where the kinds of data do not, the price may be lower.
 #
-# **Mixtures** are the same choice without an order. The share of a source has a loss of its own for
-# every share, and an optimum can be fitted on small models and used on large ones, with the same
-# caution as a learning rate. {cite:t}`ye2024mixing` choose the mixture for a model of a billion
-# parameters by fits to smaller runs, and Llama 3 was made in the same way
-# {cite}`grattafiori2024llama3`.
+# **Mixtures** are the same choice without an order. Each mixture has its own loss, so the best
+# shares can be found by a fit to small models and used for large ones, with the same caution as a
+# learning rate. {cite:t}`ye2024mixing` choose the mixture for a model of a billion parameters by
+# fits to smaller runs, and Llama 3 was made in the same way {cite}`grattafiori2024llama3`.
 
 # %% [markdown]
 # ## The cost of a run
 #
 # A training run is a number of operations. If $N$ parameters meet each of $D$ tokens, it is about
 # $6ND$, and attention adds a little ({doc}`11_model`). A device has a peak of $P$ operations a
-# second, of which a run reaches a share $u$, the model FLOPs utilization (MFU). From that follow
-# the hours of all devices together, and from the hours energy and price:
+# second, of which a run reaches a share $u$, its {term}`model FLOPs utilization` (MFU). This gives
+# the hours $h$ of all devices together, and the hours give energy and price:
 #
 # $$h = \frac{C}{3600\, P u}, \qquad
 # \text{energy} = h \cdot \text{power} \cdot \text{PUE}, \qquad
 # \text{price} = h \cdot \text{price of an hour}.$$
 #
 # PUE, the power usage effectiveness, is what the building takes for each watt of a device: 1.1 in
-# good data centers {cite}`patterson2021carbon`. That is all of
-# {py:func}`~llmbook.scaling.estimate_run`. The only guess in it is $u$.
+# good data centers {cite}`patterson2021carbon`. That is all that
+# {py:func}`~llmbook.scaling.estimate_run` computes. The hard guess in it is $u$.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: devices as data, published runs as data, and what a guess leaves out
@@ -1919,17 +1984,18 @@ PUBLISHED = {
         ModelConfig.preset("llama3-70b"), 15e12, "h100", 6.4e6, None, "meta2024llamamodels"
     ),
     "Llama 3.1 405B": PublishedRun(
-        _LLAMA3_405B, 15.6e12, "h100", 30.84e6, None, "meta2024llamamodels"
+        _LLAMA3_405B, 15.6e12, "h100", 30.84e6, None, "grattafiori2024llama3"
     ),
     "DeepSeek-V3": PublishedRun(37e9, 14.8e12, "h800", 2.664e6, None, "deepseek2024v3"),
-    "OLMo 2 7B": PublishedRun(_OLMO2_7B, 4.05e12, "h100", None, 157, "olmo2024olmo2"),
+    "OLMo 2 7B": PublishedRun(_OLMO2_7B, 4.05e12, "h100", None, 157, "morrison2025holistically"),
 }
 
 
 # %% [markdown]
 # ### Estimated and reported
 #
-# With the same guess of 40 % for all:
+# How good are such estimates? Here are runs whose hours were published, all of them estimated with
+# the same guess of 40 % for $u$:
 
 # %%
 print("run             FLOPs     hours   estimated  ratio  MFU that would fit")
@@ -1943,20 +2009,29 @@ for name, run in PUBLISHED.items():
 assert all(0.3 < ratio < 1.2 for ratio in ratios.values())
 
 # %% [markdown]
-# Llama 2 did a little better than we guessed. All others took longer, Llama 3 8B twice as long,
-# and each for a reason of its own. GPT-3 ran on older devices, where a fifth of the peak was good.
-# The 8B model is the same story at the other end: a device so fast, on a model so small, waits for
-# memory and network, and its MFU cannot be guessed from one that is ten times as large.
-# DeepSeek-V3 computes in 8 bits, twice as fast at its peak, but on thin experts. The hours of model
-# cards also contain restarts, evaluations and long contexts. (The sources are
+# The two Llama 2 models did a little better than we guessed. All others took longer, and GPT-3 and
+# Llama 3 8B took twice as long. GPT-3 ran on older devices and reached a fifth of their peak. The
+# 8B model of Llama 3 reached no larger share on a much faster device, and the larger models of its
+# family did better, so a utilization cannot be taken over from a model ten times as large.
+# DeepSeek-V3 computes in 8 bits, twice as fast at its peak, but on thin experts. The hours of
+# model cards may also contain restarts, evaluations, and long contexts. (The sources are
 # {cite:t}`patterson2021carbon`, {cite:t}`touvron2023llama2`, {cite:t}`meta2024llamamodels`,
-# {cite:t}`deepseek2024v3` and {cite:t}`olmo2024olmo2`.)
+# {cite:t}`grattafiori2024llama3`, and {cite:t}`deepseek2024v3`.)
 #
-# So 40 % is what a good team reaches on a dense model that is large enough, and a first estimate is
-# better made with 25 %. In our table it would have been right to a factor of two, which is enough
-# to choose between runs. The energy, where it was reported:
+# So 40 % is a good result for a large dense model, and a first estimate is better made with 25 %.
+# In our table it would have been right to within a factor of two, which is enough to choose
+# between runs. Estimates of energy inherit the error of the hours. For the sizes and bytes of any
+# configuration, before there is a model, {py:func}`~llmbook.scaling.info` collects what
+# {doc}`11_model` and {doc}`15_precision` count.
 
-# %%
+# %% [markdown] tags=["engine"]
+# ### Engine room: energy, and the sizes of any configuration
+
+# %% [markdown] tags=["engine"]
+# For two of the models, the energy of devices and building was reported
+# {cite}`patterson2021carbon,morrison2025holistically`:
+
+# %% tags=["engine"]
 for name, run in PUBLISHED.items():
     if run.energy_mwh:
         hours = run.gpu_hours or math.nan
@@ -1964,9 +2039,11 @@ for name, run in PUBLISHED.items():
         text = f"{name:10} reported {run.energy_mwh:5,.0f} MWh, estimated {guess:4,.0f}"
         print(text, f"(ratio {guess / run.energy_mwh:.1f})")
 
-# %% [markdown]
-# The same functions answer for any configuration, before there is a model.
-# {py:func}`~llmbook.scaling.info` collects what {doc}`11_model` and {doc}`15_precision` count:
+# %% [markdown] tags=["engine"]
+# Most of the gap for GPT-3 comes from its hours: with the 3.55 million hours that were reported,
+# the estimate would be 1,170 MWh.
+#
+# The same counts can be made for any configuration, before there is a model:
 
 
 # %% tags=["engine"]
@@ -1996,19 +2073,23 @@ def info(config: ModelConfig, sequence: int | None = None) -> dict[str, int | fl
     }
 
 
-# %%
+# %% tags=["engine"]
 for name, value in info(ModelConfig.preset("llama3-8b")).items():
     print(f"{name:27} {value:.3g}")
+
+# %% [markdown] tags=["engine"]
+# Llama 3 with 8 billion parameters takes 16 GB for its weights, 145 GB while it is trained, and 1
+# GB for the cache of one row of 8,192 tokens.
 
 # %% [markdown]
 # ## Hyperparameter checklists
 #
-# What nobody can tune at full size is copied, and should be copied from somewhere.
-# {py:func}`~llmbook.scaling.hyperparameter_checklist` has a list for pretraining at five sizes, for
-# tuning (all weights, or LoRA), for preference optimization, and for reinforcement learning. Every
-# row has a value with its source, and a range. The range is *safe* in one sense: published runs
-# that worked lie at both of its ends, and their sources stand in the row. Outside, you are on your
-# own, which may be right; but it should be on purpose.
+# Settings that nobody can tune at full size are copied, and one should know where from.
+# {py:func}`~llmbook.scaling.hyperparameter_checklist` has a list for pretraining at five sizes,
+# for tuning (all weights, or LoRA), for preference optimization, and for reinforcement learning.
+# Every row has a value and a range, with their sources. The range is *safe* in one sense:
+# published runs that worked lie at both of its ends. Outside of it you are on your own. That may
+# be right, but it should be on purpose.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the lists as data, a page made from them, and a comparison with a configuration
@@ -2046,7 +2127,7 @@ for _scale in SIZES:
     _rows(
         _scale,
         """
-        weight_decay  0.1   0.01 0.1   brown2020gpt3 biderman2023pythia
+        weight_decay  0.1   0.1  0.1   brown2020gpt3 biderman2023pythia
         beta1         0.9   0.9  0.9   brown2020gpt3
         beta2         0.95  0.95 0.999 brown2020gpt3 kingma2015adam
         clip_norm     1.0   1.0  1.0   brown2020gpt3
@@ -2060,8 +2141,8 @@ for _scale in SIZES:
 _rows(
     "10M",
     """
-    learning_rate        1e-3   6e-4 6e-3   biderman2023pythia brown2020gpt3 dey2023cerebras
-    batch_tokens         131072 2048 524288 kaplan2020scaling 13_training brown2020gpt3
+    learning_rate        1e-3   6e-4 1e-3   biderman2023pythia brown2020gpt3
+    batch_tokens         524288 2048 2097152 kaplan2020scaling 13_training biderman2023pythia
     warmup_share         0.01   0.00125 0.17 biderman2023pythia brown2020gpt3 dey2023cerebras
     tokens_per_parameter 20     20   4286   hoffmann2022training biderman2023pythia
     """,
@@ -2069,7 +2150,7 @@ _rows(
 _rows(
     "124M",
     """
-    learning_rate        6e-4   3e-4 6e-3    brown2020gpt3 biderman2023pythia dey2023cerebras
+    learning_rate        6e-4   3e-4 6e-4    brown2020gpt3 biderman2023pythia
     batch_tokens         524288 245760 2097152 brown2020gpt3 dey2023cerebras biderman2023pythia
     warmup_share         0.01   0.00125 0.17 biderman2023pythia brown2020gpt3 dey2023cerebras
     tokens_per_parameter 20     20   2400    hoffmann2022training brown2020gpt3
@@ -2080,7 +2161,7 @@ _rows(
     """
     learning_rate        3e-4    2e-4 4e-4   biderman2023pythia brown2020gpt3 zhang2024tinyllama
     batch_tokens         2097152 1048576 4194304 zhang2024tinyllama brown2020gpt3 groeneveld2024olmo
-    warmup_share         0.01    0.00125 0.0144 biderman2023pythia brown2020gpt3 dey2023cerebras
+    warmup_share         0.01    0.00125 0.0142 biderman2023pythia brown2020gpt3 dey2023cerebras
     tokens_per_parameter 20      20   2727   hoffmann2022training zhang2024tinyllama
     """,
 )
@@ -2123,11 +2204,11 @@ _rows(
 _rows(
     "lora",
     """
-    learning_rate 2e-4 1e-4 5e-4 dettmers2023qlora schulman2025lora
+    learning_rate 2e-4 1e-4 2e-4 dettmers2023qlora
     rank          64   1    512  dettmers2023qlora schulman2025lora
     alpha         16   16   32   dettmers2023qlora schulman2025lora
-    dropout       0.1  0    0.1  dettmers2023qlora schulman2025lora
-    batch_rows    16   16   64   dettmers2023qlora
+    dropout       0.1  0    0.1  dettmers2023qlora
+    batch_rows    16   16   16   dettmers2023qlora
     """,
 )
 _rows(
@@ -2145,7 +2226,7 @@ _rows(
 _rows(
     "ppo",
     """
-    learning_rate 3e-7 1e-7 1e-5 lambert2024tulu3 ouyang2022training
+    learning_rate 3e-7 1e-7 8e-6 lambert2024tulu3 ouyang2022training
     clip_range    0.2  0.1  0.3  schulman2017proximal ouyang2022training
     kl_weight     0.05 0.01 0.1  lambert2024tulu3
     gae_lambda    0.95 0.95 0.95 schulman2017proximal lambert2024tulu3
@@ -2207,7 +2288,8 @@ def checklist_table(scale: str | int | float) -> str:
         chapters = [f"{{doc}}`{key}`" for key in s.sources if key[0].isdigit()]
         papers = ",".join(key for key in s.sources if not key[0].isdigit())
         cited = ", ".join([f"{{cite:t}}`{papers}`" * bool(papers), *chapters])
-        name, span = s.name.replace("_", " "), f"{_shown(s.low)} to {_shown(s.high)}"
+        name, ends = s.name.replace("_", " "), dict.fromkeys(map(_shown, (s.low, s.high)))
+        span = " to ".join(ends)
         lines.append(f"| {name} | {_shown(s.value)} | {span} | {cited} |")
     return "\n".join(lines) + "\n"
 
@@ -2222,13 +2304,14 @@ def checklist_page() -> str:
     """Return the page of all checklists, in MyST's Markdown, as it stands in the book."""
     parts = [
         "# Checklists\n",
-        "Settings to begin with, from {doc}`17_scaling`. The first source of a row has its value; "
-        "all of them together have the ends of its range, so that a published run lies at each. "
-        "Beyond is not wrong, but it should be on purpose. This page is made by "
-        "{py:func}`~llmbook.scaling.checklist_page`; "
-        "{py:func}`~llmbook.scaling.check_config` compares a configuration with it.\n",
-        "Batches of pretraining are in tokens, those of tuning in rows. Warmup is a share of all "
-        "steps, and final a share of the peak rate. Rates are those of AdamW.\n",
+        "Settings to begin with, from {doc}`17_scaling`. The first source of a row has its value, "
+        "and a published run lies at each end of its range. A value outside the range isn't wrong, "
+        "but it should be chosen on purpose. {py:func}`~llmbook.scaling.checklist_page` makes this "
+        "page, and {py:func}`~llmbook.scaling.check_config` compares a configuration with it.\n",
+        "Batches are counted in tokens for pretraining and in rows for tuning. Warmup is a share "
+        "of all steps, and final a share of the peak rate. The rates are those of AdamW, except that "
+        "the highest one of DPO was used with RMSprop. The highest rate of PPO is the highest of "
+        "its source's scan that did not diverge.\n",
     ]
     for scale in CHECKLISTS:
         title = _WHERE.get(scale, f"Pretraining at {scale} parameters")
@@ -2249,7 +2332,7 @@ def check_config(
     >>> tiny = ModelConfig.preset("gpt2")
     >>> run = TrainingConfig(n_steps=20_000, batch_size=512, learning_rate=0.1, warmup=200)
     >>> check_config(tiny, run)[0]
-    'learning_rate: 0.1 is outside 0.0003 to 0.006 (of published runs at 124M); begin with 0.0006'
+    'learning_rate: 0.1 is outside 0.0003 to 0.0006 (of published runs at 124M); begin with 0.0006'
     """
     for name, value, kind in (
         ("model", model, ModelConfig),
@@ -2285,6 +2368,8 @@ def check_config(
 
 # %% [markdown]
 # ### The list for 7 billion
+#
+# This is the list for pretraining a model of 7 billion parameters:
 
 # %%
 for setting in hyperparameter_checklist("7B").values():
@@ -2293,10 +2378,10 @@ for setting in hyperparameter_checklist("7B").values():
     print(f"{setting.name:21} {shown[0]:>9}   safe from {shown[1]} to {shown[2]}")
 
 # %% [markdown]
-# All lists, with their sources, are on one page of the book: {doc}`checklists`. It is made from the
-# same table, so the two cannot drift apart. Notice how little changes from size to size. Rates fall
-# and batches grow; decay, momentum, clipping and the end of the schedule are the same everywhere,
-# which says that they matter little, or that nobody dares to change them.
+# All lists, with their sources, are on the page {doc}`checklists`, which is made from the same
+# table. Little changes from size to size. Rates fall and batches grow; decay, momentum, clipping
+# and the end of the schedule are the same everywhere, which suggests that they matter little, or
+# that nobody dares to change them.
 #
 # {py:func}`~llmbook.scaling.check_config` reads the list for you. Here it looks at a run whose
 # author copied the settings of the tiny model of {doc}`13_training` to one of GPT-2's size:
@@ -2308,10 +2393,14 @@ for warning in check_config(gpt2, copied):
     print(warning.split(" (of")[0])
 
 # %% [markdown]
+# All four are cheap to fix before the run. The last one is the gravest: one token for every seven
+# parameters.
+
+# %% [markdown]
 # ## A log of negative results
 #
-# What did not work is seldom printed, so it is tried again. These are the book's own, each with the
-# place where its numbers stand. They hold for small models and short runs, like everything here.
+# What did not work is seldom printed, so it is tried again. These are the book's own negative
+# results, with the places of their numbers. They hold for small models and short runs.
 #
 # | we expected | we found | where |
 # |---|---|---|
@@ -2331,12 +2420,15 @@ for warning in check_config(gpt2, copied):
 #
 # ## Exercises
 #
+# The first three exercises are about the second half of the chapter, and the last three are about
+# the first.
+#
 # ````{exercise} Half the steps?
 # :label: ex-scaling-batch
-# *Ten minutes.* A run with batches of `batch` rows has a noise scale of `noise` rows. With batches
-# so large that noise does not matter it would need `least_steps`. Write `steps_and_rows(batch,
-# noise, least_steps)`, which returns how many steps it needs, and how many rows it reads, from the
-# gain of a step in the section on batch size.
+# *Ten minutes.* A run with batches of `batch` rows has a noise scale of `noise` rows; without
+# noise it would need `least_steps`. Write `steps_and_rows(batch, noise, least_steps)`, which
+# returns how many steps it needs and how many rows it reads, by the gain of a step in the section
+# on batch size.
 # ````
 
 
@@ -2359,10 +2451,10 @@ assert abs(steps_and_rows(1, 320, 1000)[1] - 321_000) < 1, "small batches use ro
 # ````{exercise} A rate for a wider model
 # :label: ex-scaling-rate
 # *Fifteen minutes.* Write `rate_for(name, shape, base_shape, rate)`: Adam's learning rate for one
-# parameter of a wider model under muP, from its name, its shape, and its shape in the base model,
-# where `rate` was tuned. All heads have the same width in both models. Names are those of
-# `model.named_parameters()`; heads are not tied. The check compares with
-# {py:func}`~llmbook.scaling.mup_scales`.
+# parameter of a wider model under muP. It gets the name of the parameter, as in
+# `model.named_parameters()`, its shape, its shape in the base model, and the `rate` tuned there.
+# All heads have the same width in both models, and the head of the model is not tied. The check
+# asks `mup_scales(model, base)`.
 # ````
 
 
@@ -2394,10 +2486,10 @@ for name, scale in mup_scales(big, narrow).items():
 # %% [markdown]
 # ````{exercise} What a grant buys
 # :label: ex-scaling-grant
-# *Ten minutes.* You have so many dollars. Write `affordable_tokens(dollars, parameters)`, the
-# number of tokens that a dense model can be trained on with H100s at 40 % of their peak and two
-# dollars an hour. It is the inverse of {py:func}`~llmbook.scaling.estimate_run` with its defaults.
-# `HARDWARE["h100"]` has the peak, as `peak_flops`, in operations a second.
+# *Ten minutes.* Write `affordable_tokens(dollars, parameters)`: the number of tokens on which a
+# grant of so many dollars can train a dense model, with H100s at 40 % of their peak and two
+# dollars an hour. It inverts {py:func}`~llmbook.scaling.estimate_run` with its defaults.
+# `HARDWARE["h100"].peak_flops` is the peak in operations a second.
 # ````
 
 
@@ -2415,10 +2507,8 @@ spent = estimate_run(1e9, affordable_tokens(1e4, 1e9)).dollars
 assert math.isclose(spent, 1e4), f"that many tokens cost {spent:,.0f} dollars, not 10,000"
 
 # %% [markdown]
-# ## Exercises
-#
-# A game comes first. {py:class}`~llmbook.scaling.BudgetGame` plays the part of a cluster with a
-# limited budget.
+# The next exercise is a game. {py:class}`~llmbook.scaling.BudgetGame` plays the part of a cluster
+# with a limited budget.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a cluster that answers by a law
@@ -2475,13 +2565,14 @@ class BudgetGame:
 #
 # ````{exercise} The budget game
 # :label: ex-scaling-game
-# *One hour.* Write `spend(game)`. It may call `game.train(parameters, tokens)`, which returns a
-# loss and costs `6 * parameters * tokens` operations, until `game.left` is used up; a run that
-# costs more than what is left raises a `ValueError`. Then it returns the number of parameters that
-# a single run of `game.target` operations should have, ten times the budget of the game. The losses
-# follow a law that is like the one of our grid, with half a percent of noise. The check plays games
-# with several laws, and asks for a small *regret*: the nats by which your model is worse than the
-# best model for the target. The `parameters` of a game lie between 5,000 and a million.
+# *One hour.* A `BudgetGame` has a budget of operations for small runs. Write `spend(game)`, which
+# returns the number of parameters that one run of `game.target` operations should have, ten times
+# that budget. First it may call `game.train(parameters, tokens)`, which returns a loss and takes
+# `6 * parameters * tokens` operations off `game.left`; a run that costs more than what is left
+# raises a `ValueError`. The losses follow a `ScalingLaw` like that of our grid, with half a percent
+# of noise. The check plays games with several laws and asks for a small *regret*: the nats by which
+# your model is worse than the best one for the target. The `parameters` of a game lie between 5,000
+# and a million.
 # ````
 
 
@@ -2525,12 +2616,12 @@ print("regrets below 0.1 nats in all games")
 # %% [markdown]
 # ````{exercise} When the small model pays
 # :label: ex-scaling-even
-# *Fifteen minutes.* A model with `large` parameters and one with `small` parameters are both
-# trained until they have the loss `loss`. How many tokens must be used before the small one has
-# been cheaper over its whole life? Write `break_even(law, small, large, loss)`. The law has a
-# method `law.tokens_for(loss, parameters)`, the tokens of training after which a model of that size
-# has that loss, infinity if it never has. Training takes 6 and use 2 operations for each parameter
-# and token. Return 0 if the small one is cheaper from the start, and infinity if it never is.
+# *Fifteen minutes.* Two models, with `large` and with `small` parameters, are both trained until
+# they have the loss `loss`. Write `break_even(law, small, large, loss)`: how many tokens must be
+# used before the small one has been cheaper over its whole life? The method `law.tokens_for(loss,
+# parameters)` returns the tokens of training after which a model of that size has that loss, or
+# infinity if it never has. Each parameter costs 6 operations for a token in training and 2 in use.
+# Return 0 if the small model is cheaper from the start, and infinity if it never is.
 # ````
 
 
@@ -2558,13 +2649,12 @@ assert break_even(law, 1e9, 70e9, goal) == math.inf, "a billion parameters never
 # %% [markdown]
 # ````{exercise} Kaplan's exponent from Chinchilla's law
 # :label: ex-scaling-inner
-# *Thirty minutes.* Suppose that losses follow a law in *all* parameters, and that somebody counts
-# only the inner ones, $n$, and only $c = 6nD$ operations. A function `total(n)` gives all
-# parameters of a model with $n$ inner ones. For a budget $c$, the best $n$ minimizes
-# $L(\texttt{total}(n), c/(6n))$. Write `inner_exponent(law, total, flops)`, the power with which
-# the best $n$ grows around $c =$ `flops`: the slope of $\log n$ over $\log c$, between `flops` and
-# twice as much. Find the minimum on a fine grid or by bisection; two digits are enough.
-# (`law.predict(parameters, tokens)` takes arrays.)
+# *Thirty minutes.* Suppose that losses follow a law in *all* parameters, but that somebody counts
+# only the $n$ inner ones and $c = 6nD$ operations. A function `total(n)` returns all parameters of
+# a model with $n$ inner ones, so the best $n$ for a budget $c$ minimizes $L(\texttt{total}(n),
+# c/(6n))$. Write `inner_exponent(law, total, flops)`: the slope of $\log n$ over $\log c$ for the
+# best $n$, between `flops` and twice as much. Find the minimum on a fine grid or by bisection; two
+# digits are enough. (`law.predict(parameters, tokens)` takes arrays.)
 # ````
 
 
@@ -2608,43 +2698,41 @@ print(f"without embeddings, around 10^17 operations: C^{small:.2f}")
 # %% [markdown]
 # ## Summary
 #
-# A scaling law predicts the loss of a run from the numbers of parameters and tokens:
-# $L = E + A/N^\alpha + B/D^\beta$. It is fitted to small runs, each at its best learning rate, by a
-# robust loss on log residuals, from many starting points, with a bootstrap for the uncertainty. Our
-# own fit describes its runs well, yet its $E$ lies far below the entropy of the world: $E$ is an
-# extrapolation, and a choice made with hindsight is no prediction. The best size for a budget
-# balances what parameters and what tokens gain, and heavy use calls for smaller models that are
-# trained longer.
+# A scaling law predicts the loss of a run from its numbers of parameters and tokens: $L = E +
+# A/N^\alpha + B/D^\beta$. It is fitted to small runs, each at its best learning rate, by a robust
+# loss on log residuals, from many starting points and with a bootstrap. Our fit describes its runs
+# well, yet its $E$ lies far below the entropy of the world, because $E$ is an extrapolation. The
+# best size for a budget balances what parameters and what tokens gain, and heavy use calls for
+# smaller models that are trained longer.
 #
-# A rate that is best for a narrow model can ruin a wide one. A matrix adds up as many aligned terms
-# as it has columns, so under maximal-update parametrization Adam's rate falls with the width and
-# the best rate stays where it is. Gradients at two batch sizes give signal and noise without bias,
-# and their ratio is the order of magnitude of the critical batch. Operations, a peak, and a share
-# of that peak give hours, energy, and price to a factor of two. Whatever departs from the
-# checklists should do so on purpose.
+# A rate that is best for a narrow model can ruin a wide one. A matrix adds up as many aligned
+# terms as it has columns, so in the maximal-update parametrization its rate falls with the width,
+# and the best base rate stays where it is. Gradients at two batch sizes estimate signal and noise,
+# whose ratio is the order of magnitude of the critical batch size. Annealing on chosen data helps
+# on it and costs on the rest. Operations, a peak, and the share of it that is reached give hours,
+# energy, and price to a factor of two. A departure from the checklists should be on purpose.
 #
 # ### Checklist
 #
 # - Every run that enters a fit is at its best learning rate, with both neighbors worse.
-# - It is stated what counts as a parameter, and as an operation.
-# - There are at least three sizes and three amounts of data, and not all at one ratio.
+# - The report says what counts as a parameter and as an operation.
+# - There are at least three sizes and three amounts of data, not all at one ratio.
 # - The fit starts from many points and comes with intervals.
-# - The largest run was predicted before anybody looked at it, and runs were left out by a rule that
-#   was fixed before.
-# - Loss was drawn against the rate at two or three widths; a coordinate check alone isn't enough.
+# - The largest run was predicted before anybody looked at it, and the rule for leaving runs out was
+#   fixed before.
+# - Loss was drawn against the rate at two or three widths; a coordinate check alone is not enough.
 # - Muon's convention is stated with its rate, and tables and head stay out of it.
-# - When the rate changes with the width, rate times weight decay is kept, not weight decay.
+# - When the rate changes with the width, rate times weight decay is kept.
 # - $|G|^2$ and $\operatorname{tr}(\Sigma)$ are averaged separately, then divided.
-# - The estimate of a run allows for failures and experiments, which took half as much again for one
-#   family of models.
+# - The estimate of a run allows for failures and experiments.
 # - `check_config` was asked before the run began.
 #
 # ### Further reading
 #
-# {cite:t}`hoffmann2022training` fit a law in three ways, {cite:t}`besiroglu2024chinchilla` show what
-# went wrong in the third, {cite:t}`porian2024resolving` what tuning does to a law, and
-# {cite:t}`sardana2024beyond` add the cost of use. {cite:t}`hutter2021learning` shows how Zipf's law
-# leads to power laws. {cite:t}`yang2022tensor` derive maximal-update parametrization, and
-# {cite:t}`dey2025completep` add depth. {cite:t}`mccandlish2018empirical` measure the noise scale from
-# digits to games with millions of rows in a batch. {cite:t}`patterson2021carbon` and
+# {cite:t}`hoffmann2022training` fit a law in three ways, and {cite:t}`besiroglu2024chinchilla`
+# show what went wrong in the third. {cite:t}`porian2024resolving` show what tuning does to a law,
+# and {cite:t}`sardana2024beyond` add the cost of use. {cite:t}`hutter2021learning` shows how
+# Zipf's law leads to power laws. {cite:t}`yang2022tensor` derive maximal-update parametrization,
+# and {cite:t}`dey2025completep` add depth. {cite:t}`mccandlish2018empirical` measure the noise
+# scale from digits to games with millions of rows in a batch. {cite:t}`patterson2021carbon` and
 # {cite:t}`morrison2025holistically` count energy, the second also what development and water cost.

@@ -34,13 +34,10 @@
 #| export
 # The imports of the module
 import io
-import json
-import logging
 import math
 import multiprocessing
 import os
 import pickle
-import platform
 import re
 import shutil
 import signal
@@ -51,67 +48,37 @@ import threading
 import time
 import traceback
 import zlib
-
-# %% tags=["engine"]
-#| export
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache, partial
-from hashlib import blake2b
+from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from itertools import accumulate, combinations
+from itertools import accumulate
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, cast, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 # %% tags=["engine"]
 #| export
+# PyTorch, and what it takes from earlier chapters
 import numpy as np
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
-from jaxtyping import Float, Int64, Num, UInt32, UInt64
+from jaxtyping import Float, Int64, Num
 from torch import nn, Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import distribute_tensor, DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from torch.distributed.tensor.parallel import RowwiseParallel
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# %% tags=["engine"]
-#| export
-# What it takes from earlier chapters
-from llmbook.attention import causal_mask, flash_attention, MultiHeadAttention
-from llmbook.attention import MultiHeadLatentAttention
-from llmbook.batches import Batch, BatchSampler, TokenShards, write_shards
-from llmbook.blocks import FeedForward, MixtureOfExperts
-from llmbook.cleaning import gopher_quality, mask_pii, normalize_text, remove_license
-from llmbook.cleaning import remove_repeated_lines
-from llmbook.corpus import Document, existing_paths, iter_texts, read_files, read_installed_docs
-from llmbook.corpus import read_jsonl, ReadReport, without_main_script, write_jsonl
-from llmbook.deduplication import canonical_text, jaccard, MinHasher, optimal_bands, shingles
-from llmbook.deduplication import UnionFind
-from llmbook.environment import check_at_least, check_choice, check_fraction, check_path
-from llmbook.environment import check_text, check_whole, requires_extra, seed_everything
-from llmbook.environment import whole_file
+from llmbook.corpus import without_main_script
+from llmbook.environment import check_at_least, check_choice
+from llmbook.environment import check_whole, seed_everything
 from llmbook.model import ModelConfig, TransformerLM
-from llmbook.optimization import SGD, AdamW, build_optimizer, clip_gradients, cross_entropy
+from llmbook.optimization import SGD, AdamW, clip_gradients, cross_entropy
 from llmbook.optimization import parameter_groups
-from llmbook.positions import check_tensor
-from llmbook.tokenizer import GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, count_words
-from llmbook.tokenizer import learn_merges
-from llmbook.training import load_model_state, model_state, next_token_objective, Objective
-from llmbook.training import Parallel, Precision, random_states, set_random_states
-from llmbook.training import settings_parser, Sums, Trainer, TrainingConfig, TrainingError
 
 # %% tags=["engine"]
 # The data of this chapter's runs: 16 rows of stories in each batch, 8 for each of two ranks
@@ -272,6 +239,8 @@ def _describe(error: BaseException, timeout: float) -> _Failure:
         message, order = f"waited {timeout:g} s in {where} for the others", 1
     elif where and isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST):
         message, order = f"lost another rank in {where}", 2
+    elif any(text in str(error.__cause__) for text in _LOST):
+        order = 2  # the same in other words
     sent: BaseException | None = None
     with suppress(Exception):  # not every exception can travel
         if type(pickle.loads(_packed(error))) is type(error):
@@ -1969,6 +1938,17 @@ def column_then_row(x, own_columns, own_rows):
 # %% [markdown] tags=["engine"]
 # ### Engine room: the two operators and the two layers, and how a model is cut
 
+# %% tags=["engine"]
+#| export
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import RowwiseParallel
+
+from llmbook.attention import causal_mask, flash_attention, MultiHeadAttention
+from llmbook.attention import MultiHeadLatentAttention
+from llmbook.blocks import FeedForward, MixtureOfExperts
+from llmbook.positions import check_tensor
+
 # %% [markdown] tags=["engine"]
 # A module that knows its place among the ranks can also be used outside of a launch; there it is
 # the only rank. If the number of ranks does not divide something, all ranks refuse it alike before
@@ -3258,6 +3238,23 @@ plt.show()
 # %% [markdown] tags=["engine"]
 # ### Engine room: the three wrappers around our model, and checkpoints in pieces
 
+# %% tags=["engine"]
+#| export
+from pathlib import Path
+from typing import cast
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from llmbook.batches import Batch, BatchSampler
+from llmbook.environment import check_path
+from llmbook.optimization import build_optimizer
+from llmbook.training import load_model_state, model_state, next_token_objective, Objective
+from llmbook.training import Parallel, Precision, random_states, set_random_states
+from llmbook.training import Sums, Trainer, TrainingConfig, TrainingError
+
 # %% [markdown] tags=["engine"]
 # DDP needs only the module whose forward pass is an objective. `shard_by_torch` makes each block a
 # unit of its own and the rest another one: the embedding and a head that is tied to it are then in
@@ -3459,6 +3456,7 @@ def gradient(way: str) -> Tensor:
 
 
 # %% tags=["engine"]
+# The gradient of each way, and that of one process
 model = tiny_model()
 total, count = next_token_objective(model, batch_rows(of_all=True))
 (total / count).backward()
@@ -3757,6 +3755,8 @@ class Ranks(Ranks):  # continued
         return change / norm if norm else math.inf
 
 
+# %% tags=["engine"]
+#| export
 def _is_piece(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) and any(p.is_shard() for p in tensor.placements)
 
@@ -3800,6 +3800,8 @@ class Ranks(Ranks):  # continued
                         entries[name] = _divided_alike(value, parameter)
 
 
+# %% tags=["engine"]
+#| export
 def _divided_alike(value: Any, pattern: Any) -> Any:
     """Return this rank's part of a tensor, divided like ``pattern``."""
     if not isinstance(pattern, DTensor) or isinstance(value, DTensor):
@@ -3941,6 +3943,37 @@ print(f"first gradient norm: {ratio:.3f} of the control's")
 # word that occurs in both. What these documents have in common is a **key**: the line, a band of
 # the MinHash signature ({doc}`04_deduplication`), the word. If everything with the same key goes to
 # one process, this process sees all that it needs.
+
+# %% tags=["engine"]
+#| export
+# What a pipeline on an engine needs besides
+import json
+import logging
+import platform
+from collections import defaultdict
+from dataclasses import asdict, replace
+from functools import cache
+from hashlib import blake2b
+from importlib.metadata import PackageNotFoundError, version
+from itertools import combinations
+from typing import Annotated
+
+from filelock import FileLock, Timeout
+from jaxtyping import UInt32, UInt64
+
+from llmbook.batches import TokenShards, write_shards
+from llmbook.cleaning import gopher_quality, mask_pii, normalize_text, remove_license
+from llmbook.cleaning import remove_repeated_lines
+from llmbook.corpus import Document, existing_paths, iter_texts, read_files, read_installed_docs
+from llmbook.corpus import read_jsonl, ReadReport, write_jsonl
+from llmbook.deduplication import canonical_text, jaccard, MinHasher, optimal_bands, shingles
+from llmbook.deduplication import UnionFind
+from llmbook.environment import check_fraction
+from llmbook.environment import check_text, requires_extra
+from llmbook.environment import whole_file
+from llmbook.tokenizer import GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, count_words
+from llmbook.tokenizer import learn_merges
+from llmbook.training import settings_parser
 
 # %% [markdown]
 # So two functions describe a step. `emit` looks at one part of the data and yields values, each

@@ -14,16 +14,13 @@ __all__ = ['SCHEMES', 'Scheme', 'RankError', 'launch', 'ByteCounter', 'place_in_
            'save_sharded', 'load_sharded', 'Ranks', 'map_reduce', 'stable_hash', 'box_of', 'band_keys', 'StepError',
            'PrepareConfig', 'Prepared', 'prepare', 'RayEngine', 'main']
 
-# %% ../chapters/18_distributed.ipynb #98f8d5ca
+# %% ../chapters/18_distributed.ipynb #436582b8
 # The imports of the module
 import io
-import json
-import logging
 import math
 import multiprocessing
 import os
 import pickle
-import platform
 import re
 import shutil
 import signal
@@ -34,64 +31,36 @@ import threading
 import time
 import traceback
 import zlib
-
-# %% ../chapters/18_distributed.ipynb #1322cf41
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache, partial
-from hashlib import blake2b
+from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from itertools import accumulate, combinations
+from itertools import accumulate
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, cast, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-# %% ../chapters/18_distributed.ipynb #49019345
+# %% ../chapters/18_distributed.ipynb #91ca2dfc
+# PyTorch, and what it takes from earlier chapters
 import numpy as np
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
-from jaxtyping import Float, Int64, Num, UInt32, UInt64
+from jaxtyping import Float, Int64, Num
 from torch import nn, Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import distribute_tensor, DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from torch.distributed.tensor.parallel import RowwiseParallel
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# %% ../chapters/18_distributed.ipynb #55d79d79
-# What it takes from earlier chapters
-from .attention import causal_mask, flash_attention, MultiHeadAttention
-from .attention import MultiHeadLatentAttention
-from .batches import Batch, BatchSampler, TokenShards, write_shards
-from .blocks import FeedForward, MixtureOfExperts
-from .cleaning import gopher_quality, mask_pii, normalize_text, remove_license
-from .cleaning import remove_repeated_lines
-from .corpus import Document, existing_paths, iter_texts, read_files, read_installed_docs
-from .corpus import read_jsonl, ReadReport, without_main_script, write_jsonl
-from .deduplication import canonical_text, jaccard, MinHasher, optimal_bands, shingles
-from .deduplication import UnionFind
-from .environment import check_at_least, check_choice, check_fraction, check_path
-from .environment import check_text, check_whole, requires_extra, seed_everything
-from .environment import whole_file
+from .corpus import without_main_script
+from .environment import check_at_least, check_choice
+from .environment import check_whole, seed_everything
 from .model import ModelConfig, TransformerLM
-from .optimization import SGD, AdamW, build_optimizer, clip_gradients, cross_entropy
+from .optimization import SGD, AdamW, clip_gradients, cross_entropy
 from .optimization import parameter_groups
-from .positions import check_tensor
-from .tokenizer import GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, count_words
-from .tokenizer import learn_merges
-from .training import load_model_state, model_state, next_token_objective, Objective
-from .training import Parallel, Precision, random_states, set_random_states
-from .training import settings_parser, Sums, Trainer, TrainingConfig, TrainingError
 
 # %% ../chapters/18_distributed.ipynb #d7fea4d1
 def _packed(what: Any) -> bytes:
@@ -161,7 +130,7 @@ class _Failure(NamedTuple):
 
 _LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused")
 
-# %% ../chapters/18_distributed.ipynb #9a7a2766
+# %% ../chapters/18_distributed.ipynb #ab6ede6c
 def _describe(error: BaseException, timeout: float) -> _Failure:
     """Put the error of a rank into words; in a collective, say which and for how long."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -176,6 +145,8 @@ def _describe(error: BaseException, timeout: float) -> _Failure:
         message, order = f"waited {timeout:g} s in {where} for the others", 1
     elif where and isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST):
         message, order = f"lost another rank in {where}", 2
+    elif any(text in str(error.__cause__) for text in _LOST):
+        order = 2  # the same in other words
     sent: BaseException | None = None
     with suppress(Exception):  # not every exception can travel
         if type(pickle.loads(_packed(error))) is type(error):
@@ -1241,6 +1212,16 @@ def worst_difference(
     name = max(differences, key=lambda name: differences[name])
     return name, differences[name]
 
+# %% ../chapters/18_distributed.ipynb #6fab68dc
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import RowwiseParallel
+
+from .attention import causal_mask, flash_attention, MultiHeadAttention
+from .attention import MultiHeadLatentAttention
+from .blocks import FeedForward, MixtureOfExperts
+from .positions import check_tensor
+
 # %% ../chapters/18_distributed.ipynb #4fbee347
 def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
     """Return this process's rank in ``group`` and the number of ranks; alone it is rank 0 of 1."""
@@ -1939,6 +1920,22 @@ def predict_scheme(
         sent=moved * share * (world_size - 1),
     )
 
+# %% ../chapters/18_distributed.ipynb #3a020594
+from pathlib import Path
+from typing import cast
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .batches import Batch, BatchSampler
+from .environment import check_path
+from .optimization import build_optimizer
+from .training import load_model_state, model_state, next_token_objective, Objective
+from .training import Parallel, Precision, random_states, set_random_states
+from .training import Sums, Trainer, TrainingConfig, TrainingError
+
 # %% ../chapters/18_distributed.ipynb #cf6db628
 class ObjectiveModule(nn.Module):
     """A module whose forward pass is ``objective(model, batch)``, for wrappers of forward passes.
@@ -2306,17 +2303,47 @@ def _others(error: BaseException) -> str | None:
         return f"waited too long for the others in {where}"
     return f"lost another rank in {where}" if any(text in str(error) for text in _LOST) else None
 
-# %% ../chapters/18_distributed.ipynb #91d6752e
+# %% ../chapters/18_distributed.ipynb #85ba2a99
 def _is_piece(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) and any(p.is_shard() for p in tensor.placements)
 
-# %% ../chapters/18_distributed.ipynb #a85fc99c
+# %% ../chapters/18_distributed.ipynb #b69974fc
 def _divided_alike(value: Any, pattern: Any) -> Any:
     """Return this rank's part of a tensor, divided like ``pattern``."""
     if not isinstance(pattern, DTensor) or isinstance(value, DTensor):
         return value
     where = pattern.device_mesh, pattern.placements
     return distribute_tensor(value.to(pattern.device), *where, src_data_rank=None)
+
+# %% ../chapters/18_distributed.ipynb #4b2236e2
+# What a pipeline on an engine needs besides
+import json
+import logging
+import platform
+from collections import defaultdict
+from dataclasses import asdict, replace
+from functools import cache
+from hashlib import blake2b
+from importlib.metadata import PackageNotFoundError, version
+from itertools import combinations
+from typing import Annotated
+
+from filelock import FileLock, Timeout
+from jaxtyping import UInt32, UInt64
+
+from .batches import TokenShards, write_shards
+from .cleaning import gopher_quality, mask_pii, normalize_text, remove_license
+from .cleaning import remove_repeated_lines
+from .corpus import Document, existing_paths, iter_texts, read_files, read_installed_docs
+from .corpus import read_jsonl, ReadReport, write_jsonl
+from .deduplication import canonical_text, jaccard, MinHasher, optimal_bands, shingles
+from .deduplication import UnionFind
+from .environment import check_fraction
+from .environment import check_text, requires_extra
+from .environment import whole_file
+from .tokenizer import GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, count_words
+from .tokenizer import learn_merges
+from .training import settings_parser
 
 # %% ../chapters/18_distributed.ipynb #42bfc24e
 def map_reduce(

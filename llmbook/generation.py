@@ -998,7 +998,7 @@ def _whole_step(
         return logits
     return _token_of_nucleus(logits, *choice) if choice else _best_token(logits)
 
-# %% ../chapters/14_generation.ipynb #37ca441d
+# %% ../chapters/14_generation.ipynb #bd36b227
 @remember
 def _compiled_step(*shapes: object) -> Callable[..., Any]:
     """Return ``_whole_step``, to be compiled once for these shapes."""
@@ -1010,7 +1010,7 @@ def _compiled_step(*shapes: object) -> Callable[..., Any]:
         options["guard_filter_fn"] = unguarded
     return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
-
+# %% ../chapters/14_generation.ipynb #14be5f76
 class _CompiledStep:
     """The fused step as a program of a few kernels, for one cache at a time."""
 
@@ -1126,7 +1126,7 @@ def generate(
                     shown[row.number].append(piece)
     return [row.completion("".join(shown[row.number])) for row in rows]
 
-# %% ../chapters/14_generation.ipynb #39ed8788
+# %% ../chapters/14_generation.ipynb #ec595106
 class _Reader:
     """Gives the logits after each of several texts: from a cache, or read from the start."""
 

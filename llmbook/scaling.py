@@ -11,13 +11,11 @@ __all__ = ['PUBLISHED_LAWS', 'HARDWARE', 'PUBLISHED', 'CHECKLISTS', 'SIZES', 'Ru
            'info', 'Setting', 'hyperparameter_checklist', 'checklist_table', 'checklist_page', 'check_config',
            'BudgetGame']
 
-# %% ../chapters/17_scaling.ipynb #1a2e409e
+# %% ../chapters/17_scaling.ipynb #6206b718
 # The imports of the module
 import csv
 import math
 import tempfile
-
-# %% ../chapters/17_scaling.ipynb #615d9564
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,14 +24,13 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any, cast, NamedTuple
 
-# %% ../chapters/17_scaling.ipynb #aba7e027
+# %% ../chapters/17_scaling.ipynb #ff5fe791
+# NumPy, PyTorch, and what it takes from earlier chapters
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import nn
 
-# %% ../chapters/17_scaling.ipynb #8a24e515
-# What it takes from earlier chapters
 from .batches import Batch, BatchSampler, pack_documents, PackedDocuments, TokenShards
 from .batches import write_shards
 from .blocks import initialize_weights, lookup_tables
@@ -175,7 +172,7 @@ def best_runs(runs: Sequence[Run]) -> list[Run]:
         found.append(best._replace(loss=sum(losses) / len(losses)))
     return sorted(found)
 
-# %% ../chapters/17_scaling.ipynb #831d14cb
+# %% ../chapters/17_scaling.ipynb #3bdbad0c
 def _check_positive(**values: Any) -> None:
     """Demand finite numbers above zero, by name."""
     for name, value in values.items():
@@ -183,7 +180,7 @@ def _check_positive(**values: Any) -> None:
         if not isinstance(value, known) or not 0 < value < math.inf:
             raise ValueError(f"{name}: expected a finite number above 0, got {value!r:.60}")
 
-
+# %% ../chapters/17_scaling.ipynb #542b0083
 @dataclass(frozen=True)
 class ScalingLaw:
     """The law L(N, D) = E + A / N**alpha + B / D**beta (Hoffmann et al. 2022, equation 2).
@@ -828,7 +825,7 @@ _LLAMA3_405B = _llama(128_256, 16_384, 126, 128, 8, 53_248)
 _OLMO2_7B = _llama(100_352, 4096, 32, 32, 32, 11_008, length=4096)
 _CARD = "the model card"
 
-# %% ../chapters/17_scaling.ipynb #5b3dd99c
+# %% ../chapters/17_scaling.ipynb #1b8e82ed
 #: Runs whose authors report hours or energy. GPT-3: Patterson et al., table 4: 14.8 days on 10,000.
 PUBLISHED = {
     "GPT-3 175B": PublishedRun(_GPT3, 300e9, "v100", 3.55e6, 1287, "patterson2021carbon"),
@@ -843,10 +840,10 @@ PUBLISHED = {
         ModelConfig.preset("llama3-70b"), 15e12, "h100", 6.4e6, None, "meta2024llamamodels"
     ),
     "Llama 3.1 405B": PublishedRun(
-        _LLAMA3_405B, 15.6e12, "h100", 30.84e6, None, "meta2024llamamodels"
+        _LLAMA3_405B, 15.6e12, "h100", 30.84e6, None, "grattafiori2024llama3"
     ),
     "DeepSeek-V3": PublishedRun(37e9, 14.8e12, "h800", 2.664e6, None, "deepseek2024v3"),
-    "OLMo 2 7B": PublishedRun(_OLMO2_7B, 4.05e12, "h100", None, 157, "olmo2024olmo2"),
+    "OLMo 2 7B": PublishedRun(_OLMO2_7B, 4.05e12, "h100", None, 157, "morrison2025holistically"),
 }
 
 # %% ../chapters/17_scaling.ipynb #c1a821b7
@@ -874,7 +871,7 @@ def info(config: ModelConfig, sequence: int | None = None) -> dict[str, int | fl
         "tokens at 20 per parameter": 20 * total,
     }
 
-# %% ../chapters/17_scaling.ipynb #6908f11e
+# %% ../chapters/17_scaling.ipynb #e575be19
 class Setting(NamedTuple):
     """One row of a checklist; sources are keys of the bibliography, or chapters of this book."""
 
@@ -901,7 +898,7 @@ for _scale in SIZES:
     _rows(
         _scale,
         """
-        weight_decay  0.1   0.01 0.1   brown2020gpt3 biderman2023pythia
+        weight_decay  0.1   0.1  0.1   brown2020gpt3 biderman2023pythia
         beta1         0.9   0.9  0.9   brown2020gpt3
         beta2         0.95  0.95 0.999 brown2020gpt3 kingma2015adam
         clip_norm     1.0   1.0  1.0   brown2020gpt3
@@ -910,12 +907,12 @@ for _scale in SIZES:
         """,
     )
 
-# %% ../chapters/17_scaling.ipynb #0a561a41
+# %% ../chapters/17_scaling.ipynb #c4c8c41d
 _rows(
     "10M",
     """
-    learning_rate        1e-3   6e-4 6e-3   biderman2023pythia brown2020gpt3 dey2023cerebras
-    batch_tokens         131072 2048 524288 kaplan2020scaling 13_training brown2020gpt3
+    learning_rate        1e-3   6e-4 1e-3   biderman2023pythia brown2020gpt3
+    batch_tokens         524288 2048 2097152 kaplan2020scaling 13_training biderman2023pythia
     warmup_share         0.01   0.00125 0.17 biderman2023pythia brown2020gpt3 dey2023cerebras
     tokens_per_parameter 20     20   4286   hoffmann2022training biderman2023pythia
     """,
@@ -923,7 +920,7 @@ _rows(
 _rows(
     "124M",
     """
-    learning_rate        6e-4   3e-4 6e-3    brown2020gpt3 biderman2023pythia dey2023cerebras
+    learning_rate        6e-4   3e-4 6e-4    brown2020gpt3 biderman2023pythia
     batch_tokens         524288 245760 2097152 brown2020gpt3 dey2023cerebras biderman2023pythia
     warmup_share         0.01   0.00125 0.17 biderman2023pythia brown2020gpt3 dey2023cerebras
     tokens_per_parameter 20     20   2400    hoffmann2022training brown2020gpt3
@@ -934,7 +931,7 @@ _rows(
     """
     learning_rate        3e-4    2e-4 4e-4   biderman2023pythia brown2020gpt3 zhang2024tinyllama
     batch_tokens         2097152 1048576 4194304 zhang2024tinyllama brown2020gpt3 groeneveld2024olmo
-    warmup_share         0.01    0.00125 0.0144 biderman2023pythia brown2020gpt3 dey2023cerebras
+    warmup_share         0.01    0.00125 0.0142 biderman2023pythia brown2020gpt3 dey2023cerebras
     tokens_per_parameter 20      20   2727   hoffmann2022training zhang2024tinyllama
     """,
 )
@@ -971,15 +968,15 @@ _rows(
     """,
 )
 
-# %% ../chapters/17_scaling.ipynb #53325e8a
+# %% ../chapters/17_scaling.ipynb #94741b30
 _rows(
     "lora",
     """
-    learning_rate 2e-4 1e-4 5e-4 dettmers2023qlora schulman2025lora
+    learning_rate 2e-4 1e-4 2e-4 dettmers2023qlora
     rank          64   1    512  dettmers2023qlora schulman2025lora
     alpha         16   16   32   dettmers2023qlora schulman2025lora
-    dropout       0.1  0    0.1  dettmers2023qlora schulman2025lora
-    batch_rows    16   16   64   dettmers2023qlora
+    dropout       0.1  0    0.1  dettmers2023qlora
+    batch_rows    16   16   16   dettmers2023qlora
     """,
 )
 _rows(
@@ -993,11 +990,11 @@ _rows(
     """,
 )
 
-# %% ../chapters/17_scaling.ipynb #744241ee
+# %% ../chapters/17_scaling.ipynb #1b027cd8
 _rows(
     "ppo",
     """
-    learning_rate 3e-7 1e-7 1e-5 lambert2024tulu3 ouyang2022training
+    learning_rate 3e-7 1e-7 8e-6 lambert2024tulu3 ouyang2022training
     clip_range    0.2  0.1  0.3  schulman2017proximal ouyang2022training
     kl_weight     0.05 0.01 0.1  lambert2024tulu3
     gae_lambda    0.95 0.95 0.95 schulman2017proximal lambert2024tulu3
@@ -1043,7 +1040,7 @@ def _name_of(scale: str | int | float) -> str:
 def _shown(value: int | float) -> str:
     return f"{value:,.0f}" if 1000 <= value < math.inf else f"{value:.4g}"
 
-# %% ../chapters/17_scaling.ipynb #522997f3
+# %% ../chapters/17_scaling.ipynb #04e032de
 def checklist_table(scale: str | int | float) -> str:
     """Return a checklist as a table in Markdown, with citations in MyST's syntax."""
     lines = ["| setting | value | safe range | sources |", "|---|---|---|---|"]
@@ -1051,11 +1048,12 @@ def checklist_table(scale: str | int | float) -> str:
         chapters = [f"{{doc}}`{key}`" for key in s.sources if key[0].isdigit()]
         papers = ",".join(key for key in s.sources if not key[0].isdigit())
         cited = ", ".join([f"{{cite:t}}`{papers}`" * bool(papers), *chapters])
-        name, span = s.name.replace("_", " "), f"{_shown(s.low)} to {_shown(s.high)}"
+        name, ends = s.name.replace("_", " "), dict.fromkeys(map(_shown, (s.low, s.high)))
+        span = " to ".join(ends)
         lines.append(f"| {name} | {_shown(s.value)} | {span} | {cited} |")
     return "\n".join(lines) + "\n"
 
-# %% ../chapters/17_scaling.ipynb #d57d2caf
+# %% ../chapters/17_scaling.ipynb #6d80af73
 _WHERE = {"lora": "LoRA", "sft": "Tuning of all weights", "dpo": "Preferences: DPO"}
 _WHERE |= {"ppo": "Reinforcement learning: PPO", "grpo": "Reinforcement learning: GRPO"}
 
@@ -1064,20 +1062,21 @@ def checklist_page() -> str:
     """Return the page of all checklists, in MyST's Markdown, as it stands in the book."""
     parts = [
         "# Checklists\n",
-        "Settings to begin with, from {doc}`17_scaling`. The first source of a row has its value; "
-        "all of them together have the ends of its range, so that a published run lies at each. "
-        "Beyond is not wrong, but it should be on purpose. This page is made by "
-        "{py:func}`~llmbook.scaling.checklist_page`; "
-        "{py:func}`~llmbook.scaling.check_config` compares a configuration with it.\n",
-        "Batches of pretraining are in tokens, those of tuning in rows. Warmup is a share of all "
-        "steps, and final a share of the peak rate. Rates are those of AdamW.\n",
+        "Settings to begin with, from {doc}`17_scaling`. The first source of a row has its value, "
+        "and a published run lies at each end of its range. A value outside the range isn't wrong, "
+        "but it should be chosen on purpose. {py:func}`~llmbook.scaling.checklist_page` makes this "
+        "page, and {py:func}`~llmbook.scaling.check_config` compares a configuration with it.\n",
+        "Batches are counted in tokens for pretraining and in rows for tuning. Warmup is a share "
+        "of all steps, and final a share of the peak rate. The rates are those of AdamW, except that "
+        "the highest one of DPO was used with RMSprop. The highest rate of PPO is the highest of "
+        "its source's scan that did not diverge.\n",
     ]
     for scale in CHECKLISTS:
         title = _WHERE.get(scale, f"Pretraining at {scale} parameters")
         parts.append(f"## {title}\n\n{checklist_table(scale)}")
     return "\n".join(parts)
 
-# %% ../chapters/17_scaling.ipynb #a304afb5
+# %% ../chapters/17_scaling.ipynb #7a50e4d8
 def check_config(
     model: ModelConfig, training: TrainingConfig, *, scale: str | int | float | None = None
 ) -> list[str]:
@@ -1089,7 +1088,7 @@ def check_config(
     >>> tiny = ModelConfig.preset("gpt2")
     >>> run = TrainingConfig(n_steps=20_000, batch_size=512, learning_rate=0.1, warmup=200)
     >>> check_config(tiny, run)[0]
-    'learning_rate: 0.1 is outside 0.0003 to 0.006 (of published runs at 124M); begin with 0.0006'
+    'learning_rate: 0.1 is outside 0.0003 to 0.0006 (of published runs at 124M); begin with 0.0006'
     """
     for name, value, kind in (
         ("model", model, ModelConfig),

@@ -14,12 +14,11 @@ __all__ = ['Row', 'Objective', 'WORD_KINDS', 'RUNS', 'next_token_objective', 'co
            'load_run', 'documents_score', 'compressors', 'word_kinds', 'GapToFloor', 'artifacts_folder',
            'load_or_train', 'NotebookBar', 'pretrained', 'report', 'main']
 
-# %% ../chapters/13_training.ipynb #b4e2dd77
+# %% ../chapters/13_training.ipynb #5f4bcb57
 # The imports of the module, from Python itself
 import base64
 import difflib
 import gzip
-import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -2403,7 +2402,7 @@ def _tokenizer(config: RunConfig, texts: list[str], say: Callable[[str], None]) 
     pattern = _PATTERNS[settings.pattern]
     return train_bpe(texts, settings.vocab_size, pattern=pattern, **cast(Any, special))
 
-# %% ../chapters/13_training.ipynb #f3ee6b16
+# %% ../chapters/13_training.ipynb #65bc700a
 def _begin(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
     """Claim a folder for a run, and prepare its data, if that is not done."""
     _check_start(config)
@@ -2426,7 +2425,7 @@ def _processes(config: TrainingConfig) -> Iterator[Parallel]:
     finally:
         parallel.leave()
 
-
+# %% ../chapters/13_training.ipynb #a94976f0
 def _check_there(name: str, paths: Sequence[str]) -> None:
     for path in paths:
         if not Path(path).exists():

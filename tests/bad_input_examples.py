@@ -841,7 +841,7 @@ EXAMPLES |= {
     "scaling.Run": lambda: scaling_run()._asdict(),
     "scaling.read_runs": lambda: {"path": scaling_table()},
     "scaling.run_config": {"d_model": 8},
-    "scaling.train_run": {"d_model": 8, "n_steps": 1, "learning_rate": 0.01},
+    "scaling.train_run": {"d_model": 8, "n_steps": 1, "learning_rate": 0.01, "n_stories": 2000},
     "scaling.best_runs": lambda: {"runs": [scaling_run()]},
     "scaling.ScalingLaw": {"E": 1.7, "A": 400.0, "B": 400.0, "alpha": 0.3, "beta": 0.3},
     "scaling.ScalingLaw.predict": {"parameters": 1e6, "tokens": 1e7},

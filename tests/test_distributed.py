@@ -113,8 +113,8 @@ def fail(how):
         ("leave", 1, "rank 1 of 2 raised SystemExit: 4", "lost another rank"),
         ("return", 0, "rank 0 of 2 waited 1 s in all_reduce", "rank 1 had returned"),
         ("sleep", 0, "rank 0 of 2 waited 1 s in all_reduce", "rank 1 was still at work"),
-        ("another", 0, "rank 0 of 2 waited 1 s in all_reduce", "waited 1 s in broadcast"),
-        ("asynchronous", 0, "waited 1 s in a collective", "waited 1 s in a collective"),
+        ("another", None, " of 2 waited 1 s in ", ""),  # either may be the first to give up
+        ("asynchronous", None, " of 2 waited 1 s in a collective", ""),
     ],
 )
 def test_a_rank_that_fails_ends_all_and_is_named(how, rank, says, other):
@@ -123,7 +123,10 @@ def test_a_rank_that_fails_ends_all_and_is_named(how, rank, says, other):
         launch(fail, 2, how, timeout=1.0)
     assert time.monotonic() - begin < 45  # and not the minute that rank 1 sleeps
     message = str(caught.value)
-    assert says in message.splitlines()[0] and caught.value.rank == rank
+    assert says in message.splitlines()[0] and rank in (None, caught.value.rank)
+    if how == "another":
+        assert "rank 0" in message and "all_reduce" in message
+        assert "rank 1" in message and "broadcast" in message
     if how not in ("raise", "leave"):  # the other may be heard too late to tell
         assert other in message
     if how == "raise":

@@ -240,13 +240,14 @@ def test_with_use_no_neighbor_of_equal_loss_is_cheaper(law, size, used):
         n = factor * found.parameters
         other = 6 * n * law.tokens_for(loss, n) + 2 * n * used
         assert other >= cost * (1 - 1e-6)
-    if math.isfinite(cost) and found.tokens > 1e-6 * used:  # the same point from its cost
+    # The same point from its cost, where rounding leaves digits to tell neighbors apart
+    if 1e-6 * used < found.tokens < 1e25 and loss - law.E > 1e-2 * loss:
         again = compute_optimal(law, cost, inference_tokens=used)
         assert again.parameters == pytest.approx(found.parameters, rel=1e-3)
 
 
 def test_more_use_asks_for_smaller_models_trained_longer():
-    plans = [compute_optimal(LAW, loss=2.0, inference_tokens=i) for i in (0, 1e11, 1e13, 1e15)]
+    plans = [compute_optimal(LAW, loss=2.0, inference_tokens=i) for i in (0.0, 1e11, 1e13, 1e15)]
     for one, other in pairwise(plans):
         assert other.parameters < one.parameters and other.tokens > one.tokens
     assert Allocation(2.0, 40.0, 1.0, 480.0).tokens_per_parameter == 20
@@ -311,7 +312,7 @@ def test_the_committed_table_is_whole_and_tuned():
     cells = {run[:2] for run in runs}
     assert {(d, s) for d in (8, 12, 16, 24, 32) for s in (100, 200, 400, 800)} <= cells
     assert (48, 1600) in cells and len({run[:4] for run in runs}) == len(runs)
-    floor = scaling_corpus(8).world.entropy()
+    floor = scaling_corpus(2000).world.entropy()
     for best in best_runs(runs):
         rates = {r.learning_rate for r in runs if r[:2] == best[:2] and r.seed == 0}
         assert {best.learning_rate / 2, best.learning_rate * 2} <= rates, best[:2]
@@ -331,12 +332,12 @@ def test_six_operations_for_each_parameter_and_token():
 
 
 def test_a_run_repeats_and_its_loss_is_above_the_floor():
-    one, same = (train_run(8, 4, 0.05, seed=3) for _ in range(2))
+    one, same = (train_run(8, 4, 0.05, seed=3, n_stories=2000) for _ in range(2))
     assert one == same and one.seed == 3 and one.tokens > 4 * 8 * 30
-    assert one.loss > scaling_corpus().world.entropy()
-    assert train_run(8, 4, 0.05) == train_run(8, 4, 0.05, 0)
-    with pytest.raises(ValueError, match=r"n_steps: expected at most 3200, got 3201: no story"):
-        train_run(8, 3201, 0.05)
+    assert one.loss > scaling_corpus(2000).world.entropy()
+    assert train_run(8, 1, 0.05, n_stories=2000) == train_run(8, 1, 0.05, 0, n_stories=2000)
+    with pytest.raises(ValueError, match=r"n_steps: expected at most 250, got 251: no story"):
+        train_run(8, 251, 0.05, n_stories=2000)
 
 
 def test_the_best_rate_stands_for_its_cell_with_the_mean_of_its_seeds():
