@@ -7,7 +7,9 @@
 # the same gradient, or should be. When it isn't, nothing crashes. The loss falls, the samples look
 # plausible, and for months the run is a little worse than it could have been. So this chapter asks
 # one question of everything it builds: does it equal one process? The second question is what that
-# costs, in bytes sent and in bytes kept, because these two decide what can be trained where.
+# costs, in bytes sent and in bytes kept, because these two decide what can be trained where. We
+# divide the batch first, then the model's state, then the model itself, and at the end the
+# preparation of its data.
 #
 # | | |
 # |---|---|
@@ -898,10 +900,10 @@ for recipe in ("mean of means", "sum over all, then averaged", "sum over all"):
     print(f"{recipe:28} {f'off by {error:.0%}' if error > 1e-3 else 'equal to one process'}")
 
 # %% [markdown]
-# Only the last recipe equals one process up to rounding (the bound is a thousandth here and a
-# millionth in the tests). The second is the other famous factor of two: a loss already divided by
-# the targets of all ranks, inside a wrapper that *averages* gradients, as torch's does. Multiply it
-# by the number of ranks, and it is right again. AdamW hides this error from the curve, because Adam
+# Only the last recipe equals one process up to rounding (within a thousandth here, and a millionth
+# in the tests). The second is the other famous factor of two: a loss already divided by the targets
+# of all ranks, inside a wrapper that *averages* gradients, as torch's does. Multiply it by the
+# number of ranks, and it is right again. AdamW hides this error from the curve, because Adam
 # divides each gradient by its own size. The error does show in the gradient norm, and so in how
 # often clipping strikes.
 
@@ -1595,12 +1597,11 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 # ## One table
 #
 # Now we compare everything with one process. A small model trains for four steps by each scheme, on
-# two and on four ranks, in the setting of the opening: half of the ranks have three times as many
-# targets as the others. Each rank has two micro-batches, there is weight decay, and gradients are
-# clipped. The function `scheme_bytes` has the formulas to the byte. For $P$ weights they come to
-# $2 (n - 1)/n \cdot 4P$ bytes for the first three schemes. With $m$ micro-batches, full sharding
-# sends $m (n - 1)/n \cdot 12 P$ bytes, or $8P$ in place of $12P$ with 16-bit weights. Marks,
-# buffers, and the norm add a few more bytes.
+# two and on four ranks, in the setting of the opening. Each rank has two micro-batches, there is
+# weight decay, and gradients are clipped. The function `scheme_bytes` has the formulas to the byte.
+# For $P$ weights they come to $2 (n - 1)/n \cdot 4P$ bytes for the first three schemes. With $m$
+# micro-batches, full sharding sends $m (n - 1)/n \cdot 12 P$ bytes, or $8P$ in place of $12P$ with
+# 16-bit weights. Marks, buffers, and the norm add a few more bytes.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: one run by any scheme
@@ -3892,9 +3893,8 @@ for way in ("ddp", "fsdp", "tp"):
 # %% [markdown]
 # ## How to prove a new scheme right
 #
-# We believe a new scheme once it has been *compared with one that we already believe*, from the
-# same start and on the same data. Torchtitan's developers compare loss curves of 3,000 steps with
-# those of plain full sharding ([their
+# We believe a new scheme once it has been *compared with one that we already believe*. Torchtitan's
+# developers compare loss curves of 3,000 steps with those of plain full sharding ([their
 # protocol](https://github.com/pytorch/torchtitan/blob/main/docs/converging.md)). Here, curves come
 # last, because they are the weakest witness. Take the wrapper that averages, and look at its losses
 # and at its gradient norm:
@@ -4011,8 +4011,7 @@ def map_reduce(
 # bytes if it obeys three rules:
 #
 # 1. **Nothing depends on the order of arrival.** `reduce` sorts. *First* means first by place, and
-#    the corpus is ordered by place, a shuffle that does not depend on the number of boxes and that
-#    training wants anyway.
+#    the corpus is ordered by place, a shuffle that does not depend on the number of boxes.
 # 2. **A file has one name and appears whole.** A task renames its draft to the name of its box. If
 #    it dies before that, nothing is there; if it runs twice, the second file equals the first. So a
 #    preparation that was stopped can also go on where it was.
