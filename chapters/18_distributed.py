@@ -851,7 +851,7 @@ def _check_parts(parts: Tensor, size: int) -> None:
 
 
 # %% [markdown] tags=["engine"]
-# `ByteCounter` against the formula:
+# Here `ByteCounter` is compared with the formula:
 
 
 # %% tags=["engine"]
@@ -2588,8 +2588,8 @@ scaled_dot_product_attention(*inputs, is_causal=True).backward(d_out)
 
 
 # %% [markdown] tags=["engine"]
-# The work of each rank, in pairs of a query and a key that it sees. (Another way to even it out is
-# to deal out single tokens {cite}`brandon2023striped`.)
+# The next cell counts the work of each rank, in pairs of a query and a key that it sees. (Another
+# way to even it out is to deal out single tokens {cite}`brandon2023striped`.)
 
 # %% tags=["engine"]
 print("ranks  cut         least work  most work  time / even shares")
@@ -3159,9 +3159,9 @@ def predict_scheme(
 
 
 # %% [markdown] tags=["engine"]
-# Three published sources, computed by the formulas. BLOOM's checkpoint is said to have 2.3 TB, 329
-# GB of it 16-bit weights {cite}`bekman2022bloom`; our numbers count in powers of 1,024. A step of
-# torchtitan's takes as long as a GPU needs for its 8,192 tokens.
+# The formulas can be compared with three published sources. BLOOM's checkpoint is said to have 2.3
+# TB, 329 GB of it 16-bit weights {cite}`bekman2022bloom`; our numbers count in powers of 1,024. A
+# step of torchtitan's takes as long as a GPU needs for its 8,192 tokens.
 
 # %% tags=["engine"]
 stages: tuple[Any, ...] = ("data_parallel", "zero1", "zero2", "full")
@@ -3176,7 +3176,7 @@ for preset, speed, mfu in (("llama3-8b", 2904, 57), ("llama3-70b", 331, 52)):
     print(f"{preset + ':':14} {p.kept / 1e9:.0f} GB kept, {rate:.0f} GB/s sent at {mfu} % MFU")
 
 # %% [markdown] tags=["engine"]
-# The predictions for 8 billion weights:
+# These are the predictions for 8 billion weights:
 
 # %% tags=["engine"]
 n_weights = count_parameters(ModelConfig.preset("llama3-8b"))
@@ -3527,11 +3527,12 @@ print(", ".join(f"{n} rank(s): {int((w != weights).sum())} differ" for n, w in l
 # ### Engine room: what the ranks of a trainer say to each other
 
 # %% [markdown] tags=["engine"]
-# Joining, and dividing model and data. From here on the ranks have different seeds, because each
-# draws the dropout of its own rows; with tp they all have the same rows, and the same seed. A
-# setting that does not fit, such as heads that two ranks cannot share, is refused by every rank
-# before the first step. If a rank dies, the same command goes on from the newest checkpoint. If one
-# stands still, the others wait in a collective until its time is up, and say in which.
+# First, `Ranks` joins the group and divides model and data. From here on, the ranks have different
+# seeds, because each draws the dropout of its own rows; with tp they all have the same rows, and
+# the same seed. A setting that does not fit, such as heads that two ranks cannot share, is refused
+# by every rank before the first step. If a rank dies, the same command goes on from the newest
+# checkpoint. If one stands still, the others wait in a collective until its time is up, and say in
+# which.
 
 
 # %% tags=["engine"]
@@ -3628,9 +3629,9 @@ def _others(error: BaseException) -> str | None:
 
 
 # %% [markdown] tags=["engine"]
-# A step. `parts` looks one micro-batch ahead, to know which is the last. An evaluation deals out
-# whole batches; if their number is uneven, a rank goes through its last one twice and counts it
-# once, because a sharded model needs all ranks for every pass.
+# Next comes a step. `parts` looks one micro-batch ahead, to know which is the last. An evaluation
+# deals out whole batches; if their number is uneven, a rank goes through its last one twice and
+# counts it once, because a sharded model needs all ranks for every pass.
 
 
 # %% tags=["engine"]
@@ -3692,10 +3693,10 @@ class Ranks(Ranks):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# Tensors in pieces. The norm is that of all of them: squares of pieces are summed over ranks; those
-# of whole tensors, which every rank has, are not. An optimizer gets the two kinds one after the
-# other. In float16, an overflow on one rank must be an overflow on all, or their scales would
-# differ.
+# Some tensors are in pieces. Their norm is that of all pieces: squares of pieces are summed over
+# ranks; those of whole tensors, which every rank has, are not. An optimizer gets the two kinds one
+# after the other. In float16, an overflow on one rank must be an overflow on all, or their scales
+# would differ.
 
 
 # %% tags=["engine"]
@@ -3763,7 +3764,7 @@ def _is_piece(tensor: Tensor) -> bool:
 
 
 # %% [markdown] tags=["engine"]
-# Checkpoints. Whole tensors go in and come out, so the file does not know about ranks.
+# Whole tensors go into a checkpoint and come out of it, so the file does not know about ranks.
 
 
 # %% tags=["engine"]
@@ -3812,9 +3813,9 @@ def _divided_alike(value: Any, pattern: Any) -> Any:
 
 
 # %% [markdown] tags=["engine"]
-# Agreement. Rank 0 does what only one rank may do, and tells the others what came of it, even if it
-# is an error. Random states are kept for each rank; another number of ranks cannot draw the same
-# dropout, and gets new states drawn from the first one.
+# Some things have to be agreed on. Rank 0 does what only one rank may do, and tells the others what
+# came of it, even if it is an error. Random states are kept for each rank; another number of ranks
+# cannot draw the same dropout, and gets new states drawn from the first one.
 
 
 # %% tags=["engine"]
@@ -4110,7 +4111,7 @@ print(set(map_reduce(parts, emit, meet)))
 # | unique | a box of survivors | the word | word counts, hence merges |
 # | encode | a box of survivors | none | token ids, hence shards |
 #
-# Now the worst engine that the rules allow:
+# Now comes the worst engine that the rules allow:
 
 # %% tags=["engine"]
 # The worst engine that is still allowed
