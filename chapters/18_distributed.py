@@ -7,7 +7,9 @@
 # the same gradient, or should be. When it isn't, nothing crashes. The loss falls, the samples look
 # plausible, and for months the run is a little worse than it could have been. So this chapter asks
 # one question of everything it builds: does it equal one process? The second question is what that
-# costs, in bytes sent and in bytes kept, because these two decide what can be trained where.
+# costs, in bytes sent and in bytes kept, because these two decide what can be trained where. We
+# divide the batch first, then the model's state, then the model itself, and at the end the
+# preparation of its data.
 #
 # | | |
 # |---|---|
@@ -486,11 +488,11 @@ for rank, n in enumerate((192, 64)):
 
 # %% [markdown]
 # Every target of the short batch pulls twice as hard as it should. Nothing fails, because a wrong
-# weighting is still a weighting, and the loss of each rank can still fall. A widely used trainer
-# had this error, over accumulated micro-batches and over ranks
+# weighting is still a weighting. A widely used trainer had this error, over accumulated
+# micro-batches and over ranks
 # ([transformers#34191](https://github.com/huggingface/transformers/pull/34191),
-# [#34242](https://github.com/huggingface/transformers/issues/34242)). So we won't trust a curve.
-# We will compare with one process, number by number.
+# [#34242](https://github.com/huggingface/transformers/issues/34242)). So we won't trust a curve. We
+# will compare with one process, number by number.
 
 # %% [markdown]
 # ## Processes, ranks, collectives
@@ -784,18 +786,19 @@ def ring(parts: list[Tensor]) -> None:
 # bytes from each rank, less than $2b$ for any number of ranks. What does grow with $n$ is the
 # number of steps, each with a wait for its first byte.
 #
-# All ranks end up with the *same bits*, because each part was added up once and then copied. The
-# order of the additions differs from part to part, though, so these bits can differ from those of a
-# sum taken in the order of ranks. {py:class}`~llmbook.distributed.ByteCounter` counts what a rank
-# hands to the network. For 120,000 float32 numbers, it finds 480,000 bytes on two ranks, 640,000 on
-# three, and 720,000 on four, exactly as the formula says.
+# All ranks end up with the *same bits*, because each part was added up once and then copied.
+# {py:class}`~llmbook.distributed.ByteCounter` counts what a rank hands to the network. For 120,000
+# float32 numbers, it finds 480,000 bytes on two ranks, 640,000 on three, and 720,000 on four, as
+# the formula says.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the two halves, for tensors of any shape, and the bytes counted
 
 # %% [markdown] tags=["engine"]
-# The package offers the two halves and the whole, within any group of ranks. If the number of ranks
-# does not divide the number of elements, zeros fill up the rest.
+# The package offers the two halves and the whole, within any group of ranks. The order of the
+# additions differs from part to part, so the bits, though the same on all ranks, can differ from
+# those of a sum taken in the order of ranks. If the number of ranks does not divide the number of
+# elements, zeros fill up the rest.
 
 
 # %% tags=["engine"]
@@ -848,7 +851,7 @@ def _check_parts(parts: Tensor, size: int) -> None:
 
 
 # %% [markdown] tags=["engine"]
-# `ByteCounter` against the formula:
+# Here `ByteCounter` is compared with the formula:
 
 
 # %% tags=["engine"]
@@ -897,10 +900,10 @@ for recipe in ("mean of means", "sum over all, then averaged", "sum over all"):
     print(f"{recipe:28} {f'off by {error:.0%}' if error > 1e-3 else 'equal to one process'}")
 
 # %% [markdown]
-# Only the last recipe equals one process up to rounding (the bound is a thousandth here and a
-# millionth in the tests). The second is the other famous factor of two: a loss already divided by
-# the targets of all ranks, inside a wrapper that *averages* gradients, as torch's does. Multiply it
-# by the number of ranks, and it is right again. AdamW hides this error from the curve, because Adam
+# Only the last recipe equals one process up to rounding (within a thousandth here, and a millionth
+# in the tests). The second is the other famous factor of two: a loss already divided by the targets
+# of all ranks, inside a wrapper that *averages* gradients, as torch's does. Multiply it by the
+# number of ranks, and it is right again. AdamW hides this error from the curve, because Adam
 # divides each gradient by its own size. The error does show in the gradient norm, and so in how
 # often clipping strikes.
 
@@ -936,8 +939,7 @@ def exchange_early(model: nn.Module) -> list[tuple[nn.Parameter, Any]]:
 # decide.
 #
 # With buckets of at most 8 KiB, 14 of our small model's 15 were on their way before the backward
-# pass ended; with 1,024 KiB there was only one, and nothing to hide it behind. Large buckets have
-# less overhead, and torch's default of 25 MiB is meant for far larger models.
+# pass ended; with 1,024 KiB there was only one, and nothing to hide it behind.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: buckets, marks, and gradients that were summed already
@@ -1121,6 +1123,7 @@ def check_agreed_parameters(module: nn.Module, group: dist.ProcessGroup | None =
 
 
 # %% [markdown] tags=["engine"]
+# Large buckets have less overhead, and torch's default of 25 MiB is meant for far larger models.
 # How many buckets are under way when the last gradient has been computed?
 
 
@@ -1179,8 +1182,7 @@ class Gather(torch.autograd.Function):
 # saved. {py:func}`~llmbook.distributed.shard_model` hands autograd a note instead, saying which
 # weight of which block it was, and gathers again when the note is read. Each weight is gathered
 # twice and reduced once, so a rank sends $3 (n - 1) / n$ times its bytes: half as much again as
-# before, and in *every* micro-batch. With 16-bit weights, the two gathers cost half. The rows that
-# the optimizer sees stay in float32, and gradients are summed in float32.
+# before, and in *every* micro-batch. With 16-bit weights, the two gathers cost half.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: an optimizer in shares, and a model in rows
@@ -1359,7 +1361,9 @@ def clip_sharded_gradients(
 # %% [markdown] tags=["engine"]
 # The model, in contrast, is cut by rows, as FSDP2 does it, and each part stays under its name with
 # its number of dimensions. So what is built on the model afterwards, such as decay by shape, works
-# as before. If n does not divide the number of rows, zeros fill it up for the journey.
+# as before. If n does not divide the number of rows, zeros fill it up for the journey. The rows
+# that the optimizer sees stay in float32, and gradients are summed in float32, so rounding does not
+# pile up over ranks.
 
 
 # %% tags=["engine"]
@@ -1593,12 +1597,11 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 # ## One table
 #
 # Now we compare everything with one process. A small model trains for four steps by each scheme, on
-# two and on four ranks, in the setting of the opening: half of the ranks have three times as many
-# targets as the others. Each rank has two micro-batches, there is weight decay, and gradients are
-# clipped. The function `scheme_bytes` has the formulas to the byte. For $P$ weights they come to
-# $2 (n - 1)/n \cdot 4P$ bytes for the first three schemes. With $m$ micro-batches, full sharding
-# sends $m (n - 1)/n \cdot 12 P$ bytes, or $8P$ in place of $12P$ with 16-bit weights. Marks,
-# buffers, and the norm add a few more bytes.
+# two and on four ranks, in the setting of the opening. Each rank has two micro-batches, there is
+# weight decay, and gradients are clipped. The function `scheme_bytes` has the formulas to the byte.
+# For $P$ weights they come to $2 (n - 1)/n \cdot 4P$ bytes for the first three schemes. With $m$
+# micro-batches, full sharding sends $m (n - 1)/n \cdot 12 P$ bytes, or $8P$ in place of $12P$ with
+# 16-bit weights. Marks, buffers, and the norm add a few more bytes.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: one run by any scheme
@@ -2209,9 +2212,10 @@ print(f"each rank sent {sent[0]:,} bytes; the formula says {formula:,.0f}")
 assert set(sent) == {formula}
 
 # %% [markdown]
-# These bytes grow with the tokens of a batch, and not with the parameters as those of data
-# parallelism do. And all ranks *wait* for them, four times in every block. So tensor parallelism
-# stays inside a server, whose devices have the fastest links {cite}`narayanan2021efficient`.
+# Everything agrees, and so does the formula. The bytes grow with the tokens of a batch, and not
+# with the parameters as those of data parallelism do. And all ranks *wait* for them, four times in
+# every block. So tensor parallelism stays inside a server, whose devices have the fastest links
+# {cite}`narayanan2021efficient`.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the same by torch, with DTensor
@@ -2335,9 +2339,9 @@ def merge_attention(a: AttentionPart, b: AttentionPart) -> AttentionPart:
 # $2n - 1 - r$. Of the four pairs of pieces that two different ranks form, exactly two are visible,
 # so all ranks have the same work at every step. {py:func}`~llmbook.distributed.ring_work` counts
 # it: on eight ranks, contiguous chunks take 1.87 times as long as even shares would, and the zigzag
-# cut takes 1.00. (Dealing out single tokens works, too {cite}`brandon2023striped`.) A token's place
-# in the text no longer follows from its place on the rank, so positions and targets must be cut
-# like the tokens, by {py:func}`~llmbook.distributed.cut_sequence`.
+# cut takes 1.00. A token's place in the text no longer follows from its place on the rank, so
+# positions and targets must be cut like the tokens, by
+# {py:func}`~llmbook.distributed.cut_sequence`.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the ring, its tiles, and its way back
@@ -2584,7 +2588,8 @@ scaled_dot_product_attention(*inputs, is_causal=True).backward(d_out)
 
 
 # %% [markdown] tags=["engine"]
-# The work of each rank, in pairs of a query and a key that it sees:
+# The next cell counts the work of each rank, in pairs of a query and a key that it sees. (Another
+# way to even it out is to deal out single tokens {cite}`brandon2023striped`.)
 
 # %% tags=["engine"]
 print("ranks  cut         least work  most work  time / even shares")
@@ -2607,6 +2612,9 @@ formula = (3 * 2 - 2) * 2 * (2 * 2 * 32 * 16 * 8)
 print(f"each rank sent {ranks[0][2]:,} bytes; the formula says {formula:,}")
 
 # %% [markdown]
+# Both cuts give the gradients of one process, and send the bytes of {eq}`distributed-ring-bytes`.
+
+# %% [markdown]
 # ## Cutting the depth: pipelines
 #
 # The plainest cut gives the first layers to rank 0, the next to rank 1, and so on. Only neighboring
@@ -2614,11 +2622,12 @@ print(f"each rank sent {ranks[0][2]:,} bytes; the formula says {formula:,}")
 # others wait.
 #
 # So the batch is cut into $m$ micro-batches, and stage 0 starts on the second while stage 1 has the
-# first. Let there be $p$ stages, and let a micro-batch take time $f$ forward and $b$ backward in
-# each of them. The simplest schedule, GPipe {cite}`huang2019gpipe`, sends all micro-batches
-# forward, then all backward. The last stage starts when the first micro-batch has passed the
-# $p - 1$ others, and has finished its forward passes after $(p-1+m)f$. The backward passes run the
-# other way, in $(p-1+m)b$. Each stage works for $m(f+b)$ of that time. The rest is the *bubble*:
+# first. Let there be $p$ stages, and let $f$ and $b$ now be the times that a micro-batch takes
+# forward and backward in each of them. The simplest schedule, GPipe {cite}`huang2019gpipe`, sends
+# all micro-batches forward, then all backward. The last stage starts when the first micro-batch has
+# passed the $p - 1$ others, and has finished its forward passes after $(p-1+m)f$. The backward
+# passes run the other way, in $(p-1+m)b$. Each stage works for $m(f+b)$ of that time. The rest is
+# the *bubble*:
 #
 # $$
 # \text{bubble} = 1 - \frac{m(f+b)}{(m+p-1)(f+b)} = \frac{p-1}{m+p-1} .
@@ -3014,13 +3023,16 @@ for name, make in kinds.items():
     print(f"{name:5}: {compared([found], [first, last])}")
 
 # %% [markdown]
+# Both schedules find the loss and the gradients of one process.
+
+# %% [markdown]
 # ## Experts on several devices
 #
 # Of the experts of a mixture ({doc}`10_blocks`), each rank has some, whole, and its own share of
-# the tokens. Tokens travel to their experts, and the results travel back. Every rank sends
-# something different to every other one, an *all-to-all*. If a rank has $N$ tokens with $k$ active
-# experts each, and routing is even, $\frac{n-1}{n}$ of its $Nk$ vectors leave. There are two
-# exchanges forward and their mirror images backward, so for each layer a rank sends
+# the tokens. Tokens travel to their experts, and results back. Every rank sends something different
+# to every other one, an *all-to-all*. If a rank has $N$ tokens with $k$ active experts each, and
+# routing is even, $\frac{n-1}{n}$ of its $Nk$ vectors leave. There are two exchanges forward and
+# their mirror images backward, so for each layer a rank sends
 #
 # $$
 # 4\,\tfrac{n-1}{n}\, b\, N k d \quad \text{bytes.}
@@ -3068,10 +3080,10 @@ for factor in (None, 2.0, 1.25, 1.0):
 # %% [markdown]
 # ## Eight, 64, 1,024 GPUs
 #
-# How far does the first cut alone go? {py:func}`~llmbook.distributed.predict_scheme` takes the
+# How far does cutting the batch alone go? {py:func}`~llmbook.distributed.predict_scheme` takes the
 # formulas to any number of GPUs, with ZeRO's count of bytes for each weight in mixed precision: 2
 # for the weight, 2 for its gradient, and 12 for the optimizer, which keeps a float32 copy. For a
-# model of 8 billion weights, each GPU keeps so many gigabytes, without activations and the blocks
+# model of 8 billion weights, each GPU keeps this many gigabytes, without activations and the blocks
 # that full sharding has gathered at the moment:
 #
 # | | 8 GPUs | 64 GPUs | 1,024 GPUs |
@@ -3084,7 +3096,7 @@ for factor in (None, 2.0, 1.25, 1.0):
 # In a step, the first three send 28 GB from each of eight GPUs and 32 GB from each of 1,024; full
 # sharding sends half as much again. So the traffic hardly depends on the number of GPUs, but the
 # time to hide it in does: with a fixed batch, each of 1,024 GPUs has a 128th of the work that each
-# of eight has. There the other cuts come in.
+# of eight has. That is where the other cuts come in.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the formulas for any number of GPUs, and published numbers
@@ -3147,9 +3159,9 @@ def predict_scheme(
 
 
 # %% [markdown] tags=["engine"]
-# Three published sources, computed by the formulas. BLOOM's checkpoint is said to have 2.3 TB, 329
-# GB of it 16-bit weights {cite}`bekman2022bloom`; our numbers count in powers of 1,024. A step of
-# torchtitan's takes as long as a GPU needs for its 8,192 tokens.
+# The formulas can be compared with three published sources. BLOOM's checkpoint is said to have 2.3
+# TB, 329 GB of it 16-bit weights {cite}`bekman2022bloom`; our numbers count in powers of 1,024. A
+# step of torchtitan's takes as long as a GPU needs for its 8,192 tokens.
 
 # %% tags=["engine"]
 stages: tuple[Any, ...] = ("data_parallel", "zero1", "zero2", "full")
@@ -3164,7 +3176,7 @@ for preset, speed, mfu in (("llama3-8b", 2904, 57), ("llama3-70b", 331, 52)):
     print(f"{preset + ':':14} {p.kept / 1e9:.0f} GB kept, {rate:.0f} GB/s sent at {mfu} % MFU")
 
 # %% [markdown] tags=["engine"]
-# The predictions for 8 billion weights:
+# These are the predictions for 8 billion weights:
 
 # %% tags=["engine"]
 n_weights = count_parameters(ModelConfig.preset("llama3-8b"))
@@ -3199,9 +3211,9 @@ plt.show()
 # full sharding on 64 A100 GPUs {cite}`liang2024torchtitan`, each must have sent 22 GB per second,
 # yet used more than half of its arithmetic: most of the traffic was hidden.
 #
-# Larger runs combine the cuts. On 16,384 GPUs, Llama 3 405B divides each layer over 8 of them and
-# the layers over 16 stages, and the 128 GPUs that have the same part shard it among themselves
-# {cite}`grattafiori2024llama3`. All of the state then comes to 0.4 GB on each GPU.
+# Larger runs combine the cuts. On 16,384 GPUs, Llama 3 405B cuts each layer over 8 of them and the
+# depth into 16 stages, and the 128 GPUs that have the same part shard it
+# {cite}`grattafiori2024llama3`. By our formula, 0.4 GB of state is left on each.
 
 # %% [markdown]
 # ## The same by torch's own
@@ -3218,7 +3230,7 @@ plt.show()
 # `forward`. A DDP wrapper has no `hidden_states`, so one calls
 # `next_token_objective(ddp.module, batch)`, and that runs. The losses fall. But the wrapper's
 # `forward` was never called, so it does not know that a backward pass will come, and exchanges
-# nothing. Silently, each rank trains a model of its own on its own part of the data.
+# nothing. Silently, each rank trains a model of its own.
 #
 # The cure is to make the objective the forward pass of a small module,
 # {py:class}`~llmbook.distributed.ObjectiveModule`, and to wrap *that*. FSDP2 has a function that
@@ -3510,18 +3522,17 @@ print(", ".join(f"{n} rank(s): {int((w != weights).sum())} differ" for n, w in l
 # ```
 # torchrun --nproc_per_node=2 -m llmbook.training config.yaml --folder runs/two
 # ```
-#
-# If a process dies, the same command goes on from the newest checkpoint.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: what the ranks of a trainer say to each other
 
 # %% [markdown] tags=["engine"]
-# Joining, and dividing model and data. From here on the ranks have different seeds, because each
-# draws the dropout of its own rows; with tp they all have the same rows, and the same seed. A
-# setting that does not fit, such as heads that two ranks cannot share, is refused by every rank
-# before the first step. If a rank stands still, the others wait in a collective until its time is
-# up, and say in which.
+# First, `Ranks` joins the group and divides model and data. From here on, the ranks have different
+# seeds, because each draws the dropout of its own rows; with tp they all have the same rows, and
+# the same seed. A setting that does not fit, such as heads that two ranks cannot share, is refused
+# by every rank before the first step. If a rank dies, the same command goes on from the newest
+# checkpoint. If one stands still, the others wait in a collective until its time is up, and say in
+# which.
 
 
 # %% tags=["engine"]
@@ -3618,9 +3629,9 @@ def _others(error: BaseException) -> str | None:
 
 
 # %% [markdown] tags=["engine"]
-# A step. `parts` looks one micro-batch ahead, to know which is the last. An evaluation deals out
-# whole batches; if their number is uneven, a rank goes through its last one twice and counts it
-# once, because a sharded model needs all ranks for every pass.
+# Next comes a step. `parts` looks one micro-batch ahead, to know which is the last. An evaluation
+# deals out whole batches; if their number is uneven, a rank goes through its last one twice and
+# counts it once, because a sharded model needs all ranks for every pass.
 
 
 # %% tags=["engine"]
@@ -3682,10 +3693,10 @@ class Ranks(Ranks):  # continued
 
 
 # %% [markdown] tags=["engine"]
-# Tensors in pieces. The norm is that of all of them: squares of pieces are summed over ranks; those
-# of whole tensors, which every rank has, are not. An optimizer gets the two kinds one after the
-# other. In float16, an overflow on one rank must be an overflow on all, or their scales would
-# differ.
+# Some tensors are in pieces. Their norm is that of all pieces: squares of pieces are summed over
+# ranks; those of whole tensors, which every rank has, are not. An optimizer gets the two kinds one
+# after the other. In float16, an overflow on one rank must be an overflow on all, or their scales
+# would differ.
 
 
 # %% tags=["engine"]
@@ -3753,7 +3764,7 @@ def _is_piece(tensor: Tensor) -> bool:
 
 
 # %% [markdown] tags=["engine"]
-# Checkpoints. Whole tensors go in and come out, so the file does not know about ranks.
+# Whole tensors go into a checkpoint and come out of it, so the file does not know about ranks.
 
 
 # %% tags=["engine"]
@@ -3802,9 +3813,9 @@ def _divided_alike(value: Any, pattern: Any) -> Any:
 
 
 # %% [markdown] tags=["engine"]
-# Agreement. Rank 0 does what only one rank may do, and tells the others what came of it, even if it
-# is an error. Random states are kept for each rank; another number of ranks cannot draw the same
-# dropout, and gets new states drawn from the first one.
+# Some things have to be agreed on. Rank 0 does what only one rank may do, and tells the others what
+# came of it, even if it is an error. Random states are kept for each rank; another number of ranks
+# cannot draw the same dropout, and gets new states drawn from the first one.
 
 
 # %% tags=["engine"]
@@ -3883,9 +3894,8 @@ for way in ("ddp", "fsdp", "tp"):
 # %% [markdown]
 # ## How to prove a new scheme right
 #
-# We believe a new scheme once it has been *compared with one that we already believe*, from the
-# same start and on the same data. Torchtitan's developers compare loss curves of 3,000 steps with
-# those of plain full sharding ([their
+# We believe a new scheme once it has been *compared with one that we already believe*. Torchtitan's
+# developers compare loss curves of 3,000 steps with those of plain full sharding ([their
 # protocol](https://github.com/pytorch/torchtitan/blob/main/docs/converging.md)). Here, curves come
 # last, because they are the weakest witness. Take the wrapper that averages, and look at its losses
 # and at its gradient norm:
@@ -3905,8 +3915,8 @@ print(f"first gradient norm: {ratio:.3f} of the control's")
 # 1. **One operation.** Each collective and its backward pass equal the formula on small tensors, in
 #    float64, with sizes that the ranks do not divide.
 # 2. **One gradient.** From a common start, every gradient equals that of one process up to
-#    rounding, with unequal targets, micro-batches, and weights that are tied, frozen, or used by one
-#    rank only.
+#    rounding, with unequal targets, micro-batches, and weights that are tied, frozen, or used by
+#    one rank only.
 # 3. **A few steps.** With clipping and decay, weights and norms stay equal, and all ranks have the
 #    same bits. Ranks start from *different* seeds, so that a missing broadcast shows.
 # 4. **Cost.** Bytes sent and bytes kept equal the formula.
@@ -4002,8 +4012,7 @@ def map_reduce(
 # bytes if it obeys three rules:
 #
 # 1. **Nothing depends on the order of arrival.** `reduce` sorts. *First* means first by place, and
-#    the corpus is ordered by place, a shuffle that does not depend on the number of boxes and that
-#    training wants anyway.
+#    the corpus is ordered by place, a shuffle that does not depend on the number of boxes.
 # 2. **A file has one name and appears whole.** A task renames its draft to the name of its box. If
 #    it dies before that, nothing is there; if it runs twice, the second file equals the first. So a
 #    preparation that was stopped can also go on where it was.
@@ -4102,7 +4111,7 @@ print(set(map_reduce(parts, emit, meet)))
 # | unique | a box of survivors | the word | word counts, hence merges |
 # | encode | a box of survivors | none | token ids, hence shards |
 #
-# Now the worst engine that the rules allow:
+# Now comes the worst engine that the rules allow:
 
 # %% tags=["engine"]
 # The worst engine that is still allowed
@@ -4137,17 +4146,17 @@ assert len(same) == 2 and all(same)
 # ### The same steps on Ray
 #
 # Ray {cite}`moritz2018ray` runs workers on one machine or many, moves data between them, and runs
-# again what died. Its library Ray Data has our engine in three calls:
+# again what died. Its library Ray Data has our engine in three calls, which
+# {py:class}`~llmbook.distributed.RayEngine` wraps:
 #
 # ```python
 # data = ray.data.from_items(items).flat_map(emit)
 # data.groupby("box").map_groups(reduce).take_all()
 # ```
 #
-# {py:class}`~llmbook.distributed.RayEngine` adds a quiet start and errors that name step, item, and
-# machine. The tests prepare a small corpus on two workers, and again while one worker is killed as
-# it reads and another as it cleans: nothing was lost, nothing was doubled, and all files were equal
-# to the byte to those of one process. For the documentation of three packages,
+# The tests prepare a small corpus on two workers, and again while one worker is killed as it reads
+# and another as it cleans: nothing was lost, nothing was doubled, and all files were equal to the
+# byte to those of one process. For the documentation of three packages,
 # `python benchmarks/prepare.py` found 19 of 19 files equal. Two workers needed 98 seconds in place
 # of 147.
 
@@ -5165,7 +5174,8 @@ assert alone == 8, "only full sharding gathers: the others have all weights"
 # the sum `s` of $e^{\text{score} - m}$, and the sum `o` of $e^{\text{score} - m}$ times the values,
 # not yet divided. Write `merge_states(a, b)`, which makes one such triple `(m, s, o)` of two. `m`
 # and `s` have the shape `(queries,)`, and `o` has `(queries, d_value)`. Scores of 1,000 must not
-# overflow. If a query sees nothing of a tile, `m` is -inf there, and `s` and `o` are zero.
+# overflow. If a query sees nothing of a tile, `m` is -inf there, and `s` and `o` are zero; no NaN
+# may come of it (`isnan().any()`).
 # ````
 
 
@@ -5216,7 +5226,9 @@ assert not any(x.isnan().any() for x in merge_states(nothing, nothing)), "two bl
 # for only `limit` of them. Write `limited_schedule(n_stages, n_microbatches, limit)`, which returns
 # for each stage its list of pairs such as `("forward", 0)`. No stage may ever keep more than
 # `limit` micro-batches, none may keep more than under 1F1B, and no stage may be slower than it must
-# be. Before you run the check: what will the bubble be with a limit of 1?
+# be. The check takes your pairs as {py:class}`~llmbook.distributed.PipelineAction` and times them
+# by {py:func}`~llmbook.distributed.pipeline_timing`. Before you run it: what will the bubble be
+# with a limit of 1?
 # ````
 
 
