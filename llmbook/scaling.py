@@ -188,12 +188,12 @@ def best_runs(runs: Sequence[Run]) -> list[Run]:
         found.append(best._replace(loss=sum(losses) / len(losses)))
     return sorted(found)
 
-# %% ../chapters/17_scaling.ipynb #60de3ab0
+# %% ../chapters/17_scaling.ipynb #a9896d55
 def _check_positive(**values: Any) -> None:
     """Demand finite numbers above zero, by name."""
     for name, value in values.items():
         known = () if isinstance(value, bool) else (int, float, np.number)
-        if not isinstance(value, known) or not 0 < value <= np.finfo(float).max:
+        if not isinstance(value, known) or not 0 < value <= float(np.finfo(float).max):
             raise ValueError(f"{name}: expected a finite number above 0, got {value!r:.60}")
 
 
@@ -1080,7 +1080,7 @@ def hyperparameter_checklist(scale: str | int | float) -> dict[str, Setting]:
     """
     return {setting.name: setting for setting in CHECKLISTS[_name_of(scale)]}
 
-# %% ../chapters/17_scaling.ipynb #9b405a20
+# %% ../chapters/17_scaling.ipynb #92a858da
 def _name_of(scale: str | int | float) -> str:
     """Return the name of a list; that of the nearest size, for a number of parameters."""
     if isinstance(scale, str):
@@ -1095,7 +1095,7 @@ def _name_of(scale: str | int | float) -> str:
     return _nearest_size(float(scale))
 
 
-def _nearest_size(number: float) -> str:
+def _nearest_size(number: int | float) -> str:
     return min(SIZES, key=lambda name: abs(math.log(SIZES[name] / number)))
 
 # %% ../chapters/17_scaling.ipynb #b1aa9e1c
@@ -1138,7 +1138,7 @@ def checklist_page() -> str:
         parts.append(f"## {title}\n\n{checklist_table(scale)}")
     return "\n".join(parts)
 
-# %% ../chapters/17_scaling.ipynb #5a3eb9de
+# %% ../chapters/17_scaling.ipynb #3e5cce31
 def check_config(
     model: ModelConfig, training: TrainingConfig, *, scale: str | int | float | None = None
 ) -> list[str]:
@@ -1177,8 +1177,13 @@ def check_config(
     }
     found = [(setting, values.get(name)) for name, setting in checklist.items()]
     return [
-        f"{s.name}: {_shown(value)} is outside {_shown(s.low)} to {_shown(s.high)} "
-        f"(of published runs at {where}); begin with {_shown(s.value)}"
+        f"{s.name}: {_shown(value)} is "
+        + (
+            f"outside {_shown(s.low)} to {_shown(s.high)} "
+            if s.low < s.high
+            else f"not {_shown(s.low)} "
+        )
+        + f"(of published runs at {where}); begin with {_shown(s.value)}"
         for s, value in found
         if value is not None and not s.low * (1 - 1e-9) <= value <= s.high * (1 + 1e-9)
     ]
