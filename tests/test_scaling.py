@@ -91,9 +91,9 @@ def test_predictions_for_nothing_are_refused():
         LAW.predict(0.0, 1e9)
     with pytest.raises(ValueError, match=r"tokens: .* got -1"):
         LAW.predict([1e6, 1e6], [1e6, -1.0])
-    with pytest.raises(ValueError, match=r"parameters: expected a number or an array.* got None"):
+    with pytest.raises(ValueError, match=r"parameters: expected .* got None"):
         LAW.predict(None, 1e9)
-    with pytest.raises(ValueError, match=r"tokens: expected a number or an array.* got 'all'"):
+    with pytest.raises(ValueError, match=r"tokens: expected .* got 'all'"):
         LAW.predict(1e9, "all")
     with pytest.raises(ValueError, match=r"tokens: .* parameters, shape \(2,\), got shape \(3"):
         LAW.predict([1e6, 1e6], [1e6, 1e6, 1e6])

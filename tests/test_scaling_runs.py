@@ -274,7 +274,7 @@ def test_experts_count_for_memory_and_the_sequence_for_operations():
         ({"n_devices": 0}, "n_devices: expected a whole"),
         ({"total_parameters": 0}, "total_parameters: expected"),
         ({"price": -2}, "price: expected"),
-        ({"model": "7B"}, "model: expected a ModelConfig or a number, got '7B'"),
+        ({"model": "7B"}, "model: expected .*ModelConfig.* got '7B'"),
         ({"total_parameters": 1e8}, r"total_parameters: expected at least the 1e\+09"),
         ({"pue": 0.9}, "pue: expected at least 1"),
         ({"sequence": 128}, "sequence: expected none"),
@@ -353,16 +353,13 @@ def test_a_number_of_parameters_means_the_nearest_size(number, name):
     assert scaling.hyperparameter_checklist(number) == scaling.hyperparameter_checklist(name)
 
 
-@pytest.mark.parametrize("scale", ["8B", "", -1, 0, math.nan, None, True, 7, 10**400, []])
+@pytest.mark.parametrize("scale", ["8B", "", -1, 0, math.nan, None, True, 7, 10**400, ["7B"]])
 def test_unknown_scales_are_refused(scale):
     with pytest.raises(ValueError, match="scale: expected"):
         scaling.hyperparameter_checklist(scale)
 
 
-def test_what_is_no_number_is_told_the_names_of_the_lists():
-    for scale in (None, ["7B"]):
-        with pytest.raises(ValueError, match=r"parameters or one of 10M, 124M, .* dpo"):
-            scaling.hyperparameter_checklist(scale)
+def test_what_is_no_size_of_a_model_is_refused():
     with pytest.raises(ValueError, match="at least 100,000 parameters, got 99999"):
         scaling.hyperparameter_checklist(99_999)
     assert scaling.hyperparameter_checklist(1e5) == scaling.hyperparameter_checklist("10M")
