@@ -97,8 +97,6 @@ def test_predictions_for_nothing_are_refused():
         LAW.predict(1e9, "all")
     with pytest.raises(ValueError, match=r"tokens: .* parameters, shape \(2,\), got shape \(3"):
         LAW.predict([1e6, 1e6], [1e6, 1e6, 1e6])
-    with pytest.raises(ValueError, match=r"loss: expected a finite number above 0"):
-        LAW.tokens_for(10**400, 1e9)
 
 
 # --- the fit ------------------------------------------------------------------------------------
