@@ -56,7 +56,10 @@ def config_of(width: int) -> ModelConfig:
 
 
 def rows_of(texts: list[str], tokenizer: BPETokenizer) -> Batch:
-    """Return stories as rows, one in each, what is not a target marked."""
+    """Return stories as rows, one in each, what is not a target marked.
+
+    The end of a story is no target here; in the cells of chapter 17 it is one.
+    """
     end = tokenizer.special_tokens["<|endoftext|>"]
     ids = torch.full((len(texts), LENGTH + 1), end)
     targets = torch.full((len(texts), LENGTH), -100)
@@ -73,9 +76,9 @@ def optimizer_of(model: TransformerLM, method: str, rate: float) -> torch.optim.
     if method == "standard":
         return AdamW(model.parameters(), rate, (0.9, 0.95), weight_decay=0.0)
     if method == "mup":
-        return AdamW(mup_groups(model, base, rate), rate, (0.9, 0.95))
+        return AdamW(mup_groups(model, base, rate, 0.0), rate, (0.9, 0.95))
     inside = {id(p) for p in model.blocks.parameters() if p.ndim >= 2}
-    groups = mup_groups(model, base, ADAMW_RATE)
+    groups = mup_groups(model, base, ADAMW_RATE, 0.0)
     rest = [{**g, "params": [p for p in g["params"] if id(p) not in inside]} for g in groups]
     matrices = [p for p in model.blocks.parameters() if p.ndim >= 2]
     rule = {"muon_original": "original", "muon_match_rms": "match_rms_adamw"}[method]

@@ -96,15 +96,31 @@ class Run(NamedTuple):
 
 
 def read_runs(path: str | Path) -> list[Run]:
-    """Return the runs of a CSV file whose columns are the fields of ``Run``."""
-    path, kinds = check_path(path), (int, int, float, int, int, int, int, float)
+    """Return the runs of a CSV file whose columns are the fields of ``Run``.
+
+    A ``ValueError`` names the file, and the line and column of what is no number.
+    """
+    path = check_path(path)
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
         if tuple(header := next(reader, [])) != Run._fields:
             expected = f"columns {', '.join(Run._fields)}"
             raise ValueError(f"path: expected {expected}, got {', '.join(header) or 'none'}")
-        rows = [[kind(text) for kind, text in zip(kinds, row, strict=True)] for row in reader]
-    return [Run(*row) for row in rows]
+        return [_run_of(row, f"{path}, line {reader.line_num}") for row in reader]
+
+
+def _run_of(row: list[str], where: str) -> Run:
+    if len(row) != len(Run._fields):
+        raise ValueError(f"path: expected {len(Run._fields)} cells, got {len(row)} ({where})")
+    values: list[Any] = []
+    for name, text in zip(Run._fields, row, strict=True):
+        real = name in ("learning_rate", "loss")
+        try:
+            values.append(float(text) if real else int(text))
+        except ValueError:
+            expected = f"a {'number' if real else 'whole number'} as {name}"
+            raise ValueError(f"path: expected {expected}, got {text!r:.60} ({where})") from None
+    return Run(*values)
 
 
 # %% [markdown]
@@ -361,13 +377,12 @@ plt.show()
 # ## Fitting the law
 #
 # Take logarithms of both sides of {eq}`scaling-law`, so that an error of one percent counts the
-# same for small and for large losses, and write $A = e^a$, $B = e^b$, $E = e^e$, so that the three
-# stay positive. (In an exponent, the letter $e$ is our parameter; as a base it is Euler's number.)
-# The residual of run $i$ is
+# same for small and for large losses, and write $A = \exp a$, $B = \exp b$, $E = \exp c$, so that
+# the three stay positive. The residual of run $i$ is
 #
 # $$
 # \begin{aligned}
-# r_i = \log\bigl(& e^{a - \alpha \log N_i} + e^{b - \beta \log D_i} + e^{e} \bigr) \\
+# r_i = \log\bigl(& \exp(a - \alpha \log N_i) + \exp(b - \beta \log D_i) + \exp c \bigr) \\
 # & - \log L_i .
 # \end{aligned}
 # $$ (scaling-residual)
@@ -392,8 +407,8 @@ from scipy.optimize import minimize
 
 
 def objective(x, log_n, log_d, log_l, delta=1e-3):
-    a, b, e, alpha, beta = x
-    terms = [a - alpha * log_n, b - beta * log_d, e + 0 * log_n]
+    a, b, c, alpha, beta = x
+    terms = [a - alpha * log_n, b - beta * log_d, c + 0 * log_n]
     r = np.abs(np.logaddexp.reduce(terms) - log_l)
     return np.where(r <= delta, r * r / 2, delta * (r - delta / 2)).sum()
 
@@ -429,8 +444,21 @@ def _check_positive(**values: Any) -> None:
     """Demand finite numbers above zero, by name."""
     for name, value in values.items():
         known = () if isinstance(value, bool) else (int, float, np.number)
-        if not isinstance(value, known) or not 0 < value < math.inf:
+        if not isinstance(value, known) or not 0 < value <= float(np.finfo(float).max):
             raise ValueError(f"{name}: expected a finite number above 0, got {value!r:.60}")
+
+
+def _amounts(name: str, values: Any) -> np.ndarray:
+    """Return finite numbers above zero as an array, or refuse them by name."""
+    try:
+        array = None if values is None else np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        array = None
+    if array is None:
+        raise ValueError(f"{name}: expected a number or an array of numbers, got {values!r:.60}")
+    if (wrong := array[~(np.isfinite(array) & (array > 0))]).size:
+        raise ValueError(f"{name}: expected finite numbers above 0, got {wrong[0]}")
+    return array
 
 
 # %% tags=["engine"]
@@ -474,11 +502,10 @@ class ScalingLaw(ScalingLaw):  # continued
         self, parameters: Numbers | float, tokens: Numbers | float
     ) -> Float[np.ndarray, "*runs"] | float:
         """Return the loss of models of these sizes after so many tokens; arrays are welcome."""
-        n, d = (np.asarray(x, dtype=np.float64) for x in (parameters, tokens))
-        for name, values in (("parameters", n), ("tokens", d)):
-            if not (np.isfinite(values) & (values > 0)).all():
-                got = values[~(np.isfinite(values) & (values > 0))][0]
-                raise ValueError(f"{name}: expected finite numbers above 0, got {got}")
+        n, d = _amounts("parameters", parameters), _amounts("tokens", tokens)
+        if n.shape != d.shape and n.ndim and d.ndim:
+            expected = f"one for each of the parameters, shape {n.shape}"
+            raise ValueError(f"tokens: expected {expected}, got shape {d.shape}")
         loss = self.E + self.A / n**self.alpha + self.B / d**self.beta
         return loss if loss.ndim else float(loss)
 
@@ -503,7 +530,7 @@ class ScalingLaw(ScalingLaw):  # continued
 #
 # The Jacobian has a simple form. Let $p_1, p_2, p_3$ be the shares of the three terms in the
 # predicted loss. Then $\partial r / \partial a = p_1$, $\partial r / \partial \alpha = -p_1 \log
-# N$, and likewise for the second term; $\partial r / \partial e = p_3$. Logarithms of $N$ and $D$
+# N$, and likewise for the second term; $\partial r / \partial c = p_3$. Logarithms of $N$ and $D$
 # are centered first, so that $a$ and $\alpha$ do not move together.
 
 
@@ -610,9 +637,9 @@ def _checked_runs(parameters: Any, tokens: Any, losses: Any) -> list[np.ndarray]
 #| export
 def _law(x: np.ndarray, n: np.ndarray, d: np.ndarray) -> ScalingLaw:
     """Return the law of a row of numbers that belong to centered logarithms."""
-    a, b, e, alpha, beta = (float(number) for number in x)
+    a, b, c, alpha, beta = (float(number) for number in x)
     shifted = math.exp(a + alpha * n.mean()), math.exp(b + beta * d.mean())
-    return ScalingLaw(math.exp(e), *shifted, alpha, beta)
+    return ScalingLaw(math.exp(c), *shifted, alpha, beta)
 
 
 # %% tags=["engine"]
@@ -781,7 +808,7 @@ print(f"measured  {largest.loss:.0f} nats")
 assert predicted.estimate < world.entropy() < largest.loss
 
 # %% [markdown]
-# The prediction is about 2 nats too low. Worse, it is *below the entropy*, where no model can ever
+# The prediction is nearly 2 nats too low. Worse, it is *below the entropy*, where no model can ever
 # be. (The measured loss lies in the interval, which is wide.) So a fit with an error of 5 percent
 # missed by 9 percent at 3.6 times the compute of its largest run. One cause is the luck of seeds.
 # Another is the formula, which says that the price of few parameters and the price of few tokens
@@ -792,15 +819,15 @@ assert predicted.estimate < world.entropy() < largest.loss
 # %% [markdown]
 # ### The choices behind a fit
 #
-# Many other fits of the same grid could be defended. The engine room below makes four: with one
-# learning rate for all runs, without embeddings in the count of parameters, and with two other
-# choices of runs. Their $E$ lies between 10 and 17 nats, and the power of the budget with which
+# Many other fits of the same grid could be defended. The engine room below makes five: with the
+# means over seeds, with one learning rate for all runs, without embeddings in the count of parameters, and with two other
+# choices of runs. Their $E$ lies between 9 and 17 nats, and the power of the budget with which
 # the best size should grow, which the next section derives, between 0.1 and 0.7. Nothing in any
 # one fit warns of this. Whoever reports a law should therefore say what was counted, how the rates
 # were tuned, and how the runs were chosen, and should choose before looking.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: four other fits of the same grid
+# ### Engine room: five other fits of the same grid
 
 # %% [markdown] tags=["engine"]
 # The column *exponent* is $\beta / (\alpha + \beta)$, the power of the budget with which the best
@@ -808,8 +835,10 @@ assert predicted.estimate < world.entropy() < largest.loss
 
 # %% tags=["engine"]
 fixed = {run[:2]: run for run in runs if run.learning_rate == 0.04}
+means = {run[:2]: run for run in best_runs(read_runs(table))}
 choices = {
     "best learning rates": grid,
+    "means over the seeds": [means[run[:2]] for run in grid],
     "one rate for all, 0.04": [fixed[run[:2]] for run in grid],
     "without embeddings": [r._replace(parameters=r.parameters - r.embedding) for r in grid],
     "losses below 45": [run for run in grid if run.loss < 45],
@@ -824,9 +853,13 @@ for name, some in choices.items():
     print(f"{name:23}{row}{one.law.predict(size, largest.tokens):8.0f} nats")
 
 # %% [markdown] tags=["engine"]
-# With **one learning rate for all**, the error nearly doubles, and the best share of size (the
-# column *exponent*) falls from 0.6 to 0.4. In published work, learning rates that were not tuned
-# for each size have bent laws, too {cite}`porian2024resolving`.
+# With the **means over the seeds**, of which half of the grid has three, the best share of size
+# (the column *exponent*) falls from 0.6 to 0.4: the 0.6 was the luck of one seed.
+#
+# With **one learning rate for all**, the error nearly doubles. Nothing in the fit itself says why.
+# Judged by the one largest run, this badly tuned row even looks better than the first one; one run
+# is no test. In published work, learning rates that were not tuned for each size have bent laws,
+# too {cite}`porian2024resolving`.
 #
 # **Without embeddings**, $N$ counts the inner parameters only. In our smallest model four
 # parameters of five are embeddings, in the largest one of the grid, a bit more than half. So the
@@ -866,8 +899,8 @@ for name, some in choices.items():
 # $$ (scaling-optimum)
 #
 # The floor $E$ has vanished. A fit can be wrong about the floor and right about the best size. The
-# exponent $\beta / (\alpha + \beta)$ says how much of a larger budget goes into size: if $\alpha =
-# \beta$, it is one half, and size and data grow together. In code, this is
+# exponent $s = \beta / (\alpha + \beta)$ says how much of a larger budget goes into size: if
+# $\alpha = \beta$, it is one half, and size and data grow together. In code, this is
 # {py:func}`~llmbook.scaling.compute_optimal`.
 
 # %% [markdown] tags=["engine"]
@@ -913,7 +946,8 @@ def compute_optimal(
 
     Training costs 6 operations for each parameter and token, and each of ``inference_tokens`` costs
     2 for each parameter; ``flops`` is for both. Sources: Hoffmann et al. (2022), eq. 4; Sardana
-    et al. (2024). A ``ValueError`` for a loss that is not above E.
+    et al. (2024). A ``ValueError`` for a loss that is not above E, and where the best model would
+    have less than one parameter.
 
     >>> round(compute_optimal(PUBLISHED_LAWS["besiroglu2024"], 5.76e23).parameters / 1e9)
     72
@@ -922,8 +956,10 @@ def compute_optimal(
         raise ValueError(f"flops: expected either flops or a loss, got {flops!r} and {loss!r}")
     if inference_tokens != 0:
         _check_positive(inference_tokens=inference_tokens)
+    inference_tokens = float(inference_tokens)
     if flops is not None:
         _check_positive(flops=flops)
+        flops = float(flops)
         low, high = math.log(flops) - 150, math.log(flops) + 150
         if inference_tokens:
             high = math.log(flops / (2 * inference_tokens))
@@ -935,7 +971,10 @@ def compute_optimal(
         tokens = _tokens_left(law, math.exp(middle), flops, loss, inference_tokens)
         more = _gain(law, math.exp(middle), tokens, inference_tokens) > 0
         low, high = (middle, high) if more else (low, middle)
-    size = math.exp(low)
+    if (size := math.exp(low)) < 1:
+        name, value = ("loss", loss) if flops is None else ("flops", flops)
+        expected = "one whose best model has a parameter at least"
+        raise ValueError(f"{name}: expected {expected}, got {value:.4g}, for {size:.2g} of them")
     tokens = _tokens_left(law, size, flops, loss, inference_tokens)
     costs = 6 * size * tokens, 2 * size * inference_tokens
     return Allocation(size, tokens, float(law.predict(size, tokens)), *costs)
@@ -1015,11 +1054,12 @@ PUBLISHED_LAWS: Mapping[str, ScalingLaw] = {
 
 # %% mystnb={"figure": {"caption": "Runs of equal compute, the parabolas through them, and their minima. The dashed line is the best size by the fitted law.", "name": "fig-scaling-isoflop"}, "image": {"alt": "Three valleys of loss over the number of parameters, one for each budget. The bottoms move down and to the right as the budget grows, near a dashed line."}}
 budgets = [6 * run.parameters * run.tokens for run in (best[8, 400], best[8, 800], best[8, 1600])]
-minima = []
+valleys, minima = [], []
 for budget in budgets:
-    equal = [run for run in best.values() if abs(run.flops / budget - 1) < 0.03]
+    equal = [run for run in best.values() if abs(run.flops / budget - 1) < 0.01]
     sizes = [run.parameters for run in equal]
     losses = [run.loss for run in equal]
+    valleys.append((sizes, losses))
     minima.append(isoflop_minimum(sizes, losses))
     valley, x = np.polyfit(np.log(sizes), losses, 2), np.geomspace(min(sizes), max(sizes))
     plt.semilogx(x, np.polyval(valley, np.log(x)), color="gray", linewidth=0.8)
@@ -1033,19 +1073,22 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# The minima of the valleys in {numref}`fig-scaling-isoflop` move to the right as the budget grows.
-# The first two ways agree that the best size grows about as $C^{0.4}$. The fit says $C^{0.6}$,
-# with an interval from 0.2 to 0.6, because $E$, $\alpha$, and $\beta$ can be traded for one
-# another. The parabolas use only runs near the optimum. At a scale like ours, plan with them. They
-# also show what a wrong size costs: a model half or twice as large as the best one loses one to
-# three nats.
+# The minima of the valleys in {numref}`fig-scaling-isoflop` move to the right as the budget grows,
+# about as $C^{0.46}$. But three minima within a factor of four of compute do not determine a slope:
+# with the spread over seeds that we measured, the 95 % interval goes from 0.3 to 1.0. It excludes
+# neither 0.46 nor 0.6, which is what the fit says, with an interval from 0.2 to 0.6, because $E$,
+# $\alpha$, and $\beta$ can be traded for one another. The first way is of no use on a grid this
+# small: nearly every run is one that no cheaper run beats, so it finds about 0.4 for any law. What
+# the valleys do show is what a wrong size costs: a model half or twice as large as the best one
+# loses one to three nats.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the exponents of the three ways
 
 # %% [markdown] tags=["engine"]
 # The exponent is the slope of $\log N^*$ over $\log C$. The first way uses the runs of the grid
-# that no run of equal or lower cost beats:
+# that no run of equal or lower cost beats. Does its answer say anything? We also give it losses
+# that we make up, by laws of three different exponents, for the sizes and tokens of our grid:
 
 
 # %% tags=["engine"]
@@ -1053,16 +1096,35 @@ def slope(sizes, budgets):
     return np.polyfit(np.log(budgets), np.log(sizes), 1)[0]
 
 
-front = [r for r in grid if all(r.loss <= s.loss for s in grid if s.flops <= r.flops)]
-ways = {
-    "minimum over runs": slope([r.parameters for r in front], [r.flops for r in front]),
-    "parabolas": slope([size for size, _ in minima], budgets),
-    "fitted law": fit.law.exponent,
-}
-for name, exponent in ways.items():
-    print(f"{name:18} N* grows with C to the power {exponent:.1f}")
-share = fit.interval(lambda law: law.exponent)
-print(f"95 % interval of the fitted law: {share.low:.1f} to {share.high:.1f}")
+def minimum_over_runs(some):
+    front = [r for r in some if all(r.loss <= s.loss for s in some if s.flops <= r.flops)]
+    return slope([r.parameters for r in front], [r.flops for r in front])
+
+
+row, total = f"our runs {minimum_over_runs(grid):.1f}", fit.law.alpha + fit.law.beta
+for s in (0.25, 0.60, 0.75):
+    alpha, beta = total * (1 - s), total * s
+    terms = [20 * np.exp(power * np.log(x).mean()) for power, x in ((alpha, N), (beta, D))]
+    losses = ScalingLaw(18, *terms, alpha, beta).predict(N, D)
+    made_up = [r._replace(loss=x) for r, x in zip(grid, losses, strict=True)]
+    row += f";  exponent {s:.2f}: {minimum_over_runs(made_up):.1f}"
+print(f"minimum over runs:  {row}")
+
+# %% [markdown] tags=["engine"]
+# On a grid this small, nearly every run is one that no cheaper run beats, and any law gives about
+# 0.4. So we leave the first way out. For the valleys, we draw the losses anew, with the spread over
+# seeds that we measured:
+
+# %% tags=["engine"]
+random, slopes = np.random.default_rng(0), []
+for _ in range(1000):
+    drawn = [(n, y * np.exp(spread * random.standard_normal(len(y)))) for n, y in valleys]
+    slopes.append(slope([isoflop_minimum(n, y)[0] for n, y in drawn], budgets))
+low, high = np.quantile(slopes, [0.025, 0.975])
+found, share = slope([size for size, _ in minima], budgets), fit.interval(lambda law: law.exponent)
+print(f"valleys     {found:.2f} (95 % interval {low:.1f} to {high:.1f})")
+print(f"fitted law  {share.estimate:.2f} (95 % interval {share.low:.1f} to {share.high:.1f})")
+assert low < 0.46 < 0.6 < high, "the valleys exclude one of the two"
 
 # %% [markdown]
 # ### What was published
@@ -1327,8 +1389,8 @@ def width_scales(model: TransformerLM, base: ModelConfig) -> dict[str, tuple[flo
 # AdamW multiplies the weights by $1 - \eta\lambda$ at each step. If $\eta$ is divided by $m$, decay
 # slows down with it, and with the decay changes the size at which weights settle. So
 # {py:func}`~llmbook.scaling.mup_groups` multiplies $\lambda$ by $m$: what stays the same over the
-# widths is the product. {cite:t}`wortsman2024proxies` call this independent weight decay, and find
-# that the best rate depends less on the size with it.
+# widths is the product. {cite:t}`wortsman2024proxies` keep the decay of a step independent of
+# the rate, and find that the loss is then less sensitive to the rate.
 #
 # **Depth** adds a factor of its own. $L$ layers write to the {term}`residual stream` $2L$ times,
 # and {doc}`10_blocks` divides what is written by $\sqrt{2L}$ at the start. But the steps of all
@@ -1448,7 +1510,10 @@ END, LENGTH = tokenizer.special_tokens["<|endoftext|>"], 64
 
 
 def rows_of(texts: Sequence[str]) -> Batch:
-    """One story in each row, cut after 64 tokens; what is behind its end is no target."""
+    """One story in each row, cut after 64 tokens; what is behind its end is no target.
+
+    The end itself is one here, and is none in the runs of ``benchmarks/transfer.py``.
+    """
     ids = torch.full((len(texts), LENGTH + 1), END)
     targets = torch.full((len(texts), LENGTH), -100)
     for row, text in enumerate(texts):
@@ -1528,7 +1593,7 @@ assert moved[256][0] > 2 * moved[32][0] and moved[256][1] < 1.5 * moved[32][1]
 # The logits of wide standard models move several times as far as those of narrow ones; under muP
 # all move equally far. The check is necessary but not sufficient: users of the reference
 # implementation report models that pass it and whose best rate still moves (microsoft/mup, issues
-# 22, 71 and 73). What counts is the right panel of {numref}`fig-scaling-transfer`, so draw the
+# 22 and 23). What counts is the right panel of {numref}`fig-scaling-transfer`, so draw the
 # curves before you trust a transfer.
 #
 # Look at the heights of the minima, too, since a rate that stays where it is need not be a better
@@ -1543,9 +1608,10 @@ for method in ("standard", "mup"):
 # %% [markdown]
 # (Exponents are those of 2, from a parabola through the three lowest points of each curve.) The
 # best rate of the standard parametrization falls by a factor of 14 as the width grows by 8; that
-# of muP by 1.2. At the two larger widths the standard parametrization *at its own best rate*
-# reaches the lower loss, by about 0.07 nats; at the smaller ones seeds differ by as much as the
-# methods. Here muP does not make a model better; it makes its rate predictable. If you can try six
+# of muP by 1.2. (The factor $1/n$ alone would give 8; the head, and attention whose heads widen,
+# ask for more.) At the two larger widths the standard parametrization *at its own best rate*
+# reaches the lower loss, by about 0.07 nats. That is little more than luck: at a width of 32 both
+# panels are the same model, drawn anew, and two seeds differ by 0.05. Here muP does not make a model better; it makes its rate predictable. If you can try six
 # rates at the full width, you do not need it. If you can try only one, you do.
 
 # %% [markdown]
@@ -1579,13 +1645,14 @@ for method in titles:
 # the other. The difference is a factor of two as the width grows by four, which is the $\sqrt n$
 # of the second formula. Neither stands quite still, so these are hints rather than a law. But
 # under the other convention the same rate is off by a factor of $0.2 \sqrt n$, about 13 for a
-# width of 4,096 (pytorch/pytorch, issue 160213). {doc}`12_optimization` uses the second.
+# width of 4,096. (PyTorch has both, since pull request 160213.) {doc}`12_optimization` uses the second.
 #
 # Muon is for matrices between hidden vectors only. Tables have rows that belong to tokens, and
 # rare rows should not move as far as frequent ones; the head's output is not a hidden vector. Both
 # go to AdamW, with the scales of the table above, and a library that orthogonalizes everything
-# with two dimensions gets it wrong in silence (DeepSpeed, issue 7641). In the figure, this is all
-# that is left of muP, and nanochat reports the same for its models (karpathy/nanochat, issue 644).
+# with two dimensions gets it wrong in silence, as DeepSpeed did until its pull request 7641. In the
+# figure, this is all that is left of muP. A proposed change to nanochat, pull request 644, needs
+# even less: only a factor on the logits.
 
 # %% [markdown]
 # ## Batch size
@@ -1647,7 +1714,7 @@ class NoiseScale(NamedTuple):
     @property
     def batch_size(self) -> float:
         """The simple noise scale, in examples; infinite where the noise drowns the signal."""
-        return self.noise / self.signal if self.signal > 0 else math.inf
+        return max(self.noise, 0.0) / self.signal if self.signal > 0 else math.inf
 
 
 # %% tags=["engine"]
@@ -1714,8 +1781,10 @@ def gradient_noise(
             small.append(_square(found))
             torch._foreach_add_(sums, found)
         big.append(_square(sums))
-    if n_rows is None or not targets:
-        raise ValueError(f"batches: expected at least group = {group} of them, got fewer")
+    if n_rows is None:
+        raise ValueError(f"batches: expected at least group = {group} of them, got {len(some)}")
+    if not targets:
+        raise ValueError("batches: expected targets, got none")
     unit = (n_rows * targets / (len(small) * n_rows)) ** 2  # of a batch of n_rows, as a mean
     squares = sum(small) / len(small) / unit, sum(big) / len(big) / (unit * group**2)
     return noise_scale(*squares, n_rows, n_rows * group)
@@ -1735,13 +1804,14 @@ for step in range(81):
     if step in (0, 10, 80):
         pairs = (some_rows(data, row, 2) for row in range(0, 160, 2))
         scales.append(gradient_noise(model, pairs, group=16).batch_size)
-        print(f"after {step:2} steps: about {2 ** round(math.log2(scales[-1]))} rows")
+        print(f"after {step:2} steps: about {round(scales[-1], -1):.0f} rows")
     take_step(model, optimizer, some_rows(data, 8 * step, 8))
-assert 2 < scales[0] < scales[2] < 100
+assert 5 < scales[0] < 15 < scales[1] < 30 < scales[2] < 50
 
 # %% [markdown]
+# With two more seeds it was 9 rows at the start, 20 to 26 after 10 steps, and 33 to 35 after 80.
 # At the start a handful of rows agree on where to go: make frequent tokens likely and all others
-# unlikely. The noise scale grows as this easy part of the gradient is used up. (A row has about 60
+# unlikely. The noise scale grows as this easy part of the gradient is used up. (A row has 64
 # tokens.) This is a reason to begin a run with small batches and to enlarge them later, as Llama 3
 # 405B did, which went from 4 to 16 million tokens {cite}`grattafiori2024llama3`. For real text,
 # {cite:t}`kaplan2020scaling` fitted about 0.3 million tokens at a loss of 4 nats and 2.5 million
@@ -1791,12 +1861,16 @@ def losses_after(order: str, seed: int, n_steps: int = 100) -> dict[str, float]:
 
 # %%
 arms = {order: [losses_after(order, s) for s in range(3)] for order in ("mixed", "last", "first")}
+print("nats per token gained over the mixture (95 % interval)")
+print("order        our world               other world")
 for order in ("last", "first"):
-    for name in WORLDS:
+    row = f"ours {order:5}"
+    for name in ("ours", "other"):
         gains = [a[name] - b[name] for a, b in zip(arms["mixed"], arms[order], strict=True)]
         found = mean_interval(gains)
         shown = [round(x, 1) + 0.0 for x in (found.estimate, found.low, found.high)]
-        print("ours {:5}: gain on {:5} {:+} ({:+} to {:+})".format(order, name, *shown))
+        row += "   {:+} ({:+} to {:+})".format(*shown)
+    print(row)
 
 # %% [markdown]
 # The order matters. With our world *first*, a model has forgotten part of it at the end. With our
@@ -1836,7 +1910,7 @@ for order in ("last", "first"):
 # of a server are not in it, nor are experiments and failed runs: for the OLMo models, development
 # took half as much again as the runs that were released {cite}`morrison2025holistically`. The price
 # of an hour is the two dollars that {cite:t}`deepseek2024v3` assume, and emissions are 0.42 kg a
-# kWh, which is what Meta's reports come to.
+# kWh, which is what the model cards of Llama come to for the energy of the devices alone.
 
 
 # %% tags=["engine"]
@@ -1903,7 +1977,8 @@ def estimate_run(
     """Return what training ``model`` on so many ``tokens`` takes, on any number of devices.
 
     ``model`` is a configuration, or a number of parameters that each token meets; then operations
-    are 6 for each of them and each token, and ``total_parameters`` may be more, for experts.
+    are 6 for each of them and each token, ``total_parameters`` may be more, for experts, and a
+    ``sequence``, whose length decides what attention costs, is refused.
     ``mfu`` is the share of the peak that is reached, ``price`` dollars for an hour of a device,
     ``pue`` what the building takes for each watt, ``carbon`` kilograms of CO2 for a kWh. Not
     counted are activations (see ``memory_breakdown``), the rest of a server, failures, and all runs
@@ -1921,19 +1996,36 @@ def estimate_run(
     _check_positive(tokens=tokens, mfu=mfu, price=price, pue=pue, carbon=carbon)
     if mfu > 1:
         raise ValueError(f"mfu: expected a share of the peak, at most 1, got {mfu}")
-    if isinstance(model, ModelConfig):
-        per_token, n_parameters = flops_per_token(model, sequence), float(count_parameters(model))
-    else:
-        _check_positive(model=model)
-        per_token, n_parameters = 6.0 * model, float(model)
+    if pue < 1:
+        raise ValueError(f"pue: expected at least 1, for the devices themselves, got {pue}")
+    per_token, n_active, n_parameters = _costs_of(model, sequence)
     if total_parameters is not None:
         _check_positive(total_parameters=total_parameters)
+        if total_parameters < n_active:
+            expected = f"at least the {n_active:.4g} that a token meets"
+            raise ValueError(f"total_parameters: expected {expected}, got {total_parameters:.4g}")
         n_parameters = float(total_parameters)
     hours = per_token * tokens / (hardware.peak_flops * mfu) / 3600
     state, energy = 18 * n_parameters, hours * hardware.power * pue / 1e6
     needed = math.ceil(state / hardware.memory)
     costs = energy, hours * price, energy * carbon
     return RunEstimate(per_token * tokens, hours, hours / n_devices / 24, state, needed, *costs)
+
+
+# %% tags=["engine"]
+#| export
+def _costs_of(model: Any, sequence: int | None) -> tuple[float, float, float]:
+    """Return the operations for a token, the parameters that it meets, and all parameters."""
+    if isinstance(model, ModelConfig):
+        active, total = count_parameters(model, active=True), count_parameters(model)
+        return flops_per_token(model, sequence), float(active), float(total)
+    if isinstance(model, bool) or not isinstance(model, int | float | np.number):
+        raise ValueError(f"model: expected a ModelConfig or a number, got {model!r:.60}")
+    _check_positive(model=model)
+    if sequence is not None:
+        expected = "none with a number of parameters, which leaves attention out"
+        raise ValueError(f"sequence: expected {expected}, got {sequence}")
+    return 6.0 * float(model), float(model), float(model)
 
 
 # %% tags=["engine"]
@@ -2054,6 +2146,7 @@ def info(config: ModelConfig, sequence: int | None = None) -> dict[str, int | fl
 
     Bytes of weights and cache are for 16 bits, those of the training state for AdamW in mixed
     precision; the cache is that of one row of ``sequence`` tokens, by default ``context_length``.
+    Chinchilla's rule of thumb is 20 tokens for each parameter.
     """
     if not isinstance(config, ModelConfig):
         raise ValueError(f"config: expected a ModelConfig, got {config!r:.60}")
@@ -2069,7 +2162,7 @@ def info(config: ModelConfig, sequence: int | None = None) -> dict[str, int | fl
         "bytes of weights": 2 * total,
         "bytes of training state": 18 * total,
         "bytes of cache": cache_bytes(config, 1, sequence),
-        "tokens at 20 per parameter": 20 * total,
+        "tokens by Chinchilla's rule": 20 * total,
     }
 
 
@@ -2129,7 +2222,7 @@ for _scale in SIZES:
         """
         weight_decay  0.1   0.1  0.1   brown2020gpt3 biderman2023pythia
         beta1         0.9   0.9  0.9   brown2020gpt3
-        beta2         0.95  0.95 0.999 brown2020gpt3 kingma2015adam
+        beta2         0.95  0.95 0.95  brown2020gpt3
         clip_norm     1.0   1.0  1.0   brown2020gpt3
         final         0.1   0    0.1   touvron2023llama2 bergsma2025straight
         z_loss        1e-5  0    1e-4  olmo2024olmo2 brown2020gpt3 chowdhery2023palm
@@ -2252,7 +2345,8 @@ def hyperparameter_checklist(scale: str | int | float) -> dict[str, Setting]:
 
     ``scale`` is one of ``SIZES``, or a number of parameters, which means the size that is nearest
     in the logarithm; or "sft", "lora", "dpo", "ppo" or "grpo", for models of about 7 billion. A
-    range ends at values of published runs that worked, not where training begins to fail.
+    range ends at values of published runs that worked, not where training begins to fail. Numbers
+    below 100,000 are refused: 7 is no model, and 7 billion are ``7e9``.
 
     >>> setting = hyperparameter_checklist("7B")["learning_rate"]
     >>> setting.low, setting.value, setting.high
@@ -2265,11 +2359,19 @@ def hyperparameter_checklist(scale: str | int | float) -> dict[str, Setting]:
 #| export
 def _name_of(scale: str | int | float) -> str:
     """Return the name of a list; that of the nearest size, for a number of parameters."""
-    if isinstance(scale, str | bool):
+    if isinstance(scale, str):
         check_choice("scale", scale, tuple(CHECKLISTS))
-        return str(scale)
+        return scale
+    if isinstance(scale, bool) or not isinstance(scale, int | float | np.number):
+        expected = f"a number of parameters or one of {', '.join(CHECKLISTS)}"
+        raise ValueError(f"scale: expected {expected}, got {scale!r:.60}")
     _check_positive(scale=scale)
-    number = float(scale)
+    if scale < 1e5:
+        raise ValueError(f"scale: expected at least 100,000 parameters, got {scale}")
+    return _nearest_size(float(scale))
+
+
+def _nearest_size(number: int | float) -> str:
     return min(SIZES, key=lambda name: abs(math.log(SIZES[name] / number)))
 
 
@@ -2326,7 +2428,7 @@ def check_config(
 ) -> list[str]:
     """Return a warning for each setting of a pretraining run that departs from its checklist.
 
-    ``scale`` is that of ``hyperparameter_checklist``, by default the size of the model. Rates are
+    ``scale`` is a size, or a number of parameters, by default that of the model. Rates are
     compared for AdamW only, as those of other optimizers mean something else.
 
     >>> tiny = ModelConfig.preset("gpt2")
@@ -2341,13 +2443,13 @@ def check_config(
         if not isinstance(value, kind):
             raise ValueError(f"{name}: expected a {kind.__name__}, got {value!r:.60}")
     n_parameters = count_parameters(model, active=True)
-    where = _name_of(n_parameters if scale is None else scale)
+    where = _nearest_size(n_parameters) if scale is None else _name_of(scale)
+    check_choice("scale", where, tuple(SIZES))
     checklist = hyperparameter_checklist(where)
     tokens = training.batch_size * model.context_length
     values = {
         "learning_rate": training.learning_rate if training.optimizer == "adamw" else None,
         "batch_tokens": tokens,
-        "batch_rows": training.batch_size,
         "warmup_share": training.warmup / training.n_steps,
         "tokens_per_parameter": training.n_steps * tokens / n_parameters,
         "weight_decay": training.weight_decay,
@@ -2359,8 +2461,13 @@ def check_config(
     }
     found = [(setting, values.get(name)) for name, setting in checklist.items()]
     return [
-        f"{s.name}: {_shown(value)} is outside {_shown(s.low)} to {_shown(s.high)} "
-        f"(of published runs at {where}); begin with {_shown(s.value)}"
+        f"{s.name}: {_shown(value)} is "
+        + (
+            f"outside {_shown(s.low)} to {_shown(s.high)} "
+            if s.low < s.high
+            else f"not {_shown(s.low)} "
+        )
+        + f"(of published runs at {where}); begin with {_shown(s.value)}"
         for s, value in found
         if value is not None and not s.low * (1 - 1e-9) <= value <= s.high * (1 + 1e-9)
     ]
@@ -2374,8 +2481,8 @@ def check_config(
 # %%
 for setting in hyperparameter_checklist("7B").values():
     numbers = setting.value, setting.low, setting.high
-    shown = [f"{x:,.0f}" if x >= 1000 else f"{x:g}" for x in numbers]
-    print(f"{setting.name:21} {shown[0]:>9}   safe from {shown[1]} to {shown[2]}")
+    value, *ends = [f"{x:,.0f}" if x >= 1000 else f"{x:g}" for x in numbers]
+    print(f"{setting.name:21} {value:>9}   safe: {' to '.join(dict.fromkeys(ends))}")
 
 # %% [markdown]
 # All lists, with their sources, are on the page {doc}`checklists`, which is made from the same
@@ -2414,7 +2521,7 @@ for warning in check_config(gpt2, copied):
 # | a way to scale 8-bit numbers to stand out | three seeds cannot tell the ways apart | {doc}`15_precision` |
 # | the majority of many answers to help | a few points, while pass@k rises to nearly 1 | {numref}`fig-evaluation-attempts` |
 # | a reworded exam in the training text to be harmless | it did as much harm as one or two copies | {doc}`16_evaluation` |
-# | muP to improve the loss | at the best rate of widths 128 and 256 it is behind by 0.07 nats | {numref}`fig-scaling-transfer` |
+# | muP to improve the loss | at the best rate of widths 128 and 256 it is behind by 0.07 nats, with two seeds | {numref}`fig-scaling-transfer` |
 # | Muon's rate to stay, by its original rule | it falls a little with the width | {numref}`fig-scaling-muon` |
 # | annealing on good data to be free | a small gain on it, and a larger loss on the rest | above |
 #
@@ -2440,7 +2547,9 @@ def steps_and_rows(batch: float, noise: float, least_steps: float) -> tuple[floa
 
 
 # %% tags=["check"]
-steps, rows = steps_and_rows(32, 32, 1000)
+answer = steps_and_rows(32, 32, 1000)
+assert isinstance(answer, tuple) and len(answer) == 2, "return two numbers: the steps, the rows"
+steps, rows = answer
 assert steps == 2000, "at the critical batch size a run needs twice the fewest steps"
 assert rows == 64_000, "it reads its batch at each of its steps"
 few, most = steps_and_rows(1e9, 32, 1000)
@@ -2474,14 +2583,18 @@ with torch.device("meta"):
 answers = {
     n: rate_for(n, tuple(p.shape), tuple(shapes[n]), 0.01) for n, p in big.named_parameters()
 }
+assert None not in answers.values(), "a rate is missing: does each case return one?"
 assert answers["embedding.weight"] == 0.01, "looking up a row is a sum with one term"
 assert answers["norm.weight"] == 0.01, "a gain multiplies entry by entry: its rate stays"
-assert answers["lm_head.weight"] == 0.0025, "the head sums over the width, like any matrix"
+assert math.isclose(answers["lm_head.weight"], 0.0025), (
+    "the head sums over the width, like any matrix"
+)
 down = "blocks.0.feed_forward.down_proj.weight"
 wanted = 0.01 * shapes[down][1] / big.state_dict()[down].shape[1]
 assert math.isclose(answers[down], wanted), "what counts is the number of terms: the columns"
 for name, scale in mup_scales(big, narrow).items():
-    assert math.isclose(answers[name], 0.01 * scale.rate), f"{name}: {answers[name]}"
+    expected = 0.01 * scale.rate
+    assert math.isclose(answers[name], expected), f"{name}: {expected:g}, not {answers[name]:g}"
 
 # %% [markdown]
 # ````{exercise} What a grant buys
@@ -2501,8 +2614,11 @@ def affordable_tokens(dollars: float, parameters: float) -> float:
 
 
 # %% tags=["check"]
+assert affordable_tokens(1e4, 1e9) is not None, "return a number of tokens"
 assert affordable_tokens(1e4, 1e9) > 1e11, "an hour has 3600 seconds"
 assert math.isclose(affordable_tokens(2e4, 1e9), 2 * affordable_tokens(1e4, 1e9)), "in proportion"
+halved = affordable_tokens(1e4, 1e9) / 2
+assert math.isclose(affordable_tokens(1e4, 2e9), halved), "twice the model has half the tokens"
 spent = estimate_run(1e9, affordable_tokens(1e4, 1e9)).dollars
 assert math.isclose(spent, 1e4), f"that many tokens cost {spent:,.0f} dollars, not 10,000"
 
@@ -2519,9 +2635,10 @@ assert math.isclose(spent, 1e4), f"that many tokens cost {spent:,.0f} dollars, n
 class BudgetGame:
     """A cluster with a budget: pretended runs whose losses follow a law, with noise.
 
-    ``train`` answers with a loss and takes the operations of the run off ``left``. The ``target``
-    is the budget of one large run to come, by default ten times as many operations; ``regret``
-    says how much worse than the best possible allocation an answer for it would be.
+    ``train`` answers with a loss and takes the operations of the run off ``left``; each run costs
+    at least ``least`` of them, by default a hundredth of the budget. The ``target`` is the budget
+    of one large run to come, by default ten times as many operations; ``regret`` says how much
+    worse than the best possible allocation an answer for it would be.
     """
 
     def __init__(
@@ -2530,20 +2647,25 @@ class BudgetGame:
         budget: float,
         *,
         factor: float = 10.0,
-        noise: float = 0.005,
+        noise: float = 0.02,
+        least_share: float = 0.01,
         seed: int = 0,
     ):
         _check_positive(budget=budget, factor=factor)
         check_fraction("noise", noise)
+        check_fraction("least_share", least_share)
         check_at_least(seed=(0, seed))
-        self.left, self.target = budget, factor * budget
+        self.left, self.target, self.least = budget, factor * budget, least_share * budget
         self._law, self._noise, self._random = law, noise, np.random.default_rng(seed)
         self.runs: list[tuple[float, float, float]] = []  # parameters, tokens, loss
 
     def train(self, parameters: float, tokens: float) -> float:
-        """Return the loss of a run; a ``ValueError`` if 6 N D is more than what is left."""
+        """Return the loss of a run; a ``ValueError`` if 6 N D is too little or not left."""
         _check_positive(parameters=parameters, tokens=tokens)
         cost = 6 * parameters * tokens
+        if cost < self.least * (1 - 1e-9):
+            expected = f"a run of at least {self.least:.3g} operations"
+            raise ValueError(f"parameters: expected {expected}, got {cost:.3g}")
         if cost > self.left * (1 + 1e-9):
             expected = f"a run of at most {self.left:.3g} operations, which are left"
             raise ValueError(f"parameters: expected {expected}, got {cost:.3g}")
@@ -2565,69 +2687,73 @@ class BudgetGame:
 #
 # ````{exercise} The budget game
 # :label: ex-scaling-game
-# *One hour.* A `BudgetGame` has a budget of operations for small runs. Write `spend(game)`, which
-# returns the number of parameters that one run of `game.target` operations should have, ten times
-# that budget. First it may call `game.train(parameters, tokens)`, which returns a loss and takes
-# `6 * parameters * tokens` operations off `game.left`; a run that costs more than what is left
-# raises a `ValueError`. The losses follow a `ScalingLaw` like that of our grid, with half a percent
-# of noise. The check plays games with several laws and asks for a small *regret*: the nats by which
-# your model is worse than the best one for the target. The `parameters` of a game lie between 5,000
-# and a million.
+# *One hour.* Write `spend(game)`. It may call `game.train(parameters, tokens)`, which returns a
+# loss and costs `6 * parameters * tokens` operations, until `game.left` is used up. A run that
+# costs more than what is left raises a `ValueError`, and so does one that costs less than
+# `game.least`, a hundredth of the budget. Then it returns the number of parameters that a single
+# run of `game.target` operations should have, ten times the budget of the game. The losses follow a
+# law that is like the one of our grid, with two percent of noise. The check plays nine games with
+# three laws, and asks for a small mean *regret*: the nats by which your model is worse than the
+# best model for the target. The best sizes lie between 50,000 and a million. Here the law is
+# exactly true, so a fit beats the valleys, but the budget matters: with a tenth of it, the fit
+# fails.
 # ````
 
 
 # %% tags=["solution"]
 def spend(game: "BudgetGame") -> float:
     """Return the size of the best model for ``game.target``, after runs for ``game.left``."""
-    # Four budgets, each with five sizes; most of the money goes to the largest budget, which is
-    # nearest to the target. Then a law is fitted, and extrapolated by a factor of ten and more.
-    shares, money = np.array([0.03, 0.07, 0.2, 0.7]), game.left
-    for share in shares:
+    # Four budgets, each with five sizes; half of the money goes to the largest budget, which is
+    # nearest to the target. Then a law is fitted, and extrapolated by a factor of a hundred.
+    for number in (1, 3, 6, 10):
         for size in np.geomspace(8e3, 130e3, 5):
-            game.train(size, share * money / 5 / (6 * size))
+            game.train(size, number * game.least / (6 * size))
     law = fit_scaling_law(*zip(*game.runs, strict=True), delta=0.01).law
     return compute_optimal(law, game.target).parameters
 
 
 # %% tags=["check"]
 def play(law: ScalingLaw, seed: int) -> float:
-    game = BudgetGame(law, 2e12, seed=seed)
+    game = BudgetGame(law, 2e11, seed=seed)
     answer = spend(game)
     assert game.runs, "nothing was trained: an answer without a look at the data is a guess"
-    assert isinstance(answer, (int, float)) and answer > 0, "return a number of parameters"
-    return game.regret(answer)
+    assert answer is not None and float(answer) > 0, "return a number of parameters"
+    return game.regret(float(answer))
 
 
-games = [
-    (ScalingLaw(18.0, 6e3, 1.1e4, 0.6, 0.55), 0),
-    (ScalingLaw(18.0, 1.5e3, 7e4, 0.45, 0.72), 1),
-    (ScalingLaw(18.0, 4e4, 5e3, 0.8, 0.5), 2),
+laws = [
+    ScalingLaw(18.0, 6e3, 1.1e4, 0.6, 0.55),
+    ScalingLaw(18.0, 1.5e3, 7e4, 0.45, 0.72),
+    ScalingLaw(18.0, 4e4, 5e3, 0.8, 0.5),
 ]
-regrets = [play(law, seed) for law, seed in games]
-for seed, regret in enumerate(regrets):
-    assert regret > -1e-6, "no model is better than the best"
-    assert regret < 0.1, (
-        f"in game {seed}, your model misses the best one by {regret:.2f} nats; a good strategy "
-        "misses it by less than 0.1. Was the law extrapolated to game.target? Did the runs differ "
-        "in size and in tokens, and did they come near the whole budget?"
-    )
-print("regrets below 0.1 nats in all games")
+regrets = [play(law, seed) for law in laws for seed in range(3)]
+assert min(regrets) > -1e-6, "no model is better than the best"
+regret = sum(regrets) / len(regrets)
+assert regret < 0.1, (
+    f"on average, your model misses the best one by {regret:.2f} nats; a good strategy misses it "
+    "by less than 0.1. Was the law extrapolated to game.target? Did the runs differ in size and "
+    "in tokens, and was the whole budget used?"
+)
+print("mean regret below 0.1 nats")
 
 # %% [markdown]
 # ````{exercise} When the small model pays
 # :label: ex-scaling-even
-# *Fifteen minutes.* Two models, with `large` and with `small` parameters, are both trained until
-# they have the loss `loss`. Write `break_even(law, small, large, loss)`: how many tokens must be
-# used before the small one has been cheaper over its whole life? The method `law.tokens_for(loss,
-# parameters)` returns the tokens of training after which a model of that size has that loss, or
-# infinity if it never has. Each parameter costs 6 operations for a token in training and 2 in use.
-# Return 0 if the small model is cheaper from the start, and infinity if it never is.
+# *Fifteen minutes.* A model with `large` parameters and one with `small` parameters are both
+# trained until they have the loss `loss`. How many tokens must be used before the small one has
+# been cheaper over its whole life? Write `break_even(law, small, large, loss)`. The law has a
+# method `law.tokens_for(loss, parameters)`, the tokens of training after which a model of that size
+# has that loss, infinity if it never has. Training takes 6 and use 2 operations for each parameter
+# and token. Return 0 if the small one is cheaper from the start, and infinity if it never is, or if
+# it never has that loss.
 # ````
 
 
 # %% tags=["solution"]
 def break_even(law: "ScalingLaw", small: float, large: float, loss: float) -> float:
     """Tokens in use from which the small model is the cheaper one of two with equal loss."""
+    if math.isinf(law.tokens_for(loss, small)):
+        return math.inf
     # 6 n d + 2 n i is equal for both models: i = 3 (n d of the small - n d of the large) / gap
     extra = small * law.tokens_for(loss, small) - large * law.tokens_for(loss, large)
     return max(0.0, 3 * extra / (large - small))
@@ -2637,6 +2763,7 @@ def break_even(law: "ScalingLaw", small: float, large: float, loss: float) -> fl
 law = PUBLISHED_LAWS["besiroglu2024"]
 goal = law.predict(70e9, 1.4e12)
 used = break_even(law, 20e9, 70e9, goal)
+assert used is not None, "return a number of tokens"
 lives = [6 * n * law.tokens_for(goal, n) + 2 * n * used for n in (20e9, 70e9)]
 assert math.isfinite(used) and used > 0, "20 billion parameters suffice, after more training"
 assert math.isclose(*lives, rel_tol=1e-6), (
@@ -2645,6 +2772,7 @@ assert math.isclose(*lives, rel_tol=1e-6), (
 )
 assert break_even(law, 70e9, 300e9, goal) == 0, "here the small one is cheaper in training, too"
 assert break_even(law, 1e9, 70e9, goal) == math.inf, "a billion parameters never have that loss"
+assert break_even(law, 1e9, 2e9, goal) == math.inf, "neither of these models ever has that loss"
 
 # %% [markdown]
 # ````{exercise} Kaplan's exponent from Chinchilla's law
@@ -2682,6 +2810,7 @@ def with_embedding(n):
 
 law = PUBLISHED_LAWS["besiroglu2024"]
 found = inner_exponent(law, as_counted, 1e20)
+assert found is not None, "return a slope"
 assert abs(found - law.exponent) < 0.02, (
     f"where nothing is left out, the slope is beta / (alpha + beta) = {law.exponent:.2f}, "
     f"not {found:.2f}"
@@ -2690,7 +2819,7 @@ small, large = (inner_exponent(law, with_embedding, c) for c in (1e17, 1e26))
 assert abs(large - law.exponent) < 0.02, (
     f"in a huge model the embedding does not matter, but the slope is {large:.2f}"
 )
-assert 0.6 < small < 0.85, (
+assert 0.8 < small < 0.87, (
     f"at 1e17 operations the slope is {small:.2f}; it should be far above that of the law, since "
     "the loss depends on total(n), but the tokens on n alone"
 )

@@ -45,7 +45,7 @@ from .tokenizer import BPETokenizer, train_bpe
 from .training import documents_score, next_token_objective, Objective, Trainer
 from .training import TrainingConfig
 
-# %% ../chapters/17_scaling.ipynb #0c3b8c46
+# %% ../chapters/17_scaling.ipynb #0a93ebc3
 class Run(NamedTuple):
     """A trained model: what decided the run, its sizes, and its loss in nats per story."""
 
@@ -65,15 +65,31 @@ class Run(NamedTuple):
 
 
 def read_runs(path: str | Path) -> list[Run]:
-    """Return the runs of a CSV file whose columns are the fields of ``Run``."""
-    path, kinds = check_path(path), (int, int, float, int, int, int, int, float)
+    """Return the runs of a CSV file whose columns are the fields of ``Run``.
+
+    A ``ValueError`` names the file, and the line and column of what is no number.
+    """
+    path = check_path(path)
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
         if tuple(header := next(reader, [])) != Run._fields:
             expected = f"columns {', '.join(Run._fields)}"
             raise ValueError(f"path: expected {expected}, got {', '.join(header) or 'none'}")
-        rows = [[kind(text) for kind, text in zip(kinds, row, strict=True)] for row in reader]
-    return [Run(*row) for row in rows]
+        return [_run_of(row, f"{path}, line {reader.line_num}") for row in reader]
+
+
+def _run_of(row: list[str], where: str) -> Run:
+    if len(row) != len(Run._fields):
+        raise ValueError(f"path: expected {len(Run._fields)} cells, got {len(row)} ({where})")
+    values: list[Any] = []
+    for name, text in zip(Run._fields, row, strict=True):
+        real = name in ("learning_rate", "loss")
+        try:
+            values.append(float(text) if real else int(text))
+        except ValueError:
+            expected = f"a {'number' if real else 'whole number'} as {name}"
+            raise ValueError(f"path: expected {expected}, got {text!r:.60} ({where})") from None
+    return Run(*values)
 
 # %% ../chapters/17_scaling.ipynb #9eb0b2c5
 class Corpus(NamedTuple):
@@ -172,13 +188,26 @@ def best_runs(runs: Sequence[Run]) -> list[Run]:
         found.append(best._replace(loss=sum(losses) / len(losses)))
     return sorted(found)
 
-# %% ../chapters/17_scaling.ipynb #3bdbad0c
+# %% ../chapters/17_scaling.ipynb #a9896d55
 def _check_positive(**values: Any) -> None:
     """Demand finite numbers above zero, by name."""
     for name, value in values.items():
         known = () if isinstance(value, bool) else (int, float, np.number)
-        if not isinstance(value, known) or not 0 < value < math.inf:
+        if not isinstance(value, known) or not 0 < value <= float(np.finfo(float).max):
             raise ValueError(f"{name}: expected a finite number above 0, got {value!r:.60}")
+
+
+def _amounts(name: str, values: Any) -> np.ndarray:
+    """Return finite numbers above zero as an array, or refuse them by name."""
+    try:
+        array = None if values is None else np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        array = None
+    if array is None:
+        raise ValueError(f"{name}: expected a number or an array of numbers, got {values!r:.60}")
+    if (wrong := array[~(np.isfinite(array) & (array > 0))]).size:
+        raise ValueError(f"{name}: expected finite numbers above 0, got {wrong[0]}")
+    return array
 
 # %% ../chapters/17_scaling.ipynb #542b0083
 @dataclass(frozen=True)
@@ -216,11 +245,10 @@ class ScalingLaw:
         self, parameters: Numbers | float, tokens: Numbers | float
     ) -> Float[np.ndarray, "*runs"] | float:
         """Return the loss of models of these sizes after so many tokens; arrays are welcome."""
-        n, d = (np.asarray(x, dtype=np.float64) for x in (parameters, tokens))
-        for name, values in (("parameters", n), ("tokens", d)):
-            if not (np.isfinite(values) & (values > 0)).all():
-                got = values[~(np.isfinite(values) & (values > 0))][0]
-                raise ValueError(f"{name}: expected finite numbers above 0, got {got}")
+        n, d = _amounts("parameters", parameters), _amounts("tokens", tokens)
+        if n.shape != d.shape and n.ndim and d.ndim:
+            expected = f"one for each of the parameters, shape {n.shape}"
+            raise ValueError(f"tokens: expected {expected}, got shape {d.shape}")
         loss = self.E + self.A / n**self.alpha + self.B / d**self.beta
         return loss if loss.ndim else float(loss)
 
@@ -315,12 +343,12 @@ def _checked_runs(parameters: Any, tokens: Any, losses: Any) -> list[np.ndarray]
         raise ValueError(f"tokens: expected {expected}, got {tokens!r:.60}")
     return [n, d, y]
 
-# %% ../chapters/17_scaling.ipynb #9bed9775
+# %% ../chapters/17_scaling.ipynb #b58cd74b
 def _law(x: np.ndarray, n: np.ndarray, d: np.ndarray) -> ScalingLaw:
     """Return the law of a row of numbers that belong to centered logarithms."""
-    a, b, e, alpha, beta = (float(number) for number in x)
+    a, b, c, alpha, beta = (float(number) for number in x)
     shifted = math.exp(a + alpha * n.mean()), math.exp(b + beta * d.mean())
-    return ScalingLaw(math.exp(e), *shifted, alpha, beta)
+    return ScalingLaw(math.exp(c), *shifted, alpha, beta)
 
 # %% ../chapters/17_scaling.ipynb #4d20c62b
 @dataclass(frozen=True)
@@ -438,7 +466,7 @@ class Allocation(NamedTuple):
         """How many tokens each parameter is trained on."""
         return self.tokens / self.parameters
 
-# %% ../chapters/17_scaling.ipynb #fe31ab98
+# %% ../chapters/17_scaling.ipynb #3d44ae1d
 def compute_optimal(
     law: ScalingLaw,
     flops: float | None = None,
@@ -450,7 +478,8 @@ def compute_optimal(
 
     Training costs 6 operations for each parameter and token, and each of ``inference_tokens`` costs
     2 for each parameter; ``flops`` is for both. Sources: Hoffmann et al. (2022), eq. 4; Sardana
-    et al. (2024). A ``ValueError`` for a loss that is not above E.
+    et al. (2024). A ``ValueError`` for a loss that is not above E, and where the best model would
+    have less than one parameter.
 
     >>> round(compute_optimal(PUBLISHED_LAWS["besiroglu2024"], 5.76e23).parameters / 1e9)
     72
@@ -459,8 +488,10 @@ def compute_optimal(
         raise ValueError(f"flops: expected either flops or a loss, got {flops!r} and {loss!r}")
     if inference_tokens != 0:
         _check_positive(inference_tokens=inference_tokens)
+    inference_tokens = float(inference_tokens)
     if flops is not None:
         _check_positive(flops=flops)
+        flops = float(flops)
         low, high = math.log(flops) - 150, math.log(flops) + 150
         if inference_tokens:
             high = math.log(flops / (2 * inference_tokens))
@@ -472,7 +503,10 @@ def compute_optimal(
         tokens = _tokens_left(law, math.exp(middle), flops, loss, inference_tokens)
         more = _gain(law, math.exp(middle), tokens, inference_tokens) > 0
         low, high = (middle, high) if more else (low, middle)
-    size = math.exp(low)
+    if (size := math.exp(low)) < 1:
+        name, value = ("loss", loss) if flops is None else ("flops", flops)
+        expected = "one whose best model has a parameter at least"
+        raise ValueError(f"{name}: expected {expected}, got {value:.4g}, for {size:.2g} of them")
     tokens = _tokens_left(law, size, flops, loss, inference_tokens)
     costs = 6 * size * tokens, 2 * size * inference_tokens
     return Allocation(size, tokens, float(law.predict(size, tokens)), *costs)
@@ -628,7 +662,7 @@ def mup_groups(
         for (rate, decay), some in groups.items()
     ]
 
-# %% ../chapters/17_scaling.ipynb #167393f9
+# %% ../chapters/17_scaling.ipynb #3d8e5665
 class NoiseScale(NamedTuple):
     """The parts of a gradient's squared length, and the batch size at which they are equal."""
 
@@ -638,7 +672,7 @@ class NoiseScale(NamedTuple):
     @property
     def batch_size(self) -> float:
         """The simple noise scale, in examples; infinite where the noise drowns the signal."""
-        return self.noise / self.signal if self.signal > 0 else math.inf
+        return max(self.noise, 0.0) / self.signal if self.signal > 0 else math.inf
 
 # %% ../chapters/17_scaling.ipynb #7a19bfca
 def noise_scale(
@@ -664,7 +698,7 @@ def noise_scale(
 def _square(tensors: Iterable[torch.Tensor]) -> float:
     return math.fsum(float(t.double().square().sum()) for t in tensors)
 
-# %% ../chapters/17_scaling.ipynb #dd4214d1
+# %% ../chapters/17_scaling.ipynb #bd368237
 def gradient_noise(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -699,8 +733,10 @@ def gradient_noise(
             small.append(_square(found))
             torch._foreach_add_(sums, found)
         big.append(_square(sums))
-    if n_rows is None or not targets:
-        raise ValueError(f"batches: expected at least group = {group} of them, got fewer")
+    if n_rows is None:
+        raise ValueError(f"batches: expected at least group = {group} of them, got {len(some)}")
+    if not targets:
+        raise ValueError("batches: expected targets, got none")
     unit = (n_rows * targets / (len(small) * n_rows)) ** 2  # of a batch of n_rows, as a mean
     squares = sum(small) / len(small) / unit, sum(big) / len(big) / (unit * group**2)
     return noise_scale(*squares, n_rows, n_rows * group)
@@ -745,7 +781,7 @@ class RunEstimate:
     dollars: float
     co2_tonnes: float
 
-# %% ../chapters/17_scaling.ipynb #fdaa9e2d
+# %% ../chapters/17_scaling.ipynb #a2bc5757
 def estimate_run(
     model: ModelConfig | int | float,
     tokens: int | float,
@@ -762,7 +798,8 @@ def estimate_run(
     """Return what training ``model`` on so many ``tokens`` takes, on any number of devices.
 
     ``model`` is a configuration, or a number of parameters that each token meets; then operations
-    are 6 for each of them and each token, and ``total_parameters`` may be more, for experts.
+    are 6 for each of them and each token, ``total_parameters`` may be more, for experts, and a
+    ``sequence``, whose length decides what attention costs, is refused.
     ``mfu`` is the share of the peak that is reached, ``price`` dollars for an hour of a device,
     ``pue`` what the building takes for each watt, ``carbon`` kilograms of CO2 for a kWh. Not
     counted are activations (see ``memory_breakdown``), the rest of a server, failures, and all runs
@@ -780,19 +817,34 @@ def estimate_run(
     _check_positive(tokens=tokens, mfu=mfu, price=price, pue=pue, carbon=carbon)
     if mfu > 1:
         raise ValueError(f"mfu: expected a share of the peak, at most 1, got {mfu}")
-    if isinstance(model, ModelConfig):
-        per_token, n_parameters = flops_per_token(model, sequence), float(count_parameters(model))
-    else:
-        _check_positive(model=model)
-        per_token, n_parameters = 6.0 * model, float(model)
+    if pue < 1:
+        raise ValueError(f"pue: expected at least 1, for the devices themselves, got {pue}")
+    per_token, n_active, n_parameters = _costs_of(model, sequence)
     if total_parameters is not None:
         _check_positive(total_parameters=total_parameters)
+        if total_parameters < n_active:
+            expected = f"at least the {n_active:.4g} that a token meets"
+            raise ValueError(f"total_parameters: expected {expected}, got {total_parameters:.4g}")
         n_parameters = float(total_parameters)
     hours = per_token * tokens / (hardware.peak_flops * mfu) / 3600
     state, energy = 18 * n_parameters, hours * hardware.power * pue / 1e6
     needed = math.ceil(state / hardware.memory)
     costs = energy, hours * price, energy * carbon
     return RunEstimate(per_token * tokens, hours, hours / n_devices / 24, state, needed, *costs)
+
+# %% ../chapters/17_scaling.ipynb #f274f0d9
+def _costs_of(model: Any, sequence: int | None) -> tuple[float, float, float]:
+    """Return the operations for a token, the parameters that it meets, and all parameters."""
+    if isinstance(model, ModelConfig):
+        active, total = count_parameters(model, active=True), count_parameters(model)
+        return flops_per_token(model, sequence), float(active), float(total)
+    if isinstance(model, bool) or not isinstance(model, int | float | np.number):
+        raise ValueError(f"model: expected a ModelConfig or a number, got {model!r:.60}")
+    _check_positive(model=model)
+    if sequence is not None:
+        expected = "none with a number of parameters, which leaves attention out"
+        raise ValueError(f"sequence: expected {expected}, got {sequence}")
+    return 6.0 * float(model), float(model), float(model)
 
 # %% ../chapters/17_scaling.ipynb #0413d3ab
 class PublishedRun(NamedTuple):
@@ -846,13 +898,14 @@ PUBLISHED = {
     "OLMo 2 7B": PublishedRun(_OLMO2_7B, 4.05e12, "h100", None, 157, "morrison2025holistically"),
 }
 
-# %% ../chapters/17_scaling.ipynb #c1a821b7
+# %% ../chapters/17_scaling.ipynb #7a9b1d2e
 # What a configuration comes to
 def info(config: ModelConfig, sequence: int | None = None) -> dict[str, int | float]:
     """Return the sizes of a model of this configuration by name; nothing is allocated.
 
     Bytes of weights and cache are for 16 bits, those of the training state for AdamW in mixed
     precision; the cache is that of one row of ``sequence`` tokens, by default ``context_length``.
+    Chinchilla's rule of thumb is 20 tokens for each parameter.
     """
     if not isinstance(config, ModelConfig):
         raise ValueError(f"config: expected a ModelConfig, got {config!r:.60}")
@@ -868,7 +921,7 @@ def info(config: ModelConfig, sequence: int | None = None) -> dict[str, int | fl
         "bytes of weights": 2 * total,
         "bytes of training state": 18 * total,
         "bytes of cache": cache_bytes(config, 1, sequence),
-        "tokens at 20 per parameter": 20 * total,
+        "tokens by Chinchilla's rule": 20 * total,
     }
 
 # %% ../chapters/17_scaling.ipynb #e575be19
@@ -1012,13 +1065,14 @@ _rows(
     """,
 )
 
-# %% ../chapters/17_scaling.ipynb #1690d5d9
+# %% ../chapters/17_scaling.ipynb #37f00aa5
 def hyperparameter_checklist(scale: str | int | float) -> dict[str, Setting]:
     """Return the settings for a ``scale`` by name: the value, its safe range, and their sources.
 
     ``scale`` is one of ``SIZES``, or a number of parameters, which means the size that is nearest
     in the logarithm; or "sft", "lora", "dpo", "ppo" or "grpo", for models of about 7 billion. A
-    range ends at values of published runs that worked, not where training begins to fail.
+    range ends at values of published runs that worked, not where training begins to fail. Numbers
+    below 100,000 are refused: 7 is no model, and 7 billion are ``7e9``.
 
     >>> setting = hyperparameter_checklist("7B")["learning_rate"]
     >>> setting.low, setting.value, setting.high
@@ -1026,14 +1080,22 @@ def hyperparameter_checklist(scale: str | int | float) -> dict[str, Setting]:
     """
     return {setting.name: setting for setting in CHECKLISTS[_name_of(scale)]}
 
-# %% ../chapters/17_scaling.ipynb #096a475b
+# %% ../chapters/17_scaling.ipynb #92a858da
 def _name_of(scale: str | int | float) -> str:
     """Return the name of a list; that of the nearest size, for a number of parameters."""
-    if isinstance(scale, str | bool):
+    if isinstance(scale, str):
         check_choice("scale", scale, tuple(CHECKLISTS))
-        return str(scale)
+        return scale
+    if isinstance(scale, bool) or not isinstance(scale, int | float | np.number):
+        expected = f"a number of parameters or one of {', '.join(CHECKLISTS)}"
+        raise ValueError(f"scale: expected {expected}, got {scale!r:.60}")
     _check_positive(scale=scale)
-    number = float(scale)
+    if scale < 1e5:
+        raise ValueError(f"scale: expected at least 100,000 parameters, got {scale}")
+    return _nearest_size(float(scale))
+
+
+def _nearest_size(number: int | float) -> str:
     return min(SIZES, key=lambda name: abs(math.log(SIZES[name] / number)))
 
 # %% ../chapters/17_scaling.ipynb #b1aa9e1c
@@ -1076,13 +1138,13 @@ def checklist_page() -> str:
         parts.append(f"## {title}\n\n{checklist_table(scale)}")
     return "\n".join(parts)
 
-# %% ../chapters/17_scaling.ipynb #7a50e4d8
+# %% ../chapters/17_scaling.ipynb #3e5cce31
 def check_config(
     model: ModelConfig, training: TrainingConfig, *, scale: str | int | float | None = None
 ) -> list[str]:
     """Return a warning for each setting of a pretraining run that departs from its checklist.
 
-    ``scale`` is that of ``hyperparameter_checklist``, by default the size of the model. Rates are
+    ``scale`` is a size, or a number of parameters, by default that of the model. Rates are
     compared for AdamW only, as those of other optimizers mean something else.
 
     >>> tiny = ModelConfig.preset("gpt2")
@@ -1097,13 +1159,13 @@ def check_config(
         if not isinstance(value, kind):
             raise ValueError(f"{name}: expected a {kind.__name__}, got {value!r:.60}")
     n_parameters = count_parameters(model, active=True)
-    where = _name_of(n_parameters if scale is None else scale)
+    where = _nearest_size(n_parameters) if scale is None else _name_of(scale)
+    check_choice("scale", where, tuple(SIZES))
     checklist = hyperparameter_checklist(where)
     tokens = training.batch_size * model.context_length
     values = {
         "learning_rate": training.learning_rate if training.optimizer == "adamw" else None,
         "batch_tokens": tokens,
-        "batch_rows": training.batch_size,
         "warmup_share": training.warmup / training.n_steps,
         "tokens_per_parameter": training.n_steps * tokens / n_parameters,
         "weight_decay": training.weight_decay,
@@ -1115,19 +1177,25 @@ def check_config(
     }
     found = [(setting, values.get(name)) for name, setting in checklist.items()]
     return [
-        f"{s.name}: {_shown(value)} is outside {_shown(s.low)} to {_shown(s.high)} "
-        f"(of published runs at {where}); begin with {_shown(s.value)}"
+        f"{s.name}: {_shown(value)} is "
+        + (
+            f"outside {_shown(s.low)} to {_shown(s.high)} "
+            if s.low < s.high
+            else f"not {_shown(s.low)} "
+        )
+        + f"(of published runs at {where}); begin with {_shown(s.value)}"
         for s, value in found
         if value is not None and not s.low * (1 - 1e-9) <= value <= s.high * (1 + 1e-9)
     ]
 
-# %% ../chapters/17_scaling.ipynb #502723f4
+# %% ../chapters/17_scaling.ipynb #85f50236
 class BudgetGame:
     """A cluster with a budget: pretended runs whose losses follow a law, with noise.
 
-    ``train`` answers with a loss and takes the operations of the run off ``left``. The ``target``
-    is the budget of one large run to come, by default ten times as many operations; ``regret``
-    says how much worse than the best possible allocation an answer for it would be.
+    ``train`` answers with a loss and takes the operations of the run off ``left``; each run costs
+    at least ``least`` of them, by default a hundredth of the budget. The ``target`` is the budget
+    of one large run to come, by default ten times as many operations; ``regret`` says how much
+    worse than the best possible allocation an answer for it would be.
     """
 
     def __init__(
@@ -1136,20 +1204,25 @@ class BudgetGame:
         budget: float,
         *,
         factor: float = 10.0,
-        noise: float = 0.005,
+        noise: float = 0.02,
+        least_share: float = 0.01,
         seed: int = 0,
     ):
         _check_positive(budget=budget, factor=factor)
         check_fraction("noise", noise)
+        check_fraction("least_share", least_share)
         check_at_least(seed=(0, seed))
-        self.left, self.target = budget, factor * budget
+        self.left, self.target, self.least = budget, factor * budget, least_share * budget
         self._law, self._noise, self._random = law, noise, np.random.default_rng(seed)
         self.runs: list[tuple[float, float, float]] = []  # parameters, tokens, loss
 
     def train(self, parameters: float, tokens: float) -> float:
-        """Return the loss of a run; a ``ValueError`` if 6 N D is more than what is left."""
+        """Return the loss of a run; a ``ValueError`` if 6 N D is too little or not left."""
         _check_positive(parameters=parameters, tokens=tokens)
         cost = 6 * parameters * tokens
+        if cost < self.least * (1 - 1e-9):
+            expected = f"a run of at least {self.least:.3g} operations"
+            raise ValueError(f"parameters: expected {expected}, got {cost:.3g}")
         if cost > self.left * (1 + 1e-9):
             expected = f"a run of at most {self.left:.3g} operations, which are left"
             raise ValueError(f"parameters: expected {expected}, got {cost:.3g}")

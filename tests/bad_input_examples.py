@@ -853,7 +853,7 @@ EXAMPLES |= {
     "scaling.compute_optimal": lambda: {"law": scaling_law(), "flops": 1e15},
     "scaling.isoflop_minimum": {"parameters": [1.0, 2.0, 4.0], "losses": [2.0, 1.0, 2.0]},
     "scaling.BudgetGame": lambda: {"law": scaling_law(), "budget": 1e15},
-    "scaling.BudgetGame.train": {"parameters": 1e5, "tokens": 1e6},
+    "scaling.BudgetGame.train": {"parameters": 1e5, "tokens": 1e9},
     "scaling.BudgetGame.regret": {"parameters": 1e6},
     "scaling.mup_scales": lambda: {"model": lm(), "base": config(d_model=8)},
     "scaling.initialize_mup": lambda: {"model": lm(), "base": config(d_model=8)},

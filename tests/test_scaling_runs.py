@@ -178,6 +178,11 @@ def test_noise_without_signal_asks_for_any_batch():
     assert scaling.noise_scale(8.0, 1.0, 1, 8).batch_size == math.inf
 
 
+def test_a_batch_is_never_negative():
+    found = scaling.noise_scale(1.0, 2.0, 1, 8)  # large batches with the larger gradient, by luck
+    assert found.noise < 0 < found.signal and found.batch_size == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [((1, 1, 0, 2), "small"), ((1, 1, 4, 4), "big"), ((-1, 1, 1, 2), "small_square")],
@@ -216,10 +221,12 @@ def test_gradient_noise_changes_nothing_and_has_groups_of_eight():
     model = Mean(50)
     scaling.gradient_noise(model, batches_of(8, 2), objective=distance)
     assert model.weight.grad is None and bool((model.weight == 1).all())
-    with pytest.raises(ValueError, match="batches: expected at least group = 8"):
+    with pytest.raises(ValueError, match=r"batches: expected at least group = 8.* got 7"):
         scaling.gradient_noise(model, batches_of(7, 2), objective=distance)
     with pytest.raises(ValueError, match="batches: expected 2 rows"):
         scaling.gradient_noise(model, batches_of(7, 2) + batches_of(1, 3), objective=distance)
+    with pytest.raises(ValueError, match="batches: expected targets, got none"):
+        scaling.gradient_noise(model, batches_of(8, 2), objective=lambda m, b: (m.weight.sum(), 0))
     model.weight.requires_grad_(False)
     with pytest.raises(ValueError, match="model: expected a parameter"):
         scaling.gradient_noise(model, batches_of(8, 2), objective=distance)
@@ -252,6 +259,8 @@ def test_experts_count_for_memory_and_the_sequence_for_operations():
     short, long = (scaling.estimate_run(gpt2, 1e9, sequence=n).flops for n in (128, 1024))
     assert short < long < 2 * short
     assert scaling.estimate_run(gpt2, 1e9).flops == long
+    mixtral = ModelConfig.preset("mixtral-8x7b")
+    assert scaling.estimate_run(mixtral, 1e9, total_parameters=2e10).state_bytes == 36e10
 
 
 @pytest.mark.parametrize(
@@ -265,6 +274,11 @@ def test_experts_count_for_memory_and_the_sequence_for_operations():
         ({"n_devices": 0}, "n_devices: expected a whole"),
         ({"total_parameters": 0}, "total_parameters: expected"),
         ({"price": -2}, "price: expected"),
+        ({"model": "7B"}, "model: expected .*ModelConfig.* got '7B'"),
+        ({"total_parameters": 1e8}, r"total_parameters: expected at least the 1e\+09"),
+        ({"pue": 0.9}, "pue: expected at least 1"),
+        ({"sequence": 128}, "sequence: expected none"),
+        ({"tokens": 10**400}, "tokens: expected a finite"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused(changes, says):
@@ -307,6 +321,7 @@ def test_info_agrees_with_what_earlier_chapters_count():
     found = scaling.info(config)
     assert found["parameters"] == count_parameters(config)
     assert found["active parameters"] == count_parameters(config, active=True)
+    assert found["tokens by Chinchilla's rule"] == 20 * found["parameters"]
     assert found["bytes of weights"] == 2 * found["parameters"]
     assert found["bytes of training state"] == 18 * found["parameters"]
     assert found["flops per token, training"] == 3 * found["flops per token, forward"]
@@ -338,10 +353,16 @@ def test_a_number_of_parameters_means_the_nearest_size(number, name):
     assert scaling.hyperparameter_checklist(number) == scaling.hyperparameter_checklist(name)
 
 
-@pytest.mark.parametrize("scale", ["8B", "", -1, 0, math.nan, None, True])
+@pytest.mark.parametrize("scale", ["8B", "", -1, 0, math.nan, None, True, 7, 10**400, ["7B"]])
 def test_unknown_scales_are_refused(scale):
     with pytest.raises(ValueError, match="scale: expected"):
         scaling.hyperparameter_checklist(scale)
+
+
+def test_what_is_no_size_of_a_model_is_refused():
+    with pytest.raises(ValueError, match="at least 100,000 parameters, got 99999"):
+        scaling.hyperparameter_checklist(99_999)
+    assert scaling.hyperparameter_checklist(1e5) == scaling.hyperparameter_checklist("10M")
 
 
 def test_the_page_of_the_book_is_the_data():
@@ -376,6 +397,8 @@ def test_a_config_by_the_list_passes():
 def test_each_departure_is_named(changes, name):
     found = scaling.check_config(ModelConfig.preset("gpt2"), TrainingConfig(**GOOD | changes))
     assert [warning.split(":")[0] for warning in found] == [name]
+    if name == "weight_decay":  # a range of one value
+        assert found[0].startswith("weight_decay: 0.5 is not 0.1 (of published runs at 124M)")
 
 
 def test_the_scale_may_be_given_and_other_optimizers_have_other_rates():
@@ -391,6 +414,10 @@ def test_the_scale_may_be_given_and_other_optimizers_have_other_rates():
         scaling.check_config(gpt2, None)
     with pytest.raises(ValueError, match="scale: expected"):
         scaling.check_config(gpt2, run, scale="huge")
+    with pytest.raises(ValueError, match=r"scale: expected one of 10M, .* got 'sft'"):
+        scaling.check_config(gpt2, run, scale="sft")
+    atom = ModelConfig.preset("tiny", d_model=8, n_heads=2, d_ff=8, n_layers=1, vocab_size=64)
+    assert isinstance(scaling.check_config(atom, run), list)
 
 
 def test_the_presets_of_the_book_can_be_checked():

@@ -20,6 +20,16 @@ def spend(game: "BudgetGame") -> float:
     return compute_optimal(law, budget).parameters
 
 
+# %% exercise="ex-scaling-game" says="was the whole budget used"
+# The right strategy with a tenth of the money
+def spend(game: "BudgetGame") -> float:
+    for number in (1, 1.5):
+        for size in np.geomspace(8e3, 130e3, 4):
+            game.train(size, number * game.least / (6 * size))
+    law = fit_scaling_law(*zip(*game.runs, strict=True), delta=0.01).law
+    return compute_optimal(law, game.target).parameters
+
+
 # %% exercise="ex-scaling-game" says="nothing was trained"
 # Twenty tokens per parameter, because everybody says so
 def spend(game: "BudgetGame") -> float:
@@ -31,6 +41,19 @@ def spend(game: "BudgetGame") -> float:
 def break_even(law: "ScalingLaw", small: float, large: float, loss: float) -> float:
     extra = small * law.tokens_for(loss, small) - large * law.tokens_for(loss, large)
     return max(0.0, extra / (large - small))
+
+
+# %% exercise="ex-scaling-even" says="neither of these models ever has that loss"
+# Infinity less infinity
+def break_even(law: "ScalingLaw", small: float, large: float, loss: float) -> float:
+    extra = small * law.tokens_for(loss, small) - large * law.tokens_for(loss, large)
+    return max(0.0, 3 * extra / (large - small))
+
+
+# %% exercise="ex-scaling-even" says="return a number of tokens"
+# The answer is not returned
+def break_even(law: "ScalingLaw", small: float, large: float, loss: float) -> float:
+    max(0.0, 3 * (small * law.tokens_for(loss, small) - large * law.tokens_for(loss, large)))
 
 
 # %% exercise="ex-scaling-even" says="here the small one is cheaper in training, too"
@@ -62,6 +85,16 @@ def inner_exponent(law: "ScalingLaw", total: Callable, flops: float) -> float:
     return float(np.log(best(2 * flops) / best(flops)) / np.log(2))
 
 
+# %% exercise="ex-scaling-inner" says="the tokens on n alone"
+# Embeddings left out of nothing but the answer: the tokens depend on all parameters
+def inner_exponent(law: "ScalingLaw", total: Callable, flops: float) -> float:
+    def best(c: float) -> float:
+        n = np.geomspace(1, c / 6, 2_000_001)
+        return n[np.argmin(law.predict(total(n), c / (6 * total(n))))]
+
+    return float(np.log(best(2 * flops) / best(flops)) / np.log(2))
+
+
 # %% exercise="ex-scaling-inner" says="where nothing is left out"
 # The share of the data
 def inner_exponent(law: "ScalingLaw", total: Callable, flops: float) -> float:
@@ -86,6 +119,20 @@ def steps_and_rows(batch, noise, least_steps):
 # Rows of the fewest steps
 def steps_and_rows(batch, noise, least_steps):
     return least_steps * (1 + noise / batch), least_steps * batch
+
+
+# %% exercise="ex-scaling-batch" says="return two numbers"
+# The answer is not returned
+def steps_and_rows(batch, noise, least_steps):
+    steps = least_steps * (1 + noise / batch)
+    steps, steps * batch
+
+
+# %% exercise="ex-scaling-rate" says="a rate is missing"
+# No rate for what keeps its own
+def rate_for(name, shape, base_shape, rate):
+    if len(shape) > 1 and name != "embedding.weight":
+        return rate * base_shape[-1] / shape[-1]
 
 
 # %% exercise="ex-scaling-rate" says="looking up a row"
@@ -136,3 +183,15 @@ def affordable_tokens(dollars, parameters):
 # The peak taken for what is reached
 def affordable_tokens(dollars, parameters):
     return dollars / 2.0 * 3600 * HARDWARE["h100"].peak_flops / (6 * parameters)
+
+
+# %% exercise="ex-scaling-grant" says="twice the model has half the tokens"
+# The size of the model left out
+def affordable_tokens(dollars, parameters):
+    return dollars / 2.0 * 3600 * HARDWARE["h100"].peak_flops * 0.4 / (6 * 1e9)
+
+
+# %% exercise="ex-scaling-grant" says="return a number of tokens"
+# The answer is not returned
+def affordable_tokens(dollars, parameters):
+    dollars / 2.0 * 3600 * HARDWARE["h100"].peak_flops * 0.4 / (6 * parameters)
