@@ -924,7 +924,7 @@ def info(config: ModelConfig, sequence: int | None = None) -> dict[str, int | fl
         "tokens by Chinchilla's rule": 20 * total,
     }
 
-# %% ../chapters/17_scaling.ipynb #e575be19
+# %% ../chapters/17_scaling.ipynb #8afab873
 class Setting(NamedTuple):
     """One row of a checklist; sources are keys of the bibliography, or chapters of this book."""
 
@@ -953,7 +953,7 @@ for _scale in SIZES:
         """
         weight_decay  0.1   0.1  0.1   brown2020gpt3 biderman2023pythia
         beta1         0.9   0.9  0.9   brown2020gpt3
-        beta2         0.95  0.95 0.999 brown2020gpt3 kingma2015adam
+        beta2         0.95  0.95 0.95  brown2020gpt3
         clip_norm     1.0   1.0  1.0   brown2020gpt3
         final         0.1   0    0.1   touvron2023llama2 bergsma2025straight
         z_loss        1e-5  0    1e-4  olmo2024olmo2 brown2020gpt3 chowdhery2023palm
