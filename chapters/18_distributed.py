@@ -1688,6 +1688,8 @@ def _divided(at: list[tuple[nn.Module, str]], rank: int, size: int, group: Any) 
     mine = whole.detach()[rank * rows : (rank + 1) * rows].clone()
     piece = nn.Parameter(mine, requires_grad=whole.requires_grad)
     _mark_share(piece, "shard_model", group, whole)
+    for hook in (whole._backward_hooks or {}).values():  # such as the sum of tensor_parallel
+        piece.register_hook(hook)
     for module, name in at:
         module._parameters[name] = piece
     return _Sharded(at, whole.shape, piece, rows)

@@ -1105,7 +1105,7 @@ def _places_by_unit(model: nn.Module, parts: list[nn.Module]) -> list[tuple[nn.M
         by_unit[owners.pop() if len(owners) == 1 else model][p] = at
     return list(by_unit.items())
 
-# %% ../chapters/18_distributed.ipynb #62b625a1
+# %% ../chapters/18_distributed.ipynb #986fcd60
 def _divided(at: list[tuple[nn.Module, str]], rank: int, size: int, group: Any) -> _Sharded:
     """Replace a parameter, in all its places, by the rows of this rank."""
     whole = at[0][0]._parameters[at[0][1]]
@@ -1116,6 +1116,8 @@ def _divided(at: list[tuple[nn.Module, str]], rank: int, size: int, group: Any) 
     mine = whole.detach()[rank * rows : (rank + 1) * rows].clone()
     piece = nn.Parameter(mine, requires_grad=whole.requires_grad)
     _mark_share(piece, "shard_model", group, whole)
+    for hook in (whole._backward_hooks or {}).values():  # such as the sum of tensor_parallel
+        piece.register_hook(hook)
     for module, name in at:
         module._parameters[name] = piece
     return _Sharded(at, whole.shape, piece, rows)

@@ -322,20 +322,24 @@ def chunks_of(length, zigzag):
     cut_sequence(torch.zeros(2, length), zigzag=zigzag)
 
 
-def unequal_chunks(what):
-    rank = dist.get_rank()
-    q = torch.randn(1, 2, 4 + 2 * rank * (what == "chunk"), 8)
-    q = q.double() if rank and what == "dtypes" else q
-    ring_attention(q, q, q)
+def unequal_chunks():
+    rank, said = dist.get_rank(), []
+    for chunk, dtype in ((4 + 2 * rank, torch.float32), (4, (torch.float32, torch.float64)[rank])):
+        q = torch.randn(1, 2, chunk, 8, dtype=dtype)
+        with pytest.raises(ValueError, match="expected the same on each rank") as caught:
+            ring_attention(q, q, q)
+        said.append(str(caught.value))
+    return said
 
 
 def test_sequences_that_do_not_fit_are_refused_on_every_rank():
     said = raises_everywhere(chunks_of, 2, 7, False)
     assert "x: expected a sequence that 2 pieces divide, got 7 in dimension 1" in said
     assert "4 pieces divide, got 6" in raises_everywhere(chunks_of, 2, 6, True)
-    for what in ("chunk", "dtypes"):
-        expected = f"{what}: expected the same on each rank, got"
-        assert expected in raises_everywhere(unequal_chunks, 2, what)
+    first, second = launch(unequal_chunks, 2)
+    assert first == second
+    assert first[0] == "chunk: expected the same on each rank, got 4 on rank 0, 6 on rank 1"
+    assert first[1].startswith("dtypes: expected the same on each rank, got (torch.float32, ")
 
 
 @settings(deadline=None)
