@@ -727,9 +727,9 @@ def _check_same(told: dict[str, Any], group: dist.ProcessGroup | None, device: A
     rows = [("names", [list(of_rank) for of_rank in all_told])]
     rows += [(name, [of_rank.get(name) for of_rank in all_told]) for name in told]
     for name, row in rows:
-        values = [f"{value!s:.60}" for value in _apart(row)]
+        values = [str(value) for value in _apart(row)]
         if len(set(values)) > 1:
-            got = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
+            got = ", ".join(f"{value:.100} on rank {rank}" for rank, value in enumerate(values))
             raise ValueError(f"{name}: expected the same on each rank, got {got}")
 
 
@@ -1140,8 +1140,8 @@ class DataParallel(DataParallel):  # continued
         if not self._armed:
             if not self._local:
                 expected = "a forward pass through DataParallel before each backward pass"
-                got = "one through the module inside, or a second backward pass after one forward"
-                raise RuntimeError(f"module: expected {expected}, got {got} (or after two)")
+                got = "one through the module inside, or two with no forward pass between them"
+                raise RuntimeError(f"module: expected {expected}, got {got}")
             return
         if not self._ending:
             self._ending = True
@@ -1411,10 +1411,10 @@ class ShardedOptimizer(ShardedOptimizer):  # continued
         for p, place in zip(self.parameters, self._views(self.flat), strict=True):
             if (p.dtype, p.data_ptr()) != (place.dtype, place.data_ptr()):
                 expected = "those that the optimizer was built on, in their place"
-                got = (
-                    f"others ({p.dtype} on {p.device}): call to, double or half before it is built"
+                advice = "call to, double or half before it is built"
+                raise ValueError(
+                    f"parameters: expected {expected}, got {p.dtype} elsewhere: {advice}"
                 )
-                raise ValueError(f"parameters: expected {expected}, got {got}")
 
 
 # %% tags=["engine"]
@@ -1688,7 +1688,8 @@ def _divided(at: list[tuple[nn.Module, str]], rank: int, size: int, group: Any) 
     mine = whole.detach()[rank * rows : (rank + 1) * rows].clone()
     piece = nn.Parameter(mine, requires_grad=whole.requires_grad)
     _mark_share(piece, "shard_model", group, whole)
-    for hook in (whole._backward_hooks or {}).values():  # such as the sum of tensor_parallel
+    hooks = (whole._backward_hooks or {}) if whole.requires_grad else {}
+    for hook in hooks.values():  # such as the sum of tensor_parallel
         piece.register_hook(hook)
     for module, name in at:
         module._parameters[name] = piece
