@@ -4117,19 +4117,6 @@ from llmbook.tokenizer import learn_merges
 from llmbook.training import settings_parser
 
 
-# %% tags=["engine"]
-#| export
-# What emit has to yield
-def _as_pairs(emitted: Any) -> Iterator[tuple[Any, Any]]:
-    expected = "emit: expected one that yields pairs of a box and a value, got"
-    if not isinstance(emitted, Iterable):
-        raise ValueError(f"{expected} {emitted!r:.60}")
-    for pair in emitted:
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise ValueError(f"{expected} {pair!r:.60}")
-        yield pair[0], pair[1]
-
-
 # %% [markdown]
 # So two functions describe a step. `emit` looks at one part of the data and yields values, each
 # with the number of the box that it is meant for; `reduce` looks at all values of one box. Moving
@@ -4147,7 +4134,7 @@ def map_reduce(
     """Call ``emit`` on each item, ``reduce`` on each box of values. Dean and Ghemawat (2008)."""
     boxes: dict[int, list[Any]] = defaultdict(list)
     for item in items:
-        for box, value in _as_pairs(emit(item)):
+        for box, value in _as_pairs(emit(item)):  # else refused: see the room below
             boxes[box].append(value)
     return [result for box, values in boxes.items() for result in reduce(box, values)]
 
@@ -4179,6 +4166,19 @@ def map_reduce(
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: places and boxes, two copies that meet, and the worst engine allowed
+
+
+# %% tags=["engine"]
+#| export
+# What emit has to yield
+def _as_pairs(emitted: Any) -> Iterator[tuple[Any, Any]]:
+    expected = "emit: expected one that yields pairs of a box and a value, got"
+    if not isinstance(emitted, Iterable):
+        raise ValueError(f"{expected} {emitted!r:.60}")
+    for pair in emitted:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError(f"{expected} {pair!r:.60}")
+        yield pair[0], pair[1]
 
 
 # %% tags=["engine"]

@@ -2486,6 +2486,19 @@ from .tokenizer import GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, count_words
 from .tokenizer import learn_merges
 from .training import settings_parser
 
+# %% ../chapters/18_distributed.ipynb #1b0101c0
+def map_reduce(
+    items: Iterable[Any],
+    emit: Callable[[Any], Iterable[tuple[int, Any]]],
+    reduce: Callable[[int, list[Any]], Iterable[Any]],
+) -> list[Any]:
+    """Call ``emit`` on each item, ``reduce`` on each box of values. Dean and Ghemawat (2008)."""
+    boxes: dict[int, list[Any]] = defaultdict(list)
+    for item in items:
+        for box, value in _as_pairs(emit(item)):  # else refused: see the room below
+            boxes[box].append(value)
+    return [result for box, values in boxes.items() for result in reduce(box, values)]
+
 # %% ../chapters/18_distributed.ipynb #fc35ea86
 # What emit has to yield
 def _as_pairs(emitted: Any) -> Iterator[tuple[Any, Any]]:
@@ -2496,19 +2509,6 @@ def _as_pairs(emitted: Any) -> Iterator[tuple[Any, Any]]:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise ValueError(f"{expected} {pair!r:.60}")
         yield pair[0], pair[1]
-
-# %% ../chapters/18_distributed.ipynb #c3088fbb
-def map_reduce(
-    items: Iterable[Any],
-    emit: Callable[[Any], Iterable[tuple[int, Any]]],
-    reduce: Callable[[int, list[Any]], Iterable[Any]],
-) -> list[Any]:
-    """Call ``emit`` on each item, ``reduce`` on each box of values. Dean and Ghemawat (2008)."""
-    boxes: dict[int, list[Any]] = defaultdict(list)
-    for item in items:
-        for box, value in _as_pairs(emit(item)):
-            boxes[box].append(value)
-    return [result for box, values in boxes.items() for result in reduce(box, values)]
 
 # %% ../chapters/18_distributed.ipynb #d8af1192
 # The place of a text, and its box
