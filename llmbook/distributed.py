@@ -14,7 +14,7 @@ __all__ = ['SCHEMES', 'Scheme', 'RankError', 'launch', 'ByteCounter', 'place_in_
            'save_sharded', 'load_sharded', 'Ranks', 'map_reduce', 'stable_hash', 'box_of', 'band_keys', 'StepError',
            'PrepareConfig', 'Prepared', 'prepare', 'RayEngine', 'main']
 
-# %% ../chapters/18_distributed.ipynb #436582b8
+# %% ../chapters/18_distributed.ipynb #418aa313
 # The imports of the module
 import io
 import math
@@ -38,12 +38,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-# %% ../chapters/18_distributed.ipynb #91ca2dfc
+# %% ../chapters/18_distributed.ipynb #9004068a
 # PyTorch, and what it takes from earlier chapters
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ from jaxtyping import Float, Int64, Num
 from torch import nn, Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes, TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .corpus import without_main_script
@@ -172,7 +172,15 @@ def _loopback() -> dict[str, str]:
                 return {"GLOO_SOCKET_IFNAME": name}
     return {}
 
-# %% ../chapters/18_distributed.ipynb #2c1f0158
+# %% ../chapters/18_distributed.ipynb #2d48f9a7
+def _packed_result(result: Any) -> bytes:
+    try:
+        return _packed(("returned", result))
+    except Exception as error:
+        got = f"{result!r:.60}: {error}"
+        raise ValueError(f"what the function returned cannot be sent, got {got}") from error
+
+# %% ../chapters/18_distributed.ipynb #b335f6f7
 def _run_rank(
     call: bytes, pipe: Connection, rank: int, world_size: int, folder: str, options: dict[str, Any]
 ) -> None:
@@ -192,7 +200,7 @@ def _run_rank(
         with redirect_stdout(_Lines(pipe)) as lines:
             result = function(*arguments)
             lines.write("\n" if lines.rest else "")
-        pipe.send_bytes(_packed(("returned", result)))
+        pipe.send_bytes(_packed_result(result))
         with suppress(EOFError):
             pipe.recv_bytes()  # nobody hangs up before all have finished
         dist.destroy_process_group()
@@ -207,7 +215,7 @@ class RankError(RuntimeError):
         super().__init__(message)
         self.rank = rank
 
-# %% ../chapters/18_distributed.ipynb #f70eb86a
+# %% ../chapters/18_distributed.ipynb #97d4bc4d
 def _listen(processes: list[Any], pipes: list[Connection]) -> list[Any]:
     """Return what each rank returned, or raise for the one that failed first."""
     results: dict[int, Any] = {}
@@ -220,11 +228,12 @@ def _listen(processes: list[Any], pipes: list[Connection]) -> list[Any]:
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             try:
-                kind, content = pickle.loads(pipes[rank].recv_bytes())
+                message = pipes[rank].recv_bytes()
             except (EOFError, OSError):
                 processes[rank].join(5)
                 failures[rank] = _Failure(_death(processes[rank].exitcode), "", 0)
                 continue
+            kind, content = _unpacked(message)
             if kind == "printed":
                 print("\n".join(f"rank {rank}: {line}" for line in content))
             elif kind == "returned":
@@ -240,10 +249,23 @@ def _listen(processes: list[Any], pipes: list[Connection]) -> list[Any]:
         raise _rank_error(failures, results.keys(), len(pipes))
     return [results[rank] for rank in range(len(pipes))]
 
-# %% ../chapters/18_distributed.ipynb #c82e4338
+# %% ../chapters/18_distributed.ipynb #f549a10a
+def _unpacked(message: bytes) -> tuple[str, Any]:
+    """What a rank sent: its kind and content, or a failure if it cannot be read here."""
+    try:
+        kind, content = pickle.loads(message)
+        return kind, content
+    except Exception as error:
+        told = f"returned what cannot be received: {type(error).__name__}: {error}"
+        text = "".join(traceback.format_exception(error))
+        return "raised", _Failure(told, text, 0, error)
+
+
 def _death(code: int | None) -> str:
     if code is not None and code < 0:
-        return f"died of {signal.Signals(-code).name}"
+        name = signal.Signals(-code).name
+        why = " (gloo does this when ranks send different sizes)" if name == "SIGABRT" else ""
+        return f"died of {name}{why}"
     return f"died with exit code {code}"
 
 
@@ -325,7 +347,7 @@ def launch(
             pipe.close()
         shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../chapters/18_distributed.ipynb #26aac15e
+# %% ../chapters/18_distributed.ipynb #d6fcaa27
 def _everything(n: int) -> float:
     return n - 1.0
 
@@ -335,14 +357,15 @@ def _most(n: int) -> float:
 
 
 # Of each operation: which argument holds what is sent, and how many times of its bytes leave a rank
-# of n. Without suffixes: _ for in place, _base for one tensor, _coalesced for several.
+# of n. Without suffixes: _ for in place, _base for one tensor, _coalesced for several. A functional
+# collective returns what arrives, so with it the first argument is always what is sent.
 _SENT_BY: dict[str, tuple[int, Callable[[int], float]]] = {
     "send": (0, lambda n: 1.0),
     "allreduce": (0, lambda n: 2 * _most(n)),
     "all_reduce": (0, lambda n: 2 * _most(n)),
     "allgather": (1, _everything),
     "allgather_into_tensor": (1, _everything),
-    "all_gather_into_tensor": (0, _everything),
+    "all_gather_into_tensor": (1, _everything),
     "reduce_scatter": (1, _most),
     "reduce_scatter_tensor": (1, _most),
     "broadcast": (0, _most),
@@ -350,17 +373,18 @@ _SENT_BY: dict[str, tuple[int, Callable[[int], float]]] = {
     "gather": (1, _most),
     "scatter": (0, _most),
     "alltoall": (1, _most),
-    "all_to_all_single": (0, _most),
+    "all_to_all_single": (1, _most),
 }
 _SUFFIXES = re.compile(r"^_|(_coalesced|_base|_out|_)+$")
 
-# %% ../chapters/18_distributed.ipynb #931548cd
+# %% ../chapters/18_distributed.ipynb #66df224b
 class ByteCounter(TorchDispatchMode):
     """Counts, inside a ``with``, the bytes that this rank sends, and the calls of collectives.
 
     ``sent`` is in bytes, as if each collective went around a ring: twice (n - 1)/n of its data for
     an all-reduce, (n - 1)/n for a reduce-scatter or all-gather of the whole; what ``send`` sends
     counts as it is. ``by_name`` has the bytes of each collective, ``calls`` the number of calls.
+    The few bytes by which ranks compare what they are about to do (``check_agreed``) are left out.
     """
 
     def __init__(self) -> None:
@@ -383,6 +407,7 @@ class ByteCounter(TorchDispatchMode):
             name = _SUFFIXES.sub("", operation._schema.name.partition("::")[2])
             if name in _SENT_BY:
                 place, share = _SENT_BY[name]
+                place = place if operation.namespace == "c10d" else 0
                 size = sum(t.nbytes for t in tree_leaves(args[place]) if isinstance(t, Tensor))
                 self.calls[name] += 1
                 self.by_name[name] += round(size * share(_size_of_group(args)))
@@ -400,7 +425,7 @@ def _size_of_group(arguments: Any) -> int:
             return dist.distributed_c10d._resolve_process_group(named).size()
     return dist.get_world_size()
 
-# %% ../chapters/18_distributed.ipynb #f9463315
+# %% ../chapters/18_distributed.ipynb #33bde0a5
 def place_in_group(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
     """Return the rank of this process in ``group`` (None for all), and the number of ranks."""
     if not dist.is_available() or not dist.is_initialized():
@@ -416,18 +441,43 @@ def check_agreed(group: dist.ProcessGroup | None = None, **numbers: int) -> None
     """Refuse whole numbers that differ between ranks, on each rank with the same ``ValueError``.
 
     For example ``check_agreed(micro_batches=len(batches))`` before a loop of collectives. All ranks
-    must call it, with the same names.
+    must call it; names that differ are refused, too.
     """
-    _, size = place_in_group(group)
+    place_in_group(group)
     for name, number in numbers.items():
         check_whole(name, number, -(2**63), 2**63 - 1)
-    mine = torch.tensor(list(numbers.values()), dtype=torch.int64)
-    found = [torch.empty_like(mine) for _ in range(size)]
-    dist.all_gather(found, mine, group=group)
-    for name, column in zip(numbers, torch.stack(found, dim=1).tolist(), strict=True):
-        if len(set(column)) > 1:
-            got = ", ".join(f"{number} on rank {rank}" for rank, number in enumerate(column))
+    _check_same({name: int(number) for name, number in numbers.items()}, group)
+
+# %% ../chapters/18_distributed.ipynb #685774a5
+def _check_same(told: dict[str, Any], group: dist.ProcessGroup | None, device: Any = None) -> None:
+    """Refuse what ranks tell differently, with the same ``ValueError`` on each; not counted."""
+    _, size = place_in_group(group)
+    with _disable_current_modes():
+        mine = torch.tensor(zlib.crc32(repr(told).encode()), device=device)
+        found = [torch.empty_like(mine) for _ in range(size)]
+        dist.all_gather(found, mine, group=group)
+        if len({int(checksum) for checksum in found}) == 1:
+            return
+        all_told: list[Any] = [None] * size
+        dist.all_gather_object(all_told, told, group=group)
+    rows = [("names", [list(of_rank) for of_rank in all_told])]
+    rows += [(name, [of_rank.get(name) for of_rank in all_told]) for name in told]
+    for name, row in rows:
+        values = [str(value) for value in _apart(row)]
+        if len(set(values)) > 1:
+            got = ", ".join(f"{value:.100} on rank {rank}" for rank, value in enumerate(values))
             raise ValueError(f"{name}: expected the same on each rank, got {got}")
+
+
+def _apart(row: list[Any]) -> list[Any]:
+    """Of lists, return the first items that differ; of anything else, what was given."""
+    while all(isinstance(value, list) for value in row):
+        columns = zip_longest(*row, fillvalue="nothing")
+        different = next((c for c in columns if any(item != c[0] for item in c)), None)
+        if different is None:
+            break
+        row = list(different)
+    return row
 
 # %% ../chapters/18_distributed.ipynb #3acec0da
 def rows_of_rank(
@@ -466,13 +516,31 @@ def pass_on(
     sending.wait()
     return received
 
-# %% ../chapters/18_distributed.ipynb #56b98900
+# %% ../chapters/18_distributed.ipynb #783d0f8f
 def reduce_scatter_ring(
     parts: Num[Tensor, "n_ranks ..."], group: dist.ProcessGroup | None = None
 ) -> Num[Tensor, "..."]:
-    """Return, of the sum of ``parts`` over ranks, the part of this rank."""
-    rank, size = place_in_group(group)
+    """Return, of the sum of ``parts`` over ranks, the part of this rank.
+
+    A ``ValueError`` on all ranks tells of shapes or dtypes that differ between them.
+    """
+    _, size = place_in_group(group)
+    _check_alike("parts", parts, group)
     _check_parts(parts, size)
+    return _scattered(parts, group)
+
+
+def all_gather_ring(
+    part: Num[Tensor, "..."], group: dist.ProcessGroup | None = None
+) -> Num[Tensor, "n_ranks ..."]:
+    """Return the parts of all ranks, in order; they must have one shape and dtype."""
+    place_in_group(group)
+    _check_alike("part", part, group)
+    return _gathered(part, group)
+
+# %% ../chapters/18_distributed.ipynb #2d227925
+def _scattered(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    rank, size = place_in_group(group)
     parts = parts.clone()
     for step in range(size - 1):
         arrived = pass_on(parts[(rank - step - 1) % size], group)
@@ -480,10 +548,7 @@ def reduce_scatter_ring(
     return parts[rank]
 
 
-def all_gather_ring(
-    part: Num[Tensor, "..."], group: dist.ProcessGroup | None = None
-) -> Num[Tensor, "n_ranks ..."]:
-    """Return the parts of all ranks, in order."""
+def _gathered(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     rank, size = place_in_group(group)
     parts = part.new_empty(size, *part.shape)
     parts[rank] = part
@@ -491,20 +556,27 @@ def all_gather_ring(
         parts[(rank - step - 1) % size] = pass_on(parts[(rank - step) % size], group)
     return parts
 
-# %% ../chapters/18_distributed.ipynb #9b05e611
+# %% ../chapters/18_distributed.ipynb #5ee60ccf
 def all_reduce_ring(x: Num[Tensor, "*shape"], group: dist.ProcessGroup | None = None) -> None:
     """Replace ``x`` on each rank by its sum over ranks, with the same bits on all of them.
 
     A rank sends 2 (n - 1)/n of the bytes, padded to a multiple of n numbers (Patarasuk and Yuan
-    2009).
+    2009). A ``ValueError`` on all ranks tells of shapes or dtypes that differ between them.
     """
     _, size = place_in_group(group)
+    _check_alike("x", x, group)
     padded = nn.functional.pad(x.flatten(), (0, -x.numel() % size)).view(size, -1)
-    total = all_gather_ring(reduce_scatter_ring(padded, group), group)
+    total = _gathered(_scattered(padded, group), group)
     x.copy_(total.flatten()[: x.numel()].view_as(x))
 
-# %% ../chapters/18_distributed.ipynb #3d67ed80
+# %% ../chapters/18_distributed.ipynb #c332c77e
 # What the ring refuses
+def _check_alike(name: str, x: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Refuse tensors that differ between ranks: gloo would abort, or mix up their numbers."""
+    if place_in_group(group)[1] > 1:
+        _check_same({name: f"{tuple(x.shape)} of {x.dtype}"}, group, x.device)
+
+
 def _check_parts(parts: Tensor, size: int) -> None:
     if len(parts) != size:
         raise ValueError(f"parts: expected one part for each of {size} ranks, got {len(parts)}")
@@ -543,7 +615,7 @@ class _Bucket:
             p.grad = part.view_as(p).mul(scale) if mark else None
         self.missing, self.flat, self.work = set(self.parameters), torch.empty(0), None
 
-# %% ../chapters/18_distributed.ipynb #17e8c8a3
+# %% ../chapters/18_distributed.ipynb #4210fc33
 class DataParallel(nn.Module):
     """A model of which each rank has a copy; after ``backward``, all have the same gradients.
 
@@ -569,6 +641,7 @@ class DataParallel(nn.Module):
         _, size = place_in_group(group)
         if not isinstance(module, nn.Module):
             raise ValueError(f"module: expected a module, got {module!r:.60}")
+        _check_not_shares("module", module.parameters(), group)
         check_agreed_parameters(module, group)
         self.module, self.group = module, group
         self.scale = 1 / size if reduction == "mean" else 1.0
@@ -611,9 +684,8 @@ class DataParallel(nn.Module):
         if not self._armed:
             if not self._local:
                 expected = "a forward pass through DataParallel before each backward pass"
-                raise RuntimeError(
-                    f"module: expected {expected}, got one through the module inside"
-                )
+                got = "one through the module inside, or two with no forward pass between them"
+                raise RuntimeError(f"module: expected {expected}, got {got}")
             return
         if not self._ending:
             self._ending = True
@@ -655,15 +727,47 @@ def _in_buckets(module: nn.Module, most: int) -> list[list[nn.Parameter]]:
         raise ValueError(f"module: expected parameters to train, got none in {module!r:.60}")
     return buckets
 
-# %% ../chapters/18_distributed.ipynb #f13abb3c
+# %% ../chapters/18_distributed.ipynb #c80527cd
 def check_agreed_parameters(module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Refuse models that differ between ranks in the shapes, dtypes or names of what they train."""
-    told = [
-        (n, tuple(p.shape), str(p.dtype)) for n, p in module.named_parameters() if p.requires_grad
-    ]
-    check_agreed(group, parameters_to_train=len(told), shapes=zlib.crc32(repr(told).encode()))
+    """Refuse models that differ between ranks in names, shapes, dtypes, or in what is frozen.
 
-# %% ../chapters/18_distributed.ipynb #a21990d2
+    The ``ValueError``, the same on all ranks, names the first parameter or buffer that differs.
+    """
+    named = [*module.named_parameters(), *module.named_buffers()]
+    told = [
+        f"{name} {tuple(t.shape)} of {t.dtype}{'' if t.requires_grad else ', not trained'}"
+        for name, t in named
+    ]
+    _check_same({"parameters": told}, group)
+
+# %% ../chapters/18_distributed.ipynb #306aee29
+def _ranks_of(group: dist.ProcessGroup | None) -> tuple[int, ...]:
+    return tuple(dist.get_process_group_ranks(group)) if dist.is_initialized() else (0,)
+
+
+def _mark_share(
+    share: Tensor, made_by: str, group: dist.ProcessGroup | None, whole: Tensor
+) -> None:
+    """Note on a parameter that others in ``group`` have other shares of ``whole``."""
+    marks = (*getattr(whole, "shares", ()), (made_by, _ranks_of(group)))
+    setattr(share, "shares", marks)  # noqa: B010
+
+
+def _check_not_shares(
+    argument: str,
+    tensors: Iterable[Tensor],
+    group: dist.ProcessGroup | None,
+    anywhere: Collection[str] = (),
+) -> None:
+    """Refuse shares that differ in ``group``, which would be taken for copies of one weight."""
+    here = set(_ranks_of(group))
+    for tensor in tensors:
+        for made_by, ranks in getattr(tensor, "shares", ()):
+            if made_by in anywhere or len(here & set(ranks)) > 1:
+                got = f"shares ({made_by} was called before)"
+                raise ValueError(f"{argument}: expected whole weights in this group, got {got}")
+
+# %% ../chapters/18_distributed.ipynb #9dbf388f
 class ShardedOptimizer:
     """An optimizer whose state and work is divided over ranks (ZeRO-1, Rajbhandari et al. 2020).
 
@@ -687,11 +791,13 @@ class ShardedOptimizer:
         self.rank, self.size = place_in_group(group)
         groups = _as_groups(parameters)
         self.parameters = [p for given in groups for p in given["params"]]
+        _check_not_shares("parameters", self.parameters, group)
         n = sum(p.numel() for p in self.parameters)
         self.share = -(-n // self.size)
         if self.share * (self.size - 1) >= n:
             raise ValueError(f"parameters: expected numbers for all {self.size} ranks, got {n}")
-        check_agreed(group, tensors=len(self.parameters), numbers=n)
+        shapes = [f"{tuple(p.shape)} of {p.dtype}" for p in self.parameters]
+        _check_same({"parameters": shapes}, group)
         self.flat = torch.zeros(self.share * self.size, dtype=self.parameters[0].dtype)
         self.pieces: dict[nn.Parameter, nn.Parameter] = {}
         start = 0
@@ -715,6 +821,7 @@ class ShardedOptimizer:
 
         ``step`` does it if it was not done; to clip or to look at gradients, do it before.
         """
+        self._check_in_place()
         if self._reduced:
             return
         marks = torch.tensor([p.grad is not None for p in self.parameters], dtype=self.flat.dtype)
@@ -756,6 +863,16 @@ class ShardedOptimizer:
     def _views(self, flat: Tensor) -> tuple[Tensor, ...]:
         sizes = [p.numel() for p in self.parameters]
         return flat[: sum(sizes)].split(sizes)
+
+    def _check_in_place(self) -> None:
+        """Refuse to update a vector from which the model does not read any more."""
+        for p, place in zip(self.parameters, self._views(self.flat), strict=True):
+            if (p.dtype, p.data_ptr()) != (place.dtype, place.data_ptr()):
+                expected = "those that the optimizer was built on, in their place"
+                advice = "call to, double or half before it is built"
+                raise ValueError(
+                    f"parameters: expected {expected}, got {p.dtype} elsewhere: {advice}"
+                )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -917,7 +1034,7 @@ class _Gather(torch.autograd.Function):
         ctx.unit.again = None  # all that needed the weights has been computed: free them
         return None, *ctx.unit.scatter(grads)
 
-# %% ../chapters/18_distributed.ipynb #fbd252e1
+# %% ../chapters/18_distributed.ipynb #d002b658
 def shard_model(
     model: nn.Module,
     units: Sequence[nn.Module] | None = None,
@@ -947,12 +1064,13 @@ def shard_model(
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"{name}: expected a floating dtype, got {dtype!r}")
     parts = list(getattr(model, "blocks", ()) if units is None else units)
+    _check_not_shares("model", model.parameters(), group, anywhere=("shard_model",))
     check_agreed_parameters(model, group)
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.detach(), group=group, group_src=0)
     made = []
     for part, places in _places_by_unit(model, parts):
-        items = [_divided(at, rank, size) for at in places.values()]
+        items = [_divided(at, rank, size, group) for at in places.values()]
         if items:
             made.append(_Unit(items, group, compute_dtype, reduce_dtype))
             part.forward = _present(made[-1], part.forward)
@@ -987,8 +1105,8 @@ def _places_by_unit(model: nn.Module, parts: list[nn.Module]) -> list[tuple[nn.M
         by_unit[owners.pop() if len(owners) == 1 else model][p] = at
     return list(by_unit.items())
 
-# %% ../chapters/18_distributed.ipynb #ebc0230e
-def _divided(at: list[tuple[nn.Module, str]], rank: int, size: int) -> _Sharded:
+# %% ../chapters/18_distributed.ipynb #80c31a5c
+def _divided(at: list[tuple[nn.Module, str]], rank: int, size: int, group: Any) -> _Sharded:
     """Replace a parameter, in all its places, by the rows of this rank."""
     whole = at[0][0]._parameters[at[0][1]]
     assert whole is not None
@@ -997,6 +1115,10 @@ def _divided(at: list[tuple[nn.Module, str]], rank: int, size: int) -> _Sharded:
     rows = -(-len(whole) // size)
     mine = whole.detach()[rank * rows : (rank + 1) * rows].clone()
     piece = nn.Parameter(mine, requires_grad=whole.requires_grad)
+    _mark_share(piece, "shard_model", group, whole)
+    hooks = (whole._backward_hooks or {}) if whole.requires_grad else {}
+    for hook in hooks.values():  # such as the sum of tensor_parallel
+        piece.register_hook(hook)
     for module, name in at:
         module._parameters[name] = piece
     return _Sharded(at, whole.shape, piece, rows)
@@ -1103,7 +1225,7 @@ class _SchemeModel:
 def _without_ranks(groups: Any, build: Any, **options: Any) -> Any:
     return build(groups, **options)
 
-# %% ../chapters/18_distributed.ipynb #4c92501a
+# %% ../chapters/18_distributed.ipynb #8e18ccee
 def run_scheme(
     scheme: Scheme,
     config: ModelConfig,
@@ -1140,6 +1262,8 @@ def run_scheme(
         both = [_parts(rows_of_rank(t), shares or 1, micro_batches) for t in (inputs, targets)]
         parts = list(zip(*both, strict=True))
         count = sum_over_ranks(sum(int((t != -100).sum()) for _, t in parts))
+        if not count:
+            raise ValueError("batches: expected targets in each, got one in which all are -100")
         loss = torch.zeros(())
         with ByteCounter() as traffic:
             for number, (x, t) in enumerate(parts, 1):
@@ -1290,7 +1414,7 @@ def leave_parallel(
     check_tensor("x", x, "...")
     return _Leave.apply(x, group)
 
-# %% ../chapters/18_distributed.ipynb #01e22324
+# %% ../chapters/18_distributed.ipynb #865f2bf2
 class ColumnParallelLinear(nn.Module):
     """This rank's share of the outputs of ``linear``, whose input is the same on all ranks.
 
@@ -1304,13 +1428,16 @@ class ColumnParallelLinear(nn.Module):
         self.weight = nn.Parameter(linear.weight.detach()[rows].clone())
         bias = linear.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach()[rows].clone())
+        _mark_share(self.weight, "tensor_parallel", group, linear.weight)
+        if self.bias is not None:
+            _mark_share(self.bias, "tensor_parallel", group, bias)
 
     def forward(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
         """Return as many numbers for each vector as this rank has rows of the weight."""
         check_tensor("x", x, "...", self.in_features)
         return F.linear(x, self.weight, self.bias)
 
-# %% ../chapters/18_distributed.ipynb #2afea2b1
+# %% ../chapters/18_distributed.ipynb #3c9e19d0
 class RowParallelLinear(nn.Module):
     """``linear`` applied to inputs of which each rank has its share; one all-reduce.
 
@@ -1325,6 +1452,7 @@ class RowParallelLinear(nn.Module):
         self.weight = nn.Parameter(linear.weight.detach()[:, columns].clone())
         bias = linear.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        _mark_share(self.weight, "tensor_parallel", group, linear.weight)
 
     def forward(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
         """Return the whole output, the same on all ranks."""
@@ -1360,21 +1488,28 @@ def _branches(
         raise ValueError(f"module: expected {expected}, got {type(module).__name__}")
     return branches
 
-# %% ../chapters/18_distributed.ipynb #49ac5491
+# %% ../chapters/18_distributed.ipynb #a5c81e25
 def tensor_parallel(module: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
     """Cut all attention and feed-forward networks in ``module`` over the ranks; return ``module``.
 
-    It must have the same weights on all ranks, and is changed in place. Input, output and all other
-    parameters are the same on all ranks, and so are their gradients. Dropout draws on each rank; in
-    training with it, seed all ranks alike. A ``ValueError`` on all ranks tells of key heads or a
-    width that their number does not divide. Source: Shoeybi et al. (2019), section 3.
+    It is changed in place; weights begin as those of rank 0. Input, output and all other parameters
+    are the same on all ranks, and so are their gradients. Dropout draws on each rank; in training
+    with it, seed all ranks alike. A ``ValueError`` on all ranks tells of key heads or a width that
+    their number does not divide, or of a model that ``shard_model`` has divided: cut it before.
+    Source: Shoeybi et al. (2019), section 3.
     """
 
     def enter(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (enter_parallel(inputs[0], group), *inputs[1:])
 
     n = _place(group)[1]
-    for _, branch in _branches(module, n):
+    branches = _branches(module, n)
+    _check_not_shares("module", module.parameters(), group, anywhere=("shard_model",))
+    if n > 1:
+        check_agreed_parameters(module, group)
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.detach(), group=group, group_src=0)
+    for _, branch in branches:
         for name, layer in list(branch.named_children()):
             if isinstance(layer, nn.Linear):
                 cut = ColumnParallelLinear if name in _COLUMNS else RowParallelLinear
@@ -1568,7 +1703,7 @@ class _RingAttention(torch.autograd.Function):
                 kv = _passed_on(kv, ring.group)
         return d_q, d_kv, None
 
-# %% ../chapters/18_distributed.ipynb #481f5bbd
+# %% ../chapters/18_distributed.ipynb #d1096310
 def ring_attention(
     q: Float[Tensor, "*batch n_heads chunk d_head"],
     k: Float[Tensor, "*batch n_kv_heads chunk d_head"],
@@ -1582,7 +1717,7 @@ def ring_attention(
 
     Each rank gives its chunk, made by ``cut_sequence`` with the same ``zigzag``. Scores are scaled
     by 1 / sqrt(d_head). All ranks must call it, and all must go backward. Chunks that differ in
-    shape raise a ``ValueError`` on all ranks. Source: Liu et al. (2023), algorithm 1.
+    shape or dtype raise a ``ValueError`` on all ranks. Source: Liu et al. (2023), algorithm 1.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, tensor, "...", "heads", "chunk", "feature")
@@ -1597,7 +1732,8 @@ def ring_attention(
     if _place(group)[1] > 1:
         sizes = {"chunk": length, "d_head": q.size(-1), "d_value": v.size(-1)}
         heads = {"n_heads": q.size(-3), "n_kv_heads": k.size(-3), "rows": q[..., 0, 0, 0].numel()}
-        check_agreed(group, **sizes, **heads, is_causal=int(is_causal), zigzag=int(zigzag))
+        kinds = {"dtypes": (q.dtype, k.dtype, v.dtype), "is_causal": bool(is_causal)}
+        _check_same({**sizes, **heads, **kinds, "zigzag": bool(zigzag)}, group)
     return _RingAttention.apply(q, torch.cat([k, v], dim=-1), _Ring(is_causal, zigzag, group))
 
 # %% ../chapters/18_distributed.ipynb #98d75224
@@ -1799,7 +1935,7 @@ def _add_tied(stage: PipelineStage, mail: _Mail) -> None:
         mail.send(own, other)
         weight.grad = own + mail.receive(own, other)
 
-# %% ../chapters/18_distributed.ipynb #4113490f
+# %% ../chapters/18_distributed.ipynb #f4570cfd
 def _check_batch_of(
     stage: PipelineStage,
     ids: Tensor,
@@ -1812,6 +1948,11 @@ def _check_batch_of(
     check_tensor("targets", targets, *ids.shape, kind="whole numbers")
     pipeline_timing(schedule)  # it can be run
     (rank, n), m = _place(group), len(schedule[0]) // 2
+    if n > 1:  # else stages would wait for messages of other sizes, or for others
+        plan = [[tuple(action) for action in actions] for actions in schedule]
+        model = {"d_model": stage.config.d_model, "dtype": next(stage.parameters()).dtype}
+        told = {"micro_batches": m, "schedule": plan, "ids.shape": tuple(ids.shape)}
+        _check_same(told | model, group)
     if len(schedule) != n:
         raise ValueError(f"schedule: expected {n} stages, as there are ranks, got {len(schedule)}")
     if (stage.stage, stage.n_stages) != (rank, n):
@@ -2345,7 +2486,7 @@ from .tokenizer import GPT2_PATTERN, GPT4_PATTERN, BPETokenizer, count_words
 from .tokenizer import learn_merges
 from .training import settings_parser
 
-# %% ../chapters/18_distributed.ipynb #42bfc24e
+# %% ../chapters/18_distributed.ipynb #1b0101c0
 def map_reduce(
     items: Iterable[Any],
     emit: Callable[[Any], Iterable[tuple[int, Any]]],
@@ -2354,9 +2495,20 @@ def map_reduce(
     """Call ``emit`` on each item, ``reduce`` on each box of values. Dean and Ghemawat (2008)."""
     boxes: dict[int, list[Any]] = defaultdict(list)
     for item in items:
-        for box, value in emit(item):
+        for box, value in _as_pairs(emit(item)):  # else refused: see the room below
             boxes[box].append(value)
     return [result for box, values in boxes.items() for result in reduce(box, values)]
+
+# %% ../chapters/18_distributed.ipynb #fc35ea86
+# What emit has to yield
+def _as_pairs(emitted: Any) -> Iterator[tuple[Any, Any]]:
+    expected = "emit: expected one that yields pairs of a box and a value, got"
+    if not isinstance(emitted, Iterable):
+        raise ValueError(f"{expected} {emitted!r:.60}")
+    for pair in emitted:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError(f"{expected} {pair!r:.60}")
+        yield pair[0], pair[1]
 
 # %% ../chapters/18_distributed.ipynb #d8af1192
 # The place of a text, and its box
@@ -2979,7 +3131,7 @@ def _start_ray(ray: Any, workers: int, logs: str) -> None:
                 message = "Ray did not start, three times; is the machine busy, or out of memory?"
                 raise OSError(f"{message} {error}") from error
 
-# %% ../chapters/18_distributed.ipynb #a7e1f890
+# %% ../chapters/18_distributed.ipynb #194c9368
 # What a worker does
 _FAILED, _NOTHING = -1, -2  # no boxes: a message, and a row where there is nothing to send
 
@@ -2987,7 +3139,7 @@ _FAILED, _NOTHING = -1, -2  # no boxes: a message, and a row where there is noth
 def _emit_rows(row: dict[str, str], emit: Callable[[Any], Iterable[Any]]) -> list[dict[str, Any]]:
     boxes: dict[int, list[Any]] = defaultdict(list)
     try:
-        for box, value in emit(json.loads(row["item"])):
+        for box, value in _as_pairs(emit(json.loads(row["item"]))):
             boxes[box].append(value)
     except Exception as error:
         boxes = defaultdict(list, {_FAILED: [f"{error}"]})

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from llmbook.blocks import FeedForward
 from llmbook.distributed import (
     SCHEMES,
     ByteCounter,
@@ -38,6 +40,7 @@ from llmbook.distributed import (
     scheme_bytes,
     shard_model,
     sum_over_ranks,
+    tensor_parallel,
     worst_difference,
 )
 from llmbook.model import ModelConfig, TransformerLM, count_parameters
@@ -83,18 +86,31 @@ def test_results_come_by_rank_and_lines_with_their_rank(capfd):
     assert launch(lambda: {"x": torch.arange(3)}, 1)[0]["x"].tolist() == [0, 1, 2]
 
 
+class Bomb:
+    """It can be sent, but not received."""
+
+    def __reduce__(self):
+        return int, ("no number",)
+
+
 def fail(how):
     if dist.get_rank() == 1:
         if how == "raise":
             raise KeyError("no such thing")
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "aborts":
+            os.kill(os.getpid(), signal.SIGABRT)
+        if how == "sends a lock":
+            return threading.Lock()
+        if how == "sends a bomb":
+            return Bomb()
         if how == "exit":
             os._exit(3)
         if how == "leave":
             raise SystemExit(4)
         if how == "return":
-            return
+            return None
         if how == "sleep":
             time.sleep(60)
         if how == "another":
@@ -110,6 +126,14 @@ def fail(how):
         ("raise", 1, "rank 1 of 2 raised KeyError: 'no such thing'", "lost another rank"),
         ("killed", 1, "rank 1 of 2 died of SIGKILL", "lost another rank in all_reduce"),
         ("exit", 1, "rank 1 of 2 died with exit code 3", "lost another rank in all_reduce"),
+        ("aborts", 1, "died of SIGABRT (gloo does this when ranks send different sizes)", "lost"),
+        (
+            "sends a lock",
+            1,
+            "rank 1 of 2 raised ValueError: what the function returned cannot be sent, got",
+            "",
+        ),
+        ("sends a bomb", 1, "rank 1 of 2 returned what cannot be received: ValueError: inv", ""),
         ("leave", 1, "rank 1 of 2 raised SystemExit: 4", "lost another rank"),
         ("return", 0, "rank 0 of 2 waited 1 s in all_reduce", "rank 1 had returned"),
         ("sleep", 0, "rank 0 of 2 waited 1 s in all_reduce", "rank 1 was still at work"),
@@ -235,7 +259,7 @@ def test_what_cannot_be_launched_is_refused(change, says):
 
 
 def test_what_cannot_be_sent_is_refused_by_name():
-    lock = __import__("threading").Lock()
+    lock = threading.Lock()
     with pytest.raises(ValueError, match="arguments: expected what can be sent"):
         launch(dist.get_rank, 1, lock)
     with pytest.raises(ValueError, match="function: expected what can be sent"):
@@ -363,6 +387,47 @@ def test_bytes_are_those_that_the_operating_system_sees(size):
         assert counted == pytest.approx(seen, rel=0.02, abs=4000), name
 
 
+def count_functional():
+    from torch.distributed import _functional_collectives as functional
+
+    x = torch.ones(8)
+    with ByteCounter() as traffic:
+        functional.all_reduce(x, "sum", dist.group.WORLD).sum()
+        functional.all_gather_tensor(x, 0, dist.group.WORLD).sum()
+        functional.reduce_scatter_tensor(x, "sum", 0, dist.group.WORLD).sum()
+        functional.all_to_all_single(x, None, None, dist.group.WORLD).sum()
+    return dict(traffic.by_name)
+
+
+def test_functional_collectives_are_counted():
+    names = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
+    expected = dict(zip(names, (32, 32, 16, 16), strict=True))
+    assert launch(count_functional, 2) == [expected] * 2
+
+
+def unlike_rings():
+    rank = dist.get_rank()
+    pairs = [
+        (torch.zeros(3), torch.zeros(4)),
+        (torch.zeros(3), torch.zeros(5)),
+        (torch.zeros(3, 2), torch.zeros(2, 3)),
+        (torch.zeros(2), torch.zeros(2, dtype=torch.float64)),
+    ]
+    rings = (all_reduce_ring, all_gather_ring, reduce_scatter_ring)
+    return [refused(ring, pair[rank]) for ring in rings for pair in pairs]
+
+
+def test_tensors_that_differ_between_ranks_do_not_go_around_a_ring():
+    first, second = launch(unlike_rings, 2)
+    assert first == second and len(first) == 12
+    assert first[0] == (
+        "x: expected the same on each rank, got (3,) of torch.float32 on rank 0, "
+        "(4,) of torch.float32 on rank 1"
+    )
+    assert "(3, 2) of torch.float32 on rank 0, (2, 3) of" in first[6]
+    assert "(2,) of torch.float64 on rank 1" in first[11]
+
+
 def count_torch():
     from torch.distributed.fsdp import fully_shard
 
@@ -397,6 +462,9 @@ def disagree():
         refused(rows_of_rank, torch.zeros(0, 2)),
         rows_of_rank(torch.arange(6)).tolist(),
         sum_over_ranks(rank + 1),
+        refused(check_agreed, **({"a": 1, "b": 2} if rank else {"a": 1, "c": 2})),
+        refused(check_agreed, **({"a": 1} if rank else {})),
+        refused(DataParallel, nn.Sequential(nn.Linear(3, 3), *[nn.Linear(3, 3)] * rank)),
     )
 
 
@@ -407,7 +475,19 @@ def test_what_differs_between_ranks_is_refused_on_all_with_the_same_words():
         "micro_batches: expected the same on each rank, got 3 on rank 0, 2 on rank 1"
     )
     assert all("expected the same on each rank" in message for message in first[1:5])
-    assert "numbers" in first[4]
+    got = "got weight (2, 3) of torch.float32 on rank 0, weight (3, 3) of torch.float32 on rank 1"
+    assert first[2] == f"parameters: expected the same on each rank, {got}"
+    assert first[4].startswith("parameters: expected the same on each rank, got (2, 3) of")
+    assert (
+        first[9:]
+        == second[9:]
+        == (
+            "names: expected the same on each rank, got c on rank 0, b on rank 1",
+            "names: expected the same on each rank, got nothing on rank 0, a on rank 1",
+            "parameters: expected the same on each rank, got nothing on rank 0, "
+            "1.weight (3, 3) of torch.float32 on rank 1",
+        )
+    )
     assert first[5].startswith("batch: expected a multiple of 2 rows") and "got 3" in first[5]
     assert "got 0" in first[6]
     assert (first[7], second[7]) == ([0, 2, 4], [1, 3, 5]) and first[8] == second[8] == 3
@@ -578,6 +658,14 @@ def misuse():
     sent.append(traffic.sent)
     try:
         wrapped.zero_grad()
+        losses = [wrapped(x).sum() for _ in range(2)]
+        losses[0].backward()
+        losses[1].backward()
+        twice = ""
+    except RuntimeError as error:
+        twice = str(error)
+    try:
+        wrapped.zero_grad()
         wrapped(x).sum().backward()
         wrapped.zero_grad(set_to_none=False)
         wrapped(x).sum().backward()  # zeros may be added to
@@ -590,11 +678,12 @@ def misuse():
         wrapped(x)
     sent.append(traffic.sent)
     frozen = refused(DataParallel, nn.Linear(2, 2).requires_grad_(False))
-    return sent, again, around, frozen
+    return sent, again, around, frozen, twice
 
 
 def test_no_sync_is_decided_by_the_forward_pass_and_misuse_is_refused():
-    for sent, again, around, frozen in launch(misuse, 2):
+    for sent, again, around, frozen, twice in launch(misuse, 2):
+        assert "or two with no forward pass between them" in twice
         assert sent == [28, 0, 0]  # 5 weights and 2 marks
         assert again.startswith("gradients: expected none from before")
         assert "forward pass through DataParallel" in around
@@ -721,6 +810,49 @@ def test_shares_that_cannot_be_are_refused():
     )
     for message, start in zip(found[0], starts, strict=True):
         assert message.startswith(start)
+
+
+def divided_already():
+    """Of a model that is divided, what each wrapper says, and whether it is as it was."""
+
+    def small(width=8):
+        return nn.Sequential(nn.Linear(4, width), nn.Linear(width, 4))
+
+    torch.manual_seed(0)
+    model = shard_model(small())
+    before = full_state_dict(model)
+    said = [
+        refused(shard_model, model),
+        refused(DataParallel, model),
+        refused(ShardedOptimizer, model.parameters(), AdamW),
+    ]
+    kept = worst_difference(full_state_dict(model), before)[1]
+    cut = tensor_parallel(FeedForward(4, 8))
+    said += [
+        refused(shard_model, cut),
+        refused(DataParallel, cut),
+        refused(ShardedOptimizer, cut.parameters(), AdamW),
+        refused(tensor_parallel, shard_model(FeedForward(4, 8))),
+    ]
+    moved, names = small(), []
+    optimizer = ShardedOptimizer(moved.parameters(), AdamW)
+    for change in (nn.Module.double, nn.Module.float):
+        change(moved)
+        names.append(refused(optimizer.step))
+    return kept, said, names
+
+
+def test_a_model_that_is_divided_already_is_refused_and_stays_as_it_was():
+    for kept, said, moved in launch(divided_already, 2):
+        assert kept == 0
+        causes = ["shard_model"] * 3 + ["tensor_parallel"] * 3 + ["shard_model"]
+        names = ["model", "module", "parameters"] * 2 + ["module"]
+        assert said == [
+            f"{name}: expected whole weights in this group, got shares ({cause} was called before)"
+            for name, cause in zip(names, causes, strict=True)
+        ]
+        assert all(message.startswith("parameters: expected those that") for message in moved)
+        assert "got torch.float64 elsewhere" in moved[0]
 
 
 def odd_sharded_model(build, max_norm, units):
@@ -868,7 +1000,7 @@ def test_faults_that_are_put_in_are_found(fault):
 
 
 def refuse_runs():
-    batches = tiny_batches(6)
+    batches, four = tiny_batches(6), tiny_batches(4)
     return [
         refused(run_scheme, "one_process", TINY, batches),
         refused(run_scheme, "ddp", TINY, batches),
@@ -876,6 +1008,7 @@ def refuse_runs():
         refused(run_scheme, "zero1", TINY, batches),  # three rows for each, two micro-batches
         refused(run_scheme, "zero1", TINY, batches[: 1 + dist.get_rank()]),
         refused(run_scheme, "zero1", TINY, batches, micro_batches=0),
+        refused(run_scheme, "zero1", TINY, [(x, torch.full_like(t, -100)) for x, t in four]),
     ]
 
 
@@ -887,6 +1020,7 @@ def test_runs_that_do_not_divide_are_refused_on_all_ranks():
     starts += (
         "batches: expected the same on each rank",
         "micro_batches: expected a whole number of at least 1",
+        "batches: expected targets in each, got one in which all are -100",
     )
     for message, start in zip(first, starts, strict=True):
         assert message.startswith(start)

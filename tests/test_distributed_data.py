@@ -149,6 +149,12 @@ def test_the_number_of_boxes_changes_no_token(text, alone, tmp_path, n_boxes):
         assert (result.folder / file).read_bytes() == (alone.folder / file).read_bytes()
 
 
+@pytest.mark.parametrize("emitted", [None, [3], ["ab"], [(1, 2, 3)]])
+def test_what_emits_no_pairs_is_told_so(emitted):
+    with pytest.raises(ValueError, match="emit: expected one that yields pairs of a box and a"):
+        map_reduce([0], lambda item: emitted, lambda box, values: values)
+
+
 @pytest.mark.parametrize("step", range(6))
 def test_a_preparation_that_was_stopped_goes_on(text, alone, tmp_path, step):
     calls, said = [], []

@@ -15,6 +15,7 @@ from llmbook.blocks import FeedForward
 from llmbook.distributed import (
     AttentionPart,
     ColumnParallelLinear,
+    DataParallel,
     PipelineAction,
     PipelineStage,
     RankError,
@@ -30,6 +31,8 @@ from llmbook.distributed import (
     pipeline_timing,
     ring_attention,
     ring_work,
+    shard_model,
+    sum_over_ranks,
     tensor_parallel,
     tensor_parallel_plan,
 )
@@ -172,6 +175,47 @@ def test_alone_nothing_is_cut_and_nothing_is_cut_twice():
         tensor_parallel(nn.Linear(2, 2))
 
 
+def on_a_mesh():
+    """Layers are cut in one direction, and rows in the other, from unequal weights."""
+    rank = dist.get_rank()
+    groups = {ranks: dist.new_group(ranks) for ranks in ((0, 1), (2, 3), (0, 2), (1, 3))}
+    layers, data = (
+        next(g for r, g in groups.items() if r in pairs and rank in r) for pairs in AXES
+    )
+    ids = rows()[rank // 2 :: 2]
+    found = []
+    for wrap in (DataParallel, shard_model):
+        model = model_of("qwen")
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1 + rank)  # only rank 0 has the right ones
+        options = {"reduce_dtype": torch.float64} if wrap is shard_model else {}
+        wrapped = wrap(tensor_parallel(model, layers), group=data, **options)
+        logits = wrapped(ids[:, :-1])
+        count = sum_over_ranks(ids[:, 1:].numel(), data)
+        loss = cross_entropy(logits, ids[:, 1:].contiguous(), reduction="sum") / count
+        loss.backward()
+        dist.all_reduce(loss, group=data)
+        found.append((loss.item(), gradients(model)))
+    return found
+
+
+AXES = ((0, 1), (2, 3)), ((0, 2), (1, 3))
+
+
+def test_on_a_mesh_cut_layers_and_divided_rows_equal_one_process():
+    loss, expected = step(model_of("qwen"), rows())
+    found = launch(on_a_mesh, 4)
+    for rank in found:
+        assert [value for value, _ in rank] == pytest.approx([loss] * 2, abs=1e-12)
+    for pair in (found[:2], found[2:]):
+        assert_equal([of_copies for (_, of_copies), _ in pair], expected)
+    for column in (0, 1):  # of full sharding, each rank has some rows of what the cut left
+        both = [found[row + column][1][1] for row in (0, 2)]
+        for name, whole in found[column][0][1].items():
+            torch.testing.assert_close(torch.cat([grads[name] for grads in both]), whole, msg=name)
+
+
 def by_dtensor():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import parallelize_module
@@ -279,15 +323,23 @@ def chunks_of(length, zigzag):
 
 
 def unequal_chunks():
-    q = torch.randn(1, 2, 4 + 2 * dist.get_rank(), 8)
-    ring_attention(q, q, q)
+    rank, said = dist.get_rank(), []
+    for chunk, dtype in ((4 + 2 * rank, torch.float32), (4, (torch.float32, torch.float64)[rank])):
+        q = torch.randn(1, 2, chunk, 8, dtype=dtype)
+        with pytest.raises(ValueError, match="expected the same on each rank") as caught:
+            ring_attention(q, q, q)
+        said.append(str(caught.value))
+    return said
 
 
 def test_sequences_that_do_not_fit_are_refused_on_every_rank():
     said = raises_everywhere(chunks_of, 2, 7, False)
     assert "x: expected a sequence that 2 pieces divide, got 7 in dimension 1" in said
     assert "4 pieces divide, got 6" in raises_everywhere(chunks_of, 2, 6, True)
-    assert "chunk" in raises_everywhere(unequal_chunks, 2)
+    first, second = launch(unequal_chunks, 2)
+    assert first == second
+    assert first[0] == "chunk: expected the same on each rank, got 4 on rank 0, 6 on rank 1"
+    assert first[1].startswith("dtypes: expected the same on each rank, got (torch.float32, ")
 
 
 @settings(deadline=None)
@@ -428,6 +480,34 @@ def run_stage(n_rows, stages, schedule, n_layers=4):
 )
 def test_pipelines_that_cannot_run_are_refused_on_every_rank(arguments, says):
     assert says in raises_everywhere(run_stage, 2, *arguments)
+
+
+def unlike_pipelines():
+    rank = dist.get_rank()
+    stage = PipelineStage(model_of(), rank, 2)
+    unlike = [
+        (4, gpipe_schedule(2, 4) if rank else one_forward_one_backward(2, 4)),
+        (4, gpipe_schedule(2, 2 + 2 * rank)),
+        (4 + 4 * rank, gpipe_schedule(2, 4)),
+    ]
+    said = []
+    for n_rows, schedule in unlike:
+        ids = torch.zeros(n_rows, 17, dtype=torch.int64)
+        with pytest.raises(ValueError, match="expected the same on each rank") as caught:
+            pipeline_step(stage, ids[:, :-1], ids[:, 1:], schedule)
+        said.append(str(caught.value))
+    return said
+
+
+def test_stages_that_would_follow_different_plans_are_refused_on_every_rank():
+    first, second = launch(unlike_pipelines, 2)
+    assert first == second
+    same = "expected the same on each rank, got"
+    assert first[0].startswith(f"schedule: {same} ('backward', 0) on rank 0, ('forward', 2)")
+    assert first[1:] == [
+        f"micro_batches: {same} 2 on rank 0, 4 on rank 1",
+        f"ids.shape: {same} (4, 16) on rank 0, (8, 16) on rank 1",
+    ]
 
 
 def test_a_pipeline_of_one_stage_is_one_process():
