@@ -5046,8 +5046,9 @@ if __name__ == "__main__" and "__file__" in globals():  # a notebook has no file
 # *Twenty minutes.* The ring takes $2 (n - 1)$ steps. For small tensors, *recursive doubling* is
 # faster: in step $k$, rank $r$ exchanges all it has with rank $r \oplus 2^k$ (the bit $k$ of its
 # rank flipped), and both add. Simulate it: given the vectors of all ranks, return their vectors
-# afterwards, and how many numbers each rank has sent. The number of ranks must be a power of two;
-# refuse others with a `ValueError`. Leave the given vectors alone.
+# afterwards, and how many numbers a rank has sent, which is one number, the same for all ranks. The
+# number of ranks must be a power of two; refuse others, and no ranks at all, with a `ValueError`.
+# Leave the given vectors alone.
 # ````
 
 
@@ -5073,15 +5074,18 @@ assert all(np.array_equal(a, b) for a, b in zip(given, kept, strict=True)), (
     "the given vectors must not change"
 )
 assert len(after) == 8, "one vector for each rank"
+assert np.shape(sent) == (), "how many numbers a rank has sent is one number, the same for all"
 for rank, vector in enumerate(after):
     assert np.array_equal(vector, sum(kept)), f"rank {rank} has not the sum over all ranks"
 assert sent == 18, "three exchanges of six numbers each, for eight ranks"
 assert recursive_doubling(given[:1])[1] == 0, "one rank has nothing to send"
-try:
-    recursive_doubling(given[:6])
-    raise AssertionError("six ranks are no power of two and must be refused")
-except ValueError:
-    pass
+for n, name in ((6, "six ranks"), (0, "no ranks at all")):
+    refused = None
+    try:
+        recursive_doubling(given[:n])
+    except Exception as error:
+        refused = error
+    assert isinstance(refused, ValueError), f"{name} must be refused with a ValueError"
 
 # %% [markdown]
 # ````{exercise} A wrapper that averages
@@ -5109,6 +5113,7 @@ numbers = np.random.default_rng(0)
 terms = [[numbers.normal(size=n) for n in of_rank] for of_rank in counts]
 everything = np.concatenate([term for of_rank in terms for term in of_rank]).mean()
 factors = loss_factors(counts)
+assert all(isinstance(f, list) for f in factors), "a list of factors for each rank is needed"
 assert [len(f) for f in factors] == [2, 2, 2], "one factor for each micro-batch of each rank"
 means = [[term.mean() if term.size else 0.0 for term in of_rank] for of_rank in terms]
 of_ranks = [
@@ -5155,6 +5160,8 @@ more = fewest_gpus("full", 70_000_000_000, 80e9, gathered=4_000_000_000)
 assert more == 16, "8 GB are gathered, so 72 GB are left, which 16 GPUs still have"
 more = fewest_gpus("full", 70_000_000_000, 80e9, gathered=10_000_000_000)
 assert more == 24, "20 GB are gathered, so only 60 GB are left for the state"
+most = fewest_gpus("full", 16_384_000_000, 16e6)
+assert most == 16_384, "16,384 GPUs are still allowed, and are needed here"
 alone = fewest_gpus("zero2", 10_000_000_000, 40e9, gathered=9_000_000_000)
 assert alone == 8, "only full sharding gathers: the others have all weights"
 
@@ -5165,7 +5172,8 @@ assert alone == 8, "only full sharding gathers: the others have all weights"
 # the sum `s` of $e^{\text{score} - m}$, and the sum `o` of $e^{\text{score} - m}$ times the values,
 # not yet divided. Write `merge_states(a, b)`, which makes one such triple `(m, s, o)` of two. `m`
 # and `s` have the shape `(queries,)`, and `o` has `(queries, d_value)`. Scores of 1,000 must not
-# overflow. If a query sees nothing of a tile, `m` is -inf there, and `s` and `o` are zero.
+# overflow. If a query sees nothing of a tile, `m` is -inf there, and `s` and `o` are zero. Leave
+# the given tensors alone.
 # ````
 
 
@@ -5194,20 +5202,30 @@ scores, values = torch.randn(3, 10), torch.randn(10, 4)
 scores[0] += 1000
 scores[1, :5] += 30
 expected = one_state(scores, values)
-found = merge_states(one_state(scores[:, :5], values[:5]), one_state(scores[:, 5:], values[5:]))
+tiles = [one_state(scores[:, part], values[part]) for part in (slice(5), slice(5, 10))]
+kept = [x.clone() for tile in tiles for x in tile]
+found = merge_states(*tiles)
+unchanged = all(torch.equal(x, y) for x, y in zip((*tiles[0], *tiles[1]), kept, strict=True))
+assert unchanged, "the given tensors must not change"
 assert all(x.isfinite().all() for x in found), (
     "scores of 1,000 overflow: subtract the common maximum"
 )
 assert torch.equal(found[0], expected[0]), "m is not the largest score of both tiles"
 assert torch.allclose(found[1], expected[1]), "s: the two sums were made relative to different m"
 assert torch.allclose(found[2], expected[2], atol=1e-5), "o must be rescaled as s is"
-blind = torch.full((3, 5), -torch.inf)
-nothing = one_state(blind, values[:5])
+nothing = one_state(torch.full((3, 5), -torch.inf), values[:5])
 for one, other in ((nothing, expected), (expected, nothing)):
     found = merge_states(one, other)
     same = all(torch.allclose(x, y) for x, y in zip(found, expected, strict=True))
     assert same, "a tile in which nothing is visible changes the result"
 assert not any(x.isnan().any() for x in merge_states(nothing, nothing)), "two blind tiles give NaN"
+scores = torch.randn(3, 10)
+scores[1, :5] = scores[2] = -torch.inf  # query 1 sees nothing of one tile, query 2 nothing at all
+found = merge_states(one_state(scores[:, :5], values[:5]), one_state(scores[:, 5:], values[5:]))
+assert not any(x.isnan().any() for x in found), "a query that sees nothing of both tiles gives NaN"
+for x, right in zip(found, one_state(scores, values), strict=True):
+    same = torch.allclose(x, right, atol=1e-5)
+    assert same, "one query sees nothing of a tile, and the others see something"
 
 # %% [markdown]
 # ````{exercise} Less memory than 1F1B
@@ -5215,8 +5233,10 @@ assert not any(x.isnan().any() for x in merge_states(nothing, nothing)), "two bl
 # *Thirty minutes.* Under 1F1B, stage 0 keeps `n_stages` micro-batches. Suppose that there is memory
 # for only `limit` of them. Write `limited_schedule(n_stages, n_microbatches, limit)`, which returns
 # for each stage its list of pairs such as `("forward", 0)`. No stage may ever keep more than
-# `limit` micro-batches, none may keep more than under 1F1B, and no stage may be slower than it must
-# be. Before you run the check: what will the bubble be with a limit of 1?
+# `limit` micro-batches, and none may keep more than under 1F1B. Begin as 1F1B does, with as many
+# micro-batches as `limit` allows, then alternate; you may find a faster order, but the schedule
+# must take no longer than this one. Before you run the check: what will the bubble be with a limit
+# of 1?
 # ````
 
 
@@ -5243,7 +5263,14 @@ def kept_by(order: list[tuple[str, int]]) -> int:
     return int(max(kept))
 
 
-for p, m, limit in ((4, 8, 4), (4, 8, 2), (4, 8, 1), (3, 7, 2), (2, 4, 9)):
+def time_of(found: list[list[tuple[str, int]]], given: str) -> float:
+    try:
+        return pipeline_timing([[PipelineAction(*a) for a in order] for order in found]).duration
+    except ValueError as error:
+        raise AssertionError(f"{given}: {error}") from None
+
+
+for p, m, limit in ((4, 8, 4), (4, 8, 2), (4, 8, 1), (3, 7, 2), (2, 4, 9), (4, 2, 4)):
     found = limited_schedule(p, m, limit)
     given = f"{p} stages, {m} micro-batches, limit {limit}"
     assert len(found) == p, f"{given}: one list for each stage is needed"
@@ -5254,26 +5281,24 @@ for p, m, limit in ((4, 8, 4), (4, 8, 2), (4, 8, 1), (3, 7, 2), (2, 4, 9)):
     kept = [kept_by(order) for order in found]
     assert max(kept) <= limit, f"{given}: a stage keeps {max(kept)}"
     assert all(n <= p - stage for stage, n in enumerate(kept)), f"{given}: more than 1F1B: {kept}"
-    timing = pipeline_timing([[PipelineAction(*action) for action in order] for order in found])
-    least = (m + p - 1) * 3 if limit >= p else 0
-    assert not least or timing.duration == least, f"{given}: slower than 1F1B"
+    duration, least = time_of(found, given), (m + p - 1) * 3
+    assert limit < p or duration == least, f"{given}: slower than 1F1B"
     if limit == 1:
-        assert timing.duration == m * p * 3, f"{given}: it takes {timing.duration}, not {m * p * 3}"
-times = [
-    pipeline_timing([[PipelineAction(*a) for a in order] for order in limited_schedule(4, 8, n)])
-    for n in (1, 2, 3, 4)
-]
-durations = [timing.duration for timing in times]
+        assert duration == m * p * 3, f"{given}: it takes {duration}, not {m * p * 3}"
+durations = [time_of(limited_schedule(4, 8, n), f"4, 8, {n}") for n in (1, 2, 3, 4)]
 assert durations == sorted(durations, reverse=True), "more memory must not make it slower"
-assert durations[1] < durations[0], "a limit of 2 must be faster than a limit of 1"
+for n, took, bound in zip((1, 2, 3, 4), durations, (96, 69, 48, 33), strict=True):
+    assert took <= bound, f"limit {n}: {took} where alternating takes {bound}"
+# A discovery for those who have time left: with a limit of 2, groups of two micro-batches (two
+# forward passes, then two backward ones, in all stages but the last) take 60 in place of 69.
 
 # %% [markdown]
 # ````{exercise} Lines that meet
 # :label: ex-distributed-lines
 # *Fifteen minutes.* Write `shared_lines(parts, n_boxes)`, the list of lines that at least two
-# documents have, each line once, by `map_reduce`. Each part is a dictionary of texts by the names
-# of their documents. `stable_hash(line)` is the place of a line, and `box_of(place, n_boxes)` its
-# box. A line that one document repeats is not shared.
+# documents have, each line once, by one call of `map_reduce`. Each part is a dictionary of texts by
+# the names of their documents. `stable_hash(line)` is the place of a line, and
+# `box_of(place, n_boxes)` its box. A line that one document repeats is not shared.
 # ````
 
 
@@ -5296,12 +5321,37 @@ def shared_lines(parts: list[dict[str, str]], n_boxes: int) -> list[str]:
 
 
 # %% tags=["check"]
-pages = [{"a": "echo\nnotice\necho", "b": "one"}, {"c": "notice\ntwo"}, {"d": "notice"}]
-for n_boxes in (1, 3, 64):
-    shared = shared_lines(pages, n_boxes)
-    assert "notice" in shared, "equal lines of different parts must meet in one box"
-    assert "echo" not in shared, "a line that one document repeats is not shared"
-    assert shared == ["notice"], "each shared line once, however many documents have it"
+pages = [
+    {"a": "echo\nnotice\necho", "b": "one\nboth"},
+    {"c": "notice\ntwo\nboth"},
+    {"x": "pair\nnotice", "y": "pair"},  # two documents of one part
+]
+lines = {line for part in pages for text in part.values() for line in text.splitlines()}
+in_one_process, boxes = map_reduce, set()
+
+
+def map_reduce(items, emit, reduce):
+    """As before, but it notes which boxes are filled."""
+    items = list(items)
+    boxes.update(box for item in items for box, _ in emit(item))
+    return in_one_process(items, emit, reduce)
+
+
+try:
+    for n_boxes in (1, 3, 64):
+        boxes.clear()
+        shared = shared_lines(pages, n_boxes)
+        assert {"notice", "both"} <= set(shared), "equal lines of two parts must meet in one box"
+        assert "pair" in shared, "two documents of one part can share a line, too"
+        assert "echo" not in shared, "a line that one document repeats is not shared"
+        assert sorted(shared) == ["both", "notice", "pair"], "each shared line once"
+        assert boxes, "the lines must meet by map_reduce"
+        needed, right = (
+            {box_of(stable_hash(line), n_boxes) for line in some} for some in (shared, lines)
+        )
+        assert needed <= boxes <= right, "a line's box must be that of its stable_hash"
+finally:
+    map_reduce = in_one_process
 
 # %% [markdown]
 # ## Summary
