@@ -949,8 +949,7 @@ def exchange_early(model: nn.Module) -> list[tuple[nn.Parameter, Any]]:
 # decide.
 #
 # With buckets of at most 8 KiB, 14 of our small model's 15 were on their way before the backward
-# pass ended; with 1,024 KiB there was only one, and nothing to hide it behind. Large buckets have
-# less overhead, and torch's default of 25 MiB is meant for far larger models.
+# pass ended; with 1,024 KiB there was only one, and nothing to hide it behind.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: buckets, marks, and gradients that were summed already
@@ -3546,7 +3545,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 # %% [markdown]
-# Not a single weight differs after two ranks wrote it and one or three read it.
+# Not a single weight differs.
 
 # %% [markdown]
 # ## The Trainer on several ranks
@@ -4020,7 +4019,7 @@ from jaxtyping import UInt32, UInt64
 from llmbook.batches import TokenShards, write_shards
 from llmbook.cleaning import gopher_quality, mask_pii, normalize_text, remove_license
 from llmbook.cleaning import remove_repeated_lines
-from llmbook.corpus import Document, existing_paths, iter_texts, read_files, read_installed_docs
+from llmbook.corpus import Document, iter_texts, read_files, read_installed_docs
 from llmbook.corpus import read_jsonl, ReadReport, write_jsonl
 from llmbook.deduplication import canonical_text, jaccard, MinHasher, optimal_bands, shingles
 from llmbook.deduplication import UnionFind
@@ -4062,9 +4061,8 @@ def map_reduce(
 #
 # ### Order, and a worker that dies
 #
-# On an engine, values may arrive in any order. A task whose process
-# died is run again, so its first half may run twice. Under these conditions, a step gives the same
-# bytes if it obeys three rules:
+# On an engine, values may arrive in any order. A task whose process died is run again, so its first
+# half may run twice. Under these conditions, a step gives the same bytes if it obeys three rules:
 #
 # 1. **Nothing depends on the order of arrival.** `reduce` sorts. *First* means first by place, and
 #    the corpus is ordered by place, a shuffle that does not depend on the number of boxes and that
@@ -5442,10 +5440,9 @@ finally:
 #
 # The model itself can be cut, too. A layer cut by columns and then by rows needs one all-reduce in
 # each direction, attention travels around a ring and is merged by log-sum-exps, and a pipeline of
-# $p$ stages and $m$ micro-batches idles for $(p-1)/(m+p-1)$ of the time. The cuts combine, and the
-# one that talks most gets the shortest links. The trainer of {doc}`13_training` runs under
-# PyTorch's own wrappers by asking one object wherever ranks have something to say to each other,
-# and its checkpoints continue at any number of ranks.
+# $p$ stages and $m$ micro-batches idles for $(p-1)/(m+p-1)$ of the time. The trainer of
+# {doc}`13_training` runs under PyTorch's own wrappers by asking one object wherever ranks have
+# something to say to each other, and its checkpoints continue at any number of ranks.
 #
 # The data pipeline follows the same rule. Steps that look at several documents meet at a key. On an
 # engine that promises no order, and with workers killed on purpose, the files were those of one
@@ -5457,12 +5454,10 @@ finally:
 #   sum (or multiply by the number of ranks, if the wrapper averages).
 # - Wrap the objective, not the model: what is called around `forward` isn't exchanged.
 # - Clip after the exchange, by the norm over all ranks.
-# - Start the ranks from different seeds in tests, so that a missing broadcast shows.
 # - Let the number of tensor ranks divide `n_kv_heads` and `d_ff`, and keep them inside one server.
 # - Use at least four times as many micro-batches as stages.
 # - Let every rank decide on the same numbers: skipped steps, scales, the end of the run.
-# - In a data pipeline: one hash in every process, no dependence on the order of arrival, files that
-#   appear whole under one name.
+# - In a data pipeline: one hash in every process, any order of arrival, and files that appear whole.
 #
 # ### Further reading
 #

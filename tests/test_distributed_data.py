@@ -196,7 +196,7 @@ def test_another_preparation_is_refused(text, alone, tmp_path):
 
 
 def test_sources_that_are_none(text, tmp_path):
-    with pytest.raises(FileNotFoundError, match="sources: no file or folder .*no-such"):
+    with pytest.raises(FileNotFoundError, match=r"sources: no file or folder .*no-such"):
         prepare([tmp_path / "no-such.txt"], tmp_path / "a")
     with pytest.raises(ValueError, match="sources: expected at least one file, folder or package"):
         prepare([], tmp_path / "a")
