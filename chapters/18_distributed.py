@@ -856,9 +856,9 @@ def _check_parts(parts: Tensor, size: int) -> None:
 
 # %% tags=["engine"]
 def ring_sum() -> Tensor:
-    total = torch.arange(6.0) * (dist.get_rank() + 1)
-    ring(list(total.chunk(3)))  # views of it
-    return total
+    parts = list((torch.arange(6.0) * (dist.get_rank() + 1)).chunk(3))
+    ring(parts)
+    return torch.cat(parts)
 
 
 assert all(torch.equal(total, torch.arange(6.0) * (1 + 2 + 3)) for total in launch(ring_sum, 3))
@@ -3970,8 +3970,8 @@ print(f"first gradient norm: {wrong.norms[0] / control.norms[0]:.3f} of the cont
 # 1. **One operation.** Each collective and its backward pass equal the formula on small tensors, in
 #    float64, of sizes that do not divide evenly.
 # 2. **One gradient.** From a common start, every gradient equals that of one process up to
-#    rounding, with unequal targets, micro-batches, and weights that are tied, frozen, or used by one
-#    rank only.
+#    rounding, with unequal targets, micro-batches, and weights that are tied, frozen, or used by
+#    one rank only.
 # 3. **A few steps.** With clipping and decay, weights and norms stay equal, and all ranks have the
 #    same bits. Ranks start from *different* seeds, so that a missing broadcast shows.
 # 4. **Cost.** Bytes sent and bytes kept equal the formula.
@@ -5293,11 +5293,11 @@ for one, other in ((nothing, expected), (expected, nothing)):
     found = merge_states(one, other)
     same = all(torch.allclose(x, y) for x, y in zip(found, expected, strict=True))
     assert same, "a tile in which nothing is visible changes the result"
-assert not any(x.isnan().any() for x in merge_states(nothing, nothing)), "two blind tiles give NaN"
+assert not any(x.isnan().sum() for x in merge_states(nothing, nothing)), "two blind tiles give NaN"
 scores = torch.randn(3, 10)
 scores[1, :5] = scores[2] = -torch.inf  # query 1 sees nothing of one tile, query 2 nothing at all
 found = merge_states(one_state(scores[:, :5], values[:5]), one_state(scores[:, 5:], values[5:]))
-assert not any(x.isnan().any() for x in found), "a query that sees nothing of both tiles gives NaN"
+assert not any(x.isnan().sum() for x in found), "a query that sees nothing of both tiles gives NaN"
 for x, right in zip(found, one_state(scores, values), strict=True):
     same = torch.allclose(x, right, atol=1e-5)
     assert same, "one query sees nothing of a tile, and the others see something"
@@ -5307,10 +5307,11 @@ for x, right in zip(found, one_state(scores, values), strict=True):
 # :label: ex-distributed-limit
 # *Thirty minutes.* Under 1F1B, stage 0 keeps `n_stages` micro-batches. Suppose that there is memory
 # for only `limit` of them. Write `limited_schedule(n_stages, n_microbatches, limit)`, which returns
-# for each stage its list of pairs such as `("forward", 0)`. No stage may ever keep more than
-# `limit` micro-batches, and none may keep more than under 1F1B. Begin as 1F1B does, with as many
-# micro-batches as `limit` allows, then alternate; any other order must take no longer. Before
-# you run the check: what will the bubble be with a limit of 1?
+# for each stage its list of pairs such as `("forward", 0)`. (The check turns them into
+# `PipelineAction` and asks `pipeline_timing`.) No stage may ever keep more than `limit`
+# micro-batches, and none may keep more than under 1F1B. Begin as 1F1B does, with as many
+# micro-batches as `limit` allows, then alternate; any other order must take no longer. Before you
+# run the check: what will the bubble be with a limit of 1?
 # ````
 
 
@@ -5321,6 +5322,8 @@ def limited_schedule(n_stages: int, n_microbatches: int, limit: int) -> list[lis
     for stage in range(n_stages):
         # 1F1B keeps one more than it starts with: the forward pass before each backward one.
         # With a limit of 1 a micro-batch is alone in the pipeline: the bubble is 1 - 1/n_stages.
+        # With a limit of 2, four stages take 69 for eight micro-batches. Groups of two (two forward
+        # passes, then two backward ones, in all stages but the last) take only 60.
         ahead = min(n_stages - 1 - stage, limit - 1, n_microbatches - 1)
         order = [("forward", i) for i in range(ahead)]
         for i in range(n_microbatches):
@@ -5360,11 +5363,8 @@ for p, m, limit in ((4, 8, 4), (4, 8, 2), (4, 8, 1), (3, 7, 2), (2, 4, 9), (4, 2
     if limit == 1:
         assert duration == m * p * 3, f"{given}: it takes {duration}, not {m * p * 3}"
 durations = [time_of(limited_schedule(4, 8, n), f"4, 8, {n}") for n in (1, 2, 3, 4)]
-assert durations == sorted(durations, reverse=True), "more memory must not make it slower"
 for n, took, bound in zip((1, 2, 3, 4), durations, (96, 69, 48, 33), strict=True):
     assert took <= bound, f"limit {n}: {took} where alternating takes {bound}"
-# A discovery for those who have time left: with a limit of 2, groups of two micro-batches (two
-# forward passes, then two backward ones, in all stages but the last) take 60 in place of 69.
 
 # %% [markdown]
 # ````{exercise} Lines that meet
@@ -5457,7 +5457,7 @@ finally:
 # - Let the number of tensor ranks divide `n_kv_heads` and `d_ff`, and keep them inside one server.
 # - Use at least four times as many micro-batches as stages.
 # - Let every rank decide on the same numbers: skipped steps, scales, the end of the run.
-# - In a data pipeline: one hash in every process, any order of arrival, and files that appear whole.
+# - In a data pipeline: one hash in every process, any order of arrival, files that appear whole.
 #
 # ### Further reading
 #

@@ -2315,7 +2315,7 @@ def _divided_alike(value: Any, pattern: Any) -> Any:
     where = pattern.device_mesh, pattern.placements
     return distribute_tensor(value.to(pattern.device), *where, src_data_rank=None)
 
-# %% ../chapters/18_distributed.ipynb #4b2236e2
+# %% ../chapters/18_distributed.ipynb #c79bfdcc
 # What a pipeline on an engine needs besides
 import json
 import logging
@@ -2334,7 +2334,7 @@ from jaxtyping import UInt32, UInt64
 from .batches import TokenShards, write_shards
 from .cleaning import gopher_quality, mask_pii, normalize_text, remove_license
 from .cleaning import remove_repeated_lines
-from .corpus import Document, existing_paths, iter_texts, read_files, read_installed_docs
+from .corpus import Document, iter_texts, read_files, read_installed_docs
 from .corpus import read_jsonl, ReadReport, write_jsonl
 from .deduplication import canonical_text, jaccard, MinHasher, optimal_bands, shingles
 from .deduplication import UnionFind

@@ -206,6 +206,9 @@ def test_sources_that_are_none(text, tmp_path):
         prepare([text / "image.png"], tmp_path / "a")
     with pytest.raises(ValueError, match="sources: expected a list"):
         prepare(str(text), tmp_path / "a")
+    (tmp_path / "a-file").write_text("Yeast.")
+    with pytest.raises(ValueError, match=r"folder: expected a folder, got the file .*a-file"):
+        prepare([text], tmp_path / "a-file")
     (tmp_path / "few").mkdir()
     with pytest.raises(ValueError, match="sources: expected files of text"):
         prepare([tmp_path / "few"], tmp_path / "a")
