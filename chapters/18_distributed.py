@@ -1910,11 +1910,11 @@ for (scheme, n), (sent, kept, apart) in table.items():
 # layer is too large for that, we have to divide the product itself.
 #
 # Take a feed-forward network $Y = \phi(XA)\,C$ with an activation $\phi$. Cut $A$ by columns,
-# $A = [A_0 \dots A_{n-1}]$, and give $A_r$ to rank $r$. A column of $XA$ needs only one column of $A$,
-# and $\phi$ acts on each number by itself, so $\phi(XA) = [\phi(XA_0) \dots \phi(XA_{n-1})]$: each
-# rank computes its part alone. Now cut $C$ by *rows*, at the same places. A product of matrices is
-# a sum over the columns of the left one and the rows of the right one, and we can take that sum in
-# groups:
+# $A = [A_0 \dots A_{n-1}]$, and give $A_r$ to rank $r$. A column of $XA$ needs only one column of
+# $A$, and $\phi$ acts on each number by itself, so
+# $\phi(XA) = [\phi(XA_0) \dots \phi(XA_{n-1})]$: each rank computes its part alone. Now cut $C$ by
+# *rows*, at the same places. A product of matrices is a sum over the columns of the left one and
+# the rows of the right one, and we can take that sum in groups:
 #
 # $$
 # Y = \phi(XA)\,C = \sum_{r=0}^{n-1} \phi(XA_r)\, C_r .
@@ -2635,7 +2635,7 @@ def ring_compared(ranks) -> str:
     return "gradients of q, k and v within 1e-12 of one process"
 
 
-B, T = 2, 64  # n and b are 2 and 8 as before; keys and values have 2 heads of 16 numbers
+B, T = 2, 64  # rows and tokens; keys and values have 2 heads of 16 numbers
 sizes = (B, 4, T, 16), (B, 2, T, 16), (B, 2, T, 16)
 inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
 d_out = torch.randn(B, 4, T, 16, dtype=torch.float64)
@@ -2652,6 +2652,7 @@ for n, cut in itertools.product((2, 4, 8), ("contiguous", "zigzag")):
     each, total = work.sum(dim=1), work.sum()
     lockstep = work.amax(dim=0).sum() * n / total
     print(f"{n:5}  {cut:10} {each.min() / total:11.0%} {each.max() / total:10.0%} {lockstep:19.2f}")
+n, b = 2, 8  # ranks and bytes of a number, in the run below
 
 # %% [markdown]
 # ### Equal to one process, and to the formula
