@@ -6,16 +6,16 @@ from style import BLUE, GRAY, GREEN, ORANGE, SMALL, arrow, box, canvas, label, s
 
 
 def draw_columns_rows() -> None:
-    """Two ranks: columns of A, the activation, rows of B, and a sum."""
+    """Two ranks: columns of A, the activation, rows of C, and a sum."""
     ax = canvas(720, 196)
     x = box(ax, 8, 76, 72, 44, "X", "all tokens", color=GRAY)
     total = box(ax, 640, 76, 72, 44, "Y", "the same", color=GRAY)
     for rank, color in enumerate((BLUE, ORANGE)):
         y = 22 + 108 * rank
         label(ax, 300, y - 8, f"rank {rank}", size=SMALL, color=color, bold=True)
-        first = box(ax, 150, y, 108, 44, f"A{rank + 1}", "half the columns", color=color)
+        first = box(ax, 150, y, 108, 44, f"A{rank}", "half the columns", color=color)
         inner = box(ax, 300, y, 74, 44, "φ", "each number", color=color)
-        second = box(ax, 416, y, 108, 44, f"B{rank + 1}", "half the rows", color=color)
+        second = box(ax, 416, y, 108, 44, f"C{rank}", "half the rows", color=color)
         arrow(ax, x.right, first.left, color=GRAY)
         arrow(ax, first.right, inner.left, color=color)
         arrow(ax, inner.right, second.left, color=color)
@@ -32,6 +32,6 @@ def draw_columns_rows() -> None:
         "A feed-forward network on two ranks",
         "The input X is copied to two ranks, the operator f. Each multiplies it by half of the "
         "columns of A, applies the activation to each number, and multiplies by the matching half "
-        "of the rows of B. The two products are added by an all-reduce, the operator g, and both "
+        "of the rows of C. The two products are added by an all-reduce, the operator g, and both "
         "ranks have Y.",
     )

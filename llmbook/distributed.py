@@ -2456,7 +2456,7 @@ def _divided_alike(value: Any, pattern: Any) -> Any:
     where = pattern.device_mesh, pattern.placements
     return distribute_tensor(value.to(pattern.device), *where, src_data_rank=None)
 
-# %% ../chapters/18_distributed.ipynb #4b2236e2
+# %% ../chapters/18_distributed.ipynb #c79bfdcc
 # What a pipeline on an engine needs besides
 import json
 import logging
@@ -2475,7 +2475,7 @@ from jaxtyping import UInt32, UInt64
 from .batches import TokenShards, write_shards
 from .cleaning import gopher_quality, mask_pii, normalize_text, remove_license
 from .cleaning import remove_repeated_lines
-from .corpus import Document, existing_paths, iter_texts, read_files, read_installed_docs
+from .corpus import Document, iter_texts, read_files, read_installed_docs
 from .corpus import read_jsonl, ReadReport, write_jsonl
 from .deduplication import canonical_text, jaccard, MinHasher, optimal_bands, shingles
 from .deduplication import UnionFind
@@ -2604,15 +2604,17 @@ def _reducing(
 def _failure(step: str, where: str, error: Exception) -> StepError:
     return StepError(f"{step}: {where}: {error} (on the machine {platform.node()})")
 
-# %% ../chapters/18_distributed.ipynb #fa983df7
+# %% ../chapters/18_distributed.ipynb #508e2a4b
 # Which sources there are
 _PACKAGE = "package:"
 
 
 def _listed(sources: Iterable[str | Path]) -> list[tuple[str, str, str]]:
     """Return (source, what its ids begin with, fingerprint) of all packages and files, in order."""
-    if isinstance(sources, str | Path) or not (asked := list(sources)):
-        raise ValueError(f"sources: expected several, got {sources!r:.60}")
+    if isinstance(sources, str | Path):
+        raise ValueError(f"sources: expected a list of them, got {sources!r:.60}")
+    if not (asked := list(sources)):
+        raise ValueError("sources: expected at least one file, folder or package, got none")
     found: dict[str, tuple[str, str]] = {}
     for source in asked:
         if str(source).startswith(_PACKAGE):
@@ -2620,7 +2622,9 @@ def _listed(sources: Iterable[str | Path]) -> list[tuple[str, str, str]]:
             read_installed_docs(name)  # complains of an unknown name; nothing is read yet
             found[str(source)] = ("", _version(name))
         else:
-            (given,) = existing_paths(source)
+            given = check_path(source, "sources")
+            if not given.exists():
+                raise FileNotFoundError(f"sources: no file or folder {str(source)!r}")
             for path, prefix in _files(given.resolve()):
                 about = path.stat()
                 found[str(path)] = (prefix, f"{about.st_size} bytes, {about.st_mtime_ns}")
@@ -3039,7 +3043,7 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     with whole_file(folder / "manifest.json") as draft:
         draft.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
-# %% ../chapters/18_distributed.ipynb #7bed7968
+# %% ../chapters/18_distributed.ipynb #d27661ed
 def prepare(
     sources: Iterable[str | Path],
     folder: str | Path,
@@ -3068,6 +3072,8 @@ def prepare(
             raise ValueError(f"{name}: expected {kind}, got {value!r:.60}")
     wanted = {"config": asdict(config), "sources": [list(s) for s in _listed(sources)]}
     folder = check_path(folder, "folder").resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder: expected a folder, got the file {str(folder)!r}")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
@@ -3251,7 +3257,7 @@ def _prepare_command(arguments: Sequence[str]) -> None:
     kinds = ", ".join(f"{n:,} tokens in {name}" for name, n in result.tokens.items())
     print(f"{result.counts['unique']:,} documents, {kinds}; see {result.folder}")
 
-# %% ../chapters/18_distributed.ipynb #7d10d924
+# %% ../chapters/18_distributed.ipynb #2dc72e02
 # Commands by name, and how they end
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": _prepare_command}
 
@@ -3264,15 +3270,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
     code = 0
     try:
-        if name not in _COMMANDS:
-            known = f"python -m llmbook.distributed {{{','.join(_COMMANDS)}}} [--help]"
+        known = f"python -m llmbook.distributed {{{','.join(_COMMANDS)}}} [--help]"
+        if name in ("-h", "--help"):
+            print(f"usage: {known}")
+        elif name not in _COMMANDS:
             raise ValueError(f"expected a command, got {name!r}: {known}")
-        _COMMANDS[name](rest[:-1])
+        else:
+            _COMMANDS[name](rest[:-1])
     except (KeyboardInterrupt, ImportError, OSError, ValueError) as error:
         stopped = isinstance(error, KeyboardInterrupt)
         text = "stopped; the same command goes on" if stopped else f"error: {error}"
         print(text, file=sys.stderr)
-        bad = isinstance(error, ValueError) and not isinstance(error, StepError)
+        asked = isinstance(error, ValueError | FileNotFoundError)
+        bad = asked and not isinstance(error, StepError)
         code = 130 if stopped else 2 if bad else 1
     sys.exit(code)
 

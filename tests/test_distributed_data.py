@@ -202,14 +202,19 @@ def test_another_preparation_is_refused(text, alone, tmp_path):
 
 
 def test_sources_that_are_none(text, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no-such"):
+    with pytest.raises(FileNotFoundError, match=r"sources: no file or folder .*no-such"):
         prepare([tmp_path / "no-such.txt"], tmp_path / "a")
+    with pytest.raises(ValueError, match="sources: expected at least one file, folder or package"):
+        prepare([], tmp_path / "a")
     with pytest.raises(ValueError, match=r"packages: .*no-such-package"):
         prepare(["package:no-such-package"], tmp_path / "a")
     with pytest.raises(ValueError, match="suffix"):
         prepare([text / "image.png"], tmp_path / "a")
-    with pytest.raises(ValueError, match="sources: expected several"):
+    with pytest.raises(ValueError, match="sources: expected a list"):
         prepare(str(text), tmp_path / "a")
+    (tmp_path / "a-file").write_text("Yeast.")
+    with pytest.raises(ValueError, match=r"folder: expected a folder, got the file .*a-file"):
+        prepare([text], tmp_path / "a-file")
     (tmp_path / "few").mkdir()
     with pytest.raises(ValueError, match="sources: expected files of text"):
         prepare([tmp_path / "few"], tmp_path / "a")
@@ -290,9 +295,10 @@ def test_settings_out_of_range(field, value):
     [
         (["bake"], 2, "expected a command, got 'bake'"),
         ([], 2, "expected a command"),
-        (["prepare", "no-such.txt"], 1, "no-such.txt"),
+        (["--help"], 0, ""),
+        (["prepare", "no-such.txt"], 2, "sources: no file or folder 'no-such.txt'"),
         (["prepare", "--vocab_size", "x"], 2, "vocab_size"),
-        (["prepare"], 2, "sources: expected several"),
+        (["prepare"], 2, "sources: expected at least one file"),
         (["prepare", "--help"], 0, ""),
     ],
 )

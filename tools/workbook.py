@@ -33,7 +33,7 @@ from nbformat import NotebookNode
 EXERCISE = re.compile(
     r"^[ >]*`{3,}\{exercise(?:-start)?\}[^\n]*\n(?P<options>(?:[ >]*:[^\n]*\n)*)", re.MULTILINE
 )
-LABEL = re.compile(r":label:\s*(\S+)")
+LABEL = re.compile(r"^[ >]*:label:[ ]*(\S+)[ ]*$", re.MULTILINE)
 BLANK = "raise NotImplementedError"
 
 
@@ -70,7 +70,7 @@ def labels(chapter: Chapter, markdown: str) -> list[str]:
     options = [match["options"] for match in EXERCISE.finditer(markdown)]
     for option in options:
         if not LABEL.search(option):
-            raise BookError(f"{chapter.name}: an exercise has no :label: line under its title")
+            raise BookError(f"{chapter.name}: an exercise has no :label: line of its own")
     return [LABEL.search(option)[1] for option in options]
 
 

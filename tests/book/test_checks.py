@@ -214,6 +214,7 @@ FAULTS = [
     ("exercises_are_whole", SECOND_NB, '"solution"', '"x"', "no cell tagged sol"),
     ("exercises_are_whole", SECOND_NB, "{exercise}", "{note}", "no exercise"),
     ("exercises_are_whole", SECOND_NB, ":label: ", ":name: ", "no :label:"),
+    ("exercises_are_whole", SECOND_NB, '":label: ', '":class: a :label: ', "no :label:"),
     (
         "exercises_are_whole",
         SECOND_NB,
