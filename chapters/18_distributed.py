@@ -5579,8 +5579,7 @@ lines = {line for part in pages for text in part.values() for line in text.split
 in_one_process, boxes = map_reduce, set()
 
 
-def map_reduce(items, emit, reduce):
-    """As before, but it notes which boxes are filled."""
+def map_reduce(items, emit, reduce):  # as before, but it notes which boxes are filled
     items = list(items)
     boxes.update(box for item in items for box, _ in emit(item))
     return in_one_process(items, emit, reduce)
@@ -5596,7 +5595,7 @@ try:
         assert sorted(shared) == ["both", "notice", "pair"], "each shared line once"
         assert boxes, "the lines must meet by map_reduce"
         needed, right = (
-            {box_of(stable_hash(line), n_boxes) for line in some} for some in (shared, lines)
+            {box_of(stable_hash(x), n_boxes) for x in some} for some in (shared, lines)
         )
         assert needed <= boxes <= right, "a line's box must be that of its stable_hash"
 finally:
