@@ -819,7 +819,7 @@ for name, some in choices.items():
     print(f"{name:23}{row}{one.law.predict(size, largest.tokens):8.0f} nats")
 
 # %% [markdown]
-# With the **means over the seeds**, of which half of the grid has three, the best share of size
+# With the **means over the seeds** (fourteen of the twenty runs have three), the best share of size
 # (the column *exponent*, explained below) falls from 0.6 to 0.4: the 0.6 was the luck of one seed.
 #
 # With **one learning rate for all**, the error nearly doubles. Nothing in the fit itself says why.
