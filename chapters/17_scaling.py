@@ -95,6 +95,8 @@ class Run(NamedTuple):
         return 6.0 * self.parameters * self.tokens
 
 
+# %% tags=["engine"]
+#| export
 def read_runs(path: str | Path) -> list[Run]:
     """Return the runs of a CSV file whose columns are the fields of ``Run``.
 
@@ -109,6 +111,8 @@ def read_runs(path: str | Path) -> list[Run]:
         return [_run_of(row, f"{path}, line {reader.line_num}") for row in reader]
 
 
+# %% tags=["engine"]
+#| export
 def _run_of(row: list[str], where: str) -> Run:
     if len(row) != len(Run._fields):
         raise ValueError(f"path: expected {len(Run._fields)} cells, got {len(row)} ({where})")
@@ -820,11 +824,12 @@ assert predicted.estimate < world.entropy() < largest.loss
 # ### The choices behind a fit
 #
 # Many other fits of the same grid could be defended. The engine room below makes five: with the
-# means over seeds, with one learning rate for all runs, without embeddings in the count of parameters, and with two other
-# choices of runs. Their $E$ lies between 9 and 17 nats, and the power of the budget with which
-# the best size should grow, which the next section derives, between 0.1 and 0.7. Nothing in any
-# one fit warns of this. Whoever reports a law should therefore say what was counted, how the rates
-# were tuned, and how the runs were chosen, and should choose before looking.
+# means over seeds, with one learning rate for all runs, without embeddings in the count of
+# parameters, and with two other choices of runs. Their $E$ lies between 9 and 17 nats, and the
+# power of the budget with which the best size should grow, which the next section derives, between
+# 0.1 and 0.7. Nothing in any one fit warns of this. Whoever reports a law should therefore say what
+# was counted, how the rates were tuned, and how the runs were chosen, and should choose before
+# looking.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: five other fits of the same grid
@@ -853,7 +858,7 @@ for name, some in choices.items():
     print(f"{name:23}{row}{one.law.predict(size, largest.tokens):8.0f} nats")
 
 # %% [markdown] tags=["engine"]
-# With the **means over the seeds**, of which half of the grid has three, the best share of size
+# With the **means over the seeds** (fourteen of the twenty runs have three), the best share of size
 # (the column *exponent*) falls from 0.6 to 0.4: the 0.6 was the luck of one seed.
 #
 # With **one learning rate for all**, the error nearly doubles. Nothing in the fit itself says why.
@@ -1607,12 +1612,13 @@ for method in ("standard", "mup"):
 
 # %% [markdown]
 # (Exponents are those of 2, from a parabola through the three lowest points of each curve.) The
-# best rate of the standard parametrization falls by a factor of 14 as the width grows by 8; that
-# of muP by 1.2. (The factor $1/n$ alone would give 8; the head, and attention whose heads widen,
-# ask for more.) At the two larger widths the standard parametrization *at its own best rate*
-# reaches the lower loss, by about 0.07 nats. That is little more than luck: at a width of 32 both
-# panels are the same model, drawn anew, and two seeds differ by 0.05. Here muP does not make a model better; it makes its rate predictable. If you can try six
-# rates at the full width, you do not need it. If you can try only one, you do.
+# best rate of the standard parametrization falls by a factor of 14 as the width grows by 8; that of
+# muP by 1.2. (The factor $1/n$ alone would give 8; the head, and attention whose heads widen, ask
+# for more.) At the two larger widths the standard parametrization *at its own best rate* reaches
+# the lower loss, by about 0.07 nats. That is little more than luck: at a width of 32 both panels
+# are the same model, drawn anew, and two seeds differ by 0.05. Here muP does not make a model
+# better; it makes its rate predictable. If you can try six rates at the full width, you do not need
+# it. If you can try only one, you do.
 
 # %% [markdown]
 # All singular values of a step of Muon are 1 ({doc}`12_optimization`), so the width should drop
@@ -1641,11 +1647,11 @@ for method in titles:
     print(f"{method:14}  best exponent:", "  ".join(f"{rate:.1f}" for rate in found))
 
 # %% [markdown] tags=["engine"]
-# From width 32 to 128, the best exponent falls by 0.6 under the original rule, and by 1.5 under
-# the other. The difference is a factor of two as the width grows by four, which is the $\sqrt n$
-# of the second formula. Neither stands quite still, so these are hints rather than a law. But
-# under the other convention the same rate is off by a factor of $0.2 \sqrt n$, about 13 for a
-# width of 4,096. (PyTorch has both, since pull request 160213.) {doc}`12_optimization` uses the second.
+# From width 32 to 128, the best exponent falls by 0.6 under the original rule, and by 1.5 under the
+# other. The difference is a factor of two as the width grows by four, which is the $\sqrt n$ of the
+# second formula. Neither stands quite still, so these are hints rather than a law. But under the
+# other convention the same rate is off by a factor of $0.2 \sqrt n$, about 13 for a width of 4,096.
+# (PyTorch has both, since pull request 160213.) {doc}`12_optimization` uses the second.
 #
 # Muon is for matrices between hidden vectors only. Tables have rows that belong to tokens, and
 # rare rows should not move as far as frequent ones; the head's output is not a hidden vector. Both
@@ -2411,8 +2417,8 @@ def checklist_page() -> str:
         "but it should be chosen on purpose. {py:func}`~llmbook.scaling.checklist_page` makes this "
         "page, and {py:func}`~llmbook.scaling.check_config` compares a configuration with it.\n",
         "Batches are counted in tokens for pretraining and in rows for tuning. Warmup is a share "
-        "of all steps, and final a share of the peak rate. The rates are those of AdamW, except that "
-        "the highest one of DPO was used with RMSprop. The highest rate of PPO is the highest of "
+        "of all steps, and final a share of the peak rate. The rates are those of AdamW, except "
+        "that the highest one of DPO was used with RMSprop. The highest rate of PPO is the highest of "
         "its source's scan that did not diverge.\n",
     ]
     for scale in CHECKLISTS:
@@ -2687,16 +2693,16 @@ class BudgetGame:
 #
 # ````{exercise} The budget game
 # :label: ex-scaling-game
-# *One hour.* Write `spend(game)`. It may call `game.train(parameters, tokens)`, which returns a
-# loss and costs `6 * parameters * tokens` operations, until `game.left` is used up. A run that
-# costs more than what is left raises a `ValueError`, and so does one that costs less than
-# `game.least`, a hundredth of the budget. Then it returns the number of parameters that a single
-# run of `game.target` operations should have, ten times the budget of the game. The losses follow a
-# law that is like the one of our grid, with two percent of noise. The check plays nine games with
-# three laws, and asks for a small mean *regret*: the nats by which your model is worse than the
-# best model for the target. The best sizes lie between 50,000 and a million. Here the law is
-# exactly true, so a fit beats the valleys, but the budget matters: with a tenth of it, the fit
-# fails.
+# *One hour.* Write `spend(game)` for a {py:class}`~llmbook.scaling.BudgetGame`. It may call
+# `game.train(parameters, tokens)`, which returns a loss and costs `6 * parameters * tokens`
+# operations, until `game.left` is used up. A run that costs more than what is left raises a
+# `ValueError`, and so does one that costs less than `game.least`, a hundredth of the budget. Then
+# it returns the number of parameters that a single run of `game.target` operations should have, ten
+# times the budget of the game. The losses follow a {py:class}`~llmbook.scaling.ScalingLaw` like the
+# one of our grid, with two percent of noise. The check plays nine games with three laws, and asks
+# for a small mean *regret*: the nats by which your model is worse than the best model for the
+# target. The best sizes lie between 50,000 and a million. Here the law is exactly true, so a fit
+# beats the valleys, but the budget matters: with a tenth of it, the fit fails.
 # ````
 
 

@@ -45,7 +45,7 @@ from .tokenizer import BPETokenizer, train_bpe
 from .training import documents_score, next_token_objective, Objective, Trainer
 from .training import TrainingConfig
 
-# %% ../chapters/17_scaling.ipynb #0a93ebc3
+# %% ../chapters/17_scaling.ipynb #81a29208
 class Run(NamedTuple):
     """A trained model: what decided the run, its sizes, and its loss in nats per story."""
 
@@ -63,7 +63,7 @@ class Run(NamedTuple):
         """Operations of training by the rule of thumb 6 N D."""
         return 6.0 * self.parameters * self.tokens
 
-
+# %% ../chapters/17_scaling.ipynb #6fe448fb
 def read_runs(path: str | Path) -> list[Run]:
     """Return the runs of a CSV file whose columns are the fields of ``Run``.
 
@@ -77,7 +77,7 @@ def read_runs(path: str | Path) -> list[Run]:
             raise ValueError(f"path: expected {expected}, got {', '.join(header) or 'none'}")
         return [_run_of(row, f"{path}, line {reader.line_num}") for row in reader]
 
-
+# %% ../chapters/17_scaling.ipynb #91a03256
 def _run_of(row: list[str], where: str) -> Run:
     if len(row) != len(Run._fields):
         raise ValueError(f"path: expected {len(Run._fields)} cells, got {len(row)} ({where})")
@@ -1115,7 +1115,7 @@ def checklist_table(scale: str | int | float) -> str:
         lines.append(f"| {name} | {_shown(s.value)} | {span} | {cited} |")
     return "\n".join(lines) + "\n"
 
-# %% ../chapters/17_scaling.ipynb #6d80af73
+# %% ../chapters/17_scaling.ipynb #bfe599da
 _WHERE = {"lora": "LoRA", "sft": "Tuning of all weights", "dpo": "Preferences: DPO"}
 _WHERE |= {"ppo": "Reinforcement learning: PPO", "grpo": "Reinforcement learning: GRPO"}
 
@@ -1129,8 +1129,8 @@ def checklist_page() -> str:
         "but it should be chosen on purpose. {py:func}`~llmbook.scaling.checklist_page` makes this "
         "page, and {py:func}`~llmbook.scaling.check_config` compares a configuration with it.\n",
         "Batches are counted in tokens for pretraining and in rows for tuning. Warmup is a share "
-        "of all steps, and final a share of the peak rate. The rates are those of AdamW, except that "
-        "the highest one of DPO was used with RMSprop. The highest rate of PPO is the highest of "
+        "of all steps, and final a share of the peak rate. The rates are those of AdamW, except "
+        "that the highest one of DPO was used with RMSprop. The highest rate of PPO is the highest of "
         "its source's scan that did not diverge.\n",
     ]
     for scale in CHECKLISTS:
