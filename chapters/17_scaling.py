@@ -2418,8 +2418,8 @@ def checklist_page() -> str:
         "page, and {py:func}`~llmbook.scaling.check_config` compares a configuration with it.\n",
         "Batches are counted in tokens for pretraining and in rows for tuning. Warmup is a share "
         "of all steps, and final a share of the peak rate. The rates are those of AdamW, except "
-        "that the highest one of DPO was used with RMSprop. The highest rate of PPO is the highest of "
-        "its source's scan that did not diverge.\n",
+        "that the highest one of DPO was used with RMSprop. The highest rate of PPO is the highest "
+        "of its source's scan that did not diverge.\n",
     ]
     for scale in CHECKLISTS:
         title = _WHERE.get(scale, f"Pretraining at {scale} parameters")

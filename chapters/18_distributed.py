@@ -5456,25 +5456,22 @@ kept = [x.clone() for tile in tiles for x in tile]
 found = merge_states(*tiles)
 unchanged = all(torch.equal(x, y) for x, y in zip((*tiles[0], *tiles[1]), kept, strict=True))
 assert unchanged, "the given tensors must not change"
-assert all(x.isfinite().all() for x in found), (
-    "scores of 1,000 overflow: subtract the common maximum"
-)
+finite = all(x.isfinite().all() for x in found)
+assert finite, "scores of 1,000 overflow: subtract the common maximum"
 assert torch.equal(found[0], expected[0]), "m is not the largest score of both tiles"
 assert torch.allclose(found[1], expected[1]), "s: the two sums were made relative to different m"
 assert torch.allclose(found[2], expected[2], atol=1e-5), "o must be rescaled as s is"
 nothing = one_state(torch.full((3, 5), -torch.inf), values[:5])
 for one, other in ((nothing, expected), (expected, nothing)):
-    found = merge_states(one, other)
-    same = all(torch.allclose(x, y) for x, y in zip(found, expected, strict=True))
-    assert same, "a tile in which nothing is visible changes the result"
+    for x, right in zip(merge_states(one, other), expected, strict=True):
+        assert torch.allclose(x, right), "a tile in which nothing is visible changes the result"
 assert not any(x.isnan().sum() for x in merge_states(nothing, nothing)), "two blind tiles give NaN"
 scores = torch.randn(3, 10)
 scores[1, :5] = scores[2] = -torch.inf  # query 1 sees nothing of one tile, query 2 nothing at all
 found = merge_states(one_state(scores[:, :5], values[:5]), one_state(scores[:, 5:], values[5:]))
 assert not any(x.isnan().sum() for x in found), "a query that sees nothing of both tiles gives NaN"
 for x, right in zip(found, one_state(scores, values), strict=True):
-    same = torch.allclose(x, right, atol=1e-5)
-    assert same, "one query sees nothing of a tile, and the others see something"
+    assert torch.allclose(x, right, atol=1e-5), "one query sees nothing of a tile, others do"
 
 # %% [markdown]
 # ````{exercise} Less memory than 1F1B

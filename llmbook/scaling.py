@@ -1115,7 +1115,7 @@ def checklist_table(scale: str | int | float) -> str:
         lines.append(f"| {name} | {_shown(s.value)} | {span} | {cited} |")
     return "\n".join(lines) + "\n"
 
-# %% ../chapters/17_scaling.ipynb #bfe599da
+# %% ../chapters/17_scaling.ipynb #f77c1481
 _WHERE = {"lora": "LoRA", "sft": "Tuning of all weights", "dpo": "Preferences: DPO"}
 _WHERE |= {"ppo": "Reinforcement learning: PPO", "grpo": "Reinforcement learning: GRPO"}
 
@@ -1130,8 +1130,8 @@ def checklist_page() -> str:
         "page, and {py:func}`~llmbook.scaling.check_config` compares a configuration with it.\n",
         "Batches are counted in tokens for pretraining and in rows for tuning. Warmup is a share "
         "of all steps, and final a share of the peak rate. The rates are those of AdamW, except "
-        "that the highest one of DPO was used with RMSprop. The highest rate of PPO is the highest of "
-        "its source's scan that did not diverge.\n",
+        "that the highest one of DPO was used with RMSprop. The highest rate of PPO is the highest "
+        "of its source's scan that did not diverge.\n",
     ]
     for scale in CHECKLISTS:
         title = _WHERE.get(scale, f"Pretraining at {scale} parameters")
