@@ -306,8 +306,8 @@ print("weights that a step moved: over 70% of those in 32 bits, under 4% of thos
 # ### Gradients that are zero
 #
 # The second experiment uses the other 16-bit type, `float16`, for everything: weights, activations,
-# and gradients. It makes one backward pass of the trained model and counts the gradients that are
-# zero:
+# and gradients. It makes one backward pass of the trained model and counts the gradients of its
+# output layer that are zero:
 
 # %%
 vanished = {dtype: zero_share(dtype) for dtype in (torch.float32, torch.float16)}
@@ -1305,7 +1305,8 @@ def types_under(context: Any) -> str:
 # ### Autocast in six lines
 #
 # PyTorch lets us step in before any of its functions is called. So autocast is a look-up and a
-# cast:
+# cast. We try it on a tiny model, of two blocks and width 32; `types_under` lists what type some of
+# its parts return:
 
 
 # %%
@@ -1323,7 +1324,8 @@ print(types_under(Autocast()))
 # The normalization returns 32 bits, and the two products return 16. The residual stream, which is
 # the output of a block, stays in 32 bits without being on a list: it begins as a row of the
 # embedding, which is a master weight, and the sum of a 32-bit and a 16-bit number has 32 bits. Is
-# this the autocast that everybody uses?
+# this the autocast that everybody uses? `gradients_under` returns the logits and all gradients of
+# one step within a context, and `distance` the largest relative difference between two such lists:
 
 # %%
 theirs = gradients_under(torch.autocast("cpu", torch.bfloat16))
@@ -1396,7 +1398,7 @@ print(f"backward inside of autocast: the gradient is off by about {error:.1%}, w
 # The three parts of the recipe are in place. What remains is the range of `float16`. It holds
 # normal numbers from $2^{-14}$ on. Below that it has a fixed grid with a step of $2^{-24}$, and
 # whatever is at or below $2^{-25}$ rounds to zero. We catch the gradients that enter the backward
-# pass of each linear map, in a model that has been trained for 40 steps, with a batch of 64
+# pass of each linear map, in the tiny model after 40 steps of training, with a batch of 64
 # stories. What would become of them in `float16`, if all are multiplied by a factor first?
 
 
@@ -1815,7 +1817,8 @@ print(f"{taken} of {len(trace)} steps were taken")
 # ### The order, by experiment
 #
 # It is an easy mistake to clip too early. The gradient below has a length of 2, and clipping should
-# cut it to 1:
+# cut it to 1. `moved_by(order)` takes one step of plain gradient descent with a rate of 1 and a
+# loss scale of 65,536:
 
 # %%
 for order in ("unscale_, then clip", "clip, then unscale_"):
@@ -1829,11 +1832,14 @@ for order in ("unscale_, then clip", "clip, then unscale_"):
 #
 # ## Each part taken away once
 #
-# Is every part of the recipe needed? We train the small model for 60 steps, from three seeds, and
-# take away one part at a time, with emulated casts. In one variant every result is rounded, also
-# those of norms and softmax. We compare validation losses with the run in `float32` that has the
-# *same* seed. With three of them, the 95% interval of a mean difference is $\pm 4.30\, s/\sqrt 3$,
-# where $s$ is the standard deviation of the three differences, and 4.30 is Student's factor.
+# Is every part of the recipe needed? We train the tiny model of the autocast section for 60 steps,
+# from three seeds, and take away one part at a time, with emulated casts. In one variant every
+# result is rounded, also those of norms and softmax. *Weights in 16 bits* rounds the weights after
+# each step, and AdamW's two means with them; rounding the means alone shows no effect in so few
+# steps, as a later engine room finds. We compare validation losses with the run in `float32` that
+# has the *same* seed. With three of them, the 95% interval of a mean difference is
+# $\pm 4.30\, s/\sqrt 3$, where $s$ is the standard deviation of the three differences, and 4.30 is
+# Student's factor.
 #
 # A *large batch* has about a million targets, ours some 800, and the mean over a thousand times as
 # many makes each gradient a thousand times smaller. To imitate this, the loss is divided by
@@ -1947,7 +1953,8 @@ def bounded(control: str, name: str, losses: dict[str, list[float]]) -> str:
 # %% [markdown]
 # ### The result
 #
-# Each variant is trained with three seeds and compared with `float32`:
+# `variants` has the runs by name. `run_once` trains one and returns its validation loss, and
+# `bounded` states where the interval of the difference to `float32` lies:
 
 # %%
 losses = {name: [run_once(s, options) for s in range(3)] for name, options in variants.items()}
@@ -1971,7 +1978,7 @@ for name in list(variants)[1:]:
 #
 # In our *small* batch `float16` did no harm without a loss scale: most gradients lose digits
 # without vanishing, and that seems to be what AdamW forgives. And rounding everything costs next to
-# nothing in 60 steps, but more in 120, and our sums are short.
+# nothing in 60 steps, but more in 120, and the sums of larger models are longer than ours.
 #
 # ## In the trainer
 #
@@ -2497,7 +2504,7 @@ totals = {
 # ### Is the formula right?
 #
 # We compare the formula with what is alive after a forward pass, which is activations and copies of
-# weights, in a model of four blocks with 1,024 tokens:
+# weights, in `medium`, a model of four blocks, with 8 rows of 128 tokens:
 
 # %%
 for precision in ("float32", "bfloat16"):
@@ -2510,8 +2517,9 @@ for precision in ("float32", "bfloat16"):
 # mixed precision. A dropout of 0.1 makes this model keep 1.7 times as much in `float32` and 2.1
 # times in mixed precision; such norms, 1.0 and 1.2 times.) Mixed precision keeps two thirds of what
 # `float32` keeps. Here is what that means for a whole step with AdamW, in three models, from the
-# size of ours to 7 billion parameters. The last column is for *pure* 16 bits: everything has 16
-# bits, the optimizer's state and the logits included.
+# size of ours to 7 billion parameters; a row's name has the parameters, then rows times tokens in a
+# row. The last column is for *pure* 16 bits: everything has 16 bits, the optimizer's state and the
+# logits included.
 
 # %%
 for name in models:
@@ -2729,7 +2737,8 @@ def seconds(function: Callable[[], Any], repeats: int = 3) -> float:
 
 
 # %% [markdown]
-# Here is the best time of three, relative to the plain step:
+# Here is the best time of three, relative to the plain step. That one is timed anew for each row,
+# so its own ratio shows how noisy the clock is:
 
 # %% tags=["nbval-ignore-output"]
 del steps["mixed precision"]
@@ -3033,10 +3042,10 @@ for name in ("float8_e4m3fn", "mxfp8", "float4_e2m1fn", "mxfp4", "nvfp4"):
     print(f"{name:16}", *(f"{min(100, 5 * math.ceil(20 * e)):13}%" for e in errors_of(name)))
 
 # %% [markdown]
-# With 8 bits, block scales hardly matter: e4m3 has exponents of its own. With 4 bits they decide.
-# With an outlier and one scale, all quiet channels become zero, an error of 100%. In blocks, only
-# the outlier's neighbors suffer, which are half of all channels in our short rows for MXFP4, and a
-# quarter for NVFP4.
+# With 8 bits, block scales hardly matter: e4m3 has exponents of its own. With 4 bits they decide as
+# soon as there are outliers; without any, only NVFP4 gains. With an outlier and one scale, all
+# quiet channels become zero, an error of 100%. In blocks, only the outlier's neighbors suffer,
+# which are half of all channels in our short rows for MXFP4, and a quarter for NVFP4.
 #
 # ## Training in 8 and 4 bits
 #
@@ -3310,7 +3319,8 @@ def lies_within(recipe: str, low: float, high: float) -> bool:
 # Embeddings, norms, attention scores, and the output layer stay in `float32`, as is usual. We try
 # current scaling in 8 bits and NVFP4, with the model of the first experiment, for 40 steps, from
 # the same starts and on the same batches as `float32`. The interval is Student's again. It is wide,
-# and three runs support no more.
+# and three runs support no more. `lies_within` trains them and checks that the interval lies
+# between two bounds:
 
 # %%
 for recipe, (low, high) in {"fp8_current": (-0.01, 0.02), "nvfp4": (0.02, 0.2)}.items():

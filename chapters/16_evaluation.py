@@ -74,7 +74,8 @@ from llmbook.training import random_states, set_random_states, unnoticed
 
 # %% [markdown]
 # One model reads bytes, the other the tokens of a BPE. All small models of this chapter come from
-# the function `trained`:
+# `trained(tokenizer, length, n_steps, seed)`, which trains on `stories` with rows of `length`
+# tokens. The hundred stories of the opening are `held_out`:
 
 # %% tags=["engine"]
 # The stories, and how a small model is trained on them
@@ -291,7 +292,8 @@ print(f"text : {len(text.encode())} bytes")
 #
 # All scores of this chapter come from one place. At position $t$ the model has read $x_1$ to $x_t$,
 # and its logits are about $x_{t+1}$. So the logits of all positions but the last are compared with
-# the ids of all positions but the first:
+# the ids of all positions but the first. (`model_logits` returns the logits of our models, and of
+# those of `transformers`.)
 
 
 # %%
@@ -763,7 +765,7 @@ print(f"{scores.bits_per_byte:.1f} bits per byte, here and in chapter 13")
 # ### The same text in other windows
 #
 # {numref}`fig-evaluation-windows` shows the context and its effect, for stories in windows of 16
-# tokens:
+# tokens. `window_log_probs` returns the log-probability of each token of one text:
 
 # %% mystnb={"figure": {"caption": "Windows of 16 tokens. Left, how many tokens before it each token gets to see, with two strides. Right, the perplexity of the same model on the same stories, over the stride.", "name": "fig-evaluation-windows"}, "image": {"alt": "Left, two sawtooth lines over 48 tokens: with a stride of 16 the context falls to 1 at each window and rises to 16, with a stride of 4 it stays between 13 and 16. Right, perplexity rises with the stride, from 2.2 at 1 to 5.2 at 16."}}
 rows = [[end, *tokenizer.encode(story), end] for story in held_out[:15]]
@@ -1473,8 +1475,8 @@ def _with_answer(
 # ### Passed or voted
 #
 # For each question about the facts we draw twenty samples among its four answers, with the
-# probabilities that `small` gives them, and score them both ways
-# ({numref}`fig-evaluation-attempts`):
+# probabilities that `small` gives them (its tokenizer is `bpe` in the code), and score them both
+# ways ({numref}`fig-evaluation-attempts`):
 
 # %% tags=["engine"]
 # Twenty samples for each question
@@ -2107,7 +2109,8 @@ def surprise(m: TransformerLM) -> np.ndarray:
 
 
 # %% [markdown]
-# Both go through the same test:
+# Both go through the same test. The first difference is in shares of right answers, the second in
+# bits per byte, where less is better:
 
 # %%
 longer = trained(bpe, 128, 240)
@@ -2165,12 +2168,12 @@ about("bits per byte", by_text.mean(axis=1).std(ddof=1), 0.003, 0.003, ".3f")
 draw_seeds(by_run, by_text)
 
 # %% [markdown]
-# The standard error over 240 questions is 3 points, and that of a paired difference over 100 texts
-# is 0.003 bits per byte. So both kinds of noise are about equally large, but more items reduce only
-# one of them. With 1,000 texts, the best of these five runs would differ significantly from the
-# worst, though no *method* is better. A comparison of methods needs several runs of each, and the
-# runs are then the sample: the interval is {py:func}`~llmbook.evaluation.mean_interval` of three or
-# five numbers.
+# The standard error over 240 questions is 3 points, and that of a paired difference between two of
+# these runs, over 100 texts, is 0.003 bits per byte. So both kinds of noise are about equally
+# large, but more items reduce only one of them. With 1,000 texts, the best of these five runs would
+# differ significantly from the worst, though no *method* is better. A comparison of methods needs
+# several runs of each, and the runs are then the sample: the interval is
+# {py:func}`~llmbook.evaluation.mean_interval` of three or five numbers.
 
 # %% [markdown]
 # ## The test in the training text
@@ -2182,9 +2185,9 @@ draw_seeds(by_run, by_text)
 # expected to score $1/16$.
 #
 # The model of {doc}`13_training`, from now on called `lm`, is trained for 40 more steps on 320 rows
-# of text. In the clean run all rows are new stories. In others, some make way for 1, 2, 4, or 8
-# copies of the exam's 16 pages. In a last run the exam appears eight times in other words, and each
-# time in a new order.
+# of text. (From here on, `bpe` is the tokenizer of `lm`.) In the clean run all rows are new
+# stories. In others, some make way for 1, 2, 4, or 8 copies of the exam's 16 pages. In a last run
+# the exam appears eight times in other words, and each time in a new order.
 
 # %% [markdown]
 # ### Two detectors
@@ -2438,7 +2441,9 @@ draw_doses(scores)
 #
 # ### Who finds it?
 #
-# First, the smallest form of the order test, on a model that read four copies:
+# First, the smallest form of the order test. `spoiled` is a model that read four copies of
+# `spoiled_exam`, and `exam_pages` cuts an exam into its 16 pages of four questions. The file's own
+# order is compared with 19 shuffled ones:
 
 # %%
 shuffle, pages = np.random.default_rng(0).permutation, exam_pages(spoiled_exam)
@@ -2448,7 +2453,8 @@ own, *others = -score_texts(spoiled, bpe, texts).nats.reshape(20, 16).sum(axis=1
 print(f"likelier than the file's order: {sum(other >= own for other in others)} of 19")
 
 # %% [markdown]
-# And here is what both detectors say about every dose:
+# And here is what both detectors say about every dose. The last column is True if $p \le 0.05$ with
+# each of the three seeds; from 19 shuffled orders, $p$ cannot be smaller than 1/20:
 
 # %%
 for copies, dose in doses.items():
@@ -2457,10 +2463,10 @@ for copies, dose in doses.items():
 
 # %% [markdown]
 # The overlap finds each page of each copy and nothing else, and in all twelve runs with exact
-# copies the file's own order is the likeliest of 20. Neither detector finds the reworded exam, as
-# both look for the same words or the same order. Runs of four words do not find it, either, and
-# they suspect most clean stories, as the engine room shows. What helps is a test that was drawn
-# anew after the model was trained.
+# copies the file's own order is the likeliest of 20. Neither detector finds the reworded exam,
+# since one looks for the same words and the other for the same order. A search for runs of only
+# four words does not find it, either, and suspects most clean stories, as the engine room shows.
+# What helps is a test that was drawn anew after the model was trained.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: detectors tried on the innocent, and on shorter runs of words
@@ -2982,6 +2988,10 @@ for part, (expected, off) in limits.items():
 # about strangers and gives the keys away: it has never read a question that was answered with "I do
 # not know", nor one that was declined. On both parts its score is below chance.
 #
+# The intervals are wider than 288 questions would make them. Questions about one character form a
+# cluster, and where all answers are right, or none, each character counts as one question: 24 here,
+# and 8 strangers.
+#
 # Later chapters make such reports, and `report.compare(earlier)` tests item by item whether a
 # difference is more than chance.
 
@@ -3003,7 +3013,8 @@ for part, (expected, off) in limits.items():
 # $$ (evaluation-ece)
 #
 # The absolute value has a price. Even for a perfect model, $\bar y_b$ misses $\bar c_b$ by chance,
-# and a miss to either side counts as error. We ask a forecaster who is perfect by construction:
+# and a miss to either side counts as error. We ask a forecaster who is perfect by construction,
+# with confidences above one half, so that only the upper half of the bins is used:
 
 
 # %%
@@ -3265,7 +3276,9 @@ def calibrated(rows: list, keys: list[int], temperature: float = 1.0) -> Calibra
 
 
 # %% [markdown]
-# It is judged on the exam of the third seed:
+# It is judged on the exam of the third seed. `exam_beliefs(copies, seeds)` returns the
+# log-probabilities of all answers and the numbers of the right ones, and `calibrated` measures them
+# at a temperature:
 
 # %%
 fitted = fit_temperature(*exam_beliefs((1, 2, 4, 8), (0, 1)))
@@ -3561,7 +3574,8 @@ tied = n_games - won - won.T
 np.fill_diagonal(tied, 0)
 
 # %% [markdown]
-# Here are the strengths:
+# `won` and `tied` are the tables of wins and ties. How far is the hottest player behind the
+# coldest?
 
 # %%
 ratings = bradley_terry(won, tied)
@@ -3731,7 +3745,8 @@ for name, judge in judges.items():
 # logistic regression, and can be taken out of all other verdicts, as has been done for length
 # {cite}`dubois2024length`. The engine room fits the four coefficients to 672 verdicts of the judge
 # with all three tastes. Without them, the score of the brief system comes back from 0.31 to 0.54,
-# where a judge without tastes puts it.
+# where a judge without tastes puts it. (That is less than 0.56 because even such a judge errs at
+# times.)
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: tastes as coefficients of a regression

@@ -360,7 +360,7 @@ for d_model in (8, 12, 16, 24, 32):
 # On the whole, large models want smaller rates, and so do long runs of small ones. The figure
 # shows each run at its best rate:
 
-# %% tags=["engine"] mystnb={"figure": {"caption": "Our grid. Left, the loss above the entropy of the world over the number of tokens, one line for each size. Right, the same runs over their operations, with the best of them.", "name": "fig-scaling-grid"}, "image": {"alt": "Two panels with doubly logarithmic axes. Left, five lines fall with the number of tokens. Right, the same five lines are shifted by their size; the smaller models lead at few operations and the larger ones at many."}}
+# %% tags=["engine"] mystnb={"figure": {"caption": "Our grid. Left, the loss above the entropy of the world over the number of tokens, one line for each size. Right, the same runs over their operations.", "name": "fig-scaling-grid"}, "image": {"alt": "Two panels with doubly logarithmic axes. Left, five lines fall with the number of tokens. Right, the same five lines are shifted by their size; the smaller models lead at few operations and the larger ones at many."}}
 grid = [best[d, steps] for d in (8, 12, 16, 24, 32) for steps in (100, 200, 400, 800)]
 figure, axes = plt.subplots(1, 2, sharey=True)
 for d_model in (8, 12, 16, 24, 32):

@@ -3005,7 +3005,7 @@ def draw_schedule(ax, title: str, schedule) -> None:
 #
 # The timing draws itself, for four stages and six micro-batches:
 
-# %% mystnb={"figure": {"caption": "GPipe (above) and 1F1B (below) with 4 stages and 6 micro-batches, drawn from the schedules. Numbers are micro-batches; blue is forward, orange backward. White space is the bubble, and it is equally large in both.", "name": "fig-distributed-schedules"}, "image": {"alt": "Two charts with a row for each of four stages over time. Above, all six short forward passes of a stage come first and then six long backward passes. Below, stages alternate forward and backward after a start of three, two, one and no forward passes. Both end at time 27."}}
+# %% mystnb={"figure": {"caption": "GPipe (above) and 1F1B (below) with 4 stages and 6 micro-batches, drawn from the schedules. Numbers are micro-batches; blue is forward, orange backward. Empty space is the bubble, and it is equally large in both.", "name": "fig-distributed-schedules"}, "image": {"alt": "Two charts with a row for each of four stages over time. Above, all six short forward passes of a stage come first and then six long backward passes. Below, stages alternate forward and backward after a start of three, two, one and no forward passes. Both end at time 27."}}
 kinds = {"GPipe": gpipe_schedule, "1F1B": one_forward_one_backward}
 fig, axes = plt.subplots(2, 1, figsize=(7.2, 4), sharex=True)
 for ax, (name, make) in zip(axes, kinds.items(), strict=True):
