@@ -189,7 +189,7 @@ assert bets["B"].loss < min(bets["A"].loss, bets["C"].loss) - 3
 # there is always a rarer fact in real text {cite}`hutter2021learning`.
 #
 # A run trains a model of two layers and width `d_model`, on fresh stories only: no story is seen
-# twice, so $D$ is a number of different tokens. Its learning rate falls linearly to zero at the
+# twice, so $D$ counts new tokens only. Its learning rate falls linearly to zero at the
 # last step. That is why each $D$ needs a run of its own: the loss in the middle of a longer run is
 # worse, because its learning rate has not fallen yet {cite}`hoffmann2022training`. The function
 # {py:func}`~llmbook.scaling.train_run` in the engine room below does all of this.
@@ -401,9 +401,10 @@ plt.show()
 # $$ (huber)
 #
 # With their $\delta = 10^{-3}$, errors of more than a tenth of a percent count in proportion to
-# their size, so the fit is close to one of least absolute errors. The sum over all runs has
-# several minima, and a search that starts at one point may end in a poor one. The remedy is to
-# start from many points and to keep the best end. In code, with an optimizer from a library:
+# their size, so the fit is close to one of least absolute errors. The sum over all runs has several
+# minima, and a search that starts at one point may end in a poor one. The remedy is to start from
+# many points and to keep the best end. In code, with an optimizer from a library, for the twenty
+# runs of the grid (`grid`):
 
 
 # %%
@@ -883,9 +884,9 @@ for name, some in choices.items():
 #
 # Given a budget of $C$ operations, which $N$ and $D$ have the lowest loss? Such a pair is called
 # {term}`compute-optimal`. Substitute $D = C / (6N)$ into {eq}`scaling-law`. The derivative with
-# respect to $\log N$ must be zero. The first term gives $-\alpha A N^{-\alpha}$. The second is $B
-# \, (6N/C)^{\beta}$, whose derivative is $\beta B \, (6N/C)^\beta = \beta B D^{-\beta}$. So at the
-# best size
+# respect to $\log N$ must be zero. The term of size gives $-\alpha A N^{-\alpha}$. The term of data
+# is $B \, (6N/C)^{\beta}$, whose derivative is $\beta B \, (6N/C)^\beta = \beta B D^{-\beta}$. So
+# at the best size
 #
 # $$
 # \alpha \frac{A}{N^\alpha} = \beta \frac{B}{D^\beta} .
@@ -1055,7 +1056,9 @@ PUBLISHED_LAWS: Mapping[str, ScalingLaw] = {
 # envelope of {numref}`fig-scaling-grid`. The **second** trains several sizes with exactly the same
 # $C$. The loss over $\log N$ is a valley, and a parabola through its points has a minimum between
 # them; they call this an {term}`IsoFLOP profile`. Three of our runs with equal operations were the
-# bet. The **third** is the fit with {eq}`scaling-optimum`.
+# bet. The **third** is the fit with {eq}`scaling-optimum`. Here are the second and the third, where
+# `isoflop_minimum` finds the lowest point of a parabola (a star) and `compute_optimal` the dashed
+# line:
 
 # %% mystnb={"figure": {"caption": "Runs of equal compute, the parabolas through them, and their minima. The dashed line is the best size by the fitted law.", "name": "fig-scaling-isoflop"}, "image": {"alt": "Three valleys of loss over the number of parameters, one for each budget. The bottoms move down and to the right as the budget grows, near a dashed line."}}
 budgets = [6 * run.parameters * run.tokens for run in (best[8, 400], best[8, 800], best[8, 1600])]
@@ -1080,12 +1083,12 @@ plt.show()
 # %% [markdown]
 # The minima of the valleys in {numref}`fig-scaling-isoflop` move to the right as the budget grows,
 # about as $C^{0.46}$. But three minima within a factor of four of compute do not determine a slope:
-# with the spread over seeds that we measured, the 95 % interval goes from 0.3 to 1.0. It excludes
-# neither 0.46 nor 0.6, which is what the fit says, with an interval from 0.2 to 0.6, because $E$,
-# $\alpha$, and $\beta$ can be traded for one another. The first way is of no use on a grid this
-# small: nearly every run is one that no cheaper run beats, so it finds about 0.4 for any law. What
-# the valleys do show is what a wrong size costs: a model half or twice as large as the best one
-# loses one to three nats.
+# with the spread over seeds that we measured, the 95 % interval goes from 0.3 to 1.0. So it does
+# not exclude 0.6, which is what the fit says. The interval of the fit goes from 0.2 to 0.6, because
+# $E$, $\alpha$, and $\beta$ can be traded for one another. The first way is of no use on a grid
+# this small: nearly every run is one that no cheaper run beats, so it finds about 0.4 for any law.
+# What the valleys do show is what a wrong size costs: a model half or twice as large as the best
+# one loses one to three nats.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the exponents of the three ways
@@ -1211,10 +1214,10 @@ for used in (0, 1e12, 1e13, 1e14):
 
 # %% [markdown]
 # With ten trillion tokens in use, the cheapest model is half as large as Chinchilla and trained on
-# six times as many tokens per parameter, and its training costs a third more. Llama 3 with 8
-# billion parameters was trained on 15 trillion tokens {cite}`grattafiori2024llama3`, nearly 1,900
-# for each parameter. This is far outside the range of the fit, so read the last row as a direction
-# rather than as a number {cite}`sardana2024beyond`.
+# more than five times as many tokens per parameter, and its training costs a third more. Llama 3
+# with 8 billion parameters was trained on 15 trillion tokens {cite}`grattafiori2024llama3`, nearly
+# 1,900 for each parameter. This is far outside the range of the fit, so read the last row as a
+# direction rather than as a number {cite}`sardana2024beyond`.
 
 # %% [markdown]
 # ## Transfer over width
@@ -1224,10 +1227,10 @@ for used in (0, 1e12, 1e13, 1e14):
 # go?
 #
 # {numref}`fig-scaling-transfer` shows 48 settings of small models that differ only in their width
-# and their rate. All models have two layers and were trained for 150 steps of AdamW on the stories
-# of the tiny world of {doc}`01_tinyworld`, for which `world` stands from here on. The command
-# `python benchmarks/transfer.py` trains them, each with two seeds, and keeps their losses in
-# `benchmarks/results/transfer.csv`.
+# and their rate. All models have two layers and two heads, which widen with the model, and were
+# trained for 150 steps of AdamW on the stories of the tiny world of {doc}`01_tinyworld`, for which
+# `world` stands from here on. The command `python benchmarks/transfer.py` trains them, each with
+# two seeds, and keeps their losses in `benchmarks/results/transfer.csv`.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the file of the sweep, and how its curves are drawn
@@ -1296,9 +1299,10 @@ draw_curves(titles, (32, 64, 128, 256))
 
 # %% [markdown]
 # On the left, the rate that is best for width 32 makes the model of width 256 *worse than that of
-# width 32*: it costs thirty times as much to train and ends at nearly twice the loss. With every
-# doubling of the width, the best rate has to be more than halved. On the right, one rate is best
-# for all widths. The difference is a handful of constants, and we can derive them.
+# width 32*: it costs thirty times as much to train and ends at nearly twice the loss (2.4 nats in
+# place of 1.2, above the edge of the panel). With every doubling of the width, the best rate has to
+# be more than halved. On the right, one rate is best for all widths. The difference is a handful of
+# constants, and we can derive them.
 #
 # ### The scales
 #
@@ -1374,9 +1378,9 @@ def width_scales(model: TransformerLM, base: ModelConfig) -> dict[str, tuple[flo
 
 # %% [markdown]
 # The exported {py:func}`~llmbook.scaling.mup_scales` also handles fan-ins that grow differently,
-# tied heads, experts, and the norms of queries and keys.
-# {py:func}`~llmbook.scaling.initialize_mup` applies the scales to the weights, and
-# {py:func}`~llmbook.scaling.mup_groups` to the groups of an optimizer.
+# tied heads, experts, and the norms of queries and keys. {py:func}`~llmbook.scaling.initialize_mup`
+# applies the scales to the weights, and {py:func}`~llmbook.scaling.mup_groups` to the groups of an
+# optimizer; where it divides a rate, it multiplies the weight decay, so that their product is kept.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: any model of ours, tied or with experts, and weight decay that stays the same
@@ -1571,7 +1575,9 @@ def take_step(model: TransformerLM, optimizer: AdamW, batch: Batch) -> float:
 #
 # A slip in one of the scales is easily made and hard to see, because the model still trains. The
 # **{term}`coordinate check`** finds it in seconds: train models of several widths for a few steps
-# and see how far their logits have moved. Under muP the distance must not depend on the width.
+# and see how far their logits have moved. Under muP the distance must not depend on the width. (The
+# room above has `model_of`, which makes a model and its AdamW, `some_rows`, which takes rows from
+# `data`, the stories, and `take_step`, one step of training.)
 
 
 # %%
@@ -1616,7 +1622,7 @@ for method in ("standard", "mup"):
 # muP by 1.2. (The factor $1/n$ alone would give 8; the head, and attention whose heads widen, ask
 # for more.) At the two larger widths the standard parametrization *at its own best rate* reaches
 # the lower loss, by about 0.07 nats. That is little more than luck: at a width of 32 both panels
-# are the same model, drawn anew, and two seeds differ by 0.05. Here muP does not make a model
+# are the same model, drawn anew, and their losses differ by 0.05. Here muP does not make a model
 # better; it makes its rate predictable. If you can try six rates at the full width, you do not need
 # it. If you can try only one, you do.
 
@@ -1889,7 +1895,8 @@ for order in ("last", "first"):
 # **Mixtures** are the same choice without an order. Each mixture has its own loss, so the best
 # shares can be found by a fit to small models and used for large ones, with the same caution as a
 # learning rate. {cite:t}`ye2024mixing` choose the mixture for a model of a billion parameters by
-# fits to smaller runs, and Llama 3 was made in the same way {cite}`grattafiori2024llama3`.
+# fits to smaller runs, and the mixture of Llama 3 was chosen in the same way
+# {cite}`grattafiori2024llama3`.
 
 # %% [markdown]
 # ## The cost of a run
@@ -2092,8 +2099,8 @@ PUBLISHED = {
 # %% [markdown]
 # ### Estimated and reported
 #
-# How good are such estimates? Here are runs whose hours were published, with the same guess of 40
-# % for $u$:
+# How good are such estimates? Here are runs (`PUBLISHED`) whose GPU hours were published, all with
+# one guess of 40 % for $u$:
 
 # %%
 print("run             FLOPs     hours   estimated  ratio  MFU that would fit")
@@ -2482,7 +2489,8 @@ def check_config(
 # %% [markdown]
 # ### The list for 7 billion
 #
-# This is the list for pretraining a model of 7 billion parameters:
+# This is the list for pretraining a model of 7 billion parameters. (`final` is the last rate as a
+# share of the highest, `warmup_share` the part of all steps in which the rate rises.)
 
 # %%
 for setting in hyperparameter_checklist("7B").values():
@@ -2506,7 +2514,7 @@ for warning in check_config(gpt2, copied):
     print(warning.split(" (of")[0])
 
 # %% [markdown]
-# All four are cheap to fix before the run. The last one is the gravest: one token for every seven
+# All four are cheap to find before the run. The last one is the gravest: one token for every seven
 # parameters.
 
 # %% [markdown]
@@ -2689,7 +2697,7 @@ class BudgetGame:
 
 
 # %% [markdown]
-# ### A budget to spend
+# ### Exercises about the law
 #
 # ````{exercise} The budget game
 # :label: ex-scaling-game
@@ -2700,9 +2708,10 @@ class BudgetGame:
 # it returns the number of parameters that a single run of `game.target` operations should have, ten
 # times the budget of the game. The losses follow a {py:class}`~llmbook.scaling.ScalingLaw` like the
 # one of our grid, with two percent of noise. The check plays nine games with three laws, and asks
-# for a small mean *regret*: the nats by which your model is worse than the best model for the
-# target. The best sizes lie between 50,000 and a million. Here the law is exactly true, so a fit
-# beats the valleys, but the budget matters: with a tenth of it, the fit fails.
+# for a mean *regret* below 0.1 nats. Regret is the number of nats by which your model is worse than
+# the best model for the target. The best sizes lie between 50,000 and a million. Here the law is
+# exactly true, so a fit beats the valleys, but the budget matters: with a tenth of it, the fit
+# fails.
 # ````
 
 

@@ -475,7 +475,7 @@ def launch(
 # %% [markdown]
 # ### It trains
 #
-# We let both ranks train for eighty steps:
+# We let both ranks train for eighty steps. Losses are in nats per byte:
 
 # %%
 for rank, found in enumerate(launch(train, 2, 80)):
@@ -484,7 +484,7 @@ for rank, found in enumerate(launch(train, 2, 80)):
     assert last < 0.6 * found[0]
 
 # %% [markdown]
-# The curve looks right, so who would look further? Let $s_r$ be the gradient of the loss *summed*
+# Both losses fall, so who would look further? Let $s_r$ be the gradient of the loss *summed*
 # over the targets of rank $r$, and let $n_r$ be the number of these targets. The gradient of the
 # mean loss over all targets is $(s_0 + s_1) / (n_0 + n_1)$. What the two processes used is the mean
 # of two means,
@@ -494,7 +494,8 @@ for rank, found in enumerate(launch(train, 2, 80)):
 # $$ (distributed-mean-of-means)
 #
 # in which a target of rank $r$ has the weight $1 / (2 n_r)$. To see this in the run itself, we take
-# the gradient that it used and solve for the shares of $s_0$ and $s_1$ in it:
+# the gradient that it used and solve for the shares of $s_0$ and $s_1$ in it. Times 256, the number
+# of all targets, each share should be 1:
 
 
 # %%
@@ -804,8 +805,8 @@ def pass_on(
 #
 # How does a sum of $b$ bytes reach all of $n$ ranks? If all of them send their tensors to rank 0,
 # it receives $(n - 1) b$ bytes, adds them up, and sends as many back: with a thousand ranks, that
-# takes a thousand times as long. In a ring, each rank sends only to the next one, and no rank sends
-# more than $2b$ bytes {cite}`patarasuk2009bandwidth`.
+# takes a thousand times as long as with two. In a ring, each rank sends only to the next one, and
+# no rank sends more than $2b$ bytes {cite}`patarasuk2009bandwidth`.
 #
 # Cut the tensor into $n$ parts. In each step, a rank passes on one part, and adds the part that
 # arrives to its own copy of that part. A part travels once around the ring and gathers the
@@ -962,9 +963,9 @@ for n in (2, 3, 4):
 # Now we can mend the gradient of the opening. The sum of the losses over all targets is a plain
 # sum, over ranks and over the micro-batches that each rank accumulates, and so is its gradient. The
 # only number that a rank needs from the others is the denominator: how many targets there are in
-# all. One `all_reduce` of one number finds it *before* the first backward pass. We compare three
-# recipes, each with four micro-batches on each of two ranks, with one process that reads all rows
-# at once:
+# all. One `all_reduce` of one number (`sum_over_ranks`) finds it *before* the first backward pass.
+# We compare three recipes, each with four micro-batches on each of two ranks, with one process that
+# reads all rows at once:
 
 
 # %%
@@ -1771,7 +1772,8 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 # weight decay, and gradients are clipped. The function `scheme_bytes` has the formulas to the byte.
 # For $P$ weights they come to $2 (n - 1)/n \cdot 4P$ bytes for the first three schemes. With $m$
 # micro-batches, full sharding sends $m (n - 1)/n \cdot 12 P$ bytes, or $8P$ in place of $12P$ with
-# 16-bit weights. Marks, buffers, and the norm add a few more bytes.
+# 16-bit weights. Marks, buffers, and the norm add a few more bytes. (Stage 2, which this chapter
+# does not build, comes back in the predictions further on.)
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: one run by any scheme
@@ -2020,8 +2022,9 @@ for n in (2, 4):
 # %% [markdown]
 # ### The ten runs
 #
-# Every row of `table` is a run of the room above, compared with one process (`control`, on the same
-# `batches`). Weights may differ by a share of the largest in their tensor:
+# Bytes are those that each rank sends in one step. Every row of `table` is a run of the room above,
+# compared with one process (`control`, on the same `batches`). Weights may differ by a share of the
+# largest in their tensor:
 
 # %%
 whole, n_weights = TransformerLM(config), count_parameters(config)
@@ -2489,7 +2492,7 @@ print(compared(*zip(*launch(dtensor_step, 2, model, ids), strict=True)))
 # $$ (distributed-merge)
 #
 # Merging is attention over tiles: $\ell_j$ is the score of a tile, and $o_j$ is its value. In code,
-# for two tiles at a time:
+# for two tiles at a time (an `AttentionPart` has the output `out` and the log-sum-exps `log_sum`):
 
 
 # %% tags=["engine"]
@@ -2824,8 +2827,8 @@ print(f"each rank sent {ranks[0][2]:,} bytes; the formula says {formula:,}")
 # ## Cutting the depth: pipelines
 #
 # The plainest cut gives the first layers to rank 0, the next to rank 1, and so on. Only neighboring
-# *stages* talk, and send $BTd$ numbers at each cut. But while one stage works on the batch, all
-# others wait.
+# *stages* talk, and send $BTd$ numbers at each cut, once forward and once backward. But while one
+# stage works on the batch, all others wait.
 #
 # So the batch is cut into $m$ micro-batches, and stage 0 starts on the second while stage 1 has the
 # first. Let there be $p$ stages, and let a micro-batch take the times $t_f$ forward and $t_b$
@@ -3240,7 +3243,7 @@ for name, make in kinds.items():
 # %% [markdown]
 # ## Experts on several devices
 #
-# Of the experts of a mixture ({doc}`10_blocks`), each rank has some, whole, and its own share of
+# Each rank has some of the experts of a mixture ({doc}`10_blocks`), undivided, and its own share of
 # the tokens. Tokens travel to their experts, and results back. Every rank sends something different
 # to every other one, an *all-to-all*. If a rank has $N$ tokens with $k$ active experts each, and
 # routing is even, $\frac{n-1}{n}$ of its $Nk$ vectors leave. There are two exchanges forward and
@@ -3422,8 +3425,8 @@ plt.show()
 # For 7.5 billion weights on 64 GPUs, ZeRO's paper gives 120, 31.4, 16.6 and 1.9 GB
 # {cite}`rajbhandari2020zero`, and so do our formulas. At the speed that torchtitan publishes for
 # full sharding on 64 A100 GPUs {cite}`pytorch2024titanspeed`, each must have sent 22 GB per second,
-# most of it to a neighbor in the same server, yet used more than half of its arithmetic: most of
-# the traffic was hidden.
+# seven of eight GPUs to a neighbor in the same server, yet used more than half of its arithmetic:
+# most of the traffic was hidden.
 #
 # Larger runs combine the cuts. On 16,384 GPUs, Llama 3 405B divides each layer over 8 of them and
 # the layers over 16 stages, and the 128 GPUs that have the same part shard it among themselves
@@ -4092,7 +4095,8 @@ def losses(way: str | None) -> list[float]:
 # ### The same curve
 #
 # The room's `losses` trains a tiny model for twenty steps, with four micro-batches in a step on one
-# process and two on each of two ranks. How far apart are the curves?
+# process and two on each of two ranks (all four on both with `tp`, which divides the model and not
+# the batch). How far apart are the curves?
 
 # %%
 alone = losses(None)
@@ -4562,7 +4566,9 @@ def _write_read(box: int, values: list[Any], folder: str) -> Iterator[Any]:
 # %% [markdown]
 # ### Lines and copies
 #
-# Next come the rules of {doc}`03_cleaning` and {doc}`04_deduplication`.
+# The steps themselves follow the rules of {doc}`03_cleaning` and {doc}`04_deduplication`. A line
+# that several documents have stays with its first owner. Near copies meet in the box of a band, and
+# of each cluster of copies the longest document stays. The room below has these steps.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: cleaning with the lines of others, pairs, and who stays
@@ -4727,7 +4733,9 @@ def _not_kept(links: Iterable[Sequence[str]], lengths: Mapping[str, int]) -> lis
 # %% [markdown]
 # ### Words, tokens, and all steps in order
 #
-# What survives is counted, encoded, and written.
+# What survives is counted, encoded, and written. Equal words meet in one box and are added up
+# there; from the counts, one process learns the merges of the tokenizer. Then each box is encoded
+# by itself, and one process writes the shards, since these have an order.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: counting and encoding, the manifest, and a preparation that goes on
@@ -5623,7 +5631,7 @@ finally:
 #
 # - Count targets over ranks *and* micro-batches before the first backward pass, divide once, and
 #   sum (or multiply by the number of ranks, if the wrapper averages).
-# - Wrap the objective, not the model: what is called around `forward` isn't exchanged.
+# - Wrap the objective, not the model: what bypasses `forward` is not exchanged.
 # - Clip after the exchange, by the norm over all ranks.
 # - Let the number of tensor ranks divide `n_kv_heads` and `d_ff`, and keep them inside one server.
 # - Use at least four times as many micro-batches as stages.
@@ -5635,7 +5643,7 @@ finally:
 # {cite:t}`patarasuk2009bandwidth` derive the ring and prove that no all-reduce sends less.
 # {cite:t}`li2020pytorch` describe PyTorch's data parallelism, {cite:t}`rajbhandari2020zero` the
 # three stages of sharding, and {cite:t}`zhao2023fsdp` how they were built into PyTorch.
-# {cite:t}`shoeybi2019megatron` cut layers, {cite:t}`narayanan2021efficient` combine three cuts and
+# {cite:t}`shoeybi2019megatron` cut layers, {cite:t}`narayanan2021efficient` combine three cuts,
 # {cite:t}`liu2023ring` send keys and values around a ring, and {cite:t}`huang2019gpipe` introduced
 # micro-batches. {cite:t}`grattafiori2024llama3` combine them all. {cite:t}`dean2008mapreduce`
 # divide work so that it survives the failure of machines, and {cite:t}`moritz2018ray` built the
