@@ -33,10 +33,8 @@ from llmbook import (
 
 MODULES = (
     "environment tinyworld corpus cleaning deduplication tokenizer subwords batches positions "
-    "attention blocks model optimization training generation precision evaluation "
+    "attention blocks model optimization training generation precision evaluation scaling "
     "distributed"
-    "attention blocks model optimization training generation precision evaluation distributed"
-    "attention blocks model optimization training generation precision evaluation scaling"
 ).split()
 
 # What is left out, and why.
