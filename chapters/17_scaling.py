@@ -103,7 +103,7 @@ def read_runs(path: str | Path) -> list[Run]:
     A ``ValueError`` names the file, and the line and column of what is no number.
     """
     path = check_path(path)
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.reader(file)
         if tuple(header := next(reader, [])) != Run._fields:
             expected = f"columns {', '.join(Run._fields)}"
@@ -710,7 +710,8 @@ def fit_scaling_law(
     """
     logs = _checked_runs(parameters, tokens, losses)
     _check_positive(delta=delta)
-    check_at_least(n_bootstrap=(0, n_bootstrap), seed=(0, seed))
+    check_whole("n_bootstrap", n_bootstrap, 0)
+    check_whole("seed", seed, 0)
     n, d, y = logs[0] - logs[0].mean(), logs[1] - logs[1].mean(), logs[2]
     ends, values = _minimized(_starts(n, d, y), n, d, y, delta, 500)
     order = np.argsort(values)
@@ -2665,10 +2666,12 @@ class BudgetGame:
         least_share: float = 0.01,
         seed: int = 0,
     ):
+        if not isinstance(law, ScalingLaw):
+            raise ValueError(f"law: expected a ScalingLaw, got {law!r:.60}")
         _check_positive(budget=budget, factor=factor)
         check_fraction("noise", noise)
         check_fraction("least_share", least_share)
-        check_at_least(seed=(0, seed))
+        check_whole("seed", seed, 0)
         self.left, self.target, self.least = budget, factor * budget, least_share * budget
         self._law, self._noise, self._random = law, noise, np.random.default_rng(seed)
         self.runs: list[tuple[float, float, float]] = []  # parameters, tokens, loss

@@ -87,6 +87,7 @@ NOT_TRIED = {
     "evaluation.TextScores",
     "evaluation.Continuation",
     "evaluation.ChoiceScores",
+    "scaling.ScalingFit",
     "scaling.WidthScale",
     "scaling.NoiseScale",
     "scaling.RunEstimate",
