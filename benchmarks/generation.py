@@ -1,5 +1,7 @@
 """Speed of generation: ours against ``transformers.generate``, with the same weights, both cached.
 
+``python benchmarks/generation.py 0.2M 1M`` measures these sizes only.
+
 Random weights, so that nothing ends a text early. Before anything is timed, the greedy tokens of
 both must be the same. On a processor a small model's step is mostly calls of functions: that is
 what is compared here, and why the ratio falls where the arithmetic grows.
@@ -7,6 +9,7 @@ what is compared here, and why the ratio falls where the arithmetic grows.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -88,7 +91,8 @@ def main() -> None:
     device = best_device()
     if device.type not in {"cpu", "cuda"}:
         device = torch.device("cpu")
-    lines = [line for size in sizes_for(device) for line in measure_size(size, device)]
+    sizes = sys.argv[1:] or sizes_for(device)
+    lines = [line for size in sizes for line in measure_size(size, device)]
     header = ["model, batch, choice", "parameters", "compiled, tokens/s", "by hand", "transformers"]
     header += ["ratio, compiled", "by hand"]
     name = torch.cuda.get_device_name() if device.type == "cuda" else "the processor"
