@@ -5,34 +5,19 @@ The same harness as in the tests, with more kills. ``python benchmarks/killing_r
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
-from pathlib import Path
-
+from killing import killed
 from measure import environment, report, table
-
-HARNESS = Path(__file__).resolve().parents[1] / "tests" / "killing_ranks.py"
 
 
 def main() -> None:
     """Kill, compare, report."""
-    n_kills = sys.argv[1] if len(sys.argv) > 1 else "20"
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-W", "ignore", str(HARNESS), n_kills, folder, "1"]
-        quiet = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=quiet, stdout=subprocess.PIPE, text=True, check=True)
-    found = json.loads(done.stdout)
+    found, seconds = killed("killing_ranks.py", "20")
     longest = found.pop("longest end in seconds")
     report(
         "killing_ranks",
         environment("llmbook", "torch"),
         f"Runs of the trainer on two ranks (ddp) had one rank killed with SIGKILL "
-        f"{found['kills']} times in {time.perf_counter() - start:.0f} seconds: at random times, at "
+        f"{found['kills']} times in {seconds:.0f} seconds: at random times, at "
         "random operations on files, and between two tensors of a save. From start to the end of "
         f"all ranks an attempt took at most {longest:.0f} seconds: none hung. Each run was started "
         "again until it ended. Weights, optimizer, random generators of both ranks, best "

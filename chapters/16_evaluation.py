@@ -818,7 +818,8 @@ def log_prob_of(context: str, answer: str) -> float:
 
 stem, answers = facts[1]
 for answer in answers:
-    print(f"{stem}{answer:12} likely: {log_prob_of(stem, answer) > math.log(0.5)}")
+    side = "over" if log_prob_of(stem, answer) > math.log(0.5) else "under"
+    print(f"{stem}{answer:12} probability {side:5} 50 %")
 
 # %% [markdown]
 # ### The seam
@@ -2453,13 +2454,15 @@ own, *others = -score_texts(spoiled, bpe, texts).nats.reshape(20, 16).sum(axis=1
 print(f"likelier than the file's order: {sum(other >= own for other in others)} of 19")
 
 # %% [markdown]
-# And here is what both detectors say about every dose. The last column is True if $p \le 0.05$ with
-# each of the three seeds; from 19 shuffled orders, $p$ cannot be smaller than 1/20:
+# And here is what both detectors say about every dose: how many rows the overlap finds, and with
+# how many of three seeds the order test has $p \le 0.05$. From 19 shuffled orders, $p$ cannot be
+# smaller than 1/20.
 
 # %%
 for copies, dose in doses.items():
     alarm = all(one.p_value <= 0.05 for one in dose.orders)
-    print(f"copies: {copies:2}, overlap: {dose.overlap:3} of 320 rows, each p 0.05: {alarm}")
+    found = "all" if alarm else "fewer than"
+    print(f"copies: {copies:2}, overlap: {dose.overlap:3} of 320 rows, p 0.05 with {found} 3 seeds")
 
 # %% [markdown]
 # The overlap finds each page of each copy and nothing else, and in all twelve runs with exact

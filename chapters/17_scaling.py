@@ -1844,8 +1844,7 @@ assert 5 < scales[0] < 15 < scales[1] < 30 < scales[2] < 50
 # quarters of all steps show stories of *another* tiny world, with other characters and facts; one
 # quarter shows our world, on which we will be tested. Each arm of the experiment sees the same
 # number of rows of each, for the same number of steps, with the same schedule. Only the order
-# differs. The function `losses_after` trains one arm and returns its loss on new stories of both
-# worlds; a positive gain means a lower loss than that of the mixed order:
+# differs.
 
 # %% tags=["engine"]
 # One arm of the experiment, and the loss on both worlds
@@ -1871,6 +1870,10 @@ def losses_after(order: str, seed: int, n_steps: int = 100) -> dict[str, float]:
         sums = {name: next_token_objective(model, batch) for name, batch in tests.items()}
     return {name: float(total / count) for name, (total, count) in sums.items()}
 
+
+# %% [markdown]
+# The function `losses_after` trains one arm and returns its loss on new stories of both worlds; a
+# positive gain means a lower loss than that of the mixed order:
 
 # %%
 arms = {order: [losses_after(order, s) for s in range(3)] for order in ("mixed", "last", "first")}

@@ -2096,8 +2096,6 @@ for (scheme, n), (sent, kept, apart) in table.items():
 # $$
 # 4 \cdot 2\,\tfrac{n-1}{n} \cdot b\,B\,T\,d \quad \text{bytes.}
 # $$ (distributed-tensor-bytes)
-#
-# With the two operators, what a rank computes fits in one line:
 
 # %% tags=["engine"]
 # What the cells below use besides
@@ -2105,6 +2103,9 @@ import itertools
 
 from llmbook.attention import scaled_dot_product_attention
 from llmbook.blocks import places_by_expert, route
+
+# %% [markdown]
+# With the two operators, what a rank computes fits in one line:
 
 
 # %%
@@ -2491,8 +2492,7 @@ print(compared(*zip(*launch(dtensor_step, 2, model, ids), strict=True)))
 # w_j = e^{\ell_j - \ell} , \quad \ell = \ln \sum_j e^{\ell_j} .
 # $$ (distributed-merge)
 #
-# Merging is attention over tiles: $\ell_j$ is the score of a tile, and $o_j$ is its value. In code,
-# for two tiles at a time (an `AttentionPart` has the output `out` and the log-sum-exps `log_sum`):
+# Merging is attention over tiles: $\ell_j$ is the score of a tile, and $o_j$ is its value.
 
 
 # %% tags=["engine"]
@@ -2503,6 +2503,11 @@ class AttentionPart(NamedTuple):
 
     out: Float[Tensor, "*batch queries d_value"]
     log_sum: Float[Tensor, "*batch queries"]
+
+
+# %% [markdown]
+# In code, for two tiles at a time (an `AttentionPart` has the output `out` and the log-sum-exps
+# `log_sum`):
 
 
 # %%
