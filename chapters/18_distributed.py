@@ -780,7 +780,9 @@ def sum_over_ranks(number: int, group: dist.ProcessGroup | None = None) -> int:
 
 # %% [markdown] tags=["engine"]
 # A rank sends and receives at the same time. If it sent first and received afterwards, it could
-# wait for a neighbor that does the same.
+# wait for a neighbor that does the same. And both are awaited: with gloo, an `isend` that nobody
+# waits for hangs the *next* operation of that process, such as a barrier, which is not where one
+# looks for the fault.
 
 
 # %% tags=["engine"]
@@ -828,10 +830,11 @@ def ring(parts: list[Tensor]) -> None:
 # %% [markdown]
 # ```{figure} ../figures/distributed-ring.svg
 # :name: fig-distributed-ring
-# :alt: Three rows, one for each rank, and five columns, one for each state. At first each rank has three parts of its own. After two steps of reduce-scatter each rank has one part to which all three have contributed, after two more steps of all-gather each rank has all three.
+# :class: narrow
+# :alt: Three columns, one for each rank, and five rows, one for each state. At first each rank has three parts of its own. After two steps of reduce-scatter each rank has one part to which all three have contributed, after two more steps of all-gather each rank has all three.
 #
 # A ring of three ranks. Each cell is a part of the tensor, and names the ranks whose numbers are in
-# it. Arrows lead to the next rank; from the last, back to the first.
+# it. An arrow takes a part to the next rank; those from the last one back to the first are left out.
 # ```
 #
 # Each of the two halves takes $n - 1$ steps, and a rank sends $b / n$ bytes in each step. So the
@@ -1094,7 +1097,8 @@ class DataParallel(nn.Module):
     last layers first, while ``backward`` goes on. Call this module and not the one inside. Frozen
     parameters are left out; one that has a gradient on no rank has none afterwards. Weights and
     buffers begin as those of rank 0, and buffers are its at each forward pass that exchanges.
-    A parameter may change whether it is frozen only before. (Li et al. 2020.)
+    A parameter may change whether it is frozen only before, and ``tensor_parallel`` comes before,
+    too: what replaces parameters afterwards is refused. (Li et al. 2020.)
     """
 
     def __init__(
@@ -1111,6 +1115,7 @@ class DataParallel(nn.Module):
         if not isinstance(module, nn.Module):
             raise ValueError(f"module: expected a module, got {module!r:.60}")
         _check_not_shares("module", module.parameters(), group)
+        _check_not_exchanged("module", module.parameters())
         check_agreed_parameters(module, group)
         self.module, self.group = module, group
         self.scale = 1 / size if reduction == "mean" else 1.0
@@ -1125,6 +1130,7 @@ class DataParallel(nn.Module):
             dist.broadcast(tensor.detach(), group=group, group_src=0)
         for p in self._bucket_of:
             p.register_post_accumulate_grad_hook(self._arrived)
+            _mark_exchanged(p, "DataParallel")
 
 
 # %% tags=["engine"]
@@ -1247,6 +1253,25 @@ def _check_not_shares(
             if made_by in anywhere or len(here & set(ranks)) > 1:
                 got = f"shares ({made_by} was called before)"
                 raise ValueError(f"{argument}: expected whole weights in this group, got {got}")
+
+
+# %% tags=["engine"]
+#| export
+def _mark_exchanged(parameter: Tensor, made_by: str) -> None:
+    """Note on a parameter that its gradients are summed over ranks already."""
+    setattr(parameter, "exchanged_by", made_by)  # noqa: B010
+
+
+def _check_not_exchanged(argument: str, tensors: Iterable[Tensor], replaces: bool = False) -> None:
+    """Refuse to sum gradients twice, or, if it ``replaces`` parameters, to lose hooks of theirs."""
+    for tensor in tensors:
+        if made_by := getattr(tensor, "exchanged_by", None):
+            expected = "weights whose gradients nothing exchanges yet"
+            got = f"some that {made_by} exchanges (call it last, and once)"
+            raise ValueError(f"{argument}: expected {expected}, got {got}")
+        if replaces and (tensor._backward_hooks or tensor._post_accumulate_grad_hooks):
+            expected = "weights without hooks, which the new ones would not have"
+            raise ValueError(f"{argument}: expected {expected}, got some: register them afterwards")
 
 
 # %% [markdown] tags=["engine"]
@@ -1373,6 +1398,7 @@ class ShardedOptimizer:
         groups = _as_groups(parameters)
         self.parameters = [p for given in groups for p in given["params"]]
         _check_not_shares("parameters", self.parameters, group)
+        _check_not_exchanged("parameters", self.parameters)
         n = sum(p.numel() for p in self.parameters)
         self.share = -(-n // self.size)
         if self.share * (self.size - 1) >= n:
@@ -1389,6 +1415,7 @@ class ShardedOptimizer:
             first, last = max(start, own), min(end, own + self.share)
             if first < last:
                 self.pieces[p] = nn.Parameter(self.flat[first:last])
+            _mark_exchanged(p, "ShardedOptimizer")
             start = end
         dist.broadcast(self.flat, group=group, group_src=0)
         mine = [[self.pieces[p] for p in g["params"] if p in self.pieces] for g in groups]
@@ -1678,6 +1705,7 @@ def shard_model(
             raise ValueError(f"{name}: expected a floating dtype, got {dtype!r}")
     parts = list(getattr(model, "blocks", ()) if units is None else units)
     _check_not_shares("model", model.parameters(), group, anywhere=("shard_model",))
+    _check_not_exchanged("model", model.parameters(), replaces=True)
     check_agreed_parameters(model, group)
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.detach(), group=group, group_src=0)
@@ -1733,9 +1761,6 @@ def _divided(at: list[tuple[nn.Module, str]], rank: int, size: int, group: Any) 
     mine = whole.detach()[rank * rows : (rank + 1) * rows].clone()
     piece = nn.Parameter(mine, requires_grad=whole.requires_grad)
     _mark_share(piece, "shard_model", group, whole)
-    hooks = (whole._backward_hooks or {}) if whole.requires_grad else {}
-    for hook in hooks.values():  # such as the sum of tensor_parallel
-        piece.register_hook(hook)
     for module, name in at:
         module._parameters[name] = piece
     return _Sharded(at, whole.shape, piece, rows)
@@ -2228,17 +2253,24 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         rows = _own_share("linear.out_features", linear.out_features, group)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = nn.Parameter(linear.weight.detach()[rows].clone())
-        bias = linear.bias
-        self.bias = None if bias is None else nn.Parameter(bias.detach()[rows].clone())
+        self.weight = _part_of(linear.weight, rows)
         _mark_share(self.weight, "tensor_parallel", group, linear.weight)
-        if self.bias is not None:
-            _mark_share(self.bias, "tensor_parallel", group, bias)
+        self.bias = None
+        if linear.bias is not None:
+            self.bias = _part_of(linear.bias, rows)
+            _mark_share(self.bias, "tensor_parallel", group, linear.bias)
 
     def forward(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
         """Return as many numbers for each vector as this rank has rows of the weight."""
         check_tensor("x", x, "...", self.in_features)
         return F.linear(x, self.weight, self.bias)
+
+
+# %% tags=["engine"]
+#| export
+def _part_of(parameter: Tensor, where: Any = ...) -> nn.Parameter:
+    """Return a copy of a part of a parameter, which is frozen if the whole is."""
+    return nn.Parameter(parameter.detach()[where].clone(), parameter.requires_grad)
 
 
 # %% tags=["engine"]
@@ -2254,9 +2286,8 @@ class RowParallelLinear(nn.Module):
         columns = _own_share("linear.in_features", linear.in_features, group)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.group = group
-        self.weight = nn.Parameter(linear.weight.detach()[:, columns].clone())
-        bias = linear.bias
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.weight = _part_of(linear.weight, (slice(None), columns))
+        self.bias = None if linear.bias is None else _part_of(linear.bias)
         _mark_share(self.weight, "tensor_parallel", group, linear.weight)
 
     def forward(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
@@ -2268,11 +2299,31 @@ class RowParallelLinear(nn.Module):
 
 # %% [markdown] tags=["engine"]
 # One more gradient is only a part. Where queries and keys are normalized, all heads share the
-# gains, but each rank has seen only its own heads. Their gradients are summed as well.
+# gains, but each rank has seen only its own heads. So the gains go through $f$, too, and their
+# gradients are summed. A hook on the parameter would do the same until a wrapper puts another
+# parameter in its place, as full sharding does: then it is gone, and nothing says so.
 
 # %% tags=["engine"]
 #| export
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+
+def _enter_gains(norm: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Let ``norm`` read its gains by ``enter_parallel``: each rank uses them for its own heads."""
+
+    def enter(layer: nn.Module, inputs: Any) -> None:
+        names = [name for name, gain in layer._parameters.items() if gain is not None]
+        before = {name: layer.__dict__[name] for name in names if name in layer.__dict__}
+        gains = {name: enter_parallel(getattr(layer, name), group) for name in names}
+        layer.__dict__.update(gains, outside=before)  # found before the parameters of these names
+
+    def leave(layer: nn.Module, inputs: Any, output: Any) -> None:
+        for name in layer._parameters:
+            layer.__dict__.pop(name, None)
+        layer.__dict__.update(layer.__dict__.pop("outside", {}))
+
+    norm.register_forward_pre_hook(enter)
+    norm.register_forward_hook(leave, always_call=True)
 
 
 def _branches(
@@ -2318,6 +2369,7 @@ def tensor_parallel(module: nn.Module, group: dist.ProcessGroup | None = None) -
     n = _place(group)[1]
     branches = _branches(module, n)
     _check_not_shares("module", module.parameters(), group, anywhere=("shard_model",))
+    _check_not_exchanged("module", module.parameters(), replaces=True)
     if n > 1:
         check_agreed_parameters(module, group)
         for tensor in (*module.parameters(), *module.buffers()):
@@ -2328,8 +2380,7 @@ def tensor_parallel(module: nn.Module, group: dist.ProcessGroup | None = None) -
                 cut = ColumnParallelLinear if name in _COLUMNS else RowParallelLinear
                 setattr(branch, name, cut(layer, group))
             else:  # gains for queries or keys of all heads
-                for gain in layer.parameters():
-                    gain.register_hook(partial(_summed, group=group))
+                _enter_gains(layer, group)
         if isinstance(branch, MultiHeadAttention):
             branch.n_heads, branch.n_kv_heads = branch.n_heads // n, branch.n_kv_heads // n
         branch.register_forward_pre_hook(enter)
@@ -2444,8 +2495,6 @@ def tensor_parallel_plan(module: nn.Module, n_ranks: int) -> dict[str, Any]:
     >>> {name: type(style).__name__ for name, style in plan.items()}
     {'gate_proj': 'ColwiseParallel', 'up_proj': 'ColwiseParallel', 'down_proj': 'RowwiseParallel'}
     """
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-
     check_whole("n_ranks", n_ranks, 1)
     plan: dict[str, Any] = {}
     for place, branch in _branches(module, n_ranks):
@@ -2629,32 +2678,6 @@ def ring_work(
 
 
 # %% [markdown] tags=["engine"]
-# To pass something on, a rank sends a message to one rank, receives another from a second one, and
-# waits for both. With gloo, an `isend` that nobody waits for hangs the *next* operation of that
-# process, such as a barrier, which is not where one looks for the fault. And if all ranks of a ring
-# wait for their sending to end before they receive, they may wait forever. So both are started,
-# then both are awaited.
-
-
-# %% tags=["engine"]
-#| export
-def _passed_on(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Send ``x`` to the next rank of the ring; return what came from the one before."""
-    rank, n = _place(group)
-    if n == 1:
-        return x
-    x, received = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    works = [
-        dist.isend(x, group=group, group_dst=(rank + 1) % n),
-        dist.irecv(received, group=group, group_src=(rank - 1) % n),
-    ]
-    for work in works:
-        if work is not None:
-            work.wait()
-    return received
-
-
-# %% [markdown] tags=["engine"]
 # The forward and the backward pass walk the same way around. Keys and values are joined in one
 # tensor, so that each step sends one message.
 
@@ -2691,7 +2714,7 @@ def _ring_forward(q: Tensor, kv: Tensor, ring: _Ring) -> AttentionPart:
             before = AttentionPart(out[..., rows, :], log_sum[..., rows])
             out[..., rows, :], log_sum[..., rows] = merge_attention(before, part)
         if step < n - 1:
-            kv = _passed_on(kv, ring.group)
+            kv = pass_on(kv, ring.group)
     return AttentionPart(out, log_sum)
 
 
@@ -2725,9 +2748,9 @@ class _RingAttention(torch.autograd.Function):
                 found = torch.autograd.grad(part, inputs, (d_part.to(q.dtype), d_log_sum))
                 d_q[..., rows, :] += found[0]
                 d_kv[..., columns, :] += found[1]
-            d_kv = _passed_on(d_kv, ring.group)
+            d_kv = pass_on(d_kv, ring.group) if n > 1 else d_kv
             if step < n - 1:
-                kv = _passed_on(kv, ring.group)
+                kv = pass_on(kv, ring.group)
         return d_q, d_kv, None
 
 
@@ -3293,8 +3316,8 @@ for factor in (None, 2.0, 1.25, 1.0):
 # The cuts combine, since each goes along an axis of its own. Devices are numbered by coordinates in
 # a *mesh*: in one of $2 \times 4 \times 2$ for data, pipeline, and tensor, each of the 16 belongs
 # to a data group of 2, a pipeline of 4, and a tensor group of 2. Each collective stays within one
-# group, so our functions take a `group`. The axis that talks most gets the shortest links. From the
-# innermost outward, Llama 3 orders its axes as tensor, context (its name for the sequence),
+# group, so our functions take a `group`; the tests cut layers and rows at once on four ranks, by our
+# functions and by torch's. The axis that talks most gets the shortest links. From the innermost outward, Llama 3 orders its axes as tensor, context (its name for the sequence),
 # pipeline, data {cite}`grattafiori2024llama3`.
 
 # %% [markdown]
@@ -3514,6 +3537,7 @@ def shard_by_torch(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Modul
     so. ``hidden_states``, if the model has it, may be called like ``forward``.
     """
     mesh = _all_ranks() if mesh is None else mesh
+    _check_not_exchanged("model", model.parameters(), replaces=True)
     for block in getattr(model, "blocks", ()):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -3537,7 +3561,12 @@ def _all_ranks() -> DeviceMesh:
 # sums in the forward and two in the backward pass {cite}`shoeybi2019megatron`. Our attention asks
 # for heads by `view(..., -1, d_head)`, so it does not notice that it has only a part of them. One
 # thing torch cannot know: the gain that normalizes queries or keys is used for different heads on
-# each rank, so its gradient must be summed.
+# each rank, so its gradient must be summed, as by our own `tensor_parallel`.
+#
+# Both wrappers combine on a mesh of two axes, for example of four ranks with
+# `mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "layers"))`: first
+# `split_by_torch(model, mesh["layers"])`, then `shard_by_torch(model, mesh["rows"])`. The tests
+# hold this against one process. The trainer's setting `parallel`, further on, takes one of them.
 
 
 # %% tags=["engine"]
@@ -3550,6 +3579,7 @@ def split_by_torch(model: TransformerLM, mesh: DeviceMesh | None = None) -> Tran
     """
     mesh = _all_ranks() if mesh is None else mesh
     _check_split(model, mesh.size())
+    _check_not_exchanged("model", model.parameters(), replaces=True)
     for block in cast(Any, model).blocks:
         plan: dict[str, Any] = {f"attention.{x}_proj": ColwiseParallel() for x in "qkv"}
         plan |= {f"feed_forward.{x}_proj": ColwiseParallel() for x in ("gate", "up")}
@@ -3557,8 +3587,8 @@ def split_by_torch(model: TransformerLM, mesh: DeviceMesh | None = None) -> Tran
         there = dict(block.named_modules())
         parallelize_module(block, mesh, {k: v for k, v in plan.items() if k in there})
         for norm in (block.attention.q_norm, block.attention.k_norm):  # sees a part of the heads
-            for parameter in () if norm is None else norm.parameters():
-                parameter.register_hook(partial(_summed, group=mesh.get_group()))
+            if norm is not None:
+                _enter_gains(norm, mesh.get_group())
     return model
 
 
@@ -3593,12 +3623,18 @@ def save_sharded(folder: str | Path, model: nn.Module, optimizer: torch.optim.Op
 
 
 def load_sharded(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Read what ``save_sharded`` wrote, at any number of ranks and in any way of sharding."""
+    """Read what ``save_sharded`` wrote, at any number of ranks and in any way of sharding.
+
+    A ``ValueError`` on all ranks if one of them does not see it.
+    """
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
     path = check_path(folder, "folder")
-    if not (path / ".metadata").exists():
+    is_there = (path / ".metadata").exists()
+    if dist.is_initialized():  # on another machine it may not be: then none begins to read
+        _check_same({"folder": "a checkpoint" if is_there else "no checkpoint"}, None)
+    if not is_there:
         raise ValueError(f"folder: expected one that save_sharded wrote, got {path}")
     state = _both(model, optimizer)
     checkpoint.load(state, checkpoint_id=path)
@@ -3956,7 +3992,7 @@ class Ranks(Ranks):  # continued
             return precision.settle(optimizer, loss)
         pieces = [piece for piece in self.local(self._gradients()) if piece.numel()]
         if self.any(not all(piece.isfinite().all() for piece in pieces)):
-            pieces[0].fill_(math.nan)
+            pieces[0].fill_(math.inf)  # on every rank, whether it had one or not
         stand_ins = [nn.Parameter(piece) for piece in pieces]
         for stand_in, piece in zip(stand_ins, pieces, strict=True):
             stand_in.grad = piece
@@ -4159,9 +4195,8 @@ print(f"first gradient norm: {wrong.norms[0] / control.norms[0]:.3f} of the cont
 #
 # The data can be divided, too. Chapters 02 to 05 read, clean, and deduplicate text and count its
 # words for a tokenizer; {doc}`07_batches` writes its tokens to shards. For the 33,000 documents of
-# three packages, one process needs two and a half minutes. A crawl of the web needs many processes,
-# some slow, some dying. The result should show none of this: **the same bytes as from one
-# process.**
+# three packages, one process needs 21 seconds. A crawl of the web needs many processes, some slow,
+# some dying. The result should show none of this: **the same bytes as from one process.**
 #
 # Most steps are easy to divide, because they look at one document at a time. Three look at
 # documents that may lie anywhere: at a line that another document has, at a near copy, and at a
@@ -4393,9 +4428,20 @@ assert len(same) == 2 and all(same)
 #
 # The tests prepare a small corpus on two workers, and again while one worker is killed as it reads
 # and another as it cleans: nothing was lost, nothing was doubled, and all files were equal to the
-# byte to those of one process. For the documentation of three packages,
-# `python benchmarks/prepare.py` found 19 of 19 files equal. Two workers needed 98 seconds in place
-# of 147.
+# byte to those of one process. `python benchmarks/prepare.py --kill` does the same with the
+# documentation of three packages, and found 19 of 19 files equal:
+#
+# | seconds | one process | Ray, 2 workers | the same, 2 killed |
+# |---|--:|--:|--:|
+# | to read | 7 | 11 | 10 |
+# | to clean | 7 | 7 | 11 |
+# | in all | 21 | 29 | 31 |
+#
+# So on two cores, Ray gains nothing: each worker first imports this package, which takes more than
+# two seconds; all values are written out and read again on their way; and Ray's own processes need
+# the same cores. What it offers here is that a death costs two seconds and no file. In time, it
+# pays only where the work of a step is long beside these fixed costs: with hours of it, on more
+# cores than one process can use, or on several machines.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: files that appear once, errors that say where, and reading into boxes
@@ -5060,26 +5106,29 @@ def prepare(
 # %% [markdown] tags=["engine"]
 # Ray's own defaults are meant for a cluster: a dashboard, usage statistics, an address that others
 # can reach, a third of the memory, logs that stay. We start it on the loopback, small, and remove
-# its logs. Ray took 18 to 200 seconds to start on our two busy cores, so this chapter does not
-# start it; the tests do. A start gives up after 30 seconds, which a busy machine may need, so we
-# try three times. Ray's default shuffle starts a process for each of its receivers, which took 25
-# seconds for a handful of rows on our busy machine. A shuffle by sorting needs none, and took half
-# a second.
+# its logs. Ray started in 9 seconds when the table below was measured, and takes longer on a busy
+# machine, so this chapter does not start it; the tests do. A start gives up after 30 seconds,
+# so we try three times. Ray's default shuffle starts a process for each of its receivers, before
+# the first row moves; a shuffle by sorting needs none.
 #
-# These are the seconds that `benchmarks/prepare.py` measured:
+# Ray Data runs a task again without end if its process dies. A document that is too large for the
+# memory would kill one worker after the other, and nobody would be told. On a cluster of its own,
+# our engine counts, and gives up when one task has killed five.
 #
-# | step | documents | one process | Ray, 2 workers |
-# |---|--:|--:|--:|
-# | read | 33,301 | 53 | 57 |
-# | normalize | 33,215 | 8 | 5 |
-# | clean | 24,941 | 50 | 21 |
-# | compare | | 1 | 1 |
-# | unique | 24,821 | 8 | 5 |
-# | encode | 24,821 | 10 | 4 |
-# | all | | 147 | 98 |
+# These are the seconds of `benchmarks/prepare.py --kill`, measured on two cores at rest:
 #
-# The rest is learning merges and writing shards, in one process. Reading gained nothing, because a
-# package is not divided.
+# | step | documents | one process | Ray, 2 workers | the same, 2 killed |
+# |---|--:|--:|--:|--:|
+# | read | 33,301 | 7 | 11 | 10 |
+# | normalize | 33,215 | 2 | 3 | 3 |
+# | clean | 24,941 | 7 | 7 | 11 |
+# | compare | | 0 | 1 | 1 |
+# | unique | 24,821 | 2 | 2 | 3 |
+# | encode | 24,821 | 1 | 2 | 2 |
+# | all | | 21 | 29 | 31 |
+#
+# The rest is learning merges and writing shards, in one process. Reading cannot gain much, because
+# its three packages are not divided.
 
 # %% tags=["engine"]
 #| export
@@ -5139,24 +5188,46 @@ def _start_ray(ray: Any, workers: int, logs: str) -> None:
 #| export
 # What a worker does
 _FAILED, _NOTHING = -1, -2  # no boxes: a message, and a row where there is nothing to send
+_DEATHS = 5
 
 
-def _emit_rows(row: dict[str, str], emit: Callable[[Any], Iterable[Any]]) -> list[dict[str, Any]]:
+@contextmanager
+def _attempt(notes: str, task: str) -> Iterator[None]:
+    """Refuse a task that has killed too many workers, if there is a folder to count in."""
+    if not notes:
+        yield
+        return
+    note = Path(notes, f"{stable_hash(task):x}")
+    with note.open("ab") as file:
+        file.write(b".")
+    if note.stat().st_size > _DEATHS:
+        raise ValueError(f"{task:.200}: {_DEATHS} workers died of it, out of memory perhaps")
+    yield
+    note.unlink()
+
+
+def _emit_rows(
+    row: dict[str, str], emit: Callable[[Any], Iterable[Any]], notes: str
+) -> list[dict[str, Any]]:
     boxes: dict[int, list[Any]] = defaultdict(list)
     try:
-        for box, value in _as_pairs(emit(json.loads(row["item"]))):
-            boxes[box].append(value)
+        with _attempt(notes, row["item"]):
+            for box, value in _as_pairs(emit(json.loads(row["item"]))):
+                boxes[box].append(value)
     except Exception as error:
         boxes = defaultdict(list, {_FAILED: [f"{error}"]})
     return [{"box": b, "data": json.dumps(v)} for b, v in (boxes or {_NOTHING: []}).items()]
 
 
-def _reduce_rows(rows: dict[str, Any], reduce: Callable[..., Iterable[Any]]) -> dict[str, Any]:
+def _reduce_rows(
+    rows: dict[str, Any], reduce: Callable[..., Iterable[Any]], notes: str
+) -> dict[str, Any]:
     box = int(rows["box"][0])
     values = [value for data in rows["data"] for value in json.loads(str(data))]
     if box >= 0:
         try:
-            values = list(reduce(box, values))
+            with _attempt(notes, f"values of box {box}"):
+                values = list(reduce(box, values))
         except Exception as error:
             box, values = _FAILED, [f"{error}"]
     return {"box": [box], "data": [json.dumps(values)]}
@@ -5168,8 +5239,9 @@ def _reduce_rows(rows: dict[str, Any], reduce: Callable[..., Iterable[Any]]) -> 
 class RayEngine:
     """``map_reduce`` on Ray Data: in a ``with`` block, starts a local cluster of ``workers``.
 
-    With ``address`` it joins a cluster that runs already. A task whose process dies is run again.
-    Values must be what JSON can hold. Needs the extra "cluster". Source: Moritz et al. (2018).
+    With ``address`` it joins a cluster that runs already. A task whose process dies is run again;
+    on a cluster of its own, a task that has killed five workers is a ``StepError``. Values must be
+    what JSON can hold. Needs the extra "cluster". Source: Moritz et al. (2018).
     """
 
     def __init__(self, workers: int = 2, address: str | None = None) -> None:
@@ -5208,10 +5280,12 @@ class RayEngine:
         if self._ray is None:
             raise ValueError("RayEngine: expected to be called in its with block")
         rows = [{"item": json.dumps(item)} for item in items]
+        notes = tempfile.mkdtemp(prefix="deaths-", dir=self._logs) if self._logs else ""
         data = self._ray.data.from_items(rows, override_num_blocks=max(len(rows), 1))
-        data = data.flat_map(partial(_emit_rows, emit=emit)).groupby("box")
+        data = data.flat_map(partial(_emit_rows, emit=emit, notes=notes)).groupby("box")
         results = list[Any]()
-        done = data.map_groups(partial(_reduce_rows, reduce=reduce), batch_format="numpy")
+        reduce = partial(_reduce_rows, reduce=reduce, notes=notes)
+        done = data.map_groups(reduce, batch_format="numpy")
         for row in done.take_all():
             if row["box"] == _FAILED:
                 raise StepError(json.loads(row["data"])[0])

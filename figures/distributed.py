@@ -23,30 +23,34 @@ def ring_states(n: int) -> list[list[list[set[int]]]]:
 
 def draw_ring() -> None:
     """Three ranks, five states: two steps of reduce-scatter and two of all-gather."""
-    ax = canvas(720, 210)
-    n, width, left, step_width = 3, 33, 62, 134
+    n, width, height, left, rank_width, pitch = 3, 29, 24, 58, 105, 58  # as narrow as a phone
+    ax = canvas(left + n * rank_width - 13, 18 + 4 * pitch + height + 4)
     states = ring_states(n)
-    titles = ("at first", "step 1", "step 2", "step 3", "step 4")
-    for number, (title, state) in enumerate(zip(titles, states, strict=True)):
-        x = left + step_width * number
-        label(ax, x + 1.5 * width, 18, title, size=SMALL, color=GRAY)
+    names = ("at first", "step 1", "step 2", "step 3", "step 4")
+    for rank in range(n):
+        middle = left + rank * rank_width + n * width / 2
+        label(ax, middle, 8, f"rank {rank}", size=SMALL, color=GRAY)
+    for number, (name, state) in enumerate(zip(names, states, strict=True)):
+        y = 20 + pitch * number
+        label(ax, left - 10, y + height / 2, name, size=SMALL, align="right")
         for rank, parts in enumerate(state):
-            y = 36 + 52 * rank
             texts = ["+".join(map(str, sorted(part))) for part in parts]
             colors = [{1: BLUE, 2: ORANGE, 3: GREEN}[len(part)] for part in parts]
-            cells(ax, x, y, texts, width=width, height=26, color=colors, size=SMALL)
-            if number == 0:
-                label(ax, 50, y + 13, f"rank {rank}", size=SMALL, align="right")
+            x = left + rank * rank_width
+            cells(ax, x, y, texts, width=width, height=height, color=colors, size=SMALL)
             if number < len(states) - 1 and rank < n - 1:
-                here, there = (x + n * width + 3, y + 16), (x + step_width - 3, y + 62)
-                arrow(ax, here, there, color=GRAY)
-    label(ax, left + 1.95 * step_width, 196, "reduce-scatter", size=SMALL, color=GRAY, italic=True)
-    label(ax, left + 3.95 * step_width, 196, "all-gather", size=SMALL, color=GRAY, italic=True)
+                part = (rank - number - 1) % n  # which it passes on, in both halves
+                start = (x + (part + 0.5) * width, y + height + 2)
+                arrow(ax, start, (start[0] + rank_width, y + pitch - 2), color=GRAY)
+        if number < len(states) - 1:
+            half = "reduce-scatter" if number < n - 1 else "all-gather"
+            y += (height + pitch) / 2
+            label(ax, 2, y, half, size=SMALL, color=GRAY, align="left", italic=True)
     save(
         ax,
         "distributed-ring",
         "A ring all-reduce on three ranks",
-        "Three rows for three ranks, five columns for the states. At first each rank has three "
+        "Three columns for three ranks, five rows for the states. At first each rank has three "
         "parts of its own. In steps 1 and 2, reduce-scatter, each rank adds the part that arrives "
         "from the one before, until each has one part with the numbers of all three. In steps 3 "
         "and 4, all-gather, the complete parts are copied around, until all ranks have all three.",

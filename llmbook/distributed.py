@@ -615,7 +615,7 @@ class _Bucket:
             p.grad = part.view_as(p).mul(scale) if mark else None
         self.missing, self.flat, self.work = set(self.parameters), torch.empty(0), None
 
-# %% ../chapters/18_distributed.ipynb #4210fc33
+# %% ../chapters/18_distributed.ipynb #4c8e1448
 class DataParallel(nn.Module):
     """A model of which each rank has a copy; after ``backward``, all have the same gradients.
 
@@ -625,7 +625,8 @@ class DataParallel(nn.Module):
     last layers first, while ``backward`` goes on. Call this module and not the one inside. Frozen
     parameters are left out; one that has a gradient on no rank has none afterwards. Weights and
     buffers begin as those of rank 0, and buffers are its at each forward pass that exchanges.
-    A parameter may change whether it is frozen only before. (Li et al. 2020.)
+    A parameter may change whether it is frozen only before, and ``tensor_parallel`` comes before,
+    too: what replaces parameters afterwards is refused. (Li et al. 2020.)
     """
 
     def __init__(
@@ -642,6 +643,7 @@ class DataParallel(nn.Module):
         if not isinstance(module, nn.Module):
             raise ValueError(f"module: expected a module, got {module!r:.60}")
         _check_not_shares("module", module.parameters(), group)
+        _check_not_exchanged("module", module.parameters())
         check_agreed_parameters(module, group)
         self.module, self.group = module, group
         self.scale = 1 / size if reduction == "mean" else 1.0
@@ -656,6 +658,7 @@ class DataParallel(nn.Module):
             dist.broadcast(tensor.detach(), group=group, group_src=0)
         for p in self._bucket_of:
             p.register_post_accumulate_grad_hook(self._arrived)
+            _mark_exchanged(p, "DataParallel")
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """Call the module; what it returns leads to gradients that are exchanged."""
@@ -767,7 +770,24 @@ def _check_not_shares(
                 got = f"shares ({made_by} was called before)"
                 raise ValueError(f"{argument}: expected whole weights in this group, got {got}")
 
-# %% ../chapters/18_distributed.ipynb #9dbf388f
+# %% ../chapters/18_distributed.ipynb #1211104f
+def _mark_exchanged(parameter: Tensor, made_by: str) -> None:
+    """Note on a parameter that its gradients are summed over ranks already."""
+    setattr(parameter, "exchanged_by", made_by)  # noqa: B010
+
+
+def _check_not_exchanged(argument: str, tensors: Iterable[Tensor], replaces: bool = False) -> None:
+    """Refuse to sum gradients twice, or, if it ``replaces`` parameters, to lose hooks of theirs."""
+    for tensor in tensors:
+        if made_by := getattr(tensor, "exchanged_by", None):
+            expected = "weights whose gradients nothing exchanges yet"
+            got = f"some that {made_by} exchanges (call it last, and once)"
+            raise ValueError(f"{argument}: expected {expected}, got {got}")
+        if replaces and (tensor._backward_hooks or tensor._post_accumulate_grad_hooks):
+            expected = "weights without hooks, which the new ones would not have"
+            raise ValueError(f"{argument}: expected {expected}, got some: register them afterwards")
+
+# %% ../chapters/18_distributed.ipynb #5c0e014c
 class ShardedOptimizer:
     """An optimizer whose state and work is divided over ranks (ZeRO-1, Rajbhandari et al. 2020).
 
@@ -792,6 +812,7 @@ class ShardedOptimizer:
         groups = _as_groups(parameters)
         self.parameters = [p for given in groups for p in given["params"]]
         _check_not_shares("parameters", self.parameters, group)
+        _check_not_exchanged("parameters", self.parameters)
         n = sum(p.numel() for p in self.parameters)
         self.share = -(-n // self.size)
         if self.share * (self.size - 1) >= n:
@@ -808,6 +829,7 @@ class ShardedOptimizer:
             first, last = max(start, own), min(end, own + self.share)
             if first < last:
                 self.pieces[p] = nn.Parameter(self.flat[first:last])
+            _mark_exchanged(p, "ShardedOptimizer")
             start = end
         dist.broadcast(self.flat, group=group, group_src=0)
         mine = [[self.pieces[p] for p in g["params"] if p in self.pieces] for g in groups]
@@ -1034,7 +1056,7 @@ class _Gather(torch.autograd.Function):
         ctx.unit.again = None  # all that needed the weights has been computed: free them
         return None, *ctx.unit.scatter(grads)
 
-# %% ../chapters/18_distributed.ipynb #d002b658
+# %% ../chapters/18_distributed.ipynb #0ec2a169
 def shard_model(
     model: nn.Module,
     units: Sequence[nn.Module] | None = None,
@@ -1065,6 +1087,7 @@ def shard_model(
             raise ValueError(f"{name}: expected a floating dtype, got {dtype!r}")
     parts = list(getattr(model, "blocks", ()) if units is None else units)
     _check_not_shares("model", model.parameters(), group, anywhere=("shard_model",))
+    _check_not_exchanged("model", model.parameters(), replaces=True)
     check_agreed_parameters(model, group)
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.detach(), group=group, group_src=0)
@@ -1105,7 +1128,7 @@ def _places_by_unit(model: nn.Module, parts: list[nn.Module]) -> list[tuple[nn.M
         by_unit[owners.pop() if len(owners) == 1 else model][p] = at
     return list(by_unit.items())
 
-# %% ../chapters/18_distributed.ipynb #80c31a5c
+# %% ../chapters/18_distributed.ipynb #62b625a1
 def _divided(at: list[tuple[nn.Module, str]], rank: int, size: int, group: Any) -> _Sharded:
     """Replace a parameter, in all its places, by the rows of this rank."""
     whole = at[0][0]._parameters[at[0][1]]
@@ -1116,9 +1139,6 @@ def _divided(at: list[tuple[nn.Module, str]], rank: int, size: int, group: Any) 
     mine = whole.detach()[rank * rows : (rank + 1) * rows].clone()
     piece = nn.Parameter(mine, requires_grad=whole.requires_grad)
     _mark_share(piece, "shard_model", group, whole)
-    hooks = (whole._backward_hooks or {}) if whole.requires_grad else {}
-    for hook in hooks.values():  # such as the sum of tensor_parallel
-        piece.register_hook(hook)
     for module, name in at:
         module._parameters[name] = piece
     return _Sharded(at, whole.shape, piece, rows)
@@ -1414,7 +1434,7 @@ def leave_parallel(
     check_tensor("x", x, "...")
     return _Leave.apply(x, group)
 
-# %% ../chapters/18_distributed.ipynb #865f2bf2
+# %% ../chapters/18_distributed.ipynb #7fe8b4b3
 class ColumnParallelLinear(nn.Module):
     """This rank's share of the outputs of ``linear``, whose input is the same on all ranks.
 
@@ -1425,19 +1445,24 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         rows = _own_share("linear.out_features", linear.out_features, group)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = nn.Parameter(linear.weight.detach()[rows].clone())
-        bias = linear.bias
-        self.bias = None if bias is None else nn.Parameter(bias.detach()[rows].clone())
+        self.weight = _part_of(linear.weight, rows)
         _mark_share(self.weight, "tensor_parallel", group, linear.weight)
-        if self.bias is not None:
-            _mark_share(self.bias, "tensor_parallel", group, bias)
+        self.bias = None
+        if linear.bias is not None:
+            self.bias = _part_of(linear.bias, rows)
+            _mark_share(self.bias, "tensor_parallel", group, linear.bias)
 
     def forward(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
         """Return as many numbers for each vector as this rank has rows of the weight."""
         check_tensor("x", x, "...", self.in_features)
         return F.linear(x, self.weight, self.bias)
 
-# %% ../chapters/18_distributed.ipynb #3c9e19d0
+# %% ../chapters/18_distributed.ipynb #d2b1e811
+def _part_of(parameter: Tensor, where: Any = ...) -> nn.Parameter:
+    """Return a copy of a part of a parameter, which is frozen if the whole is."""
+    return nn.Parameter(parameter.detach()[where].clone(), parameter.requires_grad)
+
+# %% ../chapters/18_distributed.ipynb #7b678d34
 class RowParallelLinear(nn.Module):
     """``linear`` applied to inputs of which each rank has its share; one all-reduce.
 
@@ -1449,9 +1474,8 @@ class RowParallelLinear(nn.Module):
         columns = _own_share("linear.in_features", linear.in_features, group)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.group = group
-        self.weight = nn.Parameter(linear.weight.detach()[:, columns].clone())
-        bias = linear.bias
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.weight = _part_of(linear.weight, (slice(None), columns))
+        self.bias = None if linear.bias is None else _part_of(linear.bias)
         _mark_share(self.weight, "tensor_parallel", group, linear.weight)
 
     def forward(self, x: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
@@ -1460,8 +1484,26 @@ class RowParallelLinear(nn.Module):
         y = leave_parallel(F.linear(x, self.weight), self.group)
         return y if self.bias is None else y + self.bias
 
-# %% ../chapters/18_distributed.ipynb #4ec41f27
+# %% ../chapters/18_distributed.ipynb #04ebbd3c
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+
+def _enter_gains(norm: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Let ``norm`` read its gains by ``enter_parallel``: each rank uses them for its own heads."""
+
+    def enter(layer: nn.Module, inputs: Any) -> None:
+        names = [name for name, gain in layer._parameters.items() if gain is not None]
+        before = {name: layer.__dict__[name] for name in names if name in layer.__dict__}
+        gains = {name: enter_parallel(getattr(layer, name), group) for name in names}
+        layer.__dict__.update(gains, outside=before)  # found before the parameters of these names
+
+    def leave(layer: nn.Module, inputs: Any, output: Any) -> None:
+        for name in layer._parameters:
+            layer.__dict__.pop(name, None)
+        layer.__dict__.update(layer.__dict__.pop("outside", {}))
+
+    norm.register_forward_pre_hook(enter)
+    norm.register_forward_hook(leave, always_call=True)
 
 
 def _branches(
@@ -1488,7 +1530,7 @@ def _branches(
         raise ValueError(f"module: expected {expected}, got {type(module).__name__}")
     return branches
 
-# %% ../chapters/18_distributed.ipynb #a5c81e25
+# %% ../chapters/18_distributed.ipynb #7740ff5e
 def tensor_parallel(module: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
     """Cut all attention and feed-forward networks in ``module`` over the ranks; return ``module``.
 
@@ -1505,6 +1547,7 @@ def tensor_parallel(module: nn.Module, group: dist.ProcessGroup | None = None) -
     n = _place(group)[1]
     branches = _branches(module, n)
     _check_not_shares("module", module.parameters(), group, anywhere=("shard_model",))
+    _check_not_exchanged("module", module.parameters(), replaces=True)
     if n > 1:
         check_agreed_parameters(module, group)
         for tensor in (*module.parameters(), *module.buffers()):
@@ -1515,14 +1558,13 @@ def tensor_parallel(module: nn.Module, group: dist.ProcessGroup | None = None) -
                 cut = ColumnParallelLinear if name in _COLUMNS else RowParallelLinear
                 setattr(branch, name, cut(layer, group))
             else:  # gains for queries or keys of all heads
-                for gain in layer.parameters():
-                    gain.register_hook(partial(_summed, group=group))
+                _enter_gains(layer, group)
         if isinstance(branch, MultiHeadAttention):
             branch.n_heads, branch.n_kv_heads = branch.n_heads // n, branch.n_kv_heads // n
         branch.register_forward_pre_hook(enter)
     return module
 
-# %% ../chapters/18_distributed.ipynb #a61b9c22
+# %% ../chapters/18_distributed.ipynb #f4e23d9e
 def tensor_parallel_plan(module: nn.Module, n_ranks: int) -> dict[str, Any]:
     """Return the plan by which torch's ``parallelize_module`` cuts ``module`` over ``n_ranks``.
 
@@ -1532,8 +1574,6 @@ def tensor_parallel_plan(module: nn.Module, n_ranks: int) -> dict[str, Any]:
     >>> {name: type(style).__name__ for name, style in plan.items()}
     {'gate_proj': 'ColwiseParallel', 'up_proj': 'ColwiseParallel', 'down_proj': 'RowwiseParallel'}
     """
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-
     check_whole("n_ranks", n_ranks, 1)
     plan: dict[str, Any] = {}
     for place, branch in _branches(module, n_ranks):
@@ -1619,23 +1659,7 @@ def ring_work(
                 work[rank, step] += size * (size + 1) // 2 if triangle else size * size
     return work
 
-# %% ../chapters/18_distributed.ipynb #d0bb5115
-def _passed_on(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Send ``x`` to the next rank of the ring; return what came from the one before."""
-    rank, n = _place(group)
-    if n == 1:
-        return x
-    x, received = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    works = [
-        dist.isend(x, group=group, group_dst=(rank + 1) % n),
-        dist.irecv(received, group=group, group_src=(rank - 1) % n),
-    ]
-    for work in works:
-        if work is not None:
-            work.wait()
-    return received
-
-# %% ../chapters/18_distributed.ipynb #23d8d296
+# %% ../chapters/18_distributed.ipynb #4eeb6c1d
 class _Ring(NamedTuple):
     """How a row is cut and attended to."""
 
@@ -1666,10 +1690,10 @@ def _ring_forward(q: Tensor, kv: Tensor, ring: _Ring) -> AttentionPart:
             before = AttentionPart(out[..., rows, :], log_sum[..., rows])
             out[..., rows, :], log_sum[..., rows] = merge_attention(before, part)
         if step < n - 1:
-            kv = _passed_on(kv, ring.group)
+            kv = pass_on(kv, ring.group)
     return AttentionPart(out, log_sum)
 
-# %% ../chapters/18_distributed.ipynb #ae63164a
+# %% ../chapters/18_distributed.ipynb #d63f0610
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, kv: Tensor, ring: _Ring) -> Tensor:
@@ -1698,9 +1722,9 @@ class _RingAttention(torch.autograd.Function):
                 found = torch.autograd.grad(part, inputs, (d_part.to(q.dtype), d_log_sum))
                 d_q[..., rows, :] += found[0]
                 d_kv[..., columns, :] += found[1]
-            d_kv = _passed_on(d_kv, ring.group)
+            d_kv = pass_on(d_kv, ring.group) if n > 1 else d_kv
             if step < n - 1:
-                kv = _passed_on(kv, ring.group)
+                kv = pass_on(kv, ring.group)
         return d_q, d_kv, None
 
 # %% ../chapters/18_distributed.ipynb #d1096310
@@ -2095,7 +2119,7 @@ class ObjectiveModule(nn.Module):
         """Return what ``objective`` finds in ``batch``."""
         return objective(self.model, batch)
 
-# %% ../chapters/18_distributed.ipynb #f5e3c942
+# %% ../chapters/18_distributed.ipynb #06a72804
 def shard_by_torch(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
     """Shard ``model`` in place by FSDP2, each of its ``blocks`` a unit of its own; return it.
 
@@ -2103,6 +2127,7 @@ def shard_by_torch(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Modul
     so. ``hidden_states``, if the model has it, may be called like ``forward``.
     """
     mesh = _all_ranks() if mesh is None else mesh
+    _check_not_exchanged("model", model.parameters(), replaces=True)
     for block in getattr(model, "blocks", ()):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -2117,7 +2142,7 @@ def _all_ranks() -> DeviceMesh:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return init_device_mesh(device, (dist.get_world_size(),))
 
-# %% ../chapters/18_distributed.ipynb #8bf7f1ff
+# %% ../chapters/18_distributed.ipynb #fdde0d30
 def split_by_torch(model: TransformerLM, mesh: DeviceMesh | None = None) -> TransformerLM:
     """Split the heads and inner vectors of ``model`` over ranks, in place; return it.
 
@@ -2126,6 +2151,7 @@ def split_by_torch(model: TransformerLM, mesh: DeviceMesh | None = None) -> Tran
     """
     mesh = _all_ranks() if mesh is None else mesh
     _check_split(model, mesh.size())
+    _check_not_exchanged("model", model.parameters(), replaces=True)
     for block in cast(Any, model).blocks:
         plan: dict[str, Any] = {f"attention.{x}_proj": ColwiseParallel() for x in "qkv"}
         plan |= {f"feed_forward.{x}_proj": ColwiseParallel() for x in ("gate", "up")}
@@ -2133,8 +2159,8 @@ def split_by_torch(model: TransformerLM, mesh: DeviceMesh | None = None) -> Tran
         there = dict(block.named_modules())
         parallelize_module(block, mesh, {k: v for k, v in plan.items() if k in there})
         for norm in (block.attention.q_norm, block.attention.k_norm):  # sees a part of the heads
-            for parameter in () if norm is None else norm.parameters():
-                parameter.register_hook(partial(_summed, group=mesh.get_group()))
+            if norm is not None:
+                _enter_gains(norm, mesh.get_group())
     return model
 
 # %% ../chapters/18_distributed.ipynb #0b2506c2
@@ -2150,7 +2176,7 @@ def _check_split(model: Any, n: int) -> None:
         if size % n:
             raise ValueError(f"{name}: expected a multiple of {n} ranks, got {size}")
 
-# %% ../chapters/18_distributed.ipynb #6f9784cf
+# %% ../chapters/18_distributed.ipynb #5d346a69
 def save_sharded(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write model and optimizer to ``folder``, each rank what it has; all ranks call this."""
     from torch.distributed import checkpoint
@@ -2159,12 +2185,18 @@ def save_sharded(folder: str | Path, model: nn.Module, optimizer: torch.optim.Op
 
 
 def load_sharded(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Read what ``save_sharded`` wrote, at any number of ranks and in any way of sharding."""
+    """Read what ``save_sharded`` wrote, at any number of ranks and in any way of sharding.
+
+    A ``ValueError`` on all ranks if one of them does not see it.
+    """
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
     path = check_path(folder, "folder")
-    if not (path / ".metadata").exists():
+    is_there = (path / ".metadata").exists()
+    if dist.is_initialized():  # on another machine it may not be: then none begins to read
+        _check_same({"folder": "a checkpoint" if is_there else "no checkpoint"}, None)
+    if not is_there:
         raise ValueError(f"folder: expected one that save_sharded wrote, got {path}")
     state = _both(model, optimizer)
     checkpoint.load(state, checkpoint_id=path)
@@ -2327,7 +2359,7 @@ class Ranks(Parallel):
             return precision.settle(optimizer, loss)
         pieces = [piece for piece in self.local(self._gradients()) if piece.numel()]
         if self.any(not all(piece.isfinite().all() for piece in pieces)):
-            pieces[0].fill_(math.nan)
+            pieces[0].fill_(math.inf)  # on every rank, whether it had one or not
         stand_ins = [nn.Parameter(piece) for piece in pieces]
         for stand_in, piece in zip(stand_ins, pieces, strict=True):
             stand_in.grad = piece
@@ -3137,38 +3169,61 @@ def _start_ray(ray: Any, workers: int, logs: str) -> None:
                 message = "Ray did not start, three times; is the machine busy, or out of memory?"
                 raise OSError(f"{message} {error}") from error
 
-# %% ../chapters/18_distributed.ipynb #194c9368
+# %% ../chapters/18_distributed.ipynb #27a917ce
 # What a worker does
 _FAILED, _NOTHING = -1, -2  # no boxes: a message, and a row where there is nothing to send
+_DEATHS = 5
 
 
-def _emit_rows(row: dict[str, str], emit: Callable[[Any], Iterable[Any]]) -> list[dict[str, Any]]:
+@contextmanager
+def _attempt(notes: str, task: str) -> Iterator[None]:
+    """Refuse a task that has killed too many workers, if there is a folder to count in."""
+    if not notes:
+        yield
+        return
+    note = Path(notes, f"{stable_hash(task):x}")
+    with note.open("ab") as file:
+        file.write(b".")
+    if note.stat().st_size > _DEATHS:
+        raise ValueError(f"{task:.200}: {_DEATHS} workers died of it, out of memory perhaps")
+    yield
+    note.unlink()
+
+
+def _emit_rows(
+    row: dict[str, str], emit: Callable[[Any], Iterable[Any]], notes: str
+) -> list[dict[str, Any]]:
     boxes: dict[int, list[Any]] = defaultdict(list)
     try:
-        for box, value in _as_pairs(emit(json.loads(row["item"]))):
-            boxes[box].append(value)
+        with _attempt(notes, row["item"]):
+            for box, value in _as_pairs(emit(json.loads(row["item"]))):
+                boxes[box].append(value)
     except Exception as error:
         boxes = defaultdict(list, {_FAILED: [f"{error}"]})
     return [{"box": b, "data": json.dumps(v)} for b, v in (boxes or {_NOTHING: []}).items()]
 
 
-def _reduce_rows(rows: dict[str, Any], reduce: Callable[..., Iterable[Any]]) -> dict[str, Any]:
+def _reduce_rows(
+    rows: dict[str, Any], reduce: Callable[..., Iterable[Any]], notes: str
+) -> dict[str, Any]:
     box = int(rows["box"][0])
     values = [value for data in rows["data"] for value in json.loads(str(data))]
     if box >= 0:
         try:
-            values = list(reduce(box, values))
+            with _attempt(notes, f"values of box {box}"):
+                values = list(reduce(box, values))
         except Exception as error:
             box, values = _FAILED, [f"{error}"]
     return {"box": [box], "data": [json.dumps(values)]}
 
-# %% ../chapters/18_distributed.ipynb #18041ff3
+# %% ../chapters/18_distributed.ipynb #03e9ee51
 # The engine
 class RayEngine:
     """``map_reduce`` on Ray Data: in a ``with`` block, starts a local cluster of ``workers``.
 
-    With ``address`` it joins a cluster that runs already. A task whose process dies is run again.
-    Values must be what JSON can hold. Needs the extra "cluster". Source: Moritz et al. (2018).
+    With ``address`` it joins a cluster that runs already. A task whose process dies is run again;
+    on a cluster of its own, a task that has killed five workers is a ``StepError``. Values must be
+    what JSON can hold. Needs the extra "cluster". Source: Moritz et al. (2018).
     """
 
     def __init__(self, workers: int = 2, address: str | None = None) -> None:
@@ -3207,10 +3262,12 @@ class RayEngine:
         if self._ray is None:
             raise ValueError("RayEngine: expected to be called in its with block")
         rows = [{"item": json.dumps(item)} for item in items]
+        notes = tempfile.mkdtemp(prefix="deaths-", dir=self._logs) if self._logs else ""
         data = self._ray.data.from_items(rows, override_num_blocks=max(len(rows), 1))
-        data = data.flat_map(partial(_emit_rows, emit=emit)).groupby("box")
+        data = data.flat_map(partial(_emit_rows, emit=emit, notes=notes)).groupby("box")
         results = list[Any]()
-        done = data.map_groups(partial(_reduce_rows, reduce=reduce), batch_format="numpy")
+        reduce = partial(_reduce_rows, reduce=reduce, notes=notes)
+        done = data.map_groups(reduce, batch_format="numpy")
         for row in done.take_all():
             if row["box"] == _FAILED:
                 raise StepError(json.loads(row["data"])[0])

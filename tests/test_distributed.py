@@ -38,6 +38,7 @@ from llmbook.distributed import (
     rows_of_rank,
     run_scheme,
     scheme_bytes,
+    shard_by_torch,
     shard_model,
     sum_over_ranks,
     tensor_parallel,
@@ -853,6 +854,41 @@ def test_a_model_that_is_divided_already_is_refused_and_stays_as_it_was():
         ]
         assert all(message.startswith("parameters: expected those that") for message in moved)
         assert "got torch.float64 elsewhere" in moved[0]
+
+
+def exchanged_already():
+    """What each wrapper says to a model whose gradients another one exchanges, and to hooks."""
+    wrappers = {
+        "DataParallel": DataParallel,
+        "ShardedOptimizer": lambda model: ShardedOptimizer(model.parameters(), AdamW),
+        "shard_model": shard_model,
+        "tensor_parallel": tensor_parallel,
+        "shard_by_torch": shard_by_torch,
+    }
+    said = []
+    for first in ("DataParallel", "ShardedOptimizer"):
+        for second in wrappers:
+            model = FeedForward(4, 8)
+            wrappers[first](model)
+            said.append((first, refused(wrappers[second], model)))
+    for second in ("shard_model", "tensor_parallel", "shard_by_torch"):
+        for kind in ("register_hook", "register_post_accumulate_grad_hook"):
+            model = FeedForward(4, 8)
+            getattr(model.up_proj.weight, kind)(print)
+            said.append((None, refused(wrappers[second], model)))
+    return said
+
+
+def test_gradients_are_not_exchanged_twice_and_hooks_are_not_lost():
+    for said in launch(exchanged_already, 2):
+        for first, message in said:
+            if first is None:
+                assert (
+                    "expected weights without hooks, which the new ones would not have" in message
+                )
+            else:
+                assert "expected weights whose gradients nothing exchanges yet" in message
+                assert f"got some that {first} exchanges" in message
 
 
 def odd_sharded_model(build, max_norm, units):

@@ -389,6 +389,10 @@ def on_ray(text):
             engine([1], lambda item: [(0, 1 / 0)], lambda box, values: values)
         except StepError as error:
             found["bug"] = str(error)
+        try:
+            engine(["huge"], lambda item: os.kill(os.getpid(), signal.SIGKILL), list)
+        except StepError as error:
+            found["deadly"] = str(error)
     found["logs"] = Path(logs).exists()
     print(json.dumps(found))
 
@@ -422,6 +426,7 @@ def test_errors_of_workers_name_step_item_and_machine(ray_run):
     assert "on the machine" in ray_run["lost"]
     assert "two different texts have the id 'same'" in ray_run["twice"]
     assert "division by zero" in ray_run["bug"]
+    assert ray_run["deadly"] == '"huge": 5 workers died of it, out of memory perhaps'
 
 
 def test_ray_leaves_nothing_behind(ray_run):

@@ -31,7 +31,9 @@ from llmbook.distributed import (
     pipeline_timing,
     ring_attention,
     ring_work,
+    shard_by_torch,
     shard_model,
+    split_by_torch,
     sum_over_ranks,
     tensor_parallel,
     tensor_parallel_plan,
@@ -214,6 +216,45 @@ def test_on_a_mesh_cut_layers_and_divided_rows_equal_one_process():
         both = [found[row + column][1][1] for row in (0, 2)]
         for name, whole in found[column][0][1].items():
             torch.testing.assert_close(torch.cat([grads[name] for grads in both]), whole, msg=name)
+
+
+def on_a_mesh_of_torch(kind):
+    """The same by torch: heads and inner vectors along one axis, rows along the other."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "layers"))
+    model = model_of(kind)
+    shard_by_torch(split_by_torch(model, mesh["layers"]), mesh["rows"])
+    _, found = step(model, rows()[mesh.get_local_rank("rows") :: 2])
+    return {name: gradient.full_tensor() for name, gradient in found.items()}
+
+
+@pytest.mark.parametrize("kind", ["qwen", "tied"])
+def test_on_a_mesh_torchs_wrappers_equal_one_process(kind):
+    _, expected = step(model_of(kind), rows())
+    for found in launch(on_a_mesh_of_torch, 4, kind):
+        assert_equal([found], expected)
+
+
+def frozen_parts():
+    """What is frozen of a model, and what has a gradient, whole and cut over two ranks."""
+    found = []
+    for wrap in (lambda model: model, tensor_parallel, split_by_torch):
+        model = model_of("qwen", bias=True)
+        for name, p in model.named_parameters():
+            parts = ("q_proj.weight", "k_proj.bias", "o_proj", "up_proj", "q_norm", "embedding")
+            p.requires_grad_(not any(part in name for part in parts))
+        wrap(model)
+        step(model, rows())
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        found.append((frozen, [name for name, p in model.named_parameters() if p.grad is None]))
+    return found
+
+
+def test_what_is_frozen_stays_so_when_layers_are_cut():
+    for (frozen, without), *others in launch(frozen_parts, 2):
+        assert len(frozen) > 20 and without == frozen
+        assert others == [(frozen, frozen)] * 2
 
 
 def by_dtensor():

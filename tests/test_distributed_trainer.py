@@ -15,11 +15,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from llmbook import training
 from llmbook.batches import BatchSampler
-from llmbook.distributed import RankError, Ranks, launch
+from llmbook.distributed import (
+    RankError,
+    Ranks,
+    launch,
+    load_sharded,
+    save_sharded,
+    shard_by_torch,
+)
 from llmbook.model import ModelConfig, TransformerLM
+from llmbook.optimization import build_optimizer
+from llmbook.precision import GradScaler, MixedPrecision
 from llmbook.training import CheckpointError, RunConfig, Trainer, TrainingConfig, list_checkpoints
 
 SIZES: dict[str, Any] = {"vocab_size": 61, "context_length": 16, "d_model": 16, "n_layers": 2}
@@ -44,8 +55,13 @@ def make(parallel: str | None, folder: Path | None = None, **changes: Any) -> Tr
     ids = np.random.default_rng(0).integers(61, size=2000)
     batches = BatchSampler(ids, changes.get("batch_size", 12), 16)
     validation = [BatchSampler(ids, 4, 16, order="sequential", seed=1)[i] for i in range(3)]
+    options: dict[str, Any] = {"validation": validation, "folder": folder}
+    if changes.get("precision") == "float16":  # of which the first steps overflow
+        del changes["precision"]
+        scaler = GradScaler(init_scale=2.0**24, growth_interval=3)
+        options["precision"] = MixedPrecision("float16", scaler=scaler)
     config = TrainingConfig(**{**SETTINGS, "parallel": parallel, **changes})
-    return Trainer(model, batches, config, validation=validation, folder=folder)
+    return Trainer(model, batches, config, **options)
 
 
 def outcome(parallel: str | None, folder: Path | None = None, **changes: Any) -> dict[str, Any]:
@@ -76,6 +92,7 @@ CASES: dict[str, dict[str, Any]] = {
     "adamw": {"sizes": {"bias": True, "norm": "layernorm"}},
     "muon, tied": {"optimizer": "muon", "sizes": {"tie_embeddings": True}},
     "bfloat16": {"precision": "bfloat16", "optimizer": "sgd", "sizes": {"qk_norm": False}},
+    "float16": {"precision": "float16", "optimizer": "sgd", "sizes": {"qk_norm": False}},
 }
 
 
@@ -99,11 +116,37 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_on_two_ranks_is_that_of_one_process(way: str, case: str, on_two_ranks: Any):
     alone = outcome(None, **CASES[case])
-    tolerance = 2e-3 if case == "bfloat16" else 2e-5
+    tolerance = 2e-3 if case in ("bfloat16", "float16") else 2e-5
+    if case == "float16":
+        assert alone["rows"][-1]["overflows"] > 0
     (first, second), _ = on_two_ranks
     same(alone, first[way, case], tolerance)
     for name, weight in first[way, case]["weights"].items():
         assert torch.equal(weight, second[way, case]["weights"][name]), name
+
+
+def one_overflows(way: str) -> list[tuple[bool, float]]:
+    """Return what rank 1's overflow means on this rank, and then a step without one."""
+    trainer = make(way, precision="float16", optimizer="sgd", sizes={"qk_norm": False})
+    precision = MixedPrecision("float16", scaler=GradScaler(init_scale=8.0))
+    trainer.precision, found = precision, []
+    weight, is_other = trainer.model.blocks[1].attention.v_proj.weight, trainer.parallel.rank == 1
+    for grows in (is_other, False):
+        hook = weight.register_hook(lambda g: g * torch.inf) if way == "ddp" and grows else None
+        trainer.optimizer.zero_grad()
+        sums = trainer.accumulate(next(iter(trainer.batches)))
+        if hook is not None:
+            hook.remove()
+        elif grows:
+            weight.grad.to_local()[0, 0] = torch.inf
+        settled = trainer.parallel.settle(precision, trainer.optimizer, sums.loss)
+        found.append((settled, precision.scaler.get_scale()))
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_overflow_on_one_rank_is_one_on_all(way: str):
+    assert launch(one_overflows, 2, way) == [[(False, 4.0), (True, 4.0)]] * 2
 
 
 # --- checkpoints --------------------------------------------------------------------------------
@@ -144,6 +187,37 @@ def test_a_checkpoint_is_resumed_at_another_number_of_ranks_and_by_another_way(
     found = launch(go_on, 3, tmp_path, others, timeout=120.0)
     for other in others:
         same(found[0][other], first["ddp", "adamw"])
+
+
+def in_pieces(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Save a sharded model after a step; load it into another; and once where rank 1 sees none."""
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = shard_by_torch(TransformerLM(ModelConfig(**SIZES, n_heads=2)))
+        optimizer = build_optimizer(model, "adamw", lr=0.1)
+        if seed == 0:
+            model(torch.arange(8)[None]).sum().backward()
+            optimizer.step()
+            save_sharded(folder, model, optimizer)
+        else:
+            load_sharded(folder, model, optimizer)
+        states = [p.full_tensor() for state in optimizer.state.values() for p in state.values()
+                  if isinstance(p, DTensor)]  # fmt: skip
+        found.append([p.full_tensor() for p in model.parameters()] + states)
+    with pytest.raises(ValueError, match="folder: expected the same") as caught:
+        load_sharded(folder / "none" if dist.get_rank() else folder, model, optimizer)
+    with pytest.raises(ValueError, match="folder: expected one that save_sharded wrote"):
+        load_sharded(folder / "none", model, optimizer)
+    return (*found, str(caught.value))
+
+
+def test_pieces_are_loaded_with_their_optimizer_and_by_all_ranks_or_none(tmp_path: Path):
+    for saved, loaded, message in launch(in_pieces, 2, tmp_path / "pieces"):
+        assert len(saved) == len(loaded) > 60
+        assert all(torch.equal(one, other) for one, other in zip(saved, loaded, strict=True))
+        got = "got a checkpoint on rank 0, no checkpoint on rank 1"
+        assert message == f"folder: expected the same on each rank, {got}"
 
 
 def test_only_rank_0_writes(on_two_ranks: Any):
@@ -215,7 +289,7 @@ def test_every_rank_says_what_is_wrong(tmp_path: Path):
 def one_fails(what: str) -> None:
     """Train on two ranks, of which the second dies or stands still."""
     trainer = make("ddp")
-    if torch.distributed.get_rank():
+    if dist.get_rank():
         trainer.train_step = lambda batch: fail(what)  # type: ignore[method-assign]
     trainer.train()
 
@@ -274,8 +348,8 @@ def small_run(way: str | None) -> RunConfig:
     )  # fmt: skip
 
 
-def torchrun(config: Path, folder: Path, kill_after: int | None) -> tuple[int, str]:
-    """Run the command; kill its second rank once there is a checkpoint of that step."""
+def torchrun(config: Path, folder: Path, what: str, after: int) -> tuple[int, str]:
+    """Run the command; kill a rank, or press Ctrl-C, once there is a checkpoint of that step."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     here = ["--local-addr=127.0.0.1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     command = [*launcher, *here, "-m", "llmbook.training", str(config), "--folder", str(folder)]
@@ -283,16 +357,21 @@ def torchrun(config: Path, folder: Path, kill_after: int | None) -> tuple[int, s
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
+    ranks: dict[str, int] = {}
     try:
-        while kill_after is not None and process.poll() is None:
-            if max(list_checkpoints(folder / "training"), default=0) >= kill_after:
-                victims = [p for p in children(process.pid) if environ(p).get("RANK") == "1"]
-                os.kill(victims[0], signal.SIGKILL)
+        while what != "ends" and process.poll() is None:
+            if max(list_checkpoints(folder / "training"), default=0) >= after:
+                ranks = {environ(p).get("RANK", "none"): p for p in children(process.pid)}
+                if what == "killed":
+                    os.kill(ranks["1"], signal.SIGKILL)
+                else:
+                    process.send_signal(signal.SIGINT)
                 break
             time.sleep(0.02)
         said = process.communicate(timeout=300)[0]
     finally:
         process.kill()
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks.values()), "nothing stays"
     return process.returncode, said
 
 
@@ -312,14 +391,18 @@ def environ(pid: int) -> dict[str, str]:
 def test_the_command_under_torchrun_is_killed_and_goes_on_by_other_ways(tmp_path: Path):
     alone = training.run(small_run(None), tmp_path / "alone")
     folder = tmp_path / "run"
-    for way, kill_after in (("ddp", 5), ("fsdp", 15), ("tp", None)):
+    stages = (("ddp", "killed", 5), ("fsdp", "stopped", 10), ("fsdp", "killed", 15))
+    for way, what, after in (*stages, ("tp", "ends", 30)):
         small_run(way).to_yaml(tmp_path / f"{way}.yaml")
-        code, said = torchrun(tmp_path / f"{way}.yaml", folder, kill_after)
-        assert (code == 0) is (kill_after is None), said
+        code, said = torchrun(tmp_path / f"{way}.yaml", folder, what, after)
+        assert (code == 0) is (what == "ends"), said
         assert f"on 2 ranks ({way})" in said, said
         assert said.count("on 2 ranks") == 1, "rank 0 speaks for all"
-        if kill_after is not None:
+        if what == "killed":
             assert "exitcode  : -9" in said and "rank      : 1" in said, said
+        if what == "stopped":  # by Ctrl-C: each rank ends its step, and rank 0 saves
+            assert said.count("stopped; the same command goes on") == 2, said
+            assert min(list_checkpoints(folder / "training")) >= 10
     together = training.load_run(folder)
     for name, weight in alone.model.state_dict().items():
         torch.testing.assert_close(together.model.state_dict()[name], weight, rtol=0, atol=2e-3)
