@@ -3316,9 +3316,10 @@ for factor in (None, 2.0, 1.25, 1.0):
 # The cuts combine, since each goes along an axis of its own. Devices are numbered by coordinates in
 # a *mesh*: in one of $2 \times 4 \times 2$ for data, pipeline, and tensor, each of the 16 belongs
 # to a data group of 2, a pipeline of 4, and a tensor group of 2. Each collective stays within one
-# group, so our functions take a `group`; the tests cut layers and rows at once on four ranks, by our
-# functions and by torch's. The axis that talks most gets the shortest links. From the innermost outward, Llama 3 orders its axes as tensor, context (its name for the sequence),
-# pipeline, data {cite}`grattafiori2024llama3`.
+# group, so our functions take a `group`; the tests cut layers and rows at once on four ranks, by
+# our functions and by torch's. The axis that talks most gets the shortest links. From the innermost
+# outward, Llama 3 orders its axes as tensor, context (its name for the sequence), pipeline, data
+# {cite}`grattafiori2024llama3`.
 
 # %% [markdown]
 # ## Eight, 64, 1,024 GPUs
@@ -3793,7 +3794,7 @@ with tempfile.TemporaryDirectory() as folder:
 # the same seed. A setting that does not fit, such as heads that two ranks cannot share, is refused
 # by every rank before the first step. If a rank dies, the same command goes on from the newest
 # checkpoint. If one stands still, the others wait in a collective until its time is up, and say in
-# which.
+# which. Ctrl-C ends all of them after the step under way, with a checkpoint.
 
 
 # %% tags=["engine"]
@@ -4437,11 +4438,11 @@ assert len(same) == 2 and all(same)
 # | to clean | 7 | 7 | 11 |
 # | in all | 21 | 29 | 31 |
 #
-# So on two cores, Ray gains nothing: each worker first imports this package, which takes more than
-# two seconds; all values are written out and read again on their way; and Ray's own processes need
-# the same cores. What it offers here is that a death costs two seconds and no file. In time, it
-# pays only where the work of a step is long beside these fixed costs: with hours of it, on more
-# cores than one process can use, or on several machines.
+# So on two cores, Ray gains nothing: each worker first imports this package, and PyTorch with it;
+# all values are written out and read again on their way; and Ray's own processes need the same
+# cores. What it offers here is that two deaths cost two seconds and no file. In time, it pays only
+# where the work of a step is long beside these fixed costs: with hours of it, on more cores than
+# these, or on several machines.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: files that appear once, errors that say where, and reading into boxes

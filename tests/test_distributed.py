@@ -453,6 +453,10 @@ def disagree():
     check_agreed(same=3, also=-5)
     check_agreed()
     model = nn.Linear(3, 2 + rank)
+    unlike = {"frozen": nn.Linear(3, 2).requires_grad_(rank == 1), "buffer": nn.BatchNorm1d(2)}
+    unlike["buffer"].running_mean = torch.zeros(2 + rank)
+    for kind, got in (("frozen", "not trained on rank 0"), ("buffer", "running_mean (2,)")):
+        assert got in refused(check_agreed_parameters, unlike[kind])
     return (
         refused(check_agreed, a=1, micro_batches=3 - rank),
         refused(check_agreed_parameters, model),
@@ -691,6 +695,31 @@ def test_no_sync_is_decided_by_the_forward_pass_and_misuse_is_refused():
         assert frozen.startswith("module: expected parameters to train, got none")
 
 
+class Mixed(nn.Module):
+    """Weights of two kinds, and of 8, 8 and 4 bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Parameter(torch.ones(2, dtype=torch.float32))
+        self.fine = nn.Parameter(torch.ones(1, dtype=torch.float64))
+        self.last = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self):
+        return self.wide.sum() / 3 + (self.fine + self.last).sum() / 3
+
+
+def mixed_buckets():
+    wrapped = DataParallel(Mixed(), bucket_bytes=16)
+    wrapped().backward()
+    module = wrapped.module
+    sizes = [len(bucket.parameters) for bucket in wrapped.buckets]
+    return sizes, module.wide.grad.dtype, module.fine.grad.item(), module.last.grad.item()
+
+
+def test_a_bucket_is_filled_to_the_byte_and_has_one_dtype():
+    assert launch(mixed_buckets, 2) == [([2, 1], torch.float32, 2 / 3, 2 / 3)] * 2
+
+
 def late_bucket():
     wrapped = DataParallel(nn.Linear(4, 1))
     loss = wrapped(torch.ones(2, 4)).sum()
@@ -755,6 +784,7 @@ def odd_sharded_optimizer(build, max_norm):
     again = ShardedOptimizer(odd_groups(odd_model(0)), build)
     again.load_state_dict(state)
     other = refused(again.load_state_dict, state | {"ranks": 7})
+    assert f"expected rank {rank}, got 9" in refused(again.load_state_dict, state | {"rank": 9})
     held = sum(t.numel() for s in optimizer.optimizer.state.values() for t in s.values() if t.ndim)
     rates = [group["weight_decay"] for group in optimizer.param_groups]
     return model.state_dict(), norms, held, rates, other
@@ -811,6 +841,35 @@ def test_shares_that_cannot_be_are_refused():
     )
     for message, start in zip(found[0], starts, strict=True):
         assert message.startswith(start)
+
+
+def clip_odd():
+    """Clipped gradients of both ranks: too large, small, and with an infinity on one of them."""
+    rank, found = dist.get_rank(), []
+    for first in (3.0, 0.03, torch.inf if rank else 3.0):
+        weight = nn.Parameter(torch.zeros(2))
+        weight.grad = torch.tensor([first, 0.0 if rank else 1.0])
+        norm = clip_sharded_gradients([weight], 1.0)
+        found.append((norm.item(), weight.grad.tolist()))
+    return found
+
+
+def test_clipping_over_ranks_only_shrinks_and_leaves_infinities_to_be_judged():
+    norms = [19**0.5, (1 + 2 * 0.03**2) ** 0.5]
+    for rank, found in enumerate(launch(clip_odd, 2)):
+        for (norm, gradient), right, first in zip(found, norms, (3.0, 0.03), strict=False):
+            given = [first, 0.0 if rank else 1.0]
+            assert norm == pytest.approx(right, rel=1e-6)
+            assert gradient == pytest.approx([x / right for x in given], rel=1e-5)
+        assert found[2] == (torch.inf, [torch.inf, 0.0] if rank else [3.0, 1.0])
+    assert launch(clip_small, 2) == [[0.1, 0.2]] * 2
+
+
+def clip_small():
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    weight.grad = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    clip_sharded_gradients([weight], 1.0)
+    return weight.grad.tolist()
 
 
 def divided_already():

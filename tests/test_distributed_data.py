@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llmbook import distributed
 from llmbook.batches import TokenShards, write_shards
 from llmbook.cleaning import clean_documents
 from llmbook.corpus import Document, read_files, read_jsonl, write_jsonl
@@ -262,6 +263,17 @@ def test_keys_are_the_bands():
     with pytest.raises(ValueError, match="bands, rows"):
         band_keys(signatures, 3, 4)
     assert box_of(2**64 - 1, 7) == 6 and box_of(0, 7) == 0
+
+
+@pytest.mark.parametrize(("most", "n_pairs"), [(4, 6), (3, 3)])
+def test_in_a_crowded_bucket_each_is_compared_with_the_first(monkeypatch, most, n_pairs):
+    monkeypatch.setattr(distributed, "_ALL_PAIRS_UP_TO", most)
+    values = [[7, id, number, 10] for number, id in enumerate("abcd")]
+    found = list(distributed._pairs(0, [*values, [7, "e", 0, 10]]))
+    first = min("abcde", key=lambda id: (stable_hash(id), id))
+    pairs = [pair[1:3] for pair in found if not pair[0]]
+    assert len(pairs) == n_pairs and sum(first in pair for pair in pairs) == 3
+    assert [sorted(pair[1:3]) for pair in found if pair[0]] == [["a", "e"]]  # one text twice
 
 
 def test_hashes_do_not_depend_on_the_process():

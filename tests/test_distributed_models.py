@@ -551,6 +551,15 @@ def test_stages_that_would_follow_different_plans_are_refused_on_every_rank():
     ]
 
 
+def test_a_stage_drops_out_what_the_model_does():
+    model, ids = model_of("gpt2", dropout=0.5), rows()
+    found = []
+    for module in (model, PipelineStage(model, 0, 1)):
+        seed_everything(3)
+        found.append(module.train()(ids))
+    assert torch.equal(*found) and not torch.equal(found[0], model.eval()(ids))
+
+
 def test_a_pipeline_of_one_stage_is_one_process():
     model, ids = model_of("tied"), rows()
     stage = PipelineStage(model, 0, 1)

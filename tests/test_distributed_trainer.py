@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from llmbook import training
 from llmbook.batches import BatchSampler
 from llmbook.distributed import (
+    ByteCounter,
     RankError,
     Ranks,
     launch,
@@ -123,6 +124,48 @@ def test_a_run_on_two_ranks_is_that_of_one_process(way: str, case: str, on_two_r
     same(alone, first[way, case], tolerance)
     for name, weight in first[way, case]["weights"].items():
         assert torch.equal(weight, second[way, case]["weights"][name]), name
+
+
+def apart(way: str) -> Any:
+    """Begin with another seed on each rank; return the weights, some chance, and what is sent."""
+    rank, chance = dist.get_rank(), {}
+    torch.manual_seed(rank)
+    model = TransformerLM(ModelConfig(**SIZES, n_heads=4))
+    first = [p.detach().clone() for p in model.parameters()]
+    batches = BatchSampler(np.arange(2000) % 61, 12, 16)
+    torch.manual_seed(5)
+    config = TrainingConfig(n_steps=1, batch_size=12, micro_batch_size=2, parallel=way)
+    trainer = Trainer(model, batches, config)
+    ranks, weights = trainer.parallel, [whole(p) for p in model.parameters()]
+    states = ranks.random_states()
+    chance["begun"] = torch.rand(()).item()
+    ranks.set_random_states(states)
+    chance["resumed"] = torch.rand(()).item()
+    several = {**states, "ranks": states.get("ranks", [])[:1]}
+    ranks.set_random_states(several)  # as if there had been another number of them
+    chance["of another number"] = torch.rand(()).item()
+    with ByteCounter() as traffic:
+        trainer.accumulate(next(iter(batches)))
+    reduced = {n: k for n, k in traffic.calls.items() if n.startswith(("allreduce", "reduce"))}
+    return first, weights, chance, reduced
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    """A whole tensor, of which this rank may have a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ranks_begin_alike_draw_their_own_chance_and_exchange_once_a_step(way: str):
+    (first, weights, chance, reduced), (_, others, other, _) = launch(apart, 2, way)
+    for begun, one, two in zip(first, weights, others, strict=True):
+        assert torch.equal(begun, one) and torch.equal(one, two)
+    for name, drawn in chance.items():
+        assert (drawn == other[name]) is (way == "tp"), name
+    assert chance["begun"] == chance["resumed"] and other["begun"] == other["resumed"]
+    # The last of three micro-batches exchanges, in one bucket or three units; then the loss's sum.
+    expected = {"ddp": {"allreduce": 2}, "fsdp": {"reduce_scatter": 3, "allreduce": 1}}
+    assert way == "tp" or reduced == expected[way]
 
 
 def one_overflows(way: str) -> list[tuple[bool, float]]:
@@ -248,6 +291,12 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "heads": (
         "tp", {"sizes": {"n_kv_heads": 1}}, "n_kv_heads: expected a multiple of 2 ranks, got 1"
     ),
+    "queries": (
+        "tp",
+        {"sizes": {"n_heads": 3, "d_head": 4, "n_kv_heads": 3}},
+        "n_heads: expected a multiple of 2 ranks, got 3",
+    ),
+    "inner": ("tp", {"sizes": {"d_ff": 33}}, "d_ff: expected a multiple of 2 ranks, got 33"),
     "experts": (
         "tp", {"sizes": {"n_experts": 2, "n_active_experts": 1}}, "n_experts: expected 0"
     ),
