@@ -1380,7 +1380,8 @@ class ShardedOptimizer:
     ``parameters`` are a model's, or groups of them, and ``build`` makes the optimizer, which must
     treat each number by itself (AdamW or SGD, not Muon): each rank gives it the numbers of its
     share only, as vectors. ``step`` sums the gradients over ranks, so divide a loss by the number
-    of targets of all ranks; no ``DataParallel`` is needed. Weights begin as those of rank 0.
+    of targets of all ranks; a model of ``DataParallel``, which would sum them twice, is refused.
+    Weights begin as those of rank 0.
     ``state_dict`` is that of this rank's share. The parameters become views of one vector, so move
     or convert the model before.
     """
@@ -1693,6 +1694,7 @@ def shard_model(
     targets of all ranks; clip by ``clip_sharded_gradients``. With ``compute_dtype``, parameters
     travel and compute in it, and the rows that the optimizer sees keep theirs. A tied parameter
     stays tied; weights begin as those of rank 0; one that is not used has a gradient of zeros.
+    Parameters are replaced, so those with hooks, as of ``DataParallel``, are refused.
     Source: Rajbhandari et al. (2020), stage 3; Zhao et al. (2023).
     """
     rank, size = place_in_group(group)

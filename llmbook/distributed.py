@@ -787,14 +787,15 @@ def _check_not_exchanged(argument: str, tensors: Iterable[Tensor], replaces: boo
             expected = "weights without hooks, which the new ones would not have"
             raise ValueError(f"{argument}: expected {expected}, got some: register them afterwards")
 
-# %% ../chapters/18_distributed.ipynb #5c0e014c
+# %% ../chapters/18_distributed.ipynb #aecf7dad
 class ShardedOptimizer:
     """An optimizer whose state and work is divided over ranks (ZeRO-1, Rajbhandari et al. 2020).
 
     ``parameters`` are a model's, or groups of them, and ``build`` makes the optimizer, which must
     treat each number by itself (AdamW or SGD, not Muon): each rank gives it the numbers of its
     share only, as vectors. ``step`` sums the gradients over ranks, so divide a loss by the number
-    of targets of all ranks; no ``DataParallel`` is needed. Weights begin as those of rank 0.
+    of targets of all ranks; a model of ``DataParallel``, which would sum them twice, is refused.
+    Weights begin as those of rank 0.
     ``state_dict`` is that of this rank's share. The parameters become views of one vector, so move
     or convert the model before.
     """
@@ -1056,7 +1057,7 @@ class _Gather(torch.autograd.Function):
         ctx.unit.again = None  # all that needed the weights has been computed: free them
         return None, *ctx.unit.scatter(grads)
 
-# %% ../chapters/18_distributed.ipynb #0ec2a169
+# %% ../chapters/18_distributed.ipynb #fa8abab1
 def shard_model(
     model: nn.Module,
     units: Sequence[nn.Module] | None = None,
@@ -1075,6 +1076,7 @@ def shard_model(
     targets of all ranks; clip by ``clip_sharded_gradients``. With ``compute_dtype``, parameters
     travel and compute in it, and the rows that the optimizer sees keep theirs. A tied parameter
     stays tied; weights begin as those of rank 0; one that is not used has a gradient of zeros.
+    Parameters are replaced, so those with hooks, as of ``DataParallel``, are refused.
     Source: Rajbhandari et al. (2020), stage 3; Zhao et al. (2023).
     """
     rank, size = place_in_group(group)

@@ -1072,6 +1072,7 @@ def test_the_defaults_of_a_run_are_as_documented():
     first = launch(run_scheme, 1, "one_process", TINY, batches)[0]
     same = launch(partial(run_scheme, **told), 1, "one_process", TINY, batches)[0]
     assert first.losses == same.losses and first.norms == same.norms
+    assert worst_difference(same.weights, first.weights)[1] == 0
     for change in ({"learning_rate": 1e-2}, {"seed": 1}, {"max_norm": 0.01}):
         other = launch(partial(run_scheme, **change), 1, "one_process", TINY, batches)[0]
         assert worst_difference(other.weights, first.weights)[1] > 1e-4, change

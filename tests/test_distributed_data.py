@@ -167,7 +167,7 @@ def test_a_preparation_that_was_stopped_goes_on(text, alone, tmp_path, step):
                 for box, value in emit(item):
                     boxes.setdefault(box, []).append(value)
             list(reduce(1, boxes[1]))
-            draft = tmp_path / "a" / "read" / ".box-00000.jsonl.9.part"  # of a dead worker
+            draft = tmp_path / "a" / "unique" / ".box-00000.jsonl.9.part"  # of a dead worker
             draft.parent.mkdir(exist_ok=True)
             draft.touch()
             raise KeyboardInterrupt
@@ -282,6 +282,12 @@ def test_hashes_do_not_depend_on_the_process():
     command = [sys.executable, "-c", code]
     found = {subprocess.run(command, env=e, capture_output=True, text=True).stdout for e in seeds}
     assert found == {f"{stable_hash('Yeast.')}\n"}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_the_share_that_is_asked_for_is_held_out(share):
+    held_out = PrepareConfig(held_out=share).holds_out
+    assert sum(held_out(str(i)) for i in range(2000)) / 2000 == pytest.approx(share, abs=0.04)
 
 
 @pytest.mark.parametrize(
