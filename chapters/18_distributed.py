@@ -834,7 +834,7 @@ def ring(parts: list[Tensor]) -> None:
 # :alt: Three columns, one for each rank, and five rows, one for each state. At first each rank has three parts of its own. After two steps of reduce-scatter each rank has one part to which all three have contributed, after two more steps of all-gather each rank has all three.
 #
 # A ring of three ranks. Each cell is a part of the tensor, and names the ranks whose numbers are in
-# it. An arrow takes a part to the next rank; those from the last one back to the first are left out.
+# it. An arrow takes a part to the next rank; those from the last one to the first are left out.
 # ```
 #
 # Each of the two halves takes $n - 1$ steps, and a rank sends $b / n$ bytes in each step. So the
@@ -2328,6 +2328,8 @@ def _enter_gains(norm: nn.Module, group: dist.ProcessGroup | None) -> None:
     norm.register_forward_hook(leave, always_call=True)
 
 
+# %% tags=["engine"]
+#| export
 def _branches(
     module: nn.Module, n_ranks: int
 ) -> list[tuple[str, MultiHeadAttention | FeedForward]]:
@@ -5209,6 +5211,8 @@ def _attempt(notes: str, task: str) -> Iterator[None]:
     note.unlink()
 
 
+# %% tags=["engine"]
+#| export
 def _emit_rows(
     row: dict[str, str], emit: Callable[[Any], Iterable[Any]], notes: str
 ) -> list[dict[str, Any]]:

@@ -1486,7 +1486,7 @@ class RowParallelLinear(nn.Module):
         y = leave_parallel(F.linear(x, self.weight), self.group)
         return y if self.bias is None else y + self.bias
 
-# %% ../chapters/18_distributed.ipynb #04ebbd3c
+# %% ../chapters/18_distributed.ipynb #fa59ecab
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
@@ -1507,7 +1507,7 @@ def _enter_gains(norm: nn.Module, group: dist.ProcessGroup | None) -> None:
     norm.register_forward_pre_hook(enter)
     norm.register_forward_hook(leave, always_call=True)
 
-
+# %% ../chapters/18_distributed.ipynb #ab0f43e4
 def _branches(
     module: nn.Module, n_ranks: int
 ) -> list[tuple[str, MultiHeadAttention | FeedForward]]:
@@ -3171,7 +3171,7 @@ def _start_ray(ray: Any, workers: int, logs: str) -> None:
                 message = "Ray did not start, three times; is the machine busy, or out of memory?"
                 raise OSError(f"{message} {error}") from error
 
-# %% ../chapters/18_distributed.ipynb #27a917ce
+# %% ../chapters/18_distributed.ipynb #ea3dba94
 # What a worker does
 _FAILED, _NOTHING = -1, -2  # no boxes: a message, and a row where there is nothing to send
 _DEATHS = 5
@@ -3191,7 +3191,7 @@ def _attempt(notes: str, task: str) -> Iterator[None]:
     yield
     note.unlink()
 
-
+# %% ../chapters/18_distributed.ipynb #f3231e32
 def _emit_rows(
     row: dict[str, str], emit: Callable[[Any], Iterable[Any]], notes: str
 ) -> list[dict[str, Any]]:
