@@ -696,7 +696,7 @@ def test_no_sync_is_decided_by_the_forward_pass_and_misuse_is_refused():
 
 
 class Mixed(nn.Module):
-    """Weights of two kinds, and of 8, 8 and 4 bytes."""
+    """Weights of two kinds, each of 8 bytes."""
 
     def __init__(self):
         super().__init__()
@@ -708,16 +708,17 @@ class Mixed(nn.Module):
         return self.wide.sum() / 3 + (self.fine + self.last).sum() / 3
 
 
-def mixed_buckets():
-    wrapped = DataParallel(Mixed(), bucket_bytes=16)
+def mixed_buckets(bucket_bytes):
+    wrapped = DataParallel(Mixed(), bucket_bytes)
     wrapped().backward()
     module = wrapped.module
     sizes = [len(bucket.parameters) for bucket in wrapped.buckets]
     return sizes, module.wide.grad.dtype, module.fine.grad.item(), module.last.grad.item()
 
 
-def test_a_bucket_is_filled_to_the_byte_and_has_one_dtype():
-    assert launch(mixed_buckets, 2) == [([2, 1], torch.float32, 2 / 3, 2 / 3)] * 2
+@pytest.mark.parametrize("bucket_bytes", [16, 24])
+def test_a_bucket_is_filled_to_the_byte_and_has_one_dtype(bucket_bytes):
+    assert launch(mixed_buckets, 2, bucket_bytes) == [([2, 1], torch.float32, 2 / 3, 2 / 3)] * 2
 
 
 def late_bucket():
