@@ -180,6 +180,31 @@ def test_a_bootstrap_depends_on_its_seed_alone():
     assert interval.low <= interval.high
 
 
+@pytest.mark.parametrize(("sizes", "seed"), [(6, 3), (3, 21)])
+def test_each_law_of_a_bootstrap_is_the_fit_of_a_sample_with_three_sizes(sizes, seed):
+    n, d = design(sizes, 6)
+    losses = LAW.predict(n, d) * np.exp(0.003 * np.random.default_rng(0).normal(size=len(n)))
+    random, samples = np.random.default_rng(seed), []
+    while len(samples) < 4:
+        rows = random.integers(0, len(n), len(n))
+        if min(len(set(n[rows])), len(set(d[rows]))) >= 3:
+            samples.append(rows)
+    for rows, law in zip(samples, fit_scaling_law(n, d, losses, n_bootstrap=4, seed=seed).resampled):
+        alone = fit_scaling_law(n[rows], d[rows], losses[rows]).law
+        assert law.predict(n, d) == pytest.approx(alone.predict(n, d), rel=1e-3)
+
+
+def test_an_interval_has_the_percentiles_and_the_error_is_a_root_mean_square():
+    laws = tuple(ScalingLaw(E, 1.0, 1.0, 0.3, 0.3) for E in range(101))
+    fit = ScalingFit(LAW, 36, 1.0, 0.1, laws)
+    interval = fit.interval(lambda law: law.E, 0.9)
+    assert (interval.low, interval.high) == pytest.approx((5, 95))
+    n, d, losses = noisy(LAW, 0.01)
+    found = fit_scaling_law(n, d, losses)
+    residuals = np.log(found.law.predict(n, d) / losses)
+    assert found.error == pytest.approx(np.sqrt(np.mean(residuals**2)))
+
+
 def test_a_fit_goes_through_json_and_says_what_it_is():
     found = fit_scaling_law(*noisy(LAW, 0.003), n_bootstrap=3)
     assert ScalingFit.from_dict(json.loads(json.dumps(found.to_dict()))) == found
@@ -314,6 +339,7 @@ def test_parabolas_find_the_valley():
         ([1.0, 2.0], [1.0, 2.0], r"parameters: .* at least 3"),
         ([1.0, 1.0, 2.0], [1.0, 2.0, 3.0], "parameters: expected at least 3 sizes, got 2"),
         ([1.0, 2.0, 4.0], [1.0, 2.0, 1.0], "losses: expected a valley"),
+        ([1.0, 2.0, 4.0], [1.0, 1.01, 1.0], "losses: expected a valley"),
         ([1.0, 2.0, 4.0], [1.0, 2.0, 1.0, 1.0], "losses: expected one for each of 3 sizes, got 4"),
         ([-1.0, 2.0, 4.0], [2.0, 1.0, 2.0], r"parameters: .* above 0, got -1"),
     ],
