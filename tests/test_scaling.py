@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from llmbook import scaling
 from llmbook.model import ModelConfig, count_parameters, flops_per_token
 from llmbook.scaling import (
     PUBLISHED_LAWS,
@@ -27,6 +28,7 @@ from llmbook.scaling import (
     scaling_corpus,
     train_run,
 )
+from llmbook.training import Trainer
 
 TABLE = Path(__file__).parents[1] / "benchmarks" / "results" / "scaling.csv"
 LAW = PUBLISHED_LAWS["besiroglu2024"]
@@ -180,7 +182,7 @@ def test_a_bootstrap_depends_on_its_seed_alone():
     assert interval.low <= interval.high
 
 
-@pytest.mark.parametrize(("sizes", "seed"), [(6, 3), (3, 21)])
+@pytest.mark.parametrize(("sizes", "seed"), [(6, 3), (3, 786)])  # that one draws two sizes first
 def test_each_law_of_a_bootstrap_is_the_fit_of_a_sample_with_three_sizes(sizes, seed):
     n, d = design(sizes, 6)
     losses = LAW.predict(n, d) * np.exp(0.003 * np.random.default_rng(0).normal(size=len(n)))
@@ -189,13 +191,14 @@ def test_each_law_of_a_bootstrap_is_the_fit_of_a_sample_with_three_sizes(sizes, 
         rows = random.integers(0, len(n), len(n))
         if min(len(set(n[rows])), len(set(d[rows]))) >= 3:
             samples.append(rows)
-    for rows, law in zip(samples, fit_scaling_law(n, d, losses, n_bootstrap=4, seed=seed).resampled):
+    laws = fit_scaling_law(n, d, losses, n_bootstrap=4, seed=seed).resampled
+    for rows, law in zip(samples, laws, strict=True):
         alone = fit_scaling_law(n[rows], d[rows], losses[rows]).law
         assert law.predict(n, d) == pytest.approx(alone.predict(n, d), rel=1e-3)
 
 
 def test_an_interval_has_the_percentiles_and_the_error_is_a_root_mean_square():
-    laws = tuple(ScalingLaw(E, 1.0, 1.0, 0.3, 0.3) for E in range(101))
+    laws = tuple(ScalingLaw(float(E), 1.0, 1.0, 0.3, 0.3) for E in range(101))
     fit = ScalingFit(LAW, 36, 1.0, 0.1, laws)
     interval = fit.interval(lambda law: law.E, 0.9)
     assert (interval.low, interval.high) == pytest.approx((5, 95))
@@ -383,6 +386,16 @@ def test_a_run_repeats_and_its_loss_is_above_the_floor():
     assert train_run(8, 1, 0.05, n_stories=2000) == train_run(8, 1, 0.05, 0, n_stories=2000)
     with pytest.raises(ValueError, match=r"n_steps: expected at most 250, got 251: no story"):
         train_run(8, 251, 0.05, n_stories=2000)
+
+
+def test_a_run_is_trained_as_its_description_says(monkeypatch):
+    seen = []
+    monkeypatch.setattr(scaling, "Trainer", lambda *given: seen.append(given) or Trainer(*given))
+    train_run(8, 20, 0.05, n_stories=2000)
+    (_, batches, settings), *others = seen
+    assert not others and batches.batch_size == settings.batch_size == 8
+    assert (settings.n_steps, settings.learning_rate, settings.warmup) == (20, 0.05, 2)
+    assert (settings.schedule, settings.final, settings.weight_decay) == ("linear", 0.0, 0.0)
 
 
 def test_the_best_rate_stands_for_its_cell_with_the_mean_of_its_seeds():

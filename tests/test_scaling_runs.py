@@ -217,19 +217,34 @@ def test_coordinates_move_alike_at_all_widths():
     assert 0.5 < moved[1] / moved[0] < 1.6
 
 
-def test_the_committed_sweep_is_whole_and_its_minima_stay_under_mup():
+def best_rates(sizes: str, width: int | None = None) -> dict[tuple[str, int], int]:
+    """The best exponent of each method at each size, from the committed sweep; no weight decay."""
     with (ROOT / "benchmarks/results/transfer.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if float(row["weight_decay"]) == 0]
     found = {}
     for row in rows:
-        key = row["method"], int(row["width"]), int(row["log2_rate"])
-        found.setdefault(key, []).append(float(row["loss"]))
-    best = {}
-    for method, width in {key[:2] for key in found}:
-        losses = {k[2]: sum(v) / len(v) for k, v in found.items() if k[:2] == (method, width)}
-        best[method, width] = min(losses, key=losses.__getitem__)
+        if int(row["width"]) == width if sizes == "layers" else int(row["layers"]) == 2:
+            key = row["method"], int(row[sizes]), int(row["log2_rate"])
+            found.setdefault(key, []).append(float(row["loss"]))
+    means = {key: sum(losses) / len(losses) for key, losses in found.items()}
+    return {key[:2]: min((k for k in means if k[:2] == key[:2]), key=means.get)[2] for key in means}
+
+
+def test_the_committed_sweep_is_whole_and_its_minima_stay_under_mup():
+    best = best_rates("width")
     assert [best["standard", width] for width in (32, 64, 128, 256)] == [-5, -6, -7, -8]
     assert {best["mup", width] for width in (32, 64, 128, 256)} == {-5}
+    best = best_rates("layers", 32)
+    assert [best["standard", layers] for layers in (1, 2, 4, 8, 16)] == [-4, -5, -5, -5, -6]
+    assert {best["mup", layers] for layers in (1, 2, 4, 8, 16)} == {-5}
+
+
+def test_the_committed_steps_to_a_loss_are_whole():
+    with (ROOT / "benchmarks/results/batch.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    keys = {(row["batch"], row["log2_rate"], row["seed"], row["target"]) for row in rows}
+    assert len(keys) == len(rows) == 7 * 4 * 3 * 6
+    assert {row["batch"] for row in rows if row["noise"]} == {"16"}
 
 
 # The noise of the gradient
