@@ -19,7 +19,7 @@
 # | **Part** | III. Pretraining |
 # | **You build** | {py:func}`~llmbook.scaling.fit_scaling_law`, {py:func}`~llmbook.scaling.compute_optimal`, {py:func}`~llmbook.scaling.mup_groups`, {py:func}`~llmbook.scaling.gradient_noise`, {py:func}`~llmbook.scaling.estimate_run`, {py:func}`~llmbook.scaling.info`, {py:func}`~llmbook.scaling.hyperparameter_checklist`, {py:func}`~llmbook.scaling.check_config` |
 # | **You need** | training ({doc}`13_training`), operations per token ({doc}`11_model`), intervals ({doc}`16_evaluation`), partial derivatives |
-# | **It takes** | 65 minutes for the main line, 5 hours for everything, 90 seconds to run |
+# | **It takes** | 60 minutes for the main line, 5 hours for everything, 90 seconds to run |
 
 # %% tags=["remove-cell"]
 #| default_exp scaling

@@ -851,7 +851,7 @@ def _costs_of(model: Any, sequence: int | None) -> tuple[float, float, float]:
         raise ValueError(f"sequence: expected {expected}, got {sequence}")
     return 6.0 * float(model), float(model), float(model)
 
-# %% ../chapters/17_scaling.ipynb #0413d3ab
+# %% ../chapters/17_scaling.ipynb #a6c8603e
 class PublishedRun(NamedTuple):
     """A run, and what its authors report."""
 
@@ -880,7 +880,6 @@ _GPT3 = ModelConfig.preset("gpt2", d_model=12_288, n_layers=96, n_heads=96, cont
 _LLAMA2_70B = _llama(32_000, 8192, 80, 64, 8, 28_672, length=4096)
 _LLAMA3_405B = _llama(128_256, 16_384, 126, 128, 8, 53_248)
 _OLMO2_7B = _llama(100_352, 4096, 32, 32, 32, 11_008, length=4096)
-_CARD = "the model card"
 
 # %% ../chapters/17_scaling.ipynb #1b8e82ed
 #: Runs whose authors report hours or energy. GPT-3: Patterson et al., table 4: 14.8 days on 10,000.

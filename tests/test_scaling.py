@@ -398,6 +398,14 @@ def test_a_run_is_trained_as_its_description_says(monkeypatch):
     assert (settings.schedule, settings.final, settings.weight_decay) == ("linear", 0.0, 0.0)
 
 
+def test_a_loss_is_the_entropy_and_what_the_model_loses_on_the_same_stories(monkeypatch):
+    corpus = scaling_corpus(2000)
+    bits = (corpus.surprise + 1.5) * len(corpus.held_out) / math.log(2)
+    monkeypatch.setattr(scaling, "documents_score", lambda *given: (bits, None))
+    run = train_run(8, 1, 0.05, n_stories=2000)
+    assert run.loss == pytest.approx(corpus.world.entropy() + 1.5, abs=1e-4)
+
+
 def test_the_best_rate_stands_for_its_cell_with_the_mean_of_its_seeds():
     rows = [(0.1, 0, 5.0), (0.2, 0, 3.0), (0.2, 1, 5.0), (0.4, 0, 4.0), (0.4, 1, 1.0)]
     runs = [Run(8, 10, rate, seed, 100, 10, 50, loss) for rate, seed, loss in rows]
