@@ -1918,8 +1918,8 @@ assert 5 < scales[0] < 15 < scales[1] < 30 < scales[2] < 50
 # The derivation is for a plain gradient step at its best length; Adam divides by the typical size
 # of a gradient, noise included. Does it behave in the same way? In the engine room below, we count
 # its steps to a given loss with batches of 2 to 128 rows, each at its best rate. They follow $1 +
-# B_{\text{crit}}/B$ closely, with a critical batch size of 21 to 37 rows. The noise scale of the
-# gradient at these losses, 37 to 68 rows, is up to twice as large. So it gives the order of
+# B_{\text{crit}}/B$ closely, with a critical batch size of 20 to 37 rows. The noise scale of the
+# gradient at these losses, 36 to 64 rows, is up to twice as large. So it gives the order of
 # magnitude of a batch, at the cost of a few gradients.
 
 # %% [markdown] tags=["engine"]
