@@ -1,11 +1,12 @@
-"""The best learning rate over widths: standard and maximal-update parametrization, and Muon.
+"""The best learning rate over widths and depths: standard, maximal-update parametrization, Muon.
 
-Each run trains a model of two layers from nothing on stories of the tiny world and adds one row to
+Each run trains a small model from nothing on stories of the tiny world and adds one row to
 ``results/transfer.csv``. Rows that are there are not measured again, so the script may be stopped
 at any moment and called once more. The runs are ordered so that any prefix is of use.
 
-    python benchmarks/transfer.py            # all rows: about 40 minutes with one thread
-    python benchmarks/transfer.py --limit 5  # five more rows
+    python benchmarks/transfer.py                # all rows: about an hour with one thread
+    python benchmarks/transfer.py --sweep depth  # one of width, depth, decay
+    python benchmarks/transfer.py --limit 5      # five more rows
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import csv
 import math
 import time
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from measure import RESULTS
@@ -29,8 +31,10 @@ from llmbook.tokenizer import BPETokenizer, train_bpe
 from llmbook.training import next_token_objective
 
 PATH = RESULTS / "transfer.csv"
-COLUMNS = ("method", "width", "log2_rate", "seed", "parameters", "steps", "loss", "seconds")
 WIDTHS, SEEDS = (32, 64, 128, 256), (0, 1)
+THREE_SEEDS = (0, 1, 2)
+DEPTHS, DEPTH_RATES = (1, 2, 4, 8, 16), (-7, -6, -5, -4, -3)
+DECAYS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
 VOCABULARY, LENGTH, ROWS, STEPS, WARMUP = 512, 64, 8, 150, 15
 #: The exponents of the rates, for each method.
 RATES = {
@@ -43,13 +47,27 @@ METHODS = tuple(RATES)
 ADAMW_RATE = 2.0**-6  # of tables, head and gains beside Muon
 
 
-def config_of(width: int) -> ModelConfig:
+class Key(NamedTuple):
+    """What decides a run."""
+
+    method: str
+    width: int
+    layers: int
+    log2_rate: int
+    weight_decay: float
+    seed: int
+
+
+COLUMNS = (*Key._fields, "parameters", "steps", "loss", "seconds")
+
+
+def config_of(width: int, layers: int = 2) -> ModelConfig:
     """Return a model of two heads, whose every width grows."""
     return ModelConfig(
         vocab_size=VOCABULARY,
         context_length=LENGTH,
         d_model=width,
-        n_layers=2,
+        n_layers=layers,
         n_heads=2,
         d_ff=2 * width,
     )
@@ -70,13 +88,21 @@ def rows_of(texts: list[str], tokenizer: BPETokenizer) -> Batch:
     return Batch(ids[:, :-1].contiguous(), targets)
 
 
-def optimizer_of(model: TransformerLM, method: str, rate: float) -> torch.optim.Optimizer:
-    """Return the optimizer of a method; Muon leaves table, head and gains to AdamW under muP."""
+def optimizer_of(
+    model: TransformerLM, method: str, rate: float, decay: float
+) -> torch.optim.Optimizer:
+    """Return the optimizer of a method; Muon leaves table, head and gains to AdamW under muP.
+
+    With "mup_fixed_decay" the rates are those of muP, but all matrices have one weight decay.
+    """
     base = config_of(WIDTHS[0])
     if method == "standard":
         return AdamW(model.parameters(), rate, (0.9, 0.95), weight_decay=0.0)
-    if method == "mup":
-        return AdamW(mup_groups(model, base, rate, 0.0), rate, (0.9, 0.95))
+    if method in ("mup", "mup_fixed_decay"):
+        groups = mup_groups(model, base, rate, decay)
+        if method == "mup_fixed_decay":
+            groups = [g | {"weight_decay": decay if g["weight_decay"] else 0.0} for g in groups]
+        return AdamW(groups, rate, (0.9, 0.95))
     inside = {id(p) for p in model.blocks.parameters() if p.ndim >= 2}
     groups = mup_groups(model, base, ADAMW_RATE, 0.0)
     rest = [{**g, "params": [p for p in g["params"] if id(p) not in inside]} for g in groups]
@@ -87,19 +113,17 @@ def optimizer_of(model: TransformerLM, method: str, rate: float) -> torch.optim.
     return Optimizers(muon, adamw)
 
 
-def loss_of(
-    data: Batch, held_out: Batch, method: str, width: int, log2_rate: float, seed: int
-) -> tuple[float, int]:
+def loss_of(data: Batch, held_out: Batch, key: Key) -> tuple[float, int]:
     """Return the loss on the held-out rows after training, and the number of parameters."""
-    seed_everything(seed)
-    model = TransformerLM(config_of(width))
-    seed_everything(seed)
-    if method != "standard":
+    seed_everything(key.seed)
+    model = TransformerLM(config_of(key.width, key.layers))
+    seed_everything(key.seed)
+    if key.method != "standard":
         initialize_mup(model, config_of(WIDTHS[0]))
-    optimizer = optimizer_of(model, method, 2.0**log2_rate)
+    optimizer = optimizer_of(model, key.method, 2.0**key.log2_rate, key.weight_decay)
     rates = [group["lr"] for group in optimizer.param_groups]
     factor = linear_schedule(STEPS, warmup=WARMUP)
-    order = torch.randperm(len(data.inputs), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(data.inputs), generator=torch.Generator().manual_seed(key.seed))
     for step in range(STEPS):
         rows = order[torch.arange(step * ROWS, (step + 1) * ROWS) % len(order)]
         total, count = next_token_objective(model, Batch(data.inputs[rows], data.targets[rows]))
@@ -115,14 +139,31 @@ def loss_of(
     return (loss if math.isfinite(loss) else math.inf), count_parameters(model)
 
 
-def planned() -> list[tuple[str, int, int, int]]:
-    """Return all runs, seed by seed; Muon is too slow here for the largest width."""
+def over_widths() -> list[Key]:
+    """Return all runs over widths, seed by seed; Muon is too slow here for the largest width."""
     runs = []
     for seed, adam in product(SEEDS, (True, False)):
         methods, widths = (METHODS[:2], WIDTHS) if adam else (METHODS[2:], WIDTHS[:-1])
         for width, method in product(widths, methods):
-            runs += [(method, width, rate, seed) for rate in RATES[method]]
+            runs += [Key(method, width, 2, rate, 0.0, seed) for rate in RATES[method]]
     return runs
+
+
+def over_depths() -> list[Key]:
+    """Return all runs over depths, at the smallest width."""
+    each = product(THREE_SEEDS, DEPTHS, METHODS[:2], DEPTH_RATES)
+    return [Key(method, WIDTHS[0], depth, rate, 0.0, seed) for seed, depth, method, rate in each]
+
+
+def over_decays() -> list[Key]:
+    """Return all runs over weight decays, at two widths and the best rate of muP."""
+    each = product(THREE_SEEDS, (WIDTHS[0], WIDTHS[2]), ("mup", "mup_fixed_decay"), DECAYS)
+    runs = [Key(method, width, 2, -5, decay, seed) for seed, width, method, decay in each]
+    # Without decay, and at the base width, the two are one
+    return [k for k in runs if k.method == "mup" or (k.weight_decay and k.width != WIDTHS[0])]
+
+
+SWEEPS = {"width": over_widths, "depth": over_depths, "decay": over_decays}
 
 
 def read_rows() -> list[dict[str, str]]:
@@ -131,6 +172,12 @@ def read_rows() -> list[dict[str, str]]:
         return []
     with PATH.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def key_of(row: dict[str, str]) -> Key:
+    """Return what decided the run of a row."""
+    whole = (int(row[name]) for name in ("width", "layers", "log2_rate"))
+    return Key(row["method"], *whole, float(row["weight_decay"]), int(row["seed"]))
 
 
 def write_rows(rows: list[dict[str, str]]) -> None:
@@ -144,8 +191,11 @@ def write_rows(rows: list[dict[str, str]]) -> None:
 def main() -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sweep", choices=tuple(SWEEPS), default=None, help="default: all")
     parser.add_argument("--limit", type=int, default=None, help="rows to measure at most")
-    limit = parser.parse_args().limit
+    options = parser.parse_args()
+    wanted = [SWEEPS[options.sweep]] if options.sweep else list(SWEEPS.values())
+    planned = dict.fromkeys(key for runs in wanted for key in runs())
     torch.set_num_threads(1)
     world = TinyWorld()
     texts = [story.text for story in world.stories(STEPS * ROWS, 0)]
@@ -153,10 +203,10 @@ def main() -> None:
     data = rows_of(texts, tokenizer)
     held_out = rows_of([story.text for story in world.stories(256, 1)], tokenizer)
     rows = read_rows()
-    done = {(r["method"], int(r["width"]), int(r["log2_rate"]), int(r["seed"])) for r in rows}
-    for key in [key for key in planned() if key not in done][:limit]:
+    done = {key_of(row) for row in rows}
+    for key in [key for key in planned if key not in done][: options.limit]:
         start = time.perf_counter()
-        loss, parameters = loss_of(data, held_out, *key)
+        loss, parameters = loss_of(data, held_out, key)
         seconds = time.perf_counter() - start
         values = (*key, parameters, STEPS, f"{loss:.4f}", f"{seconds:.1f}")
         rows.append({name: str(value) for name, value in zip(COLUMNS, values, strict=True)})

@@ -43,7 +43,7 @@ import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import islice, product
 from pathlib import Path
@@ -704,7 +704,7 @@ def fit_scaling_law(
     """Fit L = E + A / N**alpha + B / D**beta to runs, by the Huber loss of log residuals.
 
     The best of a hundred starts. ``delta`` is where the Huber loss turns from a square to a line;
-    ``n_bootstrap`` samples of the runs, from ``seed``, are fitted, too, from the three best ends.
+    ``n_bootstrap`` samples of the runs, from ``seed``, are fitted, too, each from the best end.
     Source: Hoffmann et al. (2022), section 3.3, appendix D.2. A ``ValueError`` if there are fewer
     than six runs or three sizes, or if the losses do not fall with the size or with the data.
     """
@@ -714,29 +714,29 @@ def fit_scaling_law(
     check_whole("seed", seed, 0)
     n, d, y = logs[0] - logs[0].mean(), logs[1] - logs[1].mean(), logs[2]
     ends, values = _minimized(_starts(n, d, y), n, d, y, delta, 500)
-    order = np.argsort(values)
-    best = ends[order[0]]
+    least = values.argmin()
+    best = ends[least]
     for name, power in (("parameters", best[3]), ("tokens", best[4])):
         if power <= 1e-3:
             expected = "losses that fall as they grow, with an exponent above 0"
             raise ValueError(f"{name}: expected {expected}, got {power:.2g}")
     r = _shares(best[None], n, d)[0][0] - y
-    resampled = _bootstrap(ends[order[[0, 1, 2]]], n, d, y, delta, n_bootstrap, seed)
+    resampled = _bootstrap(best, n, d, y, delta, n_bootstrap, seed)
     laws = tuple(_law(x, logs[0], logs[1]) for x in resampled)
     error = float(np.sqrt(np.mean(r * r)))
-    return ScalingFit(_law(best, logs[0], logs[1]), len(y), float(values[order[0]]), error, laws)
+    return ScalingFit(_law(best, logs[0], logs[1]), len(y), float(values[least]), error, laws)
 
 
 # %% [markdown] tags=["engine"]
 # A sample of the bootstrap may miss so many runs that it does not determine a law; it is drawn
 # again. One whose exponent comes out negative is kept at a tiny positive exponent, since it speaks
-# of a wide interval.
+# of a wide interval. Each sample starts from the best fit of all runs.
 
 
 # %% tags=["engine"]
 #| export
 def _bootstrap(
-    ends: np.ndarray,
+    start: np.ndarray,
     n: np.ndarray,
     d: np.ndarray,
     y: np.ndarray,
@@ -744,7 +744,7 @@ def _bootstrap(
     n_samples: int,
     seed: int,
 ) -> np.ndarray:
-    """Return the best fit to each sample of the runs, drawn with replacement: (samples, 5)."""
+    """Return the fit to each sample of the runs, drawn with replacement: (samples, 5)."""
     if not n_samples:
         return np.empty((0, 5))
     random, samples = np.random.default_rng(seed), list[np.ndarray]()
@@ -752,11 +752,8 @@ def _bootstrap(
         rows = random.integers(0, len(y), len(y))
         if len(samples) < n_samples and min(len(set(n[rows])), len(set(d[rows]))) >= 3:
             samples.append(rows)
-    drawn = np.repeat(np.array(samples), len(ends), axis=0)
-    starts = np.tile(ends, (n_samples, 1))
-    x, values = _minimized(starts, n[drawn], d[drawn], y[drawn], delta, 200)
-    best = values.reshape(n_samples, len(ends)).argmin(1) + len(ends) * np.arange(n_samples)
-    found = x[best]
+    drawn = np.array(samples)
+    found, _ = _minimized(np.tile(start, (n_samples, 1)), n[drawn], d[drawn], y[drawn], delta, 200)
     found[:, 3:] = np.maximum(found[:, 3:], 1e-6)
     return found
 
@@ -790,7 +787,8 @@ assert floor.low < 2 and world.entropy() in floor and fit.law.E < 14
 # ### Engine room: how much luck is in a loss
 
 # %% [markdown] tags=["engine"]
-# For fifteen cells of the grid, the table has three seeds:
+# For fifteen cells of the grid, the table has three seeds. The last line is about the fit: the run
+# that it misses by most.
 
 # %% tags=["engine"]
 seeds = defaultdict(list)
@@ -798,6 +796,10 @@ for run in read_runs(table):
     seeds[run[:3]].append(math.log(run.loss))
 spread = np.sqrt(np.mean([np.var(x, ddof=1) for x in seeds.values() if len(x) == 3]))
 print(f"standard deviation over seeds: {100 * spread:.0f} percent of the loss")
+worst = max(grid, key=lambda run: abs(math.log(run.loss / fit.law.predict(*run[4:7:2]))))
+ratio = worst.loss / fit.law.predict(worst.parameters, worst.tokens)
+size = f"{worst.parameters:,} parameters, {worst.tokens:,} tokens"
+print(f"largest residual: {100 * (ratio - 1):+.0f} % ({size})")
 
 # %% [markdown]
 # ### A prediction
@@ -809,8 +811,8 @@ print(f"standard deviation over seeds: {100 * spread:.0f} percent of the loss")
 largest = best[48, 1600]
 predicted = fit.interval(lambda law: float(law.predict(largest.parameters, largest.tokens)))
 print(f"{largest.parameters:,} parameters, {largest.tokens:,} tokens")
-print(f"predicted {predicted.estimate:.0f} nats (from {predicted.low:.0f} to {predicted.high:.0f})")
-print(f"measured  {largest.loss:.0f} nats")
+print(f"predicted {predicted.estimate:.1f} nats (from {predicted.low:.0f} to {predicted.high:.0f})")
+print(f"measured  {largest.loss:.1f} nats")
 assert predicted.estimate < world.entropy() < largest.loss
 
 # %% [markdown]
@@ -860,7 +862,7 @@ for name, some in choices.items():
     print(f"{name:23}{row}{one.law.predict(size, largest.tokens):8.0f} nats")
 
 # %% [markdown] tags=["engine"]
-# With the **means over the seeds** (fourteen of the twenty runs have three), the best share of size
+# With the **means over the seeds** (fifteen of the twenty runs have three), the best share of size
 # (the column *exponent*) falls from 0.6 to 0.4: the 0.6 was the luck of one seed.
 #
 # With **one learning rate for all**, the error nearly doubles. Nothing in the fit itself says why.
@@ -1089,7 +1091,7 @@ plt.show()
 # $E$, $\alpha$, and $\beta$ can be traded for one another. The first way is of no use on a grid
 # this small: nearly every run is one that no cheaper run beats, so it finds about 0.4 for any law.
 # What the valleys do show is what a wrong size costs: a model half or twice as large as the best
-# one loses one to three nats.
+# one loses about two nats.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the exponents of the three ways
@@ -1133,6 +1135,9 @@ low, high = np.quantile(slopes, [0.025, 0.975])
 found, share = slope([size for size, _ in minima], budgets), fit.interval(lambda law: law.exponent)
 print(f"valleys     {found:.2f} (95 % interval {low:.1f} to {high:.1f})")
 print(f"fitted law  {share.estimate:.2f} (95 % interval {share.low:.1f} to {share.high:.1f})")
+bends = [np.polyfit(np.log(n), y, 2)[0] for n, y in valleys]
+costs = ", ".join(f"{bend * math.log(2) ** 2:.1f}" for bend in bends)
+print(f"a factor of two from the best size costs {costs} nats")
 assert low < 0.46 < 0.6 < high, "the valleys exclude one of the two"
 
 # %% [markdown]
@@ -1250,41 +1255,46 @@ plt.style.use("llmbook.book")
 torch.set_num_threads(1)
 
 # %% tags=["engine"]
-# The rows of the file, their means over the seeds, and a panel for each method
-kept = Path(llmbook.__file__).parents[1] / "benchmarks/results/transfer.csv"
-with kept.open(encoding="utf-8") as file:
+# The rows of the file, and their means over the seeds
+results = Path(llmbook.__file__).parents[1] / "benchmarks" / "results"
+with (results / "transfer.csv").open(encoding="utf-8") as file:
     sweep = list(csv.DictReader(file))
 
 
-def mean_losses(method: str, width: int) -> dict[int, float]:
-    """The mean loss over the seeds, by the exponent of the rate."""
-    rows = [r for r in sweep if r["method"] == method and int(r["width"]) == width]
-    rates = sorted({int(r["log2_rate"]) for r in rows})
-    same = {rate: [float(r["loss"]) for r in rows if int(r["log2_rate"]) == rate] for rate in rates}
-    return {rate: sum(losses) / len(losses) for rate, losses in same.items()}
+def mean_losses(
+    method: str, width: int = 32, layers: int = 2, n_seeds: int = 2
+) -> dict[int, float]:
+    """The mean loss over the first seeds, by the exponent of the rate; no weight decay."""
+    losses = defaultdict(list)
+    for r in sweep:
+        same = r["method"] == method and (int(r["width"]), int(r["layers"])) == (width, layers)
+        if same and float(r["weight_decay"]) == 0 and int(r["seed"]) < n_seeds:
+            losses[int(r["log2_rate"])].append(float(r["loss"]))
+    return {k: sum(v) / n_seeds for k, v in sorted(losses.items()) if len(v) == n_seeds}
 
 
-def minimum(method: str, width: int) -> tuple[float, float]:
+def minimum(losses: Mapping[int, float]) -> tuple[float, float]:
     """The exponent of the best rate, by a parabola through three points, and the least loss."""
-    losses = mean_losses(method, width)
     best = min(losses, key=losses.__getitem__)
     left, middle, right = (losses[best + shift] for shift in (-1, 0, 1))
     return best + (left - right) / (left - 2 * middle + right) / 2, middle
 
 
 # %% tags=["engine"]
-def draw_curves(titles: Mapping[str, str], widths: Sequence[int]) -> None:
-    """Loss over rate, a curve for each width with its minimum marked, a panel for each method."""
+def draw_curves(titles: Mapping[str, str], kind: str, sizes: Sequence[int], **fixed: int) -> None:
+    """Loss over rate, a curve for each width or number of layers, a panel for each method."""
     _, axes = plt.subplots(1, len(titles), figsize=(7.5, 3.1), sharey=True)
     for axis, (method, title) in zip(axes, titles.items(), strict=True):
-        for number, width in enumerate(widths):
-            losses = mean_losses(method, width)
+        for number, size in enumerate(sizes):
+            losses = mean_losses(method, **{kind: size}, **fixed)
             best = min(losses, key=losses.__getitem__)
-            axis.plot(losses.keys(), losses.values(), color=f"C{number}", label=f"width {width}")
+            label = f"width {size}" if kind == "width" else f"{size} layer{'s'[: size - 1]}"
+            axis.plot(losses.keys(), losses.values(), color=f"C{number}", label=label)
             axis.plot(best, losses[best], "o", color=f"C{number}")
-        axis.set(title=title, xlabel="base-2 logarithm of the learning rate", ylim=(0.55, 2.1))
+        axis.set(title=title, xlabel="base-2 logarithm of the learning rate")
+        axis.set_ylim((0.55, 2.1) if kind == "width" else (0.9, 2.3))
     axes[0].set_ylabel("held-out loss (nats per token)")
-    axes[0].legend()
+    axes[0].legend(fontsize=8)
     plt.show()
 
 
@@ -1296,7 +1306,7 @@ def draw_curves(titles: Mapping[str, str], widths: Sequence[int]) -> None:
 
 # %% mystnb={"figure": {"caption": "Loss over the learning rate for four widths, the minima marked. Left, with one rate for all parameters, the best rate falls as the width grows. Right, with the scales derived below, it stays.", "name": "fig-scaling-transfer"}, "image": {"alt": "Two panels with four U-shaped curves each. Left, the minima move from an exponent of minus 5 at width 32 to minus 8 at width 256. Right, all four minima are at minus 5, one above the other."}}
 titles = {"standard": "standard", "mup": "maximal-update parametrization"}
-draw_curves(titles, (32, 64, 128, 256))
+draw_curves(titles, "width", (32, 64, 128, 256))
 
 # %% [markdown]
 # On the left, the rate that is best for width 32 makes the model of width 256 *worse than that of
@@ -1379,12 +1389,13 @@ def width_scales(model: TransformerLM, base: ModelConfig) -> dict[str, tuple[flo
 
 # %% [markdown]
 # The exported {py:func}`~llmbook.scaling.mup_scales` also handles fan-ins that grow differently,
-# tied heads, experts, and the norms of queries and keys. {py:func}`~llmbook.scaling.initialize_mup`
-# applies the scales to the weights, and {py:func}`~llmbook.scaling.mup_groups` to the groups of an
-# optimizer; where it divides a rate, it multiplies the weight decay, so that their product is kept.
+# tied heads, experts, the norms of queries and keys, and more layers.
+# {py:func}`~llmbook.scaling.initialize_mup` applies the scales to the weights, and
+# {py:func}`~llmbook.scaling.mup_groups` to the groups of an optimizer; where it divides a rate, it
+# multiplies the weight decay, so that their product is kept.
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: any model of ours, tied or with experts, and weight decay that stays the same
+# ### Engine room: any model of ours, tied, deeper or with experts, and its weight decay
 
 # %% [markdown] tags=["engine"]
 # Attention by $1/d$ needs no change in its code. Adam does not see the size of a gradient, so a
@@ -1402,17 +1413,17 @@ def width_scales(model: TransformerLM, base: ModelConfig) -> dict[str, tuple[flo
 # widths is the product. {cite:t}`wortsman2024proxies` keep the decay of a step independent of
 # the rate, and find that the loss is then less sensitive to the rate.
 #
-# **Depth** adds a factor of its own. $L$ layers write to the {term}`residual stream` $2L$ times,
-# and {doc}`10_blocks` divides what is written by $\sqrt{2L}$ at the start. But the steps of all
-# layers are aligned, like the terms of a product, and add up with $L$ instead of $\sqrt L$.
-# Dividing the branches by $L$ keeps the best rate over depth {cite}`dey2025completep`. We have
-# measured the width only.
+# **Depth** adds a factor of its own, $L_0/L$, by which each branch is multiplied if the base has
+# $L_0$ layers and the model $L$. Again a matrix that starts smaller and has a smaller rate does the
+# same: the last one of a branch. It starts at $1/\sqrt{2L_0}$ times $L_0/L$ instead of the
+# $1/\sqrt{2L}$ of {doc}`10_blocks`, so its scale is $\sqrt{L_0/L}$, and its rate is divided by
+# $L/L_0$. (The rule is for norms before the branches; a norm behind them would undo it.)
 
 
 # %% tags=["engine"]
 #| export
 class WidthScale(NamedTuple):
-    """What is multiplied, for one parameter, as a model becomes wider than its base."""
+    """What is multiplied, for one parameter, as a model becomes wider or deeper than its base."""
 
     init: float  # the weights that initialize_weights draws
     rate: float  # the learning rate of Adam
@@ -1423,7 +1434,9 @@ def _check_widths(model: Any, base: Any) -> None:
         raise ValueError(f"model: expected a TransformerLM, got {type(model).__name__}")
     if not isinstance(base, ModelConfig):
         raise ValueError(f"base: expected a ModelConfig, got {base!r:.60}")
-    kept = "n_layers n_experts qk_norm tie_embeddings norm_position activation vocab_size positions"
+    kept = "n_experts qk_norm tie_embeddings norm_position activation vocab_size positions"
+    if base.norm_position != "pre":
+        kept += " n_layers"  # branches are divided by the depth where they are added
     for name in (*kept.split(), "norm", "bias", "qkv_bias", "d_shared"):
         wanted, got = getattr(model.config, name), getattr(base, name)
         if wanted != got and (name != "d_shared" or not (wanted and got)):
@@ -1438,10 +1451,11 @@ def mup_scales(model: TransformerLM, base: ModelConfig) -> dict[str, WidthScale]
     """Return the scales of each parameter under the maximal-update parametrization, by its name.
 
     ``base`` is the configuration for which the rate was tuned; it differs from the model's in its
-    widths only, else a ``ValueError`` says in what. Scales of ``init`` are relative to
-    ``initialize_weights``; all are 1 where the widths are equal. Attention by 1 / d_head is a scale
-    of what makes the queries, and a tied head one of the last norm, which comes to the same for
-    Adam. Source: Yang et al. (2022), table 8; their lemma J.1 for the equivalence.
+    widths and depth only, else a ``ValueError`` says in what. Scales of ``init`` are relative to
+    ``initialize_weights``; all are 1 where the sizes are equal. Attention by 1 / d_head is a scale
+    of what makes the queries, a tied head one of the last norm, and branches divided by the depth
+    one of what writes to the stream, which comes to the same for Adam. Sources: Yang et al. (2022),
+    table 8; their lemma J.1 for the equivalence; Dey et al. (2025) for the depth.
 
     >>> sizes = {"vocab_size": 64, "context_length": 8, "n_layers": 1, "n_heads": 2}
     >>> model = TransformerLM(ModelConfig(d_model=64, **sizes))
@@ -1450,10 +1464,11 @@ def mup_scales(model: TransformerLM, base: ModelConfig) -> dict[str, WidthScale]
     """
     _check_widths(model, base)
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in TransformerLM(base).named_parameters()}
+        same = TransformerLM(replace(base, n_layers=model.config.n_layers))
+    shapes = {name: p.shape for name, p in same.named_parameters()}
     config, tables = model.config, lookup_tables(model)
     width, tied = base.d_model / config.d_model, config.tie_embeddings
-    heads = math.sqrt(base.d_head / config.d_head)
+    heads, depth = math.sqrt(base.d_head / config.d_head), base.n_layers / config.n_layers
     scales = {}
     for name, parameter in model.named_parameters():
         init = rate = 1.0
@@ -1464,7 +1479,10 @@ def mup_scales(model: TransformerLM, base: ModelConfig) -> dict[str, WidthScale]
             init = math.sqrt(rate)
         if ("q_norm" if config.qk_norm else "q_proj") in parts:
             init, rate = init * heads, rate * heads
-        if tied and (id(parameter) in tables or {"o_proj", "down_proj"} & set(parts)):
+        writes = bool({"o_proj", "down_proj"} & set(parts))
+        if writes:  # drawn with 1 / sqrt(n_layers)
+            init, rate = init * math.sqrt(depth), rate * depth
+        if tied and (id(parameter) in tables or writes):
             init /= math.sqrt(width)  # drawn with 1 / sqrt(d_model), or times it
         if tied and parts[0] == "norm":
             init = rate = width
@@ -1605,15 +1623,12 @@ assert moved[256][0] > 2 * moved[32][0] and moved[256][1] < 1.5 * moved[32][1]
 # The logits of wide standard models move several times as far as those of narrow ones; under muP
 # all move equally far. The check is necessary but not sufficient: users of the reference
 # implementation report models that pass it and whose best rate still moves (microsoft/mup, issues
-# 22 and 23). What counts is the right panel of {numref}`fig-scaling-transfer`, so draw the
-# curves before you trust a transfer.
-#
-# Look at the heights of the minima, too, since a rate that stays where it is need not be a better
-# one:
+# 22 and 23). So draw the curves before you trust a transfer. Look at the heights of the minima,
+# too:
 
 # %%
 for method in ("standard", "mup"):
-    found = [minimum(method, width) for width in (32, 64, 128, 256)]
+    found = [minimum(mean_losses(method, width)) for width in (32, 64, 128, 256)]
     print(f"{method:8}  best exponent:", "  ".join(f"{rate:.1f}" for rate, _ in found))
     print("              its loss:", "  ".join(f"{loss:4.2f}" for _, loss in found))
 
@@ -1628,6 +1643,77 @@ for method in ("standard", "mup"):
 # it. If you can try only one, you do.
 
 # %% [markdown]
+# ### Depth, and weight decay
+#
+# $L$ layers write to the {term}`residual stream` $2L$ times. {doc}`10_blocks` divides what they
+# write by $\sqrt{2L}$ at the start, as independent terms add up with the square root. But the
+# *steps* of all layers are aligned and add up with $L$, so each branch should be divided by $L$
+# {cite}`dey2025completep`, which `mup_scales` does, too. From 1 to 16 layers of width 32, the best
+# rate falls by a factor of 2.7 without this rule, and by 1.5 with it. So depth moves the rate much
+# less than width: whoever keeps the rate of two layers for sixteen loses 0.04 nats without the
+# rule, and nothing with it. Weight decay carries over less well: what is a little too much for
+# width 32 is far too much for width 128.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: five depths, and weight decay at two widths
+
+# %% [markdown] tags=["engine"]
+# The curves of `python benchmarks/transfer.py --sweep depth`, means over three seeds:
+
+# %% tags=["engine"] mystnb={"figure": {"caption": "Loss over the learning rate for five depths at width 32, the minima marked. Left, the initialization of chapter 10 and one rate for all parameters. Right, branches that are divided by the depth.", "name": "fig-scaling-depth"}, "image": {"alt": "Two panels with five U-shaped curves each. Left, the minima move from an exponent of minus 4 for one layer to minus 6 for sixteen layers. Right, all five minima are at minus 5."}}
+titles = {"standard": "standard", "mup": "branches divided by the depth"}
+draw_curves(titles, "layers", (1, 2, 4, 8, 16), n_seeds=3)
+depths = (1, 2, 4, 8, 16)
+print(f"{'layers':28}" + "  ".join(f"{n:4}" for n in depths))
+for method in titles:
+    curves = [mean_losses(method, layers=n, n_seeds=3) for n in depths]
+    found = [minimum(losses) for losses in curves]
+    print(f"{method:8}  best exponent:  ", "  ".join(f"{rate:.1f}" for rate, _ in found))
+    print("                its loss:  ", "  ".join(f"{loss:4.2f}" for _, loss in found))
+    print("       loss at rate 2^-5:  ", "  ".join(f"{losses[-5]:4.2f}" for losses in curves))
+seeds = defaultdict(list)
+for r in sweep:
+    seeds[tuple(r.values())[:5]].append(float(r["loss"]))  # method, sizes, rate, and decay
+three = [np.var(losses, ddof=1) for losses in seeds.values() if len(losses) == 3]
+print(f"standard deviation over seeds: {np.sqrt(np.mean(three)):.2f} nats")
+
+# %% [markdown] tags=["engine"]
+# A mean of three seeds is off by about 0.02 nats. With two layers both rules make the same model,
+# drawn anew, and yet the losses differ by 0.06, so compare within a row only. The rate $2^{-5}$ is
+# the best one for two layers. Sixteen standard layers have a loss of 1.03 with it and 0.99 with
+# their own best rate; with divided branches, $2^{-5}$ is their best rate. As with the width, the
+# rule does not make the best loss better.
+#
+# Weight decay, by `--sweep decay`, at the rate $2^{-5}$ of muP. Rows say what is kept from width 32
+# to 128: nothing (width 32 itself), the product of rate and decay, as
+# {py:func}`~llmbook.scaling.mup_groups` does, or the decay:
+
+# %% tags=["engine"]
+decays = ("0.0", "0.03", "0.1", "0.3", "1.0", "3.0")
+print(f"{'weight decay at width 32':26}" + "".join(f"{float(decay):6g}" for decay in decays))
+for kept, method, width in (
+    ("width 32", "mup", "32"),
+    ("width 128, product kept", "mup", "128"),
+    ("width 128, decay kept", "mup_fixed_decay", "128"),
+):
+    row = f"{kept:26}"
+    for decay in decays:
+        wanted = [method if float(decay) else "mup", width, "2", "-5", decay]
+        keys = ("method", "width", "layers", "log2_rate", "weight_decay")
+        losses = [float(r["loss"]) for r in sweep if [r[key] for key in keys] == wanted]
+        assert len(losses) == 3
+        row += f"{sum(losses) / 3:6.2f}"
+    print(row)
+
+# %% [markdown] tags=["engine"]
+# Decay helps little in runs this short, by 0.03 nats at width 32 and by 0.01 at width 128. With the
+# product kept, the best decay is 0.1 at both widths, but a decay of 1 costs 0.1 nats at width 32
+# and 0.3 at width 128. With the decay kept, it costs next to nothing there, since the matrices
+# shrink four times as slowly. Neither rule keeps the whole curve.
+
+# %% [markdown]
+# ### Muon
+#
 # All singular values of a step of Muon are 1 ({doc}`12_optimization`), so the width should drop
 # out without any scales. In the engine room below, the best exponent of Muon's rate falls by 0.6
 # from width 32 to 128 under one convention and by 1.5 under another; that of AdamW with one rate
@@ -1648,9 +1734,9 @@ for method in ("standard", "mup"):
 
 # %% tags=["engine"] mystnb={"figure": {"caption": "Muon for the matrices of the blocks, AdamW with fixed, width-scaled rates for the rest. Loss over Muon's rate, in the two conventions.", "name": "fig-scaling-muon"}, "image": {"alt": "Two panels with three U-shaped curves each, for widths 32, 64 and 128, with their minima marked."}}
 titles = {"muon_original": "original", "muon_match_rms": "match_rms_adamw"}
-draw_curves(titles, (32, 64, 128))
+draw_curves(titles, "width", (32, 64, 128))
 for method in titles:
-    found = [minimum(method, width)[0] for width in (32, 64, 128)]
+    found = [minimum(mean_losses(method, width))[0] for width in (32, 64, 128)]
     print(f"{method:14}  best exponent:", "  ".join(f"{rate:.1f}" for rate in found))
 
 # %% [markdown] tags=["engine"]
@@ -1822,7 +1908,6 @@ for step in range(81):
 assert 5 < scales[0] < 15 < scales[1] < 30 < scales[2] < 50
 
 # %% [markdown]
-# With two more seeds it was 9 rows at the start, 20 to 26 after 10 steps, and 33 to 35 after 80.
 # At the start a handful of rows agree on where to go: make frequent tokens likely and all others
 # unlikely. The noise scale grows as this easy part of the gradient is used up. (A row has 64
 # tokens.) This is a reason to begin a run with small batches and to enlarge them later, as Llama 3
@@ -1831,8 +1916,74 @@ assert 5 < scales[0] < 15 < scales[1] < 30 < scales[2] < 50
 # at 2.5 nats. The checklists below have batches of this order.
 #
 # The derivation is for a plain gradient step at its best length; Adam divides by the typical size
-# of a gradient, noise included, so it need not behave in the same way. The scale gives the order
-# of magnitude of a batch, at the cost of a few gradients.
+# of a gradient, noise included. Does it behave in the same way? In the engine room below, we count
+# its steps to a given loss with batches of 2 to 128 rows, each at its best rate. They follow $1 +
+# B_{\text{crit}}/B$ closely, with a critical batch size of 20 to 37 rows. The noise scale of the
+# gradient at these losses, 36 to 64 rows, is up to twice as large. So it gives the order of
+# magnitude of a batch, at the cost of a few gradients.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: steps to a loss, at seven batch sizes
+
+# %% [markdown] tags=["engine"]
+# The command `python benchmarks/batch.py` trains the model of width 64 at constant rates, on fresh
+# stories only, and notes when its loss on other stories falls below six targets, for seven batch
+# sizes with four rates each, and three seeds. For a target, the best rate of each batch size
+# counts. Two numbers, $S_{\min}$ and $B_{\text{crit}}$, are fitted to the logarithms of seven
+# numbers of steps, $S = S_{\min} (1 + B_{\text{crit}} / B)$. The last column is the noise scale of
+# the gradient when the target is reached, measured in the runs with 16 rows at their best rate:
+
+# %% tags=["engine"]
+with (results / "batch.csv").open(encoding="utf-8") as file:
+    reached = list(csv.DictReader(file))
+
+
+def steps_to(target: float) -> tuple[dict[int, float], float]:
+    """The mean steps to the target at each batch size's best rate; the noise scale there."""
+    steps, noise = defaultdict(list), defaultdict(list)
+    for r in reached:
+        if float(r["target"]) == target:
+            key = int(r["batch"]), int(r["log2_rate"])
+            steps[key].append(float(r["steps"] or "inf"))
+            noise[key].append(float(r["noise"] or "nan"))
+    means = {key: sum(some) / len(some) for key, some in steps.items()}
+    best = {
+        size: min((k for k in means if k[0] == size), key=means.__getitem__) for size, _ in means
+    }
+    return {size: means[key] for size, key in sorted(best.items())}, float(np.mean(noise[best[16]]))
+
+
+def critical_batch(steps: Mapping[int, float]) -> tuple[float, float]:
+    """The critical batch size and the fewest steps that fit best, in logarithms."""
+    batch, taken = np.array(list(steps)), np.log(list(steps.values()))
+    sizes = np.geomspace(1, 1000, 3001)
+    gaps = taken - np.log1p(sizes[:, None] / batch)
+    best = gaps.var(1).argmin()
+    return sizes[best], float(np.exp(gaps[best].mean()))
+
+
+# %% tags=["engine"] mystnb={"figure": {"caption": "Steps to three losses over the batch size, doubly logarithmic, each at its best rate, and the curves of the formula.", "name": "fig-scaling-batch"}, "image": {"alt": "Three falling rows of points, each on a curve that is a straight line at small batches and bends toward a horizontal one at large ones."}}
+print("target   steps with 2  with 128 rows   fewest   critical batch   noise scale")
+for target in (2.0, 1.5, 1.25, 1.0, 0.8, 0.7):
+    steps, noise = steps_to(target)
+    size, least = critical_batch(steps)
+    row = f"{target:6.2f}{steps[2]:15.0f}{steps[128]:15.0f}{least:9.0f}"
+    print(f"{row}{size:12.0f} rows{noise:9.0f} rows")
+    assert 0.8 < noise / size < 2.5
+    if target in (2.0, 1.0, 0.7):
+        (points,) = plt.loglog(steps.keys(), steps.values(), "o", label=f"{target:g} nats")
+        x = np.geomspace(2, 128)
+        plt.loglog(x, least * (1 + size / x), color=points.get_color(), linewidth=0.8)
+plt.xlabel("rows in a batch")
+plt.ylabel("steps")
+plt.legend()
+plt.show()
+
+# %% [markdown] tags=["engine"]
+# One curve fits all seven batch sizes. With 2 rows instead of 128, a run to 0.7 nats takes 16 times
+# as many steps and a quarter of the rows. The noise scale is larger than the critical batch size,
+# and should be: it belongs to the moment at which the target is reached, while the steps are
+# counted from the start, where gradients are less noisy.
 
 # %% [markdown]
 # ## Annealing and data mixtures
@@ -1927,7 +2078,10 @@ for order in ("last", "first"):
 # of a server are not in it, nor are experiments and failed runs: for the OLMo models, development
 # took half as much again as the runs that were released {cite}`morrison2025holistically`. The price
 # of an hour is the two dollars that {cite:t}`deepseek2024v3` assume, and emissions are 0.42 kg a
-# kWh, which is what the model cards of Llama come to for the energy of the devices alone.
+# kWh, which is what the model cards of Llama come to for the energy of the devices alone. The
+# published runs are those of {cite:t}`patterson2021carbon`, {cite:t}`touvron2023llama2`,
+# {cite:t}`meta2024llamamodels`, {cite:t}`grattafiori2024llama3`, {cite:t}`deepseek2024v3`, and
+# {cite:t}`morrison2025holistically`.
 
 
 # %% tags=["engine"]
@@ -2075,7 +2229,6 @@ _GPT3 = ModelConfig.preset("gpt2", d_model=12_288, n_layers=96, n_heads=96, cont
 _LLAMA2_70B = _llama(32_000, 8192, 80, 64, 8, 28_672, length=4096)
 _LLAMA3_405B = _llama(128_256, 16_384, 126, 128, 8, 53_248)
 _OLMO2_7B = _llama(100_352, 4096, 32, 32, 32, 11_008, length=4096)
-_CARD = "the model card"
 
 # %% tags=["engine"]
 #| export
@@ -2123,9 +2276,7 @@ assert all(0.3 < ratio < 1.2 for ratio in ratios.values())
 # 8B model of Llama 3 reached no larger share on a much faster device, and the larger models of its
 # family did better, so a utilization cannot be taken over from a model ten times as large.
 # DeepSeek-V3 computes in 8 bits, twice as fast at its peak, but on thin experts. The hours of
-# model cards may also contain restarts, evaluations, and long contexts. (The sources are
-# {cite:t}`patterson2021carbon`, {cite:t}`touvron2023llama2`, {cite:t}`meta2024llamamodels`,
-# {cite:t}`grattafiori2024llama3`, and {cite:t}`deepseek2024v3`.)
+# model cards may also contain restarts, evaluations, and long contexts.
 #
 # So 40 % is a good result for a large dense model, and a first estimate is better made with 25 %.
 # In our table it would have been right to within a factor of two, which is enough to choose
@@ -2149,9 +2300,13 @@ for name, run in PUBLISHED.items():
         print(text, f"(ratio {guess / run.energy_mwh:.1f})")
 
 # %% [markdown] tags=["engine"]
-# Most of the gap for GPT-3 comes from its hours: with the 3.55 million hours that were reported,
-# the estimate would be 1,170 MWh.
-#
+# Most of the gap for GPT-3 comes from its hours, which its authors did report:
+
+# %% tags=["engine"]
+hours, watts = PUBLISHED["GPT-3 175B"].gpu_hours, HARDWARE["v100"].power
+print(f"GPT-3 with its reported hours: {hours * watts * 1.1 / 1e6:,.0f} MWh")
+
+# %% [markdown] tags=["engine"]
 # The same counts can be made for any configuration, before there is a model:
 
 
@@ -2237,10 +2392,8 @@ for _scale in SIZES:
     _rows(
         _scale,
         """
-        weight_decay  0.1   0.1  0.1   brown2020gpt3 biderman2023pythia
-        beta1         0.9   0.9  0.9   brown2020gpt3
-        beta2         0.95  0.95 0.95  brown2020gpt3
-        clip_norm     1.0   1.0  1.0   brown2020gpt3
+        weight_decay  0.1   0.1  0.1   brown2020gpt3 biderman2023pythia touvron2023llama2
+        beta1         0.9   0.9  0.9   brown2020gpt3 biderman2023pythia touvron2023llama2
         final         0.1   0    0.1   touvron2023llama2 bergsma2025straight
         z_loss        1e-5  0    1e-4  olmo2024olmo2 brown2020gpt3 chowdhery2023palm
         """,
@@ -2251,51 +2404,65 @@ for _scale in SIZES:
 _rows(
     "10M",
     """
-    learning_rate        1e-3   6e-4 1e-3   biderman2023pythia brown2020gpt3
+    beta2                0.95   0.95 0.95  brown2020gpt3 biderman2023pythia
+    clip_norm            1.0    1.0  1.0   brown2020gpt3 biderman2023pythia
+    learning_rate        1e-3   6e-4 1e-3  biderman2023pythia brown2020gpt3
     batch_tokens         524288 2048 2097152 kaplan2020scaling 13_training biderman2023pythia
     warmup_share         0.01   0.00125 0.17 biderman2023pythia brown2020gpt3 dey2023cerebras
-    tokens_per_parameter 20     20   4286   hoffmann2022training biderman2023pythia
+    tokens_per_parameter 20     20   4286  hoffmann2022training biderman2023pythia
     """,
 )
 _rows(
     "124M",
     """
-    learning_rate        6e-4   3e-4 6e-4    brown2020gpt3 biderman2023pythia
+    beta2                0.95   0.95 0.95  brown2020gpt3 biderman2023pythia
+    clip_norm            1.0    1.0  1.0   brown2020gpt3 biderman2023pythia
+    learning_rate        6e-4   3e-4 6e-4  brown2020gpt3 biderman2023pythia
     batch_tokens         524288 245760 2097152 brown2020gpt3 dey2023cerebras biderman2023pythia
     warmup_share         0.01   0.00125 0.17 biderman2023pythia brown2020gpt3 dey2023cerebras
-    tokens_per_parameter 20     20   2400    hoffmann2022training brown2020gpt3
-    """,
-)
-_rows(
-    "1B",
-    """
-    learning_rate        3e-4    2e-4 4e-4   biderman2023pythia brown2020gpt3 zhang2024tinyllama
-    batch_tokens         2097152 1048576 4194304 zhang2024tinyllama brown2020gpt3 groeneveld2024olmo
-    warmup_share         0.01    0.00125 0.0142 biderman2023pythia brown2020gpt3 dey2023cerebras
-    tokens_per_parameter 20      20   2727   hoffmann2022training zhang2024tinyllama
+    tokens_per_parameter 20     20   2400  hoffmann2022training brown2020gpt3
     """,
 )
 
 # %% tags=["engine"]
 #| export
 _rows(
-    "7B",
+    "1B",
     """
-    learning_rate        3e-4    1.2e-4 4.2e-4 touvron2023llama2 brown2020gpt3 bi2024deepseek
-    batch_tokens         4194304 2097152 9437184 touvron2023llama2 brown2020gpt3 bi2024deepseek
-    warmup_share         0.004   0.00125 0.01  touvron2023llama2 brown2020gpt3 biderman2023pythia
-    tokens_per_parameter 20      20   1875     hoffmann2022training meta2024llamamodels
+    beta2                0.95    0.95 0.98 brown2020gpt3 li2023textbooks
+    clip_norm            1.0     1.0  1.0  brown2020gpt3 biderman2023pythia
+    learning_rate        3e-4    2e-4 4e-4 biderman2023pythia brown2020gpt3 zhang2024tinyllama
+    batch_tokens         2097152 1048576 4194304 zhang2024tinyllama brown2020gpt3 groeneveld2024olmo
+    warmup_share         0.01    0.00125 0.0142 biderman2023pythia brown2020gpt3 dey2023cerebras
+    tokens_per_parameter 20      20   2727 hoffmann2022training zhang2024tinyllama
     """,
 )
 _rows(
-    "70B",
+    "7B",
     """
-    learning_rate        1.5e-4  6e-5 3.2e-4  touvron2023llama2 brown2020gpt3 bi2024deepseek
-    batch_tokens         4194304 3145728 18874368 touvron2023llama2 brown2020gpt3 bi2024deepseek
-    warmup_share         0.004   0.00125 0.01 touvron2023llama2 brown2020gpt3 biderman2023pythia
-    tokens_per_parameter 20      1.7  214     hoffmann2022training brown2020gpt3 meta2024llamamodels
+    beta2                0.95    0.95 0.95 brown2020gpt3 touvron2023llama2
+    clip_norm            1.0     0.25 1.0  brown2020gpt3 rae2021gopher
+    learning_rate        3e-4    1e-4 4.2e-4 touvron2023llama2 brown2020gpt3 bi2024deepseek
+    batch_tokens         4194304 2097152 9437184 touvron2023llama2 brown2020gpt3 bi2024deepseek
+    warmup_share         0.004   0.00125 0.01  touvron2023llama2 brown2020gpt3 biderman2023pythia
+    tokens_per_parameter 20      20   1875 hoffmann2022training meta2024llamamodels
     """,
 )
+
+# %% tags=["engine"]
+#| export
+_rows(
+    "70B",
+    """
+    beta2                0.95   0.95 0.95 brown2020gpt3 touvron2023llama2
+    clip_norm            1.0    0.25 1.0  brown2020gpt3 rae2021gopher
+    learning_rate        1.5e-4 6e-5 3.2e-4 touvron2023llama2 brown2020gpt3 bi2024deepseek
+    batch_tokens         4194304 3200000 18874368 touvron2023llama2 brown2020gpt3 bi2024deepseek
+    warmup_share         0.004  0.00125 0.01 touvron2023llama2 brown2020gpt3 biderman2023pythia
+    tokens_per_parameter 20     1.7  214  hoffmann2022training brown2020gpt3 meta2024llamamodels
+    """,
+)
+
 # %% tags=["engine"]
 #| export
 _rows(
@@ -2317,8 +2484,8 @@ _rows(
     learning_rate 2e-4 1e-4 2e-4 dettmers2023qlora
     rank          64   1    512  dettmers2023qlora schulman2025lora
     alpha         16   16   32   dettmers2023qlora schulman2025lora
-    dropout       0.1  0    0.1  dettmers2023qlora
-    batch_rows    16   16   16   dettmers2023qlora
+    dropout       0.1  0.05 0.1  dettmers2023qlora
+    batch_rows    16   16   64   dettmers2023qlora
     """,
 )
 _rows(
@@ -2326,9 +2493,9 @@ _rows(
     """
     learning_rate 5e-7 2e-7 1e-6 lambert2024tulu3 rafailov2023direct
     beta          0.1  0.1  0.5  rafailov2023direct
-    batch_rows    64   64   128  rafailov2023direct lambert2024tulu3
-    epochs        1    1    1    lambert2024tulu3
-    warmup_share  0.1  0.1  0.1  lambert2024tulu3
+    batch_rows    64   32   128  rafailov2023direct tunstall2023zephyr lambert2024tulu3
+    epochs        1    1    3    lambert2024tulu3 tunstall2023zephyr
+    warmup_share  0.1  0.1  0.1  lambert2024tulu3 tunstall2023zephyr
     """,
 )
 # %% tags=["engine"]
@@ -2338,8 +2505,8 @@ _rows(
     """
     learning_rate 3e-7 1e-7 8e-6 lambert2024tulu3 ouyang2022training
     clip_range    0.2  0.1  0.3  schulman2017proximal ouyang2022training
-    kl_weight     0.05 0.01 0.1  lambert2024tulu3
-    gae_lambda    0.95 0.95 0.95 schulman2017proximal lambert2024tulu3
+    kl_weight     0.05 0    0.1  lambert2024tulu3 hu2025openreasoner
+    gae_lambda    0.95 0.95 1    schulman2017proximal hu2025openreasoner
     batch_rows    512  224  640  ouyang2022training lambert2024tulu3
     """,
 )
@@ -2367,7 +2534,7 @@ def hyperparameter_checklist(scale: str | int | float) -> dict[str, Setting]:
 
     >>> setting = hyperparameter_checklist("7B")["learning_rate"]
     >>> setting.low, setting.value, setting.high
-    (0.00012, 0.0003, 0.00042)
+    (0.0001, 0.0003, 0.00042)
     """
     return {setting.name: setting for setting in CHECKLISTS[_name_of(scale)]}
 
@@ -2424,13 +2591,16 @@ def checklist_page() -> str:
     parts = [
         "# Checklists\n",
         "Settings to begin with, from {doc}`17_scaling`. The first source of a row has its value, "
-        "and a published run lies at each end of its range. A value outside the range isn't wrong, "
+        "and a published run lies at each end of its range. A range of one value is no limit: all "
+        "runs that we looked at had that value. A value outside the range isn't wrong, "
         "but it should be chosen on purpose. {py:func}`~llmbook.scaling.checklist_page` makes this "
         "page, and {py:func}`~llmbook.scaling.check_config` compares a configuration with it.\n",
         "Batches are counted in tokens for pretraining and in rows for tuning. Warmup is a share "
         "of all steps, and final a share of the peak rate. The rates are those of AdamW, except "
         "that the highest one of DPO was used with RMSprop. The highest rate of PPO is the highest "
-        "of its source's scan that did not diverge.\n",
+        "of its source's scan that did not diverge. Few runs of 10 million parameters were "
+        "published, so the rates and tokens of that list are those of runs of 70 and 125 million. "
+        "A LoRA of rank 1 was enough in reinforcement learning; large data need larger ranks.\n",
     ]
     for scale in CHECKLISTS:
         title = _WHERE.get(scale, f"Pretraining at {scale} parameters")
@@ -2505,8 +2675,8 @@ for setting in hyperparameter_checklist("7B").values():
 # %% [markdown]
 # All lists, with their sources, are on the page {doc}`checklists`, which is made from the same
 # table. Little changes from size to size. Rates fall and batches grow; decay, momentum, clipping
-# and the end of the schedule are the same everywhere, which suggests that they matter little, or
-# that nobody dares to change them.
+# and the end of the schedule are nearly the same everywhere, which suggests that they matter
+# little, or that nobody dares to change them.
 #
 # {py:func}`~llmbook.scaling.check_config` reads the list for you. Here it looks at a run whose
 # author copied the settings of the tiny model of {doc}`13_training` to one of GPT-2's size:
@@ -2540,6 +2710,8 @@ for warning in check_config(gpt2, copied):
 # | the majority of many answers to help | a few points, while pass@k rises to nearly 1 | {numref}`fig-evaluation-attempts` |
 # | a reworded exam in the training text to be harmless | it did as much harm as one or two copies | {doc}`16_evaluation` |
 # | muP to improve the loss | at the best rate of widths 128 and 256 it is behind by 0.07 nats, with two seeds | {numref}`fig-scaling-transfer` |
+# | weight decay to carry over with the rate | too much of it harms wide models more | above |
+# | branches divided by the depth to lower the loss | the same best loss | {numref}`fig-scaling-depth` |
 # | Muon's rate to stay, by its original rule | it falls a little with the width | {numref}`fig-scaling-muon` |
 # | annealing on good data to be free | a small gain on it, and a larger loss on the rest | above |
 #

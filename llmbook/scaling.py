@@ -11,14 +11,14 @@ __all__ = ['PUBLISHED_LAWS', 'HARDWARE', 'PUBLISHED', 'CHECKLISTS', 'SIZES', 'Ru
            'info', 'Setting', 'hyperparameter_checklist', 'checklist_table', 'checklist_page', 'check_config',
            'BudgetGame']
 
-# %% ../chapters/17_scaling.ipynb #6206b718
+# %% ../chapters/17_scaling.ipynb #fb4c9024
 # The imports of the module
 import csv
 import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import islice, product
 from pathlib import Path
@@ -391,7 +391,7 @@ class ScalingFit:
         laws = tuple(ScalingLaw(**law) for law in entries["resampled"])
         return cls(**{**entries, "law": ScalingLaw(**entries["law"]), "resampled": laws})
 
-# %% ../chapters/17_scaling.ipynb #f0f614ff
+# %% ../chapters/17_scaling.ipynb #4f5c5183
 def fit_scaling_law(
     parameters: Numbers,
     tokens: Numbers,
@@ -404,7 +404,7 @@ def fit_scaling_law(
     """Fit L = E + A / N**alpha + B / D**beta to runs, by the Huber loss of log residuals.
 
     The best of a hundred starts. ``delta`` is where the Huber loss turns from a square to a line;
-    ``n_bootstrap`` samples of the runs, from ``seed``, are fitted, too, from the three best ends.
+    ``n_bootstrap`` samples of the runs, from ``seed``, are fitted, too, each from the best end.
     Source: Hoffmann et al. (2022), section 3.3, appendix D.2. A ``ValueError`` if there are fewer
     than six runs or three sizes, or if the losses do not fall with the size or with the data.
     """
@@ -414,21 +414,21 @@ def fit_scaling_law(
     check_whole("seed", seed, 0)
     n, d, y = logs[0] - logs[0].mean(), logs[1] - logs[1].mean(), logs[2]
     ends, values = _minimized(_starts(n, d, y), n, d, y, delta, 500)
-    order = np.argsort(values)
-    best = ends[order[0]]
+    least = values.argmin()
+    best = ends[least]
     for name, power in (("parameters", best[3]), ("tokens", best[4])):
         if power <= 1e-3:
             expected = "losses that fall as they grow, with an exponent above 0"
             raise ValueError(f"{name}: expected {expected}, got {power:.2g}")
     r = _shares(best[None], n, d)[0][0] - y
-    resampled = _bootstrap(ends[order[[0, 1, 2]]], n, d, y, delta, n_bootstrap, seed)
+    resampled = _bootstrap(best, n, d, y, delta, n_bootstrap, seed)
     laws = tuple(_law(x, logs[0], logs[1]) for x in resampled)
     error = float(np.sqrt(np.mean(r * r)))
-    return ScalingFit(_law(best, logs[0], logs[1]), len(y), float(values[order[0]]), error, laws)
+    return ScalingFit(_law(best, logs[0], logs[1]), len(y), float(values[least]), error, laws)
 
-# %% ../chapters/17_scaling.ipynb #865d8014
+# %% ../chapters/17_scaling.ipynb #d203d5d3
 def _bootstrap(
-    ends: np.ndarray,
+    start: np.ndarray,
     n: np.ndarray,
     d: np.ndarray,
     y: np.ndarray,
@@ -436,7 +436,7 @@ def _bootstrap(
     n_samples: int,
     seed: int,
 ) -> np.ndarray:
-    """Return the best fit to each sample of the runs, drawn with replacement: (samples, 5)."""
+    """Return the fit to each sample of the runs, drawn with replacement: (samples, 5)."""
     if not n_samples:
         return np.empty((0, 5))
     random, samples = np.random.default_rng(seed), list[np.ndarray]()
@@ -444,11 +444,8 @@ def _bootstrap(
         rows = random.integers(0, len(y), len(y))
         if len(samples) < n_samples and min(len(set(n[rows])), len(set(d[rows]))) >= 3:
             samples.append(rows)
-    drawn = np.repeat(np.array(samples), len(ends), axis=0)
-    starts = np.tile(ends, (n_samples, 1))
-    x, values = _minimized(starts, n[drawn], d[drawn], y[drawn], delta, 200)
-    best = values.reshape(n_samples, len(ends)).argmin(1) + len(ends) * np.arange(n_samples)
-    found = x[best]
+    drawn = np.array(samples)
+    found, _ = _minimized(np.tile(start, (n_samples, 1)), n[drawn], d[drawn], y[drawn], delta, 200)
     found[:, 3:] = np.maximum(found[:, 3:], 1e-6)
     return found
 
@@ -569,9 +566,9 @@ PUBLISHED_LAWS: Mapping[str, ScalingLaw] = {
     "besiroglu2024": ScalingLaw(1.8172, 482.01, 2085.43, 0.3478, 0.3658),
 }
 
-# %% ../chapters/17_scaling.ipynb #a37e3cb0
+# %% ../chapters/17_scaling.ipynb #f3a949c9
 class WidthScale(NamedTuple):
-    """What is multiplied, for one parameter, as a model becomes wider than its base."""
+    """What is multiplied, for one parameter, as a model becomes wider or deeper than its base."""
 
     init: float  # the weights that initialize_weights draws
     rate: float  # the learning rate of Adam
@@ -582,7 +579,9 @@ def _check_widths(model: Any, base: Any) -> None:
         raise ValueError(f"model: expected a TransformerLM, got {type(model).__name__}")
     if not isinstance(base, ModelConfig):
         raise ValueError(f"base: expected a ModelConfig, got {base!r:.60}")
-    kept = "n_layers n_experts qk_norm tie_embeddings norm_position activation vocab_size positions"
+    kept = "n_experts qk_norm tie_embeddings norm_position activation vocab_size positions"
+    if base.norm_position != "pre":
+        kept += " n_layers"  # branches are divided by the depth where they are added
     for name in (*kept.split(), "norm", "bias", "qkv_bias", "d_shared"):
         wanted, got = getattr(model.config, name), getattr(base, name)
         if wanted != got and (name != "d_shared" or not (wanted and got)):
@@ -590,15 +589,16 @@ def _check_widths(model: Any, base: Any) -> None:
     if base.tie_embeddings and base.norm_position != "pre":
         raise ValueError("model: expected a norm before its tied head, got norm_position 'post'")
 
-# %% ../chapters/17_scaling.ipynb #0d1c0117
+# %% ../chapters/17_scaling.ipynb #216a570a
 def mup_scales(model: TransformerLM, base: ModelConfig) -> dict[str, WidthScale]:
     """Return the scales of each parameter under the maximal-update parametrization, by its name.
 
     ``base`` is the configuration for which the rate was tuned; it differs from the model's in its
-    widths only, else a ``ValueError`` says in what. Scales of ``init`` are relative to
-    ``initialize_weights``; all are 1 where the widths are equal. Attention by 1 / d_head is a scale
-    of what makes the queries, and a tied head one of the last norm, which comes to the same for
-    Adam. Source: Yang et al. (2022), table 8; their lemma J.1 for the equivalence.
+    widths and depth only, else a ``ValueError`` says in what. Scales of ``init`` are relative to
+    ``initialize_weights``; all are 1 where the sizes are equal. Attention by 1 / d_head is a scale
+    of what makes the queries, a tied head one of the last norm, and branches divided by the depth
+    one of what writes to the stream, which comes to the same for Adam. Sources: Yang et al. (2022),
+    table 8; their lemma J.1 for the equivalence; Dey et al. (2025) for the depth.
 
     >>> sizes = {"vocab_size": 64, "context_length": 8, "n_layers": 1, "n_heads": 2}
     >>> model = TransformerLM(ModelConfig(d_model=64, **sizes))
@@ -607,10 +607,11 @@ def mup_scales(model: TransformerLM, base: ModelConfig) -> dict[str, WidthScale]
     """
     _check_widths(model, base)
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in TransformerLM(base).named_parameters()}
+        same = TransformerLM(replace(base, n_layers=model.config.n_layers))
+    shapes = {name: p.shape for name, p in same.named_parameters()}
     config, tables = model.config, lookup_tables(model)
     width, tied = base.d_model / config.d_model, config.tie_embeddings
-    heads = math.sqrt(base.d_head / config.d_head)
+    heads, depth = math.sqrt(base.d_head / config.d_head), base.n_layers / config.n_layers
     scales = {}
     for name, parameter in model.named_parameters():
         init = rate = 1.0
@@ -621,7 +622,10 @@ def mup_scales(model: TransformerLM, base: ModelConfig) -> dict[str, WidthScale]
             init = math.sqrt(rate)
         if ("q_norm" if config.qk_norm else "q_proj") in parts:
             init, rate = init * heads, rate * heads
-        if tied and (id(parameter) in tables or {"o_proj", "down_proj"} & set(parts)):
+        writes = bool({"o_proj", "down_proj"} & set(parts))
+        if writes:  # drawn with 1 / sqrt(n_layers)
+            init, rate = init * math.sqrt(depth), rate * depth
+        if tied and (id(parameter) in tables or writes):
             init /= math.sqrt(width)  # drawn with 1 / sqrt(d_model), or times it
         if tied and parts[0] == "norm":
             init = rate = width
@@ -847,7 +851,7 @@ def _costs_of(model: Any, sequence: int | None) -> tuple[float, float, float]:
         raise ValueError(f"sequence: expected {expected}, got {sequence}")
     return 6.0 * float(model), float(model), float(model)
 
-# %% ../chapters/17_scaling.ipynb #0413d3ab
+# %% ../chapters/17_scaling.ipynb #a6c8603e
 class PublishedRun(NamedTuple):
     """A run, and what its authors report."""
 
@@ -876,7 +880,6 @@ _GPT3 = ModelConfig.preset("gpt2", d_model=12_288, n_layers=96, n_heads=96, cont
 _LLAMA2_70B = _llama(32_000, 8192, 80, 64, 8, 28_672, length=4096)
 _LLAMA3_405B = _llama(128_256, 16_384, 126, 128, 8, 53_248)
 _OLMO2_7B = _llama(100_352, 4096, 32, 32, 32, 11_008, length=4096)
-_CARD = "the model card"
 
 # %% ../chapters/17_scaling.ipynb #1b8e82ed
 #: Runs whose authors report hours or energy. GPT-3: Patterson et al., table 4: 14.8 days on 10,000.
@@ -925,7 +928,7 @@ def info(config: ModelConfig, sequence: int | None = None) -> dict[str, int | fl
         "tokens by Chinchilla's rule": 20 * total,
     }
 
-# %% ../chapters/17_scaling.ipynb #8afab873
+# %% ../chapters/17_scaling.ipynb #be2ca334
 class Setting(NamedTuple):
     """One row of a checklist; sources are keys of the bibliography, or chapters of this book."""
 
@@ -952,61 +955,71 @@ for _scale in SIZES:
     _rows(
         _scale,
         """
-        weight_decay  0.1   0.1  0.1   brown2020gpt3 biderman2023pythia
-        beta1         0.9   0.9  0.9   brown2020gpt3
-        beta2         0.95  0.95 0.95  brown2020gpt3
-        clip_norm     1.0   1.0  1.0   brown2020gpt3
+        weight_decay  0.1   0.1  0.1   brown2020gpt3 biderman2023pythia touvron2023llama2
+        beta1         0.9   0.9  0.9   brown2020gpt3 biderman2023pythia touvron2023llama2
         final         0.1   0    0.1   touvron2023llama2 bergsma2025straight
         z_loss        1e-5  0    1e-4  olmo2024olmo2 brown2020gpt3 chowdhery2023palm
         """,
     )
 
-# %% ../chapters/17_scaling.ipynb #c4c8c41d
+# %% ../chapters/17_scaling.ipynb #729e49c1
 _rows(
     "10M",
     """
-    learning_rate        1e-3   6e-4 1e-3   biderman2023pythia brown2020gpt3
+    beta2                0.95   0.95 0.95  brown2020gpt3 biderman2023pythia
+    clip_norm            1.0    1.0  1.0   brown2020gpt3 biderman2023pythia
+    learning_rate        1e-3   6e-4 1e-3  biderman2023pythia brown2020gpt3
     batch_tokens         524288 2048 2097152 kaplan2020scaling 13_training biderman2023pythia
     warmup_share         0.01   0.00125 0.17 biderman2023pythia brown2020gpt3 dey2023cerebras
-    tokens_per_parameter 20     20   4286   hoffmann2022training biderman2023pythia
+    tokens_per_parameter 20     20   4286  hoffmann2022training biderman2023pythia
     """,
 )
 _rows(
     "124M",
     """
-    learning_rate        6e-4   3e-4 6e-4    brown2020gpt3 biderman2023pythia
+    beta2                0.95   0.95 0.95  brown2020gpt3 biderman2023pythia
+    clip_norm            1.0    1.0  1.0   brown2020gpt3 biderman2023pythia
+    learning_rate        6e-4   3e-4 6e-4  brown2020gpt3 biderman2023pythia
     batch_tokens         524288 245760 2097152 brown2020gpt3 dey2023cerebras biderman2023pythia
     warmup_share         0.01   0.00125 0.17 biderman2023pythia brown2020gpt3 dey2023cerebras
-    tokens_per_parameter 20     20   2400    hoffmann2022training brown2020gpt3
-    """,
-)
-_rows(
-    "1B",
-    """
-    learning_rate        3e-4    2e-4 4e-4   biderman2023pythia brown2020gpt3 zhang2024tinyllama
-    batch_tokens         2097152 1048576 4194304 zhang2024tinyllama brown2020gpt3 groeneveld2024olmo
-    warmup_share         0.01    0.00125 0.0142 biderman2023pythia brown2020gpt3 dey2023cerebras
-    tokens_per_parameter 20      20   2727   hoffmann2022training zhang2024tinyllama
+    tokens_per_parameter 20     20   2400  hoffmann2022training brown2020gpt3
     """,
 )
 
-# %% ../chapters/17_scaling.ipynb #484caed0
+# %% ../chapters/17_scaling.ipynb #1d912506
 _rows(
-    "7B",
+    "1B",
     """
-    learning_rate        3e-4    1.2e-4 4.2e-4 touvron2023llama2 brown2020gpt3 bi2024deepseek
-    batch_tokens         4194304 2097152 9437184 touvron2023llama2 brown2020gpt3 bi2024deepseek
-    warmup_share         0.004   0.00125 0.01  touvron2023llama2 brown2020gpt3 biderman2023pythia
-    tokens_per_parameter 20      20   1875     hoffmann2022training meta2024llamamodels
+    beta2                0.95    0.95 0.98 brown2020gpt3 li2023textbooks
+    clip_norm            1.0     1.0  1.0  brown2020gpt3 biderman2023pythia
+    learning_rate        3e-4    2e-4 4e-4 biderman2023pythia brown2020gpt3 zhang2024tinyllama
+    batch_tokens         2097152 1048576 4194304 zhang2024tinyllama brown2020gpt3 groeneveld2024olmo
+    warmup_share         0.01    0.00125 0.0142 biderman2023pythia brown2020gpt3 dey2023cerebras
+    tokens_per_parameter 20      20   2727 hoffmann2022training zhang2024tinyllama
     """,
 )
 _rows(
+    "7B",
+    """
+    beta2                0.95    0.95 0.95 brown2020gpt3 touvron2023llama2
+    clip_norm            1.0     0.25 1.0  brown2020gpt3 rae2021gopher
+    learning_rate        3e-4    1e-4 4.2e-4 touvron2023llama2 brown2020gpt3 bi2024deepseek
+    batch_tokens         4194304 2097152 9437184 touvron2023llama2 brown2020gpt3 bi2024deepseek
+    warmup_share         0.004   0.00125 0.01  touvron2023llama2 brown2020gpt3 biderman2023pythia
+    tokens_per_parameter 20      20   1875 hoffmann2022training meta2024llamamodels
+    """,
+)
+
+# %% ../chapters/17_scaling.ipynb #d23d632d
+_rows(
     "70B",
     """
-    learning_rate        1.5e-4  6e-5 3.2e-4  touvron2023llama2 brown2020gpt3 bi2024deepseek
-    batch_tokens         4194304 3145728 18874368 touvron2023llama2 brown2020gpt3 bi2024deepseek
-    warmup_share         0.004   0.00125 0.01 touvron2023llama2 brown2020gpt3 biderman2023pythia
-    tokens_per_parameter 20      1.7  214     hoffmann2022training brown2020gpt3 meta2024llamamodels
+    beta2                0.95   0.95 0.95 brown2020gpt3 touvron2023llama2
+    clip_norm            1.0    0.25 1.0  brown2020gpt3 rae2021gopher
+    learning_rate        1.5e-4 6e-5 3.2e-4 touvron2023llama2 brown2020gpt3 bi2024deepseek
+    batch_tokens         4194304 3200000 18874368 touvron2023llama2 brown2020gpt3 bi2024deepseek
+    warmup_share         0.004  0.00125 0.01 touvron2023llama2 brown2020gpt3 biderman2023pythia
+    tokens_per_parameter 20     1.7  214  hoffmann2022training brown2020gpt3 meta2024llamamodels
     """,
 )
 
@@ -1022,15 +1035,15 @@ _rows(
     """,
 )
 
-# %% ../chapters/17_scaling.ipynb #94741b30
+# %% ../chapters/17_scaling.ipynb #b3ede5d7
 _rows(
     "lora",
     """
     learning_rate 2e-4 1e-4 2e-4 dettmers2023qlora
     rank          64   1    512  dettmers2023qlora schulman2025lora
     alpha         16   16   32   dettmers2023qlora schulman2025lora
-    dropout       0.1  0    0.1  dettmers2023qlora
-    batch_rows    16   16   16   dettmers2023qlora
+    dropout       0.1  0.05 0.1  dettmers2023qlora
+    batch_rows    16   16   64   dettmers2023qlora
     """,
 )
 _rows(
@@ -1038,20 +1051,20 @@ _rows(
     """
     learning_rate 5e-7 2e-7 1e-6 lambert2024tulu3 rafailov2023direct
     beta          0.1  0.1  0.5  rafailov2023direct
-    batch_rows    64   64   128  rafailov2023direct lambert2024tulu3
-    epochs        1    1    1    lambert2024tulu3
-    warmup_share  0.1  0.1  0.1  lambert2024tulu3
+    batch_rows    64   32   128  rafailov2023direct tunstall2023zephyr lambert2024tulu3
+    epochs        1    1    3    lambert2024tulu3 tunstall2023zephyr
+    warmup_share  0.1  0.1  0.1  lambert2024tulu3 tunstall2023zephyr
     """,
 )
 
-# %% ../chapters/17_scaling.ipynb #1b027cd8
+# %% ../chapters/17_scaling.ipynb #0ecd2a8c
 _rows(
     "ppo",
     """
     learning_rate 3e-7 1e-7 8e-6 lambert2024tulu3 ouyang2022training
     clip_range    0.2  0.1  0.3  schulman2017proximal ouyang2022training
-    kl_weight     0.05 0.01 0.1  lambert2024tulu3
-    gae_lambda    0.95 0.95 0.95 schulman2017proximal lambert2024tulu3
+    kl_weight     0.05 0    0.1  lambert2024tulu3 hu2025openreasoner
+    gae_lambda    0.95 0.95 1    schulman2017proximal hu2025openreasoner
     batch_rows    512  224  640  ouyang2022training lambert2024tulu3
     """,
 )
@@ -1066,7 +1079,7 @@ _rows(
     """,
 )
 
-# %% ../chapters/17_scaling.ipynb #37f00aa5
+# %% ../chapters/17_scaling.ipynb #56ee1bc4
 def hyperparameter_checklist(scale: str | int | float) -> dict[str, Setting]:
     """Return the settings for a ``scale`` by name: the value, its safe range, and their sources.
 
@@ -1077,7 +1090,7 @@ def hyperparameter_checklist(scale: str | int | float) -> dict[str, Setting]:
 
     >>> setting = hyperparameter_checklist("7B")["learning_rate"]
     >>> setting.low, setting.value, setting.high
-    (0.00012, 0.0003, 0.00042)
+    (0.0001, 0.0003, 0.00042)
     """
     return {setting.name: setting for setting in CHECKLISTS[_name_of(scale)]}
 
@@ -1116,7 +1129,7 @@ def checklist_table(scale: str | int | float) -> str:
         lines.append(f"| {name} | {_shown(s.value)} | {span} | {cited} |")
     return "\n".join(lines) + "\n"
 
-# %% ../chapters/17_scaling.ipynb #f77c1481
+# %% ../chapters/17_scaling.ipynb #90e84c0a
 _WHERE = {"lora": "LoRA", "sft": "Tuning of all weights", "dpo": "Preferences: DPO"}
 _WHERE |= {"ppo": "Reinforcement learning: PPO", "grpo": "Reinforcement learning: GRPO"}
 
@@ -1126,13 +1139,16 @@ def checklist_page() -> str:
     parts = [
         "# Checklists\n",
         "Settings to begin with, from {doc}`17_scaling`. The first source of a row has its value, "
-        "and a published run lies at each end of its range. A value outside the range isn't wrong, "
+        "and a published run lies at each end of its range. A range of one value is no limit: all "
+        "runs that we looked at had that value. A value outside the range isn't wrong, "
         "but it should be chosen on purpose. {py:func}`~llmbook.scaling.checklist_page` makes this "
         "page, and {py:func}`~llmbook.scaling.check_config` compares a configuration with it.\n",
         "Batches are counted in tokens for pretraining and in rows for tuning. Warmup is a share "
         "of all steps, and final a share of the peak rate. The rates are those of AdamW, except "
         "that the highest one of DPO was used with RMSprop. The highest rate of PPO is the highest "
-        "of its source's scan that did not diverge.\n",
+        "of its source's scan that did not diverge. Few runs of 10 million parameters were "
+        "published, so the rates and tokens of that list are those of runs of 70 and 125 million. "
+        "A LoRA of rank 1 was enough in reinforcement learning; large data need larger ranks.\n",
     ]
     for scale in CHECKLISTS:
         title = _WHERE.get(scale, f"Pretraining at {scale} parameters")

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from llmbook import scaling
 from llmbook.model import ModelConfig, count_parameters, flops_per_token
 from llmbook.scaling import (
     PUBLISHED_LAWS,
@@ -27,6 +28,7 @@ from llmbook.scaling import (
     scaling_corpus,
     train_run,
 )
+from llmbook.training import Trainer
 
 TABLE = Path(__file__).parents[1] / "benchmarks" / "results" / "scaling.csv"
 LAW = PUBLISHED_LAWS["besiroglu2024"]
@@ -180,6 +182,32 @@ def test_a_bootstrap_depends_on_its_seed_alone():
     assert interval.low <= interval.high
 
 
+@pytest.mark.parametrize(("sizes", "seed"), [(6, 3), (3, 786)])  # that one draws two sizes first
+def test_each_law_of_a_bootstrap_is_the_fit_of_a_sample_with_three_sizes(sizes, seed):
+    n, d = design(sizes, 6)
+    losses = LAW.predict(n, d) * np.exp(0.003 * np.random.default_rng(0).normal(size=len(n)))
+    random, samples = np.random.default_rng(seed), []
+    while len(samples) < 4:
+        rows = random.integers(0, len(n), len(n))
+        if min(len(set(n[rows])), len(set(d[rows]))) >= 3:
+            samples.append(rows)
+    laws = fit_scaling_law(n, d, losses, n_bootstrap=4, seed=seed).resampled
+    for rows, law in zip(samples, laws, strict=True):
+        alone = fit_scaling_law(n[rows], d[rows], losses[rows]).law
+        assert law.predict(n, d) == pytest.approx(alone.predict(n, d), rel=1e-3)
+
+
+def test_an_interval_has_the_percentiles_and_the_error_is_a_root_mean_square():
+    laws = tuple(ScalingLaw(float(E), 1.0, 1.0, 0.3, 0.3) for E in range(101))
+    fit = ScalingFit(LAW, 36, 1.0, 0.1, laws)
+    interval = fit.interval(lambda law: law.E, 0.9)
+    assert (interval.low, interval.high) == pytest.approx((5, 95))
+    n, d, losses = noisy(LAW, 0.01)
+    found = fit_scaling_law(n, d, losses)
+    residuals = np.log(found.law.predict(n, d) / losses)
+    assert found.error == pytest.approx(np.sqrt(np.mean(residuals**2)))
+
+
 def test_a_fit_goes_through_json_and_says_what_it_is():
     found = fit_scaling_law(*noisy(LAW, 0.003), n_bootstrap=3)
     assert ScalingFit.from_dict(json.loads(json.dumps(found.to_dict()))) == found
@@ -314,6 +342,7 @@ def test_parabolas_find_the_valley():
         ([1.0, 2.0], [1.0, 2.0], r"parameters: .* at least 3"),
         ([1.0, 1.0, 2.0], [1.0, 2.0, 3.0], "parameters: expected at least 3 sizes, got 2"),
         ([1.0, 2.0, 4.0], [1.0, 2.0, 1.0], "losses: expected a valley"),
+        ([1.0, 2.0, 4.0], [1.0, 1.01, 1.0], "losses: expected a valley"),
         ([1.0, 2.0, 4.0], [1.0, 2.0, 1.0, 1.0], "losses: expected one for each of 3 sizes, got 4"),
         ([-1.0, 2.0, 4.0], [2.0, 1.0, 2.0], r"parameters: .* above 0, got -1"),
     ],
@@ -357,6 +386,24 @@ def test_a_run_repeats_and_its_loss_is_above_the_floor():
     assert train_run(8, 1, 0.05, n_stories=2000) == train_run(8, 1, 0.05, 0, n_stories=2000)
     with pytest.raises(ValueError, match=r"n_steps: expected at most 250, got 251: no story"):
         train_run(8, 251, 0.05, n_stories=2000)
+
+
+def test_a_run_is_trained_as_its_description_says(monkeypatch):
+    seen = []
+    monkeypatch.setattr(scaling, "Trainer", lambda *given: seen.append(given) or Trainer(*given))
+    train_run(8, 20, 0.05, n_stories=2000)
+    (_, batches, settings), *others = seen
+    assert not others and batches.batch_size == settings.batch_size == 8
+    assert (settings.n_steps, settings.learning_rate, settings.warmup) == (20, 0.05, 2)
+    assert (settings.schedule, settings.final, settings.weight_decay) == ("linear", 0.0, 0.0)
+
+
+def test_a_loss_is_the_entropy_and_what_the_model_loses_on_the_same_stories(monkeypatch):
+    corpus = scaling_corpus(2000)
+    bits = (corpus.surprise + 1.5) * len(corpus.held_out) / math.log(2)
+    monkeypatch.setattr(scaling, "documents_score", lambda *given: (bits, None))
+    run = train_run(8, 1, 0.05, n_stories=2000)
+    assert run.loss == pytest.approx(corpus.world.entropy() + 1.5, abs=1e-4)
 
 
 def test_the_best_rate_stands_for_its_cell_with_the_mean_of_its_seeds():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import math
 import re
@@ -118,12 +119,78 @@ def test_decay_is_a_tenth_unless_given():
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
-    [({"n_layers": 3}, "n_layers"), ({"vocab_size": 65}, "vocab_size"), ({"qk_norm": True}, "qk_")],
+    ("name", "init", "rate"),
+    [
+        ("blocks.7.attention.o_proj.weight", 1 / 2, 1 / 4 / 4),
+        ("blocks.7.feed_forward.down_proj.weight", 1 / 2, 1 / 4 / 4),
+        ("blocks.7.feed_forward.down_proj.bias", 1 / 2, 1 / 4),
+        ("blocks.7.feed_forward.up_proj.weight", 1, 1 / 4),
+        ("blocks.7.attention_norm.weight", 1, 1),
+        ("embedding.weight", 1, 1),
+    ],
 )
-def test_a_base_that_differs_in_more_than_its_widths_is_refused(changes, says):
+def test_depth_divides_what_writes_to_the_stream(name, init, rate):
+    model = TransformerLM(config(64, n_layers=8, bias=True))
+    assert scaling.mup_scales(model, config(16, n_layers=2, bias=True))[name] == (init, rate)
+
+
+def test_branches_of_a_deeper_model_start_smaller_by_the_ratio_of_depths():
+    spread = []
+    for layers in (2, 8):
+        torch.manual_seed(0)
+        model = TransformerLM(config(64, n_layers=layers))
+        scaling.initialize_mup(model, config(64))
+        spread.append(model.blocks[0].attention.o_proj.weight.std().item())
+    assert spread[0] == pytest.approx(1 / 8 / 2, rel=0.1)  # 1 / sqrt(fan-in), 1 / sqrt(2 layers)
+    assert spread[1] == pytest.approx(spread[0] / 4, rel=0.1)
+
+
+def test_scaled_writers_train_like_branches_that_are_divided():
+    base, ratio = config(16, n_layers=1), 1 / 4
+    torch.manual_seed(0)
+    model = TransformerLM(config(16, n_layers=4)).double()
+    scaling.initialize_mup(model, base)
+    twin = copy.deepcopy(model)
+    for block in twin.blocks:
+        for branch in (block.attention, block.feed_forward):
+            branch.register_forward_hook(lambda module, inputs, output: ratio * output)
+    for name, parameter in twin.named_parameters():
+        if {"o_proj", "down_proj"} & set(name.split(".")):
+            parameter.data /= ratio
+    ids, logits = torch.randint(64, (4, 16)), []
+    for one, groups in (
+        (model, scaling.mup_groups(model, base, 0.03, 0.2)),
+        (twin, [{"params": [p], "weight_decay": 0.2 * (p.ndim > 1)} for p in twin.parameters()]),
+    ):
+        optimizer = torch.optim.AdamW(groups, lr=0.03, eps=1e-30)
+        for group in optimizer.param_groups:  # tables do not decay
+            if any(p is one.embedding.weight for p in group["params"]):
+                group["weight_decay"] = 0.0
+        for _ in range(5):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(one(ids).flatten(0, 1), ids.flatten()).backward()
+            optimizer.step()
+        logits.append(one(ids).detach())
+    assert torch.allclose(*logits, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"vocab_size": 65}, "vocab_size"),
+        ({"qk_norm": True}, "qk_"),
+        ({"n_layers": 3, "norm_position": "post"}, "norm_position"),
+    ],
+)
+def test_a_base_that_differs_in_more_than_its_sizes_is_refused(changes, says):
     with pytest.raises(ValueError, match=f"base: expected {says}"):
         scaling.mup_scales(TransformerLM(config(64)), config(16, **changes))
+
+
+def test_the_depth_of_a_model_with_post_norms_is_that_of_its_base():
+    model = TransformerLM(config(64, norm_position="post"))
+    with pytest.raises(ValueError, match="base: expected n_layers = 2 as of the model, got 3"):
+        scaling.mup_scales(model, config(16, norm_position="post", n_layers=3))
 
 
 def test_a_tied_head_without_a_norm_before_it_is_refused():
@@ -150,19 +217,34 @@ def test_coordinates_move_alike_at_all_widths():
     assert 0.5 < moved[1] / moved[0] < 1.6
 
 
-def test_the_committed_sweep_is_whole_and_its_minima_stay_under_mup():
+def best_rates(sizes: str, width: int | None = None) -> dict[tuple[str, int], int]:
+    """The best exponent of each method at each size, from the committed sweep; no weight decay."""
     with (ROOT / "benchmarks/results/transfer.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if float(row["weight_decay"]) == 0]
     found = {}
     for row in rows:
-        key = row["method"], int(row["width"]), int(row["log2_rate"])
-        found.setdefault(key, []).append(float(row["loss"]))
-    best = {}
-    for method, width in {key[:2] for key in found}:
-        losses = {k[2]: sum(v) / len(v) for k, v in found.items() if k[:2] == (method, width)}
-        best[method, width] = min(losses, key=losses.__getitem__)
+        if int(row["width"]) == width if sizes == "layers" else int(row["layers"]) == 2:
+            key = row["method"], int(row[sizes]), int(row["log2_rate"])
+            found.setdefault(key, []).append(float(row["loss"]))
+    means = {key: sum(losses) / len(losses) for key, losses in found.items()}
+    return {key[:2]: min((k for k in means if k[:2] == key[:2]), key=means.get)[2] for key in means}
+
+
+def test_the_committed_sweep_is_whole_and_its_minima_stay_under_mup():
+    best = best_rates("width")
     assert [best["standard", width] for width in (32, 64, 128, 256)] == [-5, -6, -7, -8]
     assert {best["mup", width] for width in (32, 64, 128, 256)} == {-5}
+    best = best_rates("layers", 32)
+    assert [best["standard", layers] for layers in (1, 2, 4, 8, 16)] == [-4, -5, -5, -5, -6]
+    assert {best["mup", layers] for layers in (1, 2, 4, 8, 16)} == {-5}
+
+
+def test_the_committed_steps_to_a_loss_are_whole():
+    with (ROOT / "benchmarks/results/batch.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    keys = {(row["batch"], row["log2_rate"], row["seed"], row["target"]) for row in rows}
+    assert len(keys) == len(rows) == 7 * 4 * 3 * 6
+    assert {row["batch"] for row in rows if row["noise"]} == {"16"}
 
 
 # The noise of the gradient
