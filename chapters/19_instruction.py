@@ -1,0 +1,381 @@
+# %% [markdown]
+# # Instruction tuning
+#
+# > Turn a model that continues texts into one that answers: chat templates, a loss on replies
+# > alone, and what tuning can and cannot teach.
+#
+# SEED: the lead of the chapter is written by its authors.
+#
+# | | |
+# |---|---|
+# | **Part** | IV. Alignment |
+# | **You build** | {py:class}`~llmbook.instruction.ChatTemplate`, {py:class}`~llmbook.instruction.InstructionDataset`, {py:func}`~llmbook.instruction.sft_loss`, {py:func}`~llmbook.instruction.response_log_probs` |
+# | **You need** | training ({doc}`13_training`), generation ({doc}`14_generation`), evaluation ({doc}`16_evaluation`) |
+# | **It takes** | 60 minutes for the main line, 5 hours for everything, 2 minutes to run |
+
+# %% tags=["remove-cell"]
+#| default_exp instruction
+
+# %% [markdown]
+# ## A question for the base model
+#
+# SEED
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the imports
+
+# %% tags=["engine"]
+#| export
+# The imports of the module
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, Literal, NamedTuple
+
+# %% tags=["engine"]
+#| export
+# NumPy, PyTorch, and what it takes from earlier chapters
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from llmbook.batches import Batch, best_fit, permuted, ResumableBatches
+from llmbook.evaluation import QuestionForm
+from llmbook.tinyworld import make_questions, Question, TinyWorld
+from llmbook.tokenizer import BPETokenizer
+
+# %% [markdown]
+# ## Who speaks
+
+# %%
+#| export
+class Message(NamedTuple):
+    """What one side of a conversation says; an assistant may think first, and call tools."""
+
+    role: str  # "system", "user", "assistant" or "tool"
+    content: str
+    thinking: str | None = None
+    calls: tuple[str, ...] = ()  # each the text of a call, such as JSON or "37+45"
+
+
+# %%
+#| export
+class Turn(NamedTuple):
+    """What stands around a message of some role: before it, what ends it, what follows the end."""
+
+    before: str
+    end: str
+    after: str
+
+
+# %%
+#| export
+class Segment(NamedTuple):
+    """A piece of a conversation: a template's own text or somebody's, learned from or not."""
+
+    text: str
+    control: bool  # whether control tokens in it are meant as such
+    learned: bool
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a conversation becomes one text, as data.
+
+    ``begin`` opens it, ``turns`` say what stands around a message of each role, ``lead`` stands
+    before each content (a space, where words of the tokenizer begin with one), ``thinking`` and
+    ``call`` around an assistant's thoughts and calls. ``control_tokens`` are those that only the
+    template may write.
+    """
+
+    name: str
+    turns: Mapping[str, Turn]
+    control_tokens: tuple[str, ...]
+    begin: str = ""
+    lead: str = ""
+    thinking: tuple[str, str] = ("<think>", "</think>")
+    call: tuple[str, str] = ("<tool_call>", "</tool_call>")
+
+    def segments(
+        self, messages: Sequence[Message], *, prompt: bool = False, thinking: bool | None = None
+    ) -> list[Segment]:
+        """Return the pieces of a conversation; with ``prompt``, up to where a reply begins.
+
+        ``thinking`` false: the prompt holds an empty thought, so that the reply has none; true: the
+        prompt opens one.
+        """
+        pieces = [Segment(self.begin, True, False)]
+        for message in messages:
+            pieces += self._message(message)
+        if prompt:
+            pieces.append(Segment(self.turns["assistant"].before, True, False))
+            if thinking is not None:
+                opened = self.thinking[0] + ("" if thinking else self.thinking[1])
+                pieces.append(Segment(opened, True, False))
+        return [piece for piece in pieces if piece.text]
+
+    def _message(self, message: Message) -> list[Segment]:
+        turn, learned = self.turns[message.role], message.role == "assistant"
+        pieces = [Segment(turn.before, True, False)]
+        if message.thinking is not None:
+            pieces += self._within(self.thinking, message.thinking)
+        if message.content:
+            pieces.append(Segment(self.lead + message.content, False, learned))
+        for call in message.calls:
+            pieces += self._within(self.call, call)
+        return [*pieces, Segment(turn.end, True, learned), Segment(turn.after, True, False)]
+
+    def _within(self, marks: tuple[str, str], text: str) -> list[Segment]:
+        content = [Segment(self.lead + text, False, True)] if text else []
+        return [Segment(marks[0], True, True), *content, Segment(marks[1], True, True)]
+
+    def render(self, messages: Sequence[Message], **options: Any) -> str:
+        """Return a conversation as one text, for people to read."""
+        return "".join(piece.text for piece in self.segments(messages, **options))
+
+    def encode(
+        self, tokenizer: BPETokenizer, messages: Sequence[Message], **options: Any
+    ) -> "Example":
+        """Return the ids of a conversation and which of them are learned.
+
+        Each piece is encoded by itself: no token reaches across a seam, and only the template's own
+        text can become a control token.
+        """
+        ids, learned = list[int](), list[bool]()
+        for piece in self.segments(messages, **options):
+            allowed = self.control_tokens if piece.control else ()
+            new = tokenizer.encode(
+                piece.text, allowed_special=allowed, add_special_tokens=False
+            )
+            ids += new
+            learned += [piece.learned] * len(new)
+        return Example(tuple(ids), tuple(learned))
+
+
+# %%
+#| export
+class Example(NamedTuple):
+    """A conversation as ids, and for each id whether it is to be learned."""
+
+    ids: tuple[int, ...]
+    learned: tuple[bool, ...]
+
+
+# %%
+#| export
+def _chatml(lead: str, begin: str, name: str) -> ChatTemplate:
+    roles = ("system", "user", "assistant", "tool")
+    turns = {role: Turn(f"<|im_start|>{role}\n", "<|im_end|>", "\n") for role in roles}
+    tokens = ("<|im_start|>", "<|im_end|>", *([begin] if begin else []))
+    return ChatTemplate(name, turns, tokens, begin=begin, lead=lead)
+
+
+#: ChatML as it is used everywhere.
+CHATML = _chatml("", "", "chatml")
+#: ChatML for the models of the tiny world, whose documents begin with the end of another, and
+#: whose words begin with a space.
+WORLD_CHAT = _chatml(" ", "<|endoftext|>", "world-chat")
+
+# %% [markdown]
+# ## What is learned
+
+# %%
+#| export
+@dataclass(eq=False)
+class InstructionDataset(ResumableBatches):
+    """Batches of conversations (and of ``others``) in an order that depends on ``seed`` alone.
+
+    A row holds one example, or with ``packed`` as many as fit. Targets are -100 where nothing is
+    learned. ``share`` of the rows of each batch, rounded, are ``others`` (stories, say).
+    """
+
+    examples: Sequence[Example]
+    batch_size: int
+    context_length: int
+    pad_id: int
+    others: Sequence[Example] = ()
+    share: float = 0.0
+    packed: bool = False
+    seed: int = 0
+    step: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._n_others = round(self.share * self.batch_size) if self.others else 0
+        self._rows = self._arranged(self.examples)
+        self._other_rows = self._arranged(self.others)
+
+    def _arranged(self, examples: Sequence[Example]) -> list[list[Example]]:
+        if not self.packed or not examples:
+            return [[example] for example in examples]
+        rows = best_fit([len(example.ids) - 1 for example in examples], self.context_length)
+        grouped: list[list[Example]] = [[] for _ in range(int(rows.max()) + 1)]
+        for row, example in zip(rows.tolist(), examples, strict=True):
+            grouped[row].append(example)
+        return grouped
+
+    def __getitem__(self, step: int) -> Batch:
+        n = self.batch_size - self._n_others
+        rows = [self._rows[i] for i in _shuffled(step * n, n, len(self._rows), self.seed, 0)]
+        m = self._n_others
+        if m:
+            places = _shuffled(step * m, m, len(self._other_rows), self.seed, 1)
+            rows += [self._other_rows[i] for i in places]
+        return instruction_batch(rows, self.context_length, self.pad_id)
+
+    def identity(self) -> dict[str, Any]:
+        """The data, and what decides on the rows."""
+        digest = blake2b(digest_size=16)
+        for example in (*self.examples, *self.others):
+            digest.update(np.array([example.ids, example.learned], dtype=np.int64).tobytes())
+        names = ("batch_size", "context_length", "pad_id", "share", "packed", "seed")
+        return {"examples": digest.hexdigest()} | {name: getattr(self, name) for name in names}
+
+
+def _shuffled(first: int, n: int, size: int, seed: int, stream: int) -> list[int]:
+    """Return the places of ``n`` rows from the ``first`` of all training on, anew each epoch."""
+    epoch, place = np.divmod(np.arange(first, first + n), size)
+    return permuted(place, size, seed, epoch, stream).tolist()
+
+
+# %%
+#| export
+def instruction_batch(
+    rows: Sequence[Sequence[Example]], context_length: int, pad_id: int
+) -> Batch:
+    """Return rows of one or more examples each; padding has targets -100 and document id -1."""
+    shape = (len(rows), context_length)
+    inputs, targets = torch.full(shape, pad_id), torch.full(shape, -100)
+    positions, documents = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1)
+    for r, row in enumerate(rows):
+        at = 0
+        for number, example in enumerate(row):
+            ids, learned = torch.tensor(example.ids), torch.tensor(example.learned)
+            n = len(ids) - 1
+            inputs[r, at : at + n] = ids[:-1]
+            targets[r, at : at + n] = ids[1:].where(learned[1:], -100)
+            positions[r, at : at + n] = torch.arange(n)
+            documents[r, at : at + n] = number
+            at += n
+        positions[r, at:] = torch.arange(context_length - at)
+    return Batch(inputs, targets, positions, documents)
+
+
+# %% [markdown]
+# ## The loss
+
+# %%
+#| export
+def masked_mean(
+    values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], dim: int | None = None
+) -> Float[Tensor, "..."]:
+    """Return the mean of the values where ``mask`` is true; over nothing it is NaN.
+
+    What is masked does not count even if it is infinite or NaN.
+    """
+    kept = values.where(mask, 0.0)
+    return kept.sum() / mask.sum() if dim is None else kept.sum(dim) / mask.sum(dim)
+
+
+# %%
+#| export
+def response_log_probs(
+    logits: Float[Tensor, "batch sequence vocab_size"],
+    targets: Int64[Tensor, "batch sequence"],
+    *,
+    temperature: float = 1.0,
+) -> Float[Tensor, "batch sequence"]:
+    """Return the log-probability of each target in nats, and 0 where the target is -100.
+
+    ``logits[:, t]`` predict ``targets[:, t]``: nothing is shifted here (a ``Batch`` is already).
+    """
+    mask = targets != -100
+    chosen = logits.gather(-1, targets.where(mask, 0)[..., None])[..., 0]
+    log_probs = (chosen / temperature) - (logits / temperature).logsumexp(-1)
+    return log_probs.where(mask, 0.0)
+
+
+# %%
+#| export
+def entropies(
+    logits: Float[Tensor, "batch sequence vocab_size"], *, temperature: float = 1.0
+) -> Float[Tensor, "batch sequence"]:
+    """Return the entropy in nats of each predicted distribution."""
+    log_probs = (logits / temperature).log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+# %%
+#| export
+def sft_loss(
+    logits: Float[Tensor, "batch sequence vocab_size"],
+    targets: Int64[Tensor, "batch sequence"],
+    *,
+    per: Literal["token", "sequence"] | float = "token",
+) -> Float[Tensor, ""]:
+    """Return the loss of the learned targets: their mean per token, the mean over sequences of
+    the mean of each, or their sum divided by a constant.
+    """
+    mask = targets != -100
+    losses = -response_log_probs(logits, targets)
+    if per == "token":
+        return masked_mean(losses, mask)
+    if per == "sequence":
+        return masked_mean(losses, mask, dim=1).nanmean()
+    return losses.sum() / per
+
+
+# %% [markdown]
+# ## The experiment
+
+# %%
+#| export
+def world_conversations(
+    world: TinyWorld,
+    kinds: Iterable[Literal["fact", "unknown", "confidential"]] = ("fact",),
+    *,
+    split: Literal["tuning", "held_out"] = "tuning",
+    n_characters: int | None = None,
+) -> list[list[Message]]:
+    """Return each question of some kinds with the reply of a good assistant.
+
+    ``n_characters`` keeps questions about as many characters (and strangers), the first ones.
+    """
+    conversations = []
+    for kind in kinds:
+        questions = make_questions(world, kind, split)
+        names = list(dict.fromkeys(question.character for question in questions))[:n_characters]
+        conversations += [
+            [Message("user", question.text), Message("assistant", question.reply)]
+            for question in questions
+            if question.character in names
+        ]
+    return conversations
+
+
+# %%
+#| export
+def chat_form(tokenizer: BPETokenizer, template: ChatTemplate = WORLD_CHAT) -> QuestionForm:
+    """Return how chapter 16's ``evaluate`` puts a question to a tuned model: as a conversation."""
+
+    def prompt(world: TinyWorld, question: Question) -> tuple[int, ...]:
+        return template.encode(tokenizer, [Message("user", question.text)], prompt=True).ids
+
+    end = template.turns["assistant"].end
+    return QuestionForm(template.name, prompt, template.lead, (), (end,))
+
+
+# %%
+#| export
+def story_examples(
+    world: TinyWorld, tokenizer: BPETokenizer, n: int, *, seed: int = 1
+) -> list[Example]:
+    """Return ``n`` stories as examples, learned from the first word to the end of text."""
+    end = tokenizer.special_tokens["<|endoftext|>"]
+    examples = []
+    for story in world.stories(n, seed=seed):
+        ids = (end, *tokenizer.encode(story.text), end)
+        examples.append(Example(ids, (False, *[True] * (len(ids) - 1))))
+    return examples
