@@ -79,7 +79,7 @@ FOLLOWS: dict[str | None, tuple[str, ...]] = {
     "tool": ("tool", "assistant"),
 }
 
-# %% ../chapters/19_instruction.ipynb #0fd0a2cc
+# %% ../chapters/19_instruction.ipynb #9505e8ef
 def check_conversation(
     messages: Sequence[Message], roles: Collection[str] = ("system", "user", "assistant", "tool")
 ) -> None:
@@ -88,7 +88,7 @@ def check_conversation(
     A conversation may end anywhere, so its beginnings are conversations, too. Raises a
     ``ValueError`` that names the message by its index.
     """
-    if isinstance(messages, str | Message) or not isinstance(messages, Sequence) or not messages:
+    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
         raise ValueError(f"messages: expected a list of at least one Message, got {messages!r:.60}")
     previous: str | None = None
     for index, message in enumerate(messages):
@@ -96,15 +96,22 @@ def check_conversation(
         if message.role not in (allowed := FOLLOWS[previous]):
             place = "at the beginning" if previous is None else f"after the {previous}"
             expected = f"{' or '.join(allowed)} {place}"
-            raise ValueError(f"messages: expected {expected}, got {message.role!r} at index {index}")
+            raise ValueError(
+                f"messages: expected {expected}, got {message.role!r} at index {index}"
+            )
         previous = "call" if message.calls else message.role
+
+
+def _is(value: object, kind: type[Any]) -> bool:
+    """Whether a value has the fields of a kind of record, here or in the package."""
+    return getattr(value, "_fields", None) == kind._fields
 
 
 def _check_message(message: Message, index: int, roles: Collection[str]) -> None:
     def refuse(expected: str, got: object) -> None:
         raise ValueError(f"messages: expected {expected}, got {got!r:.60} at index {index}")
 
-    if not isinstance(message, Message):
+    if not _is(message, Message):
         refuse("Messages", message)
     role, content, thinking, calls = message
     if role not in FOLLOWS or role == "call" or role not in roles:
@@ -291,7 +298,7 @@ class ChatTemplate:
             "{%- endgeneration -%}",
         ]
 
-# %% ../chapters/19_instruction.ipynb #776027d8
+# %% ../chapters/19_instruction.ipynb #a32bf0a7
 # What the methods refuse, and how a conversation becomes shorter
 def _refuse_control_text(messages: Sequence[Message], tokens: Iterable[str]) -> None:
     tokens = tuple(tokens)
@@ -299,7 +306,9 @@ def _refuse_control_text(messages: Sequence[Message], tokens: Iterable[str]) -> 
         for text in (message.content, message.thinking or "", *message.calls):
             if found := [token for token in tokens if token in text]:
                 expected = "no control token in what somebody says"
-                raise ValueError(f"messages: expected {expected}, got {found[0]!r} at index {index}")
+                raise ValueError(
+                    f"messages: expected {expected}, got {found[0]!r} at index {index}"
+                )
 
 
 def _without_oldest(
@@ -346,7 +355,7 @@ CHATML = _chatml("", "", "chatml")
 #: whose words begin with a space.
 WORLD_CHAT = _chatml(" ", "<|endoftext|>", "world-chat")
 
-# %% ../chapters/19_instruction.ipynb #22eb0b23
+# %% ../chapters/19_instruction.ipynb #33670839
 def _llama3(role: str) -> Turn:
     return Turn(f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "")
 
@@ -354,7 +363,8 @@ def _llama3(role: str) -> Turn:
 #: The form of Llama 3, where what a tool returns comes from "ipython".
 LLAMA3 = ChatTemplate(
     "llama3",
-    {role: _llama3(role) for role in ("system", "user", "assistant")} | {"tool": _llama3("ipython")},
+    {role: _llama3(role) for role in ("system", "user", "assistant")}
+    | {"tool": _llama3("ipython")},
     ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     begin="<|begin_of_text|>",
 )
@@ -528,13 +538,13 @@ def _joined(
     last[ends - 1], opening[ends - sizes - 1] = True, True
     return np.stack([ids[~last], ids[~opening]]), learned[~opening]
 
-# %% ../chapters/19_instruction.ipynb #d5b26682
+# %% ../chapters/19_instruction.ipynb #a45a5fb1
 def _checked_examples(
     argument: str, examples: Sequence[Example], context_length: int
 ) -> Sequence[Example]:
     """Return examples if each fits and teaches something, else name the first that does not."""
     for index, example in enumerate(examples):
-        if not isinstance(example, Example) or len(example.ids) != len(example.learned):
+        if not _is(example, Example) or len(example.ids) != len(example.learned):
             expected = "Examples, with as many marks as ids"
         elif not 2 <= len(example.ids) <= context_length + 1:
             expected = f"examples of 2 to context_length + 1 = {context_length + 1} tokens"
@@ -542,7 +552,7 @@ def _checked_examples(
             expected = "a token after the first to be learned in each example"
         else:
             continue
-        n = f" of {len(example.ids)}" if isinstance(example, Example) else ""
+        n = f" of {len(example.ids)}" if _is(example, Example) else ""
         got = f"{example!r:.60}" if not n else f"one{n} with {sum(example.learned)} learned"
         raise ValueError(f"{argument}: expected {expected}, got {got} at index {index}")
     return examples
@@ -619,9 +629,7 @@ class InstructionDataset(ResumableBatches):
             places = _shuffled(step * m, m, len(self._other_rows), self.seed, 1)
             rows += [self._other_rows[i] for i in places]
         own = rows[self.rank :: self.world_size]
-        return instruction_batch(
-            own, self.context_length, self.pad_id, documents=self.documents
-        )
+        return instruction_batch(own, self.context_length, self.pad_id, documents=self.documents)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -639,7 +647,7 @@ class InstructionDataset(ResumableBatches):
         names = ("batch_size", "context_length", "pad_id", "share", "packed", "documents", "seed")
         return {"examples": self.fingerprint} | {name: getattr(self, name) for name in names}
 
-# %% ../chapters/19_instruction.ipynb #ecc64de8
+# %% ../chapters/19_instruction.ipynb #e0893c85
 def _shuffled(first: int, n: int, size: int, seed: int, stream: int) -> list[int]:
     """Return the places of ``n`` rows from the ``first`` of all training on, anew each epoch."""
     epoch, place = np.divmod(np.arange(first, first + n), size)
