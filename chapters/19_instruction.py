@@ -85,6 +85,13 @@ def replies(model: TransformerLM, prompts: Sequence[Sequence[int]]) -> list[Comp
     return generate(model, prompts, max_new_tokens=24, **greedy)
 
 
+def ended_and_right(model: TransformerLM, asked: Sequence[Question]) -> tuple[int, int]:
+    chats = [[Message("user", question.text)] for question in asked]
+    found = replies(model, [WORLD_CHAT.encode(tokenizer, c, prompt=True).ids for c in chats])
+    right = [judge_reply(world, q, r.text or "").right for q, r in zip(asked, found, strict=True)]
+    return sum(reply.finish_reason == "stop" for reply in found), sum(right)
+
+
 # %%
 question = make_questions(world, "fact", "held_out")[2]
 print(question.text, question.reply)
@@ -111,14 +118,12 @@ print(f"as a story: {first.text}\nin ChatML: {second.text}")
 
 # %%
 asked = make_questions(world, "fact", "held_out")[::14]
-chats = [[Message("user", q.text)] for q in asked]
-prompts = [WORLD_CHAT.encode(tokenizer, chat, prompt=True).ids for chat in chats]
-for name, model in (("base", base.model), ("tuned", helper.model)):
-    found = replies(model, prompts)
-    ended = sum(reply.finish_reason == "stop" for reply in found)
-    right = sum(judge_reply(world, q, r.text).right for q, r in zip(asked, found, strict=True))
-    assert (ended, right) >= (47, 45) if name == "tuned" else ended <= 2 and right <= 12
-    print(f"{name}: {ended / 48:.0%} of replies end, {right / 48:.0%} are right")
+ended, right = ended_and_right(base.model, asked)
+assert ended <= 2 and right <= 8, (ended, right)
+print("base: at most 2 of 48 replies end, and at most 8 are right")
+ended, right = ended_and_right(helper.model, asked)
+assert ended >= 46 and right >= 44, (ended, right)
+print("tuned: at least 46 of 48 replies end, and at least 44 are right")
 print(question.text, replies(helper.model, [in_chatml])[0].text)
 
 # %% [markdown]
@@ -608,11 +613,10 @@ tools = [
     Message("assistant", "", "An animal.", ("look up Rosa",)),
     Message("tool", "goat"),
 ]
-for prompt in (
-    WORLD_CHAT.render(tools),
-    *(WORLD_CHAT.render(tools, prompt=True, thinking=switch)[-40:] for switch in (True, False)),
-):
-    print(prompt.replace("\n", "⏎"))
+print(WORLD_CHAT.render(tools).replace("\n", "⏎"))
+for switch in (True, False):
+    prompt = WORLD_CHAT.render(tools, prompt=True, thinking=switch)
+    print(prompt[-40:].replace("\n", "⏎"))
 
 # %% [markdown]
 # The second and the third line are the ends of two prompts. What a tool returns is a turn of its
@@ -621,7 +625,8 @@ for prompt in (
 #
 # An order that makes no sense is refused, with the place of the message that does not fit:
 
-# %%
+# %% tags=["engine"]
+# Conversations that are none
 wrong = {
     "the assistant begins": chat[::-1],
     "an empty answer": [chat[0], Message("assistant", " ")],
@@ -630,6 +635,7 @@ wrong = {
 for name, messages in wrong.items():
     try:
         WORLD_CHAT.encode(tokenizer, messages)
+        raise AssertionError(name)
     except ValueError as error:
         print(f"{name}: {error}")
 
@@ -653,7 +659,8 @@ def exported(tokenizer: BPETokenizer) -> PreTrainedTokenizerFast:
         return PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json")
 
 
-# %%
+# %% tags=["engine"]
+# One conversation, encoded here and there
 theirs, options = exported(tokenizer), {"return_dict": True, "return_assistant_tokens_mask": True}
 longer = [
     Message("system", "Be kind."),
@@ -674,7 +681,8 @@ for template in (CHATML, WORLD_CHAT, ALPACA):
 # tokenizer it takes a message that begins with a line break, and a tokenizer that has learned to
 # merge two of them:
 
-# %%
+# %% tags=["engine"]
+# The same seam, with a merge across it and without
 merged = BPETokenizer.from_merges([(b"\n", b"\n")], ["<|im_start|>", "<|im_end|>"])
 odd = [Message("user", "\nHello"), Message("assistant", "Yes")]
 found = exported(merged).apply_chat_template(
@@ -1058,7 +1066,7 @@ def _shuffled(first: int, n: int, size: int, seed: int, stream: int) -> list[int
 
 # %%
 examples = [WORLD_CHAT.encode(tokenizer, c) for c in world_conversations(world)]
-batch = instruction_batch([[examples[0]], examples[41:43]], 64, end_of_text)
+batch = instruction_batch([[examples[0]], examples[41:43]], 80, end_of_text)
 print(show_labels(tokenizer, batch))
 
 # %% [markdown]
@@ -1236,13 +1244,15 @@ def sft_loss(
 # `gradient(batch, divisor)` is the gradient of the summed loss divided by a number, as one vector:
 
 
-# %%
+# %% tags=["engine"]
+# The gradient of a batch as a vector
 def gradient(batch: Batch, divisor: float) -> Tensor:
     logits = base.model(batch.inputs)
     loss = sft_loss(logits, batch.targets, per=divisor)
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, base.model.parameters())])
 
 
+# %%
 micro = [
     instruction_batch([[example] for example in pair], 128, end_of_text)
     for pair in (examples[:2], story_examples(world, tokenizer, 2))
@@ -1260,13 +1270,14 @@ print(f"as much in the mean of means; cosine {right.cosine_similarity(means, dim
 # losses was divided by the count over all micro-batches. Ours adds up sums and counts, and divides
 # once, so nothing changes when a batch is cut:
 
-# %%
+# %% tags=["engine"]
+# The whole batch against sums over its micro-batches
 whole = [torch.cat(fields) for fields in zip(*micro, strict=True)]
 means = sft_loss(base.model(whole[0]), whole[1])
 sums = [next_token_objective(base.model, batch) for batch in micro]
 added = sum(total for total, _ in sums) / sum(count for _, count in sums)
 assert torch.allclose(means, added, rtol=1e-5), "the Trainer's objective has another mean"
-print(f"whole batch and two micro-batches agree to {abs(means - added) / means:.0e}"[:42])
+print("the mean over both micro-batches is that of the whole batch, to 5 digits")
 
 # %% [markdown]
 # ## Many conversations in one row
@@ -1285,7 +1296,8 @@ print(f"padding: {alone.padding:.0%} with one in a row, {packed.padding:.0%} pac
 # row computes what single rows compute. The loss per token and its gradients must agree up to
 # rounding:
 
-# %%
+# %% tags=["engine"]
+# Gradients of the same four examples, packed and alone
 model = copy.deepcopy(base.model).double()
 gradients = []
 for rows in ([examples[:4]], [[example] for example in examples[:4]]):
@@ -1303,7 +1315,8 @@ print("gradients of packed and single rows agree to more than 10 digits")
 # section above, with the end token masked (`benchmarks/packing.py`; of 336 questions about characters
 # that were not tuned on, three seeds):
 
-# %%
+# %% tags=["engine"]
+# The table of twelve runs
 with (results / "packing.csv").open(encoding="utf-8") as file:
     runs = list(csv.DictReader(file))
 for case in dict.fromkeys(run["case"] for run in runs):
@@ -1541,3 +1554,105 @@ def _load_tuned(folder: Path) -> tuple[TransformerLM, MetricsLog]:
 
 
 # %% [markdown]
+
+# %% [markdown]
+# ## Exercises
+#
+# ````{exercise} The labels of an example
+# :label: ex-instruction-labels
+# *Fifteen minutes.* An example of `n` tokens has `n` marks that say whether a token is to be learned.
+# Write `labels(ids, learned, length)`. It returns two lists of `length` numbers, inputs and targets.
+# The target at a place is the token that comes next, or -100 if that token is not to be learned.
+# Both are padded at the end: inputs with 0, targets with -100. Note that 0 may also be the id of a
+# token that is to be learned.
+# ````
+
+
+# %% tags=["solution"]
+def labels(ids: list[int], learned: list[bool], length: int) -> tuple[list[int], list[int]]:
+    """Inputs and targets of one example, padded to ``length``."""
+    targets = [id if on else -100 for id, on in zip(ids[1:], learned[1:], strict=True)]
+    n_padding = length - len(targets)
+    return ids[:-1] + [0] * n_padding, targets + [-100] * n_padding
+
+
+# %% tags=["check"]
+inputs, targets = labels([5, 6, 7, 8], [False, False, True, True], 5)
+assert len(inputs) == len(targets) == 5, "not as long as was asked for"
+assert 7 in targets, "the first token of the reply is lost"
+assert targets[1:3] == [7, 8], "a target is not the token that comes next"
+assert targets[0] == -100, "a token of the prompt is learned"
+assert inputs == [5, 6, 7, 0, 0], "the inputs are not the tokens and then padding"
+assert targets[3:] == [-100, -100], "padding is learned"
+assert labels([5, 0], [False, True], 3)[1][0] == 0, "a learned token with the id of padding is lost"
+
+# %% [markdown]
+# ````{exercise} A template for another family
+# :label: ex-instruction-family
+# *Fifteen minutes.* A family of models writes a conversation like this, in one line and with a space
+# only where one stands here:
+#
+# ```
+# <s>[INST] Who is Mia? [/INST]Mia is a fox.</s>[INST] Why? [/INST]Nobody knows.</s>
+# ```
+#
+# `<s>` and `</s>` are control tokens, the rest is plain text. Give the `ChatTemplate` named "inst",
+# with the roles user and assistant. The model has to write a reply and the `</s>` after it, nothing
+# else. `inst_template()` returns it.
+# ````
+
+
+# %% tags=["solution"]
+def inst_template() -> ChatTemplate:
+    """The template of the family, as data."""
+    turns = {"user": Turn("[INST] ", " [/INST]", ""), "assistant": Turn("", "</s>", "")}
+    return ChatTemplate("inst", turns, ("<s>", "</s>"), begin="<s>")
+
+
+# %% tags=["check"]
+two = [Message("user", "Who is Mia?"), Message("assistant", "Mia is a fox.")]
+four = [*two, Message("user", "Why?"), Message("assistant", "Nobody knows.")]
+family = inst_template()
+line = "<s>[INST] Who is Mia? [/INST]Mia is a fox.</s>[INST] Why? [/INST]Nobody knows.</s>"
+assert family.render(four).count("<s>") == 1, "a conversation begins once, not at each turn"
+assert family.render(four) == line, f"the text is {family.render(four)}"
+learned = "".join(piece.text for piece in family.segments(two) if piece.learned)
+assert learned.endswith("</s>"), "the model does not learn to end its reply"
+assert learned == "Mia is a fox.</s>", f"what is learned is {learned}"
+assert set(family.control_tokens) == {"<s>", "</s>"}, "plain text is no control token"
+
+# %% [markdown]
+# ````{exercise} One more turn
+# :label: ex-instruction-turn
+# *Thirty minutes.* A chat program has the ids of the prompt and of the reply that the model has
+# generated; the last of them is the end token. The user says something more. Write
+# `next_prompt(template, ids, text)`, which returns the ids of the next prompt: those that are there,
+# as they are, and after them what the template puts there. Nothing that is there may be decoded and
+# encoded again. The user may write whatever he likes. `tokenizer` is that of the tiny world.
+# ````
+
+
+# %% tags=["solution"]
+def next_prompt(template: ChatTemplate, ids: list[int], text: str) -> list[int]:
+    """The ids of a prompt that continues a conversation."""
+    user, assistant = template.turns["user"], template.turns["assistant"]
+    own = {"allowed_special": template.control_tokens}
+    said = tokenizer.encode(template.lead + text)
+    around = [tokenizer.encode(assistant.after, **own), tokenizer.encode(user.before, **own)]
+    ending = [user.end, user.after, assistant.before]
+    return sum(around, ids) + said + sum([tokenizer.encode(mark, **own) for mark in ending], [])
+
+
+# %% tags=["check"]
+first = [Message("user", "Who is Mia?")]
+begun = list(WORLD_CHAT.encode(tokenizer, first, prompt=True).ids)
+generated = [*tokenizer.encode(" M") + tokenizer.encode("ia."), end_of_turn]  # an odd spelling
+more = [*first, Message("assistant", "Mia."), Message("user", "Why?")]
+usual = list(WORLD_CHAT.encode(tokenizer, more[:2]).ids)
+found = next_prompt(WORLD_CHAT, begun + generated, "Why?")
+assert found[: len(begun + generated)] == begun + generated, "what was there has changed"
+rest = list(WORLD_CHAT.encode(tokenizer, more, prompt=True).ids)[len(usual) - 1 :]
+assert found[len(begun + generated) :][:1] == rest[:1], "the line break after the reply is missing"
+assert found[len(begun + generated) :] == rest, "the new turn is not what the template writes"
+odd_one = next_prompt(WORLD_CHAT, begun + generated, "<|im_end|>")
+assert odd_one.count(end_of_turn) == 3, "the user has written a control token"

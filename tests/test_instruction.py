@@ -185,11 +185,11 @@ def test_what_is_no_conversation_is_named(says, messages):
 
 def test_who_speaks_last_and_what_a_template_lacks_is_named():
     with pytest.raises(
-        ValueError, match="assistant to have the last word .* got 'user' at the end"
+        ValueError, match=r"assistant to have the last word .* got 'user' at the end"
     ):
         CHATML.encode(TOKENIZER, CHAT[:1])
     for call in (CHATML.render, lambda m, **o: CHATML.encode(TOKENIZER, m, **o)):
-        with pytest.raises(ValueError, match="a user or a tool to speak last .* got 'assistant'"):
+        with pytest.raises(ValueError, match=r"a user or a tool to speak last .* got 'assistant'"):
             call(CHAT, prompt=True)
         with pytest.raises(ValueError, match="thinking: expected None without a prompt, got True"):
             call(CHAT, thinking=True)
@@ -210,7 +210,7 @@ def test_a_conversation_that_is_too_long_is_refused_or_loses_its_oldest_exchange
     assert cut == WORLD_CHAT.encode(TOKENIZER, [LONGER[0], *LONGER[3:]])
     prompt = WORLD_CHAT.encode(TOKENIZER, LONGER[:4], prompt=True, limit=50, fit="cut")
     assert prompt == WORLD_CHAT.encode(TOKENIZER, [LONGER[0], LONGER[3]], prompt=True)
-    with pytest.raises(ValueError, match="limit = 9 tokens, got .* in the last exchange alone"):
+    with pytest.raises(ValueError, match=r"limit = 9 tokens, got .* in the last exchange alone"):
         WORLD_CHAT.encode(TOKENIZER, LONGER, limit=9, fit="cut")
 
 
@@ -248,7 +248,7 @@ def test_control_text_is_refused_where_asked_and_always_in_a_string(place):
         TOKENIZER.special_tokens["<|im_end|>"]
     )
     assert n_ends == 2
-    with pytest.raises(ValueError, match="control_text: expected one of neutralize, refuse"):
+    with pytest.raises(ValueError, match="control_text: expected"):
         WORLD_CHAT.encode(TOKENIZER, messages, control_text="allow")  # type: ignore[arg-type]
 
 
@@ -291,7 +291,7 @@ def test_new_control_tokens_take_spare_rows_first_and_must_be_new():
     for name in ("<think>", "Rosa"[:1]):
         with pytest.raises(ValueError, match=f"names: expected new tokens, got '{name}'"):
             add_control_tokens(model, TOKENIZER, [name])
-    with pytest.raises(ValueError, match="tokenizer: expected at most 300 ids, .* got"):
+    with pytest.raises(ValueError, match=r"tokenizer: expected at most 300 ids, .* got"):
         add_control_tokens(small_model(300), TOKENIZER, ["<a>"])
 
 
@@ -324,7 +324,7 @@ def test_jinja_reads_calls_of_the_openai_form_and_names_an_unknown_role(theirs):
     text = theirs.apply_chat_template([user, message], **options)
     ours = Message("assistant", "", calls=('{"name": "f", "arguments": {"x": 1}}',))
     assert text == CHATML.render([Message("user", "Who?"), ours])
-    with pytest.raises(Exception, match="role: expected system or user .* got human"):
+    with pytest.raises(Exception, match=r"role: expected system or user .* got human"):
         theirs.apply_chat_template([{"role": "human", "content": "Who?"}], **options)
 
 
@@ -430,7 +430,7 @@ def test_others_take_their_share_of_each_batch():
     for step in range(9):
         assert (data[step].inputs[:, 0] >= 100).sum() == 2
     for options in ({"share": 0.01}, {"share": 0.99}, {"share": 0.5, "others": ()}, {"share": 1.0}):
-        with pytest.raises(ValueError, match="^(share|others): expected"):
+        with pytest.raises(ValueError, match=r"^(share|others): expected"):
             InstructionDataset(numbered(12), 8, 8, 999, **{"others": numbered(9), **options})
 
 
@@ -577,7 +577,7 @@ def test_temperatures_and_divisors_out_of_range_are_named(value):
     for call in (entropies, lambda x, **o: response_log_probs(x, TARGETS, **o)):
         with pytest.raises(ValueError, match="temperature: expected a finite number above 0, got"):
             call(LOGITS, temperature=value)
-    with pytest.raises(ValueError, match="per: expected 'token', 'sequence' or a number above 0"):
+    with pytest.raises(ValueError, match=r"per: expected 'token', 'sequence' or a number above 0"):
         sft_loss(LOGITS, TARGETS, per=value)
     with pytest.raises(ValueError, match="targets: expected -100, or ids below 11, got 11"):
         response_log_probs(LOGITS, torch.full_like(TARGETS, 11))
