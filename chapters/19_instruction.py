@@ -52,7 +52,7 @@ from torch import nn, Tensor
 #| export
 # What it takes from earlier chapters
 from llmbook.batches import Batch, best_fit, permuted, ResumableBatches
-from llmbook.environment import check_at_least, check_choice, check_fraction
+from llmbook.environment import check_at_least, check_choice, check_fraction, check_text
 from llmbook.environment import check_whole
 from llmbook.evaluation import QuestionForm
 from llmbook.model import TransformerLM
@@ -314,6 +314,10 @@ class ChatTemplate:
     thinking: tuple[str, str] = ("<think>", "</think>")
     call: tuple[str, str] = ("<tool_call>", "</tool_call>")
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be a template, by the name of the field."""
+        _check_template(self)
+
     def segments(
         self, messages: Sequence[Message], *, prompt: bool = False, thinking: bool | None = None
     ) -> list[Segment]:
@@ -352,6 +356,33 @@ class ChatTemplate:
     def _within(self, marks: tuple[str, str], text: str) -> list[Segment]:
         content = [Segment(self.lead + text, False, True)] if text else []
         return [Segment(marks[0], True, True), *content, Segment(marks[1], True, True)]
+
+
+# %% tags=["engine"]
+#| export
+# What a template must have
+def _check_template(template: ChatTemplate) -> None:
+    def refuse(field: str, expected: str) -> None:
+        raise ValueError(f"{field}: expected {expected}, got {getattr(template, field)!r:.60}")
+
+    for name in ("name", "begin", "lead"):
+        check_text(getattr(template, name), name)
+    turns, known = template.turns, {role for names in FOLLOWS.values() for role in names}
+    if not isinstance(turns, Mapping) or not {"user", "assistant"} <= turns.keys() <= known:
+        refuse("turns", "turns of user and assistant, and perhaps system and tool")
+    for turn in turns.values():
+        if not _is(turn, Turn) or not all(isinstance(text, str) for text in turn):
+            refuse("turns", "a Turn of three texts for each role")
+    if not _are_texts(template.control_tokens):
+        refuse("control_tokens", "a tuple of texts")
+    for name in ("thinking", "call"):
+        marks = getattr(template, name)
+        if not _are_texts(marks) or len(marks) != 2:
+            refuse(name, "two texts, one before and one after")
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(text, str) and text for text in value)
 
 
 # %% [markdown] tags=["engine"]
@@ -625,19 +656,21 @@ for switch in (True, False):
 #
 # An order that makes no sense is refused, with the place of the message that does not fit:
 
+
 # %% tags=["engine"]
-# Conversations that are none
-wrong = {
-    "the assistant begins": chat[::-1],
-    "an empty answer": [chat[0], Message("assistant", " ")],
-    "two system messages": [Message("system", "Be kind."), Message("system", "Be brief."), *chat],
-}
-for name, messages in wrong.items():
+# What a template says of messages that are no conversation
+def refusal(messages: Sequence[Message]) -> str:
     try:
         WORLD_CHAT.encode(tokenizer, messages)
-        raise AssertionError(name)
     except ValueError as error:
-        print(f"{name}: {error}")
+        return str(error)
+    raise AssertionError(messages)
+
+
+# %%
+print(refusal(chat[::-1]))
+print(refusal([chat[0], Message("assistant", " ")]))
+print(refusal([Message("system", "Be kind."), Message("system", "Be brief."), *chat]))
 
 # %% [markdown]
 # ### Is it the real thing?
@@ -649,19 +682,23 @@ for name, messages in wrong.items():
 # same ids, and to the same mask:
 
 # %% tags=["engine"]
-# The industry's tokenizer, from the file of chapter 05
+# The industry's tokenizer, from the file of chapter 05, and its ids and mask of a conversation
 from transformers import PreTrainedTokenizerFast
 
 
-def exported(tokenizer: BPETokenizer) -> PreTrainedTokenizerFast:
+def their_example(
+    tokenizer: BPETokenizer, template: ChatTemplate, messages: Sequence[Message]
+) -> Example:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(f"{folder}/tokenizer.json")
-        return PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json")
+        theirs = PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json")
+    options = {"return_dict": True, "return_assistant_tokens_mask": True}
+    given = [message_dict(message) for message in messages]
+    found = theirs.apply_chat_template(given, chat_template=template.jinja(), **options)
+    return Example(tuple(found["input_ids"]), tuple(map(bool, found["assistant_masks"])))
 
 
-# %% tags=["engine"]
-# One conversation, encoded here and there
-theirs, options = exported(tokenizer), {"return_dict": True, "return_assistant_tokens_mask": True}
+# %%
 longer = [
     Message("system", "Be kind."),
     *chat,
@@ -669,10 +706,8 @@ longer = [
     Message("assistant", "So."),
 ]
 for template in (CHATML, WORLD_CHAT, ALPACA):
-    example, turns = template.encode(tokenizer, longer), [message_dict(m) for m in longer]
-    found = theirs.apply_chat_template(turns, chat_template=template.jinja(), **options)
-    assert found["input_ids"] == list(example.ids), "other ids"
-    assert found["assistant_masks"] == list(example.learned), "another mask"
+    example = template.encode(tokenizer, longer)
+    assert their_example(tokenizer, template, longer) == example, "other ids or another mask"
     print(f"{template.name}: {len(example.ids)} equal ids, {sum(example.learned)} of them learned")
 
 # %% [markdown]
@@ -681,14 +716,11 @@ for template in (CHATML, WORLD_CHAT, ALPACA):
 # tokenizer it takes a message that begins with a line break, and a tokenizer that has learned to
 # merge two of them:
 
-# %% tags=["engine"]
-# The same seam, with a merge across it and without
-merged = BPETokenizer.from_merges([(b"\n", b"\n")], ["<|im_start|>", "<|im_end|>"])
+# %%
+merging = BPETokenizer.from_merges([(b"\n", b"\n")], ["<|im_start|>", "<|im_end|>"])
 odd = [Message("user", "\nHello"), Message("assistant", "Yes")]
-found = exported(merged).apply_chat_template(
-    [message_dict(m) for m in odd], chat_template=CHATML.jinja(), return_dict=True
-)
-print(f"by pieces {len(CHATML.encode(merged, odd).ids)} ids, as a whole {len(found['input_ids'])}")
+whole = their_example(merging, CHATML, odd).ids
+print(f"by pieces {len(CHATML.encode(merging, odd).ids)} ids, as a whole {len(whole)}")
 
 # %% [markdown]
 # Ids by pieces are the safer choice: where what is said begins does not depend on what is said. They
@@ -1270,14 +1302,13 @@ print(f"as much in the mean of means; cosine {right.cosine_similarity(means, dim
 # losses was divided by the count over all micro-batches. Ours adds up sums and counts, and divides
 # once, so nothing changes when a batch is cut:
 
-# %% tags=["engine"]
-# The whole batch against sums over its micro-batches
+# %%
 whole = [torch.cat(fields) for fields in zip(*micro, strict=True)]
-means = sft_loss(base.model(whole[0]), whole[1])
 sums = [next_token_objective(base.model, batch) for batch in micro]
 added = sum(total for total, _ in sums) / sum(count for _, count in sums)
-assert torch.allclose(means, added, rtol=1e-5), "the Trainer's objective has another mean"
-print("the mean over both micro-batches is that of the whole batch, to 5 digits")
+off = abs(sft_loss(base.model(whole[0]), whole[1]) / added - 1)
+assert off < 1e-5, off
+print("whole batch and micro-batches: the same mean to 5 digits")
 
 # %% [markdown]
 # ## Many conversations in one row
@@ -1297,17 +1328,21 @@ print(f"padding: {alone.padding:.0%} with one in a row, {packed.padding:.0%} pac
 # rounding:
 
 # %% tags=["engine"]
-# Gradients of the same four examples, packed and alone
+# The gradient of the mean loss of some rows, in float64
 model = copy.deepcopy(base.model).double()
-gradients = []
-for rows in ([examples[:4]], [[example] for example in examples[:4]]):
-    batch = instruction_batch(rows, 128, end_of_text)
-    total, count = next_token_objective(model, batch)
-    found = torch.autograd.grad(total / count, model.parameters())
-    gradients.append(torch.cat([g.flatten() for g in found]))
-off = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+
+
+def gradient_of(rows: Sequence[Sequence[Example]]) -> Tensor:
+    total, count = next_token_objective(model, instruction_batch(rows, 128, end_of_text))
+    found = torch.autograd.grad(total / count, list(model.parameters()))
+    return torch.cat([part.flatten() for part in found])
+
+
+# %%
+one_row = gradient_of([examples[:4]])
+off = (one_row - gradient_of([[example] for example in examples[:4]])).norm() / one_row.norm()
 assert off < 1e-10, off
-print("gradients of packed and single rows agree to more than 10 digits")
+print("gradients of packed and single rows agree to 10 digits")
 
 # %% [markdown]
 # Many programs pack without the mask, and reports disagree on whether it hurts. So we tuned twelve
@@ -1319,14 +1354,20 @@ print("gradients of packed and single rows agree to more than 10 digits")
 # The table of twelve runs
 with (results / "packing.csv").open(encoding="utf-8") as file:
     runs = list(csv.DictReader(file))
-for case in dict.fromkeys(run["case"] for run in runs):
-    rights = [
-        100 * int(run["right"]) / int(run["questions"]) for run in runs if run["case"] == case
-    ]
-    found, most = mean_interval(rights), 100.0
-    interval = f"{found.low:.0f} to {min(found.high, most):.0f}"
-    ended = sum(int(run["ended"]) for run in runs if run["case"] == case)
-    print(f"{case:8}: {found.estimate:.0f} % right ({interval}), {ended} of 1008 replies end")
+
+
+def summary(case: str) -> str:
+    found = [run for run in runs if run["case"] == case]
+    right = mean_interval([100 * int(run["right"]) / int(run["questions"]) for run in found])
+    ended, asked = (sum(int(run[name]) for run in found) for name in ("ended", "questions"))
+    seconds = sum(float(run["seconds"]) for run in found) / len(found)
+    shown = f"{right.estimate:.0f} % right ({right.low:.0f} to {min(right.high, 100.0):.0f})"
+    return f"{case:8}: {shown}, {ended} of {asked} replies end, {seconds:.0f} s of tuning"
+
+
+# %%
+for case in ("rows", "packed", "unmasked", "unended"):
+    print(summary(case))
 
 # %% [markdown]
 # Packed with masks, tuning takes half the time of single rows and is right as often. (Chapter 13's
@@ -1638,9 +1679,12 @@ def next_prompt(template: ChatTemplate, ids: list[int], text: str) -> list[int]:
     user, assistant = template.turns["user"], template.turns["assistant"]
     own = {"allowed_special": template.control_tokens}
     said = tokenizer.encode(template.lead + text)
-    around = [tokenizer.encode(assistant.after, **own), tokenizer.encode(user.before, **own)]
-    ending = [user.end, user.after, assistant.before]
-    return sum(around, ids) + said + sum([tokenizer.encode(mark, **own) for mark in ending], [])
+    for mark in (assistant.after, user.before):
+        ids = ids + tokenizer.encode(mark, **own)
+    ids = ids + said
+    for mark in (user.end, user.after, assistant.before):
+        ids = ids + tokenizer.encode(mark, **own)
+    return ids
 
 
 # %% tags=["check"]

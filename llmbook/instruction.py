@@ -26,10 +26,10 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import nn, Tensor
 
-# %% ../chapters/19_instruction.ipynb #2e8792df
+# %% ../chapters/19_instruction.ipynb #1f61e7a6
 # What it takes from earlier chapters
 from .batches import Batch, best_fit, permuted, ResumableBatches
-from .environment import check_at_least, check_choice, check_fraction
+from .environment import check_at_least, check_choice, check_fraction, check_text
 from .environment import check_whole
 from .evaluation import QuestionForm
 from .model import TransformerLM
@@ -125,7 +125,7 @@ def _check_message(message: Message, index: int, roles: Collection[str]) -> None
     if role != "tool" and not calls and not content.strip():
         refuse(f"something that the {role} says", content)
 
-# %% ../chapters/19_instruction.ipynb #1082964b
+# %% ../chapters/19_instruction.ipynb #6d629162
 @dataclass(frozen=True)
 class ChatTemplate:
     """How a conversation becomes one text, as data.
@@ -143,6 +143,10 @@ class ChatTemplate:
     lead: str = ""
     thinking: tuple[str, str] = ("<think>", "</think>")
     call: tuple[str, str] = ("<tool_call>", "</tool_call>")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be a template, by the name of the field."""
+        _check_template(self)
 
     def segments(
         self, messages: Sequence[Message], *, prompt: bool = False, thinking: bool | None = None
@@ -297,6 +301,31 @@ class ChatTemplate:
             _said(turn.end),
             "{%- endgeneration -%}",
         ]
+
+# %% ../chapters/19_instruction.ipynb #acaac6f7
+# What a template must have
+def _check_template(template: ChatTemplate) -> None:
+    def refuse(field: str, expected: str) -> None:
+        raise ValueError(f"{field}: expected {expected}, got {getattr(template, field)!r:.60}")
+
+    for name in ("name", "begin", "lead"):
+        check_text(getattr(template, name), name)
+    turns, known = template.turns, {role for names in FOLLOWS.values() for role in names}
+    if not isinstance(turns, Mapping) or not {"user", "assistant"} <= turns.keys() <= known:
+        refuse("turns", "turns of user and assistant, and perhaps system and tool")
+    for turn in turns.values():
+        if not _is(turn, Turn) or not all(isinstance(text, str) for text in turn):
+            refuse("turns", "a Turn of three texts for each role")
+    if not _are_texts(template.control_tokens):
+        refuse("control_tokens", "a tuple of texts")
+    for name in ("thinking", "call"):
+        marks = getattr(template, name)
+        if not _are_texts(marks) or len(marks) != 2:
+            refuse(name, "two texts, one before and one after")
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(text, str) and text for text in value)
 
 # %% ../chapters/19_instruction.ipynb #a32bf0a7
 # What the methods refuse, and how a conversation becomes shorter

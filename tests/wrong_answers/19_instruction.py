@@ -85,7 +85,7 @@ def next_prompt(template: ChatTemplate, ids: list[int], text: str) -> list[int]:
     user, assistant = template.turns["user"], template.turns["assistant"]
     own = {"allowed_special": template.control_tokens}
     pieces = [assistant.after, user.before, text, user.end, user.after, assistant.before]
-    return ids + sum([tokenizer.encode(piece, **own) for piece in pieces], [])
+    return ids + [id for piece in pieces for id in tokenizer.encode(piece, **own)]
 
 
 # %% exercise="ex-instruction-turn" says="the user has written a control token"
@@ -95,4 +95,4 @@ def next_prompt(template: ChatTemplate, ids: list[int], text: str) -> list[int]:
     own = {"allowed_special": template.control_tokens}
     pieces = [assistant.after, user.before, template.lead + text]
     pieces += [user.end, user.after, assistant.before]
-    return ids + sum([tokenizer.encode(piece, **own) for piece in pieces], [])
+    return ids + [id for piece in pieces for id in tokenizer.encode(piece, **own)]
