@@ -714,9 +714,10 @@ for template in (CHATML, WORLD_CHAT, ALPACA):
 # One difference is left. `transformers` encodes the whole text, and a token may then reach across
 # the seam between the template and what is said. We encode each piece by itself. With this
 # tokenizer it takes a message that begins with a line break, and a tokenizer that has learned to
-# merge two of them:
+# merge two of them: by pieces it makes one id more.
 
-# %%
+# %% tags=["engine"]
+# The seam, with a merge across it and without
 merging = BPETokenizer.from_merges([(b"\n", b"\n")], ["<|im_start|>", "<|im_end|>"])
 odd = [Message("user", "\nHello"), Message("assistant", "Yes")]
 whole = their_example(merging, CHATML, odd).ids
@@ -1285,15 +1286,13 @@ def gradient(batch: Batch, divisor: float) -> Tensor:
 
 
 # %%
-micro = [
-    instruction_batch([[example] for example in pair], 128, end_of_text)
-    for pair in (examples[:2], story_examples(world, tokenizer, 2))
-]
+pairs = examples[:2], story_examples(world, tokenizer, 2)
+micro = [instruction_batch([[example] for example in pair], 128, end_of_text) for pair in pairs]
 counts = [int((batch.targets != -100).sum()) for batch in micro]
 right = sum(gradient(batch, sum(counts)) for batch in micro)
 means = sum(gradient(batch, n) / 2 for batch, n in zip(micro, counts, strict=True))
 print(f"learned tokens: {counts}; a reply's token weighs {sum(counts) / 2 / counts[0]:.1f} times")
-print(f"as much in the mean of means; cosine {right.cosine_similarity(means, dim=0):.1f}")
+print(f"as much in the mean of means; cosine {torch.cosine_similarity(right, means, dim=0):.1f}")
 
 # %% [markdown]
 # The mean of the two means is not the mean over all tokens. It gives each micro-batch the same
@@ -1302,7 +1301,8 @@ print(f"as much in the mean of means; cosine {right.cosine_similarity(means, dim
 # losses was divided by the count over all micro-batches. Ours adds up sums and counts, and divides
 # once, so nothing changes when a batch is cut:
 
-# %%
+# %% tags=["engine"]
+# The mean over the whole batch, and from the sums and counts of its micro-batches
 whole = [torch.cat(fields) for fields in zip(*micro, strict=True)]
 sums = [next_token_objective(base.model, batch) for batch in micro]
 added = sum(total for total, _ in sums) / sum(count for _, count in sums)
@@ -1324,8 +1324,7 @@ print(f"padding: {alone.padding:.0%} with one in a row, {packed.padding:.0%} pac
 
 # %% [markdown]
 # With document ids, an example attends to itself alone and its positions count from 0, so the packed
-# row computes what single rows compute. The loss per token and its gradients must agree up to
-# rounding:
+# row computes what single rows compute: in float64 their gradients agree to ten digits.
 
 # %% tags=["engine"]
 # The gradient of the mean loss of some rows, in float64
@@ -1338,7 +1337,6 @@ def gradient_of(rows: Sequence[Sequence[Example]]) -> Tensor:
     return torch.cat([part.flatten() for part in found])
 
 
-# %%
 one_row = gradient_of([examples[:4]])
 off = (one_row - gradient_of([[example] for example in examples[:4]])).norm() / one_row.norm()
 assert off < 1e-10, off
