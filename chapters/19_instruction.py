@@ -63,6 +63,7 @@ from llmbook.tokenizer import BPETokenizer, check_special_tokens
 # What the cells of this chapter share
 import csv
 import tempfile
+import warnings
 from pathlib import Path
 
 import llmbook
@@ -683,7 +684,9 @@ print(refusal([Message("system", "Be kind."), Message("system", "Be brief."), *c
 
 # %% tags=["engine"]
 # The industry's tokenizer, from the file of chapter 05, and its ids and mask of a conversation
-from transformers import PreTrainedTokenizerFast
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # about widgets for progress bars, on import
+    from transformers import PreTrainedTokenizerFast
 
 
 def their_example(
