@@ -408,7 +408,7 @@ ALPACA = ChatTemplate(
     ("<|endoftext|>",),
 )
 
-# %% ../chapters/19_instruction.ipynb #6aa6014f
+# %% ../chapters/19_instruction.ipynb #6c6b61a7
 def add_control_tokens(
     model: TransformerLM, tokenizer: BPETokenizer, names: Sequence[str]
 ) -> tuple[TransformerLM, BPETokenizer]:
@@ -418,6 +418,8 @@ def add_control_tokens(
     gets at most 1/(n + 1) of the probability beside n old ones. Old ids have the logits they had.
     Source: Hewitt (2021), Initializing New Word Embeddings for Pretrained Language Models.
     """
+    if isinstance(names, str):
+        raise ValueError(f"names: expected several, such as [{names!r}], got one str")
     names = check_special_tokens(names)
     for name in names:
         if name in tokenizer.special_tokens or name.encode() in tokenizer.vocabulary.values():
@@ -586,14 +588,14 @@ def _checked_examples(
         raise ValueError(f"{argument}: expected {expected}, got {got} at index {index}")
     return examples
 
-# %% ../chapters/19_instruction.ipynb #ce1f6f77
+# %% ../chapters/19_instruction.ipynb #f87fc8f3
 @dataclass(eq=False)
 class InstructionDataset(ResumableBatches):
     """Batches of conversations (and of ``others``) in an order that depends on ``seed`` alone.
 
     A row holds one example, or with ``packed`` as many as fit; then ``documents`` keeps them from
     seeing each other. Targets are -100 where nothing is learned. ``share`` of the rows of each
-    batch, rounded, are ``others`` (stories, say). ``batch_size`` counts the rows of all ranks, of
+    batch, rounded, are ``others`` (stories, say), if there are any. ``batch_size`` counts the rows of all ranks, of
     which this one gets every ``world_size``-th, from ``rank`` on. ``dataset[step]`` is the batch of
     any step. Examples that do not fit, or of which nothing is learned, raise a ``ValueError``.
     """
@@ -622,12 +624,13 @@ class InstructionDataset(ResumableBatches):
             if not isinstance(getattr(self, name), bool):
                 got = f"{getattr(self, name)!r:.60}"
                 raise ValueError(f"{name}: expected True or False, got {got}")
-        self._n_others = round(self.share * self.batch_size)
-        if bool(self._n_others) != bool(self.share) or self._n_others == self.batch_size:
+        self._n_others = round(self.share * self.batch_size) if self.others else 0
+        wanted = bool(self.share) and bool(self.others)
+        if bool(self._n_others) != wanted or self._n_others == self.batch_size:
             expected = f"a share that leaves rows of both kinds among {self.batch_size}"
             raise ValueError(f"share: expected {expected}, got {self.share}")
         self._rows = self._arranged("examples", self.examples, True)
-        self._other_rows = self._arranged("others", self.others, bool(self.share))
+        self._other_rows = self._arranged("others", self.others, False)
 
     def _arranged(
         self, name: str, examples: Sequence[Example], needed: bool
@@ -682,7 +685,7 @@ def _shuffled(first: int, n: int, size: int, seed: int, stream: int) -> list[int
     epoch, place = np.divmod(np.arange(first, first + n), size)
     return permuted(place, size, seed, epoch, stream).tolist()
 
-# %% ../chapters/19_instruction.ipynb #b5575a8d
+# %% ../chapters/19_instruction.ipynb #7239bbb3
 def masked_mean(
     values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], dim: int | None = None
 ) -> Float[Tensor, "..."]:
@@ -690,10 +693,12 @@ def masked_mean(
 
     What is masked does not count even if it is infinite or NaN, and its gradient is 0.
     """
+    if dim is not None:
+        check_whole("dim", dim, -values.ndim, values.ndim - 1)
     kept = values.where(mask, 0.0)
     return kept.sum() / mask.sum() if dim is None else kept.sum(dim) / mask.sum(dim)
 
-# %% ../chapters/19_instruction.ipynb #6a20dedf
+# %% ../chapters/19_instruction.ipynb #4642e537
 def response_log_probs(
     logits: Float[Tensor, "batch sequence vocab_size"],
     targets: Int64[Tensor, "batch sequence"],
@@ -706,7 +711,7 @@ def response_log_probs(
     Logits are divided by ``temperature`` first. Half precision is computed in float32. What stands
     in the logits of a target of -100 has no effect, not even NaN.
     """
-    _check_temperature(temperature)
+    _check_logits(logits, temperature)
     mask = targets != -100
     wrong = mask & ((targets < 0) | (targets >= logits.size(-1)))
     if wrong.any():
@@ -724,7 +729,7 @@ def entropies(
 
     Logits are divided by ``temperature`` first. Half precision is computed in float32.
     """
-    _check_temperature(temperature)
+    _check_logits(logits, temperature)
     log_probs = (_precise(logits) / temperature).log_softmax(-1)
     finite = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)  # 0 * -inf would be NaN
     return -(log_probs.exp() * finite).sum(-1)
@@ -734,7 +739,10 @@ def _precise(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def _check_temperature(temperature: float) -> None:
+def _check_logits(logits: Float[Tensor, "batch sequence vocab_size"], temperature: float) -> None:
+    if logits.ndim != 3 or not logits.is_floating_point():
+        got = f"{logits.dtype} of shape {tuple(logits.shape)}"
+        raise ValueError(f"logits: expected fractions (batch, sequence, vocab_size), got {got}")
     known = () if isinstance(temperature, bool) else (int, float, np.number)
     if not isinstance(temperature, known) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number above 0, got {temperature!r:.60}")
