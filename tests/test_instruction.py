@@ -204,7 +204,7 @@ def test_a_conversation_that_is_too_long_is_refused_or_loses_its_oldest_exchange
     ids = WORLD_CHAT.encode(TOKENIZER, LONGER).ids
     assert WORLD_CHAT.encode(TOKENIZER, LONGER, limit=len(ids)).ids == ids
     limit = len(ids) - 1
-    with pytest.raises(ValueError, match=f"at most limit = {limit} tokens, got {len(ids)}; fit="):
+    with pytest.raises(ValueError, match=rf"at most limit = {limit} tokens, got {len(ids)}; fit="):
         WORLD_CHAT.encode(TOKENIZER, LONGER, limit=limit)
     cut = WORLD_CHAT.encode(TOKENIZER, LONGER, limit=limit, fit="cut")
     assert cut == WORLD_CHAT.encode(TOKENIZER, [LONGER[0], *LONGER[3:]])
@@ -430,7 +430,7 @@ def test_others_take_their_share_of_each_batch():
     for step in range(9):
         assert (data[step].inputs[:, 0] >= 100).sum() == 2
     for share in (0.01, 0.99, 1.0, -0.5):
-        with pytest.raises(ValueError, match="^share: expected"):
+        with pytest.raises(ValueError, match=r"^share: expected"):
             InstructionDataset(numbered(12), 8, 8, 999, others=numbered(9), share=share)
     alone = InstructionDataset(numbered(12), 8, 8, 999, share=0.25)
     assert torch.equal(alone[0].inputs, InstructionDataset(numbered(12), 8, 8, 999)[0].inputs)
