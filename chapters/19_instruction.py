@@ -110,9 +110,9 @@ print(f"as a story: {first.text}\nin ChatML: {second.text}")
 
 # %% [markdown]
 # As a story, the question gets its answer, since in stories questions are followed by answers. Then
-# the model goes on with the story, because nothing has told it that somebody is waiting. ChatML has
-# tokens that the model has never seen in training. It goes on with some story, and asks questions
-# itself. (These two texts depend on the processor on which the model was trained.)
+# the model goes on with the story, because nothing has told it that somebody is waiting. The control
+# tokens of ChatML never occurred in pretraining. After them it goes on with some story, and asks
+# questions itself. (These two texts depend on the processor on which the model was trained.)
 #
 # The same model after 300 steps of instruction tuning is `helper`, which the second half of the
 # chapter trains. Here are both, asked 48 questions about characters that did not occur in tuning:
@@ -1227,7 +1227,7 @@ def response_log_probs(
     logits: Float[Tensor, "batch sequence vocab_size"],
     targets: Int64[Tensor, "batch sequence"],
     *,
-    temperature: float = 1.0,
+    temperature: int | float = 1.0,
 ) -> Float[Tensor, "batch sequence"]:
     """Return the log-probability of each target in nats, and 0 where the target is -100.
 
@@ -1247,7 +1247,7 @@ def response_log_probs(
 
 
 def entropies(
-    logits: Float[Tensor, "batch sequence vocab_size"], *, temperature: float = 1.0
+    logits: Float[Tensor, "batch sequence vocab_size"], *, temperature: int | float = 1.0
 ) -> Float[Tensor, "batch sequence"]:
     """Return the entropy in nats of each predicted distribution; logits may be -inf, not all.
 
@@ -1263,7 +1263,9 @@ def _precise(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def _check_logits(logits: Float[Tensor, "batch sequence vocab_size"], temperature: float) -> None:
+def _check_logits(
+    logits: Float[Tensor, "batch sequence vocab_size"], temperature: int | float
+) -> None:
     if logits.ndim != 3 or not logits.is_floating_point():
         got = f"{logits.dtype} of shape {tuple(logits.shape)}"
         raise ValueError(f"logits: expected fractions (batch, sequence, vocab_size), got {got}")
@@ -1278,7 +1280,7 @@ def sft_loss(
     logits: Float[Tensor, "batch sequence vocab_size"],
     targets: Int64[Tensor, "batch sequence"],
     *,
-    per: Literal["token", "sequence"] | float = "token",
+    per: Literal["token", "sequence"] | int | float = "token",
 ) -> Float[Tensor, ""]:
     """Return the loss of the learned targets, in nats, divided in one of three ways.
 

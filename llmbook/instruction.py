@@ -698,12 +698,12 @@ def masked_mean(
     kept = values.where(mask, 0.0)
     return kept.sum() / mask.sum() if dim is None else kept.sum(dim) / mask.sum(dim)
 
-# %% ../chapters/19_instruction.ipynb #4642e537
+# %% ../chapters/19_instruction.ipynb #fdcd67c6
 def response_log_probs(
     logits: Float[Tensor, "batch sequence vocab_size"],
     targets: Int64[Tensor, "batch sequence"],
     *,
-    temperature: float = 1.0,
+    temperature: int | float = 1.0,
 ) -> Float[Tensor, "batch sequence"]:
     """Return the log-probability of each target in nats, and 0 where the target is -100.
 
@@ -723,7 +723,7 @@ def response_log_probs(
 
 
 def entropies(
-    logits: Float[Tensor, "batch sequence vocab_size"], *, temperature: float = 1.0
+    logits: Float[Tensor, "batch sequence vocab_size"], *, temperature: int | float = 1.0
 ) -> Float[Tensor, "batch sequence"]:
     """Return the entropy in nats of each predicted distribution; logits may be -inf, not all.
 
@@ -739,7 +739,9 @@ def _precise(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def _check_logits(logits: Float[Tensor, "batch sequence vocab_size"], temperature: float) -> None:
+def _check_logits(
+    logits: Float[Tensor, "batch sequence vocab_size"], temperature: int | float
+) -> None:
     if logits.ndim != 3 or not logits.is_floating_point():
         got = f"{logits.dtype} of shape {tuple(logits.shape)}"
         raise ValueError(f"logits: expected fractions (batch, sequence, vocab_size), got {got}")
@@ -747,12 +749,12 @@ def _check_logits(logits: Float[Tensor, "batch sequence vocab_size"], temperatur
     if not isinstance(temperature, known) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number above 0, got {temperature!r:.60}")
 
-# %% ../chapters/19_instruction.ipynb #b38fa2f3
+# %% ../chapters/19_instruction.ipynb #d126207d
 def sft_loss(
     logits: Float[Tensor, "batch sequence vocab_size"],
     targets: Int64[Tensor, "batch sequence"],
     *,
-    per: Literal["token", "sequence"] | float = "token",
+    per: Literal["token", "sequence"] | int | float = "token",
 ) -> Float[Tensor, ""]:
     """Return the loss of the learned targets, in nats, divided in one of three ways.
 
