@@ -80,6 +80,8 @@ tokenizer = base.tokenizer
 end_of_text, end_of_turn = (tokenizer.special_tokens[t] for t in ("<|endoftext|>", "<|im_end|>"))
 
 
+# %% tags=["engine"]
+# What models reply, greedily, and how much of it is right
 def replies(model: TransformerLM, prompts: Sequence[Sequence[int]]) -> list[Completion]:
     stops = [end_of_text, end_of_turn]
     greedy = {"sampling": Sampling(temperature=0), "tokenizer": tokenizer, "stop_tokens": stops}
@@ -266,6 +268,8 @@ def check_conversation(
         previous = "call" if message.calls else message.role
 
 
+# %% tags=["engine"]
+#| export
 def _is(value: object, kind: type[Any]) -> bool:
     """Whether a value has the fields of a kind of record, here or in the package."""
     return getattr(value, "_fields", None) == kind._fields
@@ -343,6 +347,10 @@ class ChatTemplate:
             pieces += [Segment(mark, True, False) for mark in marks]
         return [piece for piece in pieces if piece.text]
 
+
+# %% tags=["engine"]
+#| export
+class ChatTemplate(ChatTemplate):  # continued
     def _message(self, message: Message) -> list[Segment]:
         turn, learned = self.turns[message.role], message.role == "assistant"
         pieces = [Segment(turn.before, True, False)]
@@ -444,6 +452,10 @@ class ChatTemplate(ChatTemplate):  # continued
                 return example
             messages = _without_oldest(messages, len(example.ids), limit, fit)
 
+
+# %% tags=["engine"]
+#| export
+class ChatTemplate(ChatTemplate):  # continued
     def _encoded(self, tokenizer: BPETokenizer, pieces: Sequence[Segment]) -> Example:
         ids, learned = list[int](), list[bool]()
         for piece in pieces:
@@ -821,6 +833,8 @@ def add_control_tokens(
     return larger, more
 
 
+# %% tags=["engine"]
+#| export
 def _with_means(
     weight: Float[Tensor, "rows d_model"], n_old: int, n_new: int, size: int
 ) -> Float[Tensor, "more_rows d_model"]:
@@ -925,6 +939,8 @@ def show_labels(tokenizer: BPETokenizer, batch: Batch) -> Labels:
     return Labels(tuple(rows), tuple(padding))
 
 
+# %% tags=["engine"]
+#| export
 def _runs(tokenizer: BPETokenizer, ids: list[tuple[int, bool]]) -> Iterable[tuple[str, bool]]:
     """Return the texts of runs of ids that are learned, and of those that are not."""
     for learned, run in groupby(ids, key=lambda pair: pair[1]):
@@ -978,6 +994,8 @@ def instruction_batch(
     return batch if documents else Batch(*batch[:2])
 
 
+# %% tags=["engine"]
+#| export
 def _joined(
     examples: Sequence[Example], sizes: Int64[np.ndarray, " examples"]
 ) -> tuple[Int64[np.ndarray, "2 tokens"], Bool[np.ndarray, " tokens"]]:
@@ -1108,6 +1126,8 @@ class InstructionDataset(InstructionDataset):  # continued
         return {"examples": self.fingerprint} | {name: getattr(self, name) for name in names}
 
 
+# %% tags=["engine"]
+#| export
 def _shuffled(first: int, n: int, size: int, seed: int, stream: int) -> list[int]:
     """Return the places of ``n`` rows from the ``first`` of all training on, anew each epoch."""
     epoch, place = np.divmod(np.arange(first, first + n), size)
@@ -1246,6 +1266,8 @@ def response_log_probs(
     return chosen.new_zeros(targets.shape).masked_scatter(mask, chosen)
 
 
+# %% tags=["engine"]
+#| export
 def entropies(
     logits: Float[Tensor, "batch sequence vocab_size"], *, temperature: int | float = 1.0
 ) -> Float[Tensor, "batch sequence"]:
@@ -1263,6 +1285,8 @@ def _precise(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
+# %% tags=["engine"]
+#| export
 def _check_logits(
     logits: Float[Tensor, "batch sequence vocab_size"], temperature: int | float
 ) -> None:
@@ -1725,7 +1749,8 @@ assert set(family.control_tokens) == {"<s>", "</s>"}, "plain text is no control 
 # generated; the last of them is the end token. The user says something more. Write
 # `next_prompt(template, ids, text)`, which returns the ids of the next prompt: those that are there,
 # as they are, and after them what the template puts there. Nothing that is there may be decoded and
-# encoded again. The user may write anything. `tokenizer` is that of the tiny world.
+# encoded again. The user may write anything. `tokenizer` is that of the tiny
+# world, and `end_of_turn` the id of its end token; the check tries the template `WORLD_CHAT`.
 # ````
 
 

@@ -79,7 +79,7 @@ FOLLOWS: dict[str | None, tuple[str, ...]] = {
     "tool": ("tool", "assistant"),
 }
 
-# %% ../chapters/19_instruction.ipynb #9505e8ef
+# %% ../chapters/19_instruction.ipynb #17c73e30
 def check_conversation(
     messages: Sequence[Message], roles: Collection[str] = ("system", "user", "assistant", "tool")
 ) -> None:
@@ -101,7 +101,7 @@ def check_conversation(
             )
         previous = "call" if message.calls else message.role
 
-
+# %% ../chapters/19_instruction.ipynb #2f33cd02
 def _is(value: object, kind: type[Any]) -> bool:
     """Whether a value has the fields of a kind of record, here or in the package."""
     return getattr(value, "_fields", None) == kind._fields
@@ -125,7 +125,7 @@ def _check_message(message: Message, index: int, roles: Collection[str]) -> None
     if role != "tool" and not calls and not content.strip():
         refuse(f"something that the {role} says", content)
 
-# %% ../chapters/19_instruction.ipynb #6d629162
+# %% ../chapters/19_instruction.ipynb #cd8319ba
 @dataclass(frozen=True)
 class ChatTemplate:
     """How a conversation becomes one text, as data.
@@ -408,7 +408,7 @@ ALPACA = ChatTemplate(
     ("<|endoftext|>",),
 )
 
-# %% ../chapters/19_instruction.ipynb #6c6b61a7
+# %% ../chapters/19_instruction.ipynb #ab090193
 def add_control_tokens(
     model: TransformerLM, tokenizer: BPETokenizer, names: Sequence[str]
 ) -> tuple[TransformerLM, BPETokenizer]:
@@ -446,7 +446,7 @@ def add_control_tokens(
     larger.embedding.num_embeddings = larger.lm_head.out_features = size
     return larger, more
 
-
+# %% ../chapters/19_instruction.ipynb #08cd08b9
 def _with_means(
     weight: Float[Tensor, "rows d_model"], n_old: int, n_new: int, size: int
 ) -> Float[Tensor, "more_rows d_model"]:
@@ -487,7 +487,7 @@ class Labels:
             lines.append(f"<div><code>{''.join(spans)}</code>{end}</div>")
         return "\n".join(lines)
 
-# %% ../chapters/19_instruction.ipynb #e129ca71
+# %% ../chapters/19_instruction.ipynb #1b2eb391
 def show_labels(tokenizer: BPETokenizer, batch: Batch) -> Labels:
     """Return what the labels of a batch say: its rows as text, and which part is learned.
 
@@ -513,13 +513,13 @@ def show_labels(tokenizer: BPETokenizer, batch: Batch) -> Labels:
         padding.append(numbers.count(-1))
     return Labels(tuple(rows), tuple(padding))
 
-
+# %% ../chapters/19_instruction.ipynb #562c2e04
 def _runs(tokenizer: BPETokenizer, ids: list[tuple[int, bool]]) -> Iterable[tuple[str, bool]]:
     """Return the texts of runs of ids that are learned, and of those that are not."""
     for learned, run in groupby(ids, key=lambda pair: pair[1]):
         yield tokenizer.decode([id for id, _ in run]), learned
 
-# %% ../chapters/19_instruction.ipynb #c31efb61
+# %% ../chapters/19_instruction.ipynb #d1446bf7
 def instruction_batch(
     rows: Sequence[Sequence[Example]], context_length: int, pad_id: int, *, documents: bool = True
 ) -> Batch:
@@ -557,7 +557,7 @@ def instruction_batch(
     batch = Batch(*torch.from_numpy(fields))
     return batch if documents else Batch(*batch[:2])
 
-
+# %% ../chapters/19_instruction.ipynb #993b3024
 def _joined(
     examples: Sequence[Example], sizes: Int64[np.ndarray, " examples"]
 ) -> tuple[Int64[np.ndarray, "2 tokens"], Bool[np.ndarray, " tokens"]]:
@@ -679,7 +679,7 @@ class InstructionDataset(ResumableBatches):
         names = ("batch_size", "context_length", "pad_id", "share", "packed", "documents", "seed")
         return {"examples": self.fingerprint} | {name: getattr(self, name) for name in names}
 
-# %% ../chapters/19_instruction.ipynb #e0893c85
+# %% ../chapters/19_instruction.ipynb #5d3b193c
 def _shuffled(first: int, n: int, size: int, seed: int, stream: int) -> list[int]:
     """Return the places of ``n`` rows from the ``first`` of all training on, anew each epoch."""
     epoch, place = np.divmod(np.arange(first, first + n), size)
@@ -698,7 +698,7 @@ def masked_mean(
     kept = values.where(mask, 0.0)
     return kept.sum() / mask.sum() if dim is None else kept.sum(dim) / mask.sum(dim)
 
-# %% ../chapters/19_instruction.ipynb #fdcd67c6
+# %% ../chapters/19_instruction.ipynb #ead67e65
 def response_log_probs(
     logits: Float[Tensor, "batch sequence vocab_size"],
     targets: Int64[Tensor, "batch sequence"],
@@ -721,7 +721,7 @@ def response_log_probs(
     chosen = log_probs.gather(-1, targets[mask][:, None])[:, 0]
     return chosen.new_zeros(targets.shape).masked_scatter(mask, chosen)
 
-
+# %% ../chapters/19_instruction.ipynb #2fa052ef
 def entropies(
     logits: Float[Tensor, "batch sequence vocab_size"], *, temperature: int | float = 1.0
 ) -> Float[Tensor, "batch sequence"]:
@@ -738,7 +738,7 @@ def entropies(
 def _precise(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
-
+# %% ../chapters/19_instruction.ipynb #6b1e9c2c
 def _check_logits(
     logits: Float[Tensor, "batch sequence vocab_size"], temperature: int | float
 ) -> None:
