@@ -45,8 +45,8 @@ from torch import nn, Tensor
 # %% [markdown]
 # ## A question for the base model
 #
-# The base model of the tiny world has read stories until it knew every fact in them. One of its
-# questions:
+# The base model of the tiny world has read stories until it knew every fact in them. So it should
+# be able to answer questions about them.
 
 # %% tags=["engine"]
 #| export
@@ -58,6 +58,12 @@ from llmbook.evaluation import QuestionForm
 from llmbook.model import TransformerLM
 from llmbook.tinyworld import make_questions, Question, TinyWorld
 from llmbook.tokenizer import BPETokenizer, check_special_tokens
+
+# %% [markdown]
+# This section asks two models the same questions: the base, and a copy of it that was tuned.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the models that are asked, and how their replies are judged
 
 # %% tags=["engine"]
 # What the cells of this chapter share
@@ -95,14 +101,19 @@ def ended_and_right(model: TransformerLM, asked: Sequence[Question]) -> tuple[in
     return sum(reply.finish_reason == "stop" for reply in found), sum(right)
 
 
+# %% [markdown]
+# ### What a base model does
+#
+# One question of the tiny world, and its answer:
+
 # %%
 question = make_questions(world, "fact", "held_out")[2]
 print(question.text, question.reply)
 
 # %% [markdown]
-# The base model gets it in two forms: as the beginning of a document, and in ChatML, the form in
-# which many assistants are asked. `replies(model, prompts)` chooses the likeliest token up to 24
-# times, and stops at an end token:
+# The base model gets the question in two forms: as the beginning of a document, and in ChatML, the
+# form in which many assistants are asked. `replies(model, prompts)` chooses the likeliest token up
+# to 24 times, and stops at an end token:
 
 # %% tags=["nbval-ignore-output"]
 in_chatml = WORLD_CHAT.encode(tokenizer, [Message("user", question.text)], prompt=True).ids
@@ -112,9 +123,9 @@ print(f"as a story: {first.text}\nin ChatML: {second.text}")
 
 # %% [markdown]
 # As a story, the question gets its answer, since in stories questions are followed by answers. Then
-# the model goes on with the story, because nothing has told it that somebody is waiting. The control
-# tokens of ChatML never occurred in pretraining. After them it goes on with some story, and asks
-# questions itself. (These two texts depend on the processor on which the model was trained.)
+# the model goes on with the story, because nothing has told it that somebody is waiting. The
+# control tokens of ChatML never occurred in pretraining. After them it goes on with some story, and
+# asks questions itself. (These two texts depend on the processor on which the model was trained.)
 #
 # The same model after 300 steps of instruction tuning is `helper`, which the second half of the
 # chapter trains. Here are both, asked 48 questions about characters that did not occur in tuning:
@@ -131,8 +142,8 @@ print(question.text, replies(helper.model, [in_chatml])[0].text)
 
 # %% [markdown]
 # The tuned model answers in one sentence, and ends. Three things made the difference, and the
-# chapter takes them in turn: a form that says who speaks, a loss that falls on the assistant's words
-# alone, and examples of both. {numref}`fig-chat-tokens` shows the first two in one picture.
+# chapter takes them in turn: a form that says who speaks, a loss that falls on the assistant's
+# words alone, and examples of both. {numref}`fig-chat-tokens` shows the first two in one picture.
 #
 # ```{figure} ../figures/chat-tokens.svg
 # :name: fig-chat-tokens
@@ -174,8 +185,8 @@ class Turn(NamedTuple):
 
 # %% [markdown]
 # The model reads one sequence of tokens, so the roles have to be written into it. A **chat
-# template** does that: it says what stands before a message of some role, what ends the message, and
-# what follows the end. That is all it needs to say, so it can be data:
+# template** does that: it says what stands before a message of some role, what ends the message,
+# and what follows the end. That is all it needs to say, so it can be data:
 
 
 # %%
@@ -193,21 +204,23 @@ chat = [Message("user", question.text), Message("assistant", question.reply)]
 print(as_text(turns, chat))
 
 # %% [markdown]
-# This form is called ChatML. `<|im_start|>` and `<|im_end|>` are **control tokens**: each is a single
-# id that no ordinary text is encoded to. The end token tells the program that generates when to
-# stop, and tells the model that the other side is to speak. To ask a question, the text is written
-# up to the place where a reply begins, `<|im_start|>assistant` and a line break, and the model does
-# the rest.
+# This form is called ChatML. `<|im_start|>` and `<|im_end|>` are **control tokens**: each is a
+# single id that no ordinary text is encoded to. The end token tells the program that generates when
+# to stop, and tells the model that the other side is to speak. To ask a question, the text is
+# written up to the place where a reply begins, `<|im_start|>assistant` and a line break, and the
+# model does the rest.
 #
 # The exported {py:class}`~llmbook.instruction.ChatTemplate` is `as_text` with the details that
 # follow. It is data, so that another family of models is another value and no new code.
-#
+
+# %% [markdown] tags=["engine"]
 # ### Engine room: the template with its checks, thoughts and calls, as ids and as Jinja
-#
+
+# %% [markdown] tags=["engine"]
 # The smallest form above leaves out what an application needs. Each piece of the text has to be
-# marked as the template's or somebody's own, and as learned or not. Thoughts and calls stand between
-# marks of their own. What is no conversation has to be refused by name, and the text has to become
-# ids.
+# marked as the template's or somebody's own, and as learned or not. Thoughts and calls stand
+# between marks of their own. What is no conversation has to be refused by name, and the text has to
+# become ids.
 
 
 # %% tags=["engine"]
@@ -240,8 +253,9 @@ FOLLOWS: dict[str | None, tuple[str, ...]] = {
 
 # %% [markdown] tags=["engine"]
 # Which roles may follow which is a table, too: a system message only at the beginning, then a user,
-# then user and assistant in turn. A tool speaks after an assistant that has called for it. A training
-# example that breaks the order is nearly always a fault in the data, such as a lost message.
+# then user and assistant in turn. A tool speaks after an assistant that has called for it. A
+# training example that breaks the order is nearly always a fault in the data, such as a lost
+# message.
 
 
 # %% tags=["engine"]
@@ -295,8 +309,9 @@ def _check_message(message: Message, index: int, roles: Collection[str]) -> None
 
 
 # %% [markdown] tags=["engine"]
-# The template is a frozen dataclass. `segments` is the only place that knows what stands where; text,
-# ids and labels all come from it. Thoughts come first in a message, then what is said, then calls.
+# The template is a frozen dataclass. `segments` is the only place that knows what stands where;
+# text, ids and labels all come from it. Thoughts come first in a message, then what is said, then
+# calls.
 
 
 # %% tags=["engine"]
@@ -396,8 +411,8 @@ def _are_texts(value: object) -> bool:
 
 # %% [markdown] tags=["engine"]
 # `encode` gives each piece to the tokenizer by itself, and allows control tokens in the template's
-# pieces alone. A conversation that is longer than a `limit` is refused, or with `fit="cut"` loses its
-# oldest exchanges. The system's message stays, and the last exchange is never cut.
+# pieces alone. A conversation that is longer than a `limit` is refused, or with `fit="cut"` loses
+# its oldest exchanges. The system's message stays, and the last exchange is never cut.
 
 
 # %% tags=["engine"]
@@ -559,6 +574,8 @@ class ChatTemplate(ChatTemplate):  # continued
         ]
 
 
+# %% tags=["engine"]
+#| export
 def _said(text: str) -> str:
     """Return the Jinja expression that says ``text``."""
     return f"{{{{- {text!a} -}}}}" if text else ""
@@ -691,8 +708,8 @@ print(refusal([Message("system", "Be kind."), Message("system", "Be brief."), *c
 # Models are published with a template in Jinja, a language for small programs that make text, and
 # `transformers` runs it. {py:meth}`~llmbook.instruction.ChatTemplate.jinja` writes ours in that
 # form, with `{% generation %}` around what the assistant says, from which the library finds the
-# tokens to learn. A tokenizer exported by chapter 05 and the exported template must then lead to the
-# same ids, and to the same mask:
+# tokens to learn. A tokenizer exported by chapter 05 and the exported template must then lead to
+# the same ids, and to the same mask:
 
 # %% tags=["engine"]
 # The industry's tokenizer, from the file of chapter 05, and its ids and mask of a conversation
@@ -739,8 +756,8 @@ whole = their_example(merging, CHATML, odd).ids
 print(f"by pieces {len(CHATML.encode(merging, odd).ids)} ids, as a whole {len(whole)}")
 
 # %% [markdown]
-# Ids by pieces are the safer choice: where what is said begins does not depend on what is said. They
-# also make the next promise possible.
+# Ids by pieces are the safer choice: where what is said begins does not depend on what is said.
+# They also make the next promise possible.
 
 # %% [markdown]
 # ## Control tokens that no text can forge
@@ -773,20 +790,22 @@ print([tokenizer.decode([id]) for id in said.ids][4:-5])
 # That no text whatever can forge a control token is easily shown. The template's pieces do not
 # depend on what is said. What is said is encoded with no control token allowed, and chapter 05's
 # encoder then uses only the ids of bytes and of merges. No token reaches across a seam. So the
-# control ids in the result are those of the template, in number and order, for every text. The tests
-# try it with texts that `hypothesis` puts together from parts of control tokens.
+# control ids in the result are those of the template, in number and order, for every text. The
+# tests try it with texts that `hypothesis` puts together from parts of control tokens.
 #
 # `control_text="refuse"` makes such a text an error instead. `render` returns a string, in which a
 # control token that is meant and one that is written look the same, so `render` always refuses. And
 # one thing no encoder can do: the headings of Alpaca are ordinary text, and anyone can write
 # `### Response:`. This is why later families have control tokens.
-#
+
+# %% [markdown] tags=["engine"]
 # ### Engine room: new control tokens for a model that is already trained
-#
+
+# %% [markdown] tags=["engine"]
 # Thoughts and calls need control tokens of their own, which a pretrained model does not have. A new
-# token $v$ needs a row in the embedding and one in the head. A random row of the head may, by chance,
-# get a large logit everywhere. The mean of the old rows cannot: its logit is the mean of the old
-# logits $z_1, \dots, z_n$, and since the exponential is convex,
+# token $v$ needs a row in the embedding and one in the head. A random row of the head may, by
+# chance, get a large logit everywhere. The mean of the old rows cannot: its logit is the mean of
+# the old logits $z_1, \dots, z_n$, and since the exponential is convex,
 # $e^{\bar z} \le \frac1n \sum_i e^{z_i}$. So the new token gets at most the share $1/(n+1)$ of the
 # probability {cite}`hewitt2021initializing`. The old rows keep their values to the bit. (A matrix
 # with another number of rows may be multiplied in another order, so old logits are equal up to
@@ -865,18 +884,19 @@ print(f"no new token gets more than 1/{n_old + 1} of the probability")
 # %% [markdown]
 # ## What is learned
 #
-# A conversation of the tiny world has about 32 tokens. The model could learn all of them, as it does
-# in pretraining. But the user's words are given when the model is asked, and it never has to write
-# them. So the targets of all tokens but the assistant's are set to −100, which the loss leaves out;
-# the inputs stay. {py:func}`~llmbook.instruction.show_labels` reads back from a batch what is
-# learned: in double brackets as text, colored in a notebook.
+# A conversation of the tiny world has about 32 tokens. The model could learn all of them, as it
+# does in pretraining. But the user's words are given when the model is asked, and it never has to
+# write them. So the targets of all tokens but the assistant's are set to −100, which the loss
+# leaves out; the inputs stay. {py:func}`~llmbook.instruction.show_labels` reads back from a batch
+# what is learned: in double brackets as text, colored in a notebook.
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: labels in color, and batches of conversations that resume
-#
-# A mask that is wrong raises no error. It may be lost in a rewrite, or be all ones, or begin one token
-# late, and the loss falls all the same. So `show_labels` reads targets, as the loss does, and not the
-# marks from which they were made.
+
+# %% [markdown] tags=["engine"]
+# A mask that is wrong raises no error. It may be lost in a rewrite, or be all ones, or begin one
+# token late, and the loss falls all the same. So `show_labels` reads targets, as the loss does, and
+# not the marks from which they were made.
 
 
 # %% tags=["engine"]
@@ -948,10 +968,10 @@ def _runs(tokenizer: BPETokenizer, ids: list[tuple[int, bool]]) -> Iterable[tupl
 
 
 # %% [markdown] tags=["engine"]
-# `instruction_batch` fills the four fields of chapter 07's `Batch` for a list of rows without a loop
-# over examples. `InstructionDataset` adds the order: as in chapter 07, the batch of a step is a
-# function of seed and step alone. So it resumes exactly, and several ranks get different rows of the
-# same batch, as chapter 18's `Ranks` demands.
+# `instruction_batch` fills the four fields of chapter 07's `Batch` for a list of rows without a
+# loop over examples. `InstructionDataset` adds the order: as in chapter 07, the batch of a step is
+# a function of seed and step alone. So it resumes exactly, and several ranks get different rows of
+# the same batch, as chapter 18's `Ranks` demands.
 
 
 # %% tags=["engine"]
@@ -1037,9 +1057,10 @@ class InstructionDataset(ResumableBatches):
 
     A row holds one example, or with ``packed`` as many as fit; then ``documents`` keeps them from
     seeing each other. Targets are -100 where nothing is learned. ``share`` of the rows of each
-    batch, rounded, are ``others`` (stories, say), if there are any. ``batch_size`` counts the rows of all ranks, of
-    which this one gets every ``world_size``-th, from ``rank`` on. ``dataset[step]`` is the batch of
-    any step. Examples that do not fit, or of which nothing is learned, raise a ``ValueError``.
+    batch, rounded, are ``others`` (stories, say), if there are any. ``batch_size`` counts the rows
+    of all ranks, of which this one gets every ``world_size``-th, from ``rank`` on.
+    ``dataset[step]`` is the batch of any step. Examples that do not fit, or of which nothing is
+    learned, raise a ``ValueError``.
     """
 
     examples: Sequence[Example]
@@ -1179,21 +1200,21 @@ for template in (CHATML, WORLD_CHAT):
 
 # %% [markdown]
 # All that the model knows about Mia hangs on the token ` Mia`, and hardly anything on `M` and `ia`.
-# Large models have seen most names in both forms; ours has not. With plain ChatML it must first learn
-# to spell, and after the same number of steps it answers clearly fewer questions; the second half
-# measures it. Hence the space in `WORLD_CHAT`. A template has to be chosen for its tokenizer.
+# Large models have seen most names in both forms; ours has not. With plain ChatML it must first
+# learn to spell, and after the same number of steps it answers clearly fewer questions; the second
+# half measures it. Hence the space in `WORLD_CHAT`. A template has to be chosen for its tokenizer.
 #
 # A conversation that is longer than the context has to lose something. Its end is the worst place,
 # since the answer is there, and with it all that would be learned. `encode` refuses what is longer
-# than its `limit`, unless `fit="cut"` tells it to drop the oldest exchanges after the system message.
-# An example without any learned token is refused as well: its loss would be 0/0.
+# than its `limit`, unless `fit="cut"` tells it to drop the oldest exchanges after the system
+# message. An example without any learned token is refused as well: its loss would be 0/0.
 
 # %% [markdown]
 # ## What to divide by
 #
-# Once the mask is right, the losses of the learned tokens are added up, and divided by something. The
-# usual choice is their number, which makes the loss a mean over tokens. The mean over a mask has two
-# traps. Over nothing it is 0/0, and a 0 would hide that nothing was learned. And a product
+# Once the mask is right, the losses of the learned tokens are added up, and divided by something.
+# The usual choice is their number, which makes the loss a mean over tokens. The mean over a mask
+# has two traps. Over nothing it is 0/0, and a 0 would hide that nothing was learned. And a product
 # `values * mask` does not remove what is masked if it is infinite or NaN, since NaN times 0 is NaN;
 # `where` does:
 
@@ -1232,13 +1253,14 @@ def masked_mean(
 # gradients are added up over micro-batches. Sums add up; means do not. Let one micro-batch hold two
 # replies, and another one two stories, each learned from end to end:
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: log-probabilities, entropies, and the loss in its three forms
-#
+
+# %% [markdown] tags=["engine"]
 # Chapters 21 to 23 need the log-probability of each token of a reply, and the entropy of each
-# prediction, for losses of their own. `response_log_probs` looks only at logits whose targets count,
-# which saves memory, and keeps NaN elsewhere out of the gradient. At large logits it is more precise
-# to subtract the maximum before the logarithm than after, which `log_softmax` does.
+# prediction, for losses of their own. `response_log_probs` looks only at logits whose targets
+# count, which saves memory, and keeps NaN elsewhere out of the gradient. At large logits it is more
+# precise to subtract the maximum before the logarithm than after, which `log_softmax` does.
 
 
 # %% tags=["engine"]
@@ -1368,11 +1390,11 @@ print("as much in the mean of means, whose gradient is 3 to 8 times as long")
 
 # %% [markdown]
 # The mean of the two means is not the mean over all tokens. It gives each micro-batch the same
-# weight, so each token of the short replies counts several times, and how often depends on which rows
-# came together. The trainer of `transformers` had this fault until October 2024 (pull request 34191),
-# when the sum of losses came to be divided by the count over all micro-batches. The same holds
-# between ranks. Ours adds up sums and counts, and divides once, so nothing changes when a batch is
-# cut; the folded cell compares the two to five digits.
+# weight, so each token of the short replies counts several times, and how often depends on which
+# rows came together. The trainer of `transformers` had this fault until October 2024 (pull request
+# 34191), when the sum of losses came to be divided by the count over all micro-batches. The same
+# holds between ranks. Ours adds up sums and counts, and divides once, so nothing changes when a
+# batch is cut; the folded cell compares the two to five digits.
 
 # %% tags=["engine"]
 # The mean over the whole batch, and from the sums and counts of its micro-batches
@@ -1386,9 +1408,9 @@ print("whole batch and micro-batches: the same mean to 5 digits")
 # %% [markdown]
 # ## Many conversations in one row
 #
-# An example of 32 tokens in a row of 128 leaves three quarters of the row empty. **Packing** puts as many
-# into a row as fit. Chapter 07 packed documents with its `best_fit`, and kept them apart with a mask;
-# here the same is done with conversations:
+# An example of 32 tokens in a row of 128 leaves three quarters of the row empty. **Packing** puts
+# as many into a row as fit. Chapter 07 packed documents with its `best_fit`, and kept them apart
+# with a mask; here the same is done with conversations:
 
 # %%
 alone = InstructionDataset(examples, 8, 128, end_of_text)
@@ -1396,8 +1418,8 @@ packed = InstructionDataset(examples, 8, 128, end_of_text, packed=True)
 print(f"padding: {alone.padding:.0%} with one in a row, {packed.padding:.0%} packed")
 
 # %% [markdown]
-# With document ids, an example attends to itself alone and its positions count from 0, so the packed
-# row computes what single rows compute: in float64 their gradients agree to ten digits.
+# With document ids, an example attends to itself alone and its positions count from 0, so the
+# packed row computes what single rows compute: in float64 their gradients agree to ten digits.
 
 # %% tags=["engine"]
 # The gradient of the mean loss of some rows, in float64
@@ -1417,9 +1439,9 @@ print("gradients of packed and single rows agree to 10 digits")
 
 # %% [markdown]
 # Many programs pack without the mask, and reports disagree on whether it hurts. So we tuned twelve
-# models for 200 steps each: with one example in a row, packed, packed without the mask, and, for the
-# section above, with the end token masked (`benchmarks/packing.py`; of 336 questions about characters
-# that were not tuned on, three seeds):
+# models for 200 steps each: with one example in a row, packed, packed without the mask, and, for
+# the section above, with the end token masked (`benchmarks/packing.py`; of 336 questions about
+# characters that were not tuned on, three seeds):
 
 # %% tags=["engine"]
 # The table of twelve runs
@@ -1681,11 +1703,11 @@ def _load_tuned(folder: Path) -> tuple[TransformerLM, MetricsLog]:
 #
 # ````{exercise} The labels of an example
 # :label: ex-instruction-labels
-# *Fifteen minutes.* An example of `n` tokens has `n` marks that say whether a token is to be learned.
-# Write `labels(ids, learned, length)`. It returns two lists of `length` numbers, inputs and targets.
-# The target at a place is the token that comes next, or -100 if that token is not to be learned.
-# Both are padded at the end: inputs with 0, targets with -100. Note that 0 may also be the id of a
-# token that is to be learned.
+# *Fifteen minutes.* An example of `n` tokens has `n` marks that say whether a token is to be
+# learned. Write `labels(ids, learned, length)`. It returns two lists of `length` numbers, inputs
+# and targets. The target at a place is the token that comes next, or -100 if that token is not to
+# be learned. Both are padded at the end: inputs with 0, targets with -100. Note that 0 may also be
+# the id of a token that is to be learned.
 # ````
 
 
@@ -1710,8 +1732,8 @@ assert labels([5, 0], [False, True], 3)[1][0] == 0, "a learned token with the id
 # %% [markdown]
 # ````{exercise} A template for another family
 # :label: ex-instruction-family
-# *Fifteen minutes.* A family of models writes a conversation like this, in one line and with a space
-# only where one stands here:
+# *Fifteen minutes.* A family of models writes a conversation like this, in one line and with a
+# space only where one stands here:
 #
 # ```
 # <s>[INST] Who is Mia? [/INST]Mia is a fox.</s>[INST] Why? [/INST]Nobody knows.</s>
@@ -1719,7 +1741,8 @@ assert labels([5, 0], [False, True], 3)[1][0] == 0, "a learned token with the id
 #
 # `<s>` and `</s>` are control tokens, the rest is plain text. Give the `ChatTemplate` named "inst",
 # with the roles user and assistant. The model has to write a reply and the `</s>` after it, nothing
-# else. `inst_template()` returns it.
+# else. `inst_template()` returns it. The check calls its `render`, and its `segments`, the pieces
+# of a conversation with what is learned of it.
 # ````
 
 
@@ -1747,10 +1770,10 @@ assert set(family.control_tokens) == {"<s>", "</s>"}, "plain text is no control 
 # :label: ex-instruction-turn
 # *Thirty minutes.* A chat program has the ids of the prompt and of the reply that the model has
 # generated; the last of them is the end token. The user says something more. Write
-# `next_prompt(template, ids, text)`, which returns the ids of the next prompt: those that are there,
-# as they are, and after them what the template puts there. Nothing that is there may be decoded and
-# encoded again. The user may write anything. `tokenizer` is that of the tiny
-# world, and `end_of_turn` the id of its end token; the check tries the template `WORLD_CHAT`.
+# `next_prompt(template, ids, text)`, which returns the ids of the next prompt: those that are
+# there, as they are, and after them what the template puts there. Nothing that is there may be
+# decoded and encoded again. The user may write anything. `tokenizer` is that of the tiny world, and
+# `end_of_turn` the id of its end token; the check tries the template `WORLD_CHAT`.
 # ````
 
 

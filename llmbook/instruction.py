@@ -351,7 +351,7 @@ def _without_oldest(
     hint = "" if fit == "cut" else "; fit='cut' leaves out the oldest exchanges"
     raise ValueError(f"messages: expected at most limit = {limit} tokens, got {got}{hint}")
 
-# %% ../chapters/19_instruction.ipynb #f556dc0d
+# %% ../chapters/19_instruction.ipynb #f29c2ee4
 def _said(text: str) -> str:
     """Return the Jinja expression that says ``text``."""
     return f"{{{{- {text!a} -}}}}" if text else ""
@@ -588,16 +588,17 @@ def _checked_examples(
         raise ValueError(f"{argument}: expected {expected}, got {got} at index {index}")
     return examples
 
-# %% ../chapters/19_instruction.ipynb #f87fc8f3
+# %% ../chapters/19_instruction.ipynb #76635a8d
 @dataclass(eq=False)
 class InstructionDataset(ResumableBatches):
     """Batches of conversations (and of ``others``) in an order that depends on ``seed`` alone.
 
     A row holds one example, or with ``packed`` as many as fit; then ``documents`` keeps them from
     seeing each other. Targets are -100 where nothing is learned. ``share`` of the rows of each
-    batch, rounded, are ``others`` (stories, say), if there are any. ``batch_size`` counts the rows of all ranks, of
-    which this one gets every ``world_size``-th, from ``rank`` on. ``dataset[step]`` is the batch of
-    any step. Examples that do not fit, or of which nothing is learned, raise a ``ValueError``.
+    batch, rounded, are ``others`` (stories, say), if there are any. ``batch_size`` counts the rows
+    of all ranks, of which this one gets every ``world_size``-th, from ``rank`` on.
+    ``dataset[step]`` is the batch of any step. Examples that do not fit, or of which nothing is
+    learned, raise a ``ValueError``.
     """
 
     examples: Sequence[Example]
