@@ -20,6 +20,7 @@ from llmbook import (
     distributed,
     evaluation,
     generation,
+    instruction,
     model,
     optimization,
     positions,
@@ -34,7 +35,7 @@ from llmbook import (
 MODULES = (
     "environment tinyworld corpus cleaning deduplication tokenizer subwords batches positions "
     "attention blocks model optimization training generation precision evaluation scaling "
-    "distributed"
+    "distributed instruction"
 ).split()
 
 # What is left out, and why.
@@ -96,6 +97,14 @@ NOT_TRIED = {
     "evaluation.Interval",
     "evaluation.PairedTest",
     "evaluation.as_numbers",  # it names what the caller calls the argument
+    "instruction.Tuned",
+    "instruction.tuned",  # trains for 20 seconds: tests/test_instruction_runs.py
+    "instruction.Segment",
+    "instruction.Labels",
+    # Plain records: what is made of them looks at each, as check_conversation does.
+    "instruction.Message",
+    "instruction.Turn",
+    "instruction.Example",
     "attention.LayerCache",
     "blocks.Routing",
     "generation.GenerationOptions",  # the options of generate, which are tried there
@@ -276,6 +285,41 @@ def speaking() -> dict[str, Any]:
     """A model with a tokenizer that knows the end of a text."""
     sizes = {"vocab_size": ended_bpe().vocab_size, "context_length": 256}
     return {"model": model.TransformerLM(config(**sizes)), "tokenizer": ended_bpe()}
+
+
+@functools.cache
+def chat_bpe() -> tokenizer.BPETokenizer:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    return tokenizer.train_bpe(texts(), 290, special_tokens=special)
+
+
+def chatting() -> dict[str, Any]:
+    """A model that nobody has trained, with a tokenizer for conversations."""
+    sizes = {"vocab_size": chat_bpe().vocab_size, "context_length": 256}
+    return {"model": model.TransformerLM(config(**sizes)), "tokenizer": chat_bpe()}
+
+
+def conversation() -> list[Any]:
+    return [instruction.Message("user", "Who?"), instruction.Message("assistant", "I.")]
+
+
+def chat_examples() -> list[Any]:
+    return [instruction.Example((1, 2, 3), (False, True, True))] * 3
+
+
+def chat_losses() -> dict[str, Any]:
+    return {"logits": torch.zeros(2, 6, 11), "targets": ids(2, 6)}
+
+
+def tuning_call() -> dict[str, Any]:
+    example = instruction.WORLD_CHAT.encode(chat_bpe(), conversation())
+    settings = instruction.Tuning(n_steps=1, batch_size=2)
+    made = {"examples": [example], "settings": settings, "pad_id": 0}
+    return {"model": chatting()["model"], **made}
+
+
+def secret_question() -> tinyworld.Question:
+    return tinyworld.make_questions(world(), "confidential", "tuning")[0]
 
 
 def task_folder() -> str:
@@ -741,6 +785,36 @@ EXAMPLES: dict[str, Arguments] = {
         "b": evaluation.Answer(TEXT, False),
     },
     "evaluation.QuestionForm": {"name": "mine", "prompt": evaluation.story_prompt},
+    "instruction.check_conversation": lambda: {"messages": conversation()},
+    "instruction.ChatTemplate": lambda: {
+        "name": "mine",
+        "turns": dict(instruction.CHATML.turns),
+        "control_tokens": ("<|im_start|>", "<|im_end|>"),
+    },
+    "instruction.ChatTemplate.segments": lambda: {"messages": conversation()},
+    "instruction.ChatTemplate.render": lambda: {"messages": conversation()},
+    "instruction.ChatTemplate.encode": lambda: {
+        "messages": conversation(),
+        "tokenizer": chat_bpe(),
+    },
+    "instruction.message_dict": lambda: {"message": conversation()[0]},
+    "instruction.add_control_tokens": lambda: chatting() | {"names": ["<think>"]},
+    "instruction.show_labels": lambda: {"tokenizer": chat_bpe()},
+    "instruction.instruction_batch": lambda: {"rows": [chat_examples()], "pad_id": 0},
+    "instruction.InstructionDataset": lambda: {"examples": chat_examples(), "pad_id": 0},
+    "instruction.masked_mean": {
+        "values": torch.tensor([0.5, 0.75]),
+        "mask": torch.tensor([True, False]),
+    },
+    "instruction.response_log_probs": chat_losses,
+    "instruction.entropies": lambda: {"logits": torch.zeros(2, 6, 11)},
+    "instruction.sft_loss": chat_losses,
+    "instruction.world_conversations": {},
+    "instruction.chat_form": lambda: {"tokenizer": chat_bpe()},
+    "instruction.story_examples": lambda: {"tokenizer": chat_bpe(), "n": 2},
+    "instruction.Tuning": {},
+    "instruction.secret_of": lambda: {"question": secret_question()},
+    "instruction.tune": tuning_call,
     "evaluation.LMEvalAdapter": speaking,
     "evaluation.write_lm_eval_task": lambda: {
         "folder": ".",
@@ -910,6 +984,10 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "precision.GradScaler": used_scaler,
     "precision.MixedPrecision": lambda: precision.MixedPrecision("float16"),
     "evaluation.BiasedJudge": evaluation.BiasedJudge,
+    "instruction.ChatTemplate": lambda: instruction.WORLD_CHAT,
+    "instruction.InstructionDataset": lambda: instruction.InstructionDataset(
+        chat_examples(), 2, 8, 0
+    ),
     "distributed.PrepareConfig": distributed.PrepareConfig,
     "scaling.ScalingLaw": lambda: scaling_law(),
     "scaling.ScalingFit": lambda: scaling_fit(),
