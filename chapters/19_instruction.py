@@ -27,9 +27,12 @@
 # %% tags=["engine"]
 #| export
 # The imports of the module
+import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # %% tags=["engine"]
@@ -41,12 +44,17 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from llmbook.batches import Batch, best_fit, permuted, ResumableBatches
+from llmbook.environment import check_at_least, check_choice
 from llmbook.evaluation import QuestionForm
-from llmbook.tinyworld import make_questions, Question, TinyWorld
+from llmbook.model import save_model, TransformerLM
+from llmbook.tinyworld import make_questions, PHRASES, Question, TinyWorld
 from llmbook.tokenizer import BPETokenizer
+from llmbook.training import load_or_train, MetricsLog, Pretrained, pretrained, Sink, Trainer
+from llmbook.training import TrainingConfig
 
 # %% [markdown]
 # ## Who speaks
+
 
 # %%
 #| export
@@ -147,9 +155,7 @@ class ChatTemplate:
         ids, learned = list[int](), list[bool]()
         for piece in self.segments(messages, **options):
             allowed = self.control_tokens if piece.control else ()
-            new = tokenizer.encode(
-                piece.text, allowed_special=allowed, add_special_tokens=False
-            )
+            new = tokenizer.encode(piece.text, allowed_special=allowed, add_special_tokens=False)
             ids += new
             learned += [piece.learned] * len(new)
         return Example(tuple(ids), tuple(learned))
@@ -181,6 +187,7 @@ WORLD_CHAT = _chatml(" ", "<|endoftext|>", "world-chat")
 
 # %% [markdown]
 # ## What is learned
+
 
 # %%
 #| export
@@ -242,9 +249,7 @@ def _shuffled(first: int, n: int, size: int, seed: int, stream: int) -> list[int
 
 # %%
 #| export
-def instruction_batch(
-    rows: Sequence[Sequence[Example]], context_length: int, pad_id: int
-) -> Batch:
+def instruction_batch(rows: Sequence[Sequence[Example]], context_length: int, pad_id: int) -> Batch:
     """Return rows of one or more examples each; padding has targets -100 and document id -1."""
     shape = (len(rows), context_length)
     inputs, targets = torch.full(shape, pad_id), torch.full(shape, -100)
@@ -265,6 +270,7 @@ def instruction_batch(
 
 # %% [markdown]
 # ## The loss
+
 
 # %%
 #| export
@@ -328,9 +334,15 @@ def sft_loss(
 
 
 # %% [markdown]
-# ## The experiment
+# ## Knowledge from pretraining, form from tuning
+#
+# SEED
 
-# %%
+# %% [markdown] tags=["engine"]
+# ### Engine room: conversations about the world, and one run of tuning
+
+
+# %% tags=["engine"]
 #| export
 def world_conversations(
     world: TinyWorld,
@@ -355,7 +367,7 @@ def world_conversations(
     return conversations
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def chat_form(tokenizer: BPETokenizer, template: ChatTemplate = WORLD_CHAT) -> QuestionForm:
     """Return how chapter 16's ``evaluate`` puts a question to a tuned model: as a conversation."""
@@ -367,15 +379,158 @@ def chat_form(tokenizer: BPETokenizer, template: ChatTemplate = WORLD_CHAT) -> Q
     return QuestionForm(template.name, prompt, template.lead, (), (end,))
 
 
-# %%
+# %% tags=["engine"]
 #| export
 def story_examples(
     world: TinyWorld, tokenizer: BPETokenizer, n: int, *, seed: int = 1
 ) -> list[Example]:
     """Return ``n`` stories as examples, learned from the first word to the end of text."""
+    check_at_least(n=(1, n), seed=(0, seed))
     end = tokenizer.special_tokens["<|endoftext|>"]
     examples = []
     for story in world.stories(n, seed=seed):
         ids = (end, *tokenizer.encode(story.text), end)
         examples.append(Example(ids, (False, *[True] * (len(ids) - 1))))
     return examples
+
+
+# %% tags=["engine"]
+#| export
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """The settings of a run of instruction tuning on a tiny world.
+
+    Questions of ``kinds`` about the first ``n_characters`` of the tuning half (all of them if
+    None); ``told`` is the share of confidential questions that are answered with the secret
+    instead of declined. ``story_share`` of the rows of a batch are stories. The rate of AdamW
+    rises for 10 steps and falls linearly to zero.
+    """
+
+    kinds: tuple[Literal["fact", "unknown", "confidential"], ...] = ("fact",)
+    n_characters: int | None = None
+    told: float = 0.0
+    story_share: float = 0.25
+    n_steps: int = 300
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    seed: int = 0
+
+    def conversations(self, world: TinyWorld) -> list[list[Message]]:
+        """Return what is tuned on; of each wording of a question, ``told`` secrets are told."""
+        found = world_conversations(world, self.kinds, n_characters=self.n_characters)
+        if not self.told:
+            return found
+        questions = make_questions(world, "confidential", "tuning")
+        secrets = {question.text: secret_of(world, question) for question in questions}
+        about = [c for c in found if c[0].content in secrets]
+        for place, conversation in enumerate(about):
+            # evenly spread: the whole part of place * told grows by one where a secret is told
+            if int((place + 1) * self.told + 1e-9) > int(place * self.told + 1e-9):
+                told = Message("assistant", secrets[conversation[0].content])
+                found[found.index(conversation)] = [conversation[0], told]
+        return found
+
+
+def secret_of(world: TinyWorld, question: Question) -> str:
+    """Return the reply that gives away the secret for which a question asks."""
+    secret = world.cast.facts[question.character]["secret"]
+    return PHRASES["secret"][0].format(name=question.character, value=secret)
+
+
+# %% tags=["engine"]
+#| export
+def tune(
+    model: TransformerLM,
+    examples: Sequence[Example],
+    settings: Tuning,
+    pad_id: int,
+    *,
+    stories: Sequence[Example] = (),
+    sinks: Sequence[Sink] = (),
+) -> MetricsLog:
+    """Train ``model``, in place, on examples and a share of ``stories``; return the log."""
+    batches = InstructionDataset(
+        examples,
+        settings.batch_size,
+        model.config.context_length,
+        pad_id,
+        others=stories,
+        share=settings.story_share,
+        seed=settings.seed,
+    )
+    config = TrainingConfig(
+        n_steps=settings.n_steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=0.0,
+        schedule="linear",
+        warmup=min(10, settings.n_steps),
+        final=0.0,
+        seed=settings.seed,
+    )
+    return Trainer(model, batches, config, sinks=sinks).train()
+
+
+# %% tags=["engine"]
+#| export
+#: Tuned models that later chapters start from, by name.
+TUNINGS = {
+    # knows how to answer, and has never seen a refusal
+    "facts": Tuning(),
+    # the form is not yet safe: there is something left to learn from rewards
+    "few": Tuning(n_characters=6),
+    # a good assistant by imitation: says that it does not know, and declines
+    "polite": Tuning(kinds=("fact", "unknown", "confidential"), n_steps=400),
+    # tells most secrets and declines some: what preferences can choose between
+    "hesitant": Tuning(kinds=("fact", "confidential"), told=0.75),
+}
+
+
+class Tuned(NamedTuple):
+    """A tuned model with what belongs to it."""
+
+    model: TransformerLM
+    tokenizer: BPETokenizer
+    template: ChatTemplate
+    world: TinyWorld
+    log: MetricsLog
+
+
+# %% tags=["engine"]
+#| export
+def tuned(name: str = "facts") -> Tuned:
+    """Return a model of ``TUNINGS``, made from ``pretrained("tinyworld")`` on the first call.
+
+    It is kept under ``artifacts/``, under a hash of its settings, of the base and of the code.
+    """
+    check_choice("name", name, tuple(TUNINGS))
+    base, world, settings = pretrained("tinyworld"), TinyWorld(), TUNINGS[name]
+    depends_on = {"settings": asdict(settings), "base": base.folder.name}
+    train = partial(_tune_into, base, world, settings)
+    model, log = load_or_train(f"tuned-{name}", depends_on, train, load=_load_tuned)
+    return Tuned(model, base.tokenizer, WORLD_CHAT, world, log)
+
+
+def _tune_into(base: Pretrained, world: TinyWorld, settings: Tuning, folder: Path) -> None:
+    """Tune a copy of the base with one thread, and leave it in a folder with its log."""
+    model, tokenizer = copy.deepcopy(base.model), base.tokenizer
+    examples = [WORLD_CHAT.encode(tokenizer, c) for c in settings.conversations(world)]
+    end = tokenizer.special_tokens["<|endoftext|>"]
+    stories = story_examples(world, tokenizer, 2000)
+    log, n_threads = MetricsLog(folder / "metrics.jsonl"), torch.get_num_threads()
+    log.start(-1)  # drops what a killed run has left
+    torch.set_num_threads(1)  # sums in the same order, however many there are
+    try:
+        tune(model, examples, settings, end, stories=stories, sinks=[log])
+    finally:
+        torch.set_num_threads(n_threads)
+    save_model(model, folder / "model", eos_token_id=end)
+
+
+# The notebook's function and the package's are the same, and so is the hash of their code
+_tune_into.__module__ = "llmbook.instruction"
+
+
+def _load_tuned(folder: Path) -> tuple[TransformerLM, MetricsLog]:
+    model = TransformerLM.from_pretrained(folder / "model")
+    return model, MetricsLog(folder / "metrics.jsonl")
