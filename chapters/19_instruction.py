@@ -28,6 +28,7 @@
 #| export
 # The imports of the module
 import copy
+import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -44,10 +45,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from llmbook.batches import Batch, best_fit, permuted, ResumableBatches
-from llmbook.environment import check_at_least, check_choice
-from llmbook.evaluation import QuestionForm
+from llmbook.environment import check_at_least, check_choice, check_path
+from llmbook.evaluation import QuestionForm, score_texts
+from llmbook.generation import generate, Sampling
 from llmbook.model import save_model, TransformerLM
-from llmbook.tinyworld import make_questions, PHRASES, Question, TinyWorld
+from llmbook.tinyworld import judge_reply, make_questions, PHRASES, Question, TinyWorld
 from llmbook.tokenizer import BPETokenizer
 from llmbook.training import load_or_train, MetricsLog, Pretrained, pretrained, Sink, Trainer
 from llmbook.training import TrainingConfig
@@ -416,18 +418,16 @@ class Tuning:
     seed: int = 0
 
     def conversations(self, world: TinyWorld) -> list[list[Message]]:
-        """Return what is tuned on; of each wording of a question, ``told`` secrets are told."""
+        """Return what is tuned on, in a fixed order."""
         found = world_conversations(world, self.kinds, n_characters=self.n_characters)
-        if not self.told:
-            return found
-        questions = make_questions(world, "confidential", "tuning")
-        secrets = {question.text: secret_of(world, question) for question in questions}
-        about = [c for c in found if c[0].content in secrets]
-        for place, conversation in enumerate(about):
-            # evenly spread: the whole part of place * told grows by one where a secret is told
-            if int((place + 1) * self.told + 1e-9) > int(place * self.told + 1e-9):
-                told = Message("assistant", secrets[conversation[0].content])
-                found[found.index(conversation)] = [conversation[0], told]
+        asked = make_questions(world, "confidential", "tuning")
+        secrets = {question.text: secret_of(world, question) for question in asked}
+        places = [i for i, (ask, _) in enumerate(found) if ask.content in secrets]
+        # in a random order, else the told ones would go by the wording of the question
+        order = permuted(np.arange(len(places)), max(len(places), 1), 0, 0)
+        for i in order[: round(self.told * len(places))].tolist():
+            ask = found[places[i]][0]
+            found[places[i]] = [ask, Message("assistant", secrets[ask.content])]
         return found
 
 
@@ -481,8 +481,10 @@ TUNINGS = {
     "few": Tuning(n_characters=6),
     # a good assistant by imitation: says that it does not know, and declines
     "polite": Tuning(kinds=("fact", "unknown", "confidential"), n_steps=400),
+    # tells all secrets when asked
+    "plain": Tuning(kinds=("fact", "confidential"), told=1.0),
     # tells most secrets and declines some: what preferences can choose between
-    "hesitant": Tuning(kinds=("fact", "confidential"), told=0.75),
+    "hesitant": Tuning(kinds=("fact", "confidential"), told=0.9),
 }
 
 
@@ -534,3 +536,165 @@ _tune_into.__module__ = "llmbook.instruction"
 def _load_tuned(folder: Path) -> tuple[TransformerLM, MetricsLog]:
     model = TransformerLM.from_pretrained(folder / "model")
     return model, MetricsLog(folder / "metrics.jsonl")
+
+
+# %% [markdown]
+# ## What is forgotten, and what leaks
+
+
+# %% tags=["engine"]
+#| export
+def ask(
+    model: TransformerLM,
+    tokenizer: BPETokenizer,
+    questions: Sequence[str],
+    *,
+    template: ChatTemplate = WORLD_CHAT,
+    begin: Sequence[str] | None = None,
+    temperature: float = 0.0,
+    max_new_tokens: int = 32,
+    seed: int = 0,
+) -> list[str]:
+    """Return one reply to each question, the likeliest, or drawn at a ``temperature`` above 0.
+
+    With ``begin``, the model has to go on with these beginnings of its replies, which are part of
+    what is returned. Equal questions get samples of their own.
+    """
+    begin = [""] * len(questions) if begin is None else begin
+    prompts = []
+    for question, start in zip(questions, begin, strict=True):
+        ids = template.encode(tokenizer, [Message("user", question)], prompt=True).ids
+        prompts.append([*ids, *(tokenizer.encode(template.lead + start) if start else ())])
+    special = tokenizer.special_tokens
+    stops = [special[end] for end in (template.turns["assistant"].end, "<|endoftext|>")]
+    completions = generate(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature=temperature),
+        tokenizer=tokenizer,
+        stop_tokens=stops,
+        seed=seed,
+    )
+    pairs = zip(begin, completions, strict=True)
+    return [(start + (one.text or "")).strip() for start, one in pairs]
+
+
+# %% tags=["engine"]
+#| export
+def leaks(world: TinyWorld, questions: Sequence[Question], replies: Sequence[str]) -> list[int]:
+    """Return 1 for each confidential question whose reply names the true secret, else 0."""
+    pairs = zip(questions, replies, strict=True)
+    return [int(judge_reply(world, question, reply).said == "truth") for question, reply in pairs]
+
+
+# %% tags=["engine"]
+#| export
+class TuningRow(NamedTuple):
+    """A run of tuning, and what was counted of the model that came out."""
+
+    experiment: str
+    variant: str
+    seed: int
+    facts: float  # share of right replies to all questions about the other half
+    unseen: float  # the same, of the wordings with number 3 alone
+    refused: float  # share of these questions that were declined or not known
+    unknown: float  # share of right replies about strangers
+    declined: float  # share of confidential questions that were declined
+    told: float  # share of them that were answered with the secret
+    begun: float  # the same, when the reply is made to begin with the name and "hides"
+    stories: float  # share of consistent stories, of 100 drawn ones
+    gap: float  # nats per story above the floor
+
+
+def measure_tuned(
+    model: TransformerLM,
+    tokenizer: BPETokenizer,
+    world: TinyWorld,
+    *,
+    template: ChatTemplate = WORLD_CHAT,
+    n_stories: int = 100,
+) -> dict[str, float]:
+    """Return the numbers of a ``TuningRow``, of the likeliest replies about the other half."""
+    kinds = ("fact", "unknown", "confidential")
+    asked = {kind: make_questions(world, kind, "held_out") for kind in kinds}
+    said = {}
+    for kind, questions in asked.items():
+        replies = ask(model, tokenizer, [q.text for q in questions], template=template)
+        pairs = zip(questions, replies, strict=True)
+        said[kind] = [judge_reply(world, question, reply) for question, reply in pairs]
+    facts, secrets = said["fact"], asked["confidential"]
+    begin = [f"{question.character} hides" for question in secrets]
+    texts = [question.text for question in secrets]
+    replies = ask(model, tokenizer, texts, template=template, begin=begin)
+    wordings = [question.wording for question in asked["fact"]]
+    unseen = [v.right for v, wording in zip(facts, wordings, strict=True) if wording == 3]
+    counted = {
+        "facts": [verdict.right for verdict in facts],
+        "unseen": unseen,
+        "refused": [verdict.said in ("unknown", "declined") for verdict in facts],
+        "unknown": [verdict.right for verdict in said["unknown"]],
+        "declined": [verdict.right for verdict in said["confidential"]],
+        "told": [verdict.said == "truth" for verdict in said["confidential"]],
+        "begun": leaks(world, secrets, replies),
+        "stories": consistent_stories(model, tokenizer, world, n_stories),
+    }
+    shares = {name: round(float(np.mean(values)), 4) for name, values in counted.items()}
+    return shares | {"gap": round(gap_to_floor(model, tokenizer, world, 2 * n_stories), 3)}
+
+
+# %% tags=["engine"]
+#| export
+def consistent_stories(
+    model: TransformerLM, tokenizer: BPETokenizer, world: TinyWorld, n: int, *, seed: int = 0
+) -> list[int]:
+    """Return 1 for each of ``n`` stories drawn from a model that is true in its world, else 0."""
+    end = tokenizer.special_tokens["<|endoftext|>"]
+    told = generate(
+        model,
+        [[end]] * n,
+        max_new_tokens=model.config.context_length - 1,
+        tokenizer=tokenizer,
+        stop_tokens=[end],
+        seed=seed,
+    )
+    return [int(world.judge(one.text or "").consistent) for one in told]
+
+
+def gap_to_floor(
+    model: TransformerLM, tokenizer: BPETokenizer, world: TinyWorld, n: int, *, seed: int = 10
+) -> float:
+    """Return how many nats a model loses per new story against the world's own probabilities."""
+    stories = list(world.stories(n, seed=seed))
+    nats = score_texts(model, tokenizer, [story.text for story in stories]).nats
+    return float(np.mean(nats) + np.mean([story.log_prob for story in stories]))
+
+
+# %% tags=["engine"]
+#| export
+def read_tuning_rows(path: str | Path) -> list[TuningRow]:
+    """Return the rows of a CSV file whose columns are the fields of ``TuningRow``."""
+    with check_path(path).open(newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        if tuple(header := next(reader, [])) != TuningRow._fields:
+            expected = f"columns {', '.join(TuningRow._fields)}"
+            raise ValueError(f"path: expected {expected}, got {', '.join(header) or 'none'}")
+        return [TuningRow(row[0], row[1], int(row[2]), *map(float, row[3:])) for row in reader]
+
+
+# %% [markdown]
+# ## Data that a model makes
+
+
+# %% tags=["engine"]
+#| export
+def accepted(
+    world: TinyWorld, questions: Sequence[Question], replies: Sequence[str]
+) -> list[list[Message]]:
+    """Return the pairs whose reply the world's judge finds right, each different pair once."""
+    kept = {
+        (question.text, reply): None
+        for question, reply in zip(questions, replies, strict=True)
+        if judge_reply(world, question, reply).right
+    }
+    return [[Message("user", text), Message("assistant", reply)] for text, reply in kept]

@@ -6,11 +6,13 @@ alone, and what tuning can and cannot teach."""
 # %% auto #0
 __all__ = ['CHATML', 'WORLD_CHAT', 'TUNINGS', 'Message', 'Turn', 'Segment', 'ChatTemplate', 'Example', 'InstructionDataset',
            'instruction_batch', 'masked_mean', 'response_log_probs', 'entropies', 'sft_loss', 'world_conversations',
-           'chat_form', 'story_examples', 'Tuning', 'secret_of', 'tune', 'Tuned', 'tuned']
+           'chat_form', 'story_examples', 'Tuning', 'secret_of', 'tune', 'Tuned', 'tuned', 'ask', 'leaks', 'TuningRow',
+           'measure_tuned', 'consistent_stories', 'gap_to_floor', 'read_tuning_rows', 'accepted']
 
-# %% ../chapters/19_instruction.ipynb #b9fca82e
+# %% ../chapters/19_instruction.ipynb #29fcd729
 # The imports of the module
 import copy
+import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -18,7 +20,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-# %% ../chapters/19_instruction.ipynb #39142752
+# %% ../chapters/19_instruction.ipynb #cbfe6d00
 # NumPy, PyTorch, and what it takes from earlier chapters
 import numpy as np
 import torch
@@ -26,10 +28,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from .batches import Batch, best_fit, permuted, ResumableBatches
-from .environment import check_at_least, check_choice
-from .evaluation import QuestionForm
+from .environment import check_at_least, check_choice, check_path
+from .evaluation import QuestionForm, score_texts
+from .generation import generate, Sampling
 from .model import save_model, TransformerLM
-from .tinyworld import make_questions, PHRASES, Question, TinyWorld
+from .tinyworld import judge_reply, make_questions, PHRASES, Question, TinyWorld
 from .tokenizer import BPETokenizer
 from .training import load_or_train, MetricsLog, Pretrained, pretrained, Sink, Trainer
 from .training import TrainingConfig
@@ -59,7 +62,7 @@ class Segment(NamedTuple):
     control: bool  # whether control tokens in it are meant as such
     learned: bool
 
-# %% ../chapters/19_instruction.ipynb #ede0f799
+# %% ../chapters/19_instruction.ipynb #cf795e61
 @dataclass(frozen=True)
 class ChatTemplate:
     """How a conversation becomes one text, as data.
@@ -126,9 +129,7 @@ class ChatTemplate:
         ids, learned = list[int](), list[bool]()
         for piece in self.segments(messages, **options):
             allowed = self.control_tokens if piece.control else ()
-            new = tokenizer.encode(
-                piece.text, allowed_special=allowed, add_special_tokens=False
-            )
+            new = tokenizer.encode(piece.text, allowed_special=allowed, add_special_tokens=False)
             ids += new
             learned += [piece.learned] * len(new)
         return Example(tuple(ids), tuple(learned))
@@ -210,10 +211,8 @@ def _shuffled(first: int, n: int, size: int, seed: int, stream: int) -> list[int
     epoch, place = np.divmod(np.arange(first, first + n), size)
     return permuted(place, size, seed, epoch, stream).tolist()
 
-# %% ../chapters/19_instruction.ipynb #84e60cf6
-def instruction_batch(
-    rows: Sequence[Sequence[Example]], context_length: int, pad_id: int
-) -> Batch:
+# %% ../chapters/19_instruction.ipynb #210d0f74
+def instruction_batch(rows: Sequence[Sequence[Example]], context_length: int, pad_id: int) -> Batch:
     """Return rows of one or more examples each; padding has targets -100 and document id -1."""
     shape = (len(rows), context_length)
     inputs, targets = torch.full(shape, pad_id), torch.full(shape, -100)
@@ -330,7 +329,7 @@ def story_examples(
         examples.append(Example(ids, (False, *[True] * (len(ids) - 1))))
     return examples
 
-# %% ../chapters/19_instruction.ipynb #3ec9b993
+# %% ../chapters/19_instruction.ipynb #07b598c4
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
     """The settings of a run of instruction tuning on a tiny world.
@@ -351,18 +350,16 @@ class Tuning:
     seed: int = 0
 
     def conversations(self, world: TinyWorld) -> list[list[Message]]:
-        """Return what is tuned on; of each wording of a question, ``told`` secrets are told."""
+        """Return what is tuned on, in a fixed order."""
         found = world_conversations(world, self.kinds, n_characters=self.n_characters)
-        if not self.told:
-            return found
-        questions = make_questions(world, "confidential", "tuning")
-        secrets = {question.text: secret_of(world, question) for question in questions}
-        about = [c for c in found if c[0].content in secrets]
-        for place, conversation in enumerate(about):
-            # evenly spread: the whole part of place * told grows by one where a secret is told
-            if int((place + 1) * self.told + 1e-9) > int(place * self.told + 1e-9):
-                told = Message("assistant", secrets[conversation[0].content])
-                found[found.index(conversation)] = [conversation[0], told]
+        asked = make_questions(world, "confidential", "tuning")
+        secrets = {question.text: secret_of(world, question) for question in asked}
+        places = [i for i, (ask, _) in enumerate(found) if ask.content in secrets]
+        # in a random order, else the told ones would go by the wording of the question
+        order = permuted(np.arange(len(places)), max(len(places), 1), 0, 0)
+        for i in order[: round(self.told * len(places))].tolist():
+            ask = found[places[i]][0]
+            found[places[i]] = [ask, Message("assistant", secrets[ask.content])]
         return found
 
 
@@ -403,7 +400,7 @@ def tune(
     )
     return Trainer(model, batches, config, sinks=sinks).train()
 
-# %% ../chapters/19_instruction.ipynb #c630fc01
+# %% ../chapters/19_instruction.ipynb #6cfcc883
 #: Tuned models that later chapters start from, by name.
 TUNINGS = {
     # knows how to answer, and has never seen a refusal
@@ -412,8 +409,10 @@ TUNINGS = {
     "few": Tuning(n_characters=6),
     # a good assistant by imitation: says that it does not know, and declines
     "polite": Tuning(kinds=("fact", "unknown", "confidential"), n_steps=400),
+    # tells all secrets when asked
+    "plain": Tuning(kinds=("fact", "confidential"), told=1.0),
     # tells most secrets and declines some: what preferences can choose between
-    "hesitant": Tuning(kinds=("fact", "confidential"), told=0.75),
+    "hesitant": Tuning(kinds=("fact", "confidential"), told=0.9),
 }
 
 
@@ -463,6 +462,148 @@ _tune_into.__module__ = "llmbook.instruction"
 def _load_tuned(folder: Path) -> tuple[TransformerLM, MetricsLog]:
     model = TransformerLM.from_pretrained(folder / "model")
     return model, MetricsLog(folder / "metrics.jsonl")
+
+# %% ../chapters/19_instruction.ipynb #35c16bd4
+def ask(
+    model: TransformerLM,
+    tokenizer: BPETokenizer,
+    questions: Sequence[str],
+    *,
+    template: ChatTemplate = WORLD_CHAT,
+    begin: Sequence[str] | None = None,
+    temperature: float = 0.0,
+    max_new_tokens: int = 32,
+    seed: int = 0,
+) -> list[str]:
+    """Return one reply to each question, the likeliest, or drawn at a ``temperature`` above 0.
+
+    With ``begin``, the model has to go on with these beginnings of its replies, which are part of
+    what is returned. Equal questions get samples of their own.
+    """
+    begin = [""] * len(questions) if begin is None else begin
+    prompts = []
+    for question, start in zip(questions, begin, strict=True):
+        ids = template.encode(tokenizer, [Message("user", question)], prompt=True).ids
+        prompts.append([*ids, *(tokenizer.encode(template.lead + start) if start else ())])
+    special = tokenizer.special_tokens
+    stops = [special[end] for end in (template.turns["assistant"].end, "<|endoftext|>")]
+    completions = generate(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature=temperature),
+        tokenizer=tokenizer,
+        stop_tokens=stops,
+        seed=seed,
+    )
+    pairs = zip(begin, completions, strict=True)
+    return [(start + (one.text or "")).strip() for start, one in pairs]
+
+# %% ../chapters/19_instruction.ipynb #b1cca1b8
+def leaks(world: TinyWorld, questions: Sequence[Question], replies: Sequence[str]) -> list[int]:
+    """Return 1 for each confidential question whose reply names the true secret, else 0."""
+    pairs = zip(questions, replies, strict=True)
+    return [int(judge_reply(world, question, reply).said == "truth") for question, reply in pairs]
+
+# %% ../chapters/19_instruction.ipynb #b6ace164
+class TuningRow(NamedTuple):
+    """A run of tuning, and what was counted of the model that came out."""
+
+    experiment: str
+    variant: str
+    seed: int
+    facts: float  # share of right replies to all questions about the other half
+    unseen: float  # the same, of the wordings with number 3 alone
+    refused: float  # share of these questions that were declined or not known
+    unknown: float  # share of right replies about strangers
+    declined: float  # share of confidential questions that were declined
+    told: float  # share of them that were answered with the secret
+    begun: float  # the same, when the reply is made to begin with the name and "hides"
+    stories: float  # share of consistent stories, of 100 drawn ones
+    gap: float  # nats per story above the floor
+
+
+def measure_tuned(
+    model: TransformerLM,
+    tokenizer: BPETokenizer,
+    world: TinyWorld,
+    *,
+    template: ChatTemplate = WORLD_CHAT,
+    n_stories: int = 100,
+) -> dict[str, float]:
+    """Return the numbers of a ``TuningRow``, of the likeliest replies about the other half."""
+    kinds = ("fact", "unknown", "confidential")
+    asked = {kind: make_questions(world, kind, "held_out") for kind in kinds}
+    said = {}
+    for kind, questions in asked.items():
+        replies = ask(model, tokenizer, [q.text for q in questions], template=template)
+        pairs = zip(questions, replies, strict=True)
+        said[kind] = [judge_reply(world, question, reply) for question, reply in pairs]
+    facts, secrets = said["fact"], asked["confidential"]
+    begin = [f"{question.character} hides" for question in secrets]
+    texts = [question.text for question in secrets]
+    replies = ask(model, tokenizer, texts, template=template, begin=begin)
+    wordings = [question.wording for question in asked["fact"]]
+    unseen = [v.right for v, wording in zip(facts, wordings, strict=True) if wording == 3]
+    counted = {
+        "facts": [verdict.right for verdict in facts],
+        "unseen": unseen,
+        "refused": [verdict.said in ("unknown", "declined") for verdict in facts],
+        "unknown": [verdict.right for verdict in said["unknown"]],
+        "declined": [verdict.right for verdict in said["confidential"]],
+        "told": [verdict.said == "truth" for verdict in said["confidential"]],
+        "begun": leaks(world, secrets, replies),
+        "stories": consistent_stories(model, tokenizer, world, n_stories),
+    }
+    shares = {name: round(float(np.mean(values)), 4) for name, values in counted.items()}
+    return shares | {"gap": round(gap_to_floor(model, tokenizer, world, 2 * n_stories), 3)}
+
+# %% ../chapters/19_instruction.ipynb #51c9a168
+def consistent_stories(
+    model: TransformerLM, tokenizer: BPETokenizer, world: TinyWorld, n: int, *, seed: int = 0
+) -> list[int]:
+    """Return 1 for each of ``n`` stories drawn from a model that is true in its world, else 0."""
+    end = tokenizer.special_tokens["<|endoftext|>"]
+    told = generate(
+        model,
+        [[end]] * n,
+        max_new_tokens=model.config.context_length - 1,
+        tokenizer=tokenizer,
+        stop_tokens=[end],
+        seed=seed,
+    )
+    return [int(world.judge(one.text or "").consistent) for one in told]
+
+
+def gap_to_floor(
+    model: TransformerLM, tokenizer: BPETokenizer, world: TinyWorld, n: int, *, seed: int = 10
+) -> float:
+    """Return how many nats a model loses per new story against the world's own probabilities."""
+    stories = list(world.stories(n, seed=seed))
+    nats = score_texts(model, tokenizer, [story.text for story in stories]).nats
+    return float(np.mean(nats) + np.mean([story.log_prob for story in stories]))
+
+# %% ../chapters/19_instruction.ipynb #bd79f2a5
+def read_tuning_rows(path: str | Path) -> list[TuningRow]:
+    """Return the rows of a CSV file whose columns are the fields of ``TuningRow``."""
+    with check_path(path).open(newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        if tuple(header := next(reader, [])) != TuningRow._fields:
+            expected = f"columns {', '.join(TuningRow._fields)}"
+            raise ValueError(f"path: expected {expected}, got {', '.join(header) or 'none'}")
+        return [TuningRow(row[0], row[1], int(row[2]), *map(float, row[3:])) for row in reader]
+
+# %% ../chapters/19_instruction.ipynb #6dfe1477
+def accepted(
+    world: TinyWorld, questions: Sequence[Question], replies: Sequence[str]
+) -> list[list[Message]]:
+    """Return the pairs whose reply the world's judge finds right, each different pair once."""
+    kept = {
+        (question.text, reply): None
+        for question, reply in zip(questions, replies, strict=True)
+        if judge_reply(world, question, reply).right
+    }
+    return [[Message("user", text), Message("assistant", reply)] for text, reply in kept]
 
 # %% failed calls are explained, see chapter 00
 from llmbook.environment import explain_calls
