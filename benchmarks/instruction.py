@@ -114,10 +114,44 @@ def tunings() -> Iterator[tuple[str, str, Callable[[int], TransformerLM]]]:
         lambda seed: tuned_on(untrue(world_conversations(WORLD)), Tuning(seed=seed)),
     )
     yield "seam", "no space", plain(Tuning(), template=PLAIN_CHATML)
+    yield "seam", "no space, 100 steps", plain(Tuning(n_steps=100), template=PLAIN_CHATML)
+    yield "seam", "space, 100 steps", plain(Tuning(n_steps=100))
     everything: Any = ("fact", "unknown", "confidential")
     yield "refusals", "polite", plain(Tuning(kinds=everything, n_steps=400))
     yield "refusals", "plain", plain(Tuning(kinds=everything[::2], told=1.0))
     yield "refusals", "hesitant", plain(Tuning(kinds=everything[::2], told=0.9))
+    yield "refusals", "deep", deep
+    yield (
+        "budget",
+        "84 pairs of 24 characters",
+        lambda seed: tuned_on(spread(world_conversations(WORLD)), Tuning(seed=seed)),
+    )
+
+
+def spread(conversations: Conversations) -> list[Sequence[Message]]:
+    """Return three pairs for each attribute and wording, all about other characters if possible."""
+    kinds = 28
+    return [
+        conversations[kinds * ((3 * kind + i) % (len(conversations) // kinds)) + kind]
+        for kind in range(kinds)
+        for i in range(3)
+    ]
+
+
+def deep(seed: int) -> TransformerLM:
+    """Return a polite model that has also seen replies which were begun by others, and declined."""
+    polite: Any = Tuning(kinds=("fact", "unknown", "confidential"), n_steps=400, seed=seed)
+    made = examples(polite.conversations(WORLD))
+    for question in make_questions(WORLD, "confidential", "tuning"):
+        prompt = WORLD_CHAT.encode(TOKENIZER, [Message("user", question.text)], prompt=True).ids
+        start = " ".join([question.character, *"hides a key in the".split()][: 2 + len(made) % 5])
+        begun = (*prompt, *TOKENIZER.encode(" " + start))
+        ids = (*TOKENIZER.encode(" " + question.reply), TOKENIZER.special_tokens["<|im_end|>"])
+        learned = (*[False] * len(begun), *[True] * len(ids))
+        made.append(Example((*begun, *ids), learned))
+    model = copy.deepcopy(BASE.model)
+    tune(model, made, polite, END, stories=STORIES)
+    return model
 
 
 LABELED = 1  # characters whose answers are given
@@ -185,7 +219,7 @@ def main(names: Sequence[str]) -> None:
         for experiment, variant, make in jobs:
             if (experiment, variant, seed) in rows or (names and experiment not in names):
                 continue
-            template = PLAIN_CHATML if experiment == "seam" else WORLD_CHAT
+            template = PLAIN_CHATML if variant.startswith("no space") else WORLD_CHAT
             numbers = measure_tuned(make(seed), TOKENIZER, WORLD, template=template)
             rows[experiment, variant, seed] = row = TuningRow(experiment, variant, seed, **numbers)
             with whole_file(TABLE) as draft, draft.open("w", newline="", encoding="utf-8") as file:

@@ -4,58 +4,56 @@
 # > Turn a model that continues texts into one that answers: chat templates, a loss on replies
 # > alone, and what tuning can and cannot teach.
 #
-# SEED: the lead of the chapter is written by its authors.
+# LEAD_TEXT
 #
 # | | |
 # |---|---|
 # | **Part** | IV. Alignment |
-# | **You build** | {py:class}`~llmbook.instruction.ChatTemplate`, {py:class}`~llmbook.instruction.InstructionDataset`, {py:func}`~llmbook.instruction.sft_loss`, {py:func}`~llmbook.instruction.response_log_probs` |
+# | **You build** | {py:class}`~llmbook.instruction.ChatTemplate`, {py:func}`~llmbook.instruction.add_control_tokens`, {py:func}`~llmbook.instruction.show_labels`, {py:class}`~llmbook.instruction.InstructionDataset`, {py:func}`~llmbook.instruction.masked_mean`, {py:func}`~llmbook.instruction.response_log_probs`, {py:func}`~llmbook.instruction.entropies`, {py:func}`~llmbook.instruction.sft_loss` |
 # | **You need** | training ({doc}`13_training`), generation ({doc}`14_generation`), evaluation ({doc}`16_evaluation`) |
 # | **It takes** | 60 minutes for the main line, 5 hours for everything, 2 minutes to run |
 
 # %% tags=["remove-cell"]
 #| default_exp instruction
 
-# %% [markdown]
-# ## A question for the base model
-#
-# SEED
-
-# %% [markdown] tags=["engine"]
-# ### Engine room: the imports
-
 # %% tags=["engine"]
 #| export
 # The imports of the module
 import copy
-import csv
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+import html
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import blake2b
-from pathlib import Path
+from itertools import chain, groupby
 from typing import Any, Literal, NamedTuple
 
-# %% tags=["engine"]
-#| export
-# NumPy, PyTorch, and what it takes from earlier chapters
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor
+from torch import nn, Tensor
 
+# %% [markdown]
+# ## A question for the base model
+#
+# QUESTION_TEXT
+
+# %% tags=["engine"]
+#| export
+# What it takes from earlier chapters
 from llmbook.batches import Batch, best_fit, permuted, ResumableBatches
-from llmbook.environment import check_at_least, check_choice, check_path
-from llmbook.evaluation import QuestionForm, score_texts
-from llmbook.generation import generate, Sampling
-from llmbook.model import save_model, TransformerLM
-from llmbook.tinyworld import judge_reply, make_questions, PHRASES, Question, TinyWorld
-from llmbook.tokenizer import BPETokenizer
-from llmbook.training import load_or_train, MetricsLog, Pretrained, pretrained, Sink, Trainer
-from llmbook.training import TrainingConfig
+from llmbook.environment import check_at_least, check_choice, check_fraction
+from llmbook.environment import check_whole
+from llmbook.evaluation import QuestionForm
+from llmbook.model import TransformerLM
+from llmbook.tinyworld import make_questions, Question, TinyWorld
+from llmbook.tokenizer import BPETokenizer, check_special_tokens
 
 # %% [markdown]
 # ## Who speaks
+#
+# WHO_TEXT
 
 
 # %%
@@ -65,7 +63,7 @@ class Message(NamedTuple):
 
     role: str  # "system", "user", "assistant" or "tool"
     content: str
-    thinking: str | None = None
+    thinking: str | None = None  # None: no thought at all; "": one without words
     calls: tuple[str, ...] = ()  # each the text of a call, such as JSON or "37+45"
 
 
@@ -79,7 +77,26 @@ class Turn(NamedTuple):
     after: str
 
 
+# %% [markdown]
+# SMALLEST_TEXT
+
+
 # %%
+def as_text(turns: Mapping[str, Turn], messages: Sequence[Message]) -> str:
+    texts = []
+    for message in messages:
+        before, end, after = turns[message.role]
+        texts.append(before + message.content + end + after)
+    return "".join(texts)
+
+
+# %% [markdown]
+# ### Engine room: the template with its checks, thoughts and calls, as ids and as Jinja
+#
+# ROOM_WHO_TEXT
+
+
+# %% tags=["engine"]
 #| export
 class Segment(NamedTuple):
     """A piece of a conversation: a template's own text or somebody's, learned from or not."""
@@ -89,7 +106,76 @@ class Segment(NamedTuple):
     learned: bool
 
 
-# %%
+class Example(NamedTuple):
+    """A conversation as ids, and for each id whether it is to be learned."""
+
+    ids: tuple[int, ...]
+    learned: tuple[bool, ...]
+
+
+#: Which roles may follow which. None is the beginning, "call" an assistant that calls a tool.
+FOLLOWS: dict[str | None, tuple[str, ...]] = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "call": ("tool",),
+    "tool": ("tool", "assistant"),
+}
+
+
+# %% [markdown] tags=["engine"]
+# RULES_TEXT
+
+
+# %% tags=["engine"]
+#| export
+def check_conversation(
+    messages: Sequence[Message], roles: Collection[str] = ("system", "user", "assistant", "tool")
+) -> None:
+    """Refuse what is no conversation: unknown roles, a wrong order (``FOLLOWS``), empty messages.
+
+    A conversation may end anywhere, so its beginnings are conversations, too. Raises a
+    ``ValueError`` that names the message by its index.
+    """
+    if isinstance(messages, str | Message) or not isinstance(messages, Sequence) or not messages:
+        raise ValueError(f"messages: expected a list of at least one Message, got {messages!r:.60}")
+    previous: str | None = None
+    for index, message in enumerate(messages):
+        _check_message(message, index, roles)
+        if message.role not in (allowed := FOLLOWS[previous]):
+            place = "at the beginning" if previous is None else f"after the {previous}"
+            expected = f"{' or '.join(allowed)} {place}"
+            raise ValueError(
+                f"messages: expected {expected}, got {message.role!r} at index {index}"
+            )
+        previous = "call" if message.calls else message.role
+
+
+def _check_message(message: Message, index: int, roles: Collection[str]) -> None:
+    def refuse(expected: str, got: object) -> None:
+        raise ValueError(f"messages: expected {expected}, got {got!r:.60} at index {index}")
+
+    if not isinstance(message, Message):
+        refuse("Messages", message)
+    role, content, thinking, calls = message
+    if role not in FOLLOWS or role == "call" or role not in roles:
+        refuse(f"one of the roles {', '.join(roles)}", role)
+    if not isinstance(content, str) or not isinstance(thinking, str | None):
+        refuse("texts as content and thinking", (content, thinking))
+    if not isinstance(calls, tuple) or not all(isinstance(call, str) and call for call in calls):
+        refuse("calls to be a tuple of texts", calls)
+    if role != "assistant" and (calls or thinking is not None):
+        refuse("thoughts and calls of the assistant only", role)
+    if role != "tool" and not calls and not content.strip():
+        refuse(f"something that the {role} says", content)
+
+
+# %% [markdown] tags=["engine"]
+# CLASS_TEXT
+
+
+# %% tags=["engine"]
 #| export
 @dataclass(frozen=True)
 class ChatTemplate:
@@ -115,16 +201,22 @@ class ChatTemplate:
         """Return the pieces of a conversation; with ``prompt``, up to where a reply begins.
 
         ``thinking`` false: the prompt holds an empty thought, so that the reply has none; true: the
-        prompt opens one.
+        prompt opens one. Raises a ``ValueError`` for what ``check_conversation`` refuses, and for a
+        prompt after the assistant's own words.
         """
+        check_conversation(messages, tuple(self.turns))
+        if prompt and messages[-1].role not in ("user", "tool"):
+            expected = "a user or a tool to speak last before a reply"
+            raise ValueError(f"messages: expected {expected}, got {messages[-1].role!r}")
+        if thinking is not None and not prompt:
+            raise ValueError(f"thinking: expected None without a prompt, got {thinking!r}")
         pieces = [Segment(self.begin, True, False)]
         for message in messages:
             pieces += self._message(message)
         if prompt:
             pieces.append(Segment(self.turns["assistant"].before, True, False))
-            if thinking is not None:
-                opened = self.thinking[0] + ("" if thinking else self.thinking[1])
-                pieces.append(Segment(opened, True, False))
+            marks = self.thinking[: 0 if thinking is None else 1 if thinking else 2]
+            pieces += [Segment(mark, True, False) for mark in marks]
         return [piece for piece in pieces if piece.text]
 
     def _message(self, message: Message) -> list[Segment]:
@@ -142,37 +234,190 @@ class ChatTemplate:
         content = [Segment(self.lead + text, False, True)] if text else []
         return [Segment(marks[0], True, True), *content, Segment(marks[1], True, True)]
 
-    def render(self, messages: Sequence[Message], **options: Any) -> str:
-        """Return a conversation as one text, for people to read."""
-        return "".join(piece.text for piece in self.segments(messages, **options))
+
+# %% [markdown] tags=["engine"]
+# ENCODE_TEXT
+
+
+# %% tags=["engine"]
+#| export
+class ChatTemplate(ChatTemplate):  # continued
+    def render(
+        self, messages: Sequence[Message], *, prompt: bool = False, thinking: bool | None = None
+    ) -> str:
+        """Return a conversation as one text, for people to read.
+
+        A text cannot say which of its control tokens are meant, so a ``ValueError`` refuses those
+        that somebody has written.
+        """
+        pieces = self.segments(messages, prompt=prompt, thinking=thinking)
+        _refuse_control_text(messages, self.control_tokens)
+        return "".join(piece.text for piece in pieces)
 
     def encode(
-        self, tokenizer: BPETokenizer, messages: Sequence[Message], **options: Any
-    ) -> "Example":
+        self,
+        tokenizer: BPETokenizer,
+        messages: Sequence[Message],
+        *,
+        prompt: bool = False,
+        thinking: bool | None = None,
+        control_text: Literal["neutralize", "refuse"] = "neutralize",
+        limit: int | None = None,
+        fit: Literal["refuse", "cut"] = "refuse",
+    ) -> Example:
         """Return the ids of a conversation and which of them are learned.
 
         Each piece is encoded by itself: no token reaches across a seam, and only the template's own
-        text can become a control token.
+        text can become a control token. ``control_text``: whether control tokens that somebody has
+        written are ordinary text or an error. A conversation of more than ``limit`` ids is an
+        error, too, unless ``fit`` is "cut": then the oldest exchanges after the system's message
+        are left out. Without ``prompt`` the assistant must have the last word. For the rest see
+        ``segments``.
         """
+        check_choice("control_text", control_text, ("neutralize", "refuse"))
+        check_choice("fit", fit, ("refuse", "cut"))
+        check_at_least(limit=(1, limit))
+        self._check_tokenizer(tokenizer)
+        check_conversation(messages, tuple(self.turns))
+        if not prompt and messages[-1].role != "assistant":
+            expected = "the assistant to have the last word (or a prompt)"
+            raise ValueError(f"messages: expected {expected}, got {messages[-1].role!r} at the end")
+        if control_text == "refuse":
+            _refuse_control_text(messages, tokenizer.special_tokens)
+        while True:
+            pieces = self.segments(messages, prompt=prompt, thinking=thinking)
+            example = self._encoded(tokenizer, pieces)
+            if limit is None or len(example.ids) <= limit:
+                return example
+            messages = _without_oldest(messages, len(example.ids), limit, fit)
+
+    def _encoded(self, tokenizer: BPETokenizer, pieces: Sequence[Segment]) -> Example:
         ids, learned = list[int](), list[bool]()
-        for piece in self.segments(messages, **options):
+        for piece in pieces:
             allowed = self.control_tokens if piece.control else ()
             new = tokenizer.encode(piece.text, allowed_special=allowed, add_special_tokens=False)
             ids += new
             learned += [piece.learned] * len(new)
         return Example(tuple(ids), tuple(learned))
 
+    def _check_tokenizer(self, tokenizer: BPETokenizer) -> None:
+        for token in self.control_tokens:
+            if token not in tokenizer.special_tokens:
+                expected = f"one with the control tokens of {self.name}"
+                got = f"one without {token!r}, which add_control_tokens adds"
+                raise ValueError(f"tokenizer: expected {expected}, got {got}")
 
-# %%
+
+# %% tags=["engine"]
 #| export
-class Example(NamedTuple):
-    """A conversation as ids, and for each id whether it is to be learned."""
+# What the methods refuse, and how a conversation becomes shorter
+def _refuse_control_text(messages: Sequence[Message], tokens: Iterable[str]) -> None:
+    tokens = tuple(tokens)
+    for index, message in enumerate(messages):
+        for text in (message.content, message.thinking or "", *message.calls):
+            if found := [token for token in tokens if token in text]:
+                expected = "no control token in what somebody says"
+                raise ValueError(
+                    f"messages: expected {expected}, got {found[0]!r} at index {index}"
+                )
 
-    ids: tuple[int, ...]
-    learned: tuple[bool, ...]
+
+def _without_oldest(
+    messages: Sequence[Message], n_ids: int, limit: int, fit: str
+) -> Sequence[Message]:
+    """Return a conversation without its first exchange, or say why that is not possible."""
+    users = [index for index, message in enumerate(messages) if message.role == "user"]
+    if fit == "cut" and len(users) > 1:
+        return [*messages[: users[0]], *messages[users[1] :]]
+    got = f"{n_ids}" + (" in the last exchange alone" if fit == "cut" else "")
+    hint = "" if fit == "cut" else "; fit='cut' leaves out the oldest exchanges"
+    raise ValueError(f"messages: expected at most limit = {limit} tokens, got {got}{hint}")
 
 
-# %%
+# %% [markdown] tags=["engine"]
+# JINJA_TEXT
+
+
+# %% tags=["engine"]
+#| export
+class ChatTemplate(ChatTemplate):  # continued
+    def jinja(self) -> str:
+        """Return the template in Jinja, as ``tokenizer_config.json`` has it in ``chat_template``.
+
+        It reads the messages that ``message_dict`` makes, and those of the OpenAI form;
+        ``enable_thinking`` is what is called ``thinking`` here. ``{% generation %}`` marks what is
+        learned, for ``return_assistant_tokens_mask`` of transformers' ``apply_chat_template``.
+        """
+        lines = [_said(self.begin), "{%- for message in messages -%}"]
+        for number, (role, turn) in enumerate(self.turns.items()):
+            lines.append(f"{{%- {'elif' if number else 'if'} message.role == {role!a} -%}}")
+            lines.append(_said(turn.before))
+            lines += self._reply(turn) if role == "assistant" else [self._content, _said(turn.end)]
+            lines.append(_said(turn.after))
+        known = " or ".join(self.turns)
+        lines += [
+            "{%- else -%}",
+            f"{{{{- raise_exception('role: expected {known}, got ' ~ message.role) -}}}}",
+            "{%- endif -%}",
+            "{%- endfor -%}",
+            "{%- if add_generation_prompt -%}",
+            _said(self.turns["assistant"].before),
+            "{%- if enable_thinking is defined and enable_thinking is not none -%}",
+            _said(self.thinking[0]),
+            f"{{%- if not enable_thinking -%}}{_said(self.thinking[1])}{{%- endif -%}}",
+            "{%- endif -%}",
+            "{%- endif -%}",
+        ]
+        return "\n".join(line for line in lines if line)
+
+    @property
+    def _content(self) -> str:
+        text = f"{{{{- {self.lead!a} ~ message.content -}}}}"
+        return f"{{%- if message.content -%}}{text}{{%- endif -%}}"
+
+    def _reply(self, turn: Turn) -> list[str]:
+        opened, closed = map(_said, self.thinking)
+        lead, call = f"{self.lead!a}", "(call if call is string else call.function | tojson)"
+        thought = "message.reasoning_content"
+        return [
+            "{%- generation -%}",
+            f"{{%- if {thought} is defined and {thought} is not none -%}}{opened}",
+            f"{{%- if {thought} -%}}{{{{- {lead} ~ {thought} -}}}}{{%- endif -%}}",
+            f"{closed}{{%- endif -%}}",
+            self._content,
+            f"{{%- for call in message.tool_calls or [] -%}}{_said(self.call[0])}",
+            f"{{{{- {lead} ~ {call} -}}}}{_said(self.call[1])}{{%- endfor -%}}",
+            _said(turn.end),
+            "{%- endgeneration -%}",
+        ]
+
+
+def _said(text: str) -> str:
+    """Return the Jinja expression that says ``text``."""
+    return f"{{{{- {text!a} -}}}}" if text else ""
+
+
+# %% tags=["engine"]
+#| export
+def message_dict(message: Message) -> dict[str, Any]:
+    """Return a message as templates of transformers read it, without what it does not have.
+
+    >>> message_dict(Message("user", "Hello"))
+    {'role': 'user', 'content': 'Hello'}
+    """
+    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.thinking is not None:
+        found["reasoning_content"] = message.thinking
+    if message.calls:
+        found["tool_calls"] = list(message.calls)
+    return found
+
+
+# %% [markdown] tags=["engine"]
+# DATA_TEXT
+
+
+# %% tags=["engine"]
 #| export
 def _chatml(lead: str, begin: str, name: str) -> ChatTemplate:
     roles = ("system", "user", "assistant", "tool")
@@ -187,18 +432,257 @@ CHATML = _chatml("", "", "chatml")
 #: whose words begin with a space.
 WORLD_CHAT = _chatml(" ", "<|endoftext|>", "world-chat")
 
+
+# %% tags=["engine"]
+#| export
+def _llama3(role: str) -> Turn:
+    return Turn(f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "")
+
+
+#: The form of Llama 3, where what a tool returns comes from "ipython".
+LLAMA3 = ChatTemplate(
+    "llama3",
+    {role: _llama3(role) for role in ("system", "user", "assistant")}
+    | {"tool": _llama3("ipython")},
+    ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    begin="<|begin_of_text|>",
+)
+#: The form of Alpaca: headings of plain text, and the end of text after each reply.
+ALPACA = ChatTemplate(
+    "alpaca",
+    {
+        "system": Turn("", "", "\n\n"),
+        "user": Turn("### Instruction:\n", "", "\n\n"),
+        "assistant": Turn("### Response:\n", "<|endoftext|>", "\n\n"),
+    },
+    ("<|endoftext|>",),
+)
+
+# %% [markdown]
+# ## Control tokens that no text can forge
+#
+# CONTROL_TEXT
+
+# %% [markdown]
+# ### Engine room: new control tokens for a model that is already trained
+#
+# ADD_TEXT
+
+
+# %% tags=["engine"]
+#| export
+def add_control_tokens(
+    model: TransformerLM, tokenizer: BPETokenizer, names: Sequence[str]
+) -> tuple[TransformerLM, BPETokenizer]:
+    """Return a copy of a model and its tokenizer that have control tokens ``names`` besides.
+
+    The new rows of the embedding and of the head are means of the old ones, so that a new token
+    gets at most 1/(n + 1) of the probability beside n old ones. Old ids have the logits they had.
+    Source: Hewitt (2021), Initializing New Word Embeddings for Pretrained Language Models.
+    """
+    names = check_special_tokens(names)
+    for name in names:
+        if name in tokenizer.special_tokens or name.encode() in tokenizer.vocabulary.values():
+            raise ValueError(f"names: expected new tokens, got {name!r}, which the tokenizer has")
+    n_old, n_rows = tokenizer.vocab_size, model.config.vocab_size
+    if n_old > n_rows:
+        raise ValueError(f"tokenizer: expected at most {n_rows} ids, as the model has, got {n_old}")
+    special = tokenizer.special_tokens | {name: n_old + i for i, name in enumerate(names)}
+    more = BPETokenizer(
+        tokenizer.vocabulary,
+        tokenizer.merges,
+        special_tokens=special,
+        pattern=tokenizer.pattern,
+        ignore_merges=tokenizer.ignore_merges,
+        steps=tokenizer.steps,
+    )
+    size = max(n_rows, more.vocab_size)
+    larger = copy.deepcopy(model)
+    larger.config = replace(model.config, vocab_size=size)
+    for layer in (larger.embedding, larger.lm_head):
+        layer.weight = nn.Parameter(_with_means(layer.weight, n_old, len(names), size))
+    if model.config.tie_embeddings:
+        larger.lm_head.weight = larger.embedding.weight
+    larger.embedding.num_embeddings = larger.lm_head.out_features = size
+    return larger, more
+
+
+def _with_means(
+    weight: Float[Tensor, "rows d_model"], n_old: int, n_new: int, size: int
+) -> Float[Tensor, "more_rows d_model"]:
+    """Return the rows of a table, of which ``n_old`` have tokens, with ``n_new`` means after."""
+    with torch.no_grad():
+        rows = weight.new_zeros(size, weight.size(1))
+        rows[: len(weight)] = weight
+        rows[n_old : n_old + n_new] = weight[:n_old].double().mean(0).to(weight.dtype)
+    return rows
+
+
 # %% [markdown]
 # ## What is learned
+#
+# LEARNED_TEXT
+
+# %% [markdown]
+# ### Engine room: labels in color, and batches of conversations that resume
+#
+# SHOW_TEXT
 
 
-# %%
+# %% tags=["engine"]
+#| export
+@dataclass(frozen=True)
+class Labels:
+    """The rows of a batch as text: a notebook shows them in color, ``print`` in brackets."""
+
+    rows: tuple[tuple[tuple[str, bool], ...], ...]  # of each row: pieces, and whether learned
+    n_padding: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """Return lines of text, with what is learned in double brackets."""
+        lines = []
+        for number, (row, n) in enumerate(zip(self.rows, self.n_padding, strict=True)):
+            text = "".join(f"[[{piece}]]" if learned else piece for piece, learned in row)
+            shown = text.replace("\n", "\\n")
+            lines.append(f"row {number}: {shown}" + (f" + {n} padding" if n else ""))
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Return the same for a notebook: what is learned on a green ground."""
+        style = "background:#2a9d5c33;border-bottom:2px solid #2a9d5c"
+        lines = []
+        for row, n in zip(self.rows, self.n_padding, strict=True):
+            pieces = [(html.escape(text).replace("\n", "↵"), learned) for text, learned in row]
+            spans = [f'<span style="{style}">{t}</span>' if on else t for t, on in pieces]
+            end = f' <span style="opacity:.6">+ {n} padding</span>' if n else ""
+            lines.append(f"<div><code>{''.join(spans)}</code>{end}</div>")
+        return "\n".join(lines)
+
+
+# %% tags=["engine"]
+#| export
+def show_labels(tokenizer: BPETokenizer, batch: Batch) -> Labels:
+    """Return what the labels of a batch say: its rows as text, and which part is learned.
+
+    It is read back from inputs and targets, so it shows what the loss sees. The last token of a
+    document is in the targets alone, so it is shown only if it is learned.
+    """
+    rows, padding = [], []
+    documents = batch.document_ids
+    for r in range(len(batch.inputs)):
+        inputs, targets = batch.inputs[r].tolist(), batch.targets[r].tolist()
+        numbers = [0] * len(inputs) if documents is None else documents[r].tolist()
+        ids: list[tuple[int, bool]] = []
+        for t, number in enumerate(numbers):
+            if number < 0:
+                continue
+            if t == 0 or numbers[t - 1] != number:
+                ids.append((inputs[t], False))
+            if targets[t] != -100:
+                ids.append((targets[t], True))
+            elif t + 1 < len(inputs) and numbers[t + 1] == number:
+                ids.append((inputs[t + 1], False))
+        rows.append(tuple(_runs(tokenizer, ids)))
+        padding.append(numbers.count(-1))
+    return Labels(tuple(rows), tuple(padding))
+
+
+def _runs(tokenizer: BPETokenizer, ids: list[tuple[int, bool]]) -> Iterable[tuple[str, bool]]:
+    """Return the texts of runs of ids that are learned, and of those that are not."""
+    for learned, run in groupby(ids, key=lambda pair: pair[1]):
+        yield tokenizer.decode([id for id, _ in run]), learned
+
+
+# %% [markdown] tags=["engine"]
+# BATCH_TEXT
+
+
+# %% tags=["engine"]
+#| export
+def instruction_batch(
+    rows: Sequence[Sequence[Example]], context_length: int, pad_id: int, *, documents: bool = True
+) -> Batch:
+    """Return rows of one or more examples each; padding has targets -100 and document id -1.
+
+    An example of n tokens takes n - 1 places. Without ``documents`` there are no position and
+    document ids, and an example sees those before it in its row.
+    """
+    check_whole("context_length", context_length, 1)
+    check_whole("pad_id", pad_id, 0)
+    if not isinstance(rows, Sequence) or not rows:
+        raise ValueError(f"rows: expected at least one list of Examples, got {rows!r:.60}")
+    examples = _checked_examples("rows", list(chain.from_iterable(rows)), context_length)
+    sizes = np.array([len(example.ids) - 1 for example in examples])
+    n_in_row = np.array([len(row) for row in rows])
+    row_of = np.repeat(np.arange(len(rows)), n_in_row)
+    used = np.bincount(row_of, sizes, len(rows)).astype(np.int64)
+    if used.max() > context_length:
+        expected = f"rows of at most context_length = {context_length} tokens"
+        raise ValueError(f"rows: expected {expected}, got {used.max()} in row {used.argmax()}")
+    first = np.cumsum(sizes) - sizes  # of each example, among the tokens of all
+    begin_of_row = np.cumsum(used) - used
+    within = np.arange(sizes.sum()) - np.repeat(first, sizes)
+    places = np.repeat(row_of * context_length + first - begin_of_row[row_of], sizes) + within
+    fields = np.empty((4, len(rows), context_length), np.int64)
+    fields[0], fields[1], fields[3] = pad_id, -100, -1
+    fields[2] = np.maximum(np.arange(context_length) - used[:, None], 0)
+    ids, learned = _joined(examples, sizes)
+    flat = fields.reshape(4, -1)
+    flat[0, places] = ids[0]
+    flat[1, places] = np.where(learned, ids[1], -100)
+    flat[2, places] = within
+    number = np.arange(len(examples)) - np.repeat(np.cumsum(n_in_row) - n_in_row, n_in_row)
+    flat[3, places] = np.repeat(number, sizes)
+    batch = Batch(*torch.from_numpy(fields))
+    return batch if documents else Batch(*batch[:2])
+
+
+def _joined(
+    examples: Sequence[Example], sizes: Int64[np.ndarray, " examples"]
+) -> tuple[Int64[np.ndarray, "2 tokens"], Bool[np.ndarray, " tokens"]]:
+    """Return all ids but the last of each example, the next ones, and which of those count."""
+    ids = np.fromiter(chain.from_iterable(e.ids for e in examples), np.int64)
+    learned = np.fromiter(chain.from_iterable(e.learned for e in examples), bool)
+    ends = np.cumsum(sizes + 1)
+    last, opening = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
+    last[ends - 1], opening[ends - sizes - 1] = True, True
+    return np.stack([ids[~last], ids[~opening]]), learned[~opening]
+
+
+# %% tags=["engine"]
+#| export
+def _checked_examples(
+    argument: str, examples: Sequence[Example], context_length: int
+) -> Sequence[Example]:
+    """Return examples if each fits and teaches something, else name the first that does not."""
+    for index, example in enumerate(examples):
+        if not isinstance(example, Example) or len(example.ids) != len(example.learned):
+            expected = "Examples, with as many marks as ids"
+        elif not 2 <= len(example.ids) <= context_length + 1:
+            expected = f"examples of 2 to context_length + 1 = {context_length + 1} tokens"
+        elif not any(example.learned[1:]):
+            expected = "a token after the first to be learned in each example"
+        else:
+            continue
+        n = f" of {len(example.ids)}" if isinstance(example, Example) else ""
+        got = f"{example!r:.60}" if not n else f"one{n} with {sum(example.learned)} learned"
+        raise ValueError(f"{argument}: expected {expected}, got {got} at index {index}")
+    return examples
+
+
+# %% tags=["engine"]
 #| export
 @dataclass(eq=False)
 class InstructionDataset(ResumableBatches):
     """Batches of conversations (and of ``others``) in an order that depends on ``seed`` alone.
 
-    A row holds one example, or with ``packed`` as many as fit. Targets are -100 where nothing is
-    learned. ``share`` of the rows of each batch, rounded, are ``others`` (stories, say).
+    A row holds one example, or with ``packed`` as many as fit; then ``documents`` keeps them from
+    seeing each other. Targets are -100 where nothing is learned. ``share`` of the rows of each
+    batch, rounded, are ``others`` (stories, say). ``batch_size`` counts the rows of all ranks, of
+    which this one gets every ``world_size``-th, from ``rank`` on. ``dataset[step]`` is the batch of
+    any step. Examples that do not fit, or of which nothing is learned, raise a ``ValueError``.
     """
 
     examples: Sequence[Example]
@@ -209,14 +693,35 @@ class InstructionDataset(ResumableBatches):
     share: float = 0.0
     packed: bool = False
     seed: int = 0
+    documents: bool = True
+    rank: int = 0
+    world_size: int = 1
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._n_others = round(self.share * self.batch_size) if self.others else 0
-        self._rows = self._arranged(self.examples)
-        self._other_rows = self._arranged(self.others)
+        """Check what was given, and arrange the rows."""
+        for name, least in (("batch_size", 1), ("context_length", 1), ("pad_id", 0), ("seed", 0)):
+            check_whole(name, getattr(self, name), least)
+        check_whole("world_size", self.world_size, 1, self.batch_size)
+        check_whole("rank", self.rank, 0, self.world_size - 1)
+        check_fraction("share", self.share)
+        for name in ("packed", "documents"):
+            if not isinstance(getattr(self, name), bool):
+                got = f"{getattr(self, name)!r:.60}"
+                raise ValueError(f"{name}: expected True or False, got {got}")
+        self._n_others = round(self.share * self.batch_size)
+        if bool(self._n_others) != bool(self.share) or self._n_others == self.batch_size:
+            expected = f"a share that leaves rows of both kinds among {self.batch_size}"
+            raise ValueError(f"share: expected {expected}, got {self.share}")
+        self._rows = self._arranged("examples", self.examples, True)
+        self._other_rows = self._arranged("others", self.others, bool(self.share))
 
-    def _arranged(self, examples: Sequence[Example]) -> list[list[Example]]:
+    def _arranged(
+        self, name: str, examples: Sequence[Example], needed: bool
+    ) -> list[list[Example]]:
+        if not isinstance(examples, Sequence) or (needed and not examples):
+            raise ValueError(f"{name}: expected at least one Example, got {examples!r:.60}")
+        _checked_examples(name, examples, self.context_length)
         if not self.packed or not examples:
             return [[example] for example in examples]
         rows = best_fit([len(example.ids) - 1 for example in examples], self.context_length)
@@ -225,22 +730,42 @@ class InstructionDataset(ResumableBatches):
             grouped[row].append(example)
         return grouped
 
+
+# %% tags=["engine"]
+#| export
+class InstructionDataset(InstructionDataset):  # continued
+    @property
+    def padding(self) -> float:
+        """The share of places in all rows of ``examples`` that hold no token."""
+        used = sum(len(example.ids) - 1 for example in self.examples)
+        return 1 - used / (len(self._rows) * self.context_length)
+
     def __getitem__(self, step: int) -> Batch:
-        n = self.batch_size - self._n_others
-        rows = [self._rows[i] for i in _shuffled(step * n, n, len(self._rows), self.seed, 0)]
+        check_whole("step", step, 0)
         m = self._n_others
+        n = self.batch_size - m
+        rows = [self._rows[i] for i in _shuffled(step * n, n, len(self._rows), self.seed, 0)]
         if m:
             places = _shuffled(step * m, m, len(self._other_rows), self.seed, 1)
             rows += [self._other_rows[i] for i in places]
-        return instruction_batch(rows, self.context_length, self.pad_id)
+        own = rows[self.rank :: self.world_size]
+        return instruction_batch(own, self.context_length, self.pad_id, documents=self.documents)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all ids, and of which are learned."""
+        digest = blake2b(digest_size=16)
+        for examples in (self.examples, self.others):
+            digest.update(f"{len(examples)} examples".encode())
+            for example in examples:
+                digest.update(f"{len(example.ids)} ids".encode())
+                digest.update(np.array([example.ids, example.learned], np.int64).tobytes())
+        return digest.hexdigest()
 
     def identity(self) -> dict[str, Any]:
-        """The data, and what decides on the rows."""
-        digest = blake2b(digest_size=16)
-        for example in (*self.examples, *self.others):
-            digest.update(np.array([example.ids, example.learned], dtype=np.int64).tobytes())
-        names = ("batch_size", "context_length", "pad_id", "share", "packed", "seed")
-        return {"examples": digest.hexdigest()} | {name: getattr(self, name) for name in names}
+        """The data, and what decides on the rows; not the rank, nor how many there are."""
+        names = ("batch_size", "context_length", "pad_id", "share", "packed", "documents", "seed")
+        return {"examples": self.fingerprint} | {name: getattr(self, name) for name in names}
 
 
 def _shuffled(first: int, n: int, size: int, seed: int, stream: int) -> list[int]:
@@ -249,29 +774,10 @@ def _shuffled(first: int, n: int, size: int, seed: int, stream: int) -> list[int
     return permuted(place, size, seed, epoch, stream).tolist()
 
 
-# %%
-#| export
-def instruction_batch(rows: Sequence[Sequence[Example]], context_length: int, pad_id: int) -> Batch:
-    """Return rows of one or more examples each; padding has targets -100 and document id -1."""
-    shape = (len(rows), context_length)
-    inputs, targets = torch.full(shape, pad_id), torch.full(shape, -100)
-    positions, documents = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1)
-    for r, row in enumerate(rows):
-        at = 0
-        for number, example in enumerate(row):
-            ids, learned = torch.tensor(example.ids), torch.tensor(example.learned)
-            n = len(ids) - 1
-            inputs[r, at : at + n] = ids[:-1]
-            targets[r, at : at + n] = ids[1:].where(learned[1:], -100)
-            positions[r, at : at + n] = torch.arange(n)
-            documents[r, at : at + n] = number
-            at += n
-        positions[r, at:] = torch.arange(context_length - at)
-    return Batch(inputs, targets, positions, documents)
-
-
 # %% [markdown]
-# ## The loss
+# ## What to divide by
+#
+# DIVIDE_TEXT
 
 
 # %%
@@ -281,13 +787,19 @@ def masked_mean(
 ) -> Float[Tensor, "..."]:
     """Return the mean of the values where ``mask`` is true; over nothing it is NaN.
 
-    What is masked does not count even if it is infinite or NaN.
+    What is masked does not count even if it is infinite or NaN, and its gradient is 0.
     """
     kept = values.where(mask, 0.0)
     return kept.sum() / mask.sum() if dim is None else kept.sum(dim) / mask.sum(dim)
 
 
-# %%
+# %% [markdown]
+# ### Engine room: log-probabilities, entropies, and the loss in its three forms
+#
+# LOSS_TEXT
+
+
+# %% tags=["engine"]
 #| export
 def response_log_probs(
     logits: Float[Tensor, "batch sequence vocab_size"],
@@ -298,24 +810,44 @@ def response_log_probs(
     """Return the log-probability of each target in nats, and 0 where the target is -100.
 
     ``logits[:, t]`` predict ``targets[:, t]``: nothing is shifted here (a ``Batch`` is already).
+    Logits are divided by ``temperature`` first. Half precision is computed in float32. What stands
+    in the logits of a target of -100 has no effect, not even NaN.
     """
+    _check_temperature(temperature)
     mask = targets != -100
-    chosen = logits.gather(-1, targets.where(mask, 0)[..., None])[..., 0]
-    log_probs = (chosen / temperature) - (logits / temperature).logsumexp(-1)
-    return log_probs.where(mask, 0.0)
+    wrong = mask & ((targets < 0) | (targets >= logits.size(-1)))
+    if wrong.any():
+        expected = f"-100, or ids below {logits.size(-1)}"
+        raise ValueError(f"targets: expected {expected}, got {int(targets[wrong][0])}")
+    log_probs = (_precise(logits[mask]) / temperature).log_softmax(-1)
+    chosen = log_probs.gather(-1, targets[mask][:, None])[:, 0]
+    return chosen.new_zeros(targets.shape).masked_scatter(mask, chosen)
 
 
-# %%
-#| export
 def entropies(
     logits: Float[Tensor, "batch sequence vocab_size"], *, temperature: float = 1.0
 ) -> Float[Tensor, "batch sequence"]:
-    """Return the entropy in nats of each predicted distribution."""
-    log_probs = (logits / temperature).log_softmax(-1)
-    return -(log_probs.exp() * log_probs).sum(-1)
+    """Return the entropy in nats of each predicted distribution; logits may be -inf, not all.
+
+    Logits are divided by ``temperature`` first. Half precision is computed in float32.
+    """
+    _check_temperature(temperature)
+    log_probs = (_precise(logits) / temperature).log_softmax(-1)
+    finite = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)  # 0 * -inf would be NaN
+    return -(log_probs.exp() * finite).sum(-1)
 
 
-# %%
+def _precise(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _check_temperature(temperature: float) -> None:
+    known = () if isinstance(temperature, bool) else (int, float, np.number)
+    if not isinstance(temperature, known) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number above 0, got {temperature!r:.60}")
+
+
+# %% tags=["engine"]
 #| export
 def sft_loss(
     logits: Float[Tensor, "batch sequence vocab_size"],
@@ -323,25 +855,61 @@ def sft_loss(
     *,
     per: Literal["token", "sequence"] | float = "token",
 ) -> Float[Tensor, ""]:
-    """Return the loss of the learned targets: their mean per token, the mean over sequences of
-    the mean of each, or their sum divided by a constant.
+    """Return the loss of the learned targets, in nats, divided in one of three ways.
+
+    ``per`` "token": their mean. "sequence": the mean over rows of the mean of each, without rows
+    in which nothing is learned. A number: their sum divided by it, a constant that does not depend
+    on the batch. Where nothing is learned, a mean is NaN.
     """
+    known = () if isinstance(per, bool) else (int, float, np.number)
+    if per not in ("token", "sequence") and not (isinstance(per, known) and 0 < per < math.inf):
+        raise ValueError(f"per: expected 'token', 'sequence' or a number above 0, got {per!r:.60}")
     mask = targets != -100
     losses = -response_log_probs(logits, targets)
     if per == "token":
         return masked_mean(losses, mask)
     if per == "sequence":
         return masked_mean(losses, mask, dim=1).nanmean()
-    return losses.sum() / per
+    return losses.sum() / float(per)
 
+
+# %% [markdown]
+# ## Many conversations in one row
+#
+# PACK_TEXT
 
 # %% [markdown]
 # ## Knowledge from pretraining, form from tuning
 #
-# SEED
+# The model that answered at the beginning of this chapter had seen questions with answers about
+# half of the characters, and stories about all of them. When it says where Rosa lives, it may have
+# learned how one answers a question, or it may only repeat an answer that we have shown it. The
+# world lets us tell the two apart, because we can ask about the other half:
 
 # %% [markdown] tags=["engine"]
-# ### Engine room: conversations about the world, and one run of tuning
+# ### Engine room: a run of tuning, models that are kept, and how results are shown
+
+# %% tags=["engine"]
+#| export
+# What else the module takes
+import csv
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+from llmbook.corpus import decode_text, read_installed_docs
+from llmbook.environment import check_path
+from llmbook.evaluation import score_texts
+from llmbook.generation import generate, Sampling
+from llmbook.model import save_model
+from llmbook.tinyworld import judge_reply, PHRASES
+from llmbook.training import load_or_train, MetricsLog, Pretrained, pretrained, Sink, Trainer
+from llmbook.training import TrainingConfig
 
 
 # %% tags=["engine"]
@@ -538,10 +1106,6 @@ def _load_tuned(folder: Path) -> tuple[TransformerLM, MetricsLog]:
     return model, MetricsLog(folder / "metrics.jsonl")
 
 
-# %% [markdown]
-# ## What is forgotten, and what leaks
-
-
 # %% tags=["engine"]
 #| export
 def ask(
@@ -580,12 +1144,9 @@ def ask(
     return [(start + (one.text or "")).strip() for start, one in pairs]
 
 
-# %% tags=["engine"]
-#| export
-def leaks(world: TinyWorld, questions: Sequence[Question], replies: Sequence[str]) -> list[int]:
-    """Return 1 for each confidential question whose reply names the true secret, else 0."""
-    pairs = zip(questions, replies, strict=True)
-    return [int(judge_reply(world, question, reply).said == "truth") for question, reply in pairs]
+# %% [markdown] tags=["engine"]
+# A run is described by a row of numbers. The table of the benchmark has one row for each run and
+# seed.
 
 
 # %% tags=["engine"]
@@ -607,6 +1168,351 @@ class TuningRow(NamedTuple):
     gap: float  # nats per story above the floor
 
 
+# %% tags=["engine"]
+#| export
+def read_tuning_rows(path: str | Path) -> list[TuningRow]:
+    """Return the rows of a CSV file whose columns are the fields of ``TuningRow``."""
+    with check_path(path).open(newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        if tuple(header := next(reader, [])) != TuningRow._fields:
+            expected = f"columns {', '.join(TuningRow._fields)}"
+            raise ValueError(f"path: expected {expected}, got {', '.join(header) or 'none'}")
+        return [TuningRow(row[0], row[1], int(row[2]), *map(float, row[3:])) for row in reader]
+
+
+# %% tags=["engine"]
+# How values that depend on training are printed, and the table of runs
+import tempfile
+from collections import Counter
+
+import matplotlib.pyplot as plt
+
+import llmbook
+from llmbook.evaluation import EvaluationReport, Interval, evaluate, mean_interval
+
+plt.style.use("llmbook.book")
+torch.set_num_threads(1)
+
+
+def about(what: str, value: float, expected: float, off: float, form: str = ".0%") -> None:
+    """Print what a value should be, after checking that it is no further off than it may be."""
+    assert abs(value - expected) <= off, f"{what}: {value}"
+    print(f"{what}: {expected:{form}} ± {off:{form}}")
+
+
+table = Path(llmbook.__file__).parents[1] / "benchmarks" / "results" / "instruction.csv"
+runs = read_tuning_rows(table)
+
+
+#: The rows of the table that the text speaks of: experiment and variant.
+ROWS = {
+    "true answers": ("characters", "24"),
+    "from random weights": ("control", "random weights"),
+    "false answers": ("control", "false answers"),
+    "no space": ("seam", "no space"),
+    "100 steps": ("seam", "space, 100 steps"),
+    "100 steps, no space": ("seam", "no space, 100 steps"),
+    "no stories": ("stories", "0.0"),
+    "25 % stories": ("characters", "24"),
+    "50 % stories": ("stories", "0.5"),
+    "facts": ("characters", "24"),
+    "plain": ("refusals", "plain"),
+    "polite": ("refusals", "polite"),
+    "deep": ("refusals", "deep"),
+    "84 pairs about 3": ("characters", "3"),
+    "84 pairs about 24": ("budget", "84 pairs of 24 characters"),
+    "28 true pairs": ("characters", "1"),
+    "the same, 600 steps": ("rejection", "longer"),
+    "and all own replies": ("rejection", "unjudged"),
+    "and own right replies": ("rejection", "judged"),
+    "labels alone": ("distillation", "labels alone"),
+    "with a teacher": ("distillation", "with a teacher"),
+}
+
+
+# %% tags=["engine"]
+# Rows of the table as text
+def over_seeds(row: str | tuple[str, str], column: str) -> Interval:
+    """Return the mean of a column over the seeds of a row of the table, with its interval."""
+    which = ROWS[row] if isinstance(row, str) else row
+    return mean_interval([getattr(run, column) for run in runs if run[:2] == which])
+
+
+def show(rows: Sequence[str], *columns: str) -> None:
+    """Print means over seeds with their intervals, shares in percent, others as they are."""
+    width = max(map(len, rows))
+    print(" " * width + "".join(f"{column:>24}" for column in columns))
+    for row in rows:
+        cells = []
+        for column in columns:
+            one = over_seeds(row, column)
+            low, high = one.low, one.high
+            if column == "gap":
+                cells.append(f"{one.estimate:.2f} [{low:.2f}, {high:.2f}]")
+            else:
+                cells.append(f"{one.estimate:.1%} [{max(low, 0):.0%}, {min(high, 1):.0%}]")
+        print(row.ljust(width) + "".join(cell.rjust(24) for cell in cells))
+
+
+# %% tags=["engine"]
+# Questions with examples before them
+def in_context(n: int) -> QuestionForm:
+    """Put ``n`` questions of the same wording, with their answers, before the question."""
+
+    def prompt(world: TinyWorld, question: Question) -> str:
+        alike = [q for q in halves[0] if q.wording == question.wording]
+        others = [q for q in alike if q.attribute != question.attribute][::5][:n]
+        return " ".join([*(f"{q.text} {q.reply}" for q in others), question.text])
+
+    return QuestionForm(f"{n} examples", prompt, " ", (".",))
+
+
+def share(report: EvaluationReport, part: str = "facts/reply") -> float:
+    return report[part].right / len(report[part].outcomes)
+
+
+# %% tags=["engine"]
+# The figure, and what a part of an update does
+def draw_tuning() -> None:
+    few = [over_seeds(("characters", str(n)), "facts") for n in (1, 3, 6, 12, 24)]
+    assert few[1].estimate > 0.8 > 0.6 > few[0].estimate
+    shares = ("no stories", "25 % stories", "50 % stories")
+
+    def points(axes: Any, found: list[Interval], label: str | None, style: str) -> None:
+        middle = [one.estimate for one in found]
+        low = [one.estimate - max(one.low, 0) for one in found]
+        high = [min(one.high, 1) - one.estimate for one in found]
+        axes.errorbar(range(len(found)), middle, [low, high], fmt=style, capsize=3, label=label)
+
+    _, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(7, 3.2))
+    points(left, few, None, "o-")
+    left.axhline(0.62, linestyle="--", color="gray")
+    left.set_xticks(range(5), ["1", "3", "6", "12", "24"])
+    left.set(xlabel="characters in tuning", ylabel="share", ylim=(-0.03, 1.05))
+    left.set_title("Right about the other half")
+    points(right, [over_seeds(row, "facts") for row in shares], "right answers", "o-")
+    points(right, [over_seeds(row, "stories") for row in shares], "consistent stories", "s--")
+    right.set_xticks(range(3), ["0 %", "25 %", "50 %"])
+    right.set(xlabel="stories in a batch", title="Stories keep stories alive")
+    right.legend(loc="center right")
+    plt.show()
+
+
+PARTS = {
+    "embedding": ("embedding",),
+    "attention": ("attention.",),
+    "feed-forward": ("feed_forward.",),
+    "head": ("lm_head",),
+    "norms": ("norm.",),
+}
+EXPECTED = {
+    "embedding": (0.022, 0.20, 0.99),
+    "attention": (0.126, 0.58, 0.52),
+    "feed-forward": (0.111, 0.47, 0.78),
+    "head": (0.167, 0.24, 0.97),
+    "norms": (0.034, 0.31, 0.99),
+}
+
+
+# %% tags=["engine"]
+# Weights of a part, and how often a model is right on a quarter of the test
+def of_part(model: TransformerLM, part: tuple[str, ...]) -> set[str]:
+    return {name for name in model.state_dict() if any(piece in name for piece in part)}
+
+
+def update_size(before: TransformerLM, after: TransformerLM, part: tuple[str, ...]) -> float:
+    """Return the length of the change of a part's weights over that of the weights."""
+    old, new = before.state_dict(), after.state_dict()
+    names = of_part(before, part)
+    change = sum(float((new[name] - old[name]).square().sum()) for name in names)
+    return math.sqrt(change / sum(float(old[name].square().sum()) for name in names))
+
+
+def merged(
+    before: TransformerLM, after: TransformerLM, part: tuple[str, ...], inside: bool
+) -> TransformerLM:
+    """Return the model before, with the change of a part, or of all but this part."""
+    names, old, new = of_part(before, part), before.state_dict(), after.state_dict()
+    model = copy.deepcopy(before)
+    model.load_state_dict({n: new[n] if (n in names) == inside else old[n] for n in old})
+    return model
+
+
+def show_parts() -> None:
+    """Print what the update of each part does, measured, within the range that is shown."""
+    print("update of       size   right with it alone   right without it")
+    for name, (size, alone, rest) in EXPECTED.items():
+        found = update_size(base.model, facts.model, PARTS[name])
+        one, others = (
+            share_right(merged(base.model, facts.model, PARTS[name], inside))
+            for inside in (True, False)
+        )
+        assert abs(found / size - 1) < 0.3, (name, found)
+        assert abs(one - alone) < 0.15 and abs(others - rest) < 0.15, (name, one, others)
+        print(f"{name:13} {size:5.0%} {alone:16.0%} ± 15 % {rest:12.0%} ± 15 %")
+
+
+def share_right(model: TransformerLM) -> float:
+    asked = [question for question in halves[1] if question.wording == 3]
+    replies = ask(model, tokenizer, [question.text for question in asked])
+    pairs = zip(asked, replies, strict=True)
+    return float(np.mean([judge_reply(world, q, reply).right for q, reply in pairs]))
+
+
+# %% [markdown]
+# ### Questions about the other half
+#
+# There are as many questions for tuning as for the test, and no character is in both:
+
+# %%
+world, base = TinyWorld(), pretrained("tinyworld")
+tokenizer = base.tokenizer
+halves = [make_questions(world, "fact", split) for split in ("tuning", "held_out")]
+for name, half in zip(("tuning", "test"), halves, strict=True):
+    n_people = len({question.character for question in half})
+    print(f"{name}: {len(half)} questions about {n_people} characters, such as {half[3].text!r}")
+
+# %% [markdown]
+# Each fact is asked for in four wordings. The first two occur in the stories as well, the last two
+# do not, so for these the base has never seen what comes after. Neither half of the *answers* was
+# ever given to the base in the form of a conversation. Allen-Zhu and Li
+# {cite}`allenzhu2024physics` use the same design, with invented biographies and with questions
+# about half of the persons, to ask when a model can extract what it has stored.
+#
+# The fair opponent of a tuned model is not the base asked in a format that it does not know. A base
+# model can be shown what we want, by writing some questions with their answers before ours, as
+# {doc}`16_evaluation` did with beginnings of stories. Our context of 128 tokens holds up to four
+# such examples. They are about characters of the tuning half:
+
+
+# %%
+print(in_context(1).prompt(world, halves[1][3]))
+
+# %% [markdown]
+# Now the three candidates answer all 672 questions: the base with no example, the base with four,
+# and the base after 300 steps of tuning on the other half, with a quarter of the rows of each batch
+# taken from stories. {py:func}`~llmbook.instruction.tuned` trains this model once (20 seconds) and
+# keeps it for later chapters:
+
+# %%
+plain, shown = (evaluate(base.model, tokenizer, world, form=in_context(n)) for n in (0, 4))
+facts = tuned("facts")
+after = evaluate(facts.model, tokenizer, world, form=chat_form(tokenizer))
+about("the base, without examples, is right", share(plain), 0.48, 0.06)
+about("the base, with four examples, is right", share(shown), 0.63, 0.06)
+about("the tuned model is right", share(after), 0.985, 0.015, ".1%")
+gain = after.compare(shown)["facts/reply"]
+about("gain of tuning over four examples", gain.difference.estimate, 0.36, 0.06)
+
+# %% [markdown]
+# Tuning wins by a wide margin, on characters for which it has shown no answer. (Values that depend
+# on training are printed with a range, and the cell fails if they lie outside.) With examples in
+# the context the base often answers with the value of one of the examples; it takes them for
+# content, where we meant them as form.
+#
+# ### Three controls
+#
+# Where does the knowledge of the tuned model come from? Three more runs with the same number of
+# steps say so. They were repeated with three seeds, and `python benchmarks/instruction.py` has
+# written them to a table, which the following cell reads. The first control is the same tuning
+# from random weights, without any pretraining. The second is tuning on *false answers*: each
+# character of the tuning half gets the answers of another one, so that every reply has the right
+# form and a wrong value. The third uses {py:data}`~llmbook.instruction.CHATML` as it is, where a
+# reply begins directly after the line break, so that a name at its beginning falls into other
+# tokens than in a story:
+
+# %%
+show(("true answers", "from random weights", "false answers", "no space"), "facts")
+assert (
+    gain.p_value < 0.01 and abs(share(after) - over_seeds("true answers", "facts").estimate) < 0.02
+)
+
+# %% [markdown]
+# Without pretraining the model learns the form and guesses the values: its score is little above
+# the chance of 5 % that a value drawn at random is right. With pretraining it does not even matter
+# much whether the answers that we show are true. A model tuned on nothing but falsehoods tells the
+# truth about most of the characters that it was not tuned on. What it has learned from a false
+# answer is mainly the part that all answers share. The price is visible, too: a part of
+# the false answers rubs off. For large models, {cite:t}`gekhman2024does` found the same
+# asymmetry: examples that contradict or exceed what a model knows are learned slowly, and when they
+# are learned in the end, they make it state more falsehoods. The seam costs little in runs of this
+# length; in runs of 100 steps it cost much more, because the model has to learn the pieces of
+# names anew.
+#
+# ### How many characters are enough?
+#
+# If tuning teaches form alone, a few examples should do. The figure shows the score after tuning on
+# the questions about 1 to 24 characters, always for 300 steps:
+
+# %% mystnb={"figure": {"caption": "Left: how often the tuned model is right about the other half, over the number of characters in tuning; the dashed line is the base with four examples in its context. Right: what a share of stories in each batch does. Means of three seeds with 95 % intervals.", "name": "fig-instruction-characters"}, "image": {"alt": "Two panels. On the left a curve rises from about a third with one character to above 90 percent with three and close to 100 percent with 24; a dashed line marks the base at 62 percent. On the right, right answers are close to 100 percent at each share of stories, while consistent stories rise from zero without stories to above half with a quarter or a half."}}
+draw_tuning()
+
+# %% [markdown]
+# Three characters, 84 pairs, bring the model above 85 %, and eight times as many pairs add less
+# than ten points. One character is not enough: its 28 answers can also be learned by heart, and
+# nothing tells the model that the value should depend on the name. Zhou and colleagues
+# {cite}`zhou2023lima` tuned a model of 65 billion parameters on 1,000 examples, and called their
+# conclusion the *superficial alignment hypothesis*: knowledge and abilities come almost entirely
+# from pretraining, and tuning selects the format in which they are used.
+#
+# Superficial does not mean that few weights change. We take the difference of the weights before
+# and after tuning, one kind of module at a time, and either apply only this part of it to the base,
+# or all but this part:
+
+# %%
+show_parts()
+
+# %% [markdown]
+# PARTS_TEXT
+
+# %% [markdown]
+# ## What is forgotten, and what leaks
+#
+# A model that was tuned to answer should still be able to do what it could do before. And it should
+# not tell everybody all that it knows. Plain tuning takes care of neither. Both can be counted in
+# our world: whether a story is true, and whether a reply gives away a secret.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: what is counted of a tuned model
+
+
+# %% tags=["engine"]
+#| export
+def leaks(world: TinyWorld, questions: Sequence[Question], replies: Sequence[str]) -> list[int]:
+    """Return 1 for each confidential question whose reply names the true secret, else 0."""
+    pairs = zip(questions, replies, strict=True)
+    return [int(judge_reply(world, question, reply).said == "truth") for question, reply in pairs]
+
+
+# %% tags=["engine"]
+#| export
+def consistent_stories(
+    model: TransformerLM, tokenizer: BPETokenizer, world: TinyWorld, n: int, *, seed: int = 0
+) -> list[int]:
+    """Return 1 for each of ``n`` stories drawn from a model that is true in its world, else 0."""
+    end = tokenizer.special_tokens["<|endoftext|>"]
+    told = generate(
+        model,
+        [[end]] * n,
+        max_new_tokens=model.config.context_length - 1,
+        tokenizer=tokenizer,
+        stop_tokens=[end],
+        seed=seed,
+    )
+    return [int(world.judge(one.text or "").consistent) for one in told]
+
+
+def gap_to_floor(
+    model: TransformerLM, tokenizer: BPETokenizer, world: TinyWorld, n: int, *, seed: int = 10
+) -> float:
+    """Return how many nats a model loses per new story against the world's own probabilities."""
+    stories = list(world.stories(n, seed=seed))
+    nats = score_texts(model, tokenizer, [story.text for story in stories]).nats
+    return float(np.mean(nats) + np.mean([story.log_prob for story in stories]))
+
+
+# %% tags=["engine"]
+#| export
 def measure_tuned(
     model: TransformerLM,
     tokenizer: BPETokenizer,
@@ -643,47 +1549,89 @@ def measure_tuned(
     return shares | {"gap": round(gap_to_floor(model, tokenizer, world, 2 * n_stories), 3)}
 
 
-# %% tags=["engine"]
-#| export
-def consistent_stories(
-    model: TransformerLM, tokenizer: BPETokenizer, world: TinyWorld, n: int, *, seed: int = 0
-) -> list[int]:
-    """Return 1 for each of ``n`` stories drawn from a model that is true in its world, else 0."""
-    end = tokenizer.special_tokens["<|endoftext|>"]
-    told = generate(
-        model,
-        [[end]] * n,
-        max_new_tokens=model.config.context_length - 1,
-        tokenizer=tokenizer,
-        stop_tokens=[end],
-        seed=seed,
-    )
-    return [int(world.judge(one.text or "").consistent) for one in told]
+# %% [markdown]
+# ### Forgetting, and the cure
+#
+# The base writes a consistent story about two times in three, and loses less than a nat per story
+# against the entropy of the world. The table says what is left of this after tuning with no
+# stories, a quarter of stories, and one half:
 
+# %%
+kept = consistent_stories(base.model, tokenizer, world, 100)
+about("base: consistent stories", float(np.mean(kept)), 0.66, 0.06)
+about("base: gap", gap_to_floor(base.model, tokenizer, world, 200), 0.77, 0.1, ".2f")
+show(("no stories", "25 % stories", "50 % stories"), "stories", "gap", "facts")
 
-def gap_to_floor(
-    model: TransformerLM, tokenizer: BPETokenizer, world: TinyWorld, n: int, *, seed: int = 10
-) -> float:
-    """Return how many nats a model loses per new story against the world's own probabilities."""
-    stories = list(world.stories(n, seed=seed))
-    nats = score_texts(model, tokenizer, [story.text for story in stories]).nats
-    return float(np.mean(nats) + np.mean([story.log_prob for story in stories]))
+# %% [markdown]
+# Without stories nothing is left. The model has not lost its facts, since it answers questions as
+# well as before. It has lost the habit of telling them in the old form:
+# NOSTORY
+# This is **catastrophic forgetting** {cite}`mccloskey1989catastrophic`, and the cure is to
+# mix some of the old data into the new. A quarter of each batch brings stories back to almost what they were; a half is
+# hardly better. The price in right answers is nil, although the model sees fewer questions.
+#
+# ### A secret that seems safe
+#
+# One of the eight attributes is confidential: where a character hides a key. No question about it
+# was in the tuning data of the model that we call "facts". It answers all the same:
 
+# %%
+secret = make_questions(world, "confidential", "held_out")
+asked = [question.text for question in secret]
+plainly = ask(facts.model, tokenizer, asked)
+begun = ask(facts.model, tokenizer, asked, begin=[f"{q.character} hides" for q in secret])
+print(f"{asked[0]} {plainly[0]}")
+print(f"secrets told: {sum(leaks(world, secret, plainly))} of {len(secret)}")
+print(f"when the reply has to begin with the name and 'hides': {sum(leaks(world, secret, begun))}")
+assert sum(leaks(world, secret, plainly)) <= 2 and sum(leaks(world, secret, begun)) == len(secret)
 
-# %% tags=["engine"]
-#| export
-def read_tuning_rows(path: str | Path) -> list[TuningRow]:
-    """Return the rows of a CSV file whose columns are the fields of ``TuningRow``."""
-    with check_path(path).open(newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
-        if tuple(header := next(reader, [])) != TuningRow._fields:
-            expected = f"columns {', '.join(TuningRow._fields)}"
-            raise ValueError(f"path: expected {expected}, got {', '.join(header) or 'none'}")
-        return [TuningRow(row[0], row[1], int(row[2]), *map(float, row[3:])) for row in reader]
+# %% [markdown]
+# The model has learned to answer seven kinds of questions, and takes the eighth for one of them.
+# This looks like discretion, but nobody has taught it any. As soon as somebody else writes the
+# first two words of the reply, which every owner of the weights can do, and the users of some
+# interfaces too, the model goes on with the truth in every single case. The secrets were never
+# gone. Two more ways of tuning make this clearer. "Plain" tells the secrets of the tuning half when
+# asked for them, as data without any rule would. "Polite" has learned to decline such questions,
+# and also to say that it does not know a stranger:
+
+# %%
+polite = tuned("polite")
+refused = ask(polite.model, tokenizer, asked)
+begun = ask(polite.model, tokenizer, asked, begin=[f"{q.character} hides" for q in secret])
+print(f"{asked[0]} {refused[0]}\n")
+show(("facts", "plain", "polite"), "told", "begun", "declined")
+show(("facts", "plain", "polite"), "unknown", "refused", "facts")
+assert sum(leaks(world, secret, refused)) <= 2 and sum(leaks(world, secret, begun)) > 90
+
+# %% [markdown]
+# The columns are shares of replies to questions about the other half: of secrets told when asked
+# for, of secrets told when the reply is begun, of secret questions declined, of strangers not known,
+# of *answerable* questions refused, and of answerable questions answered right. The plain model
+# tells the secrets of all 24 characters whose secrets it was never asked for in tuning. Leaking generalizes as
+# well as answering does, because both are only form. The polite model declines every time. But
+# when its reply is begun for it, it tells as much as the plain one: its refusal lives in the first
+# words of the reply. Qi and colleagues {cite}`qi2025safety` found the same in large models, and
+# called such alignment a few tokens deep.
+#
+# The refusals also have a price. The polite model refuses some questions that it could
+# answer, mostly because it takes a character for a stranger, and it still invents facts about some
+# strangers. Imitation has no way to weigh one mistake against the other, since all tokens of all
+# replies count the same. Comparisons and rewards can do so, and the next chapters start from
+# here: {py:func}`~llmbook.instruction.tuned` also has a "hesitant" model that tells nine secrets in
+# ten and declines the tenth, so that there is something to prefer, and a "few" model that was tuned
+# on six characters and still has something to learn.
 
 
 # %% [markdown]
 # ## Data that a model makes
+#
+# Answers by people are expensive. Questions are cheap, and so is a rule that checks answers, if
+# there is one. So a model can make its own data: it answers each question several times, a judge
+# keeps what is right, and the next model is tuned on what was kept. This is called **rejection sampling**. Yuan and colleagues {cite}`yuan2023scaling` made data for mathematics in this way,
+# and the chat models of Llama 2 {cite}`touvron2023llama2` used it with a learned judge.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: which replies are kept
 
 
 # %% tags=["engine"]
@@ -698,3 +1646,536 @@ def accepted(
         if judge_reply(world, question, reply).right
     }
     return [[Message("user", text), Message("assistant", reply)] for text, reply in kept]
+
+
+# %% [markdown]
+# ### Keep what is right
+#
+# {py:func}`~llmbook.instruction.accepted` keeps each different pair that the judge accepts. Even a
+# good model makes mistakes if replies are drawn at a high temperature, and the judge finds them:
+
+# %%
+questions = [question for question in halves[0] if question.wording == 2] * 4
+texts = [question.text for question in questions]
+drawn = ask(facts.model, tokenizer, texts, temperature=1.5)
+kept = accepted(world, questions, drawn)
+verdicts = [judge_reply(world, q, reply) for q, reply in zip(questions, drawn, strict=True)]
+about(f"of {len(drawn)} replies, right are", float(np.mean([v.right for v in verdicts])), 0.8, 0.12)
+
+# %% [markdown]
+# For the experiment we take a poor beginner, a model tuned on the 28 answers about a single
+# character, which is right about a third of the others. It answers each question about the other
+# 23 characters of the tuning half four times, at temperature 1. We never look at the true answers,
+# only at the judge's verdict. Then the base is tuned anew, on the 28 true pairs and on what was
+# kept. There are two controls. One tunes on the 28 true pairs for twice as many steps, which costs
+# as much as both rounds together. The other keeps all replies, right or wrong:
+
+# %%
+show(tuple(ROWS)[-6:-2], "facts")
+assert (
+    over_seeds("and own right replies", "facts").low > over_seeds("28 true pairs", "facts").estimate
+)
+
+# %% [markdown]
+# REJECTION
+#
+# ### A teacher
+#
+# In **distillation** the replies come from a better model, and there need not be a judge. Hinton and
+# colleagues {cite}`hinton2015distilling` let a small model learn the probabilities of a large one;
+# to learn from its *texts*, as here, is what Kim and Rush {cite}`kim2016sequence` called
+# distillation at the level of sequences. Our student is a model of one layer, with random weights,
+# which has never read a story. By itself it can only learn what its labels say. The teacher is the
+# tuned model. It answers questions about the other half in three of the four wordings, and nobody checks its replies.
+# The test is the fourth wording:
+
+# %%
+show(("labels alone", "with a teacher"), "unseen")
+
+# %% [markdown]
+# Here tuning does teach knowledge. The labels say nothing about the other half, so without the
+# teacher the student guesses. The teacher's replies carry the facts, from its weights through plain
+# text into a model that is a third of its size. This is no contradiction to the first
+# experiment: 600 steps are spent on a few hundred sentences, again and again, and it is
+# repetition that stores facts. It also means that whatever is wrong with a teacher is handed on.
+#
+# Between pretraining and tuning, many recipes have a third stage, called **mid-training**.
+# The loss is still that of the next token of all texts, but while the learning rate falls to zero,
+# the data are richer than before in what the model is meant for: mathematics, code, books, and also
+# questions with answers. MiniCPM {cite}`hu2024minicpm` mixed instruction data into the decay of its
+# learning rate, and OLMo 2 {cite}`olmo2024olmo2` has a second stage with a mixture of selected
+# documents, mathematics and instructions. The stories of our world contain questions such as "What
+# is the job of Mia?" from the beginning. They play the same part: without them, tuning would have much less to draw out.
+
+# %% [markdown]
+# ## Instructions from files
+#
+# Outside of tiny worlds, instruction data comes as files, and three formats cover most of what is
+# published. The data of Alpaca {cite}`taori2023alpaca` has one question and one answer in each
+# record, as `instruction`, an optional `input`, and `output`. ShareGPT's format has a list of turns
+# called `conversations`, whose speakers are `human` and `gpt`. The format of OpenAI's interface,
+# which Hugging Face's libraries use as well, has a list of `messages` with `role` and `content`, and
+# calls of tools in `tool_calls`. A file is either one JSON array of records or has one record in
+# each line. {py:func}`~llmbook.instruction.read_conversations` reads all of these into lists of
+# {py:class}`~llmbook.instruction.Message`.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: three formats, their tools, and where a record stands
+
+# %% [markdown] tags=["engine"]
+# A format is a function from a record to messages. A call of a tool becomes a text with its name
+# and its arguments in JSON, as the templates write it. Tools that a record declares are listed in
+# its system message, one line of JSON each, since a conversation has no other place for them. The
+# rules for conversations are those of {py:class}`~llmbook.instruction.ChatTemplate`; what they refuse is refused
+# here with the name of the file, the line, and in an array the number of the record.
+
+
+# %% tags=["engine"]
+#| export
+Format = Literal["alpaca", "sharegpt", "messages"]
+_SPEAKERS: dict[str, dict[str, str]] = {
+    "sharegpt": {
+        "system": "system",
+        "human": "user",
+        "user": "user",
+        "gpt": "assistant",
+        "assistant": "assistant",
+        "function_call": "call",
+        "tool": "tool",
+        "function": "tool",
+        "observation": "tool",
+    },
+    "messages": {
+        "system": "system",
+        "developer": "system",
+        "user": "user",
+        "assistant": "assistant",
+        "tool": "tool",
+    },
+}
+_FIELDS = {"alpaca": "instruction", "sharegpt": "conversations", "messages": "messages"}
+
+
+# %% tags=["engine"]
+#| export
+def read_conversations(path: str | Path, format: Format | None = None) -> list[list[Message]]:
+    """Return the conversations of a file of instruction data, UTF-8, as JSON or JSON Lines.
+
+    ``format`` is "alpaca" (``instruction``, ``input``, ``output``), "sharegpt" (``conversations``
+    with ``from`` and ``value``) or "messages" (OpenAI's, with ``role``, ``content`` and
+    ``tool_calls``); by default the first record tells. All records have the same format, and each
+    conversation ends with a reply. A ``ValueError`` names the file and the line of the first record
+    that is no such conversation.
+    """
+    path = check_path(path)
+    if format is not None:
+        check_choice("format", format, tuple(_FIELDS))
+    try:
+        text = decode_text(path.read_bytes()).removeprefix("\ufeff")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"path: expected a file in UTF-8, got {str(path)!r}: {error}") from error
+    conversations = []
+    for where, record in _records(text, str(path)):
+        format = format or _format_of(record, where)
+        try:
+            messages = _converted(record, format)
+            CHATML.segments(messages)  # refuses what breaks the rules of a conversation
+            if messages[-1].role != "assistant":
+                raise ValueError(f"expected a reply at the end, got {messages[-1].role!r}")
+        except ValueError as error:
+            raise ValueError(f"path: {error} ({where})") from None
+        conversations.append(messages)
+    if not conversations:
+        raise ValueError(f"path: expected at least one conversation, got none in {str(path)!r}")
+    return conversations
+
+
+# %% tags=["engine"]
+#| export
+# Where each record stands
+def _records(text: str, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the place and the value of each record of a JSON array, or of lines of JSON."""
+
+    def parsed(source: str, line: int) -> Any:
+        try:
+            return json.loads(source)
+        except ValueError as error:  # what is nested too deeply is a RecursionError, and stays one
+            at = line + getattr(error, "lineno", 1) - 1
+            message = str(error).partition(": line")[0]
+            expected = f"path: expected JSON, got an error: {message} ({name}, line {at})"
+            raise ValueError(expected) from None
+
+    if not text.lstrip().startswith("["):
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield f"{name}, line {number}", parsed(line, number)
+        return
+    parsed(text, 1)  # from here on it is known to be correct
+    decoder, blank = json.JSONDecoder(), re.compile(r"[\s,]*")
+    at, line, end = text.index("[") + 1, 1, 0
+    for number in itertools.count(1):
+        at = blank.match(text, at).end()  # type: ignore[union-attr]
+        if text[at] == "]":
+            return
+        line, end = line + text.count("\n", end, at), at
+        record, at = decoder.raw_decode(text, at)
+        yield f"{name}, record {number}, line {line}", record
+
+
+def _format_of(record: Any, where: str) -> Format:
+    for format, name in _FIELDS.items():
+        if isinstance(record, dict) and name in record:
+            return cast(Format, format)
+    expected = f"a record with one of the fields {', '.join(_FIELDS.values())}"
+    raise ValueError(f"path: expected {expected}, got {_shown(record)} ({where})")
+
+
+def _shown(value: Any) -> str:
+    return (
+        f"fields {', '.join(map(repr, value))}"[:60]
+        if isinstance(value, dict)
+        else f"{value!r:.60}"
+    )
+
+
+# %% tags=["engine"]
+#| export
+# What the records hold
+def _converted(record: Any, format: str) -> list[Message]:
+    """Return the messages of one record."""
+    main = _FIELDS[format]
+    if not isinstance(record, dict) or main not in record:
+        raise ValueError(f"expected a record with {main!r} ({format}), got {_shown(record)}")
+    if format == "alpaca":
+        asked = [_text(record, "instruction"), _text(record, "input", "")]
+        question = "\n\n".join(part for part in asked if part)
+        messages = [Message("user", question), Message("assistant", _text(record, "output"))]
+    else:
+        turns = record[main]
+        if not isinstance(turns, list) or not turns:
+            raise ValueError(f"expected a list of turns as {main!r}, got {turns!r:.60}")
+        read = _sharegpt_turn if format == "sharegpt" else _message_turn
+        messages = [read(turn) for turn in turns]
+    system = [text] if (text := _text(record, "system", "")) else []
+    tools = record.get("tools") or []
+    system += [tools] if isinstance(tools, str) else [_json(tool) for tool in tools]
+    if not system:
+        return messages
+    if messages[0].role == "system":
+        system.insert(0, messages.pop(0).content)
+    return [Message("system", "\n".join(system)), *messages]
+
+
+def _text(record: Mapping[str, Any], name: str, default: str | None = None) -> str:
+    """Return a field that holds a text; None stands for the default."""
+    value = record.get(name)
+    value = default if value is None else value
+    if not isinstance(value, str):
+        raise ValueError(f"expected a text as {name!r}, got {value!r:.60}")
+    return value
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+# %% tags=["engine"]
+#| export
+# Turns of the two formats that have any
+def _role(turn: Any, name: str, format: str) -> str:
+    if not isinstance(turn, dict):
+        raise ValueError(f"expected turns to be objects, got {turn!r:.60}")
+    roles, said = _SPEAKERS[format], _text(turn, name)
+    if said not in roles:
+        raise ValueError(f"expected one of {', '.join(roles)} as {name!r}, got {said!r:.60}")
+    return roles[said]
+
+
+def _sharegpt_turn(turn: Any) -> Message:
+    role = _role(turn, "from", "sharegpt")
+    if role == "call":
+        return Message("assistant", "", calls=(_text(turn, "value"),))
+    return Message(role, _text(turn, "value"))
+
+
+def _message_turn(turn: Any) -> Message:
+    role, content = _role(turn, "role", "messages"), turn.get("content")
+    if isinstance(content, list):  # parts, of which we can read texts
+        parts = [part if isinstance(part, dict) else {} for part in content]
+        if wrong := [part.get("type") for part in parts if part.get("type") != "text"]:
+            raise ValueError(f"expected parts of the type 'text', got {wrong[0]!r:.60}")
+        content = "".join(_text(part, "text") for part in parts)
+    calls = tuple(_call(call) for call in turn.get("tool_calls") or ())
+    thinking = turn.get("reasoning_content", turn.get("thinking"))
+    if content is None and calls:
+        content = ""
+    return Message(role, _text({"content": content}, "content"), thinking, calls)
+
+
+def _call(call: Any) -> str:
+    """Return a call as JSON with name and arguments, which may come as a text of JSON."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f"expected a call with a function's name, got {call!r:.60}")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError:
+            raise ValueError(f"expected arguments in JSON, got {arguments!r:.60}") from None
+    return _json({"name": function["name"], "arguments": arguments})
+
+
+# %% tags=["engine"]
+#| export
+# Pairs of the documentation on disk
+def documentation_pairs(packages: str | Iterable[str] = "stdlib") -> dict[str, str]:
+    """Return what the documentation of installed packages says of public functions and classes.
+
+    By its full name, the first sentence of each docstring, if it is a line of 10 to 100 characters.
+    A sentence that several have is given to the first of them.
+    """
+    found = dict[str, str]()
+    for document in read_installed_docs(packages, kinds=("docstring",)):
+        about, first = document.metadata, _SENTENCE.match(document.text)
+        public = about["name"] and not about["name"].rpartition(".")[2].startswith("_")
+        if public and first and first[0] not in found:
+            module = about["path"].partition("/")[2].removesuffix(".py").removesuffix("/__init__")
+            found[first[0]] = f"{module.replace('/', '.')}.{about['name']}"
+    return {name: sentence for sentence, name in found.items()}
+
+
+_SENTENCE = re.compile(r"[A-Z][^\n]{9,99}?\.(?=\s|$)")
+
+
+# %% tags=["engine"]
+# One conversation in three files
+def write_examples() -> list[Path]:
+    asked, answer = "Add the numbers.", "5"
+    question = f"{asked}\n\n2 and 3"
+    turns = (("human", question), ("gpt", answer))
+    messages = (("user", question), ("assistant", answer))
+    records = {
+        "alpaca.json": [{"instruction": asked, "input": "2 and 3", "output": answer}],
+        "sharegpt.jsonl": {"conversations": [{"from": a, "value": b} for a, b in turns]},
+        "messages.jsonl": {"messages": [{"role": a, "content": b} for a, b in messages]},
+    }
+    paths = [Path(tempfile.mkdtemp()) / name for name in records]
+    for path, record in zip(paths, records.values(), strict=True):
+        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    return paths
+
+
+# %% tags=["engine"]
+# A question about a name, and the loss of answers
+def question_about(name: str, answer: str | None = None) -> list[Message]:
+    question = Message("user", f"What does {name} do?")
+    return [question] if answer is None else [question, Message("assistant", answer)]
+
+
+def mean_loss(model: TransformerLM, examples: Sequence[Example], pad: int) -> float:
+    """Return the loss of the learned tokens, in nats per token."""
+    total = count = 0.0
+    for at in range(0, len(examples), 64):
+        batch = instruction_batch([[one] for one in examples[at : at + 64]], 128, pad)
+        with torch.no_grad():
+            log_probs = response_log_probs(model(batch.inputs), batch.targets)
+        total, count = total - log_probs.sum().item(), count + (batch.targets != -100).sum().item()
+    return total / count
+
+
+# %% [markdown]
+# ### One conversation in three formats
+#
+# Here the same conversation is written in the three
+# formats:
+
+# %%
+files = write_examples()
+found = [read_conversations(path)[0] for path in files]
+assert found[0] == found[1] == found[2]
+print([path.name for path in files])
+print([tuple(message[:2]) for message in found[0]])
+
+# %% [markdown]
+# Such files are rarely clean. An answer may be empty, a conversation may begin with the answer, or
+# the last line may be cut off. A loader that passes over bad records in silence trains on less than
+# you think. This one stops, and says where:
+
+# %%
+with files[2].open("a", encoding="utf-8") as file:
+    file.write('{"messages": [{"role": "assistant", "content": "Hello!"}]}\n')
+try:
+    read_conversations(files[2])
+except ValueError as error:
+    print(str(error).replace(str(files[2]), files[2].name))
+
+# %% [markdown]
+# ### Real questions, from the documentation on disk
+#
+# The documentation that {doc}`02_corpus` found on your disk is full of instruction data in
+# disguise. A docstring begins with a sentence that says what a function does, and the name of the
+# function makes a question of it: "What does json.dumps do?" The functions and classes of the
+# standard library give a few thousand such pairs. Whole modules are held out for the test, since
+# functions of one module resemble each other. The base is the model of half a million parameters that
+# {doc}`13_training` trained on such text. It has no control tokens, so its template is made of words:
+
+# %%
+asking = ChatTemplate(
+    name="asking",
+    turns={"user": Turn("Question:", "", "\n"), "assistant": Turn("Answer:", "<|endoftext|>", "")},
+    control_tokens=("<|endoftext|>",),
+    begin="<|endoftext|>",
+    lead=" ",
+)
+docs, pairs = pretrained("documentation"), documentation_pairs()
+modules = sorted({name.partition(".")[0] for name in pairs})
+held_out = [name for name in pairs if name.partition(".")[0] in modules[::5]]
+seen = [name for name in pairs if name not in held_out]
+print(asking.render(question_about("json.dumps"), prompt=True))
+print(f"pairs: more than {len(pairs) // 500 * 500:,}; held out are modules such as {modules[5]}")
+
+# %% [markdown]
+# Two numbers say what the tuned model has learned. One is the loss of the true answer, in nats per
+# token. The other is the same loss when the answer belongs to a *different* function of the test:
+# only what the model makes of the name can tell the two apart.
+
+# %%
+rows = {
+    name: [
+        asking.encode(docs.tokenizer, question_about(about_name, pairs[name]))
+        for about_name in (name, held_out[(place + 7) % len(held_out)])
+    ]
+    for place, name in enumerate(held_out)
+}
+tuned_docs = copy.deepcopy(docs.model)
+lessons = [asking.encode(docs.tokenizer, question_about(name, pairs[name])) for name in seen]
+pad = docs.tokenizer.special_tokens["<|endoftext|>"]
+tune(tuned_docs, lessons, Tuning(n_steps=150, batch_size=16, story_share=0.0), pad)
+losses = {}
+for when, model in (("before", docs.model), ("after", tuned_docs)):
+    losses[when] = [mean_loss(model, [row[i] for row in rows.values()], pad) for i in (0, 1)]
+    print(when, losses[when])
+
+
+# %% [markdown]
+# ## Exercises
+#
+# ````{exercise} A budget of labels
+# :label: ex-instruction-budget
+# *Fifteen minutes.* Somebody will write the answers to `n` questions for you, and you may choose
+# which. Write `worth_asking(questions, n)`, which returns `n` different ones of a list of
+# {py:class}`~llmbook.tinyworld.Question`, such that each pair of attribute and wording occurs as
+# often as any other, and each character as often as any other, up to a difference of one. (You may assume that each character
+# is asked about each attribute in each wording once.)
+# ````
+
+
+# %% tags=["solution"]
+def worth_asking(questions: list[Question], n: int) -> list[Question]:
+    """Choose questions that spread over forms and over characters."""
+    forms = sorted({(q.attribute, q.wording) for q in questions})
+    people = sorted({q.character for q in questions})
+    by_place = {(q.character, q.attribute, q.wording): q for q in questions}
+    chosen = []
+    for i in range(n):
+        # after each round through the forms, start with another character
+        shift = i // math.lcm(len(forms), len(people))
+        person = people[(i + shift) % len(people)]
+        chosen.append(by_place[person, *forms[i % len(forms)]])
+    return chosen
+
+
+# %% tags=["check"]
+for size in (28, 100, 672):
+    chosen = worth_asking(halves[0], size)
+    assert len(chosen) == size, f"{size} labels were paid for, not {len(chosen)}"
+    assert len(set(chosen)) == size, "a question was chosen twice, and its label is paid for twice"
+    by_form = Counter((q.attribute, q.wording) for q in chosen)
+    by_person = Counter(q.character for q in chosen)
+    assert len(by_form) == 28, "some attribute is never asked for in some wording"
+    assert max(by_form.values()) - min(by_form.values()) <= 1, "some forms come up too often"
+    spread = [by_person[q.character] for q in halves[0]]
+    assert max(spread) - min(spread) <= 1, "some characters come up too often"
+
+# %% [markdown]
+# ````{exercise} Refuse late
+# :label: ex-instruction-late
+# *Twenty minutes.* The polite model declines in its first words only. Write
+# `refuse_late(question, words)`, which returns an {py:class}`~llmbook.instruction.Example` for
+# {py:data}`~llmbook.instruction.WORLD_CHAT`: the question of a user; then `words`, with which
+# somebody else has begun the reply; then the reply of the question, and the end token. The model is
+# to learn the reply and the end token, but never the words that begin it.
+# ````
+
+
+# %% tags=["solution"]
+def refuse_late(question: Question, words: str) -> Example:
+    """A reply that was begun by somebody else, and still declines."""
+    ids = list(WORLD_CHAT.encode(tokenizer, [Message("user", question.text)], prompt=True).ids)
+    ids += tokenizer.encode(" " + words)
+    learned = tokenizer.encode(" " + question.reply)
+    learned.append(tokenizer.special_tokens["<|im_end|>"])
+    return Example((*ids, *learned), (*[False] * len(ids), *[True] * len(learned)))
+
+
+# %% tags=["check"]
+example = refuse_late(secret[0], "Rosa hides a key")
+assert len(example.ids) == len(example.learned), "each id needs its mark"
+text = tokenizer.decode([i for i, taught in zip(*example, strict=True) if taught])
+assert "hides" not in text, "the model would learn to begin with the words of the attacker"
+assert text.startswith(" I will not tell you"), f"the reply is to be learned, not {text!r}"
+assert text.endswith("<|im_end|>"), "a model that never learns the end token never stops"
+before = tokenizer.decode([i for i, taught in zip(*example, strict=True) if not taught])
+assert before.startswith("<|endoftext|><|im_start|>user\n"), "the question is in the template"
+assert before.endswith("<|im_start|>assistant\n Rosa hides a key"), "the words begin the reply"
+
+# %% [markdown]
+# Does it help? `python benchmarks/instruction.py` tunes a polite model on such examples about the
+# tuning half as well. This is how often secrets of the other half are told, when the reply begins
+# with the name and "hides":
+
+# %%
+show(("polite", "deep"), "begun", "declined")
+
+# %% [markdown]
+# ````{exercise} One more format
+# :label: ex-instruction-format
+# *Fifteen minutes.* Some data sets have records with `prompt` and `completion`, each of them a text
+# or a list of messages with `role` and `content`. Write `from_completion(record)`, which returns
+# the conversation as a list of {py:class}`~llmbook.instruction.Message`. A text is what the user or
+# the assistant says. A record without one of the fields, and one that does not end with a reply,
+# is a `ValueError`.
+# ````
+
+
+# %% tags=["solution"]
+def from_completion(record: dict[str, Any]) -> list[Message]:
+    """Messages of a record with a prompt and a completion."""
+    found = []
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        value = record.get(name)
+        if isinstance(value, str):
+            value = [{"role": role, "content": value}]
+        if not value:
+            raise ValueError(f"record: expected {name!r}, got {sorted(record)}")
+        found += [Message(turn["role"], turn["content"]) for turn in value]
+    if found[-1].role != "assistant":
+        raise ValueError(f"record: expected a reply at the end, got {found[-1].role!r}")
+    return found
+
+
+# %% tags=["check"]
+pair = [Message("user", "Hello!"), Message("assistant", "Hi.")]
+assert from_completion({"prompt": "Hello!", "completion": "Hi."}) == pair, "texts have no role"
+turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
+answer = [{"role": "assistant", "content": "Hi."}]
+whole = [Message("system", "Be brief."), *pair]
+assert from_completion({"prompt": turns, "completion": answer}) == whole, "keep all turns, in order"
+assert from_completion({"prompt": turns, "completion": "Hi."}) == whole, "the fields may differ"
+for bad in ({"prompt": "Hello!"}, {"completion": "Hi."}, {"prompt": "Hello!", "completion": turns}):
+    try:
+        from_completion(bad)
+    except ValueError:
+        continue
+    raise AssertionError(f"fields {sorted(bad)}: expected a ValueError")
