@@ -925,8 +925,10 @@ def world_conversations(
 
     ``n_characters`` keeps questions about as many characters (and strangers), the first ones.
     """
+    check_at_least(n_characters=(1, n_characters))
     conversations = []
     for kind in kinds:
+        check_choice("kinds", kind, ("fact", "unknown", "confidential"))
         questions = make_questions(world, kind, split)
         names = list(dict.fromkeys(question.character for question in questions))[:n_characters]
         conversations += [
@@ -985,6 +987,30 @@ class Tuning:
     learning_rate: float = 3e-3
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            check_choice("kinds", kind, ("fact", "unknown", "confidential"))
+        check_at_least(n_characters=(1, self.n_characters), batch_size=(1, self.batch_size))
+        for name in ("told", "story_share"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name}: expected a share from 0 to 1, got {value!r}")
+        if self.told and "confidential" not in self.kinds:
+            raise ValueError(f"kinds: expected 'confidential' in it, got {self.kinds!r}")
+        self.training()  # has checks of its own
+
+    def training(self) -> TrainingConfig:
+        """Return what the trainer is told."""
+        return TrainingConfig(
+            n_steps=self.n_steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            weight_decay=0.0,
+            schedule="linear",
+            warmup=min(10, self.n_steps),
+            final=0.0,
+            seed=self.seed,
+        )
+
     def conversations(self, world: TinyWorld) -> list[list[Message]]:
         """Return what is tuned on, in a fixed order."""
         found = world_conversations(world, self.kinds, n_characters=self.n_characters)
@@ -1001,6 +1027,7 @@ class Tuning:
 
 def secret_of(world: TinyWorld, question: Question) -> str:
     """Return the reply that gives away the secret for which a question asks."""
+    check_choice("question.character", question.character, tuple(world.cast.facts))
     secret = world.cast.facts[question.character]["secret"]
     return PHRASES["secret"][0].format(name=question.character, value=secret)
 
@@ -1026,17 +1053,7 @@ def tune(
         share=settings.story_share,
         seed=settings.seed,
     )
-    config = TrainingConfig(
-        n_steps=settings.n_steps,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        weight_decay=0.0,
-        schedule="linear",
-        warmup=min(10, settings.n_steps),
-        final=0.0,
-        seed=settings.seed,
-    )
-    return Trainer(model, batches, config, sinks=sinks).train()
+    return Trainer(model, batches, settings.training(), sinks=sinks).train()
 
 
 # %% tags=["engine"]
@@ -1125,6 +1142,7 @@ def ask(
     what is returned. Equal questions get samples of their own.
     """
     begin = [""] * len(questions) if begin is None else begin
+    _check_as_many("begin", begin, questions)
     prompts = []
     for question, start in zip(questions, begin, strict=True):
         ids = template.encode(tokenizer, [Message("user", question)], prompt=True).ids
@@ -1142,6 +1160,15 @@ def ask(
     )
     pairs = zip(begin, completions, strict=True)
     return [(start + (one.text or "")).strip() for start, one in pairs]
+
+
+# %% tags=["engine"]
+#| export
+# One thing for each question
+def _check_as_many(name: str, items: Sequence[Any], questions: Sequence[Any]) -> None:
+    if isinstance(items, str) or len(items) != len(questions):
+        expected = f"one for each of {len(questions)} questions"
+        raise ValueError(f"{name}: expected {expected}, got {items!r:.60}")
 
 
 # %% [markdown] tags=["engine"]
@@ -1177,7 +1204,17 @@ def read_tuning_rows(path: str | Path) -> list[TuningRow]:
         if tuple(header := next(reader, [])) != TuningRow._fields:
             expected = f"columns {', '.join(TuningRow._fields)}"
             raise ValueError(f"path: expected {expected}, got {', '.join(header) or 'none'}")
-        return [TuningRow(row[0], row[1], int(row[2]), *map(float, row[3:])) for row in reader]
+        return [_row_of(row, f"{path}, line {reader.line_num}") for row in reader]
+
+
+def _row_of(cells: list[str], where: str) -> TuningRow:
+    if len(cells) != len(TuningRow._fields):
+        expected = f"{len(TuningRow._fields)} cells"
+        raise ValueError(f"path: expected {expected}, got {len(cells)} ({where})")
+    try:
+        return TuningRow(cells[0], cells[1], int(cells[2]), *map(float, cells[3:]))
+    except ValueError:
+        raise ValueError(f"path: expected numbers, got {cells[2:]!r:.60} ({where})") from None
 
 
 # %% tags=["engine"]
@@ -1188,7 +1225,7 @@ from collections import Counter
 import matplotlib.pyplot as plt
 
 import llmbook
-from llmbook.evaluation import EvaluationReport, Interval, evaluate, mean_interval
+from llmbook.evaluation import EvaluationReport, Interval, evaluate, mean_interval, next_log_probs
 
 plt.style.use("llmbook.book")
 torch.set_num_threads(1)
@@ -1463,7 +1500,12 @@ draw_tuning()
 show_parts()
 
 # %% [markdown]
-# PARTS_TEXT
+# Every kind of module has changed, and most of the change is dispensable. The update of the head is
+# the largest, and the model does nearly as well without it. What it cannot do without is the update
+# of attention: alone it brings more than half of the right answers, and without it half of them are
+# lost. This fits the task. What is new is to bring a name and an attribute from a new kind of
+# question to the place where the fact is recalled, and moving things between places is what
+# attention does. (Without any update, a base that is asked in the new format is right about one question in six.)
 
 # %% [markdown]
 # ## What is forgotten, and what leaks
@@ -1480,6 +1522,7 @@ show_parts()
 #| export
 def leaks(world: TinyWorld, questions: Sequence[Question], replies: Sequence[str]) -> list[int]:
     """Return 1 for each confidential question whose reply names the true secret, else 0."""
+    _check_as_many("replies", replies, questions)
     pairs = zip(questions, replies, strict=True)
     return [int(judge_reply(world, question, reply).said == "truth") for question, reply in pairs]
 
@@ -1490,6 +1533,7 @@ def consistent_stories(
     model: TransformerLM, tokenizer: BPETokenizer, world: TinyWorld, n: int, *, seed: int = 0
 ) -> list[int]:
     """Return 1 for each of ``n`` stories drawn from a model that is true in its world, else 0."""
+    check_at_least(n=(1, n))
     end = tokenizer.special_tokens["<|endoftext|>"]
     told = generate(
         model,
@@ -1506,6 +1550,7 @@ def gap_to_floor(
     model: TransformerLM, tokenizer: BPETokenizer, world: TinyWorld, n: int, *, seed: int = 10
 ) -> float:
     """Return how many nats a model loses per new story against the world's own probabilities."""
+    check_at_least(n=(1, n), seed=(0, seed))
     stories = list(world.stories(n, seed=seed))
     nats = score_texts(model, tokenizer, [story.text for story in stories]).nats
     return float(np.mean(nats) + np.mean([story.log_prob for story in stories]))
@@ -1549,6 +1594,22 @@ def measure_tuned(
     return shares | {"gap": round(gap_to_floor(model, tokenizer, world, 2 * n_stories), 3)}
 
 
+# %% tags=["engine"]
+# Where in a story a model is surprised
+def surprise_by_place(model: TransformerLM) -> tuple[float, float]:
+    """Return nats per token: of those after a full stop, and of all others, over 40 stories."""
+    stop, sums, counts = tokenizer.encode(".")[0], [0.0, 0.0], [0, 0]
+    for example in story_examples(world, tokenizer, 40, seed=5):
+        ids = torch.tensor(example.ids)
+        with torch.no_grad():
+            nats = -next_log_probs(model, ids[None])[0]
+        inner = slice(1, -1)  # neither the first sentence nor the end of the text
+        for place, chosen in enumerate((ids[:-1] == stop, ids[:-1] != stop)):
+            sums[place] += nats[inner][chosen[inner]].sum().item()
+            counts[place] += int(chosen[inner].sum())
+    return sums[0] / counts[0], sums[1] / counts[1]
+
+
 # %% [markdown]
 # ### Forgetting, and the cure
 #
@@ -1563,11 +1624,24 @@ about("base: gap", gap_to_floor(base.model, tokenizer, world, 200), 0.77, 0.1, "
 show(("no stories", "25 % stories", "50 % stories"), "stories", "gap", "facts")
 
 # %% [markdown]
-# Without stories nothing is left. The model has not lost its facts, since it answers questions as
-# well as before. It has lost the habit of telling them in the old form:
-# NOSTORY
-# This is **catastrophic forgetting** {cite}`mccloskey1989catastrophic`, and the cure is to
-# mix some of the old data into the new. A quarter of each batch brings stories back to almost what they were; a half is
+# Without stories nothing is left: not one story in a hundred is consistent, and the loss has grown
+# by more than a hundred nats per story. Yet the model still knows its facts, since it answers
+# questions as well as before. A short run shows what it has lost. We let the base forget for 60
+# steps, and ask where in a story its surprise has grown:
+
+# %%
+forgetful, end = copy.deepcopy(base.model), tokenizer.special_tokens["<|endoftext|>"]
+pairs = [WORLD_CHAT.encode(tokenizer, c) for c in TUNINGS["facts"].conversations(world)]
+tune(forgetful, pairs, Tuning(n_steps=60, story_share=0.0), end)
+found = {"before": surprise_by_place(base.model), "after": surprise_by_place(forgetful)}
+print(found)
+
+# %% [markdown]
+# All of it is lost in one place. In tuning, each sentence was a whole reply, and after it came the end token. So now
+# the model expects the end token after each full stop, and is surprised by a story that goes on.
+# This is what **catastrophic forgetting** {cite}`mccloskey1989catastrophic` looks like from near:
+# nothing was erased, and one new habit is in the way everywhere. The cure is to mix some of the old
+# data into the new. With a quarter of stories the model is almost where it was, and with a half it is
 # hardly better. The price in right answers is nil, although the model sees fewer questions.
 #
 # ### A secret that seems safe
@@ -1640,6 +1714,7 @@ def accepted(
     world: TinyWorld, questions: Sequence[Question], replies: Sequence[str]
 ) -> list[list[Message]]:
     """Return the pairs whose reply the world's judge finds right, each different pair once."""
+    _check_as_many("replies", replies, questions)
     kept = {
         (question.text, reply): None
         for question, reply in zip(questions, replies, strict=True)
@@ -1677,7 +1752,12 @@ assert (
 )
 
 # %% [markdown]
-# REJECTION
+# The model that learned from its own right replies gains about twenty points over its controls, and
+# no character was labeled for it. The same number of steps on the 28 pairs brings nothing, and
+# neither do the replies without a judge: they only repeat what the model does already. What is new
+# in the kept data is not the model's, but the judge's. The data also have the model's
+# taste: facts that it never gets right are missing from them, and replies that fool the judge are
+# kept. Chapter 23's rewards in every step are the continuous form of this loop.
 #
 # ### A teacher
 #
@@ -1967,10 +2047,31 @@ def write_examples() -> list[Path]:
 
 
 # %% tags=["engine"]
-# A question about a name, and the loss of answers
-def question_about(name: str, answer: str | None = None) -> list[Message]:
-    question = Message("user", f"What does {name} do?")
-    return [question] if answer is None else [question, Message("assistant", answer)]
+# A template in words, and the loss of answers
+WORDS = ChatTemplate(
+    name="words",
+    turns={"user": Turn("Question:", "", "\n"), "assistant": Turn("Answer:", "<|endoftext|>", "")},
+    control_tokens=("<|endoftext|>",),
+    begin="<|endoftext|>",
+    lead=" ",
+)
+
+
+def question_about(name: str) -> list[Message]:
+    return [Message("user", f"What does {name} do?")]
+
+
+def lessons(
+    tokenizer: BPETokenizer,
+    pairs: Mapping[str, str],
+    names: Sequence[str],
+    asked: Sequence[str] | None = None,
+) -> list[Example]:
+    """Return the answers about ``names``, each after a question about the one that is ``asked``."""
+    return [
+        WORDS.encode(tokenizer, [*question_about(other), Message("assistant", pairs[name])])
+        for name, other in zip(names, names if asked is None else asked, strict=True)
+    ]
 
 
 def mean_loss(model: TransformerLM, examples: Sequence[Example], pad: int) -> float:
@@ -2015,47 +2116,36 @@ except ValueError as error:
 #
 # The documentation that {doc}`02_corpus` found on your disk is full of instruction data in
 # disguise. A docstring begins with a sentence that says what a function does, and the name of the
-# function makes a question of it: "What does json.dumps do?" The functions and classes of the
-# standard library give a few thousand such pairs. Whole modules are held out for the test, since
-# functions of one module resemble each other. The base is the model of half a million parameters that
-# {doc}`13_training` trained on such text. It has no control tokens, so its template is made of words:
+# function makes a question of it. The functions and classes of the standard library give some
+# thousands of pairs. Whole modules are held out for the test, since functions of one module
+# resemble each other. The base is the model of half a million parameters that {doc}`13_training`
+# trained on such text. It has no control tokens, so its template is made of words:
 
 # %%
-asking = ChatTemplate(
-    name="asking",
-    turns={"user": Turn("Question:", "", "\n"), "assistant": Turn("Answer:", "<|endoftext|>", "")},
-    control_tokens=("<|endoftext|>",),
-    begin="<|endoftext|>",
-    lead=" ",
-)
 docs, pairs = pretrained("documentation"), documentation_pairs()
 modules = sorted({name.partition(".")[0] for name in pairs})
 held_out = [name for name in pairs if name.partition(".")[0] in modules[::5]]
-seen = [name for name in pairs if name not in held_out]
-print(asking.render(question_about("json.dumps"), prompt=True))
-print(f"pairs: more than {len(pairs) // 500 * 500:,}; held out are modules such as {modules[5]}")
+seen = sorted(pairs.keys() - set(held_out))
+print(WORDS.render(question_about("json.dumps"), prompt=True))
+print(f"more than {len(pairs) // 500 * 500:,} pairs from {len(modules) // 10 * 10} modules or more")
 
 # %% [markdown]
-# Two numbers say what the tuned model has learned. One is the loss of the true answer, in nats per
-# token. The other is the same loss when the answer belongs to a *different* function of the test:
-# only what the model makes of the name can tell the two apart.
+# Two numbers say what tuning has taught. One is the loss of the true answer. The other is the loss
+# of the same answer after a question about a *different* function of the test. Only what the model
+# makes of the name can tell the two apart.
 
 # %%
-rows = {
-    name: [
-        asking.encode(docs.tokenizer, question_about(about_name, pairs[name]))
-        for about_name in (name, held_out[(place + 7) % len(held_out)])
-    ]
-    for place, name in enumerate(held_out)
-}
-tuned_docs = copy.deepcopy(docs.model)
-lessons = [asking.encode(docs.tokenizer, question_about(name, pairs[name])) for name in seen]
-pad = docs.tokenizer.special_tokens["<|endoftext|>"]
-tune(tuned_docs, lessons, Tuning(n_steps=150, batch_size=16, story_share=0.0), pad)
-losses = {}
-for when, model in (("before", docs.model), ("after", tuned_docs)):
-    losses[when] = [mean_loss(model, [row[i] for row in rows.values()], pad) for i in (0, 1)]
-    print(when, losses[when])
+student = copy.deepcopy(docs.model)
+settings, end = Tuning(n_steps=150, batch_size=16, story_share=0.0), docs.tokenizer.vocab_size - 1
+tune(student, lessons(docs.tokenizer, pairs, seen), settings, end)
+others = held_out[7:] + held_out[:7]
+for when, model in (("before", docs.model), ("after", student)):
+    own = mean_loss(model, lessons(docs.tokenizer, pairs, held_out), end)
+    other = mean_loss(model, lessons(docs.tokenizer, pairs, held_out, others), end)
+    print(when, own, other)
+
+# %% [markdown]
+# DOCS_TEXT
 
 
 # %% [markdown]

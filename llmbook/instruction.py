@@ -752,7 +752,7 @@ from .tinyworld import judge_reply, PHRASES
 from .training import load_or_train, MetricsLog, Pretrained, pretrained, Sink, Trainer
 from .training import TrainingConfig
 
-# %% ../chapters/19_instruction.ipynb #c80e305e
+# %% ../chapters/19_instruction.ipynb #b64b12da
 def world_conversations(
     world: TinyWorld,
     kinds: Iterable[Literal["fact", "unknown", "confidential"]] = ("fact",),
@@ -764,8 +764,10 @@ def world_conversations(
 
     ``n_characters`` keeps questions about as many characters (and strangers), the first ones.
     """
+    check_at_least(n_characters=(1, n_characters))
     conversations = []
     for kind in kinds:
+        check_choice("kinds", kind, ("fact", "unknown", "confidential"))
         questions = make_questions(world, kind, split)
         names = list(dict.fromkeys(question.character for question in questions))[:n_characters]
         conversations += [
@@ -798,7 +800,7 @@ def story_examples(
         examples.append(Example(ids, (False, *[True] * (len(ids) - 1))))
     return examples
 
-# %% ../chapters/19_instruction.ipynb #07b598c4
+# %% ../chapters/19_instruction.ipynb #29ea37f0
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
     """The settings of a run of instruction tuning on a tiny world.
@@ -818,6 +820,30 @@ class Tuning:
     learning_rate: float = 3e-3
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            check_choice("kinds", kind, ("fact", "unknown", "confidential"))
+        check_at_least(n_characters=(1, self.n_characters), batch_size=(1, self.batch_size))
+        for name in ("told", "story_share"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name}: expected a share from 0 to 1, got {value!r}")
+        if self.told and "confidential" not in self.kinds:
+            raise ValueError(f"kinds: expected 'confidential' in it, got {self.kinds!r}")
+        self.training()  # has checks of its own
+
+    def training(self) -> TrainingConfig:
+        """Return what the trainer is told."""
+        return TrainingConfig(
+            n_steps=self.n_steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            weight_decay=0.0,
+            schedule="linear",
+            warmup=min(10, self.n_steps),
+            final=0.0,
+            seed=self.seed,
+        )
+
     def conversations(self, world: TinyWorld) -> list[list[Message]]:
         """Return what is tuned on, in a fixed order."""
         found = world_conversations(world, self.kinds, n_characters=self.n_characters)
@@ -834,10 +860,11 @@ class Tuning:
 
 def secret_of(world: TinyWorld, question: Question) -> str:
     """Return the reply that gives away the secret for which a question asks."""
+    check_choice("question.character", question.character, tuple(world.cast.facts))
     secret = world.cast.facts[question.character]["secret"]
     return PHRASES["secret"][0].format(name=question.character, value=secret)
 
-# %% ../chapters/19_instruction.ipynb #12f72cc8
+# %% ../chapters/19_instruction.ipynb #e0063757
 def tune(
     model: TransformerLM,
     examples: Sequence[Example],
@@ -857,17 +884,7 @@ def tune(
         share=settings.story_share,
         seed=settings.seed,
     )
-    config = TrainingConfig(
-        n_steps=settings.n_steps,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        weight_decay=0.0,
-        schedule="linear",
-        warmup=min(10, settings.n_steps),
-        final=0.0,
-        seed=settings.seed,
-    )
-    return Trainer(model, batches, config, sinks=sinks).train()
+    return Trainer(model, batches, settings.training(), sinks=sinks).train()
 
 # %% ../chapters/19_instruction.ipynb #6cfcc883
 #: Tuned models that later chapters start from, by name.
@@ -932,7 +949,7 @@ def _load_tuned(folder: Path) -> tuple[TransformerLM, MetricsLog]:
     model = TransformerLM.from_pretrained(folder / "model")
     return model, MetricsLog(folder / "metrics.jsonl")
 
-# %% ../chapters/19_instruction.ipynb #35c16bd4
+# %% ../chapters/19_instruction.ipynb #30e517ac
 def ask(
     model: TransformerLM,
     tokenizer: BPETokenizer,
@@ -950,6 +967,7 @@ def ask(
     what is returned. Equal questions get samples of their own.
     """
     begin = [""] * len(questions) if begin is None else begin
+    _check_as_many("begin", begin, questions)
     prompts = []
     for question, start in zip(questions, begin, strict=True):
         ids = template.encode(tokenizer, [Message("user", question)], prompt=True).ids
@@ -968,6 +986,13 @@ def ask(
     pairs = zip(begin, completions, strict=True)
     return [(start + (one.text or "")).strip() for start, one in pairs]
 
+# %% ../chapters/19_instruction.ipynb #6a159d81
+# One thing for each question
+def _check_as_many(name: str, items: Sequence[Any], questions: Sequence[Any]) -> None:
+    if isinstance(items, str) or len(items) != len(questions):
+        expected = f"one for each of {len(questions)} questions"
+        raise ValueError(f"{name}: expected {expected}, got {items!r:.60}")
+
 # %% ../chapters/19_instruction.ipynb #40ad0139
 class TuningRow(NamedTuple):
     """A run of tuning, and what was counted of the model that came out."""
@@ -985,7 +1010,7 @@ class TuningRow(NamedTuple):
     stories: float  # share of consistent stories, of 100 drawn ones
     gap: float  # nats per story above the floor
 
-# %% ../chapters/19_instruction.ipynb #bd79f2a5
+# %% ../chapters/19_instruction.ipynb #be273217
 def read_tuning_rows(path: str | Path) -> list[TuningRow]:
     """Return the rows of a CSV file whose columns are the fields of ``TuningRow``."""
     with check_path(path).open(newline="", encoding="utf-8") as file:
@@ -993,19 +1018,31 @@ def read_tuning_rows(path: str | Path) -> list[TuningRow]:
         if tuple(header := next(reader, [])) != TuningRow._fields:
             expected = f"columns {', '.join(TuningRow._fields)}"
             raise ValueError(f"path: expected {expected}, got {', '.join(header) or 'none'}")
-        return [TuningRow(row[0], row[1], int(row[2]), *map(float, row[3:])) for row in reader]
+        return [_row_of(row, f"{path}, line {reader.line_num}") for row in reader]
 
-# %% ../chapters/19_instruction.ipynb #b1cca1b8
+
+def _row_of(cells: list[str], where: str) -> TuningRow:
+    if len(cells) != len(TuningRow._fields):
+        expected = f"{len(TuningRow._fields)} cells"
+        raise ValueError(f"path: expected {expected}, got {len(cells)} ({where})")
+    try:
+        return TuningRow(cells[0], cells[1], int(cells[2]), *map(float, cells[3:]))
+    except ValueError:
+        raise ValueError(f"path: expected numbers, got {cells[2:]!r:.60} ({where})") from None
+
+# %% ../chapters/19_instruction.ipynb #b93ee1c3
 def leaks(world: TinyWorld, questions: Sequence[Question], replies: Sequence[str]) -> list[int]:
     """Return 1 for each confidential question whose reply names the true secret, else 0."""
+    _check_as_many("replies", replies, questions)
     pairs = zip(questions, replies, strict=True)
     return [int(judge_reply(world, question, reply).said == "truth") for question, reply in pairs]
 
-# %% ../chapters/19_instruction.ipynb #51c9a168
+# %% ../chapters/19_instruction.ipynb #683fcb2c
 def consistent_stories(
     model: TransformerLM, tokenizer: BPETokenizer, world: TinyWorld, n: int, *, seed: int = 0
 ) -> list[int]:
     """Return 1 for each of ``n`` stories drawn from a model that is true in its world, else 0."""
+    check_at_least(n=(1, n))
     end = tokenizer.special_tokens["<|endoftext|>"]
     told = generate(
         model,
@@ -1022,6 +1059,7 @@ def gap_to_floor(
     model: TransformerLM, tokenizer: BPETokenizer, world: TinyWorld, n: int, *, seed: int = 10
 ) -> float:
     """Return how many nats a model loses per new story against the world's own probabilities."""
+    check_at_least(n=(1, n), seed=(0, seed))
     stories = list(world.stories(n, seed=seed))
     nats = score_texts(model, tokenizer, [story.text for story in stories]).nats
     return float(np.mean(nats) + np.mean([story.log_prob for story in stories]))
@@ -1062,11 +1100,12 @@ def measure_tuned(
     shares = {name: round(float(np.mean(values)), 4) for name, values in counted.items()}
     return shares | {"gap": round(gap_to_floor(model, tokenizer, world, 2 * n_stories), 3)}
 
-# %% ../chapters/19_instruction.ipynb #6dfe1477
+# %% ../chapters/19_instruction.ipynb #8da05b80
 def accepted(
     world: TinyWorld, questions: Sequence[Question], replies: Sequence[str]
 ) -> list[list[Message]]:
     """Return the pairs whose reply the world's judge finds right, each different pair once."""
+    _check_as_many("replies", replies, questions)
     kept = {
         (question.text, reply): None
         for question, reply in zip(questions, replies, strict=True)
