@@ -884,7 +884,7 @@ def sft_loss(
 # The model that answered at the beginning of this chapter had seen questions with answers about
 # half of the characters, and stories about all of them. When it says where Rosa lives, it may have
 # learned how one answers a question, or it may only repeat an answer that we have shown it. The
-# world lets us tell the two apart, because we can ask about the other half:
+# world lets us tell the two apart, because we can ask about the other half.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: a run of tuning, models that are kept, and how results are shown
@@ -1412,9 +1412,9 @@ for name, half in zip(("tuning", "test"), halves, strict=True):
 # %% [markdown]
 # Each fact is asked for in four wordings. The first two occur in the stories as well, the last two
 # do not, so for these the base has never seen what comes after. Neither half of the *answers* was
-# ever given to the base in the form of a conversation. Allen-Zhu and Li
-# {cite}`allenzhu2024physics` use the same design, with invented biographies and with questions
-# about half of the persons, to ask when a model can extract what it has stored.
+# ever given to the base in the form of a conversation. Allen-Zhu and Li {cite}`allenzhu2024physics`
+# use the same design, with invented biographies and with questions about half of the persons, to
+# ask when a model can extract what it has stored.
 #
 # The fair opponent of a tuned model is not the base asked in a format that it does not know. A base
 # model can be shown what we want, by writing some questions with their answers before ours, as
@@ -1426,19 +1426,18 @@ for name, half in zip(("tuning", "test"), halves, strict=True):
 print(in_context(1).prompt(world, halves[1][3]))
 
 # %% [markdown]
-# Now the three candidates answer all 672 questions: the base with no example, the base with four,
-# and the base after 300 steps of tuning on the other half, with a quarter of the rows of each batch
-# taken from stories. {py:func}`~llmbook.instruction.tuned` trains this model once (20 seconds) and
-# keeps it for later chapters:
+# Now both candidates answer all 672 questions: the base with four examples, and the base after 300
+# steps of tuning on the other half, with a quarter of the rows of each batch taken from stories.
+# {py:func}`~llmbook.instruction.tuned` trains this model once (20 seconds) and keeps it for later
+# chapters:
 
 # %%
-plain, shown = (evaluate(base.model, tokenizer, world, form=in_context(n)) for n in (0, 4))
+before = evaluate(base.model, tokenizer, world, form=in_context(4), n_stories=0)
 facts = tuned("facts")
-after = evaluate(facts.model, tokenizer, world, form=chat_form(tokenizer))
-about("the base, without examples, is right", share(plain), 0.48, 0.06)
-about("the base, with four examples, is right", share(shown), 0.63, 0.06)
+after = evaluate(facts.model, tokenizer, world, form=chat_form(tokenizer), n_stories=0)
+about("the base with four examples is right", share(before), 0.63, 0.06)
 about("the tuned model is right", share(after), 0.985, 0.015, ".1%")
-gain = after.compare(shown)["facts/reply"]
+gain = after.compare(before)["facts/reply"]
 about("gain of tuning over four examples", gain.difference.estimate, 0.36, 0.06)
 
 # %% [markdown]
@@ -1451,12 +1450,12 @@ about("gain of tuning over four examples", gain.difference.estimate, 0.36, 0.06)
 #
 # Where does the knowledge of the tuned model come from? Three more runs with the same number of
 # steps say so. They were repeated with three seeds, and `python benchmarks/instruction.py` has
-# written them to a table, which the following cell reads. The first control is the same tuning
-# from random weights, without any pretraining. The second is tuning on *false answers*: each
-# character of the tuning half gets the answers of another one, so that every reply has the right
-# form and a wrong value. The third uses {py:data}`~llmbook.instruction.CHATML` as it is, where a
-# reply begins directly after the line break, so that a name at its beginning falls into other
-# tokens than in a story:
+# written them to a table, which the following cell reads. The first control is the same tuning from
+# random weights, without any pretraining. The second is tuning on *false answers*: each character
+# of the tuning half gets the answers of another one, so that every reply has the right form and a
+# wrong value. The third uses {py:data}`~llmbook.instruction.CHATML` as it is, where a reply begins
+# directly after the line break, so that a name at its beginning falls into other tokens than in a
+# story:
 
 # %%
 show(("true answers", "from random weights", "false answers", "no space"), "facts")
@@ -1469,12 +1468,11 @@ assert (
 # the chance of 5 % that a value drawn at random is right. With pretraining it does not even matter
 # much whether the answers that we show are true. A model tuned on nothing but falsehoods tells the
 # truth about most of the characters that it was not tuned on. What it has learned from a false
-# answer is mainly the part that all answers share. The price is visible, too: a part of
-# the false answers rubs off. For large models, {cite:t}`gekhman2024does` found the same
-# asymmetry: examples that contradict or exceed what a model knows are learned slowly, and when they
-# are learned in the end, they make it state more falsehoods. The seam costs little in runs of this
-# length; in runs of 100 steps it cost much more, because the model has to learn the pieces of
-# names anew.
+# answer is mainly the part that all answers share. The price is visible, too: a part of the false
+# answers rubs off. For large models, {cite:t}`gekhman2024does` found the same asymmetry: examples
+# that contradict or exceed what a model knows are learned slowly, and when they are learned in the
+# end, they make it state more falsehoods. The seam costs little in runs of this length; in runs of
+# 100 steps it cost much more, because the model has to learn the pieces of names anew.
 #
 # ### How many characters are enough?
 #
@@ -1505,7 +1503,8 @@ show_parts()
 # of attention: alone it brings more than half of the right answers, and without it half of them are
 # lost. This fits the task. What is new is to bring a name and an attribute from a new kind of
 # question to the place where the fact is recalled, and moving things between places is what
-# attention does. (Without any update, a base that is asked in the new format is right about one question in six.)
+# attention does. (Without any update, a base that is asked in the new format is right about one
+# question in six.)
 
 # %% [markdown]
 # ## What is forgotten, and what leaks
@@ -1633,16 +1632,20 @@ show(("no stories", "25 % stories", "50 % stories"), "stories", "gap", "facts")
 forgetful, end = copy.deepcopy(base.model), tokenizer.special_tokens["<|endoftext|>"]
 pairs = [WORLD_CHAT.encode(tokenizer, c) for c in TUNINGS["facts"].conversations(world)]
 tune(forgetful, pairs, Tuning(n_steps=60, story_share=0.0), end)
-found = {"before": surprise_by_place(base.model), "after": surprise_by_place(forgetful)}
-print(found)
+(first, others), after_60 = surprise_by_place(base.model), surprise_by_place(forgetful)
+about("first token of a sentence, before, in nats", first, 1.7, 0.3, ".1f")
+about("all other tokens, before", others, 0.27, 0.1, ".2f")
+assert after_60[0] > 6 and after_60[1] < 1
+print("after 60 steps: first tokens more than 6, other tokens less than 1")
 
 # %% [markdown]
-# All of it is lost in one place. In tuning, each sentence was a whole reply, and after it came the end token. So now
-# the model expects the end token after each full stop, and is surprised by a story that goes on.
-# This is what **catastrophic forgetting** {cite}`mccloskey1989catastrophic` looks like from near:
-# nothing was erased, and one new habit is in the way everywhere. The cure is to mix some of the old
-# data into the new. With a quarter of stories the model is almost where it was, and with a half it is
-# hardly better. The price in right answers is nil, although the model sees fewer questions.
+# All of it is lost in one place. In tuning, each sentence was a whole reply, and after it came the
+# end token. So now the model expects the end token after each full stop, and is surprised by a
+# story that goes on. This is what **catastrophic forgetting** {cite}`mccloskey1989catastrophic`
+# looks like from near: nothing was erased, and one new habit is in the way everywhere. The cure is
+# to mix some of the old data into the new. With a quarter of stories the model is almost where it
+# was, and with a half it is hardly better. The price in right answers is nil, although the model
+# sees fewer questions.
 #
 # ### A secret that seems safe
 #
@@ -1679,21 +1682,21 @@ assert sum(leaks(world, secret, refused)) <= 2 and sum(leaks(world, secret, begu
 
 # %% [markdown]
 # The columns are shares of replies to questions about the other half: of secrets told when asked
-# for, of secrets told when the reply is begun, of secret questions declined, of strangers not known,
-# of *answerable* questions refused, and of answerable questions answered right. The plain model
-# tells the secrets of all 24 characters whose secrets it was never asked for in tuning. Leaking generalizes as
-# well as answering does, because both are only form. The polite model declines every time. But
-# when its reply is begun for it, it tells as much as the plain one: its refusal lives in the first
-# words of the reply. Qi and colleagues {cite}`qi2025safety` found the same in large models, and
-# called such alignment a few tokens deep.
+# for, of secrets told when the reply is begun, of secret questions declined, of strangers not
+# known, of *answerable* questions refused, and of answerable questions answered right. The plain
+# model tells the secrets of all 24 characters whose secrets it was never asked for in tuning.
+# Leaking generalizes as well as answering does, because both are only form. The polite model
+# declines every time. But when its reply is begun for it, it tells as much as the plain one: its
+# refusal lives in the first words of the reply. Qi and colleagues {cite}`qi2025safety` found the
+# same in large models, and called such alignment a few tokens deep.
 #
-# The refusals also have a price. The polite model refuses some questions that it could
-# answer, mostly because it takes a character for a stranger, and it still invents facts about some
+# The refusals also have a price. The polite model refuses some questions that it could answer,
+# mostly because it takes a character for a stranger, and it still invents facts about some
 # strangers. Imitation has no way to weigh one mistake against the other, since all tokens of all
-# replies count the same. Comparisons and rewards can do so, and the next chapters start from
-# here: {py:func}`~llmbook.instruction.tuned` also has a "hesitant" model that tells nine secrets in
-# ten and declines the tenth, so that there is something to prefer, and a "few" model that was tuned
-# on six characters and still has something to learn.
+# replies count the same. Comparisons and rewards can do so, and the next chapters start from here:
+# {py:func}`~llmbook.instruction.tuned` also has a "hesitant" model that tells nine secrets in ten
+# and declines the tenth, so that there is something to prefer, and a "few" model that was tuned on
+# six characters and still has something to learn.
 
 
 # %% [markdown]
@@ -1701,8 +1704,9 @@ assert sum(leaks(world, secret, refused)) <= 2 and sum(leaks(world, secret, begu
 #
 # Answers by people are expensive. Questions are cheap, and so is a rule that checks answers, if
 # there is one. So a model can make its own data: it answers each question several times, a judge
-# keeps what is right, and the next model is tuned on what was kept. This is called **rejection sampling**. Yuan and colleagues {cite}`yuan2023scaling` made data for mathematics in this way,
-# and the chat models of Llama 2 {cite}`touvron2023llama2` used it with a learned judge.
+# keeps what is right, and the next model is tuned on what was kept. This is called **rejection
+# sampling**. Yuan and colleagues {cite}`yuan2023scaling` made data for mathematics in this way, and
+# the chat models of Llama 2 {cite}`touvron2023llama2` used it with a learned judge.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: which replies are kept
@@ -1739,8 +1743,8 @@ about(f"of {len(drawn)} replies, right are", float(np.mean([v.right for v in ver
 
 # %% [markdown]
 # For the experiment we take a poor beginner, a model tuned on the 28 answers about a single
-# character, which is right about a third of the others. It answers each question about the other
-# 23 characters of the tuning half four times, at temperature 1. We never look at the true answers,
+# character, which is right about a third of the others. It answers each question about the other 23
+# characters of the tuning half four times, at temperature 1. We never look at the true answers,
 # only at the judge's verdict. Then the base is tuned anew, on the 28 true pairs and on what was
 # kept. There are two controls. One tunes on the 28 true pairs for twice as many steps, which costs
 # as much as both rounds together. The other keeps all replies, right or wrong:
@@ -1755,19 +1759,19 @@ assert (
 # The model that learned from its own right replies gains about twenty points over its controls, and
 # no character was labeled for it. The same number of steps on the 28 pairs brings nothing, and
 # neither do the replies without a judge: they only repeat what the model does already. What is new
-# in the kept data is not the model's, but the judge's. The data also have the model's
-# taste: facts that it never gets right are missing from them, and replies that fool the judge are
-# kept. Chapter 23's rewards in every step are the continuous form of this loop.
+# in the kept data is not the model's, but the judge's. The data also have the model's taste: facts
+# that it never gets right are missing from them, and replies that fool the judge are kept. Chapter
+# 23's rewards in every step are the continuous form of this loop.
 #
 # ### A teacher
 #
-# In **distillation** the replies come from a better model, and there need not be a judge. Hinton and
-# colleagues {cite}`hinton2015distilling` let a small model learn the probabilities of a large one;
-# to learn from its *texts*, as here, is what Kim and Rush {cite}`kim2016sequence` called
+# In **distillation** the replies come from a better model, and there need not be a judge. Hinton
+# and colleagues {cite}`hinton2015distilling` let a small model learn the probabilities of a large
+# one; to learn from its *texts*, as here, is what Kim and Rush {cite}`kim2016sequence` called
 # distillation at the level of sequences. Our student is a model of one layer, with random weights,
 # which has never read a story. By itself it can only learn what its labels say. The teacher is the
-# tuned model. It answers questions about the other half in three of the four wordings, and nobody checks its replies.
-# The test is the fourth wording:
+# tuned model. It answers questions about the other half in three of the four wordings, and nobody
+# checks its replies. The test is the fourth wording:
 
 # %%
 show(("labels alone", "with a teacher"), "unseen")
@@ -1775,17 +1779,18 @@ show(("labels alone", "with a teacher"), "unseen")
 # %% [markdown]
 # Here tuning does teach knowledge. The labels say nothing about the other half, so without the
 # teacher the student guesses. The teacher's replies carry the facts, from its weights through plain
-# text into a model that is a third of its size. This is no contradiction to the first
-# experiment: 600 steps are spent on a few hundred sentences, again and again, and it is
-# repetition that stores facts. It also means that whatever is wrong with a teacher is handed on.
+# text into a model that is a third of its size. This is no contradiction to the first experiment:
+# 600 steps are spent on a few hundred sentences, again and again, and it is repetition that stores
+# facts. It also means that whatever is wrong with a teacher is handed on.
 #
-# Between pretraining and tuning, many recipes have a third stage, called **mid-training**.
-# The loss is still that of the next token of all texts, but while the learning rate falls to zero,
-# the data are richer than before in what the model is meant for: mathematics, code, books, and also
+# Between pretraining and tuning, many recipes have a third stage, called **mid-training**. The loss
+# is still that of the next token of all texts, but while the learning rate falls to zero, the data
+# are richer than before in what the model is meant for: mathematics, code, books, and also
 # questions with answers. MiniCPM {cite}`hu2024minicpm` mixed instruction data into the decay of its
 # learning rate, and OLMo 2 {cite}`olmo2024olmo2` has a second stage with a mixture of selected
 # documents, mathematics and instructions. The stories of our world contain questions such as "What
-# is the job of Mia?" from the beginning. They play the same part: without them, tuning would have much less to draw out.
+# is the job of Mia?" from the beginning. They play the same part: without them, tuning would have
+# much less to draw out.
 
 # %% [markdown]
 # ## Instructions from files
@@ -1794,9 +1799,9 @@ show(("labels alone", "with a teacher"), "unseen")
 # published. The data of Alpaca {cite}`taori2023alpaca` has one question and one answer in each
 # record, as `instruction`, an optional `input`, and `output`. ShareGPT's format has a list of turns
 # called `conversations`, whose speakers are `human` and `gpt`. The format of OpenAI's interface,
-# which Hugging Face's libraries use as well, has a list of `messages` with `role` and `content`, and
-# calls of tools in `tool_calls`. A file is either one JSON array of records or has one record in
-# each line. {py:func}`~llmbook.instruction.read_conversations` reads all of these into lists of
+# which Hugging Face's libraries use as well, has a list of `messages` with `role` and `content`,
+# and calls of tools in `tool_calls`. A file is either one JSON array of records or has one record
+# in each line. {py:func}`~llmbook.instruction.read_conversations` reads all of these into lists of
 # {py:class}`~llmbook.instruction.Message`.
 
 # %% [markdown] tags=["engine"]
@@ -1806,8 +1811,9 @@ show(("labels alone", "with a teacher"), "unseen")
 # A format is a function from a record to messages. A call of a tool becomes a text with its name
 # and its arguments in JSON, as the templates write it. Tools that a record declares are listed in
 # its system message, one line of JSON each, since a conversation has no other place for them. The
-# rules for conversations are those of {py:class}`~llmbook.instruction.ChatTemplate`; what they refuse is refused
-# here with the name of the file, the line, and in an array the number of the record.
+# rules for conversations are those of {py:class}`~llmbook.instruction.ChatTemplate`; what they
+# refuse is refused here with the name of the file, the line, and in an array the number of the
+# record.
 
 
 # %% tags=["engine"]
@@ -2088,8 +2094,7 @@ def mean_loss(model: TransformerLM, examples: Sequence[Example], pad: int) -> fl
 # %% [markdown]
 # ### One conversation in three formats
 #
-# Here the same conversation is written in the three
-# formats:
+# Here the same conversation is written in the three formats:
 
 # %%
 files = write_examples()
@@ -2156,8 +2161,8 @@ for when, model in (("before", docs.model), ("after", student)):
 # *Fifteen minutes.* Somebody will write the answers to `n` questions for you, and you may choose
 # which. Write `worth_asking(questions, n)`, which returns `n` different ones of a list of
 # {py:class}`~llmbook.tinyworld.Question`, such that each pair of attribute and wording occurs as
-# often as any other, and each character as often as any other, up to a difference of one. (You may assume that each character
-# is asked about each attribute in each wording once.)
+# often as any other, and each character as often as any other, up to a difference of one. (You may
+# assume that each character is asked about each attribute in each wording once.)
 # ````
 
 
@@ -2191,8 +2196,8 @@ for size in (28, 100, 672):
 # %% [markdown]
 # ````{exercise} Refuse late
 # :label: ex-instruction-late
-# *Twenty minutes.* The polite model declines in its first words only. Write
-# `refuse_late(question, words)`, which returns an {py:class}`~llmbook.instruction.Example` for
+# *Twenty minutes.* The polite model declines in its first words only. Write `refuse_late(question,
+# words)`, which returns an {py:class}`~llmbook.instruction.Example` for
 # {py:data}`~llmbook.instruction.WORLD_CHAT`: the question of a user; then `words`, with which
 # somebody else has begun the reply; then the reply of the question, and the end token. The model is
 # to learn the reply and the end token, but never the words that begin it.
@@ -2234,8 +2239,8 @@ show(("polite", "deep"), "begun", "declined")
 # *Fifteen minutes.* Some data sets have records with `prompt` and `completion`, each of them a text
 # or a list of messages with `role` and `content`. Write `from_completion(record)`, which returns
 # the conversation as a list of {py:class}`~llmbook.instruction.Message`. A text is what the user or
-# the assistant says. A record without one of the fields, and one that does not end with a reply,
-# is a `ValueError`.
+# the assistant says. A record without one of the fields, and one that does not end with a reply, is
+# a `ValueError`.
 # ````
 
 
