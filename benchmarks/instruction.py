@@ -154,6 +154,8 @@ def deep(seed: int) -> TransformerLM:
     return model
 
 
+#: What is run after all else.
+LAST = ("hesitant", "deep", "84 pairs of 24 characters", "no space, 100 steps", "space, 100 steps")
 LABELED = 1  # characters whose answers are given
 FEW = Tuning(n_characters=LABELED)
 
@@ -215,17 +217,17 @@ def main(names: Sequence[str]) -> None:
     rows = {row[:3]: row for row in read_tuning_rows(TABLE)} if TABLE.exists() else {}
     rows = dict[Any, TuningRow](rows)
     jobs = [*tunings(), *own_data()]
-    for seed in (0, 1, 2):
-        for experiment, variant, make in jobs:
-            if (experiment, variant, seed) in rows or (names and experiment not in names):
-                continue
-            template = PLAIN_CHATML if variant.startswith("no space") else WORLD_CHAT
-            numbers = measure_tuned(make(seed), TOKENIZER, WORLD, template=template)
-            rows[experiment, variant, seed] = row = TuningRow(experiment, variant, seed, **numbers)
-            with whole_file(TABLE) as draft, draft.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerows([TuningRow._fields, *sorted(rows.values())])
-            print(row, flush=True)
+    plan = [(seed, *job) for seed in (0, 1, 2) for job in jobs]
+    for seed, experiment, variant, make in sorted(plan, key=lambda item: item[2] in LAST):
+        if (experiment, variant, seed) in rows or (names and experiment not in names):
+            continue
+        template = PLAIN_CHATML if variant.startswith("no space") else WORLD_CHAT
+        numbers = measure_tuned(make(seed), TOKENIZER, WORLD, template=template)
+        rows[experiment, variant, seed] = row = TuningRow(experiment, variant, seed, **numbers)
+        with whole_file(TABLE) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows([TuningRow._fields, *sorted(rows.values())])
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

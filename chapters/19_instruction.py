@@ -1442,9 +1442,7 @@ about("gain of tuning over four examples", gain.difference.estimate, 0.36, 0.06)
 
 # %% [markdown]
 # Tuning wins by a wide margin, on characters for which it has shown no answer. (Values that depend
-# on training are printed with a range, and the cell fails if they lie outside.) With examples in
-# the context the base often answers with the value of one of the examples; it takes them for
-# content, where we meant them as form.
+# on training are printed with a range, and the cell fails if they lie outside.) About a quarter of the wrong replies of the base name a wrong value, and the rest name no value that could be an answer. Examples in the context cannot make up for a form that was never learned.
 #
 # ### Three controls
 #
@@ -1459,6 +1457,7 @@ about("gain of tuning over four examples", gain.difference.estimate, 0.36, 0.06)
 
 # %%
 show(("true answers", "from random weights", "false answers", "no space"), "facts")
+show(("100 steps", "100 steps, no space"), "facts")
 assert (
     gain.p_value < 0.01 and abs(share(after) - over_seeds("true answers", "facts").estimate) < 0.02
 )
@@ -1760,8 +1759,7 @@ assert (
 # no character was labeled for it. The same number of steps on the 28 pairs brings nothing, and
 # neither do the replies without a judge: they only repeat what the model does already. What is new
 # in the kept data is not the model's, but the judge's. The data also have the model's taste: facts
-# that it never gets right are missing from them, and replies that fool the judge are kept. Chapter
-# 23's rewards in every step are the continuous form of this loop.
+# that it never gets right are missing from them, and replies that fool the judge are kept. Rewards in every step, which come later in this part, are the continuous form of this loop.
 #
 # ### A teacher
 #
@@ -1779,9 +1777,8 @@ show(("labels alone", "with a teacher"), "unseen")
 # %% [markdown]
 # Here tuning does teach knowledge. The labels say nothing about the other half, so without the
 # teacher the student guesses. The teacher's replies carry the facts, from its weights through plain
-# text into a model that is a third of its size. This is no contradiction to the first experiment:
-# 600 steps are spent on a few hundred sentences, again and again, and it is repetition that stores
-# facts. It also means that whatever is wrong with a teacher is handed on.
+# text into a model of half its size. This is no contradiction to the first experiment:
+# 600 steps of 32 rows show each of the 1,176 pairs about sixteen times, and a model of this size can learn them by heart. It also means that whatever is wrong with a teacher is handed on.
 #
 # Between pretraining and tuning, many recipes have a third stage, called **mid-training**. The loss
 # is still that of the next token of all texts, but while the learning rate falls to zero, the data
@@ -1789,8 +1786,7 @@ show(("labels alone", "with a teacher"), "unseen")
 # questions with answers. MiniCPM {cite}`hu2024minicpm` mixed instruction data into the decay of its
 # learning rate, and OLMo 2 {cite}`olmo2024olmo2` has a second stage with a mixture of selected
 # documents, mathematics and instructions. The stories of our world contain questions such as "What
-# is the job of Mia?" from the beginning. They play the same part: without them, tuning would have
-# much less to draw out.
+# is the job of Mia?" from the beginning. They play the same part.
 
 # %% [markdown]
 # ## Instructions from files
@@ -2132,7 +2128,8 @@ modules = sorted({name.partition(".")[0] for name in pairs})
 held_out = [name for name in pairs if name.partition(".")[0] in modules[::5]]
 seen = sorted(pairs.keys() - set(held_out))
 print(WORDS.render(question_about("json.dumps"), prompt=True))
-print(f"more than {len(pairs) // 500 * 500:,} pairs from {len(modules) // 10 * 10} modules or more")
+assert len(pairs) > 2000 and len(modules) > 100
+print(f"some thousands of pairs, from {len(modules) // 100}00 modules or more")
 
 # %% [markdown]
 # Two numbers say what tuning has taught. One is the loss of the true answer. The other is the loss
@@ -2141,17 +2138,25 @@ print(f"more than {len(pairs) // 500 * 500:,} pairs from {len(modules) // 10 * 1
 
 # %%
 student = copy.deepcopy(docs.model)
-settings, end = Tuning(n_steps=150, batch_size=16, story_share=0.0), docs.tokenizer.vocab_size - 1
+settings, end = Tuning(n_steps=100, batch_size=16, story_share=0.0), docs.tokenizer.vocab_size - 1
 tune(student, lessons(docs.tokenizer, pairs, seen), settings, end)
 others = held_out[7:] + held_out[:7]
-for when, model in (("before", docs.model), ("after", student)):
-    own = mean_loss(model, lessons(docs.tokenizer, pairs, held_out), end)
-    other = mean_loss(model, lessons(docs.tokenizer, pairs, held_out, others), end)
-    print(when, own, other)
+own, other = (
+    [mean_loss(model, lessons(docs.tokenizer, pairs, held_out, about), end) for about in asked_of]
+    for model, asked_of in ((docs.model, (None, others)), (student, (None, others)))
+)
+print(own, other)
+questions = [question_about(name)[0].content for name in held_out[::8]]
+replies = [ask(m, docs.tokenizer, questions, template=WORDS) for m in (docs.model, student)]
+print(
+    [np.mean([r.endswith(".") for r in rs]) for rs in replies],
+    [len(set(rs)) / len(rs) for rs in replies],
+    [np.mean([r in set(pairs.values()) for r in rs]) for rs in replies],
+    Counter(r.split()[0] for r in replies[1] if r).most_common(3),
+)
 
 # %% [markdown]
 # DOCS_TEXT
-
 
 # %% [markdown]
 # ## Exercises

@@ -51,7 +51,7 @@ def end(tokenizer: BPETokenizer) -> int:
 
 def new_model(tokenizer: BPETokenizer) -> TransformerLM:
     torch.manual_seed(0)
-    sizes = {"context_length": 128, "d_model": 16, "n_layers": 1, "n_heads": 2}
+    sizes = {"context_length": 256, "d_model": 16, "n_layers": 1, "n_heads": 2}
     return TransformerLM(ModelConfig(vocab_size=tokenizer.vocab_size, **sizes))
 
 
@@ -207,10 +207,6 @@ def test_replies_depend_on_beginning_and_seed(tokenizer):
 
 def test_a_reply_that_was_begun_goes_on_from_the_beginning(tokenizer):
     prompts = []
-
-    class Spy:
-        def __init__(self, model: TransformerLM) -> None:
-            self.model = model
 
     from llmbook import instruction
 
