@@ -1565,7 +1565,7 @@ def measure_tuned(
     n_stories: int = 100,
 ) -> dict[str, float]:
     """Return the numbers of a ``TuningRow``, of the likeliest replies about the other half."""
-    kinds = ("fact", "unknown", "confidential")
+    kinds: list[Literal["fact", "unknown", "confidential"]] = ["fact", "unknown", "confidential"]
     asked = {kind: make_questions(world, kind, "held_out") for kind in kinds}
     said = {}
     for kind, questions in asked.items():
@@ -1578,7 +1578,7 @@ def measure_tuned(
     replies = ask(model, tokenizer, texts, template=template, begin=begin)
     wordings = [question.wording for question in asked["fact"]]
     unseen = [v.right for v, wording in zip(facts, wordings, strict=True) if wording == 3]
-    counted = {
+    counted: dict[str, Sequence[float]] = {
         "facts": [verdict.right for verdict in facts],
         "unseen": unseen,
         "refused": [verdict.said in ("unknown", "declined") for verdict in facts],
@@ -1608,6 +1608,20 @@ def surprise_by_place(model: TransformerLM) -> tuple[float, float]:
     return sums[0] / counts[0], sums[1] / counts[1]
 
 
+# %% tags=["engine"]
+# A short run without stories
+def show_forgetting(n_steps: int) -> None:
+    """Tune a copy of the base without stories, and print where it is surprised by stories."""
+    model, end = copy.deepcopy(base.model), tokenizer.special_tokens["<|endoftext|>"]
+    pairs = [WORLD_CHAT.encode(tokenizer, c) for c in world_conversations(world)]
+    tune(model, pairs, Tuning(n_steps=n_steps, story_share=0.0), end)
+    (first, others), after = surprise_by_place(base.model), surprise_by_place(model)
+    about("first token of a sentence, before, in nats", first, 1.7, 0.3, ".1f")
+    about("all other tokens, before", others, 0.27, 0.1, ".2f")
+    assert after[0] > 6 and after[1] < 1
+    print(f"after {n_steps} steps: first tokens more than 6, other tokens less than 1")
+
+
 # %% [markdown]
 # ### Forgetting, and the cure
 #
@@ -1628,14 +1642,7 @@ show(("no stories", "25 % stories", "50 % stories"), "stories", "gap", "facts")
 # steps, and ask where in a story its surprise has grown:
 
 # %%
-forgetful, end = copy.deepcopy(base.model), tokenizer.special_tokens["<|endoftext|>"]
-pairs = [WORLD_CHAT.encode(tokenizer, c) for c in TUNINGS["facts"].conversations(world)]
-tune(forgetful, pairs, Tuning(n_steps=60, story_share=0.0), end)
-(first, others), after_60 = surprise_by_place(base.model), surprise_by_place(forgetful)
-about("first token of a sentence, before, in nats", first, 1.7, 0.3, ".1f")
-about("all other tokens, before", others, 0.27, 0.1, ".2f")
-assert after_60[0] > 6 and after_60[1] < 1
-print("after 60 steps: first tokens more than 6, other tokens less than 1")
+show_forgetting(n_steps=60)
 
 # %% [markdown]
 # All of it is lost in one place. In tuning, each sentence was a whole reply, and after it came the
@@ -1888,9 +1895,9 @@ def _records(text: str, name: str) -> Iterator[tuple[str, Any]]:
             raise ValueError(expected) from None
 
     if not text.lstrip().startswith("["):
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"{name}, line {number}", parsed(line, number)
+        for number, row in enumerate(text.split("\n"), 1):
+            if row.strip():
+                yield f"{name}, line {number}", parsed(row, number)
         return
     parsed(text, 1)  # from here on it is known to be correct
     decoder, blank = json.JSONDecoder(), re.compile(r"[\s,]*")
@@ -2087,6 +2094,38 @@ def mean_loss(model: TransformerLM, examples: Sequence[Example], pad: int) -> fl
     return total / count
 
 
+# %% tags=["engine"]
+# What is shown of them: no sentence of anybody else
+def split_by_module(pairs: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Return the names of four modules in five, and of the others."""
+    modules = sorted({name.partition(".")[0] for name in pairs})
+    held_out = [name for name in pairs if name.partition(".")[0] in modules[::5]]
+    return sorted(pairs.keys() - set(held_out)), held_out
+
+
+def show_documentation(
+    docs: Pretrained, student: TransformerLM, pairs: Mapping[str, str], names: list[str]
+) -> None:
+    """Print losses of true answers, and what kind of replies there are."""
+    end, others = docs.tokenizer.special_tokens["<|endoftext|>"], names[7:] + names[:7]
+    own, other = (lessons(docs.tokenizer, pairs, names, asked) for asked in (names, others))
+    before, after = (mean_loss(model, own, end) for model in (docs.model, student))
+    about("loss before tuning, in nats per token", before, 4.4, 0.4, ".1f")
+    about("gained by tuning", before - after, 0.35, 0.2, ".2f")
+    about("for the right name", mean_loss(student, other, end) - after, 0.01, 0.04, ".2f")
+    questions = [question_about(name)[0].content for name in names[::8]]
+    for when, model in (("before", docs.model), ("after", student)):
+        said = ask(model, docs.tokenizer, questions, template=WORDS)
+        print(
+            "RAW",
+            when,
+            np.mean([r.endswith(".") for r in said]),
+            len(set(said)) / len(said),
+            np.mean([r in set(pairs.values()) for r in said]),
+            Counter(r.split()[0] for r in said if r).most_common(3),
+        )
+
+
 # %% [markdown]
 # ### One conversation in three formats
 #
@@ -2124,12 +2163,10 @@ except ValueError as error:
 
 # %%
 docs, pairs = pretrained("documentation"), documentation_pairs()
-modules = sorted({name.partition(".")[0] for name in pairs})
-held_out = [name for name in pairs if name.partition(".")[0] in modules[::5]]
-seen = sorted(pairs.keys() - set(held_out))
+seen, held_out = split_by_module(pairs)
 print(WORDS.render(question_about("json.dumps"), prompt=True))
-assert len(pairs) > 2000 and len(modules) > 100
-print(f"some thousands of pairs, from {len(modules) // 100}00 modules or more")
+assert len(pairs) > 2000 and len(held_out) > 200
+print("pairs: some thousands to tune on, some hundreds of other modules for the test")
 
 # %% [markdown]
 # Two numbers say what tuning has taught. One is the loss of the true answer. The other is the loss
@@ -2137,23 +2174,10 @@ print(f"some thousands of pairs, from {len(modules) // 100}00 modules or more")
 # makes of the name can tell the two apart.
 
 # %%
-student = copy.deepcopy(docs.model)
-settings, end = Tuning(n_steps=100, batch_size=16, story_share=0.0), docs.tokenizer.vocab_size - 1
+student, end = copy.deepcopy(docs.model), docs.tokenizer.special_tokens["<|endoftext|>"]
+settings = Tuning(n_steps=100, batch_size=16, story_share=0.0)
 tune(student, lessons(docs.tokenizer, pairs, seen), settings, end)
-others = held_out[7:] + held_out[:7]
-own, other = (
-    [mean_loss(model, lessons(docs.tokenizer, pairs, held_out, about), end) for about in asked_of]
-    for model, asked_of in ((docs.model, (None, others)), (student, (None, others)))
-)
-print(own, other)
-questions = [question_about(name)[0].content for name in held_out[::8]]
-replies = [ask(m, docs.tokenizer, questions, template=WORDS) for m in (docs.model, student)]
-print(
-    [np.mean([r.endswith(".") for r in rs]) for rs in replies],
-    [len(set(rs)) / len(rs) for rs in replies],
-    [np.mean([r in set(pairs.values()) for r in rs]) for rs in replies],
-    Counter(r.split()[0] for r in replies[1] if r).most_common(3),
-)
+show_documentation(docs, student, pairs, held_out)
 
 # %% [markdown]
 # DOCS_TEXT

@@ -1064,7 +1064,7 @@ def gap_to_floor(
     nats = score_texts(model, tokenizer, [story.text for story in stories]).nats
     return float(np.mean(nats) + np.mean([story.log_prob for story in stories]))
 
-# %% ../chapters/19_instruction.ipynb #3b2f7e9f
+# %% ../chapters/19_instruction.ipynb #ee6ade7e
 def measure_tuned(
     model: TransformerLM,
     tokenizer: BPETokenizer,
@@ -1074,7 +1074,7 @@ def measure_tuned(
     n_stories: int = 100,
 ) -> dict[str, float]:
     """Return the numbers of a ``TuningRow``, of the likeliest replies about the other half."""
-    kinds = ("fact", "unknown", "confidential")
+    kinds: list[Literal["fact", "unknown", "confidential"]] = ["fact", "unknown", "confidential"]
     asked = {kind: make_questions(world, kind, "held_out") for kind in kinds}
     said = {}
     for kind, questions in asked.items():
@@ -1087,7 +1087,7 @@ def measure_tuned(
     replies = ask(model, tokenizer, texts, template=template, begin=begin)
     wordings = [question.wording for question in asked["fact"]]
     unseen = [v.right for v, wording in zip(facts, wordings, strict=True) if wording == 3]
-    counted = {
+    counted: dict[str, Sequence[float]] = {
         "facts": [verdict.right for verdict in facts],
         "unseen": unseen,
         "refused": [verdict.said in ("unknown", "declined") for verdict in facts],
@@ -1169,7 +1169,7 @@ def read_conversations(path: str | Path, format: Format | None = None) -> list[l
         raise ValueError(f"path: expected at least one conversation, got none in {str(path)!r}")
     return conversations
 
-# %% ../chapters/19_instruction.ipynb #7a90459e
+# %% ../chapters/19_instruction.ipynb #00004b21
 # Where each record stands
 def _records(text: str, name: str) -> Iterator[tuple[str, Any]]:
     """Yield the place and the value of each record of a JSON array, or of lines of JSON."""
@@ -1184,9 +1184,9 @@ def _records(text: str, name: str) -> Iterator[tuple[str, Any]]:
             raise ValueError(expected) from None
 
     if not text.lstrip().startswith("["):
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"{name}, line {number}", parsed(line, number)
+        for number, row in enumerate(text.split("\n"), 1):
+            if row.strip():
+                yield f"{name}, line {number}", parsed(row, number)
         return
     parsed(text, 1)  # from here on it is known to be correct
     decoder, blank = json.JSONDecoder(), re.compile(r"[\s,]*")
