@@ -1169,7 +1169,7 @@ def read_conversations(path: str | Path, format: Format | None = None) -> list[l
         raise ValueError(f"path: expected at least one conversation, got none in {str(path)!r}")
     return conversations
 
-# %% ../chapters/19_instruction.ipynb #00004b21
+# %% ../chapters/19_instruction.ipynb #e5441761
 # Where each record stands
 def _records(text: str, name: str) -> Iterator[tuple[str, Any]]:
     """Yield the place and the value of each record of a JSON array, or of lines of JSON."""
@@ -1199,7 +1199,8 @@ def _records(text: str, name: str) -> Iterator[tuple[str, Any]]:
         record, at = decoder.raw_decode(text, at)
         yield f"{name}, record {number}, line {line}", record
 
-
+# %% ../chapters/19_instruction.ipynb #38006079
+# What a file holds
 def _format_of(record: Any, where: str) -> Format:
     for format, name in _FIELDS.items():
         if isinstance(record, dict) and name in record:
@@ -1215,7 +1216,7 @@ def _shown(value: Any) -> str:
         else f"{value!r:.60}"
     )
 
-# %% ../chapters/19_instruction.ipynb #01110e4c
+# %% ../chapters/19_instruction.ipynb #b8f3a4a1
 # What the records hold
 def _converted(record: Any, format: str) -> list[Message]:
     """Return the messages of one record."""
@@ -1241,7 +1242,8 @@ def _converted(record: Any, format: str) -> list[Message]:
         system.insert(0, messages.pop(0).content)
     return [Message("system", "\n".join(system)), *messages]
 
-
+# %% ../chapters/19_instruction.ipynb #3ffe65a5
+# Fields of a record
 def _text(record: Mapping[str, Any], name: str, default: str | None = None) -> str:
     """Return a field that holds a text; None stands for the default."""
     value = record.get(name)
@@ -1254,7 +1256,7 @@ def _text(record: Mapping[str, Any], name: str, default: str | None = None) -> s
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
-# %% ../chapters/19_instruction.ipynb #5d08a42a
+# %% ../chapters/19_instruction.ipynb #79862c62
 # Turns of the two formats that have any
 def _role(turn: Any, name: str, format: str) -> str:
     if not isinstance(turn, dict):
@@ -1285,7 +1287,8 @@ def _message_turn(turn: Any) -> Message:
         content = ""
     return Message(role, _text({"content": content}, "content"), thinking, calls)
 
-
+# %% ../chapters/19_instruction.ipynb #44e9929a
+# A call of a tool as text
 def _call(call: Any) -> str:
     """Return a call as JSON with name and arguments, which may come as a text of JSON."""
     function = call.get("function", call) if isinstance(call, dict) else None
@@ -1299,7 +1302,7 @@ def _call(call: Any) -> str:
             raise ValueError(f"expected arguments in JSON, got {arguments!r:.60}") from None
     return _json({"name": function["name"], "arguments": arguments})
 
-# %% ../chapters/19_instruction.ipynb #d96a8ab4
+# %% ../chapters/19_instruction.ipynb #02546ed3
 # Pairs of the documentation on disk
 def documentation_pairs(packages: str | Iterable[str] = "stdlib") -> dict[str, str]:
     """Return what the documentation of installed packages says of public functions and classes.
@@ -1312,7 +1315,8 @@ def documentation_pairs(packages: str | Iterable[str] = "stdlib") -> dict[str, s
         about, first = document.metadata, _SENTENCE.match(document.text)
         public = about["name"] and not about["name"].rpartition(".")[2].startswith("_")
         if public and first and first[0] not in found:
-            module = about["path"].partition("/")[2].removesuffix(".py").removesuffix("/__init__")
+            module = about["path"].removeprefix("stdlib/").removesuffix(".py")
+            module = module.removesuffix("/__init__")
             found[first[0]] = f"{module.replace('/', '.')}.{about['name']}"
     return {name: sentence for sentence, name in found.items()}
 
