@@ -1454,9 +1454,10 @@ about("gain of tuning over four examples", gain.difference.estimate, 0.36, 0.06)
 #
 # ### Three controls
 #
-# Where does the knowledge of the tuned model come from? Three more runs with the same number of
-# steps say so. They were repeated with three seeds, and `python benchmarks/instruction.py` has
-# written them to a table, which the following cell reads. The first control is the same tuning from
+# Where does the knowledge of the tuned model come from? Three
+# more runs with the same number of steps say so. They were repeated with three seeds, and `python
+# benchmarks/instruction.py` has written them to a table, which the following cell reads. (Intervals
+# over so few seeds are wide.) The first control is the same tuning from
 # random weights, without any pretraining. The second is tuning on *false answers*: each character
 # of the tuning half gets the answers of another one, so that every reply has the right form and a
 # wrong value. The third uses {py:data}`~llmbook.instruction.CHATML` as it is, where a reply begins
@@ -1478,8 +1479,9 @@ assert (
 # answer is mainly the part that all answers share. The price is visible, too: a part of the false
 # answers rubs off. For large models, {cite:t}`gekhman2024does` found the same asymmetry: examples
 # that contradict or exceed what a model knows are learned slowly, and when they are learned in the
-# end, they make it state more falsehoods. The seam costs little in runs of this length; in runs of
-# 100 steps it cost much more, because the model has to learn the pieces of names anew.
+# end, they make it state more falsehoods. The missing space costs two
+# or three points in runs of this length. At 100 steps it costs more on average, but seeds differ so
+# much that three of them do not settle it.
 #
 # ### How many characters are enough?
 #
@@ -1765,9 +1767,8 @@ about(f"of {len(drawn)} replies, right are", float(np.mean([v.right for v in ver
 
 # %%
 show(tuple(ROWS)[-6:-2], "facts")
-assert (
-    over_seeds("and own right replies", "facts").low > over_seeds("28 true pairs", "facts").estimate
-)
+right, *others = (over_seeds(row, "facts").estimate for row in tuple(ROWS)[-3:-7:-1])
+assert right > max(others) + 0.1
 
 # %% [markdown]
 # The model that learned from its own right replies gains about twenty points over its controls, and
