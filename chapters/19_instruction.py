@@ -943,6 +943,8 @@ def world_conversations(
 #| export
 def chat_form(tokenizer: BPETokenizer, template: ChatTemplate = WORLD_CHAT) -> QuestionForm:
     """Return how chapter 16's ``evaluate`` puts a question to a tuned model: as a conversation."""
+    if not isinstance(tokenizer, BPETokenizer):
+        raise ValueError(f"tokenizer: expected a BPETokenizer, got {tokenizer!r:.60}")
 
     def prompt(world: TinyWorld, question: Question) -> tuple[int, ...]:
         return template.encode(tokenizer, [Message("user", question.text)], prompt=True).ids
@@ -988,6 +990,8 @@ class Tuning:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.kinds, tuple) or not self.kinds:
+            raise ValueError(f"kinds: expected a tuple of some, got {self.kinds!r:.60}")
         for kind in self.kinds:
             check_choice("kinds", kind, ("fact", "unknown", "confidential"))
         check_at_least(n_characters=(1, self.n_characters), batch_size=(1, self.batch_size))
@@ -1025,6 +1029,8 @@ class Tuning:
         return found
 
 
+# %% tags=["engine"]
+#| export
 def secret_of(world: TinyWorld, question: Question) -> str:
     """Return the reply that gives away the secret for which a question asks."""
     check_choice("question.character", question.character, tuple(world.cast.facts))
@@ -1141,6 +1147,8 @@ def ask(
     With ``begin``, the model has to go on with these beginnings of its replies, which are part of
     what is returned. Equal questions get samples of their own.
     """
+    if isinstance(questions, str) or not len(questions):
+        raise ValueError(f"questions: expected at least one text, got {questions!r:.60}")
     begin = [""] * len(questions) if begin is None else begin
     _check_as_many("begin", begin, questions)
     prompts = []
@@ -1575,6 +1583,7 @@ def measure_tuned(
     n_stories: int = 100,
 ) -> dict[str, float]:
     """Return the numbers of a ``TuningRow``, of the likeliest replies about the other half."""
+    check_at_least(n_stories=(1, n_stories))
     kinds: list[Literal["fact", "unknown", "confidential"]] = ["fact", "unknown", "confidential"]
     asked = {kind: make_questions(world, kind, "held_out") for kind in kinds}
     said = {}
@@ -2137,7 +2146,7 @@ def show_documentation(
     questions = [question_about(name)[0].content for name in names[::8]]
     for when, model, expected, off in (
         ("before", docs.model, 0.25, 0.25),
-        ("after", student, 0.95, 0.05),
+        ("after", student, 0.95, 0.051),
     ):
         said = ask(model, docs.tokenizer, questions, template=WORDS)
         ended = float(np.mean([reply.endswith(".") for reply in said]))

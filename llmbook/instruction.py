@@ -777,9 +777,11 @@ def world_conversations(
         ]
     return conversations
 
-# %% ../chapters/19_instruction.ipynb #2094ee84
+# %% ../chapters/19_instruction.ipynb #1447ebe4
 def chat_form(tokenizer: BPETokenizer, template: ChatTemplate = WORLD_CHAT) -> QuestionForm:
     """Return how chapter 16's ``evaluate`` puts a question to a tuned model: as a conversation."""
+    if not isinstance(tokenizer, BPETokenizer):
+        raise ValueError(f"tokenizer: expected a BPETokenizer, got {tokenizer!r:.60}")
 
     def prompt(world: TinyWorld, question: Question) -> tuple[int, ...]:
         return template.encode(tokenizer, [Message("user", question.text)], prompt=True).ids
@@ -800,7 +802,7 @@ def story_examples(
         examples.append(Example(ids, (False, *[True] * (len(ids) - 1))))
     return examples
 
-# %% ../chapters/19_instruction.ipynb #29ea37f0
+# %% ../chapters/19_instruction.ipynb #12e69c08
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
     """The settings of a run of instruction tuning on a tiny world.
@@ -821,6 +823,8 @@ class Tuning:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.kinds, tuple) or not self.kinds:
+            raise ValueError(f"kinds: expected a tuple of some, got {self.kinds!r:.60}")
         for kind in self.kinds:
             check_choice("kinds", kind, ("fact", "unknown", "confidential"))
         check_at_least(n_characters=(1, self.n_characters), batch_size=(1, self.batch_size))
@@ -857,7 +861,7 @@ class Tuning:
             found[places[i]] = [ask, Message("assistant", secrets[ask.content])]
         return found
 
-
+# %% ../chapters/19_instruction.ipynb #ffd78e1c
 def secret_of(world: TinyWorld, question: Question) -> str:
     """Return the reply that gives away the secret for which a question asks."""
     check_choice("question.character", question.character, tuple(world.cast.facts))
@@ -949,7 +953,7 @@ def _load_tuned(folder: Path) -> tuple[TransformerLM, MetricsLog]:
     model = TransformerLM.from_pretrained(folder / "model")
     return model, MetricsLog(folder / "metrics.jsonl")
 
-# %% ../chapters/19_instruction.ipynb #30e517ac
+# %% ../chapters/19_instruction.ipynb #deb2b98f
 def ask(
     model: TransformerLM,
     tokenizer: BPETokenizer,
@@ -966,6 +970,8 @@ def ask(
     With ``begin``, the model has to go on with these beginnings of its replies, which are part of
     what is returned. Equal questions get samples of their own.
     """
+    if isinstance(questions, str) or not len(questions):
+        raise ValueError(f"questions: expected at least one text, got {questions!r:.60}")
     begin = [""] * len(questions) if begin is None else begin
     _check_as_many("begin", begin, questions)
     prompts = []
@@ -1064,7 +1070,7 @@ def gap_to_floor(
     nats = score_texts(model, tokenizer, [story.text for story in stories]).nats
     return float(np.mean(nats) + np.mean([story.log_prob for story in stories]))
 
-# %% ../chapters/19_instruction.ipynb #ee6ade7e
+# %% ../chapters/19_instruction.ipynb #6f9e796c
 def measure_tuned(
     model: TransformerLM,
     tokenizer: BPETokenizer,
@@ -1074,6 +1080,7 @@ def measure_tuned(
     n_stories: int = 100,
 ) -> dict[str, float]:
     """Return the numbers of a ``TuningRow``, of the likeliest replies about the other half."""
+    check_at_least(n_stories=(1, n_stories))
     kinds: list[Literal["fact", "unknown", "confidential"]] = ["fact", "unknown", "confidential"]
     asked = {kind: make_questions(world, kind, "held_out") for kind in kinds}
     said = {}
