@@ -1462,15 +1462,14 @@ about("gain of tuning over four examples", gain.difference.estimate, 0.36, 0.06)
 #
 # ### Three controls
 #
-# Where does the knowledge of the tuned model come from? Three
-# more runs with the same number of steps say so. They were repeated with three seeds, and `python
-# benchmarks/instruction.py` has written them to a table, which the following cell reads. (Intervals
-# over so few seeds are wide.) The first control is the same tuning from
-# random weights, without any pretraining. The second is tuning on *false answers*: each character
-# of the tuning half gets the answers of another one, so that every reply has the right form and a
-# wrong value. The third uses {py:data}`~llmbook.instruction.CHATML` as it is, where a reply begins
-# directly after the line break, so that a name at its beginning falls into other tokens than in a
-# story:
+# Where does the knowledge of the tuned model come from? Three more runs with the same number of
+# steps say so. They were repeated with three seeds, and `python benchmarks/instruction.py` has
+# written them to a table, which the following cell reads. (Intervals over so few seeds are wide.)
+# The first control is the same tuning from random weights, without any pretraining. The second is
+# tuning on *false answers*: each character of the tuning half gets the answers of another one, so
+# that every reply has the right form and a wrong value. The third uses
+# {py:data}`~llmbook.instruction.CHATML` as it is, where a reply begins directly after the line
+# break, so that a name at its beginning falls into other tokens than in a story:
 
 # %%
 show(("true answers", "from random weights", "false answers", "no space"), "facts")
@@ -1487,8 +1486,9 @@ assert (
 # answer is mainly the part that all answers share. The price is visible, too: a part of the false
 # answers rubs off. For large models, {cite:t}`gekhman2024does` found the same asymmetry: examples
 # that contradict or exceed what a model knows are learned slowly, and when they are learned in the
-# end, they make it state more falsehoods. The missing space costs about four points in runs of this length. At 100 steps it costs more on average, but seeds differ so
-# much that three of them do not settle it.
+# end, they make it state more falsehoods. The missing space costs about four points in runs of this
+# length. At 100 steps it costs more on average, but seeds differ so much that three of them do not
+# settle it.
 #
 # ### How many characters are enough?
 #
@@ -1499,7 +1499,8 @@ assert (
 draw_tuning()
 
 # %% [markdown]
-# Three characters, 84 pairs, bring the model to about 90 %, and eight times as many pairs add less than ten points. One character is not enough: its 28 answers can also be learned by heart, and
+# Three characters, 84 pairs, bring the model to about 90 %, and eight times as many pairs add less
+# than ten points. One character is not enough: its 28 answers can also be learned by heart, and
 # nothing tells the model that the value should depend on the name. Zhou and colleagues
 # {cite}`zhou2023lima` tuned a model of 65 billion parameters on 1,000 examples, and called their
 # conclusion the *superficial alignment hypothesis*: knowledge and abilities come almost entirely
@@ -1708,9 +1709,10 @@ assert sum(leaks(world, secret, refused)) <= 2 and sum(leaks(world, secret, begu
 # for, of secrets told when the reply is begun, of secret questions declined, of strangers not
 # known, of *answerable* questions refused, and of answerable questions answered right. The plain
 # model tells the secrets of all 24 characters whose secrets it was never asked for in tuning.
-# Leaking generalizes as well as answering does, because both are only form. The polite model declines nearly every time. But when its reply is begun for it, it tells as much as the plain one: its
-# refusal lives in the first words of the reply. Qi and colleagues {cite}`qi2025safety` found the
-# same in large models, and called such alignment a few tokens deep.
+# Leaking generalizes as well as answering does, because both are only form. The polite model
+# declines nearly every time. But when its reply is begun for it, it tells as much as the plain one:
+# its refusal lives in the first words of the reply. Qi and colleagues {cite}`qi2025safety` found
+# the same in large models, and called such alignment a few tokens deep.
 #
 # The refusals also have a price. The polite model refuses some questions that it could answer,
 # mostly because it takes a character for a stranger, and it still invents facts about some
@@ -1777,8 +1779,8 @@ right, *others = (over_seeds(row, "facts").estimate for row in tuple(ROWS)[-3:-7
 assert right > max(others) + 0.1
 
 # %% [markdown]
-# The model that learned from its own right replies gains more than twenty points over its controls, and
-# no character was labeled for it. The same number of steps on the 28 pairs brings nothing, and
+# The model that learned from its own right replies gains more than twenty points over its controls,
+# and no character was labeled for it. The same number of steps on the 28 pairs brings nothing, and
 # neither do the replies without a judge: they only repeat what the model does already. What is new
 # in the kept data is not the model's, but the judge's. The data also have the model's taste: facts
 # that it never gets right are missing from them, and replies that fool the judge are kept. Rewards
