@@ -449,7 +449,7 @@ def conversation() -> list[Any]:
 
 def tuning_call() -> dict[str, Any]:
     example = instruction.WORLD_CHAT.encode(chat_bpe(), conversation())
-    settings = instruction.Tuning(n_steps=1, batch_size=4)
+    settings = instruction.Tuning(n_steps=1, batch_size=4, story_share=0.0)
     made = {"examples": [example], "settings": settings, "pad_id": 0}
     return {"model": chatting()["model"], **made}
 
