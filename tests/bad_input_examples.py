@@ -108,6 +108,8 @@ NOT_TRIED = {
     "attention.LayerCache",
     "blocks.Routing",
     "generation.GenerationOptions",  # the options of generate, which are tried there
+    "instruction.Tuned",
+    "instruction.tuned",  # trains for 20 seconds: tests/test_instruction_runs.py
     # They need other processes: tests/test_distributed_trainer.py has them.
     "distributed.Ranks",
     "distributed.shard_by_torch",
@@ -472,6 +474,45 @@ def scaling_fit() -> Any:
     return scaling.fit_scaling_law(**scaling_design(), n_bootstrap=2)
 
 
+@functools.cache
+def chat_bpe() -> tokenizer.BPETokenizer:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    return tokenizer.train_bpe(texts(), 290, special_tokens=special)
+
+
+def chatting() -> dict[str, Any]:
+    """A model that nobody has trained, with a tokenizer for conversations."""
+    sizes = {"vocab_size": chat_bpe().vocab_size, "context_length": 256}
+    return {"model": model.TransformerLM(config(**sizes)), "tokenizer": chat_bpe()}
+
+
+def conversation() -> list[Any]:
+    return [instruction.Message("user", "Who?"), instruction.Message("assistant", "I.")]
+
+
+def tuning_call() -> dict[str, Any]:
+    example = instruction.WORLD_CHAT.encode(chat_bpe(), conversation())
+    settings = instruction.Tuning(n_steps=1, batch_size=4, story_share=0.0)
+    made = {"examples": [example], "settings": settings, "pad_id": 0}
+    return {"model": chatting()["model"], **made}
+
+
+def tuning_table() -> str:
+    row = instruction.TuningRow("a", "b", 0, *[0.5] * 9)
+    path = f"tunings-{next(numbers)}.csv"
+    with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
+        file.write(",".join(row._fields) + "\n" + ",".join(map(str, row)))
+    return path
+
+
+def alpaca_file() -> str:
+    return written("alpaca.json", b'[{"instruction": "Who?", "output": "I."}]')
+
+
+def secret_question() -> tinyworld.Question:
+    return tinyworld.make_questions(world(), "confidential", "tuning")[0]
+
+
 Arguments = dict[str, Any] | Callable[[], dict[str, Any]]
 
 
@@ -487,6 +528,28 @@ def alone() -> dict[str, Any]:
 IDS = torch.zeros(4, 8, dtype=torch.int64)
 
 EXAMPLES: dict[str, Arguments] = {
+    "instruction.world_conversations": {},
+    "instruction.chat_form": lambda: {"tokenizer": chat_bpe()},
+    "instruction.story_examples": lambda: {"tokenizer": chat_bpe(), "n": 2},
+    "instruction.Tuning": {},
+    "instruction.secret_of": lambda: {"question": secret_question()},
+    "instruction.tune": tuning_call,
+    "instruction.ask": lambda: chatting() | {"questions": ["Who?"], "max_new_tokens": 2},
+    "instruction.TuningRow": {
+        **dict.fromkeys(("experiment", "variant"), "a"),
+        **dict.fromkeys(
+            "facts unseen refused unknown declined told begun stories gap".split(), 0.5
+        ),
+        "seed": 0,
+    },
+    "instruction.read_tuning_rows": lambda: {"path": tuning_table()},
+    "instruction.leaks": lambda: {"questions": [secret_question()], "replies": ["No."]},
+    "instruction.consistent_stories": lambda: chatting() | {"n": 1},
+    "instruction.gap_to_floor": lambda: chatting() | {"n": 1},
+    "instruction.measure_tuned": lambda: chatting() | {"n_stories": 1},
+    "instruction.accepted": lambda: {"questions": [question()], "replies": ["No."]},
+    "instruction.read_conversations": lambda: {"path": alpaca_file()},
+    "instruction.documentation_pairs": {"packages": "json"},
     "environment.check_choice": {"argument": "x", "value": "a", "choices": ("a", "b")},
     "environment.check_fraction": {"argument": "x", "value": 0.5},
     "environment.check_text": {"value": "a text"},
