@@ -11,32 +11,44 @@ __all__ = ['FOLLOWS', 'CHATML', 'WORLD_CHAT', 'LLAMA3', 'ALPACA', 'TUNINGS', 'Fo
            'TuningRow', 'read_tuning_rows', 'leaks', 'consistent_stories', 'gap_to_floor', 'measure_tuned', 'accepted',
            'read_conversations', 'documentation_pairs']
 
-# %% ../chapters/19_instruction.ipynb #0eba05d0
+# %% ../chapters/19_instruction.ipynb #462430ce
 # The imports of the module
 import copy
+import csv
 import html
+import itertools
+import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+import re
+
+# %% ../chapters/19_instruction.ipynb #c458efbd
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from hashlib import blake2b
 from itertools import chain, groupby
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, cast, Literal, NamedTuple
 
+# %% ../chapters/19_instruction.ipynb #87dae6c5
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import nn, Tensor
 
-# %% ../chapters/19_instruction.ipynb #2e8792df
+# %% ../chapters/19_instruction.ipynb #f5fbb5a7
 # What it takes from earlier chapters
 from .batches import Batch, best_fit, permuted, ResumableBatches
-from .environment import check_at_least, check_choice, check_fraction
-from .environment import check_whole
-from .evaluation import QuestionForm
-from .model import TransformerLM
-from .tinyworld import make_questions, Question, TinyWorld
+from .corpus import decode_text, read_installed_docs
+from .environment import check_at_least, check_choice, check_fraction, check_path
+from .environment import check_text, check_whole
+from .evaluation import QuestionForm, score_texts
+from .generation import generate, Sampling
+from .model import save_model, TransformerLM
+from .tinyworld import PHRASES, judge_reply, make_questions, Question, TinyWorld
 from .tokenizer import BPETokenizer, check_special_tokens
+from .training import load_or_train, MetricsLog, Pretrained, pretrained, Sink, Trainer
+from .training import TrainingConfig
 
 # %% ../chapters/19_instruction.ipynb #8c0cd768
 class Message(NamedTuple):
@@ -81,7 +93,7 @@ FOLLOWS: dict[str | None, tuple[str, ...]] = {
     "tool": ("tool", "assistant"),
 }
 
-# %% ../chapters/19_instruction.ipynb #db24aeed
+# %% ../chapters/19_instruction.ipynb #17c73e30
 def check_conversation(
     messages: Sequence[Message], roles: Collection[str] = ("system", "user", "assistant", "tool")
 ) -> None:
@@ -90,7 +102,7 @@ def check_conversation(
     A conversation may end anywhere, so its beginnings are conversations, too. Raises a
     ``ValueError`` that names the message by its index.
     """
-    if isinstance(messages, str | Message) or not isinstance(messages, Sequence) or not messages:
+    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
         raise ValueError(f"messages: expected a list of at least one Message, got {messages!r:.60}")
     previous: str | None = None
     for index, message in enumerate(messages):
@@ -103,12 +115,17 @@ def check_conversation(
             )
         previous = "call" if message.calls else message.role
 
+# %% ../chapters/19_instruction.ipynb #2f33cd02
+def _is(value: object, kind: type[Any]) -> bool:
+    """Whether a value has the fields of a kind of record, here or in the package."""
+    return getattr(value, "_fields", None) == kind._fields
+
 
 def _check_message(message: Message, index: int, roles: Collection[str]) -> None:
     def refuse(expected: str, got: object) -> None:
         raise ValueError(f"messages: expected {expected}, got {got!r:.60} at index {index}")
 
-    if not isinstance(message, Message):
+    if not _is(message, Message):
         refuse("Messages", message)
     role, content, thinking, calls = message
     if role not in FOLLOWS or role == "call" or role not in roles:
@@ -122,7 +139,7 @@ def _check_message(message: Message, index: int, roles: Collection[str]) -> None
     if role != "tool" and not calls and not content.strip():
         refuse(f"something that the {role} says", content)
 
-# %% ../chapters/19_instruction.ipynb #1082964b
+# %% ../chapters/19_instruction.ipynb #cd8319ba
 @dataclass(frozen=True)
 class ChatTemplate:
     """How a conversation becomes one text, as data.
@@ -140,6 +157,10 @@ class ChatTemplate:
     lead: str = ""
     thinking: tuple[str, str] = ("<think>", "</think>")
     call: tuple[str, str] = ("<tool_call>", "</tool_call>")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be a template, by the name of the field."""
+        _check_template(self)
 
     def segments(
         self, messages: Sequence[Message], *, prompt: bool = False, thinking: bool | None = None
@@ -295,6 +316,31 @@ class ChatTemplate:
             "{%- endgeneration -%}",
         ]
 
+# %% ../chapters/19_instruction.ipynb #acaac6f7
+# What a template must have
+def _check_template(template: ChatTemplate) -> None:
+    def refuse(field: str, expected: str) -> None:
+        raise ValueError(f"{field}: expected {expected}, got {getattr(template, field)!r:.60}")
+
+    for name in ("name", "begin", "lead"):
+        check_text(getattr(template, name), name)
+    turns, known = template.turns, {role for names in FOLLOWS.values() for role in names}
+    if not isinstance(turns, Mapping) or not {"user", "assistant"} <= turns.keys() <= known:
+        refuse("turns", "turns of user and assistant, and perhaps system and tool")
+    for turn in turns.values():
+        if not _is(turn, Turn) or not all(isinstance(text, str) for text in turn):
+            refuse("turns", "a Turn of three texts for each role")
+    if not _are_texts(template.control_tokens):
+        refuse("control_tokens", "a tuple of texts")
+    for name in ("thinking", "call"):
+        marks = getattr(template, name)
+        if not _are_texts(marks) or len(marks) != 2:
+            refuse(name, "two texts, one before and one after")
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(text, str) and text for text in value)
+
 # %% ../chapters/19_instruction.ipynb #a32bf0a7
 # What the methods refuse, and how a conversation becomes shorter
 def _refuse_control_text(messages: Sequence[Message], tokens: Iterable[str]) -> None:
@@ -319,7 +365,7 @@ def _without_oldest(
     hint = "" if fit == "cut" else "; fit='cut' leaves out the oldest exchanges"
     raise ValueError(f"messages: expected at most limit = {limit} tokens, got {got}{hint}")
 
-# %% ../chapters/19_instruction.ipynb #f556dc0d
+# %% ../chapters/19_instruction.ipynb #f29c2ee4
 def _said(text: str) -> str:
     """Return the Jinja expression that says ``text``."""
     return f"{{{{- {text!a} -}}}}" if text else ""
@@ -376,7 +422,7 @@ ALPACA = ChatTemplate(
     ("<|endoftext|>",),
 )
 
-# %% ../chapters/19_instruction.ipynb #6aa6014f
+# %% ../chapters/19_instruction.ipynb #ab090193
 def add_control_tokens(
     model: TransformerLM, tokenizer: BPETokenizer, names: Sequence[str]
 ) -> tuple[TransformerLM, BPETokenizer]:
@@ -386,6 +432,8 @@ def add_control_tokens(
     gets at most 1/(n + 1) of the probability beside n old ones. Old ids have the logits they had.
     Source: Hewitt (2021), Initializing New Word Embeddings for Pretrained Language Models.
     """
+    if isinstance(names, str):
+        raise ValueError(f"names: expected several, such as [{names!r}], got one str")
     names = check_special_tokens(names)
     for name in names:
         if name in tokenizer.special_tokens or name.encode() in tokenizer.vocabulary.values():
@@ -412,7 +460,7 @@ def add_control_tokens(
     larger.embedding.num_embeddings = larger.lm_head.out_features = size
     return larger, more
 
-
+# %% ../chapters/19_instruction.ipynb #08cd08b9
 def _with_means(
     weight: Float[Tensor, "rows d_model"], n_old: int, n_new: int, size: int
 ) -> Float[Tensor, "more_rows d_model"]:
@@ -453,7 +501,7 @@ class Labels:
             lines.append(f"<div><code>{''.join(spans)}</code>{end}</div>")
         return "\n".join(lines)
 
-# %% ../chapters/19_instruction.ipynb #e129ca71
+# %% ../chapters/19_instruction.ipynb #1b2eb391
 def show_labels(tokenizer: BPETokenizer, batch: Batch) -> Labels:
     """Return what the labels of a batch say: its rows as text, and which part is learned.
 
@@ -479,13 +527,13 @@ def show_labels(tokenizer: BPETokenizer, batch: Batch) -> Labels:
         padding.append(numbers.count(-1))
     return Labels(tuple(rows), tuple(padding))
 
-
+# %% ../chapters/19_instruction.ipynb #562c2e04
 def _runs(tokenizer: BPETokenizer, ids: list[tuple[int, bool]]) -> Iterable[tuple[str, bool]]:
     """Return the texts of runs of ids that are learned, and of those that are not."""
     for learned, run in groupby(ids, key=lambda pair: pair[1]):
         yield tokenizer.decode([id for id, _ in run]), learned
 
-# %% ../chapters/19_instruction.ipynb #c31efb61
+# %% ../chapters/19_instruction.ipynb #d1446bf7
 def instruction_batch(
     rows: Sequence[Sequence[Example]], context_length: int, pad_id: int, *, documents: bool = True
 ) -> Batch:
@@ -523,7 +571,7 @@ def instruction_batch(
     batch = Batch(*torch.from_numpy(fields))
     return batch if documents else Batch(*batch[:2])
 
-
+# %% ../chapters/19_instruction.ipynb #993b3024
 def _joined(
     examples: Sequence[Example], sizes: Int64[np.ndarray, " examples"]
 ) -> tuple[Int64[np.ndarray, "2 tokens"], Bool[np.ndarray, " tokens"]]:
@@ -535,13 +583,13 @@ def _joined(
     last[ends - 1], opening[ends - sizes - 1] = True, True
     return np.stack([ids[~last], ids[~opening]]), learned[~opening]
 
-# %% ../chapters/19_instruction.ipynb #d5b26682
+# %% ../chapters/19_instruction.ipynb #a45a5fb1
 def _checked_examples(
     argument: str, examples: Sequence[Example], context_length: int
 ) -> Sequence[Example]:
     """Return examples if each fits and teaches something, else name the first that does not."""
     for index, example in enumerate(examples):
-        if not isinstance(example, Example) or len(example.ids) != len(example.learned):
+        if not _is(example, Example) or len(example.ids) != len(example.learned):
             expected = "Examples, with as many marks as ids"
         elif not 2 <= len(example.ids) <= context_length + 1:
             expected = f"examples of 2 to context_length + 1 = {context_length + 1} tokens"
@@ -549,21 +597,22 @@ def _checked_examples(
             expected = "a token after the first to be learned in each example"
         else:
             continue
-        n = f" of {len(example.ids)}" if isinstance(example, Example) else ""
+        n = f" of {len(example.ids)}" if _is(example, Example) else ""
         got = f"{example!r:.60}" if not n else f"one{n} with {sum(example.learned)} learned"
         raise ValueError(f"{argument}: expected {expected}, got {got} at index {index}")
     return examples
 
-# %% ../chapters/19_instruction.ipynb #ce1f6f77
+# %% ../chapters/19_instruction.ipynb #76635a8d
 @dataclass(eq=False)
 class InstructionDataset(ResumableBatches):
     """Batches of conversations (and of ``others``) in an order that depends on ``seed`` alone.
 
     A row holds one example, or with ``packed`` as many as fit; then ``documents`` keeps them from
     seeing each other. Targets are -100 where nothing is learned. ``share`` of the rows of each
-    batch, rounded, are ``others`` (stories, say). ``batch_size`` counts the rows of all ranks, of
-    which this one gets every ``world_size``-th, from ``rank`` on. ``dataset[step]`` is the batch of
-    any step. Examples that do not fit, or of which nothing is learned, raise a ``ValueError``.
+    batch, rounded, are ``others`` (stories, say), if there are any. ``batch_size`` counts the rows
+    of all ranks, of which this one gets every ``world_size``-th, from ``rank`` on.
+    ``dataset[step]`` is the batch of any step. Examples that do not fit, or of which nothing is
+    learned, raise a ``ValueError``.
     """
 
     examples: Sequence[Example]
@@ -590,12 +639,13 @@ class InstructionDataset(ResumableBatches):
             if not isinstance(getattr(self, name), bool):
                 got = f"{getattr(self, name)!r:.60}"
                 raise ValueError(f"{name}: expected True or False, got {got}")
-        self._n_others = round(self.share * self.batch_size)
-        if bool(self._n_others) != bool(self.share) or self._n_others == self.batch_size:
+        self._n_others = round(self.share * self.batch_size) if self.others else 0
+        wanted = bool(self.share) and bool(self.others)
+        if bool(self._n_others) != wanted or self._n_others == self.batch_size:
             expected = f"a share that leaves rows of both kinds among {self.batch_size}"
             raise ValueError(f"share: expected {expected}, got {self.share}")
         self._rows = self._arranged("examples", self.examples, True)
-        self._other_rows = self._arranged("others", self.others, bool(self.share))
+        self._other_rows = self._arranged("others", self.others, False)
 
     def _arranged(
         self, name: str, examples: Sequence[Example], needed: bool
@@ -644,13 +694,13 @@ class InstructionDataset(ResumableBatches):
         names = ("batch_size", "context_length", "pad_id", "share", "packed", "documents", "seed")
         return {"examples": self.fingerprint} | {name: getattr(self, name) for name in names}
 
-# %% ../chapters/19_instruction.ipynb #e0893c85
+# %% ../chapters/19_instruction.ipynb #5d3b193c
 def _shuffled(first: int, n: int, size: int, seed: int, stream: int) -> list[int]:
     """Return the places of ``n`` rows from the ``first`` of all training on, anew each epoch."""
     epoch, place = np.divmod(np.arange(first, first + n), size)
     return permuted(place, size, seed, epoch, stream).tolist()
 
-# %% ../chapters/19_instruction.ipynb #b5575a8d
+# %% ../chapters/19_instruction.ipynb #7239bbb3
 def masked_mean(
     values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], dim: int | None = None
 ) -> Float[Tensor, "..."]:
@@ -658,15 +708,17 @@ def masked_mean(
 
     What is masked does not count even if it is infinite or NaN, and its gradient is 0.
     """
+    if dim is not None:
+        check_whole("dim", dim, -values.ndim, values.ndim - 1)
     kept = values.where(mask, 0.0)
     return kept.sum() / mask.sum() if dim is None else kept.sum(dim) / mask.sum(dim)
 
-# %% ../chapters/19_instruction.ipynb #6a20dedf
+# %% ../chapters/19_instruction.ipynb #ead67e65
 def response_log_probs(
     logits: Float[Tensor, "batch sequence vocab_size"],
     targets: Int64[Tensor, "batch sequence"],
     *,
-    temperature: float = 1.0,
+    temperature: int | float = 1.0,
 ) -> Float[Tensor, "batch sequence"]:
     """Return the log-probability of each target in nats, and 0 where the target is -100.
 
@@ -674,7 +726,7 @@ def response_log_probs(
     Logits are divided by ``temperature`` first. Half precision is computed in float32. What stands
     in the logits of a target of -100 has no effect, not even NaN.
     """
-    _check_temperature(temperature)
+    _check_logits(logits, temperature)
     mask = targets != -100
     wrong = mask & ((targets < 0) | (targets >= logits.size(-1)))
     if wrong.any():
@@ -684,15 +736,15 @@ def response_log_probs(
     chosen = log_probs.gather(-1, targets[mask][:, None])[:, 0]
     return chosen.new_zeros(targets.shape).masked_scatter(mask, chosen)
 
-
+# %% ../chapters/19_instruction.ipynb #2fa052ef
 def entropies(
-    logits: Float[Tensor, "batch sequence vocab_size"], *, temperature: float = 1.0
+    logits: Float[Tensor, "batch sequence vocab_size"], *, temperature: int | float = 1.0
 ) -> Float[Tensor, "batch sequence"]:
     """Return the entropy in nats of each predicted distribution; logits may be -inf, not all.
 
     Logits are divided by ``temperature`` first. Half precision is computed in float32.
     """
-    _check_temperature(temperature)
+    _check_logits(logits, temperature)
     log_probs = (_precise(logits) / temperature).log_softmax(-1)
     finite = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)  # 0 * -inf would be NaN
     return -(log_probs.exp() * finite).sum(-1)
@@ -701,18 +753,23 @@ def entropies(
 def _precise(logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
-
-def _check_temperature(temperature: float) -> None:
+# %% ../chapters/19_instruction.ipynb #6b1e9c2c
+def _check_logits(
+    logits: Float[Tensor, "batch sequence vocab_size"], temperature: int | float
+) -> None:
+    if logits.ndim != 3 or not logits.is_floating_point():
+        got = f"{logits.dtype} of shape {tuple(logits.shape)}"
+        raise ValueError(f"logits: expected fractions (batch, sequence, vocab_size), got {got}")
     known = () if isinstance(temperature, bool) else (int, float, np.number)
     if not isinstance(temperature, known) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number above 0, got {temperature!r:.60}")
 
-# %% ../chapters/19_instruction.ipynb #b38fa2f3
+# %% ../chapters/19_instruction.ipynb #d126207d
 def sft_loss(
     logits: Float[Tensor, "batch sequence vocab_size"],
     targets: Int64[Tensor, "batch sequence"],
     *,
-    per: Literal["token", "sequence"] | float = "token",
+    per: Literal["token", "sequence"] | int | float = "token",
 ) -> Float[Tensor, ""]:
     """Return the loss of the learned targets, in nats, divided in one of three ways.
 
@@ -730,27 +787,6 @@ def sft_loss(
     if per == "sequence":
         return masked_mean(losses, mask, dim=1).nanmean()
     return losses.sum() / float(per)
-
-# %% ../chapters/19_instruction.ipynb #35582594
-# What else the module takes
-import csv
-import itertools
-import json
-import re
-from collections.abc import Iterator
-from dataclasses import asdict
-from functools import partial
-from pathlib import Path
-from typing import cast
-
-from .corpus import decode_text, read_installed_docs
-from .environment import check_path
-from .evaluation import score_texts
-from .generation import generate, Sampling
-from .model import save_model
-from .tinyworld import judge_reply, PHRASES
-from .training import load_or_train, MetricsLog, Pretrained, pretrained, Sink, Trainer
-from .training import TrainingConfig
 
 # %% ../chapters/19_instruction.ipynb #b64b12da
 def world_conversations(
@@ -868,7 +904,7 @@ def secret_of(world: TinyWorld, question: Question) -> str:
     secret = world.cast.facts[question.character]["secret"]
     return PHRASES["secret"][0].format(name=question.character, value=secret)
 
-# %% ../chapters/19_instruction.ipynb #e0063757
+# %% ../chapters/19_instruction.ipynb #62b681a3
 def tune(
     model: TransformerLM,
     examples: Sequence[Example],
@@ -878,7 +914,13 @@ def tune(
     stories: Sequence[Example] = (),
     sinks: Sequence[Sink] = (),
 ) -> MetricsLog:
-    """Train ``model``, in place, on examples and a share of ``stories``; return the log."""
+    """Train ``model``, in place, on examples and a share of ``stories``; return the log.
+
+    Raises a ``ValueError`` for a share of stories without any.
+    """
+    if settings.story_share and not stories:
+        expected = f"some, for a share of {settings.story_share}"
+        raise ValueError(f"stories: expected {expected}, got none")
     batches = InstructionDataset(
         examples,
         settings.batch_size,

@@ -108,8 +108,6 @@ NOT_TRIED = {
     "attention.LayerCache",
     "blocks.Routing",
     "generation.GenerationOptions",  # the options of generate, which are tried there
-    "instruction.Tuned",
-    "instruction.tuned",  # trains for 20 seconds: tests/test_instruction_runs.py
     # They need other processes: tests/test_distributed_trainer.py has them.
     "distributed.Ranks",
     "distributed.shard_by_torch",
@@ -474,29 +472,6 @@ def scaling_fit() -> Any:
     return scaling.fit_scaling_law(**scaling_design(), n_bootstrap=2)
 
 
-@functools.cache
-def chat_bpe() -> tokenizer.BPETokenizer:
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    return tokenizer.train_bpe(texts(), 290, special_tokens=special)
-
-
-def chatting() -> dict[str, Any]:
-    """A model that nobody has trained, with a tokenizer for conversations."""
-    sizes = {"vocab_size": chat_bpe().vocab_size, "context_length": 256}
-    return {"model": model.TransformerLM(config(**sizes)), "tokenizer": chat_bpe()}
-
-
-def conversation() -> list[Any]:
-    return [instruction.Message("user", "Who?"), instruction.Message("assistant", "I.")]
-
-
-def tuning_call() -> dict[str, Any]:
-    example = instruction.WORLD_CHAT.encode(chat_bpe(), conversation())
-    settings = instruction.Tuning(n_steps=1, batch_size=4, story_share=0.0)
-    made = {"examples": [example], "settings": settings, "pad_id": 0}
-    return {"model": chatting()["model"], **made}
-
-
 def tuning_table() -> str:
     row = instruction.TuningRow("a", "b", 0, *[0.5] * 9)
     path = f"tunings-{next(numbers)}.csv"
@@ -507,10 +482,6 @@ def tuning_table() -> str:
 
 def alpaca_file() -> str:
     return written("alpaca.json", b'[{"instruction": "Who?", "output": "I."}]')
-
-
-def secret_question() -> tinyworld.Question:
-    return tinyworld.make_questions(world(), "confidential", "tuning")[0]
 
 
 Arguments = dict[str, Any] | Callable[[], dict[str, Any]]
@@ -872,12 +843,6 @@ EXAMPLES: dict[str, Arguments] = {
     "instruction.response_log_probs": chat_losses,
     "instruction.entropies": lambda: {"logits": torch.zeros(2, 6, 11)},
     "instruction.sft_loss": chat_losses,
-    "instruction.world_conversations": {},
-    "instruction.chat_form": lambda: {"tokenizer": chat_bpe()},
-    "instruction.story_examples": lambda: {"tokenizer": chat_bpe(), "n": 2},
-    "instruction.Tuning": {},
-    "instruction.secret_of": lambda: {"question": secret_question()},
-    "instruction.tune": tuning_call,
     "evaluation.LMEvalAdapter": speaking,
     "evaluation.write_lm_eval_task": lambda: {
         "folder": ".",
@@ -1047,7 +1012,6 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "precision.GradScaler": used_scaler,
     "precision.MixedPrecision": lambda: precision.MixedPrecision("float16"),
     "evaluation.BiasedJudge": evaluation.BiasedJudge,
-    "instruction.ChatTemplate": lambda: instruction.WORLD_CHAT,
     "instruction.InstructionDataset": lambda: instruction.InstructionDataset(
         chat_examples(), 2, 8, 0
     ),
