@@ -21,8 +21,10 @@
 # The imports of the module
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -40,8 +42,14 @@ from torch.nn import functional as F
 # %% tags=["engine"]
 #| export
 # What it takes from earlier chapters
-from llmbook.environment import check_fraction, check_whole
-from llmbook.generation import QuantizedLinear
+from llmbook.environment import check_choice, check_fraction, check_whole
+from llmbook.generation import generate, QuantizedLinear, Sampling
+from llmbook.instruction import chat_form, Example, InstructionDataset, Message, story_examples
+from llmbook.instruction import WORLD_CHAT, world_conversations
+from llmbook.model import TransformerLM
+from llmbook.tinyworld import judge_reply, make_questions, Question, TinyWorld, VALUES
+from llmbook.tokenizer import BPETokenizer
+from llmbook.training import documents_score, pretrained, Trainer, TrainingConfig
 
 # %% [markdown]
 # ## Two thin matrices
@@ -445,3 +453,200 @@ def _check_state(model: nn.Module, state: AdapterState, names: list[str]) -> Non
             raise ValueError(f"state: expected {layer.config}, as model has, got {state.config}")
     if extra := state.tensors.keys() - {f"{n}.{k}" for n in names for k in ("lora_a", "lora_b")}:
         raise ValueError(f"state: expected adapters of {len(names)} layers, got also {min(extra)}")
+
+
+# %% [markdown]
+# ## Against full tuning
+
+
+# %%
+#| export
+class TuningRun(NamedTuple):
+    """What was tuned, how, and what came of it; ``rank`` 0 is full tuning."""
+
+    targets: str  # "all-linear", "attention" or "feed-forward"
+    rank: int
+    learning_rate: float
+    seed: int
+    parameters: int  # that were trained
+    optimizer_bytes: int
+    right: float  # share of held-out questions answered right
+    story_bits: float  # of held-out stories, as a multiple of the base's
+
+
+# %% tags=["engine"]
+#| export
+_PARTS = {"attention": r".*\.[qkvo]_proj", "feed-forward": r".*\.(gate|up|down)_proj"}
+
+
+def _prepared(rank: int, targets: str, seed: int) -> TransformerLM:
+    """Return a copy of the base with what is to be trained."""
+    model = deepcopy(pretrained("tinyworld").model)
+    if rank:
+        chosen = _PARTS.get(targets, targets)
+        apply_lora(model, LoRAConfig(rank=rank, targets=chosen), seed=seed)
+    return model
+
+
+def _tuned_on(
+    model: nn.Module, data: InstructionDataset, n_steps: int, rate: float
+) -> torch.optim.Optimizer:
+    """Train by the settings of chapter 19, and return the optimizer."""
+    settings: dict[str, Any] = {"optimizer": "adamw", "weight_decay": 0.0, "warmup": 10}
+    settings |= {"schedule": "linear", "final": 0.0, "batch_size": data.batch_size}
+    config = TrainingConfig(n_steps=n_steps, learning_rate=rate, seed=data.seed, **settings)
+    trainer = Trainer(model, data, config)
+    trainer.train()
+    return trainer.optimizer
+
+
+# %% tags=["engine"]
+#| export
+def replies_right(model: TransformerLM, tokenizer: BPETokenizer, world: TinyWorld) -> float:
+    """Return the share of held-out questions about facts that a tuned model answers right."""
+    asked = make_questions(world, "fact", "held_out")
+    prompts = [chat_form(tokenizer).prompt(world, question) for question in asked]
+    options: dict[str, Any] = {"sampling": Sampling(temperature=0.0), "tokenizer": tokenizer}
+    options["stop_tokens"] = (tokenizer.special_tokens["<|im_end|>"],)
+    replies = generate(model, prompts, max_new_tokens=24, **options)
+    pairs = zip(asked, replies, strict=True)
+    return sum(judge_reply(world, q, str(reply.text)).right for q, reply in pairs) / len(asked)
+
+
+# %% tags=["engine"]
+#| export
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes of all tensors that an optimizer keeps."""
+    kept = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.nbytes for value in kept if isinstance(value, Tensor) and value.ndim)
+
+
+# %% tags=["engine"]
+#| export
+def tuning_run(
+    rank: int, learning_rate: float, seed: int, *, targets: str = "all-linear", n_steps: int = 100
+) -> TuningRun:
+    """Tune the base on questions about half of the characters, and test it on the other half.
+
+    ``rank`` 0 is full tuning. ``targets``: "all-linear", "attention" or "feed-forward".
+    """
+    check_whole("rank", rank, 0)
+    check_choice("targets", targets, ("all-linear", *_PARTS))
+    base, world = pretrained("tinyworld"), TinyWorld()
+    tokenizer = base.tokenizer
+    end = tokenizer.special_tokens["<|endoftext|>"]
+    examples = [WORLD_CHAT.encode(tokenizer, talk) for talk in world_conversations(world)]
+    stories = story_examples(world, tokenizer, 2000)
+    data = InstructionDataset(examples, 32, 128, end, others=stories, share=0.25, seed=seed)
+    model = _prepared(rank, targets, seed)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    n_bytes = optimizer_bytes(_tuned_on(model, data, n_steps, learning_rate))
+    if rank:
+        merge_lora(model)
+    held_out = [story.text for story in world.stories(200, seed=7)]
+    bits = [documents_score(m, tokenizer, held_out)[0] for m in (model, base.model)]
+    right = replies_right(model, tokenizer, world)
+    place = (targets, rank, learning_rate, seed)
+    return TuningRun(*place, n_trained, n_bytes, right, bits[0] / bits[1])
+
+
+# %% [markdown]
+# ## What a rank can store
+
+
+# %%
+#| export
+class StorageRun(NamedTuple):
+    """How many bits about new characters were stored in how many trained numbers."""
+
+    n_steps: int
+    rank: int
+    learning_rate: float
+    seed: int
+    parameters: int  # that were trained
+    facts: int  # that were to be learned
+    bits: float  # the information in them
+    right: int  # facts whose value is the most likely one
+    stored: float  # bits that the model has of them
+
+
+# %% tags=["engine"]
+#| export
+class NewFact(NamedTuple):
+    """A question about a new fact, and what its answer can be."""
+
+    example: Example  # the conversation
+    place: int  # of the value's first token
+    counts: dict[int, int]  # by first token, how many values begin with it
+
+
+def new_facts(world: TinyWorld, tokenizer: BPETokenizer) -> list[NewFact]:
+    """Return all facts of ``world`` but the secrets, each asked in one wording."""
+    found = []
+    for question in (q for half in ("tuning", "held_out") for q in _asked(world, half)):
+        value = world.cast.facts[question.character][question.attribute]
+        options = set(VALUES[question.attribute] or world.cast.facts) - {question.character}
+        first = Counter(tokenizer.encode(f" {option}")[0] for option in options)
+        talk = [Message("user", question.text), Message("assistant", question.reply)]
+        example = WORLD_CHAT.encode(tokenizer, talk)
+        wanted, learned = tokenizer.encode(f" {value}")[0], example.learned
+        place = max(i for i, id in enumerate(example.ids) if id == wanted and learned[i])
+        found.append(NewFact(example, place, dict(first)))
+    return found
+
+
+def _asked(world: TinyWorld, split: Any) -> Iterator[Question]:
+    yield from (q for q in make_questions(world, "fact", split) if q.wording == 0)
+
+
+# %% tags=["engine"]
+#| export
+@torch.no_grad()
+def bits_stored(model: TransformerLM, facts: Sequence[NewFact]) -> tuple[float, int]:
+    """Return how many bits a model has of the ``facts``, and how many values it finds likeliest.
+
+    Of a value that it gives the probability q among all possible ones, whose tokens a guess
+    would give 1/k, it has log2(q k) bits; below zero if it is surer of another one.
+    """
+    bits, right = 0.0, 0
+    for start in range(0, len(facts), 128):
+        some = facts[start : start + 128]
+        length = max(len(fact.example.ids) for fact in some)
+        ids = torch.zeros(len(some), length, dtype=torch.int64)
+        for row, fact in zip(ids, some, strict=True):
+            row[: len(fact.example.ids)] = torch.tensor(fact.example.ids)
+        logits = model(ids)
+        for row, fact in zip(logits, some, strict=True):
+            tokens = list(fact.counts)
+            log_q = row[fact.place - 1, tokens].double().log_softmax(-1)
+            at = tokens.index(fact.example.ids[fact.place])
+            guess = fact.counts[tokens[at]] / sum(fact.counts.values())
+            bits += float(log_q[at]) / math.log(2) - math.log2(guess)
+            right += int(log_q.argmax()) == at
+    return bits, right
+
+
+# %% tags=["engine"]
+#| export
+def storage_run(
+    rank: int, learning_rate: float, seed: int, *, n_characters: int = 96, n_steps: int = 400
+) -> StorageRun:
+    """Tune the base on facts that it has never met, and count what it has of them afterwards.
+
+    The facts are those of a world of other characters. ``rank`` 0 is full tuning.
+    """
+    check_whole("rank", rank, 0)
+    tokenizer = pretrained("tinyworld").tokenizer
+    world = TinyWorld(n_characters=n_characters, seed=1000 + seed)
+    facts = new_facts(world, tokenizer)
+    end = tokenizer.special_tokens["<|endoftext|>"]
+    data = InstructionDataset([fact.example for fact in facts], 32, 128, end, seed=seed)
+    model = _prepared(rank, "all-linear", seed)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    _tuned_on(model, data, n_steps, learning_rate)
+    stored, right = bits_stored(model.eval(), facts)
+    whole = sum(
+        -math.log2(f.counts[f.example.ids[f.place]] / sum(f.counts.values())) for f in facts
+    )
+    place = (n_steps, rank, learning_rate, seed)
+    return StorageRun(*place, n_trained, len(facts), whole, right, stored)
