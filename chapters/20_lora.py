@@ -199,7 +199,7 @@ def _check_positive(name: str, value: object) -> None:
 
 # %% [markdown] tags=["engine"]
 # Trained models differ a little from processor to processor. `about` prints a value with a range, and
-# fails if the value lies outside. `first_reply` shows what a model says to the first held-out question.
+# fails if the value lies outside. `first_right` shows a reply: the first that is right, up to its period.
 
 # %% tags=["engine"]
 plt.style.use("llmbook.book")
@@ -224,15 +224,18 @@ def thin_copy(rank: int) -> TransformerLM:
     return model
 
 
-def first_reply(model: TransformerLM) -> tuple[str, str]:
-    """Return the first held-out question, and what a model replies."""
-    tokenizer = pretrained("tinyworld").tokenizer
-    question = make_questions(TinyWorld(), "fact", "held_out")[0].text
-    prompt = WORLD_CHAT.encode(tokenizer, [Message("user", question)], prompt=True).ids
-    stops = {"stop_tokens": (tokenizer.special_tokens["<|im_end|>"],)}
-    greedy = {"sampling": Sampling(temperature=0.0), "tokenizer": tokenizer, "max_new_tokens": 24}
-    text = str(generate(model, [list(prompt)], **greedy, **stops)[0].text)
-    return question, text.replace("<|im_end|>", "").strip()
+def first_right(model: TransformerLM) -> tuple[str, str]:
+    """Return the first held-out question that a model answers right, and the reply."""
+    world, tokenizer = TinyWorld(), pretrained("tinyworld").tokenizer
+    options: dict[str, Any] = {"sampling": Sampling(temperature=0.0), "tokenizer": tokenizer}
+    options |= {"stop_strings": (".",), "max_new_tokens": 24}
+    for question in make_questions(world, "fact", "held_out"):
+        talk = [Message("user", question.text)]
+        prompt = list(WORLD_CHAT.encode(tokenizer, talk, prompt=True).ids)
+        reply = str(generate(model, [prompt], **options)[0].text).strip() + "."
+        if judge_reply(world, question, reply).right:
+            return question.text, reply
+    raise AssertionError("no reply is right")
 
 
 def table_of(name: str) -> list[dict[str, str]]:
@@ -253,17 +256,20 @@ def keep_directions(updates: dict[str, Tensor], rank: int) -> TransformerLM:
 
 
 def first_step(rank: int, rslora: bool, rule: type[torch.optim.Optimizer], rate: float) -> float:
-    """By how much the loss of a layer falls in the first step."""
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(64, 256, generator=generator) for _ in range(2))
-    config = LoRAConfig(rank=rank, rslora=rslora)
-    linear = nn.Linear(256, 256).requires_grad_(False)
-    layer = LoRALinear(linear, config, generator=generator).double()
-    optimizer = rule([layer.lora_a, layer.lora_b], lr=rate)
-    before = ((layer(x.double()) - y) ** 2).sum()
-    before.backward()
-    optimizer.step()
-    return float((before - ((layer(x.double()) - y) ** 2).sum()).detach())
+    """By how much the loss of a layer falls in the first step, the mean of ten beginnings."""
+    falls = []
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        x, y = (torch.randn(64, 128, generator=generator).double() for _ in range(2))
+        config = LoRAConfig(rank=rank, rslora=rslora)
+        linear = nn.Linear(128, 128).requires_grad_(False)
+        layer = LoRALinear(linear, config, generator=generator).double()
+        optimizer = rule([layer.lora_a, layer.lora_b], lr=rate)
+        before = ((layer(x) - y) ** 2).sum()
+        before.backward()
+        optimizer.step()
+        falls.append((before - ((layer(x) - y) ** 2).sum()).item())
+    return float(np.mean(falls))
 
 
 # %% tags=["engine"]
@@ -315,7 +321,7 @@ tune_on_facts(model, 100, 0.02)
 print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} numbers were trained")
 about("the base, asked about the other half, is right", replies_right(base), 0.15, 0.05)
 about("with thin matrices it is right", replies_right(model), 0.90, 0.09)
-print(*first_reply(model))
+print(*first_right(model))
 
 # %% [markdown]
 # A model that only told stories now answers questions, also about characters that it was never asked
@@ -608,6 +614,9 @@ def _targeted(model: nn.Module, config: LoRAConfig) -> list[str]:
     else:
         names = [n for n in linear if any(n == t or n.endswith(f".{t}") for t in targets)]
     _check_found(targets, names, linear, model)
+    if "lm_head" in names and config.dropout:
+        expected = "0.0 where lm_head is adapted, as a loss may read its matrix"
+        raise ValueError(f"dropout: expected {expected}, got {config.dropout}")
     for name in names:
         _check_alone(model, name)
         _check_rank(config.rank, linear[name], name)
@@ -819,11 +828,11 @@ with without_lora(model):
     print("switched off, it is the base, to the bit:", torch.equal(model(ids), base(ids)))
 adapters = merge_lora(model)
 print(
-    f"merged: logits differ by less than 0.001: {float((model(ids) - expected).abs().max()) < 1e-3}"
+    f"merged: logits differ by less than 0.001: {(model(ids) - expected).abs().max().item() < 1e-3}"
 )
 unmerge_lora(model, adapters)
 off = (layer.base.weight - before).abs() / (before.abs() + layer.update.abs())
-print(f"unmerged: off by less than 2^-23 of their sizes: {float(off.max()) <= 2**-23}")
+print(f"unmerged: off by less than 2^-23 of their sizes: {off.max().item() <= 2**-23}")
 
 # %% [markdown]
 # ## Which matrices, by name
@@ -1073,11 +1082,41 @@ about("rank 8 at 0.01: questions answered right", live.right, 0.91, 0.09)
 table, curves = rate_table()
 print(table)
 
-# %% mystnb={"figure": {"caption": "Questions answered right after a hundred steps, over the peak learning rate.", "name": "fig-lora-rates"}, "image": {"alt": "Four curves over learning rates from 0.0003 to 0.1 on a logarithmic axis. Full tuning is far ahead at small rates and best at 0.01, and falls at 0.1. Ranks 1, 4 and 16 rise later, are best between 0.01 and 0.03, and fall to zero or nearly at 0.1."}}
+# %% mystnb={"figure": {"caption": "Questions answered right after a hundred steps, over the peak learning rate.", "name": "fig-lora-rates"}, "image": {"alt": "Four curves over learning rates from 0.0003 to 0.1 on a logarithmic axis. Full tuning is ahead at all rates up to 0.03, best at 0.01, and falls to a quarter at 0.1. Ranks 1, 4 and 16 rise later, are best between 0.01 and 0.03, and fall deeply at 0.1."}}
 draw_rates({"full": curves[0], "rank 1": curves[1], "rank 4": curves[4], "rank 16": curves[16]})
 
 # %% [markdown]
-# PROSE5
+# At its best rate, full tuning answers nearly everything after a hundred steps, and LoRA nine questions of ten: at
+# equal steps it is a little behind. A rank of 2 is nearly as good as one of 16, and only rank 1 falls clearly short.
+# What differs most is the price. Adam keeps two numbers for each trained one, so that rank 2 has 2 % of full
+# tuning's bytes. And it forgets less: stories cost 1 % more bits than before with any rank, 4 % more with full tuning at its best rate
+# and 11 % more at the next one. A small learning rate with full tuning has
+# neither advantage.
+#
+# The curves of the ranks lie close together and have their best rates in the same place, from 0.01 to 0.03. This is what the
+# derivation for Adam and $\alpha/r$ predicted. The best rate of full tuning is 0.01. "LoRA without regret" reports that LoRA
+# wants ten times the rate of full tuning, quite independently of model and task {cite}`schulman2025lora`. **We do not find a factor of ten
+# here, but one between one and three.** (At small rates the shift is larger: full tuning at 0.001 is as good as
+# LoRA at 0.003 to 0.01.) A part of the reason may be the width. A step of Adam changes an entry of $W$ by $\eta$, and an entry of $sBA$ by
+# $s$ times a sum of $r$ numbers $\pm\eta A_{kj}$, of size $\eta s \sqrt{r}\,\sigma$ with $\sigma = 1/\sqrt{3n}$. For
+# $r = 8$ and $n = 64$ this is $0.41\,\eta$, so that LoRA would need a rate 2.5 times as high for steps of the same
+# size; for $n = 4096$, 20 times. That is an estimate for the first steps and explains no measurement of theirs; what it
+# says is that the factor is worth measuring, and need not be ten for you.
+#
+# Which layers should have an adapter? With as many numbers, or nearly, as rank 8 on all of them, attention alone gets rank 17 and
+# feed-forward networks alone rank 15:
+
+# %%
+for part, rank in (("all-linear", 8), ("attention", 17), ("feed-forward", 15)):
+    print(f"{part:12}", rate_table(part, [rank])[0].splitlines()[1])
+
+# %% [markdown]
+# Attention alone is as good as all layers, and feed-forward networks alone are far worse. That is the reverse
+# of what was found on large models, where feed-forward layers alone do as well as all, and attention alone
+# is behind even at equal parameters {cite}`schulman2025lora`. It fits what our task is: the facts are stored
+# already, and what has to be learned is where in a question the name and the attribute stand, which is work for attention.
+# Another task, another answer. With all linear layers one need not know it beforehand, and that is the better
+# argument for them as the default.
 
 # %% [markdown]
 # ## What a rank can store

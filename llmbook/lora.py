@@ -220,7 +220,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, seed: int) -> list[str]:
         _replace(model, name, layer)
     return names
 
-# %% ../chapters/20_lora.ipynb #0c95865a
+# %% ../chapters/20_lora.ipynb #9cdbf640
 # Layers by name
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
     try:
@@ -257,6 +257,9 @@ def _targeted(model: nn.Module, config: LoRAConfig) -> list[str]:
     else:
         names = [n for n in linear if any(n == t or n.endswith(f".{t}") for t in targets)]
     _check_found(targets, names, linear, model)
+    if "lm_head" in names and config.dropout:
+        expected = "0.0 where lm_head is adapted, as a loss may read its matrix"
+        raise ValueError(f"dropout: expected {expected}, got {config.dropout}")
     for name in names:
         _check_alone(model, name)
         _check_rank(config.rank, linear[name], name)
