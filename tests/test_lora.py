@@ -156,7 +156,7 @@ def test_a_tied_head_is_refused_and_an_adapter_elsewhere_is_not():
 
 
 def test_a_second_adapter_is_refused():
-    with pytest.raises(ValueError, match="model: expected one without adapters, but blocks.0"):
+    with pytest.raises(ValueError, match=r"model: expected one without adapters, but blocks.0"):
         apply_lora(adapted(), LoRAConfig(rank=2), seed=0)
 
 
