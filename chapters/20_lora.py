@@ -5,15 +5,15 @@
 # > what it saves, and what it costs.
 #
 # Ten hospitals want ten assistants, each tuned on its own forms and in its own tone. The model has
-# seven billion weights, so that each assistant is a file of 13 GB, needs a card to run on, and more
-# than a hundred gigabytes of memory to be tuned. And the ten files hardly differ: tuning moves each
-# weight by a few percent.
+# seven billion weights, so that each assistant is a file of 13 GB, needs a card to run on, and
+# more than a hundred gigabytes of memory to be tuned. And the ten files hardly differ: in the
+# experiment below, tuning changes the matrices by a tenth of their size.
 #
 # So one would like to store only the difference. As a matrix it is just as large as what it is
 # added to; but if it were the product of two thin matrices, a column of numbers times a row, say,
-# then it would take a hundredth of the space. {term}`LoRA` turns this around. It does not compress the
-# difference afterwards, but trains the two thin matrices from the beginning, beside weights that stay
-# as they are {cite}`hu2022lora`.
+# then it would take a hundredth of the space. LoRA turns this around. It does not compress the
+# difference afterwards, but trains the two thin matrices from the beginning, beside weights that
+# stay as they are {cite}`hu2022lora`.
 #
 # The first half of the chapter asks what the difference looks like, builds the layer, and measures
 # what a rank can do and hold. The second half puts adapters to work: many over one base, over a
@@ -51,10 +51,10 @@ from torch.nn import functional as F
 # %% [markdown]
 # ## The bill for ten copies
 #
-# How much is it, precisely? Training in mixed precision takes 16 bytes for each weight that is trained
-# ({doc}`15_precision`): 2 for the weight, 2 for its gradient, 4 for the exact copy, 8 for Adam's two
-# moments. A frozen weight takes 2. Suppose that beside each linear layer there were two thin matrices,
-# of shapes (16, inputs) and (outputs, 16):
+# How much is it, precisely? Training in mixed precision takes 16 bytes for each weight that is
+# trained ({doc}`15_precision`): 2 for the weight, 2 for its gradient, 4 for the exact copy, 8 for
+# Adam's two moments. A frozen weight takes 2. Suppose that beside each linear layer there were two
+# thin matrices, of shapes (16, inputs) and (outputs, 16):
 
 # %% tags=["engine"]
 #| export
@@ -93,8 +93,9 @@ for name, n, frozen in (("full tuning", weights, 0), ("thin matrices", thin, wei
     print(f"{name:13} {n / 1e6:11,.0f} million {memory:15,.0f} GB {disk:13,.0f} GB")
 
 # %% [markdown]
-# A sixth of the memory, and a tenth of the disk, almost all of it for the base, which is there once.
-# Activations come on top, and they are the same in both cases. An eleventh assistant costs 80 MB.
+# A sixth of the memory, and a tenth of the disk, almost all of it for the base, which is there
+# once. Activations come on top, and they are the same in both cases. An eleventh assistant costs
+# 80 MB.
 #
 # That is of use only if the thin matrices can do the work. So here is the whole idea, put into the
 # small model that {doc}`13_training` has trained on stories of the tiny world:
@@ -123,8 +124,9 @@ class Thin(nn.Module):
 # ### Engine room: tuning on the questions of chapter 19, and how values are shown
 
 # %% [markdown] tags=["engine"]
-# The data are those of {doc}`19_instruction`: conversations about 24 of the 48 characters, and a quarter
-# of each batch stories, so that the model does not forget how to tell them. They are made once.
+# The data are those of {doc}`19_instruction`: conversations about 24 of the 48 characters, and a
+# quarter of each batch stories, so that the model does not forget how to tell them. They are made
+# once.
 
 
 # %% tags=["engine"]
@@ -198,8 +200,9 @@ def _check_positive(name: str, value: object) -> None:
 
 
 # %% [markdown] tags=["engine"]
-# Trained models differ a little from processor to processor. `about` prints a value with a range, and
-# fails if the value lies outside. `first_right` shows a reply: the first that is right, up to its period.
+# Trained models differ a little from processor to processor. `about` prints a value with a range,
+# and fails if the value lies outside. `first_right` shows a reply: the first that is right, up to
+# its period.
 
 # %% tags=["engine"]
 plt.style.use("llmbook.book")
@@ -324,29 +327,30 @@ about("with thin matrices it is right", replies_right(model), 0.90, 0.09)
 print(*first_right(model))
 
 # %% [markdown]
-# A model that only told stories now answers questions, also about characters that it was never asked
-# about, by 4,352 numbers beside its 203,968. It keeps what it knows in the frozen weights; what it had to
-# learn is to look there.
+# A model that only told stories now answers questions, also about characters that it was never
+# asked about, by 4,352 numbers beside its 203,968. It keeps what it knows in the frozen weights;
+# what it had to learn is to look there.
 
 # %% [markdown]
 # ## How low is the rank of an update?
 #
-# Why should so few numbers suffice? The usual answer is that the difference between a model before and
-# after tuning has a low rank. It goes back to the observation that models can be tuned in a random
-# subspace of a few hundred dimensions {cite}`aghajanyan2021intrinsic`, and it is a conjecture in the
-# paper that introduced LoRA {cite}`hu2022lora`. We can look. We tune all weights as in {doc}`19_instruction`,
-# 300 steps, and take the difference of each matrix apart into directions:
+# Why should so few numbers suffice? The usual answer is that the difference between a model before
+# and after tuning has a low rank. It goes back to the observation that models can be tuned in a
+# random subspace of a few hundred dimensions {cite}`aghajanyan2021intrinsic`, and it is a
+# conjecture in the paper that introduced LoRA {cite}`hu2022lora`. We can look. We tune all weights
+# as in {doc}`19_instruction`, 300 steps, and take the difference of each matrix apart into
+# directions:
 #
 # $$
 # \Delta W = W_\text{after} - W_\text{before} = \sum_{i} \sigma_i u_i v_i^\top,
 # \qquad \lVert \Delta W \rVert^2 = \sum_i \sigma_i^2 .
 # $$ (lora-svd)
 #
-# Each term reads one direction $v_i$ of the input and writes one direction $u_i$ of the output. The
-# singular values $\sigma_1 \ge \sigma_2 \ge \dots$ say how much of the change each of them is, and the sum of
-# the first $r$ terms is the best approximation of rank $r$ that there is (Eckart and Young). So the question
-# is how many directions make up most of the squared norm. A random matrix is the control: it has no
-# preferred directions, and still its singular values differ.
+# Each term reads one direction $v_i$ of the input and writes one direction $u_i$ of the output.
+# The singular values $\sigma_1 \ge \sigma_2 \ge \dots$ say how much of the change each of them is,
+# and the sum of the first $r$ terms is the best approximation of rank $r$ that there is (Eckart
+# and Young). So the question is how many directions make up most of the squared norm. A random
+# matrix is the control: it has no preferred directions, and still its singular values differ.
 
 # %%
 full = deepcopy(base)
@@ -362,18 +366,20 @@ def shares(update: Tensor) -> Tensor:
 
 updates = {name: after[name] - base.state_dict()[name] for name in names}
 needed = [int((shares(update) < 0.9).sum()) + 1 for update in updates.values()]
+sizes = [update.norm() / base.state_dict()[name].norm() for name, update in updates.items()]
+about("size of a change, relative to its matrix, mean", float(np.mean(sizes)), 0.12, 0.05)
 about("directions for 90 % of a change, mean", float(np.mean(needed)), 20, 6, ".0f")
 random = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
 print("for 90 % of a random matrix:", int((shares(random) < 0.9).sum()) + 1)
 
 # %% [markdown]
-# This is less than a random matrix needs, but it is not low. A rank of 2 contains a third of the change at
-# best. Taken literally, the conjecture is wrong here.
+# This is less than a random matrix needs, but it is not low. A rank of 2 contains a third of the
+# change at best. Taken literally, the conjecture is wrong here.
 #
-# What counts, however, is not the norm of a change but what it does. Adam makes steps of about the same
-# size for every weight, whether the gradient is large or a hundredth of that and mostly noise
-# ({doc}`12_optimization`), so that most of the norm may be of no consequence. So we keep the top $r$
-# directions of each matrix, set everything else back to the base, and ask the questions:
+# What counts, however, is not the norm of a change but what it does. Adam makes steps of about the
+# same size for every weight, whether the gradient is large or a hundredth of that and mostly noise
+# ({doc}`12_optimization`), so that most of the norm may be of no consequence. So we keep the top
+# $r$ directions of each matrix, set everything else back to the base, and ask the questions:
 
 # %%
 right = {r: replies_right(keep_directions(updates, r)) for r in (0, 1, 2, 4, 8, 16, 32, 64)}
@@ -388,17 +394,19 @@ draw_directions(
 )
 
 # %% [markdown]
-# Eight directions of 64 do most of what the whole change does, although they hold only some two thirds of its
-# norm; from 16 on nearly nothing is gained. (The last few percent are in embeddings and head, which were
-# tuned as well.) So there are two different statements. *The update that full tuning finds has a low rank*:
-# no. *There is an update of low rank that does the job*: yes. And the second is what LoRA needs. Two directions
-# of *this* update answer a third of the questions; the two that were trained as such, above, answer nine of
-# ten. It is better to look for a small update than to cut a large one down to size.
+# Eight directions of 64 do most of what the whole change does, although they hold only some two
+# thirds of its norm; from 16 on nearly nothing is gained. (The last few percent are in embeddings
+# and head, which were tuned as well.) So there are two different statements. *The update that full
+# tuning finds has a low rank*: no. *There is an update of low rank that does the job*: yes. And
+# the second is what LoRA needs. Two directions of *this* update answer a third of the questions;
+# the two that were trained as such, above, answer nine of ten. It is better to look for a small
+# update than to cut a large one down to size.
 
 # %% [markdown]
 # ## Two thin matrices
 #
-# A linear layer computes $y = Wx$ with a matrix of $m$ rows and $n$ columns. LoRA keeps $W$ and adds
+# A linear layer computes $y = Wx$ with a matrix of $m$ rows and $n$ columns. LoRA keeps $W$ and
+# adds
 #
 # $$
 # y = W x + s\, B A x, \qquad A \in \mathbb{R}^{r \times n},\; B \in \mathbb{R}^{m \times r},
@@ -406,11 +414,11 @@ draw_directions(
 # $$ (lora-layer)
 #
 # The layer has $r(m + n)$ numbers to train instead of $mn$: for a square matrix of width 4096 and
-# $r = 16$, one in 128. From $r = mn/(m+n)$ on it has no fewer, which is half the width of a square matrix.
-# $BAx$ is computed from the right, so that the product $BA$ never exists during training.
+# $r = 16$, one in 128. From $r = mn/(m+n)$ on it has no fewer, which is half the width of a square
+# matrix. $BAx$ is computed from the right, so that the product $BA$ never exists during training.
 #
-# What are the gradients? Let $G = \partial L/\partial W'$ be the gradient for the matrix
-# $W' = W + sBA$ as a whole, as full tuning would see it. A change of $A$ and $B$ changes the loss by
+# What are the gradients? Let $G = \partial L/\partial W'$ be the gradient for the matrix $W' = W +
+# sBA$ as a whole, as full tuning would see it. A change of $A$ and $B$ changes the loss by
 #
 # $$
 # \mathrm{d}L = \langle G, \mathrm{d}W' \rangle
@@ -418,30 +426,33 @@ draw_directions(
 # = \langle s\, G A^\top, \mathrm{d}B \rangle + \langle s\, B^\top G, \mathrm{d}A \rangle ,
 # $$
 #
-# because $\langle G, XY \rangle = \operatorname{tr}(G^\top X Y) = \langle G Y^\top, X \rangle = \langle X^\top G, Y \rangle$. Hence
+# because $\langle G, XY \rangle = \operatorname{tr}(G^\top X Y) = \langle G Y^\top, X \rangle =
+# \langle X^\top G, Y \rangle$. Hence
 #
 # $$
-# \frac{\partial L}{\partial B} = s\, G A^\top, \qquad \frac{\partial L}{\partial A} = s\, B^\top G .
+# \frac{\partial L}{\partial B} = s\, G A^\top, \qquad \frac{\partial L}{\partial A} = s\, B^\top G
+# .
 # $$ (lora-gradients)
 #
-# The equations tell how to begin. The tuned model should start as the base, so $BA$ must be zero. If both
-# are zero, then both gradients are zero, and forever. If only $B$ is zero, then $A$ has no gradient in the
-# first step, but $B$ has one: $B$ moves, and from the second step on both do. So $A$ is random and $B$ is zero.
-# (The other way round would do as well.)
+# The equations tell how to begin. The tuned model should start as the base, so $BA$ must be zero.
+# If both are zero, then both gradients are zero, and forever. If only $B$ is zero, then $A$ has no
+# gradient in the first step, but $B$ has one: $B$ moves, and from the second step on both do. So
+# $A$ is random and $B$ is zero. (The other way round would do as well.)
 #
-# {py:class}`~llmbook.lora.LoRALinear` is the class `Thin` with what use demands: a factor $\alpha/r$ in place of
-# the 4, dropout on what $A$ reads, a switch, and a base that may also be one of chapter 14's quantized layers.
+# {py:class}`~llmbook.lora.LoRALinear` is the class `Thin` with what use demands: a factor
+# $\alpha/r$ in place of the 4, dropout on what $A$ reads, a switch, and a base that may also be
+# one of chapter 14's quantized layers.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the layer, layers by name and what is refused, merging
 
 # %% [markdown] tags=["engine"]
-# The names of `LoRAConfig` are those of PEFT, with the prefixes left out. `weight` gives the matrix of an adapted layer
-# to code that reads it rather than calls the layer: chapter 13's loss does so with the head. (Dropout acts on
-# what the layer reads, so it cannot act there; `apply_lora` refuses it for a head.) Chapter 14's fused step for
-# small models multiplies by matrices that it has put together before; it is used for plain layers
-# only, so that no adapter is left out in silence. A test holds the tokens of `generate` against those of whole
-# passes.
+# The names of `LoRAConfig` are those of PEFT, with the prefixes left out. `weight` gives the
+# matrix of an adapted layer to code that reads it rather than calls the layer: chapter 13's loss
+# does so with the head. (Dropout acts on what the layer reads, so it cannot act there;
+# `apply_lora` refuses it for a head.) Chapter 14's fused step for small models multiplies by
+# matrices that it has put together before; it is used for plain layers only, so that no adapter is
+# left out in silence. A test holds the tokens of `generate` against those of whole passes.
 
 
 # %% tags=["engine"]
@@ -544,6 +555,8 @@ def dense_weight(layer: nn.Module) -> Float[Tensor, "out_features in_features"]:
 
     A quantized layer is asked for it: by its method ``dequantize``, if it is not chapter 14's.
     """
+    if not isinstance(layer, nn.Module):
+        raise ValueError(f"layer: expected a linear layer, got {layer!r:.60}")
     if isinstance(layer, QuantizedLinear):
         return layer.weight.to(layer.scale.dtype) * layer.scale[:, None]
     dequantize = getattr(layer, "dequantize", None)
@@ -757,8 +770,8 @@ def _check_rank(rank: int, layer: Any, name: str = "base") -> None:
 # %% [markdown]
 # ### The gradients, held against the derivation
 #
-# A plain layer with the matrix $W'$ gives $G$, and the gradients of $A$ and $B$ must follow from it by
-# {eq}`lora-gradients`, at first and after a step:
+# A plain layer with the matrix $W'$ gives $G$, and the gradients of $A$ and $B$ must follow from
+# it by {eq}`lora-gradients`, at first and after a step:
 
 # %%
 seed_everything(0)
@@ -776,23 +789,25 @@ for moment in ("at first", "a step later"):
 # %% [markdown]
 # ### What the factor is for
 #
-# The factor $s$ has the task of making one learning rate fit all ranks. Does $\alpha/r$ do so? Look at the
-# first step, in which only $B$ moves. Gradient descent takes $\Delta B = -\eta s\, G A^\top$, which changes
-# the loss, to first order, by
+# The factor $s$ has the task of making one learning rate fit all ranks. Does $\alpha/r$ do so?
+# Look at the first step, in which only $B$ moves. Gradient descent takes $\Delta B = -\eta s\, G
+# A^\top$, which changes the loss, to first order, by
 #
 # $$
 # \langle G, s\, \Delta B\, A \rangle = -\eta s^2 \lVert G A^\top \rVert^2 .
 # $$
 #
-# Entries of $A$ are independent, with variance $\sigma^2$, and so the expectation of $\lVert G A^\top \rVert^2$ is
-# $r\sigma^2 \lVert G \rVert^2$: each of the $r$ rows of $A$ adds the same. The loss falls in proportion to
-# $s^2 r$. With $s = \alpha/r$ this is $\alpha^2/r$, less and less as the rank grows; it is the same for
-# all ranks if $s = \alpha/\sqrt r$. This is the rank-stabilized factor of rsLoRA {cite}`kalajdzievski2023rank`.
+# Entries of $A$ are independent, with variance $\sigma^2$, and so the expectation of $\lVert G
+# A^\top \rVert^2$ is $r\sigma^2 \lVert G \rVert^2$: each of the $r$ rows of $A$ adds the same. The
+# loss falls in proportion to $s^2 r$. With $s = \alpha/r$ this is $\alpha^2/r$, less and less as
+# the rank grows; it is the same for all ranks if $s = \alpha/\sqrt r$. This is the rank-stabilized
+# factor of rsLoRA {cite}`kalajdzievski2023rank`.
 #
-# But nobody trains by plain gradient descent. Adam's first step is $\Delta B = -\eta \operatorname{sign}(s\,GA^\top)$,
-# whatever the size of the gradient. The loss then changes by $-\eta s \sum_{ik} \lvert (GA^\top)_{ik} \rvert$, a sum over
-# $m r$ entries of the same size: it is proportional to $s r$. Now $\alpha/r$ is the one that is the same for
-# all ranks, and $\alpha/\sqrt r$ grows by $\sqrt r$. Both can be measured:
+# But nobody trains by plain gradient descent. Adam's first step is $\Delta B = -\eta
+# \operatorname{sign}(s\,GA^\top)$, whatever the size of the gradient. The loss then changes by
+# $-\eta s \sum_{ik} \lvert (GA^\top)_{ik} \rvert$, a sum over $m r$ entries of the same size: it
+# is proportional to $s r$. Now $\alpha/r$ is the one that is the same for all ranks, and
+# $\alpha/\sqrt r$ grows by $\sqrt r$. Both can be measured:
 
 # %%
 print("fall of the loss in the first step, in units of rank 1; ranks 1, 4, 16, 64")
@@ -803,19 +818,21 @@ for rule, rate in ((torch.optim.SGD, 1e-9), (torch.optim.Adam, 1e-6)):
         print(f"{rule.__name__:4} {name} {units}")
 
 # %% [markdown]
-# The measurement agrees. Which factor is right depends on the optimizer, and with Adam's kind of step, at
-# least at the beginning, $\alpha/r$ keeps the best rate where it is when the rank changes, as is also reported
-# for large models {cite}`schulman2025lora`. Later both matrices move, and rsLoRA's analysis of that
-# regime prefers $\alpha/\sqrt r$ for high ranks. `LoRAConfig` has both; $\alpha/r$ is the default, as in PEFT.
-# $\alpha$ itself is a second learning rate for most purposes: it is left at 16 and the rate is tuned.
+# The measurement agrees. Which factor is right depends on the optimizer, and with Adam's kind of
+# step, at least at the beginning, $\alpha/r$ keeps the best rate where it is when the rank
+# changes, as is also reported for large models {cite}`schulman2025lora`. Later both matrices move,
+# and rsLoRA's analysis of that regime prefers $\alpha/\sqrt r$ for high ranks. `LoRAConfig` has
+# both; $\alpha/r$ is the default, as in PEFT. $\alpha$ itself is a second learning rate for most
+# purposes: it is left at 16 and the rate is tuned.
 #
 # ### Merging
 #
-# An adapter that is trained need not stay beside its matrix. $W + sBA$ is a matrix of the same shape, and
-# with it the tuned model is as fast as the base. {py:func}`~llmbook.lora.merge_lora` puts plain layers back;
-# {py:func}`~llmbook.lora.unmerge_lora` undoes it. Not to the bit, since $W + D$ is rounded: with
-# unit roundoff $u$ ($2^{-24}$ in float32) the rounding of the sum is at most $u\lvert W + D\rvert$, that of the
-# difference about $u\lvert W\rvert$, so that each weight comes back within $2u(\lvert W \rvert + \lvert D \rvert)$.
+# An adapter that is trained need not stay beside its matrix. $W + sBA$ is a matrix of the same
+# shape, and with it the tuned model is as fast as the base. {py:func}`~llmbook.lora.merge_lora`
+# puts plain layers back; {py:func}`~llmbook.lora.unmerge_lora` undoes it. Not to the bit, since
+# the sum of $W$ and $D$ is rounded: with unit roundoff $u$ ($2^{-24}$ in float32) the rounding of
+# the sum is at most $u\lvert W + D\rvert$, that of the difference about $u\lvert W\rvert$, so that
+# each weight comes back within $2u(\lvert W \rvert + \lvert D \rvert)$.
 # {py:func}`~llmbook.lora.without_lora` switches an unmerged adapter off, which is exact:
 
 # %%
@@ -837,17 +854,19 @@ print(f"unmerged: off by less than 2^-23 of their sizes: {off.max().item() <= 2*
 # %% [markdown]
 # ## Which matrices, by name
 #
-# Which layers get an adapter is said by their names, as everywhere: by the end of a name (`q_proj` means the query
-# matrices of all blocks), by a regular expression for whole names, or by "all-linear", which is everything
-# but the head. {py:func}`~llmbook.lora.apply_lora` puts the layers in, freezes all else, and returns the names.
+# Which layers get an adapter is said by their names, as everywhere: by the end of a name (`q_proj`
+# means the query matrices of all blocks), by a regular expression for whole names, or by
+# "all-linear", which is everything but the head. {py:func}`~llmbook.lora.apply_lora` puts the
+# layers in, freezes all else, and returns the names.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: adapters as data, and the fingerprint of a base
 
 # %% [markdown] tags=["engine"]
-# The fingerprint reads up to 4,096 numbers of each tensor. That is quick for large models, and tuning changes all
-# numbers of what it changes. It depends on the type of numbers: the same base in bfloat16, or quantized, is
-# another one, and a caller who knows that it fits says `any_base=True`.
+# The fingerprint reads up to 4,096 numbers of each tensor. That is quick for large models, and
+# tuning changes all numbers of what it changes. It depends on the type of numbers: the same base
+# in bfloat16, or quantized, is another one, and a caller who knows that it fits says
+# `any_base=True`.
 
 
 # %% tags=["engine"]
@@ -950,14 +969,14 @@ for targets in (("q_proj", "v_proj"), r".*\.1\..*_proj", "all-linear", ("query",
         print(f"{targets!s:22} {error}")
 
 # %% [markdown]
-# A name that fits nothing is refused, and so are a rank above that of the matrix and a second adapter on
-# top of a first. So is a head that shares its matrix with the embedding: the adapter would act on the logits
-# alone, as it should, but merged it would change what each token means at the input, too. A model that is
-# meant to have an adapter at its head needs a head of its own.
+# A name that fits nothing is refused, and so are a rank above that of the matrix and a second
+# adapter on top of a first. So is a head that shares its matrix with the embedding: the adapter
+# would act on the logits alone, as it should, but merged it would change what each token means at
+# the input, too. A model that is meant to have an adapter at its head needs a head of its own.
 #
 # An adapter is of use only with the base that it was trained on. Beside another one of the same
-# shape it runs without an error, and talks nonsense. So {py:func}`~llmbook.lora.adapter_state` notes a
-# fingerprint of the base, and {py:func}`~llmbook.lora.load_adapter_state` compares it:
+# shape it runs without an error, and talks nonsense. So {py:func}`~llmbook.lora.adapter_state`
+# notes a fingerprint of the base, and {py:func}`~llmbook.lora.load_adapter_state` compares it:
 
 # %%
 model, other = deepcopy(base), deepcopy(base)
@@ -973,10 +992,11 @@ except ValueError as error:
 # %% [markdown]
 # ## Against full tuning
 #
-# How much of full tuning's result does LoRA reach, and at which rate? A single pair of runs cannot tell, since each
-# method has a learning rate of its own. So `python benchmarks/lora.py` has trained at six rates with ranks
-# 1 to 16 on all linear layers, and in full: each time a hundred steps on the same batches, which is too few to
-# be done, so that differences can be seen, with three seeds for the three best rates.
+# How much of full tuning's result does LoRA reach, and at which rate? A single pair of runs cannot
+# tell, since each method has a learning rate of its own. So `python benchmarks/lora.py` has
+# trained at six rates with ranks 1 to 16 on all linear layers, and in full: each time a hundred
+# steps on the same batches, which is too few to be done, so that differences can be seen, with
+# three seeds for the three best rates.
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: the runs of the table
@@ -1086,61 +1106,66 @@ print(table)
 draw_rates({"full": curves[0], "rank 1": curves[1], "rank 4": curves[4], "rank 16": curves[16]})
 
 # %% [markdown]
-# At its best rate, full tuning answers nearly everything after a hundred steps, and LoRA nine questions of ten: at
-# equal steps it is a little behind. A rank of 2 is nearly as good as one of 16, and only rank 1 falls clearly short.
-# What differs most is the price. Adam keeps two numbers for each trained one, so that rank 2 has 2 % of full
-# tuning's bytes. And it forgets less: stories cost 1 % more bits than before with any rank, 4 % more with full tuning at its best rate
-# and 11 % more at the next one. A small learning rate with full tuning has
-# neither advantage.
+# At its best rate, full tuning answers nearly everything after a hundred steps, and LoRA nine
+# questions of ten: at equal steps it is a little behind. A rank of 2 is nearly as good as one of
+# 16, and only rank 1 falls clearly short. What differs most is the price. Adam keeps two numbers
+# for each trained one, so that rank 2 has 2 % of full tuning's bytes. And it forgets less: stories
+# cost 1 % more bits than before with any rank, 4 % more with full tuning at its best rate and 11 %
+# more at the next one. A small learning rate with full tuning has neither advantage.
 #
-# The curves of the ranks lie close together and have their best rates in the same place, from 0.01 to 0.03. This is what the
-# derivation for Adam and $\alpha/r$ predicted. The best rate of full tuning is 0.01. "LoRA without regret" reports that LoRA
-# wants ten times the rate of full tuning, quite independently of model and task {cite}`schulman2025lora`. **We do not find a factor of ten
-# here, but one between one and three.** (At small rates the shift is larger: full tuning at 0.001 is as good as
-# LoRA at 0.003 to 0.01.) A part of the reason may be the width. A step of Adam changes an entry of $W$ by $\eta$, and an entry of $sBA$ by
-# $s$ times a sum of $r$ numbers $\pm\eta A_{kj}$, of size $\eta s \sqrt{r}\,\sigma$ with $\sigma = 1/\sqrt{3n}$. For
-# $r = 8$ and $n = 64$ this is $0.41\,\eta$, so that LoRA would need a rate 2.5 times as high for steps of the same
-# size; for $n = 4096$, 20 times. That is an estimate for the first steps and explains no measurement of theirs; what it
-# says is that the factor is worth measuring, and need not be ten for you.
+# The curves of the ranks lie close together and have their best rates in the same place, from 0.01
+# to 0.03. This is what the derivation for Adam and $\alpha/r$ predicted. The best rate of full
+# tuning is 0.01. "LoRA without regret" reports that LoRA wants ten times the rate of full tuning,
+# quite independently of model and task {cite}`schulman2025lora`. **We do not find a factor of ten
+# here, but one between one and three.** (At small rates the shift is larger: full tuning at 0.001
+# is as good as LoRA at 0.003 to 0.01.) A part of the reason may be the width. A step of Adam
+# changes an entry of $W$ by $\eta$, and an entry of $sBA$ by $s$ times a sum of $r$ numbers
+# $\pm\eta A_{kj}$, of size $\eta s \sqrt{r}\,\sigma$ with $\sigma = 1/\sqrt{3n}$. For $r = 8$ and
+# $n = 64$ this is $0.41\,\eta$, so that LoRA would need a rate 2.5 times as high for steps of the
+# same size; for $n = 4096$, 20 times. That is an estimate for the first steps and explains no
+# measurement of theirs; what it says is that the factor is worth measuring, and need not be ten
+# for you.
 #
-# Which layers should have an adapter? With as many numbers, or nearly, as rank 8 on all of them, attention alone gets rank 17 and
-# feed-forward networks alone rank 15:
+# Which layers should have an adapter? With as many numbers, or nearly, as rank 8 on all of them,
+# attention alone gets rank 17 and feed-forward networks alone rank 15:
 
 # %%
 for part, rank in (("all-linear", 8), ("attention", 17), ("feed-forward", 15)):
     print(f"{part:12}", rate_table(part, [rank])[0].splitlines()[1])
 
 # %% [markdown]
-# Attention alone is as good as all layers, and feed-forward networks alone are far worse. That is the reverse
-# of what was found on large models, where feed-forward layers alone do as well as all, and attention alone
-# is behind even at equal parameters {cite}`schulman2025lora`. It fits what our task is: the facts are stored
-# already, and what has to be learned is where in a question the name and the attribute stand, which is work for attention.
-# Another task, another answer. With all linear layers one need not know it beforehand, and that is the better
-# argument for them as the default.
+# Attention alone is as good as all layers, and feed-forward networks alone are far worse. That is
+# the reverse of what was found on large models, where feed-forward layers alone do as well as all,
+# and attention alone is behind even at equal parameters {cite}`schulman2025lora`. It fits what our
+# task is: the facts are stored already, and what has to be learned is where in a question the name
+# and the attribute stand, which is work for attention. Another task, another answer. With all
+# linear layers one need not know it beforehand, and that is the better argument for them as the
+# default.
 
 # %% [markdown]
 # ## What a rank can store
 #
-# So far the model had the knowledge already, and had to learn a form. It is another matter to teach it new facts.
-# Then an adapter is a memory, and one can ask how many bits it holds. In the tiny world this can be
-# counted. Draw the facts of 96 characters anew: each has seven public attributes, and a value that is one of
-# $k$ equally likely ones takes $\log_2 k$ bits to say. There are 672 facts, hence
+# So far the model had the knowledge already, and had to learn a form. It is another matter to
+# teach it new facts. Then an adapter is a memory, and one can ask how many bits it holds. In the
+# tiny world this can be counted. Draw the facts of 96 characters anew: each has seven public
+# attributes, and a value that is one of $k$ equally likely ones takes $\log_2 k$ bits to say.
+# There are 672 facts, hence
 #
 # $$
 # 96 \cdot (\log_2 12 + 4 \log_2 16 + \log_2 12 + \log_2 95) \approx 2{,}850 \text{ bits} .
 # $$
 #
-# The base, which knows other things about some of these names, is tuned on one question about each fact for
-# 400 steps. What does it know afterwards? If it gives the right value the probability $q$ among the
-# possible ones, where a guess gives $1/k$, it has stored
+# The base, which knows other things about some of these names, is tuned on one question about each
+# fact for 400 steps. What does it know afterwards? If it gives the right value the probability $q$
+# among the possible ones, where a guess gives $1/k$, it has stored
 #
 # $$
 # \log_2 q - \log_2 \tfrac1k = \log_2 (q k) \text{ bits}
 # $$ (lora-bits)
 #
-# of this fact: all of $\log_2 k$ if it is sure, nothing if it guesses, and less than nothing if it is sure of
-# something else. (Only the first token of a value is looked at, and values that share it count as one, so that the sum of
-# what can be stored is a little smaller, 2,767 bits.)
+# of this fact: all of $\log_2 k$ if it is sure, nothing if it guesses, and less than nothing if it
+# is sure of something else. (Only the first token of a value is looked at, and values that share
+# it count as one, so that the sum of what can be stored is a little smaller, 2,767 bits.)
 
 # %% [markdown] tags=["engine"]
 # ### Engine room: new facts, and the bits that a model has of them
@@ -1194,7 +1219,7 @@ def _asked(world: TinyWorld, split: Any) -> Iterator[Question]:
 # %% tags=["engine"]
 #| export
 @torch.no_grad()
-def bits_stored(model: TransformerLM, facts: Sequence[NewFact]) -> tuple[float, int]:
+def bits_stored(model: nn.Module, facts: Sequence[NewFact]) -> tuple[float, int]:
     """Return how many bits a model has of the ``facts``, and how many values it finds likeliest.
 
     Of a value that it gives the probability q among all possible ones, whose tokens a guess
@@ -1286,10 +1311,14 @@ draw_stored(dict(curve[rank] for rank in (1, 2, 4, 8, 16)), curve[0], most)
 #
 # ````{exercise} A full tuning as an adapter
 # :label: ex-lora-extract
-# *Fifteen minutes.* Somebody gives you a matrix before and after full tuning, and you would like to keep the
-# difference as an adapter. Write `extracted(before, after, rank)`, which returns `a`, of shape (rank, inputs), and
-# `b`, of shape (outputs, rank), such that `before + b @ a` is as near to `after` as any matrix of this kind
-# can be. Let both share the size of the singular values evenly, so that neither is much larger than the other.
+# *Fifteen minutes.* Somebody gives you a matrix before and after full tuning, and you would like
+# to keep the
+# difference as an adapter. Write `extracted(before, after, rank)`, which returns `a`, of shape
+# (rank, inputs), and
+# `b`, of shape (outputs, rank), such that `before + b @ a` is as near to `after` as any matrix of
+# this kind
+# can be. Let both share the size of the singular values evenly, so that neither is much larger
+# than the other.
 # ````
 
 
@@ -1317,11 +1346,16 @@ assert torch.allclose(before + whole[1] @ whole[0], after), "with all directions
 # ````{exercise} Which adapter broke?
 # :label: ex-lora-broken
 # *Twenty minutes.* A run with adapters has ended, and the model is no better than its base. Write
-# `faults(base, model)`, which compares an adapted model with a copy of its base and returns a dictionary from the name of
-# each layer in which something is wrong to one of three words: `"dead"` if no training can ever move the adapter;
-# `"moved"` if the matrix under it is no longer that of the base; `"not finite"` if the adapter has a number that is
-# none. `lora_layers(model)` returns the adapted layers by name, each with `base`, `lora_a` and `lora_b`;
-# `base.get_submodule(name)` is a layer of the base. An adapter that simply has not been trained yet is in order. If
+# `faults(base, model)`, which compares an adapted model with a copy of its base and returns a
+# dictionary from the name of
+# each layer in which something is wrong to one of three words: `"dead"` if no training can ever
+# move the adapter;
+# `"moved"` if the matrix under it is no longer that of the base; `"not finite"` if the adapter has
+# a number that is
+# none. `lora_layers(model)` returns the adapted layers by name, each with `base`, `lora_a` and
+# `lora_b`;
+# `base.get_submodule(name)` is a layer of the base. An adapter that simply has not been trained
+# yet is in order. If
 # several things are wrong with a layer, it is the first of the three that counts.
 # ````
 

@@ -185,12 +185,14 @@ class LoRALinear(nn.Module):
         """Return what PyTorch prints of the layer."""
         return f"rank={self.config.rank}, scale={self.config.scale:g}"
 
-# %% ../chapters/20_lora.ipynb #75f7d473
+# %% ../chapters/20_lora.ipynb #b66b54f8
 def dense_weight(layer: nn.Module) -> Float[Tensor, "out_features in_features"]:
     """Return the matrix that a linear layer multiplies by, as floats.
 
     A quantized layer is asked for it: by its method ``dequantize``, if it is not chapter 14's.
     """
+    if not isinstance(layer, nn.Module):
+        raise ValueError(f"layer: expected a linear layer, got {layer!r:.60}")
     if isinstance(layer, QuantizedLinear):
         return layer.weight.to(layer.scale.dtype) * layer.scale[:, None]
     dequantize = getattr(layer, "dequantize", None)
@@ -551,9 +553,9 @@ def new_facts(world: TinyWorld, tokenizer: BPETokenizer) -> list[NewFact]:
 def _asked(world: TinyWorld, split: Any) -> Iterator[Question]:
     yield from (q for q in make_questions(world, "fact", split) if q.wording == 0)
 
-# %% ../chapters/20_lora.ipynb #9d5647eb
+# %% ../chapters/20_lora.ipynb #e3bdc9a8
 @torch.no_grad()
-def bits_stored(model: TransformerLM, facts: Sequence[NewFact]) -> tuple[float, int]:
+def bits_stored(model: nn.Module, facts: Sequence[NewFact]) -> tuple[float, int]:
     """Return how many bits a model has of the ``facts``, and how many values it finds likeliest.
 
     Of a value that it gives the probability q among all possible ones, whose tokens a guess

@@ -20,6 +20,7 @@ from llmbook import (
     distributed,
     evaluation,
     generation,
+    instruction,
     lora,
     model,
     optimization,
@@ -888,6 +889,10 @@ def with_adapters() -> model.TransformerLM:
     return given
 
 
+def new_fact() -> lora.NewFact:
+    return lora.NewFact(instruction.Example((1, 2, 3), (False, True, True)), 1, {2: 1, 4: 1})
+
+
 def merged_adapters() -> dict[str, Any]:
     given = with_adapters()
     return {"model": given, "layers": lora.merge_lora(given)}
@@ -913,7 +918,7 @@ EXAMPLES |= {
     )(with_adapters()),
     "lora.base_fingerprint": lambda: {"model": lm()},
     "lora.optimizer_bytes": lambda: {"optimizer": optimization.AdamW(parameters())},
-    "lora.bits_stored": lambda: {"model": lm(), "facts": []},
+    "lora.bits_stored": lambda: {"model": lm(), "facts": [new_fact()]},
 }
 
 # Objects whose methods are tried as well.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from llmbook import lora
-from llmbook.batches import Batch
+from llmbook.batches import Batch, ResumableBatches
 from llmbook.generation import QuantizedLinear, Sampling, generate, quantize
 from llmbook.lora import LoRAConfig, apply_lora, merge_lora
 from llmbook.model import ModelConfig, TransformerLM
@@ -135,7 +135,7 @@ def test_all_linear_is_the_default_and_leaves_the_head_alone():
         ({"targets": ()}, "targets: expected names of layers"),
         ({"rank": 17}, "rank: expected at most 16, as blocks.0.attention.q_proj is 16 by 16, got"),
         ({"rank": 0}, "rank: expected"),
-        ({"alpha": 0}, "alpha: expected a positive number, got 0"),
+        ({"alpha": 0.0}, "alpha: expected a positive number, got 0"),
         ({"alpha": math.inf}, "alpha: expected a positive number, got inf"),
         ({"dropout": 1.0}, "dropout: expected"),
     ],
@@ -236,13 +236,22 @@ def test_merged_has_the_plain_step_of_generate_and_the_same_tokens():
     assert generate(model(), [[1, 2, 3]], **greedy)[0].ids != expected
 
 
+class Rows(ResumableBatches):
+    """The same batch in each step."""
+
+    def identity(self):
+        return {"what": "rows"}
+
+    def __getitem__(self, step):
+        return Batch(IDS, IDS.roll(-1, 1))
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "lm_head")])
 def test_the_trainer_moves_the_thin_matrices_and_nothing_else(targets):
     made = model()
     apply_lora(made, LoRAConfig(rank=2, targets=targets), seed=0)
-    batch = Batch(IDS, IDS.roll(-1, 1))
     config = TrainingConfig(n_steps=2, batch_size=2, learning_rate=0.01, weight_decay=0.0, warmup=0)
-    Trainer(made, [batch, batch], config).train()
+    Trainer(made, Rows(), config).train()
     for layer in lora.lora_layers(made).values():
         assert layer.lora_b.any()
     with lora.without_lora(made):
