@@ -1302,22 +1302,22 @@ def storage_table(n_steps: int = 400, ranks: Sequence[int] = (1, 2, 4, 8, 16, 0)
 table, curve, most = storage_table()
 print(table)
 
-# %% mystnb={"figure": {"caption": "Bits of new facts that are stored after 400 steps, over the numbers that were trained.", "name": "fig-lora-storage"}, "image": {"alt": "Five connected points for ranks 1 to 16 rise from a little below zero bits at 2,000 numbers to about 1,000 bits at 35,000 numbers, with the last step nearly flat. A separate square for full tuning stands at about 2,200 bits and 200,000 numbers, below a dotted line at 2,767 bits."}}
+# %% mystnb={"figure": {"caption": "Bits of new facts that are stored after 400 steps, over the numbers that were trained.", "name": "fig-lora-storage"}, "image": {"alt": "Five connected points for ranks 1 to 16 rise from a little below zero bits at 2,000 numbers to about 900 bits at 17,000 and at 35,000 numbers. A separate square for full tuning stands at about 2,100 bits and 200,000 numbers, below a dotted line at 2,767 bits."}}
 draw_stored(dict(curve[rank] for rank in (1, 2, 4, 8, 16)), curve[0], most)
 
 # %% [markdown]
 # Rank 1 knows a sixth of the facts, where guessing would get 41 of them right, and yet it has less
 # than no bits: it is sure of too much that is wrong. From there storage grows with the rank, to
-# more than a third of the information, and full tuning has about three quarters. Compare this with
-# the section before, in which rank 2 was nearly as good as rank 16 and full tuning was hardly
-# better. A form is a small load for an adapter, and facts are a large one. Whoever wants to teach
-# a model a handbook should not expect it from a rank that taught it to answer.
+# about a third of the information, and full tuning has about three quarters. Compare this with the
+# section before, in which rank 2 was nearly as good as rank 16 and full tuning was hardly better.
+# A form is a small load for an adapter, and facts are a large one. Whoever wants to teach a model
+# a handbook should not expect it from a rank that taught it to answer.
 #
 # Is this what the numbers *can* hold? No: models hold about two bits per parameter when they have
 # met each fact a thousand times {cite}`allenzhu2025capacity`, and ours have met each one 19 times.
-# So the last column is what could be stored in the time. It falls as the rank grows, and from rank
-# 8 to 16 twice as many numbers store hardly more, which says that at this end steps are scarce and
-# not room. At the other end room is scarce: with the same steps, rank 4 stores half of what rank 8
+# So the last column is what could be stored in the time. From rank 2 on it falls, and from rank 8
+# to 16 twice as many numbers store no more, which says that at this end steps are scarce and not
+# room. At the other end room is scarce: with the same steps, rank 2 stores a third of what rank 8
 # does. And full tuning, at a hundredth of a bit per number, gets most into the model in the time
 # given, which is the thing that counts when facts are to be learned.
 
