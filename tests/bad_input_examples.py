@@ -21,6 +21,7 @@ from llmbook import (
     evaluation,
     generation,
     instruction,
+    lora,
     model,
     optimization,
     positions,
@@ -36,6 +37,7 @@ MODULES = (
     "environment tinyworld corpus cleaning deduplication tokenizer subwords batches positions "
     "attention blocks model optimization training generation precision evaluation scaling "
     "distributed instruction"
+    "distributed lora"
 ).split()
 
 # What is left out, and why.
@@ -93,6 +95,9 @@ NOT_TRIED = {
     "scaling.NoiseScale",
     "scaling.RunEstimate",
     "scaling.PublishedRun",
+    "lora.TuningRun",
+    "lora.StorageRun",
+    "lora.NewFact",
     "scaling.Setting",
     "evaluation.Interval",
     "evaluation.PairedTest",
@@ -108,6 +113,12 @@ NOT_TRIED = {
     "attention.LayerCache",
     "blocks.Routing",
     "generation.GenerationOptions",  # the options of generate, which are tried there
+    # They take seconds for each attempt, or need a tokenizer with control tokens.
+    "lora.tune_on_facts",
+    "lora.replies_right",
+    "lora.tuning_run",
+    "lora.storage_run",
+    "lora.new_facts",
     # They need other processes: tests/test_distributed_trainer.py has them.
     "distributed.Ranks",
     "distributed.shard_by_torch",
@@ -971,6 +982,45 @@ EXAMPLES |= {
     "scaling.hyperparameter_checklist": {"scale": "7B"},
     "scaling.checklist_table": {"scale": "7B"},
     "scaling.check_config": lambda: {"model": config(), "training": training_config()},
+}
+
+
+def with_adapters() -> model.TransformerLM:
+    given = lm()
+    lora.apply_lora(given, lora.LoRAConfig(rank=2), seed=0)
+    return given
+
+
+def new_fact() -> lora.NewFact:
+    return lora.NewFact(instruction.Example((1, 2, 3), (False, True, True)), 1, {2: 1, 4: 1})
+
+
+def merged_adapters() -> dict[str, Any]:
+    given = with_adapters()
+    return {"model": given, "layers": lora.merge_lora(given)}
+
+
+EXAMPLES |= {
+    "lora.LoRAConfig": {},
+    "lora.LoRALinear": lambda: {
+        "base": torch.nn.Linear(8, 8),
+        "config": lora.LoRAConfig(rank=2),
+    },
+    "lora.dense_weight": lambda: {"layer": torch.nn.Linear(8, 8)},
+    "lora.apply_lora": lambda: {"model": lm(), "config": lora.LoRAConfig(rank=2), "seed": 0},
+    "lora.lora_layers": lambda: {"model": with_adapters()},
+    "lora.lora_parameters": lambda: {"model": with_adapters()},
+    "lora.merge_lora": lambda: {"model": with_adapters()},
+    "lora.unmerge_lora": merged_adapters,
+    "lora.without_lora": lambda: {"model": with_adapters()},
+    "lora.AdapterState": lambda: lora.adapter_state(with_adapters())._asdict(),
+    "lora.adapter_state": lambda: {"model": with_adapters()},
+    "lora.load_adapter_state": lambda: (
+        lambda given: {"model": given, "state": lora.adapter_state(given)}
+    )(with_adapters()),
+    "lora.base_fingerprint": lambda: {"model": lm()},
+    "lora.optimizer_bytes": lambda: {"optimizer": optimization.AdamW(parameters())},
+    "lora.bits_stored": lambda: {"model": lm(), "facts": [new_fact()]},
 }
 
 # Objects whose methods are tried as well.
