@@ -1,0 +1,2145 @@
+# %% [markdown]
+# # LoRA
+#
+# > Tune a model by a few thousand numbers beside its frozen weights: what a low rank can hold,
+# > what it saves, and what it costs.
+#
+# Ten hospitals want ten assistants, each tuned on its own forms and in its own tone. The model has
+# seven billion weights, so that each assistant is a file of 13 GB, needs a card to run on, and more
+# than a hundred gigabytes of memory to be tuned. And the ten files hardly differ: tuning moves each
+# weight by a few percent.
+#
+# So one would like to store only the difference. As a matrix it is just as large as what it is
+# added to; but if it were the product of two thin matrices, a column of numbers times a row, say,
+# then it would take a hundredth of the space. {term}`LoRA` turns this around. It does not compress the
+# difference afterwards, but trains the two thin matrices from the beginning, beside weights that stay
+# as they are {cite}`hu2022lora`.
+#
+# The first half of the chapter asks what the difference looks like, builds the layer, and measures
+# what a rank can do and hold. The second half puts adapters to work: many over one base, over a
+# base of four bits, and in files that others can open.
+#
+# | | |
+# |---|---|
+# | **Part** | IV. Alignment |
+# | **You build** | {py:class}`~llmbook.lora.LoRAConfig`, {py:class}`~llmbook.lora.LoRALinear`, {py:func}`~llmbook.lora.apply_lora`, {py:func}`~llmbook.lora.merge_lora`, {py:func}`~llmbook.lora.unmerge_lora`, {py:func}`~llmbook.lora.without_lora`, {py:func}`~llmbook.lora.adapter_state`, {py:func}`~llmbook.lora.load_adapter_state` |
+# | **You need** | instruction tuning ({doc}`19_instruction`), training ({doc}`13_training`), matrices and their singular values |
+# | **It takes** | 60 minutes for the main line, 3 hours for everything, 2 minutes to run |
+
+# %% tags=["remove-cell"]
+#| default_exp lora
+
+# %% tags=["engine"]
+#| export
+# The imports of the module
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import nn, Tensor
+from torch.nn import functional as F
+
+# %% [markdown]
+# ## The bill for ten copies
+#
+# How much is it, precisely? Training in mixed precision takes 16 bytes for each weight that is trained
+# ({doc}`15_precision`): 2 for the weight, 2 for its gradient, 4 for the exact copy, 8 for Adam's two
+# moments. A frozen weight takes 2. Suppose that beside each linear layer there were two thin matrices,
+# of shapes (16, inputs) and (outputs, 16):
+
+# %% tags=["engine"]
+#| export
+# What it takes from earlier chapters
+from llmbook.environment import check_choice, check_fraction, check_whole
+from llmbook.generation import generate, QuantizedLinear, Sampling
+from llmbook.instruction import Example, InstructionDataset, Message, story_examples
+from llmbook.instruction import WORLD_CHAT, world_conversations
+from llmbook.model import TransformerLM
+from llmbook.tinyworld import judge_reply, make_questions, Question, TinyWorld, VALUES
+from llmbook.tokenizer import BPETokenizer
+from llmbook.training import documents_score, pretrained, Trainer, TrainingConfig
+
+# %% tags=["engine"]
+# What the chapter needs, but not the module
+import csv
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import llmbook
+from llmbook.environment import seed_everything
+from llmbook.evaluation import mean_interval
+from llmbook.model import count_parameters, ModelConfig
+
+# %%
+with torch.device("meta"):  # shapes without numbers
+    big = TransformerLM(ModelConfig.preset("llama2-7b"))
+linear = [m for name, m in big.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+weights = count_parameters(big)
+thin = sum(16 * (m.in_features + m.out_features) for m in linear)
+print(f"{'':13} numbers trained   memory to train one   ten on disk")
+for name, n, frozen in (("full tuning", weights, 0), ("thin matrices", thin, weights)):
+    memory, disk = (16 * n + 2 * frozen) / 1e9, (10 * n + frozen) * 2 / 1e9
+    print(f"{name:13} {n / 1e6:11,.0f} million {memory:15,.0f} GB {disk:13,.0f} GB")
+
+# %% [markdown]
+# A sixth of the memory, and a tenth of the disk, almost all of it for the base, which is there once.
+# Activations come on top, and they are the same in both cases. An eleventh assistant costs 80 MB.
+#
+# That is of use only if the thin matrices can do the work. So here is the whole idea, put into the
+# small model that {doc}`13_training` has trained on stories of the tiny world:
+
+
+# %%
+class Thin(nn.Module):
+    """A frozen linear layer, and beside it two thin matrices."""
+
+    def __init__(self, base: nn.Linear, rank: int):
+        super().__init__()
+        self.base, self.in_features = base.requires_grad_(False), base.in_features
+        self.a = nn.Parameter(torch.randn(rank, base.in_features) / base.in_features**0.5)
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 4 * (x @ self.a.T) @ self.b.T
+
+
+# %% [markdown]
+# The room below puts one beside each matrix of attention and feed-forward networks and freezes
+# everything else (`thin_copy`), trains on chapter 19's questions about half of the characters
+# (`tune_on_facts`), and asks about the other half (`replies_right`).
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: tuning on the questions of chapter 19, and how values are shown
+
+# %% [markdown] tags=["engine"]
+# The data are those of {doc}`19_instruction`: conversations about 24 of the 48 characters, and a quarter
+# of each batch stories, so that the model does not forget how to tell them. They are made once.
+
+
+# %% tags=["engine"]
+#| export
+@cache
+def _tuning_examples() -> tuple[list[Example], list[Example]]:
+    """Return conversations and stories of the tiny world."""
+    world, tokenizer = TinyWorld(), pretrained("tinyworld").tokenizer
+    talks = [WORLD_CHAT.encode(tokenizer, talk) for talk in world_conversations(world)]
+    return talks, story_examples(world, tokenizer, 2000)
+
+
+def _train(
+    model: nn.Module, data: InstructionDataset, n_steps: int, rate: float
+) -> torch.optim.Optimizer:
+    """Train by the settings of chapter 19."""
+    settings: dict[str, Any] = {"optimizer": "adamw", "weight_decay": 0.0, "warmup": 10}
+    settings |= {"schedule": "linear", "final": 0.0, "batch_size": data.batch_size}
+    config = TrainingConfig(n_steps=n_steps, learning_rate=rate, seed=data.seed, **settings)
+    trainer = Trainer(model, data, config)
+    trainer.train()
+    return trainer.optimizer
+
+
+# %% tags=["engine"]
+#| export
+def tune_on_facts(
+    model: nn.Module, n_steps: int, learning_rate: float, *, seed: int = 0
+) -> torch.optim.Optimizer:
+    """Train what is not frozen of a model of the tiny world, and return the optimizer.
+
+    The data are questions about facts of half of the characters, and stories. ``learning_rate`` is
+    the peak of AdamW's, which rises for 10 steps and then falls to zero.
+    """
+    check_whole("n_steps", n_steps, 1)
+    _check_positive("learning_rate", learning_rate)
+    check_whole("seed", seed, 0, 2**32 - 1)
+    talks, stories = _tuning_examples()
+    end = pretrained("tinyworld").tokenizer.special_tokens["<|endoftext|>"]
+    data = InstructionDataset(talks, 32, 128, end, others=stories, share=0.25, seed=seed)
+    return _train(model, data, n_steps, learning_rate)
+
+
+# %% tags=["engine"]
+#| export
+def replies_right(model: TransformerLM) -> float:
+    """Return the share of held-out questions about facts that a tuned model answers right.
+
+    They are about the half of the tiny world's characters that is not in the tuning data.
+    """
+    world, tokenizer = TinyWorld(), pretrained("tinyworld").tokenizer
+    asked = make_questions(world, "fact", "held_out")
+    prompts = [
+        WORLD_CHAT.encode(tokenizer, [Message("user", question.text)], prompt=True).ids
+        for question in asked
+    ]
+    options: dict[str, Any] = {"sampling": Sampling(temperature=0.0), "tokenizer": tokenizer}
+    options["stop_tokens"] = (tokenizer.special_tokens["<|im_end|>"],)
+    replies = generate(model, [list(ids) for ids in prompts], max_new_tokens=24, **options)
+    pairs = zip(asked, replies, strict=True)
+    return sum(judge_reply(world, q, str(reply.text)).right for q, reply in pairs) / len(asked)
+
+
+# %% tags=["engine"]
+#| export
+# What several functions check
+def _check_positive(name: str, value: object) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a positive number, got {value!r:.60}")
+
+
+# %% [markdown] tags=["engine"]
+# Trained models differ a little from processor to processor. `about` prints a value with a range, and
+# fails if the value lies outside. `first_reply` shows what a model says to the first held-out question.
+
+# %% tags=["engine"]
+plt.style.use("llmbook.book")
+torch.set_num_threads(1)
+base = pretrained("tinyworld").model
+
+
+def about(what: str, value: float, expected: float, off: float, form: str = ".0%") -> None:
+    """Print what a value should be, after checking that it is no further off than it may be."""
+    assert abs(value - expected) <= off, f"{what}: {value}"
+    print(f"{what}: {expected:{form}} ± {off:{form}}")
+
+
+def thin_copy(rank: int) -> TransformerLM:
+    """A frozen copy of the base with thin matrices beside those of its blocks."""
+    model = deepcopy(base).requires_grad_(False)
+    for block in model.blocks:
+        for part in (block.attention, block.feed_forward):
+            for name, layer in list(part.named_children()):
+                if isinstance(layer, nn.Linear):
+                    setattr(part, name, Thin(layer, rank))
+    return model
+
+
+def first_reply(model: TransformerLM) -> tuple[str, str]:
+    """Return the first held-out question, and what a model replies."""
+    tokenizer = pretrained("tinyworld").tokenizer
+    question = make_questions(TinyWorld(), "fact", "held_out")[0].text
+    prompt = WORLD_CHAT.encode(tokenizer, [Message("user", question)], prompt=True).ids
+    stops = {"stop_tokens": (tokenizer.special_tokens["<|im_end|>"],)}
+    greedy = {"sampling": Sampling(temperature=0.0), "tokenizer": tokenizer, "max_new_tokens": 24}
+    text = str(generate(model, [list(prompt)], **greedy, **stops)[0].text)
+    return question, text.replace("<|im_end|>", "").strip()
+
+
+def table_of(name: str) -> list[dict[str, str]]:
+    """Return the rows of a table of benchmarks/results."""
+    path = Path(llmbook.__file__).parents[1] / "benchmarks/results" / name
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# %% tags=["engine"]
+def keep_directions(updates: dict[str, Tensor], rank: int) -> TransformerLM:
+    """The base with the top directions of each update, and nothing else of it."""
+    model = deepcopy(base)
+    for name, update in updates.items():
+        u, s, v = torch.linalg.svd(update, full_matrices=False)
+        model.state_dict()[name] += (u[:, :rank] * s[:rank]) @ v[:rank]
+    return model
+
+
+def first_step(rank: int, rslora: bool, rule: type[torch.optim.Optimizer], rate: float) -> float:
+    """By how much the loss of a layer falls in the first step."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(64, 256, generator=generator) for _ in range(2))
+    config = LoRAConfig(rank=rank, rslora=rslora)
+    linear = nn.Linear(256, 256).requires_grad_(False)
+    layer = LoRALinear(linear, config, generator=generator).double()
+    optimizer = rule([layer.lora_a, layer.lora_b], lr=rate)
+    before = ((layer(x.double()) - y) ** 2).sum()
+    before.backward()
+    optimizer.step()
+    return float((before - ((layer(x.double()) - y) ** 2).sum()).detach())
+
+
+# %% tags=["engine"]
+def draw_directions(shares: dict[str, Tensor], kept: dict[int, float], whole: float) -> None:
+    _, axes = plt.subplots(1, 2)
+    for (name, share), style in zip(shares.items(), ("-", "--", ":"), strict=True):
+        axes[0].plot(range(len(share) + 1), [0.0, *share.tolist()], style, label=name)
+    axes[0].set(title="Share of the squared norm", xlabel="directions kept", ylim=(0, 1.02))
+    axes[0].legend(loc="lower right")
+    axes[1].plot(range(len(kept)), list(kept.values()), "o-", label="linear layers")
+    axes[1].axhline(whole, color="gray", linestyle=":", label="everything")
+    axes[1].set(title="Questions answered right", xlabel="directions kept", ylim=(0, 1.02))
+    axes[1].set_xticks(range(len(kept)), [str(rank) for rank in kept])
+    axes[1].legend(loc="lower right")
+    plt.show()
+
+
+def draw_rates(curves: dict[str, dict[float, float]]) -> None:
+    for (name, curve), style in zip(curves.items(), ("-", "--", "-.", ":"), strict=True):
+        plt.plot(list(curve), list(curve.values()), f"o{style}", label=name)
+    plt.xscale("log")
+    plt.xlabel("peak learning rate")
+    plt.ylabel("questions answered right")
+    plt.ylim(0, 1.02)
+    plt.legend(loc="lower center")
+    plt.show()
+
+
+def draw_stored(lora: dict[int, float], full: tuple[int, float], most: float) -> None:
+    plt.plot(list(lora), list(lora.values()), "o-", label="LoRA, rank 1 to 16")
+    plt.plot([full[0]], [full[1]], "s", label="full tuning")
+    plt.axhline(most, color="gray", linestyle=":", label="all that there is")
+    plt.xscale("log")
+    plt.xlabel("numbers trained")
+    plt.ylabel("bits stored")
+    plt.legend()
+    plt.show()
+
+
+# %% [markdown]
+# ### A hundred steps
+#
+# Two numbers beside each row and column, trained for a hundred steps:
+
+# %%
+seed_everything(0)
+model = thin_copy(rank=2)
+tune_on_facts(model, 100, 0.02)
+print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} numbers were trained")
+about("the base, asked about the other half, is right", replies_right(base), 0.15, 0.05)
+about("with thin matrices it is right", replies_right(model), 0.90, 0.09)
+print(*first_reply(model))
+
+# %% [markdown]
+# A model that only told stories now answers questions, also about characters that it was never asked
+# about, by 4,352 numbers beside its 203,968. It keeps what it knows in the frozen weights; what it had to
+# learn is to look there.
+
+# %% [markdown]
+# ## How low is the rank of an update?
+#
+# Why should so few numbers suffice? The usual answer is that the difference between a model before and
+# after tuning has a low rank. It goes back to the observation that models can be tuned in a random
+# subspace of a few hundred dimensions {cite}`aghajanyan2021intrinsic`, and it is a conjecture in the
+# paper that introduced LoRA {cite}`hu2022lora`. We can look. We tune all weights as in {doc}`19_instruction`,
+# 300 steps, and take the difference of each matrix apart into directions:
+#
+# $$
+# \Delta W = W_\text{after} - W_\text{before} = \sum_{i} \sigma_i u_i v_i^\top,
+# \qquad \lVert \Delta W \rVert^2 = \sum_i \sigma_i^2 .
+# $$ (lora-svd)
+#
+# Each term reads one direction $v_i$ of the input and writes one direction $u_i$ of the output. The
+# singular values $\sigma_1 \ge \sigma_2 \ge \dots$ say how much of the change each of them is, and the sum of
+# the first $r$ terms is the best approximation of rank $r$ that there is (Eckart and Young). So the question
+# is how many directions make up most of the squared norm. A random matrix is the control: it has no
+# preferred directions, and still its singular values differ.
+
+# %%
+full = deepcopy(base)
+tune_on_facts(full, 300, 0.003)
+after = full.state_dict()
+names = [n for n in after if n.endswith("_proj.weight")]
+
+
+def shares(update: Tensor) -> Tensor:
+    squares = torch.linalg.svdvals(update) ** 2
+    return squares.cumsum(0) / squares.sum()
+
+
+updates = {name: after[name] - base.state_dict()[name] for name in names}
+needed = [int((shares(update) < 0.9).sum()) + 1 for update in updates.values()]
+about("directions for 90 % of a change, mean", float(np.mean(needed)), 20, 6, ".0f")
+random = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+print("for 90 % of a random matrix:", int((shares(random) < 0.9).sum()) + 1)
+
+# %% [markdown]
+# This is less than a random matrix needs, but it is not low. A rank of 2 contains a third of the change at
+# best. Taken literally, the conjecture is wrong here.
+#
+# What counts, however, is not the norm of a change but what it does. Adam makes steps of about the same
+# size for every weight, whether the gradient is large or a hundredth of that and mostly noise
+# ({doc}`12_optimization`), so that most of the norm may be of no consequence. So we keep the top $r$
+# directions of each matrix, set everything else back to the base, and ask the questions:
+
+# %%
+right = {r: replies_right(keep_directions(updates, r)) for r in (0, 1, 2, 4, 8, 16, 32, 64)}
+for rank, expected, off in ((0, 0.15, 0.08), (2, 0.37, 0.2), (8, 0.85, 0.13), (64, 0.95, 0.05)):
+    about(f"{rank:2} directions of each matrix", right[rank], expected, off)
+about("everything that was tuned", whole := replies_right(full), 0.99, 0.02)
+
+# %% mystnb={"figure": {"caption": "Left: how much of the change the top directions hold. Right: how many questions are answered right when only these are kept.", "name": "fig-lora-directions"}, "image": {"alt": "Left, three concave curves over the number of directions kept, 0 to 64: the query matrix rises fastest, an up matrix slower, a random matrix slowest. Right, the share of right replies over 0 to 64 directions rises steeply between 2 and 8 and is nearly flat from 8 on, a little below a dotted line at 99 percent."}}
+first, last = shares(updates[names[0]]), shares(updates[names[5]])
+draw_directions(
+    {"a query matrix": first, "an up matrix": last, "random": shares(random)}, right, whole
+)
+
+# %% [markdown]
+# Eight directions of 64 do most of what the whole change does, although they hold only some two thirds of its
+# norm; from 16 on nearly nothing is gained. (The last few percent are in embeddings and head, which were
+# tuned as well.) So there are two different statements. *The update that full tuning finds has a low rank*:
+# no. *There is an update of low rank that does the job*: yes. And the second is what LoRA needs. Two directions
+# of *this* update answer a third of the questions; the two that were trained as such, above, answer nine of
+# ten. It is better to look for a small update than to cut a large one down to size.
+
+# %% [markdown]
+# ## Two thin matrices
+#
+# A linear layer computes $y = Wx$ with a matrix of $m$ rows and $n$ columns. LoRA keeps $W$ and adds
+#
+# $$
+# y = W x + s\, B A x, \qquad A \in \mathbb{R}^{r \times n},\; B \in \mathbb{R}^{m \times r},
+# \qquad s = \frac{\alpha}{r} .
+# $$ (lora-layer)
+#
+# The layer has $r(m + n)$ numbers to train instead of $mn$: for a square matrix of width 4096 and
+# $r = 16$, one in 128. From $r = mn/(m+n)$ on it has no fewer, which is half the width of a square matrix.
+# $BAx$ is computed from the right, so that the product $BA$ never exists during training.
+#
+# What are the gradients? Let $G = \partial L/\partial W'$ be the gradient for the matrix
+# $W' = W + sBA$ as a whole, as full tuning would see it. A change of $A$ and $B$ changes the loss by
+#
+# $$
+# \mathrm{d}L = \langle G, \mathrm{d}W' \rangle
+# = s \langle G,\, \mathrm{d}B\, A + B\, \mathrm{d}A \rangle
+# = \langle s\, G A^\top, \mathrm{d}B \rangle + \langle s\, B^\top G, \mathrm{d}A \rangle ,
+# $$
+#
+# because $\langle G, XY \rangle = \operatorname{tr}(G^\top X Y) = \langle G Y^\top, X \rangle = \langle X^\top G, Y \rangle$. Hence
+#
+# $$
+# \frac{\partial L}{\partial B} = s\, G A^\top, \qquad \frac{\partial L}{\partial A} = s\, B^\top G .
+# $$ (lora-gradients)
+#
+# The equations tell how to begin. The tuned model should start as the base, so $BA$ must be zero. If both
+# are zero, then both gradients are zero, and forever. If only $B$ is zero, then $A$ has no gradient in the
+# first step, but $B$ has one: $B$ moves, and from the second step on both do. So $A$ is random and $B$ is zero.
+# (The other way round would do as well.)
+#
+# {py:class}`~llmbook.lora.LoRALinear` is the class `Thin` with what use demands: a factor $\alpha/r$ in place of
+# the 4, dropout on what $A$ reads, a switch, and a base that may also be one of chapter 14's quantized layers.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the layer, layers by name and what is refused, merging
+
+# %% [markdown] tags=["engine"]
+# The names of `LoRAConfig` are those of PEFT, with the prefixes left out. `weight` gives the matrix of an adapted layer
+# to code that reads it rather than calls the layer: chapter 13's loss does so with the head. (Dropout acts on
+# what the layer reads, so it cannot act there; `apply_lora` refuses it for a head.) Chapter 14's fused step for
+# small models multiplies by matrices that it has put together before; it is used for plain layers
+# only, so that no adapter is left out in silence. A test holds the tokens of `generate` against those of whole
+# passes.
+
+
+# %% tags=["engine"]
+#| export
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """What is adapted, and how: the names and meanings are those of PEFT's ``LoraConfig``.
+
+    ``targets`` are names of linear layers, each the whole name or its end (``q_proj`` for all
+    layers of that name); or a regular expression that matches whole names; or "all-linear", all
+    but the head. The product of the thin matrices is multiplied by ``alpha / rank``, or with
+    ``rslora`` by ``alpha / sqrt(rank)``. In training, ``dropout`` drops inputs of the thin ones.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        check_whole("rank", self.rank, 1)
+        _check_positive("alpha", self.alpha)
+        check_fraction("dropout", self.dropout)
+        if isinstance(self.targets, list):  # as files have it
+            object.__setattr__(self, "targets", tuple(self.targets))
+        _check_targets(self.targets)
+        if not isinstance(self.rslora, bool):
+            raise ValueError(f"rslora: expected True or False, got {self.rslora!r}")
+
+    @property
+    def scale(self) -> float:
+        """What the product of the thin matrices is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+# %% tags=["engine"]
+#| export
+class LoRALinear(nn.Module):
+    """A frozen linear layer, and beside it two thin matrices that are trained (Hu et al., 2022).
+
+    ``base`` is a ``Linear``, or a quantized layer with ``in_features`` and ``out_features``.
+    ``lora_a``, (rank, in), is drawn as PEFT does, from a uniform distribution of variance
+    1/(3 in); ``lora_b``, (out, rank), is zero, so that the layer begins as its base.
+    """
+
+    def __init__(
+        self, base: nn.Module, config: "LoRAConfig", *, generator: torch.Generator | None = None
+    ):
+        super().__init__()
+        _check_base(base, config)
+        self.base, self.config, self.enabled = base, config, True
+        self.in_features, self.out_features = int(base.in_features), int(base.out_features)
+        a = torch.empty(config.rank, self.in_features)
+        nn.init.uniform_(a, -(self.in_features**-0.5), self.in_features**-0.5, generator=generator)
+        like = dense_weight(base)
+        self.lora_a = nn.Parameter(a.to(like))
+        self.lora_b = nn.Parameter(like.new_zeros(self.out_features, config.rank))
+
+    def forward(
+        self, x: Float[Tensor, "*batch in_features"]
+    ) -> Float[Tensor, "*batch out_features"]:
+        """Return the base's output, and the adapter's on top unless it is not ``enabled``."""
+        out = self.base(x)
+        if not self.enabled:
+            return out
+        dropped = F.dropout(x, self.config.dropout, self.training)
+        thin = F.linear(dropped.to(self.lora_a.dtype), self.lora_a)
+        return out + (self.config.scale * F.linear(thin, self.lora_b)).to(out.dtype)
+
+
+# %% tags=["engine"]
+#| export
+class LoRALinear(LoRALinear):  # continued
+    @property
+    def update(self) -> Float[Tensor, "out_features in_features"]:
+        """What the adapter adds to the matrix of its base."""
+        return self.config.scale * (self.lora_b @ self.lora_a)
+
+    @property
+    def weight(self) -> Float[Tensor, "out_features in_features"]:
+        """The matrix that the layer multiplies by, for code that reads it: adapter included."""
+        dense = dense_weight(self.base)
+        return dense + self.update.to(dense.dtype) if self.enabled else dense
+
+    @property
+    def bias(self) -> Float[Tensor, " out_features"] | None:
+        """The bias of the base."""
+        return getattr(self.base, "bias", None)
+
+    def extra_repr(self) -> str:
+        """Return what PyTorch prints of the layer."""
+        return f"rank={self.config.rank}, scale={self.config.scale:g}"
+
+
+# %% tags=["engine"]
+#| export
+def dense_weight(layer: nn.Module) -> Float[Tensor, "out_features in_features"]:
+    """Return the matrix that a linear layer multiplies by, as floats.
+
+    A quantized layer is asked for it: by its method ``dequantize``, if it is not chapter 14's.
+    """
+    if isinstance(layer, QuantizedLinear):
+        return layer.weight.to(layer.scale.dtype) * layer.scale[:, None]
+    dequantize = getattr(layer, "dequantize", None)
+    weight = getattr(layer, "weight", None) if dequantize is None else dequantize()
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(f"layer: expected a linear layer, got {layer!r:.60}")
+    return weight
+
+
+# %% tags=["engine"]
+#| export
+def apply_lora(model: nn.Module, config: LoRAConfig, *, seed: int) -> list[str]:
+    """Put a ``LoRALinear`` in place of each targeted layer of ``model``, and freeze all else.
+
+    Returns the names of the adapted layers. The thin matrices depend on ``seed`` alone. Refused
+    by name are: targets that are no linear layer of the model, a rank that a matrix cannot have,
+    layers that share their matrix with another one (a tied head), and a model that has adapters.
+    """
+    check_whole("seed", seed, 0, 2**64 - 1)
+    names = _targeted(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name in names:
+        made[name] = LoRALinear(model.get_submodule(name), config, generator=generator)
+    model.requires_grad_(False)
+    for name, layer in made.items():
+        layer.lora_a.requires_grad_(True)
+        layer.lora_b.requires_grad_(True)
+        _replace(model, name, layer)
+    return names
+
+
+# %% tags=["engine"]
+#| export
+# Layers by name
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what can be adapted, by name: all that has features in and out."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and hasattr(module, "in_features") and hasattr(module, "out_features")
+    }
+
+
+def _targeted(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Return the names of the layers that ``config`` targets, or say why they cannot be."""
+    if adapted := [name for name, m in model.named_modules() if isinstance(m, LoRALinear)]:
+        raise ValueError(f"model: expected one without adapters, but {adapted[0]} has one")
+    linear, targets = _linear_layers(model), config.targets
+    if not linear:
+        raise ValueError(f"model: expected one with linear layers, got {model!r:.60}")
+    if targets == "all-linear":
+        names = [name for name in linear if name.rpartition(".")[2] != "lm_head"]
+    elif isinstance(targets, str):
+        names = [name for name in linear if re.fullmatch(targets, name)]
+    else:
+        names = [n for n in linear if any(n == t or n.endswith(f".{t}") for t in targets)]
+    _check_found(targets, names, linear, model)
+    for name in names:
+        _check_alone(model, name)
+        _check_rank(config.rank, linear[name], name)
+    return names
+
+
+# %% tags=["engine"]
+#| export
+# What a model must have
+def _check_found(
+    targets: str | tuple[str, ...], names: list[str], linear: Mapping[str, Any], model: nn.Module
+) -> None:
+    known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+    wanted = targets if isinstance(targets, tuple) else (targets,)
+    for target in wanted:
+        if isinstance(targets, tuple):
+            hit = any(name == target or name.endswith(f".{target}") for name in names)
+        else:
+            hit = bool(names)
+        if not hit:
+            found = _submodule(model, target)
+            got = repr(target) + ("" if found is None else f", a {type(found).__name__}")
+            raise ValueError(f"targets: expected linear layers, such as {known}, got {got}")
+
+
+def _check_alone(model: nn.Module, name: str) -> None:
+    """Refuse a matrix that another module has, too: a change of one would change the other."""
+    weight = model.get_submodule(name)._parameters.get("weight")
+    for other, module in model.named_modules():
+        if other != name and weight is not None and module._parameters.get("weight") is weight:
+            expected = "layers with a matrix of their own"
+            raise ValueError(f"targets: expected {expected}, but {name} shares its with {other}")
+
+
+# %% tags=["engine"]
+#| export
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Return the adapted layers of a model by name; a ``ValueError`` if there are none."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    if not found:
+        raise ValueError(
+            f"model: expected one with adapters, as apply_lora makes, got {model!r:.60}"
+        )
+    return found
+
+
+# %% tags=["engine"]
+#| export
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the thin matrices of a model, which are what is trained."""
+    layers = lora_layers(model).values()
+    return [matrix for layer in layers for matrix in (layer.lora_a, layer.lora_b)]
+
+
+# %% tags=["engine"]
+#| export
+def merge_lora(model: nn.Module) -> dict[str, LoRALinear]:
+    """Add each adapter to the matrix of its base, which takes its place again.
+
+    Returns the adapted layers by name, for ``unmerge_lora``. A quantized base is refused: to add
+    to it means to round again.
+    """
+    layers = lora_layers(model)
+    for name, layer in layers.items():
+        if type(layer.base) is not nn.Linear:
+            got = type(layer.base).__name__
+            raise ValueError(f"model: expected a Linear under {name}, to merge into, got {got}")
+    for name, layer in layers.items():
+        with torch.no_grad():
+            layer.base.weight.add_(layer.update)
+        _replace(model, name, layer.base)
+    return layers
+
+
+# %% tags=["engine"]
+#| export
+def unmerge_lora(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+    """Take the adapters that ``merge_lora`` returned out of the matrices, and put them beside."""
+    for name, layer in layers.items():
+        if _submodule(model, name) is not layer.base:
+            raise ValueError(f"layers: expected those that were merged into model, got {name}")
+    for name, layer in layers.items():
+        with torch.no_grad():
+            layer.base.weight.sub_(layer.update)
+        _replace(model, name, layer)
+
+
+# %% tags=["engine"]
+#| export
+@contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """Switch the adapters off in a ``with`` block: the model is its base, to the bit."""
+    layers = lora_layers(model).values()
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+# %% tags=["engine"]
+#| export
+# What a configuration and a layer must be
+def _check_targets(targets: object) -> None:
+    texts = isinstance(targets, str) or (
+        isinstance(targets, tuple) and all(isinstance(t, str) and t for t in targets)
+    )
+    if not texts or not targets:
+        expected = "names of layers, a regular expression, or 'all-linear'"
+        raise ValueError(f"targets: expected {expected}, got {targets!r:.60}")
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ValueError(
+                f"targets: {targets!r:.60} is no regular expression: {error}"
+            ) from None
+
+
+def _check_base(base: Any, config: Any) -> None:
+    if not isinstance(config, LoRAConfig):
+        raise ValueError(f"config: expected a LoRAConfig, got {config!r:.60}")
+    if isinstance(base, LoRALinear) or not hasattr(base, "in_features"):
+        raise ValueError(f"base: expected a linear layer without an adapter, got {base!r:.60}")
+    _check_rank(config.rank, base)
+
+
+def _check_rank(rank: int, layer: Any, name: str = "base") -> None:
+    most = min(layer.in_features, layer.out_features)
+    if rank > most:
+        shape = f"{layer.out_features} by {layer.in_features}"
+        raise ValueError(f"rank: expected at most {most}, as {name} is {shape}, got {rank}")
+
+
+# %% [markdown]
+# ### The gradients, held against the derivation
+#
+# A plain layer with the matrix $W'$ gives $G$, and the gradients of $A$ and $B$ must follow from it by
+# {eq}`lora-gradients`, at first and after a step:
+
+# %%
+seed_everything(0)
+layer = LoRALinear(nn.Linear(24, 16).requires_grad_(False), LoRAConfig(rank=4)).double()
+x, y, s = torch.randn(50, 24).double(), torch.randn(50, 16).double(), layer.config.scale
+print("at first the output is that of the base, to the bit:", torch.equal(layer(x), layer.base(x)))
+for moment in ("at first", "a step later"):
+    whole = layer.weight.detach().requires_grad_(True)
+    G, *_ = torch.autograd.grad(((F.linear(x, whole, layer.bias) - y) ** 2).sum(), whole)
+    a, b = torch.autograd.grad(((layer(x) - y) ** 2).sum(), [layer.lora_a, layer.lora_b])
+    torch.testing.assert_close((a, b), (s * layer.lora_b.T @ G, s * G @ layer.lora_a.T))
+    print(f"{moment:12}  gradient of A: {a.norm():6.1f}   of B: {b.norm():6.1f}")
+    layer.lora_b.data -= 0.001 * b
+
+# %% [markdown]
+# ### What the factor is for
+#
+# The factor $s$ has the task of making one learning rate fit all ranks. Does $\alpha/r$ do so? Look at the
+# first step, in which only $B$ moves. Gradient descent takes $\Delta B = -\eta s\, G A^\top$, which changes
+# the loss, to first order, by
+#
+# $$
+# \langle G, s\, \Delta B\, A \rangle = -\eta s^2 \lVert G A^\top \rVert^2 .
+# $$
+#
+# Entries of $A$ are independent, with variance $\sigma^2$, and so the expectation of $\lVert G A^\top \rVert^2$ is
+# $r\sigma^2 \lVert G \rVert^2$: each of the $r$ rows of $A$ adds the same. The loss falls in proportion to
+# $s^2 r$. With $s = \alpha/r$ this is $\alpha^2/r$, less and less as the rank grows; it is the same for
+# all ranks if $s = \alpha/\sqrt r$. This is the rank-stabilized factor of rsLoRA {cite}`kalajdzievski2023rank`.
+#
+# But nobody trains by plain gradient descent. Adam's first step is $\Delta B = -\eta \operatorname{sign}(s\,GA^\top)$,
+# whatever the size of the gradient. The loss then changes by $-\eta s \sum_{ik} \lvert (GA^\top)_{ik} \rvert$, a sum over
+# $m r$ entries of the same size: it is proportional to $s r$. Now $\alpha/r$ is the one that is the same for
+# all ranks, and $\alpha/\sqrt r$ grows by $\sqrt r$. Both can be measured:
+
+# %%
+print("fall of the loss in the first step, in units of rank 1; ranks 1, 4, 16, 64")
+for rule, rate in ((torch.optim.SGD, 1e-9), (torch.optim.Adam, 1e-6)):
+    for rslora, name in ((False, "alpha / r      "), (True, "alpha / sqrt(r)")):
+        falls = [first_step(rank, rslora, rule, rate) for rank in (1, 4, 16, 64)]
+        units = "  ".join(f"{value / falls[0]:5.2f}" for value in falls)
+        print(f"{rule.__name__:4} {name} {units}")
+
+# %% [markdown]
+# The measurement agrees. Which factor is right depends on the optimizer, and with Adam's kind of step, at
+# least at the beginning, $\alpha/r$ keeps the best rate where it is when the rank changes, as is also reported
+# for large models {cite}`schulman2025lora`. Later both matrices move, and rsLoRA's analysis of that
+# regime prefers $\alpha/\sqrt r$ for high ranks. `LoRAConfig` has both; $\alpha/r$ is the default, as in PEFT.
+# $\alpha$ itself is a second learning rate for most purposes: it is left at 16 and the rate is tuned.
+#
+# ### Merging
+#
+# An adapter that is trained need not stay beside its matrix. $W + sBA$ is a matrix of the same shape, and
+# with it the tuned model is as fast as the base. {py:func}`~llmbook.lora.merge_lora` puts plain layers back;
+# {py:func}`~llmbook.lora.unmerge_lora` undoes it. Not to the bit, since $W + D$ is rounded: with
+# unit roundoff $u$ ($2^{-24}$ in float32) the rounding of the sum is at most $u\lvert W + D\rvert$, that of the
+# difference about $u\lvert W\rvert$, so that each weight comes back within $2u(\lvert W \rvert + \lvert D \rvert)$.
+# {py:func}`~llmbook.lora.without_lora` switches an unmerged adapter off, which is exact:
+
+# %%
+model, ids = deepcopy(base), torch.arange(40).view(2, 20)
+apply_lora(model, LoRAConfig(rank=4), seed=0)
+layer = model.blocks[0].attention.q_proj
+nn.init.normal_(layer.lora_b, std=0.1)
+expected, before = model(ids), layer.base.weight.clone()
+with without_lora(model):
+    print("switched off, it is the base, to the bit:", torch.equal(model(ids), base(ids)))
+adapters = merge_lora(model)
+print(
+    f"merged: logits differ by less than 0.001: {float((model(ids) - expected).abs().max()) < 1e-3}"
+)
+unmerge_lora(model, adapters)
+off = (layer.base.weight - before).abs() / (before.abs() + layer.update.abs())
+print(f"unmerged: off by less than 2^-23 of their sizes: {float(off.max()) <= 2**-23}")
+
+# %% [markdown]
+# ## Which matrices, by name
+#
+# Which layers get an adapter is said by their names, as everywhere: by the end of a name (`q_proj` means the query
+# matrices of all blocks), by a regular expression for whole names, or by "all-linear", which is everything
+# but the head. {py:func}`~llmbook.lora.apply_lora` puts the layers in, freezes all else, and returns the names.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: adapters as data, and the fingerprint of a base
+
+# %% [markdown] tags=["engine"]
+# The fingerprint reads up to 4,096 numbers of each tensor. That is quick for large models, and tuning changes all
+# numbers of what it changes. It depends on the type of numbers: the same base in bfloat16, or quantized, is
+# another one, and a caller who knows that it fits says `any_base=True`.
+
+
+# %% tags=["engine"]
+#| export
+class AdapterState(NamedTuple):
+    """An adapter by itself: what ``load_adapter_state`` puts beside the base it was made for."""
+
+    config: LoRAConfig
+    tensors: dict[str, Tensor]  # "<layer>.lora_a" and "<layer>.lora_b"
+    base: str  # fingerprint of the base
+
+
+# %% tags=["engine"]
+#| export
+# What a state must have
+def _check_state(model: nn.Module, state: AdapterState, names: list[str]) -> None:
+    rank = state.config.rank
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        shapes = {"lora_a": (rank, layer.in_features), "lora_b": (layer.out_features, rank)}
+        for kind, shape in shapes.items():
+            tensor = state.tensors.get(f"{name}.{kind}")
+            got = "none" if tensor is None else str(tuple(tensor.shape))
+            if tensor is None or tuple(tensor.shape) != shape:
+                raise ValueError(f"state: expected {name}.{kind} of shape {shape}, got {got}")
+        if isinstance(layer, LoRALinear) and layer.config != state.config:
+            raise ValueError(f"state: expected {layer.config}, as model has, got {state.config}")
+    if extra := state.tensors.keys() - {f"{n}.{k}" for n in names for k in ("lora_a", "lora_b")}:
+        raise ValueError(f"state: expected adapters of {len(names)} layers, got also {min(extra)}")
+
+
+# %% tags=["engine"]
+#| export
+def adapter_state(model: nn.Module) -> AdapterState:
+    """Return copies of the thin matrices of a model, with what they belong to."""
+    layers = lora_layers(model)
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"{name}.lora_a"] = layer.lora_a.detach().clone()
+        tensors[f"{name}.lora_b"] = layer.lora_b.detach().clone()
+    return AdapterState(next(iter(layers.values())).config, tensors, base_fingerprint(model))
+
+
+# %% tags=["engine"]
+#| export
+def load_adapter_state(model: nn.Module, state: AdapterState, *, any_base: bool = False) -> None:
+    """Give ``model`` the adapter ``state``: a model without adapters gets layers for it.
+
+    The base must be the one that the adapter was trained on, unless ``any_base`` is true (say, the
+    same one in another type of numbers). A ``ValueError`` says what does not fit, and changes
+    nothing.
+    """
+    if not any_base and (found := base_fingerprint(model)) != state.base:
+        expected = f"an adapter for this base, {found}"
+        raise ValueError(f"state: expected {expected}, got one for {state.base}")
+    has = any(isinstance(m, LoRALinear) for m in model.modules())
+    names = list(lora_layers(model)) if has else _targeted(model, state.config)
+    _check_state(model, state, names)
+    if not has:
+        apply_lora(model, state.config, seed=0)
+    with torch.no_grad():
+        for name, layer in lora_layers(model).items():
+            layer.lora_a.copy_(state.tensors[f"{name}.lora_a"])
+            layer.lora_b.copy_(state.tensors[f"{name}.lora_b"])
+
+
+# %% tags=["engine"]
+#| export
+_SAMPLE = 4096  # numbers of each tensor
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """Return 16 hexadecimal digits for the weights of a model, adapters left out.
+
+    They depend on names, shapes, types, and of each tensor on up to 4096 numbers, evenly spread.
+    """
+    digest = blake2b(digest_size=8)
+    for name, tensor in model.state_dict().items():
+        if re.search(r"(^|\.)lora_[ab]$", name):
+            continue
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // _SAMPLE)].cpu().contiguous()
+        plain = re.sub(r"(^|\.)base\.(?=[^.]+$)", r"\1", name)
+        digest.update(f"{plain} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# %% [markdown]
+# ### Four ways to name layers
+
+# %%
+for targets in (("q_proj", "v_proj"), r".*\.1\..*_proj", "all-linear", ("query",)):
+    model = deepcopy(base)
+    try:
+        names = apply_lora(model, LoRAConfig(rank=4, targets=targets), seed=0)
+        numbers = sum(parameter.numel() for parameter in lora_parameters(model))
+        print(f"{targets!s:22} {len(names):2} layers, {numbers:5,} numbers, first {names[0]}")
+    except ValueError as error:
+        print(f"{targets!s:22} {error}")
+
+# %% [markdown]
+# A name that fits nothing is refused, and so are a rank above that of the matrix and a second adapter on
+# top of a first. So is a head that shares its matrix with the embedding: the adapter would act on the logits
+# alone, as it should, but merged it would change what each token means at the input, too. A model that is
+# meant to have an adapter at its head needs a head of its own.
+#
+# An adapter is of use only with the base that it was trained on. Beside another one of the same
+# shape it runs without an error, and talks nonsense. So {py:func}`~llmbook.lora.adapter_state` notes a
+# fingerprint of the base, and {py:func}`~llmbook.lora.load_adapter_state` compares it:
+
+# %%
+model, other = deepcopy(base), deepcopy(base)
+apply_lora(model, LoRAConfig(rank=4, targets=("q_proj", "v_proj")), seed=0)
+state = adapter_state(model)
+nn.init.normal_(other.blocks[0].attention.o_proj.weight, std=0.1)  # one matrix is another
+load_adapter_state(deepcopy(base), state)
+try:
+    load_adapter_state(other, state)
+except ValueError as error:
+    print(str(error)[:41])
+
+# %% [markdown]
+# ## Against full tuning
+#
+# How much of full tuning's result does LoRA reach, and at which rate? A single pair of runs cannot tell, since each
+# method has a learning rate of its own. So `python benchmarks/lora.py` has trained at six rates with ranks
+# 1 to 16 on all linear layers, and in full: each time a hundred steps on the same batches, which is too few to
+# be done, so that differences can be seen, with three seeds for the three best rates.
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: the runs of the table
+
+
+# %% tags=["engine"]
+#| export
+class TuningRun(NamedTuple):
+    """What was tuned, how, and what came of it; ``rank`` 0 is full tuning."""
+
+    targets: str  # "all-linear", "attention" or "feed-forward"
+    rank: int
+    learning_rate: float
+    seed: int
+    parameters: int  # that were trained
+    optimizer_bytes: int
+    right: float  # share of held-out questions answered right
+    story_bits: float  # of held-out stories, as a multiple of the base's
+
+
+# %% tags=["engine"]
+#| export
+_PARTS = {"attention": r".*\.[qkvo]_proj", "feed-forward": r".*\.(gate|up|down)_proj"}
+
+
+def _prepared(rank: int, targets: str, seed: int) -> TransformerLM:
+    """Return a copy of the base with what is to be trained."""
+    model = deepcopy(pretrained("tinyworld").model)
+    if rank:
+        chosen = _PARTS.get(targets, targets)
+        apply_lora(model, LoRAConfig(rank=rank, targets=chosen), seed=seed)
+    return model
+
+
+# %% tags=["engine"]
+#| export
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes of all tensors that an optimizer keeps."""
+    kept = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.nbytes for value in kept if isinstance(value, Tensor) and value.ndim)
+
+
+# %% tags=["engine"]
+#| export
+def tuning_run(
+    rank: int, learning_rate: float, seed: int, *, targets: str = "all-linear", n_steps: int = 100
+) -> TuningRun:
+    """Tune the base on questions about half of the characters, and test it on the other half.
+
+    ``rank`` 0 is full tuning. ``targets``: "all-linear", "attention" or "feed-forward".
+    """
+    check_whole("rank", rank, 0)
+    check_choice("targets", targets, ("all-linear", *_PARTS))
+    check_whole("seed", seed, 0, 2**32 - 1)
+    base, model = pretrained("tinyworld"), _prepared(rank, targets, seed)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    n_bytes = optimizer_bytes(tune_on_facts(model, n_steps, learning_rate, seed=seed))
+    if rank:
+        merge_lora(model)
+    held_out = [story.text for story in TinyWorld().stories(200, seed=7)]
+    bits = [documents_score(m, base.tokenizer, held_out)[0] for m in (model, base.model)]
+    place = (targets, rank, learning_rate, seed)
+    return TuningRun(*place, n_trained, n_bytes, replies_right(model), bits[0] / bits[1])
+
+
+# %% tags=["engine"]
+# The table, for each rank at its best rate
+def runs_at(
+    runs: list[TuningRun], rank: int, rate: float, part: str = "all-linear"
+) -> list[TuningRun]:
+    return [run for run in runs if (run.targets, *run[1:3]) == (part, rank, rate)]
+
+
+def rate_table(part: str = "all-linear", ranks: Sequence[int] = (0, 1, 2, 4, 8, 16)) -> Any:
+    kinds = (str, int, float, int, int, int, float, float)
+    rows = [zip(kinds, row.values(), strict=True) for row in table_of("lora.csv")]
+    runs = [TuningRun(*(kind(value) for kind, value in row)) for row in rows]
+    curves: dict[int, dict[float, float]] = {}
+    lines = ["rank    numbers   Adam's bytes   best rate   right, interval     stories, bits"]
+    for rank in ranks:
+        rates = sorted({run.learning_rate for run in runs if run[:2] == (part, rank)})
+        some = {rate: runs_at(runs, rank, rate, part) for rate in rates}
+        curve = curves[rank] = {r: float(np.mean([x.right for x in some[r]])) for r in rates}
+        best = max((r for r in rates if len(some[r]) > 1), key=lambda r: curve[r])
+        right = mean_interval([run.right for run in some[best]])
+        told = np.mean([run.story_bits for run in some[best]]) - 1
+        size, first = f"{rank or 'full':4} {some[best][0].parameters:10,}", some[best][0]
+        interval = f"{right.estimate:.0%} [{max(0, right.low):.0%}, {min(1, right.high):.0%}]"
+        lines.append(f"{size} {first.optimizer_bytes:14,} {best:11} {interval:>17} {told:+14.1%}")
+    return "\n".join(lines), curves
+
+
+# %% [markdown]
+# ### Best against best
+#
+# First, one of these runs live, with a seed that is not in the table:
+
+# %%
+live = tuning_run(8, 0.01, seed=3)
+about("rank 8 at 0.01: questions answered right", live.right, 0.91, 0.09)
+
+# %%
+table, curves = rate_table()
+print(table)
+
+# %% mystnb={"figure": {"caption": "Questions answered right after a hundred steps, over the peak learning rate.", "name": "fig-lora-rates"}, "image": {"alt": "Four curves over learning rates from 0.0003 to 0.1 on a logarithmic axis. Full tuning is far ahead at small rates and best at 0.01, and falls at 0.1. Ranks 1, 4 and 16 rise later, are best between 0.01 and 0.03, and fall to zero or nearly at 0.1."}}
+draw_rates({"full": curves[0], "rank 1": curves[1], "rank 4": curves[4], "rank 16": curves[16]})
+
+# %% [markdown]
+# PROSE5
+
+# %% [markdown]
+# ## What a rank can store
+#
+# So far the model had the knowledge already, and had to learn a form. It is another matter to teach it new facts.
+# Then an adapter is a memory, and one can ask how many bits it holds. In the tiny world this can be
+# counted. Draw the facts of 96 characters anew: each has seven public attributes, and a value that is one of
+# $k$ equally likely ones takes $\log_2 k$ bits to say. There are 672 facts, hence
+#
+# $$
+# 96 \cdot (\log_2 12 + 4 \log_2 16 + \log_2 12 + \log_2 95) \approx 2{,}850 \text{ bits} .
+# $$
+#
+# The base, which knows other things about some of these names, is tuned on one question about each fact for
+# 400 steps. What does it know afterwards? If it gives the right value the probability $q$ among the
+# possible ones, where a guess gives $1/k$, it has stored
+#
+# $$
+# \log_2 q - \log_2 \tfrac1k = \log_2 (q k) \text{ bits}
+# $$ (lora-bits)
+#
+# of this fact: all of $\log_2 k$ if it is sure, nothing if it guesses, and less than nothing if it is sure of
+# something else. (Only the first token of a value is looked at, and values that share it count as one, so that the sum of
+# what can be stored is a little smaller, 2,767 bits.)
+
+# %% [markdown] tags=["engine"]
+# ### Engine room: new facts, and the bits that a model has of them
+
+
+# %% tags=["engine"]
+#| export
+class StorageRun(NamedTuple):
+    """How many bits about new characters were stored in how many trained numbers."""
+
+    n_steps: int
+    rank: int
+    learning_rate: float
+    seed: int
+    parameters: int  # that were trained
+    facts: int  # that were to be learned
+    bits: float  # the information in them
+    right: int  # facts whose value is the most likely one
+    stored: float  # bits that the model has of them
+
+
+# %% tags=["engine"]
+#| export
+class NewFact(NamedTuple):
+    """A question about a new fact, and what its answer can be."""
+
+    example: Example  # the conversation
+    place: int  # of the value's first token
+    counts: dict[int, int]  # by first token, how many values begin with it
+
+
+def new_facts(world: TinyWorld, tokenizer: BPETokenizer) -> list[NewFact]:
+    """Return all facts of ``world`` but the secrets, each asked in one wording."""
+    found = []
+    for question in (q for half in ("tuning", "held_out") for q in _asked(world, half)):
+        value = world.cast.facts[question.character][question.attribute]
+        options = set(VALUES[question.attribute] or world.cast.facts) - {question.character}
+        first = Counter(tokenizer.encode(f" {option}")[0] for option in options)
+        talk = [Message("user", question.text), Message("assistant", question.reply)]
+        example = WORLD_CHAT.encode(tokenizer, talk)
+        wanted, learned = tokenizer.encode(f" {value}")[0], example.learned
+        place = max(i for i, id in enumerate(example.ids) if id == wanted and learned[i])
+        found.append(NewFact(example, place, dict(first)))
+    return found
+
+
+def _asked(world: TinyWorld, split: Any) -> Iterator[Question]:
+    yield from (q for q in make_questions(world, "fact", split) if q.wording == 0)
+
+
+# %% tags=["engine"]
+#| export
+@torch.no_grad()
+def bits_stored(model: TransformerLM, facts: Sequence[NewFact]) -> tuple[float, int]:
+    """Return how many bits a model has of the ``facts``, and how many values it finds likeliest.
+
+    Of a value that it gives the probability q among all possible ones, whose tokens a guess
+    would give 1/k, it has log2(q k) bits; below zero if it is surer of another one.
+    """
+    bits, right = 0.0, 0
+    for start in range(0, len(facts), 128):
+        some = facts[start : start + 128]
+        length = max(len(fact.example.ids) for fact in some)
+        ids = torch.zeros(len(some), length, dtype=torch.int64)
+        for row, fact in zip(ids, some, strict=True):
+            row[: len(fact.example.ids)] = torch.tensor(fact.example.ids)
+        logits = model(ids)
+        for row, fact in zip(logits, some, strict=True):
+            tokens = list(fact.counts)
+            log_q = row[fact.place - 1, tokens].double().log_softmax(-1)
+            at = tokens.index(fact.example.ids[fact.place])
+            guess = fact.counts[tokens[at]] / sum(fact.counts.values())
+            bits += float(log_q[at]) / math.log(2) - math.log2(guess)
+            right += int(log_q.argmax()) == at
+    return bits, right
+
+
+# %% tags=["engine"]
+#| export
+def storage_run(
+    rank: int, learning_rate: float, seed: int, *, n_characters: int = 96, n_steps: int = 400
+) -> StorageRun:
+    """Tune the base on facts that it has never met, and count what it has of them afterwards.
+
+    The facts are those of a world of other characters. ``rank`` 0 is full tuning.
+    """
+    check_whole("rank", rank, 0)
+    tokenizer = pretrained("tinyworld").tokenizer
+    world = TinyWorld(n_characters=n_characters, seed=1000 + seed)
+    facts = new_facts(world, tokenizer)
+    end = tokenizer.special_tokens["<|endoftext|>"]
+    data = InstructionDataset([fact.example for fact in facts], 32, 128, end, seed=seed)
+    model = _prepared(rank, "all-linear", seed)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    _train(model, data, n_steps, learning_rate)
+    stored, right = bits_stored(model.eval(), facts)
+    whole = sum(
+        -math.log2(f.counts[f.example.ids[f.place]] / sum(f.counts.values())) for f in facts
+    )
+    place = (n_steps, rank, learning_rate, seed)
+    return StorageRun(*place, n_trained, len(facts), whole, right, stored)
+
+
+# %% tags=["engine"]
+# The table, for each rank at its best rate
+def storage_table(n_steps: int = 400, ranks: Sequence[int] = (1, 2, 4, 8, 16, 0)) -> Any:
+    kinds = (int, int, float, int, int, int, float, int, float)
+    rows = [zip(kinds, row.values(), strict=True) for row in table_of("lora_storage.csv")]
+    runs = [StorageRun(*(kind(value) for kind, value in row)) for row in rows]
+    curve, lines = {}, ["rank    numbers    facts known   bits stored, interval   bits per number"]
+    for rank in ranks:
+        some = [run for run in runs if (run.n_steps, run.rank) == (n_steps, rank)]
+        rates = {run.learning_rate for run in some}
+        by_rate = [[run for run in some if run.learning_rate == rate] for rate in rates]
+        best = max(by_rate, key=lambda runs: np.mean([run.stored for run in runs]))
+        bits, numbers = [run.stored for run in best], best[0].parameters
+        curve[rank] = numbers, float(np.mean(bits))
+        about = mean_interval(bits) if len(bits) > 1 else None
+        interval = "" if about is None else f" [{about.low:5.0f}, {about.high:5.0f}]"
+        known = f"{np.mean([run.right for run in best]):7.0f} of 672"
+        line = f"{rank or 'full':4} {numbers:10,} {known:>14} {curve[rank][1]:9.0f}{interval:15}"
+        lines.append(f"{line} {curve[rank][1] / numbers:12.3f}")
+    return "\n".join(lines), curve, runs[0].bits
+
+
+# %% [markdown]
+# ### Bits counted
+#
+# Ranks 1 to 16 and full tuning, each at the best of its rates, with three seeds:
+
+# %%
+table, curve, most = storage_table()
+print(table)
+
+# %% mystnb={"figure": {"caption": "Bits of new facts that are stored after 400 steps, over the numbers that were trained.", "name": "fig-lora-storage"}, "image": {"alt": "STORAGEALT"}}
+draw_stored(dict(curve[rank] for rank in (1, 2, 4, 8, 16)), curve[0], most)
+
+# %% [markdown]
+# PROSE6
+
+# %% [markdown]
+# ## Exercises
+#
+# ````{exercise} A full tuning as an adapter
+# :label: ex-lora-extract
+# *Fifteen minutes.* Somebody gives you a matrix before and after full tuning, and you would like to keep the
+# difference as an adapter. Write `extracted(before, after, rank)`, which returns `a`, of shape (rank, inputs), and
+# `b`, of shape (outputs, rank), such that `before + b @ a` is as near to `after` as any matrix of this kind
+# can be. Let both share the size of the singular values evenly, so that neither is much larger than the other.
+# ````
+
+
+# %% tags=["solution"]
+def extracted(before: Tensor, after: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best adapter of a rank for the difference of two matrices, as ``a`` and ``b``."""
+    u, s, v = torch.linalg.svd(after - before, full_matrices=False)
+    root = s[:rank].sqrt()
+    return root[:, None] * v[:rank], u[:, :rank] * root
+
+
+# %% tags=["check"]
+seed_everything(0)
+before, after = torch.randn(2, 12, 20).double().unbind()
+a, b = extracted(before, after, 3)
+assert a.shape == (3, 20) and b.shape == (12, 3), "a is (rank, inputs), b is (outputs, rank)"
+values = torch.linalg.svdvals(after - before)
+error, least = float((after - before - b @ a).norm()), float((values[3:] ** 2).sum().sqrt())
+assert error < least * 1.000001, f"the error is {error:.2f}, but {least:.2f} can be reached"
+assert abs(float(a.norm() / b.norm()) - 1) < 1e-6, "a and b are not of one size"
+whole = extracted(before, after, 12)
+assert torch.allclose(before + whole[1] @ whole[0], after), "with all directions nothing is lost"
+
+# %% [markdown]
+# ````{exercise} Which adapter broke?
+# :label: ex-lora-broken
+# *Twenty minutes.* A run with adapters has ended, and the model is no better than its base. Write
+# `faults(base, model)`, which compares an adapted model with a copy of its base and returns a dictionary from the name of
+# each layer in which something is wrong to one of three words: `"dead"` if no training can ever move the adapter;
+# `"moved"` if the matrix under it is no longer that of the base; `"not finite"` if the adapter has a number that is
+# none. `lora_layers(model)` returns the adapted layers by name, each with `base`, `lora_a` and `lora_b`;
+# `base.get_submodule(name)` is a layer of the base. An adapter that simply has not been trained yet is in order. If
+# several things are wrong with a layer, it is the first of the three that counts.
+# ````
+
+
+# %% tags=["solution"]
+def faults(base: nn.Module, model: nn.Module) -> dict[str, str]:
+    """What is wrong with the adapters of ``model``, by the name of the layer."""
+    found = {}
+    for name, layer in lora_layers(model).items():
+        finite = layer.lora_a.isfinite().all() and layer.lora_b.isfinite().all()
+        if not layer.lora_a.any() and not layer.lora_b.any():
+            found[name] = "dead"
+        elif not torch.equal(layer.base.weight, base.get_submodule(name).weight):
+            found[name] = "moved"
+        elif not finite:
+            found[name] = "not finite"
+    return found
+
+
+# %% tags=["check"]
+model = deepcopy(base)
+apply_lora(model, LoRAConfig(rank=2), seed=0)
+fine = faults(base, model)
+assert fine == {}, f"B is zero at first, and the first step moves it; got {fine}"
+attention = model.blocks[1].attention
+with torch.no_grad():
+    attention.q_proj.lora_a.zero_()
+    attention.k_proj.base.weight[0, 0] += 1e-3
+    attention.v_proj.lora_b[0, 0] = math.inf
+    attention.o_proj.lora_a.zero_()
+    attention.o_proj.lora_b.fill_(0.1)
+found = {name.rpartition(".")[2]: word for name, word in faults(base, model).items()}
+assert found.get("q_proj") == "dead", "where both matrices are zero, so are both gradients"
+assert "o_proj" not in found, "A is zero, but B is not: A has a gradient"
+assert found.get("k_proj") == "moved", "a single number of the base has changed"
+assert found.get("v_proj") == "not finite", "infinity is not a number to train with"
+assert len(found) == 3, f"three layers are broken, but {len(found)} were found"
+
+# %% [markdown]
+# ## Ten adapters over one base
+#
+# Ten users have tuned the same model, each for a purpose of their own, and all of them ask at the
+# same moment. With ten merged copies, the server holds ten models and runs ten batches of one
+# question each. With adapters it could hold the base once. Could it also answer all ten in one
+# batch?
+
+# %% tags=["engine"]
+#| export
+# What serving, four bits and files need
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import NormalDist
+from typing import Literal
+
+from jaxtyping import Int64, Int8, UInt8
+from safetensors import safe_open, SafetensorError
+from safetensors.torch import save_file
+
+# %% tags=["engine"]
+#| export
+# What they take from earlier chapters
+from llmbook.attention import KVCache
+from llmbook.environment import check_choice, check_path, check_text, whole_directory
+from llmbook.generation import Completion, generate, stored_bytes
+from llmbook.model import model_type, TransformerLM
+
+# %% [markdown]
+# The base part of the layer, $Wx$, is the same for everybody, so one product of matrices serves
+# the whole batch. Only the thin part differs from row to row. If the thin matrices of all users
+# are stacked, $A$ with shape (users, rank, in) and $B$ with shape (users, out, rank), and
+# `rows` says whose row each one is, then indexing puts the right pair of matrices beside each row,
+# and a batched product does the rest:
+
+
+# %%
+#| export
+def rows_update(
+    x: Float[Tensor, "batch sequence n_in"],
+    a: Float[Tensor, "adapters rank n_in"],
+    b: Float[Tensor, "adapters n_out rank"],
+    rows: Int64[Tensor, " batch"],
+) -> Float[Tensor, "batch sequence n_out"]:
+    """Return what the adapter of each row adds: row ``i`` is multiplied by ``b[r] @ a[r]``,
+    where ``r`` is ``rows[i]`` (Chen et al., 2023, "Punica").
+    """
+    return x @ a[rows].mT @ b[rows].mT
+
+
+# %% [markdown]
+# The class {py:class}`~llmbook.lora.AdapterBank` in the engine room below puts this into each
+# adapted layer of a model. Adapters come and go by name while the base stays as it is; number 0 of
+# each stack is zero, for the rows that want the base alone. Adapters of different ranks fit into
+# one stack, since a thin matrix filled up with zeros adds the same product.
+
+# %% [markdown]
+# ### Engine room: a bank that adds and removes adapters, and follows each row through generation
+
+# %% [markdown] tags=["engine"]
+# A layer of the bank holds the stacks. The scale of an adapter is multiplied into its $B$ when it
+# is added, so that adapters of different scales can stand side by side. All layers look up whose
+# row is whose in one shared object.
+
+
+# %% tags=["engine"]
+#| export
+class _Rows:
+    """Whose rows these are: for each row of a batch the number of an adapter, 0 for none."""
+
+    def __init__(self) -> None:
+        self.numbers: Tensor | None = None
+
+
+class BankLinear(nn.Module):
+    """A linear layer with the thin matrices of ``n`` adapters, zero until ``put`` sets them."""
+
+    a: Tensor
+    b: Tensor
+
+    def __init__(self, base: nn.Module, rows: _Rows, n: int):
+        super().__init__()
+        self.base, self.rows = base, rows
+        self.in_features, self.out_features = int(base.in_features), int(base.out_features)
+        like = dense_weight(base)
+        self.register_buffer("a", like.new_zeros(n + 1, 1, self.in_features).detach())
+        self.register_buffer("b", like.new_zeros(n + 1, self.out_features, 1).detach())
+
+    def forward(
+        self, x: Float[Tensor, "*batch in_features"]
+    ) -> Float[Tensor, "*batch out_features"]:
+        """Return the base's output, and for each row what its adapter adds."""
+        out, numbers = self.base(x), self.rows.numbers
+        if numbers is None:
+            return out
+        if len(x) != len(numbers):
+            raise ValueError(f"x: expected a row for each of {len(numbers)} names, got {len(x)}")
+        wide = x.reshape(len(x), -1, self.in_features).to(self.a.dtype)
+        return out + rows_update(wide, self.a, self.b, numbers).reshape(out.shape).to(out.dtype)
+
+
+# %% tags=["engine"]
+#| export
+class BankLinear(BankLinear):  # continued
+    def append(self, a: Tensor | None, b: Tensor | None) -> None:
+        """Add a pair of thin matrices, the scale multiplied into ``b``; or zeros."""
+        rank = self.a.size(1) if a is None else max(self.a.size(1), len(a))
+        new_a = self.a.new_zeros(len(self.a) + 1, rank, self.in_features)
+        new_b = self.b.new_zeros(len(self.b) + 1, self.out_features, rank)
+        new_a[:-1, : self.a.size(1)], new_b[:-1, :, : self.b.size(2)] = self.a, self.b
+        if a is not None and b is not None:
+            new_a[-1, : len(a)], new_b[-1, :, : b.size(1)] = a, b
+        self.a, self.b = new_a, new_b
+
+    def drop(self, number: int) -> None:
+        """Remove an adapter, and with it the room that only its rank needed."""
+        kept = [i for i in range(len(self.a)) if i != number]
+        a, b = self.a[kept], self.b[kept]
+        used = b.abs().sum(dim=(0, 1)).nonzero()
+        rank = 1 if not len(used) else int(used.max()) + 1
+        self.a, self.b = a[:, :rank].contiguous(), b[:, :, :rank].contiguous()
+
+
+# %% [markdown] tags=["engine"]
+# The bank works on a second set of modules over the same tensors: `deepcopy` is told that each
+# parameter is its own copy. So the base itself stays untouched, and costs its memory once.
+
+
+# %% tags=["engine"]
+#| export
+class AdapterBank:
+    """Several adapters over one base, and batches in which each row has its own.
+
+    ``model`` is a ``TransformerLM`` without adapters, in floats or quantized; it is not changed.
+    """
+
+    def __init__(self, model: TransformerLM):
+        if not isinstance(model, TransformerLM):
+            raise ValueError(f"model: expected a TransformerLM, got {model!r:.60}")
+        if any(isinstance(m, LoRALinear | BankLinear) for m in model.modules()):
+            raise ValueError(f"model: expected one without adapters, got {model!r:.60}")
+        same = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        self.base, self.names = model, list[str]()
+        self._fingerprint, self._rows = base_fingerprint(model), _Rows()
+        self._model = copy.deepcopy(model, same).eval()
+        self._waiting: Tensor | None = None  # whose rows will be generated
+        vars(self._model)["new_cache"] = self._new_cache  # of this set of modules only
+
+    def add(self, name: str, state: AdapterState, *, any_base: bool = False) -> None:
+        """Add an adapter. ``any_base`` is that of ``load_adapter_state``."""
+        self._check_new(name, state)
+        if not any_base and state.base != self._fingerprint:
+            expected = f"an adapter for this base, {self._fingerprint}"
+            raise ValueError(f"state: expected {expected}, got one for {state.base}")
+        targeted = _targeted(self.base, state.config)
+        _check_state(self.base, state, targeted)
+        for layer in targeted:
+            own = self._model.get_submodule(layer)
+            if not isinstance(own, BankLinear):
+                _replace(self._model, layer, BankLinear(own, self._rows, len(self.names)))
+        for layer, own in self._layers().items():
+            a, b = (state.tensors.get(f"{layer}.lora_{kind}") for kind in "ab")
+            own.append(a, None if b is None else b * state.config.scale)
+        self.names.append(name)
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter; the others stay."""
+        check_choice("name", name, self.names)
+        for own in self._layers().values():
+            own.drop(1 + self.names.index(name))
+        self.names.remove(name)
+
+
+# %% [markdown] tags=["engine"]
+# Chapter 14's `generate` sorts prompts by length, and takes rows that have finished out of the
+# batch. Everything that belongs to a row has to follow it. What moves with the rows is the cache,
+# so the bank hands out caches that tell it when they are made and when they are reordered.
+# Without a cache, or when a row slides over the end of the context, rows would be read anew
+# without a word to the bank; both are refused.
+
+
+# %% tags=["engine"]
+#| export
+class AdapterBank(AdapterBank):  # continued
+    def __call__(
+        self,
+        ids: Int64[Tensor, "batch sequence"],
+        adapters: Sequence[str | None],
+        **options: Any,
+    ) -> Float[Tensor, "batch sequence vocab_size"]:
+        """Return logits, each row with its own adapter, or with none where ``adapters`` has None.
+
+        ``options`` are those of the model, such as ``position_ids``.
+        """
+        try:
+            self._rows.numbers = self._numbers(adapters, len(ids))
+            return self._model(ids, **options)
+        finally:
+            self._rows.numbers = None
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]] | Sequence[str],
+        adapters: Sequence[str | None],
+        **options: Any,
+    ) -> list[Completion]:
+        """Return completions as chapter 14's ``generate`` does, each row with its own adapter."""
+        if options.get("on_full") == "slide" or options.get("use_cache") is False:
+            expected = "a cache, and rows that do not slide over the end of the context"
+            raise ValueError(f"options: expected {expected}, got {options!r:.80}")
+        numbers, tokenizer = self._numbers(adapters, len(prompts)), options.get("tokenizer")
+        texts = [tokenizer.encode(p) if tokenizer and isinstance(p, str) else p for p in prompts]
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+        try:
+            self._waiting = numbers[order]
+            return generate(self._model, texts, **options)
+        finally:
+            self._rows.numbers = self._waiting = None
+
+    def _new_cache(self, batch_size: int, capacity: int | None = None, spare: int = 0) -> KVCache:
+        cache = TransformerLM.new_cache(self._model, batch_size, capacity, spare)
+        if self._waiting is not None:
+            self._rows.numbers = self._waiting[:batch_size]
+            self._waiting, reorder = self._waiting[batch_size:], cache.reorder
+
+            def follow(rows: Tensor) -> None:
+                reorder(rows)
+                assert self._rows.numbers is not None  # they were set with the cache
+                self._rows.numbers = self._rows.numbers[rows]
+
+            vars(cache)["reorder"] = follow
+        return cache
+
+
+# %% tags=["engine"]
+#| export
+class AdapterBank(AdapterBank):  # continued
+    @property
+    def nbytes(self) -> int:
+        """The size of the base and all adapters, each tensor once."""
+        return stored_bytes(self._model)
+
+    def _layers(self) -> dict[str, BankLinear]:
+        return {n: m for n, m in self._model.named_modules() if isinstance(m, BankLinear)}
+
+    def _check_new(self, name: object, state: object) -> None:
+        if not check_text(name, "name") or name in self.names:
+            raise ValueError(f"name: expected a new one, not of {self.names}, got {name!r}")
+        if not isinstance(state, AdapterState):
+            raise ValueError(f"state: expected an AdapterState, got {state!r:.60}")
+
+    def _numbers(self, adapters: Any, n: int) -> Tensor:
+        if isinstance(adapters, str) or not isinstance(adapters, Sequence) or len(adapters) != n:
+            expected = f"a name or None for each of {n} rows"
+            raise ValueError(f"adapters: expected {expected}, got {adapters!r:.60}")
+        for name in adapters:
+            if name is not None and name not in self.names:
+                known = ", ".join(self.names) or "(the bank is empty)"
+                raise ValueError(f"adapters: expected None or one of {known}, got {name!r:.60}")
+        numbers = [0 if name is None else 1 + self.names.index(name) for name in adapters]
+        return torch.tensor(numbers, device=self.base.embedding.weight.device)
+
+
+# %% [markdown]
+# ## A base in four bits
+#
+# PROSE
+
+
+# %%
+#| export
+def nf4_levels() -> Float[Tensor, " 16"]:
+    """Return the 16 levels of NormalFloat, from -1 to 1 (Dettmers et al., 2023, equation 4).
+
+    Eight steps of equal probability lead from 0 up to 1, and seven from 0 down to -1.
+
+    >>> [round(level, 4) for level in nf4_levels().tolist()[6:10]]
+    [-0.0911, 0.0, 0.0796, 0.1609]
+    """
+    end, quantile = (31 / 32 + 29 / 30) / 2, NormalDist().inv_cdf
+    below = [-quantile(0.5 + (end - 0.5) * step / 7) for step in range(7, 0, -1)]
+    above = [quantile(0.5 + (end - 0.5) * step / 8) for step in range(1, 9)]
+    return torch.tensor([*below, 0.0, *above]) / above[-1]
+
+
+# %% tags=["engine"]
+#| export
+class NF4Weight(NamedTuple):
+    """A matrix in four bits: two codes in a byte, and scales that are quantized, too."""
+
+    codes: UInt8[Tensor, " bytes"]
+    scales: Int8[Tensor, " blocks"]  # steps above or below their mean
+    steps: Float[Tensor, " groups"]  # what a step is worth, for 256 scales
+    mean: Float[Tensor, ""]
+    levels: Float[Tensor, " 16"]
+    shape: tuple[int, int]
+
+    def dequantize(self) -> Float[Tensor, "rows columns"]:
+        """Return the matrix that this stands for."""
+        codes = torch.stack([self.codes >> 4, self.codes & 15], dim=1).flatten().int()
+        steps = self.steps.repeat_interleave(_SCALES)[: len(self.scales)]
+        scales = (self.scales * steps + self.mean).clamp(min=0)
+        blocks = self.levels[codes].view(len(scales), _BLOCK) * scales[:, None]
+        return blocks.flatten()[: self.shape[0] * self.shape[1]].view(self.shape)
+
+
+# %% tags=["engine"]
+#| export
+_BLOCK, _SCALES = 64, 256  # weights that share a scale, and scales that share a step
+
+
+def quantize_nf4(
+    weight: Float[Tensor, "rows columns"], *, levels: Float[Tensor, " 16"] | None = None
+) -> NF4Weight:
+    """Round a matrix to four bits: each weight to the level that is nearest to it.
+
+    64 neighbors are divided by the largest absolute value among them, their scale. Of the scales,
+    256 neighbors are rounded together, to whole numbers of 8 bits around the mean of all
+    ("double quantization"; Dettmers et al., 2023, section 3). ``levels``: 16 rising numbers from
+    -1 to 1, by default ``nf4_levels()``. NaN and infinity raise a ``ValueError``.
+    """
+    _check_floats(weight)
+    levels = nf4_levels() if levels is None else _checked_levels(levels)
+    levels = levels.to(weight.device, torch.float32)
+    flat = weight.detach().float().flatten()
+    blocks = F.pad(flat, (0, -len(flat) % _BLOCK)).view(-1, _BLOCK)
+    scales = blocks.abs().amax(dim=1)
+    borders = (levels[1:] + levels[:-1]) / 2
+    scaled = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    codes = torch.bucketize(scaled, borders).to(torch.uint8).view(-1, 2)
+    mean = scales.mean()
+    rest = F.pad(scales - mean, (0, -len(scales) % _SCALES)).view(-1, _SCALES)
+    steps = rest.abs().amax(dim=1) / 128
+    whole = (rest / steps.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round()
+    small = whole.clamp(-128, 127).to(torch.int8).flatten()[: len(scales)]
+    packed = codes[:, 0] << 4 | codes[:, 1]
+    return NF4Weight(packed, small, steps, mean, levels, (weight.size(0), weight.size(1)))
+
+
+# %% tags=["engine"]
+#| export
+class NF4Linear(nn.Module):
+    """A frozen linear layer whose weights are stored in four bits, and multiplied as floats.
+
+    All it has are buffers: no gradient reaches them, only the input's passes through.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    steps: Tensor
+    mean: Tensor
+    levels: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: NF4Weight, bias: Float[Tensor, " out_features"] | None = None):
+        super().__init__()
+        if not isinstance(weight, NF4Weight):
+            raise ValueError(f"weight: expected an NF4Weight, got {weight!r:.60}")
+        self.out_features, self.in_features = weight.shape
+        if bias is not None and bias.shape != (self.out_features,):
+            expected = f"{self.out_features} numbers"
+            raise ValueError(f"bias: expected {expected}, got shape {tuple(bias.shape)}")
+        for name in ("codes", "scales", "steps", "mean", "levels"):
+            self.register_buffer(name, getattr(weight, name))
+        self.register_buffer("bias", bias)
+
+    @classmethod
+    def of(cls, linear: nn.Linear, *, levels: Float[Tensor, " 16"] | None = None) -> "NF4Linear":
+        """Return the layer with the weights of ``linear``, rounded."""
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"linear: expected a Linear layer, got {linear!r:.60}")
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        return cls(quantize_nf4(linear.weight, levels=levels), bias)
+
+    def dequantize(self) -> Float[Tensor, "out_features in_features"]:
+        """Return the matrix that the layer multiplies by."""
+        parts = self.codes, self.scales, self.steps, self.mean, self.levels
+        return NF4Weight(*parts, (self.out_features, self.in_features)).dequantize()
+
+    def forward(
+        self, x: Float[Tensor, "*batch in_features"]
+    ) -> Float[Tensor, "*batch out_features"]:
+        """Return the linear map of ``x``, in its dtype."""
+        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
+            expected = f"floats of shape (..., {self.in_features})"
+            raise ValueError(f"x: expected {expected}, got {x.dtype} of {tuple(x.shape)}")
+        out = _Product.apply(x, self)
+        return out if self.bias is None else out + self.bias.to(x.dtype)
+
+
+# %% [markdown] tags=["engine"]
+# PyTorch keeps what a product needs for its backward pass: here it would be the dequantized matrix
+# of every layer, and the memory would be that of the float model again. So the product is a
+# function of its own, which dequantizes once more in the backward pass.
+
+
+# %% tags=["engine"]
+#| export
+class _Product(torch.autograd.Function):
+    """The product of ``x`` and the matrix of a layer, which is made anew each time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: NF4Linear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dequantize().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return gradient @ ctx.layer.dequantize().to(gradient.dtype), None
+
+
+# %% tags=["engine"]
+#| export
+def quantize_base(model: nn.Module, kind: Literal["nf4", "int8"] = "nf4") -> nn.Module:
+    """Return a copy of ``model`` whose linear layers are quantized, but for the head.
+
+    A layer that shares its matrix with another module stays as it is. A model with adapters is
+    refused: quantize its base, then add the adapters.
+    """
+    check_choice("kind", kind, ("nf4", "int8"))
+    _check_plain(model)
+    made = copy.deepcopy(model)
+    for name, layer in _linear_layers(made).items():
+        if type(layer) is nn.Linear and name.rpartition(".")[2] != "lm_head":
+            if not _shares(made, layer):
+                new = NF4Linear.of(layer) if kind == "nf4" else QuantizedLinear.of(layer)
+                _replace(made, name, new)
+    return made
+
+
+# %% tags=["engine"]
+#| export
+def merge_quantized(model: nn.Module, *, requantize: bool) -> dict[str, float]:
+    """Add each adapter to the matrix of its quantized base: dequantized, added to, and kept so.
+
+    With ``requantize`` the sum is rounded again to the base's kind, which loses a part of the
+    update; without, the layers become Linear ones. Returns for each layer the error of the merged
+    matrix relative to the update: the root of the sum of squares of each.
+    """
+    if not isinstance(requantize, bool):
+        raise ValueError(f"requantize: expected True or False, got {requantize!r:.60}")
+    errors = {}
+    for name, layer in lora_layers(model).items():
+        with torch.no_grad():
+            update = layer.update
+            dense = dense_weight(layer.base) + update
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(dense, requires_grad=False)
+        bias = getattr(layer.base, "bias", None)
+        linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        new: nn.Module = linear
+        if requantize and isinstance(layer.base, NF4Linear):
+            new = NF4Linear.of(linear, levels=layer.base.levels)
+        elif requantize and isinstance(layer.base, QuantizedLinear):
+            new = QuantizedLinear.of(linear)
+        error = (dense_weight(new) - dense).norm() / update.norm().clamp(min=1e-30)
+        errors[name] = float(error)
+        _replace(model, name, new)
+    return errors
+
+
+# %% tags=["engine"]
+#| export
+# What weights, levels and models must be
+def _check_floats(weight: object) -> None:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
+        raise ValueError(f"weight: expected a matrix of floats, got {weight!r:.60}")
+    if not weight.numel():
+        raise ValueError(f"weight: expected at least one number, got {tuple(weight.shape)}")
+    if not weight.isfinite().all():
+        wrong = weight[~weight.isfinite()][0].item()
+        raise ValueError(f"weight: expected finite numbers, got {wrong}")
+
+
+def _checked_levels(levels: Any) -> Tensor:
+    if not isinstance(levels, Tensor) or levels.shape != (16,) or not levels.is_floating_point():
+        raise ValueError(f"levels: expected 16 floats, got {levels!r:.60}")
+    if levels[0] != -1 or levels[-1] != 1 or not (levels[1:] > levels[:-1]).all():
+        raise ValueError(f"levels: expected to rise from -1 to 1, got {levels.tolist()!r:.60}")
+    return levels
+
+
+def _check_plain(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a module of PyTorch, got {model!r:.60}")
+    if any(isinstance(m, LoRALinear | BankLinear) for m in model.modules()):
+        raise ValueError(f"model: expected one without adapters, got {model!r:.60}")
+
+
+def _shares(model: nn.Module, layer: nn.Module) -> bool:
+    weight = layer._parameters.get("weight")
+    return sum(module._parameters.get("weight") is weight for module in model.modules()) > 1
+
+
+# %% [markdown]
+# ## Files that PEFT opens
+#
+# PROSE9
+
+# %% [markdown]
+# ### Engine room: names, fused matrices, and what is refused in a file
+
+# %% [markdown] tags=["engine"]
+# The layers of our Llama-like models have the same last names as those of Hugging Face; only the
+# modules around them are called differently. A model that is of no family of theirs keeps its
+# names, since PEFT can wrap any module of PyTorch, ours included.
+
+
+# %% tags=["engine"]
+#| export
+_HF_PARTS = {"blocks": "layers", "attention": "self_attn", "feed_forward": "mlp"}
+_GPT2_PARTS = {
+    "attention.q_proj": "attn.c_attn",
+    "attention.k_proj": "attn.c_attn",
+    "attention.v_proj": "attn.c_attn",
+    "attention.o_proj": "attn.c_proj",
+    "feed_forward.up_proj": "mlp.c_fc",
+    "feed_forward.down_proj": "mlp.c_proj",
+}
+
+
+def peft_names(model: TransformerLM) -> dict[str, str]:
+    """Return what the linear layers of ``model`` are called in Hugging Face's class for it.
+
+    In GPT-2 three of ours have one name, as one matrix there makes queries, keys and values.
+    """
+    if not isinstance(model, TransformerLM):
+        raise ValueError(f"model: expected a TransformerLM, got {model!r:.60}")
+    family, names = model_type(model.config), {}
+    for name, layer in _linear_layers(model).items():
+        name = name.removesuffix(".base")  # of a layer that is adapted
+        if isinstance(layer, LoRALinear) or name not in names:
+            names[name] = _peft_name(name, family)
+    return names
+
+
+def _peft_name(name: str, family: str) -> str:
+    if family == "llmbook" or name == "lm_head":
+        return name
+    if family == "gpt2":
+        number, _, rest = name.removeprefix("blocks.").partition(".")
+        return f"transformer.h.{number}.{_GPT2_PARTS[rest]}"
+    return "model." + ".".join(_HF_PARTS.get(part, part) for part in name.split("."))
+
+
+# %% [markdown] tags=["engine"]
+# GPT-2 of Hugging Face makes queries, keys and values with one matrix, which gets one pair of thin
+# matrices. Our three pairs become one of three times the rank: the three $A$ on top of one another,
+# and the three $B$ as blocks of a larger matrix that is zero elsewhere; so is a pair that we do not
+# have. The entries `rank_pattern`
+# and `alpha_pattern` of the configuration say so. In the other direction, PEFT's own adapter of
+# the fused matrix has one $A$ for all three, and its $B$ is cut into three parts.
+
+
+# %% tags=["engine"]
+#| export
+def _fused(pairs: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
+    """Return one pair of thin matrices that does what several do, for outputs side by side.
+
+    Where there is none, zeros stand for it.
+    """
+    a, b = next(pair for pair in pairs if pair is not None)
+    whole = [(a.new_zeros(a.shape), b.new_zeros(b.shape)) if p is None else p for p in pairs]
+    return torch.cat([pair[0] for pair in whole]), torch.block_diag(*[pair[1] for pair in whole])
+
+
+def _split(a: Tensor, b: Tensor, rank: int) -> list[tuple[Tensor, Tensor] | None]:
+    """Return the pairs that a fused one was made of; or raise a ``ValueError``."""
+    n = 3  # queries, keys, values
+    if len(a) == rank:
+        return [(a, part) for part in b.chunk(n)]
+    blocks = (
+        [part.contiguous() for part in a.chunk(n)],
+        [part[:, i * rank : (i + 1) * rank].contiguous() for i, part in enumerate(b.chunk(n))],
+    )
+    if len(a) != n * rank or not torch.equal(torch.block_diag(*blocks[1]), b):
+        raise ValueError(f"rank_pattern: expected three adapters of rank {rank}, side by side")
+    return [(a, b) if a.any() else None for a, b in zip(*blocks, strict=True)]
+
+
+# %% [markdown] tags=["engine"]
+# Saving: the names of the targets are the shortest that select exactly the adapted layers. The
+# fingerprint of the base goes into the header of the safetensors file, where PEFT does not look.
+
+
+# %% tags=["engine"]
+#| export
+_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def save_adapter(model: TransformerLM, folder: str | Path, *, base_name: str | None = None) -> None:
+    """Write the adapter of ``model`` as PEFT does: adapter_config.json and safetensors.
+
+    ``folder`` is new or empty, and appears only when it is complete. ``base_name`` is where PEFT
+    can find the base by itself, such as a folder of ``save_pretrained``.
+    """
+    if base_name is not None:
+        check_text(base_name, "base_name")
+    names, state = peft_names(model), adapter_state(model)
+    adapted = list(lora_layers(model))
+    config, entries = state.config, _entries(state.config, base_name)
+    tensors, fused = dict[str, Tensor](), model_type(model.config) == "gpt2"
+    for theirs in dict.fromkeys(names[name] for name in adapted):
+        ours = [name for name in names if names[name] == theirs]
+        pairs = [_pair(state, name) if name in adapted else None for name in ours]
+        a, b = next(pair for pair in pairs if pair is not None)
+        if fused and len(ours) > 1:
+            a, b = _fused(pairs)
+            share = len(a) // config.rank
+            entries["rank_pattern"][theirs.rpartition(".")[2]] = len(a)
+            # The scale stays: alpha / rank, or alpha / sqrt(rank).
+            grown = config.alpha * (math.sqrt(share) if config.rslora else share)
+            entries["alpha_pattern"][theirs.rpartition(".")[2]] = grown
+        tensors[f"base_model.model.{theirs}.lora_A.weight"] = a.cpu().contiguous()
+        tensors[f"base_model.model.{theirs}.lora_B.weight"] = b.cpu().contiguous()
+    entries["target_modules"] = _shortest({names[name] for name in adapted}, set(names.values()))
+    entries["fan_in_fan_out"] = fused
+    with whole_directory(check_path(folder, "folder")) as draft:
+        (draft / _CONFIG).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, draft / _TENSORS, metadata={"format": "pt", "base": state.base})
+
+
+def _pair(state: AdapterState, name: str) -> tuple[Tensor, Tensor]:
+    return state.tensors[f"{name}.lora_a"], state.tensors[f"{name}.lora_b"]
+
+
+def _entries(config: LoRAConfig, base_name: str | None) -> dict[str, Any]:
+    """Return a configuration in PEFT's words."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "bias": "none",
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+def _shortest(wanted: set[str], known: set[str]) -> list[str]:
+    last = {name.rpartition(".")[2] for name in wanted}
+    selected = {name for name in known if name.rpartition(".")[2] in last}
+    return sorted(last if selected == wanted else wanted)
+
+
+# %% [markdown] tags=["engine"]
+# Opening is stricter. A configuration of PEFT has some forty entries, and an entry that we do not
+# implement may change what the adapter computes. So whatever is neither known nor switched off is
+# refused by its name, and so is each tensor that is missing, left over, or of another shape.
+
+
+# %% tags=["engine"]
+#| export
+# Entries that may say anything, as they don't change what a loaded adapter computes
+_FREE = frozenset(
+    "base_model_name_or_path revision inference_mode peft_version auto_mapping r lora_alpha "
+    "lora_dropout use_rslora target_modules rank_pattern alpha_pattern fan_in_fan_out megatron_core "
+    "qalora_group_size ensure_weight_tying layers_pattern runtime_config".split()
+)
+# Other entries, and what they may say; a start by "pissa", say, has changed the base
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "task_type": (None, "CAUSAL_LM"),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
+}
+_OFF = (None, False, {}, [])
+
+
+def _read_config(path: Path) -> tuple[LoRAConfig, dict[str, Any]]:
+    """Return the configuration in a file, and all its entries."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing: is this the folder of an adapter?") from None
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(entries, dict) or "r" not in entries or "target_modules" not in entries:
+        raise ValueError(f"{path}: expected an object with r and target_modules")
+    for name, value in entries.items():
+        expected = _ALLOWED.get(name, _OFF)
+        if name not in _FREE and not any(value is e or value == e for e in expected):
+            wanted = " or ".join(map(repr, expected[:2])) if name in _ALLOWED else "it switched off"
+            raise ValueError(f"{path}: {name}: expected {wanted}, got {value!r:.60}")
+    if "peft_type" not in entries:
+        raise ValueError(f"{path}: peft_type: expected 'LORA', but it is missing")
+    targets = entries["target_modules"]
+    given = {
+        "rank": entries["r"],
+        "alpha": entries.get("lora_alpha", 8),  # as PEFT has it
+        "dropout": entries.get("lora_dropout", 0.0),
+        "targets": tuple(targets) if isinstance(targets, list) else targets,
+        "rslora": entries.get("use_rslora", False),
+    }
+    try:
+        return LoRAConfig(**given), entries
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+# %% tags=["engine"]
+#| export
+def read_adapter(folder: str | Path, model: TransformerLM) -> AdapterState:
+    """Return the adapter in ``folder``, ours or PEFT's, in the names of ``model``, its base.
+
+    Only safetensors are read, never a pickle. A file of PEFT does not say which weights it belongs
+    to: the adapter is then taken to be one for ``model``, if all shapes fit. A ``ValueError`` names
+    an entry or a tensor that is missing, unknown, or does not fit.
+    """
+    folder = check_path(folder, "folder")
+    names = peft_names(model)
+    config, entries = _read_config(folder / _CONFIG)
+    _check_patterns(folder, entries, names, model)
+    found, base = _read_tensors(folder)
+    hit = {theirs for theirs in names.values() if _is_target(config.targets, theirs)}
+    if not hit:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in names.values()}))
+        got = entries["target_modules"]
+        raise ValueError(f"{folder}: target_modules: expected some of {known}, got {got!r:.80}")
+    wanted = {f"base_model.model.{n}.lora_{kind}.weight" for n in hit for kind in "AB"}
+    for words, faults in (
+        ("missing", wanted - found.keys()),
+        ("unexpected", found.keys() - wanted),
+    ):
+        if faults:
+            raise ValueError(f"{folder}: {len(faults)} tensors are {words}: {min(faults)}")
+    tensors = dict[str, Tensor]()
+    for theirs in sorted(hit):
+        a, b = (found[f"base_model.model.{theirs}.lora_{kind}.weight"] for kind in "AB")
+        ours = [name for name in names if names[name] == theirs]
+        _check_pair(folder, theirs, a, b, [model.get_submodule(name) for name in ours], entries)
+        pairs = [(a, b)] if len(ours) == 1 else _split(a, b, config.rank)
+        for name, pair in zip(ours, pairs, strict=True):
+            if pair is not None:
+                tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = pair
+    adapted = {name.rpartition(".")[0] for name in tensors}
+    targets = tuple(_shortest(adapted, set(names)))
+    return AdapterState(replace(config, targets=targets), tensors, base or base_fingerprint(model))
+
+
+def load_adapter(model: TransformerLM, folder: str | Path, *, any_base: bool = False) -> None:
+    """Give ``model`` the adapter in ``folder``, see ``read_adapter`` and ``load_adapter_state``."""
+    state = read_adapter(folder, model)
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    if layers and replace(layers[0].config, targets=state.config.targets) == state.config:
+        state = state._replace(config=layers[0].config)  # the same layers in other words, perhaps
+    load_adapter_state(model, state, any_base=any_base)
+
+
+# %% tags=["engine"]
+#| export
+def _is_target(targets: str | tuple[str, ...], name: str) -> bool:
+    """Whether PEFT adapts the layer ``name``."""
+    if targets == "all-linear":
+        return name.rpartition(".")[2] != "lm_head"
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _check_patterns(
+    folder: Path, entries: Mapping[str, Any], names: Mapping[str, str], model: TransformerLM
+) -> None:
+    """Allow other ranks for fused matrices only."""
+    fused = {"c_attn"} if model_type(model.config) == "gpt2" else set()
+    for entry in ("rank_pattern", "alpha_pattern"):
+        pattern = entries.get(entry) or {}
+        if not isinstance(pattern, dict) or pattern.keys() - fused:
+            expected = "one rank and one alpha for all layers"
+            raise ValueError(
+                f"{folder / _CONFIG}: {entry}: expected {expected}, got {pattern!r:.60}"
+            )
+
+
+def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
+    path = folder / _TENSORS
+    if not path.is_file():
+        pickle = folder / "adapter_model.bin"
+        reason = f"; {pickle.name} could run any program when it is opened" * pickle.exists()
+        raise ValueError(f"{folder}: expected {_TENSORS}{reason}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, (file.metadata() or {}).get("base")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: damaged, or no safetensors file: {error}") from None
+
+
+def _check_pair(
+    folder: Path,
+    theirs: str,
+    a: Tensor,
+    b: Tensor,
+    layers: Sequence[Any],
+    entries: Mapping[str, Any],
+) -> None:
+    """Demand the shapes of a layer's thin matrices, and in fused ones the scale of the others."""
+    last, rslora = theirs.rpartition(".")[2], entries.get("use_rslora", False)
+    rank = (entries.get("rank_pattern") or {}).get(last, entries["r"])
+    alpha = (entries.get("alpha_pattern") or {}).get(last, entries.get("lora_alpha", 8))
+    n_out = sum(layer.out_features for layer in layers)
+    for kind, tensor, shape in (
+        ("A", a, (rank, layers[0].in_features)),
+        ("B", b, (n_out, rank)),
+    ):
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ValueError(
+                f"{folder}: expected floats of shape {shape} for {theirs}.lora_{kind}, got {got}"
+            )
+    power = 0.5 if rslora else 1.0
+    scale = entries.get("lora_alpha", 8) / entries["r"] ** power
+    if not math.isclose(alpha / rank**power, scale):
+        raise ValueError(f"{folder / _CONFIG}: alpha_pattern: expected a scale of {scale:g}")
