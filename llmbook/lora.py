@@ -222,7 +222,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, seed: int) -> list[str]:
         _replace(model, name, layer)
     return names
 
-# %% ../chapters/20_lora.ipynb #0c95865a
+# %% ../chapters/20_lora.ipynb #9cdbf640
 # Layers by name
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
     try:
@@ -259,6 +259,9 @@ def _targeted(model: nn.Module, config: LoRAConfig) -> list[str]:
     else:
         names = [n for n in linear if any(n == t or n.endswith(f".{t}") for t in targets)]
     _check_found(targets, names, linear, model)
+    if "lm_head" in names and config.dropout:
+        expected = "0.0 where lm_head is adapted, as a loss may read its matrix"
+        raise ValueError(f"dropout: expected {expected}, got {config.dropout}")
     for name in names:
         _check_alone(model, name)
         _check_rank(config.rank, linear[name], name)
@@ -599,13 +602,11 @@ def storage_run(
     place = (n_steps, rank, learning_rate, seed)
     return StorageRun(*place, n_trained, len(facts), whole, right, stored)
 
-# %% ../chapters/20_lora.ipynb #124c1dcb
+# %% ../chapters/20_lora.ipynb #d095261a
 # What serving, four bits and files need
-import copy
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path  # noqa: F811 (here the module needs it, too)
 from statistics import NormalDist
 from typing import Literal
 
@@ -613,12 +614,12 @@ from jaxtyping import Int64, Int8, UInt8
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 
-# %% ../chapters/20_lora.ipynb #94301221
+# %% ../chapters/20_lora.ipynb #e6d735af
 # What they take from earlier chapters
 from .attention import KVCache
-from .environment import check_choice, check_path, check_text, whole_directory
-from .generation import Completion, generate, stored_bytes
-from .model import model_type, TransformerLM
+from .environment import check_path, check_text, whole_directory
+from .generation import Completion, stored_bytes
+from .model import model_type
 
 # %% ../chapters/20_lora.ipynb #45f0ade1
 def rows_update(
@@ -684,7 +685,7 @@ class BankLinear(nn.Module):
         rank = 1 if not len(used) else int(used.max()) + 1
         self.a, self.b = a[:, :rank].contiguous(), b[:, :, :rank].contiguous()
 
-# %% ../chapters/20_lora.ipynb #5c0dd45a
+# %% ../chapters/20_lora.ipynb #7852e21b
 class AdapterBank:
     """Several adapters over one base, and batches in which each row has its own.
 
@@ -699,7 +700,7 @@ class AdapterBank:
         same = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self.base, self.names = model, list[str]()
         self._fingerprint, self._rows = base_fingerprint(model), _Rows()
-        self._model = copy.deepcopy(model, same).eval()
+        self._model = deepcopy(model, same).eval()
         self._waiting: Tensor | None = None  # whose rows will be generated
         vars(self._model)["new_cache"] = self._new_cache  # of this set of modules only
 
@@ -928,7 +929,7 @@ class _Product(torch.autograd.Function):
         (gradient,) = gradients
         return gradient @ ctx.layer.dequantize().to(gradient.dtype), None
 
-# %% ../chapters/20_lora.ipynb #ef64ed41
+# %% ../chapters/20_lora.ipynb #9018f3ea
 def quantize_base(model: nn.Module, kind: Literal["nf4", "int8"] = "nf4") -> nn.Module:
     """Return a copy of ``model`` whose linear layers are quantized, but for the head.
 
@@ -937,12 +938,12 @@ def quantize_base(model: nn.Module, kind: Literal["nf4", "int8"] = "nf4") -> nn.
     """
     check_choice("kind", kind, ("nf4", "int8"))
     _check_plain(model)
-    made = copy.deepcopy(model)
+    made = deepcopy(model)
     for name, layer in _linear_layers(made).items():
-        if type(layer) is nn.Linear and name.rpartition(".")[2] != "lm_head":
-            if not _shares(made, layer):
-                new = NF4Linear.of(layer) if kind == "nf4" else QuantizedLinear.of(layer)
-                _replace(made, name, new)
+        plain = type(layer) is nn.Linear and name.rpartition(".")[2] != "lm_head"
+        if plain and not _shares(made, layer):
+            new = NF4Linear.of(layer) if kind == "nf4" else QuantizedLinear.of(layer)
+            _replace(made, name, new)
     return made
 
 # %% ../chapters/20_lora.ipynb #76ef9123
