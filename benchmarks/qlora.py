@@ -2,7 +2,7 @@
 
 ``python benchmarks/qlora.py`` writes ``qlora.csv`` anew after each run, whole; a kill costs the run
 under way, and the same command goes on with the first one that is missing. About five minutes of
-one core at rest.
+one core.
 """
 
 from __future__ import annotations

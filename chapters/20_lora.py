@@ -2009,13 +2009,14 @@ def _shares(model: nn.Module, layer: nn.Module) -> bool:
 
 
 # %% tags=["engine"]
-from llmbook.evaluation import mean_interval
+import numpy as np
+
 from llmbook.generation import quantize_rows
 
 
 def draw_levels(shares: list[float]) -> None:
     """Draw the levels over the normal density, and the share of weights that has each."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
+    _, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
     x = torch.linspace(-1.3, 1.3, 200)
     spread = NormalDist().inv_cdf((31 / 32 + 29 / 30) / 2)  # one level is so many deviations
     left.plot(x, torch.exp(-((x * spread) ** 2) / 2))
@@ -2058,24 +2059,45 @@ print(f"int8 rows  : an error of {relative_error(whole * step[:, None], weights)
 # many products averages them out. Does tuning succeed over such a base? The table is the same
 # experiment as in the sections before, 100 steps at a rate of 0.01 with adapters of rank 8 in all linear
 # layers, over the base in floats, in int8 and in NF4. The first column of numbers is the loss of the
-# untuned base on stories, relative to the floats. `python benchmarks/qlora.py` made the runs.
+# untuned base on stories, relative to that of the base in floats. `python benchmarks/qlora.py` made the runs.
 
 # %%
-runs = table_of("qlora.csv")
-print("base      stories   right (mean, 3 seeds)   merged, rounded again   error of the update")
+runs, right = table_of("qlora.csv"), {}
+print("base      stories   right [95 %, 5 seeds]    merged, rounded again   error of the update")
 for kind in ("float32", "int8", "nf4"):
-    rows = [row for row in runs if row["base"] == kind][:3]
-    bits = float(rows[0]["story_bits"])
-    right, merged = (
-        mean_interval([float(row[name]) for row in rows]) for name in ("right", "merged_right")
-    )
-    error = sum(float(row["merge_error"]) for row in rows) / len(rows)
-    cells = f"{right.estimate:6.1%} [{right.low:4.0%}, {right.high:4.0%}]     "
-    cells += f"{merged.estimate:6.1%} [{merged.low:4.0%}, {merged.high:4.0%}]"
-    print(f"{kind:8} {bits:7.1%}     {cells} {error:14.0%}")
+    rows = [row for row in runs if row["base"] == kind]
+    columns = ("story_bits", "right", "merged_right", "merge_error")
+    bits, right[kind], merged, error = ([float(row[c]) for row in rows] for c in columns)
+    cells = [
+        f"{100 * i.estimate:.0f} % [{100 * i.low:.0f}, {100 * i.high:.0f}]"
+        for i in (mean_interval(right[kind]), mean_interval(merged))
+    ]
+    print(f"{kind:8} {bits[0]:7.1%}    {cells[0]:22} {cells[1]:24} {sum(error) / len(error):4.0%}")
+difference = mean_interval(np.subtract(right["nf4"], right["float32"]))
+print(f"NF4 against floats, seed by seed: {difference}")
 
 # %% [markdown]
-# QLORA_TEXT
+# Over the five seeds the mean is the same within the noise: about 90 % right over each of the three
+# bases, and zero lies well inside the interval of the difference. The interval also says how little
+# five seeds can tell: a loss of several points is not excluded, and the results over NF4 are the most
+# scattered of the three. The rounded base itself is hardly worse on stories, by less than half a
+# percent of the loss.
+#
+# One live run must fall into the range of the table. It also counts what is stored:
+
+# %%
+tuned = quantize_base(base)
+floats, small = stored_bytes(base), stored_bytes(tuned)
+apply_lora(tuned, LoRAConfig(rank=8), seed=0)
+tune_on_facts(tuned, 100, 0.01)
+about("right over NF4", replies_right(tuned.eval()), 0.89, 0.1)
+layer = tuned.get_submodule("blocks.0.attention.q_proj").base
+bits = 8 * sum(t.nbytes for t in (layer.codes, layer.scales, layer.steps)) / 64**2
+print(f"a matrix of 64 x 64: {bits:.2f} bits a weight; the model: {floats:,} to {small:,} bytes")
+
+# %% [markdown]
+# In this tiny model half of the weights are in the embedding and the head, which stay in floats. In a
+# model of 7B parameters, where they are a few percent, 14 GB become about 4.
 
 # %% [markdown]
 # ### Merging back
@@ -2088,7 +2110,11 @@ for kind in ("float32", "int8", "nf4"):
 # told which of the two is meant. It returns the error of each matrix relative to the update. The
 # last columns of the table show this error, and what it did to the replies.
 #
-# MERGE_TEXT
+# Over NF4 the error is about 43 % of the update, and the merged and rounded model answers about 4
+# percentage points fewer questions on average. Over int8 it is 3 %, and nothing happens to the
+# replies. So an adapter tuned over four bits should stay beside its base, or be merged into
+# floats. (It should not be merged into the *original* base either without a test, since it was
+# tuned over another one; there it is only nearly right.)
 
 # %% [markdown]
 # ## Files that PEFT opens
@@ -2655,7 +2681,7 @@ for _ in range(6):
     errors.append(float((numbers[:, None] - found).abs().amin(dim=1).square().mean()))
     found = improved(found, numbers)
     assert found[[0, 7, 15]].tolist() == [-1.0, 0.0, 1.0], "-1, 0 and 1 must stay"
-assert all(b < a for a, b in zip(errors, errors[1:], strict=False)), "the error does not fall"
+assert errors == sorted(errors, reverse=True) and errors[0] > errors[-1], "the error does not fall"
 few = improved(torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0]), torch.tensor([0.4, 0.5, 0.1]))
 assert few[1] == -0.5, "a level without numbers must stay"
 assert abs(few[3] - 0.45) < 1e-6, "a level does not move to the mean of its own numbers"
