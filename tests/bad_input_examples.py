@@ -20,6 +20,7 @@ from llmbook import (
     distributed,
     evaluation,
     generation,
+    lora,
     model,
     optimization,
     positions,
@@ -34,7 +35,7 @@ from llmbook import (
 MODULES = (
     "environment tinyworld corpus cleaning deduplication tokenizer subwords batches positions "
     "attention blocks model optimization training generation precision evaluation scaling "
-    "distributed"
+    "distributed lora"
 ).split()
 
 # What is left out, and why.
@@ -92,6 +93,11 @@ NOT_TRIED = {
     "scaling.NoiseScale",
     "scaling.RunEstimate",
     "scaling.PublishedRun",
+    "lora.TuningRun",
+    "lora.StorageRun",
+    "lora.NewFact",
+    "lora.NF4Weight",
+    "lora.BankLinear",  # the layers of a bank, which shares an object among them
     "scaling.Setting",
     "evaluation.Interval",
     "evaluation.PairedTest",
@@ -99,6 +105,12 @@ NOT_TRIED = {
     "attention.LayerCache",
     "blocks.Routing",
     "generation.GenerationOptions",  # the options of generate, which are tried there
+    # They take seconds for each attempt, or need a tokenizer with control tokens.
+    "lora.tune_on_facts",
+    "lora.replies_right",
+    "lora.tuning_run",
+    "lora.storage_run",
+    "lora.new_facts",
     # They need other processes: tests/test_distributed_trainer.py has them.
     "distributed.Ranks",
     "distributed.shard_by_torch",
@@ -869,6 +881,72 @@ EXAMPLES |= {
     "scaling.hyperparameter_checklist": {"scale": "7B"},
     "scaling.checklist_table": {"scale": "7B"},
     "scaling.check_config": lambda: {"model": config(), "training": training_config()},
+}
+
+
+def with_adapters() -> model.TransformerLM:
+    given = lm()
+    lora.apply_lora(given, lora.LoRAConfig(rank=2), seed=0)
+    return given
+
+
+def new_folder() -> str:
+    return tempfile.mkdtemp(dir=".")
+
+
+def saved_adapter() -> str:
+    folder = new_folder()
+    lora.save_adapter(with_adapters(), folder)
+    return folder
+
+
+def merged_adapters() -> dict[str, Any]:
+    given = with_adapters()
+    return {"model": given, "layers": lora.merge_lora(given)}
+
+
+EXAMPLES |= {
+    "lora.LoRAConfig": {},
+    "lora.LoRALinear": lambda: {
+        "base": torch.nn.Linear(8, 8),
+        "config": lora.LoRAConfig(rank=2),
+    },
+    "lora.dense_weight": lambda: {"layer": torch.nn.Linear(8, 8)},
+    "lora.apply_lora": lambda: {"model": lm(), "config": lora.LoRAConfig(rank=2), "seed": 0},
+    "lora.lora_layers": lambda: {"model": with_adapters()},
+    "lora.lora_parameters": lambda: {"model": with_adapters()},
+    "lora.merge_lora": lambda: {"model": with_adapters()},
+    "lora.unmerge_lora": merged_adapters,
+    "lora.without_lora": lambda: {"model": with_adapters()},
+    "lora.AdapterState": lambda: lora.adapter_state(with_adapters())._asdict(),
+    "lora.adapter_state": lambda: {"model": with_adapters()},
+    "lora.load_adapter_state": lambda: (
+        lambda given: {"model": given, "state": lora.adapter_state(given)}
+    )(with_adapters()),
+    "lora.base_fingerprint": lambda: {"model": lm()},
+    "lora.optimizer_bytes": lambda: {"optimizer": optimization.AdamW(parameters())},
+    "lora.bits_stored": lambda: {"model": lm(), "facts": []},
+    "lora.rows_update": lambda: {
+        "x": torch.ones(2, 6, 8),
+        "a": torch.ones(3, 2, 8),
+        "b": torch.ones(3, 4, 2),
+        "rows": torch.tensor([0, 2]),
+    },
+    "lora.AdapterBank": lambda: {"model": lm()},
+    "lora.nf4_levels": {},
+    "lora.quantize_nf4": lambda: {"weight": torch.ones(4, 64)},
+    "lora.NF4Linear": lambda: {"weight": lora.quantize_nf4(torch.ones(4, 8))},
+    "lora.NF4Linear.of": lambda: {"linear": torch.nn.Linear(8, 4)},
+    "lora.quantize_base": lambda: {"model": lm()},
+    "lora.merge_quantized": lambda: {"model": with_adapters(), "requantize": False},
+    "lora.peft_names": lambda: {"model": lm()},
+    "lora.save_adapter": lambda: {"model": with_adapters(), "folder": new_folder()},
+    "lora.read_adapter": lambda: {"folder": saved_adapter(), "model": lm()},
+    "lora.load_adapter": lambda: {
+        "model": lm(),
+        "folder": saved_adapter(),
+        "any_base": True,
+    },
 }
 
 # Objects whose methods are tried as well.
