@@ -3,6 +3,7 @@
 import functools
 import itertools
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
