@@ -2182,12 +2182,11 @@ def peft_names(model: TransformerLM) -> dict[str, str]:
     """
     if not isinstance(model, TransformerLM):
         raise ValueError(f"model: expected a TransformerLM, got {model!r:.60}")
-    family, names = model_type(model.config), {}
-    for name, layer in _linear_layers(model).items():
-        name = name.removesuffix(".base")  # of a layer that is adapted
-        if isinstance(layer, LoRALinear) or name not in names:
-            names[name] = _peft_name(name, family)
-    return names
+    family = model_type(model.config)
+    names = [name.removesuffix(".base") for name in _linear_layers(model)]  # of adapted layers
+    if family != "llmbook":
+        names = [name for name in names if not name.endswith(".router")]  # no layer of theirs
+    return {name: _peft_name(name, family) for name in names}
 
 
 def _peft_name(name: str, family: str) -> str:
@@ -2254,6 +2253,9 @@ def save_adapter(model: TransformerLM, folder: str | Path, *, base_name: str | N
         check_text(base_name, "base_name")
     names, state = peft_names(model), adapter_state(model)
     adapted = list(lora_layers(model))
+    if unknown := [name for name in adapted if name not in names]:
+        expected = "adapters of layers that Hugging Face's class has"
+        raise ValueError(f"model: expected {expected}, got one of {unknown[0]}")
     config, entries = state.config, _entries(state.config, base_name)
     tensors, fused = dict[str, Tensor](), model_type(model.config) == "gpt2"
     for theirs in dict.fromkeys(names[name] for name in adapted):
@@ -2345,12 +2347,20 @@ def _read_config(path: Path) -> tuple[LoRAConfig, dict[str, Any]]:
     if "peft_type" not in entries:
         raise ValueError(f"{path}: peft_type: expected 'LORA', but it is missing")
     targets = entries["target_modules"]
+    if not isinstance(targets, str | list):
+        raise ValueError(f"{path}: target_modules: expected a text or a list, got {targets!r:.60}")
+    try:
+        check_whole("r", entries["r"], 1)
+        _check_positive("lora_alpha", entries.get("lora_alpha", 8))
+        check_fraction("lora_dropout", entries.get("lora_dropout", 0.0))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     given = {
         "rank": entries["r"],
         "alpha": entries.get("lora_alpha", 8),  # as PEFT has it
         "dropout": entries.get("lora_dropout", 0.0),
         "targets": tuple(targets) if isinstance(targets, list) else targets,
-        "rslora": entries.get("use_rslora", False),
+        "rslora": bool(entries.get("use_rslora", False)),
     }
     try:
         return LoRAConfig(**given), entries

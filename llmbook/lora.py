@@ -1006,7 +1006,7 @@ def _shares(model: nn.Module, layer: nn.Module) -> bool:
     weight = layer._parameters.get("weight")
     return sum(module._parameters.get("weight") is weight for module in model.modules()) > 1
 
-# %% ../chapters/20_lora.ipynb #2409dc15
+# %% ../chapters/20_lora.ipynb #87a836e3
 _HF_PARTS = {"blocks": "layers", "attention": "self_attn", "feed_forward": "mlp"}
 _GPT2_PARTS = {
     "attention.q_proj": "attn.c_attn",
@@ -1025,12 +1025,11 @@ def peft_names(model: TransformerLM) -> dict[str, str]:
     """
     if not isinstance(model, TransformerLM):
         raise ValueError(f"model: expected a TransformerLM, got {model!r:.60}")
-    family, names = model_type(model.config), {}
-    for name, layer in _linear_layers(model).items():
-        name = name.removesuffix(".base")  # of a layer that is adapted
-        if isinstance(layer, LoRALinear) or name not in names:
-            names[name] = _peft_name(name, family)
-    return names
+    family = model_type(model.config)
+    names = [name.removesuffix(".base") for name in _linear_layers(model)]  # of adapted layers
+    if family != "llmbook":
+        names = [name for name in names if not name.endswith(".router")]  # no layer of theirs
+    return {name: _peft_name(name, family) for name in names}
 
 
 def _peft_name(name: str, family: str) -> str:
@@ -1065,7 +1064,7 @@ def _split(a: Tensor, b: Tensor, rank: int) -> list[tuple[Tensor, Tensor] | None
         raise ValueError(f"rank_pattern: expected three adapters of rank {rank}, side by side")
     return [(a, b) if a.any() else None for a, b in zip(*blocks, strict=True)]
 
-# %% ../chapters/20_lora.ipynb #d4961b2c
+# %% ../chapters/20_lora.ipynb #82364c68
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -1079,6 +1078,9 @@ def save_adapter(model: TransformerLM, folder: str | Path, *, base_name: str | N
         check_text(base_name, "base_name")
     names, state = peft_names(model), adapter_state(model)
     adapted = list(lora_layers(model))
+    if unknown := [name for name in adapted if name not in names]:
+        expected = "adapters of layers that Hugging Face's class has"
+        raise ValueError(f"model: expected {expected}, got one of {unknown[0]}")
     config, entries = state.config, _entries(state.config, base_name)
     tensors, fused = dict[str, Tensor](), model_type(model.config) == "gpt2"
     for theirs in dict.fromkeys(names[name] for name in adapted):
@@ -1127,7 +1129,7 @@ def _shortest(wanted: set[str], known: set[str]) -> list[str]:
     selected = {name for name in known if name.rpartition(".")[2] in last}
     return sorted(last if selected == wanted else wanted)
 
-# %% ../chapters/20_lora.ipynb #f4b27f02
+# %% ../chapters/20_lora.ipynb #94a04dc6
 # Entries that may say anything, as they don't change what a loaded adapter computes
 _FREE = frozenset(
     "base_model_name_or_path revision inference_mode peft_version auto_mapping r lora_alpha "
@@ -1162,12 +1164,20 @@ def _read_config(path: Path) -> tuple[LoRAConfig, dict[str, Any]]:
     if "peft_type" not in entries:
         raise ValueError(f"{path}: peft_type: expected 'LORA', but it is missing")
     targets = entries["target_modules"]
+    if not isinstance(targets, str | list):
+        raise ValueError(f"{path}: target_modules: expected a text or a list, got {targets!r:.60}")
+    try:
+        check_whole("r", entries["r"], 1)
+        _check_positive("lora_alpha", entries.get("lora_alpha", 8))
+        check_fraction("lora_dropout", entries.get("lora_dropout", 0.0))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     given = {
         "rank": entries["r"],
         "alpha": entries.get("lora_alpha", 8),  # as PEFT has it
         "dropout": entries.get("lora_dropout", 0.0),
         "targets": tuple(targets) if isinstance(targets, list) else targets,
-        "rslora": entries.get("use_rslora", False),
+        "rslora": bool(entries.get("use_rslora", False)),
     }
     try:
         return LoRAConfig(**given), entries
