@@ -1767,9 +1767,10 @@ print(f"ten copies: {ten / 1e6:.1f} MB; the bank: {held / 1e6:.1f} MB, {ten / he
 # %%
 #| export
 def nf4_levels() -> Float[Tensor, " 16"]:
-    """Return the 16 levels of NormalFloat, from -1 to 1 (Dettmers et al., 2023, equation 4).
+    """Return the 16 levels of NormalFloat, from -1 to 1 (Dettmers et al., 2023, section 3).
 
-    Eight steps of equal probability lead from 0 up to 1, and seven from 0 down to -1.
+    Eight steps of equal probability lead from 0 up to 1, and seven from 0 down to -1. The share of
+    probability within them is that of the authors' code.
 
     >>> [round(level, 4) for level in nf4_levels().tolist()[6:10]]
     [-0.0911, 0.0, 0.0796, 0.1609]
@@ -2111,7 +2112,8 @@ tune_on_facts(tuned, 100, 0.01)
 about("right over NF4", replies_right(tuned.eval()), 0.89, 0.1)
 
 # %% [markdown]
-# In this tiny model half of the weights are in the embedding and the head, which stay in floats. In a
+# In this tiny model more than half of the weights are in the embedding and the head, which stay in
+# floats. In a
 # model of 7B parameters, where they are a few percent, 14 GB become about 4.
 
 # %% [markdown]

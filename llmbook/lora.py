@@ -802,11 +802,12 @@ class AdapterBank:
         numbers = [0 if name is None else 1 + self.names.index(name) for name in adapters]
         return torch.tensor(numbers, device=self.base.embedding.weight.device)
 
-# %% ../chapters/20_lora.ipynb #bdb40083
+# %% ../chapters/20_lora.ipynb #49f5c843
 def nf4_levels() -> Float[Tensor, " 16"]:
-    """Return the 16 levels of NormalFloat, from -1 to 1 (Dettmers et al., 2023, equation 4).
+    """Return the 16 levels of NormalFloat, from -1 to 1 (Dettmers et al., 2023, section 3).
 
-    Eight steps of equal probability lead from 0 up to 1, and seven from 0 down to -1.
+    Eight steps of equal probability lead from 0 up to 1, and seven from 0 down to -1. The share of
+    probability within them is that of the authors' code.
 
     >>> [round(level, 4) for level in nf4_levels().tolist()[6:10]]
     [-0.0911, 0.0, 0.0796, 0.1609]
