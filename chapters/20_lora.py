@@ -2359,8 +2359,8 @@ def _read_config(path: Path) -> tuple[LoRAConfig, dict[str, Any]]:
         raise ValueError(f"{path}: {error}") from None
     given = {
         "rank": entries["r"],
-        "alpha": entries.get("lora_alpha", 8),  # as PEFT has it
-        "dropout": entries.get("lora_dropout", 0.0),
+        "alpha": float(entries.get("lora_alpha", 8)),  # as PEFT has it
+        "dropout": float(entries.get("lora_dropout", 0.0)),
         "targets": tuple(targets) if isinstance(targets, list) else targets,
         "rslora": bool(entries.get("use_rslora", False)),
     }

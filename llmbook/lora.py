@@ -1130,7 +1130,7 @@ def _shortest(wanted: set[str], known: set[str]) -> list[str]:
     selected = {name for name in known if name.rpartition(".")[2] in last}
     return sorted(last if selected == wanted else wanted)
 
-# %% ../chapters/20_lora.ipynb #94a04dc6
+# %% ../chapters/20_lora.ipynb #e45d6ea8
 # Entries that may say anything, as they don't change what a loaded adapter computes
 _FREE = frozenset(
     "base_model_name_or_path revision inference_mode peft_version auto_mapping r lora_alpha "
@@ -1175,8 +1175,8 @@ def _read_config(path: Path) -> tuple[LoRAConfig, dict[str, Any]]:
         raise ValueError(f"{path}: {error}") from None
     given = {
         "rank": entries["r"],
-        "alpha": entries.get("lora_alpha", 8),  # as PEFT has it
-        "dropout": entries.get("lora_dropout", 0.0),
+        "alpha": float(entries.get("lora_alpha", 8)),  # as PEFT has it
+        "dropout": float(entries.get("lora_dropout", 0.0)),
         "targets": tuple(targets) if isinstance(targets, list) else targets,
         "rslora": bool(entries.get("use_rslora", False)),
     }
