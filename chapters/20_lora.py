@@ -1408,7 +1408,7 @@ def rows_update(
     """Return what the adapter of each row adds: row ``i`` is multiplied by ``b[r] @ a[r]``,
     where ``r`` is ``rows[i]`` (Chen et al., 2023, "Punica").
     """
-    return x @ a[rows].mT @ b[rows].mT
+    return x @ a.index_select(0, rows).mT @ b.index_select(0, rows).mT
 
 
 # %% [markdown]
@@ -1444,8 +1444,8 @@ class BankLinear(nn.Module):
     def __init__(self, base: nn.Module, rows: _Rows, n: int):
         super().__init__()
         self.base, self.rows = base, rows
-        self.in_features, self.out_features = int(base.in_features), int(base.out_features)
         like = dense_weight(base)
+        self.out_features, self.in_features = like.shape
         self.register_buffer("a", like.new_zeros(n + 1, 1, self.in_features).detach())
         self.register_buffer("b", like.new_zeros(n + 1, self.out_features, 1).detach())
 
@@ -1572,7 +1572,9 @@ class AdapterBank(AdapterBank):  # continued
             expected = "a cache, and rows that do not slide over the end of the context"
             raise ValueError(f"options: expected {expected}, got {options!r:.80}")
         numbers, tokenizer = self._numbers(adapters, len(prompts)), options.get("tokenizer")
-        texts = [tokenizer.encode(p) if tokenizer and isinstance(p, str) else p for p in prompts]
+        texts: list[Any] = [
+            tokenizer.encode(p) if tokenizer and isinstance(p, str) else p for p in prompts
+        ]
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
         try:
             self._waiting = numbers[order]
@@ -1942,7 +1944,8 @@ def quantize_base(model: nn.Module, kind: Literal["nf4", "int8"] = "nf4") -> nn.
     check_choice("kind", kind, ("nf4", "int8"))
     _check_plain(model)
     made = deepcopy(model)
-    for name, layer in _linear_layers(made).items():
+    layers: dict[str, Any] = dict(_linear_layers(made))
+    for name, layer in layers.items():
         plain = type(layer) is nn.Linear and name.rpartition(".")[2] != "lm_head"
         if plain and not _shares(made, layer):
             new = NF4Linear.of(layer) if kind == "nf4" else QuantizedLinear.of(layer)
@@ -1969,7 +1972,8 @@ def merge_quantized(model: nn.Module, *, requantize: bool) -> dict[str, float]:
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(dense, requires_grad=False)
         bias = getattr(layer.base, "bias", None)
-        linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        frozen = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        linear.register_parameter("bias", frozen)
         new: nn.Module = linear
         if requantize and isinstance(layer.base, NF4Linear):
             new = NF4Linear.of(linear, levels=layer.base.levels)
@@ -2328,7 +2332,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
 }
-_OFF = (None, False, {}, [])
+_OFF: tuple[Any, ...] = (None, False, {}, [])
 
 
 def _read_config(path: Path) -> tuple[LoRAConfig, dict[str, Any]]:
@@ -2508,7 +2512,7 @@ files = Path(tempfile.mkdtemp())
 
 def largest_difference(one: Tensor, other: Tensor) -> float:
     """Return the largest difference relative to the largest number."""
-    return float((one - other).abs().max() / other.abs().max())
+    return float(((one - other).abs().max() / other.abs().max()).detach())
 
 
 def opened_by_peft(folder: Path) -> Any:

@@ -621,7 +621,7 @@ from .environment import check_path, check_text, whole_directory
 from .generation import Completion, stored_bytes
 from .model import model_type
 
-# %% ../chapters/20_lora.ipynb #45f0ade1
+# %% ../chapters/20_lora.ipynb #d2c10587
 def rows_update(
     x: Float[Tensor, "batch sequence n_in"],
     a: Float[Tensor, "adapters rank n_in"],
@@ -631,9 +631,9 @@ def rows_update(
     """Return what the adapter of each row adds: row ``i`` is multiplied by ``b[r] @ a[r]``,
     where ``r`` is ``rows[i]`` (Chen et al., 2023, "Punica").
     """
-    return x @ a[rows].mT @ b[rows].mT
+    return x @ a.index_select(0, rows).mT @ b.index_select(0, rows).mT
 
-# %% ../chapters/20_lora.ipynb #d8b6e5e9
+# %% ../chapters/20_lora.ipynb #1aa78449
 class _Rows:
     """Whose rows these are: for each row of a batch the number of an adapter, 0 for none."""
 
@@ -650,8 +650,8 @@ class BankLinear(nn.Module):
     def __init__(self, base: nn.Module, rows: _Rows, n: int):
         super().__init__()
         self.base, self.rows = base, rows
-        self.in_features, self.out_features = int(base.in_features), int(base.out_features)
         like = dense_weight(base)
+        self.out_features, self.in_features = like.shape
         self.register_buffer("a", like.new_zeros(n + 1, 1, self.in_features).detach())
         self.register_buffer("b", like.new_zeros(n + 1, self.out_features, 1).detach())
 
@@ -755,7 +755,9 @@ class AdapterBank:
             expected = "a cache, and rows that do not slide over the end of the context"
             raise ValueError(f"options: expected {expected}, got {options!r:.80}")
         numbers, tokenizer = self._numbers(adapters, len(prompts)), options.get("tokenizer")
-        texts = [tokenizer.encode(p) if tokenizer and isinstance(p, str) else p for p in prompts]
+        texts: list[Any] = [
+            tokenizer.encode(p) if tokenizer and isinstance(p, str) else p for p in prompts
+        ]
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
         try:
             self._waiting = numbers[order]
@@ -930,7 +932,7 @@ class _Product(torch.autograd.Function):
         (gradient,) = gradients
         return gradient @ ctx.layer.dequantize().to(gradient.dtype), None
 
-# %% ../chapters/20_lora.ipynb #9018f3ea
+# %% ../chapters/20_lora.ipynb #8b9d4b3a
 def quantize_base(model: nn.Module, kind: Literal["nf4", "int8"] = "nf4") -> nn.Module:
     """Return a copy of ``model`` whose linear layers are quantized, but for the head.
 
@@ -940,14 +942,15 @@ def quantize_base(model: nn.Module, kind: Literal["nf4", "int8"] = "nf4") -> nn.
     check_choice("kind", kind, ("nf4", "int8"))
     _check_plain(model)
     made = deepcopy(model)
-    for name, layer in _linear_layers(made).items():
+    layers: dict[str, Any] = dict(_linear_layers(made))
+    for name, layer in layers.items():
         plain = type(layer) is nn.Linear and name.rpartition(".")[2] != "lm_head"
         if plain and not _shares(made, layer):
             new = NF4Linear.of(layer) if kind == "nf4" else QuantizedLinear.of(layer)
             _replace(made, name, new)
     return made
 
-# %% ../chapters/20_lora.ipynb #76ef9123
+# %% ../chapters/20_lora.ipynb #8eb8cb40
 def merge_quantized(model: nn.Module, *, requantize: bool) -> dict[str, float]:
     """Add each adapter to the matrix of its quantized base: dequantized, added to, and kept so.
 
@@ -965,7 +968,8 @@ def merge_quantized(model: nn.Module, *, requantize: bool) -> dict[str, float]:
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(dense, requires_grad=False)
         bias = getattr(layer.base, "bias", None)
-        linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        frozen = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        linear.register_parameter("bias", frozen)
         new: nn.Module = linear
         if requantize and isinstance(layer.base, NF4Linear):
             new = NF4Linear.of(linear, levels=layer.base.levels)
@@ -1130,7 +1134,7 @@ def _shortest(wanted: set[str], known: set[str]) -> list[str]:
     selected = {name for name in known if name.rpartition(".")[2] in last}
     return sorted(last if selected == wanted else wanted)
 
-# %% ../chapters/20_lora.ipynb #e45d6ea8
+# %% ../chapters/20_lora.ipynb #a9442e9a
 # Entries that may say anything, as they don't change what a loaded adapter computes
 _FREE = frozenset(
     "base_model_name_or_path revision inference_mode peft_version auto_mapping r lora_alpha "
@@ -1144,7 +1148,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
 }
-_OFF = (None, False, {}, [])
+_OFF: tuple[Any, ...] = (None, False, {}, [])
 
 
 def _read_config(path: Path) -> tuple[LoRAConfig, dict[str, Any]]:
