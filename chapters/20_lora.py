@@ -1370,7 +1370,7 @@ assert len(found) == 3, f"three layers are broken, but {len(found)} were found"
 
 # %% tags=["engine"]
 #| export
-# What serving, four bits and files need
+# What serving, four bits and files need, and take from earlier chapters
 import json
 from dataclasses import replace
 from pathlib import Path  # noqa: F811 (here the module needs it, too)
@@ -1381,9 +1381,6 @@ from jaxtyping import Int64, Int8, UInt8
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 
-# %% tags=["engine"]
-#| export
-# What they take from earlier chapters
 from llmbook.attention import KVCache
 from llmbook.environment import check_path, check_text, whole_directory
 from llmbook.generation import Completion, stored_bytes
@@ -1417,7 +1414,7 @@ def rows_update(
 # each stack is zero, for the rows that want the base alone. Adapters of different ranks fit into
 # one stack, since a thin matrix filled up with zeros adds the same product.
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: a bank that adds and removes adapters, and follows each row through generation
 
 # %% [markdown] tags=["engine"]
@@ -1633,7 +1630,7 @@ class AdapterBank(AdapterBank):  # continued
 # a single conversation ("Who are you?") train an adapter of rank 2 for each of them. The function
 # `named_adapter` does this; it stands with the others of this half in the next room.
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: small adapters and their copies, and times measured in turns
 
 # %% tags=["engine"]
@@ -1734,15 +1731,16 @@ print(f"ten copies: {ten / 1e6:.1f} MB; the bank: {held / 1e6:.1f} MB, {ten / he
 # current batch needs. An adapter that is merged is still the fastest way to serve a single user,
 # because its thin products are gone.
 
+
 # %% [markdown]
 # ## A base in four bits
 #
 # An adapter saves the memory of gradients and moments, but the frozen base still has to be there.
-# Seven billion weights of 16 bits are 14 GB before the first activation. The base is never
-# updated, though, so it need not be able to hold small changes: numbers of fewer bits will do as long
-# as the model still computes nearly the same. That is QLoRA {cite}`dettmers2023qlora`: a base in four
-# bits, adapters in ordinary floats beside it. The adapters are tuned over the *rounded* base, so they
-# can make up for some of the rounding.
+# Seven billion weights of 16 bits are 14 GB before the first activation. The base is never updated,
+# though, so it need not be able to hold small changes: numbers of fewer bits will do as long as the
+# model still computes nearly the same. That is QLoRA {cite}`dettmers2023qlora`: a base in four
+# bits, adapters in ordinary floats beside it. The adapters are tuned over the *rounded* base, so
+# they can make up for some of the rounding.
 #
 # Four bits have 16 codes. Which 16 numbers should they stand for? Chapter 14's whole numbers are
 # evenly spaced, but weights are not evenly distributed: many are near zero, few are far away. If
@@ -1755,15 +1753,15 @@ print(f"ten copies: {ten / 1e6:.1f} MB; the bank: {held / 1e6:.1f} MB, {ten / he
 # should stay zero. The outermost levels must be -1 and 1, since each block of weights is divided by
 # its largest absolute value. And the quantile of probability 1 is infinite, so the outermost level
 # has to be taken at some $p < 1$. With one level for zero, 15 are left, which cannot be shared
-# equally between two sides: seven go below zero and eight above. A side with $n$ steps from zero has
-# its levels at the probabilities
+# equally between two sides: seven go below zero and eight above. A side with $n$ steps from zero
+# has its levels at the probabilities
 #
 # $$p_i = \frac12 + \Bigl(p - \frac12\Bigr)\frac{i}{n}, \qquad i = 1, \dots, n,$$
 #
 # at a distance of $\Phi^{-1}(p_i)$ from zero, where $\Phi$ is the distribution function of the
 # normal distribution. If 15 or 16 levels each stood in the middle of a share of the probability,
-# the last one would be at $1 - 1/30$ or $1 - 1/32$; the authors' code takes $p$ halfway between these
-# two, which is 0.9677. In the end everything is divided by the largest level:
+# the last one would be at $1 - 1/30$ or $1 - 1/32$; the authors' code takes $p$ halfway between
+# these two, which is 0.9677. In the end everything is divided by the largest level:
 
 
 # %%
@@ -1802,7 +1800,7 @@ print(" ".join(f"{level:.3f}" for level in levels.tolist()))
 # Yoshida {cite}`yoshida2023nf4` shows how its distribution depends on the block's size. What counts
 # is the error that remains.
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: four bits packed, a layer that multiplies by them, merging
 
 
@@ -2092,9 +2090,10 @@ for name, table in (("even levels", even), ("NF4", nf4_levels())):
 # %% [markdown]
 # An error of a tenth sounds like much. Yet errors of single weights are independent, and a sum of
 # many products averages them out. Does tuning succeed over such a base? The table is the same
-# experiment as in the sections before, 100 steps at a rate of 0.01 with adapters of rank 8 in all linear
-# layers, over the base in floats, in int8 and in NF4. The first column of numbers is the loss of the
-# untuned base on stories, relative to that of the base in floats. `python benchmarks/qlora.py` made the runs.
+# experiment as in the sections before, 100 steps at a rate of 0.01 with adapters of rank 8 in all
+# linear layers, over the base in floats, in int8 and in NF4. The first column of numbers is the
+# loss of the untuned base on stories, relative to that of the base in floats. `python
+# benchmarks/qlora.py` made the runs.
 
 # %%
 show_runs("qlora.csv")
@@ -2102,9 +2101,9 @@ show_runs("qlora.csv")
 # %% [markdown]
 # Over the five seeds the mean is the same within the noise: about 90 % right over each of the three
 # bases, and zero lies well inside the interval of the difference. The interval also says how little
-# five seeds can tell: a loss of several points is not excluded, and the results over NF4 are the most
-# scattered of the three. The rounded base itself is hardly worse on stories, by less than half a
-# percent of the loss.
+# five seeds can tell: a loss of several points is not excluded, and the results over NF4 are the
+# most scattered of the three. The rounded base itself is hardly worse on stories, by less than half
+# a percent of the loss.
 #
 # One live run must fall into the range of the table. It also counts what is stored:
 
@@ -2137,6 +2136,7 @@ about("right over NF4", replies_right(tuned.eval()), 0.89, 0.1)
 # floats. (It should not be merged into the *original* base either without a test, since it was
 # tuned over another one; there it is only nearly right.)
 
+
 # %% [markdown]
 # ## Files that PEFT opens
 #
@@ -2159,14 +2159,13 @@ about("right over NF4", replies_right(tuned.eval()), 0.89, 0.1)
 # {py:func}`~llmbook.lora.save_adapter` and {py:func}`~llmbook.lora.load_adapter` are in the room
 # below. Nothing is ever unpickled, and a folder appears only when it is complete.
 
-# %% [markdown]
+# %% [markdown] tags=["engine"]
 # ### Engine room: names, fused matrices, and what is refused in a file
 
 # %% [markdown] tags=["engine"]
 # The layers of our Llama-like models have the same last names as those of Hugging Face; only the
 # modules around them are called differently. A model that is of no family of theirs keeps its
 # names, since PEFT can wrap any module of PyTorch, ours included.
-
 
 # %% tags=["engine"]
 #| export
@@ -2181,6 +2180,8 @@ _GPT2_PARTS = {
 }
 
 
+# %% tags=["engine"]
+#| export
 def peft_names(model: TransformerLM) -> dict[str, str]:
     """Return what the linear layers of ``model`` are called in Hugging Face's class for it.
 
@@ -2195,6 +2196,8 @@ def peft_names(model: TransformerLM) -> dict[str, str]:
     return {name: _peft_name(name, family) for name in names}
 
 
+# %% tags=["engine"]
+#| export
 def _peft_name(name: str, family: str) -> str:
     if family == "llmbook" or name == "lm_head":
         return name
@@ -2225,6 +2228,8 @@ def _fused(pairs: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tenso
     return torch.cat([pair[0] for pair in whole]), torch.block_diag(*[pair[1] for pair in whole])
 
 
+# %% tags=["engine"]
+#| export
 def _split(a: Tensor, b: Tensor, rank: int) -> list[tuple[Tensor, Tensor] | None]:
     """Return the pairs that a fused one was made of; or raise a ``ValueError``."""
     n = 3  # queries, keys, values
@@ -2243,12 +2248,13 @@ def _split(a: Tensor, b: Tensor, rank: int) -> list[tuple[Tensor, Tensor] | None
 # Saving: the names of the targets are the shortest that select exactly the adapted layers. The
 # fingerprint of the base goes into the header of the safetensors file, where PEFT does not look.
 
-
 # %% tags=["engine"]
 #| export
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
+# %% tags=["engine"]
+#| export
 def save_adapter(model: TransformerLM, folder: str | Path, *, base_name: str | None = None) -> None:
     """Write the adapter of ``model`` as PEFT does: adapter_config.json and safetensors.
 
@@ -2284,6 +2290,8 @@ def save_adapter(model: TransformerLM, folder: str | Path, *, base_name: str | N
         save_file(tensors, draft / _TENSORS, metadata={"format": "pt", "base": state.base})
 
 
+# %% tags=["engine"]
+#| export
 def _pair(state: AdapterState, name: str) -> tuple[Tensor, Tensor]:
     return state.tensors[f"{name}.lora_a"], state.tensors[f"{name}.lora_b"]
 
@@ -2305,6 +2313,8 @@ def _entries(config: LoRAConfig, base_name: str | None) -> dict[str, Any]:
     }
 
 
+# %% tags=["engine"]
+#| export
 def _shortest(wanted: set[str], known: set[str]) -> list[str]:
     last = {name.rpartition(".")[2] for name in wanted}
     selected = {name for name in known if name.rpartition(".")[2] in last}
@@ -2315,7 +2325,6 @@ def _shortest(wanted: set[str], known: set[str]) -> list[str]:
 # Opening is stricter. A configuration of PEFT has some forty entries, and an entry that we do not
 # implement may change what the adapter computes. So whatever is neither known nor switched off is
 # refused by its name, and so is each tensor that is missing, left over, or of another shape.
-
 
 # %% tags=["engine"]
 #| export
@@ -2335,6 +2344,8 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 _OFF: tuple[Any, ...] = (None, False, {}, [])
 
 
+# %% tags=["engine"]
+#| export
 def _read_config(path: Path) -> tuple[LoRAConfig, dict[str, Any]]:
     """Return the configuration in a file, and all its entries."""
     try:
@@ -2414,6 +2425,8 @@ def read_adapter(folder: str | Path, model: TransformerLM) -> AdapterState:
     return AdapterState(replace(config, targets=targets), tensors, base or base_fingerprint(model))
 
 
+# %% tags=["engine"]
+#| export
 def load_adapter(model: TransformerLM, folder: str | Path, *, any_base: bool = False) -> None:
     """Give ``model`` the adapter in ``folder``, see ``read_adapter`` and ``load_adapter_state``."""
     state = read_adapter(folder, model)
@@ -2434,6 +2447,8 @@ def _is_target(targets: str | tuple[str, ...], name: str) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
+# %% tags=["engine"]
+#| export
 def _check_patterns(
     folder: Path, entries: Mapping[str, Any], names: Mapping[str, str], model: TransformerLM
 ) -> None:
@@ -2448,6 +2463,8 @@ def _check_patterns(
             )
 
 
+# %% tags=["engine"]
+#| export
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
     path = folder / _TENSORS
     if not path.is_file():
@@ -2462,6 +2479,8 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
         raise ValueError(f"{path}: damaged, or no safetensors file: {error}") from None
 
 
+# %% tags=["engine"]
+#| export
 def _check_pair(
     folder: Path,
     theirs: str,
@@ -2544,8 +2563,8 @@ def gradient_difference(own: Any, other: Any) -> float:
 # %% [markdown]
 # ### There and back
 #
-# Ada's adapter goes out, PEFT opens it over the exported base, and the logits are compared. Then all
-# numbers of PEFT's adapter are changed, PEFT saves it, and it is opened here:
+# Ada's adapter goes out, PEFT opens it over the exported base, and the logits are compared. Then
+# all numbers of PEFT's adapter are changed, PEFT saves it, and it is opened here:
 
 # %%
 ours = deepcopy(base)
@@ -2566,13 +2585,14 @@ print("ours opened by PEFT, and PEFT's opened here: the same logits to 4 digits"
 # The tests do the same with the classes of Llama, Qwen3, Mistral and GPT-2, with names, regular
 # expressions and "all-linear" as targets, and spoil the files in every way that the room names.
 
+
 # %% [markdown]
 # ## Is it the real thing?
 #
 # The files had the same logits. Training needs the same gradients as well: PEFT's model from above
 # and ours have the same thin matrices now, so one backward pass on the same batch must give the
-# same gradients. The second comparison is with torchao, which implements NF4. Its levels are rounded
-# to four digits; with these, ours must give the same codes.
+# same gradients. The second comparison is with torchao, which implements NF4. Its levels are
+# rounded to four digits; with these, ours must give the same codes.
 
 # %%
 assert gradient_difference(ours, theirs) < 1e-3
@@ -2678,9 +2698,9 @@ assert torch.allclose(a.norm(dim=1), b.norm(dim=0)), "A and B do not share the s
 assert torch.allclose(a.norm(dim=1) ** 2, values[:2]), "A and B do not share the singular values"
 
 # %% [markdown]
-# With the adapter off, the model computes with the residual, which is the base without its strongest
-# directions. So an adapter that started by PiSSA does not fit the base itself, and a file that says
-# `"init_lora_weights": "pissa"` is refused by {py:func}`~llmbook.lora.read_adapter`.
+# With the adapter off, the model computes with the residual, which is the base without its
+# strongest directions. So an adapter that started by PiSSA does not fit the base itself, and a file
+# that says `"init_lora_weights": "pissa"` is refused by {py:func}`~llmbook.lora.read_adapter`.
 
 # %% [markdown]
 # ````{exercise} Better levels

@@ -602,8 +602,8 @@ def storage_run(
     place = (n_steps, rank, learning_rate, seed)
     return StorageRun(*place, n_trained, len(facts), whole, right, stored)
 
-# %% ../chapters/20_lora.ipynb #d095261a
-# What serving, four bits and files need
+# %% ../chapters/20_lora.ipynb #9de41d84
+# What serving, four bits and files need, and take from earlier chapters
 import json
 from dataclasses import replace
 from pathlib import Path  # noqa: F811 (here the module needs it, too)
@@ -614,8 +614,6 @@ from jaxtyping import Int64, Int8, UInt8
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 
-# %% ../chapters/20_lora.ipynb #e6d735af
-# What they take from earlier chapters
 from .attention import KVCache
 from .environment import check_path, check_text, whole_directory
 from .generation import Completion, stored_bytes
@@ -1011,7 +1009,7 @@ def _shares(model: nn.Module, layer: nn.Module) -> bool:
     weight = layer._parameters.get("weight")
     return sum(module._parameters.get("weight") is weight for module in model.modules()) > 1
 
-# %% ../chapters/20_lora.ipynb #87a836e3
+# %% ../chapters/20_lora.ipynb #0742912e
 _HF_PARTS = {"blocks": "layers", "attention": "self_attn", "feed_forward": "mlp"}
 _GPT2_PARTS = {
     "attention.q_proj": "attn.c_attn",
@@ -1022,7 +1020,7 @@ _GPT2_PARTS = {
     "feed_forward.down_proj": "mlp.c_proj",
 }
 
-
+# %% ../chapters/20_lora.ipynb #df81d192
 def peft_names(model: TransformerLM) -> dict[str, str]:
     """Return what the linear layers of ``model`` are called in Hugging Face's class for it.
 
@@ -1036,7 +1034,7 @@ def peft_names(model: TransformerLM) -> dict[str, str]:
         names = [name for name in names if not name.endswith(".router")]  # no layer of theirs
     return {name: _peft_name(name, family) for name in names}
 
-
+# %% ../chapters/20_lora.ipynb #4e1b4494
 def _peft_name(name: str, family: str) -> str:
     if family == "llmbook" or name == "lm_head":
         return name
@@ -1045,7 +1043,7 @@ def _peft_name(name: str, family: str) -> str:
         return f"transformer.h.{number}.{_GPT2_PARTS[rest]}"
     return "model." + ".".join(_HF_PARTS.get(part, part) for part in name.split("."))
 
-# %% ../chapters/20_lora.ipynb #fbe358bc
+# %% ../chapters/20_lora.ipynb #c9e7b0c7
 def _fused(pairs: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
     """Return one pair of thin matrices that does what several do, for outputs side by side.
 
@@ -1055,7 +1053,7 @@ def _fused(pairs: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tenso
     whole = [(a.new_zeros(a.shape), b.new_zeros(b.shape)) if p is None else p for p in pairs]
     return torch.cat([pair[0] for pair in whole]), torch.block_diag(*[pair[1] for pair in whole])
 
-
+# %% ../chapters/20_lora.ipynb #5b6bfd34
 def _split(a: Tensor, b: Tensor, rank: int) -> list[tuple[Tensor, Tensor] | None]:
     """Return the pairs that a fused one was made of; or raise a ``ValueError``."""
     n = 3  # queries, keys, values
@@ -1069,10 +1067,10 @@ def _split(a: Tensor, b: Tensor, rank: int) -> list[tuple[Tensor, Tensor] | None
         raise ValueError(f"rank_pattern: expected three adapters of rank {rank}, side by side")
     return [(a, b) if a.any() else None for a, b in zip(*blocks, strict=True)]
 
-# %% ../chapters/20_lora.ipynb #82364c68
+# %% ../chapters/20_lora.ipynb #d91fb848
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
-
+# %% ../chapters/20_lora.ipynb #ad2fdd03
 def save_adapter(model: TransformerLM, folder: str | Path, *, base_name: str | None = None) -> None:
     """Write the adapter of ``model`` as PEFT does: adapter_config.json and safetensors.
 
@@ -1107,7 +1105,7 @@ def save_adapter(model: TransformerLM, folder: str | Path, *, base_name: str | N
         (draft / _CONFIG).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, draft / _TENSORS, metadata={"format": "pt", "base": state.base})
 
-
+# %% ../chapters/20_lora.ipynb #01dec5a2
 def _pair(state: AdapterState, name: str) -> tuple[Tensor, Tensor]:
     return state.tensors[f"{name}.lora_a"], state.tensors[f"{name}.lora_b"]
 
@@ -1128,13 +1126,13 @@ def _entries(config: LoRAConfig, base_name: str | None) -> dict[str, Any]:
         "alpha_pattern": {},
     }
 
-
+# %% ../chapters/20_lora.ipynb #76da1dc3
 def _shortest(wanted: set[str], known: set[str]) -> list[str]:
     last = {name.rpartition(".")[2] for name in wanted}
     selected = {name for name in known if name.rpartition(".")[2] in last}
     return sorted(last if selected == wanted else wanted)
 
-# %% ../chapters/20_lora.ipynb #a9442e9a
+# %% ../chapters/20_lora.ipynb #a1691647
 # Entries that may say anything, as they don't change what a loaded adapter computes
 _FREE = frozenset(
     "base_model_name_or_path revision inference_mode peft_version auto_mapping r lora_alpha "
@@ -1150,7 +1148,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 }
 _OFF: tuple[Any, ...] = (None, False, {}, [])
 
-
+# %% ../chapters/20_lora.ipynb #901c9720
 def _read_config(path: Path) -> tuple[LoRAConfig, dict[str, Any]]:
     """Return the configuration in a file, and all its entries."""
     try:
@@ -1189,7 +1187,7 @@ def _read_config(path: Path) -> tuple[LoRAConfig, dict[str, Any]]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
-# %% ../chapters/20_lora.ipynb #3c010de4
+# %% ../chapters/20_lora.ipynb #8e3d1dfb
 def read_adapter(folder: str | Path, model: TransformerLM) -> AdapterState:
     """Return the adapter in ``folder``, ours or PEFT's, in the names of ``model``, its base.
 
@@ -1227,7 +1225,7 @@ def read_adapter(folder: str | Path, model: TransformerLM) -> AdapterState:
     targets = tuple(_shortest(adapted, set(names)))
     return AdapterState(replace(config, targets=targets), tensors, base or base_fingerprint(model))
 
-
+# %% ../chapters/20_lora.ipynb #7aaa5302
 def load_adapter(model: TransformerLM, folder: str | Path, *, any_base: bool = False) -> None:
     """Give ``model`` the adapter in ``folder``, see ``read_adapter`` and ``load_adapter_state``."""
     state = read_adapter(folder, model)
@@ -1236,7 +1234,7 @@ def load_adapter(model: TransformerLM, folder: str | Path, *, any_base: bool = F
         state = state._replace(config=layers[0].config)  # the same layers in other words, perhaps
     load_adapter_state(model, state, any_base=any_base)
 
-# %% ../chapters/20_lora.ipynb #e3576093
+# %% ../chapters/20_lora.ipynb #d2892b62
 def _is_target(targets: str | tuple[str, ...], name: str) -> bool:
     """Whether PEFT adapts the layer ``name``."""
     if targets == "all-linear":
@@ -1245,7 +1243,7 @@ def _is_target(targets: str | tuple[str, ...], name: str) -> bool:
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
-
+# %% ../chapters/20_lora.ipynb #87857667
 def _check_patterns(
     folder: Path, entries: Mapping[str, Any], names: Mapping[str, str], model: TransformerLM
 ) -> None:
@@ -1259,7 +1257,7 @@ def _check_patterns(
                 f"{folder / _CONFIG}: {entry}: expected {expected}, got {pattern!r:.60}"
             )
 
-
+# %% ../chapters/20_lora.ipynb #4af38094
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
     path = folder / _TENSORS
     if not path.is_file():
@@ -1273,7 +1271,7 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: damaged, or no safetensors file: {error}") from None
 
-
+# %% ../chapters/20_lora.ipynb #6f431354
 def _check_pair(
     folder: Path,
     theirs: str,
